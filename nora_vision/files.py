@@ -1,0 +1,217 @@
+"""Reading and writing adapter files: safetensors and JSON only, checked before use, replaced as a whole.
+
+Nothing here ever unpickles. A file is refused, with its name and what is wrong in the message, before any of its
+bytes becomes a tensor: by its suffix, by its first bytes, by its header, and by the values themselves.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+MAX_HEADER_BYTES = 16 * 2**20
+MAX_JSON_BYTES = 2**20
+PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+# A torch.save archive is a zip file; an older one, or a bare pickle, opens with protocol 2 or later.
+PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class AdapterFileError(ValueError):
+    """An adapter file that must not be used; the message names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """What a safetensors header says about one tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SafetensorsHeader:
+    """The checked header of a safetensors file: its tensors by name, and its free-form metadata."""
+
+    tensors: dict[str, TensorEntry]
+    metadata: dict[str, str]
+
+
+def read_header(path: str | os.PathLike) -> SafetensorsHeader:
+    """Header of a safetensors file, checked against the size of the file; no tensor is read.
+
+    Args:
+        path: a file whose name ends in `.safetensors`.
+    Raises:
+        FileNotFoundError: there is no such file.
+        AdapterFileError: the file is a pickle, truncated, has an oversized or malformed header, a tensor of another
+            dtype than float32, float16 or bfloat16, or bytes that no tensor owns.
+    """
+    path = Path(path)
+    _refuse_other_formats(path)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > MAX_HEADER_BYTES:
+            raise AdapterFileError(f"{path} announces a header of {length} bytes; at most {MAX_HEADER_BYTES} are read.")
+        if size < 8 + length:
+            raise AdapterFileError(f"{path} is truncated: its header needs {8 + length} bytes, the file has {size}.")
+        header = _parse_json(file.read(length), path)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise AdapterFileError(f"{path} has a malformed header: __metadata__ must map strings to strings.")
+    end = _check_layout(header, path)
+    if end != size - 8 - length:
+        state = "truncated" if end > size - 8 - length else "oversized"
+        raise AdapterFileError(f"{path} is {state}: its tensors take {end} bytes, the file holds {size - 8 - length}.")
+    tensors = {name: TensorEntry(DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in header.items()}
+    return SafetensorsHeader(tensors, metadata)
+
+
+def read_tensors(path: str | os.PathLike, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
+    """Every tensor of a safetensors file, checked as `read_header` does and for finite values.
+
+    Raises:
+        AdapterFileError: as `read_header`, or a tensor holds a value that is not finite.
+    """
+    read_header(path)
+    tensors = safetensors.torch.load_file(path, device=str(device))
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise AdapterFileError(f"{path} holds values that are not finite in {name!r}.")
+    return tensors
+
+
+def write_tensors(
+    path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file beside `path` and rename it into place; folders are made as needed.
+
+    The same tensors and metadata give the same bytes.
+
+    Raises:
+        AdapterFileError: a tensor holds a value that is not finite; nothing is written.
+    """
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise AdapterFileError(f"{name!r} holds values that are not finite; {path} is not written.")
+    length, body = _serialise(tensors)
+    # Written here because safetensors itself orders metadata anew in every process.
+    ordered = {"__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items())), **json.loads(body[:length])}
+    header = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    with replacing(path) as beside, beside.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little"))
+        file.write(header)
+        file.write(memoryview(body)[length:])
+
+
+def tensor_hash(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256, in hexadecimal, of the bytes that follow the header of a safetensors file of these tensors."""
+    length, body = _serialise(tensors)
+    return hashlib.sha256(memoryview(body)[length:]).hexdigest()
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """A JSON file that holds one object.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        AdapterFileError: the file is larger than a mebibyte or not one JSON object.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise AdapterFileError(f"{path} has {size} bytes; at most {MAX_JSON_BYTES} are read.")
+    return _parse_json(path.read_bytes(), path)
+
+
+def write_json(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
+    """Write one JSON object beside `path` and rename it into place; folders are made as needed."""
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Give a path beside `path` to write to, renamed over `path` if the block succeeds and removed if it does not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield beside
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _serialise(tensors: Mapping[str, torch.Tensor]) -> tuple[int, bytes]:
+    """Length of a safetensors header without metadata, and the file's bytes from that header on."""
+    blob = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    return int.from_bytes(blob[:8], "little"), blob[8:]
+
+
+def _refuse_other_formats(path: Path) -> None:
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        raise AdapterFileError(f"{path} is a pickle by its name, which can run code when opened. Only .safetensors is read.")
+    if path.suffix != ".safetensors":
+        raise AdapterFileError(f"{path} is not named .safetensors, and nothing else is read.")
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start.startswith(PICKLE_MAGIC):
+        # A genuine header of 0x..80 bytes also starts so, but its JSON object then opens at the ninth byte.
+        with path.open("rb") as file:
+            if not file.read(9).endswith(b"{"):
+                raise AdapterFileError(f"{path} is a pickle or zip archive under a .safetensors name. It is not opened.")
+
+
+def _parse_json(content: bytes, path: Path) -> dict[str, Any]:
+    try:
+        parsed = json.loads(content.decode("utf-8"), object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{path} is not valid JSON where it must be: {error}.") from error
+    if not isinstance(parsed, dict):
+        raise AdapterFileError(f"{path} must hold a JSON object, got {type(parsed).__name__}.")
+    return parsed
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if len(set(names)) != len(names):
+        raise ValueError("a name occurs twice")
+    return dict(pairs)
+
+
+def _check_layout(header: Mapping[str, Any], path: Path) -> int:
+    """Check dtype, shape and offsets of every tensor and that they follow each other without a gap; return their end."""
+    spans = []
+    for name, entry in header.items():
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise AdapterFileError(f"{path}: the header entry of {name!r} must have dtype, shape and data_offsets.")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise AdapterFileError(f"{path}: {name!r} has dtype {dtype!r}; adapters hold {', '.join(DTYPES)}.")
+        if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+            raise AdapterFileError(f"{path}: {name!r} has shape {shape} and data_offsets {offsets}, which are not sizes.")
+        if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
+            raise AdapterFileError(f"{path}: {name!r} of shape {shape} and {dtype} does not fill its bytes {offsets}.")
+        spans.append(tuple(offsets))
+    end = 0
+    for start, stop in sorted(spans):
+        if start != end:
+            raise AdapterFileError(f"{path}: its tensors overlap or leave a gap at byte {min(start, end)}.")
+        end = stop
+    return end
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)

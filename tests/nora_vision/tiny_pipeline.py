@@ -1,0 +1,78 @@
+"""A StableDiffusionXLPipeline of the real classes with random weights, small enough to run in a fraction of a second."""
+
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+MAX_LENGTH = 16
+
+
+def byte_tokenizer() -> CLIPTokenizer:
+    """CLIPTokenizer that spells every word letter by letter: 256 bytes, the same at a word's end, and two marks."""
+    letters = list(bytes_to_unicode().values())
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[], model_max_length=MAX_LENGTH)
+
+
+def _text_config(hidden_size: int, tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        projection_dim=hidden_size,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=MAX_LENGTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def tiny_unet(cross_attention_dim: int = 40, pooled_dim: int = 24) -> UNet2DConditionModel:
+    """UNet with SDXL's layout in little: a plain block, then blocks with transformers, text_time conditioning."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16, 24),
+        layers_per_block=2,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1, 2),
+        attention_head_dim=(1, 2, 3),
+        cross_attention_dim=cross_attention_dim,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=pooled_dim + 6 * 8,
+    )
+
+
+def tiny_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
+    """The whole pipeline; the same seed gives the same weights. Pictures are 16 x 16."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tokenizer = byte_tokenizer()
+        pipe = StableDiffusionXLPipeline(
+            vae=AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=16,
+                              down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2),
+            text_encoder=CLIPTextModel(_text_config(16, tokenizer)),
+            text_encoder_2=CLIPTextModelWithProjection(_text_config(24, tokenizer)),
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer,
+            unet=tiny_unet(),
+            scheduler=EulerDiscreteScheduler(),
+            add_watermarker=False,
+        )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    for component in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.unet):
+        component.eval().requires_grad_(False)
+    return pipe
+
+
+def picture(pipe: StableDiffusionXLPipeline, prompt: str = "a red star", seed: int = 0) -> torch.Tensor:
+    """One picture of two steps with a fixed start, (16, 16, 3) in [0, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    output = pipe(prompt, num_inference_steps=2, guidance_scale=3.0, height=16, width=16, generator=generator, output_type="np")
+    return torch.from_numpy(output.images[0])
