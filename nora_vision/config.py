@@ -1,0 +1,121 @@
+"""The configuration of a NoRA adapter."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any, Literal, get_args
+
+from peft import PeftConfig
+from peft.utils.other import get_pattern_key
+
+InnerInit = Literal["zero", "gaussian"]
+OuterInit = Literal["svd", "awsvd"]
+
+
+class NoraPeftType(StrEnum):
+    """NoRA's entry among PEFT's types, which are an enum that cannot be extended."""
+
+    NORA = "NORA"
+
+
+@dataclass
+class NoraConfig(PeftConfig):
+    """Configuration of NoRA:  h = W x + s B B' A' A x,  s = alpha / inner_r.
+
+    The outer factors A (r, in) and B (out, r) are a weighted SVD of W and stay frozen; the inner factors
+    A' (inner_r, r) and B' (r, inner_r) are trained: 2 r inner_r numbers a layer.
+
+    The default start is `inner_init="zero"` without `preserve_output`, LoRA's habit: step 0 is the base model
+    exactly, the merged change has rank inner_r, and a file carries no second pair of inner factors.
+    Gaussian A' and B' move the base model at step 0 unless `preserve_output` subtracts their frozen start.
+
+    Raises: ValueError where a field is out of its range.
+    """
+
+    r: int = field(default=64, metadata={"help": "Outer rank: how many directions of each weight are open to change."})
+    inner_r: int = field(default=16, metadata={"help": "Inner rank, 1 <= inner_r <= r: the rank of the trained change."})
+    alpha: float = field(default=16.0, metadata={"help": "Numerator of the scaling s = alpha / inner_r."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Name endings of the layers to adapt, a regular expression over full names, or 'all-linear'."},
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Name endings, or a regular expression, of layers to leave alone."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained in full and saved with the adapter, such as a classifier head."}
+    )
+    dropout: float = field(
+        default=0.0, metadata={"help": "Probability of dropping an entry of A x, the r-dimensional projected input."}
+    )
+    inner_init: InnerInit = field(
+        default="zero",
+        metadata={"help": "Start of the inner factors: 'zero' (Gaussian A', zero B') or 'gaussian' (both Gaussian)."},
+    )
+    inner_std: float = field(
+        default=0.02, metadata={"help": "Standard deviation of B' under inner_init='gaussian'; A' has 1 / sqrt(r)."}
+    )
+    preserve_output: bool = field(
+        default=False,
+        metadata={"help": "Subtract the frozen start, B'A' - B'_0 A'_0: step 0 is the base model; the merged rank is 2 inner_r."},
+    )
+    outer_init: OuterInit = field(
+        default="svd",
+        metadata={
+            "help": "Where the outer factors come from: 'svd' of the weights alone, at once, or 'awsvd', which waits for "
+            "initialize_nora_weights(model, calibrate(model, run_model))."
+        },
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "False draws every factor at random: a fast start that is not the identity."}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Outer ranks other than r, by layer name ending or regular expression."}
+    )
+    inner_rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Inner ranks other than inner_r, by layer name ending or regular expression."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = NoraPeftType.NORA
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        for choice, allowed in (("inner_init", InnerInit), ("outer_init", OuterInit)):
+            if getattr(self, choice) not in get_args(allowed):
+                raise ValueError(f"{choice} must be one of {get_args(allowed)}, got {getattr(self, choice)!r}.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}.")
+        if not self.alpha > 0:
+            raise ValueError(f"alpha must be above 0, got {self.alpha}.")
+        if not self.inner_std > 0:
+            raise ValueError(f"inner_std must be above 0, got {self.inner_std}.")
+        self._check_ranks()
+
+    def _check_ranks(self) -> None:
+        ranks = {"r": self.r, "inner_r": self.inner_r}
+        ranks |= {f"rank_pattern[{key!r}]": value for key, value in self.rank_pattern.items()}
+        ranks |= {f"inner_rank_pattern[{key!r}]": value for key, value in self.inner_rank_pattern.items()}
+        for name, rank in ranks.items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {rank!r}.")
+        if self.inner_r > self.r:
+            raise ValueError(f"inner_r must be in [1, r={self.r}], got {self.inner_r}. Lower inner_r or raise r.")
+
+    def ranks_for(self, layer_name: str) -> tuple[int, int]:
+        """The outer and inner rank of the layer called `layer_name`.
+
+        Raises: ValueError where the inner rank exceeds the outer.
+        """
+        r = self.rank_pattern.get(get_pattern_key(self.rank_pattern, layer_name), self.r)
+        inner_r = self.inner_rank_pattern.get(get_pattern_key(self.inner_rank_pattern, layer_name), self.inner_r)
+        if inner_r > r:
+            raise ValueError(f"inner_r must be in [1, r={r}] for {layer_name!r}, got {inner_r}. Lower inner_r or raise r.")
+        return r, inner_r
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, sets sorted, so that equal configurations are saved as equal bytes."""
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in asdict(self).items()}

@@ -1,0 +1,140 @@
+"""The NoRA tuner: finds the layers to adapt and puts NoRA layers in their place."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, _get_submodules
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .config import NoraConfig
+from .layer import NoraLayer, check_layer, layer_class_for
+
+
+class NoraModel(BaseTuner):
+    """Adapts `model` in place with NoRA layers; use `get_peft_model`, `inject_adapter_in_model` or `add_adapter`.
+
+    An injection that fails leaves the model as it was.
+    """
+
+    prefix: str = "nora_"
+    tuner_layer_cls = NoraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put the adapter's layers into `model`, or raise and leave it as it was."""
+        with ExitStack() as on_failure:
+            on_failure.callback(self._remove_traces, model, adapter_name)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            on_failure.pop_all()
+        config = self.peft_config[adapter_name]
+        if config.init_weights and config.outer_init == "svd" and not config.inference_mode:
+            warnings.warn(
+                f"NoRA adapter {adapter_name!r} starts from the plain SVD of the weights, without activation statistics. "
+                "For AwSVD set outer_init='awsvd' and call initialize_nora_weights(model, calibrate(model, run_model)).",
+                stacklevel=2,
+            )
+
+    def _remove_traces(self, model: nn.Module, adapter_name: str) -> None:
+        """Undo a failed injection: layers, configuration, and the flag that diffusers and transformers set beforehand."""
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, NoraLayer) and adapter_name in layer.r:
+                layer.delete_adapter(adapter_name)
+                if not layer.r:
+                    parent, _, child = _get_submodules(model, name)
+                    setattr(parent, child, layer.base_layer)
+        self.peft_config.pop(adapter_name, None)
+        if not self.peft_config and getattr(model, "_hf_peft_config_loaded", False):
+            model._hf_peft_config_loaded = False
+
+    def _prepare_model(self, peft_config: NoraConfig, model: nn.Module) -> None:
+        """Check every target before the first layer is replaced."""
+        if peft_config.target_modules == DUMMY_TARGET_MODULES:
+            return
+        _maybe_include_all_linear_layers(peft_config, model)
+        names = _adaptable_names(model)
+        if isinstance(peft_config.target_modules, set):
+            unknown = sorted(t for t in peft_config.target_modules if not any(f".{n}".endswith(f".{t}") for n in names))
+            if unknown:
+                raise ValueError(
+                    f"target_modules {unknown} match no module of {type(model).__name__}. Remove them or correct the spelling."
+                )
+        for name in names:
+            if self._check_target_module_exists(peft_config, name):
+                module = model.get_submodule(name)
+                check_layer(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, peft_config, name)
+
+    def _create_and_replace(
+        self,
+        peft_config: NoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        if isinstance(target, NoraLayer):
+            target.update_layer(adapter_name, peft_config, current_key)
+            return
+        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        layer = layer_class_for(base_layer, current_key)(target, adapter_name, peft_config, current_key)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Leave the frozen outer factors in the base layer's dtype; trained factors are float32 already.
+
+        With `autocast_adapter_dtype=False` the trained factors take the base layer's dtype too, as PEFT promises.
+        """
+        if autocast_adapter_dtype:
+            return
+        for layer in self.model.modules():
+            if isinstance(layer, NoraLayer) and adapter_name in layer.r:
+                for factors in (layer.nora_inner_A, layer.nora_inner_B, layer.nora_inner_A0, layer.nora_inner_B0):
+                    if adapter_name in factors:
+                        factors[adapter_name] = factors[adapter_name].to(layer.nora_A[adapter_name].dtype)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand `adapter_names`, one for each sample of the batch, to every layer for one forward pass."""
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        unknown = sorted(set(adapter_names) - {"__base__"} - self.peft_config.keys())
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        with ExitStack() as hooks:
+            for module in self.modules():
+                if isinstance(module, (NoraLayer, AuxiliaryTrainingWrapper)):
+                    hook = partial(_add_adapter_names, adapter_names)
+                    hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            yield
+
+
+def _add_adapter_names(
+    adapter_names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, kwargs | {"adapter_names": adapter_names}
+
+
+def _adaptable_names(model: nn.Module) -> list[str]:
+    """Names of all modules but the root and what lies inside adapter layers."""
+    names, inside = [], ()
+    for name, module in model.named_modules():
+        if name and not name.startswith(inside or "\0"):
+            names.append(name)
+            if isinstance(module, BaseTunerLayer):
+                inside += (f"{name}.",)
+    return names
