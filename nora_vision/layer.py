@@ -12,8 +12,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from transformers.pytorch_utils import Conv1D as TransformersConv1D
 
 from .config import NoraConfig
 from .decomposition import awsvd
@@ -63,6 +61,11 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         """(out, in) of the base layer's weight read as a matrix."""
         raise NotImplementedError
 
+    @staticmethod
+    def input_squares(base_layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """(in,): the square of every input of one output value of the base layer, summed over all tokens of `x`."""
+        return x.flatten(0, -2).square().sum(dim=0)
+
     def _as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
         """The base layer's weight as (out, in)."""
         return weight
@@ -86,7 +89,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
 
         Raises: ValueError if a rank does not fit the layer `layer_name`.
         """
-        check_layer(self.get_base_layer(), config, layer_name)
+        check_rank((self.out_features, self.in_features), config, layer_name)
         r, inner_r = config.ranks_for(layer_name)
         self.r[adapter_name], self.inner_r[adapter_name] = r, inner_r
         self.alpha[adapter_name] = config.alpha
@@ -105,17 +108,17 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         self._without_outer_factors.add(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         if device.type != "meta" and self.get_base_layer().weight.device.type != "meta":
-            self._start(adapter_name, config)
+            self._start(adapter_name, config, layer_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _start(self, adapter_name: str, config: NoraConfig) -> None:
+    def _start(self, adapter_name: str, config: NoraConfig, layer_name: str) -> None:
         if not config.init_weights:
             self._start_at_random(adapter_name)
             return
         self.reset_inner_factors(adapter_name, config)
         # An adapter added for inference is one whose weights are about to be loaded.
         if config.outer_init == "svd" and not config.inference_mode:
-            weight = self.weight_matrix()
+            weight = self.finite_weight_matrix(layer_name)
             self.set_outer_factors(adapter_name, *awsvd(weight, weight.new_ones(self.in_features), self.r[adapter_name]))
 
     def _start_at_random(self, adapter_name: str) -> None:
@@ -127,12 +130,14 @@ class NoraLayer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def reset_inner_factors(self, adapter_name: str, config: NoraConfig, generator: torch.Generator | None = None) -> None:
         """Draw the inner factors as `config.inner_init` says and, with preserve_output, keep their start."""
+        r, inner_r = self.r[adapter_name], self.inner_r[adapter_name]
         inner_A, inner_B = self.nora_inner_A[adapter_name], self.nora_inner_B[adapter_name]
-        nn.init.normal_(inner_A, std=self.r[adapter_name] ** -0.5, generator=generator)
+        # Drawn on the CPU, so that every device starts from the same numbers.
+        inner_A.copy_(r**-0.5 * torch.randn(inner_r, r, generator=generator))
         if config.inner_init == "gaussian":
-            nn.init.normal_(inner_B, std=config.inner_std, generator=generator)
+            inner_B.copy_(config.inner_std * torch.randn(r, inner_r, generator=generator))
         else:
-            nn.init.zeros_(inner_B)
+            inner_B.zero_()
         if adapter_name in self.nora_inner_A0:
             self.nora_inner_A0[adapter_name].copy_(inner_A)
             self.nora_inner_B0[adapter_name].copy_(inner_B)
@@ -144,9 +149,15 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         self.nora_A[adapter_name].copy_(A)
         self._without_outer_factors.discard(adapter_name)
 
-    def weight_matrix(self) -> torch.Tensor:
-        """The base layer's weight as a float32 matrix (out, in), dequantised where it is quantised."""
-        return self._as_matrix(dequantize_module_weight(self.get_base_layer()).detach()).float()
+    def finite_weight_matrix(self, layer_name: str) -> torch.Tensor:
+        """The base layer's weight as a float32 matrix (out, in), dequantised where it is quantised.
+
+        Raises: ValueError naming the layer if it is not finite.
+        """
+        weight = self._as_matrix(dequantize_module_weight(self.get_base_layer()).detach()).float()
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"The weight of {layer_name!r} must be finite, got NaN or infinite entries.")
+        return weight
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -304,84 +315,16 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         return result
 
 
-class Linear(NoraLayer):
-    """NoRA on `nn.Linear`."""
-
-    @staticmethod
-    def matrix_shape(base_layer: nn.Module) -> tuple[int, int]:
-        """(out_features, in_features)."""
-        return base_layer.out_features, base_layer.in_features
+def nora_layers(model: nn.Module) -> dict[str, NoraLayer]:
+    """Every NoRA layer of `model` by its name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, NoraLayer)}
 
 
-class Conv1D(NoraLayer):
-    """NoRA on transformers' `Conv1D`, a linear layer whose weight is stored as (in, out)."""
+def check_rank(shape: tuple[int, int], config: NoraConfig, layer_name: str) -> None:
+    """Check that the ranks that `config` gives the layer `layer_name` fit its weight, a matrix of shape (out, in).
 
-    @staticmethod
-    def matrix_shape(base_layer: nn.Module) -> tuple[int, int]:
-        """(out, in): the stored shape, transposed."""
-        return base_layer.weight.shape[1], base_layer.weight.shape[0]
-
-    def _as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.T
-
-    def _as_weight(self, matrix: torch.Tensor) -> torch.Tensor:
-        return matrix.T
-
-
-class Conv2d(NoraLayer):
-    """NoRA on `nn.Conv2d` without groups: the matrix is (out_channels, in_channels * kh * kw), the kernel flattened."""
-
-    @staticmethod
-    def matrix_shape(base_layer: nn.Module) -> tuple[int, int]:
-        """(out_channels, in_channels * kh * kw)."""
-        return base_layer.out_channels, base_layer.in_channels * math.prod(base_layer.kernel_size)
-
-    def _as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.flatten(1)
-
-    def _as_weight(self, matrix: torch.Tensor) -> torch.Tensor:
-        return matrix.unflatten(1, self.get_base_layer().weight.shape[1:])
-
-    def _project_input(self, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-        # The base layer's own convolution knows its stride, dilation and padding mode.
-        return self.get_base_layer()._conv_forward(x, self._as_weight(A), None)
-
-    def _multiply(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        return F.conv2d(x, matrix[:, :, None, None])
-
-
-def layer_class_for(base_layer: nn.Module, layer_name: str) -> type[NoraLayer]:
-    """The NoRA layer that adapts `base_layer`.
-
-    Raises: ValueError naming the layer if there is none.
+    Raises: ValueError naming the layer if a rank is out of range.
     """
-    if isinstance(base_layer, NonDynamicallyQuantizableLinear):
-        raise ValueError(
-            f"Cannot adapt {layer_name!r}: nn.MultiheadAttention reads the weight of its out_proj without calling it, so an "
-            "adapter there would have no effect. Swap the attention for one with separate q, k, v and out nn.Linear layers."
-        )
-    if isinstance(base_layer, nn.Linear):
-        return Linear
-    if isinstance(base_layer, nn.Conv2d):
-        if base_layer.groups != 1:
-            raise ValueError(
-                f"Cannot adapt {layer_name!r}: groups must be 1, got {base_layer.groups}. Add it to exclude_modules."
-            )
-        return Conv2d
-    if isinstance(base_layer, TransformersConv1D):
-        return Conv1D
-    raise ValueError(
-        f"Cannot adapt {layer_name!r}: NoRA supports nn.Linear, nn.Conv2d and transformers' Conv1D, got "
-        f"{type(base_layer).__name__}. Narrow target_modules or add it to exclude_modules."
-    )
-
-
-def check_layer(base_layer: nn.Module, config: NoraConfig, layer_name: str) -> None:
-    """Check that `config` fits `base_layer`, the layer called `layer_name`.
-
-    Raises: ValueError naming the layer if its kind is not supported or if a rank is out of range.
-    """
-    shape = layer_class_for(base_layer, layer_name).matrix_shape(base_layer)
     r, _ = config.ranks_for(layer_name)
     if r > min(shape):
         raise ValueError(

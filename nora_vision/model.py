@@ -15,7 +15,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .config import NoraConfig
-from .layer import NoraLayer, check_layer, layer_class_for
+from .layer import NoraLayer, nora_layers
+from .layer_types import check_layer, layer_class_for
 
 
 class NoraModel(BaseTuner):
@@ -28,10 +29,16 @@ class NoraModel(BaseTuner):
     tuner_layer_cls = NoraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if any(adapter_name in layer.r for layer in nora_layers(model).values()):
+            raise ValueError(f"Adapter with name {adapter_name!r} already exists. Delete it first or use a different name.")
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put the adapter's layers into `model`, or raise and leave it as it was."""
+        requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
         with ExitStack() as on_failure:
-            on_failure.callback(self._remove_traces, model, adapter_name)
+            on_failure.callback(self._remove_traces, model, adapter_name, requires_grad)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             on_failure.pop_all()
         config = self.peft_config[adapter_name]
@@ -42,14 +49,16 @@ class NoraModel(BaseTuner):
                 stacklevel=2,
             )
 
-    def _remove_traces(self, model: nn.Module, adapter_name: str) -> None:
+    def _remove_traces(self, model: nn.Module, adapter_name: str, requires_grad: dict[nn.Parameter, bool]) -> None:
         """Undo a failed injection: layers, configuration, and the flag that diffusers and transformers set beforehand."""
-        for name, layer in list(model.named_modules()):
-            if isinstance(layer, NoraLayer) and adapter_name in layer.r:
+        for name, layer in nora_layers(model).items():
+            if adapter_name in layer.r:
                 layer.delete_adapter(adapter_name)
                 if not layer.r:
                     parent, _, child = _get_submodules(model, name)
                     setattr(parent, child, layer.base_layer)
+        for parameter, required in requires_grad.items():
+            parameter.requires_grad_(required)
         self.peft_config.pop(adapter_name, None)
         if not self.peft_config and getattr(model, "_hf_peft_config_loaded", False):
             model._hf_peft_config_loaded = False
@@ -66,6 +75,10 @@ class NoraModel(BaseTuner):
                 raise ValueError(
                     f"target_modules {unknown} match no module of {type(model).__name__}. Remove them or correct the spelling."
                 )
+        missing = sorted(s for s in peft_config.modules_to_save or () if not any(n.endswith(s) for n in names))
+        # With a task type PEFT adds the usual names of a classifier head, whether the model has them or not.
+        if missing and peft_config.task_type is None:
+            raise ValueError(f"modules_to_save {missing} match no module of {type(model).__name__}.")
         for name in names:
             if self._check_target_module_exists(peft_config, name):
                 module = model.get_submodule(name)
@@ -97,11 +110,10 @@ class NoraModel(BaseTuner):
         """
         if autocast_adapter_dtype:
             return
-        for layer in self.model.modules():
-            if isinstance(layer, NoraLayer) and adapter_name in layer.r:
-                for factors in (layer.nora_inner_A, layer.nora_inner_B, layer.nora_inner_A0, layer.nora_inner_B0):
-                    if adapter_name in factors:
-                        factors[adapter_name] = factors[adapter_name].to(layer.nora_A[adapter_name].dtype)
+        for layer in nora_layers(self.model).values():
+            for factors in (layer.nora_inner_A, layer.nora_inner_B, layer.nora_inner_A0, layer.nora_inner_B0):
+                if adapter_name in factors:
+                    factors[adapter_name] = factors[adapter_name].to(layer.nora_A[adapter_name].dtype)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -1,0 +1,195 @@
+"""Activation statistics: how strongly each input of each layer is used, over calibration inputs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from torch import nn
+
+from .config import NoraConfig
+from .files import AdapterFileError, read_header, read_tensors, write_tensors
+from .layer import NoraLayer
+from .layer_types import find_layer_class
+
+
+class ActivationStatistics(Mapping[str, torch.Tensor]):
+    """S = sqrt(diag(X^T X)) of every calibrated layer, by layer name: (in,) float32, in as `NoraLayer` counts it.
+
+    Statistics do not depend on any rank. Each layer's weight is fingerprinted, and they are refused for another weight.
+    """
+
+    def __init__(self, scales: Mapping[str, torch.Tensor], fingerprints: Mapping[str, str]) -> None:
+        self._scales = dict(scales)
+        self.fingerprints = dict(fingerprints)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._scales[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._scales)
+
+    def __len__(self) -> int:
+        return len(self._scales)
+
+    def check_layer(self, name: str, base_layer: nn.Module) -> None:
+        """Check that these statistics were taken at `base_layer`, the layer called `name`.
+
+        Raises: ValueError naming the layer if it was not calibrated or if its weight is another one.
+        """
+        if name not in self:
+            raise ValueError(f"The activation statistics hold nothing for {name!r}. Call calibrate with inputs that reach it.")
+        if self.fingerprints[name] != fingerprint(base_layer.weight):
+            raise ValueError(
+                f"The activation statistics belong to another model: the weight of {name!r} differs from the one calibrated. "
+                "Call calibrate on this model."
+            )
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the statistics and fingerprints to a .safetensors file."""
+        write_tensors(path, self._scales, {"nora_activation_statistics": json.dumps(self.fingerprints, sort_keys=True)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> ActivationStatistics:
+        """Read what `save` wrote.
+
+        Raises: AdapterFileError naming the file if it is damaged or holds something else.
+        """
+        stored = read_header(path).metadata.get("nora_activation_statistics")
+        scales = read_tensors(path)
+        fingerprints = json.loads(stored) if stored else None
+        if not isinstance(fingerprints, dict) or fingerprints.keys() != scales.keys():
+            raise AdapterFileError(f"{path} holds no activation statistics. Write them with ActivationStatistics.save.")
+        for name, scale in scales.items():
+            if scale.ndim != 1 or (scale < 0).any():
+                raise AdapterFileError(f"{path}: the statistics of {name!r} must be one vector without negative entries.")
+        return cls({name: scale.float() for name, scale in scales.items()}, fingerprints)
+
+
+def calibrate(
+    model: nn.Module, run_model: Callable[[], Any], target_modules: list[str] | str | None = None
+) -> ActivationStatistics:
+    """Collect S = sqrt(diag(X^T X)) at the input of each layer while `run_model()` calls `model`.
+
+    X stacks every token (or output position) of every call; sums are float64, and summed over all ranks where
+    torch.distributed is initialised. The base model is measured: NoRA adapters that are present are off meanwhile.
+
+    Args:
+        model: before or after adapters are injected; its NoRA layers, or where it has none all supported layers.
+        run_model: called once without arguments, under no_grad, to run `model` on as many inputs as wanted.
+        target_modules: restricts the layers of a model without adapters, as in `NoraConfig`.
+    Raises: ValueError if nothing was calibrated, an input was not finite, or an adapter is merged.
+    """
+    layers = _layers_to_calibrate(model, target_modules)
+    totals = {name: _Total(_base(module)) for name, module in layers.items()}
+    with ExitStack() as stack:
+        stack.enter_context(_adapters_off(layers))
+        for name, module in layers.items():
+            stack.callback(module.register_forward_pre_hook(totals[name].add, with_kwargs=True).remove)
+        stack.enter_context(torch.no_grad())
+        run_model()
+    _sum_over_ranks(list(totals.values()))
+    scales = {name: total.squares.sqrt().float().cpu() for name, total in totals.items() if total.calls > 0}
+    if not scales:
+        raise ValueError(f"run_model called none of the {len(layers)} layers to calibrate. It must run the model given.")
+    for name, scale in scales.items():
+        if not torch.isfinite(scale).all():
+            raise ValueError(f"The inputs of {name!r} must be finite, got NaN or infinite values during calibration.")
+    return ActivationStatistics(scales, {name: fingerprint(layers[name].weight) for name in scales})
+
+
+def fingerprint(weight: torch.Tensor) -> str:
+    """Hash of a weight's dtype, shape and bytes."""
+    digest = hashlib.blake2b(f"{weight.dtype} {tuple(weight.shape)}".encode(), digest_size=16)
+    digest.update(memoryview(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def base_name(name: str) -> str:
+    """A module's name as it was before adapters wrapped it."""
+    return name.replace(".base_layer", "")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside a PeftModel or tuner, whose module names are those of the base model."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return model.model if isinstance(model, BaseTuner) else model
+
+
+def _layers_to_calibrate(model: nn.Module, target_modules: list[str] | str | None) -> dict[str, nn.Module]:
+    modules = {name: module for name, module in unwrapped(model).named_modules() if name}
+    layers = {base_name(name): module for name, module in modules.items() if isinstance(module, NoraLayer)}
+    if not layers:
+        matching = NoraConfig(target_modules=target_modules)
+        layers = {
+            base_name(name): module
+            for name, module in modules.items()
+            if find_layer_class(module)
+            and (target_modules is None or check_target_module_exists(matching, base_name(name)))
+        }
+    if not layers:
+        raise ValueError(f"No layer to calibrate: target_modules {target_modules!r} match none of {type(model).__name__}.")
+    return layers
+
+
+def _base(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+class _Total:
+    """Running sum of squares at the input of one layer."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        self.layer_class, self.base_layer = find_layer_class(base_layer), base_layer
+        device = base_layer.weight.device
+        # MPS knows no float64.
+        self.dtype = torch.float32 if device.type == "mps" else torch.float64
+        in_features = self.layer_class.matrix_shape(base_layer)[1]
+        # The last entry counts calls: a layer that never ran is not one that saw zeros.
+        self.sums = torch.zeros(in_features + 1, dtype=self.dtype, device=device)
+
+    @property
+    def squares(self) -> torch.Tensor:
+        """(in,)"""
+        return self.sums[:-1]
+
+    @property
+    def calls(self) -> torch.Tensor:
+        """()"""
+        return self.sums[-1]
+
+    def add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Add the input of one call; a forward pre-hook."""
+        x = next(iter((*args, *kwargs.values())))
+        self.squares.add_(self.layer_class.input_squares(self.base_layer, x.to(self.dtype)))
+        self.calls.add_(1)
+
+
+def _sum_over_ranks(totals: list[_Total]) -> None:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    for total in totals:
+        torch.distributed.all_reduce(total.sums)
+
+
+@contextmanager
+def _adapters_off(layers: dict[str, nn.Module]) -> Iterator[None]:
+    """Have NoRA layers among `layers` compute their base layer alone meanwhile."""
+    adapted = {name: layer for name, layer in layers.items() if isinstance(layer, NoraLayer)}
+    for name, layer in adapted.items():
+        if layer.merged:
+            raise ValueError(f"Cannot calibrate while {layer.merged_adapters} are merged into {name!r}. Unmerge them first.")
+    before = {layer: layer.disable_adapters for layer in adapted.values()}
+    for layer in adapted.values():
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, disabled in before.items():
+            layer._disable_adapters = disabled

@@ -1,0 +1,75 @@
+"""The data-driven start: outer factors by AwSVD from activation statistics."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .calibration import ActivationStatistics, base_name, unwrapped
+from .decomposition import awsvd
+from .layer import NoraLayer, nora_layers
+
+# Inputs that calibration hardly saw would otherwise get factors as large as their scale is small.
+SCALE_FLOOR = 1e-3
+
+
+def initialize_nora_weights(
+    model: nn.Module,
+    stats: ActivationStatistics | None = None,
+    adapter_name: str = "default",
+    *,
+    generator: torch.Generator | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Start the adapter afresh: outer factors by AwSVD of each base weight, inner factors as its configuration says.
+
+    Without statistics the outer factors come from the plain SVD, with a warning. All layers are checked before any is changed.
+
+    Args:
+        model: holds the adapter, in whatever way it was added.
+        stats: what `calibrate` returned for this model.
+        generator: draws the inner factors, on the CPU; the outer factors depend on weights and statistics alone.
+        progress: called with the number of layers done and their total after each layer.
+    Raises: ValueError if there is no such adapter, it is merged, or the statistics are not of this model.
+    """
+    layers = {base_name(name): layer for name, layer in nora_layers(unwrapped(model)).items() if adapter_name in layer.r}
+    if not layers:
+        raise ValueError(f"The model has no NoRA adapter {adapter_name!r}. Add it first, for example with get_peft_model.")
+    for name, layer in layers.items():
+        if layer.merged:
+            raise ValueError(f"Cannot initialize {name!r} while {layer.merged_adapters} are merged into it. Unmerge them first.")
+        if stats is not None:
+            stats.check_layer(name, layer.get_base_layer())
+        layer.finite_weight_matrix(name)
+    if stats is None:
+        warnings.warn(
+            f"No activation statistics: NoRA adapter {adapter_name!r} starts from the plain SVD of the weights. "
+            "For AwSVD pass calibrate(model, run_model).",
+            stacklevel=2,
+        )
+    config = model.peft_config[adapter_name]
+    for done, (name, layer) in enumerate(layers.items(), start=1):
+        activation_scale = None if stats is None else stats[name]
+        layer.set_outer_factors(adapter_name, *outer_factors(layer, name, layer.r[adapter_name], activation_scale))
+        layer.reset_inner_factors(adapter_name, config, generator)
+        if progress is not None:
+            progress(done, len(layers))
+    config.outer_init = "svd" if stats is None else "awsvd"
+
+
+def outer_factors(
+    layer: NoraLayer, layer_name: str, rank: int, activation_scale: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """B (out, rank) and A (rank, in) for `layer`, functions of its base weight and `activation_scale` (in,) alone.
+
+    The scale is floored at a fraction of its mean and divided by its mean, which leaves B A as it is and keeps both factors
+    in the range of half precision. Without a scale, or where the layer saw nothing but zeros, this is the plain SVD.
+    """
+    weight = layer.finite_weight_matrix(layer_name)
+    scale = weight.new_ones(layer.in_features)
+    if activation_scale is not None and activation_scale.any():
+        scale = (activation_scale / activation_scale.mean()).clamp_min(SCALE_FLOOR).to(weight)
+    return awsvd(weight, scale, rank)
