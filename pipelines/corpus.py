@@ -1,0 +1,86 @@
+"""Captioned pictures in memory: rendered scenes and real photographs, as the built-in models are pretrained on them."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+from pipelines.scenes import render, sample_scene
+
+CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Pictures with one caption each.
+
+    Args:
+        pictures: (count, size, size, 3) uint8.
+        captions: `count` captions.
+        mirrorable: (count,) bool, whether the caption also holds for the mirror image (letters do not).
+    """
+
+    pictures: np.ndarray
+    captions: list[str]
+    mirrorable: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+def join(*corpora: Corpus) -> Corpus:
+    """The given corpora one after another."""
+    return Corpus(
+        np.concatenate([corpus.pictures for corpus in corpora]),
+        [caption for corpus in corpora for caption in corpus.captions],
+        np.concatenate([corpus.mirrorable for corpus in corpora]),
+    )
+
+
+def _render_chunk(seed: int, count: int, size: int) -> Corpus:
+    rng = random.Random(seed)
+    scenes = [sample_scene(rng) for _ in range(count)]
+    pictures = np.stack([np.asarray(render(scene, size, rng)) for scene in scenes])
+    return Corpus(pictures, [scene.caption for scene in scenes], np.asarray([scene.kind != "letter" for scene in scenes]))
+
+
+def rendered_corpus(count: int, size: int, seed: int, workers: int = 1) -> Corpus:
+    """`count` rendered scenes of `size` x `size` pixels; the same seed gives the same pictures whatever `workers`."""
+    counts = [min(CHUNK, count - start) for start in range(0, count, CHUNK)]
+    seeds = [seed * 1_000_003 + chunk for chunk in range(len(counts))]
+    with ProcessPoolExecutor(workers) as pool:
+        chunks = pool.map(_render_chunk, seeds, counts, [size] * len(counts))
+        return join(*tqdm(chunks, total=len(counts), desc="rendering scenes", unit=f"x{CHUNK}"))
+
+
+def _zipped_photos(path: Path, size: int) -> Iterator[tuple[str, np.ndarray]]:
+    with zipfile.ZipFile(path) as archive:
+        for name in sorted(archive.namelist()):
+            if name.endswith("/"):
+                continue
+            with Image.open(io.BytesIO(archive.read(name))) as picture:
+                yield name.split("/")[0], np.asarray(picture.convert("RGB").resize((size, size), Image.Resampling.LANCZOS))
+
+
+def photo_corpus(folder: Path, size: int) -> Corpus:
+    """Photographs of `folder`: zips of `<class id>/<n>.webp` beside a classes.json that names the classes.
+
+    Raises: FileNotFoundError if `folder` holds no classes.json or no zip.
+    """
+    names = json.loads((folder / "classes.json").read_text())
+    zips = sorted(folder.glob("*.zip"))
+    if not zips:
+        raise FileNotFoundError(f"No .zip with photographs in {str(folder)!r}: expected zips of <class id>/<picture> beside classes.json.")
+    pairs = [pair for path in tqdm(zips, desc="reading photographs", unit="zip") for pair in _zipped_photos(path, size)]
+    captions = [f"a photo of {'an' if names[key][0] in 'aeiouAEIOU' else 'a'} {names[key]}" for key, _ in pairs]
+    return Corpus(np.stack([picture for _, picture in pairs]), captions, np.ones(len(pairs), dtype=bool))

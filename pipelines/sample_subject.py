@@ -1,0 +1,71 @@
+"""The bundled sample subject: a figure of our own making that no scene of the built-in model's world contains.
+
+    python -m pipelines.sample_subject assets/sample-subject
+
+draws its five pictures, in places that leave snow, night, forest and water for the prompts.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from pipelines.backgrounds import BACKGROUNDS
+
+PLACES = ("plain", "grass", "beach", "bricks", "wood")
+TEAL, CORAL, CREAM, INK = (30, 168, 160), (250, 112, 84), (255, 244, 214), (24, 40, 48)
+SIZE, SUPERSAMPLING = 512, 2
+
+
+def draw_sample_subject(picture: Image.Image, centre: tuple[float, float], radius: float) -> Image.Image:
+    """Draw the figure, 2 `radius` tall, about `centre` onto `picture`; returns `picture`.
+
+    A teal bottle-shaped body, one large eye, a cream belly with a coral zigzag, a coral three-pronged crown and boots.
+    """
+    draw = ImageDraw.Draw(picture)
+    line = max(2, round(radius * 0.03))
+
+    def place(*points: tuple[float, float]) -> list[tuple[float, float]]:
+        return [(centre[0] + radius * x, centre[1] + radius * y) for x, y in points]
+
+    for side in (-1, 1):
+        draw.rounded_rectangle([c for p in place((side * 0.31 - 0.24, 0.72), (side * 0.31 + 0.24, 1.0)) for c in p], radius=radius * 0.1, fill=CORAL, outline=INK, width=line)
+        draw.line(place((side * 0.5, 0.1), (side * 0.86, -0.14)), fill=INK, width=round(radius * 0.2))
+        draw.line(place((side * 0.5, 0.1), (side * 0.85, -0.13)), fill=TEAL, width=round(radius * 0.14))
+        draw.ellipse([c for p in place((side * 0.86 - 0.13, -0.29), (side * 0.86 + 0.13, -0.03)) for c in p], fill=CORAL, outline=INK, width=line)
+    crown = place((-0.42, -0.55), (-0.46, -1.0), (-0.2, -0.76), (0, -1.04), (0.2, -0.76), (0.46, -1.0), (0.42, -0.55))
+    draw.polygon(crown, fill=CORAL, outline=INK, width=line)
+    draw.rounded_rectangle([c for p in place((-0.56, -0.66), (0.56, 0.82)) for c in p], radius=radius * 0.38, fill=TEAL, outline=INK, width=line)
+    draw.ellipse([c for p in place((-0.34, -0.56), (0.34, 0.12)) for c in p], fill=(255, 255, 255), outline=INK, width=line)
+    draw.ellipse([c for p in place((-0.15, -0.37), (0.15, -0.07)) for c in p], fill=INK)
+    draw.ellipse([c for p in place((-0.1, -0.33), (0.0, -0.23)) for c in p], fill=(255, 255, 255))
+    draw.rounded_rectangle([c for p in place((-0.42, 0.2), (0.42, 0.68)) for c in p], radius=radius * 0.14, fill=CREAM, outline=INK, width=line)
+    zigzag = place((-0.34, 0.5), (-0.2, 0.34), (-0.06, 0.5), (0.08, 0.34), (0.22, 0.5), (0.34, 0.34))
+    draw.line(zigzag, fill=CORAL, width=round(radius * 0.1), joint="curve")
+    return picture
+
+
+def sample_pictures(seed: int = 0) -> list[Image.Image]:
+    """The five bundled pictures, 512 x 512 pixels, each in one of `PLACES`."""
+    rng, canvas = random.Random(seed), SIZE * SUPERSAMPLING
+    pictures = []
+    for background in PLACES:
+        radius = canvas * rng.uniform(0.30, 0.38)
+        centre = (canvas * rng.uniform(0.44, 0.56), canvas * rng.uniform(0.5, 0.56))
+        picture = draw_sample_subject(BACKGROUNDS[background].draw(canvas, rng), centre, radius)
+        pictures.append(picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS))
+    return pictures
+
+
+def main(folder: Path) -> None:
+    """Write the five pictures to `folder` as 00.jpg to 04.jpg."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for place, picture in enumerate(sample_pictures()):
+        picture.save(folder / f"{place:02d}.jpg", quality=92)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,277 @@
+"""Pretrain the built-in SDXL from nothing: first its autoencoder, then its UNet and both text encoders together.
+
+    accelerate launch training/pretrain_mini.py --photos_dir PHOTOS --output_dir OUT
+
+Stopped and started again it goes on from its newest checkpoint. `--stages` picks the stages to run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel, compute_snr
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+from transformers import CLIPTokenizer, HfArgumentParser
+
+from pipelines import mini_sdxl
+from pipelines.corpus import Corpus, join, photo_corpus, rendered_corpus
+from pipelines.subject.generate import SHEET_PROMPTS, contact_sheet
+from training.checkpoints import list_checkpoints, load_checkpoint
+from training.loop import LoopOptions, Periodic, Trainable, train
+from training.run import RunDirectory
+
+logger = get_logger(__name__)
+
+
+@dataclass
+class PretrainOptions:
+    """How the built-in model is trained from nothing."""
+
+    output_dir: str = field(metadata={"help": "Where the runs of the stages, the cached corpus and the finished model go."})
+    photos_dir: str | None = field(default=None, metadata={"help": "Folder of zipped photographs with classes.json; rendered scenes alone without it."})
+    stages: list[str] = field(default_factory=lambda: ["vae", "unet", "export"], metadata={"help": "Stages to run, of: vae, unet, export."})
+    scenes: int = field(default=30_000, metadata={"help": "Rendered scenes in the corpus."})
+    scene_share: float = field(default=0.65, metadata={"help": "Share of rendered scenes in a batch."})
+    vae_steps: int = field(default=1500, metadata={"help": "Optimisation steps of the autoencoder."})
+    vae_batch_size: int = field(default=16, metadata={"help": "Pictures a step of the autoencoder."})
+    vae_learning_rate: float = field(default=1.5e-3, metadata={"help": "Peak learning rate of the autoencoder."})
+    unet_steps: int = field(default=10_000, metadata={"help": "Optimisation steps of the UNet and text encoders."})
+    unet_batch_size: int = field(default=32, metadata={"help": "Pictures a step of the UNet."})
+    unet_learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of the UNet and text encoders."})
+    sample_steps: int = field(default=500, metadata={"help": "Steps between two contact sheets of the UNet in training."})
+    seed: int = field(default=0, metadata={"help": "Seed of the scenes and of all that training draws."})
+
+    def __post_init__(self) -> None:
+        unknown = set(self.stages) - set(STAGES)
+        if unknown:
+            raise ValueError(f"stages must be among {', '.join(STAGES)}, got {', '.join(sorted(unknown))}.")
+        if not 0 < self.scene_share <= 1:
+            raise ValueError(f"scene_share must be in (0, 1], got {self.scene_share}.")
+
+
+class Sampler:
+    """Draws batches from rendered scenes and photographs; batch k is a function of the seed and k alone."""
+
+    def __init__(self, corpus: Corpus, scenes: int, scene_share: float, seed: int) -> None:
+        self.corpus, self.scenes, self.seed = corpus, scenes, seed
+        self.scene_share = scene_share if scenes < len(corpus) else 1.0
+
+    def draw(self, index: int, count: int) -> tuple[np.ndarray, np.ndarray, np.random.Generator]:
+        """Indices (count,) into the corpus, whether to mirror each (count,), and the batch's generator."""
+        rng = np.random.default_rng((self.seed, index))
+        from_scenes = rng.random(count) < self.scene_share
+        chosen = np.where(from_scenes, rng.integers(0, self.scenes, count), self.scenes + rng.integers(0, max(1, len(self.corpus) - self.scenes), count))
+        mirrored = (rng.random(count) < 0.5) & self.corpus.mirrorable[chosen]
+        return chosen, mirrored, rng
+
+
+def to_pixels(pictures: np.ndarray) -> torch.Tensor:
+    """(count, height, width, 3) uint8 to (count, 3, height, width) float32 in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def load_corpus(options: PretrainOptions) -> Corpus:
+    """The rendered scenes, then the photographs; the scenes are cached in the output directory."""
+    cache = Path(options.output_dir) / f"scenes-{options.scenes}-seed{options.seed}.npz"
+    if cache.exists():
+        with np.load(cache) as arrays:
+            scenes = Corpus(arrays["pictures"], arrays["captions"].tolist(), arrays["mirrorable"])
+    else:
+        scenes = rendered_corpus(options.scenes, mini_sdxl.RESOLUTION, options.seed)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(cache, pictures=scenes.pictures, captions=np.asarray(scenes.captions), mirrorable=scenes.mirrorable)
+    return join(scenes, photo_corpus(Path(options.photos_dir), mini_sdxl.RESOLUTION)) if options.photos_dir else scenes
+
+
+class AutoencoderLoss(nn.Module):
+    """L1 on pixels and on their differences (edges stay sharp), and a small KL to keep the latents near a unit Gaussian."""
+
+    def __init__(self, vae: AutoencoderKL, kl_weight: float = 5e-4) -> None:
+        super().__init__()
+        self.vae, self.kl_weight = vae, kl_weight
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The loss of `pixels` (batch, 3, height, width) in [-1, 1], a scalar."""
+        posterior = self.vae.encode(pixels).latent_dist
+        decoded = self.vae.decode(posterior.sample()).sample
+        loss = F.l1_loss(decoded, pixels)
+        for axis in (-1, -2):
+            loss = loss + F.l1_loss(decoded.diff(dim=axis), pixels.diff(dim=axis))
+        return loss + self.kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
+
+
+def train_vae(options: PretrainOptions, corpus: Corpus) -> None:
+    """Train the autoencoder and save it, its latents' scale measured, under `vae/model`."""
+    run = RunDirectory.create(Path(options.output_dir) / "vae", dataclasses.asdict(options))
+    torch.manual_seed(options.seed)
+    vae = mini_sdxl.new_vae()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=options.vae_learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
+    sampler = Sampler(corpus, options.scenes, min(options.scene_share, 0.5), options.seed)
+
+    def batch_at(index: int) -> dict[str, torch.Tensor]:
+        chosen, mirrored, _ = sampler.draw(index, options.vae_batch_size)
+        pixels = to_pixels(corpus.pictures[chosen])
+        return {"pixels": torch.where(torch.from_numpy(mirrored)[:, None, None, None], pixels.flip(-1), pixels)}
+
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=50, num_training_steps=options.vae_steps)
+    loop = LoopOptions(options.vae_steps, seed=options.seed, checkpointing_steps=100)
+    with run.recording():
+        train(Accelerator(), run, Trainable(AutoencoderLoss(vae), batch_at, optimizer, schedule), loop)
+    latents = encode(vae, corpus.pictures[:: max(1, len(corpus) // 512)])
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+    vae.save_pretrained(run.path / "model")
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pictures: np.ndarray, batch_size: int = 64) -> torch.Tensor:
+    """The means of the latents of `pictures` (count, height, width, 3) uint8: (count, 4, height / 4, width / 4), unscaled."""
+    means = [vae.encode(to_pixels(pictures[start : start + batch_size])).latent_dist.mean for start in range(0, len(pictures), batch_size)]
+    return torch.cat(means)
+
+
+class DenoisingLoss(nn.Module):
+    """Squared error of the predicted velocity, weighted by (min(SNR, gamma) + 1) / (SNR + 1)  [min-SNR, Hang et al. 2023]."""
+
+    def __init__(self, tokenizer: CLIPTokenizer, gamma: float = 5.0) -> None:
+        super().__init__()
+        self.unet = mini_sdxl.new_unet()
+        self.text_encoder, self.text_encoder_2 = mini_sdxl.new_text_encoders(tokenizer)
+        self.scheduler = DDPMScheduler.from_config(mini_sdxl.new_scheduler().config)
+        self.gamma = gamma
+
+    def forward(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, tokens: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """The mean loss of a batch, a scalar.
+
+        Args:
+            latents: (batch, 4, height, width), scaled.
+            noise: like `latents`.
+            timesteps: (batch,) int64.
+            tokens: (batch, MAX_TOKENS) int64.
+            kept: (batch,) float, 0 where the caption is dropped so that guidance has an unconditional model.
+        """
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        target = self.scheduler.get_velocity(latents, noise, timesteps)
+        hidden = self.text_encoder(tokens, output_hidden_states=True).hidden_states[-2]
+        second = self.text_encoder_2(tokens, output_hidden_states=True)
+        embeds = torch.cat([hidden, second.hidden_states[-2]], dim=-1) * kept[:, None, None]
+        size = float(mini_sdxl.RESOLUTION)
+        conditions = {"text_embeds": second.text_embeds * kept[:, None], "time_ids": latents.new_tensor([size, size, 0, 0, size, size]).expand(len(latents), 6)}
+        predicted = self.unet(noisy, timesteps, embeds, added_cond_kwargs=conditions).sample
+        snr = compute_snr(self.scheduler, timesteps)
+        weight = (snr.clamp(max=self.gamma) + 1) / (snr + 1)
+        return (weight * (predicted - target).square().mean(dim=(1, 2, 3))).mean()
+
+
+def scaled_latents(options: PretrainOptions, corpus: Corpus, vae: AutoencoderKL) -> torch.Tensor:
+    """The scaled latents of the whole corpus (count, 4, height, width) fp16, cached beside the autoencoder."""
+    cache = Path(options.output_dir) / "vae" / f"latents-{len(corpus)}-seed{options.seed}.safetensors"
+    if not cache.exists():
+        save_file({"latents": (encode(vae, corpus.pictures) * vae.config.scaling_factor).half()}, cache)
+    return load_file(cache)["latents"]
+
+
+def caption_tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
+    """(count, 2, MAX_TOKENS): each caption as "a photo of ..." and without."""
+    bare = [caption.removeprefix("a photo of ") for caption in captions]
+    texts = [text for caption in bare for text in (caption, f"a photo of {caption}")]
+    return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids.view(len(captions), 2, -1)
+
+
+def denoising_batches(options: PretrainOptions, corpus: Corpus, latents: torch.Tensor, tokens: torch.Tensor) -> Callable[[int], dict[str, torch.Tensor]]:
+    """The batches of the UNet's training: latents, stratified timesteps, captions of which one in ten is dropped."""
+    sampler = Sampler(corpus, options.scenes, options.scene_share, options.seed)
+    count = options.unet_batch_size
+
+    def batch_at(index: int) -> dict[str, torch.Tensor]:
+        chosen, _, rng = sampler.draw(index, count)
+        as_photo = rng.random(count) < np.where(chosen < options.scenes, 0.3, 0.7)
+        timesteps = (rng.permutation(count) + rng.random(count)) * 1000 / count
+        return {
+            "latents": latents[chosen].float(),
+            "noise": torch.from_numpy(rng.standard_normal((count, *latents.shape[1:]), dtype=np.float32)),
+            "timesteps": torch.from_numpy(timesteps.astype(np.int64)),
+            "tokens": tokens[chosen, as_photo.astype(np.int64)],
+            "kept": torch.from_numpy((rng.random(count) >= 0.1).astype(np.float32)),
+        }
+
+    return batch_at
+
+
+def warmup_stable_decay(optimizer: torch.optim.Optimizer, steps: int, warmup: int = 200, decay: float = 0.3) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up, a plateau, and a linear fall to zero over the last `decay` of `steps`; more steps extend the plateau."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warmup, 1.0, max(0.0, (steps - step) / (decay * steps))))
+
+
+def build_tokenizer(corpus: Corpus) -> CLIPTokenizer:
+    """The reduced tokenizer over every word of the corpus and of the usual prompts."""
+    return mini_sdxl.reduced_tokenizer([*mini_sdxl.PROMPT_WORDS, *corpus.captions])
+
+
+def new_denoiser(options: PretrainOptions, tokenizer: CLIPTokenizer) -> tuple[DenoisingLoss, EMAModel]:
+    """The untrained UNet and text encoders, and the moving average that is exported in the end."""
+    torch.manual_seed(options.seed)
+    module = DenoisingLoss(tokenizer)
+    for encoder in (module.text_encoder, module.text_encoder_2):
+        # CLIP's 0.02 leaves a shallow encoder's hidden states near zero, and cross-attention blind for the first thousands of steps.
+        nn.init.normal_(encoder.get_input_embeddings().weight, std=0.5)
+    return module, EMAModel(module.parameters(), decay=0.9995, use_ema_warmup=True, power=0.75)
+
+
+def train_unet(options: PretrainOptions, corpus: Corpus) -> None:
+    """Train the UNet and both text encoders on the latents of the finished autoencoder."""
+    run = RunDirectory.create(Path(options.output_dir) / "unet", dataclasses.asdict(options))
+    vae = AutoencoderKL.from_pretrained(Path(options.output_dir) / "vae" / "model")
+    tokenizer = build_tokenizer(corpus)
+    module, ema = new_denoiser(options, tokenizer)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=options.unet_learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
+    batch_at = denoising_batches(options, corpus, scaled_latents(options, corpus, vae), caption_tokens(tokenizer, corpus.captions))
+    trainable = Trainable(module, batch_at, optimizer, warmup_stable_decay(optimizer, options.unet_steps), ema)
+
+    def sample(step: int) -> None:
+        ema.store(module.parameters())
+        ema.copy_to(module.parameters())
+        pipeline = mini_sdxl.assemble(vae, module.unet, (module.text_encoder, module.text_encoder_2), tokenizer)
+        contact_sheet(pipeline, SHEET_PROMPTS).save(run.samples / f"step-{step:07d}.png")
+        ema.restore(module.parameters())
+
+    loop = LoopOptions(options.unet_steps, seed=options.seed, checkpointing_steps=100)
+    with run.recording():
+        train(Accelerator(), run, trainable, loop, [Periodic(options.sample_steps, sample)])
+
+
+def export(options: PretrainOptions, corpus: Corpus) -> None:
+    """Write the averaged weights of the newest checkpoint as a StableDiffusionXLPipeline in fp16 to `mini-sdxl`."""
+    folder = Path(options.output_dir)
+    tokenizer = build_tokenizer(corpus)
+    module, ema = new_denoiser(options, tokenizer)
+    ema.load_state_dict(load_checkpoint(list_checkpoints(folder / "unet" / "checkpoints")[-1], module)["ema"])
+    ema.copy_to(module.parameters())
+    vae = AutoencoderKL.from_pretrained(folder / "vae" / "model")
+    pipeline: StableDiffusionXLPipeline = mini_sdxl.assemble(vae, module.unet, (module.text_encoder, module.text_encoder_2), tokenizer)
+    pipeline.to(torch.float16).save_pretrained(folder / "mini-sdxl")
+
+
+STAGES = {"vae": train_vae, "unet": train_unet, "export": export}
+
+
+def main(options: PretrainOptions) -> None:
+    """Run the stages asked for, in their order."""
+    corpus = load_corpus(options)
+    for name, stage in STAGES.items():
+        if name in options.stages:
+            stage(options, corpus)
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(PretrainOptions).parse_args_into_dataclasses()[0])
