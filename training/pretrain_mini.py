@@ -177,7 +177,7 @@ def scaled_latents(options: PretrainOptions, corpus: Corpus, vae: AutoencoderKL)
     """The scaled latents of the whole corpus (count, 4, height, width) fp16, cached beside the autoencoder."""
     cache = Path(options.output_dir) / "vae" / f"latents-{len(corpus)}-seed{options.seed}.safetensors"
     if not cache.exists():
-        save_file({"latents": (encode(vae, corpus.pictures) * vae.config.scaling_factor).half()}, cache)
+        save_file({"latents": (encode(vae, corpus.pictures) * vae.config.scaling_factor).half().contiguous()}, cache)
     return load_file(cache)["latents"]
 
 

@@ -1,0 +1,83 @@
+"""Pretraining of the built-in model, on a handful of scenes and a few steps."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from pipelines.corpus import rendered_corpus
+from training import pretrain_mini
+from training.checkpoints import list_checkpoints
+from training.pretrain_mini import PretrainOptions, Sampler
+
+
+def options(folder, **changes):
+    small = PretrainOptions(str(folder), scenes=32, vae_steps=2, vae_batch_size=2, unet_steps=4, unet_batch_size=4, sample_steps=1000)
+    return dataclasses.replace(small, **changes)
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return rendered_corpus(32, 64, seed=0)
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrain")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain_mini, "SHEET_PROMPTS", ("a red star",) * 4)
+        for stage in ("vae", "unet", "export"):
+            pretrain_mini.STAGES[stage](options(folder), corpus)
+    return folder
+
+
+def test_the_stages_end_in_a_stock_pipeline_of_half_precision_safetensors(trained):
+    pipeline = StableDiffusionXLPipeline.from_pretrained(trained / "mini-sdxl", use_safetensors=True, dtype=torch.float16)
+    pipeline = pipeline.to(torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    picture = np.asarray(pipeline("a red star", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0])
+    assert picture.shape == (64, 64, 3)
+    assert picture.std() > 0
+
+
+def test_the_scaling_factor_gives_latents_of_unit_deviation(trained, corpus):
+    vae = pretrain_mini.AutoencoderKL.from_pretrained(trained / "vae" / "model")
+    deviation = (pretrain_mini.encode(vae, corpus.pictures) * vae.config.scaling_factor).std()
+    assert deviation.item() == pytest.approx(1, abs=0.01)
+
+
+def test_a_resumed_training_ends_in_the_weights_of_an_uninterrupted_one(trained, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain_mini, "SHEET_PROMPTS", ("a red star",) * 4)
+    (tmp_path / "vae").symlink_to(trained / "vae")
+    real_loop = pretrain_mini.LoopOptions
+
+    def two_steps_first(steps: int, **rest: int):
+        return real_loop(2, **rest)
+
+    monkeypatch.setattr(pretrain_mini, "LoopOptions", two_steps_first)
+    pretrain_mini.train_unet(options(tmp_path), corpus)
+    monkeypatch.setattr(pretrain_mini, "LoopOptions", real_loop)
+    pretrain_mini.train_unet(options(tmp_path), corpus)
+    whole, resumed = (list_checkpoints(folder / "unet" / "checkpoints")[-1] for folder in (trained, tmp_path))
+    assert (whole / "trained.safetensors").read_bytes() == (resumed / "trained.safetensors").read_bytes()
+
+
+def test_batches_keep_the_share_of_scenes_and_never_mirror_letters(corpus):
+    doubled = pretrain_mini.join(corpus, corpus)
+    chosen, mirrored, _ = Sampler(doubled, scenes=32, scene_share=0.75, seed=0).draw(0, 4000)
+    assert (chosen < 32).mean() == pytest.approx(0.75, abs=0.03)
+    assert not mirrored[~doubled.mirrorable[chosen]].any()
+    assert mirrored[doubled.mirrorable[chosen]].mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_an_unknown_stage_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"stages must be among vae, unet, export, got clipper"):
+        options(tmp_path, stages=["clipper"])
+
+
+def test_a_folder_without_photographs_is_refused_by_name(tmp_path):
+    (tmp_path / "classes.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="No .zip with photographs"):
+        pretrain_mini.photo_corpus(tmp_path, 64)
