@@ -3,20 +3,30 @@
 from .calibration import ActivationStatistics, calibrate
 from .config import NoraConfig, NoraPeftType
 from .decomposition import awsvd
+from .export import export_lora
+from .files import AdapterFileError
 from .initialization import initialize_nora_weights
 from .layer import NoraLayer
+from .loading import load_adapter, load_nora
 from .model import NoraModel
 from .registration import register
+from .saving import save_adapter, save_nora
 
 __all__ = [
     "ActivationStatistics",
+    "AdapterFileError",
     "NoraConfig",
     "NoraLayer",
     "NoraModel",
     "NoraPeftType",
     "awsvd",
     "calibrate",
+    "export_lora",
     "initialize_nora_weights",
+    "load_adapter",
+    "load_nora",
+    "save_adapter",
+    "save_nora",
 ]
 
 register()

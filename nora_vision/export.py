@@ -1,0 +1,145 @@
+"""Export of an adapter as an ordinary LoRA file, which diffusers, A1111, ComfyUI and sd-scripts load without this package.
+
+The change of a NoRA layer, s B B' A' A, is a product of two low-rank factors, so that nothing is approximated.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .components import adapted_components
+from .files import write_tensors
+from .kohya import kohya_header, kohya_name
+from .layer import NoraLayer
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionXLPipeline
+
+ExportFormat = Literal["diffusers", "kohya"]
+Factors = tuple[torch.Tensor, torch.Tensor]
+
+
+def export_lora(
+    pipe: StableDiffusionXLPipeline,
+    path: str | os.PathLike,
+    adapter_name: str = "default",
+    format: ExportFormat = "diffusers",
+) -> Path:
+    """Write the adapter, NoRA or PEFT's LoRA, at strength 1 as one LoRA file and return the file's path.
+
+    diffusers: lora_B = s B B', lora_A = A' A and no alpha, which a loader reads as alpha = rank.
+    kohya: lora_up, lora_down and one alpha for all layers, since diffusers misreads alphas that differ.
+
+    Args:
+        pipe: with the adapter on its UNet, its text encoders, or any of them.
+        path: the file to write (named .safetensors), or the folder to write it in.
+    Raises: ValueError if no component has the adapter or if a part of it is no low-rank change of a known layer;
+        nothing is written then.
+    """
+    if format not in get_args(ExportFormat):
+        raise ValueError(f"format must be one of {get_args(ExportFormat)}, got {format!r}.")
+    components = adapted_components(pipe, adapter_name)
+    changes = {name: low_rank_changes(model, name, adapter_name) for name, model in components.items()}
+    path = Path(path)
+    if format == "diffusers":
+        path = path if path.suffix == ".safetensors" else path / "pytorch_lora_weights.safetensors"
+        write_tensors(path, _diffusers_tensors(changes))
+        return path
+    path = path if path.suffix == ".safetensors" else path / f"{adapter_name}.safetensors"
+    rank = Counter(len(down) for factors in changes.values() for _, down in factors.values()).most_common(1)[0][0]
+    tensors = _kohya_tensors(changes, float(rank), pipe.unet.config.layers_per_block)
+    header = kohya_header(
+        tensors,
+        title=path.stem,
+        rank=rank,
+        alpha=float(rank),
+        network_args={"method": next(iter(components.values())).peft_config[adapter_name].peft_type.value},
+        prediction_type=pipe.scheduler.config.prediction_type,
+        resolution=pipe.unet.config.sample_size * pipe.vae_scale_factor,
+    )
+    write_tensors(path, tensors, header)
+    return path
+
+
+def low_rank_changes(model: nn.Module, component: str, adapter_name: str) -> dict[str, Factors]:
+    """Both factors of every adapted layer's change at strength 1, by the layer's name.
+
+    Linear: up (out, k), down (k, in). Conv2d: up (out, k, 1, 1), down (k, in, kh, kw). Names in a text encoder start with
+    `text_model.`, whether or not this version of transformers has that level.
+    Raises: ValueError for a part of the adapter that is no such change or that stock loaders drop.
+    """
+    changes = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, AuxiliaryTrainingWrapper) and adapter_name in getattr(layer, "modules_to_save", {}):
+            raise ValueError(f"{component}.{name} was trained in full (modules_to_save), which a LoRA file cannot hold.")
+        factors = _layer_factors(layer, f"{component}.{name}", adapter_name)
+        if factors is None:
+            continue
+        if component != "unet":
+            if name.endswith("text_projection"):
+                raise ValueError(f"{component}.{name}: stock LoRA loaders drop text_projection. Leave it out of target_modules.")
+            name = f"text_model.{name.removeprefix('text_model.')}"
+        changes[name] = _in_weight_shape(layer.get_base_layer(), *factors)
+    return changes if component == "unet" else _with_attention_output(model, changes)
+
+
+def _layer_factors(layer: nn.Module, name: str, adapter_name: str) -> Factors | None:
+    """`up` (out, k) and `down` (k, in) of the layer's change, or None where the layer has no such adapter."""
+    if isinstance(layer, NoraLayer) and adapter_name in layer.nora_inner_A:
+        return layer._low_rank_factors(adapter_name, layer.alpha[adapter_name] / layer.inner_r[adapter_name])
+    if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
+        return None
+    if adapter_name in layer.lora_variant or layer.lora_bias[adapter_name]:
+        raise ValueError(f"{name} has a variant of LoRA, such as DoRA or a trained bias. Only plain LoRA is exported.")
+    rank = layer.r[adapter_name]
+    scaling = layer.lora_alpha[adapter_name] / (rank**0.5 if layer.use_rslora[adapter_name] else rank)
+    up, down = layer.lora_B[adapter_name].weight.detach(), layer.lora_A[adapter_name].weight.detach()
+    return scaling * up.float().flatten(1), down.float().flatten(1)
+
+
+def _in_weight_shape(base_layer: nn.Module, up: torch.Tensor, down: torch.Tensor) -> Factors:
+    if isinstance(base_layer, nn.Conv2d):
+        return up[:, :, None, None], down.reshape(len(down), *base_layer.weight.shape[1:])
+    return up, down
+
+
+def _with_attention_output(text_encoder: nn.Module, changes: dict[str, Factors]) -> dict[str, Factors]:
+    """`changes`, with a change of zero on one attention output where there is none.
+
+    diffusers tells the dialects of text encoder keys apart by those of the attention outputs, and fails without any.
+    """
+    if any(name.endswith("out_proj") for name in changes):
+        return changes
+    name, layer = next((name, layer) for name, layer in text_encoder.named_modules() if name.endswith("out_proj"))
+    rank = len(next(iter(changes.values()))[1])
+    zeros = torch.zeros(layer.out_features, rank), torch.zeros(rank, layer.in_features)
+    return {**changes, f"text_model.{name.removeprefix('text_model.')}": zeros}
+
+
+def _diffusers_tensors(changes: dict[str, dict[str, Factors]]) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for component, factors in changes.items():
+        for name, (up, down) in factors.items():
+            tensors[f"{component}.{name}.lora_B.weight"] = up
+            tensors[f"{component}.{name}.lora_A.weight"] = down
+    return tensors
+
+
+def _kohya_tensors(changes: dict[str, dict[str, Factors]], alpha: float, layers_per_block: int) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for component, factors in changes.items():
+        for name, (up, down) in factors.items():
+            key = kohya_name(component, name, layers_per_block)
+            # A loader multiplies by alpha / rank.
+            tensors[f"{key}.lora_up.weight"] = up * (len(down) / alpha)
+            tensors[f"{key}.lora_down.weight"] = down
+            tensors[f"{key}.alpha"] = torch.tensor(alpha)
+    return tensors

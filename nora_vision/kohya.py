@@ -1,0 +1,109 @@
+"""Layer names and header of kohya's LoRA files for SDXL, as sd-scripts, A1111, ComfyUI and diffusers read them.
+
+All four know the UNet by the layer names of Stability's own code (`input_blocks_4_1_...`); sd-scripts knows no other.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .files import tensor_hash
+
+PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+OUTER_LAYERS = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+RESNET_LAYERS = {
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+BLOCK = re.compile(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
+
+
+def kohya_name(component: str, module_name: str, layers_per_block: int) -> str:
+    """Kohya's name of a layer: `lora_unet_...`, `lora_te1_text_model_...` or `lora_te2_text_model_...`, without a suffix.
+
+    Args:
+        component: "unet", "text_encoder" or "text_encoder_2".
+        module_name: the layer's name in that component, text encoder names with their `text_model.`.
+        layers_per_block: of the UNet's configuration.
+    Raises: ValueError for a layer of the UNet that the format has no name for.
+    """
+    name = stability_name(module_name, layers_per_block) if component == "unet" else module_name
+    return PREFIXES[component] + name.replace(".", "_")
+
+
+def stability_name(module_name: str, layers_per_block: int) -> str:
+    """The name that Stability's code gives to a layer of a UNet2DConditionModel.
+
+    Raises: ValueError for a layer that it has no name for.
+    """
+    if module_name in OUTER_LAYERS:
+        return OUTER_LAYERS[module_name]
+    match = BLOCK.fullmatch(module_name)
+    if match is None:
+        raise ValueError(f"The kohya format has no name for UNet layer {module_name!r}. Export to format='diffusers' instead.")
+    block, kind, index, layer = match[1], match[2], int(match[3]), match[4]
+    if kind == "resnets":
+        layer = RESNET_LAYERS.get(layer, layer)
+    side, _, number = block.partition(".")
+    if side == "mid_block":
+        return f"middle_block.{1 if kind == 'attentions' else 2 * index}.{layer}"
+    first = int(number) * (layers_per_block + 1)
+    if kind == "downsamplers":
+        return f"input_blocks.{first + layers_per_block + 1}.0.op"
+    if kind == "upsamplers":
+        return f"output_blocks.{first + layers_per_block}.2.{layer}"
+    # input_blocks.0 is conv_in, and each block counts one more for its downsampler.
+    start, part = (first + 1, "input_blocks") if side == "down_blocks" else (first, "output_blocks")
+    return f"{part}.{start + index}.{1 if kind == 'attentions' else 0}.{layer}"
+
+
+def kohya_header(
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    title: str,
+    rank: int,
+    alpha: float,
+    network_args: Mapping[str, Any],
+    prediction_type: str,
+    resolution: int,
+) -> dict[str, str]:
+    """What a kohya file says about itself; without `ss_base_model_version` A1111 files it under SD 1.
+
+    Args:
+        tensors: all that the file will hold, of any shape, for its hash.
+        title: shown by the programs that list LoRAs.
+        rank, alpha: of the network; layers of another rank say so by their shapes.
+        network_args: what else made the network.
+        prediction_type: of the scheduler, "epsilon" or "v_prediction".
+        resolution: side of the pictures in pixels.
+    """
+    digest = tensor_hash(tensors)
+    return {
+        "ss_base_model_version": "sdxl_base_v1-0",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(alpha),
+        "ss_network_args": json.dumps(network_args, sort_keys=True),
+        "ss_v2": "False",
+        "ss_output_name": title,
+        "sshs_model_hash": digest,
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": title,
+        "modelspec.resolution": f"{resolution}x{resolution}",
+        "modelspec.prediction_type": {"v_prediction": "v"}.get(prediction_type, prediction_type),
+        "modelspec.hash_sha256": f"0x{digest}",
+    }

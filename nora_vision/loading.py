@@ -1,0 +1,129 @@
+"""Loading native adapters: everything is checked before anything is applied, and a failure leaves the model as it was."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft import inject_adapter_in_model, set_peft_model_state_dict
+from peft.functional import delete_adapter
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .compact import check_probe, recomputed_outer_factors, weight_change_probe
+from .components import COMPONENTS, adapters_by_component
+from .files import AdapterFileError
+from .layer import NoraLayer, nora_layers
+from .reading import Adapter, component_folders, read_adapter
+from .saving import PROBE
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionXLPipeline
+
+
+def load_nora(pipe: StableDiffusionXLPipeline, path: str | os.PathLike, adapter_name: str | None = None) -> str:
+    """Load a full or compact NoRA adapter into the pipeline, make it the active one, and return its name.
+
+    `set_adapters`, `fuse_lora`, `unfuse_lora`, `disable_lora`, `enable_lora` and `delete_adapters` then treat it as LoRA.
+
+    Args:
+        path: the folder that `save_nora` wrote.
+        adapter_name: what to call it; "default_0", "default_1", ... where it is None.
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: the name is taken or cannot be one.
+        AdapterFileError: a file must not be used (pickle, damaged, not finite) or does not fit this model; the message
+            names the file and the layer or value. The pipeline is as it was before in each of these cases.
+    """
+    path = Path(path)
+    adapter_name = _free_name(pipe, adapter_name)
+    folders = component_folders(path, COMPONENTS)
+    absent = [name for name in folders if getattr(pipe, name, None) is None]
+    if absent:
+        raise AdapterFileError(f"{path} adapts {', '.join(absent)}, which this pipeline does not have.")
+    adapters = {name: read_adapter(getattr(pipe, name), folder) for name, folder in folders.items()}
+    with ExitStack() as on_failure:
+        for name, adapter in adapters.items():
+            on_failure.callback(apply_adapter(getattr(pipe, name), adapter, adapter_name))
+        on_failure.pop_all()
+    return adapter_name
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str = "default") -> None:
+    """Load the NoRA adapter of one model from `folder`; see `load_nora`."""
+    if adapter_name in (getattr(model, "peft_config", None) or {}):
+        raise ValueError(f"The model already has an adapter {adapter_name!r}. Delete it first or choose another name.")
+    apply_adapter(model, read_adapter(model, Path(folder)), adapter_name)
+
+
+def apply_adapter(model: nn.Module, adapter: Adapter, adapter_name: str) -> Callable[[], None]:
+    """Add a checked adapter to `model` and return what takes it off again.
+
+    Raises: AdapterFileError if the base weights do not give a compact adapter's outer factors; the model is as before then.
+    """
+    undo = _restoring(model, adapter_name)
+    with ExitStack() as on_failure:
+        on_failure.callback(undo)
+        device = next(model.parameters()).device
+        # The start that injection draws is overwritten at once: it must not move the user's random numbers.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            inject_adapter_in_model(adapter.config, model, adapter_name)
+        model._hf_peft_config_loaded = True
+        probes = {name.removesuffix(f".{PROBE}"): t for name, t in adapter.tensors.items() if name.endswith(f".{PROBE}")}
+        state = {name: tensor for name, tensor in adapter.tensors.items() if not name.endswith(f".{PROBE}")}
+        set_peft_model_state_dict(model, state, adapter_name)
+        if adapter.compact:
+            for name, layer in nora_layers(model).items():
+                if adapter_name in layer.r:
+                    _complete(layer, adapter_name, probes[name], f"{adapter.folder}, layer {name}")
+        on_failure.pop_all()
+    return undo
+
+
+def _complete(layer: NoraLayer, adapter_name: str, probe: torch.Tensor, where: str) -> None:
+    """Give a layer of a compact adapter its outer factors, if they are the right ones."""
+    B, A = recomputed_outer_factors(layer, adapter_name, where)
+    check_probe(weight_change_probe(layer, adapter_name, B, A), probe, where)
+    layer.set_outer_factors(adapter_name, B, A)
+
+
+def _restoring(model: nn.Module, adapter_name: str) -> Callable[[], None]:
+    """What brings `model` back to how it is now once the adapter, or a part of it, has been added."""
+    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    active = {layer: layer.active_adapters[:] for layer in model.modules() if isinstance(layer, BaseTunerLayer)}
+    had_adapters = getattr(model, "_hf_peft_config_loaded", False)
+
+    def restore() -> None:
+        configs = getattr(model, "peft_config", {})
+        configs.pop(adapter_name, None)
+        delete_adapter(model, adapter_name, prefix="nora_", layer_cls=NoraLayer)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and module not in active:
+                parent, _, child = name.rpartition(".")
+                original = module.base_layer if isinstance(module, BaseTunerLayer) else module.original_module
+                setattr(model.get_submodule(parent), child, original)
+        for layer, names in active.items():
+            layer.set_adapter(names)
+        for parameter, requires_grad in trained.items():
+            parameter.requires_grad_(requires_grad)
+        model._hf_peft_config_loaded = had_adapters
+        if not configs and hasattr(model, "peft_config"):
+            del model.peft_config
+
+    return restore
+
+
+def _free_name(pipe: StableDiffusionXLPipeline, adapter_name: str | None) -> str:
+    taken = {name for names in adapters_by_component(pipe).values() for name in names}
+    if adapter_name is None:
+        return next(name for name in (f"default_{i}" for i in range(len(taken) + 1)) if name not in taken)
+    if adapter_name in taken:
+        raise ValueError(f"The pipeline already has an adapter {adapter_name!r}. Delete it first or choose another name.")
+    if not adapter_name or "." in adapter_name:
+        raise ValueError(f"An adapter's name must not be empty or contain a dot, got {adapter_name!r}.")
+    return adapter_name

@@ -1,0 +1,197 @@
+"""Reading native adapter files: all of a file is checked, against the model too, before any of it is used."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .compact import PROJECTIONS
+from .config import NoraConfig, NoraPeftType
+from .files import AdapterFileError, read_header, read_json, read_tensors
+from .layer import check_rank
+from .layer_types import layer_class_for
+from .saving import CONFIG_NAME, PEFT_PREFIX, PROBE, SCALE, WEIGHTS_NAME
+
+# Names with dots, and the ^ that save_nora writes: PEFT would run anything more as a regular expression.
+PLAIN_NAME = re.compile(r"\^?[\w.-]+")
+NAME_FIELDS = ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "inner_rank_pattern")
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A checked adapter of one model: its configuration, its tensors by name, and its folder for messages."""
+
+    config: NoraConfig
+    tensors: dict[str, torch.Tensor]
+    folder: Path
+    compact: bool
+
+
+def read_adapter(model: nn.Module, folder: Path) -> Adapter:
+    """Read the adapter in `folder` and check all of it against `model`, which stays untouched.
+
+    Raises: AdapterFileError as `load_nora` does.
+    """
+    weights = folder / WEIGHTS_NAME
+    if not (folder / CONFIG_NAME).is_file():
+        raise AdapterFileError(f"{folder} has no {CONFIG_NAME}: it is not an adapter.")
+    if not weights.is_file():
+        others = sorted(file.name for file in folder.iterdir() if file.name != CONFIG_NAME)
+        raise AdapterFileError(f"{folder} has no {WEIGHTS_NAME}, only {others}. Nothing else is read; a .bin is a pickle.")
+    config, compact = _read_config(folder / CONFIG_NAME)
+    header = read_header(weights)
+    shared = _shared_scales(header.metadata, weights) if compact else {}
+    found = {name.removeprefix(PEFT_PREFIX): entry.shape for name, entry in header.tensors.items()}
+    _compare(found, _expected_shapes(model, config, compact, shared, weights), weights)
+    tensors = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in read_tensors(weights).items()}
+    for name, tensor in tensors.items():
+        if name.endswith(f".{SCALE}") and not (tensor >= 0).all():
+            raise AdapterFileError(f"{weights}: {name!r} must not be negative.")
+    tensors |= {f"{name}.{SCALE}": tensors[f"{owner}.{SCALE}"] for name, owner in shared.items()}
+    return Adapter(config, tensors, folder, compact)
+
+
+def component_folders(path: Path, components: tuple[str, ...]) -> dict[str, Path]:
+    """The sub-folders of an adapter's folder that are there, by component.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        AdapterFileError: it is a file, or has none of the sub-folders.
+    """
+    if path.is_file():
+        raise AdapterFileError(
+            f"{path} is a file; load_nora takes the folder that save_nora wrote. LoRA: pipe.load_lora_weights."
+        )
+    if not path.is_dir():
+        raise FileNotFoundError(f"There is no adapter folder {path}.")
+    folders = {name: path / name for name in components if (path / name / CONFIG_NAME).is_file() or _weights_in(path / name)}
+    if not folders:
+        raise AdapterFileError(f"{path} holds no adapter: it has none of the folders {', '.join(components)} with one in it.")
+    return folders
+
+
+def _weights_in(folder: Path) -> bool:
+    return any(folder.glob("adapter_model.*"))
+
+
+def _read_config(path: Path) -> tuple[NoraConfig, bool]:
+    """The configuration, for inference, and whether the file says that it is compact."""
+    fields = read_json(path)
+    compact = fields.pop("compact", False)
+    if fields.get("peft_type") != NoraPeftType.NORA:
+        raise AdapterFileError(
+            f"{path} configures an adapter of type {fields.get('peft_type')!r}, not {NoraPeftType.NORA.value!r}."
+        )
+    unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(NoraConfig)})
+    if unknown or not isinstance(compact, bool):
+        raise AdapterFileError(f"{path} has fields that this version does not know: {unknown or {'compact': compact}}.")
+    for field in NAME_FIELDS:
+        _check_names(fields.get(field), field, path)
+    if not fields.get("target_modules"):
+        raise AdapterFileError(f"{path} must list target_modules, got {fields.get('target_modules')!r}.")
+    try:
+        return NoraConfig(**{**fields, "inference_mode": True}), compact
+    except (TypeError, ValueError, AttributeError) as error:
+        raise AdapterFileError(f"{path} is not a valid configuration: {error}") from error
+
+
+def _check_names(value: Any, field: str, path: Path) -> None:
+    """Refuse regular expressions: a file that someone else made must not choose what is run."""
+    if value is None:
+        return
+    names = value if isinstance(value, (list, dict)) else [None]
+    bad = next((name for name in names if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name)), "")
+    if bad != "":
+        raise AdapterFileError(f"{path}: {field} must list plain names, got {bad or value!r}. Save the adapter with save_nora.")
+
+
+def _shared_scales(metadata: Mapping[str, str], path: Path) -> dict[str, str]:
+    """Which layer of a compact adapter uses the activation scale of which other."""
+    try:
+        shared = json.loads(metadata.get("nora_shared_scales", "{}"))
+    except ValueError as error:
+        raise AdapterFileError(f"{path} has malformed nora_shared_scales: {error}.") from error
+    if not isinstance(shared, dict) or not all(isinstance(owner, str) for owner in shared.values()):
+        raise AdapterFileError(f"{path} has malformed nora_shared_scales: it must map layers to layers.")
+    return shared
+
+
+def _expected_shapes(
+    model: nn.Module, config: NoraConfig, compact: bool, shared: Mapping[str, str], path: Path
+) -> dict[str, Shape]:
+    """Name and shape of every tensor that an adapter of this configuration has on this model."""
+    shapes: dict[str, Shape] = {}
+    inputs = {}
+    for name, module in _base_modules(model):
+        if not check_target_module_exists(config, name):
+            continue
+        try:
+            out_features, in_features = layer_class_for(module, name).matrix_shape(module)
+            check_rank((out_features, in_features), config, name)
+        except ValueError as error:
+            raise AdapterFileError(f"{path} does not fit this model: {error}") from error
+        inputs[name] = in_features
+        r, inner_r = config.ranks_for(name)
+        shapes |= {f"{name}.nora_inner_A": (inner_r, r), f"{name}.nora_inner_B": (r, inner_r)}
+        if config.preserve_output:
+            shapes |= {f"{name}.nora_inner_A0": (inner_r, r), f"{name}.nora_inner_B0": (r, inner_r)}
+        if config.outer_init == "awsvd" and name not in shared:
+            shapes[f"{name}.{SCALE}"] = (in_features,)
+        shapes |= {f"{name}.{PROBE}": (1 + PROJECTIONS,)} if compact else _outer_shapes(name, out_features, in_features, r)
+    for name, owner in shared.items():
+        if inputs.get(name, -1) != inputs.get(owner) or f"{owner}.{SCALE}" not in shapes:
+            raise AdapterFileError(f"{path} does not fit this model: {name!r} cannot use the activation scale of {owner!r}.")
+    return shapes | _shapes_trained_in_full(model, config)
+
+
+def _outer_shapes(name: str, out_features: int, in_features: int, r: int) -> dict[str, Shape]:
+    return {f"{name}.nora_A": (r, in_features), f"{name}.nora_B": (out_features, r)}
+
+
+def _shapes_trained_in_full(model: nn.Module, config: NoraConfig) -> dict[str, Shape]:
+    wanted = tuple(config.modules_to_save or ())
+    return {
+        f"{name}.{key}": tuple(tensor.shape)
+        for name, module in _base_modules(model)
+        if name.endswith(wanted) and wanted
+        for key, tensor in module.state_dict().items()
+    }
+
+
+def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of the model as it was before adapters wrapped any."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name or name.startswith(inside or "\0"):
+            continue
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            inside += (f"{name}.",)
+            module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
+        yield name, module
+
+
+def _compare(found: Mapping[str, Shape], expected: Mapping[str, Shape], path: Path) -> None:
+    unexpected, missing = sorted(found.keys() - expected.keys()), sorted(expected.keys() - found.keys())
+    for names, what in ((unexpected, "holds {}, which the adapter cannot have here"), (missing, "lacks {}")):
+        if names:
+            listed = repr(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+            raise AdapterFileError(
+                f"{path} does not fit this model: it {what.format(listed)}. It is of another base model, or incomplete."
+            )
+    for name, shape in found.items():
+        if shape != expected[name]:
+            raise AdapterFileError(
+                f"{path} does not fit this model: {name!r} has shape {shape}, the model needs {expected[name]}."
+            )

@@ -1,0 +1,145 @@
+"""Native adapter files: a folder per component with PEFT's `adapter_config.json` and `adapter_model.safetensors`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .calibration import base_name, unwrapped
+from .compact import check_probe, narrowed, recomputed_outer_factors, weight_change_probe
+from .components import COMPONENTS, adapted_components
+from .config import NoraConfig
+from .files import write_json, write_tensors
+from .layer import NoraLayer, nora_layers
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionXLPipeline
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+# PeftModel looks for names as they are inside it; load_nora takes them with and without.
+PEFT_PREFIX = "base_model.model."
+OUTER_FACTORS = (".nora_A", ".nora_B")
+SCALE = "nora_activation_scale"
+PROBE = "nora_probe"
+
+Part = tuple[dict[str, torch.Tensor], dict[str, str], dict[str, Any]]
+
+
+def save_nora(
+    pipe: StableDiffusionXLPipeline, path: str | os.PathLike, adapter_name: str = "default", compact: bool = False
+) -> Path:
+    """Save the adapter of every component that has it, at strength 1, into the folder `path` and return that.
+
+    Full folders hold all factors and are PEFT's own format: `PeftModel.from_pretrained(unet, path / "unet")` reads them.
+    Compact ones hold the inner factors, the activation scales and a probe, and need the very base weights again.
+
+    Raises:
+        ValueError: no component has the adapter, or it is no NoRA adapter.
+        AdapterFileError: a value is not finite, or `compact` and a layer's outer factors do not follow from its weights.
+            Nothing is written in any of these cases.
+    """
+    path = Path(path)
+    parts = {name: _collect(model, name, adapter_name, compact) for name, model in adapted_components(pipe, adapter_name).items()}
+    for component in COMPONENTS:
+        if component in parts:
+            _write(path / component, parts[component])
+        else:
+            # Of an adapter saved here before: it must not be loaded together with this one.
+            for name in (CONFIG_NAME, WEIGHTS_NAME):
+                (path / component / name).unlink(missing_ok=True)
+    return path
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str = "default", compact: bool = False) -> Path:
+    """Save the NoRA adapter of one model into `folder`; see `save_nora`."""
+    _write(Path(folder), _collect(model, type(model).__name__, adapter_name, compact))
+    return Path(folder)
+
+
+def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
+    """Everything the adapter stores in `model`, by names without the adapter's name: `<layer>.nora_A` and so on.
+
+    Shapes are those of `NoraLayer`; modules that were trained in full are there as they are.
+    """
+    tensors = {}
+    for name, module in unwrapped(model).named_modules():
+        name = base_name(name)
+        if isinstance(module, NoraLayer) and adapter_name in module.r:
+            for kind, factors in module.named_children():
+                if isinstance(factors, (BufferDict, nn.ParameterDict)) and adapter_name in factors:
+                    tensors[f"{name}.{kind}"] = factors[adapter_name].detach()
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            state = module.adapter_state_dict(adapter_name, module.state_dict())
+            tensors |= {f"{name}.{key}": tensor for key, tensor in state.items()}
+    return tensors
+
+
+def _collect(model: nn.Module, where: str, adapter_name: str, compact: bool) -> Part:
+    """Tensors, metadata and configuration to write for one component."""
+    config = model.peft_config[adapter_name]
+    if not isinstance(config, NoraConfig):
+        raise ValueError(f"Adapter {adapter_name!r} of {where} is a {type(config).__name__}, not NoRA. Save it with diffusers.")
+    layers = {base_name(n): layer for n, layer in nora_layers(unwrapped(model)).items() if adapter_name in layer.r}
+    tensors = adapter_tensors(model, adapter_name)
+    metadata = {"nora_layout": "compact" if compact else "full"}
+    fields = _portable_fields(config, layers, adapter_name)
+    if compact:
+        fields["compact"] = True
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(OUTER_FACTORS)}
+        tensors |= {
+            f"{name}.{PROBE}": _reproducible_probe(layer, adapter_name, f"{where}.{name}") for name, layer in layers.items()
+        }
+        metadata["nora_shared_scales"] = json.dumps(_share_scales(tensors))
+    return {PEFT_PREFIX + name: tensor for name, tensor in tensors.items()}, metadata, fields
+
+
+def _write(folder: Path, part: Part) -> None:
+    tensors, metadata, fields = part
+    write_tensors(folder / WEIGHTS_NAME, tensors, metadata)
+    write_json(folder / CONFIG_NAME, fields)
+
+
+def _portable_fields(config: NoraConfig, layers: dict[str, NoraLayer], adapter_name: str) -> dict[str, Any]:
+    """The configuration with every regular expression replaced by the names it matched: a reader runs none from a file."""
+    fields = config.to_dict() | {"inference_mode": True, "base_model_name_or_path": None}
+    if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str):
+        fields |= {"target_modules": sorted(layers), "exclude_modules": None}
+    for pattern, default, ranks in (("rank_pattern", config.r, "r"), ("inner_rank_pattern", config.inner_r, "inner_r")):
+        own = {name: getattr(layer, ranks)[adapter_name] for name, layer in layers.items()}
+        fields[pattern] = {f"^{name}": rank for name, rank in own.items() if rank != default}
+    return fields
+
+
+def _reproducible_probe(layer: NoraLayer, adapter_name: str, where: str) -> torch.Tensor:
+    """The layer's probe, once it is shown that its outer factors follow from its base weight."""
+    probe = weight_change_probe(layer, adapter_name, layer.nora_B[adapter_name], layer.nora_A[adapter_name])
+    again = weight_change_probe(layer, adapter_name, *recomputed_outer_factors(layer, adapter_name, where))
+    check_probe(again, probe, where)
+    return probe
+
+
+def _share_scales(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Keep one of each activation scale, in `tensors` itself; return which layer uses the scale of which other.
+
+    The query, key and value layers of an attention, and all layers that see the text, have one input and so one scale.
+    """
+    owners: dict[str, str] = {}
+    shared = {}
+    for key in [key for key in tensors if key.endswith(f".{SCALE}")]:
+        scale = narrowed(tensors[key].cpu())
+        digest = hashlib.sha256(f"{scale.dtype}{tuple(scale.shape)}".encode() + scale.float().numpy().tobytes()).hexdigest()
+        owner = owners.setdefault(digest, key.removesuffix(f".{SCALE}"))
+        tensors[key] = scale
+        if owner != key.removesuffix(f".{SCALE}"):
+            shared[key.removesuffix(f".{SCALE}")] = owner
+            del tensors[key]
+    return shared
