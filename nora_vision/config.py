@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from enum import StrEnum
+from enum import Enum
 from typing import Any, Literal, get_args
 
 from peft import PeftConfig
@@ -13,7 +13,7 @@ InnerInit = Literal["zero", "gaussian"]
 OuterInit = Literal["svd", "awsvd"]
 
 
-class NoraPeftType(StrEnum):
+class NoraPeftType(str, Enum):  # noqa: UP042 - PEFT expects str() to give "NoraPeftType.NORA", as of its own type
     """NoRA's entry among PEFT's types, which are an enum that cannot be extended."""
 
     NORA = "NORA"

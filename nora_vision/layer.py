@@ -150,11 +150,12 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         self._without_outer_factors.discard(adapter_name)
 
     def finite_weight_matrix(self, layer_name: str) -> torch.Tensor:
-        """The base layer's weight as a float32 matrix (out, in), dequantised where it is quantised.
+        """The base layer's weight as a matrix (out, in), at least float32, dequantised where it is quantised.
 
         Raises: ValueError naming the layer if it is not finite.
         """
-        weight = self._as_matrix(dequantize_module_weight(self.get_base_layer()).detach()).float()
+        weight = self._as_matrix(dequantize_module_weight(self.get_base_layer()).detach())
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if not torch.isfinite(weight).all():
             raise ValueError(f"The weight of {layer_name!r} must be finite, got NaN or infinite entries.")
         return weight
@@ -266,7 +267,8 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         if not weight.is_floating_point():
             raise ValueError(f"Merging needs floating point weights, got {weight.dtype}. Load the base model unquantised.")
         up, down = self._low_rank_factors(adapter_name, scaling)
-        return (weight.float() + self._as_weight(up @ down)).to(weight.dtype)
+        # Summed in float32 or better: half precision would round the change away.
+        return (self._as_weight(up @ down) + weight).to(weight.dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """True: the change of the weight is a product of two low-rank factors."""

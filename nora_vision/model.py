@@ -103,6 +103,11 @@ class NoraModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # A NoRA layer puts itself on its base layer's device, and its buffers may be on the meta device, which PEFT's
+        # version of this does not expect.
+        setattr(parent, child_name, new_module)
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Leave the frozen outer factors in the base layer's dtype; trained factors are float32 already.
 
