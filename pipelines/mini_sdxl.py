@@ -9,6 +9,7 @@ from open_clip.tokenizer import SimpleTokenizer, bytes_to_unicode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 RESOLUTION = 64
+LATENT_CHANNELS, VAE_FACTOR = 8, 4
 MAX_TOKENS = 32
 TEXT_WIDTHS = (64, 96)
 PROMPT_WORDS = """
@@ -64,13 +65,15 @@ def _merges_of(word: str, full: SimpleTokenizer) -> set[tuple[str, str]]:
 
 
 def new_vae() -> AutoencoderKL:
-    """An untrained autoencoder: (3, 64, 64) pictures to (4, 16, 16) latents, 0.8 M parameters."""
+    """An untrained autoencoder: (3, 64, 64) pictures to (8, 16, 16) latents, 0.8 M parameters."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(24, 48, 64),
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=LATENT_CHANNELS,
+        mid_block_add_attention=False,
+        scaling_factor=1.0,
         norm_num_groups=8,
         sample_size=RESOLUTION,
         force_upcast=False,
@@ -78,10 +81,12 @@ def new_vae() -> AutoencoderKL:
 
 
 def new_unet() -> UNet2DConditionModel:
-    """An untrained UNet with SDXL's text and size conditioning over (4, 16, 16) latents."""
+    """An untrained UNet with SDXL's text and size conditioning over (8, 16, 16) latents, 11 M parameters."""
     down = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
     return UNet2DConditionModel(
-        sample_size=RESOLUTION // 4,
+        sample_size=RESOLUTION // VAE_FACTOR,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
         down_block_types=down,
         up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
         block_out_channels=(64, 128, 192),

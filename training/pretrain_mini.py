@@ -1,4 +1,4 @@
-"""Pretrain the built-in SDXL from nothing: first its autoencoder, then its UNet and both text encoders together.
+"""Pretrain the built-in SDXL from nothing: its autoencoder, and its UNet and both text encoders together.
 
     accelerate launch training/pretrain_mini.py --photos_dir PHOTOS --output_dir OUT
 
@@ -8,6 +8,7 @@ Stopped and started again it goes on from its newest checkpoint. `--stages` pick
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -33,6 +33,8 @@ from training.run import RunDirectory
 
 logger = get_logger(__name__)
 
+BASIS_FILE = "patch-basis.safetensors"
+
 
 @dataclass
 class PretrainOptions:
@@ -40,11 +42,11 @@ class PretrainOptions:
 
     output_dir: str = field(metadata={"help": "Where the runs of the stages, the cached corpus and the finished model go."})
     photos_dir: str | None = field(default=None, metadata={"help": "Folder of zipped photographs with classes.json; rendered scenes alone without it."})
-    stages: list[str] = field(default_factory=lambda: ["vae", "unet", "export"], metadata={"help": "Stages to run, of: vae, unet, export."})
+    stages: list[str] = field(default_factory=lambda: ["basis", "vae", "unet", "export"], metadata={"help": "Stages to run, of: basis, vae, unet, export."})
     scenes: int = field(default=30_000, metadata={"help": "Rendered scenes in the corpus."})
     scene_share: float = field(default=0.65, metadata={"help": "Share of rendered scenes in a batch."})
-    vae_steps: int = field(default=1500, metadata={"help": "Optimisation steps of the autoencoder."})
-    vae_batch_size: int = field(default=16, metadata={"help": "Pictures a step of the autoencoder."})
+    vae_steps: int = field(default=3000, metadata={"help": "Optimisation steps of the autoencoder."})
+    vae_batch_size: int = field(default=8, metadata={"help": "Pictures a step of the autoencoder."})
     vae_learning_rate: float = field(default=1.5e-3, metadata={"help": "Peak learning rate of the autoencoder."})
     unet_steps: int = field(default=10_000, metadata={"help": "Optimisation steps of the UNet and text encoders."})
     unet_batch_size: int = field(default=32, metadata={"help": "Pictures a step of the UNet."})
@@ -67,13 +69,16 @@ class Sampler:
         self.corpus, self.scenes, self.seed = corpus, scenes, seed
         self.scene_share = scene_share if scenes < len(corpus) else 1.0
 
-    def draw(self, index: int, count: int) -> tuple[np.ndarray, np.ndarray, np.random.Generator]:
-        """Indices (count,) into the corpus, whether to mirror each (count,), and the batch's generator."""
+    def draw(self, index: int, count: int) -> tuple[torch.Tensor, np.ndarray, np.random.Generator]:
+        """Pixels (count, 3, height, width) in [-1, 1], half of them mirrored, their places in the corpus (count,), the generator."""
         rng = np.random.default_rng((self.seed, index))
         from_scenes = rng.random(count) < self.scene_share
-        chosen = np.where(from_scenes, rng.integers(0, self.scenes, count), self.scenes + rng.integers(0, max(1, len(self.corpus) - self.scenes), count))
+        photo = rng.integers(0, max(1, len(self.corpus) - self.scenes), count)
+        chosen = np.where(from_scenes, rng.integers(0, self.scenes, count), self.scenes + photo)
+        pictures = self.corpus.pictures[chosen]
         mirrored = (rng.random(count) < 0.5) & self.corpus.mirrorable[chosen]
-        return chosen, mirrored, rng
+        pictures[mirrored] = pictures[mirrored][:, :, ::-1]
+        return to_pixels(pictures), chosen, rng
 
 
 def to_pixels(pictures: np.ndarray) -> torch.Tensor:
@@ -94,25 +99,80 @@ def load_corpus(options: PretrainOptions) -> Corpus:
     return join(scenes, photo_corpus(Path(options.photos_dir), mini_sdxl.RESOLUTION)) if options.photos_dir else scenes
 
 
-class AutoencoderLoss(nn.Module):
-    """L1 on pixels and on their differences (edges stay sharp), and a small KL to keep the latents near a unit Gaussian."""
+@dataclass(frozen=True)
+class PatchBasis:
+    """The latent space: principal components of the pictures' 4 x 4 patches, the strong ones damped.
 
-    def __init__(self, vae: AutoencoderKL, kl_weight: float = 5e-4) -> None:
+        z_k = v_k . (patch - mean) / (g sqrt(std_k))
+
+    A closed form makes the autoencoder and the UNet independent of one another, so that they train side by side; and
+    coordinates of falling variance let the UNet learn coarse things first.
+
+    Args:
+        analysis: (LATENT_CHANNELS, 3, 4, 4), a convolution from pixels in [-1, 1] to latents of deviation 1 overall.
+        offset: (LATENT_CHANNELS,), minus the mean patch's latents.
+    """
+
+    analysis: torch.Tensor
+    offset: torch.Tensor
+
+    @classmethod
+    def fit(cls, pixels: torch.Tensor) -> PatchBasis:
+        """The basis of `pixels` (count, 3, height, width) in [-1, 1]."""
+        factor, channels = mini_sdxl.VAE_FACTOR, mini_sdxl.LATENT_CHANNELS
+        patches = F.pixel_unshuffle(pixels, factor).movedim(1, -1).flatten(0, -2).double()
+        mean = patches.mean(dim=0)
+        variances, directions = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
+        variances, directions = variances.flip(0)[:channels], directions.flip(1)[:, :channels].T
+        gain = variances.sqrt().mean().sqrt()
+        rows = (directions / (gain * variances[:, None] ** 0.25)).float()
+        return cls(rows.view(channels, 3, factor, factor), -(rows @ mean.float()))
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The latents (count, LATENT_CHANNELS, height / 4, width / 4) of `pixels` (count, 3, height, width)."""
+        return F.conv2d(pixels, self.analysis, self.offset, stride=mini_sdxl.VAE_FACTOR)
+
+
+class AutoencoderLoss(nn.Module):
+    """The encoder learns the coordinates of a `PatchBasis`, the decoder to restore pictures from them.
+
+    Restoring is judged on pixels and on their differences, so that edges stay sharp; some noise on the latents prepares the
+    decoder for those that a UNet makes.
+    """
+
+    def __init__(self, vae: AutoencoderKL, basis: PatchBasis, latent_noise: float = 0.05) -> None:
         super().__init__()
-        self.vae, self.kl_weight = vae, kl_weight
+        self.vae, self.basis, self.latent_noise = vae, basis, latent_noise
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """The loss of `pixels` (batch, 3, height, width) in [-1, 1], a scalar."""
+        target = self.basis.encode(pixels)
         posterior = self.vae.encode(pixels).latent_dist
-        decoded = self.vae.decode(posterior.sample()).sample
-        loss = F.l1_loss(decoded, pixels)
+        # The posterior's spread is the deviation that the decoder was prepared for.
+        spread = (posterior.logvar - 2 * math.log(self.latent_noise)).square().mean()
+        decoded = self.vae.decode(target + self.latent_noise * torch.randn_like(target)).sample
+        restored = F.l1_loss(decoded, pixels) + F.mse_loss(decoded, pixels)
         for axis in (-1, -2):
-            loss = loss + F.l1_loss(decoded.diff(dim=axis), pixels.diff(dim=axis))
-        return loss + self.kl_weight * posterior.kl().mean() / posterior.mean[0].numel()
+            restored = restored + 0.5 * F.l1_loss(decoded.diff(dim=axis), pixels.diff(dim=axis))
+        return F.mse_loss(posterior.mean, target) + 1e-3 * spread + restored
+
+
+def fit_basis(options: PretrainOptions, corpus: Corpus) -> None:
+    """Fit the latent space to scenes and photographs and save it."""
+    scenes, photos = corpus.pictures[: options.scenes], corpus.pictures[options.scenes :]
+    chosen = [part[:: max(1, len(part) // 2000)] for part in (scenes, photos) if len(part)]
+    basis = PatchBasis.fit(to_pixels(np.concatenate(chosen)))
+    Path(options.output_dir).mkdir(parents=True, exist_ok=True)
+    save_file(dataclasses.asdict(basis), Path(options.output_dir) / BASIS_FILE)
+
+
+def load_basis(options: PretrainOptions) -> PatchBasis:
+    """The latent space that `fit_basis` saved."""
+    return PatchBasis(**load_file(Path(options.output_dir) / BASIS_FILE))
 
 
 def train_vae(options: PretrainOptions, corpus: Corpus) -> None:
-    """Train the autoencoder and save it, its latents' scale measured, under `vae/model`."""
+    """Train the autoencoder and save it under `vae/model`."""
     run = RunDirectory.create(Path(options.output_dir) / "vae", dataclasses.asdict(options))
     torch.manual_seed(options.seed)
     vae = mini_sdxl.new_vae()
@@ -120,24 +180,19 @@ def train_vae(options: PretrainOptions, corpus: Corpus) -> None:
     sampler = Sampler(corpus, options.scenes, min(options.scene_share, 0.5), options.seed)
 
     def batch_at(index: int) -> dict[str, torch.Tensor]:
-        chosen, mirrored, _ = sampler.draw(index, options.vae_batch_size)
-        pixels = to_pixels(corpus.pictures[chosen])
-        return {"pixels": torch.where(torch.from_numpy(mirrored)[:, None, None, None], pixels.flip(-1), pixels)}
+        return {"pixels": sampler.draw(index, options.vae_batch_size)[0]}
 
-    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=50, num_training_steps=options.vae_steps)
     loop = LoopOptions(options.vae_steps, seed=options.seed, checkpointing_steps=100)
+    trainable = Trainable(AutoencoderLoss(vae, load_basis(options)), batch_at, optimizer, warmup_stable_decay(optimizer, options.vae_steps, warmup=50))
     with run.recording():
-        train(Accelerator(), run, Trainable(AutoencoderLoss(vae), batch_at, optimizer, schedule), loop)
-    latents = encode(vae, corpus.pictures[:: max(1, len(corpus) // 512)])
-    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
-    vae.save_pretrained(run.path / "model")
+        train(Accelerator(), run, trainable, loop)
 
 
-@torch.no_grad()
-def encode(vae: AutoencoderKL, pictures: np.ndarray, batch_size: int = 64) -> torch.Tensor:
-    """The means of the latents of `pictures` (count, height, width, 3) uint8: (count, 4, height / 4, width / 4), unscaled."""
-    means = [vae.encode(to_pixels(pictures[start : start + batch_size])).latent_dist.mean for start in range(0, len(pictures), batch_size)]
-    return torch.cat(means)
+def trained_vae(options: PretrainOptions) -> AutoencoderKL:
+    """The autoencoder of the newest checkpoint, also while its training still goes on beside."""
+    module = AutoencoderLoss(mini_sdxl.new_vae(), load_basis(options))
+    load_checkpoint(list_checkpoints(Path(options.output_dir) / "vae" / "checkpoints")[-1], module)
+    return module.vae.eval()
 
 
 class DenoisingLoss(nn.Module):
@@ -173,14 +228,6 @@ class DenoisingLoss(nn.Module):
         return (weight * (predicted - target).square().mean(dim=(1, 2, 3))).mean()
 
 
-def scaled_latents(options: PretrainOptions, corpus: Corpus, vae: AutoencoderKL) -> torch.Tensor:
-    """The scaled latents of the whole corpus (count, 4, height, width) fp16, cached beside the autoencoder."""
-    cache = Path(options.output_dir) / "vae" / f"latents-{len(corpus)}-seed{options.seed}.safetensors"
-    if not cache.exists():
-        save_file({"latents": (encode(vae, corpus.pictures) * vae.config.scaling_factor).half().contiguous()}, cache)
-    return load_file(cache)["latents"]
-
-
 def caption_tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     """(count, 2, MAX_TOKENS): each caption as "a photo of ..." and without."""
     bare = [caption.removeprefix("a photo of ") for caption in captions]
@@ -188,18 +235,19 @@ def caption_tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tenso
     return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids.view(len(captions), 2, -1)
 
 
-def denoising_batches(options: PretrainOptions, corpus: Corpus, latents: torch.Tensor, tokens: torch.Tensor) -> Callable[[int], dict[str, torch.Tensor]]:
+def denoising_batches(options: PretrainOptions, corpus: Corpus, tokens: torch.Tensor) -> Callable[[int], dict[str, torch.Tensor]]:
     """The batches of the UNet's training: latents, stratified timesteps, captions of which one in ten is dropped."""
     sampler = Sampler(corpus, options.scenes, options.scene_share, options.seed)
-    count = options.unet_batch_size
+    count, basis = options.unet_batch_size, load_basis(options)
 
     def batch_at(index: int) -> dict[str, torch.Tensor]:
-        chosen, _, rng = sampler.draw(index, count)
+        pixels, chosen, rng = sampler.draw(index, count)
+        latents = basis.encode(pixels)
         as_photo = rng.random(count) < np.where(chosen < options.scenes, 0.3, 0.7)
         timesteps = (rng.permutation(count) + rng.random(count)) * 1000 / count
         return {
-            "latents": latents[chosen].float(),
-            "noise": torch.from_numpy(rng.standard_normal((count, *latents.shape[1:]), dtype=np.float32)),
+            "latents": latents,
+            "noise": torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32)),
             "timesteps": torch.from_numpy(timesteps.astype(np.int64)),
             "tokens": tokens[chosen, as_photo.astype(np.int64)],
             "kept": torch.from_numpy((rng.random(count) >= 0.1).astype(np.float32)),
@@ -231,17 +279,16 @@ def new_denoiser(options: PretrainOptions, tokenizer: CLIPTokenizer) -> tuple[De
 def train_unet(options: PretrainOptions, corpus: Corpus) -> None:
     """Train the UNet and both text encoders on the latents of the finished autoencoder."""
     run = RunDirectory.create(Path(options.output_dir) / "unet", dataclasses.asdict(options))
-    vae = AutoencoderKL.from_pretrained(Path(options.output_dir) / "vae" / "model")
     tokenizer = build_tokenizer(corpus)
     module, ema = new_denoiser(options, tokenizer)
     optimizer = torch.optim.AdamW(module.parameters(), lr=options.unet_learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
-    batch_at = denoising_batches(options, corpus, scaled_latents(options, corpus, vae), caption_tokens(tokenizer, corpus.captions))
+    batch_at = denoising_batches(options, corpus, caption_tokens(tokenizer, corpus.captions))
     trainable = Trainable(module, batch_at, optimizer, warmup_stable_decay(optimizer, options.unet_steps), ema)
 
     def sample(step: int) -> None:
         ema.store(module.parameters())
         ema.copy_to(module.parameters())
-        pipeline = mini_sdxl.assemble(vae, module.unet, (module.text_encoder, module.text_encoder_2), tokenizer)
+        pipeline = mini_sdxl.assemble(trained_vae(options), module.unet, (module.text_encoder, module.text_encoder_2), tokenizer)
         contact_sheet(pipeline, SHEET_PROMPTS).save(run.samples / f"step-{step:07d}.png")
         ema.restore(module.parameters())
 
@@ -257,12 +304,11 @@ def export(options: PretrainOptions, corpus: Corpus) -> None:
     module, ema = new_denoiser(options, tokenizer)
     ema.load_state_dict(load_checkpoint(list_checkpoints(folder / "unet" / "checkpoints")[-1], module)["ema"])
     ema.copy_to(module.parameters())
-    vae = AutoencoderKL.from_pretrained(folder / "vae" / "model")
-    pipeline: StableDiffusionXLPipeline = mini_sdxl.assemble(vae, module.unet, (module.text_encoder, module.text_encoder_2), tokenizer)
+    pipeline: StableDiffusionXLPipeline = mini_sdxl.assemble(trained_vae(options), module.unet, (module.text_encoder, module.text_encoder_2), tokenizer)
     pipeline.to(torch.float16).save_pretrained(folder / "mini-sdxl")
 
 
-STAGES = {"vae": train_vae, "unet": train_unet, "export": export}
+STAGES = {"basis": fit_basis, "vae": train_vae, "unet": train_unet, "export": export}
 
 
 def main(options: PretrainOptions) -> None:

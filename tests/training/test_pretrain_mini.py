@@ -10,7 +10,7 @@ from diffusers import StableDiffusionXLPipeline
 from pipelines.corpus import rendered_corpus
 from training import pretrain_mini
 from training.checkpoints import list_checkpoints
-from training.pretrain_mini import PretrainOptions, Sampler
+from training.pretrain_mini import PatchBasis, PretrainOptions, Sampler, to_pixels
 
 
 def options(folder, **changes):
@@ -28,7 +28,7 @@ def trained(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrain")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain_mini, "SHEET_PROMPTS", ("a red star",) * 4)
-        for stage in ("vae", "unet", "export"):
+        for stage in ("basis", "vae", "unet", "export"):
             pretrain_mini.STAGES[stage](options(folder), corpus)
     return folder
 
@@ -42,15 +42,30 @@ def test_the_stages_end_in_a_stock_pipeline_of_half_precision_safetensors(traine
     assert picture.std() > 0
 
 
-def test_the_scaling_factor_gives_latents_of_unit_deviation(trained, corpus):
-    vae = pretrain_mini.AutoencoderKL.from_pretrained(trained / "vae" / "model")
-    deviation = (pretrain_mini.encode(vae, corpus.pictures) * vae.config.scaling_factor).std()
-    assert deviation.item() == pytest.approx(1, abs=0.01)
+def test_the_patch_basis_gives_decorrelated_latents_of_unit_deviation(corpus):
+    pixels = to_pixels(corpus.pictures)
+    latents = PatchBasis.fit(pixels).encode(pixels).movedim(1, -1).flatten(0, -2)
+    torch.testing.assert_close(latents.mean(dim=0), torch.zeros(8), atol=1e-4, rtol=0)
+    covariance = latents.T @ latents / len(latents)
+    assert covariance.trace().div(8).item() == pytest.approx(1, rel=1e-3)
+    assert (covariance - covariance.diag().diag()).abs().max() < 1e-3
+    assert (covariance.diag().diff() < 0).all()
+
+
+def test_the_patch_basis_spans_the_best_linear_restoration(corpus):
+    pixels = to_pixels(corpus.pictures)
+    basis = PatchBasis.fit(pixels)
+    patches = torch.nn.functional.pixel_unshuffle(pixels, 4).movedim(1, -1).flatten(0, -2)
+    centred = patches - patches.mean(dim=0)
+    directions = torch.linalg.qr(basis.analysis.flatten(1).T).Q
+    error = (centred - centred @ directions @ directions.T).square().sum()
+    torch.testing.assert_close(error, torch.linalg.svdvals(centred.double())[8:].square().sum().float(), rtol=1e-3, atol=0)
 
 
 def test_a_resumed_training_ends_in_the_weights_of_an_uninterrupted_one(trained, corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain_mini, "SHEET_PROMPTS", ("a red star",) * 4)
-    (tmp_path / "vae").symlink_to(trained / "vae")
+    for shared in ("vae", pretrain_mini.BASIS_FILE):
+        (tmp_path / shared).symlink_to(trained / shared)
     real_loop = pretrain_mini.LoopOptions
 
     def two_steps_first(steps: int, **rest: int):
@@ -66,14 +81,15 @@ def test_a_resumed_training_ends_in_the_weights_of_an_uninterrupted_one(trained,
 
 def test_batches_keep_the_share_of_scenes_and_never_mirror_letters(corpus):
     doubled = pretrain_mini.join(corpus, corpus)
-    chosen, mirrored, _ = Sampler(doubled, scenes=32, scene_share=0.75, seed=0).draw(0, 4000)
+    pixels, chosen, _ = Sampler(doubled, scenes=32, scene_share=0.75, seed=0).draw(0, 4000)
+    mirrored = (pixels != to_pixels(doubled.pictures[chosen])).flatten(1).any(dim=1).numpy()
     assert (chosen < 32).mean() == pytest.approx(0.75, abs=0.03)
     assert not mirrored[~doubled.mirrorable[chosen]].any()
     assert mirrored[doubled.mirrorable[chosen]].mean() == pytest.approx(0.5, abs=0.05)
 
 
 def test_an_unknown_stage_is_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match=r"stages must be among vae, unet, export, got clipper"):
+    with pytest.raises(ValueError, match=r"stages must be among basis, vae, unet, export, got clipper"):
         options(tmp_path, stages=["clipper"])
 
 
