@@ -52,7 +52,9 @@ def load_checkpoint(path: Path, module: nn.Module) -> dict[str, object]:
     expected = {name for name, parameter in trained.items() if parameter.requires_grad}
     if expected != set(saved):
         strange = sorted(expected ^ set(saved))[:3]
-        raise ValueError(f"Checkpoint {str(path)!r} is of another model or adapter: parameters differ, such as {', '.join(strange)}.")
+        raise ValueError(
+            f"Checkpoint {str(path)!r} is of another model or adapter: parameters differ, such as {', '.join(strange)}."
+        )
     with torch.no_grad():
         for name, value in saved.items():
             trained[name].copy_(value)

@@ -7,13 +7,15 @@ repeats what an uninterrupted one would have done, and the order of pictures nee
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import send_to_device, set_seed
 from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm.auto import tqdm
@@ -37,8 +39,9 @@ class Trainable:
     """What a recipe hands to the loop.
 
     Args:
-        module: called as `module(**batch)`, returns the loss (a scalar); its parameters that require grad are trained.
-        batch_at: `batch_at(index)` returns the keyword arguments of `module` for the `index`-th batch of the run.
+        module: called as `module(**batch)`, returns the mean loss of the batch (a scalar); its parameters that require grad are trained.
+        batch_at: `batch_at(index)` returns the keyword arguments of `module` for the `index`-th batch of the run, over all
+            processes: tensors whose first dimension counts examples. Each process takes an equal part of them.
         optimizer, lr_scheduler: over the trained parameters; the scheduler counts optimisation steps.
         ema: a moving average of the trained parameters, or None.
     """
@@ -76,27 +79,34 @@ class LoopOptions:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}.")
 
 
-def train(accelerator: Accelerator, run: RunDirectory, trainable: Trainable, options: LoopOptions, periodic: Sequence[Periodic] = ()) -> None:
+def train(
+    accelerator: Accelerator, run: RunDirectory, trainable: Trainable, options: LoopOptions, periodic: Sequence[Periodic] = ()
+) -> None:
     """Train to `options.max_train_steps`, resuming from the run's newest checkpoint where there is one.
 
     Raises: FloatingPointError if the loss is not finite; the last checkpoint is kept.
     """
-    start = _resume(run, trainable)
+    first = _resume(run, trainable)
     module, optimizer = accelerator.prepare(trainable.module, trainable.optimizer)
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    bar = tqdm(range(start, options.max_train_steps), initial=start, total=options.max_train_steps, desc="training", disable=not accelerator.is_main_process)
-    for step in bar:
-        set_seed(options.seed * STEP_STRIDE + step)
-        loss = _optimisation_step(accelerator, module, optimizer, trainable, trained, step, options)
-        trainable.lr_scheduler.step()
-        if trainable.ema is not None:
-            trainable.ema.step(trained)
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"The loss of step {step + 1} is {loss}. Lower the learning rate, or go on from the checkpoints in {str(run.checkpoints)!r}.")
-        bar.set_postfix(loss=f"{loss:.4f}")
-        if accelerator.is_main_process:
-            _after_step(run, trainable, options, step + 1, loss, periodic)
-        accelerator.wait_for_everyone()
+    steps = range(first, options.max_train_steps)
+    began = time.monotonic()
+    with tqdm(initial=first, total=options.max_train_steps, desc="training", disable=not accelerator.is_main_process) as bar:
+        for step in steps:
+            module.train()
+            set_seed(options.seed * STEP_STRIDE + step)
+            loss = _optimisation_step(accelerator, module, optimizer, trainable, step, options)
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"The loss of step {step + 1} is {loss}. Lower the learning rate, or go on from the checkpoints in "
+                    f"{str(run.checkpoints)!r}."
+                )
+            bar.set_postfix(loss=f"{loss:.4f}")
+            bar.update()
+            pace = (time.monotonic() - began) / (step + 1 - first)
+            _report(run, trainable, options, step + 1, loss, pace)
+            if accelerator.is_main_process:
+                _save_and_act(run, trainable, options, step + 1, periodic)
+            accelerator.wait_for_everyone()
 
 
 def _optimisation_step(
@@ -104,29 +114,58 @@ def _optimisation_step(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
     trainable: Trainable,
-    trained: list[nn.Parameter],
     step: int,
     options: LoopOptions,
 ) -> float:
-    total = 0.0
-    for micro in range(options.gradient_accumulation_steps):
-        index = step * options.gradient_accumulation_steps + micro
-        loss = module(**trainable.batch_at(index)) / options.gradient_accumulation_steps
-        accelerator.backward(loss)
-        total += loss.item()
+    """One optimisation step over all micro-batches; returns their mean loss over all processes."""
+    parts = options.gradient_accumulation_steps
+    total = torch.zeros((), device=accelerator.device)
+    for index in range(step * parts, (step + 1) * parts):
+        batch = own_part(trainable.batch_at(index), accelerator.process_index, accelerator.num_processes)
+        last = index == (step + 1) * parts - 1
+        with nullcontext() if last else accelerator.no_sync(module):
+            loss = module(**send_to_device(batch, accelerator.device)) / parts
+            accelerator.backward(loss)
+        total += loss.detach()
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     accelerator.clip_grad_norm_(trained, options.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return total
+    trainable.lr_scheduler.step()
+    if trainable.ema is not None:
+        trainable.ema.step(trained)
+    return accelerator.reduce(total, reduction="mean").item()
 
 
-def _after_step(run: RunDirectory, trainable: Trainable, options: LoopOptions, step: int, loss: float, periodic: Sequence[Periodic]) -> None:
-    last = step == options.max_train_steps
+def own_part(batch: dict[str, Any], process: int, processes: int) -> dict[str, Any]:
+    """The equal part of a global batch's tensors, split along their first dimension, that belongs to `process`.
+
+    Raises: ValueError if the examples do not divide evenly.
+    """
+    if processes == 1:
+        return batch
+    count = len(next(iter(batch.values())))
+    if count % processes:
+        raise ValueError(f"The batch over all processes must be a multiple of {processes} processes, got {count} examples.")
+    size = count // processes
+    return {name: values[process * size : (process + 1) * size] for name, values in batch.items()}
+
+
+def _report(run: RunDirectory, trainable: Trainable, options: LoopOptions, step: int, loss: float, pace: float) -> None:
+    """Log the step, and every tenth time say in status.json how far training is; `pace` is in seconds a step."""
     run.log(step, loss=loss, lr=trainable.lr_scheduler.get_last_lr()[0])
-    if step % 10 == 0 or last:
-        run.update_status(phase="training", step=step, total=options.max_train_steps)
+    if step % 10 == 0 or step == options.max_train_steps:
+        total = options.max_train_steps
+        run.update_status(phase="training", step=step, total=total, seconds_left=round(pace * (total - step), 1))
+
+
+def _save_and_act(run: RunDirectory, trainable: Trainable, options: LoopOptions, step: int, periodic: Sequence[Periodic]) -> None:
+    last = step == options.max_train_steps
     if step % options.checkpointing_steps == 0 or last:
-        state: dict[str, object] = {"optimizer": trainable.optimizer.state_dict(), "lr_scheduler": trainable.lr_scheduler.state_dict()}
+        state: dict[str, object] = {
+            "optimizer": trainable.optimizer.state_dict(),
+            "lr_scheduler": trainable.lr_scheduler.state_dict(),
+        }
         if trainable.ema is not None:
             state["ema"] = trainable.ema.state_dict()
         save_checkpoint(run.checkpoints, step, trainable.module, state, options.checkpoints_total_limit)
@@ -145,4 +184,6 @@ def _resume(run: RunDirectory, trainable: Trainable) -> int:
     trainable.lr_scheduler.load_state_dict(state["lr_scheduler"])
     if trainable.ema is not None:
         trainable.ema.load_state_dict(state["ema"])
-    return int(state["step"])
+    step = int(state["step"])
+    run.forget_metrics_after(step)
+    return step

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +23,15 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The directory of one run; the command line writes it, everything else only reads it."""
+    """The directory of one run; the command line writes it, everything else only reads it.
+
+    Args:
+        path: the directory.
+        writes: False on all processes of a run but the main one, which then write nothing.
+    """
 
     path: Path
+    writes: bool = True
 
     @property
     def samples(self) -> Path:
@@ -38,19 +44,22 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @classmethod
-    def create(cls, path: Path, options: Mapping[str, Any]) -> RunDirectory:
+    def create(cls, path: Path, options: Mapping[str, Any], writes: bool = True) -> RunDirectory:
         """Make the directory and record the resolved `options` in options.json."""
-        run = cls(path)
-        run.samples.mkdir(parents=True, exist_ok=True)
-        run.checkpoints.mkdir(exist_ok=True)
-        write_text_atomically(path / "options.json", json.dumps(options, indent=2, default=str) + "\n")
+        run = cls(path, writes)
+        if writes:
+            run.samples.mkdir(parents=True, exist_ok=True)
+            run.checkpoints.mkdir(exist_ok=True)
+            write_text_atomically(path / "options.json", json.dumps(options, indent=2, default=str) + "\n")
         return run
 
     def update_status(self, **fields: Any) -> None:
         """Merge `fields` into status.json, with this process's id, its start time and a heartbeat (seconds since the epoch)."""
+        if not self.writes:
+            return
         process = psutil.Process()
-        status = {**self.status(), **fields, "pid": process.pid, "pid_started": process.create_time(), "heartbeat": time.time()}
-        write_text_atomically(self.path / "status.json", json.dumps(status, indent=2) + "\n")
+        own = {"pid": process.pid, "pid_started": process.create_time(), "heartbeat": time.time()}
+        write_text_atomically(self.path / "status.json", json.dumps({**self.status(), **fields, **own}, indent=2) + "\n")
 
     def status(self) -> dict[str, Any]:
         """The fields of status.json; empty before the first update."""
@@ -59,16 +68,25 @@ class RunDirectory:
 
     def log(self, step: int, **values: float) -> None:
         """Append one line of `values` at `step` to metrics.jsonl."""
+        if not self.writes:
+            return
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as lines:
             lines.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
 
     def metrics(self) -> list[dict[str, float]]:
-        """The lines of metrics.jsonl, oldest first."""
+        """The lines of metrics.jsonl, oldest first; a last line cut short by a crash is left out."""
         path = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drop the lines of steps after `step`, which a resumed run is about to write again."""
+        if self.writes and (self.path / "metrics.jsonl").exists():
+            kept = [line for line in self.metrics() if line["step"] <= step]
+            write_text_atomically(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
     @contextmanager
-    def recording(self):
+    def recording(self) -> Iterator[RunDirectory]:
         """Record in status.json how the enclosed work ends: "done", "stopped" by the user, or "failed" with the error."""
         self.update_status(state="running", error=None)
         try:

@@ -1,11 +1,25 @@
-"""Pictures from prompts."""
+"""Pictures from prompts, with or without adapters, in PNG files that carry their settings.
+
+python -m pipelines.subject.generate --adapter runs/RUN --prompt "a photo of sks toy in the snow" --output_dir pictures
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
 import torch
 from diffusers import StableDiffusionXLPipeline
-from diffusers.utils import make_image_grid
 from PIL import Image
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from pipelines.errors import InputError
+from pipelines.pictures import as_grid, save_picture
+from pipelines.subject.adapters import load_adapter
+from pipelines.subject.base_model import BUILT_IN_MODEL, load_base_model
 
 SHEET_PROMPTS = (
     "a large red star in the snow",
@@ -27,9 +41,170 @@ SHEET_PROMPTS = (
 )
 
 
-def contact_sheet(pipeline: StableDiffusionXLPipeline, prompts: tuple[str, ...], columns: int = 4, steps: int = 25, guidance_scale: float = 4.0, seed: int = 0) -> Image.Image:
-    """One picture a prompt in a grid of `columns`, each from its own generator seeded with `seed` plus its place."""
+@dataclass(frozen=True)
+class Sampling:
+    """How a picture is drawn from noise.
+
+    Args:
+        num_inference_steps: denoising steps.
+        guidance_scale: how strongly the prompt is followed; 1 is no guidance.
+        negative_prompt: what to keep away from.
+        resolution: side in pixels; the model's own where it is None.
+    """
+
+    num_inference_steps: int = 25
+    guidance_scale: float = 4.0
+    negative_prompt: str = ""
+    resolution: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_inference_steps < 1:
+            raise InputError(f"num_inference_steps must be at least 1, got {self.num_inference_steps}.")
+        if not self.guidance_scale >= 0:
+            raise InputError(f"guidance_scale must be at least 0, got {self.guidance_scale}.")
+
+
+def generate(
+    pipeline: StableDiffusionXLPipeline, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, batch_size: int = 8
+) -> Iterator[Image.Image]:
+    """One picture for each prompt and its seed; the noise comes from the seed alone."""
     pipeline.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(seed + place) for place in range(len(prompts))]
-    pictures = pipeline(list(prompts), num_inference_steps=steps, guidance_scale=guidance_scale, generator=generators).images
-    return make_image_grid(pictures, rows=-(-len(prompts) // columns), cols=columns)
+    for first in range(0, len(prompts), batch_size):
+        part = list(prompts[first : first + batch_size])
+        yield from pipeline(
+            part,
+            # SDXL is told nothing, rather than of an empty text, where there is no negative prompt.
+            negative_prompt=[sampling.negative_prompt] * len(part) if sampling.negative_prompt else None,
+            num_inference_steps=sampling.num_inference_steps,
+            guidance_scale=sampling.guidance_scale,
+            height=sampling.resolution,
+            width=sampling.resolution,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds[first : first + batch_size]],
+        ).images
+
+
+def contact_sheet(
+    pipeline: StableDiffusionXLPipeline,
+    prompts: tuple[str, ...],
+    columns: int = 4,
+    steps: int = 25,
+    guidance_scale: float = 4.0,
+    seed: int = 0,
+) -> Image.Image:
+    """One picture a prompt in a grid of `columns`, each from its own generator seeded with `seed` plus its place."""
+    seeds = range(seed, seed + len(prompts))
+    return as_grid(list(generate(pipeline, prompts, seeds, Sampling(steps, guidance_scale), len(prompts))), columns)
+
+
+@dataclass
+class GenerationOptions:
+    """What to draw, with what, and where to put it."""
+
+    prompt: list[str] | None = field(
+        default=None, metadata={"help": "What to draw, one or several; sixteen prompts for the built-in model unless said."}
+    )
+    prompts_file: str | None = field(default=None, metadata={"help": "A text file with one prompt a line, instead of --prompt."})
+    negative_prompt: str = field(default="", metadata={"help": "What to keep away from."})
+    adapter: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Run directories, native adapter folders or LoRA .safetensors files, one or several."},
+    )
+    strength: list[float] = field(
+        default_factory=lambda: [1.0], metadata={"help": "Strength of each adapter, 0 for none; one number holds for all."}
+    )
+    pretrained_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "SDXL base model: a hub name or a folder. That of the adapter's run, or the built-in one, unless said."
+        },
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the first picture; each further one adds 1."})
+    num_images_per_prompt: int = field(default=1, metadata={"help": "Pictures of each prompt."})
+    num_inference_steps: int = field(default=25, metadata={"help": "Denoising steps."})
+    guidance_scale: float = field(default=4.0, metadata={"help": "How strongly the prompt is followed; 1 is no guidance."})
+    resolution: int | None = field(
+        default=None, metadata={"help": "Side of the pictures in pixels; the model's own unless said."}
+    )
+    output_dir: str = field(default="pictures", metadata={"help": "Folder for the pictures."})
+    grid: str | None = field(default=None, metadata={"help": "Also put all pictures into this one file."})
+    columns: int = field(default=4, metadata={"help": "Pictures in a row of the grid."})
+
+    def __post_init__(self) -> None:
+        if self.prompt is not None and self.prompts_file is not None:
+            raise InputError("Give --prompt or --prompts_file, not both.")
+        if len(self.strength) not in (1, len(self.adapter)):
+            raise InputError(
+                f"strength must be one number or one for each of {len(self.adapter)} adapters, got {len(self.strength)}."
+            )
+        for name in ("num_images_per_prompt", "columns"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.seed < 0:
+            raise InputError(f"seed must be at least 0, got {self.seed}.")
+
+    def prompts(self) -> list[str]:
+        """The prompts, each as often as it is drawn.
+
+        Raises: InputError if the file of prompts cannot be used.
+        """
+        prompts = list(self.prompt or SHEET_PROMPTS)
+        if self.prompts_file is not None:
+            if not Path(self.prompts_file).is_file():
+                raise InputError(f"There is no prompts_file {self.prompts_file!r}.")
+            prompts = [line.strip() for line in Path(self.prompts_file).read_text(encoding="utf-8").splitlines() if line.strip()]
+            if not prompts:
+                raise InputError(f"{self.prompts_file!r} holds no prompt. Write one a line.")
+        return [prompt for prompt in prompts for _ in range(self.num_images_per_prompt)]
+
+    def model(self) -> str:
+        """The base model: the one given, else the one that the first adapter's run was trained on, else the built-in one."""
+        recorded = Path(self.adapter[0]) / "options.json" if self.adapter else None
+        if self.pretrained_model_name_or_path is not None:
+            return self.pretrained_model_name_or_path
+        if recorded is not None and recorded.is_file():
+            return json.loads(recorded.read_text(encoding="utf-8"))["model"]["pretrained_model_name_or_path"]
+        return str(BUILT_IN_MODEL)
+
+
+def with_adapters(pipeline: StableDiffusionXLPipeline, paths: Sequence[str], strengths: Sequence[float]) -> None:
+    """Load the adapters at `paths` into the pipeline and activate them at their strengths."""
+    names = [f"adapter_{place}" for place in range(len(paths))]
+    for path, name in zip(paths, names, strict=True):
+        load_adapter(pipeline, path, name)
+    if names:
+        pipeline.set_adapters(names, adapter_weights=list(strengths))
+
+
+def main(options: GenerationOptions) -> list[Path]:
+    """Draw and save the pictures; returns their files."""
+    prompts, model = options.prompts(), options.model()
+    sampling = Sampling(options.num_inference_steps, options.guidance_scale, options.negative_prompt, options.resolution)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipeline = load_base_model(model, torch.float16 if device == "cuda" else torch.float32, device)
+    strengths = options.strength * len(options.adapter) if len(options.strength) == 1 else options.strength
+    with_adapters(pipeline, options.adapter, strengths)
+    seeds = range(options.seed, options.seed + len(prompts))
+    drawn = tqdm(generate(pipeline, prompts, seeds, sampling), total=len(prompts), desc="drawing")
+    common = {
+        **asdict(sampling),
+        "sampler": type(pipeline.scheduler).__name__.removesuffix("Scheduler"),
+        "model": model,
+        "adapters": [{"path": path, "strength": strength} for path, strength in zip(options.adapter, strengths, strict=True)],
+    }
+    pictures, files = [], []
+    for picture, prompt, seed in zip(drawn, prompts, seeds, strict=True):
+        files.append(Path(options.output_dir) / f"{seed:05d}.png")
+        save_picture(picture, files[-1], {"prompt": prompt, "seed": seed, **common})
+        pictures.append(picture)
+    if options.grid is not None:
+        Path(options.grid).parent.mkdir(parents=True, exist_ok=True)
+        as_grid(pictures, options.columns).save(options.grid)
+    return files
+
+
+if __name__ == "__main__":
+    parser = HfArgumentParser(GenerationOptions, description=__doc__, allow_abbrev=False)
+    try:
+        main(parser.parse_args_into_dataclasses(look_for_args_file=False)[0])
+    except InputError as error:
+        parser.error(str(error))

@@ -1,0 +1,61 @@
+"""LoRA, by PEFT:  h = W x + alpha / r B A x  [Hu et al. 2021]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+
+from nora_vision.files import read_tensors, write_tensors
+from pipelines.methods import AdapterOptions
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+class Lora:
+    """LoRA with a Gaussian A and a zero B."""
+
+    default_rank = 4
+
+    def config(self, options: AdapterOptions, target_modules: list[str], exclude_modules: str | None) -> PeftConfig:
+        """PEFT's configuration; the scaling is 1 unless alpha is given."""
+        return LoraConfig(
+            r=options.rank,
+            lora_alpha=options.rank if options.alpha is None else options.alpha,
+            lora_dropout=options.dropout,
+            init_lora_weights="gaussian",
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+        )
+
+    def start(
+        self, model: nn.Module, run_model: Callable[[], None], adapter_name: str, cache: Path, generator: torch.Generator
+    ) -> None:
+        """Draw A from `generator`; LoRA needs neither activations nor a cache."""
+        cast_training_params(model, dtype=torch.float32)
+        for name, parameter in model.named_parameters():
+            if f"lora_A.{adapter_name}." in name:
+                rank = parameter.shape[0]
+                with torch.no_grad():
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) / rank)
+
+    def save(self, components: dict[str, nn.Module], folder: Path, adapter_name: str) -> None:
+        """Write PEFT's adapter_config.json and adapter_model.safetensors for each component under `full`."""
+        for name, model in components.items():
+            target = folder / "full" / name
+            model.peft_config[adapter_name].save_pretrained(str(target))
+            write_tensors(target / WEIGHTS, get_peft_model_state_dict(model, adapter_name=adapter_name))
+
+    def load(self, components: dict[str, nn.Module], folder: Path, adapter_name: str) -> None:
+        """Add PEFT's adapter in each subfolder to the component of that name."""
+        for name, model in components.items():
+            state = read_tensors(folder / name / WEIGHTS)
+            model.add_adapter(PeftConfig.from_pretrained(str(folder / name)), adapter_name)
+            set_peft_model_state_dict(model, state, adapter_name)
+
+
+METHOD = Lora()

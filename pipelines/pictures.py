@@ -1,0 +1,86 @@
+"""Generated pictures on disk: PNG files that carry their settings, and grids of pictures."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffusers.utils import make_image_grid
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from pipelines.errors import InputError
+
+SETTINGS_KEY, A1111_KEY = "nora_vision", "parameters"
+MIN_CELL, MARGIN, LABEL_LINES, LABEL_SIZE = 192, 6, 3, 14
+
+
+def as_grid(pictures: list[Image.Image], columns: int) -> Image.Image:
+    """The pictures in rows of `columns`; the places left over in the last row are black."""
+    rows = -(-len(pictures) // columns)
+    blank = Image.new("RGB", pictures[0].size)
+    return make_image_grid(pictures + [blank] * (rows * columns - len(pictures)), rows=rows, cols=columns)
+
+
+def save_picture(picture: Image.Image, path: Path, settings: dict[str, object]) -> None:
+    """Write a PNG that carries `settings` as JSON, and in the words that other programs read.
+
+    Args:
+        settings: at least prompt, negative_prompt, seed, num_inference_steps, guidance_scale, sampler and model.
+    """
+    info = PngInfo()
+    info.add_itxt(SETTINGS_KEY, json.dumps(settings))
+    info.add_itxt(A1111_KEY, _as_parameters(settings, picture))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, pnginfo=info)
+
+
+def read_settings(path: Path) -> dict[str, object]:
+    """The settings that `save_picture` put into a PNG.
+
+    Raises: InputError naming the file if it carries none.
+    """
+    with Image.open(path) as picture:
+        text = picture.info.get(SETTINGS_KEY)
+    if text is None:
+        raise InputError(f"{str(path)!r} carries no settings. Only pictures made by pipelines.subject.generate do.")
+    return json.loads(text)
+
+
+def _as_parameters(settings: dict[str, object], picture: Image.Image) -> str:
+    fields = {
+        "Steps": settings["num_inference_steps"],
+        "Sampler": settings["sampler"],
+        "CFG scale": settings["guidance_scale"],
+        "Seed": settings["seed"],
+        "Size": f"{picture.width}x{picture.height}",
+        "Model": Path(str(settings["model"])).name,
+    }
+    listed = ", ".join(f"{name}: {value}" for name, value in fields.items())
+    return f"{settings['prompt']}\nNegative prompt: {settings['negative_prompt']}\n{listed}"
+
+
+def labelled_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], labels: Sequence[str]) -> Image.Image:
+    """Rows of square pictures, each row with its title above and each column with its label below; small pictures are enlarged.
+
+    Rows may be shorter than `labels`.
+    """
+    side = max(MIN_CELL, max(picture.width for _, pictures in rows for picture in pictures))
+    font = ImageFont.load_default(LABEL_SIZE)
+    line = LABEL_SIZE + 4
+    height = len(rows) * (side + line + 2 * MARGIN) + LABEL_LINES * line
+    sheet = Image.new("RGB", (len(labels) * (side + MARGIN) + MARGIN, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    top = 0
+    for title, pictures in rows:
+        draw.text((MARGIN, top + MARGIN), title, fill="black", font=font)
+        top += line + MARGIN
+        for column, picture in enumerate(pictures):
+            sheet.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (MARGIN + column * (side + MARGIN), top))
+        top += side + MARGIN
+    for column, label in enumerate(labels):
+        wrapped = "\n".join(textwrap.wrap(label, width=side // 7)[:LABEL_LINES])
+        draw.text((MARGIN + column * (side + MARGIN), top), wrapped, fill="black", font=font)
+    return sheet

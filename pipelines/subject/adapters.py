@@ -1,0 +1,110 @@
+"""Adapters on an SDXL pipeline: putting one on, starting it, saving, exporting and loading it. Methods come from `pipelines.methods`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from diffusers import StableDiffusionXLPipeline
+from torch import nn
+
+from nora_vision import export_lora
+from nora_vision.files import read_json
+from pipelines.errors import InputError
+from pipelines.methods import AdapterOptions, method_named
+from pipelines.randomness import keyed_generator
+from pipelines.subject.base_model import text_encoders_of
+
+ADAPTER_NAME = "default"
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+
+def attach(pipeline: StableDiffusionXLPipeline, options: AdapterOptions) -> dict[str, nn.Module]:
+    """Add the adapter that `options` describe; returns the adapted components by name.
+
+    Raises: InputError naming the layer or target if it does not fit the model.
+    """
+    method = method_named(options.method)
+    configs = {"unet": method.config(options, options.target_modules, None)}
+    if options.train_text_encoder:
+        for name, encoder in zip(COMPONENTS[1:], text_encoders_of(pipeline), strict=True):
+            configs[name] = method.config(options, TEXT_TARGETS, _unread_layers(encoder))
+    components = {name: getattr(pipeline, name) for name in configs}
+    for name, config in configs.items():
+        try:
+            components[name].add_adapter(config, ADAPTER_NAME)
+        except ValueError as error:
+            raise InputError(f"The adapter does not fit {name}: {error}") from error
+    return components
+
+
+def _unread_layers(encoder: nn.Module) -> str | None:
+    """What to leave out of a text encoder: SDXL reads its last but one hidden states; only the second's last layer counts."""
+    if hasattr(encoder, "text_projection"):
+        return None
+    return rf".*layers\.{encoder.config.num_hidden_layers - 1}\..*"
+
+
+def start(
+    options: AdapterOptions, components: dict[str, nn.Module], run_model: dict[str, Callable[[], None]], cache: Path, seed: int
+) -> None:
+    """Start the adapter just attached to each component.
+
+    Args:
+        run_model: for each component, runs the base model on the subject.
+        cache: the folder for activation statistics.
+        seed: of all that is random in the start.
+    """
+    for place, (name, model) in enumerate(components.items()):
+        method_named(options.method).start(
+            model, run_model[name], ADAPTER_NAME, cache / f"{name}.safetensors", keyed_generator(seed, 2, place)
+        )
+
+
+def trained_parameters(components: dict[str, nn.Module]) -> list[nn.Parameter]:
+    """The parameters that are trained."""
+    return [parameter for model in components.values() for parameter in model.parameters() if parameter.requires_grad]
+
+
+def save_everywhere(
+    pipeline: StableDiffusionXLPipeline, options: AdapterOptions, components: dict[str, nn.Module], folder: Path, title: str
+) -> None:
+    """Write the adapter under `folder` in its native layouts (`adapter/`), for diffusers and in kohya's format."""
+    method_named(options.method).save(components, folder / "adapter", ADAPTER_NAME)
+    export_lora(pipeline, folder / "diffusers", ADAPTER_NAME, format="diffusers")
+    export_lora(pipeline, folder / "kohya" / f"{title}.safetensors", ADAPTER_NAME, format="kohya")
+
+
+def load_adapter(pipeline: StableDiffusionXLPipeline, path: str | Path, adapter_name: str) -> None:
+    """Load an adapter: a run's directory, a native folder, or a LoRA file in diffusers' or kohya's format.
+
+    Raises: InputError naming the path if there is no adapter.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == ".safetensors":
+        pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=adapter_name)
+        return
+    folder = native_folder(path)
+    components = {name: getattr(pipeline, name) for name in COMPONENTS if (folder / name).is_dir()}
+    for name, model in components.items():
+        method = str(read_json(folder / name / "adapter_config.json").get("peft_type")).lower()
+        method_named(method).load({name: model}, folder, adapter_name)
+
+
+def native_folder(path: Path) -> Path:
+    """The native adapter at `path`: itself, or the full one of a run's directory.
+
+    Raises: InputError if there is none.
+    """
+    for folder in (path, path / "full", path / "adapter" / "full"):
+        if any((folder / name / "adapter_config.json").is_file() for name in COMPONENTS):
+            return folder
+    raise InputError(
+        f"There is no adapter at {str(path)!r}. Give a run's directory, a native adapter folder or a .safetensors file of LoRA weights."
+    )
+
+
+def size_in_bytes(folder: Path) -> int:
+    """The bytes of all files under `folder`."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -1,0 +1,130 @@
+"""SDXL base models: loading one, and its conditioning on prompts and sizes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from pipelines.errors import InputError
+
+ASSETS = Path(__file__).parents[2] / "assets"
+BUILT_IN_MODEL = ASSETS / "mini-sdxl"
+PIPELINE_CLASS = "StableDiffusionXLPipeline"
+
+
+@dataclass(frozen=True)
+class PromptEmbeddings:
+    """What SDXL's UNet is told of a batch of prompts.
+
+    Args:
+        hidden: (batch, tokens, width): the last but one hidden states of both text encoders, side by side.
+        pooled: (batch, width of the second encoder's projection).
+    """
+
+    hidden: torch.Tensor
+    pooled: torch.Tensor
+
+
+def is_built_in(name_or_path: str) -> bool:
+    """Whether `name_or_path` is the model that comes with this project."""
+    return Path(name_or_path).resolve() == BUILT_IN_MODEL.resolve()
+
+
+def load_base_model(
+    name_or_path: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> StableDiffusionXLPipeline:
+    """Load an SDXL pipeline, frozen and in evaluation mode, from a hub name or a folder; safetensors only.
+
+    The autoencoder stays in float32, since SDXL's overflows in half precision.
+
+    Raises: InputError naming the model if it cannot be found or is no SDXL.
+    """
+    if Path(name_or_path).exists():
+        _check_folder(Path(name_or_path))
+    elif name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
+        raise InputError(
+            f"There is no model folder {name_or_path!r}. Give a folder with a model_index.json or a hub name such as 'owner/model'."
+        )
+    try:
+        pipeline = StableDiffusionXLPipeline.from_pretrained(name_or_path, torch_dtype=dtype, use_safetensors=True)
+    except OSError as error:
+        raise InputError(f"The model {name_or_path!r} could not be loaded: {error}") from error
+    pipeline.vae.to(torch.float32)
+    pipeline.to(device)
+    for component in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
+        component.requires_grad_(False).eval()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _check_folder(folder: Path) -> None:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise InputError(
+            f"{str(folder)!r} is no diffusers model: it has no model_index.json. Give the folder that holds unet/, vae/ and the others."
+        )
+    found = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    if found != PIPELINE_CLASS:
+        raise InputError(f"{str(folder)!r} must hold a {PIPELINE_CLASS}, got {found}. Only SDXL models are adapted here.")
+
+
+def model_resolution(pipeline: StableDiffusionXLPipeline) -> int:
+    """The side, in pixels, of the pictures that the model makes of itself."""
+    return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+
+
+def text_encoders_of(pipeline: StableDiffusionXLPipeline) -> tuple[nn.Module, nn.Module]:
+    """Both text encoders, in SDXL's order."""
+    return pipeline.text_encoder, pipeline.text_encoder_2
+
+
+def tokenize(tokenizers: Sequence[PreTrainedTokenizerBase], prompts: Sequence[str]) -> torch.Tensor:
+    """The token ids of `prompts` for each tokenizer: (tokenizers, batch, tokens) int64."""
+    ids = [
+        tokenizer(
+            list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        ).input_ids
+        for tokenizer in tokenizers
+    ]
+    return torch.stack(ids)
+
+
+def encode_tokens(text_encoders: Sequence[nn.Module], tokens: torch.Tensor) -> PromptEmbeddings:
+    """Encode token ids (encoders, batch, tokens) as SDXL does: last but one hidden states, pooled output of the second."""
+    outputs = [encoder(ids, output_hidden_states=True) for encoder, ids in zip(text_encoders, tokens, strict=True)]
+    return PromptEmbeddings(torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[-1].text_embeds)
+
+
+@torch.no_grad()
+def encode_prompts(pipeline: StableDiffusionXLPipeline, prompts: Sequence[str]) -> PromptEmbeddings:
+    """Encode prompts; an empty one becomes zeros where the model was trained so."""
+    tokens = tokenize((pipeline.tokenizer, pipeline.tokenizer_2), prompts).to(pipeline.text_encoder.device)
+    embeddings = encode_tokens(text_encoders_of(pipeline), tokens)
+    if not pipeline.config.force_zeros_for_empty_prompt:
+        return embeddings
+    kept = torch.tensor([prompt != "" for prompt in prompts], device=tokens.device)
+    return PromptEmbeddings(embeddings.hidden * kept[:, None, None], embeddings.pooled * kept[:, None])
+
+
+@torch.no_grad()
+def encode_pictures(pipeline: StableDiffusionXLPipeline, pixels: torch.Tensor, batch_size: int = 8) -> torch.Tensor:
+    """The latents' distribution for pictures (batch, 3, height, width) in [-1, 1].
+
+    Returns: (batch, 2, channels, height, width): its mean, scaled as the UNet takes it, and its standard deviation, scaled.
+    """
+    vae = pipeline.vae
+    shift = getattr(vae.config, "latents_mean", None)
+    distributions = [vae.encode(part.to(vae.device, vae.dtype)).latent_dist for part in pixels.split(batch_size)]
+    mean = torch.cat([distribution.mean for distribution in distributions])
+    std = torch.cat([distribution.std for distribution in distributions])
+    if shift is None:
+        return torch.stack([mean, std], dim=1) * vae.config.scaling_factor
+    shift, spread = (torch.tensor(values).view(1, -1, 1, 1).to(mean) for values in (shift, vae.config.latents_std))
+    return torch.stack([mean - shift, std], dim=1) * (vae.config.scaling_factor / spread)[:, None]

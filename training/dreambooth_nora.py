@@ -1,0 +1,221 @@
+"""Train an adapter of SDXL on a handful of pictures of one subject.
+
+    accelerate launch training/dreambooth_nora.py
+    accelerate launch training/dreambooth_nora.py --instance_data_dir PICTURES --instance_prompt "a photo of sks dog"
+
+Everything it makes goes into one run directory: pictures before and after, metrics, checkpoints, and the adapter in its own
+format, for diffusers, and for A1111, ComfyUI and sd-scripts.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from diffusers import StableDiffusionXLPipeline
+from diffusers.optimization import get_scheduler
+from PIL import Image
+
+from pipelines.errors import InputError
+from pipelines.pictures import labelled_grid
+from pipelines.subject import adapters
+from pipelines.subject.base_model import load_base_model, model_resolution
+from pipelines.subject.batches import EncodedPictures, SubjectBatches, encode_examples
+from pipelines.subject.calibration import runs_on_subject
+from pipelines.subject.data import Example, find_pictures, load_examples, read_picture
+from pipelines.subject.evaluation import mean_denoising_loss
+from pipelines.subject.generate import Sampling, generate
+from pipelines.subject.loss import DenoisingLoss
+from training.checkpoints import list_checkpoints
+from training.loop import LoopOptions, Periodic, Trainable, train
+from training.model_card import GRID, write_model_card
+from training.options import LATEST, DataOptions, SubjectOptions, parse_options
+from training.run import RunDirectory, write_text_atomically
+
+WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def main(options: SubjectOptions) -> RunDirectory:
+    """Load, attach, train, export; returns the run's directory.
+
+    Raises: InputError where something given cannot be used, before any long work starts.
+    """
+    began = time.monotonic()
+    accelerator = Accelerator(mixed_precision=options.model.mixed_precision)
+    paths = checked_pictures(options.data)
+    run = open_run(options, accelerator)
+    with run.recording():
+        run.update_status(phase="loading")
+        dtype = WEIGHT_DTYPES[accelerator.mixed_precision]
+        pipeline = load_base_model(options.model.pretrained_model_name_or_path, dtype, accelerator.device)
+        resolution = options.data.resolution or model_resolution(pipeline)
+        examples = load_examples(paths.train, resolution)
+        subject, heldout = (encode(pipeline, part, options) for part in (examples, load_examples(paths.heldout, resolution)))
+        draw = sampler(pipeline, options, resolution)
+        before = draw()
+
+        run.update_status(phase="calibrating")
+        components = adapters.attach(pipeline, options.adapter)
+        loss = DenoisingLoss(pipeline, options.optimisation.snr_gamma)
+        runs, seed = runs_on_subject(loss, subject, options.optimisation.seed), options.optimisation.seed
+        adapters.start(options.adapter, components, runs, run.path / "calibration", seed)
+
+        run.update_status(phase="training", step=0, total=options.optimisation.max_train_steps)
+        trainable = to_train(loss, subject, options, accelerator.num_processes)
+        watch = watcher(run, loss, heldout, draw, options)
+        train(accelerator, run, trainable, loop_options(options), [Periodic(options.output.validation_steps, watch)])
+
+        run.update_status(phase="exporting")
+        if accelerator.is_main_process:
+            adapters.save_everywhere(pipeline, options.adapter, components, run.path, run.path.name)
+            rows = [("the subject", pictures_of(examples)), ("before", before), (f"after, {options.adapter.method}", draw())]
+            labelled_grid(rows, options.output.validation_prompt).save(run.path / GRID)
+            trained = sum(parameter.numel() for parameter in adapters.trained_parameters(components))
+            write_model_card(run, options, len(examples), trained, time.monotonic() - began)
+        accelerator.wait_for_everyone()
+    return run
+
+
+@dataclass(frozen=True)
+class PicturePaths:
+    """The pictures to train on, and those to measure on."""
+
+    train: list[Path]
+    heldout: list[Path]
+
+
+def checked_pictures(options: DataOptions) -> PicturePaths:
+    """Find the pictures and read each once, so that a bad one is named before anything is loaded.
+
+    Raises: InputError naming the folder or file.
+    """
+    paths = find_pictures(options.instance_data_dir)
+    for path in paths:
+        read_picture(path)
+    heldout = [path for path in paths if path.name == options.heldout_image]
+    if options.heldout_image is not None and not heldout:
+        raise InputError(
+            f"heldout_image must be one of {', '.join(path.name for path in paths)} in {options.instance_data_dir!r}, "
+            f"got {options.heldout_image!r}."
+        )
+    train_on = [path for path in paths if path not in heldout]
+    if not train_on:
+        raise InputError(f"{options.instance_data_dir!r} holds one picture, and it is held out. Add pictures to train on.")
+    return PicturePaths(train_on, heldout)
+
+
+def open_run(options: SubjectOptions, accelerator: Accelerator) -> RunDirectory:
+    """The run's directory: the one given, or a new one that all processes agree on.
+
+    Raises: InputError if it holds another run, or none to resume.
+    """
+    subject = Path(options.data.instance_data_dir).resolve().name
+    fresh = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{subject}-{options.adapter.method}"
+    path = Path(broadcast_object_list([options.output.output_dir or str(fresh)])[0])
+    options.output.output_dir = str(path)
+    resuming = options.output.resume_from_checkpoint == LATEST
+    checkpoints = list_checkpoints(path / "checkpoints")
+    if resuming and not checkpoints:
+        raise InputError(
+            f"There is no checkpoint in {str(path / 'checkpoints')!r} to resume from. Start without --resume_from_checkpoint."
+        )
+    if not resuming and (path / "options.json").exists():
+        raise InputError(f"{str(path)!r} holds a run. Give another --output_dir, or go on with --resume_from_checkpoint latest.")
+    accelerator.wait_for_everyone()
+    run = RunDirectory.create(path, options.to_dict(), accelerator.is_main_process)
+    if run.writes:
+        write_text_atomically(path / "command", shlex.join(["accelerate", "launch", *sys.argv]) + "\n")
+    return run
+
+
+def encode(pipeline: StableDiffusionXLPipeline, examples: list[Example], options: SubjectOptions) -> EncodedPictures | None:
+    """The examples with the subject's prompt, encoded once for the whole training; None where there are none."""
+    if not examples:
+        return None
+    prompts = [options.data.instance_prompt] * len(examples)
+    return encode_examples(pipeline, examples, prompts, options.data.random_flip)
+
+
+def sampler(pipeline: StableDiffusionXLPipeline, options: SubjectOptions, resolution: int) -> Callable[[], list[Image.Image]]:
+    """A function that draws the validation prompts, from the same noise each time."""
+    prompts = options.output.validation_prompt
+    seeds = range(options.optimisation.seed, options.optimisation.seed + len(prompts))
+
+    def draw() -> list[Image.Image]:
+        for component in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
+            component.eval()
+        with torch.no_grad():
+            return list(generate(pipeline, prompts, seeds, Sampling(resolution=resolution)))
+
+    return draw
+
+
+def to_train(loss: DenoisingLoss, subject: EncodedPictures, options: SubjectOptions, processes: int) -> Trainable:
+    """The loss, its batches, AdamW over the adapter's parameters, and the schedule."""
+    how = options.optimisation
+    if options.model.gradient_checkpointing:
+        loss.unet.enable_gradient_checkpointing()
+    size = how.train_batch_size * processes
+    batches = SubjectBatches(subject, options.adapter.train_text_encoder, size, loss.num_timesteps, how.seed)
+    parameters = [parameter for parameter in loss.parameters() if parameter.requires_grad]
+    betas = (how.adam_beta1, how.adam_beta2)
+    optimizer = torch.optim.AdamW(parameters, how.learning_rate, betas, how.adam_epsilon, how.adam_weight_decay)
+    schedule = get_scheduler(
+        how.lr_scheduler, optimizer, num_warmup_steps=how.lr_warmup_steps, num_training_steps=how.max_train_steps
+    )
+    return Trainable(loss, batches, optimizer, schedule)
+
+
+def loop_options(options: SubjectOptions) -> LoopOptions:
+    """What of the options the loop needs."""
+    how, out = options.optimisation, options.output
+    return LoopOptions(
+        max_train_steps=how.max_train_steps,
+        seed=how.seed,
+        gradient_accumulation_steps=how.gradient_accumulation_steps,
+        max_grad_norm=how.max_grad_norm,
+        checkpointing_steps=out.checkpointing_steps,
+        checkpoints_total_limit=out.checkpoints_total_limit,
+    )
+
+
+def watcher(
+    run: RunDirectory,
+    loss: DenoisingLoss,
+    heldout: EncodedPictures | None,
+    draw: Callable[[], list[Image.Image]],
+    options: SubjectOptions,
+) -> Callable[[int], None]:
+    """A function to call now and then: logs the loss on the held-out picture, and draws the validation prompts."""
+
+    def measure(step: int) -> None:
+        if heldout is not None:
+            run.log(step, heldout_loss=mean_denoising_loss(loss, heldout))
+
+    def watch(step: int) -> None:
+        measure(step)
+        rows = [(f"step {step}", draw())]
+        labelled_grid(rows, options.output.validation_prompt).save(run.samples / f"step-{step:07d}.png")
+
+    if not run.metrics():
+        measure(0)
+    return watch
+
+
+def pictures_of(examples: list[Example]) -> list[Image.Image]:
+    """The training pictures as the model sees them."""
+    return [Image.fromarray(((example.pixels.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()) for example in examples]
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_options(description=__doc__))
+    except InputError as error:
+        raise SystemExit(f"error: {error}") from None
