@@ -1,11 +1,23 @@
 """A StableDiffusionXLPipeline of the real classes with random weights, small enough to run in a fraction of a second."""
 
+import warnings
+
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from nora_vision import NoraConfig, NoraLayer
+
 MAX_LENGTH = 16
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+# Linear layers and convolutions, and in each text encoder another choice.
+TARGETS = {
+    "unet": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "conv1", "conv_shortcut", "time_emb_proj"],
+    "text_encoder": ["q_proj", "v_proj", "out_proj", "fc1"],
+    "text_encoder_2": ["k_proj", "fc2"],
+}
 
 
 def byte_tokenizer() -> CLIPTokenizer:
@@ -76,3 +88,40 @@ def picture(pipe: StableDiffusionXLPipeline, prompt: str = "a red star", seed: i
     generator = torch.Generator().manual_seed(seed)
     output = pipe(prompt, num_inference_steps=2, guidance_scale=3.0, height=16, width=16, generator=generator, output_type="np")
     return torch.from_numpy(output.images[0])
+
+
+def add_nora(
+    pipe: StableDiffusionXLPipeline,
+    adapter_name: str = "default",
+    seed: int = 0,
+    components: tuple[str, ...] = COMPONENTS,
+    **options: object,
+) -> None:
+    """Add a NoRA adapter with random inner factors that change the pictures plainly; `options` go to NoraConfig."""
+    generator = torch.Generator().manual_seed(seed)
+    for component in components:
+        model = getattr(pipe, component)
+        config = NoraConfig(**({"r": 6, "inner_r": 3, "alpha": 6.0, "target_modules": TARGETS[component]} | options))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.add_adapter(config, adapter_name)
+        randomise_inner_factors(model, adapter_name, generator, std=0.3 if component == "unet" else 1.0)
+
+
+@torch.no_grad()
+def randomise_inner_factors(model: torch.nn.Module, adapter_name: str, generator: torch.Generator, std: float) -> None:
+    """What training would leave: inner factors that are neither zero nor where they started."""
+    for layer in model.modules():
+        if isinstance(layer, NoraLayer) and adapter_name in layer.r:
+            for factors in (layer.nora_inner_A[adapter_name], layer.nora_inner_B[adapter_name]):
+                factors.copy_(std * torch.randn(factors.shape, generator=generator))
+
+
+def weight_changes(pipe: StableDiffusionXLPipeline, adapter_name: str = "default") -> dict[str, torch.Tensor]:
+    """The adapter's change of every weight it changes, by component and layer; for NoRA and for LoRA."""
+    return {
+        f"{component}.{name}": layer.get_delta_weight(adapter_name).detach()
+        for component in COMPONENTS
+        for name, layer in getattr(pipe, component).named_modules()
+        if isinstance(layer, BaseTunerLayer) and adapter_name in layer.r
+    }

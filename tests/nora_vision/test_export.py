@@ -1,0 +1,250 @@
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import init_empty_weights
+from diffusers import UNet2DConditionModel
+from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers, _maybe_map_sgm_blocks_to_diffusers
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from peft import LoraConfig
+from tiny_pipeline import COMPONENTS, TARGETS, add_nora, picture, tiny_pipeline, weight_changes
+
+from nora_vision import export_lora
+from nora_vision.files import read_header, read_tensors
+from nora_vision.kohya import kohya_name, stability_name
+
+FORMATS = ("diffusers", "kohya")
+ONE_LEVEL = 1 / 255
+VARIED = {
+    "preserve_output": True,
+    "inner_init": "gaussian",
+    "rank_pattern": {"to_k": 5, "k_proj": 4},
+    "inner_rank_pattern": {".*attn1.*": 2, "fc2": 1},
+}
+STOCK = """
+import sys, torch
+from diffusers import StableDiffusionXLPipeline
+base, *files = sys.argv[1:]
+pipe = StableDiffusionXLPipeline.from_pretrained(base, add_watermarker=False)
+for file in files:
+    pipe.load_lora_weights(file)
+    output = pipe("a red star", num_inference_steps=2, guidance_scale=3.0, height=16, width=16,
+                  generator=torch.Generator().manual_seed(0), output_type="np")
+    torch.save(torch.from_numpy(output.images[0]), file + ".picture")
+    pipe.unload_lora_weights()
+assert not [name for name in sys.modules if name.startswith("nora_vision")]
+"""
+
+
+def add_lora(pipe, seed=0, **options):
+    """PEFT's own LoRA on the same layers, with random factors."""
+    torch.manual_seed(seed)
+    for component in COMPONENTS:
+        config = LoraConfig(r=3, lora_alpha=1.5, target_modules=TARGETS[component], init_lora_weights=False, **options)
+        getattr(pipe, component).add_adapter(config, "default")
+
+
+CASES = {
+    "all": lambda pipe: add_nora(pipe),
+    "unet": lambda pipe: add_nora(pipe, components=("unet",)),
+    "text_encoder": lambda pipe: add_nora(pipe, components=("text_encoder",)),
+    "text_encoder_2": lambda pipe: add_nora(pipe, components=("text_encoder_2",)),
+    "varied": lambda pipe: add_nora(pipe, **VARIED),
+    "lora": add_lora,
+}
+
+
+def test_a_fresh_process_without_this_package_makes_the_same_pictures(tmp_path):
+    base = tiny_pipeline()
+    plain = picture(base)
+    base.save_pretrained(tmp_path / "base")
+    native, files = {}, []
+    for case, add in CASES.items():
+        pipe = tiny_pipeline()
+        add(pipe)
+        native[case] = picture(pipe)
+        assert (native[case] - plain).abs().max() > 8 * ONE_LEVEL, f"{case} does not change the picture enough to be a test"
+        files += [export_lora(pipe, tmp_path / f"{case}-{format}.safetensors", format=format) for format in FORMATS]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", STOCK, str(tmp_path / "base"), *map(str, files)]
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment, timeout=240)
+    for file in files:
+        difference = (torch.load(f"{file}.picture") - native[file.stem.rpartition("-")[0]]).abs().max()
+        assert difference <= ONE_LEVEL, f"{file.name}: {255 * difference:.2f} levels"
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("case", ["all", "varied", "lora"])
+def test_stock_loaders_get_every_change_of_weight_exactly(tmp_path, format, case):
+    pipe, stock = tiny_pipeline(), tiny_pipeline()
+    CASES[case](pipe)
+    stock.load_lora_weights(export_lora(pipe, tmp_path, format=format), adapter_name="loaded")
+    expected, loaded = weight_changes(pipe), weight_changes(stock, "loaded")
+    assert expected.keys() <= loaded.keys()
+    for name, change in loaded.items():
+        torch.testing.assert_close(change, expected.get(name, torch.zeros_like(change)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_linear_layer_and_convolution_of_the_unet_can_be_exported(tmp_path, format):
+    pipe, stock = tiny_pipeline(), tiny_pipeline()
+    layers = [name for name, layer in pipe.unet.named_modules() if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))]
+    add_nora(pipe, components=("unet",), target_modules=layers, r=3, inner_r=1)
+    stock.load_lora_weights(export_lora(pipe, tmp_path, format=format))
+    expected, loaded = weight_changes(pipe), weight_changes(stock, "default_0")
+    assert expected.keys() == loaded.keys() == {f"unet.{name}" for name in layers}
+    for name, change in loaded.items():
+        torch.testing.assert_close(change, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_strength_in_use_and_fusing_do_not_change_the_file(tmp_path, format):
+    pipe = tiny_pipeline()
+    add_nora(pipe)
+    before = export_lora(pipe, tmp_path / "before.safetensors", format=format)
+    pipe.set_adapters("default", 0.25)
+    pipe.fuse_lora()
+    after = read_tensors(export_lora(pipe, tmp_path / "after.safetensors", format=format))
+    for name, tensor in read_tensors(before).items():
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=0)
+
+
+def test_the_diffusers_file_has_no_alpha_and_text_model_in_every_text_encoder_key(tmp_path):
+    pipe = tiny_pipeline()
+    add_nora(pipe)
+    path = export_lora(pipe, tmp_path, format="diffusers")
+    assert path == tmp_path / "pytorch_lora_weights.safetensors"
+    keys = read_header(path).tensors
+    assert all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in keys)
+    assert all(key.startswith(("unet.", "text_encoder.text_model.", "text_encoder_2.text_model.")) for key in keys)
+
+
+def test_the_kohya_file_says_what_it_is_and_has_one_alpha(tmp_path):
+    pipe = tiny_pipeline()
+    add_nora(pipe, "toy", **VARIED)
+    path = export_lora(pipe, tmp_path, "toy", format="kohya")
+    header, tensors = read_header(path), read_tensors(path)
+    ranks = Counter(len(tensor) for key, tensor in tensors.items() if key.endswith(".lora_down.weight"))
+    rank = ranks.most_common(1)[0][0]
+    assert len(ranks) > 1
+    assert {tensor.item() for key, tensor in tensors.items() if key.endswith(".alpha")} == {float(rank)}
+    assert path.name == "toy.safetensors"
+    said = header.metadata
+    assert said["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert said["ss_network_module"] == "networks.lora"
+    assert (int(said["ss_network_dim"]), float(said["ss_network_alpha"])) == (rank, rank)
+    assert said["ss_v2"] == "False"
+    assert json.loads(said["ss_network_args"]) == {"method": "NORA"}
+    assert said["ss_output_name"] == said["modelspec.title"] == "toy"
+    assert said["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert said["modelspec.resolution"] == "16x16"
+    assert said["modelspec.prediction_type"] == "epsilon"
+    assert said["modelspec.hash_sha256"] == f"0x{said['sshs_model_hash']}"
+
+
+def test_the_same_adapter_gives_the_same_bytes(tmp_path):
+    for name in ("first", "second"):
+        pipe = tiny_pipeline()
+        add_nora(pipe)
+        for format in FORMATS:
+            export_lora(pipe, tmp_path / name / format / "x.safetensors", format=format)
+    for format in FORMATS:
+        first, second = (tmp_path / name / format / "x.safetensors" for name in ("first", "second"))
+        assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def sdxl_layers() -> dict[str, torch.nn.Module]:
+    """Every Linear layer and convolution of the true SDXL UNet, by name, without its weights."""
+    with init_empty_weights():
+        unet = UNet2DConditionModel(
+            sample_size=128,
+            block_out_channels=(320, 640, 1280),
+            layers_per_block=2,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+    return {name: layer for name, layer in unet.named_modules() if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))}
+
+
+class SDXL:
+    layers_per_block = 2
+
+
+def test_true_sdxl_layers_have_the_names_of_its_original_checkpoint(sdxl_layers):
+    names = {f"{name}.{kind}": f"{stability_name(name, 2)}.{kind}" for name in sdxl_layers for kind in ("weight", "bias")}
+    checkpoint = {f"model.diffusion_model.{theirs}": ours for ours, theirs in names.items()}
+    config = {"layers_per_block": 2, "class_embed_type": None, "addition_embed_type": "text_time"}
+    assert convert_ldm_unet_checkpoint(checkpoint, config) == {name: name for name in names}
+
+
+def test_diffusers_reads_every_true_sdxl_layer_back_from_its_kohya_name(sdxl_layers):
+    state = {}
+    for name in sdxl_layers:
+        key = kohya_name("unet", name, 2)
+        state |= {f"{key}.lora_down.weight": name, f"{key}.lora_up.weight": name}
+    assert len(state) == 2 * len(sdxl_layers)
+    read, _ = _convert_non_diffusers_lora_to_diffusers(_maybe_map_sgm_blocks_to_diffusers(state, SDXL))
+    for key, name in read.items():
+        layer = key.removeprefix("unet.").replace(".processor", "").replace("_lora.", ".lora.").partition(".lora.")[0]
+        assert layer.replace("to_out", "to_out.0") == name
+
+
+PUBLISHED = {
+    "lora_unet_input_blocks_4_1_proj_in": "unet.down_blocks.1.attentions.0.proj_in",
+    "lora_unet_input_blocks_8_1_transformer_blocks_9_attn1_to_k": (
+        "unet.down_blocks.2.attentions.1.transformer_blocks.9.attn1.to_k"
+    ),
+    "lora_unet_middle_block_1_transformer_blocks_9_ff_net_0_proj": (
+        "unet.mid_block.attentions.0.transformer_blocks.9.ff.net.0.proj"
+    ),
+    "lora_unet_output_blocks_5_1_proj_out": "unet.up_blocks.1.attentions.2.proj_out",
+    "lora_unet_input_blocks_3_0_op": "unet.down_blocks.0.downsamplers.0.conv",
+    "lora_unet_output_blocks_2_2_conv": "unet.up_blocks.0.upsamplers.0.conv",
+    "lora_te1_text_model_encoder_layers_0_mlp_fc1": "text_encoder.text_model.encoder.layers.0.mlp.fc1",
+    "lora_te2_text_model_encoder_layers_31_self_attn_v_proj": "text_encoder_2.text_model.encoder.layers.31.self_attn.v_proj",
+}
+
+
+@pytest.mark.parametrize("published", PUBLISHED)
+def test_kohya_names_are_those_of_published_files(published):
+    component, _, name = PUBLISHED[published].partition(".")
+    assert kohya_name(component, name, layers_per_block=2) == published
+
+
+def test_a_layer_without_a_kohya_name_is_refused():
+    with pytest.raises(ValueError, match=r"no name for UNet layer 'encoder_hid_proj'.*diffusers"):
+        kohya_name("unet", "encoder_hid_proj", 2)
+
+
+def refused(pipe, tmp_path: Path, match: str, **arguments) -> None:
+    with pytest.raises(ValueError, match=match):
+        export_lora(pipe, tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_no_lora_file_can_hold_is_refused_and_nothing_is_written(tmp_path):
+    pipe = tiny_pipeline()
+    refused(pipe, tmp_path, "No component of the pipeline has an adapter 'default'")
+    add_nora(pipe, components=("unet",), target_modules=["to_q"])
+    refused(pipe, tmp_path, r"format must be one of \('diffusers', 'kohya'\), got 'a1111'", format="a1111")
+    refused(pipe, tmp_path, "has an adapter 'other'; there are .*'unet': .'default'", adapter_name="other")
+    add_nora(pipe, "head", components=("unet",), target_modules=["to_q"], modules_to_save=["conv_out"])
+    refused(pipe, tmp_path, r"unet\.conv_out was trained in full", adapter_name="head")
+    add_nora(pipe, "projection", components=("text_encoder_2",), target_modules=["text_projection"])
+    refused(pipe, tmp_path, r"text_encoder_2\.text_projection: stock LoRA loaders drop", adapter_name="projection")
+    dora = tiny_pipeline()
+    add_lora(dora, use_dora=True)
+    refused(dora, tmp_path, r"has a variant of LoRA, such as DoRA")
