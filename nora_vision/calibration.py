@@ -61,11 +61,15 @@ class ActivationStatistics(Mapping[str, torch.Tensor]):
 
         Raises: AdapterFileError naming the file if it is damaged or holds something else.
         """
-        stored = read_header(path).metadata.get("nora_activation_statistics")
+        stored = read_header(path).metadata.get("nora_activation_statistics", "")
         scales = read_tensors(path)
-        fingerprints = json.loads(stored) if stored else None
+        refusal = AdapterFileError(f"{path} holds no activation statistics. Write them with ActivationStatistics.save.")
+        try:
+            fingerprints = json.loads(stored)
+        except json.JSONDecodeError as error:
+            raise refusal from error
         if not isinstance(fingerprints, dict) or fingerprints.keys() != scales.keys():
-            raise AdapterFileError(f"{path} holds no activation statistics. Write them with ActivationStatistics.save.")
+            raise refusal
         for name, scale in scales.items():
             if scale.ndim != 1 or (scale < 0).any():
                 raise AdapterFileError(f"{path}: the statistics of {name!r} must be one vector without negative entries.")
