@@ -1,0 +1,116 @@
+"""What one NoRA step costs beside PEFT LoRA at equal inner rank: bytes saved for backward, and time of a training step.
+
+    python benchmarks/adapter_step.py
+
+The layer is one adapted nn.Linear after a LayerNorm, the step forward and backward of one adapted transformer block of SDXL.
+Both adapters are measured in turns in one process, so that whatever else the machine does hits both.
+"""
+
+# ruff: noqa: T201 - what a benchmark prints is its result
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from peft import LoraConfig, PeftConfig, inject_adapter_in_model
+from torch import nn
+
+from nora_vision import NoraConfig
+
+WIDTH = 1280
+PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+def adapter_configs(r: int, inner_r: int, target_modules: list[str]) -> dict[str, PeftConfig]:
+    """LoRA of rank `inner_r` and NoRA of ranks `r`, `inner_r`."""
+    return {
+        "LoRA": LoraConfig(r=inner_r, lora_alpha=inner_r, target_modules=target_modules),
+        # Random factors: what they hold changes neither bytes nor time.
+        "NoRA": NoraConfig(r=r, inner_r=inner_r, alpha=inner_r, target_modules=target_modules, init_weights=False),
+    }
+
+
+def saved_bytes(layer: nn.Module, x: torch.Tensor) -> int:
+    """Bytes that `layer` saves for backward at input `x` (tokens, width), besides its own parameters and buffers."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*layer.parameters(), *layer.buffers())}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(x)
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+def compare_saved_bytes(tokens: int, r: int, inner_r: int, device: str) -> dict[str, int]:
+    """Saved bytes of one adapted nn.Linear after a LayerNorm, by adapter."""
+    norm = nn.LayerNorm(WIDTH, device=device)
+    results = {}
+    for name, config in adapter_configs(r, inner_r, ["0"]).items():
+        model = nn.Sequential(nn.Linear(WIDTH, WIDTH)).to(device)
+        hidden = norm(torch.randn(tokens, WIDTH, device=device, requires_grad=True))
+        results[name] = saved_bytes(inject_adapter_in_model(config, model)[0], hidden)
+    return results
+
+
+def training_step(config: PeftConfig, tokens: int, device: str, dtype: torch.dtype) -> Callable[[], float]:
+    """A function that runs one forward and backward of an adapted SDXL transformer block and returns its seconds."""
+    torch.manual_seed(0)
+    block = BasicTransformerBlock(WIDTH, 20, 64, cross_attention_dim=2048).to(device, dtype).requires_grad_(False)
+    inject_adapter_in_model(config, block)
+    # Inside a UNet the block's input depends on trained factors before it.
+    x = torch.randn(1, tokens, WIDTH, device=device, dtype=dtype, requires_grad=True)
+    context = torch.randn(1, 77, 2048, device=device, dtype=dtype)
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+
+    def step() -> float:
+        synchronize()
+        start = time.perf_counter()
+        block(x, encoder_hidden_states=context).square().mean().backward()
+        synchronize()
+        seconds = time.perf_counter() - start
+        x.grad = None
+        block.zero_grad()
+        return seconds
+
+    return step
+
+
+def main() -> None:
+    """Print both comparisons."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens of the block's step; 1024 are 32 x 32 latents")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--r", type=int, default=64)
+    parser.add_argument("--inner_r", type=int, default=16)
+    options = parser.parse_args()
+
+    lora, nora = compare_saved_bytes(4096, options.r, options.inner_r, options.device).values()
+    print(f"Saved for backward by one adapted Linear ({WIDTH} wide, 4096 tokens, r {options.r}, inner_r {options.inner_r}):")
+    print(f"  LoRA {lora / 2**20:.2f} MiB, NoRA {nora / 2**20:.2f} MiB: {lora / nora:.1f} times less")
+
+    configs = adapter_configs(options.r, options.inner_r, PROJECTIONS)
+    steps = {n: training_step(c, options.tokens, options.device, getattr(torch, options.dtype)) for n, c in configs.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(options.steps + 2):
+        # In alternating order, so that neither always runs on the other's warm caches.
+        for name in sorted(steps, reverse=bool(repeat % 2)):
+            elapsed = steps[name]()
+            if repeat >= 2:
+                seconds[name].append(elapsed)
+    lora, nora = (statistics.median(seconds[name]) for name in ("LoRA", "NoRA"))
+    setting = f"{options.tokens} tokens, {options.device}, {options.dtype}, medians of {options.steps}"
+    print(f"Training step of one SDXL transformer block ({setting}):")
+    print(f"  LoRA {lora * 1e3:.1f} ms, NoRA {nora * 1e3:.1f} ms: ratio {nora / lora:.3f}")
+
+
+if __name__ == "__main__":
+    main()
