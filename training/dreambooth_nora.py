@@ -53,11 +53,13 @@ def main(options: SubjectOptions) -> RunDirectory:
     run = open_run(options, accelerator)
     with run.recording():
         run.update_status(phase="loading")
-        dtype = WEIGHT_DTYPES[accelerator.mixed_precision]
-        pipeline = load_base_model(options.model.pretrained_model_name_or_path, dtype, accelerator.device)
+        model, dtype = options.model, WEIGHT_DTYPES[accelerator.mixed_precision]
+        pipeline = load_base_model(model.pretrained_model_name_or_path, dtype, accelerator.device, model.variant)
         resolution = options.data.resolution or model_resolution(pipeline)
-        examples = load_examples(paths.train, resolution)
-        subject, heldout = (encode(pipeline, part, options) for part in (examples, load_examples(paths.heldout, resolution)))
+        examples, heldout_examples = (
+            load_examples(part, resolution, options.data.size_conditioning) for part in (paths.train, paths.heldout)
+        )
+        subject, heldout = (encode(pipeline, part, options) for part in (examples, heldout_examples))
         draw = sampler(pipeline, options, resolution)
         before = draw()
 

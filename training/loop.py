@@ -39,7 +39,8 @@ class Trainable:
     """What a recipe hands to the loop.
 
     Args:
-        module: called as `module(**batch)`, returns the mean loss of the batch (a scalar); its parameters that require grad are trained.
+        module: called as `module(**batch)`, returns the mean loss of the batch (a scalar); its parameters that require grad
+            are trained.
         batch_at: `batch_at(index)` returns the keyword arguments of `module` for the `index`-th batch of the run, over all
             processes: tensors whose first dimension counts examples. Each process takes an equal part of them.
         optimizer, lr_scheduler: over the trained parameters; the scheduler counts optimisation steps.
@@ -94,6 +95,7 @@ def train(
         for step in steps:
             module.train()
             set_seed(options.seed * STEP_STRIDE + step)
+            rate = trainable.lr_scheduler.get_last_lr()[0]
             loss = _optimisation_step(accelerator, module, optimizer, trainable, step, options)
             if not math.isfinite(loss):
                 raise FloatingPointError(
@@ -103,7 +105,8 @@ def train(
             bar.set_postfix(loss=f"{loss:.4f}")
             bar.update()
             pace = (time.monotonic() - began) / (step + 1 - first)
-            _report(run, trainable, options, step + 1, loss, pace)
+            run.log(step + 1, loss=loss, lr=rate)
+            _report_progress(run, options, step + 1, pace)
             if accelerator.is_main_process:
                 _save_and_act(run, trainable, options, step + 1, periodic)
             accelerator.wait_for_everyone()
@@ -151,9 +154,8 @@ def own_part(batch: dict[str, Any], process: int, processes: int) -> dict[str, A
     return {name: values[process * size : (process + 1) * size] for name, values in batch.items()}
 
 
-def _report(run: RunDirectory, trainable: Trainable, options: LoopOptions, step: int, loss: float, pace: float) -> None:
-    """Log the step, and every tenth time say in status.json how far training is; `pace` is in seconds a step."""
-    run.log(step, loss=loss, lr=trainable.lr_scheduler.get_last_lr()[0])
+def _report_progress(run: RunDirectory, options: LoopOptions, step: int, pace: float) -> None:
+    """Say in status.json, every tenth step, how far training is; `pace` is in seconds a step."""
     if step % 10 == 0 or step == options.max_train_steps:
         total = options.max_train_steps
         run.update_status(phase="training", step=step, total=total, seconds_left=round(pace * (total - step), 1))

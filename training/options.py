@@ -16,7 +16,8 @@ from transformers import HfArgumentParser
 
 from pipelines.errors import InputError
 from pipelines.methods import AdapterOptions
-from pipelines.subject.base_model import ASSETS, BUILT_IN_MODEL
+from pipelines.subject.base_model import ASSETS, BUILT_IN_MODEL, is_built_in
+from pipelines.subject.data import SizeConditioning
 
 SAMPLE_SUBJECT = ASSETS / "sample-subject"
 SAMPLE_PROMPT = "a photo of sks toy"
@@ -45,6 +46,7 @@ class ModelOptions:
     pretrained_model_name_or_path: str = field(
         default=str(BUILT_IN_MODEL), metadata={"help": "SDXL base model: a hub name or a folder. The built-in one unless said."}
     )
+    variant: str | None = field(default=None, metadata={"help": "Variant of the model's files, such as fp16."})
     mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
         default=None, metadata={"help": "Precision of the frozen weights; what accelerate is configured for unless said."}
     )
@@ -74,6 +76,13 @@ class DataOptions:
     )
     random_flip: bool = field(
         default=False, metadata={"help": "Mirror pictures at random. Not for subjects with a left and a right, or with writing."}
+    )
+    size_conditioning: SizeConditioning | None = field(
+        default=None,
+        metadata={
+            "help": "What SDXL is told of a picture's size and crop: picture, the truth; target, nothing, which is all that the "
+            "built-in model knows and its default."
+        },
     )
     heldout_image: str | None = field(
         default=None, metadata={"help": "File name of one of the pictures, left out of training to measure the loss on."}
@@ -163,6 +172,8 @@ class SubjectOptions:
     output: OutputOptions = field(default_factory=OutputOptions)
 
     def __post_init__(self) -> None:
+        if self.data.size_conditioning is None:
+            self.data.size_conditioning = "target" if is_built_in(self.model.pretrained_model_name_or_path) else "picture"
         if self.output.validation_prompt is None:
             prompt = self.data.instance_prompt
             self.output.validation_prompt = [prompt, *(f"{prompt} {scene}" for scene in NEW_SCENES)]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import psutil
@@ -85,14 +85,24 @@ class RunDirectory:
             kept = [line for line in self.metrics() if line["step"] <= step]
             write_text_atomically(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
-    @contextmanager
-    def recording(self) -> Iterator[RunDirectory]:
+    def recording(self) -> Recording:
         """Record in status.json how the enclosed work ends: "done", "stopped" by the user, or "failed" with the error."""
-        self.update_status(state="running", error=None)
-        try:
-            yield self
-        except BaseException as error:
+        return Recording(self)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """The context in which a run's work is done."""
+
+    run: RunDirectory
+
+    def __enter__(self) -> RunDirectory:
+        self.run.update_status(state="running", error=None)
+        return self.run
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if error is None:
+            self.run.update_status(state="done", phase="done")
+        else:
             state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
-            self.update_status(state=state, error=f"{type(error).__name__}: {error}")
-            raise
-        self.update_status(state="done", phase="done")
+            self.run.update_status(state=state, error=f"{type(error).__name__}: {error}")

@@ -1,4 +1,7 @@
-"""Adapters on an SDXL pipeline: putting one on, starting it, saving, exporting and loading it. Methods come from `pipelines.methods`."""
+"""Adapters on an SDXL pipeline: putting one on, starting it, saving, exporting and loading it.
+
+Methods come from `pipelines.methods`.
+"""
 
 from __future__ import annotations
 
@@ -101,10 +104,6 @@ def native_folder(path: Path) -> Path:
         if any((folder / name / "adapter_config.json").is_file() for name in COMPONENTS):
             return folder
     raise InputError(
-        f"There is no adapter at {str(path)!r}. Give a run's directory, a native adapter folder or a .safetensors file of LoRA weights."
+        f"There is no adapter at {str(path)!r}. Give a run's directory, a native adapter folder or a .safetensors file of "
+        "LoRA weights."
     )
-
-
-def size_in_bytes(folder: Path) -> int:
-    """The bytes of all files under `folder`."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

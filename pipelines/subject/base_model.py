@@ -38,25 +38,25 @@ def is_built_in(name_or_path: str) -> bool:
 
 
 def load_base_model(
-    name_or_path: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    name_or_path: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", variant: str | None = None
 ) -> StableDiffusionXLPipeline:
     """Load an SDXL pipeline, frozen and in evaluation mode, from a hub name or a folder; safetensors only.
 
-    The autoencoder stays in float32, since SDXL's overflows in half precision.
-
+    Args:
+        variant: as in `diffusers`, such as "fp16" for a folder of files named `*.fp16.safetensors`.
     Raises: InputError naming the model if it cannot be found or is no SDXL.
     """
     if Path(name_or_path).exists():
         _check_folder(Path(name_or_path))
     elif name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
         raise InputError(
-            f"There is no model folder {name_or_path!r}. Give a folder with a model_index.json or a hub name such as 'owner/model'."
+            f"There is no model folder {name_or_path!r}. Give a folder with a model_index.json, or a hub name such as "
+            "'owner/model'."
         )
     try:
-        pipeline = StableDiffusionXLPipeline.from_pretrained(name_or_path, torch_dtype=dtype, use_safetensors=True)
+        pipeline = StableDiffusionXLPipeline.from_pretrained(name_or_path, dtype=dtype, use_safetensors=True, variant=variant)
     except OSError as error:
         raise InputError(f"The model {name_or_path!r} could not be loaded: {error}") from error
-    pipeline.vae.to(torch.float32)
     pipeline.to(device)
     for component in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         component.requires_grad_(False).eval()
@@ -68,7 +68,8 @@ def _check_folder(folder: Path) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
         raise InputError(
-            f"{str(folder)!r} is no diffusers model: it has no model_index.json. Give the folder that holds unet/, vae/ and the others."
+            f"{str(folder)!r} is no diffusers model: it has no model_index.json. Give the folder that holds unet/, vae/ and "
+            "the others."
         )
     found = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
     if found != PIPELINE_CLASS:
@@ -117,14 +118,20 @@ def encode_prompts(pipeline: StableDiffusionXLPipeline, prompts: Sequence[str]) 
 def encode_pictures(pipeline: StableDiffusionXLPipeline, pixels: torch.Tensor, batch_size: int = 8) -> torch.Tensor:
     """The latents' distribution for pictures (batch, 3, height, width) in [-1, 1].
 
-    Returns: (batch, 2, channels, height, width): its mean, scaled as the UNet takes it, and its standard deviation, scaled.
+    Computed in float32, since SDXL's autoencoder overflows in half precision.
+
+    Returns: (batch, 2, channels, height, width) float32: its mean as the UNet takes it, and its deviation at the same scale.
     """
-    vae = pipeline.vae
-    shift = getattr(vae.config, "latents_mean", None)
-    distributions = [vae.encode(part.to(vae.device, vae.dtype)).latent_dist for part in pixels.split(batch_size)]
+    vae, stored = pipeline.vae, pipeline.vae.dtype
+    if stored != torch.float32:
+        vae.to(torch.float32)
+    distributions = [vae.encode(part.to(vae.device)).latent_dist for part in pixels.split(batch_size)]
+    if stored != torch.float32:
+        vae.to(stored)
     mean = torch.cat([distribution.mean for distribution in distributions])
-    std = torch.cat([distribution.std for distribution in distributions])
-    if shift is None:
-        return torch.stack([mean, std], dim=1) * vae.config.scaling_factor
-    shift, spread = (torch.tensor(values).view(1, -1, 1, 1).to(mean) for values in (shift, vae.config.latents_std))
-    return torch.stack([mean - shift, std], dim=1) * (vae.config.scaling_factor / spread)[:, None]
+    deviation = torch.cat([distribution.std for distribution in distributions])
+    scale = torch.full((mean.shape[1], 1, 1), vae.config.scaling_factor, device=mean.device)
+    if getattr(vae.config, "latents_mean", None) is not None:
+        mean = mean - mean.new_tensor(vae.config.latents_mean)[:, None, None]
+        scale = scale / mean.new_tensor(vae.config.latents_std)[:, None, None]
+    return torch.stack([mean * scale, deviation * scale], dim=1)

@@ -98,6 +98,6 @@ class SubjectBatches:
 
 
 def stratified_timesteps(count: int, num_timesteps: int, generator: torch.Generator) -> torch.Tensor:
-    """One timestep from each of `count` equal parts of the schedule, in random order: (count,) int64. Each is uniform over all."""
+    """One timestep from each of `count` equal parts of the schedule, in random order: (count,) int64; each is uniform."""
     parts = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
     return (parts * num_timesteps / count).long().clamp(max=num_timesteps - 1)

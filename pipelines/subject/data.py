@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipelines.errors import InputError
 
+SizeConditioning = Literal["picture", "target"]
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 
 
@@ -41,7 +43,8 @@ def find_pictures(folder: str | Path) -> list[Path]:
     pictures = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
     if not pictures:
         raise InputError(
-            f"{str(folder)!r} holds no picture ({', '.join(sorted(PICTURE_SUFFIXES))}). Put three to ten pictures of the subject there."
+            f"{str(folder)!r} holds no picture ({', '.join(sorted(PICTURE_SUFFIXES))}). Put three to ten pictures of the "
+            "subject there."
         )
     return pictures
 
@@ -62,12 +65,19 @@ def read_picture(path: Path) -> Image.Image:
         raise InputError(f"{str(path)!r} cannot be read as a picture ({error}). Remove it or replace it.") from error
 
 
-def load_examples(paths: Sequence[Path], resolution: int) -> list[Example]:
+def load_examples(paths: Sequence[Path], resolution: int, size_conditioning: SizeConditioning = "picture") -> list[Example]:
     """Read, resize and centre-crop pictures to squares of `resolution` pixels.
 
+    Args:
+        size_conditioning: "picture" tells the model each picture's own size and crop, as SDXL was trained; "target" says of
+            every picture that it has the target's size and is not cropped, for models that have seen nothing else.
     Raises: InputError naming the first file that cannot be read.
     """
-    return [_example(path, read_picture(path), resolution) for path in paths]
+    examples = [_example(path, read_picture(path), resolution) for path in paths]
+    if size_conditioning == "picture":
+        return examples
+    uncropped = torch.tensor([resolution, resolution, 0, 0, resolution, resolution], dtype=torch.float32)
+    return [replace(example, time_ids=uncropped) for example in examples]
 
 
 def _example(path: Path, picture: Image.Image, resolution: int) -> Example:

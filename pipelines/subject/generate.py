@@ -62,6 +62,8 @@ class Sampling:
             raise InputError(f"num_inference_steps must be at least 1, got {self.num_inference_steps}.")
         if not self.guidance_scale >= 0:
             raise InputError(f"guidance_scale must be at least 0, got {self.guidance_scale}.")
+        if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
+            raise InputError(f"resolution must be a multiple of 8, got {self.resolution}.")
 
 
 def generate(

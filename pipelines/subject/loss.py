@@ -28,7 +28,8 @@ class DenoisingLoss(nn.Module):
         self.snr_gamma = snr_gamma
         if self.prediction_type not in PREDICTION_TYPES:
             raise InputError(
-                f"The model's prediction_type must be one of {PREDICTION_TYPES}, got {self.prediction_type!r}. Use another base model."
+                f"The model's prediction_type must be one of {PREDICTION_TYPES}, got {self.prediction_type!r}. Use another "
+                "base model."
             )
 
     @property

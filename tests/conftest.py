@@ -1,0 +1,38 @@
+"""What tests of several packages share: a tiny SDXL model on disk, and a folder of pictures."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent / "nora_vision"))
+from tiny_pipeline import tiny_pipeline
+
+SIZES = ((40, 30), (30, 40), (33, 33))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """The folder of a random SDXL model whose pictures are 16 x 16."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pipe():
+    """The same model, loaded."""
+    return tiny_pipeline()
+
+
+@pytest.fixture(scope="session")
+def pictures_dir(tmp_path_factory):
+    """A folder of three small pictures, wide, tall and square."""
+    folder = tmp_path_factory.mktemp("subject")
+    rng = np.random.default_rng(0)
+    for place, (width, height) in enumerate(SIZES):
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{place}.png")
+    return folder

@@ -1,0 +1,156 @@
+"""Pictures from prompts: the same settings give the same bytes, and the files say what the settings were."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_pipeline import tiny_pipeline
+
+from pipelines.errors import InputError
+from pipelines.methods import AdapterOptions
+from pipelines.pictures import labelled_grid, read_settings
+from pipelines.subject import adapters
+from pipelines.subject.generate import SHEET_PROMPTS, GenerationOptions, Sampling, contact_sheet, generate, main
+
+
+@pytest.fixture(scope="module")
+def lora_dir(tmp_path_factory):
+    """A run's directory with a LoRA that changes pictures visibly."""
+    folder = tmp_path_factory.mktemp("run")
+    pipe, options = tiny_pipeline(), AdapterOptions(method="lora")
+    components = adapters.attach(pipe, options)
+    with torch.no_grad():
+        for parameter in adapters.trained_parameters(components):
+            parameter.add_(0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    adapters.save_everywhere(pipe, options, components, folder, "subject")
+    return folder
+
+
+def options(tiny_model, folder, **changes):
+    return GenerationOptions(
+        pretrained_model_name_or_path=str(tiny_model),
+        output_dir=str(folder),
+        num_inference_steps=2,
+        **{"prompt": ["a star"], **changes},
+    )
+
+
+def drawn(tiny_model, folder, **changes):
+    """The first picture's pixels."""
+    return np.asarray(Image.open(main(options(tiny_model, folder, **changes))[0])).astype(int)
+
+
+def test_the_same_settings_give_the_same_bytes(tiny_model, tmp_path):
+    first, second = (main(options(tiny_model, tmp_path / name))[0] for name in "ab")
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_picture_is_the_same_alone_and_among_others(pipe):
+    sampling = Sampling(num_inference_steps=2)
+    alone = next(generate(pipe, ["snow"], [8], sampling))
+    among = list(generate(pipe, ["a star", "snow", "sea"], [7, 8, 9], sampling))[1]
+    assert np.abs(np.asarray(alone).astype(int) - np.asarray(among)).max() <= 1
+
+
+def test_a_picture_carries_the_settings_that_make_it_again(tiny_model, lora_dir, tmp_path):
+    file = main(options(tiny_model, tmp_path / "a", adapter=[str(lora_dir)], strength=[0.7], negative_prompt="fog", seed=5))[0]
+    settings = read_settings(file)
+    assert settings["sampler"] == "EulerDiscrete"
+    again = GenerationOptions(
+        prompt=[settings["prompt"]],
+        negative_prompt=settings["negative_prompt"],
+        seed=settings["seed"],
+        num_inference_steps=settings["num_inference_steps"],
+        guidance_scale=settings["guidance_scale"],
+        resolution=settings["resolution"],
+        pretrained_model_name_or_path=settings["model"],
+        adapter=[adapter["path"] for adapter in settings["adapters"]],
+        strength=[adapter["strength"] for adapter in settings["adapters"]],
+        output_dir=str(tmp_path / "b"),
+    )
+    assert main(again)[0].read_bytes() == file.read_bytes()
+
+
+def test_a_picture_carries_its_settings_in_the_words_other_programs_read(tiny_model, tmp_path):
+    file = main(options(tiny_model, tmp_path, negative_prompt="fog", seed=5))[0]
+    lines = Image.open(file).info["parameters"].splitlines()
+    assert lines[:2] == ["a star", "Negative prompt: fog"]
+    assert "Steps: 2, Sampler: EulerDiscrete, CFG scale: 4.0, Seed: 5, Size: 16x16, Model: tiny" in lines[2]
+
+
+def test_strength_goes_from_the_base_model_to_the_adapter(tiny_model, lora_dir, tmp_path):
+    base = drawn(tiny_model, tmp_path / "base")
+    off, half, full = (drawn(tiny_model, tmp_path / str(s), adapter=[str(lora_dir)], strength=[s]) for s in (0.0, 0.5, 1.0))
+    assert np.abs(off - base).max() <= 1
+    assert np.abs(full - base).max() > np.abs(half - base).max() * 0.5 > 1
+
+
+def test_two_adapters_of_half_strength_are_one(tiny_model, lora_dir, tmp_path):
+    one = drawn(tiny_model, tmp_path / "one", adapter=[str(lora_dir)])
+    two = drawn(tiny_model, tmp_path / "two", adapter=[str(lora_dir), str(lora_dir / "adapter" / "full")], strength=[0.5, 0.5])
+    assert np.abs(one - two).max() <= 1
+
+
+def test_a_negative_prompt_changes_the_picture(tiny_model, tmp_path):
+    assert np.abs(drawn(tiny_model, tmp_path / "a") - drawn(tiny_model, tmp_path / "b", negative_prompt="fog")).max() > 0
+
+
+def test_prompts_come_from_a_file_one_a_line_and_go_into_a_grid(tiny_model, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a star\n\nsnow\n  sea  \n")
+    sheet = tmp_path / "sheets" / "grid.png"
+    files = main(
+        options(tiny_model, tmp_path, prompt=None, prompts_file=str(tmp_path / "prompts.txt"), grid=str(sheet), columns=2)
+    )
+    assert [read_settings(file)["prompt"] for file in files] == ["a star", "snow", "sea"]
+    assert [read_settings(file)["seed"] for file in files] == [0, 1, 2]
+    assert Image.open(sheet).size == (32, 32)
+
+
+def test_without_a_prompt_the_sheet_of_the_built_in_model_is_drawn(pipe):
+    assert GenerationOptions().prompts() == list(SHEET_PROMPTS)
+    assert contact_sheet(pipe, SHEET_PROMPTS, steps=1).size == (64, 64)
+
+
+def test_several_pictures_of_a_prompt_have_seeds_of_their_own(tiny_model, tmp_path):
+    files = main(options(tiny_model, tmp_path, num_images_per_prompt=2))
+    assert [read_settings(file)["seed"] for file in files] == [0, 1]
+    assert files[0].read_bytes() != files[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts_file": "x"}, r"--prompt or --prompts_file, not both"),
+        ({"strength": [1.0, 1.0]}, r"strength must be one number or one for each of 0 adapters, got 2"),
+        ({"num_images_per_prompt": 0}, r"num_images_per_prompt must be at least 1, got 0"),
+        ({"columns": 0}, r"columns must be at least 1, got 0"),
+        ({"seed": -1}, r"seed must be at least 0, got -1"),
+        ({"num_inference_steps": 0}, r"num_inference_steps must be at least 1, got 0"),
+        ({"guidance_scale": -1.0}, r"guidance_scale must be at least 0, got -1.0"),
+        ({"resolution": 12}, r"resolution must be a multiple of 8, got 12"),
+        ({"prompt": None, "prompts_file": "nowhere.txt"}, r"no prompts_file 'nowhere.txt'"),
+    ],
+)
+def test_a_wrong_setting_is_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        main(GenerationOptions(**{"prompt": ["a star"], **changes}))
+
+
+def test_an_empty_file_of_prompts_is_refused(tmp_path):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    with pytest.raises(InputError, match=r"empty\.txt' holds no prompt"):
+        GenerationOptions(prompts_file=str(tmp_path / "empty.txt")).prompts()
+
+
+def test_a_picture_without_settings_is_refused(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
+    with pytest.raises(InputError, match=r"plain\.png' carries no settings"):
+        read_settings(tmp_path / "plain.png")
+
+
+def test_a_labelled_grid_has_a_cell_for_every_label_and_enlarges_small_pictures():
+    picture = Image.new("RGB", (16, 16), "red")
+    sheet = labelled_grid([("before", [picture] * 2), ("after", [picture])], ["a star", "snow"])
+    red = np.asarray(sheet)[..., 1] == 0
+    assert sheet.width > 2 * 192
+    assert red.sum() > 3 * 190 * 190

@@ -1,0 +1,162 @@
+"""Every adapter method through the one door: start, train, save, load."""
+
+import json
+
+import pytest
+import torch
+from tiny_pipeline import picture, tiny_pipeline
+
+from pipelines.errors import InputError
+from pipelines.methods import AdapterOptions, method_named, method_names
+from pipelines.subject import adapters
+from pipelines.subject.batches import encode_examples
+from pipelines.subject.calibration import runs_on_subject
+from pipelines.subject.data import load_examples
+from pipelines.subject.loss import DenoisingLoss
+
+PROMPT = "a red star"
+methods = pytest.mark.parametrize("method", method_names())
+
+
+def small(method, **changes):
+    return AdapterOptions(method=method, rank=6, inner_r=2, **changes)
+
+
+def attached(pipe, options, pictures_dir, cache, seed=0):
+    """Attach and start the adapter; returns its components."""
+    examples = load_examples(sorted(pictures_dir.iterdir()), 16)
+    subject = encode_examples(pipe, examples, [PROMPT] * len(examples))
+    components = adapters.attach(pipe, options)
+    adapters.start(options, components, runs_on_subject(DenoisingLoss(pipe), subject, seed), cache, seed)
+    return components
+
+
+def disturb(components):
+    """Stand in for training: move every trained number."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in adapters.trained_parameters(components):
+            parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
+
+
+def test_nora_and_lora_are_there():
+    assert {"nora", "lora"} <= set(method_names())
+
+
+@methods
+def test_a_fresh_adapter_leaves_the_pictures_as_they_were(pipe, method, pictures_dir, tmp_path):
+    before = picture(pipe)
+    attached(pipe, small(method, train_text_encoder=True), pictures_dir, tmp_path)
+    torch.testing.assert_close(picture(pipe), before)
+
+
+@methods
+def test_only_the_adapter_is_trained_and_every_number_of_it_gets_a_gradient(pipe, method, pictures_dir, tmp_path):
+    components = attached(pipe, small(method, train_text_encoder=True), pictures_dir, tmp_path)
+    disturb(components)
+    loss = DenoisingLoss(pipe)
+    tokens = pipe.tokenizer([PROMPT] * 2, padding="max_length", return_tensors="pt").input_ids
+    batch = {"latents": torch.randn(2, 4, 8, 8), "noise": torch.randn(2, 4, 8, 8), "timesteps": torch.tensor([100, 900])}
+    loss(**batch, time_ids=torch.ones(2, 6), tokens=tokens[:, None].expand(2, 2, -1)).backward()
+    with_gradient = {name for name, parameter in loss.named_parameters() if parameter.grad is not None}
+    trained = {name for name, parameter in loss.named_parameters() if parameter.requires_grad}
+    assert with_gradient == trained
+    assert all(f"{method}_" in name for name in trained)
+    assert {name.partition(".")[0] for name in trained} == {"unet", "text_encoders"}
+
+
+@methods
+def test_the_same_seed_starts_from_the_same_numbers(method, pictures_dir, tmp_path):
+    starts = []
+    for place, seed in enumerate((0, 0, 1)):
+        components = attached(tiny_pipeline(), small(method), pictures_dir, tmp_path / str(place), seed)
+        starts.append(torch.cat([parameter.detach().flatten() for parameter in adapters.trained_parameters(components)]))
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2])
+
+
+@methods
+@pytest.mark.parametrize("form", ["run", "full", "diffusers", "kohya"])
+def test_every_file_of_a_trained_adapter_gives_the_same_pictures(method, form, pictures_dir, tmp_path):
+    pipe = tiny_pipeline()
+    options = small(method, train_text_encoder=True)
+    components = attached(pipe, options, pictures_dir, tmp_path / "cache")
+    disturb(components)
+    adapters.save_everywhere(pipe, options, components, tmp_path, "subject")
+    expected = picture(pipe)
+    assert (expected - picture(tiny_pipeline())).abs().max() > 1 / 255
+    file = {
+        "run": ".",
+        "full": "adapter/full",
+        "diffusers": "diffusers/pytorch_lora_weights.safetensors",
+        "kohya": "kohya/subject.safetensors",
+    }
+    fresh = tiny_pipeline()
+    adapters.load_adapter(fresh, tmp_path / file[form], "loaded")
+    fresh.set_adapters("loaded")
+    torch.testing.assert_close(picture(fresh), expected, atol=1 / 255, rtol=0)
+
+
+def test_nora_keeps_its_statistics_and_starts_from_them_again(pictures_dir, tmp_path):
+    first = attached(tiny_pipeline(), small("nora"), pictures_dir, tmp_path)
+    cached = (tmp_path / "unet.safetensors").read_bytes()
+    pipe = tiny_pipeline()
+    components = adapters.attach(pipe, small("nora"))
+
+    def not_again():
+        raise AssertionError("calibrated again")
+
+    adapters.start(small("nora"), components, {"unet": not_again}, tmp_path, 0)
+    assert (tmp_path / "unet.safetensors").read_bytes() == cached
+    for ours, theirs in zip(components["unet"].buffers(), first["unet"].buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_an_unknown_method_is_refused_with_the_known_ones():
+    with pytest.raises(InputError, match=r"method must be one of .*lora.*nora.*, got 'dreamfusion'"):
+        AdapterOptions(method="dreamfusion")
+
+
+@methods
+def test_ranks_default_to_the_methods_own(method):
+    assert AdapterOptions(method=method).rank == method_named(method).default_rank
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": 0}, r"rank must be at least 1, got 0"),
+        ({"target_modules": []}, r"target_modules must name at least one"),
+        ({"inner_r": 9, "rank": 8}, r"inner_r must be in \[1, r=8\].*got 9"),
+        ({"inner_init": "ones"}, r"inner_init must be one of .*got 'ones'"),
+        ({"dropout": 1.5}, r"dropout must be in"),
+        ({"alpha": -1.0}, r"alpha must be above 0"),
+    ],
+)
+def test_a_wrong_option_is_refused_before_a_model_is_loaded(changes, message):
+    with pytest.raises(ValueError, match=message):
+        AdapterOptions(**changes)
+
+
+def test_a_rank_above_a_layers_is_refused_with_the_layers_name(pipe):
+    with pytest.raises(InputError, match=r"does not fit unet: r must be in \[1, 16\] for '.*to_q'.*got 64"):
+        adapters.attach(pipe, AdapterOptions(rank=64))
+    assert not hasattr(pipe.unet, "peft_config") or not pipe.unet.peft_config
+
+
+@methods
+def test_a_target_that_is_not_there_is_refused(pipe, method):
+    with pytest.raises(InputError, match=r"does not fit unet: .*to_z"):
+        adapters.attach(pipe, small(method, target_modules=["to_z"]))
+
+
+def test_a_path_without_an_adapter_is_refused_with_what_to_give(pipe, tmp_path):
+    with pytest.raises(InputError, match=r"no adapter at .*run's directory"):
+        adapters.load_adapter(pipe, tmp_path, "x")
+
+
+def test_an_adapter_of_an_unknown_method_is_refused(pipe, tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
+    with pytest.raises(InputError, match=r"method must be one of .*got 'ia3'"):
+        adapters.load_adapter(pipe, tmp_path, "x")

@@ -1,0 +1,85 @@
+"""Pictures of a subject: found, upright, cropped, and said to be of the size they are."""
+
+import pytest
+import torch
+from PIL import Image
+
+from pipelines.errors import InputError
+from pipelines.subject.data import find_pictures, load_examples, read_picture
+
+ORIENTATION = 0x0112
+TURNED_RIGHT = 6
+
+
+def halves(width, height):
+    """Red to the left, blue to the right."""
+    picture = Image.new("RGB", (width, height), "red")
+    picture.paste("blue", (width // 2, 0, width, height))
+    return picture
+
+
+def test_a_picture_is_read_upright_and_its_size_is_the_upright_one(tmp_path):
+    exif = Image.Exif()
+    exif[ORIENTATION] = TURNED_RIGHT
+    halves(60, 40).save(tmp_path / "a.png", exif=exif)
+    upright = read_picture(tmp_path / "a.png")
+    assert upright.size == (40, 60)
+    assert upright.getpixel((20, 5)) == (255, 0, 0)
+    assert upright.getpixel((20, 55)) == (0, 0, 255)
+    assert load_examples([tmp_path / "a.png"], 20)[0].time_ids[:2].tolist() == [60, 40]
+
+
+@pytest.mark.parametrize(("size", "crop"), [((80, 40), (0, 10)), ((40, 80), (10, 0)), ((40, 40), (0, 0))])
+def test_time_ids_are_original_size_crop_and_target_in_sdxls_order(tmp_path, size, crop):
+    halves(*size).save(tmp_path / "a.png")
+    example = load_examples([tmp_path / "a.png"], 20)[0]
+    assert example.time_ids.tolist() == [size[1], size[0], *crop, 20, 20]
+    assert example.pixels.shape == (3, 20, 20)
+
+
+def test_the_crop_is_the_middle_and_pixels_lie_in_minus_one_to_one(tmp_path):
+    halves(80, 40).save(tmp_path / "a.png")
+    pixels = load_examples([tmp_path / "a.png"], 20)[0].pixels
+    torch.testing.assert_close(pixels[:, 10, 0], torch.tensor([1.0, -1.0, -1.0]))
+    torch.testing.assert_close(pixels[:, 10, 19], torch.tensor([-1.0, -1.0, 1.0]))
+
+
+def test_a_model_that_knows_one_size_is_told_that_size(tmp_path):
+    halves(80, 40).save(tmp_path / "a.png")
+    example = load_examples([tmp_path / "a.png"], 20, "target")[0]
+    assert example.time_ids.tolist() == [20, 20, 0, 0, 20, 20]
+
+
+def test_transparent_parts_become_white(tmp_path):
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "a.png")
+    assert read_picture(tmp_path / "a.png").getpixel((4, 4)) == (255, 255, 255)
+
+
+def test_pictures_are_found_by_suffix_and_sorted(tmp_path):
+    for name in ("b.JPG", "a.png", "notes.txt"):
+        (tmp_path / name).touch()
+    assert [path.name for path in find_pictures(tmp_path)] == ["a.png", "b.JPG"]
+
+
+def test_a_missing_folder_is_named_with_the_flag_to_set(tmp_path):
+    with pytest.raises(InputError, match=r"no folder .*missing.*--instance_data_dir"):
+        find_pictures(tmp_path / "missing")
+
+
+def test_a_folder_without_pictures_is_named_with_what_it_should_hold(tmp_path):
+    with pytest.raises(InputError, match=r"holds no picture .*\.jpg.*three to ten"):
+        find_pictures(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"no picture at all", b"", b"\x89PNG\r\n\x1a\n"])
+def test_an_unreadable_picture_is_named(tmp_path, content):
+    (tmp_path / "broken.png").write_bytes(content)
+    with pytest.raises(InputError, match=r"broken\.png.* cannot be read as a picture"):
+        read_picture(tmp_path / "broken.png")
+
+
+def test_a_truncated_picture_is_named(tmp_path):
+    halves(60, 40).save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:-200])
+    with pytest.raises(InputError, match=r"cut\.jpg.* cannot be read as a picture"):
+        read_picture(tmp_path / "cut.jpg")

@@ -1,0 +1,215 @@
+"""The one loop: exact resume, accumulation, processes, and what is left behind when it stops."""
+
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator, debug_launcher
+from accelerate.state import AcceleratorState
+from diffusers.training_utils import EMAModel
+from torch import nn
+
+from training.checkpoints import list_checkpoints
+from training.loop import LoopOptions, Periodic, Trainable, own_part, train
+from training.run import RunDirectory
+
+STEPS = 6
+
+
+class Regression(nn.Module):
+    """A linear model with dropout, and its mean squared error."""
+
+    def __init__(self, dropout=0.3):
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, inputs, targets):
+        return (self.linear(self.dropout(inputs)) - targets).square().mean()
+
+
+def batch_at(index, size=4):
+    generator = torch.Generator().manual_seed(index)
+    return {"inputs": torch.randn(size, 3, generator=generator), "targets": torch.randn(size, 2, generator=generator)}
+
+
+def trainable(batches=batch_at, dropout=0.3, with_ema=True):
+    torch.manual_seed(0)
+    module = Regression(dropout)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 20)
+    return Trainable(module, batches, optimizer, schedule, EMAModel(module.parameters(), decay=0.5) if with_ema else None)
+
+
+def trained(folder, what, steps=STEPS, periodic=(), **changes):
+    """Train `what` in the run at `folder`; returns its weights."""
+    run = RunDirectory.create(folder, {})
+    options = LoopOptions(**{"max_train_steps": steps, "checkpointing_steps": 2, **changes})
+    train(Accelerator(cpu=True), run, what, options, periodic)
+    return torch.cat([parameter.detach().flatten().clone() for parameter in what.module.parameters()])
+
+
+def test_a_resumed_run_ends_as_one_that_was_never_interrupted(tmp_path):
+    whole, halves = trainable(), trainable()
+    expected = trained(tmp_path / "whole", whole)
+
+    def stop(index):
+        if index == 5:
+            raise KeyboardInterrupt
+        return batch_at(index)
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "halves", trainable(stop))
+    assert list_checkpoints(tmp_path / "halves" / "checkpoints")[-1].name == "step-0000004"
+    assert torch.equal(trained(tmp_path / "halves", halves), expected)
+    for ours, theirs in zip(halves.ema.shadow_params, whole.ema.shadow_params, strict=True):
+        assert torch.equal(ours, theirs)
+    assert halves.lr_scheduler.get_last_lr() == whole.lr_scheduler.get_last_lr()
+
+
+def test_metrics_of_a_resumed_run_have_every_step_once(tmp_path):
+    trained(tmp_path, trainable(), steps=5, checkpointing_steps=3, checkpoints_total_limit=1)
+    last = list_checkpoints(tmp_path / "checkpoints")[-1]
+    last.rename(last.with_name("step-0000003"))
+    state = torch.load(last.with_name("step-0000003") / "state.pt", weights_only=True)
+    torch.save(state | {"step": 3}, last.with_name("step-0000003") / "state.pt")
+    trained(tmp_path, trainable(), steps=5)
+    assert [line["step"] for line in RunDirectory(tmp_path).metrics()] == [1, 2, 3, 4, 5]
+
+
+def test_accumulating_two_batches_is_one_step_on_both(tmp_path):
+    def both(index):
+        parts = batch_at(2 * index), batch_at(2 * index + 1)
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    accumulated = trained(tmp_path / "a", trainable(dropout=0.0), gradient_accumulation_steps=2)
+    at_once = trained(tmp_path / "b", trainable(both, dropout=0.0))
+    torch.testing.assert_close(accumulated, at_once)
+
+
+def test_gradients_are_clipped(tmp_path):
+    def huge(index):
+        return {name: 1e6 * values for name, values in batch_at(index).items()}
+
+    what = trainable(huge)
+    seen = []
+    what.optimizer.register_step_pre_hook(
+        lambda *_: seen.append(torch.stack([p.grad.norm() for p in what.module.parameters()]).norm())
+    )
+    trained(tmp_path, what, max_grad_norm=0.5)
+    assert max(seen) <= 0.5 + 1e-4
+
+
+def test_periodic_actions_come_at_their_steps_and_at_the_end(tmp_path):
+    seen = []
+    trained(tmp_path, trainable(), steps=5, periodic=[Periodic(2, seen.append)])
+    assert seen == [2, 4, 5]
+
+
+def test_what_a_periodic_action_draws_does_not_change_the_training(tmp_path):
+    expected = trained(tmp_path / "a", trainable())
+    disturbed = trained(tmp_path / "b", trainable(), periodic=[Periodic(1, lambda step: torch.randn(step))])
+    assert torch.equal(disturbed, expected)
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path):
+    trained(tmp_path, trainable(), steps=7, checkpoints_total_limit=2)
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-0000006", "step-0000007"]
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint_kept(tmp_path):
+    def broken(index):
+        return {name: values / (index < 3) for name, values in batch_at(index).items()}
+
+    with pytest.raises(FloatingPointError, match=r"loss of step 4 is (nan|inf).*Lower the learning rate.*checkpoints"):
+        trained(tmp_path, trainable(broken))
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-0000002"]
+
+
+def test_progress_and_time_left_are_in_the_status(tmp_path):
+    trained(tmp_path, trainable(), steps=10)
+    status = RunDirectory(tmp_path).status()
+    assert (status["phase"], status["step"], status["total"], status["seconds_left"]) == ("training", 10, 10, 0.0)
+
+
+def test_the_learning_rate_logged_is_the_one_used(tmp_path):
+    trained(tmp_path, trainable(), steps=3)
+    rates = [line["lr"] for line in RunDirectory(tmp_path).metrics()]
+    assert rates == pytest.approx([0.05 * (1 - step / 20) for step in range(3)])
+
+
+def test_processes_share_a_batch_without_overlap():
+    batch = batch_at(0, size=6)
+    parts = [own_part(batch, process, 3) for process in range(3)]
+    for name, values in batch.items():
+        assert torch.equal(torch.cat([part[name] for part in parts]), values)
+
+
+def test_a_batch_that_does_not_divide_among_processes_is_refused():
+    with pytest.raises(ValueError, match=r"multiple of 3 processes, got 4 examples"):
+        own_part(batch_at(0), 0, 3)
+
+
+def in_two_processes(folder):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert Accelerator(cpu=True).num_processes == 2
+    run = RunDirectory.create(folder, {}, writes=Accelerator(cpu=True).is_main_process)
+    train(Accelerator(cpu=True), run, trainable(dropout=0.0), LoopOptions(STEPS, checkpointing_steps=STEPS))
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does_on_the_same_global_batch(tmp_path):
+    expected = trained(tmp_path / "one", trainable(dropout=0.0), checkpointing_steps=STEPS)
+    debug_launcher(in_two_processes, (tmp_path / "two",), num_processes=2)
+    what = trainable(dropout=0.0)
+    resumed = trained(tmp_path / "two", what)
+    torch.testing.assert_close(resumed, expected, atol=1e-5, rtol=1e-5)
+    losses = [[line["loss"] for line in RunDirectory(tmp_path / name).metrics()] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "field", ["max_train_steps", "gradient_accumulation_steps", "checkpointing_steps", "checkpoints_total_limit"]
+)
+def test_options_below_one_are_refused(field):
+    with pytest.raises(ValueError, match=rf"{field} must be at least 1, got 0"):
+        LoopOptions(**{"max_train_steps": 1, field: 0})
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    trained(tmp_path, trainable())
+    other = trainable()
+    other.module.linear.bias.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"of another model or adapter.*linear\.bias"):
+        trained(tmp_path, other, steps=STEPS + 1)
+
+
+def test_status_says_how_a_run_ended(tmp_path):
+    run = RunDirectory.create(tmp_path, {"seed": 3})
+    assert json.loads((tmp_path / "options.json").read_text()) == {"seed": 3}
+    with run.recording():
+        assert run.status()["state"] == "running"
+    assert run.status()["state"] == "done"
+    with pytest.raises(KeyboardInterrupt), run.recording():
+        raise KeyboardInterrupt
+    assert run.status()["state"] == "stopped"
+    with pytest.raises(OSError, match="full"), run.recording():
+        raise OSError("full")
+    assert run.status()["state"] == "failed"
+    assert run.status()["error"] == "OSError: full"
+
+
+def test_a_run_that_is_not_the_main_processs_writes_nothing(tmp_path):
+    run = RunDirectory.create(tmp_path / "run", {}, writes=False)
+    run.update_status(phase="x")
+    run.log(1, loss=0.0)
+    run.forget_metrics_after(0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_line_of_metrics_cut_short_is_left_out(tmp_path):
+    run = RunDirectory.create(tmp_path, {})
+    run.log(1, loss=0.5)
+    with (tmp_path / "metrics.jsonl").open("a") as lines:
+        lines.write('{"step": 2, "lo')
+    assert [line["step"] for line in run.metrics()] == [1]

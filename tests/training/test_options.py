@@ -1,0 +1,92 @@
+"""The trainer's options: resolved, checked, and the same on the command line."""
+
+import json
+
+import pytest
+
+from pipelines.errors import InputError
+from pipelines.subject.base_model import BUILT_IN_MODEL
+from training.options import (
+    SAMPLE_PROMPT,
+    SAMPLE_SUBJECT,
+    DataOptions,
+    ModelOptions,
+    OptimisationOptions,
+    OutputOptions,
+    SubjectOptions,
+    parse_options,
+)
+
+
+def test_without_flags_the_built_in_model_learns_the_sample_subject():
+    options = parse_options([])
+    assert options.model.pretrained_model_name_or_path == str(BUILT_IN_MODEL)
+    assert options.data.instance_data_dir == str(SAMPLE_SUBJECT)
+    assert options.data.instance_prompt == SAMPLE_PROMPT
+    assert options.data.size_conditioning == "target"
+    assert options.adapter.method == "nora"
+    assert options.output.validation_prompt[0] == SAMPLE_PROMPT
+    assert len(options.output.validation_prompt) > 1
+
+
+def test_the_defaults_do_not_depend_on_the_working_directory():
+    assert BUILT_IN_MODEL.is_absolute()
+    assert SAMPLE_SUBJECT.is_absolute()
+
+
+def test_flags_reach_the_group_of_their_concern():
+    flags = (
+        "--method lora --rank 8 --learning_rate 1e-4 --instance_prompt dog --validation_prompt a b --train_text_encoder --seed 3"
+    )
+    options = parse_options(flags.split())
+    assert (options.adapter.method, options.adapter.rank, options.adapter.train_text_encoder) == ("lora", 8, True)
+    assert (options.optimisation.learning_rate, options.optimisation.seed) == (1e-4, 3)
+    assert options.output.validation_prompt == ["a", "b"]
+
+
+def test_a_model_that_is_not_built_in_is_told_the_truth_about_sizes():
+    assert SubjectOptions(model=ModelOptions("owner/model")).data.size_conditioning == "picture"
+
+
+def test_resolved_options_are_plain_values():
+    assert json.loads(json.dumps(SubjectOptions().to_dict())) == SubjectOptions().to_dict()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ModelOptions(""), r"hub name or a folder, got nothing"),
+        (lambda: DataOptions("elsewhere"), r"need --instance_prompt"),
+        (lambda: DataOptions(instance_prompt=" "), r"instance_prompt must not be empty"),
+        (lambda: DataOptions(resolution=60), r"resolution must be a multiple of 8, got 60"),
+        (lambda: DataOptions(resolution=0), r"resolution must be at least 8, got 0"),
+        (lambda: OptimisationOptions(max_train_steps=0), r"max_train_steps must be at least 1, got 0"),
+        (lambda: OptimisationOptions(learning_rate=0.0), r"learning_rate must be above 0, got 0.0"),
+        (lambda: OptimisationOptions(learning_rate=float("nan")), r"learning_rate must be above 0, got nan"),
+        (lambda: OptimisationOptions(snr_gamma=-1.0), r"snr_gamma must be above 0, got -1.0"),
+        (lambda: OptimisationOptions(lr_scheduler="spiral"), r"lr_scheduler must be one of .*cosine.*got 'spiral'"),
+        (lambda: OptimisationOptions(adam_beta2=1.0), r"adam_beta2 must be in \[0, 1\), got 1.0"),
+        (lambda: OptimisationOptions(seed=-1), r"seed must be at least 0, got -1"),
+        (lambda: OutputOptions(validation_steps=0), r"validation_steps must be at least 1, got 0"),
+        (lambda: OutputOptions(resume_from_checkpoint="latest"), r"needs --output_dir"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_the_range(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--method", "dreamfusion"], "method must be one of"),
+        (["--rank", "eight"], "invalid int value"),
+        (["--no_such_flag"], "no_such_flag"),
+        (["--mixed_precision", "fp8"], "invalid choice"),
+        (["--resume_from_checkpoint", "step-3"], "invalid choice"),
+    ],
+)
+def test_a_wrong_flag_ends_with_one_line_and_exit_code_two(flags, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse_options(flags)
+    assert message in capsys.readouterr().err.splitlines()[-1]
