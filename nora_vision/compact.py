@@ -60,8 +60,7 @@ def check_probe(probe: torch.Tensor, expected: torch.Tensor, where: str) -> None
 
 def recomputed_outer_factors(layer: NoraLayer, adapter_name: str, where: str) -> tuple[torch.Tensor, torch.Tensor]:
     """B (out, r) and A (r, in) as the adapter's start computed them, from the base weight and the activation scale."""
-    scale = dict(layer.nora_activation_scale.items()).get(adapter_name)
-    B, A = outer_factors(layer, where, layer.r[adapter_name], scale)
+    B, A = outer_factors(layer, where, layer.r[adapter_name], layer.nora_activation_scale[adapter_name])
     return B.to(layer.nora_B[adapter_name]), A.to(layer.nora_A[adapter_name])
 
 

@@ -51,6 +51,25 @@ def awsvd(
     return U * (S * signs[:, 0]), Vh * signs / scale
 
 
+def reproducible_awsvd(
+    weight: torch.Tensor, activation_scale: torch.Tensor | None, rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`awsvd` in float64: the same factors on every machine, which compact files leave out and compute again.
+
+    In float32 another thread count turns the singular vectors by some 1e-4, and may choose another sign for one of them
+    whose largest entries tie; in float64 by 1e-13.
+
+    Args:
+        weight: (out_features, in_features), of any dtype.
+        activation_scale: (in_features,), strictly positive, or None for the plain SVD.
+    Returns: B (out_features, rank), A (rank, in_features), float64.
+    """
+    # Apple's GPUs have no float64.
+    weight = (weight.cpu() if weight.device.type == "mps" else weight).double()
+    scale = weight.new_ones(weight.shape[1]) if activation_scale is None else activation_scale.to(weight)
+    return awsvd(weight, scale, rank)
+
+
 def _randomized_svd(
     matrix: torch.Tensor, block: int, generator: torch.Generator | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

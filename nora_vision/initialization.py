@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .calibration import ActivationStatistics, base_name, unwrapped
-from .decomposition import awsvd
+from .decomposition import reproducible_awsvd
 from .layer import NoraLayer, nora_layers
 
 # Inputs that calibration hardly saw would otherwise get factors as large as their scale is small.
@@ -52,8 +52,9 @@ def initialize_nora_weights(
         )
     config = model.peft_config[adapter_name]
     for done, (name, layer) in enumerate(layers.items(), start=1):
-        activation_scale = None if stats is None else stats[name]
-        layer.set_outer_factors(adapter_name, *outer_factors(layer, name, layer.r[adapter_name], activation_scale))
+        kept = layer.nora_activation_scale[adapter_name]
+        kept.copy_(torch.ones_like(kept) if stats is None else relative_scale(stats[name]))
+        layer.set_outer_factors(adapter_name, *outer_factors(layer, name, layer.r[adapter_name], kept))
         layer.reset_inner_factors(adapter_name, config, generator)
         if progress is not None:
             progress(done, len(layers))
@@ -61,15 +62,24 @@ def initialize_nora_weights(
 
 
 def outer_factors(
-    layer: NoraLayer, layer_name: str, rank: int, activation_scale: torch.Tensor | None
+    layer: NoraLayer, layer_name: str, rank: int, activation_scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """B (out, rank) and A (rank, in) for `layer`, functions of its base weight and `activation_scale` (in,) alone.
 
     The scale is floored at a fraction of its mean and divided by its mean, which leaves B A as it is and keeps both factors
-    in the range of half precision. Without a scale, or where the layer saw nothing but zeros, this is the plain SVD.
+    in the range of half precision. Where all of it is the same, and where the layer saw only zeros, this is the plain SVD.
     """
     weight = layer.finite_weight_matrix(layer_name)
-    scale = weight.new_ones(layer.in_features)
-    if activation_scale is not None and activation_scale.any():
-        scale = (activation_scale / activation_scale.mean()).clamp_min(SCALE_FLOOR).to(weight)
-    return awsvd(weight, scale, rank)
+    if not activation_scale.any():
+        return reproducible_awsvd(weight, None, rank)
+    activation_scale = activation_scale.float()
+    return reproducible_awsvd(weight, (activation_scale / activation_scale.mean()).clamp_min(SCALE_FLOOR), rank)
+
+
+def relative_scale(activation_scale: torch.Tensor) -> torch.Tensor:
+    """`activation_scale` (in,) relative to its largest entry, in steps of bfloat16: what the layer keeps of it.
+
+    Two bytes an entry hold it in a compact file, from which the outer factors must come out as they were.
+    """
+    largest = activation_scale.max()
+    return activation_scale if largest == 0 else (activation_scale / largest).bfloat16().to(activation_scale.dtype)

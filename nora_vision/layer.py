@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .config import NoraConfig
-from .decomposition import awsvd
+from .decomposition import reproducible_awsvd
 
 
 class NoraLayer(nn.Module, BaseTunerLayer):
@@ -25,12 +25,14 @@ class NoraLayer(nn.Module, BaseTunerLayer):
 
     State, by adapter name: `nora_A` (r, in) and `nora_B` (out, r) frozen, in the base layer's dtype; `nora_inner_A` A'
     (inner_r, r) and `nora_inner_B` B' (r, inner_r) trained, in float32; with preserve_output their frozen start in
-    `nora_inner_A0`, `nora_inner_B0`. `in` counts every input of one output value: in_channels * kh * kw for a convolution.
+    `nora_inner_A0`, `nora_inner_B0`. `nora_activation_scale` (in,) is what A and B were computed from beside the weight, ones
+    for the plain SVD. `in` counts every input of one output value: in_channels * kh * kw for a convolution.
     """
 
     adapter_layer_names = ("nora_inner_A", "nora_inner_B")
     other_param_names = (
-        "nora_A", "nora_B", "nora_inner_A0", "nora_inner_B0", "nora_dropout", "r", "inner_r", "alpha", "scaling",
+        "nora_A", "nora_B", "nora_inner_A0", "nora_inner_B0", "nora_activation_scale",
+        "nora_dropout", "r", "inner_r", "alpha", "scaling",
     )  # fmt: skip
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: NoraConfig, layer_name: str) -> None:
@@ -46,6 +48,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         self.nora_inner_B = nn.ParameterDict()
         self.nora_inner_A0 = BufferDict(persistent=True)
         self.nora_inner_B0 = BufferDict(persistent=True)
+        self.nora_activation_scale = BufferDict(persistent=True)
         self.nora_dropout = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self._merged_scaling: dict[str, float] = {}
@@ -102,6 +105,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         device = self.nora_inner_A[adapter_name].device
         self.nora_A[adapter_name] = torch.zeros(r, self.in_features, device=device)
         self.nora_B[adapter_name] = torch.zeros(self.out_features, r, device=device)
+        self.nora_activation_scale[adapter_name] = torch.ones(self.in_features, device=device)
         if config.preserve_output:
             self.nora_inner_A0[adapter_name] = torch.zeros(inner_r, r, device=device)
             self.nora_inner_B0[adapter_name] = torch.zeros(r, inner_r, device=device)
@@ -119,7 +123,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         # An adapter added for inference is one whose weights are about to be loaded.
         if config.outer_init == "svd" and not config.inference_mode:
             weight = self.finite_weight_matrix(layer_name)
-            self.set_outer_factors(adapter_name, *awsvd(weight, weight.new_ones(self.in_features), self.r[adapter_name]))
+            self.set_outer_factors(adapter_name, *reproducible_awsvd(weight, None, self.r[adapter_name]))
 
     def _start_at_random(self, adapter_name: str) -> None:
         A, B = self.nora_A[adapter_name], self.nora_B[adapter_name]
@@ -170,7 +174,8 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         base_device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         device = device or base_device
         outer_dtype = dtype if dtype.is_floating_point else None
-        for name in ("nora_A", "nora_B", "nora_inner_A0", "nora_inner_B0", *self.adapter_layer_names):
+        kept = ("nora_A", "nora_B", "nora_inner_A0", "nora_inner_B0", "nora_activation_scale")
+        for name in (*kept, *self.adapter_layer_names):
             factors = getattr(self, name)
             if adapter_name in factors and factors[adapter_name].device.type != "meta":
                 factors[adapter_name] = factors[adapter_name].to(device, outer_dtype if name in ("nora_A", "nora_B") else None)

@@ -147,7 +147,7 @@ def _expected_shapes(
         shapes |= {f"{name}.nora_inner_A": (inner_r, r), f"{name}.nora_inner_B": (r, inner_r)}
         if config.preserve_output:
             shapes |= {f"{name}.nora_inner_A0": (inner_r, r), f"{name}.nora_inner_B0": (r, inner_r)}
-        if config.outer_init == "awsvd" and name not in shared:
+        if name not in shared:
             shapes[f"{name}.{SCALE}"] = (in_features,)
         shapes |= {f"{name}.{PROBE}": (1 + PROJECTIONS,)} if compact else _outer_shapes(name, out_features, in_features, r)
     for name, owner in shared.items():

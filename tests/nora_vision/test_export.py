@@ -70,7 +70,7 @@ def test_a_fresh_process_without_this_package_makes_the_same_pictures(tmp_path):
         native[case] = picture(pipe)
         assert (native[case] - plain).abs().max() > 8 * ONE_LEVEL, f"{case} does not change the picture enough to be a test"
         files += [export_lora(pipe, tmp_path / f"{case}-{format}.safetensors", format=format) for format in FORMATS]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", STOCK, str(tmp_path / "base"), *map(str, files)]
     subprocess.run(command, check=True, cwd=tmp_path, env=environment, timeout=240)
     for file in files:

@@ -57,14 +57,14 @@ def test_saved_keys_are_free_of_the_adapters_name(kind, tmp_path):
     model.save_pretrained(tmp_path)
     keys = load_file(tmp_path / "some_name" / "adapter_model.safetensors").keys()
     names = [name.removeprefix("base_model.model.") for name in nora_layers(model)]
-    state = ("nora_A", "nora_B", "nora_inner_A", "nora_inner_B", "nora_inner_A0", "nora_inner_B0")
+    state = ("nora_A", "nora_B", "nora_inner_A", "nora_inner_B", "nora_inner_A0", "nora_inner_B0", "nora_activation_scale")
     assert keys == {f"base_model.model.{name}.{entry}" for name in names for entry in state}
 
 
 def test_without_preserve_output_no_frozen_start_is_saved(kind):
     model, _, _ = trained(kind)
     assert {key.rsplit(".", 1)[1] for key in get_peft_model_state_dict(model)} == {
-        "nora_A", "nora_B", "nora_inner_A", "nora_inner_B",
+        "nora_A", "nora_B", "nora_inner_A", "nora_inner_B", "nora_activation_scale",
     }  # fmt: skip
 
 
