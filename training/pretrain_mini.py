@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline
 from diffusers.training_utils import EMAModel, compute_snr
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn import functional as F
 from transformers import CLIPTokenizer, HfArgumentParser
 
@@ -50,8 +52,9 @@ class PretrainOptions:
     vae_learning_rate: float = field(default=1.5e-3, metadata={"help": "Peak learning rate of the autoencoder."})
     unet_steps: int = field(default=10_000, metadata={"help": "Optimisation steps of the UNet and text encoders."})
     unet_batch_size: int = field(default=32, metadata={"help": "Pictures a step of the UNet."})
-    unet_learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate of the UNet and text encoders."})
+    unet_learning_rate: float = field(default=7e-4, metadata={"help": "Peak learning rate of the UNet and text encoders."})
     sample_steps: int = field(default=500, metadata={"help": "Steps between two contact sheets of the UNet in training."})
+    mixed_precision: str = field(default="no", metadata={"help": "'no' or 'bf16': bf16 is 1.6 times as fast on CPUs that have it."})
     seed: int = field(default=0, metadata={"help": "Seed of the scenes and of all that training draws."})
 
     def __post_init__(self) -> None:
@@ -171,6 +174,15 @@ def load_basis(options: PretrainOptions) -> PatchBasis:
     return PatchBasis(**load_file(Path(options.output_dir) / BASIS_FILE))
 
 
+def train_here(options: PretrainOptions, run: RunDirectory, trainable: Trainable, loop: LoopOptions, periodic: Sequence[Periodic] = ()) -> None:
+    """Train with the precision asked for, and with the attention kernel that is fastest where there is no GPU."""
+    accelerator = Accelerator(mixed_precision=options.mixed_precision)
+    # PyTorch's fused attention on the CPU takes a quarter of a bf16 step on this few tokens; plain products take a tenth of that.
+    kernel = sdpa_kernel(SDPBackend.MATH) if accelerator.device.type == "cpu" else nullcontext()
+    with kernel:
+        train(accelerator, run, trainable, loop, periodic)
+
+
 def train_vae(options: PretrainOptions, corpus: Corpus) -> None:
     """Train the autoencoder and save it under `vae/model`."""
     run = RunDirectory.create(Path(options.output_dir) / "vae", dataclasses.asdict(options))
@@ -185,7 +197,7 @@ def train_vae(options: PretrainOptions, corpus: Corpus) -> None:
     loop = LoopOptions(options.vae_steps, seed=options.seed, checkpointing_steps=100)
     trainable = Trainable(AutoencoderLoss(vae, load_basis(options)), batch_at, optimizer, warmup_stable_decay(optimizer, options.vae_steps, warmup=50))
     with run.recording():
-        train(Accelerator(), run, trainable, loop)
+        train_here(options, run, trainable, loop)
 
 
 def trained_vae(options: PretrainOptions) -> AutoencoderKL:
@@ -294,7 +306,7 @@ def train_unet(options: PretrainOptions, corpus: Corpus) -> None:
 
     loop = LoopOptions(options.unet_steps, seed=options.seed, checkpointing_steps=100)
     with run.recording():
-        train(Accelerator(), run, trainable, loop, [Periodic(options.sample_steps, sample)])
+        train_here(options, run, trainable, loop, [Periodic(options.sample_steps, sample)])
 
 
 def export(options: PretrainOptions, corpus: Corpus) -> None:
