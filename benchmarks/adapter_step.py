@@ -38,6 +38,7 @@ def saved_bytes(layer: nn.Module, x: torch.Tensor) -> int:
     saved: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
+        """Note the storage of a tensor that autograd saves."""
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             saved[storage.data_ptr()] = storage
@@ -70,6 +71,7 @@ def training_step(config: PeftConfig, tokens: int, device: str, dtype: torch.dty
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     def step() -> float:
+        """Seconds of one step."""
         synchronize()
         start = time.perf_counter()
         block(x, encoder_hidden_states=context).square().mean().backward()

@@ -39,11 +39,7 @@ def initialize_nora_weights(
     if not layers:
         raise ValueError(f"The model has no NoRA adapter {adapter_name!r}. Add it first, for example with get_peft_model.")
     for name, layer in layers.items():
-        if layer.merged:
-            raise ValueError(f"Cannot initialize {name!r} while {layer.merged_adapters} are merged into it. Unmerge them first.")
-        if stats is not None:
-            stats.check_layer(name, layer.get_base_layer())
-        layer.finite_weight_matrix(name)
+        _check_can_start(layer, name, stats)
     if stats is None:
         warnings.warn(
             f"No activation statistics: NoRA adapter {adapter_name!r} starts from the plain SVD of the weights. "
@@ -59,6 +55,14 @@ def initialize_nora_weights(
         if progress is not None:
             progress(done, len(layers))
     config.outer_init = "svd" if stats is None else "awsvd"
+
+
+def _check_can_start(layer: NoraLayer, name: str, stats: ActivationStatistics | None) -> None:
+    if layer.merged:
+        raise ValueError(f"Cannot initialize {name!r} while {layer.merged_adapters} are merged into it. Unmerge them first.")
+    if stats is not None:
+        stats.check_layer(name, layer.get_base_layer())
+    layer.finite_weight_matrix(name)
 
 
 def outer_factors(

@@ -173,7 +173,8 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         """Move the adapter to the base layer's device; only the outer factors take its dtype as well."""
         base_device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         device = device or base_device
-        outer_dtype = dtype if dtype.is_floating_point else None
+        # A quantised base layer may know no floating point dtype before its first call.
+        outer_dtype = dtype if dtype is not None and dtype.is_floating_point else None
         kept = ("nora_A", "nora_B", "nora_inner_A0", "nora_inner_B0", "nora_activation_scale")
         for name in (*kept, *self.adapter_layer_names):
             factors = getattr(self, name)

@@ -149,6 +149,17 @@ def test_an_adapter_without_its_weights_is_refused_when_it_is_used():
         output(model, inputs)
 
 
+@pytest.mark.parametrize("kind", ["conv1d", "text_encoder"])
+def test_transformers_saves_and_loads_the_adapter_of_its_own_model(kind, tmp_path):
+    model, inputs, targets = MODELS[kind]()
+    model.add_adapter(config_for(targets, preserve_output=True), "first")
+    change_weights(model)
+    model.save_pretrained(tmp_path)
+    plain, _, _ = MODELS[kind]()
+    plain.load_adapter(str(tmp_path), adapter_name="second")
+    assert torch.equal(output(plain, inputs), output(model, inputs))
+
+
 def test_the_state_dict_of_the_whole_model_restores_it(kind):
     model, inputs, expected = trained(kind, preserve_output=True)
     base, _, targets = MODELS[kind]()
