@@ -80,7 +80,8 @@ def main(options: SubjectOptions) -> RunDirectory:
             rows = [("the subject", pictures_of(examples)), ("before", before), (f"after, {options.adapter.method}", draw())]
             labelled_grid(rows, options.output.validation_prompt).save(run.path / GRID)
             trained = sum(parameter.numel() for parameter in adapters.trained_parameters(components))
-            write_model_card(run, options, len(examples), trained, time.monotonic() - began)
+            run.update_status(trained_numbers=trained, seconds=round(time.monotonic() - began, 1))
+            write_model_card(run, options, len(examples))
         accelerator.wait_for_everyone()
     return run
 

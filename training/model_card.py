@@ -35,8 +35,9 @@ pipe("{prompt} in the snow").images[0]
 """
 
 
-def write_model_card(run: RunDirectory, options: SubjectOptions, pictures: int, trained: int, seconds: float) -> None:
-    """Write README.md into the run's directory: `pictures` trained on, `trained` numbers, in `seconds` altogether."""
+def write_model_card(run: RunDirectory, options: SubjectOptions, pictures: int) -> None:
+    """Write README.md into the directory of a finished run that trained on `pictures` pictures."""
+    status = run.status()
     losses = [line["heldout_loss"] for line in run.metrics() if "heldout_loss" in line]
     heldout = (
         f"\nMean denoising loss on the held-out picture: {losses[0]:.4f} before, {losses[-1]:.4f} after.\n" if losses else ""
@@ -50,8 +51,8 @@ def write_model_card(run: RunDirectory, options: SubjectOptions, pictures: int, 
         batch=options.optimisation.train_batch_size * options.optimisation.gradient_accumulation_steps,
         pictures=pictures,
         rate=options.optimisation.learning_rate,
-        trained=trained,
-        seconds=seconds,
+        trained=status["trained_numbers"],
+        seconds=status["seconds"],
         grid=GRID,
         heldout=heldout,
         files="\n".join(f"| {path.relative_to(run.path)} | {path.stat().st_size:,} |" for path in files),

@@ -1,0 +1,106 @@
+"""Held-out denoising loss of each subject: the base model, LoRA and NoRA side by side.
+
+    python benchmarks/heldout_loss.py --subjects_dir SUBJECTS --output_dir OUT
+
+`SUBJECTS` holds a folder of pictures for each subject. All pictures but the last are trained on, each method by the trainer's
+own recipe; the last one is measured with fixed noise and timesteps before and after.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+
+from transformers import HfArgumentParser
+
+from pipelines.errors import InputError
+from pipelines.subject.base_model import BUILT_IN_MODEL
+from pipelines.subject.data import find_pictures
+from training.dreambooth_nora import main as train_subject
+from training.options import parse_options
+from training.run import RunDirectory
+
+CLASS_WORDS = {"robot_toy": "toy", "candle": "candle", "backpack_dog": "backpack", "wolf_plushie": "stuffed animal"}
+METHODS = ("lora", "nora")
+FILES = {"compact": "adapter/compact", "full": "adapter/full", "diffusers": "diffusers"}
+
+
+@dataclass
+class BenchmarkOptions:
+    """What to train on, and how."""
+
+    subjects_dir: str = field(metadata={"help": "A folder of pictures for each subject."})
+    pretrained_model_name_or_path: str = field(default=str(BUILT_IN_MODEL), metadata={"help": "SDXL base model."})
+    output_dir: str = field(default="runs/heldout_loss", metadata={"help": "Where the runs go; finished ones are not repeated."})
+    flags: str = field(default="", metadata={"help": "Further flags for every run, in one string."})
+    lora_flags: str = field(default="", metadata={"help": "Further flags for LoRA's runs."})
+    nora_flags: str = field(default="", metadata={"help": "Further flags for NoRA's runs."})
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run gave: losses before and after, trained numbers, bytes of each kind of file, seconds."""
+
+    before: float
+    after: float
+    trained: int
+    sizes: dict[str, int]
+    seconds: float
+
+
+def run_subject(folder: Path, method: str, options: BenchmarkOptions) -> Result:
+    """Train on all pictures of `folder` but the last, unless that was done before, and read off the result."""
+    run = RunDirectory(Path(options.output_dir) / f"{folder.name}-{method}")
+    if run.status().get("state") != "done":
+        flags = [
+            *("--method", method, "--instance_data_dir", str(folder), "--output_dir", str(run.path)),
+            *("--instance_prompt", f"a photo of sks {CLASS_WORDS.get(folder.name, folder.name)}"),
+            *("--pretrained_model_name_or_path", options.pretrained_model_name_or_path),
+            *("--heldout_image", find_pictures(folder)[-1].name),
+            *shlex.split(options.flags),
+            *shlex.split(getattr(options, f"{method}_flags")),
+        ]
+        train_subject(parse_options(flags))
+    losses = [line["heldout_loss"] for line in run.metrics() if "heldout_loss" in line]
+    sizes = {name: sum(file.stat().st_size for file in (run.path / path).rglob("*.safetensors")) for name, path in FILES.items()}
+    status = run.status()
+    return Result(losses[0], losses[-1], status["trained_numbers"], sizes, status["seconds"])
+
+
+def table(results: dict[str, dict[str, Result]]) -> str:
+    """The results as Markdown: losses and seconds of each subject, then numbers and bytes of each method."""
+    lines = ["| subject | base | LoRA | NoRA | LoRA seconds | NoRA seconds |", "|---|---|---|---|---|---|"]
+    for name, each in results.items():
+        lora, nora = each["lora"], each["nora"]
+        losses = " | ".join(f"{loss:.4f}" for loss in (lora.before, lora.after, nora.after))
+        lines.append(f"| {name} | {losses} | {lora.seconds:.0f} | {nora.seconds:.0f} |")
+    columns = (
+        [each["lora"].before for each in results.values()],
+        *([each[m].after for each in results.values()] for m in METHODS),
+    )
+    lines += ["| mean | " + " | ".join(f"{fmean(column):.4f}" for column in columns) + " | | |", ""]
+    lines += ["| method | trained numbers | " + " | ".join(f"{name} bytes" for name in FILES) + " |"]
+    lines += ["|---|---|" + "---|" * len(FILES)]
+    for method, result in next(iter(results.values())).items():
+        lines.append(f"| {method} | {result.trained:,} | " + " | ".join(f"{result.sizes[name]:,}" for name in FILES) + " |")
+    return "\n".join(lines)
+
+
+def main(options: BenchmarkOptions) -> None:
+    """Run every subject with every method and print the table.
+
+    Raises: InputError if there is no subject.
+    """
+    folder = Path(options.subjects_dir)
+    subjects = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    if not subjects:
+        raise InputError(f"subjects_dir must be a folder of folders of pictures, got {options.subjects_dir!r}.")
+    results = {path.name: {method: run_subject(path, method, options) for method in METHODS} for path in subjects}
+    sys.stdout.write(table(results) + "\n")
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(BenchmarkOptions, description=__doc__).parse_args_into_dataclasses()[0])
