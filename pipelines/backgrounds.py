@@ -125,7 +125,9 @@ def _bricks(canvas: int, rng: random.Random) -> Image.Image:
 
 def _water(canvas: int, rng: random.Random) -> Image.Image:
     row, column = np.mgrid[0:canvas, 0:canvas].astype(np.float32) / canvas
-    waves = np.sin(2 * np.pi * (row * rng.uniform(6, 9) + 0.25 * np.sin(2 * np.pi * (column * rng.uniform(1.5, 3) + rng.random()))))
+    waves = np.sin(
+        2 * np.pi * (row * rng.uniform(6, 9) + 0.25 * np.sin(2 * np.pi * (column * rng.uniform(1.5, 3) + rng.random())))
+    )
     return _picture(_shade((36, 110, 180), 0.7 * waves + 0.3 * _noise(canvas, 6, rng), 0.2))
 
 

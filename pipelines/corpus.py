@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -36,6 +37,11 @@ class Corpus:
 
     def __len__(self) -> int:
         return len(self.captions)
+
+
+def to_pixels(pictures: np.ndarray) -> torch.Tensor:
+    """(count, height, width, 3) uint8 to (count, 3, height, width) float32 in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def join(*corpora: Corpus) -> Corpus:
@@ -80,7 +86,9 @@ def photo_corpus(folder: Path, size: int) -> Corpus:
     names = json.loads((folder / "classes.json").read_text())
     zips = sorted(folder.glob("*.zip"))
     if not zips:
-        raise FileNotFoundError(f"No .zip with photographs in {str(folder)!r}: expected zips of <class id>/<picture> beside classes.json.")
+        raise FileNotFoundError(
+            f"No .zip with photographs in {str(folder)!r}: expected zips of <class id>/<picture> beside classes.json."
+        )
     pairs = [pair for path in tqdm(zips, desc="reading photographs", unit="zip") for pair in _zipped_photos(path, size)]
     captions = [f"a photo of {'an' if names[key][0] in 'aeiouAEIOU' else 'a'} {names[key]}" for key, _ in pairs]
     return Corpus(np.stack([picture for _, picture in pairs]), captions, np.ones(len(pairs), dtype=bool))

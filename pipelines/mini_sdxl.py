@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from open_clip.tokenizer import SimpleTokenizer, bytes_to_unicode
@@ -25,7 +26,7 @@ snow grass night day beach forest jungle desert mountain hill field river lake s
 sky cloud sun moon stars rain fire ice winter summer autumn spring flower tree leaf mushroom fruit apple banana lemon
 person man woman boy girl child people face hand standing sitting lying running jumping flying swimming wearing holding
 style high quality blurry low detailed studio background
-""".split()
+"""
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -42,7 +43,9 @@ def reduced_tokenizer(words: Iterable[str]) -> CLIPTokenizer:
     letters = list(bytes_to_unicode().values())
     tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges), START, END]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS, bos_token=START, eos_token=END, unk_token=END, pad_token=END)
+    return CLIPTokenizer(
+        vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS, bos_token=START, eos_token=END, unk_token=END, pad_token=END
+    )
 
 
 def _merges_of(word: str, full: SimpleTokenizer) -> set[tuple[str, str]]:
@@ -52,7 +55,7 @@ def _merges_of(word: str, full: SimpleTokenizer) -> set[tuple[str, str]]:
     parts[-1] += "</w>"
     applied: set[tuple[str, str]] = set()
     while len(parts) > 1:
-        pair = min(zip(parts, parts[1:], strict=False), key=lambda candidate: full.bpe_ranks.get(candidate, float("inf")))
+        pair = min(pairwise(parts), key=lambda candidate: full.bpe_ranks.get(candidate, float("inf")))
         if pair not in full.bpe_ranks:
             break
         applied.add(pair)
@@ -121,7 +124,9 @@ def _text_config(width: int, tokenizer: CLIPTokenizer, activation: str) -> CLIPT
 def new_text_encoders(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
     """SDXL's two text encoders, untrained: 64 and 96 wide, of which the last but one layer is read."""
     narrow, wide = TEXT_WIDTHS
-    return CLIPTextModel(_text_config(narrow, tokenizer, "quick_gelu")), CLIPTextModelWithProjection(_text_config(wide, tokenizer, "gelu"))
+    return CLIPTextModel(_text_config(narrow, tokenizer, "quick_gelu")), CLIPTextModelWithProjection(
+        _text_config(wide, tokenizer, "gelu")
+    )
 
 
 def new_scheduler() -> DDIMScheduler:

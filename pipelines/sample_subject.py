@@ -32,17 +32,32 @@ def draw_sample_subject(picture: Image.Image, centre: tuple[float, float], radiu
         return [(centre[0] + radius * x, centre[1] + radius * y) for x, y in points]
 
     for side in (-1, 1):
-        draw.rounded_rectangle([c for p in place((side * 0.31 - 0.24, 0.72), (side * 0.31 + 0.24, 1.0)) for c in p], radius=radius * 0.1, fill=CORAL, outline=INK, width=line)
+        draw.rounded_rectangle(
+            [c for p in place((side * 0.31 - 0.24, 0.72), (side * 0.31 + 0.24, 1.0)) for c in p],
+            radius=radius * 0.1,
+            fill=CORAL,
+            outline=INK,
+            width=line,
+        )
         draw.line(place((side * 0.5, 0.1), (side * 0.86, -0.14)), fill=INK, width=round(radius * 0.2))
         draw.line(place((side * 0.5, 0.1), (side * 0.85, -0.13)), fill=TEAL, width=round(radius * 0.14))
-        draw.ellipse([c for p in place((side * 0.86 - 0.13, -0.29), (side * 0.86 + 0.13, -0.03)) for c in p], fill=CORAL, outline=INK, width=line)
+        draw.ellipse(
+            [c for p in place((side * 0.86 - 0.13, -0.29), (side * 0.86 + 0.13, -0.03)) for c in p],
+            fill=CORAL,
+            outline=INK,
+            width=line,
+        )
     crown = place((-0.42, -0.55), (-0.46, -1.0), (-0.2, -0.76), (0, -1.04), (0.2, -0.76), (0.46, -1.0), (0.42, -0.55))
     draw.polygon(crown, fill=CORAL, outline=INK, width=line)
-    draw.rounded_rectangle([c for p in place((-0.56, -0.66), (0.56, 0.82)) for c in p], radius=radius * 0.38, fill=TEAL, outline=INK, width=line)
+    draw.rounded_rectangle(
+        [c for p in place((-0.56, -0.66), (0.56, 0.82)) for c in p], radius=radius * 0.38, fill=TEAL, outline=INK, width=line
+    )
     draw.ellipse([c for p in place((-0.34, -0.56), (0.34, 0.12)) for c in p], fill=(255, 255, 255), outline=INK, width=line)
     draw.ellipse([c for p in place((-0.15, -0.37), (0.15, -0.07)) for c in p], fill=INK)
     draw.ellipse([c for p in place((-0.1, -0.33), (0.0, -0.23)) for c in p], fill=(255, 255, 255))
-    draw.rounded_rectangle([c for p in place((-0.42, 0.2), (0.42, 0.68)) for c in p], radius=radius * 0.14, fill=CREAM, outline=INK, width=line)
+    draw.rounded_rectangle(
+        [c for p in place((-0.42, 0.2), (0.42, 0.68)) for c in p], radius=radius * 0.14, fill=CREAM, outline=INK, width=line
+    )
     zigzag = place((-0.34, 0.5), (-0.2, 0.34), (-0.06, 0.5), (0.08, 0.34), (0.22, 0.5), (0.34, 0.34))
     draw.line(zigzag, fill=CORAL, width=round(radius * 0.1), joint="curve")
     return picture

@@ -100,7 +100,13 @@ class Scene:
     glyph: str = ""
 
     def __post_init__(self) -> None:
-        allowed = {"kind": (*SHAPES, "letter", "toy"), "colour": COLOURS, "pattern": PATTERNS, "size": SIZES, "background": BACKGROUNDS}
+        allowed = {
+            "kind": (*SHAPES, "letter", "toy"),
+            "colour": COLOURS,
+            "pattern": PATTERNS,
+            "size": SIZES,
+            "background": BACKGROUNDS,
+        }
         for field, values in allowed.items():
             if getattr(self, field) not in values:
                 raise ValueError(f"{field} must be one of {', '.join(map(repr, values))}, got {getattr(self, field)!r}.")
@@ -143,8 +149,11 @@ def render(scene: Scene, size: int, rng: random.Random) -> Image.Image:
     if scene.kind == "toy":
         picture = draw_toy(picture, paint, centre, radius, sample_toy(scene.colour, rng))
     else:
-        mask = _letter_mask(scene.glyph, canvas, centre, radius, rng) if scene.kind == "letter" else shape_mask(
-            scene.kind, canvas, centre, radius, math.radians(rng.uniform(-12, 12)))
+        mask = (
+            _letter_mask(scene.glyph, canvas, centre, radius, rng)
+            if scene.kind == "letter"
+            else shape_mask(scene.kind, canvas, centre, radius, math.radians(rng.uniform(-12, 12)))
+        )
         picture = _paste_outlined(picture, paint, mask, COLOURS[scene.colour])
     return picture.resize((size, size), Image.Resampling.BOX)
 
@@ -167,7 +176,15 @@ def shape_mask(shape: str, canvas: int, centre: tuple[float, float], radius: flo
 @lru_cache(maxsize=1)
 def _font_files() -> tuple[str, ...]:
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    names = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSans-BoldOblique", "STIXGeneralBol")
+    names = (
+        "DejaVuSans",
+        "DejaVuSans-Bold",
+        "DejaVuSansMono-Bold",
+        "DejaVuSerif",
+        "DejaVuSerif-Bold",
+        "DejaVuSans-BoldOblique",
+        "STIXGeneralBol",
+    )
     return tuple(str(folder / f"{name}.ttf") for name in names)
 
 
@@ -236,7 +253,15 @@ TOY_BELLIES = ("none", "circle", "heart", "star")
 def sample_toy(colour: str, rng: random.Random) -> Toy:
     """Draw a toy of the named colour."""
     accent = rng.choice([value for name, value in COLOURS.items() if name != colour])
-    return Toy(COLOURS[colour], accent, rng.choice(TOY_BODIES), rng.choice(TOY_EARS), rng.choice((1, 2, 2, 2)), rng.random() < 0.7, rng.choice(TOY_BELLIES))
+    return Toy(
+        COLOURS[colour],
+        accent,
+        rng.choice(TOY_BODIES),
+        rng.choice(TOY_EARS),
+        rng.choice((1, 2, 2, 2)),
+        rng.random() < 0.7,
+        rng.choice(TOY_BELLIES),
+    )
 
 
 def draw_toy(picture: Image.Image, paint: Image.Image, centre: tuple[float, float], radius: float, toy: Toy) -> Image.Image:
@@ -284,7 +309,13 @@ def _toy_limbs(part: Callable, box: Callable, side: int, toy: Toy) -> None:
         corners = [across(0.1, -0.5, 0.1, -0.5)[:2], across(0.36, -1.05, 0.36, -1.05)[:2], across(0.56, -0.36, 0.56, -0.36)[:2]]
         part(lambda d: d.polygon(corners, fill=255), toy.accent, toy.accent)
     elif toy.ears == "antenna":
-        part(lambda d: d.line((*across(0.12, -0.5, 0.12, -0.5)[:2], *across(0.3, -0.88, 0.3, -0.88)[:2]), fill=255, width=3 * SUPERSAMPLING // 2), toy.accent, toy.accent)
+        part(
+            lambda d: d.line(
+                (*across(0.12, -0.5, 0.12, -0.5)[:2], *across(0.3, -0.88, 0.3, -0.88)[:2]), fill=255, width=3 * SUPERSAMPLING // 2
+            ),
+            toy.accent,
+            toy.accent,
+        )
         part(lambda d: d.ellipse(across(0.2, -1.02, 0.42, -0.8), fill=255), toy.accent, toy.accent)
 
 
@@ -292,5 +323,10 @@ def _toy_face(draw: ImageDraw.ImageDraw, box: Callable, toy: Toy) -> None:
     places = (0.0,) if toy.eyes == 1 else (-0.22, 0.22)
     size = 0.24 if toy.eyes == 1 else 0.17
     for place in places:
-        draw.ellipse(box(place - size, -0.2 - size, place + size, -0.2 + size), fill=(255, 255, 255), outline=(30, 30, 30), width=SUPERSAMPLING // 2)
+        draw.ellipse(
+            box(place - size, -0.2 - size, place + size, -0.2 + size),
+            fill=(255, 255, 255),
+            outline=(30, 30, 30),
+            width=SUPERSAMPLING // 2,
+        )
         draw.ellipse(box(place - size / 2, -0.2 - size / 2, place + size / 2, -0.2 + size / 2), fill=(20, 20, 20))

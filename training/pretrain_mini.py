@@ -8,7 +8,6 @@ Stopped and started again it goes on from its newest checkpoint. `--stages` pick
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -17,23 +16,23 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline
-from diffusers.training_utils import EMAModel, compute_snr
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn import functional as F
 from transformers import CLIPTokenizer, HfArgumentParser
 
 from pipelines import mini_sdxl
-from pipelines.corpus import Corpus, join, photo_corpus, rendered_corpus
+from pipelines.backgrounds import BACKGROUNDS
+from pipelines.corpus import Corpus, join, photo_corpus, rendered_corpus, to_pixels
+from pipelines.mini_losses import AutoencoderLoss, DenoisingLoss, PatchBasis
+from pipelines.scenes import COLOURS, PATTERNS, SHAPES
 from pipelines.subject.generate import SHEET_PROMPTS, contact_sheet
 from training.checkpoints import list_checkpoints, load_checkpoint
 from training.loop import LoopOptions, Periodic, Trainable, train
+from training.mini_card import CardFacts, write_card
 from training.run import RunDirectory
-
-logger = get_logger(__name__)
 
 BASIS_FILE = "patch-basis.safetensors"
 
@@ -43,8 +42,13 @@ class PretrainOptions:
     """How the built-in model is trained from nothing."""
 
     output_dir: str = field(metadata={"help": "Where the runs of the stages, the cached corpus and the finished model go."})
-    photos_dir: str | None = field(default=None, metadata={"help": "Folder of zipped photographs with classes.json; rendered scenes alone without it."})
-    stages: list[str] = field(default_factory=lambda: ["basis", "vae", "unet", "export"], metadata={"help": "Stages to run, of: basis, vae, unet, export."})
+    photos_dir: str | None = field(
+        default=None, metadata={"help": "Folder of zipped photographs with classes.json; rendered scenes alone without it."}
+    )
+    stages: list[str] = field(
+        default_factory=lambda: ["basis", "vae", "unet", "export"],
+        metadata={"help": "Stages to run, of: basis, vae, unet, export."},
+    )
     scenes: int = field(default=30_000, metadata={"help": "Rendered scenes in the corpus."})
     scene_share: float = field(default=0.65, metadata={"help": "Share of rendered scenes in a batch."})
     vae_steps: int = field(default=3000, metadata={"help": "Optimisation steps of the autoencoder."})
@@ -54,7 +58,9 @@ class PretrainOptions:
     unet_batch_size: int = field(default=32, metadata={"help": "Pictures a step of the UNet."})
     unet_learning_rate: float = field(default=7e-4, metadata={"help": "Peak learning rate of the UNet and text encoders."})
     sample_steps: int = field(default=500, metadata={"help": "Steps between two contact sheets of the UNet in training."})
-    mixed_precision: str = field(default="no", metadata={"help": "'no' or 'bf16': bf16 is 1.6 times as fast on CPUs that have it."})
+    mixed_precision: str = field(
+        default="no", metadata={"help": "'no' or 'bf16': bf16 is 1.6 times as fast on CPUs that have it."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the scenes and of all that training draws."})
 
     def __post_init__(self) -> None:
@@ -73,7 +79,7 @@ class Sampler:
         self.scene_share = scene_share if scenes < len(corpus) else 1.0
 
     def draw(self, index: int, count: int) -> tuple[torch.Tensor, np.ndarray, np.random.Generator]:
-        """Pixels (count, 3, height, width) in [-1, 1], half of them mirrored, their places in the corpus (count,), the generator."""
+        """Pixels (count, 3, height, width) in [-1, 1], half of them mirrored, their places (count,), and the generator."""
         rng = np.random.default_rng((self.seed, index))
         from_scenes = rng.random(count) < self.scene_share
         photo = rng.integers(0, max(1, len(self.corpus) - self.scenes), count)
@@ -82,11 +88,6 @@ class Sampler:
         mirrored = (rng.random(count) < 0.5) & self.corpus.mirrorable[chosen]
         pictures[mirrored] = pictures[mirrored][:, :, ::-1]
         return to_pixels(pictures), chosen, rng
-
-
-def to_pixels(pictures: np.ndarray) -> torch.Tensor:
-    """(count, height, width, 3) uint8 to (count, 3, height, width) float32 in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def load_corpus(options: PretrainOptions) -> Corpus:
@@ -100,64 +101,6 @@ def load_corpus(options: PretrainOptions) -> Corpus:
         cache.parent.mkdir(parents=True, exist_ok=True)
         np.savez(cache, pictures=scenes.pictures, captions=np.asarray(scenes.captions), mirrorable=scenes.mirrorable)
     return join(scenes, photo_corpus(Path(options.photos_dir), mini_sdxl.RESOLUTION)) if options.photos_dir else scenes
-
-
-@dataclass(frozen=True)
-class PatchBasis:
-    """The latent space: principal components of the pictures' 4 x 4 patches, the strong ones damped.
-
-        z_k = v_k . (patch - mean) / (g sqrt(std_k))
-
-    A closed form makes the autoencoder and the UNet independent of one another, so that they train side by side; and
-    coordinates of falling variance let the UNet learn coarse things first.
-
-    Args:
-        analysis: (LATENT_CHANNELS, 3, 4, 4), a convolution from pixels in [-1, 1] to latents of deviation 1 overall.
-        offset: (LATENT_CHANNELS,), minus the mean patch's latents.
-    """
-
-    analysis: torch.Tensor
-    offset: torch.Tensor
-
-    @classmethod
-    def fit(cls, pixels: torch.Tensor) -> PatchBasis:
-        """The basis of `pixels` (count, 3, height, width) in [-1, 1]."""
-        factor, channels = mini_sdxl.VAE_FACTOR, mini_sdxl.LATENT_CHANNELS
-        patches = F.pixel_unshuffle(pixels, factor).movedim(1, -1).flatten(0, -2).double()
-        mean = patches.mean(dim=0)
-        variances, directions = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
-        variances, directions = variances.flip(0)[:channels], directions.flip(1)[:, :channels].T
-        gain = variances.sqrt().mean().sqrt()
-        rows = (directions / (gain * variances[:, None] ** 0.25)).float()
-        return cls(rows.view(channels, 3, factor, factor), -(rows @ mean.float()))
-
-    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The latents (count, LATENT_CHANNELS, height / 4, width / 4) of `pixels` (count, 3, height, width)."""
-        return F.conv2d(pixels, self.analysis, self.offset, stride=mini_sdxl.VAE_FACTOR)
-
-
-class AutoencoderLoss(nn.Module):
-    """The encoder learns the coordinates of a `PatchBasis`, the decoder to restore pictures from them.
-
-    Restoring is judged on pixels and on their differences, so that edges stay sharp; some noise on the latents prepares the
-    decoder for those that a UNet makes.
-    """
-
-    def __init__(self, vae: AutoencoderKL, basis: PatchBasis, latent_noise: float = 0.05) -> None:
-        super().__init__()
-        self.vae, self.basis, self.latent_noise = vae, basis, latent_noise
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The loss of `pixels` (batch, 3, height, width) in [-1, 1], a scalar."""
-        target = self.basis.encode(pixels)
-        posterior = self.vae.encode(pixels).latent_dist
-        # The posterior's spread is the deviation that the decoder was prepared for.
-        spread = (posterior.logvar - 2 * math.log(self.latent_noise)).square().mean()
-        decoded = self.vae.decode(target + self.latent_noise * torch.randn_like(target)).sample
-        restored = F.l1_loss(decoded, pixels) + F.mse_loss(decoded, pixels)
-        for axis in (-1, -2):
-            restored = restored + 0.5 * F.l1_loss(decoded.diff(dim=axis), pixels.diff(dim=axis))
-        return F.mse_loss(posterior.mean, target) + 1e-3 * spread + restored
 
 
 def fit_basis(options: PretrainOptions, corpus: Corpus) -> None:
@@ -174,7 +117,9 @@ def load_basis(options: PretrainOptions) -> PatchBasis:
     return PatchBasis(**load_file(Path(options.output_dir) / BASIS_FILE))
 
 
-def train_here(options: PretrainOptions, run: RunDirectory, trainable: Trainable, loop: LoopOptions, periodic: Sequence[Periodic] = ()) -> None:
+def train_here(
+    options: PretrainOptions, run: RunDirectory, trainable: Trainable, loop: LoopOptions, periodic: Sequence[Periodic] = ()
+) -> None:
     """Train with the precision asked for, and with the attention kernel that is fastest where there is no GPU."""
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
     # PyTorch's fused attention on the CPU takes a quarter of a bf16 step on this few tokens; plain products take a tenth of that.
@@ -195,7 +140,12 @@ def train_vae(options: PretrainOptions, corpus: Corpus) -> None:
         return {"pixels": sampler.draw(index, options.vae_batch_size)[0]}
 
     loop = LoopOptions(options.vae_steps, seed=options.seed, checkpointing_steps=100)
-    trainable = Trainable(AutoencoderLoss(vae, load_basis(options)), batch_at, optimizer, warmup_stable_decay(optimizer, options.vae_steps, warmup=50))
+    trainable = Trainable(
+        AutoencoderLoss(vae, load_basis(options)),
+        batch_at,
+        optimizer,
+        warmup_stable_decay(optimizer, options.vae_steps, warmup=50),
+    )
     with run.recording():
         train_here(options, run, trainable, loop)
 
@@ -205,39 +155,6 @@ def trained_vae(options: PretrainOptions) -> AutoencoderKL:
     module = AutoencoderLoss(mini_sdxl.new_vae(), load_basis(options))
     load_checkpoint(list_checkpoints(Path(options.output_dir) / "vae" / "checkpoints")[-1], module)
     return module.vae.eval()
-
-
-class DenoisingLoss(nn.Module):
-    """Squared error of the predicted velocity, weighted by (min(SNR, gamma) + 1) / (SNR + 1)  [min-SNR, Hang et al. 2023]."""
-
-    def __init__(self, tokenizer: CLIPTokenizer, gamma: float = 5.0) -> None:
-        super().__init__()
-        self.unet = mini_sdxl.new_unet()
-        self.text_encoder, self.text_encoder_2 = mini_sdxl.new_text_encoders(tokenizer)
-        self.scheduler = DDPMScheduler.from_config(mini_sdxl.new_scheduler().config)
-        self.gamma = gamma
-
-    def forward(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, tokens: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-        """The mean loss of a batch, a scalar.
-
-        Args:
-            latents: (batch, 4, height, width), scaled.
-            noise: like `latents`.
-            timesteps: (batch,) int64.
-            tokens: (batch, MAX_TOKENS) int64.
-            kept: (batch,) float, 0 where the caption is dropped so that guidance has an unconditional model.
-        """
-        noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        target = self.scheduler.get_velocity(latents, noise, timesteps)
-        hidden = self.text_encoder(tokens, output_hidden_states=True).hidden_states[-2]
-        second = self.text_encoder_2(tokens, output_hidden_states=True)
-        embeds = torch.cat([hidden, second.hidden_states[-2]], dim=-1) * kept[:, None, None]
-        size = float(mini_sdxl.RESOLUTION)
-        conditions = {"text_embeds": second.text_embeds * kept[:, None], "time_ids": latents.new_tensor([size, size, 0, 0, size, size]).expand(len(latents), 6)}
-        predicted = self.unet(noisy, timesteps, embeds, added_cond_kwargs=conditions).sample
-        snr = compute_snr(self.scheduler, timesteps)
-        weight = (snr.clamp(max=self.gamma) + 1) / (snr + 1)
-        return (weight * (predicted - target).square().mean(dim=(1, 2, 3))).mean()
 
 
 def caption_tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
@@ -268,14 +185,18 @@ def denoising_batches(options: PretrainOptions, corpus: Corpus, tokens: torch.Te
     return batch_at
 
 
-def warmup_stable_decay(optimizer: torch.optim.Optimizer, steps: int, warmup: int = 200, decay: float = 0.3) -> torch.optim.lr_scheduler.LambdaLR:
+def warmup_stable_decay(
+    optimizer: torch.optim.Optimizer, steps: int, warmup: int = 200, decay: float = 0.3
+) -> torch.optim.lr_scheduler.LambdaLR:
     """Linear warm-up, a plateau, and a linear fall to zero over the last `decay` of `steps`; more steps extend the plateau."""
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warmup, 1.0, max(0.0, (steps - step) / (decay * steps))))
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, 1.0, max(0.0, (steps - step) / (decay * steps)))
+    )
 
 
 def build_tokenizer(corpus: Corpus) -> CLIPTokenizer:
     """The reduced tokenizer over every word of the corpus and of the usual prompts."""
-    return mini_sdxl.reduced_tokenizer([*mini_sdxl.PROMPT_WORDS, *corpus.captions])
+    return mini_sdxl.reduced_tokenizer([mini_sdxl.PROMPT_WORDS, *corpus.captions])
 
 
 def new_denoiser(options: PretrainOptions, tokenizer: CLIPTokenizer) -> tuple[DenoisingLoss, EMAModel]:
@@ -283,7 +204,7 @@ def new_denoiser(options: PretrainOptions, tokenizer: CLIPTokenizer) -> tuple[De
     torch.manual_seed(options.seed)
     module = DenoisingLoss(tokenizer)
     for encoder in (module.text_encoder, module.text_encoder_2):
-        # CLIP's 0.02 leaves a shallow encoder's hidden states near zero, and cross-attention blind for the first thousands of steps.
+        # CLIP's 0.02 leaves a shallow encoder's hidden states near zero, and cross-attention blind for thousands of steps.
         nn.init.normal_(encoder.get_input_embeddings().weight, std=0.5)
     return module, EMAModel(module.parameters(), decay=0.9995, use_ema_warmup=True, power=0.75)
 
@@ -316,8 +237,42 @@ def export(options: PretrainOptions, corpus: Corpus) -> None:
     module, ema = new_denoiser(options, tokenizer)
     ema.load_state_dict(load_checkpoint(list_checkpoints(folder / "unet" / "checkpoints")[-1], module)["ema"])
     ema.copy_to(module.parameters())
-    pipeline: StableDiffusionXLPipeline = mini_sdxl.assemble(trained_vae(options), module.unet, (module.text_encoder, module.text_encoder_2), tokenizer)
+    pipeline: StableDiffusionXLPipeline = mini_sdxl.assemble(
+        trained_vae(options), module.unet, (module.text_encoder, module.text_encoder_2), tokenizer
+    )
     pipeline.to(torch.float16).save_pretrained(folder / "mini-sdxl")
+    write_card(folder / "mini-sdxl", card_facts(options, corpus, pipeline))
+
+
+def card_facts(options: PretrainOptions, corpus: Corpus, pipeline: StableDiffusionXLPipeline) -> CardFacts:
+    """What the model card says: the steps are those of the newest checkpoints, not those asked for."""
+    vae_steps, unet_steps = (newest_step(Path(options.output_dir) / stage) for stage in ("vae", "unet"))
+    parts = [(name, part) for name, part in pipeline.components.items() if isinstance(part, nn.Module)]
+    command = "accelerate launch training/pretrain_mini.py --photos_dir PHOTOS --output_dir OUT"
+    return CardFacts(
+        parameters="\n".join(f"| {name} | {sum(p.numel() for p in part.parameters()):,} |" for name, part in parts),
+        scenes=options.scenes,
+        photos=len(corpus) - options.scenes,
+        shapes=", ".join(f"{shape}s" if shape != "cross" else "crosses" for shape in SHAPES),
+        colours=len(COLOURS),
+        patterns=len(PATTERNS),
+        places=len(BACKGROUNDS),
+        share=options.scene_share if len(corpus) > options.scenes else 1.0,
+        vae_steps=vae_steps,
+        vae_batch=options.vae_batch_size,
+        unet_steps=unet_steps,
+        unet_batch=options.unet_batch_size,
+        unet_pictures=unet_steps * options.unet_batch_size,
+        rate=options.unet_learning_rate,
+        precision=f"mixed precision {options.mixed_precision}" if options.mixed_precision != "no" else "single precision",
+        command=f"{command} --unet_steps {unet_steps} --vae_steps {vae_steps} --mixed_precision {options.mixed_precision}",
+        tokens=mini_sdxl.MAX_TOKENS,
+    )
+
+
+def newest_step(run: Path) -> int:
+    """The step of the newest checkpoint of the run directory `run`."""
+    return int(list_checkpoints(run / "checkpoints")[-1].name.removeprefix("step-"))
 
 
 STAGES = {"basis": fit_basis, "vae": train_vae, "unet": train_unet, "export": export}

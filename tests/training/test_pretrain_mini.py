@@ -7,14 +7,17 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from pipelines.corpus import rendered_corpus
+from pipelines.corpus import rendered_corpus, to_pixels
+from pipelines.mini_losses import PatchBasis
 from training import pretrain_mini
 from training.checkpoints import list_checkpoints
-from training.pretrain_mini import PatchBasis, PretrainOptions, Sampler, to_pixels
+from training.pretrain_mini import PretrainOptions, Sampler
 
 
 def options(folder, **changes):
-    small = PretrainOptions(str(folder), scenes=32, vae_steps=2, vae_batch_size=2, unet_steps=4, unet_batch_size=4, sample_steps=1000)
+    small = PretrainOptions(
+        str(folder), scenes=32, vae_steps=2, vae_batch_size=2, unet_steps=4, unet_batch_size=4, sample_steps=1000
+    )
     return dataclasses.replace(small, **changes)
 
 
@@ -40,6 +43,13 @@ def test_the_stages_end_in_a_stock_pipeline_of_half_precision_safetensors(traine
     picture = np.asarray(pipeline("a red star", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0])
     assert picture.shape == (64, 64, 3)
     assert picture.std() > 0
+
+
+def test_the_model_card_states_the_steps_that_were_done(trained):
+    card = (trained / "mini-sdxl" / "README.md").read_text()
+    assert "2 steps of 2 pictures" in card
+    assert "4 steps of 4 pictures (16 pictures seen)" in card
+    assert "--unet_steps 4 --vae_steps 2" in card
 
 
 def test_the_patch_basis_gives_decorrelated_latents_of_unit_deviation(corpus):
@@ -95,5 +105,5 @@ def test_an_unknown_stage_is_refused_by_name(tmp_path):
 
 def test_a_folder_without_photographs_is_refused_by_name(tmp_path):
     (tmp_path / "classes.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="No .zip with photographs"):
+    with pytest.raises(FileNotFoundError, match=r"No \.zip with photographs"):
         pretrain_mini.photo_corpus(tmp_path, 64)
