@@ -85,10 +85,15 @@ def read_tensors(path: str | os.PathLike, device: str | torch.device = "cpu") ->
     """
     read_header(path)
     tensors = safetensors.torch.load_file(path, device=str(device))
+    check_finite(tensors, str(path))
+    return tensors
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    """Raise AdapterFileError naming `where` and the first of the tensors, of any shape, with a value that is not finite."""
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise AdapterFileError(f"{path} holds values that are not finite in {name!r}.")
-    return tensors
+            raise AdapterFileError(f"{where}: {name!r} holds values that are not finite.")
 
 
 def write_tensors(
@@ -101,9 +106,7 @@ def write_tensors(
     Raises:
         AdapterFileError: a tensor holds a value that is not finite; nothing is written.
     """
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise AdapterFileError(f"{name!r} holds values that are not finite; {path} is not written.")
+    check_finite(tensors, f"{path} is not written")
     length, body = _serialise(tensors)
     # Written here because safetensors itself orders metadata anew in every process.
     ordered = {"__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items())), **json.loads(body[:length])}
@@ -176,7 +179,9 @@ def _refuse_other_formats(path: Path) -> None:
 
 def _parse_json(content: bytes, path: Path) -> dict[str, Any]:
     try:
-        parsed = json.loads(content.decode("utf-8"), object_pairs_hook=_without_duplicates)
+        parsed = json.loads(
+            content.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_float=_finite, parse_constant=_finite
+        )
     except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"{path} is not valid JSON where it must be: {error}.") from error
     if not isinstance(parsed, dict):
@@ -189,6 +194,13 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(set(names)) != len(names):
         raise ValueError("a name occurs twice")
     return dict(pairs)
+
+
+def _finite(literal: str) -> float:
+    number = float(literal)
+    if not math.isfinite(number):
+        raise ValueError(f"{literal} is not finite")
+    return number
 
 
 def _check_layout(header: Mapping[str, Any], path: Path) -> int:

@@ -95,7 +95,14 @@ def _complete(layer: NoraLayer, adapter_name: str, probe: torch.Tensor, where: s
 def _restoring(model: nn.Module, adapter_name: str) -> Callable[[], None]:
     """What brings `model` back to how it is now once the adapter, or a part of it, has been added."""
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    active = {layer: layer.active_adapters[:] for layer in model.modules() if isinstance(layer, BaseTunerLayer)}
+    modules = set(model.modules())
+    active = {layer: layer.active_adapters[:] for layer in modules if isinstance(layer, BaseTunerLayer)}
+    # Adding an adapter takes fused ones out of the weights. NoRA puts another tensor there and leaves this one alone.
+    fused = {
+        layer: (layer.get_base_layer().weight.data, layer.merged_adapters[:], dict(layer._merged_scaling))
+        for layer in modules
+        if isinstance(layer, NoraLayer) and layer.merged
+    }
     had_adapters = getattr(model, "_hf_peft_config_loaded", False)
 
     def restore() -> None:
@@ -103,12 +110,14 @@ def _restoring(model: nn.Module, adapter_name: str) -> Callable[[], None]:
         configs.pop(adapter_name, None)
         delete_adapter(model, adapter_name, prefix="nora_", layer_cls=NoraLayer)
         for name, module in list(model.named_modules()):
-            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and module not in active:
+            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and module not in modules:
                 parent, _, child = name.rpartition(".")
                 original = module.base_layer if isinstance(module, BaseTunerLayer) else module.original_module
                 setattr(model.get_submodule(parent), child, original)
         for layer, names in active.items():
             layer.set_adapter(names)
+        for layer, (weight, names, scaling) in fused.items():
+            layer.get_base_layer().weight.data, layer.merged_adapters, layer._merged_scaling = weight, names, scaling
         for parameter, requires_grad in trained.items():
             parameter.requires_grad_(requires_grad)
         model._hf_peft_config_loaded = had_adapters

@@ -17,7 +17,7 @@ from .calibration import base_name, unwrapped
 from .compact import check_probe, narrowed, recomputed_outer_factors, weight_change_probe
 from .components import COMPONENTS, adapted_components
 from .config import NoraConfig
-from .files import write_json, write_tensors
+from .files import check_finite, write_json, write_tensors
 from .layer import NoraLayer, nora_layers
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def save_nora(
     Compact ones hold the inner factors, the activation scales and a probe, and need the very base weights again.
 
     Raises:
-        ValueError: no component has the adapter, or it is no NoRA adapter.
+        ValueError: no component has the adapter, or it is no NoRA adapter, or it still waits for its outer factors.
         AdapterFileError: a value is not finite, or `compact` and a layer's outer factors do not follow from its weights.
             Nothing is written in any of these cases.
     """
@@ -89,7 +89,11 @@ def _collect(model: nn.Module, where: str, adapter_name: str, compact: bool) -> 
     if not isinstance(config, NoraConfig):
         raise ValueError(f"Adapter {adapter_name!r} of {where} is a {type(config).__name__}, not NoRA. Save it with diffusers.")
     layers = {base_name(n): layer for n, layer in nora_layers(unwrapped(model)).items() if adapter_name in layer.r}
+    for layer in layers.values():
+        # Raises where the outer factors are not set yet.
+        layer._inner_factors(adapter_name, scaling=1.0)
     tensors = adapter_tensors(model, adapter_name)
+    check_finite(tensors, f"Adapter {adapter_name!r} of {where} is not saved")
     metadata = {"nora_layout": "compact" if compact else "full"}
     fields = _portable_fields(config, layers, adapter_name)
     if compact:
