@@ -37,7 +37,7 @@ def test_the_autoencoder_shrinks_by_four():
     vae = mini_sdxl.new_vae().eval()
     with torch.no_grad():
         latents = vae.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mean
-        assert latents.shape == (1, 4, 16, 16)
+        assert latents.shape == (1, 8, 16, 16)
         assert vae.decode(latents).sample.shape == (1, 3, 64, 64)
 
 
