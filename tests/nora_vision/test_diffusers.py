@@ -11,7 +11,7 @@ from tiny_pipeline import tiny_pipeline, tiny_unet
 from nora_vision.layer import nora_layers
 
 TARGETS = ["to_q", "to_v", "to_out.0", "proj_in", "ff.net.2", "conv1"]
-SCALES_BY_BLOCK = {"down": 0.3, "mid": 0.7, "up": {"block_0": [0.1, 0.9, 0.4]}}
+SCALES_BY_BLOCK = {"down": 0.3, "mid": 0.7, "up": {"block_0": 0.1, "block_1": 0.9}}
 
 
 def unet_output(unet, **kwargs):
