@@ -47,7 +47,7 @@ def tiny_unet(cross_attention_dim: int = 40, pooled_dim: int = 24) -> UNet2DCond
     return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16, 24),
-        layers_per_block=2,
+        layers_per_block=1,
         norm_num_groups=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
