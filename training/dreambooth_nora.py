@@ -77,7 +77,11 @@ def main(options: SubjectOptions) -> RunDirectory:
         run.update_status(phase="exporting")
         if accelerator.is_main_process:
             adapters.save_everywhere(pipeline, options.adapter, components, run.path, run.path.name)
-            rows = [("the subject", pictures_of(examples)), ("before", before), (f"after, {options.adapter.method}", draw())]
+            rows = [
+                ("the subject", pictures_of(examples[: len(before)])),
+                ("before", before),
+                (f"after, {options.adapter.method}", draw()),
+            ]
             labelled_grid(rows, options.output.validation_prompt).save(run.path / GRID)
             trained = sum(parameter.numel() for parameter in adapters.trained_parameters(components))
             run.update_status(trained_numbers=trained, seconds=round(time.monotonic() - began, 1))

@@ -21,9 +21,15 @@ from pipelines.errors import InputError
 
 
 class AdapterMethod(Protocol):
-    """What a file of this package defines as `METHOD`."""
+    """What a file of this package defines as `METHOD`.
+
+    Args:
+        default_rank: the rank unless one is given.
+        default_learning_rate: the peak learning rate on SDXL unless one is given.
+    """
 
     default_rank: int
+    default_learning_rate: float
 
     def config(self, options: AdapterOptions, target_modules: list[str], exclude_modules: str | None) -> PeftConfig:
         """PEFT's configuration of the adapter that `options` describe."""

@@ -20,6 +20,7 @@ class Lora:
     """LoRA with a Gaussian A and a zero B."""
 
     default_rank = 4
+    default_learning_rate = 1e-4
 
     def config(self, options: AdapterOptions, target_modules: list[str], exclude_modules: str | None) -> PeftConfig:
         """PEFT's configuration; the scaling is 1 unless alpha is given."""

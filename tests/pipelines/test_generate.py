@@ -1,5 +1,8 @@
 """Pictures from prompts: the same settings give the same bytes, and the files say what the settings were."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -154,3 +157,25 @@ def test_a_labelled_grid_has_a_cell_for_every_label_and_enlarges_small_pictures(
     red = np.asarray(sheet)[..., 1] == 0
     assert sheet.width > 2 * 192
     assert red.sum() > 3 * 190 * 190
+
+
+def commanded(*arguments, cwd):
+    command = [sys.executable, "-m", "pipelines.subject.generate", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_the_command_draws_what_its_python_function_draws(tiny_model, lora_dir, tmp_path):
+    model = ("--pretrained_model_name_or_path", str(tiny_model))
+    given = ("--adapter", str(lora_dir), "--strength", "0.5", "--num_inference_steps", "2", "--output_dir", "made", "--seed", "3")
+    finished = commanded("--prompt", "a star", *model, *given, cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    expected = main(options(tiny_model, tmp_path / "b", adapter=[str(lora_dir)], strength=[0.5], seed=3))[0]
+    assert (tmp_path / "made" / "00003.png").read_bytes() == expected.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_wrong_setting_ends_the_command_with_its_message(tmp_path):
+    finished = commanded("--prompts_file", "nowhere.txt", cwd=tmp_path)
+    assert finished.returncode == 2
+    assert "no prompts_file 'nowhere.txt'" in finished.stderr.splitlines()[-1]

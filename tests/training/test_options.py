@@ -48,6 +48,15 @@ def test_a_model_that_is_not_built_in_is_told_the_truth_about_sizes():
     assert SubjectOptions(model=ModelOptions("owner/model")).data.size_conditioning == "picture"
 
 
+def test_the_learning_rate_fits_method_and_model():
+    built_in, sdxl = (
+        {m: parse_options(["--method", m, *more]).optimisation.learning_rate for m in ("nora", "lora")}
+        for more in ([], ["--pretrained_model_name_or_path", "owner/model"])
+    )
+    assert sdxl["lora"] < sdxl["nora"]
+    assert all(built_in[method] > rate for method, rate in sdxl.items())
+
+
 def test_resolved_options_are_plain_values():
     assert json.loads(json.dumps(SubjectOptions().to_dict())) == SubjectOptions().to_dict()
 
