@@ -53,7 +53,8 @@ def export_lora(
         path = path if path.suffix == ".safetensors" else path / "pytorch_lora_weights.safetensors"
         write_tensors(path, _diffusers_tensors(changes))
         return path
-    path = path if path.suffix == ".safetensors" else path / f"{adapter_name}.safetensors"
+    if path.suffix != ".safetensors":
+        path = path / f"{Path(adapter_name).name}.safetensors"
     rank = Counter(len(down) for factors in changes.values() for _, down in factors.values()).most_common(1)[0][0]
     tensors = _kohya_tensors(changes, float(rank), pipe.unet.config.layers_per_block)
     header = kohya_header(

@@ -36,7 +36,7 @@ def load_nora(pipe: StableDiffusionXLPipeline, path: str | os.PathLike, adapter_
         adapter_name: what to call it; "default_0", "default_1", ... where it is None.
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: the name is taken or cannot be one.
+        ValueError: the name is taken or cannot be one, or the weights are offloaded layer by layer.
         AdapterFileError: a file must not be used (pickle, damaged, not finite) or does not fit this model; the message
             names the file and the layer or value. The pipeline is as it was before in each of these cases.
     """
@@ -46,6 +46,9 @@ def load_nora(pipe: StableDiffusionXLPipeline, path: str | os.PathLike, adapter_
     absent = [name for name in folders if getattr(pipe, name, None) is None]
     if absent:
         raise AdapterFileError(f"{path} adapts {', '.join(absent)}, which this pipeline does not have.")
+    for name in folders:
+        if any(parameter.is_meta for parameter in getattr(pipe, name).parameters()):
+            raise ValueError(f"The weights of {name} are offloaded. Load adapters before enable_sequential_cpu_offload().")
     adapters = {name: read_adapter(getattr(pipe, name), folder) for name, folder in folders.items()}
     with ExitStack() as on_failure:
         for name, adapter in adapters.items():
@@ -106,6 +109,7 @@ def _restoring(model: nn.Module, adapter_name: str) -> Callable[[], None]:
     had_adapters = getattr(model, "_hf_peft_config_loaded", False)
 
     def restore() -> None:
+        """Take the adapter off and put everything else back."""
         configs = getattr(model, "peft_config", {})
         configs.pop(adapter_name, None)
         delete_adapter(model, adapter_name, prefix="nora_", layer_cls=NoraLayer)

@@ -20,7 +20,7 @@ from .config import NoraConfig, NoraPeftType
 from .files import AdapterFileError, read_header, read_json, read_tensors
 from .layer import check_rank
 from .layer_types import layer_class_for
-from .saving import CONFIG_NAME, PEFT_PREFIX, PROBE, SCALE, WEIGHTS_NAME
+from .saving import CONFIG_NAME, PEFT_PREFIX, PROBE, SCALE, WEIGHTS_NAME, configuration_digest
 
 # Names with dots, and the ^ that save_nora writes: PEFT would run anything more as a regular expression.
 PLAIN_NAME = re.compile(r"\^?[\w.-]+")
@@ -50,11 +50,17 @@ def read_adapter(model: nn.Module, folder: Path) -> Adapter:
     if not weights.is_file():
         others = sorted(file.name for file in folder.iterdir() if file.name != CONFIG_NAME)
         raise AdapterFileError(f"{folder} has no {WEIGHTS_NAME}, only {others}. Nothing else is read; a .bin is a pickle.")
-    config, compact = _read_config(folder / CONFIG_NAME)
+    fields = read_json(folder / CONFIG_NAME)
+    config, compact = _read_config(fields, folder / CONFIG_NAME)
     header = read_header(weights)
     shared = _shared_scales(header.metadata, weights) if compact else {}
     found = {name.removeprefix(PEFT_PREFIX): entry.shape for name, entry in header.tensors.items()}
     _compare(found, _expected_shapes(model, config, compact, shared, weights), weights)
+    digest = configuration_digest(fields)
+    if header.metadata.get("nora_configuration", digest) != digest:
+        raise AdapterFileError(
+            f"{folder}: {CONFIG_NAME} is not the one that {WEIGHTS_NAME} was saved with. Save the adapter again."
+        )
     tensors = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in read_tensors(weights).items()}
     for name, tensor in tensors.items():
         if name.endswith(f".{SCALE}") and not (tensor >= 0).all():
@@ -86,10 +92,10 @@ def _weights_in(folder: Path) -> bool:
     return any(folder.glob("adapter_model.*"))
 
 
-def _read_config(path: Path) -> tuple[NoraConfig, bool]:
+def _read_config(fields: Mapping[str, Any], path: Path) -> tuple[NoraConfig, bool]:
     """The configuration, for inference, and whether the file says that it is compact."""
-    fields = read_json(path)
-    compact = fields.pop("compact", False)
+    compact = fields.get("compact", False)
+    fields = {name: value for name, value in fields.items() if name != "compact"}
     if fields.get("peft_type") != NoraPeftType.NORA:
         raise AdapterFileError(
             f"{path} configures an adapter of type {fields.get('peft_type')!r}, not {NoraPeftType.NORA.value!r}."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,7 +104,13 @@ def _collect(model: nn.Module, where: str, adapter_name: str, compact: bool) -> 
             f"{name}.{PROBE}": _reproducible_probe(layer, adapter_name, f"{where}.{name}") for name, layer in layers.items()
         }
         metadata["nora_shared_scales"] = json.dumps(_share_scales(tensors))
+    metadata["nora_configuration"] = configuration_digest(fields)
     return {PEFT_PREFIX + name: tensor for name, tensor in tensors.items()}, metadata, fields
+
+
+def configuration_digest(fields: Mapping[str, Any]) -> str:
+    """What the tensor file says of its configuration: a crash between writing the two must not pair one with another's."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _write(folder: Path, part: Part) -> None:

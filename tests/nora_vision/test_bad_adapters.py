@@ -111,6 +111,7 @@ CORRUPTIONS = {
     "a rank above the layer's": (edit_config(r=25), r"r must be in \[1, 24\] for 'text_model.encoder.layers.0.self_attn.k_proj'"),
     "compact that is not": (edit_config(compact=True), "holds .*nora_A'.*, which the adapter cannot have here"),
     "more targets than layers": (edit_config(target_modules=["k_proj", "fc1", "fc2"]), "lacks 'text_model.*fc1.nora_A' and"),
+    "the configuration of another save": (edit_config(alpha=7.0), "adapter_config.json is not the one that .* was saved with"),
     "no configuration": (
         lambda folder: (folder / "text_encoder_2" / "adapter_config.json").unlink(),
         "text_encoder_2 has no adapter_config.json: it is not an adapter",
@@ -247,6 +248,10 @@ def test_another_architecture_is_refused_by_the_layer_that_does_not_fit(saved):
 
 def test_what_is_no_adapter_folder_is_refused(tmp_path, saved):
     pipe = tiny_pipeline()
+    offloaded = tiny_pipeline()
+    offloaded.unet.to("meta")
+    with pytest.raises(ValueError, match=r"unet are offloaded. Load adapters before enable_sequential_cpu_offload"):
+        load_nora(offloaded, saved / "full")
     with pytest.raises(FileNotFoundError, match=r"no adapter folder .*absent"):
         load_nora(pipe, tmp_path / "absent")
     with pytest.raises(AdapterFileError, match="holds no adapter"):
