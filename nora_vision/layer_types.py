@@ -41,6 +41,9 @@ class Conv1D(NoraLayer):
 class Conv2d(NoraLayer):
     """NoRA on `nn.Conv2d` without groups: the matrix is (out_channels, in_channels * kh * kw), the kernel flattened."""
 
+    # PEFT's LoRA asks for this when it is put around a layer that is adapted already.
+    groups = 1
+
     @staticmethod
     def matrix_shape(base_layer: nn.Module) -> tuple[int, int]:
         """(out_channels, in_channels * kh * kw)."""

@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .calibration import base_name
 from .compact import check_probe, recomputed_outer_factors, weight_change_probe
 from .components import COMPONENTS, adapters_by_component
 from .files import AdapterFileError
@@ -83,7 +84,7 @@ def apply_adapter(model: nn.Module, adapter: Adapter, adapter_name: str) -> Call
         if adapter.compact:
             for name, layer in nora_layers(model).items():
                 if adapter_name in layer.r:
-                    _complete(layer, adapter_name, probes[name], f"{adapter.folder}, layer {name}")
+                    _complete(layer, adapter_name, probes[base_name(name)], f"{adapter.folder}, layer {base_name(name)}")
         on_failure.pop_all()
     return undo
 

@@ -18,6 +18,7 @@ from nora_vision import (
     save_adapter,
     save_nora,
 )
+from nora_vision.calibration import base_name
 from nora_vision.layer import nora_layers
 
 VARIED = {
@@ -208,6 +209,33 @@ def test_a_pipeline_treats_it_as_lora(tmp_path):
         pictures.append(picture(native))
     torch.testing.assert_close(pictures[-1], pictures[0], rtol=0, atol=1e-5)
     assert len({tuple(p.mul(255).round().flatten().tolist()) for p in pictures}) > 8
+
+
+@pytest.mark.parametrize("nora_first", [True, False])
+def test_nora_and_lora_work_together(tmp_path, nora_first):
+    subject, style, pipe = tiny_pipeline(), tiny_pipeline(), tiny_pipeline()
+    add_nora(subject)
+    add_nora(style, seed=1)
+    plain = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    save_nora(subject, tmp_path / "subject", compact=True)
+    file = export_lora(style, tmp_path / "style")
+    for step in (True, False):
+        if step == nora_first:
+            load_nora(pipe, tmp_path / "subject", "subject")
+        else:
+            pipe.load_lora_weights(file, adapter_name="style")
+    pipe.set_adapters(["subject", "style"])
+    pipe.fuse_lora()
+    changes = [weight_changes(subject), weight_changes(style)]
+    weights = {base_name(name): tensor for name, tensor in pipe.unet.state_dict().items()}
+    for name, tensor in plain.items():
+        layer = f"unet.{name.removesuffix('.weight')}"
+        expected = tensor + sum(change[layer] for change in changes) if layer in changes[0] else tensor
+        torch.testing.assert_close(weights[name], expected, rtol=1e-4, atol=1e-5)
+    pipe.unfuse_lora()
+    pipe.delete_adapters("style")
+    pipe.set_adapters("subject")
+    torch.testing.assert_close(picture(pipe), picture(subject), rtol=0, atol=1e-4)
 
 
 def test_weights_add_the_changes_and_fusing_writes_the_sum(tmp_path):
