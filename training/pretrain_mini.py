@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
@@ -121,7 +121,9 @@ def train_here(
     options: PretrainOptions, run: RunDirectory, trainable: Trainable, loop: LoopOptions, periodic: Sequence[Periodic] = ()
 ) -> None:
     """Train with the precision asked for, and with the attention kernel that is fastest where there is no GPU."""
-    accelerator = Accelerator(mixed_precision=options.mixed_precision)
+    # SDXL reads the last but one layer of its first text encoder, so that the last one never gets a gradient.
+    unread = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(mixed_precision=options.mixed_precision, kwargs_handlers=[unread])
     # PyTorch's fused attention on the CPU takes a quarter of a bf16 step on this few tokens; plain products take a tenth of that.
     kernel = sdpa_kernel(SDPBackend.MATH) if accelerator.device.type == "cpu" else nullcontext()
     with kernel:
@@ -130,7 +132,7 @@ def train_here(
 
 def train_vae(options: PretrainOptions, corpus: Corpus) -> None:
     """Train the autoencoder and save it under `vae/model`."""
-    run = RunDirectory.create(Path(options.output_dir) / "vae", dataclasses.asdict(options))
+    run = RunDirectory.create(Path(options.output_dir) / "vae", dataclasses.asdict(options), PartialState().is_main_process)
     torch.manual_seed(options.seed)
     vae = mini_sdxl.new_vae()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=options.vae_learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
@@ -211,7 +213,7 @@ def new_denoiser(options: PretrainOptions, tokenizer: CLIPTokenizer) -> tuple[De
 
 def train_unet(options: PretrainOptions, corpus: Corpus) -> None:
     """Train the UNet and both text encoders on the latents of the finished autoencoder."""
-    run = RunDirectory.create(Path(options.output_dir) / "unet", dataclasses.asdict(options))
+    run = RunDirectory.create(Path(options.output_dir) / "unet", dataclasses.asdict(options), PartialState().is_main_process)
     tokenizer = build_tokenizer(corpus)
     module, ema = new_denoiser(options, tokenizer)
     optimizer = torch.optim.AdamW(module.parameters(), lr=options.unet_learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
@@ -276,14 +278,18 @@ def newest_step(run: Path) -> int:
 
 
 STAGES = {"basis": fit_basis, "vae": train_vae, "unet": train_unet, "export": export}
+ALONE = ("basis", "export")
 
 
 def main(options: PretrainOptions) -> None:
     """Run the stages asked for, in their order."""
-    corpus = load_corpus(options)
+    state = PartialState()
+    with state.main_process_first():
+        corpus = load_corpus(options)
     for name, stage in STAGES.items():
-        if name in options.stages:
+        if name in options.stages and (state.is_main_process or name not in ALONE):
             stage(options, corpus)
+        state.wait_for_everyone()
 
 
 if __name__ == "__main__":
