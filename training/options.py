@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 
 from pipelines.errors import InputError
 from pipelines.methods import AdapterOptions, method_named
+from pipelines.subject.adapters import ATTENTION, EVERYWHERE
 from pipelines.subject.base_model import ASSETS, BUILT_IN_MODEL, is_built_in
 from pipelines.subject.data import SizeConditioning
 
@@ -179,6 +180,8 @@ class SubjectOptions:
         built_in = is_built_in(self.model.pretrained_model_name_or_path)
         if self.data.size_conditioning is None:
             self.data.size_conditioning = "target" if built_in else "picture"
+        if self.adapter.target_modules is None:
+            self.adapter.target_modules = EVERYWHERE if built_in else ATTENTION
         if self.optimisation.learning_rate is None:
             factor = BUILT_IN_RATE_FACTOR if built_in else 1
             self.optimisation.learning_rate = factor * method_named(self.adapter.method).default_learning_rate

@@ -69,9 +69,12 @@ class AdapterOptions:
     preserve_output: bool = field(
         default=False, metadata={"help": "NoRA subtracts its frozen start, so that a gaussian start is the base model too."}
     )
-    target_modules: list[str] = field(
-        default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"],
-        metadata={"help": "Name endings of the UNet's layers to adapt."},
+    target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Name endings of the UNet's layers to adapt: its attention unless said, and on the built-in model, whose "
+            "finest level has none, its convolutions too."
+        },
     )
     train_text_encoder: bool = field(default=False, metadata={"help": "Adapt the attention of both text encoders too."})
 
@@ -82,10 +85,10 @@ class AdapterOptions:
         self.rank = method.default_rank if self.rank is None else self.rank
         if self.rank < 1:
             raise InputError(f"rank must be at least 1, got {self.rank}.")
-        if not self.target_modules:
+        if self.target_modules == []:
             raise InputError("target_modules must name at least one layer, got none.")
         # The configuration checks every other field, before any model is loaded.
-        method.config(self, self.target_modules, None)
+        method.config(self, self.target_modules or [], None)
 
 
 def method_names() -> list[str]:

@@ -20,6 +20,8 @@ from pipelines.subject.base_model import text_encoders_of
 
 ADAPTER_NAME = "default"
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+EVERYWHERE = [*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
@@ -29,7 +31,7 @@ def attach(pipeline: StableDiffusionXLPipeline, options: AdapterOptions) -> dict
     Raises: InputError naming the layer or target if it does not fit the model.
     """
     method = method_named(options.method)
-    configs = {"unet": method.config(options, options.target_modules, None)}
+    configs = {"unet": method.config(options, options.target_modules or ATTENTION, None)}
     if options.train_text_encoder:
         for name, encoder in zip(COMPONENTS[1:], text_encoders_of(pipeline), strict=True):
             configs[name] = method.config(options, TEXT_TARGETS, _unread_layers(encoder))

@@ -79,7 +79,7 @@ def test_the_same_seed_starts_from_the_same_numbers(method, pictures_dir, tmp_pa
 @pytest.mark.parametrize("form", ["run", "full", "diffusers", "kohya"])
 def test_every_file_of_a_trained_adapter_gives_the_same_pictures(method, form, pictures_dir, tmp_path):
     pipe = tiny_pipeline()
-    options = small(method, train_text_encoder=True)
+    options = small(method, train_text_encoder=True, target_modules=adapters.EVERYWHERE)
     components = attached(pipe, options, pictures_dir, tmp_path / "cache")
     disturb(components)
     adapters.save_everywhere(pipe, options, components, tmp_path, "subject")

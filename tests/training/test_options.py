@@ -48,6 +48,12 @@ def test_a_model_that_is_not_built_in_is_told_the_truth_about_sizes():
     assert SubjectOptions(model=ModelOptions("owner/model")).data.size_conditioning == "picture"
 
 
+def test_attention_is_adapted_and_on_the_built_in_model_convolutions_too():
+    sdxl = parse_options(["--pretrained_model_name_or_path", "owner/model"]).adapter.target_modules
+    assert sdxl == ["to_q", "to_k", "to_v", "to_out.0"]
+    assert {*sdxl, "conv1", "conv2"} < set(parse_options([]).adapter.target_modules)
+
+
 def test_the_learning_rate_fits_method_and_model():
     built_in, sdxl = (
         {m: parse_options(["--method", m, *more]).optimisation.learning_rate for m in ("nora", "lora")}
