@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .calibration import base_name, unwrapped
 from .components import adapted_components
 from .files import write_tensors
 from .kohya import kohya_header, kohya_name
@@ -78,7 +79,8 @@ def low_rank_changes(model: nn.Module, component: str, adapter_name: str) -> dic
     Raises: ValueError for a part of the adapter that is no such change or that stock loaders drop.
     """
     changes = {}
-    for name, layer in model.named_modules():
+    for name, layer in unwrapped(model).named_modules():
+        name = base_name(name)
         if isinstance(layer, AuxiliaryTrainingWrapper) and adapter_name in getattr(layer, "modules_to_save", {}):
             raise ValueError(f"{component}.{name} was trained in full (modules_to_save), which a LoRA file cannot hold.")
         factors = _layer_factors(layer, f"{component}.{name}", adapter_name)
@@ -89,7 +91,7 @@ def low_rank_changes(model: nn.Module, component: str, adapter_name: str) -> dic
                 raise ValueError(f"{component}.{name}: stock LoRA loaders drop text_projection. Leave it out of target_modules.")
             name = f"text_model.{name.removeprefix('text_model.')}"
         changes[name] = _in_weight_shape(layer.get_base_layer(), *factors)
-    return changes if component == "unet" else _with_attention_output(model, changes)
+    return changes if component == "unet" else _with_attention_output(unwrapped(model), changes)
 
 
 def _layer_factors(layer: nn.Module, name: str, adapter_name: str) -> Factors | None:

@@ -19,6 +19,7 @@ from nora_vision import (
     save_nora,
 )
 from nora_vision.calibration import base_name
+from nora_vision.files import read_tensors
 from nora_vision.layer import nora_layers
 
 VARIED = {
@@ -224,6 +225,12 @@ def test_nora_and_lora_work_together(tmp_path, nora_first):
             load_nora(pipe, tmp_path / "subject", "subject")
         else:
             pipe.load_lora_weights(file, adapter_name="style")
+    alone, beside = (
+        read_tensors(export_lora(p, tmp_path / "export", name)) for p, name in ((subject, "default"), (pipe, "subject"))
+    )
+    assert alone.keys() == beside.keys()
+    for key, tensor in alone.items():
+        torch.testing.assert_close(beside[key], tensor, rtol=1e-4, atol=1e-5)
     pipe.set_adapters(["subject", "style"])
     pipe.fuse_lora()
     changes = [weight_changes(subject), weight_changes(style)]
