@@ -205,15 +205,16 @@ def _pattern(pattern: str, colour: Colour, canvas: int, radius: float, rng: rand
     base = np.array(colour, dtype=np.float32) * rng.uniform(0.92, 1.06)
     other = base * 0.35 if base.mean() > 150 else base * 0.35 + 165
     row, column = np.mgrid[0:canvas, 0:canvas].astype(np.float32)
-    step = radius * 0.5
+    # Coarse enough for latents of a quarter of the picture's side.
+    step = radius * (0.75 if pattern == "striped" else 0.68)
     if pattern == "plain":
         on = np.zeros((canvas, canvas), dtype=bool)
     elif pattern == "striped":
         angle = rng.choice((0.0, math.pi / 4, math.pi / 2))
-        on = np.mod(row * math.cos(angle) + column * math.sin(angle) + rng.uniform(0, step), step) < step * 0.42
+        on = np.mod(row * math.cos(angle) + column * math.sin(angle) + rng.uniform(0, step), step) < step * 0.45
     elif pattern == "dotted":
         u, v = np.mod(row + rng.uniform(0, step), step) - step / 2, np.mod(column + rng.uniform(0, step), step) - step / 2
-        on = u * u + v * v < (0.29 * step) ** 2
+        on = u * u + v * v < (0.31 * step) ** 2
     else:
         on = (np.floor(row / step) + np.floor(column / step)) % 2 == 0
     sheet = np.where(on[..., None], other, base).clip(0, 255).astype(np.uint8)

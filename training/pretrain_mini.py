@@ -49,7 +49,7 @@ class PretrainOptions:
         default_factory=lambda: ["basis", "vae", "unet", "export"],
         metadata={"help": "Stages to run, of: basis, vae, unet, export."},
     )
-    scenes: int = field(default=30_000, metadata={"help": "Rendered scenes in the corpus."})
+    scenes: int = field(default=40_000, metadata={"help": "Rendered scenes in the corpus."})
     scene_share: float = field(default=0.65, metadata={"help": "Share of rendered scenes in a batch."})
     vae_steps: int = field(default=3000, metadata={"help": "Optimisation steps of the autoencoder."})
     vae_batch_size: int = field(default=8, metadata={"help": "Pictures a step of the autoencoder."})
