@@ -115,7 +115,7 @@ class OptimisationOptions:
     train_batch_size: int = field(default=4, metadata={"help": "Pictures a batch on each process."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches an optimisation step."})
     learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate; on SDXL 4e-4 for nora and 1e-4 for lora unless said."}
+        default=None, metadata={"help": "Peak learning rate; on SDXL 3e-4 for nora and 1e-4 for lora unless said."}
     )
     lr_scheduler: str = field(
         default="cosine", metadata={"help": f"Schedule of the learning rate: {', '.join(kind.value for kind in SchedulerType)}."}

@@ -22,7 +22,7 @@ class Nora:
     """NoRA, started from the activations of the base model on the subject."""
 
     default_rank = 32
-    default_learning_rate = 4e-4
+    default_learning_rate = 3e-4
 
     def config(self, options: AdapterOptions, target_modules: list[str], exclude_modules: str | None) -> PeftConfig:
         """The configuration; the scaling is 1 unless alpha is given. The outer factors wait for `start`."""
