@@ -134,8 +134,7 @@ def _layers_to_calibrate(model: nn.Module, target_modules: list[str] | str | Non
         layers = {
             base_name(name): module
             for name, module in modules.items()
-            if find_layer_class(module)
-            and (target_modules is None or check_target_module_exists(matching, base_name(name)))
+            if find_layer_class(module) and (target_modules is None or check_target_module_exists(matching, base_name(name)))
         }
     if not layers:
         raise ValueError(f"No layer to calibrate: target_modules {target_modules!r} match none of {type(model).__name__}.")

@@ -94,9 +94,7 @@ def layer_class_for(base_layer: nn.Module, layer_name: str) -> type[NoraLayer]:
             "adapter there would have no effect. Swap the attention for one with separate q, k, v and out nn.Linear layers."
         )
     if getattr(base_layer, "groups", 1) != 1:
-        raise ValueError(
-            f"Cannot adapt {layer_name!r}: groups must be 1, got {base_layer.groups}. Add it to exclude_modules."
-        )
+        raise ValueError(f"Cannot adapt {layer_name!r}: groups must be 1, got {base_layer.groups}. Add it to exclude_modules.")
     raise ValueError(
         f"Cannot adapt {layer_name!r}: NoRA supports nn.Linear, nn.Conv2d and transformers' Conv1D, got "
         f"{type(base_layer).__name__}. Narrow target_modules or add it to exclude_modules."
