@@ -50,6 +50,7 @@ class Nora:
         with tqdm(desc="starting NoRA layers", leave=False) as bar:
 
             def progress(done: int, total: int) -> None:
+                """Show how many layers are started."""
                 bar.total = total
                 bar.update(done - bar.n)
 
