@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from pipelines.scenes import render, sample_scene
+from pipelines.scenes import render, sample_scene, with_article
 
 CHUNK = 256
 
@@ -90,5 +90,5 @@ def photo_corpus(folder: Path, size: int) -> Corpus:
             f"No .zip with photographs in {str(folder)!r}: expected zips of <class id>/<picture> beside classes.json."
         )
     pairs = [pair for path in tqdm(zips, desc="reading photographs", unit="zip") for pair in _zipped_photos(path, size)]
-    captions = [f"a photo of {'an' if names[key][0] in 'aeiouAEIOU' else 'a'} {names[key]}" for key, _ in pairs]
+    captions = [f"a photo of {with_article(names[key])}" for key, _ in pairs]
     return Corpus(np.stack([picture for _, picture in pairs]), captions, np.ones(len(pairs), dtype=bool))

@@ -79,6 +79,11 @@ POLYGONS: dict[str, list[tuple[float, float]]] = {
 SHAPES = tuple(POLYGONS)
 
 
+def with_article(noun: str) -> str:
+    """`noun` behind "a" or "an", by its first letter."""
+    return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
+
+
 @dataclass(frozen=True)
 class Scene:
     """What one picture shows: the words of its caption.
@@ -119,8 +124,7 @@ class Scene:
         pattern = "" if self.pattern == "plain" else self.pattern
         noun = f"letter {self.glyph}" if self.kind == "letter" else self.kind
         words = [self.size, self.colour, pattern, noun, BACKGROUNDS[self.background].phrase]
-        text = " ".join(word for word in words if word)
-        return f"an {text}" if text[0] in "aeiou" else f"a {text}"
+        return with_article(" ".join(word for word in words if word))
 
 
 def sample_scene(rng: random.Random) -> Scene:

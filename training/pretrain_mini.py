@@ -131,7 +131,7 @@ def train_here(
 
 
 def train_vae(options: PretrainOptions, corpus: Corpus) -> None:
-    """Train the autoencoder and save it under `vae/model`."""
+    """Train the autoencoder; `trained_vae` reads it back."""
     run = RunDirectory.create(Path(options.output_dir) / "vae", dataclasses.asdict(options), PartialState().is_main_process)
     torch.manual_seed(options.seed)
     vae = mini_sdxl.new_vae()
@@ -211,6 +211,11 @@ def new_denoiser(options: PretrainOptions, tokenizer: CLIPTokenizer) -> tuple[De
     return module, EMAModel(module.parameters(), decay=0.9995, use_ema_warmup=True, power=0.75)
 
 
+def as_pipeline(options: PretrainOptions, module: DenoisingLoss, tokenizer: CLIPTokenizer) -> StableDiffusionXLPipeline:
+    """The UNet and text encoders in `module` with the newest autoencoder."""
+    return mini_sdxl.assemble(trained_vae(options), module.unet, (module.text_encoder, module.text_encoder_2), tokenizer)
+
+
 def train_unet(options: PretrainOptions, corpus: Corpus) -> None:
     """Train the UNet and both text encoders on the latents of the finished autoencoder."""
     run = RunDirectory.create(Path(options.output_dir) / "unet", dataclasses.asdict(options), PartialState().is_main_process)
@@ -223,8 +228,7 @@ def train_unet(options: PretrainOptions, corpus: Corpus) -> None:
     def sample(step: int) -> None:
         ema.store(module.parameters())
         ema.copy_to(module.parameters())
-        pipeline = mini_sdxl.assemble(trained_vae(options), module.unet, (module.text_encoder, module.text_encoder_2), tokenizer)
-        contact_sheet(pipeline, SHEET_PROMPTS).save(run.samples / f"step-{step:07d}.png")
+        contact_sheet(as_pipeline(options, module, tokenizer), SHEET_PROMPTS).save(run.samples / f"step-{step:07d}.png")
         ema.restore(module.parameters())
 
     loop = LoopOptions(options.unet_steps, seed=options.seed, checkpointing_steps=100)
@@ -239,9 +243,7 @@ def export(options: PretrainOptions, corpus: Corpus) -> None:
     module, ema = new_denoiser(options, tokenizer)
     ema.load_state_dict(load_checkpoint(list_checkpoints(folder / "unet" / "checkpoints")[-1], module)["ema"])
     ema.copy_to(module.parameters())
-    pipeline: StableDiffusionXLPipeline = mini_sdxl.assemble(
-        trained_vae(options), module.unet, (module.text_encoder, module.text_encoder_2), tokenizer
-    )
+    pipeline = as_pipeline(options, module, tokenizer)
     pipeline.to(torch.float16).save_pretrained(folder / "mini-sdxl")
     write_card(folder / "mini-sdxl", card_facts(options, corpus, pipeline))
 
