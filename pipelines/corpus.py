@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from pipelines.scenes import render, sample_scene, with_article
 
 CHUNK = 256
+ONE_WAY = ("letter", "crescent")
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Corpus:
     Args:
         pictures: (count, size, size, 3) uint8.
         captions: `count` captions.
-        mirrorable: (count,) bool, whether the caption also holds for the mirror image (letters do not).
+        mirrorable: (count,) bool, whether the mirror image is as good a picture for the caption (of letters and crescents it is not).
     """
 
     pictures: np.ndarray
@@ -57,7 +58,8 @@ def _render_chunk(seed: int, count: int, size: int) -> Corpus:
     rng = random.Random(seed)
     scenes = [sample_scene(rng) for _ in range(count)]
     pictures = np.stack([np.asarray(render(scene, size, rng)) for scene in scenes])
-    return Corpus(pictures, [scene.caption for scene in scenes], np.asarray([scene.kind != "letter" for scene in scenes]))
+    mirrorable = np.asarray([scene.kind not in ONE_WAY for scene in scenes])
+    return Corpus(pictures, [scene.caption for scene in scenes], mirrorable)
 
 
 def rendered_corpus(count: int, size: int, seed: int, workers: int = 1) -> Corpus:

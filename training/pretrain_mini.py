@@ -49,8 +49,8 @@ class PretrainOptions:
         default_factory=lambda: ["basis", "vae", "unet", "export"],
         metadata={"help": "Stages to run, of: basis, vae, unet, export."},
     )
-    scenes: int = field(default=40_000, metadata={"help": "Rendered scenes in the corpus."})
-    scene_share: float = field(default=0.65, metadata={"help": "Share of rendered scenes in a batch."})
+    scenes: int = field(default=24_000, metadata={"help": "Rendered scenes in the corpus."})
+    scene_share: float = field(default=0.8, metadata={"help": "Share of rendered scenes in a batch."})
     vae_steps: int = field(default=3000, metadata={"help": "Optimisation steps of the autoencoder."})
     vae_batch_size: int = field(default=8, metadata={"help": "Pictures a step of the autoencoder."})
     vae_learning_rate: float = field(default=1.5e-3, metadata={"help": "Peak learning rate of the autoencoder."})
