@@ -29,7 +29,7 @@ class Corpus:
     Args:
         pictures: (count, size, size, 3) uint8.
         captions: `count` captions.
-        mirrorable: (count,) bool, whether the mirror image is as good a picture for the caption (of letters and crescents it is not).
+        mirrorable: (count,) bool, whether the caption holds as well for the mirror image (of letters and crescents it does not).
     """
 
     pictures: np.ndarray
