@@ -36,7 +36,9 @@ from pipelines.subject.loss import DenoisingLoss
 from training.checkpoints import list_checkpoints
 from training.loop import LoopOptions, Periodic, Trainable, train
 from training.model_card import GRID, write_model_card
-from training.options import LATEST, DataOptions, SubjectOptions, parse_options
+from training.options import SubjectOptions, parse_options
+from training.options.data import DataOptions
+from training.options.output import LATEST
 from training.run import RunDirectory, write_text_atomically
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

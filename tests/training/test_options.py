@@ -6,16 +6,11 @@ import pytest
 
 from pipelines.errors import InputError
 from pipelines.subject.base_model import BUILT_IN_MODEL
-from training.options import (
-    SAMPLE_PROMPT,
-    SAMPLE_SUBJECT,
-    DataOptions,
-    ModelOptions,
-    OptimisationOptions,
-    OutputOptions,
-    SubjectOptions,
-    parse_options,
-)
+from training.options import SubjectOptions, parse_options
+from training.options.data import SAMPLE_PROMPT, SAMPLE_SUBJECT, DataOptions
+from training.options.model import ModelOptions
+from training.options.optimisation import OptimisationOptions
+from training.options.output import OutputOptions
 
 
 def test_without_flags_the_built_in_model_learns_the_sample_subject():

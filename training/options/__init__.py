@@ -1,0 +1,65 @@
+"""The options of the subject trainer, by concern. Each field is a command-line flag; its help is the flag's.
+
+Where a flag means what it means in diffusers' train_dreambooth_lora_sdxl.py it has that script's name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from pipelines.methods import AdapterOptions, method_named
+from pipelines.subject.adapters import ATTENTION, EVERYWHERE
+from pipelines.subject.base_model import is_built_in
+from training.options.data import DataOptions
+from training.options.model import ModelOptions
+from training.options.optimisation import OptimisationOptions
+from training.options.output import OutputOptions
+
+NEW_SCENES = ("in the snow", "in the forest", "at night", "in the water")
+# Adam's steps are of one size whatever the layer's width: narrow layers need larger ones.
+BUILT_IN_RATE_FACTOR = 10
+
+
+@dataclass
+class SubjectOptions:
+    """All options of the subject trainer."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    optimisation: OptimisationOptions = field(default_factory=OptimisationOptions)
+    output: OutputOptions = field(default_factory=OutputOptions)
+
+    def __post_init__(self) -> None:
+        built_in = is_built_in(self.model.pretrained_model_name_or_path)
+        if self.data.size_conditioning is None:
+            self.data.size_conditioning = "target" if built_in else "picture"
+        if self.adapter.target_modules is None:
+            self.adapter.target_modules = EVERYWHERE if built_in else ATTENTION
+        if self.optimisation.learning_rate is None:
+            factor = BUILT_IN_RATE_FACTOR if built_in else 1
+            self.optimisation.learning_rate = factor * method_named(self.adapter.method).default_learning_rate
+        if self.output.validation_prompt is None:
+            prompt = self.data.instance_prompt
+            self.output.validation_prompt = [prompt, *(f"{prompt} {scene}" for scene in NEW_SCENES)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved options as plain values, by group."""
+        return dataclasses.asdict(self)
+
+
+GROUPS = (ModelOptions, DataOptions, AdapterOptions, OptimisationOptions, OutputOptions)
+
+
+def parse_options(arguments: Sequence[str] | None = None, description: str | None = None) -> SubjectOptions:
+    """The options on the command line; a wrong one ends the program with a message and exit code 2."""
+    parser = HfArgumentParser(GROUPS, description=description, allow_abbrev=False)
+    try:
+        return SubjectOptions(*parser.parse_args_into_dataclasses(arguments, look_for_args_file=False))
+    except ValueError as error:
+        parser.error(str(error))

@@ -1,0 +1,34 @@
+"""Options of what is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipelines.errors import InputError
+from training.options.checks import at_least
+
+LATEST = "latest"
+
+
+@dataclass
+class OutputOptions:
+    """What is written while training and after it."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "The run's directory; a new one under runs/ unless said."})
+    resume_from_checkpoint: Literal["latest"] | None = field(
+        default=None, metadata={"help": "'latest' goes on from the newest checkpoint in --output_dir."}
+    )
+    checkpointing_steps: int = field(default=100, metadata={"help": "Steps between two checkpoints."})
+    checkpoints_total_limit: int = field(default=2, metadata={"help": "How many checkpoints are kept."})
+    validation_prompt: list[str] | None = field(
+        default=None, metadata={"help": "Prompts of the pictures made before, during and after training; new scenes unless said."}
+    )
+    validation_steps: int = field(default=200, metadata={"help": "Steps between two sets of pictures."})
+
+    _argument_group_name = "output"
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "checkpointing_steps", "checkpoints_total_limit", "validation_steps")
+        if self.resume_from_checkpoint is not None and self.output_dir is None:
+            raise InputError("resume_from_checkpoint needs --output_dir, the directory of the run to go on with.")
