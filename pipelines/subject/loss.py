@@ -46,6 +46,7 @@ class DenoisingLoss(nn.Module):
         hidden: torch.Tensor | None = None,
         pooled: torch.Tensor | None = None,
         tokens: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The mean loss of a batch, a scalar.
 
@@ -56,12 +57,15 @@ class DenoisingLoss(nn.Module):
             time_ids: (batch, 6), as in `Example`.
             hidden, pooled: the prompts encoded, as in `PromptEmbeddings`, or
             tokens: (batch, encoders, tokens) int64, for the text encoders to encode here.
+            weights: (batch,), what each picture's loss is multiplied by before the mean; one each unless given.
         """
         prompts = (
             PromptEmbeddings(hidden, pooled) if tokens is None else encode_tokens(self.text_encoders, tokens.transpose(0, 1))
         )
         losses = self.per_picture(latents, noise, timesteps, time_ids, prompts)
-        return (losses * self._weights(timesteps)).mean() if self.snr_gamma is not None else losses.mean()
+        if self.snr_gamma is not None:
+            losses = losses * self._snr_weights(timesteps)
+        return losses.mean() if weights is None else (losses * weights).mean()
 
     def per_picture(
         self,
@@ -84,6 +88,6 @@ class DenoisingLoss(nn.Module):
         conditions = {"text_embeds": prompts.pooled.to(dtype), "time_ids": time_ids}
         return self.unet(noisy.to(dtype), timesteps, prompts.hidden.to(dtype), added_cond_kwargs=conditions).sample
 
-    def _weights(self, timesteps: torch.Tensor) -> torch.Tensor:
+    def _snr_weights(self, timesteps: torch.Tensor) -> torch.Tensor:
         snr = compute_snr(self.scheduler, timesteps)
         return snr.clamp(max=self.snr_gamma) / (snr if self.prediction_type == "epsilon" else snr + 1)

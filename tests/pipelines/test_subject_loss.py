@@ -66,6 +66,13 @@ def test_min_snr_weights_each_picture_by_its_signal_to_noise_ratio(pipe, batch, 
     torch.testing.assert_close(loss(**batch), (weights * each).mean())
 
 
+@pytest.mark.parametrize("snr_gamma", [None, 5.0])
+def test_each_pictures_loss_is_multiplied_by_its_weight(pipe, batch, snr_gamma):
+    loss, weights = DenoisingLoss(pipe, snr_gamma), torch.tensor([0.5, 2.0, 0.0])
+    alone = [loss(**{name: value[place : place + 1] for name, value in batch.items()}) for place in range(3)]
+    torch.testing.assert_close(loss(**batch, weights=weights), (weights * torch.stack(alone)).mean())
+
+
 def test_no_signal_at_all_leaves_the_weighted_loss_finite(pipe, batch):
     pipe.scheduler = DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
     batch["timesteps"] = torch.full((3,), 999)
