@@ -29,7 +29,8 @@ from pipelines.subject import adapters
 from pipelines.subject.base_model import load_base_model, model_resolution
 from pipelines.subject.batches import EncodedPictures, SubjectBatches, encode_examples
 from pipelines.subject.calibration import runs_on_subject
-from pipelines.subject.data import Example, find_pictures, load_examples, read_picture
+from pipelines.subject.captions import find_captioned
+from pipelines.subject.data import Example, Picture, load_examples, read_picture
 from pipelines.subject.evaluation import mean_denoising_loss
 from pipelines.subject.generate import Sampling, generate
 from pipelines.subject.loss import DenoisingLoss
@@ -51,7 +52,7 @@ def main(options: SubjectOptions) -> RunDirectory:
     """
     began = time.monotonic()
     accelerator = Accelerator(mixed_precision=options.model.mixed_precision)
-    paths = checked_pictures(options.data)
+    pictures = checked_pictures(options.data)
     run = open_run(options, accelerator)
     with run.recording():
         run.update_status(phase="loading")
@@ -59,9 +60,11 @@ def main(options: SubjectOptions) -> RunDirectory:
         pipeline = load_base_model(model.pretrained_model_name_or_path, dtype, accelerator.device, model.variant)
         resolution = options.data.resolution or model_resolution(pipeline)
         examples, heldout_examples = (
-            load_examples(part, resolution, options.data.size_conditioning) for part in (paths.train, paths.heldout)
+            load_examples([picture.path for picture in part], resolution, options.data.size_conditioning)
+            for part in (pictures.train, pictures.heldout)
         )
-        subject, heldout = (encode(pipeline, part, options) for part in (examples, heldout_examples))
+        subject = encode(pipeline, examples, pictures.train, options)
+        heldout = encode(pipeline, heldout_examples, pictures.heldout, options)
         draw = sampler(pipeline, options, resolution)
         before = draw()
 
@@ -93,31 +96,31 @@ def main(options: SubjectOptions) -> RunDirectory:
 
 
 @dataclass(frozen=True)
-class PicturePaths:
+class Division:
     """The pictures to train on, and those to measure on."""
 
-    train: list[Path]
-    heldout: list[Path]
+    train: list[Picture]
+    heldout: list[Picture]
 
 
-def checked_pictures(options: DataOptions) -> PicturePaths:
+def checked_pictures(options: DataOptions) -> Division:
     """Find the pictures and read each once, so that a bad one is named before anything is loaded.
 
     Raises: InputError naming the folder or file.
     """
-    paths = find_pictures(options.instance_data_dir)
-    for path in paths:
-        read_picture(path)
-    heldout = [path for path in paths if path.name == options.heldout_image]
+    found = find_captioned(options.instance_data_dir, options.instance_prompt)
+    for picture in found:
+        read_picture(picture.path)
+    heldout = [picture for picture in found if picture.path.name == options.heldout_image]
     if options.heldout_image is not None and not heldout:
         raise InputError(
-            f"heldout_image must be one of {', '.join(path.name for path in paths)} in {options.instance_data_dir!r}, "
-            f"got {options.heldout_image!r}."
+            f"heldout_image must be one of {', '.join(picture.path.name for picture in found)} in "
+            f"{options.instance_data_dir!r}, got {options.heldout_image!r}."
         )
-    train_on = [path for path in paths if path not in heldout]
+    train_on = [picture for picture in found if picture not in heldout]
     if not train_on:
         raise InputError(f"{options.instance_data_dir!r} holds one picture, and it is held out. Add pictures to train on.")
-    return PicturePaths(train_on, heldout)
+    return Division(train_on, heldout)
 
 
 def open_run(options: SubjectOptions, accelerator: Accelerator) -> RunDirectory:
@@ -144,11 +147,13 @@ def open_run(options: SubjectOptions, accelerator: Accelerator) -> RunDirectory:
     return run
 
 
-def encode(pipeline: StableDiffusionXLPipeline, examples: list[Example], options: SubjectOptions) -> EncodedPictures | None:
-    """The examples with the subject's prompt, encoded once for the whole training; None where there are none."""
+def encode(
+    pipeline: StableDiffusionXLPipeline, examples: list[Example], pictures: list[Picture], options: SubjectOptions
+) -> EncodedPictures | None:
+    """The examples with their prompts, encoded once for the whole training; None where there are none."""
     if not examples:
         return None
-    prompts = [options.data.instance_prompt] * len(examples)
+    prompts = [picture.prompt for picture in pictures]
     return encode_examples(pipeline, examples, prompts, options.data.random_flip)
 
 

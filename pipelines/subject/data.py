@@ -18,6 +18,23 @@ PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A picture that was found, not read yet.
+
+    Args:
+        path: its file.
+        prompt: what it shows.
+        kind: of the subject, or of the subject's class, for prior preservation.
+        subject: whose picture it is, or of whose class.
+    """
+
+    path: Path
+    prompt: str
+    kind: Literal["instance", "class"] = "instance"
+    subject: str = ""
+
+
+@dataclass(frozen=True)
 class Example:
     """One picture as the model is shown it.
 
@@ -32,6 +49,11 @@ class Example:
     time_ids: torch.Tensor
 
 
+def is_picture(path: Path) -> bool:
+    """Whether `path` is a file with a picture's suffix; hidden files are none."""
+    return path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
 def find_pictures(folder: str | Path) -> list[Path]:
     """The picture files directly in `folder`, sorted by name.
 
@@ -40,7 +62,7 @@ def find_pictures(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"There is no folder {str(folder)!r}. Give --instance_data_dir a folder with pictures of the subject.")
-    pictures = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
+    pictures = sorted(filter(is_picture, folder.iterdir()))
     if not pictures:
         raise InputError(
             f"{str(folder)!r} holds no picture ({', '.join(sorted(PICTURE_SUFFIXES))}). Put three to ten pictures of the "

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipelines.errors import InputError
 from pipelines.subject.base_model import ASSETS
+from pipelines.subject.captions import find_captioned
 from pipelines.subject.data import SizeConditioning
 from training.options.checks import at_least
 
@@ -19,10 +20,19 @@ class DataOptions:
     """The subject's pictures and words."""
 
     instance_data_dir: str = field(
-        default=str(SAMPLE_SUBJECT), metadata={"help": "Folder with pictures of the subject. The bundled toy unless said."}
+        default=str(SAMPLE_SUBJECT),
+        metadata={
+            "help": "Folder with pictures of the subject, or with a folder of pictures for each of several subjects. The bundled "
+            "toy unless said."
+        },
     )
     instance_prompt: str | None = field(
-        default=None, metadata={"help": "What the pictures show: a rare word and a class word, as in 'a photo of sks dog'."}
+        default=None,
+        metadata={
+            "help": "What the pictures show: a rare word and a class word, as in 'a photo of sks dog'; {subject} becomes the "
+            "name of its folder. Pictures with a caption of their own (metadata.jsonl, or a text file of their name) keep "
+            "it; where all have one, it may be left out."
+        },
     )
     resolution: int | None = field(
         default=None, metadata={"help": "Side in pixels that pictures are resized and cropped to; the model's own unless said."}
@@ -45,13 +55,21 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         if self.instance_prompt is None:
-            if Path(self.instance_data_dir).resolve() != SAMPLE_SUBJECT.resolve():
-                raise InputError(
-                    "Pictures of your own need --instance_prompt: a rare word and a class word, as in 'a photo of sks dog'."
-                )
-            self.instance_prompt = SAMPLE_PROMPT
+            own = Path(self.instance_data_dir).resolve() != SAMPLE_SUBJECT.resolve()
+            self.instance_prompt = _first_caption(self.instance_data_dir) if own else SAMPLE_PROMPT
         if not self.instance_prompt.strip():
             raise InputError("instance_prompt must not be empty. Name the subject, as in 'a photo of sks dog'.")
         at_least(self, 8, "resolution")
         if self.resolution is not None and self.resolution % 8:
             raise InputError(f"resolution must be a multiple of 8, got {self.resolution}.")
+
+
+def _first_caption(folder: str) -> str:
+    """The caption of the first picture in `folder`, for pictures that all have one."""
+    try:
+        return find_captioned(folder, None)[0].prompt
+    except InputError as error:
+        raise InputError(
+            "Pictures of your own need --instance_prompt, a rare word and a class word, as in 'a photo of sks dog', or a caption "
+            f"each. {error}"
+        ) from error
