@@ -1,0 +1,76 @@
+"""What A1111 and ComfyUI need to read in a kohya LoRA file of SDXL, checked."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from nora_vision.files import AdapterFileError, read_header, read_tensors, tensor_hash
+from nora_vision.kohya import PREFIXES
+
+PARTS = ("lora_up.weight", "lora_down.weight", "alpha")
+OPTIONAL_PARTS = ("dora_scale",)
+UNET_LAYER = re.compile(
+    r"((input|output)_blocks_\d+_\d+|middle_block_\d+)_\w+|input_blocks_0_0|time_embed_[02]|label_emb_0_[02]|out_2"
+)
+TEXT_LAYER = re.compile(r"text_model_encoder_layers_\d+_(self_attn_(q|k|v|out)_proj|mlp_fc[12])")
+
+
+def lint_kohya(path: Path) -> list[str]:
+    """What A1111 or ComfyUI would misread in the file at `path`, in words; empty where nothing is wrong.
+
+    A1111 tells SDXL from SD 1 by `ss_base_model_version`, and both find layers by their names in Stability's own code; a name
+    that they do not know is left out without a word.
+    """
+    try:
+        header, tensors = read_header(path), read_tensors(path)
+    except (AdapterFileError, FileNotFoundError) as error:
+        return [str(error)]
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, part = key.partition(".")
+        layers.setdefault(name, {})[part] = tensor
+    findings = [finding for name, parts in layers.items() for finding in _of_layer(name, parts)]
+    return _of_header(header.metadata, layers, tensors) + findings
+
+
+def _of_header(
+    said: Mapping[str, str], layers: Mapping[str, Mapping[str, torch.Tensor]], tensors: Mapping[str, torch.Tensor]
+) -> list[str]:
+    """Findings in what the file says of itself."""
+    ranks = Counter(len(parts["lora_down.weight"]) for parts in layers.values() if "lora_down.weight" in parts)
+    rank = str(ranks.most_common(1)[0][0]) if ranks else "none"
+    digest = tensor_hash(tensors)
+    expected = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank,
+        "ss_v2": "False",
+        "sshs_model_hash": digest,
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+        "modelspec.hash_sha256": f"0x{digest}",
+    }
+    findings = [f"{key} must be {value!r}, is {said.get(key)!r}" for key, value in expected.items() if said.get(key) != value]
+    if not said.get("ss_base_model_version", "").startswith("sdxl_"):
+        findings.append(f"ss_base_model_version must start with 'sdxl_', is {said.get('ss_base_model_version')!r}")
+    findings += [f"{key} is missing" for key in ("ss_network_alpha", "ss_output_name", "modelspec.title") if not said.get(key)]
+    return findings if layers else [*findings, "no layer"]
+
+
+def _of_layer(name: str, parts: Mapping[str, torch.Tensor]) -> list[str]:
+    """Findings in one layer's tensors, by what follows its name."""
+    prefix = next((prefix for prefix in PREFIXES.values() if name.startswith(prefix)), None)
+    if prefix is None:
+        return [f"{name!r} must start with one of {', '.join(PREFIXES.values())}"]
+    pattern = UNET_LAYER if prefix == PREFIXES["unet"] else TEXT_LAYER
+    findings = [] if pattern.fullmatch(name.removeprefix(prefix)) else [f"{name!r} is no layer that A1111 and ComfyUI know"]
+    findings += [f"{name!r} has no {part}" for part in PARTS if part not in parts]
+    findings += [f"{name!r} has an unknown {part}" for part in parts if part not in (*PARTS, *OPTIONAL_PARTS)]
+    if len(findings) or parts["lora_up.weight"].shape[1] == parts["lora_down.weight"].shape[0]:
+        return findings
+    shapes = ", ".join(f"{part} {tuple(parts[part].shape)}" for part in PARTS[:2])
+    return [f"{name!r} has factors that do not fit: {shapes}"]
