@@ -32,11 +32,11 @@ def runs_on_subject(loss: DenoisingLoss, pictures: EncodedPictures, seed: int) -
             count = TIMESTEPS_PER_PICTURE
             timesteps = stratified_timesteps(count, loss.num_timesteps, generator).to(latents.device)
             noise = torch.randn((count, *latents.shape[1:]), generator=generator).to(latents.device)
-            noisy = loss.scheduler.add_noise(latents[place].expand(noise.shape), noise, timesteps)
+            shown = latents[place].expand(noise.shape)
             alike = PromptEmbeddings(
                 *(values[place].expand(count, *values.shape[1:]) for values in (prompts.hidden, prompts.pooled))
             )
-            loss.predict(noisy, timesteps, pictures.time_ids[place].expand(count, 6), alike)
+            loss.predict(shown, noise, timesteps, pictures.time_ids[place].expand(count, 6), alike)
 
     def run_text_encoder(place: int) -> None:
         loss.text_encoders[place](pictures.tokens[:, place])

@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
-from diffusers import DDPMScheduler, StableDiffusionXLPipeline
-from diffusers.training_utils import compute_snr
+from diffusers import StableDiffusionXLPipeline
 from torch import nn
 
-from pipelines.errors import InputError
+from pipelines.randomness import keyed_generator
 from pipelines.subject.base_model import PromptEmbeddings, encode_tokens, text_encoders_of
-
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+from pipelines.subject.noising import noising_for
 
 
 class DenoisingLoss(nn.Module):
-    """Squared error of what the UNet predicts for noisy latents: the noise, or the velocity, as the model's scheduler says.
+    """Squared error of what the UNet predicts for noisy latents: noise, velocity or picture, as the model's scheduler says.
 
-    With `snr_gamma` each picture is weighted by min(SNR, gamma) / SNR, or / (SNR + 1) for velocity  [Hang et al. 2023].
+    Args:
+        snr_gamma: each picture is weighted by min(SNR, gamma) / SNR, or / (SNR + 1) for velocity  [Hang et al. 2023].
+        edm_style: take the error of the denoised latents instead  [Karras et al. 2022]; models trained as EDM always do.
+    Raises: InputError if the model predicts something else, or for `snr_gamma` with EDM's errors.
     """
 
-    def __init__(self, pipeline: StableDiffusionXLPipeline, snr_gamma: float | None = None) -> None:
+    def __init__(self, pipeline: StableDiffusionXLPipeline, snr_gamma: float | None = None, edm_style: bool = False) -> None:
         super().__init__()
         self.unet = pipeline.unet
         self.text_encoders = nn.ModuleList(text_encoders_of(pipeline))
-        self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-        self.prediction_type = self.scheduler.config.prediction_type
+        self.noising = noising_for(pipeline.scheduler, edm_style, snr_gamma)
         self.snr_gamma = snr_gamma
-        if self.prediction_type not in PREDICTION_TYPES:
-            raise InputError(
-                f"The model's prediction_type must be one of {PREDICTION_TYPES}, got {self.prediction_type!r}. Use another "
-                "base model."
-            )
 
     @property
     def num_timesteps(self) -> int:
         """How many noise levels there are."""
-        return self.scheduler.config.num_train_timesteps
+        return self.noising.num_timesteps
 
     def forward(
         self,
@@ -46,6 +45,7 @@ class DenoisingLoss(nn.Module):
         hidden: torch.Tensor | None = None,
         pooled: torch.Tensor | None = None,
         tokens: torch.Tensor | None = None,
+        fixed_tokens: torch.Tensor | None = None,
         weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The mean loss of a batch, a scalar.
@@ -56,15 +56,20 @@ class DenoisingLoss(nn.Module):
             timesteps: (batch,) int64.
             time_ids: (batch, 6), as in `Example`.
             hidden, pooled: the prompts encoded, as in `PromptEmbeddings`, or
-            tokens: (batch, encoders, tokens) int64, for the text encoders to encode here.
+            tokens: (batch, encoders, tokens) int64, for the text encoders to encode here, or
+            fixed_tokens: the same, where the text encoders are as they are and get no gradient.
             weights: (batch,), what each picture's loss is multiplied by before the mean; one each unless given.
         """
-        prompts = (
-            PromptEmbeddings(hidden, pooled) if tokens is None else encode_tokens(self.text_encoders, tokens.transpose(0, 1))
-        )
+        if tokens is not None:
+            prompts = encode_tokens(self.text_encoders, tokens.transpose(0, 1))
+        elif fixed_tokens is not None:
+            with torch.no_grad():
+                prompts = encode_tokens(self.text_encoders, fixed_tokens.transpose(0, 1))
+        else:
+            prompts = PromptEmbeddings(hidden, pooled)
         losses = self.per_picture(latents, noise, timesteps, time_ids, prompts)
         if self.snr_gamma is not None:
-            losses = losses * self._snr_weights(timesteps)
+            losses = losses * self.noising.snr_weights(timesteps, self.snr_gamma)
         return losses.mean() if weights is None else (losses * weights).mean()
 
     def per_picture(
@@ -75,19 +80,49 @@ class DenoisingLoss(nn.Module):
         time_ids: torch.Tensor,
         prompts: PromptEmbeddings,
     ) -> torch.Tensor:
-        """The mean squared error of each picture, unweighted: (batch,), float32; arguments as in `forward`."""
-        target = noise if self.prediction_type == "epsilon" else self.scheduler.get_velocity(latents, noise, timesteps)
-        predicted = self.predict(self.scheduler.add_noise(latents, noise, timesteps), timesteps, time_ids, prompts)
-        return (predicted.float() - target.float()).square().flatten(1).mean(dim=1)
+        """The mean squared error of each picture, without `snr_gamma`: (batch,), float32; arguments as in `forward`."""
+        answer = self.predict(latents, noise, timesteps, time_ids, prompts)
+        return self.noising.errors(answer, latents, noise, timesteps)
 
     def predict(
-        self, noisy: torch.Tensor, timesteps: torch.Tensor, time_ids: torch.Tensor, prompts: PromptEmbeddings
+        self,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+        time_ids: torch.Tensor,
+        prompts: PromptEmbeddings,
     ) -> torch.Tensor:
-        """What the UNet predicts for `noisy` latents (batch, channels, height, width)."""
+        """What the UNet answers for `latents` with `noise`, like `latents`; arguments as in `forward`."""
+        noisy, levels = self.noising.inputs(latents, noise, timesteps)
         dtype = self.unet.dtype
         conditions = {"text_embeds": prompts.pooled.to(dtype), "time_ids": time_ids}
-        return self.unet(noisy.to(dtype), timesteps, prompts.hidden.to(dtype), added_cond_kwargs=conditions).sample
+        return self.unet(noisy.to(dtype), levels, prompts.hidden.to(dtype), added_cond_kwargs=conditions).sample
 
-    def _snr_weights(self, timesteps: torch.Tensor) -> torch.Tensor:
-        snr = compute_snr(self.scheduler, timesteps)
-        return snr.clamp(max=self.snr_gamma) / (snr if self.prediction_type == "epsilon" else snr + 1)
+
+@dataclass(frozen=True)
+class TrainingBatches:
+    """Batches as training takes them: with an offset of the noise, and text encoders that are trained no longer than asked.
+
+    Args:
+        batches: `batches(index)` gives the arguments of `DenoisingLoss` for the `index`-th batch.
+        seed: of the offsets.
+        noise_offset: deviation of what is added to all the noise of a channel, so that very dark and very bright pictures
+            can be learned; 0 for none.
+        text_encoder_batches: from this batch on the text encoders are left as they are; None for never.
+    """
+
+    batches: Callable[[int], dict[str, Any]]
+    seed: int
+    noise_offset: float = 0.0
+    text_encoder_batches: int | None = None
+
+    def __call__(self, index: int) -> dict[str, Any]:
+        """The `index`-th batch, a function of the seed and the index alone."""
+        batch = dict(self.batches(index))
+        if self.noise_offset:
+            noise = batch["noise"]
+            offsets = torch.randn((*noise.shape[:2], 1, 1), generator=keyed_generator(self.seed, 4, index))
+            batch["noise"] = noise + self.noise_offset * offsets.to(noise)
+        if self.text_encoder_batches is not None and index >= self.text_encoder_batches and "tokens" in batch:
+            batch["fixed_tokens"] = batch.pop("tokens")
+        return batch

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
 from torch import nn
 
 from pipelines.errors import InputError
@@ -10,7 +10,7 @@ from pipelines.randomness import keyed_generator
 from pipelines.subject.base_model import encode_prompts, tokenize
 from pipelines.subject.batches import EncodedPictures, stratified_timesteps
 from pipelines.subject.evaluation import mean_denoising_loss
-from pipelines.subject.loss import DenoisingLoss
+from pipelines.subject.loss import DenoisingLoss, TrainingBatches
 
 TIMESTEPS = torch.tensor([10, 500, 990])
 
@@ -42,25 +42,92 @@ def test_the_noise_is_what_an_epsilon_model_predicts(pipe, batch):
 def test_the_velocity_is_what_a_v_model_predicts(pipe, batch):
     pipe.scheduler = DDPMScheduler(prediction_type="v_prediction")
     loss = DenoisingLoss(pipe)
-    alpha = loss.scheduler.alphas_cumprod[TIMESTEPS].view(-1, 1, 1, 1)
+    alpha = loss.noising.scheduler.alphas_cumprod[TIMESTEPS].view(-1, 1, 1, 1)
     velocity = alpha.sqrt() * batch["noise"] - (1 - alpha).sqrt() * batch["latents"]
     torch.testing.assert_close(predicting(loss, velocity)(**batch), torch.tensor(0.0))
 
 
-def test_another_prediction_type_is_refused(pipe):
+def test_the_picture_is_what_a_sample_model_predicts(pipe, batch):
     pipe.scheduler = DDPMScheduler(prediction_type="sample")
-    with pytest.raises(InputError, match=r"prediction_type must be one of .*epsilon.*got 'sample'"):
+    assert predicting(DenoisingLoss(pipe), batch["latents"])(**batch) == 0
+
+
+def test_another_prediction_type_is_refused(pipe):
+    pipe.scheduler = DDPMScheduler(prediction_type="noise")
+    with pytest.raises(InputError, match=r"prediction_type must be one of .*epsilon.*got 'noise'"):
         DenoisingLoss(pipe)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def answers(loss, batch):
+    """A random answer of the UNet to `batch`, as the loss will hear it too."""
+    answer = torch.randn(batch["latents"].shape, generator=torch.Generator().manual_seed(5))
+    return predicting(loss, answer), answer
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_edm_style_errors_are_those_of_the_answer_times_the_slope_of_the_picture_in_it(pipe, batch, prediction_type):
+    pipe.scheduler = EulerDiscreteScheduler(prediction_type=prediction_type)
+    (edm_style, _), (plain, _) = (answers(DenoisingLoss(pipe, edm_style=style), batch) for style in (True, False))
+    alpha = plain.noising.scheduler.alphas_cumprod[TIMESTEPS].double()
+    # dx_0 / d answer = -sigma, -sqrt(1 - a), 1, and the square is divided by sigma^2 = (1 - a) / a.
+    slopes = {"epsilon": torch.ones(3), "v_prediction": alpha, "sample": alpha / (1 - alpha)}[prediction_type]
+    arguments = [batch[name] for name in ("latents", "noise", "timesteps", "time_ids")]
+    expected = slopes * plain.per_picture(*arguments, None)
+    torch.testing.assert_close(edm_style.per_picture(*arguments, None), expected.float(), rtol=1e-3, atol=0)
+
+
+def test_edm_style_training_shows_the_unet_what_it_was_trained_on(pipe, batch):
+    shown = []
+    for edm_style in (False, True):
+        loss = DenoisingLoss(pipe, edm_style=edm_style)
+        hook = loss.unet.register_forward_pre_hook(lambda module, inputs: shown.append(inputs[:2]))
+        loss(**batch)
+        hook.remove()
+    torch.testing.assert_close(shown[1][0], shown[0][0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(shown[1][1], shown[0][1])
+
+
+def test_a_model_trained_as_edm_hears_of_noise_as_in_its_own_sampling(pipe, batch):
+    pipe.scheduler = EDMEulerScheduler(sigma_data=0.5)
+    noising = DenoisingLoss(pipe).noising
+    assert noising.num_timesteps == 1000
+    everything = torch.arange(1000)
+    assert noising.sigma(everything).flatten().diff().gt(0).all()
+    assert noising.sigma(everything)[-1].item() == pytest.approx(pipe.scheduler.config.sigma_max)
+    noisy, levels = noising.inputs(batch["latents"], batch["noise"], TIMESTEPS)
+    place = 1000 - 1 - TIMESTEPS
+    torch.testing.assert_close(levels, pipe.scheduler.timesteps[place])
+    scale = (pipe.scheduler.sigmas[place] ** 2 + 0.25).sqrt().view(-1, 1, 1, 1)
+    stock = pipe.scheduler.add_noise(batch["latents"], batch["noise"], pipe.scheduler.timesteps[place])
+    torch.testing.assert_close(noisy, stock / scale)
+
+
+def test_the_answer_of_an_edm_model_that_denoises_to_the_picture_costs_nothing(pipe, batch):
+    pipe.scheduler = EDMEulerScheduler(sigma_data=0.5)
+    loss = DenoisingLoss(pipe)
+    sigma = loss.noising.sigma(TIMESTEPS)
+    # x_0 = c_skip x + c_out F with c_skip = d^2 / (s^2 + d^2), c_out = s d / sqrt(s^2 + d^2), solved for F.
+    noisy = batch["latents"] + sigma * batch["noise"]
+    answer = (batch["latents"] - noisy * 0.25 / (sigma**2 + 0.25)) * (sigma**2 + 0.25).sqrt() / (sigma * 0.5)
+    assert predicting(loss, answer)(**batch).item() == pytest.approx(0, abs=1e-9)
+    assert predicting(loss, answer + 1)(**batch) > 0.01
+
+
+@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler(), EDMEulerScheduler()])
+def test_min_snr_is_refused_where_errors_have_weights_of_their_own(pipe, scheduler):
+    pipe.scheduler = scheduler
+    with pytest.raises(InputError, match=r"snr_gamma is not for EDM-style training"):
+        DenoisingLoss(pipe, snr_gamma=5.0, edm_style=True)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_min_snr_weights_each_picture_by_its_signal_to_noise_ratio(pipe, batch, prediction_type):
     pipe.scheduler = DDPMScheduler(prediction_type=prediction_type)
     gamma = 5.0
     loss = DenoisingLoss(pipe, snr_gamma=gamma)
-    alpha = loss.scheduler.alphas_cumprod[TIMESTEPS]
+    alpha = loss.noising.scheduler.alphas_cumprod[TIMESTEPS]
     snr = alpha / (1 - alpha)
-    weights = torch.minimum(snr, torch.tensor(gamma)) / (snr if prediction_type == "epsilon" else snr + 1)
+    weights = torch.minimum(snr, torch.tensor(gamma)) / {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[prediction_type]
     prompts = encode_prompts(pipe, ["a star"] * 3)
     each = loss.per_picture(*(batch[name] for name in ("latents", "noise", "timesteps", "time_ids")), prompts)
     torch.testing.assert_close(loss(**batch), (weights * each).mean())
@@ -84,6 +151,35 @@ def test_tokens_encoded_in_the_loss_give_the_same_as_prompts_encoded_before(pipe
     unencoded = {name: value for name, value in batch.items() if name not in ("hidden", "pooled")}
     loss = DenoisingLoss(pipe)
     torch.testing.assert_close(loss(**unencoded, tokens=tokens), loss(**batch))
+
+
+def test_fixed_tokens_give_the_same_loss_and_no_gradient_to_the_text_encoders(pipe, batch):
+    tokens = tokenize((pipe.tokenizer, pipe.tokenizer_2), ["a star"] * 3).transpose(0, 1)
+    unencoded = {name: value for name, value in batch.items() if name not in ("hidden", "pooled")}
+    loss = DenoisingLoss(pipe).requires_grad_(True)
+    trained, fixed = loss(**unencoded, tokens=tokens), loss(**unencoded, fixed_tokens=tokens)
+    assert torch.equal(trained, fixed)
+    fixed.backward()
+    assert all(parameter.grad is None for parameter in loss.text_encoders.parameters())
+    assert all(parameter.grad is not None for parameter in loss.unet.parameters())
+
+
+def test_a_noise_offset_adds_to_each_channel_one_number_of_its_deviation():
+    plain = {"noise": torch.zeros(500, 4, 2, 2), "latents": torch.zeros(500, 4, 2, 2)}
+    first, again, other = (TrainingBatches(lambda _: plain, 0, noise_offset=0.1)(index) for index in (3, 3, 4))
+    offset = first["noise"][:, :, :1, :1]
+    assert torch.equal(first["noise"], offset.expand(-1, -1, 2, 2))
+    assert offset.std().item() == pytest.approx(0.1, rel=0.1)
+    assert torch.equal(first["noise"], again["noise"])
+    assert not torch.equal(first["noise"], other["noise"])
+    assert not plain["noise"].any()
+
+
+def test_text_encoders_are_fixed_from_their_last_batch_on():
+    batches = TrainingBatches(lambda index: {"tokens": index}, 0, text_encoder_batches=2)
+    assert [set(batches(index)) for index in range(4)] == [{"tokens"}, {"tokens"}, {"fixed_tokens"}, {"fixed_tokens"}]
+    assert batches(3)["fixed_tokens"] == 3
+    assert set(TrainingBatches(lambda _: {"hidden": 0}, 0, text_encoder_batches=0)(5)) == {"hidden"}
 
 
 def test_the_unet_is_told_what_the_stock_pipeline_tells_it(pipe, batch):
