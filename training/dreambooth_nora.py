@@ -9,6 +9,7 @@ format, for diffusers, and for A1111, ComfyUI and sd-scripts.
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 import time
@@ -18,22 +19,27 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.logging import get_logger
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from diffusers import StableDiffusionXLPipeline
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 from PIL import Image
 
 from pipelines.errors import InputError
+from pipelines.methods import method_named
 from pipelines.pictures import labelled_grid
 from pipelines.subject import adapters
 from pipelines.subject.base_model import load_base_model, model_resolution
 from pipelines.subject.batches import EncodedPictures, SubjectBatches, encode_examples
 from pipelines.subject.calibration import runs_on_subject
 from pipelines.subject.captions import find_captioned
-from pipelines.subject.data import Example, Picture, load_examples, read_picture
+from pipelines.subject.data import Example, Picture, load_examples
+from pipelines.subject.doctor import Report, examine
 from pipelines.subject.evaluation import mean_denoising_loss
 from pipelines.subject.generate import Sampling, generate
-from pipelines.subject.loss import DenoisingLoss
+from pipelines.subject.loss import DenoisingLoss, TrainingBatches
+from pipelines.subject.optimizers import Adam, Rates, averaged, optimised, parameter_groups
 from training.checkpoints import list_checkpoints
 from training.loop import LoopOptions, Periodic, Trainable, train
 from training.model_card import GRID, write_model_card
@@ -42,6 +48,8 @@ from training.options.data import DataOptions
 from training.options.output import LATEST
 from training.run import RunDirectory, write_text_atomically
 
+PHOTOS = "photos.json"
+logger = get_logger(__name__)
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -51,9 +59,13 @@ def main(options: SubjectOptions) -> RunDirectory:
     Raises: InputError where something given cannot be used, before any long work starts.
     """
     began = time.monotonic()
-    accelerator = Accelerator(mixed_precision=options.model.mixed_precision)
+    # Text encoders that are trained no more are parameters that no gradient reaches.
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=options.optimisation.stop_text_encoder_training is not None)
+    accelerator = Accelerator(mixed_precision=options.model.mixed_precision, kwargs_handlers=[ddp])
     pictures = checked_pictures(options.data)
     run = open_run(options, accelerator)
+    if run.writes:
+        write_text_atomically(run.path / PHOTOS, json.dumps(pictures.report.to_dict(), indent=2) + "\n")
     with run.recording():
         run.update_status(phase="loading")
         model, dtype = options.model, WEIGHT_DTYPES[accelerator.mixed_precision]
@@ -70,14 +82,16 @@ def main(options: SubjectOptions) -> RunDirectory:
 
         run.update_status(phase="calibrating")
         components = adapters.attach(pipeline, options.adapter)
-        loss = DenoisingLoss(pipeline, options.optimisation.snr_gamma)
+        loss = DenoisingLoss(pipeline, options.optimisation.snr_gamma, options.optimisation.do_edm_style_training)
         runs, seed = runs_on_subject(loss, subject, options.optimisation.seed), options.optimisation.seed
         adapters.start(options.adapter, components, runs, run.path / "calibration", seed)
 
         run.update_status(phase="training", step=0, total=options.optimisation.max_train_steps)
         trainable = to_train(loss, subject, options, accelerator.num_processes)
-        watch = watcher(run, loss, heldout, draw, options)
+        watch = with_average(trainable, watcher(run, loss, heldout, draw, options))
         train(accelerator, run, trainable, loop_options(options), [Periodic(options.output.validation_steps, watch)])
+        if trainable.ema is not None:
+            trainable.ema.copy_to(optimised(trainable.optimizer))
 
         run.update_status(phase="exporting")
         if accelerator.is_main_process:
@@ -97,20 +111,23 @@ def main(options: SubjectOptions) -> RunDirectory:
 
 @dataclass(frozen=True)
 class Division:
-    """The pictures to train on, and those to measure on."""
+    """The pictures to train on, those to measure on, and what the photo doctor found in all of them."""
 
     train: list[Picture]
     heldout: list[Picture]
+    report: Report
 
 
 def checked_pictures(options: DataOptions) -> Division:
-    """Find the pictures and read each once, so that a bad one is named before anything is loaded.
+    """Find the pictures and have each examined, so that what is wrong is known before anything is loaded.
 
     Raises: InputError naming the folder or file.
     """
-    found = find_captioned(options.instance_data_dir, options.instance_prompt)
-    for picture in found:
-        read_picture(picture.path)
+    report = examine(options.instance_data_dir, options.resolution, options.dataloader_num_workers)
+    captioned = find_captioned(options.instance_data_dir, options.instance_prompt)
+    if any(diagnosis.findings for diagnosis in report.pictures) or report.findings:
+        logger.warning("What the photo doctor found:\n%s", report.in_words())
+    found = [picture for picture in captioned if picture.path in report.usable]
     heldout = [picture for picture in found if picture.path.name == options.heldout_image]
     if options.heldout_image is not None and not heldout:
         raise InputError(
@@ -120,7 +137,7 @@ def checked_pictures(options: DataOptions) -> Division:
     train_on = [picture for picture in found if picture not in heldout]
     if not train_on:
         raise InputError(f"{options.instance_data_dir!r} holds one picture, and it is held out. Add pictures to train on.")
-    return Division(train_on, heldout)
+    return Division(train_on, heldout, report)
 
 
 def open_run(options: SubjectOptions, accelerator: Accelerator) -> RunDirectory:
@@ -172,19 +189,37 @@ def sampler(pipeline: StableDiffusionXLPipeline, options: SubjectOptions, resolu
 
 
 def to_train(loss: DenoisingLoss, subject: EncodedPictures, options: SubjectOptions, processes: int) -> Trainable:
-    """The loss, its batches, AdamW over the adapter's parameters, and the schedule."""
-    how = options.optimisation
+    """The loss, its batches, the optimiser over the adapter's parameters, its schedule, and their moving average."""
+    how, method = options.optimisation, method_named(options.adapter.method)
     if options.model.gradient_checkpointing:
         loss.unet.enable_gradient_checkpointing()
     size = how.train_batch_size * processes
     batches = SubjectBatches(subject, options.adapter.train_text_encoder, size, loss.num_timesteps, how.seed)
-    parameters = [parameter for parameter in loss.parameters() if parameter.requires_grad]
-    betas = (how.adam_beta1, how.adam_beta2)
-    optimizer = torch.optim.AdamW(parameters, how.learning_rate, betas, how.adam_epsilon, how.adam_weight_decay)
+    batches = TrainingBatches(batches, how.seed, how.noise_offset, how.text_encoder_batches)
+    rates = Rates(how.learning_rate, how.text_encoder_lr, how.lora_plus_ratio, method.b_like)
+    betas, kind = (how.adam_beta1, how.adam_beta2), how.optimizer.lower()
+    adam = Adam(kind, how.use_8bit_adam, betas, how.adam_epsilon, how.adam_weight_decay)
+    optimizer = adam.optimizer(parameter_groups(loss, rates))
     schedule = get_scheduler(
-        how.lr_scheduler, optimizer, num_warmup_steps=how.lr_warmup_steps, num_training_steps=how.max_train_steps
+        how.lr_scheduler,
+        optimizer,
+        num_warmup_steps=how.lr_warmup_steps,
+        num_training_steps=how.max_train_steps,
+        num_cycles=how.lr_num_cycles,
+        power=how.lr_power,
     )
-    return Trainable(loss, batches, optimizer, schedule)
+    ema = EMAModel(optimised(optimizer), decay=how.ema_decay) if how.use_ema else None
+    return Trainable(loss, batches, optimizer, schedule, ema)
+
+
+def with_average(trainable: Trainable, action: Callable[[int], None]) -> Callable[[int], None]:
+    """`action`, done with the moving average of the trained parameters where there is one."""
+
+    def act(step: int) -> None:
+        with averaged(trainable.ema, trainable.optimizer):
+            action(step)
+
+    return act
 
 
 def loop_options(options: SubjectOptions) -> LoopOptions:

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -216,7 +217,7 @@ def test_pictures_after_training_are_those_of_the_stock_pipeline(trained, monkey
     ("prepare", "more", "message"),
     [
         ("nothing", [], r"holds no picture"),
-        ("broken", [], r"broken\.png.* cannot be read"),
+        ("broken", [], r"(?s)no picture that can be used.*broken\.png.* cannot be read"),
         ("good", ["--heldout_image", "z.png"], r"heldout_image must be one of good\.png in .*got 'z\.png'"),
         ("good", ["--heldout_image", "good.png"], r"holds one picture, and it is held out"),
         ("good", ["--resume_from_checkpoint", "latest"], r"no checkpoint in .*to resume from"),
@@ -227,13 +228,28 @@ def test_pictures_after_training_are_those_of_the_stock_pipeline(trained, monkey
 def test_bad_input_is_named_before_training(tiny_model, tmp_path, prepare, more, message):
     folder = tmp_path / "pictures"
     folder.mkdir()
-    if prepare != "nothing":
+    if prepare == "good":
         Image.new("RGB", (20, 20)).save(folder / "good.png")
     if prepare == "broken":
         (folder / "broken.png").write_bytes(b"no picture")
     with pytest.raises(InputError, match=message):
         dreambooth_nora.main(parse_options(flags(tiny_model, folder, tmp_path / "run", *more)))
     assert not list_checkpoints(tmp_path / "run" / "checkpoints")
+
+
+def test_a_bad_picture_is_left_out_and_named_in_the_run(tiny_model, pictures_dir, tmp_path, training_alone):
+    shutil.copytree(pictures_dir, tmp_path / "pictures")
+    (tmp_path / "pictures" / "broken.png").write_bytes(b"no picture")
+    whole, mended = (
+        dreambooth_nora.main(parse_options(flags(tiny_model, folder, tmp_path / name)))
+        for name, folder in {"whole": pictures_dir, "mended": tmp_path / "pictures"}.items()
+    )
+    entries = json.loads((mended.path / "photos.json").read_text())["pictures"]
+    verdicts = {Path(entry["path"]).name: entry["verdict"] for entry in entries}
+    assert verdicts.pop("broken.png") == "left out"
+    assert "left out" not in verdicts.values()
+    expected = trained_numbers(whole)
+    assert all(torch.equal(value, expected[name]) for name, value in trained_numbers(mended).items())
 
 
 def test_a_run_is_never_overwritten(trained):

@@ -50,6 +50,7 @@ class DataOptions:
     heldout_image: str | None = field(
         default=None, metadata={"help": "File name of one of the pictures, left out of training to measure the loss on."}
     )
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode pictures; 0 for the main one."})
 
     _argument_group_name = "data"
 
@@ -60,6 +61,7 @@ class DataOptions:
         if not self.instance_prompt.strip():
             raise InputError("instance_prompt must not be empty. Name the subject, as in 'a photo of sks dog'.")
         at_least(self, 8, "resolution")
+        at_least(self, 0, "dataloader_num_workers")
         if self.resolution is not None and self.resolution % 8:
             raise InputError(f"resolution must be a multiple of 8, got {self.resolution}.")
 

@@ -1,0 +1,291 @@
+"""The photo doctor: what is wrong with a subject's pictures, in words, before any training. It never changes a picture.
+
+    python -m pipelines.subject.doctor PHOTOS
+
+Pictures that cannot be read are left out of training; all else is reported with what to do about it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from pipelines.errors import InputError
+from pipelines.subject.captions import subject_folders
+from pipelines.subject.data import find_pictures, read_picture
+
+READ_FORMATS = frozenset({"JPEG", "MPO", "PNG", "WEBP", "BMP"})
+OTHER_SUFFIXES = frozenset({".heic", ".heif", ".gif", ".tif", ".tiff", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".dng", ".cr2"})
+SMALLEST, WIDEST, FEWEST = 64, 3.0, 3
+# Seen on 25 photos and renderings with a shorter side of 256: sharp ones have 840 and more; blurred by a Gaussian of one
+# pixel 50 to 180, of two pixels at most 22.
+SHARPNESS_SIDE, LEAST_SHARPNESS = 256, 40.0
+# Of 128 bits, different pictures of one subject differ in 27 and more, a picture and its JPEG of quality 30 in at most 5.
+HASH_SIDE, SAME_BITS = 8, 16
+# Mean difference of 8 x 8 thumbnails: 0.13 and more for sets of real photos, 0.05 for crops of one photo.
+LEAST_VARIETY = 0.06
+# A brighter copy differs by 0.09; flat pictures have the same bits and are told apart by their colours.
+MOST_OF_A_DUPLICATE = 0.12
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing to know: its `kind` for machines, in `words` for people, and what to do about it."""
+
+    kind: str
+    words: str
+    advice: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was found in one picture.
+
+    Args:
+        path: its file.
+        subject: its folder's name.
+        size: width and height, upright; None where it cannot be read.
+        findings: what was found.
+    """
+
+    path: Path
+    subject: str
+    size: tuple[int, int] | None
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def usable(self) -> bool:
+        """Whether it can be trained on."""
+        return self.size is not None
+
+    @property
+    def verdict(self) -> str:
+        """In two words."""
+        return "left out" if not self.usable else "look again" if self.findings else "good"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found in all pictures, and in each subject's pictures as a whole."""
+
+    pictures: tuple[Diagnosis, ...]
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def usable(self) -> set[Path]:
+        """The pictures that can be trained on."""
+        return {diagnosis.path for diagnosis in self.pictures if diagnosis.usable}
+
+    def for_resolution(self, resolution: int) -> Report:
+        """The report with the pictures named that would be enlarged to train at `resolution` pixels."""
+        return replace(self, pictures=tuple(_with_size_for(diagnosis, resolution) for diagnosis in self.pictures))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, with a verdict and the picture's name for each picture."""
+        pictures = [
+            asdict(diagnosis) | {"path": str(diagnosis.path), "verdict": diagnosis.verdict} for diagnosis in self.pictures
+        ]
+        return {"pictures": pictures, "findings": [asdict(finding) for finding in self.findings]}
+
+    def in_words(self) -> str:
+        """One line a picture and finding."""
+        lines = []
+        for diagnosis in self.pictures:
+            size = "" if diagnosis.size is None else f" ({diagnosis.size[0]} x {diagnosis.size[1]})"
+            lines.append(f"{diagnosis.verdict}: {diagnosis.path}{size}")
+            lines += [f"    {finding.words} {finding.advice}" for finding in diagnosis.findings]
+        return "\n".join([*lines, *(f"{finding.words} {finding.advice}" for finding in self.findings)])
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What of a picture is kept to compare it with others."""
+
+    diagnosis: Diagnosis
+    bits: np.ndarray | None = field(default=None, repr=False)
+    thumbnail: np.ndarray | None = field(default=None, repr=False)
+
+
+def examine(folder: str | Path, resolution: int | None = None, workers: int = 0) -> Report:
+    """Read every picture of every subject in `folder`, one at a time, and say what is wrong.
+
+    Args:
+        resolution: at which is trained, if it is known; smaller pictures are named.
+        workers: processes that decode.
+    Raises: InputError if there is no picture, or none that can be read, saying why.
+    """
+    files = [(path, home.resolve().name.replace("_", " ")) for home in subject_folders(folder) for path in find_pictures(home)]
+    loader = DataLoader(_Looks(files), batch_size=None, num_workers=workers)
+    looks = list(tqdm(loader, desc="examining pictures", delay=5, total=len(files)))
+    others = [_of_another_format(path) for home in subject_folders(folder) for path in sorted(home.iterdir())]
+    looks = _with_duplicates(looks)
+    findings = [finding for subject in dict(files).values() for finding in _of_the_whole(subject, looks)]
+    diagnoses = [look.diagnosis for look in looks] + [other for other in others if other is not None]
+    report = Report(tuple(diagnoses), tuple(dict.fromkeys(findings)))
+    if not report.usable:
+        raise InputError(f"{str(folder)!r} holds no picture that can be used:\n{report.in_words()}")
+    return report if resolution is None else report.for_resolution(resolution)
+
+
+class _Looks(Dataset):
+    """Looks at picture files, for worker processes."""
+
+    def __init__(self, files: Sequence[tuple[Path, str]]) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, place: int) -> _Look:
+        return _look(*self.files[place])
+
+
+def _look(path: Path, subject: str) -> _Look:
+    """Read one picture and examine it by itself."""
+    try:
+        picture = read_picture(path)
+        with Image.open(path) as opened:
+            found_format, orientation = opened.format, opened.getexif().get(ExifTags.Base.Orientation, 1)
+    except InputError as error:
+        finding = Finding("unreadable", str(error), "It is left out.")
+        return _Look(Diagnosis(path, subject, None, (finding,)))
+    if found_format not in READ_FORMATS:
+        words = f"By its content {path.name!r} is {found_format}, whatever its name says; it is left out."
+        return _Look(Diagnosis(path, subject, None, (Finding("wrong_format", words, "Save it as JPEG or PNG."),)))
+    findings = [*_of_its_shape(picture), *_of_its_sharpness(picture)]
+    if orientation != 1:
+        words = "It lies turned in its file, and is turned upright as its EXIF orientation says."
+        findings.append(Finding("turned", words, "Nothing to do."))
+    diagnosis = Diagnosis(path, subject, picture.size, tuple(findings))
+    thumbnail = np.asarray(picture.resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BOX), dtype=np.float32) / 255
+    return _Look(diagnosis, perceptual_hash(picture), thumbnail)
+
+
+def _of_its_shape(picture: Image.Image) -> list[Finding]:
+    short, long = sorted(picture.size)
+    findings = []
+    if short < SMALLEST:
+        words = f"It is tiny: its shorter side has {short} pixels."
+        findings.append(Finding("tiny", words, f"Use one with at least {SMALLEST}, better as many as the training resolution."))
+    if long / short > WIDEST:
+        words = f"Its shape is extreme: one side is {long / short:.1f} times the other, and most of it would be cropped."
+        findings.append(Finding("extreme_shape", words, "Crop it to the subject, or train with --aspect_ratio_buckets."))
+    return findings
+
+
+def _of_its_sharpness(picture: Image.Image) -> list[Finding]:
+    found = sharpness(picture)
+    if found >= LEAST_SHARPNESS:
+        return []
+    words = f"It is blurred, or hardly shows anything (sharpness {found:.0f}, sharp photos have several hundred)."
+    return [Finding("blurred", words, "The adapter learns the blur: use a sharper one.")]
+
+
+def sharpness(picture: Image.Image) -> float:
+    """The variance of the Laplacian of the grey picture, with its shorter side brought down to `SHARPNESS_SIDE` pixels."""
+    grey = ImageOps.grayscale(picture)
+    scale = SHARPNESS_SIDE / min(grey.size)
+    if scale < 1:
+        grey = grey.resize((round(grey.width * scale), round(grey.height * scale)), Image.Resampling.LANCZOS)
+    values = np.pad(np.asarray(grey, dtype=np.float32), 1, mode="edge")
+    neighbours = values[1:-1, :-2] + values[1:-1, 2:] + values[:-2, 1:-1] + values[2:, 1:-1]
+    return float((neighbours - 4 * values[1:-1, 1:-1]).var())
+
+
+def perceptual_hash(picture: Image.Image) -> np.ndarray:
+    """(128,) bool: whether brightness rises from each of 8 x 8 places to the next one, across and down."""
+    side = HASH_SIDE + 1
+    grey = np.asarray(ImageOps.grayscale(picture).resize((side, side), Image.Resampling.LANCZOS), dtype=np.int16)
+    across, down = np.diff(grey, axis=1)[:-1] > 0, np.diff(grey, axis=0)[:, :-1] > 0
+    return np.concatenate([across.ravel(), down.ravel()])
+
+
+def _with_duplicates(looks: list[_Look]) -> list[_Look]:
+    """Name in each picture the first earlier one of the same subject that looks the same."""
+    marked: list[_Look] = []
+    for look in looks:
+        twin = next((other for other in marked if _look_alike(look, other)), None)
+        if twin is not None:
+            words = f"It is almost the same picture as {twin.diagnosis.path.name!r}."
+            finding = Finding("near_duplicate", words, "Keep one: twice shown, it is learned by heart.")
+            look = replace(look, diagnosis=replace(look.diagnosis, findings=(*look.diagnosis.findings, finding)))
+        marked.append(look)
+    return marked
+
+
+def _look_alike(first: _Look, second: _Look) -> bool:
+    if first.bits is None or second.bits is None or first.diagnosis.subject != second.diagnosis.subject:
+        return False
+    colours_differ = np.abs(first.thumbnail - second.thumbnail).mean() > MOST_OF_A_DUPLICATE
+    return bool((first.bits != second.bits).sum() <= SAME_BITS and not colours_differ)
+
+
+def _of_the_whole(subject: str, looks: list[_Look]) -> list[Finding]:
+    """What is wrong with a subject's pictures together."""
+    thumbnails = [look.thumbnail for look in looks if look.thumbnail is not None and look.diagnosis.subject == subject]
+    advice = "Add pictures with other backgrounds, sides and light: what is the same in all is learned as part of the subject."
+    if len(thumbnails) < FEWEST:
+        count = f"{len(thumbnails)} picture{'' if len(thumbnails) == 1 else 's'}"
+        return [Finding("few_pictures", f"There {'is' if len(thumbnails) == 1 else 'are'} {count} of {subject!r}.", advice)]
+    variety = np.mean([np.abs(first - second).mean() for first, second in combinations(thumbnails, 2)])
+    if variety >= LEAST_VARIETY:
+        return []
+    return [Finding("low_variety", f"The pictures of {subject!r} are much alike.", advice)]
+
+
+def _of_another_format(path: Path) -> Diagnosis | None:
+    """The diagnosis of a picture file of a kind that is not read; None for any other file."""
+    if path.suffix.lower() not in OTHER_SUFFIXES or path.name.startswith("."):
+        return None
+    words = f"Files of the kind {path.suffix} are not read; it is left out."
+    finding = Finding("wrong_format", words, "Save it as JPEG or PNG.")
+    return Diagnosis(path, path.resolve().parent.name.replace("_", " "), None, (finding,))
+
+
+def _with_size_for(diagnosis: Diagnosis, resolution: int) -> Diagnosis:
+    if diagnosis.size is None or min(diagnosis.size) >= resolution or any(f.kind == "tiny" for f in diagnosis.findings):
+        return diagnosis
+    words = f"Its shorter side has {min(diagnosis.size)} pixels, and is enlarged to {resolution} for training."
+    finding = Finding("small", words, "Use a larger one, or a lower --resolution.")
+    return replace(diagnosis, findings=(*diagnosis.findings, finding))
+
+
+@dataclass
+class DoctorOptions:
+    """What to examine."""
+
+    folder: str = field(metadata={"help": "Folder with pictures of a subject, or with a folder for each subject."})
+    resolution: int | None = field(default=None, metadata={"help": "Side in pixels at which is to be trained."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode the pictures."})
+    json: str | None = field(default=None, metadata={"help": "Also write the report to this file."})
+
+
+def main(options: DoctorOptions) -> Report:
+    """Examine the folder and say what was found."""
+    report = examine(options.folder, options.resolution, options.dataloader_num_workers)
+    if options.json is not None:
+        Path(options.json).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+    sys.stdout.write(report.in_words() + "\n")
+    return report
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    if arguments and not arguments[0].startswith("-"):
+        arguments.insert(0, "--folder")
+    parser = HfArgumentParser(DoctorOptions, description=__doc__, allow_abbrev=False)
+    try:
+        main(parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[0])
+    except InputError as error:
+        parser.error(str(error))

@@ -1,0 +1,177 @@
+"""The photo doctor: names what is wrong with pictures, leaves out what cannot be read, and changes nothing."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter, ImageOps
+
+from pipelines.errors import InputError
+from pipelines.subject.doctor import DoctorOptions, Report, examine, main, perceptual_hash, sharpness
+from training.options.data import SAMPLE_SUBJECT
+
+ROOT = Path(__file__).parents[2]
+ORIENTATION, TURNED_RIGHT = 0x0112, 6
+
+
+def photo(place=0):
+    return Image.open(SAMPLE_SUBJECT / f"{place:02d}.jpg").convert("RGB")
+
+
+def kinds(report: Report):
+    return {diagnosis.path.name: [finding.kind for finding in diagnosis.findings] for diagnosis in report.pictures}
+
+
+@pytest.fixture
+def album(tmp_path):
+    """Three different good pictures."""
+    folder = tmp_path / "red_toy"
+    folder.mkdir()
+    for place in range(3):
+        photo(place).save(folder / f"{place}.png")
+    return folder
+
+
+def test_good_pictures_are_called_good():
+    report = examine(SAMPLE_SUBJECT)
+    assert {diagnosis.verdict for diagnosis in report.pictures} == {"good"}
+    assert not report.findings
+    assert len(report.usable) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("cut.jpg", "cut", "unreadable"),
+        ("empty.png", b"", "unreadable"),
+        ("words.png", b"no picture at all", "unreadable"),
+        ("disguised.png", "GIF", "wrong_format"),
+        ("phone.heic", b"any", "wrong_format"),
+    ],
+)
+def test_a_bad_picture_is_left_out_with_its_reason(album, name, content, kind):
+    if content == "cut":
+        photo().save(album / name)
+        content = (album / name).read_bytes()[:-2000]
+    if content == "GIF":
+        photo().save(album / name, "GIF")
+    else:
+        (album / name).write_bytes(content)
+    report = examine(album)
+    assert kinds(report)[name] == [kind]
+    assert {path.name for path in report.usable} == {"0.png", "1.png", "2.png"}
+    assert f"left out: {album / name}" in report.in_words()
+
+
+def test_a_picture_named_after_another_readable_format_is_used(album):
+    photo(3).save(album / "3.png", "JPEG")
+    assert kinds(examine(album))["3.png"] == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("blurred", lambda picture: picture.filter(ImageFilter.GaussianBlur(6))),
+        ("tiny", lambda picture: picture.resize((60, 60))),
+        ("extreme_shape", lambda picture: picture.crop((0, 0, 512, 150))),
+    ],
+)
+def test_a_poor_picture_is_reported_and_used(album, kind, change):
+    change(photo(3)).save(album / "poor.png")
+    report = examine(album)
+    assert kinds(report)["poor.png"] == [kind]
+    assert album / "poor.png" in report.usable
+    assert all(not found for name, found in kinds(report).items() if name != "poor.png")
+
+
+@pytest.mark.parametrize("change", ["copy", "jpeg", "smaller", "brighter"])
+def test_the_same_picture_in_other_bytes_is_a_near_duplicate(album, change):
+    picture = photo(1)
+    if change == "smaller":
+        picture = picture.resize((300, 300), Image.Resampling.BICUBIC)
+    if change == "brighter":
+        picture = picture.point(lambda value: min(255, round(value * 1.1)))
+    picture.save(album / ("9.jpg" if change == "jpeg" else "9.png"), **({"quality": 40} if change == "jpeg" else {}))
+    report = examine(album)
+    assert [found for found in kinds(report).values() if found] == [["near_duplicate"]]
+    assert "'1.png'" in report.pictures[-1].findings[0].words
+
+
+def test_a_picture_turned_in_its_file_is_said_to_be_upright(album):
+    exif = Image.Exif()
+    exif[ORIENTATION] = TURNED_RIGHT
+    photo(3).crop((0, 0, 500, 400)).save(album / "3.png", exif=exif)
+    report = examine(album)
+    assert kinds(report)["3.png"] == ["turned"]
+    assert report.pictures[-1].size == (400, 500)
+
+
+def test_pictures_much_alike_and_few_pictures_are_reported_as_a_whole(tmp_path):
+    alike, single = tmp_path / "alike", tmp_path / "single"
+    alike.mkdir()
+    single.mkdir()
+    for place in range(3):
+        photo(0).crop((20 * place, 30, 430 + 20 * place, 470)).save(alike / f"{place}.png")
+    photo(0).save(single / "0.png")
+    findings = {finding.kind: finding.words for finding in examine(tmp_path).findings}
+    assert "'alike'" in findings["low_variety"]
+    assert "is 1 picture of 'single'" in findings["few_pictures"]
+
+
+def test_pictures_smaller_than_the_training_resolution_are_named(album):
+    assert list(kinds(examine(album, resolution=1024)).values()) == [["small"]] * 3
+    assert list(kinds(examine(album).for_resolution(1024)).values()) == [["small"]] * 3
+    assert list(kinds(examine(album, resolution=512)).values()) == [[]] * 3
+
+
+def test_no_usable_picture_is_an_error_that_names_each(tmp_path):
+    for name in ("a.png", "b.jpg"):
+        (tmp_path / name).write_bytes(b"broken")
+    with pytest.raises(InputError, match=r"(?s)no picture that can be used.*a\.png.*b\.jpg"):
+        examine(tmp_path)
+
+
+def test_nothing_is_changed_and_workers_see_the_same(album):
+    (album / "broken.png").write_bytes(b"broken")
+
+    def digests():
+        return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in album.iterdir()}
+
+    before = digests()
+    assert examine(album, workers=2) == examine(album)
+    assert digests() == before
+
+
+def test_the_report_is_json_with_a_verdict_for_each_picture(album, tmp_path, capsys):
+    (album / "broken.png").write_bytes(b"broken")
+    report = main(DoctorOptions(str(album), json=str(tmp_path / "report.json")))
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written == json.loads(json.dumps(report.to_dict()))
+    verdicts = {Path(entry["path"]).name: entry["verdict"] for entry in written["pictures"]}
+    assert verdicts == {"0.png": "good", "1.png": "good", "2.png": "good", "broken.png": "left out"}
+    assert "left out: " in capsys.readouterr().out
+
+
+def test_sharpness_is_the_variance_of_the_laplacian():
+    grey = np.random.default_rng(0).integers(0, 256, (16, 24), dtype=np.uint8)
+    values = np.pad(grey.astype(float), 1, mode="edge")
+    laplacian = sum(np.roll(values, shift, axis) for shift in (1, -1) for axis in (0, 1)) - 4 * values
+    assert sharpness(Image.fromarray(grey)) == pytest.approx(laplacian[1:-1, 1:-1].var())
+
+
+def test_the_hash_does_not_see_brightness_and_sees_a_turn():
+    bright = photo().point(lambda value: value // 2 + 60)
+    assert (perceptual_hash(bright) != perceptual_hash(photo())).sum() <= 6
+    assert (perceptual_hash(ImageOps.flip(photo())) != perceptual_hash(photo())).sum() > 30
+
+
+def test_the_command_ends_with_one_line_where_there_is_nothing(tmp_path):
+    command = [sys.executable, "-m", "pipelines.subject.doctor", str(tmp_path / "none")]
+    finished = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
+    assert finished.returncode == 2
+    assert "There is no folder" in finished.stderr.splitlines()[-1]
