@@ -5,6 +5,7 @@ Methods come from `pipelines.methods`.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,12 +74,24 @@ def trained_parameters(components: dict[str, nn.Module]) -> list[nn.Parameter]:
 
 
 def save_everywhere(
-    pipeline: StableDiffusionXLPipeline, options: AdapterOptions, components: dict[str, nn.Module], folder: Path, title: str
+    pipeline: StableDiffusionXLPipeline,
+    options: AdapterOptions,
+    components: dict[str, nn.Module],
+    folder: Path,
+    title: str,
+    adapter_name: str = ADAPTER_NAME,
 ) -> None:
     """Write the adapter under `folder` in its native layouts (`adapter/`), for diffusers and in kohya's format."""
-    method_named(options.method).save(components, folder / "adapter", ADAPTER_NAME)
-    export_lora(pipeline, folder / "diffusers", ADAPTER_NAME, format="diffusers")
-    export_lora(pipeline, folder / "kohya" / f"{title}.safetensors", ADAPTER_NAME, format="kohya")
+    method_named(options.method).save(components, folder / "adapter", adapter_name)
+    export_lora(pipeline, folder / "diffusers", adapter_name, format="diffusers")
+    export_lora(pipeline, folder / "kohya" / f"{title}.safetensors", adapter_name, format="kohya")
+
+
+def save_small(options: AdapterOptions, components: dict[str, nn.Module], folder: Path) -> None:
+    """Write the adapter's smallest native layout under `folder`, alone: compact where the method has that, else full."""
+    method_named(options.method).save(components, folder, ADAPTER_NAME)
+    if (folder / "compact").is_dir():
+        shutil.rmtree(folder / "full")
 
 
 def load_adapter(pipeline: StableDiffusionXLPipeline, path: str | Path, adapter_name: str) -> None:
@@ -98,11 +111,11 @@ def load_adapter(pipeline: StableDiffusionXLPipeline, path: str | Path, adapter_
 
 
 def native_folder(path: Path) -> Path:
-    """The native adapter at `path`: itself, or the full one of a run's directory.
+    """The native adapter at `path`: itself, or the full one of a run's directory, or the compact one where it is alone.
 
     Raises: InputError if there is none.
     """
-    for folder in (path, path / "full", path / "adapter" / "full"):
+    for folder in (path, path / "full", path / "adapter" / "full", path / "compact"):
         if any((folder / name / "adapter_config.json").is_file() for name in COMPONENTS):
             return folder
     raise InputError(

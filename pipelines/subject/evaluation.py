@@ -2,12 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 
+from pipelines.errors import InputError
 from pipelines.randomness import keyed_generator
 from pipelines.subject.base_model import PromptEmbeddings, encode_tokens
 from pipelines.subject.batches import EncodedPictures
 from pipelines.subject.loss import DenoisingLoss
+
+AUTO, NONE, LEAVE_ONE_OUT = "auto", "none", "leave_one_out"
+# From so many pictures on, one is spared.
+ENOUGH_TO_SPARE_ONE = 5
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What is held out.
+
+    Args:
+        place: of the picture that is left out of training; None where all are trained on.
+        folds: places of the pictures that are left out in turn, each of a short training of its own before the real one.
+    """
+
+    place: int | None = None
+    folds: tuple[int, ...] = ()
+
+
+def choose_heldout(names: Sequence[str], asked: str, seed: int) -> HeldOut:
+    """What to hold out of the pictures called `names`.
+
+    Args:
+        asked: one of the names; "none"; "leave_one_out"; or "auto": one picture, drawn by `seed`, where there are at least
+            `ENOUGH_TO_SPARE_ONE`, leave-one-out where there are at least two, and none of a single one.
+    Raises: InputError if there is no such picture, or none would be left to train on.
+    """
+    if asked == AUTO:
+        asked = LEAVE_ONE_OUT if len(names) > 1 else NONE
+        if len(names) >= ENOUGH_TO_SPARE_ONE:
+            return HeldOut(place=int(torch.randint(len(names), (), generator=keyed_generator(seed, 4))))
+    if asked == NONE:
+        return HeldOut()
+    if asked != LEAVE_ONE_OUT and asked not in names:
+        raise InputError(f"heldout_image must be {AUTO}, {NONE}, {LEAVE_ONE_OUT} or one of {', '.join(names)}, got {asked!r}.")
+    if len(names) < 2:
+        raise InputError("The folder holds one picture, and it is held out. Add pictures to train on, or give 'none'.")
+    return HeldOut(folds=tuple(range(len(names)))) if asked == LEAVE_ONE_OUT else HeldOut(place=names.index(asked))
 
 
 @torch.no_grad()
