@@ -7,31 +7,43 @@ repeats what an uninterrupted one would have done, and the order of pictures nee
 from __future__ import annotations
 
 import math
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device, set_seed
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list, send_to_device, set_seed
 from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm.auto import tqdm
 
-from training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
+from pipelines.errors import InputError
+from training.checkpoints import load_checkpoint, newest_intact_checkpoint, save_checkpoint
+from training.prefetch import ProcessBatches
 from training.run import RunDirectory
+from training.stopping import NotFiniteError, Stopped, StopRequests
 
 STEP_STRIDE = 1_000_003
+STATUS_SECONDS = 1.0
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class Periodic:
-    """Something done after every `every` optimisation steps, and after the last: `action(step)`."""
+    """Something done after every `every` optimisation steps, and after the last: `action(step)`, on the main process.
+
+    What it returns, if anything, is a loss that scores the step, such as that of held-out pictures: the checkpoint of the
+    step with the lowest is kept whatever the limit.
+    """
 
     every: int
-    action: Callable[[int], None]
+    action: Callable[[int], float | None]
 
 
 @dataclass
@@ -53,6 +65,18 @@ class Trainable:
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     ema: EMAModel | None = None
 
+    def state(self) -> dict[str, Any]:
+        """The state of everything that steps but the parameters."""
+        parts = {"optimizer": self.optimizer, "lr_scheduler": self.lr_scheduler, "ema": self.ema}
+        return {name: part.state_dict() for name, part in parts.items() if part is not None}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+
 
 @dataclass(frozen=True)
 class LoopOptions:
@@ -64,7 +88,8 @@ class LoopOptions:
         gradient_accumulation_steps: batches an optimisation step.
         max_grad_norm: gradients are clipped to this norm.
         checkpointing_steps: optimisation steps between two checkpoints.
-        checkpoints_total_limit: how many checkpoints are kept.
+        checkpoints_total_limit: how many checkpoints are kept, besides the best.
+        dataloader_num_workers: processes that make batches ahead; none makes them when they are needed.
     """
 
     max_train_steps: int
@@ -73,6 +98,7 @@ class LoopOptions:
     max_grad_norm: float = 1.0
     checkpointing_steps: int = 500
     checkpoints_total_limit: int = 2
+    dataloader_num_workers: int = 0
 
     def __post_init__(self) -> None:
         for field in ("max_train_steps", "gradient_accumulation_steps", "checkpointing_steps", "checkpoints_total_limit"):
@@ -80,112 +106,181 @@ class LoopOptions:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}.")
 
 
-def train(
-    accelerator: Accelerator, run: RunDirectory, trainable: Trainable, options: LoopOptions, periodic: Sequence[Periodic] = ()
-) -> None:
-    """Train to `options.max_train_steps`, resuming from the run's newest checkpoint where there is one.
+Rehearsal = Callable[["Stepper"], None]
 
-    Raises: FloatingPointError if the loss is not finite; the last checkpoint is kept.
+
+def train(
+    accelerator: Accelerator,
+    run: RunDirectory,
+    trainable: Trainable,
+    options: LoopOptions,
+    periodic: Sequence[Periodic] = (),
+    rehearsal: Rehearsal | None = None,
+) -> None:
+    """Train to `options.max_train_steps`, resuming from the run's newest intact checkpoint where there is one.
+
+    SIGTERM and SIGINT let the step in progress end, and a checkpoint is written.
+
+    Args:
+        rehearsal: called before the first step of a new run with what does steps; it leaves all as it was.
+    Raises:
+        NotFiniteError: the loss or the gradient is not finite; nothing of that step is saved.
+        Stopped: a signal asked for it.
     """
-    first = _resume(run, trainable)
+    first = _resume(accelerator, run, trainable, options)
     module, optimizer = accelerator.prepare(trainable.module, trainable.optimizer)
-    steps = range(first, options.max_train_steps)
-    began = time.monotonic()
-    with tqdm(initial=first, total=options.max_train_steps, desc="training", disable=not accelerator.is_main_process) as bar:
-        for step in steps:
-            module.train()
-            set_seed(options.seed * STEP_STRIDE + step)
+    stepper = Stepper(accelerator, run, trainable, options, module, optimizer)
+    if rehearsal is not None and first == 0:
+        rehearsal(stepper)
+    with StopRequests() as requests, _progress_bar(first, options, accelerator) as bar:
+        batches = stepper.batches(range(first, options.max_train_steps), options.dataloader_num_workers)
+        progress = Progress(run, first, options.max_train_steps)
+        for step in range(first, options.max_train_steps):
             rate = trainable.lr_scheduler.get_last_lr()[0]
-            loss = _optimisation_step(accelerator, module, optimizer, trainable, step, options)
-            if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"The loss of step {step + 1} is {loss}. Lower the learning rate, or go on from the checkpoints in "
-                    f"{str(run.checkpoints)!r}."
-                )
+            loss, stop = stepper.step(step, batches, requests)
             bar.set_postfix(loss=f"{loss:.4f}")
             bar.update()
-            pace = (time.monotonic() - began) / (step + 1 - first)
             run.log(step + 1, loss=loss, lr=rate)
-            _report_progress(run, options, step + 1, pace)
-            if accelerator.is_main_process:
-                _save_and_act(run, trainable, options, step + 1, periodic)
-            accelerator.wait_for_everyone()
+            progress.report(step + 1)
+            _act_and_save(stepper, step + 1, periodic, stop)
+            if stop:
+                raise Stopped(requests.noted or signal.SIGTERM)
 
 
-def _optimisation_step(
-    accelerator: Accelerator,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    trainable: Trainable,
-    step: int,
-    options: LoopOptions,
-) -> float:
-    """One optimisation step over all micro-batches; returns their mean loss over all processes."""
-    parts = options.gradient_accumulation_steps
-    total = torch.zeros((), device=accelerator.device)
-    for index in range(step * parts, (step + 1) * parts):
-        batch = own_part(trainable.batch_at(index), accelerator.process_index, accelerator.num_processes)
-        last = index == (step + 1) * parts - 1
-        with nullcontext() if last else accelerator.no_sync(module):
-            loss = module(**send_to_device(batch, accelerator.device)) / parts
-            accelerator.backward(loss)
-        total += loss.detach()
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    accelerator.clip_grad_norm_(trained, options.max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    trainable.lr_scheduler.step()
-    if trainable.ema is not None:
-        trainable.ema.step(trained)
-    return accelerator.reduce(total, reduction="mean").item()
+def _progress_bar(first: int, options: LoopOptions, accelerator: Accelerator) -> tqdm:
+    return tqdm(initial=first, total=options.max_train_steps, desc="training", disable=not accelerator.is_main_process)
 
 
-def own_part(batch: dict[str, Any], process: int, processes: int) -> dict[str, Any]:
-    """The equal part of a global batch's tensors, split along their first dimension, that belongs to `process`.
+@dataclass(frozen=True)
+class Stepper:
+    """Does optimisation steps.
 
-    Raises: ValueError if the examples do not divide evenly.
+    Args:
+        module, optimizer: those of `trainable`, prepared by `accelerator`.
     """
-    if processes == 1:
-        return batch
-    count = len(next(iter(batch.values())))
-    if count % processes:
-        raise ValueError(f"The batch over all processes must be a multiple of {processes} processes, got {count} examples.")
-    size = count // processes
-    return {name: values[process * size : (process + 1) * size] for name, values in batch.items()}
 
+    accelerator: Accelerator
+    run: RunDirectory
+    trainable: Trainable
+    options: LoopOptions
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
 
-def _report_progress(run: RunDirectory, options: LoopOptions, step: int, pace: float) -> None:
-    """Say in status.json, every tenth step, how far training is; `pace` is in seconds a step."""
-    if step % 10 == 0 or step == options.max_train_steps:
-        total = options.max_train_steps
-        run.update_status(phase="training", step=step, total=total, seconds_left=round(pace * (total - step), 1))
+    def batches(self, steps: range, workers: int = 0) -> Iterator[dict[str, Any]]:
+        """This process's part of all batches of `steps`."""
+        parts = self.options.gradient_accumulation_steps
+        own = ProcessBatches(self.trainable.batch_at, self.accelerator.process_index, self.accelerator.num_processes)
+        return own.over(range(steps.start * parts, steps.stop * parts), workers)
 
+    def step(self, step: int, batches: Iterator[dict[str, Any]], requests: StopRequests | None = None) -> tuple[float, bool]:
+        """One optimisation step over the next micro-batches.
 
-def _save_and_act(run: RunDirectory, trainable: Trainable, options: LoopOptions, step: int, periodic: Sequence[Periodic]) -> None:
-    last = step == options.max_train_steps
-    if step % options.checkpointing_steps == 0 or last:
-        state: dict[str, object] = {
-            "optimizer": trainable.optimizer.state_dict(),
-            "lr_scheduler": trainable.lr_scheduler.state_dict(),
-        }
+        Returns: their mean loss over all processes, and whether any process is requested to stop.
+        Raises: NotFiniteError before anything is changed, if the loss is not finite or, in full precision, the gradient.
+        """
+        accelerator, trainable = self.accelerator, self.trainable
+        self.module.train()
+        set_seed(self.options.seed * STEP_STRIDE + step)
+        total = self._backward(batches)
+        asked = total.new_tensor(float(requests is not None and requests.noted > 0))
+        loss, stopping = accelerator.reduce(torch.stack([total, asked]), reduction="mean").tolist()
+        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        norm = accelerator.clip_grad_norm_(trained, self.options.max_grad_norm)
+        # With a gradient scaler an overflow is expected now and then: it leaves the step out.
+        gradient = 0.0 if accelerator.scaler is not None else float(norm)
+        for name, value in (("loss", loss), ("gradient's norm", gradient)):
+            if not math.isfinite(value):
+                raise NotFiniteError(self._not_finite(name, value, step))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        trainable.lr_scheduler.step()
         if trainable.ema is not None:
-            state["ema"] = trainable.ema.state_dict()
-        save_checkpoint(run.checkpoints, step, trainable.module, state, options.checkpoints_total_limit)
-    for task in periodic:
-        if step % task.every == 0 or last:
-            task.action(step)
+            trainable.ema.step(trained)
+        return loss, stopping > 0
+
+    def _backward(self, batches: Iterator[dict[str, Any]]) -> torch.Tensor:
+        """Accumulate the gradients of one step's micro-batches; returns their mean loss on this process, ()."""
+        parts = self.options.gradient_accumulation_steps
+        total = torch.zeros((), device=self.accelerator.device)
+        for part in range(parts):
+            with nullcontext() if part == parts - 1 else self.accelerator.no_sync(self.module):
+                loss = self.module(**send_to_device(next(batches), self.accelerator.device)) / parts
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def _not_finite(self, name: str, value: float, step: int) -> str:
+        return (
+            f"The {name} of step {step + 1} is {value}; nothing of that step was saved. Lower the learning rate and start "
+            f"again, or go on from the last good of the checkpoints in {str(self.run.checkpoints)!r}."
+        )
 
 
-def _resume(run: RunDirectory, trainable: Trainable) -> int:
-    """Restore the run's newest checkpoint into `trainable`; returns the number of steps already done."""
-    checkpoints = list_checkpoints(run.checkpoints)
-    if not checkpoints:
+class Progress:
+    """Says in status.json, about once a second, how far training is."""
+
+    def __init__(self, run: RunDirectory, first: int, total: int) -> None:
+        self.run, self.first, self.total = run, first, total
+        self.began, self.reported = time.monotonic(), -math.inf
+
+    def report(self, step: int) -> None:
+        """Report that `step` steps are done."""
+        now = time.monotonic()
+        if now - self.reported < STATUS_SECONDS and step < self.total:
+            return
+        self.reported = now
+        left = (now - self.began) / (step - self.first) * (self.total - step)
+        self.run.update_status(phase="training", step=step, total=self.total, seconds_left=round(left, 1))
+
+
+def _act_and_save(stepper: Stepper, step: int, periodic: Sequence[Periodic], stop: bool) -> None:
+    """What is due after `step` steps. The checkpoint comes last: what a resumed run goes on from has had its actions."""
+    run, options, trainable, accelerator = stepper.run, stepper.options, stepper.trainable, stepper.accelerator
+    last = step == options.max_train_steps
+    due = [task for task in periodic if step % task.every == 0 or last]
+    save = step % options.checkpointing_steps == 0 or last or stop
+    if accelerator.is_main_process:
+        scores = [score for task in due if (score := task.action(step)) is not None]
+        if save:
+            state = trainable.state() | ({} if accelerator.scaler is None else {"scaler": accelerator.scaler.state_dict()})
+            score = min(scores, default=None)
+            save_checkpoint(run.checkpoints, step, trainable.module, state, options.checkpoints_total_limit, score)
+    if due or save:
+        accelerator.wait_for_everyone()
+
+
+def _resume(accelerator: Accelerator, run: RunDirectory, trainable: Trainable, options: LoopOptions) -> int:
+    """Restore the run's newest intact checkpoint into `trainable`; returns the number of steps already done."""
+    # One process decides: the others must neither judge for themselves nor see it half set aside.
+    chosen = [newest_intact_checkpoint(run.checkpoints) if accelerator.is_main_process else None]
+    checkpoint = broadcast_object_list(chosen)[0]
+    if checkpoint is None:
+        run.forget_metrics_after(0)
         return 0
-    state = load_checkpoint(checkpoints[-1], trainable.module)
-    trainable.optimizer.load_state_dict(state["optimizer"])
-    trainable.lr_scheduler.load_state_dict(state["lr_scheduler"])
-    if trainable.ema is not None:
-        trainable.ema.load_state_dict(state["ema"])
+    state = load_checkpoint(checkpoint, trainable.module)
+    trainable.load_state(state)
+    if accelerator.scaler is not None and "scaler" in state:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    _follow_schedule(trainable.lr_scheduler)
     step = int(state["step"])
+    if step > options.max_train_steps:
+        raise InputError(
+            f"max_train_steps must be at least {step}, the steps that {str(run.path)!r} has done, got {options.max_train_steps}."
+        )
     run.forget_metrics_after(step)
     return step
+
+
+def _follow_schedule(scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:
+    """Have the next step use the rate of the schedule as it is now: with more steps in all, that is not the one saved."""
+    if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        return
+    saved = scheduler.get_last_lr()
+    rates = [base * factor(scheduler.last_epoch) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
+    if not math.isclose(saved[0], rates[0]):
+        logger.warning(
+            f"The schedule has changed with the number of steps: the learning rate goes on at {rates[0]:.3g}, not {saved[0]:.3g}."
+        )

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import psutil
+from accelerate.tracking import GeneralTracker
+from PIL import Image
 
+from training.checkpoints import list_checkpoints
+from training.durable import DiskFullError, free_bytes, is_disk_full, write_text_atomically
+from training.tracking import log_picture
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write beside `path` and rename, so that a reader sees the old file or the new one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+RESERVE, RESERVED_BYTES = ".reserve", 1 << 16
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,12 @@ class RunDirectory:
     Args:
         path: the directory.
         writes: False on all processes of a run but the main one, which then write nothing.
+        trackers: what else all metrics and pictures are handed to.
     """
 
     path: Path
     writes: bool = True
+    trackers: list[GeneralTracker] = field(default_factory=list, compare=False)
 
     @property
     def samples(self) -> Path:
@@ -72,6 +74,16 @@ class RunDirectory:
             return
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as lines:
             lines.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+        for tracker in self.trackers:
+            tracker.log(values, step=step)
+
+    def save_picture(self, step: int, picture: Image.Image, name: str = "samples") -> None:
+        """Save a picture made at `step` as samples/step-<step>.png, and hand it to the trackers as `name`."""
+        if not self.writes:
+            return
+        picture.save(self.samples / f"step-{step:07d}.png")
+        for tracker in self.trackers:
+            log_picture(tracker, name, picture, step)
 
     def metrics(self) -> list[dict[str, float]]:
         """The lines of metrics.jsonl, oldest first; a last line cut short by a crash is left out."""
@@ -97,12 +109,31 @@ class Recording:
     run: RunDirectory
 
     def __enter__(self) -> RunDirectory:
+        if self.run.writes:
+            # On a full disk this makes room to say so.
+            (self.run.path / RESERVE).write_bytes(bytes(RESERVED_BYTES))
         self.run.update_status(state="running", error=None)
         return self.run
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if self.run.writes:
+            (self.run.path / RESERVE).unlink(missing_ok=True)
+            for tracker in self.run.trackers:
+                tracker.finish()
         if error is None:
             self.run.update_status(state="done", phase="done")
-        else:
-            state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
-            self.run.update_status(state=state, error=f"{type(error).__name__}: {error}")
+            return
+        full = isinstance(error, OSError) and is_disk_full(error)
+        shown = DiskFullError(self._full_disk()) if full else error
+        state = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+        self.run.update_status(state=state, error=f"{type(shown).__name__}: {shown}")
+        if shown is not error:
+            raise shown from error
+
+    def _full_disk(self) -> str:
+        checkpoints = list_checkpoints(self.run.checkpoints)
+        safe = f"The checkpoint {checkpoints[-1].name} is safe" if checkpoints else "There was no checkpoint yet"
+        return (
+            f"The disk of {str(self.run.path)!r} is full, {free_bytes(self.run.path):,} bytes are free. {safe}. Free some space "
+            f"and go on with --output_dir {self.run.path} --resume_from_checkpoint latest."
+        )

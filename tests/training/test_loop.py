@@ -1,52 +1,22 @@
 """The one loop: exact resume, accumulation, processes, and what is left behind when it stops."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
 from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
-from diffusers.training_utils import EMAModel
-from torch import nn
+from regression import STEPS, batch_at, trainable, trained
 
+from pipelines.errors import InputError
 from training.checkpoints import list_checkpoints
-from training.loop import LoopOptions, Periodic, Trainable, own_part, train
+from training.durable import DiskFullError
+from training.loop import LoopOptions, Periodic, train
+from training.prefetch import ProcessBatches, own_part
 from training.run import RunDirectory
-
-STEPS = 6
-
-
-class Regression(nn.Module):
-    """A linear model with dropout, and its mean squared error."""
-
-    def __init__(self, dropout=0.3):
-        super().__init__()
-        self.linear = nn.Linear(3, 2)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, inputs, targets):
-        return (self.linear(self.dropout(inputs)) - targets).square().mean()
-
-
-def batch_at(index, size=4):
-    generator = torch.Generator().manual_seed(index)
-    return {"inputs": torch.randn(size, 3, generator=generator), "targets": torch.randn(size, 2, generator=generator)}
-
-
-def trainable(batches=batch_at, dropout=0.3, with_ema=True):
-    torch.manual_seed(0)
-    module = Regression(dropout)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 20)
-    return Trainable(module, batches, optimizer, schedule, EMAModel(module.parameters(), decay=0.5) if with_ema else None)
-
-
-def trained(folder, what, steps=STEPS, periodic=(), **changes):
-    """Train `what` in the run at `folder`; returns its weights."""
-    run = RunDirectory.create(folder, {})
-    options = LoopOptions(**{"max_train_steps": steps, "checkpointing_steps": 2, **changes})
-    train(Accelerator(cpu=True), run, what, options, periodic)
-    return torch.cat([parameter.detach().flatten().clone() for parameter in what.module.parameters()])
+from training.stopping import NotFiniteError, Stopped, StopRequests, exit_codes
 
 
 def test_a_resumed_run_ends_as_one_that_was_never_interrupted(tmp_path):
@@ -107,8 +77,11 @@ def test_periodic_actions_come_at_their_steps_and_at_the_end(tmp_path):
 
 
 def test_what_a_periodic_action_draws_does_not_change_the_training(tmp_path):
+    def draw(step):
+        torch.randn(step)
+
     expected = trained(tmp_path / "a", trainable())
-    disturbed = trained(tmp_path / "b", trainable(), periodic=[Periodic(1, lambda step: torch.randn(step))])
+    disturbed = trained(tmp_path / "b", trainable(), periodic=[Periodic(1, draw)])
     assert torch.equal(disturbed, expected)
 
 
@@ -121,9 +94,96 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint_kept(tmp_path)
     def broken(index):
         return {name: values / (index < 3) for name, values in batch_at(index).items()}
 
-    with pytest.raises(FloatingPointError, match=r"loss of step 4 is (nan|inf).*Lower the learning rate.*checkpoints"):
+    with pytest.raises(NotFiniteError, match=r"loss of step 4 is (nan|inf).*Lower the learning rate.*checkpoints"):
         trained(tmp_path, trainable(broken))
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-0000002"]
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_spoils_what_is_saved(tmp_path):
+    what = trainable(dropout=0.0)
+    what.module.linear.bias.register_hook(lambda gradient: gradient * float("inf"))
+    before = [parameter.clone() for parameter in what.module.parameters()]
+    with pytest.raises(NotFiniteError, match=r"gradient's norm of step 1 is (nan|inf)"):
+        trained(tmp_path, what, checkpointing_steps=1)
+    assert all(torch.equal(*pair) for pair in zip(what.module.parameters(), before, strict=True))
+    assert not list_checkpoints(tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_lets_the_step_end_and_what_is_resumed_is_the_run_that_was_not_stopped(tmp_path, number, code):
+    def signalled(index):
+        if index == 2:
+            os.kill(os.getpid(), number)
+        return batch_at(index)
+
+    before = signal.getsignal(number)
+    expected = trained(tmp_path / "whole", trainable())
+    with pytest.raises(Stopped) as stopped:
+        trained(tmp_path / "halves", trainable(signalled), checkpointing_steps=STEPS)
+    assert stopped.value.exit_code == code
+    assert signal.getsignal(number) is before
+    assert [path.name for path in list_checkpoints(tmp_path / "halves" / "checkpoints")] == ["step-0000003"]
+    assert torch.equal(trained(tmp_path / "halves", trainable()), expected)
+
+
+def test_a_second_interrupt_does_not_wait_for_the_step():
+    with StopRequests() as requests:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert requests.noted == signal.SIGTERM
+        with pytest.raises(Stopped):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (Stopped(signal.SIGTERM), 143),
+        (KeyboardInterrupt(), 130),
+        (NotFiniteError("The loss"), "error: The loss"),
+        (DiskFullError("The disk"), "error: The disk"),
+        (InputError("The option"), "error: The option"),
+    ],
+)
+def test_every_ending_has_its_exit_code(error, code):
+    with pytest.raises(SystemExit) as ended, exit_codes():
+        raise error
+    assert ended.value.code == code
+
+
+def test_outside_of_training_a_signal_stops_at_once_with_its_exit_code():
+    with pytest.raises(SystemExit) as ended, exit_codes():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert ended.value.code == 143
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_come_in_their_order_from_any_number_of_workers(workers):
+    batches = ProcessBatches(batch_at, 1, 2).over(range(3, 9), workers)
+    for index, batch in zip(range(3, 9), batches, strict=True):
+        assert torch.equal(batch["inputs"], batch_at(index)["inputs"][2:])
+
+
+def test_workers_change_nothing_of_what_is_learned(tmp_path):
+    expected = trained(tmp_path / "none", trainable())
+    assert torch.equal(trained(tmp_path / "two", trainable(), dataloader_num_workers=2), expected)
+
+
+def test_more_steps_go_on_along_the_new_schedule(tmp_path):
+    def lasting(steps):
+        what = trainable()
+        what.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(what.optimizer, lambda step: 1 - step / steps)
+        return what
+
+    trained(tmp_path, lasting(4), steps=4)
+    trained(tmp_path, lasting(8), steps=8)
+    rates = [line["lr"] for line in RunDirectory(tmp_path).metrics()]
+    assert rates == pytest.approx([0.05 * (1 - step / 4) for step in range(4)] + [0.05 * (1 - step / 8) for step in range(4, 8)])
+
+
+def test_fewer_steps_than_are_done_are_refused(tmp_path):
+    trained(tmp_path, trainable())
+    with pytest.raises(InputError, match=rf"max_train_steps must be at least {STEPS}, the steps that .* has done, got 3"):
+        trained(tmp_path, trainable(), steps=3)
 
 
 def test_progress_and_time_left_are_in_the_status(tmp_path):
@@ -193,10 +253,10 @@ def test_status_says_how_a_run_ended(tmp_path):
     with pytest.raises(KeyboardInterrupt), run.recording():
         raise KeyboardInterrupt
     assert run.status()["state"] == "stopped"
-    with pytest.raises(OSError, match="full"), run.recording():
-        raise OSError("full")
+    with pytest.raises(OSError, match="broken"), run.recording():
+        raise OSError("broken")
     assert run.status()["state"] == "failed"
-    assert run.status()["error"] == "OSError: full"
+    assert run.status()["error"] == "OSError: broken"
 
 
 def test_a_run_that_is_not_the_main_processs_writes_nothing(tmp_path):
