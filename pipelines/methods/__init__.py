@@ -26,10 +26,12 @@ class AdapterMethod(Protocol):
     Args:
         default_rank: the rank unless one is given.
         default_learning_rate: the peak learning rate on SDXL unless one is given.
+        b_like: what the names of its B-like parameters contain: those that multiply last, which LoRA+ trains faster.
     """
 
     default_rank: int
     default_learning_rate: float
+    b_like: str
 
     def config(self, options: AdapterOptions, target_modules: list[str], exclude_modules: str | None) -> PeftConfig:
         """PEFT's configuration of the adapter that `options` describe."""

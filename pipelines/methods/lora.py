@@ -21,6 +21,7 @@ class Lora:
 
     default_rank = 4
     default_learning_rate = 1e-4
+    b_like = "lora_B"
 
     def config(self, options: AdapterOptions, target_modules: list[str], exclude_modules: str | None) -> PeftConfig:
         """PEFT's configuration; the scaling is 1 unless alpha is given."""

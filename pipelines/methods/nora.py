@@ -23,6 +23,7 @@ class Nora:
 
     default_rank = 32
     default_learning_rate = 3e-4
+    b_like = "nora_inner_B"
 
     def config(self, options: AdapterOptions, target_modules: list[str], exclude_modules: str | None) -> PeftConfig:
         """The configuration; the scaling is 1 unless alpha is given. The outer factors wait for `start`."""

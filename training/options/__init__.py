@@ -12,9 +12,11 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
+from pipelines.errors import InputError
 from pipelines.methods import AdapterOptions, method_named
 from pipelines.subject.adapters import ATTENTION, EVERYWHERE
 from pipelines.subject.base_model import is_built_in
+from pipelines.subject.optimizers import PRODIGY_LEARNING_RATE
 from training.options.data import DataOptions
 from training.options.model import ModelOptions
 from training.options.optimisation import OptimisationOptions
@@ -41,12 +43,23 @@ class SubjectOptions:
             self.data.size_conditioning = "target" if built_in else "picture"
         if self.adapter.target_modules is None:
             self.adapter.target_modules = EVERYWHERE if built_in else ATTENTION
+        self._check_text_encoders()
         if self.optimisation.learning_rate is None:
-            factor = BUILT_IN_RATE_FACTOR if built_in else 1
-            self.optimisation.learning_rate = factor * method_named(self.adapter.method).default_learning_rate
+            self.optimisation.learning_rate = self._default_learning_rate(built_in)
         if self.output.validation_prompt is None:
             prompt = self.data.instance_prompt
             self.output.validation_prompt = [prompt, *(f"{prompt} {scene}" for scene in NEW_SCENES)]
+
+    def _check_text_encoders(self) -> None:
+        for name in ("text_encoder_lr", "stop_text_encoder_training"):
+            if getattr(self.optimisation, name) is not None and not self.adapter.train_text_encoder:
+                raise InputError(f"{name} needs --train_text_encoder: the text encoders are not trained without it.")
+
+    def _default_learning_rate(self, built_in: bool) -> float:
+        if self.optimisation.is_prodigy:
+            return PRODIGY_LEARNING_RATE
+        factor = BUILT_IN_RATE_FACTOR if built_in else 1
+        return factor * method_named(self.adapter.method).default_learning_rate
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved options as plain values, by group."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from diffusers.optimization import SchedulerType
-
 from pipelines.errors import InputError
+from pipelines.subject.optimizers import OPTIMIZERS
 from training.options.checks import above_zero, at_least
+
+SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
 
 @dataclass
@@ -18,29 +19,86 @@ class OptimisationOptions:
     train_batch_size: int = field(default=4, metadata={"help": "Pictures a batch on each process."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches an optimisation step."})
     learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate; on SDXL 3e-4 for nora and 1e-4 for lora unless said."}
+        default=None,
+        metadata={"help": "Peak learning rate; on SDXL 3e-4 for nora and 1e-4 for lora and dora unless said, 1 for Prodigy."},
     )
-    lr_scheduler: str = field(
-        default="cosine", metadata={"help": f"Schedule of the learning rate: {', '.join(kind.value for kind in SchedulerType)}."}
+    text_encoder_lr: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of the text encoders; --learning_rate unless said."}
     )
+    stop_text_encoder_training: int | None = field(
+        default=None, metadata={"help": "Step after which the text encoders are trained no more; never unless said."}
+    )
+    lora_plus_ratio: float = field(
+        default=1.0, metadata={"help": "LoRA+: how many times faster B-like factors are trained than A-like ones."}
+    )
+    lr_scheduler: str = field(default="cosine", metadata={"help": f"Schedule of the learning rate: {', '.join(SCHEDULES)}."})
     lr_warmup_steps: int = field(default=10, metadata={"help": "Steps over which the learning rate rises to its peak."})
-    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's decay of the gradient's mean."})
-    adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's decay of the gradient's square."})
-    adam_weight_decay: float = field(default=1e-4, metadata={"help": "AdamW's weight decay."})
-    adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW's epsilon."})
+    lr_num_cycles: int = field(default=1, metadata={"help": "Restarts of the schedule cosine_with_restarts."})
+    lr_power: float = field(default=1.0, metadata={"help": "Power of the schedule polynomial."})
+    optimizer: str = field(
+        default="AdamW",
+        metadata={"help": "AdamW, or Prodigy (pip install prodigyopt), which finds the size of its steps itself."},
+    )
+    use_8bit_adam: bool = field(
+        default=False, metadata={"help": "AdamW with moments of 8 bits (pip install bitsandbytes): less memory."}
+    )
+    adam_beta1: float = field(default=0.9, metadata={"help": "The optimiser's decay of the gradient's mean."})
+    adam_beta2: float = field(default=0.999, metadata={"help": "The optimiser's decay of the gradient's square."})
+    adam_weight_decay: float = field(default=1e-4, metadata={"help": "The optimiser's weight decay."})
+    adam_epsilon: float = field(default=1e-8, metadata={"help": "The optimiser's epsilon."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
+    use_ema: bool = field(
+        default=False, metadata={"help": "Keep a moving average of the adapter, and show, measure and export that."}
+    )
+    ema_decay: float = field(
+        default=0.999, metadata={"help": "Decay of the moving average at its largest; at step k it is at most k / (9 + k)."}
+    )
     snr_gamma: float | None = field(default=None, metadata={"help": "Gamma of min-SNR weighting, such as 5; none unless said."})
+    noise_offset: float = field(
+        default=0.0,
+        metadata={"help": "Deviation of an offset of each channel's noise, such as 0.05, for very dark or bright pictures."},
+    )
+    do_edm_style_training: bool = field(
+        default=False, metadata={"help": "Train on the error of the denoised picture, as EDM does; models made as EDM always do."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of everything that is drawn."})
 
     _argument_group_name = "optimisation"
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "max_train_steps", "train_batch_size", "gradient_accumulation_steps")
-        at_least(self, 0, "lr_warmup_steps", "seed", "adam_weight_decay")
-        above_zero(self, "learning_rate", "max_grad_norm", "snr_gamma", "adam_epsilon")
-        allowed = [kind.value for kind in SchedulerType]
-        if self.lr_scheduler not in allowed:
-            raise InputError(f"lr_scheduler must be one of {', '.join(allowed)}, got {self.lr_scheduler!r}.")
-        for name in ("adam_beta1", "adam_beta2"):
+        at_least(self, 1, "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "lr_num_cycles")
+        at_least(self, 1, "stop_text_encoder_training")
+        at_least(self, 0, "lr_warmup_steps", "seed", "adam_weight_decay", "noise_offset")
+        above_zero(self, "learning_rate", "text_encoder_lr", "lora_plus_ratio", "lr_power")
+        above_zero(self, "max_grad_norm", "snr_gamma", "adam_epsilon")
+        if self.lr_scheduler not in SCHEDULES:
+            raise InputError(f"lr_scheduler must be one of {', '.join(SCHEDULES)}, got {self.lr_scheduler!r}.")
+        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
+        if self.do_edm_style_training and self.snr_gamma is not None:
+            raise InputError("snr_gamma is not for EDM-style training, whose errors have weights of their own. Leave one out.")
+        self._check_optimizer()
+
+    def _check_optimizer(self) -> None:
+        if self.optimizer.lower() not in OPTIMIZERS:
+            raise InputError(f"optimizer must be one of AdamW, Prodigy, got {self.optimizer!r}.")
+        if not self.is_prodigy:
+            return
+        if self.use_8bit_adam:
+            raise InputError("use_8bit_adam is for --optimizer AdamW, got Prodigy. Leave one out.")
+        if self.text_encoder_lr is not None or self.lora_plus_ratio != 1:
+            raise InputError(
+                "Prodigy finds one rate for all: text_encoder_lr and lora_plus_ratio are for --optimizer AdamW. Leave them out."
+            )
+
+    @property
+    def is_prodigy(self) -> bool:
+        """Whether the optimiser finds the size of its steps itself."""
+        return self.optimizer.lower() == "prodigy"
+
+    @property
+    def text_encoder_batches(self) -> int | None:
+        """How many batches the text encoders are trained on; None for all."""
+        stop = self.stop_text_encoder_training
+        return None if stop is None else stop * self.gradient_accumulation_steps

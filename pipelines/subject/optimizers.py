@@ -1,0 +1,114 @@
+"""What trains an adapter: optimisers, a learning rate for each kind of parameter, and a moving average."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import nn
+
+from pipelines.errors import InputError
+
+OPTIMIZERS = ("adamw", "prodigy")
+# Prodigy finds the size of its steps itself; its rate is a factor on that.
+PRODIGY_LEARNING_RATE = 1.0
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The peak learning rates.
+
+    Args:
+        unet: of the UNet's adapter.
+        text_encoder: of the text encoders' adapters; the UNet's where None.
+        lora_plus_ratio: what the rate of the B-like factors is multiplied by  [LoRA+, Hayou et al. 2024].
+        b_like: what the names of the B-like factors contain, as `AdapterMethod` says.
+    """
+
+    unet: float
+    text_encoder: float | None = None
+    lora_plus_ratio: float = 1.0
+    b_like: str = "lora_B"
+
+    def of(self, name: str) -> float:
+        """The rate of the parameter of `DenoisingLoss` called `name`."""
+        in_text_encoder = name.startswith("text_encoders.") and self.text_encoder is not None
+        rate = self.text_encoder if in_text_encoder else self.unet
+        return rate * self.lora_plus_ratio if f".{self.b_like}." in name else rate
+
+
+def parameter_groups(module: nn.Module, rates: Rates) -> list[dict[str, Any]]:
+    """The trained parameters of `module`, in one group for each learning rate; the first is that of the UNet's A-like factors."""
+    groups: dict[float, list[nn.Parameter]] = {rates.unet: []}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(rates.of(name), []).append(parameter)
+    return [{"params": parameters, "lr": rate} for rate, parameters in groups.items() if parameters]
+
+
+@dataclass(frozen=True)
+class Adam:
+    """The settings of Adam and of its relatives; the defaults are diffusers' own.
+
+    Args:
+        kind: "adamw" or "prodigy"  [Mishchenko and Defazio 2023].
+        eight_bit: keep AdamW's moments in 8 bits a number, where a parameter has 4,096 numbers or more.
+        betas: decay of the gradient's mean and of its square.
+        epsilon: added to the root of the mean square.
+        weight_decay: decoupled.
+    """
+
+    kind: str = "adamw"
+    eight_bit: bool = False
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    weight_decay: float = 1e-4
+
+    def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The optimiser over parameter groups that name their learning rates.
+
+        Raises: InputError naming the package to install where it is missing.
+        """
+        shared = {"lr": groups[0]["lr"], "betas": self.betas, "eps": self.epsilon, "weight_decay": self.weight_decay}
+        if self.kind == "prodigy":
+            prodigy = installed("prodigyopt", "--optimizer prodigy").Prodigy
+            return prodigy(groups, decouple=True, use_bias_correction=True, safeguard_warmup=True, **shared)
+        if self.eight_bit:
+            return installed("bitsandbytes", "--use_8bit_adam").optim.AdamW8bit(groups, **shared)
+        return torch.optim.AdamW(groups, **shared)
+
+
+def installed(package: str, flag: str) -> Any:
+    """The module `package`, which `flag` needs.
+
+    Raises: InputError saying how to install it where it is missing.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise InputError(f"{flag} needs the package {package}, which is not installed. Install it: pip install {package}")
+    return importlib.import_module(package)
+
+
+def optimised(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """The parameters of an optimiser, in its order, which is that of the moving average."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+@contextmanager
+def averaged(ema: EMAModel | None, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Have the trained parameters hold their moving average meanwhile; nothing changes where there is none."""
+    if ema is None:
+        yield
+        return
+    parameters = optimised(optimizer)
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    try:
+        yield
+    finally:
+        ema.restore(parameters)

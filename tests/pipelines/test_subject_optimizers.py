@@ -1,0 +1,135 @@
+"""Optimisers, their learning rates and the moving average: PEFT, torch and algebra are the oracles."""
+
+import sys
+
+import pytest
+import torch
+from diffusers.training_utils import EMAModel
+from peft.optimizers import create_loraplus_optimizer
+from torch import nn
+
+from pipelines.errors import InputError
+from pipelines.methods import AdapterOptions, method_named, method_names
+from pipelines.subject import adapters
+from pipelines.subject.loss import DenoisingLoss
+from pipelines.subject.optimizers import Adam, Rates, averaged, optimised, parameter_groups
+
+
+def rates_by_parameter(groups):
+    return {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+
+
+def adapted(pipe, method, **changes):
+    adapters.attach(pipe, AdapterOptions(method=method, rank=4, inner_r=2, train_text_encoder=True, **changes))
+    return DenoisingLoss(pipe)
+
+
+def test_lora_plus_gives_each_factor_the_rate_that_peft_gives_it(pipe):
+    loss = adapted(pipe, "lora")
+    ours = parameter_groups(loss, Rates(1e-3, lora_plus_ratio=16.0))
+    peft = create_loraplus_optimizer(loss, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0)
+    assert rates_by_parameter(ours) == rates_by_parameter(peft.param_groups)
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_of_every_method_the_factors_that_start_at_zero_are_the_b_like_ones(pipe, method):
+    components = adapters.attach(pipe, AdapterOptions(method=method, rank=4, inner_r=2))
+    rates = Rates(1.0, lora_plus_ratio=2.0, b_like=method_named(method).b_like)
+    names = [name for name, parameter in components["unet"].named_parameters() if parameter.requires_grad]
+    faster = {name for name in names if rates.of(name) == 2.0}
+    assert faster == {name for name in names if not components["unet"].get_parameter(name).any()}
+
+
+def test_text_encoders_have_a_rate_of_their_own_in_groups_that_hold_every_parameter_once(pipe):
+    loss = adapted(pipe, "nora")
+    groups = parameter_groups(loss, Rates(1e-3, 1e-5, 4.0, "nora_inner_B"))
+    rates = rates_by_parameter(groups)
+    for name, parameter in loss.named_parameters():
+        if parameter.requires_grad:
+            expected = (1e-3 if name.startswith("unet.") else 1e-5) * (4 if "inner_B" in name else 1)
+            assert rates.pop(id(parameter)) == expected
+    assert not rates
+    assert groups[0]["lr"] == 1e-3
+
+
+def test_one_rate_for_all_is_one_group(pipe):
+    assert len(parameter_groups(adapted(pipe, "nora"), Rates(1e-3))) == 1
+
+
+def descend(adam, parameter, steps=50, lr=0.05):
+    """Train `parameter` towards ones."""
+    optimizer = adam.optimizer([{"params": [parameter], "lr": lr}])
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (parameter - 1).square().mean().backward()
+        optimizer.step()
+    return optimizer
+
+
+def test_adamw_is_torchs():
+    ours, theirs = nn.Parameter(torch.zeros(5)), nn.Parameter(torch.zeros(5))
+    descend(Adam(betas=(0.5, 0.9), epsilon=1e-4, weight_decay=0.1), ours)
+    optimizer = torch.optim.AdamW([theirs], 0.05, (0.5, 0.9), 1e-4, 0.1)
+    for _ in range(50):
+        theirs.grad = 2 * (theirs.detach() - 1) / 5
+        optimizer.step()
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_eight_bit_adamw_goes_where_adamw_goes_and_keeps_its_moments_in_bytes():
+    pytest.importorskip("bitsandbytes")
+    start = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    exact, coarse = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    descend(Adam(), exact)
+    optimizer = descend(Adam(eight_bit=True), coarse)
+    assert (coarse - exact).abs().mean() < 0.05 * (exact - start).abs().mean()
+    assert optimizer.state[coarse]["state1"].dtype == torch.uint8
+
+
+def test_prodigy_finds_the_size_of_its_steps():
+    pytest.importorskip("prodigyopt")
+    parameter = nn.Parameter(torch.full((5,), 30.0))
+    optimizer = descend(Adam("prodigy", weight_decay=0.0), parameter, steps=300, lr=1.0)
+    assert optimizer.param_groups[0]["d"] > 1e-3
+    torch.testing.assert_close(parameter.detach(), torch.ones(5), atol=0.5, rtol=0)
+
+
+@pytest.mark.parametrize(("adam", "package"), [(Adam("prodigy"), "prodigyopt"), (Adam(eight_bit=True), "bitsandbytes")])
+def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it(adam, package, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    with pytest.raises(InputError, match=rf"needs the package {package}.*pip install {package}"):
+        adam.optimizer([{"params": [nn.Parameter(torch.zeros(1))], "lr": 1.0}])
+
+
+def test_a_parameter_without_gradient_is_neither_moved_nor_decayed():
+    for adam in (Adam(weight_decay=0.5), Adam(eight_bit=True, weight_decay=0.5), Adam("prodigy", weight_decay=0.5)):
+        moved, left = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+        optimizer = adam.optimizer([{"params": [moved, left], "lr": 1.0}])
+        moved.grad = torch.ones(3)
+        optimizer.step()
+        assert not torch.equal(moved, torch.ones(3))
+        assert torch.equal(left, torch.ones(3))
+
+
+def test_parameters_hold_their_average_within_and_themselves_after():
+    parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3))]
+    optimizer = Adam().optimizer([{"params": parameters[:1], "lr": 1.0}, {"params": parameters[1:], "lr": 2.0}])
+    ema = EMAModel(optimised(optimizer), decay=0.5)
+    average = 0.0
+    for step in range(1, 6):
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.fill_(step)
+        ema.step(optimised(optimizer))
+        decay = min(0.5, step / (9 + step)) if step > 1 else 0.0
+        average = decay * average + (1 - decay) * step
+    with averaged(ema, optimizer):
+        assert all(torch.allclose(parameter, torch.tensor(average)) for parameter in parameters)
+    assert all(torch.equal(parameter, torch.full_like(parameter, 5.0)) for parameter in parameters)
+
+
+def test_without_an_average_parameters_stay_as_they_are():
+    parameter = nn.Parameter(torch.ones(2))
+    with averaged(None, Adam().optimizer([{"params": [parameter], "lr": 1.0}])):
+        assert torch.equal(parameter, torch.ones(2))
