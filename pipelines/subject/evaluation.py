@@ -54,12 +54,17 @@ def choose_heldout(names: Sequence[str], asked: str, seed: int) -> HeldOut:
 
 @torch.no_grad()
 def mean_denoising_loss(
-    loss: DenoisingLoss, pictures: EncodedPictures, draws: int = 64, seed: int = 0, batch_size: int = 16
+    loss: DenoisingLoss,
+    pictures: EncodedPictures,
+    draws: int = 64,
+    seed: int = 0,
+    batch_size: int = 16,
+    limit: int | None = None,
 ) -> float:
     """The mean of the unweighted loss of each picture over `draws` timesteps, evenly spread, each with its own fixed noise.
 
     Prompts are encoded by the text encoders as they are now. Models are compared on the same noise and timesteps as long
-    as pictures, `draws` and `seed` are the same.
+    as pictures, `draws` and `seed` are the same. With `limit`, only the first so many pictures count.
     """
     latents, time_ids = pictures.means, pictures.time_ids
     generator = keyed_generator(seed)
@@ -68,8 +73,8 @@ def mean_denoising_loss(
     was_training = loss.training
     loss.eval()
     prompts = encode_tokens(loss.text_encoders, pictures.tokens.transpose(0, 1))
-    total = 0.0
-    for picture in range(len(latents)):
+    total, measured = 0.0, range(len(latents))[:limit]
+    for picture in measured:
         for part in torch.arange(draws).split(batch_size):
             count = len(part)
             alike = PromptEmbeddings(
@@ -83,4 +88,4 @@ def mean_denoising_loss(
             )
             total += loss.per_picture(*(argument.to(latents.device) for argument in arguments), alike).sum().item()
     loss.train(was_training)
-    return total / (draws * len(latents))
+    return total / (draws * len(measured))

@@ -18,6 +18,7 @@ from pipelines.subject.adapters import ATTENTION, EVERYWHERE
 from pipelines.subject.base_model import is_built_in
 from pipelines.subject.optimizers import PRODIGY_LEARNING_RATE
 from training.options.data import DataOptions
+from training.options.judging import JudgingOptions
 from training.options.model import ModelOptions
 from training.options.optimisation import OptimisationOptions
 from training.options.output import OutputOptions
@@ -36,6 +37,7 @@ class SubjectOptions:
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
     optimisation: OptimisationOptions = field(default_factory=OptimisationOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
+    judging: JudgingOptions = field(default_factory=JudgingOptions)
 
     def __post_init__(self) -> None:
         built_in = is_built_in(self.model.pretrained_model_name_or_path)
@@ -62,11 +64,13 @@ class SubjectOptions:
         return factor * method_named(self.adapter.method).default_learning_rate
 
     def to_dict(self) -> dict[str, Any]:
-        """The resolved options as plain values, by group."""
-        return dataclasses.asdict(self)
+        """The resolved options as plain values, by group; the hub's token stays out."""
+        values = dataclasses.asdict(self)
+        values["judging"]["hub_token"] = None
+        return values
 
 
-GROUPS = (ModelOptions, DataOptions, AdapterOptions, OptimisationOptions, OutputOptions)
+GROUPS = (ModelOptions, DataOptions, AdapterOptions, OptimisationOptions, OutputOptions, JudgingOptions)
 
 
 def parse_options(arguments: Sequence[str] | None = None, description: str | None = None) -> SubjectOptions:

@@ -1,0 +1,97 @@
+"""What comes after training: export, suggestion, certificate, pictures side by side, model card."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from accelerate.logging import get_logger
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from torch import nn
+
+from pipelines.pictures import labelled_grid
+from pipelines.subject import adapters
+from pipelines.subject.generate import Sampling
+from training.certificate import StockModel, certify
+from training.judging import Suggestion, adapter_at, heldout_curve, suggest, write_suggestion
+from training.model_card import GRID, write_model_card
+from training.options import SubjectOptions
+from training.run import RunDirectory
+
+logger = get_logger(__name__)
+SUGGESTED = "suggested"
+# Few, since a certificate compares numbers and not beauty.
+CERTIFIED_PROMPTS, CERTIFIED_STEPS = 2, 8
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A pipeline whose adapter has been trained.
+
+    Args:
+        components: what of the pipeline is adapted.
+        draw: draws a picture for each validation prompt with the pipeline as it is.
+        shown, before: training pictures, and what the base model drew.
+        resolution: side of the pictures in pixels.
+        pictures: how many were trained on.
+        began: by the monotonic clock, in seconds.
+    """
+
+    pipeline: StableDiffusionXLPipeline
+    components: dict[str, nn.Module]
+    draw: Callable[[], list[Image.Image]]
+    shown: Sequence[Image.Image]
+    before: Sequence[Image.Image]
+    resolution: int
+    pictures: int
+    began: float
+
+
+def finish(run: RunDirectory, trained: Trained, options: SubjectOptions) -> None:
+    """Export everything, suggest a step, certify, and write the model card; on the main process only.
+
+    Raises: CertificateError if stock diffusers does not draw what the trained model draws.
+    """
+    run.update_status(phase="exporting")
+    adapters.save_everywhere(trained.pipeline, options.adapter, trained.components, run.path, run.path.name)
+    rows = [("the subject", trained.shown), ("before", trained.before), (f"after, {options.adapter.method}", trained.draw())]
+    suggestion = suggest(heldout_curve(run), options.optimisation.max_train_steps)
+    write_suggestion(run, suggestion)
+    logger.info(f"Suggested: step {suggestion.step} of {suggestion.last}. {suggestion.why}")
+    for warning in suggestion.warnings:
+        logger.warning(warning)
+    rows += suggested_rows(run, trained, options, suggestion)
+    labelled_grid(rows, options.output.validation_prompt).save(run.path / GRID)
+    if options.judging.certify:
+        run.update_status(phase="certifying")
+        certify_run(run, trained, options)
+    numbers = sum(parameter.numel() for parameter in adapters.trained_parameters(trained.components))
+    run.update_status(trained_numbers=numbers, suggested_step=suggestion.step, seconds=round(time.monotonic() - trained.began, 1))
+    write_model_card(run, options, trained.pictures)
+
+
+def suggested_rows(
+    run: RunDirectory, trained: Trained, options: SubjectOptions, suggestion: Suggestion
+) -> list[tuple[str, list[Image.Image]]]:
+    """Export the suggested adapter to `suggested/` and draw with it, unless it is the last one; leaves the pipeline as it was."""
+    kept = adapter_at(run, suggestion.step)
+    if suggestion.step == suggestion.last or not kept.is_dir():
+        return []
+    pipeline, title = trained.pipeline, f"{run.path.name}-step-{suggestion.step}"
+    adapters.load_adapter(pipeline, kept, SUGGESTED)
+    pipeline.set_adapters([SUGGESTED])
+    adapters.save_everywhere(pipeline, options.adapter, trained.components, run.path / SUGGESTED, title, SUGGESTED)
+    drawn = trained.draw()
+    pipeline.delete_adapters([SUGGESTED])
+    pipeline.set_adapters([adapters.ADAPTER_NAME])
+    return [(f"suggested, step {suggestion.step}", drawn)]
+
+
+def certify_run(run: RunDirectory, trained: Trained, options: SubjectOptions) -> None:
+    """Write the run's certificate."""
+    model = StockModel(options.model.pretrained_model_name_or_path, options.model.variant)
+    sampling = Sampling(num_inference_steps=CERTIFIED_STEPS, resolution=trained.resolution)
+    prompts = options.output.validation_prompt[:CERTIFIED_PROMPTS]
+    certify(trained.pipeline, run.path, model, prompts, sampling, options.optimisation.seed)

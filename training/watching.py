@@ -1,0 +1,71 @@
+"""What a subject's training is watched by: the losses with fixed noise, kept adapters, and sample pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+from torch import nn
+
+from pipelines.methods import AdapterOptions
+from pipelines.pictures import labelled_grid
+from pipelines.subject.batches import EncodedPictures
+from pipelines.subject.evaluation import mean_denoising_loss
+from pipelines.subject.loss import DenoisingLoss
+from training.judging import keep_adapter
+from training.run import RunDirectory
+
+# Of the training pictures, for the loss that the held-out one is compared with.
+SEEN_PICTURES, SEEN_DRAWS = 4, 16
+
+
+def measured_losses(loss: DenoisingLoss, heldout: EncodedPictures, seen: EncodedPictures) -> dict[str, float]:
+    """The loss with fixed noise on what is held out, and on some of the pictures that are trained on."""
+    return {
+        "heldout_loss": mean_denoising_loss(loss, heldout),
+        "seen_loss": mean_denoising_loss(loss, seen, SEEN_DRAWS, limit=SEEN_PICTURES),
+    }
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Watches one training.
+
+    Args:
+        run: where everything goes.
+        loss: of the model in training.
+        seen, heldout: what is trained on, and what is not; None where all is trained on.
+        draw: draws a picture for each of `prompts`.
+        adapter: its options, for keeping it.
+        components: what it is on.
+    """
+
+    run: RunDirectory
+    loss: DenoisingLoss
+    seen: EncodedPictures
+    heldout: EncodedPictures | None
+    draw: Callable[[], list[Image.Image]]
+    prompts: Sequence[str]
+    adapter: AdapterOptions
+    components: dict[str, nn.Module]
+
+    def begin(self) -> None:
+        """Measure the base model, once a run."""
+        if self.run.writes and self.heldout is not None and not self.run.metrics():
+            self.run.log(0, **measured_losses(self.loss, self.heldout, self.seen))
+
+    def measure(self, step: int) -> float | None:
+        """Keep the adapter and log the losses; returns that of the held-out picture."""
+        keep_adapter(self.run, step, self.adapter, self.components)
+        if self.heldout is None:
+            return None
+        losses = measured_losses(self.loss, self.heldout, self.seen)
+        self.run.log(step, **losses)
+        return losses["heldout_loss"]
+
+    def show(self, step: int) -> None:
+        """Draw the validation prompts."""
+        keep_adapter(self.run, step, self.adapter, self.components)
+        sheet = labelled_grid([(f"step {step}", self.draw())], self.prompts)
+        self.run.save_picture(step, sheet)
