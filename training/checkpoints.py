@@ -84,6 +84,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
+def newest_step(folder: Path) -> int:
+    """The step of the newest checkpoint under `folder`, 0 where there is none."""
+    return int(list_checkpoints(folder)[-1].name.removeprefix("step-")) if list_checkpoints(folder) else 0
+
+
 def newest_intact_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint under `folder` whose files have their hashes; None where there is none.
 

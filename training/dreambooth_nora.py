@@ -13,8 +13,9 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +29,6 @@ from PIL import Image
 
 from pipelines.errors import InputError
 from pipelines.methods import method_named
-from pipelines.pictures import labelled_grid
 from pipelines.subject import adapters
 from pipelines.subject.base_model import load_base_model, model_resolution
 from pipelines.subject.batches import EncodedPictures, SubjectBatches, encode_examples
@@ -36,17 +36,23 @@ from pipelines.subject.calibration import runs_on_subject
 from pipelines.subject.captions import find_captioned
 from pipelines.subject.data import Example, Picture, load_examples
 from pipelines.subject.doctor import Report, examine
-from pipelines.subject.evaluation import mean_denoising_loss
+from pipelines.subject.evaluation import choose_heldout
 from pipelines.subject.generate import Sampling, generate
 from pipelines.subject.loss import DenoisingLoss, TrainingBatches
 from pipelines.subject.optimizers import Adam, Rates, averaged, optimised, parameter_groups
-from training.checkpoints import list_checkpoints
+from training.checkpoints import newest_step
+from training.finishing import Trained, finish
+from training.folds import leave_one_out, say_cost
 from training.loop import LoopOptions, Periodic, Trainable, train
-from training.model_card import GRID, write_model_card
 from training.options import SubjectOptions, parse_options
 from training.options.data import DataOptions
 from training.options.output import LATEST
+from training.provenance import write_provenance
+from training.resuming import check_can_resume
 from training.run import RunDirectory, write_text_atomically
+from training.stopping import exit_codes
+from training.tracking import start_tracker
+from training.watching import Watch
 
 PHOTOS = "photos.json"
 logger = get_logger(__name__)
@@ -62,7 +68,7 @@ def main(options: SubjectOptions) -> RunDirectory:
     # Text encoders that are trained no more are parameters that no gradient reaches.
     ddp = DistributedDataParallelKwargs(find_unused_parameters=options.optimisation.stop_text_encoder_training is not None)
     accelerator = Accelerator(mixed_precision=options.model.mixed_precision, kwargs_handlers=[ddp])
-    pictures = checked_pictures(options.data)
+    pictures = checked_pictures(options.data, options.optimisation.seed)
     run = open_run(options, accelerator)
     if run.writes:
         write_text_atomically(run.path / PHOTOS, json.dumps(pictures.report.to_dict(), indent=2) + "\n")
@@ -86,39 +92,50 @@ def main(options: SubjectOptions) -> RunDirectory:
         runs, seed = runs_on_subject(loss, subject, options.optimisation.seed), options.optimisation.seed
         adapters.start(options.adapter, components, runs, run.path / "calibration", seed)
 
+        write_provenance(run, options, pipeline, *([p.path for p in part] for part in (pictures.train, pictures.heldout)))
+        if pictures.folds:
+            folds = ((encode(pipeline, *fold[0], options), encode(pipeline, *fold[1], options)) for fold in pictures.each(examples))
+            prepare = partial(to_train, loss, options=options, processes=accelerator.num_processes)
+            every = options.judging.measured_every(options.optimisation.max_train_steps)
+            leave_one_out(accelerator, run, loss, folds, prepare, loop_options(options), every)
+
         run.update_status(phase="training", step=0, total=options.optimisation.max_train_steps)
         trainable = to_train(loss, subject, options, accelerator.num_processes)
-        watch = with_average(trainable, watcher(run, loss, heldout, draw, options))
-        train(accelerator, run, trainable, loop_options(options), [Periodic(options.output.validation_steps, watch)])
+        watch = Watch(run, loss, subject, heldout, draw, options.output.validation_prompt, options.adapter, components)
+        watch.begin()
+        train(accelerator, run, trainable, loop_options(options), watched(watch, trainable, options))
         if trainable.ema is not None:
             trainable.ema.copy_to(optimised(trainable.optimizer))
 
-        run.update_status(phase="exporting")
         if accelerator.is_main_process:
-            adapters.save_everywhere(pipeline, options.adapter, components, run.path, run.path.name)
-            rows = [
-                ("the subject", pictures_of(examples[: len(before)])),
-                ("before", before),
-                (f"after, {options.adapter.method}", draw()),
-            ]
-            labelled_grid(rows, options.output.validation_prompt).save(run.path / GRID)
-            trained = sum(parameter.numel() for parameter in adapters.trained_parameters(components))
-            run.update_status(trained_numbers=trained, seconds=round(time.monotonic() - began, 1))
-            write_model_card(run, options, len(examples))
+            shown = pictures_of(examples[: len(before)])
+            trained = Trained(pipeline, components, draw, shown, before, resolution, len(examples), began)
+            finish(run, trained, options)
         accelerator.wait_for_everyone()
     return run
 
 
 @dataclass(frozen=True)
 class Division:
-    """The pictures to train on, those to measure on, and what the photo doctor found in all of them."""
+    """The pictures to train on, those to measure on, and what the photo doctor found in all of them.
+
+    Args:
+        folds: places among `train` of those that are left out in turn, in short trainings before the real one.
+    """
 
     train: list[Picture]
     heldout: list[Picture]
     report: Report
+    folds: tuple[int, ...] = ()
+
+    def each(self, examples: list[Example]) -> Iterator[tuple[tuple[list[Example], list[Picture]], ...]]:
+        """For each fold what is trained on, and what is left out: examples, and pictures, of `examples` as `train` has them."""
+        for place in self.folds:
+            rest = [other for other in range(len(examples)) if other != place]
+            yield tuple(([examples[at] for at in part], [self.train[at] for at in part]) for part in (rest, [place]))
 
 
-def checked_pictures(options: DataOptions) -> Division:
+def checked_pictures(options: DataOptions, seed: int) -> Division:
     """Find the pictures and have each examined, so that what is wrong is known before anything is loaded.
 
     Raises: InputError naming the folder or file.
@@ -128,39 +145,33 @@ def checked_pictures(options: DataOptions) -> Division:
     if any(diagnosis.findings for diagnosis in report.pictures) or report.findings:
         logger.warning("What the photo doctor found:\n%s", report.in_words())
     found = [picture for picture in captioned if picture.path in report.usable]
-    heldout = [picture for picture in found if picture.path.name == options.heldout_image]
-    if options.heldout_image is not None and not heldout:
-        raise InputError(
-            f"heldout_image must be one of {', '.join(picture.path.name for picture in found)} in "
-            f"{options.instance_data_dir!r}, got {options.heldout_image!r}."
-        )
-    train_on = [picture for picture in found if picture not in heldout]
-    if not train_on:
-        raise InputError(f"{options.instance_data_dir!r} holds one picture, and it is held out. Add pictures to train on.")
-    return Division(train_on, heldout, report)
+    chosen = choose_heldout([picture.path.name for picture in found], options.heldout_image, seed)
+    if chosen.folds:
+        say_cost(len(chosen.folds))
+    train_on = [picture for place, picture in enumerate(found) if place != chosen.place]
+    heldout = [] if chosen.place is None else [found[chosen.place]]
+    return Division(train_on, heldout, report, chosen.folds)
 
 
 def open_run(options: SubjectOptions, accelerator: Accelerator) -> RunDirectory:
     """The run's directory: the one given, or a new one that all processes agree on.
 
-    Raises: InputError if it holds another run, or none to resume.
+    Raises: InputError if it holds another run, or one with other options.
     """
     subject = Path(options.data.instance_data_dir).resolve().name
     fresh = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{subject}-{options.adapter.method}"
     path = Path(broadcast_object_list([options.output.output_dir or str(fresh)])[0])
     options.output.output_dir = str(path)
-    resuming = options.output.resume_from_checkpoint == LATEST
-    checkpoints = list_checkpoints(path / "checkpoints")
-    if resuming and not checkpoints:
-        raise InputError(
-            f"There is no checkpoint in {str(path / 'checkpoints')!r} to resume from. Start without --resume_from_checkpoint."
-        )
-    if not resuming and (path / "options.json").exists():
+    if options.output.resume_from_checkpoint == LATEST:
+        check_can_resume(path, options.to_dict(), accelerator.num_processes)
+    elif (path / "options.json").exists():
         raise InputError(f"{str(path)!r} holds a run. Give another --output_dir, or go on with --resume_from_checkpoint latest.")
     accelerator.wait_for_everyone()
     run = RunDirectory.create(path, options.to_dict(), accelerator.is_main_process)
     if run.writes:
         write_text_atomically(path / "command", shlex.join(["accelerate", "launch", *sys.argv]) + "\n")
+        run.update_status(processes=accelerator.num_processes)
+    run.trackers.extend(start_tracker(options.output.report_to, path, newest_step(run.checkpoints), run.writes))
     return run
 
 
@@ -212,14 +223,18 @@ def to_train(loss: DenoisingLoss, subject: EncodedPictures, options: SubjectOpti
     return Trainable(loss, batches, optimizer, schedule, ema)
 
 
-def with_average(trainable: Trainable, action: Callable[[int], None]) -> Callable[[int], None]:
-    """`action`, done with the moving average of the trained parameters where there is one."""
+def watched(watch: Watch, trainable: Trainable, options: SubjectOptions) -> list[Periodic]:
+    """What is done now and then, with the moving average of the trained parameters where there is one."""
 
-    def act(step: int) -> None:
-        with averaged(trainable.ema, trainable.optimizer):
-            action(step)
+    def with_average(action: Callable[[int], float | None]) -> Callable[[int], float | None]:
+        def act(step: int) -> float | None:
+            with averaged(trainable.ema, trainable.optimizer):
+                return action(step)
 
-    return act
+        return act
+
+    every = options.judging.measured_every(options.optimisation.max_train_steps)
+    return [Periodic(every, with_average(watch.measure)), Periodic(options.output.validation_steps, with_average(watch.show))]
 
 
 def loop_options(options: SubjectOptions) -> LoopOptions:
@@ -232,30 +247,8 @@ def loop_options(options: SubjectOptions) -> LoopOptions:
         max_grad_norm=how.max_grad_norm,
         checkpointing_steps=out.checkpointing_steps,
         checkpoints_total_limit=out.checkpoints_total_limit,
+        dataloader_num_workers=options.data.dataloader_num_workers,
     )
-
-
-def watcher(
-    run: RunDirectory,
-    loss: DenoisingLoss,
-    heldout: EncodedPictures | None,
-    draw: Callable[[], list[Image.Image]],
-    options: SubjectOptions,
-) -> Callable[[int], None]:
-    """A function to call now and then: logs the loss on the held-out picture, and draws the validation prompts."""
-
-    def measure(step: int) -> None:
-        if heldout is not None:
-            run.log(step, heldout_loss=mean_denoising_loss(loss, heldout))
-
-    def watch(step: int) -> None:
-        measure(step)
-        rows = [(f"step {step}", draw())]
-        labelled_grid(rows, options.output.validation_prompt).save(run.samples / f"step-{step:07d}.png")
-
-    if not run.metrics():
-        measure(0)
-    return watch
 
 
 def pictures_of(examples: list[Example]) -> list[Image.Image]:
@@ -264,7 +257,5 @@ def pictures_of(examples: list[Example]) -> list[Image.Image]:
 
 
 if __name__ == "__main__":
-    try:
+    with exit_codes():
         main(parse_options(description=__doc__))
-    except InputError as error:
-        raise SystemExit(f"error: {error}") from None

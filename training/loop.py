@@ -129,6 +129,8 @@ def train(
     """
     first = _resume(accelerator, run, trainable, options)
     module, optimizer = accelerator.prepare(trainable.module, trainable.optimizer)
+    if trainable.ema is not None:
+        trainable.ema.to(accelerator.device)
     stepper = Stepper(accelerator, run, trainable, options, module, optimizer)
     if rehearsal is not None and first == 0:
         rehearsal(stepper)

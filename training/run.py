@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -67,6 +68,14 @@ class RunDirectory:
         """The fields of status.json; empty before the first update."""
         path = self.path / "status.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def is_at_work(self) -> bool:
+        """Whether the process that wrote the status last still runs."""
+        status = self.status()
+        if status.get("state") != "running" or not psutil.pid_exists(status["pid"]):
+            return False
+        # Ids are given again; start times are not.
+        return status["pid"] != os.getpid() and psutil.Process(status["pid"]).create_time() == status["pid_started"]
 
     def log(self, step: int, **values: float) -> None:
         """Append one line of `values` at `step` to metrics.jsonl."""

@@ -220,7 +220,6 @@ def test_pictures_after_training_are_those_of_the_stock_pipeline(trained, monkey
         ("broken", [], r"(?s)no picture that can be used.*broken\.png.* cannot be read"),
         ("good", ["--heldout_image", "z.png"], r"heldout_image must be one of good\.png in .*got 'z\.png'"),
         ("good", ["--heldout_image", "good.png"], r"holds one picture, and it is held out"),
-        ("good", ["--resume_from_checkpoint", "latest"], r"no checkpoint in .*to resume from"),
         ("good", ["--rank", "500"], r"r must be in .*got 500"),
         ("good", ["--pretrained_model_name_or_path", "./nowhere"], r"no model folder './nowhere'"),
     ],

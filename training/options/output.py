@@ -26,6 +26,10 @@ class OutputOptions:
     )
     validation_steps: int = field(default=200, metadata={"help": "Steps between two sets of pictures."})
 
+    report_to: Literal["tensorboard", "wandb", "none"] = field(
+        default="tensorboard", metadata={"help": "Where metrics and pictures go besides the run's directory."}
+    )
+
     _argument_group_name = "output"
 
     def __post_init__(self) -> None:

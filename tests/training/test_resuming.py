@@ -1,0 +1,76 @@
+"""Going on with a run: what may change, what may not, and the first moments of a run."""
+
+import json
+import os
+
+import pytest
+
+from pipelines.errors import InputError
+from training.resuming import check_can_resume
+from training.run import RunDirectory
+
+OPTIONS = {
+    "optimisation": {"learning_rate": 1e-3, "max_train_steps": 400, "seed": 0},
+    "data": {"instance_prompt": "a photo of sks dog", "dataloader_num_workers": 0},
+    "output": {"validation_prompt": ["a"], "checkpointing_steps": 100},
+}
+
+
+def changed(**changes):
+    return {group: {name: changes.get(name, value) for name, value in fields.items()} for group, fields in OPTIONS.items()}
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunDirectory.create(tmp_path, OPTIONS)
+
+
+def test_a_changed_option_is_refused_with_both_values(run):
+    with pytest.raises(InputError, match=r"other options.*learning_rate: 0\.001 then, 0\.002 now.*another --output_dir"):
+        check_can_resume(run.path, changed(learning_rate=2e-3), 1)
+
+
+def test_every_difference_is_shown(run):
+    with pytest.raises(InputError, match=r"instance_prompt: 'a photo of sks dog' then, 'x' now; seed: 0 then, 1 now"):
+        check_can_resume(run.path, changed(instance_prompt="x", seed=1), 1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"max_train_steps": 800}, {"dataloader_num_workers": 2}, {"validation_prompt": ["b"]}, {"checkpointing_steps": 7}, {}],
+)
+def test_steps_prompts_intervals_and_workers_may_change(run, change):
+    check_can_resume(run.path, changed(**change), 1)
+
+
+def test_options_of_a_later_version_are_no_difference(run):
+    later = changed()
+    later["data"]["new"] = True
+    check_can_resume(run.path, later, 1)
+
+
+def test_another_number_of_processes_is_refused(run):
+    run.update_status(processes=2)
+    with pytest.raises(InputError, match=r"processes: 2 then, 1 now"):
+        check_can_resume(run.path, OPTIONS, 1)
+
+
+def test_a_run_that_is_at_work_is_not_joined(run, monkeypatch):
+    run.update_status(state="running")
+    status = json.loads((run.path / "status.json").read_text())
+    (run.path / "status.json").write_text(json.dumps(status))
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    with pytest.raises(InputError, match=rf"process {status['pid']} is at work on"):
+        check_can_resume(run.path, OPTIONS, 1)
+
+
+def test_a_process_that_has_its_id_from_a_dead_one_is_not_the_run(run, monkeypatch):
+    run.update_status(state="running")
+    status = json.loads((run.path / "status.json").read_text())
+    (run.path / "status.json").write_text(json.dumps(status | {"pid_started": status["pid_started"] - 60}))
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    check_can_resume(run.path, OPTIONS, 1)
+
+
+def test_where_there_is_no_run_yet_there_is_nothing_to_differ_from(tmp_path):
+    check_can_resume(tmp_path / "new", OPTIONS, 1)
