@@ -94,7 +94,7 @@ def main(options: SubjectOptions) -> RunDirectory:
 
         write_provenance(run, options, pipeline, *([p.path for p in part] for part in (pictures.train, pictures.heldout)))
         if pictures.folds:
-            folds = ((encode(pipeline, *fold[0], options), encode(pipeline, *fold[1], options)) for fold in pictures.each(examples))
+            folds = (tuple(encode(pipeline, *part, options) for part in fold) for fold in pictures.each(examples))
             prepare = partial(to_train, loss, options=options, processes=accelerator.num_processes)
             every = options.judging.measured_every(options.optimisation.max_train_steps)
             leave_one_out(accelerator, run, loss, folds, prepare, loop_options(options), every)

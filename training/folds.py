@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
-from pipelines.subject.batches import EncodedPictures
+from pipelines.subject.encoding import EncodedPictures
 from pipelines.subject.loss import DenoisingLoss
 from pipelines.subject.optimizers import averaged
 from training.judging import FOLDS
@@ -64,12 +64,11 @@ def fold_steps(max_train_steps: int) -> int:
     return max(1, round(FOLD_SHARE * max_train_steps))
 
 
-def say_cost(folds: int, max_train_steps: int) -> None:
+def say_cost(folds: int) -> None:
     """Tell what leave-one-out costs, and how to go without."""
-    steps = fold_steps(max_train_steps)
     logger.warning(
-        f"So few pictures are each left out in turn: {folds} short trainings of {steps} steps come first, {folds * steps} steps "
-        f"in all beside the training's own {max_train_steps}. Give --heldout_image none to go without, or a picture's name."
+        f"Each of so few pictures is left out in turn: {folds} short trainings come first, which take about as long as "
+        f"{folds * FOLD_SHARE:g} whole ones. --heldout_image none goes without, a picture's name measures on that one alone."
     )
 
 

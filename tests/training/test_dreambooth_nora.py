@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 PHOTOS = ROOT.parent / "shared" / "data" / "subjects" / "robot_toy"
 PROMPT = "sks toy"
 FAST = "--rank 6 --inner_r 2 --target_modules to_v --max_train_steps 4 --train_batch_size 2 --lr_warmup_steps 1"
-FAST += " --checkpointing_steps 2 --validation_steps 2"
+FAST += " --checkpointing_steps 2 --validation_steps 2 --heldout_image none --heldout_steps 2 --no_certify"
 
 
 def flags(tiny_model, pictures_dir, folder, *more):
@@ -73,6 +73,7 @@ def test_a_run_directory_holds_everything_and_says_how_it_went(trained, method):
     run = trained("run", "--method", method, "--heldout_image", "2.png")
     files = {str(file.relative_to(run.path)) for file in run.path.rglob("*") if file.is_file()}
     expected = {"options.json", "command", "status.json", "metrics.jsonl", "README.md", "before_after.png"}
+    expected |= {"provenance.json", "suggestion.json"}
     expected |= {"samples/step-0000002.png", "samples/step-0000004.png", "diffusers/pytorch_lora_weights.safetensors"}
     expected |= {"kohya/run.safetensors", "adapter/full/unet/adapter_config.json"}
     assert expected <= files
@@ -218,7 +219,7 @@ def test_pictures_after_training_are_those_of_the_stock_pipeline(trained, monkey
     [
         ("nothing", [], r"holds no picture"),
         ("broken", [], r"(?s)no picture that can be used.*broken\.png.* cannot be read"),
-        ("good", ["--heldout_image", "z.png"], r"heldout_image must be one of good\.png in .*got 'z\.png'"),
+        ("good", ["--heldout_image", "z.png"], r"heldout_image must be auto, none, .* or one of good\.png, got 'z\.png'"),
         ("good", ["--heldout_image", "good.png"], r"holds one picture, and it is held out"),
         ("good", ["--rank", "500"], r"r must be in .*got 500"),
         ("good", ["--pretrained_model_name_or_path", "./nowhere"], r"no model folder './nowhere'"),

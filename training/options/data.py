@@ -47,8 +47,12 @@ class DataOptions:
             "built-in model knows and its default."
         },
     )
-    heldout_image: str | None = field(
-        default=None, metadata={"help": "File name of one of the pictures, left out of training to measure the loss on."}
+    heldout_image: str = field(
+        default="auto",
+        metadata={
+            "help": "What the loss is measured on: the file name of a picture that is left out of training; leave_one_out, each "
+            "in turn, in short trainings before the real one; none; or auto: one of five or more, leave_one_out of fewer."
+        },
     )
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode pictures; 0 for the main one."})
 
