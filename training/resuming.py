@@ -12,7 +12,7 @@ from training.run import RunDirectory
 
 OPTIONS = "options.json"
 # What is written and shown, how long to train, and who makes the batches.
-MAY_CHANGE_GROUPS = frozenset({"output"})
+MAY_CHANGE_GROUPS = frozenset({"output", "judging"})
 MAY_CHANGE = frozenset({"max_train_steps", "dataloader_num_workers", "sample_batch_size"})
 
 

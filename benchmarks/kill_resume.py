@@ -1,0 +1,215 @@
+"""Kill a training with SIGKILL again and again, resume it each time, and compare what it ends in with a run never interrupted.
+
+    python benchmarks/kill_resume.py --kills 50 --seed 0
+
+A third of the kills come while a checkpoint is being written, the others at a random moment of the run, its start and its
+export included. Killed processes are forked from one that has imported everything, which costs a kill seconds instead of
+minutes and makes it no softer. The run is small, on random weights: every mechanism of the trainer takes part, the sizes are
+what matters least. Ends with exit code 1 if any file of any finished run differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from training import dreambooth_nora
+from training.checkpoints import WRITING, newest_step
+from training.options import parse_options
+from training.run import RunDirectory
+
+ROOT = Path(__file__).parents[1]
+FLAGS = shlex.split("""
+--instance_prompt sks --heldout_image 3.png --random_flip --rank 4 --inner_r 2 --target_modules to_v --dropout 0.1
+--train_text_encoder --max_train_steps 24 --train_batch_size 2 --gradient_accumulation_steps 2 --lr_warmup_steps 3 --use_ema
+--checkpointing_steps 2 --checkpoints_total_limit 2 --validation_prompt sks --validation_steps 12 --heldout_steps 4
+--report_to none --certify false
+""")
+RESUME = ["--resume_from_checkpoint", "latest"]
+COMPARED = ("adapter", "adapters", "diffusers", "suggested")
+PATIENCE = 600.0
+
+
+def prepare(folder: Path) -> list[str]:
+    """A random model and four pictures under `folder`; returns the flags of the run on them."""
+    sys.path.insert(0, str(ROOT / "tests" / "nora_vision"))
+    from tiny_pipeline import tiny_pipeline
+
+    tiny_pipeline().save_pretrained(folder / "model")
+    (folder / "pictures").mkdir()
+    rng = np.random.default_rng(0)
+    for place in range(4):
+        Image.fromarray(rng.integers(0, 256, (90, 70 + 10 * place, 3), dtype=np.uint8)).save(folder / "pictures" / f"{place}.png")
+    return [
+        *("--pretrained_model_name_or_path", str(folder / "model"), "--instance_data_dir", str(folder / "pictures")),
+        *FLAGS,
+    ]
+
+
+def start(flags: Sequence[str], log: Path) -> int:
+    """Run the trainer in a process of its own, in a group of its own; returns its id."""
+    child = os.fork()
+    if child:
+        os.setpgid(child, child)
+        return child
+    code = 1
+    try:
+        os.setpgid(0, 0)
+        with log.open("a") as file:
+            for stream in (1, 2):
+                os.dup2(file.fileno(), stream)
+        dreambooth_nora.main(parse_options(flags))
+        code = 0
+    finally:
+        if code:
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+@dataclass
+class Tally:
+    """What has happened so far.
+
+    Args:
+        phases: how many kills came in each phase of the run.
+        writing: how many came while a checkpoint was being written.
+        finished: how many runs reached their end after kills.
+        different: files that differed.
+    """
+
+    phases: dict[str, int] = field(default_factory=dict)
+    writing: int = 0
+    finished: int = 0
+    different: list[str] = field(default_factory=list)
+
+    @property
+    def kills(self) -> int:
+        """All kills."""
+        return sum(self.phases.values())
+
+    def count(self, run: RunDirectory) -> None:
+        """Note what a kill has left."""
+        phase = run.status().get("phase", "starting")
+        self.phases[phase] = self.phases.get(phase, 0) + 1
+        self.writing += any(run.checkpoints.glob(f"{WRITING}*"))
+
+
+def ended(child: int) -> int | None:
+    """The exit code of a process that has ended, None for one that has not."""
+    done, status = os.waitpid(child, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if done else None
+
+
+def killed(child: int, run: RunDirectory, after: float, in_write: bool) -> bool:
+    """Kill `child` once `after` seconds have passed and, if `in_write`, a checkpoint is being written; False if it ended before.
+
+    Raises: RuntimeError if it failed by itself, or hangs.
+    """
+    began = time.monotonic()
+    while time.monotonic() - began < PATIENCE:
+        code = ended(child)
+        if code is not None:
+            if code:
+                raise RuntimeError(f"The run failed by itself with exit code {code}; see the log beside {str(run.path)!r}.")
+            return False
+        if time.monotonic() - began >= after and (not in_write or any(run.checkpoints.glob(f"{WRITING}*"))):
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            return True
+        time.sleep(0.0005 if in_write else 0.005)
+    raise RuntimeError(f"The run in {str(run.path)!r} has neither ended nor written a checkpoint in {PATIENCE:.0f} s.")
+
+
+def differences(expected: Path, found: Path) -> list[str]:
+    """The files of two runs whose bytes differ, and "metrics" if any logged value does."""
+    files = {
+        file.relative_to(folder)
+        for folder in (expected, found)
+        for part in COMPARED
+        for file in (folder / part).rglob("*.safetensors")
+    }
+    unequal = [
+        str(file)
+        for file in sorted(files)
+        if not (found / file).exists()
+        or not (expected / file).exists()
+        or (expected / file).read_bytes() != (found / file).read_bytes()
+    ]
+    curves = [
+        [{name: value for name, value in line.items() if name != "time"} for line in RunDirectory(path).metrics()]
+        for path in (expected, found)
+    ]
+    return unequal + (["metrics.jsonl"] if curves[0] != curves[1] else [])
+
+
+def torment(flags: list[str], folder: Path, seconds: float, kills: int, rng: random.Random) -> Tally:
+    """Kill runs of `flags` until there have been `kills` kills and the last run has reached its end."""
+    tally = Tally()
+    while tally.kills < kills:
+        run = RunDirectory(folder / f"run-{tally.finished}", writes=False)
+        alive = True
+        while alive:
+            child = start([*flags, "--output_dir", str(run.path), *RESUME], run.path.with_suffix(".log"))
+            if tally.kills == kills:
+                alive = killed(child, run, PATIENCE, False)
+                break
+            in_write = rng.random() < 1 / 3
+            # A run that has come far has less left to be killed in.
+            left = seconds * (1 - 0.5 * newest_step(run.checkpoints) / 24)
+            alive = killed(child, run, rng.uniform(0, left * (0.4 if in_write else 1.05)), in_write)
+            if alive:
+                tally.count(run)
+        tally.finished += 1
+        tally.different += differences(folder / "whole", run.path)
+        print(f"{tally.kills} kills, {tally.finished} runs finished, {len(tally.different)} files differ", flush=True)  # noqa: T201
+        shutil.rmtree(run.path)
+    return tally
+
+
+def main() -> None:
+    """Run the uninterrupted run, then those that are killed; print and return what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50, help="how many times to kill")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--flags", default="", help="more of the trainer's flags")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        flags = [*prepare(folder), *options.flags.split()]
+        began = time.monotonic()
+        if killed(
+            start([*flags, "--output_dir", str(folder / "whole")], folder / "whole.log"), RunDirectory(folder), PATIENCE, False
+        ):
+            raise RuntimeError("The uninterrupted run did not end.")
+        seconds = time.monotonic() - began
+        tally = torment(flags, folder, seconds, options.kills, random.Random(options.seed))
+    result = {
+        "kills": tally.kills,
+        "while writing a checkpoint": tally.writing,
+        "by phase": tally.phases,
+        "runs finished": tally.finished,
+        "seconds of the uninterrupted run": round(seconds, 1),
+        "files that differ": tally.different,
+    }
+    print(json.dumps(result, indent=2))  # noqa: T201
+    raise SystemExit(1 if tally.different else 0)
+
+
+if __name__ == "__main__":
+    main()
