@@ -18,6 +18,7 @@ from training.certificate import StockModel, certify
 from training.judging import Suggestion, adapter_at, heldout_curve, suggest, write_suggestion
 from training.model_card import GRID, write_model_card
 from training.options import SubjectOptions
+from training.publishing import assemble, push_to_hub
 from training.run import RunDirectory
 
 logger = get_logger(__name__)
@@ -55,7 +56,7 @@ def finish(run: RunDirectory, trained: Trained, options: SubjectOptions) -> None
     Raises: CertificateError if stock diffusers does not draw what the trained model draws.
     """
     run.update_status(phase="exporting")
-    adapters.save_everywhere(trained.pipeline, options.adapter, trained.components, run.path, run.path.name)
+    adapters.save_everywhere(trained.pipeline, options.adapter, trained.components, run.path, title_of(run, options))
     rows = [("the subject", trained.shown), ("before", trained.before), (f"after, {options.adapter.method}", trained.draw())]
     suggestion = suggest(heldout_curve(run), options.optimisation.max_train_steps)
     write_suggestion(run, suggestion)
@@ -70,6 +71,24 @@ def finish(run: RunDirectory, trained: Trained, options: SubjectOptions) -> None
     numbers = sum(parameter.numel() for parameter in adapters.trained_parameters(trained.components))
     run.update_status(trained_numbers=numbers, suggested_step=suggestion.step, seconds=round(time.monotonic() - trained.began, 1))
     write_model_card(run, options, trained.pictures)
+    if options.judging.private or options.judging.push_to_hub:
+        folder = assemble(run, options, trained.pictures, public_grid(rows, options))
+        if options.judging.push_to_hub:
+            run.update_status(phase="uploading")
+            run.update_status(published=push_to_hub(folder, options.judging, title_of(run, options)))
+
+
+def title_of(run: RunDirectory, options: SubjectOptions) -> str:
+    """What the exported files are called: as the run, whose name may hold the subject's."""
+    return "adapter" if options.judging.private else run.path.name
+
+
+def public_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], options: SubjectOptions) -> Image.Image:
+    """The pictures for the published card: all, or without the subject's own and the words."""
+    prompts = options.output.validation_prompt
+    if not options.judging.private:
+        return labelled_grid(rows, prompts)
+    return labelled_grid(rows[1:], [str(place + 1) for place in range(len(prompts))])
 
 
 def suggested_rows(
@@ -79,7 +98,7 @@ def suggested_rows(
     kept = adapter_at(run, suggestion.step)
     if suggestion.step == suggestion.last or not kept.is_dir():
         return []
-    pipeline, title = trained.pipeline, f"{run.path.name}-step-{suggestion.step}"
+    pipeline, title = trained.pipeline, f"{title_of(run, options)}-step-{suggestion.step}"
     adapters.load_adapter(pipeline, kept, SUGGESTED)
     pipeline.set_adapters([SUGGESTED])
     adapters.save_everywhere(pipeline, options.adapter, trained.components, run.path / SUGGESTED, title, SUGGESTED)

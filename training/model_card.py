@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import html
+import json
+import re
 from pathlib import Path
+from typing import Any
 
+from huggingface_hub import ModelCardData
+
+from pipelines.subject.base_model import is_built_in
+from training.durable import write_text_atomically
 from training.options import SubjectOptions
-from training.run import RunDirectory, write_text_atomically
+from training.run import RunDirectory
 
-GRID = "before_after.png"
+CARD, GRID = "README.md", "before_after.png"
+EXPORTED = ("adapter", "diffusers", "kohya", "suggested")
+TAGS = ("stable-diffusion-xl", "stable-diffusion-xl-diffusers", "text-to-image", "diffusers", "lora", "dreambooth")
+MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+|~-])")
 
-CARD = """---
-base_model: {model}
-tags: [stable-diffusion-xl, text-to-image, diffusers, lora, {method}, dreambooth]
-instance_prompt: "{prompt}"
+BODY = """---
+{header}
 ---
-# {prompt}
+# {title}
 
 A {method} adapter of `{model}`: {steps} steps of {batch} pictures on {pictures} pictures of the subject, learning rate {rate},
-{trained:,} trained numbers, {seconds:.0f} seconds. The resolved options are in options.json.
+{trained:,} trained numbers, {seconds:.0f} seconds.{options}
 
-![the subject, the base model's pictures and the adapted model's, for the same prompts and seeds]({grid})
-{heldout}
+![{alt}]({grid})
+{findings}
 | files | bytes |
 |---|---|
 {files}
@@ -28,38 +37,99 @@ A {method} adapter of `{model}`: {steps} steps of {batch} pictures on {pictures}
 ```python
 from diffusers import StableDiffusionXLPipeline
 
-pipe = StableDiffusionXLPipeline.from_pretrained("{model}")
+pipe = StableDiffusionXLPipeline.from_pretrained({model_literal})
 pipe.load_lora_weights("diffusers")
-pipe("{prompt} in the snow").images[0]
+pipe({prompt_literal}).images[0]
 ```
 """
 
 
 def write_model_card(run: RunDirectory, options: SubjectOptions, pictures: int) -> None:
     """Write README.md into the directory of a finished run that trained on `pictures` pictures."""
-    status = run.status()
-    losses = [line["heldout_loss"] for line in run.metrics() if "heldout_loss" in line]
-    heldout = (
-        f"\nMean denoising loss on the held-out picture: {losses[0]:.4f} before, {losses[-1]:.4f} after.\n" if losses else ""
-    )
-    files = sorted(path for folder in ("adapter", "diffusers", "kohya") for path in (run.path / folder).rglob("*.safetensors"))
-    text = CARD.format(
-        model=_portable_name(options.model.pretrained_model_name_or_path),
+    write_text_atomically(run.path / CARD, model_card(run, options, pictures))
+
+
+def model_card(run: RunDirectory, options: SubjectOptions, pictures: int, private: bool = False) -> str:
+    """The card as Markdown behind a YAML header.
+
+    Args:
+        private: without the words of prompts and the names of local files.
+    """
+    status, how = run.status(), options.optimisation
+    model = portable_name(options.model.pretrained_model_name_or_path, private)
+    prompt = "the subject" if private else options.data.instance_prompt
+    shown = "" if private else ", the subject above them"
+    return BODY.format(
+        header=card_header(options, private).to_yaml().strip(),
+        title="An adapter for one subject" if private else as_text(prompt),
         method=options.adapter.method,
-        prompt=options.data.instance_prompt,
-        steps=options.optimisation.max_train_steps,
-        batch=options.optimisation.train_batch_size * options.optimisation.gradient_accumulation_steps,
+        model=as_text(model) if "`" in model else model,
+        steps=how.max_train_steps,
+        batch=how.train_batch_size * how.gradient_accumulation_steps,
         pictures=pictures,
-        rate=options.optimisation.learning_rate,
+        rate=how.learning_rate,
         trained=status["trained_numbers"],
         seconds=status["seconds"],
+        options="" if private else " The resolved options are in options.json.",
+        alt=f"the base model's pictures and the adapted model's, for the same prompts and seeds{shown}",
         grid=GRID,
-        heldout=heldout,
-        files="\n".join(f"| {path.relative_to(run.path)} | {path.stat().st_size:,} |" for path in files),
+        findings="".join(f"\n{finding}\n" for finding in _findings(run)),
+        files="\n".join(f"| {as_text(name)} | {size:,} |" for name, size in _exported_files(run)),
+        model_literal=json.dumps(model),
+        prompt_literal=json.dumps(f"{prompt} in the snow", ensure_ascii=False),
     )
-    write_text_atomically(run.path / "README.md", text)
 
 
-def _portable_name(model: str) -> str:
-    """A folder's own name, without where it lies; a hub name as it is."""
-    return Path(model).name if Path(model).is_dir() else model
+def card_header(options: SubjectOptions, private: bool = False) -> ModelCardData:
+    """What the hub reads of a card; huggingface_hub quotes whatever words a prompt has."""
+    fields: dict[str, Any] = {"tags": [*TAGS, options.adapter.method], "library_name": "diffusers"}
+    fields |= {"pipeline_tag": "text-to-image"}
+    model = options.model.pretrained_model_name_or_path
+    if not Path(model).exists():
+        fields["base_model"] = model
+    if not private:
+        fields["instance_prompt"] = options.data.instance_prompt
+        fields["widget"] = [{"text": options.data.instance_prompt, "output": {"url": GRID}}]
+    return ModelCardData(**fields)
+
+
+def portable_name(model: str, private: bool = False) -> str:
+    """A local model's own name, without where it lies; a hub name as it is."""
+    if not Path(model).exists():
+        return model
+    return "BASE_MODEL" if private and not is_built_in(model) else Path(model).resolve().name
+
+
+def as_text(words: str) -> str:
+    """`words` as one line of Markdown that shows just them, whatever they hold."""
+    return MARKDOWN.sub(r"\\\1", html.escape(" ".join(words.split()), quote=False))
+
+
+def _findings(run: RunDirectory) -> list[str]:
+    """What the run found out of itself: held-out losses, the suggestion, its warnings, the certificate."""
+    found = []
+    losses = [line["heldout_loss"] for line in run.metrics() if "heldout_loss" in line]
+    if losses:
+        found.append(f"Mean denoising loss on the held-out picture: {losses[0]:.4f} before, {losses[-1]:.4f} after.")
+    suggestion = _read(run.path / "suggestion.json")
+    if suggestion and suggestion["curve"]:
+        found.append(f"**Suggested: step {suggestion['step']} of {suggestion['last']}.** {suggestion['why']}")
+        found += [f"> **Warning.** {warning}" for warning in suggestion["warnings"]]
+    certificate = _read(run.path / "certificate.json")
+    if certificate:
+        largest = max(certificate["largest_difference"].values())
+        found.append(
+            "Certified: stock diffusers, without this project, draws the same pictures from the diffusers and the kohya file, at "
+            f"most {largest:.2f} of 255 levels apart. The adapter changes the base model's by up to {certificate['effect']:.0f}."
+        )
+    return found
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _exported_files(run: RunDirectory) -> list[tuple[str, int]]:
+    """Name and bytes of every exported file of weights."""
+    paths = sorted(path for folder in EXPORTED for path in (run.path / folder).rglob("*.safetensors"))
+    return [(path.relative_to(run.path).as_posix(), path.stat().st_size) for path in paths]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionXLPipeline
 
+from pipelines.subject.base_model import is_built_in
 from training.durable import write_text_atomically
 from training.options import SubjectOptions
 from training.run import RunDirectory
@@ -66,17 +67,19 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 
 def model_identity(name_or_path: str, pipeline: StableDiffusionXLPipeline) -> dict[str, Any]:
-    """The base model's name, and the hash of each of its weight files.
+    """The base model's name, whether others know it by that, and the hash of each of its weight files.
 
     Those of a hub name are the files in the hub's cache that the pipeline was loaded from.
     """
     path = Path(name_or_path)
     if path.is_file():
-        return {"name": path.name, "files": {path.name: file_hash(path)}}
+        return {"name": path.name, "public": False, "files": {path.name: file_hash(path)}}
     folder = path if path.is_dir() else _cached_folder(pipeline)
     files = sorted(folder.rglob("*.safetensors")) if folder is not None else []
     name = path.resolve().name if path.is_dir() else name_or_path
-    return {"name": name, "files": {file.relative_to(folder).as_posix(): file_hash(file) for file in files}}
+    public = not path.is_dir() or is_built_in(name_or_path)
+    hashes = {file.relative_to(folder).as_posix(): file_hash(file) for file in files}
+    return {"name": name, "public": public, "files": hashes}
 
 
 def _cached_folder(pipeline: StableDiffusionXLPipeline) -> Path | None:
@@ -146,8 +149,13 @@ def write_provenance(
 
 def without_secrets(record: dict[str, Any]) -> dict[str, Any]:
     """The record as it may be published by someone who keeps captions, paths and names: hashes, versions and numbers."""
+    model = record["base_model"]
     return {
+        "base_model": {
+            "name": model["name"] if model["public"] else None,
+            "files": model["files"] if model["public"] else sorted(model["files"].values()),
+        },
         "pictures": [{"sha256": picture["sha256"]} for picture in record["pictures"]],
         "heldout": [{"sha256": picture["sha256"]} for picture in record["heldout"]],
-        **{name: record[name] for name in ("base_model", "code", "versions", "seed", "device")},
+        **{name: record[name] for name in ("code", "versions", "seed", "device")},
     }

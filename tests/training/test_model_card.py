@@ -1,0 +1,104 @@
+"""The model card: valid for any words, and true to the run."""
+
+import ast
+import json
+import re
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from training.model_card import as_text, model_card
+from training.options import parse_options
+from training.run import RunDirectory
+
+PROMPTS = [
+    "a photo of sks dog",
+    'a "quoted" dog, it\'s: #1',
+    "two\nlines\n---\nof: yaml",
+    "{braces} [list] - *stars* `ticks` \\ back & <script>alert(1)</script>",
+    "# heading\n```\nfence",
+    "été 狗 🐕",
+    "yes",
+    "null: ~",
+]
+
+
+def run_with(tmp_path):
+    run = RunDirectory.create(tmp_path / "run", {})
+    run.update_status(trained_numbers=1234, seconds=5.0)
+    run.log(0, heldout_loss=0.5)
+    run.log(4, heldout_loss=0.25)
+    for file in ("diffusers/pytorch_lora_weights.safetensors", "kohya/run.safetensors"):
+        (run.path / file).parent.mkdir()
+        (run.path / file).write_bytes(b"12345")
+    return run
+
+
+def options_for(prompt, tmp_path, *more):
+    return parse_options(["--instance_data_dir", str(tmp_path), "--instance_prompt", prompt, *more])
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_the_header_is_yaml_and_the_code_is_python_for_any_prompt(tmp_path, prompt):
+    card = model_card(run_with(tmp_path), options_for(prompt, tmp_path), pictures=3)
+    header = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", card, re.S)[1])
+    assert header["instance_prompt"] == prompt
+    assert "lora" in header["tags"]
+    assert ModelCard(card).data.instance_prompt == prompt
+    code = re.search(r"```python\n(.*?)\n```\n", card, re.S)[1]
+    literals = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+    assert f"{prompt} in the snow" in literals
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_the_title_is_one_line_without_html(tmp_path, prompt):
+    card = model_card(run_with(tmp_path), options_for(prompt, tmp_path), pictures=3)
+    body = card.split("\n---\n", 1)[1] if prompt != PROMPTS[2] else card.rsplit("\n---\n", 1)[1]
+    assert body.startswith("# ")
+    assert body.splitlines()[1] == ""
+    assert "<script>" not in body.split("```python")[0]
+
+
+def test_words_stay_readable_where_nothing_needs_escaping():
+    assert as_text("a photo of sks dog") == "a photo of sks dog"
+    assert as_text(" two\n lines") == "two lines"
+    assert as_text("*a* <b>") == r"\*a\* &lt;b&gt;"
+
+
+def test_the_card_says_what_the_run_found_out(tmp_path):
+    run = run_with(tmp_path)
+    said = {"step": 2, "last": 4, "why": "Because.", "warnings": ["Overfitting: yes."], "curve": [{"step": 0}]}
+    (run.path / "suggestion.json").write_text(json.dumps(said))
+    (run.path / "certificate.json").write_text(json.dumps({"largest_difference": {"kohya": 0.25}, "effect": 40.2}))
+    card = model_card(run, options_for("dog", tmp_path), pictures=3)
+    for expected in (
+        "0.5000 before, 0.2500 after",
+        "**Suggested: step 2 of 4.** Because.",
+        "> **Warning.** Overfitting: yes.",
+        "at most 0.25 of 255 levels",
+        "(before_after.png)",
+        "1,234 trained numbers",
+        r"| diffusers/pytorch\_lora\_weights.safetensors | 5 |",
+    ):
+        assert expected in card
+
+
+def test_a_hub_model_is_named_in_the_header_and_a_local_one_by_its_own_name_only(tmp_path):
+    run, local = run_with(tmp_path), tmp_path / "secret" / "my-model"
+    local.mkdir(parents=True)
+    hub = model_card(run, options_for("dog", tmp_path, "--pretrained_model_name_or_path", "owner/model"), 3)
+    assert ModelCard(hub).data.base_model == "owner/model"
+    card = model_card(run, options_for("dog", tmp_path, "--pretrained_model_name_or_path", str(local)), 3)
+    assert ModelCard(card).data.base_model is None
+    assert "my-model" in card
+    assert "secret" not in card
+
+
+def test_a_private_card_has_no_words_of_the_prompt_nor_a_local_models_name(tmp_path):
+    local = tmp_path / "my-model"
+    local.mkdir()
+    given = options_for("a photo of zwx dog", tmp_path, "--pretrained_model_name_or_path", str(local))
+    card = model_card(run_with(tmp_path), given, 3, private=True)
+    assert not re.search("zwx|dog|my-model", card)
+    assert "0.2500 after" in card

@@ -1,0 +1,117 @@
+"""Where a run comes from, recorded: hashes that change with what they are of."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+
+import pytest
+import torch
+from tiny_pipeline import tiny_pipeline
+
+from training.options import parse_options
+from training.provenance import (
+    code_identity,
+    command_line,
+    file_hash,
+    files_hash,
+    library_versions,
+    model_identity,
+    without_secrets,
+    write_provenance,
+)
+from training.run import RunDirectory
+
+
+def test_a_files_hash_is_sha256_however_large(tmp_path):
+    data = bytes(range(256)) * 9000
+    (tmp_path / "file").write_bytes(data)
+    assert file_hash(tmp_path / "file") == hashlib.sha256(data).hexdigest()
+
+
+def test_the_hash_of_files_depends_on_names_and_bytes_and_not_on_order_or_place(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_text(name)
+    files = [tmp_path / "a", tmp_path / "b"]
+    first = files_hash(tmp_path, files)
+    assert files_hash(tmp_path, files[::-1]) == first
+    moved = shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name}-moved")
+    assert files_hash(moved, [moved / "a", moved / "b"]) == first
+    (moved / "b").rename(moved / "c")
+    assert files_hash(moved, [moved / "a", moved / "c"]) != first
+    files[0].write_text("x")
+    assert files_hash(tmp_path, files) != first
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """A copy of nothing but three packages, in git."""
+    for package in ("nora_vision", "pipelines", "training"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "code.py").write_text("x = 1\n")
+    return tmp_path
+
+
+def test_code_is_known_by_its_commit_and_by_its_sources(sources):
+    plain = code_identity(sources)
+    assert plain["commit"] is None
+    git = ["git", "-C", str(sources), "-c", "user.name=x", "-c", "user.email=x@x"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *command], check=True)
+    committed = code_identity(sources)
+    assert (len(committed["commit"]), committed["changed"]) == (40, False)
+    assert committed["sources_sha256"] == plain["sources_sha256"]
+    (sources / "training" / "code.py").write_text("x = 2\n")
+    changed = code_identity(sources)
+    assert changed["changed"]
+    assert changed["sources_sha256"] != plain["sources_sha256"]
+
+
+def test_the_base_model_is_known_by_each_of_its_weight_files(tiny_model, tmp_path):
+    found = model_identity(str(tiny_model), tiny_pipeline())
+    assert set(found["files"]) == {path.relative_to(tiny_model).as_posix() for path in tiny_model.rglob("*.safetensors")}
+    assert not found["public"]
+    unet = "unet/diffusion_pytorch_model.safetensors"
+    assert found["files"][unet] == file_hash(tiny_model / unet)
+    single = model_identity(str(tiny_model / unet), tiny_pipeline())
+    assert list(single["files"].values()) == [found["files"][unet]]
+
+
+def test_a_hub_models_files_are_those_of_the_cache_it_was_loaded_from(tiny_model):
+    pipe = tiny_pipeline()
+    pipe.unet.register_to_config(_name_or_path=str(tiny_model / "unet"))
+    found = model_identity("owner/model", pipe)
+    assert (found["name"], found["public"]) == ("owner/model", True)
+    assert found["files"] == model_identity(str(tiny_model), pipe)["files"]
+
+
+@pytest.mark.parametrize("given", [["--hub_token", "hf_abc"], ["--hub_token=hf_abc"]])
+def test_the_hubs_token_is_not_written_down(given):
+    shown = command_line(["train.py", *given, "--seed", "3"])
+    assert "hf_abc" not in shown
+    assert shown.startswith("train.py --hub_token")
+    assert shown.endswith("--seed 3")
+
+
+def test_versions_name_what_numbers_depend_on():
+    found = library_versions()
+    assert torch.__version__.startswith(found["torch"])
+    assert {"python", "diffusers", "peft", "transformers"} <= {name for name, value in found.items() if value}
+
+
+def test_the_record_holds_all_and_its_published_form_no_names(tiny_model, pictures_dir, tmp_path):
+    paths = sorted(pictures_dir.iterdir())
+    run = RunDirectory.create(tmp_path / "run", {})
+    options = parse_options(
+        ["--instance_data_dir", str(pictures_dir), "--instance_prompt", "zwx", "--pretrained_model_name_or_path", str(tiny_model)]
+    )
+    write_provenance(run, options, tiny_pipeline(), paths[1:], paths[:1])
+    record = json.loads((run.path / "provenance.json").read_text())
+    assert [picture["sha256"] for picture in record["pictures"]] == [file_hash(path) for path in paths[1:]]
+    assert record["heldout"][0]["file"] == str(paths[0])
+    assert record["options"]["data"]["instance_prompt"] == "zwx"
+    assert record["device"]["type"] == "cpu"
+    public = json.dumps(without_secrets(record))
+    assert not any(secret in public for secret in ("zwx", pictures_dir.name, tiny_model.name, ".png"))
+    assert record["code"]["sources_sha256"] in public
+    assert all(picture["sha256"] in public for picture in record["pictures"])
