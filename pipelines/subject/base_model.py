@@ -8,15 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from pipelines.errors import InputError
+from pipelines.subject.quantization import quantize_linear_layers
 
 ASSETS = Path(__file__).parents[2] / "assets"
 BUILT_IN_MODEL = ASSETS / "mini-sdxl"
 PIPELINE_CLASS = "StableDiffusionXLPipeline"
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+# Of the UNet, both text encoders and the autoencoder in one file, as Stability's own code names them.
+SDXL_PREFIXES = ("model.diffusion_model.", "conditioner.embedders.0.", "conditioner.embedders.1.", "first_stage_model.")
 
 
 @dataclass(frozen=True)
@@ -38,30 +43,91 @@ def is_built_in(name_or_path: str) -> bool:
 
 
 def load_base_model(
-    name_or_path: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", variant: str | None = None
+    name_or_path: str,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    variant: str | None = None,
+    revision: str | None = None,
+    vae: str | None = None,
+    single_file_config: str | None = None,
+    quantize: str | None = None,
 ) -> StableDiffusionXLPipeline:
-    """Load an SDXL pipeline, frozen and in evaluation mode, from a hub name or a folder; safetensors only.
+    """Load an SDXL pipeline, frozen and in evaluation mode, from a hub name, a folder or one file; safetensors only.
 
     Args:
         variant: as in `diffusers`, such as "fp16" for a folder of files named `*.fp16.safetensors`.
+        revision: branch, tag or commit of a hub name.
+        vae: hub name or folder of another autoencoder.
+        single_file_config: for one file, hub name or folder of a model with the same configuration and tokenizers; SDXL's own
+            on the hub where None.
+        quantize: "nf4" to keep the UNet's linear layers in 4 bits a number  [QLoRA, Dettmers et al. 2023].
     Raises: InputError naming the model if it cannot be found or is no SDXL.
     """
-    if Path(name_or_path).exists():
-        _check_folder(Path(name_or_path))
-    elif name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
-        raise InputError(
-            f"There is no model folder {name_or_path!r}. Give a folder with a model_index.json, or a hub name such as "
-            "'owner/model'."
-        )
+    parts = {} if vae is None else {"vae": load_autoencoder(vae, dtype)}
+    path = Path(name_or_path)
     try:
-        pipeline = StableDiffusionXLPipeline.from_pretrained(name_or_path, dtype=dtype, use_safetensors=True, variant=variant)
+        if path.is_file():
+            _check_single_file(path)
+            # SDXL's own configuration is found by the file's tensors.
+            config = {} if single_file_config is None else {"config": single_file_config}
+            pipeline = StableDiffusionXLPipeline.from_single_file(name_or_path, torch_dtype=dtype, **config, **parts)
+        else:
+            _check_folder_or_hub_name(name_or_path)
+            pipeline = StableDiffusionXLPipeline.from_pretrained(
+                name_or_path, dtype=dtype, use_safetensors=True, variant=variant, revision=revision, **parts
+            )
     except OSError as error:
         raise InputError(f"The model {name_or_path!r} could not be loaded: {error}") from error
+    if quantize is not None:
+        quantize_linear_layers(pipeline.unet, quantize, dtype)
     pipeline.to(device)
     for component in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         component.requires_grad_(False).eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def load_autoencoder(name_or_path: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
+    """Load an autoencoder from a hub name or a folder of its own; safetensors only.
+
+    Raises: InputError naming it if there is none.
+    """
+    try:
+        return AutoencoderKL.from_pretrained(name_or_path, torch_dtype=dtype, use_safetensors=True)
+    except OSError as error:
+        raise InputError(
+            f"The autoencoder {name_or_path!r} could not be loaded: {error} Give the hub name or folder of an AutoencoderKL."
+        ) from error
+
+
+def _check_folder_or_hub_name(name_or_path: str) -> None:
+    if Path(name_or_path).exists():
+        _check_folder(Path(name_or_path))
+    elif name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")) or name_or_path.endswith(PICKLES):
+        raise InputError(
+            f"There is no model {name_or_path!r}. Give a folder with a model_index.json, a .safetensors file, or a hub name "
+            "such as 'owner/model'."
+        )
+
+
+def _check_single_file(path: Path) -> None:
+    """Check that `path` is a whole SDXL in one file, by the names of its tensors; nothing is unpickled."""
+    if path.suffix != ".safetensors":
+        raise InputError(
+            f"{str(path)!r} must be a .safetensors file: others, such as .ckpt, can run programs when they are read. Convert it, "
+            "or get the model as .safetensors."
+        )
+    try:
+        with safe_open(path, "pt") as tensors:
+            names = tuple(tensors.keys())
+    except SafetensorError as error:
+        raise InputError(f"{str(path)!r} is no .safetensors file, or a damaged one: {error}. Get it again.") from error
+    missing = [prefix for prefix in SDXL_PREFIXES if not any(name.startswith(prefix) for name in names)]
+    if missing:
+        raise InputError(
+            f"{str(path)!r} is no whole SDXL: it holds no tensor of {', '.join(missing)}. Only SDXL models are adapted here, and "
+            "a LoRA file is none."
+        )
 
 
 def _check_folder(folder: Path) -> None:

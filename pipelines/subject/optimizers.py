@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +11,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from pipelines.errors import InputError
+from pipelines.packages import installed
 
 OPTIMIZERS = ("adamw", "prodigy")
 # Prodigy finds the size of its steps itself; its rate is a factor on that.
@@ -82,16 +80,6 @@ class Adam:
         if self.eight_bit:
             return installed("bitsandbytes", "--use_8bit_adam").optim.AdamW8bit(groups, **shared)
         return torch.optim.AdamW(groups, **shared)
-
-
-def installed(package: str, flag: str) -> Any:
-    """The module `package`, which `flag` needs.
-
-    Raises: InputError saying how to install it where it is missing.
-    """
-    if importlib.util.find_spec(package) is None:
-        raise InputError(f"{flag} needs the package {package}, which is not installed. Install it: pip install {package}")
-    return importlib.import_module(package)
 
 
 def optimised(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -5,7 +5,10 @@ import shutil
 
 import pytest
 import torch
-from tiny_pipeline import tiny_pipeline
+from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import save_file
+from single_file import save_single_file
+from tiny_pipeline import picture, tiny_pipeline
 
 from pipelines.errors import InputError
 from pipelines.subject.base_model import encode_pictures, encode_prompts, is_built_in, load_base_model, model_resolution
@@ -76,7 +79,7 @@ def test_a_variant_of_half_precision_files_loads(tmp_path):
 
 
 def test_a_missing_folder_is_named():
-    with pytest.raises(InputError, match=r"no model folder './nowhere'.*model_index\.json"):
+    with pytest.raises(InputError, match=r"no model './nowhere'.*model_index\.json"):
         load_base_model("./nowhere")
 
 
@@ -100,6 +103,57 @@ def test_a_model_with_files_missing_is_named(tiny_model, tmp_path):
     (broken / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(InputError, match=r"broken.*could not be loaded"):
         load_base_model(str(broken))
+
+
+def test_a_model_in_one_file_makes_the_pictures_of_its_folder(tiny_model, tmp_path):
+    save_single_file(tiny_pipeline(), tmp_path / "model.safetensors")
+    pipe = load_base_model(str(tmp_path / "model.safetensors"), single_file_config=str(tiny_model))
+    torch.testing.assert_close(picture(pipe), picture(tiny_pipeline()))
+
+
+def test_a_file_that_could_run_programs_is_refused_unread(tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(b"")
+    with pytest.raises(InputError, match=r"model\.ckpt' must be a \.safetensors file.*run programs"):
+        load_base_model(str(tmp_path / "model.ckpt"))
+
+
+def test_a_file_with_something_else_in_it_is_refused_with_what_is_missing(tmp_path):
+    save_file({"lora_unet_input_blocks.lora_down.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
+    with pytest.raises(InputError, match=r"lora\.safetensors' is no whole SDXL.*model\.diffusion_model\..*a LoRA file is none"):
+        load_base_model(str(tmp_path / "lora.safetensors"))
+    (tmp_path / "damaged.safetensors").write_bytes(b"12345678901")
+    with pytest.raises(InputError, match=r"damaged\.safetensors' is no \.safetensors file, or a damaged one"):
+        load_base_model(str(tmp_path / "damaged.safetensors"))
+
+
+@pytest.mark.parametrize("single_file", [False, True])
+def test_another_autoencoder_takes_the_place_of_the_models_own(tiny_model, tmp_path, single_file):
+    other = tiny_pipeline(seed=1).vae
+    other.save_pretrained(tmp_path / "vae")
+    save_single_file(tiny_pipeline(), tmp_path / "model.safetensors")
+    model = str(tmp_path / "model.safetensors") if single_file else str(tiny_model)
+    pipe = load_base_model(model, torch.bfloat16, vae=str(tmp_path / "vae"), single_file_config=str(tiny_model))
+    assert pipe.vae.dtype == torch.bfloat16
+    assert torch.equal(pipe.vae.quant_conv.weight, other.quant_conv.weight.bfloat16())
+    assert torch.equal(pipe.unet.conv_in.weight, tiny_pipeline().unet.conv_in.weight.bfloat16())
+
+
+def test_an_autoencoder_that_is_not_there_is_named(tiny_model, tmp_path):
+    with pytest.raises(InputError, match=r"(?s)autoencoder '.*nowhere' could not be loaded.*AutoencoderKL"):
+        load_base_model(str(tiny_model), vae=str(tmp_path / "nowhere"))
+
+
+def test_the_revision_reaches_the_hub(monkeypatch):
+    asked = {}
+
+    def from_pretrained(name, **arguments):
+        asked.update(arguments, name=name)
+        raise OSError("offline")
+
+    monkeypatch.setattr(StableDiffusionXLPipeline, "from_pretrained", from_pretrained)
+    with pytest.raises(InputError, match=r"'owner/model' could not be loaded: offline"):
+        load_base_model("owner/model", revision="v2", variant="fp16")
+    assert (asked["name"], asked["revision"], asked["variant"], asked["use_safetensors"]) == ("owner/model", "v2", "fp16", True)
 
 
 def test_only_the_models_own_folder_is_the_built_in_one(tiny_model):

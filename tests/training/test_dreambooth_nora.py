@@ -222,7 +222,7 @@ def test_pictures_after_training_are_those_of_the_stock_pipeline(trained, monkey
         ("good", ["--heldout_image", "z.png"], r"heldout_image must be auto, none, .* or one of good\.png, got 'z\.png'"),
         ("good", ["--heldout_image", "good.png"], r"holds one picture, and it is held out"),
         ("good", ["--rank", "500"], r"r must be in .*got 500"),
-        ("good", ["--pretrained_model_name_or_path", "./nowhere"], r"no model folder './nowhere'"),
+        ("good", ["--pretrained_model_name_or_path", "./nowhere"], r"no model './nowhere'"),
     ],
 )
 def test_bad_input_is_named_before_training(tiny_model, tmp_path, prepare, more, message):

@@ -14,9 +14,25 @@ class ModelOptions:
     """The base model and how it is computed."""
 
     pretrained_model_name_or_path: str = field(
-        default=str(BUILT_IN_MODEL), metadata={"help": "SDXL base model: a hub name or a folder. The built-in one unless said."}
+        default=str(BUILT_IN_MODEL),
+        metadata={"help": "SDXL base model: a hub name, a folder or a .safetensors file. The built-in one unless said."},
     )
+    pretrained_vae_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub name or folder of another autoencoder, such as one made for fp16."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a base model with a hub name."})
     variant: str | None = field(default=None, metadata={"help": "Variant of the model's files, such as fp16."})
+    single_file_config: str | None = field(
+        default=None,
+        metadata={
+            "help": "For a base model in one file: hub name or folder of a model with the same configuration and tokenizers; "
+            "SDXL's own on the hub unless said."
+        },
+    )
+    quantize: Literal["nf4"] | None = field(
+        default=None,
+        metadata={"help": "nf4 keeps the UNet's linear layers in 4 bits a number (pip install bitsandbytes), as QLoRA does."},
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
         default=None, metadata={"help": "Precision of the frozen weights; what accelerate is configured for unless said."}
     )
@@ -29,3 +45,14 @@ class ModelOptions:
     def __post_init__(self) -> None:
         if not self.pretrained_model_name_or_path:
             raise InputError("pretrained_model_name_or_path must be a hub name or a folder, got nothing.")
+
+    @property
+    def source(self) -> dict[str, str | None]:
+        """Where the model's parts come from and how they are kept: arguments of `load_base_model` beside its name."""
+        return {
+            "variant": self.variant,
+            "revision": self.revision,
+            "vae": self.pretrained_vae_model_name_or_path,
+            "single_file_config": self.single_file_config,
+            "quantize": self.quantize,
+        }
