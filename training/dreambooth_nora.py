@@ -13,8 +13,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -31,22 +30,20 @@ from pipelines.errors import InputError
 from pipelines.methods import method_named
 from pipelines.subject import adapters
 from pipelines.subject.base_model import load_base_model, model_resolution
-from pipelines.subject.batches import EncodedPictures, SubjectBatches, encode_examples
+from pipelines.subject.batches import SubjectBatches
 from pipelines.subject.calibration import runs_on_subject
-from pipelines.subject.captions import find_captioned
-from pipelines.subject.data import Example, Picture, load_examples
-from pipelines.subject.doctor import Report, examine
-from pipelines.subject.evaluation import choose_heldout
+from pipelines.subject.data import Example, load_examples
+from pipelines.subject.encoding import EncodedPictures
 from pipelines.subject.generate import Sampling, generate
 from pipelines.subject.loss import DenoisingLoss, TrainingBatches
 from pipelines.subject.optimizers import Adam, Rates, averaged, optimised, parameter_groups
 from training.checkpoints import newest_step
 from training.finishing import Trained, finish
-from training.folds import leave_one_out, say_cost
+from training.folds import leave_one_out
 from training.loop import LoopOptions, Periodic, Trainable, train
 from training.options import SubjectOptions, parse_options
-from training.options.data import DataOptions
 from training.options.output import LATEST
+from training.preparing import checked_pictures, prepare
 from training.provenance import write_provenance
 from training.resuming import check_can_resume
 from training.run import RunDirectory, write_text_atomically
@@ -75,14 +72,11 @@ def main(options: SubjectOptions) -> RunDirectory:
     with run.recording():
         run.update_status(phase="loading")
         model, dtype = options.model, WEIGHT_DTYPES[accelerator.mixed_precision]
-        pipeline = load_base_model(model.pretrained_model_name_or_path, dtype, accelerator.device, model.variant)
+        load = partial(load_base_model, model.pretrained_model_name_or_path, device=accelerator.device, **model.source)
+        pipeline = load(dtype)
         resolution = options.data.resolution or model_resolution(pipeline)
-        examples, heldout_examples = (
-            load_examples([picture.path for picture in part], resolution, options.data.size_conditioning)
-            for part in (pictures.train, pictures.heldout)
-        )
-        subject = encode(pipeline, examples, pictures.train, options)
-        heldout = encode(pipeline, heldout_examples, pictures.heldout, options)
+        encoded = prepare(pipeline, load, pictures, options, Sampling(resolution=resolution), run, accelerator)
+        subject = encoded.subject
         draw = sampler(pipeline, options, resolution)
         before = draw()
 
@@ -94,63 +88,25 @@ def main(options: SubjectOptions) -> RunDirectory:
 
         write_provenance(run, options, pipeline, *([p.path for p in part] for part in (pictures.train, pictures.heldout)))
         if pictures.folds:
-            folds = (tuple(encode(pipeline, *part, options) for part in fold) for fold in pictures.each(examples))
-            prepare = partial(to_train, loss, options=options, processes=accelerator.num_processes)
+            folds = encoded.folds(pictures.folds)
+            on = partial(to_train, loss, encoded.class_pictures, options=options, processes=accelerator.num_processes)
             every = options.judging.measured_every(options.optimisation.max_train_steps)
-            leave_one_out(accelerator, run, loss, folds, prepare, loop_options(options), every)
+            leave_one_out(accelerator, run, loss, folds, on, loop_options(options), every)
 
         run.update_status(phase="training", step=0, total=options.optimisation.max_train_steps)
-        trainable = to_train(loss, subject, options, accelerator.num_processes)
-        watch = Watch(run, loss, subject, heldout, draw, options.output.validation_prompt, options.adapter, components)
+        trainable = to_train(loss, encoded.class_pictures, subject, options, accelerator.num_processes)
+        watch = Watch(run, loss, subject, encoded.heldout, draw, options.output.validation_prompt, options.adapter, components)
         watch.begin()
         train(accelerator, run, trainable, loop_options(options), watched(watch, trainable, options))
         if trainable.ema is not None:
             trainable.ema.copy_to(optimised(trainable.optimizer))
 
         if accelerator.is_main_process:
-            shown = pictures_of(examples[: len(before)])
-            trained = Trained(pipeline, components, draw, shown, before, resolution, len(examples), began)
+            shown = pictures_of(load_examples([picture.path for picture in pictures.train[: len(before)]], resolution))
+            trained = Trained(pipeline, components, draw, shown, before, resolution, len(subject), began)
             finish(run, trained, options)
         accelerator.wait_for_everyone()
     return run
-
-
-@dataclass(frozen=True)
-class Division:
-    """The pictures to train on, those to measure on, and what the photo doctor found in all of them.
-
-    Args:
-        folds: places among `train` of those that are left out in turn, in short trainings before the real one.
-    """
-
-    train: list[Picture]
-    heldout: list[Picture]
-    report: Report
-    folds: tuple[int, ...] = ()
-
-    def each(self, examples: list[Example]) -> Iterator[tuple[tuple[list[Example], list[Picture]], ...]]:
-        """For each fold what is trained on, and what is left out: examples, and pictures, of `examples` as `train` has them."""
-        for place in self.folds:
-            rest = [other for other in range(len(examples)) if other != place]
-            yield tuple(([examples[at] for at in part], [self.train[at] for at in part]) for part in (rest, [place]))
-
-
-def checked_pictures(options: DataOptions, seed: int) -> Division:
-    """Find the pictures and have each examined, so that what is wrong is known before anything is loaded.
-
-    Raises: InputError naming the folder or file.
-    """
-    report = examine(options.instance_data_dir, options.resolution, options.dataloader_num_workers)
-    captioned = find_captioned(options.instance_data_dir, options.instance_prompt)
-    if any(diagnosis.findings for diagnosis in report.pictures) or report.findings:
-        logger.warning("What the photo doctor found:\n%s", report.in_words())
-    found = [picture for picture in captioned if picture.path in report.usable]
-    chosen = choose_heldout([picture.path.name for picture in found], options.heldout_image, seed)
-    if chosen.folds:
-        say_cost(len(chosen.folds))
-    train_on = [picture for place, picture in enumerate(found) if place != chosen.place]
-    heldout = [] if chosen.place is None else [found[chosen.place]]
-    return Division(train_on, heldout, report, chosen.folds)
 
 
 def open_run(options: SubjectOptions, accelerator: Accelerator) -> RunDirectory:
@@ -175,16 +131,6 @@ def open_run(options: SubjectOptions, accelerator: Accelerator) -> RunDirectory:
     return run
 
 
-def encode(
-    pipeline: StableDiffusionXLPipeline, examples: list[Example], pictures: list[Picture], options: SubjectOptions
-) -> EncodedPictures | None:
-    """The examples with their prompts, encoded once for the whole training; None where there are none."""
-    if not examples:
-        return None
-    prompts = [picture.prompt for picture in pictures]
-    return encode_examples(pipeline, examples, prompts, options.data.random_flip)
-
-
 def sampler(pipeline: StableDiffusionXLPipeline, options: SubjectOptions, resolution: int) -> Callable[[], list[Image.Image]]:
     """A function that draws the validation prompts, from the same noise each time."""
     prompts = options.output.validation_prompt
@@ -199,13 +145,27 @@ def sampler(pipeline: StableDiffusionXLPipeline, options: SubjectOptions, resolu
     return draw
 
 
-def to_train(loss: DenoisingLoss, subject: EncodedPictures, options: SubjectOptions, processes: int) -> Trainable:
+def to_train(
+    loss: DenoisingLoss,
+    class_pictures: EncodedPictures | None,
+    subject: EncodedPictures,
+    options: SubjectOptions,
+    processes: int,
+) -> Trainable:
     """The loss, its batches, the optimiser over the adapter's parameters, its schedule, and their moving average."""
     how, method = options.optimisation, method_named(options.adapter.method)
     if options.model.gradient_checkpointing:
         loss.unet.enable_gradient_checkpointing()
     size = how.train_batch_size * processes
-    batches = SubjectBatches(subject, options.adapter.train_text_encoder, size, loss.num_timesteps, how.seed)
+    batches = SubjectBatches(
+        subject,
+        options.adapter.train_text_encoder,
+        size,
+        loss.num_timesteps,
+        how.seed,
+        class_pictures,
+        options.data.prior_loss_weight,
+    )
     batches = TrainingBatches(batches, how.seed, how.noise_offset, how.text_encoder_batches)
     rates = Rates(how.learning_rate, how.text_encoder_lr, how.lora_plus_ratio, method.b_like)
     betas, kind = (how.adam_beta1, how.adam_beta2), how.optimizer.lower()

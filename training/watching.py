@@ -10,7 +10,7 @@ from torch import nn
 
 from pipelines.methods import AdapterOptions
 from pipelines.pictures import labelled_grid
-from pipelines.subject.batches import EncodedPictures
+from pipelines.subject.encoding import EncodedPictures
 from pipelines.subject.evaluation import mean_denoising_loss
 from pipelines.subject.loss import DenoisingLoss
 from training.judging import keep_adapter

@@ -4,65 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from diffusers import StableDiffusionXLPipeline
 
 from pipelines.randomness import keyed_generator
-from pipelines.subject.base_model import PromptEmbeddings, encode_pictures, encode_prompts, tokenize
-from pipelines.subject.data import Example
+from pipelines.subject.buckets import BucketOrder
+from pipelines.subject.encoding import EncodedPictures
 
-
-@dataclass(frozen=True)
-class EncodedPictures:
-    """Pictures of a subject with their prompts, as the UNet takes them.
-
-    Args:
-        latents: (pictures, variants, 2, channels, height, width): scaled means and deviations of each picture and, where
-            pictures are mirrored, of its mirror image.
-        time_ids: (pictures, 6), as in `Example`.
-        tokens: (pictures, encoders, tokens) int64.
-        prompts: the same, encoded by the base model.
-    """
-
-    latents: torch.Tensor
-    time_ids: torch.Tensor
-    tokens: torch.Tensor
-    prompts: PromptEmbeddings
-
-    @property
-    def means(self) -> torch.Tensor:
-        """(pictures, channels, height, width): the mean latents, not mirrored."""
-        return self.latents[:, 0, 0]
-
-
-def encode_examples(
-    pipeline: StableDiffusionXLPipeline, examples: Sequence[Example], prompts: Sequence[str], mirror: bool = False
-) -> EncodedPictures:
-    """Encode pictures and their prompts once, for a whole training."""
-    variants = [torch.stack([example.pixels for example in examples])]
-    if mirror:
-        # The crop is central, so that a mirrored picture has the same time_ids.
-        variants.append(variants[0].flip(-1))
-    latents = torch.stack([encode_pictures(pipeline, pixels) for pixels in variants], dim=1)
-    time_ids = torch.stack([example.time_ids for example in examples]).to(latents.device)
-    tokens = tokenize((pipeline.tokenizer, pipeline.tokenizer_2), prompts).to(latents.device)
-    return EncodedPictures(latents, time_ids, tokens.transpose(0, 1), encode_prompts(pipeline, prompts))
+CLASS_STREAM = 7
 
 
 @dataclass(frozen=True)
 class SubjectBatches:
-    """Draws batches of pictures, noise and timesteps.
+    """Draws batches of pictures of one size, noise and timesteps, all on the CPU.
 
-    Each picture comes once in every round of all pictures, in a new order each time; the timesteps of a batch are
-    spread evenly over the noise levels.
+    With pictures of the subject's class, for prior preservation, a batch holds one of them after each of the subject's, so
+    that every process gets pairs; the mean of the weighted losses is then the mean over the subject's pictures plus
+    `prior_loss_weight` times the mean over those of its class.  [Ruiz et al. 2023, eq. 2]
 
     Args:
-        pictures: what to draw from.
+        pictures: of the subject, or of several.
         encode_in_loss: hand out tokens rather than encoded prompts, for text encoders that are trained.
-        batch_size: pictures in a batch, over all processes.
+        batch_size: pictures of the subject in a batch, over all processes.
         num_timesteps: of the model's noise schedule.
         seed: of all that is drawn.
+        class_pictures: pictures of the class, some in each size that the subject's have; None for no prior preservation.
+        prior_loss_weight: how much they count.
     """
 
     pictures: EncodedPictures
@@ -70,31 +38,49 @@ class SubjectBatches:
     batch_size: int
     num_timesteps: int
     seed: int
+    class_pictures: EncodedPictures | None = None
+    prior_loss_weight: float = 1.0
 
-    def chosen(self, index: int) -> torch.Tensor:
-        """Which pictures the `index`-th batch holds: (batch_size,) int64."""
-        count = len(self.pictures.latents)
-        places = torch.arange(index * self.batch_size, (index + 1) * self.batch_size)
-        rounds = places // count
-        orders = {turn: torch.randperm(count, generator=keyed_generator(self.seed, 0, turn)) for turn in rounds.unique().tolist()}
-        return torch.stack([orders[turn][place] for turn, place in zip(rounds.tolist(), (places % count).tolist(), strict=True)])
+    @cached_property
+    def _order(self) -> BucketOrder:
+        return BucketOrder(self.pictures.buckets(), self.batch_size, self.seed)
+
+    @cached_property
+    def _class_order(self) -> BucketOrder:
+        buckets = self.class_pictures.buckets(sorted(set(self.pictures.sizes)))
+        return BucketOrder(buckets, self.batch_size, self.seed, CLASS_STREAM)
+
+    def chosen(self, index: int) -> list[int]:
+        """Which pictures of the subject the `index`-th batch holds."""
+        return self._order.chosen(*self._order.of_batch(index))
 
     def __call__(self, index: int) -> dict[str, torch.Tensor]:
         """The `index`-th batch, as keyword arguments of `DenoisingLoss`."""
         generator = keyed_generator(self.seed, 1, index)
-        pictures, chosen = self.pictures, self.chosen(index)
-        variants = torch.randint(pictures.latents.shape[1], (self.batch_size,), generator=generator)
-        mean, deviation = pictures.latents[chosen, variants].unbind(1)
-        spread, noise = torch.randn((2, *mean.shape), generator=generator).to(mean.device)
+        bucket, before = self._order.of_batch(index)
+        batch = self._drawn(self.pictures, self._order.chosen(bucket, before), generator)
+        if self.class_pictures is None:
+            return batch
+        others = self._drawn(self.class_pictures, self._class_order.chosen(bucket, before), generator)
+        pairs = {name: torch.stack([values, others[name]], dim=1).flatten(0, 1) for name, values in batch.items()}
+        # Twice, since the mean is over twice as many losses.
+        return pairs | {"weights": torch.tensor([2.0, 2.0 * self.prior_loss_weight]).repeat(self.batch_size)}
+
+    def _drawn(self, pictures: EncodedPictures, places: Sequence[int], generator: torch.Generator) -> dict[str, torch.Tensor]:
+        variants = torch.randint(pictures.variants, (len(places),), generator=generator)
+        shown = [pictures.read(place, variant) for place, variant in zip(places, variants.tolist(), strict=True)]
+        mean, deviation = torch.stack([moments for moments, _ in shown]).unbind(1)
+        spread, noise = torch.randn((2, *mean.shape), generator=generator)
         batch = {
             "latents": mean + deviation * spread,
             "noise": noise,
-            "timesteps": stratified_timesteps(self.batch_size, self.num_timesteps, generator),
-            "time_ids": pictures.time_ids[chosen],
+            "timesteps": stratified_timesteps(len(places), self.num_timesteps, generator),
+            "time_ids": torch.stack([time_ids for _, time_ids in shown]),
         }
+        prompts = pictures.prompt_of[list(places)]
         if self.encode_in_loss:
-            return batch | {"tokens": pictures.tokens[chosen]}
-        return batch | {"hidden": pictures.prompts.hidden[chosen], "pooled": pictures.prompts.pooled[chosen]}
+            return batch | {"tokens": pictures.tokens[prompts]}
+        return batch | {"hidden": pictures.prompts.hidden[prompts], "pooled": pictures.prompts.pooled[prompts]}
 
 
 def stratified_timesteps(count: int, num_timesteps: int, generator: torch.Generator) -> torch.Tensor:

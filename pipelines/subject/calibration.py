@@ -9,7 +9,8 @@ import torch
 
 from pipelines.randomness import keyed_generator
 from pipelines.subject.base_model import PromptEmbeddings
-from pipelines.subject.batches import EncodedPictures, stratified_timesteps
+from pipelines.subject.batches import stratified_timesteps
+from pipelines.subject.encoding import EncodedPictures
 from pipelines.subject.loss import DenoisingLoss
 
 TIMESTEPS_PER_PICTURE = 8
@@ -24,22 +25,23 @@ def runs_on_subject(loss: DenoisingLoss, pictures: EncodedPictures, seed: int) -
         loss: holds the components.
         seed: of the noise.
     """
-    latents, prompts = pictures.means, pictures.prompts
+    device, prompts = loss.unet.device, pictures.prompts
 
     def run_unet() -> None:
-        for place in range(len(latents)):
+        for place in range(len(pictures)):
             generator = keyed_generator(seed, 3, place)
-            count = TIMESTEPS_PER_PICTURE
-            timesteps = stratified_timesteps(count, loss.num_timesteps, generator).to(latents.device)
-            noise = torch.randn((count, *latents.shape[1:]), generator=generator).to(latents.device)
-            shown = latents[place].expand(noise.shape)
+            count, mean = TIMESTEPS_PER_PICTURE, pictures.mean(place)
+            timesteps = stratified_timesteps(count, loss.num_timesteps, generator)
+            noise = torch.randn((count, *mean.shape), generator=generator)
+            prompt = int(pictures.prompt_of[place])
             alike = PromptEmbeddings(
-                *(values[place].expand(count, *values.shape[1:]) for values in (prompts.hidden, prompts.pooled))
+                *(values[prompt].expand(count, *values.shape[1:]).to(device) for values in (prompts.hidden, prompts.pooled))
             )
-            loss.predict(shown, noise, timesteps, pictures.time_ids[place].expand(count, 6), alike)
+            shown = (mean.expand(noise.shape), noise, timesteps, pictures.time_ids(place).expand(count, 6))
+            loss.predict(*(values.to(device) for values in shown), alike)
 
     def run_text_encoder(place: int) -> None:
-        loss.text_encoders[place](pictures.tokens[:, place])
+        loss.text_encoders[place](pictures.tokens[pictures.prompt_of, place].to(device))
 
     return {
         "unet": run_unet,

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from pipelines.errors import InputError
 
 SizeConditioning = Literal["picture", "target"]
+# EXIF orientations from here on swap height and width.
+FIRST_ON_ITS_SIDE = 5
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 
 
@@ -35,13 +37,29 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Shot:
+    """How a picture is shown: resized until it covers `size`, mirrored or not, and cropped.
+
+    Args:
+        size: height and width in pixels.
+        crop: where the crop lies, from (0, 0) for the top left to less than (1, 1) for the bottom right; None for the middle.
+        mirrored: whether left and right are swapped, before the crop.
+    """
+
+    size: tuple[int, int]
+    crop: tuple[float, float] | None = None
+    mirrored: bool = False
+
+
+@dataclass(frozen=True)
 class Example:
     """One picture as the model is shown it.
 
     Args:
         path: the picture's file.
-        pixels: (3, resolution, resolution) float32 in [-1, 1].
+        pixels: (3, height, width) float32 in [-1, 1].
         time_ids: (6,) float32: original height and width, crop's top and left, target height and width  [SDXL, section 2.2].
+            A mirrored picture's crop is counted on the mirrored picture.
     """
 
     path: Path
@@ -87,30 +105,44 @@ def read_picture(path: Path) -> Image.Image:
         raise InputError(f"{str(path)!r} cannot be read as a picture ({error}). Remove it or replace it.") from error
 
 
+def picture_size(path: Path) -> tuple[int, int]:
+    """Height and width of a picture, upright as its EXIF orientation says, without decoding it."""
+    with Image.open(path) as opened:
+        width, height = opened.size
+        turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= FIRST_ON_ITS_SIDE
+    return (width, height) if turned else (height, width)
+
+
 def load_examples(paths: Sequence[Path], resolution: int, size_conditioning: SizeConditioning = "picture") -> list[Example]:
     """Read, resize and centre-crop pictures to squares of `resolution` pixels.
 
     Args:
-        size_conditioning: "picture" tells the model each picture's own size and crop, as SDXL was trained; "target" says of
-            every picture that it has the target's size and is not cropped, for models that have seen nothing else.
+        size_conditioning: as in `take`.
     Raises: InputError naming the first file that cannot be read.
     """
-    examples = [_example(path, read_picture(path), resolution) for path in paths]
-    if size_conditioning == "picture":
-        return examples
-    uncropped = torch.tensor([resolution, resolution, 0, 0, resolution, resolution], dtype=torch.float32)
-    return [replace(example, time_ids=uncropped) for example in examples]
+    shot = Shot((resolution, resolution))
+    return [take(path, read_picture(path), shot, size_conditioning) for path in paths]
 
 
-def _example(path: Path, picture: Image.Image, resolution: int) -> Example:
-    """Resize the shorter side to `resolution` and crop the centre of the longer one."""
-    width, height = picture.size
-    scale = resolution / min(width, height)
-    resized = picture.resize(
-        (max(resolution, round(width * scale)), max(resolution, round(height * scale))), Image.Resampling.LANCZOS
-    )
-    left, top = (resized.width - resolution) // 2, (resized.height - resolution) // 2
-    cropped = resized.crop((left, top, left + resolution, top + resolution))
+def take(path: Path, picture: Image.Image, shot: Shot, size_conditioning: SizeConditioning = "picture") -> Example:
+    """Show a picture that was read from `path` as `shot` says.
+
+    Args:
+        size_conditioning: "picture" tells the model the picture's own size and crop, as SDXL was trained; "target" says of
+            every picture that it has the target's size and is not cropped, for models that have seen nothing else.
+    """
+    height, width = shot.size
+    scale = max(height / picture.height, width / picture.width)
+    covering = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
+    resized = picture.resize(covering, Image.Resampling.LANCZOS)
+    if shot.mirrored:
+        resized = ImageOps.mirror(resized)
+    spare_height, spare_width = resized.height - height, resized.width - width
+    if shot.crop is None:
+        top, left = spare_height // 2, spare_width // 2
+    else:
+        top, left = int(shot.crop[0] * (spare_height + 1)), int(shot.crop[1] * (spare_width + 1))
+    cropped = resized.crop((left, top, left + width, top + height))
     pixels = torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float() / 127.5 - 1
-    time_ids = torch.tensor([height, width, top, left, resolution, resolution], dtype=torch.float32)
-    return Example(path, pixels, time_ids)
+    told = (picture.height, picture.width, top, left) if size_conditioning == "picture" else (height, width, 0, 0)
+    return Example(path, pixels, torch.tensor([*told, height, width], dtype=torch.float32))

@@ -10,7 +10,7 @@ import torch
 from pipelines.errors import InputError
 from pipelines.randomness import keyed_generator
 from pipelines.subject.base_model import PromptEmbeddings, encode_tokens
-from pipelines.subject.batches import EncodedPictures
+from pipelines.subject.encoding import EncodedPictures
 from pipelines.subject.loss import DenoisingLoss
 
 AUTO, NONE, LEAVE_ONE_OUT = "auto", "none", "leave_one_out"
@@ -66,26 +66,20 @@ def mean_denoising_loss(
     Prompts are encoded by the text encoders as they are now. Models are compared on the same noise and timesteps as long
     as pictures, `draws` and `seed` are the same. With `limit`, only the first so many pictures count.
     """
-    latents, time_ids = pictures.means, pictures.time_ids
-    generator = keyed_generator(seed)
     timesteps = ((torch.arange(draws) + 0.5) * loss.num_timesteps / draws).long()
-    noise = torch.randn((draws, *latents.shape[1:]), generator=generator)
-    was_training = loss.training
+    device, was_training = loss.unet.device, loss.training
     loss.eval()
-    prompts = encode_tokens(loss.text_encoders, pictures.tokens.transpose(0, 1))
-    total, measured = 0.0, range(len(latents))[:limit]
-    for picture in measured:
+    prompts = encode_tokens(loss.text_encoders, pictures.tokens.transpose(0, 1).to(device))
+    total, measured = 0.0, range(len(pictures))[:limit]
+    for place in measured:
+        latents, prompt = pictures.mean(place), int(pictures.prompt_of[place])
+        noise = torch.randn((draws, *latents.shape), generator=keyed_generator(seed))
         for part in torch.arange(draws).split(batch_size):
             count = len(part)
             alike = PromptEmbeddings(
-                *(values[picture].expand(count, *values.shape[1:]) for values in (prompts.hidden, prompts.pooled))
+                *(values[prompt].expand(count, *values.shape[1:]) for values in (prompts.hidden, prompts.pooled))
             )
-            arguments = (
-                latents[picture].expand(count, *latents.shape[1:]),
-                noise[part],
-                timesteps[part],
-                time_ids[picture].expand(count, 6),
-            )
-            total += loss.per_picture(*(argument.to(latents.device) for argument in arguments), alike).sum().item()
+            shown = (latents.expand(noise[part].shape), noise[part], timesteps[part], pictures.time_ids(place).expand(count, 6))
+            total += loss.per_picture(*(values.to(device) for values in shown), alike).sum().item()
     loss.train(was_training)
     return total / (draws * len(measured))

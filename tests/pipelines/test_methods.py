@@ -9,9 +9,10 @@ from tiny_pipeline import picture, tiny_pipeline
 from pipelines.errors import InputError
 from pipelines.methods import AdapterOptions, method_named, method_names
 from pipelines.subject import adapters
-from pipelines.subject.batches import encode_examples
+from pipelines.subject.cache import TensorCache
 from pipelines.subject.calibration import runs_on_subject
-from pipelines.subject.data import load_examples
+from pipelines.subject.data import Picture
+from pipelines.subject.encoding import Encoder, Framing
 from pipelines.subject.loss import DenoisingLoss
 
 PROMPT = "a red star"
@@ -24,8 +25,8 @@ def small(method, **changes):
 
 def attached(pipe, options, pictures_dir, cache, seed=0):
     """Attach and start the adapter; returns its components."""
-    examples = load_examples(sorted(pictures_dir.iterdir()), 16)
-    subject = encode_examples(pipe, examples, [PROMPT] * len(examples))
+    pictures = [Picture(path, PROMPT) for path in sorted(pictures_dir.iterdir())]
+    subject = Encoder(pipe, TensorCache(cache / "encoded")).encode(pictures, Framing(((16, 16),)))
     components = adapters.attach(pipe, options)
     adapters.start(options, components, runs_on_subject(DenoisingLoss(pipe), subject, seed), cache, seed)
     return components

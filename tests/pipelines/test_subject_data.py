@@ -1,11 +1,12 @@
 """Pictures of a subject: found, upright, cropped, and said to be of the size they are."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from pipelines.errors import InputError
-from pipelines.subject.data import find_pictures, load_examples, read_picture
+from pipelines.subject.data import Shot, find_pictures, load_examples, picture_size, read_picture, take
 
 ORIENTATION = 0x0112
 TURNED_RIGHT = 6
@@ -48,6 +49,60 @@ def test_a_model_that_knows_one_size_is_told_that_size(tmp_path):
     halves(80, 40).save(tmp_path / "a.png")
     example = load_examples([tmp_path / "a.png"], 20, "target")[0]
     assert example.time_ids.tolist() == [20, 20, 0, 0, 20, 20]
+
+
+def bars(width, height):
+    """A picture whose red is the column's number and whose green is the row's."""
+    values = np.zeros((height, width, 3), dtype=np.uint8)
+    values[..., 0], values[..., 1] = np.arange(width), np.arange(height)[:, None]
+    return Image.fromarray(values)
+
+
+def shown(shot, picture, **more):
+    """What `shot` shows of a picture that is not resized: columns and rows of the original, and time_ids."""
+    example = take("a.png", picture, shot, **more)
+    values = ((example.pixels + 1) * 127.5).round().int()
+    return values[0, 0].tolist(), values[1, :, 0].tolist(), example.time_ids.tolist()
+
+
+@pytest.mark.parametrize("crop", [None, (0.0, 0.0), (0.0, 0.999), (0.0, 0.4)])
+@pytest.mark.parametrize("width", [30, 31])
+def test_a_mirrored_pictures_crop_is_counted_on_the_mirrored_picture(crop, width):
+    picture = bars(width, 20)
+    columns, _, time_ids = shown(Shot((20, 20), crop, mirrored=True), picture)
+    left = int(time_ids[3])
+    turned = list(range(width))[::-1]
+    assert columns == turned[left : left + 20]
+    assert time_ids == [20, width, 0, left, 20, 20]
+
+
+@pytest.mark.parametrize("size", [(20, 30), (30, 20), (20, 20)])
+def test_a_bucket_is_covered_and_cropped_along_one_side_and_told_as_the_target(size):
+    columns, rows, time_ids = shown(Shot(size, (0.5, 0.5)), bars(40, 40) if size == (20, 20) else bars(30, 30))
+    assert (len(rows), len(columns)) == size
+    assert time_ids[4:] == list(size)
+    assert (time_ids[2] == 0) == (size[0] >= size[1])
+    assert (time_ids[3] == 0) == (size[1] >= size[0])
+
+
+def test_time_ids_of_a_random_crop_say_where_it_lies():
+    columns, rows, time_ids = shown(Shot((20, 20), (0.3, 0.7)), bars(20, 36))
+    assert time_ids[:4] == [36, 20, int(0.3 * 17), 0]
+    assert rows == list(range(int(time_ids[2]), int(time_ids[2]) + 20))
+    assert columns == list(range(20))
+
+
+def test_a_model_that_knows_no_sizes_is_told_the_bucket_alone():
+    assert shown(Shot((20, 30), (0.0, 0.9), True), bars(60, 40), size_conditioning="target")[2] == [20, 30, 0, 0, 20, 30]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_size_is_known_without_decoding(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    halves(60, 40).save(tmp_path / "a.jpg", exif=exif)
+    upright = read_picture(tmp_path / "a.jpg")
+    assert picture_size(tmp_path / "a.jpg") == (upright.height, upright.width)
 
 
 def test_transparent_parts_become_white(tmp_path):

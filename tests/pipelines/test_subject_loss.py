@@ -8,7 +8,8 @@ from torch import nn
 from pipelines.errors import InputError
 from pipelines.randomness import keyed_generator
 from pipelines.subject.base_model import encode_prompts, tokenize
-from pipelines.subject.batches import EncodedPictures, stratified_timesteps
+from pipelines.subject.batches import stratified_timesteps
+from pipelines.subject.encoding import EncodedPictures
 from pipelines.subject.evaluation import mean_denoising_loss
 from pipelines.subject.loss import DenoisingLoss, TrainingBatches
 
@@ -199,7 +200,7 @@ def encoded(pipe, count=2):
     latents = torch.randn(count, 1, 2, 4, 8, 8, generator=generator)
     tokens = tokenize((pipe.tokenizer, pipe.tokenizer_2), ["a star"] * count).transpose(0, 1)
     time_ids = torch.tensor([16.0, 16, 0, 0, 16, 16]).expand(count, 6)
-    return EncodedPictures(latents, time_ids, tokens, encode_prompts(pipe, ["a star"] * count))
+    return EncodedPictures.in_memory(latents, time_ids, tokens, encode_prompts(pipe, ["a star"] * count))
 
 
 def test_the_mean_loss_is_the_same_every_time_and_in_batches_of_any_size(pipe):

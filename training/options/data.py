@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from pipelines.errors import InputError
 from pipelines.subject.base_model import ASSETS
@@ -12,7 +13,7 @@ from pipelines.subject.data import SizeConditioning
 from training.options.checks import at_least
 
 SAMPLE_SUBJECT = ASSETS / "sample-subject"
-SAMPLE_PROMPT = "a photo of sks toy"
+SAMPLE_PROMPT, SAMPLE_CLASS_PROMPT = "a photo of sks toy", "a photo of a toy"
 
 
 @dataclass
@@ -37,6 +38,17 @@ class DataOptions:
     resolution: int | None = field(
         default=None, metadata={"help": "Side in pixels that pictures are resized and cropped to; the model's own unless said."}
     )
+    aspect_ratio_buckets: str | None = field(
+        default=None,
+        metadata={
+            "help": "Sizes that pictures are brought to instead of one square, as 'height,width;height,width', or auto for a "
+            "range of shapes of about the square's area."
+        },
+    )
+    center_crop: bool = field(
+        default=True, metadata={"help": "Crop the middle of pictures; with --no_center_crop, places drawn at random."}
+    )
+    crops_per_picture: int = field(default=4, metadata={"help": "With --no_center_crop, different crops of each picture."})
     random_flip: bool = field(
         default=False, metadata={"help": "Mirror pictures at random. Not for subjects with a left and a right, or with writing."}
     )
@@ -54,7 +66,37 @@ class DataOptions:
             "in turn, in short trainings before the real one; none; or auto: one of five or more, leave_one_out of fewer."
         },
     )
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode pictures; 0 for the main one."})
+    with_prior_preservation: bool = field(
+        default=False, metadata={"help": "Also train on pictures of the subject's class, so that the model's idea of it stays."}
+    )
+    class_prompt: str | None = field(
+        default=None,
+        metadata={
+            "help": "What class pictures show, as in 'a photo of a dog'; a class_prompt.txt in a subject's folder comes first."
+        },
+    )
+    class_data_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of class pictures; those missing are made by the base model and kept for other runs. In the run's "
+            "directory unless said."
+        },
+    )
+    num_class_images: int = field(default=100, metadata={"help": "Pictures of each class."})
+    prior_loss_weight: float = field(default=1.0, metadata={"help": "How much the loss of class pictures counts."})
+    sample_batch_size: int = field(default=4, metadata={"help": "Class pictures drawn at once."})
+    prior_generation_precision: Literal["no", "fp32", "fp16", "bf16"] | None = field(
+        default=None, metadata={"help": "Precision in which class pictures are drawn; that of the training unless said."}
+    )
+    cache_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for encoded pictures and prompts, which several runs may share; in the run's directory unless said."
+        },
+    )
+    dataloader_num_workers: int = field(
+        default=0, metadata={"help": "Processes that decode pictures and make batches ahead; 0 for the main one."}
+    )
 
     _argument_group_name = "data"
 
@@ -62,10 +104,12 @@ class DataOptions:
         if self.instance_prompt is None:
             own = Path(self.instance_data_dir).resolve() != SAMPLE_SUBJECT.resolve()
             self.instance_prompt = _first_caption(self.instance_data_dir) if own else SAMPLE_PROMPT
+            self.class_prompt = self.class_prompt or (None if own else SAMPLE_CLASS_PROMPT)
         if not self.instance_prompt.strip():
             raise InputError("instance_prompt must not be empty. Name the subject, as in 'a photo of sks dog'.")
         at_least(self, 8, "resolution")
-        at_least(self, 0, "dataloader_num_workers")
+        at_least(self, 0, "dataloader_num_workers", "prior_loss_weight")
+        at_least(self, 1, "crops_per_picture", "num_class_images", "sample_batch_size")
         if self.resolution is not None and self.resolution % 8:
             raise InputError(f"resolution must be a multiple of 8, got {self.resolution}.")
 

@@ -1,0 +1,97 @@
+"""Tensors on disk that are computed once, each in a file named by the hash of all that they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import PIL
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+# To be raised when the same inputs are to give other tensors than before.
+CODE_VERSION = 1
+LIBRARIES = [module.__version__ for module in (torch, diffusers, transformers, PIL)]
+
+
+def key_of(**parts: object) -> str:
+    """The hash of `parts` (plain values), of this code's version and of the libraries'."""
+    text = json.dumps([CODE_VERSION, LIBRARIES, parts], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """The sha256 of a file's bytes."""
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
+    """The sha256 of tensors with their names, types and shapes."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        found.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+        found.update(value.flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def module_digest(module: nn.Module) -> str:
+    """The sha256 of a model's weights."""
+    return digest_of(module.state_dict())
+
+
+@dataclass(frozen=True)
+class TensorCache:
+    """A folder of tensors by key. A file that is damaged, or holds another key, is computed anew.
+
+    Args:
+        folder: made when first written to; several processes may use it at once.
+    """
+
+    folder: Path
+
+    def read(self, key: str) -> dict[str, torch.Tensor] | None:
+        """The tensors of `key`; None where there are none that can be trusted."""
+        path = self._path(key)
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as opened:
+                told, tensors = opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            warnings.warn(f"{str(path)!r} is damaged ({error}) and is computed anew.", stacklevel=2)
+            return None
+        if told.get("key") != key or told.get("sha256") != digest_of(tensors):
+            warnings.warn(f"{str(path)!r} does not hold what it was written with, and is computed anew.", stacklevel=2)
+            return None
+        return tensors
+
+    def write(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep `tensors` under `key`; a reader sees all of them or nothing."""
+        path = self._path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        save_file(plain, beside, metadata={"key": key, "sha256": digest_of(plain)})
+        os.replace(beside, path)
+
+    def read_or_make(self, key: str, make: Callable[[], Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """The tensors of `key`, made and kept where there are none."""
+        found = self.read(key)
+        if found is None:
+            found = {name: value.detach().cpu() for name, value in make().items()}
+            self.write(key, found)
+        return found
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"

@@ -1,0 +1,275 @@
+"""Pictures and prompts as the UNet takes them, computed once: decoded in workers, encoded one by one, kept on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from pipelines.errors import InputError
+from pipelines.randomness import keyed_generator
+from pipelines.subject.base_model import PromptEmbeddings, encode_pictures, encode_prompts, text_encoders_of, tokenize
+from pipelines.subject.buckets import Size, nearest_bucket
+from pipelines.subject.cache import TensorCache, file_digest, key_of, module_digest
+from pipelines.subject.data import Example, Picture, Shot, SizeConditioning, picture_size, read_picture, take
+
+# A picture's moments and time_ids.
+Shown = tuple[torch.Tensor, torch.Tensor]
+MOMENTS, TIME_IDS, HIDDEN, POOLED = "moments", "time_ids", "hidden", "pooled"
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How pictures are brought to size.
+
+    Args:
+        sizes: heights and widths in pixels to choose from; each picture gets the one nearest to its shape.
+        random_crops: crops of each picture, drawn at random; 0 for the one in the middle.
+        mirror: also show each picture mirrored.
+        size_conditioning: as in `take`.
+        seed: of the crops.
+    """
+
+    sizes: tuple[Size, ...]
+    random_crops: int = 0
+    mirror: bool = False
+    size_conditioning: SizeConditioning = "picture"
+    seed: int = 0
+
+    def shots(self, place: int, size: Size) -> tuple[Shot, ...]:
+        """The variants of the `place`-th picture at `size`."""
+        crops = [None]
+        if self.random_crops:
+            drawn = torch.rand((self.random_crops, 2), generator=keyed_generator(self.seed, 8, place), dtype=torch.float64)
+            crops = [(top, left) for top, left in drawn.tolist()]
+        return tuple(Shot(size, crop, mirrored) for mirrored in ((False, True) if self.mirror else (False,)) for crop in crops)
+
+
+@dataclass(frozen=True)
+class EncodedPictures:
+    """Pictures with their prompts, as the UNet takes them, each read when it is needed; everything lies on the CPU.
+
+    Args:
+        sizes: each picture's height and width in pixels.
+        variants: how many there are of each picture: its mirror image, crops.
+        read: `read(place, variant)` gives a picture's moments (2, channels, height, width), scaled means and deviations of
+            its latents, and its time_ids (6,), as in `Example`.
+        prompt_of: (pictures,) int64: which of the prompts is each picture's.
+        tokens: (prompts, encoders, tokens) int64.
+        prompts: the same, encoded by the base model.
+    """
+
+    sizes: tuple[Size, ...]
+    variants: int
+    read: Callable[[int, int], Shown]
+    prompt_of: torch.Tensor
+    tokens: torch.Tensor
+    prompts: PromptEmbeddings
+
+    @classmethod
+    def in_memory(
+        cls, latents: torch.Tensor, time_ids: torch.Tensor, tokens: torch.Tensor, prompts: PromptEmbeddings
+    ) -> EncodedPictures:
+        """Pictures of one size, each with a prompt of its own.
+
+        Args:
+            latents: (pictures, variants, 2, channels, height, width).
+            time_ids: (pictures, 6), the same for all variants.
+            tokens: (pictures, encoders, tokens) int64.
+            prompts: the same, encoded.
+        """
+        count, variants = latents.shape[:2]
+        size = (latents.shape[-2], latents.shape[-1])
+        return cls((size,) * count, variants, _InMemory(latents, time_ids), torch.arange(count), tokens, prompts)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def mean(self, place: int) -> torch.Tensor:
+        """(channels, height, width): the mean latents of a picture's first variant."""
+        return self.read(place, 0)[0][0]
+
+    def time_ids(self, place: int) -> torch.Tensor:
+        """(6,): of a picture's first variant."""
+        return self.read(place, 0)[1]
+
+    def buckets(self, sizes: Iterable[Size] | None = None) -> tuple[tuple[int, ...], ...]:
+        """The places of the pictures of each size, in the order of `sizes`, which are all there are unless given."""
+        wanted = sorted(set(self.sizes)) if sizes is None else sizes
+        return tuple(tuple(place for place, size in enumerate(self.sizes) if size == bucket) for bucket in wanted)
+
+    def only(self, places: Sequence[int]) -> EncodedPictures:
+        """The pictures at `places` alone."""
+        sizes = tuple(self.sizes[place] for place in places)
+        return replace(self, sizes=sizes, read=_At(self.read, tuple(places)), prompt_of=self.prompt_of[list(places)])
+
+
+@dataclass(frozen=True)
+class _InMemory:
+    latents: torch.Tensor
+    time_ids: torch.Tensor
+
+    def __call__(self, place: int, variant: int) -> Shown:
+        return self.latents[place, variant], self.time_ids[place]
+
+
+@dataclass(frozen=True)
+class _At:
+    read: Callable[[int, int], Shown]
+    places: tuple[int, ...]
+
+    def __call__(self, place: int, variant: int) -> Shown:
+        return self.read(self.places[place], variant)
+
+
+class CachedPictures:
+    """Reads pictures from the cache; the `kept` that were read last stay in memory.
+
+    Args:
+        keys: of each picture's variants.
+    """
+
+    def __init__(self, keys: Sequence[Sequence[str]], cache: TensorCache, kept: int = 512) -> None:
+        self.keys, self.cache, self.kept = keys, cache, kept
+        self.memory: dict[str, Shown] = {}
+
+    def __call__(self, place: int, variant: int) -> Shown:
+        """A picture's moments and time_ids, as in `EncodedPictures.read`.
+
+        Raises: InputError if the file has gone or was damaged since the start of the run.
+        """
+        key = self.keys[place][variant]
+        found = self.memory.pop(key, None)
+        if found is None:
+            tensors = self.cache.read(key)
+            if tensors is None:
+                raise InputError(
+                    f"The cache {str(self.cache.folder)!r} has lost a picture while the run went on. Go on with "
+                    "--resume_from_checkpoint latest, which computes it anew."
+                )
+            found = tensors[MOMENTS], tensors[TIME_IDS]
+        self.memory[key] = found
+        if len(self.memory) > self.kept:
+            del self.memory[next(iter(self.memory))]
+        return found
+
+
+class Encoder:
+    """Encodes pictures and prompts with one base model, and keeps them in a cache.
+
+    Args:
+        pipeline: the base model, without any adapter.
+        cache: where to keep what is computed.
+        workers: processes that decode pictures.
+        share: this process, and how many there are, each of which encodes its part of the pictures.
+        wait: waits until all processes have come so far.
+    """
+
+    def __init__(
+        self,
+        pipeline: StableDiffusionXLPipeline,
+        cache: TensorCache,
+        workers: int = 0,
+        share: tuple[int, int] = (0, 1),
+        wait: Callable[[], None] | None = None,
+    ) -> None:
+        self.pipeline, self.cache, self.workers, self.share, self.wait = pipeline, cache, workers, share, wait
+        where = {"device": pipeline.device.type, "dtype": str(pipeline.dtype)}
+        self.vae = {"vae": module_digest(pipeline.vae), "config": json.dumps(pipeline.vae.config, default=str), **where}
+        digests = [module_digest(encoder) for encoder in text_encoders_of(pipeline)]
+        self.text = {"text": digests, "zeros": bool(pipeline.config.force_zeros_for_empty_prompt), **where}
+
+    def encode(self, pictures: Sequence[Picture], framing: Framing, sizes: Sequence[Size] | None = None) -> EncodedPictures:
+        """Encode pictures in every variant, and their prompts, as far as they are not in the cache.
+
+        Args:
+            sizes: of each picture; the nearest of `framing.sizes` unless given.
+        Raises: InputError naming a picture that cannot be read.
+        """
+        if sizes is None:
+            sizes = [nearest_bucket(picture_size(picture.path), framing.sizes) for picture in pictures]
+        shots = [framing.shots(place, size) for place, size in enumerate(sizes)]
+        digests = {path: file_digest(path) for path in {picture.path for picture in pictures}}
+        keys = [
+            tuple(self._key(digests[picture.path], shot, framing.size_conditioning) for shot in variants)
+            for picture, variants in zip(pictures, shots, strict=True)
+        ]
+        jobs = [
+            _Job(picture.path, dict(zip(own_keys, own_shots, strict=True)), framing.size_conditioning)
+            for picture, own_keys, own_shots in zip(pictures, keys, shots, strict=True)
+        ]
+        self._encode_missing(jobs[self.share[0] :: self.share[1]])
+        if self.wait is not None:
+            self.wait()
+            # What others have made is there now, unless their disk is another.
+            self._encode_missing(jobs)
+        unique = list(dict.fromkeys(picture.prompt for picture in pictures))
+        tokens, prompts = self._prompts(unique)
+        prompt_of = torch.tensor([unique.index(picture.prompt) for picture in pictures])
+        return EncodedPictures(tuple(sizes), len(keys[0]), CachedPictures(tuple(keys), self.cache), prompt_of, tokens, prompts)
+
+    def _key(self, digest: str, shot: Shot, conditioning: SizeConditioning) -> str:
+        return key_of(picture=digest, shot=[shot.size, shot.crop, shot.mirrored], conditioning=conditioning, **self.vae)
+
+    def _encode_missing(self, jobs: Sequence[_Job]) -> None:
+        """Encode what is not in the cache, one picture after the other, while workers decode those that come next."""
+        missing = [replace(job, shots=left) for job in jobs if (left := self._not_kept(job))]
+        loader = DataLoader(_Decoded(missing), batch_size=None, num_workers=self.workers)
+        for examples in tqdm(loader, desc="encoding pictures", total=len(missing), delay=5, disable=self.share[0] > 0):
+            for key, example in examples.items():
+                self.cache.write(key, self._moments(example))
+
+    def _not_kept(self, job: _Job) -> dict[str, Shot]:
+        return {key: shot for key, shot in job.shots.items() if self.cache.read(key) is None}
+
+    def _moments(self, example: Example) -> dict[str, torch.Tensor]:
+        # One by one: in batches, the last bits would depend on what else is in the batch.
+        with torch.no_grad():
+            return {MOMENTS: encode_pictures(self.pipeline, example.pixels[None])[0].cpu(), TIME_IDS: example.time_ids}
+
+    def _prompts(self, prompts: Sequence[str]) -> tuple[torch.Tensor, PromptEmbeddings]:
+        tokens = tokenize((self.pipeline.tokenizer, self.pipeline.tokenizer_2), prompts).transpose(0, 1)
+        found = []
+        for prompt, ids in zip(prompts, tokens, strict=True):
+            key = key_of(tokens=ids.tolist(), empty=prompt == "", **self.text)
+            found.append(self.cache.read_or_make(key, partial(self._embeddings, prompt)))
+        hidden, pooled = (torch.stack([entry[name] for entry in found]) for name in (HIDDEN, POOLED))
+        return tokens, PromptEmbeddings(hidden, pooled)
+
+    def _embeddings(self, prompt: str) -> dict[str, torch.Tensor]:
+        embeddings = encode_prompts(self.pipeline, [prompt])
+        return {HIDDEN: embeddings.hidden[0], POOLED: embeddings.pooled[0]}
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A picture and the shots of it, by their keys in the cache."""
+
+    path: Path
+    shots: dict[str, Shot]
+    size_conditioning: SizeConditioning
+
+    def decode(self) -> dict[str, Example]:
+        """The shots, from one reading of the file."""
+        picture = read_picture(self.path)
+        return {key: take(self.path, picture, shot, self.size_conditioning) for key, shot in self.shots.items()}
+
+
+class _Decoded(Dataset):
+    """Decodes pictures, for worker processes."""
+
+    def __init__(self, jobs: Sequence[_Job]) -> None:
+        self.jobs = jobs
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def __getitem__(self, place: int) -> dict[str, Example]:
+        return self.jobs[place].decode()

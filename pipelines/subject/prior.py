@@ -1,0 +1,116 @@
+"""Prior preservation: pictures of the subject's class by the base model, made once and used again  [Ruiz et al. 2023]."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from tqdm.auto import tqdm
+
+from pipelines.errors import InputError
+from pipelines.pictures import SETTINGS_KEY, read_settings, save_picture
+from pipelines.subject.buckets import Size, nearest_bucket
+from pipelines.subject.data import Picture, find_pictures, is_picture, picture_size
+
+# Seeds of class pictures, apart from those of sample pictures.
+FIRST_SEED = 1_000_000
+
+
+@dataclass(frozen=True)
+class ClassPictures:
+    """Which pictures of which classes there are to be.
+
+    Args:
+        folder: where they lie; with several classes, in a folder for each.
+        prompts: for each subject the prompt of its class.
+        count: how many of each class.
+        model: name or folder of the base model that makes them.
+        share: this process, and how many there are, each of which makes its part.
+    """
+
+    folder: Path
+    prompts: Mapping[str, str]
+    count: int
+    model: str
+    share: tuple[int, int] = (0, 1)
+
+    def homes(self) -> dict[str, Path]:
+        """The folder of each class, by prompt."""
+        unique = list(dict.fromkeys(self.prompts.values()))
+        if len(unique) == 1:
+            return {unique[0]: self.folder}
+        return {prompt: self.folder / (re.sub(r"\W+", "-", prompt.lower()).strip("-") or "class") for prompt in unique}
+
+    def missing(self) -> list[tuple[Path, str, int]]:
+        """File, prompt and seed of each picture that is still to be made.
+
+        Raises: InputError if a folder holds pictures made from another prompt or by another model.
+        """
+        wanted = []
+        for prompt, home in self.homes().items():
+            names = set()
+            for path in filter(is_picture, home.iterdir() if home.is_dir() else ()):
+                _check_origin(path, prompt, self.model)
+                names.add(path.name)
+            free = (number for number in range(self.count + len(names)) if f"{number:05d}.png" not in names)
+            numbers = [next(free) for _ in range(self.count - len(names))]
+            wanted += [(home / f"{number:05d}.png", prompt, FIRST_SEED + number) for number in numbers]
+        return wanted
+
+    def make(
+        self,
+        missing: Sequence[tuple[Path, str, int]],
+        draw: Callable[[list[str], list[int]], Iterator[Image.Image]],
+        settings: Mapping[str, object],
+    ) -> None:
+        """Make this process's part of what is missing; each picture is there wholly or not at all, and carries its settings.
+
+        Args:
+            draw: draws a picture for each prompt and its seed.
+            settings: of all of them, as in `save_picture`.
+        """
+        own = missing[self.share[0] :: self.share[1]]
+        drawn = draw([prompt for _, prompt, _ in own], [seed for _, _, seed in own])
+        bar = tqdm(drawn, desc="drawing class pictures", total=len(own), disable=self.share[0] > 0)
+        for (path, prompt, seed), picture in zip(own, bar, strict=True):
+            beside = path.with_name(f".{path.name}")
+            save_picture(picture, beside, {**settings, "prompt": prompt, "seed": seed, "model": self.model})
+            os.replace(beside, path)
+
+    def found(self) -> list[Picture]:
+        """`count` pictures of each class."""
+        subjects = {prompt: subject for subject, prompt in self.prompts.items()}
+        return [
+            Picture(path, prompt, "class", subjects[prompt])
+            for prompt, home in self.homes().items()
+            for path in find_pictures(home)[: self.count]
+        ]
+
+
+def _check_origin(path: Path, prompt: str, model: str) -> None:
+    """Refuse a picture that says that it shows another class, or another model's idea of it; others are taken as they are."""
+    with Image.open(path) as opened:
+        made_here = SETTINGS_KEY in opened.info
+    if not made_here:
+        return
+    found = read_settings(path)
+    if found.get("prompt") != prompt or Path(str(found.get("model"))).name != Path(model).name:
+        raise InputError(
+            f"{str(path)!r} is a class picture of {found.get('prompt')!r} by {found.get('model')!r}, not of {prompt!r} by "
+            f"{model!r}. Give another --class_data_dir, or remove the pictures that are there."
+        )
+
+
+def in_sizes(pictures: Sequence[Picture], sizes: Sequence[Size]) -> tuple[list[Picture], list[Size]]:
+    """Class pictures for batches of each of `sizes`: every one in the size nearest to its shape, all in a size that gets none.
+
+    Returns: pictures, some more than once, and the size of each.
+    """
+    nearest = [nearest_bucket(picture_size(picture.path), sizes) for picture in pictures]
+    pairs = list(zip(pictures, nearest, strict=True))
+    pairs += [(picture, size) for size in sizes if size not in nearest for picture in pictures]
+    return [picture for picture, _ in pairs], [size for _, size in pairs]
