@@ -6,8 +6,11 @@ Where a flag means what it means in diffusers' train_dreambooth_lora_sdxl.py it 
 from __future__ import annotations
 
 import dataclasses
+import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser
@@ -18,6 +21,7 @@ from pipelines.subject.adapters import ATTENTION, EVERYWHERE
 from pipelines.subject.base_model import is_built_in
 from pipelines.subject.optimizers import PRODIGY_LEARNING_RATE
 from training.options.data import DataOptions
+from training.options.file import as_flags
 from training.options.judging import JudgingOptions
 from training.options.model import ModelOptions
 from training.options.optimisation import OptimisationOptions
@@ -76,7 +80,24 @@ GROUPS = (ModelOptions, DataOptions, AdapterOptions, OptimisationOptions, Output
 def parse_options(arguments: Sequence[str] | None = None, description: str | None = None) -> SubjectOptions:
     """The options on the command line; a wrong one ends the program with a message and exit code 2."""
     parser = HfArgumentParser(GROUPS, description=description, allow_abbrev=False)
+    parser.add_argument(
+        "--options_file",
+        help="A .json or .yaml file of options, such as a run's options.json, which starts a run like it; flags given beside it "
+        "win.",
+    )
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return SubjectOptions(*parser.parse_args_into_dataclasses(arguments, look_for_args_file=False))
+        flags = [*_flags_of_file(given, parser), *given]
+        groups = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+        return SubjectOptions(*groups[: len(GROUPS)])
     except ValueError as error:
         parser.error(str(error))
+
+
+def _flags_of_file(given: list[str], parser: HfArgumentParser) -> list[str]:
+    """What the file named by --options_file says, as flags; none without one."""
+    finder = ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--options_file", type=Path)
+    path = finder.parse_known_args(given)[0].options_file
+    names = [group.name for group in dataclasses.fields(SubjectOptions)]
+    return [] if path is None else as_flags(path, parser, names)

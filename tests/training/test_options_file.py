@@ -1,0 +1,88 @@
+"""Options from a file: what flags say wins, what nobody knows is refused, and a run's own file makes the run again."""
+
+import json
+
+import pytest
+
+from training.options import SubjectOptions, parse_options
+
+MODEL = "owner/model"
+
+
+def written(folder, values, name="options.json"):
+    path = folder / name
+    path.write_text(values if isinstance(values, str) else json.dumps(values))
+    return ["--options_file", str(path)]
+
+
+def test_resolved_options_given_back_are_the_same_options(tmp_path):
+    flags = "--method lora --rank 8 --learning_rate 1.25e-4 --instance_prompt=-dog --train_text_encoder --snr_gamma 5"
+    flags += " --stop_text_encoder_training 3 --mixed_precision no --validation_prompt a b --output_dir elsewhere"
+    for given in ([], flags.split(), ["--pretrained_model_name_or_path", MODEL, "--optimizer", "Prodigy"]):
+        options = parse_options(given)
+        assert parse_options(written(tmp_path, options.to_dict())) == options
+
+
+def test_flags_win_over_the_file_wherever_they_stand(tmp_path):
+    file = written(
+        tmp_path, {"rank": 7, "adapter": {"inner_r": 3}, "train_text_encoder": True, "target_modules": ["to_q", "to_v"]}
+    )
+    options = parse_options(["--rank", "9", *file, "--target_modules", "to_k", "--train_text_encoder", "false"])
+    assert (options.adapter.rank, options.adapter.inner_r, options.adapter.train_text_encoder) == (9, 3, False)
+    assert options.adapter.target_modules == ["to_k"]
+
+
+def test_yaml_says_the_same_as_json_words_like_no_and_numbers_like_1e_4_included(tmp_path):
+    text = """
+    model:
+      mixed_precision: no
+      variant: null
+    learning_rate: 1e-4
+    use_ema: yes
+    validation_prompt: ["a: b", "-c"]
+    instance_prompt: "é"
+    """
+    options = parse_options(written(tmp_path, text, "options.yaml"))
+    assert (options.model.mixed_precision, options.model.variant, options.optimisation.use_ema) == ("no", None, True)
+    assert options.optimisation.learning_rate == 1e-4
+    assert options.output.validation_prompt == ["a: b", "-c"]
+    values = {"mixed_precision": "no", "learning_rate": 1e-4, "use_ema": True}
+    assert parse_options(written(tmp_path, values | {"validation_prompt": ["a: b", "-c"], "instance_prompt": "é"})) == options
+
+
+def test_the_file_of_a_run_starts_another_run(tmp_path):
+    values = SubjectOptions().to_dict()
+    values["output"] |= {"output_dir": "runs/first", "resume_from_checkpoint": "latest"}
+    assert parse_options(written(tmp_path, values)).output.output_dir == "runs/first"
+    (tmp_path / "status.json").write_text("{}")
+    again = parse_options(written(tmp_path, values))
+    assert (again.output.output_dir, again.output.resume_from_checkpoint) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("options.json", '{"rnak": 3}', r"has an option 'rnak', which there is not. Did you mean 'rank'?"),
+        ("options.json", '{"adapter": {"learning": 3}}', "has an option 'learning', which there is not."),
+        ("options.json", '{"rank": ', "cannot be read"),
+        ("options.yaml", "rank: [", "cannot be read"),
+        ("options.json", "[1]", "must hold options by name, got list"),
+        ("options.json", '{"rank": [1, 2]}', "The option 'rank'"),
+        ("options.json", '{"rank": {"of": 2}}', "The option 'rank'"),
+        ("options.json", '{"rank": "eight"}', "invalid int value: 'eight'"),
+        ("options.json", '{"mixed_precision": "fp8"}', "invalid choice"),
+        ("options.json", '{"rank": 0}', "rank must be at least 1, got 0"),
+        ("options.txt", "rank: 3", "options_file must be a .json, .yaml, .yml file"),
+        ("options.yaml", "rank: !!python/object/apply:os.getcwd []", "The option 'rank'"),
+    ],
+)
+def test_a_file_that_cannot_be_used_ends_with_one_line_and_exit_code_two(name, content, message, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse_options(written(tmp_path, content, name))
+    assert message in capsys.readouterr().err.rpartition("error: ")[2]
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse_options(["--options_file", str(tmp_path / "none.json")])
+    assert "none.json' cannot be read" in capsys.readouterr().err

@@ -1,0 +1,77 @@
+"""Options from a file: a run's own options.json, or a .json or .yaml file written by hand."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipelines.errors import InputError
+
+RUN_OPTIONS, RUN_STATUS = "options.json", "status.json"
+# What belongs to the run that wrote its options, and not to one that repeats it.
+OF_ONE_RUN = ("output_dir", "resume_from_checkpoint")
+
+
+def read_options_file(path: Path) -> dict[str, Any]:
+    """The fields in a file, each a text, a list of texts, a table or None; nothing but plain values is ever made of it.
+
+    Raises: InputError naming the file if it cannot be read or is no table of options.
+    """
+    readers = {".json": _read_json, ".yaml": _read_yaml, ".yml": _read_yaml}
+    if path.suffix not in readers:
+        raise InputError(f"options_file must be a {', '.join(readers)} file, got {str(path)!r}.")
+    try:
+        values = readers[path.suffix](path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"The options_file {str(path)!r} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"The options_file {str(path)!r} must hold options by name, got {type(values).__name__}.")
+    return values
+
+
+def _read_json(text: str) -> Any:
+    # Numbers stay as they are written: the flags' own types read them.
+    return json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
+
+
+def _read_yaml(text: str) -> Any:
+    # Texts all of them, so that `no` is a word and 1e-4 a number.
+    return yaml.load(text, Loader=yaml.BaseLoader)
+
+
+def as_flags(path: Path, parser: argparse.ArgumentParser, groups: Collection[str]) -> list[str]:
+    """The file's options as flags for `parser`; those that are lists become its defaults.
+
+    Fields may stand alone or within tables named as `groups`; null is what is not said. A run's own options.json starts
+    another run: the directory and the resuming of that run are left out.
+
+    Raises: InputError naming a field that is none, or the file if it cannot be read.
+    """
+    fields: dict[str, Any] = {}
+    for name, value in read_options_file(path).items():
+        fields |= value if name in groups and isinstance(value, dict) else {name: value}
+    if path.name == RUN_OPTIONS and (path.parent / RUN_STATUS).exists():
+        fields = {name: value for name, value in fields.items() if name not in OF_ONE_RUN}
+    known = {action.dest: action for action in parser._actions}
+    flags = []
+    for name, value in fields.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"The options_file {str(path)!r} has an option {name!r}, which there is not.{hint}")
+        if value is None or (path.suffix != ".json" and value in ("", "null", "~")):
+            continue
+        is_list = known[name].nargs == "+"
+        if isinstance(value, dict) or (isinstance(value, list) and not is_list):
+            raise InputError(f"The option {name!r} in {str(path)!r} must be one value, got {value!r}.")
+        if is_list:
+            parser.set_defaults(**{name: [str(item) for item in (value if isinstance(value, list) else [value])]})
+        else:
+            flags.append(f"--{name}={value}")
+    return flags
