@@ -182,7 +182,9 @@ class Encoder:
     ) -> None:
         self.pipeline, self.cache, self.workers, self.share, self.wait = pipeline, cache, workers, share, wait
         where = {"device": pipeline.device.type, "dtype": str(pipeline.dtype)}
-        self.vae = {"vae": module_digest(pipeline.vae), "config": json.dumps(pipeline.vae.config, default=str), **where}
+        # What begins with an underscore says where the model lies, not what it is.
+        config = {name: value for name, value in pipeline.vae.config.items() if not name.startswith("_")}
+        self.vae = {"vae": module_digest(pipeline.vae), "config": json.dumps(config, default=str, sort_keys=True), **where}
         digests = [module_digest(encoder) for encoder in text_encoders_of(pipeline)]
         self.text = {"text": digests, "zeros": bool(pipeline.config.force_zeros_for_empty_prompt), **where}
 

@@ -53,7 +53,7 @@ class ClassPictures:
         wanted = []
         for prompt, home in self.homes().items():
             names = set()
-            for path in filter(is_picture, home.iterdir() if home.is_dir() else ()):
+            for path in sorted(filter(is_picture, home.iterdir() if home.is_dir() else ())):
                 _check_origin(path, prompt, self.model)
                 names.add(path.name)
             free = (number for number in range(self.count + len(names)) if f"{number:05d}.png" not in names)

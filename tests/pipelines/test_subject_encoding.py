@@ -1,0 +1,244 @@
+"""Encoding once: the cache on disk gives what the model gives, and never what belongs to something else."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tiny_pipeline import tiny_pipeline
+
+from pipelines.errors import InputError
+from pipelines.subject import encoding
+from pipelines.subject.base_model import encode_pictures, encode_prompts, load_base_model
+from pipelines.subject.cache import TensorCache, digest_of, file_digest, key_of, module_digest
+from pipelines.subject.data import Picture, Shot, read_picture, take
+from pipelines.subject.encoding import CachedPictures, Encoder, Framing
+
+SQUARE = Framing(((16, 16),))
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return TensorCache(tmp_path / "cache")
+
+
+def pictures_in(folder, prompt="a star"):
+    return [Picture(path, f"{prompt} {path.stem}") for path in sorted(folder.glob("*.png"))]
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """What the model was asked to encode: the paths of pictures, and prompts."""
+    asked = []
+    moments, embeddings = Encoder._moments, Encoder._embeddings
+    monkeypatch.setattr(Encoder, "_moments", lambda self, example: asked.append(example.path) or moments(self, example))
+    monkeypatch.setattr(Encoder, "_embeddings", lambda self, prompt: asked.append(prompt) or embeddings(self, prompt))
+    return asked
+
+
+def equal(first, second):
+    for place in range(len(first)):
+        for variant in range(first.variants):
+            for ours, theirs in zip(first.read(place, variant), second.read(place, variant), strict=True):
+                assert torch.equal(ours, theirs)
+    for name in ("hidden", "pooled"):
+        assert torch.equal(getattr(first.prompts, name)[first.prompt_of], getattr(second.prompts, name)[second.prompt_of])
+
+
+def test_what_is_read_is_what_the_model_makes_of_each_variant(pipe, pictures_dir, cache):
+    pictures = pictures_in(pictures_dir)
+    framing = Framing(((16, 24), (24, 16), (16, 16)), random_crops=2, mirror=True, seed=1)
+    encoded = Encoder(pipe, cache).encode(pictures, framing)
+    assert encoded.sizes == ((16, 24), (24, 16), (16, 16))
+    assert encoded.variants == 4
+    for place, picture in enumerate(pictures):
+        shots = framing.shots(place, encoded.sizes[place])
+        assert [shot.mirrored for shot in shots] == [False, False, True, True]
+        for variant, shot in enumerate(shots):
+            example = take(picture.path, read_picture(picture.path), shot)
+            moments, time_ids = encoded.read(place, variant)
+            torch.testing.assert_close(moments, encode_pictures(pipe, example.pixels[None])[0])
+            assert torch.equal(time_ids, example.time_ids)
+        stock = encode_prompts(pipe, [picture.prompt])
+        prompt = encoded.prompt_of[place]
+        torch.testing.assert_close(encoded.prompts.hidden[prompt], stock.hidden[0])
+        torch.testing.assert_close(encoded.prompts.pooled[prompt], stock.pooled[0])
+
+
+def test_what_was_encoded_once_is_not_encoded_again(pipe, pictures_dir, cache, made):
+    first = Encoder(pipe, cache).encode(pictures_in(pictures_dir), SQUARE)
+    assert len(made) == 6
+    made.clear()
+    second = Encoder(tiny_pipeline(), cache).encode(pictures_in(pictures_dir), SQUARE)
+    assert made == []
+    equal(first, second)
+
+
+def test_where_the_model_lies_does_not_matter(tiny_model, pictures_dir, cache, made, tmp_path):
+    for folder in (tiny_model, shutil.copytree(tiny_model, tmp_path / "copy")):
+        made.clear()
+        Encoder(load_base_model(str(folder)), cache).encode(pictures_in(pictures_dir), SQUARE)
+    assert made == []
+
+
+def test_a_mirrored_variant_is_added_to_what_is_there(pipe, pictures_dir, cache, made):
+    Encoder(pipe, cache).encode(pictures_in(pictures_dir), SQUARE)
+    made.clear()
+    Encoder(pipe, cache).encode(pictures_in(pictures_dir), Framing(((16, 16),), mirror=True))
+    assert len(made) == 3
+
+
+def changed_bytes(pictures, folder):
+    target = folder / pictures[0].path.name
+    Image.fromarray(255 - np.asarray(Image.open(pictures[0].path))).save(target)
+    return [Picture(target, pictures[0].prompt)]
+
+
+@pytest.mark.parametrize("what", ["size", "crop", "mirror", "conditioning", "picture", "vae"])
+def test_anything_that_changes_a_picture_gives_it_another_place(pipe, pictures_dir, cache, tmp_path, made, what):
+    pictures = pictures_in(pictures_dir)[:1]
+    Encoder(pipe, cache).encode(pictures, SQUARE)
+    made.clear()
+    framing = {
+        "size": Framing(((24, 16),)),
+        "crop": Framing(((16, 16),), random_crops=1),
+        "mirror": Framing(((16, 16),), mirror=True),
+        "conditioning": Framing(((16, 16),), size_conditioning="target"),
+    }.get(what, SQUARE)
+    if what == "picture":
+        pictures = changed_bytes(pictures, tmp_path)
+    if what == "vae":
+        pipe.vae.quant_conv.bias.data += 1e-3
+    Encoder(pipe, cache).encode(pictures, framing)
+    assert made == [pictures[0].path]
+
+
+@pytest.mark.parametrize("what", ["prompt", "text_encoder", "text_encoder_2"])
+def test_anything_that_changes_a_prompt_gives_it_another_place(pipe, pictures_dir, cache, made, what):
+    pictures = pictures_in(pictures_dir)[:1]
+    Encoder(pipe, cache).encode(pictures, SQUARE)
+    made.clear()
+    if what == "prompt":
+        pictures = [Picture(pictures[0].path, "another star")]
+    else:
+        next(getattr(pipe, what).parameters()).data += 1e-3
+    Encoder(pipe, cache).encode(pictures, SQUARE)
+    assert made == [pictures[0].prompt]
+
+
+def test_pictures_of_one_name_and_equal_pictures_with_other_captions_stay_apart(pipe, pictures_dir, cache, tmp_path):
+    for place, folder in enumerate("ab"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(pictures_dir / f"{place}.png", tmp_path / folder / "0.png")
+    pictures = [Picture(tmp_path / "a" / "0.png", "one"), Picture(tmp_path / "b" / "0.png", "two")]
+    pictures.append(Picture(tmp_path / "a" / "0.png", "three"))
+    encoded = Encoder(pipe, cache).encode(pictures, SQUARE)
+    alone = [Encoder(pipe, TensorCache(tmp_path / str(n))).encode([picture], SQUARE) for n, picture in enumerate(pictures)]
+    for place, expected in enumerate(alone):
+        equal(encoded.only([place]), expected)
+    assert not torch.equal(encoded.mean(0), encoded.mean(1))
+    assert torch.equal(encoded.mean(0), encoded.mean(2))
+
+
+def spoil(path, how):
+    if how == "cut":
+        path.write_bytes(path.read_bytes()[:-7])
+    elif how == "flipped bit":
+        content = bytearray(path.read_bytes())
+        content[-3] ^= 1
+        path.write_bytes(content)
+    else:
+        with safe_open(path, "pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        save_file(tensors, path, metadata={"key": "f" * 64, "sha256": digest_of(tensors)})
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped bit", "another's"])
+def test_a_file_that_is_damaged_or_another_ones_is_computed_anew(pipe, pictures_dir, cache, made, how):
+    pictures = pictures_in(pictures_dir)
+    first = Encoder(pipe, cache).encode(pictures, SQUARE)
+    for file in cache.folder.rglob("*.safetensors"):
+        spoil(file, how)
+    made.clear()
+    with pytest.warns(UserWarning, match="computed anew"):
+        second = Encoder(pipe, cache).encode(pictures, SQUARE)
+    assert len(made) == 6
+    equal(first, second)
+
+
+def test_a_picture_lost_while_training_is_an_error_with_the_remedy(pipe, pictures_dir, cache):
+    encoded = Encoder(pipe, cache).encode(pictures_in(pictures_dir), SQUARE)
+    shutil.rmtree(cache.folder)
+    with pytest.raises(InputError, match=r"has lost a picture.*--resume_from_checkpoint latest"):
+        encoded.read(0, 0)
+
+
+def test_workers_decode_the_same(pipe, pictures_dir, cache, tmp_path):
+    alone = Encoder(pipe, cache).encode(pictures_in(pictures_dir), SQUARE)
+    helped = Encoder(pipe, TensorCache(tmp_path / "other"), workers=2).encode(pictures_in(pictures_dir), SQUARE)
+    equal(alone, helped)
+
+
+def test_processes_share_the_work_and_end_with_all_of_it(pipe, pictures_dir, cache, made):
+    pictures = pictures_in(pictures_dir, "one prompt for all")
+    counts = []
+
+    def first_then_second():
+        # Stands in for the other process, which encodes its part while this one waits.
+        counts.append(sum(path in {picture.path for picture in pictures} for path in made))
+        Encoder(pipe, cache, share=(1, 2))._encode_missing(jobs[0][1::2])
+
+    jobs = []
+    original = Encoder._encode_missing
+    watched = Encoder(pipe, cache, share=(0, 2), wait=first_then_second)
+    watched._encode_missing = lambda given: jobs.append(jobs_of(watched, pictures)) or original(watched, given)
+    watched.encode(pictures, SQUARE)
+    assert counts == [2]
+    assert sorted(path for path in made if path in {picture.path for picture in pictures}) == [p.path for p in pictures]
+
+
+def jobs_of(encoder, pictures):
+    shot = Shot((16, 16))
+    return [
+        encoding._Job(picture.path, {encoder._key(file_digest(picture.path), shot, "picture"): shot}, "picture")
+        for picture in pictures
+    ]
+
+
+def test_only_so_many_pictures_stay_in_memory(cache):
+    keys = [(key_of(number=number),) for number in range(5)]
+    for number, (key,) in enumerate(keys):
+        cache.write(key, {"moments": torch.full((2, 1, 1, 1), float(number)), "time_ids": torch.zeros(6)})
+    reader = CachedPictures(keys, cache, kept=2)
+    for place in (0, 1, 0, 2, 3):
+        assert reader(place, 0)[0][0].item() == place
+        assert len(reader.memory) <= 2
+    assert list(reader.memory) == [keys[2][0], keys[3][0]]
+
+
+def test_pictures_are_decoded_one_after_the_other(pipe, pictures_dir, cache, monkeypatch):
+    order = []
+    decode, moments = encoding._Job.decode, Encoder._moments
+    monkeypatch.setattr(encoding._Job, "decode", lambda job: order.append("decode") or decode(job))
+    monkeypatch.setattr(Encoder, "_moments", lambda self, example: order.append("encode") or moments(self, example))
+    Encoder(pipe, cache).encode(pictures_in(pictures_dir), SQUARE)
+    assert order == ["decode", "encode"] * 3
+
+
+def test_the_hash_of_a_model_sees_every_weight_and_its_type(pipe):
+    first = module_digest(pipe.vae)
+    assert first == module_digest(tiny_pipeline().vae)
+    assert first != module_digest(tiny_pipeline().vae.to(torch.bfloat16))
+    list(pipe.vae.parameters())[-1].data[0] += 1e-3
+    assert first != module_digest(pipe.vae)
+
+
+def test_crops_are_drawn_for_each_picture_from_the_seed_alone():
+    framing = Framing(((16, 16),), random_crops=3, seed=5)
+    crops = [[shot.crop for shot in framing.shots(place, (16, 16))] for place in (0, 1, 0)]
+    assert crops[0] == crops[2] != crops[1]
+    assert all(0 <= value < 1 for crop in crops[0] for value in crop)
+    assert crops[0] != [shot.crop for shot in Framing(((16, 16),), random_crops=3, seed=6).shots(0, (16, 16))]

@@ -1,0 +1,114 @@
+"""Class pictures: made once, missing ones added, used again, and never those of another class."""
+
+import os
+
+import pytest
+from PIL import Image
+
+from pipelines.errors import InputError
+from pipelines.pictures import read_settings
+from pipelines.subject.captions import find_captioned
+from pipelines.subject.data import Picture
+from pipelines.subject.prior import ClassPictures, in_sizes
+
+SETTINGS = {"negative_prompt": "", "num_inference_steps": 2, "guidance_scale": 4.0, "sampler": "Euler"}
+
+
+def wanted(folder, count=3, prompts=None, model="owner/model", **more):
+    return ClassPictures(folder, prompts or {"sks dog": "a photo of a dog"}, count, model, **more)
+
+
+def make(classes, missing=None):
+    """Make what is missing; a picture's shade is its seed."""
+    drawn = []
+
+    def draw(prompts, seeds):
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            drawn.append((prompt, seed))
+            yield Image.new("RGB", (8, 8), (seed % 256, 0, 0))
+
+    classes.make(classes.missing() if missing is None else missing, draw, SETTINGS)
+    return drawn
+
+
+def test_pictures_are_made_once_and_carry_their_settings(tmp_path):
+    drawn = make(wanted(tmp_path / "class"))
+    assert len(drawn) == len(set(drawn)) == 3
+    assert make(wanted(tmp_path / "class")) == []
+    found = wanted(tmp_path / "class").found()
+    assert [(p.path.name, p.prompt, p.kind, p.subject) for p in found] == [
+        (f"{number:05d}.png", "a photo of a dog", "class", "sks dog") for number in range(3)
+    ]
+    assert [read_settings(picture.path)["seed"] for picture in found] == [seed for _, seed in drawn]
+
+
+def test_missing_ones_are_added_as_if_they_had_never_been_gone(tmp_path):
+    make(wanted(tmp_path))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "00001.png").unlink()
+    assert len(make(wanted(tmp_path))) == 1
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert len(make(wanted(tmp_path, count=5))) == 2
+
+
+def test_pictures_of_ones_own_count_and_are_kept(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "my dog.jpg")
+    assert len(make(wanted(tmp_path))) == 2
+    assert {p.path.name for p in wanted(tmp_path).found()} == {"00000.png", "00001.png", "my dog.jpg"}
+
+
+def test_no_more_are_used_than_asked_for(tmp_path):
+    make(wanted(tmp_path, count=5))
+    assert len(wanted(tmp_path, count=2).found()) == 2
+    assert make(wanted(tmp_path, count=2)) == []
+
+
+@pytest.mark.parametrize("change", [{"prompts": {"sks cat": "a photo of a cat"}}, {"model": "owner/other"}])
+def test_pictures_of_another_class_or_model_are_refused(tmp_path, change):
+    make(wanted(tmp_path))
+    with pytest.raises(InputError, match=r"00000\.png' is a class picture of 'a photo of a dog' by 'owner/model', not of"):
+        wanted(tmp_path, **change).missing()
+
+
+def test_a_model_may_have_been_moved(tmp_path):
+    make(wanted(tmp_path, model="/here/mini"))
+    assert wanted(tmp_path, model="/there/mini").missing() == []
+
+
+def test_each_class_has_its_own_folder_and_subjects_of_one_class_share_it(tmp_path):
+    prompts = {"rex": "a photo of a dog", "tom": "a photo of a cat!", "bello": "a photo of a dog"}
+    make(wanted(tmp_path, prompts=prompts, count=2))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-photo-of-a-cat", "a-photo-of-a-dog"]
+    found = wanted(tmp_path, prompts=prompts, count=2).found()
+    assert [picture.prompt for picture in found] == ["a photo of a dog"] * 2 + ["a photo of a cat!"] * 2
+    assert {picture.path.parent.name for picture in found[2:]} == {"a-photo-of-a-cat"}
+
+
+def test_processes_share_the_pictures_and_make_what_one_would_have_made(tmp_path):
+    make(wanted(tmp_path / "alone", count=5))
+    parts = [wanted(tmp_path / "together", count=5, share=(place, 2)) for place in range(2)]
+    missing = parts[0].missing()
+    assert sorted(make(parts[0], missing) + make(parts[1], missing)) == sorted(
+        (prompt, seed) for _, prompt, seed in wanted(tmp_path / "none", count=5).missing()
+    )
+    for path in (tmp_path / "alone").iterdir():
+        assert (tmp_path / "together" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_picture_cut_short_while_it_was_written_is_made_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        make(wanted(tmp_path))
+    monkeypatch.undo()
+    assert len(make(wanted(tmp_path))) == 3
+    assert len(find_captioned(tmp_path, "dog")) == 3
+
+
+def test_every_size_of_the_subject_gets_class_pictures(tmp_path):
+    for name, size in {"wide": (20, 10), "tall": (10, 20)}.items():
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+    pictures = [Picture(tmp_path / f"{name}.png", "dog", "class") for name in ("wide", "tall")]
+    shown = [(p.path.stem, size) for p, size in zip(*in_sizes(pictures, [(8, 16), (16, 8)]), strict=True)]
+    assert shown == [("wide", (8, 16)), ("tall", (16, 8))]
+    shown = [(p.path.stem, size) for p, size in zip(*in_sizes(pictures[:1], [(8, 16), (16, 8)]), strict=True)]
+    assert shown == [("wide", (8, 16)), ("wide", (16, 8))]
