@@ -38,8 +38,10 @@ from pipelines.subject.generate import Sampling, generate
 from pipelines.subject.loss import DenoisingLoss, TrainingBatches
 from pipelines.subject.optimizers import Adam, Rates, averaged, optimised, parameter_groups
 from training.checkpoints import newest_step
+from training.dry_run import rehearse_first
 from training.finishing import Trained, finish
 from training.folds import leave_one_out
+from training.ladder import with_ladder
 from training.loop import LoopOptions, Periodic, Trainable, train
 from training.options import SubjectOptions, parse_options
 from training.options.output import LATEST
@@ -75,16 +77,22 @@ def main(options: SubjectOptions) -> RunDirectory:
         load = partial(load_base_model, model.pretrained_model_name_or_path, device=accelerator.device, **model.source)
         pipeline = load(dtype)
         resolution = options.data.resolution or model_resolution(pipeline)
+        run.update_status(resolution=resolution)
         encoded = prepare(pipeline, load, pictures, options, Sampling(resolution=resolution), run, accelerator)
         subject = encoded.subject
         draw = sampler(pipeline, options, resolution)
-        before = draw()
+        before = [] if options.output.dry_run else draw()
 
         run.update_status(phase="calibrating")
         components = adapters.attach(pipeline, options.adapter)
         loss = DenoisingLoss(pipeline, options.optimisation.snr_gamma, options.optimisation.do_edm_style_training)
         runs, seed = runs_on_subject(loss, subject, options.optimisation.seed), options.optimisation.seed
         adapters.start(options.adapter, components, runs, run.path / "calibration", seed)
+
+        trainable = to_train(loss, encoded.class_pictures, subject, options, accelerator.num_processes)
+        rehearse_first(accelerator, run, trainable, loop_options(options), options.output.memory_limit_gb)
+        if options.output.dry_run:
+            return run
 
         write_provenance(run, options, pipeline, *([p.path for p in part] for part in (pictures.train, pictures.heldout)))
         if pictures.folds:
@@ -94,7 +102,6 @@ def main(options: SubjectOptions) -> RunDirectory:
             leave_one_out(accelerator, run, loss, folds, on, loop_options(options), every)
 
         run.update_status(phase="training", step=0, total=options.optimisation.max_train_steps)
-        trainable = to_train(loss, encoded.class_pictures, subject, options, accelerator.num_processes)
         watch = Watch(run, loss, subject, encoded.heldout, draw, options.output.validation_prompt, options.adapter, components)
         watch.begin()
         train(accelerator, run, trainable, loop_options(options), watched(watch, trainable, options))
@@ -218,4 +225,4 @@ def pictures_of(examples: list[Example]) -> list[Image.Image]:
 
 if __name__ == "__main__":
     with exit_codes():
-        main(parse_options(description=__doc__))
+        with_ladder(main, parse_options(description=__doc__), "training.dreambooth_nora")

@@ -10,7 +10,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,35 +106,27 @@ class LoopOptions:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}.")
 
 
-Rehearsal = Callable[["Stepper"], None]
-
-
 def train(
     accelerator: Accelerator,
     run: RunDirectory,
     trainable: Trainable,
     options: LoopOptions,
     periodic: Sequence[Periodic] = (),
-    rehearsal: Rehearsal | None = None,
 ) -> None:
     """Train to `options.max_train_steps`, resuming from the run's newest intact checkpoint where there is one.
 
     SIGTERM and SIGINT let the step in progress end, and a checkpoint is written.
 
-    Args:
-        rehearsal: called before the first step of a new run with what does steps; it leaves all as it was.
     Raises:
         NotFiniteError: the loss or the gradient is not finite; nothing of that step is saved.
         Stopped: a signal asked for it.
     """
     first = _resume(accelerator, run, trainable, options)
-    module, optimizer = accelerator.prepare(trainable.module, trainable.optimizer)
-    if trainable.ema is not None:
-        trainable.ema.to(accelerator.device)
-    stepper = Stepper(accelerator, run, trainable, options, module, optimizer)
-    if rehearsal is not None and first == 0:
-        rehearsal(stepper)
-    with StopRequests() as requests, _progress_bar(first, options, accelerator) as bar:
+    with (
+        prepared(accelerator, run, trainable, options) as stepper,
+        StopRequests() as requests,
+        _progress_bar(first, options, accelerator) as bar,
+    ):
         batches = stepper.batches(range(first, options.max_train_steps), options.dataloader_num_workers)
         progress = Progress(run, first, options.max_train_steps)
         for step in range(first, options.max_train_steps):
@@ -151,6 +143,19 @@ def train(
 
 def _progress_bar(first: int, options: LoopOptions, accelerator: Accelerator) -> tqdm:
     return tqdm(initial=first, total=options.max_train_steps, desc="training", disable=not accelerator.is_main_process)
+
+
+@contextmanager
+def prepared(accelerator: Accelerator, run: RunDirectory, trainable: Trainable, options: LoopOptions) -> Iterator[Stepper]:
+    """What does optimisation steps of `trainable`, as long as this is entered."""
+    module, optimizer = accelerator.prepare(trainable.module, trainable.optimizer)
+    if trainable.ema is not None:
+        trainable.ema.to(accelerator.device)
+    try:
+        yield Stepper(accelerator, run, trainable, options, module, optimizer)
+    finally:
+        # An accelerator unscales the gradients of every optimiser that it still knows, and more than once if it has several.
+        accelerator.free_memory()
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def test_phases_are_named_in_their_order(trained, monkeypatch):
 
     monkeypatch.setattr(RunDirectory, "update_status", watched)
     trained("run")
-    assert phases == ["loading", "calibrating", "training", "exporting", "done"]
+    assert phases == ["loading", "encoding", "calibrating", "dry run", "training", "exporting", "done"]
 
 
 @pytest.mark.parametrize("method", ["nora", "lora"])
@@ -317,3 +317,11 @@ def test_the_default_command_learns_the_sample_subject_from_any_directory(tmp_pa
 def test_real_photos_of_any_shape_are_trained_on(tiny_model, tmp_path):
     run = dreambooth_nora.main(parse_options(flags(tiny_model, PHOTOS, tmp_path / "run", "--heldout_image", "04.jpg")))
     assert run.status()["state"] == "done"
+
+
+def test_a_dry_run_stops_after_its_report(trained):
+    run = trained("run", "--dry_run")
+    assert run.status()["state"] == "done"
+    assert json.loads((run.path / "dry_run.json").read_text())["trained_numbers"] > 0
+    assert not run.metrics()
+    assert not list_checkpoints(run.checkpoints)

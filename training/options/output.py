@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipelines.errors import InputError
-from training.options.checks import at_least
+from training.options.checks import above_zero, at_least
 
 LATEST = "latest"
 
@@ -29,10 +29,21 @@ class OutputOptions:
     report_to: Literal["tensorboard", "wandb", "none"] = field(
         default="tensorboard", metadata={"help": "Where metrics and pictures go besides the run's directory."}
     )
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Do three real steps, tell what the whole run takes, and stop. Every run begins with this."},
+    )
+    memory_limit_gb: float | None = field(
+        default=None, metadata={"help": "Memory that training may take, for a device that is shared; all there is unless said."}
+    )
+    ladder: bool = field(
+        default=True, metadata={"help": "Where it does not fit, find settings that do, each by a dry run in its own process."}
+    )
 
     _argument_group_name = "output"
 
     def __post_init__(self) -> None:
         at_least(self, 1, "checkpointing_steps", "checkpoints_total_limit", "validation_steps")
+        above_zero(self, "memory_limit_gb")
         if self.resume_from_checkpoint is not None and self.output_dir is None:
             raise InputError("resume_from_checkpoint needs --output_dir, the directory of the run to go on with.")

@@ -1,0 +1,196 @@
+"""The dry run leaves everything as it was and measures what it says; the ladder finds the first setting that fits."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+from regression import STEPS, trainable, trained
+
+from pipelines.errors import InputError
+from training import ladder
+from training.checkpoints import list_checkpoints
+from training.dry_run import DoesNotFitError, PeakMemory, rehearse
+from training.ladder import Rung, advice, as_flags, climb, rungs, with_ladder
+from training.loop import LoopOptions, prepared
+from training.options import SubjectOptions, parse_options
+from training.run import RunDirectory
+
+
+def rehearsed(folder, what, limit=None, **changes):
+    run = RunDirectory.create(folder, {})
+    with prepared(Accelerator(cpu=True), run, what, LoopOptions(STEPS, checkpointing_steps=2, **changes)) as stepper:
+        return rehearse(stepper, limit)
+
+
+def test_a_dry_run_leaves_the_training_after_it_as_if_it_had_not_been(tmp_path):
+    expected = trained(tmp_path / "without", trainable())
+    what = trainable()
+    rehearsed(tmp_path / "with", what)
+    assert torch.equal(trained(tmp_path / "with", what), expected)
+    shadow = (list_checkpoints(tmp_path / name / "checkpoints")[-1] / "state.pt" for name in ("without", "with"))
+    averages = [torch.load(path, weights_only=True)["ema"]["shadow_params"] for path in shadow]
+    assert all(torch.equal(*pair) for pair in zip(*averages, strict=True))
+
+
+def test_a_dry_run_does_real_steps(tmp_path, monkeypatch):
+    what, seen = trainable(), []
+    step = what.optimizer.step
+    monkeypatch.setattr(what.optimizer, "step", lambda *rest: seen.append(step(*rest)))
+    rehearsed(tmp_path, what)
+    assert len(seen) == 3
+
+
+def test_a_dry_run_reports_what_the_run_will_take(tmp_path):
+    report = rehearsed(tmp_path, trainable(), checkpoints_total_limit=3)
+    assert report.trained_numbers == 8
+    assert report.seconds == pytest.approx(STEPS * report.seconds_per_step)
+    # Weights, two moments and a moving average of float32, and the count of steps of each of two parameters.
+    assert report.checkpoint == 4 * 8 * 4 + 2 * 4
+    assert report.disk == 5 * report.checkpoint
+    assert json.loads((tmp_path / "dry_run.json").read_text()) == dataclasses.asdict(report)
+    assert "8 trained numbers" in report.in_words()
+
+
+def test_peak_memory_is_that_of_what_came_and_went():
+    before = PeakMemory(torch.device("cpu")).read()
+    peak = PeakMemory(torch.device("cpu"))
+    torch.ones(1 << 25)
+    highest = peak.read()
+    assert highest - before == pytest.approx(4 << 25, rel=0.2)
+    assert PeakMemory(torch.device("cpu")).read() < highest - (2 << 25)
+
+
+def test_more_memory_than_allowed_does_not_fit(tmp_path):
+    with pytest.raises(DoesNotFitError, match=r"takes 0\.\d+ GB of memory, and memory_limit_gb is 0\.001"):
+        rehearsed(tmp_path, trainable(), limit=0.001)
+
+
+def test_more_disk_than_is_free_is_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.dry_run.free_bytes", lambda folder: 10)
+    with pytest.raises(InputError, match=r"of the disk.*lower --checkpoints_total_limit"):
+        rehearsed(tmp_path, trainable())
+
+
+OPTIONS = {
+    "model": {"gradient_checkpointing": False, "quantize": None},
+    "optimisation": {"train_batch_size": 6, "gradient_accumulation_steps": 1, "use_8bit_adam": False},
+    "output": {"output_dir": "x", "ladder": True, "dry_run": False, "hub": None},
+}
+
+
+def test_the_ladder_goes_from_what_costs_time_to_what_costs_quality():
+    assert list(rungs(OPTIONS, 1024)) == [
+        {"gradient_checkpointing": True},
+        {"train_batch_size": 3, "gradient_accumulation_steps": 2},
+        {"train_batch_size": 1, "gradient_accumulation_steps": 6},
+        {"use_8bit_adam": True},
+        {"quantize": "nf4"},
+        {"resolution": 768},
+        {"resolution": 512},
+    ]
+
+
+def test_what_is_set_already_or_unknown_makes_no_rung():
+    options = {
+        "model": {"gradient_checkpointing": True},
+        "optimisation": {"train_batch_size": 1, "gradient_accumulation_steps": 4},
+    }
+    assert list(rungs(options, None)) == []
+
+
+def test_options_and_the_flags_made_of_them_are_the_same():
+    flags = ["--method", "lora", "--rank", "8", "--random_flip", "--validation_prompt", "a b", "c", "--ladder", "false"]
+    options = parse_options(flags)
+    values = {name: value for group in options.to_dict().values() for name, value in group.items()}
+    assert parse_options(as_flags(values)).to_dict() == options.to_dict()
+
+
+RECIPE = """
+import argparse, json, pathlib, sys
+parser = argparse.ArgumentParser()
+for name in ("gradient_checkpointing", "ladder", "dry_run"):
+    parser.add_argument("--" + name, type=lambda text: text == "True")
+for name in ("train_batch_size", "gradient_accumulation_steps"):
+    parser.add_argument("--" + name, type=int)
+parser.add_argument("--use_8bit_adam")
+parser.add_argument("--output_dir", type=pathlib.Path)
+options = parser.parse_args()
+assert options.dry_run and not options.ladder
+if options.use_8bit_adam == "True":
+    raise SystemExit("error: bitsandbytes is not installed")
+peak = 100 * options.train_batch_size - 50 * bool(options.gradient_checkpointing)
+options.output_dir.mkdir()
+if peak > 700:
+    raise SystemExit("error: CUDA out of memory. Tried to allocate")
+(options.output_dir / "dry_run.json").write_text(json.dumps({"peak_memory": peak, "seconds_per_step": 0.5}))
+if peak > LIMIT:
+    raise SystemExit("error: does not fit")
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """A recipe whose memory is a formula, 100 a picture and 50 less with checkpointing; `recipe(limit)` is its name."""
+
+    def of(limit):
+        (tmp_path / "formula.py").write_text(RECIPE.replace("LIMIT", str(limit)))
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        return "formula"
+
+    return of
+
+
+def test_the_first_rung_that_fits_is_found_each_with_the_flags_of_those_before(recipe, tmp_path):
+    tried = climb(recipe(300), OPTIONS, None, tmp_path)
+    assert [(rung.flags, rung.fits, rung.peak_memory) for rung in tried] == [
+        ({"gradient_checkpointing": True}, False, 550),
+        ({"gradient_checkpointing": True, "train_batch_size": 3, "gradient_accumulation_steps": 2}, True, 250),
+    ]
+    assert "--gradient_checkpointing True --train_batch_size 3 --gradient_accumulation_steps 2" in advice(tried)
+
+
+def test_out_of_memory_climbs_on_and_what_is_not_installed_is_left_out(recipe, tmp_path):
+    options = {**OPTIONS, "optimisation": OPTIONS["optimisation"] | {"train_batch_size": 8, "quantize": None}}
+    tried = climb(recipe(10), options, None, tmp_path)
+    assert [rung.peak_memory for rung in tried] == [None, 350, 150, 50, None, None]
+    assert "use_8bit_adam" in tried[-2].flags
+    assert "bitsandbytes is not installed" in tried[-2].reason
+    assert "use_8bit_adam" not in tried[-1].flags
+    assert "No setting of the ladder fits" in advice(tried)
+
+
+def options_in(folder, **changes):
+    options = SubjectOptions()
+    options.output = dataclasses.replace(options.output, output_dir=str(folder), **changes)
+    RunDirectory.create(folder, {}).update_status(resolution=64)
+    return options
+
+
+def out_of_memory(options):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+
+def test_out_of_memory_anywhere_climbs_the_ladder_and_says_what_to_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        ladder, "climb", lambda recipe, options, resolution, folder: [Rung({"resolution": resolution // 2}, True, 1, 2)]
+    )
+    with pytest.raises(InputError, match=r"does not fit: CUDA out of memory.*This fits: --resolution 32 "):
+        with_ladder(out_of_memory, options_in(tmp_path), "recipe")
+    assert json.loads((tmp_path / "ladder.json").read_text())[0]["fits"]
+    assert "--resolution 32" in RunDirectory(tmp_path).status()["error"]
+
+
+def test_a_rung_does_not_climb_a_ladder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(ladder, "climb", lambda *_: pytest.fail("climbed"))
+    with pytest.raises(InputError, match=r"does not fit: CUDA out of memory"):
+        with_ladder(out_of_memory, options_in(tmp_path, ladder=False), "recipe")
+
+
+def test_other_errors_are_left_alone(tmp_path):
+    def broken(options):
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        with_ladder(broken, options_in(tmp_path), "recipe")
