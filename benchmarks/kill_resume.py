@@ -23,21 +23,25 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from pipelines.subject.generate import Sampling
 from training import dreambooth_nora
 from training.checkpoints import WRITING, newest_step
 from training.options import parse_options
 from training.run import RunDirectory
 
 ROOT = Path(__file__).parents[1]
-FLAGS = shlex.split("""
+STEPS = 16
+FLAGS = shlex.split(f"""
 --instance_prompt sks --heldout_image 3.png --random_flip --rank 4 --inner_r 2 --target_modules to_v --dropout 0.1
---train_text_encoder --max_train_steps 24 --train_batch_size 2 --gradient_accumulation_steps 2 --lr_warmup_steps 3 --use_ema
---checkpointing_steps 2 --checkpoints_total_limit 2 --validation_prompt sks --validation_steps 12 --heldout_steps 4
+--train_text_encoder --max_train_steps {STEPS} --train_batch_size 2 --gradient_accumulation_steps 2 --lr_warmup_steps 3 --use_ema
+--checkpointing_steps 1 --checkpoints_total_limit 2 --validation_prompt sks --validation_steps 8 --heldout_steps 8
+--with_prior_preservation --class_prompt thing --num_class_images 2 --center_crop false --crops_per_picture 2
 --report_to none --certify false
 """)
 RESUME = ["--resume_from_checkpoint", "latest"]
@@ -73,6 +77,8 @@ def start(flags: Sequence[str], log: Path) -> int:
         with log.open("a") as file:
             for stream in (1, 2):
                 os.dup2(file.fileno(), stream)
+        # Random weights draw no better in 25 steps.
+        dreambooth_nora.Sampling = partial(Sampling, num_inference_steps=2)
         dreambooth_nora.main(parse_options(flags))
         code = 0
     finally:
@@ -171,7 +177,7 @@ def torment(flags: list[str], folder: Path, seconds: float, kills: int, rng: ran
                 break
             in_write = rng.random() < 1 / 3
             # A run that has come far has less left to be killed in.
-            left = seconds * (1 - 0.5 * newest_step(run.checkpoints) / 24)
+            left = seconds * (1 - 0.5 * newest_step(run.checkpoints) / STEPS)
             alive = killed(child, run, rng.uniform(0, left * (0.4 if in_write else 1.05)), in_write)
             if alive:
                 tally.count(run)
