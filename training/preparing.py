@@ -104,7 +104,9 @@ def prepare(
         folder = Path(data.class_data_dir or run.path / CLASS_PICTURES)
         prompts = class_prompts(data.instance_data_dir, data.class_prompt)
         model = options.model.pretrained_model_name_or_path
-        wanted = ClassPictures(folder, prompts, data.num_class_images, model, share)
+        # Three steps show what they need with as many as a batch holds; those are kept for the training itself.
+        enough = options.optimisation.train_batch_size if options.output.dry_run else data.num_class_images
+        wanted = ClassPictures(folder, prompts, min(enough, data.num_class_images), model, share)
         others = _class_pictures(wanted, pipeline, load, data, sampling, run, accelerator)
     run.update_status(phase="encoding")
     cache = TensorCache(Path(data.cache_dir or run.path / CACHE))

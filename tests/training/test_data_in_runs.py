@@ -1,0 +1,227 @@
+"""Pictures and words in whole runs on a tiny random model: what reaches the loss, and what a run keeps."""
+
+import json
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+
+from pipelines.errors import InputError
+from pipelines.pictures import read_settings
+from pipelines.subject.base_model import encode_prompts, load_base_model
+from pipelines.subject.encoding import Encoder
+from pipelines.subject.generate import Sampling
+from pipelines.subject.loss import DenoisingLoss
+from training import dreambooth_nora
+from training.checkpoints import list_checkpoints
+from training.options import parse_options
+from training.options.data import SAMPLE_CLASS_PROMPT, DataOptions
+
+FAST = "--rank 6 --inner_r 2 --target_modules to_v --max_train_steps 4 --train_batch_size 2 --lr_warmup_steps 1"
+FAST += " --checkpointing_steps 2 --validation_steps 4 --heldout_image none --no_certify --learning_rate 0.01"
+PRIOR = ["--with_prior_preservation", "--class_prompt", "a toy", "--num_class_images", "3"]
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Leave out the sample pictures and the export; class pictures are drawn in one step."""
+    monkeypatch.setattr(dreambooth_nora, "Sampling", partial(Sampling, num_inference_steps=1))
+    picture = Image.new("RGB", (16, 16))
+    monkeypatch.setattr(dreambooth_nora, "generate", lambda pipeline, prompts, *_: [picture] * len(prompts))
+
+
+@pytest.fixture
+def trained(tiny_model, pictures_dir, tmp_path):
+    """Runs the trainer with the flags given, in a folder of that name."""
+
+    def run(name, *more, pictures=pictures_dir, prompt="sks toy"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        flags = [*FAST.split(), "--pretrained_model_name_or_path", str(tiny_model), "--instance_data_dir", str(pictures)]
+        flags += ["--validation_prompt", "sks toy", "--output_dir", str(tmp_path / name)]
+        flags += [] if prompt is None else ["--instance_prompt", prompt]
+        return dreambooth_nora.main(parse_options([*flags, *more]))
+
+    return run
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """The batches that the loss is asked for, but for those of a rehearsal."""
+    seen = []
+    forward = DenoisingLoss.forward
+
+    def remembered(loss, **batch):
+        seen.append(batch)
+        return forward(loss, **batch)
+
+    monkeypatch.setattr(DenoisingLoss, "forward", remembered)
+    return seen
+
+
+def numbers(run):
+    return load_file(list_checkpoints(run.checkpoints)[-1] / "trained.safetensors")
+
+
+def same(first, second):
+    return all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.fixture
+def captioned(pictures_dir, tmp_path):
+    """The three pictures, of three shapes, each with its own caption."""
+    folder = tmp_path / "captioned"
+    shutil.copytree(pictures_dir, folder)
+    lines = [{"file_name": f"{place}.png", "text": f"caption {place}"} for place in range(3)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+def test_each_picture_meets_its_own_caption_and_size_in_every_batch(trained, batches, captioned, tiny_model):
+    trained("run", pictures=captioned, prompt=None)
+    pipe = load_base_model(str(tiny_model))
+    # By original height: 40 x 30, 30 x 40 and 33 x 33 pixels, in the order of the files.
+    expected = {height: encode_prompts(pipe, [f"caption {place}"]) for place, height in enumerate((30, 40, 33))}
+    assert len(batches) >= 4
+    for batch in batches:
+        for row, height in enumerate(batch["time_ids"][:, 0].int().tolist()):
+            torch.testing.assert_close(batch["hidden"][row], expected[height].hidden[0])
+            torch.testing.assert_close(batch["pooled"][row], expected[height].pooled[0])
+
+
+def test_several_subjects_are_trained_at_once_each_by_its_name(trained, batches, pictures_dir, tmp_path):
+    for place, name in enumerate(("red_cat", "dog")):
+        (tmp_path / "many" / name).mkdir(parents=True)
+        shutil.copy(pictures_dir / f"{place}.png", tmp_path / "many" / name / "0.png")
+    run = trained("run", "--train_text_encoder", pictures=tmp_path / "many", prompt="sks {subject}")
+    words = {tuple(row[0].tolist()) for batch in batches for row in batch["tokens"]}
+    assert len(words) == 2
+    assert run.status()["state"] == "done"
+
+
+@pytest.fixture(scope="module")
+def baselines():
+    """What is learned with the flags given, for the tests that compare with it."""
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("base", "more"),
+    [
+        (["--resolution", "32"], ["--aspect_ratio_buckets", "auto"]),
+        ([], ["--aspect_ratio_buckets", "16,24;24,16"]),
+        ([], ["--no_center_crop"]),
+        (["--no_center_crop"], ["--crops_per_picture", "2"]),
+        ([], PRIOR),
+        (PRIOR, ["--prior_loss_weight", "0.3"]),
+    ],
+    ids=" ".join,
+)
+def test_every_flag_of_the_data_changes_what_is_learned(trained, base, more, baselines):
+    if str(base) not in baselines:
+        baselines[str(base)] = numbers(trained("base", *base))
+    assert not same(numbers(trained("changed", *base, *more)), baselines[str(base)])
+
+
+EVERYTHING = [*PRIOR, "--no_center_crop", "--random_flip", "--aspect_ratio_buckets", "auto", "--gradient_accumulation_steps", "2"]
+
+
+def test_a_run_with_all_of_it_stopped_and_resumed_is_the_run_that_was_not(trained, monkeypatch):
+    whole = trained("whole", *EVERYTHING)
+    at = dreambooth_nora.SubjectBatches.__call__
+
+    def stop(batches, index):
+        if index == 7:
+            raise KeyboardInterrupt
+        return at(batches, index)
+
+    monkeypatch.setattr(dreambooth_nora.SubjectBatches, "__call__", stop)
+    with pytest.raises(KeyboardInterrupt):
+        trained("halves", *EVERYTHING)
+    monkeypatch.setattr(dreambooth_nora.SubjectBatches, "__call__", at)
+    halves = trained("halves", *EVERYTHING, "--resume_from_checkpoint", "latest")
+    path = "adapter/full/unet/adapter_model.safetensors"
+    assert (whole.path / path).read_bytes() == (halves.path / path).read_bytes()
+
+
+def test_workers_change_nothing(trained):
+    alone, helped = (numbers(trained(name, *EVERYTHING, "--dataloader_num_workers", name)) for name in "02")
+    assert same(alone, helped)
+
+
+def test_runs_share_a_cache_and_learn_the_same_from_it(trained, tmp_path, monkeypatch):
+    first = trained("first", "--cache_dir", str(tmp_path / "shared"))
+    assert not (first.path / "cache").exists()
+
+    def refuse(*_):
+        raise AssertionError("it is in the cache")
+
+    monkeypatch.setattr(Encoder, "_moments", refuse)
+    monkeypatch.setattr(Encoder, "_embeddings", refuse)
+    assert same(numbers(first), numbers(trained("second", "--cache_dir", str(tmp_path / "shared"))))
+
+
+def test_class_pictures_are_made_once_and_used_by_the_next_run(trained, tmp_path, batches):
+    folder = tmp_path / "class"
+    first = trained("first", *PRIOR, "--class_data_dir", str(folder))
+    made = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert sorted(made) == ["00000.png", "00001.png", "00002.png"]
+    assert read_settings(folder / "00000.png")["prompt"] == "a toy"
+    second = trained("second", *PRIOR, "--class_data_dir", str(folder))
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == made
+    assert same(numbers(first), numbers(second))
+    assert all(batch["weights"].tolist() == [2.0, 2.0, 2.0, 2.0] for batch in batches)
+    # Class pictures are of the training size and not cropped.
+    assert all(batch["time_ids"][1::2].int().tolist() == [[16, 16, 0, 0, 16, 16]] * 2 for batch in batches)
+
+
+def test_class_pictures_are_those_of_the_stock_pipeline_in_the_precision_asked_for(trained, tiny_model, tmp_path):
+    more = [
+        *PRIOR,
+        "--prior_generation_precision",
+        "bf16",
+        "--sample_batch_size",
+        "1",
+        "--class_data_dir",
+        str(tmp_path / "class"),
+    ]
+    trained("run", *more)
+    settings = read_settings(tmp_path / "class" / "00001.png")
+    pipe = load_base_model(str(tiny_model), torch.bfloat16)
+    generator = torch.Generator().manual_seed(settings["seed"])
+    picture = pipe("a toy", num_inference_steps=1, guidance_scale=4.0, height=16, width=16, generator=generator).images[0]
+    assert picture.tobytes() == Image.open(tmp_path / "class" / "00001.png").tobytes()
+
+
+def test_a_rehearsal_draws_only_as_many_class_pictures_as_it_needs(trained):
+    run = trained("run", *PRIOR, "--dry_run")
+    assert len(list((run.path / "class_pictures").iterdir())) == 2
+
+
+def test_prior_preservation_without_a_class_is_refused_before_anything_is_loaded(trained, tmp_path):
+    with pytest.raises(InputError, match=r"needs the class of the subject.*--class_prompt"):
+        trained("run", "--with_prior_preservation")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_bundled_subject_has_a_class():
+    assert DataOptions().class_prompt == SAMPLE_CLASS_PROMPT
+    assert DataOptions("elsewhere", "sks dog").class_prompt is None
+
+
+def test_sizes_that_do_not_fit_the_model_are_named(trained):
+    with pytest.raises(InputError, match=r"multiples of 8 for this model, got '20,16'"):
+        trained("run", "--aspect_ratio_buckets", "20,16")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [("num_class_images", 0, 1), ("crops_per_picture", 0, 1), ("sample_batch_size", 0, 1), ("prior_loss_weight", -0.5, 0),
+     ("dataloader_num_workers", -1, 0)],
+)  # fmt: skip
+def test_a_number_out_of_range_is_refused(name, value, least):
+    with pytest.raises(InputError, match=rf"{name} must be at least {least}, got {value}"):
+        DataOptions(**{name: value})
