@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -25,7 +25,14 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
 
 ExportFormat = Literal["diffusers", "kohya"]
-Factors = tuple[torch.Tensor, torch.Tensor]
+
+
+class Factors(NamedTuple):
+    """A change of weight `up` (out, k) times `down` (k, in), and for DoRA the length (out,) that each row then gets."""
+
+    up: torch.Tensor
+    down: torch.Tensor
+    magnitude: torch.Tensor | None = None
 
 
 def export_lora(
@@ -34,10 +41,12 @@ def export_lora(
     adapter_name: str = "default",
     format: ExportFormat = "diffusers",
 ) -> Path:
-    """Write the adapter, NoRA or PEFT's LoRA, at strength 1 as one LoRA file and return the file's path.
+    """Write the adapter, NoRA or PEFT's LoRA or DoRA, at strength 1 as one LoRA file and return the file's path.
 
     diffusers: lora_B = s B B', lora_A = A' A and no alpha, which a loader reads as alpha = rank.
     kohya: lora_up, lora_down and one alpha for all layers, since diffusers misreads alphas that differ.
+    DoRA adds the lengths of rows: lora_magnitude_vector, or kohya's dora_scale (LyCORIS with `wd_on_output`). Programs differ in
+    what they make of a dora_scale, and diffusers drops it from a kohya file: the diffusers file is the one that loads right.
 
     Args:
         pipe: with the adapter on its UNet, its text encoders, or any of them.
@@ -56,7 +65,7 @@ def export_lora(
         return path
     if path.suffix != ".safetensors":
         path = path / f"{Path(adapter_name).name}.safetensors"
-    rank = Counter(len(down) for factors in changes.values() for _, down in factors.values()).most_common(1)[0][0]
+    rank = Counter(len(change.down) for factors in changes.values() for change in factors.values()).most_common(1)[0][0]
     tensors = _kohya_tensors(changes, float(rank), pipe.unet.config.layers_per_block)
     header = kohya_header(
         tensors,
@@ -90,28 +99,31 @@ def low_rank_changes(model: nn.Module, component: str, adapter_name: str) -> dic
             if name.endswith("text_projection"):
                 raise ValueError(f"{component}.{name}: stock LoRA loaders drop text_projection. Leave it out of target_modules.")
             name = f"text_model.{name.removeprefix('text_model.')}"
-        changes[name] = _in_weight_shape(layer.get_base_layer(), *factors)
+        changes[name] = _in_weight_shape(layer.get_base_layer(), factors)
     return changes if component == "unet" else _with_attention_output(unwrapped(model), changes)
 
 
 def _layer_factors(layer: nn.Module, name: str, adapter_name: str) -> Factors | None:
     """`up` (out, k) and `down` (k, in) of the layer's change, or None where the layer has no such adapter."""
     if isinstance(layer, NoraLayer) and adapter_name in layer.nora_inner_A:
-        return layer._low_rank_factors(adapter_name, layer.alpha[adapter_name] / layer.inner_r[adapter_name])
+        return Factors(*layer._low_rank_factors(adapter_name, layer.alpha[adapter_name] / layer.inner_r[adapter_name]))
     if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
         return None
-    if adapter_name in layer.lora_variant or layer.lora_bias[adapter_name]:
-        raise ValueError(f"{name} has a variant of LoRA, such as DoRA or a trained bias. Only plain LoRA is exported.")
+    is_dora = layer.use_dora[adapter_name]
+    if (adapter_name in layer.lora_variant and not is_dora) or layer.lora_bias[adapter_name]:
+        raise ValueError(f"{name} has a variant of LoRA, such as a trained bias. Only plain LoRA and DoRA are exported.")
     rank = layer.r[adapter_name]
     scaling = layer.lora_alpha[adapter_name] / (rank**0.5 if layer.use_rslora[adapter_name] else rank)
     up, down = layer.lora_B[adapter_name].weight.detach(), layer.lora_A[adapter_name].weight.detach()
-    return scaling * up.float().flatten(1), down.float().flatten(1)
+    magnitude = layer.lora_magnitude_vector[adapter_name].weight.detach().float().flatten() if is_dora else None
+    return Factors(scaling * up.float().flatten(1), down.float().flatten(1), magnitude)
 
 
-def _in_weight_shape(base_layer: nn.Module, up: torch.Tensor, down: torch.Tensor) -> Factors:
-    if isinstance(base_layer, nn.Conv2d):
-        return up[:, :, None, None], down.reshape(len(down), *base_layer.weight.shape[1:])
-    return up, down
+def _in_weight_shape(base_layer: nn.Module, factors: Factors) -> Factors:
+    if not isinstance(base_layer, nn.Conv2d):
+        return factors
+    down = factors.down.reshape(len(factors.down), *base_layer.weight.shape[1:])
+    return Factors(factors.up[:, :, None, None], down, factors.magnitude)
 
 
 def _with_attention_output(text_encoder: nn.Module, changes: dict[str, Factors]) -> dict[str, Factors]:
@@ -122,27 +134,35 @@ def _with_attention_output(text_encoder: nn.Module, changes: dict[str, Factors])
     if any(name.endswith("out_proj") for name in changes):
         return changes
     name, layer = next((name, layer) for name, layer in text_encoder.named_modules() if name.endswith("out_proj"))
-    rank = len(next(iter(changes.values()))[1])
-    zeros = torch.zeros(layer.out_features, rank), torch.zeros(rank, layer.in_features)
+    first = next(iter(changes.values()))
+    rank = len(first.down)
+    lengths = None if first.magnitude is None else layer.weight.detach().float().norm(dim=1)
+    zeros = Factors(torch.zeros(layer.out_features, rank), torch.zeros(rank, layer.in_features), lengths)
     return {**changes, f"text_model.{name.removeprefix('text_model.')}": zeros}
 
 
 def _diffusers_tensors(changes: dict[str, dict[str, Factors]]) -> dict[str, torch.Tensor]:
     tensors = {}
     for component, factors in changes.items():
-        for name, (up, down) in factors.items():
-            tensors[f"{component}.{name}.lora_B.weight"] = up
-            tensors[f"{component}.{name}.lora_A.weight"] = down
+        for name, change in factors.items():
+            tensors[f"{component}.{name}.lora_B.weight"] = change.up
+            tensors[f"{component}.{name}.lora_A.weight"] = change.down
+            if change.magnitude is not None:
+                # PEFT keeps a convolution's as (1, out, 1, 1).
+                lengths = change.magnitude if change.up.ndim == 2 else change.magnitude[None, :, None, None]
+                tensors[f"{component}.{name}.lora_magnitude_vector.weight"] = lengths
     return tensors
 
 
 def _kohya_tensors(changes: dict[str, dict[str, Factors]], alpha: float, layers_per_block: int) -> dict[str, torch.Tensor]:
     tensors = {}
     for component, factors in changes.items():
-        for name, (up, down) in factors.items():
+        for name, change in factors.items():
             key = kohya_name(component, name, layers_per_block)
             # A loader multiplies by alpha / rank.
-            tensors[f"{key}.lora_up.weight"] = up * (len(down) / alpha)
-            tensors[f"{key}.lora_down.weight"] = down
+            tensors[f"{key}.lora_up.weight"] = change.up * (len(change.down) / alpha)
+            tensors[f"{key}.lora_down.weight"] = change.down
             tensors[f"{key}.alpha"] = torch.tensor(alpha)
+            if change.magnitude is not None:
+                tensors[f"{key}.dora_scale"] = change.magnitude.reshape(-1, *(1,) * (change.up.ndim - 1))
     return tensors

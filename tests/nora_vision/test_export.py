@@ -12,6 +12,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers, _maybe_map_sgm_blocks_to_diffusers
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from tiny_pipeline import COMPONENTS, TARGETS, add_nora, picture, tiny_pipeline, weight_changes
 
 from nora_vision import export_lora
@@ -245,6 +246,62 @@ def test_what_no_lora_file_can_hold_is_refused_and_nothing_is_written(tmp_path):
     refused(pipe, tmp_path, r"unet\.conv_out was trained in full", adapter_name="head")
     add_nora(pipe, "projection", components=("text_encoder_2",), target_modules=["text_projection"])
     refused(pipe, tmp_path, r"text_encoder_2\.text_projection: stock LoRA loaders drop", adapter_name="projection")
-    dora = tiny_pipeline()
-    add_lora(dora, use_dora=True)
-    refused(dora, tmp_path, r"has a variant of LoRA, such as DoRA")
+    biased = tiny_pipeline()
+    add_lora(biased, lora_bias=True)
+    refused(biased, tmp_path, r"has a variant of LoRA, such as a trained bias")
+
+
+def add_dora(pipe, targets=TARGETS):
+    """PEFT's own DoRA, with random factors and rows of other lengths than the base model's."""
+    generator = torch.Generator().manual_seed(0)
+    for component in COMPONENTS:
+        config = LoraConfig(r=3, lora_alpha=1.5, target_modules=targets[component], use_dora=True)
+        model = getattr(pipe, component)
+        model.add_adapter(config, "default")
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.3, generator=generator)
+                if "lora_magnitude_vector" in name:
+                    parameter.mul_(1 + 0.3 * torch.rand(parameter.shape, generator=generator))
+
+
+@pytest.mark.parametrize("targets", [TARGETS, {**TARGETS, "text_encoder": ["fc1"], "text_encoder_2": ["fc2"]}])
+def test_stock_diffusers_makes_the_same_pictures_from_the_file_of_a_dora(targets, tmp_path):
+    pipe = tiny_pipeline()
+    plain = picture(pipe)
+    add_dora(pipe, targets)
+    expected = picture(pipe)
+    assert (expected - plain).abs().max() > 2 / 255
+    file = export_lora(pipe, tmp_path)
+    stock = tiny_pipeline()
+    stock.load_lora_weights(file.parent)
+    torch.testing.assert_close(picture(stock), expected, atol=1 / 255, rtol=0)
+
+
+def test_the_kohya_file_of_a_dora_holds_the_length_that_each_row_of_the_weight_gets(tmp_path):
+    pipe = tiny_pipeline()
+    add_dora(pipe)
+    tensors = read_tensors(export_lora(pipe, tmp_path / "x.safetensors", format="kohya"))
+    layers = pipe.unet.config.layers_per_block
+    for name, layer in pipe.unet.named_modules():
+        if isinstance(layer, LoraLayer):
+            # LyCORIS with wd_on_output:  W' = dora_scale (W + alpha / rank up down) / ||W + alpha / rank up down||.
+            key, weight = kohya_name("unet", name, layers), layer.get_base_layer().weight
+            up, down = (tensors[f"{key}.lora_{part}.weight"] for part in ("up", "down"))
+            merged = weight + tensors[f"{key}.alpha"] / len(down) * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+            scale = tensors[f"{key}.dora_scale"]
+            assert scale.shape == (len(weight), *(1,) * (weight.ndim - 1))
+            expected = layer.get_base_layer().weight + layer.get_delta_weight("default")
+            torch.testing.assert_close(merged, expected, atol=1e-5, rtol=1e-4)
+            lengths = (scale * merged / merged.flatten(1).norm(dim=1).reshape(scale.shape)).flatten(1).norm(dim=1)
+            torch.testing.assert_close(lengths, layer.lora_magnitude_vector["default"].weight.flatten())
+
+
+def test_diffusers_renames_a_dora_scale_to_the_lengths_that_peft_trains(tmp_path):
+    pipe = tiny_pipeline()
+    add_dora(pipe)
+    tensors = read_tensors(export_lora(pipe, tmp_path / "x.safetensors", format="kohya"))
+    count = sum("dora_scale" in name for name in tensors)
+    renamed, _ = _convert_non_diffusers_lora_to_diffusers(_maybe_map_sgm_blocks_to_diffusers(tensors, pipe.unet.config))
+    assert sum("lora_magnitude_vector" in name for name in renamed) == count > 0
