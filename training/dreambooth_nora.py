@@ -10,7 +10,6 @@ format, for diffusers, and for A1111, ComfyUI and sd-scripts.
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -37,6 +36,7 @@ from pipelines.subject.encoding import EncodedPictures
 from pipelines.subject.generate import Sampling, generate
 from pipelines.subject.loss import DenoisingLoss, TrainingBatches
 from pipelines.subject.optimizers import Adam, Rates, averaged, optimised, parameter_groups
+from pipelines.subject.scores import judge_by
 from training.checkpoints import newest_step
 from training.dry_run import rehearse_first
 from training.finishing import Trained, finish
@@ -46,7 +46,7 @@ from training.loop import LoopOptions, Periodic, Trainable, train
 from training.options import SubjectOptions, parse_options
 from training.options.output import LATEST
 from training.preparing import checked_pictures, prepare
-from training.provenance import write_provenance
+from training.provenance import command_line, write_provenance
 from training.resuming import check_can_resume
 from training.run import RunDirectory, write_text_atomically
 from training.stopping import exit_codes
@@ -54,6 +54,7 @@ from training.tracking import start_tracker
 from training.watching import Watch
 
 PHOTOS = "photos.json"
+SHOWN_PICTURES = 8
 logger = get_logger(__name__)
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -102,15 +103,17 @@ def main(options: SubjectOptions) -> RunDirectory:
             leave_one_out(accelerator, run, loss, folds, on, loop_options(options), every)
 
         run.update_status(phase="training", step=0, total=options.optimisation.max_train_steps)
-        watch = Watch(run, loss, subject, encoded.heldout, draw, options.output.validation_prompt, options.adapter, components)
-        watch.begin()
+        shown = pictures_of(load_examples([picture.path for picture in pictures.train[:SHOWN_PICTURES]], resolution))
+        judge = judge_by(options.judging.judge_model, pipeline, shown, before, resolution) if run.writes else None
+        prompts = options.output.validation_prompt
+        watch = Watch(run, loss, subject, encoded.heldout, draw, prompts, options.adapter, components, judge)
+        watch.begin(before)
         train(accelerator, run, trainable, loop_options(options), watched(watch, trainable, options))
         if trainable.ema is not None:
             trainable.ema.copy_to(optimised(trainable.optimizer))
 
         if accelerator.is_main_process:
-            shown = pictures_of(load_examples([picture.path for picture in pictures.train[: len(before)]], resolution))
-            trained = Trained(pipeline, components, draw, shown, before, resolution, len(subject), began)
+            trained = Trained(pipeline, components, draw, shown[: len(before)], before, resolution, len(subject), began)
             finish(run, trained, options)
         accelerator.wait_for_everyone()
     return run
@@ -132,7 +135,7 @@ def open_run(options: SubjectOptions, accelerator: Accelerator) -> RunDirectory:
     accelerator.wait_for_everyone()
     run = RunDirectory.create(path, options.to_dict(), accelerator.is_main_process)
     if run.writes:
-        write_text_atomically(path / "command", shlex.join(["accelerate", "launch", *sys.argv]) + "\n")
+        write_text_atomically(path / "command", command_line(["accelerate", "launch", *sys.argv]) + "\n")
         run.update_status(processes=accelerator.num_processes)
     run.trackers.extend(start_tracker(options.output.report_to, path, newest_step(run.checkpoints), run.writes))
     return run

@@ -13,9 +13,10 @@ from torch import nn
 
 from pipelines.pictures import labelled_grid
 from pipelines.subject import adapters
+from pipelines.subject.base_model import load_base_model
 from pipelines.subject.generate import Sampling
 from training.certificate import StockModel, certify
-from training.judging import Suggestion, adapter_at, heldout_curve, suggest, write_suggestion
+from training.judging import Suggestion, adapter_at, suggest_for, write_suggestion
 from training.model_card import GRID, write_model_card
 from training.options import SubjectOptions
 from training.publishing import assemble, push_to_hub
@@ -58,7 +59,7 @@ def finish(run: RunDirectory, trained: Trained, options: SubjectOptions) -> None
     run.update_status(phase="exporting")
     adapters.save_everywhere(trained.pipeline, options.adapter, trained.components, run.path, title_of(run, options))
     rows = [("the subject", trained.shown), ("before", trained.before), (f"after, {options.adapter.method}", trained.draw())]
-    suggestion = suggest(heldout_curve(run), options.optimisation.max_train_steps)
+    suggestion = suggest_for(run, options.optimisation.max_train_steps)
     write_suggestion(run, suggestion)
     logger.info(f"Suggested: step {suggestion.step} of {suggestion.last}. {suggestion.why}")
     for warning in suggestion.warnings:
@@ -109,8 +110,17 @@ def suggested_rows(
 
 
 def certify_run(run: RunDirectory, trained: Trained, options: SubjectOptions) -> None:
-    """Write the run's certificate."""
-    model = StockModel(options.model.pretrained_model_name_or_path, options.model.variant)
+    """Write the run's certificate.
+
+    A quantised model is not what others load: there the native adapter on the plain base model is what files must equal.
+    """
+    given, pipeline = options.model, trained.pipeline
+    name, vae = given.pretrained_model_name_or_path, given.pretrained_vae_model_name_or_path
+    model = StockModel(name, given.variant, given.revision, vae, given.single_file_config)
+    if given.quantize is not None:
+        plain = {**given.source, "quantize": None}
+        pipeline = load_base_model(name, trained.pipeline.text_encoder.dtype, trained.pipeline.device, **plain)
+        adapters.load_adapter(pipeline, run.path, adapters.ADAPTER_NAME)
     sampling = Sampling(num_inference_steps=CERTIFIED_STEPS, resolution=trained.resolution)
     prompts = options.output.validation_prompt[:CERTIFIED_PROMPTS]
-    certify(trained.pipeline, run.path, model, prompts, sampling, options.optimisation.seed)
+    certify(pipeline, run.path, model, prompts, sampling, options.optimisation.seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from pipelines.methods import AdapterOptions
 from pipelines.subject.adapters import save_small
+from pipelines.subject.scores import COPY_THRESHOLD
 from training.run import RunDirectory, write_text_atomically
 
 SUGGESTION, ADAPTERS, FOLDS = "suggestion.json", "adapters", "folds"
@@ -39,6 +40,7 @@ class Suggestion:
         why: the reason, in words.
         warnings: of overfitting and the like, in words.
         curve: what it was judged by.
+        scores: of the samples, by step: subject, prompt and copy.
     """
 
     step: int
@@ -46,6 +48,7 @@ class Suggestion:
     why: str
     warnings: list[str]
     curve: list[Point]
+    scores: dict[int, dict[str, float]] = field(default_factory=dict)
 
 
 def adapter_at(run: RunDirectory, step: int) -> Path:
@@ -82,6 +85,28 @@ def _curve_of(run: RunDirectory) -> list[Point]:
 def _mean_seen(points: Sequence[Point]) -> float | None:
     seen = [point.seen for point in points if point.seen is not None]
     return fmean(seen) if seen else None
+
+
+def sample_scores(run: RunDirectory) -> dict[int, dict[str, float]]:
+    """The scores of the samples drawn at each step: the means of subject and prompt, the highest of copy."""
+    lines = (line for line in run.metrics() if "subject_score" in line)
+    return {int(line["step"]): {name: line[f"{name}_score"] for name in ("subject", "prompt", "copy")} for line in lines}
+
+
+def suggest_for(run: RunDirectory, last: int) -> Suggestion:
+    """What the run suggests by all that it measured; `last` is its last step."""
+    found, scores = suggest(heldout_curve(run), last), sample_scores(run)
+    warnings = found.warnings + _copying(scores)
+    return replace(found, warnings=warnings, scores=scores)
+
+
+def _copying(scores: dict[int, dict[str, float]]) -> list[str]:
+    """A warning where samples of the last step are nearly training pictures, and those of the base model are not."""
+    trained = [step for step in scores if step > 0]
+    if not trained or scores[max(trained)]["copy"] < COPY_THRESHOLD or scores.get(0, {}).get("copy", 0) >= COPY_THRESHOLD:
+        return []
+    score = scores[max(trained)]["copy"]
+    return [f"A sample of step {max(trained)} is nearly a copy of a training picture ({score:.2f} of 1). Train for fewer steps."]
 
 
 def suggest(curve: Sequence[Point], last: int) -> Suggestion:

@@ -29,7 +29,8 @@ def load(request: dict[str, Any]) -> StableDiffusionXLPipeline:
     if model["vae"] is not None:
         given["vae"] = AutoencoderKL.from_pretrained(model["vae"], torch_dtype=dtype, use_safetensors=True)
     if Path(model["name"]).is_file():
-        pipeline = StableDiffusionXLPipeline.from_single_file(model["name"], torch_dtype=dtype, config=model["config"], **given)
+        given |= {} if model["config"] is None else {"config": model["config"]}
+        pipeline = StableDiffusionXLPipeline.from_single_file(model["name"], torch_dtype=dtype, **given)
     else:
         given |= {"use_safetensors": True, "variant": model["variant"], "revision": model["revision"]}
         pipeline = StableDiffusionXLPipeline.from_pretrained(model["name"], torch_dtype=dtype, **given)

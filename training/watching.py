@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from PIL import Image
 from torch import nn
@@ -13,6 +14,7 @@ from pipelines.pictures import labelled_grid
 from pipelines.subject.encoding import EncodedPictures
 from pipelines.subject.evaluation import mean_denoising_loss
 from pipelines.subject.loss import DenoisingLoss
+from pipelines.subject.scores import Judge
 from training.judging import keep_adapter
 from training.run import RunDirectory
 
@@ -39,6 +41,7 @@ class Watch:
         draw: draws a picture for each of `prompts`.
         adapter: its options, for keeping it.
         components: what it is on.
+        judge: scores the pictures that are drawn, or None.
     """
 
     run: RunDirectory
@@ -49,11 +52,15 @@ class Watch:
     prompts: Sequence[str]
     adapter: AdapterOptions
     components: dict[str, nn.Module]
+    judge: Judge | None = None
 
-    def begin(self) -> None:
-        """Measure the base model, once a run."""
-        if self.run.writes and self.heldout is not None and not self.run.metrics():
+    def begin(self, before: Sequence[Image.Image]) -> None:
+        """Measure the base model, once a run, and score what it drew."""
+        if not self.run.writes or self.run.metrics():
+            return
+        if self.heldout is not None:
             self.run.log(0, **measured_losses(self.loss, self.heldout, self.seen))
+        self._score(0, before)
 
     def measure(self, step: int) -> float | None:
         """Keep the adapter and log the losses; returns that of the held-out picture."""
@@ -65,7 +72,20 @@ class Watch:
         return losses["heldout_loss"]
 
     def show(self, step: int) -> None:
-        """Draw the validation prompts."""
+        """Draw the validation prompts, and score the pictures."""
         keep_adapter(self.run, step, self.adapter, self.components)
-        sheet = labelled_grid([(f"step {step}", self.draw())], self.prompts)
-        self.run.save_picture(step, sheet)
+        drawn = self.draw()
+        self.run.save_picture(step, labelled_grid([(f"step {step}", drawn)], self.prompts))
+        self._score(step, drawn)
+
+    def _score(self, step: int, drawn: Sequence[Image.Image]) -> None:
+        """Log the means of likeness and following, and the worst case of copying."""
+        if self.judge is None:
+            return
+        scores = self.judge.scores(drawn, self.prompts)
+        self.run.log(
+            step,
+            subject_score=fmean(each.subject for each in scores),
+            prompt_score=fmean(each.prompt for each in scores),
+            copy_score=max(each.copy for each in scores),
+        )

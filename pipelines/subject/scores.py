@@ -231,3 +231,18 @@ class EmbeddingJudge:
 def _tensor(features: torch.Tensor | nn.Module) -> torch.Tensor:
     """transformers 5 wraps CLIP's features in an output of which they are the pooled part."""
     return features if isinstance(features, torch.Tensor) else features.pooler_output
+
+
+def judge_by(
+    name_or_path: str | None,
+    pipeline: StableDiffusionXLPipeline,
+    references: Sequence[Image.Image],
+    others: Sequence[Image.Image],
+    resolution: int,
+) -> Judge:
+    """The judge for a run: a CLIP or DINOv2 model where one is named, else the base model; arguments as for the judges.
+
+    Raises: InputError if the model cannot be loaded.
+    """
+    base = BaseModelJudge(pipeline, references, others, resolution)
+    return base if name_or_path is None else EmbeddingJudge(name_or_path, references, base)

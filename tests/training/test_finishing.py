@@ -1,7 +1,6 @@
 """What a run hands on, whole: the certificate, the suggestion, leave-one-out."""
 
 import json
-import shutil
 from functools import partial
 
 import pytest
@@ -41,6 +40,9 @@ def test_a_run_is_certified_by_default(trained):
     said = json.loads((run.path / "certificate.json").read_text())
     assert said["passed"]
     assert said["effect"] > 0
+    scored = [line for line in run.metrics() if "subject_score" in line]
+    assert [line["step"] for line in scored] == [0, 2, 4]
+    assert all({"prompt_score", "copy_score"} <= line.keys() for line in scored)
 
 
 def adapter_bytes(run):
@@ -90,7 +92,6 @@ def test_training_far_too_long_suggests_an_earlier_adapter_exports_it_and_warns(
     assert (said["step"], said["last"], said["adapter"]) == (1, 4, "adapters/step-0000001")
     assert "Overfitting" in said["warnings"][0]
     assert run.status()["suggested_step"] == 1
-    shutil.rmtree(run.path.parent / "short", ignore_errors=True)
     suggested = load_file(run.path / "suggested" / "diffusers" / "pytorch_lora_weights.safetensors")
     last = load_file(run.path / "diffusers" / "pytorch_lora_weights.safetensors")
     assert suggested.keys() == last.keys()

@@ -8,7 +8,7 @@ from tiny_pipeline import add_nora, tiny_pipeline, weight_changes
 
 from pipelines.methods import AdapterOptions
 from pipelines.subject import adapters
-from training.judging import Point, adapter_at, heldout_curve, keep_adapter, suggest, write_suggestion
+from training.judging import Point, adapter_at, heldout_curve, keep_adapter, suggest, suggest_for, write_suggestion
 from training.run import RunDirectory
 
 
@@ -111,3 +111,13 @@ def test_the_suggestion_on_disk_names_the_folder_of_the_kept_adapter(tmp_path):
     said = json.loads((run.path / "suggestion.json").read_text())
     assert (said["step"], said["adapter"], len(said["warnings"])) == (10, "adapters/step-0000010", 1)
     assert said["curve"][1] == {"step": 10, "heldout": 0.5, "seen": 0.5}
+
+
+@pytest.mark.parametrize(("base", "last", "warned"), [(0.3, 0.95, True), (0.3, 0.7, False), (0.95, 0.95, False)])
+def test_samples_that_became_copies_of_training_pictures_are_warned_of(tmp_path, base, last, warned):
+    run = RunDirectory.create(tmp_path / "run", {})
+    for step, copy in ((0, base), (5, 0.5), (10, last)):
+        run.log(step, subject_score=0.5, prompt_score=0.1, copy_score=copy)
+    found = suggest_for(run, 10)
+    assert any("A sample of step 10 is nearly a copy of a training picture (0.95 of 1)" in w for w in found.warnings) == warned
+    assert found.scores[5] == {"subject": 0.5, "prompt": 0.1, "copy": 0.5}
