@@ -40,8 +40,8 @@ def disturb(components):
             parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
 
 
-def test_nora_and_lora_are_there():
-    assert {"nora", "lora"} <= set(method_names())
+def test_nora_lora_and_dora_are_there():
+    assert {"nora", "lora", "dora"} <= set(method_names())
 
 
 @methods
@@ -62,7 +62,8 @@ def test_only_the_adapter_is_trained_and_every_number_of_it_gets_a_gradient(pipe
     with_gradient = {name for name, parameter in loss.named_parameters() if parameter.grad is not None}
     trained = {name for name, parameter in loss.named_parameters() if parameter.requires_grad}
     assert with_gradient == trained
-    assert all(f"{method}_" in name for name in trained)
+    assert all(f"{'nora' if method == 'nora' else 'lora'}_" in name for name in trained)
+    assert any("lora_magnitude_vector" in name for name in trained) == (method == "dora")
     assert {name.partition(".")[0] for name in trained} == {"unet", "text_encoders"}
 
 
@@ -79,6 +80,8 @@ def test_the_same_seed_starts_from_the_same_numbers(method, pictures_dir, tmp_pa
 @methods
 @pytest.mark.parametrize("form", ["run", "full", "diffusers", "kohya"])
 def test_every_file_of_a_trained_adapter_gives_the_same_pictures(method, form, pictures_dir, tmp_path):
+    if method == "dora" and form == "kohya":
+        pytest.skip("stock diffusers leaves dora_scale out")
     pipe = tiny_pipeline()
     options = small(method, train_text_encoder=True, target_modules=adapters.EVERYWHERE)
     components = attached(pipe, options, pictures_dir, tmp_path / "cache")
