@@ -9,7 +9,6 @@ format, for diffusers, and for A1111, ComfyUI and sd-scripts.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -53,7 +52,6 @@ from training.stopping import exit_codes
 from training.tracking import start_tracker
 from training.watching import Watch
 
-PHOTOS = "photos.json"
 SHOWN_PICTURES = 8
 logger = get_logger(__name__)
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -70,8 +68,6 @@ def main(options: SubjectOptions) -> RunDirectory:
     accelerator = Accelerator(mixed_precision=options.model.mixed_precision, kwargs_handlers=[ddp])
     pictures = checked_pictures(options.data, options.optimisation.seed)
     run = open_run(options, accelerator)
-    if run.writes:
-        write_text_atomically(run.path / PHOTOS, json.dumps(pictures.report.to_dict(), indent=2) + "\n")
     with run.recording():
         run.update_status(phase="loading")
         model, dtype = options.model, WEIGHT_DTYPES[accelerator.mixed_precision]
@@ -87,7 +83,8 @@ def main(options: SubjectOptions) -> RunDirectory:
         run.update_status(phase="calibrating")
         components = adapters.attach(pipeline, options.adapter)
         loss = DenoisingLoss(pipeline, options.optimisation.snr_gamma, options.optimisation.do_edm_style_training)
-        runs, seed = runs_on_subject(loss, subject, options.optimisation.seed), options.optimisation.seed
+        seed = options.optimisation.seed
+        runs = runs_on_subject(loss, subject, seed, accelerator.process_index, accelerator.num_processes)
         adapters.start(options.adapter, components, runs, run.path / "calibration", seed)
 
         trainable = to_train(loss, encoded.class_pictures, subject, options, accelerator.num_processes)

@@ -16,7 +16,9 @@ from pipelines.subject.loss import DenoisingLoss
 TIMESTEPS_PER_PICTURE = 8
 
 
-def runs_on_subject(loss: DenoisingLoss, pictures: EncodedPictures, seed: int) -> dict[str, Callable[[], None]]:
+def runs_on_subject(
+    loss: DenoisingLoss, pictures: EncodedPictures, seed: int, process: int = 0, processes: int = 1
+) -> dict[str, Callable[[], None]]:
     """For each component, a function that runs it on the subject.
 
     The UNet sees every picture at `TIMESTEPS_PER_PICTURE` noise levels, the text encoders its prompts.
@@ -24,11 +26,13 @@ def runs_on_subject(loss: DenoisingLoss, pictures: EncodedPictures, seed: int) -
     Args:
         loss: holds the components.
         seed: of the noise.
+        process, processes: which of how many; statistics are summed over all of them, so that each runs its share of pictures.
     """
+    own = range(process, len(pictures), processes)
     device, prompts = loss.unet.device, pictures.prompts
 
     def run_unet() -> None:
-        for place in range(len(pictures)):
+        for place in own:
             generator = keyed_generator(seed, 3, place)
             count, mean = TIMESTEPS_PER_PICTURE, pictures.mean(place)
             timesteps = stratified_timesteps(count, loss.num_timesteps, generator)
@@ -40,8 +44,10 @@ def runs_on_subject(loss: DenoisingLoss, pictures: EncodedPictures, seed: int) -
             shown = (mean.expand(noise.shape), noise, timesteps, pictures.time_ids(place).expand(count, 6))
             loss.predict(*(values.to(device) for values in shown), alike)
 
-    def run_text_encoder(place: int) -> None:
-        loss.text_encoders[place](pictures.tokens[pictures.prompt_of, place].to(device))
+    def run_text_encoder(encoder: int) -> None:
+        # One by one: sums over processes are then those of one process to the last bit.
+        for place in own:
+            loss.text_encoders[encoder](pictures.tokens[pictures.prompt_of[place], encoder][None].to(device))
 
     return {
         "unet": run_unet,
