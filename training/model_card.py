@@ -57,7 +57,7 @@ def model_card(run: RunDirectory, options: SubjectOptions, pictures: int, privat
     """
     status, how = run.status(), options.optimisation
     model = portable_name(options.model.pretrained_model_name_or_path, private)
-    prompt = "the subject" if private else options.data.instance_prompt
+    prompt = "the subject" if private else options.data.subject_prompts()[0]
     shown = "" if private else ", the subject above them"
     return BODY.format(
         header=card_header(options, private).to_yaml().strip(),
@@ -88,8 +88,9 @@ def card_header(options: SubjectOptions, private: bool = False) -> ModelCardData
     if not Path(model).exists():
         fields["base_model"] = model
     if not private:
-        fields["instance_prompt"] = options.data.instance_prompt
-        fields["widget"] = [{"text": options.data.instance_prompt, "output": {"url": GRID}}]
+        prompt = options.data.subject_prompts()[0]
+        fields["instance_prompt"] = prompt
+        fields["widget"] = [{"text": prompt, "output": {"url": GRID}}]
     return ModelCardData(**fields)
 
 

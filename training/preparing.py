@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,10 +25,10 @@ from pipelines.subject.prior import ClassPictures, in_sizes
 from training.folds import say_cost
 from training.options import SubjectOptions
 from training.options.data import DataOptions
-from training.run import RunDirectory
+from training.run import RunDirectory, write_text_atomically
 
 PRIOR_DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-CACHE, CLASS_PICTURES = "cache", "class_pictures"
+CACHE, CLASS_PICTURES, PHOTOS = "cache", "class_pictures", "photos.json"
 logger = get_logger(__name__)
 
 
@@ -57,7 +58,8 @@ def checked_pictures(options: DataOptions, seed: int) -> Division:
     if any(diagnosis.findings for diagnosis in report.pictures) or report.findings:
         logger.warning("What the photo doctor found:\n%s", report.in_words())
     found = [picture for picture in captioned if picture.path in report.usable]
-    chosen = choose_heldout([picture.path.name for picture in found], options.heldout_image, seed)
+    names = [picture.path.relative_to(options.instance_data_dir).as_posix() for picture in found]
+    chosen = choose_heldout(names, options.heldout_image, seed)
     if chosen.folds:
         say_cost(len(chosen.folds))
     train_on = [picture for place, picture in enumerate(found) if place != chosen.place]
@@ -98,6 +100,7 @@ def prepare(
     Raises: InputError if sizes do not fit the model, or class pictures are of another prompt or model.
     """
     data, share = options.data, (accelerator.process_index, accelerator.num_processes)
+    record_report(pictures.report, sampling.resolution, run)
     framing = framing_for(pipeline, data, sampling.resolution, options.optimisation.seed)
     others: list[Picture] = []
     if data.with_prior_preservation:
@@ -116,6 +119,15 @@ def prepare(
     heldout = encoder.encode(pictures.heldout, central) if pictures.heldout else None
     others, sizes = in_sizes(others, sorted(set(subject.sizes)))
     return Encoded(subject, heldout, encoder.encode(others, framing, sizes) if others else None)
+
+
+def record_report(report: Report, resolution: int, run: RunDirectory) -> None:
+    """Keep the photo doctor's report, now that the resolution is known, and say which pictures would be enlarged."""
+    complete = report.for_resolution(resolution)
+    if complete != report:
+        logger.warning("What the photo doctor found for a training at %d pixels:\n%s", resolution, complete.in_words())
+    if run.writes:
+        write_text_atomically(run.path / PHOTOS, json.dumps(complete.to_dict(), indent=2) + "\n")
 
 
 def framing_for(pipeline: StableDiffusionXLPipeline, options: DataOptions, resolution: int, seed: int) -> Framing:

@@ -36,6 +36,11 @@ def subject_folders(folder: str | Path) -> list[Path]:
     return found
 
 
+def subject_name(folder: Path) -> str:
+    """What the subject in `folder` is called: as the folder, with spaces for underscores."""
+    return folder.resolve().name.replace("_", " ")
+
+
 def find_captioned(folder: str | Path, instance_prompt: str | None) -> list[Picture]:
     """The pictures of every subject in `folder`, sorted by subject and name, each with its prompt.
 
@@ -47,7 +52,7 @@ def find_captioned(folder: str | Path, instance_prompt: str | None) -> list[Pict
     listed = read_metadata(Path(folder))
     for home in subject_folders(folder):
         captions = listed | read_metadata(home)
-        subject = home.resolve().name.replace("_", " ")
+        subject = subject_name(home)
         prompt = instance_prompt.replace(SUBJECT_FIELD, subject) if instance_prompt is not None else None
         for path in find_pictures(home):
             caption = captions.get(path) or _sidecar(path) or prompt
@@ -117,7 +122,7 @@ def class_prompts(folder: str | Path, class_prompt: str | None) -> dict[str, str
                 f"Prior preservation needs the class of the subject in {str(home)!r}: give --class_prompt, as in 'a photo of a "
                 f"dog', or write one into {CLASS_PROMPT} there."
             )
-        prompts[home.resolve().name.replace("_", " ")] = prompt
+        prompts[subject_name(home)] = prompt
     return prompts
 
 

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from pipelines.errors import InputError
-from pipelines.subject.captions import subject_folders
+from pipelines.subject.captions import subject_folders, subject_name
 from pipelines.subject.data import find_pictures, read_picture
 
 READ_FORMATS = frozenset({"JPEG", "MPO", "PNG", "WEBP", "BMP"})
@@ -125,7 +125,7 @@ def examine(folder: str | Path, resolution: int | None = None, workers: int = 0)
         workers: processes that decode.
     Raises: InputError if there is no picture, or none that can be read, saying why.
     """
-    files = [(path, home.resolve().name.replace("_", " ")) for home in subject_folders(folder) for path in find_pictures(home)]
+    files = [(path, subject_name(home)) for home in subject_folders(folder) for path in find_pictures(home)]
     loader = DataLoader(_Looks(files), batch_size=None, num_workers=workers)
     looks = list(tqdm(loader, desc="examining pictures", delay=5, total=len(files)))
     others = [_of_another_format(path) for home in subject_folders(folder) for path in sorted(home.iterdir())]
@@ -250,11 +250,12 @@ def _of_another_format(path: Path) -> Diagnosis | None:
         return None
     words = f"Files of the kind {path.suffix} are not read; it is left out."
     finding = Finding("wrong_format", words, "Save it as JPEG or PNG.")
-    return Diagnosis(path, path.resolve().parent.name.replace("_", " "), None, (finding,))
+    return Diagnosis(path, subject_name(path.parent), None, (finding,))
 
 
 def _with_size_for(diagnosis: Diagnosis, resolution: int) -> Diagnosis:
-    if diagnosis.size is None or min(diagnosis.size) >= resolution or any(f.kind == "tiny" for f in diagnosis.findings):
+    known = any(finding.kind in ("tiny", "small") for finding in diagnosis.findings)
+    if known or diagnosis.size is None or min(diagnosis.size) >= resolution:
         return diagnosis
     words = f"Its shorter side has {min(diagnosis.size)} pixels, and is enlarged to {resolution} for training."
     finding = Finding("small", words, "Use a larger one, or a lower --resolution.")

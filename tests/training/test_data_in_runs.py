@@ -6,20 +6,23 @@ from functools import partial
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 from safetensors.torch import load_file
 
 from pipelines.errors import InputError
 from pipelines.pictures import read_settings
 from pipelines.subject.base_model import encode_prompts, load_base_model
+from pipelines.subject.doctor import examine
 from pipelines.subject.encoding import Encoder
 from pipelines.subject.generate import Sampling
 from pipelines.subject.loss import DenoisingLoss
 from training import dreambooth_nora
 from training.checkpoints import list_checkpoints
-from training.options import parse_options
-from training.options.data import SAMPLE_CLASS_PROMPT, DataOptions
+from training.options import SubjectOptions, parse_options
+from training.options.data import SAMPLE_CLASS_PROMPT, SAMPLE_SUBJECT, DataOptions
+from training.preparing import checked_pictures, record_report
+from training.run import RunDirectory
 
 FAST = "--rank 6 --inner_r 2 --target_modules to_v --max_train_steps 4 --train_batch_size 2 --lr_warmup_steps 1"
 FAST += " --checkpointing_steps 2 --validation_steps 4 --heldout_image none --no_certify --learning_rate 0.01"
@@ -96,16 +99,30 @@ def test_several_subjects_are_trained_at_once_each_by_its_name(trained, batches,
     for place, name in enumerate(("red_cat", "dog")):
         (tmp_path / "many" / name).mkdir(parents=True)
         shutil.copy(pictures_dir / f"{place}.png", tmp_path / "many" / name / "0.png")
+    options = DataOptions(str(tmp_path / "many"), "sks {subject}")
+    assert options.subject_prompts() == ["sks dog", "sks red cat"]
+    assert SubjectOptions(data=options).output.validation_prompt[:3] == ["sks dog", "sks red cat", "sks dog in the snow"]
     run = trained("run", "--train_text_encoder", pictures=tmp_path / "many", prompt="sks {subject}")
     words = {tuple(row[0].tolist()) for batch in batches for row in batch["tokens"]}
     assert len(words) == 2
-    assert run.status()["state"] == "done"
+    assert "sks dog" in (run.path / "README.md").read_text()
+    assert "{subject}" not in (run.path / "README.md").read_text()
 
 
-@pytest.fixture(scope="module")
-def baselines():
-    """What is learned with the flags given, for the tests that compare with it."""
-    return {}
+def test_one_of_several_subjects_pictures_is_held_out_by_folder_and_name(pictures_dir, tmp_path):
+    for name in ("cat", "dog"):
+        shutil.copytree(pictures_dir, tmp_path / name)
+    division = checked_pictures(DataOptions(str(tmp_path), "sks {subject}", heldout_image="dog/1.png"), seed=0)
+    assert [picture.path for picture in division.heldout] == [tmp_path / "dog" / "1.png"]
+    assert len(division.train) == 5
+
+
+def test_pictures_smaller_than_the_models_own_resolution_are_named_in_the_run(tmp_path):
+    PartialState()
+    run = RunDirectory.create(tmp_path / "run", {})
+    record_report(examine(SAMPLE_SUBJECT), 1024, run)
+    entries = json.loads((run.path / "photos.json").read_text())["pictures"]
+    assert [[finding["kind"] for finding in entry["findings"]] for entry in entries] == [["small"]] * 5
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,8 @@ class SubjectOptions:
         if self.optimisation.learning_rate is None:
             self.optimisation.learning_rate = self._default_learning_rate(built_in)
         if self.output.validation_prompt is None:
-            prompt = self.data.instance_prompt
-            self.output.validation_prompt = [prompt, *(f"{prompt} {scene}" for scene in NEW_SCENES)]
+            prompts = self.data.subject_prompts()
+            self.output.validation_prompt = [*prompts, *(f"{prompts[0]} {scene}" for scene in NEW_SCENES)]
 
     def _check_text_encoders(self) -> None:
         for name in ("text_encoder_lr", "stop_text_encoder_training"):

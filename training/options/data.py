@@ -8,7 +8,7 @@ from typing import Literal
 
 from pipelines.errors import InputError
 from pipelines.subject.base_model import ASSETS
-from pipelines.subject.captions import find_captioned
+from pipelines.subject.captions import SUBJECT_FIELD, find_captioned, subject_folders, subject_name
 from pipelines.subject.data import SizeConditioning
 from training.options.checks import at_least
 
@@ -112,6 +112,13 @@ class DataOptions:
         at_least(self, 1, "crops_per_picture", "num_class_images", "sample_batch_size")
         if self.resolution is not None and self.resolution % 8:
             raise InputError(f"resolution must be a multiple of 8, got {self.resolution}.")
+
+    def subject_prompts(self) -> list[str]:
+        """The instance prompt, with the name of each subject in its place if it has one."""
+        if SUBJECT_FIELD not in self.instance_prompt:
+            return [self.instance_prompt]
+        names = map(subject_name, subject_folders(self.instance_data_dir))
+        return [self.instance_prompt.replace(SUBJECT_FIELD, name) for name in names]
 
 
 def _first_caption(folder: str) -> str:
