@@ -51,11 +51,24 @@ def test_attention_is_adapted_and_on_the_built_in_model_convolutions_too():
 
 def test_the_learning_rate_fits_method_and_model():
     built_in, sdxl = (
-        {m: parse_options(["--method", m, *more]).optimisation.learning_rate for m in ("nora", "lora")}
+        {m: parse_options(["--method", m, *more]).optimisation.learning_rate for m in ("nora", "lora", "dora")}
         for more in ([], ["--pretrained_model_name_or_path", "owner/model"])
     )
     assert sdxl["lora"] < sdxl["nora"]
     assert all(built_in[method] > rate for method, rate in sdxl.items())
+
+
+def test_prodigy_has_a_rate_of_one_whatever_the_method_and_model():
+    assert parse_options(["--optimizer", "Prodigy"]).optimisation.learning_rate == 1
+    assert parse_options(["--optimizer", "prodigy", "--learning_rate", "0.5"]).optimisation.learning_rate == 0.5
+
+
+@pytest.mark.parametrize("flag", ["--text_encoder_lr 1e-5", "--stop_text_encoder_training 3"])
+def test_options_of_text_encoders_need_text_encoders_that_are_trained(flag, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse_options(flag.split())
+    assert "needs --train_text_encoder" in capsys.readouterr().err.splitlines()[-1]
+    parse_options([*flag.split(), "--train_text_encoder"])
 
 
 def test_resolved_options_are_plain_values():
@@ -76,6 +89,16 @@ def test_resolved_options_are_plain_values():
         (lambda: OptimisationOptions(snr_gamma=-1.0), r"snr_gamma must be above 0, got -1.0"),
         (lambda: OptimisationOptions(lr_scheduler="spiral"), r"lr_scheduler must be one of .*cosine.*got 'spiral'"),
         (lambda: OptimisationOptions(adam_beta2=1.0), r"adam_beta2 must be in \[0, 1\), got 1.0"),
+        (lambda: OptimisationOptions(lr_scheduler="piecewise_constant"), r"lr_scheduler must be one of .*polynomial"),
+        (lambda: OptimisationOptions(ema_decay=1.0), r"ema_decay must be in \[0, 1\), got 1.0"),
+        (lambda: OptimisationOptions(noise_offset=-0.1), r"noise_offset must be at least 0, got -0.1"),
+        (lambda: OptimisationOptions(lora_plus_ratio=0.0), r"lora_plus_ratio must be above 0, got 0.0"),
+        (lambda: OptimisationOptions(stop_text_encoder_training=0), r"stop_text_encoder_training must be at least 1, got 0"),
+        (lambda: OptimisationOptions(optimizer="sgd"), r"optimizer must be one of AdamW, Prodigy, got 'sgd'"),
+        (lambda: OptimisationOptions(optimizer="Prodigy", use_8bit_adam=True), r"use_8bit_adam is for --optimizer AdamW"),
+        (lambda: OptimisationOptions(optimizer="Prodigy", text_encoder_lr=1e-4), r"Prodigy finds one rate for all"),
+        (lambda: OptimisationOptions(optimizer="Prodigy", lora_plus_ratio=4.0), r"Prodigy finds one rate for all"),
+        (lambda: OptimisationOptions(do_edm_style_training=True, snr_gamma=5.0), r"snr_gamma is not for EDM-style training"),
         (lambda: OptimisationOptions(seed=-1), r"seed must be at least 0, got -1"),
         (lambda: OutputOptions(validation_steps=0), r"validation_steps must be at least 1, got 0"),
         (lambda: OutputOptions(resume_from_checkpoint="latest"), r"needs --output_dir"),
