@@ -10,6 +10,8 @@ from tiny_pipeline import add_nora, tiny_pipeline, weight_changes
 
 from nora_vision import export_lora
 from nora_vision.files import read_header, read_tensors, write_tensors
+from pipelines.methods import AdapterOptions
+from pipelines.subject import adapters
 from pipelines.subject.generate import Sampling
 from training import certificate
 from training.certificate import STOCK_PROGRAM, CertificateError, StockModel, certify
@@ -43,6 +45,19 @@ def test_a_fresh_process_without_this_package_certifies_both_files(tiny_model, t
     assert found.effect > 8
     said = json.loads((tmp_path / "certificate.json").read_text())
     assert (said["passed"], said["prompts"], said["kohya_findings"]) == (True, list(PROMPTS), [])
+
+
+def test_of_a_dora_the_diffusers_file_is_certified_and_the_kohya_file_linted(tiny_model, tmp_path):
+    pipe = tiny_pipeline()
+    components = adapters.attach(pipe, AdapterOptions(method="dora"))
+    with torch.no_grad():
+        for parameter in adapters.trained_parameters(components):
+            parameter.add_(0.3)
+    for format in ("diffusers", "kohya"):
+        export_lora(pipe, tmp_path / format, format=format)
+    found = certify(pipe, tmp_path, StockModel(str(tiny_model)), PROMPTS[:1], FAST)
+    assert set(found.largest_difference) == {"diffusers"}
+    assert (found.passed, found.kohya_findings) == (True, [])
 
 
 def test_a_file_that_holds_another_adapter_is_refused_and_recorded(tiny_model, tmp_path):
