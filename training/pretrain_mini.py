@@ -33,6 +33,7 @@ from training.checkpoints import list_checkpoints, load_checkpoint
 from training.loop import LoopOptions, Periodic, Trainable, train
 from training.mini_card import CardFacts, write_card
 from training.run import RunDirectory
+from training.stopping import exit_codes
 
 BASIS_FILE = "patch-basis.safetensors"
 
@@ -295,4 +296,5 @@ def main(options: PretrainOptions) -> None:
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(PretrainOptions).parse_args_into_dataclasses()[0])
+    with exit_codes():
+        main(HfArgumentParser(PretrainOptions).parse_args_into_dataclasses()[0])
