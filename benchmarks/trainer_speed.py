@@ -151,7 +151,7 @@ def commands(options: BenchmarkOptions, folder: Path) -> dict[str, list[str]]:
         *("--checkpointing_steps", NEVER, "--mixed_precision", "no"),
     ]
     ours = ["--method", "lora", "--target_modules", *ATTENTION, "--heldout_image", "none", "--heldout_steps", NEVER]
-    ours += ["--validation_steps", NEVER, "--no_certify", "--report_to", "none"]
+    ours += ["--validation_steps", NEVER, "--validation_prompt", SAMPLE_PROMPT, "--no_certify", "--report_to", "none"]
     sides = {
         "diffusers": [options.diffusers_script, *alike, *shlex.split(options.script_flags)],
         "ours": [str(OURS), *alike, *ours, *shlex.split(options.own_flags)],
