@@ -59,7 +59,7 @@ class AdapterOptions:
     """The adapter: its method, its size, and what it is put on."""
 
     method: str = field(default="nora", metadata={"help": "Adapter method: nora, lora or dora."})
-    rank: int | None = field(default=None, metadata={"help": "Rank of LoRA and DoRA (4 unless said), or outer rank r of NoRA (32)."})
+    rank: int | None = field(default=None, metadata={"help": "Rank of LoRA and DoRA (4 unless said), outer rank of NoRA (32)."})
     inner_r: int = field(
         default=8, metadata={"help": "Inner rank of NoRA, at most the outer: 2 rank inner_r numbers are trained a layer."}
     )
