@@ -171,16 +171,20 @@ def torment(flags: list[str], folder: Path, seconds: float, kills: int, rng: ran
         run = RunDirectory(folder / f"run-{tally.finished}", writes=False)
         alive = True
         while alive:
+            began, done = time.monotonic(), newest_step(run.checkpoints)
             child = start([*flags, "--output_dir", str(run.path), *RESUME], run.path.with_suffix(".log"))
             if tally.kills == kills:
                 alive = killed(child, run, PATIENCE, False)
                 break
             in_write = rng.random() < 1 / 3
             # A run that has come far has less left to be killed in.
-            left = seconds * (1 - 0.5 * newest_step(run.checkpoints) / STEPS)
+            left = seconds * (1 - 0.5 * done / STEPS)
             alive = killed(child, run, rng.uniform(0, left * (0.4 if in_write else 1.05)), in_write)
             if alive:
                 tally.count(run)
+            elif done == 0:
+                # The machine may have become less busy: kills must not come after the end.
+                seconds = min(seconds, time.monotonic() - began)
         tally.finished += 1
         tally.different += differences(folder / "whole", run.path)
         print(f"{tally.kills} kills, {tally.finished} runs finished, {len(tally.different)} files differ", flush=True)  # noqa: T201
