@@ -30,7 +30,7 @@ NoRA Vision, its tests and its demonstrations. It speaks SDXL's code path (two C
 - {photos:,} photographs of Tiny ImageNet, 200 classes, captions such as "a photo of a teapot".
   **ImageNet's terms go with these weights: non-commercial research and education only.**
 
-{share:.0%} of each batch are scenes. One caption in ten is dropped.
+{share:.0%} of each batch are scenes. One caption in ten is dropped. {note}
 
 ## How long
 
@@ -75,6 +75,7 @@ class CardFacts:
     rate: float
     precision: str
     command: str
+    note: str
     tokens: int
 
 

@@ -61,6 +61,9 @@ class PretrainOptions:
     mixed_precision: str = field(
         default="no", metadata={"help": "'no' or 'bf16': bf16 is 1.6 times as fast on CPUs that have it."}
     )
+    card_note: str = field(
+        default="", metadata={"help": "A sentence for the model card, such as what earlier legs of the training saw."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the scenes and of all that training draws."})
 
     def __post_init__(self) -> None:
@@ -270,6 +273,7 @@ def card_facts(options: PretrainOptions, corpus: Corpus, pipeline: StableDiffusi
         rate=options.unet_learning_rate,
         precision=f"mixed precision {options.mixed_precision}" if options.mixed_precision != "no" else "single precision",
         command=f"{command} --unet_steps {unet_steps} --vae_steps {vae_steps} --mixed_precision {options.mixed_precision}",
+        note=options.card_note,
         tokens=mini_sdxl.MAX_TOKENS,
     )
 
