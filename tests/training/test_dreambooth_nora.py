@@ -287,7 +287,6 @@ def test_bad_input_ends_the_command_with_its_message_and_no_traceback(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not BUILT_IN_MODEL.is_dir(), reason="the built-in model is still in training")
 def test_the_default_command_learns_the_sample_subject_from_any_directory(tmp_path):
     finished = launched(tmp_path / "run", "--heldout_image", "04.jpg", cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
