@@ -30,7 +30,8 @@ NoRA Vision, its tests and its demonstrations. It speaks SDXL's code path (two C
 - {photos:,} photographs of Tiny ImageNet, 200 classes, captions such as "a photo of a teapot".
   **ImageNet's terms go with these weights: non-commercial research and education only.**
 
-{share:.0%} of each batch are scenes. One caption in ten is dropped. {note}
+{share:.0%} of each batch are scenes, at most half for the autoencoder. One caption in ten is dropped.
+{note}
 
 ## How long
 
