@@ -30,14 +30,15 @@ NoRA Vision, its tests and its demonstrations. It speaks SDXL's code path (two C
 - {photos:,} photographs of Tiny ImageNet, 200 classes, captions such as "a photo of a teapot".
   **ImageNet's terms go with these weights: non-commercial research and education only.**
 
-{share:.0%} of each batch are scenes. One caption in ten is dropped.
+{share:.0%} of each batch are scenes, at most half for the autoencoder. One caption in ten is dropped.
+{note}
 
 ## How long
 
 - Autoencoder: {vae_steps:,} steps of {vae_batch} pictures. Its latent space is a closed form, the first 8 principal components
   of 4 x 4 patches (`PatchBasis`); the encoder learns it, the decoder learns to restore pictures from it.
 - UNet and text encoders together: {unet_steps:,} steps of {unet_batch} pictures ({unet_pictures:,} pictures seen), AdamW with a
-  peak rate of {rate:g}, v-prediction down to zero signal, min-SNR weighting, a moving average of the weights, {precision}.
+  peak rate of {rate:g} that falls to zero in the last steps, v-prediction down to zero signal, min-SNR weighting, {precision}.
 
 The command:
 
@@ -75,6 +76,7 @@ class CardFacts:
     rate: float
     precision: str
     command: str
+    note: str
     tokens: int
 
 

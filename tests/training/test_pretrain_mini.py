@@ -32,7 +32,7 @@ def trained(corpus, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain_mini, "SHEET_PROMPTS", ("a red star",) * 4)
         for stage in ("basis", "vae", "unet", "export"):
-            pretrain_mini.STAGES[stage](options(folder), corpus)
+            pretrain_mini.STAGES[stage](options(folder, card_note="Of nothing else."), corpus)
     return folder
 
 
@@ -50,6 +50,7 @@ def test_the_model_card_states_the_steps_that_were_done(trained):
     assert "2 steps of 2 pictures" in card
     assert "4 steps of 4 pictures (16 pictures seen)" in card
     assert "--unet_steps 4 --vae_steps 2" in card
+    assert "Of nothing else." in card
 
 
 def test_the_patch_basis_gives_decorrelated_latents_of_unit_deviation(corpus):
