@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from pipelines.scenes import render, sample_scene, with_article
+from pipelines.scenes import Scene, render, sample_scene, with_article
 
 CHUNK = 256
 ONE_WAY = ("letter", "crescent")
@@ -45,6 +45,11 @@ def to_pixels(pictures: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def part(corpus: Corpus, places: np.ndarray) -> Corpus:
+    """The pictures of `corpus` at `places` (count,)."""
+    return Corpus(corpus.pictures[places], [corpus.captions[place] for place in places], corpus.mirrorable[places])
+
+
 def join(*corpora: Corpus) -> Corpus:
     """The given corpora one after another."""
     return Corpus(
@@ -54,9 +59,26 @@ def join(*corpora: Corpus) -> Corpus:
     )
 
 
+def _chunks(count: int, seed: int) -> tuple[list[int], list[int]]:
+    """The seeds and the sizes of the chunks in which `count` scenes are drawn."""
+    sizes = [min(CHUNK, count - start) for start in range(0, count, CHUNK)]
+    return [seed * 1_000_003 + chunk for chunk in range(len(sizes))], sizes
+
+
+def _chunk_scenes(rng: random.Random, count: int) -> list[Scene]:
+    return [sample_scene(rng) for _ in range(count)]
+
+
+def corpus_scenes(count: int, seed: int) -> list[Scene]:
+    """What the pictures of `rendered_corpus(count, size, seed)` show."""
+    return [
+        scene for start, size in zip(*_chunks(count, seed), strict=True) for scene in _chunk_scenes(random.Random(start), size)
+    ]
+
+
 def _render_chunk(seed: int, count: int, size: int) -> Corpus:
     rng = random.Random(seed)
-    scenes = [sample_scene(rng) for _ in range(count)]
+    scenes = _chunk_scenes(rng, count)
     pictures = np.stack([np.asarray(render(scene, size, rng)) for scene in scenes])
     mirrorable = np.asarray([scene.kind not in ONE_WAY for scene in scenes])
     return Corpus(pictures, [scene.caption for scene in scenes], mirrorable)
@@ -64,8 +86,7 @@ def _render_chunk(seed: int, count: int, size: int) -> Corpus:
 
 def rendered_corpus(count: int, size: int, seed: int, workers: int = 1) -> Corpus:
     """`count` rendered scenes of `size` x `size` pixels; the same seed gives the same pictures whatever `workers`."""
-    counts = [min(CHUNK, count - start) for start in range(0, count, CHUNK)]
-    seeds = [seed * 1_000_003 + chunk for chunk in range(len(counts))]
+    seeds, counts = _chunks(count, seed)
     with ProcessPoolExecutor(workers) as pool:
         chunks = pool.map(_render_chunk, seeds, counts, [size] * len(counts))
         return join(*tqdm(chunks, total=len(counts), desc="rendering scenes", unit=f"x{CHUNK}"))
@@ -94,3 +115,14 @@ def photo_corpus(folder: Path, size: int) -> Corpus:
     pairs = [pair for path in tqdm(zips, desc="reading photographs", unit="zip") for pair in _zipped_photos(path, size)]
     captions = [f"a photo of {with_article(names[key])}" for key, _ in pairs]
     return Corpus(np.stack([picture for _, picture in pairs]), captions, np.ones(len(pairs), dtype=bool))
+
+
+def split_held_out(captions: list[str], share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places of the pictures to train on and of those held out, `share` of every caption's pictures, drawn by `seed`."""
+    rng = np.random.default_rng(seed)
+    by_caption = np.unique(captions, return_inverse=True)[1]
+    held_out = np.zeros(len(captions), dtype=bool)
+    for caption in range(by_caption.max() + 1):
+        places = rng.permutation(np.flatnonzero(by_caption == caption))
+        held_out[places[: round(share * len(places))]] = True
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)

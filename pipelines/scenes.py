@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -34,6 +34,7 @@ COLOURS: dict[str, Colour] = {
 }
 PATTERNS = ("plain", "striped", "dotted", "checkered")
 SIZES: dict[str, float] = {"small": 0.40, "": 0.54, "large": 0.70}
+PARTS = ("size", "colour", "pattern", "kind", "background")
 GLYPHS = "ABCDEFGHJKLMNPRSTUVXYZ23456789"
 SUPERSAMPLING = 3
 
@@ -121,10 +122,20 @@ class Scene:
     @property
     def caption(self) -> str:
         """The scene in words, such as "a large red striped star in the snow"."""
-        pattern = "" if self.pattern == "plain" else self.pattern
-        noun = f"letter {self.glyph}" if self.kind == "letter" else self.kind
-        words = [self.size, self.colour, pattern, noun, BACKGROUNDS[self.background].phrase]
-        return with_article(" ".join(word for word in words if word))
+        return self.describe(PARTS)
+
+    def describe(self, parts: Collection[str]) -> str:
+        """The scene in the words of some `parts` of it, such as "a red star", or "a red thing" without its kind."""
+        words = {
+            "size": self.size,
+            "colour": self.colour,
+            "pattern": "" if self.pattern == "plain" else self.pattern,
+            "kind": f"letter {self.glyph}" if self.kind == "letter" else self.kind,
+            "background": BACKGROUNDS[self.background].phrase,
+        }
+        said = {part: word if part in parts else "" for part, word in words.items()}
+        said["kind"] = said["kind"] or "thing"
+        return with_article(" ".join(word for word in said.values() if word))
 
 
 def sample_scene(rng: random.Random) -> Scene:

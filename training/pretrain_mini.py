@@ -1,6 +1,7 @@
-"""Pretrain the built-in SDXL from nothing: its autoencoder, and its UNet and both text encoders together.
+"""Pretrain the built-in models from nothing: SDXL's autoencoder, its UNet and both text encoders together; and CLIP.
 
     accelerate launch training/pretrain_mini.py --photos_dir PHOTOS --output_dir OUT
+    accelerate launch training/pretrain_mini.py --photos_dir PHOTOS --output_dir OUT --stages clip export_clip
 
 Stopped and started again it goes on from its newest checkpoint. `--stages` picks the stages to run.
 """
@@ -8,102 +9,39 @@ Stopped and started again it goes on from its newest checkpoint. `--stages` pick
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate import PartialState
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTokenizer, HfArgumentParser
 
 from pipelines import mini_sdxl
 from pipelines.backgrounds import BACKGROUNDS
-from pipelines.corpus import Corpus, join, photo_corpus, rendered_corpus, to_pixels
+from pipelines.corpus import Corpus, to_pixels
 from pipelines.mini_losses import AutoencoderLoss, DenoisingLoss, PatchBasis
 from pipelines.scenes import COLOURS, PATTERNS, SHAPES
 from pipelines.subject.generate import SHEET_PROMPTS, contact_sheet
 from training.checkpoints import list_checkpoints, load_checkpoint
-from training.loop import LoopOptions, Periodic, Trainable, train
+from training.loop import LoopOptions, Periodic, Trainable
 from training.mini_card import CardFacts, write_card
+from training.pretrain_clip import export_clip, train_clip
+from training.pretraining import (
+    PretrainOptions,
+    Sampler,
+    load_corpus,
+    newest_step,
+    train_here,
+    warmup_stable_decay,
+)
 from training.run import RunDirectory
 from training.stopping import exit_codes
 
 BASIS_FILE = "patch-basis.safetensors"
-
-
-@dataclass
-class PretrainOptions:
-    """How the built-in model is trained from nothing."""
-
-    output_dir: str = field(metadata={"help": "Where the runs of the stages, the cached corpus and the finished model go."})
-    photos_dir: str | None = field(
-        default=None, metadata={"help": "Folder of zipped photographs with classes.json; rendered scenes alone without it."}
-    )
-    stages: list[str] = field(
-        default_factory=lambda: ["basis", "vae", "unet", "export"],
-        metadata={"help": "Stages to run, of: basis, vae, unet, export."},
-    )
-    scenes: int = field(default=24_000, metadata={"help": "Rendered scenes in the corpus."})
-    scene_share: float = field(default=0.8, metadata={"help": "Share of rendered scenes in a batch."})
-    vae_steps: int = field(default=3000, metadata={"help": "Optimisation steps of the autoencoder."})
-    vae_batch_size: int = field(default=8, metadata={"help": "Pictures a step of the autoencoder."})
-    vae_learning_rate: float = field(default=1.5e-3, metadata={"help": "Peak learning rate of the autoencoder."})
-    unet_steps: int = field(default=10_000, metadata={"help": "Optimisation steps of the UNet and text encoders."})
-    unet_batch_size: int = field(default=32, metadata={"help": "Pictures a step of the UNet."})
-    unet_learning_rate: float = field(default=7e-4, metadata={"help": "Peak learning rate of the UNet and text encoders."})
-    sample_steps: int = field(default=500, metadata={"help": "Steps between two contact sheets of the UNet in training."})
-    mixed_precision: str = field(
-        default="no", metadata={"help": "'no' or 'bf16': bf16 is 1.6 times as fast on CPUs that have it."}
-    )
-    card_note: str = field(
-        default="", metadata={"help": "A sentence for the model card, such as what earlier legs of the training saw."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the scenes and of all that training draws."})
-
-    def __post_init__(self) -> None:
-        unknown = set(self.stages) - set(STAGES)
-        if unknown:
-            raise ValueError(f"stages must be among {', '.join(STAGES)}, got {', '.join(sorted(unknown))}.")
-        if not 0 < self.scene_share <= 1:
-            raise ValueError(f"scene_share must be in (0, 1], got {self.scene_share}.")
-
-
-class Sampler:
-    """Draws batches from rendered scenes and photographs; batch k is a function of the seed and k alone."""
-
-    def __init__(self, corpus: Corpus, scenes: int, scene_share: float, seed: int) -> None:
-        self.corpus, self.scenes, self.seed = corpus, scenes, seed
-        self.scene_share = scene_share if scenes < len(corpus) else 1.0
-
-    def draw(self, index: int, count: int) -> tuple[torch.Tensor, np.ndarray, np.random.Generator]:
-        """Pixels (count, 3, height, width) in [-1, 1], half of them mirrored, their places (count,), and the generator."""
-        rng = np.random.default_rng((self.seed, index))
-        from_scenes = rng.random(count) < self.scene_share
-        photo = rng.integers(0, max(1, len(self.corpus) - self.scenes), count)
-        chosen = np.where(from_scenes, rng.integers(0, self.scenes, count), self.scenes + photo)
-        pictures = self.corpus.pictures[chosen]
-        mirrored = (rng.random(count) < 0.5) & self.corpus.mirrorable[chosen]
-        pictures[mirrored] = pictures[mirrored][:, :, ::-1]
-        return to_pixels(pictures), chosen, rng
-
-
-def load_corpus(options: PretrainOptions) -> Corpus:
-    """The rendered scenes, then the photographs; the scenes are cached in the output directory."""
-    cache = Path(options.output_dir) / f"scenes-{options.scenes}-seed{options.seed}.npz"
-    if cache.exists():
-        with np.load(cache) as arrays:
-            scenes = Corpus(arrays["pictures"], arrays["captions"].tolist(), arrays["mirrorable"])
-    else:
-        scenes = rendered_corpus(options.scenes, mini_sdxl.RESOLUTION, options.seed)
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(cache, pictures=scenes.pictures, captions=np.asarray(scenes.captions), mirrorable=scenes.mirrorable)
-    return join(scenes, photo_corpus(Path(options.photos_dir), mini_sdxl.RESOLUTION)) if options.photos_dir else scenes
 
 
 def fit_basis(options: PretrainOptions, corpus: Corpus) -> None:
@@ -118,19 +56,6 @@ def fit_basis(options: PretrainOptions, corpus: Corpus) -> None:
 def load_basis(options: PretrainOptions) -> PatchBasis:
     """The latent space that `fit_basis` saved."""
     return PatchBasis(**load_file(Path(options.output_dir) / BASIS_FILE))
-
-
-def train_here(
-    options: PretrainOptions, run: RunDirectory, trainable: Trainable, loop: LoopOptions, periodic: Sequence[Periodic] = ()
-) -> None:
-    """Train with the precision asked for, and with the attention kernel that is fastest where there is no GPU."""
-    # SDXL reads the last but one layer of its first text encoder, so that the last one never gets a gradient.
-    unread = DistributedDataParallelKwargs(find_unused_parameters=True)
-    accelerator = Accelerator(mixed_precision=options.mixed_precision, kwargs_handlers=[unread])
-    # PyTorch's fused attention on the CPU takes a quarter of a bf16 step on this few tokens; plain products take a tenth of that.
-    kernel = sdpa_kernel(SDPBackend.MATH) if accelerator.device.type == "cpu" else nullcontext()
-    with kernel:
-        train(accelerator, run, trainable, loop, periodic)
 
 
 def train_vae(options: PretrainOptions, corpus: Corpus) -> None:
@@ -188,15 +113,6 @@ def denoising_batches(options: PretrainOptions, corpus: Corpus, tokens: torch.Te
         }
 
     return batch_at
-
-
-def warmup_stable_decay(
-    optimizer: torch.optim.Optimizer, steps: int, warmup: int = 200, decay: float = 0.3
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up, a plateau, and a linear fall to zero over the last `decay` of `steps`; more steps extend the plateau."""
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, 1.0, max(0.0, (steps - step) / (decay * steps)))
-    )
 
 
 def build_tokenizer(corpus: Corpus) -> CLIPTokenizer:
@@ -275,13 +191,15 @@ def card_facts(options: PretrainOptions, corpus: Corpus, pipeline: StableDiffusi
     )
 
 
-def newest_step(run: Path) -> int:
-    """The step of the newest checkpoint of the run directory `run`."""
-    return int(list_checkpoints(run / "checkpoints")[-1].name.removeprefix("step-"))
-
-
-STAGES = {"basis": fit_basis, "vae": train_vae, "unet": train_unet, "export": export}
-ALONE = ("basis", "export")
+STAGES = {
+    "basis": fit_basis,
+    "vae": train_vae,
+    "unet": train_unet,
+    "export": export,
+    "clip": train_clip,
+    "export_clip": export_clip,
+}
+ALONE = ("basis", "export", "export_clip")
 
 
 def main(options: PretrainOptions) -> None:

@@ -1,0 +1,73 @@
+"""What the built-in CLIP is pretrained on: augmented pictures, and captions of scenes beside captions that are wrong."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from pipelines.backgrounds import BACKGROUNDS
+from pipelines.scenes import COLOURS, GLYPHS, PARTS, PATTERNS, SHAPES, SIZES, Scene
+
+# How often a batch's captions speak of a part of its scenes.
+SAID = {"size": 0.4, "colour": 0.7, "pattern": 0.6, "kind": 0.85, "background": 0.6}
+KINDS = (*SHAPES, "toy", "letter")
+VALUES = {"size": tuple(SIZES), "colour": tuple(COLOURS), "pattern": PATTERNS, "kind": KINDS, "background": tuple(BACKGROUNDS)}
+
+
+def draw_parts(rng: np.random.Generator) -> tuple[str, ...]:
+    """The parts that all captions of one batch speak of, at least one."""
+    said = tuple(part for part in PARTS if rng.random() < SAID[part])
+    return said or ("kind",)
+
+
+def altered(scene: Scene, parts: tuple[str, ...], rng: np.random.Generator) -> Scene:
+    """`scene` with another value for one of `parts`: a caption that its picture contradicts."""
+    part = parts[rng.integers(len(parts))]
+    if part == "kind" and scene.kind == "letter" and rng.random() < 0.5:
+        return replace(scene, glyph=_other(GLYPHS, scene.glyph, rng))
+    value = _other(VALUES[part], getattr(scene, part), rng)
+    if part != "kind":
+        return replace(scene, **{part: value})
+    return replace(scene, kind=value, glyph=GLYPHS[rng.integers(len(GLYPHS))] if value == "letter" else "")
+
+
+def _other(values: tuple[str, ...] | str, value: str, rng: np.random.Generator) -> str:
+    others = [other for other in values if other != value]
+    return others[rng.integers(len(others))]
+
+
+def augment(pixels: torch.Tensor, photos: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
+    """Shifted pictures, and photographs also zoomed, turned, lit and coloured otherwise.
+
+    Scenes keep their scale and colours: their captions speak of both.
+
+    Args:
+        pixels: (count, 3, size, size) in [-1, 1].
+        photos: (count,) bool, which of them are photographs.
+    """
+    count = len(pixels)
+    zoom = np.where(photos, rng.uniform(0.65, 1.1, count), 1.0)
+    stretch = np.where(photos, np.exp(rng.uniform(-0.15, 0.15, count)), 1.0)
+    turn = np.where(photos, rng.uniform(-math.pi / 15, math.pi / 15, count), 0.0)
+    # A zoomed picture may show any part of the whole; beyond its edge it is mirrored.
+    reach = np.where(photos, np.abs(1 - zoom) + 0.1, 0.1)
+    shift = rng.uniform(-1, 1, (2, count)) * reach
+    cos, sin = zoom * np.cos(turn), zoom * np.sin(turn)
+    rows = [[cos * stretch, -sin / stretch, shift[0]], [sin * stretch, cos / stretch, shift[1]]]
+    grid = F.affine_grid(torch.from_numpy(np.asarray(rows)).float().permute(2, 0, 1), list(pixels.shape), align_corners=False)
+    moved = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
+    return _lit(moved, photos, rng)
+
+
+def _lit(pixels: torch.Tensor, photos: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
+    def factors(spread: float) -> torch.Tensor:
+        return torch.from_numpy(np.where(photos, rng.uniform(-spread, spread, len(photos)), 0.0)).float()[:, None, None, None]
+
+    grey = pixels.mean(dim=1, keepdim=True)
+    mean = grey.mean(dim=(2, 3), keepdim=True)
+    coloured = grey + (pixels - grey) * (1 + factors(0.3))
+    return (mean + (coloured - mean) * (1 + factors(0.25)) + factors(0.15)).clamp(-1, 1)

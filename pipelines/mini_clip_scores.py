@@ -1,0 +1,72 @@
+"""How well the built-in CLIP names pictures: held-out photographs, and scenes that it never saw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from open_clip import CLIP
+from transformers import CLIPTokenizer
+
+from pipelines.backgrounds import BACKGROUNDS
+from pipelines.corpus import Corpus, to_pixels
+from pipelines.mini_clip import class_tokens, picture_features, zero_shot_weights
+from pipelines.mini_clip_data import KINDS
+from pipelines.scenes import COLOURS, Scene, with_article
+
+CHUNK = 500
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """The share of pictures that got their own of `classes` names."""
+
+    accuracy: float
+    classes: int
+
+    @property
+    def chance(self) -> float:
+        """The share that guessing gets."""
+        return 1 / self.classes
+
+
+def zero_shot_labels(model: CLIP, pixels: torch.Tensor, names: torch.Tensor) -> torch.Tensor:
+    """The best class of every picture, (count,) int64.
+
+    Args:
+        pixels: (count, 3, size, size) in [-1, 1].
+        names: (templates, classes, tokens).
+    """
+    return (picture_features(model, pixels) @ zero_shot_weights(model, names).T).argmax(dim=-1)
+
+
+def held_out_accuracy(model: CLIP, photos: Corpus, labels: np.ndarray, names: torch.Tensor) -> float:
+    """The share of `photos` whose best class is that of `labels` (count,)."""
+    chunks = [photos.pictures[start : start + CHUNK] for start in range(0, len(photos), CHUNK)]
+    found = torch.cat([zero_shot_labels(model, to_pixels(chunk), names) for chunk in chunks])
+    return float((found.numpy() == labels).mean())
+
+
+def scene_questions() -> dict[str, dict[str, str]]:
+    """For every part of a scene that is asked for, the name of each of its values in words."""
+    return {
+        "kind": {kind: with_article(kind) for kind in KINDS},
+        "colour": {colour: f"{with_article(colour)} thing" for colour in COLOURS},
+        "background": {name: f"a thing {place.phrase}".strip() for name, place in BACKGROUNDS.items()},
+    }
+
+
+def scene_accuracies(model: CLIP, pixels: torch.Tensor, scenes: list[Scene], tokenizer: CLIPTokenizer) -> dict[str, ZeroShot]:
+    """How often the model names the kind, the colour and the place of scenes.
+
+    Args:
+        pixels: (count, 3, size, size) in [-1, 1].
+        scenes: what each of them shows.
+    """
+    scores = {}
+    for field, words in scene_questions().items():
+        found = zero_shot_labels(model, pixels, class_tokens(tokenizer, list(words.values())))
+        right = [list(words).index(getattr(scene, field)) for scene in scenes]
+        scores[field] = ZeroShot(float((found.numpy() == np.asarray(right)).mean()), len(words))
+    return scores

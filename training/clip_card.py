@@ -1,0 +1,113 @@
+"""The model card of the built-in CLIP, with the figures of the training that it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.mini_clip_scores import ZeroShot
+
+CARD = """---
+library_name: open_clip
+pipeline_tag: zero-shot-image-classification
+license: other
+license_name: imagenet-terms
+license_link: https://www.image-net.org/download.php
+---
+
+# mini-clip
+
+A real open_clip model of 64 x 64 pixel pictures, trained from nothing, small enough for a CPU: the default model of NoRA Vision's
+classifier, its tests and its demonstrations. {parameters:,} parameters, of which {picture_parameters:,} are the picture tower's:
+timm's CoAtNet with strided convolutions down to 8 x 8 places and three layers of attention over these. The tokenizer is CLIP's,
+reduced to {vocabulary:,} tokens; it spells any word.
+
+Plain open_clip loads it, from the root of a checkout:
+
+```python
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:assets/mini-clip")
+tokenizer = open_clip.get_tokenizer("local-dir:assets/mini-clip")
+```
+
+## What it was trained on
+
+- {photos:,} photographs of {classes} classes of Tiny ImageNet, against the names of all classes in several templates.
+  **ImageNet's terms go with these weights: non-commercial research and education only.**
+- {scenes:,} rendered scenes (`pipelines/scenes.py`), against captions that speak of a part of them, such as "a red star" or "a
+  thing in the snow", and captions that are wrong in one word. {share:.0%} of each batch are scenes.
+
+{note}
+
+## How long
+
+{steps:,} steps of {batch} pictures ({pictures:,} pictures seen), AdamW with a peak rate of {rate:g} that falls to zero in the
+last steps, label smoothing 0.1, photographs zoomed, shifted, turned, mirrored and lit otherwise, {precision}.
+
+The command, which trains it on other pictures as well: `PHOTOS` holds zips of `<class id>/<picture>` and a classes.json that
+names the classes.
+
+```bash
+{command}
+```
+
+## How well
+
+Measured on the weights as they lie here, in half precision.
+
+| what | right | chance |
+|---|---|---|
+| class of {held_out_photos:,} held-out photographs, a tenth of every class | {held_out:.1%} | {held_out_chance:.1%} |
+{zero_shot}
+
+## What it cannot do
+
+- Anything that needs more than 64 x 64 pixels.
+- Words beyond its class names and scenes: they are spelled in pieces whose meaning it never learned. Classes of your own are
+  learned from pictures, not named out of the blue.
+"""
+
+ASKED = {"kind": "what a rendered scene shows", "colour": "its colour", "background": "its place"}
+
+
+@dataclass(frozen=True)
+class ClipFacts:
+    """The figures that the card of the built-in CLIP states; most fill the placeholder of their name in `CARD`."""
+
+    parameters: int
+    picture_parameters: int
+    vocabulary: int
+    photos: int
+    held_out_photos: int
+    classes: int
+    scenes: int
+    share: float
+    steps: int
+    batch: int
+    pictures: int
+    rate: float
+    precision: str
+    held_out: float
+    zero_shot: dict[str, ZeroShot]
+    note: str
+
+    def placeholders(self) -> dict[str, object]:
+        """What fills `CARD`."""
+        rows = [
+            f"| {ASKED[part]}, of scenes never seen | {one.accuracy:.1%} | {one.chance:.1%} |"
+            for part, one in self.zero_shot.items()
+        ]
+        command = (
+            "accelerate launch training/pretrain_mini.py --photos_dir PHOTOS --output_dir OUT \\\n"
+            f"  --stages clip export_clip --clip_steps {self.steps} --mixed_precision {self.precision}"
+        )
+        return vars(self) | {
+            "precision": f"mixed precision {self.precision}" if self.precision != "no" else "single precision",
+            "zero_shot": "\n".join(rows),
+            "held_out_chance": 1 / self.classes,
+            "command": command,
+        }
+
+
+def write_clip_card(folder: Path, facts: ClipFacts) -> None:
+    """Write README.md of the model in `folder`."""
+    (folder / "README.md").write_text(CARD.format(**facts.placeholders()), encoding="utf-8")
