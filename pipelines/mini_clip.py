@@ -1,7 +1,7 @@
 """The built-in CLIP: a real open_clip model, small enough for a CPU. Its configuration, its files and its features.
 
-Its picture tower is timm's CoAtNet of convolutions down to 8 x 8 places and attention over these, made small by its own
-configuration alone, so that plain open_clip loads the folder.
+Its picture tower is timm's MaxViT: inverted bottleneck convolutions down to 8 x 8 places, then such convolutions and attention
+over all places in turn. It is made small by its configuration alone, so that plain open_clip loads the folder.
 """
 
 from __future__ import annotations
@@ -20,20 +20,26 @@ from transformers import CLIPTokenizer
 from pipelines.mini_sdxl import MAX_TOKENS, RESOLUTION
 
 CONFIG_FILE, WEIGHTS_FILE, VISION_FOLDER = "open_clip_config.json", "open_clip_model.safetensors", "vision"
+BUILT_IN_CLIP = Path(__file__).parents[1] / "assets" / "mini-clip"
 EMBED_DIM, TEXT_WIDTH, TEXT_LAYERS = 192, 128, 2
 # timm resolves a folder against the working directory: this is the one of a checkout.
 SHIPPED_VISION = f"local-dir:assets/mini-clip/{VISION_FOLDER}"
 TEMPLATES = ("a photo of {}", "{}", "a picture of {}", "a blurry photo of {}", "a close photo of {}")
 
 VISION_CONFIG: dict[str, Any] = {
-    "architecture": "coatnet_0_rw_224",
+    "architecture": "maxvit_nano_rw_256",
     "model_args": {
         "img_size": RESOLUTION,
         "stem_width": [32, 32],
         "embed_dim": [64, 192],
-        "depths": [2, 5],
-        "block_type": ["C", ["C", "C", "T", "T", "T"]],
+        "depths": [2, 3],
+        "block_type": ["C", "M"],
         "conv_expand_ratio": 3.0,
+        "conv_stride_mode": "pool",
+        # One window over the whole 8 x 8 map, so that attention is global; q, k and v packed in the order of other towers.
+        "transformer_window_size": [8, 8],
+        "transformer_no_block_attn": True,
+        "transformer_head_first": False,
         "transformer_act_layer": "silu",
     },
     "pretrained_cfg": {"input_size": [3, RESOLUTION, RESOLUTION], "num_classes": 0, "pool_size": [8, 8]},

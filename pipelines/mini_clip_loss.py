@@ -44,21 +44,22 @@ class ClassNameLoss(nn.Module):
             wrong: (batch, count, tokens) int64, captions that contradict the scene; those of photographs are not read.
         """
         scenes = labels < 0
-        texts = torch.cat([self.names[template[0]], captions[scenes], wrong[scenes].flatten(0, 1)])
-        target = self._target(labels, captions, texts)
+        names, texts = self.names[template[0]], torch.cat([captions[scenes], wrong[scenes].flatten(0, 1)])
+        target = self._target(labels, captions[scenes], texts)
         pictures = self.model.encode_image(pixels.contiguous(memory_format=torch.channels_last), normalize=True)
-        features = encode_texts(self.model, texts)
+        # Apart, because the names are shorter.
+        features = torch.cat([encode_texts(self.model, part) for part in (names, texts) if len(part)])
         with torch.autocast(pixels.device.type, enabled=False):
             scale = self.model.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
             logits = scale * pictures.float() @ features.float().T
         return -(target * logits.log_softmax(dim=-1)).sum(dim=-1).mean()
 
     def _target(self, labels: torch.Tensor, captions: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-        """What each picture is to choose, smoothed: (batch, texts), rows of sum 1."""
+        """What each picture is to choose of the classes, then of `texts`, smoothed: (batch, classes + texts), rows of sum 1."""
         classes = self.names.shape[1]
-        right = torch.zeros(len(labels), len(texts), device=texts.device)
+        right = torch.zeros(len(labels), classes + len(texts), device=texts.device)
         photos = labels >= 0
         right[photos, labels[photos]] = 1.0
-        said = (captions[~photos, None] == texts[None, classes:]).all(dim=-1).float()
+        said = (captions[:, None] == texts[None]).all(dim=-1).float()
         right[~photos, classes:] = said / said.sum(dim=-1, keepdim=True)
-        return (1 - self.smoothing) * right + self.smoothing / len(texts)
+        return (1 - self.smoothing) * right + self.smoothing / right.shape[1]

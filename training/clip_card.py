@@ -19,7 +19,7 @@ license_link: https://www.image-net.org/download.php
 
 A real open_clip model of 64 x 64 pixel pictures, trained from nothing, small enough for a CPU: the default model of NoRA Vision's
 classifier, its tests and its demonstrations. {parameters:,} parameters, of which {picture_parameters:,} are the picture tower's:
-timm's CoAtNet with strided convolutions down to 8 x 8 places and three layers of attention over these. The tokenizer is CLIP's,
+timm's MaxViT with convolutions down to 8 x 8 places and three layers of attention over these. The tokenizer is CLIP's,
 reduced to {vocabulary:,} tokens; it spells any word.
 
 Plain open_clip loads it, from the root of a checkout:

@@ -7,11 +7,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from pipelines.corpus import rendered_corpus, to_pixels
+from pipelines.corpus import join, photo_corpus, rendered_corpus, to_pixels
 from pipelines.mini_losses import PatchBasis
 from training import pretrain_mini
 from training.checkpoints import list_checkpoints
-from training.pretrain_mini import PretrainOptions, Sampler
+from training.pretraining import PretrainOptions, Sampler
 
 
 def options(folder, **changes):
@@ -91,7 +91,7 @@ def test_a_resumed_training_ends_in_the_weights_of_an_uninterrupted_one(trained,
 
 
 def test_batches_keep_the_share_of_scenes_and_never_mirror_letters(corpus):
-    doubled = pretrain_mini.join(corpus, corpus)
+    doubled = join(corpus, corpus)
     pixels, chosen, _ = Sampler(doubled, scenes=32, scene_share=0.75, seed=0).draw(0, 4000)
     mirrored = (pixels != to_pixels(doubled.pictures[chosen])).flatten(1).any(dim=1).numpy()
     assert (chosen < 32).mean() == pytest.approx(0.75, abs=0.03)
@@ -100,11 +100,11 @@ def test_batches_keep_the_share_of_scenes_and_never_mirror_letters(corpus):
 
 
 def test_an_unknown_stage_is_refused_by_name(tmp_path):
-    with pytest.raises(ValueError, match=r"stages must be among basis, vae, unet, export, got clipper"):
+    with pytest.raises(ValueError, match=r"stages must be among basis, vae, unet, export, clip, export_clip, got clipper"):
         options(tmp_path, stages=["clipper"])
 
 
 def test_a_folder_without_photographs_is_refused_by_name(tmp_path):
     (tmp_path / "classes.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"No \.zip with photographs"):
-        pretrain_mini.photo_corpus(tmp_path, 64)
+        photo_corpus(tmp_path, 64)

@@ -1,0 +1,143 @@
+"""How much the built-in CLIP knows: held-out photographs, scenes it never saw, and a probe of its features on other pictures.
+
+    python benchmarks/mini_clip.py --photos_dir PHOTOS --classes_dir CLASSES
+
+`PHOTOS` is the folder it was pretrained on, of which a tenth was held out; `CLASSES` holds a folder of pictures for each class.
+The probe is a logistic regression on a few pictures of each class, judged on all others; on raw pixels it is the same.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+from PIL import Image
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from transformers import CLIPTokenizer, HfArgumentParser
+
+from pipelines.corpus import corpus_scenes, part, photo_corpus, rendered_corpus, split_held_out, to_pixels
+from pipelines.errors import InputError
+from pipelines.mini_clip import BUILT_IN_CLIP, CLIP, class_tokens, load_model, picture_features
+from pipelines.mini_clip_scores import held_out_accuracy, scene_accuracies
+from pipelines.mini_sdxl import RESOLUTION
+
+HELD_OUT_SHARE = 0.1
+PENALTIES = {"logisticregression__C": [1e-4, 1e-3, 1e-2, 1e-1, 1.0]}
+
+
+@dataclass
+class BenchmarkOptions:
+    """What to measure, and on what."""
+
+    model: str = field(default=str(BUILT_IN_CLIP), metadata={"help": "Folder of the model."})
+    photos_dir: str | None = field(default=None, metadata={"help": "Folder of zipped photographs with classes.json."})
+    classes_dir: str | None = field(default=None, metadata={"help": "A folder of pictures for each class."})
+    scenes: int = field(default=1000, metadata={"help": "Rendered scenes to name."})
+    shots: int = field(default=16, metadata={"help": "Pictures of each class that the probe learns from."})
+    draws: int = field(default=5, metadata={"help": "How often these pictures are drawn; the mean is shown."})
+    seed: int = field(default=0, metadata={"help": "Seed of the pretraining, which says what was held out, and of the draws."})
+
+
+def held_out_row(options: BenchmarkOptions, model: CLIP, tokenizer: CLIPTokenizer) -> str:
+    """The held-out photographs' row of the table."""
+    photos = photo_corpus(Path(options.photos_dir), RESOLUTION)
+    captions, labels = np.unique(photos.captions, return_inverse=True)
+    _, held_out = split_held_out(photos.captions, HELD_OUT_SHARE, options.seed)
+    names = class_tokens(tokenizer, [caption.removeprefix("a photo of ") for caption in captions])
+    accuracy = held_out_accuracy(model, part(photos, held_out), labels[held_out], names)
+    return f"| {len(held_out):,} held-out photographs, zero-shot | {accuracy:.1%} | {1 / len(captions):.1%} |"
+
+
+def scene_rows(options: BenchmarkOptions, model: CLIP, tokenizer: CLIPTokenizer) -> list[str]:
+    """The rows of scenes never seen: those of the seed after pretraining's."""
+    pixels = to_pixels(rendered_corpus(options.scenes, RESOLUTION, options.seed + 1).pictures)
+    scores = scene_accuracies(model, pixels, corpus_scenes(options.scenes, options.seed + 1), tokenizer)
+    return [
+        f"| {name} of {options.scenes:,} scenes, zero-shot | {one.accuracy:.1%} | {one.chance:.1%} |"
+        for name, one in scores.items()
+    ]
+
+
+def read_classes(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The pictures of every folder in `folder`, (count, RESOLUTION, RESOLUTION, 3) uint8, and their classes, (count,).
+
+    Raises: InputError if there are fewer than two classes.
+    """
+    classes = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    if len(classes) < 2:
+        raise InputError(f"classes_dir must hold a folder of pictures for each of two classes or more, got {str(folder)!r}.")
+    files = [(file, label) for label, path in enumerate(classes) for file in sorted(path.iterdir())]
+    return np.stack([read_square(file) for file, _ in files]), np.asarray([label for _, label in files])
+
+
+def read_square(file: Path) -> np.ndarray:
+    """The middle square of a picture, (RESOLUTION, RESOLUTION, 3) uint8."""
+    with Image.open(file) as picture:
+        side = min(picture.size)
+        left, top = (picture.width - side) // 2, (picture.height - side) // 2
+        square = picture.convert("RGB").crop((left, top, left + side, top + side))
+        return np.asarray(square.resize((RESOLUTION, RESOLUTION), Image.Resampling.BICUBIC))
+
+
+def probe_accuracy(features: np.ndarray, labels: np.ndarray, shots: int, seed: int) -> float:
+    """The share of pictures that a logistic regression on `shots` of each class names rightly, of all the others.
+
+    Its penalty is chosen by cross-validation among the pictures it learns from.
+
+    Args:
+        features: (count, width).
+        labels: (count,).
+    """
+    rng = np.random.default_rng(seed)
+    classes = np.unique(labels)
+    chosen = np.concatenate([rng.permutation(np.flatnonzero(labels == label))[:shots] for label in classes])
+    others = np.setdiff1d(np.arange(len(labels)), chosen)
+    probe = GridSearchCV(make_pipeline(StandardScaler(), LogisticRegression(max_iter=200)), PENALTIES, cv=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        probe.fit(features[chosen], labels[chosen])
+    return float(probe.score(features[others], labels[others]))
+
+
+def probe_rows(options: BenchmarkOptions, model: CLIP) -> list[str]:
+    """The rows of the probe, on the model's features and on raw pixels."""
+    pictures, labels = read_classes(Path(options.classes_dir))
+    sources = {
+        "features": picture_features(model, to_pixels(pictures)).numpy(),
+        "raw pixels": pictures.reshape(len(pictures), -1) / 255,
+    }
+    chance = 1 / len(np.unique(labels))
+    rows = []
+    for name, values in sources.items():
+        scores = [
+            probe_accuracy(values.astype(np.float32), labels, options.shots, options.seed + draw) for draw in range(options.draws)
+        ]
+        rows.append(
+            f"| {options.shots} pictures a class, probe of {name}, mean of {options.draws} | {fmean(scores):.1%} | {chance:.1%} |"
+        )
+    return rows
+
+
+def rows(options: BenchmarkOptions) -> Sequence[str]:
+    """The lines of the table, as far as there are pictures for them."""
+    model, tokenizer = load_model(Path(options.model)), CLIPTokenizer.from_pretrained(options.model)
+    lines = ["| what | right | chance |", "|---|---|---|"]
+    if options.photos_dir:
+        lines.append(held_out_row(options, model, tokenizer))
+    lines += scene_rows(options, model, tokenizer)
+    return lines + (probe_rows(options, model) if options.classes_dir else [])
+
+
+if __name__ == "__main__":
+    sys.stdout.write(
+        "\n".join(rows(HfArgumentParser(BenchmarkOptions, description=__doc__).parse_args_into_dataclasses()[0])) + "\n"
+    )

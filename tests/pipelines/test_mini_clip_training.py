@@ -1,0 +1,129 @@
+"""What the built-in CLIP is pretrained on and by: captions right and wrong, augmented pictures, the loss."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pipelines.corpus import corpus_scenes, rendered_corpus, split_held_out
+from pipelines.mini_clip import encode_texts, new_model, tokenize, write_configuration
+from pipelines.mini_clip_data import altered, augment, draw_parts
+from pipelines.mini_clip_loss import ClassNameLoss
+from pipelines.mini_sdxl import PROMPT_WORDS, reduced_tokenizer
+from pipelines.scenes import PARTS, Scene, sample_scene
+
+NAMES = ["a cat", "a teapot", "a bus"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return reduced_tokenizer([PROMPT_WORDS, *NAMES])
+
+
+@pytest.fixture
+def loss(tokenizer, tmp_path):
+    """The loss over three classes in one template, without dropout or batch statistics, so that it is a function."""
+    write_configuration(tmp_path, tokenizer)
+    torch.manual_seed(0)
+    return ClassNameLoss(new_model(tmp_path), tokenize(tokenizer, NAMES)[None]).eval()
+
+
+def batch(tokenizer, labels, captions, wrong=()):
+    """Random pictures with the given labels; every scene has the same wrong captions."""
+    count = len(labels)
+    wrong_tokens = tokenize(tokenizer, list(wrong)) if wrong else torch.zeros(0, 32, dtype=torch.int64)
+    return {
+        "pixels": torch.rand(count, 3, 64, 64, generator=torch.Generator().manual_seed(1)),
+        "labels": torch.tensor(labels),
+        "template": torch.zeros(count, dtype=torch.int64),
+        "captions": tokenize(tokenizer, captions),
+        "wrong": wrong_tokens.expand(count, -1, -1),
+    }
+
+
+def logits_over(loss, pixels, texts):
+    features = loss.model.encode_image(pixels.contiguous(memory_format=torch.channels_last), normalize=True)
+    return loss.model.logit_scale.exp() * features @ encode_texts(loss.model, texts).T
+
+
+@torch.no_grad()
+def test_photographs_alone_are_judged_by_smoothed_cross_entropy_over_the_class_names(loss, tokenizer):
+    inputs = batch(tokenizer, [2, 0], ["unread", "unread"])
+    expected = nn.CrossEntropyLoss(label_smoothing=0.1)(logits_over(loss, inputs["pixels"], loss.names[0]), inputs["labels"])
+    torch.testing.assert_close(loss(**inputs), expected)
+
+
+@torch.no_grad()
+def test_scenes_are_judged_against_names_captions_and_wrong_captions(loss, tokenizer):
+    inputs = batch(tokenizer, [1, -1, -1], ["unread", "a red star", "a blue star"], ["a green star"])
+    texts = torch.cat([loss.names[0], tokenize(tokenizer, ["a red star", "a blue star", "a green star", "a green star"])])
+    logits = logits_over(loss, inputs["pixels"], texts)
+    expected = nn.CrossEntropyLoss(label_smoothing=0.1)(logits, torch.tensor([1, 3, 4]))
+    torch.testing.assert_close(loss(**inputs), expected)
+
+
+@torch.no_grad()
+def test_equal_captions_share_the_target(loss, tokenizer):
+    loss.smoothing = 0.0
+    inputs = batch(tokenizer, [-1, -1], ["a red star", "a red star"])
+    texts = torch.cat([loss.names[0], tokenize(tokenizer, ["a red star"] * 2)])
+    chosen = logits_over(loss, inputs["pixels"], texts).log_softmax(dim=-1)[:, 3:]
+    torch.testing.assert_close(loss(**inputs), -chosen.mean())
+
+
+def test_a_wrong_caption_differs_from_the_right_one_in_one_part_that_is_spoken_of():
+    rng, scenes = np.random.default_rng(0), random.Random(0)
+    for _ in range(300):
+        scene, parts = sample_scene(scenes), draw_parts(rng)
+        other = altered(scene, parts, rng)
+        different = [part for part in PARTS if getattr(scene, part) != getattr(other, part)]
+        assert len(different) == 1 or (not different and scene.glyph != other.glyph)
+        assert set(different) <= set(parts)
+        assert other.describe(parts) != scene.describe(parts)
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        (PARTS, "a large red striped star in the snow"),
+        (("kind", "colour"), "a red star"),
+        (("background",), "a thing in the snow"),
+        (("colour", "size"), "a large red thing"),
+    ],
+)
+def test_a_scene_is_described_by_the_parts_asked_for(parts, words):
+    assert Scene("star", "red", "striped", "large", "snow").describe(parts) == words
+
+
+def test_augmentation_moves_scenes_but_keeps_their_colours():
+    pixels = torch.zeros(2, 3, 64, 64)
+    pixels[:, 0, 20:40, 20:40] = 0.5
+    moved = augment(pixels, np.asarray([False, False]), np.random.default_rng(0))
+    assert not torch.equal(moved, pixels)
+    torch.testing.assert_close(moved.amax(dim=(2, 3)), pixels.amax(dim=(2, 3)))
+    torch.testing.assert_close(moved[:, 0].sum(dim=(1, 2)), pixels[:, 0].sum(dim=(1, 2)), rtol=0.01, atol=0)
+
+
+def test_augmentation_changes_a_photograph_every_time_and_stays_in_range():
+    photo = torch.rand(1, 3, 64, 64).expand(8, -1, -1, -1) * 2 - 1
+    changed = augment(photo, np.ones(8, dtype=bool), np.random.default_rng(0))
+    assert changed.shape == photo.shape
+    assert changed.abs().max() <= 1
+    assert all((changed[0] - other).abs().mean() > 0.05 for other in changed[1:])
+
+
+def test_the_scenes_of_a_corpus_are_those_its_captions_speak_of():
+    corpus = rendered_corpus(300, 16, seed=3)
+    assert [scene.caption for scene in corpus_scenes(300, seed=3)] == corpus.captions
+
+
+def test_a_tenth_of_every_class_is_held_out_the_same_for_the_same_seed():
+    captions = ["a cat"] * 50 + ["a bus"] * 30
+    train, held_out = split_held_out(captions, 0.1, seed=0)
+    assert sorted([*train, *held_out]) == list(range(80))
+    assert (held_out < 50).sum() == 5
+    assert (held_out >= 50).sum() == 3
+    assert np.array_equal(held_out, split_held_out(captions, 0.1, seed=0)[1])
+    assert not np.array_equal(held_out, split_held_out(captions, 0.1, seed=1)[1])
