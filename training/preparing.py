@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import StableDiffusionXLPipeline
 
+from pipelines.cache import TensorCache
 from pipelines.subject.buckets import AUTOMATIC, Size, automatic_buckets, parse_buckets, size_multiple
-from pipelines.subject.cache import TensorCache
 from pipelines.subject.captions import class_prompts, find_captioned
 from pipelines.subject.data import Picture
 from pipelines.subject.doctor import Report, examine

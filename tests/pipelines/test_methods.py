@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny_pipeline import picture, tiny_pipeline
 
+from pipelines.cache import TensorCache
 from pipelines.errors import InputError
 from pipelines.methods import AdapterOptions, method_named, method_names
 from pipelines.subject import adapters
-from pipelines.subject.cache import TensorCache
 from pipelines.subject.calibration import runs_on_subject
 from pipelines.subject.data import Picture
 from pipelines.subject.encoding import Encoder, Framing
