@@ -50,9 +50,9 @@ def augment(pixels: torch.Tensor, photos: np.ndarray, rng: np.random.Generator) 
         photos: (count,) bool, which of them are photographs.
     """
     count = len(pixels)
-    zoom = np.where(photos, rng.uniform(0.65, 1.1, count), 1.0)
-    stretch = np.where(photos, np.exp(rng.uniform(-0.15, 0.15, count)), 1.0)
-    turn = np.where(photos, rng.uniform(-math.pi / 15, math.pi / 15, count), 0.0)
+    zoom = np.where(photos, rng.uniform(0.75, 1.05, count), 1.0)
+    stretch = np.where(photos, np.exp(rng.uniform(-0.1, 0.1, count)), 1.0)
+    turn = np.where(photos, rng.uniform(-math.pi / 36, math.pi / 36, count), 0.0)
     # A zoomed picture may show any part of the whole; beyond its edge it is mirrored.
     reach = np.where(photos, np.abs(1 - zoom) + 0.1, 0.1)
     shift = rng.uniform(-1, 1, (2, count)) * reach
@@ -69,5 +69,5 @@ def _lit(pixels: torch.Tensor, photos: np.ndarray, rng: np.random.Generator) -> 
 
     grey = pixels.mean(dim=1, keepdim=True)
     mean = grey.mean(dim=(2, 3), keepdim=True)
-    coloured = grey + (pixels - grey) * (1 + factors(0.3))
-    return (mean + (coloured - mean) * (1 + factors(0.25)) + factors(0.15)).clamp(-1, 1)
+    coloured = grey + (pixels - grey) * (1 + factors(0.2))
+    return (mean + (coloured - mean) * (1 + factors(0.2)) + factors(0.1)).clamp(-1, 1)

@@ -44,9 +44,9 @@ class PretrainOptions:
     unet_batch_size: int = field(default=32, metadata={"help": "Pictures a step of the UNet."})
     unet_learning_rate: float = field(default=7e-4, metadata={"help": "Peak learning rate of the UNet and text encoders."})
     sample_steps: int = field(default=500, metadata={"help": "Steps between two contact sheets of the UNet in training."})
-    clip_steps: int = field(default=6000, metadata={"help": "Optimisation steps of the built-in CLIP."})
-    clip_batch_size: int = field(default=96, metadata={"help": "Pictures a step of the built-in CLIP."})
-    clip_learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of the built-in CLIP."})
+    clip_steps: int = field(default=10_000, metadata={"help": "Optimisation steps of the built-in CLIP."})
+    clip_batch_size: int = field(default=48, metadata={"help": "Pictures a step of the built-in CLIP."})
+    clip_learning_rate: float = field(default=1.5e-3, metadata={"help": "Peak learning rate of the built-in CLIP."})
     clip_scene_share: float = field(default=0.15, metadata={"help": "Share of rendered scenes in a batch of the built-in CLIP."})
     score_steps: int = field(
         default=500, metadata={"help": "Steps between two scores of the built-in CLIP on held-out pictures."}
