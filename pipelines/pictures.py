@@ -1,20 +1,74 @@
-"""Generated pictures on disk: PNG files that carry their settings, and grids of pictures."""
+"""Pictures on disk: reading them, PNG files that carry their settings, and grids of pictures."""
 
 from __future__ import annotations
 
 import json
+import struct
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from diffusers.utils import make_image_grid
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from pipelines.errors import InputError
 
+PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+# Named, since whatever a file is called, Pillow tells its format by its content, and starts Ghostscript for some.
+PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+# All that Pillow raises for damaged files.
+UNREADABLE = (
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    struct.error,
+)
 SETTINGS_KEY, A1111_KEY = "nora_vision", "parameters"
 MIN_CELL, MARGIN, LABEL_LINES, LABEL_SIZE = 192, 6, 3, 14
+
+
+def has_picture_name(name: str) -> bool:
+    """Whether a file of this name is taken for a picture: its suffix is a picture's, and it is not hidden."""
+    base = Path(name)
+    return base.suffix.lower() in PICTURE_SUFFIXES and not base.name.startswith(".")
+
+
+def is_picture(path: Path) -> bool:
+    """Whether `path` is a file with a picture's suffix; hidden files are none."""
+    return has_picture_name(path.name) and path.is_file()
+
+
+def read_picture(source: Path | BinaryIO, name: str | None = None, max_pixels: int | None = None) -> Image.Image:
+    """Read a picture as RGB, upright as its EXIF orientation says; transparent parts become white.
+
+    Args:
+        source: a file, or its content.
+        name: what errors call it; None for the file's path.
+        max_pixels: more are refused before they are decoded; None for Pillow's own limit.
+    Raises: InputError naming the picture if it cannot be read.
+    """
+    name = repr(str(source)) if name is None else name
+    try:
+        with Image.open(source, formats=PICTURE_FORMATS) as opened:
+            if max_pixels is None or opened.width * opened.height <= max_pixels:
+                return _upright_rgb(opened)
+            size = opened.size
+    except UNREADABLE as error:
+        raise InputError(f"{name} cannot be read as a picture ({error}). Remove it or replace it.") from error
+    raise InputError(f"{name} must have at most {max_pixels:,} pixels, got {size[0]} x {size[1]}. Shrink it.")
+
+
+def _upright_rgb(opened: Image.Image) -> Image.Image:
+    upright = ImageOps.exif_transpose(opened)
+    if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+        upright = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+    return upright.convert("RGB")
 
 
 def as_grid(pictures: list[Image.Image], columns: int) -> Image.Image:

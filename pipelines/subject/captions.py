@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 
 from pipelines.errors import InputError
-from pipelines.subject.data import PICTURE_SUFFIXES, Picture, find_pictures, is_picture
+from pipelines.pictures import PICTURE_SUFFIXES, is_picture
+from pipelines.subject.data import Picture, find_pictures
 
 METADATA, CLASS_PROMPT = "metadata.jsonl", "class_prompt.txt"
 SUBJECT_FIELD = "{subject}"

@@ -9,14 +9,14 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps
 
 from pipelines.errors import InputError
+from pipelines.pictures import PICTURE_SUFFIXES, is_picture, read_picture
 
 SizeConditioning = Literal["picture", "target"]
 # EXIF orientations from here on swap height and width.
 FIRST_ON_ITS_SIDE = 5
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,6 @@ class Example:
     time_ids: torch.Tensor
 
 
-def is_picture(path: Path) -> bool:
-    """Whether `path` is a file with a picture's suffix; hidden files are none."""
-    return path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".") and path.is_file()
-
-
 def find_pictures(folder: str | Path) -> list[Path]:
     """The picture files directly in `folder`, sorted by name.
 
@@ -87,22 +82,6 @@ def find_pictures(folder: str | Path) -> list[Path]:
             "subject there."
         )
     return pictures
-
-
-def read_picture(path: Path) -> Image.Image:
-    """Read a picture as RGB, upright as its EXIF orientation says; transparent parts become white.
-
-    Raises: InputError naming the file if it cannot be read.
-    """
-    try:
-        with Image.open(path) as opened:
-            upright = ImageOps.exif_transpose(opened)
-            if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-                upright = upright.convert("RGBA")
-                upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
-            return upright.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{str(path)!r} cannot be read as a picture ({error}). Remove it or replace it.") from error
 
 
 def picture_size(path: Path) -> tuple[int, int]:

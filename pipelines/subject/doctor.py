@@ -22,8 +22,9 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from pipelines.errors import InputError
+from pipelines.pictures import UNREADABLE, read_picture
 from pipelines.subject.captions import subject_folders, subject_name
-from pipelines.subject.data import find_pictures, read_picture
+from pipelines.subject.data import find_pictures
 
 READ_FORMATS = frozenset({"JPEG", "MPO", "PNG", "WEBP", "BMP"})
 OTHER_SUFFIXES = frozenset({".heic", ".heif", ".gif", ".tif", ".tiff", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".dng", ".cr2"})
@@ -153,23 +154,33 @@ class _Looks(Dataset):
 
 def _look(path: Path, subject: str) -> _Look:
     """Read one picture and examine it by itself."""
+    found_format = _format_of(path)
+    if found_format is not None and found_format not in READ_FORMATS:
+        words = f"By its content {path.name!r} is {found_format}, whatever its name says; it is left out."
+        return _Look(Diagnosis(path, subject, None, (Finding("wrong_format", words, "Save it as JPEG or PNG."),)))
     try:
         picture = read_picture(path)
-        with Image.open(path) as opened:
-            found_format, orientation = opened.format, opened.getexif().get(ExifTags.Base.Orientation, 1)
     except InputError as error:
         finding = Finding("unreadable", str(error), "It is left out.")
         return _Look(Diagnosis(path, subject, None, (finding,)))
-    if found_format not in READ_FORMATS:
-        words = f"By its content {path.name!r} is {found_format}, whatever its name says; it is left out."
-        return _Look(Diagnosis(path, subject, None, (Finding("wrong_format", words, "Save it as JPEG or PNG."),)))
     findings = [*_of_its_shape(picture), *_of_its_sharpness(picture)]
+    with Image.open(path) as opened:
+        orientation = opened.getexif().get(ExifTags.Base.Orientation, 1)
     if orientation != 1:
         words = "It lies turned in its file, and is turned upright as its EXIF orientation says."
         findings.append(Finding("turned", words, "Nothing to do."))
     diagnosis = Diagnosis(path, subject, picture.size, tuple(findings))
     thumbnail = np.asarray(picture.resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BOX), dtype=np.float32) / 255
     return _Look(diagnosis, perceptual_hash(picture), thumbnail)
+
+
+def _format_of(path: Path) -> str | None:
+    """The format that the file's content is in; None where Pillow knows none."""
+    try:
+        with Image.open(path) as opened:
+            return opened.format
+    except UNREADABLE:
+        return None
 
 
 def _of_its_shape(picture: Image.Image) -> list[Finding]:

@@ -15,10 +15,11 @@ from tqdm.auto import tqdm
 
 from pipelines.cache import TensorCache, file_digest, key_of, module_digest
 from pipelines.errors import InputError
+from pipelines.pictures import read_picture
 from pipelines.randomness import keyed_generator
 from pipelines.subject.base_model import PromptEmbeddings, encode_pictures, encode_prompts, text_encoders_of, tokenize
 from pipelines.subject.buckets import Size, nearest_bucket
-from pipelines.subject.data import Example, Picture, Shot, SizeConditioning, picture_size, read_picture, take
+from pipelines.subject.data import Example, Picture, Shot, SizeConditioning, picture_size, take
 
 # A picture's moments and time_ids.
 Shown = tuple[torch.Tensor, torch.Tensor]

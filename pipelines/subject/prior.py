@@ -12,9 +12,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from pipelines.errors import InputError
-from pipelines.pictures import SETTINGS_KEY, read_settings, save_picture
+from pipelines.pictures import SETTINGS_KEY, is_picture, read_settings, save_picture
 from pipelines.subject.buckets import Size, nearest_bucket
-from pipelines.subject.data import Picture, find_pictures, is_picture, picture_size
+from pipelines.subject.data import Picture, find_pictures, picture_size
 
 # Seeds of class pictures, apart from those of sample pictures.
 FIRST_SEED = 1_000_000

@@ -1,12 +1,16 @@
 """Pictures of a subject: found, upright, cropped, and said to be of the size they are."""
 
+import contextlib
+import io
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from pipelines.errors import InputError
-from pipelines.subject.data import Shot, find_pictures, load_examples, picture_size, read_picture, take
+from pipelines.pictures import read_picture
+from pipelines.subject.data import Shot, find_pictures, load_examples, picture_size, take
 
 ORIENTATION = 0x0112
 TURNED_RIGHT = 6
@@ -19,10 +23,14 @@ def halves(width, height):
     return picture
 
 
-def test_a_picture_is_read_upright_and_its_size_is_the_upright_one(tmp_path):
+def turned_exif():
     exif = Image.Exif()
     exif[ORIENTATION] = TURNED_RIGHT
-    halves(60, 40).save(tmp_path / "a.png", exif=exif)
+    return exif
+
+
+def test_a_picture_is_read_upright_and_its_size_is_the_upright_one(tmp_path):
+    halves(60, 40).save(tmp_path / "a.png", exif=turned_exif())
     upright = read_picture(tmp_path / "a.png")
     assert upright.size == (40, 60)
     assert upright.getpixel((20, 5)) == (255, 0, 0)
@@ -131,6 +139,33 @@ def test_an_unreadable_picture_is_named(tmp_path, content):
     (tmp_path / "broken.png").write_bytes(content)
     with pytest.raises(InputError, match=r"broken\.png.* cannot be read as a picture"):
         read_picture(tmp_path / "broken.png")
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "BMP"])
+def test_damaged_pictures_are_read_or_named_and_nothing_else_is_raised(form):
+    rng = np.random.default_rng(0)
+    whole = io.BytesIO()
+    halves(20, 24).convert("L" if form == "BMP" else "RGB").save(whole, form, exif=b"" if form == "BMP" else turned_exif())
+    for _ in range(400):
+        damaged = bytearray(whole.getvalue())
+        for place in rng.integers(len(damaged), size=3):
+            damaged[place] = rng.integers(256)
+        with contextlib.suppress(InputError):
+            assert read_picture(io.BytesIO(damaged), "the damaged one").mode == "RGB"
+
+
+def test_a_format_that_pillow_hands_to_another_program_is_not_opened_whatever_its_suffix(tmp_path):
+    halves(20, 20).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.jpg")
+    with pytest.raises(InputError, match=r"a\.jpg.* cannot be read as a picture"):
+        read_picture(tmp_path / "a.jpg")
+
+
+def test_more_pixels_than_allowed_are_refused_and_the_limit_itself_is_not(tmp_path):
+    halves(20, 30).save(tmp_path / "a.png")
+    assert read_picture(tmp_path / "a.png", max_pixels=600).size == (20, 30)
+    with pytest.raises(InputError, match=r"a\.png.* at most 599 pixels, got 20 x 30"):
+        read_picture(tmp_path / "a.png", max_pixels=599)
 
 
 def test_a_truncated_picture_is_named(tmp_path):

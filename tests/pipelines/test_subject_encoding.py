@@ -12,9 +12,10 @@ from tiny_pipeline import tiny_pipeline
 
 from pipelines.cache import TensorCache, digest_of, file_digest, key_of, module_digest
 from pipelines.errors import InputError
+from pipelines.pictures import read_picture
 from pipelines.subject import encoding
 from pipelines.subject.base_model import encode_pictures, encode_prompts, load_base_model
-from pipelines.subject.data import Picture, Shot, read_picture, take
+from pipelines.subject.data import Picture, Shot, take
 from pipelines.subject.encoding import CachedPictures, Encoder, Framing
 
 SQUARE = Framing(((16, 16),))
