@@ -1,0 +1,235 @@
+"""CLIP models from open_clip: loading one, and the features of pictures and texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import open_clip
+import torch
+from open_clip import pretrained as open_clip_pretrained
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.nn import functional as F
+
+from nora_vision.files import PICKLE_SUFFIXES, read_json
+from pipelines import mini_clip
+from pipelines.errors import InputError
+
+BUILT_IN, RANDOM = "mini", "random"
+
+
+@dataclass
+class Clip:
+    """An open_clip model with what it needs to read pictures and texts.
+
+    Args:
+        model: open_clip's CLIP or CustomTextCLIP, in evaluation mode, all its weights frozen.
+        preprocess: a PIL picture to pixels (3, h, w), without augmentation.
+        tokenizer: n texts to token ids (n, t) int64.
+        name: the model and its weights, for people.
+    """
+
+    model: nn.Module
+    preprocess: Callable[[Image.Image], torch.Tensor]
+    tokenizer: Callable[[Sequence[str]], torch.Tensor]
+    name: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.logit_scale.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of its weights."""
+        return self.model.logit_scale.dtype
+
+    @property
+    def logit_scale(self) -> torch.Tensor:
+        """What cosine similarities are multiplied by to be logits: () float32."""
+        return self.model.logit_scale.float().exp().reshape(())
+
+    @property
+    def text_tower(self) -> nn.Module:
+        """What holds the token embedding and the rest of the text encoder; some models hold them themselves."""
+        return getattr(self.model, "text", self.model)
+
+    @property
+    def reads_up_to_the_end_token(self) -> bool:
+        """Whether nothing behind a text's end token counts: attention is causal and the feature is the end token's."""
+        text = self.text_tower
+        return (
+            getattr(text, "attn_mask", None) is not None
+            and getattr(text, "cls_emb", None) is None
+            and _pooling(text) in ("argmax", "eos")
+        )
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Features (n, d) float32 of length 1 of preprocessed `pixels` (n, 3, h, w)."""
+        return F.normalize(self.model.encode_image(pixels.to(self.device, self.dtype)).float(), dim=-1)
+
+    def encode_texts(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Features (n, d) float32 of length 1 of token ids `tokens` (n, t).
+
+        Where nothing behind the end token counts, no more tokens are computed than the longest text has.
+        """
+        tokens = tokens.to(self.device)
+        if not self.reads_up_to_the_end_token:
+            return F.normalize(self.model.encode_text(tokens).float(), dim=-1)
+        ends = self.end_places(tokens)
+        return self.encode_embedded_texts(self.text_tower.token_embedding(tokens[:, : int(ends.max()) + 1]), ends)
+
+    def end_places(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The place (n,) of the end token in each row of `tokens` (n, t), as the model itself finds it."""
+        text = self.text_tower
+        if _pooling(text) == "argmax":
+            return tokens.argmax(dim=-1)
+        end = text.text_eos_id if text is self.model else text.eos_id
+        return (tokens == end).int().argmax(dim=-1)
+
+    def encode_embedded_texts(self, embedded: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """Features (n, d) float32 of length 1 of texts whose tokens are embedded already, as learned contexts are.
+
+        Args:
+            embedded: (n, t, width), without positions; t may be any length up to the model's context.
+            ends: (n,), the place of each end token.
+        Raises: InputError if the model's text encoder is of another kind (see `reads_up_to_the_end_token`).
+        """
+        text = self.text_tower
+        if not self.reads_up_to_the_end_token:
+            raise InputError(
+                f"Learned contexts need a text encoder that reads up to its end token; that of {self.name} does not."
+            )
+        length, dtype = embedded.shape[1], self.dtype
+        hidden = embedded.to(dtype) + text.positional_embedding[:length].to(dtype)
+        hidden = text.ln_final(text.transformer(hidden, attn_mask=text.attn_mask[:length, :length]))
+        pooled = hidden[torch.arange(len(hidden), device=hidden.device), ends]
+        projection = text.text_projection
+        if projection is not None:
+            pooled = projection(pooled) if isinstance(projection, nn.Module) else pooled @ projection
+        return F.normalize(pooled.float(), dim=-1)
+
+
+def load_clip(
+    model: str = "ViT-B-16",
+    pretrained: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Clip:
+    """Load an open_clip model, frozen and in evaluation mode.
+
+    Args:
+        model: "mini", the built-in model; a folder with an open_clip_config.json; or a name that open_clip knows.
+        pretrained: for a name that open_clip knows, one of its tags such as "openai", a .safetensors checkpoint in
+            open_clip's layout, or "random" for weights that know nothing.
+    Raises: InputError naming what cannot be loaded, what can, and the remedy.
+    """
+    if model == BUILT_IN or Path(model).is_dir():
+        if pretrained is not None:
+            raise InputError(f"--model {model} brings its own weights, got --pretrained {pretrained}. Leave that out.")
+        clip = _from_folder(mini_clip.BUILT_IN_CLIP if model == BUILT_IN else Path(model), model)
+    elif model in open_clip.list_models():
+        clip = _from_open_clip(model, pretrained)
+    else:
+        known = ", ".join(name for name in open_clip.list_models() if name.startswith("ViT-B"))
+        raise InputError(
+            f"model must be {BUILT_IN!r}, a folder with {mini_clip.CONFIG_FILE}, or a name that open_clip knows, such as "
+            f"{known}; got {model!r}."
+        )
+    clip.model.to(device, dtype).eval().requires_grad_(False)
+    return clip
+
+
+def _from_folder(folder: Path, name: str) -> Clip:
+    """The model of a folder as `training/pretrain_mini.py` and open_clip's own export write it."""
+    for file in (mini_clip.CONFIG_FILE, mini_clip.WEIGHTS_FILE):
+        if not (folder / file).is_file():
+            raise InputError(
+                f"There is no {file} in {str(folder)!r}, which a CLIP model's folder must hold. Name another folder, or train "
+                "one with training/pretrain_mini.py."
+            )
+    weights = _checked_weights(folder / mini_clip.WEIGHTS_FILE)
+    if (folder / mini_clip.VISION_FOLDER).is_dir():
+        model = mini_clip.new_model(folder)
+    else:
+        model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    _load_weights(model, weights, name)
+    settings = read_json(folder / mini_clip.CONFIG_FILE).get("preprocess_cfg", {})
+    preprocess = image_transform_v2(PreprocessCfg(**{"size": model.visual.image_size, **settings}), is_train=False)
+    return Clip(model, preprocess, open_clip.get_tokenizer(f"local-dir:{folder}"), name)
+
+
+def _from_open_clip(name: str, pretrained: str | None) -> Clip:
+    """The model that open_clip calls `name`, with the weights of a tag, a file or none."""
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    settings = open_clip_pretrained.get_pretrained_cfg(name, pretrained) if pretrained in tags else {}
+    if settings:
+        weights = _downloaded(name, pretrained, settings)
+    elif pretrained == RANDOM:
+        weights = None
+    elif pretrained is not None and (Path(pretrained).is_file() or Path(pretrained).suffix):
+        weights = _checked_weights(Path(pretrained))
+    else:
+        raise InputError(
+            f"pretrained must be one of the tags {', '.join(tags)} of {name}, a .safetensors file, or {RANDOM!r}; "
+            f"got {pretrained!r}."
+        )
+    # A tag's weights may want another activation than the model's configuration has; open_clip only warns of that.
+    model, _, preprocess = open_clip.create_model_and_transforms(
+        name,
+        pretrained=pretrained if settings else None,
+        load_weights=False,
+        pretrained_image=False,
+        force_quick_gelu=bool(settings.get("quick_gelu", False)),
+    )
+    if weights is not None:
+        _load_weights(model, weights, name)
+    return Clip(model, preprocess, open_clip.get_tokenizer(name), f"{name} ({pretrained})")
+
+
+def _downloaded(name: str, tag: str, settings: dict[str, object]) -> Path:
+    """The safetensors file of a tag's weights, from the hub or its cache."""
+    remedy = f"Give a .safetensors checkpoint as --pretrained, another tag of {name}, or --model {BUILT_IN}."
+    if not (settings.get("hf_hub") or settings.get("file")):
+        raise InputError(f"The weights {tag!r} of {name} exist as a pickle alone, which is not opened. {remedy}")
+    try:
+        path = Path(open_clip_pretrained.download_pretrained(settings))
+    except OSError as error:
+        raise InputError(f"The weights {tag!r} of {name} could not be fetched: {error}. {remedy}") from error
+    return _checked_weights(path)
+
+
+def _checked_weights(path: Path) -> Path:
+    """`path`, if it is a sound safetensors file.
+
+    Raises: InputError if there is none, it is a pickle, or it is damaged.
+    """
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        raise InputError(
+            f"{path} is a pickle by its name, which can run code when opened. Only .safetensors is read. Where you trust the "
+            "file, convert it: safetensors.torch.save_file(open_clip.factory.load_state_dict(path), 'weights.safetensors')."
+        )
+    if not path.is_file():
+        raise InputError(f"There is no checkpoint {str(path)!r}. Name a .safetensors file.")
+    try:
+        # Checks the header against the file; weights may hold integers, which adapter files may not.
+        with safe_open(path, framework="pt"):
+            return path
+    except SafetensorError as error:
+        raise InputError(f"{path} is no sound safetensors file: {error}. Fetch or write it again.") from error
+
+
+def _load_weights(model: nn.Module, weights: Path, name: str) -> None:
+    try:
+        open_clip.load_checkpoint(model, str(weights))
+    except RuntimeError as error:
+        raise InputError(f"{weights} does not hold the weights of {name}: {error}") from error
+
+
+def _pooling(text: nn.Module) -> str | None:
+    """How the text encoder finds a text's feature among its tokens."""
+    return getattr(text, "text_pool_type", None) or getattr(text, "pool_type", None)
