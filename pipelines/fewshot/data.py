@@ -1,0 +1,244 @@
+"""Labelled pictures: classes and where their pictures lie; read, renamed, checked for copies and damage."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from pipelines.errors import InputError
+from pipelines.fewshot.sources import Source
+from pipelines.pictures import PICTURE_SUFFIXES, read_picture
+
+Part = Literal["train", "val", "test"]
+PARTS: tuple[Part, ...] = get_args(Part)
+LISTED = 5
+
+
+@dataclass(frozen=True)
+class LabelledPicture:
+    """A picture of a class.
+
+    Args:
+        source: where its bytes come from.
+        label: its class's place among the set's classes.
+        class_name: that class, for errors.
+    """
+
+    source: Source
+    label: int
+    class_name: str
+
+    @property
+    def name(self) -> str:
+        """Its path within its set."""
+        return self.source.name
+
+
+@dataclass(frozen=True)
+class LabelledSet:
+    """Classes and their pictures.
+
+    Args:
+        name: what errors call the set.
+        classes: the classes' names, as prompts speak of them.
+        keys: what the classes are called where they were found, such as their folders; renaming a class leaves its key.
+        pictures: of all classes.
+        parts: of pictures' names, where whoever made the set has split it; otherwise empty.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    keys: tuple[str, ...]
+    pictures: tuple[LabelledPicture, ...]
+    parts: Mapping[str, Part] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.classes) < 2:
+            found = f"only {self.classes[0]!r}" if self.classes else "none"
+            raise InputError(f"{self.name} must hold two classes or more, got {found}. Add a folder for each other class.")
+        counts = Counter(picture.label for picture in self.pictures)
+        for label, key in enumerate(self.keys):
+            if not counts[label]:
+                raise InputError(
+                    f"Class {key!r} of {self.name} holds no picture ({', '.join(sorted(PICTURE_SUFFIXES))}). Add pictures to it, "
+                    "or remove the class."
+                )
+
+    def of_part(self, part: Part) -> tuple[LabelledPicture, ...]:
+        """The pictures that are in `part`."""
+        return tuple(picture for picture in self.pictures if self.parts.get(picture.name) == part)
+
+
+def read(picture: LabelledPicture) -> Image.Image:
+    """The picture as RGB, upright, transparent parts white.
+
+    Raises: InputError naming the picture and its class if it cannot be read.
+    """
+    source = picture.source
+    name = f"{source.name!r} of class {picture.class_name!r}"
+    return read_picture(io.BytesIO(source.content()), name, source.max_pixels)
+
+
+class PictureDataset(Dataset):
+    """Pictures as a model takes them, for a DataLoader's worker processes: (transformed, label).
+
+    Args:
+        pictures: labelled ones.
+        transform: what is made of a picture as `read` gives it, such as a model's `preprocess`.
+    """
+
+    def __init__(self, pictures: Sequence[LabelledPicture], transform: Callable[[Image.Image], Any]) -> None:
+        self.pictures, self.transform = tuple(pictures), transform
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, place: int) -> tuple[Any, int]:
+        picture = self.pictures[place]
+        return self.transform(read(picture)), picture.label
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """(count,) int64."""
+        return torch.tensor([picture.label for picture in self.pictures], dtype=torch.int64)
+
+
+def rename(labelled: LabelledSet, class_names: Mapping[str, str]) -> LabelledSet:
+    """The same pictures with other names for classes.
+
+    Args:
+        class_names: by the classes' keys; classes that it leaves out keep their names.
+    Raises: InputError for keys of no class, empty names, and names of two classes.
+    """
+    unknown = sorted(set(class_names) - set(labelled.keys))
+    if unknown:
+        raise InputError(f"{labelled.name} has no class {unknown[0]!r} to rename. Its classes are {_listed(labelled.keys)}.")
+    now = tuple(class_names.get(key, name).strip() for key, name in zip(labelled.keys, labelled.classes, strict=True))
+    for key, name in zip(labelled.keys, now, strict=True):
+        if not name or not name.isprintable():
+            raise InputError(f"The name of class {key!r} must be one line of text, got {name!r}.")
+        if now.count(name) > 1:
+            sharing = [other for other, its in zip(labelled.keys, now, strict=True) if its == name]
+            raise InputError(f"Each class needs a name of its own, but {_listed(sharing)} are all called {name!r}. Rename one.")
+    pictures = tuple(replace(picture, class_name=now[picture.label]) for picture in labelled.pictures)
+    return replace(labelled, classes=now, pictures=pictures)
+
+
+def subset(labelled: LabelledSet, labels: Sequence[int]) -> LabelledSet:
+    """The classes of `labels` alone, in this order, labelled from 0."""
+    place_of = {label: place for place, label in enumerate(labels)}
+    pictures = tuple(
+        replace(picture, label=place_of[picture.label]) for picture in labelled.pictures if picture.label in place_of
+    )
+    names = {picture.name for picture in pictures}
+    return replace(
+        labelled,
+        classes=tuple(labelled.classes[label] for label in labels),
+        keys=tuple(labelled.keys[label] for label in labels),
+        pictures=pictures,
+        parts={name: part for name, part in labelled.parts.items() if name in names},
+    )
+
+
+def base_and_new(labelled: LabelledSet) -> tuple[LabelledSet, LabelledSet]:
+    """The first half of the classes, to train on, and the others, held out; the first has one more where the number is odd.
+
+    This is the split of CoOp's base-to-new protocol.  [Zhou et al. 2022, CoCoOp, section 4.1]
+
+    Raises: InputError if there are fewer than four classes.
+    """
+    count = len(labelled.classes)
+    if count < 4:
+        raise InputError(f"Holding out half of the classes needs at least 4 of them, but {labelled.name} has {count}.")
+    middle = (count + 1) // 2
+    return subset(labelled, range(middle)), subset(labelled, range(middle, count))
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Pictures whose files hold the same bytes.
+
+    Args:
+        names: two or more pictures' names.
+        classes: the classes that they are in, each once.
+    """
+
+    names: tuple[str, ...]
+    classes: tuple[str, ...]
+
+    @property
+    def conflicting(self) -> bool:
+        """Whether they are in different classes, so that all but one of their labels are wrong."""
+        return len(self.classes) > 1
+
+    def __str__(self) -> str:
+        where = f"in the classes {_listed(self.classes)}" if self.conflicting else f"in class {self.classes[0]!r}"
+        return f"The same picture is {len(self.names)} times {where}: {_listed(self.names)}."
+
+
+def find_copies(labelled: LabelledSet) -> list[Copies]:
+    """Pictures that a set holds more than once, by their files' SHA-256; those in two classes come first.
+
+    Only pictures whose files are of one size are read.
+    """
+    by_size: dict[int, list[LabelledPicture]] = defaultdict(list)
+    for picture in labelled.pictures:
+        by_size[picture.source.size()].append(picture)
+    by_content: dict[tuple[int, str], list[LabelledPicture]] = defaultdict(list)
+    for size, pictures in by_size.items():
+        for picture in pictures if len(pictures) > 1 else ():
+            by_content[size, hashlib.sha256(picture.source.content()).hexdigest()].append(picture)
+    found = [
+        Copies(tuple(same.name for same in group), tuple(dict.fromkeys(same.class_name for same in group)))
+        for group in by_content.values()
+        if len(group) > 1
+    ]
+    return sorted(found, key=lambda copies: (not copies.conflicting, copies.names))
+
+
+def without_copies(labelled: LabelledSet, copies: Iterable[Copies]) -> LabelledSet:
+    """The set with one of each picture: the first of copies in one class; none of copies in several, whose class nobody knows.
+
+    So no picture is both learned from and tested on.
+
+    Raises: InputError if a class has none left.
+    """
+    left_out = {name for found in copies for name in (found.names if found.conflicting else found.names[1:])}
+    pictures = tuple(picture for picture in labelled.pictures if picture.name not in left_out)
+    return replace(labelled, pictures=pictures)
+
+
+def check_readable(pictures: Sequence[LabelledPicture], threads: int = 4) -> None:
+    """Decode every picture once.
+
+    Raises: InputError naming the first pictures that cannot be read, and their classes.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        shown = tqdm(pool.map(_why_unreadable, pictures), total=len(pictures), desc="checking pictures", unit="", leave=False)
+        damaged = [reason for reason in shown if reason]
+    if damaged:
+        more = f" And {len(damaged) - LISTED} more." if len(damaged) > LISTED else ""
+        raise InputError(" ".join(damaged[:LISTED]) + more)
+
+
+def _why_unreadable(picture: LabelledPicture) -> str | None:
+    try:
+        read(picture)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def _listed(words: Sequence[str]) -> str:
+    shown = ", ".join(repr(word) for word in words[:LISTED])
+    return f"{shown} and {len(words) - LISTED} more" if len(words) > LISTED else shown
