@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, inject_adapter_in_model
 from torch import nn
 
 from pipelines.errors import InputError
@@ -91,6 +91,17 @@ class AdapterOptions:
             raise InputError("target_modules must name at least one layer, got none.")
         # The configuration checks every other field, before any model is loaded.
         method.config(self, self.target_modules or [], None)
+
+
+def add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+    """Add an adapter to `model`, its own way where it has one (diffusers, transformers), else PEFT's.
+
+    Raises: ValueError if the configuration does not fit the model.
+    """
+    if hasattr(model, "add_adapter"):
+        model.add_adapter(config, adapter_name)
+    else:
+        inject_adapter_in_model(config, model, adapter_name)
 
 
 def method_names() -> list[str]:

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_mod
 from torch import nn
 
 from nora_vision.files import read_tensors, write_tensors
-from pipelines.methods import AdapterOptions
+from pipelines.methods import AdapterOptions, add_adapter
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -56,7 +56,7 @@ class Lora:
         """Add PEFT's adapter in each subfolder to the component of that name."""
         for name, model in components.items():
             state = read_tensors(folder / name / WEIGHTS)
-            model.add_adapter(PeftConfig.from_pretrained(str(folder / name)), adapter_name)
+            add_adapter(model, PeftConfig.from_pretrained(str(folder / name)), adapter_name)
             set_peft_model_state_dict(model, state, adapter_name)
 
 

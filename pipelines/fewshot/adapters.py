@@ -1,0 +1,222 @@
+"""Adapters on a CLIP model: which layers get one, its start, its strength, saving and loading.
+
+Methods come from `pipelines.methods`. An adapter lives on the image encoder, the text encoder, or both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from nora_vision.files import read_json
+from pipelines.errors import InputError
+from pipelines.fewshot.attention import LAYERS, attention_layers, separate
+from pipelines.fewshot.clip import Clip, evaluating
+from pipelines.methods import AdapterOptions, add_adapter, method_named
+from pipelines.randomness import keyed_generator
+
+ADAPTER_NAME = "default"
+IMAGE, TEXT = "image", "text"
+ENCODERS = {IMAGE: (IMAGE,), TEXT: (TEXT,), "both": (IMAGE, TEXT)}
+BATCH = 64
+
+
+@dataclass
+class AdapterPlaces:
+    """Which layers of a CLIP model an adapter is put on."""
+
+    encoders: str = field(default="both", metadata={"help": "Which encoders to adapt: image, text or both."})
+    projections: list[str] = field(
+        default_factory=lambda: ["q", "k", "v"], metadata={"help": "Which layers of every attention to adapt: q, k, v, out."}
+    )
+    layers: str = field(
+        default="all", metadata={"help": "Which of an encoder's attentions to adapt: all, last-N, or A-B, counted from 0."}
+    )
+
+    _argument_group_name = "places"
+
+    def __post_init__(self) -> None:
+        if self.encoders not in ENCODERS:
+            raise InputError(f"encoders must be one of {', '.join(ENCODERS)}, got {self.encoders!r}.")
+        unknown = [name for name in self.projections if name not in LAYERS]
+        if unknown or not self.projections:
+            raise InputError(f"projections must be some of {', '.join(LAYERS)}, got {unknown or 'none'}.")
+        if not re.fullmatch(r"all|last-[1-9]\d*|\d+-\d+", self.layers):
+            raise InputError(f"layers must be all, last-N or A-B, such as last-4 or 0-5, got {self.layers!r}.")
+
+    def indices(self, count: int) -> range:
+        """The chosen ones of `count` attentions.
+
+        Raises: InputError if there are not that many.
+        """
+        if self.layers == "all":
+            return range(count)
+        first, last = self.layers.split("-")
+        start, stop = (count - int(last), count) if first == "last" else (int(first), int(last) + 1)
+        if not 0 <= start < stop <= count:
+            raise InputError(f"layers must lie in 0-{count - 1} of the {count} attentions of an encoder, got {self.layers!r}.")
+        return range(start, stop)
+
+
+def attach(clip: Clip, options: AdapterOptions, places: AdapterPlaces) -> dict[str, nn.Module]:
+    """Separate the attention of `clip` and add the adapter that `options` describe to its chosen layers.
+
+    Returns: the adapted encoders by name, "image" and "text".
+    Raises: InputError naming the encoder, and the layer or option that does not fit it.
+    """
+    try:
+        separate(clip.model)
+    except ValueError as error:
+        raise InputError(f"{clip.name} cannot be adapted: {error}") from error
+    method = method_named(options.method)
+    targets = {name: _targets(clip, name, places) for name in ENCODERS[places.encoders]}
+    components = {name: encoder(clip, name) for name in targets}
+    for name, names in targets.items():
+        try:
+            add_adapter(components[name], method.config(options, names, None), ADAPTER_NAME)
+        except ValueError as error:
+            raise InputError(f"The adapter does not fit the {name} encoder of {clip.name}: {error}") from error
+    return components
+
+
+def encoder(clip: Clip, name: str) -> nn.Module:
+    """The module that holds all attention of the encoder called `name`, "image" or "text"."""
+    return clip.model.visual if name == IMAGE else getattr(clip.text_tower, "transformer", clip.text_tower)
+
+
+def _targets(clip: Clip, name: str, places: AdapterPlaces) -> list[str]:
+    layers = attention_layers(encoder(clip, name))
+    if not layers:
+        raise InputError(
+            f"The {name} encoder of {clip.name} has no attention that can be adapted. Adapt the other encoder alone."
+        )
+    return [layers[place][projection] for place in places.indices(len(layers)) for projection in places.projections]
+
+
+def start(
+    clip: Clip,
+    options: AdapterOptions,
+    components: dict[str, nn.Module],
+    pixels: Iterable[torch.Tensor],
+    tokens: torch.Tensor,
+    cache: Path,
+    seed: int,
+) -> None:
+    """Start the adapter just attached to `components`.
+
+    Methods that start from activations see the base model, in evaluation mode, on these pictures and prompts.
+
+    Args:
+        pixels: batches (n, 3, h, w) of the training pictures without augmentation.
+        tokens: (n, t), every prompt of every class.
+        cache: the folder for activation statistics.
+        seed: of all that is random in the start.
+    """
+    runs = {IMAGE: partial(_run_pictures, clip, pixels), TEXT: partial(run_prompts, clip, tokens)}
+    for place, (name, model) in enumerate(components.items()):
+        generator = keyed_generator(seed, 2, place)
+        method_named(options.method).start(
+            model, partial(_in_evaluation, clip.model, runs[name]), ADAPTER_NAME, cache / f"{name}.safetensors", generator
+        )
+
+
+def _in_evaluation(model: nn.Module, run: Callable[[], None]) -> None:
+    with evaluating(model):
+        run()
+
+
+def _run_pictures(clip: Clip, pixels: Iterable[torch.Tensor]) -> None:
+    for batch in pixels:
+        clip.encode_images(batch)
+
+
+def run_prompts(clip: Clip, tokens: torch.Tensor) -> None:
+    """Encode `tokens` (n, t), those of one length together, so that no layer sees padding or what is behind an end token.
+
+    Text encoders whose feature is that of another token than the end token see all tokens: to them padding counts.
+    """
+    if not clip.reads_up_to_the_end_token:
+        groups = [tokens]
+    else:
+        ends = clip.end_places(tokens)
+        groups = [tokens[ends == end] for end in ends.unique()]
+    for group in groups:
+        for batch in group.split(BATCH):
+            clip.encode_texts(batch)
+
+
+def trained_parameters(components: dict[str, nn.Module]) -> list[nn.Parameter]:
+    """The parameters that are trained."""
+    return [parameter for model in components.values() for parameter in model.parameters() if parameter.requires_grad]
+
+
+def adapter_layers(components: dict[str, nn.Module]) -> dict[str, BaseTunerLayer]:
+    """Every adapted layer, by its encoder's name and its own."""
+    return {
+        f"{name}.{layer}": module
+        for name, model in components.items()
+        for layer, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+    }
+
+
+def allows_any_strength(components: dict[str, nn.Module]) -> bool:
+    """Whether the adapter's change of weight can be scaled: not DoRA's, which is there in full or not at all."""
+    return not any(isinstance(layer, LoraLayer) and any(layer.use_dora.values()) for layer in adapter_layers(components).values())
+
+
+def set_strength(components: dict[str, nn.Module], strength: float) -> None:
+    """Scale the adapter's change of every weight by `strength`: 1 as trained, 0 the base model exactly.
+
+    Raises: InputError if it is no such number, or between 0 and 1 for DoRA.
+    """
+    if not 0 <= strength <= 1:
+        raise InputError(f"strength must be in [0, 1], got {strength}.")
+    if strength not in (0, 1) and not allows_any_strength(components):
+        raise InputError(f"DoRA's change of a weight cannot be scaled: strength must be 0 or 1, got {strength}.")
+    for layer in adapter_layers(components).values():
+        if layer.disable_adapters != (strength == 0):
+            layer.enable_adapters(strength != 0)
+        layer.set_scale(ADAPTER_NAME, strength if strength else 1.0)
+
+
+def save(options: AdapterOptions, components: dict[str, nn.Module], folder: Path) -> None:
+    """Write the adapter's native files, at strength 1, in every layout of its method: `folder/<layout>/<encoder>`."""
+    method_named(options.method).save(components, folder, ADAPTER_NAME)
+
+
+def load(clip: Clip, path: str | Path) -> dict[str, nn.Module]:
+    """Separate the attention of `clip` and add the adapter that `save` wrote, or a run's.
+
+    Returns: the adapted encoders by name.
+    Raises: InputError or AdapterFileError naming the file, and what of it does not fit the model.
+    """
+    folder = native_folder(Path(path))
+    separate(clip.model)
+    components = {name: encoder(clip, name) for name in (IMAGE, TEXT) if (folder / name).is_dir()}
+    for name, model in components.items():
+        method = str(read_json(folder / name / "adapter_config.json").get("peft_type")).lower()
+        try:
+            method_named(method).load({name: model}, folder, ADAPTER_NAME)
+        except (RuntimeError, KeyError) as error:
+            raise InputError(f"{folder / name} does not fit the {name} encoder of {clip.name}: {error}") from error
+    return components
+
+
+def native_folder(path: Path) -> Path:
+    """The native adapter at `path`: itself, or the full one of a run's directory, or the compact one where it is alone.
+
+    Raises: InputError if there is none.
+    """
+    for folder in (path, path / "full", path / "adapter" / "full", path / "compact", path / "adapter" / "compact"):
+        if any((folder / name / "adapter_config.json").is_file() for name in (IMAGE, TEXT)):
+            return folder
+    raise InputError(f"There is no adapter of a CLIP model at {str(path)!r}. Give a run's directory or a native adapter folder.")

@@ -1,0 +1,331 @@
+"""Every adapter method on the encoders of a CLIP model: where it goes, how it starts, what its files give back."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_clip import END, NextAttention, pictures, prompts, tiny_clip
+from torch import nn
+
+from nora_vision import ActivationStatistics, AdapterFileError
+from nora_vision.layer import nora_layers
+from pipelines.errors import InputError
+from pipelines.fewshot import adapters
+from pipelines.fewshot.adapters import AdapterPlaces
+from pipelines.fewshot.attention import separate
+from pipelines.fewshot.clip import Clip
+from pipelines.methods import AdapterOptions, method_names
+
+TOKENS = prompts(3, 5, 5, 9)
+methods = pytest.mark.parametrize("method", method_names())
+
+
+def small(method="nora", **changes):
+    return AdapterOptions(method=method, rank=4, inner_r=2, **changes)
+
+
+def clip_of(model=None):
+    return Clip(tiny_clip() if model is None else model, None, None, "tiny")
+
+
+def started(folder, options=None, places=None, clip=None, tokens=TOKENS, seed=0):
+    options, clip = options or small(), clip or clip_of()
+    components = adapters.attach(clip, options, places or AdapterPlaces(projections=["q", "k", "v", "out"]))
+    adapters.start(clip, options, components, [pictures(3), pictures(2, seed=1)], tokens, folder, seed)
+    return clip, components
+
+
+def disturb(components):
+    """Stand in for training: move every trained number."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in adapters.trained_parameters(components):
+            parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
+
+
+@torch.no_grad()
+def outputs(clip):
+    return torch.cat([clip.encode_images(pictures(3)), clip.encode_texts(TOKENS)])
+
+
+@methods
+def test_a_fresh_adapter_leaves_the_features_as_they_were(method, tmp_path):
+    clip, _ = started(tmp_path, small(method))
+    torch.testing.assert_close(outputs(clip), outputs(clip_of()), atol=1e-6, rtol=0)
+
+
+@methods
+def test_only_the_adapter_is_trained_and_every_number_of_it_gets_a_gradient(method, tmp_path):
+    clip, components = started(tmp_path, small(method))
+    disturb(components)
+    logits = clip.logit_scale * clip.encode_images(pictures(3)) @ clip.encode_texts(TOKENS).T
+    nn.functional.cross_entropy(logits, torch.tensor([0, 1, 3])).backward()
+    trained = {name for name, parameter in clip.model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, parameter in clip.model.named_parameters() if parameter.grad is not None}
+    assert all(f"{'nora' if method == 'nora' else 'lora'}_" in name for name in trained)
+    assert len(adapters.adapter_layers(components)) == 4 * 5
+
+
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [
+        ({"encoders": "image"}, {f"image.transformer.resblocks.{i}.attn.{n}_proj" for i in range(3) for n in "qkv"}),
+        ({"encoders": "text"}, {f"text.resblocks.{i}.attn.{n}_proj" for i in range(2) for n in "qkv"}),
+        (
+            {"layers": "last-1", "projections": ["v", "out"]},
+            {f"image.transformer.resblocks.2.attn.{n}_proj" for n in ("v", "out")}
+            | {f"text.resblocks.1.attn.{n}_proj" for n in ("v", "out")},
+        ),
+        (
+            {"layers": "0-1", "projections": ["q"], "encoders": "image"},
+            {f"image.transformer.resblocks.{i}.attn.q_proj" for i in (0, 1)},
+        ),
+    ],
+)
+@methods
+def test_the_chosen_layers_are_adapted_and_no_others(method, places, expected):
+    clip = clip_of()
+    components = adapters.attach(clip, small(method), AdapterPlaces(**places))
+    assert set(adapters.adapter_layers(components)) == expected
+    everywhere = {"image": clip.model.visual, "text": clip.model.transformer}
+    assert set(adapters.adapter_layers(everywhere)) == expected
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ({"encoders": "audio"}, r"encoders must be one of image, text, both, got 'audio'"),
+        ({"projections": ["q", "o"]}, r"projections must be some of q, k, v, out, got \['o'\]"),
+        ({"projections": []}, r"projections must be some of q, k, v, out, got none"),
+        ({"layers": "last"}, r"layers must be all, last-N or A-B.*got 'last'"),
+        ({"layers": "last-0"}, r"got 'last-0'"),
+    ],
+)
+def test_a_wrong_place_is_refused_before_a_model_is_loaded(places, message):
+    with pytest.raises(InputError, match=message):
+        AdapterPlaces(**places)
+
+
+@pytest.mark.parametrize("layers", ["last-3", "1-2", "1-0"])
+def test_layers_that_an_encoder_does_not_have_are_refused_with_their_number(layers):
+    with pytest.raises(InputError, match=rf"0-1 of the 2 attentions of an encoder, got '{layers}'"):
+        adapters.attach(clip_of(), small(), AdapterPlaces("text", layers=layers))
+
+
+def test_a_rank_that_does_not_fit_names_the_encoder():
+    with pytest.raises(InputError, match=r"does not fit the text encoder of tiny: .*r must be in"):
+        adapters.attach(clip_of(), AdapterOptions(rank=20), AdapterPlaces(encoders="text"))
+
+
+def test_an_encoder_without_attention_blocks_is_refused_by_name():
+    resnet = tiny_clip(vision_cfg={"layers": [1, 1, 1, 1], "width": 8, "image_size": 32})
+    with pytest.raises(InputError, match="The image encoder of tiny has no attention"):
+        adapters.attach(clip_of(resnet), small(), AdapterPlaces())
+    assert set(adapters.attach(clip_of(resnet), small(), AdapterPlaces("text"))) == {"text"}
+
+
+# Calibration
+
+
+def statistics(folder, name="text"):
+    return ActivationStatistics.load(folder / f"{name}.safetensors")
+
+
+def test_q_k_and_v_of_a_block_share_one_scale(tmp_path):
+    _, components = started(tmp_path)
+    for name in ("image", "text"):
+        scales = statistics(tmp_path, name)
+        for q in [layer for layer in scales if layer.endswith("q_proj")]:
+            for other in "kv":
+                assert torch.equal(scales[q], scales[q.replace("q_proj", f"{other}_proj")])
+            assert not torch.equal(scales[q], scales[q.replace("q_proj", "out_proj")])
+    assert len(nora_layers(components["text"])) == 8
+
+
+def test_statistics_are_those_of_every_token_up_to_the_end_token_alone(tmp_path):
+    """The oracle computes the sum of squares at the first block's queries by hand."""
+    started(tmp_path)
+    model, total = tiny_clip(), torch.zeros(16, dtype=torch.float64)
+    for row in TOKENS:
+        length = row.tolist().index(END) + 1
+        hidden = model.transformer.resblocks[0].ln_1(model.token_embedding(row) + model.positional_embedding)
+        total += hidden[:length].double().square().sum(dim=0)
+    torch.testing.assert_close(statistics(tmp_path)["resblocks.0.attn.q_proj"], total.sqrt().float())
+
+
+def test_what_lies_behind_the_end_token_leaves_no_trace(tmp_path):
+    places = torch.arange(TOKENS.shape[1])
+    other = torch.where(places > TOKENS.argmax(dim=-1, keepdim=True), 7, TOKENS)
+    assert not torch.equal(other, TOKENS)
+    started(tmp_path / "zeros")
+    started(tmp_path / "sevens", tokens=other)
+    ours, theirs = statistics(tmp_path / "zeros"), statistics(tmp_path / "sevens")
+    for name, scale in ours.items():
+        assert torch.equal(scale, theirs[name])
+
+
+def test_a_text_encoder_that_reads_padding_is_calibrated_on_it(tmp_path):
+    model = tiny_clip(custom_text=True, text_cfg={"no_causal_mask": True, "pool_type": "last"})
+    started(tmp_path, clip=clip_of(model))
+    hidden = model.text.transformer.resblocks[0].ln_1(model.text.token_embedding(TOKENS) + model.text.positional_embedding)
+    expected = hidden.flatten(0, 1).double().square().sum(dim=0).sqrt().float()
+    torch.testing.assert_close(statistics(tmp_path)["resblocks.0.attn.q_proj"], expected)
+
+
+def test_calibration_runs_in_evaluation_mode_and_restores_the_mode(tmp_path):
+    model = tiny_clip(vision_cfg={"patch_dropout": 0.5})
+    started(tmp_path / "eval", clip=clip_of(model))
+    model = tiny_clip(vision_cfg={"patch_dropout": 0.5}).train()
+    started(tmp_path / "train", clip=clip_of(model))
+    assert model.visual.training
+    ours, theirs = statistics(tmp_path / "eval", "image"), statistics(tmp_path / "train", "image")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@methods
+def test_the_same_seed_starts_from_the_same_numbers(method, tmp_path):
+    starts = []
+    for place, seed in enumerate((0, 0, 1)):
+        _, components = started(tmp_path / str(place), small(method), seed=seed)
+        starts.append(torch.cat([parameter.detach().flatten() for parameter in adapters.trained_parameters(components)]))
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2])
+
+
+# Strength
+
+
+@pytest.mark.parametrize("method", ["nora", "lora"])
+def test_strength_scales_the_change_of_every_weight(method, tmp_path):
+    _, components = started(tmp_path, small(method))
+    disturb(components)
+    layer = next(iter(adapters.adapter_layers(components).values()))
+    x = torch.randn(3, layer.in_features)
+    with torch.no_grad():
+        full = layer(x) - layer.get_base_layer()(x)
+        adapters.set_strength(components, 0.25)
+        torch.testing.assert_close(layer(x) - layer.get_base_layer()(x), 0.25 * full, atol=1e-6, rtol=1e-5)
+
+
+@methods
+def test_strength_zero_is_the_base_model_and_one_what_was_trained(method, tmp_path):
+    clip, components = started(tmp_path, small(method))
+    disturb(components)
+    trained, count = outputs(clip), len(adapters.trained_parameters(components))
+    adapters.set_strength(components, 0.0)
+    base = clip_of()
+    separate(base.model)
+    assert torch.equal(outputs(clip), outputs(base))
+    adapters.set_strength(components, 1.0)
+    assert torch.equal(outputs(clip), trained)
+    assert (trained - outputs(base)).abs().max() > 1e-2
+    assert len(adapters.trained_parameters(components)) == count
+
+
+def test_strengths_that_mean_nothing_are_refused(tmp_path):
+    _, components = started(tmp_path, small("dora"))
+    with pytest.raises(InputError, match=r"DoRA's change of a weight cannot be scaled.*got 0.5"):
+        adapters.set_strength(components, 0.5)
+    with pytest.raises(InputError, match=r"strength must be in \[0, 1\], got 1.5"):
+        adapters.set_strength(components, 1.5)
+    assert not adapters.allows_any_strength(components)
+
+
+# Files
+
+
+@methods
+@pytest.mark.parametrize("place", [".", "full", "compact"])
+@pytest.mark.parametrize("encoders", ["image", "text", "both"])
+def test_a_saved_adapter_gives_the_same_features(method, place, encoders, tmp_path):
+    if place == "compact" and method != "nora":
+        pytest.skip("a layout of NoRA")
+    clip, components = started(tmp_path, small(method), AdapterPlaces(encoders=encoders))
+    disturb(components)
+    adapters.save(small(method), components, tmp_path / "adapter")
+    fresh = clip_of()
+    loaded = adapters.load(fresh, tmp_path if place == "." else tmp_path / "adapter" / place)
+    assert set(loaded) == set(components)
+    torch.testing.assert_close(outputs(fresh), outputs(clip), atol=1e-5 if place == "compact" else 1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["nora", "lora"])
+def test_an_adapter_of_another_model_is_refused_by_its_folder(method, tmp_path):
+    _, components = started(tmp_path, small(method))
+    adapters.save(small(method), components, tmp_path / "adapter")
+    wider = tiny_clip(vision_cfg={"width": 40})
+    with pytest.raises((InputError, AdapterFileError), match=r"full/image.* does not fit"):
+        adapters.load(clip_of(wider), tmp_path)
+
+
+def test_a_folder_without_an_adapter_is_named(tmp_path):
+    with pytest.raises(InputError, match="no adapter of a CLIP model at"):
+        adapters.load(clip_of(), tmp_path)
+
+
+def test_an_adapter_file_of_an_unknown_method_is_refused(tmp_path):
+    (tmp_path / "image").mkdir()
+    (tmp_path / "image" / "adapter_config.json").write_text(json.dumps({"peft_type": "VERA"}))
+    with pytest.raises(InputError, match="got 'vera'"):
+        adapters.load(clip_of(), tmp_path)
+
+
+# What PEFT does to packed attention, and why baselines run on separate layers
+
+
+class Block(nn.Module):
+    """One attention in a model, as PEFT expects it."""
+
+    def __init__(self, attn):
+        super().__init__()
+        self.attn = attn
+
+    def forward(self, x):
+        return self.attn(x, x, x, need_weights=False)[0]
+
+
+@torch.no_grad()
+def changed_by_output_factors(block, target, change):
+    """The outputs of the block with LoRA, whose factors are zero but for `change` (16, 16) of the output projection."""
+    model = get_peft_model(block, LoraConfig(r=16, lora_alpha=16, target_modules=[target]))
+    for name, parameter in model.named_parameters():
+        if "out_proj" in name and "lora_A" in name:
+            parameter.copy_(torch.eye(16))
+        elif "out_proj" in name and "lora_B" in name:
+            parameter.copy_(change)
+    return model(torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(2)))
+
+
+def test_lora_on_separate_layers_adds_the_change_of_the_output_once_and_peft_on_packed_ones_does_not():
+    def block():
+        torch.manual_seed(0)
+        return Block(nn.MultiheadAttention(16, 2, batch_first=True)).eval()
+
+    change = torch.randn(16, 16)
+    oracle = block()
+    oracle.attn.out_proj.weight.data += change
+    expected = oracle(torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(2)))
+    apart = block()
+    separate(apart)
+    torch.testing.assert_close(changed_by_output_factors(apart, "attn.out_proj", change), expected)
+    packed = changed_by_output_factors(block(), "attn", change)
+    twice = block()
+    twice.attn.out_proj.weight.data += 2 * change
+    torch.testing.assert_close(packed, twice(torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(2))))
+
+
+def test_adapters_sit_on_the_attention_of_the_next_release_too(monkeypatch, tmp_path):
+    model = tiny_clip()
+    for block in (*model.transformer.resblocks, *model.visual.transformer.resblocks):
+        old, block.attn = block.attn, NextAttention(block.attn.embed_dim, block.attn.num_heads)
+        block.attn.load_state_dict(old.state_dict())
+        block.attention = lambda q_x, k_x=None, v_x=None, attn_mask=None, block=block: block.attn(
+            q_x, k_x=k_x, v_x=v_x, attn_mask=attn_mask
+        )
+    monkeypatch.setattr("open_clip.transformer.Attention", NextAttention)
+    clip, components = started(tmp_path, clip=clip_of(model))
+    reference, own = started(tmp_path / "other")
+    disturb(components)
+    disturb(own)
+    torch.testing.assert_close(outputs(clip), outputs(reference), atol=1e-5, rtol=0)
