@@ -48,11 +48,21 @@ def logits_over(loss, pixels, texts):
     return loss.model.logit_scale.exp() * features @ encode_texts(loss.model, texts).T
 
 
+def by_anchor(loss, pixels, labels):
+    """Smoothed cross-entropy of photographs, and of every class's name, over the anchors."""
+    anchors = loss.model.logit_scale.exp() * nn.functional.normalize(loss.anchors, dim=-1)
+    cross_entropy = nn.CrossEntropyLoss(label_smoothing=loss.smoothing)
+    photos = loss.model.encode_image(pixels.contiguous(memory_format=torch.channels_last), normalize=True)
+    names = encode_texts(loss.model, loss.names[0])
+    of_names = cross_entropy(names @ anchors.T, torch.arange(len(NAMES)))
+    return of_names + (cross_entropy(photos @ anchors.T, labels) if len(labels) else 0)
+
+
 @torch.no_grad()
 def test_photographs_alone_are_judged_by_smoothed_cross_entropy_over_the_class_names(loss, tokenizer):
     inputs = batch(tokenizer, [2, 0], ["unread", "unread"])
     expected = nn.CrossEntropyLoss(label_smoothing=0.1)(logits_over(loss, inputs["pixels"], loss.names[0]), inputs["labels"])
-    torch.testing.assert_close(loss(**inputs), expected)
+    torch.testing.assert_close(loss(**inputs), expected + by_anchor(loss, inputs["pixels"], inputs["labels"]))
 
 
 @torch.no_grad()
@@ -61,7 +71,7 @@ def test_scenes_are_judged_against_names_captions_and_wrong_captions(loss, token
     texts = torch.cat([loss.names[0], tokenize(tokenizer, ["a red star", "a blue star", "a green star", "a green star"])])
     logits = logits_over(loss, inputs["pixels"], texts)
     expected = nn.CrossEntropyLoss(label_smoothing=0.1)(logits, torch.tensor([1, 3, 4]))
-    torch.testing.assert_close(loss(**inputs), expected)
+    torch.testing.assert_close(loss(**inputs), expected + by_anchor(loss, inputs["pixels"][:1], inputs["labels"][:1]))
 
 
 @torch.no_grad()
@@ -70,7 +80,8 @@ def test_equal_captions_share_the_target(loss, tokenizer):
     inputs = batch(tokenizer, [-1, -1], ["a red star", "a red star"])
     texts = torch.cat([loss.names[0], tokenize(tokenizer, ["a red star"] * 2)])
     chosen = logits_over(loss, inputs["pixels"], texts).log_softmax(dim=-1)[:, 3:]
-    torch.testing.assert_close(loss(**inputs), -chosen.mean())
+    nothing = by_anchor(loss, inputs["pixels"], inputs["labels"][:0])
+    torch.testing.assert_close(loss(**inputs), nothing - chosen.mean())
 
 
 def test_a_wrong_caption_differs_from_the_right_one_in_one_part_that_is_spoken_of():
