@@ -1,0 +1,116 @@
+"""What frozen towers make of pictures and of class prompts, computed once and kept on disk; and raw pixels, the control."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from pipelines.cache import TensorCache, digest_of, key_of
+from pipelines.fewshot.clip import Clip
+
+FEATURES, PICTURE_TOWER = "features", "visual."
+LIBRARIES = {name: importlib.metadata.version(name) for name in ("open_clip_torch", "timm")}
+BATCH = 64
+
+
+def picture_features(
+    clip: Clip,
+    pictures: Dataset[tuple[torch.Tensor, int]],
+    batch_size: int = BATCH,
+    workers: int = 0,
+    cache: TensorCache | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The unit features and the labels of `pictures`, in their order, in evaluation mode, single precision, and on the CPU.
+
+    A picture's file in the cache is named by its pixels and the tower's weights, so that splits, shots and seeds share it.
+    What an adapter does to a tower its weights do not tell: with one attached, nothing is read or kept.
+
+    Args:
+        pictures: each its pixels (3, h, w), as the tower takes them, and its label.
+        workers: processes that read and resize them.
+    Returns: (n, d) float32, (n,) int64.
+    """
+    kept = _Kept(cache, clip.model, pictures=True)
+    features, labels = [], []
+    batches = DataLoader(pictures, batch_size=batch_size, num_workers=workers)
+    with _evaluating(clip.model):
+        for pixels, own in tqdm(batches, desc="encoding pictures", leave=False, delay=5):
+            features.append(kept.encoded(pixels, clip.encode_images))
+            labels.append(own)
+    return torch.cat(features), torch.cat(labels)
+
+
+def prompt_features(
+    clip: Clip, prompts: Sequence[Sequence[str]], batch_size: int = BATCH, cache: TensorCache | None = None
+) -> torch.Tensor:
+    """The unit feature of every class: the mean over its prompts, made of length 1 again  [Radford et al. 2021, 3.1.4].
+
+    Args:
+        prompts: the prompts of each class, at least one.
+    Returns: (classes, d) float32 on the CPU.
+    """
+    kept = _Kept(cache, clip.model, pictures=False)
+    tokens = clip.tokenizer([prompt for own in prompts for prompt in own])
+    with _evaluating(clip.model):
+        found = torch.cat([kept.encoded(part, clip.encode_texts) for part in tokens.split(batch_size)])
+    means = [own.mean(dim=0) for own in found.split([len(own) for own in prompts])]
+    return F.normalize(torch.stack(means), dim=-1)
+
+
+def raw_pixels(picture: Image.Image, side: int = 32) -> torch.Tensor:
+    """The whole picture at `side` x `side`, in [0, 1]: (3 side side,) float32."""
+    small = picture.convert("RGB").resize((side, side), Image.Resampling.BOX)
+    return torch.from_numpy(np.asarray(small, dtype=np.float32) / 255).permute(2, 0, 1).flatten()
+
+
+class _Kept:
+    """Features of single rows on disk; none, for a tower that an adapter changes."""
+
+    def __init__(self, cache: TensorCache | None, model: nn.Module, pictures: bool) -> None:
+        def own(name: str) -> bool:
+            return name.startswith(PICTURE_TOWER) == pictures
+
+        adapted = any(own(name) and isinstance(module, BaseTunerLayer) for name, module in model.named_modules())
+        self.cache = None if adapted else cache
+        self.tower = digest_of({name: value for name, value in model.state_dict().items() if own(name)}) if self.cache else ""
+        self.device = next(model.parameters()).device
+
+    def encoded(self, rows: torch.Tensor, encode: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """The features of `rows` (n, ...), of which only those that are not kept are encoded: (n, d) float32."""
+        if self.cache is None:
+            return self._fresh(rows, encode)
+        keys = [key_of(libraries=LIBRARIES, tower=self.tower, row=digest_of({"row": row})) for row in rows]
+        found = [self.cache.read(key) for key in keys]
+        missing = [place for place, one in enumerate(found) if one is None]
+        if missing:
+            for place, feature in zip(missing, self._fresh(rows[missing], encode), strict=True):
+                found[place] = {FEATURES: feature}
+                self.cache.write(keys[place], found[place])
+        return torch.stack([one[FEATURES] for one in found])
+
+    def _fresh(self, rows: torch.Tensor, encode: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        return encode(rows.to(self.device)).float().cpu()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without gradients or autocast, and without dropout; the mode is restored."""
+    training = {module: module.training for module in model.modules()}
+    device = next(model.parameters()).device.type
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
