@@ -1,0 +1,61 @@
+"""The one way in which baselines choose: on the few validation pictures, and on nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+import torch
+from torch.nn import functional as F
+
+from pipelines.errors import InputError
+from pipelines.fewshot.baselines.predictors import Predictor
+from pipelines.fewshot.baselines.task import Examples
+
+Candidate = TypeVar("Candidate")
+
+
+def choose(candidates: Iterable[tuple[Candidate, torch.Tensor]], labels: torch.Tensor) -> Candidate:
+    """The candidate that names most pictures rightly; of equals that with the lowest cross-entropy, then the first.
+
+    Few pictures give few different accuracies, hence the cross-entropy. A candidate with logits that are not finite is out.
+
+    Args:
+        candidates: each with its logits on the validation pictures, (n, classes).
+        labels: (n,) int64.
+    Raises: InputError if there is no candidate, or none with finite logits.
+    """
+    best: tuple[int, float] | None = None
+    chosen: list[Candidate] = []
+    tried = 0
+    for candidate, logits in candidates:
+        tried += 1
+        if not bool(torch.isfinite(logits).all()):
+            continue
+        own = labels.to(logits.device)
+        score = (int((logits.argmax(dim=-1) == own).sum()), -float(F.cross_entropy(logits, own)))
+        if best is None or score > best:
+            best, chosen = score, [candidate]
+    if not chosen:
+        raise InputError(f"None of {tried} settings gives finite logits on the validation pictures. Lower the learning rates.")
+    return chosen[0]
+
+
+def choose_predictor(predictors: Iterable[Predictor], validation: Examples) -> Predictor:
+    """The predictor that `choose` chooses on `validation`."""
+    return choose(((one, one.logits(inputs_of(one, validation))) for one in predictors), validation.labels)
+
+
+def inputs_of(predictor: Predictor, examples: Examples) -> torch.Tensor:
+    """What `predictor` reads of `examples`: (n, width)."""
+    return examples.features if predictor.reads == "features" else pixels_of(examples)
+
+
+def pixels_of(examples: Examples) -> torch.Tensor:
+    """The raw pixels of `examples`, (n, p).
+
+    Raises: InputError if there are none.
+    """
+    if examples.pixels is None:
+        raise InputError("The method 'pixels' needs the pictures' raw pixels, got features only. Give Examples its pixels.")
+    return examples.pixels

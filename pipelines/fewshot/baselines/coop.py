@@ -1,0 +1,113 @@
+"""CoOp: words before the class's name that no one can read, learned through the text tower  [Zhou et al. 2022]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pipelines.errors import InputError
+from pipelines.fewshot.baselines.choosing import choose_predictor
+from pipelines.fewshot.baselines.predictors import Linear, Predictor
+from pipelines.fewshot.baselines.task import FewShotTask
+from pipelines.fewshot.baselines.training import Schedule, sgd, train
+from pipelines.fewshot.clip import Clip
+from pipelines.randomness import keyed_generator
+
+# Words of the context: as many as the longest name leaves room for.
+LENGTHS = (16, 8, 4)
+PLACEHOLDER, SPREAD, BATCH_SIZE = "X", 0.02, 32
+# The authors' rate comes first; towers that are less sure than theirs need more.
+LEARNING_RATES = (2e-3, 2e-2, 2e-1)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The classes' prompts, with room for a context after the start token.
+
+    Args:
+        clip: whose text tower reads them.
+        tokens: (classes, tokens) int64, placeholders where the context goes.
+        length: of the context, in tokens.
+    """
+
+    clip: Clip
+    tokens: torch.Tensor
+    length: int
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The text tower's embedding of tokens."""
+        return self.clip.text_tower.token_embedding
+
+    def features(self, context: torch.Tensor) -> torch.Tensor:
+        """The unit features of the classes after `context` (length, token width): (classes, d); gradients pass."""
+        ends = self.clip.end_places(self.tokens)
+        embedded = self.embedding(self.tokens[:, : int(ends.max()) + 1])
+        own = context.to(embedded.dtype).expand(len(embedded), -1, -1)
+        embedded = torch.cat([embedded[:, :1], own, embedded[:, 1 + self.length :]], dim=1)
+        return self.clip.encode_embedded_texts(embedded, ends)
+
+
+def prompts_with_context(clip: Clip, classes: Sequence[str], lengths: Sequence[int] = LENGTHS) -> Prompts:
+    """The prompts "X X ... name.", with the first of `lengths` that leaves every name whole.
+
+    Raises: InputError if none does, or the tokenizer has no single token for a placeholder.
+    """
+    names = [name.replace("_", " ") + "." for name in classes]
+    ends = clip.end_places(clip.tokenizer(names))
+    for length in lengths:
+        tokens = clip.tokenizer([" ".join([PLACEHOLDER] * length) + " " + name for name in names])
+        if int(ends.max()) + length >= tokens.shape[1]:
+            continue
+        if not torch.equal(clip.end_places(tokens), ends + length) or len(tokens[:, 1 : 1 + length].unique()) != 1:
+            raise InputError(f"coop needs a tokenizer with a start token and one token for {PLACEHOLDER!r}, not {clip.name}'s.")
+        return Prompts(clip, tokens.to(clip.device), length)
+    raise InputError(
+        f"coop needs room for {min(lengths)} tokens before every class's name; {classes[int(ends.argmax())]!r} leaves none. "
+        "Shorten that name."
+    )
+
+
+def fit(task: FewShotTask, seed: int) -> Predictor:
+    """min over v of  mean -log softmax(scale cos(x, g([v_1] ... [v_M] name)))[y],  v drawn from N(0, 0.02^2)  [eqs. 2-3].
+
+    One context for all classes, the name at the end. The learning rate is chosen on validation. The context is all that is
+    trained; what is kept is the classifier that it gives.
+
+    Raises: InputError if the task has no `clip`, its text tower is no CLIP's, or a name leaves no room for a context.
+    """
+    if task.clip is None:
+        raise InputError(
+            "The method 'coop' trains through the text tower, got a task of features only. Give FewShotTask its clip."
+        )
+    if not task.clip.reads_up_to_the_end_token:
+        raise InputError(f"coop needs a text tower that reads up to its end token, as CLIP's does; {task.clip.name}'s does not.")
+    prompts = prompts_with_context(task.clip, task.classes)
+    return choose_predictor((learned(task, prompts, seed, rate) for rate in LEARNING_RATES), task.validation)
+
+
+def learned(task: FewShotTask, prompts: Prompts, seed: int, learning_rate: float) -> Predictor:
+    """The predictor of one learning rate."""
+    generator, embedded = keyed_generator(seed), prompts.embedding.weight
+    drawn = SPREAD * torch.randn(prompts.length, embedded.shape[1], generator=generator)
+    context = drawn.to(embedded.device).requires_grad_()
+
+    def loss_of(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        texts = prompts.features(context).float()
+        return F.cross_entropy(task.logit_scale * features.to(texts) @ texts.T, labels.to(texts.device))
+
+    train([context], loss_of, task.train, Schedule(sgd(learning_rate), epochs_for(task.shots), BATCH_SIZE), generator)
+    with torch.no_grad():
+        weight = task.logit_scale * prompts.features(context).float().to(task.class_features.device)
+    return Predictor(Linear.unbiased(weight), context.numel(), {"learning_rate": learning_rate, "length": prompts.length})
+
+
+def epochs_for(shots: int) -> int:
+    """The authors' epochs for so many pictures a class."""
+    if shots == 1:
+        return 50
+    return 100 if shots <= 4 else 200

@@ -1,0 +1,18 @@
+"""A linear probe: logistic regression on the picture tower's features, prompts unused  [Radford et al. 2021, A.3]."""
+
+from __future__ import annotations
+
+from pipelines.fewshot.baselines.choosing import choose_predictor
+from pipelines.fewshot.baselines.logistic import regularisation_path
+from pipelines.fewshot.baselines.predictors import Predictor
+from pipelines.fewshot.baselines.task import FewShotTask
+
+
+def fit(task: FewShotTask, seed: int) -> Predictor:
+    """min over W, b of  sum -log softmax(W x + b)[y] + |W|^2 / 2 C,  C chosen on validation.
+
+    The solver draws nothing, so that `seed` changes nothing.
+    """
+    path = regularisation_path(task.train.features, task.train.labels)
+    found = (Predictor(head, head.weight.numel() + head.bias.numel(), {"C": C}) for C, head in path)
+    return choose_predictor(found, task.validation)

@@ -1,0 +1,162 @@
+"""What a baseline has learned, in a form that names pictures and that a file holds: tensors, their names, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from nora_vision.files import read_header, read_tensors, write_tensors
+from pipelines.errors import InputError
+
+# Single numbers are kept as tensors of this shape.
+SCALAR: tuple[str, ...] = ()
+
+
+class Head(nn.Module):
+    """A classifier of unit features, or of raw pixels.
+
+    Args:
+        tensors: those that `shapes` names, with sizes that agree wherever its words do.
+    Raises: InputError if they are others.
+    """
+
+    shapes: ClassVar[dict[str, tuple[str, ...]]]
+
+    def __init__(self, **tensors: torch.Tensor) -> None:
+        super().__init__()
+        if set(tensors) != set(self.shapes):
+            raise InputError(f"{type(self).__name__} needs the tensors {sorted(self.shapes)}, got {sorted(tensors)}.")
+        sizes: dict[str, int] = {}
+        for name, words in self.shapes.items():
+            shape = tuple(tensors[name].shape)
+            if len(shape) != len(words) or any(
+                sizes.setdefault(word, size) != size for word, size in zip(words, shape, strict=True)
+            ):
+                raise InputError(f"{type(self).__name__} needs {name!r} of shape {words} with {sizes}, got {shape}.")
+            self.register_buffer(name, tensors[name].detach().float())
+
+
+class Linear(Head):
+    """logits = W x + b."""
+
+    shapes: ClassVar = {"weight": ("classes", "width"), "bias": ("classes",)}
+
+    @classmethod
+    def unbiased(cls, weight: torch.Tensor) -> Linear:
+        """With a bias of zero; `weight` is (classes, width)."""
+        return cls(weight=weight, bias=torch.zeros_like(weight[:, 0]))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(n, width) to (n, classes)."""
+        return F.linear(inputs, self.weight, self.bias)
+
+
+class KeyValueCache(Head):
+    """logits = W x + alpha exp(-beta (1 - K x)) V  [Zhang et al. 2022, eqs. 3-5]."""
+
+    shapes: ClassVar = {
+        "weight": ("classes", "width"),
+        "keys": ("pictures", "width"),
+        "values": ("pictures", "classes"),
+        "alpha": SCALAR,
+        "beta": SCALAR,
+    }
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(n, width) to (n, classes)."""
+        return inputs @ self.weight.T + self.alpha * key_value_logits(inputs, self.keys, self.values, self.beta)
+
+
+class Bottleneck(Head):
+    """logits = W x' with x' the direction of  ratio relu(U relu(D x)) + (1 - ratio) x  [Gao et al. 2021, eqs. 3-5]."""
+
+    shapes: ClassVar = {
+        "weight": ("classes", "width"),
+        "down": ("hidden", "width"),
+        "up": ("width", "hidden"),
+        "ratio": SCALAR,
+    }
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(n, width) to (n, classes)."""
+        return adapted(inputs, self.down, self.up, self.ratio) @ self.weight.T
+
+
+def key_value_logits(
+    features: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, beta: float | torch.Tensor
+) -> torch.Tensor:
+    """exp(-beta (1 - K x)) V: how near each class's pictures are.
+
+    Args:
+        features: (n, d); keys: (pictures, d), both of length 1.
+        values: (pictures, classes), one-hot.
+    Returns: (n, classes).
+    """
+    return torch.exp(-beta * (1 - features @ keys.T)) @ values
+
+
+def adapted(features: torch.Tensor, down: torch.Tensor, up: torch.Tensor, ratio: float | torch.Tensor) -> torch.Tensor:
+    """Features (n, d) after a bottleneck beside them, down (hidden, d) and up (d, hidden); of length 1."""
+    beside = F.linear(F.linear(features, down).relu(), up).relu()
+    return F.normalize(ratio * beside + (1 - ratio) * features, dim=-1)
+
+
+HEADS: dict[str, type[Head]] = {kind.__name__: kind for kind in (Linear, KeyValueCache, Bottleneck)}
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A fitted baseline.
+
+    Args:
+        head: computes the logits.
+        trained_numbers: how many numbers a gradient or a solver has set; what is counted or copied is not among them.
+        setting: what validation chose.
+        reads: what `logits` takes: unit features of pictures, or what `raw_pixels` gives.
+    """
+
+    head: Head
+    trained_numbers: int
+    setting: dict[str, float] = field(default_factory=dict)
+    reads: Literal["features", "pixels"] = "features"
+
+    @torch.no_grad()
+    def logits(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(n, width) to (n, classes) float32, where the head is."""
+        return self.head(inputs.to(next(self.head.buffers())))
+
+    @property
+    def stored_numbers(self) -> int:
+        """How many numbers the file holds, trained or not."""
+        return sum(buffer.numel() for buffer in self.head.buffers())
+
+
+def save_predictor(predictor: Predictor, path: Path) -> None:
+    """Write `predictor` as a safetensors file."""
+    told = {
+        "head": type(predictor.head).__name__,
+        "trained_numbers": str(predictor.trained_numbers),
+        "setting": json.dumps(predictor.setting),
+        "reads": predictor.reads,
+    }
+    write_tensors(path, predictor.head.state_dict(), told)
+
+
+def load_predictor(path: Path) -> Predictor:
+    """The predictor that `save_predictor` wrote, on the CPU.
+
+    Raises: AdapterFileError if it is no such safetensors file; InputError if it holds something else.
+    """
+    told = read_header(path).metadata
+    if told.get("head") not in HEADS or told.get("reads") not in ("features", "pixels"):
+        raise InputError(
+            f"{str(path)!r} holds no baseline's predictor: its head is {told.get('head')!r}, not of {sorted(HEADS)}."
+        )
+    head = HEADS[told["head"]](**read_tensors(path))
+    return Predictor(head, int(told["trained_numbers"]), json.loads(told["setting"]), told["reads"])

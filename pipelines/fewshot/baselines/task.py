@@ -1,0 +1,106 @@
+"""What every baseline is given: the few pictures of each class, seen through frozen towers. It holds no test picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from pipelines.errors import InputError
+from pipelines.fewshot.clip import Clip
+
+# Of a unit feature's length, in half precision.
+LENGTH_TOLERANCE = 1e-2
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Labelled pictures.
+
+    Args:
+        features: (n, d), of length 1.
+        labels: (n,) int64, places in the task's classes.
+        pixels: (n, p), what `raw_pixels` gives; only the method `pixels` reads them.
+        views: (v, n, d), features of length 1 of augmented views of the same pictures; None for no augmentation.
+    Raises: InputError if the sizes differ, or a feature is not finite and of length 1.
+    """
+
+    features: torch.Tensor
+    labels: torch.Tensor
+    pixels: torch.Tensor | None = None
+    views: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        shapes = {"features": self.features.shape[:1], "labels": self.labels.shape}
+        if self.pixels is not None:
+            shapes["pixels"] = self.pixels.shape[:1]
+        if self.views is not None:
+            shapes["views"] = self.views.shape[1:2]
+        if len(set(shapes.values())) > 1:
+            told = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
+            raise InputError(f"features, labels, pixels and views must be of the same pictures, got {told}.")
+        lengths = self.all_views().norm(dim=-1)
+        # A comparison that is false for NaN too.
+        if not bool(((lengths - 1).abs() < LENGTH_TOLERANCE).all()):
+            raise InputError(
+                f"features must be finite and of length 1, got lengths from {float(lengths.min())} to {float(lengths.max())}. "
+                "Normalise what the tower gives."
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def all_views(self) -> torch.Tensor:
+        """(1 + v, n, d): the pictures as they are, then the augmented views."""
+        plain = self.features[None]
+        return plain if self.views is None else torch.cat([plain, self.views])
+
+
+@dataclass(frozen=True)
+class FewShotTask:
+    """A few labelled pictures of each class, and what the towers make of the classes' prompts.
+
+    Args:
+        classes: names, as prompts have them.
+        class_features: (classes, d), of length 1.
+        logit_scale: what CLIP multiplies cosines by: the exponential of the model's parameter, such as 100.
+        train: what is learned from.
+        validation: what every setting is chosen on.
+        clip: the model itself, for methods that train through its text tower.
+    Raises: InputError if the parts do not fit each other, or a class has no training picture.
+    """
+
+    classes: tuple[str, ...]
+    class_features: torch.Tensor
+    logit_scale: float
+    train: Examples
+    validation: Examples
+    clip: Clip | None = None
+
+    def __post_init__(self) -> None:
+        count, width = self.class_features.shape
+        if len(self.classes) != count or count < 2:
+            raise InputError(f"classes must be at least two, with a feature each, got {len(self.classes)} and {count} features.")
+        for name, part in (("train", self.train), ("validation", self.validation)):
+            if len(part) == 0:
+                raise InputError(f"{name} must hold at least one picture, got none.")
+            if part.features.shape[1] != width:
+                raise InputError(f"{name} features must be {width} wide as the classes', got {part.features.shape[1]}.")
+            if not 0 <= int(part.labels.min()) <= int(part.labels.max()) < count:
+                raise InputError(f"{name} labels must be in [0, {count - 1}], got {sorted(set(part.labels.tolist()))}.")
+        missing = [self.classes[label] for label, pictures in enumerate(self.counts().tolist()) if pictures == 0]
+        if missing:
+            raise InputError(f"Every class needs a training picture; there is none of {', '.join(map(repr, missing))}.")
+
+    def counts(self) -> torch.Tensor:
+        """(classes,) int64, the training pictures of each."""
+        return torch.bincount(self.train.labels, minlength=len(self.classes))
+
+    @property
+    def shots(self) -> int:
+        """The training pictures of the class that has fewest."""
+        return int(self.counts().min())
+
+    def zero_shot_weight(self) -> torch.Tensor:
+        """The classifier that prompts alone give, (classes, d): its logits are those of CLIP."""
+        return self.logit_scale * self.class_features

@@ -1,0 +1,44 @@
+"""TaskRes: the classes' prompt features, each moved by a learned residual  [Yu et al. 2023]."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import product
+
+import torch
+from torch.nn import functional as F
+
+from pipelines.fewshot.baselines.choosing import choose_predictor
+from pipelines.fewshot.baselines.predictors import Linear, Predictor
+from pipelines.fewshot.baselines.task import FewShotTask
+from pipelines.fewshot.baselines.training import Schedule, train
+from pipelines.randomness import keyed_generator
+
+# The authors' two of each; the smallest rate comes first.
+ALPHAS = (0.5, 1.0)
+LEARNING_RATES = (2e-5, 2e-4, 2e-3)
+FEW_SHOTS, FEW_EPOCHS, MANY_EPOCHS = 4, 100, 200
+
+
+def fit(task: FewShotTask, seed: int) -> Predictor:
+    """min over R of  mean -log softmax(scale cos(x, t + alpha r))[y],  from R = 0, where it is zero-shot.
+
+    alpha and the learning rate are chosen on validation.
+    """
+    return choose_predictor((residual(task, seed, *one) for one in product(LEARNING_RATES, ALPHAS)), task.validation)
+
+
+def residual(task: FewShotTask, seed: int, learning_rate: float, alpha: float) -> Predictor:
+    """The predictor of one setting."""
+    residuals = torch.zeros_like(task.class_features, requires_grad=True)
+
+    def weight() -> torch.Tensor:
+        return task.logit_scale * F.normalize(task.class_features + alpha * residuals, dim=-1)
+
+    def loss_of(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(features @ weight().T, labels)
+
+    epochs = FEW_EPOCHS if task.shots <= FEW_SHOTS else MANY_EPOCHS
+    schedule = Schedule(partial(torch.optim.Adam, lr=learning_rate), epochs)
+    train([residuals], loss_of, task.train, schedule, keyed_generator(seed))
+    return Predictor(Linear.unbiased(weight()), residuals.numel(), {"alpha": alpha, "learning_rate": learning_rate})

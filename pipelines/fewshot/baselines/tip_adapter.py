@@ -1,0 +1,89 @@
+"""Tip-Adapter: a cache of the few pictures beside the prompts, as it is or with trained keys  [Zhang et al. 2022]."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from pipelines.fewshot.baselines.choosing import choose, choose_predictor
+from pipelines.fewshot.baselines.predictors import KeyValueCache, Predictor, key_value_logits
+from pipelines.fewshot.baselines.task import FewShotTask
+from pipelines.fewshot.baselines.training import Schedule, train
+from pipelines.randomness import keyed_generator
+
+ALPHAS = tuple(float(value) for value in np.logspace(-1, 2, 16))
+BETAS = tuple(float(value) for value in np.logspace(-0.5, 2, 16))
+LEARNING_RATES = (1e-3, 1e-2)
+# The authors' epochs; where there are few pictures an epoch is a single step, and these are at least to be made.
+EPOCHS, LEAST_STEPS, BATCH_SIZE = 20, 100, 256
+
+
+def cache_of(task: FewShotTask) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cache: keys (n, d), each the direction of the mean over a picture's views, and one-hot values (n, classes)."""
+    keys = F.normalize(task.train.all_views().mean(dim=0), dim=-1)
+    return keys, F.one_hot(task.train.labels, len(task.classes)).to(keys)
+
+
+def fit(task: FewShotTask, seed: int) -> Predictor:
+    """logits = scale T x + alpha exp(-beta (1 - K x)) V  [eqs. 3-5],  alpha and beta chosen on validation. Nothing is trained."""
+    keys, values = cache_of(task)
+    return _predictor(task, keys, values, *search(task, keys, values), trained_numbers=0)
+
+
+def fit_keys(task: FewShotTask, seed: int) -> Predictor:
+    """Tip-Adapter-F: the same with K trained from there by cross-entropy, then alpha and beta chosen anew.
+
+    Where the authors keep the epoch that is best on the test pictures, the last is kept; the learning rate is chosen on
+    validation.
+    """
+    return choose_predictor(_trained(task, seed), task.validation)
+
+
+def search(task: FewShotTask, keys: torch.Tensor, values: torch.Tensor) -> tuple[float, float]:
+    """The alpha and the beta that validation prefers for `keys` (n, d) and `values` (n, classes)."""
+    features = task.validation.features
+    zero_shot = features @ task.zero_shot_weight().T
+
+    def candidates() -> Iterator[tuple[tuple[float, float], torch.Tensor]]:
+        for beta in BETAS:
+            near = key_value_logits(features, keys, values, beta)
+            yield from (((alpha, beta), zero_shot + alpha * near) for alpha in ALPHAS)
+
+    return choose(candidates(), task.validation.labels)
+
+
+def _trained(task: FewShotTask, seed: int) -> Iterator[Predictor]:
+    start, values = cache_of(task)
+    alpha, beta = search(task, start, values)
+    weight = task.zero_shot_weight()
+    epochs = max(EPOCHS, math.ceil(LEAST_STEPS / math.ceil(len(task.train) / BATCH_SIZE)))
+    for rate in LEARNING_RATES:
+        keys = start.clone().requires_grad_()
+
+        def loss_of(features: torch.Tensor, labels: torch.Tensor, own: torch.Tensor = keys) -> torch.Tensor:
+            return F.cross_entropy(features @ weight.T + alpha * key_value_logits(features, own, values, beta), labels)
+
+        schedule = Schedule(partial(torch.optim.AdamW, lr=rate, eps=1e-4), epochs, BATCH_SIZE)
+        train([keys], loss_of, task.train, schedule, keyed_generator(seed))
+        found = keys.detach()
+        yield _predictor(task, found, values, *search(task, found, values), trained_numbers=keys.numel(), learning_rate=rate)
+
+
+def _predictor(
+    task: FewShotTask,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    alpha: float,
+    beta: float,
+    trained_numbers: int,
+    **setting: float,
+) -> Predictor:
+    head = KeyValueCache(
+        weight=task.zero_shot_weight(), keys=keys, values=values, alpha=torch.tensor(alpha), beta=torch.tensor(beta)
+    )
+    return Predictor(head, trained_numbers, {"alpha": alpha, "beta": beta, **setting})

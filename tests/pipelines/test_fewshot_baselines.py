@@ -1,0 +1,365 @@
+"""Every baseline through the one door: what it computes, what it chooses by, what its file holds."""
+
+import math
+
+import pytest
+import torch
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from torch.nn import functional as F
+from toy_task import CLASSES, START, WIDTH, directions, held_out, toy_clip, toy_task
+
+from nora_vision.files import write_tensors
+from pipelines.errors import InputError
+from pipelines.fewshot import baselines
+from pipelines.fewshot.baselines import clap, clip_adapter, coop, gda, logistic, taskres, tip_adapter
+from pipelines.fewshot.baselines.choosing import choose, inputs_of
+from pipelines.fewshot.baselines.predictors import KeyValueCache, Linear, Predictor, adapted, load_predictor, save_predictor
+from pipelines.fewshot.baselines.task import Examples, FewShotTask
+from pipelines.fewshot.features import picture_features, prompt_features
+
+every = pytest.mark.parametrize("name", baselines.BASELINES)
+TRAINED = {
+    "zeroshot": 0,
+    "linear_probe": len(CLASSES) * (WIDTH + 1),
+    "clap": len(CLASSES) * WIDTH,
+    "tip_adapter": 0,
+    "tip_adapter_f": 6 * len(CLASSES) * WIDTH,
+    # Four of the twelve places are taken by the start, the longest name and the end: eight are free.
+    "coop": 8 * 16,
+    "clip_adapter": 2 * WIDTH * WIDTH // 4,
+    "taskres": len(CLASSES) * WIDTH,
+    "gda": 0,
+    "pixels": len(CLASSES) * (2 * WIDTH + 1),
+}
+
+
+def fit_briefly(name, task, seed):
+    """Fit with a twentieth of the epochs or less."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (clap, clip_adapter):
+            patch.setattr(module, "EPOCHS", 10)
+        patch.setattr(taskres, "MANY_EPOCHS", 10)
+        patch.setattr(coop, "epochs_for", lambda shots: 5)
+        return baselines.fit(name, task, seed)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    """Every baseline, fitted once where the test pictures are known."""
+    kept = {}
+
+    def fit(name):
+        if name not in kept:
+            kept[name] = fit_briefly(name, toy_task(clip=toy_clip()), seed=3)
+        return kept[name]
+
+    return fit
+
+
+def same(one, other):
+    states = one.head.state_dict(), other.head.state_dict()
+    return states[0].keys() == states[1].keys() and all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+@every
+def test_nothing_is_fitted_or_chosen_on_test_pictures_and_the_same_seed_gives_the_same_bytes(fitted, name):
+    blind = fit_briefly(name, toy_task(clip=toy_clip(), poisoned=True), seed=3)
+    assert same(fitted(name), blind)
+    assert fitted(name).setting == blind.setting
+
+
+@every
+def test_every_baseline_counts_what_it_trains_and_gives_finite_logits(fitted, name):
+    predictor, task = fitted(name), toy_task()
+    logits = predictor.logits(inputs_of(predictor, task.validation))
+    assert logits.shape == (len(task.validation), len(CLASSES))
+    assert torch.isfinite(logits).all()
+    assert predictor.trained_numbers == TRAINED[name]
+    assert predictor.stored_numbers == sum(value.numel() for value in predictor.head.state_dict().values())
+
+
+@pytest.mark.parametrize("name", sorted(set(baselines.BASELINES) - {"zeroshot", "coop", "pixels"}))
+def test_pictures_help_where_prompts_mislead(name):
+    turned = directions(len(CLASSES), WIDTH, seed=0).roll(1, dims=0) + 0.5 * directions(len(CLASSES), WIDTH, seed=0)
+    task = toy_task(class_features=F.normalize(turned, dim=-1))
+    features, labels = held_out(task)
+    accuracies = [
+        float((baselines.fit(one, task, seed=0).logits(features).argmax(dim=-1) == labels).float().mean())
+        for one in ("zeroshot", name)
+    ]
+    assert accuracies[0] < 0.1
+    assert accuracies[1] > 0.8
+
+
+@every
+def test_a_file_gives_back_the_predictor(fitted, name, tmp_path):
+    predictor = fitted(name)
+    save_predictor(predictor, tmp_path / "baseline.safetensors")
+    back = load_predictor(tmp_path / "baseline.safetensors")
+    assert same(predictor, back)
+    assert (back.setting, back.trained_numbers, back.reads) == (predictor.setting, predictor.trained_numbers, predictor.reads)
+    inputs = inputs_of(predictor, toy_task().validation)
+    assert torch.equal(back.logits(inputs), predictor.logits(inputs))
+
+
+@torch.no_grad()
+def test_zero_shot_is_clip():
+    clip = toy_clip()
+    pixels, names = torch.randn(4, 3, 16, 16), [name.replace("_", " ") + "." for name in CLASSES]
+    features, labels = picture_features(clip, [(one, place % 3) for place, one in enumerate(pixels)])
+    shown = Examples(features, labels)
+    task = FewShotTask(CLASSES, prompt_features(clip, [[name] for name in names]), float(clip.logit_scale), shown, shown)
+    expected, _ = clip.model.get_logits(pixels, clip.tokenizer(names))
+    torch.testing.assert_close(baselines.fit("zeroshot", task, seed=0).logits(features), expected)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_linear_probe_is_scikit_learns(classes):
+    task = toy_task()
+    kept = task.train.labels < classes
+    features, labels = task.train.features[kept], task.train.labels[kept]
+    spread = float((features - features.mean(dim=0)).square().sum(dim=1).mean())
+    (_, head), *_ = logistic.regularisation_path(features, labels, inverse_penalties=(3.0,))
+    direct = LogisticRegression(C=3.0 / spread, tol=1e-8, max_iter=5000).fit(features.double().numpy(), labels.numpy())
+    expected = torch.from_numpy(direct.predict_proba(task.validation.features.double().numpy())).float()
+    torch.testing.assert_close(head(task.validation.features).softmax(dim=-1), expected, atol=2e-3, rtol=0)
+
+
+def test_the_linear_probes_penalty_is_the_one_best_on_validation(fitted):
+    task = toy_task()
+    chosen = fitted("linear_probe")
+    losses = {
+        C: (
+            -int((head(task.validation.features).argmax(dim=-1) == task.validation.labels).sum()),
+            float(F.cross_entropy(head(task.validation.features), task.validation.labels)),
+        )
+        for C, head in logistic.regularisation_path(task.train.features, task.train.labels)
+    }
+    assert chosen.setting["C"] == min(losses, key=losses.get)
+
+
+def test_pixels_are_probed_like_features():
+    task = toy_task()
+    probe = FewShotTask(
+        CLASSES,
+        directions(len(CLASSES), 2 * WIDTH, seed=0),
+        1.0,
+        *(Examples(F.normalize(part.pixels, dim=-1), part.labels) for part in (task.train, task.validation)),
+    )
+    raw = FewShotTask(
+        CLASSES,
+        task.class_features,
+        1.0,
+        *(Examples(part.features, part.labels, F.normalize(part.pixels, dim=-1)) for part in (task.train, task.validation)),
+    )
+    control = baselines.fit("pixels", raw, seed=0)
+    assert same(control, baselines.fit("linear_probe", probe, seed=0))
+    assert control.reads == "pixels"
+
+
+def test_tip_adapter_tends_to_the_nearest_neighbour():
+    keys, labels = directions(30, WIDTH, seed=5), torch.arange(30) % 3
+    queries = F.normalize(keys + 0.15 * directions(30, WIDTH, seed=6), dim=-1).roll(7, dims=0)
+    head = KeyValueCache(
+        weight=torch.zeros(3, WIDTH),
+        keys=keys,
+        values=F.one_hot(labels, 3),
+        alpha=torch.tensor(1.0),
+        beta=torch.tensor(500.0),
+    )
+    nearest = KNeighborsClassifier(1).fit(keys.numpy(), labels.numpy()).predict(queries.numpy())
+    assert head(queries).argmax(dim=-1).tolist() == nearest.tolist()
+
+
+def test_tip_adapter_without_sharpness_counts_pictures(monkeypatch):
+    monkeypatch.setattr(tip_adapter, "BETAS", (0.0,))
+    monkeypatch.setattr(tip_adapter, "ALPHAS", (2.0,))
+    task = toy_task(shots=5)
+    found = tip_adapter.fit(task, 0).logits(task.validation.features)
+    torch.testing.assert_close(found, baselines.fit("zeroshot", task, 0).logits(task.validation.features) + 2.0 * 5)
+
+
+def test_tip_adapter_keeps_the_mean_direction_of_a_pictures_views():
+    task = toy_task(views=2)
+    keys, values = tip_adapter.cache_of(task)
+    shown = task.train.all_views()
+    torch.testing.assert_close(keys[4], F.normalize(shown[0, 4] + shown[1, 4] + shown[2, 4], dim=0))
+    assert values.argmax(dim=-1).tolist() == task.train.labels.tolist()
+
+
+def test_tip_adapter_f_without_steps_is_tip_adapter_and_with_them_fits_the_pictures_better(monkeypatch):
+    task = toy_task(noise=2.0)
+    plain = tip_adapter.fit(task, 0)
+    trained = tip_adapter.fit_keys(task, 0)
+    monkeypatch.setattr(tip_adapter, "LEARNING_RATES", (0.0,))
+    assert same(tip_adapter.fit_keys(task, 0), plain)
+    found = {**plain.head.state_dict(), "keys": trained.head.keys}
+    at_the_same_setting = Predictor(KeyValueCache(**found), 0)
+    losses = [F.cross_entropy(one.logits(task.train.features), task.train.labels) for one in (plain, at_the_same_setting)]
+    assert losses[1] < losses[0]
+
+
+def test_taskres_with_alpha_zero_is_zero_shot():
+    task = toy_task()
+    features = task.validation.features
+    found = taskres.residual(task, seed=0, learning_rate=2e-3, alpha=0.0).logits(features)
+    torch.testing.assert_close(found, baselines.fit("zeroshot", task, 0).logits(features))
+
+
+def test_clip_adapter_with_ratio_zero_is_zero_shot():
+    task = toy_task()
+    features = task.validation.features
+    found = clip_adapter.bottleneck(task, seed=0, learning_rate=1e-2, ratio=0.0).logits(features)
+    torch.testing.assert_close(found, baselines.fit("zeroshot", task, 0).logits(features))
+
+
+def test_clip_adapters_bottleneck_does_not_see_a_features_length():
+    features, down, up = directions(5, WIDTH, seed=0), torch.randn(6, WIDTH), torch.randn(WIDTH, 6)
+    torch.testing.assert_close(adapted(7 * features, down, up, 0.4), adapted(features, down, up, 0.4))
+
+
+def test_clap_trusts_zero_shot_by_the_probability_of_the_right_class():
+    task = toy_task()
+    shown = task.train.all_views()
+    found = clap.multipliers(task)
+    for label in range(len(CLASSES)):
+        own = shown[:, task.train.labels == label]
+        probabilities = (task.logit_scale * own @ task.class_features.T).softmax(dim=-1)[..., label]
+        torch.testing.assert_close(found[label], probabilities.mean())
+
+
+def test_claps_penalty_holds_the_classes_near_their_prompts(monkeypatch):
+    monkeypatch.setattr(clap, "LEARNING_RATES", (1e-3,))
+    monkeypatch.setattr(clap, "EPOCHS", 100)
+    task = toy_task(noise=2.0)
+    distances = []
+    for strength in (0.0, 10.0, 100.0):
+        monkeypatch.setattr(clap, "STRENGTHS", (strength,))
+        weight = clap.fit(task, 0).head.weight / task.logit_scale
+        distances.append(float((weight - task.class_features).norm()))
+    assert distances[0] > distances[1] > distances[2] > 0
+
+
+@pytest.mark.parametrize("shots", [2, 9])
+def test_gda_is_linear_discriminant_analysis_with_that_shrinkage(shots):
+    task = toy_task(shots=shots)
+    features, labels = task.train.features.double(), task.train.labels
+    count = len(labels)
+    weight, bias = gda.gaussian_classifier(features, labels, len(CLASSES))
+    # The estimate is a multiple of (1 - s) S + s tr(S) / d I, so that the logits are a multiple of scikit-learn's.
+    shrinkage = WIDTH / (count - 1 + WIDTH)
+    multiple = count * (count - 1 + WIDTH) / (WIDTH * (count - 1))
+    analysis = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage, priors=[1 / len(CLASSES)] * len(CLASSES))
+    queries = task.validation.features.double()
+    expected = analysis.fit(features.numpy(), labels.numpy()).predict_proba(queries.numpy())
+    torch.testing.assert_close((multiple * (queries @ weight.T + bias)).softmax(dim=-1), torch.from_numpy(expected))
+
+
+def test_gda_of_one_picture_a_class_takes_the_nearest():
+    task = toy_task(shots=1, views=0)
+    weight, bias = gda.gaussian_classifier(task.train.features, task.train.labels, len(CLASSES))
+    queries, _ = held_out(task)
+    nearest = torch.cdist(queries, task.train.features).argmin(dim=-1)
+    assert (queries.double() @ weight.T + bias).argmax(dim=-1).tolist() == task.train.labels[nearest].tolist()
+
+
+def test_gda_trusts_the_prompts_where_pictures_mislead():
+    task = toy_task()
+    wrong = Examples(task.train.features, task.train.labels.roll(1), task.train.pixels, task.train.views)
+    misled = gda.fit(FewShotTask(CLASSES, task.class_features, task.logit_scale, wrong, task.validation), 0)
+    assert misled.setting["alpha"] == gda.ALPHAS[0]
+
+
+@torch.no_grad()
+def test_coops_context_stands_where_the_words_stood():
+    clip = toy_clip()
+    prompts = coop.prompts_with_context(clip, CLASSES)
+    words = [f"a X X grey teapot. a a X {name}" for name in ("cat.", "grey dog.", "teapot.")]
+    context = clip.model.token_embedding(clip.tokenizer(words)[0, 1:9])
+    torch.testing.assert_close(prompts.features(context), clip.model.encode_text(clip.tokenizer(words), normalize=True))
+
+
+@pytest.mark.parametrize(("context", "length"), [(24, 16), (20, 16), (19, 8), (8, 4)])
+def test_coops_context_is_as_long_as_the_longest_name_allows(context, length):
+    prompts = coop.prompts_with_context(toy_clip(context), CLASSES)
+    assert prompts.length == length
+    assert prompts.tokens[:, 0].tolist() == [START] * 3
+
+
+def test_a_name_that_leaves_no_room_is_named():
+    with pytest.raises(InputError, match="'grey_dog' leaves none"):
+        coop.prompts_with_context(toy_clip(context=7), CLASSES)
+
+
+def test_coop_trains_the_context_alone_and_fits_the_pictures():
+    clip = toy_clip()
+    clip.model.requires_grad_(True)
+    before = {name: value.clone() for name, value in clip.model.state_dict().items()}
+    prompts = coop.prompts_with_context(clip, CLASSES)
+    # Pictures that lie where some other context would put the classes.
+    shown = prompts.features(torch.randn(8, 16, generator=torch.Generator().manual_seed(1))).detach()
+    examples = Examples(shown.repeat(4, 1), torch.arange(3).repeat(4))
+    task = FewShotTask(CLASSES, prompts.features(torch.zeros(8, 16)).detach(), 300.0, examples, examples, clip)
+    weights = [coop.learned(task, prompts, 0, rate).head.weight for rate in (0.0, 2e-2)] + [300.0 * shown]
+    start, learned, theirs = (F.cross_entropy(examples.features @ weight.T, examples.labels) for weight in weights)
+    assert start > theirs > learned
+    assert all(torch.equal(value, before[name]) for name, value in clip.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in clip.model.parameters())
+
+
+def test_the_choice_is_by_accuracy_then_cross_entropy_then_order_and_never_what_is_not_finite():
+    labels = torch.tensor([0, 1])
+    logits = {
+        "wrong but sure": torch.tensor([[9.0, 0], [9, 0]]),
+        "not finite": torch.tensor([[9.0, 0], [0, math.nan]]),
+        "right": torch.tensor([[1.0, 0], [0, 1]]),
+        "right and sure": torch.tensor([[2.0, 0], [0, 2]]),
+        "the same": torch.tensor([[2.0, 0], [0, 2]]),
+    }
+    assert choose(logits.items(), labels) == "right and sure"
+    with pytest.raises(InputError, match="None of 1 settings gives finite logits"):
+        choose([("not finite", logits["not finite"])], labels)
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    head = Linear(weight=torch.zeros(3, WIDTH), bias=torch.zeros(3))
+    save_predictor(Predictor(head, 0), tmp_path / "good.safetensors")
+    write_tensors(tmp_path / "other.safetensors", head.state_dict(), {"head": "Quadratic", "reads": "features"})
+    with pytest.raises(InputError, match="its head is 'Quadratic', not of"):
+        load_predictor(tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match="needs 'bias' of shape"):
+        Linear(weight=torch.zeros(3, WIDTH), bias=torch.zeros(2))
+    with pytest.raises(InputError, match="needs the tensors"):
+        Linear(weight=torch.zeros(3, WIDTH))
+
+
+def test_what_cannot_be_fitted_is_said():
+    task = toy_task()
+    with pytest.raises(InputError, match=r"method must be one of zeroshot, .*, got 'zero_shot'"):
+        baselines.fit("zero_shot", task, seed=0)
+    with pytest.raises(InputError, match="Give FewShotTask its clip"):
+        baselines.fit("coop", task, seed=0)
+    bare = Examples(task.train.features, task.train.labels)
+    with pytest.raises(InputError, match="Give Examples its pixels"):
+        baselines.fit("pixels", FewShotTask(CLASSES, task.class_features, 1.0, bare, bare), seed=0)
+
+
+def test_a_task_that_does_not_fit_together_is_refused():
+    features, labels = directions(3, WIDTH, seed=0), torch.arange(3)
+    good = Examples(features, labels)
+    with pytest.raises(InputError, match="must be finite and of length 1"):
+        Examples(2 * features, labels)
+    with pytest.raises(InputError, match="must be finite and of length 1"):
+        Examples(features * math.nan, labels)
+    with pytest.raises(InputError, match=r"of the same pictures, got features \(3,\), labels \(2,\)"):
+        Examples(features, labels[:2])
+    with pytest.raises(InputError, match="there is none of 'teapot'"):
+        FewShotTask(CLASSES, features, 1.0, Examples(features[:2], labels[:2]), good)
+    with pytest.raises(InputError, match=r"validation labels must be in \[0, 2\], got \[0, 3\]"):
+        FewShotTask(CLASSES, features, 1.0, good, Examples(features[:2], torch.tensor([0, 3])))
+    with pytest.raises(InputError, match="validation must hold at least one picture"):
+        FewShotTask(CLASSES, features, 1.0, good, Examples(features[:0], labels[:0]))
+    with pytest.raises(InputError, match="classes must be at least two, with a feature each"):
+        FewShotTask(CLASSES[:2], features, 1.0, good, good)
