@@ -1,0 +1,209 @@
+"""An adapted CLIP model in files that need none of this code: merged weights, plain LoRA, torch.export and ONNX.
+
+Everything is written at the adapter's present strength.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.export import Dim, ExportedProgram
+from torch.nn import functional as F
+
+from nora_vision.files import replacing, write_tensors
+from pipelines.errors import InputError
+from pipelines.fewshot.adapters import ADAPTER_NAME, adapter_layers
+from pipelines.fewshot.attention import repack, separate
+from pipelines.fewshot.clip import Clip
+from pipelines.packages import installed
+
+LORA_CONFIG, LORA_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Between PyTorch and another runtime in single precision, on features of length 1.
+TOLERANCE = 1e-4
+
+
+def merged(clip: Clip, packed: bool = True) -> Clip:
+    """A copy of `clip` without adapters, their changes added to its weights.
+
+    Args:
+        packed: gives attention its original classes back, and so the state dict its original keys.
+    Raises: ValueError naming the layer if a sum is not finite.
+    """
+    model = copy.deepcopy(clip.model)
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        if not layer.disable_adapters:
+            try:
+                layer.merge(safe_merge=True)
+            except ValueError as error:
+                raise ValueError(f"The adapter on {name!r} cannot be merged: {error}") from error
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())
+    for module in model.modules():
+        if hasattr(module, "peft_config"):
+            del module.peft_config
+    if packed:
+        repack(model)
+    return replace(clip, model=model.requires_grad_(False))
+
+
+def save_merged(clip: Clip, path: str | os.PathLike) -> None:
+    """Write the merged weights as an open_clip checkpoint, a .safetensors file with the keys of the base model."""
+    write_tensors(path, merged(clip).model.state_dict())
+
+
+def save_lora(components: dict[str, nn.Module], folder: Path) -> None:
+    """Write the adapter as plain LoRA in PEFT's layout, one folder for each encoder; nothing is approximated.
+
+    NoRA's change s B B' A' A is lora_B = s B B', lora_A = A' A. `PeftModel.from_pretrained` reads a folder onto the encoder's
+    module, once `separate` has given it q, k, v and out.
+    Raises: InputError for DoRA at strength 0, which its file cannot say.
+    """
+    for name, model in components.items():
+        layers = adapter_layers({name: model})
+        factors = {layer.removeprefix(f"{name}."): _factors(module, layer) for layer, module in layers.items()}
+        ranks = {layer: len(own["lora_A.weight"]) for layer, own in factors.items()}
+        rank = max(ranks.values())
+        others = {f"^{layer}": own for layer, own in ranks.items() if own != rank}
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=rank,
+            rank_pattern=others,
+            alpha_pattern=others,
+            target_modules=sorted(factors),
+            use_dora=any("lora_magnitude_vector" in own for own in factors.values()),
+            inference_mode=True,
+        )
+        config.save_pretrained(str(folder / name))
+        tensors = {f"base_model.model.{layer}.{key}": value for layer, own in factors.items() for key, value in own.items()}
+        write_tensors(folder / name / LORA_WEIGHTS, tensors)
+
+
+def _factors(layer: BaseTunerLayer, name: str) -> dict[str, torch.Tensor]:
+    """lora_B (out, k), lora_A (k, in) and for DoRA the lengths (out,) of the rows, at the layer's present strength."""
+    on = 0.0 if layer.disable_adapters else 1.0
+    if not isinstance(layer, LoraLayer):
+        up, down = layer.low_rank_factors(ADAPTER_NAME)
+        return {"lora_A.weight": down, "lora_B.weight": on * up}
+    up, down = layer.lora_B[ADAPTER_NAME].weight.detach(), layer.lora_A[ADAPTER_NAME].weight.detach()
+    factors = {"lora_A.weight": down, "lora_B.weight": on * layer.scaling[ADAPTER_NAME] * up}
+    if layer.use_dora[ADAPTER_NAME]:
+        if not on:
+            raise InputError(f"DoRA at strength 0 has no LoRA file: {name} would still get other lengths of rows. Use 1.")
+        factors["lora_magnitude_vector"] = layer.lora_magnitude_vector[ADAPTER_NAME].weight.detach()
+    return factors
+
+
+class ImageTower(nn.Module):
+    """Pixels (n, 3, h, w) to features (n, d) float32 of length 1."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.visual = model.visual
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(n, 3, h, w) to (n, d)."""
+        return F.normalize(self.visual(pixels).float(), dim=-1)
+
+
+class TextTower(nn.Module):
+    """Token ids (n, t) int64 over the whole context to features (n, d) float32 of length 1, those of the end token."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        # open_clip's model is its own text encoder: a shallow copy without the image encoder.
+        self.model = copy.copy(model)
+        self.model._modules = {name: module for name, module in model._modules.items() if name != "visual"}
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(n, t) to (n, d)."""
+        return F.normalize(self.model.encode_text(tokens).float(), dim=-1)
+
+
+def export_towers(clip: Clip, tokens: torch.Tensor) -> dict[str, ExportedProgram]:
+    """Both encoders of the merged model, by torch.export, for any number of pictures or texts.
+
+    Args:
+        tokens: (n, t) token ids of at least two texts, an example.
+    Returns: programs "image" and "text", on the CPU in single precision.
+    """
+    # Packed attention takes a fast path in evaluation mode that other runtimes do not know.
+    model = merged(clip, packed=False).model.cpu().float().eval()
+    separate(model)
+    batch = Dim("batch")
+    programs = {}
+    for name, (tower, example) in _towers(model, tokens).items():
+        with torch.no_grad():
+            programs[name] = torch.export.export(tower, (example,), dynamic_shapes=({0: batch},))
+    return programs
+
+
+def save_exported(clip: Clip, folder: Path, tokens: torch.Tensor, format: Literal["torch", "onnx"] = "onnx") -> dict[str, Path]:
+    """Write both encoders of the merged model and check what the files compute against PyTorch.
+
+    Inputs are `pixels` (n, 3, h, w) and `tokens` (n, t) int64 for any n, outputs `features` (n, d) float32 of length 1.
+
+    Args:
+        tokens: (n, t) token ids of at least two texts, an example.
+        format: "torch" writes torch.export's .pt2, "onnx" .onnx.
+    Raises: InputError if a package is missing; ValueError if a file computes something else.
+    """
+    if format not in ("torch", "onnx"):
+        raise InputError(f"format must be torch or onnx, got {format!r}.")
+    programs = export_towers(clip, tokens)
+    files = {}
+    for name, program in programs.items():
+        files[name] = folder / f"{name}.{'pt2' if format == 'torch' else 'onnx'}"
+        _write(program, files[name], format)
+        example = program.example_inputs[0][0]
+        # Other rows and another number of them than the example that was traced.
+        shown = torch.cat([example.flip(0), example[:1]])
+        with torch.no_grad():
+            expected = program.module()(shown)
+        difference = (run_exported(files[name], shown) - expected).abs().max().item()
+        if not difference <= TOLERANCE:
+            raise ValueError(f"{files[name]} computes other features than PyTorch: they differ by {difference:.1e}.")
+    return files
+
+
+def run_exported(file: Path, inputs: torch.Tensor) -> torch.Tensor:
+    """What an encoder's .pt2 or .onnx file makes of `inputs`, pixels (n, 3, h, w) or tokens (n, t): (n, d) float32."""
+    if file.suffix == ".pt2":
+        with torch.no_grad():
+            return torch.export.load(file).module()(inputs)
+    session = installed("onnxruntime", "ONNX").InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return torch.from_numpy(session.run(["features"], {name: inputs.numpy()})[0])
+
+
+def _towers(model: nn.Module, tokens: torch.Tensor) -> Mapping[str, tuple[nn.Module, torch.Tensor]]:
+    """Each encoder as a module of its own with example inputs."""
+    generator = torch.Generator().manual_seed(0)
+    size = model.visual.image_size
+    height, width = size if isinstance(size, tuple) else (size, size)
+    pixels = torch.randn(len(tokens), 3, height, width, generator=generator)
+    return {"image": (ImageTower(model), pixels), "text": (TextTower(model), tokens.cpu())}
+
+
+def _write(program: ExportedProgram, file: Path, format: str) -> None:
+    with replacing(file) as beside:
+        if format == "torch":
+            with beside.open("wb") as stream:
+                torch.export.save(program, stream)
+            return
+        installed("onnxscript", "ONNX")
+        (name,) = (spec for spec in ("pixels", "tokens") if spec in program.graph_signature.user_inputs)
+        torch.onnx.export(
+            program, f=beside, dynamo=True, input_names=[name], output_names=["features"], external_data=False, verbose=False
+        )

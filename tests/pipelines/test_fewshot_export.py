@@ -1,0 +1,210 @@
+"""An adapted CLIP model leaves as merged weights, plain LoRA, torch.export and ONNX, and computes the same everywhere."""
+
+import copy
+import json
+import sys
+
+import open_clip
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny_clip import CONFIG, END, pictures, prompts, tiny_clip
+
+from pipelines import mini_clip
+from pipelines.errors import InputError
+from pipelines.fewshot import adapters, export
+from pipelines.fewshot.adapters import AdapterPlaces
+from pipelines.fewshot.attention import separate
+from pipelines.fewshot.clip import Clip, load_clip
+from pipelines.methods import AdapterOptions, method_names
+from pipelines.mini_sdxl import PROMPT_WORDS, reduced_tokenizer
+
+TOKENS = prompts(3, 5, 9)
+EVERYWHERE = AdapterPlaces(projections=["q", "k", "v", "out"])
+methods = pytest.mark.parametrize("method", method_names())
+
+
+def adapted(folder, method="nora", clip=None, tokens=TOKENS, pixels=None, places=EVERYWHERE, **changes):
+    """A tiny model whose adapter's numbers are all moved from their start, as training does."""
+    clip = clip or Clip(tiny_clip(), None, None, "tiny")
+    options = AdapterOptions(method=method, rank=4, inner_r=2, **changes)
+    components = adapters.attach(clip, options, places)
+    adapters.start(clip, options, components, [pictures(3) if pixels is None else pixels], tokens, folder, seed=0)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in adapters.trained_parameters(components):
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return clip, components
+
+
+@torch.no_grad()
+def features(model):
+    return torch.cat([model.encode_image(pictures(3), normalize=True), model.encode_text(TOKENS, normalize=True)])
+
+
+# Merged
+
+
+@methods
+@pytest.mark.parametrize("custom_text", [False, True])
+def test_the_merged_model_is_plain_open_clip_with_the_same_outputs_and_keys(method, custom_text, tmp_path):
+    clip, _ = adapted(tmp_path, method, Clip(tiny_clip(custom_text=custom_text), None, None, "tiny"))
+    base, plain = tiny_clip(custom_text=custom_text), export.merged(clip).model
+    assert list(plain.state_dict()) == list(base.state_dict())
+    assert [type(module) for module in plain.modules()] == [type(module) for module in base.modules()]
+    torch.testing.assert_close(features(plain), features(clip.model), atol=1e-6, rtol=0)
+    assert (features(plain) - features(base)).abs().max() > 1e-2
+
+
+def test_merging_leaves_the_adapted_model_and_every_other_weight_alone(tmp_path):
+    clip, components = adapted(tmp_path, places=AdapterPlaces("image", ["v"], "last-1"))
+    before, base = features(clip.model), tiny_clip().state_dict()
+    plain = export.merged(clip).model.state_dict()
+    assert torch.equal(features(clip.model), before)
+    assert len(adapters.adapter_layers(components)) == 1
+    changed = {name for name in base if not torch.equal(base[name], plain[name])}
+    assert changed == {"visual.transformer.resblocks.2.attn.in_proj_weight"}
+    (name,) = changed
+    width = CONFIG["vision_cfg"]["width"]
+    assert torch.equal(base[name][: 2 * width], plain[name][: 2 * width])
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5])
+def test_merging_takes_the_present_strength(strength, tmp_path):
+    clip, components = adapted(tmp_path)
+    base, full = tiny_clip().state_dict(), export.merged(clip).model.state_dict()
+    adapters.set_strength(components, strength)
+    for name, weight in export.merged(clip).model.state_dict().items():
+        torch.testing.assert_close(weight, base[name] + strength * (full[name] - base[name]), atol=1e-6, rtol=0)
+        assert strength or torch.equal(weight, base[name])
+
+
+def test_an_adapter_that_is_not_finite_is_not_merged(tmp_path):
+    clip, components = adapted(tmp_path)
+    adapters.trained_parameters(components)[0].data.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"visual\.transformer\.resblocks\.0\.attn\.q_proj' cannot be merged"):
+        export.merged(clip)
+
+
+@torch.no_grad()
+def test_the_merged_checkpoint_is_loaded_by_open_clip_and_by_name(tmp_path):
+    clip, _ = adapted(tmp_path)
+    export.save_merged(clip, tmp_path / "merged.safetensors")
+    assert load_file(tmp_path / "merged.safetensors").keys() == tiny_clip().state_dict().keys()
+    stock = tiny_clip()
+    open_clip.load_checkpoint(stock, str(tmp_path / "merged.safetensors"))
+    torch.testing.assert_close(features(stock), features(clip.model), atol=1e-6, rtol=0)
+    config = tmp_path / "tiny-merged.json"
+    config.write_text(json.dumps(CONFIG))
+    open_clip.add_model_config(config)
+    again = load_clip("tiny-merged", str(tmp_path / "merged.safetensors"))
+    assert torch.equal(features(again.model), features(stock))
+
+
+@torch.no_grad()
+def test_the_built_in_models_packed_linears_are_merged_and_repacked(tmp_path):
+    tokenizer = reduced_tokenizer([PROMPT_WORDS])
+    mini_clip.write_configuration(tmp_path, tokenizer)
+    torch.manual_seed(0)
+    base = mini_clip.new_model(tmp_path).eval().requires_grad_(False)
+    tokens, pixels = mini_clip.tokenize(tokenizer, ["a red star", "a photo of zebras"]), torch.rand(2, 3, 64, 64)
+    clip, components = adapted(tmp_path, clip=Clip(copy.deepcopy(base), None, None, "mini"), tokens=tokens, pixels=pixels)
+    assert len(adapters.adapter_layers(components)) == 4 * (3 + 2)
+    plain = export.merged(clip).model
+    assert list(plain.state_dict()) == list(base.state_dict())
+    assert {name for name, tensor in plain.state_dict().items() if not torch.equal(tensor, base.state_dict()[name])} == {
+        *(f"visual.trunk.stages.1.blocks.{i}.attn_grid.attn.{layer}.weight" for i in range(3) for layer in ("qkv", "proj")),
+        *(f"transformer.resblocks.{i}.attn.{layer}_weight" for i in range(2) for layer in ("in_proj",)),
+        *(f"transformer.resblocks.{i}.attn.out_proj.weight" for i in range(2)),
+    }
+    torch.testing.assert_close(Clip(plain, None, None, "").encode_images(pixels), clip.encode_images(pixels), atol=1e-6, rtol=0)
+
+
+# Plain LoRA
+
+
+@methods
+@pytest.mark.parametrize("changes", [{}, {"inner_init": "gaussian", "preserve_output": True}])
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_plain_lora_is_loaded_by_peft_and_computes_the_same(method, changes, strength, tmp_path):
+    if method == "dora" and strength < 1:
+        pytest.skip("DoRA has no strength between 0 and 1")
+    clip, components = adapted(tmp_path, method, **changes)
+    adapters.set_strength(components, strength)
+    export.save_lora(components, tmp_path / "lora")
+    model = tiny_clip()
+    separate(model)
+    PeftModel.from_pretrained(model.visual, str(tmp_path / "lora" / "image"))
+    PeftModel.from_pretrained(model.transformer, str(tmp_path / "lora" / "text"))
+    torch.testing.assert_close(features(model), features(clip.model), atol=1e-6, rtol=0)
+
+
+def test_plain_lora_of_one_encoder_and_some_layers_touches_no_others(tmp_path):
+    clip, components = adapted(tmp_path, places=AdapterPlaces("text", ["q", "out"], "0-0"))
+    export.save_lora(components, tmp_path / "lora")
+    assert [folder.name for folder in (tmp_path / "lora").iterdir()] == ["text"]
+    model = tiny_clip()
+    separate(model)
+    PeftModel.from_pretrained(model.transformer, str(tmp_path / "lora" / "text"))
+    assert set(adapters.adapter_layers({"text": model.transformer})) == set(adapters.adapter_layers(components))
+    torch.testing.assert_close(features(model), features(clip.model), atol=1e-6, rtol=0)
+
+
+def test_plain_lora_at_strength_zero_changes_nothing_and_dora_has_none(tmp_path):
+    for method in ("nora", "lora"):
+        _, components = adapted(tmp_path / method, method)
+        adapters.set_strength(components, 0.0)
+        export.save_lora(components, tmp_path / method)
+        tensors = load_file(tmp_path / method / "image" / "adapter_model.safetensors")
+        assert not any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
+    _, components = adapted(tmp_path / "dora", "dora")
+    adapters.set_strength(components, 0.0)
+    with pytest.raises(InputError, match="DoRA at strength 0"):
+        export.save_lora(components, tmp_path / "dora")
+
+
+# torch.export and ONNX
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return adapted(tmp_path_factory.mktemp("statistics"))[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("format", ["torch", "onnx"])
+def test_exported_encoders_compute_the_adapted_features_for_any_number_of_inputs(format, clip, tmp_path):
+    files = export.save_exported(clip, tmp_path, TOKENS[:2], format)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(file.name for file in files.values())
+    for count in (1, 3):
+        pixels = pictures(count, seed=5)
+        torch.testing.assert_close(export.run_exported(files["image"], pixels), clip.encode_images(pixels), atol=1e-5, rtol=0)
+    # The file itself finds the end token: what lies behind it counts for nothing, where it stands for much.
+    text, places = prompts(4), torch.arange(len(prompts(4)[0]))
+    behind = torch.where(places > 3, 7, text)
+    moved = torch.where(places == 4, END, torch.where(places == 3, 7, text))
+    tokens = torch.cat([text, behind, moved, prompts(2, 12, 7)])
+    found = export.run_exported(files["text"], tokens)
+    torch.testing.assert_close(found, clip.encode_texts(tokens), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=0)
+    assert (found[2] - found[0]).abs().max() > 1e-2
+    torch.testing.assert_close(export.run_exported(files["text"], text), found[:1], atol=1e-6, rtol=0)
+
+
+def test_a_file_that_computes_something_else_is_an_error(clip, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "run_exported", lambda file, inputs: torch.zeros(len(inputs), 24))
+    with pytest.raises(ValueError, match=r"image\.pt2 computes other features than PyTorch"):
+        export.save_exported(clip, tmp_path, TOKENS[:2], "torch")
+
+
+def test_a_missing_runtime_is_named_with_its_remedy(clip, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install onnxscript"):
+        export.save_exported(clip, tmp_path, TOKENS[:2], "onnx")
+
+
+def test_an_unknown_format_is_refused(clip, tmp_path):
+    with pytest.raises(InputError, match="format must be torch or onnx, got 'tflite'"):
+        export.save_exported(clip, tmp_path, TOKENS[:2], "tflite")
