@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from pipelines.errors import InputError
+from pipelines.fewshot.prompts import clean_name
 from pipelines.fewshot.sources import Source
 from pipelines.pictures import PICTURE_SUFFIXES, read_picture
 
@@ -24,7 +25,7 @@ PARTS: tuple[Part, ...] = get_args(Part)
 LISTED = 5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LabelledPicture:
     """A picture of a class.
 
@@ -125,11 +126,12 @@ def rename(labelled: LabelledSet, class_names: Mapping[str, str]) -> LabelledSet
         raise InputError(f"{labelled.name} has no class {unknown[0]!r} to rename. Its classes are {_listed(labelled.keys)}.")
     now = tuple(class_names.get(key, name).strip() for key, name in zip(labelled.keys, labelled.classes, strict=True))
     for key, name in zip(labelled.keys, now, strict=True):
-        if not name or not name.isprintable():
+        if not clean_name(name) or not name.isprintable():
             raise InputError(f"The name of class {key!r} must be one line of text, got {name!r}.")
-        if now.count(name) > 1:
-            sharing = [other for other, its in zip(labelled.keys, now, strict=True) if its == name]
-            raise InputError(f"Each class needs a name of its own, but {_listed(sharing)} are all called {name!r}. Rename one.")
+        sharing = [other for other, its in zip(labelled.keys, now, strict=True) if clean_name(its) == clean_name(name)]
+        if len(sharing) > 1:
+            called = clean_name(name)
+            raise InputError(f"Each class needs a name of its own, but {_listed(sharing)} are all called {called!r}. Rename one.")
     pictures = tuple(replace(picture, class_name=now[picture.label]) for picture in labelled.pictures)
     return replace(labelled, classes=now, pictures=pictures)
 

@@ -52,7 +52,7 @@ def load_folder(folder: str | Path) -> LabelledSet:
     """
     folder = Path(folder)
     names, folders = _walk(folder)
-    return _arranged(repr(str(folder)), [PictureFile(name, folder / name) for name in names], folders)
+    return _arranged(repr(str(folder)), [PictureFile(name, folder) for name in names], folders)
 
 
 def load_zip(path: str | Path, limits: ZipLimits | None = None) -> LabelledSet:
@@ -87,7 +87,7 @@ def load_csv(path: str | Path) -> LabelledSet:
         if name in line_of:
             raise InputError(f"{where} names {name!r} of class {row['label']!r} again, after line {line_of[name]}. Remove one.")
         line_of[name] = line
-        pictures.append(LabelledPicture(PictureFile(name, path.parent / name), label_of[row["label"]], row["label"]))
+        pictures.append(LabelledPicture(PictureFile(name, path.parent), label_of[row["label"]], row["label"]))
         if row.get("part"):
             parts[name] = _part(row["part"], where)
     if parts and len(parts) < len(pictures):

@@ -30,13 +30,18 @@ class Source(Protocol):
         """The picture's file."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PictureFile:
-    """A picture in a file of its own."""
+    """A picture in a file of its own, `name` below `folder`."""
 
     name: str
-    path: Path
+    folder: Path
     max_pixels: int | None = None
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.folder / self.name
 
     def size(self) -> int:
         """Bytes of the file. Raises: InputError if there is none."""
@@ -53,7 +58,7 @@ class PictureFile:
             raise InputError(f"There is no file {str(self.path)!r}, which the set names {self.name!r}. Put it back.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PictureBytes:
     """A picture in memory, as the bytes of its file."""
 

@@ -271,6 +271,7 @@ def test_classes_are_renamed_by_their_folders_and_keep_their_keys():
         ({"class 0": " "}, "class 'class 0' must be one line of text, got ''"),
         ({"class 0": "a\nb"}, "must be one line of text, got 'a\\nb'"),
         ({"class 0": "class 1"}, "'class 0', 'class 1' are all called 'class 1'"),
+        ({"class 0": "class_1"}, "'class 0', 'class 1' are all called 'class 1'"),
     ],
 )
 def test_names_that_cannot_be_used_are_named(names, message):

@@ -1,0 +1,104 @@
+"""What the text encoder is told of each class: the same in training and in evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from open_clip import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
+from torch.nn import functional as F
+
+from pipelines.errors import InputError
+
+BLANK = "{}"
+PHOTO = "a photo of a {}."
+# One template or an ensemble by name; those of the eleven sets are CoOp's.  [Zhou et al. 2022, table 5]
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "photo": (PHOTO,),
+    "ensemble": tuple(template(BLANK) for template in SIMPLE_IMAGENET_TEMPLATES),
+    "ensemble80": tuple(template(BLANK) for template in OPENAI_IMAGENET_TEMPLATES),
+    "imagenet": (PHOTO,),
+    "caltech101": (PHOTO,),
+    "oxford_pets": ("a photo of a {}, a type of pet.",),
+    "stanford_cars": (PHOTO,),
+    "oxford_flowers": ("a photo of a {}, a type of flower.",),
+    "food101": ("a photo of {}, a type of food.",),
+    "fgvc_aircraft": ("a photo of a {}, a type of aircraft.",),
+    "sun397": (PHOTO,),
+    "dtd": ("{} texture.",),
+    "eurosat": ("a centered satellite photo of {}.",),
+    "ucf101": ("a photo of a person doing {}.",),
+    "digits": ('a photo of the number: "{}".',),
+}
+
+
+def clean_name(name: str) -> str:
+    """A class's name as a prompt says it: folders' underscores are spaces."""
+    return " ".join(name.replace("_", " ").split())
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of every class: each template about each class.
+
+    Args:
+        classes: the classes' names.
+        templates: with {} where the class's name goes, such as "a photo of a {}.".
+    Raises: InputError for templates without {} or with several.
+    """
+
+    classes: tuple[str, ...]
+    templates: tuple[str, ...] = TEMPLATES["photo"]
+
+    def __post_init__(self) -> None:
+        if not self.templates:
+            raise InputError("prompt templates must be one or more, got none. Give one such as 'a photo of a {}.'")
+        for template in self.templates:
+            if template.count(BLANK) != 1:
+                raise InputError(
+                    f"A prompt template must hold {BLANK} once, where the class's name goes, got {template!r}. Write it like "
+                    f"{PHOTO!r}, or name one of {', '.join(TEMPLATES)}."
+                )
+
+    def of_each_class(self) -> tuple[tuple[str, ...], ...]:
+        """The prompts of each class, in the templates' order."""
+        return tuple(tuple(template.replace(BLANK, clean_name(name)) for template in self.templates) for name in self.classes)
+
+    def texts(self) -> list[str]:
+        """All prompts, class after class."""
+        return [text for own in self.of_each_class() for text in own]
+
+    def class_features(self, features: torch.Tensor) -> torch.Tensor:
+        """The mean over each class's prompts, made of length 1 again.  [Radford et al. 2021, section 3.1.4]
+
+        Args:
+            features: (classes * templates, d) of `texts()`, in their order.
+        Returns: (classes, d) of length 1.
+        """
+        own = F.normalize(features, dim=-1).unflatten(0, (len(self.classes), len(self.templates)))
+        return F.normalize(own.mean(dim=1), dim=-1)
+
+    def with_classes(self, *more: str) -> Prompts:
+        """The same templates about more classes, which come last.
+
+        Raises: InputError for a class that is there already.
+        """
+        known = {clean_name(name) for name in self.classes}
+        for name in more:
+            if clean_name(name) in known or not clean_name(name):
+                raise InputError(f"A new class needs a name of its own, got {name!r}. Choose another.")
+            known.add(clean_name(name))
+        return replace(self, classes=(*self.classes, *more))
+
+
+def make_prompts(classes: Sequence[str], templates: str | Sequence[str] = "photo") -> Prompts:
+    """The prompts of `classes`.
+
+    Args:
+        templates: a name in `TEMPLATES`, one template, or several.
+    Raises: InputError for a template without {}, or a name that is none.
+    """
+    if isinstance(templates, str):
+        templates = TEMPLATES.get(templates, (templates,))
+    return Prompts(tuple(classes), tuple(templates))

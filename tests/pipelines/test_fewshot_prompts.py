@@ -1,0 +1,78 @@
+"""What the text encoder is told of each class."""
+
+import open_clip
+import pytest
+import torch
+
+from pipelines.errors import InputError
+from pipelines.fewshot.prompts import TEMPLATES, Prompts, clean_name, make_prompts
+from pipelines.fewshot.sets import SETS
+
+CLASSES = ("golden_retriever", "Siamese  cat")
+
+
+@pytest.mark.parametrize(
+    ("name", "clean"),
+    [("golden_retriever", "golden retriever"), ("_a__b_ c ", "a b c"), ("707-320", "707-320"), ("Émeu", "Émeu"), ("__", "")],
+)
+def test_underscores_and_runs_of_spaces_are_one_space(name, clean):
+    assert clean_name(name) == clean
+
+
+def test_every_template_speaks_of_every_class_class_after_class():
+    prompts = make_prompts(CLASSES, ("a {}.", "many {}"))
+    assert prompts.texts() == ["a golden retriever.", "many golden retriever", "a Siamese cat.", "many Siamese cat"]
+    assert [text for own in prompts.of_each_class() for text in own] == prompts.texts()
+    assert make_prompts(CLASSES).texts() == ["a photo of a golden retriever.", "a photo of a Siamese cat."]
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"), [("ensemble", "SIMPLE_IMAGENET_TEMPLATES"), ("ensemble80", "OPENAI_IMAGENET_TEMPLATES")]
+)
+def test_ensembles_are_open_clips(name, theirs):
+    assert make_prompts(["dog"], name).texts() == [template("dog") for template in getattr(open_clip, theirs)]
+
+
+def test_every_set_of_the_protocol_has_its_template():
+    assert set(SETS) < set(TEMPLATES)
+    for templates in TEMPLATES.values():
+        Prompts(CLASSES, templates)
+
+
+@pytest.mark.parametrize("names", [("{0.real}", "{}"), ("{", "}}"), ("%s", "$x")])
+def test_a_class_is_called_what_it_is_called_whatever_it_looks_like(names):
+    assert make_prompts(names, "{}").texts() == list(names)
+
+
+@pytest.mark.parametrize("template", ["a photo", "{} and {}", "{0}", "{name}", "ensemble 80"])
+def test_a_template_needs_one_place_for_the_class(template):
+    with pytest.raises(InputError, match=r"must hold \{\} once.*ensemble80"):
+        make_prompts(CLASSES, template)
+
+
+def test_no_template_at_all_is_refused():
+    with pytest.raises(InputError, match="one or more, got none"):
+        make_prompts(CLASSES, ())
+
+
+def test_a_class_is_the_direction_of_the_mean_of_its_prompts_directions():
+    features = torch.tensor([[3.0, 0.0], [0.0, 0.1], [0.0, -2.0], [0.0, -9.0]])
+    found = make_prompts(CLASSES, ("a {}", "b {}")).class_features(features)
+    torch.testing.assert_close(found, torch.tensor([[0.5**0.5, 0.5**0.5], [0.0, -1.0]]))
+
+
+def test_one_template_gives_its_own_unit_features():
+    features = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+    found = make_prompts(CLASSES).class_features(features)
+    torch.testing.assert_close(found, features / features.norm(dim=1, keepdim=True))
+
+
+def test_new_classes_come_last_and_need_names_of_their_own():
+    prompts = make_prompts(CLASSES, "dtd").with_classes("pug", "owl")
+    assert prompts.classes == (*CLASSES, "pug", "owl")
+    assert prompts.texts()[2:] == ["pug texture.", "owl texture."]
+    for taken in ("Siamese_cat", " ", "owl"):
+        with pytest.raises(InputError, match=f"name of its own, got {taken!r}"):
+            prompts.with_classes(taken)
+    with pytest.raises(InputError, match="got 'fox'"):
+        prompts.with_classes("fox", "fox")
