@@ -1,0 +1,185 @@
+"""The eleven sets of the CoOp protocol, read as they lie on disk: one folder each below a root, CoOp's split files inside.
+
+The layout is that of CoOp's own instructions, DATASETS.md of github.com/KaiyangZhou/CoOp, which CLIP-LoRA and most others share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from open_clip import IMAGENET_CLASSNAMES
+
+from pipelines.errors import InputError
+from pipelines.fewshot.data import PARTS, LabelledPicture, LabelledSet, Part
+from pipelines.fewshot.loading import read_json
+from pipelines.fewshot.sources import PictureFile
+from pipelines.pictures import has_picture_name
+
+INSTRUCTIONS = "Lay it out as DATASETS.md of github.com/KaiyangZhou/CoOp says"
+# Name, label and class of a picture, and its part.
+Listed = tuple[str, int, str, Part]
+
+
+@dataclass(frozen=True)
+class SetLayout:
+    """Where a set lies.
+
+    Args:
+        title: its name in papers.
+        folder: below the root; upper and lower case are the same.
+        images: folder that its split's paths start from, below `folder`.
+        split: its split file, in `folder`; None for sets that are split otherwise.
+    """
+
+    title: str
+    folder: str
+    images: str
+    split: str | None = None
+
+
+SETS: Mapping[str, SetLayout] = {
+    "imagenet": SetLayout("ImageNet", "imagenet", "images"),
+    "caltech101": SetLayout("Caltech101", "caltech-101", "101_ObjectCategories", "split_zhou_Caltech101.json"),
+    "oxford_pets": SetLayout("OxfordPets", "oxford_pets", "images", "split_zhou_OxfordPets.json"),
+    "stanford_cars": SetLayout("StanfordCars", "stanford_cars", ".", "split_zhou_StanfordCars.json"),
+    "oxford_flowers": SetLayout("Flowers102", "oxford_flowers", "jpg", "split_zhou_OxfordFlowers.json"),
+    "food101": SetLayout("Food101", "food-101", "images", "split_zhou_Food101.json"),
+    "fgvc_aircraft": SetLayout("FGVCAircraft", "fgvc_aircraft", "images"),
+    "sun397": SetLayout("SUN397", "sun397", "SUN397", "split_zhou_SUN397.json"),
+    "dtd": SetLayout("DTD", "dtd", "images", "split_zhou_DescribableTextures.json"),
+    "eurosat": SetLayout("EuroSAT", "eurosat", "2750", "split_zhou_EuroSAT.json"),
+    "ucf101": SetLayout("UCF101", "ucf101", "UCF-101-midframes", "split_zhou_UCF101.json"),
+}
+
+
+def load_set(root: str | Path, name: str) -> LabelledSet:
+    """One of the eleven sets, with the parts of its split file.
+
+    ImageNet's validation folder is its test, as in CoOp; CoOp also validates on it, here nothing is chosen by it: it has no
+    part for validation, so that one is drawn from the training pictures.
+
+    Args:
+        root: the folder that holds the sets' folders.
+        name: a key of `SETS`.
+    Raises: InputError naming the file that is missing or cannot be used.
+    """
+    if name not in SETS:
+        raise InputError(f"The set must be one of {', '.join(SETS)}, got {name!r}. A folder of class folders needs no name.")
+    layout = SETS[name]
+    folder = _folder_of(Path(root), layout)
+    read: Callable[[Path, SetLayout], list[Listed]] = READERS.get(name, _from_split_file)
+    listed = read(folder, layout)
+    class_of = _classes(listed, layout)
+    images = folder / layout.images
+    labels = sorted(class_of)
+    if labels != list(range(len(labels))):
+        raise InputError(f"The labels of {layout.title} must be 0 to {len(labels) - 1}, got {labels[0]} to {labels[-1]}.")
+    pictures = tuple(LabelledPicture(PictureFile(path, images), label, key) for path, label, key, _ in listed)
+    keys = tuple(class_of[label] for label in labels)
+    parts = {path: part for path, _, _, part in listed}
+    if len(parts) < len(listed):
+        raise InputError(f"{layout.title} lists a picture twice. {INSTRUCTIONS}.")
+    return LabelledSet(layout.title, keys, keys, pictures, parts)
+
+
+def _folder_of(root: Path, layout: SetLayout) -> Path:
+    if root.is_dir():
+        for folder in sorted(root.iterdir()):
+            if folder.name.casefold() == layout.folder.casefold() and folder.is_dir():
+                return folder
+    raise InputError(f"{layout.title} must lie in {str(root / layout.folder)!r}, but there is no such folder. {INSTRUCTIONS}.")
+
+
+def _classes(listed: list[Listed], layout: SetLayout) -> dict[int, str]:
+    class_of: dict[int, str] = {}
+    for path, label, key, _ in listed:
+        if class_of.setdefault(label, key) != key:
+            raise InputError(f"{layout.title} calls the class of {path!r} {key!r}, but class {label} is {class_of[label]!r}.")
+    return class_of
+
+
+def _from_split_file(folder: Path, layout: SetLayout) -> list[Listed]:
+    """CoOp's file: {"train": [[path below the images' folder, label, class], ...], "val": [...], "test": [...]}."""
+    split = _needed(folder / layout.split, layout)
+    what = f"{str(split)!r}"
+    content = read_json(split.read_bytes(), what)
+    missing = [part for part in PARTS if not isinstance(content.get(part), list)]
+    if missing:
+        raise InputError(f"{what} must list the pictures of {missing[0]!r}. {INSTRUCTIONS}.")
+    listed = [_entry(entry, part, what) for part in PARTS for entry in content[part]]
+    for path, _, key, _ in listed:
+        if not (folder / layout.images / path).is_file():
+            raise InputError(
+                f"{what} lists {path!r} of class {key!r}, but there is no such file in {str(folder / layout.images)!r}. "
+                f"{INSTRUCTIONS}."
+            )
+    return listed
+
+
+def _entry(entry: Any, part: Part, what: str) -> Listed:
+    match entry:
+        case [str(path), int(label), str(key)] if ".." not in (places := PurePosixPath(path)).parts and not places.is_absolute():
+            return path, label, key, part
+    raise InputError(f"{what} must list [path below the set's folder, label, class] in {part!r}, got {entry!r}.")
+
+
+def _from_imagenet(folder: Path, layout: SetLayout) -> list[Listed]:
+    """images/train/<wordnet id>/... and images/val/<wordnet id>/...; classnames.txt has a line "<wordnet id> <name>" each."""
+    images = folder / layout.images
+    train = sorted(path.name for path in _needed(images / "train", layout).iterdir() if path.is_dir())
+    val = sorted(path.name for path in _needed(images / "val", layout).iterdir() if path.is_dir())
+    if train != val:
+        odd = sorted(set(train) ^ set(val))[0]
+        raise InputError(
+            f"{str(images)!r} must hold the same classes in train and val, but {odd!r} is in one alone. {INSTRUCTIONS}."
+        )
+    names = _imagenet_names(folder / "classnames.txt", train, layout)
+    parts: tuple[tuple[str, Part], ...] = (("train", "train"), ("val", "test"))
+    return [
+        (f"{where}/{ident}/{file.name}", label, names[ident], part)
+        for where, part in parts
+        for label, ident in enumerate(train)
+        for file in sorted((images / where / ident).iterdir())
+        if has_picture_name(file.name)
+    ]
+
+
+def _imagenet_names(path: Path, idents: list[str], layout: SetLayout) -> dict[str, str]:
+    if not path.is_file() and len(idents) == len(IMAGENET_CLASSNAMES):
+        return dict(zip(idents, IMAGENET_CLASSNAMES, strict=True))
+    lines = [line.split(" ", 1) for line in _needed(path, layout).read_text(encoding="utf-8").splitlines() if line.strip()]
+    names = {line[0]: line[-1].strip() for line in lines}
+    unnamed = [ident for ident in idents if ident not in names]
+    if unnamed:
+        raise InputError(f"{str(path)!r} must name every class, but not {unnamed[0]!r}. Add a line '{unnamed[0]} <its name>'.")
+    return names
+
+
+def _from_aircraft(folder: Path, layout: SetLayout) -> list[Listed]:
+    """variants.txt has the classes; images_variant_<part>.txt a line "<picture without .jpg> <class>" for each picture."""
+    variants = _needed(folder / "variants.txt", layout).read_text(encoding="utf-8").splitlines()
+    label_of = {variant.strip(): label for label, variant in enumerate(variants) if variant.strip()}
+    listed: list[Listed] = []
+    for part in PARTS:
+        table = _needed(folder / f"images_variant_{part}.txt", layout)
+        for line in filter(None, map(str.strip, table.read_text(encoding="utf-8").splitlines())):
+            picture, _, key = line.partition(" ")
+            if key not in label_of or not (folder / layout.images / f"{picture}.jpg").is_file():
+                raise InputError(f"{str(table)!r} lists {line!r}, of which the picture or the class is missing. {INSTRUCTIONS}.")
+            listed.append((f"{picture}.jpg", label_of[key], key, part))
+    return listed
+
+
+def _needed(path: Path, layout: SetLayout) -> Path:
+    if not path.exists():
+        raise InputError(f"{layout.title} needs {str(path)!r}, which is missing. {INSTRUCTIONS}.")
+    return path
+
+
+READERS: Mapping[str, Callable[[Path, SetLayout], list[Listed]]] = {
+    "imagenet": _from_imagenet,
+    "fgvc_aircraft": _from_aircraft,
+}
