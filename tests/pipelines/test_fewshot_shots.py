@@ -1,0 +1,171 @@
+"""Who is learned from, chosen on and tested on: counts, independence, and the one draw that every method reuses."""
+
+import json
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+
+from pipelines.errors import InputError
+from pipelines.fewshot.data import PARTS, LabelledPicture, LabelledSet, base_and_new, rename
+from pipelines.fewshot.shots import load_split, sample_split, save_split, saved_split
+from pipelines.fewshot.sources import PictureBytes
+
+
+def make_set(counts, parts=None):
+    """A set of pictures "<class>/<place>"; `parts` gives for each place of every class its part."""
+    keys = tuple(counts)
+    pictures = tuple(
+        LabelledPicture(PictureBytes(f"{key}/{place:03d}", b""), label, key)
+        for label, (key, count) in enumerate(counts.items())
+        for place in range(count)
+    )
+    listed = {picture.name: parts[int(picture.name.split("/")[1])] for picture in pictures} if parts else {}
+    return LabelledSet("the set", keys, keys, pictures, listed)
+
+
+def counts_of(split):
+    return {part: [Counter(label for _, label in split.names[part])[label] for label in range(len(split.keys))] for part in PARTS}
+
+
+PLAIN = make_set({"a": 40, "b": 30, "c": 100})
+OFFICIAL = make_set({"a": 40, "b": 40}, ["train"] * 20 + ["val"] * 8 + ["test"] * 12)
+WITHOUT_VAL = make_set({"a": 40, "b": 40}, ["train"] * 28 + ["test"] * 12)
+
+
+@pytest.mark.parametrize("shots", [1, 2, 4, 8, 16])
+def test_each_class_gives_its_shots_and_the_smaller_of_them_and_four_to_validation(shots):
+    for labelled, test in ((PLAIN, [12, 9, 30]), (OFFICIAL, [12, 12]), (WITHOUT_VAL, [12, 12])):
+        counts = counts_of(sample_split(labelled, shots, seed=1))
+        assert set(counts["train"]) == {shots}
+        assert set(counts["val"]) == {min(shots, 4)}
+        assert counts["test"] == test
+
+
+@pytest.mark.parametrize(
+    ("labelled", "train"),
+    [(PLAIN, [24, 17, 66]), (OFFICIAL, [20, 20]), (WITHOUT_VAL, [24, 24]), (make_set({"a": 3, "b": 9}), [1, 3])],
+)
+def test_all_shots_are_all_that_neither_test_nor_validate(labelled, train):
+    split = sample_split(labelled, "all", seed=0)
+    assert counts_of(split)["train"] == train
+    if labelled is not OFFICIAL:
+        assert sum(len(split.names[part]) for part in PARTS) == len(labelled.pictures)
+
+
+@pytest.mark.parametrize("shots", [1, 16, "all"])
+@pytest.mark.parametrize("labelled", [PLAIN, OFFICIAL, WITHOUT_VAL])
+def test_no_picture_is_in_two_parts_and_a_set_keeps_its_own(labelled, shots):
+    split = sample_split(labelled, shots, seed=3)
+    names = [name for part in PARTS for name, _ in split.names[part]]
+    assert len(set(names)) == len(names)
+    for part in PARTS:
+        for picture in split.pictures(labelled, part):
+            own = labelled.parts.get(picture.name, part)
+            assert own == part or (part == "val" and own == "train" and labelled is WITHOUT_VAL)
+            assert (picture.name, picture.label) in split.names[part]
+
+
+def test_the_seed_draws_other_shots_and_never_another_test():
+    draws = [sample_split(PLAIN, 4, seed) for seed in range(6)]
+    assert len({draw.names["train"] for draw in draws}) == len({draw.sha256 for draw in draws}) == 6
+    assert len({draw.names["test"] for draw in draws}) == 1
+    assert draws[2] == sample_split(PLAIN, 4, 2)
+
+
+def test_shots_are_drawn_evenly():
+    drawn = Counter(name for seed in range(300) for name, _ in sample_split(PLAIN, 4, seed).names["train"] if name[0] == "b")
+    assert len(drawn) == 21
+    assert min(drawn.values()) > 0.5 * 300 * 4 / 21
+    assert max(drawn.values()) < 1.6 * 300 * 4 / 21
+
+
+@pytest.mark.parametrize("labelled", [PLAIN, OFFICIAL, WITHOUT_VAL])
+def test_fewer_shots_are_a_part_of_more(labelled):
+    draws = [sample_split(labelled, shots, seed=5) for shots in (1, 2, 4, 8, 16)]
+    for fewer, more in pairwise(draws):
+        assert set(fewer.names["train"]) < set(more.names["train"])
+        assert set(fewer.names["val"]) <= set(more.names["val"])
+
+
+def test_a_class_is_drawn_the_same_whatever_the_others_and_whatever_its_name():
+    alone = sample_split(make_set({"c": 100, "x": 9}), 2, seed=1)
+    for labelled in (PLAIN, rename(PLAIN, {"c": "something else"})):
+        split = sample_split(labelled, 2, seed=1)
+        for part in PARTS:
+            assert [name for name, _ in split.names[part] if name[0] == "c"] == [n for n, _ in alone.names[part] if n[0] == "c"]
+
+
+def test_held_out_classes_are_tested_on_the_pictures_that_all_classes_are():
+    labelled = make_set(dict.fromkeys("abcd", 20))
+    parts = [sample_split(half, 2, seed=1).pictures(half, "test") for half in base_and_new(labelled)]
+    assert [p.name for half in parts for p in half] == [name for name, _ in sample_split(labelled, 2, seed=1).names["test"]]
+
+
+@pytest.mark.parametrize(
+    ("labelled", "shots", "message"),
+    [
+        (
+            make_set({"a": 40, "b": 5}),
+            4,
+            r"'b' of the set must have 8 pictures to learn from 4 and choose on 4, got 3, since 2 are",
+        ),
+        (make_set({"a": 40, "b": 1}), 1, r"'b' of the set must have 2 .*, got 0, since 1 are held out"),
+        (make_set({"a": 40, "b": 2}), "all", r"'b' of the set must have 2 .*, got 1, since 1 are"),
+        (OFFICIAL, 21, r"'a' of the set must have 21 pictures to learn from 21 and choose on 4, got 20, as its own split says"),
+        (WITHOUT_VAL, 25, r"'a' of the set must have 29 pictures .* got 28, as its own split says"),
+        (make_set({"a": 9, "b": 9}, ["train"] * 9), 1, r"the set has no picture to test on.*train alone"),
+        (PLAIN, 0, r"shots must be 1 or more, or all, got 0"),
+    ],
+)
+def test_fewer_pictures_than_shots_are_named_with_their_class(labelled, shots, message):
+    with pytest.raises(InputError, match=message):
+        sample_split(labelled, shots, seed=0)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -1.0])
+def test_the_tests_share_lies_between_none_and_all(share):
+    with pytest.raises(InputError, match=f"between 0 and 1, got {share}"):
+        sample_split(PLAIN, 1, 0, share)
+
+
+def test_a_split_is_drawn_once_and_read_back_by_all_that_follow(tmp_path):
+    first = saved_split(tmp_path / "deep" / "split.json", PLAIN, 4, seed=1)
+    content = (tmp_path / "deep" / "split.json").read_bytes()
+    assert saved_split(tmp_path / "deep" / "split.json", PLAIN, 4, seed=1) == first == sample_split(PLAIN, 4, 1)
+    assert (tmp_path / "deep" / "split.json").read_bytes() == content
+    saved = json.loads(content)
+    assert saved["sha256"] == first.sha256
+    assert saved["train"][0] == [*first.names["train"][0], "a"]
+    assert len(list((tmp_path / "deep").iterdir())) == 1
+    for asked in ((2, 1), (4, 2), (4, 1, 0.5)):
+        with pytest.raises(InputError, match=r"split\.json.* was drawn with .*\(4, 1, 0\.3\), but .* are asked for"):
+            saved_split(tmp_path / "deep" / "split.json", PLAIN, *asked)
+
+
+@pytest.mark.parametrize("shots", [2, "all"])
+def test_all_that_a_split_says_survives_the_file(tmp_path, shots):
+    for labelled in (PLAIN, OFFICIAL):
+        split = sample_split(labelled, shots, seed=9, test_share=0.25)
+        save_split(split, tmp_path / "a.json")
+        assert load_split(tmp_path / "a.json", labelled) == split
+
+
+def test_a_split_that_was_changed_is_refused(tmp_path):
+    save_split(sample_split(PLAIN, 4, 1), tmp_path / "a.json")
+    saved = json.loads((tmp_path / "a.json").read_text())
+    moved = saved | {"train": saved["train"] + saved["test"][:1]}
+    for content in (moved, saved | {"seed": 2}, {name: saved[name] for name in saved if name != "sha256"}):
+        (tmp_path / "a.json").write_text(json.dumps(content))
+        with pytest.raises(InputError, match=r"a\.json.* was changed since it was written"):
+            load_split(tmp_path / "a.json", PLAIN)
+    (tmp_path / "a.json").write_text(json.dumps(saved))
+    load_split(tmp_path / "a.json", PLAIN)
+
+
+def test_a_split_of_another_set_is_refused(tmp_path):
+    save_split(sample_split(PLAIN, 4, 1), tmp_path / "a.json")
+    with pytest.raises(InputError, match=r"other classes than the set has"):
+        load_split(tmp_path / "a.json", OFFICIAL)
+    with pytest.raises(InputError, match=r"has 'c/\d+' of class 'c', but the set has no such picture"):
+        load_split(tmp_path / "a.json", make_set({"a": 40, "b": 30, "c": 50}))
