@@ -1,0 +1,196 @@
+"""A true-size CLIP with random weights, there and back: one adapted training step, merged, repacked, exported, loaded again;
+and what a step of NoRA costs beside one of LoRA, both on q, k and v of both encoders, in turns in one process.
+
+    python benchmarks/clip_step.py
+
+LoRA has rank 2, as CLIP-LoRA has. Ends with an error where a file computes something else than the adapted model.
+"""
+
+# ruff: noqa: T201 - what a benchmark prints is its result
+import argparse
+import copy
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pipelines.fewshot import adapters, export
+from pipelines.fewshot.adapters import AdapterPlaces
+from pipelines.fewshot.clip import Clip, load_clip
+from pipelines.methods import AdapterOptions
+
+# Of features of length 1, in single precision.
+TOLERANCE = 1e-5
+CLASSES = (
+    "cat",
+    "dog",
+    "teapot",
+    "sailing boat",
+    "traffic light",
+    "maple leaf",
+    "street lamp",
+    "violin",
+    "zebra",
+    "red brick wall",
+)
+WARM_UP = 2
+
+
+class Task:
+    """One adapter on a copy of the model, and what a training step needs."""
+
+    def __init__(self, clip: Clip, options: AdapterOptions, pixels: torch.Tensor, labels: torch.Tensor, cache: Path) -> None:
+        self.clip = Clip(copy.deepcopy(clip.model), clip.preprocess, clip.tokenizer, clip.name)
+        self.pixels, self.labels = pixels, labels
+        self.tokens = clip.tokenizer([f"a photo of a {name}." for name in CLASSES])
+        self.components = adapters.attach(self.clip, options, AdapterPlaces())
+        began = time.perf_counter()
+        adapters.start(self.clip, options, self.components, [pixels], self.tokens, cache, seed=0)
+        self.seconds_to_start = time.perf_counter() - began
+        self.optimizer = torch.optim.AdamW(adapters.trained_parameters(self.components), lr=1e-3)
+
+    @property
+    def trained_numbers(self) -> int:
+        """How many numbers the adapter trains."""
+        return sum(parameter.numel() for parameter in adapters.trained_parameters(self.components))
+
+    def loss(self) -> torch.Tensor:
+        """Cross entropy of the pictures among the class prompts: ()."""
+        logits = self.clip.logit_scale * self.clip.encode_images(self.pixels) @ self.clip.encode_texts(self.tokens).T
+        return nn.functional.cross_entropy(logits, self.labels)
+
+    def step(self) -> float:
+        """One training step; returns its seconds."""
+        synchronize = torch.cuda.synchronize if self.pixels.is_cuda else lambda: None
+        synchronize()
+        began = time.perf_counter()
+        self.loss().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        synchronize()
+        return time.perf_counter() - began
+
+    @torch.no_grad()
+    def features(self, clip: Clip) -> torch.Tensor:
+        """What `clip` makes of the pictures and prompts: (pictures + classes, d)."""
+        return torch.cat([clip.encode_images(self.pixels), clip.encode_texts(self.tokens)]).cpu()
+
+
+def saved_bytes(model: nn.Module, run: Callable[[], torch.Tensor]) -> int:
+    """Bytes that `run()` saves for backward, besides the parameters and buffers of `model`."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        """Note the storage of a tensor that autograd saves."""
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run()
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+def round_trip(task: Task, base: Clip, options: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """The largest difference of a feature from the adapted model's, by the form that the model was given.
+
+    Raises: ValueError naming the form that differs, or whose state dict has other keys.
+    """
+    expected, name = task.features(task.clip), "merged.safetensors"
+    merged = export.merged(task.clip)
+    export.save_merged(task.clip, folder / name)
+    adapters.save(AdapterOptions(), task.components, folder / "adapter")
+    native = Clip(copy.deepcopy(base.model), None, base.tokenizer, base.name)
+    adapters.load(native, folder / "adapter" / "full")
+    forms = {
+        "merged and repacked": merged,
+        "checkpoint": load_clip(options.model, str(folder / name), options.device),
+        "native files": native,
+    }
+    differences = {form: (task.features(clip) - expected).abs().max().item() for form, clip in forms.items()}
+    if list(merged.model.state_dict()) != list(base.model.state_dict()):
+        raise ValueError("The merged state dict has other keys than that of the base model.")
+    differences["weights of the checkpoint"] = _largest_difference(forms["checkpoint"].model, merged.model)
+    for format in options.formats:
+        files = export.save_exported(task.clip, folder, task.tokens[:2], format)
+        inputs = ((files["image"], task.pixels.cpu()), (files["text"], task.tokens))
+        found = torch.cat([export.run_exported(file, values) for file, values in inputs])
+        differences[f"exported to {format}"] = (found - expected).abs().max().item()
+    wrong = [form for form, difference in differences.items() if not difference <= TOLERANCE]
+    if wrong:
+        raise ValueError(f"These differ from the adapted model by more than {TOLERANCE}: {', '.join(wrong)}: {differences}.")
+    return differences
+
+
+def _largest_difference(first: nn.Module, second: nn.Module) -> float:
+    pairs = zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    return max((one.cpu() - other.cpu()).abs().max().item() for one, other in pairs)
+
+
+def compare(tasks: dict[str, Task], steps: int) -> dict[str, tuple[float, int]]:
+    """Median seconds of a step and bytes saved for backward, by adapter; in turns, so that other load hits both."""
+    bytes_of = {name: saved_bytes(task.clip.model, task.loss) for name, task in tasks.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+    for repeat in range(steps + WARM_UP):
+        for name in sorted(tasks, reverse=bool(repeat % 2)):
+            elapsed = tasks[name].step()
+            if repeat >= WARM_UP:
+                seconds[name].append(elapsed)
+    return {name: (statistics.median(seconds[name]), bytes_of[name]) for name in tasks}
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="ViT-B-16", help="a name that open_clip knows; its weights are random")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch_size", type=int, default=4, help="pictures a step")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--rank", type=int, default=32, help="outer rank of NoRA")
+    parser.add_argument("--inner_r", type=int, default=4)
+    parser.add_argument("--lora_rank", type=int, default=2)
+    parser.add_argument("--formats", nargs="*", choices=["torch", "onnx"], default=["torch", "onnx"])
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the way there and back, and the comparison."""
+    options = parsed(arguments)
+    torch.manual_seed(0)
+    base = load_clip(options.model, "random", options.device)
+    pixels = torch.randn(options.batch_size, 3, *base.model.visual.image_size, device=options.device)
+    labels = torch.arange(options.batch_size, device=options.device) % len(CLASSES)
+    adapted = {
+        "NoRA": AdapterOptions(method="nora", rank=options.rank, inner_r=options.inner_r),
+        "LoRA": AdapterOptions(method="lora", rank=options.lora_rank),
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        tasks = {name: Task(base, method, pixels, labels, folder / name) for name, method in adapted.items()}
+        tasks["NoRA"].step()
+        weights = sum(parameter.numel() for parameter in base.model.parameters())
+        print(f"{options.model}, {weights / 1e6:.0f} M random weights, after one step; largest difference of a feature:")
+        for form, difference in round_trip(tasks["NoRA"], base, options, folder).items():
+            print(f"  {form}: {difference:.1e}")
+        results = compare(tasks, options.steps)
+    setting = f"{options.batch_size} pictures, {len(CLASSES)} prompts, {options.device}, medians of {options.steps}"
+    print(f"A training step on q, k, v of both encoders ({setting}):")
+    for name, (seconds, saved) in results.items():
+        numbers, start = tasks[name].trained_numbers, tasks[name].seconds_to_start
+        print(
+            f"  {name}: {numbers} trained numbers, {seconds * 1e3:.0f} ms, {saved / 2**20:.1f} MiB saved for backward, "
+            f"started in {start:.1f} s"
+        )
+    (nora, nora_bytes), (lora, lora_bytes) = results["NoRA"], results["LoRA"]
+    trained = tasks["LoRA"].trained_numbers / tasks["NoRA"].trained_numbers
+    print(f"  NoRA trains {trained:.1f} times less; time {nora / lora:.3f} and memory {nora_bytes / lora_bytes:.3f} of LoRA's")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""The benchmark of a CLIP training step, on a tiny model."""
+
+import json
+import re
+
+import open_clip
+import pytest
+import torch
+from tiny_clip import CONFIG
+from torch import nn
+
+from benchmarks import clip_step
+from pipelines.fewshot import export
+
+OPTIONS = ["--device", "cpu", "--steps", "2", "--rank", "4", "--inner_r", "1", "--formats"]
+
+
+@pytest.fixture(scope="module")
+def name(tmp_path_factory):
+    """A tiny model under a name of open_clip's, with the vocabulary of its own tokenizer."""
+    file = tmp_path_factory.mktemp("configs") / "tiny-benchmark.json"
+    file.write_text(json.dumps({**CONFIG, "text_cfg": {**CONFIG["text_cfg"], "vocab_size": 49408}}))
+    open_clip.add_model_config(file)
+    return file.stem
+
+
+def test_the_way_there_and_back_is_exact_and_both_adapters_are_measured(name, capsys):
+    clip_step.main(["--model", name, *OPTIONS])
+    printed = capsys.readouterr().out
+    assert all(float(value) < clip_step.TOLERANCE for value in re.findall(r": ([\d.]+e[-+]\d+)", printed))
+    # 2 r r' for each of q, k, v in 5 blocks; rank 2 in and out of widths 32 (3 blocks) and 16 (2 blocks).
+    assert f"NoRA: {2 * 4 * 1 * 15} trained numbers" in printed
+    assert f"LoRA: {2 * 2 * 3 * (3 * 32 + 2 * 16)} trained numbers" in printed
+
+
+def test_a_form_that_differs_is_an_error(name, monkeypatch):
+    merged = export.merged
+
+    def disturbed(clip, packed=True):
+        plain = merged(clip, packed)
+        plain.model.visual.proj[0] += 1.0
+        return plain
+
+    monkeypatch.setattr(export, "merged", disturbed)
+    with pytest.raises(ValueError, match="more than 1e-05: merged and repacked, checkpoint:"):
+        clip_step.main(["--model", name, *OPTIONS])
+
+
+def test_saved_bytes_are_those_of_the_inputs_that_backward_needs():
+    layer = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+    x = torch.randn(4, 8)
+    # The input of the first layer, that of the activation, and that of the second layer.
+    assert clip_step.saved_bytes(layer, lambda: layer(x)) == 3 * 4 * 8 * 4
