@@ -2,22 +2,27 @@
 
 import math
 
+import open_clip
 import pytest
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
+from tiny_clip import tiny_clip
 from torch.nn import functional as F
 from toy_task import CLASSES, START, WIDTH, directions, held_out, toy_clip, toy_task
 
 from nora_vision.files import write_tensors
+from pipelines import mini_clip
 from pipelines.errors import InputError
 from pipelines.fewshot import baselines
 from pipelines.fewshot.baselines import clap, clip_adapter, coop, gda, logistic, taskres, tip_adapter
 from pipelines.fewshot.baselines.choosing import choose, inputs_of
 from pipelines.fewshot.baselines.predictors import KeyValueCache, Linear, Predictor, adapted, load_predictor, save_predictor
 from pipelines.fewshot.baselines.task import Examples, FewShotTask
+from pipelines.fewshot.clip import Clip
 from pipelines.fewshot.features import picture_features, prompt_features
+from pipelines.mini_sdxl import MAX_TOKENS, PROMPT_WORDS, reduced_tokenizer
 
 every = pytest.mark.parametrize("name", baselines.BASELINES)
 TRAINED = {
@@ -286,6 +291,22 @@ def test_coops_context_is_as_long_as_the_longest_name_allows(context, length):
     prompts = coop.prompts_with_context(toy_clip(context), CLASSES)
     assert prompts.length == length
     assert prompts.tokens[:, 0].tolist() == [START] * 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("built_in", [False, True])
+def test_coop_that_starts_from_words_is_zero_shot_with_real_tokenizers(built_in, tmp_path):
+    if built_in:
+        mini_clip.write_configuration(tmp_path, reduced_tokenizer([PROMPT_WORDS]))
+        tokenizer, vocabulary, length = open_clip.get_tokenizer(f"local-dir:{tmp_path}"), 4000, MAX_TOKENS
+    else:
+        tokenizer, vocabulary, length = open_clip.get_tokenizer("ViT-B-16"), 49408, 77
+    model = tiny_clip(text_cfg={"vocab_size": vocabulary, "context_length": length})
+    clip = Clip(model, preprocess=None, tokenizer=tokenizer, name="tiny")
+    texts = tokenizer([f"a photo of a {name}." for name in ("cat", "grey dog", "teapot")])
+    prompts = coop.prompts_with_context(clip, CLASSES, lengths=(4,))
+    context = model.token_embedding(texts[0, 1:5])
+    torch.testing.assert_close(prompts.features(context), model.encode_text(texts, normalize=True))
 
 
 def test_a_name_that_leaves_no_room_is_named():

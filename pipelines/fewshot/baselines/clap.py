@@ -1,4 +1,7 @@
-"""CLAP: a linear probe held near the classes' prompts, most where those are right  [Silva-Rodriguez et al. 2024]."""
+"""CLAP: a linear probe held near the classes' prompts, most where those are right  [Silva-Rodriguez et al. 2024].
+
+"A closer look at the few-shot adaptation of large vision-language models", arXiv 2312.12730.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ EPOCHS = 300
 
 
 def multipliers(task: FewShotTask) -> torch.Tensor:
-    """How well zero-shot knows each class: the mean probability that it gives the class's own pictures  [eq. 9], (classes,)."""
+    """How well zero-shot knows each class: the mean probability that it gives the class's own pictures, (classes,)."""
     views = task.train.all_views()
     probabilities = (views @ task.zero_shot_weight().T).softmax(dim=-1).mean(dim=0)
     own = probabilities.gather(1, task.train.labels[:, None])[:, 0]

@@ -1,4 +1,7 @@
-"""CLIP-Adapter: a bottleneck beside the picture features, mixed with them  [Gao et al. 2021]."""
+"""CLIP-Adapter: a bottleneck beside the picture features, mixed with them  [Gao et al. 2021].
+
+"CLIP-Adapter: better vision-language models with feature adapters", arXiv 2110.04544.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ LEARNING_RATES = (1e-3, 1e-2, 1e-1)
 
 
 def fit(task: FewShotTask, seed: int) -> Predictor:
-    """min over D, U of  mean -log softmax(scale cos(ratio relu(U relu(D x)) + (1 - ratio) x, T))[y]  [eqs. 3-6].
+    """min over D, U of  mean -log softmax(scale cos(ratio relu(U relu(D x)) + (1 - ratio) x, T))[y].
 
     Without biases the bottleneck of c x is c times that of x, so that unit features serve as well as the tower's own. The
     ratio and the learning rate are chosen on validation, from the grid of Silva-Rodriguez et al. 2024.

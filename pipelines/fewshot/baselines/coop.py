@@ -1,4 +1,7 @@
-"""CoOp: words before the class's name that no one can read, learned through the text tower  [Zhou et al. 2022]."""
+"""CoOp: words before the class's name that no one can read, learned through the text tower  [Zhou et al. 2022].
+
+"Learning to prompt for vision-language models", arXiv 2109.01134.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +76,7 @@ def prompts_with_context(clip: Clip, classes: Sequence[str], lengths: Sequence[i
 
 
 def fit(task: FewShotTask, seed: int) -> Predictor:
-    """min over v of  mean -log softmax(scale cos(x, g([v_1] ... [v_M] name)))[y],  v drawn from N(0, 0.02^2)  [eqs. 2-3].
+    """min over v of  mean -log softmax(scale cos(x, g([v_1] ... [v_M] name)))[y],  v drawn from N(0, 0.02^2).
 
     One context for all classes, the name at the end. The learning rate is chosen on validation. The context is all that is
     trained; what is kept is the classifier that it gives.

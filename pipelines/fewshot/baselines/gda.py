@@ -1,4 +1,7 @@
-"""Gaussian discriminant analysis beside the prompts, without training  [Wang et al. 2024, "A hard-to-beat baseline"]."""
+"""Gaussian discriminant analysis beside the prompts, without training  [Wang et al. 2024].
+
+"A hard-to-beat baseline for training-free CLIP-based adaptation", arXiv 2402.04087.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,16 @@ from pipelines.fewshot.baselines.choosing import choose
 from pipelines.fewshot.baselines.predictors import Linear, Predictor
 from pipelines.fewshot.baselines.task import FewShotTask
 
+# Mean squared distance from the class's mean, of unit features: what rounding leaves is none.
+LEAST_SPREAD = 1e-12
 ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 
 
 def gaussian_classifier(features: torch.Tensor, labels: torch.Tensor, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The classifier of Gaussian classes with one covariance and equal priors, in double precision.
 
-        w_c = P m_c;   b_c = log(1 / classes) - m_c P m_c / 2                                       [eq. 4]
-        P = d ((N - 1) S + tr(S) I)^-1,  the precision's ridge-like estimate of Kubokawa and Srivastava  [eq. 6]
+        w_c = P m_c;   b_c = log(1 / classes) - m_c P m_c / 2
+        P = d ((N - 1) S + tr(S) I)^-1,  the precision's ridge-like estimate of Kubokawa and Srivastava
 
     with the means m, and S the covariance (over N - 1) about them. Without any spread, as of one picture a class, P = I.
 
@@ -32,14 +37,14 @@ def gaussian_classifier(features: torch.Tensor, labels: torch.Tensor, classes: i
     count, width = features.shape
     identity = torch.eye(width).to(features)
     precision = identity
-    if float(scatter.trace()) > 0:
+    if float(scatter.trace()) > LEAST_SPREAD * count:
         precision = width * torch.linalg.inv(scatter + scatter.trace() / (count - 1) * identity)
     weight = means @ precision
     return weight, -(weight * means).sum(dim=-1) / 2 - math.log(classes)
 
 
 def fit(task: FewShotTask, seed: int) -> Predictor:
-    """logits = scale T x + alpha (W x + b)  [eq. 5],  alpha chosen on validation. Every view of a picture counts as a picture."""
+    """logits = scale T x + alpha (W x + b),  alpha chosen on validation. Every view of a picture counts as a picture."""
     views = task.train.all_views()
     weight, bias = gaussian_classifier(views.flatten(0, 1), task.train.labels.repeat(len(views)), len(task.classes))
     weight, bias, zero_shot = weight.float(), bias.float(), task.zero_shot_weight()

@@ -58,7 +58,7 @@ class Linear(Head):
 
 
 class KeyValueCache(Head):
-    """logits = W x + alpha exp(-beta (1 - K x)) V  [Zhang et al. 2022, eqs. 3-5]."""
+    """logits = W x + alpha exp(-beta (1 - K x)) V  [Zhang et al. 2022]."""
 
     shapes: ClassVar = {
         "weight": ("classes", "width"),
@@ -74,7 +74,7 @@ class KeyValueCache(Head):
 
 
 class Bottleneck(Head):
-    """logits = W x' with x' the direction of  ratio relu(U relu(D x)) + (1 - ratio) x  [Gao et al. 2021, eqs. 3-5]."""
+    """logits = W x' with x' the direction of  ratio relu(U relu(D x)) + (1 - ratio) x  [Gao et al. 2021]."""
 
     shapes: ClassVar = {
         "weight": ("classes", "width"),

@@ -1,4 +1,7 @@
-"""TaskRes: the classes' prompt features, each moved by a learned residual  [Yu et al. 2023]."""
+"""TaskRes: the classes' prompt features, each moved by a learned residual  [Yu et al. 2023].
+
+"Task residual for tuning vision-language models", arXiv 2211.10277.
+"""
 
 from __future__ import annotations
 

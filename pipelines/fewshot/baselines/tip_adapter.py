@@ -1,4 +1,7 @@
-"""Tip-Adapter: a cache of the few pictures beside the prompts, as it is or with trained keys  [Zhang et al. 2022]."""
+"""Tip-Adapter: a cache of the few pictures beside the prompts, as it is or with trained keys  [Zhang et al. 2022].
+
+"Tip-Adapter: training-free adaption of CLIP for few-shot classification", arXiv 2207.09519.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def cache_of(task: FewShotTask) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def fit(task: FewShotTask, seed: int) -> Predictor:
-    """logits = scale T x + alpha exp(-beta (1 - K x)) V  [eqs. 3-5],  alpha and beta chosen on validation. Nothing is trained."""
+    """logits = scale T x + alpha exp(-beta (1 - K x)) V,  alpha and beta chosen on validation. Nothing is trained."""
     keys, values = cache_of(task)
     return _predictor(task, keys, values, *search(task, keys, values), trained_numbers=0)
 

@@ -1,4 +1,4 @@
-"""CLIP as it is: the class whose prompts lie nearest, no picture needed  [Radford et al. 2021]."""
+"""CLIP as it is: the class whose prompts lie nearest, no picture needed  [Radford et al. 2021, arXiv 2103.00020]."""
 
 from __future__ import annotations
 
