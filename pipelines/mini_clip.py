@@ -31,7 +31,7 @@ VISION_CONFIG: dict[str, Any] = {
     "model_args": {
         "img_size": RESOLUTION,
         "stem_width": [32, 32],
-        "embed_dim": [64, 192],
+        "embed_dim": [64, 160],
         "depths": [2, 3],
         "block_type": ["C", "M"],
         "conv_expand_ratio": 3.0,
@@ -40,6 +40,7 @@ VISION_CONFIG: dict[str, Any] = {
         "transformer_window_size": [8, 8],
         "transformer_no_block_attn": True,
         "transformer_head_first": False,
+        "transformer_expand_ratio": 3.0,
         "transformer_act_layer": "silu",
     },
     "pretrained_cfg": {"input_size": [3, RESOLUTION, RESOLUTION], "num_classes": 0, "pool_size": [8, 8]},

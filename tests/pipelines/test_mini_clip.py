@@ -73,7 +73,7 @@ def test_attention_is_over_all_64_places_with_packed_linears(model):
     mini_clip.picture_features(model, torch.rand(1, 3, 64, 64))
     for hook in hooks:
         hook.remove()
-    assert seen == [(64, 192)] * 3
+    assert seen == [(64, 160)] * 3
 
 
 def test_the_weights_take_less_than_ten_mebibytes(checkout):
