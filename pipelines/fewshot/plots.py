@@ -1,0 +1,80 @@
+"""Figures of a report, drawn without a screen and without pyplot's global state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from pipelines.fewshot.metrics import Reliability
+
+# More classes than this have no room for numbers, or for names.
+MOST_NUMBERED, MOST_NAMED, LONGEST_NAME = 20, 60, 24
+DOTS_PER_INCH = 120
+
+
+def confusion_figure(confusion: Sequence[Sequence[int]], classes: Sequence[str], title: str = "") -> Figure:
+    """A confusion matrix, coloured by the share of each true class.
+
+    Args:
+        confusion: (classes, classes) counts; rows are true classes, columns predicted ones.
+    """
+    counts = np.asarray(confusion)
+    shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    side = min(12.0, 3.5 + 0.35 * len(classes))
+    figure, axes = _figure(side + 1, side, title)
+    shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(shown, ax=axes, label="share of the true class", fraction=0.046)
+    axes.set(xlabel="predicted", ylabel="true")
+    if len(classes) <= MOST_NUMBERED:
+        for (row, column), count in np.ndenumerate(counts):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=8)
+    if len(classes) <= MOST_NAMED:
+        names = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in classes]
+        # A class may be called "$x$", which is no formula.
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8, parse_math=False)
+        axes.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
+    return figure
+
+
+def reliability_figure(curves: dict[str, Reliability], title: str = "") -> Figure:
+    """Accuracy against confidence, a curve for each classifier, above how often each confidence occurs.
+
+    Args:
+        curves: by what the legend calls them, such as "as trained" and "with the temperature".
+    """
+    figure, axes = _figure(5, 4.6, title)
+    axes.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1)
+    rare = axes.twinx()
+    for name, found in curves.items():
+        filled = np.asarray(found.counts) > 0
+        confidence, accuracy, counts = (np.asarray(values)[filled] for values in (found.confidence, found.accuracy, found.counts))
+        error = found.expected_calibration_error
+        (line,) = axes.plot(confidence, accuracy, marker="o", label=f"{name}, ECE {error:.3f}")
+        width = 0.8 / len(found.counts)
+        rare.bar(confidence, counts / counts.sum(), width=width, color=line.get_color(), alpha=0.2)
+    # The bars keep to the lowest quarter.
+    rare.set(ylim=(0, 4), yticks=[])
+    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
+    for text in axes.legend(loc="upper left", fontsize=8).get_texts():
+        text.set_parse_math(False)
+    return figure
+
+
+def _figure(width: float, height: float, title: str) -> tuple[Figure, Axes]:
+    figure = Figure((width, height), dpi=DOTS_PER_INCH, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=10, parse_math=False)
+    return figure, axes
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write `figure` as PNG; the same figure gives the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", metadata={"Software": None})
