@@ -2,27 +2,22 @@
 
 import math
 
-import open_clip
 import pytest
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
-from tiny_clip import tiny_clip
 from torch.nn import functional as F
-from toy_task import CLASSES, START, WIDTH, directions, held_out, toy_clip, toy_task
+from toy_task import CLASSES, WIDTH, directions, held_out, toy_clip, toy_task
 
 from nora_vision.files import write_tensors
-from pipelines import mini_clip
 from pipelines.errors import InputError
 from pipelines.fewshot import baselines
 from pipelines.fewshot.baselines import clap, clip_adapter, coop, gda, logistic, taskres, tip_adapter
 from pipelines.fewshot.baselines.choosing import choose, inputs_of
 from pipelines.fewshot.baselines.predictors import KeyValueCache, Linear, Predictor, adapted, load_predictor, save_predictor
 from pipelines.fewshot.baselines.task import Examples, FewShotTask
-from pipelines.fewshot.clip import Clip
 from pipelines.fewshot.features import picture_features, prompt_features
-from pipelines.mini_sdxl import MAX_TOKENS, PROMPT_WORDS, reduced_tokenizer
 
 every = pytest.mark.parametrize("name", baselines.BASELINES)
 TRAINED = {
@@ -277,59 +272,6 @@ def test_gda_trusts_the_prompts_where_pictures_mislead():
     assert misled.setting["alpha"] == gda.ALPHAS[0]
 
 
-@torch.no_grad()
-def test_coops_context_stands_where_the_words_stood():
-    clip = toy_clip()
-    prompts = coop.prompts_with_context(clip, CLASSES)
-    words = [f"a X X grey teapot. a a X {name}" for name in ("cat.", "grey dog.", "teapot.")]
-    context = clip.model.token_embedding(clip.tokenizer(words)[0, 1:9])
-    torch.testing.assert_close(prompts.features(context), clip.model.encode_text(clip.tokenizer(words), normalize=True))
-
-
-@pytest.mark.parametrize(("context", "length"), [(24, 16), (20, 16), (19, 8), (8, 4)])
-def test_coops_context_is_as_long_as_the_longest_name_allows(context, length):
-    prompts = coop.prompts_with_context(toy_clip(context), CLASSES)
-    assert prompts.length == length
-    assert prompts.tokens[:, 0].tolist() == [START] * 3
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("built_in", [False, True])
-def test_coop_that_starts_from_words_is_zero_shot_with_real_tokenizers(built_in, tmp_path):
-    if built_in:
-        mini_clip.write_configuration(tmp_path, reduced_tokenizer([PROMPT_WORDS]))
-        tokenizer, vocabulary, length = open_clip.get_tokenizer(f"local-dir:{tmp_path}"), 4000, MAX_TOKENS
-    else:
-        tokenizer, vocabulary, length = open_clip.get_tokenizer("ViT-B-16"), 49408, 77
-    model = tiny_clip(text_cfg={"vocab_size": vocabulary, "context_length": length})
-    clip = Clip(model, preprocess=None, tokenizer=tokenizer, name="tiny")
-    texts = tokenizer([f"a photo of a {name}." for name in ("cat", "grey dog", "teapot")])
-    prompts = coop.prompts_with_context(clip, CLASSES, lengths=(4,))
-    context = model.token_embedding(texts[0, 1:5])
-    torch.testing.assert_close(prompts.features(context), model.encode_text(texts, normalize=True))
-
-
-def test_a_name_that_leaves_no_room_is_named():
-    with pytest.raises(InputError, match="'grey_dog' leaves none"):
-        coop.prompts_with_context(toy_clip(context=7), CLASSES)
-
-
-def test_coop_trains_the_context_alone_and_fits_the_pictures():
-    clip = toy_clip()
-    clip.model.requires_grad_(True)
-    before = {name: value.clone() for name, value in clip.model.state_dict().items()}
-    prompts = coop.prompts_with_context(clip, CLASSES)
-    # Pictures that lie where some other context would put the classes.
-    shown = prompts.features(torch.randn(8, 16, generator=torch.Generator().manual_seed(1))).detach()
-    examples = Examples(shown.repeat(4, 1), torch.arange(3).repeat(4))
-    task = FewShotTask(CLASSES, prompts.features(torch.zeros(8, 16)).detach(), 300.0, examples, examples, clip)
-    weights = [coop.learned(task, prompts, 0, rate).head.weight for rate in (0.0, 2e-2)] + [300.0 * shown]
-    start, learned, theirs = (F.cross_entropy(examples.features @ weight.T, examples.labels) for weight in weights)
-    assert start > theirs > learned
-    assert all(torch.equal(value, before[name]) for name, value in clip.model.state_dict().items())
-    assert all(parameter.grad is None for parameter in clip.model.parameters())
-
-
 def test_the_choice_is_by_accuracy_then_cross_entropy_then_order_and_never_what_is_not_finite():
     labels = torch.tensor([0, 1])
     logits = {
@@ -344,16 +286,35 @@ def test_the_choice_is_by_accuracy_then_cross_entropy_then_order_and_never_what_
         choose([("not finite", logits["not finite"])], labels)
 
 
-def test_a_file_of_something_else_is_refused(tmp_path):
-    head = Linear(weight=torch.zeros(3, WIDTH), bias=torch.zeros(3))
-    save_predictor(Predictor(head, 0), tmp_path / "good.safetensors")
-    write_tensors(tmp_path / "other.safetensors", head.state_dict(), {"head": "Quadratic", "reads": "features"})
-    with pytest.raises(InputError, match="its head is 'Quadratic', not of"):
+@pytest.mark.parametrize(
+    "told",
+    [
+        {},
+        {"predictor": "no JSON"},
+        {"predictor": "[]"},
+        {"predictor": '{"head": "Quadratic", "reads": "features", "trained_numbers": 0, "setting": {}}'},
+        {"predictor": '{"head": "Linear", "reads": "sounds", "trained_numbers": 0, "setting": {}}'},
+        {"predictor": '{"head": "Linear", "reads": "features", "trained_numbers": [], "setting": {}}'},
+        {"predictor": '{"head": "Linear", "reads": "features", "trained_numbers": 0, "setting": "C"}'},
+    ],
+)
+def test_a_file_that_does_not_say_what_it_is_is_refused(tmp_path, told):
+    write_tensors(tmp_path / "other.safetensors", {"weight": torch.zeros(3, WIDTH), "bias": torch.zeros(3)}, told)
+    with pytest.raises(InputError, match=r"other.safetensors' does not say what it predicts with"):
         load_predictor(tmp_path / "other.safetensors")
+
+
+def test_tensors_that_do_not_fit_each_other_are_refused():
     with pytest.raises(InputError, match="needs 'bias' of shape"):
         Linear(weight=torch.zeros(3, WIDTH), bias=torch.zeros(2))
     with pytest.raises(InputError, match="needs the tensors"):
         Linear(weight=torch.zeros(3, WIDTH))
+
+
+def test_many_inputs_are_those_one_by_one(fitted):
+    many = directions(2500, WIDTH, seed=8)
+    head = fitted("tip_adapter").head
+    torch.testing.assert_close(fitted("tip_adapter").logits(many), head(many))
 
 
 def test_what_cannot_be_fitted_is_said():

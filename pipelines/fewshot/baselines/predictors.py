@@ -16,6 +16,9 @@ from pipelines.errors import InputError
 
 # Single numbers are kept as tensors of this shape.
 SCALAR: tuple[str, ...] = ()
+# Inputs at a time: a cache compares each with all its keys.
+BATCH = 1024
+PREDICTOR = "predictor"
 
 
 class Head(nn.Module):
@@ -107,6 +110,7 @@ def adapted(features: torch.Tensor, down: torch.Tensor, up: torch.Tensor, ratio:
     return F.normalize(ratio * beside + (1 - ratio) * features, dim=-1)
 
 
+READABLE: dict[str, Literal["features", "pixels"]] = {"features": "features", "pixels": "pixels"}
 HEADS: dict[str, type[Head]] = {kind.__name__: kind for kind in (Linear, KeyValueCache, Bottleneck)}
 
 
@@ -129,7 +133,7 @@ class Predictor:
     @torch.no_grad()
     def logits(self, inputs: torch.Tensor) -> torch.Tensor:
         """(n, width) to (n, classes) float32, where the head is."""
-        return self.head(inputs.to(next(self.head.buffers())))
+        return torch.cat([self.head(part.to(next(self.head.buffers()))) for part in inputs.split(BATCH)])
 
     @property
     def stored_numbers(self) -> int:
@@ -141,22 +145,23 @@ def save_predictor(predictor: Predictor, path: Path) -> None:
     """Write `predictor` as a safetensors file."""
     told = {
         "head": type(predictor.head).__name__,
-        "trained_numbers": str(predictor.trained_numbers),
-        "setting": json.dumps(predictor.setting),
+        "trained_numbers": predictor.trained_numbers,
+        "setting": predictor.setting,
         "reads": predictor.reads,
     }
-    write_tensors(path, predictor.head.state_dict(), told)
+    write_tensors(path, predictor.head.state_dict(), {PREDICTOR: json.dumps(told)})
 
 
 def load_predictor(path: Path) -> Predictor:
     """The predictor that `save_predictor` wrote, on the CPU.
 
-    Raises: AdapterFileError if it is no such safetensors file; InputError if it holds something else.
+    Raises: AdapterFileError if it is no sound safetensors file; InputError if it holds something else.
     """
-    told = read_header(path).metadata
-    if told.get("head") not in HEADS or told.get("reads") not in ("features", "pixels"):
-        raise InputError(
-            f"{str(path)!r} holds no baseline's predictor: its head is {told.get('head')!r}, not of {sorted(HEADS)}."
-        )
-    head = HEADS[told["head"]](**read_tensors(path))
-    return Predictor(head, int(told["trained_numbers"]), json.loads(told["setting"]), told["reads"])
+    metadata = read_header(path).metadata
+    try:
+        told = json.loads(metadata[PREDICTOR])
+        kind, reads = HEADS[told["head"]], READABLE[told["reads"]]
+        trained_numbers, setting = int(told["trained_numbers"]), dict(told["setting"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{str(path)!r} does not say what it predicts with ({error}). Name a baseline's file.") from error
+    return Predictor(kind(**read_tensors(path)), trained_numbers, setting, reads)
