@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
 from open_clip import pretrained as open_clip_pretrained
-from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.model import set_model_preprocess_cfg
+from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+from open_clip.transformer import QuickGELU
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -140,13 +144,11 @@ def load_clip(
     Args:
         model: "mini", the built-in model; a folder with an open_clip_config.json; or a name that open_clip knows.
         pretrained: for a name that open_clip knows, one of its tags such as "openai", a .safetensors checkpoint in
-            open_clip's layout, or "random" for weights that know nothing.
+            open_clip's layout, or "random" for weights that know nothing; for a folder a checkpoint in place of its own.
     Raises: InputError naming what cannot be loaded, what can, and the remedy.
     """
     if model == BUILT_IN or Path(model).is_dir():
-        if pretrained is not None:
-            raise InputError(f"--model {model} brings its own weights, got --pretrained {pretrained}. Leave that out.")
-        clip = _from_folder(mini_clip.BUILT_IN_CLIP if model == BUILT_IN else Path(model), model)
+        clip = _from_folder(mini_clip.BUILT_IN_CLIP if model == BUILT_IN else Path(model), model, pretrained)
     elif model in open_clip.list_models():
         clip = _from_open_clip(model, pretrained)
     else:
@@ -159,7 +161,15 @@ def load_clip(
     return clip
 
 
-def _from_folder(folder: Path, name: str) -> Clip:
+def checkpoint_metadata(model: nn.Module) -> dict[str, str]:
+    """What a checkpoint must say beside the weights, which the name of the model does not: activation and preprocessing."""
+    return {
+        "quick_gelu": json.dumps(any(isinstance(module, QuickGELU) for module in model.modules())),
+        "preprocess_cfg": json.dumps(open_clip.get_model_preprocess_cfg(model)),
+    }
+
+
+def _from_folder(folder: Path, name: str, pretrained: str | None) -> Clip:
     """The model of a folder as `training/pretrain_mini.py` and open_clip's own export write it."""
     for file in (mini_clip.CONFIG_FILE, mini_clip.WEIGHTS_FILE):
         if not (folder / file).is_file():
@@ -168,45 +178,66 @@ def _from_folder(folder: Path, name: str) -> Clip:
                 "one with training/pretrain_mini.py."
             )
     weights = _checked_weights(folder / mini_clip.WEIGHTS_FILE)
-    if (folder / mini_clip.VISION_FOLDER).is_dir():
-        model = mini_clip.new_model(folder)
-    else:
-        model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
-    _load_weights(model, weights, name)
-    settings = read_json(folder / mini_clip.CONFIG_FILE).get("preprocess_cfg", {})
-    preprocess = image_transform_v2(PreprocessCfg(**{"size": model.visual.image_size, **settings}), is_train=False)
-    return Clip(model, preprocess, open_clip.get_tokenizer(f"local-dir:{folder}"), name)
+    other = None if pretrained is None else _checked_weights(Path(pretrained))
+    with _weights_that_fit(weights, name):
+        if (folder / mini_clip.VISION_FOLDER).is_dir():
+            model = mini_clip.load_model(folder)
+        else:
+            model = open_clip.create_model(f"local-dir:{folder}")
+    if other is not None:
+        with _weights_that_fit(other, name):
+            open_clip.load_checkpoint(model, str(other))
+    preprocess = _preprocess(model, read_json(folder / mini_clip.CONFIG_FILE).get("preprocess_cfg", {}))
+    title = name if other is None else f"{name} ({pretrained})"
+    return Clip(model, preprocess, open_clip.get_tokenizer(f"local-dir:{folder}"), title)
 
 
 def _from_open_clip(name: str, pretrained: str | None) -> Clip:
     """The model that open_clip calls `name`, with the weights of a tag, a file or none."""
     tags = open_clip.list_pretrained_tags_by_model(name)
-    settings = open_clip_pretrained.get_pretrained_cfg(name, pretrained) if pretrained in tags else {}
+    settings = dict(open_clip_pretrained.get_pretrained_cfg(name, pretrained)) if pretrained in tags else {}
     if settings:
         weights = _downloaded(name, pretrained, settings)
     elif pretrained == RANDOM:
         weights = None
     elif pretrained is not None and (Path(pretrained).is_file() or Path(pretrained).suffix):
         weights = _checked_weights(Path(pretrained))
+        settings = _told_by(weights)
     else:
         raise InputError(
             f"pretrained must be one of the tags {', '.join(tags)} of {name}, a .safetensors file, or {RANDOM!r}; "
             f"got {pretrained!r}."
         )
-    # A tag's weights may want another activation than the model's configuration has; open_clip only warns of that.
-    model, _, preprocess = open_clip.create_model_and_transforms(
-        name,
-        pretrained=pretrained if settings else None,
-        load_weights=False,
-        pretrained_image=False,
-        force_quick_gelu=bool(settings.get("quick_gelu", False)),
-    )
-    if weights is not None:
-        _load_weights(model, weights, name)
-    return Clip(model, preprocess, open_clip.get_tokenizer(name), f"{name} ({pretrained})")
+    with _weights_that_fit(weights, name):
+        model = open_clip.create_model(
+            name,
+            pretrained=None if weights is None else str(weights),
+            # Weights may want another activation than the model's configuration has; of tags, open_clip only warns of that.
+            force_quick_gelu=bool(settings.get("quick_gelu", False)),
+        )
+    return Clip(model, _preprocess(model, settings), open_clip.get_tokenizer(name), f"{name} ({pretrained})")
 
 
-def _downloaded(name: str, tag: str, settings: dict[str, object]) -> Path:
+def _told_by(weights: Path) -> dict[str, Any]:
+    """What `checkpoint_metadata` wrote into a checkpoint, as settings of a tag; nothing where it is another's."""
+    with safe_open(weights, framework="pt") as file:
+        metadata = file.metadata() or {}
+    try:
+        told = {name: json.loads(metadata[name]) for name in ("quick_gelu", "preprocess_cfg") if name in metadata}
+    except json.JSONDecodeError as error:
+        raise InputError(f"{weights} has malformed metadata: {error}. Write the checkpoint again.") from error
+    return {**told.get("preprocess_cfg", {}), "quick_gelu": told.get("quick_gelu", False)}
+
+
+def _preprocess(model: nn.Module, settings: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
+    """What makes pixels of a picture as `settings` say, among them those of a tag; noted on the model, as open_clip does."""
+    own = merge_preprocess_dict(PreprocessCfg(), open_clip.get_model_preprocess_cfg(model))
+    own = merge_preprocess_dict(own, {**settings, "size": model.visual.image_size})
+    set_model_preprocess_cfg(model, own)
+    return image_transform_v2(PreprocessCfg(**own), is_train=False)
+
+
+def _downloaded(name: str, tag: str, settings: dict[str, Any]) -> Path:
     """The safetensors file of a tag's weights, from the hub or its cache."""
     remedy = f"Give a .safetensors checkpoint as --pretrained, another tag of {name}, or --model {BUILT_IN}."
     if not (settings.get("hf_hub") or settings.get("file")):
@@ -238,9 +269,11 @@ def _checked_weights(path: Path) -> Path:
         raise InputError(f"{path} is no sound safetensors file: {error}. Fetch or write it again.") from error
 
 
-def _load_weights(model: nn.Module, weights: Path, name: str) -> None:
+@contextmanager
+def _weights_that_fit(weights: Path | None, name: str) -> Iterator[None]:
+    """While the model `name` is loaded from the file `weights`: an error that names both, where they do not fit."""
     try:
-        open_clip.load_checkpoint(model, str(weights))
+        yield
     except RuntimeError as error:
         raise InputError(f"{weights} does not hold the weights of {name}: {error}") from error
 

@@ -24,7 +24,7 @@ from nora_vision.files import replacing, write_tensors
 from pipelines.errors import InputError
 from pipelines.fewshot.adapters import ADAPTER_NAME, adapter_layers
 from pipelines.fewshot.attention import repack, separate
-from pipelines.fewshot.clip import Clip
+from pipelines.fewshot.clip import Clip, checkpoint_metadata
 from pipelines.packages import installed
 
 LORA_CONFIG, LORA_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -59,8 +59,12 @@ def merged(clip: Clip, packed: bool = True) -> Clip:
 
 
 def save_merged(clip: Clip, path: str | os.PathLike) -> None:
-    """Write the merged weights as an open_clip checkpoint, a .safetensors file with the keys of the base model."""
-    write_tensors(path, merged(clip).model.state_dict())
+    """Write the merged weights as an open_clip checkpoint, a .safetensors file with the keys of the base model.
+
+    `load_clip(model, path)` finds the activation and the preprocessing in it; open_clip itself must be told of them.
+    """
+    model = merged(clip).model
+    write_tensors(path, model.state_dict(), checkpoint_metadata(model))
 
 
 def save_lora(components: dict[str, nn.Module], folder: Path) -> None:

@@ -8,7 +8,8 @@ import open_clip
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_clip import CONFIG, END, pictures, prompts, tiny_clip
 
 from pipelines import mini_clip
@@ -100,6 +101,22 @@ def test_the_merged_checkpoint_is_loaded_by_open_clip_and_by_name(tmp_path):
     open_clip.add_model_config(config)
     again = load_clip("tiny-merged", str(tmp_path / "merged.safetensors"))
     assert torch.equal(features(again.model), features(stock))
+
+
+@torch.no_grad()
+def test_the_merged_checkpoint_keeps_the_activation_and_the_preprocessing_of_a_tags_weights(tmp_path, monkeypatch):
+    config = tmp_path / "tiny-tagged.json"
+    config.write_text(json.dumps(CONFIG))
+    open_clip.add_model_config(config)
+    save_file(tiny_clip().state_dict(), tmp_path / "tag.safetensors")
+    settings = {"file": str(tmp_path / "tag.safetensors"), "quick_gelu": True, "mean": (0.1,) * 3, "std": (0.2,) * 3}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-tagged", {"original": settings})
+    clip, _ = adapted(tmp_path, clip=load_clip("tiny-tagged", "original"))
+    export.save_merged(clip, tmp_path / "merged.safetensors")
+    again = load_clip("tiny-tagged", str(tmp_path / "merged.safetensors"))
+    torch.testing.assert_close(features(again.model), features(clip.model), atol=1e-6, rtol=0)
+    white = Image.new("RGB", (16, 16), "white")
+    torch.testing.assert_close(again.preprocess(white), torch.full((3, 16, 16), (1 - 0.1) / 0.2))
 
 
 @torch.no_grad()
