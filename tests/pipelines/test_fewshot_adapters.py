@@ -67,6 +67,43 @@ def test_only_the_adapter_is_trained_and_every_number_of_it_gets_a_gradient(meth
     assert len(adapters.adapter_layers(components)) == 4 * 5
 
 
+def gradients(clip, components):
+    """The gradient of every trained number, in one row."""
+    logits = clip.logit_scale * clip.encode_images(pictures(3)) @ clip.encode_texts(TOKENS).T
+    nn.functional.cross_entropy(logits, torch.tensor([0, 1, 3])).backward()
+    grads = [parameter.grad for parameter in adapters.trained_parameters(components)]
+    assert {grad.dtype for grad in grads} == {torch.float32}
+    return torch.cat([grad.flatten() for grad in grads])
+
+
+@methods
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_trains_the_same_numbers_in_single_precision(method, autocast, tmp_path):
+    clip, components = started(tmp_path, small(method))
+    disturb(components)
+    expected = gradients(clip, components)
+    for parameter in adapters.trained_parameters(components):
+        parameter.grad = None
+    if not autocast:
+        for module in clip.model.modules():
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data if parameter.requires_grad else parameter.data.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = gradients(clip, components)
+    assert torch.cosine_similarity(found, expected, dim=0) > 0.98
+
+
+@methods
+def test_gradient_checkpointing_changes_no_gradient(method, tmp_path):
+    clip, components = started(tmp_path, small(method))
+    disturb(components)
+    expected = gradients(clip, components)
+    for parameter in adapters.trained_parameters(components):
+        parameter.grad = None
+    clip.model.set_grad_checkpointing(True)
+    torch.testing.assert_close(gradients(clip, components), expected)
+
+
 @pytest.mark.parametrize(
     ("places", "expected"),
     [
