@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -11,12 +11,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from pipelines.cache import TensorCache, digest_of, key_of
 from pipelines.fewshot.clip import Clip
+from pipelines.fewshot.prompts import Prompts
 
 FEATURES, PICTURE_TOWER = "features", "visual."
 LIBRARIES = {name: importlib.metadata.version(name) for name in ("open_clip_torch", "timm")}
@@ -50,21 +50,15 @@ def picture_features(
     return torch.cat(features), torch.cat(labels)
 
 
-def prompt_features(
-    clip: Clip, prompts: Sequence[Sequence[str]], batch_size: int = BATCH, cache: TensorCache | None = None
-) -> torch.Tensor:
-    """The unit feature of every class: the mean over its prompts, made of length 1 again  [Radford et al. 2021, 3.1.4].
+def prompt_features(clip: Clip, prompts: Prompts, batch_size: int = BATCH, cache: TensorCache | None = None) -> torch.Tensor:
+    """The unit features of the classes that `prompts` are about, computed and kept as those of pictures.
 
-    Args:
-        prompts: the prompts of each class, at least one.
     Returns: (classes, d) float32 on the CPU.
     """
     kept = _Kept(cache, clip.model, pictures=False)
-    tokens = clip.tokenizer([prompt for own in prompts for prompt in own])
+    tokens = clip.tokenizer(prompts.texts())
     with _evaluating(clip.model):
-        found = torch.cat([kept.encoded(part, clip.encode_texts) for part in tokens.split(batch_size)])
-    means = [own.mean(dim=0) for own in found.split([len(own) for own in prompts])]
-    return F.normalize(torch.stack(means), dim=-1)
+        return prompts.class_features(torch.cat([kept.encoded(part, clip.encode_texts) for part in tokens.split(batch_size)]))
 
 
 def raw_pixels(picture: Image.Image, side: int = 32) -> torch.Tensor:

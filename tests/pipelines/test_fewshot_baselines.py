@@ -17,7 +17,11 @@ from pipelines.fewshot.baselines import clap, clip_adapter, coop, gda, logistic,
 from pipelines.fewshot.baselines.choosing import choose, inputs_of
 from pipelines.fewshot.baselines.predictors import KeyValueCache, Linear, Predictor, adapted, load_predictor, save_predictor
 from pipelines.fewshot.baselines.task import Examples, FewShotTask
-from pipelines.fewshot.features import picture_features, prompt_features
+from pipelines.fewshot.data import PictureDataset
+from pipelines.fewshot.features import picture_features, prompt_features, raw_pixels
+from pipelines.fewshot.prompts import Prompts
+from pipelines.fewshot.samples import sample_set
+from pipelines.fewshot.shots import sample_split
 
 every = pytest.mark.parametrize("name", baselines.BASELINES)
 TRAINED = {
@@ -107,11 +111,11 @@ def test_a_file_gives_back_the_predictor(fitted, name, tmp_path):
 @torch.no_grad()
 def test_zero_shot_is_clip():
     clip = toy_clip()
-    pixels, names = torch.randn(4, 3, 16, 16), [name.replace("_", " ") + "." for name in CLASSES]
+    pixels, prompts = torch.randn(4, 3, 16, 16), Prompts(CLASSES, ("{}.",))
     features, labels = picture_features(clip, [(one, place % 3) for place, one in enumerate(pixels)])
     shown = Examples(features, labels)
-    task = FewShotTask(CLASSES, prompt_features(clip, [[name] for name in names]), float(clip.logit_scale), shown, shown)
-    expected, _ = clip.model.get_logits(pixels, clip.tokenizer(names))
+    task = FewShotTask(CLASSES, prompt_features(clip, prompts), float(clip.logit_scale), shown, shown)
+    expected, _ = clip.model.get_logits(pixels, clip.tokenizer(prompts.texts()))
     torch.testing.assert_close(baselines.fit("zeroshot", task, seed=0).logits(features), expected)
 
 
@@ -157,6 +161,21 @@ def test_pixels_are_probed_like_features():
     control = baselines.fit("pixels", raw, seed=0)
     assert same(control, baselines.fit("linear_probe", probe, seed=0))
     assert control.reads == "pixels"
+
+
+def test_raw_pixels_of_the_sample_set_are_a_control_worth_beating():
+    digits = sample_set()
+    split = sample_split(digits, shots=16, seed=0)
+
+    def examples(part):
+        shown = PictureDataset(split.pictures(digits, part)[::2], raw_pixels)
+        pixels = torch.stack([pixels for pixels, _ in shown])
+        return Examples(F.normalize(pixels, dim=-1), shown.labels, pixels)
+
+    test = examples("test")
+    task = FewShotTask(digits.classes, F.normalize(torch.rand(10, 3072), dim=-1), 1.0, examples("train"), examples("val"))
+    logits = baselines.fit("pixels", task, seed=0).logits(test.pixels)
+    assert float((logits.argmax(dim=-1) == test.labels).float().mean()) > 0.7
 
 
 def test_tip_adapter_tends_to_the_nearest_neighbour():

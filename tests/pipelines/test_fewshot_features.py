@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from pipelines.cache import TensorCache
 from pipelines.fewshot.clip import Clip
 from pipelines.fewshot.features import picture_features, prompt_features, raw_pixels
+from pipelines.fewshot.prompts import Prompts
 
 ROWS = prompts(3, 7, 12, 5)
 COUNT = 5
@@ -17,8 +18,8 @@ COUNT = 5
 
 @pytest.fixture
 def clip():
-    """A tiny CLIP whose texts are the numbers of their tokens' rows."""
-    return Clip(tiny_clip(), preprocess=None, tokenizer=lambda texts: ROWS[[int(text) for text in texts]], name="tiny")
+    """A tiny CLIP whose texts are the numbers, modulo four, of their tokens' rows."""
+    return Clip(tiny_clip(), preprocess=None, tokenizer=lambda texts: ROWS[[int(text) % 4 for text in texts]], name="tiny")
 
 
 @pytest.fixture
@@ -45,9 +46,9 @@ def test_features_are_open_clips_in_the_pictures_order_whatever_the_batches(clip
 
 @torch.no_grad()
 def test_a_class_is_the_mean_direction_of_its_prompts(clip):
-    features = prompt_features(clip, [["0", "1", "2"], ["3"]], batch_size=3)
+    features = prompt_features(clip, Prompts(("1", "2"), ("{}", "1{}")), batch_size=3)
     texts = clip.model.encode_text(ROWS, normalize=True)
-    torch.testing.assert_close(features, torch.stack([F.normalize(texts[:3].mean(dim=0), dim=0), texts[3]]))
+    torch.testing.assert_close(features, F.normalize(torch.stack([texts[1] + texts[11 % 4], texts[2] + texts[12 % 4]]), dim=-1))
 
 
 def test_what_is_kept_is_not_computed_again_and_only_that(clip, runs, tmp_path):
@@ -62,8 +63,8 @@ def test_what_is_kept_is_not_computed_again_and_only_that(clip, runs, tmp_path):
 
 def test_prompts_are_kept_too(clip, runs, tmp_path):
     cache = TensorCache(tmp_path)
-    first = prompt_features(clip, [["0"], ["1", "2"]], cache=cache)
-    assert torch.equal(prompt_features(clip, [["0"], ["1", "2"]], cache=cache), first)
+    first = prompt_features(clip, Prompts(("0", "1", "2"), ("{}",)), cache=cache)
+    assert torch.equal(prompt_features(clip, Prompts(("0", "1", "2"), ("{}",)), cache=cache), first)
     assert runs["texts"] == [3]
 
 

@@ -18,6 +18,7 @@ from pipelines.fewshot.baselines.predictors import Linear, Predictor
 from pipelines.fewshot.baselines.task import FewShotTask
 from pipelines.fewshot.baselines.training import Schedule, sgd, train
 from pipelines.fewshot.clip import Clip
+from pipelines.fewshot.prompts import clean_name
 from pipelines.randomness import keyed_generator
 
 # Words of the context: as many as the longest name leaves room for.
@@ -28,7 +29,7 @@ LEARNING_RATES = (2e-3, 2e-2, 2e-1)
 
 
 @dataclass(frozen=True)
-class Prompts:
+class ContextPrompts:
     """The classes' prompts, with room for a context after the start token.
 
     Args:
@@ -55,12 +56,12 @@ class Prompts:
         return self.clip.encode_embedded_texts(embedded, ends)
 
 
-def prompts_with_context(clip: Clip, classes: Sequence[str], lengths: Sequence[int] = LENGTHS) -> Prompts:
+def prompts_with_context(clip: Clip, classes: Sequence[str], lengths: Sequence[int] = LENGTHS) -> ContextPrompts:
     """The prompts "X X ... name.", with the first of `lengths` that leaves every name whole.
 
     Raises: InputError if none does, or the tokenizer has no single token for a placeholder.
     """
-    names = [name.replace("_", " ") + "." for name in classes]
+    names = [clean_name(name) + "." for name in classes]
     ends = clip.end_places(clip.tokenizer(names))
     for length in lengths:
         tokens = clip.tokenizer([" ".join([PLACEHOLDER] * length) + " " + name for name in names])
@@ -68,7 +69,7 @@ def prompts_with_context(clip: Clip, classes: Sequence[str], lengths: Sequence[i
             continue
         if not torch.equal(clip.end_places(tokens), ends + length) or len(tokens[:, 1 : 1 + length].unique()) != 1:
             raise InputError(f"coop needs a tokenizer with a start token and one token for {PLACEHOLDER!r}, not {clip.name}'s.")
-        return Prompts(clip, tokens.to(clip.device), length)
+        return ContextPrompts(clip, tokens.to(clip.device), length)
     raise InputError(
         f"coop needs room for {min(lengths)} tokens before every class's name; {classes[int(ends.argmax())]!r} leaves none. "
         "Shorten that name."
@@ -93,7 +94,7 @@ def fit(task: FewShotTask, seed: int) -> Predictor:
     return choose_predictor((learned(task, prompts, seed, rate) for rate in LEARNING_RATES), task.validation)
 
 
-def learned(task: FewShotTask, prompts: Prompts, seed: int, learning_rate: float) -> Predictor:
+def learned(task: FewShotTask, prompts: ContextPrompts, seed: int, learning_rate: float) -> Predictor:
     """The predictor of one learning rate."""
     generator, embedded = keyed_generator(seed), prompts.embedding.weight
     drawn = SPREAD * torch.randn(prompts.length, embedded.shape[1], generator=generator)
