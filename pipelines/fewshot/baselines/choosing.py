@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 
 from pipelines.errors import InputError
 from pipelines.fewshot.baselines.predictors import Predictor
@@ -41,9 +42,10 @@ def choose(candidates: Iterable[tuple[Candidate, torch.Tensor]], labels: torch.T
     return chosen[0]
 
 
-def choose_predictor(predictors: Iterable[Predictor], validation: Examples) -> Predictor:
-    """The predictor that `choose` chooses on `validation`."""
-    return choose(((one, one.logits(inputs_of(one, validation))) for one in predictors), validation.labels)
+def choose_predictor(predictors: Iterable[Predictor], total: int, validation: Examples) -> Predictor:
+    """The one of `total` predictors, fitted as they are asked for, that `choose` chooses on `validation`."""
+    shown = tqdm(predictors, total=total, desc="fitting settings", leave=False, delay=5)
+    return choose(((one, one.logits(inputs_of(one, validation))) for one in shown), validation.labels)
 
 
 def inputs_of(predictor: Predictor, examples: Examples) -> torch.Tensor:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import product
 
 import torch
@@ -38,19 +37,20 @@ def fit(task: FewShotTask, seed: int) -> Predictor:
     The multipliers lambda stay at their start, as in the authors' runs. The authors do without validation; on features of
     length 1 the weight of the penalty depends on the tower, so `strength` and the learning rate are chosen there.
     """
-    return choose_predictor(_fits(task, seed), task.validation)
+    settings = list(product(STRENGTHS, LEARNING_RATES))
+    return choose_predictor((held_probe(task, seed, *one) for one in settings), len(settings), task.validation)
 
 
-def _fits(task: FewShotTask, seed: int) -> Iterator[Predictor]:
+def held_probe(task: FewShotTask, seed: int, strength: float, learning_rate: float) -> Predictor:
+    """The predictor of one setting."""
     start, weights = task.class_features, multipliers(task)
-    for strength, rate in product(STRENGTHS, LEARNING_RATES):
-        prototypes = start.clone().requires_grad_()
+    prototypes = start.clone().requires_grad_()
 
-        def loss_of(features: torch.Tensor, labels: torch.Tensor, own=prototypes, strength: float = strength) -> torch.Tensor:
-            logits = task.logit_scale * features @ F.normalize(own, dim=-1).T
-            penalty = (weights * (own - start).square().sum(dim=-1)).mean()
-            return F.cross_entropy(logits, labels) + strength * penalty
+    def loss_of(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = task.logit_scale * features @ F.normalize(prototypes, dim=-1).T
+        penalty = (weights * (prototypes - start).square().sum(dim=-1)).mean()
+        return F.cross_entropy(logits, labels) + strength * penalty
 
-        train([prototypes], loss_of, task.train, Schedule(sgd(rate), EPOCHS), keyed_generator(seed))
-        weight = task.logit_scale * F.normalize(prototypes.detach(), dim=-1)
-        yield Predictor(Linear.unbiased(weight), prototypes.numel(), {"strength": strength, "learning_rate": rate})
+    train([prototypes], loss_of, task.train, Schedule(sgd(learning_rate), EPOCHS), keyed_generator(seed))
+    weight = task.logit_scale * F.normalize(prototypes.detach(), dim=-1)
+    return Predictor(Linear.unbiased(weight), prototypes.numel(), {"strength": strength, "learning_rate": learning_rate})

@@ -27,7 +27,8 @@ def fit(task: FewShotTask, seed: int) -> Predictor:
     Without biases the bottleneck of c x is c times that of x, so that unit features serve as well as the tower's own. The
     ratio and the learning rate are chosen on validation, from the grid of Silva-Rodriguez et al. 2024.
     """
-    return choose_predictor((bottleneck(task, seed, *one) for one in product(LEARNING_RATES, RATIOS)), task.validation)
+    settings = list(product(LEARNING_RATES, RATIOS))
+    return choose_predictor((bottleneck(task, seed, *one) for one in settings), len(settings), task.validation)
 
 
 def bottleneck(task: FewShotTask, seed: int, learning_rate: float, ratio: float) -> Predictor:

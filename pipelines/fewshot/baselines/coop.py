@@ -91,7 +91,8 @@ def fit(task: FewShotTask, seed: int) -> Predictor:
     if not task.clip.reads_up_to_the_end_token:
         raise InputError(f"coop needs a text tower that reads up to its end token, as CLIP's does; {task.clip.name}'s does not.")
     prompts = prompts_with_context(task.clip, task.classes)
-    return choose_predictor((learned(task, prompts, seed, rate) for rate in LEARNING_RATES), task.validation)
+    found = (learned(task, prompts, seed, rate) for rate in LEARNING_RATES)
+    return choose_predictor(found, len(LEARNING_RATES), task.validation)
 
 
 def learned(task: FewShotTask, prompts: ContextPrompts, seed: int, learning_rate: float) -> Predictor:

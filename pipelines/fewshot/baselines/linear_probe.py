@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipelines.fewshot.baselines.choosing import choose_predictor
-from pipelines.fewshot.baselines.logistic import regularisation_path
+from pipelines.fewshot.baselines.logistic import INVERSE_PENALTIES, regularisation_path
 from pipelines.fewshot.baselines.predictors import Predictor
 from pipelines.fewshot.baselines.task import FewShotTask
 
@@ -11,8 +11,9 @@ from pipelines.fewshot.baselines.task import FewShotTask
 def fit(task: FewShotTask, seed: int) -> Predictor:
     """min over W, b of  sum -log softmax(W x + b)[y] + |W|^2 / 2 C,  C chosen on validation.
 
-    The solver draws nothing, so that `seed` changes nothing.
+    x is counted from the pictures' mean in units of their root mean square distance from it, so that the same C serve every
+    tower. The solver draws nothing: `seed` changes nothing.
     """
     path = regularisation_path(task.train.features, task.train.labels)
     found = (Predictor(head, head.weight.numel() + head.bias.numel(), {"C": C}) for C, head in path)
-    return choose_predictor(found, task.validation)
+    return choose_predictor(found, len(INVERSE_PENALTIES), task.validation)

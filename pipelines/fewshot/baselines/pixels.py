@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipelines.fewshot.baselines.choosing import choose_predictor, pixels_of
-from pipelines.fewshot.baselines.logistic import regularisation_path
+from pipelines.fewshot.baselines.logistic import INVERSE_PENALTIES, regularisation_path
 from pipelines.fewshot.baselines.predictors import Predictor
 from pipelines.fewshot.baselines.task import FewShotTask
 
@@ -15,4 +15,4 @@ def fit(task: FewShotTask, seed: int) -> Predictor:
     """
     path = regularisation_path(pixels_of(task.train), task.train.labels)
     found = (Predictor(head, head.weight.numel() + head.bias.numel(), {"C": C}, reads="pixels") for C, head in path)
-    return choose_predictor(found, task.validation)
+    return choose_predictor(found, len(INVERSE_PENALTIES), task.validation)

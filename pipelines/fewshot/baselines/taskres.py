@@ -28,7 +28,8 @@ def fit(task: FewShotTask, seed: int) -> Predictor:
 
     alpha and the learning rate are chosen on validation.
     """
-    return choose_predictor((residual(task, seed, *one) for one in product(LEARNING_RATES, ALPHAS)), task.validation)
+    settings = list(product(LEARNING_RATES, ALPHAS))
+    return choose_predictor((residual(task, seed, *one) for one in settings), len(settings), task.validation)
 
 
 def residual(task: FewShotTask, seed: int, learning_rate: float, alpha: float) -> Predictor:

@@ -44,7 +44,7 @@ def fit_keys(task: FewShotTask, seed: int) -> Predictor:
     Where the authors keep the epoch that is best on the test pictures, the last is kept; the learning rate is chosen on
     validation.
     """
-    return choose_predictor(_trained(task, seed), task.validation)
+    return choose_predictor(_trained(task, seed), len(LEARNING_RATES), task.validation)
 
 
 def search(task: FewShotTask, keys: torch.Tensor, values: torch.Tensor) -> tuple[float, float]:
