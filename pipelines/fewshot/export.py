@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -114,11 +114,11 @@ class ImageTower(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.visual = model.visual
+        self.model = _part(model, lambda name: name == "visual")
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """(n, 3, h, w) to (n, d)."""
-        return F.normalize(self.visual(pixels).float(), dim=-1)
+        return F.normalize(self.model.encode_image(pixels).float(), dim=-1)
 
 
 class TextTower(nn.Module):
@@ -126,13 +126,18 @@ class TextTower(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        # open_clip's model is its own text encoder: a shallow copy without the image encoder.
-        self.model = copy.copy(model)
-        self.model._modules = {name: module for name, module in model._modules.items() if name != "visual"}
+        self.model = _part(model, lambda name: name != "visual")
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """(n, t) to (n, d)."""
         return F.normalize(self.model.encode_text(tokens).float(), dim=-1)
+
+
+def _part(model: nn.Module, wanted: Callable[[str], bool]) -> nn.Module:
+    """A shallow copy of open_clip's model, which holds both encoders' code, with the `wanted` ones of its modules."""
+    part = copy.copy(model)
+    part._modules = {name: module for name, module in model._modules.items() if wanted(name)}
+    return part
 
 
 def export_towers(clip: Clip, tokens: torch.Tensor) -> dict[str, ExportedProgram]:

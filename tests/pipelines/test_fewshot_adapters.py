@@ -104,6 +104,19 @@ def test_gradient_checkpointing_changes_no_gradient(method, tmp_path):
     torch.testing.assert_close(gradients(clip, components), expected)
 
 
+@methods
+def test_a_few_steps_on_pictures_of_noise_lower_their_loss(method, tmp_path):
+    clip, components = started(tmp_path, small(method))
+    optimizer, losses = torch.optim.AdamW(adapters.trained_parameters(components), lr=0.05), []
+    for _ in range(25):
+        logits = 10 * clip.encode_images(pictures(3)) @ clip.encode_texts(TOKENS).T
+        losses.append(nn.functional.cross_entropy(logits, torch.tensor([0, 1, 3])))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.8 * losses[0]
+
+
 @pytest.mark.parametrize(
     ("places", "expected"),
     [

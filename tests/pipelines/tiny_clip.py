@@ -29,6 +29,18 @@ def tiny_clip(**changes):
     return model.eval().requires_grad_(False)
 
 
+def tiny_coca():
+    """A model of the class CoCa, whose encoders return tokens too and whose image encoder ends in attention pooling."""
+    torch.manual_seed(0)
+    vision = {**CONFIG["vision_cfg"], "attentional_pool": True, "attn_pooler_heads": 4, "output_tokens": True}
+    text = {**CONFIG["text_cfg"], "embed_cls": True, "output_tokens": True, "width": 24}
+    decoder = {"context_length": CONTEXT, "vocab_size": VOCABULARY, "width": 24, "heads": 2, "layers": 1}
+    model = open_clip.CoCa(24, multimodal_cfg=decoder, text_cfg=text, vision_cfg=vision)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model.eval().requires_grad_(False)
+
+
 def prompts(*lengths):
     """Token ids (n, CONTEXT), each with its end token at `length - 1` and zeros behind it."""
     generator = torch.Generator().manual_seed(0)
