@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -104,16 +105,23 @@ def _csv_rows(path: Path) -> list[tuple[int, dict[str, str]]]:
         raise InputError(f"{str(path)!r} must be UTF-8 ({error}). Save it as such.") from error
     header = text.partition("\n")[0]
     delimiter = max(CSV_DELIMITERS, key=header.count)
-    reader = csv.DictReader(text.splitlines(), delimiter=delimiter)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        return _checked_rows(reader, repr(str(path)), header.strip())
+    except csv.Error as error:
+        raise InputError(
+            f"What follows line {reader.line_num} of {str(path)!r} cannot be read ({error}). Mend or remove it."
+        ) from error
+
+
+def _checked_rows(reader: csv.DictReader, where: str, header: str) -> list[tuple[int, dict[str, str]]]:
     missing = {"path", "label"} - set(reader.fieldnames or ())
     if missing:
-        raise InputError(f"The first line of {str(path)!r} must name the columns path and label, got {header.strip()!r}.")
+        raise InputError(f"The first line of {where} must name the columns path and label, got {header!r}.")
     rows = []
     for row in reader:
         if None in row or not all((row[column] or "").strip() for column in ("path", "label")):
-            raise InputError(
-                f"Line {reader.line_num} of {str(path)!r} must hold a path and a label, got {row}. Mend or remove it."
-            )
+            raise InputError(f"Line {reader.line_num} of {where} must hold a path and a label, got {row}. Mend or remove it.")
         rows.append((reader.line_num, {column: (value or "").strip() for column, value in row.items()}))
     return rows
 

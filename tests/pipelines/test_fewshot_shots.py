@@ -88,6 +88,13 @@ def test_fewer_shots_are_a_part_of_more(labelled):
         assert set(fewer.names["val"]) <= set(more.names["val"])
 
 
+def test_classes_are_drawn_independently():
+    split = sample_split(make_set({"a": 40, "b": 40}), 16, seed=1)
+    for part in PARTS:
+        places = [{name.split("/")[1] for name, label in split.names[part] if label == own} for own in (0, 1)]
+        assert places[0] != places[1]
+
+
 def test_a_class_is_drawn_the_same_whatever_the_others_and_whatever_its_name():
     alone = sample_split(make_set({"c": 100, "x": 9}), 2, seed=1)
     for labelled in (PLAIN, rename(PLAIN, {"c": "something else"})):
