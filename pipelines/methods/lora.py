@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_mod
 from torch import nn
 
 from nora_vision.files import read_tensors, write_tensors
+from pipelines.errors import InputError
 from pipelines.methods import AdapterOptions, add_adapter
 
 WEIGHTS = "adapter_model.safetensors"
@@ -53,10 +54,20 @@ class Lora:
             write_tensors(target / WEIGHTS, get_peft_model_state_dict(model, adapter_name=adapter_name))
 
     def load(self, components: dict[str, nn.Module], folder: Path, adapter_name: str) -> None:
-        """Add PEFT's adapter in each subfolder to the component of that name."""
+        """Add PEFT's adapter in each subfolder to the component of that name.
+
+        Raises: InputError if a file has other tensors than an adapter of its configuration has on this model.
+        """
         for name, model in components.items():
             state = read_tensors(folder / name / WEIGHTS)
             add_adapter(model, PeftConfig.from_pretrained(str(folder / name)), adapter_name)
+            # PEFT itself passes over targets that the model lacks, and over tensors that no target takes.
+            strange = sorted(state.keys() ^ get_peft_model_state_dict(model, adapter_name=adapter_name).keys())
+            if strange:
+                raise InputError(
+                    f"{folder / name / WEIGHTS} does not fit this {name} model: {strange[0]!r} and {len(strange) - 1} more are "
+                    "in one of the two alone. Load it onto the model that it was trained on."
+                )
             set_peft_model_state_dict(model, state, adapter_name)
 
 

@@ -300,13 +300,13 @@ def test_a_saved_adapter_gives_the_same_features(method, place, encoders, tmp_pa
     torch.testing.assert_close(outputs(fresh), outputs(clip), atol=1e-5 if place == "compact" else 1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("method", ["nora", "lora"])
-def test_an_adapter_of_another_model_is_refused_by_its_folder(method, tmp_path):
+@methods
+@pytest.mark.parametrize("change", [{"width": 40}, {"layers": 2}])
+def test_an_adapter_of_another_model_is_refused_by_its_folder(method, change, tmp_path):
     _, components = started(tmp_path, small(method))
     adapters.save(small(method), components, tmp_path / "adapter")
-    wider = tiny_clip(vision_cfg={"width": 40})
     with pytest.raises((InputError, AdapterFileError), match=r"full/image.* does not fit"):
-        adapters.load(clip_of(wider), tmp_path)
+        adapters.load(clip_of(tiny_clip(vision_cfg=change)), tmp_path)
 
 
 def test_a_folder_without_an_adapter_is_named(tmp_path):
