@@ -72,6 +72,7 @@ class _Kept:
 
     def __init__(self, cache: TensorCache | None, model: nn.Module, pictures: bool) -> None:
         def own(name: str) -> bool:
+            """Whether `name` is of the tower."""
             return name.startswith(PICTURE_TOWER) == pictures
 
         adapted = any(own(name) and isinstance(module, BaseTunerLayer) for name, module in model.named_modules())

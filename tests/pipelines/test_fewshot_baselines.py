@@ -85,7 +85,8 @@ def test_every_baseline_counts_what_it_trains_and_gives_finite_logits(fitted, na
 
 
 @pytest.mark.parametrize("name", sorted(set(baselines.BASELINES) - {"zeroshot", "coop", "pixels"}))
-def test_pictures_help_where_prompts_mislead(name):
+def test_pictures_help_where_prompts_mislead(name, monkeypatch):
+    monkeypatch.setattr(clip_adapter, "RATIOS", (0.8,))
     turned = directions(len(CLASSES), WIDTH, seed=0).roll(1, dims=0) + 0.5 * directions(len(CLASSES), WIDTH, seed=0)
     task = toy_task(class_features=F.normalize(turned, dim=-1))
     features, labels = held_out(task)

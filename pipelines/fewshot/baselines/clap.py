@@ -47,6 +47,7 @@ def held_probe(task: FewShotTask, seed: int, strength: float, learning_rate: flo
     prototypes = start.clone().requires_grad_()
 
     def loss_of(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The mean loss of features (batch, d) and labels (batch,)."""
         logits = task.logit_scale * features @ F.normalize(prototypes, dim=-1).T
         penalty = (weights * (prototypes - start).square().sum(dim=-1)).mean()
         return F.cross_entropy(logits, labels) + strength * penalty

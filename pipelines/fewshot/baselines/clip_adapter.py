@@ -40,6 +40,7 @@ def bottleneck(task: FewShotTask, seed: int, learning_rate: float, ratio: float)
     weight = task.zero_shot_weight()
 
     def loss_of(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The mean loss of features (batch, d) and labels (batch,)."""
         return F.cross_entropy(adapted(features, down, up, ratio) @ weight.T, labels)
 
     train([down, up], loss_of, task.train, Schedule(sgd(learning_rate), EPOCHS), generator)

@@ -102,6 +102,7 @@ def learned(task: FewShotTask, prompts: ContextPrompts, seed: int, learning_rate
     context = drawn.to(embedded.device).requires_grad_()
 
     def loss_of(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The mean loss of features (batch, d) and labels (batch,)."""
         texts = prompts.features(context).float()
         return F.cross_entropy(task.logit_scale * features.to(texts) @ texts.T, labels.to(texts.device))
 

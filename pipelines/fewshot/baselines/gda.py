@@ -50,6 +50,7 @@ def fit(task: FewShotTask, seed: int) -> Predictor:
     weight, bias, zero_shot = weight.float(), bias.float(), task.zero_shot_weight()
 
     def head(alpha: float) -> Linear:
+        """Both classifiers in one."""
         return Linear(weight=zero_shot + alpha * weight, bias=alpha * bias)
 
     features = task.validation.features

@@ -37,9 +37,11 @@ def residual(task: FewShotTask, seed: int, learning_rate: float, alpha: float) -
     residuals = torch.zeros_like(task.class_features, requires_grad=True)
 
     def weight() -> torch.Tensor:
+        """The classifier, (classes, d)."""
         return task.logit_scale * F.normalize(task.class_features + alpha * residuals, dim=-1)
 
     def loss_of(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The mean loss of features (batch, d) and labels (batch,)."""
         return F.cross_entropy(features @ weight().T, labels)
 
     epochs = FEW_EPOCHS if task.shots <= FEW_SHOTS else MANY_EPOCHS

@@ -53,6 +53,7 @@ def search(task: FewShotTask, keys: torch.Tensor, values: torch.Tensor) -> tuple
     zero_shot = features @ task.zero_shot_weight().T
 
     def candidates() -> Iterator[tuple[tuple[float, float], torch.Tensor]]:
+        """Every alpha and beta with its logits."""
         for beta in BETAS:
             near = key_value_logits(features, keys, values, beta)
             yield from (((alpha, beta), zero_shot + alpha * near) for alpha in ALPHAS)
@@ -69,6 +70,7 @@ def _trained(task: FewShotTask, seed: int) -> Iterator[Predictor]:
         keys = start.clone().requires_grad_()
 
         def loss_of(features: torch.Tensor, labels: torch.Tensor, own: torch.Tensor = keys) -> torch.Tensor:
+            """The mean loss of features (batch, d) and labels (batch,)."""
             return F.cross_entropy(features @ weight.T + alpha * key_value_logits(features, own, values, beta), labels)
 
         schedule = Schedule(partial(torch.optim.AdamW, lr=rate, eps=1e-4), epochs, BATCH_SIZE)
