@@ -124,7 +124,7 @@ def test_the_merged_checkpoint_keeps_the_activation_and_the_preprocessing_of_a_t
 
 
 @torch.no_grad()
-def test_the_built_in_models_packed_linears_are_merged_and_repacked(tmp_path):
+def test_the_built_in_models_packed_linears_are_merged_repacked_and_exported(tmp_path):
     tokenizer = reduced_tokenizer([PROMPT_WORDS])
     mini_clip.write_configuration(tmp_path, tokenizer)
     torch.manual_seed(0)
@@ -139,6 +139,9 @@ def test_the_built_in_models_packed_linears_are_merged_and_repacked(tmp_path):
     }
     assert any(name.endswith("qkv.weight") for name in changed)
     torch.testing.assert_close(Clip(plain, None, None, "").encode_images(pixels), clip.encode_images(pixels), atol=1e-6, rtol=0)
+    # Its windows are cut by the size of the batch, which an exported program must leave open.
+    image = export.export_towers(clip, tokens)["image"].module()
+    torch.testing.assert_close(image(pixels[:1]), clip.encode_images(pixels[:1]), atol=1e-6, rtol=0)
 
 
 # Plain LoRA
