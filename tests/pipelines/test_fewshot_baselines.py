@@ -1,6 +1,7 @@
 """Every baseline through the one door: what it computes, what it chooses by, what its file holds."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -104,7 +105,7 @@ def test_a_file_gives_back_the_predictor(fitted, name, tmp_path):
     save_predictor(predictor, tmp_path / "baseline.safetensors")
     back = load_predictor(tmp_path / "baseline.safetensors")
     assert same(predictor, back)
-    assert (back.setting, back.trained_numbers, back.reads) == (predictor.setting, predictor.trained_numbers, predictor.reads)
+    assert replace(back, head=predictor.head) == predictor
     inputs = inputs_of(predictor, toy_task().validation)
     assert torch.equal(back.logits(inputs), predictor.logits(inputs))
 
@@ -308,10 +309,10 @@ def test_the_choice_is_by_accuracy_then_cross_entropy_then_order_and_never_what_
         {},
         {"predictor": "no JSON"},
         {"predictor": "[]"},
-        {"predictor": '{"head": "Quadratic", "reads": "features", "trained_numbers": 0, "setting": {}}'},
-        {"predictor": '{"head": "Linear", "reads": "sounds", "trained_numbers": 0, "setting": {}}'},
-        {"predictor": '{"head": "Linear", "reads": "features", "trained_numbers": [], "setting": {}}'},
-        {"predictor": '{"head": "Linear", "reads": "features", "trained_numbers": 0, "setting": "C"}'},
+        {"predictor": '{"head": "Quadratic", "reads": "features", "trained_numbers": 0, "setting": {}, "open_vocabulary": true}'},
+        {"predictor": '{"head": "Linear", "reads": "sounds", "trained_numbers": 0, "setting": {}, "open_vocabulary": true}'},
+        {"predictor": '{"head": "Linear", "reads": "features", "trained_numbers": [], "setting": {}, "open_vocabulary": true}'},
+        {"predictor": '{"head": "Linear", "reads": "features", "trained_numbers": 0, "setting": "C", "open_vocabulary": true}'},
     ],
 )
 def test_a_file_that_does_not_say_what_it_is_is_refused(tmp_path, told):

@@ -14,7 +14,7 @@ def directions(*shape, seed):
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-def toy_task(shots=6, noise=0.6, poisoned=False, clip=None, views=2, class_features=None):
+def toy_task(shots=6, noise=0.6, poisoned=False, clip=None, views=2, class_features=None, scale=20.0):
     """Pictures around a centre of each class, prompts that point there roughly. Test pictures lie behind in the same tensors.
 
     Args:
@@ -38,7 +38,7 @@ def toy_task(shots=6, noise=0.6, poisoned=False, clip=None, views=2, class_featu
     return FewShotTask(
         CLASSES,
         prompts if class_features is None else class_features,
-        20.0,
+        scale,
         part(0, train, features[1:, :train] if views else None),
         part(train, validation),
         clip,

@@ -54,4 +54,5 @@ def held_probe(task: FewShotTask, seed: int, strength: float, learning_rate: flo
 
     train([prototypes], loss_of, task.train, Schedule(sgd(learning_rate), EPOCHS), keyed_generator(seed))
     weight = task.logit_scale * F.normalize(prototypes.detach(), dim=-1)
-    return Predictor(Linear.unbiased(weight), prototypes.numel(), {"strength": strength, "learning_rate": learning_rate})
+    setting = {"strength": strength, "learning_rate": learning_rate}
+    return Predictor(Linear.unbiased(weight), prototypes.numel(), setting, open_vocabulary=True)

@@ -45,7 +45,7 @@ def bottleneck(task: FewShotTask, seed: int, learning_rate: float, ratio: float)
 
     train([down, up], loss_of, task.train, Schedule(sgd(learning_rate), EPOCHS), generator)
     head = Bottleneck(weight=weight, down=down, up=up, ratio=torch.tensor(ratio))
-    return Predictor(head, down.numel() + up.numel(), {"ratio": ratio, "learning_rate": learning_rate})
+    return Predictor(head, down.numel() + up.numel(), {"ratio": ratio, "learning_rate": learning_rate}, open_vocabulary=True)
 
 
 def _start(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from pipelines.errors import InputError
 from pipelines.fewshot.baselines.choosing import choose_predictor
-from pipelines.fewshot.baselines.predictors import Linear, Predictor
+from pipelines.fewshot.baselines.predictors import Predictor, Prompted
 from pipelines.fewshot.baselines.task import FewShotTask
 from pipelines.fewshot.baselines.training import Schedule, sgd, train
 from pipelines.fewshot.clip import Clip
@@ -80,7 +80,7 @@ def fit(task: FewShotTask, seed: int) -> Predictor:
     """min over v of  mean -log softmax(scale cos(x, g([v_1] ... [v_M] name)))[y],  v drawn from N(0, 0.02^2).
 
     One context for all classes, the name at the end. The learning rate is chosen on validation. The context is all that is
-    trained; what is kept is the classifier that it gives.
+    trained; it is kept with the classifier that it gives.
 
     Raises: InputError if the task has no `clip`, its text tower is no CLIP's, or a name leaves no room for a context.
     """
@@ -109,7 +109,9 @@ def learned(task: FewShotTask, prompts: ContextPrompts, seed: int, learning_rate
     train([context], loss_of, task.train, Schedule(sgd(learning_rate), epochs_for(task.shots), BATCH_SIZE), generator)
     with torch.no_grad():
         weight = task.logit_scale * prompts.features(context).float().to(task.class_features.device)
-    return Predictor(Linear.unbiased(weight), context.numel(), {"learning_rate": learning_rate, "length": prompts.length})
+    head = Prompted(weight=weight, bias=torch.zeros_like(weight[:, 0]), context=context.to(weight.device))
+    setting = {"learning_rate": learning_rate, "length": prompts.length}
+    return Predictor(head, context.numel(), setting, open_vocabulary=True)
 
 
 def epochs_for(shots: int) -> int:

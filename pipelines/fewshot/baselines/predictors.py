@@ -44,6 +44,18 @@ class Head(nn.Module):
                 raise InputError(f"{type(self).__name__} needs {name!r} of shape {words} with {sizes}, got {shape}.")
             self.register_buffer(name, tensors[name].detach().float())
 
+    def with_rows(self, rows: torch.Tensor) -> Head:
+        """The same with more classes, which come last: of its weight `rows` (more, width), of all else about classes zeros."""
+        found = {}
+        for name, words in self.shapes.items():
+            found[name] = own = self.get_buffer(name)
+            if "classes" in words:
+                place = words.index("classes")
+                sizes = [len(rows) if word == "classes" else size for word, size in zip(words, own.shape, strict=True)]
+                more = rows.to(own) if name == "weight" else own.new_zeros(sizes)
+                found[name] = torch.cat([own, more], dim=place)
+        return type(self)(**found)
+
 
 class Linear(Head):
     """logits = W x + b."""
@@ -58,6 +70,12 @@ class Linear(Head):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """(n, width) to (n, classes)."""
         return F.linear(inputs, self.weight, self.bias)
+
+
+class Prompted(Linear):
+    """A linear classifier whose weight is that of prompts after a learned context, which is kept."""
+
+    shapes: ClassVar = {**Linear.shapes, "context": ("tokens", "token width")}
 
 
 class KeyValueCache(Head):
@@ -111,7 +129,7 @@ def adapted(features: torch.Tensor, down: torch.Tensor, up: torch.Tensor, ratio:
 
 
 READABLE: dict[str, Literal["features", "pixels"]] = {"features": "features", "pixels": "pixels"}
-HEADS: dict[str, type[Head]] = {kind.__name__: kind for kind in (Linear, KeyValueCache, Bottleneck)}
+HEADS: dict[str, type[Head]] = {kind.__name__: kind for kind in (Linear, Prompted, KeyValueCache, Bottleneck)}
 
 
 @dataclass(frozen=True)
@@ -123,12 +141,14 @@ class Predictor:
         trained_numbers: how many numbers a gradient or a solver has set; what is counted or copied is not among them.
         setting: what validation chose.
         reads: what `logits` takes: unit features of pictures, or what `raw_pixels` gives.
+        open_vocabulary: whether it compares pictures with prompts, so that prompts alone can add classes.
     """
 
     head: Head
     trained_numbers: int
     setting: dict[str, float] = field(default_factory=dict)
     reads: Literal["features", "pixels"] = "features"
+    open_vocabulary: bool = False
 
     @torch.no_grad()
     def logits(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -148,6 +168,7 @@ def save_predictor(predictor: Predictor, path: Path) -> None:
         "trained_numbers": predictor.trained_numbers,
         "setting": predictor.setting,
         "reads": predictor.reads,
+        "open_vocabulary": predictor.open_vocabulary,
     }
     write_tensors(path, predictor.head.state_dict(), {PREDICTOR: json.dumps(told)})
 
@@ -162,6 +183,7 @@ def load_predictor(path: Path) -> Predictor:
         told = json.loads(metadata[PREDICTOR])
         kind, reads = HEADS[told["head"]], READABLE[told["reads"]]
         trained_numbers, setting = int(told["trained_numbers"]), dict(told["setting"])
+        open_vocabulary = bool(told["open_vocabulary"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{str(path)!r} does not say what it predicts with ({error}). Name a baseline's file.") from error
-    return Predictor(kind(**read_tensors(path)), trained_numbers, setting, reads)
+    return Predictor(kind(**read_tensors(path)), trained_numbers, setting, reads, open_vocabulary)

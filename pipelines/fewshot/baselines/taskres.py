@@ -47,4 +47,5 @@ def residual(task: FewShotTask, seed: int, learning_rate: float, alpha: float) -
     epochs = FEW_EPOCHS if task.shots <= FEW_SHOTS else MANY_EPOCHS
     schedule = Schedule(partial(torch.optim.Adam, lr=learning_rate), epochs)
     train([residuals], loss_of, task.train, schedule, keyed_generator(seed))
-    return Predictor(Linear.unbiased(weight()), residuals.numel(), {"alpha": alpha, "learning_rate": learning_rate})
+    setting = {"alpha": alpha, "learning_rate": learning_rate}
+    return Predictor(Linear.unbiased(weight()), residuals.numel(), setting, open_vocabulary=True)

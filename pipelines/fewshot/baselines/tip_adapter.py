@@ -91,4 +91,4 @@ def _predictor(
     head = KeyValueCache(
         weight=task.zero_shot_weight(), keys=keys, values=values, alpha=torch.tensor(alpha), beta=torch.tensor(beta)
     )
-    return Predictor(head, trained_numbers, {"alpha": alpha, "beta": beta, **setting})
+    return Predictor(head, trained_numbers, {"alpha": alpha, "beta": beta, **setting}, open_vocabulary=True)
