@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pipelines.fewshot.metrics import Reliability
+from pipelines.fewshot.metrics import Interval, Reliability
 
 # More classes than this have no room for numbers, or for names.
 MOST_NUMBERED, MOST_NAMED, LONGEST_NAME = 20, 60, 24
-DOTS_PER_INCH = 120
+DOTS_PER_INCH, BESIDE = 120, 1.05
 
 
 def confusion_figure(confusion: Sequence[Sequence[int]], classes: Sequence[str], title: str = "") -> Figure:
@@ -35,14 +35,14 @@ def confusion_figure(confusion: Sequence[Sequence[int]], classes: Sequence[str],
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=8)
     if len(classes) <= MOST_NAMED:
-        names = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in classes]
+        names = list(map(_shortened, classes))
         # A class may be called "$x$", which is no formula.
         axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8, parse_math=False)
         axes.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
     return figure
 
 
-def reliability_figure(curves: dict[str, Reliability], title: str = "") -> Figure:
+def reliability_figure(curves: Mapping[str, Reliability], title: str = "") -> Figure:
     """Accuracy against confidence, a curve for each classifier, above how often each confidence occurs.
 
     Args:
@@ -61,9 +61,59 @@ def reliability_figure(curves: dict[str, Reliability], title: str = "") -> Figur
     # The bars keep to the lowest quarter.
     rare.set(ylim=(0, 4), yticks=[])
     axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
-    for text in axes.legend(loc="upper left", fontsize=8).get_texts():
-        text.set_parse_math(False)
+    _plain_legend(axes, "upper left")
     return figure
+
+
+def per_class_figure(accuracies: Mapping[str, Mapping[str, float | None]], title: str = "") -> Figure:
+    """The accuracy on each class of several classifiers, a row of dots for each class, sorted by the last classifier.
+
+    Args:
+        accuracies: by classifier, such as "zero-shot" and "adapted", then by class; None for classes without pictures, which
+            are left out.
+    """
+    last = list(accuracies.values())[-1]
+    classes = sorted((name for name, own in last.items() if own is not None), key=last.__getitem__)
+    figure, axes = _figure(6, min(14.0, 1.6 + 0.22 * len(classes)), title)
+    for name, own in accuracies.items():
+        axes.plot([own[one] for one in classes], range(len(classes)), marker="o", markersize=4, linestyle="", label=name)
+    if len(classes) <= MOST_NAMED:
+        axes.set_yticks(range(len(classes)), list(map(_shortened, classes)), fontsize=8, parse_math=False)
+    axes.set(xlabel="accuracy", xlim=(-0.02, 1.02))
+    axes.grid(axis="y", linewidth=0.3)
+    _plain_legend(axes, "best")
+    return figure
+
+
+def comparison_figure(curves: Mapping[str, Mapping[int, Interval]], title: str = "") -> Figure:
+    """The accuracy of several methods by shots, with its intervals.
+
+    Args:
+        curves: by method, then by shots.
+    """
+    figure, axes = _figure(6, 4.4, title)
+    shots = sorted({own for curve in curves.values() for own in curve})
+    for order, (name, curve) in enumerate(curves.items()):
+        found = [curve[own] for own in sorted(curve)]
+        # Side by side, since intervals on one place hide one another.
+        places = [own * BESIDE ** (order - (len(curves) - 1) / 2) for own in sorted(curve)]
+        ends = [[one.value - one.low for one in found], [one.high - one.value for one in found]]
+        axes.errorbar(places, [one.value for one in found], yerr=ends, marker="o", markersize=4, capsize=3, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(shots, list(map(str, shots)))
+    axes.set(xlabel="pictures of each class", ylabel="accuracy")
+    _plain_legend(axes, "best")
+    return figure
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+
+
+def _plain_legend(axes: Axes, place: str) -> None:
+    """A legend whose words are no formulas."""
+    for text in axes.legend(loc=place, fontsize=8).get_texts():
+        text.set_parse_math(False)
 
 
 def _figure(width: float, height: float, title: str) -> tuple[Figure, Axes]:

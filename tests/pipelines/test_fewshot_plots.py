@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.fewshot.metrics import Reliability
-from pipelines.fewshot.plots import confusion_figure, reliability_figure, save_figure
+from pipelines.fewshot.metrics import Interval, Reliability
+from pipelines.fewshot.plots import comparison_figure, confusion_figure, per_class_figure, reliability_figure, save_figure
 
 ODD_NAMES = ["$x$", "$\\frac{", "<b>bold</b>"]
 CURVE = Reliability((0.3, 0.0, 0.9), (0.4, 0.0, 0.7), (10, 0, 30))
@@ -52,6 +52,32 @@ def test_a_reliability_curve_leaves_empty_bins_out_and_names_its_error(tmp_path)
         np.testing.assert_allclose(line.get_xydata(), [[0.3, 0.4], [0.9, 0.7]])
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["$plain$, ECE 0.175", "fitted, ECE 0.175"]
     assert [bar.get_height() for bar in figure.axes[1].patches[:2]] == [0.25, 0.75]
+    stored(figure, tmp_path / "a.png")
+
+
+def test_classes_are_sorted_by_the_last_classifier_and_those_without_pictures_left_out(tmp_path):
+    accuracies = {
+        "zero-shot": {"$x$": 0.1, "b": 0.2, "c": None, "d": 0.9},
+        "adapted": {"$x$": 0.8, "b": 0.3, "c": None, "d": 0.5},
+    }
+    figure = per_class_figure(accuracies)
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["b", "d", "$x$"]
+    assert [line.get_xdata().tolist() for line in axes.lines] == [[0.2, 0.9, 0.1], [0.3, 0.5, 0.8]]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["zero-shot", "adapted"]
+    stored(figure, tmp_path / "a.png")
+
+
+def test_methods_are_compared_by_shots_with_their_intervals(tmp_path):
+    curves = {"$a$": {16: Interval(0.8, 0.7, 0.85), 1: Interval(0.4, 0.3, 0.6)}, "b": {4: Interval(0.5, 0.45, 0.55)}}
+    figure = comparison_figure(curves)
+    axes = figure.axes[0]
+    line, _, (bars,) = axes.containers[0]
+    np.testing.assert_allclose(line.get_ydata(), [0.4, 0.8])
+    np.testing.assert_allclose(line.get_xdata(), [1, 16], rtol=0.05)
+    assert not set(line.get_xdata()) & {1, 16}
+    np.testing.assert_allclose([bar[:, 1] for bar in bars.get_segments()], [[0.3, 0.6], [0.7, 0.85]])
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "4", "16"]
     stored(figure, tmp_path / "a.png")
 
 
