@@ -27,8 +27,8 @@ def with_classes(predictor: Predictor, clip: Clip, prompts: Prompts) -> Predicto
     """
     if not predictor.open_vocabulary:
         raise InputError(
-            f"{', '.join(map(repr, prompts.classes))} cannot be added: this predictor's method needs pictures of every class. Fit "
-            "it with them, or choose one that compares pictures with prompts, such as zeroshot or coop."
+            f"{', '.join(map(repr, prompts.classes))} cannot be added: this predictor's method needs pictures of every class. "
+            "Fit it with them, or choose one that compares pictures with prompts, such as zeroshot or coop."
         )
     head = predictor.head
     if isinstance(head, Prompted):
