@@ -36,4 +36,4 @@ def with_classes(predictor: Predictor, clip: Clip, prompts: Prompts) -> Predicto
         features = prompts_with_context(clip, prompts.classes, lengths=(len(context),)).features(context).float()
     else:
         features = prompt_features(clip, prompts)
-    return replace(predictor, head=head.with_rows(clip.logit_scale * features))
+    return replace(predictor, head=head.with_rows(float(clip.logit_scale) * features))
