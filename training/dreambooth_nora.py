@@ -44,7 +44,7 @@ from training.ladder import with_ladder
 from training.loop import LoopOptions, Periodic, Trainable, train
 from training.options import SubjectOptions, parse_options
 from training.options.output import LATEST
-from training.preparing import checked_pictures, prepare
+from training.preparing import Preparation, checked_pictures
 from training.provenance import command_line, write_provenance
 from training.resuming import check_can_resume
 from training.run import RunDirectory, write_text_atomically
@@ -75,8 +75,11 @@ def main(options: SubjectOptions) -> RunDirectory:
         pipeline = load(dtype)
         resolution = options.data.resolution or model_resolution(pipeline)
         run.update_status(resolution=resolution)
-        encoded = prepare(pipeline, load, pictures, options, Sampling(resolution=resolution), run, accelerator)
+        preparation = Preparation(pipeline, load, options, Sampling(resolution=resolution), run, accelerator)
+        encoded = preparation.encode(pictures)
         subject = encoded.subject
+        # As many as one batch holds: whether the training fits is told before the others are drawn.
+        few = preparation.class_pictures(subject.sizes, options.optimisation.train_batch_size)
         draw = sampler(pipeline, options, resolution)
         before = [] if options.output.dry_run else draw()
 
@@ -87,18 +90,20 @@ def main(options: SubjectOptions) -> RunDirectory:
         runs = runs_on_subject(loss, subject, seed, accelerator.process_index, accelerator.num_processes)
         adapters.start(options.adapter, components, runs, run.path / "calibration", seed)
 
-        trainable = to_train(loss, encoded.class_pictures, subject, options, accelerator.num_processes)
-        rehearse_first(accelerator, run, trainable, loop_options(options), options.output.memory_limit_gb)
+        learning = partial(to_train, loss, options=options, processes=accelerator.num_processes)
+        rehearse_first(accelerator, run, learning(subject, few), loop_options(options), options.output.memory_limit_gb)
         if options.output.dry_run:
             return run
 
+        class_pictures = preparation.class_pictures(subject.sizes)
         write_provenance(run, options, pipeline, *([p.path for p in part] for part in (pictures.train, pictures.heldout)))
         if pictures.folds:
             folds = encoded.folds(pictures.folds)
-            on = partial(to_train, loss, encoded.class_pictures, options=options, processes=accelerator.num_processes)
+            on = partial(learning, class_pictures=class_pictures)
             every = options.judging.measured_every(options.optimisation.max_train_steps)
             leave_one_out(accelerator, run, loss, folds, on, loop_options(options), every)
 
+        trainable = learning(subject, class_pictures)
         run.update_status(phase="training", step=0, total=options.optimisation.max_train_steps)
         shown = pictures_of(load_examples([picture.path for picture in pictures.train[:SHOWN_PICTURES]], resolution))
         judge = judge_by(options.judging.judge_model, pipeline, shown, before, resolution) if run.writes else None
@@ -154,8 +159,8 @@ def sampler(pipeline: StableDiffusionXLPipeline, options: SubjectOptions, resolu
 
 def to_train(
     loss: DenoisingLoss,
-    class_pictures: EncodedPictures | None,
     subject: EncodedPictures,
+    class_pictures: EncodedPictures | None,
     options: SubjectOptions,
     processes: int,
 ) -> Trainable:

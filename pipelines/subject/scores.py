@@ -7,8 +7,7 @@ run; between models and subjects they have no common scale.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,7 +21,8 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from pipelines.errors import InputError
 from pipelines.randomness import keyed_generator
-from pipelines.subject.base_model import PromptEmbeddings, encode_pictures, encode_prompts, text_encoders_of
+from pipelines.subject.adapters import without_adapters
+from pipelines.subject.base_model import PromptEmbeddings, encode_pictures, encode_prompts
 from pipelines.subject.loss import DenoisingLoss
 
 # Where the subject is expected: features are compared on a grid, on the half about its middle.
@@ -77,27 +77,6 @@ def _centred_thumbnails(pictures: Sequence[Image.Image]) -> torch.Tensor:
 
 def _unit(values: torch.Tensor) -> torch.Tensor:
     return functional.normalize(values, dim=1)
-
-
-@contextmanager
-def without_adapters(pipeline: StableDiffusionXLPipeline) -> Iterator[None]:
-    """Have the pipeline be its base model meanwhile, in evaluation mode."""
-    parts = [part for part in (pipeline.unet, *text_encoders_of(pipeline)) if getattr(part, "peft_config", None)]
-    modes = {part: part.training for part in (pipeline.unet, *text_encoders_of(pipeline))}
-    trained = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
-    for part in modes:
-        part.eval()
-    for part in parts:
-        part.disable_adapters()
-    try:
-        yield
-    finally:
-        for part in parts:
-            part.enable_adapters()
-        for part, training in modes.items():
-            part.train(training)
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 class BaseModelJudge:
