@@ -17,7 +17,7 @@ from nora_vision import export_lora
 from nora_vision.files import read_json
 from pipelines.errors import InputError
 from pipelines.methods import AdapterOptions, method_named
-from pipelines.randomness import keyed_generator
+from pipelines.randomness import Draw, keyed_generator
 from pipelines.subject.base_model import text_encoders_of
 
 ADAPTER_NAME = "default"
@@ -65,7 +65,7 @@ def start(
     """
     for place, (name, model) in enumerate(components.items()):
         method_named(options.method).start(
-            model, run_model[name], ADAPTER_NAME, cache / f"{name}.safetensors", keyed_generator(seed, 2, place)
+            model, run_model[name], ADAPTER_NAME, cache / f"{name}.safetensors", keyed_generator(seed, Draw.ADAPTER_START, place)
         )
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from pipelines.errors import InputError
-from pipelines.randomness import keyed_generator
+from pipelines.randomness import Draw, keyed_generator
 from pipelines.subject.base_model import PromptEmbeddings, encode_pictures, encode_prompts, text_encoders_of, tokenize
 from pipelines.subject.buckets import Size, nearest_bucket
 from pipelines.subject.cache import TensorCache, file_digest, key_of, module_digest
@@ -47,7 +47,8 @@ class Framing:
         """The variants of the `place`-th picture at `size`."""
         crops = [None]
         if self.random_crops:
-            drawn = torch.rand((self.random_crops, 2), generator=keyed_generator(self.seed, 8, place), dtype=torch.float64)
+            generator = keyed_generator(self.seed, Draw.CROPS, place)
+            drawn = torch.rand((self.random_crops, 2), generator=generator, dtype=torch.float64)
             crops = [(top, left) for top, left in drawn.tolist()]
         return tuple(Shot(size, crop, mirrored) for mirrored in ((False, True) if self.mirror else (False,)) for crop in crops)
 

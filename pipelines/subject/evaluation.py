@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from pipelines.errors import InputError
-from pipelines.randomness import keyed_generator
+from pipelines.randomness import Draw, keyed_generator
 from pipelines.subject.base_model import PromptEmbeddings, encode_tokens
 from pipelines.subject.encoding import EncodedPictures
 from pipelines.subject.loss import DenoisingLoss
@@ -42,7 +42,7 @@ def choose_heldout(names: Sequence[str], asked: str, seed: int) -> HeldOut:
     if asked == AUTO:
         asked = LEAVE_ONE_OUT if len(names) > 1 else NONE
         if len(names) >= ENOUGH_TO_SPARE_ONE:
-            return HeldOut(place=int(torch.randint(len(names), (), generator=keyed_generator(seed, 4))))
+            return HeldOut(place=int(torch.randint(len(names), (), generator=keyed_generator(seed, Draw.HELD_OUT))))
     if asked == NONE:
         return HeldOut()
     if asked != LEAVE_ONE_OUT and asked not in names:

@@ -20,7 +20,7 @@ from torch.nn import functional
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from pipelines.errors import InputError
-from pipelines.randomness import keyed_generator
+from pipelines.randomness import Draw, keyed_generator
 from pipelines.subject.adapters import without_adapters
 from pipelines.subject.base_model import PromptEmbeddings, encode_pictures, encode_prompts
 from pipelines.subject.loss import DenoisingLoss
@@ -161,7 +161,7 @@ class BaseModelJudge:
         return margins
 
     def _noise(self, count: int, latents: torch.Tensor) -> torch.Tensor:
-        return torch.randn((count, *latents.shape[1:]), generator=keyed_generator(0, 5)).to(latents.device)
+        return torch.randn((count, *latents.shape[1:]), generator=keyed_generator(0, Draw.SCORES)).to(latents.device)
 
     def _time_ids(self, count: int, latents: torch.Tensor) -> torch.Tensor:
         side = float(self.resolution)
