@@ -220,7 +220,7 @@ def test_the_mean_loss_leaves_the_mode_of_the_model_as_it_was(pipe):
 class Zero(nn.Module):
     """Predicts nothing."""
 
-    dtype = torch.float32
+    dtype, device = torch.float32, torch.device("cpu")
 
     def forward(self, noisy, timesteps, hidden, added_cond_kwargs):
         return type("Output", (), {"sample": torch.zeros_like(noisy)})
