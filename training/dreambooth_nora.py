@@ -179,7 +179,7 @@ def to_train(
         options.data.prior_loss_weight,
     )
     batches = TrainingBatches(batches, how.seed, how.noise_offset, how.text_encoder_batches)
-    rates = Rates(how.learning_rate, how.text_encoder_lr, how.lora_plus_ratio, method.b_like)
+    rates = Rates(how.learning_rate, tuple(how.text_encoder_lr or ()), how.lora_plus_ratio, method.b_like)
     betas, kind = (how.adam_beta1, how.adam_beta2), how.optimizer.lower()
     adam = Adam(kind, how.use_8bit_adam, betas, how.adam_epsilon, how.adam_weight_decay)
     optimizer = adam.optimizer(parameter_groups(loss, rates))
