@@ -37,6 +37,7 @@ from pipelines.subject.loss import DenoisingLoss, TrainingBatches
 from pipelines.subject.optimizers import Adam, Rates, averaged, optimised, parameter_groups
 from pipelines.subject.scores import judge_by
 from training.checkpoints import newest_step
+from training.console import speaking
 from training.dry_run import rehearse_first
 from training.finishing import Trained, finish
 from training.folds import leave_one_out
@@ -53,7 +54,8 @@ from training.tracking import start_tracker
 from training.watching import Watch
 
 SHOWN_PICTURES = 8
-logger = get_logger(__name__)
+# Its own name where it is run is __main__.
+logger = get_logger("training.dreambooth_nora")
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -139,6 +141,7 @@ def open_run(options: SubjectOptions, accelerator: Accelerator) -> RunDirectory:
     if run.writes:
         write_text_atomically(path / "command", command_line(["accelerate", "launch", *sys.argv]) + "\n")
         run.update_status(processes=accelerator.num_processes)
+    logger.info(f"Everything goes to {path}.")
     run.trackers.extend(start_tracker(options.output.report_to, path, newest_step(run.checkpoints), run.writes))
     return run
 
@@ -229,5 +232,5 @@ def pictures_of(examples: list[Example]) -> list[Image.Image]:
 
 
 if __name__ == "__main__":
-    with exit_codes():
+    with speaking(), exit_codes():
         with_ladder(main, parse_options(description=__doc__), "training.dreambooth_nora")
