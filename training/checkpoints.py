@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from training.durable import flush_folder, sha256_of, write_durably
+from training.sharding import assign
 
 WEIGHTS, STATE, MANIFEST = "trained.safetensors", "state.pt", "manifest.json"
 WRITING, DAMAGED = ".writing-", "damaged-"
@@ -149,7 +150,6 @@ def load_checkpoint(path: Path, module: nn.Module) -> dict[str, object]:
         raise ValueError(
             f"Checkpoint {str(path)!r} is of another model or adapter: parameters differ, such as {', '.join(strange)}."
         )
-    with torch.no_grad():
-        for name, value in saved.items():
-            trained[name].copy_(value)
+    for name, value in saved.items():
+        assign(trained[name], value)
     return torch.load(path / STATE, weights_only=True, map_location="cpu")

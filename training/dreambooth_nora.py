@@ -34,7 +34,7 @@ from pipelines.subject.data import Example, load_examples
 from pipelines.subject.encoding import EncodedPictures
 from pipelines.subject.generate import Sampling, generate
 from pipelines.subject.loss import DenoisingLoss, TrainingBatches
-from pipelines.subject.optimizers import Adam, Rates, averaged, optimised, parameter_groups
+from pipelines.subject.optimizers import Adam, Rates, optimised, parameter_groups
 from pipelines.subject.scores import judge_by
 from training.checkpoints import newest_step
 from training.console import speaking
@@ -49,6 +49,7 @@ from training.preparing import Preparation, checked_pictures
 from training.provenance import command_line, write_provenance
 from training.resuming import check_can_resume
 from training.run import RunDirectory, write_text_atomically
+from training.sharding import check_can_shard, whole
 from training.stopping import exit_codes
 from training.tracking import start_tracker
 from training.watching import Watch
@@ -68,6 +69,7 @@ def main(options: SubjectOptions) -> RunDirectory:
     # Text encoders that are trained no more are parameters that no gradient reaches.
     ddp = DistributedDataParallelKwargs(find_unused_parameters=options.optimisation.stop_text_encoder_training is not None)
     accelerator = Accelerator(mixed_precision=options.model.mixed_precision, kwargs_handlers=[ddp])
+    check_can_shard(accelerator, options.optimisation.optimizer, options.optimisation.use_8bit_adam)
     pictures = checked_pictures(options.data, options.optimisation.seed)
     run = open_run(options, accelerator)
     with run.recording():
@@ -97,7 +99,8 @@ def main(options: SubjectOptions) -> RunDirectory:
         if options.output.dry_run:
             return run
 
-        class_pictures = preparation.class_pictures(subject.sizes)
+        with whole(loss):
+            class_pictures = preparation.class_pictures(subject.sizes)
         write_provenance(run, options, pipeline, *([p.path for p in part] for part in (pictures.train, pictures.heldout)))
         if pictures.folds:
             folds = encoded.folds(pictures.folds)
@@ -108,17 +111,19 @@ def main(options: SubjectOptions) -> RunDirectory:
         trainable = learning(subject, class_pictures)
         run.update_status(phase="training", step=0, total=options.optimisation.max_train_steps)
         shown = pictures_of(load_examples([picture.path for picture in pictures.train[:SHOWN_PICTURES]], resolution))
-        judge = judge_by(options.judging.judge_model, pipeline, shown, before, resolution) if run.writes else None
         prompts = options.output.validation_prompt
-        watch = Watch(run, loss, subject, encoded.heldout, draw, prompts, options.adapter, components, judge)
-        watch.begin(before)
-        train(accelerator, run, trainable, loop_options(options), watched(watch, trainable, options))
+        with whole(loss):
+            judge = judge_by(options.judging.judge_model, pipeline, shown, before, resolution) if run.writes else None
+            watch = Watch(run, loss, subject, encoded.heldout, draw, prompts, options.adapter, components, judge)
+            watch.begin(before)
+        train(accelerator, run, trainable, loop_options(options), watched(watch, options))
         if trainable.ema is not None:
             trainable.ema.copy_to(optimised(trainable.optimizer))
 
-        if accelerator.is_main_process:
-            trained = Trained(pipeline, components, draw, shown[: len(before)], before, resolution, len(subject), began)
-            finish(run, trained, options)
+        with whole(loss):
+            if accelerator.is_main_process:
+                trained = Trained(pipeline, components, draw, shown[: len(before)], before, resolution, len(subject), began)
+                finish(run, trained, options)
         accelerator.wait_for_everyone()
     return run
 
@@ -198,18 +203,10 @@ def to_train(
     return Trainable(loss, batches, optimizer, schedule, ema)
 
 
-def watched(watch: Watch, trainable: Trainable, options: SubjectOptions) -> list[Periodic]:
-    """What is done now and then, with the moving average of the trained parameters where there is one."""
-
-    def with_average(action: Callable[[int], float | None]) -> Callable[[int], float | None]:
-        def act(step: int) -> float | None:
-            with averaged(trainable.ema, trainable.optimizer):
-                return action(step)
-
-        return act
-
+def watched(watch: Watch, options: SubjectOptions) -> list[Periodic]:
+    """What is done now and then."""
     every = options.judging.measured_every(options.optimisation.max_train_steps)
-    return [Periodic(every, with_average(watch.measure)), Periodic(options.output.validation_steps, with_average(watch.show))]
+    return [Periodic(every, watch.measure), Periodic(options.output.validation_steps, watch.show)]
 
 
 def loop_options(options: SubjectOptions) -> LoopOptions:
