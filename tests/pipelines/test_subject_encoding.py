@@ -10,10 +10,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_pipeline import tiny_pipeline
 
+from pipelines.digests import file_digest
 from pipelines.errors import InputError
 from pipelines.subject import encoding
 from pipelines.subject.base_model import encode_pictures, encode_prompts, load_base_model
-from pipelines.subject.cache import TensorCache, digest_of, file_digest, key_of, module_digest
+from pipelines.subject.cache import TensorCache, digest_of, key_of, module_digest
 from pipelines.subject.data import Picture, Shot, read_picture, take
 from pipelines.subject.encoding import CachedPictures, Encoder, Framing
 
