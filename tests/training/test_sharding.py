@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from pipelines.errors import InputError
 from training.sharding import assign, check_can_shard, gathered, split_like, split_state, whole
@@ -29,32 +29,30 @@ def test_without_fsdp_every_optimiser_may_train():
     check_can_shard(accelerator(DistributedType.MULTI_GPU), "Prodigy", eight_bit=False)
 
 
-@pytest.fixture
-def mesh(tmp_path):
-    """A group of this process alone."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
-
-
-def test_a_state_is_split_as_its_parameters_are_and_gathered_again(mesh):
-    values = [torch.randn(4, 2), torch.randn(3)]
-    parameters = [torch.nn.Parameter(distribute_tensor(value, mesh, [Shard(0)])) for value in values]
+def in_two_processes(rank, group):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{group}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    values = [torch.randn(4, 2), torch.randn(3), torch.randn(1, 2)]
     plain = torch.optim.AdamW([torch.nn.Parameter(value.clone()) for value in values])
     for parameter in plain.param_groups[0]["params"]:
         parameter.grad = torch.randn_like(parameter)
     plain.step()
+    parameters = [torch.nn.Parameter(distribute_tensor(torch.zeros_like(value), mesh, [Shard(0)])) for value in values]
     optimizer = torch.optim.AdamW(parameters)
     optimizer.load_state_dict(split_state(plain.state_dict(), optimizer))
-    assert all(isinstance(optimizer.state[p]["exp_avg"], DTensor) for p in parameters)
+    for parameter, value in zip(parameters, values, strict=True):
+        assign(parameter, value)
+        moment = optimizer.state[parameter]["exp_avg"]
+        assert moment.to_local().shape == parameter.to_local().shape
+    assert parameters[1].to_local().shape == (2 - rank,)
+    torch.testing.assert_close(gathered({"nested": parameters})["nested"], values, rtol=0, atol=0)
     torch.testing.assert_close(gathered(optimizer.state_dict()), plain.state_dict(), rtol=0, atol=0)
+    torch.distributed.destroy_process_group()
 
 
-def test_a_parameter_takes_what_is_whole(mesh):
-    parameter = torch.nn.Parameter(distribute_tensor(torch.zeros(4, 2), mesh, [Shard(0)]))
-    value = torch.randn(4, 2)
-    assign(parameter, value)
-    assert torch.equal(gathered({"nested": [parameter]})["nested"][0], value)
+def test_parameters_and_an_optimisers_state_are_split_and_gathered_again(tmp_path):
+    torch.multiprocessing.spawn(in_two_processes, (str(tmp_path / "group"),), nprocs=2)
 
 
 def test_what_is_not_split_stays_as_it_is():
