@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -89,25 +90,38 @@ def find_pictures(folder: str | Path) -> list[Path]:
     return pictures
 
 
+@contextmanager
+def opened_picture(path: Path) -> Iterator[Image.Image]:
+    """A picture file, opened.
+
+    Raises: InputError naming the file if it cannot be read, here or while it is decoded.
+    """
+    try:
+        with Image.open(path) as opened:
+            yield opened
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{str(path)!r} cannot be read as a picture ({error}). Remove it or replace it.") from error
+
+
 def read_picture(path: Path) -> Image.Image:
     """Read a picture as RGB, upright as its EXIF orientation says; transparent parts become white.
 
     Raises: InputError naming the file if it cannot be read.
     """
-    try:
-        with Image.open(path) as opened:
-            upright = ImageOps.exif_transpose(opened)
-            if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-                upright = upright.convert("RGBA")
-                upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
-            return upright.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{str(path)!r} cannot be read as a picture ({error}). Remove it or replace it.") from error
+    with opened_picture(path) as opened:
+        upright = ImageOps.exif_transpose(opened)
+        if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+            upright = upright.convert("RGBA")
+            upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+        return upright.convert("RGB")
 
 
 def picture_size(path: Path) -> tuple[int, int]:
-    """Height and width of a picture, upright as its EXIF orientation says, without decoding it."""
-    with Image.open(path) as opened:
+    """Height and width of a picture, upright as its EXIF orientation says, without decoding it.
+
+    Raises: InputError naming the file if it cannot be read.
+    """
+    with opened_picture(path) as opened:
         width, height = opened.size
         turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= FIRST_ON_ITS_SIDE
     return (width, height) if turned else (height, width)
