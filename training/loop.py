@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list, send_to_device, set_seed
+from accelerate.utils import broadcast_object_list, send_to_device
 from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm.auto import tqdm
@@ -144,7 +144,7 @@ def _train_from(first: int, stepper: Stepper, periodic: Sequence[Periodic]) -> N
         for step in range(first, options.max_train_steps):
             rate = trainable.lr_scheduler.get_last_lr()[0]
             loss, stop = stepper.step(step, batches, requests)
-            bar.set_postfix(loss=f"{loss:.4f}")
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             bar.update()
             run.log(step + 1, loss=loss, lr=rate)
             progress.report(step + 1)
@@ -159,8 +159,8 @@ def _progress_bar(first: int, options: LoopOptions, accelerator: Accelerator) ->
 
 @contextmanager
 def prepared(accelerator: Accelerator, run: RunDirectory, trainable: Trainable, options: LoopOptions) -> Iterator[Stepper]:
-    """What does optimisation steps of `trainable`, as long as this is entered."""
-    module, optimizer = prepare(accelerator, trainable.module, trainable.optimizer)
+    """What does optimisation steps of `trainable`, as long as this is entered; its module is in training mode then."""
+    module, optimizer = prepare(accelerator, trainable.module.train(), trainable.optimizer)
     if trainable.ema is not None:
         trainable.place_average()
     try:
@@ -198,11 +198,9 @@ class Stepper:
         Raises: NotFiniteError before anything is changed, if the loss is not finite or, in full precision, the gradient.
         """
         accelerator, trainable = self.accelerator, self.trainable
-        self.module.train()
-        set_seed(self.options.seed * STEP_STRIDE + step)
+        torch.manual_seed(self.options.seed * STEP_STRIDE + step)
         total = self._backward(batches)
-        asked = total.new_tensor(float(requests is not None and requests.noted > 0))
-        loss, stopping = accelerator.reduce(torch.stack([total, asked]), reduction="mean").tolist()
+        loss, stopping = self._agreed(total, requests is not None and requests.noted > 0)
         trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         norm = accelerator.clip_grad_norm_(trained, self.options.max_grad_norm)
         # With a gradient scaler an overflow is expected now and then: it leaves the step out.
@@ -211,11 +209,19 @@ class Stepper:
             if not math.isfinite(value):
                 raise NotFiniteError(self._not_finite(name, value, step))
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        trainable.optimizer.zero_grad(set_to_none=True)
         trainable.lr_scheduler.step()
         if trainable.ema is not None:
             trainable.ema.step(trained)
-        return loss, stopping > 0
+        return loss, stopping
+
+    def _agreed(self, loss: torch.Tensor, stopping: bool) -> tuple[float, bool]:
+        """The mean of all processes' `loss`, (), and whether any of them is `stopping`."""
+        if self.accelerator.num_processes == 1:
+            return loss.item(), stopping
+        both = torch.stack([loss, loss.new_tensor(float(stopping))])
+        mean, asked = self.accelerator.reduce(both, reduction="mean").tolist()
+        return mean, asked > 0
 
     def _backward(self, batches: Iterator[dict[str, Any]]) -> torch.Tensor:
         """Accumulate the gradients of one step's micro-batches; returns their mean loss on this process, ()."""
@@ -265,6 +271,8 @@ def _act_and_save(stepper: Stepper, step: int, periodic: Sequence[Periodic], sto
         with averaged(trainable.ema, trainable.optimizer), whole(trainable.module):
             if accelerator.is_main_process:
                 scores = [score for task in due if (score := task.action(step)) is not None]
+        # Measuring and drawing leave what they use in evaluation mode.
+        stepper.module.train()
     if save:
         state = gathered(trainable.state()) | ({} if accelerator.scaler is None else {"scaler": accelerator.scaler.state_dict()})
         with whole(trainable.module):
