@@ -153,15 +153,23 @@ class Stopwatch:
         self.began = time.perf_counter()
 
     def result(self) -> dict[str, object]:
-        """Steps a second over the training's own steps but the first `WARM_UP`, and milliseconds a step of each phase."""
-        counted = self.steps[WARM_UP - 1 :]
-        total = sum(ended - began for began, ended in counted)
+        """Steps a second, and milliseconds a step of each phase: of the training's own steps but the first `WARM_UP`, the median.
+
+        A mean would tell of the one step during which the disk was busy.
+        """
+        counted = [self._milliseconds(began, ended) for began, ended in self.steps[WARM_UP - 1 :]]
+        phases = dict.fromkeys(phase for step in counted for phase in step)
+        milliseconds = {phase: median(step.get(phase, 0.0) for step in counted) for phase in phases}
+        return {"steps_per_second": 1000 / median(sum(step.values()) for step in counted), "milliseconds": milliseconds}
+
+    def _milliseconds(self, began: float, ended: float) -> dict[str, float]:
+        """What each phase takes of the step from `began` to `ended`."""
         phases: dict[str, float] = defaultdict(float)
         for phase, first, last in self.calls:
-            if any(began <= first and last <= ended for began, ended in counted):
-                phases[phase] += 1000 * (last - first) / len(counted)
-        phases["everything else"] = 1000 * total / len(counted) - sum(phases.values())
-        return {"steps_per_second": len(counted) / total, "milliseconds": dict(phases)}
+            if began <= first and last <= ended:
+                phases[phase] += 1000 * (last - first)
+        phases["everything else"] = 1000 * (ended - began) - sum(phases.values())
+        return phases
 
 
 def under_stopwatch(how: dict, command: list[str]) -> None:

@@ -59,7 +59,7 @@ def test_the_stopwatch_finds_the_steps_a_second_and_the_phases_of_known_trainers
     assert found["b"]["milliseconds"]["backward"] >= 50
     for each in found.values():
         assert each["milliseconds"]["everything else"] >= 10
-        assert sum(each["milliseconds"].values()) == pytest.approx(1000 / each["steps_per_second"])
+        assert sum(each["milliseconds"].values()) == pytest.approx(1000 / each["steps_per_second"], rel=0.1)
         # Neither the steps of before nor the other's are in it.
         assert each["milliseconds"]["everything else"] < 50
 
@@ -106,6 +106,12 @@ def test_steps_before_the_trainings_own_are_not_counted(benchmark, monkeypatch):
     found = watch.result()
     assert found["steps_per_second"] == pytest.approx(1)
     assert found["milliseconds"] == {"backward": pytest.approx(500), "everything else": pytest.approx(500)}
+
+
+def test_one_step_during_which_the_disk_was_busy_changes_nothing(benchmark):
+    steady = benchmark.Stopwatch(steps=[(float(k), k + 0.5) for k in range(20)])
+    busy = benchmark.Stopwatch(steps=[*steady.steps[:10], (10.0, 19.0), *steady.steps[11:]])
+    assert busy.result() == steady.result()
 
 
 def test_the_table_compares_the_two_sides_of_each_run(benchmark):
