@@ -5,7 +5,7 @@ accelerate splits a module in place, once, and for good; nothing here does anyth
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,12 +26,14 @@ def check_can_shard(accelerator: Accelerator, optimizer: str, eight_bit: bool) -
     Args:
         optimizer: its name, as `Adam.kind`.
         eight_bit: whether it keeps its moments in 8 bits.
-    Raises: InputError for version 1 of FSDP, and for optimisers that need whole parameters.
+    Raises: InputError for version 1 of FSDP, a PyTorch that is too old, and optimisers that need whole parameters.
     """
     if accelerator.distributed_type != DistributedType.FSDP:
         return
     if not accelerator.is_fsdp2:
         raise InputError("fsdp_version must be 2, as in training/configs/fsdp.yaml: version 1 trains no parts of a layer.")
+    if not hasattr(FSDPModule, "reset_iter_state"):
+        raise InputError(f"FSDP needs the PyTorch of requirements.txt or a newer one, got {torch.__version__}. Install that.")
     if optimizer.lower() != "adamw" or eight_bit:
         raise InputError(
             "With FSDP each process holds parts of parameters, which only --optimizer AdamW without --use_8bit_adam can train. "
@@ -76,13 +78,30 @@ def whole(module: nn.Module) -> Iterator[None]:
         part.unshard()
     module.set_reshard_after_forward(False)
     try:
-        yield
+        with _state_dicts_of_whole_parameters(parts):
+            yield
     finally:
         module.set_reshard_after_forward(AcceleratorState().fsdp_plugin.reshard_after_forward)
         for part in parts:
             part.reshard()
         # What one process alone has run must not tell it to fetch parameters that the others do not send.
         module.reset_iter_state()
+
+
+@contextmanager
+def _state_dicts_of_whole_parameters(parts: Sequence[FSDPModule]) -> Iterator[None]:
+    """Leave out FSDP's hooks, which split parameters again before a state dict is read or loaded."""
+    groups = [group for part in parts for group in part._get_fsdp_state()._fsdp_param_groups]
+    for group in groups:
+        for handles in (group._module_to_pre_save_state_dict_hook_handle, group._module_to_pre_load_state_dict_hook_handle):
+            for handle in handles.values():
+                handle.remove()
+            handles.clear()
+    try:
+        yield
+    finally:
+        for group in groups:
+            group._register_state_dict_hooks()
 
 
 def gathered(value: Any) -> Any:

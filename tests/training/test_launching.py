@@ -135,6 +135,19 @@ def test_two_processes_with_fsdp_learn_and_write_what_one_does(split, alone, pip
 
 
 @pytest.mark.slow
+def test_fsdp_trains_methods_of_peft_whatever_their_rank(places, alone, tmp_path, on_cpu):
+    more = (
+        "--method dora --rank 1 --target_modules to_q conv1 proj_in --max_train_steps 2 --heldout_steps 1 --checkpointing_steps 2"
+    )
+    flags = [*FLAGS, *more.split()]
+    given = [*flags, *places, "--train_batch_size", "2", "--output_dir", str(tmp_path / "two")]
+    two, one = launched(on_cpu("fsdp.yaml"), given, FSDP_ON_CPU), alone(flags, tmp_path / "one")
+    assert_close(numbers(two), numbers(one))
+    kept = "adapters/step-0000001/full/unet/adapter_model.safetensors"
+    assert_close(load_file(two.path / kept), load_file(one.path / kept))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "atol"), [("fsdp.yaml", 0), ("multi_gpu.yaml", 1e-6)])
 def test_what_fsdp_has_begun_goes_on_with_it_or_without(split, places, tmp_path, on_cpu, config, atol):
     shutil.copytree(split.path, tmp_path / "run")

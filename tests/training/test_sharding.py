@@ -25,6 +25,12 @@ def test_fsdp_trains_with_adamw_in_its_second_version():
             check_can_shard(accelerator(), name, eight_bit)
 
 
+def test_fsdp_needs_a_pytorch_that_can_end_an_iteration_early(monkeypatch):
+    monkeypatch.delattr("torch.distributed.fsdp.FSDPModule.reset_iter_state")
+    with pytest.raises(InputError, match="FSDP needs the PyTorch of requirements.txt"):
+        check_can_shard(accelerator(), "AdamW", eight_bit=False)
+
+
 def test_without_fsdp_every_optimiser_may_train():
     check_can_shard(accelerator(DistributedType.MULTI_GPU), "Prodigy", eight_bit=False)
 
