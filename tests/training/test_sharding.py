@@ -27,7 +27,7 @@ def test_fsdp_trains_with_adamw_in_its_second_version():
 
 def test_fsdp_needs_a_pytorch_that_can_end_an_iteration_early(monkeypatch):
     monkeypatch.delattr("torch.distributed.fsdp.FSDPModule.reset_iter_state")
-    with pytest.raises(InputError, match="FSDP needs the PyTorch of requirements.txt"):
+    with pytest.raises(InputError, match="FSDP needs the PyTorch"):
         check_can_shard(accelerator(), "AdamW", eight_bit=False)
 
 
