@@ -14,6 +14,8 @@ from pipelines.subject.encoding import EncodedPictures
 from pipelines.subject.loss import DenoisingLoss
 
 AUTO, NONE, LEAVE_ONE_OUT = "auto", "none", "leave_one_out"
+# The share of height and width about the middle of a picture where the subject is expected.
+MIDDLE = 0.5
 # From so many pictures on, one is spared.
 ENOUGH_TO_SPARE_ONE = 5
 
@@ -52,6 +54,13 @@ def choose_heldout(names: Sequence[str], asked: str, seed: int) -> HeldOut:
     return HeldOut(folds=tuple(range(len(names)))) if asked == LEAVE_ONE_OUT else HeldOut(place=names.index(asked))
 
 
+def middle_of(values: torch.Tensor) -> torch.Tensor:
+    """The middle of (..., height, width), `MIDDLE` of either."""
+    height, width = values.shape[-2:]
+    rows, columns = (slice(round(side * (1 - MIDDLE) / 2), round(side * (1 + MIDDLE) / 2)) for side in (height, width))
+    return values[..., rows, columns]
+
+
 @torch.no_grad()
 def mean_denoising_loss(
     loss: DenoisingLoss,
@@ -63,6 +72,8 @@ def mean_denoising_loss(
 ) -> float:
     """The mean of the unweighted loss of each picture over `draws` timesteps, evenly spread, each with its own fixed noise.
 
+    Only the middle of a picture counts, where the subject is: what is behind it in a picture that was held out can be known
+    by no adapter, and takes the more of the loss the better the places of the others are learned.
     Prompts are encoded by the text encoders as they are now. Models are compared on the same noise and timesteps as long
     as pictures, `draws` and `seed` are the same. With `limit`, only the first so many pictures count.
     """
@@ -79,7 +90,9 @@ def mean_denoising_loss(
             alike = PromptEmbeddings(
                 *(values[prompt].expand(count, *values.shape[1:]) for values in (prompts.hidden, prompts.pooled))
             )
-            shown = (latents.expand(noise[part].shape), noise[part], timesteps[part], pictures.time_ids(place).expand(count, 6))
-            total += loss.per_picture(*(values.to(device) for values in shown), alike).sum().item()
+            pixels = (latents.expand(noise[part].shape).to(device), noise[part].to(device))
+            levels = timesteps[part].to(device)
+            answer = loss.predict(*pixels, levels, pictures.time_ids(place).expand(count, 6).to(device), alike)
+            total += loss.noising.errors(*(middle_of(values) for values in (answer, *pixels)), levels).sum().item()
     loss.train(was_training)
     return total / (draws * len(measured))

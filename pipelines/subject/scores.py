@@ -23,10 +23,11 @@ from pipelines.errors import InputError
 from pipelines.randomness import Draw, keyed_generator
 from pipelines.subject.adapters import without_adapters
 from pipelines.subject.base_model import PromptEmbeddings, encode_pictures, encode_prompts
+from pipelines.subject.evaluation import middle_of
 from pipelines.subject.loss import DenoisingLoss
 
-# Where the subject is expected: features are compared on a grid, on the half about its middle.
-GRID, MIDDLE = 8, 0.5
+# Features are compared on a grid, in its middle.
+GRID = 8
 FEATURE_TIMESTEP = 20
 CLASSIFIER_DRAWS = 8
 THUMBNAIL = 16
@@ -129,9 +130,7 @@ class BaseModelJudge:
                 self.loss.predict(picture[None], noise, timesteps, self._time_ids(1, latents), nothing)
         finally:
             hook.remove()
-        first, last = (round(GRID * (1 + side * MIDDLE) / 2) for side in (-1, 1))
-        pooled = functional.adaptive_avg_pool2d(torch.cat(seen), GRID)
-        return pooled[:, :, first:last, first:last].flatten(2)
+        return middle_of(functional.adaptive_avg_pool2d(torch.cat(seen), GRID)).flatten(2)
 
     def _likeness(self, latents: torch.Tensor) -> list[float]:
         """The mean over the references of how well places match their best counterparts, both ways."""
