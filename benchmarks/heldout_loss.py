@@ -2,9 +2,9 @@
 
     python benchmarks/heldout_loss.py --subjects_dir SUBJECTS --output_dir OUT
 
-`SUBJECTS` holds a folder of pictures for each subject. All pictures but the last are trained on; that one is measured with fixed
-noise and timesteps before and after. Each method is trained by the trainer's own recipe, but more gently: its defaults are chosen
-for likeness, and learn the places of four pictures along with the subject.
+`SUBJECTS` holds a folder of pictures for each subject. All pictures but the last are trained on; the middle of that one is
+measured with fixed noise and timesteps before and after. Each method is trained by the trainer's own recipe, but more gently: its
+defaults are chosen for likeness, and learn the places of four pictures along with the subject.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class BenchmarkOptions:
     pretrained_model_name_or_path: str = field(default=str(BUILT_IN_MODEL), metadata={"help": "SDXL base model."})
     output_dir: str = field(default="runs/heldout_loss", metadata={"help": "Where the runs go; finished ones are not repeated."})
     flags: str = field(
-        default="--max_train_steps 200 --snr_gamma 5 --random_flip", metadata={"help": "Flags for every run, in one string."}
+        default="--max_train_steps 200 --snr_gamma 5 --random_flip --heldout_steps 200 --no_certify",
+        metadata={"help": "Flags for every run, in one string."},
     )
     lora_flags: str = field(default="--learning_rate 3e-4", metadata={"help": "Flags for LoRA's runs."})
     nora_flags: str = field(default="--learning_rate 1e-3", metadata={"help": "Flags for NoRA's runs."})

@@ -3,8 +3,9 @@
     python benchmarks/trainer_speed.py --diffusers_script train_dreambooth_lora_sdxl.py
 
 Both train LoRA of one rank on the UNet's attention of one model, from the same pictures at the same resolution and batch size,
-with AdamW in float32, in turns, each in a process of its own under the same stopwatch. The script is the user's copy, from
-diffusers' `examples/dreambooth`, of the version that is installed.
+with AdamW in float32, each in a process of its own under the same stopwatch. They take turns step by step, one waiting while the
+other works, so that whatever else the machine does slows both alike. The script is the user's copy, from diffusers'
+`examples/dreambooth`, of the version that is installed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, median
 
@@ -31,6 +33,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, HfArgumentP
 from pipelines.errors import InputError
 from pipelines.subject.adapters import ATTENTION
 from pipelines.subject.base_model import BUILT_IN_MODEL
+from training.dry_run import STEPS as DRY_RUN_STEPS
 from training.options.data import SAMPLE_PROMPT, SAMPLE_SUBJECT
 
 STOPWATCH = "--under_stopwatch"
@@ -52,7 +55,7 @@ class BenchmarkOptions:
     train_batch_size: int = field(default=4, metadata={"help": "Pictures a step."})
     rank: int = field(default=4, metadata={"help": "Rank of LoRA."})
     max_train_steps: int = field(default=60, metadata={"help": f"Steps of each run; the first {WARM_UP} are not counted."})
-    repeats: int = field(default=3, metadata={"help": "Runs of each side, in turns."})
+    repeats: int = field(default=3, metadata={"help": "Runs of both sides."})
     script_flags: str = field(default="", metadata={"help": "Further flags for diffusers' script, in one string."})
     own_flags: str = field(default="", metadata={"help": "Further flags for this trainer, in one string."})
 
@@ -66,12 +69,44 @@ class BenchmarkOptions:
             raise InputError(f"max_train_steps must be above {WARM_UP + 1}, got {self.max_train_steps}.")
 
 
+@dataclass(frozen=True)
+class Turns:
+    """Takes turns with another process, over two pipes.
+
+    Args:
+        reads, writes: the end of each that is this side's, as descriptors.
+        begins: whether this side goes first, once both have come so far.
+    """
+
+    reads: int
+    writes: int
+    begins: bool
+
+    def give(self) -> None:
+        """Let the other side go on, unless it has ended."""
+        with suppress(BrokenPipeError):
+            os.write(self.writes, b".")
+
+    def wait(self) -> None:
+        """Wait until it is this side's turn, or the other has ended."""
+        os.read(self.reads, 1)
+
+
 @dataclass
 class Stopwatch:
-    """When each optimisation step ended, and when each timed call began and ended; all in seconds."""
+    """When each optimisation step began and ended, and when each timed call did; all in seconds.
 
-    steps: list[float] = field(default_factory=list)
+    Args:
+        before: optimisation steps that come before the training's own, such as those of a dry run.
+        turns: taken at the end of the training's own steps; None for a trainer that runs alone.
+    """
+
+    before: int = 0
+    turns: Turns | None = None
+    steps: list[tuple[float, float]] = field(default_factory=list)
     calls: list[tuple[str, float, float]] = field(default_factory=list)
+    ended: int = 0
+    began: float = 0.0
 
     def time_calls(self, owner: object, name: str, phase: str) -> None:
         """Time every call of `owner.name` as `phase`."""
@@ -98,93 +133,145 @@ class Stopwatch:
         register_optimizer_step_pre_hook(lambda *_: began.append(time.perf_counter()))
 
         def end(*_: object) -> None:
-            self.steps.append(time.perf_counter())
-            self.calls.append(("optimiser", began.pop(), self.steps[-1]))
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            self.calls.append(("optimiser", began.pop(), now))
+            self.end_step(now)
 
         register_optimizer_step_post_hook(end)
 
-    def result(self, steps: int) -> dict[str, object]:
-        """Steps a second over the last `steps` - `WARM_UP` steps, and milliseconds a step of each phase."""
-        # Steps before the training's own, such as those of a dry run, are left out too.
-        counted = self.steps[-(steps - WARM_UP) :]
-        began, ended, count = counted[0], counted[-1], len(counted) - 1
+    def end_step(self, now: float) -> None:
+        """Note that a step has ended at `now`, and let the other side do one."""
+        self.ended += 1
+        if self.ended > self.before + 1:
+            self.steps.append((self.began, now))
+        if self.ended > self.before and self.turns is not None:
+            if self.ended > self.before + 1 or not self.turns.begins:
+                self.turns.give()
+            self.turns.wait()
+        self.began = time.perf_counter()
+
+    def result(self) -> dict[str, object]:
+        """Steps a second, and milliseconds a step of each phase: of the training's own steps but the first `WARM_UP`, the median.
+
+        A mean would tell of the one step during which the disk was busy.
+        """
+        counted = [self._milliseconds(began, ended) for began, ended in self.steps[WARM_UP - 1 :]]
+        phases = dict.fromkeys(phase for step in counted for phase in step)
+        milliseconds = {phase: median(step.get(phase, 0.0) for step in counted) for phase in phases}
+        return {"steps_per_second": 1000 / median(sum(step.values()) for step in counted), "milliseconds": milliseconds}
+
+    def _milliseconds(self, began: float, ended: float) -> dict[str, float]:
+        """What each phase takes of the step from `began` to `ended`."""
         phases: dict[str, float] = defaultdict(float)
         for phase, first, last in self.calls:
             if began <= first and last <= ended:
-                phases[phase] += 1000 * (last - first) / count
-        phases["everything else"] = 1000 * (ended - began) / count - sum(phases.values())
-        return {"steps_per_second": count / (ended - began), "milliseconds": dict(phases)}
+                phases[phase] += 1000 * (last - first)
+        phases["everything else"] = 1000 * (ended - began) - sum(phases.values())
+        return phases
 
 
-def under_stopwatch(target: Path, steps: int, command: list[str]) -> None:
-    """Run a trainer's program here, as if it were started by itself, and write what the stopwatch found to `target`."""
-    watch = Stopwatch()
+def under_stopwatch(how: dict, command: list[str]) -> None:
+    """Run a trainer's program here, as if it were started by itself, and write what the stopwatch found, as `Side.start` asks."""
+    watch = Stopwatch(how["before"], Turns(**how["turns"]))
     watch.start()
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
-    target.write_text(json.dumps(watch.result(steps)), encoding="utf-8")
+    Path(how["target"]).write_text(json.dumps(watch.result()), encoding="utf-8")
 
 
-def measured(command: list[str], steps: int, log: Path) -> dict:
-    """Run `command` in a process of its own under the stopwatch; what it says goes to `log`.
+@dataclass(frozen=True)
+class Side:
+    """One of the two trainers.
 
-    Raises: RuntimeError with the last lines of the log if it fails.
+    Args:
+        command: its program and flags.
+        before: optimisation steps that it does before the training's own.
     """
-    target = log.with_suffix(".json")
-    # This very checkout, whatever is installed.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    own = [sys.executable, str(Path(__file__).resolve()), STOPWATCH, str(target), str(steps), *command]
-    with log.open("w", encoding="utf-8") as out:
-        code = subprocess.run(own, stdout=out, stderr=subprocess.STDOUT, env=environment, check=False).returncode
-    if code or not target.exists():
-        raise RuntimeError(f"{command[0]} failed: " + " | ".join(log.read_text(encoding="utf-8").splitlines()[-3:]))
-    return json.loads(target.read_text(encoding="utf-8"))
+
+    command: list[str]
+    before: int = 0
+
+    def start(self, log: Path, turns: Turns) -> subprocess.Popen:
+        """Start it under the stopwatch in a process of its own; what it says goes to `log`."""
+        # This very checkout, whatever is installed.
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        how = json.dumps({"target": str(log.with_suffix(".json")), "before": self.before, "turns": asdict(turns)})
+        own = [sys.executable, str(Path(__file__).resolve()), STOPWATCH, how, *self.command]
+        ends = (turns.reads, turns.writes)
+        with log.open("w", encoding="utf-8") as out:
+            return subprocess.Popen(own, stdout=out, stderr=subprocess.STDOUT, env=environment, pass_fds=ends)
 
 
-def commands(options: BenchmarkOptions, folder: Path) -> dict[str, list[str]]:
-    """The command of each side."""
+def measured(trainers: dict[str, Side], folder: Path) -> dict[str, dict]:
+    """What the stopwatch finds in two trainers that take turns, by their names.
+
+    Raises: RuntimeError with the last lines of its log if one fails.
+    """
+    (first_reads, second_writes), (second_reads, first_writes) = os.pipe(), os.pipe()
+    both = (Turns(first_reads, first_writes, True), Turns(second_reads, second_writes, False))
+    started = {
+        name: side.start(folder / f"{name}.log", turns) for (name, side), turns in zip(trainers.items(), both, strict=True)
+    }
+    for end in (first_reads, first_writes, second_reads, second_writes):
+        os.close(end)
+    codes = {name: process.wait() for name, process in started.items()}
+    for name, code in codes.items():
+        if code:
+            said = (folder / f"{name}.log").read_text(encoding="utf-8").splitlines()[-3:]
+            raise RuntimeError(f"{trainers[name].command[0]} failed: " + " | ".join(said))
+    return {name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in trainers}
+
+
+def sides(options: BenchmarkOptions, folder: Path) -> dict[str, Side]:
+    """Both trainers; each writes into its own folder under `folder`."""
     alike = [
         *("--pretrained_model_name_or_path", options.pretrained_model_name_or_path, "--instance_prompt", SAMPLE_PROMPT),
         *("--instance_data_dir", options.instance_data_dir, "--resolution", str(options.resolution), "--seed", "0"),
         *("--train_batch_size", str(options.train_batch_size), "--rank", str(options.rank), "--learning_rate", "1e-4"),
         *("--max_train_steps", str(options.max_train_steps), "--lr_scheduler", "constant", "--lr_warmup_steps", "0"),
-        *("--checkpointing_steps", NEVER, "--mixed_precision", "no"),
+        *("--checkpointing_steps", NEVER, "--mixed_precision", "no", "--report_to", "tensorboard"),
     ]
+    # The script ends each round of the pictures with what is left of them: so nothing is, and all its batches are full.
+    theirs = ["--repeats", str(options.train_batch_size), "--output_dir", str(folder / "theirs")]
     ours = ["--method", "lora", "--target_modules", *ATTENTION, "--heldout_image", "none", "--heldout_steps", NEVER]
-    ours += ["--validation_steps", NEVER, "--validation_prompt", SAMPLE_PROMPT, "--no_certify", "--report_to", "none"]
-    sides = {
-        "diffusers": [options.diffusers_script, *alike, *shlex.split(options.script_flags)],
-        "ours": [str(OURS), *alike, *ours, *shlex.split(options.own_flags)],
+    ours += ["--validation_steps", NEVER, "--validation_prompt", SAMPLE_PROMPT, "--no_certify"]
+    ours += ["--output_dir", str(folder / "ours")]
+    return {
+        "diffusers": Side([options.diffusers_script, *alike, *theirs, *shlex.split(options.script_flags)]),
+        "ours": Side([str(OURS), *alike, *ours, *shlex.split(options.own_flags)], DRY_RUN_STEPS),
     }
-    return {side: [*command, "--output_dir", str(folder / side)] for side, command in sides.items()}
 
 
-def table(results: dict[str, list[dict]]) -> str:
-    """Steps a second, milliseconds a step by phase, and the ratio, as Markdown."""
-    phases = dict.fromkeys(phase for runs in results.values() for run in runs for phase in run["milliseconds"])
-    lines = ["| | " + " | ".join(results) + " |", "|---|" + "---|" * len(results)]
-    rates = {side: [run["steps_per_second"] for run in runs] for side, runs in results.items()}
+def table(results: list[dict[str, dict]]) -> str:
+    """Steps a second, milliseconds a step by phase, and the ratio, as Markdown; of each run what `measured` returns."""
+    names = list(results[0])
+    runs = {name: [result[name] for result in results] for name in names}
+    phases = dict.fromkeys(phase for name in names for run in runs[name] for phase in run["milliseconds"])
+    lines = ["| | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    rates = {name: [run["steps_per_second"] for run in runs[name]] for name in names}
     shown = " | ".join(f"{median(each):.2f} ({min(each):.2f} to {max(each):.2f})" for each in rates.values())
     lines.append(f"| steps a second, median | {shown} |")
     for phase in phases:
-        means = (fmean(run["milliseconds"].get(phase, 0) for run in runs) for runs in results.values())
+        means = (fmean(run["milliseconds"].get(phase, 0) for run in runs[name]) for name in names)
         lines.append(f"| {phase}, ms a step | " + " | ".join(f"{mean:.1f}" for mean in means) + " |")
-    ratio = median(rates["ours"]) / median(rates["diffusers"])
-    return "\n".join([*lines, "", f"Ours does {ratio:.2f} times the steps of diffusers' script a second."])
+    ratios = [ours / theirs for ours, theirs in zip(rates["ours"], rates["diffusers"], strict=True)]
+    each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+    return "\n".join([*lines, "", f"Ours does {median(ratios):.2f} times the steps of diffusers' script a second ({each})."])
 
 
 def main(options: BenchmarkOptions) -> None:
-    """Measure both sides in turns and print the table."""
-    results: dict[str, list[dict]] = {"diffusers": [], "ours": []}
-    for repeat in range(options.repeats):
+    """Measure both sides, as often as asked, and print the table."""
+    results = []
+    for _ in range(options.repeats):
         with tempfile.TemporaryDirectory() as folder:
-            for side, command in commands(options, Path(folder)).items():
-                results[side].append(measured(command, options.max_train_steps, Path(folder) / f"{side}-{repeat}.log"))
+            results.append(measured(sides(options, Path(folder)), Path(folder)))
     sys.stdout.write(table(results) + "\n")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == [STOPWATCH]:
-        under_stopwatch(Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
+        under_stopwatch(json.loads(sys.argv[2]), sys.argv[3:])
     else:
         main(HfArgumentParser(BenchmarkOptions, description=__doc__).parse_args_into_dataclasses()[0])

@@ -29,12 +29,6 @@ def key_of(**parts: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def file_digest(path: Path) -> str:
-    """The sha256 of a file's bytes."""
-    with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
 def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
     """The sha256 of tensors with their names, types and shapes."""
     found = hashlib.sha256()

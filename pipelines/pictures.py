@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import struct
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -43,6 +44,22 @@ def is_picture(path: Path) -> bool:
     return has_picture_name(path.name) and path.is_file()
 
 
+@contextmanager
+def opened_picture(source: Path | BinaryIO, name: str | None = None) -> Iterator[Image.Image]:
+    """A picture, opened but not decoded.
+
+    Args:
+        source, name: as in `read_picture`.
+    Raises: InputError naming the picture if it cannot be read, here or while it is decoded.
+    """
+    try:
+        with Image.open(source, formats=PICTURE_FORMATS) as opened:
+            yield opened
+    except UNREADABLE as error:
+        called = repr(str(source)) if name is None else name
+        raise InputError(f"{called} cannot be read as a picture ({error}). Remove it or replace it.") from error
+
+
 def read_picture(source: Path | BinaryIO, name: str | None = None, max_pixels: int | None = None) -> Image.Image:
     """Read a picture as RGB, upright as its EXIF orientation says; transparent parts become white.
 
@@ -53,13 +70,10 @@ def read_picture(source: Path | BinaryIO, name: str | None = None, max_pixels: i
     Raises: InputError naming the picture if it cannot be read.
     """
     name = repr(str(source)) if name is None else name
-    try:
-        with Image.open(source, formats=PICTURE_FORMATS) as opened:
-            if max_pixels is None or opened.width * opened.height <= max_pixels:
-                return _upright_rgb(opened)
-            size = opened.size
-    except UNREADABLE as error:
-        raise InputError(f"{name} cannot be read as a picture ({error}). Remove it or replace it.") from error
+    with opened_picture(source, name) as opened:
+        if max_pixels is None or opened.width * opened.height <= max_pixels:
+            return _upright_rgb(opened)
+        size = opened.size
     raise InputError(f"{name} must have at most {max_pixels:,} pixels, got {size[0]} x {size[1]}. Shrink it.")
 
 

@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
+
 import numpy as np
 import torch
+
+
+class Draw(IntEnum):
+    """What is drawn: the second number of a key, after the seed, so that no two things are drawn from one generator."""
+
+    ORDER = 0
+    BATCH = 1
+    ADAPTER_START = 2
+    CALIBRATION = 3
+    NOISE_OFFSET = 4
+    SCORES = 5
+    BUCKETS = 6
+    CLASS_ORDER = 7
+    CROPS = 8
+    HELD_OUT = 9
 
 
 def keyed_generator(*key: int) -> torch.Generator:

@@ -13,7 +13,9 @@ from accelerate.logging import get_logger
 from safetensors.torch import load_file, save
 from torch import nn
 
-from training.durable import flush_folder, sha256_of, write_durably
+from pipelines.digests import file_digest
+from training.durable import flush_folder, write_durably
+from training.sharding import assign
 
 WEIGHTS, STATE, MANIFEST = "trained.safetensors", "state.pt", "manifest.json"
 WRITING, DAMAGED = ".writing-", "damaged-"
@@ -110,20 +112,14 @@ def newest_intact_checkpoint(folder: Path) -> Path | None:
 
 
 def damage_of(path: Path) -> str | None:
-    """What is wrong with the files of a checkpoint; None for an intact one.
-
-    Checkpoints without a manifest are those of earlier versions, which wrote none: only their files' presence is checked.
-    """
-    names = {file.name for file in path.iterdir()}
-    missing = {WEIGHTS, STATE} - names
+    """What is wrong with the files of a checkpoint; None for an intact one."""
+    missing = {WEIGHTS, STATE, MANIFEST} - {file.name for file in path.iterdir()}
     if missing:
         return f"{min(missing)} is missing"
-    if MANIFEST not in names:
-        return None
     hashes = _manifest(path).get("sha256")
     if not isinstance(hashes, dict) or set(hashes) != {WEIGHTS, STATE}:
         return f"{MANIFEST} cannot be read"
-    wrong = [name for name, expected in hashes.items() if sha256_of(path / name) != expected]
+    wrong = [name for name, expected in hashes.items() if file_digest(path / name) != expected]
     return f"{wrong[0]} does not have the sha256 in {MANIFEST}" if wrong else None
 
 
@@ -149,7 +145,6 @@ def load_checkpoint(path: Path, module: nn.Module) -> dict[str, object]:
         raise ValueError(
             f"Checkpoint {str(path)!r} is of another model or adapter: parameters differ, such as {', '.join(strange)}."
         )
-    with torch.no_grad():
-        for name, value in saved.items():
-            trained[name].copy_(value)
+    for name, value in saved.items():
+        assign(trained[name], value)
     return torch.load(path / STATE, weights_only=True, map_location="cpu")

@@ -34,9 +34,10 @@ from pipelines.subject.data import Example, load_examples
 from pipelines.subject.encoding import EncodedPictures
 from pipelines.subject.generate import Sampling, generate
 from pipelines.subject.loss import DenoisingLoss, TrainingBatches
-from pipelines.subject.optimizers import Adam, Rates, averaged, optimised, parameter_groups
+from pipelines.subject.optimizers import Adam, Rates, optimised, parameter_groups
 from pipelines.subject.scores import judge_by
 from training.checkpoints import newest_step
+from training.console import speaking
 from training.dry_run import rehearse_first
 from training.finishing import Trained, finish
 from training.folds import leave_one_out
@@ -44,16 +45,18 @@ from training.ladder import with_ladder
 from training.loop import LoopOptions, Periodic, Trainable, train
 from training.options import SubjectOptions, parse_options
 from training.options.output import LATEST
-from training.preparing import checked_pictures, prepare
+from training.preparing import Preparation, checked_pictures
 from training.provenance import command_line, write_provenance
 from training.resuming import check_can_resume
 from training.run import RunDirectory, write_text_atomically
+from training.sharding import check_can_shard, whole
 from training.stopping import exit_codes
 from training.tracking import start_tracker
 from training.watching import Watch
 
 SHOWN_PICTURES = 8
-logger = get_logger(__name__)
+# Its own name where it is run is __main__.
+logger = get_logger("training.dreambooth_nora")
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -66,6 +69,7 @@ def main(options: SubjectOptions) -> RunDirectory:
     # Text encoders that are trained no more are parameters that no gradient reaches.
     ddp = DistributedDataParallelKwargs(find_unused_parameters=options.optimisation.stop_text_encoder_training is not None)
     accelerator = Accelerator(mixed_precision=options.model.mixed_precision, kwargs_handlers=[ddp])
+    check_can_shard(accelerator, options.optimisation.optimizer, options.optimisation.use_8bit_adam)
     pictures = checked_pictures(options.data, options.optimisation.seed)
     run = open_run(options, accelerator)
     with run.recording():
@@ -75,8 +79,11 @@ def main(options: SubjectOptions) -> RunDirectory:
         pipeline = load(dtype)
         resolution = options.data.resolution or model_resolution(pipeline)
         run.update_status(resolution=resolution)
-        encoded = prepare(pipeline, load, pictures, options, Sampling(resolution=resolution), run, accelerator)
+        preparation = Preparation(pipeline, load, options, Sampling(resolution=resolution), run, accelerator)
+        encoded = preparation.encode(pictures)
         subject = encoded.subject
+        # As many as one batch holds: whether the training fits is told before the others are drawn.
+        few = preparation.class_pictures(subject.sizes, options.optimisation.train_batch_size)
         draw = sampler(pipeline, options, resolution)
         before = [] if options.output.dry_run else draw()
 
@@ -87,31 +94,36 @@ def main(options: SubjectOptions) -> RunDirectory:
         runs = runs_on_subject(loss, subject, seed, accelerator.process_index, accelerator.num_processes)
         adapters.start(options.adapter, components, runs, run.path / "calibration", seed)
 
-        trainable = to_train(loss, encoded.class_pictures, subject, options, accelerator.num_processes)
-        rehearse_first(accelerator, run, trainable, loop_options(options), options.output.memory_limit_gb)
+        learning = partial(to_train, loss, options=options, processes=accelerator.num_processes)
+        rehearse_first(accelerator, run, learning(subject, few), loop_options(options), options.output.memory_limit_gb)
         if options.output.dry_run:
             return run
 
+        with whole(loss):
+            class_pictures = preparation.class_pictures(subject.sizes)
         write_provenance(run, options, pipeline, *([p.path for p in part] for part in (pictures.train, pictures.heldout)))
         if pictures.folds:
             folds = encoded.folds(pictures.folds)
-            on = partial(to_train, loss, encoded.class_pictures, options=options, processes=accelerator.num_processes)
+            on = partial(learning, class_pictures=class_pictures)
             every = options.judging.measured_every(options.optimisation.max_train_steps)
             leave_one_out(accelerator, run, loss, folds, on, loop_options(options), every)
 
+        trainable = learning(subject, class_pictures)
         run.update_status(phase="training", step=0, total=options.optimisation.max_train_steps)
         shown = pictures_of(load_examples([picture.path for picture in pictures.train[:SHOWN_PICTURES]], resolution))
-        judge = judge_by(options.judging.judge_model, pipeline, shown, before, resolution) if run.writes else None
         prompts = options.output.validation_prompt
-        watch = Watch(run, loss, subject, encoded.heldout, draw, prompts, options.adapter, components, judge)
-        watch.begin(before)
-        train(accelerator, run, trainable, loop_options(options), watched(watch, trainable, options))
+        with whole(loss):
+            judge = judge_by(options.judging.judge_model, pipeline, shown, before, resolution) if run.writes else None
+            watch = Watch(run, loss, subject, encoded.heldout, draw, prompts, options.adapter, components, judge)
+            watch.begin(before)
+        train(accelerator, run, trainable, loop_options(options), watched(watch, options))
         if trainable.ema is not None:
             trainable.ema.copy_to(optimised(trainable.optimizer))
 
-        if accelerator.is_main_process:
-            trained = Trained(pipeline, components, draw, shown[: len(before)], before, resolution, len(subject), began)
-            finish(run, trained, options)
+        with whole(loss):
+            if accelerator.is_main_process:
+                trained = Trained(pipeline, components, draw, shown[: len(before)], before, resolution, len(subject), began)
+                finish(run, trained, options)
         accelerator.wait_for_everyone()
     return run
 
@@ -134,6 +146,7 @@ def open_run(options: SubjectOptions, accelerator: Accelerator) -> RunDirectory:
     if run.writes:
         write_text_atomically(path / "command", command_line(["accelerate", "launch", *sys.argv]) + "\n")
         run.update_status(processes=accelerator.num_processes)
+    logger.info(f"Everything goes to {path}.")
     run.trackers.extend(start_tracker(options.output.report_to, path, newest_step(run.checkpoints), run.writes))
     return run
 
@@ -154,8 +167,8 @@ def sampler(pipeline: StableDiffusionXLPipeline, options: SubjectOptions, resolu
 
 def to_train(
     loss: DenoisingLoss,
-    class_pictures: EncodedPictures | None,
     subject: EncodedPictures,
+    class_pictures: EncodedPictures | None,
     options: SubjectOptions,
     processes: int,
 ) -> Trainable:
@@ -174,7 +187,7 @@ def to_train(
         options.data.prior_loss_weight,
     )
     batches = TrainingBatches(batches, how.seed, how.noise_offset, how.text_encoder_batches)
-    rates = Rates(how.learning_rate, how.text_encoder_lr, how.lora_plus_ratio, method.b_like)
+    rates = Rates(how.learning_rate, tuple(how.text_encoder_lr or ()), how.lora_plus_ratio, method.b_like)
     betas, kind = (how.adam_beta1, how.adam_beta2), how.optimizer.lower()
     adam = Adam(kind, how.use_8bit_adam, betas, how.adam_epsilon, how.adam_weight_decay)
     optimizer = adam.optimizer(parameter_groups(loss, rates))
@@ -190,18 +203,10 @@ def to_train(
     return Trainable(loss, batches, optimizer, schedule, ema)
 
 
-def watched(watch: Watch, trainable: Trainable, options: SubjectOptions) -> list[Periodic]:
-    """What is done now and then, with the moving average of the trained parameters where there is one."""
-
-    def with_average(action: Callable[[int], float | None]) -> Callable[[int], float | None]:
-        def act(step: int) -> float | None:
-            with averaged(trainable.ema, trainable.optimizer):
-                return action(step)
-
-        return act
-
+def watched(watch: Watch, options: SubjectOptions) -> list[Periodic]:
+    """What is done now and then."""
     every = options.judging.measured_every(options.optimisation.max_train_steps)
-    return [Periodic(every, with_average(watch.measure)), Periodic(options.output.validation_steps, with_average(watch.show))]
+    return [Periodic(every, watch.measure), Periodic(options.output.validation_steps, watch.show)]
 
 
 def loop_options(options: SubjectOptions) -> LoopOptions:
@@ -224,5 +229,5 @@ def pictures_of(examples: list[Example]) -> list[Image.Image]:
 
 
 if __name__ == "__main__":
-    with exit_codes():
+    with speaking(), exit_codes():
         with_ladder(main, parse_options(description=__doc__), "training.dreambooth_nora")

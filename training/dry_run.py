@@ -14,7 +14,7 @@ from statistics import median
 
 import torch
 from accelerate import Accelerator
-from tqdm.auto import tqdm
+from accelerate.logging import get_logger
 
 from pipelines.errors import InputError
 from training.checkpoints import newest_step
@@ -26,6 +26,7 @@ STEPS = 3
 REPORT = "dry_run.json"
 GB = 1e9
 CLEAR_PEAK = "5"
+logger = get_logger(__name__)
 
 
 class DoesNotFitError(InputError):
@@ -122,8 +123,7 @@ def rehearse_first(
         return
     with prepared(accelerator, run, trainable, options) as stepper:
         report = rehearse(stepper, memory_limit_gb)
-    if accelerator.is_main_process:
-        tqdm.write(report.in_words())
+    logger.info(report.in_words())
 
 
 def _trained(stepper: Stepper) -> list[torch.Tensor]:

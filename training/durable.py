@@ -48,12 +48,6 @@ def write_text_atomically(path: Path, text: str) -> None:
         beside.unlink(missing_ok=True)
 
 
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def free_bytes(folder: Path) -> int:
     """What is free on the disk that `folder` is on."""
     return shutil.disk_usage(folder).free

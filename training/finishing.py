@@ -17,7 +17,7 @@ from pipelines.subject.base_model import load_base_model
 from pipelines.subject.generate import Sampling
 from training.certificate import StockModel, certify
 from training.judging import Suggestion, adapter_at, suggest_for, write_suggestion
-from training.model_card import GRID, write_model_card
+from training.model_card import CARD, GRID, write_model_card
 from training.options import SubjectOptions
 from training.publishing import assemble, push_to_hub
 from training.run import RunDirectory
@@ -72,6 +72,8 @@ def finish(run: RunDirectory, trained: Trained, options: SubjectOptions) -> None
     numbers = sum(parameter.numel() for parameter in adapters.trained_parameters(trained.components))
     run.update_status(trained_numbers=numbers, suggested_step=suggestion.step, seconds=round(time.monotonic() - trained.began, 1))
     write_model_card(run, options, trained.pictures)
+    logger.info(f"{numbers:,} trained numbers, in {(time.monotonic() - trained.began) / 60:.1f} min. Look at {run.path / GRID}.")
+    logger.info(f"The adapter is in {run.path / 'diffusers'} and {run.path / 'kohya'}; all else is told by {run.path / CARD}.")
     if options.judging.private or options.judging.push_to_hub:
         folder = assemble(run, options, trained.pictures, public_grid(rows, options))
         if options.judging.push_to_hub:

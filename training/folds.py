@@ -12,10 +12,10 @@ from accelerate.logging import get_logger
 
 from pipelines.subject.encoding import EncodedPictures
 from pipelines.subject.loss import DenoisingLoss
-from pipelines.subject.optimizers import averaged
 from training.judging import FOLDS
 from training.loop import LoopOptions, Periodic, Trainable, train
 from training.run import RunDirectory
+from training.sharding import assign, whole
 from training.watching import measured_losses
 
 logger = get_logger(__name__)
@@ -52,7 +52,9 @@ def leave_one_out(
             continue
         run.update_status(phase=f"leaving out picture {place + 1}")
         trainable = prepare(seen)
-        train(accelerator, part, trainable, short, [Periodic(every, _measure(part, loss, seen, heldout, trainable))])
+        with whole(loss):
+            measure = _measure(part, loss, seen, heldout)
+        train(accelerator, part, trainable, short, [Periodic(every, measure)])
         _restore(loss, start)
         if part.writes:
             shutil.rmtree(part.checkpoints)
@@ -76,14 +78,11 @@ def _is_finished(part: RunDirectory, steps: int) -> bool:
     return any(line["step"] == steps and "heldout_loss" in line for line in part.metrics())
 
 
-def _measure(
-    part: RunDirectory, loss: DenoisingLoss, seen: EncodedPictures, heldout: EncodedPictures, trainable: Trainable
-) -> Callable[[int], float]:
+def _measure(part: RunDirectory, loss: DenoisingLoss, seen: EncodedPictures, heldout: EncodedPictures) -> Callable[[int], float]:
     """A function that logs the fold's losses; the first line, of the base model, is written now."""
 
     def measure(step: int) -> float:
-        with averaged(trainable.ema, trainable.optimizer):
-            losses = measured_losses(loss, heldout, seen)
+        losses = measured_losses(loss, heldout, seen)
         part.log(step, **losses)
         return losses["heldout_loss"]
 
@@ -92,9 +91,8 @@ def _measure(
     return measure
 
 
-@torch.no_grad()
 def _restore(loss: DenoisingLoss, start: dict[str, torch.Tensor]) -> None:
     for name, parameter in loss.named_parameters():
         if name in start:
-            parameter.copy_(start[name])
+            assign(parameter, start[name])
             parameter.grad = None

@@ -17,7 +17,8 @@ from pipelines.subject.scores import COPY_THRESHOLD
 from training.run import RunDirectory, write_text_atomically
 
 SUGGESTION, ADAPTERS, FOLDS = "suggestion.json", "adapters", "folds"
-# Of the whole fall of the held-out loss: what counts as equally good, and from where a rise is worth a warning.
+# Of the whole fall of the held-out loss: what counts as equally good, and from where a rise is worth a warning; that also of
+# how far the loss on training pictures has fallen meanwhile.
 TOLERANCE, TURN = 0.02, 0.10
 
 
@@ -129,7 +130,8 @@ def suggest(curve: Sequence[Point], last: int) -> Suggestion:
     if fall <= 0:
         why = f"The held-out loss is never below the base model's {base.heldout:.4f}; step {best.step} comes nearest to it."
         warning = "Training made the model no better on the held-out picture. Lower the learning rate, or use more pictures."
-        return Suggestion(best.step, last, why, [warning], list(curve))
+        turned = [] if base.seen is None else _overfitting(base, end, 0.0)
+        return Suggestion(best.step, last, why, [warning, *turned], list(curve))
     if best is end and end.step < last:
         why = f"The held-out loss fell to the end of its curve, step {end.step}; nothing speaks for a step before the last."
         return Suggestion(last, last, why, [], list(curve))
@@ -140,11 +142,12 @@ def suggest(curve: Sequence[Point], last: int) -> Suggestion:
 
 
 def _overfitting(best: Point, end: Point, fall: float) -> list[str]:
-    """A warning where the held-out loss has turned while the loss on training pictures fell on."""
-    if end.heldout - best.heldout <= TURN * fall:
+    """A warning where the held-out loss has turned at `best` while the loss on training pictures fell on."""
+    known = best.seen is not None and end.seen is not None
+    if end.heldout - best.heldout <= TURN * max(fall, best.seen - end.seen if known else 0.0):
         return []
     rise = f"the held-out loss rises from {best.heldout:.4f} at step {best.step} to {end.heldout:.4f} at step {end.step}"
-    if best.seen is None or end.seen is None:
+    if not known:
         return [f"Overfitting: {rise}."]
     if end.seen >= best.seen:
         return [f"Training became unstable: {rise}, and the loss on the training pictures rises too. Lower the learning rate."]

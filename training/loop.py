@@ -17,15 +17,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import broadcast_object_list, send_to_device, set_seed
+from accelerate.utils import broadcast_object_list, send_to_device
 from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm.auto import tqdm
 
 from pipelines.errors import InputError
+from pipelines.subject.optimizers import averaged, optimised
 from training.checkpoints import load_checkpoint, newest_intact_checkpoint, save_checkpoint
 from training.prefetch import ProcessBatches
 from training.run import RunDirectory
+from training.sharding import gathered, prepare, split_like, split_state, whole
 from training.stopping import NotFiniteError, Stopped, StopRequests
 
 STEP_STRIDE = 1_000_003
@@ -38,6 +40,7 @@ logger = get_logger(__name__)
 class Periodic:
     """Something done after every `every` optimisation steps, and after the last: `action(step)`, on the main process.
 
+    The trained parameters hold their moving average meanwhile, where there is one.
     What it returns, if anything, is a loss that scores the step, such as that of held-out pictures: the checkpoint of the
     step with the lowest is kept whatever the limit.
     """
@@ -72,10 +75,16 @@ class Trainable:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(split_state(state["optimizer"], self.optimizer))
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
+            self.place_average()
+
+    def place_average(self) -> None:
+        """Have the moving average lie where the trained parameters do."""
+        pairs = zip(self.ema.shadow_params, optimised(self.optimizer), strict=True)
+        self.ema.shadow_params = [split_like(average.to(parameter.device), parameter) for average, parameter in pairs]
 
 
 @dataclass(frozen=True)
@@ -121,18 +130,21 @@ def train(
         NotFiniteError: the loss or the gradient is not finite; nothing of that step is saved.
         Stopped: a signal asked for it.
     """
-    first = _resume(accelerator, run, trainable, options)
-    with (
-        prepared(accelerator, run, trainable, options) as stepper,
-        StopRequests() as requests,
-        _progress_bar(first, options, accelerator) as bar,
-    ):
+    with prepared(accelerator, run, trainable, options) as stepper:
+        # Only now is it known which part of a parameter is here.
+        _train_from(_resume(accelerator, run, trainable, options), stepper, periodic)
+
+
+def _train_from(first: int, stepper: Stepper, periodic: Sequence[Periodic]) -> None:
+    """All steps after the first `first`."""
+    run, options, trainable = stepper.run, stepper.options, stepper.trainable
+    with StopRequests() as requests, _progress_bar(first, options, stepper.accelerator) as bar:
         batches = stepper.batches(range(first, options.max_train_steps), options.dataloader_num_workers)
         progress = Progress(run, first, options.max_train_steps)
         for step in range(first, options.max_train_steps):
             rate = trainable.lr_scheduler.get_last_lr()[0]
             loss, stop = stepper.step(step, batches, requests)
-            bar.set_postfix(loss=f"{loss:.4f}")
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             bar.update()
             run.log(step + 1, loss=loss, lr=rate)
             progress.report(step + 1)
@@ -147,10 +159,10 @@ def _progress_bar(first: int, options: LoopOptions, accelerator: Accelerator) ->
 
 @contextmanager
 def prepared(accelerator: Accelerator, run: RunDirectory, trainable: Trainable, options: LoopOptions) -> Iterator[Stepper]:
-    """What does optimisation steps of `trainable`, as long as this is entered."""
-    module, optimizer = accelerator.prepare(trainable.module, trainable.optimizer)
+    """What does optimisation steps of `trainable`, as long as this is entered; its module is in training mode then."""
+    module, optimizer = prepare(accelerator, trainable.module.train(), trainable.optimizer)
     if trainable.ema is not None:
-        trainable.ema.to(accelerator.device)
+        trainable.place_average()
     try:
         yield Stepper(accelerator, run, trainable, options, module, optimizer)
     finally:
@@ -186,24 +198,30 @@ class Stepper:
         Raises: NotFiniteError before anything is changed, if the loss is not finite or, in full precision, the gradient.
         """
         accelerator, trainable = self.accelerator, self.trainable
-        self.module.train()
-        set_seed(self.options.seed * STEP_STRIDE + step)
+        torch.manual_seed(self.options.seed * STEP_STRIDE + step)
         total = self._backward(batches)
-        asked = total.new_tensor(float(requests is not None and requests.noted > 0))
-        loss, stopping = accelerator.reduce(torch.stack([total, asked]), reduction="mean").tolist()
+        loss, stopping = self._agreed(total, requests is not None and requests.noted > 0)
         trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         norm = accelerator.clip_grad_norm_(trained, self.options.max_grad_norm)
         # With a gradient scaler an overflow is expected now and then: it leaves the step out.
-        gradient = 0.0 if accelerator.scaler is not None else float(norm)
+        gradient = 0.0 if accelerator.scaler is not None else float(gathered(norm))
         for name, value in (("loss", loss), ("gradient's norm", gradient)):
             if not math.isfinite(value):
                 raise NotFiniteError(self._not_finite(name, value, step))
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        trainable.optimizer.zero_grad(set_to_none=True)
         trainable.lr_scheduler.step()
         if trainable.ema is not None:
             trainable.ema.step(trained)
-        return loss, stopping > 0
+        return loss, stopping
+
+    def _agreed(self, loss: torch.Tensor, stopping: bool) -> tuple[float, bool]:
+        """The mean of all processes' `loss`, (), and whether any of them is `stopping`."""
+        if self.accelerator.num_processes == 1:
+            return loss.item(), stopping
+        both = torch.stack([loss, loss.new_tensor(float(stopping))])
+        mean, asked = self.accelerator.reduce(both, reduction="mean").tolist()
+        return mean, asked > 0
 
     def _backward(self, batches: Iterator[dict[str, Any]]) -> torch.Tensor:
         """Accumulate the gradients of one step's micro-batches; returns their mean loss on this process, ()."""
@@ -211,7 +229,9 @@ class Stepper:
         total = torch.zeros((), device=self.accelerator.device)
         for part in range(parts):
             with nullcontext() if part == parts - 1 else self.accelerator.no_sync(self.module):
-                loss = self.module(**send_to_device(next(batches), self.accelerator.device)) / parts
+                batch = send_to_device(next(batches), self.accelerator.device)
+                with self.accelerator.autocast():
+                    loss = self.module(**batch) / parts
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total
@@ -246,12 +266,19 @@ def _act_and_save(stepper: Stepper, step: int, periodic: Sequence[Periodic], sto
     last = step == options.max_train_steps
     due = [task for task in periodic if step % task.every == 0 or last]
     save = step % options.checkpointing_steps == 0 or last or stop
-    if accelerator.is_main_process:
-        scores = [score for task in due if (score := task.action(step)) is not None]
-        if save:
-            state = trainable.state() | ({} if accelerator.scaler is None else {"scaler": accelerator.scaler.state_dict()})
-            score = min(scores, default=None)
-            save_checkpoint(run.checkpoints, step, trainable.module, state, options.checkpoints_total_limit, score)
+    scores: list[float] = []
+    if due:
+        with averaged(trainable.ema, trainable.optimizer), whole(trainable.module):
+            if accelerator.is_main_process:
+                scores = [score for task in due if (score := task.action(step)) is not None]
+        # Measuring and drawing leave what they use in evaluation mode.
+        stepper.module.train()
+    if save:
+        state = gathered(trainable.state()) | ({} if accelerator.scaler is None else {"scaler": accelerator.scaler.state_dict()})
+        with whole(trainable.module):
+            if accelerator.is_main_process:
+                score = min(scores, default=None)
+                save_checkpoint(run.checkpoints, step, trainable.module, state, options.checkpoints_total_limit, score)
     if due or save:
         accelerator.wait_for_everyone()
 

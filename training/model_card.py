@@ -37,7 +37,7 @@ A {method} adapter of `{model}`: {steps} steps of {batch} pictures on {pictures}
 ```python
 from diffusers import StableDiffusionXLPipeline
 
-pipe = StableDiffusionXLPipeline.from_pretrained({model_literal})
+pipe = StableDiffusionXLPipeline.{loader}({model_literal})
 pipe.load_lora_weights("diffusers")
 pipe({prompt_literal}).images[0]
 ```
@@ -67,7 +67,7 @@ def model_card(run: RunDirectory, options: SubjectOptions, pictures: int, privat
         steps=how.max_train_steps,
         batch=how.train_batch_size * how.gradient_accumulation_steps,
         pictures=pictures,
-        rate=how.learning_rate,
+        rate=f"{how.learning_rate:g}",
         trained=status["trained_numbers"],
         seconds=status["seconds"],
         options="" if private else " The resolved options are in options.json.",
@@ -75,6 +75,7 @@ def model_card(run: RunDirectory, options: SubjectOptions, pictures: int, privat
         grid=GRID,
         findings="".join(f"\n{finding}\n" for finding in _findings(run)),
         files="\n".join(f"| {as_text(name)} | {size:,} |" for name, size in _exported_files(run)),
+        loader="from_single_file" if model.endswith(".safetensors") else "from_pretrained",
         model_literal=json.dumps(model),
         prompt_literal=json.dumps(f"{prompt} in the snow", ensure_ascii=False),
     )
@@ -95,10 +96,13 @@ def card_header(options: SubjectOptions, private: bool = False) -> ModelCardData
 
 
 def portable_name(model: str, private: bool = False) -> str:
-    """A local model's own name, without where it lies; a hub name as it is."""
+    """A local model's own name, without where it lies, the built-in one's place in the project; a hub name as it is."""
     if not Path(model).exists():
         return model
-    return "BASE_MODEL" if private and not is_built_in(model) else Path(model).resolve().name
+    name = Path(model).resolve().name
+    if is_built_in(model):
+        return f"assets/{name}"
+    return "BASE_MODEL" if private else name
 
 
 def as_text(words: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from accelerate.logging import get_logger
 from diffusers import StableDiffusionXLPipeline
 
 from pipelines.cache import TensorCache
+from pipelines.subject.adapters import without_adapters
 from pipelines.subject.buckets import AUTOMATIC, Size, automatic_buckets, parse_buckets, size_multiple
 from pipelines.subject.captions import class_prompts, find_captioned
 from pipelines.subject.data import Picture
@@ -69,11 +70,10 @@ def checked_pictures(options: DataOptions, seed: int) -> Division:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The pictures as the UNet takes them: the subject's, those held out, and those of the class, where there are any."""
+    """The pictures as the UNet takes them: the subject's, and those held out, where there are any."""
 
     subject: EncodedPictures
     heldout: EncodedPictures | None
-    class_pictures: EncodedPictures | None
 
     def folds(self, places: tuple[int, ...]) -> Iterator[tuple[EncodedPictures, EncodedPictures]]:
         """For each of `places` all pictures of the subject but that one, and that one."""
@@ -82,43 +82,73 @@ class Encoded:
             yield self.subject.only(rest), self.subject.only([place])
 
 
-def prepare(
-    pipeline: StableDiffusionXLPipeline,
-    load: Callable[[torch.dtype], StableDiffusionXLPipeline],
-    pictures: Division,
-    options: SubjectOptions,
-    sampling: Sampling,
-    run: RunDirectory,
-    accelerator: Accelerator,
-) -> Encoded:
-    """Make the class pictures that are missing, and encode all pictures and prompts, once for the whole training.
+class Preparation:
+    """Makes what a training needs with the base model, each thing once, and in its own time.
 
     Args:
         pipeline: the base model, before there is an adapter.
         load: loads it again in another precision.
         sampling: how class pictures are drawn; its resolution is also that of the training.
-    Raises: InputError if sizes do not fit the model, or class pictures are of another prompt or model.
+    Raises: InputError if sizes do not fit the model.
     """
-    data, share = options.data, (accelerator.process_index, accelerator.num_processes)
-    record_report(pictures.report, sampling.resolution, run)
-    framing = framing_for(pipeline, data, sampling.resolution, options.optimisation.seed)
-    others: list[Picture] = []
-    if data.with_prior_preservation:
-        folder = Path(data.class_data_dir or run.path / CLASS_PICTURES)
+
+    def __init__(
+        self,
+        pipeline: StableDiffusionXLPipeline,
+        load: Callable[[torch.dtype], StableDiffusionXLPipeline],
+        options: SubjectOptions,
+        sampling: Sampling,
+        run: RunDirectory,
+        accelerator: Accelerator,
+    ) -> None:
+        self.pipeline, self.load, self.options, self.sampling = pipeline, load, options.data, sampling
+        self.model, self.run, self.accelerator = options.model.pretrained_model_name_or_path, run, accelerator
+        self.share = (accelerator.process_index, accelerator.num_processes)
+        self.framing = framing_for(pipeline, options.data, sampling.resolution, options.optimisation.seed)
+        cache = TensorCache(Path(options.data.cache_dir or run.path / CACHE))
+        self.encoder = Encoder(pipeline, cache, options.data.dataloader_num_workers, self.share, accelerator.wait_for_everyone)
+
+    def encode(self, pictures: Division) -> Encoded:
+        """Encode the pictures and prompts, once for the whole training."""
+        record_report(pictures.report, self.sampling.resolution, self.run)
+        self.run.update_status(phase="encoding")
+        subject = self.encoder.encode(pictures.train, self.framing)
+        central = Framing(self.framing.sizes, size_conditioning=self.framing.size_conditioning)
+        return Encoded(subject, self.encoder.encode(pictures.heldout, central) if pictures.heldout else None)
+
+    def class_pictures(self, sizes: Collection[Size], count: int | None = None) -> EncodedPictures | None:
+        """Encode the class pictures, drawing those that are missing; None without prior preservation.
+
+        Args:
+            sizes: those that the subject's pictures have.
+            count: how many of each class; as many as the options say, at the most.
+        Raises: InputError if those that are there are of another prompt or model.
+        """
+        data = self.options
+        if not data.with_prior_preservation:
+            return None
+        folder = Path(data.class_data_dir or self.run.path / CLASS_PICTURES)
         prompts = class_prompts(data.instance_data_dir, data.class_prompt)
-        model = options.model.pretrained_model_name_or_path
-        # Three steps show what they need with as many as a batch holds; those are kept for the training itself.
-        enough = options.optimisation.train_batch_size if options.output.dry_run else data.num_class_images
-        wanted = ClassPictures(folder, prompts, min(enough, data.num_class_images), model, share)
-        others = _class_pictures(wanted, pipeline, load, data, sampling, run, accelerator)
-    run.update_status(phase="encoding")
-    cache = TensorCache(Path(data.cache_dir or run.path / CACHE))
-    encoder = Encoder(pipeline, cache, data.dataloader_num_workers, share, accelerator.wait_for_everyone)
-    subject = encoder.encode(pictures.train, framing)
-    central = Framing(framing.sizes, size_conditioning=framing.size_conditioning)
-    heldout = encoder.encode(pictures.heldout, central) if pictures.heldout else None
-    others, sizes = in_sizes(others, sorted(set(subject.sizes)))
-    return Encoded(subject, heldout, encoder.encode(others, framing, sizes) if others else None)
+        count = min(count or data.num_class_images, data.num_class_images)
+        with without_adapters(self.pipeline):
+            found = self._drawn(ClassPictures(folder, prompts, count, self.model, self.share))
+            self.run.update_status(phase="encoding")
+            shown, shown_sizes = in_sizes(found, sorted(set(sizes)))
+            return self.encoder.encode(shown, self.framing, shown_sizes)
+
+    def _drawn(self, wanted: ClassPictures) -> list[Picture]:
+        """The class pictures; those that are missing are made first, by all processes together."""
+        missing = wanted.missing()
+        self.accelerator.wait_for_everyone()
+        if missing:
+            self.run.update_status(phase="drawing class pictures")
+            precision = self.options.prior_generation_precision
+            drawing = self.pipeline if precision is None else self.load(PRIOR_DTYPES[precision])
+            draw = partial(generate, drawing, sampling=self.sampling, batch_size=self.options.sample_batch_size)
+            settings = asdict(self.sampling) | {"sampler": type(drawing.scheduler).__name__.removesuffix("Scheduler")}
+            wanted.make(missing, draw, settings)
+        self.accelerator.wait_for_everyone()
+        return wanted.found()
 
 
 def record_report(report: Report, resolution: int, run: RunDirectory) -> None:
@@ -142,26 +172,3 @@ def framing_for(pipeline: StableDiffusionXLPipeline, options: DataOptions, resol
         sizes = parse_buckets(options.aspect_ratio_buckets, size_multiple(pipeline))
     crops = 0 if options.center_crop else options.crops_per_picture
     return Framing(sizes, crops, options.random_flip, options.size_conditioning or "picture", seed)
-
-
-def _class_pictures(
-    wanted: ClassPictures,
-    pipeline: StableDiffusionXLPipeline,
-    load: Callable[[torch.dtype], StableDiffusionXLPipeline],
-    options: DataOptions,
-    sampling: Sampling,
-    run: RunDirectory,
-    accelerator: Accelerator,
-) -> list[Picture]:
-    """The class pictures; those that are missing are made first, by all processes together."""
-    missing = wanted.missing()
-    accelerator.wait_for_everyone()
-    if missing:
-        run.update_status(phase="drawing class pictures")
-        precision = options.prior_generation_precision
-        drawing = pipeline if precision is None else load(PRIOR_DTYPES[precision])
-        draw = partial(generate, drawing, sampling=sampling, batch_size=options.sample_batch_size)
-        settings = asdict(sampling) | {"sampler": type(drawing.scheduler).__name__.removesuffix("Scheduler")}
-        wanted.make(missing, draw, settings)
-    accelerator.wait_for_everyone()
-    return wanted.found()

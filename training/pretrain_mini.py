@@ -27,6 +27,7 @@ from pipelines.mini_losses import AutoencoderLoss, DenoisingLoss, PatchBasis
 from pipelines.scenes import COLOURS, PATTERNS, SHAPES
 from pipelines.subject.generate import SHEET_PROMPTS, contact_sheet
 from training.checkpoints import list_checkpoints, load_checkpoint
+from training.console import speaking
 from training.loop import LoopOptions, Periodic, Trainable
 from training.mini_card import CardFacts, write_card
 from training.pretrain_clip import export_clip, train_clip
@@ -214,5 +215,5 @@ def main(options: PretrainOptions) -> None:
 
 
 if __name__ == "__main__":
-    with exit_codes():
+    with speaking(), exit_codes():
         main(HfArgumentParser(PretrainOptions).parse_args_into_dataclasses()[0])

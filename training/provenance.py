@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionXLPipeline
 
+from pipelines.digests import file_digest
 from pipelines.subject.base_model import is_built_in
 from training.durable import write_text_atomically
 from training.options import SubjectOptions
@@ -27,23 +28,13 @@ PACKAGES = ("nora_vision", "pipelines", "training")
 LIBRARIES = (
     "torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy", "pillow", "bitsandbytes",
 )  # fmt: skip
-CHUNK = 1 << 20
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def files_hash(root: Path, files: Iterable[Path]) -> str:
     """SHA-256 over the names, relative to `root`, and the bytes of `files`, whatever order they come in."""
     digest = hashlib.sha256()
     for path in sorted(files):
-        digest.update(f"{path.relative_to(root).as_posix()}\0{file_hash(path)}\n".encode())
+        digest.update(f"{path.relative_to(root).as_posix()}\0{file_digest(path)}\n".encode())
     return digest.hexdigest()
 
 
@@ -73,12 +64,12 @@ def model_identity(name_or_path: str, pipeline: StableDiffusionXLPipeline) -> di
     """
     path = Path(name_or_path)
     if path.is_file():
-        return {"name": path.name, "public": False, "files": {path.name: file_hash(path)}}
+        return {"name": path.name, "public": False, "files": {path.name: file_digest(path)}}
     folder = path if path.is_dir() else _cached_folder(pipeline)
     files = sorted(folder.rglob("*.safetensors")) if folder is not None else []
     name = path.resolve().name if path.is_dir() else name_or_path
     public = not path.is_dir() or is_built_in(name_or_path)
-    hashes = {file.relative_to(folder).as_posix(): file_hash(file) for file in files}
+    hashes = {file.relative_to(folder).as_posix(): file_digest(file) for file in files}
     return {"name": name, "public": public, "files": hashes}
 
 
@@ -133,8 +124,8 @@ def write_provenance(
         heldout: what is left out and measured on.
     """
     record = {
-        "pictures": [{"file": str(path), "sha256": file_hash(path)} for path in pictures],
-        "heldout": [{"file": str(path), "sha256": file_hash(path)} for path in heldout],
+        "pictures": [{"file": str(path), "sha256": file_digest(path)} for path in pictures],
+        "heldout": [{"file": str(path), "sha256": file_digest(path)} for path in heldout],
         "base_model": model_identity(options.model.pretrained_model_name_or_path, pipeline),
         "code": code_identity(),
         "versions": library_versions(),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType, TracebackType
+
+import psutil
 
 from pipelines.errors import InputError
 from training.durable import DiskFullError
@@ -30,15 +34,35 @@ class NotFiniteError(FloatingPointError):
     """A loss or gradient is not finite."""
 
 
+def launcher() -> int | None:
+    """The process id of the `accelerate launch` that this process runs under; None without one."""
+    parent = psutil.Process().parent()
+    try:
+        words = [] if parent is None else parent.cmdline()
+    except psutil.Error:
+        # It has gone meanwhile, or is another user's.
+        return None
+    return parent.pid if any("accelerate" in Path(word).name for word in words[:3]) else None
+
+
 class StopRequests:
     """While entered, SIGTERM and SIGINT are noted rather than acted on; the second SIGINT interrupts at once.
 
-    Only a process's main thread can be told of signals: elsewhere nothing is ever noted.
+    `accelerate launch` does not pass signals on: when it has gone, that counts as SIGTERM. Only a process's main thread can
+    be told of signals: elsewhere none is ever noted.
     """
 
     def __init__(self) -> None:
-        self.noted = 0
+        self._noted = 0
+        self._launcher = launcher()
         self._before: dict[int, object] = {}
+
+    @property
+    def noted(self) -> int:
+        """The signal that asks for the end; 0 for none."""
+        if self._noted == 0 and self._launcher is not None and os.getppid() != self._launcher:
+            self._noted = signal.SIGTERM
+        return self._noted
 
     def __enter__(self) -> StopRequests:
         if threading.current_thread() is threading.main_thread():
@@ -50,9 +74,9 @@ class StopRequests:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.noted and number == signal.SIGINT:
+        if self._noted and number == signal.SIGINT:
             raise Stopped(number)
-        self.noted = number
+        self._noted = number
 
 
 @contextmanager

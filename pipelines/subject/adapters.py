@@ -6,7 +6,8 @@ Methods come from `pipelines.methods`.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from diffusers import StableDiffusionXLPipeline
@@ -16,7 +17,7 @@ from nora_vision import export_lora
 from nora_vision.files import read_json
 from pipelines.errors import InputError
 from pipelines.methods import AdapterOptions, method_named
-from pipelines.randomness import keyed_generator
+from pipelines.randomness import Draw, keyed_generator
 from pipelines.subject.base_model import text_encoders_of
 
 ADAPTER_NAME = "default"
@@ -64,13 +65,34 @@ def start(
     """
     for place, (name, model) in enumerate(components.items()):
         method_named(options.method).start(
-            model, run_model[name], ADAPTER_NAME, cache / f"{name}.safetensors", keyed_generator(seed, 2, place)
+            model, run_model[name], ADAPTER_NAME, cache / f"{name}.safetensors", keyed_generator(seed, Draw.ADAPTER_START, place)
         )
 
 
 def trained_parameters(components: dict[str, nn.Module]) -> list[nn.Parameter]:
     """The parameters that are trained."""
     return [parameter for model in components.values() for parameter in model.parameters() if parameter.requires_grad]
+
+
+@contextmanager
+def without_adapters(pipeline: StableDiffusionXLPipeline) -> Iterator[None]:
+    """Have the pipeline be its base model meanwhile, in evaluation mode."""
+    parts = [part for part in (pipeline.unet, *text_encoders_of(pipeline)) if getattr(part, "peft_config", None)]
+    modes = {part: part.training for part in (pipeline.unet, *text_encoders_of(pipeline))}
+    trained = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
+    for part in modes:
+        part.eval()
+    for part in parts:
+        part.disable_adapters()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.enable_adapters()
+        for part, training in modes.items():
+            part.train(training)
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def save_everywhere(

@@ -8,11 +8,9 @@ from functools import cached_property
 
 import torch
 
-from pipelines.randomness import keyed_generator
+from pipelines.randomness import Draw, keyed_generator
 from pipelines.subject.buckets import BucketOrder
 from pipelines.subject.encoding import EncodedPictures
-
-CLASS_STREAM = 7
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class SubjectBatches:
     @cached_property
     def _class_order(self) -> BucketOrder:
         buckets = self.class_pictures.buckets(sorted(set(self.pictures.sizes)))
-        return BucketOrder(buckets, self.batch_size, self.seed, CLASS_STREAM)
+        return BucketOrder(buckets, self.batch_size, self.seed, Draw.CLASS_ORDER)
 
     def chosen(self, index: int) -> list[int]:
         """Which pictures of the subject the `index`-th batch holds."""
@@ -56,7 +54,7 @@ class SubjectBatches:
 
     def __call__(self, index: int) -> dict[str, torch.Tensor]:
         """The `index`-th batch, as keyword arguments of `DenoisingLoss`."""
-        generator = keyed_generator(self.seed, 1, index)
+        generator = keyed_generator(self.seed, Draw.BATCH, index)
         bucket, before = self._order.of_batch(index)
         batch = self._drawn(self.pictures, self._order.chosen(bucket, before), generator)
         if self.class_pictures is None:

@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from pipelines.errors import InputError
-from pipelines.randomness import keyed_generator
+from pipelines.randomness import Draw, keyed_generator
 
 AUTOMATIC = "auto"
 MOST_EXTREME_RATIO = 2.0
@@ -78,13 +78,13 @@ class BucketOrder:
         buckets: for each bucket the places of its pictures.
         batch_size: pictures in a batch.
         seed: of the orders.
-        stream: another number draws other orders from the same seed.
+        draw: another draws other orders from the same seed.
     """
 
     buckets: tuple[tuple[int, ...], ...]
     batch_size: int
     seed: int
-    stream: int = 0
+    draw: Draw = Draw.ORDER
 
     def of_batch(self, index: int) -> tuple[int, int]:
         """The bucket of the `index`-th batch, and how many batches before it were of that bucket."""
@@ -93,7 +93,7 @@ class BucketOrder:
             return 0, index
         turn, place = divmod(index, int(counts.sum()))
         owners = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        order = owners[torch.randperm(len(owners), generator=keyed_generator(self.seed, 6, turn, self.stream))]
+        order = owners[torch.randperm(len(owners), generator=keyed_generator(self.seed, Draw.BUCKETS, turn, self.draw))]
         bucket = int(order[place])
         return bucket, turn * int(counts[bucket]) + int((order[:place] == bucket).sum())
 
@@ -102,7 +102,7 @@ class BucketOrder:
         places = self.buckets[bucket]
         wanted = range(before * self.batch_size, (before + 1) * self.batch_size)
         rounds = {
-            turn: torch.randperm(len(places), generator=keyed_generator(self.seed, self.stream, turn, bucket)).tolist()
+            turn: torch.randperm(len(places), generator=keyed_generator(self.seed, self.draw, turn, bucket)).tolist()
             for turn in {position // len(places) for position in wanted}
         }
         return [places[rounds[position // len(places)][position % len(places)]] for position in wanted]

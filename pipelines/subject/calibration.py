@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from pipelines.randomness import keyed_generator
+from pipelines.randomness import Draw, keyed_generator
 from pipelines.subject.base_model import PromptEmbeddings
 from pipelines.subject.batches import stratified_timesteps
 from pipelines.subject.encoding import EncodedPictures
@@ -33,7 +33,7 @@ def runs_on_subject(
 
     def run_unet() -> None:
         for place in own:
-            generator = keyed_generator(seed, 3, place)
+            generator = keyed_generator(seed, Draw.CALIBRATION, place)
             count, mean = TIMESTEPS_PER_PICTURE, pictures.mean(place)
             timesteps = stratified_timesteps(count, loss.num_timesteps, generator)
             noise = torch.randn((count, *mean.shape), generator=generator)

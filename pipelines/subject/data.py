@@ -12,7 +12,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 
 from pipelines.errors import InputError
-from pipelines.pictures import PICTURE_SUFFIXES, is_picture, read_picture
+from pipelines.pictures import PICTURE_SUFFIXES, is_picture, opened_picture, read_picture
 
 SizeConditioning = Literal["picture", "target"]
 # EXIF orientations from here on swap height and width.
@@ -85,8 +85,11 @@ def find_pictures(folder: str | Path) -> list[Path]:
 
 
 def picture_size(path: Path) -> tuple[int, int]:
-    """Height and width of a picture, upright as its EXIF orientation says, without decoding it."""
-    with Image.open(path) as opened:
+    """Height and width of a picture, upright as its EXIF orientation says, without decoding it.
+
+    Raises: InputError naming the file if it cannot be read.
+    """
+    with opened_picture(path) as opened:
         width, height = opened.size
         turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= FIRST_ON_ITS_SIDE
     return (width, height) if turned else (height, width)

@@ -13,10 +13,11 @@ from diffusers import StableDiffusionXLPipeline
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from pipelines.cache import TensorCache, file_digest, key_of, module_digest
+from pipelines.cache import TensorCache, key_of, module_digest
+from pipelines.digests import file_digest
 from pipelines.errors import InputError
 from pipelines.pictures import read_picture
-from pipelines.randomness import keyed_generator
+from pipelines.randomness import Draw, keyed_generator
 from pipelines.subject.base_model import PromptEmbeddings, encode_pictures, encode_prompts, text_encoders_of, tokenize
 from pipelines.subject.buckets import Size, nearest_bucket
 from pipelines.subject.data import Example, Picture, Shot, SizeConditioning, picture_size, take
@@ -48,7 +49,8 @@ class Framing:
         """The variants of the `place`-th picture at `size`."""
         crops = [None]
         if self.random_crops:
-            drawn = torch.rand((self.random_crops, 2), generator=keyed_generator(self.seed, 8, place), dtype=torch.float64)
+            generator = keyed_generator(self.seed, Draw.CROPS, place)
+            drawn = torch.rand((self.random_crops, 2), generator=generator, dtype=torch.float64)
             crops = [(top, left) for top, left in drawn.tolist()]
         return tuple(Shot(size, crop, mirrored) for mirrored in ((False, True) if self.mirror else (False,)) for crop in crops)
 

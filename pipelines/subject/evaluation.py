@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 
 from pipelines.errors import InputError
-from pipelines.randomness import keyed_generator
+from pipelines.randomness import Draw, keyed_generator
 from pipelines.subject.base_model import PromptEmbeddings, encode_tokens
 from pipelines.subject.encoding import EncodedPictures
 from pipelines.subject.loss import DenoisingLoss
 
 AUTO, NONE, LEAVE_ONE_OUT = "auto", "none", "leave_one_out"
+# The share of height and width about the middle of a picture where the subject is expected.
+MIDDLE = 0.5
 # From so many pictures on, one is spared.
 ENOUGH_TO_SPARE_ONE = 5
 
@@ -42,7 +44,7 @@ def choose_heldout(names: Sequence[str], asked: str, seed: int) -> HeldOut:
     if asked == AUTO:
         asked = LEAVE_ONE_OUT if len(names) > 1 else NONE
         if len(names) >= ENOUGH_TO_SPARE_ONE:
-            return HeldOut(place=int(torch.randint(len(names), (), generator=keyed_generator(seed, 4))))
+            return HeldOut(place=int(torch.randint(len(names), (), generator=keyed_generator(seed, Draw.HELD_OUT))))
     if asked == NONE:
         return HeldOut()
     if asked != LEAVE_ONE_OUT and asked not in names:
@@ -50,6 +52,13 @@ def choose_heldout(names: Sequence[str], asked: str, seed: int) -> HeldOut:
     if len(names) < 2:
         raise InputError("The folder holds one picture, and it is held out. Add pictures to train on, or give 'none'.")
     return HeldOut(folds=tuple(range(len(names)))) if asked == LEAVE_ONE_OUT else HeldOut(place=names.index(asked))
+
+
+def middle_of(values: torch.Tensor) -> torch.Tensor:
+    """The middle of (..., height, width), `MIDDLE` of either."""
+    height, width = values.shape[-2:]
+    rows, columns = (slice(round(side * (1 - MIDDLE) / 2), round(side * (1 + MIDDLE) / 2)) for side in (height, width))
+    return values[..., rows, columns]
 
 
 @torch.no_grad()
@@ -63,6 +72,8 @@ def mean_denoising_loss(
 ) -> float:
     """The mean of the unweighted loss of each picture over `draws` timesteps, evenly spread, each with its own fixed noise.
 
+    Only the middle of a picture counts, where the subject is: what is behind it in a picture that was held out can be known
+    by no adapter, and takes the more of the loss the better the places of the others are learned.
     Prompts are encoded by the text encoders as they are now. Models are compared on the same noise and timesteps as long
     as pictures, `draws` and `seed` are the same. With `limit`, only the first so many pictures count.
     """
@@ -79,7 +90,9 @@ def mean_denoising_loss(
             alike = PromptEmbeddings(
                 *(values[prompt].expand(count, *values.shape[1:]) for values in (prompts.hidden, prompts.pooled))
             )
-            shown = (latents.expand(noise[part].shape), noise[part], timesteps[part], pictures.time_ids(place).expand(count, 6))
-            total += loss.per_picture(*(values.to(device) for values in shown), alike).sum().item()
+            pixels = (latents.expand(noise[part].shape).to(device), noise[part].to(device))
+            levels = timesteps[part].to(device)
+            answer = loss.predict(*pixels, levels, pictures.time_ids(place).expand(count, 6).to(device), alike)
+            total += loss.noising.errors(*(middle_of(values) for values in (answer, *pixels)), levels).sum().item()
     loss.train(was_training)
     return total / (draws * len(measured))

@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import nn
 
-from pipelines.randomness import keyed_generator
+from pipelines.randomness import Draw, keyed_generator
 from pipelines.subject.base_model import PromptEmbeddings, encode_tokens, text_encoders_of
 from pipelines.subject.noising import noising_for
 
@@ -27,6 +27,8 @@ class DenoisingLoss(nn.Module):
     def __init__(self, pipeline: StableDiffusionXLPipeline, snr_gamma: float | None = None, edm_style: bool = False) -> None:
         super().__init__()
         self.unet = pipeline.unet
+        # Noted here, since a UNet that is asked looks through all its parameters, which takes longer than noise and loss do.
+        self.unet_dtype = pipeline.unet.dtype
         self.text_encoders = nn.ModuleList(text_encoders_of(pipeline))
         self.noising = noising_for(pipeline.scheduler, edm_style, snr_gamma)
         self.snr_gamma = snr_gamma
@@ -94,7 +96,7 @@ class DenoisingLoss(nn.Module):
     ) -> torch.Tensor:
         """What the UNet answers for `latents` with `noise`, like `latents`; arguments as in `forward`."""
         noisy, levels = self.noising.inputs(latents, noise, timesteps)
-        dtype = self.unet.dtype
+        dtype = self.unet_dtype
         conditions = {"text_embeds": prompts.pooled.to(dtype), "time_ids": time_ids}
         return self.unet(noisy.to(dtype), levels, prompts.hidden.to(dtype), added_cond_kwargs=conditions).sample
 
@@ -121,7 +123,7 @@ class TrainingBatches:
         batch = dict(self.batches(index))
         if self.noise_offset:
             noise = batch["noise"]
-            offsets = torch.randn((*noise.shape[:2], 1, 1), generator=keyed_generator(self.seed, 4, index))
+            offsets = torch.randn((*noise.shape[:2], 1, 1), generator=keyed_generator(self.seed, Draw.NOISE_OFFSET, index))
             batch["noise"] = noise + self.noise_offset * offsets.to(noise)
         if self.text_encoder_batches is not None and index >= self.text_encoder_batches and "tokens" in batch:
             batch["fixed_tokens"] = batch.pop("tokens")

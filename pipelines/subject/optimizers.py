@@ -24,20 +24,22 @@ class Rates:
 
     Args:
         unet: of the UNet's adapter.
-        text_encoder: of the text encoders' adapters; the UNet's where None.
+        text_encoders: of the text encoders' adapters: of each, or of both; the UNet's where there is none.
         lora_plus_ratio: what the rate of the B-like factors is multiplied by  [LoRA+, Hayou et al. 2024].
         b_like: what the names of the B-like factors contain, as `AdapterMethod` says.
     """
 
     unet: float
-    text_encoder: float | None = None
+    text_encoders: tuple[float, ...] = ()
     lora_plus_ratio: float = 1.0
     b_like: str = "lora_B"
 
     def of(self, name: str) -> float:
         """The rate of the parameter of `DenoisingLoss` called `name`."""
-        in_text_encoder = name.startswith("text_encoders.") and self.text_encoder is not None
-        rate = self.text_encoder if in_text_encoder else self.unet
+        rate = self.unet
+        if name.startswith("text_encoders.") and self.text_encoders:
+            place = int(name.split(".")[1])
+            rate = self.text_encoders[min(place, len(self.text_encoders) - 1)]
         return rate * self.lora_plus_ratio if f".{self.b_like}." in name else rate
 
 
@@ -79,7 +81,9 @@ class Adam:
             return prodigy(groups, decouple=True, use_bias_correction=True, safeguard_warmup=True, **shared)
         if self.eight_bit:
             return installed("bitsandbytes", "--use_8bit_adam").optim.AdamW8bit(groups, **shared)
-        return torch.optim.AdamW(groups, **shared)
+        # On the CPU torch would go through the parameters one by one, in Python, unless told otherwise; a GPU needs no telling.
+        on_cpu = all(parameter.device.type == "cpu" for group in groups for parameter in group["params"])
+        return torch.optim.AdamW(groups, fused=on_cpu or None, **shared)
 
 
 def optimised(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from pipelines.errors import InputError
-from pipelines.pictures import SETTINGS_KEY, is_picture, read_settings, save_picture
+from pipelines.pictures import SETTINGS_KEY, is_picture, opened_picture, read_settings, save_picture
 from pipelines.subject.buckets import Size, nearest_bucket
 from pipelines.subject.data import Picture, find_pictures, picture_size
 
@@ -93,7 +93,7 @@ class ClassPictures:
 
 def _check_origin(path: Path, prompt: str, model: str) -> None:
     """Refuse a picture that says that it shows another class, or another model's idea of it; others are taken as they are."""
-    with Image.open(path) as opened:
+    with opened_picture(path) as opened:
         made_here = SETTINGS_KEY in opened.info
     if not made_here:
         return

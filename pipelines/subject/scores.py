@@ -7,8 +7,7 @@ run; between models and subjects they have no common scale.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,12 +20,14 @@ from torch.nn import functional
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from pipelines.errors import InputError
-from pipelines.randomness import keyed_generator
-from pipelines.subject.base_model import PromptEmbeddings, encode_pictures, encode_prompts, text_encoders_of
+from pipelines.randomness import Draw, keyed_generator
+from pipelines.subject.adapters import without_adapters
+from pipelines.subject.base_model import PromptEmbeddings, encode_pictures, encode_prompts
+from pipelines.subject.evaluation import middle_of
 from pipelines.subject.loss import DenoisingLoss
 
-# Where the subject is expected: features are compared on a grid, on the half about its middle.
-GRID, MIDDLE = 8, 0.5
+# Features are compared on a grid, in its middle.
+GRID = 8
 FEATURE_TIMESTEP = 20
 CLASSIFIER_DRAWS = 8
 THUMBNAIL = 16
@@ -79,27 +80,6 @@ def _unit(values: torch.Tensor) -> torch.Tensor:
     return functional.normalize(values, dim=1)
 
 
-@contextmanager
-def without_adapters(pipeline: StableDiffusionXLPipeline) -> Iterator[None]:
-    """Have the pipeline be its base model meanwhile, in evaluation mode."""
-    parts = [part for part in (pipeline.unet, *text_encoders_of(pipeline)) if getattr(part, "peft_config", None)]
-    modes = {part: part.training for part in (pipeline.unet, *text_encoders_of(pipeline))}
-    trained = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
-    for part in modes:
-        part.eval()
-    for part in parts:
-        part.disable_adapters()
-    try:
-        yield
-    finally:
-        for part in parts:
-            part.enable_adapters()
-        for part, training in modes.items():
-            part.train(training)
-        for parameter in trained:
-            parameter.requires_grad_(True)
-
-
 class BaseModelJudge:
     """Judges by the base model alone, whatever adapters are on it."""
 
@@ -150,9 +130,7 @@ class BaseModelJudge:
                 self.loss.predict(picture[None], noise, timesteps, self._time_ids(1, latents), nothing)
         finally:
             hook.remove()
-        first, last = (round(GRID * (1 + side * MIDDLE) / 2) for side in (-1, 1))
-        pooled = functional.adaptive_avg_pool2d(torch.cat(seen), GRID)
-        return pooled[:, :, first:last, first:last].flatten(2)
+        return middle_of(functional.adaptive_avg_pool2d(torch.cat(seen), GRID)).flatten(2)
 
     def _likeness(self, latents: torch.Tensor) -> list[float]:
         """The mean over the references of how well places match their best counterparts, both ways."""
@@ -182,7 +160,7 @@ class BaseModelJudge:
         return margins
 
     def _noise(self, count: int, latents: torch.Tensor) -> torch.Tensor:
-        return torch.randn((count, *latents.shape[1:]), generator=keyed_generator(0, 5)).to(latents.device)
+        return torch.randn((count, *latents.shape[1:]), generator=keyed_generator(0, Draw.SCORES)).to(latents.device)
 
     def _time_ids(self, count: int, latents: torch.Tensor) -> torch.Tensor:
         side = float(self.resolution)

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from pipelines.errors import InputError
+from pipelines.randomness import Draw
 from pipelines.subject.buckets import BucketOrder, automatic_buckets, nearest_bucket, parse_buckets, size_multiple
 
 
@@ -61,7 +62,7 @@ def test_every_level_of_the_model_halves_evenly(pipe):
     assert multiple == 2**halvings
 
 
-def test_two_streams_of_one_seed_draw_different_orders():
-    first, second = (BucketOrder((tuple(range(50)),), 50, 0, stream).chosen(0, 0) for stream in (0, 7))
+def test_two_draws_of_one_seed_are_different_orders():
+    first, second = (BucketOrder((tuple(range(50)),), 50, 0, draw).chosen(0, 0) for draw in (Draw.ORDER, Draw.CLASS_ORDER))
     assert sorted(first) == sorted(second)
     assert first != second

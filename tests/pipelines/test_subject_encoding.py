@@ -10,7 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_pipeline import tiny_pipeline
 
-from pipelines.cache import TensorCache, digest_of, file_digest, key_of, module_digest
+from pipelines.cache import TensorCache, digest_of, key_of, module_digest
+from pipelines.digests import file_digest
 from pipelines.errors import InputError
 from pipelines.pictures import read_picture
 from pipelines.subject import encoding

@@ -220,7 +220,7 @@ def test_the_mean_loss_leaves_the_mode_of_the_model_as_it_was(pipe):
 class Zero(nn.Module):
     """Predicts nothing."""
 
-    dtype = torch.float32
+    dtype, device = torch.float32, torch.device("cpu")
 
     def forward(self, noisy, timesteps, hidden, added_cond_kwargs):
         return type("Output", (), {"sample": torch.zeros_like(noisy)})
@@ -230,6 +230,28 @@ def test_a_model_that_predicts_nothing_loses_the_variance_of_the_noise(pipe):
     loss = DenoisingLoss(pipe)
     loss.unet = Zero()
     assert mean_denoising_loss(loss, encoded(pipe), draws=64) == pytest.approx(1.0, abs=0.05)
+
+
+class RightInTheMiddle(Zero):
+    """Predicts the noise of black pictures, but only in the middle half of their height and width."""
+
+    def __init__(self, scheduler):
+        super().__init__()
+        self.alphas = scheduler.alphas_cumprod
+
+    def forward(self, noisy, timesteps, hidden, added_cond_kwargs):
+        answer = torch.full_like(noisy, 100.0)
+        noise = noisy / (1 - self.alphas[timesteps]).sqrt().view(-1, 1, 1, 1)
+        answer[..., 2:6, 2:6] = noise[..., 2:6, 2:6]
+        return type("Output", (), {"sample": answer})
+
+
+def test_what_surrounds_the_middle_of_a_held_out_picture_does_not_count(pipe):
+    loss, pictures = DenoisingLoss(pipe), encoded(pipe)
+    loss.unet = RightInTheMiddle(loss.noising.scheduler)
+    black = EncodedPictures.in_memory(torch.zeros(2, 1, 2, 4, 8, 8), torch.zeros(2, 6), pictures.tokens, pictures.prompts)
+    assert mean_denoising_loss(loss, black, draws=8) == pytest.approx(0.0, abs=1e-10)
+    assert mean_denoising_loss(loss, pictures, draws=8) > 1e-3
 
 
 def test_stratified_timesteps_take_one_from_each_part_and_every_level_is_possible():

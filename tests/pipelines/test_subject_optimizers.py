@@ -42,7 +42,7 @@ def test_of_every_method_the_factors_that_start_at_zero_are_the_b_like_ones(pipe
 
 def test_text_encoders_have_a_rate_of_their_own_in_groups_that_hold_every_parameter_once(pipe):
     loss = adapted(pipe, "nora")
-    groups = parameter_groups(loss, Rates(1e-3, 1e-5, 4.0, "nora_inner_B"))
+    groups = parameter_groups(loss, Rates(1e-3, (1e-5,), 4.0, "nora_inner_B"))
     rates = rates_by_parameter(groups)
     for name, parameter in loss.named_parameters():
         if parameter.requires_grad:

@@ -57,6 +57,12 @@ def test_pictures_of_ones_own_count_and_are_kept(tmp_path):
     assert {p.path.name for p in wanted(tmp_path).found()} == {"00000.png", "00001.png", "my dog.jpg"}
 
 
+def test_one_that_cannot_be_read_is_named_before_any_is_made(tmp_path):
+    (tmp_path / "my dog.jpg").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"my dog.jpg' cannot be read as a picture .*Remove it"):
+        wanted(tmp_path).missing()
+
+
 def test_no_more_are_used_than_asked_for(tmp_path):
     make(wanted(tmp_path, count=5))
     assert len(wanted(tmp_path, count=2).found()) == 2

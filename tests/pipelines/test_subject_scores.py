@@ -12,8 +12,9 @@ from transformers import BitImageProcessor, CLIPConfig, CLIPImageProcessor, CLIP
 from pipelines.backgrounds import BACKGROUNDS
 from pipelines.errors import InputError
 from pipelines.scenes import COLOURS, Toy, draw_toy, sample_toy
+from pipelines.subject.adapters import without_adapters
 from pipelines.subject.base_model import BUILT_IN_MODEL, load_base_model
-from pipelines.subject.scores import BaseModelJudge, EmbeddingJudge, copy_scores, without_adapters
+from pipelines.subject.scores import BaseModelJudge, EmbeddingJudge, copy_scores
 
 
 def noise(seed, side=32):

@@ -2,6 +2,7 @@
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
 from torch import nn
 
@@ -40,5 +41,7 @@ def trained(folder, what, steps=STEPS, periodic=(), **changes):
     """Train `what` in the run at `folder`; returns its weights."""
     run = RunDirectory.create(folder, {})
     options = LoopOptions(**{"max_train_steps": steps, "checkpointing_steps": 2, **changes})
+    # The precision of a run before, in the same process, would be that of this one.
+    AcceleratorState._reset_state(reset_partial_state=True)
     train(Accelerator(cpu=True), run, what, options, periodic)
     return torch.cat([parameter.detach().flatten().clone() for parameter in what.module.parameters()])

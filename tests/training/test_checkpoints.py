@@ -45,11 +45,13 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(tmp_path, 
     assert (tmp_path / "checkpoints" / "damaged-step-0000006").is_dir()
 
 
-def test_a_manifest_that_cannot_be_read_is_damage(tmp_path):
+def test_a_manifest_that_cannot_be_read_or_is_not_there_is_damage(tmp_path):
     trained(tmp_path, trainable())
     last = list_checkpoints(tmp_path / "checkpoints")[-1]
     (last / MANIFEST).write_text('{"step": 6, "sha')
     assert damage_of(last) == "manifest.json cannot be read"
+    (last / MANIFEST).unlink()
+    assert damage_of(last) == "manifest.json is missing"
 
 
 def test_where_all_are_damaged_training_starts_anew(tmp_path):
@@ -58,14 +60,6 @@ def test_where_all_are_damaged_training_starts_anew(tmp_path):
         flip_a_bit(path / STATE)
     assert torch.equal(trained(tmp_path, trainable()), expected)
     assert [line["step"] for line in RunDirectory(tmp_path).metrics()] == [1, 2, 3, 4, 5, 6]
-
-
-def test_checkpoints_of_earlier_versions_without_manifest_are_gone_on_from(tmp_path):
-    trained(tmp_path, trainable(), steps=4)
-    expected = trained(tmp_path / "whole", trainable())
-    for path in list_checkpoints(tmp_path / "checkpoints"):
-        (path / MANIFEST).unlink()
-    assert torch.equal(trained(tmp_path, trainable()), expected)
 
 
 class Killed(BaseException):

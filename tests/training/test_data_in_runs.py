@@ -19,6 +19,7 @@ from pipelines.subject.generate import Sampling
 from pipelines.subject.loss import DenoisingLoss
 from training import dreambooth_nora
 from training.checkpoints import list_checkpoints
+from training.dry_run import DoesNotFitError
 from training.options import SubjectOptions, parse_options
 from training.options.data import SAMPLE_CLASS_PROMPT, SAMPLE_SUBJECT, DataOptions
 from training.preparing import checked_pictures, record_report
@@ -63,6 +64,12 @@ def batches(monkeypatch):
 
     monkeypatch.setattr(DenoisingLoss, "forward", remembered)
     return seen
+
+
+@pytest.fixture(scope="module")
+def baselines():
+    """What is learned with the flags given, for the tests that compare with it."""
+    return {}
 
 
 def numbers(run):
@@ -195,27 +202,24 @@ def test_class_pictures_are_made_once_and_used_by_the_next_run(trained, tmp_path
     assert all(batch["time_ids"][1::2].int().tolist() == [[16, 16, 0, 0, 16, 16]] * 2 for batch in batches)
 
 
-def test_class_pictures_are_those_of_the_stock_pipeline_in_the_precision_asked_for(trained, tiny_model, tmp_path):
-    more = [
-        *PRIOR,
-        "--prior_generation_precision",
-        "bf16",
-        "--sample_batch_size",
-        "1",
-        "--class_data_dir",
-        str(tmp_path / "class"),
-    ]
-    trained("run", *more)
-    settings = read_settings(tmp_path / "class" / "00001.png")
-    pipe = load_base_model(str(tiny_model), torch.bfloat16)
-    generator = torch.Generator().manual_seed(settings["seed"])
-    picture = pipe("a toy", num_inference_steps=1, guidance_scale=4.0, height=16, width=16, generator=generator).images[0]
-    assert picture.tobytes() == Image.open(tmp_path / "class" / "00001.png").tobytes()
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), (None, torch.float32)])
+def test_class_pictures_are_those_of_the_stock_pipeline(trained, tiny_model, tmp_path, precision, dtype):
+    more = [] if precision is None else ["--prior_generation_precision", precision]
+    more += [*PRIOR, "--sample_batch_size", "1", "--class_data_dir", str(tmp_path / "class")]
+    trained("run", *more, "--train_text_encoder")
+    pipe = load_base_model(str(tiny_model), dtype)
+    # The first two are drawn before there is an adapter, the last one after.
+    for name in ("00001.png", "00002.png"):
+        settings = read_settings(tmp_path / "class" / name)
+        generator = torch.Generator().manual_seed(settings["seed"])
+        picture = pipe("a toy", num_inference_steps=1, guidance_scale=4.0, height=16, width=16, generator=generator).images[0]
+        assert picture.tobytes() == Image.open(tmp_path / "class" / name).tobytes()
 
 
-def test_a_rehearsal_draws_only_as_many_class_pictures_as_it_needs(trained):
-    run = trained("run", *PRIOR, "--dry_run")
-    assert len(list((run.path / "class_pictures").iterdir())) == 2
+def test_whether_it_fits_is_told_before_all_class_pictures_are_drawn(trained, tmp_path):
+    with pytest.raises(DoesNotFitError):
+        trained("run", *PRIOR, "--memory_limit_gb", "0.001")
+    assert len(list((tmp_path / "run" / "class_pictures").iterdir())) == 2
 
 
 def test_prior_preservation_without_a_class_is_refused_before_anything_is_loaded(trained, tmp_path):

@@ -310,6 +310,8 @@ def test_the_default_command_learns_the_sample_subject_from_any_directory(tmp_pa
     assert losses[-1] < losses[0]
     stock = StableDiffusionXLPipeline.from_pretrained(BUILT_IN_MODEL, dtype=torch.float32)
     stock.load_lora_weights(tmp_path / "run" / "diffusers")
+    for said in ("Dry run of 3 steps: ", "\nSuggested: step ", f"Look at {tmp_path / 'run' / 'before_after.png'}"):
+        assert said in finished.stderr
 
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="the real photos lie beside the repository only where it is developed")

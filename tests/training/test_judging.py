@@ -55,6 +55,18 @@ def test_training_that_never_helps_is_said_so():
     assert "no better on the held-out picture" in found.warnings[0]
 
 
+def test_training_that_only_learns_the_training_pictures_is_overfitting_from_its_start():
+    warnings = suggest(curve([1.0, 1.1, 1.2], [1.0, 0.9, 0.8]), last=20).warnings
+    assert "no better on the held-out picture" in warnings[0]
+    assert warnings[1].startswith("Overfitting: the held-out loss rises from 1.0000 at step 0 to 1.2000 at step 20")
+    assert len(suggest(curve([1.0, 1.001, 1.01], [1.0, 0.9, 0.8]), last=20).warnings) == 1
+
+
+def test_a_rise_that_is_small_beside_what_was_learned_is_no_overfitting():
+    assert suggest(curve([1.0, 0.99, 1.0], [1.0, 0.9, 0.6]), last=20).warnings == []
+    assert suggest(curve([1.0, 0.99, 1.04], [1.0, 0.9, 0.6]), last=20).warnings != []
+
+
 def test_without_a_heldout_picture_the_last_step_is_suggested_and_the_gap_named():
     found = suggest([], last=20)
     assert found.step == 20

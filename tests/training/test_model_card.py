@@ -8,6 +8,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from pipelines.subject.base_model import BUILT_IN_MODEL
 from training.model_card import as_text, model_card
 from training.options import parse_options
 from training.run import RunDirectory
@@ -93,6 +94,23 @@ def test_a_hub_model_is_named_in_the_header_and_a_local_one_by_its_own_name_only
     assert ModelCard(card).data.base_model is None
     assert "my-model" in card
     assert "secret" not in card
+
+
+@pytest.mark.parametrize(
+    ("model", "call"),
+    [
+        (str(BUILT_IN_MODEL), 'from_pretrained("assets/mini-sdxl")'),
+        ("owner/model", 'from_pretrained("owner/model")'),
+        ("my.safetensors", 'from_single_file("my.safetensors")'),
+    ],
+)
+def test_the_code_loads_the_base_model_as_it_is_kept(tmp_path, model, call):
+    card = model_card(run_with(tmp_path), options_for("dog", tmp_path, "--pretrained_model_name_or_path", model), 3)
+    assert f"StableDiffusionXLPipeline.{call}" in card
+
+
+def test_numbers_are_written_for_people(tmp_path):
+    assert "learning rate 0.003," in model_card(run_with(tmp_path), options_for("dog", tmp_path), 3)
 
 
 def test_a_private_card_has_no_words_of_the_prompt_nor_a_local_models_name(tmp_path):

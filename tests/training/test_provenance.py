@@ -9,11 +9,11 @@ import pytest
 import torch
 from tiny_pipeline import tiny_pipeline
 
+from pipelines.digests import file_digest
 from training.options import parse_options
 from training.provenance import (
     code_identity,
     command_line,
-    file_hash,
     files_hash,
     library_versions,
     model_identity,
@@ -26,7 +26,7 @@ from training.run import RunDirectory
 def test_a_files_hash_is_sha256_however_large(tmp_path):
     data = bytes(range(256)) * 9000
     (tmp_path / "file").write_bytes(data)
-    assert file_hash(tmp_path / "file") == hashlib.sha256(data).hexdigest()
+    assert file_digest(tmp_path / "file") == hashlib.sha256(data).hexdigest()
 
 
 def test_the_hash_of_files_depends_on_names_and_bytes_and_not_on_order_or_place(tmp_path):
@@ -72,7 +72,7 @@ def test_the_base_model_is_known_by_each_of_its_weight_files(tiny_model, tmp_pat
     assert set(found["files"]) == {path.relative_to(tiny_model).as_posix() for path in tiny_model.rglob("*.safetensors")}
     assert not found["public"]
     unet = "unet/diffusion_pytorch_model.safetensors"
-    assert found["files"][unet] == file_hash(tiny_model / unet)
+    assert found["files"][unet] == file_digest(tiny_model / unet)
     single = model_identity(str(tiny_model / unet), tiny_pipeline())
     assert list(single["files"].values()) == [found["files"][unet]]
 
@@ -107,7 +107,7 @@ def test_the_record_holds_all_and_its_published_form_no_names(tiny_model, pictur
     )
     write_provenance(run, options, tiny_pipeline(), paths[1:], paths[:1])
     record = json.loads((run.path / "provenance.json").read_text())
-    assert [picture["sha256"] for picture in record["pictures"]] == [file_hash(path) for path in paths[1:]]
+    assert [picture["sha256"] for picture in record["pictures"]] == [file_digest(path) for path in paths[1:]]
     assert record["heldout"][0]["file"] == str(paths[0])
     assert record["options"]["data"]["instance_prompt"] == "zwx"
     assert record["device"]["type"] == "cpu"

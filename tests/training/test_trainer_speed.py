@@ -1,8 +1,10 @@
 """The stopwatch of the speed benchmark, on trainers whose speed is known."""
 
 import importlib.util
-import json
+import os
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from pipelines.errors import InputError
 
 PROGRAM = Path(__file__).parents[2] / "benchmarks" / "trainer_speed.py"
-# Sleeps 20 ms a step in backward and 10 ms elsewhere, and takes steps before its own that are not to be counted.
+# Sleeps in backward and elsewhere, and takes steps before its own that are not to be counted.
 TRAINER = """
 import sys, time, torch
 class Slow(torch.autograd.Function):
@@ -18,7 +20,7 @@ class Slow(torch.autograd.Function):
     def forward(ctx, x): return x.clone()
     @staticmethod
     def backward(ctx, g):
-        time.sleep(0.02)
+        time.sleep({backward})
         return g
 weight = torch.nn.Parameter(torch.ones(3))
 optimizer = torch.optim.AdamW([weight])
@@ -26,7 +28,7 @@ for step in range(3):
     time.sleep(0.2)
     optimizer.step()
 for step in range(int(sys.argv[sys.argv.index("--max_train_steps") + 1])):
-    time.sleep(0.01)
+    time.sleep({elsewhere})
     Slow.apply(weight).sum().backward()
     optimizer.step()
 """
@@ -42,44 +44,104 @@ def benchmark():
     return module
 
 
+def trainer(benchmark, folder, name, before=3, **seconds):
+    """A trainer that takes so many seconds a step, as a side of the benchmark."""
+    script = folder / f"{name}.py"
+    script.write_text(TRAINER.format(**{"elsewhere": 0.01, "backward": 0.02} | seconds))
+    return benchmark.Side([str(script), "--max_train_steps", "15"], before)
+
+
 @pytest.mark.slow
-def test_the_stopwatch_finds_the_steps_a_second_and_the_phases_of_a_known_trainer(benchmark, tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(TRAINER)
-    found = benchmark.measured([str(script), "--max_train_steps", "15"], 15, tmp_path / "log.txt")
-    assert found["milliseconds"]["backward"] >= 20
-    assert found["milliseconds"]["everything else"] >= 10
-    assert sum(found["milliseconds"].values()) == pytest.approx(1000 / found["steps_per_second"])
-    assert found["milliseconds"]["everything else"] < 150
+def test_the_stopwatch_finds_the_steps_a_second_and_the_phases_of_known_trainers(benchmark, tmp_path):
+    sides = {"a": trainer(benchmark, tmp_path, "a"), "b": trainer(benchmark, tmp_path, "b", backward=0.05)}
+    found = benchmark.measured(sides, tmp_path)
+    assert found["a"]["milliseconds"]["backward"] >= 20
+    assert found["b"]["milliseconds"]["backward"] >= 50
+    for each in found.values():
+        assert each["milliseconds"]["everything else"] >= 10
+        assert sum(each["milliseconds"].values()) == pytest.approx(1000 / each["steps_per_second"], rel=0.1)
+        # Neither the steps of before nor the other's are in it.
+        assert each["milliseconds"]["everything else"] < 50
 
 
-def test_steps_before_the_trainings_own_are_not_counted(benchmark):
-    watch = benchmark.Stopwatch(steps=[0.0, 100.0, *(200.0 + step for step in range(10))])
-    watch.calls = [("backward", 50.0, 90.0), *(("backward", 200.1 + step, 200.6 + step) for step in range(10))]
-    found = watch.result(steps=10)
+@pytest.mark.slow
+def test_a_trainer_that_fails_is_named_with_what_it_said(benchmark, tmp_path):
+    sides = {"good": trainer(benchmark, tmp_path, "good"), "bad": benchmark.Side([str(tmp_path / "bad.py")])}
+    (tmp_path / "bad.py").write_text("raise SystemExit('no such flag')")
+    with pytest.raises(RuntimeError, match=r"bad\.py failed: .*no such flag"):
+        benchmark.measured(sides, tmp_path)
+
+
+def test_two_sides_never_work_at_once(benchmark):
+    (first_reads, second_writes), (second_reads, first_writes) = os.pipe(), os.pipe()
+    both = (benchmark.Turns(first_reads, first_writes, True), benchmark.Turns(second_reads, second_writes, False))
+    at_work, seen = [], []
+
+    def work(name, turns):
+        watch = benchmark.Stopwatch(turns=turns)
+        watch.end_step(time.perf_counter())
+        for _ in range(5):
+            at_work.append(name)
+            time.sleep(0.01)
+            seen.append(list(at_work))
+            at_work.remove(name)
+            watch.end_step(time.perf_counter())
+        os.close(turns.writes)
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip("ab", both, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [["a"], ["b"]] * 5
+
+
+def test_steps_before_the_trainings_own_are_not_counted(benchmark, monkeypatch):
+    watch, now = benchmark.Stopwatch(before=2), 0.0
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now)
+    for seconds in (100, 100, *[50] * benchmark.WARM_UP, *[1] * 9):
+        watch.calls.append(("backward", now + 0.1 * seconds, now + 0.6 * seconds))
+        now += seconds
+        watch.end_step(now)
+    found = watch.result()
     assert found["steps_per_second"] == pytest.approx(1)
     assert found["milliseconds"] == {"backward": pytest.approx(500), "everything else": pytest.approx(500)}
 
 
-def test_the_table_compares_medians(benchmark):
+def test_one_step_during_which_the_disk_was_busy_changes_nothing(benchmark):
+    steady = benchmark.Stopwatch(steps=[(float(k), k + 0.5) for k in range(20)])
+    busy = benchmark.Stopwatch(steps=[*steady.steps[:10], (10.0, 19.0), *steady.steps[11:]])
+    assert busy.result() == steady.result()
+
+
+def test_the_table_compares_the_two_sides_of_each_run(benchmark):
     def run(rate, **milliseconds):
         return {"steps_per_second": rate, "milliseconds": milliseconds}
 
-    text = benchmark.table({"diffusers": [run(1, a=3), run(2, a=5), run(9, a=1)], "ours": [run(3, b=1)] * 3})
-    assert "| steps a second, median | 2.00 (1.00 to 9.00) | 3.00 (3.00 to 3.00) |" in text
+    theirs = [run(1, a=3), run(2, a=5), run(9, a=1)]
+    ours = [run(1.5, b=1), run(4, b=1), run(9, b=1)]
+    text = benchmark.table([{"diffusers": one, "ours": other} for one, other in zip(theirs, ours, strict=True)])
+    assert "| steps a second, median | 2.00 (1.00 to 9.00) | 4.00 (1.50 to 9.00) |" in text
     assert "| a, ms a step | 3.0 | 0.0 |" in text
     assert "Ours does 1.50 times" in text
+    assert "(1.50, 2.00, 1.00)" in text
 
 
 def test_both_sides_are_given_the_same_work(benchmark, tmp_path):
     (tmp_path / "script.py").write_text("")
     options = benchmark.BenchmarkOptions(str(tmp_path / "script.py"), own_flags="--snr_gamma 5")
-    theirs, ours = benchmark.commands(options, tmp_path).values()
-    shared = theirs[1:-2]
+    theirs, ours = (side.command for side in benchmark.sides(options, tmp_path).values())
+    shared = theirs[1 : theirs.index("--repeats")]
     assert ours[1 : 1 + len(shared)] == shared
-    assert {"--resolution", "--train_batch_size", "--rank", "--max_train_steps"} <= set(shared)
+    assert {"--resolution", "--train_batch_size", "--rank", "--max_train_steps", "--report_to"} <= set(shared)
     assert "--snr_gamma" in ours
-    json.dumps(theirs)
+
+
+def test_every_batch_of_the_script_is_full(benchmark, tmp_path):
+    (tmp_path / "script.py").write_text("")
+    options = benchmark.BenchmarkOptions(str(tmp_path / "script.py"), train_batch_size=3)
+    command = benchmark.sides(options, tmp_path)["diffusers"].command
+    assert int(command[command.index("--repeats") + 1]) % 3 == 0
 
 
 def test_a_missing_script_is_named_with_where_to_get_it(benchmark):

@@ -22,8 +22,9 @@ class OptimisationOptions:
         default=None,
         metadata={"help": "Peak learning rate; on SDXL 3e-4 for nora and 1e-4 for lora and dora unless said, 1 for Prodigy."},
     )
-    text_encoder_lr: float | None = field(
-        default=None, metadata={"help": "Peak learning rate of the text encoders; --learning_rate unless said."}
+    text_encoder_lr: list[float] | None = field(
+        default=None,
+        metadata={"help": "Peak learning rate of the text encoders, or of each of the two; --learning_rate unless said."},
     )
     stop_text_encoder_training: int | None = field(
         default=None, metadata={"help": "Step after which the text encoders are trained no more; never unless said."}
@@ -69,7 +70,7 @@ class OptimisationOptions:
         at_least(self, 1, "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "lr_num_cycles")
         at_least(self, 1, "stop_text_encoder_training")
         at_least(self, 0, "lr_warmup_steps", "seed", "adam_weight_decay", "noise_offset")
-        above_zero(self, "learning_rate", "text_encoder_lr", "lora_plus_ratio", "lr_power")
+        above_zero(self, "learning_rate", "lora_plus_ratio", "lr_power")
         above_zero(self, "max_grad_norm", "snr_gamma", "adam_epsilon")
         if self.lr_scheduler not in SCHEDULES:
             raise InputError(f"lr_scheduler must be one of {', '.join(SCHEDULES)}, got {self.lr_scheduler!r}.")
@@ -78,7 +79,14 @@ class OptimisationOptions:
                 raise InputError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
         if self.do_edm_style_training and self.snr_gamma is not None:
             raise InputError("snr_gamma is not for EDM-style training, whose errors have weights of their own. Leave one out.")
+        self._check_text_encoder_lr()
         self._check_optimizer()
+
+    def _check_text_encoder_lr(self) -> None:
+        rates = self.text_encoder_lr
+        if rates is not None and not (len(rates) in (1, 2) and all(rate > 0 for rate in rates)):
+            given = " ".join(map(str, rates)) or "nothing"
+            raise InputError(f"text_encoder_lr must be one or two rates above 0, got {given}.")
 
     def _check_optimizer(self) -> None:
         if self.optimizer.lower() not in OPTIMIZERS:

@@ -1,0 +1,69 @@
+"""What FSDP asks of a run, and what is done to nothing that is not split; training itself is in test_launching.py."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from pipelines.errors import InputError
+from training.sharding import assign, check_can_shard, gathered, split_like, split_state, whole
+
+
+def accelerator(kind=DistributedType.FSDP, version=2):
+    return SimpleNamespace(distributed_type=kind, is_fsdp2=version == 2)
+
+
+def test_fsdp_trains_with_adamw_in_its_second_version():
+    check_can_shard(accelerator(), "AdamW", eight_bit=False)
+    with pytest.raises(InputError, match="fsdp_version must be 2"):
+        check_can_shard(accelerator(version=1), "AdamW", eight_bit=False)
+    for name, eight_bit in (("Prodigy", False), ("AdamW", True)):
+        with pytest.raises(InputError, match="only --optimizer AdamW without --use_8bit_adam"):
+            check_can_shard(accelerator(), name, eight_bit)
+
+
+def test_fsdp_needs_a_pytorch_that_can_end_an_iteration_early(monkeypatch):
+    monkeypatch.delattr("torch.distributed.fsdp.FSDPModule.reset_iter_state")
+    with pytest.raises(InputError, match="FSDP needs the PyTorch"):
+        check_can_shard(accelerator(), "AdamW", eight_bit=False)
+
+
+def test_without_fsdp_every_optimiser_may_train():
+    check_can_shard(accelerator(DistributedType.MULTI_GPU), "Prodigy", eight_bit=False)
+
+
+def in_two_processes(rank, group):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{group}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    values = [torch.randn(4, 2), torch.randn(3), torch.randn(1, 2)]
+    plain = torch.optim.AdamW([torch.nn.Parameter(value.clone()) for value in values])
+    for parameter in plain.param_groups[0]["params"]:
+        parameter.grad = torch.randn_like(parameter)
+    plain.step()
+    parameters = [torch.nn.Parameter(distribute_tensor(torch.zeros_like(value), mesh, [Shard(0)])) for value in values]
+    optimizer = torch.optim.AdamW(parameters)
+    optimizer.load_state_dict(split_state(plain.state_dict(), optimizer))
+    for parameter, value in zip(parameters, values, strict=True):
+        assign(parameter, value)
+        moment = optimizer.state[parameter]["exp_avg"]
+        assert moment.to_local().shape == parameter.to_local().shape
+    assert parameters[1].to_local().shape == (2 - rank,)
+    torch.testing.assert_close(gathered({"nested": parameters})["nested"], values, rtol=0, atol=0)
+    torch.testing.assert_close(gathered(optimizer.state_dict()), plain.state_dict(), rtol=0, atol=0)
+    torch.distributed.destroy_process_group()
+
+
+def test_parameters_and_an_optimisers_state_are_split_and_gathered_again(tmp_path):
+    torch.multiprocessing.spawn(in_two_processes, (str(tmp_path / "group"),), nprocs=2)
+
+
+def test_what_is_not_split_stays_as_it_is():
+    module, value = torch.nn.Linear(2, 2), torch.randn(2, 2)
+    assert split_like(value, module.weight) is value
+    assert gathered(value) is value
+    with whole(module):
+        assert module.weight.shape == (2, 2)

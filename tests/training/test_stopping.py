@@ -1,0 +1,50 @@
+"""A run whose launcher is ended saves and stops too."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from training.checkpoints import newest_step
+from training.run import RunDirectory
+from training.stopping import launcher
+
+ROOT = Path(__file__).parents[2]
+FLAGS = """--instance_prompt sks --heldout_image none --rank 6 --inner_r 2 --target_modules to_v --max_train_steps 100000
+--checkpointing_steps 100000 --validation_steps 100000 --heldout_steps 100000 --validation_prompt sks --certify false
+--report_to none"""
+PATIENCE = 300
+
+
+def wait_for(what):
+    """Wait until `what()` is true."""
+    began = time.monotonic()
+    while not what():
+        assert time.monotonic() - began < PATIENCE
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_when_the_launcher_is_ended_the_run_saves_and_stops(tiny_model, pictures_dir, tmp_path, number):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    command += [str(ROOT / "training" / "dreambooth_nora.py"), *FLAGS.split(), "--output_dir", str(tmp_path / "run")]
+    command += ["--pretrained_model_name_or_path", str(tiny_model), "--instance_data_dir", str(pictures_dir)]
+    with (tmp_path / "log").open("w") as log:
+        started = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    run = RunDirectory(tmp_path / "run", writes=False)
+    wait_for(lambda: started.poll() is not None or run.status().get("step", 0) > 0)
+    assert started.poll() is None, (tmp_path / "log").read_text()
+    started.send_signal(number)
+    started.wait()
+    wait_for(lambda: not run.is_at_work())
+    assert run.status()["state"] == "stopped"
+    assert newest_step(run.checkpoints) > 0
+
+
+def test_only_accelerate_is_a_launcher():
+    assert launcher() is None
