@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 
 from pipelines.errors import InputError
+from pipelines.subject.optimizers import optimised
 from training.checkpoints import newest_step
 from training.durable import free_bytes, write_text_atomically
 from training.loop import LoopOptions, Stepper, Trainable, prepared
@@ -93,7 +94,7 @@ def rehearse(stepper: Stepper, memory_limit_gb: float | None = None) -> Report:
             stepper.step(step, batches)
             seconds.append(time.monotonic() - began)
         state = stepper.trainable.state()
-    trained = _trained(stepper)
+    trained = optimised(stepper.optimizer)
     checkpoint = sum(parameter.nbytes for parameter in trained) + nested_bytes(state)
     report = Report(
         trained_numbers=sum(parameter.numel() for parameter in trained),
@@ -126,22 +127,18 @@ def rehearse_first(
     logger.info(report.in_words())
 
 
-def _trained(stepper: Stepper) -> list[torch.Tensor]:
-    return [parameter for group in stepper.optimizer.param_groups for parameter in group["params"]]
-
-
 @contextmanager
 def restored(stepper: Stepper) -> Iterator[None]:
     """Put parameters, optimiser, schedule, moving average and gradient scaler back as they were, exactly."""
     trainable, scaler = stepper.trainable, stepper.accelerator.scaler
-    parameters = [parameter.detach().clone() for parameter in _trained(stepper)]
+    parameters = [parameter.detach().clone() for parameter in optimised(stepper.optimizer)]
     state = copy.deepcopy(trainable.state())
     scaling = None if scaler is None else scaler.state_dict()
     try:
         yield
     finally:
         with torch.no_grad():
-            for parameter, before in zip(_trained(stepper), parameters, strict=True):
+            for parameter, before in zip(optimised(stepper.optimizer), parameters, strict=True):
                 parameter.copy_(before)
         stepper.optimizer.zero_grad(set_to_none=True)
         trainable.load_state(state)

@@ -201,7 +201,7 @@ class Stepper:
         torch.manual_seed(self.options.seed * STEP_STRIDE + step)
         total = self._backward(batches)
         loss, stopping = self._agreed(total, requests is not None and requests.noted > 0)
-        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        trained = optimised(self.optimizer)
         norm = accelerator.clip_grad_norm_(trained, self.options.max_grad_norm)
         # With a gradient scaler an overflow is expected now and then: it leaves the step out.
         gradient = 0.0 if accelerator.scaler is not None else float(gathered(norm))

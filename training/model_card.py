@@ -115,7 +115,8 @@ def _findings(run: RunDirectory) -> list[str]:
     found = []
     losses = [line["heldout_loss"] for line in run.metrics() if "heldout_loss" in line]
     if losses:
-        found.append(f"Mean denoising loss on the held-out picture: {losses[0]:.4f} before, {losses[-1]:.4f} after.")
+        before, after = losses[0], losses[-1]
+        found.append(f"Mean denoising loss in the middle of the held-out picture: {before:.4f} before, {after:.4f} after.")
     suggestion = _read(run.path / "suggestion.json")
     if suggestion and suggestion["curve"]:
         found.append(f"**Suggested: step {suggestion['step']} of {suggestion['last']}.** {suggestion['why']}")

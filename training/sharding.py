@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pipelines.errors import InputError
+from pipelines.subject.optimizers import optimised
 
 
 def check_can_shard(accelerator: Accelerator, optimizer: str, eight_bit: bool) -> None:
@@ -128,7 +129,7 @@ def assign(parameter: torch.Tensor, value: torch.Tensor) -> None:
 
 def split_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """What `optimizer.state_dict()` returned, whole, split as the optimiser's parameters are now."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = optimised(optimizer)
 
     def part(value: Any, parameter: torch.Tensor) -> Any:
         moment = isinstance(value, torch.Tensor) and value.shape == parameter.shape
