@@ -72,12 +72,13 @@ def read_picture(source: Path | BinaryIO, name: str | None = None, max_pixels: i
     name = repr(str(source)) if name is None else name
     with opened_picture(source, name) as opened:
         if max_pixels is None or opened.width * opened.height <= max_pixels:
-            return _upright_rgb(opened)
+            return upright_rgb(opened)
         size = opened.size
     raise InputError(f"{name} must have at most {max_pixels:,} pixels, got {size[0]} x {size[1]}. Shrink it.")
 
 
-def _upright_rgb(opened: Image.Image) -> Image.Image:
+def upright_rgb(opened: Image.Image) -> Image.Image:
+    """`opened` as RGB, upright as its EXIF orientation says; transparent parts become white."""
     upright = ImageOps.exif_transpose(opened)
     if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
         upright = upright.convert("RGBA")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from pipelines.cache import TensorCache, digest_of, key_of
-from pipelines.fewshot.clip import Clip
+from pipelines.fewshot.clip import Clip, evaluating
 from pipelines.fewshot.prompts import Prompts
 
 FEATURES, PICTURE_TOWER = "features", "visual."
@@ -43,7 +42,7 @@ def picture_features(
     kept = _Kept(cache, clip.model, pictures=True)
     features, labels = [], []
     batches = DataLoader(pictures, batch_size=batch_size, num_workers=workers)
-    with _evaluating(clip.model):
+    with evaluating(clip.model):
         for pixels, own in tqdm(batches, desc="encoding pictures", leave=False, delay=5):
             features.append(kept.encoded(pixels, clip.encode_images))
             labels.append(own)
@@ -57,7 +56,7 @@ def prompt_features(clip: Clip, prompts: Prompts, batch_size: int = BATCH, cache
     """
     kept = _Kept(cache, clip.model, pictures=False)
     tokens = clip.tokenizer(prompts.texts())
-    with _evaluating(clip.model):
+    with evaluating(clip.model):
         return prompts.class_features(torch.cat([kept.encoded(part, clip.encode_texts) for part in tokens.split(batch_size)]))
 
 
@@ -95,17 +94,3 @@ class _Kept:
 
     def _fresh(self, rows: torch.Tensor, encode: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         return encode(rows.to(self.device)).float().cpu()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without gradients or autocast, and without dropout; the mode is restored."""
-    training = {module: module.training for module in model.modules()}
-    device = next(model.parameters()).device.type
-    model.eval()
-    try:
-        with torch.no_grad(), torch.autocast(device, enabled=False):
-            yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
