@@ -1,0 +1,86 @@
+"""Pictures as a classifier is given them: files, PIL pictures or tensors, one or several."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from pipelines.errors import InputError
+from pipelines.pictures import UNREADABLE, read_picture, upright_rgb
+
+GivenPicture = Image.Image | str | os.PathLike[str] | torch.Tensor
+GivenPictures = GivenPicture | Sequence[GivenPicture]
+
+
+class GivenPictureSet(Dataset):
+    """Given pictures as a model takes them: (transformed, place).
+
+    Args:
+        given: one picture or several, each a PIL picture, the path of a file, or a tensor (3, h, w), uint8 or floating point in
+            [0, 1]; several may be one tensor (n, 3, h, w).
+        transform: what is made of each picture, upright and RGB, such as a model's `preprocess`.
+    Raises: InputError if there is none; on access, naming the picture that cannot be used.
+    """
+
+    def __init__(self, given: GivenPictures, transform: Callable[[Image.Image], Any]) -> None:
+        single = isinstance(given, Image.Image | str | os.PathLike) or (isinstance(given, torch.Tensor) and given.ndim < 4)
+        self.pictures = [given] if single else list(given)
+        self.transform = transform
+        if not self.pictures:
+            raise InputError("images must be one picture or more, got none.")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What each picture is called: its path, or its place such as "images[2]"."""
+        return tuple(
+            str(picture) if isinstance(picture, str | os.PathLike) else f"images[{place}]"
+            for place, picture in enumerate(self.pictures)
+        )
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, place: int) -> tuple[Any, int]:
+        return self.transform(as_picture(self.pictures[place], f"images[{place}]")), place
+
+
+def as_picture(given: GivenPicture, name: str) -> Image.Image:
+    """`given` as an upright RGB picture; errors call it `name`, or by its path.
+
+    Raises: InputError if it is nothing of the kind, or cannot be decoded.
+    """
+    if isinstance(given, str | os.PathLike):
+        return read_picture(Path(given))
+    if isinstance(given, torch.Tensor):
+        return _from_tensor(given, name)
+    if not isinstance(given, Image.Image):
+        raise InputError(
+            f"{name} must be a PIL picture, the path of a file, or a tensor (3, h, w), got {type(given).__name__}. Convert it, "
+            "an array with PIL.Image.fromarray."
+        )
+    try:
+        return upright_rgb(given)
+    except UNREADABLE as error:
+        raise InputError(f"{name} cannot be decoded ({error}). Remove it or replace it.") from error
+
+
+def _from_tensor(given: torch.Tensor, name: str) -> Image.Image:
+    if given.ndim != 3 or given.shape[0] != 3 or not given.numel():
+        raise InputError(f"{name} must be a tensor of shape (3, h, w), got {tuple(given.shape)}. Permute or expand it.")
+    if given.is_floating_point():
+        low, high = given.aminmax()
+        # A comparison that is false for NaN too.
+        if not (low >= 0 and high <= 1):
+            raise InputError(
+                f"{name} must hold values in [0, 1], got {low:.3g} to {high:.3g}. Undo any normalisation, or give uint8."
+            )
+        given = (255 * given.float()).round().to(torch.uint8)
+    if given.dtype != torch.uint8:
+        raise InputError(f"{name} must be uint8 or floating point, got {given.dtype}. Convert it to uint8.")
+    return Image.fromarray(given.permute(1, 2, 0).cpu().contiguous().numpy())
