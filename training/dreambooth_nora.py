@@ -9,7 +9,6 @@ format, for diffusers, and for A1111, ComfyUI and sd-scripts.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,13 +17,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs
 from diffusers import StableDiffusionXLPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
 
-from pipelines.errors import InputError
 from pipelines.methods import method_named
 from pipelines.subject import adapters
 from pipelines.subject.base_model import load_base_model, model_resolution
@@ -36,22 +34,19 @@ from pipelines.subject.generate import Sampling, generate
 from pipelines.subject.loss import DenoisingLoss, TrainingBatches
 from pipelines.subject.optimizers import Adam, Rates, optimised, parameter_groups
 from pipelines.subject.scores import judge_by
-from training.checkpoints import newest_step
 from training.console import speaking
 from training.dry_run import rehearse_first
 from training.finishing import Trained, finish
 from training.folds import leave_one_out
 from training.ladder import with_ladder
 from training.loop import LoopOptions, Periodic, Trainable, train
+from training.opening import open_run
 from training.options import SubjectOptions, parse_options
-from training.options.output import LATEST
-from training.preparing import Preparation, checked_pictures
-from training.provenance import command_line, write_provenance
-from training.resuming import check_can_resume
-from training.run import RunDirectory, write_text_atomically
+from training.preparing import Division, Preparation, checked_pictures
+from training.provenance import file_records, model_identity, write_provenance
+from training.run import RunDirectory
 from training.sharding import check_can_shard, whole
 from training.stopping import exit_codes
-from training.tracking import start_tracker
 from training.watching import Watch
 
 SHOWN_PICTURES = 8
@@ -71,7 +66,8 @@ def main(options: SubjectOptions) -> RunDirectory:
     accelerator = Accelerator(mixed_precision=options.model.mixed_precision, kwargs_handlers=[ddp])
     check_can_shard(accelerator, options.optimisation.optimizer, options.optimisation.use_8bit_adam)
     pictures = checked_pictures(options.data, options.optimisation.seed)
-    run = open_run(options, accelerator)
+    subject = Path(options.data.instance_data_dir).resolve().name
+    run = open_run(options, f"{subject}-{options.adapter.method}", accelerator)
     with run.recording():
         run.update_status(phase="loading")
         model, dtype = options.model, WEIGHT_DTYPES[accelerator.mixed_precision]
@@ -101,7 +97,7 @@ def main(options: SubjectOptions) -> RunDirectory:
 
         with whole(loss):
             class_pictures = preparation.class_pictures(subject.sizes)
-        write_provenance(run, options, pipeline, *([p.path for p in part] for part in (pictures.train, pictures.heldout)))
+        record_provenance(run, options, pipeline, pictures)
         if pictures.folds:
             folds = encoded.folds(pictures.folds)
             on = partial(learning, class_pictures=class_pictures)
@@ -128,27 +124,18 @@ def main(options: SubjectOptions) -> RunDirectory:
     return run
 
 
-def open_run(options: SubjectOptions, accelerator: Accelerator) -> RunDirectory:
-    """The run's directory: the one given, or a new one that all processes agree on.
-
-    Raises: InputError if it holds another run, or one with other options.
-    """
-    subject = Path(options.data.instance_data_dir).resolve().name
-    fresh = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{subject}-{options.adapter.method}"
-    path = Path(broadcast_object_list([options.output.output_dir or str(fresh)])[0])
-    options.output.output_dir = str(path)
-    if options.output.resume_from_checkpoint == LATEST:
-        check_can_resume(path, options.to_dict(), accelerator.num_processes)
-    elif (path / "options.json").exists():
-        raise InputError(f"{str(path)!r} holds a run. Give another --output_dir, or go on with --resume_from_checkpoint latest.")
-    accelerator.wait_for_everyone()
-    run = RunDirectory.create(path, options.to_dict(), accelerator.is_main_process)
-    if run.writes:
-        write_text_atomically(path / "command", command_line(["accelerate", "launch", *sys.argv]) + "\n")
-        run.update_status(processes=accelerator.num_processes)
-    logger.info(f"Everything goes to {path}.")
-    run.trackers.extend(start_tracker(options.output.report_to, path, newest_step(run.checkpoints), run.writes))
-    return run
+def record_provenance(
+    run: RunDirectory, options: SubjectOptions, pipeline: StableDiffusionXLPipeline, pictures: Division
+) -> None:
+    """Write down what the run is made of; see `write_provenance`."""
+    write_provenance(
+        run,
+        options.to_dict(),
+        model_identity(options.model.pretrained_model_name_or_path, pipeline),
+        pipeline.device,
+        {"pictures": file_records(p.path for p in pictures.train), "heldout": file_records(p.path for p in pictures.heldout)},
+        seed=options.optimisation.seed,
+    )
 
 
 def sampler(pipeline: StableDiffusionXLPipeline, options: SubjectOptions, resolution: int) -> Callable[[], list[Image.Image]]:

@@ -8,7 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from diffusers import StableDiffusionXLPipeline
 from pipelines.digests import file_digest
 from pipelines.subject.base_model import is_built_in
 from training.durable import write_text_atomically
-from training.options import SubjectOptions
 from training.run import RunDirectory
 
 PROVENANCE = "provenance.json"
@@ -27,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("nora_vision", "pipelines", "training")
 LIBRARIES = (
     "torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy", "pillow", "bitsandbytes",
+    "open_clip_torch", "timm", "scikit-learn",
 )  # fmt: skip
 
 
@@ -110,29 +110,36 @@ def library_versions() -> dict[str, str | None]:
     return found
 
 
+def file_records(paths: Iterable[Path]) -> list[dict[str, str]]:
+    """Name and hash of each file."""
+    return [{"file": str(path), "sha256": file_digest(path)} for path in paths]
+
+
 def write_provenance(
     run: RunDirectory,
-    options: SubjectOptions,
-    pipeline: StableDiffusionXLPipeline,
-    pictures: Sequence[Path],
-    heldout: Sequence[Path],
+    options: dict[str, Any],
+    base_model: dict[str, Any],
+    device: torch.device,
+    pictures: Mapping[str, list[dict[str, str]]],
+    seed: int | list[int],
 ) -> None:
     """Write provenance.json into the run's directory.
 
     Args:
-        pictures: what is trained on.
-        heldout: what is left out and measured on.
+        options: resolved, by group.
+        base_model: its name and the hashes of its weights.
+        pictures: name and hash of each, by what was done with them: learned from, left out and measured on.
+        seed: of everything drawn, or one for each repetition.
     """
     record = {
-        "pictures": [{"file": str(path), "sha256": file_digest(path)} for path in pictures],
-        "heldout": [{"file": str(path), "sha256": file_digest(path)} for path in heldout],
-        "base_model": model_identity(options.model.pretrained_model_name_or_path, pipeline),
+        **pictures,
+        "base_model": base_model,
         "code": code_identity(),
         "versions": library_versions(),
-        "seed": options.optimisation.seed,
+        "seed": seed,
         "command": command_line(sys.argv),
-        "device": device_identity(pipeline.device),
-        "options": options.to_dict(),
+        "device": device_identity(device),
+        "options": options,
     }
     if run.writes:
         write_text_atomically(run.path / PROVENANCE, json.dumps(record, indent=2, default=str) + "\n")

@@ -14,6 +14,7 @@ from training.options import parse_options
 from training.provenance import (
     code_identity,
     command_line,
+    file_records,
     files_hash,
     library_versions,
     model_identity,
@@ -105,7 +106,9 @@ def test_the_record_holds_all_and_its_published_form_no_names(tiny_model, pictur
     options = parse_options(
         ["--instance_data_dir", str(pictures_dir), "--instance_prompt", "zwx", "--pretrained_model_name_or_path", str(tiny_model)]
     )
-    write_provenance(run, options, tiny_pipeline(), paths[1:], paths[:1])
+    parts = {"pictures": file_records(paths[1:]), "heldout": file_records(paths[:1])}
+    base = model_identity(str(tiny_model), tiny_pipeline())
+    write_provenance(run, options.to_dict(), base, torch.device("cpu"), parts, seed=0)
     record = json.loads((run.path / "provenance.json").read_text())
     assert [picture["sha256"] for picture in record["pictures"]] == [file_digest(path) for path in paths[1:]]
     assert record["heldout"][0]["file"] == str(paths[0])

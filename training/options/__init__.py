@@ -6,22 +6,17 @@ Where a flag means what it means in diffusers' train_dreambooth_lora_sdxl.py it 
 from __future__ import annotations
 
 import dataclasses
-import sys
-from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-from transformers import HfArgumentParser
 
 from pipelines.errors import InputError
 from pipelines.methods import AdapterOptions, method_named
 from pipelines.subject.adapters import ATTENTION, EVERYWHERE
 from pipelines.subject.base_model import is_built_in
 from pipelines.subject.optimizers import PRODIGY_LEARNING_RATE
+from training.options.command_line import parse_groups
 from training.options.data import DataOptions
-from training.options.file import as_flags
 from training.options.judging import JudgingOptions
 from training.options.model import ModelOptions
 from training.options.optimisation import OptimisationOptions
@@ -74,30 +69,6 @@ class SubjectOptions:
         return values
 
 
-GROUPS = (ModelOptions, DataOptions, AdapterOptions, OptimisationOptions, OutputOptions, JudgingOptions)
-
-
 def parse_options(arguments: Sequence[str] | None = None, description: str | None = None) -> SubjectOptions:
     """The options on the command line; a wrong one ends the program with a message and exit code 2."""
-    parser = HfArgumentParser(GROUPS, description=description, allow_abbrev=False)
-    parser.add_argument(
-        "--options_file",
-        help="A .json or .yaml file of options, such as a run's options.json, which starts a run like it; flags given beside it "
-        "win.",
-    )
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        flags = [*_flags_of_file(given, parser), *given]
-        groups = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
-        return SubjectOptions(*groups[: len(GROUPS)])
-    except ValueError as error:
-        parser.error(str(error))
-
-
-def _flags_of_file(given: list[str], parser: HfArgumentParser) -> list[str]:
-    """What the file named by --options_file says, as flags; none without one."""
-    finder = ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--options_file", type=Path)
-    path = finder.parse_known_args(given)[0].options_file
-    names = [group.name for group in dataclasses.fields(SubjectOptions)]
-    return [] if path is None else as_flags(path, parser, names)
+    return parse_groups(SubjectOptions, arguments, description)

@@ -1,0 +1,48 @@
+"""Options from the command line: each group of a recipe's options is a dataclass whose fields are flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import typing
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from transformers import HfArgumentParser
+
+from training.options.file import as_flags
+
+Options = TypeVar("Options")
+
+
+def groups_of(kind: type) -> dict[str, type]:
+    """The groups of the options `kind`, a dataclass of dataclasses, by name."""
+    return {name: group for name, group in typing.get_type_hints(kind).items() if dataclasses.is_dataclass(group)}
+
+
+def parse_groups(kind: type[Options], arguments: Sequence[str] | None = None, description: str | None = None) -> Options:
+    """The options on the command line; a wrong one ends the program with a message and exit code 2."""
+    groups = groups_of(kind)
+    parser = HfArgumentParser(tuple(groups.values()), description=description, allow_abbrev=False)
+    parser.add_argument(
+        "--options_file",
+        help="A .json or .yaml file of options, such as a run's options.json, which starts a run like it; flags given beside it "
+        "win.",
+    )
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        flags = [*_flags_of_file(given, parser, list(groups)), *given]
+        parsed = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+        return kind(*parsed[: len(groups)])
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _flags_of_file(given: list[str], parser: HfArgumentParser, names: list[str]) -> list[str]:
+    """What the file named by --options_file says, as flags; none without one."""
+    finder = ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--options_file", type=Path)
+    path = finder.parse_known_args(given)[0].options_file
+    return [] if path is None else as_flags(path, parser, names)
