@@ -5,7 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
+
+from pipelines import mini_clip
+from pipelines.mini_sdxl import PROMPT_WORDS, reduced_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent / "nora_vision"))
 from tiny_pipeline import tiny_pipeline
@@ -18,6 +23,16 @@ def tiny_model(tmp_path_factory):
     """The folder of a random SDXL model whose pictures are 16 x 16."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_clip(tmp_path_factory):
+    """The folder of a CLIP as large as the built-in one, with random weights."""
+    folder = tmp_path_factory.mktemp("models") / "random-clip"
+    mini_clip.write_configuration(folder, reduced_tokenizer([PROMPT_WORDS]))
+    torch.manual_seed(0)
+    save_file(mini_clip.new_model(folder).state_dict(), folder / mini_clip.WEIGHTS_FILE)
     return folder
 
 

@@ -203,9 +203,11 @@ def load(clip: Clip, path: str | Path) -> dict[str, nn.Module]:
     separate(clip.model)
     components = {name: encoder(clip, name) for name in (IMAGE, TEXT) if (folder / name).is_dir()}
     for name, model in components.items():
-        method = str(read_json(folder / name / "adapter_config.json").get("peft_type")).lower()
         try:
+            method = str(read_json(folder / name / "adapter_config.json").get("peft_type")).lower()
             method_named(method).load({name: model}, folder, ADAPTER_NAME)
+        except FileNotFoundError as error:
+            raise InputError(f"{folder / name} is not whole: {error}. Copy or train it again.") from error
         except (RuntimeError, KeyError) as error:
             raise InputError(f"{folder / name} does not fit the {name} encoder of {clip.name}: {error}") from error
     return components

@@ -1,0 +1,411 @@
+"""A classifier in files: what is loaded predicts what was fitted, and nothing is taken on trust."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from picture_sets import stored_picture
+from PIL import Image
+
+from nora_vision import AdapterFileError
+from pipelines import mini_clip
+from pipelines.corpus import to_pixels
+from pipelines.errors import InputError
+from pipelines.fewshot import adapters
+from pipelines.fewshot.adapters import AdapterPlaces
+from pipelines.fewshot.baselines.predictors import KeyValueCache, Linear, Predictor, Prompted
+from pipelines.fewshot.classifier import ClassifierFile, FewShotClassifier, save_classifier
+from pipelines.fewshot.clip import load_clip
+from pipelines.fewshot.features import raw_pixels
+from pipelines.methods import AdapterOptions, method_names
+
+CLASSES, MORE = ("red_star", "cat", "grey dog"), ("teapot", "boat")
+SIDE, WIDTH = 64, mini_clip.EMBED_DIM
+PIXELS = torch.randint(0, 256, (5, SIDE, SIDE, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+# Noise alone looks the same everywhere.
+PIXELS[1], PIXELS[2, :32], PIXELS[3, :, :, 0] = 0, 255, 0
+PICTURES = [Image.fromarray(own.numpy()) for own in PIXELS]
+
+# DoRA is there in full or not at all.
+STRENGTHS = [
+    (method, strength) for method in method_names() for strength in (0.0, 0.5, 1.0) if (method, strength) != ("dora", 0.5)
+]
+
+
+def told(random_clip, method="zeroshot", **changes):
+    return ClassifierFile(
+        **{
+            "method": method,
+            "model": str(random_clip),
+            "pretrained": None,
+            "classes": CLASSES,
+            "keys": ("a", "b", "c"),
+            "templates": ("a photo of a {}.",),
+        }
+        | changes
+    )
+
+
+def random(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def zero_shot(random_clip, tmp_path):
+    """The folder of a classifier by prompts alone."""
+    save_classifier(tmp_path / "zeroshot", told(random_clip))
+    return tmp_path / "zeroshot"
+
+
+def fitted(random_clip, folder, method, names=("q", "v")):
+    """A CLIP with an adapter whose every trained number was moved; the adapter's options and encoders."""
+    clip, options = load_clip(str(random_clip)), AdapterOptions(method=method, rank=4, inner_r=2)
+    components = adapters.attach(clip, options, AdapterPlaces(projections=list(names), layers="last-1"))
+    tokens = clip.tokenizer(["a photo of a cat."])
+    adapters.start(clip, options, components, [to_pixels(PIXELS[:2].numpy())], tokens, folder / "cache", seed=0)
+    with torch.no_grad():
+        for place, parameter in enumerate(adapters.trained_parameters(components)):
+            parameter.add_(0.5 * random(*parameter.shape, seed=place))
+    return clip, options, components
+
+
+@torch.no_grad()
+def stock_logits(model, clip, texts):
+    """What open_clip makes of the pictures and texts."""
+    logits, _ = model.get_logits(to_pixels(PIXELS.numpy()), clip.tokenizer(texts))
+    return logits
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_probabilities_are_the_softmax_of_open_clips_logits_over_the_temperature(random_clip, tmp_path, temperature):
+    save_classifier(tmp_path / "own", told(random_clip, temperature=temperature))
+    found = FewShotClassifier.from_run(tmp_path / "own").predict(PICTURES)
+    texts = ["a photo of a red star.", "a photo of a cat.", "a photo of a grey dog."]
+    expected = stock_logits(mini_clip.load_model(random_clip), load_clip(str(random_clip)), texts)
+    assert expected.std(dim=0).min() > 0.05
+    torch.testing.assert_close(found.probabilities, (expected / temperature).softmax(dim=1), atol=1e-5, rtol=0)
+    assert found.labels == tuple(CLASSES[place] for place in expected.argmax(dim=1))
+
+
+@torch.no_grad()
+def test_an_ensemble_of_templates_is_a_mean_direction(random_clip, tmp_path):
+    save_classifier(tmp_path / "own", told(random_clip, templates=("{}", "a {}.")))
+    model, clip = mini_clip.load_model(random_clip), load_clip(str(random_clip))
+    texts = [template.format(name) for name in ("red star", "cat", "grey dog") for template in ("{}", "a {}.")]
+    means = model.encode_text(clip.tokenizer(texts), normalize=True).unflatten(0, (3, 2)).mean(dim=1)
+    pictures = model.encode_image(to_pixels(PIXELS.numpy()), normalize=True)
+    expected = model.logit_scale.exp() * pictures @ (means / means.norm(dim=1, keepdim=True)).T
+    found = FewShotClassifier.from_run(tmp_path / "own").predict(PICTURES).probabilities
+    torch.testing.assert_close(found, expected.softmax(dim=1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("method", "strength"), STRENGTHS)
+def test_an_adapter_is_loaded_at_its_strength_and_at_0_is_zero_shot(random_clip, zero_shot, tmp_path, method, strength):
+    clip, options, components = fitted(random_clip, tmp_path, method)
+    adapters.set_strength(components, strength)
+    # The files hold the adapter as trained, whatever its strength is just now.
+    save_classifier(tmp_path / "own", told(random_clip, method, strength=strength), (options, components))
+    found = FewShotClassifier.from_run(tmp_path / "own").predict(PICTURES).probabilities
+    expected = stock_logits(clip.model, clip, [f"a photo of a {name}." for name in ("red star", "cat", "grey dog")])
+    torch.testing.assert_close(found, expected.softmax(dim=1), atol=1e-5, rtol=0)
+    base = FewShotClassifier.from_run(zero_shot).predict(PICTURES).probabilities
+    assert ((found - base).abs().max() < 1e-6) == (strength == 0)
+
+
+def test_the_text_encoder_runs_once_and_no_weight_is_left_to_train(random_clip, tmp_path):
+    _, options, components = fitted(random_clip, tmp_path, "nora")
+    save_classifier(tmp_path / "own", told(random_clip, "nora"), (options, components))
+    classifier = FewShotClassifier.from_run(tmp_path / "own")
+    runs = []
+    classifier.clip.model.transformer.register_forward_pre_hook(lambda *_: runs.append(1))
+    classifier.predict(PICTURES)
+    assert not runs
+    assert not any(parameter.requires_grad for parameter in classifier.clip.model.parameters())
+    assert not classifier.clip.model.training
+
+
+def heads():
+    """A head of each kind, for features of the tower."""
+    weight = random(3, WIDTH)
+    keys = torch.nn.functional.normalize(random(6, WIDTH, seed=2), dim=1)
+    return {
+        "linear_probe": Linear(weight=weight, bias=random(3)),
+        "tip_adapter": KeyValueCache(
+            weight=weight, keys=keys, values=torch.eye(3).repeat(2, 1), alpha=torch.tensor(2.0), beta=torch.tensor(3.0)
+        ),
+        "zeroshot": Linear.unbiased(weight),
+        "coop": Prompted(weight=weight, bias=torch.zeros(3), context=random(4, mini_clip.TEXT_WIDTH)),
+    }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", sorted(heads()))
+def test_a_predictor_reads_the_features_of_the_frozen_tower(random_clip, tmp_path, method):
+    head = heads()[method]
+    save_classifier(tmp_path / "own", told(random_clip, method, temperature=3.0), predictor=Predictor(head, 7))
+    found = FewShotClassifier.from_run(tmp_path / "own").predict(PICTURES, batch_size=2).probabilities
+    features = mini_clip.load_model(random_clip).encode_image(to_pixels(PIXELS.numpy()), normalize=True)
+    torch.testing.assert_close(found, (head(features) / 3).softmax(dim=1), atol=1e-5, rtol=0)
+
+
+def test_the_control_reads_raw_pixels(random_clip, tmp_path):
+    head = Linear(weight=random(3, 3 * 32 * 32) / 50, bias=random(3))
+    save_classifier(tmp_path / "own", told(random_clip, "pixels"), predictor=Predictor(head, 7, reads="pixels"))
+    found = FewShotClassifier.from_run(tmp_path / "own").predict(PICTURES).probabilities
+    torch.testing.assert_close(found, head(torch.stack(list(map(raw_pixels, PICTURES)))).softmax(dim=1))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_files_pictures_and_tensors_are_classified_alike(zero_shot, tmp_path, batch_size):
+    paths = [tmp_path / f"{place}.png" for place in range(len(PICTURES))]
+    for picture, path in zip(PICTURES, paths, strict=True):
+        picture.save(path)
+    tensors = PIXELS.permute(0, 3, 1, 2)
+    classifier = FewShotClassifier.from_run(zero_shot)
+    expected = classifier.predict(PICTURES, batch_size).probabilities
+    for given in (paths, list(map(str, paths)), list(tensors), tensors, tensors / 255, (tensors / 255).double()):
+        assert torch.equal(classifier.predict(given, batch_size).probabilities, expected)
+    for single in (PICTURES[2], paths[2], str(paths[2]), tensors[2], tensors[2] / 255):
+        torch.testing.assert_close(classifier.predict(single).probabilities, expected[2:3], atol=1e-6, rtol=0)
+
+
+def test_pictures_are_turned_upright_and_transparent_parts_white(zero_shot, tmp_path):
+    classifier = FewShotClassifier.from_run(zero_shot)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    PICTURES[2].transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    clear = PICTURES[2].convert("RGBA")
+    clear.putalpha(Image.fromarray(np.where(np.arange(SIDE)[:, None] < 32, 0, 255).repeat(SIDE, 1).astype(np.uint8)))
+    white = PICTURES[2].copy()
+    white.paste("white", (0, 0, SIDE, 32))
+    with Image.open(tmp_path / "turned.png") as opened:
+        found = classifier.predict([PICTURES[2], tmp_path / "turned.png", opened, white, clear]).probabilities
+    torch.testing.assert_close(found[1:3], found[:1].expand(2, -1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(found[4], found[3], atol=1e-6, rtol=0)
+
+
+GOOD = PIXELS[0].permute(2, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "images must be one picture or more, got none"),
+        ([GOOD, torch.zeros(1, 8, 8)], r"images\[1\] must be a tensor of shape \(3, h, w\), got \(1, 8, 8\)"),
+        (torch.zeros(8, 8), r"images\[0\] must be a tensor of shape \(3, h, w\), got \(8, 8\)"),
+        ([GOOD, GOOD / 255 * 2 - 1], r"images\[1\] must hold values in \[0, 1\], got -1 to 1\. Undo any normalisation"),
+        ([GOOD * torch.nan], r"images\[0\] must hold values in \[0, 1\], got nan"),
+        ([GOOD.long()], r"images\[0\] must be uint8 or floating point, got torch\.int64"),
+        ([GOOD, GOOD.numpy()], r"images\[1\] must be a PIL picture, the path of a file, or a tensor .*, got ndarray"),
+        (["nowhere/cat.png"], r"'nowhere/cat\.png' cannot be read as a picture"),
+    ],
+)
+def test_what_is_no_picture_is_refused_with_its_place(zero_shot, given, message):
+    with pytest.raises(InputError, match=message):
+        FewShotClassifier.from_run(zero_shot).predict(given)
+
+
+def test_a_damaged_picture_is_named(zero_shot, tmp_path):
+    (tmp_path / "cut.png").write_bytes(stored_picture(0, side=64)[:-500])
+    classifier = FewShotClassifier.from_run(zero_shot)
+    with pytest.raises(InputError, match=r"cut\.png' cannot be read as a picture"):
+        classifier.predict([PICTURES[0], tmp_path / "cut.png"])
+    with Image.open(tmp_path / "cut.png") as opened, pytest.raises(InputError, match=r"images\[1\] cannot be decoded"):
+        classifier.predict([PICTURES[0], opened])
+
+
+def test_predictions_are_told_by_class_and_in_order(zero_shot, tmp_path):
+    PICTURES[0].save(tmp_path / "0.png")
+    found = FewShotClassifier.from_run(zero_shot).predict([tmp_path / "0.png", PICTURES[1]])
+    assert found.probabilities.dtype == torch.float32
+    torch.testing.assert_close(found.probabilities.sum(dim=1), torch.ones(2))
+    by_class = [dict(zip(CLASSES, own.tolist(), strict=True)) for own in found.probabilities]
+    for own, expected in zip(found.top(2), by_class, strict=True):
+        assert own == sorted(expected.items(), key=lambda pair: -pair[1])[:2]
+    assert [len(own) for own in found.top(99)] == [3, 3]
+    header, *rows = found.table()
+    assert header == ["picture", "class", "probability", *CLASSES]
+    assert [row[0] for row in rows] == [str(tmp_path / "0.png"), "images[1]"]
+    for row, expected in zip(rows, by_class, strict=True):
+        assert row[1] == max(expected, key=expected.get)
+        assert float(row[2]) == pytest.approx(expected[row[1]], rel=1e-4)
+        assert list(map(float, row[3:])) == pytest.approx(list(expected.values()), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["zeroshot", "nora"])
+def test_named_classes_are_those_of_their_prompts_and_the_others_keep_their_logits(random_clip, tmp_path, method):
+    adapter = fitted(random_clip, tmp_path, method)[1:] if method == "nora" else None
+    few = told(random_clip, method, temperature=2.0)
+    save_classifier(tmp_path / "few", few, adapter)
+    save_classifier(tmp_path / "all", replace(few, classes=CLASSES + MORE, keys=CLASSES + MORE), adapter)
+    known = FewShotClassifier.from_run(tmp_path / "few")
+    wider = known.with_classes(*MORE)
+    assert (known.classes, wider.classes) == (CLASSES, CLASSES + MORE)
+    expected = FewShotClassifier.from_run(tmp_path / "all").predict(PICTURES).probabilities
+    found = wider.predict(PICTURES).probabilities
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        found[:, :3] / found[:, :3].sum(dim=1, keepdim=True), known.predict(PICTURES).probabilities, atol=1e-5, rtol=0
+    )
+
+
+def test_classes_that_cannot_be_added_are_named(random_clip, zero_shot, tmp_path):
+    classifier = FewShotClassifier.from_run(zero_shot)
+    with pytest.raises(InputError, match="A new class needs a name of its own, got 'red star'"):
+        classifier.with_classes("red star")
+    assert classifier.with_classes() is classifier
+    save_classifier(tmp_path / "probe", told(random_clip, "linear_probe"), predictor=Predictor(heads()["linear_probe"], 7))
+    with pytest.raises(InputError, match="'boat' cannot be added: this predictor's method needs pictures of every class"):
+        FewShotClassifier.from_run(tmp_path / "probe").with_classes("boat")
+
+
+@pytest.fixture
+def run(random_clip, tmp_path):
+    """A run's directory with two members, of which the report names the second."""
+    for name, classes in (("zeroshot", CLASSES), ("nora", ("one", "two", "three"))):
+        save_classifier(tmp_path / "run" / "members" / name, told(random_clip, classes=classes))
+    report_of(tmp_path / "run", "members/nora")
+    return tmp_path / "run"
+
+
+def report_of(run, named):
+    (run / "report.json").write_text(json.dumps({"format": 1, "classifier": named}))
+
+
+def test_a_run_gives_the_member_that_its_report_names_and_a_members_folder_itself(run):
+    assert FewShotClassifier.from_run(run).classes == ("one", "two", "three")
+    assert FewShotClassifier.from_run(str(run / "members" / "zeroshot")).classes == CLASSES
+
+
+@pytest.mark.parametrize("named", ["../outside", "members/../../outside", "{outside}", "link", 3, None, ["members/nora"]])
+def test_a_report_that_names_a_folder_outside_its_run_is_refused(run, random_clip, named):
+    outside = run.parent / "outside"
+    save_classifier(outside, told(random_clip))
+    (run / "link").symlink_to(outside)
+    report_of(run, str(outside) if named == "{outside}" else named)
+    with pytest.raises(InputError, match=r"classifier in '.*report\.json' must name a folder within the run, got"):
+        FewShotClassifier.from_run(run)
+
+
+def test_what_is_missing_is_named(run, random_clip, tmp_path):
+    with pytest.raises(InputError, match=r"no classifier at '.*members', neither classifier\.json nor report\.json"):
+        FewShotClassifier.from_run(run / "members")
+    report_of(run, "members/lora")
+    with pytest.raises(InputError, match=r"names 'members/lora', where there is no classifier\.json"):
+        FewShotClassifier.from_run(run)
+    told(random_clip, "gda").write(tmp_path / "gda" / "classifier.json")
+    with pytest.raises(InputError, match=r"no '.*predictor\.safetensors', which the method 'gda' needs"):
+        FewShotClassifier.from_run(tmp_path / "gda")
+
+
+@pytest.mark.parametrize("method", ["nora", "lora"])
+@pytest.mark.parametrize("lost", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_that_lacks_a_file_is_refused(random_clip, tmp_path, method, lost):
+    _, options, components = fitted(random_clip, tmp_path, method)
+    save_classifier(tmp_path / "own", told(random_clip, method), (options, components))
+    (tmp_path / "own" / "adapter" / "full" / "text" / lost).unlink()
+    with pytest.raises((InputError, AdapterFileError), match=f"full/text.* {lost}|full/text.*/{lost}"):
+        FewShotClassifier.from_run(tmp_path / "own")
+
+
+def test_a_pickle_is_never_opened(random_clip, tmp_path):
+    told(random_clip, "gda").write(tmp_path / "classifier.json")
+    torch.save({"weight": torch.zeros(3, WIDTH)}, tmp_path / "predictor.safetensors")
+    with pytest.raises(AdapterFileError, match="is a pickle or zip archive"):
+        FewShotClassifier.from_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((4, WIDTH), "must be of the 3 classes of classifier.json, got 4"), ((3, 24), "features 24 wide, those of .* are 192")],
+)
+def test_a_predictor_of_something_else_is_refused(random_clip, tmp_path, shape, message):
+    predictor = Predictor(Linear.unbiased(torch.ones(shape)), 7)
+    save_classifier(tmp_path, told(random_clip, "gda"), predictor=predictor)
+    with pytest.raises(InputError, match=message):
+        FewShotClassifier.from_run(tmp_path)
+
+
+def test_a_base_model_that_was_moved_is_named_anew(random_clip, tmp_path):
+    save_classifier(tmp_path / "own", told(random_clip, model=str(tmp_path / "gone")))
+    with pytest.raises(InputError, match=r"model must be .*gone'"):
+        FewShotClassifier.from_run(tmp_path / "own")
+    expected = FewShotClassifier.from_run(tmp_path / "own", model=str(random_clip)).predict(PICTURES)
+    save_classifier(tmp_path / "own", told(random_clip, pretrained=str(tmp_path / "gone.safetensors")))
+    with pytest.raises(InputError, match=r"no checkpoint '.*gone\.safetensors'"):
+        FewShotClassifier.from_run(tmp_path / "own")
+    shutil.copy(random_clip / mini_clip.WEIGHTS_FILE, tmp_path / "moved.safetensors")
+    found = FewShotClassifier.from_run(tmp_path / "own", pretrained=str(tmp_path / "moved.safetensors")).predict(PICTURES)
+    assert torch.equal(found.probabilities, expected.probabilities)
+
+
+def test_a_device_that_is_not_there_is_named(zero_shot):
+    with pytest.raises(InputError, match="device must be one that PyTorch can use here, such as cpu, got 'gpu'"):
+        FewShotClassifier.from_run(zero_shot, device="gpu")
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_holds_a_picture(zero_shot, batch_size):
+    with pytest.raises(InputError, match=f"batch_size must be at least 1, got {batch_size}"):
+        FewShotClassifier.from_run(zero_shot).predict(PICTURES, batch_size)
+
+
+def test_the_file_gives_back_what_was_written(random_clip, tmp_path):
+    written = told(random_clip, "nora", pretrained="x.safetensors", strength=0.25, temperature=1.5)
+    written.write(tmp_path / "classifier.json")
+    assert ClassifierFile.read(tmp_path / "classifier.json") == written
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"format": 2}, "format must be 1, all that this version reads, got 2"),
+        ({"method": "os.system"}, "method must be one of .*nora.*zeroshot.*, got 'os.system'"),
+        ({"model": ""}, "model must be the name or folder of a CLIP model, got ''"),
+        ({"pretrained": 3}, "pretrained must be a tag, a file or null, got 3"),
+        ({"classes": ["cat"]}, r"classes must be a list of two names or more, got \['cat'\]"),
+        ({"classes": "cat"}, "classes must be a list of two names or more, got 'cat'"),
+        ({"keys": ["a", " ", "c"]}, "keys must be a list of names"),
+        ({"keys": ["a"]}, "keys must be as many as the 3 classes, got 1"),
+        ({"templates": ["a photo"]}, "A prompt template must hold {} once"),
+        ({"templates": []}, "prompt templates must be one or more, got none"),
+        ({"strength": 1.5}, r"strength must be a number in \[0, 1\], got 1.5"),
+        ({"strength": True}, r"strength must be a number in \[0, 1\], got True"),
+        ({"method": "gda", "strength": 0.5}, "strength must be 1 for the method 'gda', which has no adapter, got 0.5"),
+        ({"temperature": 0}, "temperature must be a number above 0, got 0"),
+        ({"temperature": float("nan")}, "temperature must be a number above 0, got nan"),
+        ({"extra": 1}, "missing: none, unknown: extra"),
+    ],
+)
+def test_a_file_that_was_tampered_with_is_refused_by_field(random_clip, tmp_path, changed, message):
+    path = tmp_path / "classifier.json"
+    told(random_clip, "nora").write(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    with pytest.raises(InputError, match=rf"'.*classifier\.json' .*{message}"):
+        ClassifierFile.read(path)
+
+
+def test_a_file_without_a_field_is_refused(random_clip, tmp_path):
+    path = tmp_path / "classifier.json"
+    told(random_clip).write(path)
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "keys"}))
+    with pytest.raises(InputError, match="missing: keys, unknown: none"):
+        ClassifierFile.read(path)
+
+
+def test_a_method_is_saved_with_what_it_predicts_with(random_clip, tmp_path):
+    predictor = Predictor(heads()["linear_probe"], 7)
+    adapter = (AdapterOptions(), {})
+    for method, given, message in (
+        ("nora", {}, "'nora' is saved with an adapter alone, got neither"),
+        ("nora", {"predictor": predictor}, "'nora' is saved with an adapter alone, got predictor"),
+        ("gda", {}, "'gda' is saved with a predictor alone, got neither"),
+        ("gda", {"adapter": adapter, "predictor": predictor}, "got adapter and predictor"),
+        ("zeroshot", {"adapter": adapter}, "'zeroshot' is saved with a predictor alone, got adapter"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            save_classifier(tmp_path / "own", told(random_clip, method), **given)
+    assert not (tmp_path / "own").exists()
