@@ -52,7 +52,7 @@ def load_folder(folder: str | Path) -> LabelledSet:
     Raises: InputError naming what cannot be used.
     """
     folder = Path(folder)
-    names, folders = _walk(folder)
+    names, folders = walk(folder)
     return _arranged(repr(str(folder)), [PictureFile(name, folder) for name in names], folders)
 
 
@@ -126,7 +126,7 @@ def _checked_rows(reader: csv.DictReader, where: str, header: str) -> list[tuple
     return rows
 
 
-def _walk(folder: Path) -> tuple[list[str], list[str]]:
+def walk(folder: Path) -> tuple[list[str], list[str]]:
     """Names of all files and of all folders below `folder`; each linked folder is entered once, hidden ones are not."""
     names, folders, seen = [], [], set()
     for here, inner, files in os.walk(folder, followlinks=True):

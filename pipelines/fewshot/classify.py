@@ -1,0 +1,154 @@
+"""Classify pictures with a finished run: what each shows, how likely that is, and what else it might be.
+
+    python -m pipelines.fewshot.classify RUN PICTURE_OR_FOLDER... --top 3 --output predictions.csv
+
+Exit codes: 0, every picture was classified; 1, some could not be read and are named; 2, nothing could be done.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from nora_vision.files import AdapterFileError, replacing
+from pipelines.errors import InputError
+from pipelines.fewshot.classifier import FewShotClassifier, Predictions
+from pipelines.fewshot.loading import walk
+from pipelines.pictures import has_picture_name, read_picture
+
+# What makes a spreadsheet take a cell for a formula.
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+
+
+@dataclass
+class ClassifyOptions:
+    """How pictures are classified, and what is told of them."""
+
+    add_class: list[str] = field(
+        default_factory=list,
+        metadata={"help": "More classes, known by their names alone, if the run's method compares with prompts."},
+    )
+    top: int = field(default=3, metadata={"help": "How many classes to name for each picture, the most likely first."})
+    output: str | None = field(default=None, metadata={"help": "Also write every probability to this CSV file."})
+    model: str | None = field(default=None, metadata={"help": "The base model, where it lies elsewhere than in training."})
+    pretrained: str | None = field(default=None, metadata={"help": "Its weights, where they lie elsewhere than in training."})
+    device: str | None = field(default=None, metadata={"help": "Such as cpu or cuda; a GPU where there is one unless said."})
+    batch_size: int = field(default=64, metadata={"help": "Pictures that are read and encoded at a time."})
+
+    def __post_init__(self) -> None:
+        for name in ("top", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def find_files(given: Sequence[str]) -> list[Path]:
+    """The files of `given`, each once: those named themselves, and all pictures below the folders named.
+
+    Raises: InputError for a path where there is nothing, and a folder without pictures.
+    """
+    found: dict[Path, None] = {}
+    for path in map(Path, given):
+        if path.is_dir():
+            own = [path / name for name in walk(path)[0] if has_picture_name(name)]
+        else:
+            own = [path] if path.is_file() else []
+        if not own:
+            what = "no picture in the folder" if path.is_dir() else "no file or folder"
+            raise InputError(f"There is {what} {str(path)!r}. Name pictures, or folders of pictures.")
+        found |= dict.fromkeys(own)
+    return list(found)
+
+
+def classify(classifier: FewShotClassifier, files: Sequence[Path], batch_size: int) -> tuple[Predictions | None, list[str]]:
+    """Classify the pictures in `files`, and say of those that cannot be read why.
+
+    Returns: the predictions of those that can, in their order, None if there are none; and a sentence for each other.
+    """
+    names: list[str] = []
+    parts: list[torch.Tensor] = []
+    damaged: list[str] = []
+    for start in tqdm(range(0, len(files), batch_size), desc="classifying", leave=False, delay=5):
+        readable: list[Image.Image] = []
+        for file in files[start : start + batch_size]:
+            try:
+                readable.append(read_picture(file))
+            except InputError as error:
+                damaged.append(str(error))
+            else:
+                names.append(os.fsencode(file).decode(errors="replace"))
+        if readable:
+            parts.append(classifier.predict(readable, batch_size).probabilities)
+    return (Predictions(torch.cat(parts), classifier.classes, tuple(names)) if parts else None), damaged
+
+
+def in_words(predictions: Predictions, top: int) -> str:
+    """A line for each picture: its name, its class, how likely that is, and the runners-up."""
+    rows = [("picture", "class", "probability", "or else" if top > 1 else "")]
+    for name, (best, *others) in zip(predictions.names, predictions.top(top), strict=True):
+        rows.append((name, best[0], f"{best[1]:.1%}", ", ".join(f"{other} {share:.1%}" for other, share in others)))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join("  ".join((*map(str.ljust, row, widths), row[3])).rstrip() for row in rows)
+
+
+def write_csv(predictions: Predictions, path: Path) -> None:
+    """Write `predictions.table()` as CSV in which no cell is a formula to a spreadsheet.
+
+    Raises: InputError if the file cannot be written.
+    """
+    try:
+        with replacing(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([map(_harmless, row) for row in predictions.table()])
+    except OSError as error:
+        raise InputError(f"output {str(path)!r} cannot be written ({error}). Name another file.") from error
+
+
+def _harmless(cell: str) -> str:
+    return f"'{cell}" if cell.startswith(FORMULA_STARTS) else cell
+
+
+def run(run_path: str, given: Sequence[str], options: ClassifyOptions) -> int:
+    """Classify what is given with the run at `run_path`, and tell it; returns the exit code, 0 or 1.
+
+    Raises: InputError or AdapterFileError if nothing can be classified.
+    """
+    files = find_files(given)
+    classifier = FewShotClassifier.from_run(run_path, options.model, options.pretrained, options.device)
+    predictions, damaged = classify(classifier.with_classes(*options.add_class), files, options.batch_size)
+    if predictions is not None:
+        sys.stdout.write(in_words(predictions, options.top) + "\n")
+        if options.output is not None:
+            write_csv(predictions, Path(options.output))
+    sys.stderr.writelines(f"{sentence}\n" for sentence in damaged)
+    return 1 if damaged else 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """What the command line asks for; returns the exit code."""
+    parser = HfArgumentParser(
+        ClassifyOptions, prog="python -m pipelines.fewshot.classify", description=__doc__, allow_abbrev=False
+    )
+    parser.add_argument("run", help="A run's directory, or the folder of one fitted method in it.")
+    parser.add_argument("pictures", nargs="+", help="Pictures, or folders of them.")
+    try:
+        options, given, unknown = parser.parse_args_into_dataclasses(
+            arguments, return_remaining_strings=True, look_for_args_file=False
+        )
+        if unknown:
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return run(given.run, given.pictures, options)
+    except (InputError, AdapterFileError) as error:
+        parser.exit(2, f"error: {error}\n")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,160 @@
+"""Classifying on the command line: what is printed and written is what the classifier predicts."""
+
+import csv
+import re
+import runpy
+import sys
+
+import pytest
+import torch
+from picture_sets import stored_picture, write_files
+
+from pipelines import mini_clip
+from pipelines.fewshot.baselines.predictors import Linear, Predictor
+from pipelines.fewshot.classifier import ClassifierFile, FewShotClassifier, save_classifier
+from pipelines.fewshot.classify import main
+
+CLASSES = ("red star", "cat", "grey dog")
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    """Names are relative to a folder of the test's own."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def run(random_clip, tmp_path):
+    told = ClassifierFile("zeroshot", str(random_clip), None, CLASSES, CLASSES, ("a {}.",))
+    save_classifier(tmp_path / "run", told)
+    return "run"
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Three pictures, two in folders, beside files that are none."""
+    names = ["photos/b.png", "photos/a/c.png", "photos/a/d.JPG"]
+    files = {name: stored_picture(place, side=64) for place, name in enumerate(names)}
+    write_files(tmp_path, files | {"photos/notes.txt": b"no picture", "photos/.hidden/e.png": b"no picture"})
+    return ["photos/a/c.png", "photos/a/d.JPG", "photos/b.png"]
+
+
+def rows_of(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.reader(file))
+
+
+@pytest.mark.parametrize("batch_size", ["1", "2", "64"])
+def test_what_is_printed_and_written_is_what_is_predicted(run, pictures, tmp_path, capsys, batch_size):
+    assert main([run, "photos", "--output", "out/all.csv", "--top", "2", "--batch_size", batch_size]) == 0
+    expected = FewShotClassifier.from_run(run).predict(pictures)
+    header, *rows = rows_of(tmp_path / "out" / "all.csv")
+    assert header == ["picture", "class", "probability", *CLASSES]
+    assert [row[:2] for row in rows] == [list(pair) for pair in zip(pictures, expected.labels, strict=True)]
+    found = torch.tensor([list(map(float, row[3:])) for row in rows])
+    torch.testing.assert_close(found, expected.probabilities, atol=1e-5, rtol=0)
+    printed = capsys.readouterr().out.splitlines()
+    assert re.split("  +", printed[0]) == ["picture", "class", "probability", "or else"]
+    for line, name, (best, other) in zip(printed[1:], pictures, expected.top(2), strict=True):
+        assert re.split("  +", line) == [name, best[0], f"{best[1]:.1%}", f"{other[0]} {other[1]:.1%}"]
+
+
+def test_a_file_given_twice_is_classified_once_whatever_it_is_called(run, pictures, tmp_path, capsys):
+    (tmp_path / "picture").write_bytes(stored_picture(9, side=64))
+    assert main([run, "picture", "photos/b.png", "photos", "--top", "1"]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert names == ["picture", "photos/b.png", "photos/a/c.png", "photos/a/d.JPG"]
+
+
+@pytest.mark.parametrize("batch_size", ["1", "2", "64"])
+def test_what_cannot_be_read_is_named_and_the_others_are_classified(run, pictures, tmp_path, capsys, batch_size):
+    (tmp_path / "photos" / "a" / "d.JPG").write_bytes(stored_picture(1, side=64)[:-500])
+    assert main([run, *pictures, "--output", "all.csv", "--batch_size", batch_size]) == 1
+    expected = FewShotClassifier.from_run(run).predict([pictures[0], pictures[2]])
+    rows = rows_of(tmp_path / "all.csv")[1:]
+    assert [row[:2] for row in rows] == [[pictures[0], expected.labels[0]], [pictures[2], expected.labels[1]]]
+    said = [line for line in capsys.readouterr().err.splitlines() if "cannot be read" in line]
+    assert len(said) == 1
+    assert said[0].startswith("'photos/a/d.JPG' cannot be read as a picture")
+
+
+def test_where_nothing_can_be_read_nothing_is_written(run, tmp_path, capsys):
+    write_files(tmp_path, {"bad/a.png": b"no picture", "bad/b.png": b"no picture either"})
+    assert main([run, "bad", "--output", "all.csv"]) == 1
+    assert not (tmp_path / "all.csv").exists()
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "bad/a.png" in told.err
+    assert "bad/b.png" in told.err
+
+
+def test_no_cell_of_the_csv_is_a_formula(run, tmp_path):
+    names = ["=1+1.png", "+1.png", "-1.png", "@a.png", "plain, with a comma.png"]
+    write_files(tmp_path, {name: stored_picture(place, side=64) for place, name in enumerate(names)})
+    classes = ["=SUM(A1)", "@boat"]
+    arguments = [run, "--add_class", *classes, "--output", "all.csv", "--", *names]
+    assert main(arguments) == 0
+    header, *rows = rows_of(tmp_path / "all.csv")
+    assert not [cell for row in (header, *rows) for cell in row if cell[0] in "=+-@\t\r"]
+    assert header[-2:] == ["'=SUM(A1)", "'@boat"]
+    assert [row[0] for row in rows] == [f"'{name}" for name in names[:4]] + names[4:]
+
+
+def test_classes_can_be_added_by_name(run, pictures, tmp_path, capsys):
+    assert main([run, "photos", "--add_class", "teapot", "boat", "--output", "all.csv", "--top", "99"]) == 0
+    expected = FewShotClassifier.from_run(run).with_classes("teapot", "boat").predict(pictures)
+    header, *rows = rows_of(tmp_path / "all.csv")
+    assert header[3:] == [*CLASSES, "teapot", "boat"]
+    torch.testing.assert_close(torch.tensor([list(map(float, row[3:])) for row in rows]), expected.probabilities)
+    for line in capsys.readouterr().out.splitlines()[1:]:
+        assert all(name in line for name in expected.classes)
+
+
+def test_the_base_model_can_be_named_anew(random_clip, pictures, tmp_path):
+    save_classifier(tmp_path / "moved", ClassifierFile("zeroshot", "gone", None, CLASSES, CLASSES, ("a {}.",)))
+    assert main(["moved", "photos", "--model", str(random_clip)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "photos"], "There is no classifier at 'nowhere'"),
+        (["run", "nowhere.png"], "There is no file or folder 'nowhere.png'"),
+        (["run", "photos", "empty"], "There is no picture in the folder 'empty'"),
+        (["run", "photos", "--top", "0"], "top must be at least 1, got 0"),
+        (["run", "photos", "--batch_size", "-1"], "batch_size must be at least 1, got -1"),
+        (["run", "photos", "--device", "gpu"], "device must be one that PyTorch can use"),
+        (["run", "photos", "--model", "ViT-Q"], "model must be 'mini'"),
+        (["run", "photos", "--add_class", "cat"], "A new class needs a name of its own, got 'cat'"),
+        (["probe", "photos", "--add_class", "boat"], "'boat' cannot be added"),
+        (["run", "photos", "--output", "empty"], "output 'empty' cannot be written"),
+        (["broken", "photos"], "is a pickle or zip archive"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence_and_exit_code_2(run, random_clip, pictures, tmp_path, capsys, arguments, message):
+    (tmp_path / "empty").mkdir()
+    probe = ClassifierFile("gda", str(random_clip), None, CLASSES, CLASSES, ("a {}.",))
+    save_classifier(tmp_path / "probe", probe, predictor=Predictor(Linear.unbiased(torch.ones(3, mini_clip.EMBED_DIM)), 1))
+    probe.write(tmp_path / "broken" / "classifier.json")
+    torch.save({}, tmp_path / "broken" / "predictor.safetensors")
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert message in line
+
+
+def test_an_unknown_flag_ends_with_exit_code_2(run, pictures, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([run, "photos", "--topp", "3"])
+    assert ended.value.code == 2
+    assert "unrecognized arguments: --topp 3" in capsys.readouterr().err
+
+
+def test_the_module_is_a_command(run, pictures, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["classify", run, "photos"])
+    monkeypatch.delitem(sys.modules, "pipelines.fewshot.classify")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("pipelines.fewshot.classify", run_name="__main__")
+    assert ended.value.code == 0
+    assert "photos/b.png" in capsys.readouterr().out
