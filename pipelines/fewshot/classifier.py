@@ -164,8 +164,8 @@ def classifier_folder(path: str | Path) -> Path:
     report = path / REPORT
     if not report.is_file():
         raise InputError(
-            f"There is no classifier at {str(path)!r}, neither {CLASSIFIER} nor {REPORT}. Give the directory of a finished run, "
-            "or one of the folders RUN/members/SHOTS/SEED/METHOD."
+            f"There is no classifier at {str(path)!r}, neither {CLASSIFIER} nor {REPORT}. Give the directory of a finished "
+            "run, or one of the folders RUN/members/SHOTS/SEED/METHOD."
         )
     named = read_json(report.read_bytes(), repr(str(report))).get("classifier")
     folder = (path / named).resolve() if isinstance(named, str) else None
@@ -175,7 +175,7 @@ def classifier_folder(path: str | Path) -> Path:
             "RUN/members/SHOTS/SEED/METHOD instead."
         )
     if not (folder / CLASSIFIER).is_file():
-        raise InputError(f"{str(report)!r} names {named!r}, where there is no {CLASSIFIER}. Put it back, or give another folder.")
+        raise InputError(f"{str(report)!r} names {named!r}, where there is no {CLASSIFIER}. Put it back, or give another.")
     return path / named
 
 
@@ -321,7 +321,7 @@ def _stored_predictor(path: Path, clip: Clip, told: ClassifierFile) -> Predictor
     predictor = load_predictor(path)
     count, width = predictor.head.get_buffer("weight").shape
     if count != len(told.classes):
-        raise InputError(f"{str(path)!r} must be of the {len(told.classes)} classes of {CLASSIFIER}, got {count}. Fit it again.")
+        raise InputError(f"{str(path)!r} must be of {len(told.classes)} classes as {CLASSIFIER} is, got {count}. Fit it again.")
     given = width if predictor.reads == "pixels" else prompt_features(clip, Prompts(told.classes[:1])).shape[1]
     if width != given:
         raise InputError(

@@ -28,6 +28,10 @@ class Interval:
     low: float
     high: float
 
+    def as_share(self) -> str:
+        """For people, of a share, which no interval leaves: "90.0% (85.1% to 100.0%)"."""
+        return f"{self.value:.1%} ({max(0.0, self.low):.1%} to {min(1.0, self.high):.1%})"
+
 
 @dataclass(frozen=True)
 class Reliability:

@@ -320,7 +320,7 @@ def test_a_pickle_is_never_opened(random_clip, tmp_path):
 
 @pytest.mark.parametrize(
     ("shape", "message"),
-    [((4, WIDTH), "must be of the 3 classes of classifier.json, got 4"), ((3, 24), "features 24 wide, those of .* are 192")],
+    [((4, WIDTH), "must be of 3 classes as classifier.json is, got 4"), ((3, 24), "features 24 wide, those of .* are 192")],
 )
 def test_a_predictor_of_something_else_is_refused(random_clip, tmp_path, shape, message):
     predictor = Predictor(Linear.unbiased(torch.ones(shape)), 7)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from pipelines.fewshot.metrics import (
     TEMPERATURES,
+    Interval,
     fit_temperature,
     harmonic_mean,
     interval_over_seeds,
@@ -166,3 +167,9 @@ def test_the_harmonic_mean_is_between_and_nought_where_either_is():
 def test_what_has_no_score_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_an_interval_of_shares_is_told_within_what_shares_can_be():
+    assert Interval(0.5, 0.25, 0.75).as_share() == "50.0% (25.0% to 75.0%)"
+    assert Interval(0.9, 0.7, 1.1).as_share() == "90.0% (70.0% to 100.0%)"
+    assert Interval(0.1, -0.1, 0.3).as_share() == "10.0% (0.0% to 30.0%)"
