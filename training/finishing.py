@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from accelerate.logging import get_logger
 from diffusers import StableDiffusionXLPipeline
@@ -15,12 +17,15 @@ from pipelines.pictures import labelled_grid
 from pipelines.subject import adapters
 from pipelines.subject.base_model import load_base_model
 from pipelines.subject.generate import Sampling
+from pipelines.subject.scores import Judge
 from training.certificate import StockModel, certify
-from training.judging import Suggestion, adapter_at, suggest_for, write_suggestion
+from training.judging import adapter_at, heldout_curve, kept_steps, sample_scores, suggest_for, write_suggestion
 from training.model_card import CARD, GRID, write_model_card
 from training.options import SubjectOptions
 from training.publishing import assemble, push_to_hub
 from training.run import RunDirectory
+from training.suggesting import Suggestion, to_draw
+from training.watching import log_scores
 
 logger = get_logger(__name__)
 SUGGESTED = "suggested"
@@ -35,6 +40,7 @@ class Trained:
     Args:
         components: what of the pipeline is adapted.
         draw: draws a picture for each validation prompt with the pipeline as it is.
+        judge: scores those pictures.
         shown, before: training pictures, and what the base model drew.
         resolution: side of the pictures in pixels.
         pictures: how many were trained on.
@@ -44,6 +50,7 @@ class Trained:
     pipeline: StableDiffusionXLPipeline
     components: dict[str, nn.Module]
     draw: Callable[[], list[Image.Image]]
+    judge: Judge
     shown: Sequence[Image.Image]
     before: Sequence[Image.Image]
     resolution: int
@@ -59,12 +66,13 @@ def finish(run: RunDirectory, trained: Trained, options: SubjectOptions) -> None
     run.update_status(phase="exporting")
     adapters.save_everywhere(trained.pipeline, options.adapter, trained.components, run.path, title_of(run, options))
     rows = [("the subject", trained.shown), ("before", trained.before), (f"after, {options.adapter.method}", trained.draw())]
+    drawn = draw_candidates(run, trained, options)
     suggestion = suggest_for(run, options.optimisation.max_train_steps)
     write_suggestion(run, suggestion)
     logger.info(f"Suggested: step {suggestion.step} of {suggestion.last}. {suggestion.why}")
     for warning in suggestion.warnings:
         logger.warning(warning)
-    rows += suggested_rows(run, trained, options, suggestion)
+    rows += suggested_rows(run, trained, options, suggestion, drawn.get(suggestion.step))
     labelled_grid(rows, options.output.validation_prompt).save(run.path / GRID)
     if options.judging.certify:
         run.update_status(phase="certifying")
@@ -94,21 +102,46 @@ def public_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], options: Subj
     return labelled_grid(rows[1:], [str(place + 1) for place in range(len(prompts))])
 
 
+def draw_candidates(run: RunDirectory, trained: Trained, options: SubjectOptions) -> dict[int, list[Image.Image]]:
+    """Draw samples with the adapters of the steps to be compared that have none, and score them; returns them by step."""
+    prompts, drawn = options.output.validation_prompt, {}
+    for step in to_draw(heldout_curve(run), kept_steps(run), sample_scores(run), options.judging.drawn_candidates):
+        run.update_status(phase="comparing")
+        with kept_adapter(trained.pipeline, adapter_at(run, step)):
+            drawn[step] = trained.draw()
+        run.save_picture(step, labelled_grid([(f"step {step}", drawn[step])], prompts))
+        log_scores(run, step, trained.judge, drawn[step], prompts)
+    return drawn
+
+
+@contextmanager
+def kept_adapter(pipeline: StableDiffusionXLPipeline, path: Path) -> Iterator[None]:
+    """Have the pipeline draw with the adapter at `path`, called `SUGGESTED`, in place of the trained one meanwhile."""
+    adapters.load_adapter(pipeline, path, SUGGESTED)
+    pipeline.set_adapters([SUGGESTED])
+    try:
+        yield
+    finally:
+        pipeline.delete_adapters([SUGGESTED])
+        pipeline.set_adapters([adapters.ADAPTER_NAME])
+
+
 def suggested_rows(
-    run: RunDirectory, trained: Trained, options: SubjectOptions, suggestion: Suggestion
+    run: RunDirectory,
+    trained: Trained,
+    options: SubjectOptions,
+    suggestion: Suggestion,
+    drawn: list[Image.Image] | None = None,
 ) -> list[tuple[str, list[Image.Image]]]:
-    """Export the suggested adapter to `suggested/` and draw with it, unless it is the last one; leaves the pipeline as it was."""
+    """Export the suggested adapter to `suggested/`, unless it is the last one, and have its pictures: those `drawn`, or now."""
     kept = adapter_at(run, suggestion.step)
     if suggestion.step == suggestion.last or not kept.is_dir():
         return []
-    pipeline, title = trained.pipeline, f"{title_of(run, options)}-step-{suggestion.step}"
-    adapters.load_adapter(pipeline, kept, SUGGESTED)
-    pipeline.set_adapters([SUGGESTED])
-    adapters.save_everywhere(pipeline, options.adapter, trained.components, run.path / SUGGESTED, title, SUGGESTED)
-    drawn = trained.draw()
-    pipeline.delete_adapters([SUGGESTED])
-    pipeline.set_adapters([adapters.ADAPTER_NAME])
-    return [(f"suggested, step {suggestion.step}", drawn)]
+    title = f"{title_of(run, options)}-step-{suggestion.step}"
+    with kept_adapter(trained.pipeline, kept):
+        adapters.save_everywhere(trained.pipeline, options.adapter, trained.components, run.path / SUGGESTED, title, SUGGESTED)
+        pictures = drawn or trained.draw()
+    return [(f"suggested, step {suggestion.step}", pictures)]
 
 
 def certify_run(run: RunDirectory, trained: Trained, options: SubjectOptions) -> None:

@@ -10,7 +10,10 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from pipelines.fewshot.clip import BUILT_IN
 from pipelines.subject.base_model import is_built_in
+from pipelines.subject.embedders import OPEN_CLIP
+from pipelines.subject.scores import BASE, COPY_THRESHOLD
 from training.durable import write_text_atomically
 from training.options import SubjectOptions
 from training.run import RunDirectory
@@ -18,6 +21,13 @@ from training.run import RunDirectory
 CARD, GRID = "README.md", "before_after.png"
 EXPORTED = ("adapter", "diffusers", "kohya", "suggested")
 TAGS = ("stable-diffusion-xl", "stable-diffusion-xl-diffusers", "text-to-image", "diffusers", "lora", "dreambooth")
+SCORES = """Samples, scored by {judge}: means of their likeness to the training pictures and of following their prompts, the most
+of their likeness to a single training picture (a copy from {limit:.3f} on) and of their thumbnails' correlation with one (a
+copy from {threshold:.2f} on). Compare within this table only.
+
+| step | subject | prompt | nearest picture | thumbnail | held-out loss |
+|---|---|---|---|---|---|
+{rows}"""
 MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+|~-])")
 
 BODY = """---
@@ -73,7 +83,7 @@ def model_card(run: RunDirectory, options: SubjectOptions, pictures: int, privat
         options="" if private else " The resolved options are in options.json.",
         alt=f"the base model's pictures and the adapted model's, for the same prompts and seeds{shown}",
         grid=GRID,
-        findings="".join(f"\n{finding}\n" for finding in _findings(run)),
+        findings="".join(f"\n{finding}\n" for finding in _findings(run, judge_in_words(options.judging.judge_model, private))),
         files="\n".join(f"| {as_text(name)} | {size:,} |" for name, size in _exported_files(run)),
         loader="from_single_file" if model.endswith(".safetensors") else "from_pretrained",
         model_literal=json.dumps(model),
@@ -110,17 +120,29 @@ def as_text(words: str) -> str:
     return MARKDOWN.sub(r"\\\1", html.escape(" ".join(words.split()), quote=False))
 
 
-def _findings(run: RunDirectory) -> list[str]:
-    """What the run found out of itself: held-out losses, the suggestion, its warnings, the certificate."""
+def judge_in_words(name: str, private: bool = False) -> str:
+    """What scored the samples, without where it lies, and without its name where that may say whose it is."""
+    if name in (BASE, BUILT_IN):
+        return "the base model itself" if name == BASE else "the built-in CLIP"
+    if private:
+        return "a CLIP or DINOv2 model"
+    library, _, weights = name.partition("/") if name.startswith(OPEN_CLIP) else ("", "", name)
+    return as_text("/".join(part for part in (library, portable_name(weights)) if part))
+
+
+def _findings(run: RunDirectory, judge: str) -> list[str]:
+    """What the run found out of itself: held-out losses, the suggestion, its warnings, scores by `judge`, the certificate."""
     found = []
     losses = [line["heldout_loss"] for line in run.metrics() if "heldout_loss" in line]
     if losses:
         before, after = losses[0], losses[-1]
         found.append(f"Mean denoising loss in the middle of the held-out picture: {before:.4f} before, {after:.4f} after.")
     suggestion = _read(run.path / "suggestion.json")
-    if suggestion and suggestion["curve"]:
+    if suggestion and (suggestion["curve"] or suggestion["scores"]):
         found.append(f"**Suggested: step {suggestion['step']} of {suggestion['last']}.** {suggestion['why']}")
         found += [f"> **Warning.** {warning}" for warning in suggestion["warnings"]]
+    if suggestion and suggestion["scores"]:
+        found.append(_scores_table(suggestion, judge))
     certificate = _read(run.path / "certificate.json")
     if certificate:
         largest = max(certificate["largest_difference"].values())
@@ -129,6 +151,20 @@ def _findings(run: RunDirectory) -> list[str]:
             f"most {largest:.2f} of 255 levels apart. The adapter changes the base model's by up to {certificate['effect']:.0f}."
         )
     return found
+
+
+def _scores_table(suggestion: dict[str, Any], judge: str) -> str:
+    """The scores of the samples of each step beside its held-out loss, as Markdown."""
+    scores = {int(step): of_step for step, of_step in suggestion["scores"].items()}
+    heldout = {point["step"]: f"{point['heldout']:.4f}" for point in suggestion["curve"]}
+    names = {0: "base model", suggestion["step"]: f"**{suggestion['step']}, suggested**"}
+    rows = [
+        f"| {names.get(step, step)} | {each['subject']:.3f} | {each['prompt']:.3f} | {each['nearest']:.3f} | {each['copy']:.2f} "
+        f"| {heldout.get(step, '')} |"
+        for step, each in sorted(scores.items())
+    ]
+    limit = next(iter(scores.values()))["nearest_limit"]
+    return SCORES.format(judge=judge, limit=limit, threshold=COPY_THRESHOLD, rows="\n".join(rows))
 
 
 def _read(path: Path) -> dict[str, Any] | None:

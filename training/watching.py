@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import fmean
 
 from PIL import Image
@@ -15,8 +15,9 @@ from pipelines.subject.encoding import EncodedPictures
 from pipelines.subject.evaluation import mean_denoising_loss
 from pipelines.subject.loss import DenoisingLoss
 from pipelines.subject.scores import Judge
-from training.judging import keep_adapter
+from training.judging import keep_adapter, logged
 from training.run import RunDirectory
+from training.suggesting import StepScores
 
 # Of the training pictures, for the loss that the held-out one is compared with.
 SEEN_PICTURES, SEEN_DRAWS = 4, 16
@@ -28,6 +29,21 @@ def measured_losses(loss: DenoisingLoss, heldout: EncodedPictures, seen: Encoded
         "heldout_loss": mean_denoising_loss(loss, heldout),
         "seen_loss": mean_denoising_loss(loss, seen, SEEN_DRAWS, limit=SEEN_PICTURES),
     }
+
+
+def log_scores(run: RunDirectory, step: int, judge: Judge, drawn: Sequence[Image.Image], prompts: Sequence[str]) -> None:
+    """Log the scores of the pictures `drawn` from `prompts` after `step` steps: means of likeness and following, the worst of
+    copying.
+    """
+    scores = judge.scores(drawn, prompts)
+    of_step = StepScores(
+        subject=fmean(each.subject for each in scores),
+        prompt=fmean(each.prompt for each in scores),
+        copy=max(each.copy for each in scores),
+        nearest=max(each.nearest for each in scores),
+        nearest_limit=judge.nearest_limit,
+    )
+    run.log(step, **{logged(name): value for name, value in asdict(of_step).items()})
 
 
 @dataclass(frozen=True)
@@ -79,13 +95,5 @@ class Watch:
         self._score(step, drawn)
 
     def _score(self, step: int, drawn: Sequence[Image.Image]) -> None:
-        """Log the means of likeness and following, and the worst case of copying."""
-        if self.judge is None:
-            return
-        scores = self.judge.scores(drawn, self.prompts)
-        self.run.log(
-            step,
-            subject_score=fmean(each.subject for each in scores),
-            prompt_score=fmean(each.prompt for each in scores),
-            copy_score=max(each.copy for each in scores),
-        )
+        if self.judge is not None:
+            log_scores(self.run, step, self.judge, drawn, self.prompts)

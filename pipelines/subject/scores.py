@@ -1,8 +1,9 @@
 """Scores of generated pictures: likeness to the subject, following of the prompt, copying of a training picture.
 
-Nothing is needed but the base model: its features for the subject, its own denoising loss as a classifier for the prompt
-[Li et al. 2023, diffusion classifier]. A CLIP or DINOv2 model of the user's can take their place. Compare scores within one
-run; between models and subjects they have no common scale.
+Cosines of CLIP features, as DreamBooth is evaluated [Ruiz et al. 2023, section 4.1]: CLIP-I, the mean over the training
+pictures, and CLIP-T, with the prompt just as the picture was drawn from, rare word and class word included. Without a CLIP
+nothing is needed but the base model: its features for the subject, its own denoising loss as a classifier for the prompt
+[Li et al. 2023, diffusion classifier]. Compare scores within one run; between models and subjects they have no common scale.
 """
 
 from __future__ import annotations
@@ -15,14 +16,12 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
-from torch import nn
 from torch.nn import functional
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-from pipelines.errors import InputError
 from pipelines.randomness import Draw, keyed_generator
 from pipelines.subject.adapters import without_adapters
 from pipelines.subject.base_model import PromptEmbeddings, encode_pictures, encode_prompts
+from pipelines.subject.embedders import Embedder, load_embedder
 from pipelines.subject.evaluation import middle_of
 from pipelines.subject.loss import DenoisingLoss
 
@@ -33,6 +32,10 @@ CLASSIFIER_DRAWS = 8
 THUMBNAIL = 16
 # Of `copy`: redrawn scenes of one and the same subject stay below, mildly changed copies lie about it.
 COPY_THRESHOLD = 0.9
+# The share of a picture's sides that its cropped copy has.
+CROPPED = 0.9
+# In place of a model's name: the base model judges.
+BASE = "base"
 
 
 @dataclass(frozen=True)
@@ -43,15 +46,22 @@ class Scores:
         subject: likeness to the training pictures, at most 1.
         prompt: how much better its prompt explains it than the other prompts do; above 0 where it does.
         copy: correlation with the most similar training picture or its mirror image, at most 1.
+        nearest: likeness to the most similar training picture, at most 1.
     """
 
     subject: float
     prompt: float
     copy: float
+    nearest: float
 
 
 class Judge(Protocol):
-    """Scores pictures against the prompts that they were drawn from."""
+    """Scores pictures against the prompts that they were drawn from.
+
+    `nearest_limit` is what `nearest` of a picture that is no copy stays below.
+    """
+
+    nearest_limit: float
 
     def scores(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[Scores]:
         """The scores of each picture."""
@@ -74,6 +84,28 @@ def _centred_thumbnails(pictures: Sequence[Image.Image]) -> torch.Tensor:
     """(pictures, 3, THUMBNAIL, THUMBNAIL), without each one's mean colour."""
     pixels = torch.cat([functional.adaptive_avg_pool2d(as_pixels([picture], picture.size), THUMBNAIL) for picture in pictures])
     return pixels - pixels.mean(dim=(2, 3), keepdim=True)
+
+
+def cropped(picture: Image.Image) -> Image.Image:
+    """The middle of a picture, `CROPPED` of either side, at the picture's size: a copy that its thumbnail hardly shows."""
+    left, top = (round(side * (1 - CROPPED) / 2) for side in picture.size)
+    middle = picture.crop((left, top, picture.width - left, picture.height - top))
+    return middle.resize(picture.size, Image.Resampling.LANCZOS)
+
+
+def nearest_limit(among: torch.Tensor, of_cropped: torch.Tensor) -> float:
+    """What the likeness of a picture to a training picture stays below, unless it is a copy.
+
+    It lies where cropped copies lie to their originals, in the mean, but never below the most similar two training pictures.
+    Every judge has a scale of its own: this one is measured on it. With the built-in model's features, scenes of one toy drawn
+    anew stay below, brightened and blurred copies lie above. Mirrored ones do not: those are found by `copy_scores`.
+
+    Args:
+        among: (references, references), likeness of the training pictures to each other.
+        of_cropped: (references, references), that of their cropped copies, one a row.
+    """
+    different = among[~torch.eye(len(among), dtype=torch.bool, device=among.device)]
+    return max([of_cropped.diagonal().mean().item(), *different.tolist()])
 
 
 def _unit(values: torch.Tensor) -> torch.Tensor:
@@ -100,19 +132,21 @@ class BaseModelJudge:
         self.pipeline, self.resolution, self.pictures = pipeline, resolution, list(references)
         with without_adapters(pipeline):
             self.loss = DenoisingLoss(pipeline)
-            known = self._features(self._latents([*references, *others]))
-        self.mean = known.mean(dim=(0, 2), keepdim=True)
-        self.references = _unit(known[: len(references)] - self.mean)
+            latents = self._latents([*references, *others])
+            known, count = self._features(latents), len(references)
+            self.mean = known.mean(dim=(0, 2), keepdim=True)
+            self.references = _unit(known[:count] - self.mean)
+            copies = self._latents([cropped(picture) for picture in references])
+            self.nearest_limit = nearest_limit(self._likeness(latents[:count]), self._likeness(copies))
 
     @torch.no_grad()
     def scores(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[Scores]:
         """The scores of each picture, drawn from the prompt at its place."""
         with without_adapters(self.pipeline):
             latents = self._latents(pictures)
-            subject = self._likeness(latents)
+            likeness = self._likeness(latents)
             prompt = self._following(latents, prompts)
-        copies = copy_scores(pictures, self.pictures)
-        return [Scores(*each) for each in zip(subject, prompt, copies, strict=True)]
+        return _scores(likeness, prompt, copy_scores(pictures, self.pictures))
 
     def _latents(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
         return encode_pictures(self.pipeline, as_pixels(pictures, (self.resolution, self.resolution)))[:, 0]
@@ -132,11 +166,11 @@ class BaseModelJudge:
             hook.remove()
         return middle_of(functional.adaptive_avg_pool2d(torch.cat(seen), GRID)).flatten(2)
 
-    def _likeness(self, latents: torch.Tensor) -> list[float]:
-        """The mean over the references of how well places match their best counterparts, both ways."""
+    def _likeness(self, latents: torch.Tensor) -> torch.Tensor:
+        """How well places match their best counterparts in each reference, both ways: (pictures, references), at most 1."""
         drawn = _unit(self._features(latents) - self.mean)
         alike = torch.einsum("acx,bcy->abxy", drawn, self.references)
-        return ((alike.amax(dim=3).mean(dim=2) + alike.amax(dim=2).mean(dim=2)) / 2).mean(dim=1).tolist()
+        return (alike.amax(dim=3).mean(dim=2) + alike.amax(dim=2).mean(dim=2)) / 2
 
     def _following(self, latents: torch.Tensor, prompts: Sequence[str]) -> list[float]:
         """By how much of the mean loss the own prompt's loss lies below the others', with the same noise for all."""
@@ -168,59 +202,50 @@ class BaseModelJudge:
 
 
 class EmbeddingJudge:
-    """Judges by a CLIP or DINOv2 model of transformers; the prompt, with DINOv2, by the base model."""
+    """Judges by the cosines of features; the prompt, where the model reads no text, by the base model."""
 
-    def __init__(self, name_or_path: str, references: Sequence[Image.Image], base: BaseModelJudge) -> None:
-        """Load the model, safetensors only.
+    def __init__(self, embedder: Embedder, references: Sequence[Image.Image], base: Judge | None = None) -> None:
+        """Remember what the subject looks like.
 
-        Raises: InputError if it cannot be loaded, or embeds no pictures.
+        Args:
+            references: pictures of the subject.
+            base: judges the prompt where `embedder` reads no text, and only then.
         """
-        try:
-            self.model = AutoModel.from_pretrained(name_or_path, use_safetensors=True).eval()
-            self.processor = AutoImageProcessor.from_pretrained(name_or_path)
-            self.reads_text = hasattr(self.model, "get_text_features")
-            self.tokenizer = AutoTokenizer.from_pretrained(name_or_path) if self.reads_text else None
-        except (OSError, ValueError) as error:
-            raise InputError(f"judge_model {name_or_path!r} could not be loaded as CLIP or DINOv2: {error}") from error
-        self.base, self.pictures = base, list(references)
-        self.references = self._embedded(references)
+        self.embedder, self.base, self.pictures = embedder, base, list(references)
+        self.references = embedder.pictures(references)
+        copies = embedder.pictures([cropped(picture) for picture in references])
+        self.nearest_limit = nearest_limit(self.references @ self.references.T, copies @ self.references.T)
 
-    @torch.no_grad()
     def scores(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[Scores]:
         """The scores of each picture, drawn from the prompt at its place."""
-        embedded = self._embedded(pictures)
-        subject = (embedded @ self.references.T).mean(dim=1).tolist()
-        if self.reads_text:
-            tokens = self.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt")
-            prompt = (embedded * _unit(_tensor(self.model.get_text_features(**tokens)))).sum(dim=1).tolist()
+        embedded = self.embedder.pictures(pictures)
+        if self.embedder.reads_text:
+            prompt = (embedded * self.embedder.texts(prompts)).sum(dim=1).tolist()
         else:
             prompt = [each.prompt for each in self.base.scores(pictures, prompts)]
-        return [Scores(*each) for each in zip(subject, prompt, copy_scores(pictures, self.pictures), strict=True)]
-
-    @torch.no_grad()
-    def _embedded(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
-        """(pictures, width), of length 1."""
-        inputs = self.processor(images=[picture.convert("RGB") for picture in pictures], return_tensors="pt")
-        if self.reads_text:
-            return _unit(_tensor(self.model.get_image_features(**inputs)))
-        return _unit(self.model(**inputs).pooler_output)
+        return _scores(embedded @ self.references.T, prompt, copy_scores(pictures, self.pictures))
 
 
-def _tensor(features: torch.Tensor | nn.Module) -> torch.Tensor:
-    """transformers 5 wraps CLIP's features in an output of which they are the pooled part."""
-    return features if isinstance(features, torch.Tensor) else features.pooler_output
+def _scores(likeness: torch.Tensor, prompt: Sequence[float], copies: Sequence[float]) -> list[Scores]:
+    """The scores of each picture from its `likeness` (pictures, references) to each training picture and the other two."""
+    columns = (likeness.mean(dim=1).tolist(), prompt, copies, likeness.amax(dim=1).tolist())
+    return [Scores(*each) for each in zip(*columns, strict=True)]
 
 
 def judge_by(
-    name_or_path: str | None,
+    name: str,
     pipeline: StableDiffusionXLPipeline,
     references: Sequence[Image.Image],
     others: Sequence[Image.Image],
     resolution: int,
 ) -> Judge:
-    """The judge for a run: a CLIP or DINOv2 model where one is named, else the base model; arguments as for the judges.
+    """The judge for a run: the base model where `name` is `BASE`, else the model of that name (see `load_embedder`).
 
+    The other arguments are those of `BaseModelJudge`.
     Raises: InputError if the model cannot be loaded.
     """
+    embedder = None if name == BASE else load_embedder(name)
+    if embedder is not None and embedder.reads_text:
+        return EmbeddingJudge(embedder, references)
     base = BaseModelJudge(pipeline, references, others, resolution)
-    return base if name_or_path is None else EmbeddingJudge(name_or_path, references, base)
+    return base if embedder is None else EmbeddingJudge(embedder, references, base)

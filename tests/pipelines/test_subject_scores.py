@@ -1,20 +1,27 @@
 """Scores of pictures: what is fixed by algebra, and on the built-in model that each separates good from bad."""
 
+import json
 import random
 
 import numpy as np
+import open_clip
 import pytest
 import torch
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageFilter
+from safetensors.torch import save_file
+from tiny_clip import CONFIG, tiny_clip
 from tiny_pipeline import add_nora, byte_tokenizer, tiny_pipeline
 from transformers import BitImageProcessor, CLIPConfig, CLIPImageProcessor, CLIPModel, Dinov2Config, Dinov2Model
 
+from pipelines import mini_clip
 from pipelines.backgrounds import BACKGROUNDS
 from pipelines.errors import InputError
+from pipelines.mini_sdxl import PROMPT_WORDS, reduced_tokenizer
 from pipelines.scenes import COLOURS, Toy, draw_toy, sample_toy
 from pipelines.subject.adapters import without_adapters
 from pipelines.subject.base_model import BUILT_IN_MODEL, load_base_model
-from pipelines.subject.scores import BaseModelJudge, EmbeddingJudge, copy_scores
+from pipelines.subject.embedders import OpenClipEmbedder, load_embedder
+from pipelines.subject.scores import BASE, BaseModelJudge, EmbeddingJudge, copy_scores, cropped, judge_by, nearest_limit
 
 
 def noise(seed, side=32):
@@ -40,6 +47,36 @@ def test_a_training_picture_is_most_like_the_subject_and_its_own_copy():
     assert same.subject == pytest.approx(1, abs=1e-4)
     assert other.subject < same.subject
     assert same.copy == pytest.approx(1, abs=1e-5)
+    assert same.nearest == pytest.approx(1, abs=1e-4)
+
+
+def test_likeness_is_the_mean_over_the_training_pictures_and_nearest_the_most_of_them():
+    references, sample = [noise(seed) for seed in range(3)], [noise(7)]
+    pipe = tiny_pipeline()
+    # The others only centre the features: with the same ones in all, each judge of one reference knows a part of the whole.
+    everything = [*references, noise(9)]
+    alone = []
+    for reference in references:
+        rest = [picture for picture in everything if picture is not reference]
+        alone += [each.subject for each in BaseModelJudge(pipe, [reference], rest, 16).scores(sample, ["a"])]
+    (found,) = BaseModelJudge(pipe, references, [noise(9)], 16).scores(sample, ["a"])
+    assert found.subject == pytest.approx(np.mean(alone), abs=1e-4)
+    assert found.nearest == pytest.approx(max(alone), abs=1e-4)
+
+
+def test_the_limit_of_nearness_is_where_cropped_copies_lie_but_not_below_two_training_pictures():
+    of_cropped = torch.tensor([[0.9, 1.0], [1.0, 0.8]])
+    assert nearest_limit(torch.tensor([[1.0, 0.3], [0.3, 1.0]]), of_cropped) == pytest.approx(0.85)
+    assert nearest_limit(torch.tensor([[1.0, 0.95], [0.95, 1.0]]), of_cropped) == pytest.approx(0.95)
+    assert nearest_limit(torch.ones(1, 1), of_cropped[:1, :1]) == pytest.approx(0.9)
+
+
+def test_a_cropped_copy_is_the_middle_at_the_size_of_the_whole():
+    picture = Image.new("RGB", (40, 20), "red")
+    picture.paste("blue", (2, 1, 38, 19))
+    found = cropped(picture)
+    assert found.size == (40, 20)
+    assert np.abs(np.asarray(found).astype(int) - (0, 0, 255)).max() <= 1
 
 
 def test_scores_are_the_base_models_whatever_adapter_is_on_it_and_leave_it_as_it_was():
@@ -82,17 +119,66 @@ def clip_folder(tmp_path):
     return tmp_path
 
 
-def test_a_clip_model_judges_by_the_cosines_that_it_is_trained_on(clip_folder):
-    pictures, prompts = [noise(0), noise(1)], ["a red star", "snow"]
-    judge = EmbeddingJudge(str(clip_folder), pictures[:1], None)
-    found = judge.scores(pictures, prompts)
-    assert found[0].subject == pytest.approx(1, abs=1e-5)
+def assert_judges_by(found, judge, images, texts):
+    """The scores `found` are the cosines of these features, of which the first picture's are those of the one training picture.
+
+    The last picture is its cropped copy.
+    """
+    cosines = (images * texts).sum(dim=1).tolist()
+    assert [each.prompt for each in found] == pytest.approx(cosines, abs=1e-5)
+    to_training = (images @ images[0]).tolist()
+    assert [each.subject for each in found] == pytest.approx(to_training, abs=1e-5)
+    assert [each.nearest for each in found] == pytest.approx(to_training, abs=1e-5)
+    assert judge.nearest_limit == pytest.approx(to_training[-1], abs=1e-5)
+
+
+def unit(values):
+    return torch.nn.functional.normalize(values, dim=-1)
+
+
+def test_a_clip_model_of_transformers_judges_by_the_cosines_that_it_is_trained_on(clip_folder):
+    pictures, prompts = [noise(0), noise(1), cropped(noise(0))], ["a red star", "snow", "night"]
+    judge = judge_by(str(clip_folder), None, pictures[:1], [], 16)
     model = CLIPModel.from_pretrained(clip_folder).eval()
     inputs = CLIPImageProcessor.from_pretrained(clip_folder)(images=pictures, return_tensors="pt")
-    tokens = byte_tokenizer()(prompts, padding=True, return_tensors="pt")
     with torch.no_grad():
-        cosines = model(**inputs, **tokens).logits_per_image / model.logit_scale.exp()
-    assert [each.prompt for each in found] == pytest.approx(cosines.diag().tolist(), abs=1e-5)
+        answer = model(**inputs, **byte_tokenizer()(prompts, padding=True, return_tensors="pt"))
+    assert_judges_by(judge.scores(pictures, prompts), judge, unit(answer.image_embeds), unit(answer.text_embeds))
+
+
+@pytest.fixture
+def mini_folder(tmp_path, monkeypatch):
+    """The built-in CLIP's folder in a root of its own, with untrained weights."""
+    folder = tmp_path / "assets" / "mini-clip"
+    mini_clip.write_configuration(folder, reduced_tokenizer([PROMPT_WORDS]))
+    torch.manual_seed(0)
+    save_file(mini_clip.new_model(folder).state_dict(), folder / mini_clip.WEIGHTS_FILE)
+    monkeypatch.setattr(mini_clip, "BUILT_IN_CLIP", folder)
+    return folder
+
+
+@pytest.mark.parametrize("named", ["mini", "folder"])
+def test_the_built_in_clip_judges_by_what_plain_open_clip_computes(mini_folder, monkeypatch, named):
+    pictures = [noise(0, 64), noise(1, 64), cropped(noise(0, 64))]
+    prompts = ["a photo of sks toy", "snow", "night"]
+    judge = judge_by("mini" if named == "mini" else str(mini_folder), None, pictures[:1], [], 64)
+    monkeypatch.chdir(mini_folder.parents[1])
+    stock, _, preprocess = open_clip.create_model_and_transforms("local-dir:assets/mini-clip")
+    tokens = open_clip.get_tokenizer("local-dir:assets/mini-clip")(prompts)
+    with torch.no_grad():
+        images = stock.eval().encode_image(torch.stack([preprocess(picture) for picture in pictures]), normalize=True)
+        texts = stock.encode_text(tokens, normalize=True)
+    assert_judges_by(judge.scores(pictures, prompts), judge, images, texts)
+
+
+def test_a_model_that_open_clip_knows_is_named_with_its_weights(tmp_path):
+    (tmp_path / "judging-clip.json").write_text(json.dumps(CONFIG))
+    open_clip.add_model_config(tmp_path / "judging-clip.json")
+    save_file(tiny_clip().state_dict(), tmp_path / "weights.safetensors")
+    embedder = load_embedder(f"open_clip:judging-clip/{tmp_path / 'weights.safetensors'}")
+    assert isinstance(embedder, OpenClipEmbedder)
+    for name, value in tiny_clip().state_dict().items():
+        assert torch.equal(embedder.clip.model.state_dict()[name], value)
 
 
 def test_a_dino_model_judges_the_subject_and_the_base_model_the_prompt(tmp_path):
@@ -100,15 +186,28 @@ def test_a_dino_model_judges_the_subject_and_the_base_model_the_prompt(tmp_path)
     Dinov2Model(config).save_pretrained(tmp_path)
     BitImageProcessor(size={"shortest_edge": 14}, crop_size={"height": 14, "width": 14}).save_pretrained(tmp_path)
     pictures, prompts = [noise(0), noise(1)], ["a red star", "snow"]
-    base = BaseModelJudge(tiny_pipeline(), pictures[:1], [noise(9)], 16)
-    found = EmbeddingJudge(str(tmp_path), pictures[:1], base).scores(pictures, prompts)
+    pipe = tiny_pipeline()
+    judge = judge_by(str(tmp_path), pipe, pictures[:1], [noise(9)], 16)
+    base = judge_by(BASE, pipe, pictures[:1], [noise(9)], 16)
+    assert isinstance(base, BaseModelJudge)
+    assert isinstance(judge, EmbeddingJudge)
+    found = judge.scores(pictures, prompts)
     assert found[0].subject == pytest.approx(1, abs=1e-5)
     assert [each.prompt for each in found] == [each.prompt for each in base.scores(pictures, prompts)]
 
 
-def test_a_judge_that_cannot_be_loaded_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"judge_model .* could not be loaded as CLIP or DINOv2"):
-        EmbeddingJudge(str(tmp_path), [noise(0)], None)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("{folder}", r"judge_model .* could not be loaded as CLIP or DINOv2"),
+        ("open_clip:ViT-B-16", r"judge_model 'open_clip:ViT-B-16' .*one of the tags openai.* got None.*Give 'mini'"),
+        ("open_clip:nothing/openai", r"a name that open_clip knows.* got 'nothing'"),
+        ("open_clip:ViT-B-16/weights.pt", r"is a pickle by its name"),
+    ],
+)
+def test_a_judge_that_cannot_be_loaded_is_named(tmp_path, name, message):
+    with pytest.raises(InputError, match=f"(?s){message}"):
+        load_embedder(name.format(folder=tmp_path))
 
 
 def toy_picture(toy: Toy, colour: str, background: str, rng: random.Random) -> Image.Image:
@@ -135,6 +234,7 @@ def test_on_the_built_in_model_each_score_separates_good_from_bad():
     toys = [(sample_toy(colour, rng), colour) for colour in rng.sample(list(COLOURS), 5)]
     drawn = [[toy_picture(toy, colour, place, rng) for place in places] for toy, colour in toys]
     good, bad, right, wrong, copied, fresh = [], [], [], [], [], []
+    beyond_limit = {"fresh": [], "copied": []}
     for mine, subject in enumerate(drawn):
         others = [pictures[place] for place, pictures in enumerate(drawn[:mine] + drawn[mine + 1 :])]
         judge = BaseModelJudge(pipe, subject[:4], others, 64)
@@ -144,8 +244,14 @@ def test_on_the_built_in_model_each_score_separates_good_from_bad():
         right += [each.prompt for each in found]
         wrong += [each.prompt for each in judge.scores([subject[4], *others], [*prompts[:4], prompts[4]])]
         changed = [ImageEnhance.Brightness(picture).enhance(1.15) for picture in subject[:4]]
+        blurred = [picture.filter(ImageFilter.GaussianBlur(1)) for picture in subject[:4]]
+        beyond_limit["fresh"].append(found[0].nearest >= judge.nearest_limit)
+        near = [each.nearest for each in judge.scores([*changed, *blurred], prompts[:4] * 2)]
+        beyond_limit["copied"] += [value >= judge.nearest_limit for value in near]
         copied += copy_scores(changed, subject[:4])
         fresh += copy_scores(subject[4:], subject[:4])
     assert auc(good, bad) > 0.8
     assert auc(right, wrong) > 0.9
     assert auc(copied, fresh) > 0.95
+    assert not any(beyond_limit["fresh"])
+    assert all(beyond_limit["copied"])

@@ -3,11 +3,14 @@
 import json
 from functools import partial
 
+import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
+from PIL import Image
 from safetensors.torch import load_file
 
 from pipelines.subject.generate import Sampling
+from pipelines.subject.scores import Scores
 from training import dreambooth_nora
 from training.options import parse_options
 from training.run import RunDirectory
@@ -42,7 +45,7 @@ def test_a_run_is_certified_by_default(trained):
     assert said["effect"] > 0
     scored = [line for line in run.metrics() if "subject_score" in line]
     assert [line["step"] for line in scored] == [0, 2, 4]
-    assert all({"prompt_score", "copy_score"} <= line.keys() for line in scored)
+    assert all({"prompt_score", "copy_score", "nearest_score", "nearest_limit"} <= line.keys() for line in scored)
 
 
 def adapter_bytes(run):
@@ -83,11 +86,19 @@ def test_an_interrupted_leave_one_out_goes_on_where_it_was(trained, tmp_path, mo
     assert curves[0] == curves[1]
 
 
+@pytest.fixture
+def overfitting(monkeypatch):
+    """Have the held-out loss turn after the first of four steps; the first two keep at least half of its fall."""
+    losses = [{"heldout_loss": 1.0, "seen_loss": 1.0}, *({"heldout_loss": 0.4 + 0.1 * k, "seen_loss": 0.5} for k in (1, 2, 4, 5))]
+    turning = iter(losses)
+    monkeypatch.setattr("training.watching.measured_losses", lambda *_: next(turning))
+
+
 def test_training_far_too_long_suggests_an_earlier_adapter_exports_it_and_warns(trained, monkeypatch):
     losses = iter([1.0, 0.5, 0.6, 0.8, 0.9])
     seen = iter([1.0, 0.5, 0.4, 0.3, 0.2])
     monkeypatch.setattr("training.watching.measured_losses", lambda *_: {"heldout_loss": next(losses), "seen_loss": next(seen)})
-    run = trained("run", "--heldout_image", "0.png", "--no_certify")
+    run = trained("run", "--heldout_image", "0.png", "--no_certify", "--drawn_candidates", "0")
     said = json.loads((run.path / "suggestion.json").read_text())
     assert (said["step"], said["last"], said["adapter"]) == (1, 4, "adapters/step-0000001")
     assert "Overfitting" in said["warnings"][0]
@@ -96,3 +107,51 @@ def test_training_far_too_long_suggests_an_earlier_adapter_exports_it_and_warns(
     last = load_file(run.path / "diffusers" / "pytorch_lora_weights.safetensors")
     assert suggested.keys() == last.keys()
     assert any((suggested[name] - last[name]).abs().max() > 1e-3 for name in last)
+
+
+class Listed:
+    """A judge that gives the likenesses of a list, in its order."""
+
+    nearest_limit = 0.9
+
+    def __init__(self, likenesses):
+        self.likenesses = iter(likenesses)
+
+    def scores(self, pictures, prompts):
+        likeness = next(self.likenesses)
+        return [Scores(likeness, 0.3, 0.1, 0.2) for _ in pictures]
+
+
+def pixels(run, step):
+    return np.asarray(Image.open(run.samples / f"step-{step:07d}.png")).astype(int)
+
+
+def test_a_step_without_samples_draws_them_after_training_and_the_most_alike_is_suggested(trained, overfitting, monkeypatch):
+    # The base model, the steps that are shown while training, the one that is drawn after it.
+    monkeypatch.setattr(dreambooth_nora, "judge_by", lambda *_: Listed([0.1, 0.5, 0.9, 0.3]))
+    run = trained("run", "--heldout_image", "0.png")
+    assert [line["step"] for line in run.metrics() if "subject_score" in line] == [0, 2, 4, 1]
+    said = json.loads((run.path / "suggestion.json").read_text())
+    assert (said["step"], said["adapter"]) == (2, "adapters/step-0000002")
+    assert said["scores"]["1"]["subject"] == 0.3
+    assert run.status()["suggested_step"] == 2
+    assert "| **2, suggested** | 0.500 | 0.300 | 0.200 | 0.10 | 0.6000 |" in (run.path / "README.md").read_text()
+    # The certificate speaks of the trained adapter, which is on the model again.
+    assert json.loads((run.path / "certificate.json").read_text())["passed"]
+
+
+def test_samples_drawn_after_training_are_those_that_the_step_would_have_drawn(trained):
+    late = trained("late", "--heldout_image", "none", "--no_certify", "--drawn_candidates", "4")
+    live = trained("live", "--heldout_image", "none", "--no_certify", "--validation_steps", "1")
+    for step in (1, 3):
+        assert np.abs(pixels(late, step) - pixels(live, step)).max() <= 1
+    assert np.abs(pixels(live, 1) - pixels(live, 3)).max() > 1
+
+
+def test_the_suggested_steps_pictures_are_drawn_once(trained, overfitting, monkeypatch):
+    monkeypatch.setattr(dreambooth_nora, "judge_by", lambda *_: Listed([0.1, 0.5, 0.9, 0.8]))
+    drawn, draw = [], dreambooth_nora.generate
+    monkeypatch.setattr(dreambooth_nora, "generate", lambda *given: drawn.append(given) or draw(*given))
+    run = trained("run", "--heldout_image", "0.png", "--no_certify")
+    assert run.status()["suggested_step"] == 1
+    assert len(drawn) == len(["before", "step 2", "step 4", "after", "step 1"])

@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from pipelines.subject.base_model import BUILT_IN_MODEL
-from training.model_card import as_text, model_card
+from training.model_card import as_text, judge_in_words, model_card
 from training.options import parse_options
 from training.run import RunDirectory
 
@@ -69,7 +69,8 @@ def test_words_stay_readable_where_nothing_needs_escaping():
 
 def test_the_card_says_what_the_run_found_out(tmp_path):
     run = run_with(tmp_path)
-    said = {"step": 2, "last": 4, "why": "Because.", "warnings": ["Overfitting: yes."], "curve": [{"step": 0}]}
+    said = {"step": 2, "last": 4, "why": "Because.", "warnings": ["Overfitting: yes."], "curve": [{"step": 0, "heldout": 0.5}]}
+    said["scores"] = {}
     (run.path / "suggestion.json").write_text(json.dumps(said))
     (run.path / "certificate.json").write_text(json.dumps({"largest_difference": {"kohya": 0.25}, "effect": 40.2}))
     card = model_card(run, options_for("dog", tmp_path), pictures=3)
@@ -83,6 +84,52 @@ def test_the_card_says_what_the_run_found_out(tmp_path):
         r"| diffusers/pytorch\_lora\_weights.safetensors | 5 |",
     ):
         assert expected in card
+
+
+def scored(tmp_path, curve):
+    """A run whose samples were scored, and which suggests step 2."""
+    run = run_with(tmp_path)
+    values = {"subject": 0.25, "prompt": 0.125, "copy": 0.5, "nearest": 0.75, "nearest_limit": 0.9}
+    said = {"step": 2, "last": 4, "why": "Because.", "warnings": ["Alas."], "curve": curve}
+    said["scores"] = {"0": values, "10": {**values, "subject": 0.5}, "2": {**values, "subject": 0.375}}
+    (run.path / "suggestion.json").write_text(json.dumps(said))
+    return run
+
+
+def test_the_card_shows_the_scores_of_every_step_beside_its_loss_and_who_gave_them(tmp_path):
+    run = scored(tmp_path, [{"step": 0, "heldout": 0.5}, {"step": 2, "heldout": 0.375}])
+    card = model_card(run, options_for("dog", tmp_path, "--judge_model", "base"), pictures=3)
+    table = [line for line in card.splitlines() if line.startswith("| ") and "0.125" in line]
+    assert table == [
+        "| base model | 0.250 | 0.125 | 0.750 | 0.50 | 0.5000 |",
+        "| **2, suggested** | 0.375 | 0.125 | 0.750 | 0.50 | 0.3750 |",
+        "| 10 | 0.500 | 0.125 | 0.750 | 0.50 |  |",
+    ]
+    assert "scored by the base model itself" in card
+    assert "(a copy from 0.900 on)" in card
+
+
+def test_a_suggestion_by_samples_alone_is_in_the_card_too(tmp_path):
+    card = model_card(scored(tmp_path, []), options_for("dog", tmp_path), pictures=3)
+    assert "**Suggested: step 2 of 4.** Because." in card
+    assert "> **Warning.** Alas." in card
+
+
+@pytest.mark.parametrize(
+    ("given", "private", "said"),
+    [
+        ("base", True, "the base model itself"),
+        ("mini", False, "the built-in CLIP"),
+        ("owner/clip", False, "owner/clip"),
+        ("owner/clip", True, "a CLIP or DINOv2 model"),
+        ("{folder}/secret", False, "secret"),
+        ("open_clip:ViT-B-16/{folder}/weights.safetensors", False, r"open\_clip:ViT\-B\-16/weights.safetensors"),
+    ],
+)
+def test_a_judge_is_named_without_where_it_lies(tmp_path, given, private, said):
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "weights.safetensors").touch()
+    assert judge_in_words(given.format(folder=tmp_path), private) == said
 
 
 def test_a_hub_model_is_named_in_the_header_and_a_local_one_by_its_own_name_only(tmp_path):

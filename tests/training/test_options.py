@@ -4,10 +4,12 @@ import json
 
 import pytest
 
+from pipelines import mini_clip
 from pipelines.errors import InputError
 from pipelines.subject.base_model import BUILT_IN_MODEL
 from training.options import SubjectOptions, parse_options
 from training.options.data import SAMPLE_PROMPT, SAMPLE_SUBJECT, DataOptions
+from training.options.judging import BUILT_IN_CANDIDATES, CANDIDATES, JudgingOptions
 from training.options.model import ModelOptions
 from training.options.optimisation import OptimisationOptions
 from training.options.output import OutputOptions
@@ -47,6 +49,22 @@ def test_attention_is_adapted_and_on_the_built_in_model_convolutions_too():
     sdxl = parse_options(["--pretrained_model_name_or_path", "owner/model"]).adapter.target_modules
     assert sdxl == ["to_q", "to_k", "to_v", "to_out.0"]
     assert {*sdxl, "conv1", "conv2"} < set(parse_options([]).adapter.target_modules)
+
+
+def judging(*flags):
+    options = parse_options(list(flags)).judging
+    return options.judge_model, options.drawn_candidates
+
+
+def test_the_built_in_clip_judges_the_built_in_model_where_it_is_there_and_the_base_model_any_other(tmp_path, monkeypatch):
+    other = ("--pretrained_model_name_or_path", "owner/model")
+    monkeypatch.setattr(mini_clip, "BUILT_IN_CLIP", tmp_path)
+    assert judging() == ("base", BUILT_IN_CANDIDATES)
+    (tmp_path / mini_clip.WEIGHTS_FILE).touch()
+    assert judging() == ("mini", BUILT_IN_CANDIDATES)
+    assert judging(*other) == ("base", CANDIDATES)
+    assert CANDIDATES < BUILT_IN_CANDIDATES
+    assert judging(*other, "--judge_model", "mini", "--drawn_candidates", "0") == ("mini", 0)
 
 
 def test_the_learning_rate_fits_method_and_model():
@@ -103,6 +121,8 @@ def test_resolved_options_are_plain_values():
         (lambda: OptimisationOptions(do_edm_style_training=True, snr_gamma=5.0), r"snr_gamma is not for EDM-style training"),
         (lambda: OptimisationOptions(seed=-1), r"seed must be at least 0, got -1"),
         (lambda: OutputOptions(validation_steps=0), r"validation_steps must be at least 1, got 0"),
+        (lambda: JudgingOptions(drawn_candidates=-1), r"drawn_candidates must be at least 0, got -1"),
+        (lambda: JudgingOptions(judge_model=" "), r"judge_model must be 'mini', 'base', .*got nothing"),
         (lambda: OutputOptions(resume_from_checkpoint="latest"), r"needs --output_dir"),
     ],
 )

@@ -44,6 +44,7 @@ class SubjectOptions:
             self.data.size_conditioning = "target" if built_in else "picture"
         if self.adapter.target_modules is None:
             self.adapter.target_modules = EVERYWHERE if built_in else ATTENTION
+        self.judging.fill_in(built_in)
         self._check_text_encoders()
         if self.optimisation.learning_rate is None:
             self.optimisation.learning_rate = self._default_learning_rate(built_in)

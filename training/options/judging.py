@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from pipelines import mini_clip
 from pipelines.errors import InputError
+from pipelines.fewshot.clip import BUILT_IN
+from pipelines.subject.scores import BASE
 from training.options.checks import at_least
+
+BUILT_IN_CANDIDATES, CANDIDATES = 4, 2
 
 
 @dataclass
@@ -21,7 +26,18 @@ class JudgingOptions:
     )
     judge_model: str | None = field(
         default=None,
-        metadata={"help": "CLIP or DINOv2 model, a folder or a hub name, that scores samples; the base model unless said."},
+        metadata={
+            "help": "What scores samples: 'mini', the built-in CLIP; 'open_clip:MODEL/WEIGHTS'; a CLIP or DINOv2 model of "
+            "transformers, a hub name or a folder; or 'base', the base model itself. Unless said, mini with the built-in base "
+            "model, base with others."
+        },
+    )
+    drawn_candidates: int | None = field(
+        default=None,
+        metadata={
+            "help": "How many of the kept adapters, those with the least held-out loss, must have samples before a step is "
+            "suggested: they draw them after training. 4 with the built-in model, 2 with others unless said; 0 draws none."
+        },
     )
     certify: bool = field(
         default=True,
@@ -43,8 +59,25 @@ class JudgingOptions:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "heldout_steps")
+        at_least(self, 0, "drawn_candidates")
+        if self.judge_model is not None and not self.judge_model.strip():
+            raise InputError(
+                "judge_model must be 'mini', 'base', 'open_clip:MODEL/WEIGHTS', a hub name or a folder, got nothing."
+            )
         if not self.push_to_hub and (self.hub_model_id is not None or self.hub_token is not None):
             raise InputError("hub_model_id and hub_token need --push_to_hub: nothing is uploaded without it.")
+
+    def fill_in(self, built_in: bool) -> None:
+        """Decide what was left to the base model, `built_in` or another.
+
+        The built-in CLIP sees pictures as the built-in base model draws them, 64 pixels wide. Others draw what it was never
+        shown, and a better CLIP is not downloaded unasked: there the base model, which knows its own pictures, judges. Its
+        pictures also take longer, so that fewer are drawn.
+        """
+        if self.judge_model is None:
+            self.judge_model = BUILT_IN if built_in and (mini_clip.BUILT_IN_CLIP / mini_clip.WEIGHTS_FILE).is_file() else BASE
+        if self.drawn_candidates is None:
+            self.drawn_candidates = BUILT_IN_CANDIDATES if built_in else CANDIDATES
 
     def measured_every(self, max_train_steps: int) -> int:
         """Steps between two measurements in a training of `max_train_steps`."""

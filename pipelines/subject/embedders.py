@@ -1,0 +1,120 @@
+"""Features of pictures and texts by a model that is named: an open_clip CLIP, or a CLIP or DINOv2 of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+from pipelines import mini_clip
+from pipelines.errors import InputError
+from pipelines.fewshot.clip import BUILT_IN, Clip, load_clip
+
+# Before a model that open_clip knows by name, and its weights behind a slash: "open_clip:ViT-B-16/openai".
+OPEN_CLIP = "open_clip:"
+
+
+class Embedder(Protocol):
+    """Makes features of length 1 whose inner products are similarities."""
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether it embeds texts too."""
+
+    def pictures(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
+        """Features (pictures, width) float32 of length 1."""
+
+    def texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Features (texts, width) float32 of length 1, in the same space; only where `reads_text`."""
+
+
+@dataclass(frozen=True)
+class OpenClipEmbedder:
+    """Embeds by a CLIP of open_clip."""
+
+    clip: Clip
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether it embeds texts too: any CLIP does."""
+        return True
+
+    @torch.no_grad()
+    def pictures(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
+        """Features (pictures, width) float32 of length 1."""
+        return self.clip.encode_images(torch.stack([self.clip.preprocess(picture.convert("RGB")) for picture in pictures]))
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Features (texts, width) float32 of length 1."""
+        return self.clip.encode_texts(self.clip.tokenizer(list(texts)))
+
+
+class TransformersEmbedder:
+    """Embeds by a CLIP or DINOv2 model of transformers; the latter reads no text."""
+
+    def __init__(self, name_or_path: str) -> None:
+        """Load the model, safetensors only.
+
+        Raises: OSError or ValueError if it cannot be loaded, or embeds no pictures.
+        """
+        self.model = AutoModel.from_pretrained(name_or_path, use_safetensors=True).eval()
+        self.processor = AutoImageProcessor.from_pretrained(name_or_path)
+        self.tokenizer = AutoTokenizer.from_pretrained(name_or_path) if self.reads_text else None
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether it embeds texts too."""
+        return hasattr(self.model, "get_text_features")
+
+    @torch.no_grad()
+    def pictures(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
+        """Features (pictures, width) float32 of length 1."""
+        inputs = self.processor(images=[picture.convert("RGB") for picture in pictures], return_tensors="pt")
+        features = self.model.get_image_features(**inputs) if self.reads_text else self.model(**inputs)
+        return functional.normalize(_pooled(features), dim=1)
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Features (texts, width) float32 of length 1."""
+        tokens = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+        return functional.normalize(_pooled(self.model.get_text_features(**tokens)), dim=1)
+
+
+def _pooled(features: torch.Tensor | nn.Module) -> torch.Tensor:
+    """transformers 5 wraps CLIP's features in an output of which they are the pooled part, as DINOv2's are."""
+    return features if isinstance(features, torch.Tensor) else features.pooler_output
+
+
+def load_embedder(name: str) -> Embedder:
+    """The model called `name`, on the CPU: the few pictures of a run take it a second, and the GPU's memory stays the training's.
+
+    Args:
+        name: "mini", the built-in CLIP; "open_clip:MODEL/WEIGHTS", weights being a tag or a .safetensors file; a folder with an
+            open_clip_config.json; or a hub name or a folder of transformers.
+    Raises: InputError if it cannot be loaded, naming what can be given.
+    """
+    try:
+        if name.startswith(OPEN_CLIP):
+            model, _, weights = name.removeprefix(OPEN_CLIP).partition("/")
+            return OpenClipEmbedder(load_clip(model, weights or None))
+        if name == BUILT_IN or _is_of_open_clip(Path(name)):
+            return OpenClipEmbedder(load_clip(name))
+        return TransformersEmbedder(name)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"judge_model {name!r} could not be loaded as CLIP or DINOv2: {error} Give {BUILT_IN!r}, "
+            f"'{OPEN_CLIP}MODEL/WEIGHTS', or a hub name or folder of transformers with .safetensors weights."
+        ) from error
+
+
+def _is_of_open_clip(folder: Path) -> bool:
+    """Whether only open_clip can read a folder; of those on the hub that both can, it reads no other weights than pickles."""
+    return (folder / mini_clip.CONFIG_FILE).is_file() and not (folder / "config.json").is_file()

@@ -1,0 +1,196 @@
+"""Which step is suggested, by the held-out loss and by samples, why, and what is warned of."""
+
+import dataclasses
+
+import pytest
+
+from training.suggesting import ALIKE, KEPT, UNHEARD, Point, StepScores, in_question, suggest, to_draw
+
+BASE = StepScores(subject=0.2, prompt=0.3, copy=0.1, nearest=0.3, nearest_limit=0.9)
+# A curve whose least is at step 10, and of whose fall step 30 keeps less than half.
+FALL = [1.0, 0.5, 0.7, 0.8]
+
+
+def curve(heldout, seen=None):
+    """Points every ten steps, the first of them the base model."""
+    seen = seen or [None] * len(heldout)
+    return [Point(10 * place, loss, other) for place, (loss, other) in enumerate(zip(heldout, seen, strict=True))]
+
+
+def test_the_least_heldout_loss_is_suggested_and_the_reason_names_it():
+    found = suggest(curve([1.0, 0.8, 0.5, 0.7]), last=30)
+    assert (found.step, found.last) == (20, 30)
+    assert "0.5000 at step 20" in found.why
+
+
+def test_a_loss_that_falls_to_the_end_suggests_the_last_step_without_a_warning():
+    found = suggest(curve([1.0, 0.8, 0.6, 0.4], [1.0, 0.7, 0.5, 0.3]), last=30)
+    assert (found.step, found.warnings) == (30, [])
+
+
+def test_the_earliest_of_equally_good_steps_is_suggested():
+    found = suggest(curve([1.0, 0.8, 0.505, 0.502, 0.5]), last=40)
+    assert found.step == 20
+    assert "as good as the least" in found.why
+    assert suggest(curve([1.0, 0.8, 0.52, 0.502, 0.5]), last=40).step == 30
+
+
+def test_overfitting_is_a_turn_of_the_heldout_loss_while_the_other_falls_on():
+    (warning,) = suggest(curve([1.0, 0.5, 0.56], [1.0, 0.5, 0.4]), last=20).warnings
+    assert warning.startswith("Overfitting: the held-out loss rises from 0.5000 at step 10 to 0.5600 at step 20")
+    assert "from 0.5000 to 0.4000" in warning
+    assert suggest(curve([1.0, 0.5, 0.54], [1.0, 0.5, 0.4]), last=20).warnings == []
+
+
+def test_a_rise_of_both_losses_is_no_overfitting():
+    (warning,) = suggest(curve([1.0, 0.5, 0.9], [1.0, 0.5, 0.8]), last=20).warnings
+    assert "unstable" in warning
+    assert "Overfitting" not in warning
+
+
+def test_training_that_never_helps_is_said_so():
+    found = suggest(curve([1.0, 1.1, 1.2]), last=20)
+    assert found.step == 10
+    assert "no better on the held-out picture" in found.warnings[0]
+
+
+def test_training_that_only_learns_the_training_pictures_is_overfitting_from_its_start():
+    warnings = suggest(curve([1.0, 1.1, 1.2], [1.0, 0.9, 0.8]), last=20).warnings
+    assert "no better on the held-out picture" in warnings[0]
+    assert warnings[1].startswith("Overfitting: the held-out loss rises from 1.0000 at step 0 to 1.2000 at step 20")
+    assert len(suggest(curve([1.0, 1.001, 1.01], [1.0, 0.9, 0.8]), last=20).warnings) == 1
+
+
+def test_a_rise_that_is_small_beside_what_was_learned_is_no_overfitting():
+    assert suggest(curve([1.0, 0.99, 1.0], [1.0, 0.9, 0.6]), last=20).warnings == []
+    assert suggest(curve([1.0, 0.99, 1.04], [1.0, 0.9, 0.6]), last=20).warnings != []
+
+
+def test_without_a_heldout_picture_the_last_step_is_suggested_and_the_gap_named():
+    found = suggest([], last=20)
+    assert found.step == 20
+    assert "not trained on" in found.warnings[0]
+
+
+def test_folds_shorter_than_the_training_speak_only_of_a_turn_within_them():
+    assert suggest(curve([1.0, 0.8, 0.6]), last=90).step == 90
+    assert suggest(curve([1.0, 0.5, 0.6], [1.0, 0.5, 0.4]), last=90).step == 10
+
+
+def samples(*steps, **columns):
+    """The scores at `steps`, like the base model's but for the columns given, one value a step; the base model's at 0."""
+    changed = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return {0: BASE, **{step: dataclasses.replace(BASE, **each) for step, each in zip(steps, changed, strict=True)}}
+
+
+def test_a_step_that_is_more_like_the_subject_is_suggested_before_the_one_with_the_least_loss():
+    found = suggest(curve(FALL), 30, samples(10, 20, subject=[0.5, 0.7]))
+    assert (found.step, found.warnings[0][:12]) == (20, "Overfitting:")
+    for said in (
+        "step 20 has the least held-out loss: 0.7000, the least of all 0.5000 at step 10, the base model's 1.0000.",
+        "Likeness to the subject 0.700, 0.700 at most (step 20), 0.200 of the base model; following of the prompts 0.300",
+        "likeness to the nearest training picture 0.30 of 0.90, correlation of thumbnails 0.10 of 0.90",
+        "Compared: steps 10, 20.",
+    ):
+        assert said in found.why
+
+
+def test_a_step_that_has_lost_more_than_half_of_the_fall_is_not_even_compared():
+    assert suggest(curve(FALL), 30, samples(10, 20, 30, subject=[0.5, 0.6, 0.9])).step == 20
+    half = 1.0 - KEPT * 0.5
+    assert in_question(curve([1.0, 0.5, half - 0.001, half + 0.001]), [10, 20, 30]) == [10, 20]
+
+
+def test_among_those_as_like_the_subject_as_the_best_the_least_loss_decides():
+    heldout, best = curve([1.0, 0.6, 0.5, 0.7]), 0.7
+    just = best - ALIKE * (best - BASE.subject)
+    assert suggest(heldout, 30, samples(10, 20, 30, subject=[0.7, just + 0.001, 0.7])).step == 20
+    assert suggest(heldout, 30, samples(10, 20, 30, subject=[0.7, just - 0.001, 0.7])).step == 10
+
+
+def test_a_step_that_follows_its_prompts_notably_less_is_left_out_and_named():
+    just = 0.3 * (1 - UNHEARD)
+    alike = {"subject": [0.4, 0.7]}
+    assert suggest(curve(FALL), 30, samples(10, 20, prompt=[0.3, just + 0.001], **alike)).step == 20
+    found = suggest(curve(FALL), 30, samples(10, 20, prompt=[0.3, just - 0.001], **alike))
+    assert found.step == 10
+    assert "Left out for not following their prompts: 20." in found.why
+    negative = samples(10, 20, prompt=[-0.3, -0.32], **alike)
+    assert suggest(curve(FALL), 30, negative).step == 20
+
+
+@pytest.mark.parametrize("figure", ["copy", "nearest"])
+def test_a_step_that_draws_copies_is_left_out_and_named_unless_the_base_model_does_too(figure):
+    scores = samples(10, 20, subject=[0.4, 0.7], **{figure: [0.5, 0.95]})
+    found = suggest(curve(FALL), 30, scores)
+    assert found.step == 10
+    assert "Left out for near copies: 20." in found.why
+    scores[0] = dataclasses.replace(BASE, **{figure: 0.95})
+    assert suggest(curve(FALL), 30, scores).step == 20
+
+
+def test_where_all_steps_draw_copies_the_least_so_is_suggested_and_that_is_said():
+    found = suggest(curve(FALL), 30, samples(10, 20, copy=[0.97, 0.95]))
+    assert found.step == 20
+    assert found.why.startswith("All 2 steps compared draw near copies of training pictures; those of step 20 are the least so")
+    assert "is nearly a copy" in found.warnings[-1]
+
+
+def test_without_samples_of_the_step_with_the_least_loss_the_loss_alone_decides():
+    for scores in ({}, samples(20, 30, subject=[0.7, 0.8]), samples(10, subject=[0.7])):
+        found = suggest(curve(FALL), 30, scores)
+        assert found.step == 10
+        assert found.why.startswith("The held-out loss falls from 1.0000")
+    unknown_base = samples(10, 20, subject=[0.4, 0.7])
+    del unknown_base[0]
+    assert suggest(curve(FALL), 30, unknown_base).step == 10
+
+
+def test_samples_do_not_speak_for_a_training_that_never_helped():
+    found = suggest(curve([1.0, 1.2, 1.1]), 20, samples(10, 20, subject=[0.9, 0.3]))
+    assert found.step == 20
+    assert "comes nearest" in found.why
+
+
+def test_without_a_heldout_picture_the_earliest_that_is_as_like_the_subject_as_any_is_suggested():
+    found = suggest([], 30, samples(10, 20, 30, subject=[0.5, 0.698, 0.7]))
+    assert found.step == 20
+    assert found.why.startswith("No picture was held out: by its samples alone, step 20 is the earliest")
+    assert "not trained on" in found.warnings[0]
+
+
+def test_behind_a_curve_that_falls_to_its_end_the_samples_decide():
+    found = suggest(curve([1.0, 0.8, 0.6]), 90, samples(20, 50, 90, subject=[0.5, 0.699, 0.7]))
+    assert found.step == 50
+    assert "the held-out loss fell to the end of its curve" in found.why
+    assert suggest(curve([1.0, 0.5, 0.8]), 90, samples(10, 20, 90, subject=[0.5, 0.5, 0.9])).step == 10
+
+
+def test_the_steps_with_the_least_loss_draw_unless_they_have():
+    heldout = curve([1.0, 0.55, 0.5, 0.6, 0.7, 0.9])
+    assert to_draw(heldout, [10, 20, 30, 40, 50], [0, 10, 50], count=3) == [20, 30]
+    assert to_draw(heldout, [10, 20, 30, 40, 50], [0], count=9) == [10, 20, 30, 40]
+    assert to_draw(heldout, [10, 20, 30, 40, 50], [0], count=0) == []
+    assert to_draw(curve([1.0, 1.2, 1.1]), [10, 20], [0], count=2) == [20]
+
+
+def test_steps_without_a_loss_draw_evenly_spread_with_the_last():
+    assert to_draw([], [10, 20, 30, 40, 50, 60], [0], count=3) == [20, 40, 60]
+    assert to_draw([], [10, 20, 30, 40, 50, 60], [40, 60], count=3) == [20]
+    assert to_draw([], [10, 20], [], count=5) == [10, 20]
+    assert to_draw(curve([1.0, 0.8, 0.6]), [10, 20, 30, 40], [], count=2) == [20, 40]
+
+
+@pytest.mark.parametrize(
+    ("base", "last", "warned"),
+    [
+        ({}, {"copy": 0.95}, True),
+        ({}, {"copy": 0.7}, False),
+        ({"copy": 0.95}, {"copy": 0.95}, False),
+        ({}, {"nearest": 0.9}, True),
+    ],
+)
+def test_samples_that_became_copies_of_training_pictures_are_warned_of(base, last, warned):
+    scores = {0: dataclasses.replace(BASE, **base), 5: BASE, 10: dataclasses.replace(BASE, **last)}
+    warnings = suggest([], 10, scores).warnings
+    assert any("A sample of step 10 is nearly a copy of a training picture: likeness to the" in w for w in warnings) == warned

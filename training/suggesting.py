@@ -1,0 +1,250 @@
+"""Which step of a run to use: the rule over the held-out curve and the scores of samples, its reason and its warnings."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pipelines.subject.scores import COPY_THRESHOLD
+
+# Of the whole fall of the held-out loss: what counts as equally good, and from where a rise is worth a warning; that also of
+# how far the loss on training pictures has fallen meanwhile.
+TOLERANCE, TURN = 0.02, 0.10
+# Of the same fall: what a step must have kept for its samples to be compared.
+KEPT = 0.5
+# Of the rise of likeness over the base model: what the eye does not miss. Of the best following of prompts: what it may lose.
+ALIKE, UNHEARD = 0.05, 0.10
+
+
+@dataclass(frozen=True)
+class Point:
+    """The loss after `step` steps, with fixed noise: on the held-out picture and on pictures that are trained on."""
+
+    step: int
+    heldout: float
+    seen: float | None = None
+
+
+@dataclass(frozen=True)
+class StepScores:
+    """Of the samples of one step.
+
+    Args:
+        subject, prompt: the means of likeness to the training pictures and of following the prompt.
+        copy: the highest correlation of a sample's thumbnail with a training picture's.
+        nearest: the highest likeness of a sample to a single training picture.
+        nearest_limit: what that stays below where nothing is copied.
+    """
+
+    subject: float
+    prompt: float
+    copy: float
+    nearest: float
+    nearest_limit: float
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether a sample is nearly a training picture, by either figure: crops escape the first, mirror images the second."""
+        return self.copy >= COPY_THRESHOLD or self.nearest >= self.nearest_limit
+
+    @property
+    def of_copying(self) -> str:
+        """The two figures and their limits, in words."""
+        of_likeness = f"likeness to the nearest training picture {self.nearest:.2f} of {self.nearest_limit:.2f}"
+        return f"{of_likeness}, correlation of thumbnails {self.copy:.2f} of {COPY_THRESHOLD:.2f}"
+
+
+Scored = Mapping[int, StepScores]
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Which step to use.
+
+    Args:
+        step: the suggested one.
+        last: the last step of the training.
+        why: the reason, in words.
+        warnings: of overfitting and the like, in words.
+        curve: the held-out loss by which it was judged.
+        scores: of the samples, by step, 0 being the base model.
+    """
+
+    step: int
+    last: int
+    why: str
+    warnings: list[str]
+    curve: list[Point]
+    scores: dict[int, StepScores] = field(default_factory=dict)
+
+
+def suggest(curve: Sequence[Point], last: int, scores: Scored | None = None) -> Suggestion:
+    """The step to use, by the held-out loss and the samples together.
+
+    The held-out loss is least where the adapter knows best what it was not shown, and that is early: what makes the subject
+    sharp in pictures comes later, while the loss turns. So the loss only rules out, and likeness chooses:
+
+    1. Steps come into question that keep at least `KEPT` of the fall of the held-out loss (see `in_question`).
+    2. Out go those with a sample that is nearly a training picture, and those that follow their prompts worse than the best
+       of them by more than `UNHEARD` of its score.
+    3. Of the others, those count as equally like the subject that come within `ALIKE` of the rise in likeness, from the base
+       model to the best of them. The differences are fractions, since judges have no common scale.
+    4. Of these the one with the least held-out loss is suggested; where that is not known, the earliest: what was trained
+       less has forgotten less.
+
+    Without samples of the step with the least held-out loss there is nothing to weigh it against, and the loss alone decides
+    (see `_by_loss`). Without a held-out picture the samples alone do.
+
+    Args:
+        curve: oldest first, the base model being its first point; empty where nothing was held out.
+        last: the last step of the training.
+        scores: of the samples that were drawn, by step, the base model's at 0.
+    """
+    scores = scores or {}
+    step, why, warnings = _by_loss(curve, last)
+    compared = in_question(curve, [each for each in scores if each > 0])
+    if len(compared) > 1 and 0 in scores and (_falls_on(curve) or _best(curve).step in compared):
+        step, why = _by_samples(curve, scores, compared)
+    return Suggestion(step, last, why, warnings + _copying(scores), list(curve), dict(scores))
+
+
+def in_question(curve: Sequence[Point], steps: Collection[int]) -> list[int]:
+    """Those of `steps` that the held-out loss does not rule out, in order.
+
+    That is all of them where nothing was held out; the one nearest to the base model where the loss has never fallen below
+    its; and steps behind the end of a curve that falls to its end, as the short trainings of leave-one-out may.
+    """
+    if not curve:
+        return sorted(steps)
+    base, best, end = curve[0].heldout, _best(curve), curve[-1]
+    # The least itself keeps all of the fall, whatever is lost in rounding.
+    most = max(best.heldout, base - KEPT * (base - best.heldout))
+    kept = {point.step for point in curve[1:] if point.heldout <= most} if best.heldout < base else {best.step}
+    return [step for step in sorted(steps) if step in kept or (_falls_on(curve) and step > end.step)]
+
+
+def to_draw(curve: Sequence[Point], kept: Collection[int], scored: Collection[int], count: int) -> list[int]:
+    """Which adapters are to draw samples after training, so that their steps can be compared.
+
+    The `count` steps in question with the least held-out loss; evenly spread ones, the last among them, where the loss of
+    some is not known. Of these, those without samples so far.
+
+    Args:
+        kept, scored: the steps whose adapters were kept, and those whose samples are scored already.
+    """
+    possible, heldout = in_question(curve, kept), {point.step: point.heldout for point in curve}
+    count = min(count, len(possible))
+    if all(step in heldout for step in possible):
+        chosen = sorted(possible, key=lambda step: (heldout[step], step))[:count]
+    else:
+        chosen = [possible[(place + 1) * len(possible) // count - 1] for place in range(count)]
+    return sorted(set(chosen) - set(scored))
+
+
+def _best(curve: Sequence[Point]) -> Point:
+    """The trained step with the least held-out loss."""
+    return min(curve[1:], key=lambda point: point.heldout)
+
+
+def _falls_on(curve: Sequence[Point]) -> bool:
+    """Whether nothing speaks against steps behind the curve: it is empty, or falls to its end."""
+    return not curve or (_best(curve) is curve[-1] and curve[-1].heldout < curve[0].heldout)
+
+
+def _by_loss(curve: Sequence[Point], last: int) -> tuple[int, str, list[str]]:
+    """The step to use by the held-out loss alone, the reason, and warnings.
+
+    The earliest step that is as good as the best one, within `TOLERANCE` of the whole fall: what was trained less has
+    forgotten less. Overfitting is a held-out loss that has turned, by more than `TURN` of its fall, while the loss on the
+    training pictures went on falling.
+    """
+    if not curve:
+        why = "No picture was held out, so that nothing speaks for a step before the last."
+        return last, why, ["Nothing was measured on a picture that was not trained on."]
+    base, best, end = curve[0], _best(curve), curve[-1]
+    fall = base.heldout - best.heldout
+    if fall <= 0:
+        why = f"The held-out loss is never below the base model's {base.heldout:.4f}; step {best.step} comes nearest to it."
+        warning = "Training made the model no better on the held-out picture. Lower the learning rate, or use more pictures."
+        return best.step, why, [warning, *([] if base.seen is None else _overfitting(base, end, 0.0))]
+    if best is end and end.step < last:
+        why = f"The held-out loss fell to the end of its curve, step {end.step}; nothing speaks for a step before the last."
+        return last, why, []
+    chosen = next(point for point in curve[1:] if point.heldout <= best.heldout + TOLERANCE * fall)
+    why = f"The held-out loss falls from {base.heldout:.4f} to {chosen.heldout:.4f} at step {chosen.step}"
+    why += ", the least of all." if chosen is best else f", as good as the least, {best.heldout:.4f} at step {best.step}."
+    return chosen.step, why, _overfitting(best, end, fall)
+
+
+def _by_samples(curve: Sequence[Point], scores: Scored, compared: Sequence[int]) -> tuple[int, str]:
+    """Of the steps `compared`, the one that `suggest` describes under 2 to 4, and the reason."""
+    free = [step for step in compared if not _copies(scores, step)]
+    if not free:
+        step = min(compared, key=lambda step: (scores[step].copy, step))
+        why = f"All {len(compared)} steps compared draw near copies of training pictures; those of step {step} are the least so"
+        return step, f"{why}: {scores[step].of_copying}."
+    heard = max(free, key=lambda step: scores[step].prompt)
+    least = scores[heard].prompt - UNHEARD * abs(scores[heard].prompt)
+    follow = [step for step in free if scores[step].prompt >= least]
+    best = max(follow, key=lambda step: scores[step].subject)
+    rise = max(0.0, scores[best].subject - scores[0].subject)
+    alike = [step for step in follow if scores[step].subject >= scores[best].subject - ALIKE * rise]
+    heldout = {point.step: point.heldout for point in curve}
+    # Steps behind a curve that falls on count as good as its end.
+    step = min(alike, key=lambda step: (heldout.get(step, min(heldout.values(), default=0.0)), step))
+    own, most = scores[step], scores[best].subject
+    figures = [
+        f"Likeness to the subject {own.subject:.3f}, {most:.3f} at most (step {best}), {scores[0].subject:.3f} of the base model",
+        f"following of the prompts {own.prompt:.3f}, {scores[heard].prompt:.3f} at most (step {heard})",
+        own.of_copying,
+    ]
+    left_out = {"near copies": set(compared) - set(free), "not following their prompts": set(free) - set(follow)}
+    sentences = [_how_it_was_chosen(curve, step), f"{'; '.join(figures)}.", f"Compared: steps {_listed(compared)}."]
+    sentences += [f"Left out for {reason}: {_listed(steps)}." for reason, steps in left_out.items() if steps]
+    return step, " ".join(sentences)
+
+
+def _how_it_was_chosen(curve: Sequence[Point], step: int) -> str:
+    """The rule's last two decisions, in words."""
+    known = {point.step: point.heldout for point in curve}
+    if not curve:
+        return f"No picture was held out: by its samples alone, step {step} is the earliest that is as like the subject as any."
+    if step not in known:
+        return f"Step {step} is the earliest that is as like the subject as any; the held-out loss fell to the end of its curve."
+    best = _best(curve)
+    of_all = "the least of all" if best.step == step else f"the least of all {best.heldout:.4f} at step {best.step}"
+    return (
+        f"Of the steps as like the subject as any, step {step} has the least held-out loss: {known[step]:.4f}, {of_all}, "
+        f"the base model's {curve[0].heldout:.4f}."
+    )
+
+
+def _listed(steps: Collection[int]) -> str:
+    return ", ".join(map(str, sorted(steps)))
+
+
+def _copies(scores: Scored, step: int) -> bool:
+    """Whether the samples of a step hold near copies, and those of the base model do not."""
+    return scores[step].is_copy and not (0 in scores and scores[0].is_copy)
+
+
+def _copying(scores: Scored) -> list[str]:
+    """A warning where samples of the last step are nearly training pictures, and those of the base model are not."""
+    last = max(scores, default=0)
+    if last == 0 or not _copies(scores, last):
+        return []
+    return [f"A sample of step {last} is nearly a copy of a training picture: {scores[last].of_copying}. Train for fewer steps."]
+
+
+def _overfitting(best: Point, end: Point, fall: float) -> list[str]:
+    """A warning where the held-out loss has turned at `best` while the loss on training pictures fell on."""
+    known = best.seen is not None and end.seen is not None
+    if end.heldout - best.heldout <= TURN * max(fall, best.seen - end.seen if known else 0.0):
+        return []
+    rise = f"the held-out loss rises from {best.heldout:.4f} at step {best.step} to {end.heldout:.4f} at step {end.step}"
+    if not known:
+        return [f"Overfitting: {rise}."]
+    if end.seen >= best.seen:
+        return [f"Training became unstable: {rise}, and the loss on the training pictures rises too. Lower the learning rate."]
+    seen = f"while that on the training pictures falls on, from {best.seen:.4f} to {end.seen:.4f}"
+    return [f"Overfitting: {rise}, {seen}. Train for fewer steps, or use the suggested adapter."]
