@@ -166,7 +166,7 @@ def test_files_pictures_and_tensors_are_classified_alike(zero_shot, tmp_path, ba
     tensors = PIXELS.permute(0, 3, 1, 2)
     classifier = FewShotClassifier.from_run(zero_shot)
     expected = classifier.predict(PICTURES, batch_size).probabilities
-    for given in (paths, list(map(str, paths)), list(tensors), tensors, tensors / 255, (tensors / 255).double()):
+    for given in (paths, list(map(str, paths)), list(tensors), tensors, tensors / 255, (tensors / 255).half()):
         assert torch.equal(classifier.predict(given, batch_size).probabilities, expected)
     for single in (PICTURES[2], paths[2], str(paths[2]), tensors[2], tensors[2] / 255):
         torch.testing.assert_close(classifier.predict(single).probabilities, expected[2:3], atol=1e-6, rtol=0)
@@ -238,7 +238,7 @@ def test_predictions_are_told_by_class_and_in_order(zero_shot, tmp_path):
 @pytest.mark.parametrize("method", ["zeroshot", "nora"])
 def test_named_classes_are_those_of_their_prompts_and_the_others_keep_their_logits(random_clip, tmp_path, method):
     adapter = fitted(random_clip, tmp_path, method)[1:] if method == "nora" else None
-    few = told(random_clip, method, temperature=2.0)
+    few = told(random_clip, method, temperature=2.0, templates=("{}", "one {} on grass"))
     save_classifier(tmp_path / "few", few, adapter)
     save_classifier(tmp_path / "all", replace(few, classes=CLASSES + MORE, keys=CLASSES + MORE), adapter)
     known = FewShotClassifier.from_run(tmp_path / "few")
@@ -337,6 +337,8 @@ def test_a_base_model_that_was_moved_is_named_anew(random_clip, tmp_path):
     save_classifier(tmp_path / "own", told(random_clip, pretrained=str(tmp_path / "gone.safetensors")))
     with pytest.raises(InputError, match=r"no checkpoint '.*gone\.safetensors'"):
         FewShotClassifier.from_run(tmp_path / "own")
+    found = FewShotClassifier.from_run(tmp_path / "own", model=str(random_clip)).predict(PICTURES)
+    assert torch.equal(found.probabilities, expected.probabilities)
     shutil.copy(random_clip / mini_clip.WEIGHTS_FILE, tmp_path / "moved.safetensors")
     found = FewShotClassifier.from_run(tmp_path / "own", pretrained=str(tmp_path / "moved.safetensors")).predict(PICTURES)
     assert torch.equal(found.probabilities, expected.probabilities)
