@@ -21,6 +21,7 @@ class Draw(IntEnum):
     CLASS_ORDER = 7
     CROPS = 8
     HELD_OUT = 9
+    VIEWS = 10
 
 
 def keyed_generator(*key: int) -> torch.Generator:

@@ -1,19 +1,14 @@
 """What tests of several packages share: a tiny SDXL model on disk, and a folder of pictures."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tiny_pipeline import tiny_pipeline
 
 from pipelines import mini_clip
 from pipelines.mini_sdxl import PROMPT_WORDS, reduced_tokenizer
-
-sys.path.insert(0, str(Path(__file__).parent / "nora_vision"))
-from tiny_pipeline import tiny_pipeline
 
 SIZES = ((40, 30), (30, 40), (33, 33))
 

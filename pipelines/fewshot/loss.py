@@ -1,0 +1,60 @@
+"""What a few-shot adapter is trained by: pictures against the prompts of all classes."""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.nn import functional as F
+
+from pipelines.fewshot.clip import Clip
+from pipelines.fewshot.prompts import Prompts
+
+
+class ClassificationLoss(nn.Module):
+    """Cross-entropy over the classes, as zero-shot CLIP classifies.
+
+        logits = exp(t) f(picture) . g(class);   g(class): the mean over the class's prompts, of length 1  [Radford et al. 2021]
+
+    Everything frozen stays in evaluation mode while it is trained: batch normalisation keeps its statistics. Only what
+    adapters hold, such as their dropout, is in training mode.
+
+    Args:
+        clip: with an adapter on one of its encoders or both.
+        prompts: of all classes.
+        class_features: (classes, d) of length 1, where the text encoder is frozen; None where it is trained.
+        pictures_are_features: whether `forward` is given features (n, d) of length 1, where the image encoder is frozen.
+    """
+
+    def __init__(
+        self, clip: Clip, prompts: Prompts, class_features: torch.Tensor | None = None, pictures_are_features: bool = False
+    ) -> None:
+        super().__init__()
+        self.model = clip.model
+        self.clip, self.prompts, self.pictures_are_features = clip, prompts, pictures_are_features
+        tokens = clip.tokenizer(prompts.texts()) if class_features is None else None
+        self.register_buffer("tokens", tokens, persistent=False)
+        self.register_buffer("class_features", class_features, persistent=False)
+        self.to(clip.device)
+
+    def train(self, mode: bool = True) -> ClassificationLoss:
+        """Put the adapters' layers alone in training mode."""
+        super().train(False)
+        self.training = mode
+        for module in self.modules():
+            if mode and isinstance(module, BaseTunerLayer):
+                module.train()
+                module.get_base_layer().eval()
+        return self
+
+    def logits(self, pictures: torch.Tensor) -> torch.Tensor:
+        """(n, classes) float32 of `pictures` (n, 3, h, w), or of their features (n, d)."""
+        features = pictures if self.pictures_are_features else self.clip.encode_images(pictures)
+        classes = self.class_features
+        if classes is None:
+            classes = self.prompts.class_features(self.clip.encode_texts(self.tokens))
+        return self.clip.logit_scale * features.float() @ classes.float().T
+
+    def forward(self, pictures: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The mean loss of a batch, a scalar; labels (n,) int64."""
+        return F.cross_entropy(self.logits(pictures), labels)

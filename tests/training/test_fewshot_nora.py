@@ -1,0 +1,241 @@
+"""The few-shot trainer: from class folders to a report, resumed, guarded, and refused where the input is bad."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from picture_sets import class_files, write_files
+
+from pipelines.errors import InputError
+from pipelines.fewshot.classifier import FewShotClassifier
+from pipelines.fewshot.clip import load_clip
+from pipelines.fewshot.data import PictureDataset
+from pipelines.fewshot.loading import load_pictures
+from pipelines.fewshot.metrics import interval_over_seeds
+from pipelines.fewshot.prompts import make_prompts
+from training.fewshot_nora import main
+from training.options.fewshot import FewShotOptions, parse_fewshot_options
+
+COUNTS = {"cats": 12, "dogs": 12, "red_birds": 12, "fish": 12}
+FOUR = ("--method", "zeroshot", "pixels", "lora", "nora", "--rank", "4", "--inner_r", "2")
+QUICK = ("--min_train_steps", "3", "--iterations_per_shot", "1", "--train_batch_size", "4", "--views", "1", "--report_to", "none")
+
+
+@pytest.fixture(scope="module")
+def class_folders(tmp_path_factory):
+    """Four classes of twelve random pictures."""
+    return write_files(tmp_path_factory.mktemp("classes"), class_files(COUNTS))
+
+
+def options_for(model, folders, output, *more):
+    """Options of a quick run on the CLIP model in the folder `model`."""
+    flags = ["--model", str(model), "--data_dir", str(folders), "--output_dir", str(output), *QUICK, *more]
+    return parse_fewshot_options([str(flag) for flag in flags])
+
+
+@pytest.fixture(scope="module")
+def finished(random_clip, class_folders, tmp_path_factory):
+    """A run of four methods at two shots, two seeds."""
+    output = tmp_path_factory.mktemp("runs") / "run"
+    flags = [
+        "--shots",
+        "2",
+        "--seeds",
+        "0",
+        "1",
+        "--method",
+        "zeroshot",
+        "pixels",
+        "lora",
+        "nora",
+        "--rank",
+        "4",
+        "--inner_r",
+        "2",
+    ]
+    main(options_for(random_clip, class_folders, output, *flags))
+    return output
+
+
+def report_in(run):
+    return json.loads((run / "report.json").read_text())
+
+
+def member(run, method, seed=0):
+    (found,) = (one for one in report_in(run)["members"] if (one["method"], one["seed"]) == (method, seed))
+    return found
+
+
+def test_all_methods_stand_side_by_side(finished):
+    report = report_in(finished)
+    assert [(row["shots"], row["method"], row["runs"]) for row in report["summary"]] == [
+        (2, method, 2) for method in ("zeroshot", "pixels", "lora", "nora")
+    ]
+    for row in report["summary"]:
+        values = [member(finished, row["method"], seed)["test"]["top1"]["value"] for seed in (0, 1)]
+        expected = interval_over_seeds(values)
+        assert row["top1"] == pytest.approx({"value": expected.value, "low": expected.low, "high": expected.high})
+    assert report["classifier"] == "members/2-shots/seed-0/nora"
+    assert report["set"]["classes"] == ["cats", "dogs", "fish", "red_birds"]
+
+
+def test_every_method_of_a_seed_sees_the_same_pictures(finished):
+    hashes = {seed: {one["split_sha256"] for one in report_in(finished)["members"] if one["seed"] == seed} for seed in (0, 1)}
+    assert len(hashes[0]) == len(hashes[1]) == 1
+    assert hashes[0] != hashes[1]
+    saved = json.loads((finished / "splits" / "2-shots-seed-0.json").read_text())
+    assert {saved["sha256"]} == hashes[0]
+    parts = [{name for name, *_ in saved[part]} for part in ("train", "val", "test")]
+    assert not parts[0] & parts[1]
+    assert not (parts[0] | parts[1]) & parts[2]
+
+
+def test_the_confusion_matrix_counts_the_test_pictures(finished):
+    tested = member(finished, "nora")["test"]
+    counts = torch.tensor(tested["confusion"])
+    # Three tenths of twelve, rounded.
+    assert counts.sum(dim=1).tolist() == [4, 4, 4, 4]
+    assert tested["top1"]["value"] == pytest.approx(float(counts.diag().sum()) / 16)
+
+
+def test_the_zero_shot_figure_is_plain_open_clips(finished, class_folders, random_clip):
+    clip, labelled = load_clip(str(random_clip)), load_pictures(class_folders)
+    names = {name for name, *_ in json.loads((finished / "splits" / "2-shots-seed-0.json").read_text())["test"]}
+    tested = PictureDataset([picture for picture in labelled.pictures if picture.name in names], clip.preprocess)
+    prompts = make_prompts(labelled.classes, "photo").texts()
+    with torch.no_grad():
+        pixels = torch.stack([tested[place][0] for place in range(len(tested))])
+        images = clip.model.encode_image(pixels, normalize=True)
+        texts = clip.model.encode_text(clip.tokenizer(prompts), normalize=True)
+    right = ((images @ texts.T).argmax(dim=1) == tested.labels).double().mean()
+    assert member(finished, "zeroshot")["test"]["top1"]["value"] == pytest.approx(float(right))
+
+
+def test_the_run_classifies_as_it_reported(finished, class_folders):
+    classifier = FewShotClassifier.from_run(finished)
+    labelled = {picture.name: picture.label for picture in load_pictures(class_folders).pictures}
+    names = [name for name, *_ in json.loads((finished / "splits" / "2-shots-seed-0.json").read_text())["test"]]
+    found = classifier.predict([class_folders / name for name in names])
+    right = (found.probabilities.argmax(dim=1) == torch.tensor([labelled[name] for name in names])).double().mean()
+    assert float(right) == pytest.approx(member(finished, "nora")["test"]["top1"]["value"])
+    assert (finished / "export" / "lora").is_dir()
+
+
+def test_nora_trains_fewer_numbers_than_lora_and_all_are_counted(finished):
+    numbers = {method: member(finished, method)["trained_numbers"] for method in ("zeroshot", "nora", "lora")}
+    # q, k, v of three image layers, 160 wide, and two text layers, 128 wide; NoRA 2 r r', LoRA 2 r width a layer.
+    assert numbers == {"zeroshot": 0, "nora": 15 * 2 * 4 * 2, "lora": 9 * 2 * 2 * 160 + 6 * 2 * 2 * 128}
+
+
+def test_a_run_goes_on_where_it_was_left(finished, class_folders, random_clip, tmp_path):
+    left = shutil.copytree(finished, tmp_path / "left")
+    (left / "report.json").unlink()
+    (left / "members/2-shots/seed-1/nora/result.json").unlink()
+    shutil.rmtree(left / "members/2-shots/seed-1/nora/checkpoints")
+    before = (left / "members/2-shots/seed-0/nora/result.json").read_bytes()
+    flags = [
+        "--shots",
+        "2",
+        "--seeds",
+        "0",
+        "1",
+        "--method",
+        "zeroshot",
+        "pixels",
+        "lora",
+        "nora",
+        "--rank",
+        "4",
+        "--inner_r",
+        "2",
+    ]
+    main(options_for(random_clip, class_folders, left, *flags, "--resume_from_checkpoint", "latest"))
+    assert (left / "members/2-shots/seed-0/nora/result.json").read_bytes() == before
+    again, first = member(left, "nora", seed=1), member(finished, "nora", seed=1)
+    assert {**again, "seconds": 0, "peak_memory": 0} == {**first, "seconds": 0, "peak_memory": 0}
+
+
+def test_held_out_classes_are_named_by_their_prompts_alone(random_clip, class_folders, tmp_path):
+    flags = ["--shots", "1", "--seeds", "0", "--method", "linear_probe", "nora", "--rank", "4", "--inner_r", "1", "--base_to_new"]
+    main(options_for(random_clip, class_folders, tmp_path / "run", *flags))
+    report = report_in(tmp_path / "run")
+    assert (report["set"]["classes"], report["set"]["new_classes"]) == (["cats", "dogs"], ["fish", "red_birds"])
+    assert member(tmp_path / "run", "linear_probe")["new_classes"] is None
+    found = member(tmp_path / "run", "nora")
+    base, new = found["test"]["top1"]["value"], found["new_classes"]["top1"]["value"]
+    assert found["new_classes"]["count"] == 8
+    assert found["new_classes"]["harmonic_mean"] == pytest.approx(2 * base * new / (base + new))
+
+
+@pytest.mark.parametrize("encoder", ["image", "text"])
+def test_one_encoder_alone_is_adapted_and_the_other_computed_once(encoder, random_clip, class_folders, tmp_path):
+    flags = ["--shots", "2", "--seeds", "0", "--method", "nora", "--rank", "4", "--inner_r", "2", "--encoders", encoder]
+    main(options_for(random_clip, class_folders, tmp_path / "run", *flags))
+    folder = tmp_path / "run" / "members/2-shots/seed-0/nora"
+    assert [path.name for path in (folder / "adapter" / "full").iterdir()] == [encoder]
+
+
+def test_a_class_with_too_few_pictures_is_named_before_anything_is_written(random_clip, class_folders, tmp_path):
+    few = shutil.copytree(class_folders, tmp_path / "few")
+    for place in range(9):
+        (few / "dogs" / f"{place}.png").unlink()
+    with pytest.raises(InputError, match=r"'dogs'.*fewer shots"):
+        main(options_for(random_clip, few, tmp_path / "run", "--shots", "4", "--seeds", "0"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_picture_that_cannot_be_read_is_named_with_its_class(random_clip, class_folders, tmp_path):
+    damaged = shutil.copytree(class_folders, tmp_path / "damaged")
+    for picture in (damaged / "cats").iterdir():
+        picture.write_bytes(picture.read_bytes()[:40] + picture.name.encode())
+    with pytest.raises(InputError, match=r"cats/.*'cats'"):
+        main(options_for(random_clip, damaged, tmp_path / "run", "--shots", "1", "--seeds", "0"))
+
+
+def test_copies_are_reported_and_never_tested_on(random_clip, class_folders, tmp_path):
+    doubled = shutil.copytree(class_folders, tmp_path / "doubled")
+    shutil.copy(doubled / "cats" / "0.png", doubled / "dogs" / "copy.png")
+    main(options_for(random_clip, doubled, tmp_path / "run", "--shots", "1", "--seeds", "0", "--method", "zeroshot"))
+    (copy,) = report_in(tmp_path / "run")["set"]["copies"]
+    assert "cats/0.png" in copy
+    assert "dogs/copy.png" in copy
+    split = (tmp_path / "run" / "splits" / "1-shots-seed-0.json").read_text()
+    assert "cats/0.png" not in split
+    assert "dogs/copy.png" not in split
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--shots", "0"], "shots must be different numbers from 1, or all, got 0"),
+        (["--shots", "few"], "got few"),
+        (["--method", "nora", "magic"], "method must be .*magic"),
+        (["--seeds", "1", "1"], "seeds must be .*different"),
+        (["--dataset", "mnist"], "dataset must be one of"),
+        (["--crop_scale", "0.9", "0.2"], "crop_scale must be two shares"),
+        (["--class_names", "cats"], "written as folder=name, got 'cats'"),
+        (["--inner_r", "40"], "inner_r"),
+        (["--export", "pickle"], "export must be some of"),
+        (["--test_share", "1"], "test_share must lie between 0 and 1"),
+    ],
+)
+def test_a_wrong_option_ends_with_a_message(flags, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_fewshot_options(flags)
+    assert ended.value.code == 2
+    assert re.search(words, " ".join(capsys.readouterr().err.split()))
+
+
+def test_iterations_scale_with_shots():
+    how = FewShotOptions().optimisation
+    assert how.steps(16) == 16 * how.iterations_per_shot
+    assert how.steps(1) == how.min_train_steps
+
+
+def test_nora_has_at_most_a_tenth_of_loras_numbers_by_default():
+    options = FewShotOptions()
+    lora, nora = options.method.adapter("lora"), options.method.adapter("nora")
+    # The built-in model: three image layers 160 wide, two text layers 128 wide; q, k and v of each.
+    assert 10 * 15 * 2 * nora.rank * nora.inner_r <= 2 * lora.rank * (9 * 160 + 6 * 128)

@@ -1,0 +1,123 @@
+"""Train classifiers of pictures from a few labelled ones, on a CLIP model, and judge them side by side.
+
+    accelerate launch training/fewshot_nora.py
+    accelerate launch training/fewshot_nora.py --data_dir PICTURES --model ViT-B-16 --pretrained openai
+
+Everything goes into one run directory: the split of the pictures, every method's classifier and figures, the report and its
+card.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+
+from nora_vision.files import write_json
+from pipelines.cache import module_digest
+from pipelines.fewshot.clip import Clip, load_clip
+from pipelines.fewshot.data import LabelledPicture
+from pipelines.fewshot.export import save_exported, save_lora, save_merged
+from training.console import speaking
+from training.fewshot_card import write_card
+from training.fewshot_members import FittedAdapter, Member, fit_member
+from training.fewshot_report import REPORT, RESULT, members_of, report_of, shown_member, table
+from training.fewshot_study import DrawnPictures, Study, check_drawable, labelled_set
+from training.opening import open_run
+from training.options.fewshot import FewShotOptions, parse_fewshot_options
+from training.provenance import write_provenance
+from training.run import RunDirectory
+from training.stopping import exit_codes
+
+EXPORTED = "export"
+# Its own name where it is run is __main__.
+logger = get_logger("training.fewshot_nora")
+
+
+def main(options: FewShotOptions) -> RunDirectory:
+    """Fit every method to every draw, and report; returns the run's directory.
+
+    Raises: InputError where something given cannot be used, before any long work starts.
+    """
+    accelerator = Accelerator(mixed_precision=options.model.mixed_precision)
+    labelled, copies = labelled_set(options.data)
+    check_drawable(labelled, options.data)
+    clip = load_clip(options.model.model, options.model.pretrained, accelerator.device)
+    run = open_run(options, options.title(), accelerator)
+    with run.recording():
+        study = Study.of(clip, labelled, options.data, run.path)
+        results = fit_all(accelerator, run, study, options)
+        if run.writes:
+            report = report_of(study, options, list(map(str, copies)), results)
+            write_json(run.path / REPORT, report)
+            write_card(run.path, report, options.to_dict())
+            logger.info(table(report))
+            logger.info(
+                f"The report is {run.path / 'README.md'}; the classifier that it shows is in {run.path / report['classifier']}."
+            )
+        accelerator.wait_for_everyone()
+    return run
+
+
+def fit_all(accelerator: Accelerator, run: RunDirectory, study: Study, options: FewShotOptions) -> list[dict[str, Any]]:
+    """The results of all members, those that are there already read; none on other processes than the main one."""
+    members, results = members_of(options), []
+    drawn: DrawnPictures | None = None
+    learned: dict[str, LabelledPicture] = {}
+    for place, member in enumerate(members):
+        key = (member.shots, member.seed)
+        if drawn is None or drawn.key != key:
+            with accelerator.main_process_first():
+                drawn = study.drawn(key)
+            learned |= {picture.name: picture for picture in (*drawn.train, *drawn.validation)}
+        path = run.path / member.folder / RESULT
+        if not path.exists():
+            run.update_status(phase=f"fitting {member}", step=place, total=len(members))
+            found = fit_member(accelerator, run, drawn, member, options)
+            if found is not None:
+                fitted, result = found
+                if member == shown_member(options) and isinstance(fitted, FittedAdapter):
+                    export(fitted, run.path / EXPORTED, options.output.export)
+                write_json(path, result)
+                logger.info(told_of(member, result))
+        accelerator.wait_for_everyone()
+        results += [json.loads(path.read_text(encoding="utf-8"))] if run.writes else []
+    record_provenance(run, study.clip, options, learned.values())
+    return results
+
+
+def told_of(member: Member, result: dict[str, Any]) -> str:
+    """A line for the terminal."""
+    guard = f" {result['guard']}" if result["guard"] else ""
+    return f"{member}: {result['test']['top1']['value']:.1%} of {result['test']['count']} test pictures.{guard}"
+
+
+def export(fitted: FittedAdapter, folder: Path, formats: list[str]) -> None:
+    """Write the adapted model, at the strength chosen, in files that need none of this code."""
+    tokens = fitted.clip.tokenizer(fitted.drawn.study.prompts.texts())
+    if "lora" in formats:
+        save_lora(fitted.components, folder / "lora")
+    if "merged" in formats:
+        save_merged(fitted.clip, folder / "open_clip_model.safetensors")
+    for format in ("torch", "onnx"):
+        if format in formats:
+            save_exported(fitted.clip, folder / format, tokens, format)
+
+
+def record_provenance(run: RunDirectory, clip: Clip, options: FewShotOptions, pictures: Iterable[LabelledPicture]) -> None:
+    """Write down what the run is made of; see `write_provenance`."""
+    if not run.writes:
+        return
+    model = {"name": clip.name, "weights_sha256": module_digest(clip.model)}
+    records = [{"file": picture.name, "sha256": hashlib.sha256(picture.source.content()).hexdigest()} for picture in pictures]
+    write_provenance(run, options.to_dict(), model, clip.device, {"pictures": records}, options.data.seeds)
+
+
+if __name__ == "__main__":
+    with speaking(), exit_codes():
+        main(parse_fewshot_options(description=__doc__))

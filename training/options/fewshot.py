@@ -1,0 +1,287 @@
+"""The options of the few-shot trainer, by concern. Each field is a command-line flag; its help is the flag's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pipelines.errors import InputError
+from pipelines.fewshot.adapters import AdapterPlaces
+from pipelines.fewshot.baselines import BASELINES
+from pipelines.fewshot.clip import BUILT_IN
+from pipelines.fewshot.prompts import TEMPLATES
+from pipelines.fewshot.sets import SETS
+from pipelines.fewshot.shots import Shots
+from pipelines.methods import AdapterOptions, method_names
+from training.options.checks import above_zero, at_least
+from training.options.command_line import parse_groups
+from training.options.output import RunOptions
+
+DEFAULT_METHODS = ("zeroshot", "pixels", "linear_probe", "lora", "nora")
+ALL = "all"
+EXPORTS = ("lora", "merged", "torch", "onnx")
+DEFAULT_SEEDS = 5
+
+
+@dataclass
+class ClipOptions:
+    """The CLIP model."""
+
+    model: str = field(
+        default=BUILT_IN,
+        metadata={
+            "help": "A model that open_clip knows, such as ViT-B-16, or a folder with an open_clip_config.json. The built-in "
+            "one unless said."
+        },
+    )
+    pretrained: str | None = field(
+        default=None,
+        metadata={"help": "Its weights: a tag of open_clip's such as openai, or a .safetensors checkpoint; random for none."},
+    )
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
+        default=None, metadata={"help": "Precision of the training steps; what accelerate is configured for unless said."}
+    )
+
+    _argument_group_name = "model"
+
+    @property
+    def is_built_in(self) -> bool:
+        """Whether it is the model that comes with the project."""
+        return self.model == BUILT_IN
+
+
+@dataclass
+class LabelledDataOptions:
+    """The labelled pictures, what is drawn of them, and the words for their classes."""
+
+    data_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of class folders, a .zip of one, or a .csv of path and label. scikit-learn's handwritten digits "
+            "unless said."
+        },
+    )
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": f"One of the CoOp protocol's eleven sets, in its folder below --data_dir: {', '.join(SETS)}."},
+    )
+    class_names: list[str] | None = field(
+        default=None, metadata={"help": "Other names for classes, each as folder=name; the folders' names unless said."}
+    )
+    templates: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts with {} for the class's name, in training and evaluation: one, several for an ensemble, or a name: "
+            f"{', '.join(TEMPLATES)}. The set's own, else {TEMPLATES['photo'][0]!r}, unless said."
+        },
+    )
+    shots: list[str] = field(
+        default_factory=lambda: ["16"], metadata={"help": "Pictures of each class to learn from: numbers, or all."}
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: list(range(DEFAULT_SEEDS)), metadata={"help": "Each draws other pictures and starts otherwise."}
+    )
+    test_share: float = field(
+        default=0.3, metadata={"help": "Share of each class held out for the test, where the set is not split already."}
+    )
+    base_to_new: bool = field(
+        default=False,
+        metadata={"help": "Train on the first half of the classes, and test on the other half by their names alone too."},
+    )
+    crop_scale: list[float] = field(
+        default_factory=lambda: [0.5, 1.0],
+        metadata={"help": "Least and largest share of a training picture's area that a random crop takes."},
+    )
+    random_flip: bool = field(
+        default=False, metadata={"help": "Mirror training pictures at random. Not for writing, or where left is not right."}
+    )
+    views: int = field(
+        default=4, metadata={"help": "Altered views of each training picture that methods on frozen features learn from."}
+    )
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read pictures ahead."})
+
+    _argument_group_name = "data"
+
+    def __post_init__(self) -> None:
+        if self.dataset is not None and self.dataset not in SETS:
+            raise InputError(f"dataset must be one of {', '.join(SETS)}, got {self.dataset!r}.")
+        if self.dataset is not None and self.data_dir is None:
+            raise InputError("dataset needs --data_dir, the folder that holds the sets' folders.")
+        at_least(self, 0, "views", "dataloader_num_workers")
+        if not 0 < self.test_share < 1:
+            raise InputError(f"test_share must lie between 0 and 1, got {self.test_share}.")
+        if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            given = " ".join(map(str, self.crop_scale))
+            raise InputError(f"crop_scale must be two shares, 0 < least <= largest <= 1, got {given}.")
+        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
+            raise InputError(f"seeds must be one or more different numbers, none below 0, got {self.seeds}.")
+        self.all_shots()
+        self.names_by_key()
+
+    def all_shots(self) -> list[Shots]:
+        """The numbers of shots, checked.
+
+        Raises: InputError for what is neither a number from 1 nor "all", or is there twice.
+        """
+        wrong = [given for given in self.shots if given != ALL and not (given.isdecimal() and int(given) >= 1)]
+        if wrong or not self.shots or len(set(self.shots)) < len(self.shots):
+            raise InputError(f"shots must be different numbers from 1, or all, got {' '.join(self.shots) or 'nothing'}.")
+        return [ALL if given == ALL else int(given) for given in self.shots]
+
+    def names_by_key(self) -> dict[str, str]:
+        """The names that classes are given, by their folders'.
+
+        Raises: InputError for one that is not written as folder=name.
+        """
+        pairs = [given.partition("=") for given in self.class_names or ()]
+        if wrong := ["".join(pair) for pair in pairs if not (pair[0] and pair[1] and pair[2].strip())]:
+            raise InputError(f"class_names must each be written as folder=name, got {wrong[0]!r}.")
+        return {key: name for key, _, name in pairs}
+
+
+@dataclass
+class FewShotMethodOptions:
+    """The methods, and the size of the adapters."""
+
+    method: list[str] = field(
+        default_factory=lambda: list(DEFAULT_METHODS),
+        metadata={"help": f"One method, or several to compare: {', '.join(BASELINES)}, {', '.join(method_names())}."},
+    )
+    rank: int | None = field(
+        default=None, metadata={"help": "Outer rank of NoRA: 32, and 14 on the built-in model, unless said."}
+    )
+    inner_r: int | None = field(
+        default=None, metadata={"help": "Inner rank of NoRA, at most the outer: 4, and 2 on the built-in model, unless said."}
+    )
+    lora_rank: int = field(default=2, metadata={"help": "Rank of LoRA and DoRA."})
+    alpha: float | None = field(
+        default=None, metadata={"help": "Numerator of the scaling alpha / (inner) rank; unless said the scaling is 1."}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "Dropout within the adapter."})
+    inner_init: str = field(default="zero", metadata={"help": "Start of NoRA's inner factors: zero or gaussian."})
+    preserve_output: bool = field(
+        default=False, metadata={"help": "NoRA subtracts its frozen start, so that a gaussian start is the base model too."}
+    )
+
+    _argument_group_name = "method"
+
+    def __post_init__(self) -> None:
+        known = (*BASELINES, *method_names())
+        wrong = [name for name in self.method if name not in known]
+        if wrong or not self.method or len(set(self.method)) < len(self.method):
+            raise InputError(f"method must be different ones of {', '.join(known)}, got {' '.join(self.method) or 'nothing'}.")
+
+    def settle(self, built_in: bool) -> None:
+        """Fill in what was not said. Raises: InputError if the adapters' options do not fit each other."""
+        self.rank = self.rank or (14 if built_in else 32)
+        self.inner_r = self.inner_r or (2 if built_in else 4)
+        for name in self.adapters():
+            self.adapter(name)
+
+    def adapters(self) -> list[str]:
+        """Those of the methods that adapt the towers."""
+        return [name for name in self.method if name not in BASELINES]
+
+    def adapter(self, method: str) -> AdapterOptions:
+        """The adapter that `method` is."""
+        shared = {"alpha": self.alpha, "dropout": self.dropout}
+        if method == "nora":
+            own = {"inner_r": self.inner_r, "inner_init": self.inner_init, "preserve_output": self.preserve_output}
+            return AdapterOptions(method, self.rank, **own, **shared)
+        return AdapterOptions(method, self.lora_rank, **shared)
+
+
+@dataclass
+class FewShotOptimisationOptions:
+    """How adapters are trained."""
+
+    iterations_per_shot: int | None = field(
+        default=None, metadata={"help": "Optimisation steps for each picture of a class: 500, and 10 on the built-in model."}
+    )
+    min_train_steps: int = field(default=50, metadata={"help": "Optimisation steps at the least."})
+    train_batch_size: int = field(default=32, metadata={"help": "Pictures a batch on each process."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches an optimisation step."})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate; each adapter method's own unless said."}
+    )
+    adam_weight_decay: float = field(default=1e-2, metadata={"help": "AdamW's weight decay."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
+
+    _argument_group_name = "optimisation"
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "iterations_per_shot", "min_train_steps", "train_batch_size", "gradient_accumulation_steps")
+        at_least(self, 0, "adam_weight_decay")
+        above_zero(self, "learning_rate", "max_grad_norm")
+
+    def steps(self, shots: int) -> int:
+        """Optimisation steps for so many pictures of a class."""
+        return max(self.min_train_steps, self.iterations_per_shot * shots)
+
+
+@dataclass
+class FewShotOutputOptions(RunOptions):
+    """What is written."""
+
+    export: list[str] = field(
+        default_factory=lambda: ["lora"],
+        metadata={
+            "help": f"Files of the adapted model that need none of this code: {', '.join(EXPORTS)}. Small ones alone unless said."
+        },
+    )
+
+    _argument_group_name = "output"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        wrong = [name for name in self.export if name not in EXPORTS]
+        if wrong:
+            raise InputError(f"export must be some of {', '.join(EXPORTS)}, got {wrong[0]!r}.")
+
+
+# On ViT-B/16 as on the built-in model, relative to one another; narrow layers need larger steps.
+LEARNING_RATES = {"nora": 2e-3}
+LEARNING_RATE, BUILT_IN_RATE_FACTOR = 2e-4, 10
+
+
+@dataclass
+class FewShotOptions:
+    """All options of the few-shot trainer."""
+
+    model: ClipOptions = field(default_factory=ClipOptions)
+    data: LabelledDataOptions = field(default_factory=LabelledDataOptions)
+    places: AdapterPlaces = field(default_factory=AdapterPlaces)
+    method: FewShotMethodOptions = field(default_factory=FewShotMethodOptions)
+    optimisation: FewShotOptimisationOptions = field(default_factory=FewShotOptimisationOptions)
+    output: FewShotOutputOptions = field(default_factory=FewShotOutputOptions)
+
+    def __post_init__(self) -> None:
+        built_in = self.model.is_built_in
+        self.method.settle(built_in)
+        if self.optimisation.iterations_per_shot is None:
+            self.optimisation.iterations_per_shot = 10 if built_in else 500
+        if self.data.templates is None:
+            sample = "digits" if self.data.data_dir is None else "photo"
+            self.data.templates = [self.data.dataset or sample]
+
+    def learning_rate(self, method: str) -> float:
+        """The peak learning rate of an adapter method."""
+        if self.optimisation.learning_rate is not None:
+            return self.optimisation.learning_rate
+        return LEARNING_RATES.get(method, LEARNING_RATE) * (BUILT_IN_RATE_FACTOR if self.model.is_built_in else 1)
+
+    def title(self) -> str:
+        """What the run's directory is called after."""
+        return self.data.dataset or ("digits" if self.data.data_dir is None else Path(self.data.data_dir).resolve().stem)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved options as plain values, by group."""
+        return dataclasses.asdict(self)
+
+
+def parse_fewshot_options(arguments: Sequence[str] | None = None, description: str | None = None) -> FewShotOptions:
+    """The options on the command line; a wrong one ends the program with a message and exit code 2."""
+    return parse_groups(FewShotOptions, arguments, description)
