@@ -4,7 +4,6 @@ import json
 import shutil
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from picture_sets import stored_picture
@@ -172,49 +171,10 @@ def test_files_pictures_and_tensors_are_classified_alike(zero_shot, tmp_path, ba
         torch.testing.assert_close(classifier.predict(single).probabilities, expected[2:3], atol=1e-6, rtol=0)
 
 
-def test_pictures_are_turned_upright_and_transparent_parts_white(zero_shot, tmp_path):
-    classifier = FewShotClassifier.from_run(zero_shot)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    PICTURES[2].transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
-    clear = PICTURES[2].convert("RGBA")
-    clear.putalpha(Image.fromarray(np.where(np.arange(SIDE)[:, None] < 32, 0, 255).repeat(SIDE, 1).astype(np.uint8)))
-    white = PICTURES[2].copy()
-    white.paste("white", (0, 0, SIDE, 32))
-    with Image.open(tmp_path / "turned.png") as opened:
-        found = classifier.predict([PICTURES[2], tmp_path / "turned.png", opened, white, clear]).probabilities
-    torch.testing.assert_close(found[1:3], found[:1].expand(2, -1), atol=1e-6, rtol=0)
-    torch.testing.assert_close(found[4], found[3], atol=1e-6, rtol=0)
-
-
-GOOD = PIXELS[0].permute(2, 0, 1)
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ([], "images must be one picture or more, got none"),
-        ([GOOD, torch.zeros(1, 8, 8)], r"images\[1\] must be a tensor of shape \(3, h, w\), got \(1, 8, 8\)"),
-        (torch.zeros(8, 8), r"images\[0\] must be a tensor of shape \(3, h, w\), got \(8, 8\)"),
-        ([GOOD, GOOD / 255 * 2 - 1], r"images\[1\] must hold values in \[0, 1\], got -1 to 1\. Undo any normalisation"),
-        ([GOOD * torch.nan], r"images\[0\] must hold values in \[0, 1\], got nan"),
-        ([GOOD.long()], r"images\[0\] must be uint8 or floating point, got torch\.int64"),
-        ([GOOD, GOOD.numpy()], r"images\[1\] must be a PIL picture, the path of a file, or a tensor .*, got ndarray"),
-        (["nowhere/cat.png"], r"'nowhere/cat\.png' cannot be read as a picture"),
-    ],
-)
-def test_what_is_no_picture_is_refused_with_its_place(zero_shot, given, message):
-    with pytest.raises(InputError, match=message):
-        FewShotClassifier.from_run(zero_shot).predict(given)
-
-
-def test_a_damaged_picture_is_named(zero_shot, tmp_path):
+def test_a_picture_that_cannot_be_read_is_named(zero_shot, tmp_path):
     (tmp_path / "cut.png").write_bytes(stored_picture(0, side=64)[:-500])
-    classifier = FewShotClassifier.from_run(zero_shot)
     with pytest.raises(InputError, match=r"cut\.png' cannot be read as a picture"):
-        classifier.predict([PICTURES[0], tmp_path / "cut.png"])
-    with Image.open(tmp_path / "cut.png") as opened, pytest.raises(InputError, match=r"images\[1\] cannot be decoded"):
-        classifier.predict([PICTURES[0], opened])
+        FewShotClassifier.from_run(zero_shot).predict([PICTURES[0], tmp_path / "cut.png"])
 
 
 def test_predictions_are_told_by_class_and_in_order(zero_shot, tmp_path):
