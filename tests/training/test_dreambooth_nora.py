@@ -209,7 +209,8 @@ def test_pictures_after_training_are_those_of_the_stock_pipeline(trained, monkey
     picture = stock(
         PROMPT, num_inference_steps=2, guidance_scale=4.0, height=16, width=16, generator=torch.Generator().manual_seed(0)
     ).images[0]
-    before, after = drawn[0][0], drawn[-1][0]
+    # Before, of two steps of the training, after; then those of the suggested step, where that is another.
+    before, _, _, after = (pictures[0] for pictures in drawn[:4])
     assert np.abs(np.asarray(picture).astype(int) - np.asarray(after)).max() <= 1
     assert np.abs(np.asarray(before).astype(int) - np.asarray(after)).max() > 1
 
