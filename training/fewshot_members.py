@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +16,6 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 
 from pipelines.fewshot import adapters, baselines
-from pipelines.fewshot.baselines.choosing import choose
 from pipelines.fewshot.baselines.predictors import Predictor
 from pipelines.fewshot.baselines.vocabulary import with_classes
 from pipelines.fewshot.batches import DrawnViews, LabelledBatches
@@ -36,7 +35,7 @@ from training.loop import LoopOptions, Trainable, train
 from training.options.fewshot import FewShotOptions
 from training.run import RunDirectory
 
-# The first is preferred among equals: as trained.
+# From as trained to the base model.
 STRENGTHS = (1.0, 0.75, 0.5, 0.25, 0.0)
 WARMUP_SHARE = 0.05
 CALIBRATION_BATCH = 64
@@ -124,27 +123,22 @@ class FittedAdapter:
         self.strength, self.guard = self._guarded()
 
     def _guarded(self) -> tuple[float, str | None]:
-        """The strength that is best on validation, set; and, where it is not the full one, what there was to choose from.
+        """The strength that validation allows, set; and, where it is not the full one, what there was to choose from.
 
-        Interpolates towards zero-shot, h = W x + strength dW x, as WiSE-FT does [Wortsman et al. 2022, eq. 1].
+        Interpolates towards zero-shot, h = W x + strength dW x, as WiSE-FT does [Wortsman et al. 2022, eq. 1]. The largest
+        strength whose accuracy is within one standard error of the best is taken [Breiman et al. 1984, section 3.4.3]: a few
+        validation pictures alone tell no smaller difference.
         """
         pictures = self.drawn.validation
         labels = torch.tensor([picture.label for picture in pictures])
         allowed = STRENGTHS if adapters.allows_any_strength(self.components) else (STRENGTHS[0], STRENGTHS[-1])
-        found = {}
+        right = {}
         for strength in allowed:
             adapters.set_strength(self.components, strength)
-            found[strength] = self.logits(pictures)
-        chosen = choose(found.items(), labels)
+            right[strength] = top1(self.logits(pictures), labels)
+        chosen = largest_within_error(right, len(pictures))
         adapters.set_strength(self.components, chosen)
-        if chosen == STRENGTHS[0]:
-            return chosen, None
-        right = {strength: top1(logits, labels) for strength, logits in found.items()}
-        result = "falls back to zero-shot" if chosen == 0 else f"uses {chosen:g} of the adapter's strength"
-        return chosen, (
-            f"On {len(pictures)} validation pictures {right[1.0]:.0%} are right at full strength, {right[chosen]:.0%} at "
-            f"{chosen:g}, {right[0.0]:.0%} without the adapter: the result {result}."
-        )
+        return chosen, None if chosen == STRENGTHS[0] else told_of_guard(right, chosen, len(pictures))
 
     def logits(self, pictures: Sequence[LabelledPicture], prompts: Prompts | None = None) -> torch.Tensor:
         """See `Fitted`; of the classes of `prompts`, those that were learned unless said."""
@@ -162,6 +156,26 @@ class FittedAdapter:
         save_classifier(folder, told, adapter=(self.options, self.components))
 
 
+def largest_within_error(accuracies: Mapping[float, float], count: int) -> float:
+    """The largest strength whose accuracy on `count` pictures is within one binomial standard error of the best one's.
+
+    Args:
+        accuracies: by strength, in [0, 1].
+    """
+    best = max(accuracies.values())
+    error = math.sqrt(best * (1 - best) / count)
+    return max(strength for strength, accuracy in accuracies.items() if accuracy >= best - error)
+
+
+def told_of_guard(accuracies: Mapping[float, float], chosen: float, count: int) -> str:
+    """One sentence on why the strength `chosen`, which is not the full one, is used."""
+    result = "falls back to zero-shot" if chosen == 0 else f"uses {chosen:g} of the adapter's strength"
+    return (
+        f"On {count} validation pictures {accuracies[1.0]:.0%} are right at full strength, {accuracies[chosen]:.0%} at "
+        f"{chosen:g}, {accuracies[0.0]:.0%} without the adapter: the result {result}."
+    )
+
+
 def fit_adapter(
     accelerator: Accelerator, run: RunDirectory, drawn: DrawnPictures, member: Member, options: FewShotOptions
 ) -> FittedAdapter:
@@ -171,9 +185,9 @@ def fit_adapter(
     components = adapters.attach(clip, adapter, options.places)
     calibration = study.folder / "calibration" / f"{member.shots}-shots-seed-{member.seed}"
     pixels = torch.utils.data.DataLoader(PictureDataset(drawn.train, clip.preprocess), CALIBRATION_BATCH)
-    with accelerator.main_process_first():
-        tokens = clip.tokenizer(study.prompts.texts())
-        adapters.start(clip, adapter, components, (batch for batch, _ in pixels), tokens, calibration, member.seed)
+    tokens = clip.tokenizer(study.prompts.texts())
+    # All processes at once: the statistics of activations are summed over them.
+    adapters.start(clip, adapter, components, (batch for batch, _ in pixels), tokens, calibration, member.seed)
     steps, rate = how.steps(drawn.shots), options.learning_rate(member.method)
     trainable = to_train(drawn, clip, components, options, steps, rate, accelerator.num_processes)
     loop = LoopOptions(

@@ -20,13 +20,14 @@ from accelerate.logging import get_logger
 
 from nora_vision.files import write_json
 from pipelines.cache import module_digest
+from pipelines.fewshot.classifier import REPORT
 from pipelines.fewshot.clip import Clip, load_clip
 from pipelines.fewshot.data import LabelledPicture
 from pipelines.fewshot.export import save_exported, save_lora, save_merged
 from training.console import speaking
 from training.fewshot_card import write_card
 from training.fewshot_members import FittedAdapter, Member, fit_member
-from training.fewshot_report import REPORT, RESULT, members_of, report_of, shown_member, table
+from training.fewshot_report import RESULT, members_of, report_of, shown_member, table
 from training.fewshot_study import DrawnPictures, Study, check_drawable, labelled_set
 from training.opening import open_run
 from training.options.fewshot import FewShotOptions, parse_fewshot_options

@@ -12,7 +12,7 @@ from training.fewshot_members import Member
 from training.fewshot_study import Study
 from training.options.fewshot import ALL, FewShotOptions
 
-REPORT, RESULT = "report.json", "result.json"
+RESULT = "result.json"
 FORMAT = 1
 PREFERRED = "nora"
 AVERAGED = ("trained_numbers", "stored_bytes", "seconds", "peak_memory")
@@ -98,9 +98,8 @@ def table(report: dict[str, Any]) -> str:
     ]
     for row in report["summary"]:
         top1 = Interval(**row["top1"])
-        shown = f"{top1.value:.1%} ({max(0.0, top1.low):.1%} to {min(1.0, top1.high):.1%})"
         lines.append(
-            f"{row['shots']!s:>5}  {row['method']:<14}{shown:>24}{row['calibration_error']:>8.3f}"
+            f"{row['shots']!s:>5}  {row['method']:<14}{top1.as_share():>24}{row['calibration_error']:>8.3f}"
             f"{row['calibrated_calibration_error']:>12.3f}{row['trained_numbers']:>10,.0f}{row['stored_bytes']:>10,.0f}"
             f"{row['seconds']:>8.1f}"
         )

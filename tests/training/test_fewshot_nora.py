@@ -1,12 +1,15 @@
 """The few-shot trainer: from class folders to a report, resumed, guarded, and refused where the input is bad."""
 
+import io
 import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from picture_sets import class_files, write_files
+from PIL import Image
 
 from pipelines.errors import InputError
 from pipelines.fewshot.classifier import FewShotClassifier
@@ -15,7 +18,9 @@ from pipelines.fewshot.data import PictureDataset
 from pipelines.fewshot.loading import load_pictures
 from pipelines.fewshot.metrics import interval_over_seeds
 from pipelines.fewshot.prompts import make_prompts
+from training.fewshot_members import largest_within_error
 from training.fewshot_nora import main
+from training.model_card import as_text
 from training.options.fewshot import FewShotOptions, parse_fewshot_options
 
 COUNTS = {"cats": 12, "dogs": 12, "red_birds": 12, "fish": 12}
@@ -226,6 +231,42 @@ def test_a_wrong_option_ends_with_a_message(flags, words, capsys):
         parse_fewshot_options(flags)
     assert ended.value.code == 2
     assert re.search(words, " ".join(capsys.readouterr().err.split()))
+
+
+def test_the_guard_takes_the_largest_strength_that_validation_cannot_tell_from_the_best():
+    # A standard error of 0.6 on 24 pictures is 0.1.
+    assert largest_within_error({1.0: 0.51, 0.5: 0.6, 0.0: 0.3}, 24) == 1.0
+    assert largest_within_error({1.0: 0.49, 0.5: 0.6, 0.0: 0.3}, 24) == 0.5
+    assert largest_within_error({1.0: 0.1, 0.5: 0.2, 0.0: 0.6}, 24) == 0.0
+    assert largest_within_error({1.0: 0.99, 0.0: 1.0}, 100) == 0.0
+
+
+def painted(colour, seed):
+    """The file of a picture of one colour, with a little noise."""
+    noise = np.random.default_rng(seed).integers(-15, 16, (64, 64, 3))
+    stored = io.BytesIO()
+    Image.fromarray((np.asarray(colour) + noise).clip(0, 255).astype(np.uint8)).save(stored, "PNG")
+    return stored.getvalue()
+
+
+@pytest.mark.slow
+def test_an_adapter_that_learned_what_is_wrong_falls_back_to_zero_shot_and_says_so(tmp_path):
+    colours = {"red": (200, 30, 30), "blue": (30, 30, 200)}
+    wrong = {"red": "blue", "blue": "red"}
+    for part in ("train", "val", "test"):
+        for name in colours:
+            shown = colours[wrong[name] if part == "train" else name]
+            files = {f"{name}/{place}.png": painted(shown, (len(part), place, len(name))) for place in range(8)}
+            write_files(tmp_path / "classes" / part, files)
+    flags = ["--shots", "4", "--seeds", "0", "--method", "zeroshot", "nora", "--templates", "a {} picture"]
+    flags += ["--min_train_steps", "60"]
+    main(options_for("mini", tmp_path / "classes", tmp_path / "run", *flags))
+    zero_shot, adapted = (member(tmp_path / "run", method) for method in ("zeroshot", "nora"))
+    assert zero_shot["validation"]["top1"] == 1
+    assert adapted["strength"] < 1
+    assert "at full strength" in adapted["guard"]
+    assert adapted["validation"]["top1"] == 1
+    assert as_text(adapted["guard"]) in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_iterations_scale_with_shots():

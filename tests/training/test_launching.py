@@ -1,5 +1,6 @@
 """Several processes, started as the README and the example configurations say, as far as a CPU allows."""
 
+import json
 import os
 import shlex
 import shutil
@@ -11,6 +12,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from picture_sets import class_files, write_files
 from safetensors.torch import load_file
 
 from pipelines.subject.adapters import load_adapter
@@ -163,3 +165,18 @@ def test_what_fsdp_has_begun_goes_on_with_it_or_without(split, places, tmp_path,
 def test_an_example_configuration_names_the_command_that_uses_it(config):
     first = (CONFIGS / config).read_text().splitlines()[0]
     assert first == f"# accelerate launch --config_file training/configs/{config} training/dreambooth_nora.py"
+
+
+@pytest.mark.slow
+def test_two_processes_fit_the_classifier_that_one_does(random_clip, tmp_path, on_cpu):
+    folders = write_files(tmp_path / "classes", class_files({"cats": 6, "dogs": 6}))
+    flags = "--shots 2 --seeds 0 --method zeroshot nora --rank 4 --inner_r 2 --min_train_steps 4 --iterations_per_shot 1"
+    given = [*flags.split(), "--report_to", "none", "--model", str(random_clip), "--data_dir", str(folders)]
+    runs = []
+    for config, batch in (("one_gpu.yaml", 4), ("multi_gpu.yaml", 2)):
+        own = [*given, "--train_batch_size", str(batch), "--output_dir", str(tmp_path / config.removesuffix(".yaml"))]
+        runs.append(launched(on_cpu(config), own, ROOT / "training" / "fewshot_nora.py"))
+    members = [RunDirectory(run.path / "members" / "2-shots" / "seed-0" / "nora") for run in runs]
+    assert_close(*map(numbers, reversed(members)), atol=1e-5)
+    reports = [json.loads((run.path / "report.json").read_text())["members"] for run in runs]
+    assert [one["test"]["confusion"] for one in reports[0]] == [one["test"]["confusion"] for one in reports[1]]
