@@ -118,9 +118,7 @@ def main(options: SubjectOptions) -> RunDirectory:
 
         with whole(loss):
             if accelerator.is_main_process:
-                trained = Trained(
-                    pipeline, components, draw, judge, shown[: len(before)], before, resolution, len(subject), began
-                )
+                trained = Trained(pipeline, components, draw, judge, shown, before, resolution, len(subject), began)
                 finish(run, trained, options)
         accelerator.wait_for_everyone()
     return run

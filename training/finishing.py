@@ -41,7 +41,7 @@ class Trained:
         components: what of the pipeline is adapted.
         draw: draws a picture for each validation prompt with the pipeline as it is.
         judge: scores those pictures.
-        shown, before: training pictures, and what the base model drew.
+        shown, before: training pictures, of which as many are shown as there are of the others: what the base model drew.
         resolution: side of the pictures in pixels.
         pictures: how many were trained on.
         began: by the monotonic clock, in seconds.
@@ -65,7 +65,8 @@ def finish(run: RunDirectory, trained: Trained, options: SubjectOptions) -> None
     """
     run.update_status(phase="exporting")
     adapters.save_everywhere(trained.pipeline, options.adapter, trained.components, run.path, title_of(run, options))
-    rows = [("the subject", trained.shown), ("before", trained.before), (f"after, {options.adapter.method}", trained.draw())]
+    subject = trained.shown[: len(trained.before)]
+    rows = [("the subject", subject), ("before", trained.before), (f"after, {options.adapter.method}", trained.draw())]
     drawn = draw_candidates(run, trained, options)
     suggestion = suggest_for(run, options.optimisation.max_train_steps)
     write_suggestion(run, suggestion)

@@ -44,7 +44,7 @@ class StepScores:
 
     @property
     def is_copy(self) -> bool:
-        """Whether a sample is nearly a training picture, by either figure: crops escape the first, mirror images the second."""
+        """Whether a sample is nearly a training picture, by either figure: each finds some that escape the other."""
         return self.copy >= COPY_THRESHOLD or self.nearest >= self.nearest_limit
 
     @property
