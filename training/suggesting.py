@@ -82,7 +82,10 @@ def suggest(curve: Sequence[Point], last: int, scores: Scored | None = None) -> 
     """The step to use, by the held-out loss and the samples together.
 
     The held-out loss is least where the adapter knows best what it was not shown, and that is early: what makes the subject
-    sharp in pictures comes later, while the loss turns. So the loss only rules out, and likeness chooses:
+    sharp in pictures comes later, while the loss turns. On the bundled toy the least loss comes with less than nine tenths of
+    the likeness there is to gain, and all of that with three quarters of the fall of the loss. Nor does the loss know itself
+    how far to trust it: with timesteps and noise fixed its standard error is a thirtieth of the fall, which says nothing of
+    another picture held out. So the loss only rules out, and likeness chooses:
 
     1. Steps come into question that keep at least `KEPT` of the fall of the held-out loss (see `in_question`).
     2. Out go those with a sample that is nearly a training picture, and those that follow their prompts worse than the best
