@@ -325,6 +325,7 @@ def classifier_file(study: Study, member: Member, fitted: Fitted, temperature: f
         method=member.method,
         model=options.model.model,
         pretrained=options.model.pretrained,
+        base_sha256=study.base_sha256,
         classes=classes,
         keys=study.labelled.keys[: len(classes)],
         templates=study.prompts.templates,

@@ -19,9 +19,8 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 
 from nora_vision.files import write_json
-from pipelines.cache import module_digest
 from pipelines.fewshot.classifier import REPORT
-from pipelines.fewshot.clip import Clip, load_clip
+from pipelines.fewshot.clip import load_clip
 from pipelines.fewshot.data import LabelledPicture
 from pipelines.fewshot.export import save_exported, save_lora, save_merged
 from training.console import speaking
@@ -88,7 +87,7 @@ def fit_all(accelerator: Accelerator, run: RunDirectory, study: Study, options: 
                 logger.info(told_of(member, result))
         accelerator.wait_for_everyone()
         results += [json.loads(path.read_text(encoding="utf-8"))] if run.writes else []
-    record_provenance(run, study.clip, options, learned.values())
+    record_provenance(run, study, options, learned.values())
     return results
 
 
@@ -110,13 +109,13 @@ def export(fitted: FittedAdapter, folder: Path, formats: list[str]) -> None:
             save_exported(fitted.clip, folder / format, tokens, format)
 
 
-def record_provenance(run: RunDirectory, clip: Clip, options: FewShotOptions, pictures: Iterable[LabelledPicture]) -> None:
+def record_provenance(run: RunDirectory, study: Study, options: FewShotOptions, pictures: Iterable[LabelledPicture]) -> None:
     """Write down what the run is made of; see `write_provenance`."""
     if not run.writes:
         return
-    model = {"name": clip.name, "weights_sha256": module_digest(clip.model)}
+    model = {"name": study.clip.name, "weights_sha256": study.base_sha256}
     records = [{"file": picture.name, "sha256": hashlib.sha256(picture.source.content()).hexdigest()} for picture in pictures]
-    write_provenance(run, options.to_dict(), model, clip.device, {"pictures": records}, options.data.seeds)
+    write_provenance(run, options.to_dict(), model, study.clip.device, {"pictures": records}, options.data.seeds)
 
 
 if __name__ == "__main__":

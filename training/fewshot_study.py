@@ -11,7 +11,7 @@ import torch
 from accelerate.logging import get_logger
 from torch.utils.data import Dataset
 
-from pipelines.cache import TensorCache
+from pipelines.cache import TensorCache, module_digest
 from pipelines.fewshot.baselines.task import Examples, FewShotTask
 from pipelines.fewshot.batches import AlteredPictures, AlteredView, Augmentation
 from pipelines.fewshot.clip import Clip
@@ -111,6 +111,11 @@ class Study:
     def cache(self) -> TensorCache:
         """Where features of the base model are kept."""
         return TensorCache(self.folder / "cache")
+
+    @cached_property
+    def base_sha256(self) -> str:
+        """Of the base model's weights."""
+        return module_digest(self.clip.model)
 
     @cached_property
     def class_features(self) -> torch.Tensor:

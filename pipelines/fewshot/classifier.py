@@ -6,6 +6,7 @@ A classifier's folder holds classifier.json, and an adapter of the towers, a pre
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from nora_vision.files import write_json
+from pipelines.cache import module_digest
 from pipelines.errors import InputError
 from pipelines.fewshot import adapters
 from pipelines.fewshot.baselines import BASELINES
@@ -30,6 +32,7 @@ from pipelines.methods import AdapterOptions, method_names
 CLASSIFIER, REPORT, PREDICTOR, ADAPTER = "classifier.json", "report.json", "predictor.safetensors", "adapter"
 FORMAT, ZERO_SHOT = 1, "zeroshot"
 BATCH = 64
+SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def _are_words(value: Any) -> bool:
@@ -47,6 +50,7 @@ ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda value: isinstance(value, str) and (value in method_names() or value in BASELINES),
     ),
     "model": ("the name or folder of a CLIP model", lambda value: isinstance(value, str) and bool(value)),
+    "base_sha256": ("64 hexadecimal digits", lambda value: isinstance(value, str) and bool(SHA256.fullmatch(value))),
     "pretrained": ("a tag, a file or null", lambda value: value is None or (isinstance(value, str) and bool(value))),
     "classes": ("a list of two names or more", lambda value: _are_words(value) and len(value) > 1),
     "keys": ("a list of names", _are_words),
@@ -64,6 +68,7 @@ class ClassifierFile:
     Args:
         method: a baseline's name, or an adapter method's.
         model, pretrained: the base model, as `load_clip` takes it.
+        base_sha256: of its weights, as `module_digest` tells it.
         classes: the classes' names, as prompts speak of them.
         keys: what the classes are called where they were found; as many.
         templates: of the prompts, with {} where the class's name goes.
@@ -76,6 +81,7 @@ class ClassifierFile:
     method: str
     model: str
     pretrained: str | None
+    base_sha256: str
     classes: tuple[str, ...]
     keys: tuple[str, ...]
     templates: tuple[str, ...]
@@ -252,6 +258,11 @@ class FewShotClassifier:
         told = ClassifierFile.read(folder / CLASSIFIER)
         weights = told.pretrained if model is None and pretrained is None else pretrained
         clip = load_clip(model or told.model, weights, _usable(device))
+        if (found := module_digest(clip.model)) != told.base_sha256:
+            raise InputError(
+                f"The weights of {clip.name} are not those that {str(folder)!r} was fitted on: their sha256 must be "
+                f"{told.base_sha256}, got {found}. Name the same model and weights as then."
+            )
         if told.adapted:
             adapters.set_strength(adapters.load(clip, folder / ADAPTER), told.strength)
             clip.model.eval().requires_grad_(False)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from picture_sets import stored_picture
 from PIL import Image
+from safetensors.torch import save_file
+from tiny_clip import base_sha256
 
 from nora_vision import AdapterFileError
 from pipelines import mini_clip
@@ -40,6 +42,7 @@ def told(random_clip, method="zeroshot", **changes):
             "method": method,
             "model": str(random_clip),
             "pretrained": None,
+            "base_sha256": base_sha256(random_clip),
             "classes": CLASSES,
             "keys": ("a", "b", "c"),
             "templates": ("a photo of a {}.",),
@@ -304,6 +307,15 @@ def test_a_base_model_that_was_moved_is_named_anew(random_clip, tmp_path):
     assert torch.equal(found.probabilities, expected.probabilities)
 
 
+def test_other_weights_of_the_same_shape_are_refused(random_clip, zero_shot, tmp_path):
+    state = mini_clip.load_model(random_clip).state_dict()
+    save_file(
+        {name: value + 0.01 if name == "text_projection" else value for name, value in state.items()}, tmp_path / "o.safetensors"
+    )
+    with pytest.raises(InputError, match=f"weights of .* must be {base_sha256(random_clip)}, got .*same model and weights"):
+        FewShotClassifier.from_run(zero_shot, pretrained=str(tmp_path / "o.safetensors"))
+
+
 def test_a_device_that_is_not_there_is_named(zero_shot):
     with pytest.raises(InputError, match="device must be one that PyTorch can use here, such as cpu, got 'gpu'"):
         FewShotClassifier.from_run(zero_shot, device="gpu")
@@ -327,6 +339,7 @@ def test_the_file_gives_back_what_was_written(random_clip, tmp_path):
         ({"format": 2}, "format must be 1, all that this version reads, got 2"),
         ({"method": "os.system"}, "method must be one of .*nora.*zeroshot.*, got 'os.system'"),
         ({"model": ""}, "model must be the name or folder of a CLIP model, got ''"),
+        ({"base_sha256": "0" * 63}, "base_sha256 must be 64 hexadecimal digits, got '000"),
         ({"pretrained": 3}, "pretrained must be a tag, a file or null, got 3"),
         ({"classes": ["cat"]}, r"classes must be a list of two names or more, got \['cat'\]"),
         ({"classes": "cat"}, "classes must be a list of two names or more, got 'cat'"),

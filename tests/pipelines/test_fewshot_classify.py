@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from picture_sets import stored_picture, write_files
+from tiny_clip import base_sha256
 
 from pipelines import mini_clip
 from pipelines.fewshot.baselines.predictors import Linear, Predictor
@@ -25,7 +26,7 @@ def _here(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(random_clip, tmp_path):
-    told = ClassifierFile("zeroshot", str(random_clip), None, CLASSES, CLASSES, ("a {}.",))
+    told = ClassifierFile("zeroshot", str(random_clip), None, base_sha256(random_clip), CLASSES, CLASSES, ("a {}.",))
     save_classifier(tmp_path / "run", told)
     return "run"
 
@@ -111,7 +112,9 @@ def test_classes_can_be_added_by_name(run, pictures, tmp_path, capsys):
 
 
 def test_the_base_model_can_be_named_anew(random_clip, pictures, tmp_path):
-    save_classifier(tmp_path / "moved", ClassifierFile("zeroshot", "gone", None, CLASSES, CLASSES, ("a {}.",)))
+    save_classifier(
+        tmp_path / "moved", ClassifierFile("zeroshot", "gone", None, base_sha256(random_clip), CLASSES, CLASSES, ("a {}.",))
+    )
     assert main(["moved", "photos", "--model", str(random_clip)]) == 0
 
 
@@ -133,7 +136,7 @@ def test_the_base_model_can_be_named_anew(random_clip, pictures, tmp_path):
 )
 def test_bad_input_ends_in_one_sentence_and_exit_code_2(run, random_clip, pictures, tmp_path, capsys, arguments, message):
     (tmp_path / "empty").mkdir()
-    probe = ClassifierFile("gda", str(random_clip), None, CLASSES, CLASSES, ("a {}.",))
+    probe = ClassifierFile("gda", str(random_clip), None, base_sha256(random_clip), CLASSES, CLASSES, ("a {}.",))
     save_classifier(tmp_path / "probe", probe, predictor=Predictor(Linear.unbiased(torch.ones(3, mini_clip.EMBED_DIM)), 1))
     probe.write(tmp_path / "broken" / "classifier.json")
     torch.save({}, tmp_path / "broken" / "predictor.safetensors")

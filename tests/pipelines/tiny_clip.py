@@ -1,11 +1,15 @@
 """A tiny open_clip model with random weights, in the shapes that open_clip's models have."""
 
 import copy
+import functools
 
 import open_clip
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from pipelines import mini_clip
+from pipelines.cache import module_digest
 
 VOCABULARY, CONTEXT, END = 50, 12, 49
 CONFIG = {
@@ -88,3 +92,9 @@ class NextAttention(nn.Module):
                 attn_mask = attn_mask.unflatten(0, (-1, self.num_heads))
             scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
         return self.out_drop(self.out_proj(self.ln_inner((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))))
+
+
+@functools.cache
+def base_sha256(folder):
+    """Of the weights of the CLIP in `folder`, as classifiers name them."""
+    return module_digest(mini_clip.load_model(folder))
