@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from pipelines.fewshot.adapters import AdapterPlaces
 from pipelines.fewshot.clip import BUILT_IN
 from pipelines.fewshot.metrics import Interval
 from pipelines.fewshot.plots import save_figure
@@ -142,20 +143,20 @@ def _opening(report: Report, options: Mapping[str, Any] | None) -> str:
         trained=own["trained_numbers"],
         stored=own["stored_bytes"],
         seconds=own["seconds"],
-        places=_places(options) if own["method"] in method_names() else "",
+        places=_places(options, own["method"]) if own["method"] in method_names() else "",
         validation=own["validation"]["count"],
         test=own["test"]["count"],
         top1=Interval(**own["test"]["top1"]).as_share(),
     )
 
 
-def _places(options: Mapping[str, Any] | None) -> str:
+def _places(options: Mapping[str, Any] | None, method: str) -> str:
     """Where the adapter was put."""
     if options is None:
         return ""
-    places = options["places"]
-    encoders = "both encoders" if places["encoders"] == "both" else f"the {places['encoders']} encoder"
-    return f" It adapts {', '.join(places['projections'])} of {encoders}, layers: {places['layers']}."
+    places = AdapterPlaces(**options["places"])
+    encoders = "both encoders" if places.encoders == "both" else f"the {places.encoders} encoder"
+    return f" It adapts {', '.join(places.projections_of(method))} of {encoders}, layers: {places.layers}."
 
 
 def _set_name(name: str) -> str:

@@ -6,7 +6,7 @@ Methods come from `pipelines.methods`. An adapter lives on the image encoder, th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ ADAPTER_NAME = "default"
 IMAGE, TEXT = "image", "text"
 ENCODERS = {IMAGE: (IMAGE,), TEXT: (TEXT,), "both": (IMAGE, TEXT)}
 BATCH = 64
+PROJECTIONS, OWN_PROJECTIONS = ["q", "k", "v"], {"nora": ["v"]}
 
 
 @dataclass
@@ -34,8 +35,9 @@ class AdapterPlaces:
     """Which layers of a CLIP model an adapter is put on."""
 
     encoders: str = field(default="both", metadata={"help": "Which encoders to adapt: image, text or both."})
-    projections: list[str] = field(
-        default_factory=lambda: ["q", "k", "v"], metadata={"help": "Which layers of every attention to adapt: q, k, v, out."}
+    projections: list[str] | None = field(
+        default=None,
+        metadata={"help": "Which layers of every attention to adapt: q, k, v, out. NoRA v alone, others q, k and v unless said."},
     )
     layers: str = field(
         default="all", metadata={"help": "Which of an encoder's attentions to adapt: all, last-N, or A-B, counted from 0."}
@@ -46,11 +48,18 @@ class AdapterPlaces:
     def __post_init__(self) -> None:
         if self.encoders not in ENCODERS:
             raise InputError(f"encoders must be one of {', '.join(ENCODERS)}, got {self.encoders!r}.")
-        unknown = [name for name in self.projections if name not in LAYERS]
-        if unknown or not self.projections:
+        unknown = [name for name in self.projections or () if name not in LAYERS]
+        if unknown or self.projections == []:
             raise InputError(f"projections must be some of {', '.join(LAYERS)}, got {unknown or 'none'}.")
         if not re.fullmatch(r"all|last-[1-9]\d*|\d+-\d+", self.layers):
             raise InputError(f"layers must be all, last-N or A-B, such as last-4 or 0-5, got {self.layers!r}.")
+
+    def projections_of(self, method: str) -> list[str]:
+        """The layers that `method` adapts.
+
+        NoRA's numbers do not grow with a layer's width, so that a few of them go furthest in the layers that matter most.
+        """
+        return self.projections or OWN_PROJECTIONS.get(method, PROJECTIONS)
 
     def indices(self, count: int) -> range:
         """The chosen ones of `count` attentions.
@@ -77,7 +86,8 @@ def attach(clip: Clip, options: AdapterOptions, places: AdapterPlaces) -> dict[s
     except ValueError as error:
         raise InputError(f"{clip.name} cannot be adapted: {error}") from error
     method = method_named(options.method)
-    targets = {name: _targets(clip, name, places) for name in ENCODERS[places.encoders]}
+    projections = places.projections_of(options.method)
+    targets = {name: _targets(clip, name, places, projections) for name in ENCODERS[places.encoders]}
     components = {name: encoder(clip, name) for name in targets}
     for name, names in targets.items():
         try:
@@ -92,13 +102,13 @@ def encoder(clip: Clip, name: str) -> nn.Module:
     return clip.model.visual if name == IMAGE else getattr(clip.text_tower, "transformer", clip.text_tower)
 
 
-def _targets(clip: Clip, name: str, places: AdapterPlaces) -> list[str]:
+def _targets(clip: Clip, name: str, places: AdapterPlaces, projections: Sequence[str]) -> list[str]:
     layers = attention_layers(encoder(clip, name))
     if not layers:
         raise InputError(
             f"The {name} encoder of {clip.name} has no attention that can be adapted. Adapt the other encoder alone."
         )
-    return [layers[place][projection] for place in places.indices(len(layers)) for projection in places.projections]
+    return [layers[place][projection] for place in places.indices(len(layers)) for projection in projections]
 
 
 def start(

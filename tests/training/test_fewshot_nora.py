@@ -2,14 +2,14 @@
 
 import io
 import json
+import random
 import re
 import shutil
+from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from picture_sets import class_files, write_files
-from PIL import Image
 
 from pipelines.errors import InputError
 from pipelines.fewshot.classifier import FewShotClassifier
@@ -18,13 +18,14 @@ from pipelines.fewshot.data import PictureDataset
 from pipelines.fewshot.loading import load_pictures
 from pipelines.fewshot.metrics import interval_over_seeds
 from pipelines.fewshot.prompts import make_prompts
+from pipelines.scenes import render, sample_scene
 from training.fewshot_members import largest_within_error
 from training.fewshot_nora import main
 from training.model_card import as_text
-from training.options.fewshot import FewShotOptions, parse_fewshot_options
+from training.options.fewshot import ClipOptions, FewShotOptions, parse_fewshot_options
 
 COUNTS = {"cats": 12, "dogs": 12, "red_birds": 12, "fish": 12}
-FOUR = ("--method", "zeroshot", "pixels", "lora", "nora", "--rank", "4", "--inner_r", "2")
+FOUR = ("--shots", "2", "--seeds", "0", "1", "--method", "zeroshot", "pixels", "lora", "nora", "--rank", "4", "--inner_r", "2")
 QUICK = ("--min_train_steps", "3", "--iterations_per_shot", "1", "--train_batch_size", "4", "--views", "1", "--report_to", "none")
 
 
@@ -44,23 +45,7 @@ def options_for(model, folders, output, *more):
 def finished(random_clip, class_folders, tmp_path_factory):
     """A run of four methods at two shots, two seeds."""
     output = tmp_path_factory.mktemp("runs") / "run"
-    flags = [
-        "--shots",
-        "2",
-        "--seeds",
-        "0",
-        "1",
-        "--method",
-        "zeroshot",
-        "pixels",
-        "lora",
-        "nora",
-        "--rank",
-        "4",
-        "--inner_r",
-        "2",
-    ]
-    main(options_for(random_clip, class_folders, output, *flags))
+    main(options_for(random_clip, class_folders, output, *FOUR))
     return output
 
 
@@ -130,8 +115,8 @@ def test_the_run_classifies_as_it_reported(finished, class_folders):
 
 def test_nora_trains_fewer_numbers_than_lora_and_all_are_counted(finished):
     numbers = {method: member(finished, method)["trained_numbers"] for method in ("zeroshot", "nora", "lora")}
-    # q, k, v of three image layers, 160 wide, and two text layers, 128 wide; NoRA 2 r r', LoRA 2 r width a layer.
-    assert numbers == {"zeroshot": 0, "nora": 15 * 2 * 4 * 2, "lora": 9 * 2 * 2 * 160 + 6 * 2 * 2 * 128}
+    # Three image layers, 160 wide, and two text layers, 128 wide: NoRA 2 r r' in v, LoRA 2 r width in q, k and v.
+    assert numbers == {"zeroshot": 0, "nora": 5 * 2 * 4 * 2, "lora": 9 * 2 * 2 * 160 + 6 * 2 * 2 * 128}
 
 
 def test_a_run_goes_on_where_it_was_left(finished, class_folders, random_clip, tmp_path):
@@ -140,23 +125,7 @@ def test_a_run_goes_on_where_it_was_left(finished, class_folders, random_clip, t
     (left / "members/2-shots/seed-1/nora/result.json").unlink()
     shutil.rmtree(left / "members/2-shots/seed-1/nora/checkpoints")
     before = (left / "members/2-shots/seed-0/nora/result.json").read_bytes()
-    flags = [
-        "--shots",
-        "2",
-        "--seeds",
-        "0",
-        "1",
-        "--method",
-        "zeroshot",
-        "pixels",
-        "lora",
-        "nora",
-        "--rank",
-        "4",
-        "--inner_r",
-        "2",
-    ]
-    main(options_for(random_clip, class_folders, left, *flags, "--resume_from_checkpoint", "latest"))
+    main(options_for(random_clip, class_folders, left, *FOUR, "--resume_from_checkpoint", "latest"))
     assert (left / "members/2-shots/seed-0/nora/result.json").read_bytes() == before
     again, first = member(left, "nora", seed=1), member(finished, "nora", seed=1)
     assert {**again, "seconds": 0, "peak_memory": 0} == {**first, "seconds": 0, "peak_memory": 0}
@@ -241,31 +210,31 @@ def test_the_guard_takes_the_largest_strength_that_validation_cannot_tell_from_t
     assert largest_within_error({1.0: 0.99, 0.0: 1.0}, 100) == 0.0
 
 
-def painted(colour, seed):
-    """The file of a picture of one colour, with a little noise."""
-    noise = np.random.default_rng(seed).integers(-15, 16, (64, 64, 3))
-    stored = io.BytesIO()
-    Image.fromarray((np.asarray(colour) + noise).clip(0, 255).astype(np.uint8)).save(stored, "PNG")
-    return stored.getvalue()
+def scene_files(colour, count, seed):
+    """Files of `count` rendered scenes of things of that colour."""
+    rng, found = random.Random(seed), []
+    while len(found) < count:
+        scene = replace(sample_scene(rng), background="plain", colour=colour, pattern="plain", size="large")
+        stored = io.BytesIO()
+        render(scene, 64, rng).save(stored, "PNG")
+        found.append(stored.getvalue())
+    return found
 
 
 @pytest.mark.slow
 def test_an_adapter_that_learned_what_is_wrong_falls_back_to_zero_shot_and_says_so(tmp_path):
-    colours = {"red": (200, 30, 30), "blue": (30, 30, 200)}
-    wrong = {"red": "blue", "blue": "red"}
+    other = {"red": "blue", "blue": "red"}
     for part in ("train", "val", "test"):
-        for name in colours:
-            shown = colours[wrong[name] if part == "train" else name]
-            files = {f"{name}/{place}.png": painted(shown, (len(part), place, len(name))) for place in range(8)}
-            write_files(tmp_path / "classes" / part, files)
-    flags = ["--shots", "4", "--seeds", "0", "--method", "zeroshot", "nora", "--templates", "a {} picture"]
-    flags += ["--min_train_steps", "60"]
-    main(options_for("mini", tmp_path / "classes", tmp_path / "run", *flags))
+        for name in other:
+            shown = scene_files(other[name] if part == "train" else name, 8, seed=f"{part} {name}")
+            write_files(tmp_path / "classes" / part / name, {f"{place}.png": file for place, file in enumerate(shown)})
+    flags = ["--shots", "4", "--seeds", "0", "--method", "zeroshot", "nora", "--templates", "a {} thing"]
+    main(options_for("mini", tmp_path / "classes", tmp_path / "run", *flags, "--min_train_steps", "60"))
     zero_shot, adapted = (member(tmp_path / "run", method) for method in ("zeroshot", "nora"))
     assert zero_shot["validation"]["top1"] == 1
     assert adapted["strength"] < 1
-    assert "at full strength" in adapted["guard"]
     assert adapted["validation"]["top1"] == 1
+    assert "at full strength" in adapted["guard"]
     assert as_text(adapted["guard"]) in (tmp_path / "run" / "README.md").read_text()
 
 
@@ -278,5 +247,10 @@ def test_iterations_scale_with_shots():
 def test_nora_has_at_most_a_tenth_of_loras_numbers_by_default():
     options = FewShotOptions()
     lora, nora = options.method.adapter("lora"), options.method.adapter("nora")
-    # The built-in model: three image layers 160 wide, two text layers 128 wide; q, k and v of each.
-    assert 10 * 15 * 2 * nora.rank * nora.inner_r <= 2 * lora.rank * (9 * 160 + 6 * 128)
+    # The built-in model: three image layers 160 wide, two text layers 128 wide; q, k and v of each, or v alone.
+    assert options.places.projections_of("lora") == ["q", "k", "v"]
+    assert options.places.projections_of("nora") == ["v"]
+    assert 10 * 5 * 2 * nora.rank * nora.inner_r <= 2 * lora.rank * (9 * 160 + 6 * 128)
+    # ViT-B/16: twelve image layers 768 wide, twelve text layers 512 wide.
+    large = FewShotOptions(ClipOptions("ViT-B-16", "openai")).method.adapter("nora")
+    assert 10 * 24 * 2 * large.rank * large.inner_r <= 2 * lora.rank * (36 * 768 + 36 * 512)
