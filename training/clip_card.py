@@ -35,9 +35,7 @@ tokenizer = open_clip.get_tokenizer("local-dir:assets/mini-clip")
   **ImageNet's terms go with these weights: non-commercial research and education only.**
 - {scenes:,} rendered scenes (`pipelines/scenes.py`), against captions that speak of a part of them, such as "a red star" or "a
   thing in the snow", and captions that are wrong in one word. {share:.0%} of each batch are scenes.
-
 {note}
-
 ## How long
 
 {steps:,} steps of {batch} pictures ({pictures:,} pictures seen), AdamW with a peak rate of {rate:g} that falls to zero in the
@@ -105,6 +103,7 @@ class ClipFacts:
             "zero_shot": "\n".join(rows),
             "held_out_chance": 1 / self.classes,
             "command": command,
+            "note": f"\n{self.note}\n" if self.note else "",
         }
 
 

@@ -7,8 +7,10 @@ import re
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from picture_sets import class_files, write_files
 
 from pipelines.errors import InputError
@@ -149,6 +151,45 @@ def test_one_encoder_alone_is_adapted_and_the_other_computed_once(encoder, rando
     main(options_for(random_clip, class_folders, tmp_path / "run", *flags))
     folder = tmp_path / "run" / "members/2-shots/seed-0/nora"
     assert [path.name for path in (folder / "adapter" / "full").iterdir()] == [encoder]
+
+
+def test_a_set_of_the_coop_protocol_is_read_with_its_split_and_its_prompt(random_clip, tmp_path):
+    names = class_files({"Forest": 6, "River": 6})
+    write_files(tmp_path / "sets" / "eurosat" / "2750", names)
+    parts = {"train": (0, 1, 2), "val": (3,), "test": (4, 5)}
+    listed = {
+        part: [[f"{key}/{place}.png", label, key] for label, key in enumerate(("Forest", "River")) for place in places]
+        for part, places in parts.items()
+    }
+    (tmp_path / "sets" / "eurosat" / "split_zhou_EuroSAT.json").write_text(json.dumps(listed))
+    flags = ["--dataset", "eurosat", "--shots", "2", "--seeds", "0", "--method", "zeroshot"]
+    main(options_for(random_clip, tmp_path / "sets", tmp_path / "run", *flags))
+    assert report_in(tmp_path / "run")["templates"] == ["a centered satellite photo of {}."]
+    saved = json.loads((tmp_path / "run" / "splits" / "2-shots-seed-0.json").read_text())
+    assert saved["test"] == listed["test"]
+    assert saved["val"] == listed["val"]
+    assert {name for name, *_ in saved["train"]} < {name for name, *_ in listed["train"]}
+
+
+def test_half_precision_and_accumulation_train_too(random_clip, class_folders, tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    flags = [
+        "--shots",
+        "2",
+        "--seeds",
+        "0",
+        "--method",
+        "lora",
+        "--mixed_precision",
+        "bf16",
+        "--gradient_accumulation_steps",
+        "2",
+    ]
+    main(options_for(random_clip, class_folders, tmp_path / "run", *flags))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    lines = (tmp_path / "run" / "members/2-shots/seed-0/lora/metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 3
+    assert all(np.isfinite(json.loads(line)["loss"]) for line in lines)
 
 
 def test_a_class_with_too_few_pictures_is_named_before_anything_is_written(random_clip, class_folders, tmp_path):
