@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,18 +92,28 @@ def whole(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _state_dicts_of_whole_parameters(parts: Sequence[FSDPModule]) -> Iterator[None]:
-    """Leave out FSDP's hooks, which split parameters again before a state dict is read or loaded."""
+    """Leave out FSDP's hooks, which split parameters again before and after a state dict is read or loaded."""
     groups = [group for part in parts for group in part._get_fsdp_state()._fsdp_param_groups]
     for group in groups:
         for handles in (group._module_to_pre_save_state_dict_hook_handle, group._module_to_pre_load_state_dict_hook_handle):
             for handle in handles.values():
                 handle.remove()
             handles.clear()
+        for parameter in group.fsdp_params:
+            parameter._post_load_hook_handle.remove()
     try:
         yield
     finally:
         for group in groups:
             group._register_state_dict_hooks()
+            for parameter in group.fsdp_params:
+                reset = partial(_reset_after_load, parameter)
+                parameter._post_load_hook_handle = parameter._module_info.module.register_load_state_dict_post_hook(reset)
+
+
+def _reset_after_load(parameter: Any, module: nn.Module, incompatible_keys: object) -> None:
+    """What FSDP does after a state dict was loaded."""
+    parameter.reset_sharded_param()
 
 
 def gathered(value: Any) -> Any:
