@@ -7,12 +7,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from pipelines.fewshot.classifier import ZERO_SHOT
 from pipelines.fewshot.metrics import Interval, Reliability
 from pipelines.fewshot.plots import comparison_figure, confusion_figure, per_class_figure, reliability_figure
 from training.options.fewshot import ALL
 
 Report = Mapping[str, Any]
-ZERO_SHOT = "zeroshot"
 
 
 def loaded_member(report: Report) -> dict[str, Any]:

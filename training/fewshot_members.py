@@ -225,7 +225,7 @@ def to_train(
     loss = ClassificationLoss(clip, study.prompts, class_features, reads_features)
     labels = torch.tensor([picture.label for picture in drawn.train])
     size = processes * min(how.train_batch_size, math.ceil(len(labels) / processes))
-    pictures = DrawnViews(drawn.training_examples) if reads_features else drawn.altered()
+    pictures = DrawnViews(drawn.training_examples.all_views()) if reads_features else drawn.altered()
     batches = LabelledBatches(pictures, labels, size, drawn.split.seed)
     trained = {"params": adapters.trained_parameters(components), "lr": learning_rate}
     optimizer = Adam(weight_decay=how.adam_weight_decay).optimizer([trained])

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipelines.fewshot.metrics import Interval, interval_over_seeds
 from training.fewshot_members import Member
-from training.fewshot_study import Study
+from training.fewshot_study import Study, keys
 from training.options.fewshot import ALL, FewShotOptions
 
 RESULT = "result.json"
@@ -20,12 +20,7 @@ AVERAGED = ("trained_numbers", "stored_bytes", "seconds", "peak_memory")
 
 def members_of(options: FewShotOptions) -> list[Member]:
     """All that a run fits, draw by draw."""
-    return [
-        Member(shots, seed, method)
-        for shots in options.data.all_shots()
-        for seed in options.data.seeds
-        for method in options.method.method
-    ]
+    return [Member(*key, method) for key in keys(options.data) for method in options.method.method]
 
 
 def shown_member(options: FewShotOptions) -> Member:

@@ -13,7 +13,6 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms import Compose, RandomHorizontalFlip
 
-from pipelines.fewshot.baselines.task import Examples
 from pipelines.fewshot.clip import Clip
 from pipelines.fewshot.data import LabelledPicture, read
 from pipelines.randomness import Draw, keyed_generator
@@ -98,15 +97,14 @@ class DrawnViews:
     """Features of pictures, computed once, for an image encoder that is frozen; each in one of its views.
 
     Args:
-        examples: features of the pictures and of altered views of them.
+        views: (v, n, d), features of length 1 of v views of n pictures, such as `Examples.all_views` gives.
     """
 
-    examples: Examples
+    views: torch.Tensor
 
     def drawn(self, places: Sequence[int], generator: torch.Generator) -> torch.Tensor:
         """The features of the pictures at `places`, (n, d)."""
-        views = self.examples.all_views()
-        return views[torch.randint(len(views), (len(places),), generator=generator), list(places)]
+        return self.views[torch.randint(len(self.views), (len(places),), generator=generator), list(places)]
 
 
 @dataclass(frozen=True)
