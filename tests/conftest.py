@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from PIL import Image
 from safetensors.torch import save_file
 from tiny_pipeline import tiny_pipeline
@@ -11,6 +12,12 @@ from pipelines import mini_clip
 from pipelines.mini_sdxl import PROMPT_WORDS, reduced_tokenizer
 
 SIZES = ((40, 30), (30, 40), (33, 33))
+
+
+@pytest.fixture(autouse=True)
+def accelerate_state():
+    """Every test starts as a recipe does: with accelerate's state, which its loggers need, whatever ran before it."""
+    PartialState()
 
 
 @pytest.fixture(scope="session")

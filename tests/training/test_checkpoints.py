@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from regression import trainable, trained
 from torch import nn
 
@@ -18,8 +18,7 @@ from training.run import RunDirectory
 
 @pytest.fixture(autouse=True)
 def warnings_of(caplog):
-    """What was warned of; accelerate's loggers want to know their process."""
-    PartialState()
+    """What was warned of."""
     return caplog
 
 

@@ -4,7 +4,6 @@ import logging
 import warnings
 
 import pytest
-from accelerate import PartialState
 from accelerate.logging import get_logger
 
 from training.console import speaking
@@ -14,7 +13,6 @@ NAME = "training.something"
 
 @pytest.fixture
 def logger():
-    PartialState()
     return get_logger(NAME)
 
 

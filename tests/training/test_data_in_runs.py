@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -125,7 +125,6 @@ def test_one_of_several_subjects_pictures_is_held_out_by_folder_and_name(picture
 
 
 def test_pictures_smaller_than_the_models_own_resolution_are_named_in_the_run(tmp_path):
-    PartialState()
     run = RunDirectory.create(tmp_path / "run", {})
     record_report(examine(SAMPLE_SUBJECT), 1024, run)
     entries = json.loads((run.path / "photos.json").read_text())["pictures"]
