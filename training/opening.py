@@ -15,6 +15,7 @@ from pipelines.errors import InputError
 from training.checkpoints import newest_step
 from training.options.output import LATEST, RunOptions
 from training.provenance import command_line
+from training.record import OPTIONS
 from training.resuming import check_can_resume
 from training.run import RunDirectory, write_text_atomically
 from training.tracking import start_tracker
@@ -42,7 +43,7 @@ def open_run(options: RecipeOptions, title: str, accelerator: Accelerator) -> Ru
     output.output_dir = str(path)
     if output.resume_from_checkpoint == LATEST:
         check_can_resume(path, options.to_dict(), accelerator.num_processes)
-    elif (path / "options.json").exists():
+    elif (path / OPTIONS).exists():
         raise InputError(f"{str(path)!r} holds a run. Give another --output_dir, or go on with --resume_from_checkpoint latest.")
     accelerator.wait_for_everyone()
     run = RunDirectory.create(path, options.to_dict(), accelerator.is_main_process)

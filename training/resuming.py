@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import InputError
-from training.run import RunDirectory
+from training.record import OPTIONS, RunRecord
 
-OPTIONS = "options.json"
 # What is written and shown, how long to train, and who makes the batches.
 MAY_CHANGE_GROUPS = frozenset({"output", "judging"})
 MAY_CHANGE = frozenset({"max_train_steps", "dataloader_num_workers", "sample_batch_size"})
@@ -24,7 +23,7 @@ def check_can_resume(path: Path, options: dict[str, Any], processes: int) -> Non
         processes: how many there are now.
     Raises: InputError showing each difference, or naming the process that is still at work on the run.
     """
-    run = RunDirectory(path, writes=False)
+    run = RunRecord(path)
     if not (path / OPTIONS).exists():
         return
     if run.is_at_work():

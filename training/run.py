@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,13 +16,14 @@ from PIL import Image
 
 from training.checkpoints import list_checkpoints
 from training.durable import DiskFullError, free_bytes, is_disk_full, write_text_atomically
+from training.record import METRICS, OPTIONS, STATUS, RunRecord
 from training.tracking import log_picture
 
 RESERVE, RESERVED_BYTES = ".reserve", 1 << 16
 
 
 @dataclass(frozen=True)
-class RunDirectory:
+class RunDirectory(RunRecord):
     """The directory of one run; the command line writes it, everything else only reads it.
 
     Args:
@@ -32,19 +32,8 @@ class RunDirectory:
         trackers: what else all metrics and pictures are handed to.
     """
 
-    path: Path
     writes: bool = True
     trackers: list[GeneralTracker] = field(default_factory=list, compare=False)
-
-    @property
-    def samples(self) -> Path:
-        """Pictures made while training."""
-        return self.path / "samples"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Training states to resume from."""
-        return self.path / "checkpoints"
 
     @classmethod
     def create(cls, path: Path, options: Mapping[str, Any], writes: bool = True) -> RunDirectory:
@@ -53,7 +42,7 @@ class RunDirectory:
         if writes:
             run.samples.mkdir(parents=True, exist_ok=True)
             run.checkpoints.mkdir(exist_ok=True)
-            write_text_atomically(path / "options.json", json.dumps(options, indent=2, default=str) + "\n")
+            write_text_atomically(path / OPTIONS, json.dumps(options, indent=2, default=str) + "\n")
         return run
 
     def update_status(self, **fields: Any) -> None:
@@ -62,26 +51,13 @@ class RunDirectory:
             return
         process = psutil.Process()
         own = {"pid": process.pid, "pid_started": process.create_time(), "heartbeat": time.time()}
-        write_text_atomically(self.path / "status.json", json.dumps({**self.status(), **fields, **own}, indent=2) + "\n")
-
-    def status(self) -> dict[str, Any]:
-        """The fields of status.json; empty before the first update."""
-        path = self.path / "status.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-    def is_at_work(self) -> bool:
-        """Whether the process that wrote the status last still runs."""
-        status = self.status()
-        if status.get("state") != "running" or not psutil.pid_exists(status["pid"]):
-            return False
-        # Ids are given again; start times are not.
-        return status["pid"] != os.getpid() and psutil.Process(status["pid"]).create_time() == status["pid_started"]
+        write_text_atomically(self.path / STATUS, json.dumps({**self.status(), **fields, **own}, indent=2) + "\n")
 
     def log(self, step: int, **values: float) -> None:
         """Append one line of `values` at `step` to metrics.jsonl."""
         if not self.writes:
             return
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as lines:
+        with (self.path / METRICS).open("a", encoding="utf-8") as lines:
             lines.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
         for tracker in self.trackers:
             tracker.log(values, step=step)
@@ -94,17 +70,11 @@ class RunDirectory:
         for tracker in self.trackers:
             log_picture(tracker, name, picture, step)
 
-    def metrics(self) -> list[dict[str, float]]:
-        """The lines of metrics.jsonl, oldest first; a last line cut short by a crash is left out."""
-        path = self.path / "metrics.jsonl"
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
     def forget_metrics_after(self, step: int) -> None:
         """Drop the lines of steps after `step`, which a resumed run is about to write again."""
-        if self.writes and (self.path / "metrics.jsonl").exists():
+        if self.writes and (self.path / METRICS).exists():
             kept = [line for line in self.metrics() if line["step"] <= step]
-            write_text_atomically(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+            write_text_atomically(self.path / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
 
     def recording(self) -> Recording:
         """Record in status.json how the enclosed work ends: "done", "stopped" by the user, or "failed" with the error."""

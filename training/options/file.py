@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from pipelines.errors import InputError
+from training.record import OPTIONS, STATUS
 
-RUN_OPTIONS, RUN_STATUS = "options.json", "status.json"
 # What belongs to the run that wrote its options, and not to one that repeats it.
 OF_ONE_RUN = ("output_dir", "resume_from_checkpoint")
 
@@ -56,7 +56,7 @@ def as_flags(path: Path, parser: argparse.ArgumentParser, groups: Collection[str
     fields: dict[str, Any] = {}
     for name, value in read_options_file(path).items():
         fields |= value if name in groups and isinstance(value, dict) else {name: value}
-    if path.name == RUN_OPTIONS and (path.parent / RUN_STATUS).exists():
+    if path.name == OPTIONS and (path.parent / STATUS).exists():
         fields = {name: value for name, value in fields.items() if name not in OF_ONE_RUN}
     known = {action.dest: action for action in parser._actions}
     flags = []

@@ -1,0 +1,42 @@
+"""The page: a frame, and one screen a tab. It is built without loading any model library, so that it is up in seconds."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import gradio as gr
+
+from webui.errors import in_plain_words
+from webui.screens import check, classify, judge, photos, runs, train, use
+from webui.settings import Settings
+from webui.shell import POLL_SECONDS, Shell
+
+SCREENS: dict[str, tuple[str, ModuleType]] = {
+    "photos": ("1 Photos", photos),
+    "check": ("2 Check", check),
+    "train": ("3 Train", train),
+    "judge": ("4 Judge", judge),
+    "use": ("5 Use", use),
+    "classify": ("Classify", classify),
+    "runs": ("Runs", runs),
+}
+
+
+def build_page(settings: Settings) -> gr.Blocks:
+    """The whole app as one page."""
+    with gr.Blocks(title="NoRA Vision", analytics_enabled=False, fill_width=False, delete_cache=(3600, 86400)) as page:
+        gr.HTML("<header><h1>NoRA Vision</h1><p>Adapt a large vision model from a handful of pictures.</p></header>")
+        run = gr.Dropdown(label="Run", info="What Train, Judge and Use are about.", elem_id="run", interactive=True)
+        clock = gr.Timer(POLL_SECONDS, active=False)
+        with gr.Tabs(elem_id="screens") as tabs:
+            shell = Shell(page, settings, run, tabs, clock)
+            for name, (title, screen) in SCREENS.items():
+                with gr.Tab(title, id=name, elem_id=f"screen-{name}"):
+                    screen.build(shell)
+
+        @in_plain_words
+        def come_back(request: gr.Request) -> list[dict[str, object]]:
+            return shell.show(settings.workspace(request))
+
+        page.load(come_back, outputs=shell.outputs, api_visibility="private")
+    return page

@@ -1,0 +1,12 @@
+"""The screen Runs."""
+
+from __future__ import annotations
+
+import gradio as gr
+
+from webui.shell import Shell
+
+
+def build(shell: Shell) -> None:
+    """Put the screen into the open tab."""
+    gr.Markdown("Runs")

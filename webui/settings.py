@@ -1,0 +1,58 @@
+"""What the server was started with, and whose workspace a request may see."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+
+import gradio as gr
+
+from pipelines.errors import InputError
+from webui.workspace import ID, Workspace
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the app runs.
+
+    Args:
+        runs_dir: the folder of runs; with accounts, of one folder of runs an account.
+        sets_dir: the same for uploaded pictures.
+        host, port: where it listens.
+        accounts: the file of names and hashed passwords; None without passwords.
+        base_models: what runs may start from besides the built-in models, when others than the machine's own user are there.
+    """
+
+    runs_dir: Path = Path("runs")
+    sets_dir: Path = Path("uploads")
+    host: str = "127.0.0.1"
+    port: int = 7860
+    accounts: Path | None = None
+    base_models: tuple[str, ...] = ()
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only the machine's own user can be there: then folders and models of the machine may be named."""
+        return self.accounts is None and _is_loopback(self.host)
+
+    def workspace(self, request: gr.Request | None) -> Workspace:
+        """The workspace of whoever sent `request`.
+
+        Raises: InputError if accounts are in use and the request is nobody's.
+        """
+        if self.accounts is None:
+            return Workspace(self.runs_dir, self.sets_dir)
+        user = None if request is None else request.username
+        if not user or not ID.fullmatch(user):
+            raise InputError("You are not signed in. Reload the page and sign in.")
+        return Workspace(self.runs_dir / user, self.sets_dir / user, user)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
