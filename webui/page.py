@@ -25,7 +25,7 @@ SCREENS: dict[str, tuple[str, ModuleType]] = {
 def build_page(settings: Settings) -> gr.Blocks:
     """The whole app as one page."""
     with gr.Blocks(title="NoRA Vision", analytics_enabled=False, fill_width=False, delete_cache=(3600, 86400)) as page:
-        gr.HTML("<header><h1>NoRA Vision</h1><p>Adapt a large vision model from a handful of pictures.</p></header>")
+        gr.HTML('<header class="brand"><h1>NoRA Vision</h1><p>Adapt a large vision model from a handful of pictures.</p></header>')
         run = gr.Dropdown(label="Run", info="What Train, Judge and Use are about.", elem_id="run", interactive=True)
         clock = gr.Timer(POLL_SECONDS, active=False)
         with gr.Tabs(elem_id="screens") as tabs:
