@@ -9,7 +9,7 @@ import gradio as gr
 from webui.errors import in_plain_words
 from webui.screens import check, classify, judge, photos, runs, train, use
 from webui.settings import Settings
-from webui.shell import POLL_SECONDS, Shell
+from webui.shell import EMPTY_DRAFT, POLL_SECONDS, Shell
 
 SCREENS: dict[str, tuple[str, ModuleType]] = {
     "photos": ("1 Photos", photos),
@@ -27,9 +27,10 @@ def build_page(settings: Settings) -> gr.Blocks:
     with gr.Blocks(title="NoRA Vision", analytics_enabled=False, fill_width=False, delete_cache=(3600, 86400)) as page:
         gr.HTML('<header class="brand"><h1>NoRA Vision</h1><p>Adapt a large vision model from a handful of pictures.</p></header>')
         run = gr.Dropdown(label="Run", info="What Train, Judge and Use are about.", elem_id="run", interactive=True)
+        draft = gr.BrowserState(EMPTY_DRAFT, storage_key="draft")
         clock = gr.Timer(POLL_SECONDS, active=False)
         with gr.Tabs(elem_id="screens") as tabs:
-            shell = Shell(page, settings, run, tabs, clock)
+            shell = Shell(page, settings, run, tabs, draft, clock)
             for name, (title, screen) in SCREENS.items():
                 with gr.Tab(title, id=name, elem_id=f"screen-{name}"):
                     screen.build(shell)

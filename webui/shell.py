@@ -11,6 +11,7 @@ from webui.views import views
 from webui.workspace import Workspace
 
 POLL_SECONDS = 1.5
+EMPTY_DRAFT = {"set": None, "preset": "Balanced", "options": {}}
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Shell:
         settings: what the server was started with.
         run: the id of the run that Train, Judge and Use are about.
         tabs: all screens, by the ids of `webui.page.SCREENS`.
+        draft: what is being prepared for the next run, kept by the browser: {"set": id of its pictures or None, "options": the
+            values that differ from the defaults, by group, "preset": its name}. Never what a run has become.
         clock: ticks every `POLL_SECONDS` while a run of the user's is at work, and stands still otherwise.
     """
 
@@ -29,6 +32,7 @@ class Shell:
     settings: Settings
     run: gr.Dropdown
     tabs: gr.Tabs
+    draft: gr.BrowserState
     clock: gr.Timer
 
     @property
