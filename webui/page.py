@@ -11,6 +11,7 @@ from webui.screens import check, classify, judge, photos, runs, train, use
 from webui.settings import Settings
 from webui.shell import EMPTY_DRAFT, POLL_SECONDS, Shell
 
+HEADER = '<header class="brand"><h1>NoRA Vision</h1><p>Adapt a large vision model from a handful of pictures.</p></header>'
 SCREENS: dict[str, tuple[str, ModuleType]] = {
     "photos": ("1 Photos", photos),
     "check": ("2 Check", check),
@@ -25,9 +26,10 @@ SCREENS: dict[str, tuple[str, ModuleType]] = {
 def build_page(settings: Settings) -> gr.Blocks:
     """The whole app as one page."""
     with gr.Blocks(title="NoRA Vision", analytics_enabled=False, fill_width=False, delete_cache=(3600, 86400)) as page:
-        gr.HTML('<header class="brand"><h1>NoRA Vision</h1><p>Adapt a large vision model from a handful of pictures.</p></header>')
+        gr.HTML(HEADER)
         run = gr.Dropdown(label="Run", info="What Train, Judge and Use are about.", elem_id="run", interactive=True)
-        draft = gr.BrowserState(EMPTY_DRAFT, storage_key="draft")
+        # Not secret; under a key of this server alone the draft would be lost when it starts again.
+        draft = gr.BrowserState(EMPTY_DRAFT, storage_key="nora-vision-draft", secret="nora-vision-draft")
         clock = gr.Timer(POLL_SECONDS, active=False)
         with gr.Tabs(elem_id="screens") as tabs:
             shell = Shell(page, settings, run, tabs, draft, clock)
