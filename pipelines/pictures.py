@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
@@ -80,6 +79,9 @@ def read_picture(source: Path | BinaryIO, name: str | None = None, max_pixels: i
 def upright_rgb(opened: Image.Image) -> Image.Image:
     """`opened` as RGB, upright as its EXIF orientation says; transparent parts become white."""
     upright = ImageOps.exif_transpose(opened)
+    if upright.mode.startswith("I"):
+        # 16 bits a pixel, which Pillow would clip at 255.
+        upright = upright.convert("F").point(lambda value: value / 257).convert("L")
     if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
         upright = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
@@ -88,6 +90,11 @@ def upright_rgb(opened: Image.Image) -> Image.Image:
 
 def as_grid(pictures: list[Image.Image], columns: int) -> Image.Image:
     """The pictures in rows of `columns`; the places left over in the last row are black."""
+    # It brings a model library, which nothing else here needs: the web app reads pictures before it loads one.
+
+    # Here, since it loads torch, which reading a picture does not need.
+    from diffusers.utils import make_image_grid
+
     rows = -(-len(pictures) // columns)
     blank = Image.new("RGB", pictures[0].size)
     return make_image_grid(pictures + [blank] * (rows * columns - len(pictures)), rows=rows, cols=columns)

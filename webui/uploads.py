@@ -1,0 +1,214 @@
+"""What a user hands in: pictures, zips of class folders and adapter files, of which nothing else gets in.
+
+A picture is recognised by its content, checked against limits before it is decoded, and written anew under a name of ours
+(`webui.incoming`), so that neither metadata nor anything that hides in a file comes along. One that cannot be used is refused
+in a sentence, and the others are added.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+from pipelines.errors import InputError
+from pipelines.fewshot.archives import ZipContent, ZipLimits, ZippedFile, read_zip
+from webui.incoming import SUFFIXES, Picture, check_size, display_name, read_upload, reencoded
+from webui.picture_sets import SET, Entry, add_class, changing, place_for
+from webui.workspace import Workspace
+
+File = TypeVar("File")
+MAX_SETS = 500
+MAX_PICTURES = 20_000
+MAX_USER_BYTES = 8 * 2**30
+ZIP_LIMITS = ZipLimits(members=MAX_PICTURES, total_bytes=2 * 2**30)
+# No more is kept in memory before it is written.
+BATCH = 8
+# A file of adapters for SDXL with text encoders at rank 64.
+MAX_ADAPTER_BYTES = 512 * 2**20
+# Hidden, so that it is no picture set's id.
+ADAPTERS = ".adapters"
+# More sentences than this are summed up in one.
+SENTENCES = 20
+
+
+@dataclass
+class Added:
+    """What became of an upload.
+
+    Args:
+        names: what the pictures are called by now: their files, below the set's folder.
+        refused: a plain sentence for each file that was not taken; it holds users' words, to be escaped wherever it is shown.
+    """
+
+    names: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+
+class FullError(InputError):
+    """The user's room is used up, so that no further picture fits either."""
+
+
+def add_pictures(folder: Path, files: Sequence[str | Path], class_folder: str | None = None) -> Added:
+    """Add pictures to a set; those that cannot be used are refused and keep none of the others out.
+
+    Args:
+        folder: the set's.
+        files: uploaded files.
+        class_folder: the class that they are added to; None for none.
+    Raises: InputError if the set or the class is gone.
+    """
+    added = Added()
+    named = ((display_name(file), Path(file)) for file in files)
+    try:
+        _add(folder, _readable(named, read_upload, added), class_folder, added)
+    except FullError as error:
+        added.refused.append(str(error))
+    return _summed_up(added)
+
+
+def add_zip(folder: Path, file: str | Path) -> Added:
+    """Add the class folders of a zip to a set: each folder that holds pictures is a class, called as the folder.
+
+    Args:
+        folder: the set's.
+        file: the uploaded zip.
+    Raises: InputError if it is none, or anything in it is such as no honest zip has; then nothing of it is added.
+    """
+    path, added = Path(file), Added()
+    groups = _class_folders(path, added)
+    try:
+        for name, members in groups.items():
+            named = ((member.name, member) for member in members)
+            _add(folder, _readable(named, _read_zipped, added), add_class(folder, name), added)
+    except FullError as error:
+        added.refused.append(str(error))
+    return _summed_up(added)
+
+
+def check_adapter(file: str | Path) -> Path:
+    """Check that a file is a LoRA or NoRA adapter: safetensors by its content, with an adapter's tensors, all finite.
+
+    Returns: the file.
+    Raises: InputError saying what is wrong with it; nothing in it was run.
+    """
+    # Here, since it loads torch.
+    from webui.work.adapter_files import check_tensors
+
+    path, name = Path(file), display_name(file)
+    size = path.stat().st_size
+    if size > MAX_ADAPTER_BYTES:
+        raise InputError(f"{name} has {size / 2**20:.0f} MB, and an adapter may have {MAX_ADAPTER_BYTES // 2**20} MB at most.")
+    check_tensors(path, name)
+    return path
+
+
+def add_adapter(workspace: Workspace, file: str | Path) -> Path:
+    """Copy an adapter among the user's files, under a name of ours; returns the copy.
+
+    Raises: InputError as `check_adapter`, or if there is no room.
+    """
+    checked = check_adapter(file)
+    _check_room(workspace.sets, 0, checked.stat().st_size)
+    folder = workspace.sets / ADAPTERS
+    folder.mkdir(parents=True, exist_ok=True)
+    copy = folder / f"{secrets.token_hex(8)}.safetensors"
+    beside = copy.with_suffix(".part")
+    try:
+        shutil.copyfile(checked, beside)
+        copy.with_suffix(".txt").write_text(display_name(file), encoding="utf-8")
+        beside.replace(copy)
+    finally:
+        beside.unlink(missing_ok=True)
+    return copy
+
+
+def adapters(workspace: Workspace) -> list[tuple[str, Path]]:
+    """The adapters that the user added, newest first: what each is called (to be escaped) and where it lies."""
+    found = sorted((workspace.sets / ADAPTERS).glob("*.safetensors"), key=lambda path: path.stat().st_mtime, reverse=True)
+    return [(path.with_suffix(".txt").read_text(encoding="utf-8"), path) for path in found]
+
+
+def _add(folder: Path, pictures: Iterator[tuple[str, Picture]], class_folder: str | None, added: Added) -> None:
+    """Write pictures into a set as they come; others may change it between two batches."""
+    while batch := list(islice(pictures, BATCH)):
+        with changing(folder) as content:
+            home = content if class_folder is None else content.class_in(class_folder)
+            _check_room(folder.parent, len(batch), sum(len(picture.content) for _, picture in batch))
+            for name, picture in batch:
+                path = place_for(folder, home, picture.suffix)
+                beside = path.with_name(f".{path.name}")
+                beside.write_bytes(picture.content)
+                os.replace(beside, path)
+                home.pictures.append(Entry(path.relative_to(folder).as_posix(), display_name(name)))
+                added.names.append(home.pictures[-1].file)
+
+
+def _readable(
+    named: Iterable[tuple[str, File]], read: Callable[[File, str], Picture], added: Added
+) -> Iterator[tuple[str, Picture]]:
+    """The pictures that can be used, each with its name; the others are refused."""
+    for name, file in named:
+        try:
+            yield name, read(file, name)
+        except InputError as error:
+            added.refused.append(str(error))
+
+
+def _read_zipped(member: ZippedFile, name: str) -> Picture:
+    check_size(member.size(), name)
+    return reencoded(member.content(), name)
+
+
+def _class_folders(path: Path, added: Added) -> dict[str, list[ZippedFile]]:
+    """The pictures of a zip by the name of the folder that holds them; what is no picture is refused."""
+    name = display_name(path)
+    try:
+        if not zipfile.is_zipfile(path):
+            raise InputError(f"{name} is not a zip. Pack one folder of pictures for each class into a zip.")
+        groups = _grouped(read_zip(path, ZIP_LIMITS), added)
+    except InputError as error:
+        # The page does not tell where the server keeps uploads.
+        raise InputError(str(error).replace(repr(str(path)), name)) from error
+    if not groups:
+        raise InputError(f"{name} holds no folder with pictures. Pack one folder of pictures for each class into a zip.")
+    return groups
+
+
+def _grouped(content: ZipContent, added: Added) -> dict[str, list[ZippedFile]]:
+    groups: dict[str, list[ZippedFile]] = {}
+    for file in content.files:
+        place = PurePosixPath(file.name)
+        if place.suffix.lower() == ".zip":
+            added.refused.append(f"{file.name} is a zip within the zip and was left out. Unpack it first, or add it by itself.")
+        elif place.suffix.lower() not in SUFFIXES:
+            added.refused.append(f"{file.name} is not a JPEG, PNG or WebP picture and was left out.")
+        elif len(place.parts) < 2:
+            added.refused.append(f"{file.name} lies in no class's folder and was left out. Put it into the folder of its class.")
+        else:
+            groups.setdefault(place.parent.name, []).append(file)
+    return groups
+
+
+def _check_room(sets: Path, pictures: int, size: int) -> None:
+    """Raise FullError if the user's folder `sets` has no room for so many more pictures and bytes."""
+    held = [entry.stat().st_size for entry in sets.rglob("*") if entry.is_file()]
+    if len(list(sets.glob(f"*/{SET}"))) > MAX_SETS:
+        raise FullError(f"You have {MAX_SETS} sets of pictures, and no more are kept. Delete one that you no longer need.")
+    if pictures and len(held) + pictures > MAX_PICTURES:
+        raise FullError(f"You have {MAX_PICTURES:,} pictures, and no more are kept. Delete a set that you no longer need.")
+    if sum(held) + size > MAX_USER_BYTES:
+        raise FullError(f"Your files take {MAX_USER_BYTES >> 30} GB, and no more is kept. Delete a set that you no longer need.")
+
+
+def _summed_up(added: Added) -> Added:
+    if len(added.refused) > SENTENCES:
+        rest = len(added.refused) - SENTENCES + 1
+        added.refused[SENTENCES - 1 :] = [f"{rest} further files were left out for like reasons."]
+    return added
