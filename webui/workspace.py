@@ -24,11 +24,20 @@ class Workspace:
         runs: the folder of runs, one folder each.
         sets: the folder of uploaded pictures, one folder each.
         user: the account's name; None where there are no accounts.
+        is_local: whether folders and models of the machine may be named.
+        base_models: what runs may start from besides the built-in models where they may not.
     """
 
     runs: Path
     sets: Path
     user: str | None = None
+    is_local: bool = True
+    base_models: tuple[str, ...] = ()
+
+    @property
+    def all_runs(self) -> Path:
+        """The folder of all users' runs, or of their folders of runs: what shares the machine's devices."""
+        return self.runs if self.user is None else self.runs.parent
 
     def run_ids(self) -> list[str]:
         """The ids of all runs, whoever started them, newest first."""

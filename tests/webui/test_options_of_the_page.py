@@ -1,0 +1,214 @@
+"""Options as the page has them: the same as on the command line, checked one by one, and no door into the machine."""
+
+import dataclasses
+import typing
+
+import pytest
+
+from pipelines.errors import InputError
+from training.options import parse_options
+from training.options.command_line import groups_of
+from training.options.fewshot import parse_fewshot_options
+from webui.work.options import KINDS, MACHINE_FIELDS, build, built, changed, cleaned, default_of, fields_of, flags
+from webui.workspace import Workspace
+
+PARSERS = {"subject": parse_options, "classify": parse_fewshot_options}
+# Where a value of the field's type is not enough, and what must be given with it.
+FITTING = {
+    "instance_prompt": "a photo of -sks \"dog\"'s; $HOME\n*", "class_prompt": "-a dog", "validation_prompt": ["a b", "", "c=d"],
+    "resolution": 64, "rank": 12, "aspect_ratio_buckets": "64,64", "size_conditioning": "picture", "method": "dora", "inner_init": "gaussian",
+    "target_modules": ["to_q", "to_v"], "lr_scheduler": "linear", "optimizer": "Prodigy", "text_encoder_lr": [1e-05, 2.5e-4],
+    "quantize": "nf4", "mixed_precision": "bf16", "prior_generation_precision": "fp32", "report_to": "none",
+    "hub_model_id": "a/b", "adam_beta1": 0.5, "adam_beta2": 0.1 + 0.2, "ema_decay": 0.5, "dropout": 0.125,
+    "class_names": ["c00=-a=b", "c01=é 猫"], "templates": ["a {}", "b {}"], "shots": ["4", "all"], "seeds": [3, 1],
+    "test_share": 1 / 3, "crop_scale": [0.25, 0.75], "encoders": "image", "projections": ["q", "v"], "layers": "last-1",
+    "export": ["lora", "merged"], "lora_plus_ratio": 4.0, "heldout_image": "none",
+}  # fmt: skip
+NEEDED = {
+    "text_encoder_lr": {"adapter": {"train_text_encoder": True}},
+    "stop_text_encoder_training": {"adapter": {"train_text_encoder": True}},
+    "hub_model_id": {"judging": {"push_to_hub": True}},
+}
+FOLDERS = ("data_dir", "instance_data_dir", "class_data_dir", "cache_dir")
+
+
+def every_field():
+    for task, kind in KINDS.items():
+        for group, fields in groups_of(kind).items():
+            for field in fields_of(fields).values():
+                if field.name not in ("output_dir", "resume_from_checkpoint", "hub_token", "dataset"):
+                    yield task, group, field
+
+
+def another(task, field, folder):
+    """A value of the field that is not its default."""
+    if field.name in FOLDERS:
+        return str(folder)
+    if field.name == "method" and task == "classify":
+        return ["lora", "nora"]
+    if field.name in FITTING:
+        return FITTING[field.name]
+    kind = next(kind for kind in (*typing.get_args(field.type), field.type) if isinstance(kind, type))
+    return {bool: not default_of(field), int: 5, float: 0.3, str: "text"}[kind]
+
+
+@pytest.fixture
+def local(tmp_path):
+    return Workspace(tmp_path / "runs", tmp_path / "sets")
+
+
+@pytest.fixture
+def guest(tmp_path):
+    return Workspace(tmp_path / "runs", tmp_path / "sets", "anna", is_local=False, base_models=("owner/model",))
+
+
+@pytest.mark.parametrize(("task", "group", "field"), [pytest.param(*one, id=f"{one[0]}-{one[2].name}") for one in every_field()])
+def test_every_field_is_the_same_on_the_command_line(task, group, field, local, tmp_path):
+    values = {name: dict(fields) for name, fields in NEEDED.get(field.name, {}).items()}
+    values.setdefault(group, {})[field.name] = another(task, field, tmp_path)
+    if field.name == "instance_data_dir":
+        values[group]["instance_prompt"] = "a photo of sks dog"
+    kept = cleaned(local, task, values)
+    assert field.name in kept[group]
+    assert PARSERS[task](flags(task, kept)) == built(task, kept)
+
+
+@pytest.mark.parametrize("task", KINDS)
+def test_what_is_not_changed_is_no_flag_and_a_field_that_is_empty_unless_said_has_that_as_its_default(task, local):
+    defaults = {
+        group: {field.name: default_of(field) for field in fields_of(fields).values()}
+        for group, fields in groups_of(KINDS[task]).items()
+    }
+    assert flags(task, cleaned(local, task, defaults)) == []
+    for fields in groups_of(KINDS[task]).values():
+        for field in fields_of(fields).values():
+            assert type(None) not in typing.get_args(field.type) or default_of(field) is None
+
+
+def test_a_boolean_that_is_true_by_default_is_switched_off_by_its_no_flag(local):
+    assert flags("subject", {"judging": {"certify": False}, "adapter": {"train_text_encoder": True}}) == [
+        "--no_certify", "--train_text_encoder",
+    ]  # fmt: skip
+
+
+def test_all_fields_at_once_are_the_same_options(local):
+    values = {"optimisation": {"max_train_steps": 40, "learning_rate": 1e-05}, "data": {"center_crop": False}}
+    values |= {"output": {"validation_prompt": ["a", "b"], "ladder": False}, "judging": {"certify": False}}
+    kept = cleaned(local, "subject", values)
+    assert parse_options(flags("subject", kept)) == build(local, "subject", values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"optimization": {}}, "no group of options called 'optimization'"),
+        ({"optimisation": {"max_train_step": 3}}, "no option 'max_train_step'. Did you mean 'max_train_steps'"),
+        ({"optimisation": {"max_train_steps": "3"}}, "max_train_steps must be a whole number"),
+        ({"optimisation": {"max_train_steps": 3.5}}, "max_train_steps must be a whole number"),
+        ({"optimisation": {"max_train_steps": True}}, "max_train_steps must be a whole number"),
+        ({"optimisation": {"max_train_steps": 10**400}}, "max_train_steps must be a whole number"),
+        ({"optimisation": {"max_train_steps": None}}, "max_train_steps must be a whole number"),
+        ({"optimisation": {"max_train_steps": 0}}, "max_train_steps must be at least 1"),
+        ({"optimisation": {"learning_rate": float("nan")}}, "learning_rate must be a number"),
+        ({"optimisation": {"learning_rate": float("inf")}}, "learning_rate must be a number"),
+        ({"optimisation": {"text_encoder_lr": 3.0}}, "text_encoder_lr must be a list"),
+        ({"output": {"validation_prompt": []}}, "validation_prompt must be a list of one"),
+        ({"output": {"validation_prompt": ["a", 3.5]}}, "validation_prompt must be a text"),
+        ({"output": {"validation_prompt": ["a\0"]}}, "character that cannot be written"),
+        ({"data": {"instance_prompt": "\ud800"}}, "character that cannot be written"),
+        ({"data": {"instance_prompt": "a" * 5000}}, "at most 4000 characters"),
+        ({"data": {"instance_prompt": ["a"]}}, "instance_prompt must be a text"),
+        ({"data": {"center_crop": "no"}}, "center_crop must be true or false"),
+        ({"model": {"quantize": "int8"}}, "quantize must be one of nf4"),
+        ({"adapter": {"method": "magic"}}, "method must be one of"),
+        ({"adapter": {"inner_r": 64, "rank": 4}}, "inner_r"),
+        ({"adapter": 3}, "'adapter' must be a table"),
+        ([], "The options must be a table"),
+        ({"output": {"output_dir": "/elsewhere"}}, "output_dir is not set here"),
+        ({"output": {"resume_from_checkpoint": "latest"}}, "resume_from_checkpoint is not set here"),
+        ({"judging": {"push_to_hub": True, "hub_token": "secret"}}, "hub_token is not set here"),
+    ],
+)
+def test_what_is_wrong_is_named(values, message, local):
+    with pytest.raises(InputError, match=message):
+        build(local, "subject", values)
+
+
+def test_a_whole_number_may_come_as_a_widget_has_it_and_shots_as_numbers(local):
+    assert cleaned(local, "subject", {"optimisation": {"max_train_steps": 40.0}}) == {"optimisation": {"max_train_steps": 40}}
+    assert cleaned(local, "classify", {"data": {"shots": [4, 8]}}) == {"data": {"shots": ["4", "8"]}}
+
+
+def test_no_text_becomes_another_flag(local):
+    values = {"output": {"validation_prompt": ["a", "--output_dir=/elsewhere"]}}
+    with pytest.raises(InputError, match="must not begin with a minus"):
+        flags("subject", cleaned(local, "subject", values))
+    alone = cleaned(local, "subject", {"output": {"validation_prompt": ["--output_dir=/elsewhere"]}})
+    options = parse_options(flags("subject", alone))
+    assert (options.output.output_dir, options.output.validation_prompt) == (None, ["--output_dir=/elsewhere"])
+
+
+def test_an_unknown_task_is_refused(local):
+    with pytest.raises(InputError, match="task must be one of subject, classify"):
+        build(local, "pretrain", {})
+
+
+@pytest.mark.parametrize(("task", "group", "field"), [pytest.param(*one, id=f"{one[0]}-{one[2].name}") for one in every_field()])
+def test_guests_reach_nothing_of_the_machine(task, group, field, guest, tmp_path):
+    value = another(task, field, tmp_path)
+    if field.name in MACHINE_FIELDS:
+        with pytest.raises(InputError, match=r"on this server|uploaded here|does not offer"):
+            cleaned(guest, task, {group: {field.name: value}})
+    else:
+        assert cleaned(guest, task, {group: {field.name: value}}) == {group: {field.name: value}}
+
+
+def test_machine_fields_are_fields():
+    known = {field.name for kind in KINDS.values() for group in groups_of(kind).values() for field in dataclasses.fields(group)}
+    assert known >= MACHINE_FIELDS
+
+
+def test_guests_train_on_their_own_uploaded_pictures_and_the_base_models_offered(guest, tmp_path):
+    own = guest.new_picture_set()
+    words = {"instance_prompt": "a photo of sks dog"}
+    assert build(guest, "subject", {"data": {"instance_data_dir": str(own), **words}}).data.instance_data_dir == str(own)
+    assert build(guest, "classify", {"data": {"data_dir": str(own)}}).data.data_dir == str(own)
+    link = guest.sets / "link"
+    link.symlink_to(tmp_path)
+    for wrong in (guest.sets, own / "..", own / "deeper", guest.sets / "none", link, "/etc"):
+        with pytest.raises(InputError, match=r"uploaded here|no longer there"):
+            build(guest, "subject", {"data": {"instance_data_dir": str(wrong), **words}})
+    assert build(guest, "subject", {"model": {"pretrained_model_name_or_path": "owner/model"}})
+    with pytest.raises(InputError, match="does not offer the base model 'other/model'; it offers owner/model"):
+        build(guest, "subject", {"model": {"pretrained_model_name_or_path": "other/model"}})
+    clip = dataclasses.replace(guest, base_models=("open_clip:ViT-B-16/openai",))
+    assert build(clip, "classify", {"model": {"model": "ViT-B-16", "pretrained": "openai"}})
+    with pytest.raises(InputError, match="does not offer the base model 'open_clip:ViT-B-16/laion'"):
+        build(clip, "classify", {"model": {"model": "ViT-B-16", "pretrained": "laion"}})
+
+
+@pytest.mark.parametrize("name", ["pictures.csv", "pictures.zip"])
+def test_a_file_is_never_what_a_classifier_is_trained_on_from_the_page(local, tmp_path, name):
+    (tmp_path / name).write_text("path,label\n/etc/passwd,a\n")
+    with pytest.raises(InputError, match="data_dir must be a folder"):
+        build(local, "classify", {"data": {"data_dir": str(tmp_path / name)}})
+
+
+def test_folders_are_found_from_wherever_the_run_starts(local, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cleaned(local, "subject", {"data": {"class_data_dir": "dogs"}})["data"]["class_data_dir"] == str(tmp_path / "dogs")
+
+
+@pytest.mark.parametrize(
+    ("task", "given"),
+    [
+        ("subject", "--method lora --max_train_steps 40 --no_certify --validation_prompt a b --learning_rate 1e-4 --snr_gamma 5"),
+        ("subject", ""),
+        ("classify", "--shots 2 4 --seeds 0 --method nora lora --rank 12"),
+    ],
+)
+def test_a_run_from_a_terminal_is_repeated_by_what_it_says_other_than_the_defaults(task, given, local):
+    options = PARSERS[task](given.split())
+    values = changed(task, options.to_dict())
+    assert built(task, cleaned(local, task, values)) == options
+    assert sum(len(fields) for fields in values.values()) == given.count("--")
