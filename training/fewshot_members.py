@@ -31,6 +31,7 @@ from pipelines.methods import AdapterOptions
 from pipelines.subject.optimizers import Adam
 from training.dry_run import PeakMemory
 from training.fewshot_study import DrawnPictures, Study
+from training.fewshot_tested import told_of_test, write_tested
 from training.loop import LoopOptions, Trainable, train
 from training.options.fewshot import FewShotOptions
 from training.run import RunDirectory
@@ -233,8 +234,10 @@ def to_train(
     return Trainable(loss, batches, optimizer, schedule)
 
 
-def judged(fitted: Fitted, drawn: DrawnPictures) -> dict[str, Any]:
-    """What a report says of a method: first its temperature, on validation, then the test."""
+def judged(fitted: Fitted, drawn: DrawnPictures) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a report says of a method, and what it made of each test picture: first its temperature, on validation, then the
+    test.
+    """
     study = drawn.study
     labels = {part: torch.tensor([one.label for one in getattr(drawn, part)]) for part in ("validation", "test")}
     chosen_on = fitted.logits(drawn.validation)
@@ -243,7 +246,7 @@ def judged(fitted: Fitted, drawn: DrawnPictures) -> dict[str, Any]:
     tested = fitted.logits(drawn.test)
     classes = study.prompts.classes
     plain, calibrated = (score(tested, labels["test"], classes, value) for value in (1.0, temperature))
-    return {
+    found = {
         "temperature": temperature,
         "validation": {
             "top1": top1(chosen_on, labels["validation"]),
@@ -254,6 +257,7 @@ def judged(fitted: Fitted, drawn: DrawnPictures) -> dict[str, Any]:
         "calibrated": calibrated.as_dict(),
         "new_classes": judged_on_new(fitted, drawn, plain.top1.value) if study.new_prompts else None,
     }
+    return found, told_of_test(drawn.test, tested, temperature, classes, study.digests(drawn.test))
 
 
 def judged_on_new(fitted: Fitted, drawn: DrawnPictures, base_top1: float) -> dict[str, Any] | None:
@@ -300,8 +304,9 @@ def fit_member(
         if not accelerator.is_main_process:
             return None
     cost = {"seconds": round(time.monotonic() - began, 2), "peak_memory": memory.read()}
-    found, folder = judged(fitted, drawn), run.path / member.folder
+    (found, tested), folder = judged(fitted, drawn), run.path / member.folder
     fitted.save(folder, classifier_file(drawn.study, member, fitted, found["temperature"], options))
+    write_tested(folder, tested)
     return fitted, {
         "shots": member.shots,
         "seed": member.seed,

@@ -9,7 +9,6 @@ card.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,7 +25,7 @@ from pipelines.fewshot.export import save_exported, save_lora, save_merged
 from training.console import speaking
 from training.fewshot_card import write_card
 from training.fewshot_members import FittedAdapter, Member, fit_member
-from training.fewshot_report import RESULT, members_of, report_of, shown_member, table
+from training.fewshot_report import RESULT, members_of, report_of, seconds_left, shown_member, table
 from training.fewshot_study import DrawnPictures, Study, check_drawable, labelled_set
 from training.opening import open_run
 from training.options.fewshot import FewShotOptions, parse_fewshot_options
@@ -53,6 +52,7 @@ def main(options: FewShotOptions) -> RunDirectory:
         study = Study.of(clip, labelled, options.data, run.path)
         results = fit_all(accelerator, run, study, options)
         if run.writes:
+            run.update_status(phase="writing the report", member=None, step=len(results), seconds_left=None)
             report = report_of(study, options, list(map(str, copies)), results)
             write_json(run.path / REPORT, report)
             write_card(run.path, report, options.to_dict())
@@ -77,7 +77,10 @@ def fit_all(accelerator: Accelerator, run: RunDirectory, study: Study, options: 
             learned |= {picture.name: picture for picture in (*drawn.train, *drawn.validation)}
         path = run.path / member.folder / RESULT
         if not path.exists():
-            run.update_status(phase=f"fitting {member}", step=place, total=len(members))
+            left = seconds_left(results, members[place:])
+            run.update_status(
+                phase=f"fitting {member}", member=member.folder.as_posix(), step=place, total=len(members), seconds_left=left
+            )
             found = fit_member(accelerator, run, drawn, member, options)
             if found is not None:
                 fitted, result = found
@@ -114,7 +117,7 @@ def record_provenance(run: RunDirectory, study: Study, options: FewShotOptions, 
     if not run.writes:
         return
     model = {"name": study.clip.name, "weights_sha256": study.base_sha256}
-    records = [{"file": picture.name, "sha256": hashlib.sha256(picture.source.content()).hexdigest()} for picture in pictures]
+    records = [{"file": name, "sha256": digest} for name, digest in study.digests(list(pictures)).items()]
     write_provenance(run, options.to_dict(), model, study.clip.device, {"pictures": records}, options.data.seeds)
 
 

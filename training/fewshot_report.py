@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from pipelines.fewshot.metrics import Interval, interval_over_seeds
+from pipelines.fewshot.shots import Shots
 from training.fewshot_members import Member
 from training.fewshot_study import Study, keys
 from training.options.fewshot import ALL, FewShotOptions
@@ -29,6 +30,19 @@ def shown_member(options: FewShotOptions) -> Member:
     method = PREFERRED if PREFERRED in adapters else (adapters or methods[-1:])[0]
     shots = max(options.data.all_shots(), key=lambda own: float("inf") if own == ALL else own)
     return Member(shots, options.data.seeds[0], method)
+
+
+def seconds_left(results: Sequence[dict[str, Any]], members: Sequence[Member]) -> float | None:
+    """How long fitting `members` will take, by what the same methods took; None while one of them has not been fitted yet.
+
+    Args:
+        results: of those that are fitted.
+    """
+    took: dict[tuple[str, Shots], list[float]] = {}
+    for one in results:
+        took.setdefault((one["method"], one["shots"]), []).append(one["seconds"])
+    known = [took.get((member.method, member.shots)) for member in members]
+    return round(sum(map(fmean, known)), 1) if all(known) else None
 
 
 def report_of(study: Study, options: FewShotOptions, copies: Sequence[str], results: Sequence[dict[str, Any]]) -> dict[str, Any]:

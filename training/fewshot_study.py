@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -93,6 +94,7 @@ class Study:
     options: LabelledDataOptions
     folder: Path
     _seen: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    _digests: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, clip: Clip, labelled: LabelledSet, options: LabelledDataOptions, folder: Path) -> Study:
@@ -132,6 +134,13 @@ class Study:
         shots, seed = key
         path = self.folder / SPLITS / f"{shots}-shots-seed-{seed}.json"
         return DrawnPictures(self, saved_split(path, self.labelled, shots, seed, self.options.test_share))
+
+    def digests(self, pictures: Sequence[LabelledPicture]) -> dict[str, str]:
+        """The sha256 of the file of each of `pictures`, by their names; each file is read once."""
+        for picture in pictures:
+            if picture.name not in self._digests:
+                self._digests[picture.name] = hashlib.sha256(picture.source.content()).hexdigest()
+        return {picture.name: self._digests[picture.name] for picture in pictures}
 
     def features(self, pictures: Sequence[LabelledPicture], clip: Clip | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Features (n, d) of length 1 and labels (n,) of `pictures`, by the base model or by `clip`."""

@@ -1,5 +1,6 @@
 """The few-shot trainer: from class folders to a report, resumed, guarded, and refused where the input is bad."""
 
+import hashlib
 import io
 import json
 import random
@@ -16,13 +17,16 @@ from picture_sets import class_files, write_files
 from pipelines.errors import InputError
 from pipelines.fewshot.classifier import FewShotClassifier
 from pipelines.fewshot.clip import load_clip
-from pipelines.fewshot.data import PictureDataset
+from pipelines.fewshot.data import LabelledPicture, PictureDataset
 from pipelines.fewshot.loading import load_pictures
 from pipelines.fewshot.metrics import interval_over_seeds
 from pipelines.fewshot.prompts import make_prompts
+from pipelines.fewshot.sources import PictureBytes
 from pipelines.scenes import render, sample_scene
-from training.fewshot_members import largest_within_error
+from training.fewshot_members import Member, largest_within_error
 from training.fewshot_nora import main
+from training.fewshot_report import seconds_left
+from training.fewshot_tested import told_of_test
 from training.model_card import as_text
 from training.options.fewshot import ClipOptions, FewShotOptions, parse_fewshot_options
 
@@ -113,6 +117,52 @@ def test_the_run_classifies_as_it_reported(finished, class_folders):
     right = (found.probabilities.argmax(dim=1) == torch.tensor([labelled[name] for name in names])).double().mean()
     assert float(right) == pytest.approx(member(finished, "nora")["test"]["top1"]["value"])
     assert (finished / "export" / "lora").is_dir()
+
+
+def test_every_members_test_pictures_add_up_to_its_confusion_matrix(finished, class_folders):
+    for one in report_in(finished)["members"]:
+        told = json.loads((finished / one["folder"] / "test.json").read_text())
+        counts = torch.zeros(4, 4, dtype=torch.int64)
+        for picture in told["pictures"]:
+            counts[picture["true"], picture["predicted"]] += 1
+            assert hashlib.sha256((class_folders / picture["name"]).read_bytes()).hexdigest() == picture["sha256"]
+        assert counts.tolist() == one["test"]["confusion"]
+        assert told["classes"] == report_in(finished)["set"]["classes"]
+        assert told["temperature"] == one["temperature"]
+
+
+def test_the_confidence_of_a_test_picture_is_the_classifiers_own(finished, class_folders):
+    told = json.loads((finished / "members/2-shots/seed-0/nora/test.json").read_text())["pictures"]
+    found = FewShotClassifier.from_run(finished).predict([class_folders / one["name"] for one in told])
+    for one, own in zip(told, found.probabilities.tolist(), strict=True):
+        assert one["confidence"] == pytest.approx(max(own), abs=1e-5)
+        assert dict(map(tuple, one["top"])) == pytest.approx(dict(enumerate(own)), abs=1e-5)
+
+
+def test_of_many_classes_the_ten_most_likely_are_told():
+    logits = torch.randn(3, 30, generator=torch.Generator().manual_seed(0))
+    pictures = [LabelledPicture(PictureBytes(f"a/{place}.png", b""), place, "a") for place in range(3)]
+    told = told_of_test(
+        pictures, logits, 2.0, [f"class {place}" for place in range(30)], dict.fromkeys(one.name for one in pictures)
+    )
+    expected = (logits.double() / 2).softmax(dim=1).sort(dim=1, descending=True)
+    for place, one in enumerate(told["pictures"]):
+        assert [own for own, _ in one["top"]] == expected.indices[place, :10].tolist()
+        assert [value for _, value in one["top"]] == pytest.approx(expected.values[place, :10].tolist(), abs=1e-6)
+
+
+def test_the_time_left_is_told_once_every_method_has_been_fitted():
+    took = [{"method": "zeroshot", "shots": 2, "seconds": 1.0}, {"method": "nora", "shots": 2, "seconds": 8.0}]
+    to_come = [Member(2, 1, "zeroshot"), Member(2, 1, "nora")]
+    assert seconds_left(took[:1], to_come) is None
+    assert seconds_left(took, to_come) == 9.0
+    assert seconds_left([*took, {"method": "nora", "shots": 2, "seconds": 10.0}], to_come[1:]) == 9.0
+    assert seconds_left(took, [Member(4, 0, "nora")]) is None
+
+
+def test_a_finished_run_has_done_all_its_steps(finished):
+    status = json.loads((finished / "status.json").read_text())
+    assert (status["state"], status["step"], status["total"], status["member"]) == ("done", 8, 8, None)
 
 
 def test_nora_trains_fewer_numbers_than_lora_and_all_are_counted(finished):
