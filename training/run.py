@@ -10,13 +10,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import psutil
 from accelerate.tracking import GeneralTracker
 from PIL import Image
 
 from training.checkpoints import list_checkpoints
 from training.durable import DiskFullError, free_bytes, is_disk_full, write_text_atomically
-from training.record import METRICS, OPTIONS, STATUS, RunRecord
+from training.record import METRICS, OPTIONS, RunRecord, update_status
 from training.tracking import log_picture
 
 RESERVE, RESERVED_BYTES = ".reserve", 1 << 16
@@ -47,11 +46,8 @@ class RunDirectory(RunRecord):
 
     def update_status(self, **fields: Any) -> None:
         """Merge `fields` into status.json, with this process's id, its start time and a heartbeat (seconds since the epoch)."""
-        if not self.writes:
-            return
-        process = psutil.Process()
-        own = {"pid": process.pid, "pid_started": process.create_time(), "heartbeat": time.time()}
-        write_text_atomically(self.path / STATUS, json.dumps({**self.status(), **fields, **own}, indent=2) + "\n")
+        if self.writes:
+            update_status(self, **fields)
 
     def log(self, step: int, **values: float) -> None:
         """Append one line of `values` at `step` to metrics.jsonl."""

@@ -16,7 +16,8 @@ PARSERS = {"subject": parse_options, "classify": parse_fewshot_options}
 # Where a value of the field's type is not enough, and what must be given with it.
 FITTING = {
     "instance_prompt": "a photo of -sks \"dog\"'s; $HOME\n*", "class_prompt": "-a dog", "validation_prompt": ["a b", "", "c=d"],
-    "resolution": 64, "rank": 12, "aspect_ratio_buckets": "64,64", "size_conditioning": "picture", "method": "dora", "inner_init": "gaussian",
+    "rank": 12, "resolution": 64, "aspect_ratio_buckets": "64,64", "size_conditioning": "picture",
+    "method": "dora", "inner_init": "gaussian",
     "target_modules": ["to_q", "to_v"], "lr_scheduler": "linear", "optimizer": "Prodigy", "text_encoder_lr": [1e-05, 2.5e-4],
     "quantize": "nf4", "mixed_precision": "bf16", "prior_generation_precision": "fp32", "report_to": "none",
     "hub_model_id": "a/b", "adam_beta1": 0.5, "adam_beta2": 0.1 + 0.2, "ema_decay": 0.5, "dropout": 0.125,

@@ -1,0 +1,204 @@
+"""One run at a time on a device, in the order they came, whatever is killed meanwhile."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from training.record import RunRecord, update_status
+from training.waiting import LOCK, QUEUE, Ticket, device_key, runs_before, tickets
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 60
+
+
+def wait_for(what):
+    """Wait until `what()` is true; returns it."""
+    began = time.monotonic()
+    while not (found := what()):
+        assert time.monotonic() - began < PATIENCE
+        time.sleep(0.02)
+    return found
+
+
+class Queue:
+    """Runs in a folder, each a command that says when it begins and works until it is told to end."""
+
+    def __init__(self, runs):
+        self.runs, self.started = runs, []
+
+    def start(self, name, command=None, runs=None, **environment):
+        run = (runs or self.runs) / name
+        run.mkdir(parents=True, exist_ok=True)
+        work = f"import pathlib, time; run = pathlib.Path({str(run)!r}); (run / 'began').touch()\n"
+        work += "while not (run / 'end').exists(): time.sleep(0.02)\n(run / 'ended').touch()"
+        words = [sys.executable, "-m", "training.waiting", str(run), "--queue", str(self.runs / QUEUE), "--"]
+        own = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+        process = subprocess.Popen([*words, *(command or [sys.executable, "-c", work])], env=own, stderr=subprocess.PIPE)
+        self.started.append(process)
+        wait_for(lambda: RunRecord(run).status().get("pid") == process.pid or process.poll() is not None)
+        return run, process
+
+    def state(self, run):
+        return RunRecord(run).status()["state"]
+
+
+@pytest.fixture
+def queue(tmp_path):
+    queue = Queue(tmp_path / "runs")
+    yield queue
+    for process in queue.started:
+        process.kill()
+        process.communicate()
+
+
+def begins(run):
+    wait_for((run / "began").exists)
+
+
+def waits(run):
+    """Whether it still has not begun after three looks of a waiting process."""
+    time.sleep(0.8)
+    return not (run / "began").exists()
+
+
+def test_a_run_that_nothing_is_before_begins_at_once_as_the_very_process_that_waited(queue):
+    run, process = queue.start("a")
+    begins(run)
+    status = RunRecord(run).status()
+    assert (status["state"], status["pid"]) == ("starting", process.pid)
+    assert RunRecord(run).has_live_process()
+    assert tickets(queue.runs / QUEUE / "cpu") == []
+    (run / "end").touch()
+    assert process.wait(PATIENCE) == 0
+
+
+def test_runs_have_their_turns_in_the_order_in_which_they_came(queue):
+    runs = [queue.start(name) for name in "abc"]
+    begins(runs[0][0])
+    assert waits(runs[1][0])
+    assert waits(runs[2][0])
+    assert [runs_before(queue.runs / QUEUE, run) for run, _ in runs] == [None, 1, 2]
+    for place, (run, process) in enumerate(runs):
+        begins(run)
+        assert all(not (later / "began").exists() for later, _ in runs[place + 1 :])
+        (run / "end").touch()
+        assert process.wait(PATIENCE) == 0
+
+
+def test_a_killed_waiter_is_passed_over_and_leaves_nothing(queue):
+    (first, _), (second, killed), (third, _) = (queue.start(name) for name in "abc")
+    begins(first)
+    killed.kill()
+    killed.wait()
+    assert not RunRecord(second).has_live_process()
+    assert runs_before(queue.runs / QUEUE, third) == 1
+    (first / "end").touch()
+    begins(third)
+    assert not (second / "began").exists()
+    assert tickets(queue.runs / QUEUE / "cpu") == []
+
+
+def test_a_killed_launcher_makes_room_for_the_next(queue):
+    (first, killed), (second, _) = (queue.start(name) for name in "ab")
+    begins(first)
+    assert waits(second)
+    killed.kill()
+    killed.wait()
+    begins(second)
+
+
+def test_the_next_waits_while_a_run_whose_launcher_was_killed_still_saves_and_for_runs_from_a_terminal(queue):
+    other = queue.runs / "from-a-terminal"
+    other.mkdir(parents=True)
+    work = "import sys, time, pathlib; from training.record import RunRecord, update_status\n"
+    work += "update_status(RunRecord(pathlib.Path(sys.argv[1])), state='running'); sys.stdin.read()"
+    at_work = subprocess.Popen(
+        [sys.executable, "-c", work, str(other)], stdin=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    wait_for(RunRecord(other).is_at_work)
+    elsewhere, _ = queue.start("elsewhere", CUDA_VISIBLE_DEVICES="7")
+    begins(elsewhere)
+    run, _ = queue.start("a")
+    assert waits(run)
+    assert queue.state(run) == "queued"
+    at_work.communicate()
+    begins(run)
+
+
+def test_users_wait_for_each_other(queue):
+    anna, _ = queue.start("one", runs=queue.runs / "anna")
+    begins(anna)
+    ben, _ = queue.start("two", runs=queue.runs / "ben")
+    assert waits(ben)
+    (anna / "end").touch()
+    begins(ben)
+
+
+def test_devices_have_queues_of_their_own(queue):
+    runs = [queue.start(name, CUDA_VISIBLE_DEVICES=name)[0] for name in ("0", "1", "")]
+    for run in runs:
+        begins(run)
+
+
+@pytest.mark.parametrize(("devices", "key"), [(None, "cpu"), ("", "cpu"), ("0,1", "0-1"), ("../GPU-7", "GPU-7")])
+def test_a_device_is_a_folder_s_name(devices, key):
+    assert device_key({} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}) == key
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_while_it_waits_it_never_begins_and_says_so(queue, number):
+    (first, _), (second, asked), (third, _) = (queue.start(name) for name in "abc")
+    begins(first)
+    asked.send_signal(number)
+    assert asked.wait(PATIENCE) == 128 + number
+    assert queue.state(second) == "stopped"
+    (first / "end").touch()
+    begins(third)
+    assert not (second / "began").exists()
+
+
+def test_a_command_that_is_not_there_is_a_failure_that_is_told_and_makes_room(queue):
+    run, process = queue.start("a", ["no-such-command"])
+    assert process.wait(PATIENCE) == 1
+    status = RunRecord(run).status()
+    assert status["state"] == "failed"
+    assert "No such file" in status["error"]
+    begins(queue.start("b")[0])
+
+
+def test_what_a_run_had_said_of_its_last_process_is_forgotten_and_how_far_it_was_is_not(queue):
+    begins(queue.start("a")[0])
+    run = queue.runs / "b"
+    run.mkdir()
+    update_status(RunRecord(run), state="failed", error="ValueError: no", step=3, total=8, seconds_left=2.0, phase="training")
+    queue.start("b")
+    status = RunRecord(run).status()
+    assert [status[name] for name in ("state", "error", "phase", "seconds_left", "step", "total")] == [
+        "queued", None, None, None, 3, 8,
+    ]  # fmt: skip
+
+
+def test_a_place_that_is_taken_says_whose_it_is(tmp_path):
+    ticket = Ticket.take(tmp_path / "queue", tmp_path / "run")
+    assert ticket.is_live
+    assert tickets(tmp_path / "queue") == [ticket]
+    assert not (tmp_path / "queue" / LOCK).exists()
+
+
+def test_without_a_command_there_is_nothing_to_wait_for(tmp_path):
+    words = [sys.executable, "-m", "training.waiting", str(tmp_path)]
+    finished = subprocess.run(words, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
+    assert finished.returncode == 2
+    assert "give the command to wait for" in finished.stderr
+
+
+def test_waiting_loads_no_model_library():
+    code = "import sys, training.waiting; print(sorted({'torch', 'accelerate', 'transformers', 'numpy'} & set(sys.modules)))"
+    words = [sys.executable, "-c", code]
+    finished = subprocess.run(words, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True)
+    assert finished.stdout.strip() == "[]"
