@@ -24,9 +24,7 @@ from pipelines.errors import InputError
 from pipelines.fewshot.classifier import FewShotClassifier, Predictions
 from pipelines.fewshot.loading import walk
 from pipelines.pictures import has_picture_name, read_picture
-
-# What makes a spreadsheet take a cell for a formula.
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+from pipelines.tables import harmless
 
 
 @dataclass
@@ -107,13 +105,9 @@ def write_csv(predictions: Predictions, path: Path) -> None:
     """
     try:
         with replacing(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([map(_harmless, row) for row in predictions.table()])
+            csv.writer(file).writerows([map(harmless, row) for row in predictions.table()])
     except OSError as error:
         raise InputError(f"output {str(path)!r} cannot be written ({error}). Name another file.") from error
-
-
-def _harmless(cell: str) -> str:
-    return f"'{cell}" if cell.startswith(FORMULA_STARTS) else cell
 
 
 def run(run_path: str, given: Sequence[str], options: ClassifyOptions) -> int:

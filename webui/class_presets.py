@@ -1,0 +1,87 @@
+"""Ways to train a classifier to choose from, and what of them the pictures that are there allow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from webui.class_sets import LabelledClasses
+from webui.draft import Options, merged
+from webui.presets import Preset, Value
+
+COMPARED = ["zeroshot", "pixels", "linear_probe", "nora"]
+MOST_VALIDATION = 4
+# Of a class of the built-in model's, whose steps the recipe counts by its pictures.
+BUILT_IN_STEPS, MOST_STEPS = 10, 400
+DEFAULT = "Fast"
+
+CLASSIFY = (
+    Preset(
+        "Fast",
+        "a minute or two with the built-in model",
+        "A first answer: can these classes be told apart, and does training help?",
+        (
+            Value("data", "shots", ["16"], "Sixteen pictures of each class say most of what more would."),
+            Value("data", "seeds", [0], "One draw of the pictures to learn from."),
+            Value("method", "method", COMPARED, "NoRA beside what it has to beat: no training, raw pixels, and a linear probe."),
+        ),
+    ),
+    Preset(
+        "Balanced",
+        "about six times the time of Fast",
+        "How sure the answer is: three draws of the pictures, and LoRA to compare with.",
+        (
+            Value("data", "shots", ["16"], "Sixteen pictures of each class say most of what more would."),
+            Value("data", "seeds", [0, 1, 2], "Three draws show how much hangs on which pictures are learned from."),
+            Value(
+                "method", "method", ["zeroshot", "pixels", "linear_probe", "lora", "nora"], "LoRA has ten times the numbers."
+            ),
+        ),
+    ),
+    Preset(
+        "Best",
+        "the longest, by how many pictures there are",
+        "The most accurate classifier: it learns from every picture that is not needed for the test.",
+        (
+            Value("data", "shots", ["all"], "Every picture that is neither tested on nor needed to choose the settings."),
+            Value("data", "seeds", [0], "With all pictures another draw would learn from the same ones."),
+            Value(
+                "method",
+                "method",
+                ["zeroshot", "pixels", "linear_probe", "tip_adapter_f", "lora", "nora"],
+                "More methods to choose from.",
+            ),
+            Value("optimisation", "min_train_steps", 200, "At least twice the usual steps."),
+        ),
+    ),
+)
+
+
+def completed(classes: LabelledClasses, values: Options, own: Options) -> Options:
+    """All that a run on `classes` is started with.
+
+    Args:
+        values: of the preset and the user.
+        own: the user's alone, which are left as they are.
+    """
+    fitted = merged(values, {"data": {}, "optimisation": {}})
+    if "shots" not in own.get("data", {}):
+        fitted["data"]["shots"] = fitting_shots(classes, fitted["data"].get("shots", ["16"]))
+    is_built_in = "model" not in fitted.get("model", {})
+    if is_built_in and "iterations_per_shot" not in own.get("optimisation", {}) and fitted["data"]["shots"] == ["all"]:
+        fitted["optimisation"] |= bounded_steps(classes)
+    fitted["data"] |= classes.data_options()
+    return {group: fields for group, fields in fitted.items() if fields}
+
+
+def fitting_shots(classes: LabelledClasses, wanted: Sequence[str]) -> list[str]:
+    """The numbers of pictures a class to learn from that every class has; "all" where none fits."""
+    fewest = min((one.learnable for one in classes.classes), default=0)
+    fitting = [one for one in wanted if one == "all" or (one.isdecimal() and fewest >= int(one) + min(int(one), MOST_VALIDATION))]
+    return fitting or ["all"]
+
+
+def bounded_steps(classes: LabelledClasses) -> dict[str, Any]:
+    """Fewer steps a picture where all pictures of large classes would make the training take hours."""
+    fewest = max(1, min((one.learnable for one in classes.classes), default=1))
+    return {"iterations_per_shot": max(1, MOST_STEPS // fewest)} if BUILT_IN_STEPS * fewest > MOST_STEPS else {}

@@ -1,0 +1,311 @@
+"""The labelled pictures that a classifier can be trained on: the example, the user's own sets, and folders of this machine.
+
+Which pictures are tested on. A run draws its test from the names of all pictures, so that one more picture would draw the test
+anew: two runs of one set could not be compared, and a picture that was added because the classifier got it wrong might be drawn
+into the test, which would then be harder than the pictures that are to come. So each set of the user's own has a split.json,
+which the recipe keeps to: three in ten of a class's pictures are tested on once and for all, those that are added later only
+fill up that share, and those that correct the classifier are only ever learned from. Pictures of the test cannot be moved to
+training: the accuracy would be of pictures that were learned by heart. A wrong label is mended where the pictures are, and the
+next run sees it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pipelines.errors import InputError
+from pipelines.fewshot.sources import PictureFile, Source
+from training.durable import write_text_atomically
+from training.record import RunRecord
+from webui.picture_sets import SET, changing, read_set
+from webui.uploads import Added, add_pictures
+from webui.workspace import Workspace
+
+Kind = Literal["example", "own", "folder"]
+EXAMPLE = "example"
+POINTER, SPLIT = "folder.json", "split.json"
+TEST_SHARE = 0.3
+# One to learn from, one to choose on, one to test on.
+FEWEST, FEW, UNEVEN = 3, 10, 5
+
+
+@dataclass(frozen=True)
+class LabelledClass:
+    """A class and its pictures.
+
+    Args:
+        key: what the recipe calls it: its folder.
+        name: what its owner calls it; to be escaped wherever it is shown.
+        pictures: all of them.
+        learnable: how many are left when those that are tested on are held out.
+    """
+
+    key: str
+    name: str
+    pictures: tuple[Source, ...]
+    learnable: int
+
+
+@dataclass(frozen=True)
+class LabelledClasses:
+    """The classes of one set as they are now, be they ready to be trained on or not.
+
+    Args:
+        id: `EXAMPLE`, or the id of the picture set.
+        kind: whose pictures they are.
+        data_dir: where the recipe finds them; None for the example.
+        classes: in their order.
+    """
+
+    id: str
+    kind: Kind
+    data_dir: Path | None
+    classes: tuple[LabelledClass, ...]
+
+    @property
+    def count(self) -> int:
+        """Of all pictures."""
+        return sum(len(one.pictures) for one in self.classes)
+
+    def names(self) -> dict[str, str]:
+        """The classes' names, by their keys."""
+        return {one.key: one.name for one in self.classes}
+
+    def class_named(self, key: str) -> LabelledClass:
+        """The class of that key. Raises: InputError if there is none."""
+        for one in self.classes:
+            if one.key == key:
+                return one
+        raise InputError("This class is no longer there. Reload the page.")
+
+    def data_options(self) -> dict[str, object]:
+        """The options of the group data that say which pictures, and what their classes are called."""
+        if self.data_dir is None:
+            return {}
+        renamed = [f"{one.key}={one.name}" for one in self.classes if one.key != one.name]
+        return {"data_dir": str(self.data_dir.absolute()), **({"class_names": renamed} if renamed else {})}
+
+
+def class_sets(workspace: Workspace) -> list[str]:
+    """The ids of the user's sets that hold classes, or point to a folder that does, newest first."""
+    if not workspace.sets.is_dir():
+        return []
+    found = [path for path in workspace.sets.iterdir() if path.is_dir() and not path.is_symlink() and _has_classes(path)]
+    return [path.name for path in sorted(found, key=lambda path: path.name, reverse=True)]
+
+
+def title(workspace: Workspace, set_id: str) -> str:
+    """What lists call a set; it holds users' words."""
+    if set_id == EXAMPLE:
+        return "Example: handwritten digits"
+    folder = workspace.picture_set(set_id)
+    if pointer := read_pointer(folder):
+        return f"Folder {Path(pointer['path']).name}"
+    own = read_set(folder)
+    names = [one.name for one in own.classes]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more} ({len(own.entries())} pictures)"
+
+
+def find(workspace: Workspace, set_id: str) -> LabelledClasses:
+    """The set of that id.
+
+    Raises: InputError if it, or the folder that it points to, is not there or cannot be used.
+    """
+    if set_id == EXAMPLE:
+        # Here, since it loads scikit-learn.
+        from webui.work.labelled import example
+
+        return example()
+    folder = workspace.picture_set(set_id)
+    if pointer := read_pointer(folder):
+        from webui.work.labelled import pointed_to
+
+        if not workspace.is_local:
+            raise InputError("Folders of the machine can be named only by who works at it. Upload the pictures instead.")
+        return pointed_to(set_id, Path(pointer["path"]), pointer["names"])
+    return own_set(folder)
+
+
+def own_set(folder: Path) -> LabelledClasses:
+    """The user's own set in `folder`."""
+    tested = read_split(folder)["test"]
+    classes = []
+    for one in read_set(folder).classes:
+        files = [entry.file for entry in one.pictures]
+        held_out = len(tested.intersection(files)) or held_out_of(len(files))
+        sources = tuple(PictureFile(file, folder) for file in files)
+        classes.append(LabelledClass(one.folder, one.name, sources, max(0, len(files) - held_out)))
+    return LabelledClasses(folder.name, "own", folder, tuple(classes))
+
+
+def held_out_of(count: int) -> int:
+    """How many of a class's `count` pictures are tested on."""
+    return max(1, round(TEST_SHARE * count))
+
+
+def point_to(workspace: Workspace, path: str) -> str:
+    """A set that is a folder of this machine, which is left as it is; returns its id.
+
+    Raises: InputError if the user does not work at the machine, or it is no folder of class folders.
+    """
+    from webui.work.labelled import pointed_to
+
+    if not workspace.is_local:
+        raise InputError("Folders of the machine can be named only by who works at it. Upload the pictures instead.")
+    found = Path(path.strip()).expanduser().absolute()
+    if not path.strip() or not found.is_dir():
+        raise InputError(
+            f"There is no folder {path.strip()!r} on this machine. Give the folder that holds a folder for each class."
+        )
+    pointed_to(EXAMPLE, found, {})
+    folder = workspace.new_picture_set()
+    write_text_atomically(folder / POINTER, json.dumps({"path": str(found), "names": {}}))
+    return folder.name
+
+
+def read_pointer(folder: Path) -> dict[str, object] | None:
+    """The path of the folder that a set points to, and the names that its classes are given; None for other sets."""
+    path = folder / POINTER
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def name_pointed_class(folder: Path, key: str, name: str) -> None:
+    """Call a class of the folder that a set points to `name`; in the folder itself nothing changes."""
+    pointer = read_pointer(folder)
+    write_text_atomically(folder / POINTER, json.dumps({**pointer, "names": {**pointer["names"], key: name}}))
+
+
+def read_split(folder: Path) -> dict[str, set[str]]:
+    """Which of a set's pictures are learned from and which tested on: their files by part, "train" and "test"."""
+    path = folder / SPLIT
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {part: {name for name, _ in kept.get(part, ())} for part in ("train", "test")}
+
+
+def settle(folder: Path, training: Collection[str] = ()) -> None:
+    """Write down which of the pictures in the user's own set are tested on, as the module says; done after every change.
+
+    Args:
+        training: files that are only ever learned from.
+    """
+    with changing(folder) as pictures:
+        kept = read_split(folder)
+        parts: dict[str, list[list[str]]] = {"train": [], "test": []}
+        for one in pictures.classes:
+            files = [entry.file for entry in one.pictures]
+            tested = _tested(files, kept, set(training))
+            for file in files:
+                parts["test" if file in tested else "train"].append([file, one.folder])
+        write_text_atomically(folder / SPLIT, json.dumps(parts, indent=1))
+
+
+def _tested(files: Sequence[str], kept: Mapping[str, set[str]], training: set[str]) -> set[str]:
+    """Those of one class's files that are tested on: those that were, and as many new ones as the share lacks."""
+    tested = {file for file in files if file in kept["test"] and file not in training}
+    fresh = [file for file in files if file not in kept["train"] | kept["test"] | training]
+    lacking = max(0, held_out_of(len(files)) - len(tested))
+    # As good as drawn, and the same whenever it is done.
+    return tested.union(sorted(fresh, key=lambda file: hashlib.sha256(file.encode()).digest())[:lacking])
+
+
+def add_corrections(folder: Path, files: Mapping[str, Sequence[Path]]) -> Added:
+    """Add pictures whose class the user has said, to be learned from and never tested on.
+
+    Args:
+        folder: of the user's own set.
+        files: the pictures by the key of their class.
+    Raises: InputError if the set or a class is gone.
+    """
+    whole = Added()
+    for key, own in files.items():
+        added = add_pictures(folder, own, key)
+        whole.names += added.names
+        whole.refused += added.refused
+    settle(folder, training=whole.names)
+    return whole
+
+
+def set_of_run(workspace: Workspace, record: RunRecord) -> str | None:
+    """The id of the set that a run was trained on; None if it lies elsewhere, or is no longer there."""
+    given = record.options().get("data", {}).get("data_dir")
+    if given is None:
+        return EXAMPLE
+    path = Path(given)
+    if path.parent == workspace.sets.absolute():
+        return path.name if (path / SET).is_file() else None
+    return next((one for one in class_sets(workspace) if _points_to(workspace.picture_set(one), path)), None)
+
+
+def warnings(classes: LabelledClasses) -> list[str]:
+    """What stands in the way of training, or makes it worse, in sentences that hold users' words."""
+    found = []
+    counts = {one.name: len(one.pictures) for one in classes.classes}
+    if not counts:
+        return ["There are no classes yet. Add a zip of class folders, or make a class and drop pictures into it."]
+    if len(counts) == 1:
+        found.append("There is one class only. A classifier tells two or more apart: add another.")
+    for name, count in counts.items():
+        if count < FEWEST:
+            found.append(f"{name} has {_pictures(count)}. Training needs {FEWEST} of each class at least: add more.")
+    few = [name for name, count in counts.items() if FEWEST <= count < FEW]
+    if few:
+        found.append(
+            f"{_listed(few)} {'has' if len(few) == 1 else 'have'} fewer than {FEW} pictures. It works, but three in ten of them "
+            "are kept for the test, so that the accuracy will be rough."
+        )
+    if max(counts.values()) > UNEVEN * max(1, min(counts.values())):
+        least, most = min(counts, key=counts.get), max(counts, key=counts.get)
+        found.append(
+            f"{most} has many more pictures than {least} ({counts[most]} and {counts[least]}). More of {least} would help."
+        )
+    return found
+
+
+def is_ready(classes: LabelledClasses) -> bool:
+    """Whether a run can be started with them."""
+    return len(classes.classes) > 1 and all(len(one.pictures) >= FEWEST for one in classes.classes)
+
+
+def copies(classes: LabelledClasses) -> list[str]:
+    """A sentence for each picture that is in two classes, none of which training uses."""
+    by_size: dict[int, list[tuple[str, Source]]] = {}
+    for one in classes.classes:
+        for source in one.pictures:
+            by_size.setdefault(source.size(), []).append((one.name, source))
+    homes: dict[bytes, set[str]] = {}
+    for group in by_size.values():
+        for name, source in group if len({name for name, _ in group}) > 1 else ():
+            homes.setdefault(hashlib.sha256(source.content()).digest(), set()).add(name)
+    shared: dict[tuple[str, ...], int] = {}
+    for names in homes.values():
+        if len(names) > 1:
+            shared[tuple(sorted(names))] = shared.get(tuple(sorted(names)), 0) + 1
+    return [
+        f"{_pictures(count)} {'is' if count == 1 else 'are'} in {_listed(names)} alike. Training leaves such pictures out: "
+        "remove them where they are wrong."
+        for names, count in shared.items()
+    ]
+
+
+def _has_classes(folder: Path) -> bool:
+    return (folder / POINTER).is_file() or ((folder / SET).is_file() and bool(read_set(folder).classes))
+
+
+def _points_to(folder: Path, path: Path) -> bool:
+    pointer = read_pointer(folder)
+    return pointer is not None and Path(pointer["path"]) == path
+
+
+def _pictures(count: int) -> str:
+    return "1 picture" if count == 1 else f"{count} pictures"
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = list(names[:4]) + ([f"{len(names) - 4} more"] if len(names) > 4 else [])
+    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"

@@ -1,0 +1,159 @@
+"""What the page and the API have classified: a set by the built-in CLIP before any training, and pictures by a run."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.errors import InputError
+from pipelines.fewshot.classifier import CLASSIFIER, FewShotClassifier, classifier_folder
+from pipelines.fewshot.clip import BUILT_IN, Clip, load_clip
+from pipelines.fewshot.data import LabelledPicture, PictureDataset
+from pipelines.fewshot.features import picture_features, prompt_features
+from pipelines.fewshot.prompts import make_prompts
+from pipelines.fewshot.sources import Source
+from pipelines.pictures import read_picture
+from training.record import RunRecord
+from webui.class_sets import EXAMPLE, LabelledClasses
+from webui.incoming import display_name, read_upload
+
+# "At once" is a few seconds.
+MOST_ZERO_SHOT, FEWEST_OF_CLASS, MOST_FEATURES = 200, 2, 20_000
+KEPT_CLASSIFIERS = 2
+MOST_FILES, TOP = 200, 3
+
+# One forward pass at a time: more would only share the same cores.
+_one_at_a_time = threading.Lock()
+_features: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """How well the built-in CLIP names pictures by the classes' names alone.
+
+    Args:
+        right, count: pictures, of all classes.
+        by_class: the same of each class, by its key.
+    """
+
+    right: int
+    count: int
+    by_class: dict[str, tuple[int, int]]
+
+
+@lru_cache(maxsize=1)
+def built_in() -> Clip:
+    """The built-in CLIP, loaded once and kept."""
+    return load_clip(BUILT_IN)
+
+
+def zero_shot(classes: LabelledClasses) -> ZeroShot:
+    """How well the built-in CLIP, which has learned nothing of them, names some pictures of each class.
+
+    Raises: InputError if there are fewer than two classes with pictures, or a picture cannot be read.
+    """
+    shown = [one for one in classes.classes if one.pictures]
+    if len(shown) < 2:
+        raise InputError("Two classes with pictures are needed to tell them apart.")
+    template = "digits" if classes.id == EXAMPLE else "photo"
+    each = max(FEWEST_OF_CLASS, MOST_ZERO_SHOT // len(shown))
+    chosen = [(label, source) for label, one in enumerate(shown) for source in _some(one.pictures, each)]
+    with _one_at_a_time:
+        clip = built_in()
+        features = _features_of([source for _, source in chosen], clip)
+        prompts = prompt_features(clip, make_prompts([one.name for one in shown], template))
+    predicted = (features @ prompts.T).argmax(dim=1).tolist()
+    by_class = {one.key: [0, 0] for one in shown}
+    for (label, _), found in zip(chosen, predicted, strict=True):
+        by_class[shown[label].key][0] += found == label
+        by_class[shown[label].key][1] += 1
+    right = sum(own for own, _ in by_class.values())
+    return ZeroShot(right, len(chosen), {key: (own, count) for key, (own, count) in by_class.items()})
+
+
+def _some(pictures: Sequence[Source], most: int) -> list[Source]:
+    """At most so many pictures, spread over all."""
+    stride = max(1, len(pictures) // most)
+    return list(pictures[::stride])[:most]
+
+
+def _features_of(sources: Sequence[Source], clip: Clip) -> torch.Tensor:
+    """(n, d): of pictures seen before what was found then."""
+    digests = [hashlib.sha256(source.content()).digest() for source in sources]
+    fresh = {digest: source for digest, source in zip(digests, sources, strict=True) if digest not in _features}
+    if fresh:
+        pictures = [LabelledPicture(source, 0, "") for source in fresh.values()]
+        found, _ = picture_features(clip, PictureDataset(pictures, clip.preprocess))
+        _features.update(zip(fresh, found, strict=True))
+    rows = torch.stack([_features[digest] for digest in digests])
+    while len(_features) > MOST_FEATURES:
+        _features.popitem(last=False)
+    return rows
+
+
+def classifier_of(record: RunRecord, member: str | None = None) -> FewShotClassifier:
+    """The classifier of a run, kept loaded while it is one of the few used last.
+
+    Args:
+        member: the folder of one fitted method below the run's; None for the one that stands for the run.
+    Raises: InputError if it is not there yet, or cannot be used.
+    """
+    path = record.path if member is None else member_folder(record, member)
+    if member is None and not (record.path / "report.json").is_file():
+        raise InputError("This run has no classifier yet. Wait until it is done, or choose another run.")
+    folder = classifier_folder(path)
+    return _loaded(folder.absolute(), (folder / CLASSIFIER).stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=KEPT_CLASSIFIERS)
+def _loaded(folder: Path, changed: int) -> FewShotClassifier:
+    return FewShotClassifier.from_run(folder)
+
+
+def member_folder(record: RunRecord, member: str) -> Path:
+    """The folder of the fitted method that the report of a run calls `member`.
+
+    Raises: InputError if the report names none such.
+    """
+    if member not in [one["folder"] for one in record.read_json("report.json").get("members", ())]:
+        raise InputError("This run has no such method. Choose one from the list.")
+    return record.path / member
+
+
+def classify(record: RunRecord, files: Sequence[str | Path], member: str | None = None, top: int = TOP) -> list[dict[str, Any]]:
+    """Classify pictures by a run's classifier.
+
+    Args:
+        files: pictures of whatever origin; each is checked as an upload is.
+        member: as of `classifier_of`.
+        top: how many classes are told of each picture.
+    Returns: a row for each file: {"picture": its name, "class", "probability", "top": [[class, probability], ...]}, or
+        {"picture", "error": a sentence} for one that cannot be used. Names and sentences hold users' words.
+    Raises: InputError if there is no file, or too many, or the run has no classifier.
+    """
+    if not 1 <= len(files) <= MOST_FILES:
+        raise InputError(f"One to {MOST_FILES} pictures can be classified at a time, got {len(files)}.")
+    rows: list[dict[str, Any]] = []
+    readable = []
+    for file in map(Path, files):
+        row: dict[str, Any] = {"picture": display_name(file)}
+        try:
+            readable.append(read_picture(io.BytesIO(read_upload(file, row["picture"]).content), row["picture"]))
+        except InputError as error:
+            row["error"] = str(error)
+        rows.append(row)
+    if readable:
+        with _one_at_a_time:
+            found = classifier_of(record, member).predict(readable).top(top)
+        for row, likely in zip((row for row in rows if "error" not in row), found, strict=True):
+            (row["class"], row["probability"]), row["top"] = likely[0], [list(one) for one in likely]
+    return rows

@@ -1,0 +1,41 @@
+"""Labelled pictures that come with scikit-learn, or lie in a folder of this machine."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+from pipelines.fewshot.data import LabelledSet, rename
+from pipelines.fewshot.loading import load_folder
+from pipelines.fewshot.samples import sample_set
+from webui.class_sets import EXAMPLE, Kind, LabelledClass, LabelledClasses, held_out_of
+
+
+@lru_cache(maxsize=1)
+def example() -> LabelledClasses:
+    """scikit-learn's handwritten digits."""
+    return _classes(EXAMPLE, "example", None, sample_set())
+
+
+def pointed_to(set_id: str, path: Path, names: Mapping[str, str]) -> LabelledClasses:
+    """The class folders in `path`, with other names for some.
+
+    Raises: InputError if they cannot be used, or two classes would be called the same.
+    """
+    found = load_folder(path)
+    known = {key: name for key, name in names.items() if key in found.keys}
+    return _classes(set_id, "folder", path, rename(found, known))
+
+
+def _classes(set_id: str, kind: Kind, path: Path | None, found: LabelledSet) -> LabelledClasses:
+    pictures: list[list] = [[] for _ in found.classes]
+    for picture in found.pictures:
+        pictures[picture.label].append(picture.source)
+    tested = Counter(picture.label for picture in found.of_part("test"))
+    classes = tuple(
+        LabelledClass(key, name, tuple(own), len(own) - (tested[label] if found.parts else held_out_of(len(own))))
+        for label, (key, name, own) in enumerate(zip(found.keys, found.classes, pictures, strict=True))
+    )
+    return LabelledClasses(set_id, kind, path, classes)
