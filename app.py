@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from webui.page import build_page
-from webui.settings import Settings
+import sys
+
+from webui.server import main
 
 if __name__ == "__main__":
-    build_page(Settings()).launch()
+    sys.exit(main())
