@@ -28,11 +28,12 @@ def build_page(settings: Settings) -> gr.Blocks:
     with gr.Blocks(title="NoRA Vision", analytics_enabled=False, fill_width=False, delete_cache=(3600, 86400)) as page:
         gr.HTML(HEADER)
         run = gr.Dropdown(label="Run", info="What Train, Judge and Use are about.", elem_id="run", interactive=True)
+        step = gr.Dropdown(label="Step", elem_id="use-step", interactive=True, render=False)
         # Not secret; under a key of this server alone the draft would be lost when it starts again.
         draft = gr.BrowserState(EMPTY_DRAFT, storage_key="nora-vision-draft", secret="nora-vision-draft")
         clock = gr.Timer(POLL_SECONDS, active=False)
         with gr.Tabs(elem_id="screens") as tabs:
-            shell = Shell(page, settings, run, tabs, draft, clock)
+            shell = Shell(page, settings, run, step, tabs, draft, clock)
             for name, (title, screen) in SCREENS.items():
                 with gr.Tab(title, id=name, elem_id=f"screen-{name}"):
                     screen.build(shell)

@@ -22,6 +22,7 @@ class Shell:
         page: the page.
         settings: what the server was started with.
         run: the id of the run that Train, Judge and Use are about.
+        step: which of its steps Use draws with; Use places and fills it, Judge sets it.
         tabs: all screens, by the ids of `webui.page.SCREENS`.
         draft: what is being prepared for the next run, kept by the browser: {"set": id of its pictures or None, "options": the
             values that differ from the defaults, by group, "preset": its name}. Never what a run has become.
@@ -31,6 +32,7 @@ class Shell:
     page: gr.Blocks
     settings: Settings
     run: gr.Dropdown
+    step: gr.Dropdown
     tabs: gr.Tabs
     draft: gr.BrowserState
     clock: gr.Timer
