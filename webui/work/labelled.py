@@ -8,8 +8,10 @@ from functools import lru_cache
 from pathlib import Path
 
 from pipelines.fewshot.data import LabelledSet, rename
-from pipelines.fewshot.loading import load_folder
+from pipelines.fewshot.loading import load_folder, load_pictures
 from pipelines.fewshot.samples import sample_set
+from pipelines.fewshot.sets import load_set
+from pipelines.fewshot.sources import Source
 from webui.class_sets import EXAMPLE, Kind, LabelledClass, LabelledClasses, held_out_of
 
 
@@ -30,7 +32,7 @@ def pointed_to(set_id: str, path: Path, names: Mapping[str, str]) -> LabelledCla
 
 
 def _classes(set_id: str, kind: Kind, path: Path | None, found: LabelledSet) -> LabelledClasses:
-    pictures: list[list] = [[] for _ in found.classes]
+    pictures: list[list[Source]] = [[] for _ in found.classes]
     for picture in found.pictures:
         pictures[picture.label].append(picture.source)
     tested = Counter(picture.label for picture in found.of_part("test"))
@@ -39,3 +41,15 @@ def _classes(set_id: str, kind: Kind, path: Path | None, found: LabelledSet) -> 
         for label, (key, name, own) in enumerate(zip(found.keys, found.classes, pictures, strict=True))
     )
     return LabelledClasses(set_id, kind, path, classes)
+
+
+@lru_cache(maxsize=4)
+def sources(path: str | None, dataset: str | None) -> dict[str, Source]:
+    """The pictures of a set by their names, of whatever kind the recipe takes.
+
+    Raises: InputError if it is not there or cannot be read.
+    """
+    if path is None:
+        return {picture.name: picture.source for picture in sample_set().pictures}
+    found = load_pictures(path) if dataset is None else load_set(path, dataset)
+    return {picture.name: picture.source for picture in found.pictures}

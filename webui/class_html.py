@@ -1,0 +1,254 @@
+"""What a classifier's result looks like: sentences, tables and bars. Every word of a user's is escaped here."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+
+from webui.class_results import CONTROL, ZERO_SHOT, Result, TestPicture, source_of
+from webui.class_sets import LabelledClasses
+from webui.curves import Series, plot
+from webui.thumbnails import picture, pictures
+
+METHODS = {
+    "zeroshot": "no training: the classes' names alone",
+    "pixels": "raw pixels, without any model (the control)",
+    "linear_probe": "linear probe: lines drawn between what the model sees",
+    "lora": "LoRA adapter",
+    "dora": "DoRA adapter",
+    "nora": "NoRA adapter",
+    "tip_adapter": "Tip-Adapter: compares with the pictures kept in mind",
+    "tip_adapter_f": "Tip-Adapter-F: the same, and trained",
+    "clap": "CLAP: a linear probe held near the names",
+    "coop": "CoOp: learned words around the names",
+    "clip_adapter": "CLIP-Adapter: a small network behind the model",
+    "taskres": "TaskRes: the names' meaning shifted",
+    "gda": "GDA: a bell curve for each class",
+}
+MOST_IN_MATRIX, MOST_IN_CELL, WORST = 25, 48, 12
+# Below it, a probability can be taken at its word.
+CALIBRATED = 0.05
+# Clicks, and Enter on a cell that has the focus, since cells are buttons.
+MATRIX_JS = """element.addEventListener('click', (event) => {
+  const cell = event.target.closest('button[data-true]');
+  if (cell) trigger('select', {true: Number(cell.dataset.true), predicted: Number(cell.dataset.predicted)});
+});"""
+
+
+def share(value: float) -> str:
+    """Such as 69%; never 100% for less than all."""
+    shown = f"{value:.0%}"
+    return "over 99%" if shown == "100%" and value < 1 else shown
+
+
+def in_words(result: Result) -> str:
+    """How good it is, beside what needs no training, and how far that can be trusted."""
+    own = result.member["test"]
+    count, value = own["count"], share(own["top1"]["value"])
+    right = round(own["top1"]["value"] * count)
+    lead = (
+        f'<p class="lead"><b class="figure">{value}</b>of {count} pictures that it was not shown, {right} are right: {value}, '
+        f"between {share(own['top1']['low'])} and {share(own['top1']['high'])}.</p>"
+    )
+    return lead + f"<p>{' '.join(_beside(result))}</p>" + "".join(_notes(result))
+
+
+def _beside(result: Result) -> list[str]:
+    told = []
+    for method, words in ((ZERO_SHOT, "before any training"), (CONTROL, "with raw pixels, which need no model at all")):
+        other = result.beside(method)
+        if other is not None and result.member["method"] != method:
+            told.append(f"{words} {share(other['test']['top1']['value'])}")
+    chance = f"guessing would be right in {share(1 / len(result.classes))}"
+    return [f"On the same pictures: {', '.join(told)}; {chance}." if told else f"{chance.capitalize()}."]
+
+
+def _notes(result: Result) -> list[str]:
+    """What stands against believing the accuracy, and where another method is plainly better."""
+    own, notes = result.member, []
+    control = result.beside(CONTROL)
+    if own["guard"]:
+        notes.append(f"Its strength was lowered, since training would have hurt. {html.escape(own['guard'])}")
+    if control is not None and own["method"] not in (CONTROL, ZERO_SHOT):
+        if own["test"]["top1"]["low"] <= control["test"]["top1"]["high"]:
+            notes.append(
+                "Raw pixels are about as good here. These pictures are so alike within a class that nothing shows that the "
+                "model helps; do not expect the accuracy to hold for pictures that were taken otherwise."
+            )
+    elif own["method"] not in (CONTROL, ZERO_SHOT):
+        notes.append("Raw pixels were not tried, so nothing here says whether these pictures need a model at all.")
+    better = [one for one in result.same_draw() if one["test"]["top1"]["low"] > own["test"]["top1"]["high"]]
+    if better:
+        names = " and ".join(one["method"] for one in better)
+        notes.append(
+            f"{html.escape(names)} {'is' if len(better) == 1 else 'are'} plainly better on these pictures: choose it above."
+        )
+    return [f'<p class="warning">{note}</p>' for note in notes]
+
+
+def methods_table(result: Result) -> str:
+    """All methods of the run side by side, over all its draws."""
+    rows = []
+    for row in result.report["summary"]:
+        if row["shots"] != result.member["shots"]:
+            continue
+        top1 = row["top1"]
+        low, high = max(0.0, top1["low"]), min(1.0, top1["high"])
+        chosen = ' class="chosen"' if row["method"] == result.member["method"] else ""
+        rows.append(
+            f"<tr{chosen}><th scope='row'>{html.escape(METHODS.get(row['method'], row['method']))}</th>"
+            f"<td class='number'>{share(top1['value'])}</td><td class='number'>{share(low)} to {share(high)}</td>"
+            f"<td class='number'>{row['trained_numbers']:,.0f}</td><td class='number'>{_size(row['stored_bytes'])}</td>"
+            f"<td class='number'>{row['seconds']:.0f} s</td></tr>"
+        )
+    draws = len(result.report["seeds"])
+    heads = ("right", "95% interval", "numbers learned", "file", "took")
+    head = "".join(f"<th scope='col' class='number'>{one}</th>" for one in heads)
+    note = f"Means over {draws} draws of the pictures." if draws > 1 else "One draw of the pictures."
+    return (
+        f"<div class='scroll'><table class='plain'><thead><tr><th scope='col'>method</th>{head}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div><p class='quiet'>{note}</p>"
+    )
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} KB"
+
+
+def per_class(result: Result) -> str:
+    """The share that is right of each class, the worst first."""
+    found = {name: value for name, value in result.member["test"]["per_class"].items() if value is not None}
+    counts = dict(zip(result.member["test"]["per_class"], map(sum, result.member["test"]["confusion"]), strict=True))
+    rows = [(name, value, f"{name}, {counts[name]}") for name, value in sorted(found.items(), key=lambda one: one[1])]
+    return bars([(label, value) for _, value, label in rows]) + "<p class='quiet'>Behind each name: how many were tested.</p>"
+
+
+def bars(rows: Sequence[tuple[str, float]], first_only: bool = False) -> str:
+    """Shares as bars.
+
+    Args:
+        rows: a name, in users' words, and a share.
+        first_only: colour the first alone.
+    """
+    cells = []
+    for place, (name, value) in enumerate(rows):
+        second = " second" if first_only and place else ""
+        fill = f'<span class="fill{second}" style="display:block;width:{value:.1%}"></span>'
+        cells.append(
+            f'<span class="name">{html.escape(name)}</span><span class="track">{fill}</span>'
+            f'<span class="share">{share(value)}</span>'
+        )
+    return f'<div class="shares">{"".join(cells)}</div>'
+
+
+def confusion(result: Result) -> str:
+    """The confusion matrix: a row for each true class, whose cells are buttons where there is a picture in them."""
+    counts, names = result.member["test"]["confusion"], result.classes
+    shown = _in_matrix(counts)
+    head = "".join(f"<th scope='col'>{html.escape(names[place])}</th>" for place in shown)
+    rows = [
+        f"<tr><th scope='row'>{html.escape(names[true])}</th>{''.join(_cell(counts, names, true, other) for other in shown)}</tr>"
+        for true in shown
+    ]
+    left_out = len(names) - len(shown)
+    note = f" The {left_out} classes with the fewest mistakes are left out." if left_out else ""
+    return (
+        "<div class='scroll'><table class='confusion'><caption>Rows are what a picture shows, columns what it was taken for. "
+        f"Open a number to see its pictures.{note}</caption>"
+        f"<thead><tr><th scope='col'><span class='quiet'>shows / taken for</span></th>{head}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _in_matrix(counts: Sequence[Sequence[int]]) -> list[int]:
+    """The places of the classes that are shown: all, or of many those with the most mistakes."""
+    wrong = [sum(row) - row[place] + sum(other[place] for other in counts) - row[place] for place, row in enumerate(counts)]
+    most = sorted(range(len(counts)), key=lambda place: -wrong[place])[:MOST_IN_MATRIX]
+    return sorted(most)
+
+
+def _cell(counts: Sequence[Sequence[int]], names: Sequence[str], true: int, predicted: int) -> str:
+    count, whole = counts[true][predicted], max(1, sum(counts[true]))
+    if not count:
+        return "<td>·</td>"
+    kind = "right" if true == predicted else "wrong"
+    words = html.escape(cell_words(names, true, predicted, count))
+    opens = f"data-true='{true}' data-predicted='{predicted}' aria-label='{words}. Show them.' title='{words}'"
+    shade = f"--share: {15 + 50 * count / whole:.0f}%"
+    return f"<td class='{kind}' style='{shade}'><button type='button' {opens}>{count}</button></td>"
+
+
+def cell_words(names: Sequence[str], true: int, predicted: int, count: int) -> str:
+    """Such as "2 pictures of glass taken for metal"; in users' words."""
+    what = "1 picture" if count == 1 else f"{count} pictures"
+    return f"{what} of {names[true]} {'recognised' if true == predicted else f'taken for {names[predicted]}'}"
+
+
+def cell_pictures(result: Result, true: int, predicted: int) -> str:
+    """The pictures of one cell of the matrix."""
+    found = result.in_cell(true, predicted)
+    heading = html.escape(cell_words(result.classes, true, predicted, result.member["test"]["confusion"][true][predicted]))
+    if not found:
+        return f"<h4>{heading}</h4><p class='quiet'>This run is from before the tested pictures were written down.</p>"
+    more = f"<p class='quiet'>And {len(found) - MOST_IN_CELL} more.</p>" if len(found) > MOST_IN_CELL else ""
+    return f"<h4>{heading}</h4>{_tested(result, found[:MOST_IN_CELL])}{more}"
+
+
+def worst_mistakes(result: Result) -> str:
+    """The wrong predictions that it was surest of, and why they cannot be learned from."""
+    wrong = result.mistakes()
+    if not wrong:
+        return "<p class='quiet'>It made no mistake on the test pictures.</p>"
+    return (
+        f"{_tested(result, wrong[:WORST])}<p class='quiet'>These pictures are the test. Learning from them would raise the next "
+        "accuracy without making the classifier better, so they cannot be added to the training. If one lies in the wrong class, "
+        "move it under Pictures. To mend a mistake, add other pictures like it under Classify new.</p>"
+    )
+
+
+def _tested(result: Result, found: Sequence[TestPicture]) -> str:
+    names = result.classes
+    figures = []
+    for one in found:
+        shown = picture(source_of(result.record, one), f"a test picture of {names[one.true]}")
+        truth = "" if one.is_right else f"is {html.escape(names[one.true])}, "
+        figures.append((shown, f"{truth}taken for <b>{html.escape(names[one.predicted])}</b>, {share(one.confidence)} sure"))
+    return pictures(figures)
+
+
+def calibration(result: Result) -> str:
+    """How far the probabilities can be believed, before and after the temperature, in words."""
+    before, after = (result.member[part]["calibration_error"] for part in ("test", "calibrated"))
+    believed = "can be taken at their word" if after <= CALIBRATED else "are only a rough guide"
+    return (
+        f"<p>How sure it says it is differs from how often it is right by {100 * before:.1f} percentage points as trained, and "
+        f"by {100 * after:.1f} once its sureness was adjusted on other pictures (temperature "
+        f"{result.member['temperature']:.2f}). The probabilities here are the adjusted ones: they {believed}. A dot below the "
+        "line means that it is too sure.</p>"
+    )
+
+
+def reliability(result: Result) -> str:
+    """How often it is right when it is so sure, as a figure."""
+    series = [Series("as it should be", [(0.0, 0.0), (1.0, 1.0)], "line", 3)]
+    for part, name, colour in (("test", "as trained", 2), ("calibrated", "adjusted", 1)):
+        found = result.member[part]["reliability"]
+        bins = zip(found["confidence"], found["accuracy"], found["counts"], strict=True)
+        series.append(Series(name, [(sure, right) for sure, right, count in bins if count], "marks", colour))
+    return plot("How often it is right, by how sure it is", series, (0.0, 1.0))
+
+
+def class_cards(classes: LabelledClasses, right: Mapping[str, tuple[int, int]], each: int = 8) -> str:
+    """Every class with its count, some of its pictures, and how often it is recognised before any training."""
+    cards = []
+    for one in classes.classes:
+        stride = max(1, len(one.pictures) // each)
+        some = [(picture(source, f"a picture of {one.name}"), "") for source in one.pictures[::stride][:each]]
+        own = right.get(one.key)
+        known = f"<span class='quiet'>{own[0]} of {own[1]} recognised untrained</span>" if own else ""
+        count = f"{len(one.pictures)} picture{'' if len(one.pictures) == 1 else 's'}"
+        cards.append(
+            f"<section class='class-card'><header><b>{html.escape(one.name)}</b> <span>{count}</span> {known}</header>"
+            f"{pictures(some, 'small')}</section>"
+        )
+    return f"<div class='class-cards'>{''.join(cards)}</div>"

@@ -1,0 +1,77 @@
+"""Small copies of labelled pictures, wherever they come from, as the page loads them: from gradio's own cache alone."""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+
+from gradio.processing_utils import save_pil_to_cache
+from gradio.utils import get_upload_folder
+from PIL import Image
+
+from pipelines.errors import InputError
+from pipelines.fewshot.sources import PictureFile, Source
+from pipelines.pictures import read_picture
+from webui.pictures import address
+
+SIDE, MAX_PIXELS = 128, 40_000_000
+
+
+def picture(source: Source | None, alt: str) -> str:
+    """A picture's small copy as HTML; a note where it is not there any more.
+
+    Args:
+        alt: what it shows, in users' words.
+    """
+    cached = None if source is None else small(source)
+    if cached is None:
+        return '<div class="gone">no longer there</div>'
+    path, tiny = cached
+    css = ' class="tiny"' if tiny else ""
+    return f'<img src="{html.escape(address(path))}" alt="{html.escape(alt)}" loading="lazy"{css}>'
+
+
+def pictures(figures: Iterable[tuple[str, str]], css: str = "") -> str:
+    """Pictures side by side, each with what is said below it.
+
+    Args:
+        figures: HTML of `picture`, and HTML of what is said.
+    """
+    cells = "".join(f"<figure>{shown}{f'<figcaption>{said}</figcaption>' if said else ''}</figure>" for shown, said in figures)
+    return f'<div class="thumbs {css}">{cells}</div>'
+
+
+def small(source: Source) -> tuple[str, bool] | None:
+    """The small copy of a picture in gradio's cache, and whether the picture itself has no more pixels than are shown; None for
+    one that is gone or cannot be read.
+    """
+    try:
+        if isinstance(source, PictureFile):
+            state = source.path.stat()
+            found = _of_file(source, state.st_mtime_ns, state.st_size)
+        else:
+            found = _of_bytes(source.content())
+        # Gradio forgets copies after a day.
+        return found if Path(found[0]).exists() else _made(source.content())
+    except (OSError, InputError):
+        return None
+
+
+@lru_cache(maxsize=4096)
+def _of_file(source: PictureFile, changed: int, size: int) -> tuple[str, bool]:
+    return _made(source.content())
+
+
+@lru_cache(maxsize=4096)
+def _of_bytes(content: bytes) -> tuple[str, bool]:
+    return _made(content)
+
+
+def _made(content: bytes) -> tuple[str, bool]:
+    shown = read_picture(io.BytesIO(content), "The picture", MAX_PIXELS)
+    tiny = max(shown.size) < SIDE
+    shown.thumbnail((2 * SIDE, 2 * SIDE), Image.Resampling.LANCZOS)
+    return save_pil_to_cache(shown, get_upload_folder(), format="webp"), tiny
