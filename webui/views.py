@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import time
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from training import requests
 from training.record import RunRecord
-from webui.workspace import LAUNCH, Workspace
+from training.waiting import QUEUE, runs_before
+from webui.run_log import ended_by, last_error
+from webui.workspace import LAUNCH, Workspace, began
 
 Task = Literal["subject", "classify"]
 State = Literal["queued", "starting", "running", "interrupted", "stopped", "failed", "done"]
@@ -31,6 +36,15 @@ IN_WORDS: dict[State, str] = {
     "failed": "failed",
     "done": "done",
 }
+TRAINING = "training"
+# From the folder's beginning until its process has said a first word.
+BEGINNING_SECONDS = 20.0
+LONGEST_NAME, NAMED_CLASSES = 48, 3
+SAMPLE_SUBJECT, SAMPLE_CLASSES = "the example", "handwritten digits"
+INTERRUPTED = {
+    "SIGKILL": "The system ended its process, as it does when memory runs out.",
+    None: "Its process ended without a word, as when the machine is switched off.",
+}
 
 
 @dataclass(frozen=True)
@@ -51,17 +65,25 @@ class RunView:
     @cached_property
     def status(self) -> dict[str, Any]:
         """The fields of status.json."""
-        return self.record.status()
+        return self.read("status.json")
 
     @cached_property
     def options(self) -> dict[str, Any]:
         """The resolved options by group; empty before the run has begun."""
-        return self.record.options()
+        return self.read("options.json")
 
     @cached_property
     def launch(self) -> dict[str, Any]:
         """What the page started it with (see `webui.launching`); empty for runs from a terminal."""
-        return self.record.read_json(LAUNCH)
+        return self.read(LAUNCH)
+
+    def read(self, name: str) -> dict[str, Any]:
+        """A JSON file of the run; empty where there is none, or where somebody has left something else there."""
+        try:
+            found = self.record.read_json(name)
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     @cached_property
     def task(self) -> Task:
@@ -70,9 +92,15 @@ class RunView:
 
     @cached_property
     def state(self) -> State:
-        """Where it is; a process that is gone without having said so was interrupted."""
+        """Where it is; a process that is gone without having said so was stopped, has failed, or was interrupted."""
         told = self.status.get("state", "starting")
-        return "interrupted" if told in ACTIVE and not self.record.has_live_process() else told
+        if told not in ACTIVE or self.record.has_live_process():
+            return told if told in ACTIONS else "interrupted"
+        if not self.status and time.time() - self.created < BEGINNING_SECONDS:
+            return "starting"
+        if requests.was_asked(self.record, requests.STOP):
+            return "stopped"
+        return "failed" if told == "starting" and last_error(self.record) else "interrupted"
 
     @property
     def is_active(self) -> bool:
@@ -82,12 +110,87 @@ class RunView:
     @property
     def actions(self) -> tuple[Action, ...]:
         """What can be done with it now."""
-        return ACTIONS[self.state]
+        told = ACTIONS[self.state]
+        trains = self.task == "subject" and self.status.get("phase") == TRAINING
+        return told if trains else tuple(action for action in told if action not in requests.ASKED)
+
+    @cached_property
+    def runs_before(self) -> int | None:
+        """How many runs have their turn before it, the one at work included; None unless it waits."""
+        if self.state != "queued":
+            return None
+        path = self.record.path.absolute()
+        roots = [root for root in (path.parent / QUEUE, path.parents[1] / QUEUE) if root.is_dir()]
+        places = [place for root in roots if (place := runs_before(root, path)) is not None]
+        return places[0] if places else None
+
+    @cached_property
+    def error(self) -> str | None:
+        """What went wrong, as "Kind: message"; None unless the run has failed."""
+        if self.state != "failed":
+            return None
+        return str(self.status.get("error") or last_error(self.record) or "It ended without a word.")
+
+    @cached_property
+    def reason(self) -> str | None:
+        """Why it ended before its end, in a sentence; None for a run that has not."""
+        if self.state == "interrupted":
+            return INTERRUPTED.get(ended_by(self.record), INTERRUPTED[None])
+        if self.state == "stopped":
+            return "You stopped it."
+        return None if self.error is None else without_kind(self.error)
+
+    @property
+    def created(self) -> float:
+        """When it was started, seconds since the epoch."""
+        told = self.launch.get("created")
+        return told if isinstance(told, int | float) else began(self.record.path)
+
+    @property
+    def ended(self) -> float | None:
+        """When it was last heard of, seconds since the epoch; None while it is at work."""
+        return None if self.is_active else self.status.get("heartbeat")
+
+    @property
+    def share_done(self) -> float | None:
+        """How much of what it is at has been done, in [0, 1]; None where that is not known."""
+        step, total = self.status.get("step"), self.status.get("total")
+        return min(1.0, step / total) if isinstance(step, int) and isinstance(total, int) and total > 0 else None
+
+    def chosen(self, group: str, name: str) -> Any:
+        """An option of the run: as it was resolved, else as the page has set it; None where neither says it."""
+        for options in (self.options, self.launch.get("options", {})):
+            fields = options.get(group)
+            if isinstance(fields, dict) and fields.get(name) is not None:
+                return fields[name]
+        return None
+
+    @cached_property
+    def name(self) -> str:
+        """What it learns, in the user's own words."""
+        name = self._classes() if self.task == "classify" else str(self.chosen("data", "instance_prompt") or SAMPLE_SUBJECT)
+        return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+
+    def _classes(self) -> str:
+        given = self.chosen("data", "class_names")
+        names = [str(each).partition("=")[2] for each in given] if isinstance(given, list) else []
+        if names:
+            more = len(names) - NAMED_CLASSES
+            return ", ".join(names[:NAMED_CLASSES]) + (f" and {more} more" if more > 0 else "")
+        folder = self.chosen("data", "dataset") or self.chosen("data", "data_dir")
+        return str(folder).rstrip("/").rpartition("/")[2] if folder else SAMPLE_CLASSES
 
     @property
     def title(self) -> str:
         """What lists call it."""
-        return f"{self.id} ({IN_WORDS[self.state]})"
+        when = time.strftime("%d %b %H:%M:%S", time.localtime(self.created))
+        return f"{self.name}, {when} ({IN_WORDS[self.state]})"
+
+
+def without_kind(error: str) -> str:
+    """An error as status.json has it, without the name of its kind."""
+    kind, found, words = error.partition(": ")
+    return words if found and kind.isidentifier() and words else error
 
 
 def views(workspace: Workspace) -> list[RunView]:

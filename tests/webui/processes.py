@@ -1,0 +1,46 @@
+"""Runs that are started as the page starts them, with a command that stands for the training."""
+
+import sys
+import time
+
+PATIENCE = 90
+# As the trainer does: says that it trains, ends when it is told to, and notes a signal.
+RECIPE = """
+import os, pathlib, signal, sys, time
+from training.record import RunRecord, update_status
+run = RunRecord(pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1]))
+(run.path / "began").write_text(" ".join(sys.argv[1:]))
+time.sleep(float(os.environ.get("LOADS", "0")))
+if os.environ.get("FAILS"):
+    print("dreambooth_nora.py: error: rank must be at least 1, got 0.", file=sys.stderr, flush=True)
+    sys.exit(2)
+def stopped(number, frame):
+    update_status(run, state="stopped", error="Stopped: stopped by SIGTERM")
+    sys.exit(143)
+signal.signal(signal.SIGTERM, stopped)
+update_status(run, state="running", phase="training", step=1, total=4)
+while not (run.path / "end").exists():
+    time.sleep(0.02)
+update_status(run, state="done", phase="done", step=4)
+"""
+# As accelerate does: a process of its own that waits for the recipe's.
+LAUNCHER = f"""
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", {RECIPE!r}, *sys.argv[1:]])
+if child.wait() != 0:
+    raise subprocess.CalledProcessError(child.returncode, child.args)
+"""
+
+
+def standing_for_accelerate(words):
+    """The words of a command with `LAUNCHER` in the place of accelerate."""
+    return [sys.executable, "-c", LAUNCHER, *words[1:]]
+
+
+def wait_for(what):
+    """Wait until `what()` is true; returns it."""
+    began = time.monotonic()
+    while not (found := what()):
+        assert time.monotonic() - began < PATIENCE
+        time.sleep(0.02)
+    return found

@@ -1,0 +1,330 @@
+"""The buttons: what they start outlives the server, what they stop is the run's own, what they delete is the user's own."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from processes import standing_for_accelerate, wait_for
+
+from pipelines.errors import InputError
+from training import requests
+from training.record import RunRecord, update_status
+from webui import launching
+from webui.run_log import LOG, last_error
+from webui.views import RunView
+from webui.workspace import LAUNCH, Workspace
+
+ROOT = Path(__file__).parents[2]
+QUICK = {"optimisation": {"max_train_steps": 8}, "adapter": {"rank": 4, "inner_r": 2}}
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """One whose runs are not really trained; what is still at work at the end is killed."""
+    monkeypatch.setattr(launching, "_found", standing_for_accelerate)
+    workspace = Workspace(tmp_path / "runs", tmp_path / "sets")
+    yield workspace
+    for run_id in workspace.run_ids():
+        process = workspace.run(run_id).process()
+        if process is not None and process.pid != os.getpid():
+            for one in (*process.children(recursive=True), process):
+                one.kill()
+
+
+def view(workspace, run_id):
+    return RunView(workspace.run(run_id))
+
+
+def state(workspace, run_id):
+    return view(workspace, run_id).state
+
+
+def trains(workspace, run_id):
+    """Wait until the run trains."""
+    wait_for(lambda: state(workspace, run_id) == "running")
+
+
+def end(workspace, run_id):
+    """Have the run come to its end."""
+    (workspace.run(run_id).path / "end").touch()
+    wait_for(lambda: state(workspace, run_id) == "done")
+
+
+def test_what_is_started_is_the_command_that_is_shown(workspace):
+    run_id = launching.start(workspace, "subject", QUICK)
+    trains(workspace, run_id)
+    path = workspace.run(run_id).path
+    launch = json.loads((path / LAUNCH).read_text())
+    words = f"accelerate launch training/dreambooth_nora.py --max_train_steps 8 --rank 4 --inner_r 2 --output_dir {path}"
+    assert launching.shown_command(launch["command"]) == words
+    assert shlex.split(words) == launching.command("subject", QUICK, path)
+    assert (path / "began").read_text() == words.removeprefix("accelerate ")
+    assert (launch["task"], launch["options"]) == ("subject", QUICK)
+    assert (path / LOG).read_text().startswith(f"$ {words}\n")
+    end(workspace, run_id)
+
+
+def test_nothing_is_written_of_a_run_that_cannot_be_started(workspace):
+    wrong = [{"adapter": {"rank": 0}}, {"output": {"validation_prompt": ["a", "--output_dir=x"]}}, {"data": {"folder": "x"}}]
+    for options in wrong:
+        with pytest.raises(InputError):
+            launching.start(workspace, "subject", options)
+    assert not workspace.runs.exists()
+
+
+def test_the_command_uses_the_launcher_of_this_environment(monkeypatch, tmp_path):
+    words = ["accelerate", "launch", "training/fewshot_nora.py"]
+    beside = Path(sys.executable).parent / "accelerate"
+    if beside.exists():
+        assert launching._found(words) == [str(beside), *words[1:]]
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    assert launching._found(words) == [str(tmp_path / "python"), "-m", "accelerate.commands.launch", words[2]]
+
+
+def test_what_has_ended_leaves_no_zombie(workspace):
+    run_id = launching.start(workspace, "subject", QUICK)
+    trains(workspace, run_id)
+    end(workspace, run_id)
+    wait_for(lambda: not [one for one in psutil.Process().children() if one.status() == psutil.STATUS_ZOMBIE])
+    wait_for(lambda: not psutil.Process().children())
+
+
+def test_a_run_outlives_the_server_that_is_killed(workspace, tmp_path):
+    code = (
+        "import sys, time, pathlib; sys.path.insert(0, sys.argv[1]); from processes import standing_for_accelerate\n"
+        "from webui import launching; from webui.workspace import Workspace\n"
+        "launching._found = standing_for_accelerate; folder = pathlib.Path(sys.argv[2])\n"
+        "workspace = Workspace(folder / 'runs', folder / 'sets')\n"
+        "for _ in range(2): print(launching.start(workspace, 'subject', {}), flush=True)\n"
+        "time.sleep(600)"
+    )
+    words = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)]
+    server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    first, second = (server.stdout.readline().strip() for _ in range(2))
+    trains(workspace, first)
+    server.kill()
+    server.communicate()
+    time.sleep(0.5)
+    assert (state(workspace, first), state(workspace, second)) == ("running", "queued")
+    end(workspace, first)
+    trains(workspace, second)
+    end(workspace, second)
+
+
+def test_runs_wait_for_each_other_and_say_for_how_many(workspace):
+    ids = [launching.start(workspace, "subject", QUICK) for _ in range(3)]
+    trains(workspace, ids[0])
+    assert [view(workspace, run_id).runs_before for run_id in ids] == [None, 1, 2]
+    assert view(workspace, ids[1]).actions == ("stop",)
+    launching.stop(workspace, ids[1])
+    wait_for(lambda: state(workspace, ids[1]) == "stopped")
+    end(workspace, ids[0])
+    trains(workspace, ids[2])
+    assert not (workspace.run(ids[1]).path / "began").exists()
+    launching.resume(workspace, ids[1])
+    assert state(workspace, ids[1]) == "queued"
+    end(workspace, ids[2])
+    trains(workspace, ids[1])
+
+
+def test_a_run_that_trains_is_asked_to_stop_and_can_go_on(workspace):
+    run_id = launching.start(workspace, "subject", QUICK)
+    trains(workspace, run_id)
+    launching.stop(workspace, run_id)
+    wait_for(lambda: state(workspace, run_id) == "stopped")
+    with pytest.raises(InputError, match=r"There is nothing to stop. The run is stopped"):
+        launching.stop(workspace, run_id)
+    launching.resume(workspace, run_id)
+    trains(workspace, run_id)
+    path = workspace.run(run_id).path
+    assert (path / "began").read_text().endswith(f"--output_dir {path} --resume_from_checkpoint latest")
+    with pytest.raises(InputError, match=r"ended before its end can go on. The run is running"):
+        launching.resume(workspace, run_id)
+    end(workspace, run_id)
+
+
+def test_a_run_that_is_stopped_while_it_loads_leaves_nothing_at_work(workspace, monkeypatch):
+    monkeypatch.setenv("LOADS", "600")
+    run_id = launching.start(workspace, "subject", QUICK)
+    wait_for((workspace.run(run_id).path / "began").exists)
+    assert state(workspace, run_id) == "starting"
+    launcher = workspace.run(run_id).process()
+    at_work = [launcher, *launcher.children(recursive=True)]
+    assert len(at_work) == 2
+    launching.stop(workspace, run_id)
+    assert not psutil.wait_procs(at_work, 30)[1]
+    wait_for(lambda: state(workspace, run_id) == "stopped")
+
+
+def test_a_killed_run_is_interrupted_and_goes_on(workspace):
+    run_id = launching.start(workspace, "subject", QUICK)
+    trains(workspace, run_id)
+    workspace.run(run_id).process().kill()
+    wait_for(lambda: state(workspace, run_id) == "interrupted")
+    wait_for(lambda: "memory" in RunView(workspace.run(run_id)).reason)
+    launching.resume(workspace, run_id)
+    trains(workspace, run_id)
+    end(workspace, run_id)
+
+
+def test_a_killed_waiter_is_interrupted_and_can_wait_again(workspace):
+    first, second = (launching.start(workspace, "subject", QUICK) for _ in range(2))
+    trains(workspace, first)
+    workspace.run(second).process().kill()
+    wait_for(lambda: state(workspace, second) == "interrupted")
+    launching.resume(workspace, second)
+    assert state(workspace, second) == "queued"
+
+
+def test_a_run_that_fails_before_its_directory_is_opened_has_failed_with_the_log_s_sentence(workspace, monkeypatch):
+    monkeypatch.setenv("FAILS", "1")
+    run_id = launching.start(workspace, "subject", QUICK)
+    wait_for(lambda: state(workspace, run_id) == "failed")
+    found = view(workspace, run_id)
+    assert found.reason == "rank must be at least 1, got 0."
+    assert found.error == last_error(workspace.run(run_id)) == "InputError: rank must be at least 1, got 0."
+    assert found.actions == ("resume", "duplicate", "delete")
+    monkeypatch.delenv("FAILS")
+    launching.resume(workspace, run_id)
+    trains(workspace, run_id)
+    workspace.run(run_id).process().kill()
+    wait_for(lambda: state(workspace, run_id) == "interrupted")
+
+
+def test_a_stranger_with_the_run_s_process_id_is_left_alone(workspace):
+    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    path = workspace.new_run()
+    status = {"state": "running", "pid": stranger.pid, "pid_started": psutil.Process(stranger.pid).create_time() - 100}
+    (path / "status.json").write_text(json.dumps(status))
+    assert state(workspace, path.name) == "interrupted"
+    with pytest.raises(InputError, match="nothing to stop"):
+        launching.stop(workspace, path.name)
+    assert stranger.poll() is None
+    stranger.kill()
+    stranger.wait()
+
+
+def test_what_is_asked_of_a_run_that_trains_is_a_file_in_its_directory(workspace):
+    run_id = launching.start(workspace, "subject", QUICK)
+    trains(workspace, run_id)
+    launching.ask(workspace, run_id, "sample")
+    assert requests.was_asked(workspace.run(run_id), "sample")
+    with pytest.raises(InputError, match=r"can be asked to sample or save, got '\.\./x'"):
+        launching.ask(workspace, run_id, "../x")
+    end(workspace, run_id)
+    with pytest.raises(InputError, match=r"while a run trains. The run is done"):
+        launching.ask(workspace, run_id, "save")
+
+
+def test_a_classifier_s_training_can_only_be_stopped(workspace):
+    run_id = launching.start(workspace, "classify", {"data": {"seeds": [0]}})
+    trains(workspace, run_id)
+    assert view(workspace, run_id).actions == ("stop",)
+    assert "training/fewshot_nora.py --seeds 0" in (workspace.run(run_id).path / "began").read_text()
+    launching.stop(workspace, run_id)
+    wait_for(lambda: state(workspace, run_id) == "stopped")
+
+
+def test_a_duplicate_starts_from_the_options_without_the_directory(workspace):
+    run_id = launching.start(workspace, "subject", QUICK)
+    assert launching.duplicate(workspace, run_id) == QUICK
+    again = launching.start(workspace, "subject", launching.duplicate(workspace, run_id))
+    assert again != run_id
+
+
+def test_a_run_from_a_terminal_is_duplicated_and_resumed_from_its_own_options(workspace):
+    from webui.work.options import build
+
+    path = workspace.new_run()
+    options = build(workspace, "subject", QUICK).to_dict()
+    options["output"]["output_dir"] = str(path)
+    (path / "options.json").write_text(json.dumps(options))
+    (path / "status.json").write_text(json.dumps({"state": "stopped", "processes": 2}))
+    assert launching.duplicate(workspace, path.name) == QUICK
+    launching.resume(workspace, path.name)
+    trains(workspace, path.name)
+    recipe = f"{ROOT}/training/dreambooth_nora.py --options_file {path}/options.json --output_dir {path}"
+    assert (path / "began").read_text() == f"launch --num_processes 2 {recipe} --resume_from_checkpoint latest"
+    assert not (path / LAUNCH).exists()
+
+
+def test_what_ended_before_its_options_were_known_and_was_not_started_here_is_said_so(workspace):
+    path = workspace.new_run()
+    (path / "status.json").write_text(json.dumps({"state": "failed"}))
+    with pytest.raises(InputError, match="before it had written down its options"):
+        launching.resume(workspace, path.name)
+    with pytest.raises(InputError, match="not written down"):
+        launching.duplicate(workspace, path.name)
+
+
+def test_a_run_whose_pictures_are_gone_does_not_go_on(workspace):
+    guest = Workspace(workspace.runs, workspace.sets, None, is_local=False)
+    own = guest.new_picture_set()
+    data = {"instance_data_dir": str(own), "instance_prompt": "a photo of sks dog"}
+    run_id = launching.start(guest, "subject", {"data": data})
+    trains(guest, run_id)
+    launching.stop(guest, run_id)
+    wait_for(lambda: state(guest, run_id) == "stopped")
+    own.rmdir()
+    with pytest.raises(InputError, match="no longer there"):
+        launching.resume(guest, run_id)
+    assert state(guest, run_id) == "stopped"
+
+
+def test_two_at_once_resume_a_run_once(workspace):
+    path = workspace.new_run()
+    (path / LAUNCH).write_text(json.dumps({"task": "subject", "command": [], "created": 0.0, "options": QUICK}))
+    record = workspace.run(path.name)
+    with launching._alone(record), pytest.raises(InputError, match="just being started or deleted"):
+        launching.resume(workspace, path.name)
+    launching.resume(workspace, path.name)
+    with pytest.raises(InputError, match="ended before its end"):
+        launching.resume(workspace, path.name)
+
+
+def test_deleting_takes_the_run_alone_and_not_what_its_links_lead_to(workspace, tmp_path):
+    kept = tmp_path / "elsewhere"
+    kept.mkdir()
+    (kept / "photo.png").write_text("x")
+    path, other = workspace.new_run(), workspace.new_run()
+    for run in (path, other):
+        update_status(RunRecord(run), state="done")
+    (path / "link").symlink_to(kept)
+    (path / "file").symlink_to(kept / "photo.png")
+    launching.delete(workspace, path.name)
+    assert workspace.run_ids() == [other.name]
+    assert [one.name for one in workspace.runs.iterdir()] == [other.name]
+    assert (kept / "photo.png").exists()
+
+
+def test_deleting_refuses_what_is_at_work_and_what_is_not_the_user_s_run(workspace, tmp_path):
+    run_id = launching.start(workspace, "subject", QUICK)
+    trains(workspace, run_id)
+    with pytest.raises(InputError, match="at work cannot be deleted"):
+        launching.delete(workspace, run_id)
+    other = tmp_path / "other" / "20260101-000000-abcdef"
+    other.mkdir(parents=True)
+    (other / "status.json").write_text('{"state": "done"}')
+    (workspace.runs / "link").symlink_to(other)
+    wrong = ("..", ".", "", "/", str(other), f"../other/{other.name}", "link", run_id + "/..", "none", ".queue", None, "a\0")
+    for name in wrong:
+        with pytest.raises(InputError, match="There is no such run"):
+            launching.delete(workspace, name)
+    assert other.exists()
+    assert state(workspace, run_id) == "running"
+
+
+def test_the_log_is_shown_as_a_terminal_would(workspace):
+    path = workspace.new_run()
+    (path / "status.json").write_text("{}")
+    (path / LOG).write_text("one\ntraining:  1%\rtraining:  2%\rtraining: 3%\n\x1b[31mred\x1b[0m\n" + "line\n" * 500)
+    shown = launching.log_tail(workspace.run(path.name)).splitlines()
+    assert len(shown) == 199
+    (path / LOG).write_text("one\ntraining:  1%\rtraining:  2%\rtraining: 3%\n\x1b[31mred\x1b[0m")
+    assert launching.log_tail(workspace.run(path.name)) == "one\ntraining: 3%\nred"
