@@ -1,0 +1,345 @@
+"""What gets in of what is handed in, and what does not."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import struct
+import threading
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hostile import bomb_png, hostile_zips, pickled, png_bytes, polyglot
+from PIL import Image, ImageCms
+from safetensors.torch import save_file
+
+from pipelines.errors import InputError
+from webui import incoming, uploads
+from webui.picture_sets import (
+    add_class,
+    delete_set,
+    move_picture,
+    read_set,
+    remove_class,
+    remove_picture,
+    rename_class,
+    reorder,
+    set_caption,
+)
+from webui.workspace import Workspace
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    return Workspace(tmp_path / "runs", tmp_path / "sets")
+
+
+@pytest.fixture
+def folder(workspace):
+    return workspace.new_picture_set()
+
+
+def written(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def opened(folder: Path, file: str) -> Image.Image:
+    with Image.open(folder / file) as picture:
+        picture.load()
+        return picture
+
+
+def test_a_png_of_17_kb_that_decodes_to_144_megapixels_is_refused_undecoded(tmp_path, folder):
+    path = written(tmp_path / "small.png", bomb_png())
+    assert path.stat().st_size < 20_000
+    added = uploads.add_pictures(folder, [path])
+    assert added.names == []
+    assert "12,000 x 12,000" in added.refused[0]
+    assert "40 million pixels" in added.refused[0]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>',
+        b"<!doctype html><script>alert(1)</script>",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        b"name,label\n1,2\n",
+        b"GIF89a\x01\x00\x01\x00\x80\x00\x00\x00\x00\x00\xff\xff\xff!\xf9\x04\x00\x00\x00\x00\x00,\x00\x00\x00\x00\x01\x00\x01\x00\x00\x02\x02D\x01\x00;",
+        b"",
+        pickle.dumps([1]),
+    ],
+    ids=["svg", "html", "postscript", "csv", "gif", "empty", "pickle"],
+)
+def test_what_is_no_picture_is_refused_whatever_it_is_called(tmp_path, folder, content):
+    added = uploads.add_pictures(folder, [written(tmp_path / "mug.png", content)])
+    assert added.names == []
+    assert added.refused == ["mug.png is not a JPEG, PNG or WebP picture, whatever it is called. Save it as one of these."]
+
+
+def test_a_bitmap_is_refused_though_pillow_reads_it(tmp_path, folder):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", "BMP")
+    assert "is not a JPEG" in uploads.add_pictures(folder, [tmp_path / "a.png"]).refused[0]
+
+
+def test_nothing_of_a_polyglot_gets_in_but_its_pixels(tmp_path, folder):
+    path = written(tmp_path / "a.png", polyglot())
+    assert zipfile.is_zipfile(path)
+    [name] = uploads.add_pictures(folder, [path]).names
+    stored = (folder / name).read_bytes()
+    assert b"<script>" not in stored
+    assert b"secret.txt" not in stored
+    assert not zipfile.is_zipfile(folder / name)
+
+
+def test_a_refused_file_keeps_none_of_the_others_out(tmp_path, folder):
+    good = [written(tmp_path / f"{place}.png", png_bytes(place)) for place in range(2)]
+    added = uploads.add_pictures(folder, [good[0], written(tmp_path / "bad.png", b"no"), good[1], tmp_path / "gone.png"])
+    assert added.names == ["0001.png", "0002.png"]
+    assert [sentence.split()[0] for sentence in added.refused] == ["bad.png", "gone.png"]
+    assert [entry.name for entry in read_set(folder).pictures] == ["0.png", "1.png"]
+
+
+def test_a_picture_cut_short_is_refused(tmp_path, folder):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    whole = io.BytesIO()
+    Image.fromarray(noise).save(whole, "JPEG")
+    added = uploads.add_pictures(folder, [written(tmp_path / "a.jpg", whole.getvalue()[:900])])
+    assert added.refused == ["a.jpg is damaged or cut short. Add it again, or save it anew from the original."]
+
+
+def test_a_file_of_more_than_25_mb_is_refused_unread(tmp_path, folder):
+    path = tmp_path / "large.png"
+    with path.open("wb") as file:
+        file.truncate(26 * 2**20)
+    assert "26 MB" in uploads.add_pictures(folder, [path]).refused[0]
+
+
+def test_metadata_is_left_behind_and_the_orientation_applied(tmp_path, folder):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "where I live"
+    picture = Image.new("RGB", (20, 10), "red")
+    picture.save(tmp_path / "a.jpg", exif=exif, comment=b"my secret")
+    [name] = uploads.add_pictures(folder, [tmp_path / "a.jpg"]).names
+    stored = opened(folder, name)
+    assert stored.size == (10, 20)
+    assert not stored.getexif()
+    assert not stored.info
+    assert b"secret" not in (folder / name).read_bytes()
+
+
+def test_small_pictures_are_kept_pixel_by_pixel_and_large_ones_as_jpeg(tmp_path, folder):
+    small = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(small).save(tmp_path / "small.png")
+    Image.new("RGB", (1600, 1200), "teal").save(tmp_path / "large.png")
+    names = uploads.add_pictures(folder, [tmp_path / "small.png", tmp_path / "large.png"]).names
+    assert names == ["0001.png", "0002.jpg"]
+    assert (np.asarray(opened(folder, names[0])) == small).all()
+    assert opened(folder, names[1]).size == (1600, 1200)
+
+
+def test_sixteen_bits_a_pixel_are_scaled_not_clipped(tmp_path, folder):
+    Image.fromarray(np.full((4, 4), 32896, dtype=np.uint16)).save(tmp_path / "deep.png")
+    [name] = uploads.add_pictures(folder, [tmp_path / "deep.png"]).names
+    assert opened(folder, name).getpixel((0, 0)) == (128, 128, 128)
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "L", "P", "LA", "RGBA", "1"])
+def test_every_kind_of_picture_comes_out_as_rgb(tmp_path, folder, mode):
+    path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
+    Image.new("RGB", (6, 6), "white").convert(mode).save(path)
+    [name] = uploads.add_pictures(folder, [path]).names
+    stored = opened(folder, name)
+    assert (stored.mode, stored.getpixel((3, 3))) == ("RGB", (255, 255, 255))
+
+
+def test_of_an_animation_the_first_picture_is_taken(tmp_path, folder):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], lossless=True)
+    frames[0].save(tmp_path / "b.png", save_all=True, append_images=frames[1:])
+    names = uploads.add_pictures(folder, [tmp_path / "a.webp", tmp_path / "b.png"]).names
+    assert [opened(folder, name).getpixel((0, 0)) for name in names] == [(255, 0, 0), (255, 0, 0)]
+
+
+def test_a_jpeg_that_carries_further_pictures_counts_as_jpeg(tmp_path, folder):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))])
+    with Image.open(tmp_path / "a.jpg") as picture:
+        assert picture.format == "MPO"
+    assert uploads.add_pictures(folder, [tmp_path / "a.jpg"]).refused == []
+
+
+def test_a_damaged_colour_profile_harms_nothing(tmp_path, folder):
+    good = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "good.png", icc_profile=good)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "bad.png", icc_profile=b"no profile" * 40)
+    names = uploads.add_pictures(folder, [tmp_path / "good.png", tmp_path / "bad.png"]).names
+    assert [opened(folder, name).getpixel((0, 0)) for name in names] == [(255, 0, 0), (255, 0, 0)]
+
+
+def test_names_stay_in_set_json_and_are_one_line(tmp_path, folder):
+    name = "<img src=x onerror=alert(1)>; rm -rf $(pwd) `id`.png"
+    path = written(tmp_path / name, png_bytes())
+    assert uploads.add_pictures(folder, [path]).names == ["0001.png"]
+    assert [entry.name for entry in read_set(folder).pictures] == [name]
+    assert sorted(path.name for path in folder.iterdir()) == ["0001.png", "set.json"]
+    assert incoming.display_name("/etc/a\nb\x1b[31m.png") == "a b [31m.png"
+    assert incoming.display_name("C:\\photos\\a.png") == "a.png"
+
+
+@pytest.mark.parametrize("kind", list(hostile_zips()))
+def test_a_hostile_zip_is_refused_whole(tmp_path, folder, kind):
+    make, sentence = hostile_zips()[kind]
+    path = make(tmp_path / "upload.zip")
+    before = sorted(tmp_path.parent.rglob("*"))
+    with pytest.raises(InputError, match=sentence) as refused:
+        uploads.add_zip(folder, path)
+    assert str(tmp_path) not in str(refused.value)
+    assert sorted(tmp_path.parent.rglob("*")) == before
+    assert read_set(folder).entries() == []
+
+
+def test_the_class_folders_of_a_zip_become_classes(tmp_path, folder):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for place, name in enumerate(("set/red mug/1.png", "set/red mug/2.png", "set/<b>blue</b> mug/1.png")):
+            archive.writestr(name.replace("</b>", ""), png_bytes(place))
+        archive.writestr("set/red mug/broken.jpg", b"no")
+        archive.writestr("set/more.zip", b"PK")
+        archive.writestr("set/labels.csv", b"a,b")
+        archive.writestr("alone.png", png_bytes(9))
+        archive.writestr("__MACOSX/set/red mug/1.png", b"no")
+    added = uploads.add_zip(folder, tmp_path / "a.zip")
+    assert added.names == ["c00/0001.png", "c01/0001.png", "c01/0002.png"]
+    assert [(each.folder, each.name) for each in read_set(folder).classes] == [("c00", "<b>blue mug"), ("c01", "red mug")]
+    refused = " ".join(added.refused)
+    assert len(added.refused) == 4
+    for part in ("more.zip is a zip within the zip", "labels.csv", "alone.png lies in no class's folder", "broken.jpg"):
+        assert part in refused
+
+
+def test_a_second_zip_adds_to_the_classes_of_the_first(tmp_path, folder):
+    for place in range(2):
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+            archive.writestr("Cat/1.png" if place else "cat/1.png", png_bytes(place))
+        uploads.add_zip(folder, tmp_path / "a.zip")
+        os.utime(tmp_path / "a.zip", (place, place))
+    assert [(each.name, len(each.pictures)) for each in read_set(folder).classes] == [("cat", 2)]
+
+
+def test_no_more_pictures_are_kept_than_a_user_may_hold(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(uploads, "MAX_PICTURES", 10)
+    files = [written(tmp_path / f"{place}.png", png_bytes(place)) for place in range(20)]
+    added = uploads.add_pictures(folder, files)
+    assert len(added.names) == 8
+    assert "10 pictures" in added.refused[-1]
+
+
+def test_no_more_bytes_are_kept_than_a_user_may_hold(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(uploads, "MAX_USER_BYTES", 10)
+    added = uploads.add_pictures(folder, [written(tmp_path / "a.png", png_bytes())])
+    assert added.names == []
+    assert "Delete a set" in added.refused[0]
+
+
+def test_pictures_are_removed_reordered_moved_and_captioned_by_the_names_we_gave(tmp_path, folder):
+    files = [written(tmp_path / f"{place}.png", png_bytes(place)) for place in range(3)]
+    uploads.add_pictures(folder, files)
+    reorder(folder, ["0003.png", "0001.png"])
+    set_caption(folder, "0003.png", "a red\nmug")
+    assert (folder / "0003.txt").read_text() == "a red mug"
+    remove_picture(folder, "0001.png")
+    assert [(entry.file, entry.caption) for entry in read_set(folder).pictures] == [("0003.png", "a red mug"), ("0002.png", "")]
+    cups = add_class(folder, "cups")
+    assert move_picture(folder, "0003.png", cups) == "c00/0001.png"
+    rename_class(folder, cups, "mugs")
+    assert [(each.name, each.pictures[0].caption) for each in read_set(folder).classes] == [("mugs", "a red mug")]
+    assert (folder / "c00/0001.txt").exists()
+    remove_class(folder, cups)
+    assert not (folder / "c00").exists()
+    uploads.add_pictures(folder, files[:1])
+    assert [entry.file for entry in read_set(folder).pictures] == ["0002.png", "0004.png"]
+    delete_set(folder)
+    with pytest.raises(InputError, match="no longer there"):
+        uploads.add_pictures(folder, files)
+
+
+@pytest.mark.parametrize("file", ["../../secret.txt", "/etc/passwd", "c00/../../x", "set.json", "", "0001.png\x00"])
+def test_no_path_from_outside_is_followed(tmp_path, folder, file):
+    uploads.add_pictures(folder, [written(tmp_path / "a.png", png_bytes())])
+    before = sorted(tmp_path.rglob("*"))
+    for change in (
+        lambda: remove_picture(folder, file),
+        lambda: reorder(folder, [file]),
+        lambda: set_caption(folder, file, "words"),
+        lambda: move_picture(folder, "0001.png", file),
+        lambda: move_picture(folder, file, "c00"),
+        lambda: remove_class(folder, file),
+        lambda: rename_class(folder, file, "x"),
+        lambda: uploads.add_pictures(folder, [tmp_path / "a.png"], file),
+    ):
+        with pytest.raises(InputError, match="no longer there"):
+            change()
+    assert sorted(path for path in tmp_path.rglob("*") if path.name != "set.json") == [
+        path for path in before if path.name != "set.json"
+    ]
+
+
+def test_two_tabs_at_once_lose_no_picture(tmp_path, folder):
+    files = [written(tmp_path / f"{place}.png", png_bytes(place)) for place in range(8)]
+    tabs = [threading.Thread(target=lambda file=file: [uploads.add_pictures(folder, [file]) for _ in range(5)]) for file in files]
+    for tab in tabs:
+        tab.start()
+    for tab in tabs:
+        tab.join()
+    entries = read_set(folder).pictures
+    assert len({entry.file for entry in entries}) == len(entries) == 40
+    assert all((folder / entry.file).exists() for entry in entries)
+    assert json.loads((folder / "set.json").read_text())["next"] == 41
+
+
+def test_a_pickle_named_safetensors_is_refused_and_runs_nothing(tmp_path, workspace):
+    trace = tmp_path / "was-run"
+    for place, content in enumerate(pickled(trace)):
+        path = written(tmp_path / f"{place}.safetensors", content)
+        with pytest.raises(InputError, match=r"pickle|truncated|header"):
+            uploads.add_adapter(workspace, path)
+    assert not trace.exists()
+    assert uploads.adapters(workspace) == []
+
+
+def test_an_adapter_is_copied_under_our_own_name(tmp_path, workspace):
+    path = tmp_path / "<b>mine.safetensors"
+    save_file({"unet.x.lora_A.weight": torch.ones(2, 2)}, path)
+    copy = uploads.add_adapter(workspace, path)
+    assert uploads.adapters(workspace) == [("<b>mine.safetensors", copy)]
+    assert copy.parent.parent == workspace.sets
+    assert copy.read_bytes() == path.read_bytes()
+
+
+def test_tensors_that_are_no_adapter_or_not_finite_are_refused(tmp_path, workspace):
+    save_file({"conv.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    save_file({"x.lora_A.weight": torch.full((2, 2), torch.nan)}, tmp_path / "nan.safetensors")
+    (tmp_path / "table.csv").write_text("a,b")
+    for name, sentence in (("model.safetensors", "no adapter"), ("nan.safetensors", "not finite"), ("table.csv", "not named")):
+        with pytest.raises(InputError, match=sentence) as refused:
+            uploads.check_adapter(tmp_path / name)
+        assert str(tmp_path) not in str(refused.value)
+
+
+def test_a_header_that_announces_more_than_it_may_is_refused(tmp_path):
+    path = written(tmp_path / "a.safetensors", struct.pack("<Q", 2**40) + b"{}")
+    with pytest.raises(InputError, match="header of 1099511627776 bytes"):
+        uploads.check_adapter(path)
+
+
+def test_too_large_an_adapter_is_refused_unread(tmp_path):
+    path = tmp_path / "a.safetensors"
+    with path.open("wb") as file:
+        file.truncate(600 * 2**20)
+    with pytest.raises(InputError, match="600 MB"):
+        uploads.check_adapter(path)
