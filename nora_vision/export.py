@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
@@ -35,13 +36,20 @@ class Factors(NamedTuple):
     magnitude: torch.Tensor | None = None
 
 
+# By component and by the layer's name.
+Changes = dict[str, dict[str, Factors]]
+
+
 def export_lora(
     pipe: StableDiffusionXLPipeline,
     path: str | os.PathLike,
-    adapter_name: str = "default",
+    adapter_name: str | Mapping[str, float] = "default",
     format: ExportFormat = "diffusers",
 ) -> Path:
     """Write the adapter, NoRA or PEFT's LoRA or DoRA, at strength 1 as one LoRA file and return the file's path.
+
+    Several adapters, each with its strength, become one: their changes add up, and so do their ranks, exactly:
+    sum_i w_i up_i down_i = [w_1 up_1 ... w_n up_n] [down_1; ...; down_n].
 
     diffusers: lora_B = s B B', lora_A = A' A and no alpha, which a loader reads as alpha = rank.
     kohya: lora_up, lora_down and one alpha for all layers, since diffusers misreads alphas that differ.
@@ -51,20 +59,24 @@ def export_lora(
     Args:
         pipe: with the adapter on its UNet, its text encoders, or any of them.
         path: the file to write (named .safetensors), or the folder to write it in.
+        adapter_name: the adapter's name, or the names and strengths of several.
     Raises: ValueError if no component has the adapter or if a part of it is no low-rank change of a known layer;
         nothing is written then.
     """
     if format not in get_args(ExportFormat):
         raise ValueError(f"format must be one of {get_args(ExportFormat)}, got {format!r}.")
-    components = adapted_components(pipe, adapter_name)
-    changes = {name: low_rank_changes(model, name, adapter_name) for name, model in components.items()}
+    strengths = {adapter_name: 1.0} if isinstance(adapter_name, str) else dict(adapter_name)
+    if not strengths:
+        raise ValueError("There must be at least one adapter to export, got none.")
+    of_each = [(_changes_by_component(pipe, name), strength) for name, strength in strengths.items()]
+    changes = of_each[0][0] if isinstance(adapter_name, str) else _sum_of(of_each)
     path = Path(path)
     if format == "diffusers":
         path = path if path.suffix == ".safetensors" else path / "pytorch_lora_weights.safetensors"
         write_tensors(path, _diffusers_tensors(changes))
         return path
     if path.suffix != ".safetensors":
-        path = path / f"{Path(adapter_name).name}.safetensors"
+        path = path / f"{'-'.join(Path(name).name for name in strengths)}.safetensors"
     rank = Counter(len(change.down) for factors in changes.values() for change in factors.values()).most_common(1)[0][0]
     tensors = _kohya_tensors(changes, float(rank), pipe.unet.config.layers_per_block)
     header = kohya_header(
@@ -72,12 +84,42 @@ def export_lora(
         title=path.stem,
         rank=rank,
         alpha=float(rank),
-        network_args={"method": next(iter(components.values())).peft_config[adapter_name].peft_type.value},
+        network_args={"method": "+".join(sorted({_method(pipe, name) for name in strengths}))},
         prediction_type=pipe.scheduler.config.prediction_type,
         resolution=pipe.unet.config.sample_size * pipe.vae_scale_factor,
     )
     write_tensors(path, tensors, header)
     return path
+
+
+def _method(pipe: StableDiffusionXLPipeline, adapter_name: str) -> str:
+    return next(iter(adapted_components(pipe, adapter_name).values())).peft_config[adapter_name].peft_type.value
+
+
+def _changes_by_component(pipe: StableDiffusionXLPipeline, adapter_name: str) -> Changes:
+    components = adapted_components(pipe, adapter_name)
+    return {name: low_rank_changes(model, name, adapter_name) for name, model in components.items()}
+
+
+def _sum_of(of_each: Sequence[tuple[Changes, float]]) -> Changes:
+    """The changes of several adapters, each times its strength, as one change for each layer.
+
+    Raises: ValueError if one of them is a DoRA's: those scale the rows of the changed weight, and do not add up.
+    """
+    total: Changes = {}
+    for changes, strength in of_each:
+        for component, factors in changes.items():
+            layers = total.setdefault(component, {})
+            for name, change in factors.items():
+                if change.magnitude is not None:
+                    raise ValueError(f"{component}.{name} is a DoRA's, which cannot be added to others. Leave the DoRA out.")
+                up = strength * change.up
+                known = layers.get(name)
+                layers[name] = Factors(
+                    up if known is None else torch.cat([known.up, up], dim=1),
+                    change.down if known is None else torch.cat([known.down, change.down]),
+                )
+    return total
 
 
 def low_rank_changes(model: nn.Module, component: str, adapter_name: str) -> dict[str, Factors]:
@@ -141,7 +183,7 @@ def _with_attention_output(text_encoder: nn.Module, changes: dict[str, Factors])
     return {**changes, f"text_model.{name.removeprefix('text_model.')}": zeros}
 
 
-def _diffusers_tensors(changes: dict[str, dict[str, Factors]]) -> dict[str, torch.Tensor]:
+def _diffusers_tensors(changes: Changes) -> dict[str, torch.Tensor]:
     tensors = {}
     for component, factors in changes.items():
         for name, change in factors.items():
@@ -154,7 +196,7 @@ def _diffusers_tensors(changes: dict[str, dict[str, Factors]]) -> dict[str, torc
     return tensors
 
 
-def _kohya_tensors(changes: dict[str, dict[str, Factors]], alpha: float, layers_per_block: int) -> dict[str, torch.Tensor]:
+def _kohya_tensors(changes: Changes, alpha: float, layers_per_block: int) -> dict[str, torch.Tensor]:
     tensors = {}
     for component, factors in changes.items():
         for name, change in factors.items():

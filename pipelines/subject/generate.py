@@ -6,9 +6,10 @@ python -m pipelines.subject.generate --adapter runs/RUN --prompt "a photo of sks
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -67,10 +68,24 @@ class Sampling:
 
 
 def generate(
-    pipeline: StableDiffusionXLPipeline, prompts: Sequence[str], seeds: Sequence[int], sampling: Sampling, batch_size: int = 8
+    pipeline: StableDiffusionXLPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    batch_size: int = 8,
+    on_step: Callable[[int], None] | None = None,
 ) -> Iterator[Image.Image]:
-    """One picture for each prompt and its seed; the noise comes from the seed alone."""
+    """One picture for each prompt and its seed; the noise comes from the seed alone.
+
+    Args:
+        on_step: told after each denoising step of a batch how many are done; what it raises ends the drawing there.
+    """
     pipeline.set_progress_bar_config(disable=True)
+
+    def step_ended(_: StableDiffusionXLPipeline, step: int, timestep: torch.Tensor, kept: dict[str, Any]) -> dict[str, Any]:
+        on_step(step + 1)
+        return kept
+
     for first in range(0, len(prompts), batch_size):
         part = list(prompts[first : first + batch_size])
         yield from pipeline(
@@ -82,6 +97,7 @@ def generate(
             height=sampling.resolution,
             width=sampling.resolution,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds[first : first + batch_size]],
+            callback_on_step_end=None if on_step is None else step_ended,
         ).images
 
 

@@ -115,6 +115,25 @@ def test_the_strength_in_use_and_fusing_do_not_change_the_file(tmp_path, format)
         torch.testing.assert_close(after[name], tensor, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_several_adapters_become_one_file_whose_change_is_the_sum_of_theirs(tmp_path, format):
+    pipe, stock = tiny_pipeline(), tiny_pipeline()
+    strengths = {"default": 0.75, "second": -0.5, "third": 1.5}
+    add_lora(pipe)
+    add_nora(pipe, "second", seed=1, components=("unet", "text_encoder_2"))
+    add_nora(pipe, "third", seed=2, components=("unet",), target_modules=["to_k", "ff.net.0.proj"], r=4)
+    expected = {}
+    for name, strength in strengths.items():
+        for layer, change in weight_changes(pipe, name).items():
+            layer = layer.replace(".base_layer", "")
+            expected[layer] = expected.get(layer, 0) + strength * change
+    stock.load_lora_weights(export_lora(pipe, tmp_path / "x.safetensors", strengths, format), adapter_name="loaded")
+    loaded = weight_changes(stock, "loaded")
+    assert expected.keys() <= loaded.keys()
+    for name, change in loaded.items():
+        torch.testing.assert_close(change, expected.get(name, torch.zeros_like(change)), rtol=1e-4, atol=1e-5)
+
+
 def test_the_diffusers_file_has_no_alpha_and_text_model_in_every_text_encoder_key(tmp_path):
     pipe = tiny_pipeline()
     add_nora(pipe)
@@ -239,6 +258,7 @@ def refused(pipe, tmp_path: Path, match: str, **arguments) -> None:
 def test_what_no_lora_file_can_hold_is_refused_and_nothing_is_written(tmp_path):
     pipe = tiny_pipeline()
     refused(pipe, tmp_path, "No component of the pipeline has an adapter 'default'")
+    refused(pipe, tmp_path, "at least one adapter to export, got none", adapter_name={})
     add_nora(pipe, components=("unet",), target_modules=["to_q"])
     refused(pipe, tmp_path, r"format must be one of \('diffusers', 'kohya'\), got 'a1111'", format="a1111")
     refused(pipe, tmp_path, "has an adapter 'other'; there are .*'unet': .'default'", adapter_name="other")
@@ -264,6 +284,13 @@ def add_dora(pipe, targets=TARGETS):
                     parameter.normal_(std=0.3, generator=generator)
                 if "lora_magnitude_vector" in name:
                     parameter.mul_(1 + 0.3 * torch.rand(parameter.shape, generator=generator))
+
+
+def test_a_dora_is_not_added_to_other_adapters(tmp_path):
+    pipe = tiny_pipeline()
+    add_dora(pipe)
+    add_nora(pipe, "other")
+    refused(pipe, tmp_path, "a DoRA's, which cannot be added to others", adapter_name={"other": 1.0, "default": 1.0})
 
 
 @pytest.mark.parametrize("targets", [TARGETS, {**TARGETS, "text_encoder": ["fc1"], "text_encoder_2": ["fc2"]}])

@@ -1,0 +1,39 @@
+"""Finished runs of an adapter on the tiny model, made without training, laid out as the trainer leaves them."""
+
+import json
+import time
+
+import torch
+from tiny_pipeline import tiny_pipeline
+
+from pipelines.methods import AdapterOptions
+from pipelines.subject import adapters
+from training.judging import keep_adapter
+from training.run import RunDirectory
+
+
+def small_run(runs, model, run_id="example", method="lora", strength=0.5, steps=(2, 4), suggested=2):
+    """The directory of a run whose adapter grows by `strength` a kept step, random but the same each time."""
+    pipe, options = tiny_pipeline(), AdapterOptions(method=method, rank=4, inner_r=2)
+    components = adapters.attach(pipe, options)
+    adapters.start(options, components, dict.fromkeys(components, lambda: run_tiny(pipe)), runs / run_id / "calibration", 0)
+    told = {"model": {"pretrained_model_name_or_path": str(model)}, "data": {"instance_prompt": "a star", "resolution": None}}
+    told |= {"adapter": {"method": method}, "output": {"validation_prompt": ["a star", "a star at night"]}}
+    run = RunDirectory.create(runs / run_id, told)
+    generator = torch.Generator().manual_seed(len(run_id))
+    for step in steps:
+        with torch.no_grad():
+            for parameter in adapters.trained_parameters(components):
+                parameter.add_(strength * torch.randn(parameter.shape, generator=generator))
+        keep_adapter(run, step, options, components)
+    adapters.save_everywhere(pipe, options, components, run.path, run_id)
+    run.update_status(state="done", phase="done", step=steps[-1], total=steps[-1])
+    (run.path / "suggestion.json").write_text(json.dumps({"step": suggested, "last": steps[-1], "warnings": [], "why": "."}))
+    time.sleep(0.01)
+    return run
+
+
+def run_tiny(pipe):
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        pipe("a star", num_inference_steps=1, height=16, width=16, output_type="latent", generator=generator)

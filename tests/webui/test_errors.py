@@ -1,0 +1,71 @@
+"""What a handler raises is one sentence on the page, whether it returns, yields or awaits."""
+
+import asyncio
+
+import gradio as gr
+import pytest
+
+from pipelines.errors import InputError
+from webui.errors import in_plain_words
+
+
+def returning(error):
+    def handler():
+        raise error
+
+    return in_plain_words(handler)
+
+
+def yielding(error):
+    def handler():
+        yield 1
+        raise error
+
+    wrapped = in_plain_words(handler)
+    return lambda: list(wrapped())
+
+
+def awaiting(error):
+    async def handler():
+        await asyncio.sleep(0)
+        raise error
+
+    wrapped = in_plain_words(handler)
+    return lambda: asyncio.run(wrapped())
+
+
+@pytest.mark.parametrize("kind", [returning, yielding, awaiting])
+def test_what_the_user_can_mend_is_said_with_names_escaped(kind):
+    with pytest.raises(gr.Error, match=r"&lt;b&gt; is too large\. Shrink it\."):
+        kind(InputError("<b> is too large. Shrink it."))()
+
+
+@pytest.mark.parametrize("kind", [returning, yielding, awaiting])
+def test_anything_else_is_a_number_in_the_log(kind, caplog):
+    with pytest.raises(gr.Error, match=r"the app itself.*under [0-9a-f]{6}") as raised:
+        kind(ValueError("/secret/path"))()
+    assert "secret" not in str(raised.value)
+    assert "/secret/path" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [returning, yielding, awaiting])
+def test_an_error_meant_for_the_page_stays_as_it_is(kind):
+    with pytest.raises(gr.Error, match="as it is"):
+        kind(gr.Error("as it is"))()
+
+
+def test_closing_a_generator_closes_the_handler_and_raises_nothing():
+    closed = []
+
+    @in_plain_words
+    def handler():
+        try:
+            yield 1
+            yield 2
+        finally:
+            closed.append(True)
+
+    events = handler()
+    assert next(events) == 1
+    events.close()
+    assert closed

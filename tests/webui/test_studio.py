@@ -1,0 +1,252 @@
+"""The studio draws what the command line draws, mixes and bakes exactly, and stops within a step."""
+
+import dataclasses
+import shutil
+import threading
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from small_runs import small_run
+
+from nora_vision.files import write_tensors
+from pipelines.errors import InputError
+from pipelines.pictures import read_settings
+from pipelines.subject.generate import GenerationOptions, Sampling, main
+from training import judging
+from webui import adapters
+from webui.adapters import adapter_called, others, steps_of
+from webui.drawn import KEPT, DrawnPictures
+from webui.work.studio import MAX_MODELS, Drawn, Order, Part, Progress, Studio
+from webui.workspace import Workspace
+
+SAMPLING = Sampling(num_inference_steps=4)
+
+
+@pytest.fixture(scope="module")
+def workspace(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("workspace")
+    for run_id, method in (("first", "lora"), ("second-nora", "nora"), ("third-dora", "dora")):
+        small_run(folder / "runs", tiny_model, run_id, method)
+    return Workspace(folder / "runs", folder / "sets")
+
+
+@pytest.fixture(scope="module")
+def studio():
+    return Studio()
+
+
+def order(workspace, *references, strengths=None, **changes):
+    """An order of the adapters called so."""
+    strengths = strengths or [1.0] * len(references)
+    parts = [Part(adapter_called(workspace, name), strength) for name, strength in zip(references, strengths, strict=True)]
+    return Order(**{"prompt": "a star", "parts": tuple(parts), "seeds": (5,), "sampling": SAMPLING, **changes})
+
+
+def drawn(studio, wanted):
+    return [event for event in studio.draw(wanted) if isinstance(event, Drawn)]
+
+
+def pixels(picture):
+    return np.asarray(picture).astype(int)
+
+
+def one(studio, wanted):
+    return pixels(drawn(studio, wanted)[0].picture)
+
+
+def apart(first, second):
+    return np.abs(first - second).max()
+
+
+def commanded(tiny_model, tmp_path, adapter_paths, strengths, **changes):
+    given = {"prompt": ["a star"], "seed": 5, "num_inference_steps": 4, "output_dir": str(tmp_path / "commanded"), **changes}
+    options = GenerationOptions(
+        pretrained_model_name_or_path=str(tiny_model), adapter=[str(p) for p in adapter_paths], strength=strengths, **given
+    )
+    return pixels(Image.open(main(options)[0]))
+
+
+@pytest.mark.parametrize("references", [["first@4"], ["second-nora@4"], ["first@2"], ["first@4", "second-nora@2"]])
+def test_the_command_line_draws_the_same_pixels(studio, workspace, tiny_model, tmp_path, references):
+    strengths = [0.7, 0.4][: len(references)]
+    wanted = order(workspace, *references, strengths=strengths)
+    paths = [part.adapter.path for part in wanted.parts]
+    assert apart(one(studio, wanted), commanded(tiny_model, tmp_path, paths, strengths)) == 0
+
+
+def test_a_seed_gives_the_same_picture_whatever_was_drawn_before_and_beside_it(studio, workspace):
+    alone = one(studio, order(workspace, "first@4"))
+    drawn(studio, order(workspace, "second-nora@4", strengths=[0.3]))
+    among = drawn(studio, order(workspace, "first@4", seeds=(4, 5, 6)))
+    assert apart(alone, pixels(among[1].picture)) == 0
+    assert [each.settings["seed"] for each in among] == [4, 5, 6]
+
+
+def test_strength_zero_and_no_adapter_are_the_base_model(studio, workspace, tiny_model, tmp_path):
+    base = commanded(tiny_model, tmp_path, [], [1.0])
+    of_run = order(workspace, "first@4", strengths=[0.0], with_base=True)
+    adapted, beside = drawn(studio, of_run)
+    assert apart(base, pixels(adapted.picture)) == apart(base, pixels(beside.picture)) == 0
+    assert beside.settings["adapters"] == []
+    full = drawn(studio, order(workspace, "first@4", with_base=True))
+    assert apart(base, pixels(full[1].picture)) == 0
+    assert apart(base, pixels(full[0].picture)) > 1
+
+
+def test_progress_counts_every_step_to_the_end(studio, workspace):
+    told = [event for event in studio.draw(order(workspace, "first@4", seeds=(1, 2))) if isinstance(event, Progress)]
+    assert [event.done for event in told if "Picture" in event.words] == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8]
+    assert {event.total for event in told} == {8}
+
+
+@pytest.mark.parametrize("step", [0, 1, 3])
+def test_closing_stops_within_a_step_and_the_next_picture_is_as_ever(studio, workspace, monkeypatch, step):
+    expected = one(studio, order(workspace, "first@4"))
+    done = []
+    unet = next(iter(studio._models.values())).pipeline.unet
+    forward = unet.forward
+    monkeypatch.setattr(unet, "forward", lambda *args, **named: (done.append(1), forward(*args, **named))[1])
+    events = studio.draw(order(workspace, "first@4", sampling=Sampling(num_inference_steps=100)))
+    for event in events:
+        if isinstance(event, Progress) and "Picture" in event.words and event.done >= step:
+            break
+    events.close()
+    at_close = len(done)
+    assert at_close <= step + 3
+    assert not any(thread.name.startswith("drawing") for thread in threading.enumerate())
+    assert len(done) == at_close
+    monkeypatch.undo()
+    assert apart(one(studio, order(workspace, "first@4")), expected) == 0
+
+
+def test_one_order_is_drawn_at_a_time(studio, workspace):
+    first = studio.draw(order(workspace, "first@4"))
+    for event in first:
+        if "Picture" in event.words:
+            break
+    second = studio.draw(order(workspace, "first@4"))
+    assert next(second).words == "Waiting for the device"
+    first.close()
+    assert isinstance(list(second)[-1], Drawn)
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+def test_a_baked_mix_draws_the_mix_in_stock_diffusers(studio, workspace, tiny_model, tmp_path, layout):
+    wanted = order(workspace, "first@4", "second-nora@2", strengths=[0.4, -0.3])
+    file = studio.bake(wanted, tmp_path / "mix.safetensors", layout)
+    stock = StableDiffusionXLPipeline.from_pretrained(tiny_model, add_watermarker=False)
+    stock.load_lora_weights(file.parent, weight_name=file.name)
+    generator = torch.Generator().manual_seed(5)
+    picture = stock("a star", num_inference_steps=4, guidance_scale=4.0, generator=generator).images[0]
+    expected = one(studio, wanted)
+    assert apart(pixels(picture), expected) <= 1
+    assert apart(one(studio, order(workspace, "first@4", strengths=[0.0])), expected) > 4
+
+
+def test_a_dora_cannot_be_baked_into_a_mix(studio, workspace, tmp_path):
+    with pytest.raises(InputError, match=r"cannot be baked.*DoRA's, which cannot be added.*Leave the DoRA out"):
+        studio.bake(order(workspace, "first@4", "third-dora@4"), tmp_path / "mix.safetensors", "diffusers")
+    assert studio.bake(order(workspace, "third-dora@4"), tmp_path / "dora.safetensors", "diffusers").is_file()
+
+
+def test_adapters_of_two_base_models_are_not_mixed(workspace):
+    first, second = (adapter_called(workspace, name) for name in ("first@4", "second-nora@4"))
+    other = dataclasses.replace(second, model={"pretrained_model_name_or_path": "stabilityai/sdxl"})
+    with pytest.raises(
+        InputError, match=r"a star, step 4 \(of tiny\) and a star, step 4 \(of stabilityai/sdxl\).*different base models"
+    ):
+        Order("a star", (Part(first), Part(other)))
+
+
+def test_a_file_of_another_model_is_refused_and_the_studio_goes_on(studio, workspace, tmp_path):
+    expected = one(studio, order(workspace, "first@4"))
+    built_in = adapters.Adapter("file@x", "<b>other</b>", tmp_path / "other.safetensors")
+    torch_file = {"unet.mid_block.attentions.0.proj_in.lora_A.weight": torch.ones(4, 999)}
+    torch_file |= {"unet.mid_block.attentions.0.proj_in.lora_B.weight": torch.ones(999, 4)}
+    write_tensors(built_in.path, torch_file)
+    with pytest.raises(InputError, match=r"<b>other</b> does not fit this base model"):
+        one(studio, Order("a star", (Part(built_in),), sampling=SAMPLING))
+    one_with_run = order(workspace, "first@4").parts
+    with pytest.raises(InputError, match=r"does not fit this base model"):
+        one(studio, Order("a star", (*one_with_run, Part(built_in)), sampling=SAMPLING))
+    assert apart(one(studio, order(workspace, "first@4")), expected) == 0
+
+
+def test_a_run_that_has_changed_is_loaded_anew(studio, workspace, tiny_model, tmp_path):
+    changing = Workspace(tmp_path / "runs", tmp_path / "sets")
+    small_run(changing.runs, tiny_model, "same")
+    before = one(studio, order(changing, "same@4"))
+    shutil.rmtree(changing.runs / "same")
+    small_run(changing.runs, tiny_model, "same", strength=1.0)
+    assert apart(one(studio, order(changing, "same@4")), before) > 1
+
+
+def test_few_models_stay_loaded(workspace, tiny_model, tmp_path):
+    studio = Studio()
+    for name in ("a", "b", "c"):
+        shutil.copytree(tiny_model, tmp_path / name)
+        small_run(tmp_path / "runs", tmp_path / name, f"run-{name}")
+        own = Workspace(tmp_path / "runs", tmp_path / "sets")
+        drawn(studio, order(own, f"run-{name}@4", sampling=Sampling(num_inference_steps=1)))
+    assert len(studio._models) == MAX_MODELS
+    studio.release()
+    assert not studio._models
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": "  "}, r"prompt is empty"),
+        ({"prompt": "a" * 3000}, r"prompt must have at most 2000 characters, got 3000"),
+        ({"seeds": ()}, r"number of pictures must be from 1 to 16, got 0"),
+        ({"seeds": (-1,)}, r"seed must be from 0 to 4294967295, got -1"),
+        ({"sampling": Sampling(num_inference_steps=500)}, r"At most 150 steps"),
+    ],
+)
+def test_an_order_that_cannot_be_drawn_is_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        Order(**{"prompt": "a star", **changes})
+
+
+def test_a_strength_out_of_range_and_an_adapter_twice_are_refused(workspace):
+    with pytest.raises(InputError, match=r"strength of a star, step 4 must be from -2 to 2, got nan"):
+        order(workspace, "first@4", strengths=[float("nan")])
+    with pytest.raises(InputError, match=r"a star, step 4 is chosen twice"):
+        order(workspace, "first@4", "first@4")
+
+
+def test_the_suggested_step_is_chosen_and_every_kept_one_can_be(workspace):
+    steps = steps_of(workspace.run("first"))
+    assert steps.choices == [("Step 2 of 4, suggested", 2), ("Step 4 of 4, the last", 4)]
+    assert steps.chosen == 2
+    assert [reference for _, reference in others(workspace, "first")] == ["third-dora@2", "second-nora@2"]
+
+
+@pytest.mark.parametrize("reference", ["first@99", "first@../..", "../first@2", "nobody@2", "file@../../x", "first", None, "@"])
+def test_no_reference_reaches_what_is_not_there(workspace, reference):
+    with pytest.raises(InputError):
+        adapter_called(workspace, reference)
+
+
+def test_the_light_module_knows_the_name_that_runs_use():
+    assert adapters.SUGGESTION == judging.SUGGESTION
+
+
+def test_drawn_pictures_carry_their_settings_and_the_newest_are_kept(studio, workspace, tmp_path):
+    kept = DrawnPictures(tmp_path / "drawn")
+    made = drawn(studio, order(workspace, "first@2", strengths=[0.5]))[0]
+    path = kept.add(made.picture, made.settings)
+    settings = read_settings(path)
+    assert (settings["prompt"], settings["seed"], settings["num_inference_steps"]) == ("a star", 5, 4)
+    assert settings["adapters"] == [{"name": "a star, step 2", "reference": "first@2", "strength": 0.5}]
+    assert settings["model"] == "tiny"
+    for _ in range(KEPT):
+        kept.add(made.picture, made.settings)
+    assert len(kept.newest()) == KEPT
+    assert path not in kept.newest()
+    for name in ("../x.png", path.name, "", None):
+        with pytest.raises(InputError, match=r"no longer there"):
+            kept.called(name)

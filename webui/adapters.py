@@ -1,0 +1,108 @@
+"""Which adapters a user can draw with, told from files alone: the steps of runs, and uploaded files.
+
+The page names an adapter by a reference that we make: `RUN@STEP` or `file@FOLDER`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import InputError
+from training.measured import adapter_at, kept_steps
+from training.record import RunRecord
+from webui import uploads
+from webui.views import RunView, views
+from webui.workspace import Workspace
+
+# As in training.judging, which loads torch.
+SUGGESTION = "suggestion.json"
+FILE = "file"
+GONE = "This adapter is no longer there. Choose another one."
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that can be drawn with.
+
+    Args:
+        reference: what the page calls it.
+        name: what people call it; a user's words may be in it.
+        path: what `pipelines.subject.adapters.load_adapter` takes.
+        model: the group `model` of its run's options; None for a file, which does not say.
+    """
+
+    reference: str
+    name: str
+    path: Path
+    model: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps of a run whose adapters can be used.
+
+    Args:
+        choices: what each is called and its reference, in order.
+        chosen: the suggested one, else the last; None where there is none.
+    """
+
+    choices: list[tuple[str, int]]
+    chosen: int | None
+
+
+def steps_of(record: RunRecord) -> Steps:
+    """All adapters of a run: those kept while training, and the one at its end."""
+    suggestion, last = record.read_json(SUGGESTION), last_step(record)
+    steps = sorted({*kept_steps(record), *([] if last is None else [last])})
+    suggested, total = suggestion.get("step"), record.status().get("total")
+    notes = {step: ", the last" for step in steps if step == last} | {step: ", suggested" for step in steps if step == suggested}
+    choices = [(f"Step {step}{f' of {total}' if total else ''}{notes.get(step, '')}", step) for step in steps]
+    return Steps(choices, suggested if suggested in steps else next(reversed(steps), None))
+
+
+def last_step(record: RunRecord) -> int | None:
+    """The step whose adapter was exported in all forms at the run's end; None before that."""
+    return record.read_json(SUGGESTION).get("last") if (record.path / "adapter").is_dir() else None
+
+
+def others(workspace: Workspace, run_id: str | None) -> list[tuple[str, str]]:
+    """What can be mixed in: the suggested adapter of each other run, else its last, and the uploaded files.
+
+    Returns: names, with users' words in them, and references.
+    """
+    found = []
+    for view in views(workspace):
+        if view.task == "subject" and view.id != run_id and (step := steps_of(view.record).chosen) is not None:
+            found.append((f"{view.title}, step {step}", reference_of(view.id, step)))
+    return found + [(name, f"{FILE}@{path.parent.name}") for name, path in uploads.adapters(workspace)]
+
+
+def reference_of(run_id: str, step: int) -> str:
+    """What the page calls the adapter of a run at `step`."""
+    return f"{run_id}@{step}"
+
+
+def adapter_called(workspace: Workspace, reference: str) -> Adapter:
+    """The adapter that the page calls `reference`.
+
+    Raises: InputError if there is none in this workspace.
+    """
+    owner, _, part = reference.partition("@") if isinstance(reference, str) else ("", "", "")
+    if owner == FILE:
+        for name, path in uploads.adapters(workspace):
+            if path.parent.name == part:
+                return Adapter(reference, name, path)
+        raise InputError(GONE)
+    view = RunView(workspace.run(owner))
+    model = view.options.get("model")
+    if view.task != "subject" or model is None:
+        raise InputError("This run has no adapter to draw with. Choose a run that was trained on a subject.")
+    step = int(part) if part.isascii() and part.isdecimal() and len(part) < 10 else None
+    name = f"{view.name}, step {step}"
+    if step is not None and step == last_step(view.record):
+        return Adapter(reference, name, view.record.path, model)
+    if step in kept_steps(view.record):
+        return Adapter(reference, name, adapter_at(view.record, step), model)
+    raise InputError(GONE)

@@ -1,0 +1,73 @@
+"""The pictures that a user has drawn: files of ours in a folder of theirs, each with its settings inside, the newest kept."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from pipelines.errors import InputError
+from pipelines.pictures import read_settings, save_picture
+from webui.workspace import Workspace
+
+KEPT = 200
+# No picture set is called so: their ids begin with a letter or a digit.
+FOLDER = ".drawn"
+NAME = re.compile(r"\d{19}-[0-9a-f]{6}\.png")
+
+
+@dataclass(frozen=True)
+class DrawnPictures:
+    """One user's drawn pictures; they outlive the tab, the session and the server.
+
+    Args:
+        folder: where they lie.
+    """
+
+    folder: Path
+
+    @classmethod
+    def of(cls, workspace: Workspace) -> DrawnPictures:
+        """Those of the workspace's user."""
+        return cls(workspace.sets / FOLDER)
+
+    def add(self, picture: Image.Image, settings: dict[str, Any]) -> Path:
+        """Keep a picture, with its settings inside the file; returns the file. Beyond `KEPT` the oldest go."""
+        path = self.folder / f"{time.time_ns():019d}-{secrets.token_hex(3)}.png"
+        save_picture(picture, path, settings)
+        for old in self.newest()[KEPT:]:
+            old.unlink(missing_ok=True)
+        return path
+
+    def newest(self) -> list[Path]:
+        """All of them, newest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted((path for path in self.folder.iterdir() if NAME.fullmatch(path.name)), reverse=True)
+
+    def called(self, name: str) -> Path:
+        """The picture in the file called `name`.
+
+        Raises: InputError if there is none.
+        """
+        path = self.folder / name if isinstance(name, str) and NAME.fullmatch(name) else None
+        if path is None or not path.is_file():
+            raise InputError(f"This picture is no longer there; the newest {KEPT} are kept. Draw it again.")
+        return path
+
+
+def one_line(settings: dict[str, Any]) -> str:
+    """A picture's settings in a few words; a user's words are in it."""
+    adapters = settings.get("adapters") or []
+    used = " + ".join(f"{each['strength']:g} x {each['name']}" for each in adapters) or "base model"
+    return f"{settings['prompt']} | seed {settings['seed']} | {used}"
+
+
+def settings_of(path: Path) -> dict[str, Any]:
+    """The settings inside a picture; see `pipelines.pictures.read_settings`."""
+    return read_settings(path)
