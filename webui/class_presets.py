@@ -33,9 +33,7 @@ CLASSIFY = (
         (
             Value("data", "shots", ["16"], "Sixteen pictures of each class say most of what more would."),
             Value("data", "seeds", [0, 1, 2], "Three draws show how much hangs on which pictures are learned from."),
-            Value(
-                "method", "method", ["zeroshot", "pixels", "linear_probe", "lora", "nora"], "LoRA has ten times the numbers."
-            ),
+            Value("method", "method", ["zeroshot", "pixels", "linear_probe", "lora", "nora"], "LoRA has ten times the numbers."),
         ),
     ),
     Preset(

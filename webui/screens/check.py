@@ -1,12 +1,215 @@
-"""The screen Check."""
+"""The screen Check: what the model will see, the words, how to train and at what cost, and the command that Train starts."""
 
 from __future__ import annotations
 
+import html
+import json
+from typing import Any
+
 import gradio as gr
 
+from pipelines.errors import InputError
+from webui import costs, panel, presets, subject_runs
+from webui.cards import escaped
+from webui.draft import SCENES, TRIGGER, Draft
+from webui.errors import in_plain_words
+from webui.photo_set import PhotoSet
 from webui.shell import Shell
+from webui.workspace import Workspace
+
+POLL_SECONDS = 2.0
+STYLE = """
+.crops { list-style: none; margin: 0; padding: 0; display: flex; flex-wrap: wrap; gap: .75rem; }
+.crops img { width: 128px; height: 128px; object-fit: contain; border-radius: var(--radius-md); background: var(--neutral-200); }
+.crops .pixel { image-rendering: pixelated; }
+.prompt { font-size: 1.05rem; } .prompt code { padding: .15rem .4rem; overflow-wrap: anywhere; }
+.costs { margin: 0; display: grid; gap: .5rem; } .costs div { display: grid; grid-template-columns: 11rem 1fr; gap: .5rem; }
+.costs dt { font-weight: 600; } .costs dd { margin: 0; }
+.preset p { margin: 0 0 .5rem; } .preset ul { margin: 0; padding-left: 1.2rem; } .preset li { margin: .2rem 0; }
+@media (max-width: 480px) { .costs div { grid-template-columns: 1fr; gap: 0; } .crops img { width: 96px; height: 96px; } }
+"""
+# Written into the draft as it is typed, and once more when the box is left, since what is pasted is no typing; without the
+# server, so that Train starts with what is in the boxes. What is in force anyway is not written.
+SAY_TRIGGER = "(draft, said) => said === (draft.trigger ?? 'sks') ? draft : {...draft, trigger: said}"
+SAY_KIND = "(draft, said) => said === (draft.class_word ?? (draft.set ? '' : 'toy')) ? draft : {...draft, class_word: said}"
+SAY_SCENES = """(draft, said) => {
+  const scenes = said.split('\\n').map(line => line.trim()).filter(line => line), known = draft.scenes ?? USUAL;
+  return JSON.stringify(scenes) === JSON.stringify(known) ? draft : {...draft, scenes};
+}""".replace("USUAL", json.dumps(SCENES))
+SAY_PRESET = "(draft, said) => ({...draft, preset: said})"
+ABOUT_THE_RARE_WORD = "Stands for your subject. Rare, since a word that the model knows would bring its own looks along."
 
 
 def build(shell: Shell) -> None:
     """Put the screen into the open tab."""
-    gr.Markdown("Check")
+    gr.HTML("<h2>What the model will see</h2>")
+    crops = gr.HTML(css_template=STYLE, elem_id="check-crops")
+    gr.HTML("<h2>The words</h2>")
+    with gr.Row():
+        trigger = gr.Textbox(TRIGGER, label="A rare word", info=ABOUT_THE_RARE_WORD, max_lines=1, elem_id="check-trigger")
+        kind = gr.Textbox(
+            label="What is it, in a word?",
+            info="The kind of thing, in plain words: what the model knows of it is where it starts from.",
+            placeholder="dog, toy, coffee mug",
+            max_lines=1,
+            elem_id="check-class",
+        )
+    prompt = gr.HTML(css_template=STYLE, elem_id="check-prompt")
+    scenes = gr.Textbox(
+        label="Scenes of the sample pictures, one a line",
+        info="Drawn before, during and after training. A line with your rare word in it is taken as it stands; any other is put "
+        "after the prompt.",
+        lines=4,
+        elem_id="check-scenes",
+    )
+    gr.HTML("<h2>How to train</h2>")
+    choices = [(f"{preset.name}: {preset.costs}", preset.name) for preset in presets.SUBJECT]
+    preset = gr.Radio(choices, value=presets.BALANCED, label="Preset", elem_id="check-preset")
+    reasons = gr.HTML(css_template=STYLE, elem_id="check-reasons")
+    panel.build(subject_runs.source(shell))
+    gr.HTML("<h2>What it costs</h2>")
+    cost = gr.HTML(costs.UNKNOWN, css_template=STYLE, elem_id="check-cost")
+    measure = gr.Button("Measure time and memory", elem_id="check-measure")
+    gr.HTML("<h2>The command</h2><p class='quiet'>Train starts exactly this; typed into a terminal it does the same.</p>")
+    command = gr.Code(
+        language="shell",
+        lines=1,
+        interactive=False,
+        wrap_lines=True,
+        show_label=False,
+        show_line_numbers=False,
+        elem_id="check-command",
+    )
+    train = gr.Button("Train", variant="primary", size="lg", elem_id="check-start")
+    parts = {"crops": crops, "prompt": prompt, "reasons": reasons, "cost": cost, "command": command, "measure": measure}
+    _wire(shell, parts, {"trigger": trigger, "kind": kind, "scenes": scenes, "preset": preset}, train)
+
+
+def _wire(shell: Shell, parts: dict[str, Any], said: dict[str, Any], train: gr.Button) -> None:
+    """Have everything listen."""
+    settings, draft = shell.settings, shell.draft
+    clock = gr.Timer(POLL_SECONDS, active=False)
+    words = [said["trigger"], said["kind"], said["scenes"], said["preset"]]
+
+    @in_plain_words
+    def fill(kept: dict[str, Any], *typed: str) -> tuple[Any, ...]:
+        """Put what the draft says into the boxes, unless it is there."""
+        now = Draft.from_browser(kept)
+        there = [now.trigger, now.kind, now.scenes_in_lines, presets.preset_named(presets.SUBJECT, now.preset).name]
+        is_typed = [typed[0] == there[0], typed[1] == there[1], _lines(typed[2]) == _lines(there[2]), typed[3] == there[3]]
+        return tuple(gr.skip() if same else value for same, value in zip(is_typed, there, strict=True))
+
+    @in_plain_words
+    def describe(kept: dict[str, Any]) -> tuple[str, str]:
+        """The prompt and the preset, which need no library."""
+        now = Draft.from_browser(kept)
+        return _prompt(now), _reasons(presets.preset_named(presets.SUBJECT, now.preset))
+
+    @in_plain_words
+    def work_out(kept: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
+        """The command, the crops, and what is known of the cost."""
+        workspace = settings.workspace(request)
+        try:
+            return subject_runs.command(shell, workspace, kept), _crops(shell, workspace, kept), *_cost(shell, workspace, kept)
+        except InputError as error:
+            wrong = f'<div class="warning" role="alert">{escaped(str(error))}</div>'
+            return f"# {' '.join(str(error).split())}", gr.skip(), wrong, gr.Button(interactive=False), gr.Timer(active=False)
+
+    @in_plain_words
+    def rehearse(kept: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
+        """Start a dry run, unless one is at work or has measured this already."""
+        workspace = settings.workspace(request)
+        subject_runs.rehearse(shell, workspace, kept)
+        return _cost(shell, workspace, kept)
+
+    @in_plain_words
+    def tick(kept: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
+        return _cost(shell, settings.workspace(request), kept)
+
+    @in_plain_words
+    def start(kept: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
+        workspace = settings.workspace(request)
+        kept, run_id = subject_runs.start(shell, workspace, kept)
+        return kept, *shell.show(workspace, run_id, "train")
+
+    quiet = {"api_visibility": "private", "show_progress": "hidden"}
+    of_cost = [parts["cost"], parts["measure"], clock]
+    changes = [shell.page.load, draft.change]
+    gr.on(changes, fill, [draft, *words], words, trigger_mode="always_last", **quiet)
+    gr.on(changes, describe, [draft], [parts["prompt"], parts["reasons"]], trigger_mode="always_last", **quiet)
+    worked_out = [parts["command"], parts["crops"], *of_cost]
+    gr.on(changes, work_out, [draft], worked_out, trigger_mode="always_last", **quiet)
+    for name, script in (("trigger", SAY_TRIGGER), ("kind", SAY_KIND), ("scenes", SAY_SCENES)):
+        typed = [said[name].input, said[name].blur, said[name].submit]
+        gr.on(typed, None, [draft, said[name]], [draft], js=script, api_visibility="private")
+    said["preset"].input(None, [draft, said["preset"]], [draft], js=SAY_PRESET, api_visibility="private")
+    parts["measure"].click(rehearse, [draft], of_cost, api_visibility="private")
+    clock.tick(tick, [draft], of_cost, **quiet)
+    train.click(start, [draft], [draft, *shell.outputs], api_visibility="private")
+
+
+def _lines(text: str) -> list[str]:
+    return [" ".join(line.split()) for line in (text or "").splitlines() if line.strip()]
+
+
+def _prompt(draft: Draft) -> str:
+    try:
+        draft.check()
+    except InputError as error:
+        return f'<div class="warning" role="alert">{escaped(str(error))}</div>'
+    listed = "".join(f"<li><code>{escaped(prompt)}</code></li>" for prompt in draft.prompts)
+    return (
+        f'<p class="prompt">Your photos are said to show <code>{escaped(draft.prompt)}</code></p>'
+        f"<details><summary>Prompts of the {len(draft.prompts)} sample pictures</summary><ol>{listed}</ol></details>"
+    )
+
+
+def _reasons(preset: presets.Preset) -> str:
+    listed = "".join(
+        f"<li><b>{html.escape(each.field.replace('_', ' '))} {html.escape(_value(each.value))}</b>: {html.escape(each.why)}</li>"
+        for each in preset.values
+    )
+    return f'<div class="preset"><p>{html.escape(preset.gives)}</p><ul>{listed}</ul></div>'
+
+
+def _value(value: Any) -> str:
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+
+
+def _crops(shell: Shell, workspace: Workspace, kept: dict[str, Any]) -> str:
+    from webui.work import options as checked
+    from webui.work.photos import crops
+
+    photos = PhotoSet.of(workspace, Draft.from_browser(kept).set)
+    if not photos.entries():
+        return '<div class="empty">No photos yet. Add some under Photos.</div>'
+    options = checked.build(workspace, "subject", subject_runs.values_of(shell, workspace, kept)[1])
+    shown, names = crops(photos, options), [entry.name for entry in photos.entries()]
+    sizes = {f"{crop.size[1]} x {crop.size[0]}" for crop in shown}
+    more = (
+        f" Of each, {shown[0].variants} crops or mirror images are shown to it; this is the first."
+        if shown[0].variants > 1
+        else ""
+    )
+    listed = "".join(
+        f'<li><img class="{"pixel" if max(crop.size) <= 128 else ""}" src="{crop.address}" alt="{escaped(name)} as the model sees it"></li>'
+        for crop, name in zip(shown, names, strict=True)
+    )
+    words = (
+        f"Each photo is brought to {' or '.join(sorted(sizes))} pixels, the size that this model works with, and cropped to it."
+    )
+    advice = "Your subject should still be plain to see, whole and near the middle."
+    return f'<p>{words}{more} {advice}</p><ul class="crops">{listed}</ul>'
+
+
+def _cost(shell: Shell, workspace: Workspace, kept: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """What is known of the cost, whether it can be measured, and whether to look again."""
+    from webui.work import options as checked
+
+    values, record = subject_runs.rehearsal(shell, workspace, kept)
+    options = checked.build(workspace, "subject", values)
+    photos = PhotoSet.of(workspace, Draft.from_browser(kept).set).entries()
+    plan = costs.Plan(options.optimisation.max_train_steps, len(photos), options.data.heldout_image)
+    at_work = costs.is_measuring(record)
+    can_measure = bool(photos) and not at_work and not costs.is_measured(record)
+    return costs.in_words(record, plan), gr.Button(interactive=can_measure), gr.Timer(active=at_work)

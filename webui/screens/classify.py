@@ -1,12 +1,71 @@
-"""The screen Classify."""
+"""The screen Classify: from a few pictures of each class to a classifier that one understands, in four parts."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import gradio as gr
 
+from webui import class_runs
+from webui.class_runs import EMPTY_DRAFT, Frame
+from webui.errors import in_plain_words
+from webui.screens import class_new, class_pictures, class_result, class_train
 from webui.shell import Shell
+
+QUIET = {"api_visibility": "private", "show_progress": "hidden"}
+PARTS = {
+    "pictures": ("1 Pictures", class_pictures),
+    "train": ("2 Train", class_train),
+    "result": ("3 Result", class_result),
+    "new": ("4 Classify new", class_new),
+}
 
 
 def build(shell: Shell) -> None:
     """Put the screen into the open tab."""
-    gr.Markdown("Classify")
+    intro = gr.HTML("<p>Teach the model to tell classes of pictures of your own apart, from a few pictures of each.</p>")
+    run = gr.Dropdown(
+        label="Classifier",
+        info="What Result and Classify new are about.",
+        visible=False,
+        interactive=True,
+        elem_id="classify-run",
+    )
+    # Not secret; under a key of this server alone the draft would be lost when it starts again.
+    draft = gr.BrowserState(EMPTY_DRAFT, storage_key="nora-vision-classify", secret="nora-vision-classify")
+    with gr.Tabs(elem_id="classify-steps") as steps:
+        frame = Frame(shell, intro.parent, steps, run, draft)
+        for name, (title, part) in PARTS.items():
+            with gr.Tab(title, id=name, elem_id=f"classify-part-{name}"):
+                part.build(frame)
+    _wire(frame)
+
+
+def _wire(frame: Frame) -> None:
+    """Keep the list of classifiers as it is on disk, and follow the run that is looked at elsewhere."""
+    shell, settings = frame.shell, frame.shell.settings
+    seen = gr.State(None)
+
+    def listed(chosen: str | None, before: Any, request: gr.Request) -> list[Any]:
+        known = class_runs.classifiers(settings.workspace(request))
+        ids = [view.id for view in known]
+        value = chosen if chosen in ids else next(iter(ids), None)
+        now = ([view.title for view in known], value)
+        return [
+            gr.skip()
+            if now == before
+            else gr.Dropdown([(view.title, view.id) for view in known], value=value, visible=bool(ids)),
+            now,
+        ]
+
+    @in_plain_words
+    def follow(elsewhere: str | None, chosen: str | None, request: gr.Request) -> list[Any]:
+        known = [view.id for view in class_runs.classifiers(settings.workspace(request))]
+        return listed(elsewhere if elsewhere in known else chosen, None, request)
+
+    @in_plain_words
+    def keep(chosen: str | None, before: Any, request: gr.Request) -> list[Any]:
+        return listed(chosen, before, request)
+
+    gr.on([shell.page.load, shell.run.change], follow, [shell.run, frame.run], [frame.run, seen], **QUIET)
+    gr.on([shell.clock.tick, frame.tab.select], keep, [frame.run, seen], [frame.run, seen], **QUIET)

@@ -1,12 +1,183 @@
-"""The screen Photos."""
+"""The screen Photos: the pictures of the subject, what the photo doctor says of each, and the bundled example to begin with."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
 import gradio as gr
 
+from pipelines.errors import InputError
+from webui import subject_runs
+from webui.cards import SCRIPT, STYLE, cards, sentences
+from webui.draft import Draft
+from webui.errors import in_plain_words
+from webui.photo_set import PhotoSet
 from webui.shell import Shell
+from webui.workspace import Workspace
+
+OF_THE_EXAMPLE = """<h2>An example to begin with</h2>
+<p>These five pictures of a made-up toy come with the app. <b>Train</b> shows the whole way with them, in about three minutes on a
+plain computer: the app learns what the toy looks like and draws it in places where it never was.
+Or drop photos of your own subject here.</p>"""
+OF_YOUR_OWN = """<h2>Your photos</h2>
+<p>Three to ten photos of one subject: sharp, from several sides, in several places and lights. The photo doctor looks at each and
+says what it would change; it never changes a photo itself.</p>"""
+GONE = "Your earlier photos are no longer there, so the example is shown. Add your photos again."
+# What is shown last, so that what has not changed is not sent again.
+NOTHING_SHOWN: list[Any] = []
 
 
 def build(shell: Shell) -> None:
     """Put the screen into the open tab."""
-    gr.Markdown("Photos")
+    about = gr.HTML(OF_THE_EXAMPLE, elem_id="photos-about")
+    upload = gr.File(
+        label="Add photos: drop them here, or click to choose. JPEG, PNG or WebP.",
+        file_count="multiple",
+        height=130,
+        elem_id="photos-upload",
+    )
+    message = gr.HTML(visible=False, elem_id="photos-message")
+    shown = gr.HTML(css_template=STYLE, js_on_load=SCRIPT, elem_id="photos-cards")
+    with gr.Row():
+        train = gr.Button("Train", variant="primary", size="lg", elem_id="photos-train")
+        check = gr.Button("Check first", size="lg", elem_id="photos-check")
+        own = gr.Button("Start with your own photos", size="lg", elem_id="photos-own")
+        example = gr.Button("Back to the example", size="lg", visible=False, elem_id="photos-example")
+    signature, examined = gr.State(NOTHING_SHOWN), gr.State(NOTHING_SHOWN)
+    view = [about, shown, train, check, own, example, signature]
+    _wire(shell, upload, message, examined, view, {"train": train, "check": check, "own": own, "example": example})
+
+
+def _wire(
+    shell: Shell, upload: gr.File, message: gr.HTML, examined: gr.State, view: list[Any], buttons: dict[str, gr.Button]
+) -> None:
+    """Have everything listen."""
+    settings, (shown, signature) = shell.settings, (view[1], view[-1])
+
+    @in_plain_words
+    def look(kept: dict[str, Any], known: list[str], request: gr.Request) -> tuple[Any, ...]:
+        """The photos as they are on the disk now, without waiting for the doctor."""
+        workspace, draft = settings.workspace(request), Draft.from_browser(kept)
+        try:
+            photos = PhotoSet.of(workspace, draft.set)
+        except InputError:
+            gr.Warning(GONE, title="Photos are gone")
+            draft = replace(draft, set=None, own=None)
+            return draft.to_browser(), *_view(PhotoSet.of(workspace, None), draft)
+        if known and known == _signature(photos, draft):
+            return (gr.skip(),) * (1 + len(view))
+        return gr.skip(), *_view(photos, draft)
+
+    @in_plain_words
+    def examine(kept: dict[str, Any], known: list[str], before: list[str], request: gr.Request) -> tuple[Any, Any]:
+        """The same with what the doctor says, unless that is what is shown."""
+        photos = PhotoSet.of(settings.workspace(request), Draft.from_browser(kept).set)
+        if known == before or not photos.entries():
+            return gr.skip(), known
+        return _examined(photos), known
+
+    @in_plain_words
+    def add(kept: dict[str, Any], files: list[str] | None, request: gr.Request) -> tuple[Any, ...]:
+        """Add what was dropped; what cannot be used is refused in a sentence, and the rest added."""
+        from webui.uploads import add_pictures
+
+        workspace = settings.workspace(request)
+        with _own_photos(workspace, kept) as (photos, draft):
+            added = add_pictures(photos.folder, files or [])
+        return draft.to_browser(), None, _message(added.refused), *_view(photos, draft)
+
+    @in_plain_words
+    def act(kept: dict[str, Any], event: gr.EventData, request: gr.Request) -> tuple[Any, ...]:
+        """Move or remove the photo whose button was pressed."""
+        action, file = str(event.action), str(event.file)
+        with _own_photos(settings.workspace(request), kept) as (photos, draft):
+            if action == "remove":
+                photos.remove(file)
+            else:
+                photos.move(file, {"earlier": -1, "later": 1}[action])
+        return draft.to_browser(), _message([]), *_view(photos, draft, _examined(photos))
+
+    @in_plain_words
+    def change_to(kept: dict[str, Any], wanted: str, request: gr.Request) -> tuple[Any, ...]:
+        """To the user's own photos, which may be none yet, or to the example; neither loses the other."""
+        workspace, draft = settings.workspace(request), Draft.from_browser(kept)
+        if wanted == "example":
+            draft = replace(draft, set=None, own=draft.set or draft.own)
+        elif draft.set is None:
+            draft = replace(draft, set=_still_there(workspace, draft.own) or workspace.new_picture_set().name)
+        return draft.to_browser(), _message([]), *_view(PhotoSet.of(workspace, draft.set), draft)
+
+    @in_plain_words
+    def start(kept: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
+        """Start the run, or ask for the one word that is missing first."""
+        workspace, draft = settings.workspace(request), Draft.from_browser(kept)
+        if not draft.kind.strip() and PhotoSet.of(workspace, draft.set).entries():
+            gr.Info("Say in a word what the photos show, such as dog or toy, and press Train here.", title="One word first")
+            return gr.skip(), *shell.show(workspace, tab="check")
+        kept, run_id = subject_runs.start(shell, workspace, kept)
+        return kept, *shell.show(workspace, run_id, "train")
+
+    draft, quiet = shell.draft, {"api_visibility": "private", "show_progress": "hidden"}
+    doctor = {"fn": examine, "inputs": [draft, signature, examined], "outputs": [shown, examined], **quiet}
+    gr.on([shell.page.load, draft.change], look, [draft, signature], [draft, *view], **quiet).then(**doctor)
+    upload.upload(add, [draft, upload], [draft, upload, message, *view], api_visibility="private").then(**doctor)
+    shown.click(act, [draft], [draft, message, *view], **quiet).then(**doctor)
+    for name in ("own", "example"):
+        wanted = gr.State(name)
+        buttons[name].click(change_to, [draft, wanted], [draft, message, *view], **quiet).then(**doctor)
+    buttons["train"].click(start, [draft], [draft, *shell.outputs], api_visibility="private")
+    buttons["check"].click(lambda: gr.Tabs(selected="check"), outputs=[shell.tabs], **quiet)
+
+
+@contextlib.contextmanager
+def _own_photos(workspace: Workspace, kept: dict[str, Any]) -> Iterator[tuple[PhotoSet, Draft]]:
+    """The user's own photos, to be changed: a new set beside the example, a copy of what a run was started with."""
+    draft = Draft.from_browser(kept)
+    set_id = draft.set or workspace.new_picture_set().name
+    photos = PhotoSet.of(workspace, set_id).editable(workspace)
+    yield photos, replace(draft, set=photos.id, own=None)
+
+
+def _message(refused: list[str]) -> gr.HTML:
+    return gr.HTML(sentences(refused), visible=bool(refused))
+
+
+def _still_there(workspace: Workspace, set_id: str | None) -> str | None:
+    if set_id is None:
+        return None
+    try:
+        return workspace.picture_set(set_id).name
+    except InputError:
+        return None
+
+
+def _examined(photos: PhotoSet) -> str:
+    """The cards with what the doctor says; the first time this loads libraries."""
+    if not photos.entries():
+        return cards(photos, None)
+    from webui.work.photos import opinions
+
+    found = opinions(photos)
+    return cards(photos, found.pictures, found.together)
+
+
+def _view(photos: PhotoSet, draft: Draft, shown: str | None = None) -> tuple[Any, ...]:
+    """Updates of what the screen shows: `shown`, or the cards before the doctor has looked."""
+    has_photos = bool(photos.entries())
+    own = "Back to your photos" if draft.own else "Start with your own photos"
+    return (
+        OF_THE_EXAMPLE if photos.is_example else OF_YOUR_OWN,
+        cards(photos, None) if shown is None else shown,
+        gr.Button(interactive=has_photos),
+        gr.Button(interactive=has_photos),
+        gr.Button(own, visible=photos.is_example),
+        gr.Button(visible=not photos.is_example),
+        _signature(photos, draft),
+    )
+
+
+def _signature(photos: PhotoSet, draft: Draft) -> list[str]:
+    return [str(photos.id), str(draft.own), *photos.signature()]

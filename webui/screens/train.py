@@ -1,12 +1,235 @@
-"""The screen Train."""
+"""The screen Train: how the run in view is going, and the buttons that its state allows."""
 
 from __future__ import annotations
 
+import html
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
 import gradio as gr
 
+from pipelines.errors import InputError
+from webui import launching, progress
+from webui.errors import in_plain_words
+from webui.pictures import Sample, address, newest_sheet, sampled_steps, samples, subject, thumbnail
 from webui.shell import Shell
+from webui.views import RunView, views
+from webui.workspace import Workspace
+
+EMPTY = """<div class="empty"><p><b>Nothing has been trained yet.</b></p><p>Add a few photos, look at the check, and press Train
+there. What happens then is shown here, step by step.</p></div>"""
+WAITING = """<div class="empty"><p>Sample pictures appear here: first what the model draws before training, then every so many
+steps.</p></div>"""
+YOURS = "one of your photos"
+ASKED = {
+    "stop": "It stops after the step in progress, and everything is saved.",
+    "sample": "Sample pictures come after the step in progress.",
+    "save": "The adapter is saved after the step in progress.",
+}
+BUTTONS = {"stop": "Stop", "sample": "Sample now", "save": "Save now", "resume": "Resume"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the screen.
+
+    Args:
+        key: differs whenever what is shown differs.
+        make: the update that shows it.
+    """
+
+    key: Hashable
+    make: Callable[[], Any]
+
+
+def parts(view: RunView | None, log_open: bool = False) -> dict[str, Part]:
+    """Every part of the screen as it is to be now, by the names of the outputs."""
+    if view is None:
+        shown = {name: _text("") for name in ("head", "bar", "loss", "cost", "samples", "log")}
+        hidden = {name: _button(False) for name in (*BUTTONS, "next")}
+        return {"empty": _text(EMPTY), **shown, **hidden, "log_frame": _visible(False)}
+    return {
+        "empty": _text(""),
+        "head": _text(progress.head(view)),
+        "bar": _text(progress.bar(view)),
+        **{name: _button(name in view.actions) for name in BUTTONS},
+        "next": _next(view),
+        "loss": _text(progress.losses(view)),
+        "cost": _text(progress.cost(view.record)),
+        "samples": _samples(view),
+        "log_frame": _visible(True),
+        "log": _text(f'<pre class="log">{html.escape(launching.log_tail(view.record))}</pre>' if log_open else ""),
+    }
+
+
+def _text(value: str) -> Part:
+    return Part(value, lambda: gr.HTML(value=value, visible=bool(value)))
+
+
+def _button(visible: bool) -> Part:
+    return Part(visible, lambda: gr.Button(visible=visible))
+
+
+def _visible(visible: bool) -> Part:
+    return Part(visible, lambda: gr.Accordion(visible=visible))
+
+
+def _next(view: RunView) -> Part:
+    """The button that leads to where the finished run is looked at."""
+    label = "See the classifier" if view.task == "classify" else "Judge it"
+    done = view.state == "done"
+    return Part((done, label), lambda: gr.Button(label, visible=done))
+
+
+def _samples(view: RunView) -> Part:
+    """The sample pictures, newest step first, and what they are to become like."""
+    record = view.record
+    changed = [(step, record.samples_at(step).stat().st_mtime_ns) for step in sampled_steps(record)]
+    sheet = None if changed else newest_sheet(record)
+    key = (record.path, *changed, sheet)
+
+    def make() -> gr.HTML:
+        shown = _sections(view) if changed else _sheet(address(thumbnail(sheet, 1024))) if sheet else _waiting(view)
+        return gr.HTML(value=shown, visible=bool(shown))
+
+    return Part((*key, view.task, view.is_active), make)
+
+
+def _sections(view: RunView) -> str:
+    newest, *older = sampled_steps(view.record)[::-1]
+    rows = [f"<h3>{_of_step(newest)}</h3>{_grid(samples(view.record, newest), 'large')}"]
+    rows += [f"<h4>{_of_step(step)}</h4>{_grid(samples(view.record, step))}" for step in older]
+    photos = subject(view.record)
+    rows += [f"<h4>Your photos, as the model sees them</h4>{_grid(photos)}"] if photos else []
+    return f"<section aria-label='sample pictures'>{''.join(rows)}</section>"
+
+
+def _of_step(step: int) -> str:
+    return f"After step {step}" if step else "Before training"
+
+
+def _grid(pictures: list[Sample], css: str = "") -> str:
+    cells = "".join(
+        f'<figure class="{each.css}"><img src="{address(thumbnail(each.path))}" alt="{html.escape(each.prompt) or YOURS}" '
+        f'loading="lazy">{f"<figcaption>{html.escape(each.prompt)}</figcaption>" if css else ""}</figure>'
+        for each in pictures
+    )
+    return f'<div class="pictures {css}">{cells}</div>'
+
+
+def _sheet(source: str) -> str:
+    return f'<div class="scroll"><img src="{source}" alt="sample pictures"></div>'
+
+
+def _waiting(view: RunView) -> str:
+    if view.task == "classify" or not view.is_active:
+        return ""
+    return WAITING
+
+
+def view_of(workspace: Workspace, run_id: str | None) -> RunView | None:
+    """The run in view; None if there is none, or it was deleted."""
+    try:
+        return RunView(workspace.run(run_id)) if run_id else None
+    except InputError:
+        return None
+
+
+def clock_for(view: RunView | None, workspace: Workspace, ticks: bool) -> Any:
+    """The update of the shell's clock: it stands still when nothing of the user's is at work.
+
+    Args:
+        ticks: whether it is known to go.
+    """
+    if view is not None and view.is_active:
+        return gr.skip() if ticks else gr.Timer(active=True)
+    # Told again each time: another screen may have set it going for a run that has ended since.
+    return gr.Timer(active=any(each.is_active for each in views(workspace)))
 
 
 def build(shell: Shell) -> None:
     """Put the screen into the open tab."""
-    gr.Markdown("Train")
+    outputs = _layout()
+    seen, log_open = gr.State({}), gr.State(False)
+
+    @in_plain_words
+    def refresh(run_id: str | None, seen: dict[str, Hashable], log_open: bool, request: gr.Request) -> list[Any]:
+        workspace = shell.settings.workspace(request)
+        view = view_of(workspace, run_id)
+        now = parts(view, log_open)
+        state = None if view is None else (view.id, view.state)
+        updates = [gr.skip() if name in seen and seen[name] == now[name].key else now[name].make() for name in outputs]
+        titles = gr.skip() if seen.get("state") == state else _titles(workspace)
+        clock = clock_for(view, workspace, bool(seen.get("active")))
+        kept = {name: part.key for name, part in now.items()} | {"state": state, "active": view is not None and view.is_active}
+        return [*updates, kept, titles, clock]
+
+    look = {
+        "fn": refresh,
+        "inputs": [shell.run, seen, log_open],
+        "outputs": [*outputs.values(), seen, shell.run, shell.clock],
+        "show_progress": "hidden",
+        "api_visibility": "private",
+    }
+    gr.on([shell.page.load, shell.run.change, shell.clock.tick], trigger_mode="always_last", **look)
+    outputs["log_frame"].expand(lambda: True, outputs=log_open, api_visibility="private").then(**look)
+    outputs["log_frame"].collapse(lambda: False, outputs=log_open, api_visibility="private")
+    for action in ("stop", "sample", "save"):
+        outputs[action].click(_asking(shell, action), shell.run, api_visibility="private").then(**look)
+
+    @in_plain_words
+    def resume(run_id: str, request: gr.Request) -> list[dict[str, object]]:
+        workspace = shell.settings.workspace(request)
+        launching.resume(workspace, run_id)
+        return shell.show(workspace, run_id)
+
+    outputs["resume"].click(resume, shell.run, shell.outputs, api_visibility="private").then(**look)
+
+    @in_plain_words
+    def go_on(run_id: str, request: gr.Request) -> gr.Tabs:
+        view = view_of(shell.settings.workspace(request), run_id)
+        return gr.Tabs(selected="classify" if view is not None and view.task == "classify" else "judge")
+
+    outputs["next"].click(go_on, shell.run, shell.tabs, api_visibility="private")
+
+
+def _layout() -> dict[str, Any]:
+    """The screen's elements by name."""
+    made: dict[str, Any] = {"empty": gr.HTML(EMPTY, elem_id="train-empty")}
+    made["head"] = gr.HTML(visible=False, elem_id="train-phase")
+    made["bar"] = gr.HTML(visible=False, elem_id="train-bar")
+    with gr.Row(elem_classes="buttons"):
+        for name, label in BUTTONS.items():
+            variant = {"stop": "stop", "resume": "primary"}.get(name, "secondary")
+            made[name] = gr.Button(label, variant=variant, visible=False, elem_id=f"train-{name}", min_width=110, scale=0)
+        made["next"] = gr.Button("Judge it", variant="primary", visible=False, elem_id="train-next", min_width=160, scale=0)
+    with gr.Row():
+        with gr.Column(min_width=320):
+            made["loss"] = gr.HTML(visible=False, elem_id="train-loss")
+            made["cost"] = gr.HTML(visible=False, elem_id="train-cost")
+        with gr.Column(min_width=320):
+            made["samples"] = gr.HTML(visible=False, elem_id="train-samples")
+    made["log_frame"] = gr.Accordion("Log", open=False, visible=False, elem_id="train-log")
+    with made["log_frame"]:
+        made["log"] = gr.HTML(visible=False)
+    return made
+
+
+def _asking(shell: Shell, action: str) -> Callable[[str, gr.Request], None]:
+    """The handler of a button that asks the run for something."""
+
+    @in_plain_words
+    def ask(run_id: str, request: gr.Request) -> None:
+        workspace = shell.settings.workspace(request)
+        if action == "stop":
+            launching.stop(workspace, run_id)
+        else:
+            launching.ask(workspace, run_id, action)
+        gr.Info(ASKED[action])
+
+    return ask
+
+
+def _titles(workspace: Workspace) -> gr.Dropdown:
+    return gr.Dropdown(choices=[(view.title, view.id) for view in views(workspace)])

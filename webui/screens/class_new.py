@@ -1,0 +1,155 @@
+"""Classify, the fourth part: new pictures, what they are taken for, and what is learned from those that were wrong."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from pipelines.errors import InputError
+from pipelines.fewshot.sources import PictureFile
+from webui import class_files, class_html, class_runs
+from webui.class_results import Result, result_of
+from webui.class_runs import Frame
+from webui.errors import in_plain_words
+from webui.incoming import SUFFIXES
+from webui.thumbnails import picture
+
+QUIET = {"api_visibility": "private", "show_progress": "hidden"}
+MOST = 100
+RIGHT = ""
+INTRO = (
+    "<p>Drop pictures that the classifier has never seen. Of each it tells the three classes that it finds most likely. A "
+    "picture of none of the classes is given one of them all the same.</p>"
+)
+AGAIN = (
+    "<p class='quiet'>Where it is wrong, choose the right class below the picture. Those pictures are then added to the classes, "
+    "only ever to be learned from; the new classifier is tested on the same pictures as this one, so that the two can be "
+    "compared.</p>"
+)
+
+
+def build(frame: Frame) -> None:
+    """Put the part into the open tab."""
+    empty = gr.HTML("<p class='empty'>There is no classifier yet. Train one first.</p>", elem_id="classify-new-empty")
+    with gr.Column(visible=False) as whole:
+        gr.HTML(INTRO)
+        method = gr.Dropdown(label="Method", filterable=False, interactive=True, elem_id="classify-new-method")
+        files = gr.File(
+            label="New pictures", file_count="multiple", file_types=list(SUFFIXES), height=160, elem_id="classify-new-files"
+        )
+        found = gr.State([])
+        _cards(frame, found)
+        table = gr.DownloadButton("Table of these predictions (CSV)", visible=False, elem_id="classify-new-table")
+    _wire(frame, {"empty": empty, "whole": whole, "method": method, "files": files, "found": found, "table": table})
+
+
+def _wire(frame: Frame, parts: dict[str, Any]) -> None:
+    shell, settings = frame.shell, frame.shell.settings
+    seen = gr.State(None)
+
+    @in_plain_words
+    def refresh(run_id: str | None, before: Any, request: gr.Request) -> list[Any]:
+        view = class_runs.view_of(settings.workspace(request), run_id)
+        result = None if view is None else result_of(view.record)
+        now = None if result is None else view.id
+        if now == before and now is not None:
+            return [gr.skip()] * 6
+        if result is None:
+            return [gr.HTML(visible=True), gr.Column(visible=False), gr.skip(), [], gr.DownloadButton(visible=False), now]
+        hidden = gr.DownloadButton(visible=False)
+        return [gr.HTML(visible=False), gr.Column(visible=True), _methods(result), [], hidden, now]
+
+    @in_plain_words
+    def classify(run_id: str, member: str | None, files: list[str] | None, request: gr.Request) -> tuple[Any, ...]:
+        if not files:
+            return [], gr.DownloadButton(visible=False)
+        from webui.work import classify as work
+
+        if len(files) > MOST:
+            raise InputError(f"At most {MOST} pictures can be shown at a time, got {len(files)}. Drop fewer.")
+        rows = work.classify(settings.workspace(request).run(run_id), files, member)
+        kept = [{**row, "file": file} for row, file in zip(rows, files, strict=True)]
+        return kept, gr.DownloadButton(value=class_files.new_table(_table(rows)), visible=any("class" in row for row in rows))
+
+    triggers = [frame.run.change, frame.steps.select, frame.tab.select, shell.clock.tick]
+    outputs = [parts[name] for name in ("empty", "whole", "method", "found", "table")]
+    gr.on(triggers, refresh, [frame.run, seen], [*outputs, seen], trigger_mode="always_last", **QUIET)
+    gr.on(
+        [parts["files"].upload, parts["files"].clear, parts["files"].delete, parts["method"].input],
+        classify,
+        [frame.run, parts["method"], parts["files"]],
+        [parts["found"], parts["table"]],
+        api_visibility="private",
+        show_progress="minimal",
+        concurrency_limit=1,
+    )
+
+
+def _cards(frame: Frame, found: gr.State) -> None:
+    """A card for each picture, drawn anew for other pictures, with what corrects it."""
+    shell, settings = frame.shell, frame.shell.settings
+
+    @gr.render(inputs=[found, frame.run], triggers=[found.change], show_progress="hidden")
+    def draw(rows: list[dict[str, Any]], run_id: str | None, request: gr.Request) -> None:
+        if not rows:
+            return
+        classes = result_of(settings.workspace(request).run(run_id)).classes
+        answers: list[gr.Dropdown] = []
+        with gr.Row(equal_height=False, elem_id="classify-found"):
+            for row in rows:
+                with gr.Column(min_width=240, elem_classes="found-card"):
+                    gr.HTML(_card(row))
+                    if "class" in row:
+                        choices = [(f"right: {row['class']}", RIGHT), *((name, name) for name in classes if name != row["class"])]
+                        name = f"classify-correct-{len(answers)}"
+                        answers.append(gr.Dropdown(choices, value=RIGHT, label="What it is", interactive=True, elem_id=name))
+        if not answers:
+            return
+        gr.HTML(AGAIN)
+        again = gr.Button("Add the corrected ones to the classes and train again", variant="primary", elem_id="classify-again")
+
+        @in_plain_words
+        def train_again(
+            run_id: str, draft: dict[str, Any], rows: list[dict[str, Any]], *said: str, request: gr.Request
+        ) -> list[Any]:
+            workspace = settings.workspace(request)
+            corrected: dict[str, list[Path]] = {}
+            for row, name in zip((row for row in rows if "class" in row), said, strict=True):
+                if name != RIGHT:
+                    corrected.setdefault(name, []).append(Path(row["file"]))
+            set_id, new = class_runs.train_again(workspace, workspace.run(run_id), corrected)
+            return [{**draft, "set": set_id}, gr.Tabs(selected="train"), *shell.show(workspace, new)]
+
+        outputs = [frame.draft, frame.steps, *shell.outputs]
+        again.click(
+            train_again, [frame.run, frame.draft, found, *answers], outputs, api_visibility="private", concurrency_limit=1
+        )
+
+
+def _card(row: dict[str, Any]) -> str:
+    """A picture and the classes that it is most likely of."""
+    name = html.escape(row["picture"])
+    if "error" in row:
+        return f"<p class='warning'>{html.escape(row['error'])}</p>"
+    shown = picture(PictureFile(Path(row["file"]).name, Path(row["file"]).parent), row["picture"])
+    bars = class_html.bars([(label, value) for label, value in row["top"]], first_only=True)
+    return f"<div class='thumbs'><figure>{shown}</figure></div><p class='quiet name'>{name}</p>{bars}"
+
+
+def _methods(result: Result) -> gr.Dropdown:
+    """The methods of the draw that stands for the run."""
+    choices = [(class_html.METHODS.get(one["method"], one["method"]), one["folder"]) for one in result.same_draw()]
+    return gr.Dropdown(choices, value=result.member["folder"])
+
+
+def _table(rows: list[dict[str, Any]]) -> list[list[str]]:
+    told = [row for row in rows if "class" in row]
+    count = len(told[0]["top"]) if told else 0
+    head = [word for place in range(1, count + 1) for word in (f"class {place}", f"probability {place}")]
+    return [
+        ["picture", *head],
+        *([row["picture"], *(word for name, value in row["top"] for word in (name, f"{value:.6g}"))] for row in told),
+    ]

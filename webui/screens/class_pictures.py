@@ -1,0 +1,336 @@
+"""Classify, the first part: the classes and their pictures, to be added, looked at, named and mended."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+import gradio as gr
+
+from pipelines.errors import InputError
+from webui import class_sets
+from webui.class_html import class_cards, share
+from webui.class_runs import Frame, check_free, set_of
+from webui.class_sets import EXAMPLE, LabelledClasses
+from webui.errors import in_plain_words
+from webui.incoming import SUFFIXES
+from webui.picture_sets import add_class, delete_set, move_picture, remove_class, remove_picture, rename_class
+from webui.thumbnails import small
+from webui.uploads import Added, add_pictures, add_zip
+from webui.workspace import Workspace
+
+MOST_SHOWN = 200
+QUIET = {"api_visibility": "private", "show_progress": "hidden"}
+EXAMPLE_NOTE = (
+    "<p class='quiet'>This is an example that comes with the app: handwritten digits of scikit-learn. Train with it to see the "
+    "whole way, or add pictures of your own below; they make a set of their own.</p>"
+)
+OWN_NOTE = "<p class='quiet'>To begin another set, choose the example above and add pictures to it.</p>"
+FOLDER_NOTE = (
+    "<p class='quiet'>These pictures stay where they are on this machine, and nothing in their folder is changed. Pictures that "
+    "you add make a set of their own.</p>"
+)
+
+
+def build(frame: Frame) -> None:
+    """Put the part into the open tab."""
+    parts = _layout(frame)
+    _wire_looking(frame, parts)
+    _wire_adding(frame, parts)
+    _wire_mending(frame, parts)
+
+
+def _layout(frame: Frame) -> dict[str, Any]:
+    parts: dict[str, Any] = {}
+    with gr.Row(equal_height=True):
+        parts["set"] = gr.Dropdown(
+            [("Example: handwritten digits", EXAMPLE)],
+            value=EXAMPLE,
+            label="Pictures",
+            elem_id="classify-set",
+            filterable=False,
+            interactive=True,
+            scale=4,
+        )
+        parts["delete"] = gr.Button("Delete this set", size="sm", elem_id="classify-delete-set", visible=False, scale=1)
+    with gr.Row(visible=False) as parts["sure"]:
+        parts["yes"] = gr.Button("Delete it with all its pictures", variant="stop", elem_id="classify-delete-yes")
+        parts["no"] = gr.Button("Keep it", elem_id="classify-delete-no")
+    parts["summary"] = gr.HTML(elem_id="classify-summary")
+    parts["cards"] = gr.HTML(elem_id="classify-classes")
+    gr.HTML("<h3>Add pictures of your own</h3>")
+    with gr.Tabs():
+        with gr.Tab("A zip of class folders"):
+            gr.HTML("<p class='quiet'>One folder for each class, called as the class, with its pictures in it.</p>")
+            parts["zip"] = gr.File(label="Zip", file_types=[".zip"], height=140, elem_id="classify-zip")
+        with gr.Tab("One class at a time"):
+            parts["new_name"] = gr.Textbox(
+                label="Name of the class", placeholder="such as red mug", max_lines=1, elem_id="classify-class-name"
+            )
+            parts["files"] = gr.File(
+                label="Pictures of this class",
+                file_count="multiple",
+                file_types=list(SUFFIXES),
+                height=140,
+                elem_id="classify-class-files",
+            )
+            parts["add"] = gr.Button("Add them", elem_id="classify-add")
+        if frame.shell.settings.is_local:
+            with gr.Tab("A folder of this machine"):
+                parts["path"] = gr.Textbox(
+                    label="Folder", info="It holds one folder for each class.", max_lines=1, elem_id="classify-folder"
+                )
+                parts["point"] = gr.Button("Use this folder", elem_id="classify-use-folder")
+    parts["said"] = gr.HTML(elem_id="classify-said")
+    with gr.Accordion("Look at a class, rename or mend it", open=False, elem_id="classify-mend") as parts["mend"]:
+        with gr.Row(equal_height=True):
+            parts["class"] = gr.Dropdown(label="Class", elem_id="classify-class", interactive=True)
+            parts["name"] = gr.Textbox(label="Call it", max_lines=1, elem_id="classify-rename-to")
+            parts["rename"] = gr.Button("Rename", elem_id="classify-rename")
+            parts["remove_class"] = gr.Button("Remove the class", elem_id="classify-remove-class")
+        parts["gallery"] = gr.Gallery(
+            label="Its pictures; choose one to move or remove it",
+            columns=[4, 8],
+            height=280,
+            object_fit="cover",
+            allow_preview=False,
+            elem_id="classify-class-pictures",
+        )
+        parts["chosen"] = gr.State(None)
+        with gr.Row(equal_height=True, visible=False) as parts["one"]:
+            parts["target"] = gr.Dropdown(label="Move the chosen picture to", elem_id="classify-move-to", interactive=True)
+            parts["move"] = gr.Button("Move it", elem_id="classify-move")
+            parts["remove"] = gr.Button("Remove it", elem_id="classify-remove")
+    parts["go"] = gr.Button("Go on to Train", variant="primary", elem_id="classify-go-train")
+    return parts
+
+
+def _wire_looking(frame: Frame, parts: dict[str, Any]) -> None:
+    """Show the set of the draft; then what is known of it before any training."""
+    settings = frame.shell.settings
+    shown = [parts[name] for name in ("set", "delete", "sure", "summary", "cards", "class", "mend", "go")]
+
+    @in_plain_words
+    def list_sets(draft: dict[str, Any], request: gr.Request) -> gr.Dropdown:
+        workspace = settings.workspace(request)
+        return gr.Dropdown(_choices(workspace), value=set_of(workspace, draft))
+
+    @in_plain_words
+    def look(draft: dict[str, Any], request: gr.Request) -> list[Any]:
+        workspace = settings.workspace(request)
+        set_id = set_of(workspace, draft)
+        classes = _found(workspace, set_id)
+        keys = [(one.name, one.key) for one in classes.classes]
+        return [
+            gr.Dropdown(_choices(workspace), value=set_id),
+            gr.Button(visible=set_id != EXAMPLE),
+            gr.Row(visible=False),
+            _summary(classes, None),
+            class_cards(classes, {}),
+            gr.Dropdown(keys, value=keys[0][1] if keys else None),
+            gr.Accordion(visible=bool(keys)),
+            gr.Button(interactive=class_sets.is_ready(classes)),
+        ]
+
+    @in_plain_words
+    def measure(draft: dict[str, Any], request: gr.Request) -> tuple[Any, Any]:
+        workspace = settings.workspace(request)
+        classes = _found(workspace, set_of(workspace, draft))
+        if sum(bool(one.pictures) for one in classes.classes) < 2:
+            return gr.skip(), gr.skip()
+        from webui.work.classify import zero_shot
+
+        found = zero_shot(classes)
+        return _summary(classes, (found.right, found.count)), class_cards(classes, found.by_class)
+
+    @in_plain_words
+    def choose(set_id: str, draft: dict[str, Any]) -> dict[str, Any]:
+        return {**draft, "set": set_id}
+
+    def redraw(event: Any) -> None:
+        event.then(look, [frame.draft], shown, **QUIET).then(measure, [frame.draft], [parts["summary"], parts["cards"]], **QUIET)
+
+    parts["redraw"] = redraw
+    frame.shell.page.load(list_sets, [frame.draft], [parts["set"]], **QUIET)
+    redraw(frame.tab.select(list_sets, [frame.draft], [parts["set"]], **QUIET))
+    redraw(parts["set"].input(choose, [parts["set"], frame.draft], [frame.draft], **QUIET))
+    parts["go"].click(lambda: gr.Tabs(selected="train"), None, [frame.steps], **QUIET)
+
+
+def _wire_adding(frame: Frame, parts: dict[str, Any]) -> None:
+    settings, redraw = frame.shell.settings, parts["redraw"]
+
+    @in_plain_words
+    def take_zip(file: str | None, draft: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
+        if file is None:
+            return gr.skip(), gr.skip(), gr.skip()
+        workspace = settings.workspace(request)
+        folder, is_new = _own_folder(workspace, draft)
+        try:
+            added = add_zip(folder, file)
+        except InputError:
+            if is_new:
+                delete_set(folder)
+            raise
+        class_sets.settle(folder)
+        return {**draft, "set": folder.name}, _said(added), None
+
+    @in_plain_words
+    def add(name: str, files: list[str] | None, draft: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
+        if not files:
+            raise InputError("There are no pictures yet. Drop some into the field above.")
+        workspace = settings.workspace(request)
+        folder, is_new = _own_folder(workspace, draft)
+        try:
+            added = add_pictures(folder, files, add_class(folder, name))
+        except InputError:
+            if is_new:
+                delete_set(folder)
+            raise
+        class_sets.settle(folder)
+        return {**draft, "set": folder.name}, _said(added), "", None
+
+    @in_plain_words
+    def point(path: str, draft: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
+        return {**draft, "set": class_sets.point_to(settings.workspace(request), path)}, "", ""
+
+    known = {"api_visibility": "private", "show_progress": "minimal"}
+    redraw(parts["zip"].upload(take_zip, [parts["zip"], frame.draft], [frame.draft, parts["said"], parts["zip"]], **known))
+    given = [parts["new_name"], parts["files"], frame.draft]
+    redraw(parts["add"].click(add, given, [frame.draft, parts["said"], parts["new_name"], parts["files"]], **known))
+    if "point" in parts:
+        inputs, outputs = [parts["path"], frame.draft], [frame.draft, parts["said"], parts["path"]]
+        redraw(gr.on([parts["point"].click, parts["path"].submit], point, inputs, outputs, **known))
+
+
+def _wire_mending(frame: Frame, parts: dict[str, Any]) -> None:
+    settings, redraw = frame.shell.settings, parts["redraw"]
+    of_class = [parts["class"], frame.draft]
+
+    @in_plain_words
+    def show(key: str | None, draft: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
+        workspace = settings.workspace(request)
+        classes = _found(workspace, set_of(workspace, draft))
+        own = next((one for one in classes.classes if one.key == key), None)
+        if own is None:
+            return "", [], None, gr.Row(visible=False), gr.Dropdown([]), *[gr.Button(interactive=False)] * 2
+        cached = [small(source) for source in own.pictures[:MOST_SHOWN]]
+        others = [(one.name, one.key) for one in classes.classes if one.key != key]
+        movable = gr.Dropdown(others, value=others[0][1] if others else None)
+        can_rename, can_remove = classes.kind != "example", classes.kind == "own"
+        pictures = [one[0] for one in cached if one is not None]
+        buttons = gr.Button(interactive=can_rename), gr.Button(interactive=can_remove)
+        return own.name, pictures, None, gr.Row(visible=False), movable, *buttons
+
+    @in_plain_words
+    def choose(key: str, draft: dict[str, Any], event: gr.SelectData, request: gr.Request) -> tuple[Any, Any]:
+        workspace = settings.workspace(request)
+        classes = class_sets.find(workspace, set_of(workspace, draft))
+        readable = [one for one in classes.class_named(key).pictures[:MOST_SHOWN] if small(one) is not None]
+        is_there = classes.kind == "own" and isinstance(event.index, int) and 0 <= event.index < len(readable)
+        return (readable[event.index].name if is_there else None), gr.Row(visible=is_there)
+
+    @in_plain_words
+    def rename(key: str, name: str, draft: dict[str, Any], request: gr.Request) -> str:
+        workspace = settings.workspace(request)
+        folder = workspace.picture_set(set_of(workspace, draft))
+        if class_sets.read_pointer(folder) is None:
+            rename_class(folder, key, name)
+        else:
+            class_sets.name_pointed_class(folder, key, name)
+        return ""
+
+    def changing(change: Any) -> Any:
+        """A handler that changes the user's own set, and then writes down again what is tested on."""
+
+        @in_plain_words
+        def changed(key: str, chosen: str | None, target: str | None, draft: dict[str, Any], request: gr.Request) -> str:
+            workspace = settings.workspace(request)
+            folder = workspace.picture_set(set_of(workspace, draft))
+            check_free(workspace, folder)
+            change(folder, key, chosen, target)
+            class_sets.settle(folder)
+            return ""
+
+        return changed
+
+    outputs = [parts[name] for name in ("name", "gallery", "chosen", "one", "target", "rename", "remove_class")]
+    gr.on([parts["class"].change, parts["cards"].change], show, of_class, outputs, **QUIET)
+    parts["gallery"].select(choose, of_class, [parts["chosen"], parts["one"]], **QUIET)
+    redraw(
+        gr.on(
+            [parts["rename"].click, parts["name"].submit],
+            rename,
+            [parts["class"], parts["name"], frame.draft],
+            [parts["said"]],
+            **QUIET,
+        )
+    )
+    given = [parts["class"], parts["chosen"], parts["target"], frame.draft]
+    changes = {
+        "remove_class": lambda folder, key, chosen, target: remove_class(folder, key),
+        "remove": lambda folder, key, chosen, target: remove_picture(folder, chosen),
+        "move": lambda folder, key, chosen, target: move_picture(folder, chosen, target),
+    }
+    for name, change in changes.items():
+        redraw(parts[name].click(changing(change), given, [parts["said"]], **QUIET))
+    _wire_deleting(frame, parts)
+
+
+def _wire_deleting(frame: Frame, parts: dict[str, Any]) -> None:
+    settings = frame.shell.settings
+
+    @in_plain_words
+    def delete(draft: dict[str, Any], request: gr.Request) -> dict[str, Any]:
+        workspace = settings.workspace(request)
+        folder = workspace.picture_set(set_of(workspace, draft))
+        check_free(workspace, folder)
+        delete_set(folder)
+        return {**draft, "set": None}
+
+    parts["delete"].click(lambda: gr.Row(visible=True), None, [parts["sure"]], **QUIET)
+    parts["no"].click(lambda: gr.Row(visible=False), None, [parts["sure"]], **QUIET)
+    parts["redraw"](parts["yes"].click(delete, [frame.draft], [frame.draft], **QUIET))
+
+
+def _choices(workspace: Workspace) -> list[tuple[str, str]]:
+    return [(class_sets.title(workspace, one), one) for one in (*class_sets.class_sets(workspace), EXAMPLE)]
+
+
+def _found(workspace: Workspace, set_id: str) -> LabelledClasses:
+    """The set; without any class where the folder that it points to can no longer be used, which is said."""
+    try:
+        return class_sets.find(workspace, set_id)
+    except InputError as error:
+        gr.Warning(html.escape(str(error)), title="These pictures cannot be used")
+        return LabelledClasses(set_id, "folder", None, ())
+
+
+def _own_folder(workspace: Workspace, draft: dict[str, Any]) -> tuple[Any, bool]:
+    """The folder of the set in view where it is the user's own, else of a new one, and whether it is new."""
+    set_id = set_of(workspace, draft)
+    if set_id != EXAMPLE and class_sets.read_pointer(workspace.picture_set(set_id)) is None:
+        return workspace.picture_set(set_id), False
+    return workspace.new_picture_set(), True
+
+
+def _said(added: Added) -> str:
+    """What became of an upload."""
+    count = len(added.names)
+    told = f"<p>{count} picture{'' if count == 1 else 's'} added.</p>"
+    refused = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in added.refused)
+    return told + (f"<div class='warning'>Left out:<ul>{refused}</ul></div>" if refused else "")
+
+
+def _summary(classes: LabelledClasses, known: tuple[int, int] | None) -> str:
+    """How many there are, what the model knows of them untrained, and what stands in the way."""
+    notes = {"example": EXAMPLE_NOTE, "folder": FOLDER_NOTE, "own": OWN_NOTE}
+    told = f"<p><b>{len(classes.classes)} classes, {classes.count} pictures.</b> "
+    if known is not None:
+        right, count = known
+        told += (
+            f"Before any training the built-in model, which knows only the classes' names, names {right} of {count} pictures "
+            f"rightly: <b>{share(right / count)}</b>. Guessing would be right in {share(1 / len(classes.classes))}."
+        )
+    warned = [*class_sets.warnings(classes), *class_sets.copies(classes)] if classes.kind != "example" else []
+    return f"{notes[classes.kind]}{told}</p>" + "".join(f"<p class='warning'>{html.escape(one)}</p>" for one in warned)

@@ -1,0 +1,117 @@
+"""Classify, the third part: how good a classifier is, where it errs, how far it can be believed, and its files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from pipelines.errors import InputError
+from webui import class_files, class_html, class_runs
+from webui.class_results import Result, result_of
+from webui.class_runs import Frame
+from webui.errors import in_plain_words
+from webui.views import IN_WORDS, RunView
+
+QUIET = {"api_visibility": "private", "show_progress": "hidden"}
+EMPTY = "<p class='empty'>There is no classifier yet. Train one first.</p>"
+WAITING = "<p class='empty'>This classifier is {state}. Its result will be here once it is done.</p>"
+
+
+def build(frame: Frame) -> None:
+    """Put the part into the open tab."""
+    parts = _layout()
+    _wire(frame, parts)
+
+
+def _layout() -> dict[str, Any]:
+    parts: dict[str, Any] = {"empty": gr.HTML(EMPTY, elem_id="classify-no-result")}
+    with gr.Column(visible=False, elem_id="classify-result") as parts["all"]:
+        parts["method"] = gr.Dropdown(
+            label="Method",
+            info="What the figures below are of.",
+            filterable=False,
+            interactive=True,
+            elem_id="classify-method",
+        )
+        parts["words"] = gr.HTML(elem_id="classify-words")
+        gr.HTML("<h3>Which class for which</h3>")
+        parts["confusion"] = gr.HTML(js_on_load=class_html.MATRIX_JS, elem_id="classify-confusion")
+        parts["cell"] = gr.HTML(elem_id="classify-cell")
+        gr.HTML("<h3>Right in each class</h3>")
+        parts["classes"] = gr.HTML(elem_id="classify-per-class")
+        gr.HTML("<h3>The worst mistakes</h3>")
+        parts["worst"] = gr.HTML(elem_id="classify-worst")
+        gr.HTML("<h3>How far its probabilities can be believed</h3>")
+        parts["calibration"] = gr.HTML(elem_id="classify-calibration")
+        parts["reliability"] = gr.HTML(elem_id="classify-reliability")
+        gr.HTML("<h3>All methods side by side</h3>")
+        parts["table"] = gr.HTML(elem_id="classify-methods")
+        gr.HTML("<h3>Take it along</h3>")
+        with gr.Row(elem_classes="buttons"):
+            for name, title in class_files.TITLES.items():
+                parts[name] = gr.DownloadButton(title, size="sm", min_width=180, elem_id=f"classify-download-{name}")
+    return parts
+
+
+def _wire(frame: Frame, parts: dict[str, Any]) -> None:
+    shell, settings = frame.shell, frame.shell.settings
+    drawn = ("words", "confusion", "cell", "classes", "worst", "calibration", "reliability", "table", *class_files.TITLES)
+    outputs = [parts[name] for name in ("empty", "all", "method", *drawn)]
+    seen = gr.State(None)
+
+    def found(run_id: str | None, member: str | None, request: gr.Request) -> tuple[RunView | None, Result | None]:
+        view = class_runs.view_of(settings.workspace(request), run_id)
+        return view, None if view is None else result_of(view.record, member)
+
+    @in_plain_words
+    def refresh(run_id: str | None, member: str | None, before: Any, request: gr.Request) -> list[Any]:
+        view, result = found(run_id, member, request)
+        now = None if view is None else (view.id, view.state, result is not None and result.member["folder"])
+        if now == before and now is not None:
+            return [gr.skip()] * (len(outputs) + 1)
+        if result is None:
+            told = EMPTY if view is None else WAITING.format(state=IN_WORDS[view.state])
+            return [gr.HTML(told, visible=True), gr.Column(visible=False), *[gr.skip()] * (len(drawn) + 1), now]
+        return [gr.HTML(visible=False), gr.Column(visible=True), _methods(result), *_drawn(result), now]
+
+    @in_plain_words
+    def open_cell(run_id: str, member: str | None, event: gr.EventData, request: gr.Request) -> str:
+        result = found(run_id, member, request)[1]
+        true, predicted = event._data.get("true"), event._data.get("predicted")
+        places = range(len(result.classes)) if result is not None else range(0)
+        if true not in places or predicted not in places:
+            raise InputError("This number belongs to another classifier. Reload the page.")
+        return class_html.cell_pictures(result, true, predicted)
+
+    given = [frame.run, parts["method"]]
+    # The pictures of worst mistakes come with whatever reads a set: not before somebody looks.
+    triggers = [frame.steps.select, frame.tab.select, frame.run.change, shell.clock.tick, parts["method"].input]
+    gr.on(triggers, refresh, [*given, seen], [*outputs, seen], trigger_mode="always_last", **QUIET)
+    parts["confusion"].select(open_cell, given, [parts["cell"]], **QUIET)
+
+
+def _methods(result: Result) -> gr.Dropdown:
+    """All methods of all draws to choose from."""
+    several = len(result.report["seeds"]) > 1 or len(result.report["shots"]) > 1
+    choices = []
+    for one in result.report["members"]:
+        draw = f" ({one['shots']} pictures a class, draw {one['seed'] + 1})" if several else ""
+        choices.append((class_html.METHODS.get(one["method"], one["method"]) + draw, one["folder"]))
+    return gr.Dropdown(choices, value=result.member["folder"])
+
+
+def _drawn(result: Result) -> list[Any]:
+    """Everything below the method."""
+    files = class_files.downloads(result)
+    return [
+        class_html.in_words(result),
+        class_html.confusion(result),
+        "",
+        class_html.per_class(result),
+        class_html.worst_mistakes(result),
+        class_html.calibration(result),
+        class_html.reliability(result),
+        class_html.methods_table(result),
+        *(gr.DownloadButton(value=files.get(name), visible=name in files) for name in class_files.TITLES),
+    ]

@@ -1,0 +1,152 @@
+"""Classify, the second part: how to train, the command that does it, and how it is going."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+import gradio as gr
+
+from pipelines.errors import InputError
+from webui import class_presets, class_runs, class_sets, panel, progress
+from webui.class_runs import Frame, set_of
+from webui.class_sets import LabelledClasses
+from webui.errors import in_plain_words
+from webui.presets import Preset, preset_named
+from webui.views import RunView
+from webui.workspace import Workspace
+
+QUIET = {"api_visibility": "private", "show_progress": "hidden"}
+NOTHING = "<p class='empty'>Nothing was trained yet. Start above: the example takes a minute or two.</p>"
+
+
+def build(frame: Frame) -> None:
+    """Put the part into the open tab."""
+    parts = _layout(frame)
+    _wire_settings(frame, parts)
+    _wire_runs(frame, parts)
+
+
+def _layout(frame: Frame) -> dict[str, Any]:
+    parts: dict[str, Any] = {"about": gr.HTML(elem_id="classify-about")}
+    choices = [(f"{preset.name}: {preset.costs}", preset.name) for preset in class_presets.CLASSIFY]
+    parts["preset"] = gr.Radio(choices, value=class_presets.DEFAULT, label="How to train", elem_id="classify-preset")
+    parts["why"] = gr.HTML(elem_id="classify-why")
+    panel.build(frame.source())
+    with gr.Accordion("The command", open=False, elem_id="classify-command-shown"):
+        gr.HTML("<p class='quiet'>Train starts exactly this; typed into a terminal it does the same.</p>")
+        parts["command"] = gr.Code(
+            language="shell",
+            interactive=False,
+            wrap_lines=True,
+            lines=1,
+            show_label=False,
+            show_line_numbers=False,
+            elem_id="classify-command",
+        )
+    parts["start"] = gr.Button("Train", variant="primary", size="lg", elem_id="classify-start")
+    gr.HTML("<h3>The classifier chosen above</h3>")
+    parts["head"] = gr.HTML(NOTHING, elem_id="classify-head")
+    parts["bar"] = gr.HTML(elem_id="classify-bar")
+    with gr.Row(elem_classes="buttons"):
+        parts["stop"] = gr.Button("Stop", visible=False, elem_id="classify-stop")
+        parts["resume"] = gr.Button("Resume", visible=False, variant="primary", elem_id="classify-resume")
+        parts["result"] = gr.Button("Look at the result", visible=False, variant="primary", elem_id="classify-see-result")
+    parts["curve"] = gr.HTML(elem_id="classify-curve")
+    return parts
+
+
+def _wire_settings(frame: Frame, parts: dict[str, Any]) -> None:
+    settings = frame.shell.settings
+
+    @in_plain_words
+    def describe(draft: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
+        """What would be started; loads what checks options."""
+        workspace = settings.workspace(request)
+        preset = preset_named(class_presets.CLASSIFY, str(draft.get("preset")))
+        try:
+            classes = class_sets.find(workspace, set_of(workspace, draft))
+            about = _about(workspace, classes)
+            words = class_runs.command(frame, workspace, draft)
+        except InputError as error:
+            about, words = f"<p class='warning'>{html.escape(str(error))}</p>", f"# {' '.join(str(error).split())}"
+        return about, preset.name, _why(preset), words
+
+    @in_plain_words
+    def choose(name: str, draft: dict[str, Any]) -> dict[str, Any]:
+        return {**draft, "preset": name}
+
+    outputs = [parts[name] for name in ("about", "preset", "why", "command")]
+    # Not while the page loads, which is to be there before what checks options is.
+    gr.on([frame.tab.select, frame.steps.select, frame.draft.change], describe, [frame.draft], outputs, **QUIET)
+    parts["preset"].input(choose, [parts["preset"], frame.draft], [frame.draft], **QUIET)
+
+
+def _wire_runs(frame: Frame, parts: dict[str, Any]) -> None:
+    shell, settings = frame.shell, frame.shell.settings
+    shown = [parts[name] for name in ("head", "bar", "stop", "resume", "result", "curve")]
+    seen = gr.State(None)
+
+    @in_plain_words
+    def refresh(run_id: str | None, before: Any, request: gr.Request) -> list[Any]:
+        view = class_runs.view_of(settings.workspace(request), run_id)
+        found = _shown(view)
+        if found == before:
+            return [gr.skip()] * (len(shown) + 1)
+        head, bar, actions, curve = found
+        buttons = [gr.Button(visible=name in actions) for name in ("stop", "resume", "result")]
+        return [head, bar, *buttons, curve, found]
+
+    @in_plain_words
+    def start(draft: dict[str, Any], request: gr.Request) -> list[Any]:
+        workspace = settings.workspace(request)
+        draft, run_id = class_runs.start(frame, workspace, draft)
+        return [draft, *shell.show(workspace, run_id)]
+
+    @in_plain_words
+    def stop(run_id: str, request: gr.Request) -> list[Any]:
+        from webui import launching
+
+        workspace = settings.workspace(request)
+        launching.stop(workspace, run_id)
+        return shell.show(workspace, run_id)
+
+    @in_plain_words
+    def resume(run_id: str, request: gr.Request) -> list[Any]:
+        from webui import launching
+
+        workspace = settings.workspace(request)
+        launching.resume(workspace, run_id)
+        return shell.show(workspace, run_id)
+
+    parts["start"].click(start, [frame.draft], [frame.draft, *shell.outputs], api_visibility="private", concurrency_limit=1)
+    parts["stop"].click(stop, [frame.run], shell.outputs, api_visibility="private")
+    parts["resume"].click(resume, [frame.run], shell.outputs, api_visibility="private")
+    parts["result"].click(lambda: gr.Tabs(selected="result"), None, [frame.steps], **QUIET)
+    gr.on([frame.run.change, shell.clock.tick, shell.run.change], refresh, [frame.run, seen], [*shown, seen], **QUIET)
+
+
+def _shown(view: RunView | None) -> tuple[str, str, tuple[str, ...], str]:
+    """All that the part says of a run."""
+    if view is None:
+        return NOTHING, "", (), ""
+    actions = (*view.actions, *(("result",) if view.state == "done" else ()))
+    curve = progress.losses(view) if view.is_active else ""
+    return progress.head(view), progress.bar(view), actions, curve
+
+
+def _about(workspace: Workspace, classes: LabelledClasses) -> str:
+    """Which pictures would be learned from."""
+    title = html.escape(class_sets.title(workspace, classes.id))
+    warned = [] if class_sets.is_ready(classes) else class_sets.warnings(classes)[:1]
+    held_out = classes.count - sum(one.learnable for one in classes.classes)
+    told = (
+        f"<p>Pictures: <b>{title}</b>. {held_out} of the {classes.count} are kept for the test: they are not learned from, and "
+        "say how good the classifier will be with pictures it has never seen.</p>"
+    )
+    return told + "".join(f"<p class='warning'>{html.escape(one)}</p>" for one in warned)
+
+
+def _why(preset: Preset) -> str:
+    reasons = "".join(f"<li>{html.escape(value.why)}</li>" for value in preset.values)
+    return f"<p>{html.escape(preset.gives)}</p><ul>{reasons}</ul>"
