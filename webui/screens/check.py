@@ -18,6 +18,8 @@ from webui.shell import Shell
 from webui.workspace import Workspace
 
 POLL_SECONDS = 2.0
+# What is shown with hard edges, since there is nothing between its pixels.
+CRISP_SIDE = 128
 STYLE = """
 .crops { list-style: none; margin: 0; padding: 0; display: flex; flex-wrap: wrap; gap: .75rem; }
 .crops img { width: 128px; height: 128px; object-fit: contain; border-radius: var(--radius-md); background: var(--neutral-200); }
@@ -186,13 +188,11 @@ def _crops(shell: Shell, workspace: Workspace, kept: dict[str, Any]) -> str:
     options = checked.build(workspace, "subject", subject_runs.values_of(shell, workspace, kept)[1])
     shown, names = crops(photos, options), [entry.name for entry in photos.entries()]
     sizes = {f"{crop.size[1]} x {crop.size[0]}" for crop in shown}
-    more = (
-        f" Of each, {shown[0].variants} crops or mirror images are shown to it; this is the first."
-        if shown[0].variants > 1
-        else ""
-    )
+    many = shown[0].variants
+    more = f" Of each, {many} crops or mirror images are shown to it; this is the first." if many > 1 else ""
     listed = "".join(
-        f'<li><img class="{"pixel" if max(crop.size) <= 128 else ""}" src="{crop.address}" alt="{escaped(name)} as the model sees it"></li>'
+        f'<li><img class="{"pixel" if max(crop.size) <= CRISP_SIDE else ""}" src="{crop.address}" '
+        f'alt="{escaped(name)} as the model sees it"></li>'
         for crop, name in zip(shown, names, strict=True)
     )
     words = (

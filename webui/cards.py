@@ -1,0 +1,115 @@
+"""Photos as cards: markup with buttons that work by mouse, touch and keyboard, and everything that a user wrote escaped."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from webui.photo_set import PhotoSet, thumbnail
+
+if TYPE_CHECKING:
+    from webui.work.photos import Opinion
+
+CHIPS = {"good": "good", "look again": "warn", "left out": "bad"}
+STYLE = """
+.photo-cards { list-style: none; margin: 0; padding: 0; display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(205px, 1fr)); }
+.photo-card { margin: 0 !important; display: flex; flex-direction: column; border: 1px solid var(--border-color-primary);
+  border-radius: var(--radius-lg); overflow: hidden; background: var(--block-background-fill); }
+.photo-card img { width: 100%; aspect-ratio: 1; object-fit: cover; display: block; background: var(--neutral-200); }
+.photo-card .words { padding: .6rem .75rem; flex: 1; min-width: 0; }
+.photo-card .title { display: flex; justify-content: space-between; gap: .5rem; align-items: center; }
+.photo-card .title b { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; min-width: 0; }
+.photo-card p { margin: .35rem 0 0; font-size: .88rem; line-height: 1.4; }
+.photo-card .buttons { display: flex; border-top: 1px solid var(--border-color-primary); }
+.photo-card button { flex: 1; min-height: 40px; font-size: .85rem; background: none; border: 0; cursor: pointer;
+  color: var(--body-text-color); }
+.photo-card button + button { border-left: 1px solid var(--border-color-primary); }
+.photo-card button:hover:not(:disabled) { background: var(--neutral-100); }
+.photo-card button:focus-visible { outline: 2px solid var(--primary-500); outline-offset: -2px; }
+.photo-card button:disabled { opacity: .35; cursor: default; }
+.dark .photo-card button:hover:not(:disabled) { background: var(--neutral-800); }
+.photo-findings { margin: 0 0 1rem; }
+.photo-findings p { margin: 0; } .photo-findings p + p { margin-top: .4rem; }
+@media (max-width: 480px) { .photo-cards { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .6rem; }
+  .photo-card .words { padding: .5rem; } .photo-card .title { flex-direction: column; align-items: flex-start; gap: .2rem; }
+  .photo-card .title b { max-width: 100%; } .photo-card button { padding: 0 .1rem; } }
+"""
+# One listener for all cards; the button that was pressed keeps the focus where its card has gone.
+SCRIPT = """
+let pressed = null;
+element.addEventListener('click', event => {
+  const button = event.target.closest('button[data-action]');
+  if (!button || button.disabled) return;
+  pressed = {file: button.dataset.file, action: button.dataset.action};
+  trigger('click', pressed);
+});
+watch('value', () => {
+  if (!pressed) return;
+  const of = action => [...element.querySelectorAll('button')].find(
+    button => button.dataset.file === pressed.file && button.dataset.action === action && !button.disabled);
+  const next = of(pressed.action) || of('later') || of('earlier') || element.querySelector('button:not(:disabled)');
+  if (next) next.focus({preventScroll: true});
+  pressed = null;
+});
+"""
+EMPTY = """<div class="empty" id="photos-empty"><b>No photos yet.</b><br>
+Drop three to ten photos of one subject above: sharp, from several sides, in several places, with nothing else like it in them.
+</div>"""
+
+
+def escaped(text: str) -> str:
+    """`text` as it stands, for markup that goes through a template."""
+    return html.escape(text).replace("{", "&#123;").replace("}", "&#125;").replace("$", "&#36;").replace("`", "&#96;")
+
+
+def cards(photos: PhotoSet, opinions: Mapping[str, Opinion] | None, together: Sequence[str] = ()) -> str:
+    """All photos as cards, in their order, below what is said of all together.
+
+    Args:
+        opinions: the photo doctor's, by file; None while it looks at them.
+    """
+    entries = photos.entries()
+    if not entries:
+        return EMPTY
+    said = "".join(f"<p>{escaped(sentence)}</p>" for sentence in together)
+    shown = []
+    for place, entry in enumerate(entries):
+        opinion = None if opinions is None else opinions.get(entry.file)
+        buttons = "" if photos.is_example else _buttons(entry.file, entry.name, place == 0, place == len(entries) - 1)
+        sentences = "" if opinion is None else "".join(f"<p>{escaped(sentence)}</p>" for sentence in opinion.sentences)
+        title = f'<div class="title"><b title="{escaped(entry.name)}">{escaped(entry.name)}</b>{_verdict(opinion)}</div>'
+        words = f'<div class="words">{title}{sentences}</div>'
+        image = f'<img src="{thumbnail(photos.folder / entry.file)}" alt="Photo {place + 1}: {escaped(entry.name)}">'
+        shown.append(f'<li class="photo-card" data-file="{entry.file}">{image}{words}{buttons}</li>')
+    findings = f'<div class="photo-findings warning" role="status">{said}</div>' if said else ""
+    return f'{findings}<ol class="photo-cards">{"".join(shown)}</ol>'
+
+
+def _verdict(opinion: Opinion | None) -> str:
+    if opinion is None:
+        return '<span class="chip">being looked at</span>'
+    return f'<span class="chip {CHIPS[opinion.verdict]}">{opinion.verdict}</span>'
+
+
+def _buttons(file: str, name: str, is_first: bool, is_last: bool) -> str:
+    def button(action: str, word: str, label: str, disabled: bool = False) -> str:
+        off = " disabled" if disabled else ""
+        return (
+            f'<button type="button" data-action="{action}" data-file="{file}" aria-label="{escaped(label)}"{off}>{word}</button>'
+        )
+
+    return (
+        '<div class="buttons">'
+        + button("earlier", "Earlier", f"Put {name} one place earlier", is_first)
+        + button("later", "Later", f"Put {name} one place later", is_last)
+        + button("remove", "Remove", f"Remove {name}")
+        + "</div>"
+    )
+
+
+def sentences(refused: Sequence[str]) -> str:
+    """What was not taken and why, as a list; empty for nothing."""
+    listed = "".join(f"<p>{escaped(sentence)}</p>" for sentence in refused)
+    return f'<div class="warning" role="alert">{listed}</div>' if listed else ""

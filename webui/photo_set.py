@@ -1,0 +1,140 @@
+"""A subject's photos: the user's own or the bundled example, in their order, with small copies to show."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from PIL import Image
+
+from webui.picture_sets import Entry, changing, read_set, remove_picture, reorder
+from webui.workspace import Workspace
+
+EXAMPLE = Path(__file__).parents[1] / "assets" / "sample-subject"
+# Beside the pictures: a run was started with them, and may still be waiting, or be resumed.
+SEALED = ".sealed"
+THUMBNAIL = 320
+
+
+@dataclass(frozen=True)
+class PhotoSet:
+    """Photos of one subject in a folder. What a run was started with stays as it is: changes go to a copy.
+
+    Args:
+        folder: where they lie.
+    """
+
+    folder: Path
+
+    @classmethod
+    def of(cls, workspace: Workspace, set_id: str | None) -> PhotoSet:
+        """The set called `set_id`, the bundled example for None.
+
+        Raises: InputError if there is no such set.
+        """
+        return cls(EXAMPLE if set_id is None else workspace.picture_set(set_id))
+
+    @property
+    def id(self) -> str | None:
+        """What the browser keeps; None for the example."""
+        return None if self.is_example else self.folder.name
+
+    @property
+    def is_example(self) -> bool:
+        """Whether it is the one that comes with the project."""
+        return self.folder == EXAMPLE
+
+    def entries(self) -> list[Entry]:
+        """The pictures in their order; those whose file is gone are left out."""
+        if self.is_example:
+            return [Entry(path.name, path.name) for path in sorted(EXAMPLE.glob("*.jpg"))]
+        return [entry for entry in read_set(self.folder).pictures if (self.folder / entry.file).is_file()]
+
+    def files(self) -> list[Path]:
+        """Their files, in their order."""
+        return [self.folder / entry.file for entry in self.entries()]
+
+    def signature(self) -> tuple[str, ...]:
+        """Changes with every change of the pictures or their order."""
+        return tuple(f"{path}:{path.stat().st_mtime_ns}" for path in self.files())
+
+    def editable(self, workspace: Workspace) -> PhotoSet:
+        """This set, or a copy where it must stay as it is."""
+        if not self.is_example and not (self.folder / SEALED).exists():
+            return self
+        copy, entries = PhotoSet(workspace.new_picture_set()), self.entries()
+        with changing(copy.folder) as content:
+            for entry in entries:
+                for path in (self.folder / entry.file, (self.folder / entry.file).with_suffix(".txt")):
+                    if path.exists():
+                        shutil.copy2(path, copy.folder / path.name)
+            content.pictures = entries
+            content.next = 1 + max((int(Path(entry.file).stem) for entry in entries), default=0)
+        return copy
+
+    def move(self, file: str, by: int) -> None:
+        """Show a picture `by` places later, or earlier where that is negative; at an end it stays.
+
+        Raises: InputError if it is not there.
+        """
+        order = [entry.file for entry in self.entries()]
+        if file in order:
+            place = order.index(file)
+            order.insert(max(0, place + by), order.pop(place))
+        reorder(self.folder, [file, *order] if file not in order else order)
+
+    def remove(self, file: str) -> None:
+        """Take a picture out of the set. Raises: InputError if it is not there."""
+        remove_picture(self.folder, file)
+
+    def seal(self) -> None:
+        """Keep the set as it is from now on; its files are called so that a run finds them in the set's order."""
+        if self.is_example or (self.folder / SEALED).exists():
+            return
+        with changing(self.folder) as content:
+            files = [entry.file for entry in content.pictures]
+            if files != sorted(files):
+                content.pictures = _in_order(self.folder, content.pictures)
+        (self.folder / SEALED).touch()
+
+
+def _in_order(folder: Path, entries: list[Entry]) -> list[Entry]:
+    """Call the files, and the captions beside them, after their places; returns the entries with their new names."""
+    called = [replace(entry, file=f"{place:04d}{Path(entry.file).suffix}") for place, entry in enumerate(entries, start=1)]
+    for entry in entries:
+        for path in _with_caption(folder / entry.file):
+            os.replace(path, path.with_name(f".{path.name}"))
+    for entry, new in zip(entries, called, strict=True):
+        for path in _with_caption(folder / f".{entry.file}"):
+            os.replace(path, (folder / new.file).with_suffix(path.suffix))
+    return called
+
+
+def _with_caption(path: Path) -> list[Path]:
+    return [each for each in (path, path.with_suffix(".txt")) if each.exists()]
+
+
+def thumbnail(path: Path) -> str:
+    """A small copy of the picture at `path`, as the address of an <img>."""
+    return _thumbnail(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=512)
+def _thumbnail(path: Path, changed: int) -> str:
+    with Image.open(path, formats=("JPEG", "PNG")) as opened:
+        opened.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))
+        picture = opened.convert("RGB")
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    return as_address(picture, "JPEG", quality=85)
+
+
+def as_address(picture: Image.Image, kind: str = "PNG", **how: int) -> str:
+    """`picture` as the address of an <img> that holds it, so that nothing is left for others to load."""
+    stream = io.BytesIO()
+    picture.save(stream, kind, **how)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"

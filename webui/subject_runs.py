@@ -1,0 +1,107 @@
+"""From the draft of a subject run to its options, its command and the run itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from typing import Any
+
+from pipelines.errors import InputError
+from training.record import RunRecord
+from webui import costs, panel, presets
+from webui.draft import Draft, Options, check_words, merged
+from webui.photo_set import PhotoSet
+from webui.shell import Shell
+from webui.workspace import Workspace
+
+# Below the runs; hidden, so that it is none.
+REHEARSALS, NEW_RUN = ".rehearsals", "NEW-RUN"
+
+
+def source(shell: Shell) -> panel.Source:
+    """What the expert panel of subject runs is about."""
+    return panel.Source(shell, "subject", presets.SUBJECT, shell.draft, complete)
+
+
+def complete(workspace: Workspace, kept: dict[str, Any], options: Options) -> Options:
+    """All that a run is started with, from what the browser kept and the options in force."""
+    draft = Draft.from_browser(kept)
+    photos = PhotoSet.of(workspace, draft.set)
+    return draft.values(None if photos.is_example else photos.folder, options)
+
+
+def values_of(shell: Shell, workspace: Workspace, kept: dict[str, Any]) -> tuple[dict[str, Any], Options]:
+    """The draft with what was typed last, and all that its run is started with.
+
+    Raises: InputError for what cannot be used.
+    """
+    about = source(shell)
+    kept = about.settled(workspace, kept)
+    options = merged(about.preset(kept).options(), kept.get("options") or {})
+    return kept, complete(workspace, kept, options)
+
+
+def start(shell: Shell, workspace: Workspace, kept: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Start the run; returns the draft, with what was typed last, and the run's id.
+
+    Raises: InputError for what cannot be used; then nothing was started.
+    """
+    from webui import launching
+
+    draft = Draft.from_browser(kept)
+    draft.check()
+    photos = PhotoSet.of(workspace, draft.set)
+    if not photos.entries():
+        raise InputError("There are no photos yet. Add three to ten photos of one subject under Photos.")
+    kept, values = values_of(shell, workspace, kept)
+    photos.seal()
+    return kept, launching.start(workspace, "subject", values)
+
+
+def command(shell: Shell, workspace: Workspace, kept: dict[str, Any]) -> str:
+    """The command that `start` runs, as one writes it.
+
+    Raises: InputError for what cannot be used.
+    """
+    from webui import launching
+
+    values = values_of(shell, workspace, kept)[1]
+    return launching.shown_command(launching.command("subject", _checked(workspace, values), workspace.runs / NEW_RUN))
+
+
+def rehearsal(shell: Shell, workspace: Workspace, kept: dict[str, Any]) -> tuple[Options, RunRecord]:
+    """What a dry run of the draft is started with, and where its record is or will be.
+
+    The place is the same for the same options and pictures, so that nothing is measured twice.
+
+    Raises: InputError for what cannot be used.
+    """
+    draft = Draft.from_browser(kept)
+    check_words(draft.trigger, draft.kind)
+    values = values_of(shell, workspace, kept)[1]
+    photos = PhotoSet.of(workspace, draft.set)
+    said = json.dumps([_checked(workspace, values), photos.signature()], sort_keys=True)
+    return values, RunRecord(workspace.runs / REHEARSALS / hashlib.sha256(said.encode()).hexdigest()[:20])
+
+
+def _checked(workspace: Workspace, values: Options) -> Options:
+    from webui.work import options as checked
+
+    checked.build(workspace, "subject", values)
+    return checked.cleaned(workspace, "subject", values)
+
+
+def rehearse(shell: Shell, workspace: Workspace, kept: dict[str, Any]) -> None:
+    """Have a dry run measure what the draft's run takes, unless one does already, or has.
+
+    Raises: InputError for what cannot be used.
+    """
+    from webui import launching
+
+    values, record = rehearsal(shell, workspace, kept)
+    if costs.is_measuring(record) or costs.is_measured(record):
+        return
+    if record.path.exists():
+        shutil.rmtree(record.path)
+    launching.rehearse(workspace, "subject", values, record.path)

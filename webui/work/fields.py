@@ -1,0 +1,131 @@
+"""What the expert panel draws: every option of a task, as its dataclasses describe it."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipelines.errors import InputError
+from pipelines.methods import method_names
+from pipelines.subject.optimizers import OPTIMIZERS
+from training.options.command_line import groups_of
+from training.options.optimisation import SCHEDULES
+from webui.draft import SET_BY_THE_PAGE
+from webui.work.options import MACHINE_FIELDS, NEVER, Task, default_of, fields_of, kind_of
+
+Kind = Literal["bool", "choice", "int", "float", "text", "list"]
+# Texts of which only some are words that the trainer knows.
+CHOICES: dict[Task, dict[str, tuple[str, ...]]] = {
+    "subject": {
+        "method": tuple(method_names()),
+        "lr_scheduler": SCHEDULES,
+        "optimizer": tuple({"adamw": "AdamW", "prodigy": "Prodigy"}.get(name, name) for name in OPTIMIZERS),
+        "inner_init": ("zero", "gaussian"),
+    },
+    "classify": {"inner_init": ("zero", "gaussian")},
+}
+
+
+@dataclass(frozen=True)
+class Field:
+    """One option.
+
+    Args:
+        group, name: where it is.
+        kind: which widget it gets; a list is written one item a line.
+        item: of what type the items of a list are, or the value itself.
+        choices: the values of a choice.
+        optional: whether it may be left unsaid.
+        default: what it is unless something is said.
+        help: what it does.
+    """
+
+    group: str
+    name: str
+    kind: Kind
+    item: type
+    choices: tuple[Any, ...]
+    optional: bool
+    default: Any
+    help: str
+
+    @property
+    def label(self) -> str:
+        """Its name in words, and the flag."""
+        return f"{self.name.replace('_', ' ')} (--{self.name})"
+
+    def read(self, shown: Any) -> Any:
+        """What the widget's value `shown` means; None for what is left unsaid.
+
+        Raises: InputError if it is of the wrong kind.
+        """
+        if self.kind == "bool":
+            return bool(shown)
+        text = "" if shown is None else str(shown).strip()
+        if not text:
+            if self.optional or self.kind == "list":
+                return None
+            raise InputError(f"{self.name} must not be empty. What it was stays in force.")
+        if self.kind == "choice":
+            return next((choice for choice in self.choices if str(choice) == text), text)
+        if self.kind == "list":
+            return [self._number_or_text(line.strip()) for line in text.replace(",", "\n").splitlines() if line.strip()]
+        return self._number_or_text(text)
+
+    def show(self, value: Any) -> Any:
+        """The widget's value for the option's `value`."""
+        if self.kind == "bool":
+            return bool(value)
+        if value is None:
+            return None if self.kind == "choice" else ""
+        if self.kind == "choice":
+            return str(value)
+        return "\n".join(map(_written, value)) if self.kind == "list" else _written(value)
+
+    def _number_or_text(self, text: str) -> Any:
+        if self.item is str:
+            return text
+        try:
+            number = float(text)
+        except ValueError as error:
+            what = "a whole number" if self.item is int else "a number"
+            raise InputError(f"{self.name} must be {what}, got {text[:40]!r}.") from error
+        return int(number) if self.item is int and number.is_integer() else number
+
+
+def panel_fields(task: Task, is_local: bool) -> dict[str, list[Field]]:
+    """All options of `task` that the panel shows, by group.
+
+    Args:
+        is_local: whether the user's own machine is the server; others may name none of its files and models.
+    """
+    hidden = NEVER if is_local else NEVER | MACHINE_FIELDS
+    shown: dict[str, list[Field]] = {}
+    for group, kind in groups_of(kind_of(task)).items():
+        by_the_page = SET_BY_THE_PAGE[task].get(group, ())
+        names = [name for name in fields_of(kind) if name not in hidden and name not in by_the_page]
+        shown[group] = [_field(task, group, fields_of(kind)[name]) for name in names]
+    return {group: fields for group, fields in shown.items() if fields}
+
+
+def _field(task: Task, group: str, field: dataclasses.Field) -> Field:
+    kind, optional = field.type, False
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        optional = True
+        kind = next(one for one in typing.get_args(kind) if one is not type(None))
+    arguments = typing.get_args(kind)
+    choices = CHOICES[task].get(field.name, ()) if kind is str else ()
+    if typing.get_origin(kind) is Literal:
+        widget, item, choices = "choice", type(arguments[0]), arguments
+    elif typing.get_origin(kind) is list:
+        widget, item = "list", arguments[0]
+    else:
+        widget, item = "choice" if choices else {bool: "bool", int: "int", float: "float", str: "text"}[kind], kind
+    return Field(group, field.name, widget, item, choices, optional, default_of(field), str(field.metadata.get("help", "")))
+
+
+def _written(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)

@@ -1,0 +1,144 @@
+"""What the photo doctor says of a set of pictures, and how the model will see them."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from pipelines.pictures import read_picture
+from pipelines.subject.buckets import AUTOMATIC, automatic_buckets, nearest_bucket, parse_buckets
+from pipelines.subject.data import picture_size, take
+from pipelines.subject.doctor import Finding, Report, examine
+from pipelines.subject.encoding import Framing
+from training.options import SubjectOptions
+from webui.photo_set import PhotoSet, as_address
+from webui.picture_sets import Entry
+
+# SDXL's own, for models that are not on this machine.
+SDXL_RESOLUTION, SDXL_MULTIPLE = 1024, 32
+# What the doctor says to people with a command line.
+ADVICE = {
+    "extreme_shape": "Crop it to the subject, or set aspect ratio buckets in the expert settings under Check.",
+    "small": "Use a larger one, or a lower resolution in the expert settings under Check.",
+    "tiny": "Use a larger one: at least 64 pixels on its shorter side, better several hundred.",
+}
+
+
+@dataclass(frozen=True)
+class Opinion:
+    """What the doctor says of one picture, or of all: a verdict of two words, and sentences."""
+
+    verdict: str
+    sentences: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Opinions:
+    """What the doctor says of each picture, by its file, and of all together."""
+
+    pictures: dict[str, Opinion]
+    together: tuple[str, ...]
+
+
+def opinions(pictures: PhotoSet) -> Opinions:
+    """What the photo doctor says; remembered until a picture changes.
+
+    Raises: InputError if no picture can be used.
+    """
+    return _opinions(pictures, tuple(sorted(pictures.signature())))
+
+
+@functools.lru_cache(maxsize=64)
+def _opinions(pictures: PhotoSet, signature: tuple[str, ...]) -> Opinions:
+    report, names = examine(pictures.folder), _Names(pictures.folder, pictures.entries())
+    found = {
+        diagnosis.path.name: Opinion(diagnosis.verdict, tuple(map(names.say, diagnosis.findings)))
+        for diagnosis in report.pictures
+    }
+    return Opinions(found, _together(report, names))
+
+
+def _together(report: Report, names: _Names) -> tuple[str, ...]:
+    return tuple(map(names.say, report.findings))
+
+
+@dataclass(frozen=True)
+class _Names:
+    """Puts the user's names into what the doctor says of our files.
+
+    Args:
+        folder: the set's.
+        entries: its pictures.
+    """
+
+    folder: Path
+    entries: list[Entry]
+
+    def say(self, finding: Finding) -> str:
+        words = finding.words.replace(repr(self.folder.name.replace("_", " ")), "your subject")
+        for entry in self.entries:
+            words = words.replace(repr(entry.file), f"“{entry.name}”")
+        return f"{words} {ADVICE.get(finding.kind, finding.advice)}"
+
+
+@dataclass(frozen=True)
+class Crop:
+    """One picture as the model is shown it: its first variant, and how many there are.
+
+    Args:
+        address: of an <img>.
+        size: height and width in pixels.
+        variants: crops and mirror images of this picture.
+    """
+
+    address: str
+    size: tuple[int, int]
+    variants: int
+
+
+def crops(pictures: PhotoSet, options: SubjectOptions) -> list[Crop]:
+    """Each picture as training with `options` will show it to the model.
+
+    Raises: InputError if a picture or a size cannot be used.
+    """
+    framing = _framing(options)
+    return [_crop(path, path.stat().st_mtime_ns, place, framing) for place, path in enumerate(pictures.files())]
+
+
+def resolution_of(options: SubjectOptions) -> int:
+    """The side in pixels at which is trained; SDXL's own where the model is not on this machine to say."""
+    return options.data.resolution or _of_model(options.model.pretrained_model_name_or_path)[0]
+
+
+def _framing(options: SubjectOptions) -> Framing:
+    data, resolution = options.data, resolution_of(options)
+    multiple, sizes = _of_model(options.model.pretrained_model_name_or_path)[1], ((resolution, resolution),)
+    if data.aspect_ratio_buckets is not None:
+        text = data.aspect_ratio_buckets.strip()
+        sizes = automatic_buckets(resolution, multiple) if text == AUTOMATIC else parse_buckets(text, multiple)
+    crops = 0 if data.center_crop else data.crops_per_picture
+    return Framing(sizes, crops, data.random_flip, data.size_conditioning, options.optimisation.seed)
+
+
+def _of_model(name_or_path: str) -> tuple[int, int]:
+    """The side of a model's pictures in pixels, and what sides must be multiples of, by its configuration."""
+    files = [Path(name_or_path) / part / "config.json" for part in ("unet", "vae")]
+    if not all(path.is_file() for path in files):
+        return SDXL_RESOLUTION, SDXL_MULTIPLE
+    unet, vae = (json.loads(path.read_text(encoding="utf-8")) for path in files)
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    return unet["sample_size"] * factor, factor * 2 ** (len(unet["block_out_channels"]) - 1)
+
+
+@functools.lru_cache(maxsize=256)
+def _crop(path: Path, changed: int, place: int, framing: Framing) -> Crop:
+    shots = framing.shots(place, nearest_bucket(picture_size(path), framing.sizes))
+    pixels = take(path, read_picture(path), shots[0]).pixels
+    shown = Image.fromarray(((pixels.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy())
+    size = (shown.height, shown.width)
+    shown.thumbnail((384, 384))
+    return Crop(as_address(shown), size, len(shots))
