@@ -10,7 +10,6 @@ format, for diffusers, and for A1111, ComfyUI and sd-scripts.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from pipelines.subject.batches import SubjectBatches
 from pipelines.subject.calibration import runs_on_subject
 from pipelines.subject.data import Example, load_examples
 from pipelines.subject.encoding import EncodedPictures
-from pipelines.subject.generate import Sampling, generate
+from pipelines.subject.generate import Sampling
 from pipelines.subject.loss import DenoisingLoss, TrainingBatches
 from pipelines.subject.optimizers import Adam, Rates, optimised, parameter_groups
 from pipelines.subject.scores import judge_by
@@ -45,6 +44,7 @@ from training.options import SubjectOptions, parse_options
 from training.preparing import Division, Preparation, checked_pictures
 from training.provenance import file_records, model_identity, write_provenance
 from training.run import RunDirectory
+from training.samples import Sampler
 from training.sharding import check_can_shard, whole
 from training.stopping import exit_codes
 from training.watching import Watch
@@ -80,13 +80,13 @@ def main(options: SubjectOptions) -> RunDirectory:
         subject = encoded.subject
         # As many as one batch holds: whether the training fits is told before the others are drawn.
         few = preparation.class_pictures(subject.sizes, options.optimisation.train_batch_size)
-        draw = sampler(pipeline, options, resolution)
-        before = [] if options.output.dry_run else draw()
+        prompts, seed = options.output.validation_prompt, options.optimisation.seed
+        sampler = Sampler(pipeline, prompts, seed, Sampling(resolution=resolution), model.pretrained_model_name_or_path)
+        before = [] if options.output.dry_run else sampler.draw()
 
         run.update_status(phase="calibrating")
         components = adapters.attach(pipeline, options.adapter)
         loss = DenoisingLoss(pipeline, options.optimisation.snr_gamma, options.optimisation.do_edm_style_training)
-        seed = options.optimisation.seed
         runs = runs_on_subject(loss, subject, seed, accelerator.process_index, accelerator.num_processes)
         adapters.start(options.adapter, components, runs, run.path / "calibration", seed)
 
@@ -107,18 +107,17 @@ def main(options: SubjectOptions) -> RunDirectory:
         trainable = learning(subject, class_pictures)
         run.update_status(phase="training", step=0, total=options.optimisation.max_train_steps)
         shown = pictures_of(load_examples([picture.path for picture in pictures.train[:SHOWN_PICTURES]], resolution))
-        prompts = options.output.validation_prompt
         with whole(loss):
             judge = judge_by(options.judging.judge_model, pipeline, shown, before, resolution) if run.writes else None
-            watch = Watch(run, loss, subject, encoded.heldout, draw, prompts, options.adapter, components, judge)
-            watch.begin(before)
+            watch = Watch(run, loss, subject, encoded.heldout, sampler, options.adapter, components, judge)
+            watch.begin(before, shown)
         train(accelerator, run, trainable, loop_options(options), watched(watch, options))
         if trainable.ema is not None:
             trainable.ema.copy_to(optimised(trainable.optimizer))
 
         with whole(loss):
             if accelerator.is_main_process:
-                trained = Trained(pipeline, components, draw, judge, shown, before, resolution, len(subject), began)
+                trained = Trained(pipeline, components, sampler, judge, shown, before, resolution, len(subject), began)
                 finish(run, trained, options)
         accelerator.wait_for_everyone()
     return run
@@ -136,20 +135,6 @@ def record_provenance(
         {"pictures": file_records(p.path for p in pictures.train), "heldout": file_records(p.path for p in pictures.heldout)},
         seed=options.optimisation.seed,
     )
-
-
-def sampler(pipeline: StableDiffusionXLPipeline, options: SubjectOptions, resolution: int) -> Callable[[], list[Image.Image]]:
-    """A function that draws the validation prompts, from the same noise each time."""
-    prompts = options.output.validation_prompt
-    seeds = range(options.optimisation.seed, options.optimisation.seed + len(prompts))
-
-    def draw() -> list[Image.Image]:
-        for component in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
-            component.eval()
-        with torch.no_grad():
-            return list(generate(pipeline, prompts, seeds, Sampling(resolution=resolution)))
-
-    return draw
 
 
 def to_train(
@@ -193,7 +178,7 @@ def to_train(
 def watched(watch: Watch, options: SubjectOptions) -> list[Periodic]:
     """What is done now and then."""
     every = options.judging.measured_every(options.optimisation.max_train_steps)
-    return [Periodic(every, watch.measure), Periodic(options.output.validation_steps, watch.show)]
+    return [Periodic(every, watch.measure), Periodic(options.output.validation_steps, watch.show, watch.sample)]
 
 
 def loop_options(options: SubjectOptions) -> LoopOptions:

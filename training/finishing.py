@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +19,13 @@ from pipelines.subject.base_model import load_base_model
 from pipelines.subject.generate import Sampling
 from pipelines.subject.scores import Judge
 from training.certificate import StockModel, certify
-from training.judging import adapter_at, heldout_curve, kept_steps, sample_scores, suggest_for, write_suggestion
+from training.judging import suggest_for, write_suggestion
+from training.measured import adapter_at, heldout_curve, kept_steps, sample_scores
 from training.model_card import CARD, GRID, write_model_card
 from training.options import SubjectOptions
 from training.publishing import assemble, push_to_hub
 from training.run import RunDirectory
+from training.samples import Sampler
 from training.suggesting import Suggestion, to_draw
 from training.watching import log_scores
 
@@ -39,7 +41,7 @@ class Trained:
 
     Args:
         components: what of the pipeline is adapted.
-        draw: draws a picture for each validation prompt with the pipeline as it is.
+        sampler: draws a picture for each validation prompt with the pipeline as it is.
         judge: scores those pictures.
         shown, before: training pictures, of which as many are shown as there are of the others: what the base model drew.
         resolution: side of the pictures in pixels.
@@ -49,7 +51,7 @@ class Trained:
 
     pipeline: StableDiffusionXLPipeline
     components: dict[str, nn.Module]
-    draw: Callable[[], list[Image.Image]]
+    sampler: Sampler
     judge: Judge
     shown: Sequence[Image.Image]
     before: Sequence[Image.Image]
@@ -66,7 +68,7 @@ def finish(run: RunDirectory, trained: Trained, options: SubjectOptions) -> None
     run.update_status(phase="exporting")
     adapters.save_everywhere(trained.pipeline, options.adapter, trained.components, run.path, title_of(run, options))
     subject = trained.shown[: len(trained.before)]
-    rows = [("the subject", subject), ("before", trained.before), (f"after, {options.adapter.method}", trained.draw())]
+    rows = [("the subject", subject), ("before", trained.before), (f"after, {options.adapter.method}", trained.sampler.draw())]
     drawn = draw_candidates(run, trained, options)
     suggestion = suggest_for(run, options.optimisation.max_train_steps)
     write_suggestion(run, suggestion)
@@ -109,8 +111,8 @@ def draw_candidates(run: RunDirectory, trained: Trained, options: SubjectOptions
     for step in to_draw(heldout_curve(run), kept_steps(run), sample_scores(run), options.judging.drawn_candidates):
         run.update_status(phase="comparing")
         with kept_adapter(trained.pipeline, adapter_at(run, step)):
-            drawn[step] = trained.draw()
-        run.save_picture(step, labelled_grid([(f"step {step}", drawn[step])], prompts))
+            drawn[step] = trained.sampler.draw()
+        trained.sampler.save(run, step, drawn[step])
         log_scores(run, step, trained.judge, drawn[step], prompts)
     return drawn
 
@@ -141,7 +143,7 @@ def suggested_rows(
     title = f"{title_of(run, options)}-step-{suggestion.step}"
     with kept_adapter(trained.pipeline, kept):
         adapters.save_everywhere(trained.pipeline, options.adapter, trained.components, run.path / SUGGESTED, title, SUGGESTED)
-        pictures = drawn or trained.draw()
+        pictures = drawn or trained.sampler.draw()
     return [(f"suggested, step {suggestion.step}", pictures)]
 
 

@@ -12,8 +12,8 @@ from accelerate.logging import get_logger
 
 from pipelines.subject.encoding import EncodedPictures
 from pipelines.subject.loss import DenoisingLoss
-from training.judging import FOLDS
 from training.loop import LoopOptions, Periodic, Trainable, train
+from training.measured import FOLDS
 from training.run import RunDirectory
 from training.sharding import assign, whole
 from training.watching import measured_losses

@@ -13,10 +13,11 @@ from huggingface_hub import ModelCardData
 from pipelines.fewshot.clip import BUILT_IN
 from pipelines.subject.base_model import is_built_in
 from pipelines.subject.embedders import OPEN_CLIP
-from pipelines.subject.scores import BASE, COPY_THRESHOLD
+from pipelines.subject.scores import BASE
 from training.durable import write_text_atomically
 from training.options import SubjectOptions
 from training.run import RunDirectory
+from training.suggesting import COPY_THRESHOLD
 
 CARD, GRID = "README.md", "before_after.png"
 EXPORTED = ("adapter", "diffusers", "kohya", "suggested")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from pipelines.subject.scores import COPY_THRESHOLD
-
+# Of the correlation of thumbnails: redrawn scenes of one and the same subject stay below, mildly changed copies lie about it.
+COPY_THRESHOLD = 0.9
 # Of the whole fall of the held-out loss: what counts as equally good, and from where a rise is worth a warning; that also of
 # how far the loss on training pictures has fallen meanwhile.
 TOLERANCE, TURN = 0.02, 0.10

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 
@@ -10,13 +10,14 @@ from PIL import Image
 from torch import nn
 
 from pipelines.methods import AdapterOptions
-from pipelines.pictures import labelled_grid
 from pipelines.subject.encoding import EncodedPictures
 from pipelines.subject.evaluation import mean_denoising_loss
 from pipelines.subject.loss import DenoisingLoss
 from pipelines.subject.scores import Judge
-from training.judging import keep_adapter, logged
+from training.judging import keep_adapter
+from training.measured import logged
 from training.run import RunDirectory
+from training.samples import Sampler, save_subject
 from training.suggesting import StepScores
 
 # Of the training pictures, for the loss that the held-out one is compared with.
@@ -54,7 +55,7 @@ class Watch:
         run: where everything goes.
         loss: of the model in training.
         seen, heldout: what is trained on, and what is not; None where all is trained on.
-        draw: draws a picture for each of `prompts`.
+        sampler: draws the sample pictures.
         adapter: its options, for keeping it.
         components: what it is on.
         judge: scores the pictures that are drawn, or None.
@@ -64,18 +65,19 @@ class Watch:
     loss: DenoisingLoss
     seen: EncodedPictures
     heldout: EncodedPictures | None
-    draw: Callable[[], list[Image.Image]]
-    prompts: Sequence[str]
+    sampler: Sampler
     adapter: AdapterOptions
     components: dict[str, nn.Module]
     judge: Judge | None = None
 
-    def begin(self, before: Sequence[Image.Image]) -> None:
-        """Measure the base model, once a run, and score what it drew."""
+    def begin(self, before: Sequence[Image.Image], shown: Sequence[Image.Image]) -> None:
+        """Measure the base model, once a run, and keep and score what it drew; keep the pictures `shown` beside it."""
         if not self.run.writes or self.run.metrics():
             return
         if self.heldout is not None:
             self.run.log(0, **measured_losses(self.loss, self.heldout, self.seen))
+        save_subject(self.run, shown)
+        self.sampler.save(self.run, 0, before)
         self._score(0, before)
 
     def measure(self, step: int) -> float | None:
@@ -90,10 +92,14 @@ class Watch:
     def show(self, step: int) -> None:
         """Draw the validation prompts, and score the pictures."""
         keep_adapter(self.run, step, self.adapter, self.components)
-        drawn = self.draw()
-        self.run.save_picture(step, labelled_grid([(f"step {step}", drawn)], self.prompts))
+        drawn = self.sampler.draw()
+        self.sampler.save(self.run, step, drawn)
         self._score(step, drawn)
+
+    def sample(self, step: int) -> None:
+        """Draw the validation prompts for people alone: a step that was asked for changes nothing of what is suggested."""
+        self.sampler.save(self.run, step, self.sampler.draw())
 
     def _score(self, step: int, drawn: Sequence[Image.Image]) -> None:
         if self.judge is not None:
-            log_scores(self.run, step, self.judge, drawn, self.prompts)
+            log_scores(self.run, step, self.judge, drawn, self.sampler.prompts)

@@ -30,8 +30,6 @@ GRID = 8
 FEATURE_TIMESTEP = 20
 CLASSIFIER_DRAWS = 8
 THUMBNAIL = 16
-# Of `copy`: redrawn scenes of one and the same subject stay below, mildly changed copies lie about it.
-COPY_THRESHOLD = 0.9
 # The share of a picture's sides that its cropped copy has.
 CROPPED = 0.9
 # In place of a model's name: the base model judges.

@@ -17,7 +17,7 @@ from pipelines.subject.doctor import examine
 from pipelines.subject.encoding import Encoder
 from pipelines.subject.generate import Sampling
 from pipelines.subject.loss import DenoisingLoss
-from training import dreambooth_nora
+from training import dreambooth_nora, samples
 from training.checkpoints import list_checkpoints
 from training.dry_run import DoesNotFitError
 from training.options import SubjectOptions, parse_options
@@ -35,7 +35,7 @@ def no_pictures(monkeypatch):
     """Leave out the sample pictures and the export; class pictures are drawn in one step."""
     monkeypatch.setattr(dreambooth_nora, "Sampling", partial(Sampling, num_inference_steps=1))
     picture = Image.new("RGB", (16, 16))
-    monkeypatch.setattr(dreambooth_nora, "generate", lambda pipeline, prompts, *_: [picture] * len(prompts))
+    monkeypatch.setattr(samples, "generate", lambda pipeline, prompts, *_: [picture] * len(prompts))
 
 
 @pytest.fixture

@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 from tiny_pipeline import tiny_pipeline
 
 from pipelines.errors import InputError
+from pipelines.pictures import read_settings
 from pipelines.subject.base_model import BUILT_IN_MODEL
 from pipelines.subject.generate import Sampling
-from training import dreambooth_nora
+from training import dreambooth_nora, samples
 from training.checkpoints import list_checkpoints
 from training.options import parse_options
 from training.run import RunDirectory
@@ -86,6 +87,20 @@ def test_a_run_directory_holds_everything_and_says_how_it_went(trained, method):
     assert "before_after.png" in (run.path / "README.md").read_text()
 
 
+def test_every_sample_is_kept_with_its_settings_beside_what_the_base_model_drew_and_the_subject(trained):
+    run = trained("run", "--seed", "5", "--validation_prompt", "toy in snow", "toy at night")
+    assert sorted(path.name for path in run.samples.iterdir() if path.is_dir()) == [
+        *(f"step-000000{step}" for step in (0, 2, 4)),
+        "subject",
+    ]
+    assert len(list(run.subject.iterdir())) == 3
+    for step in (0, 2, 4):
+        said = [read_settings(run.samples_at(step) / f"{place}.png") for place in range(2)]
+        told = [(each["prompt"], each["seed"], each["step"]) for each in said]
+        assert told == [("toy in snow", 5, step), ("toy at night", 6, step)]
+        assert Path(said[0]["model"]).is_dir()
+
+
 def test_phases_are_named_in_their_order(trained, monkeypatch):
     phases = []
     update = RunDirectory.update_status
@@ -147,7 +162,7 @@ def test_half_precision_trains_the_adapter_in_float32(trained, method):
 def training_alone(monkeypatch):
     """Leave out all that comes after training, and the pictures."""
     picture = Image.new("RGB", (16, 16))
-    monkeypatch.setattr(dreambooth_nora, "generate", lambda pipeline, prompts, *_: [picture] * len(prompts))
+    monkeypatch.setattr(samples, "generate", lambda pipeline, prompts, *_: [picture] * len(prompts))
     monkeypatch.setattr(dreambooth_nora.adapters, "save_everywhere", lambda *_: None)
 
 
@@ -195,14 +210,14 @@ def test_target_modules_say_what_is_adapted(trained):
 
 def test_pictures_after_training_are_those_of_the_stock_pipeline(trained, monkeypatch):
     drawn = []
-    generate = dreambooth_nora.generate
+    generate = samples.generate
 
     def remembered(*arguments):
         pictures = list(generate(*arguments))
         drawn.append(pictures)
         return pictures
 
-    monkeypatch.setattr(dreambooth_nora, "generate", remembered)
+    monkeypatch.setattr(samples, "generate", remembered)
     run = trained("run", "--learning_rate", "0.1", "--train_text_encoder")
     stock = tiny_pipeline()
     stock.load_lora_weights(run.path / "diffusers")

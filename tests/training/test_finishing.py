@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from pipelines.subject.generate import Sampling
 from pipelines.subject.scores import Scores
-from training import dreambooth_nora
+from training import dreambooth_nora, samples
 from training.options import parse_options
 from training.run import RunDirectory
 
@@ -150,8 +150,8 @@ def test_samples_drawn_after_training_are_those_that_the_step_would_have_drawn(t
 
 def test_the_suggested_steps_pictures_are_drawn_once(trained, overfitting, monkeypatch):
     monkeypatch.setattr(dreambooth_nora, "judge_by", lambda *_: Listed([0.1, 0.5, 0.9, 0.8]))
-    drawn, draw = [], dreambooth_nora.generate
-    monkeypatch.setattr(dreambooth_nora, "generate", lambda *given: drawn.append(given) or draw(*given))
+    drawn, draw = [], samples.generate
+    monkeypatch.setattr(samples, "generate", lambda *given: drawn.append(given) or draw(*given))
     run = trained("run", "--heldout_image", "0.png", "--no_certify")
     assert run.status()["suggested_step"] == 1
     assert len(drawn) == len(["before", "step 2", "step 4", "after", "step 1"])

@@ -8,16 +8,8 @@ from tiny_pipeline import add_nora, tiny_pipeline, weight_changes
 
 from pipelines.methods import AdapterOptions
 from pipelines.subject import adapters
-from training.judging import (
-    adapter_at,
-    heldout_curve,
-    keep_adapter,
-    kept_steps,
-    logged,
-    sample_scores,
-    suggest_for,
-    write_suggestion,
-)
+from training.judging import keep_adapter, suggest_for, write_suggestion
+from training.measured import adapter_at, heldout_curve, kept_steps, logged, sample_scores
 from training.run import RunDirectory
 from training.suggesting import Point, StepScores, suggest
 

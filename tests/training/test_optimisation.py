@@ -13,7 +13,7 @@ from tiny_pipeline import picture
 from pipelines.methods import method_named
 from pipelines.subject.base_model import load_base_model
 from pipelines.subject.generate import Sampling
-from training import dreambooth_nora
+from training import dreambooth_nora, samples
 from training.checkpoints import list_checkpoints
 from training.options import parse_options
 
@@ -28,7 +28,7 @@ def no_pictures(monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setattr(dreambooth_nora, "Sampling", partial(Sampling, num_inference_steps=1))
     picture = Image.new("RGB", (16, 16))
-    monkeypatch.setattr(dreambooth_nora, "generate", lambda pipeline, prompts, *_: [picture] * len(prompts))
+    monkeypatch.setattr(samples, "generate", lambda pipeline, prompts, *_: [picture] * len(prompts))
 
 
 @pytest.fixture
