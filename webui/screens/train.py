@@ -202,7 +202,7 @@ def _layout() -> dict[str, Any]:
     with gr.Row(elem_classes="buttons"):
         for name, label in BUTTONS.items():
             variant = {"stop": "stop", "resume": "primary"}.get(name, "secondary")
-            made[name] = gr.Button(label, variant=variant, visible=False, elem_id=f"train-{name}", min_width=110, scale=0)
+            made[name] = gr.Button(label, variant=variant, visible=False, elem_id=f"train-{name}", min_width=140, scale=0)
         made["next"] = gr.Button("Judge it", variant="primary", visible=False, elem_id="train-next", min_width=160, scale=0)
     with gr.Row():
         with gr.Column(min_width=320):

@@ -1,0 +1,102 @@
+"""Run directories in every state, made without loading a model library."""
+
+import json
+import math
+import random
+import subprocess
+from pathlib import Path
+
+import psutil
+from PIL import Image
+
+from pipelines.pictures import save_picture
+from training.measured import adapter_at, logged
+from training.record import METRICS, OPTIONS, STATUS, RunRecord
+from training.suggesting import Point, StepScores, suggest
+
+PROMPTS = ("a photo of sks toy", "sks toy <b>in the snow</b>", "sks toy at night")
+SETTINGS = {"negative_prompt": "", "num_inference_steps": 2, "guidance_scale": 4.0, "sampler": "Euler", "model": "mini"}
+GIVEN = {"data": {"instance_prompt": PROMPTS[0]}, "output": {"validation_prompt": PROMPTS}}
+
+
+class WrittenRun(RunRecord):
+    """A run's directory that a test writes."""
+
+    def log(self, step, **values):
+        """As a run logs."""
+        with (self.path / METRICS).open("a") as lines:
+            lines.write(json.dumps({"step": step, "time": 0.0, **values}) + "\n")
+
+
+def process_of(state):
+    """A process that lives or one that does not, as the status of a run has it."""
+    if state in ("running", "starting", "queued"):
+        sleeping = subprocess.Popen(["sleep", "600"])
+        return {"pid": sleeping.pid, "pid_started": psutil.Process(sleeping.pid).create_time()}
+    return {"pid": 2**22 + 1, "pid_started": 1.0}
+
+
+def run_in(folder: Path, state="running", steps=0, total=100, **status) -> WrittenRun:
+    """A run of the first task: `steps` of `total` logged, with a falling loss that turns on the photo held out.
+
+    Args:
+        state: as status.json is to have it; "interrupted" is a running one whose process is gone.
+    """
+    run = WrittenRun(folder)
+    run.samples.mkdir(parents=True)
+    (folder / OPTIONS).write_text(json.dumps(GIVEN))
+    rng = random.Random(0)
+    for step in range(1, steps + 1):
+        run.log(step, loss=1 + math.exp(-4 * step / total) + 0.3 * rng.random(), lr=1e-3 * min(1.0, step / 20))
+    told = "running" if state == "interrupted" else state
+    fields = {"state": told, "phase": "training", "step": steps, "total": total, "seconds_left": 42.0, "error": None, **status}
+    (folder / STATUS).write_text(json.dumps({**fields, **process_of(state)}))
+    return run
+
+
+def add_checkpoint(run, step):
+    """Something to resume from, as far as names say."""
+    (run.checkpoints / f"step-{step:07d}").mkdir(parents=True)
+
+
+def add_samples(run, step, side=16, prompts=PROMPTS):
+    """Sample pictures of a step, of a colour that tells it."""
+    for place, prompt in enumerate(prompts):
+        picture = Image.new("RGB", (side, side), (step % 256, 60 * place, 128))
+        save_picture(picture, run.samples_at(step) / f"{place}.png", {"prompt": prompt, "seed": place, "step": step, **SETTINGS})
+    run.subject.mkdir(exist_ok=True)
+    Image.new("RGB", (side, side), "red").save(run.subject / "0.png")
+
+
+def curve(steps=(0, 20, 40, 60, 80, 100), turn=40):
+    """A held-out curve with its least at `turn`, and one of the seen photos that falls on."""
+    return [Point(step, 1.0 + 0.004 * abs(step - turn), 1.2 - 0.004 * step) for step in steps]
+
+
+def scores(steps=(0, 40, 60, 100)):
+    """Scores of samples that grow more alike and lose the prompt slowly."""
+    return {step: StepScores(0.2 + 0.005 * step, 0.4 - 0.0002 * step, 0.3 + 0.002 * step, 0.4, 0.9) for step in steps}
+
+
+def measure(run, points=None, scored=None):
+    """Log what a run measures now and then, and keep an adapter at each of these steps."""
+    points, scored = points or curve(), scored or scores()
+    for point in points:
+        run.log(point.step, heldout_loss=point.heldout, seen_loss=point.seen)
+        adapter_at(run, point.step).mkdir(parents=True, exist_ok=True)
+    for step, each in scored.items():
+        run.log(step, **{logged(name): value for name, value in vars(each).items()})
+    return points, scored
+
+
+def finished_run(folder: Path, **status) -> WrittenRun:
+    """A run that is done, with all that is written for it to be judged."""
+    run = run_in(folder, "done", steps=100, phase="done", seconds_left=0.0, seconds=170.0, **status)
+    points, scored = measure(run)
+    for step in scored:
+        add_samples(run, step)
+    found = suggest(points, 100, scored)
+    told = {**vars(found), "curve": [vars(point) for point in found.curve]}
+    told["scores"] = {step: vars(each) for step, each in found.scores.items()}
+    (run.path / "suggestion.json").write_text(json.dumps({**told, "adapter": f"adapters/step-{found.step:07d}"}))
+    return run

@@ -1,0 +1,152 @@
+"""Curves as a drawing in the page's own language: a few kilobytes, sharp at every width, with its figures as a table beside it.
+
+The drawing is stretched to the width there is, its strokes and letters are not: letters lie around it as text.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Point = tuple[float, float]
+WIDTH, HEIGHT = 1000, 400
+# More than a screen shows apart.
+MOST_POINTS, ROWS = 240, 12
+# Of the dots of a cloud one in so many may lie outside, above and below.
+FAR_OUT = 50
+STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Series:
+    """One thing that is drawn.
+
+    Args:
+        name: what the legend calls it.
+        points: (x, y), by x.
+        kind: pale dots, a line, or a line through plain dots.
+        colour: the place of its colour in the style sheet, 1 to 4.
+    """
+
+    name: str
+    points: Sequence[Point]
+    kind: Literal["cloud", "line", "marks"] = "line"
+    colour: int = 1
+
+
+def plot(
+    title: str, series: Sequence[Series], x_range: tuple[float, float], marked: tuple[float, str] | None = None, css: str = ""
+) -> str:
+    """The curves as HTML: axes, drawing, legend, and for those who hear the page the same as a table.
+
+    Args:
+        title: what is shown.
+        x_range: from where to where; the x axis counts training steps.
+        marked: an x to mark and what to call it.
+        css: classes of the whole.
+    """
+    shown = [each for each in series if each.points]
+    if not shown:
+        return ""
+    low, high = _range([y for each in shown for y in _told(each)])
+    across, up = _ticks(*x_range, whole=True), _ticks(low, high)
+    low, high = min(low, up[0]), max(high, up[-1])
+    frame = _Frame(x_range[0], max(x_range[1], x_range[0] + 1), low, high)
+    drawn = "".join(_drawn(each, frame) for each in shown)
+    lines = "".join(f'<path class="grid" d="M0 {frame.y(y):.0f}H{WIDTH}"/>' for y in up)
+    left = "".join(f'<span style="top:{frame.y(y) / HEIGHT:.1%}">{_number(y)}</span>' for y in up)
+    below = "".join(f'<span style="left:{frame.x(x) / WIDTH:.1%}">{_number(x)}</span>' for x in across)
+    legend = "".join(f'<li class="c{each.colour} {each.kind}">{html.escape(each.name)}</li>' for each in shown)
+    mark, note = "", ""
+    if marked is not None:
+        mark = f'<path class="marked" d="M{frame.x(marked[0]):.0f} 0V{HEIGHT}"/>'
+        legend += f'<li class="marked">{html.escape(marked[1])}</li>'
+        note = f" {html.escape(marked[1])}."
+    name = html.escape(title)
+    return (
+        f'<figure class="curve {css}"><figcaption>{name}</figcaption><ul class="legend">{legend}</ul>'
+        f'<div class="left" aria-hidden="true">{left}</div>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" aria-label="{name}.{note}">'
+        f"<title>{name}</title>{lines}{mark}{drawn}</svg>"
+        f'<div class="below" aria-hidden="true">{below}</div>{_table(name, shown)}</figure>'
+    )
+
+
+def running_mean(points: Sequence[Point], over: int) -> list[Point]:
+    """The mean of each point's y and the `over` - 1 before it."""
+    total, found = 0.0, []
+    for place, (x, y) in enumerate(points):
+        total += y - (points[place - over][1] if place >= over else 0.0)
+        found.append((x, total / min(place + 1, over)))
+    return found
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """Where values lie in the drawing."""
+
+    left: float
+    right: float
+    low: float
+    high: float
+
+    def x(self, value: float) -> float:
+        return (value - self.left) / (self.right - self.left) * WIDTH
+
+    def y(self, value: float) -> float:
+        return (self.high - value) / (self.high - self.low) * HEIGHT
+
+
+def _drawn(series: Series, frame: _Frame) -> str:
+    points = [(frame.x(x), frame.y(y)) for x, y in _thinned(series.points)]
+    line = "M" + "L".join(f"{x:.0f} {y:.1f}" for x, y in points)
+    # A line of no length has a round end on both sides: a dot, that no stretching makes an ellipse.
+    dots = "".join(f"M{x:.0f} {y:.1f}h0" for x, y in points)
+    paths = {"cloud": [("cloud", dots)], "line": [("line", line)], "marks": [("line", line), ("marks", dots)]}[series.kind]
+    return "".join(f'<path class="c{series.colour} {css}" d="{d}"/>' for css, d in paths)
+
+
+def _thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
+    """At most about `most` of the points, evenly spread, the last among them."""
+    stride = math.ceil(len(points) / most)
+    return [point for place, point in enumerate(points) if (len(points) - 1 - place) % stride == 0]
+
+
+def _told(series: Series) -> list[float]:
+    """The values that the axis must hold: of a cloud all but a few far out."""
+    values = sorted(y for _, y in series.points)
+    out = len(values) // FAR_OUT if series.kind == "cloud" else 0
+    return values[out : len(values) - out]
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    """From below the least to above the most; a constant lies in the middle."""
+    low, high = min(values), max(values)
+    margin = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
+    return (0.0 if low >= 0 > low - margin else low - margin), high + margin
+
+
+def _ticks(low: float, high: float, whole: bool = False, about: int = 4) -> list[float]:
+    """Round values from `low` to `high`."""
+    rough = max(high - low, 1e-12) / about
+    size = 10.0 ** math.floor(math.log10(rough))
+    step = next(size * each for each in STEPS if size * each >= rough)
+    step = max(1.0, round(step)) if whole else step
+    return [place * step for place in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)] or [low]
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.1e}".replace("e-0", "e-")
+
+
+def _table(title: str, series: Sequence[Series]) -> str:
+    rows = "".join(
+        f"<tr><th>{html.escape(each.name)}</th><td>{x:g}</td><td>{_number(y)}</td></tr>"
+        for each in series
+        if each.kind != "cloud"
+        for x, y in _thinned(each.points, ROWS)
+    )
+    return f'<table class="heard"><caption>{title}</caption><tr><th>curve</th><th>step</th><th>value</th></tr>{rows}</table>'

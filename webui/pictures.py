@@ -1,0 +1,104 @@
+"""The pictures that a run has made, and how the page gets them: as copies in gradio's own cache, which alone it serves."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from urllib.parse import quote
+
+from gradio.processing_utils import save_file_to_cache, save_pil_to_cache
+from gradio.utils import get_upload_folder
+from PIL import Image
+
+from pipelines.pictures import SETTINGS_KEY
+from training.record import RunRecord
+
+STEP = "step-"
+# A cell of a table of samples, on a screen with two pixels for one.
+SMALL_SIDE = 384
+# What is shown with hard edges, since there is nothing between its pixels.
+CRISP_SIDE = 128
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample picture.
+
+    Args:
+        path: its file.
+        prompt, seed: what it was drawn from.
+        side: its width in pixels.
+    """
+
+    path: Path
+    prompt: str
+    seed: int
+    side: int
+
+    @property
+    def css(self) -> str:
+        """The class that it is shown with."""
+        return "pixel" if self.side <= CRISP_SIDE else ""
+
+
+def sampled_steps(record: RunRecord) -> list[int]:
+    """The steps whose sample pictures are there, in order; 0 is the base model."""
+    names = (path.name for path in record.samples.glob(f"{STEP}*") if path.is_dir())
+    return sorted(int(name.removeprefix(STEP)) for name in names if name.removeprefix(STEP).isdigit())
+
+
+def samples(record: RunRecord, step: int) -> list[Sample]:
+    """The sample pictures of `step`, one a prompt."""
+    paths = sorted(record.samples_at(step).glob("*.png"), key=lambda path: int(path.stem))
+    return [_sample(path, path.stat().st_mtime_ns) for path in paths]
+
+
+def subject(record: RunRecord) -> list[Sample]:
+    """Pictures that the run is trained on."""
+    paths = sorted(record.subject.glob("*.png"), key=lambda path: int(path.stem))
+    return [_sample(path, path.stat().st_mtime_ns) for path in paths]
+
+
+def newest_sheet(record: RunRecord) -> Path | None:
+    """The newest labelled sheet of samples, which runs of other recipes have alone."""
+    return max(record.samples.glob(f"{STEP}*.png"), default=None)
+
+
+def in_cache(path: Path) -> str:
+    """The copy of a picture that the page may load, made where there is none; its name is the hash of its content."""
+    return save_file_to_cache(path, get_upload_folder())
+
+
+def thumbnail(path: Path, side: int = SMALL_SIDE) -> str:
+    """The same of a picture at most `side` wide and high."""
+    made = _thumbnail(path, path.stat().st_mtime_ns, side)
+    if not Path(made).exists():
+        # Gradio deletes from its cache what has not been used for long.
+        _thumbnail.cache_clear()
+        made = _thumbnail(path, path.stat().st_mtime_ns, side)
+    os.utime(made)
+    return made
+
+
+def address(cached: str) -> str:
+    """Where the page loads from what `in_cache` or `thumbnail` gave, relative to itself."""
+    return f"gradio_api/file={quote(cached)}"
+
+
+@lru_cache(maxsize=4096)
+def _sample(path: Path, changed: int) -> Sample:
+    with Image.open(path, formats=("PNG",)) as picture:
+        said = json.loads(picture.text.get(SETTINGS_KEY, "{}"))
+        return Sample(path, str(said.get("prompt", "")), int(said.get("seed", 0)), picture.width)
+
+
+@lru_cache(maxsize=4096)
+def _thumbnail(path: Path, changed: int, side: int) -> str:
+    with Image.open(path) as picture:
+        if max(picture.size) <= side:
+            return in_cache(path)
+        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+        return save_pil_to_cache(picture.convert("RGB"), get_upload_folder(), format="webp")
