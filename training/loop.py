@@ -26,6 +26,7 @@ from pipelines.errors import InputError
 from pipelines.subject.optimizers import averaged, optimised
 from training.checkpoints import load_checkpoint, newest_intact_checkpoint, save_checkpoint
 from training.prefetch import ProcessBatches
+from training.requests import ASKED, SAMPLE, SAVE, STOP, Requests
 from training.run import RunDirectory
 from training.sharding import gathered, prepare, split_like, split_state, whole
 from training.stopping import NotFiniteError, Stopped, StopRequests
@@ -43,10 +44,13 @@ class Periodic:
     The trained parameters hold their moving average meanwhile, where there is one.
     What it returns, if anything, is a loss that scores the step, such as that of held-out pictures: the checkpoint of the
     step with the lowest is kept whatever the limit.
+    Where people may ask for samples between two of its times, `on_request(step)` is done for that alone, and must change
+    nothing of what the run ends in.
     """
 
     every: int
     action: Callable[[int], float | None]
+    on_request: Callable[[int], None] | None = None
 
 
 @dataclass
@@ -124,7 +128,8 @@ def train(
 ) -> None:
     """Train to `options.max_train_steps`, resuming from the run's newest intact checkpoint where there is one.
 
-    SIGTERM and SIGINT let the step in progress end, and a checkpoint is written.
+    SIGTERM and SIGINT let the step in progress end, and a checkpoint is written. So do files among the run's requests, for
+    samples or a checkpoint (see `training.requests`), and training goes on.
 
     Raises:
         NotFiniteError: the loss or the gradient is not finite; nothing of that step is saved.
@@ -138,19 +143,20 @@ def train(
 def _train_from(first: int, stepper: Stepper, periodic: Sequence[Periodic]) -> None:
     """All steps after the first `first`."""
     run, options, trainable = stepper.run, stepper.options, stepper.trainable
-    with StopRequests() as requests, _progress_bar(first, options, stepper.accelerator) as bar:
+    requests = Requests.of(run, looks=run.writes)
+    with StopRequests() as signals, _progress_bar(first, options, stepper.accelerator) as bar:
         batches = stepper.batches(range(first, options.max_train_steps), options.dataloader_num_workers)
         progress = Progress(run, first, options.max_train_steps)
         for step in range(first, options.max_train_steps):
             rate = trainable.lr_scheduler.get_last_lr()[0]
-            loss, stop = stepper.step(step, batches, requests)
+            loss, asked = stepper.step(step, batches, signals, requests)
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             bar.update()
             run.log(step + 1, loss=loss, lr=rate)
             progress.report(step + 1)
-            _act_and_save(stepper, step + 1, periodic, stop)
-            if stop:
-                raise Stopped(requests.noted or signal.SIGTERM)
+            _act_and_save(stepper, step + 1, periodic, asked)
+            if STOP in asked:
+                raise Stopped(signals.noted or signal.SIGTERM)
 
 
 def _progress_bar(first: int, options: LoopOptions, accelerator: Accelerator) -> tqdm:
@@ -191,16 +197,25 @@ class Stepper:
         own = ProcessBatches(self.trainable.batch_at, self.accelerator.process_index, self.accelerator.num_processes)
         return own.over(range(steps.start * parts, steps.stop * parts), workers)
 
-    def step(self, step: int, batches: Iterator[dict[str, Any]], requests: StopRequests | None = None) -> tuple[float, bool]:
+    def step(
+        self,
+        step: int,
+        batches: Iterator[dict[str, Any]],
+        signals: StopRequests | None = None,
+        requests: Requests | None = None,
+    ) -> tuple[float, frozenset[str]]:
         """One optimisation step over the next micro-batches.
 
-        Returns: their mean loss over all processes, and whether any process is requested to stop.
+        Returns: their mean loss over all processes, and what any of them has been asked for, all processes the same: STOP,
+        SAMPLE, SAVE.
         Raises: NotFiniteError before anything is changed, if the loss is not finite or, in full precision, the gradient.
         """
         accelerator, trainable = self.accelerator, self.trainable
         torch.manual_seed(self.options.seed * STEP_STRIDE + step)
         total = self._backward(batches)
-        loss, stopping = self._agreed(total, requests is not None and requests.noted > 0)
+        asked = frozenset() if requests is None else requests.taken()
+        stopping = {STOP} if signals is not None and signals.noted > 0 else set()
+        loss, asked = self._agreed(total, asked | stopping)
         trained = optimised(self.optimizer)
         norm = accelerator.clip_grad_norm_(trained, self.options.max_grad_norm)
         # With a gradient scaler an overflow is expected now and then: it leaves the step out.
@@ -213,15 +228,16 @@ class Stepper:
         trainable.lr_scheduler.step()
         if trainable.ema is not None:
             trainable.ema.step(trained)
-        return loss, stopping
+        return loss, asked
 
-    def _agreed(self, loss: torch.Tensor, stopping: bool) -> tuple[float, bool]:
-        """The mean of all processes' `loss`, (), and whether any of them is `stopping`."""
+    def _agreed(self, loss: torch.Tensor, asked: frozenset[str]) -> tuple[float, frozenset[str]]:
+        """The mean of all processes' `loss`, (), and all that any of them was `asked` for."""
         if self.accelerator.num_processes == 1:
-            return loss.item(), stopping
-        both = torch.stack([loss, loss.new_tensor(float(stopping))])
-        mean, asked = self.accelerator.reduce(both, reduction="mean").tolist()
-        return mean, asked > 0
+            return loss.item(), asked
+        wishes = (STOP, *ASKED)
+        all_in_one = torch.stack([loss, *(loss.new_tensor(float(wish in asked)) for wish in wishes)])
+        mean, *shares = self.accelerator.reduce(all_in_one, reduction="mean").tolist()
+        return mean, frozenset(wish for wish, share in zip(wishes, shares, strict=True) if share > 0)
 
     def _backward(self, batches: Iterator[dict[str, Any]]) -> torch.Tensor:
         """Accumulate the gradients of one step's micro-batches; returns their mean loss on this process, ()."""
@@ -260,17 +276,23 @@ class Progress:
         self.run.update_status(phase="training", step=step, total=self.total, seconds_left=round(left, 1))
 
 
-def _act_and_save(stepper: Stepper, step: int, periodic: Sequence[Periodic], stop: bool) -> None:
-    """What is due after `step` steps. The checkpoint comes last: what a resumed run goes on from has had its actions."""
+def _act_and_save(stepper: Stepper, step: int, periodic: Sequence[Periodic], asked: frozenset[str]) -> None:
+    """What is due or `asked` for after `step` steps.
+
+    The checkpoint comes last: what a resumed run goes on from has had its actions.
+    """
     run, options, trainable, accelerator = stepper.run, stepper.options, stepper.trainable, stepper.accelerator
     last = step == options.max_train_steps
     due = [task for task in periodic if step % task.every == 0 or last]
-    save = step % options.checkpointing_steps == 0 or last or stop
+    wanted = [task.on_request for task in periodic if SAMPLE in asked and task.on_request is not None and task not in due]
+    save = step % options.checkpointing_steps == 0 or last or not asked.isdisjoint({SAVE, STOP})
     scores: list[float] = []
-    if due:
+    if due or wanted:
         with averaged(trainable.ema, trainable.optimizer), whole(trainable.module):
             if accelerator.is_main_process:
                 scores = [score for task in due if (score := task.action(step)) is not None]
+                for draw in wanted:
+                    draw(step)
         # Measuring and drawing leave what they use in evaluation mode.
         stepper.module.train()
     if save:
@@ -279,7 +301,7 @@ def _act_and_save(stepper: Stepper, step: int, periodic: Sequence[Periodic], sto
             if accelerator.is_main_process:
                 score = min(scores, default=None)
                 save_checkpoint(run.checkpoints, step, trainable.module, state, options.checkpoints_total_limit, score)
-    if due or save:
+    if due or wanted or save:
         accelerator.wait_for_everyone()
 
 
