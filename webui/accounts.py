@@ -179,8 +179,8 @@ class LoginGate:
         self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="password")
         self._waiting = 0
 
-    async def __call__(self, name: str, password: str) -> bool:
-        """Whether they do.
+    async def admits(self, name: str, password: str) -> bool:
+        """Whether they do. Gradio awaits a method, but would take the unawaited answer of a called object for a yes.
 
         Raises: HTTPException 429 with the seconds to wait.
         """

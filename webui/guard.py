@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
 import threading
 from collections import OrderedDict
@@ -44,9 +45,10 @@ MAX_TRACKED = 200_000
 MAX_BODY = 32 * 2**20
 # Kept free for runs and for the machine.
 FREE_BYTES = 2 * 2**30
-# Gradio's page has scripts of its own between its lines and makes functions of strings; all else comes from here alone.
+# Scripts come from here, or carry the number that the page was sent with: what a name or a prompt smuggles into the page does
+# not run, were it not escaped somewhere. Gradio itself makes functions of strings.
 PAGE_POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "default-src 'self'; script-src 'self' 'nonce-{nonce}' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; "
     "worker-src 'self' blob:; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
 )
@@ -127,7 +129,10 @@ class Guard:
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1008})
         path, headers = scope["path"], Headers(scope=scope)
-        send = _with_headers(send, FILE_POLICY if path.startswith(FILE) else PAGE_POLICY)
+        nonce = secrets.token_hex(16)
+        send = _with_headers(send, FILE_POLICY if path.startswith(FILE) else PAGE_POLICY.format(nonce=nonce))
+        if path == "/":
+            send = _with_nonce(send, nonce)
         try:
             _check_site(scope, headers, self._settings.is_local)
             if CLOSED.fullmatch(path):
@@ -257,5 +262,22 @@ def _with_headers(send: Send, policy: str) -> Send:
             for name, value in (HEADERS | {"Content-Security-Policy": policy}).items():
                 headers[name] = value
         await send(message)
+
+    return sent
+
+
+def _with_nonce(send: Send, nonce: str) -> Send:
+    """`send` for gradio's page, whose scripts get `nonce`; without quotes, so that it may stand within a script's strings too."""
+    held: list[Message] = []
+
+    async def sent(message: Message) -> None:
+        held.append(message)
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            body = b"".join(part.get("body", b"") for part in held[1:]).replace(b"<script", b"<script nonce=" + nonce.encode())
+            headers = MutableHeaders(scope=held[0])
+            if "content-length" in headers and body:
+                headers["content-length"] = str(len(body))
+            await send(held[0])
+            await send({"type": "http.response.body", "body": body})
 
     return sent

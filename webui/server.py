@@ -33,6 +33,8 @@ logger = logging.getLogger("webui")
 FIRST_PORT = 7860
 # Zips and adapters come over the same road as pictures, whose own limit is checked as they are taken in.
 MAX_UPLOAD_BYTES = 512 * 2**20
+# Gradio's form says nothing while it must wait.
+SIGN_IN = "Sign in with the name and the password that you were given. After five wrong passwords, wait for a minute."
 # Hidden, so that no account and no picture set is called so.
 CACHE = ".cache"
 CACHE_SECONDS = 86400
@@ -138,8 +140,8 @@ def launched(settings: Settings, share: bool = False, in_browser: bool = False) 
             server_port=settings.port,
             share=share,
             inbrowser=in_browser,
-            auth=None if accounts is None else LoginGate(accounts),
-            auth_message=None if accounts is None else "Sign in with the name and the password that you were given.",
+            auth=None if accounts is None else LoginGate(accounts).admits,
+            auth_message=None if accounts is None else SIGN_IN,
             app_kwargs={"middleware": [guard]},
             max_file_size=MAX_UPLOAD_BYTES,
             prevent_thread_lock=True,

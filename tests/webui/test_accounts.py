@@ -25,7 +25,7 @@ def kept(tmp_path):
 
 def asked(gate, name, password, client="10.0.0.1"):
     client_address.set(client)
-    return asyncio.run(gate(name, password))
+    return asyncio.run(gate.admits(name, password))
 
 
 def test_a_password_is_kept_salted_and_hashed_in_a_file_of_its_owner_alone(kept):
@@ -131,7 +131,7 @@ def test_fifty_guesses_at_once_hash_two_at_a_time_and_hold_up_nothing(kept, monk
     async def guess(number):
         client_address.set(f"10.0.1.{number}")
         try:
-            return await gate(f"name{number}", WRONG)
+            return await gate.admits(f"name{number}", WRONG)
         except HTTPException as error:
             return error.status_code
 
