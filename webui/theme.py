@@ -38,6 +38,7 @@ def theme() -> gr.themes.Base:
         button_primary_background_fill_hover_dark="*primary_500",
         button_primary_text_color="white",
         button_large_text_weight="600",
+        input_border_width="1px",
         input_background_fill="white",
         input_background_fill_dark="*neutral_800",
         input_border_color="*neutral_300",
