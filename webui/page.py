@@ -6,6 +6,7 @@ from types import ModuleType
 
 import gradio as gr
 
+from webui.class_runs import EMPTY_DRAFT as EMPTY_CLASS_DRAFT
 from webui.errors import in_plain_words
 from webui.screens import check, classify, judge, photos, runs, train, use
 from webui.settings import Settings
@@ -31,9 +32,10 @@ def build_page(settings: Settings) -> gr.Blocks:
         step = gr.Dropdown(label="Step", elem_id="use-step", interactive=True, render=False)
         # Not secret; under a key of this server alone the draft would be lost when it starts again.
         draft = gr.BrowserState(EMPTY_DRAFT, storage_key="nora-vision-draft", secret="nora-vision-draft")
+        class_draft = gr.BrowserState(EMPTY_CLASS_DRAFT, storage_key="nora-vision-classify", secret="nora-vision-classify")
         clock = gr.Timer(POLL_SECONDS, active=False)
         with gr.Tabs(elem_id="screens") as tabs:
-            shell = Shell(page, settings, run, step, tabs, draft, clock)
+            shell = Shell(page, settings, run, step, tabs, draft, class_draft, clock)
             for name, (title, screen) in SCREENS.items():
                 with gr.Tab(title, id=name, elem_id=f"screen-{name}"):
                     screen.build(shell)

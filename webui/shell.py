@@ -26,6 +26,7 @@ class Shell:
         tabs: all screens, by the ids of `webui.page.SCREENS`.
         draft: what is being prepared for the next run, kept by the browser: {"set": id of its pictures or None, "options": the
             values that differ from the defaults, by group, "preset": its name}. Never what a run has become.
+        class_draft: the same for the next classifier.
         clock: ticks every `POLL_SECONDS` while a run of the user's is at work, and stands still otherwise.
     """
 
@@ -35,6 +36,7 @@ class Shell:
     step: gr.Dropdown
     tabs: gr.Tabs
     draft: gr.BrowserState
+    class_draft: gr.BrowserState
     clock: gr.Timer
 
     @property

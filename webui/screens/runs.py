@@ -1,12 +1,180 @@
-"""The screen Runs."""
+"""The screen Runs: every run of the user, whoever started it, what can be done with it, and runs side by side."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import gradio as gr
 
+from pipelines.errors import InputError
+from webui import launching, run_cards
+from webui.draft import Draft
+from webui.errors import in_plain_words
+from webui.parts import Part, button, keys, text, updates
+from webui.screens import runs_compare
 from webui.shell import Shell
+from webui.views import Action, RunView, views
+from webui.workspace import Workspace
+
+QUIET = {"api_visibility": "private", "show_progress": "hidden"}
+LABELS: dict[str, str] = {
+    "open": "Open",
+    "resume": "Resume",
+    "stop": "Stop",
+    "duplicate": "Duplicate as new",
+    "delete": "Delete",
+}
+ELSEWHERE = "Its photos lie elsewhere on this computer. Add them here; everything else is as it was."
 
 
 def build(shell: Shell) -> None:
     """Put the screen into the open tab."""
-    gr.Markdown("Runs")
+    made = _layout()
+    # What is asked about; what is deleted is that alone, whatever is chosen meanwhile.
+    asked = gr.State(None)
+    seen = gr.State({})
+
+    @in_plain_words
+    def refresh(run_id: str | None, seen: dict[str, Any], request: gr.Request) -> list[Any]:
+        now = parts(shell.settings.workspace(request), run_id)
+        return [*updates(now, seen, [name for name in made if name in now]), keys(now)]
+
+    shown = [made[name] for name in ("list", "chosen", *LABELS)]
+    look = {"fn": refresh, "inputs": [shell.run, seen], "outputs": [*shown, seen], **QUIET}
+    gr.on([shell.page.load, shell.run.change, shell.clock.tick, shell.tabs.change], trigger_mode="always_last", **look)
+
+    @in_plain_words
+    def look_again(run_id: str | None, request: gr.Request) -> list[Any]:
+        return shell.show(shell.settings.workspace(request), run_id)
+
+    made["refresh"].click(look_again, shell.run, shell.outputs, api_visibility="private").then(**look)
+
+    @in_plain_words
+    def choose(event: gr.EventData, request: gr.Request) -> list[Any]:
+        workspace = shell.settings.workspace(request)
+        run_id = event._data.get("run")
+        workspace.run(run_id)
+        return shell.show(workspace, run_id)
+
+    made["list"].select(choose, None, shell.outputs, **QUIET).then(**look)
+    for action, handler in _handlers(shell).items():
+        outputs = [*shell.outputs, shell.draft, shell.class_draft]
+        made[action].click(handler, shell.run, outputs, api_visibility="private").then(**look)
+    _wire_deleting(shell, made, asked, look)
+    runs_compare.build(shell)
+
+
+def _layout() -> dict[str, Any]:
+    """The screen's elements by name."""
+    with gr.Row(elem_classes="buttons"):
+        made: dict[str, Any] = {"refresh": gr.Button("Look again", elem_id="runs-refresh", scale=0, min_width=140)}
+    made["list"] = gr.HTML(js_on_load=run_cards.SCRIPT, elem_id="runs-list")
+    made["chosen"] = gr.HTML(visible=False, elem_id="runs-chosen")
+    with gr.Row(elem_classes="buttons"):
+        for name, label in LABELS.items():
+            variant = {"open": "primary", "delete": "stop"}.get(name, "secondary")
+            made[name] = gr.Button(label, variant=variant, visible=False, elem_id=f"runs-{name}", scale=0, min_width=140)
+    with gr.Group(visible=False, elem_id="runs-confirm") as made["confirm"]:
+        made["question"] = gr.HTML(padding=True)
+        with gr.Row(elem_classes="buttons"):
+            made["yes"] = gr.Button("Delete it for good", variant="stop", elem_id="runs-delete-yes", scale=0, min_width=160)
+            made["no"] = gr.Button("Keep it", elem_id="runs-delete-no", scale=0, min_width=140)
+    return made
+
+
+def parts(workspace: Workspace, run_id: str | None) -> dict[str, Part]:
+    """What is shown: all runs, and the buttons of the one in view."""
+    known = views(workspace)
+    view = next((each for each in known if each.id == run_id), None)
+    allowed: tuple[Action | str, ...] = () if view is None else ("open", *view.actions)
+    shown = {"list": text(run_cards.cards(known, run_id)), "chosen": text("" if view is None else run_cards.heading(view))}
+    return shown | {name: button(name in allowed) for name in LABELS}
+
+
+def _handlers(shell: Shell) -> dict[str, Callable[..., list[Any]]]:
+    """What the buttons do but deleting: each returns updates of the shell's outputs and of both drafts."""
+    drafts = [gr.skip(), gr.skip()]
+
+    @in_plain_words
+    def open_it(run_id: str, request: gr.Request) -> list[Any]:
+        workspace = shell.settings.workspace(request)
+        view = RunView(workspace.run(run_id))
+        subject = "judge" if view.state == "done" else "train"
+        return [*shell.show(workspace, run_id, "classify" if view.task == "classify" else subject), *drafts]
+
+    @in_plain_words
+    def resume(run_id: str, request: gr.Request) -> list[Any]:
+        workspace = shell.settings.workspace(request)
+        launching.resume(workspace, run_id)
+        return [*shell.show(workspace, run_id), *drafts]
+
+    @in_plain_words
+    def stop(run_id: str, request: gr.Request) -> list[Any]:
+        workspace = shell.settings.workspace(request)
+        launching.stop(workspace, run_id)
+        gr.Info("It ends after its step and saves what it has learned.")
+        return [*shell.show(workspace, run_id), *drafts]
+
+    @in_plain_words
+    def duplicate(run_id: str, request: gr.Request) -> list[Any]:
+        workspace = shell.settings.workspace(request)
+        task = RunView(workspace.run(run_id)).task
+        options = launching.duplicate(workspace, run_id)
+        if task == "classify":
+            return [*shell.show(workspace, run_id, "classify"), gr.skip(), class_draft_like(workspace, options)]
+        return [*shell.show(workspace, run_id, "check"), draft_like(workspace, options), gr.skip()]
+
+    return {"open": open_it, "resume": resume, "stop": stop, "duplicate": duplicate}
+
+
+def draft_like(workspace: Workspace, options: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The draft of another subject run with a run's options."""
+    folder = options.get("data", {}).get("instance_data_dir")
+    set_id = _set_of(workspace, folder)
+    if folder is not None and set_id is None:
+        gr.Warning(ELSEWHERE)
+    return Draft.like(options, set_id).to_browser()
+
+
+def class_draft_like(workspace: Workspace, options: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The draft of another classifier with a run's options."""
+    from webui.class_runs import EMPTY_DRAFT, OF_ITS_PICTURES
+
+    folder = options.get("data", {}).get("data_dir")
+    set_id = _set_of(workspace, folder)
+    if folder is not None and set_id is None:
+        gr.Warning(ELSEWHERE)
+    data = {name: value for name, value in options.get("data", {}).items() if name not in OF_ITS_PICTURES}
+    kept = {group: fields for group, fields in {**options, "data": data}.items() if fields}
+    return EMPTY_DRAFT | {"set": set_id, "options": kept}
+
+
+def _set_of(workspace: Workspace, folder: str | None) -> str | None:
+    """The id of the picture set in `folder`; None where that is none of the user's."""
+    if folder is None or Path(folder).parent != workspace.sets.absolute():
+        return None
+    try:
+        return workspace.picture_set(Path(folder).name).name
+    except InputError:
+        return None
+
+
+def _wire_deleting(shell: Shell, made: dict[str, Any], asked: gr.State, look: dict[str, Any]) -> None:
+    confirm, question = made["confirm"], made["question"]
+
+    @in_plain_words
+    def ask_first(run_id: str, request: gr.Request) -> tuple[Any, ...]:
+        view = RunView(shell.settings.workspace(request).run(run_id))
+        return view.id, gr.Group(visible=True), run_cards.question(view)
+
+    @in_plain_words
+    def delete(run_id: str | None, request: gr.Request) -> tuple[Any, ...]:
+        workspace = shell.settings.workspace(request)
+        launching.delete(workspace, run_id)
+        return (None, gr.Group(visible=False), *shell.show(workspace))
+
+    made["delete"].click(ask_first, shell.run, [asked, confirm, question], api_visibility="private")
+    made["yes"].click(delete, asked, [asked, confirm, *shell.outputs], api_visibility="private").then(**look)
+    gr.on([made["no"].click, shell.run.change], lambda: (None, gr.Group(visible=False)), None, [asked, confirm], **QUIET)

@@ -1,0 +1,189 @@
+"""Runs side by side: the same prompts from the same noise, the options that differ, their losses, scores or accuracies."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import InputError
+from webui import pictures
+from webui.curves import Series, plot, running_mean
+from webui.figures import SCORES, SUGGESTION, accuracies, in_percent, method_of, series
+from webui.views import RunView
+from webui.workspace import Workspace
+
+# As many as curves have colours.
+FEWEST, MOST = 2, 4
+SMOOTHED = 1 / 16
+LONGEST_VALUE = 120
+# Where each run lies, and what was only resolved from others.
+UNTOLD = frozenset({"output_dir", "resume_from_checkpoint", "cache_dir", "hub_token"})
+OTHER_PICTURES = (
+    "These runs have no sample picture of the same prompt and seed, so that their pictures cannot be compared as they are. "
+    "Draw a prompt of your choice with all of them below."
+)
+RUNNING_YET = "There is no accuracy yet: each of these runs writes its report when it is done."
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Runs of one kind, to be shown side by side.
+
+    Args:
+        views: each of them, in the order of the columns.
+    """
+
+    views: tuple[RunView, ...]
+
+    @classmethod
+    def of(cls, workspace: Workspace, ids: Sequence[str]) -> Compared:
+        """The runs called `ids`.
+
+        Raises: InputError if they are not two to four, one is not there, or they are of different kinds.
+        """
+        known = list(dict.fromkeys(ids or ()))
+        if not FEWEST <= len(known) <= MOST:
+            raise InputError(f"Choose {FEWEST} to {MOST} runs to compare, got {len(known)}.")
+        views = tuple(RunView(workspace.run(run_id)) for run_id in known)
+        if len({view.task for view in views}) > 1:
+            raise InputError("A subject and a classifier have nothing to compare. Choose runs of the same kind.")
+        return cls(views)
+
+    @property
+    def task(self) -> str:
+        """What all of them are."""
+        return self.views[0].task
+
+    @property
+    def names(self) -> list[str]:
+        """What the columns are called; the user's own words, so escape them."""
+        return [f"{chr(ord('A') + place)}: {view.name}, {method_of(view)}" for place, view in enumerate(self.views)]
+
+    def in_html(self) -> str:
+        """All of it."""
+        parts = [self.legend()]
+        parts += [self.table()] if self.task == "classify" else [self.pictures(), self.curves()]
+        return f'<div class="compare">{"".join(parts)}{self.differences()}</div>'
+
+    def legend(self) -> str:
+        """Which letter is which run."""
+        items = (
+            f"<li>{_text(name)} <span class='quiet'>{_text(view.title.removeprefix(view.name).lstrip(', '))}</span></li>"
+            for name, view in zip(self.names, self.views, strict=True)
+        )
+        return f'<ul class="compared">{"".join(items)}</ul>'
+
+    def pictures(self) -> str:
+        """The sample pictures of the same prompts and seeds, each run's suggested or last step."""
+        steps = [shown_step(view) for view in self.views]
+        drawn = [_drawn(view, step) for view, step in zip(self.views, steps, strict=True)]
+        common = [key for key in drawn[0] if all(key in each for each in drawn)]
+        if not common:
+            return f'<p class="warning">{OTHER_PICTURES}</p>'
+        cells = {key: [sample_html(each[key].path, each[key].css, key[0]) for each in drawn] for key in common}
+        heads = [f"{letter(place)}, {'base model' if step == 0 else f'step {step}'}" for place, step in enumerate(steps)]
+        return "<h3>The same prompts from the same noise</h3>" + side_by_side(heads, {
+            f"{prompt} (seed {seed})": row for (prompt, seed), row in cells.items()
+        })  # fmt: skip
+
+    def curves(self) -> str:
+        """The losses in one drawing, and each score in one."""
+        logged = [series(view) for view in self.views]
+        last = max((points[-1][0] for each in logged for points in each.values() if points), default=1)
+        lines = []
+        for place, each in enumerate(logged):
+            losses = each.get("loss", [])
+            smooth = running_mean(losses, max(1, round(len(losses) * SMOOTHED)))
+            lines.append(Series(f"{letter(place)}: loss", smooth, "line", place + 1))
+            lines.append(Series(f"{letter(place)}: on the photo held out", each.get("heldout_loss", []), "marks", place + 1))
+        drawn = [plot("Loss while training, less is better", lines, (0, last))]
+        for name, title in SCORES.items():
+            points = [Series(letter(place), each.get(name, []), "marks", place + 1) for place, each in enumerate(logged)]
+            drawn.append(plot(f"{title}, more is better", points, (0, last), css="half"))
+        return "".join(drawn)
+
+    def table(self) -> str:
+        """The accuracy of every method and number of pictures, with its 95% interval."""
+        found = [{(row["method"], row["shots"]): row["top1"] for row in accuracies(view)} for view in self.views]
+        keys = sorted({key for each in found for key in each}, key=str)
+        if not keys:
+            return f'<p class="warning">{RUNNING_YET}</p>'
+        rows = {}
+        for key in keys:
+            method, shots = key
+            rows[f"{method}, {shots} pictures a class"] = [in_percent(each[key]) if key in each else "" for each in found]
+        note = '<p class="quiet">The share of test pictures named right, and where it lies with 95% confidence.</p>'
+        heads = [letter(place) for place in range(len(self.views))]
+        return f"<h3>Accuracy</h3>{note}" + side_by_side(heads, rows)
+
+    def differences(self) -> str:
+        """The options that are not the same in all of them."""
+        flat = [_flat(view.options or view.launch.get("options", {})) for view in self.views]
+        names = list(dict.fromkeys(name for each in flat for name in each))
+        rows = {
+            name: [_value(each.get(name)) for each in flat]
+            for name in names
+            if any(each.get(name) != flat[0].get(name) for each in flat)
+        }
+        heads = [letter(place) for place in range(len(self.views))]
+        told = side_by_side(heads, rows) if rows else "<p>None: they were started with the same options.</p>"
+        return f"<h3>Options that differ</h3>{told}"
+
+
+def letter(place: int) -> str:
+    """What the run of a column is called in short."""
+    return chr(ord("A") + place)
+
+
+def shown_step(view: RunView) -> int | None:
+    """The step whose samples stand for a run: the suggested one, else the last drawn; None where none was."""
+    steps = pictures.sampled_steps(view.record)
+    suggested = view.read(SUGGESTION).get("step")
+    return suggested if suggested in steps else max(steps, default=None)
+
+
+def sample_html(path: Path, css: str, said: str) -> str:
+    """A picture for a cell."""
+    source = pictures.address(pictures.thumbnail(path))
+    return f'<img class="{css}" src="{html.escape(source)}" alt="{_text(said)}" loading="lazy">'
+
+
+def side_by_side(heads: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
+    """A table with a column for each run; the cells are HTML, all else is text."""
+    top = "".join(f"<th scope='col'>{_text(head)}</th>" for head in heads)
+    body = "".join(
+        f"<tr><th scope='row'>{_text(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        for name, cells in rows.items()
+    )
+    return f'<div class="scroll"><table class="plain"><thead><tr><th></th>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _drawn(view: RunView, step: int | None) -> dict[tuple[str, int], pictures.Sample]:
+    found = [] if step is None else pictures.samples(view.record, step)
+    return {(sample.prompt, sample.seed): sample for sample in found}
+
+
+def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(_options(options))
+
+
+def _options(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for group, fields in options.items():
+        for name, value in fields.items() if isinstance(fields, dict) else ():
+            if name not in UNTOLD:
+                yield f"{group}: {name}", value
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        words = ", ".join(map(str, value))
+    else:
+        words = "as usual" if value is None else "yes" if value is True else "no" if value is False else str(value)
+    return _text(words if len(words) <= LONGEST_VALUE else f"{words[: LONGEST_VALUE - 1]}…")
+
+
+def _text(words: str) -> str:
+    return html.escape(words)

@@ -1,0 +1,98 @@
+"""The few figures that a list of runs shows of each, and what runs are compared by, read from their files."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from functools import lru_cache
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from training.record import METRICS
+from webui.curves import Point
+from webui.views import RunView
+
+SUGGESTION, REPORT = "suggestion.json", "report.json"
+SUMMED = 16
+SCORES = {"subject_score": "Likeness to your photos", "prompt_score": "Following the prompt"}
+
+
+def figures(view: RunView) -> list[tuple[str, str]]:
+    """What a list says of a run: names and values, both for people; a user's words may be in them."""
+    found = _of_classifier(view) if view.task == "classify" else _of_subject(view)
+    return [(name, value) for name, value in found if value]
+
+
+def method_of(view: RunView) -> str:
+    """The adapter method, or those that are compared."""
+    if view.task == "subject":
+        return str(view.chosen("adapter", "method") or "nora")
+    methods = view.chosen("method", "method")
+    return ", ".join(map(str, methods)) if isinstance(methods, list) else ""
+
+
+def _of_subject(view: RunView) -> list[tuple[str, str]]:
+    by_name = series(view)
+    losses = [value for _, value in by_name.get("loss", [])][-SUMMED:]
+    heldout = [value for step, value in by_name.get("heldout_loss", []) if step > 0]
+    done, total = view.status.get("step"), view.status.get("total")
+    return [
+        ("Method", method_of(view)),
+        ("Steps", f"{done} of {total}" if total else ""),
+        ("Loss", f"{fmean(losses):.3f}" if losses else ""),
+        ("Least held-out loss", f"{min(heldout):.3f}" if heldout else ""),
+        ("Suggested step", str(view.read(SUGGESTION).get("step", ""))),
+    ]
+
+
+def _of_classifier(view: RunView) -> list[tuple[str, str]]:
+    best = [(row["method"], row["top1"]) for row in accuracies(view)]
+    done, total = view.status.get("step"), view.status.get("total")
+    started = [("Methods", method_of(view)), ("Fitted", f"{done} of {total}" if total and not best else "")]
+    return [*started[:1], *((method, in_percent(top1)) for method, top1 in best)] if best else started
+
+
+def accuracies(view: RunView) -> list[dict[str, Any]]:
+    """What a classifier's report sums up, by method and number of pictures; empty before it is written."""
+    rows = view.read(REPORT).get("summary", [])
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("top1"), dict)]
+
+
+def in_percent(interval: dict[str, float]) -> str:
+    """A share and where it lies with 95% confidence."""
+    value, low, high = (interval[name] for name in ("value", "low", "high"))
+    return f"{value:.0%} ({max(0.0, low):.0%} to {min(1.0, high):.0%})"
+
+
+def series(view: RunView) -> dict[str, list[Point]]:
+    """All that the run has logged, by name: (step, value), in order; a step that was done again counts once."""
+    path = view.record.path / METRICS
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return {}
+    return _series(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=256)
+def _series(path: Path, changed: int, size: int) -> dict[str, list[Point]]:
+    found: dict[str, dict[float, float]] = defaultdict(dict)
+    for line in _lines(path):
+        for name, value in line.items():
+            if name not in ("step", "time") and isinstance(value, int | float):
+                found[name][line["step"]] = value
+    return {name: sorted(points.items()) for name, points in found.items()}
+
+
+def _lines(path: Path) -> list[dict[str, float]]:
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            # Just being written, or cut short by a crash.
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines

@@ -1,0 +1,108 @@
+"""All runs as a list of cards, each a button; everything that a user wrote is escaped."""
+
+from __future__ import annotations
+
+import html
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from webui import pictures
+from webui.figures import figures
+from webui.views import IN_WORDS, RunView
+
+EMPTY = """<div class="empty"><p><b>There are no runs yet.</b></p>
+<p>Train on your photos under Photos, or on classes of pictures under Classify. Runs that are started in a terminal show here
+too.</p></div>"""
+THUMBNAIL = 192
+BEFORE_AFTER = "before_after.png"
+KINDS = {"subject": "Subject", "classify": "Classifier"}
+# One listener for all cards.
+SCRIPT = """
+element.addEventListener('click', event => {
+  const card = event.target.closest('button[data-run]');
+  if (card) trigger('select', {run: card.dataset.run});
+});
+"""
+
+
+def cards(views: Sequence[RunView], chosen: str | None) -> str:
+    """The list; the run in view is marked."""
+    if not views:
+        return EMPTY
+    return f'<ul class="runs">{"".join(f"<li>{_card(view, view.id == chosen)}</li>" for view in views)}</ul>'
+
+
+def _card(view: RunView, is_chosen: bool) -> str:
+    return (
+        f'<button type="button" class="run" data-run="{html.escape(view.id)}" aria-pressed="{str(is_chosen).lower()}">'
+        f'{_picture(view)}<span class="words"><span class="top"><b>{html.escape(view.name)}</b>'
+        f'<span class="chip {view.state}">{IN_WORDS[view.state]}</span></span>'
+        f'<span class="quiet">{KINDS[view.task]}, {_when(view)}</span>{_told(view)}{_figures(view)}</span></button>'
+    )
+
+
+def _when(view: RunView) -> str:
+    began = time.strftime("%d %b %Y %H:%M", time.localtime(view.created))
+    seconds = None if view.ended is None else view.ended - view.created
+    took = f", ended after {_duration(seconds)}" if seconds is not None and seconds > 0 else ""
+    return f"started {began}{took}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def _told(view: RunView) -> str:
+    """What there is to say of its state: how far it is, whom it waits for, or why it ended."""
+    told = ""
+    if view.runs_before:
+        told = f"{view.runs_before} {'run' if view.runs_before == 1 else 'runs'} before it"
+    elif view.state == "running":
+        told = str(view.status.get("phase") or "")
+    elif view.reason:
+        told = view.reason
+    bar = ""
+    if view.state == "running" and view.share_done is not None:
+        bar = f'<span class="bar running"><span style="width:{view.share_done:.0%}"></span></span>'
+    return bar + (f'<span class="told">{html.escape(told)}</span>' if told else "")
+
+
+def _figures(view: RunView) -> str:
+    shown = "".join(f"<span><i>{html.escape(name)}</i> {html.escape(value)}</span>" for name, value in figures(view))
+    return f'<span class="figures">{shown}</span>'
+
+
+def picture_of(view: RunView) -> tuple[Path, str] | None:
+    """The picture that stands for a run and the class it is shown with; None before there is one."""
+    steps = pictures.sampled_steps(view.record)
+    drawn = pictures.samples(view.record, steps[-1]) if steps else []
+    if drawn:
+        return drawn[0].path, drawn[0].css
+    sheets = [view.record.path / BEFORE_AFTER, *sorted((view.record.path / "figures").glob("*.png"))]
+    found = next((path for path in sheets if path.is_file()), pictures.newest_sheet(view.record))
+    return None if found is None else (found, "")
+
+
+def _picture(view: RunView) -> str:
+    found = picture_of(view)
+    if found is None:
+        return '<span class="none" aria-hidden="true"></span>'
+    path, css = found
+    source = html.escape(pictures.address(pictures.thumbnail(path, THUMBNAIL)))
+    return f'<img class="{css}" src="{source}" alt="" loading="lazy">'
+
+
+def heading(view: RunView) -> str:
+    """Which run the buttons are about."""
+    return f"<p>Chosen: <b>{html.escape(view.title)}</b></p>"
+
+
+def question(view: RunView) -> str:
+    """Whether it is really to be deleted."""
+    return (
+        f"<p><b>Delete {html.escape(view.title)}?</b> Its adapter, its pictures and everything it has written go for good. "
+        "The photos it learned from stay.</p>"
+    )

@@ -1,0 +1,99 @@
+"""The lower part of the screen Runs: runs side by side, and a prompt drawn with all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from webui.compare import MOST, Compared, letter, sample_html, side_by_side
+from webui.errors import in_plain_words
+from webui.shell import Shell
+from webui.views import RunView, views
+from webui.workspace import Workspace
+
+QUIET = {"api_visibility": "private", "show_progress": "hidden"}
+NO_ADAPTER = "no adapter to draw with yet"
+
+
+def build(shell: Shell) -> None:
+    """Put it into the open tab."""
+    settings = shell.settings
+    gr.HTML("<h2>Side by side</h2>")
+    with gr.Row(equal_height=True):
+        chosen = gr.Dropdown(
+            label="Runs to compare",
+            info=f"Two to {MOST} of the same kind.",
+            multiselect=True,
+            max_choices=MOST,
+            elem_id="runs-compare",
+            scale=4,
+        )
+        show = gr.Button("Compare", variant="primary", elem_id="runs-compare-show", scale=0, min_width=140)
+    found = gr.HTML(visible=False, elem_id="runs-compared")
+    with gr.Accordion("Draw a prompt with all of them", open=False, visible=False, elem_id="runs-compare-drawing") as drawing:
+        with gr.Row(equal_height=True):
+            prompt = gr.Textbox(label="Prompt", elem_id="runs-compare-prompt", scale=4)
+            seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, elem_id="runs-compare-seed", scale=1, min_width=100)
+        with gr.Row(elem_classes="buttons"):
+            draw = gr.Button("Draw", variant="primary", elem_id="runs-compare-draw", scale=0, min_width=140)
+            cancel = gr.Button("Cancel", elem_id="runs-compare-cancel", scale=0, min_width=140)
+        drawn = gr.HTML(visible=False, elem_id="runs-compare-drawn")
+    seen = gr.State(None)
+
+    @in_plain_words
+    def choices(before: Any, request: gr.Request) -> list[Any]:
+        now = [(view.title, view.id) for view in views(settings.workspace(request))]
+        return [gr.skip() if now == before else gr.Dropdown(choices=now), now]
+
+    triggers = [shell.page.load, shell.run.change, shell.clock.tick, shell.tabs.change]
+    gr.on(triggers, choices, seen, [chosen, seen], trigger_mode="always_last", **QUIET)
+
+    @in_plain_words
+    def compare(ids: list[str] | None, request: gr.Request) -> list[Any]:
+        compared = Compared.of(settings.workspace(request), ids or [])
+        is_subject = compared.task == "subject"
+        first = str(compared.views[0].chosen("data", "instance_prompt") or "") if is_subject else ""
+        found = gr.HTML(value=compared.in_html(), visible=True)
+        return [found, gr.Accordion(visible=is_subject), gr.Textbox(value=first), gr.HTML(value="", visible=False)]
+
+    show.click(compare, chosen, [found, drawing, prompt, drawn], api_visibility="private")
+
+    @in_plain_words
+    def draw_all(ids: list[str] | None, prompt: str, seed: float | None, request: gr.Request) -> Iterator[Any]:
+        workspace = settings.workspace(request)
+        for words in drawn_with_all(workspace, Compared.of(workspace, ids or []), prompt, int(seed or 0)):
+            yield gr.HTML(value=words, visible=True)
+
+    started = draw.click(
+        draw_all, [chosen, prompt, seed], drawn, concurrency_id="device", concurrency_limit=1, api_visibility="private"
+    )
+    cancel.click(None, cancels=[started], api_visibility="private")
+
+
+def drawn_with_all(workspace: Workspace, compared: Compared, prompt: str, seed: int) -> Iterator[str]:
+    """Draw `prompt` with the adapter of each run from the same noise: after each picture the table so far, as HTML.
+
+    Raises: InputError naming what cannot be drawn.
+    """
+    from webui.adapters import steps_of
+    from webui.wishes import Wish
+    from webui.work.drawing import draw
+
+    steps = [steps_of(view.record).chosen for view in compared.views]
+    cells = ["" if step is not None else NO_ADAPTER for step in steps]
+    for place, (view, step) in enumerate(zip(compared.views, steps, strict=True)):
+        if step is None:
+            continue
+        for event in draw(workspace, Wish(view.id, step, 1.0, prompt, count=1, seed=seed)):
+            if isinstance(event, Path):
+                cells[place] = sample_html(event, "pixel", prompt)
+            yield _table(compared.views, steps, cells, prompt, seed)
+
+
+def _table(runs: tuple[RunView, ...], steps: list[int | None], cells: list[str], prompt: str, seed: int) -> str:
+    heads = [f"{letter(place)}{'' if step is None else f', step {step}'}" for place, step in enumerate(steps)]
+    waiting = [cell or '<span class="quiet" role="status">drawing</span>' for cell in cells]
+    return side_by_side(heads, {f"{prompt} (seed {seed})": waiting})
