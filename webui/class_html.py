@@ -79,10 +79,9 @@ def _notes(result: Result) -> list[str]:
         notes.append("Raw pixels were not tried, so nothing here says whether these pictures need a model at all.")
     better = [one for one in result.same_draw() if one["test"]["top1"]["low"] > own["test"]["top1"]["high"]]
     if better:
-        names = " and ".join(one["method"] for one in better)
-        notes.append(
-            f"{html.escape(names)} {'is' if len(better) == 1 else 'are'} plainly better on these pictures: choose it above."
-        )
+        names = " and ".join(html.escape(_short(one["method"])) for one in better)
+        verb, which = ("is", "it") if len(better) == 1 else ("are", "one of them")
+        notes.append(f"On these pictures {names} {verb} plainly better: choose {which} above.")
     return [f'<p class="warning">{note}</p>' for note in notes]
 
 
@@ -111,6 +110,11 @@ def methods_table(result: Result) -> str:
     )
 
 
+def _short(method: str) -> str:
+    """A method's name without what it is."""
+    return METHODS.get(method, method).partition(":")[0].partition(",")[0]
+
+
 def _size(count: float) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} KB"
 
@@ -119,8 +123,8 @@ def per_class(result: Result) -> str:
     """The share that is right of each class, the worst first."""
     found = {name: value for name, value in result.member["test"]["per_class"].items() if value is not None}
     counts = dict(zip(result.member["test"]["per_class"], map(sum, result.member["test"]["confusion"]), strict=True))
-    rows = [(name, value, f"{name}, {counts[name]}") for name, value in sorted(found.items(), key=lambda one: one[1])]
-    return bars([(label, value) for _, value, label in rows]) + "<p class='quiet'>Behind each name: how many were tested.</p>"
+    rows = [(name, value, f"{name} ({counts[name]})") for name, value in sorted(found.items(), key=lambda one: one[1])]
+    return bars([(label, value) for _, value, label in rows]) + "<p class='quiet'>In brackets: how many pictures were tested.</p>"
 
 
 def bars(rows: Sequence[tuple[str, float]], first_only: bool = False) -> str:
@@ -155,7 +159,7 @@ def confusion(result: Result) -> str:
     return (
         "<div class='scroll'><table class='confusion'><caption>Rows are what a picture shows, columns what it was taken for. "
         f"Open a number to see its pictures.{note}</caption>"
-        f"<thead><tr><th scope='col'><span class='quiet'>shows / taken for</span></th>{head}</tr></thead>"
+        f"<thead><tr><td></td>{head}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
@@ -202,7 +206,7 @@ def worst_mistakes(result: Result) -> str:
     return (
         f"{_tested(result, wrong[:WORST])}<p class='quiet'>These pictures are the test. Learning from them would raise the next "
         "accuracy without making the classifier better, so they cannot be added to the training. If one lies in the wrong class, "
-        "move it under Pictures. To mend a mistake, add other pictures like it under Classify new.</p>"
+        "move it under Pictures. To mend a mistake, add other pictures like it under Use.</p>"
     )
 
 

@@ -1,4 +1,4 @@
-"""Classify, the fourth part: new pictures, what they are taken for, and what is learned from those that were wrong."""
+"""Classify, the fourth part, Use: new pictures, what they are taken for, and what is learned from those that were wrong."""
 
 from __future__ import annotations
 
@@ -84,6 +84,7 @@ def _wire(frame: Frame, parts: dict[str, Any]) -> None:
         [parts["found"], parts["table"]],
         api_visibility="private",
         show_progress="minimal",
+        concurrency_id="device",
         concurrency_limit=1,
     )
 

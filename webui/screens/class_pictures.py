@@ -19,7 +19,7 @@ from webui.thumbnails import small
 from webui.uploads import Added, add_pictures, add_zip
 from webui.workspace import Workspace
 
-MOST_SHOWN = 200
+MOST_SHOWN = 100
 QUIET = {"api_visibility": "private", "show_progress": "hidden"}
 EXAMPLE_NOTE = (
     "<p class='quiet'>This is an example that comes with the app: handwritten digits of scikit-learn. Train with it to see the "
@@ -148,7 +148,9 @@ def _wire_looking(frame: Frame, parts: dict[str, Any]) -> None:
         return {**draft, "set": set_id}
 
     def redraw(event: Any) -> None:
-        event.then(look, [frame.draft], shown, **QUIET).then(measure, [frame.draft], [parts["summary"], parts["cards"]], **QUIET)
+        looked = event.then(look, [frame.draft], shown, **QUIET)
+        outputs = [parts["summary"], parts["cards"]]
+        looked.then(measure, [frame.draft], outputs, concurrency_id="device", concurrency_limit=1, **QUIET)
 
     parts["redraw"] = redraw
     frame.shell.page.load(list_sets, [frame.draft], [parts["set"]], **QUIET)
@@ -206,9 +208,13 @@ def _wire_adding(frame: Frame, parts: dict[str, Any]) -> None:
 def _wire_mending(frame: Frame, parts: dict[str, Any]) -> None:
     settings, redraw = frame.shell.settings, parts["redraw"]
     of_class = [parts["class"], frame.draft]
+    outputs = [parts[name] for name in ("name", "gallery", "chosen", "one", "target", "rename", "remove_class")]
+    is_open = gr.State(False)
 
     @in_plain_words
-    def show(key: str | None, draft: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
+    def show(key: str | None, draft: dict[str, Any], looked_at: bool, request: gr.Request) -> tuple[Any, ...]:
+        if not looked_at:
+            return (gr.skip(),) * len(outputs)
         workspace = settings.workspace(request)
         classes = _found(workspace, set_of(workspace, draft))
         own = next((one for one in classes.classes if one.key == key), None)
@@ -254,8 +260,9 @@ def _wire_mending(frame: Frame, parts: dict[str, Any]) -> None:
 
         return changed
 
-    outputs = [parts[name] for name in ("name", "gallery", "chosen", "one", "target", "rename", "remove_class")]
-    gr.on([parts["class"].change, parts["cards"].change], show, of_class, outputs, **QUIET)
+    gr.on([parts["class"].change, parts["cards"].change], show, [*of_class, is_open], outputs, **QUIET)
+    parts["mend"].expand(lambda: True, None, [is_open], **QUIET).then(show, [*of_class, is_open], outputs, **QUIET)
+    parts["mend"].collapse(lambda: False, None, [is_open], **QUIET)
     parts["gallery"].select(choose, of_class, [parts["chosen"], parts["one"]], **QUIET)
     redraw(
         gr.on(

@@ -35,18 +35,23 @@ def _layout() -> dict[str, Any]:
             elem_id="classify-method",
         )
         parts["words"] = gr.HTML(elem_id="classify-words")
-        gr.HTML("<h3>Which class for which</h3>")
-        parts["confusion"] = gr.HTML(js_on_load=class_html.MATRIX_JS, elem_id="classify-confusion")
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=3, min_width=300):
+                gr.HTML("<h3>Which class is taken for which</h3>")
+                parts["confusion"] = gr.HTML(
+                    js_on_load=class_html.MATRIX_JS, apply_default_css=False, elem_id="classify-confusion"
+                )
+            with gr.Column(scale=2, min_width=300):
+                gr.HTML("<h3>Right in each class</h3>")
+                parts["classes"] = gr.HTML(elem_id="classify-per-class")
         parts["cell"] = gr.HTML(elem_id="classify-cell")
-        gr.HTML("<h3>Right in each class</h3>")
-        parts["classes"] = gr.HTML(elem_id="classify-per-class")
         gr.HTML("<h3>The worst mistakes</h3>")
         parts["worst"] = gr.HTML(elem_id="classify-worst")
         gr.HTML("<h3>How far its probabilities can be believed</h3>")
         parts["calibration"] = gr.HTML(elem_id="classify-calibration")
         parts["reliability"] = gr.HTML(elem_id="classify-reliability")
         gr.HTML("<h3>All methods side by side</h3>")
-        parts["table"] = gr.HTML(elem_id="classify-methods")
+        parts["methods"] = gr.HTML(apply_default_css=False, elem_id="classify-methods")
         gr.HTML("<h3>Take it along</h3>")
         with gr.Row(elem_classes="buttons"):
             for name, title in class_files.TITLES.items():
@@ -56,7 +61,7 @@ def _layout() -> dict[str, Any]:
 
 def _wire(frame: Frame, parts: dict[str, Any]) -> None:
     shell, settings = frame.shell, frame.shell.settings
-    drawn = ("words", "confusion", "cell", "classes", "worst", "calibration", "reliability", "table", *class_files.TITLES)
+    drawn = ("words", "confusion", "cell", "classes", "worst", "calibration", "reliability", "methods", *class_files.TITLES)
     outputs = [parts[name] for name in ("empty", "all", "method", *drawn)]
     seen = gr.State(None)
 

@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from webui import class_runs
-from webui.class_runs import EMPTY_DRAFT, Frame
+from webui.class_runs import Frame
 from webui.errors import in_plain_words
 from webui.screens import class_new, class_pictures, class_result, class_train
 from webui.shell import Shell
@@ -17,7 +17,7 @@ PARTS = {
     "pictures": ("1 Pictures", class_pictures),
     "train": ("2 Train", class_train),
     "result": ("3 Result", class_result),
-    "new": ("4 Classify new", class_new),
+    "new": ("4 Use", class_new),
 }
 
 
@@ -26,15 +26,13 @@ def build(shell: Shell) -> None:
     intro = gr.HTML("<p>Teach the model to tell classes of pictures of your own apart, from a few pictures of each.</p>")
     run = gr.Dropdown(
         label="Classifier",
-        info="What Result and Classify new are about.",
+        info="What Result and Use are about.",
         visible=False,
         interactive=True,
         elem_id="classify-run",
     )
-    # Not secret; under a key of this server alone the draft would be lost when it starts again.
-    draft = gr.BrowserState(EMPTY_DRAFT, storage_key="nora-vision-classify", secret="nora-vision-classify")
     with gr.Tabs(elem_id="classify-steps") as steps:
-        frame = Frame(shell, intro.parent, steps, run, draft)
+        frame = Frame(shell, intro.parent, steps, run, shell.class_draft)
         for name, (title, part) in PARTS.items():
             with gr.Tab(title, id=name, elem_id=f"classify-part-{name}"):
                 part.build(frame)
