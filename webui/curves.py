@@ -15,6 +15,7 @@ Point = tuple[float, float]
 WIDTH, HEIGHT = 1000, 400
 # More than a screen shows apart.
 MOST_POINTS, ROWS = 240, 12
+EDGE = 0.012
 # Of the dots of a cloud one in so many may lie outside, above and below.
 FAR_OUT = 50
 STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
@@ -27,13 +28,13 @@ class Series:
     Args:
         name: what the legend calls it.
         points: (x, y), by x.
-        kind: pale dots, a line, or a line through plain dots.
+        kind: pale dots, a line, a line through plain dots, or a broken line.
         colour: the place of its colour in the style sheet, 1 to 4.
     """
 
     name: str
     points: Sequence[Point]
-    kind: Literal["cloud", "line", "marks"] = "line"
+    kind: Literal["cloud", "line", "marks", "limit"] = "line"
     colour: int = 1
 
 
@@ -54,7 +55,9 @@ def plot(
     low, high = _range([y for each in shown for y in _told(each)])
     across, up = _ticks(*x_range, whole=True), _ticks(low, high)
     low, high = min(low, up[0]), max(high, up[-1])
-    frame = _Frame(x_range[0], max(x_range[1], x_range[0] + 1), low, high)
+    wide = max(x_range[1] - x_range[0], 1.0)
+    # A little wider than asked, so that dots at the ends are whole.
+    frame = _Frame(x_range[0] - EDGE * wide, x_range[0] + (1 + EDGE) * wide, low, high)
     drawn = "".join(_drawn(each, frame) for each in shown)
     lines = "".join(f'<path class="grid" d="M0 {frame.y(y):.0f}H{WIDTH}"/>' for y in up)
     left = "".join(f'<span style="top:{frame.y(y) / HEIGHT:.1%}">{_number(y)}</span>' for y in up)
@@ -105,8 +108,9 @@ def _drawn(series: Series, frame: _Frame) -> str:
     line = "M" + "L".join(f"{x:.0f} {y:.1f}" for x, y in points)
     # A line of no length has a round end on both sides: a dot, that no stretching makes an ellipse.
     dots = "".join(f"M{x:.0f} {y:.1f}h0" for x, y in points)
-    paths = {"cloud": [("cloud", dots)], "line": [("line", line)], "marks": [("line", line), ("marks", dots)]}[series.kind]
-    return "".join(f'<path class="c{series.colour} {css}" d="{d}"/>' for css, d in paths)
+    paths = {"cloud": [dots], "marks": [dots, line]}.get(series.kind, [line])
+    kinds = (series.kind, "line")
+    return "".join(f'<path class="c{series.colour} {kind}" d="{d}"/>' for kind, d in zip(kinds, paths, strict=False))
 
 
 def _thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from training.record import RunRecord
 STEP = "step-"
 # A cell of a table of samples, on a screen with two pixels for one.
 SMALL_SIDE = 384
+LARGE_SIDE = 512
 # What is shown with hard edges, since there is nothing between its pixels.
 CRISP_SIDE = 128
 
@@ -74,11 +76,20 @@ def in_cache(path: Path) -> str:
 
 def thumbnail(path: Path, side: int = SMALL_SIDE) -> str:
     """The same of a picture at most `side` wide and high."""
-    made = _thumbnail(path, path.stat().st_mtime_ns, side)
+    return _kept(_thumbnail, path, side)
+
+
+def enlarged(path: Path, side: int = LARGE_SIDE) -> str:
+    """The same of a picture for a large place, where small pictures keep their hard edges."""
+    return _kept(_enlarged, path, side)
+
+
+def _kept(make: Callable[[Path, int, int], str], path: Path, side: int) -> str:
+    """What `make` made once of a picture, made again where gradio has deleted it, as it does what was not used for long."""
+    made = make(path, path.stat().st_mtime_ns, side)
     if not Path(made).exists():
-        # Gradio deletes from its cache what has not been used for long.
-        _thumbnail.cache_clear()
-        made = _thumbnail(path, path.stat().st_mtime_ns, side)
+        make.cache_clear()
+        made = make(path, path.stat().st_mtime_ns, side)
     os.utime(made)
     return made
 
@@ -93,6 +104,16 @@ def _sample(path: Path, changed: int) -> Sample:
     with Image.open(path, formats=("PNG",)) as picture:
         said = json.loads(picture.text.get(SETTINGS_KEY, "{}"))
         return Sample(path, str(said.get("prompt", "")), int(said.get("seed", 0)), picture.width)
+
+
+@lru_cache(maxsize=256)
+def _enlarged(path: Path, changed: int, side: int) -> str:
+    with Image.open(path) as picture:
+        if max(picture.size) > CRISP_SIDE:
+            return in_cache(path)
+        factor = -(-side // max(picture.size))
+        large = picture.convert("RGB").resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+        return save_pil_to_cache(large, get_upload_folder(), format="png")
 
 
 @lru_cache(maxsize=4096)

@@ -1,12 +1,199 @@
-"""The screen Judge."""
+"""The screen Judge: every measured step of the run in view side by side, what was measured, and which step to use."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
 import gradio as gr
 
+from training.measured import kept_steps
+from webui import verdict
+from webui.errors import in_plain_words
+from webui.parts import Part, button, frame, keys, made_text, text, updates
+from webui.pictures import enlarged, sampled_steps, samples
+from webui.screens.train import view_of
 from webui.shell import Shell
+from webui.views import RunView
+
+EMPTY = """<div class="empty"><p><b>There is nothing to judge yet.</b></p><p>Once a run has begun, the pictures of its steps
+are here side by side, with what was measured of each.</p></div>"""
+CLASSIFIER = """<div class="empty"><p><b>This run is a classifier.</b></p><p>How often it is right, and its worst mistakes, are on
+the screen Classify.</p></div>"""
+COMPARE = """<h3>Before and after</h3><p class="quiet">On the left before training, on the right the chosen step; pull the line
+across. A press on a picture in the table above shows it here.</p>"""
+# The table is made anew now and then: its frame listens for all of its cells.
+CHOOSING = """element.addEventListener('click', event => {
+  const cell = event.target.closest('button[data-step]');
+  if (cell) trigger('click', {step: Number(cell.dataset.step), place: Number(cell.dataset.place)});
+});"""
+NAMES = (
+    "empty",
+    "suggestion",
+    "table",
+    "frame",
+    "step",
+    "place",
+    "slider",
+    "use",
+    "curves",
+    "figures",
+    "details",
+    "papers",
+    "card",
+)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is looked at closely.
+
+    Args:
+        steps: those that have samples, without the base model.
+        step, place: the chosen step and the place of the chosen prompt; None where there are no samples.
+        forced: whether the page must be told, because what it has chosen is of another run or gone.
+    """
+
+    steps: tuple[int, ...]
+    step: int | None
+    place: int | None
+    forced: bool
+
+
+def look_at(view: RunView, step: int | None, place: int | None, anew: bool) -> Look:
+    """What to look at closely: what the page has chosen, else the suggested step, else the newest.
+
+    Args:
+        anew: whether the page's choice was made for something else.
+    """
+    steps = tuple(each for each in sampled_steps(view.record) if each > 0)
+    if not steps:
+        return Look((), None, None, anew)
+    suggested, count = verdict.suggested_step(view.record), len(samples(view.record, steps[-1]))
+    forced = anew or step not in steps or not isinstance(place, int) or not 0 <= place < count
+    if forced:
+        step, place = (suggested if suggested in steps else steps[-1]), min(1, count - 1)
+    return Look(steps, step, place, forced)
+
+
+def parts(view: RunView | None, step: int | None, place: int | None, anew: bool) -> dict[str, Part]:
+    """Every part of the screen as it is to be now, by the names of the outputs."""
+    if view is None or view.task == "classify":
+        shown = {name: text("") for name in NAMES}
+        hidden = {"step": _dropdown([], None, True), "place": _dropdown([], None, True), "slider": _slider(None, None)}
+        framed = {"frame": _group(False), "details": frame(False), "use": button(False), "card": _markdown("")}
+        return {**shown, **hidden, **framed, "empty": text(EMPTY if view is None else CLASSIFIER)}
+    record, look = view.record, look_at(view, step, place, anew)
+    changed = tuple((each, record.samples_at(each).stat().st_mtime_ns) for each in sampled_steps(record))
+    suggested = verdict.suggested_step(record)
+    closely = None if look.step is None else (look.step, look.place)
+    usable = look.step is not None and look.step in kept_steps(record)
+    newest = samples(record, look.step) if look.step is not None else []
+    steps = [(f"step {each} (suggested)" if each == suggested else f"step {each}", each) for each in look.steps]
+    card = verdict.card(record)
+    return {
+        "empty": text(""),
+        "suggestion": text(verdict.suggestion(view)),
+        "table": made_text((record.path, *changed, suggested, closely), lambda: verdict.sample_table(record, closely)),
+        "frame": _group(look.step is not None),
+        "step": _dropdown(steps, look.step, look.forced),
+        "place": _dropdown([(each.prompt or "picture", place) for place, each in enumerate(newest)], look.place, look.forced),
+        "slider": _slider(view, look),
+        "use": button(usable, f"Use step {look.step}"),
+        "curves": text(verdict.curves(record)),
+        "figures": text(verdict.figures(record)),
+        "details": frame(bool(card)),
+        "papers": text(verdict.certificate(record) if card else ""),
+        "card": _markdown(card),
+    }
+
+
+def _dropdown(choices: list[tuple[str, int]], value: int | None, forced: bool) -> Part:
+    """A choice; its value is told only where the page cannot know it, so that nobody's hand is turned."""
+    key = (tuple(choices), value) if forced else tuple(choices)
+    return Part(key, lambda: gr.Dropdown(choices=choices, value=value) if forced else gr.Dropdown(choices=choices))
+
+
+def _group(visible: bool) -> Part:
+    return Part(visible, lambda: gr.Column(visible=visible))
+
+
+def _markdown(value: str) -> Part:
+    return Part(value, lambda: gr.Markdown(value))
+
+
+def _slider(view: RunView | None, look: Look | None) -> Part:
+    """The base model's picture and the adapted one's, of the same prompt and seed."""
+    if view is None or look is None or look.step is None:
+        return Part(None, lambda: gr.ImageSlider(value=None))
+    both = [samples(view.record, step)[look.place :][:1] for step in (0, look.step)]
+    if not all(both):
+        return Part(None, lambda: gr.ImageSlider(value=None))
+    paths = [pictures[0].path for pictures in both]
+    key = (*paths, *(path.stat().st_mtime_ns for path in paths))
+    return Part(key, lambda: gr.ImageSlider(value=tuple(enlarged(path) for path in paths)))
 
 
 def build(shell: Shell) -> None:
     """Put the screen into the open tab."""
-    gr.Markdown("Judge")
+    outputs = _layout()
+    seen = gr.State({})
+
+    @in_plain_words
+    def refresh(
+        run_id: str | None, step: int | None, place: int | None, seen: dict[str, Hashable], request: gr.Request
+    ) -> list[Any]:
+        view = view_of(shell.settings.workspace(request), run_id)
+        about = None if view is None else (view.id, verdict.suggested_step(view.record))
+        now = parts(view, step, place, "about" not in seen or seen["about"] != about)
+        return [*updates(now, seen, outputs), keys(now) | {"about": about}]
+
+    gr.on(
+        [shell.page.load, shell.run.change, shell.clock.tick, outputs["step"].change, outputs["place"].change],
+        refresh,
+        inputs=[shell.run, outputs["step"], outputs["place"], seen],
+        outputs=[*outputs.values(), seen],
+        trigger_mode="always_last",
+        show_progress="hidden",
+        api_visibility="private",
+    )
+
+    @in_plain_words
+    def choose(event: gr.EventData) -> list[Any]:
+        # The base model is on the left of every comparison.
+        step = gr.skip() if event.step == 0 else int(event.step)
+        return [step, int(event.place)]
+
+    outputs["table"].click(choose, outputs=[outputs["step"], outputs["place"]], show_progress="hidden", api_visibility="private")
+
+    @in_plain_words
+    def use(step: int) -> list[Any]:
+        return [gr.Tabs(selected="use"), gr.Dropdown(value=step)]
+
+    outputs["use"].click(use, outputs["step"], [shell.tabs, shell.step], api_visibility="private")
+
+
+def _layout() -> dict[str, Any]:
+    """The screen's elements by name."""
+    made: dict[str, Any] = {"empty": gr.HTML(EMPTY, elem_id="judge-empty")}
+    made["suggestion"] = gr.HTML(visible=False, elem_id="judge-suggestion")
+    made["table"] = gr.HTML(visible=False, elem_id="judge-samples", js_on_load=CHOOSING)
+    with gr.Column(visible=False, elem_id="judge-compare") as made["frame"]:
+        gr.HTML(COMPARE)
+        with gr.Row():
+            with gr.Column(min_width=280):
+                made["step"] = gr.Dropdown(label="Step", elem_id="judge-step", interactive=True)
+                made["place"] = gr.Dropdown(label="Prompt", elem_id="judge-place", interactive=True)
+                made["use"] = gr.Button("Use this step", variant="primary", visible=False, elem_id="judge-use")
+            with gr.Column(min_width=280, scale=2):
+                made["slider"] = gr.ImageSlider(
+                    elem_id="judge-slider", interactive=False, show_label=False, buttons=[], max_height=420
+                )
+    made["curves"] = gr.HTML(visible=False, elem_id="judge-curves")
+    made["figures"] = gr.HTML(visible=False, elem_id="judge-figures")
+    made["details"] = gr.Accordion("Model card and certificate", open=False, visible=False, elem_id="judge-card")
+    with made["details"]:
+        made["papers"] = gr.HTML(visible=False)
+        made["card"] = gr.Markdown()
+    return {name: made[name] for name in NAMES}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -12,6 +11,7 @@ import gradio as gr
 from pipelines.errors import InputError
 from webui import launching, progress
 from webui.errors import in_plain_words
+from webui.parts import Part, button, frame, keys, made_text, text, updates
 from webui.pictures import Sample, address, newest_sheet, sampled_steps, samples, subject, thumbnail
 from webui.shell import Shell
 from webui.views import RunView, views
@@ -30,56 +30,30 @@ ASKED = {
 BUTTONS = {"stop": "Stop", "sample": "Sample now", "save": "Save now", "resume": "Resume"}
 
 
-@dataclass(frozen=True)
-class Part:
-    """A part of the screen.
-
-    Args:
-        key: differs whenever what is shown differs.
-        make: the update that shows it.
-    """
-
-    key: Hashable
-    make: Callable[[], Any]
-
-
 def parts(view: RunView | None, log_open: bool = False) -> dict[str, Part]:
     """Every part of the screen as it is to be now, by the names of the outputs."""
     if view is None:
-        shown = {name: _text("") for name in ("head", "bar", "loss", "cost", "samples", "log")}
-        hidden = {name: _button(False) for name in (*BUTTONS, "next")}
-        return {"empty": _text(EMPTY), **shown, **hidden, "log_frame": _visible(False)}
+        shown = {name: text("") for name in ("head", "bar", "loss", "cost", "samples", "log")}
+        hidden = {name: button(False) for name in (*BUTTONS, "next")}
+        return {"empty": text(EMPTY), **shown, **hidden, "log_frame": frame(False)}
     return {
-        "empty": _text(""),
-        "head": _text(progress.head(view)),
-        "bar": _text(progress.bar(view)),
-        **{name: _button(name in view.actions) for name in BUTTONS},
+        "empty": text(""),
+        "head": text(progress.head(view)),
+        "bar": text(progress.bar(view)),
+        **{name: button(name in view.actions) for name in BUTTONS},
         "next": _next(view),
-        "loss": _text(progress.losses(view)),
-        "cost": _text(progress.cost(view.record)),
+        "loss": text(progress.losses(view)),
+        "cost": text(progress.cost(view.record)),
         "samples": _samples(view),
-        "log_frame": _visible(True),
-        "log": _text(f'<pre class="log">{html.escape(launching.log_tail(view.record))}</pre>' if log_open else ""),
+        "log_frame": frame(True),
+        "log": text(f'<pre class="log">{html.escape(launching.log_tail(view.record))}</pre>' if log_open else ""),
     }
-
-
-def _text(value: str) -> Part:
-    return Part(value, lambda: gr.HTML(value=value, visible=bool(value)))
-
-
-def _button(visible: bool) -> Part:
-    return Part(visible, lambda: gr.Button(visible=visible))
-
-
-def _visible(visible: bool) -> Part:
-    return Part(visible, lambda: gr.Accordion(visible=visible))
 
 
 def _next(view: RunView) -> Part:
     """The button that leads to where the finished run is looked at."""
     label = "See the classifier" if view.task == "classify" else "Judge it"
-    done = view.state == "done"
-    return Part((done, label), lambda: gr.Button(label, visible=done))
+    return button(view.state == "done", label)
 
 
 def _samples(view: RunView) -> Part:
@@ -87,13 +61,10 @@ def _samples(view: RunView) -> Part:
     record = view.record
     changed = [(step, record.samples_at(step).stat().st_mtime_ns) for step in sampled_steps(record)]
     sheet = None if changed else newest_sheet(record)
-    key = (record.path, *changed, sheet)
-
-    def make() -> gr.HTML:
-        shown = _sections(view) if changed else _sheet(address(thumbnail(sheet, 1024))) if sheet else _waiting(view)
-        return gr.HTML(value=shown, visible=bool(shown))
-
-    return Part((*key, view.task, view.is_active), make)
+    key = (record.path, *changed, sheet, view.task, view.is_active)
+    if changed:
+        return made_text(key, lambda: _sections(view))
+    return made_text(key, lambda: _waiting(view) if sheet is None else _sheet(address(thumbnail(sheet, 1024))))
 
 
 def _sections(view: RunView) -> str:
@@ -159,11 +130,10 @@ def build(shell: Shell) -> None:
         view = view_of(workspace, run_id)
         now = parts(view, log_open)
         state = None if view is None else (view.id, view.state)
-        updates = [gr.skip() if name in seen and seen[name] == now[name].key else now[name].make() for name in outputs]
         titles = gr.skip() if seen.get("state") == state else _titles(workspace)
         clock = clock_for(view, workspace, bool(seen.get("active")))
-        kept = {name: part.key for name, part in now.items()} | {"state": state, "active": view is not None and view.is_active}
-        return [*updates, kept, titles, clock]
+        kept = keys(now) | {"state": state, "active": view is not None and view.is_active}
+        return [*updates(now, seen, outputs), kept, titles, clock]
 
     look = {
         "fn": refresh,

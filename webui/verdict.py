@@ -1,0 +1,183 @@
+"""What a run says about its steps, as HTML: samples side by side, curves, scores, the suggestion, the certificate."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from training.measured import heldout_curve, sample_scores
+from training.record import RunRecord
+from training.suggesting import COPY_THRESHOLD, Point, StepScores
+from webui.curves import Series, plot
+from webui.pictures import Sample, address, sampled_steps, samples, subject, thumbnail
+from webui.views import RunView
+
+SUGGESTION, CERTIFICATE = "suggestion.json", "certificate.json"
+READ_LOSS = (
+    "How wrong the model is about a photo of your subject that it does not learn from, and about those it does. Where the first "
+    "turns upwards while the second falls on, it learns your photos by heart."
+)
+READ_SUBJECT = "How alike the samples are to your photos. Higher is better, and the curve flattens when there is no more to gain."
+READ_PROMPT = "How well the samples show what the words ask for. It falls when the subject pushes the words aside."
+READ_COPY = (
+    "How near the samples come to one single photo of yours, by what is in them and by their outlines. At the limit they are "
+    "copies of it rather than new pictures."
+)
+NO_LOSS = "No photo was held out, so there is no such curve."
+
+
+def suggestion(view: RunView) -> str:
+    """Which step to use and why, and what is warned of."""
+    found = view.read(SUGGESTION)
+    if not found:
+        return _not_yet(view)
+    reason, _, figures = str(found["why"]).partition(". ")
+    more = f"<details><summary>All the figures behind it</summary><p>{html.escape(figures)}</p></details>" if figures else ""
+    warnings = "".join(f'<p class="warning overfit">{html.escape(each)}</p>' for each in found["warnings"])
+    return (
+        f'<p class="phase"><span class="chip good">suggested</span> <b>Step {found["step"]} of {found["last"]}</b></p>'
+        f"<p>{html.escape(reason.rstrip('.'))}.</p>{more}{warnings}"
+    )
+
+
+def _not_yet(view: RunView) -> str:
+    measured = bool(sampled_steps(view.record))
+    if view.is_active:
+        lead, there = "The step to use is suggested when training is done.", "What there is so far is below."
+        told = there if measured else "Pictures and figures of each step will be here, side by side."
+    else:
+        lead = "Training has not come to its end, so no step is suggested."
+        told = "What was measured until then is below." if measured else "Nothing was measured until then."
+    return f'<div class="empty"><p><b>{lead}</b></p><p>{told}</p></div>'
+
+
+def suggested_step(record: RunRecord) -> int | None:
+    """The step that the run suggests, once it does."""
+    found = record.read_json(SUGGESTION)
+    return found.get("step")
+
+
+def sample_table(record: RunRecord, shown: tuple[int, int] | None) -> str:
+    """Every step's samples side by side, a row for each prompt, the base model first; in a box that scrolls by itself.
+
+    Args:
+        shown: the step and the place of the prompt that are looked at closely.
+    """
+    steps = {step: samples(record, step) for step in sampled_steps(record)}
+    if not steps:
+        return ""
+    suggested, prompts = suggested_step(record), max(steps.values(), key=len)
+    heads = "".join(f'<th scope="col">{_step_head(step, suggested)}</th>' for step in steps)
+    rows = "".join(_sample_row(place, prompt.prompt, steps, shown) for place, prompt in enumerate(prompts))
+    table = f'<table class="samples"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>'
+    photos = "".join(_picture(each, "one of your photos") for each in subject(record))
+    if photos:
+        photos = f'<h4>Your photos, as the model sees them</h4><div class="scroll strip">{photos}</div>'
+    return f'<h3>Every step side by side</h3>{photos}<div class="scroll">{table}</div>'
+
+
+def _step_head(step: int, suggested: int | None) -> str:
+    name = f"step {step}" if step else "before training"
+    return f'{name}<br><span class="chip good">suggested</span>' if step == suggested else name
+
+
+def _sample_row(place: int, prompt: str, steps: Mapping[int, Sequence[Sample]], shown: tuple[int, int] | None) -> str:
+    cells = []
+    for step, pictures in steps.items():
+        if place >= len(pictures):
+            cells.append("<td></td>")
+            continue
+        css = ' class="shown"' if (step, place) == shown else ""
+        label = html.escape(f"compare: {prompt}, {f'step {step}' if step else 'before training'}")
+        button = f'<button type="button" data-step="{step}" data-place="{place}" aria-label="{label}"{css}>'
+        cells.append(f"<td>{button}{_picture(pictures[place], '')}</button></td>")
+    words = f'<tr><th colspan="{len(steps)}" scope="rowgroup"><span>{html.escape(prompt)}</span></th></tr>'
+    return f"{words}<tr>{''.join(cells)}</tr>"
+
+
+def _picture(sample: Sample, words: str) -> str:
+    return f'<img class="{sample.css}" src="{address(thumbnail(sample.path))}" alt="{html.escape(words)}" loading="lazy">'
+
+
+def curves(record: RunRecord) -> str:
+    """The held-out loss and the three scores by step, each with a sentence on how to read it."""
+    points, scores = heldout_curve(record), sample_scores(record)
+    steps = [0, *(point.step for point in points), *scores, int(record.status().get("total") or 0)]
+    across, suggested = (0.0, float(max(steps))), suggested_step(record)
+    mark = None if suggested is None else (float(suggested), f"suggested: step {suggested}")
+    drawn = [_loss_curve(points, across, mark) if points else f'<p class="quiet">{NO_LOSS}</p>' if scores else ""]
+    if scores:
+        by_step = sorted(scores.items())
+        limit, judged = by_step[-1][1].nearest_limit, {name: _column(by_step, name) for name in vars(by_step[0][1])}
+        alike, followed = (Series("mean of the samples", judged[name], "marks", c) for name, c in (("subject", 1), ("prompt", 4)))
+        copying = [
+            Series("most alike photo", judged["nearest"], "marks", 2),
+            Series(f"its limit {limit:.2f}", [(x, limit) for x in across], "limit", 2),
+            Series("most alike outline", judged["copy"], "marks", 3),
+            Series(f"its limit {COPY_THRESHOLD:.2f}", [(x, COPY_THRESHOLD) for x in across], "limit", 3),
+        ]
+        plotted = (
+            ("Likeness to the subject", [alike], READ_SUBJECT),
+            ("Following the words", [followed], READ_PROMPT),
+            ("Nearness to copies", copying, READ_COPY),
+        )
+        drawn += [_explained(plot(title, series, across, mark, "half"), how) for title, series, how in plotted]
+    return f'<div class="judged">{"".join(drawn)}</div>' if any(drawn) else ""
+
+
+def _loss_curve(points: Sequence[Point], across: tuple[float, float], mark: tuple[float, str] | None) -> str:
+    heldout = Series("photo held out", [(point.step, point.heldout) for point in points], "marks", 2)
+    seen = Series("photos it learns from", [(point.step, point.seen) for point in points if point.seen is not None], "marks", 3)
+    return _explained(plot("Loss by step (lower is better)", [heldout, seen], across, mark, "half"), READ_LOSS)
+
+
+def _column(scores: Sequence[tuple[int, StepScores]], name: str) -> list[tuple[float, float]]:
+    return [(float(step), getattr(each, name)) for step, each in scores]
+
+
+def _explained(drawing: str, how: str) -> str:
+    return f'<div>{drawing}<p class="quiet">{how}</p></div>'
+
+
+def figures(record: RunRecord) -> str:
+    """All that was measured, a row for each step."""
+    points, scores = {point.step: point for point in heldout_curve(record)}, sample_scores(record)
+    steps, suggested = sorted({*points, *scores}), suggested_step(record)
+    if not steps:
+        return ""
+    names = ("subject", "prompt", "nearest", "copy")
+    rows = []
+    for step in steps:
+        scored = [f"{getattr(scores[step], name):.3f}" if step in scores else "" for name in names]
+        losses = [f"{points[step].heldout:.4f}", "" if points[step].seen is None else f"{points[step].seen:.4f}"]
+        cells = "".join(f"<td>{each}</td>" for each in (*(losses if step in points else ("", "")), *scored))
+        rows.append(f'<tr><th scope="row">{_step_head(step, suggested)}</th>{cells}</tr>')
+    heads = ("step", "loss, held out", "loss, learned", "likeness", "words", "nearest photo", "nearest outline")
+    head = "".join(f'<th scope="col">{each}</th>' for each in heads)
+    return (
+        f'<div class="scroll"><table class="figures"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    )
+
+
+def certificate(record: RunRecord) -> str:
+    """What the check of the saved files found, in a sentence or two."""
+    found: dict[str, Any] = record.read_json(CERTIFICATE)
+    if not found:
+        return '<p class="quiet">The saved files have not been checked against another program.</p>'
+    if not found["passed"]:
+        return f'<p class="warning">The saved files are not what was trained: {html.escape("; ".join(found["problems"]))}.</p>'
+    largest = max(found["largest_difference"].values(), default=0.0)
+    return (
+        '<p><span class="chip good">certified</span> A plain diffusers program without this app drew the same pictures from the '
+        f"saved files: at most {largest:.2g} of 255 shades apart, where the adapter changes up to {found['effect']:.0f}.</p>"
+    )
+
+
+def card(record: RunRecord) -> str:
+    """The model card as Markdown, without its header for the hub and its picture; empty before it is written."""
+    path = record.path / "README.md"
+    if not path.is_file():
+        return ""
+    _, _, body = path.read_text(encoding="utf-8").removeprefix("---").partition("\n---\n")
+    return "\n".join(line for line in body.splitlines() if not line.startswith("!["))
