@@ -63,11 +63,11 @@ class DrawnPictures:
 
 def one_line(settings: dict[str, Any]) -> str:
     """A picture's settings in a few words; a user's words are in it."""
-    adapters = settings.get("adapters") or []
-    used = " + ".join(f"{each['strength']:g} x {each['name']}" for each in adapters) or "base model"
-    return f"{settings['prompt']} | seed {settings['seed']} | {used}"
+    used = " + ".join(f"{each['name']} x {each['strength']:g}" for each in settings.get("adapters", [])) or "base model"
+    return f"{settings['prompt']}; {used}; seed {settings['seed']}"
 
 
-def settings_of(path: Path) -> dict[str, Any]:
-    """The settings inside a picture; see `pipelines.pictures.read_settings`."""
-    return read_settings(path)
+def settings_of(path: Path) -> tuple[dict[str, Any], int]:
+    """The settings inside a picture (see `pipelines.pictures.read_settings`), and its width in pixels."""
+    with Image.open(path, formats=("PNG",)) as picture:
+        return read_settings(path), picture.width

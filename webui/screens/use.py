@@ -1,12 +1,336 @@
-"""The screen Use."""
+"""The screen Use: pictures from words with the run's adapter, alone or mixed with others, and its files to take away."""
 
 from __future__ import annotations
 
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 import gradio as gr
 
+from pipelines.errors import InputError
+from webui import uploads
+from webui.adapters import others, steps_of
+from webui.drawn import DrawnPictures, settings_of
+from webui.errors import in_plain_words
+from webui.gallery import HINT, NO_PICTURES, bar_of, details_of, gallery_of
+from webui.screens import use_files
 from webui.shell import Shell
+from webui.views import RunView
+from webui.wishes import GUIDANCE, MIXED, STEPS, Wish, run_in
+from webui.workspace import Workspace
+
+SECONDS_BETWEEN = 0.1
+NO_RUN = """<div class="empty"><p><b>There is no adapter yet.</b></p><p>Add a few photos under Photos and train with them. As soon
+as the first steps are kept, pictures can be drawn here.</p></div>"""
+NO_STEP = """<div class="empty"><p><b>This run has no adapter yet.</b></p><p>The first one is kept after some steps of training,
+and then this page shows it by itself.</p></div>"""
+CLASSIFIER = """<div class="empty"><p><b>This run is a classifier.</b></p><p>It tells pictures apart and draws none: use it
+under Classify. Or choose a run above that learned a subject.</p></div>"""
+
+
+@dataclass(frozen=True)
+class Controls:
+    """The fields that say what is drawn, in the order of `Wish.from_page`."""
+
+    strength: gr.Slider
+    prompt: gr.Textbox
+    negative: gr.Textbox
+    count: gr.Slider
+    seed: gr.Number
+    with_base: gr.Checkbox
+    steps: gr.Slider
+    guidance: gr.Slider
+    mixed: list[gr.Dropdown]
+    strengths: list[gr.Slider]
+
+    def inputs(self, shell: Shell) -> list[Any]:
+        """What `Wish.from_page` takes."""
+        own = [self.strength, self.prompt, self.negative, self.count, self.seed, self.with_base, self.steps, self.guidance]
+        return [shell.run, shell.step, *own, *self.mixed, *self.strengths]
 
 
 def build(shell: Shell) -> None:
     """Put the screen into the open tab."""
-    gr.Markdown("Use")
+    empty = gr.HTML(NO_RUN, elem_id="use-empty")
+    with gr.Column(visible=False, elem_id="use-form") as form:
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=5, min_width=320):
+                prompt = gr.Textbox(label="What to draw", lines=2, max_lines=4, elem_id="use-prompt")
+                suggestions = gr.Dataset(
+                    components=[prompt], samples=[], label="Try one of these", elem_id="use-suggestions", type="values"
+                )
+                with gr.Row():
+                    generate = gr.Button("Generate", variant="primary", elem_id="use-generate")
+                    cancel = gr.Button("Cancel", variant="stop", elem_id="use-cancel", visible=False)
+                bar = gr.HTML(elem_id="use-progress")
+                controls, upload, dice = _controls(shell, prompt)
+            with gr.Column(scale=6, min_width=320):
+                shown = _pictures()
+        files = use_files.build()
+    seen = gr.State(None)
+    look = _Look(shell, controls, suggestions, seen, empty, form, files)
+    look.wire()
+    _wire_drawing(shell, controls, (generate, cancel, bar), shown)
+    _wire_again(look, shown)
+    use_files.wire(shell, files, controls.inputs(shell))
+    _wire_small(shell, controls, suggestions, upload, dice)
+
+
+def _controls(shell: Shell, prompt: gr.Textbox) -> tuple[Controls, gr.UploadButton, gr.Button]:
+    shell.step.render()
+    strength = gr.Slider(0, 1.5, 1, step=0.05, label="Strength", info="0 is the model as it was.", elem_id="use-strength")
+    with gr.Row(equal_height=True):
+        count = gr.Slider(1, 8, 1, step=1, label="Pictures", elem_id="use-count", min_width=150)
+        seed = gr.Number(0, precision=0, minimum=0, label="Seed", elem_id="use-seed", min_width=110)
+        dice = gr.Button("New seed", size="sm", elem_id="use-dice", min_width=90)
+    with_base = gr.Checkbox(label="Also draw each without the adapter", elem_id="use-base")
+    with gr.Accordion("Mix in other adapters", open=False, elem_id="use-mix"):
+        gr.Markdown("Their changes add up. All must belong to the same base model.")
+        mixed, strengths = [], []
+        for place in range(MIXED):
+            with gr.Row():
+                mixed.append(gr.Dropdown([("none", "")], value="", label="Adapter", elem_id=f"use-mixed-{place}"))
+                strengths.append(gr.Slider(0, 1.5, 1, step=0.05, label="Strength", elem_id=f"use-mixed-strength-{place}"))
+        upload = gr.UploadButton("Add a LoRA file", file_types=[".safetensors"], size="sm", elem_id="use-upload")
+    with gr.Accordion("More", open=False, elem_id="use-more"):
+        negative = gr.Textbox(label="What to keep away from", elem_id="use-negative")
+        steps = gr.Slider(1, 100, STEPS, step=1, label="Steps", info="More take longer and get finer.", elem_id="use-steps")
+        words = "How closely to follow the words."
+        guidance = gr.Slider(0, 15, GUIDANCE, step=0.5, label="Guidance", info=words, elem_id="use-guidance")
+    controls = Controls(strength, prompt, negative, count, seed, with_base, steps, guidance, mixed, strengths)
+    return controls, upload, dice
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The pictures, and the one that was chosen."""
+
+    gallery: gr.Gallery
+    details: gr.HTML
+    again: gr.Button
+    chosen: gr.State
+
+
+def _pictures() -> Shown:
+    gr.Markdown("### Your pictures")
+    gallery = gr.Gallery(show_label=False, columns=3, object_fit="contain", height="auto", elem_id="use-gallery", format="png")
+    details = gr.HTML(elem_id="use-details")
+    again = gr.Button("Use these settings again", size="sm", visible=False, elem_id="use-again")
+    return Shown(gallery, details, again, gr.State(None))
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What the screen shows of the run in view; told anew where the run, or its adapters, are others than those seen."""
+
+    shell: Shell
+    controls: Controls
+    suggestions: gr.Dataset
+    seen: gr.State
+    empty: gr.HTML
+    form: gr.Column
+    files: use_files.Files
+
+    @property
+    def outputs(self) -> list[Any]:
+        """What `updates` are for, by their names."""
+        of_run = [self.seen, self.empty, self.form, self.shell.step, self.controls.prompt, self.suggestions]
+        return [*of_run, *self.controls.mixed, *self.files.sizes.values()]
+
+    def wire(self) -> None:
+        """Look when the page is loaded, when another run is chosen, and while something is at work."""
+        shell = self.shell
+
+        @in_plain_words
+        def refresh(run_id: str | None, seen: list[Any] | None, step: int | None, request: gr.Request) -> list[Any]:
+            return self.updates(shell.settings.workspace(request), run_id, seen, step)
+
+        gr.on(
+            [shell.page.load, shell.run.change, shell.clock.tick],
+            refresh,
+            inputs=[shell.run, self.seen, shell.step],
+            outputs=self.outputs,
+            show_progress="hidden",
+            api_visibility="private",
+        )
+
+    def updates(self, workspace: Workspace, run_id: str | None, seen: list[Any] | None, step: int | None) -> list[Any]:
+        """Updates of `outputs`.
+
+        Args:
+            seen: what was told before, as this returns it first.
+            step: the one that is chosen now, which stays if it is one of the same run.
+        """
+        view = _view(workspace, run_id)
+        steps = steps_of(view.record) if view is not None and view.task == "subject" else None
+        key = [run_id, None if view is None else view.task, None if steps is None else [steps.choices, steps.chosen]]
+        if key == seen:
+            return [gr.skip()] * len(self.outputs)
+        if steps is None or not steps.choices:
+            why = NO_RUN if view is None else CLASSIFIER if view.task == "classify" else NO_STEP
+            hidden = [gr.skip()] * (len(self.outputs) - 3)
+            return [key, gr.HTML(why, visible=True), gr.Column(visible=False), *hidden]
+        same = seen is not None and seen[0] == run_id and seen[2] is not None and bool(seen[2][0])
+        stays = same and step in [value for _, value in steps.choices] and step != seen[2][1]
+        of_step = gr.Dropdown(choices=steps.choices, value=step if stays else steps.chosen)
+        prompts = prompts_of(view)
+        words = (
+            [gr.skip(), gr.skip()] if same else [_in_the_snow(view, prompts), gr.Dataset(samples=[[each] for each in prompts])]
+        )
+        choices = [("none", ""), *others(workspace, run_id)]
+        mixed = [gr.skip() if same else gr.Dropdown(choices=choices, value="") for _ in self.controls.mixed]
+        sizes = use_files.updates(self.files, view)
+        return [key, gr.HTML(visible=False), gr.Column(visible=True), of_step, *words, *mixed, *sizes]
+
+
+def _view(workspace: Workspace, run_id: str | None) -> RunView | None:
+    try:
+        return RunView(workspace.run(run_id)) if run_id else None
+    except InputError:
+        return None
+
+
+def prompts_of(view: RunView) -> list[str]:
+    """The prompts that the run drew while it trained."""
+    told = view.options.get("output", {}).get("validation_prompt")
+    return [str(each) for each in told] if isinstance(told, list) else []
+
+
+def _in_the_snow(view: RunView, prompts: list[str]) -> str:
+    own = view.chosen("data", "instance_prompt")
+    return f"{own} in the snow" if own else next(iter(prompts), "")
+
+
+def _wire_drawing(shell: Shell, controls: Controls, buttons: tuple[gr.Button, gr.Button, gr.HTML], shown: Shown) -> None:
+    generate, cancel, bar = buttons
+
+    @in_plain_words
+    def draw(request: gr.Request, *values: Any) -> Iterator[list[Any]]:
+        from webui.work import drawing
+
+        workspace, wish = shell.settings.workspace(request), Wish.from_page(values)
+        began = told = time.monotonic()
+        for event in drawing.draw(workspace, wish):
+            if isinstance(event, Path):
+                yield [gr.skip(), gallery_of(workspace), HINT]
+            elif event.done in (0, event.total) or time.monotonic() - told > SECONDS_BETWEEN:
+                told = time.monotonic()
+                yield [bar_of(event.words, event.done, event.total), gr.skip(), gr.skip()]
+        yield [f"<p class='quiet'>Done in {time.monotonic() - began:.1f} s.</p>", gr.skip(), gr.skip()]
+
+    started = generate.click(
+        lambda: [gr.Button(interactive=False), gr.Button(visible=True), bar_of("Waiting for its turn", 0, 1)],
+        outputs=[generate, cancel, bar],
+        queue=False,
+        show_progress="hidden",
+        api_visibility="private",
+    )
+    drawing = started.then(
+        draw,
+        inputs=controls.inputs(shell),
+        outputs=[bar, shown.gallery, shown.details],
+        show_progress="minimal",
+        show_progress_on=[bar],
+        concurrency_limit=1,
+        concurrency_id="device",
+        api_visibility="private",
+    )
+    drawing.then(_at_rest, outputs=[generate, cancel], queue=False, show_progress="hidden", api_visibility="private")
+    drawing.failure(lambda: "", outputs=[bar], queue=False, show_progress="hidden", api_visibility="private")
+    cancel.click(
+        lambda: [*_at_rest(), "<p class='quiet'>Cancelled. What was finished is kept.</p>"],
+        outputs=[generate, cancel, bar],
+        cancels=[drawing],
+        queue=False,
+        show_progress="hidden",
+        api_visibility="private",
+    )
+
+    @in_plain_words
+    def come_back(request: gr.Request) -> list[Any]:
+        gallery = gallery_of(shell.settings.workspace(request))
+        return [gallery, HINT if gallery.value else NO_PICTURES]
+
+    shell.page.load(come_back, outputs=[shown.gallery, shown.details], show_progress="hidden", api_visibility="private")
+
+
+def _first(sample: list[str]) -> str:
+    return sample[0]
+
+
+def _at_rest() -> list[Any]:
+    return [gr.Button(interactive=True), gr.Button(visible=False)]
+
+
+def _wire_again(look: _Look, shown: Shown) -> None:
+    shell, controls = look.shell, look.controls
+
+    @in_plain_words
+    def choose(event: gr.SelectData, request: gr.Request) -> list[Any]:
+        path = DrawnPictures.of(shell.settings.workspace(request)).called(Path(str(event.value["image"]["path"])).name)
+        return [path.name, details_of(settings_of(path)[0]), gr.Button(visible=True)]
+
+    shown.gallery.select(
+        choose,
+        outputs=[shown.chosen, shown.details, shown.again],
+        show_progress="hidden",
+        api_visibility="private",
+    )
+    fields = [controls.strength, controls.negative, controls.count, controls.seed, controls.with_base, controls.steps]
+    fields += [controls.guidance, *controls.strengths]
+
+    @in_plain_words
+    def again(name: str, run_id: str | None, request: gr.Request) -> list[Any]:
+        workspace = shell.settings.workspace(request)
+        settings, _ = settings_of(DrawnPictures.of(workspace).called(name))
+        own, step, strength, mixed = run_in(settings)
+        run_id = own or run_id
+        updates = look.updates(workspace, run_id, None, None)
+        place = {id(each): at for at, each in enumerate(look.outputs)}
+        updates[place[id(shell.step)]] = _with_step(workspace, run_id, step)
+        updates[place[id(controls.prompt)]] = settings["prompt"]
+        mixed = [*mixed, *[("", 1.0)] * MIXED][:MIXED]
+        choices = [("none", ""), *others(workspace, run_id)]
+        for dropdown, (reference, _) in zip(controls.mixed, mixed, strict=True):
+            known = [*choices, *([(reference, reference)] if reference not in [value for _, value in choices] else [])]
+            updates[place[id(dropdown)]] = gr.Dropdown(choices=known, value=reference)
+        sampling = [settings["num_inference_steps"], settings["guidance_scale"]]
+        values = [strength, settings["negative_prompt"], 1, settings["seed"], False, *sampling, *(of for _, of in mixed)]
+        return [run_id, *updates, *values]
+
+    shown.again.click(
+        again,
+        inputs=[shown.chosen, shell.run],
+        outputs=[shell.run, *look.outputs, *fields],
+        show_progress="hidden",
+        api_visibility="private",
+    )
+
+
+def _with_step(workspace: Workspace, run_id: str | None, step: int | None) -> Any:
+    view = _view(workspace, run_id)
+    if view is None:
+        raise InputError("The run of this picture is no longer there. Choose another run.")
+    steps = steps_of(view.record)
+    if step is not None and step not in [value for _, value in steps.choices]:
+        raise InputError(f"Step {step} of this picture's run is no longer kept. Choose another step.")
+    return gr.Dropdown(choices=steps.choices, value=steps.chosen if step is None else step)
+
+
+def _wire_small(shell: Shell, controls: Controls, suggestions: gr.Dataset, upload: gr.UploadButton, dice: gr.Button) -> None:
+    suggestions.click(_first, inputs=[suggestions], outputs=[controls.prompt], api_visibility="private")
+    dice.click(lambda: secrets.randbelow(2**31), outputs=[controls.seed], show_progress="hidden", api_visibility="private")
+
+    @in_plain_words
+    def add(request: gr.Request, file: str, run_id: str | None, *values: Any) -> list[Any]:
+        workspace = shell.settings.workspace(request)
+        added = uploads.add_adapter(workspace, file)
+        choices, free = [("none", ""), *others(workspace, run_id)], next((p for p, each in enumerate(values) if not each), 0)
+        chosen = [f"file@{added.parent.name}" if place == free else each for place, each in enumerate(values)]
+        return [gr.Dropdown(choices=choices, value=each) for each in chosen]
+
+    upload.upload(add, inputs=[upload, shell.run, *controls.mixed], outputs=controls.mixed, api_visibility="private")

@@ -1,0 +1,61 @@
+"""Drawn pictures as the page shows them."""
+
+from __future__ import annotations
+
+import functools
+import html
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from webui.drawn import DrawnPictures, one_line, settings_of
+from webui.pictures import CRISP_SIDE, in_cache
+from webui.workspace import Workspace
+
+SHOWN = 48
+HINT = "<p class='quiet'>Choose a picture to see how it was made. Each file carries that too.</p>"
+NO_PICTURES = """<div class="empty"><p>Pictures appear here, the newest first. They stay when you close the page.</p></div>"""
+
+
+def gallery_of(workspace: Workspace) -> gr.Gallery:
+    """All pictures that the user has drawn, newest first, each with its settings in a line."""
+    found = [_cached(path, path.stat().st_mtime_ns) for path in DrawnPictures.of(workspace).newest()[:SHOWN]]
+    if any(not Path(cached).exists() for cached, *_ in found):
+        _cached.cache_clear()
+        return gallery_of(workspace)
+    classes = ["captioned", *(["pixel"] if all(side <= CRISP_SIDE for *_, side in found) else [])]
+    value = [(cached, line) for cached, line, _ in found]
+    return gr.Gallery(value=value, visible=bool(found), elem_classes=classes, selected_index=None)
+
+
+@functools.lru_cache(maxsize=4096)
+def _cached(path: Path, changed: int) -> tuple[str, str, int]:
+    """Where the page loads a picture from, its settings in a line, and its side."""
+    settings, side = settings_of(path)
+    return in_cache(path), one_line(settings), side
+
+
+def bar_of(words: str, done: int, total: int) -> str:
+    """How far the drawing is, for eyes and for screen readers."""
+    share = 100 * done / max(1, total)
+    return (
+        f"<div class='bar' role='progressbar' aria-valuenow='{share:.0f}' aria-valuemin='0' aria-valuemax='100' "
+        f"aria-label='{html.escape(words)}'><div style='width:{share:.1f}%'></div></div>"
+        f"<p class='quiet'>{html.escape(words)}, step {done} of {total}</p>"
+    )
+
+
+def details_of(settings: dict[str, Any]) -> str:
+    """A picture's settings as a list."""
+    used = settings.get("adapters") or []
+    rows = {
+        "Words": settings["prompt"],
+        "Keep away from": settings["negative_prompt"],
+        "Adapters": ", ".join(f"{each['name']} at {each['strength']:g}" for each in used) or "none, the base model alone",
+        "Seed": settings["seed"],
+        "Steps, guidance": f"{settings['num_inference_steps']}, {settings['guidance_scale']:g}",
+        "Model, sampler": f"{settings['model']}, {settings['sampler']}",
+    }
+    listed = "".join(f"<dt>{name}</dt><dd>{html.escape(str(value))}</dd>" for name, value in rows.items() if value != "")
+    return f"<dl class='facts'>{listed}</dl>"

@@ -1,0 +1,103 @@
+"""The lower part of the screen Use: the adapter's files to take away, and the mix baked into one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+from gradio.processing_utils import save_file_to_cache
+from gradio.utils import get_upload_folder
+
+from webui.errors import in_plain_words
+from webui.files import LAYOUTS, Layout, in_words, layouts_of
+from webui.shell import Shell
+from webui.views import RunView
+from webui.wishes import Wish
+
+# Clicked once its address is that of the new file.
+SAVE = """() => { const before = Date.now(); const save = () => { const link = document.querySelector("a#use-file, #use-file a");
+  if (link && link.href && link.href !== window.savedFile) { window.savedFile = link.href; link.click(); }
+  else if (Date.now() - before < 3000) setTimeout(save, 50); }; save(); }"""
+
+
+@dataclass(frozen=True)
+class Files:
+    """What takes files away, and how large each is."""
+
+    sizes: dict[Layout, gr.HTML]
+
+    buttons: dict[Layout, gr.Button]
+    layout: gr.Radio
+    bake: gr.Button
+    file: gr.DownloadButton
+
+
+def build() -> Files:
+    """Put the lower part of the screen Use into the open column."""
+    gr.Markdown("### Take it with you\nThe adapter of the step that is chosen above.", elem_id="use-take")
+    buttons, sizes = {}, {}
+    for layout, (name, _) in LAYOUTS.items():
+        with gr.Row(elem_classes=["use-file"]):
+            buttons[layout] = gr.Button(name, size="sm", scale=0, min_width=220, elem_id=f"use-download-{layout}")
+            sizes[layout] = gr.HTML(elem_id=f"use-size-{layout}")
+    gr.Markdown(
+        "### The mix as one file\nAll adapters above, each at its strength, added up exactly into one ordinary LoRA file."
+    )
+    with gr.Row():
+        layout = gr.Radio(
+            [("For ComfyUI and A1111", "kohya"), ("For diffusers", "diffusers")],
+            value="kohya",
+            show_label=False,
+            container=False,
+            elem_id="use-bake-layout",
+        )
+        bake = gr.Button("Bake the mix into one file", size="sm", scale=0, min_width=220, elem_id="use-bake")
+    file = gr.DownloadButton("Download", elem_id="use-file", elem_classes=["unseen"])
+    return Files(sizes, buttons, layout, bake, file)
+
+
+def updates(files: Files, view: RunView) -> list[gr.HTML]:
+    """What is said of each layout of the run's adapters."""
+    known = layouts_of(view.record)
+    return [gr.HTML(_of_layout(layout, known.get(layout)), visible=layout in known) for layout in files.sizes]
+
+
+def _of_layout(layout: Layout, size: int | None) -> str:
+    return f"<p><b>{in_words(size)}</b> <span class='quiet'>{LAYOUTS[layout][1]}</span></p>"
+
+
+def wire(shell: Shell, files: Files, wish: list[Any]) -> None:
+    """Make files when they are asked for, and have the browser save them.
+
+    Args:
+        wish: the fields that `Wish.from_page` takes.
+    """
+
+    @in_plain_words
+    def bake(request: gr.Request, layout: str, *values: Any) -> gr.DownloadButton:
+        from webui.work import drawing
+
+        with drawing.baked(shell.settings.workspace(request), Wish.from_page(values), layout) as made:
+            return gr.DownloadButton(value=save_file_to_cache(made, get_upload_folder()))
+
+    on_device = {"concurrency_limit": 1, "concurrency_id": "device", "api_visibility": "private"}
+    for layout, button in files.buttons.items():
+        made = button.click(
+            _download(shell, layout), inputs=[shell.run, shell.step], outputs=[files.file], show_progress_on=[button], **on_device
+        )
+        made.success(None, js=SAVE, api_visibility="private")
+    made = files.bake.click(bake, inputs=[files.layout, *wish], outputs=[files.file], show_progress_on=[files.bake], **on_device)
+    made.success(None, js=SAVE, api_visibility="private")
+
+
+def _download(shell: Shell, layout: Layout) -> Callable[..., gr.DownloadButton]:
+    @in_plain_words
+    def download(run_id: str, step: int, request: gr.Request) -> gr.DownloadButton:
+        from webui.work import drawing
+
+        with drawing.file_of(shell.settings.workspace(request), run_id, step, layout) as made:
+            return gr.DownloadButton(value=save_file_to_cache(made, get_upload_folder()))
+
+    return download

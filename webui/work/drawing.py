@@ -1,0 +1,125 @@
+"""From a wish to pictures, and from an adapter to the files that other programs take."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from diffusers import StableDiffusionXLPipeline
+
+from nora_vision.components import adapted_components
+from pipelines.errors import InputError
+from pipelines.methods import AdapterOptions
+from pipelines.subject.adapters import save_everywhere
+from pipelines.subject.generate import Sampling
+from training.finishing import SUGGESTED
+from training.measured import adapter_at
+from training.record import RunRecord
+from webui.adapters import SUGGESTION, adapter_called, last_step, reference_of
+from webui.drawn import DrawnPictures
+from webui.files import LAYOUTS, Layout
+from webui.views import RunView
+from webui.wishes import Wish
+from webui.work.studio import MAX_PICTURES, STUDIO, Drawn, Order, Part, Progress
+from webui.workspace import Workspace
+
+
+def order_for(workspace: Workspace, wish: Wish) -> Order:
+    """The order that a wish means.
+
+    Raises: InputError naming what is not there or cannot be used.
+    """
+    parts = tuple(Part(adapter_called(workspace, reference), strength) for reference, strength in wish.references)
+    if not 1 <= wish.count <= MAX_PICTURES:
+        raise InputError(f"The number of pictures must be from 1 to {MAX_PICTURES}, got {wish.count}.")
+    resolution = None
+    if wish.run_id is not None:
+        resolution = RunView(workspace.run(wish.run_id)).options.get("data", {}).get("resolution")
+    sampling = Sampling(wish.steps, wish.guidance, wish.negative_prompt, resolution)
+    seeds = tuple(range(wish.seed, wish.seed + wish.count))
+    return Order(wish.prompt, parts, seeds, sampling, wish.with_base)
+
+
+def draw(workspace: Workspace, wish: Wish) -> Iterator[Progress | Path]:
+    """Draw what is wished: progress at each step, and each picture's file, kept among the user's pictures, as it is done.
+
+    Raises: InputError naming what cannot be used.
+    """
+    kept, events = DrawnPictures.of(workspace), STUDIO.draw(order_for(workspace, wish))
+    try:
+        for event in events:
+            yield kept.add(event.picture, event.settings) if isinstance(event, Drawn) else event
+    finally:
+        # At once, rather than when nobody remembers it any more.
+        events.close()
+
+
+@contextmanager
+def baked(workspace: Workspace, wish: Wish, layout: Literal["diffusers", "kohya"]) -> Iterator[Path]:
+    """The mix of the wish as one LoRA file, for as long as the context lasts.
+
+    Raises: InputError if it cannot be one.
+    """
+    order = order_for(workspace, wish)
+    with tempfile.TemporaryDirectory() as folder:
+        run = wish.run_id or "adapters"
+        yield STUDIO.bake(order, Path(folder) / f"{run}-mix-{layout}.safetensors", layout)
+
+
+@contextmanager
+def file_of(workspace: Workspace, run_id: str, step: int, layout: Layout) -> Iterator[Path]:
+    """The adapter of a run at `step` in `layout`: a file, or a zip of a folder; for as long as the context lasts.
+
+    Raises: InputError if it is not there.
+    """
+    if layout not in LAYOUTS:
+        raise InputError(f"The layout must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
+    adapter = adapter_called(workspace, reference_of(run_id, step))
+    record = workspace.run(run_id)
+    with tempfile.TemporaryDirectory() as folder:
+        found = _on_disk(record, step, layout)
+        if found is None:
+            method = RunView(record).options["adapter"]["method"]
+
+            def save(pipeline: StableDiffusionXLPipeline, name: str) -> None:
+                components: dict[str, Any] = adapted_components(pipeline, name)
+                save_everywhere(pipeline, AdapterOptions(method=method), components, Path(folder), "adapter", name)
+
+            STUDIO.export(adapter, save)
+            found = _in(Path(folder), layout)
+        if found is None:
+            raise InputError("This adapter has no compact form; its full form is small already. Download that.")
+        yield _packed(found, Path(folder) / f"{run_id}-step-{step}-{layout}")
+
+
+def _on_disk(record: RunRecord, step: int, layout: Layout) -> Path | None:
+    if step == last_step(record):
+        return _in(record.path, layout)
+    if step == record.read_json(SUGGESTION).get("step") and (record.path / SUGGESTED).is_dir():
+        return _in(record.path / SUGGESTED, layout)
+    kept = adapter_at(record, step) / layout
+    return kept if kept.is_dir() else None
+
+
+def _in(folder: Path, layout: Layout) -> Path | None:
+    """The layout's file or folder in one that `save_everywhere` wrote."""
+    if layout in ("compact", "full"):
+        return folder / "adapter" / layout if (folder / "adapter" / layout).is_dir() else None
+    return next(iter(sorted((folder / layout).glob("*.safetensors"))), None)
+
+
+def _packed(found: Path, named: Path) -> Path:
+    """A copy of a file, or a zip of a folder, under the name that it is downloaded by."""
+    if found.is_file():
+        return Path(shutil.copyfile(found, named.with_name(f"{named.name}.safetensors")))
+    target = named.with_name(f"{named.name}.zip")
+    # Weights do not shrink.
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as packed:
+        for file in sorted(path for path in found.rglob("*") if path.is_file()):
+            packed.write(file, Path(named.name) / file.relative_to(found))
+    return target
