@@ -143,7 +143,7 @@ def _ticks(low: float, high: float, whole: bool = False, about: int = 4) -> list
 
 
 def _number(value: float) -> str:
-    return f"{value:.4g}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.1e}".replace("e-0", "e-")
+    return f"{value:.4g}" if value == 0 or 1e-4 <= abs(value) < 1e5 else f"{value:.1e}".replace("e-0", "e-")
 
 
 def _table(title: str, series: Sequence[Series]) -> str:

@@ -97,7 +97,7 @@ def _sample_row(place: int, prompt: str, steps: Mapping[int, Sequence[Sample]], 
 
 
 def _picture(sample: Sample, words: str) -> str:
-    return f'<img class="{sample.css}" src="{address(thumbnail(sample.path))}" alt="{html.escape(words)}" loading="lazy">'
+    return f'<img class="{sample.css}" src="{address(thumbnail(sample.path))}" alt="{html.escape(words)}">'
 
 
 def curves(record: RunRecord) -> str:

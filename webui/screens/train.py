@@ -82,8 +82,8 @@ def _of_step(step: int) -> str:
 
 def _grid(pictures: list[Sample], css: str = "") -> str:
     cells = "".join(
-        f'<figure class="{each.css}"><img src="{address(thumbnail(each.path))}" alt="{html.escape(each.prompt) or YOURS}" '
-        f'loading="lazy">{f"<figcaption>{html.escape(each.prompt)}</figcaption>" if css else ""}</figure>'
+        f'<figure class="{each.css}"><img src="{address(thumbnail(each.path))}" alt="{html.escape(each.prompt) or YOURS}">'
+        f'{f"<figcaption>{html.escape(each.prompt)}</figcaption>" if css else ""}</figure>'
         for each in pictures
     )
     return f'<div class="pictures {css}">{cells}</div>'
