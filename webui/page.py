@@ -6,6 +6,7 @@ from types import ModuleType
 
 import gradio as gr
 
+from webui.api import build_api
 from webui.class_runs import EMPTY_DRAFT as EMPTY_CLASS_DRAFT
 from webui.errors import in_plain_words
 from webui.screens import check, classify, judge, photos, runs, train, use
@@ -45,4 +46,5 @@ def build_page(settings: Settings) -> gr.Blocks:
             return shell.show(settings.workspace(request))
 
         page.load(come_back, outputs=shell.outputs, api_visibility="private")
+        build_api(shell)
     return page
