@@ -83,6 +83,7 @@ def build(source: Source) -> gr.Accordion:
         drawn, known = gr.State(None), gr.State(None)
 
         @gr.render(inputs=[drawn], triggers=[drawn.change], show_progress="hidden")
+        @in_plain_words
         def draw(state: dict[str, Any] | None, request: gr.Request) -> None:
             if state is not None:
                 _draw(source, state["draft"], known, back, shell.settings.workspace(request))
@@ -176,21 +177,17 @@ class _InForce:
         decided = self.resolved.get(field.group, {}).get(field.name)
         if decided is None or self.value(field) is not None:
             return "not set"
-        shown = field.show(decided).replace("\n", ", ")
+        shown = f"{decided:.4g}" if isinstance(decided, float) else field.show(decided).replace("\n", ", ")
         return f"{shown} unless said"
 
     def info(self, field: Any) -> str:
-        """What a field does, and from where its value comes."""
+        """What a field does, and from where its value comes; plain text."""
         why = self.preset.reason(field.group, field.name)
         if field.name in self.own.get(field.group, {}):
             base = self.preset.options().get(field.group, {}).get(field.name, field.default)
             had = "nothing set" if base in (None, []) else field.show(base)
-            origin = f"<b>Yours</b>; {self.preset.name if why else 'the default'} has {html.escape(str(had))}."
-        elif why:
-            origin = f"<b>From {self.preset.name}</b>: {html.escape(why)}"
-        else:
-            origin = "Default."
-        return f"{html.escape(field.help)} <span class='origin'>{origin}</span>"
+            return f"{field.help} YOURS; {self.preset.name if why else 'the default'} has {had}."
+        return f"{field.help} FROM {self.preset.name.upper()}: {why}" if why else f"{field.help} Default."
 
     def properties(self, field: Any) -> dict[str, Any]:
         """What of a widget changes with what is in force."""
@@ -208,7 +205,7 @@ def _draw(source: Source, draft: dict[str, Any], known: gr.State, back: gr.Butto
     for group, fields in panel_fields(source.task, workspace.is_local).items():
         own = len(in_force.own.get(group, {}))
         title = TITLES.get(group, group) + (f" ({own} of your own)" if own else "")
-        with gr.Accordion(title, open=bool(own), elem_id=f"{source.task}-panel-{group}"), gr.Row(equal_height=False):
+        with gr.Accordion(title, open=bool(own), elem_id=f"{source.task}-panel-{group}"), gr.Row(elem_classes="panel-grid"):
             for field in fields:
                 _listen(source, field, _widget(source, field, in_force), known, back)
 
@@ -225,9 +222,7 @@ def _widget(source: Source, field: Any, in_force: _InForce) -> gr.components.Com
             [("not set", ""), *choices] if field.optional else choices, **known, **shown | {"value": shown["value"] or ""}
         )
     if field.kind == "list":
-        return gr.Textbox(lines=2, max_lines=8, **known, **shown | {"info": f"{shown['info']} One a line."})
-    if field.kind in ("int", "float"):
-        return gr.Textbox(max_lines=1, html_attributes=gr.InputHTMLAttributes(inputmode="decimal"), **known, **shown)
+        return gr.Textbox(lines=2, max_lines=8, **known, **shown | {"info": f"One a line. {shown['info']}"})
     return gr.Textbox(max_lines=1, **known, **shown)
 
 

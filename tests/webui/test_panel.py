@@ -1,0 +1,130 @@
+"""The expert panel: a widget for every option, and a draft that holds only what differs from what is in force anyway."""
+
+import gradio as gr
+import pytest
+
+from pipelines.errors import InputError
+from training.options import SubjectOptions
+from training.options.command_line import groups_of
+from training.options.fewshot import FewShotOptions
+from webui import panel, presets
+from webui.draft import SET_BY_THE_PAGE
+from webui.work.fields import panel_fields
+from webui.work.options import MACHINE_FIELDS, NEVER, default_of, fields_of
+from webui.workspace import Workspace
+
+KINDS = {"subject": SubjectOptions, "classify": FewShotOptions}
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    return Workspace(tmp_path / "runs", tmp_path / "sets")
+
+
+@pytest.fixture
+def source():
+    return panel.Source(None, "subject", presets.SUBJECT, None, lambda workspace, draft, options: options)
+
+
+def typed(group, field, shown, **kept):
+    return {"preset": "Balanced", "options": {}, **kept, "typed": {group: {field: shown}}}
+
+
+@pytest.mark.parametrize("task", KINDS)
+def test_the_panel_shows_every_option_but_those_that_the_page_sets(task):
+    shown = {(field.group, field.name) for fields in panel_fields(task, True).values() for field in fields}
+    every = {(group, name) for group, kind in groups_of(KINDS[task]).items() for name in fields_of(kind)}
+    by_the_page = {(group, name) for group, names in SET_BY_THE_PAGE[task].items() for name in names}
+    assert by_the_page <= every
+    assert shown == {(group, name) for group, name in every - by_the_page if name not in NEVER}
+
+
+@pytest.mark.parametrize("task", KINDS)
+def test_guests_are_shown_nothing_that_names_the_machines_files(task):
+    shown = {field.name for fields in panel_fields(task, False).values() for field in fields}
+    assert not shown & MACHINE_FIELDS
+    assert "max_train_steps" in shown | {"max_train_steps"}
+    assert len(shown) > 10
+
+
+@pytest.mark.parametrize("task", KINDS)
+def test_every_default_is_shown_and_read_back_as_it_is(task):
+    groups = groups_of(KINDS[task])
+    for fields in panel_fields(task, True).values():
+        for field in fields:
+            default = default_of(fields_of(groups[field.group])[field.name])
+            assert field.help
+            assert field.label.endswith(f"(--{field.name})")
+            # A list that may not be empty stays unsaid where its box is.
+            assert field.read(field.show(default)) == (None if default in ([], None) else default)
+
+
+def test_a_value_is_kept_and_vanishes_when_it_is_the_default_again(source, workspace):
+    kept = source.settled(workspace, typed("optimisation", "max_train_steps", "80"))
+    assert kept["options"] == {"optimisation": {"max_train_steps": 80}}
+    assert not kept["typed"]
+    kept = source.settled(workspace, typed("optimisation", "max_train_steps", "400", options=kept["options"]))
+    assert kept["options"] == {}
+
+
+def test_a_value_is_compared_with_the_preset_in_force(source, workspace):
+    steps = presets.preset_named(presets.SUBJECT, "Fast").options()["optimisation"]["max_train_steps"]
+    kept = source.settled(workspace, typed("optimisation", "max_train_steps", str(steps), preset="Fast"))
+    assert kept["options"] == {}
+    kept = source.settled(workspace, typed("optimisation", "max_train_steps", "400", preset="Fast"))
+    assert kept["options"] == {"optimisation": {"max_train_steps": 400}}
+
+
+@pytest.mark.parametrize(
+    ("group", "field", "shown", "message"),
+    [
+        ("optimisation", "max_train_steps", "0", "max_train_steps must be at least 1, got 0"),
+        ("optimisation", "max_train_steps", "2.5", "must be a whole number"),
+        ("optimisation", "learning_rate", "fast", "must be a number, got 'fast'"),
+        ("adapter", "inner_r", "64", "inner_r"),
+        ("adapter", "method", "qlora", "method must be one of dora, lora, nora"),
+        ("optimisation", "max_train_steps", "", "must not be empty"),
+        ("output", "output_dir", "/etc", "There is no option 'output_dir' to change here"),
+        ("output", "__class__", "x", "There is no option"),
+    ],
+)
+def test_a_wrong_value_is_refused_in_a_sentence(source, workspace, group, field, shown, message):
+    before = typed(group, field, shown, options={"adapter": {"rank": 16}})
+    with pytest.raises(InputError, match=message):
+        source.settled(workspace, before)
+    assert before["options"] == {"adapter": {"rank": 16}}
+
+
+@pytest.mark.parametrize(
+    ("group", "field", "shown", "value"),
+    [
+        ("optimisation", "learning_rate", "1e-4", 1e-4),
+        ("data", "random_flip", True, True),
+        ("adapter", "target_modules", "to_q\n to_v, to_k", ["to_q", "to_v", "to_k"]),
+        ("model", "mixed_precision", "bf16", "bf16"),
+        ("adapter", "method", "lora", "lora"),
+    ],
+)
+def test_every_kind_of_widget_is_read(source, workspace, group, field, shown, value):
+    assert source.settled(workspace, typed(group, field, shown))["options"] == {group: {field: value}}
+
+
+def test_a_field_says_from_where_its_value_comes(source, workspace):
+    fields = {field.name: field for group in panel_fields("subject", True).values() for field in group}
+    in_force = panel._InForce.of(source, workspace, {"preset": "Fast", "options": {"adapter": {"rank": 16}}})
+    assert "YOURS; the default has nothing set." in in_force.info(fields["rank"])
+    assert "FROM FAST: " in in_force.info(fields["max_train_steps"])
+    assert in_force.info(fields["random_flip"]).endswith(" Default.")
+    assert in_force.unless_said(fields["learning_rate"]) == "0.003 unless said"
+
+
+@pytest.mark.parametrize("task", KINDS)
+def test_every_option_has_a_widget_of_its_kind(source, workspace, task):
+    about = panel.Source(None, task, presets.SUBJECT, None, lambda workspace, draft, options: {})
+    in_force = panel._InForce.of(about, workspace, {"preset": "Balanced", "options": {}})
+    kinds = {"bool": gr.Checkbox, "choice": gr.Dropdown}
+    with gr.Blocks():
+        for fields in panel_fields(task, True).values():
+            for field in fields:
+                widget = panel._widget(about, field, in_force)
+                assert type(widget) is kinds.get(field.kind, gr.Textbox)

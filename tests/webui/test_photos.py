@@ -1,0 +1,204 @@
+"""The draft of a run, its photos in their order, what the doctor says of them, and their cards."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from pipelines.errors import InputError
+from pipelines.sample_subject import sample_pictures
+from training.options import NEW_SCENES
+from training.options.data import SAMPLE_PROMPT as TRAINERS_PROMPT
+from training.options.data import SAMPLE_SUBJECT
+from webui import draft as drafts
+from webui.cards import cards, escaped, sentences
+from webui.draft import Draft, check_words, merged, without
+from webui.photo_set import EXAMPLE, PhotoSet
+from webui.uploads import add_pictures
+from webui.work.photos import opinions
+from webui.workspace import Workspace
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    return Workspace(tmp_path / "runs", tmp_path / "sets")
+
+
+@pytest.fixture
+def uploads(tmp_path):
+    """Files as they are uploaded: two sharp pictures of the toy, and the first of them blurred."""
+    first, second, *_ = sample_pictures()
+    blurred = first.filter(ImageFilter.GaussianBlur(8))
+    for name, picture in (("front.png", first), ("side.jpg", second), ("dim.png", blurred)):
+        picture.save(tmp_path / name)
+    return [str(tmp_path / name) for name in ("front.png", "side.jpg", "dim.png")]
+
+
+@pytest.fixture
+def photos(workspace, uploads):
+    photos = PhotoSet(workspace.new_picture_set())
+    add_pictures(photos.folder, uploads)
+    return photos
+
+
+def names(photos):
+    return [entry.name for entry in photos.entries()]
+
+
+def test_what_the_page_shows_by_default_is_what_the_trainer_does_by_default():
+    assert drafts.SCENES == NEW_SCENES
+    assert drafts.SAMPLE_PROMPT == TRAINERS_PROMPT
+    assert EXAMPLE == SAMPLE_SUBJECT
+    assert Draft().values(None, {}) == {}
+
+
+@pytest.mark.parametrize("kept", [None, "draft", 3, [], {"set": 3, "options": "all", "scenes": [1], "trigger": None}])
+def test_a_draft_that_the_browser_garbled_is_an_empty_one(kept):
+    assert Draft.from_browser(kept) == Draft()
+
+
+def test_a_draft_comes_back_from_the_browser_as_it_went():
+    draft = Draft("some-set", "other", "Fast", {"adapter": {"rank": 4}}, "zxq", "dog", ["at sea"])
+    assert Draft.from_browser(json.loads(json.dumps(draft.to_browser()))) == draft
+
+
+def test_a_scene_is_put_after_the_prompt_unless_it_holds_the_rare_word_itself():
+    draft = Draft("set", trigger="zxq", class_word="dog", scenes=["at sea", "a painting of zxq dog", "with zxqs"])
+    prompt = "a photo of zxq dog"
+    assert draft.prompts == [prompt, f"{prompt} at sea", "a painting of zxq dog", f"{prompt} with zxqs"]
+
+
+def test_a_draft_like_a_run_starts_the_same_run(tmp_path):
+    draft = Draft("set", options={"adapter": {"rank": 8}}, trigger="zxq", class_word="dog", scenes=["at sea"])
+    values = draft.values(tmp_path, draft.options)
+    again = Draft.like(values, "set")
+    assert again == draft
+    assert again.values(tmp_path, again.options) == values
+
+
+def test_class_pictures_are_asked_for_with_the_class_word(tmp_path):
+    prior = {"data": {"with_prior_preservation": True}}
+    draft = Draft("set", class_word="owl", options=prior)
+    assert draft.values(tmp_path, prior)["data"]["class_prompt"] == "a photo of an owl"
+
+
+@pytest.mark.parametrize(
+    ("trigger", "kind", "message"),
+    [
+        ("two words", "dog", "must be one word"),
+        ("", "dog", "must be one word"),
+        ("--output_dir=x", "dog", "must be one word"),
+        ("sks", " ", "Say in a word what the photos show"),
+        ("sks", "<script>", "one to four plain words"),
+        ("sks", "{subject}", "one to four plain words"),
+        ("dog", "big dog", "are both 'dog'"),
+    ],
+)
+def test_words_that_cannot_be_used_are_refused_in_a_sentence(trigger, kind, message):
+    with pytest.raises(InputError, match=message):
+        check_words(trigger, kind)
+
+
+@pytest.mark.parametrize(
+    ("scenes", "message"),
+    [
+        (["x"] * 12, "11 scenes at most"),
+        (["x" * 301], "may have 300 characters"),
+        (["--seed=1 at sea"], "not begin with a hyphen"),
+    ],
+)
+def test_scenes_that_cannot_be_used_are_refused_in_a_sentence(scenes, message):
+    with pytest.raises(InputError, match=message):
+        replace(Draft(), scenes=scenes).check()
+
+
+def test_options_are_merged_and_taken_out_by_group():
+    options = merged({"data": {"seed": 1, "a": 1}}, {"data": {"a": 2}, "output": {"b": 3}})
+    assert options == {"data": {"seed": 1, "a": 2}, "output": {"b": 3}}
+    assert without(options, {"output": ("b",), "data": ("seed",)}) == {"data": {"a": 2}}
+
+
+def test_photos_are_moved_and_removed(photos):
+    files = {entry.name: entry.file for entry in photos.entries()}
+    photos.move(files["dim.png"], -1)
+    assert names(photos) == ["front.png", "dim.png", "side.jpg"]
+    photos.move(files["front.png"], -1)
+    assert names(photos) == ["front.png", "dim.png", "side.jpg"]
+    photos.remove(files["front.png"])
+    assert names(photos) == ["dim.png", "side.jpg"]
+    assert not (photos.folder / files["front.png"]).exists()
+
+
+@pytest.mark.parametrize("file", ["0099.png", "../0001.png", "/etc/passwd", ""])
+def test_a_file_that_is_none_of_the_set_is_refused(photos, file):
+    with pytest.raises(InputError, match="no longer there"):
+        photos.move(file, 1)
+    with pytest.raises(InputError, match="no longer there"):
+        photos.remove(file)
+
+
+def test_a_run_finds_the_photos_in_the_order_of_the_page(photos):
+    photos.move(photos.entries()[2].file, -2)
+    first = photos.files()[0].read_bytes()
+    photos.seal()
+    assert names(photos) == ["dim.png", "front.png", "side.jpg"]
+    assert next(path.read_bytes() for path in sorted(photos.folder.glob("0*.png"))) == first
+    assert [entry.file for entry in photos.entries()] == sorted(entry.file for entry in photos.entries())
+
+
+def test_what_a_run_was_started_with_stays_and_changes_go_to_a_copy(workspace, photos, uploads):
+    assert photos.editable(workspace) == photos
+    photos.seal()
+    copy = photos.editable(workspace)
+    copy.remove(copy.entries()[0].file)
+    add_pictures(copy.folder, uploads[:1])
+    assert names(photos) == ["front.png", "side.jpg", "dim.png"]
+    assert names(copy) == ["side.jpg", "dim.png", "front.png"]
+
+
+def test_the_example_is_never_changed(workspace):
+    example = PhotoSet.of(workspace, None)
+    example.seal()
+    assert example.is_example
+    assert example.id is None
+    assert len(example.entries()) == 5
+    assert not list(EXAMPLE.glob(".*"))
+    assert not example.editable(workspace).is_example
+
+
+def test_the_doctor_speaks_of_photos_by_the_users_names(photos):
+    found = opinions(photos)
+    by_name = {entry.name: found.pictures[entry.file] for entry in photos.entries()}
+    assert [by_name[name].verdict for name in ("front.png", "side.jpg", "dim.png")] == ["good", "good", "look again"]
+    blurred = " ".join(by_name["dim.png"].sentences)
+    assert "It is blurred" in blurred
+    assert "use a sharper one" in blurred
+    assert "“front.png”" in blurred
+
+
+def test_what_is_said_of_all_photos_names_no_folder(workspace, uploads):
+    photos = PhotoSet(workspace.new_picture_set())
+    add_pictures(photos.folder, uploads[:1])
+    (said,) = opinions(photos).together
+    assert said.startswith("There is 1 picture of your subject.")
+    assert photos.folder.name not in said
+
+
+def test_a_card_shows_what_a_user_wrote_as_it_stands(workspace, tmp_path):
+    photos = PhotoSet(workspace.new_picture_set())
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "x.png")
+    hostile = tmp_path / "<img src=x onerror=alert(1)> {{value}} ${1+1} \"'.png"
+    (tmp_path / "x.png").rename(hostile)
+    add_pictures(photos.folder, [str(hostile)])
+    markup = cards(photos, None)
+    assert "<img src=x" not in markup
+    assert "{{" not in markup
+    assert "${" not in markup
+    assert escaped(photos.entries()[0].name) in markup
+    assert "<script>" not in sentences(["<script>"])
+
+
+def test_no_photos_say_what_to_do(workspace):
+    assert "Drop three to ten photos" in cards(PhotoSet(workspace.new_picture_set()), None)

@@ -1,0 +1,40 @@
+"""Presets hold options that exist and fit, each with its reason; the balanced one is the trainer's own way."""
+
+import pytest
+
+from training.options import SubjectOptions
+from webui.presets import BALANCED, SUBJECT, preset_named
+from webui.work.options import KINDS, default_of, fields_of, groups_of
+
+
+def default(group, field):
+    return default_of(fields_of(groups_of(KINDS["subject"])[group])[field])
+
+
+@pytest.mark.parametrize("preset", SUBJECT, ids=lambda preset: preset.name)
+def test_a_preset_sets_options_that_exist_and_says_why(preset):
+    groups = groups_of(SubjectOptions)
+    for value in preset.values:
+        assert value.field in fields_of(groups[value.group])
+        assert value.why.endswith(".")
+        assert len(value.why) < 160
+        assert preset.reason(value.group, value.field) == value.why
+
+
+@pytest.mark.parametrize("preset", SUBJECT, ids=lambda preset: preset.name)
+def test_the_values_of_a_preset_fit_together(preset):
+    groups = groups_of(SubjectOptions)
+    SubjectOptions(**{group: groups[group](**fields) for group, fields in preset.options().items()})
+
+
+def test_the_balanced_preset_is_the_trainers_own_way():
+    assert all(value.value == default(value.group, value.field) for value in preset_named(SUBJECT, BALANCED).values)
+
+
+@pytest.mark.parametrize("preset", [preset for preset in SUBJECT if preset.name != BALANCED], ids=lambda preset: preset.name)
+def test_the_others_differ_from_it_in_each_of_their_values(preset):
+    assert all(value.value != default(value.group, value.field) for value in preset.values)
+
+
+def test_a_name_that_is_none_means_the_balanced_preset():
+    assert preset_named(SUBJECT, "Fastest").name == BALANCED
