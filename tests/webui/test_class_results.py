@@ -1,0 +1,174 @@
+"""What the page says of a finished classifier: the run's figures, the pictures that were tested, and every word escaped."""
+
+import csv
+import re
+import zipfile
+
+import pytest
+from class_folders import COLOURS, colour_folder, finished_classifier
+
+from pipelines.errors import InputError
+from webui import class_files, class_html
+from webui.class_results import result_of, source_of
+from webui.workspace import Workspace
+
+NAMES = {name: name for name in COLOURS}
+HOSTILE = {"ruby": "<img src=x onerror=alert(1)>", "leaf": "a & b", "sea": "=1+1"}
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    """An empty one."""
+    return Workspace(tmp_path / "runs", tmp_path / "sets")
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Class folders of eight pictures each, all of them tested on."""
+    return colour_folder(tmp_path / "pictures", 8)
+
+
+@pytest.fixture
+def record(workspace, pictures):
+    """A run whose NoRA takes two rubies for leaves."""
+    return finished_classifier(workspace, pictures, NAMES)
+
+
+def test_the_accuracy_is_told_with_its_interval_beside_what_needs_no_training(record):
+    result = result_of(record)
+    told = re.sub("<[^>]+>", "", class_html.in_words(result))
+    top1 = result.member["test"]["top1"]
+    assert "of 24 pictures that it was not shown, 22 are right: 92%" in told
+    assert f"between {top1['low']:.0%} and {top1['high']:.0%}" in told
+    assert "before any training 0%" in told
+    assert "guessing would be right in 33%" in told
+
+
+def test_where_raw_pixels_are_as_good_a_warning_says_so(workspace, pictures):
+    same = finished_classifier(workspace, pictures, NAMES)
+    assert "Raw pixels are about as good here" in class_html.in_words(result_of(same))
+    worse = finished_classifier(workspace, pictures, NAMES, right_of_pixels=False)
+    assert "Raw pixels" not in class_html.in_words(result_of(worse))
+
+
+def test_a_method_that_is_plainly_better_is_named(workspace, pictures):
+    beaten = finished_classifier(workspace, pictures, NAMES, wrong=20, right_of_pixels=True)
+    assert "raw pixels is plainly better: choose it above" in class_html.in_words(result_of(beaten))
+
+
+def test_the_cells_of_the_matrix_are_buttons_that_say_what_they_open(record):
+    shown = class_html.confusion(result_of(record))
+    assert shown.count("<button") == 4
+    assert "data-true='0' data-predicted='1' aria-label='2 pictures of ruby taken for leaf. Show them.'" in shown
+    assert "aria-label='8 pictures of sea recognised. Show them.'" in shown
+    assert len(re.findall("scope='row'", shown)) == len(re.findall("scope='col'", shown)) == 3
+
+
+def test_a_cell_opens_the_pictures_that_were_counted_in_it(record):
+    result = result_of(record)
+    counts = result.member["test"]["confusion"]
+    for true in range(3):
+        for predicted in range(3):
+            assert len(result.in_cell(true, predicted)) == counts[true][predicted]
+    shown = class_html.cell_pictures(result, 0, 1)
+    assert shown.count("<img") == 2
+    assert "is ruby, taken for <b>leaf</b>" in shown
+
+
+def test_the_worst_mistakes_are_those_that_it_was_surest_of(record):
+    mistakes = result_of(record).mistakes()
+    assert [one.name for one in mistakes] == ["ruby/0.png", "ruby/1.png"]
+    assert mistakes[0].confidence >= mistakes[1].confidence
+    shown = class_html.worst_mistakes(result_of(record))
+    assert "cannot be added to the training" in shown
+
+
+def test_a_picture_that_was_changed_since_is_not_shown_for_the_one_that_was_tested(record, pictures):
+    (picture, _) = result_of(record).in_cell(0, 1)
+    assert source_of(record, picture) is not None
+    (pictures / picture.name).write_bytes((pictures / "sea" / "0.png").read_bytes())
+    assert source_of(record, picture) is None
+    (pictures / picture.name).unlink()
+    assert source_of(record, picture) is None
+    assert "no longer there" in class_html.cell_pictures(result_of(record), 0, 1)
+
+
+def test_a_tested_picture_outside_of_the_set_is_none(record):
+    (picture, _) = result_of(record).in_cell(0, 1)
+    for name in ("../../etc/passwd", "/etc/passwd"):
+        assert source_of(record, type(picture)(name, picture.sha256, 0, 1, 0.5, [])) is None
+
+
+def test_names_of_classes_are_escaped_wherever_they_are_shown(workspace, pictures):
+    result = result_of(finished_classifier(workspace, pictures, HOSTILE))
+    shown = [
+        class_html.in_words(result),
+        class_html.confusion(result),
+        class_html.per_class(result),
+        class_html.cell_pictures(result, 0, 1),
+        class_html.worst_mistakes(result),
+        class_html.methods_table(result),
+    ]
+    for part in shown:
+        assert "<img src=x" not in part
+        assert "a & b" not in part
+
+
+def test_the_table_of_predictions_holds_every_test_picture_and_no_formula(workspace, pictures):
+    result = result_of(finished_classifier(workspace, pictures, HOSTILE))
+    path = class_files.downloads(result)[class_files.TABLE]
+    rows = list(csv.DictReader(path.open(newline="")))
+    assert len(rows) == 24
+    assert sum(row["right"] == "yes" for row in rows) == 22
+    assert {row["true class"] for row in rows} == {HOSTILE["ruby"], "a & b", "'=1+1"}
+    assert not any(cell.startswith("=") for row in rows for cell in row.values())
+    assert float(rows[0]["probability"]) >= float(rows[0]["probability 2"])
+
+
+def test_only_what_there_is_can_be_downloaded(record):
+    assert set(class_files.downloads(result_of(record))) == {class_files.TABLE}
+    own = record.path / "members/2-shots/seed-0/nora/adapter/compact"
+    own.mkdir(parents=True)
+    (own / "adapter_config.json").write_text("{}")
+    (record.path / "README.md").write_text("card")
+    found = class_files.downloads(result_of(record))
+    assert set(found) == {class_files.TABLE, class_files.COMPACT, class_files.CARD}
+    (name,) = zipfile.ZipFile(found[class_files.COMPACT]).namelist()
+    assert name.endswith("-nora-compact/adapter_config.json")
+
+
+def test_another_method_of_the_run_can_be_looked_at_and_no_other_folder(record):
+    assert result_of(record, "members/2-shots/seed-0/pixels").member["method"] == "pixels"
+    for strange in (None, "..", "../other", "/etc"):
+        assert result_of(record, strange).member["method"] == "nora"
+
+
+def test_a_report_that_names_files_outside_of_its_run_is_refused(record):
+    path = record.path / "report.json"
+    path.write_text(path.read_text().replace("members/2-shots/seed-0/nora", "../elsewhere"))
+    with pytest.raises(InputError, match="outside of it"):
+        result_of(record)
+
+
+def test_a_run_that_is_not_done_has_no_result(workspace):
+    run = workspace.new_run()
+    (run / "status.json").write_text("{}")
+    assert result_of(workspace.run(run.name)) is None
+
+
+def test_of_many_classes_the_matrix_shows_those_with_the_most_mistakes(record):
+    result = result_of(record)
+    count = class_html.MOST_IN_MATRIX + 5
+    counts = [[5 * (row == column) for column in range(count)] for row in range(count)]
+    counts[2][count - 1] = 3
+    result.member["test"] |= {"confusion": counts}
+    result.report["set"]["classes"] = [f"class {place}" for place in range(count)]
+    shown = class_html.confusion(result)
+    assert f"3 pictures of class 2 taken for class {count - 1}" in shown
+    assert "The 5 classes with the fewest mistakes are left out" in shown
+    assert shown.count("scope='row'") == class_html.MOST_IN_MATRIX
+
+
+@pytest.mark.parametrize(("value", "shown"), [(0.694, "69%"), (1.0, "100%"), (0.997, "over 99%"), (0.0, "0%")])
+def test_a_share_is_never_rounded_to_all(value, shown):
+    assert class_html.share(value) == shown

@@ -1,0 +1,171 @@
+"""Pictures classified for the page: by the built-in model before any training, and by a run's classifier."""
+
+import pytest
+from class_folders import COLOURS, colour_folder, colour_set, coloured, finished_classifier
+
+from pipelines.cache import module_digest
+from pipelines.errors import InputError
+from pipelines.fewshot.classifier import ClassifierFile, save_classifier
+from pipelines.fewshot.clip import load_clip
+from pipelines.fewshot.features import picture_features, prompt_features
+from pipelines.fewshot.inputs import GivenPictureSet
+from pipelines.fewshot.prompts import make_prompts
+from webui import class_runs, class_sets
+from webui.picture_sets import read_set, rename_class
+from webui.work import classify as work
+from webui.workspace import Workspace
+
+NAMES = {name: name for name in COLOURS}
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    """An empty one."""
+    return Workspace(tmp_path / "runs", tmp_path / "sets")
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Class folders of eight pictures each."""
+    return colour_folder(tmp_path / "pictures", 8)
+
+
+@pytest.fixture
+def record(workspace, pictures):
+    """A run whose classifier is the built-in model without any training."""
+    found = finished_classifier(workspace, pictures, NAMES)
+    digest = module_digest(work.built_in().model)
+    told = ClassifierFile("zeroshot", "mini", None, digest, tuple(NAMES), tuple(NAMES), ("a photo of a {}.",))
+    for method in ("nora", "zeroshot"):
+        save_classifier(found.path / "members/2-shots/seed-0" / method, told)
+    return found
+
+
+def test_what_is_known_before_training_is_what_plain_open_clip_says(workspace, tmp_path):
+    folder = colour_set(workspace, tmp_path / "given")
+    found = work.zero_shot(class_sets.own_set(folder))
+    clip = load_clip("mini")
+    texts = prompt_features(clip, make_prompts(list(COLOURS)))
+    for label, one in enumerate(read_set(folder).classes):
+        given = GivenPictureSet([folder / entry.file for entry in one.pictures], clip.preprocess)
+        own = (picture_features(clip, given)[0] @ texts.T).argmax(dim=1)
+        assert found.by_class[one.folder] == (int((own == label).sum()), 6)
+    assert found.count == 18
+    assert found.right == sum(right for right, _ in found.by_class.values())
+
+
+def test_another_name_for_a_class_is_another_answer(workspace, tmp_path):
+    folder = colour_set(workspace, tmp_path / "given", names=("ruby", "sea"))
+    rename_class(folder, "c00", "a plain red picture")
+    rename_class(folder, "c01", "a plain blue picture")
+    named = work.zero_shot(class_sets.own_set(folder))
+    rename_class(folder, "c00", "swap")
+    rename_class(folder, "c01", "a plain red picture")
+    rename_class(folder, "c00", "a plain blue picture")
+    swapped = work.zero_shot(class_sets.own_set(folder))
+    assert named.right + swapped.right == named.count
+
+
+def test_a_class_alone_cannot_be_told_apart(workspace, tmp_path):
+    with pytest.raises(InputError, match="Two classes"):
+        work.zero_shot(class_sets.own_set(colour_set(workspace, tmp_path / "given", names=("ruby",))))
+
+
+def test_rows_name_the_likeliest_classes_and_say_what_cannot_be_used(record, pictures, tmp_path):
+    odd = tmp_path / "<b>.png"
+    odd.write_text("<svg onload=alert(1)>")
+    rows = work.classify(record, [pictures / "sea" / "1.png", odd, str(pictures / "ruby" / "2.png")])
+    assert [row["picture"] for row in rows] == ["1.png", "<b>.png", "2.png"]
+    assert "is not a JPEG, PNG or WebP picture" in rows[1]["error"]
+    expected = work.classifier_of(record).predict([pictures / "sea" / "1.png", pictures / "ruby" / "2.png"])
+    for row, label, likely in zip((rows[0], rows[2]), expected.labels, expected.top(3), strict=True):
+        assert row["class"] == label
+        assert row["probability"] == pytest.approx(likely[0][1], abs=1e-5)
+        assert [name for name, _ in row["top"]] == [name for name, _ in likely]
+
+
+def test_a_classifier_stays_loaded_until_its_run_changes(record):
+    first = work.classifier_of(record)
+    assert work.classifier_of(record) is first
+    told = record.path / "members/2-shots/seed-0/nora/classifier.json"
+    told.write_text(told.read_text().replace('"temperature": 1.0', '"temperature": 2.0'))
+    assert work.classifier_of(record).temperature == 2.0
+
+
+def test_a_method_of_the_run_is_chosen_by_its_folder_and_no_other_is_read(record):
+    assert work.classifier_of(record, "members/2-shots/seed-0/zeroshot").classes == tuple(COLOURS)
+    with pytest.raises(InputError, match="no such method"):
+        work.classifier_of(record, "../../elsewhere")
+
+
+def test_a_run_that_is_not_done_classifies_nothing(workspace, pictures):
+    run = workspace.new_run()
+    (run / "status.json").write_text("{}")
+    with pytest.raises(InputError, match="no classifier yet"):
+        work.classify(workspace.run(run.name), [pictures / "sea" / "1.png"])
+
+
+@pytest.mark.parametrize("count", [0, work.MOST_FILES + 1])
+def test_as_many_pictures_as_can_be_classified_at_a_time(record, pictures, count):
+    with pytest.raises(InputError, match=f"One to {work.MOST_FILES} pictures"):
+        work.classify(record, [pictures / "sea" / "1.png"] * count)
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """What would have been started."""
+    from webui import launching
+
+    calls = []
+    monkeypatch.setattr(launching, "start", lambda workspace, task, options: calls.append((task, options)) or "new-run")
+    monkeypatch.setattr(
+        launching, "duplicate", lambda workspace, run_id: {"data": {"seeds": [0], "shots": ["2"], "class_names": ["a=b"]}}
+    )
+    return calls
+
+
+def test_corrected_pictures_go_into_the_users_own_set_and_only_into_training(workspace, started, tmp_path):
+    folder = colour_set(workspace, tmp_path / "given")
+    keys = {one.folder: one.name for one in read_set(folder).classes}
+    record = finished_classifier(workspace, folder, keys)
+    tested = class_sets.read_split(folder)["test"]
+    new = tmp_path / "new.png"
+    new.write_bytes(coloured("sea", 99))
+    assert class_runs.train_again(workspace, record, {"sea": [new]}) == (folder.name, "new-run")
+    (((task, options)),) = started
+    assert task == "classify"
+    assert options["data"] == {
+        "seeds": [0],
+        "shots": ["all"],
+        "data_dir": str(folder.absolute()),
+        "class_names": ["c00=ruby", "c01=leaf", "c02=sea"],
+    }
+    assert len(read_set(folder).classes[2].pictures) == 7
+    assert class_sets.read_split(folder)["test"] == tested
+
+
+def test_of_a_folder_of_the_machine_a_set_is_made_that_tests_on_the_same_pictures(workspace, record, started, pictures, tmp_path):
+    new = tmp_path / "new.png"
+    new.write_bytes(coloured("ruby", 99))
+    set_id, _ = class_runs.train_again(workspace, record, {"ruby": [new]})
+    folder = workspace.picture_set(set_id)
+    assert [len(one.pictures) for one in read_set(folder).classes] == [9, 8, 8]
+    kept = class_sets.read_split(folder)
+    assert (len(kept["test"]), len(kept["train"])) == (24, 1)
+    assert len(list((pictures / "ruby").iterdir())) == 8
+
+
+def test_without_a_correction_nothing_is_started(workspace, record, started):
+    with pytest.raises(InputError, match="No picture was corrected"):
+        class_runs.train_again(workspace, record, {"ruby": []})
+    assert started == []
+
+
+def test_where_the_pictures_are_gone_the_next_run_is_not_started(workspace, record, started, pictures, tmp_path):
+    new = tmp_path / "new.png"
+    new.write_bytes(coloured("ruby", 99))
+    (pictures / "sea" / "3.png").unlink()
+    with pytest.raises(InputError, match="no longer there"):
+        class_runs.train_again(workspace, record, {"ruby": [new]})
+    assert started == []
+    assert class_sets.class_sets(workspace) == []
