@@ -137,12 +137,12 @@ class Guard:
             _check_site(scope, headers, self._settings.is_local)
             if CLOSED.fullmatch(path):
                 raise Refusal(404, "There is nothing here.")
+            if self._settings.accounts is not None:
+                receive, send = await self._for_one_user(scope, headers, receive, send)
             if path.startswith(UPLOAD):
                 self._check_disk(headers)
             if path.startswith(FILE) and not self._is_cached(path):
                 raise Refusal(403, "This file is not served.")
-            if self._settings.accounts is not None:
-                receive, send = await self._for_one_user(scope, headers, receive, send)
         except Refusal as refusal:
             answer = JSONResponse({"detail": refusal.sentence}, refusal.status)
             return await answer(scope, receive, send)
