@@ -11,7 +11,7 @@ from typing import Any
 from pipelines.errors import InputError
 from webui import pictures
 from webui.curves import Series, plot, running_mean
-from webui.figures import SCORES, SUGGESTION, accuracies, in_percent, method_of, series
+from webui.figures import SCORES, SUGGESTION, accuracies, called, in_percent, method_of, series
 from webui.views import RunView
 from webui.workspace import Workspace
 
@@ -114,7 +114,7 @@ class Compared:
         rows = {}
         for key in keys:
             method, shots = key
-            rows[f"{method}, {shots} pictures a class"] = [in_percent(each[key]) if key in each else "" for each in found]
+            rows[f"{called(method)}, {shots} pictures a class"] = [in_percent(each[key]) if key in each else "" for each in found]
         note = '<p class="quiet">The share of test pictures named right, and where it lies with 95% confidence.</p>'
         heads = [letter(place) for place in range(len(self.views))]
         return f"<h3>Accuracy</h3>{note}" + side_by_side(heads, rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from functools import lru_cache
 from pathlib import Path
@@ -10,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from training.record import METRICS
+from webui.class_html import METHODS
 from webui.curves import Point
 from webui.views import RunView
 
@@ -27,9 +29,14 @@ def figures(view: RunView) -> list[tuple[str, str]]:
 def method_of(view: RunView) -> str:
     """The adapter method, or those that are compared."""
     if view.task == "subject":
-        return str(view.chosen("adapter", "method") or "nora")
+        return called(view.chosen("adapter", "method") or "nora")
     methods = view.chosen("method", "method")
-    return ", ".join(map(str, methods)) if isinstance(methods, list) else ""
+    return ", ".join(map(called, methods)) if isinstance(methods, list) else ""
+
+
+def called(method: object) -> str:
+    """A method's name for people, without what it is."""
+    return re.split("[:,(]", METHODS.get(str(method), str(method)))[0].strip().removesuffix(" adapter")
 
 
 def _of_subject(view: RunView) -> list[tuple[str, str]]:
@@ -50,7 +57,7 @@ def _of_classifier(view: RunView) -> list[tuple[str, str]]:
     best = [(row["method"], row["top1"]) for row in accuracies(view)]
     done, total = view.status.get("step"), view.status.get("total")
     started = [("Methods", method_of(view)), ("Fitted", f"{done} of {total}" if total and not best else "")]
-    return [*started[:1], *((method, in_percent(top1)) for method, top1 in best)] if best else started
+    return [*started[:1], *((called(method), in_percent(top1)) for method, top1 in best)] if best else started
 
 
 def accuracies(view: RunView) -> list[dict[str, Any]]:
@@ -87,7 +94,7 @@ def _series(path: Path, changed: int, size: int) -> dict[str, list[Point]]:
 
 def _lines(path: Path) -> list[dict[str, float]]:
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
         except json.JSONDecodeError:

@@ -74,7 +74,7 @@ def _headline(view: RunView) -> str:
     if view.state == "starting":
         return "Starting: the model's libraries are being loaded, which takes some seconds"
     if view.state == "running":
-        return html.escape(_phase(str(view.status.get("phase", "loading"))))
+        return html.escape(phase_in_words(str(view.status.get("phase", "loading"))))
     if view.state == "done":
         seconds = view.status.get("seconds")
         return "Done" if seconds is None else f"Done in {duration(seconds)}"
@@ -82,7 +82,8 @@ def _headline(view: RunView) -> str:
     return f"{done} of {total} steps were done" if done and total and view.task == "subject" else "Nothing was trained yet"
 
 
-def _phase(phase: str) -> str:
+def phase_in_words(phase: str) -> str:
+    """What a run that is at work does, for people, from its status."""
     leaving_out, fitting = LEAVING_OUT.fullmatch(phase), FITTING.fullmatch(phase)
     if leaving_out:
         return f"A short training without photo {leaving_out[1]}, to see how well that one is drawn unseen"

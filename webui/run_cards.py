@@ -9,6 +9,7 @@ from pathlib import Path
 
 from webui import pictures
 from webui.figures import figures
+from webui.progress import phase_in_words
 from webui.views import IN_WORDS, RunView
 
 EMPTY = """<div class="empty"><p><b>There are no runs yet.</b></p>
@@ -61,7 +62,7 @@ def _told(view: RunView) -> str:
     if view.runs_before:
         told = f"{view.runs_before} {'run' if view.runs_before == 1 else 'runs'} before it"
     elif view.state == "running":
-        told = str(view.status.get("phase") or "")
+        told = phase_in_words(str(view.status.get("phase") or "loading"))
     elif view.reason:
         told = view.reason
     bar = ""

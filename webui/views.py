@@ -9,8 +9,9 @@ from functools import cached_property
 from typing import Any, Literal
 
 from training import requests
-from training.record import RunRecord
+from training.record import RunRecord, live_process
 from training.waiting import QUEUE, runs_before
+from webui.draft import SAMPLE_PROMPT
 from webui.run_log import ended_by, last_error
 from webui.workspace import LAUNCH, Workspace, began
 
@@ -40,7 +41,7 @@ TRAINING = "training"
 # From the folder's beginning until its process has said a first word.
 BEGINNING_SECONDS = 20.0
 LONGEST_NAME, NAMED_CLASSES = 48, 3
-SAMPLE_SUBJECT, SAMPLE_CLASSES = "the example", "handwritten digits"
+SAMPLE_CLASSES = "handwritten digits"
 INTERRUPTED = {
     "SIGKILL": "The system ended its process, as it does when memory runs out.",
     None: "Its process ended without a word, as when the machine is switched off.",
@@ -94,13 +95,19 @@ class RunView:
     def state(self) -> State:
         """Where it is; a process that is gone without having said so was stopped, has failed, or was interrupted."""
         told = self.status.get("state", "starting")
-        if told not in ACTIVE or self.record.has_live_process():
+        if told not in ACTIVE or self._has_process:
             return told if told in ACTIONS else "interrupted"
         if not self.status and time.time() - self.created < BEGINNING_SECONDS:
             return "starting"
         if requests.was_asked(self.record, requests.STOP):
             return "stopped"
         return "failed" if told == "starting" and last_error(self.record) else "interrupted"
+
+    @property
+    def _has_process(self) -> bool:
+        """Whether the process that wrote the status last still runs."""
+        pid, started = self.status.get("pid"), self.status.get("pid_started")
+        return isinstance(pid, int) and isinstance(started, float) and live_process(pid, started) is not None
 
     @property
     def is_active(self) -> bool:
@@ -168,7 +175,7 @@ class RunView:
     @cached_property
     def name(self) -> str:
         """What it learns, in the user's own words."""
-        name = self._classes() if self.task == "classify" else str(self.chosen("data", "instance_prompt") or SAMPLE_SUBJECT)
+        name = self._classes() if self.task == "classify" else str(self.chosen("data", "instance_prompt") or SAMPLE_PROMPT)
         return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
     def _classes(self) -> str:

@@ -26,6 +26,8 @@ LABELS: dict[str, str] = {
     "duplicate": "Duplicate as new",
     "delete": "Delete",
 }
+INTRODUCTION = """<p>Every run, whoever started it: here, in another browser or in a terminal. Choose one to see what can be done
+with it. One run at a time works; others wait for their turn.</p>"""
 ELSEWHERE = "Its photos lie elsewhere on this computer. Add them here; everything else is as it was."
 
 
@@ -68,6 +70,7 @@ def build(shell: Shell) -> None:
 
 def _layout() -> dict[str, Any]:
     """The screen's elements by name."""
+    gr.HTML(INTRODUCTION)
     with gr.Row(elem_classes="buttons"):
         made: dict[str, Any] = {"refresh": gr.Button("Look again", elem_id="runs-refresh", scale=0, min_width=140)}
     made["list"] = gr.HTML(js_on_load=run_cards.SCRIPT, elem_id="runs-list")

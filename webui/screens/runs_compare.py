@@ -22,15 +22,14 @@ def build(shell: Shell) -> None:
     """Put it into the open tab."""
     settings = shell.settings
     gr.HTML("<h2>Side by side</h2>")
-    with gr.Row(equal_height=True):
-        chosen = gr.Dropdown(
-            label="Runs to compare",
-            info=f"Two to {MOST} of the same kind.",
-            multiselect=True,
-            max_choices=MOST,
-            elem_id="runs-compare",
-            scale=4,
-        )
+    chosen = gr.Dropdown(
+        label="Runs to compare",
+        info=f"Two to {MOST} of the same kind: their pictures, losses and scores side by side, and what they were told otherwise.",
+        multiselect=True,
+        max_choices=MOST,
+        elem_id="runs-compare",
+    )
+    with gr.Row(elem_classes="buttons"):
         show = gr.Button("Compare", variant="primary", elem_id="runs-compare-show", scale=0, min_width=140)
     found = gr.HTML(visible=False, elem_id="runs-compared")
     with gr.Accordion("Draw a prompt with all of them", open=False, visible=False, elem_id="runs-compare-drawing") as drawing:

@@ -1,0 +1,218 @@
+"""A run as the page shows it: always what its files say, whatever has happened to its process, and cheap to read."""
+
+import json
+import subprocess
+import sys
+import time
+from statistics import median
+
+import psutil
+import pytest
+from run_folders import PROMPTS, add_samples, finished_run, measure, process_of, run_in
+
+from training import requests
+from training.record import RunRecord
+from training.waiting import QUEUE, Ticket
+from webui.figures import figures, series
+from webui.run_cards import cards, picture_of
+from webui.run_log import LOG, ended_by, last_error
+from webui.screens.runs import parts
+from webui.views import ACTIONS, RunView, views
+from webui.workspace import LAUNCH, Workspace
+
+KILLED = "subprocess.CalledProcessError: Command '[...]' died with <Signals.SIGKILL: 9>.\n"
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    """An empty one; processes that stand for runs are killed at the end."""
+    yield Workspace(tmp_path / "runs", tmp_path / "sets")
+    for child in psutil.Process().children():
+        if child.name() == "sleep":
+            child.kill()
+            child.wait()
+
+
+def view(run):
+    return RunView(RunRecord(run.path))
+
+
+@pytest.mark.parametrize("told", ["queued", "starting", "running", "stopped", "failed", "done"])
+def test_the_state_is_what_the_run_says_while_its_process_lives_or_has_said_how_it_ended(workspace, told):
+    run = run_in(workspace.runs / "a", told, error="ValueError: no" if told == "failed" else None)
+    assert view(run).state == told
+    assert view(run).is_active == (told in ("queued", "starting", "running"))
+    assert view(run).actions == ACTIONS[told]
+
+
+@pytest.mark.parametrize("told", ["queued", "starting", "running"])
+def test_a_process_that_is_gone_without_a_word_was_interrupted_or_had_been_asked_to_stop(workspace, told):
+    run = run_in(workspace.runs / "a", "interrupted")
+    status = {**run.status(), "state": told}
+    (run.path / "status.json").write_text(json.dumps(status))
+    assert view(run).state == "interrupted"
+    assert view(run).reason == "Its process ended without a word, as when the machine is switched off."
+    (run.path / LOG).write_text(f"$ accelerate launch\n{KILLED}")
+    assert view(run).reason == "The system ended its process, as it does when memory runs out."
+    requests.ask(run, requests.STOP)
+    assert (view(run).state, view(run).reason) == ("stopped", "You stopped it.")
+
+
+def test_another_process_with_the_run_s_id_is_not_its_process(workspace):
+    run = run_in(workspace.runs / "a", "running")
+    (run.path / "status.json").write_text(json.dumps({**run.status(), "pid_started": 12.5}))
+    assert view(run).state == "interrupted"
+
+
+def test_a_zombie_is_no_live_process(workspace):
+    run = run_in(workspace.runs / "a", "interrupted")
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    started = psutil.Process(child.pid).create_time()
+    while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    (run.path / "status.json").write_text(json.dumps({"state": "running", "pid": child.pid, "pid_started": started}))
+    assert view(run).state == "interrupted"
+    child.wait()
+
+
+def test_a_run_is_starting_until_its_process_has_had_the_time_to_speak(workspace):
+    path = workspace.new_run()
+    (path / LAUNCH).write_text(json.dumps({"task": "subject", "created": time.time()}))
+    assert RunView(workspace.run(path.name)).state == "starting"
+    (path / LAUNCH).write_text(json.dumps({"task": "subject", "created": time.time() - 60}))
+    assert RunView(workspace.run(path.name)).state == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("log", "error"),
+    [
+        ("dreambooth_nora.py: error: rank must be at least 1, got 0.\n" + KILLED, "InputError: rank must be at least 1, got 0."),
+        ("error: 'x' holds a run.\nTraceback (most recent call last):\n" + KILLED, "InputError: 'x' holds a run."),
+        ("Traceback\n  File\nModuleNotFoundError: No module named 'x'\n" + KILLED, "ModuleNotFoundError: No module named 'x'"),
+        ("torch.OutOfMemoryError: CUDA\ntorch.distributed.elastic.x.ChildFailedError: y\n", "torch.OutOfMemoryError: CUDA"),
+    ],
+)
+def test_a_run_that_fails_before_its_directory_is_opened_says_why(workspace, log, error):
+    run = run_in(workspace.runs / "a", "interrupted")
+    (run.path / "status.json").write_text(json.dumps({"state": "starting", **process_of("done")}))
+    (run.path / LOG).write_text(f"$ accelerate\nerror: of the start before\n$ accelerate\n{log}")
+    assert (view(run).state, view(run).error) == ("failed", error)
+    assert view(run).reason in (error, error.partition(": ")[2])
+    assert last_error(run) == error
+
+
+def test_a_start_that_said_nothing_of_an_error_was_interrupted(workspace):
+    run = run_in(workspace.runs / "a", "interrupted")
+    (run.path / "status.json").write_text(json.dumps({"state": "starting", **process_of("done")}))
+    (run.path / LOG).write_text(f"$ accelerate\nerror: of the start before\n$ accelerate\nloading\n{KILLED}")
+    assert (view(run).state, ended_by(run)) == ("interrupted", "SIGKILL")
+
+
+def test_only_a_subject_s_training_can_be_asked_for_samples_and_checkpoints(workspace):
+    assert view(run_in(workspace.runs / "a", "running")).actions == ("stop", "sample", "save")
+    assert view(run_in(workspace.runs / "b", "running", phase="loading")).actions == ("stop",)
+    run = run_in(workspace.runs / "c", "running")
+    (run.path / "options.json").write_text(json.dumps({"places": {}}))
+    assert (view(run).task, view(run).actions) == ("classify", ("stop",))
+
+
+def test_a_run_that_waits_says_how_many_are_before_it_whoever_s_they_are(tmp_path):
+    root = tmp_path / "runs"
+    workspace = Workspace(root / "ben", tmp_path / "sets" / "ben", "ben")
+    run = run_in(workspace.runs / "a", "queued")
+    assert view(run).runs_before is None
+    for path in (root / "anna" / "x", run.path.absolute()):
+        Ticket.take(root / QUEUE / "cpu", path)
+    assert view(run).runs_before == 2
+    assert view(run_in(workspace.runs / "b", "running")).runs_before is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"state": "strange"}', "\ud800"])
+def test_a_file_that_is_not_what_it_should_be_hides_no_other_run(workspace, text):
+    run = run_in(workspace.runs / "a", "done")
+    other = run_in(workspace.runs / "b", "done")
+    for name in ("status.json", "options.json", LAUNCH, "suggestion.json", "report.json", "metrics.jsonl"):
+        (run.path / name).write_bytes(text.encode(errors="surrogatepass"))
+    assert {each.id: each.state for each in views(workspace)}["b"] == "done"
+    shown = cards(views(workspace), other.path.name)
+    assert 'data-run="a"' in shown
+    assert 'data-run="b" aria-pressed="true"' in shown
+
+
+def test_a_run_is_called_by_what_it_learns(workspace):
+    run = run_in(workspace.runs / "a", "done")
+    assert view(run).name == PROMPTS[0]
+    (run.path / "options.json").write_text(
+        json.dumps({"places": {}, "data": {"class_names": ["c0=cat", "c1=a=b", "c2=x", "c3=y"]}})
+    )
+    assert view(run).name == "cat, a=b, x and 1 more"
+    (run.path / "options.json").write_text(json.dumps({"places": {}, "data": {"data_dir": "/photos/pets/"}}))
+    assert view(run).name == "pets"
+    (run.path / "options.json").write_text(json.dumps({"places": {}, "data": {"data_dir": None}}))
+    assert view(run).name == "handwritten digits"
+    (run.path / "options.json").unlink()
+    assert view(run).name == "a photo of sks toy"
+    (run.path / LAUNCH).write_text(json.dumps({"task": "subject", "options": {"data": {"instance_prompt": "a" * 99}}}))
+    assert len(view(run).name) == 48
+    assert view(run).title.endswith("(done)")
+
+
+def test_what_the_list_says_is_what_the_files_say(workspace):
+    run = finished_run(workspace.runs / "a")
+    step = json.loads((run.path / "suggestion.json").read_text())["step"]
+    found = dict(figures(view(run)))
+    assert (found["Method"], found["Steps"], found["Suggested step"]) == ("NoRA", "100 of 100", str(step))
+    assert found["Least held-out loss"] == "1.000"
+    assert picture_of(view(run))[0] == run.samples_at(100) / "0.png"
+    assert view(run).share_done == 1.0
+
+
+def test_a_classifier_shows_its_accuracies_with_their_intervals_once_there_are_any(workspace):
+    run = run_in(workspace.runs / "a", "running", step=1, total=3)
+    (run.path / "options.json").write_text(json.dumps({"places": {}, "method": {"method": ["zeroshot", "nora"]}}))
+    assert figures(view(run)) == [("Methods", "no training, NoRA"), ("Fitted", "1 of 3")]
+    row = {"shots": 4, "method": "nora", "top1": {"value": 0.5, "low": -0.01, "high": 0.61}}
+    (run.path / "report.json").write_text(json.dumps({"summary": [row]}))
+    assert ("NoRA", "50% (0% to 61%)") in figures(view(run))
+
+
+def test_a_step_that_was_done_again_counts_once_and_a_line_cut_short_not_at_all(workspace):
+    run = run_in(workspace.runs / "a", "running")
+    run.log(1, loss=1.0)
+    run.log(2, loss=2.0)
+    run.log(2, loss=3.0)
+    with (run.path / "metrics.jsonl").open("a") as lines:
+        lines.write('{"step": 3, "lo')
+    assert series(view(run)) == {"loss": [(1, 1.0), (2, 3.0)]}
+
+
+def test_a_run_that_is_deleted_while_it_is_read_is_a_run_without_files(workspace, tmp_path):
+    run = run_in(workspace.runs / "a", "done")
+    read = view(run)
+    run.path.rename(tmp_path / "gone")
+    assert (read.status, read.options, series(read)) == ({}, {}, {})
+
+
+def test_everything_a_user_wrote_is_escaped(workspace):
+    nasty = "<img src=x onerror=alert(1)>\"'&"
+    run = run_in(workspace.runs / "a", "failed", error=f"InputError: {nasty}")
+    (run.path / "options.json").write_text(json.dumps({"data": {"instance_prompt": nasty}, "adapter": {"method": nasty}}))
+    shown = cards(views(workspace), "a")
+    assert "<img src=x" not in shown
+    assert "&lt;img src=x onerror=alert(1)&gt;" in shown
+
+
+def test_a_look_at_a_run_of_500_logged_points_takes_well_under_100_ms(workspace):
+    run = run_in(workspace.runs / "a", "running", steps=500, total=800)
+    measure(run)
+    for step in (0, 40, 100):
+        add_samples(run, step)
+    for place in range(4):
+        finished_run(workspace.runs / f"other{place}")
+    seconds = []
+    for place in range(7):
+        run.log(501 + place, loss=1.0)
+        began = time.process_time()
+        parts(workspace, "a")
+        seconds.append(time.process_time() - began)
+    assert median(seconds) < 0.05
