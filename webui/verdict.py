@@ -150,14 +150,19 @@ def figures(record: RunRecord) -> str:
     rows = []
     for step in steps:
         scored = [f"{getattr(scores[step], name):.3f}" if step in scores else "" for name in names]
-        losses = [f"{points[step].heldout:.4f}", "" if points[step].seen is None else f"{points[step].seen:.4f}"]
-        cells = "".join(f"<td>{each}</td>" for each in (*(losses if step in points else ("", "")), *scored))
+        losses = [_number(points.get(step), name) for name in ("heldout", "seen")]
+        cells = "".join(f"<td>{each}</td>" for each in (*losses, *scored))
         rows.append(f'<tr><th scope="row">{_step_head(step, suggested)}</th>{cells}</tr>')
     heads = ("step", "loss, held out", "loss, learned", "likeness", "words", "nearest photo", "nearest outline")
     head = "".join(f'<th scope="col">{each}</th>' for each in heads)
     return (
         f'<div class="scroll"><table class="figures"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
+
+
+def _number(point: Point | None, name: str) -> str:
+    value = getattr(point, name, None)
+    return "" if value is None else f"{value:.4f}"
 
 
 def certificate(record: RunRecord) -> str:

@@ -36,6 +36,14 @@ def process_of(state):
     return {"pid": 2**22 + 1, "pid_started": 1.0}
 
 
+def end_processes():
+    """End what `process_of` has started."""
+    for child in psutil.Process().children():
+        if child.name() == "sleep":
+            child.kill()
+            child.wait()
+
+
 def run_in(folder: Path, state="running", steps=0, total=100, **status) -> WrittenRun:
     """A run of the first task: `steps` of `total` logged, with a falling loss that turns on the photo held out.
 

@@ -1,0 +1,190 @@
+"""The screen Judge: pictures, curves and scores of every step, and the step that the run suggests, as its files have them."""
+
+import json
+import re
+import time
+from statistics import median
+
+import gradio as gr
+import pytest
+from PIL import Image
+from run_folders import PROMPTS, add_samples, curve, end_processes, finished_run, measure, run_in, scores
+
+from training.measured import adapter_at
+from training.record import RunRecord
+from webui import verdict
+from webui.page import build_page
+from webui.screens.judge import look_at, parts
+from webui.settings import Settings
+from webui.views import RunView
+from webui.workspace import Workspace
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """An empty one; processes that stand for runs are killed at the end."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "cache"))
+    yield Workspace(tmp_path / "runs", tmp_path / "sets")
+    end_processes()
+
+
+def view(run):
+    return RunView(RunRecord(run.path))
+
+
+def look(run, step=None, place=None, anew=True):
+    return parts(view(run), step, place, anew)
+
+
+def table(run, *chosen):
+    return look(run, *chosen)["table"].make().value
+
+
+@pytest.fixture
+def finished(workspace):
+    """A run that is done; the curve turns at step 40, which is suggested or near it."""
+    return finished_run(workspace.runs / "a")
+
+
+def test_every_steps_samples_are_side_by_side_the_base_model_first_the_suggested_one_marked(finished):
+    shown = table(finished)
+    heads = re.findall(r'<th scope="col">(.*?)</th>', shown)
+    suggested = verdict.suggested_step(finished)
+    assert [head.split("<")[0].strip() for head in heads] == ["before training", "step 40", "step 60", "step 100"]
+    assert [head for head in heads if "suggested" in head] == [f'step {suggested}<br><span class="chip good">suggested</span>']
+    cells = re.findall(r'data-step="(\d+)" data-place="(\d+)"', shown)
+    assert cells == [(str(step), str(place)) for place in range(len(PROMPTS)) for step in (0, 40, 60, 100)]
+    assert "&lt;b&gt;in the snow" in shown
+    assert "<b>in the snow" not in shown
+    assert 'class="scroll"' in shown
+
+
+def test_the_reason_and_the_warning_are_those_of_the_run(finished):
+    said = json.loads((finished.path / "suggestion.json").read_text())
+    said["warnings"], said["why"] = ["Overfitting: <i>it</i> rises."], "Step 40 is best. Figures follow."
+    (finished.path / "suggestion.json").write_text(json.dumps(said))
+    shown = look(finished)["suggestion"].key
+    assert f"Step {said['step']} of 100" in shown
+    assert "<p>Step 40 is best.</p>" in shown
+    assert "<summary>All the figures behind it</summary><p>Figures follow.</p>" in shown
+    assert '<p class="warning overfit">Overfitting: &lt;i&gt;it&lt;/i&gt; rises.</p>' in shown
+
+
+def test_curves_show_the_held_out_loss_and_the_scores_with_the_suggested_step_and_how_to_read_them(finished):
+    shown = look(finished)["curves"].key
+    titles = re.findall("<figcaption>(.*?)</figcaption>", shown)
+    assert titles == ["Loss by step (lower is better)", "Likeness to the subject", "Following the words", "Nearness to copies"]
+    assert shown.count(f"suggested: step {verdict.suggested_step(finished)}</li>") == len(titles)
+    assert all(words in shown for words in (verdict.READ_LOSS, verdict.READ_SUBJECT, verdict.READ_PROMPT, verdict.READ_COPY))
+    assert "its limit 0.90" in shown
+
+
+def test_the_table_of_figures_has_what_was_logged(finished):
+    rows = re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', look(finished)["figures"].key)
+    measured, scored = {point.step: point for point in curve()}, scores()
+    assert len(rows) == len(measured)
+    for (name, cells), step in zip(rows, sorted(measured), strict=True):
+        values = re.findall("<td>(.*?)</td>", cells)
+        assert (f"step {step}" if step else "before training") in name
+        assert values[:2] == [f"{measured[step].heldout:.4f}", f"{measured[step].seen:.4f}"]
+        assert values[2:4] == ([f"{scored[step].subject:.3f}", f"{scored[step].prompt:.3f}"] if step in scored else ["", ""])
+
+
+def test_at_first_the_suggested_step_is_looked_at_closely_then_what_the_page_chose(finished):
+    suggested = verdict.suggested_step(finished)
+    first = look_at(view(finished), 100, 0, anew=True)
+    assert (first.step, first.forced) == (suggested, True)
+    chosen = look_at(view(finished), 100, 2, anew=False)
+    assert (chosen.step, chosen.place, chosen.forced) == (100, 2, False)
+    gone = look_at(view(finished), 7, 0, anew=False)
+    assert (gone.step, gone.forced) == (suggested, True)
+    assert 'data-step="100" data-place="2" aria-label' in table(finished, 100, 2, False)
+    assert len(re.findall('<button[^>]* class="shown"', table(finished, 100, 2, False))) == 1
+
+
+def test_the_slider_has_the_base_models_picture_and_the_steps_of_the_same_prompt_enlarged(finished, tmp_path):
+    made = look(finished, 60, 1, False)["slider"]
+    assert made.key[:2] == (finished.samples_at(0) / "1.png", finished.samples_at(60) / "1.png")
+    pictures = [Image.open(each["path"] if isinstance(each, dict) else each.path) for each in made.make().value]
+    assert [picture.filename.startswith(str(tmp_path / "cache")) for picture in pictures] == [True, True]
+    assert [picture.size for picture in pictures] == [(512, 512)] * 2
+    assert [picture.getpixel((300, 300)) for picture in pictures] == [(0, 60, 128), (60, 60, 128)]
+    assert look(finished, 60, 0, False)["slider"].key != made.key
+
+
+def test_a_step_can_be_used_where_its_adapter_was_kept(finished):
+    assert look(finished, 40, 0, False)["use"].key == (True, "Use step 40")
+    adapter_at(finished, 40).rmdir()
+    assert look(finished, 40, 0, False)["use"].key[0] is False
+
+
+def test_while_it_trains_what_there_is_is_shown_and_what_will_be_is_said(workspace):
+    run = run_in(workspace.runs / "a", steps=50)
+    found = look(run)
+    assert "suggested when training is done" in found["suggestion"].key
+    assert "will be here, side by side" in found["suggestion"].key
+    assert (found["table"].make().value, found["curves"].key, found["figures"].key) == ("", "", "")
+    assert found["frame"].key is False
+    measure(run, curve((0, 20, 40)), scores((0, 40)))
+    for step in (0, 40):
+        add_samples(run, step)
+    found = look(run)
+    assert "What there is so far is below." in found["suggestion"].key
+    assert "step 40" in found["table"].make().value
+    assert found["curves"].key.count("<figure") == 4
+    assert "suggested" not in found["curves"].key + found["table"].make().value
+    assert found["use"].key == (True, "Use step 40")
+
+
+def test_a_run_that_ended_early_says_that_nothing_is_suggested(workspace):
+    run = run_in(workspace.runs / "a", "stopped", steps=50)
+    assert "not come to its end, so no step is suggested.</b></p><p>Nothing was measured" in look(run)["suggestion"].key
+
+
+def test_without_a_held_out_photo_the_scores_stand_alone(workspace):
+    run = run_in(workspace.runs / "a", steps=50)
+    for step, each in scores().items():
+        run.log(step, **{f"{name}_score" if name != "nearest_limit" else name: value for name, value in vars(each).items()})
+    shown = look(run)["curves"].key
+    assert verdict.NO_LOSS in shown
+    assert shown.count("<figure") == 3
+
+
+def test_no_run_and_a_classifier_are_told_apart(workspace):
+    assert "nothing to judge yet" in parts(None, None, None, True)["empty"].key
+    run = run_in(workspace.runs / "a", "done")
+    (run.path / "options.json").write_text(json.dumps({"places": {}}))
+    found = look(run)
+    assert "the screen Classify" in found["empty"].key
+    assert found["table"].key == ""
+
+
+def test_the_card_is_shown_without_its_header_and_the_certificate_in_words(finished):
+    assert look(finished)["details"].key is False
+    (finished.path / "README.md").write_text("---\ntags: [a]\n---\n# sks toy\n\n![it](before_after.png)\n\nNoRA\n\n---\nend\n")
+    (finished.path / "certificate.json").write_text(
+        json.dumps({"passed": True, "largest_difference": {"diffusers": 0.5}, "effect": 200.0, "problems": []})
+    )
+    found = look(finished)
+    assert found["card"].key == "# sks toy\n\n\nNoRA\n\n---\nend"
+    assert "at most 0.5 of 255 shades apart, where the adapter changes up to 200" in found["papers"].key
+    (finished.path / "certificate.json").write_text(
+        json.dumps({"passed": False, "largest_difference": {}, "effect": 0.0, "problems": ["<b> differs"]})
+    )
+    assert "not what was trained: &lt;b&gt; differs." in look(finished)["papers"].key
+
+
+def test_a_look_takes_under_100_ms_and_sends_nothing_that_is_there_already(finished, tmp_path):
+    for step in range(101, 501):
+        finished.log(step, loss=1.0, lr=1e-3)
+    page = build_page(Settings(runs_dir=tmp_path / "runs", sets_dir=tmp_path / "sets"))
+    named = (fn for fn in page.fns.values() if "judge-samples" in [getattr(output, "elem_id", None) for output in fn.outputs])
+    refresh = next(named).fn
+    *_, seen = refresh("a", None, None, {}, None)
+    took, suggested = [], verdict.suggested_step(finished)
+    for _ in range(7):
+        began = time.perf_counter()
+        *sent, seen = refresh("a", suggested, 1, seen, None)
+        took.append(time.perf_counter() - began)
+    assert all(each == gr.skip() for each in sent)
+    assert median(took) < 0.1

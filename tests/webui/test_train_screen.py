@@ -1,0 +1,263 @@
+"""The screen Train: what it says of a run is what the run's files say, in every state, and looking costs little."""
+
+import json
+import os
+import time
+from statistics import median
+
+import gradio as gr
+import pytest
+from run_folders import PROMPTS, add_checkpoint, add_samples, end_processes, finished_run, measure, run_in
+
+from training.record import RunRecord
+from webui import progress
+from webui.page import build_page
+from webui.parts import updates
+from webui.progress import duration, plain_error
+from webui.run_log import LOG
+from webui.screens.train import BUTTONS, clock_for, parts, view_of
+from webui.settings import Settings
+from webui.views import RunView
+from webui.workspace import Workspace
+
+STATES = ["queued", "starting", "running", "interrupted", "stopped", "failed", "done"]
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """An empty one; processes that stand for runs are killed at the end."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "cache"))
+    yield Workspace(tmp_path / "runs", tmp_path / "sets")
+    end_processes()
+
+
+def view(run):
+    return RunView(RunRecord(run.path))
+
+
+def shown(found):
+    """The names of the buttons that are there."""
+    return {name for name in BUTTONS if found[name].key[0]}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_the_buttons_are_those_that_the_state_allows(workspace, state):
+    look = view(run_in(workspace.runs / "a", state, steps=5, error="ValueError: no" if state == "failed" else None))
+    found = parts(look)
+    assert shown(found) == set(look.actions) & set(BUTTONS)
+    assert found["next"].key == (state == "done", "Judge it")
+    assert progress.IN_WORDS[state] in found["head"].key
+
+
+def test_without_a_run_and_after_its_deletion_the_screen_says_what_to_do(workspace):
+    assert view_of(workspace, None) is None
+    assert view_of(workspace, "gone") is None
+    assert view_of(workspace, "../..") is None
+    found = parts(None)
+    assert "Add a few photos" in found["empty"].key
+    assert shown(found) == set()
+
+
+def test_training_is_told_in_steps_time_and_a_bar(workspace):
+    bar = parts(view(run_in(workspace.runs / "a", steps=25, total=100)))["bar"].key
+    assert 'aria-valuenow="25"' in bar
+    assert "width:25.0%" in bar
+    assert "25 of 100 steps, 40 seconds left" in bar
+
+
+def test_a_phase_whose_end_nobody_knows_has_a_bar_without_a_figure(workspace):
+    found = parts(view(run_in(workspace.runs / "a", phase="calibrating", total=None)))
+    assert "aria-valuenow" not in found["bar"].key
+    assert "Looking at what your photos set in motion" in found["head"].key
+
+
+def test_a_short_training_of_leave_one_out_is_followed_in_its_own_folder(workspace):
+    run = run_in(workspace.runs / "a", phase="leaving out picture 2", total=None)
+    part = run_in(run.path / "folds" / "1", steps=30, total=60)
+    found = parts(view(run))
+    assert "without photo 2" in found["head"].key
+    assert "step 30 of 60" in found["bar"].key
+    assert found["loss"].key == progress.losses(view(part)) != ""
+
+
+def test_a_classifier_counts_its_fits_and_draws_the_one_at_work(workspace):
+    member = "members/16-shots/seed-1/nora"
+    run = run_in(workspace.runs / "a", phase="fitting nora, 16 shots, seed 1", step=3, total=4, member=member)
+    (run.path / "options.json").write_text(json.dumps({"places": {}}))
+    run_in(run.path / member, steps=10, total=20)
+    found = parts(view(run))
+    assert "the method nora, 16 pictures a class, draw 2" in found["head"].key
+    assert "width:87.5%" in found["bar"].key
+    assert "Loss" in found["loss"].key
+    assert found["next"].key[1] == "See the classifier"
+
+
+@pytest.mark.parametrize("member", ["../../other", "/etc", 3, "members/none"])
+def test_a_status_that_points_outside_is_not_followed(workspace, member):
+    run_in(workspace.runs / "other", steps=3)
+    look = view(run_in(workspace.runs / "a" / "b", member=member))
+    assert progress.part_at_work(look) == look.record
+
+
+def test_an_ended_run_says_why_and_from_where_it_goes_on(workspace):
+    run = run_in(workspace.runs / "a", "interrupted", steps=70)
+    assert "No step was saved yet. Resume starts again" in parts(view(run))["head"].key
+    add_checkpoint(run, 50)
+    head = parts(view(run))["head"].key
+    assert "70 of 100 steps were done" in head
+    assert "as when the machine is switched off. Everything up to step 50 is saved. Resume goes on from there." in head
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        ("InputError: The folder is empty. Add photos.", "The folder is empty. Add photos."),
+        ("NotFiniteError: The loss of step 3 is nan.", "The loss of step 3 is nan."),
+        ("DiskFullError: The disk of 'x' is full; use --resume_from_checkpoint", "The disk is full. Free some space"),
+        ("OutOfMemoryError: CUDA out of memory. Tried", "The memory was not enough. On the screen Check choose"),
+        ("RuntimeError: CUDA error: out of memory", "The memory was not enough."),
+        ("KeyError: 'x'", "It ended with an error: KeyError 'x'. Press Resume to try again"),
+        (None, "It ended without saying why. Press Resume"),
+    ],
+)
+def test_errors_are_one_plain_sentence_with_what_to_do(error, told):
+    assert plain_error(error).startswith(told)
+    assert "--" not in plain_error(error)
+
+
+def test_words_of_users_and_errors_are_shown_as_words(workspace):
+    run = run_in(workspace.runs / "a", "failed", steps=3, error="InputError: <script>alert(1)</script>")
+    add_samples(run, 0)
+    (run.path / LOG).write_text("<img src=x onerror=alert(1)>\n")
+    found = parts(view(run), log_open=True)
+    page = "".join(found[name].make().value for name in ("head", "bar", "loss", "samples", "log"))
+    assert "<script" not in page
+    assert "<img src=x" not in page
+    assert "<b>in the snow" not in page
+    assert "&lt;b&gt;in the snow" in page
+
+
+def test_samples_are_there_from_the_first_the_newest_first_and_are_copies_that_gradio_may_serve(workspace, tmp_path):
+    run = run_in(workspace.runs / "a", steps=60)
+    assert "Sample pictures appear here" in parts(view(run))["samples"].make().value
+    for step in (0, 20, 40):
+        add_samples(run, step)
+    made = parts(view(run))["samples"].make().value
+    places = [made.index(words) for words in ("After step 40", "After step 20", "Before training", "Your photos")]
+    assert places == sorted(places)
+    assert made.count("<img") == 3 * len(PROMPTS) + 1
+    assert str(run.path) not in made
+    assert made.count(f"gradio_api/file={tmp_path / 'cache'}") == made.count("<img")
+
+
+def test_small_pictures_keep_their_hard_edges_and_large_ones_are_sent_small(workspace):
+    run = run_in(workspace.runs / "a", steps=60)
+    add_samples(run, 20, side=64)
+    add_samples(run, 40, side=1024)
+    made = parts(view(run))["samples"].make().value
+    assert made.count('class="pixel"') == len(PROMPTS)
+    assert made.count(".webp") == len(PROMPTS) + 1
+
+
+def test_what_gradio_has_deleted_from_its_cache_is_made_again(workspace, tmp_path):
+    run = run_in(workspace.runs / "a", steps=60)
+    add_samples(run, 20)
+    first = parts(view(run))["samples"].make().value
+    for copy in (tmp_path / "cache").rglob("*.png"):
+        copy.unlink()
+    assert parts(view(run))["samples"].make().value == first
+    assert list((tmp_path / "cache").rglob("*.png"))
+
+
+def test_figures_are_those_of_the_files(workspace):
+    run = run_in(workspace.runs / "a", steps=40)
+    measure(run)
+    report = {"seconds_per_step": 0.25, "seconds": 100.0, "peak_memory": 2.5e9, "disk": 3e6, "trained_numbers": 54_272}
+    (run.path / "dry_run.json").write_text(json.dumps(report))
+    found = parts(view(run))
+    assert all(words in found["cost"].key for words in ("about 2 minutes", "0.25 s a step", "2.5 GB", "3 MB", "54,272 numbers"))
+    (table,) = [part for part in found["loss"].key.split("<table")[1:] if "<th>measured now and then" in part]
+    assert "<td>40</td><td>1</td>" in table, "the least of the curve"
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(3, "5 seconds"), (42, "40 seconds"), (61, "1 minute"), (9000, "2.5 hours")])
+def test_times_are_told_in_words(seconds, words):
+    assert duration(seconds) == words
+
+
+def handler(tmp_path):
+    """The refresh of the screen, as the page calls it, and the names of its outputs' elements."""
+    page = build_page(Settings(runs_dir=tmp_path / "runs", sets_dir=tmp_path / "sets"))
+    (found, *_) = [
+        fn for fn in page.fns.values() if "train-phase" in [output.elem_id for output in fn.outputs if hasattr(output, "elem_id")]
+    ]
+    return found
+
+
+def test_a_look_at_500_points_takes_under_100_ms_sends_little_and_nothing_that_is_there_already(workspace, tmp_path):
+    run = run_in(workspace.runs / "a", steps=500, total=1000)
+    measure(run)
+    for step in (0, 100, 200, 300):
+        add_samples(run, step)
+    refresh = handler(tmp_path).fn
+    *_, seen, _, _ = refresh("a", {}, False, None)
+    took = []
+    for step in range(501, 510):
+        run.log(step, loss=1.0, lr=1e-3)
+        began = time.perf_counter()
+        *sent, seen, titles, clock = refresh("a", seen, False, None)
+        took.append(time.perf_counter() - began)
+        changed = [each for each in sent if each != gr.skip()]
+        assert [each.elem_id for each in changed if each.elem_id] == []
+        assert len(changed) == 1, "the curves alone"
+        assert len(changed[0].value) < 25_000
+        assert titles == clock == gr.skip()
+    assert median(took) < 0.1
+    *sent, _, _, _ = refresh("a", seen, False, None)
+    assert all(each == gr.skip() for each in sent)
+
+
+def test_the_log_is_sent_only_where_somebody_looks_at_it(workspace):
+    run = run_in(workspace.runs / "a", steps=5)
+    (run.path / LOG).write_text("one\ntwo\n")
+    assert parts(view(run))["log"].key == ""
+    assert "one\ntwo" in parts(view(run), log_open=True)["log"].key
+
+
+def test_looking_writes_nothing_into_the_run(workspace):
+    run = finished_run(workspace.runs / "a")
+    before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
+    for part in parts(view(run), log_open=True).values():
+        part.make()
+    assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
+
+
+def test_the_clock_goes_while_any_run_is_at_work_and_stands_still_otherwise(workspace):
+    done = run_in(workspace.runs / "done", "done", steps=3)
+    assert clock_for(None, workspace, True).active is False
+    assert clock_for(view(done), workspace, True).active is False
+    running = run_in(workspace.runs / "running", steps=3)
+    assert clock_for(view(done), workspace, False).active is True
+    assert clock_for(view(running), workspace, False).active is True
+    assert clock_for(view(running), workspace, True) == gr.skip()
+
+
+def test_a_part_is_made_only_where_its_key_has_changed():
+    def fails():
+        raise AssertionError
+
+    found = parts(None)
+    same = {name: part.key for name, part in found.items()}
+    unmade = {name: type(part)(part.key, fails) for name, part in found.items()}
+    assert updates(unmade, same, found) == [gr.skip()] * len(found)
+
+
+def test_the_newest_sheet_stands_in_where_there_are_no_single_pictures(workspace):
+    run = run_in(workspace.runs / "a", steps=5)
+    add_samples(run, 1)
+    sheet = next(run.samples_at(1).glob("*.png"))
+    os.replace(sheet, run.samples / "step-0000003.png")
+    for left in run.samples_at(1).iterdir():
+        left.unlink()
+    run.samples_at(1).rmdir()
+    assert 'alt="sample pictures"' in parts(view(run))["samples"].make().value
