@@ -181,8 +181,13 @@ def _value(value: Any) -> str:
     if isinstance(value, list):
         words = ", ".join(map(str, value))
     else:
-        words = "as usual" if value is None else "yes" if value is True else "no" if value is False else str(value)
+        named = {None: "as usual", True: "yes", False: "no"}
+        words = named[value] if value is None or isinstance(value, bool) else _number(value)
     return _text(words if len(words) <= LONGEST_VALUE else f"{words[: LONGEST_VALUE - 1]}…")
+
+
+def _number(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _text(words: str) -> str:

@@ -24,7 +24,7 @@ def build(shell: Shell) -> None:
     gr.HTML("<h2>Side by side</h2>")
     chosen = gr.Dropdown(
         label="Runs to compare",
-        info=f"Two to {MOST} of the same kind: their pictures, losses and scores side by side, and what they were told otherwise.",
+        info=f"Two to {MOST} of the same kind: pictures, losses and scores side by side, and what they were told otherwise.",
         multiselect=True,
         max_choices=MOST,
         elem_id="runs-compare",

@@ -1,0 +1,208 @@
+"""The screen Runs: what can be done with a run, and runs side by side, as a person with a browser does it."""
+
+import json
+
+import gradio as gr
+import pytest
+from run_folders import add_samples, finished_run, run_in
+
+from pipelines.errors import InputError
+from webui import run_cards
+from webui.compare import OTHER_PICTURES, Compared
+from webui.screens.runs import class_draft_like, draft_like
+from webui.views import RunView
+from webui.workspace import Workspace
+
+NASTY = "<script>alert(1)</script>\"'&"
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    return Workspace(tmp_path / "runs", tmp_path / "sets")
+
+
+def with_options(run, **groups):
+    """The run with other options."""
+    found = json.loads((run.path / "options.json").read_text())
+    (run.path / "options.json").write_text(json.dumps({**found, **groups}))
+    return run
+
+
+def classifier(folder, name="nora", value=0.8, shots=4):
+    """A classifier's run that is done."""
+    run = with_options(run_in(folder, "done"), places={}, data={"data_dir": None, "seeds": [0]}, method={"method": [name]})
+    top1 = {"value": value, "low": value - 0.1, "high": value + 0.1}
+    (run.path / "report.json").write_text(json.dumps({"summary": [{"method": name, "shots": shots, "top1": top1}]}))
+    return run
+
+
+def test_runs_are_compared_by_the_same_prompts_from_the_same_noise_and_the_options_that_differ(workspace):
+    finished_run(workspace.runs / "a")
+    with_options(finished_run(workspace.runs / "b"), adapter={"method": "lora", "rank": 4})
+    compared = Compared.of(workspace, ["a", "b"])
+    shown = compared.pictures()
+    assert shown.count("<img") == 6
+    assert shown.count("a photo of sks toy (seed 0)") == 1
+    assert shown.count("step ") >= 2
+    told = compared.differences()
+    assert "adapter: method" in told
+    assert "instance_prompt" not in told
+    assert "as usual" in told
+    curves = compared.curves()
+    assert curves.count("<figure") == 3
+    assert all(f"{letter}: loss" in curves for letter in "AB")
+
+
+def test_runs_that_drew_other_prompts_say_so_and_offer_to_draw(workspace):
+    for name, prompts in (("a", ("one",)), ("b", ("two",))):
+        add_samples(run_in(workspace.runs / name, "done"), 100, prompts=prompts)
+    run_in(workspace.runs / "c", "done")
+    assert OTHER_PICTURES in Compared.of(workspace, ["a", "b"]).pictures()
+    assert OTHER_PICTURES in Compared.of(workspace, ["a", "c"]).pictures()
+
+
+def test_runs_with_the_same_options_say_that(workspace):
+    for name in "ab":
+        finished_run(workspace.runs / name)
+    assert "None: they were started with the same options." in Compared.of(workspace, ["a", "b"]).differences()
+
+
+def test_classifiers_are_compared_by_their_accuracies_with_intervals(workspace):
+    classifier(workspace.runs / "a")
+    classifier(workspace.runs / "b", "lora", 0.55)
+    shown = Compared.of(workspace, ["a", "b"]).in_html()
+    assert "80% (70% to 90%)" in shown
+    assert "55% (45% to 65%)" in shown
+    assert "NoRA, 4 pictures a class" in shown
+    assert "method: method" in shown
+    (workspace.runs / "a" / "report.json").unlink()
+    (workspace.runs / "b" / "report.json").unlink()
+    assert "no accuracy yet" in Compared.of(workspace, ["a", "b"]).in_html()
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([], "Choose 2 to 4 runs"),
+        (["a", "a"], "Choose 2 to 4 runs to compare, got 1"),
+        (["a", "b", "c", "d", "e"], "got 5"),
+        (["a", "digits"], "runs of the same kind"),
+        (["a", "../b"], "There is no such run"),
+        (["a", None], "There is no such run"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(workspace, ids, message):
+    for name in "abcde":
+        run_in(workspace.runs / name, "done")
+    classifier(workspace.runs / "digits")
+    with pytest.raises(InputError, match=message):
+        Compared.of(workspace, ids)
+
+
+def test_nothing_that_a_user_wrote_is_markup_in_the_comparison(workspace):
+    for name in "ab":
+        run = with_options(finished_run(workspace.runs / name), data={"instance_prompt": NASTY + name, NASTY: NASTY + name})
+        add_samples(run, 60, prompts=(NASTY,))
+        add_samples(run, 100, prompts=(NASTY,))
+    compared = Compared.of(workspace, ["a", "b"])
+    shown = compared.in_html() + run_cards.heading(compared.views[0]) + run_cards.question(compared.views[0])
+    assert "<script" not in shown
+    assert "&lt;script&gt;" in shown
+
+
+def test_a_duplicate_has_the_run_s_photos_where_they_are_the_user_s_own(workspace, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(gr, "Warning", said.append)
+    own = workspace.new_picture_set().absolute()
+    data = {"instance_data_dir": str(own), "instance_prompt": "a photo of zwx dog"}
+    draft = draft_like(workspace, {"data": data, "optimisation": {"max_train_steps": 40}})
+    assert (draft["set"], draft["trigger"], draft["class_word"]) == (own.name, "zwx", "dog")
+    assert draft["options"] == {"optimisation": {"max_train_steps": 40}}
+    assert said == []
+    for elsewhere in (tmp_path, own / "..", workspace.sets / "none"):
+        assert draft_like(workspace, {"data": {"instance_data_dir": str(elsewhere)}})["set"] is None
+    assert len(said) == 3
+    classes = class_draft_like(workspace, {"data": {"data_dir": str(own), "class_names": ["c00=a"], "views": 2}, "method": {}})
+    assert (classes["set"], classes["options"]) == (own.name, {"data": {"views": 2}})
+
+
+def test_before_the_first_run_the_list_says_what_to_do():
+    assert "There are no runs yet" in run_cards.cards([], None)
+
+
+def test_the_run_in_view_is_marked_and_says_why_it_ended(workspace):
+    run_in(workspace.runs / "a", "interrupted")
+    shown = run_cards.cards([RunView(workspace.run("a"))], "a")
+    assert 'aria-pressed="true"' in shown
+    assert "Its process ended without a word" in shown
+    assert 'class="chip interrupted"' in shown
+
+
+@pytest.fixture(scope="module")
+def server(app_server):
+    """A server with runs of several kinds."""
+    server = app_server()
+    finished_run(server.runs / "20260101-000001-first")
+    with_options(finished_run(server.runs / "20260101-000002-other"), adapter={"method": "lora"})
+    run_in(server.runs / "20260101-000003-cut", "interrupted", steps=40)
+    classifier(server.runs / "20260101-000004-digits")
+    return server
+
+
+def open_runs(page):
+    """Show the screen, however narrow the page is."""
+    page.get_by_role("tab", name="Runs").evaluate("tab => tab.click()")
+    page.wait_for_selector("button.run")
+
+
+def card(page, name):
+    return page.locator(f'button.run[data-run="{name}"]')
+
+
+def pick(page, *names):
+    """Choose runs to compare."""
+    for name in names:
+        page.locator("#runs-compare input").click()
+        page.locator("#runs-compare [role=option]", has_text=name).first.click()
+    page.keyboard.press("Escape")
+
+
+def test_a_run_is_chosen_compared_and_deleted_after_it_was_asked_whether_really(server, new_page, screenshot):
+    page = new_page(server.url)
+    open_runs(page)
+    assert page.locator("button.run").count() == 4
+    card(page, "20260101-000003-cut").click()
+    page.wait_for_selector("#runs-resume")
+    assert not page.locator("#runs-stop").is_visible()
+    screenshot(page, "runs")
+    page.click("#runs-delete")
+    page.wait_for_selector("#runs-confirm", state="visible")
+    page.click("#runs-delete-no")
+    page.wait_for_selector("#runs-confirm", state="hidden")
+    assert (server.runs / "20260101-000003-cut").exists()
+    page.click("#runs-delete")
+    page.click("#runs-delete-yes")
+    card(page, "20260101-000003-cut").wait_for(state="detached")
+    assert not (server.runs / "20260101-000003-cut").exists()
+    assert page.locator("button.run").count() == 3
+
+
+def test_two_runs_are_shown_side_by_side_and_a_duplicate_goes_to_the_check(server, new_page, screenshot):
+    page = new_page(server.url, dark=True)
+    open_runs(page)
+    pick(page, "a photo of sks toy", "a photo of sks toy")
+    page.click("#runs-compare-show")
+    page.wait_for_selector(".compare table")
+    assert page.locator(".compare td img").count() == 6
+    screenshot(page, "runs-compared")
+    card(page, "20260101-000002-other").click()
+    page.wait_for_selector('button.run[data-run="20260101-000002-other"][aria-pressed="true"]')
+    page.click("#runs-duplicate")
+    page.wait_for_selector("#screen-check", state="visible")
+
+
+def test_on_a_phone_nothing_is_wider_than_the_screen(server, new_page, screenshot):
+    page = new_page(server.url, size="phone")
+    open_runs(page)
+    screenshot(page, "runs-phone")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
