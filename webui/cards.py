@@ -23,8 +23,8 @@ STYLE = """
 .photo-card .title b { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; min-width: 0; }
 .photo-card p { margin: .35rem 0 0; font-size: .88rem; line-height: 1.4; }
 .photo-card .buttons { display: flex; border-top: 1px solid var(--border-color-primary); }
-.photo-card button { flex: 1; min-height: 40px; font-size: .85rem; background: none; border: 0; cursor: pointer;
-  color: var(--body-text-color); }
+.photo-card button { flex: 1; min-width: 0; min-height: 40px; padding: 0; margin: 0; font-size: .85rem;
+  background: none; border: 0; border-radius: 0; font-weight: 500; cursor: pointer; color: var(--body-text-color); }
 .photo-card button + button { border-left: 1px solid var(--border-color-primary); }
 .photo-card button:hover:not(:disabled) { background: var(--neutral-100); }
 .photo-card button:focus-visible { outline: 2px solid var(--primary-500); outline-offset: -2px; }
@@ -34,7 +34,7 @@ STYLE = """
 .photo-findings p { margin: 0; } .photo-findings p + p { margin-top: .4rem; }
 @media (max-width: 480px) { .photo-cards { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .6rem; }
   .photo-card .words { padding: .5rem; } .photo-card .title { flex-direction: column; align-items: flex-start; gap: .2rem; }
-  .photo-card .title b { max-width: 100%; } .photo-card button { padding: 0 .1rem; } }
+  .photo-card .title b { max-width: 100%; } .photo-card button { font-size: .78rem; } }
 """
 # One listener for all cards; the button that was pressed keeps the focus where its card has gone.
 SCRIPT = """

@@ -66,6 +66,7 @@ def command(shell: Shell, workspace: Workspace, kept: dict[str, Any]) -> str:
     """
     from webui import launching
 
+    Draft.from_browser(kept).check()
     values = values_of(shell, workspace, kept)[1]
     return launching.shown_command(launching.command("subject", _checked(workspace, values), workspace.runs / NEW_RUN))
 

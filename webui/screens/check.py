@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -89,12 +91,34 @@ def build(shell: Shell) -> None:
 
 def _wire(shell: Shell, parts: dict[str, Any], said: dict[str, Any], train: gr.Button) -> None:
     """Have everything listen."""
-    settings, draft = shell.settings, shell.draft
+    does, draft = _Handlers(shell), shell.draft
     clock = gr.Timer(POLL_SECONDS, active=False)
     words = [said["trigger"], said["kind"], said["scenes"], said["preset"]]
 
+    quiet = {"api_visibility": "private", "show_progress": "hidden"}
+    of_cost = [parts["cost"], parts["measure"], clock]
+    changes = [shell.page.load, draft.change]
+    gr.on(changes, does.fill, [draft, *words], words, trigger_mode="always_last", **quiet)
+    gr.on(changes, does.describe, [draft], [parts["prompt"], parts["reasons"]], trigger_mode="always_last", **quiet)
+    worked_out = [parts["command"], parts["crops"], *of_cost]
+    gr.on(changes, does.work_out, [draft], worked_out, trigger_mode="always_last", **quiet)
+    for name, script in (("trigger", SAY_TRIGGER), ("kind", SAY_KIND), ("scenes", SAY_SCENES)):
+        typed = [said[name].input, said[name].blur, said[name].submit]
+        gr.on(typed, None, [draft, said[name]], [draft], js=script, api_visibility="private")
+    said["preset"].input(None, [draft, said["preset"]], [draft], js=SAY_PRESET, api_visibility="private")
+    parts["measure"].click(does.rehearse, [draft], of_cost, api_visibility="private")
+    clock.tick(does.tick, [draft], of_cost, **quiet)
+    train.click(does.start, [draft], [draft, *shell.outputs], api_visibility="private")
+
+
+@dataclass(frozen=True)
+class _Handlers:
+    """What the screen does when something is pressed or changed."""
+
+    shell: Shell
+
     @in_plain_words
-    def fill(kept: dict[str, Any], *typed: str) -> tuple[Any, ...]:
+    def fill(self, kept: dict[str, Any], *typed: str) -> tuple[Any, ...]:
         """Put what the draft says into the boxes, unless it is there."""
         now = Draft.from_browser(kept)
         there = [now.trigger, now.kind, now.scenes_in_lines, presets.preset_named(presets.SUBJECT, now.preset).name]
@@ -102,52 +126,50 @@ def _wire(shell: Shell, parts: dict[str, Any], said: dict[str, Any], train: gr.B
         return tuple(gr.skip() if same else value for same, value in zip(is_typed, there, strict=True))
 
     @in_plain_words
-    def describe(kept: dict[str, Any]) -> tuple[str, str]:
+    def describe(self, kept: dict[str, Any]) -> tuple[str, str]:
         """The prompt and the preset, which need no library."""
         now = Draft.from_browser(kept)
         return _prompt(now), _reasons(presets.preset_named(presets.SUBJECT, now.preset))
 
     @in_plain_words
-    def work_out(kept: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
-        """The command, the crops, and what is known of the cost."""
-        workspace = settings.workspace(request)
-        try:
-            return subject_runs.command(shell, workspace, kept), _crops(shell, workspace, kept), *_cost(shell, workspace, kept)
-        except InputError as error:
-            wrong = f'<div class="warning" role="alert">{escaped(str(error))}</div>'
-            return f"# {' '.join(str(error).split())}", gr.skip(), wrong, gr.Button(interactive=False), gr.Timer(active=False)
+    def work_out(self, kept: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
+        """The command, the crops, and what is known of the cost; where one cannot be told, why."""
+        about = (self.shell, self.shell.settings.workspace(request), kept)
+        command, crops, cost = (_or_why_not(make, *about) for make in (subject_runs.command, _crops, _cost))
+        if isinstance(command, InputError):
+            command = f"# {' '.join(str(command).split())}"
+        if isinstance(cost, InputError):
+            cost = (_warning(cost), gr.Button(interactive=False), gr.Timer(active=False))
+        return command, _warning(crops) if isinstance(crops, InputError) else crops, *cost
 
     @in_plain_words
-    def rehearse(kept: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
+    def rehearse(self, kept: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         """Start a dry run, unless one is at work or has measured this already."""
-        workspace = settings.workspace(request)
-        subject_runs.rehearse(shell, workspace, kept)
-        return _cost(shell, workspace, kept)
+        workspace = self.shell.settings.workspace(request)
+        subject_runs.rehearse(self.shell, workspace, kept)
+        return _cost(self.shell, workspace, kept)
 
     @in_plain_words
-    def tick(kept: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
-        return _cost(shell, settings.workspace(request), kept)
+    def tick(self, kept: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
+        return _cost(self.shell, self.shell.settings.workspace(request), kept)
 
     @in_plain_words
-    def start(kept: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
-        workspace = settings.workspace(request)
-        kept, run_id = subject_runs.start(shell, workspace, kept)
-        return kept, *shell.show(workspace, run_id, "train")
+    def start(self, kept: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
+        workspace = self.shell.settings.workspace(request)
+        kept, run_id = subject_runs.start(self.shell, workspace, kept)
+        return kept, *self.shell.show(workspace, run_id, "train")
 
-    quiet = {"api_visibility": "private", "show_progress": "hidden"}
-    of_cost = [parts["cost"], parts["measure"], clock]
-    changes = [shell.page.load, draft.change]
-    gr.on(changes, fill, [draft, *words], words, trigger_mode="always_last", **quiet)
-    gr.on(changes, describe, [draft], [parts["prompt"], parts["reasons"]], trigger_mode="always_last", **quiet)
-    worked_out = [parts["command"], parts["crops"], *of_cost]
-    gr.on(changes, work_out, [draft], worked_out, trigger_mode="always_last", **quiet)
-    for name, script in (("trigger", SAY_TRIGGER), ("kind", SAY_KIND), ("scenes", SAY_SCENES)):
-        typed = [said[name].input, said[name].blur, said[name].submit]
-        gr.on(typed, None, [draft, said[name]], [draft], js=script, api_visibility="private")
-    said["preset"].input(None, [draft, said["preset"]], [draft], js=SAY_PRESET, api_visibility="private")
-    parts["measure"].click(rehearse, [draft], of_cost, api_visibility="private")
-    clock.tick(tick, [draft], of_cost, **quiet)
-    train.click(start, [draft], [draft, *shell.outputs], api_visibility="private")
+
+def _or_why_not(make: Callable[[Shell, Workspace, dict[str, Any]], Any], *about: Any) -> Any:
+    """What `make` makes, or the error that says why it cannot be."""
+    try:
+        return make(*about)
+    except InputError as error:
+        return error
+
+
+def _warning(error: InputError) -> str:
+    return f'<div class="warning" role="alert">{escaped(str(error))}</div>'
 
 
 def _lines(text: str) -> list[str]:
@@ -158,7 +180,7 @@ def _prompt(draft: Draft) -> str:
     try:
         draft.check()
     except InputError as error:
-        return f'<div class="warning" role="alert">{escaped(str(error))}</div>'
+        return _warning(error)
     listed = "".join(f"<li><code>{escaped(prompt)}</code></li>" for prompt in draft.prompts)
     return (
         f'<p class="prompt">Your photos are said to show <code>{escaped(draft.prompt)}</code></p>'

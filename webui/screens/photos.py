@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gradio as gr
@@ -28,6 +28,8 @@ says what it would change; it never changes a photo itself.</p>"""
 GONE = "Your earlier photos are no longer there, so the example is shown. Add your photos again."
 # What is shown last, so that what has not changed is not sent again.
 NOTHING_SHOWN: list[Any] = []
+# How many updates `_view` makes.
+PARTS = 7
 
 
 def build(shell: Shell) -> None:
@@ -55,12 +57,29 @@ def _wire(
     shell: Shell, upload: gr.File, message: gr.HTML, examined: gr.State, view: list[Any], buttons: dict[str, gr.Button]
 ) -> None:
     """Have everything listen."""
-    settings, (shown, signature) = shell.settings, (view[1], view[-1])
+    does, (shown, signature) = _Handlers(shell), (view[1], view[-1])
+    draft, quiet = shell.draft, {"api_visibility": "private", "show_progress": "hidden"}
+    doctor = {"fn": does.examine, "inputs": [draft, signature, examined], "outputs": [shown, examined], **quiet}
+    gr.on([shell.page.load, draft.change], does.look, [draft, signature], [draft, *view], **quiet).then(**doctor)
+    upload.upload(does.add, [draft, upload], [draft, upload, message, *view], api_visibility="private").then(**doctor)
+    shown.click(does.act, [draft], [draft, message, *view], **quiet).then(**doctor)
+    for name in ("own", "example"):
+        wanted = gr.State(name)
+        buttons[name].click(does.change_to, [draft, wanted], [draft, message, *view], **quiet).then(**doctor)
+    buttons["train"].click(does.start, [draft], [draft, *shell.outputs], api_visibility="private")
+    buttons["check"].click(lambda: gr.Tabs(selected="check"), outputs=[shell.tabs], **quiet)
+
+
+@dataclass(frozen=True)
+class _Handlers:
+    """What the screen does when something is pressed, dropped or changed."""
+
+    shell: Shell
 
     @in_plain_words
-    def look(kept: dict[str, Any], known: list[str], request: gr.Request) -> tuple[Any, ...]:
+    def look(self, kept: dict[str, Any], known: list[str], request: gr.Request) -> tuple[Any, ...]:
         """The photos as they are on the disk now, without waiting for the doctor."""
-        workspace, draft = settings.workspace(request), Draft.from_browser(kept)
+        workspace, draft = self.shell.settings.workspace(request), Draft.from_browser(kept)
         try:
             photos = PhotoSet.of(workspace, draft.set)
         except InputError:
@@ -68,32 +87,32 @@ def _wire(
             draft = replace(draft, set=None, own=None)
             return draft.to_browser(), *_view(PhotoSet.of(workspace, None), draft)
         if known and known == _signature(photos, draft):
-            return (gr.skip(),) * (1 + len(view))
+            return (gr.skip(),) * (1 + PARTS)
         return gr.skip(), *_view(photos, draft)
 
     @in_plain_words
-    def examine(kept: dict[str, Any], known: list[str], before: list[str], request: gr.Request) -> tuple[Any, Any]:
+    def examine(self, kept: dict[str, Any], known: list[str], before: list[str], request: gr.Request) -> tuple[Any, Any]:
         """The same with what the doctor says, unless that is what is shown."""
-        photos = PhotoSet.of(settings.workspace(request), Draft.from_browser(kept).set)
+        photos = PhotoSet.of(self.shell.settings.workspace(request), Draft.from_browser(kept).set)
         if known == before or not photos.entries():
             return gr.skip(), known
         return _examined(photos), known
 
     @in_plain_words
-    def add(kept: dict[str, Any], files: list[str] | None, request: gr.Request) -> tuple[Any, ...]:
+    def add(self, kept: dict[str, Any], files: list[str] | None, request: gr.Request) -> tuple[Any, ...]:
         """Add what was dropped; what cannot be used is refused in a sentence, and the rest added."""
         from webui.uploads import add_pictures
 
-        workspace = settings.workspace(request)
+        workspace = self.shell.settings.workspace(request)
         with _own_photos(workspace, kept) as (photos, draft):
             added = add_pictures(photos.folder, files or [])
         return draft.to_browser(), None, _message(added.refused), *_view(photos, draft)
 
     @in_plain_words
-    def act(kept: dict[str, Any], event: gr.EventData, request: gr.Request) -> tuple[Any, ...]:
+    def act(self, kept: dict[str, Any], event: gr.EventData, request: gr.Request) -> tuple[Any, ...]:
         """Move or remove the photo whose button was pressed."""
         action, file = str(event.action), str(event.file)
-        with _own_photos(settings.workspace(request), kept) as (photos, draft):
+        with _own_photos(self.shell.settings.workspace(request), kept) as (photos, draft):
             if action == "remove":
                 photos.remove(file)
             else:
@@ -101,9 +120,9 @@ def _wire(
         return draft.to_browser(), _message([]), *_view(photos, draft, _examined(photos))
 
     @in_plain_words
-    def change_to(kept: dict[str, Any], wanted: str, request: gr.Request) -> tuple[Any, ...]:
+    def change_to(self, kept: dict[str, Any], wanted: str, request: gr.Request) -> tuple[Any, ...]:
         """To the user's own photos, which may be none yet, or to the example; neither loses the other."""
-        workspace, draft = settings.workspace(request), Draft.from_browser(kept)
+        workspace, draft = self.shell.settings.workspace(request), Draft.from_browser(kept)
         if wanted == "example":
             draft = replace(draft, set=None, own=draft.set or draft.own)
         elif draft.set is None:
@@ -111,25 +130,14 @@ def _wire(
         return draft.to_browser(), _message([]), *_view(PhotoSet.of(workspace, draft.set), draft)
 
     @in_plain_words
-    def start(kept: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
+    def start(self, kept: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         """Start the run, or ask for the one word that is missing first."""
-        workspace, draft = settings.workspace(request), Draft.from_browser(kept)
+        workspace, draft = self.shell.settings.workspace(request), Draft.from_browser(kept)
         if not draft.kind.strip() and PhotoSet.of(workspace, draft.set).entries():
             gr.Info("Say in a word what the photos show, such as dog or toy, and press Train here.", title="One word first")
-            return gr.skip(), *shell.show(workspace, tab="check")
-        kept, run_id = subject_runs.start(shell, workspace, kept)
-        return kept, *shell.show(workspace, run_id, "train")
-
-    draft, quiet = shell.draft, {"api_visibility": "private", "show_progress": "hidden"}
-    doctor = {"fn": examine, "inputs": [draft, signature, examined], "outputs": [shown, examined], **quiet}
-    gr.on([shell.page.load, draft.change], look, [draft, signature], [draft, *view], **quiet).then(**doctor)
-    upload.upload(add, [draft, upload], [draft, upload, message, *view], api_visibility="private").then(**doctor)
-    shown.click(act, [draft], [draft, message, *view], **quiet).then(**doctor)
-    for name in ("own", "example"):
-        wanted = gr.State(name)
-        buttons[name].click(change_to, [draft, wanted], [draft, message, *view], **quiet).then(**doctor)
-    buttons["train"].click(start, [draft], [draft, *shell.outputs], api_visibility="private")
-    buttons["check"].click(lambda: gr.Tabs(selected="check"), outputs=[shell.tabs], **quiet)
+            return gr.skip(), *self.shell.show(workspace, tab="check")
+        kept, run_id = subject_runs.start(self.shell, workspace, kept)
+        return kept, *self.shell.show(workspace, run_id, "train")
 
 
 @contextlib.contextmanager
