@@ -45,11 +45,11 @@ class Settings:
         Raises: InputError if accounts are in use and the request is nobody's.
         """
         if self.accounts is None:
-            return Workspace(self.runs_dir, self.sets_dir)
+            return Workspace(self.runs_dir, self.sets_dir, None, self.is_local, self.base_models)
         user = None if request is None else request.username
         if not user or not ID.fullmatch(user):
             raise InputError("You are not signed in. Reload the page and sign in.")
-        return Workspace(self.runs_dir / user, self.sets_dir / user, user)
+        return Workspace(self.runs_dir / user, self.sets_dir / user, user, self.is_local, self.base_models)
 
 
 def is_loopback(host: str) -> bool:
