@@ -220,6 +220,7 @@ def _alone(record: RunRecord) -> Iterator[None]:
 
 def _spawn(workspace: Workspace, path: Path, words: Sequence[str], folder: Path) -> None:
     """Start a process that waits for its turn and then becomes the command; return when it has said so in the run's status."""
+    _make_room()
     queue = workspace.all_runs.absolute() / QUEUE
     waiter = [sys.executable, "-m", "training.waiting", str(path), "--queue", str(queue), "--", *_found(words)]
     own = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
@@ -236,6 +237,14 @@ def _spawn(workspace: Workspace, path: Path, words: Sequence[str], folder: Path)
         if time.monotonic() - began > PATIENCE_SECONDS:
             return
         time.sleep(0.02)
+
+
+def _make_room() -> None:
+    """Have models that only draw leave the accelerator, where there is one, to the run."""
+    torch, studio = sys.modules.get("torch"), getattr(sys.modules.get("webui.work.studio"), "STUDIO", None)
+    if torch is not None and studio is not None and torch.cuda.is_available():
+        # Not at once: it may be drawing, and the run takes some seconds to load anyway.
+        threading.Thread(target=studio.release, daemon=True).start()
 
 
 def _found(words: Sequence[str]) -> list[str]:

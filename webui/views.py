@@ -41,9 +41,10 @@ TRAINING = "training"
 # From the folder's beginning until its process has said a first word.
 BEGINNING_SECONDS = 20.0
 LONGEST_NAME, NAMED_CLASSES = 48, 3
+METHODS = {"nora": "NoRA", "lora": "LoRA", "dora": "DoRA"}
 SAMPLE_CLASSES = "handwritten digits"
 INTERRUPTED = {
-    "SIGKILL": "The system ended its process, as it does when memory runs out.",
+    "SIGKILL": "Its process was ended from outside, as the system does when memory runs out.",
     None: "Its process ended without a word, as when the machine is switched off.",
 }
 
@@ -191,7 +192,8 @@ class RunView:
     def title(self) -> str:
         """What lists call it."""
         when = time.strftime("%d %b %H:%M:%S", time.localtime(self.created))
-        return f"{self.name}, {when} ({IN_WORDS[self.state]})"
+        method = METHODS.get(self.chosen("adapter", "method") or "nora", "") if self.task == "subject" else ""
+        return f"{self.name}, {method}{', ' if method else ''}{when} ({IN_WORDS[self.state]})"
 
 
 def without_kind(error: str) -> str:

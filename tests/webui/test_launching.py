@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -85,6 +86,17 @@ def test_the_command_uses_the_launcher_of_this_environment(monkeypatch, tmp_path
         assert launching._found(words) == [str(beside), *words[1:]]
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     assert launching._found(words) == [str(tmp_path / "python"), "-m", "accelerate.commands.launch", words[2]]
+
+
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_models_that_only_draw_leave_an_accelerator_to_the_run(workspace, monkeypatch, has_gpu):
+    released = []
+    studio = SimpleNamespace(STUDIO=SimpleNamespace(release=lambda: released.append(True)))
+    monkeypatch.setitem(sys.modules, "webui.work.studio", studio)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: has_gpu)))
+    launching._make_room()
+    time.sleep(0.2)
+    assert released == [True] * has_gpu
 
 
 def test_what_has_ended_leaves_no_zombie(workspace):

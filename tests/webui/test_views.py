@@ -53,7 +53,7 @@ def test_a_process_that_is_gone_without_a_word_was_interrupted_or_had_been_asked
     assert view(run).state == "interrupted"
     assert view(run).reason == "Its process ended without a word, as when the machine is switched off."
     (run.path / LOG).write_text(f"$ accelerate launch\n{KILLED}")
-    assert view(run).reason == "The system ended its process, as it does when memory runs out."
+    assert view(run).reason == "Its process was ended from outside, as the system does when memory runs out."
     requests.ask(run, requests.STOP)
     assert (view(run).state, view(run).reason) == ("stopped", "You stopped it.")
 
@@ -154,6 +154,7 @@ def test_a_run_is_called_by_what_it_learns(workspace):
     assert view(run).name == "a photo of sks toy"
     (run.path / LAUNCH).write_text(json.dumps({"task": "subject", "options": {"data": {"instance_prompt": "a" * 99}}}))
     assert len(view(run).name) == 48
+    assert ", NoRA, " in view(run).title
     assert view(run).title.endswith("(done)")
 
 
