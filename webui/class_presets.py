@@ -14,6 +14,7 @@ MOST_VALIDATION = 4
 # Of a class of the built-in model's, whose steps the recipe counts by its pictures.
 BUILT_IN_STEPS, MOST_STEPS = 10, 400
 DEFAULT = "Fast"
+EVERY_PICTURE = "Every picture that is neither tested on nor needed to choose the settings: more than anything else this helps."
 
 CLASSIFY = (
     Preset(
@@ -21,35 +22,30 @@ CLASSIFY = (
         "a minute or two with the built-in model",
         "A first answer: can these classes be told apart, and does training help?",
         (
-            Value("data", "shots", ["16"], "Sixteen pictures of each class say most of what more would."),
+            Value("data", "shots", ["16"], "Sixteen pictures of each class: quick, and enough to see whether it works."),
             Value("data", "seeds", [0], "One draw of the pictures to learn from."),
             Value("method", "method", COMPARED, "NoRA beside what it has to beat: no training, raw pixels, and a linear probe."),
         ),
     ),
     Preset(
         "Balanced",
-        "about six times the time of Fast",
-        "How sure the answer is: three draws of the pictures, and LoRA to compare with.",
+        "about three times the time of Fast",
+        "A classifier to use: it learns from every picture that is not needed for the test.",
         (
-            Value("data", "shots", ["16"], "Sixteen pictures of each class say most of what more would."),
-            Value("data", "seeds", [0, 1, 2], "Three draws show how much hangs on which pictures are learned from."),
-            Value("method", "method", ["zeroshot", "pixels", "linear_probe", "lora", "nora"], "LoRA has ten times the numbers."),
+            Value("data", "shots", ["all"], EVERY_PICTURE),
+            Value("data", "seeds", [0], "With all pictures, another draw would learn from the same ones."),
+            Value("method", "method", COMPARED, "NoRA beside what it has to beat: no training, raw pixels, and a linear probe."),
         ),
     ),
     Preset(
         "Best",
-        "the longest, by how many pictures there are",
-        "The most accurate classifier: it learns from every picture that is not needed for the test.",
+        "about twice the time of Balanced",
+        "The most accurate of several ways to learn from every picture.",
         (
-            Value("data", "shots", ["all"], "Every picture that is neither tested on nor needed to choose the settings."),
-            Value("data", "seeds", [0], "With all pictures another draw would learn from the same ones."),
-            Value(
-                "method",
-                "method",
-                ["zeroshot", "pixels", "linear_probe", "tip_adapter_f", "lora", "nora"],
-                "More methods to choose from.",
-            ),
-            Value("optimisation", "min_train_steps", 200, "At least twice the usual steps."),
+            Value("data", "shots", ["all"], EVERY_PICTURE),
+            Value("data", "seeds", [0], "With all pictures, another draw would learn from the same ones."),
+            Value("method", "method", [*COMPARED[:3], "tip_adapter_f", "lora", "nora"], "Two more methods to choose from."),
+            Value("optimisation", "min_train_steps", 200, "At least twice the usual steps, where there are few pictures."),
         ),
     ),
 )

@@ -176,9 +176,16 @@ def read_pointer(folder: Path) -> dict[str, object] | None:
 
 
 def name_pointed_class(folder: Path, key: str, name: str) -> None:
-    """Call a class of the folder that a set points to `name`; in the folder itself nothing changes."""
+    """Call a class of the folder that a set points to `name`; in the folder itself nothing changes.
+
+    Raises: InputError if the name is empty, or another class is called so.
+    """
+    from webui.work.labelled import pointed_to
+
     pointer = read_pointer(folder)
-    write_text_atomically(folder / POINTER, json.dumps({**pointer, "names": {**pointer["names"], key: name}}))
+    names = {**pointer["names"], key: name.strip()}
+    pointed_to(folder.name, Path(pointer["path"]), names)
+    write_text_atomically(folder / POINTER, json.dumps({**pointer, "names": names}))
 
 
 def read_split(folder: Path) -> dict[str, set[str]]:

@@ -1,8 +1,10 @@
 """The user's classes: which pictures are tested on for good, what is warned of, and what the presets make of them."""
 
 import json
+import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 from class_folders import COLOURS, colour_folder, colour_set, coloured
 
@@ -11,6 +13,7 @@ from pipelines.fewshot.loading import load_folder
 from pipelines.fewshot.shots import sample_split
 from webui import class_presets, class_sets
 from webui.class_presets import CLASSIFY
+from webui.class_runs import check_free
 from webui.picture_sets import add_class, move_picture, read_set, remove_picture, rename_class
 from webui.presets import preset_named
 from webui.uploads import add_pictures
@@ -121,6 +124,14 @@ def test_a_folder_of_the_machine_is_left_as_it_is(workspace, tmp_path):
     assert class_sets.class_sets(workspace) == [set_id]
 
 
+@pytest.mark.parametrize(("name", "words"), [("leaf", "name of its own"), ("  ", "one line of text")])
+def test_a_class_of_a_folder_takes_no_name_that_training_would_refuse(workspace, tmp_path, name, words):
+    folder = workspace.picture_set(class_sets.point_to(workspace, str(colour_folder(tmp_path / "mine", 4))))
+    with pytest.raises(InputError, match=words):
+        class_sets.name_pointed_class(folder, "sea", name)
+    assert class_sets.find(workspace, folder.name).names() == {name: name for name in sorted(COLOURS)}
+
+
 def test_guests_name_no_folder_of_the_machine(tmp_path):
     guest = Workspace(tmp_path / "runs", tmp_path / "sets", "ann", is_local=False)
     given = colour_folder(tmp_path / "mine", 4)
@@ -185,6 +196,22 @@ def test_the_set_that_a_run_was_trained_on_is_found_again(folder, workspace, tmp
     for data_dir, expected in ((str(folder.absolute()), folder.name), (None, class_sets.EXAMPLE), (str(tmp_path), None)):
         (run / "options.json").write_text(json.dumps({"data": {"data_dir": data_dir}}))
         assert class_sets.set_of_run(workspace, workspace.run(run.name)) == expected
+
+
+def test_pictures_that_a_run_is_learning_from_stay(folder, workspace):
+    run = workspace.new_run()
+    launch = {"task": "classify", "options": {"data": {"data_dir": str(folder.absolute())}}, "created": 0.0}
+    (run / "launch.json").write_text(json.dumps(launch))
+    sleeping = subprocess.Popen(["sleep", "60"])
+    own = {"pid": sleeping.pid, "pid_started": psutil.Process(sleeping.pid).create_time()}
+    try:
+        (run / "status.json").write_text(json.dumps({"state": "running", "phase": "fitting", **own}))
+        with pytest.raises(InputError, match="is learning from these pictures"):
+            check_free(workspace, folder)
+    finally:
+        sleeping.kill()
+        sleeping.wait()
+    check_free(workspace, folder)
 
 
 def test_a_set_is_called_by_its_classes(folder, workspace):

@@ -35,6 +35,7 @@ FOLDER_NOTE = (
 def build(frame: Frame) -> None:
     """Put the part into the open tab."""
     parts = _layout(frame)
+    _wire_class(frame, parts)
     _wire_looking(frame, parts)
     _wire_adding(frame, parts)
     _wire_mending(frame, parts)
@@ -42,22 +43,29 @@ def build(frame: Frame) -> None:
 
 def _layout(frame: Frame) -> dict[str, Any]:
     parts: dict[str, Any] = {}
-    with gr.Row(equal_height=True):
-        parts["set"] = gr.Dropdown(
-            [("Example: handwritten digits", EXAMPLE)],
-            value=EXAMPLE,
-            label="Pictures",
-            elem_id="classify-set",
-            filterable=False,
-            interactive=True,
-            scale=4,
-        )
-        parts["delete"] = gr.Button("Delete this set", size="sm", elem_id="classify-delete-set", visible=False, scale=1)
+    parts["set"] = gr.Dropdown(
+        [("Example: handwritten digits", EXAMPLE)],
+        value=EXAMPLE,
+        label="Pictures",
+        elem_id="classify-set",
+        filterable=False,
+        interactive=True,
+    )
+    parts["summary"] = gr.HTML(elem_id="classify-summary")
+    parts["cards"] = gr.HTML(elem_id="classify-classes")
+    _lay_out_adding(parts, frame.shell.settings.is_local)
+    parts["said"] = gr.HTML(elem_id="classify-said")
+    _lay_out_mending(parts)
+    with gr.Row(elem_classes="buttons"):
+        parts["delete"] = gr.Button("Delete this set", size="sm", elem_id="classify-delete-set", visible=False)
     with gr.Row(visible=False) as parts["sure"]:
         parts["yes"] = gr.Button("Delete it with all its pictures", variant="stop", elem_id="classify-delete-yes")
         parts["no"] = gr.Button("Keep it", elem_id="classify-delete-no")
-    parts["summary"] = gr.HTML(elem_id="classify-summary")
-    parts["cards"] = gr.HTML(elem_id="classify-classes")
+    parts["go"] = gr.Button("Go on to Train", variant="primary", elem_id="classify-go-train")
+    return parts
+
+
+def _lay_out_adding(parts: dict[str, Any], is_local: bool) -> None:
     gr.HTML("<h3>Add pictures of your own</h3>")
     with gr.Tabs():
         with gr.Tab("A zip of class folders"):
@@ -75,34 +83,37 @@ def _layout(frame: Frame) -> dict[str, Any]:
                 elem_id="classify-class-files",
             )
             parts["add"] = gr.Button("Add them", elem_id="classify-add")
-        if frame.shell.settings.is_local:
+        if is_local:
             with gr.Tab("A folder of this machine"):
                 parts["path"] = gr.Textbox(
                     label="Folder", info="It holds one folder for each class.", max_lines=1, elem_id="classify-folder"
                 )
                 parts["point"] = gr.Button("Use this folder", elem_id="classify-use-folder")
-    parts["said"] = gr.HTML(elem_id="classify-said")
+
+
+def _lay_out_mending(parts: dict[str, Any]) -> None:
     with gr.Accordion("Look at a class, rename or mend it", open=False, elem_id="classify-mend") as parts["mend"]:
-        with gr.Row(equal_height=True):
+        with gr.Row():
             parts["class"] = gr.Dropdown(label="Class", elem_id="classify-class", interactive=True)
             parts["name"] = gr.Textbox(label="Call it", max_lines=1, elem_id="classify-rename-to")
-            parts["rename"] = gr.Button("Rename", elem_id="classify-rename")
-            parts["remove_class"] = gr.Button("Remove the class", elem_id="classify-remove-class")
+        with gr.Row(elem_classes="buttons"):
+            parts["rename"] = gr.Button("Rename", size="sm", elem_id="classify-rename")
+            parts["remove_class"] = gr.Button("Remove the class", size="sm", elem_id="classify-remove-class")
+        gr.HTML("<p class='quiet'>Its pictures. Choose one to move or remove it.</p>")
         parts["gallery"] = gr.Gallery(
-            label="Its pictures; choose one to move or remove it",
-            columns=[4, 8],
+            show_label=False,
+            columns=8,
             height=280,
             object_fit="cover",
             allow_preview=False,
             elem_id="classify-class-pictures",
         )
         parts["chosen"] = gr.State(None)
-        with gr.Row(equal_height=True, visible=False) as parts["one"]:
+        with gr.Column(visible=False) as parts["one"]:
             parts["target"] = gr.Dropdown(label="Move the chosen picture to", elem_id="classify-move-to", interactive=True)
-            parts["move"] = gr.Button("Move it", elem_id="classify-move")
-            parts["remove"] = gr.Button("Remove it", elem_id="classify-remove")
-    parts["go"] = gr.Button("Go on to Train", variant="primary", elem_id="classify-go-train")
-    return parts
+            with gr.Row(elem_classes="buttons"):
+                parts["move"] = gr.Button("Move it", size="sm", elem_id="classify-move")
+                parts["remove"] = gr.Button("Remove it", size="sm", elem_id="classify-remove")
 
 
 def _wire_looking(frame: Frame, parts: dict[str, Any]) -> None:
@@ -119,18 +130,7 @@ def _wire_looking(frame: Frame, parts: dict[str, Any]) -> None:
     def look(draft: dict[str, Any], request: gr.Request) -> list[Any]:
         workspace = settings.workspace(request)
         set_id = set_of(workspace, draft)
-        classes = _found(workspace, set_id)
-        keys = [(one.name, one.key) for one in classes.classes]
-        return [
-            gr.Dropdown(_choices(workspace), value=set_id),
-            gr.Button(visible=set_id != EXAMPLE),
-            gr.Row(visible=False),
-            _summary(classes, None),
-            class_cards(classes, {}),
-            gr.Dropdown(keys, value=keys[0][1] if keys else None),
-            gr.Accordion(visible=bool(keys)),
-            gr.Button(interactive=class_sets.is_ready(classes)),
-        ]
+        return [gr.Dropdown(_choices(workspace), value=set_id), *_set_shown(_found(workspace, set_id))]
 
     @in_plain_words
     def measure(draft: dict[str, Any], request: gr.Request) -> tuple[Any, Any]:
@@ -148,7 +148,7 @@ def _wire_looking(frame: Frame, parts: dict[str, Any]) -> None:
         return {**draft, "set": set_id}
 
     def redraw(event: Any) -> None:
-        looked = event.then(look, [frame.draft], shown, **QUIET)
+        looked = parts["show_class"](event.then(look, [frame.draft], shown, **QUIET))
         outputs = [parts["summary"], parts["cards"]]
         looked.then(measure, [frame.draft], outputs, concurrency_id="device", concurrency_limit=1, **QUIET)
 
@@ -157,6 +157,20 @@ def _wire_looking(frame: Frame, parts: dict[str, Any]) -> None:
     redraw(frame.tab.select(list_sets, [frame.draft], [parts["set"]], **QUIET))
     redraw(parts["set"].input(choose, [parts["set"], frame.draft], [frame.draft], **QUIET))
     parts["go"].click(lambda: gr.Tabs(selected="train"), None, [frame.steps], **QUIET)
+
+
+def _set_shown(classes: LabelledClasses) -> list[Any]:
+    """Updates of what is shown of a set, but for how well its classes are known untrained."""
+    keys = [(one.name, one.key) for one in classes.classes]
+    return [
+        gr.Button(visible=classes.kind != "example"),
+        gr.Row(visible=False),
+        _summary(classes, None),
+        class_cards(classes, {}),
+        gr.Dropdown(keys, value=keys[0][1] if keys else None),
+        gr.Accordion(visible=bool(keys)),
+        gr.Button(interactive=class_sets.is_ready(classes)),
+    ]
 
 
 def _wire_adding(frame: Frame, parts: dict[str, Any]) -> None:
@@ -205,28 +219,19 @@ def _wire_adding(frame: Frame, parts: dict[str, Any]) -> None:
         redraw(gr.on([parts["point"].click, parts["path"].submit], point, inputs, outputs, **known))
 
 
-def _wire_mending(frame: Frame, parts: dict[str, Any]) -> None:
-    settings, redraw = frame.shell.settings, parts["redraw"]
+def _wire_class(frame: Frame, parts: dict[str, Any]) -> None:
+    """Show the pictures of the class that is looked at, to choose one of them."""
+    settings = frame.shell.settings
     of_class = [parts["class"], frame.draft]
     outputs = [parts[name] for name in ("name", "gallery", "chosen", "one", "target", "rename", "remove_class")]
     is_open = gr.State(False)
 
     @in_plain_words
-    def show(key: str | None, draft: dict[str, Any], looked_at: bool, request: gr.Request) -> tuple[Any, ...]:
+    def show(key: str | None, draft: dict[str, Any], looked_at: bool, request: gr.Request) -> list[Any]:
         if not looked_at:
-            return (gr.skip(),) * len(outputs)
+            return [gr.skip()] * len(outputs)
         workspace = settings.workspace(request)
-        classes = _found(workspace, set_of(workspace, draft))
-        own = next((one for one in classes.classes if one.key == key), None)
-        if own is None:
-            return "", [], None, gr.Row(visible=False), gr.Dropdown([]), *[gr.Button(interactive=False)] * 2
-        cached = [small(source) for source in own.pictures[:MOST_SHOWN]]
-        others = [(one.name, one.key) for one in classes.classes if one.key != key]
-        movable = gr.Dropdown(others, value=others[0][1] if others else None)
-        can_rename, can_remove = classes.kind != "example", classes.kind == "own"
-        pictures = [one[0] for one in cached if one is not None]
-        buttons = gr.Button(interactive=can_rename), gr.Button(interactive=can_remove)
-        return own.name, pictures, None, gr.Row(visible=False), movable, *buttons
+        return _class_shown(_found(workspace, set_of(workspace, draft)), key)
 
     @in_plain_words
     def choose(key: str, draft: dict[str, Any], event: gr.SelectData, request: gr.Request) -> tuple[Any, Any]:
@@ -234,7 +239,37 @@ def _wire_mending(frame: Frame, parts: dict[str, Any]) -> None:
         classes = class_sets.find(workspace, set_of(workspace, draft))
         readable = [one for one in classes.class_named(key).pictures[:MOST_SHOWN] if small(one) is not None]
         is_there = classes.kind == "own" and isinstance(event.index, int) and 0 <= event.index < len(readable)
-        return (readable[event.index].name if is_there else None), gr.Row(visible=is_there)
+        return (readable[event.index].name if is_there else None), gr.Column(visible=is_there)
+
+    parts["class"].change(show, [*of_class, is_open], outputs, **QUIET)
+    parts["mend"].expand(lambda: True, None, [is_open], **QUIET).then(show, [*of_class, is_open], outputs, **QUIET)
+    parts["mend"].collapse(lambda: False, None, [is_open], **QUIET)
+    parts["gallery"].select(choose, of_class, [parts["chosen"], parts["one"]], **QUIET)
+    # Only once the class that is chosen is one of those that there are now.
+    parts["show_class"] = lambda event: event.then(show, [*of_class, is_open], outputs, **QUIET)
+
+
+def _class_shown(classes: LabelledClasses, key: str | None) -> list[Any]:
+    """Updates of what is shown of the class `key`, and of what can be done with it."""
+    own = next((one for one in classes.classes if one.key == key), None)
+    if own is None:
+        return ["", [], None, gr.Column(visible=False), gr.Dropdown([]), *[gr.Button(interactive=False)] * 2]
+    cached = [small(source) for source in own.pictures[:MOST_SHOWN]]
+    others = [(one.name, one.key) for one in classes.classes if one.key != key]
+    return [
+        own.name,
+        [one[0] for one in cached if one is not None],
+        None,
+        gr.Column(visible=False),
+        gr.Dropdown(others, value=others[0][1] if others else None),
+        gr.Button(interactive=classes.kind != "example"),
+        gr.Button(interactive=classes.kind == "own"),
+    ]
+
+
+def _wire_mending(frame: Frame, parts: dict[str, Any]) -> None:
+    """Rename a class, remove it, move or remove one of its pictures."""
+    settings, redraw = frame.shell.settings, parts["redraw"]
 
     @in_plain_words
     def rename(key: str, name: str, draft: dict[str, Any], request: gr.Request) -> str:
@@ -260,10 +295,6 @@ def _wire_mending(frame: Frame, parts: dict[str, Any]) -> None:
 
         return changed
 
-    gr.on([parts["class"].change, parts["cards"].change], show, [*of_class, is_open], outputs, **QUIET)
-    parts["mend"].expand(lambda: True, None, [is_open], **QUIET).then(show, [*of_class, is_open], outputs, **QUIET)
-    parts["mend"].collapse(lambda: False, None, [is_open], **QUIET)
-    parts["gallery"].select(choose, of_class, [parts["chosen"], parts["one"]], **QUIET)
     redraw(
         gr.on(
             [parts["rename"].click, parts["name"].submit],

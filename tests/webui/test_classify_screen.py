@@ -1,0 +1,188 @@
+"""Classify in a real browser: from a zip of three classes to a classifier, its mistakes, and the next that learned from them."""
+
+import csv
+import json
+import re
+import zipfile
+
+import pytest
+from class_folders import COLOURS, colour_folder, colour_zip, coloured, finished_classifier
+from playwright.sync_api import expect
+
+from webui.class_sets import read_split
+from webui.workspace import Workspace
+
+SOON, TRAINED = 60_000, 600_000
+
+
+def to_classify(page, part=None):
+    """Go to the screen, and to a part of it."""
+    screen = page.get_by_role("tab", name="Classify", exact=True)
+    if not screen.is_visible():
+        page.locator("#screens .overflow-menu > button").first.click()
+        screen = page.locator("#screens .overflow-dropdown button", has_text="Classify")
+    screen.click()
+    if part is not None:
+        page.locator("#classify-steps").get_by_role("tab", name=part, exact=True).click()
+
+
+def choose(page, dropdown, option):
+    """Choose an option of a dropdown by its words."""
+    page.locator(f"{dropdown} input").first.click()
+    page.get_by_role("option", name=option).first.click()
+
+
+def has_no_sideways_scroll(page):
+    return page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+
+
+@pytest.fixture(scope="module")
+def server(app_server):
+    """One server for all of this module."""
+    return app_server()
+
+
+@pytest.fixture(scope="module")
+def workspace(server):
+    """Its user's runs and sets."""
+    return Workspace(server.runs, server.uploads)
+
+
+@pytest.mark.slow
+def test_the_whole_way_from_a_zip_to_a_classifier_that_learned_from_its_mistake(
+    server, workspace, new_page, tmp_path, screenshot
+):
+    page = new_page(server.url)
+    to_classify(page)
+    expect(page.locator("#classify-classes .class-card")).to_have_count(10, timeout=TRAINED)
+
+    page.set_input_files("#classify-zip input[type=file]", colour_zip(tmp_path / "colours.zip", 6))
+    expect(page.locator("#classify-classes .class-card")).to_have_count(3, timeout=SOON)
+    expect(page.locator("#classify-said")).to_contain_text("18 pictures added")
+    expect(page.locator("#classify-summary")).to_contain_text("Before any training", timeout=SOON)
+    page.locator("#classify-mend > button").click()
+    choose(page, "#classify-class", "leaf")
+    expect(page.locator("#classify-class-pictures img")).to_have_count(6, timeout=SOON)
+    page.locator("#classify-rename-to textarea, #classify-rename-to input").first.fill("<b>green</b> leaf")
+    page.locator("#classify-rename").click()
+    expect(page.locator("#classify-classes")).to_contain_text("<b>green</b> leaf", timeout=SOON)
+    screenshot(page, "classify-pictures")
+
+    page.locator("#classify-go-train").click()
+    page.locator("#classify-command-shown > button").click()
+    shown = page.locator("#classify-command")
+    expect(shown).to_contain_text("--method zeroshot pixels linear_probe nora", timeout=SOON)
+    words = " ".join(shown.inner_text().split())
+    page.locator("#classify-start").click()
+    expect(page.locator("#classify-stop")).to_be_visible(timeout=SOON)
+    page.reload()
+    page.wait_for_selector("#screens")
+    to_classify(page, "2 Train")
+    screenshot(page, "classify-train")
+    expect(page.locator("#classify-see-result")).to_be_visible(timeout=TRAINED)
+    (run_id,) = workspace.run_ids()
+    run = workspace.run(run_id)
+    started = run.read_json("launch.json")["command"]
+    assert all(word in words for word in started[:-1] if "/" not in word and " " not in word)
+    assert "c01=<b>green</b> leaf" in started
+
+    page.locator("#classify-see-result").click()
+    expect(page.locator("#classify-words")).to_contain_text("that it was not shown", timeout=SOON)
+    report = run.read_json("report.json")
+    counts = next(one for one in report["members"] if one["folder"] == report["classifier"])["test"]["confusion"]
+    cell = page.locator("#classify-confusion button").last
+    expected = counts[int(cell.get_attribute("data-true"))][int(cell.get_attribute("data-predicted"))]
+    cell.focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#classify-cell figure")).to_have_count(expected, timeout=SOON)
+    expect(page.locator("#classify-cell img")).to_have_count(expected)
+    with page.expect_download() as download:
+        page.locator("#classify-download-table").click()
+    rows = list(csv.DictReader(download.value.path().open(newline="")))
+    assert len(rows) == sum(map(sum, counts))
+    with page.expect_download() as download:
+        page.locator("#classify-download-compact").click()
+    assert any(name.endswith(".safetensors") for name in zipfile.ZipFile(download.value.path()).namelist())
+    screenshot(page, "classify-result")
+
+    page.locator("#classify-steps").get_by_role("tab", name="4 Use", exact=True).click()
+    for place, name in enumerate(("sea", "ruby")):
+        (tmp_path / f"new-{place}.png").write_bytes(coloured(name, 50 + place))
+    page.set_input_files("#classify-new-files input[type=file]", [tmp_path / "new-0.png", tmp_path / "new-1.png"])
+    expect(page.locator("#classify-found .shares")).to_have_count(2, timeout=SOON)
+    page.locator("#classify-correct-0 input").click()
+    # The first is what it was taken for.
+    corrected = page.get_by_role("option").nth(1)
+    said = corrected.inner_text().strip()
+    corrected.click()
+    screenshot(page, "classify-use")
+    page.locator("#classify-again").click()
+    expect(page.locator("#classify-stop")).to_be_visible(timeout=SOON)
+    folder = workspace.picture_set(json.loads((run.path / "options.json").read_text())["data"]["data_dir"].rsplit("/", 1)[1])
+    tested = read_split(folder)["test"]
+    expect(page.locator("#classify-see-result")).to_be_visible(timeout=TRAINED)
+    newest, *_ = workspace.run_ids()
+    assert newest != run_id
+    again = workspace.run(newest)
+    assert part_of(again, "test") == part_of(run, "test") == tested
+    learned = list(part_of(again, "train", "val") - part_of(run, "train", "val"))
+    assert len(learned) == 1
+    names = dict(pair.split("=", 1) for pair in again.options()["data"]["class_names"])
+    assert names[learned[0].split("/")[0]] == re.sub("^right: ", "", said)
+
+
+def part_of(run, *parts):
+    """The pictures that a run drew for these parts."""
+    (path,) = (run.path / "splits").glob("*.json")
+    split = json.loads(path.read_text())
+    return {name for part in parts for name, *_ in split[part]}
+
+
+def test_a_class_is_made_by_its_name_and_pictures_and_others_are_refused_in_words(server, new_page, tmp_path):
+    page = new_page(server.url)
+    to_classify(page)
+    expect(page.locator("#classify-classes .class-card").first).to_be_visible(timeout=TRAINED)
+    choose(page, "#classify-set", "Example")
+    expect(page.locator("#classify-classes .class-card")).to_have_count(10, timeout=SOON)
+    page.get_by_role("tab", name="One class at a time").click()
+    page.locator("#classify-class-name input, #classify-class-name textarea").first.fill("ruby")
+    files = [tmp_path / "ruby-0.png", tmp_path / "ruby-1.png"]
+    for place, file in enumerate(files):
+        file.write_bytes(coloured("ruby", place))
+    (tmp_path / "page.png").write_text("<html><script>alert(1)</script></html>")
+    page.set_input_files("#classify-class-files input[type=file]", [*files, tmp_path / "page.png"])
+    expect(page.locator("#classify-class-files")).to_contain_text("page", timeout=SOON)
+    page.locator("#classify-add").click()
+    expect(page.locator("#classify-classes .class-card")).to_have_count(1, timeout=SOON)
+    expect(page.locator("#classify-said")).to_contain_text("2 pictures added")
+    expect(page.locator("#classify-said")).to_contain_text("page.png is not a JPEG, PNG or WebP picture")
+    expect(page.locator("#classify-summary")).to_contain_text("one class only")
+    expect(page.locator("#classify-go-train")).to_be_disabled()
+
+
+def test_a_folder_of_this_machine_is_used_where_it_is(server, new_page, tmp_path):
+    given = colour_folder(tmp_path / "mine", 5)
+    page = new_page(server.url)
+    to_classify(page)
+    page.get_by_role("tab", name="A folder of this machine").click()
+    page.locator("#classify-folder input, #classify-folder textarea").first.fill(str(given))
+    page.locator("#classify-use-folder").click()
+    expect(page.locator("#classify-classes .class-card")).to_have_count(3, timeout=TRAINED)
+    expect(page.locator("#classify-summary")).to_contain_text("nothing in their folder is changed")
+    page.locator("#classify-go-train").click()
+    expect(page.locator("#classify-about")).to_contain_text("6 of the 15 are kept for the test", timeout=SOON)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_every_part_fits_a_phone(server, workspace, new_page, tmp_path, screenshot, dark):
+    names = {name: f"{name} with quite a long name" for name in COLOURS}
+    finished_classifier(workspace, colour_folder(tmp_path / f"pictures-{dark}", 6), names)
+    page = new_page(server.url, size="phone", dark=dark)
+    for part in ("1 Pictures", "2 Train", "3 Result", "4 Use"):
+        to_classify(page, part)
+        if part == "3 Result":
+            page.locator("#classify-confusion td.wrong button").first.click(timeout=SOON)
+            expect(page.locator("#classify-cell img").first).to_be_visible(timeout=SOON)
+        page.wait_for_timeout(500)
+        screenshot(page, f"classify-phone-{part[2:].lower()}-{'dark' if dark else 'light'}")
+        assert has_no_sideways_scroll(page)
