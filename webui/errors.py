@@ -54,7 +54,7 @@ def _said_plainly() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise gr.Error(html.escape(str(error)), title="That does not work yet", print_exception=False) from error
+        raise gr.Error(html.escape(str(error), quote=False), title="That does not work yet", print_exception=False) from error
     except gr.Error:
         raise
     except Exception as error:

@@ -18,15 +18,16 @@ HINT = "<p class='quiet'>Choose a picture to see how it was made. Each file carr
 NO_PICTURES = """<div class="empty"><p>Pictures appear here, the newest first. They stay when you close the page.</p></div>"""
 
 
-def gallery_of(workspace: Workspace) -> gr.Gallery:
-    """All pictures that the user has drawn, newest first, each with its settings in a line."""
+def gallery_of(workspace: Workspace) -> list[Any]:
+    """All pictures that the user has drawn, newest first, each with its settings in a line; and what to do with them."""
     found = [_cached(path, path.stat().st_mtime_ns) for path in DrawnPictures.of(workspace).newest()[:SHOWN]]
     if any(not Path(cached).exists() for cached, *_ in found):
         _cached.cache_clear()
         return gallery_of(workspace)
     classes = ["captioned", *(["pixel"] if all(side <= CRISP_SIDE for *_, side in found) else [])]
     value = [(cached, line) for cached, line, _ in found]
-    return gr.Gallery(value=value, visible=bool(found), elem_classes=classes, selected_index=None)
+    gallery = gr.Gallery(value=value, visible=bool(found), elem_classes=classes, selected_index=None)
+    return [gallery, HINT if found else NO_PICTURES]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -37,6 +37,8 @@ def build_page(settings: Settings) -> gr.Blocks:
         clock = gr.Timer(POLL_SECONDS, active=False)
         with gr.Tabs(elem_id="screens") as tabs:
             shell = Shell(page, settings, run, step, tabs, draft, class_draft, clock)
+            # First, since a screen's handler of the same name would take the endpoint's name.
+            build_api(shell)
             for name, (title, screen) in SCREENS.items():
                 with gr.Tab(title, id=name, elem_id=f"screen-{name}"):
                     screen.build(shell)
@@ -46,5 +48,4 @@ def build_page(settings: Settings) -> gr.Blocks:
             return shell.show(settings.workspace(request))
 
         page.load(come_back, outputs=shell.outputs, api_visibility="private")
-        build_api(shell)
     return page

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,16 @@ from webui import uploads
 from webui.adapters import others, steps_of
 from webui.drawn import DrawnPictures, settings_of
 from webui.errors import in_plain_words
-from webui.gallery import HINT, NO_PICTURES, bar_of, details_of, gallery_of
+from webui.gallery import bar_of, details_of, gallery_of
 from webui.screens import use_files
 from webui.shell import Shell
+from webui.turns import TURNS
 from webui.views import RunView
 from webui.wishes import GUIDANCE, MIXED, STEPS, Wish, run_in
 from webui.workspace import Workspace
 
 SECONDS_BETWEEN = 0.1
+CANCELLED = "<p class='quiet'>Cancelled. What was finished is kept.</p>"
 NO_RUN = """<div class="empty"><p><b>There is no adapter yet.</b></p><p>Add a few photos under Photos and train with them. As soon
 as the first steps are kept, pictures can be drawn here.</p></div>"""
 NO_STEP = """<div class="empty"><p><b>This run has no adapter yet.</b></p><p>The first one is kept after some steps of training,
@@ -208,30 +211,45 @@ def _in_the_snow(view: RunView, prompts: list[str]) -> str:
 def _wire_drawing(shell: Shell, controls: Controls, buttons: tuple[gr.Button, gr.Button, gr.HTML], shown: Shown) -> None:
     generate, cancel, bar = buttons
 
+    turn = gr.State(0)
+
     @in_plain_words
-    def draw(request: gr.Request, *values: Any) -> Iterator[list[Any]]:
+    def begin(request: gr.Request) -> list[Any]:
+        began = TURNS.begin(str(request.session_hash))
+        return [began, gr.Button(interactive=False), gr.Button(visible=True), bar_of("Waiting for its turn", 0, 1)]
+
+    @in_plain_words
+    def draw(request: gr.Request, turn: int, *values: Any) -> Iterator[list[Any]]:
         from webui.work import drawing
 
         workspace, wish = shell.settings.workspace(request), Wish.from_page(values)
         began = told = time.monotonic()
-        for event in drawing.draw(workspace, wish):
-            if isinstance(event, Path):
-                yield [gr.skip(), gallery_of(workspace), HINT]
-            elif event.done in (0, event.total) or time.monotonic() - told > SECONDS_BETWEEN:
-                told = time.monotonic()
-                yield [bar_of(event.words, event.done, event.total), gr.skip(), gr.skip()]
+        with closing(drawing.draw(workspace, wish)) as events:
+            for event in events:
+                if TURNS.is_cancelled(str(request.session_hash), turn):
+                    return
+                if isinstance(event, Path):
+                    yield [gr.skip(), *gallery_of(workspace)]
+                elif event.done in (0, event.total) or time.monotonic() - told > SECONDS_BETWEEN:
+                    told = time.monotonic()
+                    yield [bar_of(event.words, event.done, event.total), gr.skip(), gr.skip()]
         yield [f"<p class='quiet'>Done in {time.monotonic() - began:.1f} s.</p>", gr.skip(), gr.skip()]
 
-    started = generate.click(
-        lambda: [gr.Button(interactive=False), gr.Button(visible=True), bar_of("Waiting for its turn", 0, 1)],
-        outputs=[generate, cancel, bar],
-        queue=False,
-        show_progress="hidden",
-        api_visibility="private",
-    )
+    @in_plain_words
+    def at_rest(turn: int, request: gr.Request) -> list[Any]:
+        cancelled = TURNS.is_cancelled(str(request.session_hash), turn)
+        return [*_at_rest(), CANCELLED if cancelled else gr.skip()]
+
+    @in_plain_words
+    def stop(request: gr.Request) -> str:
+        TURNS.cancel(str(request.session_hash))
+        return CANCELLED
+
+    at_once = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    started = generate.click(begin, outputs=[turn, generate, cancel, bar], **at_once)
     drawing = started.then(
         draw,
-        inputs=controls.inputs(shell),
+        inputs=[turn, *controls.inputs(shell)],
         outputs=[bar, shown.gallery, shown.details],
         show_progress="minimal",
         show_progress_on=[bar],
@@ -239,21 +257,13 @@ def _wire_drawing(shell: Shell, controls: Controls, buttons: tuple[gr.Button, gr
         concurrency_id="device",
         api_visibility="private",
     )
-    drawing.then(_at_rest, outputs=[generate, cancel], queue=False, show_progress="hidden", api_visibility="private")
-    drawing.failure(lambda: "", outputs=[bar], queue=False, show_progress="hidden", api_visibility="private")
-    cancel.click(
-        lambda: [*_at_rest(), "<p class='quiet'>Cancelled. What was finished is kept.</p>"],
-        outputs=[generate, cancel, bar],
-        cancels=[drawing],
-        queue=False,
-        show_progress="hidden",
-        api_visibility="private",
-    )
+    drawing.success(at_rest, inputs=[turn], outputs=[generate, cancel, bar], **at_once)
+    drawing.failure(lambda: [*_at_rest(), ""], outputs=[generate, cancel, bar], **at_once)
+    cancel.click(stop, outputs=[bar], **at_once)
 
     @in_plain_words
     def come_back(request: gr.Request) -> list[Any]:
-        gallery = gallery_of(shell.settings.workspace(request))
-        return [gallery, HINT if gallery.value else NO_PICTURES]
+        return gallery_of(shell.settings.workspace(request))
 
     shell.page.load(come_back, outputs=[shown.gallery, shown.details], show_progress="hidden", api_visibility="private")
 

@@ -16,10 +16,8 @@ from webui.shell import Shell
 from webui.views import RunView
 from webui.wishes import Wish
 
-# Clicked once its address is that of the new file.
-SAVE = """() => { const before = Date.now(); const save = () => { const link = document.querySelector("a#use-file, #use-file a");
-  if (link && link.href && link.href !== window.savedFile) { window.savedFile = link.href; link.click(); }
-  else if (Date.now() - before < 3000) setTimeout(save, 50); }; save(); }"""
+# The button has its new file by then.
+SAVE = "() => { setTimeout(() => document.querySelector('#use-file').click(), 200); }"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,162 @@
+"""A program does what the page does, through a real server: start, follow, stop, list, generate, classify."""
+
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+from class_folders import COLOURS, coloured
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from PIL import Image
+
+from pipelines.pictures import read_settings
+
+ENDPOINTS = {"/start", "/status", "/stop", "/list", "/generate", "/classify"}
+PATIENCE = 420
+CLASSIFY = {"data": {"shots": ["2"], "templates": ["a photo of a {}"]}, "method": {"method": ["linear_probe"]}}
+
+
+def quick(model):
+    """Options of a subject run of four steps."""
+    return {
+        "model": {"pretrained_model_name_or_path": str(model)},
+        "data": {"instance_prompt": "a star", "heldout_image": "none"},
+        "adapter": {"rank": 4, "inner_r": 2},
+        "optimisation": {"max_train_steps": 4},
+        "output": {"validation_prompt": ["a star"], "validation_steps": 4, "report_to": "none"},
+        "judging": {"certify": False},
+    }
+
+
+@pytest.fixture(scope="module")
+def server(app_server):
+    return app_server()
+
+
+@pytest.fixture(scope="module")
+def client(server, tmp_path_factory):
+    return Client(server.url, verbose=False, download_files=str(tmp_path_factory.mktemp("downloads")))
+
+
+@pytest.fixture(scope="module")
+def zipped(tmp_path_factory):
+    """A zip with a folder of eight pictures for each of three colours."""
+    path = tmp_path_factory.mktemp("zip") / "colours.zip"
+    with zipfile.ZipFile(path, "w") as packed:
+        for name in COLOURS:
+            for place in range(8):
+                packed.writestr(f"{name}/{place}.png", coloured(name, place))
+    return path
+
+
+@pytest.fixture(scope="module")
+def started(client, tiny_model, pictures_dir, zipped):
+    """Three runs: one that draws, one that tells classes apart, and one that waits behind them."""
+    photos = [handle_file(path) for path in sorted(pictures_dir.iterdir())]
+    subject = client.predict("subject", quick(tiny_model), photos, api_name="/start")
+    classes = client.predict("classify", CLASSIFY, [handle_file(zipped)], api_name="/start")
+    waiting = client.predict("subject", quick(tiny_model), [], api_name="/start")
+    return subject, classes, waiting
+
+
+@pytest.fixture(scope="module")
+def stopped(client, started):
+    """The third run, stopped while it waits."""
+    return client.predict(started[2], api_name="/stop"), client.predict(started[2], api_name="/status")
+
+
+def followed(client, run):
+    """What the run is told to be once it has ended; and the states that it went through."""
+    states, end = [], time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        told = client.predict(run, api_name="/status")
+        states += [told["state"]] if told["state"] not in states else []
+        if told["state"] not in ("queued", "starting", "running"):
+            return told, states
+        time.sleep(1)
+    raise AssertionError(f"The run did not end: {told}")
+
+
+def refused(client, match, *values, **named):
+    with pytest.raises(AppError, match=match):
+        client.predict(*values, **named)
+
+
+def test_only_the_named_endpoints_can_be_called(client):
+    api = client.view_api(return_format="dict", print_info=False)
+    assert set(api["named_endpoints"]) == ENDPOINTS
+    assert not api["unnamed_endpoints"]
+    assert [each["parameter_name"] for each in api["named_endpoints"]["/generate"]["parameters"]][:3] == ["run", "prompt", "seed"]
+
+
+def test_a_run_that_waits_is_stopped_before_it_begins(stopped, server, started):
+    before, told = stopped
+    assert before in ("queued", "starting")
+    assert (told["state"], told["step"]) == ("stopped", None)
+    assert not (server.runs / started[2] / "options.json").exists()
+
+
+def test_a_run_is_followed_to_its_end_and_drawn_with(client, started, stopped, tmp_path):
+    told, states = followed(client, started[0])
+    assert (told["state"], told["step"], told["total"]) == ("done", 4, 4), told
+    assert states[-1] == "done"
+    assert told["steps"][-1] == 4
+    settings = {"seed": 3, "strength": 0.5, "step": 4, "steps": 2, "negative_prompt": "fog"}
+    first, again = (client.predict(started[0], "a star at night", **settings, api_name="/generate") for _ in range(2))
+    assert Image.open(first).size == (16, 16)
+    assert Image.open(first).tobytes() == Image.open(again).tobytes()
+    said = read_settings(Path(first))
+    assert (said["prompt"], said["seed"], said["num_inference_steps"], said["negative_prompt"]) == (
+        "a star at night",
+        3,
+        2,
+        "fog",
+    )
+    assert [(each["reference"], each["strength"]) for each in said["adapters"]] == [(f"{started[0]}@4", 0.5)]
+
+
+def test_a_classifier_tells_pictures_apart(client, started, stopped, tmp_path):
+    told, _ = followed(client, started[1])
+    assert told["state"] == "done", told
+    pictures = [tmp_path / "unseen.png", tmp_path / "broken.png"]
+    pictures[0].write_bytes(coloured("sea", 99))
+    pictures[1].write_bytes(b"no picture")
+    good, bad = client.predict(started[1], [handle_file(path) for path in pictures], api_name="/classify")
+    assert good["class"] in COLOURS
+    assert sum(share for _, share in good["top"]) == pytest.approx(1, abs=1e-3)
+    assert "broken.png" in bad["error"]
+
+
+def test_all_runs_are_listed_newest_first(client, started):
+    listed = client.predict(api_name="/list")
+    assert [each["run"] for each in listed] == list(reversed(started))
+    assert {each["task"] for each in listed} == {"subject", "classify"}
+
+
+@pytest.mark.parametrize("run", ["../runs", "/etc", "..", "nobody", "a/b", ".", "", "x" * 300])
+def test_no_id_reaches_outside(client, run):
+    for name, more in (("/status", ()), ("/stop", ()), ("/generate", ("a star",)), ("/classify", ([],))):
+        refused(client, "There is no such run. Choose one from the list", run, *more, api_name=name)
+
+
+def test_what_cannot_be_used_is_refused_in_a_sentence(client, started, tiny_model):
+    run = started[0]
+    refused(client, "optimisation.* has no option 'steps'", "subject", {"optimisation": {"steps": 1}}, [], api_name="/start")
+    refused(client, "by group and name", "subject", {"data": 3}, [], api_name="/start")
+    refused(client, "[Tt]ask must be one of", "paint", {}, [], api_name="/start")
+    refused(client, "must be an uploaded file", "subject", {}, [{"path": "/etc/passwd"}], api_name="/start")
+    refused(client, "must be an uploaded file", "subject", {}, ["/etc/passwd"], api_name="/start")
+    refused(client, "one zip with a folder", "classify", {}, [handle_file(__file__)] * 2, api_name="/start")
+    refused(client, "learned to draw", run, [], api_name="/classify")
+
+
+def test_what_cannot_be_drawn_is_refused_in_a_sentence(client, started, stopped):
+    run = started[0]
+    followed(client, run)
+    refused(client, "prompt is empty", run, " ", api_name="/generate")
+    refused(client, "seed must be from 0", run, "a star", seed=-1, api_name="/generate")
+    refused(client, "strength must be a number", run, "a star", strength="much", api_name="/generate")
+    refused(client, "no longer there", run, "a star", step=999, api_name="/generate")
+    refused(client, "At most 150 steps", run, "a star", steps=100000, api_name="/generate")
+    refused(client, "no adapter to draw with", started[2], "a star", api_name="/generate")
