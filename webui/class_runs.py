@@ -63,7 +63,11 @@ def classifiers(workspace: Workspace) -> list[RunView]:
 
 def view_of(workspace: Workspace, run_id: str | None) -> RunView | None:
     """The classifier of that id; None for none, or one that is gone by now."""
-    return next((view for view in classifiers(workspace) if view.id == run_id), None)
+    try:
+        view = RunView(workspace.run(run_id))
+    except InputError:
+        return None
+    return view if view.task == "classify" else None
 
 
 def set_of(workspace: Workspace, draft: object) -> str:

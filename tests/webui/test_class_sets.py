@@ -11,9 +11,9 @@ from class_folders import COLOURS, colour_folder, colour_set, coloured
 from pipelines.errors import InputError
 from pipelines.fewshot.loading import load_folder
 from pipelines.fewshot.shots import sample_split
-from webui import class_presets, class_sets
+from webui import class_presets, class_runs, class_sets, panel
 from webui.class_presets import CLASSIFY
-from webui.class_runs import check_free
+from webui.draft import merged
 from webui.picture_sets import add_class, move_picture, read_set, remove_picture, rename_class
 from webui.presets import preset_named
 from webui.uploads import add_pictures
@@ -207,12 +207,22 @@ def test_pictures_that_a_run_is_learning_from_stay(folder, workspace):
     try:
         (run / "status.json").write_text(json.dumps({"state": "running", "phase": "fitting", **own}))
         with pytest.raises(InputError, match="is learning from these pictures"):
-            check_free(workspace, folder)
+            class_runs.check_free(workspace, folder)
     finally:
         sleeping.kill()
         sleeping.wait()
-    check_free(workspace, folder)
+    class_runs.check_free(workspace, folder)
 
 
 def test_a_set_is_called_by_its_classes(folder, workspace):
     assert class_sets.title(workspace, folder.name) == f"{', '.join(COLOURS)} (18 pictures)"
+
+
+def test_what_is_typed_into_the_expert_panel_is_started(folder, workspace):
+    about = panel.Source(None, "classify", CLASSIFY, None, class_runs.complete)
+    draft = {"set": folder.name, "preset": "Fast", "options": {}, "typed": {"optimisation": {"min_train_steps": "4"}}}
+    settled = about.settled(workspace, draft)
+    assert settled["options"] == {"optimisation": {"min_train_steps": 4}}
+    values = class_runs.complete(workspace, settled, merged(about.preset(settled).options(), settled["options"]))
+    assert values["optimisation"] == {"min_train_steps": 4}
+    assert values["data"]["data_dir"] == str(folder.absolute())

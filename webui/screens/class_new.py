@@ -114,7 +114,7 @@ def _cards(frame: Frame, found: gr.State) -> None:
 
         @in_plain_words
         def train_again(
-            run_id: str, draft: dict[str, Any], rows: list[dict[str, Any]], *said: str, request: gr.Request
+            run_id: str, draft: dict[str, Any], rows: list[dict[str, Any]], request: gr.Request, *said: str
         ) -> list[Any]:
             workspace = settings.workspace(request)
             corrected: dict[str, list[Path]] = {}

@@ -83,9 +83,9 @@ def _wire(frame: Frame, parts: dict[str, Any]) -> None:
     @in_plain_words
     def open_cell(run_id: str, member: str | None, event: gr.EventData, request: gr.Request) -> str:
         result = found(run_id, member, request)[1]
-        true, predicted = event._data.get("true"), event._data.get("predicted")
         places = range(len(result.classes)) if result is not None else range(0)
-        if true not in places or predicted not in places:
+        true, predicted = (getattr(event, name, None) for name in ("true", "predicted"))
+        if not all(isinstance(place, int) and place in places for place in (true, predicted)):
             raise InputError("This number belongs to another classifier. Reload the page.")
         return class_html.cell_pictures(result, true, predicted)
 
