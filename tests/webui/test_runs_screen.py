@@ -1,6 +1,8 @@
 """The screen Runs: what can be done with a run, and runs side by side, as a person with a browser does it."""
 
 import json
+import sys
+from types import ModuleType, SimpleNamespace
 
 import gradio as gr
 import pytest
@@ -10,9 +12,11 @@ from pipelines.errors import InputError
 from webui import run_cards
 from webui.compare import OTHER_PICTURES, Compared
 from webui.screens.runs import class_draft_like, draft_like
+from webui.screens.runs_compare import NO_ADAPTER, drawn_with_all
 from webui.views import RunView
 from webui.workspace import Workspace
 
+PATIENCE = 120_000
 NASTY = "<script>alert(1)</script>\"'&"
 
 
@@ -126,6 +130,26 @@ def test_a_duplicate_has_the_run_s_photos_where_they_are_the_user_s_own(workspac
     assert (classes["set"], classes["options"]) == (own.name, {"data": {"views": 2}})
 
 
+def test_a_prompt_is_drawn_with_the_adapter_of_each_run_that_has_one(workspace, monkeypatch, tmp_path):
+    finished_run(workspace.runs / "a")
+    run_in(workspace.runs / "b", "done")
+    picture, wishes = workspace.runs / "a" / "samples" / "step-0000100" / "0.png", []
+
+    def draw(within, wish):
+        wishes.append((wish.run_id, wish.prompt, wish.seed, wish.count))
+        yield "half"
+        yield picture
+
+    monkeypatch.setitem(sys.modules, "webui.work", ModuleType("webui.work"))
+    monkeypatch.setitem(sys.modules, "webui.work.drawing", SimpleNamespace(draw=draw))
+    tables = list(drawn_with_all(workspace, Compared.of(workspace, ["a", "b"]), NASTY, 7))
+    assert wishes == [("a", NASTY, 7, 1)]
+    assert "drawing" in tables[0]
+    assert tables[-1].count("<img") == 1
+    assert NO_ADAPTER in tables[-1]
+    assert "<script" not in tables[-1]
+
+
 def test_before_the_first_run_the_list_says_what_to_do():
     assert "There are no runs yet" in run_cards.cards([], None)
 
@@ -151,8 +175,14 @@ def server(app_server):
 
 def open_runs(page):
     """Show the screen, however narrow the page is."""
-    page.get_by_role("tab", name="Runs").evaluate("tab => tab.click()")
-    page.wait_for_selector("button.run")
+    page.set_default_timeout(PATIENCE)
+    page.wait_for_selector("#runs-list button.run", state="attached")
+    tab = page.get_by_role("tab", name="Runs", exact=True)
+    if not tab.is_visible():
+        page.locator("#screens .overflow-menu > button").first.click()
+        tab = page.locator("#screens .overflow-dropdown button", has_text="Runs")
+    tab.click()
+    page.wait_for_selector("#runs-list button.run")
 
 
 def card(page, name):

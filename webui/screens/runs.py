@@ -77,8 +77,9 @@ def _layout() -> dict[str, Any]:
     made["chosen"] = gr.HTML(visible=False, elem_id="runs-chosen")
     with gr.Row(elem_classes="buttons"):
         for name, label in LABELS.items():
+            width = 200 if name == "duplicate" else 140
             variant = {"open": "primary", "delete": "stop"}.get(name, "secondary")
-            made[name] = gr.Button(label, variant=variant, visible=False, elem_id=f"runs-{name}", scale=0, min_width=140)
+            made[name] = gr.Button(label, variant=variant, visible=False, elem_id=f"runs-{name}", scale=0, min_width=width)
     with gr.Group(visible=False, elem_id="runs-confirm") as made["confirm"]:
         made["question"] = gr.HTML(padding=True)
         with gr.Row(elem_classes="buttons"):
@@ -180,4 +181,10 @@ def _wire_deleting(shell: Shell, made: dict[str, Any], asked: gr.State, look: di
 
     made["delete"].click(ask_first, shell.run, [asked, confirm, question], api_visibility="private")
     made["yes"].click(delete, asked, [asked, confirm, *shell.outputs], api_visibility="private").then(**look)
-    gr.on([made["no"].click, shell.run.change], lambda: (None, gr.Group(visible=False)), None, [asked, confirm], **QUIET)
+    made["no"].click(lambda: (None, gr.Group(visible=False)), None, [asked, confirm], **QUIET)
+    shell.run.change(_only_about, [asked, shell.run], [asked, confirm], **QUIET)
+
+
+def _only_about(asked: str | None, run_id: str | None) -> tuple[Any, Any]:
+    """The question goes when another run is chosen."""
+    return (gr.skip(), gr.skip()) if asked == run_id else (None, gr.Group(visible=False))

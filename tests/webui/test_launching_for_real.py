@@ -1,0 +1,107 @@
+"""The buttons with the real trainers: killed, resumed, asked, stopped and resumed again, a run ends as done."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from training.checkpoints import newest_step
+from webui import launching
+from webui.run_log import log_tail
+from webui.views import RunView
+from webui.workspace import Workspace
+
+PATIENCE = 540
+STEPS = 120
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """One whose runs take one thread; what is still at work at the end is killed."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    # The server's own folder is nobody's business.
+    monkeypatch.chdir(tmp_path)
+    workspace = Workspace(Path("runs"), Path("sets"))
+    yield workspace
+    for run_id in workspace.run_ids():
+        process = workspace.run(run_id).process()
+        if process is not None and process.pid != os.getpid():
+            process.kill()
+
+
+def wait_for(workspace, run_id, what):
+    """Wait until `what(view)` is true of the run."""
+    began = time.monotonic()
+    while not what(view := RunView(workspace.run(run_id))):
+        assert time.monotonic() - began < PATIENCE, (view.state, view.status, log_tail(view.record))
+        assert view.is_active or what(RunView(workspace.run(run_id))), (view.state, view.reason, log_tail(view.record))
+        time.sleep(0.1)
+
+
+def trains_from(workspace, run_id, step):
+    """Wait until the run has trained further than `step`."""
+    wait_for(workspace, run_id, lambda view: view.actions == ("stop", "sample", "save") and view.status["step"] > step)
+
+
+def sampled(record):
+    """The steps that samples were drawn at."""
+    return {int(path.stem.removeprefix("step-")) for path in record.samples.glob("step-*.png")}
+
+
+@pytest.mark.slow
+def test_a_subject_s_run_is_killed_resumed_asked_stopped_and_resumed_to_its_end(workspace, tiny_model, pictures_dir):
+    options = {
+        "model": {"pretrained_model_name_or_path": str(tiny_model)},
+        "data": {"instance_data_dir": str(pictures_dir), "instance_prompt": "sks", "heldout_image": "none"},
+        "adapter": {"rank": 4, "inner_r": 2, "target_modules": ["to_v"]},
+        "optimisation": {"max_train_steps": STEPS, "train_batch_size": 1},
+        "output": {"checkpointing_steps": 2, "validation_steps": STEPS, "validation_prompt": ["sks"], "report_to": "none"},
+        "judging": {"certify": False, "heldout_steps": STEPS, "drawn_candidates": 0},
+    }
+    run_id = launching.start(workspace, "subject", options)
+    record = workspace.run(run_id)
+    trains_from(workspace, run_id, 3)
+    record.process().kill()
+    wait_for(workspace, run_id, lambda view: view.state == "interrupted")
+    saved = newest_step(record.checkpoints)
+    assert saved >= 2
+
+    launching.resume(workspace, run_id)
+    trains_from(workspace, run_id, saved)
+    launching.ask(workspace, run_id, "sample")
+    wait_for(
+        workspace, run_id, lambda view: any(int(path.stem[5:]) not in (0, STEPS) for path in record.samples.glob("step-*.png"))
+    )
+    launching.stop(workspace, run_id)
+    wait_for(workspace, run_id, lambda view: view.state == "stopped")
+    assert newest_step(record.checkpoints) >= saved
+
+    launching.resume(workspace, run_id)
+    wait_for(workspace, run_id, lambda view: view.state == "done")
+    steps = [line["step"] for line in record.metrics() if "loss" in line]
+    assert steps == list(range(1, STEPS + 1))
+    assert (record.path / "before_after.png").exists()
+    assert RunView(record).actions == ("duplicate", "delete")
+
+
+@pytest.mark.slow
+def test_a_classifier_s_run_is_stopped_and_resumed_to_its_end_and_a_wrong_one_fails_with_a_sentence(workspace, random_clip):
+    options = {
+        "model": {"model": str(random_clip)},
+        "data": {"seeds": [0], "shots": ["1"], "views": 0},
+        "method": {"method": ["zeroshot", "lora"]},
+        "optimisation": {"min_train_steps": 100, "iterations_per_shot": 1, "train_batch_size": 2},
+        "output": {"export": ["lora"], "report_to": "none", "checkpointing_steps": 5},
+    }
+    run_id = launching.start(workspace, "classify", options)
+    wrong = launching.start(workspace, "subject", {"data": {"heldout_image": "missing.png"}})
+    assert RunView(workspace.run(wrong)).state == "queued"
+    wait_for(workspace, run_id, lambda view: "lora" in str(view.status.get("phase")))
+    launching.stop(workspace, run_id)
+    wait_for(workspace, run_id, lambda view: view.state == "stopped")
+    wait_for(workspace, wrong, lambda view: view.state == "failed")
+    assert "missing.png" in RunView(workspace.run(wrong)).reason
+    launching.resume(workspace, run_id)
+    wait_for(workspace, run_id, lambda view: view.state == "done")
+    assert RunView(workspace.run(run_id)).read("report.json")["summary"]
