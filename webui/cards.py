@@ -22,7 +22,7 @@ STYLE = """
 .photo-card .title { display: flex; justify-content: space-between; gap: .5rem; align-items: center; }
 .photo-card .title b { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; min-width: 0; }
 .photo-card p { margin: .35rem 0 0; font-size: .88rem; line-height: 1.4; }
-.photo-card .buttons { display: flex; border-top: 1px solid var(--border-color-primary); }
+.photo-card .photo-actions { display: flex; padding: 0; gap: 0; border-top: 1px solid var(--border-color-primary); }
 .photo-card button { flex: 1; min-width: 0; min-height: 40px; padding: 0; margin: 0; font-size: .85rem;
   background: none; border: 0; border-radius: 0; font-weight: 500; cursor: pointer; color: var(--body-text-color); }
 .photo-card button + button { border-left: 1px solid var(--border-color-primary); }
@@ -34,7 +34,7 @@ STYLE = """
 .photo-findings p { margin: 0; } .photo-findings p + p { margin-top: .4rem; }
 @media (max-width: 480px) { .photo-cards { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .6rem; }
   .photo-card .words { padding: .5rem; } .photo-card .title { flex-direction: column; align-items: flex-start; gap: .2rem; }
-  .photo-card .title b { max-width: 100%; } .photo-card button { font-size: .78rem; } }
+  .photo-card .title b { max-width: 100%; } .photo-card button { font-size: .75rem; } }
 """
 # One listener for all cards; the button that was pressed keeps the focus where its card has gone.
 SCRIPT = """
@@ -101,7 +101,7 @@ def _buttons(file: str, name: str, is_first: bool, is_last: bool) -> str:
         )
 
     return (
-        '<div class="buttons">'
+        '<div class="photo-actions">'
         + button("earlier", "Earlier", f"Put {name} one place earlier", is_first)
         + button("later", "Later", f"Put {name} one place later", is_last)
         + button("remove", "Remove", f"Remove {name}")

@@ -75,6 +75,8 @@ def type_into(page, box, text):
 def open_panel(page, group):
     page.locator("#subject-panel > button").click()
     page.locator(f"#subject-panel-{group} > button").click(timeout=PATIENCE)
+    # What was drawn listens once the answer has come to its end.
+    quiet(page)
 
 
 def quiet(page):

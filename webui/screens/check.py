@@ -24,6 +24,7 @@ POLL_SECONDS = 2.0
 CRISP_SIDE = 128
 STYLE = """
 .crops { list-style: none; margin: 0; padding: 0; display: flex; flex-wrap: wrap; gap: .75rem; }
+.crops li { margin: 0 !important; }
 .crops img { width: 128px; height: 128px; object-fit: contain; border-radius: var(--radius-md); background: var(--neutral-200); }
 .crops .pixel { image-rendering: pixelated; }
 .prompt { font-size: 1.05rem; } .prompt code { padding: .15rem .4rem; overflow-wrap: anywhere; }

@@ -36,7 +36,7 @@ def build(shell: Shell) -> None:
     """Put the screen into the open tab."""
     about = gr.HTML(OF_THE_EXAMPLE, elem_id="photos-about")
     upload = gr.File(
-        label="Add photos: drop them here, or click to choose. JPEG, PNG or WebP.",
+        label="Add photos: JPEG, PNG or WebP",
         file_count="multiple",
         height=130,
         elem_id="photos-upload",
