@@ -32,7 +32,7 @@ class AppProcess:
         self.url = ""
         self.start()
 
-    def start(self, patience: float = 90.0) -> None:
+    def start(self, patience: float = 240.0) -> None:
         """Start it, and wait until it has told its address; on the old port if it had one."""
         port = ["--port", self.url.rsplit(":", 1)[1].strip("/")] if self.url else []
         command = [sys.executable, "app.py", "--runs_dir", self.runs, "--uploads_dir", self.uploads, *port, *self._options]
