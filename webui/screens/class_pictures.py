@@ -363,12 +363,13 @@ def _said(added: Added) -> str:
 def _summary(classes: LabelledClasses, known: tuple[int, int] | None) -> str:
     """How many there are, what the model knows of them untrained, and what stands in the way."""
     notes = {"example": EXAMPLE_NOTE, "folder": FOLDER_NOTE, "own": OWN_NOTE}
-    told = f"<p><b>{len(classes.classes)} classes, {classes.count} pictures.</b> "
+    count = len(classes.classes)
+    told = f"<p><b>{count} class{'' if count == 1 else 'es'}, {classes.count} pictures.</b> "
     if known is not None:
-        right, count = known
+        right, looked_at = known
         told += (
-            f"Before any training the built-in model, which knows only the classes' names, names {right} of {count} pictures "
-            f"rightly: <b>{share(right / count)}</b>. Guessing would be right in {share(1 / len(classes.classes))}."
+            f"Before any training the built-in model, which knows only the classes' names, names {right} of {looked_at} pictures "
+            f"rightly: <b>{share(right / looked_at)}</b>. Guessing would be right in {share(1 / count)}."
         )
     warned = [*class_sets.warnings(classes), *class_sets.copies(classes)] if classes.kind != "example" else []
     return f"{notes[classes.kind]}{told}</p>" + "".join(f"<p class='warning'>{html.escape(one)}</p>" for one in warned)
