@@ -19,6 +19,7 @@ from pipelines.errors import InputError
 from pipelines.methods import AdapterOptions, method_named
 from pipelines.randomness import Draw, keyed_generator
 from pipelines.subject.base_model import text_encoders_of
+from pipelines.subject.lora_files import load_lora_file
 
 ADAPTER_NAME = "default"
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
@@ -119,11 +120,11 @@ def save_small(options: AdapterOptions, components: dict[str, nn.Module], folder
 def load_adapter(pipeline: StableDiffusionXLPipeline, path: str | Path, adapter_name: str) -> None:
     """Load an adapter: a run's directory, a native folder, or a LoRA file in diffusers' or kohya's format.
 
-    Raises: InputError naming the path if there is no adapter.
+    Raises: InputError naming the path if there is no adapter, or none of this model; AdapterFileError if it must not be used.
     """
     path = Path(path)
     if path.is_file() and path.suffix == ".safetensors":
-        pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=adapter_name)
+        load_lora_file(pipeline, path, adapter_name)
         return
     folder = native_folder(path)
     components = {name: getattr(pipeline, name) for name in COMPONENTS if (folder / name).is_dir()}

@@ -1,0 +1,72 @@
+"""LoRA files from strangers: none runs anything, and none is half loaded."""
+
+import json
+
+import pytest
+import torch
+from tiny_pipeline import add_nora, picture, tiny_pipeline
+
+from nora_vision import AdapterFileError, export_lora
+from nora_vision.files import read_tensors, write_tensors
+from pipelines.errors import InputError
+from pipelines.subject.adapters import load_adapter
+
+
+@pytest.fixture
+def exported(pipe, tmp_path):
+    """The file of an adapter of the tiny model, and the picture that it makes."""
+    add_nora(pipe)
+    return export_lora(pipe, tmp_path / "good.safetensors"), picture(pipe)
+
+
+def rewritten(file, change=lambda tensors: tensors, **configuration):
+    """The file with other tensors, or with a configuration in its header."""
+    path = file.with_name("other.safetensors")
+    metadata = {"lora_adapter_metadata": json.dumps(configuration)} if configuration else None
+    write_tensors(path, change(read_tensors(file)), metadata)
+    return path
+
+
+def test_a_good_file_is_loaded(exported):
+    stock = tiny_pipeline()
+    load_adapter(stock, exported[0], "good")
+    torch.testing.assert_close(picture(stock), exported[1], atol=1 / 255, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "configuration",
+    [
+        {"unet.megatron_config": {"a": 1}, "unet.megatron_core": "os"},
+        {"unet.target_modules": "(a+)+$"},
+        {"unet.rank_pattern": {"(a+)+b": 4}},
+        {"unet.layers_pattern": "x"},
+    ],
+)
+def test_a_configuration_that_wants_more_than_a_lora_is_refused(exported, configuration):
+    with pytest.raises(AdapterFileError, match=r"is not one of a LoRA"):
+        load_adapter(tiny_pipeline(), rewritten(exported[0], **configuration), "bad")
+
+
+def test_a_name_that_is_an_expression_is_refused(exported):
+    bad = rewritten(exported[0], lambda tensors: {**tensors, "unet.(a+)+b.lora_A.weight": torch.ones(1, 1)})
+    with pytest.raises(AdapterFileError, match=r"which is no layer's name"):
+        load_adapter(tiny_pipeline(), bad, "bad")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors: {name.replace("mid_block", "another_block"): tensor for name, tensor in tensors.items()},
+        lambda tensors: {name: torch.cat([tensor, tensor]) if "lora_B" in name else tensor for name, tensor in tensors.items()},
+        lambda tensors: {f"other.{name}": tensor for name, tensor in tensors.items()},
+    ],
+)
+def test_a_file_of_another_model_leaves_the_pipeline_as_it_was(exported, change):
+    stock = tiny_pipeline()
+    before = picture(stock)
+    with pytest.raises(InputError, match=r"does not fit|fits \d+ of the \d+ layers"):
+        load_adapter(stock, rewritten(exported[0], change), "bad")
+    load_adapter(stock, exported[0], "good")
+    torch.testing.assert_close(picture(stock), exported[1], atol=1 / 255, rtol=0)
+    stock.delete_adapters(["good"])
+    torch.testing.assert_close(picture(stock), before)
