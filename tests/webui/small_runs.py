@@ -12,9 +12,13 @@ from training.judging import keep_adapter
 from training.run import RunDirectory
 
 
-def small_run(runs, model, run_id="example", method="lora", strength=0.5, steps=(2, 4), suggested=2):
-    """The directory of a run whose adapter grows by `strength` a kept step, random but the same each time."""
-    pipe, options = tiny_pipeline(), AdapterOptions(method=method, rank=4, inner_r=2)
+def small_run(runs, model, run_id="example", method="lora", strength=0.5, steps=(2, 4), suggested=2, pipe=None):
+    """The directory of a run whose adapter grows by `strength` a kept step, random but the same each time.
+
+    Args:
+        pipe: of `model`, loaded; the tiny one where it is None.
+    """
+    pipe, options = pipe or tiny_pipeline(), AdapterOptions(method=method, rank=4, inner_r=2)
     components = adapters.attach(pipe, options)
     adapters.start(options, components, dict.fromkeys(components, lambda: run_tiny(pipe)), runs / run_id / "calibration", 0)
     told = {"model": {"pretrained_model_name_or_path": str(model)}, "data": {"instance_prompt": "a star", "resolution": None}}

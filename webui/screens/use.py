@@ -120,7 +120,15 @@ class Shown:
 
 def _pictures() -> Shown:
     gr.Markdown("### Your pictures")
-    gallery = gr.Gallery(show_label=False, columns=3, object_fit="contain", height="auto", elem_id="use-gallery", format="png")
+    gallery = gr.Gallery(
+        show_label=False,
+        columns=3,
+        object_fit="contain",
+        height="auto",
+        elem_id="use-gallery",
+        format="png",
+        buttons=["download", "fullscreen"],
+    )
     details = gr.HTML(elem_id="use-details")
     again = gr.Button("Use these settings again", size="sm", visible=False, elem_id="use-again")
     return Shown(gallery, details, again, gr.State(None))
