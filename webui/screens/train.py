@@ -83,7 +83,7 @@ def _of_step(step: int) -> str:
 def _grid(pictures: list[Sample], css: str = "") -> str:
     cells = "".join(
         f'<figure class="{each.css}"><img src="{address(thumbnail(each.path))}" alt="{html.escape(each.prompt) or YOURS}">'
-        f'{f"<figcaption>{html.escape(each.prompt)}</figcaption>" if css else ""}</figure>'
+        f"{f'<figcaption>{html.escape(each.prompt)}</figcaption>' if css else ''}</figure>"
         for each in pictures
     )
     return f'<div class="pictures {css}">{cells}</div>'
@@ -122,27 +122,32 @@ def clock_for(view: RunView | None, workspace: Workspace, ticks: bool) -> Any:
 def build(shell: Shell) -> None:
     """Put the screen into the open tab."""
     outputs = _layout()
-    seen, log_open = gr.State({}), gr.State(False)
+    seen, log_open, state = gr.State({}), gr.State(False), gr.State(None)
 
     @in_plain_words
     def refresh(run_id: str | None, seen: dict[str, Hashable], log_open: bool, request: gr.Request) -> list[Any]:
         workspace = shell.settings.workspace(request)
         view = view_of(workspace, run_id)
         now = parts(view, log_open)
-        state = None if view is None else (view.id, view.state)
-        titles = gr.skip() if seen.get("state") == state else _titles(workspace)
         clock = clock_for(view, workspace, bool(seen.get("active")))
-        kept = keys(now) | {"state": state, "active": view is not None and view.is_active}
-        return [*updates(now, seen, outputs), kept, titles, clock]
+        kept = keys(now) | {"active": view is not None and view.is_active}
+        return [*updates(now, seen, outputs), kept, None if view is None else (view.id, view.state), clock]
 
     look = {
         "fn": refresh,
         "inputs": [shell.run, seen, log_open],
-        "outputs": [*outputs.values(), seen, shell.run, shell.clock],
+        "outputs": [*outputs.values(), seen, state, shell.clock],
         "show_progress": "hidden",
         "api_visibility": "private",
     }
     gr.on([shell.page.load, shell.run.change, shell.clock.tick], trigger_mode="always_last", **look)
+
+    @in_plain_words
+    def name_anew(request: gr.Request) -> gr.Dropdown:
+        return _titles(shell.settings.workspace(request))
+
+    # By itself: as an output of each look the list of runs would say each time that it has changed, and call for another look.
+    state.change(name_anew, outputs=shell.run, show_progress="hidden", api_visibility="private")
     outputs["log_frame"].expand(lambda: True, outputs=log_open, api_visibility="private").then(**look)
     outputs["log_frame"].collapse(lambda: False, outputs=log_open, api_visibility="private")
     for action in ("stop", "sample", "save"):
