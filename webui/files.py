@@ -12,7 +12,7 @@ from webui.adapters import last_step
 Layout = Literal["compact", "full", "diffusers", "kohya"]
 LAYOUTS: dict[Layout, tuple[str, str]] = {
     "compact": ("Compact", "For this app and for Python with NoRA Vision, on the very same base model. The smallest."),
-    "full": ("Full", "For Python with the PEFT library and NoRA Vision: everything inside, nothing is computed anew."),
+    "full": ("Full", "For Python with the PEFT library; for NoRA with NoRA Vision too. Everything is inside."),
     "diffusers": ("For diffusers", "An ordinary LoRA file for Python with the diffusers library, and programs built on it."),
     "kohya": ("For ComfyUI and A1111", "An ordinary LoRA file for ComfyUI, AUTOMATIC1111, Forge and kohya's scripts."),
 }

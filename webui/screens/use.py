@@ -86,7 +86,7 @@ def build(shell: Shell) -> None:
 def _controls(shell: Shell, prompt: gr.Textbox) -> tuple[Controls, gr.UploadButton, gr.Button]:
     shell.step.render()
     strength = gr.Slider(0, 1.5, 1, step=0.05, label="Strength", info="0 is the model as it was.", elem_id="use-strength")
-    with gr.Row(equal_height=True):
+    with gr.Row():
         count = gr.Slider(1, 8, 1, step=1, label="Pictures", elem_id="use-count", min_width=150)
         seed = gr.Number(0, precision=0, minimum=0, label="Seed", elem_id="use-seed", min_width=110)
         dice = gr.Button("New seed", size="sm", elem_id="use-dice", min_width=90)
@@ -150,7 +150,7 @@ class _Look:
     def outputs(self) -> list[Any]:
         """What `updates` are for, by their names."""
         of_run = [self.seen, self.empty, self.form, self.shell.step, self.controls.prompt, self.suggestions]
-        return [*of_run, *self.controls.mixed, *self.files.sizes.values()]
+        return [*of_run, *self.controls.mixed, *use_files.outputs(self.files)]
 
     def wire(self) -> None:
         """Look when the page is loaded, when another run is chosen, and while something is at work."""
@@ -194,8 +194,8 @@ class _Look:
         )
         choices = [("none", ""), *others(workspace, run_id)]
         mixed = [gr.skip() if same else gr.Dropdown(choices=choices, value="") for _ in self.controls.mixed]
-        sizes = use_files.updates(self.files, view)
-        return [key, gr.HTML(visible=False), gr.Column(visible=True), of_step, *words, *mixed, *sizes]
+        files = use_files.updates(self.files, view)
+        return [key, gr.HTML(visible=False), gr.Column(visible=True), of_step, *words, *mixed, *files]
 
 
 def _view(workspace: Workspace, run_id: str | None) -> RunView | None:

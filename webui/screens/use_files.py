@@ -24,6 +24,7 @@ SAVE = "() => { setTimeout(() => document.querySelector('#use-file').click(), 20
 class Files:
     """What takes files away, and how large each is."""
 
+    rows: dict[Layout, gr.Row]
     sizes: dict[Layout, gr.HTML]
 
     buttons: dict[Layout, gr.Button]
@@ -35,9 +36,9 @@ class Files:
 def build() -> Files:
     """Put the lower part of the screen Use into the open column."""
     gr.Markdown("### Take it with you\nThe adapter of the step that is chosen above.", elem_id="use-take")
-    buttons, sizes = {}, {}
+    rows, buttons, sizes = {}, {}, {}
     for layout, (name, _) in LAYOUTS.items():
-        with gr.Row(elem_classes=["use-file"]):
+        with gr.Row(elem_classes=["use-file"]) as rows[layout]:
             buttons[layout] = gr.Button(name, size="sm", scale=0, min_width=220, elem_id=f"use-download-{layout}")
             sizes[layout] = gr.HTML(elem_id=f"use-size-{layout}")
     gr.Markdown(
@@ -53,13 +54,19 @@ def build() -> Files:
         )
         bake = gr.Button("Bake the mix into one file", size="sm", scale=0, min_width=220, elem_id="use-bake")
     file = gr.DownloadButton("Download", elem_id="use-file", elem_classes=["unseen"])
-    return Files(sizes, buttons, layout, bake, file)
+    return Files(rows, sizes, buttons, layout, bake, file)
 
 
-def updates(files: Files, view: RunView) -> list[gr.HTML]:
-    """What is said of each layout of the run's adapters."""
+def outputs(files: Files) -> list[Any]:
+    """What `updates` are for."""
+    return [*files.rows.values(), *files.sizes.values()]
+
+
+def updates(files: Files, view: RunView) -> list[Any]:
+    """Which layouts the run's adapters can be had in, and what is said of each."""
     known = layouts_of(view.record)
-    return [gr.HTML(_of_layout(layout, known.get(layout)), visible=layout in known) for layout in files.sizes]
+    rows = [gr.Row(visible=layout in known) for layout in files.rows]
+    return [*rows, *(gr.HTML(_of_layout(layout, known.get(layout))) for layout in files.sizes)]
 
 
 def _of_layout(layout: Layout, size: int | None) -> str:
