@@ -1,0 +1,30 @@
+"""A tab's cancel stops what it has begun, and nothing that it or another begins later."""
+
+from webui.adapters import FILE
+from webui.turns import MAX_SESSIONS, Turns
+from webui.wishes import run_in
+
+
+def test_a_cancel_is_of_this_tabs_drawings_so_far():
+    turns = Turns()
+    first, waiting = turns.begin("a"), turns.begin("a")
+    other = turns.begin("b")
+    turns.cancel("a")
+    later = turns.begin("a")
+    assert [turns.is_cancelled("a", turn) for turn in (first, waiting, later)] == [True, True, False]
+    assert not turns.is_cancelled("b", other)
+
+
+def test_tabs_of_long_ago_are_forgotten():
+    turns = Turns()
+    for place in range(MAX_SESSIONS + 5):
+        turns.begin(str(place))
+        turns.cancel(str(place))
+    assert len(turns._last) == len(turns._cancelled) == MAX_SESSIONS
+
+
+def test_a_pictures_settings_are_put_back_where_they_were():
+    used = [{"name": "a", "reference": "run@30", "strength": 0.5}, {"name": "b", "reference": f"{FILE}@x", "strength": 1.2}]
+    assert run_in({"adapters": used}) == ("run", 30, 0.5, [(f"{FILE}@x", 1.2)])
+    assert run_in({"adapters": used[1:]}) == (None, None, 0.0, [(f"{FILE}@x", 1.2)])
+    assert run_in({"adapters": []}) == (None, None, 0.0, [])
