@@ -20,27 +20,8 @@ NO_ADAPTER = "no adapter to draw with yet"
 
 def build(shell: Shell) -> None:
     """Put it into the open tab."""
-    settings = shell.settings
-    gr.HTML("<h2>Side by side</h2>")
-    chosen = gr.Dropdown(
-        label="Runs to compare",
-        info=f"Two to {MOST} of the same kind: pictures, losses and scores side by side, and what they were told otherwise.",
-        multiselect=True,
-        max_choices=MOST,
-        elem_id="runs-compare",
-    )
-    with gr.Row(elem_classes="buttons"):
-        show = gr.Button("Compare", variant="primary", elem_id="runs-compare-show", scale=0, min_width=140)
-    found = gr.HTML(visible=False, elem_id="runs-compared")
-    with gr.Accordion("Draw a prompt with all of them", open=False, visible=False, elem_id="runs-compare-drawing") as drawing:
-        with gr.Row(equal_height=True):
-            prompt = gr.Textbox(label="Prompt", elem_id="runs-compare-prompt", scale=4)
-            seed = gr.Number(label="Seed", value=0, precision=0, minimum=0, elem_id="runs-compare-seed", scale=1, min_width=100)
-        with gr.Row(elem_classes="buttons"):
-            draw = gr.Button("Draw", variant="primary", elem_id="runs-compare-draw", scale=0, min_width=140)
-            cancel = gr.Button("Cancel", elem_id="runs-compare-cancel", scale=0, min_width=140)
-        drawn = gr.HTML(visible=False, elem_id="runs-compare-drawn")
-    seen = gr.State(None)
+    settings, made = shell.settings, _layout()
+    chosen, seen = made["chosen"], gr.State(None)
 
     @in_plain_words
     def choices(before: Any, request: gr.Request) -> list[Any]:
@@ -58,7 +39,8 @@ def build(shell: Shell) -> None:
         found = gr.HTML(value=compared.in_html(), visible=True)
         return [found, gr.Accordion(visible=is_subject), gr.Textbox(value=first), gr.HTML(value="", visible=False)]
 
-    show.click(compare, chosen, [found, drawing, prompt, drawn], api_visibility="private")
+    outputs = [made[name] for name in ("found", "drawing", "prompt", "drawn")]
+    made["show"].click(compare, chosen, outputs, api_visibility="private")
 
     @in_plain_words
     def draw_all(ids: list[str] | None, prompt: str, seed: float | None, request: gr.Request) -> Iterator[Any]:
@@ -66,10 +48,37 @@ def build(shell: Shell) -> None:
         for words in drawn_with_all(workspace, Compared.of(workspace, ids or []), prompt, int(seed or 0)):
             yield gr.HTML(value=words, visible=True)
 
-    started = draw.click(
-        draw_all, [chosen, prompt, seed], drawn, concurrency_id="device", concurrency_limit=1, api_visibility="private"
+    device = {"concurrency_id": "device", "concurrency_limit": 1, "api_visibility": "private"}
+    started = made["draw"].click(draw_all, [chosen, made["prompt"], made["seed"]], made["drawn"], **device)
+    made["cancel"].click(None, cancels=[started], api_visibility="private")
+
+
+def _layout() -> dict[str, Any]:
+    """The elements by name."""
+    gr.HTML("<h2>Side by side</h2>")
+    made: dict[str, Any] = {}
+    made["chosen"] = gr.Dropdown(
+        label="Runs to compare",
+        info=f"Two to {MOST} of the same kind: pictures, losses and scores side by side, and what they were told otherwise.",
+        multiselect=True,
+        max_choices=MOST,
+        elem_id="runs-compare",
     )
-    cancel.click(None, cancels=[started], api_visibility="private")
+    with gr.Row(elem_classes="buttons"):
+        made["show"] = gr.Button("Compare", variant="primary", elem_id="runs-compare-show", scale=0, min_width=140)
+    made["found"] = gr.HTML(visible=False, elem_id="runs-compared")
+    made["drawing"] = gr.Accordion("Draw a prompt with all of them", open=False, visible=False, elem_id="runs-compare-drawing")
+    with made["drawing"]:
+        with gr.Row(equal_height=True):
+            made["prompt"] = gr.Textbox(label="Prompt", elem_id="runs-compare-prompt", scale=4)
+            made["seed"] = gr.Number(
+                label="Seed", value=0, precision=0, minimum=0, elem_id="runs-compare-seed", scale=1, min_width=100
+            )
+        with gr.Row(elem_classes="buttons"):
+            made["draw"] = gr.Button("Draw", variant="primary", elem_id="runs-compare-draw", scale=0, min_width=140)
+            made["cancel"] = gr.Button("Cancel", elem_id="runs-compare-cancel", scale=0, min_width=140)
+        made["drawn"] = gr.HTML(visible=False, elem_id="runs-compare-drawn")
+    return made
 
 
 def drawn_with_all(workspace: Workspace, compared: Compared, prompt: str, seed: int) -> Iterator[str]:
