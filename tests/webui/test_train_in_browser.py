@@ -49,7 +49,10 @@ def started(workspace, tiny_model, pictures_dir):
 
 
 def opened(new_page, server, screen="Train"):
-    page = new_page(server.url)
+    page = new_page()
+    page.set_default_timeout(PATIENCE)
+    page.set_default_navigation_timeout(PATIENCE)
+    page.goto(server.url)
     page.get_by_role("tab", name=re.compile(screen)).first.click()
     return page
 
