@@ -150,8 +150,18 @@ def build(shell: Shell) -> None:
     state.change(name_anew, outputs=shell.run, show_progress="hidden", api_visibility="private")
     outputs["log_frame"].expand(lambda: True, outputs=log_open, api_visibility="private").then(**look)
     outputs["log_frame"].collapse(lambda: False, outputs=log_open, api_visibility="private")
+    _wire_buttons(shell, outputs, look)
+
+
+def _wire_buttons(shell: Shell, buttons: dict[str, Any], look: dict[str, Any]) -> None:
+    """What the buttons do; after each the screen looks again.
+
+    Args:
+        buttons: the screen's elements by name.
+        look: the listener that looks.
+    """
     for action in ("stop", "sample", "save"):
-        outputs[action].click(_asking(shell, action), shell.run, api_visibility="private").then(**look)
+        buttons[action].click(_asking(shell, action), shell.run, api_visibility="private").then(**look)
 
     @in_plain_words
     def resume(run_id: str, request: gr.Request) -> list[dict[str, object]]:
@@ -159,14 +169,14 @@ def build(shell: Shell) -> None:
         launching.resume(workspace, run_id)
         return shell.show(workspace, run_id)
 
-    outputs["resume"].click(resume, shell.run, shell.outputs, api_visibility="private").then(**look)
+    buttons["resume"].click(resume, shell.run, shell.outputs, api_visibility="private").then(**look)
 
     @in_plain_words
     def go_on(run_id: str, request: gr.Request) -> gr.Tabs:
         view = view_of(shell.settings.workspace(request), run_id)
         return gr.Tabs(selected="classify" if view is not None and view.task == "classify" else "judge")
 
-    outputs["next"].click(go_on, shell.run, shell.tabs, api_visibility="private")
+    buttons["next"].click(go_on, shell.run, shell.tabs, api_visibility="private")
 
 
 def _layout() -> dict[str, Any]:
