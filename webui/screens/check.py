@@ -42,7 +42,7 @@ SAY_SCENES = """(draft, said) => {
   return JSON.stringify(scenes) === JSON.stringify(known) ? draft : {...draft, scenes};
 }""".replace("USUAL", json.dumps(SCENES))
 SAY_PRESET = "(draft, said) => ({...draft, preset: said})"
-ABOUT_THE_RARE_WORD = "Stands for your subject. Rare, since a word that the model knows would bring its own looks along."
+ABOUT_THE_RARE_WORD = "Stands for your subject. Rare, or what the model knows of the word comes along."
 
 
 def build(shell: Shell) -> None:
