@@ -1,0 +1,126 @@
+"""What the listeners of the screen Classify give, called as gradio calls them, without a browser."""
+
+from pathlib import Path
+
+import gradio as gr
+import pytest
+from class_folders import COLOURS, colour_folder, colour_set, colour_zip, coloured, finished_classifier
+
+from webui import launching
+from webui.page import build_page
+from webui.picture_sets import read_set
+from webui.settings import Settings
+
+DRAFT = {"set": None, "preset": "Fast", "options": {}}
+NAMES = {name: name for name in COLOURS}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    """Of a server with folders of its own."""
+    home = tmp_path_factory.mktemp("server")
+    return Settings(home / "runs", home / "sets")
+
+
+@pytest.fixture(scope="module")
+def page(settings):
+    """The whole page."""
+    return build_page(settings)
+
+
+@pytest.fixture
+def workspace(settings):
+    """Its only user's."""
+    return settings.workspace(None)
+
+
+@pytest.fixture
+def record(workspace, tmp_path):
+    """A finished run."""
+    return finished_classifier(workspace, colour_folder(tmp_path / "pictures", 6), NAMES)
+
+
+def listener(page, part, name):
+    """The listener called `name` of a part, which gives as many values as it has outputs."""
+    module = f"webui.screens.{part}"
+    own = [one for one in page.fns.values() if getattr(one.fn, "__module__", "") == module and one.fn.__name__ == name]
+    assert own
+
+    def called(*given):
+        found = own[0].fn(*given)
+        count = len(own[0].outputs)
+        assert count == 1 or len(found) == count
+        return found
+
+    return called
+
+
+def test_train_starts_what_the_command_says(page, workspace, tmp_path, monkeypatch):
+    folder, started = colour_set(workspace, tmp_path / "given"), []
+    monkeypatch.setattr(launching, "start", lambda workspace, task, values: started.append((task, values)) or "run")
+    draft = {**DRAFT, "set": folder.name}
+    about, preset, _, command = listener(page, "class_train", "describe")(draft, None)
+    assert "6 of the 18 are kept for the test" in about
+    assert preset == "Fast"
+    listener(page, "class_train", "start")(draft, None)
+    ((task, values),) = started
+    assert task == "classify"
+    assert f"--data_dir {folder.absolute()}" in command
+    assert f"--class_names {' '.join(values['data']['class_names'])}" in command
+    assert values["data"]["shots"] == ["all"]
+
+
+def test_a_set_that_is_not_ready_is_not_started(page, workspace, tmp_path):
+    folder = colour_set(workspace, tmp_path / "given", each=2)
+    with pytest.raises(gr.Error, match="Training needs 3 of each class"):
+        listener(page, "class_train", "start")({**DRAFT, "set": folder.name}, None)
+
+
+def test_a_zip_becomes_a_set_and_a_wrong_one_leaves_nothing(page, workspace, tmp_path):
+    take = listener(page, "class_pictures", "take_zip")
+    before = len(list(workspace.sets.glob("*/set.json"))) if workspace.sets.is_dir() else 0
+    draft, said, _ = take(str(colour_zip(tmp_path / "a.zip", 4)), {**DRAFT, "set": "example"}, None)
+    assert "12 pictures added" in said
+    assert [one.name for one in read_set(workspace.picture_set(draft["set"])).classes] == sorted(COLOURS)
+    (tmp_path / "b.zip").write_text("no zip")
+    with pytest.raises(gr.Error, match="not a zip"):
+        take(str(tmp_path / "b.zip"), {**DRAFT, "set": "example"}, None)
+    assert len(list(workspace.sets.glob("*/set.json"))) == before + 1
+
+
+def test_the_result_is_shown_and_not_sent_again(page, record):
+    refresh = listener(page, "class_result", "refresh")
+    *shown, seen = refresh(record.path.name, None, None, None)
+    assert any("that it was not shown" in str(one) for one in shown)
+    again = refresh(record.path.name, None, seen, None)
+    assert all(one == gr.skip() for one in again)
+
+
+def test_a_cell_opens_its_pictures_and_one_that_is_none_is_refused(page, record):
+    opened = listener(page, "class_result", "open_cell")
+    assert opened(record.path.name, None, gr.EventData(None, {"true": 0, "predicted": 1}), None).count("<img") == 2
+    for strange in ({}, {"true": 0, "predicted": 7}, {"true": "0", "predicted": 1}, {"true": [0], "predicted": -1}):
+        with pytest.raises(gr.Error, match="belongs to another classifier"):
+            opened(record.path.name, None, gr.EventData(None, strange), None)
+
+
+def test_a_run_of_nobody_is_no_error_on_the_page(page):
+    for part, given in (("class_result", (None, None)), ("class_new", (None,)), ("class_train", (None,))):
+        listener(page, part, "refresh")("no-such-run", *given, None)
+
+
+def test_new_pictures_are_classified_with_a_table_to_take_along(page, record, tmp_path, monkeypatch):
+    from webui.work import classify as work
+
+    rows = [{"picture": "=1.png", "class": "sea", "probability": 0.7, "top": [["sea", 0.7], ["ruby", 0.2], ["leaf", 0.1]]}]
+    monkeypatch.setattr(work, "classify", lambda record, files, member: rows)
+    (tmp_path / "new.png").write_bytes(coloured("sea", 5))
+    kept, table = listener(page, "class_new", "classify")(record.path.name, None, [str(tmp_path / "new.png")], None)
+    assert kept == [{**rows[0], "file": str(tmp_path / "new.png")}]
+    path = Path(table.value if isinstance(table.value, str) else table.value["path"])
+    assert path.read_text().splitlines()[1].startswith("'=1.png,sea,0.7")
+
+
+def test_the_list_of_classifiers_follows_the_run_that_is_looked_at(page, record):
+    update, _ = listener(page, "classify", "follow")(record.path.name, None, None)
+    assert update.value == record.path.name
