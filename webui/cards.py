@@ -34,7 +34,7 @@ STYLE = """
 .photo-findings p { margin: 0; } .photo-findings p + p { margin-top: .4rem; }
 @media (max-width: 480px) { .photo-cards { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: .6rem; }
   .photo-card .words { padding: .5rem; } .photo-card .title { flex-direction: column; align-items: flex-start; gap: .2rem; }
-  .photo-card .title b { max-width: 100%; } .photo-card button { font-size: .75rem; } }
+  .photo-card .title b { max-width: 100%; } .photo-card button { font-size: .7rem; } }
 """
 # One listener for all cards; the button that was pressed keeps the focus where its card has gone.
 SCRIPT = """
