@@ -133,23 +133,26 @@ def test_the_endpoints_under_attack_are_those_of_the_app_alone(endpoints):
     assert {"/start", "/status", "/stop", "/generate", "/classify", "/list"} == set(endpoints)
 
 
+def attacks(server, parameter):
+    """What an argument is attacked with: all ways where it means a run, files or options, a few where it is a number or words."""
+    listed = [[each] for each in files(server)]
+    by_name = {"run": paths(server), "pictures": [*listed, *files(server)[:2]], "options": options(server), "prompt": []}
+    return by_name.get(parameter["parameter_name"], [paths(server)[0], files(server)[0]])
+
+
 def test_no_argument_of_any_endpoint_leads_out_of_the_own_folder(server, bob, endpoints):
-    before = snapshot(server)
-    runs = sorted(os.listdir(server.runs / "bob"))
+    before, runs, asked = snapshot(server), sorted(os.listdir(server.runs / "bob")), 0
     for endpoint, parameters in endpoints.items():
         for place, parameter in enumerate(parameters):
-            attacks = [*paths(server), *files(server), *([each] for each in files(server)), {"path": "/etc/passwd"}]
-            attacks += options(server) if parameter["parameter_name"] == "options" else []
-            for attack in attacks if parameter["parameter_name"] not in ("prompt", "negative_prompt") else []:
+            for attack in attacks(server, parameter):
                 arguments = [honest(each) for each in parameters]
                 arguments[place] = attack
                 answer = called(bob, endpoint, arguments)
                 what = f"{endpoint} {parameter['parameter_name']}={attack!r}: {answer}"
-                assert "event: complete" not in answer, what
                 assert "event: error" in answer or answer.startswith("refused"), what
-                assert CANARY not in answer, what
-                assert "root:" not in answer, what
-                assert "Traceback" not in answer, what
+                assert not any(words in answer for words in ("event: complete", CANARY, "root:", "Traceback")), what
+                asked += 1
+    assert asked > 100
     assert snapshot(server) == before
     assert sorted(os.listdir(server.runs / "bob")) == runs
 

@@ -161,8 +161,10 @@ def test_names_that_are_html_or_shell_are_shown_as_they_are(server, new_page, tm
     page = new_page(server.url)
     page.set_input_files("#photos-upload input[type=file]", [photo, bad])
     page.get_by_text("x-hostile").first.wait_for(timeout=120_000)
+    # All that the first look brings is there.
+    page.wait_for_function("document.querySelector('#run input')?.value", timeout=120_000)
     for screen in SCREENS:
-        page.locator(f"#screen-{screen}-button").last.click()
+        page.locator(f"#screen-{screen}-button").last.click(timeout=120_000)
         page.wait_for_timeout(1500)
         assert page.locator("[src='x-hostile'], [src$='/x-hostile']").count() == 0, screen
         assert page.evaluate("window.hacked === undefined"), screen
