@@ -35,10 +35,12 @@ def build_page(settings: Settings) -> gr.Blocks:
         draft = gr.BrowserState(EMPTY_DRAFT, storage_key="nora-vision-draft", secret="nora-vision-draft")
         class_draft = gr.BrowserState(EMPTY_CLASS_DRAFT, storage_key="nora-vision-classify", secret="nora-vision-classify")
         clock = gr.Timer(POLL_SECONDS, active=False)
-        with gr.Tabs(elem_id="screens") as tabs:
-            shell = Shell(page, settings, run, step, tabs, draft, class_draft, clock)
-            # First, since a screen's handler of the same name would take the endpoint's name.
-            build_api(shell)
+        tabs = gr.Tabs(elem_id="screens")
+        shell = Shell(page, settings, run, step, tabs, draft, class_draft, clock)
+        # First, since a screen's handler of the same name would take the endpoint's name; and not within the tabs, which
+        # count all that they hold.
+        build_api(shell)
+        with tabs:
             for name, (title, screen) in SCREENS.items():
                 with gr.Tab(title, id=name, elem_id=f"screen-{name}"):
                     screen.build(shell)
