@@ -11,7 +11,7 @@ from typing import Any
 from pipelines.errors import InputError
 from webui import pictures
 from webui.curves import Series, plot, running_mean
-from webui.figures import SCORES, SUGGESTION, accuracies, called, in_percent, method_of, series
+from webui.figures import SCORES, SUGGESTION, accuracies, called, in_percent, series
 from webui.views import RunView
 from webui.workspace import Workspace
 
@@ -57,11 +57,6 @@ class Compared:
         """What all of them are."""
         return self.views[0].task
 
-    @property
-    def names(self) -> list[str]:
-        """What the columns are called; the user's own words, so escape them."""
-        return [f"{chr(ord('A') + place)}: {view.name}, {method_of(view)}" for place, view in enumerate(self.views)]
-
     def in_html(self) -> str:
         """All of it."""
         parts = [self.legend()]
@@ -70,10 +65,7 @@ class Compared:
 
     def legend(self) -> str:
         """Which letter is which run."""
-        items = (
-            f"<li>{_text(name)} <span class='quiet'>{_text(view.title.removeprefix(view.name).lstrip(', '))}</span></li>"
-            for name, view in zip(self.names, self.views, strict=True)
-        )
+        items = (f"<li><b>{letter(place)}</b> {_text(view.title)}</li>" for place, view in enumerate(self.views))
         return f'<ul class="compared">{"".join(items)}</ul>'
 
     def pictures(self) -> str:
