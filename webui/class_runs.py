@@ -43,6 +43,7 @@ class Frame:
         run: the id of the classifier that Train, Result and Classify new are about.
         draft: what is being prepared for the next run, kept by the browser: {"set": id of its pictures or None, "preset",
             "options"}.
+        known: the titles of all classifiers, which change with their states; to know when to look anew.
     """
 
     shell: Shell
@@ -50,6 +51,7 @@ class Frame:
     steps: gr.Tabs
     run: gr.Dropdown
     draft: gr.BrowserState
+    known: gr.State
 
     def source(self) -> panel.Source:
         """What the expert panel is about."""

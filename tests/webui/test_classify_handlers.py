@@ -122,5 +122,7 @@ def test_new_pictures_are_classified_with_a_table_to_take_along(page, record, tm
 
 
 def test_the_list_of_classifiers_follows_the_run_that_is_looked_at(page, record):
-    update, _ = listener(page, "classify", "follow")(record.path.name, None, None)
-    assert update.value == record.path.name
+    assert listener(page, "classify", "follow")(record.path.name, None, None).value == record.path.name
+    titles = listener(page, "classify", "keep")([], None)
+    assert len(titles) == len(listener(page, "classify", "renew")(None, None).choices)
+    assert listener(page, "classify", "keep")(titles, None) == gr.skip()

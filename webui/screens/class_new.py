@@ -47,7 +47,7 @@ def build(frame: Frame) -> None:
 
 
 def _wire(frame: Frame, parts: dict[str, Any]) -> None:
-    shell, settings = frame.shell, frame.shell.settings
+    settings = frame.shell.settings
     seen = gr.State(None)
 
     @in_plain_words
@@ -74,7 +74,7 @@ def _wire(frame: Frame, parts: dict[str, Any]) -> None:
         kept = [{**row, "file": file} for row, file in zip(rows, files, strict=True)]
         return kept, gr.DownloadButton(value=class_files.new_table(_table(rows)), visible=any("class" in row for row in rows))
 
-    triggers = [frame.run.change, frame.steps.select, frame.tab.select, shell.clock.tick]
+    triggers = [frame.run.change, frame.steps.select, frame.tab.select, frame.known.change]
     outputs = [parts[name] for name in ("empty", "whole", "method", "found", "table")]
     gr.on(triggers, refresh, [frame.run, seen], [*outputs, seen], trigger_mode="always_last", **QUIET)
     gr.on(

@@ -60,7 +60,7 @@ def _layout() -> dict[str, Any]:
 
 
 def _wire(frame: Frame, parts: dict[str, Any]) -> None:
-    shell, settings = frame.shell, frame.shell.settings
+    settings = frame.shell.settings
     drawn = ("words", "confusion", "cell", "classes", "worst", "calibration", "reliability", "methods", *class_files.TITLES)
     outputs = [parts[name] for name in ("empty", "all", "method", *drawn)]
     seen = gr.State(None)
@@ -91,7 +91,7 @@ def _wire(frame: Frame, parts: dict[str, Any]) -> None:
 
     given = [frame.run, parts["method"]]
     # The pictures of worst mistakes come with whatever reads a set: not before somebody looks.
-    triggers = [frame.steps.select, frame.tab.select, frame.run.change, shell.clock.tick, parts["method"].input]
+    triggers = [frame.steps.select, frame.tab.select, frame.run.change, frame.known.change, parts["method"].input]
     gr.on(triggers, refresh, [*given, seen], [*outputs, seen], trigger_mode="always_last", **QUIET)
     parts["confusion"].select(open_cell, given, [parts["cell"]], **QUIET)
 

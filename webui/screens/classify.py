@@ -11,6 +11,7 @@ from webui.class_runs import Frame
 from webui.errors import in_plain_words
 from webui.screens import class_new, class_pictures, class_result, class_train
 from webui.shell import Shell
+from webui.views import RunView
 
 QUIET = {"api_visibility": "private", "show_progress": "hidden"}
 PARTS = {
@@ -32,7 +33,7 @@ def build(shell: Shell) -> None:
         elem_id="classify-run",
     )
     with gr.Tabs(elem_id="classify-steps") as steps:
-        frame = Frame(shell, intro.parent, steps, run, shell.class_draft)
+        frame = Frame(shell, intro.parent, steps, run, shell.class_draft, gr.State([]))
         for name, (title, part) in PARTS.items():
             with gr.Tab(title, id=name, elem_id=f"classify-part-{name}"):
                 part.build(frame)
@@ -42,28 +43,29 @@ def build(shell: Shell) -> None:
 def _wire(frame: Frame) -> None:
     """Keep the list of classifiers as it is on disk, and follow the run that is looked at elsewhere."""
     shell, settings = frame.shell, frame.shell.settings
-    seen = gr.State(None)
 
-    def listed(chosen: str | None, before: Any, request: gr.Request) -> list[Any]:
+    @in_plain_words
+    def keep(before: list[str], request: gr.Request) -> Any:
+        now = [view.title for view in class_runs.classifiers(settings.workspace(request))]
+        return gr.skip() if now == before else now
+
+    @in_plain_words
+    def renew(chosen: str | None, request: gr.Request) -> gr.Dropdown:
+        return _listed(class_runs.classifiers(settings.workspace(request)), chosen)
+
+    @in_plain_words
+    def follow(elsewhere: str | None, chosen: str | None, request: gr.Request) -> gr.Dropdown:
         known = class_runs.classifiers(settings.workspace(request))
-        ids = [view.id for view in known]
-        value = chosen if chosen in ids else next(iter(ids), None)
-        now = ([view.title for view in known], value)
-        return [
-            gr.skip()
-            if now == before
-            else gr.Dropdown([(view.title, view.id) for view in known], value=value, visible=bool(ids)),
-            now,
-        ]
+        return _listed(known, elsewhere if elsewhere in [view.id for view in known] else chosen)
 
-    @in_plain_words
-    def follow(elsewhere: str | None, chosen: str | None, request: gr.Request) -> list[Any]:
-        known = [view.id for view in class_runs.classifiers(settings.workspace(request))]
-        return listed(elsewhere if elsewhere in known else chosen, None, request)
+    gr.on([shell.page.load, shell.run.change], follow, [shell.run, frame.run], [frame.run], **QUIET)
+    # The list is no output of the tick itself: being one counts as a change of it.
+    gr.on([shell.clock.tick, frame.tab.select], keep, [frame.known], [frame.known], **QUIET)
+    frame.known.change(renew, [frame.run], [frame.run], **QUIET)
 
-    @in_plain_words
-    def keep(chosen: str | None, before: Any, request: gr.Request) -> list[Any]:
-        return listed(chosen, before, request)
 
-    gr.on([shell.page.load, shell.run.change], follow, [shell.run, frame.run], [frame.run, seen], **QUIET)
-    gr.on([shell.clock.tick, frame.tab.select], keep, [frame.run, seen], [frame.run, seen], **QUIET)
+def _listed(known: list[RunView], chosen: str | None) -> gr.Dropdown:
+    """The list of classifiers, `chosen` in view if it is one, else the newest."""
+    ids = [view.id for view in known]
+    value = chosen if chosen in ids else next(iter(ids), None)
+    return gr.Dropdown([(view.title, view.id) for view in known], value=value, visible=bool(ids))
