@@ -32,7 +32,8 @@ def build_api(shell: Shell) -> None:
     on_device: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "device"}
     for name, function in _of_runs(shell).items():
         gr.api(in_plain_words(function), api_name=name)
-    for name, function in _of_models(shell).items():
+    # They compute with a model: one at a time, the others wait.
+    for name, function in (("generate", _generate(shell)), ("classify", _classify(shell))):
         gr.api(in_plain_words(function), api_name=name, **on_device)
 
 
@@ -84,9 +85,7 @@ def _of_runs(shell: Shell) -> dict[str, Any]:
     return {"start": start, "status": status, "stop": stop, "list": list_runs}
 
 
-def _of_models(shell: Shell) -> dict[str, Any]:
-    """The endpoints that compute with a model: one at a time, the others wait."""
-
+def _generate(shell: Shell) -> Any:
     def generate(
         run: str,
         prompt: str,
@@ -133,6 +132,10 @@ def _of_models(shell: Shell) -> dict[str, Any]:
         (path,) = (event for event in drawing.draw(workspace, wish) if isinstance(event, Path))
         return gr.FileData(path=save_file_to_cache(path, get_upload_folder()), orig_name=path.name).model_dump()
 
+    return generate
+
+
+def _classify(shell: Shell) -> Any:
     def classify(run: str, pictures: list[dict], request: gr.Request) -> list[dict]:
         """Tell what pictures show, with the classifier of a run.
 
@@ -149,7 +152,7 @@ def _of_models(shell: Shell) -> dict[str, Any]:
             raise InputError("This run learned to draw, not to tell pictures apart. Choose a classifier.")
         return classify_pictures(record, _files(pictures))
 
-    return {"generate": generate, "classify": classify}
+    return classify
 
 
 def _status(view: RunView) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -222,14 +222,13 @@ class Studio:
     def _ready(self, order: Order) -> _Model:
         """The order's model with its adapters on, at their strengths."""
         model = self._loaded(order.source)
-        try:
+        with ExitStack() as on_failure:
+            # What half an adapter may have left there is not drawn with.
+            on_failure.callback(self._models.pop, order.source, None)
             names = [self._name(model, part.adapter) for part in order.parts]
             if names:
                 model.pipeline.set_adapters(names, adapter_weights=[float(part.strength) for part in order.parts])
-        except BaseException:
-            # What half an adapter may have left there is not drawn with.
-            self._models.pop(order.source, None)
-            raise
+            on_failure.pop_all()
         return model
 
     def _loaded(self, source: tuple[tuple[str, str | None], ...]) -> _Model:
