@@ -35,15 +35,18 @@ def build_page(settings: Settings) -> gr.Blocks:
         draft = gr.BrowserState(EMPTY_DRAFT, storage_key="nora-vision-draft", secret="nora-vision-draft")
         class_draft = gr.BrowserState(EMPTY_CLASS_DRAFT, storage_key="nora-vision-classify", secret="nora-vision-classify")
         clock = gr.Timer(POLL_SECONDS, active=False)
+        front, beats = gr.State(next(iter(SCREENS))), {name: gr.State(0.0) for name in SCREENS}
         tabs = gr.Tabs(elem_id="screens")
-        shell = Shell(page, settings, run, step, tabs, draft, class_draft, clock)
+        shell = Shell(page, settings, run, step, tabs, draft, class_draft, clock, front, beats)
         # First, since a screen's handler of the same name would take the endpoint's name; and not within the tabs, which
         # count all that they hold.
         build_api(shell)
+        opened = {}
         with tabs:
             for name, (title, screen) in SCREENS.items():
-                with gr.Tab(title, id=name, elem_id=f"screen-{name}"):
+                with gr.Tab(title, id=name, elem_id=f"screen-{name}") as opened[name]:
                     screen.build(shell)
+        shell.keep_time(opened)
 
         @in_plain_words
         def come_back(request: gr.Request) -> list[dict[str, object]]:

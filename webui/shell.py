@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import gradio as gr
 
+from webui.errors import in_plain_words
 from webui.settings import Settings
-from webui.views import views
+from webui.views import ACTIVE, RunView, views
 from webui.workspace import Workspace
 
 POLL_SECONDS = 1.5
+QUIET = {"api_visibility": "private", "show_progress": "hidden"}
 EMPTY_DRAFT = {"set": None, "preset": "Balanced", "options": {}}
 
 
@@ -28,6 +34,8 @@ class Shell:
             values that differ from the defaults, by group, "preset": its name}. Never what a run has become.
         class_draft: the same for the next classifier.
         clock: ticks every `POLL_SECONDS` while a run of the user's is at work, and stands still otherwise.
+        front: the name of the screen in front.
+        beats: by the name of a screen, what changes whenever that screen, being in front, is to look at the run's files again.
     """
 
     page: gr.Blocks
@@ -38,6 +46,8 @@ class Shell:
     draft: gr.BrowserState
     class_draft: gr.BrowserState
     clock: gr.Timer
+    front: gr.State
+    beats: dict[str, gr.State]
 
     @property
     def outputs(self) -> list[gr.Dropdown | gr.Tabs | gr.Timer]:
@@ -55,6 +65,59 @@ class Shell:
         at_work = [view for view in known if view.is_active]
         if run_id not in [view.id for view in known]:
             run_id = next((view.id for view in [*at_work, *known]), None)
-        choices = [(view.title, view.id) for view in known]
         in_front = gr.skip() if tab is None else gr.Tabs(selected=tab)
-        return [gr.Dropdown(choices=choices, value=run_id), in_front, gr.Timer(active=bool(at_work))]
+        return [gr.Dropdown(choices=_choices(known), value=run_id), in_front, gr.Timer(active=bool(at_work))]
+
+    def keep_time(self, opened: Mapping[str, gr.Tab]) -> None:
+        """Have the screen in front look again when it comes to the front, when another run is chosen, and at every tick.
+
+        The others look when they are opened: however many screens there are, a tick asks the server for one of them.
+
+        Args:
+            opened: the tabs, by their screens' names.
+        """
+        known = gr.State([])
+        beats = list(self.beats.values())
+
+        @in_plain_words
+        def beat(front: str, before: list[list[str]], request: gr.Request) -> list[Any]:
+            now = self._states(request)
+            # One tick after the last run has ended, so that whoever is looking sees how.
+            clock = gr.Timer(active=False) if now == before and not _any_active(now) else gr.skip()
+            return [now, clock, *self._beats_of(front)]
+
+        @in_plain_words
+        def come_to_front(name: str, request: gr.Request) -> list[Any]:
+            now = self._states(request)
+            return [now, gr.Timer(active=True) if _any_active(now) else gr.skip(), *self._beats_of(name)]
+
+        @in_plain_words
+        def name_anew(request: gr.Request) -> gr.Dropdown:
+            return gr.Dropdown(choices=_choices(views(self.settings.workspace(request))))
+
+        self.clock.tick(beat, [self.front, known], [known, self.clock, *beats], trigger_mode="always_last", **QUIET)
+        gr.on([self.page.load, self.run.change], come_to_front, self.front, [known, self.clock, *beats], **QUIET)
+        for name, tab in opened.items():
+            tab.select(partial(_name, name), None, self.front, **QUIET)
+        self.front.change(come_to_front, self.front, [known, self.clock, *beats], **QUIET)
+        # By itself: as an output of each look the list of runs would say each time that it has changed, and call for another.
+        known.change(name_anew, None, self.run, **QUIET)
+
+    def _states(self, request: gr.Request) -> list[list[str]]:
+        """The id and the state of every run."""
+        return [[view.id, view.state] for view in views(self.settings.workspace(request))]
+
+    def _beats_of(self, front: str) -> list[Any]:
+        return [time.time() if name == front else gr.skip() for name in self.beats]
+
+
+def _name(name: str) -> str:
+    return name
+
+
+def _any_active(states: list[list[str]]) -> bool:
+    return any(state in ACTIVE for _, state in states)
+
+
+def _choices(known: list[RunView]) -> list[tuple[str, str]]:
+    return [(view.title, view.id) for view in known]

@@ -15,7 +15,7 @@ from webui.page import build_page
 from webui.parts import updates
 from webui.progress import duration, plain_error
 from webui.run_log import LOG
-from webui.screens.train import BUTTONS, clock_for, parts, view_of
+from webui.screens.train import BUTTONS, parts, view_of
 from webui.settings import Settings
 from webui.views import RunView
 from webui.workspace import Workspace
@@ -200,20 +200,19 @@ def test_a_look_at_500_points_takes_under_100_ms_sends_little_and_nothing_that_i
     for step in (0, 100, 200, 300):
         add_samples(run, step)
     refresh = handler(tmp_path).fn
-    *_, seen, _, _ = refresh("a", {}, False, None)
+    *_, seen = refresh("a", {}, False, None)
     took = []
     for step in range(501, 510):
         run.log(step, loss=1.0, lr=1e-3)
         began = time.perf_counter()
-        *sent, seen, state, clock = refresh("a", seen, False, None)
+        *sent, seen = refresh("a", seen, False, None)
         took.append(time.perf_counter() - began)
         changed = [each for each in sent if each != gr.skip()]
         assert [each.elem_id for each in changed if each.elem_id] == []
         assert len(changed) == 1, "the curves alone"
         assert len(changed[0].value) < 25_000
-        assert (state, clock) == (("a", "running"), gr.skip())
     assert median(took) < 0.1
-    *sent, _, _, _ = refresh("a", seen, False, None)
+    *sent, _ = refresh("a", seen, False, None)
     assert all(each == gr.skip() for each in sent)
 
 
@@ -230,16 +229,6 @@ def test_looking_writes_nothing_into_the_run(workspace):
     for part in parts(view(run), log_open=True).values():
         part.make()
     assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
-
-
-def test_the_clock_goes_while_any_run_is_at_work_and_stands_still_otherwise(workspace):
-    done = run_in(workspace.runs / "done", "done", steps=3)
-    assert clock_for(None, workspace, True).active is False
-    assert clock_for(view(done), workspace, True).active is False
-    running = run_in(workspace.runs / "running", steps=3)
-    assert clock_for(view(done), workspace, False).active is True
-    assert clock_for(view(running), workspace, False).active is True
-    assert clock_for(view(running), workspace, True) == gr.skip()
 
 
 def test_a_part_is_made_only_where_its_key_has_changed():

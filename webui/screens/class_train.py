@@ -123,7 +123,7 @@ def _wire_runs(frame: Frame, parts: dict[str, Any]) -> None:
     parts["stop"].click(stop, [frame.run], shell.outputs, api_visibility="private")
     parts["resume"].click(resume, [frame.run], shell.outputs, api_visibility="private")
     parts["result"].click(lambda: gr.Tabs(selected="result"), None, [frame.steps], **QUIET)
-    gr.on([frame.run.change, shell.clock.tick, shell.run.change], refresh, [frame.run, seen], [*shown, seen], **QUIET)
+    gr.on([frame.run.change, shell.beats["classify"].change], refresh, [frame.run, seen], [*shown, seen], **QUIET)
 
 
 def _shown(view: RunView | None) -> tuple[str, str, tuple[str, ...], str]:

@@ -60,7 +60,7 @@ def _wire(frame: Frame) -> None:
 
     gr.on([shell.page.load, shell.run.change], follow, [shell.run, frame.run], [frame.run], **QUIET)
     # The list is no output of the tick itself: being one counts as a change of it.
-    gr.on([shell.clock.tick, frame.tab.select], keep, [frame.known], [frame.known], **QUIET)
+    gr.on([shell.beats["classify"].change, frame.tab.select], keep, [frame.known], [frame.known], **QUIET)
     frame.known.change(renew, [frame.run], [frame.run], **QUIET)
 
 

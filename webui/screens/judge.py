@@ -150,7 +150,7 @@ def build(shell: Shell) -> None:
         return [*updates(now, seen, outputs), keys(now) | {"about": about}]
 
     gr.on(
-        [shell.page.load, shell.run.change, shell.clock.tick, outputs["step"].change, outputs["place"].change],
+        [shell.beats["judge"].change, outputs["step"].change, outputs["place"].change],
         refresh,
         inputs=[shell.run, outputs["step"], outputs["place"], seen],
         outputs=[*outputs.values(), seen],

@@ -45,7 +45,7 @@ def build(shell: Shell) -> None:
 
     shown = [made[name] for name in ("list", "chosen", *LABELS)]
     look = {"fn": refresh, "inputs": [shell.run, seen], "outputs": [*shown, seen], **QUIET}
-    gr.on([shell.page.load, shell.run.change, shell.clock.tick, shell.tabs.change], trigger_mode="always_last", **look)
+    shell.beats["runs"].change(trigger_mode="always_last", **look)
 
     @in_plain_words
     def look_again(run_id: str | None, request: gr.Request) -> list[Any]:

@@ -28,8 +28,7 @@ def build(shell: Shell) -> None:
         now = [(view.title, view.id) for view in views(settings.workspace(request))]
         return [gr.skip() if now == before else gr.Dropdown(choices=now), now]
 
-    triggers = [shell.page.load, shell.run.change, shell.clock.tick, shell.tabs.change]
-    gr.on(triggers, choices, seen, [chosen, seen], trigger_mode="always_last", **QUIET)
+    shell.beats["runs"].change(choices, seen, [chosen, seen], trigger_mode="always_last", **QUIET)
 
     @in_plain_words
     def compare(ids: list[str] | None, request: gr.Request) -> list[Any]:

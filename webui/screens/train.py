@@ -14,7 +14,7 @@ from webui.errors import in_plain_words
 from webui.parts import Part, button, frame, keys, made_text, text, updates
 from webui.pictures import Sample, address, newest_sheet, sampled_steps, samples, subject, thumbnail
 from webui.shell import Shell
-from webui.views import RunView, views
+from webui.views import RunView
 from webui.workspace import Workspace
 
 EMPTY = """<div class="empty"><p><b>Nothing has been trained yet.</b></p><p>Add a few photos, look at the check, and press Train
@@ -107,47 +107,25 @@ def view_of(workspace: Workspace, run_id: str | None) -> RunView | None:
         return None
 
 
-def clock_for(view: RunView | None, workspace: Workspace, ticks: bool) -> Any:
-    """The update of the shell's clock: it stands still when nothing of the user's is at work.
-
-    Args:
-        ticks: whether it is known to go.
-    """
-    if view is not None and view.is_active:
-        return gr.skip() if ticks else gr.Timer(active=True)
-    # Told again each time: another screen may have set it going for a run that has ended since.
-    return gr.Timer(active=any(each.is_active for each in views(workspace)))
-
-
 def build(shell: Shell) -> None:
     """Put the screen into the open tab."""
     outputs = _layout()
-    seen, log_open, state = gr.State({}), gr.State(False), gr.State(None)
+    seen, log_open = gr.State({}), gr.State(False)
 
     @in_plain_words
     def refresh(run_id: str | None, seen: dict[str, Hashable], log_open: bool, request: gr.Request) -> list[Any]:
-        workspace = shell.settings.workspace(request)
-        view = view_of(workspace, run_id)
+        view = view_of(shell.settings.workspace(request), run_id)
         now = parts(view, log_open)
-        clock = clock_for(view, workspace, bool(seen.get("active")))
-        kept = keys(now) | {"active": view is not None and view.is_active}
-        return [*updates(now, seen, outputs), kept, None if view is None else (view.id, view.state), clock]
+        return [*updates(now, seen, outputs), keys(now)]
 
     look = {
         "fn": refresh,
         "inputs": [shell.run, seen, log_open],
-        "outputs": [*outputs.values(), seen, state, shell.clock],
+        "outputs": [*outputs.values(), seen],
         "show_progress": "hidden",
         "api_visibility": "private",
     }
-    gr.on([shell.page.load, shell.run.change, shell.clock.tick], trigger_mode="always_last", **look)
-
-    @in_plain_words
-    def name_anew(request: gr.Request) -> gr.Dropdown:
-        return _titles(shell.settings.workspace(request))
-
-    # By itself: as an output of each look the list of runs would say each time that it has changed, and call for another look.
-    state.change(name_anew, outputs=shell.run, show_progress="hidden", api_visibility="private")
+    shell.beats["train"].change(trigger_mode="always_last", **look)
     outputs["log_frame"].expand(lambda: True, outputs=log_open, api_visibility="private").then(**look)
     outputs["log_frame"].collapse(lambda: False, outputs=log_open, api_visibility="private")
     _wire_buttons(shell, outputs, look)
@@ -214,7 +192,3 @@ def _asking(shell: Shell, action: str) -> Callable[[str, gr.Request], None]:
         gr.Info(ASKED[action])
 
     return ask
-
-
-def _titles(workspace: Workspace) -> gr.Dropdown:
-    return gr.Dropdown(choices=[(view.title, view.id) for view in views(workspace)])

@@ -161,7 +161,8 @@ class _Look:
             return self.updates(shell.settings.workspace(request), run_id, seen, step)
 
         gr.on(
-            [shell.page.load, shell.run.change, shell.clock.tick],
+            # On Judge a step is chosen for this screen before it is opened.
+            [shell.page.load, shell.run.change, shell.beats["use"].change],
             refresh,
             inputs=[shell.run, self.seen, shell.step],
             outputs=self.outputs,

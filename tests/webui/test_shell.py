@@ -1,0 +1,72 @@
+"""The frame: which screen looks when, and that nothing asks the server when nothing is at work."""
+
+import gradio as gr
+import pytest
+from run_folders import end_processes, run_in
+
+from webui.page import SCREENS, build_page
+from webui.settings import Settings
+from webui.workspace import Workspace
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    """An empty one; processes that stand for runs are killed at the end."""
+    yield Workspace(tmp_path / "runs", tmp_path / "sets")
+    end_processes()
+
+
+@pytest.fixture
+def page(workspace):
+    """The page on it."""
+    return build_page(Settings(runs_dir=workspace.runs, sets_dir=workspace.sets))
+
+
+def listener(page, name):
+    found, *_ = [fn for fn in page.fns.values() if getattr(fn.fn, "__qualname__", "") == f"Shell.keep_time.<locals>.{name}"]
+    return found
+
+
+def beating(updates):
+    """The screens that are told to look."""
+    return [name for name, update in zip(SCREENS, updates, strict=True) if update != gr.skip()]
+
+
+def test_a_tick_asks_the_server_once_and_only_the_screen_in_front_looks(page, workspace):
+    ticking = [fn for fn in page.fns.values() if any(event == "tick" for _, event in fn.targets) and fn.name == "beat"]
+    assert len(ticking) == 1
+    run_in(workspace.runs / "a")
+    for front in SCREENS:
+        _, clock, *beats = listener(page, "beat").fn(front, [["a", "running"]], None)
+        assert beating(beats) == [front]
+        assert clock == gr.skip()
+
+
+def test_the_clock_stops_one_tick_after_the_last_run_has_ended(page, workspace):
+    run_in(workspace.runs / "a", "done")
+    beat = listener(page, "beat").fn
+    now, clock, *beats = beat("judge", [["a", "running"]], None)
+    assert (now, clock, beating(beats)) == ([["a", "done"]], gr.skip(), ["judge"])
+    assert beat("judge", now, None)[1].active is False
+
+
+@pytest.mark.parametrize(("state", "goes"), [("queued", True), ("running", True), ("interrupted", False), ("done", False)])
+def test_opening_a_screen_looks_at_it_and_starts_the_clock_for_what_others_started(page, workspace, state, goes):
+    run_in(workspace.runs / "a", state)
+    now, clock, *beats = listener(page, "come_to_front").fn("runs", None)
+    assert now == [["a", state]]
+    assert beating(beats) == ["runs"]
+    assert (clock != gr.skip() and clock.active) is goes
+
+
+def test_the_run_at_work_is_in_view_when_the_page_is_opened_else_the_newest(page, workspace):
+    come_back, *_ = [
+        fn for fn in page.fns.values() if getattr(fn.fn, "__qualname__", "").startswith("build_page.<locals>.come_back")
+    ]
+    assert come_back.fn(None)[0].value is None
+    run_in(workspace.runs / "a", "running")
+    run_in(workspace.runs / "b", "done")
+    run, _, clock = come_back.fn(None)
+    assert run.value == "a"
+    assert [run_id for _, run_id in run.choices] == ["b", "a"]
+    assert clock.active is True

@@ -1,0 +1,155 @@
+"""From the example to pictures of it in new places, on the built-in model, as a person goes: two runs in a queue, a second
+browser, Judge, Use, and both runs side by side. Then every screen by day and by night, on a desk and on a phone.
+
+ONE_CLICK=1 leaves all as it is and only presses Train, which takes three minutes; SCREENSHOTS=DIR keeps the pictures.
+"""
+
+import os
+import re
+from itertools import product
+
+import pytest
+from PIL import Image
+from playwright.sync_api import expect
+
+from pipelines.pictures import read_settings
+from training.record import RunRecord
+from webui.workspace import Workspace
+
+PATIENCE = 600_000
+STEPS = 30
+ONE_CLICK = bool(os.environ.get("ONE_CLICK"))
+SCREENS = ("photos", "check", "train", "judge", "use", "classify", "runs")
+
+
+@pytest.fixture(scope="module")
+def server(app_server):
+    return app_server()
+
+
+@pytest.fixture(scope="module")
+def workspace(server):
+    """The server's, seen from here."""
+    return Workspace(server.runs, server.uploads)
+
+
+def opened(new_page, server, **how):
+    page = new_page(server.url, **how)
+    page.set_default_timeout(PATIENCE)
+    expect(page.locator(".photo-card .chip.good").first).to_be_visible(timeout=PATIENCE)
+    return page
+
+
+def go_to(page, screen):
+    """Open a screen as a person does: on a phone some are behind the three dots."""
+    button = page.get_by_role("tab", name=re.compile(screen, re.IGNORECASE)).first
+    if not button.is_visible():
+        page.locator("#screens .overflow-menu > button").first.click()
+        button = page.locator("#screens .overflow-dropdown button", has_text=re.compile(screen, re.IGNORECASE))
+    button.click()
+    expect(page.locator(f"#screen-{screen}[role=tabpanel]")).to_be_visible(timeout=PATIENCE)
+
+
+def shorten(page):
+    """Half a minute of training, set where an expert sets it."""
+    go_to(page, "check")
+    page.locator("#check-preset").get_by_text("Fast").click()
+    page.locator("#subject-panel > button").click()
+    page.locator("#subject-panel-optimisation > button").click()
+    box = page.locator("#subject-optimisation-max_train_steps input")
+    box.fill(str(STEPS))
+    box.blur()
+    expect(page.locator("#check-command")).to_contain_text(f"--max_train_steps {STEPS}", timeout=PATIENCE)
+
+
+def newest(workspace, known=()):
+    (run_id,) = set(workspace.run_ids()) - set(known)
+    return workspace.run(run_id)
+
+
+@pytest.mark.slow
+def test_from_the_example_to_pictures_in_new_places(new_page, server, workspace, screenshot):
+    page = opened(new_page, server)
+    screenshot(page, "photos")
+    if ONE_CLICK:
+        page.click("#photos-train")
+    else:
+        shorten(page)
+        screenshot(page, "check")
+        page.click("#check-start")
+    expect(page.locator("#train-phase")).to_be_visible(timeout=PATIENCE)
+    first = newest(workspace)
+    started_with = (first.path / "launch.json").read_text()
+    assert "--output_dir" in started_with
+
+    # Meanwhile another browser comes to the same run, and starts one more.
+    other = opened(new_page, server)
+    go_to(other, "train")
+    expect(other.locator("#train-phase")).to_be_visible(timeout=PATIENCE)
+    expect(other.locator("#run input")).to_have_value(re.compile("sks toy|example"), timeout=PATIENCE)
+    shorten(other)
+    other.click("#check-start")
+    expect(other.locator("#train-phase")).to_contain_text(re.compile("wait|before it"), timeout=PATIENCE)
+    second = newest(workspace, [first.path.name])
+    assert second.status()["state"] == "queued"
+
+    expect(page.locator("#train-samples img").first).to_be_visible(timeout=PATIENCE)
+    expect(page.locator("#train-loss svg").first).to_be_visible(timeout=PATIENCE)
+    screenshot(page, "train")
+    page.locator("#train-next").click(timeout=PATIENCE)
+    assert first.status()["state"] == "done"
+    assert (first.path / "before_after.png").exists()
+
+    expect(page.locator("#judge-slider img").first).to_be_visible(timeout=PATIENCE)
+    expect(page.locator("#judge-suggestion")).to_contain_text(f"Step {first.status()['suggested_step']}", timeout=PATIENCE)
+    page.locator("#judge-samples img").last.scroll_into_view_if_needed()
+    screenshot(page, "judge")
+    page.click("#judge-use")
+    generate(page, "a photo of sks toy on the beach", server, screenshot)
+
+    expect(other.locator("#train-phase")).to_contain_text("Done in", timeout=PATIENCE)
+    compared(page, [first, second], screenshot)
+    on_every_screen(new_page, server, screenshot)
+
+
+def generate(page, prompt, server, screenshot):
+    """Draw one picture of `prompt` on Use; it carries what it was made with."""
+    box = page.locator("#use-prompt textarea")
+    expect(box).to_be_visible(timeout=PATIENCE)
+    box.fill(prompt)
+    page.click("#use-generate")
+    expect(page.locator("#use-gallery img").first).to_be_visible(timeout=PATIENCE)
+    expect(page.locator("#use-cancel")).to_be_hidden(timeout=PATIENCE)
+    screenshot(page, "use")
+    drawn = [path for path in server.uploads.rglob("*.png") if "drawn" in path.parts]
+    assert [read_settings(path)["prompt"] for path in drawn] == [prompt]
+    with Image.open(drawn[0]) as picture:
+        assert picture.size == (64, 64)
+
+
+def compared(page, records: list[RunRecord], screenshot):
+    """Both runs beside each other, by the same prompts from the same noise."""
+    go_to(page, "runs")
+    page.click("#runs-refresh")
+    expect(page.locator("button.run")).to_have_count(len(records), timeout=PATIENCE)
+    for place in range(len(records)):
+        page.locator("#runs-compare input").click()
+        page.locator("#runs-compare [role=option]").nth(place).click()
+    page.keyboard.press("Escape")
+    page.click("#runs-compare-show")
+    expect(page.locator(".compare td img").first).to_be_visible(timeout=PATIENCE)
+    screenshot(page, "runs")
+
+
+def on_every_screen(new_page, server, screenshot):
+    """No screen is wider than a desk's or a phone's, by day or by night."""
+    for size, dark in product(("desk", "phone"), (False, True)):
+        page = opened(new_page, server, size=size, dark=dark)
+        width = page.viewport_size["width"]
+        for screen in SCREENS:
+            go_to(page, screen)
+            page.wait_for_timeout(1500)
+            screenshot(page, f"{screen}-{size}-{'dark' if dark else 'light'}")
+            wide = page.evaluate("document.documentElement.scrollWidth")
+            assert wide <= width, f"{screen} is {wide} pixels wide on a screen of {width}"
+        page.context.close()
