@@ -22,8 +22,8 @@ def page(workspace):
     return build_page(Settings(runs_dir=workspace.runs, sets_dir=workspace.sets))
 
 
-def listener(page, name):
-    found, *_ = [fn for fn in page.fns.values() if getattr(fn.fn, "__qualname__", "") == f"Shell.keep_time.<locals>.{name}"]
+def listener(page, name, of="Shell.keep_time"):
+    found, *_ = [fn for fn in page.fns.values() if getattr(fn.fn, "__qualname__", "") == f"{of}.<locals>.{name}"]
     return found
 
 
@@ -60,9 +60,7 @@ def test_opening_a_screen_looks_at_it_and_starts_the_clock_for_what_others_start
 
 
 def test_the_run_at_work_is_in_view_when_the_page_is_opened_else_the_newest(page, workspace):
-    come_back, *_ = [
-        fn for fn in page.fns.values() if getattr(fn.fn, "__qualname__", "").startswith("build_page.<locals>.come_back")
-    ]
+    come_back = listener(page, "come_back", of="build_page")
     assert come_back.fn(None)[0].value is None
     run_in(workspace.runs / "a", "running")
     run_in(workspace.runs / "b", "done")
