@@ -145,12 +145,12 @@ def _classify(shell: Shell) -> Any:
         Returns: for each {"picture", "class", "probability", "top": [[class, probability], ...]}, or {"picture", "error"} for
             one that cannot be read.
         """
-        from webui.work.classify import classify as classify_pictures
+        from webui.work import classify as classifying
 
         record = shell.settings.workspace(request).run(run)
         if RunView(record).task != "classify":
             raise InputError("This run learned to draw, not to tell pictures apart. Choose a classifier.")
-        return classify_pictures(record, _files(pictures))
+        return classifying.classify(record, _files(pictures))
 
     return classify
 

@@ -135,9 +135,9 @@ def named_source(record: RunRecord, name: str) -> Source | None:
         is_inside = not PurePosixPath(name).is_absolute() and ".." not in parts
         return PictureFile(name, Path(given)) if is_inside else None
     # Here, since it loads what reads all kinds of sets.
-    from webui.work.labelled import sources
+    from webui.work import labelled
 
-    return sources(given, data["dataset"]).get(name)
+    return labelled.sources(given, data["dataset"]).get(name)
 
 
 @lru_cache(maxsize=16)

@@ -119,16 +119,16 @@ def find(workspace: Workspace, set_id: str) -> LabelledClasses:
     """
     if set_id == EXAMPLE:
         # Here, since it loads scikit-learn.
-        from webui.work.labelled import example
+        from webui.work import labelled
 
-        return example()
+        return labelled.example()
     folder = workspace.picture_set(set_id)
     if pointer := read_pointer(folder):
-        from webui.work.labelled import pointed_to
+        from webui.work import labelled
 
         if not workspace.is_local:
             raise InputError("Folders of the machine can be named only by who works at it. Upload the pictures instead.")
-        return pointed_to(set_id, Path(pointer["path"]), pointer["names"])
+        return labelled.pointed_to(set_id, Path(pointer["path"]), pointer["names"])
     return own_set(folder)
 
 
@@ -154,7 +154,7 @@ def point_to(workspace: Workspace, path: str) -> str:
 
     Raises: InputError if the user does not work at the machine, or it is no folder of class folders.
     """
-    from webui.work.labelled import pointed_to
+    from webui.work import labelled
 
     if not workspace.is_local:
         raise InputError("Folders of the machine can be named only by who works at it. Upload the pictures instead.")
@@ -163,7 +163,7 @@ def point_to(workspace: Workspace, path: str) -> str:
         raise InputError(
             f"There is no folder {path.strip()!r} on this machine. Give the folder that holds a folder for each class."
         )
-    pointed_to(EXAMPLE, found, {})
+    labelled.pointed_to(EXAMPLE, found, {})
     folder = workspace.new_picture_set()
     write_text_atomically(folder / POINTER, json.dumps({"path": str(found), "names": {}}))
     return folder.name
@@ -180,11 +180,11 @@ def name_pointed_class(folder: Path, key: str, name: str) -> None:
 
     Raises: InputError if the name is empty, or another class is called so.
     """
-    from webui.work.labelled import pointed_to
+    from webui.work import labelled
 
     pointer = read_pointer(folder)
     names = {**pointer["names"], key: name.strip()}
-    pointed_to(folder.name, Path(pointer["path"]), names)
+    labelled.pointed_to(folder.name, Path(pointer["path"]), names)
     write_text_atomically(folder / POINTER, json.dumps({**pointer, "names": names}))
 
 

@@ -92,9 +92,9 @@ def command(task: str, options: Values, output_dir: Path) -> list[str]:
 
     Raises: InputError for a value that a command line cannot say.
     """
-    from webui.work.options import flags
+    from webui.work import options as page_options
 
-    return [LAUNCHER, "launch", RECIPES[task], *flags(task, options), "--output_dir", str(output_dir)]
+    return [LAUNCHER, "launch", RECIPES[task], *page_options.flags(task, options), "--output_dir", str(output_dir)]
 
 
 def shown_command(words: Sequence[str]) -> str:
@@ -153,9 +153,9 @@ def duplicate(workspace: Workspace, run_id: str) -> Values:
         return view.launch["options"]
     if not view.options:
         raise InputError("What this run was started with is not written down. Start from the first screen.")
-    from webui.work.options import changed
+    from webui.work import options as page_options
 
-    return changed(view.task, view.options)
+    return page_options.changed(view.task, view.options)
 
 
 def delete(workspace: Workspace, run_id: str) -> None:
@@ -177,9 +177,9 @@ def _resuming(workspace: Workspace, view: RunView) -> tuple[list[str], Path]:
     """The command that goes on with a run, and the folder where it is given."""
     path = view.record.path.absolute()
     if "options" in view.launch:
-        from webui.work.options import build
+        from webui.work import options as page_options
 
-        build(workspace, view.task, view.launch["options"])
+        page_options.build(workspace, view.task, view.launch["options"])
         return [*command(view.task, view.launch["options"], path), *RESUMING], ROOT
     if not view.options:
         raise InputError("This run ended before it had written down its options. Start it again from where it was started.")

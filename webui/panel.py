@@ -113,14 +113,16 @@ def build(source: Source) -> gr.Accordion:
 
 def settled(source: Source, workspace: Workspace, draft: dict[str, Any]) -> dict[str, Any]:
     """See `Source.settled`."""
+    from webui.work import fields as work_fields
     from webui.work import options as checked
-    from webui.work.fields import panel_fields
 
     typed = draft.get(TYPED) or {}
     if not typed:
         return draft
     fields = {
-        (field.group, field.name): field for group in panel_fields(source.task, workspace.is_local).values() for field in group
+        (field.group, field.name): field
+        for group in work_fields.panel_fields(source.task, workspace.is_local).values()
+        for field in group
     }
     preset, own = source.preset(draft).options(), {group: dict(values) for group, values in draft.get("options", {}).items()}
     for group, shown in typed.items():
@@ -199,10 +201,10 @@ class _InForce:
 
 def _draw(source: Source, draft: dict[str, Any], known: gr.State, back: gr.Button, workspace: Workspace) -> None:
     """All widgets, a closed accordion a group."""
-    from webui.work.fields import panel_fields
+    from webui.work import fields as work_fields
 
     in_force = _InForce.of(source, workspace, draft)
-    for group, fields in panel_fields(source.task, workspace.is_local).items():
+    for group, fields in work_fields.panel_fields(source.task, workspace.is_local).items():
         own = len(in_force.own.get(group, {}))
         title = TITLES.get(group, group) + (f" ({own} of your own)" if own else "")
         with gr.Accordion(title, open=bool(own), elem_id=f"{source.task}-panel-{group}"), gr.Row(elem_classes="panel-grid"):

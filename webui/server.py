@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import argparse
 import getpass
-import importlib
 import logging
 import os
-import pkgutil
 import signal
 import sys
 import threading
@@ -182,10 +180,10 @@ def _prepare_environment(cache: Path) -> None:
 def _warm_up(visits: Visits) -> None:
     """Import what the screens need once they are used: after the first page is up, which it would otherwise delay."""
     visits.first.wait(WARM_UP_AT_LATEST)
-    import webui.work
+    from webui import work
 
-    for module in pkgutil.iter_modules(webui.work.__path__, "webui.work."):
-        importlib.import_module(module.name)
+    for name in sorted(work.MODULES):
+        getattr(work, name)
 
 
 def _add_account(path: Path, name: str) -> int:

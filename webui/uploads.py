@@ -99,13 +99,13 @@ def check_adapter(file: str | Path) -> Path:
     Raises: InputError saying what is wrong with it; nothing in it was run.
     """
     # Here, since it loads torch.
-    from webui.work.adapter_files import check_tensors
+    from webui.work import adapter_files
 
     path, name = Path(file), display_name(file)
     size = path.stat().st_size
     if size > MAX_ADAPTER_BYTES:
         raise InputError(f"{name} has {size / 2**20:.0f} MB, and an adapter may have {MAX_ADAPTER_BYTES // 2**20} MB at most.")
-    check_tensors(path, name)
+    adapter_files.check_tensors(path, name)
     return path
 
 

@@ -2,15 +2,14 @@
 
 import json
 import re
-import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import gradio as gr
 import pytest
 from run_folders import add_samples, finished_run, run_in
 
 from pipelines.errors import InputError
-from webui import run_cards
+from webui import run_cards, work
 from webui.compare import OTHER_PICTURES, Compared
 from webui.screens.runs import class_draft_like, draft_like
 from webui.screens.runs_compare import NO_ADAPTER, drawn_with_all
@@ -141,8 +140,7 @@ def test_a_prompt_is_drawn_with_the_adapter_of_each_run_that_has_one(workspace, 
         yield "half"
         yield picture
 
-    monkeypatch.setitem(sys.modules, "webui.work", ModuleType("webui.work"))
-    monkeypatch.setitem(sys.modules, "webui.work.drawing", SimpleNamespace(draw=draw))
+    monkeypatch.setattr(work, "drawing", SimpleNamespace(draw=draw), raising=False)
     tables = list(drawn_with_all(workspace, Compared.of(workspace, ["a", "b"]), NASTY, 7))
     assert wishes == [("a", NASTY, 7, 1)]
     assert "drawing" in tables[0]

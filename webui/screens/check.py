@@ -203,13 +203,13 @@ def _value(value: Any) -> str:
 
 def _crops(shell: Shell, workspace: Workspace, kept: dict[str, Any]) -> str:
     from webui.work import options as checked
-    from webui.work.photos import crops
+    from webui.work import photos as work_photos
 
     photos = PhotoSet.of(workspace, Draft.from_browser(kept).set)
     if not photos.entries():
         return '<div class="empty">No photos yet. Add some under Photos.</div>'
     options = checked.build(workspace, "subject", subject_runs.values_of(shell, workspace, kept)[1])
-    shown, names = crops(photos, options), [entry.name for entry in photos.entries()]
+    shown, names = work_photos.crops(photos, options), [entry.name for entry in photos.entries()]
     sizes = {f"{crop.size[1]} x {crop.size[0]}" for crop in shown}
     many = shown[0].variants
     more = f" Of each, {many} crops or mirror images are shown to it; this is the first." if many > 1 else ""

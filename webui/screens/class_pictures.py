@@ -138,9 +138,9 @@ def _wire_looking(frame: Frame, parts: dict[str, Any]) -> None:
         classes = _found(workspace, set_of(workspace, draft))
         if sum(bool(one.pictures) for one in classes.classes) < 2:
             return gr.skip(), gr.skip()
-        from webui.work.classify import zero_shot
+        from webui.work import classify as classifying
 
-        found = zero_shot(classes)
+        found = classifying.zero_shot(classes)
         return _summary(classes, (found.right, found.count)), class_cards(classes, found.by_class)
 
     @in_plain_words

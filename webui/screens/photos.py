@@ -166,9 +166,9 @@ def _examined(photos: PhotoSet) -> str:
     """The cards with what the doctor says; the first time this loads libraries."""
     if not photos.entries():
         return cards(photos, None)
-    from webui.work.photos import opinions
+    from webui.work import photos as work_photos
 
-    found = opinions(photos)
+    found = work_photos.opinions(photos)
     return cards(photos, found.pictures, found.together)
 
 

@@ -87,14 +87,14 @@ def drawn_with_all(workspace: Workspace, compared: Compared, prompt: str, seed: 
     """
     from webui.adapters import steps_of
     from webui.wishes import Wish
-    from webui.work.drawing import draw
+    from webui.work import drawing
 
     steps = [steps_of(view.record).chosen for view in compared.views]
     cells = ["" if step is not None else NO_ADAPTER for step in steps]
     for place, (view, step) in enumerate(zip(compared.views, steps, strict=True)):
         if step is None:
             continue
-        for event in draw(workspace, Wish(view.id, step, 1.0, prompt, count=1, seed=seed)):
+        for event in drawing.draw(workspace, Wish(view.id, step, 1.0, prompt, count=1, seed=seed)):
             if isinstance(event, Path):
                 cells[place] = sample_html(event, "pixel", prompt)
             yield _table(compared.views, steps, cells, prompt, seed)
