@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import psutil
+from processes import kill_all
 
 REPOSITORY = Path(__file__).parents[2]
 ADDRESS = re.compile(r"NoRA Vision is at (http://\S+)")
@@ -68,4 +69,4 @@ class AppProcess:
             self.kill()
         for process in psutil.process_iter(["cmdline"]):
             if any(str(self.runs) in word for word in process.info["cmdline"] or []):
-                process.kill()
+                kill_all(process)

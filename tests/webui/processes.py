@@ -1,7 +1,12 @@
 """Runs that are started as the page starts them, with a command that stands for the training."""
 
+import asyncio
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+import psutil
 
 PATIENCE = 90
 # As the trainer does: says that it trains, ends when it is told to, and notes a signal.
@@ -44,3 +49,17 @@ def wait_for(what):
         assert time.monotonic() - began < PATIENCE
         time.sleep(0.02)
     return found
+
+
+def kill_all(process):
+    """Kill a process and all that it has started, some of which may end by themselves meanwhile."""
+    with suppress(psutil.NoSuchProcess):
+        for one in (*process.children(recursive=True), process):
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+
+
+def apart(coroutine):
+    """What a coroutine returns; in a thread of its own, since a browser's loop may run in this one."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()

@@ -9,6 +9,7 @@ import time
 
 import pytest
 from fastapi import HTTPException
+from processes import apart
 
 from pipelines.errors import InputError
 from webui import accounts
@@ -25,7 +26,7 @@ def kept(tmp_path):
 
 def asked(gate, name, password, client="10.0.0.1"):
     client_address.set(client)
-    return asyncio.run(gate.admits(name, password))
+    return apart(gate.admits(name, password))
 
 
 def test_a_password_is_kept_salted_and_hashed_in_a_file_of_its_owner_alone(kept):
@@ -143,7 +144,7 @@ def test_fifty_guesses_at_once_hash_two_at_a_time_and_hold_up_nothing(kept, monk
             turns += 1
         return guesses.result(), turns
 
-    results, turns = asyncio.run(everything())
+    results, turns = apart(everything())
     assert most[0] <= 2
     assert set(results) == {False, 429}
     assert results.count(429) >= 50 - accounts.WAITING - 1

@@ -6,6 +6,7 @@ import re
 import zipfile
 
 import pytest
+from browsing import go_to
 from class_folders import COLOURS, colour_folder, colour_zip, coloured, finished_classifier
 from playwright.sync_api import expect
 
@@ -24,13 +25,7 @@ def opened(new_page, server, **named):
 
 def to_classify(page, part=None):
     """Go to the screen, and to a part of it."""
-    # While the tabs find out which of them fit, they are there twice.
-    screen = page.locator("#screen-classify-button:visible")
-    if screen.count():
-        screen.first.click()
-    else:
-        page.locator("#screens .overflow-menu > button").first.click()
-        page.locator("#screens .overflow-dropdown button", has_text="Classify").click()
+    go_to(page, "classify")
     if part is not None:
         page.locator("#classify-steps").get_by_role("tab", name=part, exact=True).click()
 

@@ -4,6 +4,7 @@ import asyncio
 
 import gradio as gr
 import pytest
+from processes import apart
 
 from pipelines.errors import InputError
 from webui.errors import in_plain_words
@@ -31,7 +32,7 @@ def awaiting(error):
         raise error
 
     wrapped = in_plain_words(handler)
-    return lambda: asyncio.run(wrapped())
+    return lambda: apart(wrapped())
 
 
 @pytest.mark.parametrize("kind", [returning, yielding, awaiting])

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from processes import standing_for_accelerate, wait_for
+from processes import kill_all, standing_for_accelerate, wait_for
 
 from pipelines.errors import InputError
 from training import requests
@@ -34,8 +34,7 @@ def workspace(tmp_path, monkeypatch):
     for run_id in workspace.run_ids():
         process = workspace.run(run_id).process()
         if process is not None and process.pid != os.getpid():
-            for one in (*process.children(recursive=True), process):
-                one.kill()
+            kill_all(process)
 
 
 def view(workspace, run_id):
@@ -100,11 +99,13 @@ def test_models_that_only_draw_leave_an_accelerator_to_the_run(workspace, monkey
 
 
 def test_what_has_ended_leaves_no_zombie(workspace):
+    # A browser may have been started by a test before.
+    before = set(psutil.Process().children())
     run_id = launching.start(workspace, "subject", QUICK)
     trains(workspace, run_id)
+    assert set(psutil.Process().children()) - before
     end(workspace, run_id)
-    wait_for(lambda: not [one for one in psutil.Process().children() if one.status() == psutil.STATUS_ZOMBIE])
-    wait_for(lambda: not psutil.Process().children())
+    wait_for(lambda: not set(psutil.Process().children()) - before)
 
 
 def test_a_run_outlives_the_server_that_is_killed(workspace, tmp_path):

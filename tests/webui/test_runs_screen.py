@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import gradio as gr
 import pytest
+from browsing import go_to
 from run_folders import add_samples, finished_run, run_in
 
 from pipelines.errors import InputError
@@ -175,13 +176,7 @@ def server(app_server):
 def open_runs(page):
     """Show the screen, however narrow the page is."""
     page.set_default_timeout(PATIENCE)
-    # Until the page has found its width, each tab is there twice.
-    page.wait_for_function("document.querySelectorAll('#screen-photos-button').length === 1")
-    tab = page.get_by_role("tab", name="Runs", exact=True)
-    if tab.count() == 0 or not tab.is_visible():
-        page.locator("#screens .overflow-menu > button").first.click()
-        tab = page.locator("#screens .overflow-dropdown button", has_text="Runs")
-    tab.click()
+    go_to(page, "runs")
     page.wait_for_selector("#runs-list button.run")
 
 

@@ -16,6 +16,7 @@ import httpx
 import psutil
 import pytest
 from app_process import REPOSITORY
+from browsing import go_to
 from hostile import png_bytes
 
 HOSTILE = "<img src='x-hostile' onerror='window.hacked=1'><script>window.hacked=1</script>$(touch x)`id`"
@@ -164,7 +165,7 @@ def test_names_that_are_html_or_shell_are_shown_as_they_are(server, new_page, tm
     # All that the first look brings is there.
     page.wait_for_function("document.querySelector('#run input')?.value", timeout=120_000)
     for screen in SCREENS:
-        page.locator(f"#screen-{screen}-button").last.click(timeout=120_000)
+        go_to(page, screen)
         page.wait_for_timeout(1500)
         assert page.locator("[src='x-hostile'], [src$='/x-hostile']").count() == 0, screen
         assert page.evaluate("window.hacked === undefined"), screen

@@ -5,6 +5,7 @@ import time
 
 import psutil
 import pytest
+from browsing import go_to
 
 from training.record import RunRecord
 from webui import launching
@@ -48,12 +49,12 @@ def started(workspace, tiny_model, pictures_dir):
     return start
 
 
-def opened(new_page, server, screen="Train"):
+def opened(new_page, server):
     page = new_page()
     page.set_default_timeout(PATIENCE)
     page.set_default_navigation_timeout(PATIENCE)
     page.goto(server.url)
-    page.get_by_role("tab", name=re.compile(screen)).first.click()
+    go_to(page, "train")
     return page
 
 
@@ -114,7 +115,7 @@ def test_a_run_is_followed_stopped_resumed_reloaded_and_judged(new_page, server,
     steps = wait_for_steps(page, stopped)
 
     page.reload()
-    page.get_by_role("tab", name=re.compile("Train")).first.click()
+    go_to(page, "train")
     assert wait_for_steps(page, 0) >= steps
     wait_for_words(page, "Done in")
     wait_until(page, lambda: visible(page, "stop", "sample", "save", "resume", "next") == {"next"})

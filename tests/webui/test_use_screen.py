@@ -8,6 +8,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from browsing import go_to
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from small_runs import small_run
@@ -35,11 +36,7 @@ def opened(new_page, server, **named):
     """The page at its screen Use; the newest run is in view."""
     page = new_page(server.url, **named)
     page.set_default_timeout(PATIENCE)
-    tab = page.get_by_role("tab", name="5 Use")
-    if not tab.first.is_visible():
-        page.locator("#screens .overflow-menu > button").first.click()
-        tab = page.locator("#screens .overflow-dropdown button", has_text="5 Use")
-    tab.first.click()
+    go_to(page, "use")
     page.wait_for_selector("#use-generate")
     return page
 
@@ -222,7 +219,7 @@ def test_nothing_scrolls_sideways(server, new_page, screenshot, size, dark):
 def test_without_a_run_the_screen_says_what_to_do(app_server, new_page):
     page = new_page(app_server().url)
     page.set_default_timeout(PATIENCE)
-    page.get_by_role("tab", name="5 Use").first.click()
+    go_to(page, "use")
     page.wait_for_selector("#use-empty")
     assert "There is no adapter yet" in page.locator("#use-empty").inner_text()
     assert not page.locator("#use-generate").is_visible()

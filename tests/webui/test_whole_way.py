@@ -9,6 +9,7 @@ import re
 from itertools import product
 
 import pytest
+from browsing import go_to
 from PIL import Image
 from playwright.sync_api import expect
 
@@ -38,16 +39,6 @@ def opened(new_page, server, **how):
     page.set_default_timeout(PATIENCE)
     expect(page.locator(".photo-card .chip.good").first).to_be_visible(timeout=PATIENCE)
     return page
-
-
-def go_to(page, screen):
-    """Open a screen as a person does: on a phone some are behind the three dots."""
-    button = page.get_by_role("tab", name=re.compile(screen, re.IGNORECASE)).first
-    if not button.is_visible():
-        page.locator("#screens .overflow-menu > button").first.click()
-        button = page.locator("#screens .overflow-dropdown button", has_text=re.compile(screen, re.IGNORECASE))
-    button.click()
-    expect(page.locator(f"#screen-{screen}[role=tabpanel]")).to_be_visible(timeout=PATIENCE)
 
 
 def shorten(page):
