@@ -1,5 +1,7 @@
 """The frame: which screen looks when, and that nothing asks the server when nothing is at work."""
 
+import warnings
+
 import gradio as gr
 import pytest
 from run_folders import end_processes, run_in
@@ -20,6 +22,13 @@ def workspace(tmp_path):
 def page(workspace):
     """The page on it."""
     return build_page(Settings(runs_dir=workspace.runs, sets_dir=workspace.sets))
+
+
+def test_gradio_warns_of_nothing_in_the_page(workspace):
+    """As of what lies between tabs and is counted as one: then the tab in front is there twice."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        build_page(Settings(runs_dir=workspace.runs, sets_dir=workspace.sets))
 
 
 def listener(page, name, of="Shell.keep_time"):

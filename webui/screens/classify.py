@@ -32,8 +32,10 @@ def build(shell: Shell) -> None:
         interactive=True,
         elem_id="classify-run",
     )
+    # Not within the tabs, which count all that they hold.
+    known = gr.State([])
     with gr.Tabs(elem_id="classify-steps") as steps:
-        frame = Frame(shell, intro.parent, steps, run, shell.class_draft, gr.State([]))
+        frame = Frame(shell, intro.parent, steps, run, shell.class_draft, known)
         for name, (title, part) in PARTS.items():
             with gr.Tab(title, id=name, elem_id=f"classify-part-{name}"):
                 part.build(frame)

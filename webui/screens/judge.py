@@ -10,6 +10,7 @@ import gradio as gr
 
 from training.measured import kept_steps
 from webui import verdict
+from webui.adapters import steps_of
 from webui.errors import in_plain_words
 from webui.parts import Part, button, frame, keys, made_text, text, updates
 from webui.pictures import enlarged, sampled_steps, samples
@@ -168,10 +169,12 @@ def build(shell: Shell) -> None:
     outputs["table"].click(choose, outputs=[outputs["step"], outputs["place"]], show_progress="hidden", api_visibility="private")
 
     @in_plain_words
-    def use(step: int) -> list[Any]:
-        return [gr.Tabs(selected="use"), gr.Dropdown(value=step)]
+    def use(run_id: str, step: int, request: gr.Request) -> list[Any]:
+        kept = steps_of(shell.settings.workspace(request).run(run_id))
+        # Use may not have looked since the step was kept, and gradio refuses what its list does not hold.
+        return [gr.Tabs(selected="use"), gr.Dropdown(choices=kept.choices, value=step)]
 
-    outputs["use"].click(use, outputs["step"], [shell.tabs, shell.step], api_visibility="private")
+    outputs["use"].click(use, [shell.run, outputs["step"]], [shell.tabs, shell.step], api_visibility="private")
 
 
 def _layout() -> dict[str, Any]:

@@ -187,7 +187,10 @@ class _Look:
             hidden = [gr.skip()] * (len(self.outputs) - 3)
             return [key, gr.HTML(why, visible=True), gr.Column(visible=False), *hidden]
         same = seen is not None and seen[0] == run_id and seen[2] is not None and bool(seen[2][0])
-        stays = same and step in [value for _, value in steps.choices] and step != seen[2][1]
+        # Chosen by hand, here or on Judge: not what was suggested before.
+        suggested_before = seen[2][1] if seen is not None and seen[2] is not None else None
+        is_kept = step in [value for _, value in steps.choices]
+        stays = seen is not None and seen[0] == run_id and is_kept and step != suggested_before
         of_step = gr.Dropdown(choices=steps.choices, value=step if stays else steps.chosen)
         prompts = prompts_of(view)
         words = (
