@@ -112,7 +112,7 @@ def generate(page, prompt, server, screenshot):
     expect(page.locator("#use-gallery img").first).to_be_visible(timeout=PATIENCE)
     expect(page.locator("#use-cancel")).to_be_hidden(timeout=PATIENCE)
     screenshot(page, "use")
-    drawn = [path for path in server.uploads.rglob("*.png") if "drawn" in path.parts]
+    drawn = [path for path in server.uploads.rglob("*.png") if ".drawn" in path.parts]
     assert [read_settings(path)["prompt"] for path in drawn] == [prompt]
     with Image.open(drawn[0]) as picture:
         assert picture.size == (64, 64)
