@@ -16,12 +16,6 @@ from training.loop import LoopOptions, Periodic, train
 from training.run import RunDirectory
 
 
-@pytest.fixture(autouse=True)
-def warnings_of(caplog):
-    """What was warned of."""
-    return caplog
-
-
 def names(folder):
     return [path.name for path in list_checkpoints(folder / "checkpoints")]
 
