@@ -56,8 +56,8 @@ def _of_subject(view: RunView) -> list[tuple[str, str]]:
 def _of_classifier(view: RunView) -> list[tuple[str, str]]:
     best = [(row["method"], row["top1"]) for row in accuracies(view)]
     done, total = view.status.get("step"), view.status.get("total")
-    started = [("Methods", method_of(view)), ("Fitted", f"{done} of {total}" if total and not best else "")]
-    return [*started[:1], *((called(method), in_percent(top1)) for method, top1 in best)] if best else started
+    started = [("Methods", method_of(view)), ("Fitted", f"{done} of {total}" if total else "")]
+    return [(called(method), in_percent(top1)) for method, top1 in best] or started
 
 
 def accuracies(view: RunView) -> list[dict[str, Any]]:

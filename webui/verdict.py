@@ -24,6 +24,8 @@ READ_COPY = (
     "How near the samples come to one single photo of yours, by what is in them and by their outlines. At the limit they are "
     "copies of it rather than new pictures."
 )
+LOSSES = {"heldout": "loss, held out", "seen": "loss, learned"}
+SCORES = {"subject": "likeness", "prompt": "words", "nearest": "nearest photo", "copy": "nearest outline"}
 NO_LOSS = "No photo was held out, so there is no such curve."
 
 
@@ -141,28 +143,27 @@ def _explained(drawing: str, how: str) -> str:
 
 
 def figures(record: RunRecord) -> str:
-    """All that was measured, a row for each step."""
+    """All that was measured: a row for each step, a column for each of LOSSES and SCORES of which there is a figure."""
     points, scores = {point.step: point for point in heldout_curve(record)}, sample_scores(record)
     steps, suggested = sorted({*points, *scores}), suggested_step(record)
     if not steps:
         return ""
-    names = ("subject", "prompt", "nearest", "copy")
-    rows = []
-    for step in steps:
-        scored = [f"{getattr(scores[step], name):.3f}" if step in scores else "" for name in names]
-        losses = [_number(points.get(step), name) for name in ("heldout", "seen")]
-        cells = "".join(f"<td>{each}</td>" for each in (*losses, *scored))
-        rows.append(f'<tr><th scope="row">{_step_head(step, suggested)}</th>{cells}</tr>')
-    heads = ("step", "loss, held out", "loss, learned", "likeness", "words", "nearest photo", "nearest outline")
-    head = "".join(f'<th scope="col">{each}</th>' for each in heads)
+    columns = {head: _column(points, steps, name, 4) for name, head in LOSSES.items()}
+    columns |= {head: _column(scores, steps, name, 3) for name, head in SCORES.items()}
+    columns = {head: cells for head, cells in columns.items() if any(cells)}
+    head = "".join(f'<th scope="col">{each}</th>' for each in ("step", *columns))
+    rows = (
+        f'<tr><th scope="row">{_step_head(step, suggested)}</th>{"".join(f"<td>{each}</td>" for each in cells)}</tr>'
+        for step, *cells in zip(steps, *columns.values(), strict=True)
+    )
     return (
         f'<div class="scroll"><table class="figures"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
 
 
-def _number(point: Point | None, name: str) -> str:
-    value = getattr(point, name, None)
-    return "" if value is None else f"{value:.4f}"
+def _column(found: Mapping[int, object], steps: Sequence[int], name: str, digits: int) -> list[str]:
+    values = [getattr(found.get(step), name, None) for step in steps]
+    return ["" if value is None else f"{value:.{digits}f}" for value in values]
 
 
 def certificate(record: RunRecord) -> str:

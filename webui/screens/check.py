@@ -42,6 +42,8 @@ SAY_SCENES = """(draft, said) => {
   return JSON.stringify(scenes) === JSON.stringify(known) ? draft : {...draft, scenes};
 }""".replace("USUAL", json.dumps(SCENES))
 SAY_PRESET = "(draft, said) => ({...draft, preset: said})"
+# Two boxes stand beside each other where each has so many pixels, else the one below the other.
+SIDE_BY_SIDE = 240
 ABOUT_THE_RARE_WORD = "Stands for your subject. Rare, or what the model knows of the word comes along."
 
 
@@ -51,12 +53,15 @@ def build(shell: Shell) -> None:
     crops = gr.HTML(css_template=STYLE, elem_id="check-crops")
     gr.HTML("<h2>The words</h2>")
     with gr.Row():
-        trigger = gr.Textbox(TRIGGER, label="A rare word", info=ABOUT_THE_RARE_WORD, max_lines=1, elem_id="check-trigger")
+        trigger = gr.Textbox(
+            TRIGGER, label="A rare word", info=ABOUT_THE_RARE_WORD, max_lines=1, min_width=SIDE_BY_SIDE, elem_id="check-trigger"
+        )
         kind = gr.Textbox(
             label="What is it, in a word?",
             info="The kind of thing, in plain words: what the model knows of it is where it starts from.",
             placeholder="dog, toy, coffee mug",
             max_lines=1,
+            min_width=SIDE_BY_SIDE,
             elem_id="check-class",
         )
     prompt = gr.HTML(css_template=STYLE, elem_id="check-prompt")
@@ -77,7 +82,6 @@ def build(shell: Shell) -> None:
     measure = gr.Button("Measure time and memory", elem_id="check-measure")
     gr.HTML("<h2>The command</h2><p class='quiet'>Train starts exactly this; typed into a terminal it does the same.</p>")
     command = gr.Code(
-        language="shell",
         lines=1,
         interactive=False,
         wrap_lines=True,

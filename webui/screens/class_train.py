@@ -36,7 +36,6 @@ def _layout(frame: Frame) -> dict[str, Any]:
     with gr.Accordion("The command", open=False, elem_id="classify-command-shown"):
         gr.HTML("<p class='quiet'>Train starts exactly this; typed into a terminal it does the same.</p>")
         parts["command"] = gr.Code(
-            language="shell",
             interactive=False,
             wrap_lines=True,
             lines=1,
@@ -49,9 +48,11 @@ def _layout(frame: Frame) -> dict[str, Any]:
     parts["head"] = gr.HTML(NOTHING, elem_id="classify-head")
     parts["bar"] = gr.HTML(elem_id="classify-bar")
     with gr.Row(elem_classes="buttons"):
-        parts["stop"] = gr.Button("Stop", visible=False, elem_id="classify-stop")
-        parts["resume"] = gr.Button("Resume", visible=False, variant="primary", elem_id="classify-resume")
-        parts["result"] = gr.Button("Look at the result", visible=False, variant="primary", elem_id="classify-see-result")
+        parts["stop"] = gr.Button("Stop", visible=False, elem_id="classify-stop", scale=0, min_width=140)
+        parts["resume"] = gr.Button("Resume", visible=False, variant="primary", elem_id="classify-resume", scale=0, min_width=140)
+        parts["result"] = gr.Button(
+            "Look at the result", visible=False, variant="primary", elem_id="classify-see-result", scale=0, min_width=220
+        )
     parts["curve"] = gr.HTML(elem_id="classify-curve")
     return parts
 

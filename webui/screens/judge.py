@@ -23,11 +23,13 @@ are here side by side, with what was measured of each.</p></div>"""
 CLASSIFIER = """<div class="empty"><p><b>This run is a classifier.</b></p><p>How often it is right, and its worst mistakes, are on
 the screen Classify.</p></div>"""
 COMPARE = """<h3>Before and after</h3><p class="quiet">On the left before training, on the right the chosen step; pull the line
-across. A press on a picture in the table above shows it here.</p>"""
+across. A press on a picture in the table below shows it here.</p>"""
 # The table is made anew now and then: its frame listens for all of its cells.
 CHOOSING = """element.addEventListener('click', event => {
   const cell = event.target.closest('button[data-step]');
-  if (cell) trigger('click', {step: Number(cell.dataset.step), place: Number(cell.dataset.place)});
+  if (!cell) return;
+  trigger('click', {step: Number(cell.dataset.step), place: Number(cell.dataset.place)});
+  document.getElementById('judge-compare').scrollIntoView({block: 'nearest', behavior: 'smooth'});
 });"""
 NAMES = (
     "empty",
@@ -181,7 +183,6 @@ def _layout() -> dict[str, Any]:
     """The screen's elements by name."""
     made: dict[str, Any] = {"empty": gr.HTML(EMPTY, elem_id="judge-empty")}
     made["suggestion"] = gr.HTML(visible=False, elem_id="judge-suggestion")
-    made["table"] = gr.HTML(visible=False, elem_id="judge-samples", js_on_load=CHOOSING)
     with gr.Column(visible=False, elem_id="judge-compare") as made["frame"]:
         gr.HTML(COMPARE)
         with gr.Row():
@@ -193,6 +194,7 @@ def _layout() -> dict[str, Any]:
                 made["slider"] = gr.ImageSlider(
                     elem_id="judge-slider", interactive=False, show_label=False, buttons=[], max_height=420
                 )
+    made["table"] = gr.HTML(visible=False, elem_id="judge-samples", js_on_load=CHOOSING)
     made["curves"] = gr.HTML(visible=False, elem_id="judge-curves")
     made["figures"] = gr.HTML(visible=False, elem_id="judge-figures")
     made["details"] = gr.Accordion("Model card and certificate", open=False, visible=False, elem_id="judge-card")

@@ -72,7 +72,7 @@ def _layout() -> dict[str, Any]:
     """The screen's elements by name."""
     gr.HTML(INTRODUCTION)
     with gr.Row(elem_classes="buttons"):
-        made: dict[str, Any] = {"refresh": gr.Button("Look again", elem_id="runs-refresh", scale=0, min_width=140)}
+        made: dict[str, Any] = {"refresh": gr.Button("Look again", size="sm", elem_id="runs-refresh", scale=0, min_width=140)}
     made["list"] = gr.HTML(js_on_load=run_cards.SCRIPT, elem_id="runs-list")
     made["chosen"] = gr.HTML(visible=False, elem_id="runs-chosen")
     with gr.Row(elem_classes="buttons"):

@@ -54,8 +54,8 @@ class Field:
 
     @property
     def label(self) -> str:
-        """Its name in words, and the flag."""
-        return f"{self.name.replace('_', ' ')} (--{self.name})"
+        """Its name in words: the flag without its dashes."""
+        return self.name.replace("_", " ")
 
     def read(self, shown: Any) -> Any:
         """What the widget's value `shown` means; None for what is left unsaid.
