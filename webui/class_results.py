@@ -105,8 +105,10 @@ def result_of(record: RunRecord, member: str | None = None) -> Result | None:
     if not path.is_file():
         return None
     report = _report(path, path.stat().st_mtime_ns)
-    known = {one["folder"]: one for one in report["members"]}
-    found = known.get(member) or known[report["classifier"]]
+    known = {one["folder"]: one for one in report.get("members", [])}
+    found = known.get(member) or known.get(report.get("classifier"))
+    if found is None:
+        raise InputError("The report of this run names no fitted method. Make the run again.")
     folder = (record.path / found["folder"]).resolve()
     if not folder.is_relative_to(record.path.resolve()):
         raise InputError("The report of this run names files outside of it. Make the run again.")

@@ -20,7 +20,7 @@ from pipelines.errors import InputError
 from webui.draft import Options, merged
 from webui.errors import in_plain_words
 from webui.presets import Preset, preset_named
-from webui.shell import Shell
+from webui.shell import QUIET, Shell
 from webui.workspace import Workspace
 
 TYPED = "typed"
@@ -104,10 +104,9 @@ def build(source: Source) -> gr.Accordion:
     def reset(kept: dict[str, Any]) -> dict[str, Any]:
         return {**kept, "options": {}, TYPED: {}}
 
-    quiet = {"api_visibility": "private", "show_progress": "hidden"}
-    panel.expand(open_panel, [draft, known], [drawn, known, back], **{**quiet, "show_progress": "minimal"})
-    draft.change(redraw, [draft, known], [drawn, known, back], **quiet)
-    back.click(reset, [draft], [draft], **quiet)
+    panel.expand(open_panel, [draft, known], [drawn, known, back], **{**QUIET, "show_progress": "minimal"})
+    draft.change(redraw, [draft, known], [drawn, known, back], **QUIET)
+    back.click(reset, [draft], [draft], **QUIET)
     return panel
 
 

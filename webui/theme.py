@@ -25,6 +25,10 @@ def theme() -> gr.themes.Base:
     ).set(
         body_background_fill="*neutral_50",
         body_background_fill_dark="*neutral_950",
+        # Behind the sign-in page too, to which no style sheet is sent.
+        background_fill_primary="*neutral_50",
+        background_fill_primary_dark="*neutral_950",
+        background_fill_secondary_dark="*neutral_950",
         # 4.5 to 1 on the page, as people with weak eyes need.
         body_text_color_subdued="*neutral_500",
         body_text_color_subdued_dark="*neutral_400",

@@ -31,7 +31,7 @@ class Workspace:
     runs: Path
     sets: Path
     user: str | None = None
-    is_local: bool = True
+    is_local: bool = False
     base_models: tuple[str, ...] = ()
 
     @property

@@ -19,7 +19,7 @@ HOSTILE = {"ruby": "<img src=x onerror=alert(1)>", "leaf": "a & b", "sea": "=1+1
 @pytest.fixture
 def workspace(tmp_path):
     """An empty one."""
-    return Workspace(tmp_path / "runs", tmp_path / "sets")
+    return Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from webui.workspace import Workspace
 @pytest.fixture
 def workspace(tmp_path):
     """An empty one."""
-    return Workspace(tmp_path / "runs", tmp_path / "sets")
+    return Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True)
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_guests_name_no_folder_of_the_machine(tmp_path):
     given = colour_folder(tmp_path / "mine", 4)
     with pytest.raises(InputError, match="only by who works at it"):
         class_sets.point_to(guest, str(given))
-    host = Workspace(tmp_path / "runs", tmp_path / "sets")
+    host = Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True)
     with pytest.raises(InputError, match="only by who works at it"):
         class_sets.find(guest, class_sets.point_to(host, str(given)))
 

@@ -39,7 +39,7 @@ def parts_of(record):
 
 @pytest.mark.slow
 def test_a_classifier_of_the_users_own_pictures_and_the_next_with_a_correction(tmp_path):
-    workspace = Workspace(tmp_path / "runs", tmp_path / "sets")
+    workspace = Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True)
     folder = colour_set(workspace, tmp_path / "given")
     rename_class(folder, "c01", "green = <leaf>")
     draft = {"set": folder.name, "preset": "Fast", "options": QUICK}

@@ -49,7 +49,7 @@ def server(app_server):
 @pytest.fixture(scope="module")
 def workspace(server):
     """Its user's runs and sets."""
-    return Workspace(server.runs, server.uploads)
+    return Workspace(server.runs, server.uploads, is_local=True)
 
 
 @pytest.mark.slow

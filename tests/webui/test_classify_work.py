@@ -21,7 +21,7 @@ NAMES = {name: name for name in COLOURS}
 @pytest.fixture
 def workspace(tmp_path):
     """An empty one."""
-    return Workspace(tmp_path / "runs", tmp_path / "sets")
+    return Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True)
 
 
 @pytest.fixture

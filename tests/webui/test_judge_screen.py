@@ -24,7 +24,7 @@ from webui.workspace import Workspace
 def workspace(tmp_path, monkeypatch):
     """An empty one; processes that stand for runs are killed at the end."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "cache"))
-    yield Workspace(tmp_path / "runs", tmp_path / "sets")
+    yield Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True)
     end_processes()
 
 

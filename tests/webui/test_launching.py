@@ -29,7 +29,7 @@ QUICK = {"optimisation": {"max_train_steps": 8}, "adapter": {"rank": 4, "inner_r
 def workspace(tmp_path, monkeypatch):
     """One whose runs are not really trained; what is still at work at the end is killed."""
     monkeypatch.setattr(launching, "_found", standing_for_accelerate)
-    workspace = Workspace(tmp_path / "runs", tmp_path / "sets")
+    workspace = Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True)
     yield workspace
     for run_id in workspace.run_ids():
         process = workspace.run(run_id).process()
@@ -113,7 +113,7 @@ def test_a_run_outlives_the_server_that_is_killed(workspace, tmp_path):
         "import sys, time, pathlib; sys.path.insert(0, sys.argv[1]); from processes import standing_for_accelerate\n"
         "from webui import launching; from webui.workspace import Workspace\n"
         "launching._found = standing_for_accelerate; folder = pathlib.Path(sys.argv[2])\n"
-        "workspace = Workspace(folder / 'runs', folder / 'sets')\n"
+        "workspace = Workspace(folder / 'runs', folder / 'sets', is_local=True)\n"
         "for _ in range(2): print(launching.start(workspace, 'subject', {}), flush=True)\n"
         "time.sleep(600)"
     )

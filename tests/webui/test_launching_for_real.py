@@ -22,7 +22,7 @@ def workspace(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     # The server's own folder is nobody's business.
     monkeypatch.chdir(tmp_path)
-    workspace = Workspace(Path("runs"), Path("sets"))
+    workspace = Workspace(Path("runs"), Path("sets"), is_local=True)
     yield workspace
     for run_id in workspace.run_ids():
         process = workspace.run(run_id).process()

@@ -55,7 +55,7 @@ def another(task, field, folder):
 
 @pytest.fixture
 def local(tmp_path):
-    return Workspace(tmp_path / "runs", tmp_path / "sets")
+    return Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True)
 
 
 @pytest.fixture

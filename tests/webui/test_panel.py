@@ -18,7 +18,7 @@ KINDS = {"subject": SubjectOptions, "classify": FewShotOptions}
 
 @pytest.fixture
 def workspace(tmp_path):
-    return Workspace(tmp_path / "runs", tmp_path / "sets")
+    return Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True)
 
 
 @pytest.fixture

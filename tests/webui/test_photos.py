@@ -23,7 +23,7 @@ from webui.workspace import Workspace
 
 @pytest.fixture
 def workspace(tmp_path):
-    return Workspace(tmp_path / "runs", tmp_path / "sets")
+    return Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True)
 
 
 @pytest.fixture

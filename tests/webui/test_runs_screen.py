@@ -23,7 +23,7 @@ NASTY = "<script>alert(1)</script>\"'&"
 
 @pytest.fixture
 def workspace(tmp_path):
-    return Workspace(tmp_path / "runs", tmp_path / "sets")
+    return Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True)
 
 
 def with_options(run, **groups):

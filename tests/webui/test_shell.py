@@ -14,7 +14,7 @@ from webui.workspace import Workspace
 @pytest.fixture
 def workspace(tmp_path):
     """An empty one; processes that stand for runs are killed at the end."""
-    yield Workspace(tmp_path / "runs", tmp_path / "sets")
+    yield Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True)
     end_processes()
 
 

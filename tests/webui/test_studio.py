@@ -30,7 +30,7 @@ def workspace(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("workspace")
     for run_id, method in (("first", "lora"), ("second-nora", "nora"), ("third-dora", "dora")):
         small_run(folder / "runs", tiny_model, run_id, method)
-    return Workspace(folder / "runs", folder / "sets")
+    return Workspace(folder / "runs", folder / "sets", is_local=True)
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ def test_a_file_of_another_model_is_refused_and_the_studio_goes_on(studio, works
 
 
 def test_a_run_that_has_changed_is_loaded_anew(studio, workspace, tiny_model, tmp_path):
-    changing = Workspace(tmp_path / "runs", tmp_path / "sets")
+    changing = Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True)
     small_run(changing.runs, tiny_model, "same")
     before = one(studio, order(changing, "same@4"))
     shutil.rmtree(changing.runs / "same")
@@ -189,7 +189,7 @@ def test_few_models_stay_loaded(workspace, tiny_model, tmp_path):
     for name in ("a", "b", "c"):
         shutil.copytree(tiny_model, tmp_path / name)
         small_run(tmp_path / "runs", tmp_path / name, f"run-{name}")
-        own = Workspace(tmp_path / "runs", tmp_path / "sets")
+        own = Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True)
         drawn(studio, order(own, f"run-{name}@4", sampling=Sampling(num_inference_steps=1)))
     assert len(studio._models) == MAX_MODELS
     studio.release()

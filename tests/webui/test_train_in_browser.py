@@ -32,7 +32,7 @@ def server(app_server):
 @pytest.fixture
 def workspace(server):
     """The server's, seen from here."""
-    return Workspace(server.runs, server.uploads)
+    return Workspace(server.runs, server.uploads, is_local=True)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ KILLED = "subprocess.CalledProcessError: Command '[...]' died with <Signals.SIGK
 @pytest.fixture
 def workspace(tmp_path):
     """An empty one; processes that stand for runs are killed at the end."""
-    yield Workspace(tmp_path / "runs", tmp_path / "sets")
+    yield Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True)
     for child in psutil.Process().children():
         if child.name() == "sleep":
             child.kill()

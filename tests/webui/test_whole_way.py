@@ -31,7 +31,7 @@ def server(app_server):
 @pytest.fixture(scope="module")
 def workspace(server):
     """The server's, seen from here."""
-    return Workspace(server.runs, server.uploads)
+    return Workspace(server.runs, server.uploads, is_local=True)
 
 
 def opened(new_page, server, **how):

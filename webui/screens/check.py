@@ -16,7 +16,7 @@ from webui.cards import escaped
 from webui.draft import SCENES, TRIGGER, Draft
 from webui.errors import in_plain_words
 from webui.photo_set import PhotoSet
-from webui.shell import Shell
+from webui.shell import QUIET, Shell
 from webui.workspace import Workspace
 
 POLL_SECONDS = 2.0
@@ -100,19 +100,18 @@ def _wire(shell: Shell, parts: dict[str, Any], said: dict[str, Any], train: gr.B
     clock = gr.Timer(POLL_SECONDS, active=False)
     words = [said["trigger"], said["kind"], said["scenes"], said["preset"]]
 
-    quiet = {"api_visibility": "private", "show_progress": "hidden"}
     of_cost = [parts["cost"], parts["measure"], clock]
     changes = [shell.page.load, draft.change]
-    gr.on(changes, does.fill, [draft, *words], words, trigger_mode="always_last", **quiet)
-    gr.on(changes, does.describe, [draft], [parts["prompt"], parts["reasons"]], trigger_mode="always_last", **quiet)
+    gr.on(changes, does.fill, [draft, *words], words, trigger_mode="always_last", **QUIET)
+    gr.on(changes, does.describe, [draft], [parts["prompt"], parts["reasons"]], trigger_mode="always_last", **QUIET)
     worked_out = [parts["command"], parts["crops"], *of_cost]
-    gr.on(changes, does.work_out, [draft], worked_out, trigger_mode="always_last", **quiet)
+    gr.on(changes, does.work_out, [draft], worked_out, trigger_mode="always_last", **QUIET)
     for name, script in (("trigger", SAY_TRIGGER), ("kind", SAY_KIND), ("scenes", SAY_SCENES)):
         typed = [said[name].input, said[name].blur, said[name].submit]
         gr.on(typed, None, [draft, said[name]], [draft], js=script, api_visibility="private")
     said["preset"].input(None, [draft, said["preset"]], [draft], js=SAY_PRESET, api_visibility="private")
     parts["measure"].click(does.rehearse, [draft], of_cost, api_visibility="private")
-    clock.tick(does.tick, [draft], of_cost, **quiet)
+    clock.tick(does.tick, [draft], of_cost, **QUIET)
     train.click(does.start, [draft], [draft, *shell.outputs], api_visibility="private")
 
 

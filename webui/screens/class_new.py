@@ -15,9 +15,9 @@ from webui.class_results import Result, result_of
 from webui.class_runs import Frame
 from webui.errors import in_plain_words
 from webui.incoming import SUFFIXES
+from webui.shell import QUIET
 from webui.thumbnails import picture
 
-QUIET = {"api_visibility": "private", "show_progress": "hidden"}
 MOST = 100
 RIGHT = ""
 INTRO = (

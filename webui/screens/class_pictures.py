@@ -15,12 +15,12 @@ from webui.class_sets import EXAMPLE, LabelledClasses
 from webui.errors import in_plain_words
 from webui.incoming import SUFFIXES
 from webui.picture_sets import add_class, delete_set, move_picture, remove_class, remove_picture, rename_class
+from webui.shell import QUIET
 from webui.thumbnails import small
 from webui.uploads import Added, add_pictures, add_zip
 from webui.workspace import Workspace
 
 MOST_SHOWN = 100
-QUIET = {"api_visibility": "private", "show_progress": "hidden"}
 EXAMPLE_NOTE = (
     "<p class='quiet'>This is an example that comes with the app: handwritten digits of scikit-learn. Train with it to see the "
     "whole way, or add pictures of your own below; they make a set of their own.</p>"

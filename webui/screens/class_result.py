@@ -11,9 +11,9 @@ from webui import class_files, class_html, class_runs
 from webui.class_results import Result, result_of
 from webui.class_runs import Frame
 from webui.errors import in_plain_words
+from webui.shell import QUIET
 from webui.views import IN_WORDS, RunView
 
-QUIET = {"api_visibility": "private", "show_progress": "hidden"}
 EMPTY = "<p class='empty'>There is no classifier yet. Train one first.</p>"
 WAITING = "<p class='empty'>This classifier is {state}. Its result will be here once it is done.</p>"
 

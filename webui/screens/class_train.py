@@ -13,10 +13,10 @@ from webui.class_runs import Frame, set_of
 from webui.class_sets import LabelledClasses
 from webui.errors import in_plain_words
 from webui.presets import Preset, preset_named
+from webui.shell import QUIET
 from webui.views import RunView
 from webui.workspace import Workspace
 
-QUIET = {"api_visibility": "private", "show_progress": "hidden"}
 NOTHING = "<p class='empty'>Nothing was trained yet. Start above: the example takes a minute or two.</p>"
 
 

@@ -10,10 +10,9 @@ from webui import class_runs
 from webui.class_runs import Frame
 from webui.errors import in_plain_words
 from webui.screens import class_new, class_pictures, class_result, class_train
-from webui.shell import Shell
+from webui.shell import QUIET, Shell
 from webui.views import RunView
 
-QUIET = {"api_visibility": "private", "show_progress": "hidden"}
 PARTS = {
     "pictures": ("1 Pictures", class_pictures),
     "train": ("2 Train", class_train),

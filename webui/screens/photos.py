@@ -15,7 +15,7 @@ from webui.cards import SCRIPT, STYLE, cards, sentences
 from webui.draft import Draft
 from webui.errors import in_plain_words
 from webui.photo_set import PhotoSet
-from webui.shell import Shell
+from webui.shell import QUIET, Shell
 from webui.workspace import Workspace
 
 OF_THE_EXAMPLE = """<h2>An example to begin with</h2>
@@ -58,16 +58,16 @@ def _wire(
 ) -> None:
     """Have everything listen."""
     does, (shown, signature) = _Handlers(shell), (view[1], view[-1])
-    draft, quiet = shell.draft, {"api_visibility": "private", "show_progress": "hidden"}
-    doctor = {"fn": does.examine, "inputs": [draft, signature, examined], "outputs": [shown, examined], **quiet}
-    gr.on([shell.page.load, draft.change], does.look, [draft, signature], [draft, *view], **quiet).then(**doctor)
+    draft = shell.draft
+    doctor = {"fn": does.examine, "inputs": [draft, signature, examined], "outputs": [shown, examined], **QUIET}
+    gr.on([shell.page.load, draft.change], does.look, [draft, signature], [draft, *view], **QUIET).then(**doctor)
     upload.upload(does.add, [draft, upload], [draft, upload, message, *view], api_visibility="private").then(**doctor)
-    shown.click(does.act, [draft], [draft, message, *view], **quiet).then(**doctor)
+    shown.click(does.act, [draft], [draft, message, *view], **QUIET).then(**doctor)
     for name in ("own", "example"):
         wanted = gr.State(name)
-        buttons[name].click(does.change_to, [draft, wanted], [draft, message, *view], **quiet).then(**doctor)
+        buttons[name].click(does.change_to, [draft, wanted], [draft, message, *view], **QUIET).then(**doctor)
     buttons["train"].click(does.start, [draft], [draft, *shell.outputs], api_visibility="private")
-    buttons["check"].click(lambda: gr.Tabs(selected="check"), outputs=[shell.tabs], **quiet)
+    buttons["check"].click(lambda: gr.Tabs(selected="check"), outputs=[shell.tabs], **QUIET)
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,10 @@ from webui.draft import Draft
 from webui.errors import in_plain_words
 from webui.parts import Part, button, keys, text, updates
 from webui.screens import runs_compare
-from webui.shell import Shell
+from webui.shell import QUIET, Shell
 from webui.views import Action, RunView, views
 from webui.workspace import Workspace
 
-QUIET = {"api_visibility": "private", "show_progress": "hidden"}
 LABELS: dict[str, str] = {
     "open": "Open",
     "resume": "Resume",

@@ -10,11 +10,10 @@ import gradio as gr
 
 from webui.compare import MOST, Compared, letter, sample_html, side_by_side
 from webui.errors import in_plain_words
-from webui.shell import Shell
+from webui.shell import QUIET, Shell
 from webui.views import RunView, views
 from webui.workspace import Workspace
 
-QUIET = {"api_visibility": "private", "show_progress": "hidden"}
 NO_ADAPTER = "no adapter to draw with yet"
 
 
