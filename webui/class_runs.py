@@ -43,7 +43,10 @@ class Frame:
         run: the id of the classifier that Train, Result and Classify new are about.
         draft: what is being prepared for the next run, kept by the browser: {"set": id of its pictures or None, "preset",
             "options"}.
+        drafted: the same, to listen to.
         known: the titles of all classifiers, which change with their states; to know when to look anew.
+        beat: changes whenever a part may have something else to show: it is opened, another classifier is chosen, or its state
+            is another.
     """
 
     shell: Shell
@@ -51,11 +54,13 @@ class Frame:
     steps: gr.Tabs
     run: gr.Dropdown
     draft: gr.BrowserState
+    drafted: gr.State
     known: gr.State
+    beat: gr.State
 
     def source(self) -> panel.Source:
         """What the expert panel is about."""
-        return panel.Source(self.shell, "classify", class_presets.CLASSIFY, self.draft, complete)
+        return panel.Source(self.shell, "classify", class_presets.CLASSIFY, self.draft, self.drafted, complete)
 
 
 def classifiers(workspace: Workspace) -> list[RunView]:

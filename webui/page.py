@@ -11,7 +11,7 @@ from webui.class_runs import EMPTY_DRAFT as EMPTY_CLASS_DRAFT
 from webui.errors import in_plain_words
 from webui.screens import check, classify, judge, photos, runs, train, use
 from webui.settings import Settings
-from webui.shell import EMPTY_DRAFT, POLL_SECONDS, Shell
+from webui.shell import EMPTY_DRAFT, POLL_SECONDS, Shell, followed
 
 HEADER = '<header class="brand"><h1>NoRA Vision</h1><p>Adapt a large vision model from a handful of pictures.</p></header>'
 SCREENS: dict[str, tuple[str, ModuleType]] = {
@@ -31,13 +31,28 @@ def build_page(settings: Settings) -> gr.Blocks:
         gr.HTML(HEADER)
         run = gr.Dropdown(label="Run", info="What Train, Judge and Use are about.", elem_id="run", interactive=True)
         step = gr.Dropdown(label="Step", elem_id="use-step", interactive=True, render=False)
+        chosen = gr.State(None)
         # Not secret; under a key of this server alone the draft would be lost when it starts again.
         draft = gr.BrowserState(EMPTY_DRAFT, storage_key="nora-vision-draft", secret="nora-vision-draft")
         class_draft = gr.BrowserState(EMPTY_CLASS_DRAFT, storage_key="nora-vision-classify", secret="nora-vision-classify")
         clock = gr.Timer(POLL_SECONDS, active=False)
         front, beats = gr.State(next(iter(SCREENS))), {name: gr.State(0.0) for name in SCREENS}
         tabs = gr.Tabs(elem_id="screens")
-        shell = Shell(page, settings, run, step, tabs, draft, class_draft, clock, front, beats)
+        shell = Shell(
+            page,
+            settings,
+            run=run,
+            picked=followed(run),
+            step=step,
+            chosen=chosen,
+            tabs=tabs,
+            draft=draft,
+            drafted=followed(draft),
+            class_draft=class_draft,
+            clock=clock,
+            front=front,
+            beats=beats,
+        )
         # First, since a screen's handler of the same name would take the endpoint's name; and not within the tabs, which
         # count all that they hold.
         build_api(shell)

@@ -50,6 +50,7 @@ class Source:
         task: "subject" or "classify".
         presets: to choose from; draft["preset"] names the one in force.
         draft: what the browser keeps: {"preset", "options", ...}.
+        drafted: the same, to listen to.
         complete: makes from a workspace, the draft and the preset's and user's values all that a run is started with.
     """
 
@@ -57,6 +58,7 @@ class Source:
     task: str
     presets: Sequence[Preset]
     draft: gr.BrowserState
+    drafted: gr.State
     complete: Complete
 
     def preset(self, draft: dict[str, Any]) -> Preset:
@@ -105,7 +107,7 @@ def build(source: Source) -> gr.Accordion:
         return {**kept, "options": {}, TYPED: {}}
 
     panel.expand(open_panel, [draft, known], [drawn, known, back], **{**QUIET, "show_progress": "minimal"})
-    draft.change(redraw, [draft, known], [drawn, known, back], **QUIET)
+    source.drafted.change(redraw, [draft, known], [drawn, known, back], **QUIET)
     back.click(reset, [draft], [draft], **QUIET)
     return panel
 

@@ -20,6 +20,17 @@ QUIET = {"api_visibility": "private", "show_progress": "hidden"}
 EMPTY_DRAFT = {"set": None, "preset": "Balanced", "options": {}}
 
 
+def followed(component: gr.components.Component) -> gr.State:
+    """A state that holds what `component` does: what several are to listen to.
+
+    Gradio answers a component's change that comes while a listener of the last one is at work by calling all of its listeners
+    once more, and without end where two of them are to have the last word. A state calls each by itself.
+    """
+    state = gr.State()
+    component.change(_as_it_is, component, state, trigger_mode="always_last", **QUIET)
+    return state
+
+
 @dataclass(frozen=True)
 class Shell:
     """The frame around the screens.
@@ -28,11 +39,14 @@ class Shell:
         page: the page.
         settings: what the server was started with.
         run: the id of the run that Train, Judge and Use are about.
+        picked: the same, to listen to.
         step: which of its steps Use draws with; Use places and fills it, Judge sets it.
+        chosen: the run and the step that were chosen by hand, on Use or on Judge; None where the suggested step stands.
         tabs: all screens, by the ids of `webui.page.SCREENS`.
         draft: what is being prepared for the next run, kept by the browser: {"set": id of its pictures or None, "options": the
             values that differ from the defaults, by group, "preset": its name}. Never what a run has become.
-        class_draft: the same for the next classifier.
+        drafted: the same, to listen to.
+        class_draft: as `draft`, for the next classifier.
         clock: ticks every `POLL_SECONDS` while a run of the user's is at work, and stands still otherwise.
         front: the name of the screen in front.
         beats: by the name of a screen, what changes whenever that screen, being in front, is to look at the run's files again.
@@ -41,9 +55,12 @@ class Shell:
     page: gr.Blocks
     settings: Settings
     run: gr.Dropdown
+    picked: gr.State
     step: gr.Dropdown
+    chosen: gr.State
     tabs: gr.Tabs
     draft: gr.BrowserState
+    drafted: gr.State
     class_draft: gr.BrowserState
     clock: gr.Timer
     front: gr.State
@@ -96,10 +113,10 @@ class Shell:
             return gr.Dropdown(choices=_choices(views(self.settings.workspace(request))))
 
         self.clock.tick(beat, [self.front, known], [known, self.clock, *beats], trigger_mode="always_last", **QUIET)
-        gr.on([self.page.load, self.run.change], come_to_front, self.front, [known, self.clock, *beats], **QUIET)
         for name, tab in opened.items():
             tab.select(partial(_name, name), None, self.front, **QUIET)
-        self.front.change(come_to_front, self.front, [known, self.clock, *beats], **QUIET)
+        for begun in (self.page.load, self.picked.change, self.front.change):
+            begun(come_to_front, self.front, [known, self.clock, *beats], **QUIET)
         # By itself: as an output of each look the list of runs would say each time that it has changed, and call for another.
         known.change(name_anew, None, self.run, **QUIET)
 
@@ -113,6 +130,10 @@ class Shell:
 
 def _name(name: str) -> str:
     return name
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
 
 
 def _any_active(states: list[list[str]]) -> bool:

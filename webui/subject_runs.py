@@ -21,7 +21,7 @@ REHEARSALS, NEW_RUN = ".rehearsals", "NEW-RUN"
 
 def source(shell: Shell) -> panel.Source:
     """What the expert panel of subject runs is about."""
-    return panel.Source(shell, "subject", presets.SUBJECT, shell.draft, complete)
+    return panel.Source(shell, "subject", presets.SUBJECT, shell.draft, shell.drafted, complete)
 
 
 def complete(workspace: Workspace, kept: dict[str, Any], options: Options) -> Options:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from app_process import AppProcess
+from PIL import Image
 
 CHROMIUM_FLAGS = [
     "--no-sandbox",
@@ -94,11 +96,17 @@ def page(new_page: Callable[..., object]) -> object:
 
 @pytest.fixture
 def screenshot() -> Callable[..., None]:
-    """Writes a picture of a page, `screenshot(page, name)`, into the folder that $SCREENSHOTS names; nothing if it is unset."""
+    """Writes a picture of a page, `screenshot(page, name)`, into the folder that $SCREENSHOTS names; nothing if it is unset.
 
-    def take(page: object, name: str) -> None:
+    `tallest` cuts it off after so many pixels.
+    """
+
+    def take(page: object, name: str, tallest: int | None = None) -> None:
         if folder := os.environ.get("SCREENSHOTS"):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
+            path = Path(folder) / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with Image.open(io.BytesIO(page.screenshot(full_page=True))) as picture:
+                box = (0, 0, picture.width, min(picture.height, tallest or picture.height))
+                picture.convert("RGB").crop(box).quantize(256).save(path, optimize=True)
 
     return take

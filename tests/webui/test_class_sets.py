@@ -219,7 +219,7 @@ def test_a_set_is_called_by_its_classes(folder, workspace):
 
 
 def test_what_is_typed_into_the_expert_panel_is_started(folder, workspace):
-    about = panel.Source(None, "classify", CLASSIFY, None, class_runs.complete)
+    about = panel.Source(None, "classify", CLASSIFY, None, None, class_runs.complete)
     draft = {"set": folder.name, "preset": "Fast", "options": {}, "typed": {"optimisation": {"min_train_steps": "4"}}}
     settled = about.settled(workspace, draft)
     assert settled["options"] == {"optimisation": {"min_train_steps": 4}}

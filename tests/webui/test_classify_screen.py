@@ -70,7 +70,7 @@ def test_the_whole_way_from_a_zip_to_a_classifier_that_learned_from_its_mistake(
     page.locator("#classify-rename-to textarea, #classify-rename-to input").first.fill("<b>green</b> leaf")
     page.locator("#classify-rename").click()
     expect(page.locator("#classify-classes")).to_contain_text("<b>green</b> leaf", timeout=SOON)
-    screenshot(page, "classify-pictures")
+    screenshot(page, "each/classify-pictures")
 
     page.locator("#classify-go-train").click()
     page.locator("#classify-command-shown > button").click()
@@ -82,7 +82,7 @@ def test_the_whole_way_from_a_zip_to_a_classifier_that_learned_from_its_mistake(
     page.reload()
     page.wait_for_selector("#screens")
     to_classify(page, "2 Train")
-    screenshot(page, "classify-train")
+    screenshot(page, "each/classify-train")
     expect(page.locator("#classify-see-result")).to_be_visible(timeout=TRAINED)
     (run_id,) = workspace.run_ids()
     run = workspace.run(run_id)
@@ -107,7 +107,7 @@ def test_the_whole_way_from_a_zip_to_a_classifier_that_learned_from_its_mistake(
     with page.expect_download() as download:
         page.locator("#classify-download-compact").click()
     assert any(name.endswith(".safetensors") for name in zipfile.ZipFile(download.value.path()).namelist())
-    screenshot(page, "classify-result")
+    screenshot(page, "each/classify-result")
 
     page.locator("#classify-steps").get_by_role("tab", name="4 Use", exact=True).click()
     for place, name in enumerate(("sea", "ruby")):
@@ -119,7 +119,7 @@ def test_the_whole_way_from_a_zip_to_a_classifier_that_learned_from_its_mistake(
     corrected = page.get_by_role("option").nth(1)
     said = corrected.inner_text().strip()
     corrected.click()
-    screenshot(page, "classify-use")
+    screenshot(page, "each/classify-use")
     page.locator("#classify-again").click()
     expect(page.locator("#classify-stop")).to_be_visible(timeout=SOON)
     folder = workspace.picture_set(json.loads((run.path / "options.json").read_text())["data"]["data_dir"].rsplit("/", 1)[1])
@@ -189,5 +189,5 @@ def test_every_part_fits_a_phone(server, workspace, new_page, tmp_path, screensh
             page.locator("#classify-confusion td.wrong button").first.click(timeout=SOON)
             expect(page.locator("#classify-cell img").first).to_be_visible(timeout=SOON)
         page.wait_for_timeout(500)
-        screenshot(page, f"classify-phone-{part[2:].lower()}-{'dark' if dark else 'light'}")
+        screenshot(page, f"each/classify-phone-{part[2:].lower()}-{'dark' if dark else 'light'}")
         assert has_no_sideways_scroll(page)

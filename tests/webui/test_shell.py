@@ -1,6 +1,7 @@
 """The frame: which screen looks when, and that nothing asks the server when nothing is at work."""
 
 import warnings
+from collections import Counter
 
 import gradio as gr
 import pytest
@@ -29,6 +30,15 @@ def test_gradio_warns_of_nothing_in_the_page(workspace):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         build_page(Settings(runs_dir=workspace.runs, sets_dir=workspace.sets))
+
+
+def test_no_event_has_two_listeners_that_are_to_have_the_last_word(page):
+    """Gradio's browser side would call them in turn without end (see `webui.shell.followed`)."""
+    last = Counter(
+        target for fn in page.fns.values() if fn.trigger_mode == "always_last" for target in fn.targets if fn.fn is not None
+    )
+    several = {(type(page.blocks.get(number)), event) for (number, event), count in last.items() if count > 1}
+    assert several == {(gr.State, "change")}
 
 
 def listener(page, name, of="Shell.keep_time"):

@@ -102,7 +102,7 @@ def test_a_run_is_followed_stopped_resumed_reloaded_and_judged(new_page, server,
     page.locator("#train-samples img").first.wait_for(timeout=PATIENCE)
     assert page.locator("#train-samples img").first.evaluate("image => image.decode().then(() => image.naturalWidth)") == 16
     assert visible(page, "stop", "sample", "save", "resume", "next") == {"stop", "sample", "save"}
-    screenshot(page, "train-running")
+    screenshot(page, "each/train-running")
 
     page.locator("#train-stop").click()
     wait_for_words(page, "You stopped it.")
@@ -120,7 +120,7 @@ def test_a_run_is_followed_stopped_resumed_reloaded_and_judged(new_page, server,
     wait_for_words(page, "Done in")
     wait_until(page, lambda: visible(page, "stop", "sample", "save", "resume", "next") == {"next"})
     assert [line["step"] for line in record.metrics() if "loss" in line] == list(range(1, STEPS + 1))
-    screenshot(page, "train-done")
+    screenshot(page, "each/train-done")
 
     page.locator("#train-next").click()
     page.locator("#judge-suggestion").get_by_text(f"Step {record.status()['suggested_step']} of {STEPS}").wait_for(
@@ -131,7 +131,7 @@ def test_a_run_is_followed_stopped_resumed_reloaded_and_judged(new_page, server,
     wait_until(page, lambda: page.locator("#judge-samples thead th").count() == len(list(record.samples.glob("step-*.png"))))
     page.locator('#judge-samples button[data-step="400"][data-place="0"]').click()
     page.locator("#judge-use", has_text="Use step 400").wait_for(timeout=PATIENCE)
-    screenshot(page, "judge-done")
+    screenshot(page, "each/judge-done")
     page.locator("#judge-use").click()
     wait_until(page, lambda: "400" in page.locator("#use-step input").input_value())
 

@@ -1,7 +1,8 @@
 """From the example to pictures of it in new places, on the built-in model, as a person goes: two runs in a queue, a second
 browser, Judge, Use, and both runs side by side. Then every screen by day and by night, on a desk and on a phone.
 
-ONE_CLICK=1 leaves all as it is and only presses Train, which takes three minutes; SCREENSHOTS=DIR keeps the pictures.
+ONE_CLICK=1 leaves all as it is and only presses Train, here and on Classify; SCREENSHOTS=DIR keeps the pictures: those of
+the README, and in DIR/each one of every screen by day and by night, on a desk and on a phone.
 """
 
 import os
@@ -20,6 +21,8 @@ from webui.workspace import Workspace
 PATIENCE = 600_000
 STEPS = 30
 ONE_CLICK = bool(os.environ.get("ONE_CLICK"))
+# Of the pictures in the README.
+TALLEST = 1400
 SCREENS = ("photos", "check", "train", "judge", "use", "classify", "runs")
 
 
@@ -61,12 +64,15 @@ def newest(workspace, known=()):
 @pytest.mark.slow
 def test_from_the_example_to_pictures_in_new_places(new_page, server, workspace, screenshot):
     page = opened(new_page, server)
-    screenshot(page, "photos")
+    screenshot(page, "photos", TALLEST)
+    go_to(page, "check")
+    expect(page.locator("#check-crops img").first).to_be_visible(timeout=PATIENCE)
+    screenshot(page, "check", TALLEST)
     if ONE_CLICK:
+        go_to(page, "photos")
         page.click("#photos-train")
     else:
         shorten(page)
-        screenshot(page, "check")
         page.click("#check-start")
     expect(page.locator("#train-phase")).to_be_visible(timeout=PATIENCE)
     first = newest(workspace)
@@ -86,7 +92,9 @@ def test_from_the_example_to_pictures_in_new_places(new_page, server, workspace,
 
     expect(page.locator("#train-samples img").first).to_be_visible(timeout=PATIENCE)
     expect(page.locator("#train-loss svg").first).to_be_visible(timeout=PATIENCE)
-    screenshot(page, "train")
+    if ONE_CLICK:
+        expect(page.locator("#train-samples")).to_contain_text("After step", timeout=PATIENCE)
+    screenshot(page, "train", TALLEST)
     page.locator("#train-next").click(timeout=PATIENCE)
     assert first.status()["state"] == "done"
     assert (first.path / "before_after.png").exists()
@@ -94,12 +102,14 @@ def test_from_the_example_to_pictures_in_new_places(new_page, server, workspace,
     expect(page.locator("#judge-slider img").first).to_be_visible(timeout=PATIENCE)
     expect(page.locator("#judge-suggestion")).to_contain_text(f"Step {first.status()['suggested_step']}", timeout=PATIENCE)
     page.locator("#judge-samples img").last.scroll_into_view_if_needed()
-    screenshot(page, "judge")
+    screenshot(page, "judge", TALLEST)
     page.click("#judge-use")
     generate(page, "a photo of sks toy on the beach", server, screenshot)
 
     expect(other.locator("#train-phase")).to_contain_text("Done in", timeout=PATIENCE)
     compared(page, [first, second], screenshot)
+    if ONE_CLICK:
+        classified(page, screenshot)
     on_every_screen(new_page, server, screenshot)
 
 
@@ -111,7 +121,7 @@ def generate(page, prompt, server, screenshot):
     page.click("#use-generate")
     expect(page.locator("#use-gallery img").first).to_be_visible(timeout=PATIENCE)
     expect(page.locator("#use-cancel")).to_be_hidden(timeout=PATIENCE)
-    screenshot(page, "use")
+    screenshot(page, "use", TALLEST)
     drawn = [path for path in server.uploads.rglob("*.png") if ".drawn" in path.parts]
     assert [read_settings(path)["prompt"] for path in drawn] == [prompt]
     with Image.open(drawn[0]) as picture:
@@ -129,7 +139,19 @@ def compared(page, records: list[RunRecord], screenshot):
     page.keyboard.press("Escape")
     page.click("#runs-compare-show")
     expect(page.locator(".compare td img").first).to_be_visible(timeout=PATIENCE)
-    screenshot(page, "runs")
+    page.wait_for_timeout(1500)
+    screenshot(page, "runs", TALLEST)
+
+
+def classified(page, screenshot):
+    """The example of Classify, trained as it stands."""
+    go_to(page, "classify")
+    page.locator("#classify-go-train").click(timeout=PATIENCE)
+    page.locator("#classify-start").click()
+    page.locator("#classify-see-result").click(timeout=PATIENCE)
+    expect(page.locator("#classify-confusion button").first).to_be_visible(timeout=PATIENCE)
+    page.wait_for_timeout(3000)
+    screenshot(page, "classify", TALLEST)
 
 
 def on_every_screen(new_page, server, screenshot):
@@ -140,7 +162,7 @@ def on_every_screen(new_page, server, screenshot):
         for screen in SCREENS:
             go_to(page, screen)
             page.wait_for_timeout(1500)
-            screenshot(page, f"{screen}-{size}-{'dark' if dark else 'light'}")
+            screenshot(page, f"each/{screen}-{size}-{'dark' if dark else 'light'}")
             wide = page.evaluate("document.documentElement.scrollWidth")
             assert wide <= width, f"{screen} is {wide} pixels wide on a screen of {width}"
         page.context.close()

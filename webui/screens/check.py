@@ -34,14 +34,17 @@ STYLE = """
 @media (max-width: 480px) { .costs div { grid-template-columns: 1fr; gap: 0; } .crops img { width: 96px; height: 96px; } }
 """
 # Written into the draft as it is typed, and once more when the box is left, since what is pasted is no typing; without the
-# server, so that Train starts with what is in the boxes. What is in force anyway is not written.
-SAY_TRIGGER = "(draft, said) => said === (draft.trigger ?? 'sks') ? draft : {...draft, trigger: said}"
-SAY_KIND = "(draft, said) => said === (draft.class_word ?? (draft.set ? '' : 'toy')) ? draft : {...draft, class_word: said}"
+# server, so that Train starts with what is in the boxes. What is in force anyway is not written. A draft that was last changed
+# by the boxes themselves says so: while an answer to one letter comes back, the next ones are typed.
+BY_THE_BOXES = "by_the_boxes"
+SAY_TRIGGER = "(draft, said) => said === (draft.trigger ?? 'sks') ? draft : {...draft, trigger: said, by_the_boxes: true}"
+SAY_KIND = """(draft, said) => said === (draft.class_word ?? (draft.set ? '' : 'toy')) ? draft
+  : {...draft, class_word: said, by_the_boxes: true}"""
 SAY_SCENES = """(draft, said) => {
   const scenes = said.split('\\n').map(line => line.trim()).filter(line => line), known = draft.scenes ?? USUAL;
-  return JSON.stringify(scenes) === JSON.stringify(known) ? draft : {...draft, scenes};
+  return JSON.stringify(scenes) === JSON.stringify(known) ? draft : {...draft, scenes, by_the_boxes: true};
 }""".replace("USUAL", json.dumps(SCENES))
-SAY_PRESET = "(draft, said) => ({...draft, preset: said})"
+SAY_PRESET = "(draft, said) => ({...draft, preset: said, by_the_boxes: true})"
 # Two boxes stand beside each other where each has so many pixels, else the one below the other.
 SIDE_BY_SIDE = 240
 ABOUT_THE_RARE_WORD = "Stands for your subject. Rare, or what the model knows of the word comes along."
@@ -101,11 +104,10 @@ def _wire(shell: Shell, parts: dict[str, Any], said: dict[str, Any], train: gr.B
     words = [said["trigger"], said["kind"], said["scenes"], said["preset"]]
 
     of_cost = [parts["cost"], parts["measure"], clock]
-    changes = [shell.page.load, draft.change]
-    gr.on(changes, does.fill, [draft, *words], words, trigger_mode="always_last", **QUIET)
-    gr.on(changes, does.describe, [draft], [parts["prompt"], parts["reasons"]], trigger_mode="always_last", **QUIET)
-    worked_out = [parts["command"], parts["crops"], *of_cost]
-    gr.on(changes, does.work_out, [draft], worked_out, trigger_mode="always_last", **QUIET)
+    for begun, fill in ((shell.page.load, does.fill), (shell.drafted.change, does.follow)):
+        begun(fill, [draft, *words], words, **QUIET)
+        begun(does.describe, [draft], [parts["prompt"], parts["reasons"]], **QUIET)
+        begun(does.work_out, [draft], [parts["command"], parts["crops"], *of_cost], **QUIET)
     for name, script in (("trigger", SAY_TRIGGER), ("kind", SAY_KIND), ("scenes", SAY_SCENES)):
         typed = [said[name].input, said[name].blur, said[name].submit]
         gr.on(typed, None, [draft, said[name]], [draft], js=script, api_visibility="private")
@@ -128,6 +130,11 @@ class _Handlers:
         there = [now.trigger, now.kind, now.scenes_in_lines, presets.preset_named(presets.SUBJECT, now.preset).name]
         is_typed = [typed[0] == there[0], typed[1] == there[1], _lines(typed[2]) == _lines(there[2]), typed[3] == there[3]]
         return tuple(gr.skip() if same else value for same, value in zip(is_typed, there, strict=True))
+
+    @in_plain_words
+    def follow(self, kept: dict[str, Any], *typed: str) -> tuple[Any, ...]:
+        """Put what another screen has made of the draft into the boxes."""
+        return (gr.skip(),) * len(typed) if kept.get(BY_THE_BOXES) else self.fill(kept, *typed)
 
     @in_plain_words
     def describe(self, kept: dict[str, Any]) -> tuple[str, str]:

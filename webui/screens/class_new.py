@@ -74,9 +74,8 @@ def _wire(frame: Frame, parts: dict[str, Any]) -> None:
         kept = [{**row, "file": file} for row, file in zip(rows, files, strict=True)]
         return kept, gr.DownloadButton(value=class_files.new_table(_table(rows)), visible=any("class" in row for row in rows))
 
-    triggers = [frame.run.change, frame.steps.select, frame.tab.select, frame.known.change]
     outputs = [parts[name] for name in ("empty", "whole", "method", "found", "table")]
-    gr.on(triggers, refresh, [frame.run, seen], [*outputs, seen], trigger_mode="always_last", **QUIET)
+    frame.beat.change(refresh, [frame.run, seen], [*outputs, seen], **QUIET)
     gr.on(
         [parts["files"].upload, parts["files"].clear, parts["files"].delete, parts["method"].input],
         classify,

@@ -91,8 +91,8 @@ def _wire(frame: Frame, parts: dict[str, Any]) -> None:
 
     given = [frame.run, parts["method"]]
     # The pictures of worst mistakes come with whatever reads a set: not before somebody looks.
-    triggers = [frame.steps.select, frame.tab.select, frame.run.change, frame.known.change, parts["method"].input]
-    gr.on(triggers, refresh, [*given, seen], [*outputs, seen], trigger_mode="always_last", **QUIET)
+    looks = [frame.beat.change, parts["method"].input]
+    gr.on(looks, refresh, [*given, seen], [*outputs, seen], trigger_mode="always_last", **QUIET)
     parts["confusion"].select(open_cell, given, [parts["cell"]], **QUIET)
 
 

@@ -79,7 +79,7 @@ def _wire_settings(frame: Frame, parts: dict[str, Any]) -> None:
 
     outputs = [parts[name] for name in ("about", "preset", "why", "command")]
     # Not while the page loads, which is to be there before what checks options is.
-    gr.on([frame.tab.select, frame.steps.select, frame.draft.change], describe, [frame.draft], outputs, **QUIET)
+    gr.on([frame.beat.change, frame.drafted.change], describe, [frame.draft], outputs, trigger_mode="always_last", **QUIET)
     parts["preset"].input(choose, [parts["preset"], frame.draft], [frame.draft], **QUIET)
 
 
@@ -124,7 +124,8 @@ def _wire_runs(frame: Frame, parts: dict[str, Any]) -> None:
     parts["stop"].click(stop, [frame.run], shell.outputs, api_visibility="private")
     parts["resume"].click(resume, [frame.run], shell.outputs, api_visibility="private")
     parts["result"].click(lambda: gr.Tabs(selected="result"), None, [frame.steps], **QUIET)
-    gr.on([frame.run.change, shell.beats["classify"].change], refresh, [frame.run, seen], [*shown, seen], **QUIET)
+    beats = [frame.beat.change, shell.beats["classify"].change]
+    gr.on(beats, refresh, [frame.run, seen], [*shown, seen], trigger_mode="always_last", **QUIET)
 
 
 def _shown(view: RunView | None) -> tuple[str, str, tuple[str, ...], str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import gradio as gr
@@ -10,7 +11,7 @@ from webui import class_runs
 from webui.class_runs import Frame
 from webui.errors import in_plain_words
 from webui.screens import class_new, class_pictures, class_result, class_train
-from webui.shell import QUIET, Shell
+from webui.shell import QUIET, Shell, followed
 from webui.views import RunView
 
 PARTS = {
@@ -32,9 +33,9 @@ def build(shell: Shell) -> None:
         elem_id="classify-run",
     )
     # Not within the tabs, which count all that they hold.
-    known = gr.State([])
+    known, beat, drafted = gr.State([]), gr.State(0.0), followed(shell.class_draft)
     with gr.Tabs(elem_id="classify-steps") as steps:
-        frame = Frame(shell, intro.parent, steps, run, shell.class_draft, known)
+        frame = Frame(shell, intro.parent, steps, run, shell.class_draft, drafted, known, beat)
         for name, (title, part) in PARTS.items():
             with gr.Tab(title, id=name, elem_id=f"classify-part-{name}"):
                 part.build(frame)
@@ -59,10 +60,13 @@ def _wire(frame: Frame) -> None:
         known = class_runs.classifiers(settings.workspace(request))
         return _listed(known, elsewhere if elsewhere in [view.id for view in known] else chosen)
 
-    gr.on([shell.page.load, shell.run.change], follow, [shell.run, frame.run], [frame.run], **QUIET)
+    for begun in (shell.page.load, shell.picked.change):
+        begun(follow, [shell.run, frame.run], [frame.run], **QUIET)
     # The list is no output of the tick itself: being one counts as a change of it.
-    gr.on([shell.beats["classify"].change, frame.tab.select], keep, [frame.known], [frame.known], **QUIET)
+    shell.beats["classify"].change(keep, [frame.known], [frame.known], **QUIET)
     frame.known.change(renew, [frame.run], [frame.run], **QUIET)
+    opened = [frame.tab.select, frame.steps.select, frame.run.change, frame.known.change]
+    gr.on(opened, time.time, None, frame.beat, trigger_mode="always_last", **QUIET)
 
 
 def _listed(known: list[RunView], chosen: str | None) -> gr.Dropdown:

@@ -174,9 +174,10 @@ def build(shell: Shell) -> None:
     def use(run_id: str, step: int, request: gr.Request) -> list[Any]:
         kept = steps_of(shell.settings.workspace(request).run(run_id))
         # Use may not have looked since the step was kept, and gradio refuses what its list does not hold.
-        return [gr.Tabs(selected="use"), gr.Dropdown(choices=kept.choices, value=step)]
+        return [gr.Tabs(selected="use"), gr.Dropdown(choices=kept.choices, value=step), [run_id, step]]
 
-    outputs["use"].click(use, [shell.run, outputs["step"]], [shell.tabs, shell.step], api_visibility="private")
+    to_use = [shell.tabs, shell.step, shell.chosen]
+    outputs["use"].click(use, [shell.run, outputs["step"]], to_use, api_visibility="private")
 
 
 def _layout() -> dict[str, Any]:

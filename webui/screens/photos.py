@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -60,7 +61,11 @@ def _wire(
     does, (shown, signature) = _Handlers(shell), (view[1], view[-1])
     draft = shell.draft
     doctor = {"fn": does.examine, "inputs": [draft, signature, examined], "outputs": [shown, examined], **QUIET}
-    gr.on([shell.page.load, draft.change], does.look, [draft, signature], [draft, *view], **QUIET).then(**doctor)
+    gone = gr.State(0.0)
+    for begun in (shell.page.load, shell.drafted.change):
+        begun(does.look, [draft, signature], [gone, *view], **QUIET).then(**doctor)
+    # By itself: a draft that is an output of its own change changes without end, whatever is put out.
+    gone.change(does.forget, [draft], [draft], **QUIET)
     upload.upload(does.add, [draft, upload], [draft, upload, message, *view], api_visibility="private").then(**doctor)
     shown.click(does.act, [draft], [draft, message, *view], **QUIET).then(**doctor)
     for name in ("own", "example"):
@@ -84,11 +89,15 @@ class _Handlers:
             photos = PhotoSet.of(workspace, draft.set)
         except InputError:
             gr.Warning(GONE, title="Photos are gone")
-            draft = replace(draft, set=None, own=None)
-            return draft.to_browser(), *_view(PhotoSet.of(workspace, None), draft)
+            return time.time(), *_view(PhotoSet.of(workspace, None), draft)
         if known and known == _signature(photos, draft):
             return (gr.skip(),) * (1 + PARTS)
         return gr.skip(), *_view(photos, draft)
+
+    @in_plain_words
+    def forget(self, kept: dict[str, Any]) -> dict[str, Any]:
+        """The draft without photos that are gone."""
+        return replace(Draft.from_browser(kept), set=None, own=None).to_browser()
 
     @in_plain_words
     def examine(self, kept: dict[str, Any], known: list[str], before: list[str], request: gr.Request) -> tuple[Any, Any]:

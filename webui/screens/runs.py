@@ -181,7 +181,7 @@ def _wire_deleting(shell: Shell, made: dict[str, Any], asked: gr.State, look: di
     made["delete"].click(ask_first, shell.run, [asked, confirm, question], api_visibility="private")
     made["yes"].click(delete, asked, [asked, confirm, *shell.outputs], api_visibility="private").then(**look)
     made["no"].click(lambda: (None, gr.Group(visible=False)), None, [asked, confirm], **QUIET)
-    shell.run.change(_only_about, [asked, shell.run], [asked, confirm], **QUIET)
+    shell.picked.change(_only_about, [asked, shell.run], [asked, confirm], **QUIET)
 
 
 def _only_about(asked: str | None, run_id: str | None) -> tuple[Any, Any]:

@@ -19,7 +19,7 @@ from webui.drawn import DrawnPictures, settings_of
 from webui.errors import in_plain_words
 from webui.gallery import bar_of, details_of, gallery_of
 from webui.screens import use_files
-from webui.shell import Shell
+from webui.shell import QUIET, Shell
 from webui.turns import TURNS
 from webui.views import RunView
 from webui.wishes import GUIDANCE, MIXED, STEPS, Wish, run_in
@@ -157,25 +157,20 @@ class _Look:
         shell = self.shell
 
         @in_plain_words
-        def refresh(run_id: str | None, seen: list[Any] | None, step: int | None, request: gr.Request) -> list[Any]:
-            return self.updates(shell.settings.workspace(request), run_id, seen, step)
+        def refresh(run_id: str | None, seen: list[Any] | None, chosen: list[Any] | None, request: gr.Request) -> list[Any]:
+            return self.updates(shell.settings.workspace(request), run_id, seen, chosen)
 
-        gr.on(
-            # On Judge a step is chosen for this screen before it is opened.
-            [shell.page.load, shell.run.change, shell.beats["use"].change],
-            refresh,
-            inputs=[shell.run, self.seen, shell.step],
-            outputs=self.outputs,
-            show_progress="hidden",
-            api_visibility="private",
-        )
+        # On Judge a step is chosen for this screen before it is opened.
+        for begun in (shell.page.load, shell.picked.change, shell.beats["use"].change):
+            begun(refresh, [shell.run, self.seen, shell.chosen], self.outputs, **QUIET)
+        shell.step.input(lambda run_id, step: [run_id, step], [shell.run, shell.step], shell.chosen, **QUIET)
 
-    def updates(self, workspace: Workspace, run_id: str | None, seen: list[Any] | None, step: int | None) -> list[Any]:
+    def updates(self, workspace: Workspace, run_id: str | None, seen: list[Any] | None, chosen: list[Any] | None) -> list[Any]:
         """Updates of `outputs`.
 
         Args:
             seen: what was told before, as this returns it first.
-            step: the one that is chosen now, which stays if it is one of the same run.
+            chosen: the run and the step that were chosen by hand; stays while it is this run and the step is kept.
         """
         view = _view(workspace, run_id)
         steps = steps_of(view.record) if view is not None and view.task == "subject" else None
@@ -187,11 +182,8 @@ class _Look:
             hidden = [gr.skip()] * (len(self.outputs) - 3)
             return [key, gr.HTML(why, visible=True), gr.Column(visible=False), *hidden]
         same = seen is not None and seen[0] == run_id and seen[2] is not None and bool(seen[2][0])
-        # Chosen by hand, here or on Judge: not what was suggested before.
-        suggested_before = seen[2][1] if seen is not None and seen[2] is not None else None
-        is_kept = step in [value for _, value in steps.choices]
-        stays = seen is not None and seen[0] == run_id and is_kept and step != suggested_before
-        of_step = gr.Dropdown(choices=steps.choices, value=step if stays else steps.chosen)
+        by_hand = [step for _, step in steps.choices if [run_id, step] == chosen]
+        of_step = gr.Dropdown(choices=steps.choices, value=next(iter(by_hand), steps.chosen))
         prompts = prompts_of(view)
         words = (
             [gr.skip(), gr.skip()] if same else [_in_the_snow(view, prompts), gr.Dataset(samples=[[each] for each in prompts])]
@@ -322,12 +314,12 @@ def _wire_again(look: _Look, shown: Shown) -> None:
             updates[place[id(dropdown)]] = gr.Dropdown(choices=known, value=reference)
         sampling = [settings["num_inference_steps"], settings["guidance_scale"]]
         values = [strength, settings["negative_prompt"], 1, settings["seed"], False, *sampling, *(of for _, of in mixed)]
-        return [run_id, *updates, *values]
+        return [run_id, None if step is None else [run_id, step], *updates, *values]
 
     shown.again.click(
         again,
         inputs=[shown.chosen, shell.run],
-        outputs=[shell.run, *look.outputs, *fields],
+        outputs=[shell.run, shell.chosen, *look.outputs, *fields],
         show_progress="hidden",
         api_visibility="private",
     )
