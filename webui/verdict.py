@@ -148,8 +148,8 @@ def figures(record: RunRecord) -> str:
     steps, suggested = sorted({*points, *scores}), suggested_step(record)
     if not steps:
         return ""
-    columns = {head: _column(points, steps, name, 4) for name, head in LOSSES.items()}
-    columns |= {head: _column(scores, steps, name, 3) for name, head in SCORES.items()}
+    columns = {head: _cells(points, steps, name, 4) for name, head in LOSSES.items()}
+    columns |= {head: _cells(scores, steps, name, 3) for name, head in SCORES.items()}
     columns = {head: cells for head, cells in columns.items() if any(cells)}
     head = "".join(f'<th scope="col">{each}</th>' for each in ("step", *columns))
     rows = (
@@ -161,7 +161,7 @@ def figures(record: RunRecord) -> str:
     )
 
 
-def _column(found: Mapping[int, object], steps: Sequence[int], name: str, digits: int) -> list[str]:
+def _cells(found: Mapping[int, object], steps: Sequence[int], name: str, digits: int) -> list[str]:
     values = [getattr(found.get(step), name, None) for step in steps]
     return ["" if value is None else f"{value:.{digits}f}" for value in values]
 
