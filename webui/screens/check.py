@@ -107,7 +107,9 @@ def _wire(shell: Shell, parts: dict[str, Any], said: dict[str, Any], train: gr.B
     for begun, fill in ((shell.page.load, does.fill), (shell.drafted.change, does.follow)):
         begun(fill, [draft, *words], words, **QUIET)
         begun(does.describe, [draft], [parts["prompt"], parts["reasons"]], **QUIET)
-        begun(does.work_out, [draft], [parts["command"], parts["crops"], *of_cost], **QUIET)
+    # Not while the page loads: it needs the model's libraries.
+    for moved in (shell.front.change, shell.drafted.change):
+        moved(does.work_out, [shell.front, draft], [parts["command"], parts["crops"], *of_cost], **QUIET)
     for name, script in (("trigger", SAY_TRIGGER), ("kind", SAY_KIND), ("scenes", SAY_SCENES)):
         typed = [said[name].input, said[name].blur, said[name].submit]
         gr.on(typed, None, [draft, said[name]], [draft], js=script, api_visibility="private")
@@ -143,8 +145,10 @@ class _Handlers:
         return _prompt(now), _reasons(presets.preset_named(presets.SUBJECT, now.preset))
 
     @in_plain_words
-    def work_out(self, kept: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
-        """The command, the crops, and what is known of the cost; where one cannot be told, why."""
+    def work_out(self, front: str, kept: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
+        """The command, the crops, and what is known of the cost; where one cannot be told, why. Nothing unless in front."""
+        if front != "check":
+            return (gr.skip(),) * 5
         about = (self.shell, self.shell.settings.workspace(request), kept)
         command, crops, cost = (_or_why_not(make, *about) for make in (subject_runs.command, _crops, _cost))
         if isinstance(command, InputError):

@@ -61,8 +61,10 @@ def _wire_settings(frame: Frame, parts: dict[str, Any]) -> None:
     settings = frame.shell.settings
 
     @in_plain_words
-    def describe(draft: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
-        """What would be started; loads what checks options."""
+    def describe(front: str, draft: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
+        """What would be started; nothing unless in front, since it loads what checks options."""
+        if front != "classify":
+            return (gr.skip(),) * 4
         workspace = settings.workspace(request)
         preset = preset_named(class_presets.CLASSIFY, str(draft.get("preset")))
         try:
@@ -78,8 +80,8 @@ def _wire_settings(frame: Frame, parts: dict[str, Any]) -> None:
         return {**draft, "preset": name}
 
     outputs = [parts[name] for name in ("about", "preset", "why", "command")]
-    # Not while the page loads, which is to be there before what checks options is.
-    gr.on([frame.beat.change, frame.drafted.change], describe, [frame.draft], outputs, trigger_mode="always_last", **QUIET)
+    for moved in (frame.shell.front.change, frame.beat.change, frame.drafted.change):
+        moved(describe, [frame.shell.front, frame.draft], outputs, **QUIET)
     parts["preset"].input(choose, [parts["preset"], frame.draft], [frame.draft], **QUIET)
 
 

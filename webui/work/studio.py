@@ -21,7 +21,7 @@ from nora_vision import AdapterFileError, export_lora
 from pipelines.errors import InputError
 from pipelines.subject.adapters import load_adapter, without_adapters
 from pipelines.subject.base_model import BUILT_IN_MODEL, load_base_model
-from pipelines.subject.generate import Sampling, generate
+from pipelines.subject.generate import Sampling, generate, threads_for
 from training.model_card import portable_name
 from webui.adapters import Adapter
 
@@ -211,7 +211,7 @@ class Studio:
 
         def draw(on_step: Callable[[int], None]) -> Image.Image:
             plain = without_adapters(model.pipeline) if model.names and not (adapted and order.parts) else nullcontext()
-            with plain:
+            with plain, threads_for(model.pipeline):
                 return next(generate(model.pipeline, [order.prompt], [seed], order.sampling, on_step=on_step))
 
         with _in_steps(draw) as (steps, result):
