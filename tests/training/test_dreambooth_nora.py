@@ -294,7 +294,9 @@ def launched(folder, *arguments, cwd):
     """Run the trainer as a user does, through accelerate."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     command += [str(ROOT / "training" / "dreambooth_nora.py"), *arguments, "--output_dir", str(folder)]
-    return subprocess.run(command, cwd=cwd, env=os.environ, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
 
 
 @pytest.mark.slow

@@ -59,7 +59,9 @@ def test_train_starts_what_the_command_says(page, workspace, tmp_path, monkeypat
     folder, started = colour_set(workspace, tmp_path / "given"), []
     monkeypatch.setattr(launching, "start", lambda workspace, task, values: started.append((task, values)) or "run")
     draft = {**DRAFT, "set": folder.name}
-    about, preset, _, command = listener(page, "class_train", "describe")(draft, None)
+    describe = listener(page, "class_train", "describe")
+    assert describe("photos", draft, None) == (gr.skip(),) * 4
+    about, preset, _, command = describe("classify", draft, None)
     assert "6 of the 18 are kept for the test" in about
     assert preset == "Fast"
     listener(page, "class_train", "start")(draft, None)
