@@ -95,7 +95,7 @@ def quiet(page):
 def test_the_example_is_shown_on_first_open_and_said_to_be_one(new_page, server, screenshot):
     page = opened(new_page, server)
     expect(page.locator("#photos-about")).to_contain_text("An example to begin with")
-    examined(page)
+    assert examined(page) == ["00.jpg", "01.jpg", "02.jpg", "03.jpg", "04.jpg"]
     expect(page.locator(".photo-card .chip.good")).to_have_count(5)
     expect(page.locator(".photo-card button")).to_have_count(0)
     screenshot(page, "photos-example")
