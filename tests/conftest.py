@@ -1,5 +1,7 @@
 """What tests of several packages share: a tiny SDXL model on disk, and a folder of pictures."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,10 @@ from pipelines import mini_clip
 from pipelines.mini_sdxl import PROMPT_WORDS, reduced_tokenizer
 
 SIZES = ((40, 30), (30, 40), (33, 33))
+# Test processes share the cores out, with all that they start: threads that are more than the cores wait for each other.
+THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(autouse=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +17,8 @@ from processes import kill_all
 
 REPOSITORY = Path(__file__).parents[2]
 ADDRESS = re.compile(r"NoRA Vision is at (http://\S+)")
+# Of the ports from the first on, as many for each of the test processes, none of which takes another's while its server is down.
+FIRST_PORT, PORTS = 8100, 200
 
 
 class AppProcess:
@@ -24,18 +28,20 @@ class AppProcess:
         home: holds its runs, its uploads and its log; the folder that it is started in stays the repository.
         options: further options of app.py.
         environment: further variables.
+        own_port: on a port that no other test process uses; False for the one that the server chooses.
     """
 
-    def __init__(self, home: Path, *options: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, home: Path, *options: str, environment: dict[str, str] | None = None, own_port: bool = True) -> None:
         self.runs, self.uploads, self.log = home / "runs", home / "uploads", home / "server.txt"
         self._options = options
         self._environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", **(environment or {})}
         self.url = ""
+        self._port = _free_port() if own_port else None
         self.start()
 
     def start(self, patience: float = 240.0) -> None:
-        """Start it, and wait until it has told its address; on the old port if it had one."""
-        port = ["--port", self.url.rsplit(":", 1)[1].strip("/")] if self.url else []
+        """Start it, and wait until it has told its address."""
+        port = [] if self._port is None else ["--port", str(self._port)]
         command = [sys.executable, "app.py", "--runs_dir", self.runs, "--uploads_dir", self.uploads, *port, *self._options]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, cwd=REPOSITORY, env=self._environment, stdout=log, stderr=log)
@@ -70,3 +76,13 @@ class AppProcess:
         for process in psutil.process_iter(["cmdline"]):
             if any(str(self.runs) in word for word in process.info["cmdline"] or []):
                 kill_all(process)
+
+
+def _free_port() -> int:
+    """The first free one of this test process."""
+    begin = FIRST_PORT + PORTS * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for port in range(begin, begin + PORTS):
+        with socket.socket() as tried, contextlib.suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError(f"No port in [{begin}, {begin + PORTS}) is free")

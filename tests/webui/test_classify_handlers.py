@@ -5,6 +5,7 @@ from pathlib import Path
 import gradio as gr
 import pytest
 from class_folders import COLOURS, colour_folder, colour_set, colour_zip, coloured, finished_classifier
+from listeners import listener
 
 from webui import launching
 from webui.page import build_page
@@ -38,21 +39,6 @@ def workspace(settings):
 def record(workspace, tmp_path):
     """A finished run."""
     return finished_classifier(workspace, colour_folder(tmp_path / "pictures", 6), NAMES)
-
-
-def listener(page, part, name):
-    """The listener called `name` of a part, which gives as many values as it has outputs."""
-    module = f"webui.screens.{part}"
-    own = [one for one in page.fns.values() if getattr(one.fn, "__module__", "") == module and one.fn.__name__ == name]
-    assert own
-
-    def called(*given):
-        found = own[0].fn(*given)
-        count = len(own[0].outputs)
-        assert count == 1 or len(found) == count
-        return found
-
-    return called
 
 
 def test_train_starts_what_the_command_says(page, workspace, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -18,6 +19,8 @@ import pytest
 from app_process import REPOSITORY
 from browsing import go_to
 from hostile import png_bytes
+
+from webui.server import FIRST_PORT
 
 HOSTILE = "<img src='x-hostile' onerror='window.hacked=1'><script>window.hacked=1</script>$(touch x)`id`"
 SCREENS = ("photos", "check", "train", "judge", "use", "classify", "runs")
@@ -125,6 +128,15 @@ def test_the_page_is_usable_within_ten_seconds_without_a_model_library(app_serve
         # On cores that others keep busy, the clock tells of them.
         assert wall < START_SECONDS or os.getloadavg()[0] > (os.cpu_count() or 1) / 2
         assert not loads_torch(server)
+
+
+def test_without_a_port_it_takes_the_first_free_one(app_server):
+    with socket.socket() as taken:
+        with contextlib.suppress(OSError):
+            taken.bind(("127.0.0.1", FIRST_PORT))
+            taken.listen()
+        server = app_server(own_port=False)
+    assert FIRST_PORT < int(server.url.rstrip("/").rpartition(":")[2]) < FIRST_PORT + 100
 
 
 def test_ctrl_c_ends_the_server_and_leaves_runs_alone(app_server):

@@ -137,7 +137,8 @@ def _wire_looking(frame: Frame, parts: dict[str, Any]) -> None:
         workspace = settings.workspace(request)
         classes = _found(workspace, set_of(workspace, draft))
         if sum(bool(one.pictures) for one in classes.classes) < 2:
-            return gr.skip(), gr.skip()
+            # Not nothing: what was measured of the set before it may have come meanwhile.
+            return _summary(classes, None), class_cards(classes, {})
         from webui.work import classify as classifying
 
         found = classifying.zero_shot(classes)

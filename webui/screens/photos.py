@@ -101,11 +101,17 @@ class _Handlers:
 
     @in_plain_words
     def examine(self, kept: dict[str, Any], known: list[str], before: list[str], request: gr.Request) -> tuple[Any, Any]:
-        """The same with what the doctor says, unless that is what is shown."""
-        photos = PhotoSet.of(self.shell.settings.workspace(request), Draft.from_browser(kept).set)
-        if known == before or not photos.entries():
-            return gr.skip(), known
-        return _examined(photos), known
+        """The same with what the doctor says, unless that is what is shown.
+
+        `kept` may be of a moment before `known`, where another set was chosen meanwhile: what is noted is what was examined, so
+        that the call which follows for the other set has something to do.
+        """
+        draft = Draft.from_browser(kept)
+        photos = PhotoSet.of(self.shell.settings.workspace(request), draft.set)
+        now = _signature(photos, draft)
+        if now == known == before:
+            return gr.skip(), gr.skip()
+        return _examined(photos), now
 
     @in_plain_words
     def add(self, kept: dict[str, Any], files: list[str] | None, request: gr.Request) -> tuple[Any, ...]:

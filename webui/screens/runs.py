@@ -185,5 +185,5 @@ def _wire_deleting(shell: Shell, made: dict[str, Any], asked: gr.State, look: di
 
 
 def _only_about(asked: str | None, run_id: str | None) -> tuple[Any, Any]:
-    """The question goes when another run is chosen."""
-    return (gr.skip(), gr.skip()) if asked == run_id else (None, gr.Group(visible=False))
+    """The question goes when another run is chosen; where there is none yet, one that is asked meanwhile stays."""
+    return (gr.skip(), gr.skip()) if asked in (None, run_id) else (None, gr.Group(visible=False))

@@ -1,0 +1,21 @@
+"""The page's listeners, called as gradio calls them, without a browser."""
+
+from collections.abc import Callable
+from typing import Any
+
+import gradio as gr
+
+
+def listener(page: gr.Blocks, part: str, name: str) -> Callable[..., Any]:
+    """The listener called `name` of the module `webui.screens.part`, which gives as many values as it has outputs."""
+    module = f"webui.screens.{part}"
+    own = [one for one in page.fns.values() if getattr(one.fn, "__module__", "") == module and one.fn.__name__ == name]
+    assert own
+
+    def called(*given: Any) -> Any:
+        found = own[0].fn(*given)
+        count = len(own[0].outputs)
+        assert count == 1 or len(found) == count
+        return found
+
+    return called

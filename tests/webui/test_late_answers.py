@@ -1,0 +1,66 @@
+"""Answers that come late, after the user has gone on: what is shown in the end is of what was done last."""
+
+import gradio as gr
+import pytest
+from class_folders import COLOURS, colour_set
+from listeners import listener
+from run_folders import run_in
+
+from pipelines.sample_subject import sample_pictures
+from webui.draft import Draft
+from webui.page import build_page
+from webui.settings import Settings
+from webui.uploads import add_pictures
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Of a server with folders of its own."""
+    return Settings(tmp_path / "runs", tmp_path / "sets")
+
+
+@pytest.fixture
+def page(settings):
+    """The whole page."""
+    return build_page(settings)
+
+
+@pytest.fixture
+def workspace(settings):
+    """Its only user's."""
+    return settings.workspace(None)
+
+
+def test_the_doctor_s_word_on_the_photos_before_does_not_stand_for_those_that_are_shown(page, workspace, tmp_path):
+    photos = workspace.new_picture_set()
+    sample_pictures()[0].save(tmp_path / "mine.png")
+    add_pictures(photos, [str(tmp_path / "mine.png")])
+    example = Draft(own=photos.name).to_browser()
+    examine = listener(page, "photos", "examine")
+    own, *_, shown = listener(page, "photos", "change_to")(example, "own", None)
+    # The example was chosen and left again: the doctor is asked with the draft of then, and the photos that are shown since.
+    late, examined = examine(example, shown, shown, None)
+    cards, examined = examine(own, shown, examined, None)
+    assert "00.jpg" in late
+    assert "mine.png" in cards
+    assert examined == shown
+    assert examine(own, shown, examined, None) == (gr.skip(), gr.skip())
+
+
+def test_a_question_that_was_asked_meanwhile_stays_and_one_about_another_run_goes(page, workspace):
+    for name in "ab":
+        run_in(workspace.runs / name, "done")
+    close = listener(page, "runs", "_only_about")
+    assert close(None, "a") == (gr.skip(), gr.skip())
+    assert close("a", "a") == (gr.skip(), gr.skip())
+    asked, confirm = close("a", "b")
+    assert asked is None
+    assert confirm.visible is False
+
+
+def test_what_was_measured_of_the_set_before_is_taken_away_from_one_that_cannot_be_measured(page, workspace, tmp_path):
+    only = next(iter(COLOURS))
+    folder = colour_set(workspace, tmp_path / "given", names=[only])
+    summary, cards = listener(page, "class_pictures", "measure")({"set": folder.name}, None)
+    assert "1 class, 6 pictures" in summary
+    assert only in cards
