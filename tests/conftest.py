@@ -20,6 +20,12 @@ os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 torch.set_num_threads(THREADS)
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: begun last, they would leave all processes but their own with nothing to do."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def accelerate_state():
     """Every test starts as a recipe does: with accelerate's state, which its loggers need, whatever ran before it."""

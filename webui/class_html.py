@@ -66,18 +66,19 @@ def _beside(result: Result) -> list[str]:
 def _notes(result: Result) -> list[str]:
     """What stands against believing the accuracy, and where another method is plainly better."""
     own, notes = result.member, []
+    better = [one for one in result.same_draw() if one["test"]["top1"]["low"] > own["test"]["top1"]["high"]]
     control = result.beside(CONTROL)
     if own["guard"]:
         notes.append(f"Its strength was lowered, since training would have hurt. {html.escape(own['guard'])}")
     if control is not None and own["method"] not in (CONTROL, ZERO_SHOT):
         if own["test"]["top1"]["low"] <= control["test"]["top1"]["high"]:
+            compared = "better" if control in better else "about as good"
             notes.append(
-                "Raw pixels are about as good here. These pictures are so alike within a class that nothing shows that the "
+                f"Raw pixels are {compared} here. These pictures are so alike within a class that nothing shows that the "
                 "model helps; do not expect the accuracy to hold for pictures that were taken otherwise."
             )
     elif own["method"] not in (CONTROL, ZERO_SHOT):
         notes.append("Raw pixels were not tried, so nothing here says whether these pictures need a model at all.")
-    better = [one for one in result.same_draw() if one["test"]["top1"]["low"] > own["test"]["top1"]["high"]]
     if better:
         names = " and ".join(html.escape(_short(one["method"])) for one in better)
         verb, which = ("is", "it") if len(better) == 1 else ("are", "one of them")

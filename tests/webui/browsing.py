@@ -1,6 +1,9 @@
-"""How a person finds a screen."""
+"""How a person finds a screen, and loads the page anew."""
 
 from webui.page import SCREENS
+
+# What the browser says of requests that it cuts off when its page goes.
+CUT_OFF = ("BodyStreamBuffer was aborted", "Connection errored out")
 
 
 def go_to(page, screen, patience=180_000):
@@ -15,3 +18,11 @@ def go_to(page, screen, patience=180_000):
         tab = more.locator(".overflow-dropdown button", has_text=SCREENS[screen][0])
     tab.click(timeout=patience)
     page.locator(f"#screen-{screen}[role=tabpanel]").wait_for(state="visible", timeout=patience)
+
+
+def reload(page):
+    """Load the page anew in the middle of whatever it asks: that it was cut off is no error of the page that comes."""
+    before = len(page.errors)
+    page.reload()
+    page.wait_for_selector("#screens", timeout=180_000)
+    page.errors[before:] = [error for error in page.errors[before:] if not any(words in error for words in CUT_OFF)]

@@ -5,7 +5,7 @@ import re
 import time
 
 import pytest
-from browsing import go_to
+from browsing import go_to, reload
 from PIL import ImageFilter
 from playwright.sync_api import expect
 
@@ -115,7 +115,7 @@ def test_uploads_are_shown_with_their_verdicts_moved_removed_and_kept_over_a_rel
     expect(page.locator(".photo-card")).to_have_count(3, timeout=PATIENCE)
     quiet(page)
 
-    page.reload()
+    reload(page)
     expect(page.locator(".photo-card button").first).to_be_visible(timeout=PATIENCE)
     assert examined(page) == ["front.png", "side.jpg", "back.png"]
     page.locator("#photos-example").click()
@@ -178,7 +178,7 @@ def test_what_is_typed_fast_stays_as_it_was_typed(new_page, server):
     expect(page.locator("#check-prompt")).to_contain_text(words, timeout=PATIENCE)
     quiet(page)
     assert box.input_value() == words
-    page.reload()
+    reload(page)
     page.wait_for_selector("#screens")
     go_to(page, "check")
     expect(page.locator("#check-scenes textarea")).to_have_value(words, timeout=PATIENCE)

@@ -53,7 +53,9 @@ def test_where_raw_pixels_are_as_good_a_warning_says_so(workspace, pictures):
 
 def test_a_method_that_is_plainly_better_is_named(workspace, pictures):
     beaten = finished_classifier(workspace, pictures, NAMES, wrong=20, right_of_pixels=True)
-    assert "raw pixels is plainly better: choose it above" in class_html.in_words(result_of(beaten))
+    told = class_html.in_words(result_of(beaten))
+    assert "raw pixels is plainly better: choose it above" in told
+    assert "Raw pixels are better here" in told
 
 
 def test_the_cells_of_the_matrix_are_buttons_that_say_what_they_open(record):

@@ -6,7 +6,7 @@ import re
 import zipfile
 
 import pytest
-from browsing import go_to
+from browsing import go_to, reload
 from class_folders import COLOURS, colour_folder, colour_zip, coloured, finished_classifier
 from playwright.sync_api import expect
 
@@ -79,8 +79,7 @@ def test_the_whole_way_from_a_zip_to_a_classifier_that_learned_from_its_mistake(
     words = " ".join(shown.inner_text().split())
     page.locator("#classify-start").click()
     expect(page.locator("#classify-stop")).to_be_visible(timeout=SOON)
-    page.reload()
-    page.wait_for_selector("#screens")
+    reload(page)
     to_classify(page, "2 Train")
     screenshot(page, "each/classify-train")
     expect(page.locator("#classify-see-result")).to_be_visible(timeout=TRAINED)

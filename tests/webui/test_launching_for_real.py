@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+from class_folders import colour_folder
 
 from training.checkpoints import newest_step
 from webui import launching
@@ -86,10 +87,12 @@ def test_a_subject_s_run_is_killed_resumed_asked_stopped_and_resumed_to_its_end(
 
 
 @pytest.mark.slow
-def test_a_classifier_s_run_is_stopped_and_resumed_to_its_end_and_a_wrong_one_fails_with_a_sentence(workspace, random_clip):
+def test_a_classifier_s_run_is_stopped_and_resumed_to_its_end_and_a_wrong_one_fails_with_a_sentence(
+    workspace, random_clip, tmp_path
+):
     options = {
         "model": {"model": str(random_clip)},
-        "data": {"seeds": [0], "shots": ["1"], "views": 0},
+        "data": {"data_dir": str(colour_folder(tmp_path / "pictures", 6)), "seeds": [0], "shots": ["1"], "views": 0},
         "method": {"method": ["zeroshot", "lora"]},
         "optimisation": {"min_train_steps": 100, "iterations_per_shot": 1, "train_batch_size": 2},
         "output": {"export": ["lora"], "report_to": "none", "checkpointing_steps": 5},

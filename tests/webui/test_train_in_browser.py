@@ -5,7 +5,7 @@ import time
 
 import psutil
 import pytest
-from browsing import go_to
+from browsing import go_to, reload
 
 from training.record import RunRecord
 from webui import launching
@@ -114,7 +114,7 @@ def test_a_run_is_followed_stopped_resumed_reloaded_and_judged(new_page, server,
     page.locator("#train-resume").click()
     steps = wait_for_steps(page, stopped)
 
-    page.reload()
+    reload(page)
     go_to(page, "train")
     assert wait_for_steps(page, 0) >= steps
     wait_for_words(page, "Done in")

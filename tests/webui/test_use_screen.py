@@ -8,7 +8,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from browsing import go_to
+from browsing import go_to, reload
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from small_runs import small_run
@@ -181,7 +181,7 @@ def test_a_mix_is_drawn_used_again_and_baked_into_a_file_for_stock_diffusers(ser
     picture = stock(settings["prompt"], num_inference_steps=3, guidance_scale=4.0, generator=generator).images[0]
     assert np.abs(np.asarray(picture).astype(int) - pixels(mixed)).max() <= 1
 
-    page.reload()
+    reload(page)
     page = opened(lambda *_, **__: page, server)
     page.locator("#use-gallery .thumbnail-lg").first.click()
     page.locator("#use-again").click()
