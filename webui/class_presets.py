@@ -16,6 +16,8 @@ BUILT_IN_STEPS, MOST_STEPS = 10, 400
 DEFAULT = "Fast"
 EVERY_PICTURE = "Every picture that is neither tested on nor needed to choose the settings: more than anything else this helps."
 
+# Whole runs on the example, digits, one after the other on two cores with nothing else at work: Fast 75 s, Balanced 193 s, Best
+# 336 s.
 CLASSIFY = (
     Preset(
         "Fast",

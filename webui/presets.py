@@ -60,7 +60,8 @@ class Preset:
 #   800 steps at half the rate 0.267, 0.938 in 217 s, no better for more time, and 400 at a third of it with min-SNR weights
 #   0.240, 0.953; other crops of photos that are square already are the same photos.
 # The drawn toy is most like itself at step 200 of 400 (0.693; 0.668 at 120): there the steps that Fast leaves out do count.
-# So Best trains as Balanced does. Its time follows from the figures above; its steps are those of Balanced and more.
+# So Best trains as Balanced does; its steps are those of Balanced and more. On the example, whole runs one after the other on two
+# cores with nothing else at work: Fast 85 s, Balanced 171 s, Best 218 s.
 SUBJECT = (
     Preset(
         "Fast",
