@@ -55,7 +55,11 @@ def set_number(page, field, value):
 def with_steps(page, steps):
     if not page.locator("#use-steps").is_visible():
         page.locator("#use-more button").first.click()
+        # What is typed within milliseconds, while its fields are being made, is set back by gradio to what they begin with.
+        page.locator("#use-steps input[type=number]").wait_for()
+        page.wait_for_timeout(1000)
     set_number(page, "use-steps", steps)
+    assert page.locator("#use-steps input[type=number]").input_value() == str(steps)
 
 
 def generated(page):
@@ -169,7 +173,7 @@ def test_a_mix_is_drawn_used_again_and_baked_into_a_file_for_stock_diffusers(ser
     mixed = drawn(server)[0]
     settings = read_settings(mixed)
     assert [each["strength"] for each in settings["adapters"]] == [0.5, 0.7]
-    assert settings["seed"] == 7
+    assert (settings["seed"], settings["num_inference_steps"]) == (7, 3)
     page.locator("#use-bake-layout input[value=diffusers]").check()
     with page.expect_download() as download:
         page.locator("#use-bake").click()
