@@ -179,7 +179,6 @@ def test_what_is_typed_fast_stays_as_it_was_typed(new_page, server):
     quiet(page)
     assert box.input_value() == words
     reload(page)
-    page.wait_for_selector("#screens")
     go_to(page, "check")
     expect(page.locator("#check-scenes textarea")).to_have_value(words, timeout=PATIENCE)
     quiet(page)

@@ -211,6 +211,15 @@ def test_every_form_of_the_adapter_is_downloaded_under_a_name_of_ours(server, ne
     assert "KB" in page.locator("#use-size-full").inner_text()
 
 
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("size", ["desk", "phone"])
+def test_nothing_scrolls_sideways(server, new_page, screenshot, size, dark):
+    page = opened(new_page, server, size=size, dark=dark)
+    page.wait_for_timeout(1000)
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    screenshot(page, f"use-{size}-{'dark' if dark else 'light'}")
+
+
 def test_without_a_run_the_screen_says_what_to_do(app_server, new_page):
     page = new_page(app_server().url)
     page.set_default_timeout(PATIENCE)
