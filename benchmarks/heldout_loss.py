@@ -22,7 +22,7 @@ from pipelines.subject.base_model import BUILT_IN_MODEL
 from pipelines.subject.data import find_pictures
 from training.dreambooth_nora import main as train_subject
 from training.options import parse_options
-from training.run import RunDirectory
+from training.runs.run import RunDirectory
 
 CLASS_WORDS = {"robot_toy": "toy", "candle": "candle", "backpack_dog": "backpack", "wolf_plushie": "stuffed animal"}
 METHODS = ("lora", "nora")

@@ -31,9 +31,10 @@ from PIL import Image
 
 from pipelines.subject.generate import Sampling
 from training import dreambooth_nora
-from training.checkpoints import WRITING, newest_step
+from training.engine.checkpoints import WRITING
 from training.options import parse_options
-from training.run import RunDirectory
+from training.runs.record import newest_step
+from training.runs.run import RunDirectory
 
 ROOT = Path(__file__).parents[1]
 STEPS = 16

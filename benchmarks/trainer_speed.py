@@ -33,7 +33,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, HfArgumentP
 from pipelines.errors import InputError
 from pipelines.subject.adapters import ATTENTION
 from pipelines.subject.base_model import BUILT_IN_MODEL
-from training.dry_run import STEPS as DRY_RUN_STEPS
+from training.engine.dry_run import STEPS as DRY_RUN_STEPS
 from training.options.data import SAMPLE_PROMPT, SAMPLE_SUBJECT
 
 STOPWATCH = "--under_stopwatch"

@@ -33,21 +33,21 @@ from pipelines.subject.generate import Sampling
 from pipelines.subject.loss import DenoisingLoss, TrainingBatches
 from pipelines.subject.optimizers import Adam, Rates, optimised, parameter_groups
 from pipelines.subject.scores import judge_by
-from training.console import speaking
-from training.dry_run import rehearse_first
-from training.finishing import Trained, finish
-from training.folds import leave_one_out
-from training.ladder import with_ladder
-from training.loop import LoopOptions, Periodic, Trainable, train
-from training.opening import open_run
+from training.engine.console import speaking
+from training.engine.dry_run import rehearse_first
+from training.engine.ladder import with_ladder
+from training.engine.loop import LoopOptions, Periodic, Trainable, train
+from training.engine.opening import open_run
+from training.engine.sharding import check_can_shard, whole
+from training.engine.stopping import exit_codes
 from training.options import SubjectOptions, parse_options
-from training.preparing import Division, Preparation, checked_pictures
-from training.provenance import file_records, model_identity, write_provenance
-from training.run import RunDirectory
-from training.samples import Sampler
-from training.sharding import check_can_shard, whole
-from training.stopping import exit_codes
-from training.watching import Watch
+from training.runs.provenance import file_records, model_identity, write_provenance
+from training.runs.run import RunDirectory
+from training.subject.finishing import Trained, finish
+from training.subject.folds import leave_one_out
+from training.subject.preparing import Division, Preparation, checked_pictures
+from training.subject.samples import Sampler
+from training.subject.watching import Watch
 
 SHOWN_PICTURES = 8
 # Its own name where it is run is __main__.

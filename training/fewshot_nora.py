@@ -22,16 +22,16 @@ from pipelines.fewshot.classifier import REPORT
 from pipelines.fewshot.clip import load_clip
 from pipelines.fewshot.data import LabelledPicture
 from pipelines.fewshot.export import save_exported, save_lora, save_merged
-from training.console import speaking
-from training.fewshot_card import write_card
-from training.fewshot_members import FittedAdapter, Member, fit_member
-from training.fewshot_report import RESULT, members_of, report_of, seconds_left, shown_member, table
-from training.fewshot_study import DrawnPictures, Study, check_drawable, labelled_set
-from training.opening import open_run
+from training.engine.console import speaking
+from training.engine.opening import open_run
+from training.engine.stopping import exit_codes
+from training.fewshot.card import write_card
+from training.fewshot.members import FittedAdapter, Member, fit_member
+from training.fewshot.report import RESULT, members_of, report_of, seconds_left, shown_member, table
+from training.fewshot.study import DrawnPictures, Study, check_drawable, labelled_set
 from training.options.fewshot import FewShotOptions, parse_fewshot_options
-from training.provenance import write_provenance
-from training.run import RunDirectory
-from training.stopping import exit_codes
+from training.runs.provenance import write_provenance
+from training.runs.run import RunDirectory
 
 EXPORTED = "export"
 # Its own name where it is run is __main__.

@@ -26,12 +26,13 @@ from pipelines.corpus import Corpus, to_pixels
 from pipelines.mini_losses import AutoencoderLoss, DenoisingLoss, PatchBasis
 from pipelines.scenes import COLOURS, PATTERNS, SHAPES
 from pipelines.subject.generate import SHEET_PROMPTS, contact_sheet
-from training.checkpoints import list_checkpoints, load_checkpoint
-from training.console import speaking
-from training.loop import LoopOptions, Periodic, Trainable
-from training.mini_card import CardFacts, write_card
-from training.pretrain_clip import export_clip, train_clip
-from training.pretraining import (
+from training.engine.checkpoints import load_checkpoint
+from training.engine.console import speaking
+from training.engine.loop import LoopOptions, Periodic, Trainable
+from training.engine.stopping import exit_codes
+from training.pretraining.clip import export_clip, train_clip
+from training.pretraining.mini_card import CardFacts, write_card
+from training.pretraining.stages import (
     PretrainOptions,
     Sampler,
     load_corpus,
@@ -39,8 +40,8 @@ from training.pretraining import (
     train_here,
     warmup_stable_decay,
 )
-from training.run import RunDirectory
-from training.stopping import exit_codes
+from training.runs.record import list_checkpoints
+from training.runs.run import RunDirectory
 
 BASIS_FILE = "patch-basis.safetensors"
 

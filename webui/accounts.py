@@ -17,7 +17,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from pipelines.errors import InputError
-from training.durable import write_text_atomically
+from training.runs.durable import write_text_atomically
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}")
 MIN_PASSWORD, MAX_PASSWORD = 8, 200

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import InputError
-from training.measured import adapter_at, kept_steps
-from training.record import RunRecord
+from training.runs.record import RunRecord
+from training.subject.measured import adapter_at, kept_steps
 from webui import uploads
 from webui.views import RunView, views
 from webui.workspace import Workspace
 
-# As in training.judging, which loads torch.
+# As in training.subject.judging, which loads torch.
 SUGGESTION = "suggestion.json"
 FILE = "file"
 GONE = "This adapter is no longer there. Choose another one."

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from pipelines.tables import harmless
-from training.record import RunRecord
+from training.runs.record import RunRecord
 from webui.class_results import Result, result_of
 
 # What the page calls each, and how its file is called.

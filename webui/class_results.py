@@ -12,7 +12,7 @@ from typing import Any
 
 from pipelines.errors import InputError
 from pipelines.fewshot.sources import PictureFile, Source
-from training.record import RunRecord
+from training.runs.record import RunRecord
 
 REPORT, TESTED = "report.json", "test.json"
 ZERO_SHOT, CONTROL = "zeroshot", "pixels"

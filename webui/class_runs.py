@@ -13,8 +13,8 @@ from typing import Any
 import gradio as gr
 
 from pipelines.errors import InputError
-from training.durable import write_text_atomically
-from training.record import RunRecord
+from training.runs.durable import write_text_atomically
+from training.runs.record import RunRecord
 from webui import class_presets, class_sets, panel
 from webui.class_results import named_source, result_of
 from webui.class_sets import EXAMPLE, SPLIT

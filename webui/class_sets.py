@@ -20,8 +20,8 @@ from typing import Literal
 
 from pipelines.errors import InputError
 from pipelines.fewshot.sources import PictureFile, Source
-from training.durable import write_text_atomically
-from training.record import RunRecord
+from training.runs.durable import write_text_atomically
+from training.runs.record import RunRecord
 from webui.picture_sets import SET, changing, read_set
 from webui.uploads import Added, add_pictures
 from webui.workspace import Workspace

@@ -6,7 +6,7 @@ import html
 from dataclasses import dataclass
 from typing import Any
 
-from training.record import RunRecord
+from training.runs.record import RunRecord
 
 REPORT, LADDER = "dry_run.json", "ladder.json"
 GB = 1e9

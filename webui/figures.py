@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from training.record import METRICS
+from training.runs.record import METRICS
 from webui.class_html import METHODS
 from webui.curves import Point
 from webui.views import RunView

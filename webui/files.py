@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from training.measured import adapter_at, kept_steps
-from training.record import RunRecord
+from training.runs.record import RunRecord
+from training.subject.measured import adapter_at, kept_steps
 from webui.adapters import last_step
 
 Layout = Literal["compact", "full", "diffusers", "kohya"]

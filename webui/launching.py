@@ -1,6 +1,6 @@
 """What the buttons do to runs: start, resume, stop, ask, duplicate, delete.
 
-A run is the very command that the page shows, as a process of its own that waits for its turn (`training.waiting`); the
+A run is the very command that the page shows, as a process of its own that waits for its turn (`training.runs.waiting`); the
 server only starts it and reads the run's directory, so that neither needs the other to live.
 """
 
@@ -24,10 +24,10 @@ from typing import Any
 import psutil
 
 from pipelines.errors import InputError
-from training import requests
-from training.durable import write_text_atomically
-from training.record import OPTIONS, RunRecord
-from training.waiting import QUEUE
+from training.runs import run_requests
+from training.runs.durable import write_text_atomically
+from training.runs.record import OPTIONS, RunRecord
+from training.runs.waiting import QUEUE
 from webui.run_log import LOG, START, log_tail
 from webui.views import IN_WORDS, RunView
 from webui.workspace import LAUNCH, Workspace
@@ -111,7 +111,7 @@ def resume(workspace: Workspace, run_id: str) -> None:
     with _alone(record):
         view = _allowing(record, "resume")
         words, folder = _resuming(workspace, view)
-        requests.forget(record)
+        run_requests.forget(record)
         _spawn(workspace, record.path.absolute(), words, folder)
 
 
@@ -122,7 +122,7 @@ def stop(workspace: Workspace, run_id: str) -> None:
     """
     record = workspace.run(run_id)
     view = _allowing(record, "stop")
-    requests.ask(record, requests.STOP)
+    run_requests.ask(record, run_requests.STOP)
     process = record.process()
     with suppress(psutil.NoSuchProcess):
         if process is not None and view.state == "running":
@@ -136,11 +136,11 @@ def ask(workspace: Workspace, run_id: str, what: str) -> None:
 
     Raises: InputError if it cannot do that now.
     """
-    if what not in requests.ASKED:
-        raise InputError(f"A run can be asked to {' or '.join(requests.ASKED)}, got {what!r}.")
+    if what not in run_requests.ASKED:
+        raise InputError(f"A run can be asked to {' or '.join(run_requests.ASKED)}, got {what!r}.")
     record = workspace.run(run_id)
     _allowing(record, what)
-    requests.ask(record, what)
+    run_requests.ask(record, what)
 
 
 def duplicate(workspace: Workspace, run_id: str) -> Values:
@@ -222,7 +222,7 @@ def _spawn(workspace: Workspace, path: Path, words: Sequence[str], folder: Path)
     """Start a process that waits for its turn and then becomes the command; return when it has said so in the run's status."""
     _make_room()
     queue = workspace.all_runs.absolute() / QUEUE
-    waiter = [sys.executable, "-m", "training.waiting", str(path), "--queue", str(queue), "--", *_found(words)]
+    waiter = [sys.executable, "-m", "training.runs.waiting", str(path), "--queue", str(queue), "--", *_found(words)]
     own = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
     with (path / LOG).open("a", encoding="utf-8") as log:
         log.write(f"{START}{shown_command(words)}\n")

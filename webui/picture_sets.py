@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from pipelines.errors import InputError
-from training.durable import write_text_atomically
+from training.runs.durable import write_text_atomically
 from webui.incoming import shown_name
 
 SET, LOCK = "set.json", ".lock"

@@ -15,7 +15,7 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 
 from pipelines.pictures import SETTINGS_KEY
-from training.record import RunRecord
+from training.runs.record import RunRecord
 
 STEP = "step-"
 # A cell of a table of samples, on a screen with two pixels for one.

@@ -7,9 +7,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from training.measured import FOLDS, heldout_curve
-from training.record import RunRecord
-from training.suggesting import Point as Measured
+from training.runs.record import RunRecord
+from training.subject.measured import FOLDS, heldout_curve
+from training.subject.suggesting import Point as Measured
 from webui.curves import Point, Series, plot, running_mean
 from webui.views import IN_WORDS, RunView
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from training.record import RunRecord
+from training.runs.record import RunRecord
 
 LOG = "log.txt"
 # A line that each start of the run writes before its own.

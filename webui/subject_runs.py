@@ -8,7 +8,7 @@ import shutil
 from typing import Any
 
 from pipelines.errors import InputError
-from training.record import RunRecord
+from training.runs.record import RunRecord
 from webui import costs, panel, presets
 from webui.draft import Draft, Options, check_words, merged
 from webui.photo_set import PhotoSet

@@ -6,9 +6,9 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from training.measured import heldout_curve, sample_scores
-from training.record import RunRecord
-from training.suggesting import COPY_THRESHOLD, Point, StepScores
+from training.runs.record import RunRecord
+from training.subject.measured import heldout_curve, sample_scores
+from training.subject.suggesting import COPY_THRESHOLD, Point, StepScores
 from webui.curves import Series, plot
 from webui.pictures import Sample, address, sampled_steps, samples, subject, thumbnail
 from webui.views import RunView

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from training import requests
-from training.record import RunRecord, live_process
-from training.waiting import QUEUE, runs_before
+from training.runs import run_requests
+from training.runs.record import RunRecord, live_process
+from training.runs.waiting import QUEUE, runs_before
 from webui.draft import SAMPLE_PROMPT
 from webui.run_log import ended_by, last_error
 from webui.workspace import LAUNCH, Workspace, began
@@ -100,7 +100,7 @@ class RunView:
             return told if told in ACTIONS else "interrupted"
         if not self.status and time.time() - self.created < BEGINNING_SECONDS:
             return "starting"
-        if requests.was_asked(self.record, requests.STOP):
+        if run_requests.was_asked(self.record, run_requests.STOP):
             return "stopped"
         return "failed" if told == "starting" and last_error(self.record) else "interrupted"
 
@@ -120,7 +120,7 @@ class RunView:
         """What can be done with it now."""
         told = ACTIONS[self.state]
         trains = self.task == "subject" and self.status.get("phase") == TRAINING
-        return told if trains else tuple(action for action in told if action not in requests.ASKED)
+        return told if trains else tuple(action for action in told if action not in run_requests.ASKED)
 
     @cached_property
     def runs_before(self) -> int | None:

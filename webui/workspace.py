@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.errors import InputError
-from training.record import RunRecord
+from training.runs.record import RunRecord
 
 # What we make, and what a terminal names runs; no separator, nothing hidden, never "..".
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")

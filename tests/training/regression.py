@@ -6,8 +6,8 @@ from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from training.loop import LoopOptions, Trainable, train
-from training.run import RunDirectory
+from training.engine.loop import LoopOptions, Trainable, train
+from training.runs.run import RunDirectory
 
 STEPS = 6
 

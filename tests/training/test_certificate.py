@@ -13,9 +13,9 @@ from nora_vision.files import read_header, read_tensors, write_tensors
 from pipelines.methods import AdapterOptions
 from pipelines.subject import adapters
 from pipelines.subject.generate import Sampling
-from training import certificate
-from training.certificate import STOCK_PROGRAM, CertificateError, StockModel, certify
-from training.kohya_lint import lint_kohya
+from training.subject import certificate
+from training.subject.certificate import STOCK_PROGRAM, CertificateError, StockModel, certify
+from training.subject.kohya_lint import lint_kohya
 
 FAST = Sampling(num_inference_steps=2, resolution=16)
 PROMPTS = ("a red star", "a blue ring in the snow")

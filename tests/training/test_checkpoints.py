@@ -9,11 +9,19 @@ from accelerate import Accelerator
 from regression import trainable, trained
 from torch import nn
 
-from training import checkpoints
-from training.checkpoints import MANIFEST, STATE, WEIGHTS, damage_of, list_checkpoints, newest_intact_checkpoint, save_checkpoint
-from training.durable import DiskFullError
-from training.loop import LoopOptions, Periodic, train
-from training.run import RunDirectory
+from training.engine import checkpoints
+from training.engine.checkpoints import (
+    MANIFEST,
+    STATE,
+    WEIGHTS,
+    damage_of,
+    list_checkpoints,
+    newest_intact_checkpoint,
+    save_checkpoint,
+)
+from training.engine.loop import LoopOptions, Periodic, train
+from training.runs.durable import DiskFullError
+from training.runs.run import RunDirectory
 
 
 def names(folder):
@@ -106,7 +114,7 @@ def test_a_checkpoint_has_the_score_of_its_own_step_alone(tmp_path):
 def test_a_kill_between_an_action_and_its_checkpoint_repeats_the_action(tmp_path, monkeypatch):
     seen = []
     with monkeypatch.context() as patch:
-        patch.setattr("training.loop.save_checkpoint", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr("training.engine.loop.save_checkpoint", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             trained(tmp_path, trainable(), periodic=[Periodic(2, seen.append)])
     trained(tmp_path, trainable(), periodic=[Periodic(2, seen.append)])

@@ -6,7 +6,7 @@ import warnings
 import pytest
 from accelerate.logging import get_logger
 
-from training.console import speaking
+from training.engine.console import speaking
 
 NAME = "training.something"
 

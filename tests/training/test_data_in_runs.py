@@ -17,13 +17,14 @@ from pipelines.subject.doctor import examine
 from pipelines.subject.encoding import Encoder
 from pipelines.subject.generate import Sampling
 from pipelines.subject.loss import DenoisingLoss
-from training import dreambooth_nora, samples
-from training.checkpoints import list_checkpoints
-from training.dry_run import DoesNotFitError
+from training import dreambooth_nora
+from training.engine.dry_run import DoesNotFitError
 from training.options import SubjectOptions, parse_options
 from training.options.data import SAMPLE_CLASS_PROMPT, SAMPLE_SUBJECT, DataOptions
-from training.preparing import checked_pictures, record_report
-from training.run import RunDirectory
+from training.runs.record import list_checkpoints
+from training.runs.run import RunDirectory
+from training.subject import samples
+from training.subject.preparing import checked_pictures, record_report
 
 FAST = "--rank 6 --inner_r 2 --target_modules to_v --max_train_steps 4 --train_batch_size 2 --lr_warmup_steps 1"
 FAST += " --checkpointing_steps 2 --validation_steps 4 --heldout_image none --no_certify --learning_rate 0.01"

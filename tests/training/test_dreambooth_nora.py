@@ -22,10 +22,11 @@ from pipelines.errors import InputError
 from pipelines.pictures import read_settings
 from pipelines.subject.base_model import BUILT_IN_MODEL
 from pipelines.subject.generate import Sampling
-from training import dreambooth_nora, samples
-from training.checkpoints import list_checkpoints
+from training import dreambooth_nora
 from training.options import parse_options
-from training.run import RunDirectory
+from training.runs.record import list_checkpoints
+from training.runs.run import RunDirectory
+from training.subject import samples
 
 ROOT = Path(__file__).parents[2]
 PHOTOS = ROOT.parent / "shared" / "data" / "subjects" / "robot_toy"

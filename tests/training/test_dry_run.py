@@ -9,13 +9,13 @@ from accelerate import Accelerator
 from regression import STEPS, trainable, trained
 
 from pipelines.errors import InputError
-from training import ladder
-from training.checkpoints import list_checkpoints
-from training.dry_run import DoesNotFitError, PeakMemory, rehearse
-from training.ladder import Rung, advice, as_flags, climb, rungs, with_ladder
-from training.loop import LoopOptions, prepared
+from training.engine import ladder
+from training.engine.dry_run import DoesNotFitError, PeakMemory, rehearse
+from training.engine.ladder import Rung, advice, as_flags, climb, rungs, with_ladder
+from training.engine.loop import LoopOptions, prepared
 from training.options import SubjectOptions, parse_options
-from training.run import RunDirectory
+from training.runs.record import list_checkpoints
+from training.runs.run import RunDirectory
 
 
 def rehearsed(folder, what, limit=None, **changes):
@@ -68,7 +68,7 @@ def test_more_memory_than_allowed_does_not_fit(tmp_path):
 
 
 def test_more_disk_than_is_free_is_refused_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr("training.dry_run.free_bytes", lambda folder: 10)
+    monkeypatch.setattr("training.engine.dry_run.free_bytes", lambda folder: 10)
     with pytest.raises(InputError, match=r"of the disk.*lower --checkpoints_total_limit"):
         rehearsed(tmp_path, trainable())
 

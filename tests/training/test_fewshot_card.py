@@ -11,9 +11,9 @@ import yaml
 from PIL import Image
 
 from pipelines.fewshot.metrics import Interval, interval_over_seeds, score
-from training.fewshot_card import card as card_with
-from training.fewshot_card import write_card
-from training.fewshot_figures import card_figures
+from training.fewshot.card import card as card_with
+from training.fewshot.card import write_card
+from training.fewshot.figures import card_figures
 
 CLASSES = ["red star", "cat", "grey dog"]
 ODD_CLASSES = ["a | b", "<script>alert(1)</script>", "{count} *x* `y` $z$\n---\nlicense: mine"]

@@ -23,12 +23,12 @@ from pipelines.fewshot.metrics import interval_over_seeds
 from pipelines.fewshot.prompts import make_prompts
 from pipelines.fewshot.sources import PictureBytes
 from pipelines.scenes import render, sample_scene
-from training.fewshot_members import Member, largest_within_error
+from training.fewshot.members import Member, largest_within_error
+from training.fewshot.report import seconds_left
+from training.fewshot.tested import told_of_test
 from training.fewshot_nora import main
-from training.fewshot_report import seconds_left
-from training.fewshot_tested import told_of_test
-from training.model_card import as_text
 from training.options.fewshot import ClipOptions, FewShotOptions, parse_fewshot_options
+from training.runs.card_text import as_text
 
 COUNTS = {"cats": 12, "dogs": 12, "red_birds": 12, "fish": 12}
 FOUR = ("--shots", "2", "--seeds", "0", "1", "--method", "zeroshot", "pixels", "lora", "nora", "--rank", "4", "--inner_r", "2")

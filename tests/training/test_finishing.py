@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 
 from pipelines.subject.generate import Sampling
 from pipelines.subject.scores import Scores
-from training import dreambooth_nora, samples
+from training import dreambooth_nora
 from training.options import parse_options
-from training.run import RunDirectory
+from training.runs.run import RunDirectory
+from training.subject import samples
 
 FAST = "--rank 6 --inner_r 2 --target_modules to_v --max_train_steps 4 --train_batch_size 2 --lr_warmup_steps 1"
 FAST += " --learning_rate 0.1 --checkpointing_steps 2 --validation_steps 2 --heldout_steps 1 --instance_prompt toy"
@@ -91,13 +92,15 @@ def overfitting(monkeypatch):
     """Have the held-out loss turn after the first of four steps; the first two keep at least half of its fall."""
     losses = [{"heldout_loss": 1.0, "seen_loss": 1.0}, *({"heldout_loss": 0.4 + 0.1 * k, "seen_loss": 0.5} for k in (1, 2, 4, 5))]
     turning = iter(losses)
-    monkeypatch.setattr("training.watching.measured_losses", lambda *_: next(turning))
+    monkeypatch.setattr("training.subject.watching.measured_losses", lambda *_: next(turning))
 
 
 def test_training_far_too_long_suggests_an_earlier_adapter_exports_it_and_warns(trained, monkeypatch):
     losses = iter([1.0, 0.5, 0.6, 0.8, 0.9])
     seen = iter([1.0, 0.5, 0.4, 0.3, 0.2])
-    monkeypatch.setattr("training.watching.measured_losses", lambda *_: {"heldout_loss": next(losses), "seen_loss": next(seen)})
+    monkeypatch.setattr(
+        "training.subject.watching.measured_losses", lambda *_: {"heldout_loss": next(losses), "seen_loss": next(seen)}
+    )
     run = trained("run", "--heldout_image", "0.png", "--no_certify", "--drawn_candidates", "0")
     said = json.loads((run.path / "suggestion.json").read_text())
     assert (said["step"], said["last"], said["adapter"]) == (1, 4, "adapters/step-0000001")

@@ -8,10 +8,10 @@ from tiny_pipeline import add_nora, tiny_pipeline, weight_changes
 
 from pipelines.methods import AdapterOptions
 from pipelines.subject import adapters
-from training.judging import keep_adapter, suggest_for, write_suggestion
-from training.measured import adapter_at, heldout_curve, kept_steps, logged, sample_scores
-from training.run import RunDirectory
-from training.suggesting import Point, StepScores, suggest
+from training.runs.run import RunDirectory
+from training.subject.judging import keep_adapter, suggest_for, write_suggestion
+from training.subject.measured import adapter_at, heldout_curve, kept_steps, logged, sample_scores
+from training.subject.suggesting import Point, StepScores, suggest
 
 SCORES = {"subject": 0.5, "prompt": 0.1, "copy": 0.5, "nearest": 0.6, "nearest_limit": 0.9}
 

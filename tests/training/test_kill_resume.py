@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.kill_resume import differences
-from training.run import RunDirectory
+from training.runs.run import RunDirectory
 
 ROOT = Path(__file__).parents[2]
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 from pipelines.subject.adapters import load_adapter
 from training import dreambooth_nora
-from training.checkpoints import list_checkpoints
 from training.options import parse_options
-from training.run import RunDirectory
+from training.runs.record import list_checkpoints
+from training.runs.run import RunDirectory
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "training" / "configs"

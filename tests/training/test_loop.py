@@ -11,12 +11,12 @@ from accelerate.state import AcceleratorState
 from regression import STEPS, batch_at, trainable, trained
 
 from pipelines.errors import InputError
-from training.checkpoints import list_checkpoints
-from training.durable import DiskFullError
-from training.loop import LoopOptions, Periodic, train
-from training.prefetch import ProcessBatches, own_part
-from training.run import RunDirectory
-from training.stopping import NotFiniteError, Stopped, StopRequests, exit_codes
+from training.engine.loop import LoopOptions, Periodic, train
+from training.engine.prefetch import ProcessBatches, own_part
+from training.engine.stopping import NotFiniteError, Stopped, StopRequests, exit_codes
+from training.runs.durable import DiskFullError
+from training.runs.record import list_checkpoints
+from training.runs.run import RunDirectory
 
 
 def test_a_resumed_run_ends_as_one_that_was_never_interrupted(tmp_path):

@@ -9,9 +9,10 @@ import yaml
 from huggingface_hub import ModelCard
 
 from pipelines.subject.base_model import BUILT_IN_MODEL
-from training.model_card import as_text, judge_in_words, model_card
 from training.options import parse_options
-from training.run import RunDirectory
+from training.runs.card_text import as_text
+from training.runs.run import RunDirectory
+from training.subject.model_card import judge_in_words, model_card
 
 PROMPTS = [
     "a photo of sks dog",

@@ -13,9 +13,10 @@ from tiny_pipeline import picture
 from pipelines.methods import method_named
 from pipelines.subject.base_model import load_base_model
 from pipelines.subject.generate import Sampling
-from training import dreambooth_nora, samples
-from training.checkpoints import list_checkpoints
+from training import dreambooth_nora
 from training.options import parse_options
+from training.runs.record import list_checkpoints
+from training.subject import samples
 
 FAST = "--rank 6 --inner_r 2 --target_modules to_v --train_batch_size 2 --checkpointing_steps 2 --validation_steps 2"
 FAST += " --heldout_image none --heldout_steps 2 --no_certify"

@@ -11,7 +11,7 @@ from tiny_pipeline import tiny_pipeline
 
 from pipelines.digests import file_digest
 from training.options import parse_options
-from training.provenance import (
+from training.runs.provenance import (
     code_identity,
     command_line,
     file_records,
@@ -21,7 +21,7 @@ from training.provenance import (
     without_secrets,
     write_provenance,
 )
-from training.run import RunDirectory
+from training.runs.run import RunDirectory
 
 
 def test_a_files_hash_is_sha256_however_large(tmp_path):

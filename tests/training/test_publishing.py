@@ -12,9 +12,10 @@ from PIL import Image
 
 from pipelines.errors import InputError
 from pipelines.subject.generate import Sampling
-from training import dreambooth_nora, publishing
+from training import dreambooth_nora
 from training.options import parse_options
 from training.options.judging import JudgingOptions
+from training.subject import publishing
 
 SECRETS = ("zwx", "gizmo", "secretfolder", "privatename", "mymodel", "hf_abc")
 FAST = "--rank 6 --inner_r 2 --target_modules to_v --max_train_steps 2 --train_batch_size 2 --lr_warmup_steps 1 --no_certify"

@@ -6,8 +6,8 @@ import os
 import pytest
 
 from pipelines.errors import InputError
-from training.resuming import check_can_resume
-from training.run import RunDirectory
+from training.engine.resuming import check_can_resume
+from training.runs.run import RunDirectory
 
 OPTIONS = {
     "optimisation": {"learning_rate": 1e-3, "max_train_steps": 400, "seed": 0},

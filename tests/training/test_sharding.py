@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from pipelines.errors import InputError
-from training.sharding import assign, check_can_shard, gathered, split_like, split_state, whole
+from training.engine.sharding import assign, check_can_shard, gathered, split_like, split_state, whole
 
 
 def accelerator(kind=DistributedType.FSDP, version=2):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from training.checkpoints import newest_step
-from training.run import RunDirectory
-from training.stopping import launcher
+from training.engine.stopping import launcher
+from training.runs.record import newest_step
+from training.runs.run import RunDirectory
 
 ROOT = Path(__file__).parents[2]
 FLAGS = """--instance_prompt sks --heldout_image none --rank 6 --inner_r 2 --target_modules to_v --max_train_steps 100000

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from training.suggesting import ALIKE, KEPT, UNHEARD, Point, StepScores, in_question, suggest, to_draw
+from training.subject.suggesting import ALIKE, KEPT, UNHEARD, Point, StepScores, in_question, suggest, to_draw
 
 BASE = StepScores(subject=0.2, prompt=0.3, copy=0.1, nearest=0.3, nearest_limit=0.9)
 # A curve whose least is at step 10, and of whose fall step 30 keeps less than half.

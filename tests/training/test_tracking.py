@@ -10,8 +10,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipelines.errors import InputError
-from training.run import RunDirectory
-from training.tracking import start_tracker
+from training.runs.run import RunDirectory
+from training.runs.tracking import start_tracker
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_wandb_gets_every_metric_and_picture(run, monkeypatch):
 
 
 def test_a_tracker_that_is_not_installed_is_named_with_what_to_do(run, monkeypatch):
-    monkeypatch.setattr("training.tracking.find_spec", lambda name: None)
+    monkeypatch.setattr("training.runs.tracking.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"--report_to wandb needs the package 'wandb'.*pip install wandb"):
         start_tracker("wandb", run.path, 0)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from training.record import RunRecord, update_status
-from training.waiting import LOCK, QUEUE, Ticket, device_key, runs_before, tickets
+from training.runs.record import RunRecord, update_status
+from training.runs.waiting import LOCK, QUEUE, Ticket, device_key, runs_before, tickets
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 60
@@ -36,7 +36,7 @@ class Queue:
         run.mkdir(parents=True, exist_ok=True)
         work = f"import pathlib, time; run = pathlib.Path({str(run)!r}); (run / 'began').touch()\n"
         work += "while not (run / 'end').exists(): time.sleep(0.02)\n(run / 'ended').touch()"
-        words = [sys.executable, "-m", "training.waiting", str(run), "--queue", str(self.runs / QUEUE), "--"]
+        words = [sys.executable, "-m", "training.runs.waiting", str(run), "--queue", str(self.runs / QUEUE), "--"]
         own = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
         process = subprocess.Popen([*words, *(command or [sys.executable, "-c", work])], env=own, stderr=subprocess.PIPE)
         self.started.append(process)
@@ -115,7 +115,7 @@ def test_a_killed_launcher_makes_room_for_the_next(queue):
 def test_the_next_waits_while_a_run_whose_launcher_was_killed_still_saves_and_for_runs_from_a_terminal(queue):
     other = queue.runs / "from-a-terminal"
     other.mkdir(parents=True)
-    work = "import sys, time, pathlib; from training.record import RunRecord, update_status\n"
+    work = "import sys, time, pathlib; from training.runs.record import RunRecord, update_status\n"
     work += "update_status(RunRecord(pathlib.Path(sys.argv[1])), state='running'); sys.stdin.read()"
     at_work = subprocess.Popen(
         [sys.executable, "-c", work, str(other)], stdin=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}
@@ -191,14 +191,14 @@ def test_a_place_that_is_taken_says_whose_it_is(tmp_path):
 
 
 def test_without_a_command_there_is_nothing_to_wait_for(tmp_path):
-    words = [sys.executable, "-m", "training.waiting", str(tmp_path)]
+    words = [sys.executable, "-m", "training.runs.waiting", str(tmp_path)]
     finished = subprocess.run(words, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
     assert finished.returncode == 2
     assert "give the command to wait for" in finished.stderr
 
 
 def test_waiting_loads_no_model_library():
-    code = "import sys, training.waiting; print(sorted({'torch', 'accelerate', 'transformers', 'numpy'} & set(sys.modules)))"
+    code = "import sys, training.runs.waiting; print(sorted({'torch', 'accelerate', 'transformers', 'numpy'} & set(sys.modules)))"
     words = [sys.executable, "-c", code]
     finished = subprocess.run(words, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True)
     assert finished.stdout.strip() == "[]"

@@ -12,8 +12,8 @@ from PIL import Image
 from pipelines.fewshot.data import LabelledPicture
 from pipelines.fewshot.metrics import score
 from pipelines.fewshot.sources import PictureFile
-from training.fewshot_tested import told_of_test, write_tested
-from training.record import OPTIONS, STATUS, RunRecord
+from training.fewshot.tested import told_of_test, write_tested
+from training.runs.record import OPTIONS, STATUS, RunRecord
 from webui.class_sets import settle
 from webui.picture_sets import add_class
 from webui.uploads import add_pictures

@@ -12,7 +12,7 @@ PATIENCE = 90
 # As the trainer does: says that it trains, ends when it is told to, and notes a signal.
 RECIPE = """
 import os, pathlib, signal, sys, time
-from training.record import RunRecord, update_status
+from training.runs.record import RunRecord, update_status
 run = RunRecord(pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1]))
 (run.path / "began").write_text(" ".join(sys.argv[1:]))
 time.sleep(float(os.environ.get("LOADS", "0")))

@@ -10,9 +10,9 @@ import psutil
 from PIL import Image
 
 from pipelines.pictures import save_picture
-from training.measured import adapter_at, logged
-from training.record import METRICS, OPTIONS, STATUS, RunRecord
-from training.suggesting import Point, StepScores, suggest
+from training.runs.record import METRICS, OPTIONS, STATUS, RunRecord
+from training.subject.measured import adapter_at, logged
+from training.subject.suggesting import Point, StepScores, suggest
 
 PROMPTS = ("a photo of sks toy", "sks toy <b>in the snow</b>", "sks toy at night")
 SETTINGS = {"negative_prompt": "", "num_inference_steps": 2, "guidance_scale": 4.0, "sampler": "Euler", "model": "mini"}

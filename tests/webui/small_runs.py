@@ -8,8 +8,8 @@ from tiny_pipeline import tiny_pipeline
 
 from pipelines.methods import AdapterOptions
 from pipelines.subject import adapters
-from training.judging import keep_adapter
-from training.run import RunDirectory
+from training.runs.run import RunDirectory
+from training.subject.judging import keep_adapter
 
 
 def small_run(runs, model, run_id="example", method="lora", strength=0.5, steps=(2, 4), suggested=2, pipe=None):

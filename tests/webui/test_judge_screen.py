@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from run_folders import PROMPTS, add_samples, curve, end_processes, finished_run, measure, run_in, scores
 
-from training.measured import adapter_at
-from training.record import RunRecord
+from training.runs.record import RunRecord
+from training.subject.measured import adapter_at
 from webui import verdict
 from webui.page import build_page
 from webui.screens.judge import look_at, parts

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from class_folders import colour_folder
 
-from training.checkpoints import newest_step
+from training.runs.record import newest_step
 from webui import launching
 from webui.run_log import log_tail
 from webui.views import RunView

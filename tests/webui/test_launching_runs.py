@@ -14,8 +14,8 @@ import pytest
 from processes import kill_all, standing_for_accelerate, wait_for
 
 from pipelines.errors import InputError
-from training import requests
-from training.record import RunRecord, update_status
+from training.runs import run_requests
+from training.runs.record import RunRecord, update_status
 from webui import launching
 from webui.run_log import LOG, last_error
 from webui.views import RunView
@@ -227,7 +227,7 @@ def test_what_is_asked_of_a_run_that_trains_is_a_file_in_its_directory(workspace
     run_id = launching.start(workspace, "subject", QUICK)
     trains(workspace, run_id)
     launching.ask(workspace, run_id, "sample")
-    assert requests.was_asked(workspace.run(run_id), "sample")
+    assert run_requests.was_asked(workspace.run(run_id), "sample")
     with pytest.raises(InputError, match=r"can be asked to sample or save, got '\.\./x'"):
         launching.ask(workspace, run_id, "../x")
     end(workspace, run_id)

@@ -15,7 +15,7 @@ from nora_vision.files import write_tensors
 from pipelines.errors import InputError
 from pipelines.pictures import read_settings
 from pipelines.subject.generate import GenerationOptions, Sampling, main
-from training import judging
+from training.subject import judging
 from webui import adapters
 from webui.adapters import adapter_called, others, steps_of
 from webui.drawn import KEPT, DrawnPictures

@@ -7,7 +7,7 @@ import psutil
 import pytest
 from browsing import go_to, reload
 
-from training.record import RunRecord
+from training.runs.record import RunRecord
 from webui import launching
 from webui.views import RunView
 from webui.workspace import Workspace

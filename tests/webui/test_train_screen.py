@@ -9,7 +9,7 @@ import gradio as gr
 import pytest
 from run_folders import PROMPTS, add_checkpoint, add_samples, end_processes, finished_run, measure, run_in
 
-from training.record import RunRecord
+from training.runs.record import RunRecord
 from webui import progress
 from webui.page import build_page
 from webui.parts import updates

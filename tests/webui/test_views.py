@@ -10,9 +10,9 @@ import psutil
 import pytest
 from run_folders import PROMPTS, add_samples, finished_run, measure, process_of, run_in
 
-from training import requests
-from training.record import RunRecord
-from training.waiting import QUEUE, Ticket
+from training.runs import run_requests
+from training.runs.record import RunRecord
+from training.runs.waiting import QUEUE, Ticket
 from webui.figures import figures, series
 from webui.run_cards import cards, picture_of
 from webui.run_log import LOG, ended_by, last_error
@@ -54,7 +54,7 @@ def test_a_process_that_is_gone_without_a_word_was_interrupted_or_had_been_asked
     assert view(run).reason == "Its process ended without a word, as when the machine is switched off."
     (run.path / LOG).write_text(f"$ accelerate launch\n{KILLED}")
     assert view(run).reason == "Its process was ended from outside, as the system does when memory runs out."
-    requests.ask(run, requests.STOP)
+    run_requests.ask(run, run_requests.STOP)
     assert (view(run).state, view(run).reason) == ("stopped", "You stopped it.")
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from playwright.sync_api import expect
 
 from pipelines.pictures import read_settings
-from training.record import RunRecord
+from training.runs.record import RunRecord
 from webui.workspace import Workspace
 
 PATIENCE = 600_000

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from pipelines.errors import InputError
-from training.record import OPTIONS, STATUS
+from training.runs.record import OPTIONS, STATUS
 
 # What belongs to the run that wrote its options, and not to one that repeats it.
 OF_ONE_RUN = ("output_dir", "resume_from_checkpoint")

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from training.measured import kept_steps
+from training.subject.measured import kept_steps
 from webui import verdict
 from webui.adapters import steps_of
 from webui.errors import in_plain_words

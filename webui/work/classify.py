@@ -22,7 +22,7 @@ from pipelines.fewshot.features import picture_features, prompt_features
 from pipelines.fewshot.prompts import make_prompts
 from pipelines.fewshot.sources import Source
 from pipelines.pictures import read_picture
-from training.record import RunRecord
+from training.runs.record import RunRecord
 from webui.class_sets import EXAMPLE, LabelledClasses
 from webui.incoming import display_name, read_upload
 

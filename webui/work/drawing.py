@@ -17,9 +17,9 @@ from pipelines.errors import InputError
 from pipelines.methods import AdapterOptions
 from pipelines.subject.adapters import save_everywhere
 from pipelines.subject.generate import Sampling
-from training.finishing import SUGGESTED
-from training.measured import adapter_at
-from training.record import RunRecord
+from training.runs.record import RunRecord
+from training.subject.finishing import SUGGESTED
+from training.subject.measured import adapter_at
 from webui.adapters import SUGGESTION, adapter_called, last_step, reference_of
 from webui.drawn import DrawnPictures
 from webui.files import LAYOUTS, Layout

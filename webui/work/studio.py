@@ -22,7 +22,7 @@ from pipelines.errors import InputError
 from pipelines.subject.adapters import load_adapter, without_adapters
 from pipelines.subject.base_model import BUILT_IN_MODEL, load_base_model
 from pipelines.subject.generate import Sampling, generate, threads_for
-from training.model_card import portable_name
+from training.subject.model_card import portable_name
 from webui.adapters import Adapter
 
 Result = TypeVar("Result")

@@ -1,0 +1,175 @@
+"""A dry run: three real steps, what they cost, and everything put back; and whether the rest of the run will fit."""
+
+from __future__ import annotations
+
+import copy
+import json
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+
+from pipelines.errors import InputError
+from pipelines.subject.optimizers import optimised
+from training.engine.loop import LoopOptions, Stepper, Trainable, prepared
+from training.runs.durable import free_bytes, write_text_atomically
+from training.runs.record import newest_step
+from training.runs.run import RunDirectory
+
+STEPS = 3
+REPORT = "dry_run.json"
+GB = 1e9
+CLEAR_PEAK = "5"
+logger = get_logger(__name__)
+
+
+class DoesNotFitError(InputError):
+    """The run needs more memory than there is, or than it may take."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a dry run has measured.
+
+    Args:
+        trained_numbers: how many numbers are trained.
+        seconds_per_step: the median of the steps after the first.
+        seconds: what all steps will take.
+        peak_memory: bytes; on a GPU what tensors took of it, on the CPU what the process took.
+        checkpoint: bytes of one checkpoint.
+        disk: bytes of all checkpoints that will lie there at once, at the most.
+        disk_free: bytes.
+        memory_limit: bytes that `peak_memory` may take; None for what there is.
+    """
+
+    trained_numbers: int
+    seconds_per_step: float
+    seconds: float
+    peak_memory: int
+    checkpoint: int
+    disk: int
+    disk_free: int
+    memory_limit: int | None
+
+    def in_words(self) -> str:
+        """Two lines for people."""
+        return (
+            f"Dry run of {STEPS} steps: {self.trained_numbers:,} trained numbers, {self.seconds_per_step:.3g} s a step, about "
+            f"{self.seconds / 60:.1f} min in all.\nPeak memory {self.peak_memory / GB:.2f} GB; checkpoints take up to "
+            f"{self.disk / GB:.3f} GB of the {self.disk_free / GB:.1f} GB that are free."
+        )
+
+    def check(self) -> None:
+        """Raises: DoesNotFitError if it does not fit in memory, InputError if it does not fit on the disk."""
+        if self.memory_limit is not None and self.peak_memory > self.memory_limit:
+            raise DoesNotFitError(
+                f"Training takes {self.peak_memory / GB:.3f} GB of memory, and memory_limit_gb is {self.memory_limit / GB:.3f}."
+            )
+        if self.disk > self.disk_free:
+            raise InputError(
+                f"Checkpoints will take {self.disk / GB:.3f} GB of the disk, and {self.disk_free / GB:.3f} GB are free. Free "
+                "some space, lower --checkpoints_total_limit, or give another --output_dir."
+            )
+
+
+def rehearse(stepper: Stepper, memory_limit_gb: float | None = None) -> Report:
+    """Do `STEPS` real steps, put everything back as it was, and write dry_run.json.
+
+    Raises: DoesNotFitError if the whole run will not fit in memory, InputError if it will not on the disk.
+    """
+    options, run = stepper.options, stepper.run
+    run.update_status(phase="dry run")
+    peak, seconds = PeakMemory(stepper.accelerator.device), []
+    with restored(stepper):
+        batches = stepper.batches(range(STEPS))
+        for step in range(STEPS):
+            began = time.monotonic()
+            stepper.step(step, batches)
+            seconds.append(time.monotonic() - began)
+        state = stepper.trainable.state()
+    trained = optimised(stepper.optimizer)
+    checkpoint = sum(parameter.nbytes for parameter in trained) + nested_bytes(state)
+    report = Report(
+        trained_numbers=sum(parameter.numel() for parameter in trained),
+        seconds_per_step=median(seconds[1:]),
+        seconds=median(seconds[1:]) * options.max_train_steps,
+        peak_memory=peak.read(),
+        checkpoint=checkpoint,
+        # One is being written, and one may be the best.
+        disk=checkpoint * (options.checkpoints_total_limit + 2),
+        disk_free=free_bytes(run.path),
+        memory_limit=None if memory_limit_gb is None else round(memory_limit_gb * GB),
+    )
+    if run.writes:
+        write_text_atomically(run.path / REPORT, json.dumps(asdict(report), indent=2) + "\n")
+    report.check()
+    return report
+
+
+def rehearse_first(
+    accelerator: Accelerator, run: RunDirectory, trainable: Trainable, options: LoopOptions, memory_limit_gb: float | None
+) -> None:
+    """The first phase of a run: `rehearse`, and tell what it found. A run that is resumed has had it.
+
+    Raises: as `rehearse`.
+    """
+    if newest_step(run.checkpoints) > 0:
+        return
+    with prepared(accelerator, run, trainable, options) as stepper:
+        report = rehearse(stepper, memory_limit_gb)
+    logger.info(report.in_words())
+
+
+@contextmanager
+def restored(stepper: Stepper) -> Iterator[None]:
+    """Put parameters, optimiser, schedule, moving average and gradient scaler back as they were, exactly."""
+    trainable, scaler = stepper.trainable, stepper.accelerator.scaler
+    parameters = [parameter.detach().clone() for parameter in optimised(stepper.optimizer)]
+    state = copy.deepcopy(trainable.state())
+    scaling = None if scaler is None else scaler.state_dict()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, before in zip(optimised(stepper.optimizer), parameters, strict=True):
+                parameter.copy_(before)
+        stepper.optimizer.zero_grad(set_to_none=True)
+        trainable.load_state(state)
+        if scaler is not None:
+            scaler.load_state_dict(scaling)
+
+
+def nested_bytes(state: object) -> int:
+    """The bytes of all tensors in nested dictionaries and lists."""
+    if isinstance(state, torch.Tensor):
+        return state.nbytes
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+    return sum(nested_bytes(value) for value in values)
+
+
+class PeakMemory:
+    """The most memory taken since this was made: by tensors on a GPU, by the process on the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        elif (clear := Path("/proc/self/clear_refs")).exists():
+            clear.write_text(CLEAR_PEAK)
+
+    def read(self) -> int:
+        """In bytes."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        status = Path("/proc/self/status")
+        if status.exists():
+            (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+            return int(line.split()[1]) * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,0 +1,175 @@
+"""Where a run does not fit: the first settings that do, each tried by a dry run in a process of its own."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils.memory import should_reduce_batch_size
+
+from pipelines.errors import InputError
+from training.engine.dry_run import GB, REPORT, DoesNotFitError
+from training.runs.durable import write_text_atomically
+from training.runs.run import RunDirectory
+
+ROOT = Path(__file__).parents[2]
+LADDER = "ladder.json"
+SMALLER_RESOLUTIONS = (0.75, 0.5)
+# Sides that UNets can halve often enough.
+LARGE, LARGE_STEP, SMALL_STEP = 512, 64, 8
+# A process alone must not look for the others of the run that does not fit.
+DISTRIBUTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+Options = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One step of the ladder, tried.
+
+    Args:
+        flags: what is set besides the flags given, by name; each rung has those of the ones before it that could be tried.
+        fits: whether its dry run fitted.
+        peak_memory: bytes, None where the dry run did not get to its end.
+        seconds_per_step: likewise.
+        reason: why it does not fit, in its own words.
+    """
+
+    flags: dict[str, Any]
+    fits: bool
+    peak_memory: int | None = None
+    seconds_per_step: float | None = None
+    reason: str | None = None
+
+    def command_line(self) -> str:
+        """The flags as one writes them."""
+        return shlex.join(as_flags(self.flags))
+
+
+def rungs(options: Options, resolution: int | None) -> Iterator[dict[str, Any]]:
+    """What to set, one rung after the other: recompute, accumulate, 8-bit moments, 4-bit weights, smaller pictures.
+
+    Args:
+        options: the resolved options, by group; what they have already, or know nothing of, makes no rung.
+        resolution: the side of the pictures in pixels, None where it is not known.
+    """
+    known = {name: value for group in options.values() for name, value in group.items()}
+    if known.get("gradient_checkpointing") is False:
+        yield {"gradient_checkpointing": True}
+    size, parts = known["train_batch_size"], known["gradient_accumulation_steps"]
+    while size > 1:
+        # The pictures of an optimisation step stay as many: the batch is divided by its smallest divisor.
+        divisor = next(d for d in range(2, size + 1) if size % d == 0)
+        size, parts = size // divisor, parts * divisor
+        yield {"train_batch_size": size, "gradient_accumulation_steps": parts}
+    if known.get("use_8bit_adam") is False:
+        yield {"use_8bit_adam": True}
+    if known.get("quantize", "absent") is None:
+        yield {"quantize": "nf4"}
+    for factor in SMALLER_RESOLUTIONS if resolution is not None else ():
+        multiple = LARGE_STEP if resolution >= LARGE else SMALL_STEP
+        yield {"resolution": int(resolution * factor) // multiple * multiple}
+
+
+def as_flags(values: dict[str, Any]) -> list[str]:
+    """Command-line flags that set `values`; None is left out."""
+    flags: list[str] = []
+    for name, value in values.items():
+        if value is not None and value != []:
+            many = value if isinstance(value, list | tuple) else [value]
+            flags += [f"--{name}", *(str(one) for one in many)]
+    return flags
+
+
+def climb(recipe: str, options: Options, resolution: int | None, folder: Path) -> list[Rung]:
+    """Try one rung after the other until one fits.
+
+    Args:
+        recipe: the module that is run.
+        options: the resolved options, by group.
+        folder: where the dry runs go.
+    """
+    tried: list[Rung] = []
+    setting: dict[str, Any] = {}
+    for more in rungs(options, resolution):
+        rung = attempt(recipe, options, setting | more, folder / str(len(tried)))
+        tried.append(rung)
+        if rung.fits:
+            break
+        if rung.peak_memory is not None or _ran_out(rung.reason or ""):
+            # Settings that cannot be used here at all are not carried on.
+            setting |= more
+    return tried
+
+
+def attempt(recipe: str, options: Options, setting: dict[str, Any], folder: Path) -> Rung:
+    """A dry run of `recipe` with `setting` besides `options`, in a process of its own."""
+    values = {name: value for group in copy.deepcopy(options).values() for name, value in group.items()}
+    values |= setting | {"output_dir": str(folder), "dry_run": True, "ladder": False, "report_to": "none"}
+    values |= {"resume_from_checkpoint": None, "push_to_hub": False, "hub_model_id": None, "hub_token": None}
+    known = {name for group in options.values() for name in group}
+    command = [sys.executable, "-m", recipe, *as_flags({name: value for name, value in values.items() if name in known})]
+    own = {name: value for name, value in os.environ.items() if name not in DISTRIBUTED and not name.startswith("TORCHELASTIC")}
+    own["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    finished = subprocess.run(command, env=own, capture_output=True, text=True, check=False)
+    lines = finished.stderr.strip().splitlines()
+    reason = None if finished.returncode == 0 else (lines[-1] if lines else f"exit code {finished.returncode}")
+    report = json.loads((folder / REPORT).read_text()) if (folder / REPORT).exists() else {}
+    return Rung(setting, finished.returncode == 0, report.get("peak_memory"), report.get("seconds_per_step"), reason)
+
+
+def _ran_out(message: str) -> bool:
+    return should_reduce_batch_size(RuntimeError(message)) or "out of memory" in message
+
+
+def advice(tried: list[Rung]) -> str:
+    """What to do, in words."""
+    if tried and tried[-1].fits:
+        best = tried[-1]
+        return (
+            f"This fits: {best.command_line()} ({(best.peak_memory or 0) / GB:.3f} GB, {best.seconds_per_step:.3g} s a step). "
+            "Add it to the command."
+        )
+    return "No setting of the ladder fits either: use a smaller base model, a lower --resolution or a larger device."
+
+
+def with_ladder(work: Callable[[Any], RunDirectory], options: Any, recipe: str) -> RunDirectory:
+    """`work(options)`; where it does not fit in memory, look for settings that do.
+
+    Args:
+        work: the recipe.
+        options: its options, with `to_dict()`, and `output.ladder`.
+        recipe: the module that `python -m` runs; its status has the side of its pictures as `resolution`.
+    Raises: InputError with the flags to set.
+    """
+    try:
+        return work(options)
+    except (DoesNotFitError, RuntimeError) as error:
+        if not isinstance(error, DoesNotFitError) and not should_reduce_batch_size(error):
+            raise
+        reason = str(error)
+    # Only here, where the frames of the error are gone, can the model go.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if not options.output.ladder or not PartialState().is_main_process:
+        raise InputError(f"It does not fit: {reason}")
+    run = RunDirectory(Path(options.output.output_dir))
+    run.update_status(phase="looking for settings that fit")
+    with tempfile.TemporaryDirectory() as folder:
+        tried = climb(recipe, options.to_dict(), run.status().get("resolution"), Path(folder))
+    write_text_atomically(run.path / LADDER, json.dumps([asdict(rung) for rung in tried], indent=2) + "\n")
+    message = f"It does not fit: {reason} {advice(tried)}"
+    run.update_status(error=message)
+    raise InputError(message)

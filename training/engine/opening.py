@@ -1,0 +1,54 @@
+"""The start of every recipe: its run's directory."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
+
+from pipelines.errors import InputError
+from training.engine.resuming import check_can_resume
+from training.options.output import LATEST, RunOptions
+from training.runs.provenance import command_line
+from training.runs.record import OPTIONS, newest_step
+from training.runs.run import RunDirectory, write_text_atomically
+from training.runs.tracking import start_tracker
+
+logger = get_logger(__name__)
+
+
+class RecipeOptions(Protocol):
+    """The options of a recipe."""
+
+    output: RunOptions
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, by group."""
+
+
+def open_run(options: RecipeOptions, title: str, accelerator: Accelerator) -> RunDirectory:
+    """The run's directory: the one given, or a new one called after the time and `title` that all processes agree on.
+
+    Raises: InputError if it holds another run, or one with other options.
+    """
+    output = options.output
+    fresh = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{title}"
+    path = Path(broadcast_object_list([output.output_dir or str(fresh)])[0])
+    output.output_dir = str(path)
+    if output.resume_from_checkpoint == LATEST:
+        check_can_resume(path, options.to_dict(), accelerator.num_processes)
+    elif (path / OPTIONS).exists():
+        raise InputError(f"{str(path)!r} holds a run. Give another --output_dir, or go on with --resume_from_checkpoint latest.")
+    accelerator.wait_for_everyone()
+    run = RunDirectory.create(path, options.to_dict(), accelerator.is_main_process)
+    if run.writes:
+        write_text_atomically(path / "command", command_line(["accelerate", "launch", *sys.argv]) + "\n")
+        run.update_status(processes=accelerator.num_processes)
+    logger.info(f"Everything goes to {path}.")
+    run.trackers.extend(start_tracker(output.report_to, path, newest_step(run.checkpoints), run.writes))
+    return run

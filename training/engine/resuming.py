@@ -1,0 +1,52 @@
+"""Going on with a run: only with the options that it was started with, but for those that change nothing of what is learned."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import InputError
+from training.runs.record import OPTIONS, RunRecord
+
+# What is written and shown, how long to train, and who makes the batches.
+MAY_CHANGE_GROUPS = frozenset({"output", "judging"})
+MAY_CHANGE = frozenset({"max_train_steps", "dataloader_num_workers", "sample_batch_size"})
+
+
+def check_can_resume(path: Path, options: dict[str, Any], processes: int) -> None:
+    """Check that the run in `path` may be gone on with.
+
+    Args:
+        options: the resolved options, by group, as options.json holds them.
+        processes: how many there are now.
+    Raises: InputError showing each difference, or naming the process that is still at work on the run.
+    """
+    run = RunRecord(path)
+    if not (path / OPTIONS).exists():
+        return
+    if run.is_at_work():
+        raise InputError(
+            f"The process {run.status()['pid']} is at work on {str(path)!r}. Stop it first (kill {run.status()['pid']} saves "
+            "and stops), or wait until it has ended."
+        )
+    before = json.loads((path / OPTIONS).read_text(encoding="utf-8"))
+    differences = list(changed_options(before, json.loads(json.dumps(options, default=str))))
+    started_with = run.status().get("processes", processes)
+    if started_with != processes:
+        differences.append(f"processes: {started_with} then, {processes} now")
+    if differences:
+        raise InputError(
+            f"{str(path)!r} was started with other options, and going on with these would end in neither run: "
+            f"{'; '.join(differences)}. Give the options that it was started with, or another --output_dir. Steps, prompts, "
+            "intervals and limits may change."
+        )
+
+
+def changed_options(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """Each option that must not change and has, in words; options that one side does not know count as unchanged."""
+    for group in sorted(before.keys() & now.keys() - MAY_CHANGE_GROUPS):
+        for name in sorted(before[group].keys() & now[group].keys() - MAY_CHANGE):
+            if before[group][name] != now[group][name]:
+                yield f"{name}: {before[group][name]!r} then, {now[group][name]!r} now"

@@ -1,0 +1,339 @@
+"""One method, fitted to one draw of pictures: everything is chosen on validation, then the test is looked at once."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from torch import nn
+
+from pipelines.fewshot import adapters, baselines
+from pipelines.fewshot.baselines.predictors import Predictor
+from pipelines.fewshot.baselines.vocabulary import with_classes
+from pipelines.fewshot.batches import DrawnViews, LabelledBatches
+from pipelines.fewshot.classifier import ClassifierFile, save_classifier
+from pipelines.fewshot.clip import Clip
+from pipelines.fewshot.data import LabelledPicture, PictureDataset
+from pipelines.fewshot.features import prompt_features
+from pipelines.fewshot.loss import ClassificationLoss
+from pipelines.fewshot.metrics import fit_temperature, harmonic_mean, score, top1, wilson_interval
+from pipelines.fewshot.prompts import Prompts
+from pipelines.fewshot.shots import Shots
+from pipelines.methods import AdapterOptions
+from pipelines.subject.optimizers import Adam
+from training.engine.dry_run import PeakMemory
+from training.engine.loop import LoopOptions, Trainable, train
+from training.fewshot.study import DrawnPictures, Study
+from training.fewshot.tested import told_of_test, write_tested
+from training.options.fewshot import FewShotOptions
+from training.runs.run import RunDirectory
+
+# From as trained to the base model.
+STRENGTHS = (1.0, 0.75, 0.5, 0.25, 0.0)
+WARMUP_SHARE = 0.05
+CALIBRATION_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Member:
+    """A method and the draw it is fitted to."""
+
+    shots: Shots
+    seed: int
+    method: str
+
+    @property
+    def folder(self) -> Path:
+        """Below the run's directory."""
+        return Path("members") / f"{self.shots}-shots" / f"seed-{self.seed}" / self.method
+
+    def __str__(self) -> str:
+        return f"{self.method}, {self.shots} shots, seed {self.seed}"
+
+
+class Fitted(Protocol):
+    """A method that has learned and chosen all it will."""
+
+    trained_numbers: int
+    setting: dict[str, float]
+    strength: float
+    guard: str | None
+
+    def logits(self, pictures: Sequence[LabelledPicture]) -> torch.Tensor:
+        """(n, classes) float32 on the CPU."""
+
+    def new_logits(self, pictures: Sequence[LabelledPicture]) -> torch.Tensor | None:
+        """(n, new classes) of pictures of the classes held out; None for methods that know only what they were shown."""
+
+    def save(self, folder: Path, told: ClassifierFile) -> None:
+        """Write the classifier's files."""
+
+
+class FittedBaseline:
+    """A method on frozen features."""
+
+    strength, guard = 1.0, None
+
+    def __init__(self, drawn: DrawnPictures, predictor: Predictor) -> None:
+        self.drawn, self.predictor = drawn, predictor
+        self.trained_numbers, self.setting = predictor.trained_numbers, dict(predictor.setting)
+
+    def logits(self, pictures: Sequence[LabelledPicture]) -> torch.Tensor:
+        """See `Fitted`."""
+        return self.predictor.logits(self.drawn.inputs(pictures, self.predictor.reads)).cpu()
+
+    def new_logits(self, pictures: Sequence[LabelledPicture]) -> torch.Tensor | None:
+        """See `Fitted`."""
+        if not self.predictor.open_vocabulary:
+            return None
+        study = self.drawn.study
+        wider = with_classes(self.predictor, study.clip, study.new_prompts)
+        return wider.logits(self.drawn.inputs(pictures, wider.reads)).cpu()[:, len(study.prompts.classes) :]
+
+    def save(self, folder: Path, told: ClassifierFile) -> None:
+        """See `Fitted`."""
+        save_classifier(folder, told, predictor=self.predictor)
+
+
+class FittedAdapter:
+    """Towers that an adapter was trained on, at the strength that validation chose.
+
+    Args:
+        clip: a copy of the base model, with the adapter.
+        components: its adapted encoders.
+    """
+
+    def __init__(
+        self,
+        drawn: DrawnPictures,
+        clip: Clip,
+        options: AdapterOptions,
+        components: dict[str, nn.Module],
+        setting: dict[str, float],
+    ) -> None:
+        self.drawn, self.clip, self.options, self.components, self.setting = drawn, clip, options, components, setting
+        self.trained_numbers = sum(parameter.numel() for parameter in adapters.trained_parameters(components))
+        self.strength, self.guard = self._guarded()
+
+    def _guarded(self) -> tuple[float, str | None]:
+        """The strength that validation allows, set; and, where it is not the full one, what there was to choose from.
+
+        Interpolates towards zero-shot, h = W x + strength dW x, as WiSE-FT does [Wortsman et al. 2022, eq. 1]. The largest
+        strength whose accuracy is within one standard error of the best is taken [Breiman et al. 1984, section 3.4.3]: a few
+        validation pictures alone tell no smaller difference.
+        """
+        pictures = self.drawn.validation
+        labels = torch.tensor([picture.label for picture in pictures])
+        allowed = STRENGTHS if adapters.allows_any_strength(self.components) else (STRENGTHS[0], STRENGTHS[-1])
+        right = {}
+        for strength in allowed:
+            adapters.set_strength(self.components, strength)
+            right[strength] = top1(self.logits(pictures), labels)
+        chosen = largest_within_error(right, len(pictures))
+        adapters.set_strength(self.components, chosen)
+        return chosen, None if chosen == STRENGTHS[0] else told_of_guard(right, chosen, len(pictures))
+
+    def logits(self, pictures: Sequence[LabelledPicture], prompts: Prompts | None = None) -> torch.Tensor:
+        """See `Fitted`; of the classes of `prompts`, those that were learned unless said."""
+        study = self.drawn.study
+        features, _ = study.features(pictures, self.clip)
+        classes = prompt_features(self.clip, prompts or study.prompts, cache=study.cache)
+        return float(self.clip.logit_scale) * features @ classes.T
+
+    def new_logits(self, pictures: Sequence[LabelledPicture]) -> torch.Tensor | None:
+        """See `Fitted`."""
+        return self.logits(pictures, self.drawn.study.new_prompts)
+
+    def save(self, folder: Path, told: ClassifierFile) -> None:
+        """See `Fitted`."""
+        save_classifier(folder, told, adapter=(self.options, self.components))
+
+
+def largest_within_error(accuracies: Mapping[float, float], count: int) -> float:
+    """The largest strength whose accuracy on `count` pictures is within one binomial standard error of the best one's.
+
+    Args:
+        accuracies: by strength, in [0, 1].
+    """
+    best = max(accuracies.values())
+    error = math.sqrt(best * (1 - best) / count)
+    return max(strength for strength, accuracy in accuracies.items() if accuracy >= best - error)
+
+
+def told_of_guard(accuracies: Mapping[float, float], chosen: float, count: int) -> str:
+    """One sentence on why the strength `chosen`, which is not the full one, is used."""
+    result = "falls back to zero-shot" if chosen == 0 else f"uses {chosen:g} of the adapter's strength"
+    return (
+        f"On {count} validation pictures {accuracies[1.0]:.0%} are right at full strength, {accuracies[chosen]:.0%} at "
+        f"{chosen:g}, {accuracies[0.0]:.0%} without the adapter: the result {result}."
+    )
+
+
+def fit_adapter(
+    accelerator: Accelerator, run: RunDirectory, drawn: DrawnPictures, member: Member, options: FewShotOptions
+) -> FittedAdapter:
+    """Train an adapter in the member's own directory, going on from its newest checkpoint where there is one."""
+    study, how, adapter = drawn.study, options.optimisation, options.method.adapter(member.method)
+    clip = replace(study.clip, model=copy.deepcopy(study.clip.model))
+    components = adapters.attach(clip, adapter, options.places)
+    calibration = study.folder / "calibration" / f"{member.shots}-shots-seed-{member.seed}"
+    pixels = torch.utils.data.DataLoader(PictureDataset(drawn.train, clip.preprocess), CALIBRATION_BATCH)
+    tokens = clip.tokenizer(study.prompts.texts())
+    # All processes at once: the statistics of activations are summed over them.
+    adapters.start(clip, adapter, components, (batch for batch, _ in pixels), tokens, calibration, member.seed)
+    steps, rate = how.steps(drawn.shots), options.learning_rate(member.method)
+    trainable = to_train(drawn, clip, components, options, steps, rate, accelerator.num_processes)
+    loop = LoopOptions(
+        steps,
+        seed=member.seed,
+        gradient_accumulation_steps=how.gradient_accumulation_steps,
+        max_grad_norm=how.max_grad_norm,
+        checkpointing_steps=options.output.checkpointing_steps,
+        checkpoints_total_limit=options.output.checkpoints_total_limit,
+        dataloader_num_workers=study.options.dataloader_num_workers,
+    )
+    own = RunDirectory.create(run.path / member.folder, options.to_dict(), run.writes)
+    with own.recording():
+        train(accelerator, own, trainable, loop)
+    trainable.module.eval()
+    return FittedAdapter(drawn, clip, adapter, components, {"learning_rate": rate, "steps": steps})
+
+
+def to_train(
+    drawn: DrawnPictures,
+    clip: Clip,
+    components: dict[str, nn.Module],
+    options: FewShotOptions,
+    steps: int,
+    learning_rate: float,
+    processes: int,
+) -> Trainable:
+    """The loss, its batches, AdamW over the adapter's parameters, and a cosine that falls to zero.
+
+    Where one tower alone is adapted, what the other makes of pictures or prompts is computed once.
+    """
+    study, how = drawn.study, options.optimisation
+    reads_features = adapters.IMAGE not in components
+    class_features = None if adapters.TEXT in components else study.class_features
+    loss = ClassificationLoss(clip, study.prompts, class_features, reads_features)
+    labels = torch.tensor([picture.label for picture in drawn.train])
+    size = processes * min(how.train_batch_size, math.ceil(len(labels) / processes))
+    pictures = DrawnViews(drawn.training_examples.all_views()) if reads_features else drawn.altered()
+    batches = LabelledBatches(pictures, labels, size, drawn.split.seed)
+    trained = {"params": adapters.trained_parameters(components), "lr": learning_rate}
+    optimizer = Adam(weight_decay=how.adam_weight_decay).optimizer([trained])
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=round(WARMUP_SHARE * steps), num_training_steps=steps)
+    return Trainable(loss, batches, optimizer, schedule)
+
+
+def judged(fitted: Fitted, drawn: DrawnPictures) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a report says of a method, and what it made of each test picture: first its temperature, on validation, then the
+    test.
+    """
+    study = drawn.study
+    labels = {part: torch.tensor([one.label for one in getattr(drawn, part)]) for part in ("validation", "test")}
+    chosen_on = fitted.logits(drawn.validation)
+    temperature = fit_temperature(chosen_on, labels["validation"])
+    zero_shot = float(study.clip.logit_scale) * study.features(drawn.validation)[0] @ study.class_features.T
+    tested = fitted.logits(drawn.test)
+    classes = study.prompts.classes
+    plain, calibrated = (score(tested, labels["test"], classes, value) for value in (1.0, temperature))
+    found = {
+        "temperature": temperature,
+        "validation": {
+            "top1": top1(chosen_on, labels["validation"]),
+            "zero_shot_top1": top1(zero_shot, labels["validation"]),
+            "count": len(drawn.validation),
+        },
+        "test": plain.as_dict(),
+        "calibrated": calibrated.as_dict(),
+        "new_classes": judged_on_new(fitted, drawn, plain.top1.value) if study.new_prompts else None,
+    }
+    return found, told_of_test(drawn.test, tested, temperature, classes, study.digests(drawn.test))
+
+
+def judged_on_new(fitted: Fitted, drawn: DrawnPictures, base_top1: float) -> dict[str, Any] | None:
+    """How well a method names classes that it was never shown, among themselves; None where it cannot."""
+    study, pictures = drawn.study, drawn.new_test
+    logits = fitted.new_logits(pictures)
+    if logits is None:
+        return None
+    labels = torch.tensor([picture.label for picture in pictures]) - len(study.prompts.classes)
+    zero_shot = float(study.clip.logit_scale) * study.features(pictures)[0] @ study.new_class_features.T
+    found = wilson_interval(int((logits.argmax(dim=1) == labels).sum()), len(labels))
+    return {
+        "top1": asdict(found),
+        "zero_shot_top1": top1(zero_shot, labels),
+        "harmonic_mean": harmonic_mean(base_top1, found.value),
+        "count": len(labels),
+    }
+
+
+def stored_bytes(folder: Path) -> int:
+    """Bytes of the weights in a classifier's folder: of an adapter's smallest layout, or of a predictor."""
+    layouts = [path for path in (folder / "adapter").glob("*") if path.is_dir()] or [folder]
+    pattern = "*.safetensors" if layouts == [folder] else "**/*.safetensors"
+    return min(sum(file.stat().st_size for file in layout.glob(pattern)) for layout in layouts)
+
+
+def fit_member(
+    accelerator: Accelerator, run: RunDirectory, drawn: DrawnPictures, member: Member, options: FewShotOptions
+) -> tuple[Fitted, dict[str, Any]] | None:
+    """Fit a method, judge it and save it; on other processes than the main one, train along and return None.
+
+    Returns: what was fitted, and the member's entry of the report. Its seconds and its peak memory are those of fitting; what
+    frozen towers make of the pictures is there by then.
+    """
+    if member.method in baselines.BASELINES:
+        if not accelerator.is_main_process:
+            return None
+        task = drawn.task
+        began, memory = time.monotonic(), PeakMemory(accelerator.device)
+        fitted: Fitted = FittedBaseline(drawn, baselines.fit(member.method, task, member.seed))
+    else:
+        began, memory = time.monotonic(), PeakMemory(accelerator.device)
+        fitted = fit_adapter(accelerator, run, drawn, member, options)
+        if not accelerator.is_main_process:
+            return None
+    cost = {"seconds": round(time.monotonic() - began, 2), "peak_memory": memory.read()}
+    (found, tested), folder = judged(fitted, drawn), run.path / member.folder
+    fitted.save(folder, classifier_file(drawn.study, member, fitted, found["temperature"], options))
+    write_tested(folder, tested)
+    return fitted, {
+        "shots": member.shots,
+        "seed": member.seed,
+        "method": member.method,
+        "folder": member.folder.as_posix(),
+        "split_sha256": drawn.split.sha256,
+        "setting": fitted.setting,
+        "strength": fitted.strength,
+        "guard": fitted.guard,
+        "trained_numbers": fitted.trained_numbers,
+        "stored_bytes": stored_bytes(folder),
+        **cost,
+        **found,
+    }
+
+
+def classifier_file(study: Study, member: Member, fitted: Fitted, temperature: float, options: FewShotOptions) -> ClassifierFile:
+    """What the classifier's folder says of it."""
+    classes = study.prompts.classes
+    return ClassifierFile(
+        method=member.method,
+        model=options.model.model,
+        pretrained=options.model.pretrained,
+        base_sha256=study.base_sha256,
+        classes=classes,
+        keys=study.labelled.keys[: len(classes)],
+        templates=study.prompts.templates,
+        strength=fitted.strength,
+        temperature=temperature,
+    )

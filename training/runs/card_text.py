@@ -1,0 +1,27 @@
+"""What every model card needs: its file, and names and words as Markdown text."""
+
+from __future__ import annotations
+
+import html
+import re
+from pathlib import Path
+
+from pipelines.subject.base_model import is_built_in
+
+CARD = "README.md"
+MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+|~-])")
+
+
+def portable_name(model: str, private: bool = False) -> str:
+    """A local model's own name, without where it lies, the built-in one's place in the project; a hub name as it is."""
+    if not Path(model).exists():
+        return model
+    name = Path(model).resolve().name
+    if is_built_in(model):
+        return f"assets/{name}"
+    return "BASE_MODEL" if private else name
+
+
+def as_text(words: str) -> str:
+    """`words` as one line of Markdown that shows just them, whatever they hold."""
+    return MARKDOWN.sub(r"\\\1", html.escape(" ".join(words.split()), quote=False))

@@ -1,0 +1,159 @@
+"""Where a run comes from: hashes of pictures, base model and code, versions, seeds, command and device."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from pipelines.digests import file_digest
+from pipelines.subject.base_model import is_built_in
+from training.runs.durable import write_text_atomically
+from training.runs.run import RunDirectory
+
+PROVENANCE = "provenance.json"
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("nora_vision", "pipelines", "training")
+LIBRARIES = (
+    "torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy", "pillow", "bitsandbytes",
+    "open_clip_torch", "timm", "scikit-learn",
+)  # fmt: skip
+
+
+def files_hash(root: Path, files: Iterable[Path]) -> str:
+    """SHA-256 over the names, relative to `root`, and the bytes of `files`, whatever order they come in."""
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(root).as_posix()}\0{file_digest(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def code_identity(root: Path = ROOT) -> dict[str, Any]:
+    """The hash of this project's sources and, in a git checkout, its commit and whether files differ from that."""
+    sources = [path for package in PACKAGES for path in (root / package).rglob("*.py")]
+    found: dict[str, Any] = {"sources_sha256": files_hash(root, sources), "commit": None, "changed": None}
+    if (root / ".git").exists():
+        found["commit"] = _git(root, "rev-parse", "HEAD")
+        found["changed"] = bool(_git(root, "status", "--porcelain", "--untracked-files=no", "--", *PACKAGES))
+    return found
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """What git answers, or None where it cannot."""
+    try:
+        finished = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return finished.stdout.strip() if finished.returncode == 0 else None
+
+
+def model_identity(name_or_path: str, pipeline: StableDiffusionXLPipeline) -> dict[str, Any]:
+    """The base model's name, whether others know it by that, and the hash of each of its weight files.
+
+    Those of a hub name are the files in the hub's cache that the pipeline was loaded from.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        return {"name": path.name, "public": False, "files": {path.name: file_digest(path)}}
+    folder = path if path.is_dir() else _cached_folder(pipeline)
+    files = sorted(folder.rglob("*.safetensors")) if folder is not None else []
+    name = path.resolve().name if path.is_dir() else name_or_path
+    public = not path.is_dir() or is_built_in(name_or_path)
+    hashes = {file.relative_to(folder).as_posix(): file_digest(file) for file in files}
+    return {"name": name, "public": public, "files": hashes}
+
+
+def _cached_folder(pipeline: StableDiffusionXLPipeline) -> Path | None:
+    """The snapshot in the hub's cache that holds the UNet, or None where there is none."""
+    loaded_from = Path(str(pipeline.unet.config.get("_name_or_path", "")))
+    return loaded_from.parent if loaded_from.is_dir() else None
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """The command as it is written down: without the hub's token."""
+    shown, hidden = [], False
+    for argument in arguments:
+        name, given, _ = argument.partition("=")
+        is_token = name == "--hub_token"
+        shown.append("HIDDEN" if hidden else f"{name}=HIDDEN" if is_token and given else argument)
+        hidden = is_token and not given
+    return shlex.join(shown)
+
+
+def device_identity(device: torch.device) -> dict[str, Any]:
+    """The machine's processor, and the accelerator where one is used."""
+    found: dict[str, Any] = {"type": device.type, "processor": platform.processor() or platform.machine(), "name": None}
+    found["threads"] = torch.get_num_threads()
+    if device.type == "cuda":
+        found["name"] = torch.cuda.get_device_name(device)
+    return found
+
+
+def library_versions() -> dict[str, str | None]:
+    """The versions of Python and of the libraries that numbers depend on; None for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            found[library] = None
+    return found
+
+
+def file_records(paths: Iterable[Path]) -> list[dict[str, str]]:
+    """Name and hash of each file."""
+    return [{"file": str(path), "sha256": file_digest(path)} for path in paths]
+
+
+def write_provenance(
+    run: RunDirectory,
+    options: dict[str, Any],
+    base_model: dict[str, Any],
+    device: torch.device,
+    pictures: Mapping[str, list[dict[str, str]]],
+    seed: int | list[int],
+) -> None:
+    """Write provenance.json into the run's directory.
+
+    Args:
+        options: resolved, by group.
+        base_model: its name and the hashes of its weights.
+        pictures: name and hash of each, by what was done with them: learned from, left out and measured on.
+        seed: of everything drawn, or one for each repetition.
+    """
+    record = {
+        **pictures,
+        "base_model": base_model,
+        "code": code_identity(),
+        "versions": library_versions(),
+        "seed": seed,
+        "command": command_line(sys.argv),
+        "device": device_identity(device),
+        "options": options,
+    }
+    if run.writes:
+        write_text_atomically(run.path / PROVENANCE, json.dumps(record, indent=2, default=str) + "\n")
+
+
+def without_secrets(record: dict[str, Any]) -> dict[str, Any]:
+    """The record as it may be published by someone who keeps captions, paths and names: hashes, versions and numbers."""
+    model = record["base_model"]
+    return {
+        "base_model": {
+            "name": model["name"] if model["public"] else None,
+            "files": model["files"] if model["public"] else sorted(model["files"].values()),
+        },
+        "pictures": [{"sha256": picture["sha256"]} for picture in record["pictures"]],
+        "heldout": [{"sha256": picture["sha256"]} for picture in record["heldout"]],
+        **{name: record[name] for name in ("code", "versions", "seed", "device")},
+    }

@@ -1,0 +1,113 @@
+"""What a run's directory says, read without loading any model library: status, metrics, pictures, and whether it is at work."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from training.runs.durable import write_text_atomically
+
+OPTIONS, STATUS, METRICS = "options.json", "status.json", "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The directory of one run, to read.
+
+    Args:
+        path: the directory.
+    """
+
+    path: Path
+
+    @property
+    def samples(self) -> Path:
+        """Pictures made while training."""
+        return self.path / "samples"
+
+    @property
+    def subject(self) -> Path:
+        """Some of the pictures that are trained on, as the model sees them."""
+        return self.samples / "subject"
+
+    def samples_at(self, step: int) -> Path:
+        """The folder of the pictures made after `step` steps, one a prompt; 0 is the base model."""
+        return self.samples / f"step-{step:07d}"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Training states to resume from."""
+        return self.path / "checkpoints"
+
+    def status(self) -> dict[str, Any]:
+        """The fields of status.json; empty before the first update."""
+        return self.read_json(STATUS)
+
+    def options(self) -> dict[str, Any]:
+        """The resolved options by group, of options.json; empty before they are written."""
+        return self.read_json(OPTIONS)
+
+    def metrics(self) -> list[dict[str, float]]:
+        """The lines of metrics.jsonl, oldest first; a last line cut short by a crash is left out."""
+        text = self._read(METRICS)
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    def has_live_process(self) -> bool:
+        """Whether the process that wrote the status last still runs; not if that is this one."""
+        process = self.process()
+        return process is not None and process.pid != os.getpid()
+
+    def process(self) -> psutil.Process | None:
+        """The process that wrote the status last, if it still runs."""
+        status = self.status()
+        return live_process(status["pid"], status["pid_started"]) if "pid" in status else None
+
+    def is_at_work(self) -> bool:
+        """Whether it is running, and its process still there."""
+        return self.status().get("state") == "running" and self.has_live_process()
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The JSON file `name` of the directory; empty where there is none."""
+        text = self._read(name)
+        return json.loads(text) if text else {}
+
+    def _read(self, name: str) -> str:
+        """The file `name`; empty where there is none."""
+        try:
+            return (self.path / name).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return ""
+
+
+def live_process(pid: int, started: float) -> psutil.Process | None:
+    """The process `pid` that was started at `started`, if it still runs."""
+    try:
+        process = psutil.Process(pid)
+        # Ids are given again; start times are not. One that has ended waits for its parent as a zombie.
+        is_it = process.create_time() == started and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return None
+    return process if is_it else None
+
+
+def update_status(record: RunRecord, **fields: Any) -> None:
+    """Merge `fields` into status.json, with this process's id, its start time and a heartbeat (seconds since the epoch)."""
+    process = psutil.Process()
+    own = {"pid": process.pid, "pid_started": process.create_time(), "heartbeat": time.time()}
+    write_text_atomically(record.path / STATUS, json.dumps({**record.status(), **fields, **own}, indent=2) + "\n")
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints under `folder`, oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
+def newest_step(folder: Path) -> int:
+    """The step of the newest checkpoint under `folder`, 0 where there is none."""
+    return int(list_checkpoints(folder)[-1].name.removeprefix("step-")) if list_checkpoints(folder) else 0

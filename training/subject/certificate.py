@@ -1,0 +1,206 @@
+"""The compatibility certificate: stock diffusers, in a process without this project, draws what the trained model draws."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import load_file
+
+from nora_vision.files import read_header
+from pipelines.subject.generate import Sampling
+from training.runs.run import write_text_atomically
+from training.subject.kohya_lint import lint_kohya
+
+CERTIFICATE = "certificate.json"
+STOCK_PROGRAM = Path(__file__).parent / "stock_check.py"
+LEVELS = 255
+# Of an 8-bit picture, where both sides compute in float32.
+LARGEST_DIFFERENCE = 1.0
+# In half precision both sides round differently: their mean difference against the adapter's own mean effect.
+LARGEST_SHARE = 0.25
+
+
+class CertificateError(RuntimeError):
+    """The exported files do not do what the trained adapter does."""
+
+
+@dataclass(frozen=True)
+class StockModel:
+    """The base model as stock diffusers is to load it.
+
+    Args:
+        name: a hub name, a folder or a single .safetensors file.
+        variant, revision: as in `from_pretrained`.
+        vae: name or folder of another VAE.
+        config: folder with the configurations of a single file.
+    """
+
+    name: str
+    variant: str | None = None
+    revision: str | None = None
+    vae: str | None = None
+    config: str | None = None
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What the check found; differences in levels of 255.
+
+    Args:
+        passed: whether all of it holds.
+        largest_difference, mean_difference: for each file, between stock diffusers' pictures and the trained pipeline's.
+        effect, mean_effect: the largest and the mean change that the adapter makes to the base model's pictures.
+        kohya_findings: what A1111 or ComfyUI would misread.
+        problems: all that failed, in words.
+        prompts, sampling, dtype, device: what was drawn, and how.
+    """
+
+    passed: bool
+    largest_difference: dict[str, float]
+    mean_difference: dict[str, float]
+    effect: float
+    mean_effect: float
+    kohya_findings: list[str]
+    problems: list[str]
+    prompts: list[str]
+    sampling: dict[str, Any]
+    dtype: str
+    device: str
+
+
+def certify(
+    pipeline: StableDiffusionXLPipeline,
+    folder: Path,
+    model: StockModel,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    seed: int = 0,
+) -> Certificate:
+    """Compare `pipeline`, which holds the trained adapter, with a stock one that loads `folder`'s diffusers and kohya files.
+
+    The result goes to certificate.json in `folder`, good or bad. A DoRA's kohya file, which diffusers cannot read, is linted
+    alone.
+
+    Raises: CertificateError naming what failed: pictures that differ, an adapter without any effect, a file that stock
+        diffusers cannot load, or a kohya file that A1111 or ComfyUI would misread.
+    """
+    files = {format: exported_file(folder / format) for format in ("diffusers", "kohya")}
+    settings = _call_arguments(sampling)
+    seeds = list(range(seed, seed + len(prompts)))
+    native = _draw(pipeline, prompts, seeds, settings)
+    dtype, device = str(pipeline.unet.dtype).removeprefix("torch."), str(pipeline.device)
+    if pipeline.device.type != "cpu":
+        # Two SDXL models side by side fit few GPUs, and the trained one has drawn its last picture.
+        pipeline.to("cpu")
+        torch.cuda.empty_cache()
+    request = {"model": asdict(model), "dtype": dtype, "device": device, "prompts": list(prompts), "seeds": seeds}
+    drawn = {name: str(file) for name, file in files.items() if _is_read_by_diffusers(file)}
+    stock = _stock_pictures({**request, "sampling": settings, "files": drawn})
+    certificate = _judge(native, stock, lint_kohya(files["kohya"]), list(prompts), settings, dtype, device)
+    write_text_atomically(folder / CERTIFICATE, json.dumps(asdict(certificate), indent=2) + "\n")
+    if not certificate.passed:
+        raise CertificateError(
+            f"The exported adapter is not what was trained: {'; '.join(certificate.problems)}. See {str(folder / CERTIFICATE)!r}."
+        )
+    return certificate
+
+
+def exported_file(folder: Path) -> Path:
+    """The one .safetensors file in `folder`.
+
+    Raises: CertificateError if there is none, or several.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        raise CertificateError(f"{str(folder)!r} must hold one exported .safetensors file, holds {len(files)}.")
+    return files[0]
+
+
+def _is_read_by_diffusers(file: Path) -> bool:
+    """Whether stock diffusers reads all of `file`: it drops the lengths of rows of a DoRA in kohya's format."""
+    return not any(name.endswith(".dora_scale") for name in read_header(file).tensors)
+
+
+def _call_arguments(sampling: Sampling) -> dict[str, Any]:
+    """`sampling` as arguments of a stock pipeline."""
+    return {
+        "num_inference_steps": sampling.num_inference_steps,
+        "guidance_scale": sampling.guidance_scale,
+        "negative_prompt": sampling.negative_prompt or None,
+        "height": sampling.resolution,
+        "width": sampling.resolution,
+    }
+
+
+@torch.no_grad()
+def _draw(
+    pipeline: StableDiffusionXLPipeline, prompts: Sequence[str], seeds: Sequence[int], settings: dict[str, Any]
+) -> torch.Tensor:
+    """Pictures (prompts, height, width, 3) in [0, 1], one at a time, as the stock process draws them."""
+    for component in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
+        component.eval()
+    drawn = [
+        pipeline(prompt, generator=torch.Generator().manual_seed(seed), output_type="np", **settings).images[0]
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    return torch.stack([torch.from_numpy(picture).float() for picture in drawn])
+
+
+def _stock_pictures(request: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What the stock program draws for `request`: pictures by "base", "diffusers" and "kohya"."""
+    with tempfile.TemporaryDirectory() as folder:
+        target, asked = Path(folder) / "pictures.safetensors", Path(folder) / "request.json"
+        asked.write_text(json.dumps({**request, "pictures": str(target)}), encoding="utf-8")
+        # -P: the program's own folder, which is this package's, is no place to import from.
+        command = [sys.executable, "-P", str(STOCK_PROGRAM), str(asked)]
+        finished = subprocess.run(command, capture_output=True, text=True, check=False)
+        if finished.returncode:
+            last = finished.stderr.strip().splitlines()[-1:] or ["no message"]
+            raise CertificateError(f"Stock diffusers, without this package, cannot use the exported files: {last[0]}")
+        return load_file(target)
+
+
+def _judge(
+    native: torch.Tensor,
+    stock: dict[str, torch.Tensor],
+    findings: list[str],
+    prompts: list[str],
+    settings: dict[str, Any],
+    dtype: str,
+    device: str,
+) -> Certificate:
+    """Compare the trained pipeline's pictures (prompts, height, width, 3) with the stock one's."""
+    changes = LEVELS * (stock["diffusers"] - stock["base"]).abs()
+    effect, mean_effect = changes.max().item(), changes.mean().item()
+    apart = {name: LEVELS * (pictures - native).abs() for name, pictures in stock.items() if name != "base"}
+    problems = [f"the kohya file: {finding}" for finding in findings]
+    if effect == 0:
+        problems.append("the adapter changes no picture at all")
+    for name, difference in apart.items():
+        largest, share = difference.max().item(), difference.mean().item() / max(mean_effect, 1e-12)
+        if dtype == "float32" and not largest <= LARGEST_DIFFERENCE:
+            problems.append(f"the {name} file's pictures are up to {largest:.1f} levels of 255 off, 1 is allowed")
+        if dtype != "float32" and not share <= LARGEST_SHARE:
+            problems.append(f"the {name} file's pictures are off by {share:.0%} of the adapter's effect, 25% is allowed")
+    return Certificate(
+        passed=not problems,
+        largest_difference={name: difference.max().item() for name, difference in apart.items()},
+        mean_difference={name: difference.mean().item() for name, difference in apart.items()},
+        effect=effect,
+        mean_effect=mean_effect,
+        kohya_findings=findings,
+        problems=problems,
+        prompts=prompts,
+        sampling=settings,
+        dtype=dtype,
+        device=device,
+    )

@@ -1,0 +1,98 @@
+"""Leave-one-out: short trainings before the real one, each without one of the pictures, measured on that one."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterable
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+
+from pipelines.subject.encoding import EncodedPictures
+from pipelines.subject.loss import DenoisingLoss
+from training.engine.loop import LoopOptions, Periodic, Trainable, train
+from training.engine.sharding import assign, whole
+from training.runs.run import RunDirectory
+from training.subject.measured import FOLDS
+from training.subject.watching import measured_losses
+
+logger = get_logger(__name__)
+# Of the whole training, for each fold.
+FOLD_SHARE = 0.5
+Fold = tuple[EncodedPictures, EncodedPictures]
+
+
+def leave_one_out(
+    accelerator: Accelerator,
+    run: RunDirectory,
+    loss: DenoisingLoss,
+    folds: Iterable[Fold],
+    prepare: Callable[[EncodedPictures], Trainable],
+    options: LoopOptions,
+    every: int,
+) -> None:
+    """Train each fold for `FOLD_SHARE` of the steps from the adapter's start, and leave the adapter at its start.
+
+    A fold is a run of its own under `folds/`, so that one that was interrupted goes on where it was, and a finished one is
+    not repeated. NoRA's frozen factors come from the activations on all pictures; what is trained sees only the fold's.
+
+    Args:
+        folds: what is trained on and what is left out, encoded.
+        prepare: the optimiser and all else for a training on the pictures given.
+        options: of the whole training.
+        every: steps between two measurements.
+    """
+    start = {name: parameter.detach().clone() for name, parameter in loss.named_parameters() if parameter.requires_grad}
+    short = dataclasses.replace(options, max_train_steps=fold_steps(options.max_train_steps))
+    for place, (seen, heldout) in enumerate(folds):
+        part = RunDirectory.create(run.path / FOLDS / str(place), {"left_out": place}, run.writes)
+        if _is_finished(part, short.max_train_steps):
+            continue
+        run.update_status(phase=f"leaving out picture {place + 1}")
+        trainable = prepare(seen)
+        with whole(loss):
+            measure = _measure(part, loss, seen, heldout)
+        train(accelerator, part, trainable, short, [Periodic(every, measure)])
+        _restore(loss, start)
+        if part.writes:
+            shutil.rmtree(part.checkpoints)
+            shutil.rmtree(part.samples)
+
+
+def fold_steps(max_train_steps: int) -> int:
+    """Steps of one fold."""
+    return max(1, round(FOLD_SHARE * max_train_steps))
+
+
+def say_cost(folds: int) -> None:
+    """Tell what leave-one-out costs, and how to go without."""
+    logger.warning(
+        f"Each of so few pictures is left out in turn: {folds} short trainings come first, which take about as long as "
+        f"{folds * FOLD_SHARE:g} whole ones. --heldout_image none goes without, a picture's name measures on that one alone."
+    )
+
+
+def _is_finished(part: RunDirectory, steps: int) -> bool:
+    return any(line["step"] == steps and "heldout_loss" in line for line in part.metrics())
+
+
+def _measure(part: RunDirectory, loss: DenoisingLoss, seen: EncodedPictures, heldout: EncodedPictures) -> Callable[[int], float]:
+    """A function that logs the fold's losses; the first line, of the base model, is written now."""
+
+    def measure(step: int) -> float:
+        losses = measured_losses(loss, heldout, seen)
+        part.log(step, **losses)
+        return losses["heldout_loss"]
+
+    if part.writes and not part.metrics():
+        measure(0)
+    return measure
+
+
+def _restore(loss: DenoisingLoss, start: dict[str, torch.Tensor]) -> None:
+    for name, parameter in loss.named_parameters():
+        if name in start:
+            assign(parameter, start[name])
+            parameter.grad = None

@@ -1,0 +1,40 @@
+"""What a run keeps of its steps, and what it suggests by all that it measured."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+
+from torch import nn
+
+from pipelines.methods import AdapterOptions
+from pipelines.subject.adapters import save_small
+from training.runs.run import RunDirectory, write_text_atomically
+from training.subject.measured import adapter_at, heldout_curve, sample_scores
+from training.subject.suggesting import Suggestion, suggest
+
+SUGGESTION = "suggestion.json"
+
+
+def keep_adapter(run: RunDirectory, step: int, options: AdapterOptions, components: dict[str, nn.Module]) -> None:
+    """Save the adapter as it is now, in its smallest native layout, so that it can be used and exported at once."""
+    target = adapter_at(run, step)
+    aside = target.with_name(f".writing-{target.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    save_small(options, components, aside)
+    shutil.rmtree(target, ignore_errors=True)
+    aside.rename(target)
+
+
+def suggest_for(run: RunDirectory, last: int) -> Suggestion:
+    """What the run suggests by all that it measured; `last` is its last step."""
+    return suggest(heldout_curve(run), last, sample_scores(run))
+
+
+def write_suggestion(run: RunDirectory, suggestion: Suggestion) -> None:
+    """Write suggestion.json, with the folder of the suggested adapter where it was kept."""
+    kept = adapter_at(run, suggestion.step)
+    adapter = str(kept.relative_to(run.path)) if kept.is_dir() else None
+    fields = {**asdict(suggestion), "adapter": adapter}
+    write_text_atomically(run.path / SUGGESTION, json.dumps(fields, indent=2) + "\n")

@@ -1,0 +1,160 @@
+"""The model card of a run: what was trained, on what, with what result, and how to use it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from pipelines.fewshot.clip import BUILT_IN
+from pipelines.subject.embedders import OPEN_CLIP
+from pipelines.subject.scores import BASE
+from training.options import SubjectOptions
+from training.runs.card_text import CARD, as_text, portable_name
+from training.runs.durable import write_text_atomically
+from training.runs.run import RunDirectory
+from training.subject.suggesting import COPY_THRESHOLD
+
+GRID = "before_after.png"
+EXPORTED = ("adapter", "diffusers", "kohya", "suggested")
+TAGS = ("stable-diffusion-xl", "stable-diffusion-xl-diffusers", "text-to-image", "diffusers", "lora", "dreambooth")
+SCORES = """Samples, scored by {judge}: means of their likeness to the training pictures and of following their prompts, the most
+of their likeness to a single training picture (a copy from {limit:.3f} on) and of their thumbnails' correlation with one (a
+copy from {threshold:.2f} on). Compare within this table only.
+
+| step | subject | prompt | nearest picture | thumbnail | held-out loss |
+|---|---|---|---|---|---|
+{rows}"""
+
+BODY = """---
+{header}
+---
+# {title}
+
+A {method} adapter of `{model}`: {steps} steps of {batch} pictures on {pictures} pictures of the subject, learning rate {rate},
+{trained:,} trained numbers, {seconds:.0f} seconds.{options}
+
+![{alt}]({grid})
+{findings}
+| files | bytes |
+|---|---|
+{files}
+
+```python
+from diffusers import StableDiffusionXLPipeline
+
+pipe = StableDiffusionXLPipeline.{loader}({model_literal})
+pipe.load_lora_weights("diffusers")
+pipe({prompt_literal}).images[0]
+```
+"""
+
+
+def write_model_card(run: RunDirectory, options: SubjectOptions, pictures: int) -> None:
+    """Write README.md into the directory of a finished run that trained on `pictures` pictures."""
+    write_text_atomically(run.path / CARD, model_card(run, options, pictures))
+
+
+def model_card(run: RunDirectory, options: SubjectOptions, pictures: int, private: bool = False) -> str:
+    """The card as Markdown behind a YAML header.
+
+    Args:
+        private: without the words of prompts and the names of local files.
+    """
+    status, how = run.status(), options.optimisation
+    model = portable_name(options.model.pretrained_model_name_or_path, private)
+    prompt = "the subject" if private else options.data.subject_prompts()[0]
+    shown = "" if private else ", the subject above them"
+    return BODY.format(
+        header=card_header(options, private).to_yaml().strip(),
+        title="An adapter for one subject" if private else as_text(prompt),
+        method=options.adapter.method,
+        model=as_text(model) if "`" in model else model,
+        steps=how.max_train_steps,
+        batch=how.train_batch_size * how.gradient_accumulation_steps,
+        pictures=pictures,
+        rate=f"{how.learning_rate:g}",
+        trained=status["trained_numbers"],
+        seconds=status["seconds"],
+        options="" if private else " The resolved options are in options.json.",
+        alt=f"the base model's pictures and the adapted model's, for the same prompts and seeds{shown}",
+        grid=GRID,
+        findings="".join(f"\n{finding}\n" for finding in _findings(run, judge_in_words(options.judging.judge_model, private))),
+        files="\n".join(f"| {as_text(name)} | {size:,} |" for name, size in _exported_files(run)),
+        loader="from_single_file" if model.endswith(".safetensors") else "from_pretrained",
+        model_literal=json.dumps(model),
+        prompt_literal=json.dumps(f"{prompt} in the snow", ensure_ascii=False),
+    )
+
+
+def card_header(options: SubjectOptions, private: bool = False) -> ModelCardData:
+    """What the hub reads of a card; huggingface_hub quotes whatever words a prompt has."""
+    fields: dict[str, Any] = {"tags": [*TAGS, options.adapter.method], "library_name": "diffusers"}
+    fields |= {"pipeline_tag": "text-to-image"}
+    model = options.model.pretrained_model_name_or_path
+    if not Path(model).exists():
+        fields["base_model"] = model
+    if not private:
+        prompt = options.data.subject_prompts()[0]
+        fields["instance_prompt"] = prompt
+        fields["widget"] = [{"text": prompt, "output": {"url": GRID}}]
+    return ModelCardData(**fields)
+
+
+def judge_in_words(name: str, private: bool = False) -> str:
+    """What scored the samples, without where it lies, and without its name where that may say whose it is."""
+    if name in (BASE, BUILT_IN):
+        return "the base model itself" if name == BASE else "the built-in CLIP"
+    if private:
+        return "a CLIP or DINOv2 model"
+    library, _, weights = name.partition("/") if name.startswith(OPEN_CLIP) else ("", "", name)
+    return as_text("/".join(part for part in (library, portable_name(weights)) if part))
+
+
+def _findings(run: RunDirectory, judge: str) -> list[str]:
+    """What the run found out of itself: held-out losses, the suggestion, its warnings, scores by `judge`, the certificate."""
+    found = []
+    losses = [line["heldout_loss"] for line in run.metrics() if "heldout_loss" in line]
+    if losses:
+        before, after = losses[0], losses[-1]
+        found.append(f"Mean denoising loss in the middle of the held-out picture: {before:.4f} before, {after:.4f} after.")
+    suggestion = _read(run.path / "suggestion.json")
+    if suggestion and (suggestion["curve"] or suggestion["scores"]):
+        found.append(f"**Suggested: step {suggestion['step']} of {suggestion['last']}.** {suggestion['why']}")
+        found += [f"> **Warning.** {warning}" for warning in suggestion["warnings"]]
+    if suggestion and suggestion["scores"]:
+        found.append(_scores_table(suggestion, judge))
+    certificate = _read(run.path / "certificate.json")
+    if certificate:
+        largest = max(certificate["largest_difference"].values())
+        found.append(
+            "Certified: stock diffusers, without this project, draws the same pictures from the diffusers and the kohya file, at "
+            f"most {largest:.2f} of 255 levels apart. The adapter changes the base model's by up to {certificate['effect']:.0f}."
+        )
+    return found
+
+
+def _scores_table(suggestion: dict[str, Any], judge: str) -> str:
+    """The scores of the samples of each step beside its held-out loss, as Markdown."""
+    scores = {int(step): of_step for step, of_step in suggestion["scores"].items()}
+    heldout = {point["step"]: f"{point['heldout']:.4f}" for point in suggestion["curve"]}
+    names = {0: "base model", suggestion["step"]: f"**{suggestion['step']}, suggested**"}
+    rows = [
+        f"| {names.get(step, step)} | {each['subject']:.3f} | {each['prompt']:.3f} | {each['nearest']:.3f} | {each['copy']:.2f} "
+        f"| {heldout.get(step, '')} |"
+        for step, each in sorted(scores.items())
+    ]
+    limit = next(iter(scores.values()))["nearest_limit"]
+    return SCORES.format(judge=judge, limit=limit, threshold=COPY_THRESHOLD, rows="\n".join(rows))
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _exported_files(run: RunDirectory) -> list[tuple[str, int]]:
+    """Name and bytes of every exported file of weights."""
+    paths = sorted(path for folder in EXPORTED for path in (run.path / folder).rglob("*.safetensors"))
+    return [(path.relative_to(run.path).as_posix(), path.stat().st_size) for path in paths]

@@ -1,0 +1,174 @@
+"""What a subject's training needs before it can start: pictures examined, divided and encoded, those of the class made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from diffusers import StableDiffusionXLPipeline
+
+from pipelines.cache import TensorCache
+from pipelines.subject.adapters import without_adapters
+from pipelines.subject.buckets import AUTOMATIC, Size, automatic_buckets, parse_buckets, size_multiple
+from pipelines.subject.captions import class_prompts, find_captioned
+from pipelines.subject.data import Picture
+from pipelines.subject.doctor import Report, examine
+from pipelines.subject.encoding import EncodedPictures, Encoder, Framing
+from pipelines.subject.evaluation import choose_heldout
+from pipelines.subject.generate import Sampling, generate
+from pipelines.subject.prior import ClassPictures, in_sizes
+from training.options import SubjectOptions
+from training.options.data import DataOptions
+from training.runs.run import RunDirectory, write_text_atomically
+from training.subject.folds import say_cost
+
+PRIOR_DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+CACHE, CLASS_PICTURES, PHOTOS = "cache", "class_pictures", "photos.json"
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Division:
+    """The pictures to train on, those to measure on, and what the photo doctor found in all of them.
+
+    Args:
+        folds: places among `train` of those that are left out in turn, in short trainings before the real one.
+    """
+
+    train: list[Picture]
+    heldout: list[Picture]
+    report: Report
+    folds: tuple[int, ...] = ()
+
+
+def checked_pictures(options: DataOptions, seed: int) -> Division:
+    """Find the pictures and have each examined, so that what is wrong is known before anything is loaded.
+
+    Raises: InputError naming the folder or file, or a class prompt that is missing.
+    """
+    report = examine(options.instance_data_dir, options.resolution, options.dataloader_num_workers)
+    captioned = find_captioned(options.instance_data_dir, options.instance_prompt)
+    if options.with_prior_preservation:
+        class_prompts(options.instance_data_dir, options.class_prompt)
+    if any(diagnosis.findings for diagnosis in report.pictures) or report.findings:
+        logger.warning("What the photo doctor found:\n%s", report.in_words())
+    found = [picture for picture in captioned if picture.path in report.usable]
+    names = [picture.path.relative_to(options.instance_data_dir).as_posix() for picture in found]
+    chosen = choose_heldout(names, options.heldout_image, seed)
+    if chosen.folds:
+        say_cost(len(chosen.folds))
+    train_on = [picture for place, picture in enumerate(found) if place != chosen.place]
+    heldout = [] if chosen.place is None else [found[chosen.place]]
+    return Division(train_on, heldout, report, chosen.folds)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The pictures as the UNet takes them: the subject's, and those held out, where there are any."""
+
+    subject: EncodedPictures
+    heldout: EncodedPictures | None
+
+    def folds(self, places: tuple[int, ...]) -> Iterator[tuple[EncodedPictures, EncodedPictures]]:
+        """For each of `places` all pictures of the subject but that one, and that one."""
+        for place in places:
+            rest = [other for other in range(len(self.subject)) if other != place]
+            yield self.subject.only(rest), self.subject.only([place])
+
+
+class Preparation:
+    """Makes what a training needs with the base model, each thing once, and in its own time.
+
+    Args:
+        pipeline: the base model, before there is an adapter.
+        load: loads it again in another precision.
+        sampling: how class pictures are drawn; its resolution is also that of the training.
+    Raises: InputError if sizes do not fit the model.
+    """
+
+    def __init__(
+        self,
+        pipeline: StableDiffusionXLPipeline,
+        load: Callable[[torch.dtype], StableDiffusionXLPipeline],
+        options: SubjectOptions,
+        sampling: Sampling,
+        run: RunDirectory,
+        accelerator: Accelerator,
+    ) -> None:
+        self.pipeline, self.load, self.options, self.sampling = pipeline, load, options.data, sampling
+        self.model, self.run, self.accelerator = options.model.pretrained_model_name_or_path, run, accelerator
+        self.share = (accelerator.process_index, accelerator.num_processes)
+        self.framing = framing_for(pipeline, options.data, sampling.resolution, options.optimisation.seed)
+        cache = TensorCache(Path(options.data.cache_dir or run.path / CACHE))
+        self.encoder = Encoder(pipeline, cache, options.data.dataloader_num_workers, self.share, accelerator.wait_for_everyone)
+
+    def encode(self, pictures: Division) -> Encoded:
+        """Encode the pictures and prompts, once for the whole training."""
+        record_report(pictures.report, self.sampling.resolution, self.run)
+        self.run.update_status(phase="encoding")
+        subject = self.encoder.encode(pictures.train, self.framing)
+        central = Framing(self.framing.sizes, size_conditioning=self.framing.size_conditioning)
+        return Encoded(subject, self.encoder.encode(pictures.heldout, central) if pictures.heldout else None)
+
+    def class_pictures(self, sizes: Collection[Size], count: int | None = None) -> EncodedPictures | None:
+        """Encode the class pictures, drawing those that are missing; None without prior preservation.
+
+        Args:
+            sizes: those that the subject's pictures have.
+            count: how many of each class; as many as the options say, at the most.
+        Raises: InputError if those that are there are of another prompt or model.
+        """
+        data = self.options
+        if not data.with_prior_preservation:
+            return None
+        folder = Path(data.class_data_dir or self.run.path / CLASS_PICTURES)
+        prompts = class_prompts(data.instance_data_dir, data.class_prompt)
+        count = min(count or data.num_class_images, data.num_class_images)
+        with without_adapters(self.pipeline):
+            found = self._drawn(ClassPictures(folder, prompts, count, self.model, self.share))
+            self.run.update_status(phase="encoding")
+            shown, shown_sizes = in_sizes(found, sorted(set(sizes)))
+            return self.encoder.encode(shown, self.framing, shown_sizes)
+
+    def _drawn(self, wanted: ClassPictures) -> list[Picture]:
+        """The class pictures; those that are missing are made first, by all processes together."""
+        missing = wanted.missing()
+        self.accelerator.wait_for_everyone()
+        if missing:
+            self.run.update_status(phase="drawing class pictures")
+            precision = self.options.prior_generation_precision
+            drawing = self.pipeline if precision is None else self.load(PRIOR_DTYPES[precision])
+            draw = partial(generate, drawing, sampling=self.sampling, batch_size=self.options.sample_batch_size)
+            settings = asdict(self.sampling) | {"sampler": type(drawing.scheduler).__name__.removesuffix("Scheduler")}
+            wanted.make(missing, draw, settings)
+        self.accelerator.wait_for_everyone()
+        return wanted.found()
+
+
+def record_report(report: Report, resolution: int, run: RunDirectory) -> None:
+    """Keep the photo doctor's report, now that the resolution is known, and say which pictures would be enlarged."""
+    complete = report.for_resolution(resolution)
+    if complete != report:
+        logger.warning("What the photo doctor found for a training at %d pixels:\n%s", resolution, complete.in_words())
+    if run.writes:
+        write_text_atomically(run.path / PHOTOS, json.dumps(complete.to_dict(), indent=2) + "\n")
+
+
+def framing_for(pipeline: StableDiffusionXLPipeline, options: DataOptions, resolution: int, seed: int) -> Framing:
+    """How pictures are brought to size.
+
+    Raises: InputError if the sizes given do not fit the model.
+    """
+    sizes: tuple[Size, ...] = ((resolution, resolution),)
+    if options.aspect_ratio_buckets == AUTOMATIC:
+        sizes = automatic_buckets(resolution, size_multiple(pipeline))
+    elif options.aspect_ratio_buckets is not None:
+        sizes = parse_buckets(options.aspect_ratio_buckets, size_multiple(pipeline))
+    crops = 0 if options.center_crop else options.crops_per_picture
+    return Framing(sizes, crops, options.random_flip, options.size_conditioning or "picture", seed)

@@ -1,0 +1,62 @@
+"""Draws pictures as a stranger to this project would: stock diffusers, the exported files, nothing else.
+
+    python stock_check.py REQUEST.json
+
+A program of its own, never imported: it blocks this project's packages, so that an adapter that needs them fails here.
+`training.subject.certificate` writes the request and reads the pictures.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+BLOCKED = ("nora_vision", "pipelines", "training")
+# None in sys.modules makes every import of the name fail.
+sys.modules.update(dict.fromkeys(BLOCKED))
+
+import torch  # noqa: E402
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+
+def load(request: dict[str, Any]) -> StableDiffusionXLPipeline:
+    """The base model of the request, by diffusers alone."""
+    model, dtype = request["model"], getattr(torch, request["dtype"])
+    given = {"add_watermarker": False}
+    if model["vae"] is not None:
+        given["vae"] = AutoencoderKL.from_pretrained(model["vae"], torch_dtype=dtype, use_safetensors=True)
+    if Path(model["name"]).is_file():
+        given |= {} if model["config"] is None else {"config": model["config"]}
+        pipeline = StableDiffusionXLPipeline.from_single_file(model["name"], torch_dtype=dtype, **given)
+    else:
+        given |= {"use_safetensors": True, "variant": model["variant"], "revision": model["revision"]}
+        pipeline = StableDiffusionXLPipeline.from_pretrained(model["name"], torch_dtype=dtype, **given)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(request["device"])
+
+
+def draw(pipeline: StableDiffusionXLPipeline, request: dict[str, Any]) -> torch.Tensor:
+    """The request's pictures: (prompts, height, width, 3) float32 in [0, 1]."""
+    pictures = []
+    for prompt, seed in zip(request["prompts"], request["seeds"], strict=True):
+        drawn = pipeline(prompt, generator=torch.Generator().manual_seed(seed), output_type="np", **request["sampling"])
+        pictures.append(torch.from_numpy(drawn.images[0]).float())
+    return torch.stack(pictures)
+
+
+def main(request: dict[str, Any]) -> None:
+    """Draw with the base model, then with each file, and write all pictures to the file that the request names."""
+    pipeline = load(request)
+    pictures = {"base": draw(pipeline, request)}
+    for name, file in request["files"].items():
+        pipeline.load_lora_weights(str(Path(file).parent), weight_name=Path(file).name)
+        pictures[name] = draw(pipeline, request)
+        pipeline.unload_lora_weights()
+    save_file(pictures, request["pictures"])
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))

@@ -1,0 +1,105 @@
+"""What a subject's training is watched by: the losses with fixed noise, kept adapters, and sample pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+
+from PIL import Image
+from torch import nn
+
+from pipelines.methods import AdapterOptions
+from pipelines.subject.encoding import EncodedPictures
+from pipelines.subject.evaluation import mean_denoising_loss
+from pipelines.subject.loss import DenoisingLoss
+from pipelines.subject.scores import Judge
+from training.runs.run import RunDirectory
+from training.subject.judging import keep_adapter
+from training.subject.measured import logged
+from training.subject.samples import Sampler, save_subject
+from training.subject.suggesting import StepScores
+
+# Of the training pictures, for the loss that the held-out one is compared with.
+SEEN_PICTURES, SEEN_DRAWS = 4, 16
+
+
+def measured_losses(loss: DenoisingLoss, heldout: EncodedPictures, seen: EncodedPictures) -> dict[str, float]:
+    """The loss with fixed noise on what is held out, and on some of the pictures that are trained on."""
+    return {
+        "heldout_loss": mean_denoising_loss(loss, heldout),
+        "seen_loss": mean_denoising_loss(loss, seen, SEEN_DRAWS, limit=SEEN_PICTURES),
+    }
+
+
+def log_scores(run: RunDirectory, step: int, judge: Judge, drawn: Sequence[Image.Image], prompts: Sequence[str]) -> None:
+    """Log the scores of the pictures `drawn` from `prompts` after `step` steps: means of likeness and following, the worst of
+    copying.
+    """
+    scores = judge.scores(drawn, prompts)
+    of_step = StepScores(
+        subject=fmean(each.subject for each in scores),
+        prompt=fmean(each.prompt for each in scores),
+        copy=max(each.copy for each in scores),
+        nearest=max(each.nearest for each in scores),
+        nearest_limit=judge.nearest_limit,
+    )
+    run.log(step, **{logged(name): value for name, value in asdict(of_step).items()})
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Watches one training.
+
+    Args:
+        run: where everything goes.
+        loss: of the model in training.
+        seen, heldout: what is trained on, and what is not; None where all is trained on.
+        sampler: draws the sample pictures.
+        adapter: its options, for keeping it.
+        components: what it is on.
+        judge: scores the pictures that are drawn, or None.
+    """
+
+    run: RunDirectory
+    loss: DenoisingLoss
+    seen: EncodedPictures
+    heldout: EncodedPictures | None
+    sampler: Sampler
+    adapter: AdapterOptions
+    components: dict[str, nn.Module]
+    judge: Judge | None = None
+
+    def begin(self, before: Sequence[Image.Image], shown: Sequence[Image.Image]) -> None:
+        """Measure the base model, once a run, and keep and score what it drew; keep the pictures `shown` beside it."""
+        if not self.run.writes or self.run.metrics():
+            return
+        if self.heldout is not None:
+            self.run.log(0, **measured_losses(self.loss, self.heldout, self.seen))
+        save_subject(self.run, shown)
+        self.sampler.save(self.run, 0, before)
+        self._score(0, before)
+
+    def measure(self, step: int) -> float | None:
+        """Keep the adapter and log the losses; returns that of the held-out picture."""
+        keep_adapter(self.run, step, self.adapter, self.components)
+        if self.heldout is None:
+            return None
+        losses = measured_losses(self.loss, self.heldout, self.seen)
+        self.run.log(step, **losses)
+        return losses["heldout_loss"]
+
+    def show(self, step: int) -> None:
+        """Draw the validation prompts, and score the pictures."""
+        keep_adapter(self.run, step, self.adapter, self.components)
+        drawn = self.sampler.draw()
+        self.sampler.save(self.run, step, drawn)
+        self._score(step, drawn)
+
+    def sample(self, step: int) -> None:
+        """Draw the validation prompts for people alone: a step that was asked for changes nothing of what is suggested."""
+        self.sampler.save(self.run, step, self.sampler.draw())
+
+    def _score(self, step: int, drawn: Sequence[Image.Image]) -> None:
+        if self.judge is not None:
+            log_scores(self.run, step, self.judge, drawn, self.sampler.prompts)
