@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi, constants, get_token, snapshot_download
+from huggingface_hub import HfApi, constants, get_token, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     DisabledRepoError,
     FileMetadataError,
@@ -25,13 +26,14 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import httpx, validate_repo_id
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, httpx, validate_repo_id
 
 from pipelines.errors import InputError
 
 logger = logging.getLogger(__name__)
-# What the clients raise where a request fails; a full disk and a cache that cannot be written are OSErrors too.
-HUB_ERRORS = (OSError, httpx.HTTPError, HFValidationError, json.JSONDecodeError)
+# What a look-up raises where it fails, and what a transfer does; hf_xet raises RuntimeError.
+_LOOKUP_ERRORS = (OSError, httpx.HTTPError, json.JSONDecodeError)
+_TRANSFER_ERRORS = (OSError, httpx.HTTPError, RuntimeError)
 
 
 class HubError(InputError):
@@ -53,7 +55,6 @@ class Failure(Enum):
     OFFLINE = auto()
     UNREACHABLE = auto()
     INTERRUPTED = auto()
-    NOT_CACHED = auto()
     DISK_FULL = auto()
     NOT_WRITABLE = auto()
     NOT_A_HUB = auto()
@@ -95,8 +96,7 @@ _TEXTS = {
     "{page}/tree/main, or leave it out.",
     Failure.NO_FILE: "it has no file {file!r}. Look at {page}/tree/main, or take another model.",
     Failure.DISABLED: "the hub has disabled it, see {page}. Take another model.",
-    Failure.UNAUTHORIZED: "the hub does not accept the access token (401). Log in again with `hf auth login`, or unset "
-    "HF_TOKEN.",
+    Failure.UNAUTHORIZED: "the hub does not accept the access token (401). Log in again with `hf auth login`, or unset HF_TOKEN.",
     Failure.FORBIDDEN: "the access token may not read it (403). Log in with `hf auth login` and a token that may, or change "
     "its rights on {hub}/settings/tokens.",
     Failure.RATE_LIMITED: "the hub has had too many requests from this address (429). Wait some minutes, or log in with "
@@ -107,7 +107,6 @@ _TEXTS = {
     Failure.UNREACHABLE: "the hub {hub} cannot be reached ({cause}), and the cache {cache} has no complete copy. {elsewhere}",
     Failure.INTERRUPTED: "the transfer broke off ({cause}). Run the command again: what has arrived complete is not fetched "
     "again.",
-    Failure.NOT_CACHED: "the cache {cache} has only a part of it, and the hub cannot be asked for the rest. {elsewhere}",
     Failure.DISK_FULL: "the disk with the cache {cache} is full. Make room, or set HF_HOME to a folder on another disk.",
     Failure.NOT_WRITABLE: "the cache {cache} cannot be written ({cause}). Set HF_HOME to a folder that can.",
     Failure.NOT_A_HUB: "{hub} does not answer as a hub does. Check HF_ENDPOINT, and whether a proxy or a login page of the "
@@ -155,11 +154,16 @@ class Lookup:
 
     Args:
         files: names relative to the repository.
-        from_cache: whether the hub could not be asked, and the cache is all there is.
+        unavailable: where the hub could not be asked, the error that this is if the cache's copy does not suffice.
     """
 
     files: frozenset[str]
-    from_cache: bool
+    unavailable: HubError | None = None
+
+    @property
+    def from_cache(self) -> bool:
+        """Whether the cache is all there is."""
+        return self.unavailable is not None
 
 
 def is_hub_name(text: str) -> bool:
@@ -187,8 +191,7 @@ def failure_of(error: BaseException) -> tuple[Failure, BaseException] | None:
         failure = _own_failure(each)
         if failure is not None:
             return failure, each
-    # Only then: it is raised from the reason why the hub could not be asked, where there was one.
-    return next(((Failure.NOT_CACHED, each) for each in seen if isinstance(each, LocalEntryNotFoundError)), None)
+    return None
 
 
 def _own_failure(error: BaseException) -> Failure | None:
@@ -199,9 +202,7 @@ def _own_failure(error: BaseException) -> Failure | None:
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         return _BY_STATUS.get(status, Failure.SERVER_ERROR if status >= 500 else None)
-    if isinstance(error, OSError) and not isinstance(error, LocalEntryNotFoundError):
-        return _BY_ERRNO.get(error.errno) if error.errno else None
-    return None
+    return _BY_ERRNO.get(error.errno or 0) if isinstance(error, OSError) else None
 
 
 def brief(error: BaseException) -> str:
@@ -244,15 +245,15 @@ def _hub_error(model: HubModel, error: BaseException) -> HubError:
 
 
 @contextmanager
-def fetching(model: HubModel) -> Iterator[None]:
-    """While files of `model` are fetched: failures become a `HubError`.
+def fetching(model: HubModel, lookup: Lookup) -> Iterator[None]:
+    """While files of `model` are fetched, or taken from the cache: failures become a `HubError`.
 
     Raises: HubError with the reason and the remedy.
     """
     try:
         yield
-    except HUB_ERRORS as error:
-        raise _hub_error(model, error) from error
+    except _TRANSFER_ERRORS as error:
+        raise lookup.unavailable or _hub_error(model, error) from error
 
 
 def look_up(model: HubModel, index: str) -> Lookup:
@@ -264,15 +265,16 @@ def look_up(model: HubModel, index: str) -> Lookup:
     """
     try:
         info = HfApi().model_info(model.name, revision=model.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        return Lookup(frozenset(sibling.rfilename for sibling in info.siblings or ()), from_cache=False)
-    except HUB_ERRORS as error:
+        return Lookup(frozenset(sibling.rfilename for sibling in info.siblings or ()))
+    except _LOOKUP_ERRORS as error:
         failure, cause = failure_of(error) or (Failure.INTERRUPTED, error)
         folder = _cached_folder(model, index) if failure in _USE_CACHE else None
+        unavailable = _hub_error(model, error)
         if folder is None:
-            raise _hub_error(model, error) from error
+            raise unavailable from error
     if failure is not Failure.OFFLINE:
-        logger.warning(f"The {model.role} {model.name!r} is taken from the cache, unchecked: the hub failed ({brief(cause)}).")
-    return Lookup(frozenset(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()), from_cache=True)
+        logger.warning(f"The {model.role} {model.name!r} is taken from the cache as it is: the hub failed ({brief(cause)}).")
+    return Lookup(files_below(folder), unavailable)
 
 
 def _cached_folder(model: HubModel, index: str) -> Path | None:
@@ -284,16 +286,38 @@ def _cached_folder(model: HubModel, index: str) -> Path | None:
     return folder if (folder / index).is_file() else None
 
 
+def files_below(folder: Path) -> frozenset[str]:
+    """The names of all files in a folder, relative to it."""
+    return frozenset(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+
+
 def fetch(model: HubModel, patterns: Sequence[str], lookup: Lookup) -> Path:
     """The folder in the cache with the files of `model` that match `patterns`; those that are missing are downloaded.
 
     Raises: HubError if a file cannot be had.
     """
-    with fetching(model):
+    with fetching(model, lookup):
         folder = snapshot_download(
             model.name, revision=model.revision, allow_patterns=list(patterns), local_files_only=lookup.from_cache
         )
     return Path(folder)
+
+
+def fetch_file(model: HubModel, file: str, lookup: Lookup) -> Path:
+    """One file of `model` in the cache; see `fetch`."""
+    with fetching(model, lookup):
+        return Path(hf_hub_download(model.name, file, revision=model.revision, local_files_only=lookup.from_cache))
+
+
+def account(token: str) -> dict[str, Any]:
+    """What the hub says of the owner of an access token, and of the token.
+
+    Raises: OSError or httpx.HTTPError if it is not valid, or the hub cannot be asked; see `failure_of`.
+    """
+    headers, timeout = build_hf_headers(token=token), constants.HF_HUB_ETAG_TIMEOUT
+    response = get_session().get(f"{constants.ENDPOINT}/api/whoami-v2", headers=headers, timeout=timeout)
+    hf_raise_for_status(response)
+    return response.json()
 
 
 def offline_environment() -> dict[str, str]:

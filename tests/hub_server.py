@@ -1,6 +1,6 @@
 """A local stand-in for the Hugging Face hub's HTTP API: models with revisions, gates and failures, and uploads.
 
-`HubServer` listens on loopback; `HF_ENDPOINT` (or the `hub` fixture of `hub_fixtures.py`, within a process) points the clients at
+`HubServer` listens on loopback; `HF_ENDPOINT` (or `point_clients_at`, within a process) points the clients at
 it. As the real hub does, it answers for .safetensors and .bin files with a redirect to another host, here "localhost" in place of
 "127.0.0.1", to which no token may be sent.
 """
@@ -8,9 +8,11 @@ it. As the real hub does, it answers for .safetensors and .bin files with a redi
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +20,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
+from huggingface_hub import constants, hf_api
 
 LARGE = (".safetensors", ".bin")
 TOKEN, READ_ONLY_TOKEN = "hf_writes", "hf_reads"
@@ -73,6 +78,7 @@ class HubServer:
         repositories: by name; change them at any time.
         requests: (method, path) of all requests so far.
         status: an HTTP status that every request is answered with, or None.
+        login_page: whether every request is answered with a page of HTML, as networks do that ask for a login.
         cut_after: by file name, after how many bytes of the body each of the next downloads ends in a closed connection.
         wrong_length: names of files that are announced and sent with a byte less than the hub says they have.
         stored: bytes of uploaded large files by their SHA-256.
@@ -82,10 +88,11 @@ class HubServer:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[tuple[str, str]] = []
         self.status: int | None = None
+        self.login_page = False
         self.cut_after: dict[str, list[int]] = {}
         self.wrong_length: set[str] = set()
         self.stored: dict[str, bytes] = {}
-        self._server: ThreadingHTTPServer | None = None
+        self._server: _Server | None = None
         self._port = 0
         self.start()
 
@@ -97,16 +104,16 @@ class HubServer:
     def start(self) -> None:
         """Listen, on the same port as before."""
         handler = type("Handler", (_Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", self._port), handler)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", self._port), handler)
         self._port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def stop(self) -> None:
-        """Refuse connections from now on."""
+        """Close all connections, and refuse others from now on."""
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
+            self._server.cut_connections()
             self._server = None
 
     def add(self, name: str, files: Mapping[str, Content], *revisions: str) -> Repository:
@@ -133,6 +140,48 @@ def model_files(folder: Path, *variants: str | None) -> dict[str, Content]:
         for variant in variants or (None,):
             files[name if variant is None else name.replace(".safetensors", f".{variant}.safetensors")] = path
     return files
+
+
+def point_clients_at(hub: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have huggingface_hub, and what builds on it, ask `hub` and cache in the folder `cache`, in this process alone.
+
+    A process of its own is pointed there by `HF_ENDPOINT` and `HF_HOME`, which huggingface_hub reads when it is imported.
+    """
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(hf_api.api, "endpoint", hub.endpoint)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+
+
+class _Server(ThreadingHTTPServer):
+    """A server that can also end the connections that clients keep open."""
+
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        self.connections: set[socket.socket] = set()
+        super().__init__(address, handler)
+
+    def process_request(self, request: socket.socket, client_address: Any) -> None:
+        """Answer in a thread of its own."""
+        self.connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: socket.socket) -> None:
+        """Close a connection that is done."""
+        self.connections.discard(request)
+        super().shutdown_request(request)
+
+    def cut_connections(self) -> None:
+        """End all that is still going on."""
+        for connection in list(self.connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 class _Refusal(Exception):
@@ -177,6 +226,8 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         self.hub.requests.append((self.command, unquote(url.path)))
         try:
+            if self.hub.login_page:
+                return self._send_file(b"<html>Log in</html>", "", {})
             if self.hub.status is not None:
                 raise _Refusal(self.hub.status, message="a failure that the test asked for")
             for pattern, action in ROUTES:

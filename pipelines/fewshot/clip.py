@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from nora_vision.files import PICKLE_SUFFIXES, read_json
 from pipelines import mini_clip
 from pipelines.errors import InputError
-from pipelines.hub import HubModel, fetch, look_up
+from pipelines.hub import HubModel, fetch, fetch_file, look_up
 
 BUILT_IN, RANDOM = "mini", "random"
 # Before a name on the hub, as in open_clip: "hf-hub:OWNER/NAME".
@@ -271,7 +271,7 @@ def _downloaded(name: str, tag: str, settings: dict[str, Any]) -> Path:
             f"The weights {tag!r} of {name} exist as a pickle alone, which is not opened: {repository!r} has no {file}. Give a "
             f".safetensors checkpoint as --pretrained, {instead}."
         )
-    return _checked_weights(fetch(model, [file], lookup) / file)
+    return _checked_weights(fetch_file(model, file, lookup))
 
 
 def _hub_folder(name: str) -> Path:

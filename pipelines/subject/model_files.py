@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import StableDiffusionXLPipeline
-from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
+from diffusers.loaders.single_file_utils import (
+    DIFFUSERS_DEFAULT_PIPELINE_PATHS,
+    fetch_diffusers_config,
+    load_single_file_checkpoint,
+)
 
 from pipelines.errors import InputError
-from pipelines.hub import HubModel, fetch, fetching, is_hub_name, look_up
+from pipelines.hub import HubModel, fetch, fetch_file, fetching, files_below, is_hub_name, look_up
 
 PIPELINE_CLASS = "StableDiffusionXLPipeline"
 INDEX = "model_index.json"
@@ -34,8 +38,7 @@ def pipeline_folder(name_or_path: str, revision: str | None, variant: str | None
     folder, wanted = Path(name_or_path), [name for name in MODELS if name not in parts]
     if folder.exists():
         _check_index(folder, name_or_path)
-        files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-        _check_weights(name_or_path, files, wanted, variant)
+        _check_weights(name_or_path, files_below(folder), wanted, variant)
         return folder
     if not is_hub_name(name_or_path) or name_or_path.endswith(PICKLES):
         raise InputError(
@@ -44,13 +47,18 @@ def pipeline_folder(name_or_path: str, revision: str | None, variant: str | None
         )
     model = HubModel(name_or_path, revision, variant)
     lookup = look_up(model, INDEX)
-    if INDEX in lookup.files:
-        _check_index(fetch(model, [INDEX], lookup), name_or_path)
+    if INDEX not in lookup.files:
+        raise InputError(
+            f"{name_or_path!r} is no diffusers model: it has no {INDEX}. Give the hub name of one, such as "
+            "'stabilityai/stable-diffusion-xl-base-1.0'."
+        )
+    _check_index(fetch_file(model, INDEX, lookup).parent, name_or_path)
+    try:
         _check_weights(name_or_path, lookup.files, wanted, variant)
-    else:
-        raise InputError(f"{name_or_path!r} is no diffusers model: it has no {INDEX}. Give the hub name of one, such as "
-                         "'stabilityai/stable-diffusion-xl-base-1.0'.")  # fmt: skip
-    with fetching(model):
+    except InputError as error:
+        # What is not in the cache may be on the hub.
+        raise lookup.unavailable or error from None
+    with fetching(model, lookup):
         return Path(
             StableDiffusionXLPipeline.download(
                 name_or_path,
@@ -96,7 +104,7 @@ def configuration_folder(file: Path, name_or_path: str | None) -> Path:
     """
     option = "--single_file_config"
     if name_or_path is None:
-        name_or_path = fetch_diffusers_config(load_single_file_checkpoint(str(file)))["pretrained_model_name_or_path"]
+        name_or_path = _default_configuration(file)
     if Path(name_or_path).is_dir():
         _check_index(Path(name_or_path), name_or_path)
         return Path(name_or_path)
@@ -108,6 +116,14 @@ def configuration_folder(file: Path, name_or_path: str | None) -> Path:
     folder = fetch(model, CONFIGURATIONS, lookup)
     _check_index(folder, name_or_path)
     return folder
+
+
+def _default_configuration(file: Path) -> str:
+    """The hub name of the configuration that diffusers takes for a single file of SDXL, by its tensors."""
+    inferred = fetch_diffusers_config(load_single_file_checkpoint(str(file)))
+    # What it does not recognise it takes for Stable Diffusion 1.5, which this file is not: it has SDXL's text encoders.
+    defaults = DIFFUSERS_DEFAULT_PIPELINE_PATHS
+    return (defaults["xl_base"] if inferred == defaults["v1"] else inferred)["pretrained_model_name_or_path"]
 
 
 def _check_index(folder: Path, name: str) -> None:
