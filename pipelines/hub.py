@@ -75,7 +75,7 @@ _BY_CLASS: tuple[tuple[type[BaseException], Failure], ...] = (
     (httpx.ProxyError, Failure.UNREACHABLE),
     (httpx.TransportError, Failure.INTERRUPTED),
 )
-_BY_STATUS = {401: Failure.UNAUTHORIZED, 403: Failure.FORBIDDEN, 429: Failure.RATE_LIMITED}
+_BY_STATUS = {401: Failure.UNAUTHORIZED, 403: Failure.FORBIDDEN, 404: Failure.NO_REPOSITORY, 429: Failure.RATE_LIMITED}
 _BY_ERRNO = {
     errno.ENOSPC: Failure.DISK_FULL,
     errno.EDQUOT: Failure.DISK_FULL,
@@ -200,8 +200,7 @@ def _own_failure(error: BaseException) -> Failure | None:
         if isinstance(error, kind):
             return failure
     if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        return _BY_STATUS.get(status, Failure.SERVER_ERROR if status >= 500 else None)
+        return _BY_STATUS.get(error.response.status_code, Failure.SERVER_ERROR)
     return _BY_ERRNO.get(error.errno or 0) if isinstance(error, OSError) else None
 
 

@@ -408,7 +408,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, {"success": True, "commitUrl": f"{self.hub.endpoint}/{name}/commit/{sha}", "commitOid": sha})
 
 
-_NAME = r"([^/]+/[^/]+)"
+_NAME = r"([^/]+(?:/[^/]+)?)"
 ROUTES = (
     (r"/api/whoami-v2", _Handler.whoami),
     (r"/api/repos/create", _Handler.create),

@@ -263,7 +263,7 @@ def _downloaded(name: str, tag: str, settings: dict[str, Any]) -> Path:
         )
     # What has another name is the same weights in another format, as open_clip itself has it.
     file = f"{Path(file).stem}.safetensors" if file else mini_clip.WEIGHTS_FILE
-    role, local = f"repository of the weights {tag!r} of {name}:", f"give --pretrained a .safetensors checkpoint, {instead}"
+    role, local = f"{tag!r} weights of {name} at", f"give --pretrained a .safetensors checkpoint, {instead}"
     model = HubModel(repository, role=role, local=local)
     lookup = look_up(model, file)
     if file not in lookup.files:
@@ -283,7 +283,7 @@ def _hub_folder(name: str) -> Path:
     lookup = look_up(model, mini_clip.CONFIG_FILE)
     for file in (mini_clip.CONFIG_FILE, mini_clip.WEIGHTS_FILE):
         if file not in lookup.files:
-            raise InputError(
+            raise lookup.unavailable or InputError(
                 f"The CLIP model {name!r} has no {file}, which is what is read of open_clip's models on the hub. Give --model a "
                 f"name that open_clip knows, such as ViT-B-16, or {BUILT_IN!r}."
             )

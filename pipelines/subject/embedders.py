@@ -103,7 +103,7 @@ def _transformers_folder(name: str) -> Path:
     lookup = look_up(model, "config.json")
     weights = [file for file in lookup.files if TRANSFORMERS_WEIGHTS.fullmatch(file)]
     if not weights:
-        raise HubError(
+        raise lookup.unavailable or HubError(
             f"The judge_model {name!r} has no model.safetensors: other weights, such as .bin, can run programs when they are "
             f"read. Give one that has them, such as 'facebook/dinov2-base', or {BUILT_IN!r}, the built-in CLIP."
         )

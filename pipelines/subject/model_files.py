@@ -88,7 +88,7 @@ def autoencoder_folder(name_or_path: str) -> Path:
     lookup = look_up(model, "config.json")
     weights = [file for file in lookup.files if WEIGHTS.fullmatch(file) and _variant_of(file) is None]
     if not weights:
-        raise InputError(
+        raise lookup.unavailable or InputError(
             f"The autoencoder {name_or_path!r} could not be loaded: it has no diffusion_pytorch_model.safetensors"
             f"{_pickles_among(lookup.files)}. Give the hub name or folder of an AutoencoderKL with .safetensors weights."
         )

@@ -122,8 +122,8 @@ def push_to_hub(folder: Path, judging: JudgingOptions, fallback_name: str) -> st
         remedy = "Log in with `hf auth login` and a token that may write there, then" if failure in _OF_THE_TOKEN else "Later,"
         command = f"hf upload {name} {shlex.quote(str(folder))}" + (" --private" if judging.private else "")
         raise InputError(
-            f"The hub took no upload: {reason}; the run is complete, and what was to be published is in {str(folder)!r}. {remedy} "
-            f"upload it with `{command}`."
+            f"The hub took no upload: {reason}; the run is complete, and what was to be published is in {str(folder)!r}. "
+            f"{remedy} upload it with `{command}`."
         ) from error
     logger.info(f"Uploaded to {repository}")
     return str(repository)
