@@ -134,19 +134,23 @@ def format_of(head: bytes, suffix: str, name: str) -> ImageFormat:
     """
     if (found := sniff(head)) is not None:
         if not is_available(found):
-            raise DecoderMissingError(
-                f"{name} cannot be read as a picture: it is {found.name}, whose decoder is missing. Save it as JPEG, or "
-                f"{found.remedy}."
-            )
+            raise _decoder_missing(found, name)
         return found
     if (words := other_kind(head)) is not None:
         raise UnsupportedFormatError(f"{name} cannot be read as a picture: it is {words}. Save it as JPEG or PNG.")
     called = next((each for each in FORMATS if suffix.lower() in each.suffixes), None)
+    if called is not None and not is_available(called):
+        raise _decoder_missing(called, name)
     if called is not None and called.remedy:
         raise UnsupportedFormatError(
             f"{name} cannot be read as a picture: it is not {called.name}, though its name says so. Save it as JPEG or PNG."
         )
     raise UnidentifiedImageError("it is of no image format" if head else "it is empty")
+
+
+def _decoder_missing(image_format: ImageFormat, name: str) -> DecoderMissingError:
+    words = f"it is {image_format.name}, whose decoder is missing"
+    return DecoderMissingError(f"{name} cannot be read as a picture: {words}. Save it as JPEG, or {image_format.remedy}.")
 
 
 def is_available(image_format: ImageFormat) -> bool:
