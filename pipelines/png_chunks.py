@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-TEXT_CHUNKS = frozenset({b"tEXt", b"zTXt", b"iTXt"})
+# The chunks that are looked into: texts and colours.
+EXAMINED = frozenset({b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"cICP"})
 # What tells the orientation where there is no eXIf chunk.
 ORIENTATION_KEYWORDS = frozenset({"Raw profile type exif", "XML:com.adobe.xmp"})
 # No kept text may be longer; Pillow's own limit.
@@ -29,40 +30,44 @@ class PngParts:
     """What a PNG holds beside its pixels.
 
     Args:
-        content: the file without its texts and its colour profile, as Pillow is to read it.
+        content: the file without its texts and its colour profile, as Pillow is to read it; the file itself if it has none.
         profile: the ICC profile, unpacked; b"" for one that is damaged, None for none.
         code_points: of the cICP chunk: primaries, transfer, matrix, range; None for none.
+        texts: the keywords of those that were left in.
     """
 
     content: BinaryIO
     profile: bytes | None = None
     code_points: tuple[int, ...] | None = None
-    _texts: set[str] = field(default_factory=set)
+    texts: set[str] = field(default_factory=set)
 
 
 def split_png(source: BinaryIO, keywords: Collection[str] = ()) -> PngParts:
-    """Read the chunks of the PNG at `source`, without unpacking more than is needed.
+    """Read the chunks of the PNG at `source` that are not pixels, without unpacking more than is needed.
 
     Args:
         source: the file, which can be sought in.
         keywords: texts to leave in, where they are at most `MAX_TEXT` long; orientations stay in any case.
     """
-    kept = io.BytesIO()
-    parts, keywords = PngParts(kept), {*keywords, *ORIENTATION_KEYWORDS}
-    kept.write(SIGNATURE)
-    end = source.seek(0, io.SEEK_END)
-    source.seek(len(SIGNATURE))
-    while True:
-        start = source.read(_LENGTH_TYPE)
-        length, kind = int.from_bytes(start[:4], "big"), start[4:]
-        # Not more than there is, whatever the file says: Python would reserve the memory.
-        body = source.read(min(length + _CHECKSUM, end - source.tell()))
-        if _is_kept(parts, kind, body[:length], keywords):
-            kept.write(start + body)
+    parts, keywords = PngParts(source), {*keywords, *ORIENTATION_KEYWORDS}
+    end, place, ranges = source.seek(0, io.SEEK_END), len(SIGNATURE), [(0, len(SIGNATURE))]
+    kind = b""
+    while place < end and kind != b"IEND":
+        source.seek(place)
+        head = source.read(_LENGTH_TYPE)
+        length, kind = int.from_bytes(head[:4], "big"), head[4:]
         # A file that is cut short goes on to Pillow as it is.
-        if kind == b"IEND" or len(body) < length + _CHECKSUM:
-            break
-    kept.seek(0)
+        after = min(place + _LENGTH_TYPE + length + _CHECKSUM, end)
+        if kind not in EXAMINED or _is_kept(parts, kind, source.read(min(length, MAX_PROFILE)), keywords):
+            ranges.append((place, after - place))
+        else:
+            parts.content = io.BytesIO()
+        place = after
+    if parts.content is not source:
+        for start, count in ranges:
+            source.seek(start)
+            parts.content.write(source.read(count))
+        parts.content.seek(0)
     return parts
 
 
@@ -70,14 +75,13 @@ def _is_kept(parts: PngParts, kind: bytes, data: bytes, keywords: Collection[str
     if kind == b"iCCP":
         parts.profile = _profile(data)
         return False
-    if kind == b"cICP" and len(data) == 4:
+    if kind == b"cICP":
         parts.code_points = tuple(data)
-    if kind not in TEXT_CHUNKS:
         return True
     keyword = data.partition(b"\0")[0].decode("latin-1")
-    if keyword not in keywords or keyword in parts._texts or not _is_short(kind, data):
+    if keyword not in keywords or keyword in parts.texts or not _is_short(kind, data):
         return False
-    parts._texts.add(keyword)
+    parts.texts.add(keyword)
     return True
 
 
