@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from pipelines.errors import InputError
+from pipelines.file_names import display_path
 from pipelines.pictures import PICTURE_SUFFIXES, is_picture
 from pipelines.subject.data import Picture, find_pictures
 
@@ -39,7 +40,7 @@ def subject_folders(folder: str | Path) -> list[Path]:
 
 def subject_name(folder: Path) -> str:
     """What the subject in `folder` is called: as the folder, with spaces for underscores."""
-    return folder.resolve().name.replace("_", " ")
+    return display_path(folder.resolve().name).replace("_", " ")
 
 
 def find_captioned(folder: str | Path, instance_prompt: str | None) -> list[Picture]:
