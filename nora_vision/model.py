@@ -36,6 +36,7 @@ class NoraModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put the adapter's layers into `model`, or raise and leave it as it was."""
+        self._from_state_dict = kwargs.get("state_dict") is not None
         requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
         with ExitStack() as on_failure:
             on_failure.callback(self._remove_traces, model, adapter_name, requires_grad)
@@ -69,20 +70,14 @@ class NoraModel(BaseTuner):
             return
         _maybe_include_all_linear_layers(peft_config, model)
         names = _adaptable_names(model)
-        if isinstance(peft_config.target_modules, set):
-            unknown = sorted(t for t in peft_config.target_modules if not any(f".{n}".endswith(f".{t}") for n in names))
-            if unknown:
-                raise ValueError(
-                    f"target_modules {unknown} match no module of {type(model).__name__}. Remove them or correct the spelling."
-                )
-        missing = sorted(s for s in peft_config.modules_to_save or () if not any(n.endswith(s) for n in names))
-        # With a task type PEFT adds the usual names of a classifier head, whether the model has them or not.
-        if missing and peft_config.task_type is None:
-            raise ValueError(f"modules_to_save {missing} match no module of {type(model).__name__}.")
-        for name in names:
-            if self._check_target_module_exists(peft_config, name):
-                module = model.get_submodule(name)
-                check_layer(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, peft_config, name)
+        peft_config.check_modules(names, type(model).__name__)
+        targets = [name for name in names if self._check_target_module_exists(peft_config, name)]
+        for name in targets:
+            module = model.get_submodule(name)
+            check_layer(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, peft_config, name)
+        # Where a state dict decides what is adapted, it gives the ranks too. PEFT itself refuses an adapter of no layer.
+        if targets and not self._from_state_dict:
+            peft_config.check_patterns(targets, type(model).__name__)
 
     def _create_and_replace(
         self,
