@@ -41,7 +41,8 @@ def save_nora(
 ) -> Path:
     """Save the adapter of every component that has it, at strength 1, into the folder `path` and return that.
 
-    Full folders hold all factors and are PEFT's own format: `PeftModel.from_pretrained(unet, path / "unet")` reads them.
+    Full folders hold all factors and are PEFT's own format: `PeftModel.from_pretrained(unet, path / "unet")` reads them, without
+    checking the digest of the tensors and of the configuration that `load_nora` checks.
     Compact ones hold the inner factors, the activation scales and a probe, and need the very base weights again.
 
     Raises:
