@@ -81,7 +81,7 @@ class NoraConfig(PeftConfig):
     inner_rank_pattern: dict[str, int] = field(
         default_factory=dict,
         metadata={
-            "help": "Inner ranks other than inner_r, by layer name ending or regular expression; each must match an adapted layer."
+            "help": "Inner ranks other than inner_r, by layer name ending or regular expression; each must match an adapted one."
         },
     )
 
