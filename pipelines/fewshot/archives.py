@@ -81,10 +81,11 @@ class ZippedFile:
 
 @dataclass(frozen=True)
 class ZipContent:
-    """What a zip holds: its files that are not hidden, sorted by name, and the names of their folders."""
+    """What a zip holds: its files that are not hidden, sorted by name, the names of their folders, and the hidden files'."""
 
     files: tuple[ZippedFile, ...]
     folders: tuple[str, ...]
+    hidden: tuple[str, ...] = ()
 
 
 def read_zip(path: Path, limits: ZipLimits) -> ZipContent:
@@ -101,7 +102,8 @@ def read_zip(path: Path, limits: ZipLimits) -> ZipContent:
     seen = [member for member in members if is_shown(member.filename)]
     names = sorted(member.filename for member in seen if not member.is_dir())
     files = tuple(ZippedFile(name, path, limits.member_bytes, limits.pixels) for name in names)
-    return ZipContent(files, tuple(sorted({folder for member in seen for folder in _folders(member)})))
+    hidden = sorted(member.filename for member in members if not is_shown(member.filename) and not member.is_dir())
+    return ZipContent(files, tuple(sorted({folder for member in seen for folder in _folders(member)})), tuple(hidden))
 
 
 def is_shown(name: str) -> bool:

@@ -25,8 +25,8 @@ from pipelines.fewshot.baselines.vocabulary import with_classes
 from pipelines.fewshot.clip import Clip, load_clip
 from pipelines.fewshot.features import picture_features, prompt_features, raw_pixels
 from pipelines.fewshot.inputs import GivenPictures, GivenPictureSet
-from pipelines.fewshot.loading import read_json
 from pipelines.fewshot.prompts import Prompts
+from pipelines.fewshot.split_files import read_json
 from pipelines.methods import AdapterOptions, method_names
 
 CLASSIFIER, REPORT, PREDICTOR, ADAPTER = "classifier.json", "report.json", "predictor.safetensors", "adapter"

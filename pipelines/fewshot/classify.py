@@ -57,7 +57,8 @@ def find_files(given: Sequence[str]) -> list[Path]:
     found: dict[Path, None] = {}
     for path in map(Path, given):
         if path.is_dir():
-            own = [path / name for name in walk(path)[0] if has_picture_name(name)]
+            content = walk(path)
+            own = [path / name for name in (*content.files, *content.broken) if has_picture_name(name)]
         else:
             own = [path] if path.is_file() else []
         if not own:

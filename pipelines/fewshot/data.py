@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from PIL import Image
@@ -16,13 +16,12 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from pipelines.errors import InputError
+from pipelines.fewshot.layouts import LISTED, listed
 from pipelines.fewshot.prompts import clean_name
 from pipelines.fewshot.sources import Source
+from pipelines.fewshot.split_words import PARTS as PARTS
+from pipelines.fewshot.split_words import Part
 from pipelines.pictures import PICTURE_SUFFIXES, read_picture
-
-Part = Literal["train", "val", "test"]
-PARTS: tuple[Part, ...] = get_args(Part)
-LISTED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +54,7 @@ class LabelledSet:
         keys: what the classes are called where they were found, such as their folders; renaming a class leaves its key.
         pictures: of all classes.
         parts: of pictures' names, where whoever made the set has split it; otherwise empty.
+        notes: sentences on how the set was read, and on what of it is not used.
     """
 
     name: str
@@ -62,6 +62,7 @@ class LabelledSet:
     keys: tuple[str, ...]
     pictures: tuple[LabelledPicture, ...]
     parts: Mapping[str, Part] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.classes) < 2:
@@ -123,7 +124,7 @@ def rename(labelled: LabelledSet, class_names: Mapping[str, str]) -> LabelledSet
     """
     unknown = sorted(set(class_names) - set(labelled.keys))
     if unknown:
-        raise InputError(f"{labelled.name} has no class {unknown[0]!r} to rename. Its classes are {_listed(labelled.keys)}.")
+        raise InputError(f"{labelled.name} has no class {unknown[0]!r} to rename. Its classes are {listed(labelled.keys)}.")
     now = tuple(class_names.get(key, name).strip() for key, name in zip(labelled.keys, labelled.classes, strict=True))
     for key, name in zip(labelled.keys, now, strict=True):
         if not clean_name(name) or not name.isprintable():
@@ -131,7 +132,7 @@ def rename(labelled: LabelledSet, class_names: Mapping[str, str]) -> LabelledSet
         sharing = [other for other, its in zip(labelled.keys, now, strict=True) if clean_name(its) == clean_name(name)]
         if len(sharing) > 1:
             called = clean_name(name)
-            raise InputError(f"Each class needs a name of its own, but {_listed(sharing)} are all called {called!r}. Rename one.")
+            raise InputError(f"Each class needs a name of its own, but {listed(sharing)} are all called {called!r}. Rename one.")
     pictures = tuple(replace(picture, class_name=now[picture.label]) for picture in labelled.pictures)
     return replace(labelled, classes=now, pictures=pictures)
 
@@ -184,8 +185,8 @@ class Copies:
         return len(self.classes) > 1
 
     def __str__(self) -> str:
-        where = f"in the classes {_listed(self.classes)}" if self.conflicting else f"in class {self.classes[0]!r}"
-        return f"The same picture is {len(self.names)} times {where}: {_listed(self.names)}."
+        where = f"in the classes {listed(self.classes)}" if self.conflicting else f"in class {self.classes[0]!r}"
+        return f"The same picture is {len(self.names)} times {where}: {listed(self.names)}."
 
 
 def find_copies(labelled: LabelledSet) -> list[Copies]:
@@ -239,8 +240,3 @@ def _why_unreadable(picture: LabelledPicture) -> str | None:
     except InputError as error:
         return str(error)
     return None
-
-
-def _listed(words: Sequence[str]) -> str:
-    shown = ", ".join(repr(word) for word in words[:LISTED])
-    return f"{shown} and {len(words) - LISTED} more" if len(words) > LISTED else shown

@@ -62,6 +62,7 @@ class Scores:
         count: pictures.
         top1: share of them that is right, with Wilson's interval.
         per_class: the same of each class; None for classes without pictures.
+        class_counts: pictures of each class; 0 for classes without, which no score speaks of.
         calibration_error: expected, over 15 bins.
         negative_log_likelihood: mean, in nats.
         temperature: that the logits were divided by.
@@ -72,6 +73,7 @@ class Scores:
     count: int
     top1: Interval
     per_class: dict[str, float | None]
+    class_counts: dict[str, int]
     calibration_error: float
     negative_log_likelihood: float
     temperature: float
@@ -99,11 +101,14 @@ def score(logits: torch.Tensor, labels: torch.Tensor, classes: Sequence[str], te
     predicted, places = logits.argmax(dim=1), range(len(classes))
     found = reliability(probabilities, labels)
     recalls = recall_score(labels.cpu(), predicted.cpu(), labels=places, average=None, zero_division=np.nan)
-    per_class = {name: None if math.isnan(own) else float(own) for name, own in zip(_named(classes), recalls, strict=True)}
+    names = _named(classes)
+    per_class = {name: None if math.isnan(own) else float(own) for name, own in zip(names, recalls, strict=True)}
+    counts = torch.bincount(labels.cpu(), minlength=len(classes)).tolist()
     return Scores(
         count=len(labels),
         top1=wilson_interval(int((predicted == labels).sum()), len(labels)),
         per_class=per_class,
+        class_counts=dict(zip(names, counts, strict=True)),
         calibration_error=found.expected_calibration_error,
         negative_log_likelihood=float(F.cross_entropy(logits.double() / temperature, labels)),
         temperature=temperature,

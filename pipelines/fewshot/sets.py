@@ -14,8 +14,8 @@ from open_clip import IMAGENET_CLASSNAMES
 
 from pipelines.errors import InputError
 from pipelines.fewshot.data import PARTS, LabelledPicture, LabelledSet, Part
-from pipelines.fewshot.loading import read_json
 from pipelines.fewshot.sources import PictureFile
+from pipelines.fewshot.split_files import read_json
 from pipelines.pictures import has_picture_name
 
 INSTRUCTIONS = "Lay it out as DATASETS.md of github.com/KaiyangZhou/CoOp says"

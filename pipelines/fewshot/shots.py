@@ -17,7 +17,8 @@ import torch
 
 from pipelines.errors import InputError
 from pipelines.fewshot.data import PARTS, LabelledPicture, LabelledSet, Part
-from pipelines.fewshot.loading import read_json
+from pipelines.fewshot.layouts import LISTED, listed
+from pipelines.fewshot.split_files import read_json
 from pipelines.randomness import keyed_generator
 
 Shots = int | Literal["all"]
@@ -76,12 +77,14 @@ def sample_split(labelled: LabelledSet, shots: Shots, seed: int, test_share: flo
     Args:
         shots: at least 1, or "all".
         test_share: between 0 and 1.
-    Raises: InputError naming the class that has fewer pictures than are needed.
+    Raises: InputError naming the classes that the set's own split gives nothing to learn from, or the class that has fewer
+        pictures than are needed.
     """
     if shots != "all" and shots < 1:
         raise InputError(f"shots must be 1 or more, or all, got {shots}.")
     if not labelled.parts and not 0 < test_share < 1:
         raise InputError(f"test_share must lie between 0 and 1, got {test_share}.")
+    _check_learnable(labelled)
     names: dict[Part, list[tuple[str, int]]] = {part: [] for part in PARTS}
     for label, own in _by_class(labelled):
         drawn = _drawn(labelled, label, own, shots, seed, test_share)
@@ -91,6 +94,38 @@ def sample_split(labelled: LabelledSet, shots: Shots, seed: int, test_share: flo
         raise InputError(f"{labelled.name} has no picture to test on: its own split is train alone. Add a part test.")
     share = None if labelled.parts else test_share
     return FewShotSplit(shots, seed, share, labelled.keys, {part: tuple(listed) for part, listed in names.items()})
+
+
+def split_notes(labelled: LabelledSet) -> list[str]:
+    """Sentences on the classes that the set's own split leaves without images to test on, or to choose settings on."""
+    notes = []
+    for part, purpose in (("test", "to test on: nothing is measured of"), ("val", "to choose settings on from")):
+        without = classes_without(labelled, part)
+        if part in labelled.parts.values() and without:
+            them = "it" if len(without) == 1 else "them"
+            have = "has" if len(without) == 1 else "have"
+            notes.append(f"{listed(without)} {have} 0 images {purpose} {them}.")
+    return notes
+
+
+def classes_without(labelled: LabelledSet, part: Part) -> list[str]:
+    """The keys of the classes that the set's own split gives no images of `part`; none where it is not split."""
+    having = {picture.label for picture in labelled.pictures if labelled.parts.get(picture.name) == part}
+    return [key for label, key in enumerate(labelled.keys) if labelled.parts and label not in having]
+
+
+def _check_learnable(labelled: LabelledSet) -> None:
+    without = classes_without(labelled, "train")
+    if without:
+        where = ", ".join(
+            f"{key!r} ({' and '.join(part for part in PARTS if key not in classes_without(labelled, part))} alone)"
+            for key in without[:LISTED]
+        )
+        more = f" and {len(without) - LISTED} more" if len(without) > LISTED else ""
+        raise InputError(
+            f"The split of {labelled.name} gives no image to learn from to {where}{more}. Add images of each class to the part "
+            "train, or remove the class. A class must be called alike in all parts."
+        )
 
 
 def _by_class(labelled: LabelledSet) -> Iterator[tuple[int, list[str]]]:

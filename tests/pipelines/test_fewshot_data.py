@@ -147,7 +147,7 @@ def test_a_csv_may_have_parts_other_columns_quotes_and_a_byte_order_mark(tmp_pat
         ("path,label,part\ncats/0.png,cats,train\ndogs/0.png,dogs,", r"Line 3 .* has no part, others have"),
         ("path,label\ncats/0.png,cats", r"two classes or more, got only 'cats'"),
         ("path,label\n" + "x" * 200_000 + ",cats", r"follows line 1 of .*a\.csv.* cannot be read \(field larger"),
-        ("path,label\ncats/0.png\0,cats", r"Line 2 of .*a\.csv.* no such file"),
+        ("path,label\ncats/0.png\0,cats", r"a\.csv.* has a NUL byte in line 2"),
         ('path,label\ncats/0.png,"cats\n\ncats/1.png,dogs', r"two classes or more, got only"),
         ("path,label", r"two classes or more, got none"),
     ],

@@ -72,9 +72,12 @@ they are known by their prompts alone, and the logits of the others stay as they
 LIMITS = """## Limits
 
 - {test:,} test pictures, {fewest:,} of the class that has fewest: one more that is right is {one_of_all:.1%} of all, and
-  {one_of_class:.0%} of that class. Smaller differences say nothing.
+  {one_of_class:.0%} of that class. Smaller differences say nothing.{untested}
 - The test pictures come from where the training pictures come from. Others may be harder.
 - A picture of none of the classes is given one of them all the same."""
+UNTESTED = """
+- **No test pictures: {classes}.** Each counts as 0 test pictures, 0 of the class that has fewest. Its row of the confusion
+  matrix is empty, it has no accuracy of its own, and no accuracy here says how well it is recognised."""
 BUILT_IN_LIMITS = """- The built-in model sees 64 x 64 pixels. **ImageNet's terms go with its weights: non-commercial research
   and education only.**"""
 
@@ -107,6 +110,7 @@ def card(report: Report, options: Mapping[str, Any] | None, figures: Sequence[st
         _classifier(report, figures),
         _held_out_classes(report),
         _copies(report),
+        _notes(report),
         _use(report),
         _limits(report),
     )
@@ -262,15 +266,22 @@ def _copies(report: Report) -> str:
     return "\n".join(("## Copies\n", "One of each was used; none of those that are in two classes.\n", *lines))
 
 
+def _notes(report: Report) -> str:
+    """How the set was read, and what of it was not used; runs from before these were written down have none."""
+    notes = report["set"].get("notes")
+    return "\n".join(("## What was read, and what was not\n", *(f"- {as_text(note)}" for note in notes))) if notes else ""
+
+
 def _use(report: Report) -> str:
     return f"{USE}\n\n{USE_OPEN}" if _is_open(report) else USE
 
 
 def _limits(report: Report) -> str:
     """What the figures do not say."""
-    own = loaded_member(report)
-    # Of a class without test pictures nothing is said.
-    fewest = min(count for row in own["test"]["confusion"] if (count := sum(row)))
-    test = own["test"]["count"]
-    told = LIMITS.format(test=test, fewest=fewest, one_of_all=1 / test, one_of_class=1 / fewest)
-    return f"{told}\n{BUILT_IN_LIMITS}" if report["model"] == BUILT_IN else told
+    own, classes = loaded_member(report)["test"], report["set"]["classes"]
+    counts = [sum(row) for row in own["confusion"]]
+    without = [name for name, count in zip(classes, counts, strict=True) if not count]
+    test, fewest = own["count"], min(filter(None, counts))
+    untested = UNTESTED.format(classes=_listed(without)) if without else ""
+    limits = LIMITS.format(test=test, fewest=fewest, one_of_all=1 / test, one_of_class=1 / fewest, untested=untested)
+    return f"{limits}\n{BUILT_IN_LIMITS}" if report["model"] == BUILT_IN else limits

@@ -61,6 +61,7 @@ def report_of(study: Study, options: FewShotOptions, copies: Sequence[str], resu
             "new_classes": [] if new is None else list(new.classes),
             "pictures": len(study.labelled.pictures),
             "copies": list(copies),
+            "notes": list(study.labelled.notes),
         },
         "model": options.model.model,
         "pretrained": options.model.pretrained,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from pipelines.fewshot.loading import load_pictures
 from pipelines.fewshot.prompts import Prompts, make_prompts
 from pipelines.fewshot.samples import sample_set
 from pipelines.fewshot.sets import load_set
-from pipelines.fewshot.shots import FewShotSplit, Shots, sample_split, saved_split
+from pipelines.fewshot.shots import FewShotSplit, Shots, sample_split, saved_split, split_notes
 from training.options.fewshot import LabelledDataOptions
 
 logger = get_logger(__name__)
@@ -47,16 +47,24 @@ def labelled_set(options: LabelledDataOptions) -> tuple[LabelledSet, list[Copies
 
     One of each copied picture is kept; none whose copies are in two classes. Sets of the CoOp protocol stay as they are.
 
+    What of the set is not used, and how it is split, is logged and stands in its notes.
+
     Raises: InputError naming what cannot be used.
     """
     if options.dataset is not None:
         return rename(load_set(options.data_dir, options.dataset), options.names_by_key()), []
-    found = sample_set() if options.data_dir is None else load_pictures(options.data_dir)
-    found = rename(found, options.names_by_key())
+    names = options.names_by_key()
+    found = rename(sample_set(), names) if options.data_dir is None else load_pictures(options.data_dir, names)
     copies = find_copies(found)
     for one in copies:
         logger.warning(f"{one} {'None of them is' if one.conflicting else 'One of them is'} used.")
-    return without_copies(found, copies), copies
+    used = without_copies(found, copies)
+    missing = split_notes(used)
+    for note in used.notes:
+        logger.info(note)
+    for note in missing:
+        logger.warning(note)
+    return replace(used, notes=(*used.notes, *missing)), copies
 
 
 def check_drawable(labelled: LabelledSet, options: LabelledDataOptions) -> None:

@@ -1,0 +1,125 @@
+"""A CSV of labelled images: a row for each, with its path, its label and perhaps its part of a split."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.errors import InputError
+from pipelines.fewshot.layouts import counted, listed
+from pipelines.fewshot.split_words import PARTS, Part, part_of_value, split_column
+from pipelines.pictures import has_picture_name
+from pipelines.text_files import read_text
+
+DELIMITERS = ",;\t"
+PATH, LABEL = "path", "label"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A labelled image.
+
+    Args:
+        line: that the row ends on.
+        name: the image's path, relative to the CSV's folder, or absolute.
+        label: its class.
+        part: of the split; None where the CSV is not split.
+    """
+
+    line: int
+    name: str
+    label: str
+    part: Part | None
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The cells of a CSV, stripped of outer blanks, by column: `path`, `label` and others as they are written."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[int, dict[str, str]], ...]
+
+
+def read_rows(path: Path) -> tuple[list[Row], list[str]]:
+    """The rows of the CSV at `path`, and sentences on its columns.
+
+    The first line names the columns: path and label, and perhaps one that says which part a row is in, called split, subset,
+    set, part, partition or usage, or otherwise if all that it holds are words for parts. Upper and lower case are the same.
+
+    Raises: InputError naming the file, and the line or the column that cannot be used.
+    """
+    where = repr(str(path))
+    table = _table(path, where)
+    others = [column for column in table.columns if column not in (PATH, LABEL)]
+    values = {column: [row[column] for _, row in table.rows if row[column]] for column in others}
+    column = split_column(others, values, where)
+    rows: list[Row] = []
+    line_of: dict[str, int] = {}
+    for line, cells in table.rows:
+        name, label, at = Path(cells[PATH]).as_posix(), cells[LABEL], f"Line {line} of {where}"
+        _check_file(path.parent / name, f"{at} names {name!r} of class {label!r}")
+        if name in line_of:
+            raise InputError(f"{at} names {name!r} of class {label!r} again, after line {line_of[name]}. Remove one.")
+        line_of[name] = line
+        part = part_of_value(cells[column], at, column) if column is not None and cells[column] else None
+        if column is not None and part is None:
+            raise InputError(f"{at} has no {column}, others have. Give every row one of {', '.join(PARTS)}.")
+        rows.append(Row(line, name, label, part))
+    return rows, _notes(rows, column, [other for other in others if other != column])
+
+
+def _check_file(path: Path, what: str) -> None:
+    if not path.is_file():
+        raise InputError(f"{what}, but there is no such file. Mend the path.")
+    if not has_picture_name(path.name):
+        raise InputError(f"{what}, which is not called like a picture.")
+
+
+def _notes(rows: list[Row], column: str | None, unused: list[str]) -> list[str]:
+    notes = []
+    if column is not None:
+        counts = Counter(row.part for row in rows)
+        told = ", ".join(f"{part} {counted(counts[part])}" for part in PARTS if counts[part])
+        notes.append(f"It is split by its column {column!r}: {told}.")
+    if unused:
+        word, verb = ("column", "is") if len(unused) == 1 else ("columns", "are")
+        notes.append(f"Its {word} {listed(unused)} {verb} not used.")
+    return notes
+
+
+def _table(path: Path, where: str) -> _Table:
+    text = read_text(path)
+    header = text.partition("\n")[0]
+    delimiter = max(DELIMITERS, key=header.count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        return _checked(reader, where, header.strip())
+    except csv.Error as error:
+        raise InputError(
+            f"What follows line {reader.line_num} of {where} cannot be read ({error}). Mend or remove it."
+        ) from error
+
+
+def _checked(reader: csv.DictReader, where: str, header: str) -> _Table:
+    columns = tuple(_column(written) for written in reader.fieldnames or ())
+    twice = [column for column, count in Counter(column.casefold() for column in columns).items() if count > 1]
+    if twice:
+        raise InputError(f"The first line of {where} names the column {twice[0]!r} more than once, got {header!r}. Rename one.")
+    if not {PATH, LABEL} <= set(columns):
+        raise InputError(f"The first line of {where} must name the columns path and label, got {header!r}.")
+    reader.fieldnames = columns
+    rows = []
+    for row in reader:
+        if None in row or not all((row[column] or "").strip() for column in (PATH, LABEL)):
+            raise InputError(f"Line {reader.line_num} of {where} must hold a path and a label, got {row}. Mend or remove it.")
+        rows.append((reader.line_num, {column: (value or "").strip() for column, value in row.items()}))
+    return _Table(columns, tuple(rows))
+
+
+def _column(written: str) -> str:
+    """A column's name: that of the two that are needed in lower case, others as they are written."""
+    name = written.strip()
+    return name.casefold() if name.casefold() in (PATH, LABEL) else name

@@ -1,0 +1,100 @@
+"""A split.json beside class folders: which images are in which part of a split."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pipelines.errors import InputError
+from pipelines.fewshot.layouts import counted, listed
+from pipelines.fewshot.split_words import PARTS, Part, check_one_word_each, part_written, table_of_words
+from pipelines.text_files import decode_text
+
+SPLIT_FILE = "split.json"
+# A list of all images, which is no split.
+WHOLE = "all"
+# A split.json of a million pictures stays below it.
+MAX_SPLIT_BYTES = 2**28
+
+
+def listed_parts(split: bytes, where: str, class_of: Mapping[str, str], outer: str) -> tuple[dict[str, Part], list[str]]:
+    """The parts that a split.json lists.
+
+    Each part holds the paths of its images, or lists that begin with the path, as CoOp's do:
+    {"train": [["cat/1.jpg", 0, "cat"], ...], "test": ["cat/2.jpg", ...]}.
+
+    Args:
+        split: the file's content.
+        where: the set, for errors.
+        class_of: the classes of all images' names.
+        outer: what the names begin with before what the file lists.
+    Returns: the parts of all images' names, none where the file lists all images only; and sentences on what was read.
+    Raises: InputError naming the entry, the image or the key that cannot be used.
+    """
+    content = read_json(split, f"{SPLIT_FILE} of {where}")
+    called = {key: part for key in content if (part := part_written(key)) is not None}
+    others = [key for key in content if key not in called]
+    if not called:
+        return {}, _on_no_part(where, others)
+    check_one_word_each(called, f"{SPLIT_FILE} of {where}")
+    parts: dict[str, Part] = {}
+    for key, part in called.items():
+        if not isinstance(content[key], list):
+            raise InputError(f"{SPLIT_FILE} of {where} must hold a list in {key!r}, got {type(content[key]).__name__}.")
+        for entry in content[key]:
+            name = _name_in(entry, outer)
+            if name not in class_of:
+                raise InputError(
+                    f"{SPLIT_FILE} of {where} lists {entry!r} in {key!r}, which is no picture of the set. Remove it."
+                )
+            if name in parts:
+                raise InputError(f"{SPLIT_FILE} of {where} lists {name!r} twice. Remove one.")
+            parts[name] = part
+    _check_all_listed(where, parts, class_of)
+    counts = ", ".join(f"{key!r} is {part} ({counted(len(content[key]))})" for key, part in called.items())
+    notes = [f"It is split by its {SPLIT_FILE}: {counts}."]
+    return parts, notes + ([f"The keys {listed(others)} of its {SPLIT_FILE} are not used."] if others else [])
+
+
+def _name_in(entry: Any, outer: str) -> str | None:
+    """The image that an entry lists: a path, or a list that begins with one."""
+    path = entry[0] if isinstance(entry, list) and entry else entry
+    return outer + path if isinstance(path, str) else None
+
+
+def _on_no_part(where: str, keys: list[str]) -> list[str]:
+    """What a file without any part says. Raises: InputError unless it lists all images alone, or nothing."""
+    if set(keys) - {WHOLE}:
+        raise InputError(
+            f"{SPLIT_FILE} of {where} must list the images of {', '.join(PARTS)}, but none of its keys is a word for a part: "
+            f"{listed(keys)}. {table_of_words()}. Rename the keys, or remove the {SPLIT_FILE}."
+        )
+    return [f"Its {SPLIT_FILE} lists no part of a split and is not used."]
+
+
+def _check_all_listed(where: str, parts: Mapping[str, Part], class_of: Mapping[str, str]) -> None:
+    unlisted = [name for name in class_of if name not in parts]
+    if unlisted:
+        more = f", nor {len(unlisted) - 1} more" if len(unlisted) > 1 else ""
+        raise InputError(
+            f"{SPLIT_FILE} of {where} does not list {unlisted[0]!r} of class {class_of[unlisted[0]]!r}{more}. Add every image to "
+            f"a part, or remove the {SPLIT_FILE}."
+        )
+
+
+def read_json(content: bytes, what: str) -> dict[str, Any]:
+    """The JSON object in `content`.
+
+    Raises: InputError naming `what` if it is none, or no UTF-8.
+    """
+    if len(content) > MAX_SPLIT_BYTES:
+        raise InputError(f"{what} must have at most {MAX_SPLIT_BYTES:,} bytes, got {len(content):,}.")
+    text = decode_text(content, what)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{what} is not JSON ({error}). Mend or remove it.") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{what} must hold an object, got {type(value).__name__}.")
+    return value
