@@ -79,6 +79,9 @@ def _notes(result: Result) -> list[str]:
             )
     elif own["method"] not in (CONTROL, ZERO_SHOT):
         notes.append("Raw pixels were not tried, so nothing here says whether these pictures need a model at all.")
+    if untested := result.untested():
+        what = ", ".join(map(html.escape, untested))
+        notes.append(f"Nothing is known of how well {what} is recognised: there are no test pictures of it.")
     if better:
         names = " and ".join(html.escape(_short(one["method"])) for one in better)
         verb, which = ("is", "it") if len(better) == 1 else ("are", "one of them")
@@ -125,7 +128,9 @@ def per_class(result: Result) -> str:
     found = {name: value for name, value in result.member["test"]["per_class"].items() if value is not None}
     counts = dict(zip(result.member["test"]["per_class"], map(sum, result.member["test"]["confusion"]), strict=True))
     rows = [(name, value, f"{name} ({counts[name]})") for name, value in sorted(found.items(), key=lambda one: one[1])]
-    return bars([(label, value) for _, value, label in rows]) + "<p class='quiet'>In brackets: how many pictures were tested.</p>"
+    untested = "".join(f"<p class='warning'>{html.escape(name)} (0): no pictures were tested.</p>" for name in result.untested())
+    shares = bars([(label, value) for _, value, label in rows])
+    return f"{shares}<p class='quiet'>In brackets: how many pictures were tested.</p>{untested}"
 
 
 def bars(rows: Sequence[tuple[str, float]], first_only: bool = False) -> str:

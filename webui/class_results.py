@@ -89,6 +89,11 @@ class Result:
         """The test pictures that it got wrong, the surest first."""
         return sorted((one for one in self.tested() if not one.is_right), key=lambda one: -one.confidence)
 
+    def untested(self) -> list[str]:
+        """The classes without test pictures."""
+        counts = map(sum, self.member["test"]["confusion"])
+        return [name for name, count in zip(self.classes, counts, strict=True) if not count]
+
     def in_cell(self, true: int, predicted: int) -> list[TestPicture]:
         """The test pictures of class `true` that were taken for `predicted`, the surest first."""
         found = (one for one in self.tested() if (one.true, one.predicted) == (true, predicted))

@@ -60,12 +60,14 @@ class LabelledClasses:
         kind: whose pictures they are.
         data_dir: where the recipe finds them; None for the example.
         classes: in their order.
+        notes: sentences on how a folder was read, and on what of it is not used; they hold users' words.
     """
 
     id: str
     kind: Kind
     data_dir: Path | None
     classes: tuple[LabelledClass, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def count(self) -> int:
@@ -195,27 +197,34 @@ def read_split(folder: Path) -> dict[str, set[str]]:
     return {part: {name for name, _ in kept.get(part, ())} for part in ("train", "test")}
 
 
-def settle(folder: Path, training: Collection[str] = ()) -> None:
+def settle(folder: Path, training: Collection[str] = (), testing: Collection[str] = ()) -> None:
     """Write down which of the pictures in the user's own set are tested on, as the module says; done after every change.
 
     Args:
         training: files that are only ever learned from.
+        testing: files that are only ever tested on.
     """
     with changing(folder) as pictures:
         kept = read_split(folder)
         parts: dict[str, list[list[str]]] = {"train": [], "test": []}
         for one in pictures.classes:
             files = [entry.file for entry in one.pictures]
-            tested = _tested(files, kept, set(training))
+            tested = _tested(files, kept, set(training), set(testing))
             for file in files:
                 parts["test" if file in tested else "train"].append([file, one.folder])
         write_text_atomically(folder / SPLIT, json.dumps(parts, indent=1))
 
 
-def _tested(files: Sequence[str], kept: Mapping[str, set[str]], training: set[str]) -> set[str]:
-    """Those of one class's files that are tested on: those that were, and as many new ones as the share lacks."""
-    tested = {file for file in files if file in kept["test"] and file not in training}
-    fresh = [file for file in files if file not in kept["train"] | kept["test"] | training]
+def settle_upload(folder: Path, added: Added) -> None:
+    """The same after an upload, whose own split is kept where it came with one."""
+    testing = {name for name, part in added.parts.items() if part == "test"}
+    settle(folder, training=added.parts.keys() - testing, testing=testing)
+
+
+def _tested(files: Sequence[str], kept: Mapping[str, set[str]], training: set[str], testing: set[str]) -> set[str]:
+    """Those of one class's files that are tested on: those that were or must be, and as many new ones as the share lacks."""
+    tested = {file for file in files if file in kept["test"] | testing and file not in training}
+    fresh = [file for file in files if file not in kept["train"] | kept["test"] | training | testing]
     lacking = max(0, held_out_of(len(files)) - len(tested))
     # As good as drawn, and the same whenever it is done.
     return tested.union(sorted(fresh, key=lambda file: hashlib.sha256(file.encode()).digest())[:lacking])
@@ -261,6 +270,11 @@ def warnings(classes: LabelledClasses) -> list[str]:
     for name, count in counts.items():
         if count < FEWEST:
             found.append(f"{name} has {_pictures(count)}. Training needs {FEWEST} of each class at least: add more.")
+    unlearnable = [one.name for one in classes.classes if len(one.pictures) >= FEWEST and not one.learnable]
+    if unlearnable:
+        found.append(
+            f"All pictures of {_listed(unlearnable)} are kept for the test. Training needs others to learn from: add some."
+        )
     few = [name for name, count in counts.items() if FEWEST <= count < FEW]
     if few:
         found.append(
@@ -277,7 +291,7 @@ def warnings(classes: LabelledClasses) -> list[str]:
 
 def is_ready(classes: LabelledClasses) -> bool:
     """Whether a run can be started with them."""
-    return len(classes.classes) > 1 and all(len(one.pictures) >= FEWEST for one in classes.classes)
+    return len(classes.classes) > 1 and all(len(one.pictures) >= FEWEST and one.learnable for one in classes.classes)
 
 
 def copies(classes: LabelledClasses) -> list[str]:

@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -19,6 +19,9 @@ from typing import TypeVar
 
 from pipelines.errors import InputError
 from pipelines.fewshot.archives import ZipContent, ZipLimits, ZippedFile, read_zip
+from pipelines.fewshot.layouts import FolderLayout, arrange, check_spellings, with_test
+from pipelines.fewshot.split_files import SPLIT_FILE, parts_of_set, split_file
+from pipelines.fewshot.split_words import Part
 from pipelines.image_formats import UPLOAD_FORMATS, UPLOAD_SUFFIXES, listed
 from webui.incoming import Picture, check_size, display_name, read_upload, reencoded
 from webui.picture_sets import SET, Entry, add_class, changing, place_for
@@ -46,12 +49,15 @@ class Added:
     Args:
         names: what the pictures are called by now: their files, below the set's folder.
         refused: a plain sentence for each file that was not taken; it holds users' words, to be escaped wherever it is shown.
-        notes: the same for each that was taken and whose owner should know how it was read: of an animation the first frame.
+        notes: the same for each that was taken and whose owner should know how it was read: of an animation the first frame;
+            and how a zip was read that came with a split.
+        parts: of a split that a zip came with, by the pictures' names; empty where it came with none.
     """
 
     names: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    parts: dict[str, Part] = field(default_factory=dict)
 
 
 class FullError(InputError):
@@ -79,17 +85,22 @@ def add_pictures(folder: Path, files: Sequence[str | Path], class_folder: str | 
 def add_zip(folder: Path, file: str | Path) -> Added:
     """Add the class folders of a zip to a set: each folder that holds pictures is a class, called as the folder.
 
+    Where its folders or a split.json split it, the classes are those of the split, and the parts are told.
+
     Args:
         folder: the set's.
         file: the uploaded zip.
-    Raises: InputError if it is none, or anything in it is such as no honest zip has; then nothing of it is added.
+    Raises: InputError if it is none, or anything in it is such as no honest zip has, or it can be read in two ways; then
+        nothing of it is added.
     """
     path, added = Path(file), Added()
     groups = _class_folders(path, added)
     try:
-        for name, members in groups.items():
+        for (name, part), members in groups.items():
             named = ((member.name, member) for member in members)
+            before = len(added.names)
             _add(folder, _readable(named, _read_zipped, added), add_class(folder, name), added)
+            added.parts |= dict.fromkeys(added.names[before:], part) if part is not None else {}
     except FullError as error:
         added.refused.append(str(error))
     return _summed_up(added)
@@ -170,13 +181,13 @@ def _read_zipped(member: ZippedFile, name: str) -> Picture:
     return reencoded(member.content(), name)
 
 
-def _class_folders(path: Path, added: Added) -> dict[str, list[ZippedFile]]:
-    """The pictures of a zip by the name of the folder that holds them; what is no picture is refused."""
+def _class_folders(path: Path, added: Added) -> dict[tuple[str, Part | None], list[ZippedFile]]:
+    """The pictures of a zip by their class, and their part where the zip is split; what is no picture is refused."""
     name = display_name(path)
     try:
         if not zipfile.is_zipfile(path):
             raise InputError(f"{name} is not a zip. Pack one folder of pictures for each class into a zip.")
-        groups = _grouped(read_zip(path, ZIP_LIMITS), added)
+        groups = _grouped(name, read_zip(path, ZIP_LIMITS), added)
     except InputError as error:
         # The page does not tell where the server keeps uploads.
         raise InputError(str(error).replace(repr(str(path)), name)) from error
@@ -185,19 +196,42 @@ def _class_folders(path: Path, added: Added) -> dict[str, list[ZippedFile]]:
     return groups
 
 
-def _grouped(content: ZipContent, added: Added) -> dict[str, list[ZippedFile]]:
-    groups: dict[str, list[ZippedFile]] = {}
-    for file in content.files:
-        place = PurePosixPath(file.name)
-        if place.suffix.lower() == ".zip":
-            added.refused.append(f"{file.name} is a zip within the zip and was left out. Unpack it first, or add it by itself.")
-        elif place.suffix.lower() not in UPLOAD_SUFFIXES:
-            added.refused.append(f"{file.name} is not a {listed(UPLOAD_FORMATS)} picture and was left out.")
-        elif len(place.parts) < 2:
-            added.refused.append(f"{file.name} lies in no class's folder and was left out. Put it into the folder of its class.")
-        else:
-            groups.setdefault(place.parent.name, []).append(file)
+def _grouped(name: str, content: ZipContent, added: Added) -> dict[tuple[str, Part | None], list[ZippedFile]]:
+    pictures = [file for file in content.files if _is_usable(file, added)]
+    layout = arrange(name, [file.name for file in pictures], content.folders)
+    split = split_file(content.files, layout)
+    parts = _parts(name, layout, split, added)
+    stray = [file.name for file in content.files if PurePosixPath(file.name).name.casefold() == SPLIT_FILE and file != split]
+    added.refused += [f"{other} does not lie beside the class folders and was left out." for other in stray]
+    groups: dict[tuple[str, Part | None], list[ZippedFile]] = {}
+    for file in pictures:
+        key = layout.classes[file.name] if parts else PurePosixPath(file.name).parent.name
+        groups.setdefault((key, parts.get(file.name)), []).append(file)
     return groups
+
+
+def _is_usable(file: ZippedFile, added: Added) -> bool:
+    """Whether a file of a zip is a picture in a folder; what is not is refused, but for a split.json, which is read."""
+    path = PurePosixPath(file.name)
+    if path.suffix.lower() == ".zip":
+        added.refused.append(f"{file.name} is a zip within the zip and was left out. Unpack it first, or add it by itself.")
+    elif path.suffix.lower() not in UPLOAD_SUFFIXES:
+        if path.name.casefold() != SPLIT_FILE:
+            added.refused.append(f"{file.name} is not a {listed(UPLOAD_FORMATS)} picture and was left out.")
+    elif len(path.parts) < 2:
+        added.refused.append(f"{file.name} lies in no class's folder and was left out. Put it into the folder of its class.")
+    else:
+        return True
+    return False
+
+
+def _parts(name: str, layout: FolderLayout, split: ZippedFile | None, added: Added) -> Mapping[str, Part]:
+    """The parts of the split that a zip came with, by the names in it; none where it came with none."""
+    parts, notes = parts_of_set(name, layout, split)
+    if parts:
+        check_spellings(name, layout.classes, parts)
+        added.notes += [*layout.notes, *notes, "Its pictures for the test are only ever tested on, all others only learned from."]
+    return with_test(parts)
 
 
 def _check_room(sets: Path, pictures: int, size: int) -> None:

@@ -11,9 +11,9 @@ from pipelines.errors import InputError
 from pipelines.fewshot.archives import ZipLimits, is_shown, read_zip
 from pipelines.fewshot.csv_files import read_rows
 from pipelines.fewshot.data import LabelledPicture, LabelledSet, rename
-from pipelines.fewshot.layouts import FolderLayout, arrange, check_spellings, with_test
+from pipelines.fewshot.layouts import arrange, check_spellings, with_test
 from pipelines.fewshot.sources import PictureFile, Source
-from pipelines.fewshot.split_files import SPLIT_FILE, listed_parts
+from pipelines.fewshot.split_files import parts_of_set, split_file
 from pipelines.fewshot.split_words import Part
 from pipelines.fewshot.unused import notes_on, notes_on_unused
 from pipelines.pictures import has_picture_name
@@ -143,25 +143,11 @@ def _arranged(
     layout = arrange(where, [source.name for source in sources], folders, classes)
     label_of = {key: label for label, key in enumerate(layout.keys)}
     pictures = [LabelledPicture(source, label_of[layout.classes[source.name]], layout.classes[source.name]) for source in sources]
-    split = next((file for file in files if file.name.casefold() == (layout.outer + SPLIT_FILE).casefold()), None)
-    parts, on_split = _parts(where, layout, split)
+    split = split_file(files, layout)
+    parts, on_split = parts_of_set(where, layout, split)
     used = {source.name for source in sources} | ({split.name} if split is not None else set())
     unused = notes_on_unused((file.name for file in files), used, layout)
     return _set_of(where, layout.keys, pictures, parts, (*layout.notes, *on_split, *unused, *notes))
-
-
-def _parts(where: str, layout: FolderLayout, split: Source | None) -> tuple[Mapping[str, Part], list[str]]:
-    """The parts that the folders or a split.json say. Raises: InputError if both say something, and not the same."""
-    if split is None:
-        return layout.parts, []
-    parts, notes = listed_parts(split.content(), where, layout.classes, layout.outer)
-    other = next((name for name, part in parts.items() if layout.parts and layout.parts[name] != part), None)
-    if other is not None:
-        raise InputError(
-            f"{where} is split by its folders and by its {split.name}, but {other!r} is {layout.parts[other]} by the folders and "
-            f"{parts[other]} by the file. Remove the file, or move the images."
-        )
-    return parts or layout.parts, notes
 
 
 def _set_of(

@@ -3,19 +3,44 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 from pipelines.errors import InputError
-from pipelines.fewshot.layouts import counted, listed
+from pipelines.fewshot.layouts import FolderLayout, counted, listed
+from pipelines.fewshot.sources import Source
 from pipelines.fewshot.split_words import PARTS, Part, check_one_word_each, part_written, table_of_words
 from pipelines.text_files import decode_text
 
+AnySource = TypeVar("AnySource", bound=Source)
 SPLIT_FILE = "split.json"
 # A list of all images, which is no split.
 WHOLE = "all"
 # A split.json of a million pictures stays below it.
 MAX_SPLIT_BYTES = 2**28
+
+
+def split_file(files: Iterable[AnySource], layout: FolderLayout) -> AnySource | None:
+    """The split.json of a set, which lies beside its outermost class folders; None if there is none."""
+    wanted = (layout.outer + SPLIT_FILE).casefold()
+    return next((file for file in files if file.name.casefold() == wanted), None)
+
+
+def parts_of_set(where: str, layout: FolderLayout, split: Source | None) -> tuple[Mapping[str, Part], list[str]]:
+    """The parts that the folders of a set or its split.json say, by the images' names, and sentences on what was read.
+
+    Raises: InputError as `listed_parts`, or if folders and file say something else of an image.
+    """
+    if split is None:
+        return layout.parts, []
+    parts, notes = listed_parts(split.content(), where, layout.classes, layout.outer)
+    other = next((name for name, part in parts.items() if layout.parts and layout.parts[name] != part), None)
+    if other is not None:
+        raise InputError(
+            f"{where} is split by its folders and by its {split.name}, but {other!r} is {layout.parts[other]} by the folders and "
+            f"{parts[other]} by the file. Remove the file, or move the images."
+        )
+    return parts or layout.parts, notes
 
 
 def listed_parts(split: bytes, where: str, class_of: Mapping[str, str], outer: str) -> tuple[dict[str, Part], list[str]]:

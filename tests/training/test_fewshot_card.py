@@ -253,13 +253,23 @@ def test_the_limits_count_the_test_pictures():
     assert "24 test pictures, 8 of the class that has fewest: one more that is right is 4.2% of all, and\n  12% of that" in card
 
 
-def test_a_class_without_test_pictures_is_no_error():
+def test_a_class_without_test_pictures_is_named_and_counted_as_0():
     report = report_with()
     for one in report["members"]:
         for part in ("test", "calibrated"):
             one[part]["confusion"][2] = [0, 0, 0]
             one[part]["per_class"][CLASSES[2]] = None
-    assert "8 of the class that has fewest" in card_of(report)
+    card = card_of(report)
+    assert "24 test pictures, 0 of the class that has fewest, and 8 of the class that has fewest of the others" in card
+    assert f"**Without test pictures: {CLASSES[2]}.**" in card
+    assert "Without test pictures" not in card_of(report_with())
+
+
+def test_what_was_not_used_stands_on_the_card():
+    report = report_with()
+    assert "## What was read" not in card_of(report)
+    report["set"]["notes"] = ["3 files with the suffix .txt are not used: 3 in class 'a_b'."]
+    assert "- 3 files with the suffix .txt are not used: 3 in class 'a\\_b'." in card_of(report)
 
 
 def test_the_terms_of_the_built_in_model_are_told_and_a_local_model_by_its_own_name(tmp_path):

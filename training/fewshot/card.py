@@ -36,7 +36,7 @@ seeds {seeds}, each of which draws other pictures. Prompts: {templates}
 
 Loading this run gives **{method}**, {own_shots}, seed {seed}: {trained:,} trained numbers, {stored:,} bytes, {seconds:.0f}
 seconds.{places} Its settings were chosen on {validation:,} other pictures; {test:,} more were tested on, once, at the end.
-Accuracy: {top1}."""
+Accuracy: {top1}.{untested}"""
 
 TABLE_NOTES = """{interval} ECE is the expected calibration error, as trained and with the temperature that validation chose;
 seconds and MiB, the peak of memory, are of fitting alone."""
@@ -71,13 +71,15 @@ they are known by their prompts alone, and the logits of the others stay as they
 
 LIMITS = """## Limits
 
-- {test:,} test pictures, {fewest:,} of the class that has fewest: one more that is right is {one_of_all:.1%} of all, and
+- {test:,} test pictures, {fewest}: one more that is right is {one_of_all:.1%} of all, and
   {one_of_class:.0%} of that class. Smaller differences say nothing.{untested}
 - The test pictures come from where the training pictures come from. Others may be harder.
 - A picture of none of the classes is given one of them all the same."""
+FEWEST = "{fewest:,} of the class that has fewest"
+FEWEST_OF_OTHERS = "0 of the class that has fewest, and {fewest:,} of the class that has fewest of the others"
 UNTESTED = """
-- **No test pictures: {classes}.** Each counts as 0 test pictures, 0 of the class that has fewest. Its row of the confusion
-  matrix is empty, it has no accuracy of its own, and no accuracy here says how well it is recognised."""
+- **Without test pictures: {classes}.** Nothing here says how well such a class is recognised: its row of the confusion matrix
+  is empty, it has no accuracy of its own, and the accuracy of all speaks of the other classes alone."""
 BUILT_IN_LIMITS = """- The built-in model sees 64 x 64 pixels. **ImageNet's terms go with its weights: non-commercial research
   and education only.**"""
 
@@ -151,6 +153,7 @@ def _opening(report: Report, options: Mapping[str, Any] | None) -> str:
         validation=own["validation"]["count"],
         test=own["test"]["count"],
         top1=Interval(**own["test"]["top1"]).as_share(),
+        untested=f" Classes without test pictures: {_listed(without)}." if (without := _untested(report)) else "",
     )
 
 
@@ -276,12 +279,21 @@ def _use(report: Report) -> str:
     return f"{USE}\n\n{USE_OPEN}" if _is_open(report) else USE
 
 
+def _untested(report: Report) -> list[str]:
+    """The classes without test pictures."""
+    counts = map(sum, loaded_member(report)["test"]["confusion"])
+    return [name for name, count in zip(report["set"]["classes"], counts, strict=True) if not count]
+
+
 def _limits(report: Report) -> str:
     """What the figures do not say."""
-    own, classes = loaded_member(report)["test"], report["set"]["classes"]
-    counts = [sum(row) for row in own["confusion"]]
-    without = [name for name, count in zip(classes, counts, strict=True) if not count]
-    test, fewest = own["count"], min(filter(None, counts))
-    untested = UNTESTED.format(classes=_listed(without)) if without else ""
-    limits = LIMITS.format(test=test, fewest=fewest, one_of_all=1 / test, one_of_class=1 / fewest, untested=untested)
+    own, without = loaded_member(report)["test"], _untested(report)
+    test, fewest = own["count"], min(filter(None, map(sum, own["confusion"])))
+    limits = LIMITS.format(
+        test=test,
+        fewest=(FEWEST_OF_OTHERS if without else FEWEST).format(fewest=fewest),
+        one_of_all=1 / test,
+        one_of_class=1 / fewest,
+        untested=UNTESTED.format(classes=_listed(without)) if without else "",
+    )
     return f"{limits}\n{BUILT_IN_LIMITS}" if report["model"] == BUILT_IN else limits

@@ -189,7 +189,7 @@ def _wire_adding(frame: Frame, parts: dict[str, Any]) -> None:
             if is_new:
                 delete_set(folder)
             raise
-        class_sets.settle(folder)
+        class_sets.settle_upload(folder, added)
         return {**draft, "set": folder.name}, _said(added), None
 
     @in_plain_words
@@ -357,6 +357,7 @@ def _said(added: Added) -> str:
     """What became of an upload."""
     count = len(added.names)
     told = f"<p>{count} picture{'' if count == 1 else 's'} added.</p>"
+    told += "".join(f"<p class='quiet'>{html.escape(note)}</p>" for note in added.notes)
     refused = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in added.refused)
     notes = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in added.notes)
     told += f"<div class='warning'>Left out:<ul>{refused}</ul></div>" if refused else ""
@@ -375,4 +376,5 @@ def _summary(classes: LabelledClasses, known: tuple[int, int] | None) -> str:
             f"rightly: <b>{share(right / looked_at)}</b>. Guessing would be right in {share(1 / count)}."
         )
     warned = [*class_sets.warnings(classes), *class_sets.copies(classes)] if classes.kind != "example" else []
-    return f"{notes[classes.kind]}{told}</p>" + "".join(f"<p class='warning'>{html.escape(one)}</p>" for one in warned)
+    read = "".join(f"<p class='quiet'>{html.escape(note)}</p>" for note in classes.notes)
+    return f"{notes[classes.kind]}{told}</p>{read}" + "".join(f"<p class='warning'>{html.escape(one)}</p>" for one in warned)

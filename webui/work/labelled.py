@@ -11,6 +11,7 @@ from pipelines.fewshot.data import LabelledSet, rename
 from pipelines.fewshot.loading import load_folder, load_pictures
 from pipelines.fewshot.samples import sample_set
 from pipelines.fewshot.sets import load_set
+from pipelines.fewshot.shots import split_notes
 from pipelines.fewshot.sources import Source
 from webui.class_sets import EXAMPLE, Kind, LabelledClass, LabelledClasses, held_out_of
 
@@ -40,7 +41,7 @@ def _classes(set_id: str, kind: Kind, path: Path | None, found: LabelledSet) -> 
         LabelledClass(key, name, tuple(own), len(own) - (tested[label] if found.parts else held_out_of(len(own))))
         for label, (key, name, own) in enumerate(zip(found.keys, found.classes, pictures, strict=True))
     )
-    return LabelledClasses(set_id, kind, path, classes)
+    return LabelledClasses(set_id, kind, path, classes, (*found.notes, *split_notes(found)))
 
 
 @lru_cache(maxsize=4)
