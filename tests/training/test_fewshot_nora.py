@@ -271,6 +271,22 @@ def test_copies_are_reported_and_never_tested_on(random_clip, class_folders, tmp
     assert "dogs/copy.png" not in split
 
 
+def test_a_sets_own_split_is_kept_to_and_what_it_lacks_stands_in_the_report(random_clip, tmp_path):
+    files = class_files({"Train/cat": 3, "Train/dog": 3, "Train/fish": 3, "Test/cat": 2, "Test/dog": 2}) | {
+        "Train/cat/a.txt": b""
+    }
+    output = tmp_path / "run"
+    flags = ["--shots", "1", "--seeds", "0", "--method", "zeroshot"]
+    main(options_for(random_clip, write_files(tmp_path / "set", files), output, *flags))
+    report, tested = report_in(output), json.loads((output / "members/1-shots/seed-0/zeroshot/test.json").read_text())
+    assert [one["name"] for one in tested["pictures"]] == [name for name in files if name.startswith("Test/")]
+    assert member(output, "zeroshot")["test"]["class_counts"] == {"cat": 2, "dog": 2, "fish": 0}
+    assert member(output, "zeroshot")["test"]["per_class"]["fish"] is None
+    assert "1 file with the suffix .txt is not used: 1 in class 'cat'." in report["set"]["notes"]
+    assert "'fish' has 0 images to test on: nothing is measured of it." in report["set"]["notes"]
+    assert "**Without test pictures: fish.**" in (output / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -171,6 +171,17 @@ def test_of_many_classes_the_matrix_shows_those_with_the_most_mistakes(record):
     assert shown.count("scope='row'") == class_html.MOST_IN_MATRIX
 
 
+def test_a_class_without_test_pictures_is_named(record):
+    result = result_of(record)
+    assert result.untested() == []
+    assert "no test pictures" not in class_html.in_words(result)
+    result.member["test"]["confusion"][1] = [0, 0, 0]
+    result.member["test"]["per_class"][result.classes[1]] = None
+    assert result.untested() == [result.classes[1]]
+    assert f"{result.classes[1]} (0): no pictures were tested." in class_html.per_class(result)
+    assert f"how well {result.classes[1]} is recognised: there are no test pictures" in class_html.in_words(result)
+
+
 @pytest.mark.parametrize(("value", "shown"), [(0.694, "69%"), (1.0, "100%"), (0.997, "over 99%"), (0.0, "0%")])
 def test_a_share_is_never_rounded_to_all(value, shown):
     assert class_html.share(value) == shown

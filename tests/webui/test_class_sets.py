@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import zipfile
 from pathlib import Path
 
 import psutil
@@ -16,7 +17,8 @@ from webui.class_presets import CLASSIFY
 from webui.draft import merged
 from webui.picture_sets import add_class, move_picture, read_set, remove_picture, rename_class
 from webui.presets import preset_named
-from webui.uploads import add_pictures
+from webui.screens import class_pictures
+from webui.uploads import add_pictures, add_zip
 from webui.workspace import Workspace
 
 
@@ -226,3 +228,75 @@ def test_what_is_typed_into_the_expert_panel_is_started(folder, workspace):
     values = class_runs.complete(workspace, settled, merged(about.preset(settled).options(), settled["options"]))
     assert values["optimisation"] == {"min_train_steps": 4}
     assert values["data"]["data_dir"] == str(folder.absolute())
+
+
+def split_zip(path, folders, name="ruby", each=3, more=None):
+    """A zip at `path`, which is returned, with pictures in these folders."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for place, folder in enumerate(folders):
+            for number in range(each):
+                archive.writestr(f"{folder}/{place}{number}.png", coloured(name, 10 * place + number))
+        for other, content in (more or {}).items():
+            archive.writestr(other, content)
+    return path
+
+
+@pytest.mark.parametrize("how", ["folders", "split.json"])
+def test_the_split_that_a_zip_comes_with_is_kept(workspace, tmp_path, how):
+    folder, keys = workspace.new_picture_set(), ("ruby", "leaf")
+    if how == "folders":
+        path = split_zip(tmp_path / "a.zip", [f"set/{word}/{key}" for word in ("Training", "Test_Set") for key in keys])
+    else:
+        files = [f"{key}/{place}{number}.png" for place, key in enumerate(keys) for number in range(4)]
+        split = {"Train": [file for file in files if file[-5] < "2"], "TEST": [file for file in files if file[-5] >= "2"]}
+        path = split_zip(tmp_path / "a.zip", keys, each=4, more={"split.json": json.dumps(split)})
+    added = add_zip(folder, path)
+    assert not added.refused
+    class_sets.settle_upload(folder, added)
+    assert [one.name for one in read_set(folder).classes] == ["leaf", "ruby"] if how == "folders" else ["ruby", "leaf"]
+    names = {entry.file: entry.name for entry in read_set(folder).entries()}
+    tested = {names[file] for file in class_sets.read_split(folder)["test"]}
+    # In folders, the third and fourth hold the test; else the third and fourth picture of each class are listed so.
+    expected = (
+        {"20.png", "21.png", "22.png", "30.png", "31.png", "32.png"}
+        if how == "folders"
+        else {"02.png", "03.png", "12.png", "13.png"}
+    )
+    assert tested == expected
+    class_sets.settle(folder)
+    assert {names[file] for file in class_sets.read_split(folder)["test"]} == expected
+    assert "It is split by its" in class_pictures._said(added)
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (["Train", "Test"], "hold images and no class folders"),
+        (["Train/ruby", "Train/leaf", "Test/ruby", "extra/ruby"], "'Test', 'Train' are, 'extra' are not"),
+    ],
+)
+def test_a_zip_that_may_or_may_not_be_split_is_refused(workspace, tmp_path, folders, message):
+    folder = workspace.new_picture_set()
+    with pytest.raises(InputError, match=message):
+        add_zip(folder, split_zip(tmp_path / "a.zip", folders))
+    assert not read_set(folder).entries()
+
+
+def test_what_of_a_folder_is_not_used_and_which_class_is_not_tested_is_shown(workspace, tmp_path):
+    mine = colour_folder(tmp_path / "mine" / "Train", 4, ("ruby", "leaf", "sea")).parent
+    colour_folder(mine / "Test", 2, ("ruby", "leaf"))
+    (mine / "Train" / "sea" / "<b>.txt").touch()
+    found = class_sets.find(workspace, class_sets.point_to(workspace, str(mine)))
+    shown = class_pictures._summary(found, None)
+    assert "It is split by its folders: &#x27;Train&#x27; is train (12 images)" in shown
+    assert "1 file with the suffix .txt is not used: 1 in class &#x27;sea&#x27;." in shown
+    assert "&#x27;sea&#x27; has 0 images to test on" in shown
+    assert {one.key: one.learnable for one in found.classes} == {"ruby": 4, "leaf": 4, "sea": 4}
+
+
+def test_a_class_that_is_only_tested_on_cannot_be_trained(workspace, tmp_path):
+    mine = colour_folder(tmp_path / "mine" / "Train", 4, ("ruby", "leaf")).parent
+    colour_folder(mine / "Test", 4, ("ruby", "leaf", "sea"))
+    found = class_sets.find(workspace, class_sets.point_to(workspace, str(mine)))
+    assert not class_sets.is_ready(found)
+    assert any("All pictures of sea are kept for the test" in one for one in class_sets.warnings(found))
