@@ -53,7 +53,7 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
     """
     where = repr(str(path))
     table = _table(path, where)
-    others = [column for column in table.columns if column not in (PATH, LABEL)]
+    others = [column for column in dict.fromkeys(table.columns) if column not in (PATH, LABEL)]
     values = {column: [row[column] for _, row in table.rows if row[column]] for column in others}
     column = split_column(others, values, where)
     rows: list[Row] = []
@@ -64,11 +64,14 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
         if name in line_of:
             raise InputError(f"{at} names {name!r} of class {label!r} again, after line {line_of[name]}. Remove one.")
         line_of[name] = line
-        part = part_of_value(cells[column], at, column) if column is not None and cells[column] else None
-        if column is not None and part is None:
-            raise InputError(f"{at} has no {column}, others have. Give every row one of {', '.join(PARTS)}.")
-        rows.append(Row(line, name, label, part))
-    return rows, _notes(rows, column, [other for other in others if other != column])
+        rows.append(Row(line, name, label, None if column is None else _part(cells[column], at, column)))
+    return rows, _notes(rows, column, [other for other in others if other != column and (other or values[other])])
+
+
+def _part(value: str, at: str, column: str) -> Part:
+    if not value:
+        raise InputError(f"{at} has no {column}, others have. Give every row one of {', '.join(PARTS)}.")
+    return part_of_value(value, at, column)
 
 
 def _check_file(path: Path, what: str) -> None:
@@ -104,12 +107,7 @@ def _table(path: Path, where: str) -> _Table:
 
 
 def _checked(reader: csv.DictReader, where: str, header: str) -> _Table:
-    columns = tuple(_column(written) for written in reader.fieldnames or ())
-    twice = [column for column, count in Counter(column.casefold() for column in columns).items() if count > 1]
-    if twice:
-        raise InputError(f"The first line of {where} names the column {twice[0]!r} more than once, got {header!r}. Rename one.")
-    if not {PATH, LABEL} <= set(columns):
-        raise InputError(f"The first line of {where} must name the columns path and label, got {header!r}.")
+    columns = _columns(reader, where, header)
     reader.fieldnames = columns
     rows = []
     for row in reader:
@@ -117,6 +115,18 @@ def _checked(reader: csv.DictReader, where: str, header: str) -> _Table:
             raise InputError(f"Line {reader.line_num} of {where} must hold a path and a label, got {row}. Mend or remove it.")
         rows.append((reader.line_num, {column: (value or "").strip() for column, value in row.items()}))
     return _Table(columns, tuple(rows))
+
+
+def _columns(reader: csv.DictReader, where: str, header: str) -> tuple[str, ...]:
+    """The names of the columns. Raises: InputError if two are the same, or path or label is missing."""
+    columns = tuple(_column(written) for written in reader.fieldnames or ())
+    # Spreadsheets write columns without a name behind the last.
+    twice = [column for column, count in Counter(column.casefold() for column in columns if column).items() if count > 1]
+    if twice:
+        raise InputError(f"The first line of {where} names the column {twice[0]!r} more than once, got {header!r}. Rename one.")
+    if not {PATH, LABEL} <= set(columns):
+        raise InputError(f"The first line of {where} must name the columns path and label, got {header!r}.")
+    return columns
 
 
 def _column(written: str) -> str:

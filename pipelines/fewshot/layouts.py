@@ -135,20 +135,27 @@ def _by_split_folders(where: str, inside: Mapping[str, Path], below: Sequence[Pa
         raise InputError(_without_class(where, [name for name in inside if name not in own]))
     tops = {path[0]: words[path[0]] for path in own.values()}
     check_one_word_each(tops, f"The folders of {where}")
-    # The folders above the classes, the same number in every part.
-    above = {top: [top] for top in tops}
-    while all(len(path) > len(above[path[0]]) + 2 for path in own.values()) and (inner := _only_folders(own, above)):
-        above = {top: [*path, inner[top]] for top, path in above.items()}
+    above = _folders_above(own, tops)
     depth = len(next(iter(above.values())))
     classes = {name: path[depth] for name, path in own.items()}
     empty = {path[depth] for path in below if len(path) > depth and above.get(path[0]) == path[:depth]}
-    counts = Counter(path[0] for path in own.values())
-    told = ", ".join(
-        f"{top!r} is {tops[top]} ({counted(counts[top])})" for top in sorted(tops, key=lambda top: PARTS.index(tops[top]))
-    )
     parts = {name: tops[path[0]] for name, path in own.items()}
-    notes = (f"It is split by its folders: {told}.",)
+    notes = (_on_parts(tops, Counter(path[0] for path in own.values())),)
     return FolderLayout("", tuple(sorted(empty | set(classes.values()))), classes, parts, notes, depth, depth + 1)
+
+
+def _on_parts(tops: Mapping[str, Part], counts: Mapping[str, int]) -> str:
+    """Which folder is which part, and how many images it holds."""
+    order = sorted(tops, key=lambda top: PARTS.index(tops[top]))
+    return f"It is split by its folders: {', '.join(f'{top!r} is {tops[top]} ({counted(counts[top])})' for top in order)}."
+
+
+def _folders_above(own: Mapping[str, Path], tops: Collection[str]) -> dict[str, Path]:
+    """The folders above the class folders of each part, as many in every part: the part's own, and those that hold all of it."""
+    above = {top: [top] for top in tops}
+    while all(len(path) > len(above[path[0]]) + 2 for path in own.values()) and (inner := _only_folders(own, above)):
+        above = {top: [*path, inner[top]] for top, path in above.items()}
+    return above
 
 
 def _only_folders(own: Mapping[str, Path], above: Mapping[str, Path]) -> dict[str, str] | None:
@@ -178,16 +185,21 @@ def _parts_within(where: str, inside: Mapping[str, Path]) -> dict[str, Part]:
     words = {top: parts_of_folders(names) for top, names in held.items()}
     if not any(len(set(own.values())) > 1 for own in words.values()):
         return {}
-    called = sorted(f"{top}/{name}" for top, own in words.items() for name in own)
+    _check_all_in_parts(where, held, words)
+    for top, own in words.items():
+        check_one_word_each(own, f"The folders of class {top!r} of {where}")
+    return {name: words[path[0]][path[1]] for name, path in inside.items()}
+
+
+def _check_all_in_parts(where: str, held: Mapping[str, set[str]], words: Mapping[str, Mapping[str, Part]]) -> None:
+    """Raise InputError if, of the folders that `held` names by class, some are parts of a split and some are not."""
     others = sorted(f"{top}/{name}" for top, names in held.items() for name in names - words[top].keys())
     if others:
+        called = sorted(f"{top}/{name}" for top, own in words.items() for name in own)
         raise InputError(
             f"Some folders within the classes of {where} are called like the parts of a split, {listed(called)}, but not all "
             f"images lie in such: {listed(others)}. Move those into parts too, or rename the folders that are no parts."
         )
-    for top, own in words.items():
-        check_one_word_each(own, f"The folders of class {top!r} of {where}")
-    return {name: words[path[0]][path[1]] for name, path in inside.items()}
 
 
 def check_spellings(where: str, classes: Mapping[str, str], parts: Mapping[str, Part]) -> None:

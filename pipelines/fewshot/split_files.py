@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from pipelines.errors import InputError
@@ -65,14 +65,7 @@ def listed_parts(split: bytes, where: str, class_of: Mapping[str, str], outer: s
     check_one_word_each(called, f"{SPLIT_FILE} of {where}")
     parts: dict[str, Part] = {}
     for key, part in called.items():
-        if not isinstance(content[key], list):
-            raise InputError(f"{SPLIT_FILE} of {where} must hold a list in {key!r}, got {type(content[key]).__name__}.")
-        for entry in content[key]:
-            name = _name_in(entry, outer)
-            if name not in class_of:
-                raise InputError(
-                    f"{SPLIT_FILE} of {where} lists {entry!r} in {key!r}, which is no picture of the set. Remove it."
-                )
+        for name in _names_in(content[key], key, where, class_of, outer):
             if name in parts:
                 raise InputError(f"{SPLIT_FILE} of {where} lists {name!r} twice. Remove one.")
             parts[name] = part
@@ -82,10 +75,16 @@ def listed_parts(split: bytes, where: str, class_of: Mapping[str, str], outer: s
     return parts, notes + ([f"The keys {listed(others)} of its {SPLIT_FILE} are not used."] if others else [])
 
 
-def _name_in(entry: Any, outer: str) -> str | None:
-    """The image that an entry lists: a path, or a list that begins with one."""
-    path = entry[0] if isinstance(entry, list) and entry else entry
-    return outer + path if isinstance(path, str) else None
+def _names_in(entries: Any, key: str, where: str, class_of: Mapping[str, str], outer: str) -> Iterator[str]:
+    """The images that the list under `key` names: each by its path, or by a list that begins with it."""
+    if not isinstance(entries, list):
+        raise InputError(f"{SPLIT_FILE} of {where} must hold a list in {key!r}, got {type(entries).__name__}.")
+    for entry in entries:
+        path = entry[0] if isinstance(entry, list) and entry else entry
+        name = outer + path if isinstance(path, str) else None
+        if name not in class_of:
+            raise InputError(f"{SPLIT_FILE} of {where} lists {entry!r} in {key!r}, which is no picture of the set. Remove it.")
+        yield name
 
 
 def _on_no_part(where: str, keys: list[str]) -> list[str]:

@@ -120,19 +120,25 @@ def split_column(columns: Sequence[str], values: Mapping[str, Iterable[str]], wh
     Raises: InputError naming the columns if there are several.
     """
     held = {column: set(values[column]) for column in columns}
-    candidates = [column for column in columns if held[column] and (names_split_column(column) or _is_split(held[column]))]
+    candidates = [column for column in columns if _may_be_split(column, held[column])]
     if len(candidates) > 1:
         names = " and ".join(map(repr, candidates))
         raise InputError(
             f"{where} must have one column that says how it is split, but {names} both could. Remove or rename all but one."
         )
-    flags = [column for column in columns if len(held[column]) > 1 and _is_flag(_letters(column))]
-    if flags and not candidates:
+    if candidates:
+        return candidates[0]
+    flag = next((column for column in columns if len(held[column]) > 1 and _is_flag(_letters(column))), None)
+    if flag is not None:
         raise InputError(
-            f"{where} has the column {flags[0]!r}, which speaks of a split but cannot be read as one. Make it a column 'split' "
+            f"{where} has the column {flag!r}, which speaks of a split but cannot be read as one. Make it a column 'split' "
             "with train, val or test in every row, or remove it."
         )
-    return candidates[0] if candidates else None
+    return None
+
+
+def _may_be_split(column: str, values: Collection[str]) -> bool:
+    return bool(values) and (names_split_column(column) or _is_split(values))
 
 
 def _is_split(values: Collection[str]) -> bool:

@@ -8,13 +8,12 @@ from pathlib import PurePosixPath
 
 from pipelines.fewshot.layouts import LISTED, FolderLayout, counted, listed
 from pipelines.fewshot.split_words import part_named
-from pipelines.pictures import PICTURE_SUFFIXES
 
 # Written by systems beside every folder that is looked at.
 SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini", "ehthumbs.db"})
 # What the web app writes into its sets.
 APP_FILES = frozenset({"set.json"})
-# Images that may be anybody's, in formats that are not read unless PICTURE_SUFFIXES holds them.
+# Formats of images; those that are read never come here.
 OTHER_IMAGES = frozenset(
     {".heic", ".heif", ".avif", ".tif", ".tiff", ".gif", ".jfif", ".jpe", ".jp2", ".jxl", ".ppm", ".pgm", ".tga", ".psd", ".svg"}
     | {".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2"}
@@ -73,16 +72,20 @@ def _on_suffixes(within: Mapping[str, Counter[str]]) -> list[str]:
 
 
 def _on_suffix(suffix: str, counts: Counter[str]) -> str:
-    count = counts.total()
+    count, first = counts.total(), dict(sorted(counts.items())[:LISTED])
     called = f"with the suffix {suffix if suffix.isprintable() else repr(suffix)}" if suffix else "without a suffix"
-    classes = [f"{own} in class {key!r}" for key, own in sorted(counts.items())[:LISTED]]
-    more = f" and {count - sum(own for _, own in sorted(counts.items())[:LISTED])} in others" if len(counts) > LISTED else ""
-    remedy = ""
-    if suffix in PICTURE_SUFFIXES or not suffix:
-        remedy = " They are not called like an image." if count > 1 else " It is not called like an image."
-    elif suffix in OTHER_IMAGES:
-        remedy = f" This format is not read: save {'it' if count == 1 else 'them'} as JPEG or PNG."
-    return f"{counted(count, 'file')} {called} {_is_not_used(count)}: {', '.join(classes)}{more}.{remedy}"
+    classes = ", ".join(f"{own} in class {key!r}" for key, own in first.items())
+    more = f" and {count - sum(first.values())} in others" if len(counts) > LISTED else ""
+    return f"{counted(count, 'file')} {called} {_is_not_used(count)}: {classes}{more}.{_remedy(suffix, count)}"
+
+
+def _remedy(suffix: str, count: int) -> str:
+    """What can be done about files with a suffix that may be images."""
+    if not suffix:
+        return " It is not called like an image." if count == 1 else " They are not called like an image."
+    if suffix in OTHER_IMAGES:
+        return f" This format is not read: save {'it' if count == 1 else 'them'} as JPEG or PNG."
+    return ""
 
 
 def _on_outside(names: Sequence[str]) -> list[str]:

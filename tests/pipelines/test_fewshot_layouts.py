@@ -165,8 +165,8 @@ def test_folders_and_a_split_file_must_say_the_same(tmp_path):
 def test_the_column_of_a_csv_that_splits_it_is_read_in_any_spelling(tmp_path, column):
     files = class_files({"a": 3, "b": 3})
     values = {"0": "Training", "1": "PublicTest", "2": "PrivateTest"}
-    rows = [f"{name},{name[0]},{values[name[2]]},0" for name in files]
-    write_files(tmp_path, files | {"a.csv": "\n".join([f"Path,LABEL,{column},width", *rows]).encode()})
+    rows = [f"{name},{name[0]},{values[name[2]]},0,," for name in files]
+    write_files(tmp_path, files | {"a.csv": "\n".join([f"Path,LABEL,{column},width,,", *rows]).encode()})
     found = load_pictures(tmp_path / "a.csv")
     assert {name: found.parts[name] for name in files} == {name: ("train", "val", "test")[int(name[2])] for name in files}
     assert any(f"split by its column {column!r}" in note for note in found.notes)

@@ -60,8 +60,8 @@ class LabelledDataOptions:
     data_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Folder of class folders, a .zip of one, or a .csv of path and label. scikit-learn's handwritten digits "
-            "unless said."
+            "help": "Folder of class folders, a .zip of one, or a .csv of path and label; folders for the parts of a split, a "
+            "split.json or a column of the .csv are kept to. scikit-learn's handwritten digits unless said."
         },
     )
     dataset: str | None = field(
@@ -69,7 +69,11 @@ class LabelledDataOptions:
         metadata={"help": f"One of the CoOp protocol's eleven sets, in its folder below --data_dir: {', '.join(SETS)}."},
     )
     class_names: list[str] | None = field(
-        default=None, metadata={"help": "Other names for classes, each as folder=name; the folders' names unless said."}
+        default=None,
+        metadata={
+            "help": "Other names for classes, each as folder=name; the folders' names unless said. A folder that is named here "
+            "is a class, also where it is called like a part of a split."
+        },
     )
     templates: list[str] | None = field(
         default=None,
