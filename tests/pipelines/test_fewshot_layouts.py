@@ -192,7 +192,7 @@ def test_a_csv_with_two_split_columns_is_refused(tmp_path, header, message):
 def test_what_is_not_used_is_named_by_suffix_and_class(tmp_path, zipped, place):
     files = class_files({f"{place}cat": 2, f"{place}dog/deep": 1} | ({"test/cat": 1, "test/dog/deep": 1} if place else {}))
     files |= {f"{place}cat/{number}.txt": b"x" for number in range(12)} | {f"{place}dog/deep/a.TXT": b"x"}
-    files |= {f"{place}cat/1.heic": b"x", f"{place}cat/2.mp4": b"x", f"{place}cat/IMG_1": b"x", f"{place}dog/Thumbs.db": b"x"}
+    files |= {f"{place}cat/1.psd": b"x", f"{place}cat/2.mp4": b"x", f"{place}cat/IMG_1": b"x", f"{place}dog/Thumbs.db": b"x"}
     files |= {"README.md": b"x", "train.txt": b"x", f"{place}cat/.DS_Store": b"x", "__MACOSX/cat/._0.png": b"x"}
     notes = loaded(tmp_path, files, zipped).notes
     for expected in (
