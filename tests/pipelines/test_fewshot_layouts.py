@@ -203,7 +203,7 @@ def test_what_is_not_used_is_named_by_suffix_and_class(tmp_path, zipped, place):
         "1 file outside of the class folders is not used: 'README.md'.",
     ):
         assert expected in notes
-    assert any(".heic is not used: 1 in class 'cat'." in note for note in notes)
+    assert any(".psd is not used: 1 in class 'cat'." in note for note in notes)
     assert any(note.startswith("'train.txt' is called like the lists of a split, but not read.") for note in notes)
     assert any(note.startswith("2 hidden files or folders are not used: ") for note in notes)
     assert any("used for the class, such as " in note for note in notes)
