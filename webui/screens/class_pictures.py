@@ -357,7 +357,6 @@ def _said(added: Added) -> str:
     """What became of an upload."""
     count = len(added.names)
     told = f"<p>{count} picture{'' if count == 1 else 's'} added.</p>"
-    told += "".join(f"<p class='quiet'>{html.escape(note)}</p>" for note in added.notes)
     refused = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in added.refused)
     notes = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in added.notes)
     told += f"<div class='warning'>Left out:<ul>{refused}</ul></div>" if refused else ""
