@@ -45,10 +45,12 @@ class Added:
     Args:
         names: what the pictures are called by now: their files, below the set's folder.
         refused: a plain sentence for each file that was not taken; it holds users' words, to be escaped wherever it is shown.
+        notes: what is to be known of those that were taken, in sentences like these.
     """
 
     names: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 class FullError(InputError):
@@ -70,7 +72,7 @@ def add_pictures(folder: Path, files: Sequence[str | Path], class_folder: str | 
         _add(folder, _readable(named, read_upload, added), class_folder, added)
     except FullError as error:
         added.refused.append(str(error))
-    return _summed_up(added)
+    return summed_up(added)
 
 
 def add_zip(folder: Path, file: str | Path) -> Added:
@@ -89,7 +91,7 @@ def add_zip(folder: Path, file: str | Path) -> Added:
             _add(folder, _readable(named, _read_zipped, added), add_class(folder, name), added)
     except FullError as error:
         added.refused.append(str(error))
-    return _summed_up(added)
+    return summed_up(added)
 
 
 def check_adapter(file: str | Path) -> Path:
@@ -207,7 +209,8 @@ def _check_room(sets: Path, pictures: int, size: int) -> None:
         raise FullError(f"Your files take {MAX_USER_BYTES >> 30} GB, and no more is kept. Delete a set that you no longer need.")
 
 
-def _summed_up(added: Added) -> Added:
+def summed_up(added: Added) -> Added:
+    """`added` with at most `SENTENCES` sentences on what was refused."""
     if len(added.refused) > SENTENCES:
         rest = len(added.refused) - SENTENCES + 1
         added.refused[SENTENCES - 1 :] = [f"{rest} further files were left out for like reasons."]

@@ -125,8 +125,9 @@ class Report:
         ]
         findings = [asdict(finding) for finding in self.findings]
         names = ("folder", "class_folder")
+        prompts = [asdict(prompt) | {"summary": prompt.summary()} for prompt in self.long_prompts]
         folders = {name: account and account.to_json() for name in names for account in [getattr(self, name)]}
-        return {"pictures": pictures, "findings": findings, **folders, "long_prompts": list(map(asdict, self.long_prompts))}
+        return {"pictures": pictures, "findings": findings, **folders, "long_prompts": prompts}
 
     def in_words(self) -> str:
         """One line a picture and finding, then what is not used and why."""
