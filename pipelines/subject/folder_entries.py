@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pipelines.file_names import display_path
+
 Use = Literal["image", "caption", "mask", "class_prompt", "metadata", "subject", "class_images", "unused"]
 LISTED_NAMES = 3
 # Why a file or folder is not used, by kind, in sentences that follow its name.
@@ -74,8 +76,8 @@ class FolderEntry:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for photos.json."""
-        image = None if self.image is None else str(self.image)
-        values = {"path": str(self.path), "use": self.use, "kind": self.kind, "subject": self.subject, "image": image}
+        image = None if self.image is None else display_path(self.image)
+        values = {"path": display_path(self.path), "use": self.use, "kind": self.kind, "subject": self.subject, "image": image}
         return {**values, "detail": self.detail, "reason": self.reason}
 
     @classmethod
@@ -138,7 +140,7 @@ class FolderAccount:
     def to_json(self) -> dict[str, Any]:
         """Plain values, for photos.json."""
         notes = [{"kind": note.kind, "words": note.words, "is_warning": note.is_warning} for note in self.notes]
-        return {"folder": str(self.folder), "files": [entry.to_json() for entry in self.entries], "notes": notes}
+        return {"folder": display_path(self.folder), "files": [entry.to_json() for entry in self.entries], "notes": notes}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> FolderAccount:

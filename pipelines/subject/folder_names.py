@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from pipelines.file_names import display_path
+
 CLASS_PROMPT = "class_prompt.txt"
 CAPTION_SUFFIXES = (".txt", ".caption")
 # `datasets`' imagefolder reads the first two; the others are sd-scripts' metadata for finetuning.
@@ -160,4 +162,4 @@ def unused_kind(name: str, images: Iterable[str]) -> str:
 
 
 def _spaced(name: str) -> str:
-    return name.replace("_", " ").strip()
+    return display_path(name).replace("_", " ").strip()
