@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -246,3 +248,31 @@ def test_sizes_that_do_not_fit_the_model_are_named(trained):
 def test_a_number_out_of_range_is_refused(name, value, least):
     with pytest.raises(InputError, match=rf"{name} must be at least {least}, got {value}"):
         DataOptions(**{name: value})
+
+
+def test_a_run_names_what_it_does_not_use_and_what_is_cut(trained, pictures_dir, tmp_path, caplog):
+    folder = tmp_path / "10_sks toy"
+    shutil.copytree(pictures_dir, folder)
+    shutil.copy(folder / "0.png", folder / "0-masklabel.png")
+    (folder / "1.caption").write_text("sks toy " * 60)
+    run = trained("run", "--dry_run", *PRIOR, pictures=folder)
+    report = json.loads((run.path / "photos.json").read_text())
+    uses = {Path(entry["path"]).name: entry["use"] for entry in report["folder"]["files"]}
+    assert uses == {**dict.fromkeys(("0.png", "1.png", "2.png"), "image"), "0-masklabel.png": "mask", "1.caption": "caption"}
+    (cut,) = report["long_prompts"]
+    assert (cut["role"], cut["images"]) == ("caption", ["1.png"])
+    assert cut["num_tokens"] > cut["max_tokens"]
+    for words in ("'0-masklabel.png'. They are masks", "Repeats are not honoured", "1 from NAME.caption", cut["summary"]):
+        assert words in caplog.text
+
+
+def test_class_images_that_are_given_are_accounted_for(tmp_path, pictures_dir):
+    shutil.copytree(pictures_dir, tmp_path / "reg" / "1_toy")
+    (tmp_path / "reg" / "1_toy" / "0.txt").write_text("a toy")
+    options = DataOptions(str(pictures_dir), "sks toy", with_prior_preservation=True, class_prompt="a toy", num_class_images=2)
+    for name, check in (("reg", pytest.raises(InputError, match=r"as in '.*1_toy'")), ("reg/1_toy", nullcontext())):
+        options.class_data_dir = str(tmp_path / name)
+        with check:
+            report = checked_pictures(options, seed=0).report
+    kinds = [entry["kind"] for entry in report.to_dict()["class_folder"]["files"]]
+    assert sorted(kinds) == ["", "", "class_caption", "spare"]
