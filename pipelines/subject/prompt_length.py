@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from pipelines.subject.folder_entries import listed
 
 CAPTION = "caption"
-SHOWN_LENGTH = 120
+SHOWN_START, SHOWN_LENGTH = 40, 120
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class LongPrompt:
 
     def summary(self) -> str:
         """One sentence for people."""
-        name = f"caption of {listed(self.images)}" if self.role == CAPTION else f"{self.role} {self.text[:40] + '...'!r}"
+        start = self.text if len(self.text) <= SHOWN_START else f"{self.text[:SHOWN_START]}..."
+        name = f"caption of {listed(self.images)}" if self.role == CAPTION else f"{self.role} {start!r}"
         cut = self.cut if len(self.cut) <= SHOWN_LENGTH else f"{self.cut[:SHOWN_LENGTH]}..."
         return (
             f"The {name} has {self.num_tokens} tokens, and the tokenizer takes {self.max_tokens} with start and end: it is cut, "
