@@ -10,7 +10,7 @@ from pathlib import Path
 from pipelines.errors import InputError
 from pipelines.subject.caption_files import read_captions
 from pipelines.subject.data import Picture
-from pipelines.subject.folder_names import CLASS_PROMPT, name_of_subject
+from pipelines.subject.folder_names import CLASS_PROMPT, folder_name, name_of_subject
 from pipelines.subject.folder_scan import images_of, scan_folder
 from pipelines.text_files import read_text
 
@@ -29,7 +29,7 @@ def subject_folders(folder: str | Path, class_data_dir: str | Path | None = None
 
 def subject_name(folder: Path) -> str:
     """What the subject in `folder` is called: as the folder, with spaces for underscores and without kohya's repeats."""
-    return name_of_subject(folder.resolve().name)
+    return name_of_subject(folder_name(folder))
 
 
 def find_captioned(folder: str | Path, instance_prompt: str | None, class_data_dir: str | Path | None = None) -> list[Picture]:

@@ -25,7 +25,7 @@ from pipelines.errors import InputError
 from pipelines.pictures import UNREADABLE, read_picture
 from pipelines.subject.caption_files import read_captions
 from pipelines.subject.folder_entries import FolderAccount
-from pipelines.subject.folder_names import name_of_subject
+from pipelines.subject.folder_names import folder_name, name_of_subject
 from pipelines.subject.folder_scan import images_of, scan_folder
 from pipelines.subject.prompt_length import LongPrompt
 
@@ -295,7 +295,7 @@ def _of_another_format(path: Path) -> Diagnosis:
     """The diagnosis of a picture file of a kind that is not read."""
     words = f"Files of the kind {path.suffix} are not read; it is left out."
     finding = Finding("wrong_format", words, "Save it as JPEG or PNG.")
-    return Diagnosis(path, name_of_subject(path.parent.resolve().name), None, (finding,))
+    return Diagnosis(path, name_of_subject(folder_name(path.parent)), None, (finding,))
 
 
 def _with_size_for(diagnosis: Diagnosis, resolution: int) -> Diagnosis:

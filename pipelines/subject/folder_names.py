@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipelines.file_names import display_path
 
@@ -61,6 +63,11 @@ def suffix_of(name: str) -> str:
     """The last suffix of `name` in lower case, with its dot; empty for none."""
     head, dot, tail = name.rpartition(".")
     return f".{tail.lower()}" if head and dot else ""
+
+
+def folder_name(folder: Path) -> str:
+    """What a folder is called where it is named, also for `.`; of a link its own name, not that of its target."""
+    return os.path.basename(os.path.abspath(folder))
 
 
 def kohya_name(folder_name: str) -> KohyaName | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.errors import InputError
+from pipelines.file_names import display_path
 from pipelines.pictures import PICTURE_SUFFIXES, read_picture
 from pipelines.subject.folder_entries import LISTED_NAMES, FolderAccount, FolderEntry, FolderNote, listed
 from pipelines.subject.folder_listing import FolderListing, check_folder, first_image_below, list_folder
@@ -24,6 +25,7 @@ from pipelines.subject.folder_names import (
     MASK_SUFFIX,
     caption_names,
     class_words,
+    folder_name,
     kohya_name,
     metadata_rank,
     name_of_subject,
@@ -181,7 +183,7 @@ class _Scanner:
 
     def _class_folder(self, path: Path, beside: dict[Path, FolderListing]) -> FolderEntry | None:
         """The entry of a folder of regularisation images; None for any other folder."""
-        others = [home.resolve().name for home in beside if home != path and not _is_class_folder(home)]
+        others = [folder_name(home) for home in beside if home != path and not _is_class_folder(home)]
         if not others:
             return None
         words = class_words(path.name, others)
@@ -216,7 +218,7 @@ class _Scanner:
 
     def _subject(self, listing: FolderListing) -> SubjectFolder:
         """The subject in `listing`, with every file there accounted for."""
-        name = name_of_subject(listing.path.resolve().name)
+        name = name_of_subject(folder_name(listing.path))
         if listing.path != self.root:
             self.entries.append(FolderEntry(listing.path, "subject", subject=name))
             for path in listing.folders:
@@ -253,7 +255,7 @@ class _Scanner:
 
     def _note_repeats(self, subjects: Sequence[SubjectFolder]) -> None:
         """Say of kohya's folder names how they are read, and that repeats are not honoured."""
-        names = [subject.path.resolve().name for subject in subjects]
+        names = [folder_name(subject.path) for subject in subjects]
         readings = [f"{name!r} holds {kohya.words!r}, repeats {kohya.repeats}" for name in names if (kohya := kohya_name(name))]
         if readings:
             words = (
@@ -316,8 +318,8 @@ def _offer(folder: Path, words: str | None) -> str:
     kohya = kohya_name(folder.name)
     words = words or (kohya.words if kohya is not None else "CLASS")
     return (
-        f'To use them for prior preservation give --with_prior_preservation --class_data_dir "{folder}" --class_prompt '
-        f'"a photo of {with_article(words)}"; to train them as a subject, rename the folder.'
+        f'To use them for prior preservation give --with_prior_preservation --class_data_dir "{display_path(folder)}" '
+        f'--class_prompt "a photo of {with_article(words)}"; to train them as a subject, rename the folder.'
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +27,10 @@ DELIMITERS = ",;\t"
 SEPARATOR = ", "
 REMEDIES = {
     ".jsonl": 'Write one object a line, such as {"file_name": "00.jpg", "text": "a photo of sks dog"}.',
-    ".csv": "Write the columns file_name and text, and one image a row.",
+    ".csv": "Write the columns file_name and text, and one image a row, or remove the file.",
 }
+# Nested too deep, or numbers with too many digits, are no JSONDecodeError.
+UNREADABLE_JSON = (ValueError, RecursionError)
 
 
 @dataclass
@@ -117,7 +120,7 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
         if line.strip():
             try:
                 yield where, json.loads(line)
-            except json.JSONDecodeError as error:
+            except UNREADABLE_JSON as error:
                 raise InputError(f"{where} is not JSON ({error}). {REMEDIES['.jsonl']}") from error
 
 
@@ -157,14 +160,15 @@ def _columns(row: Any, where: str, remedy: str, metadata: MetadataFile) -> tuple
 
 def _located(folder: Path, name: str) -> Path | None:
     """The file that a metadata file in `folder` names, in either system's separators; None if it is not there."""
-    return next((path for path in (folder / name, folder / name.replace("\\", "/")) if path.is_file()), None)
+    # Unlike Path.is_file it takes a name that no file can have.
+    return next((path for path in (folder / name, folder / name.replace("\\", "/")) if os.path.isfile(path)), None)
 
 
 def _read_json(metadata: MetadataFile) -> None:
     """Read metadata.json or meta_*.json; what cannot be read becomes its `problem`, since any program may write such a file."""
     try:
         values = json.loads(read_text(metadata.path))
-    except json.JSONDecodeError as error:
+    except UNREADABLE_JSON as error:
         metadata.problem = f"{metadata.path.name} is not JSON ({error})."
         return
     entries = _json_entries(values)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from pipelines.file_names import display_path
 from pipelines.subject.folder_entries import listed
 
 CAPTION = "caption"
@@ -57,7 +58,7 @@ def long_prompts(
     images: dict[str, list[str]] = {}
     for path, text in captions:
         if text not in prompts:
-            images.setdefault(text, []).append(path.name)
+            images.setdefault(text, []).append(display_path(path.name))
     roles = {**prompts, **dict.fromkeys(images, CAPTION)}
     return [
         LongPrompt(role, text, *cut, tuple(images.get(text, ())))

@@ -90,6 +90,7 @@ def test_sd_scripts_tags_follow_the_caption(album):
         ("file_name,text\n00.jpg,a,b\n", "Line 2 .*more cells than the first line has columns"),
         ("file_name,text\n99.jpg,a\n", r"Line 2 .*names '99\.jpg', which is not there"),
         ('file_name,text\n00.jpg,"a\n', "is not CSV"),
+        (f"file_name,text\n{'0' * 300}.jpg,a\n", "which is not there"),
     ],
 )
 def test_a_wrong_row_is_named_with_its_number(album, text, message):
@@ -106,7 +107,18 @@ def test_metadata_in_another_encoding_is_named_with_the_remedy(album, encoding):
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "3", '["00.jpg"]', '{"00": {"size": 3}}', '{"version": 1}', "[]", '[{"file_name": "00.jpg"}]']
+    "text",
+    [
+        "{",
+        "[" * 20_000,
+        "9" * 5000,
+        "3",
+        '["00.jpg"]',
+        '{"00": {"size": 3}}',
+        '{"version": 1}',
+        "[]",
+        '[{"file_name": "00.jpg"}]',
+    ],
 )
 @pytest.mark.parametrize("name", ["metadata.json", "meta_dd.json"])
 def test_metadata_of_another_program_that_cannot_be_read_is_named(album, name, text):

@@ -371,5 +371,15 @@ def test_linked_images_and_folders_are_used_like_others(tmp_path):
     (tmp_path / "subjects").mkdir()
     (tmp_path / "subjects" / "hat").symlink_to(tmp_path / "store")
     assert used(tmp_path / "album") == {"album": ["a.png"]}
-    assert list(used(tmp_path / "subjects").values()) == [["x.png"]]
+    assert used(tmp_path / "subjects") == {"hat": ["x.png"]}
     assert not list_folder(tmp_path / "album").unusable
+
+
+def test_names_that_are_not_utf8_end_nowhere_in_a_traceback(tmp_path):
+    folder = tmp_path / os.fsdecode(b"10_h\xfct")
+    write(folder, os.fsdecode(b"\xe9.jpg"), os.fsdecode(b"\xe9_mask.png"), os.fsdecode(b"\xe8.mp4"), "0.png")
+    picture = find_captioned(folder, "a photo of {subject}")[-1]
+    assert picture.prompt == r"a photo of h\udcfct"
+    report = examine(folder)
+    for text in ("".join(report.folder.warnings()), json.dumps(report.to_dict()["folder"], ensure_ascii=False)):
+        assert r"\udce9_mask.png" in text.encode().decode()
