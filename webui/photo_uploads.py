@@ -17,8 +17,8 @@ from pipelines.errors import InputError
 from pipelines.fewshot.archives import read_zip
 from pipelines.subject.caption_files import Captions, read_captions
 from pipelines.subject.folder_entries import FolderAccount, FolderEntry, listed
-from pipelines.subject.folder_names import is_system_name, stem_of, suffix_of
-from pipelines.subject.folder_scan import scan_folder
+from pipelines.subject.folder_names import CLASS_PROMPT, is_system_name, stem_of, suffix_of
+from pipelines.subject.folder_scan import FolderScan, scan_folder
 from webui.incoming import display_name
 from webui.picture_sets import read_set, set_caption
 from webui.uploads import ZIP_LIMITS, Added, add_pictures, summed_up
@@ -113,34 +113,48 @@ def _add_zip(folder: Path, file: Path) -> Added:
 
 def _add(folder: Path, layout: _Layout) -> Added:
     """Add what is laid out: images, then their captions; the scan says what is not used."""
-    texts = [path for path in layout.files if suffix_of(path.name) in TEXT_SUFFIXES]
     try:
         scan = scan_folder(layout.folder)
     except InputError:
-        # No file is called as an image: the upload tells images by their content.
-        added = add_pictures(folder, [path for path in layout.files if path not in texts])
-        if texts:
-            added.refused.append(f"There is no photo that {listed(texts, layout.folder)} could belong to. Add photos first.")
-        return added
-    problem = ""
-    try:
-        captions = read_captions(scan)
-    except InputError as error:
-        captions = Captions({}, scan.account)
-        problem = f"Captions are left out. {_without_paths(str(error), layout.folder)}"
+        return _add_by_content(folder, layout)
+    captions, problems = _captions(scan, layout.folder)
     entries = captions.account.entries
-    images = [entry.path for entry in entries if entry.path in layout.files and _may_be_image(entry)]
-    added = add_pictures(folder, images)
-    by_name = {path.name: caption.text for path, caption in captions.by_image.items() if path in layout.files}
-    by_file = {entry.file: by_name.get(entry.name) for entry in read_set(folder).pictures if entry.file in added.names}
-    by_file |= {file: captions.by_image[path].text for path, file in layout.present.items() if path in captions.by_image}
-    added.refused += [sentence for file, text in by_file.items() if text and (sentence := _caption(folder, file, text))]
+    added = add_pictures(folder, [entry.path for entry in entries if entry.path in layout.files and _may_be_image(entry)])
+    problems += _set_captions(folder, layout, captions, added)
     visible = tuple(entry for entry in entries if entry.kind in NAMED_BY_SCAN or entry.path.is_dir())
-    sentences = [*FolderAccount(layout.folder, visible).warnings(), *([problem] if problem else [])]
-    added.refused += [_without_paths(sentence, layout.folder) for sentence in sentences]
+    refused = [*FolderAccount(layout.folder, visible).warnings(), *problems]
+    if any(entry.use == "class_prompt" for entry in entries):
+        refused.append(f"{CLASS_PROMPT} is left out. Say under Check what the photos show.")
     notes = FolderAccount(layout.folder, notes=captions.account.notes).warnings()
-    added.notes += [_without_paths(sentence, layout.folder) for sentence in notes]
+    said = Added([], *([_without_paths(words, layout.folder) for words in each] for each in (refused, notes)))
+    return _merged(added, said)
+
+
+def _add_by_content(folder: Path, layout: _Layout) -> Added:
+    """Add files of which none is called as an image: the upload tells images by their content."""
+    texts = [path for path in layout.files if suffix_of(path.name) in TEXT_SUFFIXES]
+    added = add_pictures(folder, [path for path in layout.files if path not in texts])
+    if texts:
+        added.refused.append(f"There is no photo that {listed(texts, layout.folder)} could belong to. Add photos first.")
     return added
+
+
+def _captions(scan: FolderScan, folder: Path) -> tuple[Captions, list[str]]:
+    """The captions of what is laid out in `folder`; none, and why, where a file of captions cannot be read."""
+    try:
+        return read_captions(scan), []
+    except InputError as error:
+        return Captions({}, scan.account), [f"Captions are left out. {error}"]
+
+
+def _set_captions(folder: Path, layout: _Layout, captions: Captions, added: Added) -> list[str]:
+    """Give photos their captions, those in `added` and those that were there before; returns why some cannot have theirs."""
+    texts = {path: caption.text for path, caption in captions.by_image.items()}
+    by_name = {path.name: text for path, text in texts.items() if path in layout.files}
+    by_file = {entry.file: by_name.get(entry.name) for entry in read_set(folder).pictures if entry.file in added.names}
+    by_file |= {file: texts.get(path) for path, file in layout.present.items()}
+    problems = [_caption(folder, file, text) for file, text in by_file.items() if text]
+    return [problem for problem in problems if problem is not None]
 
 
 def _may_be_image(entry: FolderEntry) -> bool:

@@ -7,7 +7,9 @@ meta_*.json), those of the folder above it, then NAME.txt, NAME.caption, NAME.jp
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from pipelines.errors import InputError
@@ -69,17 +71,25 @@ def _account(scan: FolderScan, metadata: dict[Path, MetadataFile], given: dict[P
     first = {image: captions[0] for image, captions in given.items()}
     sources = {caption.source for caption in first.values()}
     differing = {c.source for captions in given.values() for c in captions[1:] if c.text != captions[0].text}
-    entries = []
-    for entry in scan.account.entries:
-        if entry.path in metadata and entry.path not in sources:
-            entry = _unused_metadata(entry, metadata[entry.path], entry.path in differing)
-        elif entry.use == "caption" and entry.path not in sources:
-            entry = replace(entry, use="unused", kind="other_caption" if entry.path in differing else "same_caption")
-        entries.append(entry)
+    reread = partial(_reread, metadata=metadata, differing=differing)
+    entries = (entry if entry.path in sources else reread(entry) for entry in scan.account.entries)
     images = {location(image) for image, _ in images_of(scan)}
     notes = [*scan.account.notes, *_origins(scan, first), *_conflicts(scan.account.folder, given)]
     notes += [note for file in metadata.values() for note in file.notes(images)]
     return FolderAccount(scan.account.folder, tuple(entries), tuple(notes))
+
+
+def _reread(entry: FolderEntry, metadata: Mapping[Path, MetadataFile], differing: Collection[Path]) -> FolderEntry:
+    """The entry of a file that no caption is used of: why, for files of captions.
+
+    Args:
+        differing: files that say of an image something else than is used.
+    """
+    if entry.path in metadata:
+        return _unused_metadata(entry, metadata[entry.path], entry.path in differing)
+    if entry.use == "caption":
+        return replace(entry, use="unused", kind="other_caption" if entry.path in differing else "same_caption")
+    return entry
 
 
 def _unused_metadata(entry: FolderEntry, file: MetadataFile, differs: bool) -> FolderEntry:

@@ -96,12 +96,16 @@ def class_words(folder_name: str, others: Sequence[str]) -> str | None:
         return None
     words = kohya.words.lower().split()
     subjects = [name_of_subject(name).lower().split() for name in others]
-    if any(len(subject) > len(words) and subject[-len(words) :] == words for subject in subjects):
-        return kohya.words
-    repeats = [other.repeats for other in map(kohya_name, others) if other is not None]
-    all_repeated = bool(others) and len(repeats) == len(others) and min(repeats) > 1
-    is_class = kohya.repeats == 1 and len(words) == 1 and all_repeated and all(len(subject) > 1 for subject in subjects)
-    return kohya.words if is_class else None
+    ends_another = any(len(subject) > len(words) and subject[-len(words) :] == words for subject in subjects)
+    is_one_word = kohya.repeats == len(words) == 1
+    beside_repeated = is_one_word and bool(others) and all(map(_is_repeated_phrase, others))
+    return kohya.words if ends_another or beside_repeated else None
+
+
+def _is_repeated_phrase(folder_name: str) -> bool:
+    """Whether a folder is called as kohya's folders of a subject usually are: repeated, a rare word and a class."""
+    kohya = kohya_name(folder_name)
+    return kohya is not None and kohya.repeats > 1 and len(kohya.words.split()) > 1
 
 
 def with_article(words: str) -> str:
@@ -128,6 +132,13 @@ def mask_or_condition(name: str, images: Sequence[str]) -> tuple[str, str] | Non
         if image is not None:
             return kind, image
     return None
+
+
+def is_mask_in_folder(mask: str, images: Iterable[str]) -> bool:
+    """Whether an image in a folder of masks is called as one of `images`, or as a mask of it."""
+    names = list(images)
+    stems = {stem_of(image).casefold() for image in names}
+    return stem_of(mask).casefold() in stems or paired_image(MASK_SUFFIX, mask, names) is not None
 
 
 def caption_names(image: str, files: Iterable[str]) -> list[str]:

@@ -22,15 +22,13 @@ from pipelines.subject.folder_names import (
     CLASS_PROMPT,
     IMAGE_FOLDERS,
     MASK_FOLDERS,
-    MASK_SUFFIX,
     caption_names,
     class_words,
     folder_name,
+    is_mask_in_folder,
     kohya_name,
     metadata_rank,
     name_of_subject,
-    paired_image,
-    stem_of,
     unused_kind,
     with_article,
 )
@@ -127,26 +125,27 @@ class _Scanner:
 
     def _candidates(self, listing: FolderListing) -> dict[Path, FolderListing]:
         """The folders in `listing` that hold a subject each; all others are accounted for."""
-        homes = {}
-        for path in listing.folders:
-            inner = _listing(path)
-            if inner is None:
-                self.entries.append(FolderEntry(path, "unused", "unreadable"))
-            elif self._is_apart(path) or not (inner.images or _is_class_folder(path)):
-                self.entries.append(self._unused_folder(path))
-            else:
-                homes[path] = inner
+        homes = {path: inner for path in listing.folders if (inner := self._folder_of_images(path)) is not None}
         beside = {**homes, **({self.root: listing} if listing.images else {})}
         for path, inner in list(homes.items()):
             entry = self._mask_folder(path, inner, beside) or self._class_folder(path, beside)
+            if entry is None and not inner.images:
+                entry = self._unused_folder(path)
             if entry is not None:
                 self.entries.append(entry)
                 del homes[path], beside[path]
-        for path, inner in list(homes.items()):
-            if not inner.images:
-                self.entries.append(self._unused_folder(path))
-                del homes[path]
         return homes
+
+    def _folder_of_images(self, path: Path) -> FolderListing | None:
+        """What lies in the folder `path`; None where it can be no subject's nor its class's, which is accounted for."""
+        inner = _listing(path)
+        if inner is None:
+            self.entries.append(FolderEntry(path, "unused", "unreadable"))
+        elif self._is_apart(path) or not (inner.images or _is_class_folder(path)):
+            self.entries.append(self._unused_folder(path))
+        else:
+            return inner
+        return None
 
     def _is_apart(self, path: Path) -> bool:
         resolved = path.resolve()
@@ -170,16 +169,13 @@ class _Scanner:
 
     def _mask_folder(self, path: Path, inner: FolderListing, beside: dict[Path, FolderListing]) -> FolderEntry | None:
         """The entry of a folder whose images are masks of images beside it; None for any other folder."""
-        if path.name.casefold() not in MASK_FOLDERS or not inner.images:
+        if path.name.casefold() not in MASK_FOLDERS:
             return None
-        names = {image.name for home, listing in beside.items() if home != path for image in listing.images}
-        stems = {stem_of(name).casefold() for name in names}
-        masks = [image.name for image in inner.images]
-        pairs = [stem_of(mask).casefold() in stems or paired_image(MASK_SUFFIX, mask, names) for mask in masks]
-        is_below = self.root in beside
-        if not any(pairs) or not (is_below or all(map(_is_grey, inner.images))):
-            return None
-        return FolderEntry(path, "mask", "mask_folder")
+        images = {image.name for home, listing in beside.items() if home != path for image in listing.images}
+        has_pairs = any(is_mask_in_folder(mask.name, images) for mask in inner.images)
+        # Beside other subjects a folder of this name may hold a subject, such as a carnival mask.
+        are_masks = has_pairs and (self.root in beside or all(map(_is_grey, inner.images)))
+        return FolderEntry(path, "mask", "mask_folder") if are_masks else None
 
     def _class_folder(self, path: Path, beside: dict[Path, FolderListing]) -> FolderEntry | None:
         """The entry of a folder of regularisation images; None for any other folder."""
@@ -238,19 +234,13 @@ class _Scanner:
         names = [path.name for path in listing.files]
         captions = {image: [listing.path / name for name in caption_names(image.name, names)] for image in listing.images}
         image_of = {path: image for image, paths in captions.items() for path in paths}
-        self.entries += listing.unusable
-        for path, (kind, image) in listing.masks.items():
-            self.entries.append(FolderEntry(path, "mask" if kind == "mask" else "unused", kind, subject, image))
+        self.entries += [*listing.unusable, *_mask_entries(listing, subject)]
         images = [image.name for image in listing.images]
         for path in listing.files:
-            if path.name.lower() == CLASS_PROMPT and subject:
-                self.entries.append(FolderEntry(path, "class_prompt", subject=subject))
-            elif path in image_of:
+            if path in image_of:
                 self.entries.append(FolderEntry(path, "caption", subject=subject, image=image_of[path]))
-            elif metadata_rank(path.name) is not None:
-                self.entries.append(FolderEntry(path, "metadata", subject=subject))
             else:
-                self.entries.append(FolderEntry(path, "unused", unused_kind(path.name, images), subject))
+                self.entries.append(_file_entry(path, subject, images))
         return captions
 
     def _note_repeats(self, subjects: Sequence[SubjectFolder]) -> None:
@@ -281,6 +271,26 @@ class _Scanner:
             f"{str(self.root)!r} holds no picture ({', '.join(sorted(PICTURE_SUFFIXES))}), nor a folder with pictures. Put three "
             f"to ten pictures of the subject there, or of each subject into a folder of its own. {' '.join(there)}".rstrip()
         )
+
+
+def _mask_entries(listing: FolderListing, subject: str) -> Iterator[FolderEntry]:
+    """The entries of masks and conditioning images."""
+    for path, (kind, image) in listing.masks.items():
+        yield FolderEntry(path, "mask" if kind == "mask" else "unused", kind, subject, image)
+
+
+def _file_entry(path: Path, subject: str, images: Sequence[str]) -> FolderEntry:
+    """The entry of a file that is neither image nor caption of one image.
+
+    Args:
+        subject: in whose folder it lies; empty for none.
+        images: the names of the images there.
+    """
+    if path.name.lower() == CLASS_PROMPT and subject:
+        return FolderEntry(path, "class_prompt", subject=subject)
+    if metadata_rank(path.name) is not None:
+        return FolderEntry(path, "metadata", subject=subject)
+    return FolderEntry(path, "unused", unused_kind(path.name, images), subject)
 
 
 def _listing(path: Path) -> FolderListing | None:

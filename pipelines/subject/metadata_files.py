@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -185,16 +185,20 @@ def _read_json(metadata: MetadataFile) -> None:
 
 def _json_entries(values: Any) -> list[tuple[str, str]] | None:
     """Names and captions in `values`; None where it has another structure. Images without a caption are left out."""
-    if isinstance(values, list) and all(isinstance(value, dict) for value in values):
+    if isinstance(values, list) and _all_are(dict, values):
         pairs = [(_value(value, FILE_COLUMNS), _value(value, TEXT_COLUMNS)) for value in values]
-    elif isinstance(values, dict) and all(isinstance(value, dict) for value in values.values()):
+    elif isinstance(values, dict) and _all_are(dict, values.values()):
         pairs = [(name, _sd_scripts_caption(value)) for name, value in values.items()]
-    elif isinstance(values, dict) and all(isinstance(value, str) for value in values.values()):
+    elif isinstance(values, dict) and _all_are(str, values.values()):
         pairs = list(values.items())
     else:
         return None
-    entries = [(name, caption) for name, caption in pairs if name and caption]
+    entries = list(filter(all, pairs))
     return entries or None
+
+
+def _all_are(kind: type, values: Iterable[Any]) -> bool:
+    return all(isinstance(value, kind) for value in values)
 
 
 def _value(row: Mapping[str, Any], columns: tuple[str, ...]) -> str:

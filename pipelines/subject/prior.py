@@ -132,12 +132,16 @@ class ClassPictures:
         entries += [FolderEntry(path, "unused", kind, prompt, image) for path, (kind, image) in listing.masks.items()]
         entries += [*listing.unusable, *map(_strange_folder, listing.folders)]
         names = [path.name for path in listing.images]
-        captions = {caption for image in names for caption in caption_names(image, [path.name for path in listing.files])}
-        for path in listing.files:
-            kind = "class_caption" if path.name in captions else unused_kind(path.name, names)
-            # The image checks, which name other formats elsewhere, do not look at class images.
-            entries.append(FolderEntry(path, "unused", "unknown" if kind == "other_format" else kind, prompt))
-        return entries
+        return entries + [FolderEntry(path, "unused", _class_file_kind(path, names), prompt) for path in listing.files]
+
+
+def _class_file_kind(path: Path, images: Sequence[str]) -> str:
+    """Why a file beside class images is not used."""
+    if any(caption_names(image, [path.name]) for image in images):
+        return "class_caption"
+    kind = unused_kind(path.name, images)
+    # The image checks, which name images of other formats elsewhere, do not look at class images.
+    return "unknown" if kind == "other_format" else kind
 
 
 def _strange_folder(path: Path) -> FolderEntry:

@@ -62,11 +62,7 @@ def checked_pictures(options: DataOptions, seed: int) -> Division:
         if class_folder is not None:
             classes = ClassPictures(Path(class_folder), prompts, options.num_class_images, model="")
             report = replace(report, class_folder=classes.account())
-    if report.has_warnings:
-        logger.warning("What the photo doctor found:\n%s", report.in_words())
-    else:
-        for words in (words for account in report.accounts for words in account.infos()):
-            logger.info(words)
+    _log(report)
     found = [picture for picture in captioned if picture.path in report.usable]
     names = [picture.path.relative_to(options.instance_data_dir).as_posix() for picture in found]
     chosen = choose_heldout(names, options.heldout_image, seed)
@@ -75,6 +71,16 @@ def checked_pictures(options: DataOptions, seed: int) -> Division:
     train_on = [picture for place, picture in enumerate(found) if place != chosen.place]
     heldout = [] if chosen.place is None else [found[chosen.place]]
     return Division(train_on, heldout, report, chosen.folds)
+
+
+def _log(report: Report) -> None:
+    """Say what was found: all of it where anything is to be seen to, else where captions come from."""
+    if report.has_warnings:
+        logger.warning("What the photo doctor found:\n%s", report.in_words())
+        return
+    for account in report.accounts:
+        for words in account.infos():
+            logger.info(words)
 
 
 @dataclass(frozen=True)
