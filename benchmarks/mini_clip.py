@@ -29,6 +29,7 @@ from pipelines.errors import InputError
 from pipelines.mini_clip import BUILT_IN_CLIP, CLIP, class_tokens, load_model, picture_features
 from pipelines.mini_clip_scores import held_out_accuracy, scene_accuracies
 from pipelines.mini_sdxl import RESOLUTION
+from pipelines.pictures import read_picture
 
 HELD_OUT_SHARE = 0.1
 PENALTIES = {"logisticregression__C": [1e-4, 1e-3, 1e-2, 1e-1, 1.0]}
@@ -81,11 +82,11 @@ def read_classes(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def read_square(file: Path) -> np.ndarray:
     """The middle square of a picture, (RESOLUTION, RESOLUTION, 3) uint8."""
-    with Image.open(file) as picture:
-        side = min(picture.size)
-        left, top = (picture.width - side) // 2, (picture.height - side) // 2
-        square = picture.convert("RGB").crop((left, top, left + side, top + side))
-        return np.asarray(square.resize((RESOLUTION, RESOLUTION), Image.Resampling.BICUBIC))
+    picture = read_picture(file)
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    square = picture.crop((left, top, left + side, top + side))
+    return np.asarray(square.resize((RESOLUTION, RESOLUTION), Image.Resampling.BICUBIC))
 
 
 def probe_accuracy(features: np.ndarray, labels: np.ndarray, shots: int, seed: int) -> float:

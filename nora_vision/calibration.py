@@ -18,6 +18,9 @@ from .files import AdapterFileError, read_header, read_tensors, write_tensors
 from .layer import NoraLayer
 from .layer_types import find_layer_class
 
+# Key of the header's metadata that holds the fingerprints of the layers' weights.
+STATISTICS = "nora_activation_statistics"
+
 
 class ActivationStatistics(Mapping[str, torch.Tensor]):
     """S = sqrt(diag(X^T X)) of every calibrated layer, by layer name: (in,) float32, in as `NoraLayer` counts it.
@@ -53,7 +56,7 @@ class ActivationStatistics(Mapping[str, torch.Tensor]):
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the statistics and fingerprints to a .safetensors file."""
-        write_tensors(path, self._scales, {"nora_activation_statistics": json.dumps(self.fingerprints, sort_keys=True)})
+        write_tensors(path, self._scales, {STATISTICS: json.dumps(self.fingerprints, sort_keys=True)}, digest=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> ActivationStatistics:
@@ -61,12 +64,12 @@ class ActivationStatistics(Mapping[str, torch.Tensor]):
 
         Raises: AdapterFileError naming the file if it is damaged or holds something else.
         """
-        stored = read_header(path).metadata.get("nora_activation_statistics", "")
+        stored = read_header(path).metadata.get(STATISTICS, "")
         scales = read_tensors(path)
         refusal = AdapterFileError(f"{path} holds no activation statistics. Write them with ActivationStatistics.save.")
         try:
             fingerprints = json.loads(stored)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise refusal from error
         if not isinstance(fingerprints, dict) or fingerprints.keys() != scales.keys():
             raise refusal

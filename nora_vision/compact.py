@@ -54,8 +54,8 @@ def check_probe(probe: torch.Tensor, expected: torch.Tensor, where: str) -> None
         raise AdapterFileError(
             f"{where}: the outer factors computed from the base weights change the weight by something else than the adapter "
             f"does (relative difference {relative:.1e}, at most {TOLERANCE:.0e}). These are other base weights, or the same in "
-            "another precision or with an adapter fused. Load the base model as it was when the adapter was made, or use the "
-            "full adapter."
+            "another precision or with an adapter fused, or the adapter is combined of several or started at random. Load the "
+            "base model as it was when the adapter was made, or use the full adapter."
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any, Literal, get_args
@@ -102,6 +104,11 @@ class NoraConfig(PeftConfig):
         for name, rank in ranks.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {rank!r}.")
+        for pattern in (*self.rank_pattern, *self.inner_rank_pattern):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} must be a layer name ending or a regular expression: {error}.") from error
         if self.inner_r > self.r:
             raise ValueError(f"inner_r must be in [1, r={self.r}], got {self.inner_r}. Lower inner_r or raise r.")
 
@@ -115,6 +122,37 @@ class NoraConfig(PeftConfig):
         if inner_r > r:
             raise ValueError(f"inner_r must be in [1, r={r}] for {layer_name!r}, got {inner_r}. Lower inner_r or raise r.")
         return r, inner_r
+
+    def check_modules(self, names: Collection[str], model_name: str) -> None:
+        """Check that target_modules and modules_to_save match something among the modules called `names`.
+
+        Raises: ValueError naming those that do not.
+        """
+        if isinstance(self.target_modules, set):
+            unknown = sorted(t for t in self.target_modules if not any(f".{n}".endswith(f".{t}") for n in names))
+            if unknown:
+                raise ValueError(
+                    f"target_modules {unknown} match no module of {model_name}. Remove them or correct the spelling."
+                )
+        missing = sorted(s for s in self.modules_to_save or () if not any(n.endswith(s) for n in names))
+        # With a task type PEFT adds the usual names of a classifier head, whether the model has them or not.
+        if missing and self.task_type is None:
+            raise ValueError(f"modules_to_save {missing} match no module of {model_name}.")
+
+    def check_patterns(self, layer_names: Collection[str], model_name: str) -> None:
+        """Check that every key of rank_pattern and inner_rank_pattern matches one of the adapted layers `layer_names`.
+
+        Raises: ValueError naming the keys that do not.
+        """
+        for name, patterns in (("rank_pattern", self.rank_pattern), ("inner_rank_pattern", self.inner_rank_pattern)):
+            unknown = [key for key in patterns if not any(get_pattern_key([key], layer) == key for layer in layer_names)]
+            if unknown:
+                some = ", ".join(map(repr, list(layer_names)[:3]))
+                raise ValueError(
+                    f"{name} {unknown} match no adapted layer of {model_name}, which has {len(layer_names)}: {some}"
+                    f"{', ...' if len(layer_names) > 3 else ''}. Remove them or correct the spelling; a key is the end of a "
+                    "layer's name or a regular expression."
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, sets sorted, so that equal configurations are saved as equal bytes."""

@@ -1,7 +1,8 @@
 """Reading and writing adapter files: safetensors and JSON only, checked before use, replaced as a whole.
 
 Nothing here ever unpickles. A file is refused, with its name and what is wrong in the message, before any of its
-bytes becomes a tensor: by its suffix, by its first bytes, by its header, and by the values themselves.
+bytes becomes a tensor: by its suffix, by its first bytes, by its header, and by the values themselves. A digest in the
+header, where there is one, finds every other change. It protects against damage, not against forgery.
 """
 
 import contextlib
@@ -23,6 +24,8 @@ MAX_JSON_BYTES = 2**20
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 # A torch.save archive is a zip file; an older one, or a bare pickle, opens with protocol 2 or later.
 PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+# Keys of the header's metadata: the digest of the file's content, and that of the adapter_config.json beside it.
+DIGEST, CONFIGURATION = "nora_digest", "nora_configuration"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -78,13 +81,22 @@ def read_header(path: str | os.PathLike) -> SafetensorsHeader:
 
 
 def read_tensors(path: str | os.PathLike, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
-    """Every tensor of a safetensors file, checked as `read_header` does and for finite values.
+    """Every tensor of a safetensors file, checked as `read_header` does, against its digest and for finite values.
 
     Raises:
-        AdapterFileError: as `read_header`, or a tensor holds a value that is not finite.
+        AdapterFileError: as `read_header`, or the content is not what the header's digest says, or a tensor holds a value
+            that is not finite. A file without a digest is read too.
     """
-    read_header(path)
-    tensors = safetensors.torch.load_file(path, device=str(device))
+    header = read_header(path)
+    try:
+        tensors = safetensors.torch.load_file(path, device=str(device))
+    except safetensors.SafetensorError as error:
+        raise AdapterFileError(f"{path} is not a valid safetensors file: {error}.") from error
+    if header.metadata.get(DIGEST) not in (None, content_digest(tensors, header.metadata)):
+        raise AdapterFileError(
+            f"{path} was changed or damaged after it was saved: its content does not match the digest in its header. Copy or "
+            "download it again, or save the adapter again."
+        )
     check_finite(tensors, str(path))
     return tensors
 
@@ -97,19 +109,28 @@ def check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
 
 
 def write_tensors(
-    path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+    path: str | os.PathLike,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+    digest: bool = False,
 ) -> None:
     """Write a safetensors file beside `path` and rename it into place; folders are made as needed.
 
     The same tensors and metadata give the same bytes.
 
+    Args:
+        digest: put a digest of tensors and metadata into the header, which `read_tensors` checks. Programs that edit the
+            metadata of a file would break it: it is for files that only this package writes.
     Raises:
         AdapterFileError: a tensor holds a value that is not finite; nothing is written.
     """
     check_finite(tensors, f"{path} is not written")
     length, body = _serialise(tensors)
+    metadata = {"format": "pt", **(metadata or {})}
+    if digest:
+        metadata[DIGEST] = content_digest(tensors, metadata)
     # Written here because safetensors itself orders metadata anew in every process.
-    ordered = {"__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items())), **json.loads(body[:length])}
+    ordered = {"__metadata__": dict(sorted(metadata.items())), **json.loads(body[:length])}
     header = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
     with replacing(path) as beside, beside.open("wb") as file:
@@ -122,6 +143,34 @@ def tensor_hash(tensors: Mapping[str, torch.Tensor]) -> str:
     """SHA-256, in hexadecimal, of the bytes that follow the header of a safetensors file of these tensors."""
     length, body = _serialise(tensors)
     return hashlib.sha256(memoryview(body)[length:]).hexdigest()
+
+
+def content_digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256, in hexadecimal, of the names, dtypes, shapes and bytes of `tensors` and of `metadata` but for a digest in it."""
+    entries = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
+    described = [{key: value for key, value in metadata.items() if key != DIGEST}, entries]
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    for _, tensor in sorted(tensors.items()):
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def configuration_digest(fields: Mapping[str, Any]) -> str:
+    """SHA-256, in hexadecimal, of the fields of an adapter_config.json: the tensors beside it keep it as their metadata."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def check_configuration(metadata: Mapping[str, str], fields: Mapping[str, Any], folder: Path) -> None:
+    """Check that the tensors in `folder`, if their `metadata` says so at all, were saved with a configuration of these fields.
+
+    A crash between writing the two files must not pair one adapter's tensors with another's configuration.
+
+    Raises: AdapterFileError naming the folder.
+    """
+    if metadata.get(CONFIGURATION) not in (None, configuration_digest(fields)):
+        raise AdapterFileError(
+            f"{folder}: adapter_config.json is not the one that adapter_model.safetensors was saved with. Save the adapter again."
+        )
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:

@@ -38,8 +38,9 @@ def load_nora(pipe: StableDiffusionXLPipeline, path: str | os.PathLike, adapter_
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: the name is taken or cannot be one, or the weights are offloaded layer by layer.
-        AdapterFileError: a file must not be used (pickle, damaged, not finite) or does not fit this model; the message
-            names the file and the layer or value. The pipeline is as it was before in each of these cases.
+        AdapterFileError: a file must not be used (pickle, damaged, changed since it was saved, not finite) or does not fit
+            this model; the message names the file and the layer or value. The pipeline is as it was before in each of these
+            cases.
     """
     path = Path(path)
     adapter_name = _free_name(pipe, adapter_name)

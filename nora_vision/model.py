@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, _get_submodules
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .combination import EXACT_TYPES, check_weights, combined_config, set_factors, weighted_sum
 from .config import NoraConfig
 from .layer import NoraLayer, nora_layers
 from .layer_types import check_layer, layer_class_for
+
+# Arguments of PEFT's add_weighted_adapter that choose how, not what, it computes; the last is for types that NoRA refuses.
+SVD_ROUTINES = frozenset({"svd_full_matrices", "svd_driver", "majority_sign_method"})
 
 
 class NoraModel(BaseTuner):
@@ -36,6 +41,7 @@ class NoraModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put the adapter's layers into `model`, or raise and leave it as it was."""
+        self._from_state_dict = kwargs.get("state_dict") is not None
         requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
         with ExitStack() as on_failure:
             on_failure.callback(self._remove_traces, model, adapter_name, requires_grad)
@@ -69,20 +75,14 @@ class NoraModel(BaseTuner):
             return
         _maybe_include_all_linear_layers(peft_config, model)
         names = _adaptable_names(model)
-        if isinstance(peft_config.target_modules, set):
-            unknown = sorted(t for t in peft_config.target_modules if not any(f".{n}".endswith(f".{t}") for n in names))
-            if unknown:
-                raise ValueError(
-                    f"target_modules {unknown} match no module of {type(model).__name__}. Remove them or correct the spelling."
-                )
-        missing = sorted(s for s in peft_config.modules_to_save or () if not any(n.endswith(s) for n in names))
-        # With a task type PEFT adds the usual names of a classifier head, whether the model has them or not.
-        if missing and peft_config.task_type is None:
-            raise ValueError(f"modules_to_save {missing} match no module of {type(model).__name__}.")
-        for name in names:
-            if self._check_target_module_exists(peft_config, name):
-                module = model.get_submodule(name)
-                check_layer(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, peft_config, name)
+        peft_config.check_modules(names, type(model).__name__)
+        targets = [name for name in names if self._check_target_module_exists(peft_config, name)]
+        for name in targets:
+            module = model.get_submodule(name)
+            check_layer(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, peft_config, name)
+        # Where a state dict decides what is adapted, it gives the ranks too. PEFT itself refuses an adapter of no layer.
+        if targets and not self._from_state_dict:
+            peft_config.check_patterns(targets, type(model).__name__)
 
     def _create_and_replace(
         self,
@@ -120,6 +120,44 @@ class NoraModel(BaseTuner):
                 if adapter_name in factors:
                     factors[adapter_name] = factors[adapter_name].to(layer.nora_A[adapter_name].dtype)
 
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        **options: Any,
+    ) -> None:
+        """Add the adapter `adapter_name` whose change of every weight is the weighted sum of the changes of `adapters`.
+
+        The sum is exact for each of the types "linear", "svd" and "cat": outer and inner factors are concatenated, and so the
+        ranks add up. Adapters of other ranks, of other layers and with preserve_output are summed too.
+
+        Args:
+            adapters, weights: each adapter, at its present scaling, and its weight, which may be negative.
+            combination_type: "ties", "dare_linear" and the like, which drop entries of the changes, are not supported.
+            svd_rank: with "svd", the best approximation of this inner rank instead of the sum.
+            options: PEFT's choices of an SVD routine (svd_full_matrices, svd_driver), which do not change the sum.
+        Raises: ValueError for an adapter that does not exist, a name in use, or what is not supported; the model is as before.
+        """
+        _check_combination(combination_type, svd_rank, options)
+        if adapter_name in self.peft_config or not adapter_name or "." in adapter_name:
+            raise ValueError(f"adapter_name must be a new name without a dot, got {adapter_name!r}.")
+        check_weights(adapters, weights, self.peft_config)
+        sums = {}
+        for name, layer in nora_layers(self.model).items():
+            present = [pair for pair in zip(adapters, weights, strict=True) if pair[0] in layer.r]
+            if present:
+                sums[name] = weighted_sum(layer, present, svd_rank)
+        config = self.peft_config[adapter_name] = combined_config(self.peft_config[adapters[0]], sums)
+        # The inner factors that injection draws are overwritten at once: they must not move the user's random numbers.
+        with torch.random.fork_rng(devices=[]):
+            self.inject_adapter(self.model, adapter_name)
+        for name, factors in sums.items():
+            set_factors(self.model.get_submodule(name), adapter_name, factors)
+        config.outer_init = self.peft_config[adapters[0]].outer_init
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Hand `adapter_names`, one for each sample of the batch, to every layer for one forward pass."""
@@ -144,6 +182,23 @@ def _add_adapter_names(
     adapter_names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return args, kwargs | {"adapter_names": adapter_names}
+
+
+def _check_combination(combination_type: str, svd_rank: int | None, options: dict[str, Any]) -> None:
+    """Check what `add_weighted_adapter` was asked for.
+
+    Raises: ValueError naming what is not supported.
+    """
+    if combination_type not in EXACT_TYPES:
+        raise ValueError(
+            f"combination_type must be one of {EXACT_TYPES} for NoRA, which all give the exact weighted sum, got "
+            f"{combination_type!r}. Export the adapters as LoRA (export_lora) for PEFT's other types."
+        )
+    if svd_rank is not None and (combination_type != "svd" or svd_rank < 1):
+        raise ValueError(f"svd_rank must be at least 1 and goes with combination_type='svd', got {svd_rank}.")
+    unsupported = {name: value for name, value in options.items() if name not in SVD_ROUTINES and value is not None}
+    if unsupported:
+        raise ValueError(f"add_weighted_adapter of NoRA does not support {unsupported}. Leave them out.")
 
 
 def _adaptable_names(model: nn.Module) -> list[str]:

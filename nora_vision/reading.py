@@ -17,13 +17,14 @@ from torch import nn
 
 from .compact import PROJECTIONS
 from .config import NoraConfig, NoraPeftType
-from .files import AdapterFileError, read_header, read_json, read_tensors
+from .files import CONFIGURATION, DIGEST, AdapterFileError, check_configuration, read_header, read_json, read_tensors
 from .layer import check_rank
 from .layer_types import layer_class_for
-from .saving import CONFIG_NAME, PEFT_PREFIX, PROBE, SCALE, WEIGHTS_NAME, configuration_digest
+from .saving import CONFIG_NAME, LAYOUT, PEFT_PREFIX, PROBE, SCALE, SHARED_SCALES, WEIGHTS_NAME
 
 # Names with dots, and the ^ that save_nora writes: PEFT would run anything more as a regular expression.
 PLAIN_NAME = re.compile(r"\^?[\w.-]+")
+METADATA = frozenset({"format", LAYOUT, SHARED_SCALES, CONFIGURATION, DIGEST})
 NAME_FIELDS = ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "inner_rank_pattern")
 
 Shape = tuple[int, ...]
@@ -53,14 +54,12 @@ def read_adapter(model: nn.Module, folder: Path) -> Adapter:
     fields = read_json(folder / CONFIG_NAME)
     config, compact = _read_config(fields, folder / CONFIG_NAME)
     header = read_header(weights)
+    _check_metadata(header.metadata, weights)
     shared = _shared_scales(header.metadata, weights) if compact else {}
     found = {name.removeprefix(PEFT_PREFIX): entry.shape for name, entry in header.tensors.items()}
     _compare(found, _expected_shapes(model, config, compact, shared, weights), weights)
-    digest = configuration_digest(fields)
-    if header.metadata.get("nora_configuration", digest) != digest:
-        raise AdapterFileError(
-            f"{folder}: {CONFIG_NAME} is not the one that {WEIGHTS_NAME} was saved with. Save the adapter again."
-        )
+    check_configuration(header.metadata, fields, folder)
+    _check_all_match(model, config, folder / CONFIG_NAME)
     tensors = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in read_tensors(weights).items()}
     for name, tensor in tensors.items():
         if name.endswith(f".{SCALE}") and not (tensor >= 0).all():
@@ -123,14 +122,34 @@ def _check_names(value: Any, field: str, path: Path) -> None:
         raise AdapterFileError(f"{path}: {field} must list plain names, got {bad or value!r}. Save the adapter with save_nora.")
 
 
+def _check_all_match(model: nn.Module, config: NoraConfig, path: Path) -> None:
+    """Refuse names and patterns of a configuration that match nothing here, as an injection would."""
+    names = [name for name, _ in _base_modules(model)]
+    layers = [name for name in names if check_target_module_exists(config, name)]
+    try:
+        config.check_modules(names, type(model).__name__)
+        config.check_patterns(layers, type(model).__name__)
+    except ValueError as error:
+        raise AdapterFileError(f"{path} does not fit this model: {error}") from error
+    if not layers:
+        raise AdapterFileError(f"{path} does not fit this model: it adapts none of its layers.")
+
+
+def _check_metadata(metadata: Mapping[str, str], path: Path) -> None:
+    """Refuse unknown metadata beside our own: one damaged letter would turn the digest's name into such a key."""
+    unknown = sorted(metadata.keys() - METADATA)
+    if unknown and any(key.startswith("nora_") for key in metadata):
+        raise AdapterFileError(f"{path} has metadata that this version does not know: {unknown}. Save the adapter again.")
+
+
 def _shared_scales(metadata: Mapping[str, str], path: Path) -> dict[str, str]:
     """Which layer of a compact adapter uses the activation scale of which other."""
     try:
-        shared = json.loads(metadata.get("nora_shared_scales", "{}"))
-    except ValueError as error:
-        raise AdapterFileError(f"{path} has malformed nora_shared_scales: {error}.") from error
+        shared = json.loads(metadata.get(SHARED_SCALES, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{path} has malformed {SHARED_SCALES}: {error}.") from error
     if not isinstance(shared, dict) or not all(isinstance(owner, str) for owner in shared.values()):
-        raise AdapterFileError(f"{path} has malformed nora_shared_scales: it must map layers to layers.")
+        raise AdapterFileError(f"{path} has malformed {SHARED_SCALES}: it must map layers to layers.")
     return shared
 
 

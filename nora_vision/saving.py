@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from .calibration import base_name, unwrapped
 from .compact import check_probe, narrowed, recomputed_outer_factors, weight_change_probe
 from .components import COMPONENTS, adapted_components
 from .config import NoraConfig
-from .files import check_finite, write_json, write_tensors
+from .files import CONFIGURATION, check_finite, configuration_digest, write_json, write_tensors
 from .layer import NoraLayer, nora_layers
 
 if TYPE_CHECKING:
@@ -31,6 +30,8 @@ PEFT_PREFIX = "base_model.model."
 OUTER_FACTORS = (".nora_A", ".nora_B")
 SCALE = "nora_activation_scale"
 PROBE = "nora_probe"
+# Keys of the header's metadata.
+LAYOUT, SHARED_SCALES = "nora_layout", "nora_shared_scales"
 
 Part = tuple[dict[str, torch.Tensor], dict[str, str], dict[str, Any]]
 
@@ -40,7 +41,8 @@ def save_nora(
 ) -> Path:
     """Save the adapter of every component that has it, at strength 1, into the folder `path` and return that.
 
-    Full folders hold all factors and are PEFT's own format: `PeftModel.from_pretrained(unet, path / "unet")` reads them.
+    Full folders hold all factors and are PEFT's own format: `PeftModel.from_pretrained(unet, path / "unet")` reads them, without
+    checking the digest of the tensors and of the configuration that `load_nora` checks.
     Compact ones hold the inner factors, the activation scales and a probe, and need the very base weights again.
 
     Raises:
@@ -95,7 +97,7 @@ def _collect(model: nn.Module, where: str, adapter_name: str, compact: bool) -> 
         layer._inner_factors(adapter_name, scaling=1.0)
     tensors = adapter_tensors(model, adapter_name)
     check_finite(tensors, f"Adapter {adapter_name!r} of {where} is not saved")
-    metadata = {"nora_layout": "compact" if compact else "full"}
+    metadata = {LAYOUT: "compact" if compact else "full"}
     fields = _portable_fields(config, layers, adapter_name)
     if compact:
         fields["compact"] = True
@@ -103,19 +105,14 @@ def _collect(model: nn.Module, where: str, adapter_name: str, compact: bool) -> 
         tensors |= {
             f"{name}.{PROBE}": _reproducible_probe(layer, adapter_name, f"{where}.{name}") for name, layer in layers.items()
         }
-        metadata["nora_shared_scales"] = json.dumps(_share_scales(tensors))
-    metadata["nora_configuration"] = configuration_digest(fields)
+        metadata[SHARED_SCALES] = json.dumps(_share_scales(tensors))
+    metadata[CONFIGURATION] = configuration_digest(fields)
     return {PEFT_PREFIX + name: tensor for name, tensor in tensors.items()}, metadata, fields
-
-
-def configuration_digest(fields: Mapping[str, Any]) -> str:
-    """What the tensor file says of its configuration: a crash between writing the two must not pair one with another's."""
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _write(folder: Path, part: Part) -> None:
     tensors, metadata, fields = part
-    write_tensors(folder / WEIGHTS_NAME, tensors, metadata)
+    write_tensors(folder / WEIGHTS_NAME, tensors, metadata, digest=True)
     write_json(folder / CONFIG_NAME, fields)
 
 

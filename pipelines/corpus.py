@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from pipelines.pictures import read_picture
 from pipelines.scenes import Scene, render, sample_scene, with_article
 
 CHUNK = 256
@@ -97,8 +98,8 @@ def _zipped_photos(path: Path, size: int) -> Iterator[tuple[str, np.ndarray]]:
         for name in sorted(archive.namelist()):
             if name.endswith("/"):
                 continue
-            with Image.open(io.BytesIO(archive.read(name))) as picture:
-                yield name.split("/")[0], np.asarray(picture.convert("RGB").resize((size, size), Image.Resampling.LANCZOS))
+            picture = read_picture(io.BytesIO(archive.read(name)), f"{name!r} in {str(path)!r}")
+            yield name.split("/")[0], np.asarray(picture.resize((size, size), Image.Resampling.LANCZOS))
 
 
 def photo_corpus(folder: Path, size: int) -> Corpus:

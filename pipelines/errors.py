@@ -2,4 +2,10 @@
 
 
 class InputError(ValueError):
-    """A picture, folder, file or option cannot be used; the message names it, what is allowed, and the remedy."""
+    """A picture, folder, file or option cannot be used; the message names it, what is allowed, and the remedy.
+
+    What of the message is not UTF-8, such as part of a file's name, is escaped, so that it can be written anywhere.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.encode("utf-8", "backslashreplace").decode("utf-8"))

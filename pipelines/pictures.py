@@ -5,29 +5,49 @@ from __future__ import annotations
 import json
 import struct
 import textwrap
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+import zlib
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from pipelines.errors import InputError
+from pipelines.image_decoding import CODE_POINTS, TURNED, ReadImage, decode
+from pipelines.image_formats import (
+    FORMATS,
+    HEAD_BYTES,
+    PICTURE_SUFFIXES,
+    PNG,
+    TIFF,
+    ImageFormat,
+    UnsupportedFormatError,
+    format_of,
+    listed,
+)
+from pipelines.png_chunks import PngParts, split_png
 
-PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
-# Named, since whatever a file is called, Pillow tells its format by its content, and starts Ghostscript for some.
-PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+# To be raised when the same files are to give other pixels than before: what was computed from them is then not reused.
+READING_VERSION = 2
 # All that Pillow raises for damaged files.
 UNREADABLE = (
     UnidentifiedImageError,
     Image.DecompressionBombError,
     OSError,
+    EOFError,
     SyntaxError,
     ValueError,
     TypeError,
+    LookupError,
+    RuntimeError,
     struct.error,
+    zlib.error,
 )
+# TIFF tags of files whose first page is no full image: a camera's raw file.
+TIFF_SUBFILE_TYPE, REDUCED, DNG_VERSION = 254, 1, 50706
 SETTINGS_KEY, A1111_KEY = "nora_vision", "parameters"
 MIN_CELL, MARGIN, LABEL_LINES, LABEL_SIZE = 192, 6, 3, 14
 
@@ -44,6 +64,47 @@ def is_picture(path: Path) -> bool:
 
 
 @contextmanager
+def open_image(source: Path | BinaryIO, name: str, formats: Collection[ImageFormat] = FORMATS) -> Iterator[Image.Image]:
+    """An image, opened but not decoded, in the format that its content is in, whatever its name says.
+
+    No text of a PNG is unpacked; those that are not needed are left out.
+
+    Args:
+        source: a file, or its content.
+        name: what errors call it.
+        formats: the allowed ones.
+    Raises: UnsupportedFormatError for a file in another format, or in one that this machine cannot decode; any of
+        `UNREADABLE` for one that is damaged or no image.
+    """
+    is_file = isinstance(source, Path)
+    with source.open("rb") if is_file else nullcontext(source) as stream:
+        stream.seek(0)
+        found = format_of(stream.read(HEAD_BYTES), source.suffix if is_file else "", name)
+        if found not in formats:
+            raise UnsupportedFormatError(f"{name} cannot be read here: it is {found.name}. Save it as {listed(formats)}.")
+        stream.seek(0)
+        parts = split_png(stream, {SETTINGS_KEY}) if found is PNG else PngParts(stream)
+        with _opened_as(found, parts.content) as opened:
+            if parts.profile is not None:
+                opened.info["icc_profile"] = parts.profile
+            if parts.code_points is not None:
+                opened.info[CODE_POINTS] = parts.code_points
+            if found is TIFF and (DNG_VERSION in opened.tag_v2 or opened.tag_v2.get(TIFF_SUBFILE_TYPE, 0) & REDUCED):
+                raise UnsupportedFormatError(
+                    f"{name} cannot be read as a picture: it is a camera's raw file. Save it as JPEG or PNG."
+                )
+            yield opened
+
+
+def _opened_as(image_format: ImageFormat, content: BinaryIO) -> Image.Image:
+    try:
+        return Image.open(content, formats=(image_format.pillow,))
+    except UnidentifiedImageError as error:
+        # Pillow's own words name the Python object that it read from.
+        raise UnidentifiedImageError(f"it begins like {image_format.name}, but its header is damaged") from error
+
+
+@contextmanager
 def opened_picture(source: Path | BinaryIO, name: str | None = None) -> Iterator[Image.Image]:
     """A picture, opened but not decoded.
 
@@ -51,16 +112,33 @@ def opened_picture(source: Path | BinaryIO, name: str | None = None) -> Iterator
         source, name: as in `read_picture`.
     Raises: InputError naming the picture if it cannot be read, here or while it is decoded.
     """
+    name = repr(str(source)) if name is None else name
     try:
-        with Image.open(source, formats=PICTURE_FORMATS) as opened:
+        with open_image(source, name) as opened:
             yield opened
+    except InputError:
+        raise
     except UNREADABLE as error:
-        called = repr(str(source)) if name is None else name
-        raise InputError(f"{called} cannot be read as a picture ({error}). Remove it or replace it.") from error
+        raise InputError(f"{name} cannot be read as a picture ({error}). Remove it or replace it.") from error
+
+
+def read_image(source: Path | BinaryIO, name: str | None = None, max_pixels: int | None = None) -> ReadImage:
+    """Read a picture as RGB in sRGB, upright as its EXIF orientation says, transparent parts white; with notes on it.
+
+    Args:
+        source, name, max_pixels: as in `read_picture`.
+    Raises: InputError naming the picture if it cannot be read.
+    """
+    name = repr(str(source)) if name is None else name
+    with opened_picture(source, name) as opened:
+        if max_pixels is None or opened.width * opened.height <= max_pixels:
+            return decode(opened)
+        size = opened.size
+    raise InputError(f"{name} must have at most {max_pixels:,} pixels, got {size[0]} x {size[1]}. Shrink it.")
 
 
 def read_picture(source: Path | BinaryIO, name: str | None = None, max_pixels: int | None = None) -> Image.Image:
-    """Read a picture as RGB, upright as its EXIF orientation says; transparent parts become white.
+    """The picture of `read_image`; what its notes say, but for its orientation, becomes a warning that names it.
 
     Args:
         source: a file, or its content.
@@ -69,23 +147,22 @@ def read_picture(source: Path | BinaryIO, name: str | None = None, max_pixels: i
     Raises: InputError naming the picture if it cannot be read.
     """
     name = repr(str(source)) if name is None else name
-    with opened_picture(source, name) as opened:
-        if max_pixels is None or opened.width * opened.height <= max_pixels:
-            return upright_rgb(opened)
-        size = opened.size
-    raise InputError(f"{name} must have at most {max_pixels:,} pixels, got {size[0]} x {size[1]}. Shrink it.")
+    found = read_image(source, name, max_pixels)
+    _warn(found, name)
+    return found.image
 
 
-def upright_rgb(opened: Image.Image) -> Image.Image:
-    """`opened` as RGB, upright as its EXIF orientation says; transparent parts become white."""
-    upright = ImageOps.exif_transpose(opened)
-    if upright.mode.startswith("I"):
-        # 16 bits a pixel, which Pillow would clip at 255.
-        upright = upright.convert("F").point(lambda value: value / 257).convert("L")
-    if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-        upright = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
-    return upright.convert("RGB")
+def upright_rgb(opened: Image.Image, name: str = "The picture") -> Image.Image:
+    """`opened` as `read_picture` gives a picture, with its warnings."""
+    found = decode(opened)
+    _warn(found, name)
+    return found.image
+
+
+def _warn(found: ReadImage, name: str) -> None:
+    for note in found.notes:
+        if note is not TURNED:
+            warnings.warn(f"{name}: {note.words} {note.advice}", stacklevel=3)
 
 
 def as_grid(pictures: list[Image.Image], columns: int) -> Image.Image:
@@ -118,7 +195,7 @@ def read_settings(path: Path) -> dict[str, object]:
 
     Raises: InputError naming the file if it carries none.
     """
-    with Image.open(path) as picture:
+    with opened_picture(path) as picture:
         text = picture.info.get(SETTINGS_KEY)
     if text is None:
         raise InputError(f"{str(path)!r} carries no settings. Only pictures made by pipelines.subject.generate do.")

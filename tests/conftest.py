@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
+from hub_server import HubServer, point_clients_at
 from PIL import Image
 from safetensors.torch import save_file
 from tiny_pipeline import tiny_pipeline
@@ -30,6 +31,15 @@ def pytest_collection_modifyitems(items):
 def accelerate_state():
     """Every test starts as a recipe does: with accelerate's state, which its loggers need, whatever ran before it."""
     PartialState()
+
+
+@pytest.fixture
+def hub_server(tmp_path, monkeypatch):
+    """A stand-in for the hub that all clients in this process ask, without any model yet; the cache is empty."""
+    hub = HubServer()
+    point_clients_at(hub, tmp_path / "cache", monkeypatch)
+    yield hub
+    hub.stop()
 
 
 @pytest.fixture(scope="session")

@@ -46,6 +46,7 @@ from training.runs.run import RunDirectory
 from training.subject.finishing import Trained, finish
 from training.subject.folds import leave_one_out
 from training.subject.preparing import Division, Preparation, checked_pictures
+from training.subject.publishing import check_can_push
 from training.subject.samples import Sampler
 from training.subject.watching import Watch
 
@@ -65,6 +66,7 @@ def main(options: SubjectOptions) -> RunDirectory:
     ddp = DistributedDataParallelKwargs(find_unused_parameters=options.optimisation.stop_text_encoder_training is not None)
     accelerator = Accelerator(mixed_precision=options.model.mixed_precision, kwargs_handlers=[ddp])
     check_can_shard(accelerator, options.optimisation.optimizer, options.optimisation.use_8bit_adam)
+    check_can_push(options.judging)
     pictures = checked_pictures(options.data, options.optimisation.seed)
     subject = Path(options.data.instance_data_dir).resolve().name
     run = open_run(options, f"{subject}-{options.adapter.method}", accelerator)

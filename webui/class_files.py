@@ -79,7 +79,8 @@ def write_table(path: Path, rows: Sequence[Sequence[str]]) -> Path:
     """Write a CSV in which no cell is a formula to a spreadsheet."""
     stream = io.StringIO(newline="")
     csv.writer(stream).writerows([map(harmless, row) for row in rows])
-    path.write_text(stream.getvalue(), encoding="utf-8", newline="")
+    # Names of files need not be UTF-8.
+    path.write_text(stream.getvalue(), encoding="utf-8", errors="backslashreplace", newline="")
     return path
 
 

@@ -234,6 +234,7 @@ def add_corrections(folder: Path, files: Mapping[str, Sequence[Path]]) -> Added:
         added = add_pictures(folder, own, key)
         whole.names += added.names
         whole.refused += added.refused
+        whole.notes += added.notes
     settle(folder, training=whole.names)
     return whole
 

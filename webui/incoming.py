@@ -6,15 +6,13 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageCms
+from PIL import Image
 
 from pipelines.errors import InputError
-from pipelines.pictures import UNREADABLE, upright_rgb
+from pipelines.image_decoding import TURNED, decode
+from pipelines.image_formats import UPLOAD_FORMATS, DecoderMissingError, UnsupportedFormatError, listed
+from pipelines.pictures import UNREADABLE, open_image
 
-FORMATS = ("JPEG", "PNG", "WEBP")
-# What Pillow calls a JPEG that carries further pictures, such as a phone's depth map.
-SEVERAL_JPEGS = "MPO"
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_BYTES = 25 * 2**20
 MAX_PIXELS = 40_000_000
 # JPEG and WebP have limits of their own not far above.
@@ -33,10 +31,12 @@ class Picture:
     Args:
         content: the file.
         suffix: ".png" or ".jpg".
+        notes: what is to be known about how it was read, each a sentence.
     """
 
     content: bytes
     suffix: str
+    notes: tuple[str, ...] = ()
 
 
 def read_upload(path: Path, name: str) -> Picture:
@@ -72,11 +72,15 @@ def reencoded(content: bytes, name: str) -> Picture:
     Raises: InputError as `read_upload`.
     """
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
-            if opened.format not in (*FORMATS, SEVERAL_JPEGS):
-                raise _is_none(name)
+        with open_image(io.BytesIO(content), name, UPLOAD_FORMATS) as opened:
             _check_extent(opened.size, name)
-            return _encoded(_in_srgb(upright_rgb(opened), opened.info.get("icc_profile"), opened.mode))
+            read = decode(opened)
+        notes = tuple(f"{name}: {note.words} {note.advice}" for note in read.notes if note is not TURNED)
+        return _encoded(read.image, notes)
+    except DecoderMissingError:
+        raise
+    except UnsupportedFormatError as error:
+        raise _is_none(name) from error
     except InputError:
         raise
     except Image.DecompressionBombError as error:
@@ -100,7 +104,7 @@ def shown_name(words: str) -> str:
 
 
 def _is_none(name: str) -> InputError:
-    return InputError(f"{name} is not a JPEG, PNG or WebP picture, whatever it is called. Save it as one of these.")
+    return InputError(f"{name} is not a {listed(UPLOAD_FORMATS)} picture, whatever it is called. Save it as one of these.")
 
 
 def _check_extent(size: tuple[int, int], name: str) -> None:
@@ -112,22 +116,12 @@ def _check_extent(size: tuple[int, int], name: str) -> None:
         )
 
 
-def _in_srgb(picture: Image.Image, profile: bytes | None, mode: str) -> Image.Image:
-    """`picture` in the colours that its profile means; the profile goes with the rest of the metadata."""
-    if not profile or mode not in ("RGB", "RGBA", "P"):
-        return picture
-    try:
-        return ImageCms.profileToProfile(picture, ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"))
-    except (ImageCms.PyCMSError, OSError):
-        return picture
-
-
-def _encoded(picture: Image.Image) -> Picture:
+def _encoded(picture: Image.Image, notes: tuple[str, ...]) -> Picture:
     plain = Image.new("RGB", picture.size)
     plain.paste(picture)
     stream = io.BytesIO()
     if plain.width * plain.height <= LOSSLESS_PIXELS:
         plain.save(stream, "PNG")
-        return Picture(stream.getvalue(), ".png")
+        return Picture(stream.getvalue(), ".png", notes)
     plain.save(stream, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    return Picture(stream.getvalue(), ".jpg")
+    return Picture(stream.getvalue(), ".jpg", notes)

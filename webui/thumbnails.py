@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipelines.errors import InputError
 from pipelines.fewshot.sources import PictureFile, Source
-from pipelines.pictures import read_picture
+from pipelines.pictures import read_image
 from webui.pictures import address
 
 SIDE, MAX_PIXELS = 128, 40_000_000
@@ -71,7 +71,8 @@ def _of_bytes(content: bytes) -> tuple[str, bool]:
 
 
 def _made(content: bytes) -> tuple[str, bool]:
-    shown = read_picture(io.BytesIO(content), "The picture", MAX_PIXELS)
+    # Whoever reads it for training says what is to be known about it.
+    shown = read_image(io.BytesIO(content), "The picture", MAX_PIXELS).image
     tiny = max(shown.size) < SIDE
     shown.thumbnail((2 * SIDE, 2 * SIDE), Image.Resampling.LANCZOS)
     return save_pil_to_cache(shown, get_upload_folder(), format="webp"), tiny

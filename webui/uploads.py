@@ -19,7 +19,8 @@ from typing import TypeVar
 
 from pipelines.errors import InputError
 from pipelines.fewshot.archives import ZipContent, ZipLimits, ZippedFile, read_zip
-from webui.incoming import SUFFIXES, Picture, check_size, display_name, read_upload, reencoded
+from pipelines.image_formats import UPLOAD_FORMATS, UPLOAD_SUFFIXES, listed
+from webui.incoming import Picture, check_size, display_name, read_upload, reencoded
 from webui.picture_sets import SET, Entry, add_class, changing, place_for
 from webui.workspace import Workspace
 
@@ -45,7 +46,7 @@ class Added:
     Args:
         names: what the pictures are called by now: their files, below the set's folder.
         refused: a plain sentence for each file that was not taken; it holds users' words, to be escaped wherever it is shown.
-        notes: what is to be known of those that were taken, in sentences like these.
+        notes: the same for what was taken and its owner should know, as that of an animation the first frame is read.
     """
 
     names: list[str] = field(default_factory=list)
@@ -150,6 +151,7 @@ def _add(folder: Path, pictures: Iterator[tuple[str, Picture]], class_folder: st
                 os.replace(beside, path)
                 home.pictures.append(Entry(path.relative_to(folder).as_posix(), display_name(name)))
                 added.names.append(home.pictures[-1].file)
+                added.notes += picture.notes
 
 
 def _readable(
@@ -189,8 +191,8 @@ def _grouped(content: ZipContent, added: Added) -> dict[str, list[ZippedFile]]:
         place = PurePosixPath(file.name)
         if place.suffix.lower() == ".zip":
             added.refused.append(f"{file.name} is a zip within the zip and was left out. Unpack it first, or add it by itself.")
-        elif place.suffix.lower() not in SUFFIXES:
-            added.refused.append(f"{file.name} is not a JPEG, PNG or WebP picture and was left out.")
+        elif place.suffix.lower() not in UPLOAD_SUFFIXES:
+            added.refused.append(f"{file.name} is not a {listed(UPLOAD_FORMATS)} picture and was left out.")
         elif len(place.parts) < 2:
             added.refused.append(f"{file.name} lies in no class's folder and was left out. Put it into the folder of its class.")
         else:
@@ -210,8 +212,8 @@ def _check_room(sets: Path, pictures: int, size: int) -> None:
 
 
 def summed_up(added: Added) -> Added:
-    """`added` with at most `SENTENCES` sentences on what was refused."""
-    if len(added.refused) > SENTENCES:
-        rest = len(added.refused) - SENTENCES + 1
-        added.refused[SENTENCES - 1 :] = [f"{rest} further files were left out for like reasons."]
+    """`added` with at most `SENTENCES` sentences on what was refused, and on what was taken."""
+    for sentences, rest in ((added.refused, "were left out for like reasons"), (added.notes, "were read in like ways")):
+        if len(sentences) > SENTENCES:
+            sentences[SENTENCES - 1 :] = [f"{len(sentences) - SENTENCES + 1} further files {rest}."]
     return added

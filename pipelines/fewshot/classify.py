@@ -8,7 +8,6 @@ Exit codes: 0, every picture was classified; 1, some could not be read and are n
 from __future__ import annotations
 
 import csv
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from nora_vision.files import AdapterFileError, replacing
 from pipelines.errors import InputError
 from pipelines.fewshot.classifier import FewShotClassifier, Predictions
 from pipelines.fewshot.loading import walk
+from pipelines.file_names import display_path
 from pipelines.pictures import has_picture_name, read_picture
 from pipelines.tables import harmless
 
@@ -83,7 +83,7 @@ def classify(classifier: FewShotClassifier, files: Sequence[Path], batch_size: i
             except InputError as error:
                 damaged.append(str(error))
             else:
-                names.append(os.fsencode(file).decode(errors="replace"))
+                names.append(display_path(file))
         if readable:
             parts.append(classifier.predict(readable, batch_size).probabilities)
     return (Predictions(torch.cat(parts), classifier.classes, tuple(names)) if parts else None), damaged

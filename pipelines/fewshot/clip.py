@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +23,12 @@ from torch.nn import functional as F
 from nora_vision.files import PICKLE_SUFFIXES, read_json
 from pipelines import mini_clip
 from pipelines.errors import InputError
+from pipelines.hub import HubModel, fetch, fetch_file, look_up
 
 BUILT_IN, RANDOM = "mini", "random"
+# Before a name on the hub, as in open_clip: "hf-hub:OWNER/NAME".
+HUB = "hf-hub:"
+TEXT_FILES = ("*.json", "*.txt", "*.model")
 
 
 @contextmanager
@@ -142,20 +146,23 @@ def load_clip(
     """Load an open_clip model, frozen and in evaluation mode.
 
     Args:
-        model: "mini", the built-in model; a folder with an open_clip_config.json; or a name that open_clip knows.
+        model: "mini", the built-in model; a folder with an open_clip_config.json; "hf-hub:OWNER/NAME", the same on the hub; or a
+            name that open_clip knows.
         pretrained: for a name that open_clip knows, one of its tags such as "openai", a .safetensors checkpoint in
             open_clip's layout, or "random" for weights that know nothing; for a folder a checkpoint in place of its own.
     Raises: InputError naming what cannot be loaded, what can, and the remedy.
     """
     if model == BUILT_IN or Path(model).is_dir():
         clip = _from_folder(mini_clip.BUILT_IN_CLIP if model == BUILT_IN else Path(model), model, pretrained)
+    elif model.startswith(HUB):
+        clip = _from_folder(_hub_folder(model.removeprefix(HUB)), model, pretrained)
     elif model in open_clip.list_models():
         clip = _from_open_clip(model, pretrained)
     else:
         known = ", ".join(name for name in open_clip.list_models() if name.startswith("ViT-B"))
         raise InputError(
-            f"model must be {BUILT_IN!r}, a folder with {mini_clip.CONFIG_FILE}, or a name that open_clip knows, such as "
-            f"{known}; got {model!r}."
+            f"model must be {BUILT_IN!r}, a folder with {mini_clip.CONFIG_FILE}, '{HUB}OWNER/NAME' on the hub, or a name that "
+            f"open_clip knows, such as {known}; got {model!r}."
         )
     clip.model.to(device, dtype).eval().requires_grad_(False)
     return clip
@@ -179,6 +186,8 @@ def _from_folder(folder: Path, name: str, pretrained: str | None) -> Clip:
             )
     weights = _checked_weights(folder / mini_clip.WEIGHTS_FILE)
     other = None if pretrained is None else _checked_weights(Path(pretrained))
+    configuration = read_json(folder / mini_clip.CONFIG_FILE)
+    _fetch_text_tower({"hf_model_name": configuration.get("model_cfg", {}).get("text_cfg", {}).get("hf_model_name")})
     with _weights_that_fit(weights, name):
         if (folder / mini_clip.VISION_FOLDER).is_dir():
             model = mini_clip.load_model(folder)
@@ -187,7 +196,7 @@ def _from_folder(folder: Path, name: str, pretrained: str | None) -> Clip:
     if other is not None:
         with _weights_that_fit(other, name):
             open_clip.load_checkpoint(model, str(other))
-    preprocess = _preprocess(model, read_json(folder / mini_clip.CONFIG_FILE).get("preprocess_cfg", {}))
+    preprocess = _preprocess(model, configuration.get("preprocess_cfg", {}))
     title = name if other is None else f"{name} ({pretrained})"
     return Clip(model, preprocess, open_clip.get_tokenizer(f"local-dir:{folder}"), title)
 
@@ -208,6 +217,7 @@ def _from_open_clip(name: str, pretrained: str | None) -> Clip:
             f"pretrained must be one of the tags {', '.join(tags)} of {name}, a .safetensors file, or {RANDOM!r}; "
             f"got {pretrained!r}."
         )
+    _fetch_text_tower(open_clip.get_model_config(name)["text_cfg"])
     with _weights_that_fit(weights, name):
         model = open_clip.create_model(
             name,
@@ -238,15 +248,58 @@ def _preprocess(model: nn.Module, settings: dict[str, Any]) -> Callable[[Image.I
 
 
 def _downloaded(name: str, tag: str, settings: dict[str, Any]) -> Path:
-    """The safetensors file of a tag's weights, from the hub or its cache."""
-    remedy = f"Give a .safetensors checkpoint as --pretrained, another tag of {name}, or --model {BUILT_IN}."
-    if not (settings.get("hf_hub") or settings.get("file")):
-        raise InputError(f"The weights {tag!r} of {name} exist as a pickle alone, which is not opened. {remedy}")
-    try:
-        path = Path(open_clip_pretrained.download_pretrained(settings))
-    except OSError as error:
-        raise InputError(f"The weights {tag!r} of {name} could not be fetched: {error}. {remedy}") from error
-    return _checked_weights(path)
+    """The safetensors file of a tag's weights, from the hub or its cache.
+
+    Raises: InputError if they cannot be had, or exist as a pickle alone.
+    """
+    instead = f"another tag of {name}, or --model {BUILT_IN}"
+    if settings.get("file"):
+        return _checked_weights(Path(settings["file"]))
+    repository, _, file = settings.get("hf_hub", "").rpartition("/")
+    if not repository:
+        raise InputError(
+            f"The weights {tag!r} of {name} exist as a pickle alone, which is not opened. Give a .safetensors checkpoint as "
+            f"--pretrained, {instead}."
+        )
+    # What has another name is the same weights in another format, as open_clip itself has it.
+    file = f"{Path(file).stem}.safetensors" if file else mini_clip.WEIGHTS_FILE
+    role, local = f"{tag!r} weights of {name} at", f"give --pretrained a .safetensors checkpoint, {instead}"
+    model = HubModel(repository, role=role, local=local)
+    lookup = look_up(model, file)
+    if file not in lookup.files:
+        raise InputError(
+            f"The weights {tag!r} of {name} exist as a pickle alone, which is not opened: {repository!r} has no {file}. Give a "
+            f".safetensors checkpoint as --pretrained, {instead}."
+        )
+    return _checked_weights(fetch_file(model, file, lookup))
+
+
+def _hub_folder(name: str) -> Path:
+    """The folder in the hub's cache of a model in open_clip's layout; what is missing is fetched.
+
+    Raises: InputError if it cannot be had, or has no .safetensors weights.
+    """
+    model = HubModel(name, role="CLIP model", local=f"give --model a folder with {mini_clip.CONFIG_FILE}, or {BUILT_IN!r}")
+    lookup = look_up(model, mini_clip.CONFIG_FILE)
+    for file in (mini_clip.CONFIG_FILE, mini_clip.WEIGHTS_FILE):
+        if file not in lookup.files:
+            raise lookup.unavailable or InputError(
+                f"The CLIP model {name!r} has no {file}, which is what is read of open_clip's models on the hub. Give --model a "
+                f"name that open_clip knows, such as ViT-B-16, or {BUILT_IN!r}."
+            )
+    return fetch(model, [*TEXT_FILES, mini_clip.WEIGHTS_FILE], lookup)
+
+
+def _fetch_text_tower(text_configuration: Mapping[str, Any]) -> None:
+    """Fetch what a text tower of transformers needs from the hub beside the weights: its configuration and its tokenizer.
+
+    Raises: InputError if it cannot be had.
+    """
+    for key, index in (("hf_model_name", "config.json"), ("hf_tokenizer_name", "tokenizer_config.json")):
+        name = text_configuration.get(key)
+        if name:
+            model = HubModel(name, role="text encoder's files", local="give another --model, such as ViT-B-16")
+            fetch(model, TEXT_FILES, look_up(model, index))
 
 
 def _checked_weights(path: Path) -> Path:

@@ -65,7 +65,7 @@ def as_picture(given: GivenPicture, name: str) -> Image.Image:
             "an array with PIL.Image.fromarray."
         )
     try:
-        return upright_rgb(given)
+        return upright_rgb(given, name)
     except UNREADABLE as error:
         raise InputError(f"{name} cannot be decoded ({error}). Remove it or replace it.") from error
 

@@ -10,11 +10,19 @@ from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from nora_vision.files import read_tensors, write_tensors
+from nora_vision.files import (
+    CONFIGURATION,
+    check_configuration,
+    configuration_digest,
+    read_header,
+    read_json,
+    read_tensors,
+    write_tensors,
+)
 from pipelines.errors import InputError
 from pipelines.methods import AdapterOptions, add_adapter
 
-WEIGHTS = "adapter_model.safetensors"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 class Lora:
@@ -51,14 +59,19 @@ class Lora:
         for name, model in components.items():
             target = folder / "full" / name
             model.peft_config[adapter_name].save_pretrained(str(target))
-            write_tensors(target / WEIGHTS, get_peft_model_state_dict(model, adapter_name=adapter_name))
+            metadata = {CONFIGURATION: configuration_digest(read_json(target / CONFIG))}
+            write_tensors(target / WEIGHTS, get_peft_model_state_dict(model, adapter_name=adapter_name), metadata, digest=True)
 
     def load(self, components: dict[str, nn.Module], folder: Path, adapter_name: str) -> None:
         """Add PEFT's adapter in each subfolder to the component of that name.
 
-        Raises: InputError if a file has other tensors than an adapter of its configuration has on this model.
+        Raises:
+            InputError: a file has other tensors than an adapter of its configuration has on this model.
+            AdapterFileError: a file was changed since it was saved.
         """
         for name, model in components.items():
+            metadata = read_header(folder / name / WEIGHTS).metadata
+            check_configuration(metadata, read_json(folder / name / CONFIG), folder / name)
             state = read_tensors(folder / name / WEIGHTS)
             add_adapter(model, PeftConfig.from_pretrained(str(folder / name)), adapter_name)
             # PEFT itself passes over targets that the model lacks, and over tensors that no target takes.

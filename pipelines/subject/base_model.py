@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from pipelines.errors import InputError
+from pipelines.subject.model_files import autoencoder_folder, configuration_folder, pipeline_folder
 from pipelines.subject.quantization import quantize_linear_layers
 
 ASSETS = Path(__file__).parents[2] / "assets"
 BUILT_IN_MODEL = ASSETS / "mini-sdxl"
-PIPELINE_CLASS = "StableDiffusionXLPipeline"
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 # Of the UNet, both text encoders and the autoencoder in one file, as Stability's own code names them.
 SDXL_PREFIXES = ("model.diffusion_model.", "conditioner.embedders.0.", "conditioner.embedders.1.", "first_stage_model.")
 
@@ -68,13 +66,12 @@ def load_base_model(
     try:
         if path.is_file():
             _check_single_file(path)
-            # SDXL's own configuration is found by the file's tensors.
-            config = {} if single_file_config is None else {"config": single_file_config}
-            pipeline = StableDiffusionXLPipeline.from_single_file(name_or_path, torch_dtype=dtype, **config, **parts)
+            config = str(configuration_folder(path, single_file_config))
+            pipeline = StableDiffusionXLPipeline.from_single_file(name_or_path, torch_dtype=dtype, config=config, **parts)
         else:
-            _check_folder_or_hub_name(name_or_path)
+            folder = pipeline_folder(name_or_path, revision, variant, **parts)
             pipeline = StableDiffusionXLPipeline.from_pretrained(
-                name_or_path, dtype=dtype, use_safetensors=True, variant=variant, revision=revision, **parts
+                folder, dtype=dtype, use_safetensors=True, variant=variant, **parts
             )
     except OSError as error:
         raise InputError(f"The model {name_or_path!r} could not be loaded: {error}") from error
@@ -93,21 +90,11 @@ def load_autoencoder(name_or_path: str, dtype: torch.dtype = torch.float32) -> A
     Raises: InputError naming it if there is none.
     """
     try:
-        return AutoencoderKL.from_pretrained(name_or_path, torch_dtype=dtype, use_safetensors=True)
+        return AutoencoderKL.from_pretrained(autoencoder_folder(name_or_path), torch_dtype=dtype, use_safetensors=True)
     except OSError as error:
         raise InputError(
             f"The autoencoder {name_or_path!r} could not be loaded: {error} Give the hub name or folder of an AutoencoderKL."
         ) from error
-
-
-def _check_folder_or_hub_name(name_or_path: str) -> None:
-    if Path(name_or_path).exists():
-        _check_folder(Path(name_or_path))
-    elif name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")) or name_or_path.endswith(PICKLES):
-        raise InputError(
-            f"There is no model {name_or_path!r}. Give a folder with a model_index.json, a .safetensors file, or a hub name "
-            "such as 'owner/model'."
-        )
 
 
 def _check_single_file(path: Path) -> None:
@@ -128,18 +115,6 @@ def _check_single_file(path: Path) -> None:
             f"{str(path)!r} is no whole SDXL: it holds no tensor of {', '.join(missing)}. Only SDXL models are adapted here, and "
             "a LoRA file is none."
         )
-
-
-def _check_folder(folder: Path) -> None:
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise InputError(
-            f"{str(folder)!r} is no diffusers model: it has no model_index.json. Give the folder that holds unet/, vae/ and "
-            "the others."
-        )
-    found = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    if found != PIPELINE_CLASS:
-        raise InputError(f"{str(folder)!r} must hold a {PIPELINE_CLASS}, got {found}. Only SDXL models are adapted here.")
 
 
 def model_resolution(pipeline: StableDiffusionXLPipeline) -> int:

@@ -9,14 +9,13 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 
 from pipelines.errors import InputError
+from pipelines.image_decoding import upright_size
 from pipelines.pictures import PICTURE_SUFFIXES, is_picture, opened_picture, read_picture
 
 SizeConditioning = Literal["picture", "target"]
-# EXIF orientations from here on swap height and width.
-FIRST_ON_ITS_SIDE = 5
 
 
 @dataclass(frozen=True)
@@ -90,9 +89,7 @@ def picture_size(path: Path) -> tuple[int, int]:
     Raises: InputError naming the file if it cannot be read.
     """
     with opened_picture(path) as opened:
-        width, height = opened.size
-        turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= FIRST_ON_ITS_SIDE
-    return (width, height) if turned else (height, width)
+        return upright_size(opened)
 
 
 def load_examples(paths: Sequence[Path], resolution: int, size_conditioning: SizeConditioning = "picture") -> list[Example]:

@@ -16,20 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from pipelines.errors import InputError
-from pipelines.pictures import UNREADABLE, read_picture
+from pipelines.file_names import display_path
+from pipelines.image_formats import UnsupportedFormatError
+from pipelines.pictures import read_image
 from pipelines.subject.caption_files import read_captions
 from pipelines.subject.folder_entries import FolderAccount
 from pipelines.subject.folder_names import folder_name, name_of_subject
 from pipelines.subject.folder_scan import images_of, scan_folder
 from pipelines.subject.prompt_length import LongPrompt
 
-READ_FORMATS = frozenset({"JPEG", "MPO", "PNG", "WEBP", "BMP"})
 SMALLEST, WIDEST, FEWEST = 64, 3.0, 3
 # Seen on 25 photos and renderings with a shorter side of 256: sharp ones have 840 and more; blurred by a Gaussian of one
 # pixel 50 to 180, of two pixels at most 22.
@@ -121,7 +122,8 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, with a verdict and the picture's name for each picture."""
         pictures = [
-            asdict(diagnosis) | {"path": str(diagnosis.path), "verdict": diagnosis.verdict} for diagnosis in self.pictures
+            asdict(diagnosis) | {"path": display_path(diagnosis.path), "verdict": diagnosis.verdict}
+            for diagnosis in self.pictures
         ]
         findings = [asdict(finding) for finding in self.findings]
         names = ("folder", "class_folder")
@@ -134,7 +136,7 @@ class Report:
         lines = []
         for diagnosis in self.pictures:
             size = "" if diagnosis.size is None else f" ({diagnosis.size[0]} x {diagnosis.size[1]})"
-            lines.append(f"{diagnosis.verdict}: {diagnosis.path}{size}")
+            lines.append(f"{diagnosis.verdict}: {display_path(diagnosis.path)}{size}")
             lines += [f"    {finding.words} {finding.advice}" for finding in diagnosis.findings]
         lines += [f"{finding.words} {finding.advice}" for finding in self.findings]
         return "\n".join([*lines, *self.warnings(), *(words for account in self.accounts for words in account.infos())])
@@ -190,33 +192,17 @@ class _Looks(Dataset):
 
 def _look(path: Path, subject: str) -> _Look:
     """Read one picture and examine it by itself."""
-    found_format = _format_of(path)
-    if found_format is not None and found_format not in READ_FORMATS:
-        words = f"By its content {path.name!r} is {found_format}, whatever its name says; it is left out."
-        return _Look(Diagnosis(path, subject, None, (Finding("wrong_format", words, "Save it as JPEG or PNG."),)))
     try:
-        picture = read_picture(path)
+        read = read_image(path)
     except InputError as error:
-        finding = Finding("unreadable", str(error), "It is left out.")
-        return _Look(Diagnosis(path, subject, None, (finding,)))
+        kind = "wrong_format" if isinstance(error, UnsupportedFormatError) else "unreadable"
+        return _Look(Diagnosis(path, subject, None, (Finding(kind, str(error), "It is left out."),)))
+    picture = read.image
     findings = [*_of_its_shape(picture), *_of_its_sharpness(picture)]
-    with Image.open(path) as opened:
-        orientation = opened.getexif().get(ExifTags.Base.Orientation, 1)
-    if orientation != 1:
-        words = "It lies turned in its file, and is turned upright as its EXIF orientation says."
-        findings.append(Finding("turned", words, "Nothing to do."))
+    findings += [Finding(note.kind, note.words, note.advice) for note in read.notes]
     diagnosis = Diagnosis(path, subject, picture.size, tuple(findings))
     thumbnail = np.asarray(picture.resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BOX), dtype=np.float32) / 255
     return _Look(diagnosis, perceptual_hash(picture), thumbnail)
-
-
-def _format_of(path: Path) -> str | None:
-    """The format that the file's content is in; None where Pillow knows none."""
-    try:
-        with Image.open(path) as opened:
-            return opened.format
-    except UNREADABLE:
-        return None
 
 
 def _of_its_shape(picture: Image.Image) -> list[Finding]:

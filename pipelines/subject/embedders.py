@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,11 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 from pipelines import mini_clip
 from pipelines.errors import InputError
 from pipelines.fewshot.clip import BUILT_IN, Clip, load_clip
+from pipelines.hub import HubError, HubModel, fetch, is_hub_name, look_up
 
 # Before a model that open_clip knows by name, and its weights behind a slash: "open_clip:ViT-B-16/openai".
 OPEN_CLIP = "open_clip:"
+TRANSFORMERS_WEIGHTS = re.compile(r"model(?:-\d{5}-of-\d{5})?\.safetensors")
 
 
 class Embedder(Protocol):
@@ -63,11 +66,12 @@ class TransformersEmbedder:
     def __init__(self, name_or_path: str) -> None:
         """Load the model, safetensors only.
 
-        Raises: OSError or ValueError if it cannot be loaded, or embeds no pictures.
+        Raises: OSError or ValueError if it cannot be loaded, or embeds no pictures; HubError if it cannot be fetched.
         """
-        self.model = AutoModel.from_pretrained(name_or_path, use_safetensors=True).eval()
-        self.processor = AutoImageProcessor.from_pretrained(name_or_path)
-        self.tokenizer = AutoTokenizer.from_pretrained(name_or_path) if self.reads_text else None
+        folder = _transformers_folder(name_or_path) if is_hub_name(name_or_path) else name_or_path
+        self.model = AutoModel.from_pretrained(folder, use_safetensors=True, local_files_only=True).eval()
+        self.processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if self.reads_text else None
 
     @property
     def reads_text(self) -> bool:
@@ -86,6 +90,25 @@ class TransformersEmbedder:
         """Features (texts, width) float32 of length 1."""
         tokens = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
         return functional.normalize(_pooled(self.model.get_text_features(**tokens)), dim=1)
+
+
+def _transformers_folder(name: str) -> Path:
+    """The folder in the cache with the files of a transformers model on the hub; what is missing is fetched.
+
+    Raises: InputError if the model cannot be had or has no .safetensors weights.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    model = HubModel(name, role="judge_model", local="give --judge_model a folder, or 'mini', the built-in CLIP")
+    lookup = look_up(model, "config.json")
+    weights = [file for file in lookup.files if TRANSFORMERS_WEIGHTS.fullmatch(file)]
+    if not weights:
+        raise lookup.unavailable or HubError(
+            f"The judge_model {name!r} has no model.safetensors: other weights, such as .bin, can run programs when they are "
+            f"read. Give one that has them, such as 'facebook/dinov2-base', or {BUILT_IN!r}, the built-in CLIP."
+        )
+    texts = [file for file in lookup.files if "/" not in file and file.endswith((".json", ".txt", ".model", ".jinja"))]
+    return fetch(model, [*texts, *weights], lookup)
 
 
 def _pooled(features: torch.Tensor | nn.Module) -> torch.Tensor:
@@ -108,6 +131,8 @@ def load_embedder(name: str) -> Embedder:
         if name == BUILT_IN or _is_of_open_clip(Path(name)):
             return OpenClipEmbedder(load_clip(name))
         return TransformersEmbedder(name)
+    except HubError:
+        raise
     except (OSError, ValueError) as error:
         raise InputError(
             f"judge_model {name!r} could not be loaded as CLIP or DINOv2: {error} Give {BUILT_IN!r}, "

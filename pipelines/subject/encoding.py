@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from pipelines.cache import TensorCache, key_of, module_digest
 from pipelines.digests import file_digest
 from pipelines.errors import InputError
-from pipelines.pictures import read_picture
+from pipelines.pictures import READING_VERSION, read_image
 from pipelines.randomness import Draw, keyed_generator
 from pipelines.subject.base_model import PromptEmbeddings, encode_pictures, encode_prompts, text_encoders_of, tokenize
 from pipelines.subject.buckets import Size, nearest_bucket
@@ -221,7 +221,8 @@ class Encoder:
         return EncodedPictures(tuple(sizes), len(keys[0]), CachedPictures(tuple(keys), self.cache), prompt_of, tokens, prompts)
 
     def _key(self, digest: str, shot: Shot, conditioning: SizeConditioning) -> str:
-        return key_of(picture=digest, shot=[shot.size, shot.crop, shot.mirrored], conditioning=conditioning, **self.vae)
+        shown = [shot.size, shot.crop, shot.mirrored]
+        return key_of(picture=digest, reading=READING_VERSION, shot=shown, conditioning=conditioning, **self.vae)
 
     def _encode_missing(self, jobs: Sequence[_Job]) -> None:
         """Encode what is not in the cache, one picture after the other, while workers decode those that come next."""
@@ -263,7 +264,8 @@ class _Job:
 
     def decode(self) -> dict[str, Example]:
         """The shots, from one reading of the file."""
-        picture = read_picture(self.path)
+        # Without the warnings of `read_picture`: the doctor has told them.
+        picture = read_image(self.path).image
         return {key: take(self.path, picture, shot, self.size_conditioning) for key, shot in self.shots.items()}
 
 

@@ -55,6 +55,7 @@ def test_patterns_give_layers_ranks_of_their_own():
         ({"r": 8, "inner_r": 9}, r"inner_r must be in \[1, r=8\], got 9"),
         ({"rank_pattern": {"to_q": -1}}, r"rank_pattern\['to_q'\] must be an integer of at least 1, got -1"),
         ({"inner_rank_pattern": {"to_q": "8"}}, r"inner_rank_pattern\['to_q'\] must be an integer of at least 1, got '8'"),
+        ({"rank_pattern": {"to_q(": 8}}, r"'to_q\(' must be a layer name ending or a regular expression"),
         ({"alpha": 0.0}, "alpha must be above 0, got 0.0"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"inner_std": -1.0}, "inner_std must be above 0, got -1.0"),

@@ -9,10 +9,12 @@ import safetensors.torch
 import torch
 
 from nora_vision.files import (
+    DIGEST,
     MAX_HEADER_BYTES,
     MAX_JSON_BYTES,
     AdapterFileError,
     TensorEntry,
+    content_digest,
     read_header,
     read_json,
     read_tensors,
@@ -64,6 +66,45 @@ def test_the_hash_is_of_the_bytes_after_the_header(tmp_path):
     write_tensors(path, tensors, {"k": "v"})
     content = path.read_bytes()
     assert tensor_hash(tensors) == hashlib.sha256(content[8 + struct.unpack("<Q", content[:8])[0] :]).hexdigest()
+
+
+def test_the_digest_is_of_names_dtypes_shapes_bytes_and_metadata():
+    tensors, metadata = {"a": torch.tensor([[1.0, 2.0]]), "b": torch.zeros(2).half()}, {"key": "value"}
+    digest = content_digest(tensors, metadata)
+    assert content_digest(dict(reversed(tensors.items())), metadata | {DIGEST: "any"}) == digest
+    assert content_digest(tensors | {"a": torch.tensor([[1.0], [2.0]]).T}, metadata) == digest
+    others = (
+        (tensors | {"a": torch.tensor([[1.0, 2.5]])}, metadata),
+        (tensors | {"a": tensors["a"].T}, metadata),
+        (tensors | {"b": torch.zeros(2).bfloat16()}, metadata),
+        ({"c": tensors["a"], "b": tensors["b"]}, metadata),
+        ({"a": tensors["a"]}, metadata),
+        (tensors, metadata | {"key": "other"}),
+        (tensors, {}),
+    )
+    assert len({content_digest(*other) for other in others} | {digest}) == len(others) + 1
+
+
+def test_a_file_is_checked_against_its_digest_if_it_has_one(tmp_path):
+    path, tensors = tmp_path / "x.safetensors", {"a": torch.ones(3), "scalar": torch.tensor(2.0), "none": torch.zeros(0, 2)}
+    write_tensors(path, tensors, {"key": "value"}, digest=True)
+    assert read_header(path).metadata == {
+        "format": "pt",
+        "key": "value",
+        DIGEST: content_digest(tensors, {"format": "pt", "key": "value"}),
+    }
+    assert read_tensors(path).keys() == tensors.keys()
+    safetensors.torch.save_file({**tensors, "a": torch.zeros(3)}, path, read_header(path).metadata)
+    with pytest.raises(AdapterFileError, match=r"x\.safetensors was changed or damaged after it was saved: .* Copy or download"):
+        read_tensors(path)
+    write_tensors(path, tensors, {"key": "value"})
+    assert DIGEST not in read_header(path).metadata
+
+
+def test_a_header_that_safetensors_does_not_parse_is_refused(tmp_path):
+    header = json.dumps({"a": entry()}).replace("[0, 8]", "[-0, 8]").encode()
+    with pytest.raises(AdapterFileError, match=r"x\.safetensors is not a valid safetensors file"):
+        read_tensors(raw_file(tmp_path / "x.safetensors", header, data=bytes(8)))
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".ckpt", ".pkl"])

@@ -35,6 +35,22 @@ REFUSED = {
         {"rank_pattern": {"second": 3}, "target_modules": ["first", "second"]},
         r"inner_r must be in \[1, r=3\] for 'second', got 4",
     ),
+    "a rank pattern without a match": (
+        {"rank_pattern": {"second": 6, "thrid": 4}, "target_modules": ["first", "second"]},
+        r"rank_pattern \['thrid'\] match no adapted layer of Mlp, which has 2: 'first', 'second'\. Remove them",
+    ),
+    "a rank pattern of a layer that is not adapted": (
+        {"rank_pattern": {"head": 3}, "inner_r": 2, "target_modules": ["first"]},
+        r"rank_pattern \['head'\] match no adapted layer of Mlp, which has 1: 'first'",
+    ),
+    "part of a name as a rank pattern": (
+        {"rank_pattern": {"econd": 3}, "target_modules": ["first", "second"]},
+        r"rank_pattern \['econd'\] match no",
+    ),
+    "an inner rank pattern without a match": (
+        {"inner_rank_pattern": {r".*\.attn1\..*": 2}, "target_modules": ["first", "second"]},
+        r"inner_rank_pattern \['.*attn1.*'\] match no adapted layer",
+    ),
     "one unknown target": (
         {"target_modules": ["first", "frist"]},
         r"target_modules \['frist'\] match no module of Mlp",

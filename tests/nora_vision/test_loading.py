@@ -25,8 +25,8 @@ from nora_vision.layer import nora_layers
 VARIED = {
     "preserve_output": True,
     "inner_init": "gaussian",
-    "rank_pattern": {"to_k": 5, "k_proj": 4},
-    "inner_rank_pattern": {".*attn1.*": 2, "fc2": 1},
+    "rank_pattern": {"to_k|[kv]_proj": 5},
+    "inner_rank_pattern": {".*attn1.*|fc[12]": 2},
 }
 LAYOUTS = pytest.mark.parametrize("compact", [False, True], ids=["full", "compact"])
 

@@ -1,9 +1,12 @@
 """Every adapter method on the encoders of a CLIP model: where it goes, how it starts, what its files give back."""
 
 import json
+import shutil
+from random import Random
 
 import pytest
 import torch
+from mutations import mutate
 from peft import LoraConfig, get_peft_model
 from tiny_clip import END, NextAttention, pictures, prompts, tiny_clip
 from torch import nn
@@ -314,6 +317,28 @@ def test_an_adapter_of_another_model_is_refused_by_its_folder(method, change, tm
 def test_a_folder_without_an_adapter_is_named(tmp_path):
     with pytest.raises(InputError, match="no adapter of a CLIP model at"):
         adapters.load(clip_of(), tmp_path)
+
+
+@pytest.mark.parametrize(("method", "layout"), [("nora", "full"), ("nora", "compact"), ("lora", "full"), ("dora", "full")])
+def test_a_damaged_file_is_refused_or_gives_the_same_features(method, layout, tmp_path):
+    options = small(method)
+    _, components = started(tmp_path, options)
+    disturb(components)
+    adapters.save(options, components, tmp_path / "saved")
+    clip = clip_of()
+    adapters.load(clip, tmp_path / "saved" / layout)
+    expected, refused = outputs(clip), 0
+    for seed in range(12):
+        random = Random(f"{method} {layout} {seed}")
+        shutil.copytree(tmp_path / "saved" / layout, tmp_path / "damaged", dirs_exist_ok=True)
+        mutation = mutate(random, tmp_path / "damaged" / random.choice(("image", "text")))
+        clip = clip_of()
+        try:
+            adapters.load(clip, tmp_path / "damaged")
+            assert torch.equal(outputs(clip), expected), (seed, mutation)
+        except (AdapterFileError, InputError):
+            refused += 1
+    assert refused >= 6
 
 
 def test_an_adapter_file_of_an_unknown_method_is_refused(tmp_path):

@@ -11,7 +11,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch.nn import functional as F
 from toy_task import CLASSES, WIDTH, directions, held_out, toy_clip, toy_task
 
-from nora_vision.files import write_tensors
+from nora_vision.files import AdapterFileError, write_tensors
 from pipelines.errors import InputError
 from pipelines.fewshot import baselines
 from pipelines.fewshot.baselines import clap, clip_adapter, coop, gda, logistic, taskres, tip_adapter
@@ -111,6 +111,16 @@ def test_a_file_gives_back_the_predictor(fitted, name, tmp_path):
     assert replace(back, head=predictor.head) == predictor
     inputs = inputs_of(predictor, toy_task().validation)
     assert torch.equal(back.logits(inputs), predictor.logits(inputs))
+
+
+@every
+def test_a_damaged_file_of_a_predictor_is_refused(fitted, name, tmp_path):
+    path = tmp_path / "baseline.safetensors"
+    save_predictor(fitted(name), path)
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(AdapterFileError, match=r"baseline\.safetensors was changed or damaged"):
+        load_predictor(path)
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """Classifying on the command line: what is printed and written is what the classifier predicts."""
 
 import csv
+import io
+import os
 import re
 import runpy
 import sys
@@ -161,3 +163,19 @@ def test_the_module_is_a_command(run, pictures, monkeypatch, capsys):
         runpy.run_module("pipelines.fewshot.classify", run_name="__main__")
     assert ended.value.code == 0
     assert "photos/b.png" in capsys.readouterr().out
+
+
+def test_names_that_are_not_utf_8_are_printed_and_written(run, tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    for name, content in ((b"\xff.png", stored_picture(0, side=64)), (b"\xfe.png", b"damaged")):
+        try:
+            (tmp_path / "photos" / os.fsdecode(name)).write_bytes(content)
+        except OSError:
+            pytest.skip("This file system takes no name that is not UTF-8.")
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    assert main([run, "photos", "--output", "all.csv"]) == 1
+    assert rows_of(tmp_path / "all.csv")[1][0] == r"photos/\udcff.png"
+    assert r"photos/\udcff.png" in streams["stdout"].buffer.getvalue().decode("utf-8")
+    assert r"photos/\udcfe.png" in streams["stderr"].buffer.getvalue().decode("utf-8")

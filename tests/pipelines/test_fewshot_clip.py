@@ -124,16 +124,6 @@ def test_a_tags_weights_get_the_activation_they_were_trained_with(tiny_name, che
     assert not torch.equal(clip.encode_images(pictures(1)), F.normalize(tiny_clip().encode_image(pictures(1)), dim=-1))
 
 
-def test_a_tag_that_cannot_be_fetched_names_the_remedies(tiny_name, monkeypatch):
-    def unreachable(settings):
-        raise FileNotFoundError("no route to the hub")
-
-    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, tiny_name, {"hub": {"hf_hub": "someone/tiny/"}})
-    monkeypatch.setattr(open_clip.pretrained, "download_pretrained", unreachable)
-    with pytest.raises(InputError, match=r"'hub' of tiny-clip could not be fetched: no route.*--model mini"):
-        load_clip(tiny_name, "hub")
-
-
 @pytest.mark.parametrize("settings", [{"url": "https://example.org/old.pt"}, {"file": "cache/open_clip_pytorch_model.bin"}])
 def test_a_tag_that_is_a_pickle_is_refused(tiny_name, monkeypatch, settings):
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, tiny_name, {"old": settings})

@@ -159,7 +159,7 @@ def test_what_is_no_folder_is_named(tmp_path, name, message):
     ("files", "message"),
     [
         (["x/y/0.png"], r"holds no picture .*further down.*The first is .*x/y/0\.png"),
-        (["0.heic"], r"holds no picture .*formats are not read: '0\.heic'"),
+        (["0.cr2"], r"holds no picture .*formats are not read: '0\.cr2'"),
         (["notes.md"], r"holds no picture .*Not used: 'notes\.md'"),
     ],
 )
@@ -323,7 +323,7 @@ def class_account(folder, count=2, prompts=None):
 
 
 def test_a_folder_of_class_images_is_accounted_for_too(tmp_path):
-    write(tmp_path, "0.png", "1.png", "2.png", "0.txt", "0_mask.png", "a.gif", "sub/9.png")
+    write(tmp_path, "0.png", "1.png", "2.png", "0.txt", "0_mask.png", "a.psd", "sub/9.png")
     shown = {entry.path.name: entry.kind for entry in class_account(tmp_path).entries}
     assert shown == {
         "0.png": "",
@@ -332,7 +332,7 @@ def test_a_folder_of_class_images_is_accounted_for_too(tmp_path):
         "0_mask.png": "mask",
         "sub": "class_folder",
         "0.txt": "class_caption",
-        "a.gif": shown["a.gif"],
+        "a.psd": "unknown",
     }
 
 

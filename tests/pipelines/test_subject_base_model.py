@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import save_file
 from single_file import save_single_file
 from tiny_pipeline import picture, tiny_pipeline
@@ -141,19 +140,6 @@ def test_another_autoencoder_takes_the_place_of_the_models_own(tiny_model, tmp_p
 def test_an_autoencoder_that_is_not_there_is_named(tiny_model, tmp_path):
     with pytest.raises(InputError, match=r"(?s)autoencoder '.*nowhere' could not be loaded.*AutoencoderKL"):
         load_base_model(str(tiny_model), vae=str(tmp_path / "nowhere"))
-
-
-def test_the_revision_reaches_the_hub(monkeypatch):
-    asked = {}
-
-    def from_pretrained(name, **arguments):
-        asked.update(arguments, name=name)
-        raise OSError("offline")
-
-    monkeypatch.setattr(StableDiffusionXLPipeline, "from_pretrained", from_pretrained)
-    with pytest.raises(InputError, match=r"'owner/model' could not be loaded: offline"):
-        load_base_model("owner/model", revision="v2", variant="fp16")
-    assert (asked["name"], asked["revision"], asked["variant"], asked["use_safetensors"]) == ("owner/model", "v2", "fp16", True)
 
 
 def test_only_the_models_own_folder_is_the_built_in_one(tiny_model):

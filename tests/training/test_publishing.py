@@ -2,12 +2,11 @@
 
 import json
 from functools import partial
-from typing import ClassVar
 
-import httpx
 import pytest
 from accelerate.state import AcceleratorState
-from huggingface_hub.errors import HfHubHTTPError
+from hub_server import READ_ONLY_TOKEN, TOKEN, read
+from huggingface_hub import constants
 from PIL import Image
 
 from pipelines.errors import InputError
@@ -15,36 +14,17 @@ from pipelines.subject.generate import Sampling
 from training import dreambooth_nora
 from training.options import parse_options
 from training.options.judging import JudgingOptions
-from training.subject import publishing
+from training.subject import finishing, publishing
 
-SECRETS = ("zwx", "gizmo", "secretfolder", "privatename", "mymodel", "hf_abc")
+SECRETS = ("zwx", "gizmo", "secretfolder", "privatename", "mymodel", TOKEN)
 FAST = "--rank 6 --inner_r 2 --target_modules to_v --max_train_steps 2 --train_batch_size 2 --lr_warmup_steps 1 --no_certify"
 FAST += " --learning_rate 0.1 --checkpointing_steps 2 --validation_steps 2 --heldout_image none"
 
 
-class FakeHub:
-    """Stands in for HfApi and remembers what it is asked."""
-
-    calls: ClassVar[list] = []
-
-    def __init__(self, token=None):
-        self.calls.append(("token", token))
-
-    def create_repo(self, repo_id, **options):
-        self.calls.append(("create", repo_id, options))
-        return type("Url", (str,), {"repo_id": f"me/{repo_id.split('/')[-1]}"})(f"https://hub/{repo_id}")
-
-    def upload_folder(self, **options):
-        files = {path.relative_to(options["folder_path"]).as_posix() for path in options["folder_path"].rglob("*")}
-        self.calls.append(("upload", options["repo_id"], files))
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """The fake hub's calls."""
-    monkeypatch.setattr(publishing, "HfApi", FakeHub)
-    monkeypatch.setattr(FakeHub, "calls", [])
-    return FakeHub.calls
+def uploaded(hub, name):
+    """The files that the hub has of a model by now, but for the one that it makes itself."""
+    repository = hub.repositories[name]
+    return {file: read(content) for file, content in repository.files[repository.revisions["main"]].items()}
 
 
 @pytest.fixture
@@ -67,8 +47,8 @@ def published(tiny_model, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["nora", "lora"])
-def test_a_private_run_publishes_no_caption_path_or_name_in_any_byte(published, hub, method):
-    run = published("--private", "--push_to_hub", "--hub_token", "hf_abc", "--method", method)
+def test_a_private_run_publishes_no_caption_path_or_name_in_any_byte(published, hub_server, method):
+    run = published("--private", "--push_to_hub", "--hub_token", TOKEN, "--method", method)
     files = [path for path in (run.path / "published").rglob("*") if path.is_file()]
     assert {"README.md", "provenance.json", "before_after.png"} <= {path.name for path in files}
     assert any(path.suffix == ".safetensors" for path in files)
@@ -79,37 +59,97 @@ def test_a_private_run_publishes_no_caption_path_or_name_in_any_byte(published, 
         assert not leaked, f"{path.name} holds {leaked}"
     record = json.loads((run.path / "published" / "provenance.json").read_text())
     assert len(record["pictures"]) == 2
-    assert ("create", "adapter", {"exist_ok": True, "private": True}) in hub
+    assert hub_server.repositories["me/adapter"].private
 
 
-def test_a_run_that_is_not_private_publishes_the_card_as_it_is_and_all_weights(published, hub):
-    run = published("--push_to_hub", "--hub_model_id", "me/toy", "--hub_token", "hf_abc")
-    assert hub[0] == ("token", "hf_abc")
-    assert hub[1] == ("create", "me/toy", {"exist_ok": True, "private": False})
-    kind, repository, files = hub[2]
-    assert (kind, repository) == ("upload", "me/toy")
+def test_a_run_that_is_not_private_publishes_the_card_as_it_is_and_all_weights(published, hub_server):
+    run = published("--push_to_hub", "--hub_model_id", "me/toy", "--hub_token", TOKEN)
+    assert not hub_server.repositories["me/toy"].private
+    folder = run.path / "published"
+    assert uploaded(hub_server, "me/toy") == {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+    files = set(uploaded(hub_server, "me/toy"))
     assert {"README.md", "before_after.png", "diffusers/pytorch_lora_weights.safetensors", "provenance.json"} <= files
     assert not {"options.json", "command", "metrics.jsonl"} & files
-    assert (run.path / "published" / "README.md").read_bytes() == (run.path / "README.md").read_bytes()
-    assert run.status()["published"] == "https://hub/me/toy"
+    assert (folder / "README.md").read_bytes() == (run.path / "README.md").read_bytes()
+    assert run.status()["published"] == f"{hub_server.endpoint}/me/toy"
     for file in ("options.json", "command", "provenance.json", "published/provenance.json"):
-        assert "hf_abc" not in (run.path / file).read_text()
+        assert TOKEN not in (run.path / file).read_text()
 
 
-def test_without_being_asked_nothing_is_gathered_or_uploaded(published, hub):
+def test_without_being_asked_nothing_is_gathered_or_uploaded(published, hub_server):
     run = published()
     assert not (run.path / "published").exists()
-    assert hub == []
+    assert hub_server.requests == []
 
 
-def test_a_hub_that_refuses_is_an_error_that_says_how_to_upload_later(monkeypatch, tmp_path):
-    def refuse(*_, **__):
-        raise HfHubHTTPError("401 Unauthorized", response=httpx.Response(401, request=httpx.Request("POST", "https://hub")))
+def test_a_network_that_fails_after_the_training_loses_nothing_and_says_how_to_upload_later(
+    published, hub_server, tmp_path, monkeypatch
+):
+    def assembled(*arguments):
+        hub_server.stop()
+        return publishing.assemble(*arguments)
 
-    monkeypatch.setattr(FakeHub, "create_repo", refuse)
-    monkeypatch.setattr(publishing, "HfApi", FakeHub)
-    with pytest.raises(InputError, match=r"The hub took no upload.*hf auth login.*hf upload me/toy"):
-        publishing.push_to_hub(tmp_path, JudgingOptions(push_to_hub=True, hub_model_id="me/toy"), "x")
+    monkeypatch.setattr(finishing, "assemble", assembled)
+    with pytest.raises(InputError, match=r"took no upload: .*refused\; the run is complete") as caught:
+        published("--push_to_hub", "--hub_token", TOKEN)
+    folder = tmp_path / "secretfolder-run" / "published"
+    assert f"Later, upload it with `hf upload secretfolder-run {folder}`." in str(caught.value)
+    assert (folder / "diffusers" / "pytorch_lora_weights.safetensors").is_file()
+    assert (folder.parent / "adapter").is_dir()
+    hub_server.start()
+    publishing.push_to_hub(folder, JudgingOptions(push_to_hub=True, hub_token=TOKEN), "secretfolder-run")
+    assert "provenance.json" in uploaded(hub_server, "me/secretfolder-run")
+
+
+@pytest.mark.parametrize(
+    ("token", "name", "message"),
+    [
+        (None, "me/toy", r"does not accept the access token \(401\).*Log in with `hf auth login` and a token that may write"),
+        ("hf_stale", "me/toy", r"does not accept the access token \(401\).*Log in with `hf auth login`"),
+        (READ_ONLY_TOKEN, "me/toy", r"the access token may not write there \(403\).*Log in with `hf auth login`"),
+        (TOKEN, "other/toy", r"the access token may not write there \(403\).*`hf upload other/toy"),
+        (TOKEN, "me/toy/deep", r"took no upload: .*me/toy/deep.*Later, upload it with"),
+    ],
+)
+def test_an_upload_that_is_refused_names_the_remedy(hub_server, tmp_path, token, name, message):
+    (tmp_path / "README.md").write_text("A card")
+    with pytest.raises(InputError, match=f"The hub took no upload: .*{message}") as caught:
+        publishing.push_to_hub(tmp_path, JudgingOptions(push_to_hub=True, hub_model_id=name, hub_token=token), "x")
+    assert "\n" not in str(caught.value)
+    assert f"what was to be published is in {str(tmp_path)!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize("status", [500, 503])
+def test_a_hub_that_fails_during_an_upload_is_named(hub_server, tmp_path, status):
+    hub_server.status = status
+    with pytest.raises(InputError, match=rf"took no upload: .*{status}.*Later, upload it with `hf upload me/toy"):
+        publishing.push_to_hub(tmp_path, JudgingOptions(push_to_hub=True, hub_model_id="me/toy", hub_token=TOKEN), "x")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"needs an access token\. Log in with `hf auth login`, or give --hub_token"),
+        ({"hub_token": "hf_stale"}, r"does not accept the access token \(401\)\. Log in with"),
+        ({"hub_token": READ_ONLY_TOKEN}, r"may only read\. Log in with `hf auth login` and a token that may write"),
+        ({"hub_token": TOKEN, "hub_model_id": "me/toy/deep"}, r"hub_model_id must have the form OWNER/NAME, got 'me/toy/deep'"),
+    ],
+)
+def test_an_upload_that_cannot_work_is_refused_before_the_training(hub_server, options, message):
+    with pytest.raises(InputError, match=message):
+        publishing.check_can_push(JudgingOptions(push_to_hub=True, **options))
+
+
+def test_an_upload_without_a_network_is_refused_where_that_is_meant_and_else_tried_later(hub_server, monkeypatch, caplog):
+    asked = JudgingOptions(push_to_hub=True, hub_token=TOKEN)
+    hub_server.stop()
+    publishing.check_can_push(asked)
+    assert "whether it takes the upload shows after the training" in caplog.text
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"HF_HUB_OFFLINE forbids to ask\. Unset it, or leave --push_to_hub out"):
+        publishing.check_can_push(asked)
 
 
 def test_hub_flags_without_an_upload_are_refused():

@@ -17,6 +17,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from pipelines.digests import file_digest
+from pipelines.file_names import display_path
 from pipelines.subject.base_model import is_built_in
 from training.runs.durable import write_text_atomically
 from training.runs.run import RunDirectory
@@ -112,7 +113,7 @@ def library_versions() -> dict[str, str | None]:
 
 def file_records(paths: Iterable[Path]) -> list[dict[str, str]]:
     """Name and hash of each file."""
-    return [{"file": str(path), "sha256": file_digest(path)} for path in paths]
+    return [{"file": display_path(path), "sha256": file_digest(path)} for path in paths]
 
 
 def write_provenance(

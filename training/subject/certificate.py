@@ -16,6 +16,7 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
 from nora_vision.files import read_header
+from pipelines.hub import offline_environment
 from pipelines.subject.generate import Sampling
 from training.runs.run import write_text_atomically
 from training.subject.kohya_lint import lint_kohya
@@ -160,9 +161,10 @@ def _stock_pictures(request: dict[str, Any]) -> dict[str, torch.Tensor]:
     with tempfile.TemporaryDirectory() as folder:
         target, asked = Path(folder) / "pictures.safetensors", Path(folder) / "request.json"
         asked.write_text(json.dumps({**request, "pictures": str(target)}), encoding="utf-8")
+        # The base model is in the cache, and the hub need not answer any more.
         # -P: the program's own folder, which is this package's, is no place to import from.
         command = [sys.executable, "-P", str(STOCK_PROGRAM), str(asked)]
-        finished = subprocess.run(command, capture_output=True, text=True, check=False)
+        finished = subprocess.run(command, capture_output=True, text=True, check=False, env=offline_environment())
         if finished.returncode:
             last = finished.stderr.strip().splitlines()[-1:] or ["no message"]
             raise CertificateError(f"Stock diffusers, without this package, cannot use the exported files: {last[0]}")

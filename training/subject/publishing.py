@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 from accelerate.logging import get_logger
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import httpx, validate_repo_id
 from PIL import Image
 
 from pipelines.errors import InputError
+from pipelines.hub import Failure, account, brief, failure_of
 from training.options import SubjectOptions
 from training.options.judging import JudgingOptions
 from training.runs.card_text import CARD
@@ -25,6 +28,16 @@ from training.subject.judging import SUGGESTION
 from training.subject.model_card import EXPORTED, GRID, model_card
 
 PUBLISHED = "published"
+# ValueError: what the hub finds wrong with a card or a file.
+UPLOAD_ERRORS = (OSError, httpx.HTTPError, RuntimeError, ValueError)
+_REASONS = {
+    Failure.UNAUTHORIZED: "it does not accept the access token (401)",
+    Failure.NO_REPOSITORY: "it does not know the repository, or the access token may not see it",
+    Failure.FORBIDDEN: "the access token may not write there (403)",
+    Failure.OFFLINE: "HF_HUB_OFFLINE forbids to ask it",
+}
+_OF_THE_TOKEN = (Failure.UNAUTHORIZED, Failure.NO_REPOSITORY, Failure.FORBIDDEN)
+_NEW_TOKEN = "Log in with `hf auth login` and a token that may write there, or give --hub_token"
 logger = get_logger(__name__)
 
 
@@ -64,6 +77,34 @@ def _without_prompts(certificate: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in certificate.items() if name != "prompts"}
 
 
+def check_can_push(judging: JudgingOptions) -> None:
+    """Check before the training that the upload after it is allowed, as far as the hub can be asked now.
+
+    Raises: InputError, with what to do, if there is no access token or it may not write.
+    """
+    if not judging.push_to_hub:
+        return
+    if constants.is_offline_mode():
+        raise InputError("push_to_hub needs the hub, which HF_HUB_OFFLINE forbids to ask. Unset it, or leave --push_to_hub out.")
+    token = judging.hub_token or get_token()
+    if token is None:
+        raise InputError("push_to_hub needs an access token. Log in with `hf auth login`, or give --hub_token.")
+    try:
+        if judging.hub_model_id is not None:
+            validate_repo_id(judging.hub_model_id)
+        role = account(token).get("auth", {}).get("accessToken", {}).get("role")
+    except HFValidationError as error:
+        raise InputError(f"hub_model_id must have the form OWNER/NAME, got {judging.hub_model_id!r}: {brief(error)}.") from error
+    except UPLOAD_ERRORS as error:
+        failure, cause = failure_of(error) or (None, error)
+        if failure is Failure.UNAUTHORIZED:
+            raise InputError(f"push_to_hub cannot work: {_REASONS[failure]}. {_NEW_TOKEN}.") from error
+        logger.warning(f"The hub cannot be asked now ({brief(cause)}): whether it takes the upload shows after the training.")
+        return
+    if role == "read":
+        raise InputError(f"push_to_hub needs an access token that may write, and this one may only read. {_NEW_TOKEN}.")
+
+
 def push_to_hub(folder: Path, judging: JudgingOptions, fallback_name: str) -> str:
     """Upload `folder` to the repository asked for, made where there is none; returns its address.
 
@@ -71,14 +112,18 @@ def push_to_hub(folder: Path, judging: JudgingOptions, fallback_name: str) -> st
         fallback_name: of the repository, where none is named.
     Raises: InputError, with what to do, if the hub refuses; the folder stays as it is.
     """
-    api = HfApi(token=judging.hub_token)
+    api, name = HfApi(token=judging.hub_token), judging.hub_model_id or fallback_name
     try:
-        repository = api.create_repo(judging.hub_model_id or fallback_name, exist_ok=True, private=judging.private)
+        repository = api.create_repo(name, exist_ok=True, private=judging.private)
         api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message="Adapter, model card and certificate")
-    except (HfHubHTTPError, LocalTokenNotFoundError, OSError) as error:
+    except UPLOAD_ERRORS as error:
+        failure, cause = failure_of(error) or (None, error)
+        reason = _REASONS.get(failure, brief(cause))
+        remedy = "Log in with `hf auth login` and a token that may write there, then" if failure in _OF_THE_TOKEN else "Later,"
+        command = f"hf upload {name} {shlex.quote(str(folder))}" + (" --private" if judging.private else "")
         raise InputError(
-            f"The hub took no upload: {error}. Everything lies in {str(folder)!r}; log in with `hf auth login` or give "
-            f"--hub_token, then `hf upload {judging.hub_model_id or 'OWNER/NAME'} {folder}`."
+            f"The hub took no upload: {reason}; the run is complete, and what was to be published is in {str(folder)!r}. "
+            f"{remedy} upload it with `{command}`."
         ) from error
     logger.info(f"Uploaded to {repository}")
     return str(repository)

@@ -10,11 +10,11 @@ import gradio as gr
 
 from pipelines.errors import InputError
 from pipelines.fewshot.sources import PictureFile
+from pipelines.image_formats import UPLOAD_SUFFIXES
 from webui import class_files, class_html, class_runs
 from webui.class_results import Result, result_of
 from webui.class_runs import Frame
 from webui.errors import in_plain_words
-from webui.incoming import SUFFIXES
 from webui.shell import QUIET
 from webui.thumbnails import picture
 
@@ -38,7 +38,11 @@ def build(frame: Frame) -> None:
         gr.HTML(INTRO)
         method = gr.Dropdown(label="Method", filterable=False, interactive=True, elem_id="classify-new-method")
         files = gr.File(
-            label="New pictures", file_count="multiple", file_types=list(SUFFIXES), height=160, elem_id="classify-new-files"
+            label="New pictures",
+            file_count="multiple",
+            file_types=list(UPLOAD_SUFFIXES),
+            height=160,
+            elem_id="classify-new-files",
         )
         found = gr.State([])
         _cards(frame, found)
@@ -135,8 +139,9 @@ def _card(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"<p class='warning'>{html.escape(row['error'])}</p>"
     shown = picture(PictureFile(Path(row["file"]).name, Path(row["file"]).parent), row["picture"])
+    notes = "".join(f"<p class='quiet'>{html.escape(note)}</p>" for note in row.get("notes", ()))
     bars = class_html.bars([(label, value) for label, value in row["top"]], first_only=True)
-    return f"<div class='thumbs'><figure>{shown}</figure></div><p class='quiet name'>{name}</p>{bars}"
+    return f"<div class='thumbs'><figure>{shown}</figure></div><p class='quiet name'>{name}</p>{notes}{bars}"
 
 
 def _methods(result: Result) -> gr.Dropdown:

@@ -8,12 +8,12 @@ from typing import Any
 import gradio as gr
 
 from pipelines.errors import InputError
+from pipelines.image_formats import UPLOAD_SUFFIXES
 from webui import class_sets
 from webui.class_html import class_cards, share
 from webui.class_runs import Frame, check_free, set_of
 from webui.class_sets import EXAMPLE, LabelledClasses
 from webui.errors import in_plain_words
-from webui.incoming import SUFFIXES
 from webui.picture_sets import add_class, delete_set, move_picture, remove_class, remove_picture, rename_class
 from webui.shell import QUIET
 from webui.thumbnails import small
@@ -78,7 +78,7 @@ def _lay_out_adding(parts: dict[str, Any], is_local: bool) -> None:
             parts["files"] = gr.File(
                 label="Pictures of this class",
                 file_count="multiple",
-                file_types=list(SUFFIXES),
+                file_types=list(UPLOAD_SUFFIXES),
                 height=140,
                 elem_id="classify-class-files",
             )
@@ -358,7 +358,9 @@ def _said(added: Added) -> str:
     count = len(added.names)
     told = f"<p>{count} picture{'' if count == 1 else 's'} added.</p>"
     refused = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in added.refused)
-    return told + (f"<div class='warning'>Left out:<ul>{refused}</ul></div>" if refused else "")
+    notes = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in added.notes)
+    told += f"<div class='warning'>Left out:<ul>{refused}</ul></div>" if refused else ""
+    return told + (f"<div class='warning'>To be known:<ul>{notes}</ul></div>" if notes else "")
 
 
 def _summary(classes: LabelledClasses, known: tuple[int, int] | None) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import gradio as gr
 
 from pipelines.errors import InputError
+from pipelines.image_formats import UPLOAD_FORMATS, listed
 from webui import subject_runs
 from webui.cards import SCRIPT, STYLE, cards, sentences
 from webui.draft import Draft
@@ -37,7 +38,7 @@ def build(shell: Shell) -> None:
     """Put the screen into the open tab."""
     about = gr.HTML(OF_THE_EXAMPLE, elem_id="photos-about")
     upload = gr.File(
-        label="Add photos (JPEG, PNG or WebP), with captions (.txt, .caption, metadata.csv or metadata.jsonl), or a zip of them",
+        label=f"Add photos ({listed(UPLOAD_FORMATS)}), with captions (.txt, .caption, metadata.csv or .jsonl), or a zip of them",
         file_count="multiple",
         height=130,
         elem_id="photos-upload",
@@ -121,7 +122,7 @@ class _Handlers:
         workspace = self.shell.settings.workspace(request)
         with _own_photos(workspace, kept) as (photos, draft):
             added = add_photos(photos.folder, files or [])
-        return draft.to_browser(), None, _message(added.refused + added.notes), *_view(photos, draft)
+        return draft.to_browser(), None, _message([*added.refused, *added.notes]), *_view(photos, draft)
 
     @in_plain_words
     def act(self, kept: dict[str, Any], event: gr.EventData, request: gr.Request) -> tuple[Any, ...]:

@@ -136,7 +136,8 @@ def classify(record: RunRecord, files: Sequence[str | Path], member: str | None 
         files: pictures of whatever origin; each is checked as an upload is.
         member: as of `classifier_of`.
         top: how many classes are told of each picture.
-    Returns: a row for each file: {"picture": its name, "class", "probability", "top": [[class, probability], ...]}, or
+    Returns: a row for each file: {"picture": its name, "class", "probability", "top": [[class, probability], ...]}, and
+        "notes" where something is to be known about how it was read, or
         {"picture", "error": a sentence} for one that cannot be used. Names and sentences hold users' words.
     Raises: InputError if there is no file, or too many, or the run has no classifier.
     """
@@ -147,7 +148,10 @@ def classify(record: RunRecord, files: Sequence[str | Path], member: str | None 
     for file in map(Path, files):
         row: dict[str, Any] = {"picture": display_name(file)}
         try:
-            readable.append(read_picture(io.BytesIO(read_upload(file, row["picture"]).content), row["picture"]))
+            upload = read_upload(file, row["picture"])
+            readable.append(read_picture(io.BytesIO(upload.content), row["picture"]))
+            if upload.notes:
+                row["notes"] = list(upload.notes)
         except InputError as error:
             row["error"] = str(error)
         rows.append(row)

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from pipelines.pictures import read_picture
+from pipelines.pictures import read_image
 from pipelines.subject.buckets import AUTOMATIC, automatic_buckets, nearest_bucket, parse_buckets
 from pipelines.subject.data import picture_size, take
 from pipelines.subject.doctor import Finding, Report, examine
@@ -163,7 +163,7 @@ def _of_model(name_or_path: str) -> tuple[int, int]:
 @functools.lru_cache(maxsize=256)
 def _crop(path: Path, changed: int, place: int, framing: Framing) -> Crop:
     shots = framing.shots(place, nearest_bucket(picture_size(path), framing.sizes))
-    pixels = take(path, read_picture(path), shots[0]).pixels
+    pixels = take(path, read_image(path).image, shots[0]).pixels
     shown = Image.fromarray(((pixels.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy())
     size = (shown.height, shown.width)
     shown.thumbnail((384, 384))

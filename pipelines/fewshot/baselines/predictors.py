@@ -170,7 +170,7 @@ def save_predictor(predictor: Predictor, path: Path) -> None:
         "reads": predictor.reads,
         "open_vocabulary": predictor.open_vocabulary,
     }
-    write_tensors(path, predictor.head.state_dict(), {PREDICTOR: json.dumps(told)})
+    write_tensors(path, predictor.head.state_dict(), {PREDICTOR: json.dumps(told)}, digest=True)
 
 
 def load_predictor(path: Path) -> Predictor:

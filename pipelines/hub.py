@@ -1,0 +1,324 @@
+"""Models on the Hugging Face hub: looking one up, fetching its files into the cache, and errors that name the remedy."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum, auto
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants, get_token, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    FileMetadataError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, httpx, validate_repo_id
+
+from pipelines.errors import InputError
+
+logger = logging.getLogger(__name__)
+# What a look-up raises where it fails, and what a transfer does; hf_xet raises RuntimeError.
+_LOOKUP_ERRORS = (OSError, httpx.HTTPError, json.JSONDecodeError)
+_TRANSFER_ERRORS = (OSError, httpx.HTTPError, RuntimeError)
+
+
+class HubError(InputError):
+    """A model cannot be had from the hub; the message says why, and the remedy."""
+
+
+class Failure(Enum):
+    """Why a request to the hub failed."""
+
+    GATED = auto()
+    NO_REPOSITORY = auto()
+    NO_REVISION = auto()
+    NO_FILE = auto()
+    DISABLED = auto()
+    UNAUTHORIZED = auto()
+    FORBIDDEN = auto()
+    RATE_LIMITED = auto()
+    SERVER_ERROR = auto()
+    OFFLINE = auto()
+    UNREACHABLE = auto()
+    INTERRUPTED = auto()
+    DISK_FULL = auto()
+    NOT_WRITABLE = auto()
+    NOT_A_HUB = auto()
+
+
+# The first that fits counts: a gated repository's error is also one of a missing repository.
+_BY_CLASS: tuple[tuple[type[BaseException], Failure], ...] = (
+    (GatedRepoError, Failure.GATED),
+    (RepositoryNotFoundError, Failure.NO_REPOSITORY),
+    (RevisionNotFoundError, Failure.NO_REVISION),
+    (RemoteEntryNotFoundError, Failure.NO_FILE),
+    (DisabledRepoError, Failure.DISABLED),
+    (FileMetadataError, Failure.NOT_A_HUB),
+    (json.JSONDecodeError, Failure.NOT_A_HUB),
+    (OfflineModeIsEnabled, Failure.OFFLINE),
+    (httpx.ConnectError, Failure.UNREACHABLE),
+    (httpx.ConnectTimeout, Failure.UNREACHABLE),
+    (httpx.ProxyError, Failure.UNREACHABLE),
+    (httpx.TransportError, Failure.INTERRUPTED),
+)
+_BY_STATUS = {401: Failure.UNAUTHORIZED, 403: Failure.FORBIDDEN, 404: Failure.NO_REPOSITORY, 429: Failure.RATE_LIMITED}
+_BY_ERRNO = {
+    errno.ENOSPC: Failure.DISK_FULL,
+    errno.EDQUOT: Failure.DISK_FULL,
+    errno.EACCES: Failure.NOT_WRITABLE,
+    errno.EPERM: Failure.NOT_WRITABLE,
+    errno.EROFS: Failure.NOT_WRITABLE,
+}
+# Of these the cache's copy of a model is as good as the hub's; a revision that does not exist is not in the cache either.
+_USE_CACHE = frozenset(Failure) - {Failure.NO_REVISION, Failure.DISK_FULL, Failure.NOT_WRITABLE}
+
+
+# Behind "The model NAME could not be fetched: ".
+_TEXTS = {
+    Failure.GATED: "it is gated, and {account}. Accept its licence on {page}, then log in with `hf auth login`.",
+    Failure.NO_REPOSITORY: "there is no such folder, and the hub has no model of this name that you may see. Check the name on "
+    "{page}; if the model is private, log in with `hf auth login`.",
+    Failure.NO_REVISION: "it has no revision {revision!r}. Give --revision one of the branches, tags and commits on "
+    "{page}/tree/main, or leave it out.",
+    Failure.NO_FILE: "it has no file {file!r}. Look at {page}/tree/main, or take another model.",
+    Failure.DISABLED: "the hub has disabled it, see {page}. Take another model.",
+    Failure.UNAUTHORIZED: "the hub does not accept the access token (401). Log in again with `hf auth login`, or unset HF_TOKEN.",
+    Failure.FORBIDDEN: "the access token may not read it (403). Log in with `hf auth login` and a token that may, or change "
+    "its rights on {hub}/settings/tokens.",
+    Failure.RATE_LIMITED: "the hub has had too many requests from this address (429). Wait some minutes, or log in with "
+    "`hf auth login` for a higher limit.",
+    Failure.SERVER_ERROR: "the hub has an error of its own ({status}), and the cache {cache} has no complete copy. Try again "
+    "later, or {local}.",
+    Failure.OFFLINE: "HF_HUB_OFFLINE forbids asking the hub, and the cache {cache} has no complete copy. {elsewhere}",
+    Failure.UNREACHABLE: "the hub {hub} cannot be reached ({cause}), and the cache {cache} has no complete copy. {elsewhere}",
+    Failure.INTERRUPTED: "the transfer broke off ({cause}). Run the command again: what has arrived complete is not fetched "
+    "again.",
+    Failure.DISK_FULL: "the disk with the cache {cache} is full. Make room, or set HF_HOME to a folder on another disk.",
+    Failure.NOT_WRITABLE: "the cache {cache} cannot be written ({cause}). Set HF_HOME to a folder that can.",
+    Failure.NOT_A_HUB: "{hub} does not answer as a hub does. Check HF_ENDPOINT, and whether a proxy or a login page of the "
+    "network stands in between.",
+}
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A model that was asked for by its name on the hub.
+
+    Args:
+        name: as OWNER/NAME.
+        revision: branch, tag or commit; None for the main branch.
+        variant: of the files, such as "fp16".
+        role: what it is to the user, such as "model" or "autoencoder".
+        local: what to give in its place without a hub, such as "give --pretrained_vae_model_name_or_path a folder".
+    """
+
+    name: str
+    revision: str | None = None
+    variant: str | None = None
+    role: str = "model"
+    local: str = "give --pretrained_model_name_or_path a folder"
+
+    @property
+    def page(self) -> str:
+        """The address of its page."""
+        return f"{constants.ENDPOINT}/{self.name}"
+
+    @property
+    def download_command(self) -> str:
+        """The command that fetches it into the cache."""
+        command = f"hf download {self.name}"
+        if self.revision is not None:
+            command += f" --revision {self.revision}"
+        if self.variant is not None:
+            command += f" --include '*.json' '*.txt' '*.{self.variant}*.safetensors'"
+        return command
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """What the hub, or the cache in its place, holds of a model.
+
+    Args:
+        files: names relative to the repository.
+        unavailable: where the hub could not be asked, the error that this is if the cache's copy does not suffice.
+    """
+
+    files: frozenset[str]
+    unavailable: HubError | None = None
+
+    @property
+    def from_cache(self) -> bool:
+        """Whether the cache is all there is."""
+        return self.unavailable is not None
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether `text` has the form OWNER/NAME."""
+    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+        return False
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return True
+
+
+def failure_of(error: BaseException) -> tuple[Failure, BaseException] | None:
+    """Why the hub failed, and the error in the chain of causes that tells; None where none is about the hub.
+
+    diffusers, transformers and open_clip wrap the clients' errors into an OSError with a long text.
+    """
+    seen: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in seen:
+        seen.append(link)
+        link = link.__cause__ or link.__context__
+    for each in seen:
+        failure = _own_failure(each)
+        if failure is not None:
+            return failure, each
+    return None
+
+
+def _own_failure(error: BaseException) -> Failure | None:
+    """Why the hub failed, by one error alone."""
+    for kind, failure in _BY_CLASS:
+        if isinstance(error, kind):
+            return failure
+    if isinstance(error, HfHubHTTPError):
+        return _BY_STATUS.get(error.response.status_code, Failure.SERVER_ERROR)
+    return _BY_ERRNO.get(error.errno or 0) if isinstance(error, OSError) else None
+
+
+def brief(error: BaseException) -> str:
+    """The first line of an error's text, or its class."""
+    lines = str(error).strip().splitlines()
+    return (lines[0].rstrip(".: ") if lines else "") or type(error).__name__
+
+
+def _sentences(model: HubModel, failure: Failure, error: BaseException) -> str:
+    """Why `model` could not be had, and the remedy."""
+    elsewhere = f"Download it once where there is a network, with `{model.download_command}`, or {model.local}."
+    return _TEXTS[failure].format(
+        page=model.page,
+        revision=model.revision or constants.DEFAULT_REVISION,
+        local=model.local,
+        elsewhere=elsewhere,
+        hub=constants.ENDPOINT,
+        cache=constants.HF_HUB_CACHE,
+        account="the account that is logged in has no access to it" if get_token() else "you are not logged in",
+        file=_file_of(error),
+        status=_status_of(error),
+        cause=brief(error),
+    )
+
+
+def _file_of(error: BaseException) -> str:
+    """The file that a request was about."""
+    return str(error.response.url).rsplit("/", 1)[-1] if isinstance(error, HfHubHTTPError) else ""
+
+
+def _status_of(error: BaseException) -> str:
+    """The HTTP status of an answer."""
+    return str(error.response.status_code) if isinstance(error, HfHubHTTPError) else ""
+
+
+def _hub_error(model: HubModel, error: BaseException) -> HubError:
+    """The error for the user; what is no other `Failure` comes from a transfer, such as a file of a wrong length."""
+    failure, cause = failure_of(error) or (Failure.INTERRUPTED, error)
+    return HubError(f"The {model.role} {model.name!r} could not be fetched: {_sentences(model, failure, cause)}")
+
+
+@contextmanager
+def fetching(model: HubModel, lookup: Lookup) -> Iterator[None]:
+    """While files of `model` are fetched, or taken from the cache: failures become a `HubError`.
+
+    Raises: HubError with the reason and the remedy.
+    """
+    try:
+        yield
+    except _TRANSFER_ERRORS as error:
+        raise lookup.unavailable or _hub_error(model, error) from error
+
+
+def look_up(model: HubModel, index: str) -> Lookup:
+    """Ask the hub for the files of `model`, or the cache where the hub cannot be asked; takes no longer than the hub's timeout.
+
+    Args:
+        index: a file that any copy in the cache must hold.
+    Raises: HubError where neither has it.
+    """
+    try:
+        info = HfApi().model_info(model.name, revision=model.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        return Lookup(frozenset(sibling.rfilename for sibling in info.siblings or ()))
+    except _LOOKUP_ERRORS as error:
+        failure, cause = failure_of(error) or (Failure.INTERRUPTED, error)
+        folder = _cached_folder(model, index) if failure in _USE_CACHE else None
+        unavailable = _hub_error(model, error)
+        if folder is None:
+            raise unavailable from error
+    if failure is not Failure.OFFLINE:
+        logger.warning(f"The {model.role} {model.name!r} is taken from the cache as it is: the hub failed ({brief(cause)}).")
+    return Lookup(files_below(folder), unavailable)
+
+
+def _cached_folder(model: HubModel, index: str) -> Path | None:
+    """The cache's copy of `model`, if it holds the file `index`."""
+    try:
+        folder = Path(snapshot_download(model.name, revision=model.revision, allow_patterns=[index], local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    return folder if (folder / index).is_file() else None
+
+
+def files_below(folder: Path) -> frozenset[str]:
+    """The names of all files in a folder, relative to it."""
+    return frozenset(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+
+
+def fetch(model: HubModel, patterns: Sequence[str], lookup: Lookup) -> Path:
+    """The folder in the cache with the files of `model` that match `patterns`; those that are missing are downloaded.
+
+    Raises: HubError if a file cannot be had.
+    """
+    with fetching(model, lookup):
+        folder = snapshot_download(
+            model.name, revision=model.revision, allow_patterns=list(patterns), local_files_only=lookup.from_cache
+        )
+    return Path(folder)
+
+
+def fetch_file(model: HubModel, file: str, lookup: Lookup) -> Path:
+    """One file of `model` in the cache; see `fetch`."""
+    with fetching(model, lookup):
+        return Path(hf_hub_download(model.name, file, revision=model.revision, local_files_only=lookup.from_cache))
+
+
+def account(token: str) -> dict[str, Any]:
+    """What the hub says of the owner of an access token, and of the token.
+
+    Raises: OSError or httpx.HTTPError if it is not valid, or the hub cannot be asked; see `failure_of`.
+    """
+    headers, timeout = build_hf_headers(token=token), constants.HF_HUB_ETAG_TIMEOUT
+    response = get_session().get(f"{constants.ENDPOINT}/api/whoami-v2", headers=headers, timeout=timeout)
+    hf_raise_for_status(response)
+    return response.json()
+
+
+def offline_environment() -> dict[str, str]:
+    """The environment for a program that is to find all models in the cache, without asking the hub."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1"}

@@ -1,0 +1,178 @@
+"""Where the files of an SDXL model are: a folder, or the hub's cache after what is missing there has been fetched."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from diffusers import StableDiffusionXLPipeline
+from diffusers.loaders.single_file_utils import (
+    DIFFUSERS_DEFAULT_PIPELINE_PATHS,
+    fetch_diffusers_config,
+    load_single_file_checkpoint,
+)
+
+from pipelines.errors import InputError
+from pipelines.hub import HubModel, fetch, fetch_file, fetching, files_below, is_hub_name, look_up
+
+PIPELINE_CLASS = "StableDiffusionXLPipeline"
+INDEX = "model_index.json"
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
+# As diffusers and transformers name them, in one file or in numbered parts; the variant stands before or behind the number.
+WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(\w+))?(?:-\d{5}-of-\d{5})?(?:\.(\w+))?\.safetensors")
+CONFIGURATIONS = ("*.json", "*.txt", "*.model")
+
+
+def pipeline_folder(name_or_path: str, revision: str | None, variant: str | None, **parts: Any) -> Path:
+    """The folder of an SDXL model in several files, by a folder or a hub name; of the latter all files are fetched.
+
+    Args:
+        variant: of the weights, such as "fp16".
+        parts: components that are not taken from it.
+    Raises: InputError naming what is missing, and the remedy.
+    """
+    folder, wanted = Path(name_or_path), [name for name in MODELS if name not in parts]
+    if folder.exists():
+        _check_index(folder, name_or_path)
+        _check_weights(name_or_path, files_below(folder), wanted, variant)
+        return folder
+    if not is_hub_name(name_or_path) or name_or_path.endswith(PICKLES):
+        raise InputError(
+            f"There is no model {name_or_path!r}. Give a folder with a {INDEX}, a .safetensors file, or a hub name "
+            "such as 'owner/model'."
+        )
+    model = HubModel(name_or_path, revision, variant)
+    lookup = look_up(model, INDEX)
+    if INDEX not in lookup.files:
+        raise InputError(
+            f"{name_or_path!r} is no diffusers model: it has no {INDEX}. Give the hub name of one, such as "
+            "'stabilityai/stable-diffusion-xl-base-1.0'."
+        )
+    _check_index(fetch_file(model, INDEX, lookup).parent, name_or_path)
+    try:
+        _check_weights(name_or_path, lookup.files, wanted, variant)
+    except InputError as error:
+        # What is not in the cache may be on the hub.
+        raise lookup.unavailable or error from None
+    with fetching(model, lookup):
+        return Path(
+            StableDiffusionXLPipeline.download(
+                name_or_path,
+                revision=revision,
+                variant=variant,
+                use_safetensors=True,
+                local_files_only=lookup.from_cache,
+                **parts,
+            )
+        )
+
+
+def autoencoder_folder(name_or_path: str) -> Path:
+    """The folder of an autoencoder, by a folder or a hub name.
+
+    Raises: InputError naming it if there is none.
+    """
+    if Path(name_or_path).exists():
+        return Path(name_or_path)
+    option = "--pretrained_vae_model_name_or_path"
+    if not is_hub_name(name_or_path):
+        raise InputError(
+            f"The autoencoder {name_or_path!r} could not be loaded: there is no such folder. Give {option} the hub name or "
+            "folder of an AutoencoderKL."
+        )
+    model = HubModel(name_or_path, role="autoencoder", local=f"give {option} a folder")
+    lookup = look_up(model, "config.json")
+    weights = [file for file in lookup.files if WEIGHTS.fullmatch(file) and _variant_of(file) is None]
+    if not weights:
+        raise lookup.unavailable or InputError(
+            f"The autoencoder {name_or_path!r} could not be loaded: it has no diffusion_pytorch_model.safetensors"
+            f"{_pickles_among(lookup.files)}. Give the hub name or folder of an AutoencoderKL with .safetensors weights."
+        )
+    return fetch(model, ["config.json", "*.safetensors.index.json", *weights], lookup)
+
+
+def configuration_folder(file: Path, name_or_path: str | None) -> Path:
+    """The folder with the configuration and the tokenizers for a model in one file.
+
+    Args:
+        name_or_path: folder or hub name; by the file's tensors where None, as diffusers does.
+    Raises: InputError if it cannot be had.
+    """
+    option = "--single_file_config"
+    if name_or_path is None:
+        name_or_path = _default_configuration(file)
+    if Path(name_or_path).is_dir():
+        _check_index(Path(name_or_path), name_or_path)
+        return Path(name_or_path)
+    if not is_hub_name(name_or_path):
+        raise InputError(f"There is no folder {name_or_path!r} for {option}. Give the folder or the hub name of an SDXL model.")
+    local = f"give {option} the folder of an SDXL model, such as one that diffusers' save_pretrained wrote"
+    model = HubModel(name_or_path, role="configuration", local=local)
+    lookup = look_up(model, INDEX)
+    folder = fetch(model, CONFIGURATIONS, lookup)
+    _check_index(folder, name_or_path)
+    return folder
+
+
+def _default_configuration(file: Path) -> str:
+    """The hub name of the configuration that diffusers takes for a single file of SDXL, by its tensors."""
+    inferred = fetch_diffusers_config(load_single_file_checkpoint(str(file)))
+    # What it does not recognise it takes for Stable Diffusion 1.5, which this file is not: it has SDXL's text encoders.
+    defaults = DIFFUSERS_DEFAULT_PIPELINE_PATHS
+    return (defaults["xl_base"] if inferred == defaults["v1"] else inferred)["pretrained_model_name_or_path"]
+
+
+def _check_index(folder: Path, name: str) -> None:
+    """Check that `folder`, which the user knows as `name`, is that of an SDXL pipeline."""
+    index = folder / INDEX
+    if not index.is_file():
+        raise InputError(
+            f"{name!r} is no diffusers model: it has no {INDEX}. Give the folder that holds unet/, vae/ and the others."
+        )
+    pipeline = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    if pipeline != PIPELINE_CLASS:
+        raise InputError(f"{name!r} must hold a {PIPELINE_CLASS}, got {pipeline}. Only SDXL models are adapted here.")
+
+
+def _variant_of(file: str) -> str | None:
+    """The variant in the name of a weight file, such as "fp16"; None for a plain one."""
+    match = WEIGHTS.fullmatch(file.rsplit("/", 1)[-1])
+    return (match[1] or match[2]) if match else None
+
+
+def _check_weights(name: str, files: Iterable[str], models: Iterable[str], variant: str | None) -> None:
+    """Check that each of `models` has .safetensors weights, and that at least one has them in the variant.
+
+    Raises: InputError naming the variants that there are.
+    """
+    by_model: dict[str, list[str]] = {model: [] for model in models}
+    for file in files:
+        model, _, rest = file.rpartition("/")
+        if model in by_model:
+            by_model[model].append(rest)
+    variants = {model: {_variant_of(file) for file in names if WEIGHTS.fullmatch(file)} for model, names in by_model.items()}
+    empty = next((model for model, available in variants.items() if not available), None)
+    if empty is not None:
+        raise InputError(
+            f"The model {name!r} could not be loaded: {empty}/ has no .safetensors weights{_pickles_among(by_model[empty])}. "
+            "Take a model that has them, or convert this one with diffusers' save_pretrained."
+        )
+    available = set().union(*variants.values())
+    if variant is not None and variant not in available:
+        others = " or ".join(f"--variant {each}" for each in sorted(available - {None})) or "no variant"
+        plain = "leave --variant out" if None in available else "give another"
+        raise InputError(f"The model {name!r} has no files of the variant {variant!r}: it has {others}. Give that, or {plain}.")
+    lacking = next((model for model, each in variants.items() if not each & {variant, None}), None)
+    if lacking is not None:
+        others = " or ".join(f"--variant {each}" for each in sorted(variants[lacking]))
+        raise InputError(f"The model {name!r} could not be loaded: {lacking}/ has its weights in variants alone. Give {others}.")
+
+
+def _pickles_among(files: Iterable[str]) -> str:
+    """A clause that names pickled weights, which are not opened; empty where there are none."""
+    pickles = sorted(file for file in files if file.endswith(PICKLES))
+    return f", only pickles such as {pickles[0]}, which can run programs when they are read" if pickles else ""

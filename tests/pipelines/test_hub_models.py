@@ -1,0 +1,259 @@
+"""Base models from the hub: what is downloaded, what comes from the cache, and what each failure says."""
+
+import errno
+import re
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from hub_server import TOKEN, model_files
+from huggingface_hub import constants, snapshot_download
+from single_file import save_single_file
+from tiny_pipeline import tiny_pipeline
+
+from pipelines.errors import InputError
+from pipelines.hub import Failure, failure_of
+from pipelines.subject.base_model import load_base_model
+
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+ASIDE = r"Download it once where there is a network, with `hf download stabilityai/\S+?`, or give \S+ a folder"
+
+
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory):
+    """The folder of a tiny SDXL model with other weights than `tiny_model`."""
+    folder = tmp_path_factory.mktemp("models") / "other"
+    tiny_pipeline(seed=1).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def sdxl(hub_server, tiny_model):
+    """The stand-in hub with the tiny model under SDXL's name, whole and as fp16."""
+    hub_server.add(SDXL, model_files(tiny_model, None, "fp16"))
+    return hub_server
+
+
+def weights_of(pipeline):
+    return pipeline.unet.conv_in.weight
+
+
+def refused(name=SDXL, **options):
+    """The message of the error that loading ends in: one or two sentences, on one line."""
+    with pytest.raises(InputError) as caught:
+        load_base_model(name, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "Error" not in message
+    assert len(re.findall(r"\.(?: [A-Z]|$)", message)) <= 2, message
+    return message
+
+
+def test_a_variant_is_downloaded_alone_and_once(sdxl):
+    pipeline = load_base_model(SDXL, variant="fp16")
+    torch.testing.assert_close(weights_of(pipeline), weights_of(tiny_pipeline()))
+    weights = [name for name in sdxl.downloads() if name.endswith(".safetensors")]
+    assert sorted(set(weights)) == ["diffusion_pytorch_model.fp16.safetensors", "model.fp16.safetensors"]
+    sdxl.requests.clear()
+    load_base_model(SDXL, variant="fp16")
+    assert sdxl.downloads() == []
+    assert len(sdxl.requests) <= 8
+
+
+def test_without_a_variant_the_plain_files_are_downloaded(sdxl):
+    load_base_model(SDXL)
+    assert {name for name in sdxl.downloads() if "fp16" in name} == set()
+
+
+def test_a_revision_is_a_branch_a_tag_or_a_commit(hub_server, tiny_model, other_model):
+    repository = hub_server.add(SDXL, model_files(tiny_model))
+    commit = repository.commit(model_files(other_model), "v2", "refs/pr/1")
+    expected = weights_of(tiny_pipeline(seed=1))
+    for revision in ("v2", "refs/pr/1", commit):
+        assert torch.equal(weights_of(load_base_model(SDXL, revision=revision)), expected)
+    assert torch.equal(weights_of(load_base_model(SDXL)), weights_of(tiny_pipeline()))
+    message = refused(revision="v9")
+    page = f"{hub_server.endpoint}/{SDXL}/tree/main"
+    assert f"has no revision 'v9'. Give --revision one of the branches, tags and commits on {page}, or leave it out" in message
+
+
+def test_a_new_commit_on_the_branch_is_fetched(hub_server, tiny_model, other_model):
+    repository = hub_server.add(SDXL, model_files(tiny_model))
+    load_base_model(SDXL)
+    repository.commit(model_files(other_model), "main")
+    assert torch.equal(weights_of(load_base_model(SDXL)), weights_of(tiny_pipeline(seed=1)))
+
+
+@pytest.mark.parametrize(
+    ("served", "asked", "message"),
+    [
+        (
+            (None, "fp16"),
+            "fp32",
+            r"no files of the variant 'fp32': it has --variant fp16\. Give that, or leave --variant out",
+        ),
+        ((None,), "fp16", r"has no files of the variant 'fp16': it has no variant\. Give that, or leave --variant out"),
+        (("fp16",), None, r"has its weights in variants alone\. Give --variant fp16"),
+    ],
+)
+def test_a_variant_that_is_missing_is_named_with_those_there_are(hub_server, tiny_model, served, asked, message):
+    hub_server.add(SDXL, model_files(tiny_model, *served))
+    assert re.search(message, refused(variant=asked))
+    assert not [name for name in hub_server.downloads() if name.endswith(".safetensors")]
+
+
+def test_a_model_of_pickles_alone_is_refused_before_any_is_downloaded(hub_server, tiny_model):
+    files = {name.replace(".safetensors", ".bin"): content for name, content in model_files(tiny_model).items()}
+    hub_server.add(SDXL, files)
+    assert re.search(r"unet/ has no \.safetensors weights, only pickles such as diffusion_pytorch_model\.bin", refused())
+    assert not [name for name in hub_server.downloads() if name.endswith(".bin")]
+
+
+def test_a_model_of_another_kind_is_refused_before_its_weights_are_downloaded(hub_server, tiny_model):
+    files = model_files(tiny_model) | {"model_index.json": b'{"_class_name": "StableDiffusion3Pipeline"}'}
+    hub_server.add("stabilityai/sd3", files)
+    assert "'stabilityai/sd3' must hold a StableDiffusionXLPipeline, got StableDiffusion3Pipeline" in refused("stabilityai/sd3")
+    hub_server.add("me/lora", {"pytorch_lora_weights.safetensors": b""})
+    assert "'me/lora' is no diffusers model: it has no model_index.json" in refused("me/lora")
+    assert not [name for name in hub_server.downloads() if name.endswith(".safetensors")]
+
+
+@pytest.mark.parametrize("token", [None, TOKEN])
+def test_a_gated_model_names_the_page_of_its_licence_and_the_login(sdxl, monkeypatch, token):
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    sdxl.repositories[SDXL].gated = True
+    who = "the account that is logged in has no access" if token else "you are not logged in"
+    assert re.search(rf"it is gated, and {who}.*licence on {sdxl.endpoint}/{SDXL}, then log in with `hf auth login`", refused())
+
+
+@pytest.mark.parametrize("token", [None, TOKEN])
+def test_a_model_that_is_not_there_is_named_with_its_page_and_the_login(hub_server, monkeypatch, token):
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    message = rf"'me/nothing' .*no model of this name.*Check the name on {hub_server.endpoint}/me/nothing; if.*`hf auth login`"
+    assert re.search(message, refused("me/nothing"))
+
+
+def test_a_private_model_loads_with_a_token_that_no_other_host_gets(sdxl, monkeypatch):
+    sdxl.repositories[SDXL].private = True
+    assert "if the model is private, log in with `hf auth login`" in refused()
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    load_base_model(SDXL)
+
+
+def test_a_token_that_is_not_valid_is_named(sdxl, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_stale")
+    assert re.search(r"not accept the access token \(401\)\. Log in again with `hf auth login`, or unset HF_TOKEN", refused())
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (403, r"may not read it \(403\)\. Log in with `hf auth login`"),
+        (429, r"too many requests.*\(429\)\. Wait some minutes, or log in with `hf auth login`"),
+        (500, r"error of its own \(500\).*Try again later, or give --pretrained_model_name_or_path a folder"),
+        (503, r"error of its own \(503\).*Try again later"),
+    ],
+)
+def test_an_answer_that_refuses_is_named_with_what_to_do_unless_the_model_is_cached(sdxl, caplog, status, message):
+    sdxl.status = status
+    assert re.search(message, refused())
+    sdxl.status = None
+    load_base_model(SDXL)
+    sdxl.status = status
+    load_base_model(SDXL)
+    assert f"{SDXL!r} is taken from the cache as it is: the hub failed" in caplog.text
+
+
+def test_a_connection_that_is_cut_goes_on_where_it_was_cut(sdxl):
+    sdxl.cut_after = {"diffusion_pytorch_model.safetensors": [1000]}
+    assert torch.equal(weights_of(load_base_model(SDXL)), weights_of(tiny_pipeline()))
+
+
+def test_a_file_of_a_wrong_length_is_named_and_the_next_try_fetches_that_alone(sdxl):
+    sdxl.wrong_length = {"diffusion_pytorch_model.safetensors"}
+    assert re.search(r"the transfer broke off \(Consistency check failed: .*\)\. Run the command again", refused())
+    sdxl.wrong_length = set()
+    sdxl.requests.clear()
+    assert torch.equal(weights_of(load_base_model(SDXL)), weights_of(tiny_pipeline()))
+    assert "model_index.json" not in sdxl.downloads()
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_without_a_network_a_cached_model_loads_and_another_names_how_to_get_it(sdxl, monkeypatch, offline):
+    load_base_model(SDXL, variant="fp16")
+    if offline:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    else:
+        sdxl.stop()
+    sdxl.requests.clear()
+    assert torch.equal(weights_of(load_base_model(SDXL, variant="fp16")), weights_of(tiny_pipeline()))
+    reason = "HF_HUB_OFFLINE forbids asking the hub" if offline else r"cannot be reached \(.*refused\)"
+    # The plain files were never downloaded, nor was any other revision or model.
+    for name, options in ((SDXL, {}), (SDXL, {"revision": "v2"}), ("stabilityai/other", {})):
+        message = refused(name, **options)
+        assert re.search(rf"{name!r} could not be fetched: .*{reason}", message)
+        revision = r" --revision v2" if options else ""
+        assert re.search(rf"Download it once where there is a network, with `hf download {name}{revision}`, or give", message)
+    message = refused(SDXL, variant="fp32")
+    assert "`hf download stabilityai/stable-diffusion-xl-base-1.0 --include '*.json' '*.txt' '*.fp32*.safetensors'`" in message
+    assert sdxl.requests == []
+
+
+def test_what_the_message_says_to_download_is_enough_without_a_network(sdxl):
+    snapshot_download(SDXL, allow_patterns=["*.json", "*.txt", "*.fp16*.safetensors"])
+    sdxl.stop()
+    load_base_model(SDXL, variant="fp16")
+
+
+def test_an_address_that_is_no_hub_is_named(sdxl):
+    sdxl.login_page = True
+    assert re.search(r"does not answer as a hub does\. Check HF_ENDPOINT, and whether a proxy", refused())
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [(errno.ENOSPC, r"is full\. Make room, or set HF_HOME"), (errno.EACCES, r"cannot be written \(.*\)\. Set HF_HOME")],
+)
+def test_a_cache_that_takes_no_more_is_named(sdxl, monkeypatch, number, message):
+    def fail(*_, **__):
+        raise OSError(number, "the reason")
+
+    monkeypatch.setattr(StableDiffusionXLPipeline, "download", fail)
+    assert re.search(message, refused())
+
+
+def test_a_failure_is_recognised_behind_other_libraries_errors():
+    error = OSError("We couldn't connect, and a long text")
+    error.__cause__ = OSError(errno.ENOSPC, "full")
+    assert failure_of(error) == (Failure.DISK_FULL, error.__cause__)
+    assert failure_of(OSError("something else")) is None
+
+
+def test_an_autoencoder_and_a_configuration_come_from_the_hub(hub_server, tiny_model, other_model, tmp_path):
+    files = {name.removeprefix("vae/"): file for name, file in model_files(other_model).items() if name.startswith("vae/")}
+    hub_server.add("me/vae", files | {"sdxl_vae.safetensors": b"not needed", "diffusion_pytorch_model.bin": b"nor this"})
+    hub_server.add(SDXL, model_files(tiny_model))
+    save_single_file(tiny_pipeline(), tmp_path / "model.safetensors")
+    for _ in range(2):
+        for config in (None, SDXL):
+            pipeline = load_base_model(str(tmp_path / "model.safetensors"), vae="me/vae", single_file_config=config)
+            assert torch.equal(weights_of(pipeline), weights_of(tiny_pipeline()))
+            assert torch.equal(pipeline.vae.quant_conv.weight, tiny_pipeline(seed=1).vae.quant_conv.weight)
+        # Again, from the cache alone.
+        hub_server.stop()
+    weights = [name for name in hub_server.downloads() if name.endswith((".safetensors", ".bin"))]
+    assert set(weights) == {"diffusion_pytorch_model.safetensors"}
+
+
+def test_an_autoencoder_or_a_configuration_that_cannot_be_had_names_its_own_option(hub_server, tiny_model, tmp_path):
+    save_single_file(tiny_pipeline(), tmp_path / "model.safetensors")
+    file = str(tmp_path / "model.safetensors")
+    hub_server.add("me/pickled", {"config.json": b"{}", "diffusion_pytorch_model.bin": b""})
+    assert re.search(r"autoencoder 'me/pickled'.*only pickles such as diff.*\.bin", refused(str(tiny_model), vae="me/pickled"))
+    assert "autoencoder 'me/nothing' could not be fetched: there is no" in refused(str(tiny_model), vae="me/nothing")
+    assert "no folder './nowhere' for --single_file_config" in refused(file, single_file_config="./nowhere")
+    hub_server.stop()
+    assert re.search(r"autoencoder.*or give --pretrained_vae_model_name_or_path a folder", refused(str(tiny_model), vae="me/vae"))
+    assert re.search(rf"configuration '{SDXL}'.*or give --single_file_config the folder of an SDXL", refused(file))
