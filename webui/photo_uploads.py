@@ -119,7 +119,8 @@ def _add(folder: Path, layout: _Layout) -> Added:
         return _add_by_content(folder, layout)
     captions, problems = _captions(scan, layout.folder)
     entries = captions.account.entries
-    added = add_pictures(folder, [entry.path for entry in entries if entry.path in layout.files and _may_be_image(entry)])
+    images = {entry.path for entry in entries if _may_be_image(entry)}
+    added = add_pictures(folder, [path for path in layout.files if path in images])
     problems += _set_captions(folder, layout, captions, added)
     visible = tuple(entry for entry in entries if entry.kind in NAMED_BY_SCAN or entry.path.is_dir())
     refused = [*FolderAccount(layout.folder, visible).warnings(), *problems]

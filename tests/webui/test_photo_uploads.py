@@ -60,6 +60,14 @@ def test_captions_that_are_dropped_with_photos_or_after_them_reach_the_training(
     assert "Caption: a sks dog" in cards(PhotoSet(folder), None)
 
 
+def test_photos_keep_the_order_in_which_they_were_dropped_and_their_names(folder, tmp_path):
+    first, second = (
+        {name: stored_picture(place) for place, name in enumerate(names)} for names in (["b.png", "a.png"], ["b.png"])
+    )
+    add_photos(folder, [*dropped(tmp_path, first), *dropped(tmp_path / "again", second)])
+    assert [entry.name for entry in read_set(folder).pictures] == ["b.png", "a.png", "b (2).png"]
+
+
 @pytest.mark.parametrize("mask", ["dog-masklabel.png", "dog.mask.png", "dog_mask.png"])
 def test_masks_that_are_dropped_are_named_and_no_photos(folder, tmp_path, mask):
     added = add_photos(folder, dropped(tmp_path, {"dog.png": stored_picture(0), mask: stored_picture(1)}))
