@@ -73,10 +73,16 @@ class NoraConfig(PeftConfig):
         default=True, metadata={"help": "False draws every factor at random: a fast start that is not the identity."}
     )
     rank_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "Outer ranks other than r, by layer name ending or regular expression."}
+        default_factory=dict,
+        metadata={
+            "help": "Outer ranks other than r, by layer name ending or regular expression; each must match an adapted layer."
+        },
     )
     inner_rank_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "Inner ranks other than inner_r, by layer name ending or regular expression."}
+        default_factory=dict,
+        metadata={
+            "help": "Inner ranks other than inner_r, by layer name ending or regular expression; each must match an adapted one."
+        },
     )
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from pipelines.color_profiles import ProfileError, lab_to_srgb, to_srgb
@@ -114,8 +115,13 @@ def _with_eight_bits(image: Image.Image, opened: Image.Image) -> Image.Image:
         return image
     highest = 2 ** tags.get(TIFF_BITS, (16,))[0] - 1
     grey = image.convert("F").point(lambda value: value * (255 / highest)).convert("L")
-    grey.info = dict(image.info)
-    return ImageOps.invert(grey) if tags.get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO else grey
+    if tags.get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO:
+        grey = ImageOps.invert(grey)
+    grey.info = {name: value for name, value in image.info.items() if name != "transparency"}
+    if "transparency" in image.info:
+        # One of the 65,536 greys, which several of 256 would stand for.
+        grey.putalpha(Image.fromarray(np.asarray(image) != image.info["transparency"]).convert("L"))
+    return grey
 
 
 def _in_srgb(image: Image.Image) -> tuple[Image.Image, tuple[ReadingNote, ...]]:

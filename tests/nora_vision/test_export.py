@@ -24,8 +24,8 @@ ONE_LEVEL = 1 / 255
 VARIED = {
     "preserve_output": True,
     "inner_init": "gaussian",
-    "rank_pattern": {"to_k": 5, "k_proj": 4},
-    "inner_rank_pattern": {".*attn1.*": 2, "fc2": 1},
+    "rank_pattern": {"to_k|[kv]_proj": 5},
+    "inner_rank_pattern": {".*attn1.*|fc[12]": 2},
 }
 STOCK = """
 import sys, torch

@@ -117,6 +117,12 @@ def test_sixteen_bit_greys_of_a_tiff_are_scaled_in_either_byte_order_and_polarit
     assert (np.asarray(inverted)[..., 0] == 255 - np.arange(256)).all()
 
 
+def test_the_transparent_grey_of_sixteen_bits_is_white_and_its_neighbours_are_not():
+    greys = np.array([[20_000, 20_001, 40_000]], dtype=np.uint16)
+    found = read_picture(io.BytesIO(content("PNG", Image.fromarray(greys), transparency=20_000)), "a")
+    assert np.asarray(found)[0, :, 0].tolist() == [255, 20_001 // 257, 40_000 // 257]
+
+
 def test_pixels_without_a_fixed_range_are_refused_rather_than_clipped():
     for values in (np.linspace(0, 1, 64, dtype=np.float32), np.arange(64, dtype=np.int32)):
         stream = io.BytesIO(content("TIFF", Image.fromarray(values.reshape(8, 8))))

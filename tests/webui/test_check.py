@@ -103,7 +103,7 @@ def test_the_example_is_shown_on_first_open_and_said_to_be_one(new_page, server,
 
 def test_uploads_are_shown_with_their_verdicts_moved_removed_and_kept_over_a_reload(new_page, server, uploads, screenshot):
     page = with_uploads(new_page, server, uploads)
-    expect(page.locator("#photos-message")).to_contain_text("letter.png is not a JPEG, PNG")
+    expect(page.locator("#photos-message")).to_contain_text("letter.png is not a JPEG, PNG, WebP")
     assert examined(page) == ["front.png", "side.jpg", "dim.png", "back.png"]
     expect(page.locator(".photo-card", has_text="dim.png")).to_contain_text("use a sharper one")
     screenshot(page, "photos-uploads")

@@ -158,7 +158,7 @@ def test_a_class_is_made_by_its_name_and_pictures_and_others_are_refused_in_word
     page.locator("#classify-add").click()
     expect(page.locator("#classify-classes .class-card")).to_have_count(1, timeout=SOON)
     expect(page.locator("#classify-said")).to_contain_text("2 pictures added")
-    expect(page.locator("#classify-said")).to_contain_text("page.png is not a JPEG, PNG or WebP picture")
+    expect(page.locator("#classify-said")).to_contain_text("page.png is not a JPEG, PNG, WebP")
     expect(page.locator("#classify-summary")).to_contain_text("one class only")
     expect(page.locator("#classify-go-train")).to_be_disabled()
 

@@ -76,7 +76,7 @@ def test_rows_name_the_likeliest_classes_and_say_what_cannot_be_used(record, pic
     odd.write_text("<svg onload=alert(1)>")
     rows = work.classify(record, [pictures / "sea" / "1.png", odd, str(pictures / "ruby" / "2.png")])
     assert [row["picture"] for row in rows] == ["1.png", "<b>.png", "2.png"]
-    assert "is not a JPEG, PNG or WebP picture" in rows[1]["error"]
+    assert "is not a JPEG, PNG, WebP" in rows[1]["error"]
     expected = work.classifier_of(record).predict([pictures / "sea" / "1.png", pictures / "ruby" / "2.png"])
     for row, label, likely in zip((rows[0], rows[2]), expected.labels, expected.top(3), strict=True):
         assert row["class"] == label
