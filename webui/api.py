@@ -15,7 +15,7 @@ from gradio.processing_utils import save_file_to_cache
 from gradio.utils import get_upload_folder
 
 from pipelines.errors import InputError
-from webui import launching, uploads
+from webui import launching, photo_uploads, uploads
 from webui.adapters import steps_of
 from webui.errors import in_plain_words
 from webui.shell import Shell
@@ -198,7 +198,7 @@ def _with_pictures(
     if task == "classify":
         return _with_classes(workspace, options, files)
     folder = workspace.new_picture_set()
-    added = uploads.add_pictures(folder, files)
+    added = photo_uploads.add_photos(folder, files)
     if added.refused:
         raise InputError(added.refused[0])
     from webui.photo_set import PhotoSet

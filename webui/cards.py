@@ -80,6 +80,7 @@ def cards(photos: PhotoSet, opinions: Mapping[str, Opinion] | None, together: Se
         buttons = "" if photos.is_example else _buttons(entry.file, entry.name, place == 0, place == len(entries) - 1)
         sentences = "" if opinion is None else "".join(f"<p>{escaped(sentence)}</p>" for sentence in opinion.sentences)
         title = f'<div class="title"><b title="{escaped(entry.name)}">{escaped(entry.name)}</b>{_verdict(opinion)}</div>'
+        sentences = _caption(entry.caption) + sentences
         words = f'<div class="words">{title}{sentences}</div>'
         image = f'<img src="{thumbnail(photos.folder / entry.file)}" alt="Photo {place + 1}: {escaped(entry.name)}">'
         shown.append(f'<li class="photo-card" data-file="{entry.file}">{image}{words}{buttons}</li>')
@@ -91,6 +92,10 @@ def _verdict(opinion: Opinion | None) -> str:
     if opinion is None:
         return '<span class="chip">being looked at</span>'
     return f'<span class="chip {CHIPS[opinion.verdict]}">{opinion.verdict}</span>'
+
+
+def _caption(caption: str) -> str:
+    return f'<p class="caption">Caption: {escaped(caption)}</p>' if caption else ""
 
 
 def _buttons(file: str, name: str, is_first: bool, is_last: bool) -> str:

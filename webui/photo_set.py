@@ -60,8 +60,9 @@ class PhotoSet:
         return [self.folder / entry.file for entry in self.entries()]
 
     def signature(self) -> tuple[str, ...]:
-        """Changes with every change of the pictures or their order."""
-        return tuple(f"{path}:{path.stat().st_mtime_ns}" for path in self.files())
+        """Changes with every change of the pictures, their captions or their order."""
+        captions = {self.folder / entry.file: entry.caption for entry in self.entries()}
+        return tuple(f"{path}:{path.stat().st_mtime_ns}:{caption}" for path, caption in captions.items())
 
     def editable(self, workspace: Workspace) -> PhotoSet:
         """This set, or a copy where it must stay as it is."""

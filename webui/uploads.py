@@ -49,8 +49,8 @@ class Added:
     Args:
         names: what the pictures are called by now: their files, below the set's folder.
         refused: a plain sentence for each file that was not taken; it holds users' words, to be escaped wherever it is shown.
-        notes: the same for each that was taken and whose owner should know how it was read: of an animation the first frame;
-            and how a zip was read that came with a split.
+        notes: the same for what was taken and its owner should know: that of an animation the first frame is read, or how a zip
+            was read that came with a split.
         parts: of a split that a zip came with, by the pictures' names; empty where it came with none.
     """
 
@@ -79,7 +79,7 @@ def add_pictures(folder: Path, files: Sequence[str | Path], class_folder: str | 
         _add(folder, _readable(named, read_upload, added), class_folder, added)
     except FullError as error:
         added.refused.append(str(error))
-    return _summed_up(added)
+    return summed_up(added)
 
 
 def add_zip(folder: Path, file: str | Path) -> Added:
@@ -103,7 +103,7 @@ def add_zip(folder: Path, file: str | Path) -> Added:
             added.parts |= dict.fromkeys(added.names[before:], part) if part is not None else {}
     except FullError as error:
         added.refused.append(str(error))
-    return _summed_up(added)
+    return summed_up(added)
 
 
 def check_adapter(file: str | Path) -> Path:
@@ -245,7 +245,8 @@ def _check_room(sets: Path, pictures: int, size: int) -> None:
         raise FullError(f"Your files take {MAX_USER_BYTES >> 30} GB, and no more is kept. Delete a set that you no longer need.")
 
 
-def _summed_up(added: Added) -> Added:
+def summed_up(added: Added) -> Added:
+    """`added` with at most `SENTENCES` sentences on what was refused, and on what was taken."""
     for sentences, rest in ((added.refused, "were left out for like reasons"), (added.notes, "were read in like ways")):
         if len(sentences) > SENTENCES:
             sentences[SENTENCES - 1 :] = [f"{len(sentences) - SENTENCES + 1} further files {rest}."]

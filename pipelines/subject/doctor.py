@@ -25,10 +25,12 @@ from pipelines.errors import InputError
 from pipelines.file_names import display_path
 from pipelines.image_formats import UnsupportedFormatError
 from pipelines.pictures import read_image
-from pipelines.subject.captions import subject_folders, subject_name
-from pipelines.subject.data import find_pictures
+from pipelines.subject.caption_files import read_captions
+from pipelines.subject.folder_entries import FolderAccount
+from pipelines.subject.folder_names import folder_name, name_of_subject
+from pipelines.subject.folder_scan import images_of, scan_folder
+from pipelines.subject.prompt_length import LongPrompt
 
-OTHER_SUFFIXES = frozenset({".jxl", ".jp2", ".svg", ".psd", ".dng", ".cr2"})
 SMALLEST, WIDEST, FEWEST = 64, 3.0, 3
 # Seen on 25 photos and renderings with a shorter side of 256: sharp ones have 840 and more; blurred by a Gaussian of one
 # pixel 50 to 180, of two pixels at most 22.
@@ -79,10 +81,34 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found in all pictures, and in each subject's pictures as a whole."""
+    """What was found in all pictures, and in each subject's pictures as a whole.
+
+    Args:
+        folder: what each file and folder of the folder is used for, or why it is not used.
+        class_folder: the same of the folder of class images; None where none is given.
+        long_prompts: those that the tokenizers cut; known once the base model is.
+    """
 
     pictures: tuple[Diagnosis, ...]
     findings: tuple[Finding, ...] = ()
+    folder: FolderAccount | None = None
+    class_folder: FolderAccount | None = None
+    long_prompts: tuple[LongPrompt, ...] = ()
+
+    @property
+    def has_warnings(self) -> bool:
+        """Whether there is anything that a user should see before training."""
+        return bool(self.findings or self.warnings() or any(diagnosis.findings for diagnosis in self.pictures))
+
+    @property
+    def accounts(self) -> list[FolderAccount]:
+        """The accounts of all folders that were scanned."""
+        return [account for account in (self.folder, self.class_folder) if account is not None]
+
+    def warnings(self) -> list[str]:
+        """Sentences on what is not used of the folders, and on prompts that are cut."""
+        unused = [sentence for account in self.accounts for sentence in account.warnings()]
+        return unused + [prompt.summary() for prompt in self.long_prompts]
 
     @property
     def usable(self) -> set[Path]:
@@ -99,16 +125,21 @@ class Report:
             asdict(diagnosis) | {"path": display_path(diagnosis.path), "verdict": diagnosis.verdict}
             for diagnosis in self.pictures
         ]
-        return {"pictures": pictures, "findings": [asdict(finding) for finding in self.findings]}
+        findings = [asdict(finding) for finding in self.findings]
+        names = ("folder", "class_folder")
+        prompts = [asdict(prompt) | {"summary": prompt.summary()} for prompt in self.long_prompts]
+        folders = {name: account and account.to_json() for name in names for account in [getattr(self, name)]}
+        return {"pictures": pictures, "findings": findings, **folders, "long_prompts": prompts}
 
     def in_words(self) -> str:
-        """One line a picture and finding."""
+        """One line a picture and finding, then what is not used and why."""
         lines = []
         for diagnosis in self.pictures:
             size = "" if diagnosis.size is None else f" ({diagnosis.size[0]} x {diagnosis.size[1]})"
             lines.append(f"{diagnosis.verdict}: {display_path(diagnosis.path)}{size}")
             lines += [f"    {finding.words} {finding.advice}" for finding in diagnosis.findings]
-        return "\n".join([*lines, *(f"{finding.words} {finding.advice}" for finding in self.findings)])
+        lines += [f"{finding.words} {finding.advice}" for finding in self.findings]
+        return "\n".join([*lines, *self.warnings(), *(words for account in self.accounts for words in account.infos())])
 
 
 @dataclass(frozen=True)
@@ -120,22 +151,27 @@ class _Look:
     thumbnail: np.ndarray | None = field(default=None, repr=False)
 
 
-def examine(folder: str | Path, resolution: int | None = None, workers: int = 0) -> Report:
+def examine(
+    folder: str | Path, resolution: int | None = None, workers: int = 0, class_data_dir: str | Path | None = None
+) -> Report:
     """Read every picture of every subject in `folder`, one at a time, and say what is wrong.
 
     Args:
         resolution: at which is trained, if it is known; smaller pictures are named.
         workers: processes that decode.
-    Raises: InputError if there is no picture, or none that can be read, saying why.
+        class_data_dir: as in `scan_folder`.
+    Raises: InputError if there is no picture, or none that can be read, saying why, or a caption file that cannot be read.
     """
-    files = [(path, subject_name(home)) for home in subject_folders(folder) for path in find_pictures(home)]
+    scan = scan_folder(folder, class_data_dir)
+    account = read_captions(scan).account
+    files = [(path, subject.name) for path, subject in images_of(scan)]
     loader = DataLoader(_Looks(files), batch_size=None, num_workers=workers)
     looks = list(tqdm(loader, desc="examining pictures", delay=5, total=len(files)))
-    others = [_of_another_format(path) for home in subject_folders(folder) for path in sorted(home.iterdir())]
+    others = [_of_another_format(path) for path in account.of_kind("other_format")]
     looks = _with_duplicates(looks)
     findings = [finding for subject in dict(files).values() for finding in _of_the_whole(subject, looks)]
-    diagnoses = [look.diagnosis for look in looks] + [other for other in others if other is not None]
-    report = Report(tuple(diagnoses), tuple(dict.fromkeys(findings)))
+    diagnoses = [look.diagnosis for look in looks] + others
+    report = Report(tuple(diagnoses), tuple(dict.fromkeys(findings)), account)
     if not report.usable:
         raise InputError(f"{str(folder)!r} holds no picture that can be used:\n{report.in_words()}")
     return report if resolution is None else report.for_resolution(resolution)
@@ -241,13 +277,11 @@ def _of_the_whole(subject: str, looks: list[_Look]) -> list[Finding]:
     return [Finding("low_variety", f"The pictures of {subject!r} are much alike.", advice)]
 
 
-def _of_another_format(path: Path) -> Diagnosis | None:
-    """The diagnosis of a picture file of a kind that is not read; None for any other file."""
-    if path.suffix.lower() not in OTHER_SUFFIXES or path.name.startswith("."):
-        return None
+def _of_another_format(path: Path) -> Diagnosis:
+    """The diagnosis of a picture file of a kind that is not read."""
     words = f"Files of the kind {path.suffix} are not read; it is left out."
     finding = Finding("wrong_format", words, "Save it as JPEG or PNG.")
-    return Diagnosis(path, subject_name(path.parent), None, (finding,))
+    return Diagnosis(path, name_of_subject(folder_name(path.parent)), None, (finding,))
 
 
 def _with_size_for(diagnosis: Diagnosis, resolution: int) -> Diagnosis:

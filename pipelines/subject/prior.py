@@ -12,9 +12,12 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from pipelines.errors import InputError
-from pipelines.pictures import SETTINGS_KEY, is_picture, opened_picture, read_settings, save_picture
+from pipelines.pictures import SETTINGS_KEY, opened_picture, read_settings, save_picture
 from pipelines.subject.buckets import Size, nearest_bucket
-from pipelines.subject.data import Picture, find_pictures, picture_size
+from pipelines.subject.data import Picture, picture_size
+from pipelines.subject.folder_entries import FolderAccount, FolderEntry, listed
+from pipelines.subject.folder_listing import FolderListing, check_folder, first_image_below, list_folder
+from pipelines.subject.folder_names import caption_names, unused_kind
 
 # Seeds of class pictures, apart from those of sample pictures.
 FIRST_SEED = 1_000_000
@@ -53,7 +56,7 @@ class ClassPictures:
         wanted = []
         for prompt, home in self.homes().items():
             names = set()
-            for path in sorted(filter(is_picture, home.iterdir() if home.is_dir() else ())):
+            for path in list_folder(home).images if home.is_dir() else ():
                 _check_origin(path, prompt, self.model)
                 names.add(path.name)
             free = (number for number in range(self.count + len(names)) if f"{number:05d}.png" not in names)
@@ -87,8 +90,63 @@ class ClassPictures:
         return [
             Picture(path, prompt, "class", subjects[prompt])
             for prompt, home in self.homes().items()
-            for path in find_pictures(home)[: self.count]
+            for path in list_folder(home).images[: self.count]
         ]
+
+    def account(self) -> FolderAccount:
+        """What each file and folder of the class images' folder is used for, or why it is not used; empty where there is none.
+
+        Raises: InputError if it is a file or cannot be read, or holds the images in a folder below it.
+        """
+        if not self.folder.exists():
+            return FolderAccount(self.folder)
+        check_folder(self.folder, "--class_data_dir")
+        homes = {home: prompt for prompt, home in self.homes().items()}
+        top = list_folder(self.folder)
+        if self.folder in homes:
+            return FolderAccount(self.folder, tuple(self._entries(self._with_images(top), homes[self.folder])))
+        entries = [*top.unusable, *(FolderEntry(path, "unused", "class_elsewhere") for path in top.images)]
+        entries += [FolderEntry(path, "unused", unused_kind(path.name, ())) for path in top.files]
+        for path in top.folders:
+            if path in homes:
+                entries += self._entries(list_folder(path), homes[path])
+            else:
+                entries.append(_strange_folder(path))
+        return FolderAccount(self.folder, tuple(entries))
+
+    def _with_images(self, listing: FolderListing) -> FolderListing:
+        """`listing`. Raises: InputError if its images all lie in folders below it, where none is read."""
+        below = [] if listing.images else [path for path in listing.folders if first_image_below(path)]
+        if below:
+            raise InputError(
+                f"No class image lies in {str(listing.path)!r} itself, but in {listed(below, listing.path)}. Give "
+                f"--class_data_dir the folder that holds them, as in {str(below[0])!r}."
+            )
+        return listing
+
+    def _entries(self, listing: FolderListing, prompt: str) -> list[FolderEntry]:
+        """Everything in the folder of the class of `prompt`."""
+        used, spare = listing.images[: self.count], listing.images[self.count :]
+        entries = [FolderEntry(path, "image", subject=prompt) for path in used]
+        entries += [FolderEntry(path, "unused", "spare", prompt) for path in spare]
+        entries += [FolderEntry(path, "unused", kind, prompt, image) for path, (kind, image) in listing.masks.items()]
+        entries += [*listing.unusable, *map(_strange_folder, listing.folders)]
+        names = [path.name for path in listing.images]
+        return entries + [FolderEntry(path, "unused", _class_file_kind(path, names), prompt) for path in listing.files]
+
+
+def _class_file_kind(path: Path, images: Sequence[str]) -> str:
+    """Why a file beside class images is not used."""
+    if any(caption_names(image, [path.name]) for image in images):
+        return "class_caption"
+    kind = unused_kind(path.name, images)
+    # The image checks, which name images of other formats elsewhere, do not look at class images.
+    return "unknown" if kind == "other_format" else kind
+
+
+def _strange_folder(path: Path) -> FolderEntry:
+    """The entry of a folder in which no class image is looked for."""
+    return FolderEntry(path, "unused", "class_folder" if first_image_below(path) else "no_images")
 
 
 def _check_origin(path: Path, prompt: str, model: str) -> None:

@@ -90,7 +90,7 @@ def test_a_wrong_line_is_named_with_its_number(tmp_path, line, message):
         prompts(tmp_path)
 
 
-@pytest.mark.parametrize(("content", "message"), [(b" \n", r"a\.txt' is empty"), (b"\xff\xfe\xff", r"a\.txt' is not UTF-8")])
+@pytest.mark.parametrize(("content", "message"), [(b" \n", r"a\.txt' is empty"), (b"\xff\xfe\xff", r"a\.txt' is UTF-16 text")])
 def test_a_text_file_that_says_nothing_is_named(tmp_path, content, message):
     picture(tmp_path / "a.png")
     (tmp_path / "a.txt").write_bytes(content)

@@ -2,10 +2,13 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
@@ -24,7 +27,7 @@ from training.options.data import SAMPLE_CLASS_PROMPT, SAMPLE_SUBJECT, DataOptio
 from training.runs.record import list_checkpoints
 from training.runs.run import RunDirectory
 from training.subject import samples
-from training.subject.preparing import checked_pictures, record_report
+from training.subject.preparing import Preparation, checked_pictures, record_report
 
 FAST = "--rank 6 --inner_r 2 --target_modules to_v --max_train_steps 4 --train_batch_size 2 --lr_warmup_steps 1"
 FAST += " --checkpointing_steps 2 --validation_steps 4 --heldout_image none --no_certify --learning_rate 0.01"
@@ -246,3 +249,36 @@ def test_sizes_that_do_not_fit_the_model_are_named(trained):
 def test_a_number_out_of_range_is_refused(name, value, least):
     with pytest.raises(InputError, match=rf"{name} must be at least {least}, got {value}"):
         DataOptions(**{name: value})
+
+
+def test_a_run_names_what_it_does_not_use_and_what_is_cut(pipe, pictures_dir, tmp_path, caplog):
+    folder = tmp_path / "10_sks toy"
+    shutil.copytree(pictures_dir, folder)
+    shutil.copy(folder / "0.png", folder / "0-masklabel.png")
+    (folder / "1.caption").write_text("sks toy " * 60)
+    data = DataOptions(str(folder), "sks toy", with_prior_preservation=True, class_prompt="a toy " * 60, heldout_image="none")
+    options = SubjectOptions(data=data)
+    run = RunDirectory.create(tmp_path / "run", {})
+    Preparation(pipe, None, options, Sampling(resolution=16), run, Accelerator()).encode(checked_pictures(data, seed=0))
+    report = json.loads((run.path / "photos.json").read_text())
+    uses = {Path(entry["path"]).name: entry["use"] for entry in report["folder"]["files"]}
+    assert uses == {**dict.fromkeys(("0.png", "1.png", "2.png"), "image"), "0-masklabel.png": "mask", "1.caption": "caption"}
+    cut = {each["role"]: each for each in report["long_prompts"]}
+    # The tiny model's tokenizer takes so few that the usual validation prompts are cut too.
+    assert set(cut) == {"caption", "class prompt", "validation prompt"}
+    assert cut["caption"]["images"] == ["1.png"]
+    sentences = [each["summary"] for each in cut.values()]
+    for words in ("'0-masklabel.png'. They are masks", "Repeats are not honoured", "1 from NAME.caption", *sentences):
+        assert words in caplog.text
+
+
+def test_class_images_that_are_given_are_accounted_for(tmp_path, pictures_dir):
+    shutil.copytree(pictures_dir, tmp_path / "reg" / "1_toy")
+    (tmp_path / "reg" / "1_toy" / "0.txt").write_text("a toy")
+    options = DataOptions(str(pictures_dir), "sks toy", with_prior_preservation=True, class_prompt="a toy", num_class_images=2)
+    for name, check in (("reg", pytest.raises(InputError, match=r"as in '.*1_toy'")), ("reg/1_toy", nullcontext())):
+        options.class_data_dir = str(tmp_path / name)
+        with check:
+            report = checked_pictures(options, seed=0).report
+    kinds = [entry["kind"] for entry in report.to_dict()["class_folder"]["files"]]
+    assert sorted(kinds) == ["", "", "class_caption", "spare"]

@@ -9,15 +9,16 @@ from PIL import Image, ImageFilter
 
 from pipelines.errors import InputError
 from pipelines.sample_subject import sample_pictures
-from training.options import NEW_SCENES
+from training.options import NEW_SCENES, DataOptions, ModelOptions, OutputOptions, SubjectOptions
 from training.options.data import SAMPLE_PROMPT as TRAINERS_PROMPT
 from training.options.data import SAMPLE_SUBJECT
 from webui import draft as drafts
 from webui.cards import cards, escaped, sentences
 from webui.draft import Draft, check_words, merged, without
 from webui.photo_set import EXAMPLE, PhotoSet
+from webui.picture_sets import set_caption
 from webui.uploads import add_pictures
-from webui.work.photos import opinions
+from webui.work.photos import long_prompts_of, opinions
 from webui.workspace import Workspace
 
 
@@ -176,6 +177,19 @@ def test_the_doctor_speaks_of_photos_by_the_users_names(photos):
     assert "It is blurred" in blurred
     assert "use a sharper one" in blurred
     assert "“front.png”" in blurred
+
+
+def test_prompts_and_captions_that_the_model_cuts_are_named_before_training(photos):
+    file = photos.entries()[1].file
+    set_caption(photos.folder, file, "sks toy " * 60)
+    data = DataOptions(str(photos.folder), "a photo of sks toy", with_prior_preservation=True, class_prompt="a toy " * 40)
+    words = long_prompts_of(photos, SubjectOptions(data=data, output=OutputOptions(validation_prompt=["sks toy at sea"])))
+    assert [sentence.partition(" has ")[0] for sentence in words] == [
+        f"The class prompt '{'a toy ' * 6}a to...'",
+        "The caption of 'side.jpg'",
+    ]
+    elsewhere = ModelOptions(pretrained_model_name_or_path="owner/not-on-this-machine")
+    assert long_prompts_of(photos, SubjectOptions(data=data, model=elsewhere)) == []
 
 
 def test_what_is_said_of_all_photos_names_no_folder(workspace, uploads):

@@ -31,8 +31,8 @@ class DataOptions:
         default=None,
         metadata={
             "help": "What the pictures show: a rare word and a class word, as in 'a photo of sks dog'; {subject} becomes the "
-            "name of its folder. Pictures with a caption of their own (metadata.jsonl, or a text file of their name) keep "
-            "it; where all have one, it may be left out."
+            "name of its folder. Pictures with a caption of their own (metadata.jsonl or metadata.csv, or a .txt or "
+            ".caption file of their name) keep it; where all have one, it may be left out."
         },
     )
     resolution: int | None = field(
@@ -103,7 +103,7 @@ class DataOptions:
     def __post_init__(self) -> None:
         if self.instance_prompt is None:
             own = Path(self.instance_data_dir).resolve() != SAMPLE_SUBJECT.resolve()
-            self.instance_prompt = _first_caption(self.instance_data_dir) if own else SAMPLE_PROMPT
+            self.instance_prompt = _first_caption(self.instance_data_dir, self.class_data_dir) if own else SAMPLE_PROMPT
             self.class_prompt = self.class_prompt or (None if own else SAMPLE_CLASS_PROMPT)
         if not self.instance_prompt.strip():
             raise InputError("instance_prompt must not be empty. Name the subject, as in 'a photo of sks dog'.")
@@ -117,14 +117,14 @@ class DataOptions:
         """The instance prompt, with the name of each subject in its place if it has one."""
         if SUBJECT_FIELD not in self.instance_prompt:
             return [self.instance_prompt]
-        names = map(subject_name, subject_folders(self.instance_data_dir))
+        names = map(subject_name, subject_folders(self.instance_data_dir, self.class_data_dir))
         return [self.instance_prompt.replace(SUBJECT_FIELD, name) for name in names]
 
 
-def _first_caption(folder: str) -> str:
+def _first_caption(folder: str, class_data_dir: str | None) -> str:
     """The caption of the first picture in `folder`, for pictures that all have one."""
     try:
-        return find_captioned(folder, None)[0].prompt
+        return find_captioned(folder, None, class_data_dir)[0].prompt
     except InputError as error:
         raise InputError(
             "Pictures of your own need --instance_prompt, a rare word and a class word, as in 'a photo of sks dog', or a caption "

@@ -13,7 +13,7 @@ import psutil
 
 from training.runs.durable import write_text_atomically
 
-OPTIONS, STATUS, METRICS = "options.json", "status.json", "metrics.jsonl"
+OPTIONS, STATUS, METRICS, PHOTOS = "options.json", "status.json", "metrics.jsonl", "photos.json"
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,13 +23,15 @@ from pipelines.subject.encoding import EncodedPictures, Encoder, Framing
 from pipelines.subject.evaluation import choose_heldout
 from pipelines.subject.generate import Sampling, generate
 from pipelines.subject.prior import ClassPictures, in_sizes
+from pipelines.subject.prompt_length import LongPrompt, long_prompts
 from training.options import SubjectOptions
 from training.options.data import DataOptions
+from training.runs.record import PHOTOS
 from training.runs.run import RunDirectory, write_text_atomically
 from training.subject.folds import say_cost
 
 PRIOR_DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-CACHE, CLASS_PICTURES, PHOTOS = "cache", "class_pictures", "photos.json"
+CACHE, CLASS_PICTURES = "cache", "class_pictures"
 logger = get_logger(__name__)
 
 
@@ -52,12 +54,15 @@ def checked_pictures(options: DataOptions, seed: int) -> Division:
 
     Raises: InputError naming the folder or file, or a class prompt that is missing.
     """
-    report = examine(options.instance_data_dir, options.resolution, options.dataloader_num_workers)
-    captioned = find_captioned(options.instance_data_dir, options.instance_prompt)
+    folder, class_folder = options.instance_data_dir, options.class_data_dir
+    report = examine(folder, options.resolution, options.dataloader_num_workers, class_folder)
+    captioned = find_captioned(folder, options.instance_prompt, class_folder)
     if options.with_prior_preservation:
-        class_prompts(options.instance_data_dir, options.class_prompt)
-    if any(diagnosis.findings for diagnosis in report.pictures) or report.findings:
-        logger.warning("What the photo doctor found:\n%s", report.in_words())
+        prompts = class_prompts(folder, options.class_prompt, class_folder)
+        if class_folder is not None:
+            classes = ClassPictures(Path(class_folder), prompts, options.num_class_images, model="")
+            report = replace(report, class_folder=classes.account())
+    _log(report)
     found = [picture for picture in captioned if picture.path in report.usable]
     names = [picture.path.relative_to(options.instance_data_dir).as_posix() for picture in found]
     chosen = choose_heldout(names, options.heldout_image, seed)
@@ -66,6 +71,16 @@ def checked_pictures(options: DataOptions, seed: int) -> Division:
     train_on = [picture for place, picture in enumerate(found) if place != chosen.place]
     heldout = [] if chosen.place is None else [found[chosen.place]]
     return Division(train_on, heldout, report, chosen.folds)
+
+
+def _log(report: Report) -> None:
+    """Say what was found: all of it where anything is to be seen to, else where captions come from."""
+    if report.has_warnings:
+        logger.warning("What the photo doctor found:\n%s", report.in_words())
+        return
+    for account in report.accounts:
+        for words in account.infos():
+            logger.info(words)
 
 
 @dataclass(frozen=True)
@@ -103,6 +118,7 @@ class Preparation:
     ) -> None:
         self.pipeline, self.load, self.options, self.sampling = pipeline, load, options.data, sampling
         self.model, self.run, self.accelerator = options.model.pretrained_model_name_or_path, run, accelerator
+        self.validation_prompts = options.output.validation_prompt
         self.share = (accelerator.process_index, accelerator.num_processes)
         self.framing = framing_for(pipeline, options.data, sampling.resolution, options.optimisation.seed)
         cache = TensorCache(Path(options.data.cache_dir or run.path / CACHE))
@@ -110,11 +126,25 @@ class Preparation:
 
     def encode(self, pictures: Division) -> Encoded:
         """Encode the pictures and prompts, once for the whole training."""
-        record_report(pictures.report, self.sampling.resolution, self.run)
+        report = replace(pictures.report, long_prompts=tuple(self._long_prompts([*pictures.train, *pictures.heldout])))
+        for prompt in report.long_prompts:
+            logger.warning(prompt.summary())
+        record_report(report, self.sampling.resolution, self.run)
         self.run.update_status(phase="encoding")
         subject = self.encoder.encode(pictures.train, self.framing)
         central = Framing(self.framing.sizes, size_conditioning=self.framing.size_conditioning)
         return Encoded(subject, self.encoder.encode(pictures.heldout, central) if pictures.heldout else None)
+
+    def _long_prompts(self, pictures: Sequence[Picture]) -> list[LongPrompt]:
+        """The prompts and captions of this training that the model's tokenizers cut."""
+        data = self.options
+        prompts = dict.fromkeys(self.validation_prompts, "validation prompt")
+        if data.with_prior_preservation:
+            classes = class_prompts(data.instance_data_dir, data.class_prompt, data.class_data_dir)
+            prompts |= dict.fromkeys(classes.values(), "class prompt")
+        prompts |= dict.fromkeys(data.subject_prompts(), "instance prompt")
+        captions = [(picture.path, picture.prompt) for picture in pictures]
+        return long_prompts((self.pipeline.tokenizer, self.pipeline.tokenizer_2), prompts, captions)
 
     def class_pictures(self, sizes: Collection[Size], count: int | None = None) -> EncodedPictures | None:
         """Encode the class pictures, drawing those that are missing; None without prior preservation.
@@ -128,7 +158,7 @@ class Preparation:
         if not data.with_prior_preservation:
             return None
         folder = Path(data.class_data_dir or self.run.path / CLASS_PICTURES)
-        prompts = class_prompts(data.instance_data_dir, data.class_prompt)
+        prompts = class_prompts(data.instance_data_dir, data.class_prompt, data.class_data_dir)
         count = min(count or data.num_class_images, data.num_class_images)
         with without_adapters(self.pipeline):
             found = self._drawn(ClassPictures(folder, prompts, count, self.model, self.share))

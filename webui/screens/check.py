@@ -223,6 +223,7 @@ def _crops(shell: Shell, workspace: Workspace, kept: dict[str, Any]) -> str:
     if not photos.entries():
         return '<div class="empty">No photos yet. Add some under Photos.</div>'
     options = checked.build(workspace, "subject", subject_runs.values_of(shell, workspace, kept)[1])
+    cut = "".join(f'<p class="warning">{escaped(words)}</p>' for words in work_photos.long_prompts_of(photos, options))
     shown, names = work_photos.crops(photos, options), [entry.name for entry in photos.entries()]
     sizes = {f"{crop.size[1]} x {crop.size[0]}" for crop in shown}
     many = shown[0].variants
@@ -236,7 +237,7 @@ def _crops(shell: Shell, workspace: Workspace, kept: dict[str, Any]) -> str:
         f"Each photo is brought to {' or '.join(sorted(sizes))} pixels, the size that this model works with, and cropped to it."
     )
     advice = "Your subject should still be plain to see, whole and near the middle."
-    return f'<p>{words}{more} {advice}</p><ul class="crops">{listed}</ul>'
+    return f'{cut}<p>{words}{more} {advice}</p><ul class="crops">{listed}</ul>'
 
 
 def _cost(shell: Shell, workspace: Workspace, kept: dict[str, Any]) -> tuple[Any, Any, Any]:

@@ -38,7 +38,7 @@ def build(shell: Shell) -> None:
     """Put the screen into the open tab."""
     about = gr.HTML(OF_THE_EXAMPLE, elem_id="photos-about")
     upload = gr.File(
-        label=f"Add photos: {listed(UPLOAD_FORMATS)}",
+        label=f"Add photos ({listed(UPLOAD_FORMATS)}), with captions (.txt, .caption, metadata.csv or .jsonl), or a zip of them",
         file_count="multiple",
         height=130,
         elem_id="photos-upload",
@@ -117,11 +117,11 @@ class _Handlers:
     @in_plain_words
     def add(self, kept: dict[str, Any], files: list[str] | None, request: gr.Request) -> tuple[Any, ...]:
         """Add what was dropped; what cannot be used is refused in a sentence, and the rest added."""
-        from webui.uploads import add_pictures
+        from webui.photo_uploads import add_photos
 
         workspace = self.shell.settings.workspace(request)
         with _own_photos(workspace, kept) as (photos, draft):
-            added = add_pictures(photos.folder, files or [])
+            added = add_photos(photos.folder, files or [])
         return draft.to_browser(), None, _message([*added.refused, *added.notes]), *_view(photos, draft)
 
     @in_plain_words

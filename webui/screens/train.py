@@ -12,6 +12,7 @@ from pipelines.errors import InputError
 from webui import launching, progress
 from webui.errors import in_plain_words
 from webui.parts import Part, button, frame, keys, made_text, text, updates
+from webui.photo_account import photo_account
 from webui.pictures import Sample, address, newest_sheet, sampled_steps, samples, subject, thumbnail
 from webui.shell import Shell
 from webui.views import RunView
@@ -33,7 +34,7 @@ BUTTONS = {"stop": "Stop", "sample": "Sample now", "save": "Save now", "resume":
 def parts(view: RunView | None, log_open: bool = False) -> dict[str, Part]:
     """Every part of the screen as it is to be now, by the names of the outputs."""
     if view is None:
-        shown = {name: text("") for name in ("head", "bar", "loss", "cost", "samples", "log")}
+        shown = {name: text("") for name in ("head", "bar", "loss", "cost", "photos", "samples", "log")}
         hidden = {name: button(False) for name in (*BUTTONS, "next")}
         return {"empty": text(EMPTY), **shown, **hidden, "log_frame": frame(False)}
     return {
@@ -44,6 +45,7 @@ def parts(view: RunView | None, log_open: bool = False) -> dict[str, Part]:
         "next": _next(view),
         "loss": text(progress.losses(view)),
         "cost": text(progress.cost(view.record)),
+        "photos": text(photo_account(view)),
         "samples": _samples(view),
         "log_frame": frame(True),
         "log": text(f'<pre class="log">{html.escape(launching.log_tail(view.record))}</pre>' if log_open else ""),
@@ -171,6 +173,7 @@ def _layout() -> dict[str, Any]:
         with gr.Column(min_width=320):
             made["loss"] = gr.HTML(visible=False, elem_id="train-loss")
             made["cost"] = gr.HTML(visible=False, elem_id="train-cost")
+            made["photos"] = gr.HTML(visible=False, elem_id="train-photos")
         with gr.Column(min_width=320):
             made["samples"] = gr.HTML(visible=False, elem_id="train-samples")
     made["log_frame"] = gr.Accordion("Log", open=False, visible=False, elem_id="train-log")

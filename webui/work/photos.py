@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
+from transformers import CLIPTokenizer
 
 from pipelines.pictures import read_image
 from pipelines.subject.buckets import AUTOMATIC, automatic_buckets, nearest_bucket, parse_buckets
 from pipelines.subject.data import picture_size, take
 from pipelines.subject.doctor import Finding, Report, examine
 from pipelines.subject.encoding import Framing
+from pipelines.subject.prompt_length import long_prompts
 from training.options import SubjectOptions
 from webui.photo_set import PhotoSet, as_address
 from webui.picture_sets import Entry
@@ -63,7 +65,7 @@ def _opinions(pictures: PhotoSet, signature: tuple[str, ...]) -> Opinions:
 
 
 def _together(report: Report, names: _Names) -> tuple[str, ...]:
-    return tuple(map(names.say, report.findings))
+    return (*map(names.say, report.findings), *report.warnings())
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,30 @@ def crops(pictures: PhotoSet, options: SubjectOptions) -> list[Crop]:
     """
     framing = _framing(options)
     return [_crop(path, path.stat().st_mtime_ns, place, framing) for place, path in enumerate(pictures.files())]
+
+
+def long_prompts_of(pictures: PhotoSet, options: SubjectOptions) -> list[str]:
+    """A sentence for each prompt and caption that the model's tokenizers cut; none where they are not on this machine."""
+    data = options.data
+    prompts = dict.fromkeys(options.output.validation_prompt, "validation prompt")
+    if data.with_prior_preservation and data.class_prompt:
+        prompts[data.class_prompt] = "class prompt"
+    prompts |= dict.fromkeys(data.subject_prompts(), "instance prompt")
+    captions = [(Path(entry.name), entry.caption) for entry in pictures.entries() if entry.caption]
+    tokenizers = _tokenizers(options.model.pretrained_model_name_or_path)
+    return [prompt.summary() for prompt in long_prompts(tokenizers, prompts, captions)]
+
+
+@functools.lru_cache(maxsize=8)
+def _tokenizers(name_or_path: str) -> tuple[CLIPTokenizer, ...]:
+    """The tokenizers of a model in a folder or in the hub's cache; none for any other."""
+    if Path(name_or_path).is_file():
+        return ()
+    folders = ("tokenizer", "tokenizer_2")
+    try:
+        return tuple(CLIPTokenizer.from_pretrained(name_or_path, subfolder=name, local_files_only=True) for name in folders)
+    except OSError:
+        return ()
 
 
 def resolution_of(options: SubjectOptions) -> int:

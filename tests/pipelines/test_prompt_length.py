@@ -1,0 +1,60 @@
+"""Prompts that the tokenizers cut: how many tokens, the limit, and the very words that the model does not read."""
+
+from pathlib import Path
+
+import pytest
+from transformers import CLIPTokenizer
+
+from pipelines.subject.base_model import BUILT_IN_MODEL
+from pipelines.subject.prompt_length import long_prompts
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return CLIPTokenizer.from_pretrained(BUILT_IN_MODEL, subfolder="tokenizer")
+
+
+def tokens(tokenizer, text, **more):
+    return tokenizer(text, verbose=False, **more).input_ids
+
+
+@pytest.mark.parametrize("words", ["a Red star,  ", "zxqwv ", "une étoile à côté ", "星 "])
+def test_what_is_read_and_what_is_cut_are_the_prompt(tokenizer, words):
+    text = "a photo of " + words * 40
+    (prompt,) = long_prompts((tokenizer, tokenizer), {text: "validation prompt"})
+    assert prompt.num_tokens == len(tokens(tokenizer, text)) > prompt.max_tokens == tokenizer.model_max_length
+    read = text[: text.rindex(prompt.cut)]
+    truncated = tokens(tokenizer, text, truncation=True)
+    assert prompt.cut
+    assert text.rstrip().endswith(prompt.cut)
+    # A word that spans the limit is cut in its middle, where its pieces have other tokens.
+    assert tokens(tokenizer, read)[:-2] == truncated[: len(tokens(tokenizer, read)) - 2]
+    assert len(tokens(tokenizer, read)) == pytest.approx(len(truncated), abs=2)
+
+
+def test_the_limit_is_the_tokenizers_own_and_counts_start_and_end(tokenizer):
+    room = tokenizer.model_max_length - 2
+    words = [word for word in ("red", "star") if len(tokens(tokenizer, word)) == 3]
+    fits, cut = " ".join(words[:1] * room), " ".join(words[:1] * (room + 1))
+    assert long_prompts((tokenizer,), {fits: "class prompt"}) == []
+    (prompt,) = long_prompts((tokenizer,), {cut: "class prompt"})
+    assert (prompt.num_tokens, prompt.max_tokens, prompt.cut) == (room + 3, room + 2, words[0])
+    assert prompt.summary() == (
+        f"The class prompt {cut[:40] + '...'!r} has {room + 3} tokens, and the tokenizer takes {room + 2} with start and end: "
+        f"it is cut, and {words[0]!r} is not read. Shorten it."
+    )
+
+
+def test_the_tokenizer_that_cuts_more_counts(tokenizer):
+    short = CLIPTokenizer.from_pretrained(BUILT_IN_MODEL, subfolder="tokenizer", model_max_length=8)
+    (prompt,) = long_prompts((tokenizer, short), {"a red star " * 4: "validation prompt"})
+    assert prompt.max_tokens == 8
+
+
+def test_images_of_one_caption_share_a_sentence_and_the_instance_prompt_is_no_caption(tokenizer):
+    long, prompt = "a red star " * 40, "a blue ring " * 40
+    pictures = [(Path("a/0.png"), long), (Path("a/1.png"), long), (Path("a/2.png"), "short"), (Path("a/3.png"), prompt)]
+    by_role = {each.role: each for each in long_prompts((tokenizer,), {prompt: "instance prompt"}, pictures)}
+    assert set(by_role) == {"caption", "instance prompt"}
+    assert by_role["caption"].images == ("0.png", "1.png")
+    assert by_role["caption"].summary().startswith("The caption of '0.png', '1.png' has ")

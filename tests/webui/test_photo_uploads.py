@@ -1,0 +1,150 @@
+"""Photos as they are dropped on the page: their captions, masks and zips mean what they mean in a folder."""
+
+import json
+import zipfile
+
+import pytest
+from picture_sets import stored_picture, write_files
+from shared_cases import case_folder
+
+from pipelines.subject.captions import find_captioned
+from training.runs.record import RunRecord
+from webui.cards import cards
+from webui.photo_account import photo_account
+from webui.photo_set import PhotoSet
+from webui.photo_uploads import add_photos
+from webui.picture_sets import read_set
+from webui.views import RunView
+from webui.workspace import Workspace
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True).new_picture_set()
+
+
+def dropped(tmp_path, files):
+    """Each file in a folder of its own, as uploads are."""
+    return [write_files(tmp_path / str(place), {name: content}) / name for place, (name, content) in enumerate(files.items())]
+
+
+def captions(folder):
+    return {entry.name: entry.caption for entry in read_set(folder).pictures}
+
+
+def zipped(path, files):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("dog.txt", b"a sks dog"),
+        ("dog.CAPTION", b"\xef\xbb\xbfa sks dog\n"),
+        ("dog.png.txt", b"a sks dog"),
+        ("metadata.csv", b"file_name,text\ndog.png,a sks dog\n"),
+        ("metadata.jsonl", b'{"file_name": "dog.png", "text": "a sks dog"}'),
+        ("meta_cap.json", b'{"dog": {"caption": "a sks dog"}}'),
+    ],
+)
+@pytest.mark.parametrize("later", [False, True])
+def test_captions_that_are_dropped_with_photos_or_after_them_reach_the_training(folder, tmp_path, name, content, later):
+    image, text = dropped(tmp_path, {"dog.png": stored_picture(0), name: content})
+    for files in [[image], [text]] if later else [[text, image]]:
+        assert add_photos(folder, files).refused == []
+    assert captions(folder) == {"dog.png": "a sks dog"}
+    assert [picture.prompt for picture in find_captioned(folder, "else")] == ["a sks dog"]
+    assert "Caption: a sks dog" in cards(PhotoSet(folder), None)
+
+
+def test_photos_keep_the_order_in_which_they_were_dropped_and_their_names(folder, tmp_path):
+    first, second = (
+        {name: stored_picture(place) for place, name in enumerate(names)} for names in (["b.png", "a.png"], ["b.png"])
+    )
+    add_photos(folder, [*dropped(tmp_path, first), *dropped(tmp_path / "again", second)])
+    assert [entry.name for entry in read_set(folder).pictures] == ["b.png", "a.png", "b (2).png"]
+
+
+@pytest.mark.parametrize("mask", ["dog-masklabel.png", "dog.mask.png", "dog_mask.png"])
+def test_masks_that_are_dropped_are_named_and_no_photos(folder, tmp_path, mask):
+    added = add_photos(folder, dropped(tmp_path, {"dog.png": stored_picture(0), mask: stored_picture(1)}))
+    assert list(captions(folder)) == ["dog.png"]
+    (sentence,) = added.refused
+    assert f"'{mask}'. They are masks" in sentence
+
+
+def test_what_cannot_be_used_is_named_and_the_rest_is_added(folder, tmp_path):
+    files = {
+        "dog.png": stored_picture(0),
+        "cat.txt": b"no cat",
+        "letter.png": b"no image",
+        "tool.exe": b"MZ",
+        "metadata.jsonl": b"{",
+        ".hidden.png": stored_picture(1),
+        "no suffix": stored_picture(2),
+    }
+    added = add_photos(folder, [*dropped(tmp_path, files), tmp_path / "gone.png"])
+    assert set(captions(folder)) == {"dog.png", ".hidden.png", "no suffix"}
+    words = " ".join(added.refused)
+    for name in ("cat.txt", "letter.png", "tool.exe", "metadata.jsonl", "gone.png"):
+        assert name in words
+    assert str(tmp_path) not in words
+
+
+def test_captions_alone_and_too_long_ones_are_refused_in_a_sentence(folder, tmp_path):
+    image, text = dropped(tmp_path, {"dog.png": stored_picture(0), "dog.txt": b"x" * 501})
+    assert add_photos(folder, [text]).refused == ["There is no photo that 'dog.txt' could belong to. Add photos first."]
+    assert "500 letters at most" in add_photos(folder, [image, text]).refused[0]
+
+
+def test_a_zip_of_kohyas_folders_gives_its_subject_and_names_the_rest(folder, tmp_path):
+    files = {"10_sks toy/0.png": stored_picture(0), "10_sks toy/0.txt": b"a toy", "1_toy/3.png": stored_picture(1)}
+    added = add_photos(folder, [zipped(tmp_path / "set.zip", files)])
+    assert captions(folder) == {"0.png": "a toy"}
+    assert "Not used: '1_toy'" in added.refused[0]
+    assert "Repeats are not honoured" in added.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["red hat/0.png", "blue mug/1.png"], "holds several subjects"),
+        (["cover.png", "blue mug/1.png"], "beside folders of images"),
+        (["a/b/1.png"], "holds no picture"),
+        (["../1.png"], "1.png"),
+    ],
+)
+def test_a_zip_without_photos_of_one_subject_is_refused_in_a_sentence(folder, tmp_path, files, message):
+    path = zipped(tmp_path / "set.zip", {name: stored_picture(place) for place, name in enumerate(files)})
+    added = add_photos(folder, [path])
+    assert not added.names
+    (sentence,) = added.refused
+    assert message in sentence
+    assert str(tmp_path) not in sentence
+
+
+def test_the_reported_masks_and_captions_are_told_apart_on_the_page_too(folder):
+    added = add_photos(folder, sorted((case_folder("photos-masks") / "masks_beside").iterdir()))
+    assert list(captions(folder)) == ["00.png", "01.png", "02.png"]
+    assert "'00-masklabel.png'" in added.refused[0]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"folder": 3, "long_prompts": [3]}', '{"folder": {"files": []}}'])
+def test_a_run_with_another_report_shows_none(tmp_path, content):
+    (tmp_path / "photos.json").write_text(content)
+    assert photo_account(RunView(RunRecord(tmp_path))) == ""
+
+
+def test_a_run_names_what_it_does_not_use_of_its_folder(tmp_path):
+    # Written as training writes it; the words stand for the user's own.
+    entry = {"path": "/x/<b>.mp4", "use": "unused", "kind": "video", "subject": "", "image": None, "detail": "", "reason": ""}
+    note = {"kind": "repeats_ignored", "words": "Repeats are not honoured.", "is_warning": True}
+    report = {"folder": {"folder": "/x", "files": [entry], "notes": [note]}, "long_prompts": [{"summary": "It is cut."}]}
+    (tmp_path / "photos.json").write_text(json.dumps(report))
+    shown = photo_account(RunView(RunRecord(tmp_path)))
+    assert "Not used: &#x27;&lt;b&gt;.mp4&#x27;. Videos are not read." in shown
+    assert "Repeats are not honoured." in shown
+    assert "It is cut." in shown

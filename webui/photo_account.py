@@ -1,0 +1,34 @@
+"""What a run made of the folder of photos that it was given: everything in it that it does not use, and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipelines.subject.folder_entries import FolderAccount
+from training.runs.record import PHOTOS
+from webui.cards import escaped
+from webui.views import RunView
+
+
+def photo_account(view: RunView) -> str:
+    """What is not used of a run's folders, and prompts that are cut, as HTML; empty where there is nothing to say."""
+    report = view.read(PHOTOS)
+    sentences = []
+    for name in ("folder", "class_folder"):
+        account = _account(report.get(name))
+        sentences += [] if account is None else [*account.warnings(), *account.infos()]
+    sentences += [each["summary"] for each in _dicts(report.get("long_prompts")) if isinstance(each.get("summary"), str)]
+    listed = "".join(f"<li>{escaped(sentence)}</li>" for sentence in sentences)
+    return f'<h3>In the folder of photos</h3><ul class="account">{listed}</ul>' if listed else ""
+
+
+def _account(values: Any) -> FolderAccount | None:
+    """The account in photos.json; None where a run of another version, or somebody else, has written something else."""
+    try:
+        return FolderAccount.from_json(values)
+    except (KeyError, TypeError, AttributeError):
+        return None
+
+
+def _dicts(values: Any) -> list[dict[str, Any]]:
+    return [each for each in values if isinstance(each, dict)] if isinstance(values, list) else []
