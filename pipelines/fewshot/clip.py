@@ -192,7 +192,7 @@ def _from_folder(folder: Path, name: str, pretrained: str | None) -> Clip:
         if (folder / mini_clip.VISION_FOLDER).is_dir():
             model = mini_clip.load_model(folder)
         else:
-            model = open_clip.create_model(f"local-dir:{folder}")
+            model = open_clip.create_model(f"local-dir:{folder}", pretrained_hf=False)
     if other is not None:
         with _weights_that_fit(other, name):
             open_clip.load_checkpoint(model, str(other))
@@ -224,6 +224,8 @@ def _from_open_clip(name: str, pretrained: str | None) -> Clip:
             pretrained=None if weights is None else str(weights),
             # Weights may want another activation than the model's configuration has; of tags, open_clip only warns of that.
             force_quick_gelu=bool(settings.get("quick_gelu", False)),
+            # Else a text tower of transformers would be loaded first, from pickles too.
+            pretrained_hf=False,
         )
     return Clip(model, _preprocess(model, settings), open_clip.get_tokenizer(name), f"{name} ({pretrained})")
 

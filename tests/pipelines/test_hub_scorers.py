@@ -105,7 +105,8 @@ def test_without_a_network_a_cached_tag_loads_and_another_names_how_to_get_it(op
     load_clip("tiny-hub", "hub")
     cut_off(open_clip_hub, offline, monkeypatch)
     assert loads_the_tiny_model("tiny-hub", "hub")
-    message = rf"'named' weights of tiny-hub at '{TINY}' could not be fetched.*`hf download {TINY}`, or give --pretrained a \.safetensors checkpoint, another tag"
+    remedy = rf"`hf download {TINY}`, or give --pretrained a \.safetensors checkpoint, another tag"
+    message = rf"'named' weights of tiny-hub at '{TINY}' could not be fetched.*{remedy}"
     assert re.search(message, refused(load_clip, "tiny-hub", "named"))
 
 
@@ -142,17 +143,18 @@ def test_a_model_of_open_clip_loads_by_its_hub_name_and_then_without_a_network(h
 
 
 def test_a_text_encoder_of_transformers_is_looked_up_first(hub_server, weights, tmp_path):
-    text = {"hf_model_name": "bert-tiny", "hf_tokenizer_name": "bert-tiny", "hf_model_pretrained": False}
+    text = {"hf_model_name": "bert-tiny", "hf_tokenizer_name": "bert-tiny"}
     (tmp_path / "bert-hub.json").write_text(json.dumps({**CONFIG, "text_cfg": text}))
     open_clip.add_model_config(tmp_path / "bert-hub.json")
     message = r"text encoder's files 'bert-tiny' could not be fetched.*no model of this name"
     assert re.search(message, refused(load_clip, "bert-hub", "random"))
     small = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=64)
     tokenizer = {path.name: path for path in (BUILT_IN_MODEL / "tokenizer").iterdir()}
-    hub_server.add("bert-tiny", {"config.json": small.to_json_string().encode(), **tokenizer})
+    hub_server.add("bert-tiny", {"config.json": small.to_json_string().encode(), **tokenizer, "pytorch_model.bin": b"a pickle"})
     for _ in range(2):
         assert load_clip("bert-hub", "random").tokenizer(["a red star"]).shape[0] == 1
         hub_server.stop()
+    assert "pytorch_model.bin" not in hub_server.downloads()
 
 
 @pytest.mark.parametrize("offline", [False, True])

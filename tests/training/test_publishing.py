@@ -60,22 +60,10 @@ def test_a_private_run_publishes_no_caption_path_or_name_in_any_byte(published, 
     record = json.loads((run.path / "published" / "provenance.json").read_text())
     assert len(record["pictures"]) == 2
     assert hub_server.repositories["me/adapter"].private
-
-
-def test_a_run_that_is_not_private_publishes_the_card_as_it_is_and_all_weights(published, hub_server):
-    run = published("--push_to_hub", "--hub_model_id", "me/toy", "--hub_token", TOKEN)
-    assert not hub_server.repositories["me/toy"].private
-    folder = run.path / "published"
-    assert uploaded(hub_server, "me/toy") == {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    assert uploaded(hub_server, "me/adapter") == {
+        path.relative_to(run.path / "published").as_posix(): path.read_bytes() for path in files
     }
-    files = set(uploaded(hub_server, "me/toy"))
-    assert {"README.md", "before_after.png", "diffusers/pytorch_lora_weights.safetensors", "provenance.json"} <= files
-    assert not {"options.json", "command", "metrics.jsonl"} & files
-    assert (folder / "README.md").read_bytes() == (run.path / "README.md").read_bytes()
-    assert run.status()["published"] == f"{hub_server.endpoint}/me/toy"
-    for file in ("options.json", "command", "provenance.json", "published/provenance.json"):
-        assert TOKEN not in (run.path / file).read_text()
+    assert run.status()["published"] == f"{hub_server.endpoint}/me/adapter"
 
 
 def test_without_being_asked_nothing_is_gathered_or_uploaded(published, hub_server):
@@ -84,23 +72,30 @@ def test_without_being_asked_nothing_is_gathered_or_uploaded(published, hub_serv
     assert hub_server.requests == []
 
 
-def test_a_network_that_fails_after_the_training_loses_nothing_and_says_how_to_upload_later(
+def test_a_network_that_fails_after_the_training_loses_nothing_and_all_can_be_uploaded_later(
     published, hub_server, tmp_path, monkeypatch
 ):
-    def assembled(*arguments):
+    def assemble_without_a_network(*arguments):
         hub_server.stop()
         return publishing.assemble(*arguments)
 
-    monkeypatch.setattr(finishing, "assemble", assembled)
+    monkeypatch.setattr(finishing, "assemble", assemble_without_a_network)
+    asked = ("--push_to_hub", "--hub_model_id", "me/toy", "--hub_token", TOKEN)
     with pytest.raises(InputError, match=r"took no upload: .*refused\; the run is complete") as caught:
-        published("--push_to_hub", "--hub_token", TOKEN)
-    folder = tmp_path / "secretfolder-run" / "published"
-    assert f"Later, upload it with `hf upload secretfolder-run {folder}`." in str(caught.value)
-    assert (folder / "diffusers" / "pytorch_lora_weights.safetensors").is_file()
-    assert (folder.parent / "adapter").is_dir()
+        published(*asked)
+    run, folder = tmp_path / "secretfolder-run", tmp_path / "secretfolder-run" / "published"
+    assert f"Later, upload it with `hf upload me/toy {folder}`." in str(caught.value)
+    assert (run / "adapter").is_dir()
+    for file in ("options.json", "command", "provenance.json", "published/provenance.json", "status.json"):
+        assert TOKEN not in (run / file).read_text()
+    assert (folder / "README.md").read_bytes() == (run / "README.md").read_bytes()
+
     hub_server.start()
-    publishing.push_to_hub(folder, JudgingOptions(push_to_hub=True, hub_token=TOKEN), "secretfolder-run")
-    assert "provenance.json" in uploaded(hub_server, "me/secretfolder-run")
+    publishing.push_to_hub(folder, JudgingOptions(push_to_hub=True, hub_model_id="me/toy", hub_token=TOKEN), "x")
+    assert not hub_server.repositories["me/toy"].private
+    files = set(uploaded(hub_server, "me/toy"))
+    assert {"README.md", "before_after.png", "diffusers/pytorch_lora_weights.safetensors", "provenance.json"} <= files
+    assert not {"options.json", "command", "metrics.jsonl"} & files
 
 
 @pytest.mark.parametrize(
