@@ -105,7 +105,6 @@ def test_a_network_that_fails_after_the_training_loses_nothing_and_all_can_be_up
         ("hf_stale", "me/toy", r"does not accept the access token \(401\).*Log in with `hf auth login`"),
         (READ_ONLY_TOKEN, "me/toy", r"the access token may not write there \(403\).*Log in with `hf auth login`"),
         (TOKEN, "other/toy", r"the access token may not write there \(403\).*`hf upload other/toy"),
-        (TOKEN, "me/toy/deep", r"took no upload: .*me/toy/deep.*Later, upload it with"),
     ],
 )
 def test_an_upload_that_is_refused_names_the_remedy(hub_server, tmp_path, token, name, message):
