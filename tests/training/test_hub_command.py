@@ -16,25 +16,14 @@ from training.runs.run import RunDirectory
 ROOT = Path(__file__).parents[2]
 # What the built-in model is too small for, and what takes long.
 INSTEAD = {"--resolution": "64", "--max_train_steps": "2", "--instance_data_dir": str(ROOT / "assets" / "sample-subject")}
-FEWER = [
-    "--lr_warmup_steps",
-    "0",
-    "--heldout_image",
-    "none",
-    "--drawn_candidates",
-    "0",
-    "--validation_steps",
-    "2",
-    "--validation_prompt",
-    "x",
-]
+FEWER = shlex.split("--lr_warmup_steps 0 --heldout_image none --drawn_candidates 0 --validation_steps 2 --validation_prompt x")
 
 
 def readme_command() -> list[str]:
     """The README's command with SDXL's hub name, in words, on a model of 64 pixels."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     block = next(block for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) if "stabilityai/" in block)
-    words = shlex.split(block)
+    words = shlex.split(block.replace("\\\n", " "))
     for option, value in INSTEAD.items():
         words[words.index(option) + 1] = value
     return words
@@ -82,8 +71,3 @@ def test_the_readmes_sdxl_command_runs_from_nothing_and_then_without_a_network(h
     files = [(tmp_path / name / "diffusers" / "pytorch_lora_weights.safetensors").read_bytes() for name in ("first", "second")]
     assert files[0] == files[1]
     assert (tmp_path / "second" / "certificate.json").is_file()
-
-    third = run([*command, "--output_dir", str(tmp_path / "third")], hub, tmp_path / "empty")
-    assert third.returncode != 0
-    assert "Traceback" not in third.stderr
-    assert re.search(r"cannot be reached \(.*refused\), and the cache \S+ has no complete copy\. Download it once", third.stderr)
