@@ -33,8 +33,8 @@ class ClipOptions:
     model: str = field(
         default=BUILT_IN,
         metadata={
-            "help": "A model that open_clip knows, such as ViT-B-16, or a folder with an open_clip_config.json. The built-in "
-            "one unless said."
+            "help": "A model that open_clip knows, such as ViT-B-16, a folder with an open_clip_config.json, or "
+            "hf-hub:OWNER/NAME, the same on the hub. The built-in one unless said."
         },
     )
     pretrained: str | None = field(
