@@ -71,7 +71,7 @@ _BY_CLASS: tuple[tuple[type[BaseException], Failure], ...] = (
     (json.JSONDecodeError, Failure.NOT_A_HUB),
     (OfflineModeIsEnabled, Failure.OFFLINE),
     (httpx.ConnectError, Failure.UNREACHABLE),
-    (httpx.ConnectTimeout, Failure.UNREACHABLE),
+    (httpx.TimeoutException, Failure.UNREACHABLE),
     (httpx.ProxyError, Failure.UNREACHABLE),
     (httpx.TransportError, Failure.INTERRUPTED),
 )
