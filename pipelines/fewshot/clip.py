@@ -13,6 +13,7 @@ import open_clip
 import torch
 from open_clip import pretrained as open_clip_pretrained
 from open_clip.model import set_model_preprocess_cfg
+from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from open_clip.transformer import QuickGELU
 from PIL import Image
@@ -187,12 +188,14 @@ def _from_folder(folder: Path, name: str, pretrained: str | None) -> Clip:
     weights = _checked_weights(folder / mini_clip.WEIGHTS_FILE)
     other = None if pretrained is None else _checked_weights(Path(pretrained))
     configuration = read_json(folder / mini_clip.CONFIG_FILE)
-    _fetch_text_tower({"hf_model_name": configuration.get("model_cfg", {}).get("text_cfg", {}).get("hf_model_name")})
+    # Its tokenizer is in the folder itself.
+    text = {**configuration.get("model_cfg", {}).get("text_cfg", {}), "hf_tokenizer_name": None}
+    tower = {"text_cfg": _with_text_files(text)} if text.get("hf_model_name") else {}
     with _weights_that_fit(weights, name):
         if (folder / mini_clip.VISION_FOLDER).is_dir():
             model = mini_clip.load_model(folder)
         else:
-            model = open_clip.create_model(f"local-dir:{folder}", pretrained_hf=False)
+            model = open_clip.create_model(f"local-dir:{folder}", **tower)
     if other is not None:
         with _weights_that_fit(other, name):
             open_clip.load_checkpoint(model, str(other))
@@ -217,17 +220,16 @@ def _from_open_clip(name: str, pretrained: str | None) -> Clip:
             f"pretrained must be one of the tags {', '.join(tags)} of {name}, a .safetensors file, or {RANDOM!r}; "
             f"got {pretrained!r}."
         )
-    _fetch_text_tower(open_clip.get_model_config(name)["text_cfg"])
+    text = _with_text_files(open_clip.get_model_config(name)["text_cfg"])
     with _weights_that_fit(weights, name):
         model = open_clip.create_model(
             name,
             pretrained=None if weights is None else str(weights),
             # Weights may want another activation than the model's configuration has; of tags, open_clip only warns of that.
             force_quick_gelu=bool(settings.get("quick_gelu", False)),
-            # Else a text tower of transformers would be loaded first, from pickles too.
-            pretrained_hf=False,
+            **({"text_cfg": text} if text.get("hf_model_name") else {}),
         )
-    return Clip(model, _preprocess(model, settings), open_clip.get_tokenizer(name), f"{name} ({pretrained})")
+    return Clip(model, _preprocess(model, settings), _tokenizer(name, text), f"{name} ({pretrained})")
 
 
 def _told_by(weights: Path) -> dict[str, Any]:
@@ -292,16 +294,29 @@ def _hub_folder(name: str) -> Path:
     return fetch(model, [*TEXT_FILES, mini_clip.WEIGHTS_FILE], lookup)
 
 
-def _fetch_text_tower(text_configuration: Mapping[str, Any]) -> None:
-    """Fetch what a text tower of transformers needs from the hub beside the weights: its configuration and its tokenizer.
+def _with_text_files(configuration: dict[str, Any]) -> dict[str, Any]:
+    """A model's configuration of its text encoder, with folders in the cache in place of the hub names in it.
 
-    Raises: InputError if it cannot be had.
+    Where the text encoder is one of transformers it names its configuration and its tokenizer so. Its weights are part of the
+    model's own; they are not loaded from there, where they may be pickles.
+    Raises: InputError if they cannot be had.
     """
+    local = dict(configuration)
     for key, index in (("hf_model_name", "config.json"), ("hf_tokenizer_name", "tokenizer_config.json")):
-        name = text_configuration.get(key)
+        name = configuration.get(key)
         if name:
             model = HubModel(name, role="text encoder's files", local="give another --model, such as ViT-B-16")
-            fetch(model, TEXT_FILES, look_up(model, index))
+            local[key] = str(fetch(model, TEXT_FILES, look_up(model, index)))
+    return local | ({"hf_model_pretrained": False} if local.get("hf_model_name") else {})
+
+
+def _tokenizer(name: str, text: Mapping[str, Any]) -> Callable[[Sequence[str]], torch.Tensor]:
+    """What open_clip's `get_tokenizer` makes for the model `name`, from the folder that `text` names where that is on the hub."""
+    folder = text.get("hf_tokenizer_name")
+    if not folder:
+        return open_clip.get_tokenizer(name)
+    length, mode = text.get("context_length", DEFAULT_CONTEXT_LENGTH), text.get("tokenizer_mode")
+    return HFTokenizer(folder, context_length=length, tokenizer_mode=mode, **text.get("tokenizer_kwargs", {}))
 
 
 def _checked_weights(path: Path) -> Path:
