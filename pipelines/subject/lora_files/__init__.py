@@ -5,6 +5,6 @@ configuration: PEFT's settings beside the tensors. factors: each layer's change 
 offsets: changes of biases and norms. loading: onto a pipeline, and the checks afterwards.
 """
 
-from pipelines.subject.lora_files.loading import check_file, load_lora_file, resolve, verify
+from pipelines.subject.lora_files.loading import check_file, left_out, load_lora_file, resolve, verify
 
-__all__ = ["check_file", "load_lora_file", "resolve", "verify"]
+__all__ = ["check_file", "left_out", "load_lora_file", "resolve", "verify"]

@@ -13,7 +13,7 @@ READ = "LoRA, DoRA, LoCon, LoHa, LoKr, weight differences and norms of SDXL are 
 ADAPTER_REMEDY = f"{READ}. Choose such a file, or have it converted by the program that made it."
 # Files that are no LoRA: what they are called and the remedy, by a name that only they have. The first that matches counts.
 OTHER_KINDS = (
-    (r"\bnora_|^nora\.", "a part of a NoRA adapter", "Give the folder that it lies in, with its adapter_config.json"),
+    (r"\bnora_|^nora\.", "a part of a NoRA adapter", "Give its diffusers or kohya file, or the folder that it lies in"),
     (r"^lora_controlnet$|^control_model\.|controlnet_|zero_convs|^input_hint_block", "a ControlNet", None),
     (r"^ip_adapter\.|^image_proj\.|to_[kv]_ip\.", "an IP-adapter", None),
     (r"^adapter\.(body|conv_in)\.", "a T2I-Adapter", None),
@@ -138,7 +138,7 @@ def misfit(path: Path, header: SafetensorsHeader, reason: str) -> str:
         return f"{path} does not fit this base model: {reason}. Load it onto the base model that it was trained on."
     if model == "SDXL":
         return (
-            f"{path} is a LoRA of SDXL, and does not fit this base model: {reason}. Load it onto SDXL or the model made from it "
-            "that it was trained on, with --pretrained_model_name_or_path."
+            f"{path} is a LoRA of SDXL, and does not fit this base model: {reason}. Use it with SDXL, or the model made from "
+            "it that it was trained on, as the base model (--pretrained_model_name_or_path)."
         )
     return f"{path} is a LoRA of {model}, and does not fit this base model: {reason}. Choose a LoRA that was trained on SDXL."

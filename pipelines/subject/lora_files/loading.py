@@ -68,10 +68,9 @@ def resolve(path: Path) -> tuple[Path, Path | None] | None:
     return (files[0], None) if files else None
 
 
-def check_file(path: Path) -> list[str]:
+def check_file(path: Path) -> None:
     """Check all of a LoRA file that can be checked without its model.
 
-    Returns: what of it will be left out, in sentences.
     Raises: AdapterFileError or InputError saying what is wrong with it.
     """
     header = read_header(path, FOREIGN_DTYPES)
@@ -82,7 +81,11 @@ def check_file(path: Path) -> list[str]:
     model = kinds.architecture(replace(header, metadata={}))
     if model not in (None, "SDXL"):
         raise InputError(f"{path} is a LoRA of {model}. Choose a LoRA that was trained on SDXL.")
-    return _left_out(header, path)
+
+
+def left_out(path: Path) -> list[str]:
+    """What of a LoRA file that passes `check_file` changes no layer and is left out, in sentences."""
+    return _left_out(read_header(path, FOREIGN_DTYPES), path)
 
 
 def load_lora_file(pipeline: StableDiffusionXLPipeline, path: Path, adapter_name: str, config: Path | None = None) -> list[str]:
@@ -99,7 +102,7 @@ def load_lora_file(pipeline: StableDiffusionXLPipeline, path: Path, adapter_name
     _refuse(header, path)
     settings = _settings(header, path, config)
     layers = base_layers(pipeline)
-    grouped, left_out = _grouped(header, path, pipeline, layers)
+    grouped = _grouped(header, path, pipeline, layers)
     tensors = read_tensors(path, dtypes=FOREIGN_DTYPES)
     changes, misfits = {}, []
     for layer, names in grouped.items():
@@ -112,7 +115,7 @@ def load_lora_file(pipeline: StableDiffusionXLPipeline, path: Path, adapter_name
         raise InputError(kinds.misfit(path, header, reason))
     apply(pipeline, changes, adapter_name)
     verify(pipeline, adapter_name, path, changes)
-    return left_out
+    return _left_out(header, path)
 
 
 def apply(pipeline: StableDiffusionXLPipeline, changes: Changes, adapter_name: str) -> None:
@@ -190,8 +193,8 @@ def _settings(header: SafetensorsHeader, path: Path, config: Path | None) -> dic
 
 def _grouped(
     header: SafetensorsHeader, path: Path, pipeline: StableDiffusionXLPipeline, layers: Mapping[Layer, nn.Module]
-) -> tuple[dict[Layer, dict[str, str]], list[str]]:
-    """The tensors' names by layer and part, and sentences of what is left out.
+) -> dict[Layer, dict[str, str]]:
+    """The tensors' names by layer and part.
 
     Raises: InputError where a tensor is of no layer of this model.
     """
@@ -211,7 +214,7 @@ def _grouped(
         more = f" and {len(unknown) - LISTED} more" if len(unknown) > LISTED else ""
         reason = f"it fits {len(grouped)} of the {layers_said} layers that it changes, and nothing uses {listed}{more}"
         raise InputError(kinds.misfit(path, header, reason))
-    return grouped, _left_out(header, path)
+    return grouped
 
 
 def _bare_text_layer(name: str, shape: tuple[int, ...], layers: Mapping[Layer, nn.Module]) -> Layer | None:
