@@ -148,8 +148,8 @@ def _in_diffusers_form(pipeline: StableDiffusionXLPipeline, file: Path, folder: 
     try:
         return export_lora(pipeline, folder, CONVERTED, format="diffusers")
     finally:
-        pipeline.delete_adapters([CONVERTED])
         pipeline.set_adapters(active)
+        pipeline.delete_adapters([CONVERTED])
 
 
 def exported_file(folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -125,7 +126,9 @@ def apply(pipeline: StableDiffusionXLPipeline, changes: Changes, adapter_name: s
     with ExitStack() as on_failure:
         on_failure.callback(pipeline.delete_adapters, [adapter_name])
         # PEFT draws a start for each factor, which is overwritten: it must not move the user's random numbers.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # Of a second adapter on a model, which is what was asked for.
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             for component in COMPONENTS:
                 own = {layer.name: change for layer, change in changes.items() if layer.component == component}
                 if own:
