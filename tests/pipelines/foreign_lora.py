@@ -61,7 +61,7 @@ def loha_tucker(weight):
 
 
 def kron(first, second, weight):
-    return torch.kron(first, second.flatten(1)).reshape(weight.shape)
+    return torch.kron(first, second.contiguous().flatten(1)).reshape(weight.shape)
 
 
 def lokr(weight):

@@ -206,7 +206,8 @@ def _of_lokr(parts: Parts, whole: str, core: str | None) -> tuple[tuple[torch.Te
     if whole in parts or len(factors) != 2:
         raise MisfitError(f"it must have {whole}, or {whole}_a and {whole}_b")
     left, right = _with_core(parts, whole, core)
-    return (left, right), len(right)
+    # torch.kron takes no transposed views.
+    return (left.contiguous(), right.contiguous()), len(right)
 
 
 def _with_core(parts: Parts, prefix: str, core: str | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -259,7 +260,7 @@ def _decomposed(change: Change, layer: nn.Module, parts: Parts) -> Change:
     merged = weight + (change.scale * change.up @ change.down).reshape(weight.shape)
     axes = [axis for axis in range(weight.ndim) if axis != 1]
     shape = (1, columns, *(1,) * (weight.ndim - 2))
-    lengths = merged.norm(dim=axes, keepdim=True).clamp(min=torch.finfo(torch.float32).eps)
+    lengths = torch.linalg.vector_norm(merged, dim=axes, keepdim=True).clamp(min=torch.finfo(torch.float32).eps)
     up, down = _full_rank((merged * scale.reshape(shape) / lengths - weight).flatten(1))
     return Change(up, down, bias=change.bias)
 

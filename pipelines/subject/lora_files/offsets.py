@@ -9,7 +9,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional
 
-CHANNELS_FIRST = (nn.Conv2d,)
+# What PEFT asks of a layer that it wraps.
+SIZES = frozenset(
+    {"in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"}
+)
 
 
 class OffsetLayer(nn.Module, BaseTunerLayer):
@@ -31,6 +34,9 @@ class OffsetLayer(nn.Module, BaseTunerLayer):
         self.r: dict[str, int] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.get_base_layer(), name) if name in SIZES else super().__getattr__(name)
 
     def add(self, adapter_name: str, weight: torch.Tensor | None, bias: torch.Tensor | None) -> None:
         """Add an adapter at strength 1: what is added to the norm's weight (n,), to the bias (n,), or to both."""
@@ -84,8 +90,8 @@ class OffsetLayer(nn.Module, BaseTunerLayer):
         weight = strength * self.offset_weight[name] if name in self.offset_weight else None
         bias = strength * self.offset_bias[name] if name in self.offset_bias else None
         if weight is None:
-            of_norm = isinstance(layer, (nn.GroupNorm, *CHANNELS_FIRST))
-            return bias.reshape(-1, *(1,) * (result.ndim - 2)) if of_norm else bias
+            has_channels_first = isinstance(layer, (nn.GroupNorm, nn.Conv2d))
+            return bias.reshape(-1, *(1,) * (result.ndim - 2)) if has_channels_first else bias
         if isinstance(layer, nn.GroupNorm):
             return functional.group_norm(x, layer.num_groups, weight, bias, layer.eps)
         return functional.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
