@@ -116,7 +116,7 @@ def read_tensors(
         tensors = safetensors.torch.load_file(path, device=str(device))
     except safetensors.SafetensorError as error:
         raise AdapterFileError(f"{path} is not a valid safetensors file: {error}.") from error
-    if header.metadata.get(DIGEST) not in (None, content_digest(tensors, header.metadata)):
+    if DIGEST in header.metadata and header.metadata[DIGEST] != content_digest(tensors, header.metadata):
         raise AdapterFileError(
             f"{path} was changed or damaged after it was saved: its content does not match the digest in its header. Copy or "
             "download it again, or save the adapter again."
