@@ -3,6 +3,17 @@
 import torch
 from torch.func import functional_call
 
+from nora_vision.kohya import kohya_name
+
+LINEAR = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+OUTPUT = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0"
+CONVOLUTION = "unet.mid_block.resnets.0.conv1"
+STRIDED = "unet.down_blocks.0.downsamplers.0.conv"
+NORM = "unet.mid_block.attentions.0.transformer_blocks.0.norm1"
+GROUP_NORM = "unet.mid_block.resnets.0.norm1"
+TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+TEXT_2 = "text_encoder_2.text_model.encoder.layers.0.mlp.fc1"
+
 
 def randn(*shape):
     return torch.randn(*shape) * 0.4
@@ -122,3 +133,27 @@ def assert_is(module, weight=None, bias=None):
     given = {"weight": weight, "bias": bias}
     expected = functional_call(base, {name: value for name, value in given.items() if value is not None}, (x,))
     torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def kohya(layer):
+    component, _, name = layer.partition(".")
+    return kohya_name(component, name, 1)
+
+
+def weight_of(pipe, layer):
+    module = module_of(pipe, layer)
+    return (module.get_base_layer() if hasattr(module, "get_base_layer") else module).weight.detach()
+
+
+@torch.no_grad()
+def output_of(unet):
+    """What a UNet makes of fixed inputs, (1, 4, 8, 8)."""
+    generator = torch.Generator().manual_seed(0)
+    width, pooled = unet.config.cross_attention_dim, unet.config.projection_class_embeddings_input_dim - 48
+    noisy, text, embeds = (torch.randn(1, *shape, generator=generator) for shape in ((4, 8, 8), (3, width), (pooled,)))
+    more = {"text_embeds": embeds, "time_ids": torch.zeros(1, 6)}
+    return unet(noisy, torch.tensor([5]), encoder_hidden_states=text, added_cond_kwargs=more).sample
+
+
+def good(layer=LINEAR, width=24):
+    return {f"{kohya(layer)}.lora_up.weight": torch.ones(width, 2), f"{kohya(layer)}.lora_down.weight": torch.ones(2, width)}
