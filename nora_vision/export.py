@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -54,7 +55,7 @@ def export_lora(
     diffusers: lora_B = s B B', lora_A = A' A and no alpha, which a loader reads as alpha = rank.
     kohya: lora_up, lora_down and one alpha for all layers, since diffusers misreads alphas that differ.
     DoRA adds the lengths of rows: lora_magnitude_vector, or kohya's dora_scale (LyCORIS with `wd_on_output`). Programs differ in
-    what they make of a dora_scale, and diffusers drops it from a kohya file: the diffusers file is the one that loads right.
+    what they make of a dora_scale, and diffusers drops it from a kohya file; the diffusers file is the one that loads right.
 
     Args:
         pipe: with the adapter on its UNet, its text encoders, or any of them.
@@ -149,7 +150,10 @@ def _layer_factors(layer: nn.Module, name: str, adapter_name: str) -> Factors | 
     """`up` (out, k) and `down` (k, in) of the layer's change, or None where the layer has no such adapter."""
     if isinstance(layer, NoraLayer) and adapter_name in layer.nora_inner_A:
         return Factors(*layer._low_rank_factors(adapter_name, layer.alpha[adapter_name] / layer.inner_r[adapter_name]))
-    if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
+    if not isinstance(layer, LoraLayer):
+        _refuse_other_changes(layer, name, adapter_name)
+        return None
+    if adapter_name not in layer.lora_A:
         return None
     is_dora = layer.use_dora[adapter_name]
     if (adapter_name in layer.lora_variant and not is_dora) or layer.lora_bias[adapter_name]:
@@ -159,6 +163,14 @@ def _layer_factors(layer: nn.Module, name: str, adapter_name: str) -> Factors | 
     up, down = layer.lora_B[adapter_name].weight.detach(), layer.lora_A[adapter_name].weight.detach()
     magnitude = layer.lora_magnitude_vector[adapter_name].weight.detach().float().flatten() if is_dora else None
     return Factors(scaling * up.float().flatten(1), down.float().flatten(1), magnitude)
+
+
+def _refuse_other_changes(layer: nn.Module, name: str, adapter_name: str) -> None:
+    """Raise ValueError where a tuner's layer of another kind holds the adapter: of a bias, of a norm."""
+    if isinstance(layer, NoraLayer) or not isinstance(layer, BaseTunerLayer):
+        return
+    if any(adapter_name in getattr(layer, part) for part in layer.adapter_layer_names):
+        raise ValueError(f"{name} has a change of a bias or a norm, which a LoRA file cannot hold. Leave this adapter out.")
 
 
 def _in_weight_shape(base_layer: nn.Module, factors: Factors) -> Factors:

@@ -27,6 +27,22 @@ PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05
 # Keys of the header's metadata: the digest of the file's content, and that of the adapter_config.json beside it.
 DIGEST, CONFIGURATION = "nora_digest", "nora_configuration"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# What the files of other programs hold besides: whole-number alphas, fp8 weights, counters.
+FOREIGN_DTYPES = DTYPES | {
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+EIGHT_BIT_FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
+LFS_POINTER = b"version https://git-lfs"
+WEB_PAGE = (b"<!doctype", b"<html", b"<?xml", b"<head")
+AGAIN = "Download it again."
 
 
 class AdapterFileError(ValueError):
@@ -49,15 +65,16 @@ class SafetensorsHeader:
     metadata: dict[str, str]
 
 
-def read_header(path: str | os.PathLike) -> SafetensorsHeader:
+def read_header(path: str | os.PathLike, dtypes: Mapping[str, torch.dtype] = DTYPES) -> SafetensorsHeader:
     """Header of a safetensors file, checked against the size of the file; no tensor is read.
 
     Args:
-        path: a file whose name ends in `.safetensors`.
+        path: a file whose name ends in `.safetensors`, in any case.
+        dtypes: those that its tensors may have, by their names in a header.
     Raises:
         FileNotFoundError: there is no such file.
-        AdapterFileError: the file is a pickle, truncated, has an oversized or malformed header, a tensor of another
-            dtype than float32, float16 or bfloat16, or bytes that no tensor owns.
+        AdapterFileError: the file is a pickle, a Git LFS pointer or a web page, empty or truncated, has an oversized or
+            malformed header, a tensor of another dtype, or bytes that no tensor owns.
     """
     path = Path(path)
     _refuse_other_formats(path)
@@ -65,38 +82,46 @@ def read_header(path: str | os.PathLike) -> SafetensorsHeader:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER_BYTES:
-            raise AdapterFileError(f"{path} announces a header of {length} bytes; at most {MAX_HEADER_BYTES} are read.")
+            raise AdapterFileError(
+                f"{path} announces a header of {length} bytes; at most {MAX_HEADER_BYTES} are read. "
+                f"It is no safetensors file, or damaged. {AGAIN}"
+            )
         if size < 8 + length:
-            raise AdapterFileError(f"{path} is truncated: its header needs {8 + length} bytes, the file has {size}.")
+            raise AdapterFileError(f"{path} is truncated: its header needs {8 + length} bytes, the file has {size}. {AGAIN}")
         header = _parse_json(file.read(length), path)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise AdapterFileError(f"{path} has a malformed header: __metadata__ must map strings to strings.")
-    end = _check_layout(header, path)
+    end = _check_layout(header, path, dtypes)
     if end != size - 8 - length:
         state = "truncated" if end > size - 8 - length else "oversized"
-        raise AdapterFileError(f"{path} is {state}: its tensors take {end} bytes, the file holds {size - 8 - length}.")
-    tensors = {name: TensorEntry(DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in header.items()}
+        raise AdapterFileError(f"{path} is {state}: its tensors take {end} bytes, the file holds {size - 8 - length}. {AGAIN}")
+    tensors = {name: TensorEntry(dtypes[entry["dtype"]], tuple(entry["shape"])) for name, entry in header.items()}
     return SafetensorsHeader(tensors, metadata)
 
 
-def read_tensors(path: str | os.PathLike, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
+def read_tensors(
+    path: str | os.PathLike, device: str | torch.device = "cpu", dtypes: Mapping[str, torch.dtype] = DTYPES
+) -> dict[str, torch.Tensor]:
     """Every tensor of a safetensors file, checked as `read_header` does, against its digest and for finite values.
 
+    Args:
+        dtypes: as in `read_header`. 8-bit floats are returned as float32, in which they are exact.
     Raises:
         AdapterFileError: as `read_header`, or the content is not what the header's digest says, or a tensor holds a value
             that is not finite. A file without a digest is read too.
     """
-    header = read_header(path)
+    header = read_header(path, dtypes)
     try:
         tensors = safetensors.torch.load_file(path, device=str(device))
     except safetensors.SafetensorError as error:
         raise AdapterFileError(f"{path} is not a valid safetensors file: {error}.") from error
-    if header.metadata.get(DIGEST) not in (None, content_digest(tensors, header.metadata)):
+    if DIGEST in header.metadata and header.metadata[DIGEST] != content_digest(tensors, header.metadata):
         raise AdapterFileError(
             f"{path} was changed or damaged after it was saved: its content does not match the digest in its header. Copy or "
             "download it again, or save the adapter again."
         )
+    tensors = {name: tensor.float() if tensor.dtype in EIGHT_BIT_FLOATS else tensor for name, tensor in tensors.items()}
     check_finite(tensors, str(path))
     return tensors
 
@@ -215,15 +240,36 @@ def _serialise(tensors: Mapping[str, torch.Tensor]) -> tuple[int, bytes]:
 def _refuse_other_formats(path: Path) -> None:
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise AdapterFileError(f"{path} is a pickle by its name, which can run code when opened. Only .safetensors is read.")
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != ".safetensors":
         raise AdapterFileError(f"{path} is not named .safetensors, and nothing else is read.")
     with path.open("rb") as file:
-        start = file.read(4)
+        start = file.read(64)
+    _refuse_failed_downloads(path, start)
     if start.startswith(PICKLE_MAGIC):
         # A genuine header of 0x..80 bytes also starts so, but its JSON object then opens at the ninth byte.
         with path.open("rb") as file:
             if not file.read(9).endswith(b"{"):
                 raise AdapterFileError(f"{path} is a pickle or zip archive under a .safetensors name. It is not opened.")
+
+
+def _refuse_failed_downloads(path: Path, start: bytes) -> None:
+    """Refuse what a download leaves in place of a file, by its first bytes."""
+    if not start:
+        raise AdapterFileError(f"{path} is truncated: the file is empty (0 bytes). {AGAIN}")
+    if start.startswith(LFS_POINTER):
+        raise AdapterFileError(
+            f"{path} is a Git LFS pointer: it only names the file, whose content was not downloaded. Run `git lfs pull` in its "
+            "repository, or download the file itself."
+        )
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if text.startswith(WEB_PAGE):
+        raise AdapterFileError(
+            f"{path} is a web page (HTML) and not the file: the site may have asked for a login or an agreement. Open its "
+            "address in a browser and download the file itself."
+        )
+    # A header's length in its first eight bytes is never all letters: that would be more than is read.
+    if len(start) > 8 and start[:8].isascii() and start[:8].decode().isprintable():
+        raise AdapterFileError(f"{path} is text and not a safetensors file: it begins with {start[:40]!r}. {AGAIN}")
 
 
 def _parse_json(content: bytes, path: Path) -> dict[str, Any]:
@@ -252,18 +298,18 @@ def _finite(literal: str) -> float:
     return number
 
 
-def _check_layout(header: Mapping[str, Any], path: Path) -> int:
+def _check_layout(header: Mapping[str, Any], path: Path, dtypes: Mapping[str, torch.dtype]) -> int:
     """Check dtype, shape and offsets of every tensor and that they follow each other without a gap; return their end."""
     spans = []
     for name, entry in header.items():
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise AdapterFileError(f"{path}: the header entry of {name!r} must have dtype, shape and data_offsets.")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise AdapterFileError(f"{path}: {name!r} has dtype {dtype!r}; adapters hold {', '.join(DTYPES)}.")
+        if not isinstance(dtype, str) or dtype not in dtypes:
+            raise AdapterFileError(f"{path}: {name!r} has dtype {dtype!r}; adapters hold {', '.join(dtypes)}.")
         if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
             raise AdapterFileError(f"{path}: {name!r} has shape {shape} and data_offsets {offsets}, which are not sizes.")
-        if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
+        if offsets[1] - offsets[0] != math.prod(shape) * dtypes[dtype].itemsize:
             raise AdapterFileError(f"{path}: {name!r} of shape {shape} and {dtype} does not fill its bytes {offsets}.")
         spans.append(tuple(offsets))
     end = 0

@@ -1,6 +1,6 @@
 """Which adapters a user can draw with, told from files alone: the steps of runs, and uploaded files.
 
-The page names an adapter by a reference that we make: `RUN@STEP` or `file@FOLDER`.
+The page names an adapter by a reference that we make: `RUN@STEP` or `file@ID`.
 """
 
 from __future__ import annotations
@@ -76,12 +76,17 @@ def others(workspace: Workspace, run_id: str | None) -> list[tuple[str, str]]:
     for view in views(workspace):
         if view.task == "subject" and view.id != run_id and (step := steps_of(view.record).chosen) is not None:
             found.append((f"{view.title}, step {step}", reference_of(view.id, step)))
-    return found + [(name, f"{FILE}@{path.parent.name}") for name, path in uploads.adapters(workspace)]
+    return found + [(name, reference_of_file(path)) for name, path in uploads.adapters(workspace)]
 
 
 def reference_of(run_id: str, step: int) -> str:
     """What the page calls the adapter of a run at `step`."""
     return f"{run_id}@{step}"
+
+
+def reference_of_file(path: Path) -> str:
+    """What the page calls an uploaded adapter that lies at `path`."""
+    return f"{FILE}@{path.stem}"
 
 
 def adapter_called(workspace: Workspace, reference: str) -> Adapter:
@@ -92,7 +97,7 @@ def adapter_called(workspace: Workspace, reference: str) -> Adapter:
     owner, _, part = reference.partition("@") if isinstance(reference, str) else ("", "", "")
     if owner == FILE:
         for name, path in uploads.adapters(workspace):
-            if path.parent.name == part:
+            if path.stem == part:
                 return Adapter(reference, name, path)
         raise InputError(GONE)
     view = RunView(workspace.run(owner))

@@ -107,7 +107,7 @@ def add_zip(folder: Path, file: str | Path) -> Added:
 
 
 def check_adapter(file: str | Path) -> Path:
-    """Check that a file is a LoRA or NoRA adapter: safetensors by its content, with an adapter's tensors, all finite.
+    """Check that a file is a LoRA of SDXL: safetensors by its content, of a kind that is read, with values all finite.
 
     Returns: the file.
     Raises: InputError saying what is wrong with it; nothing in it was run.
@@ -121,6 +121,13 @@ def check_adapter(file: str | Path) -> Path:
         raise InputError(f"{name} has {size / 2**20:.0f} MB, and an adapter may have {MAX_ADAPTER_BYTES // 2**20} MB at most.")
     adapter_files.check_tensors(path, name)
     return path
+
+
+def left_out(file: str | Path) -> list[str]:
+    """What of an adapter that passes `check_adapter` is left out, in sentences with users' words in them."""
+    from webui.work import adapter_files
+
+    return adapter_files.left_out(Path(file), display_name(file))
 
 
 def add_adapter(workspace: Workspace, file: str | Path) -> Path:

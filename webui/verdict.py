@@ -174,9 +174,13 @@ def certificate(record: RunRecord) -> str:
     if not found["passed"]:
         return f'<p class="warning">The saved files are not what was trained: {html.escape("; ".join(found["problems"]))}.</p>'
     largest = max(found["largest_difference"].values(), default=0.0)
+    converted = (
+        f" It read the {html.escape(' and '.join(found['converted']))} file in its own form." if found.get("converted") else ""
+    )
     return (
         '<p><span class="chip good">certified</span> A plain diffusers program without this app drew the same pictures from the '
-        f"saved files: at most {largest:.2g} of 255 shades apart, where the adapter changes up to {found['effect']:.0f}.</p>"
+        f"saved files: at most {largest:.2g} of 255 shades apart, where the adapter changes up to {found['effect']:.0f}."
+        f"{converted}</p>"
     )
 
 

@@ -19,13 +19,17 @@ from pipelines.errors import InputError
 from pipelines.methods import AdapterOptions, method_named
 from pipelines.randomness import Draw, keyed_generator
 from pipelines.subject.base_model import text_encoders_of
-from pipelines.subject.lora_files import load_lora_file
+from pipelines.subject.lora_files import load_lora_file, resolve, verify
 
 ADAPTER_NAME = "default"
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 EVERYWHERE = [*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2"]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+NO_ADAPTER = (
+    "There is no adapter at {path!r}. Give a run's directory, a native adapter folder, a folder of PEFT or diffusers, or a "
+    ".safetensors file of LoRA weights."
+)
 
 
 def attach(pipeline: StableDiffusionXLPipeline, options: AdapterOptions) -> dict[str, nn.Module]:
@@ -117,20 +121,25 @@ def save_small(options: AdapterOptions, components: dict[str, nn.Module], folder
         shutil.rmtree(folder / "full")
 
 
-def load_adapter(pipeline: StableDiffusionXLPipeline, path: str | Path, adapter_name: str) -> None:
-    """Load an adapter: a run's directory, a native folder, or a LoRA file in diffusers' or kohya's format.
+def load_adapter(pipeline: StableDiffusionXLPipeline, path: str | Path, adapter_name: str) -> list[str]:
+    """Load an adapter: a run's directory, a native folder, a folder of PEFT or diffusers, or a LoRA file of any program.
 
+    Returns: what of a file was left out, in sentences.
     Raises: InputError naming the path if there is no adapter, or none of this model; AdapterFileError if it must not be used.
     """
     path = Path(path)
-    if path.is_file() and path.suffix == ".safetensors":
-        load_lora_file(pipeline, path, adapter_name)
-        return
-    folder = native_folder(path)
-    components = {name: getattr(pipeline, name) for name in COMPONENTS if (folder / name).is_dir()}
+    native = _native_folder(path)
+    if native is None:
+        resolved = resolve(path)
+        if resolved is None:
+            raise InputError(NO_ADAPTER.format(path=str(path)))
+        return load_lora_file(pipeline, resolved[0], adapter_name, resolved[1])
+    components = {name: getattr(pipeline, name) for name in COMPONENTS if (native / name).is_dir()}
     for name, model in components.items():
-        method = str(read_json(folder / name / "adapter_config.json").get("peft_type")).lower()
-        method_named(method).load({name: model}, folder, adapter_name)
+        method = str(read_json(native / name / "adapter_config.json").get("peft_type")).lower()
+        method_named(method).load({name: model}, native, adapter_name)
+    verify(pipeline, adapter_name, path)
+    return []
 
 
 def native_folder(path: Path) -> Path:
@@ -138,10 +147,14 @@ def native_folder(path: Path) -> Path:
 
     Raises: InputError if there is none.
     """
+    folder = _native_folder(path)
+    if folder is None:
+        raise InputError(NO_ADAPTER.format(path=str(path)))
+    return folder
+
+
+def _native_folder(path: Path) -> Path | None:
     for folder in (path, path / "full", path / "adapter" / "full", path / "compact"):
         if any((folder / name / "adapter_config.json").is_file() for name in COMPONENTS):
             return folder
-    raise InputError(
-        f"There is no adapter at {str(path)!r}. Give a run's directory, a native adapter folder or a .safetensors file of "
-        "LoRA weights."
-    )
+    return None

@@ -6,6 +6,7 @@ python -m pipelines.subject.generate --adapter runs/RUN --prompt "a photo of sks
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -18,11 +19,13 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from nora_vision import AdapterFileError
 from pipelines.errors import InputError
 from pipelines.pictures import as_grid, save_picture
 from pipelines.subject.adapters import load_adapter
 from pipelines.subject.base_model import BUILT_IN_MODEL, load_base_model
 
+logger = logging.getLogger(__name__)
 # Weights of the UNet: the built-in model has 7 million, SDXL 2,600 million.
 SMALL_MODEL = 100_000_000
 SHEET_PROMPTS = (
@@ -144,7 +147,7 @@ class GenerationOptions:
     negative_prompt: str = field(default="", metadata={"help": "What to keep away from."})
     adapter: list[str] = field(
         default_factory=list,
-        metadata={"help": "Run directories, native adapter folders or LoRA .safetensors files, one or several."},
+        metadata={"help": "Run directories, native adapter folders, folders of PEFT or diffusers, or LoRA .safetensors files."},
     )
     strength: list[float] = field(
         default_factory=lambda: [1.0], metadata={"help": "Strength of each adapter, 0 for none; one number holds for all."}
@@ -207,7 +210,8 @@ def with_adapters(pipeline: StableDiffusionXLPipeline, paths: Sequence[str], str
     """Load the adapters at `paths` into the pipeline and activate them at their strengths."""
     names = [f"adapter_{place}" for place in range(len(paths))]
     for path, name in zip(paths, names, strict=True):
-        load_adapter(pipeline, path, name)
+        for left_out in load_adapter(pipeline, path, name):
+            logger.warning(left_out)
     if names:
         pipeline.set_adapters(names, adapter_weights=list(strengths))
 
@@ -244,5 +248,5 @@ if __name__ == "__main__":
     parser = HfArgumentParser(GenerationOptions, description=__doc__, allow_abbrev=False)
     try:
         main(parser.parse_args_into_dataclasses(look_for_args_file=False)[0])
-    except InputError as error:
+    except (InputError, AdapterFileError) as error:
         parser.error(str(error))

@@ -47,7 +47,7 @@ def test_a_fresh_process_without_this_package_certifies_both_files(tiny_model, t
     assert (said["passed"], said["prompts"], said["kohya_findings"]) == (True, list(PROMPTS), [])
 
 
-def test_of_a_dora_the_diffusers_file_is_certified_and_the_kohya_file_linted(tiny_model, tmp_path):
+def test_both_files_of_a_dora_are_certified(tiny_model, tmp_path):
     pipe = tiny_pipeline()
     components = adapters.attach(pipe, AdapterOptions(method="dora"))
     with torch.no_grad():
@@ -56,8 +56,13 @@ def test_of_a_dora_the_diffusers_file_is_certified_and_the_kohya_file_linted(tin
     for format in ("diffusers", "kohya"):
         export_lora(pipe, tmp_path / format, format=format)
     found = certify(pipe, tmp_path, StockModel(str(tiny_model)), PROMPTS[:1], FAST)
-    assert set(found.largest_difference) == {"diffusers"}
-    assert (found.passed, found.kohya_findings) == (True, [])
+    assert set(found.largest_difference) == {"diffusers", "kohya"}
+    assert (found.passed, found.kohya_findings, found.converted) == (True, [], ["kohya"])
+    assert pipe.get_active_adapters() == ["default"]
+    path = next((tmp_path / "kohya").iterdir())
+    rewritten(path, lambda name, tensor: tensor * (1.5 if name.endswith("dora_scale") else 1))
+    with pytest.raises(CertificateError, match=r"the kohya file's pictures are up to"):
+        certify(pipe, tmp_path, StockModel(str(tiny_model)), PROMPTS[:1], FAST)
 
 
 def test_a_file_that_holds_another_adapter_is_refused_and_recorded(tiny_model, tmp_path):

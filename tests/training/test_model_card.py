@@ -8,6 +8,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from pipelines.methods import method_names
 from pipelines.subject.base_model import BUILT_IN_MODEL
 from training.options import parse_options
 from training.runs.card_text import as_text
@@ -85,6 +86,16 @@ def test_the_card_says_what_the_run_found_out(tmp_path):
         r"| diffusers/pytorch\_lora\_weights.safetensors | 5 |",
     ):
         assert expected in card
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_the_card_of_a_dora_alone_says_which_programs_leave_its_row_lengths_out(tmp_path, method):
+    run = run_with(tmp_path)
+    said = {"largest_difference": {"kohya": 0.25}, "effect": 40.2, "converted": ["kohya"] if method == "dora" else []}
+    (run.path / "certificate.json").write_text(json.dumps(said))
+    card = model_card(run, options_for("dog", tmp_path, "--method", method), pictures=3)
+    for words in ("Stock diffusers and sd-scripts leave it out, A1111 takes", "kohya file was put into diffusers' form first"):
+        assert (words in card) == (method == "dora")
 
 
 def scored(tmp_path, curve):

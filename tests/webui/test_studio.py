@@ -152,6 +152,23 @@ def test_a_dora_cannot_be_baked_into_a_mix(studio, workspace, tmp_path):
     assert studio.bake(order(workspace, "third-dora@4"), tmp_path / "dora.safetensors", "diffusers").is_file()
 
 
+def test_a_file_with_norms_is_drawn_and_mixed_and_not_baked(studio, workspace, tmp_path):
+    layer, width = "mid_block.attentions.0", 24
+    tensors = {f"lora_unet_{layer.replace('.', '_')}_transformer_blocks_0_norm1.w_norm": torch.full((width,), 2.0)}
+    tensors |= {
+        f"unet.{layer}.proj_in.lora_A.weight": torch.ones(2, width),
+        f"unet.{layer}.proj_in.lora_B.weight": torch.ones(width, 2),
+    }
+    write_tensors(tmp_path / "norms.safetensors", tensors)
+    part = Part(adapters.Adapter("file@norms", "norms", tmp_path / "norms.safetensors"), 0.5)
+    alone = one(studio, order(workspace, "first@4"))
+    mix = dataclasses.replace(order(workspace, "first@4"), parts=(*order(workspace, "first@4").parts, part))
+    assert apart(one(studio, mix), alone) > 1
+    with pytest.raises(InputError, match=r"cannot be baked.*norm1 has a change of a bias or a norm.*Leave this adapter out"):
+        studio.bake(mix, tmp_path / "mix.safetensors", "kohya")
+    assert apart(one(studio, order(workspace, "first@4")), alone) == 0
+
+
 def test_adapters_of_two_base_models_are_not_mixed(workspace):
     first, second = (adapter_called(workspace, name) for name in ("first@4", "second-nora@4"))
     other = dataclasses.replace(second, model={"pretrained_model_name_or_path": "stabilityai/sdxl"})

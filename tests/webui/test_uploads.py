@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from pipelines.errors import InputError
 from pipelines.image_formats import UPLOAD_FORMATS, listed
 from webui import incoming, uploads
+from webui.adapters import adapter_called, others
 from webui.picture_sets import (
     add_class,
     delete_set,
@@ -332,6 +333,45 @@ def test_tensors_that_are_no_adapter_or_not_finite_are_refused(tmp_path, workspa
         with pytest.raises(InputError, match=sentence) as refused:
             uploads.check_adapter(tmp_path / name)
         assert str(tmp_path) not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "sentence"),
+    [
+        (
+            {"clip_l": torch.ones(2, 768), "clip_g": torch.ones(2, 1280)},
+            r"^a\.safetensors is a textual inversion .* and not a LoRA",
+        ),
+        ({"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": torch.ones(2, 8)}, r"^a\.safetensors is a LoRA of Flux"),
+        ({"unet.x.lora_A.weight": torch.ones(2, 2), "control_model.x.weight": torch.ones(2)}, r"^a\.safetensors is a ControlNet"),
+    ],
+)
+def test_what_is_no_lora_of_sdxl_is_called_what_it_is(tmp_path, workspace, tensors, sentence):
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(InputError, match=sentence):
+        uploads.add_adapter(workspace, tmp_path / "a.safetensors")
+
+
+def test_alphas_of_whole_numbers_are_taken_and_what_is_left_out_is_said(tmp_path, workspace):
+    layer = "lora_unet_input_blocks_4_1_proj_in"
+    tensors = {f"{layer}.lora_down.weight": torch.ones(2, 4), f"{layer}.alpha": torch.tensor(2)}
+    tensors |= {"bundle_emb.blue mug.clip_l": torch.ones(1, 4), "step": torch.tensor(9)}
+    save_file(tensors, tmp_path / "<b>.SAFETENSORS")
+    assert uploads.add_adapter(workspace, tmp_path / "<b>.SAFETENSORS").suffix == ".safetensors"
+    said = uploads.left_out(tmp_path / "<b>.SAFETENSORS")
+    assert said[0].startswith("<b>.SAFETENSORS also holds embeddings of words ('blue mug')")
+    assert "also holds 'step'" in said[1]
+
+
+def test_two_uploaded_adapters_have_references_of_their_own(tmp_path, workspace):
+    copies = {}
+    for name in ("first.safetensors", "second.safetensors"):
+        save_file({"unet.x.lora_A.weight": torch.ones(2, 2)}, tmp_path / name)
+        copies[name] = uploads.add_adapter(workspace, tmp_path / name)
+    references = dict(others(workspace, None))
+    assert set(references) == set(copies)
+    for name, copy in copies.items():
+        assert adapter_called(workspace, references[name]).path == copy
 
 
 def test_a_header_that_announces_more_than_it_may_is_refused(tmp_path):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
+from nora_vision import export_lora
 from nora_vision.files import read_header
 from pipelines.hub import offline_environment
 from pipelines.subject.generate import Sampling
+from pipelines.subject.lora_files import load_lora_file
 from training.runs.run import write_text_atomically
 from training.subject.kohya_lint import lint_kohya
 
@@ -28,6 +30,10 @@ LEVELS = 255
 LARGEST_DIFFERENCE = 1.0
 # In half precision both sides round differently: their mean difference against the adapter's own mean effect.
 LARGEST_SHARE = 0.25
+
+
+# The adapter that a kohya file is loaded as.
+CONVERTED = "kohya_file"
 
 
 class CertificateError(RuntimeError):
@@ -63,6 +69,7 @@ class Certificate:
         kohya_findings: what A1111 or ComfyUI would misread.
         problems: all that failed, in words.
         prompts, sampling, dtype, device: what was drawn, and how.
+        converted: files that diffusers reads only in part, and that were put into its own form before it read them.
     """
 
     passed: bool
@@ -76,6 +83,7 @@ class Certificate:
     sampling: dict[str, Any]
     dtype: str
     device: str
+    converted: list[str] = field(default_factory=list)
 
 
 def certify(
@@ -88,31 +96,60 @@ def certify(
 ) -> Certificate:
     """Compare `pipeline`, which holds the trained adapter, with a stock one that loads `folder`'s diffusers and kohya files.
 
-    The result goes to certificate.json in `folder`, good or bad. A DoRA's kohya file, which diffusers cannot read, is linted
-    alone.
+    The result goes to certificate.json in `folder`, good or bad. diffusers leaves the lengths of rows out of a DoRA's kohya file
+    (`dora_scale`): that file is loaded as any other program's, and what was loaded is what diffusers draws with.
 
     Raises: CertificateError naming what failed: pictures that differ, an adapter without any effect, a file that stock
         diffusers cannot load, or a kohya file that A1111 or ComfyUI would misread.
     """
     files = {format: exported_file(folder / format) for format in ("diffusers", "kohya")}
+    converted = [name for name, file in files.items() if not _is_read_by_diffusers(file)]
     settings = _call_arguments(sampling)
     seeds = list(range(seed, seed + len(prompts)))
     native = _draw(pipeline, prompts, seeds, settings)
-    dtype, device = str(pipeline.unet.dtype).removeprefix("torch."), str(pipeline.device)
-    if pipeline.device.type != "cpu":
-        # Two SDXL models side by side fit few GPUs, and the trained one has drawn its last picture.
-        pipeline.to("cpu")
-        torch.cuda.empty_cache()
-    request = {"model": asdict(model), "dtype": dtype, "device": device, "prompts": list(prompts), "seeds": seeds}
-    drawn = {name: str(file) for name, file in files.items() if _is_read_by_diffusers(file)}
-    stock = _stock_pictures({**request, "sampling": settings, "files": drawn})
+    with tempfile.TemporaryDirectory() as temporary:
+        drawn = {
+            name: str(_in_diffusers_form(pipeline, file, Path(temporary) / name) if name in converted else file)
+            for name, file in files.items()
+        }
+        stock, dtype, device = _drawn_by_stock(pipeline, model, drawn, prompts, seeds, settings)
     certificate = _judge(native, stock, lint_kohya(files["kohya"]), list(prompts), settings, dtype, device)
+    certificate = replace(certificate, converted=converted)
     write_text_atomically(folder / CERTIFICATE, json.dumps(asdict(certificate), indent=2) + "\n")
     if not certificate.passed:
         raise CertificateError(
             f"The exported adapter is not what was trained: {'; '.join(certificate.problems)}. See {str(folder / CERTIFICATE)!r}."
         )
     return certificate
+
+
+def _drawn_by_stock(
+    pipeline: StableDiffusionXLPipeline,
+    model: StockModel,
+    files: dict[str, str],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: dict[str, Any],
+) -> tuple[dict[str, torch.Tensor], str, str]:
+    """Stock diffusers' pictures (prompts, height, width, 3) by "base" and file, and the dtype and device of `pipeline`."""
+    dtype, device = str(pipeline.unet.dtype).removeprefix("torch."), str(pipeline.device)
+    if pipeline.device.type != "cpu":
+        # Two SDXL models side by side fit few GPUs, and the trained one has drawn its last picture.
+        pipeline.to("cpu")
+        torch.cuda.empty_cache()
+    request = {"model": asdict(model), "dtype": dtype, "device": device, "prompts": list(prompts), "seeds": list(seeds)}
+    return _stock_pictures({**request, "sampling": settings, "files": files}), dtype, device
+
+
+def _in_diffusers_form(pipeline: StableDiffusionXLPipeline, file: Path, folder: Path) -> Path:
+    """What a kohya file makes of the model, written for diffusers; the pipeline draws with the adapters that it had, after."""
+    active = pipeline.get_active_adapters()
+    load_lora_file(pipeline, file, CONVERTED)
+    try:
+        return export_lora(pipeline, folder, CONVERTED, format="diffusers")
+    finally:
+        pipeline.set_adapters(active)
+        pipeline.delete_adapters([CONVERTED])
 
 
 def exported_file(folder: Path) -> Path:

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from pipelines.fewshot.clip import BUILT_IN
+from pipelines.methods import method_named
 from pipelines.subject.embedders import OPEN_CLIP
 from pipelines.subject.scores import BASE
 from training.options import SubjectOptions
@@ -27,6 +28,10 @@ copy from {threshold:.2f} on). Compare within this table only.
 | step | subject | prompt | nearest picture | thumbnail | held-out loss |
 |---|---|---|---|---|---|
 {rows}"""
+# Read in the sources of these programs.
+ROW_LENGTHS = """The kohya file holds `dora_scale`, the length of each row of every changed weight, as LyCORIS with `wd_on_output`
+writes it. Stock diffusers and sd-scripts leave it out, A1111 takes it for the lengths of columns, and ComfyUI and Forge divide by
+the base model's lengths: their pictures differ. The diffusers file is the adapter as it was trained."""
 
 BODY = """---
 {header}
@@ -81,7 +86,10 @@ def model_card(run: RunDirectory, options: SubjectOptions, pictures: int, privat
         options="" if private else " The resolved options are in options.json.",
         alt=f"the base model's pictures and the adapted model's, for the same prompts and seeds{shown}",
         grid=GRID,
-        findings="".join(f"\n{finding}\n" for finding in _findings(run, judge_in_words(options.judging.judge_model, private))),
+        findings="".join(
+            f"\n{finding}\n"
+            for finding in _findings(run, judge_in_words(options.judging.judge_model, private)) + _compatibility(options)
+        ),
         files="\n".join(f"| {as_text(name)} | {size:,} |" for name, size in _exported_files(run)),
         loader="from_single_file" if model.endswith(".safetensors") else "from_pretrained",
         model_literal=json.dumps(model),
@@ -128,12 +136,20 @@ def _findings(run: RunDirectory, judge: str) -> list[str]:
         found.append(_scores_table(suggestion, judge))
     certificate = _read(run.path / "certificate.json")
     if certificate:
+        converted = " The kohya file was put into diffusers' form first." if certificate.get("converted") else ""
         largest = max(certificate["largest_difference"].values())
         found.append(
             "Certified: stock diffusers, without this project, draws the same pictures from the diffusers and the kohya file, at "
             f"most {largest:.2f} of 255 levels apart. The adapter changes the base model's by up to {certificate['effect']:.0f}."
+            f"{converted}"
         )
     return found
+
+
+def _compatibility(options: SubjectOptions) -> list[str]:
+    """What other programs are known to make of the exported files."""
+    config = method_named(options.adapter.method).config(options.adapter, [], None)
+    return [ROW_LENGTHS] if getattr(config, "use_dora", False) else []
 
 
 def _scores_table(suggestion: dict[str, Any], judge: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import secrets
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import gradio as gr
 
 from pipelines.errors import InputError
 from webui import uploads
-from webui.adapters import others, steps_of
+from webui.adapters import others, reference_of_file, steps_of
 from webui.drawn import DrawnPictures, settings_of
 from webui.errors import in_plain_words
 from webui.gallery import bar_of, details_of, gallery_of
@@ -343,8 +344,10 @@ def _wire_small(shell: Shell, controls: Controls, suggestions: gr.Dataset, uploa
     def add(request: gr.Request, file: str, run_id: str | None, *values: Any) -> list[Any]:
         workspace = shell.settings.workspace(request)
         added = uploads.add_adapter(workspace, file)
+        for sentence in uploads.left_out(file):
+            gr.Warning(html.escape(sentence), title="Added in part")
         choices, free = [("none", ""), *others(workspace, run_id)], next((p for p, each in enumerate(values) if not each), 0)
-        chosen = [f"file@{added.parent.name}" if place == free else each for place, each in enumerate(values)]
+        chosen = [reference_of_file(added) if place == free else each for place, each in enumerate(values)]
         return [gr.Dropdown(choices=choices, value=each) for each in chosen]
 
     upload.upload(add, inputs=[upload, shell.run, *controls.mixed], outputs=controls.mixed, api_visibility="private")

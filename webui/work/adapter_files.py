@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nora_vision.files import AdapterFileError, read_tensors
+from nora_vision.files import AdapterFileError
 from pipelines.errors import InputError
-
-# What the names of an adapter's tensors contain, in the layouts of PEFT, diffusers and kohya.
-MARKS = ("lora_", "nora_", "lora.")
+from pipelines.subject import lora_files
 
 
 def check_tensors(path: Path, name: str) -> None:
-    """Check that the file at `path` is safetensors with an adapter's tensors, all finite.
+    """Check that the file at `path` is safetensors with a LoRA's tensors of a kind that is read, all finite.
 
     Args:
         name: what errors call it.
     Raises: InputError saying what is wrong with it.
     """
     try:
-        tensors = read_tensors(path)
+        lora_files.check_file(path)
     except AdapterFileError as error:
         raise InputError(f"{str(error).replace(str(path), name)} Give an adapter as a .safetensors file.") from error
-    if not any(mark in key for key in tensors for mark in MARKS):
-        raise InputError(f"{name} holds no adapter, but other tensors. Give the .safetensors file of a LoRA or NoRA adapter.")
+    except InputError as error:
+        raise InputError(str(error).replace(str(path), name)) from error
+
+
+def left_out(path: Path, name: str) -> list[str]:
+    """What of a file that passes `check_tensors` is left out, in sentences that call it `name`."""
+    return [sentence.replace(str(path), name) for sentence in lora_files.left_out(path)]

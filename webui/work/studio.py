@@ -267,6 +267,8 @@ def _load(pipeline: StableDiffusionXLPipeline, adapter: Adapter, name: str) -> N
     except AdapterFileError as error:
         said = str(error).replace(str(adapter.path), adapter.name)
         raise InputError(f"{adapter.name} cannot be used: {said}") from error
+    except InputError as error:
+        raise InputError(str(error).replace(str(adapter.path), adapter.name)) from error
     except UNFIT as error:
         raise InputError(f"{adapter.name} does not fit this base model. Choose an adapter that was trained on it.") from error
     if not any(name in (getattr(part, "peft_config", None) or {}) for part in _parts_of(pipeline)):

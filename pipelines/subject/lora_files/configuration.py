@@ -1,0 +1,134 @@
+"""PEFT's settings beside the tensors of a LoRA file: in its header (`lora_adapter_metadata`) or in adapter_config.json.
+
+They are only read. Nothing of them reaches PEFT but numbers, and a setting that would change what the adapter does is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import LoHaConfig, LoKrConfig, LoraConfig
+from peft.utils.other import get_pattern_key
+
+from nora_vision.files import AdapterFileError
+
+# PEFT matches the names of patterns as regular expressions, and those of a stranger's file may take for ever.
+PLAIN_NAME = re.compile(r"\^?[\w.-]+")
+METADATA = "lora_adapter_metadata"
+READ_TYPES = {"LORA": LoraConfig, "LOHA": LoHaConfig, "LOKR": LoKrConfig}
+# What an adapter is by its tensors and these numbers.
+USED = ("r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
+# Said again by the tensors, or of the training alone.
+UNUSED = (
+    *("target_modules", "exclude_modules", "lora_bias", "bias", "peft_type", "use_effective_conv2d"),
+    *("decompose_both", "decompose_factor", "lora_dropout", "rank_dropout", "module_dropout", "inference_mode"),
+    *("rank_dropout_scale", "init_weights", "runtime_config", "low_cpu_mem_usage", "ephemeral_gpu_offload"),
+)
+# Words of people and of PEFT, which change nothing.
+REMARKS = ("base_model_name_or_path", "revision", "task_type", "peft_version", "auto_mapping")
+# Starts that leave the base model's weights as they are; the others train against changed ones.
+PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "lora_only", "lycoris")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The numbers of one component's adapter.
+
+    Args:
+        r, alpha: of its layers; None where the settings do not say.
+        rank_pattern, alpha_pattern: of the layers that are exceptions, by plain names.
+        use_rslora: whether the scaling is alpha / sqrt(r).
+        use_dora: whether each layer must have the lengths of a DoRA.
+    """
+
+    r: int | None = None
+    alpha: float | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+
+    def rank_of(self, layer: str) -> int | None:
+        """The rank of a layer, by its name in the component."""
+        return self.rank_pattern.get(get_pattern_key(self.rank_pattern, layer), self.r)
+
+    def scale_of(self, layer: str, rank: int) -> float | None:
+        """The scaling of a layer of that rank, alpha / r or alpha / sqrt(r); None where the settings do not say."""
+        alpha = self.alpha_pattern.get(get_pattern_key(self.alpha_pattern, layer), self.alpha)
+        return None if alpha is None else alpha / (rank**0.5 if self.use_rslora else rank)
+
+
+def settings_of_metadata(metadata: Mapping[str, str], path: Path) -> dict[str, Settings]:
+    """The settings in a file's header by component; "" for those that name none.
+
+    Raises: AdapterFileError naming the setting that is not one of a LoRA.
+    """
+    if METADATA not in metadata:
+        return {}
+    try:
+        given = json.loads(metadata[METADATA])
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{path} has a configuration that is no JSON: {error}.") from error
+    if not isinstance(given, dict):
+        raise AdapterFileError(f"{path} has a configuration that is no table.")
+    by_component: dict[str, dict[str, Any]] = {}
+    for name, value in given.items():
+        # "unet.r", "text_encoder.lora_alpha" and the like.
+        component, _, setting = str(name).rpartition(".")
+        by_component.setdefault(component, {})[setting] = value
+    return {component: checked(fields, path, component) for component, fields in by_component.items()}
+
+
+def checked(fields: Mapping[str, Any], path: Path, component: str = "") -> Settings:
+    """The settings of one component.
+
+    Raises: AdapterFileError naming the setting that is not one of a LoRA.
+    """
+    peft_type = str(fields.get("peft_type") or "LORA").upper()
+    if peft_type not in READ_TYPES:
+        raise AdapterFileError(
+            f"{path} configures an adapter of PEFT's type {peft_type!r:.40}; LoRA, DoRA, LoHa and LoKr are read."
+        )
+    usual = READ_TYPES[peft_type]().to_dict()
+    for name, value in fields.items():
+        said = f"{component}.{name}" if component else name
+        if not _is_harmless(name, value, usual):
+            raise AdapterFileError(f"{path} has a configuration whose {said!r:.100} is not one of a LoRA: {value!r:.100}.")
+    alpha = fields.get("lora_alpha", fields.get("alpha"))
+    return Settings(
+        fields.get("r"),
+        alpha,
+        fields.get("rank_pattern") or {},
+        fields.get("alpha_pattern") or {},
+        bool(fields.get("use_rslora")),
+        bool(fields.get("use_dora")),
+    )
+
+
+def _is_harmless(name: str, value: Any, usual: Mapping[str, Any]) -> bool:
+    if name in REMARKS:
+        return True
+    if name in ("r", "lora_alpha", "alpha"):
+        return value is None or (_is_number(value) and (value > 0 or name != "r"))
+    if name in ("rank_pattern", "alpha_pattern"):
+        return not value or (isinstance(value, dict) and all(map(_is_plain, value)) and all(map(_is_number, value.values())))
+    if name == "init_lora_weights":
+        return value in PLAIN_STARTS
+    if name in (*USED, *UNUSED):
+        return _is_plain(value)
+    return not value or value == usual.get(name)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (dict, list)):
+        return all(map(_is_plain, [*value, *value.values()] if isinstance(value, dict) else value))
+    return not isinstance(value, str) or not value or bool(PLAIN_NAME.fullmatch(value))

@@ -1,0 +1,325 @@
+"""Loading a LoRA file onto a pipeline: all of it is read and checked against the model first, and verified afterwards."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from nora_vision.calibration import base_name
+from nora_vision.components import COMPONENTS, adapters_by_component
+from nora_vision.files import (
+    FOREIGN_DTYPES,
+    PICKLE_SUFFIXES,
+    AdapterFileError,
+    SafetensorsHeader,
+    read_header,
+    read_json,
+    read_tensors,
+)
+from pipelines.errors import InputError
+from pipelines.methods import add_adapter
+from pipelines.subject.lora_files import kinds
+from pipelines.subject.lora_files.configuration import PLAIN_NAME, Settings, checked, settings_of_metadata
+from pipelines.subject.lora_files.factors import Change, MisfitError, change_of
+from pipelines.subject.lora_files.names import Layer, base_layers, spellings, split_name
+from pipelines.subject.lora_files.offsets import OffsetLayer
+
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
+NORMS = (nn.GroupNorm, nn.LayerNorm)
+Changes = dict[Layer, Change]
+# More are counted.
+LISTED = 3
+
+
+def resolve(path: Path) -> tuple[Path, Path | None] | None:
+    """The LoRA file that `path` stands for, and PEFT's configuration beside it; None for a folder that holds none.
+
+    Args:
+        path: a file, a folder that PEFT or diffusers saved, or a folder with one .safetensors file.
+    Raises: AdapterFileError for a folder with weights that are only a pickle, or with several files.
+    """
+    if path.is_file():
+        beside = path.with_name(PEFT_CONFIG)
+        return path, beside if path.name == PEFT_FILE and beside.is_file() else None
+    if not path.is_dir():
+        return None
+    if (path / PEFT_CONFIG).is_file() and (path / PEFT_FILE).is_file():
+        return path / PEFT_FILE, path / PEFT_CONFIG
+    if (path / DIFFUSERS_FILE).is_file():
+        return path / DIFFUSERS_FILE, None
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".safetensors" and file.is_file())
+    if len(files) > 1:
+        raise AdapterFileError(f"{path} holds {len(files)} .safetensors files, such as {files[0].name!r}. Give one of them.")
+    pickles = sorted(file.name for file in path.iterdir() if file.suffix.lower() in PICKLE_SUFFIXES)
+    if not files and pickles:
+        raise AdapterFileError(
+            f"{path} holds {pickles[0]!r}, a pickle, which can run code when opened. Only .safetensors is read."
+        )
+    return (files[0], None) if files else None
+
+
+def check_file(path: Path) -> None:
+    """Check all of a LoRA file that can be checked without its model.
+
+    Raises: AdapterFileError or InputError saying what is wrong with it.
+    """
+    header = read_header(path, FOREIGN_DTYPES)
+    _refuse(header, path)
+    settings_of_metadata(header.metadata, path)
+    read_tensors(path, dtypes=FOREIGN_DTYPES)
+    # What a header says of the base model is often wrong; the model itself decides where the names leave it open.
+    model = kinds.architecture(replace(header, metadata={}))
+    if model not in (None, "SDXL"):
+        raise InputError(f"{path} is a LoRA of {model}. Choose a LoRA that was trained on SDXL.")
+
+
+def left_out(path: Path) -> list[str]:
+    """What of a LoRA file that passes `check_file` changes no layer and is left out, in sentences."""
+    return _left_out(read_header(path, FOREIGN_DTYPES), path)
+
+
+def load_lora_file(pipeline: StableDiffusionXLPipeline, path: Path, adapter_name: str, config: Path | None = None) -> list[str]:
+    """Load the LoRA of any program as `adapter_name`, active and at strength 1.
+
+    Args:
+        config: PEFT's adapter_config.json beside the file.
+    Returns: what of the file was left out, in sentences.
+    Raises:
+        AdapterFileError: the file must not be used.
+        InputError: it is no LoRA of this model; the pipeline has no such adapter then.
+    """
+    header = read_header(path, FOREIGN_DTYPES)
+    _refuse(header, path)
+    settings = _settings(header, path, config)
+    layers = base_layers(pipeline)
+    grouped = _grouped(header, path, pipeline, layers)
+    tensors = read_tensors(path, dtypes=FOREIGN_DTYPES)
+    changes, misfits = {}, []
+    for layer, names in grouped.items():
+        try:
+            changes[layer] = _change(layer, layers[layer], {part: tensors[name] for part, name in names.items()}, settings)
+        except MisfitError as error:
+            misfits.append(f"in {next(iter(names.values()))!r:.120} {error}")
+    if misfits:
+        reason = f"it fits {len(grouped) - len(misfits)} of the {len(grouped)} layers that it changes; {misfits[0]}"
+        raise InputError(kinds.misfit(path, header, reason))
+    apply(pipeline, changes, adapter_name)
+    verify(pipeline, adapter_name, path, changes)
+    return _left_out(header, path)
+
+
+def apply(pipeline: StableDiffusionXLPipeline, changes: Changes, adapter_name: str) -> None:
+    """Put changes onto the layers of a pipeline as one PEFT adapter; the pipeline is without it if that fails."""
+    if any(adapter_name in adapters for adapters in adapters_by_component(pipeline).values()):
+        raise InputError(f"The pipeline already has an adapter {adapter_name!r}. Delete it first or choose another name.")
+    with ExitStack() as on_failure:
+        on_failure.callback(pipeline.delete_adapters, [adapter_name])
+        # PEFT draws a start for each factor, which is overwritten: it must not move the user's random numbers.
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # Of a second adapter on a model, which is what was asked for.
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            for component in COMPONENTS:
+                own = {layer.name: change for layer, change in changes.items() if layer.component == component}
+                if own:
+                    _apply(getattr(pipeline, component), own, adapter_name)
+        on_failure.pop_all()
+
+
+def verify(pipeline: StableDiffusionXLPipeline, adapter_name: str, path: Path, expected: Collection[Layer] | None = None) -> None:
+    """Check that an adapter that was just loaded is there: no parameter on the meta device, no layer without its change.
+
+    Args:
+        expected: the layers that must have it; at least one, whichever it is, where it is None.
+    Raises: InputError naming the first parameter or layer that is not right; the adapter is taken off then.
+    """
+    reached, problem = set(), None
+    for component in COMPONENTS:
+        for name, module in getattr(pipeline, component).named_modules():
+            held = _held(module, adapter_name)
+            reached |= {Layer(component, base_name(name))} if held else set()
+            empty = next((part for part, tensors in held.items() if any(tensor.is_meta for tensor in tensors)), None)
+            if empty is not None:
+                problem = problem or f"{component}.{base_name(name)}.{empty} has no values (it is on the meta device)"
+    absent = [] if expected is None else sorted(set(expected) - reached)
+    if absent:
+        problem = problem or f"{absent[0]} got nothing"
+    elif not reached:
+        problem = "no layer of the model got anything"
+    if problem is not None:
+        if any(adapter_name in adapters for adapters in adapters_by_component(pipeline).values()):
+            pipeline.delete_adapters([adapter_name])
+        raise InputError(f"{path} was not loaded as a whole: {problem}. Load it onto the base model that it was trained on.")
+
+
+def _held(module: nn.Module, adapter_name: str) -> dict[str, list[torch.Tensor]]:
+    """The tensors, of any shape, that a tuner's layer holds of an adapter, by the names of its parts."""
+    if not isinstance(module, BaseTunerLayer):
+        return {}
+    parts = {part: getattr(module, part) for part in module.adapter_layer_names if adapter_name in getattr(module, part)}
+    values = {part: of_all[adapter_name] for part, of_all in parts.items()}
+    return {part: [*value.parameters()] if isinstance(value, nn.Module) else [value] for part, value in values.items()}
+
+
+def _refuse(header: SafetensorsHeader, path: Path) -> None:
+    """Refuse names that are no layers', and files that are no LoRA."""
+    strange = next((name for name in header.tensors if not PLAIN_NAME.fullmatch(name) and not kinds.is_embedding(name)), None)
+    # Older diffusers has these in one other file: a textual inversion whose word is the tensor's name.
+    if strange is not None and len(header.tensors) > 1:
+        raise AdapterFileError(f"{path} has a tensor called {strange!r:.100}, which is no layer's name. It is not used.")
+    other = kinds.refuse_other_kinds(header, path)
+    if other is not None:
+        raise InputError(other)
+
+
+def _settings(header: SafetensorsHeader, path: Path, config: Path | None) -> dict[str, Settings]:
+    settings = settings_of_metadata(header.metadata, path)
+    if config is None:
+        return settings
+    fields = read_json(config)
+    if str(fields.get("peft_type")).upper() == "NORA":
+        raise InputError(f"{config.parent} is a part of a NoRA adapter. Give the folder above it.")
+    # Which layers are changed is told by the tensors; PEFT's own folders may say it with an expression, which is not run.
+    fields = {name: value for name, value in fields.items() if name not in ("target_modules", "exclude_modules")}
+    return {**settings, "": checked(fields, config)}
+
+
+def _grouped(
+    header: SafetensorsHeader, path: Path, pipeline: StableDiffusionXLPipeline, layers: Mapping[Layer, nn.Module]
+) -> dict[Layer, dict[str, str]]:
+    """The tensors' names by layer and part.
+
+    Raises: InputError where a tensor is of no layer of this model.
+    """
+    table = spellings(layers, pipeline.unet.config.layers_per_block)
+    grouped: dict[Layer, dict[str, str]] = {}
+    unknown = []
+    for name in header.tensors:
+        split = split_name(name)
+        layer = None if split is None else table.get(split[0]) or _bare_text_layer(split[0], header.tensors[name].shape, layers)
+        if layer is not None and split[1] not in grouped.get(layer, {}):
+            grouped.setdefault(layer, {})[split[1]] = name
+        elif split is not None or not _is_left_out(header, name):
+            unknown.append(name)
+    if unknown:
+        layers_said = len({split[0] for split in map(split_name, header.tensors) if split})
+        listed = ", ".join(f"{name!r:.120}" for name in unknown[:LISTED])
+        more = f" and {len(unknown) - LISTED} more" if len(unknown) > LISTED else ""
+        reason = f"it fits {len(grouped)} of the {layers_said} layers that it changes, and nothing uses {listed}{more}"
+        raise InputError(kinds.misfit(path, header, reason))
+    return grouped
+
+
+def _bare_text_layer(name: str, shape: tuple[int, ...], layers: Mapping[Layer, nn.Module]) -> Layer | None:
+    """The text encoder's layer of a file that PEFT made of one text encoder alone, which does not say of which: by its sizes."""
+    for component in COMPONENTS[1:]:
+        for spelling in (name, name.removeprefix("text_model."), f"text_model.{name}"):
+            module = layers.get(Layer(component, spelling))
+            if isinstance(module, nn.Linear) and {module.in_features, module.out_features} & set(shape):
+                return Layer(component, spelling)
+    return None
+
+
+def _is_left_out(header: SafetensorsHeader, name: str) -> bool:
+    return kinds.is_embedding(name) or not header.tensors[name].dtype.is_floating_point
+
+
+def _left_out(header: SafetensorsHeader, path: Path) -> list[str]:
+    """Sentences about the tensors that change no layer and are left out."""
+    embeddings = sorted({name.rpartition(".")[0] or name for name in header.tensors if kinds.is_embedding(name)})
+    others = [name for name in header.tensors if split_name(name) is None and not kinds.is_embedding(name)]
+    sentences = []
+    if embeddings:
+        words = ", ".join(repr(name.removeprefix("bundle_emb.")) for name in embeddings[:LISTED])
+        sentences.append(
+            f"{path} also holds embeddings of words ({words}), a textual inversion, which are left out: only its LoRA is used, "
+            "and those words mean in a prompt what they mean to the base model."
+        )
+    if others:
+        sentences.append(f"{path} also holds {', '.join(map(repr, others[:LISTED]))}, which is of no layer and is left out.")
+    return sentences
+
+
+def _change(layer: Layer, module: nn.Module, parts: Mapping[str, torch.Tensor], settings: Mapping[str, Settings]) -> Change:
+    if not isinstance(module, NORMS):
+        return change_of(module, layer.name, parts, settings.get(layer.component, settings.get("")))
+    unused = parts.keys() - {"diff", "diff_b", "alpha"}
+    if unused:
+        raise MisfitError(f"{', '.join(sorted(unused))} is of a norm, which only differences change")
+    values = {part: tensor.float().flatten() for part, tensor in parts.items() if part != "alpha"}
+    for part, tensor in values.items():
+        if module.weight is None or tensor.shape != module.weight.shape:
+            raise MisfitError(f"{part} has {tensor.numel()} numbers, the model's norm another count")
+    return Change(up=values.get("diff"), bias=values.get("diff_b"))
+
+
+def _apply(model: nn.Module, changes: Mapping[str, Change], adapter_name: str) -> None:
+    """Put changes of layers, by their names, onto one component."""
+    modules = {base_name(name): module for name, module in model.named_modules() if not name.endswith(".base_layer")}
+    norms = {name for name in changes if isinstance(_base(modules[name]), NORMS)}
+    low_rank = {name: change for name, change in changes.items() if name not in norms and change.up is not None}
+    config = LoraConfig(r=1, target_modules=list(low_rank), init_lora_weights=False, inference_mode=True)
+    if low_rank:
+        add_adapter(model, config, adapter_name)
+        _fill(model, low_rank, config, adapter_name)
+    else:
+        _register(model, config, adapter_name)
+    for name, change in changes.items():
+        if change.bias is not None or name in norms:
+            _offset_layer(model, name).add(adapter_name, change.up if name in norms else None, change.bias)
+    model.set_adapter(adapter_name)
+
+
+def _fill(model: nn.Module, changes: Mapping[str, Change], config: LoraConfig, adapter_name: str) -> None:
+    """Give each layer of a new adapter the rank, the scaling and the factors of its own change."""
+    for name, layer in list(model.named_modules()):
+        change = changes.get(base_name(name))
+        if change is None or not isinstance(layer, LoraLayer) or adapter_name not in layer.r:
+            continue
+        rank = len(change.down)
+        # A LoRA that is one layer's DoRA and another's not is more than one configuration can say.
+        decomposed = change.magnitude is not None
+        own = replace(config, r=rank, use_dora=decomposed) if decomposed else config
+        layer.update_layer(adapter_name, rank, lora_alpha=change.scale * rank, config=own)
+        pairs = [(layer.lora_A[adapter_name].weight, change.down), (layer.lora_B[adapter_name].weight, change.up)]
+        if decomposed:
+            pairs.append((layer.lora_magnitude_vector[adapter_name].weight, change.magnitude))
+        with torch.no_grad():
+            for parameter, value in pairs:
+                parameter.copy_(value.reshape(parameter.shape))
+        for parameter, _ in pairs:
+            parameter.requires_grad_(False)
+        config.rank_pattern[base_name(name)], config.alpha_pattern[base_name(name)] = rank, change.scale * rank
+
+
+def _register(model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
+    """Have a component know an adapter that has no low-rank part, as PEFT's `add_adapter` does."""
+    model.peft_config = {**(getattr(model, "peft_config", None) or {}), adapter_name: config}
+    model._hf_peft_config_loaded = True
+
+
+def _offset_layer(model: nn.Module, name: str) -> OffsetLayer:
+    """The layer around the one called `name` that holds its offsets; put there if there is none."""
+    parent, _, child = name.rpartition(".")
+    holder = model.get_submodule(parent)
+    outer = layer = getattr(holder, child)
+    while isinstance(layer, BaseTunerLayer):
+        if isinstance(layer, OffsetLayer):
+            return layer
+        layer = layer.base_layer
+    setattr(holder, child, OffsetLayer(outer))
+    return getattr(holder, child)
+
+
+def _base(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
