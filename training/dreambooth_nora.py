@@ -31,6 +31,7 @@ from pipelines.subject.data import Example, load_examples
 from pipelines.subject.encoding import EncodedPictures
 from pipelines.subject.generate import Sampling
 from pipelines.subject.loss import DenoisingLoss, TrainingBatches
+from pipelines.subject.mismatch import check_prediction_type
 from pipelines.subject.optimizers import Adam, Rates, optimised, parameter_groups
 from pipelines.subject.scores import judge_by
 from training.engine.console import speaking
@@ -75,14 +76,16 @@ def main(options: SubjectOptions) -> RunDirectory:
         model, dtype = options.model, WEIGHT_DTYPES[accelerator.mixed_precision]
         load = partial(load_base_model, model.pretrained_model_name_or_path, device=accelerator.device, **model.source)
         pipeline = load(dtype)
+        seed = options.optimisation.seed
         resolution = options.data.resolution or model_resolution(pipeline)
         run.update_status(resolution=resolution)
         preparation = Preparation(pipeline, load, options, Sampling(resolution=resolution), run, accelerator)
         encoded = preparation.encode(pictures)
         subject = encoded.subject
+        check_prediction_type(pipeline, subject, seed)
         # As many as one batch holds: whether the training fits is told before the others are drawn.
         few = preparation.class_pictures(subject.sizes, options.optimisation.train_batch_size)
-        prompts, seed = options.output.validation_prompt, options.optimisation.seed
+        prompts = options.output.validation_prompt
         sampler = Sampler(pipeline, prompts, seed, Sampling(resolution=resolution), model.pretrained_model_name_or_path)
         before = [] if options.output.dry_run else sampler.draw()
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ class StockModel:
         variant, revision: as in `from_pretrained`.
         vae: name or folder of another VAE.
         config: folder with the configurations of a single file.
+        scheduler_class: name of the diffusers scheduler in place of the model's own; None for its own.
+        scheduler: arguments that the scheduler is given beside its configuration.
     """
 
     name: str
@@ -50,6 +52,8 @@ class StockModel:
     revision: str | None = None
     vae: str | None = None
     config: str | None = None
+    scheduler_class: str | None = None
+    scheduler: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
