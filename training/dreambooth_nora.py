@@ -23,6 +23,7 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 
 from pipelines.methods import method_named
+from pipelines.prompt_syntax import training_warnings
 from pipelines.subject import adapters
 from pipelines.subject.base_model import load_base_model, model_resolution
 from pipelines.subject.batches import SubjectBatches
@@ -38,7 +39,7 @@ from training.engine.console import speaking
 from training.engine.dry_run import rehearse_first
 from training.engine.ladder import with_ladder
 from training.engine.loop import LoopOptions, Periodic, Trainable, train
-from training.engine.opening import open_run
+from training.engine.opening import check_outputs, open_run
 from training.engine.sharding import check_can_shard, whole
 from training.engine.stopping import exit_codes
 from training.options import SubjectOptions, parse_options
@@ -67,8 +68,11 @@ def main(options: SubjectOptions) -> RunDirectory:
     ddp = DistributedDataParallelKwargs(find_unused_parameters=options.optimisation.stop_text_encoder_training is not None)
     accelerator = Accelerator(mixed_precision=options.model.mixed_precision, kwargs_handlers=[ddp])
     check_can_shard(accelerator, options.optimisation.optimizer, options.optimisation.use_8bit_adam)
+    check_outputs(options)
     check_can_push(options.judging)
     pictures = checked_pictures(options.data, options.optimisation.seed)
+    for sentence in training_warnings(options.prompts(picture.prompt for picture in (*pictures.train, *pictures.heldout))):
+        logger.warning(sentence)
     subject = Path(options.data.instance_data_dir).resolve().name
     run = open_run(options, f"{subject}-{options.adapter.method}", accelerator)
     with run.recording():

@@ -256,6 +256,7 @@ class FewShotClassifier:
         """
         folder = classifier_folder(path)
         told = ClassifierFile.read(folder / CLASSIFIER)
+        _check_base(told, folder, model, pretrained)
         weights = told.pretrained if model is None and pretrained is None else pretrained
         clip = load_clip(model or told.model, weights, _usable(device))
         if (found := module_digest(clip.model)) != told.base_sha256:
@@ -317,6 +318,24 @@ def _usable(device: str | torch.device) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device must be one that PyTorch can use here, such as cpu, got {str(device)!r}: {error}") from error
+
+
+def _check_base(told: ClassifierFile, folder: Path, model: str | None, pretrained: str | None) -> None:
+    """Refuse a classifier whose base model was a path that is gone, unless another is given."""
+    gone = [
+        (name, value)
+        for name, value, is_path in (
+            ("model", told.model, Path(told.model).is_absolute()),
+            ("pretrained", told.pretrained or "", (told.pretrained or "").endswith(".safetensors")),
+        )
+        if is_path and not Path(value).exists()
+    ]
+    if model is None and pretrained is None and gone:
+        name, value = gone[0]
+        raise InputError(
+            f"The classifier {str(folder)!r} was fitted on the {name} {value!r}, which is no longer there. Give --{name} with "
+            "the path where it lies now."
+        )
 
 
 def _of_prompts(clip: Clip, prompts: Prompts) -> Predictor:

@@ -20,6 +20,7 @@ from pipelines.errors import InputError
 
 EPSILON, V_PREDICTION = "epsilon", "v_prediction"
 V_PRED_KEY, ZTSNR_KEY, SIGMA_MAX_KEY, SIGMA_MIN_KEY = "v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min"
+KEYS = (V_PRED_KEY, ZTSNR_KEY, SIGMA_MAX_KEY, SIGMA_MIN_KEY)
 METADATA_KEY = "modelspec.prediction_type"
 # As modelspec, sd-scripts and model editors write them.
 SPELLINGS = {
@@ -131,11 +132,13 @@ def read_prediction(path: Path, strict: bool = True) -> Prediction:
     Raises: InputError for such a one.
     """
     with safe_open(path, "pt") as file:
-        names, metadata = set(file.keys()), file.metadata() or {}
-        sigmas = None
+        # Some files have them below the prefix of the UNet.
+        tensors = file.keys()
+        names = {next((key for key in KEYS if name.endswith(f".{key}")), name): name for name in tensors}
+        metadata, sigmas = file.metadata() or {}, None
         if SIGMA_MAX_KEY in names:
-            smallest = file.get_tensor(SIGMA_MIN_KEY).item() if SIGMA_MIN_KEY in names else EDM_SIGMA_MIN
-            sigmas = (float(smallest), float(file.get_tensor(SIGMA_MAX_KEY).item()))
+            smallest = file.get_tensor(names[SIGMA_MIN_KEY]).item() if SIGMA_MIN_KEY in names else EDM_SIGMA_MIN
+            sigmas = (float(smallest), float(file.get_tensor(names[SIGMA_MAX_KEY]).item()))
     in_header = _in_header(metadata.get(METADATA_KEY), path, strict and V_PRED_KEY not in names and sigmas is None)
     by_name = V_PREDICTION if V_PRED_KEY in names or sigmas is not None else None
     if by_name is not None and in_header not in (None, by_name):
