@@ -186,8 +186,10 @@ class GenerationOptions:
     rescale_betas_zero_snr: bool | None = field(
         default=None,
         metadata={
+            "nargs": "?",
+            "const": True,
             "help": "Whether the base model was trained with zero terminal SNR; what the adapter's run was given, or the model's "
-            "files say, unless said."
+            "files say, unless said.",
         },
     )
     seed: int = field(default=0, metadata={"help": "Seed of the first picture; each further one adds 1."})

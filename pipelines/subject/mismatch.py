@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,30 +16,33 @@ from pipelines.subject.loss import DenoisingLoss
 from pipelines.subject.noising import DiscreteNoising, mean_square
 from pipelines.subject.prediction import EPSILON, V_PREDICTION
 
-# Shares of signal at which noise and velocity differ plainly, and a trained model predicts either well.
-SIGNAL_SHARES = (0.5, 0.3, 0.15)
+# Shares of signal in the input, alphas_cumprod. With next to none, the input is nearly the noise itself, and a model that
+# predicts epsilon has to give little else than its input; v is known by inputs of about as much signal as noise.
+EPSILON_SHARES, V_SHARES = (0.05,), (0.5, 0.3)
 MOST_IMAGES = 2
-# A model trained on the other target leaves less than this share of its variance; one with random weights leaves all of both.
-EXPLAINED = 0.6
-# And less than this part of what it leaves of the target that it is said to predict.
-CLEARLY_LESS = 0.5
+# A trained model of epsilon has at most 0.25 there; one of v at least (1 - sqrt(0.05))^2 = 0.6, however well it knows images.
+IS_EPSILON, IS_NOT_EPSILON = 0.4, 0.5
+# Weights that know nothing have 1 and more of both.
+IS_V = 0.75
 
 
 @dataclass(frozen=True)
 class TargetLosses:
-    """The mean squared error of a UNet's outputs against both targets, each as a share of the target's own mean square.
+    """Mean squared errors of a UNet's outputs against both targets, as shares of the targets' own mean squares.
 
-    A UNet that knows nothing of a target has about 1 or more, one trained on it far less.
+    Args:
+        epsilon: where the input is nearly all noise.
+        v_prediction: where signal and noise are about equal.
     """
 
     epsilon: float
     v_prediction: float
 
-    def better_than(self, prediction_type: str) -> str | None:
-        """The other target, where it fits clearly better than `prediction_type`; None where it does not."""
-        other = V_PREDICTION if prediction_type == EPSILON else EPSILON
-        said, found = getattr(self, prediction_type), getattr(self, other)
-        return other if found < EXPLAINED and found < CLEARLY_LESS * said else None
+    def contradicts(self, prediction_type: str) -> bool:
+        """Whether the UNet clearly predicts the other target."""
+        if prediction_type == V_PREDICTION:
+            return self.epsilon < IS_EPSILON
+        return self.epsilon > IS_NOT_EPSILON and self.v_prediction < IS_V
 
 
 @torch.no_grad()
@@ -48,23 +52,28 @@ def target_losses(loss: DenoisingLoss, images: EncodedPictures, seed: int = 0) -
     Args:
         loss: of a model of discrete noise levels; its UNet has no adapter, or one that changes nothing.
     """
+    shares = {EPSILON: EPSILON_SHARES, V_PREDICTION: V_SHARES}
+    return TargetLosses(**{name: _share_of_error(loss, images, seed, name, levels) for name, levels in shares.items()})
+
+
+def _share_of_error(loss: DenoisingLoss, images: EncodedPictures, seed: int, target: str, shares: Sequence[float]) -> float:
+    """The mean squared error against `target` at the noise levels of these shares of signal, over the target's mean square."""
     scheduler, device = loss.noising.scheduler, loss.unet.device
-    signal = scheduler.alphas_cumprod
-    levels = torch.stack([(signal - share).abs().argmin() for share in SIGNAL_SHARES])
-    errors = dict.fromkeys((EPSILON, V_PREDICTION), 0.0)
-    squares = dict(errors)
+    error = square = 0.0
     for place in range(min(MOST_IMAGES, len(images))):
         latents, prompt = images.mean(place)[None].to(device), int(images.prompt_of[place])
-        hidden, pooled = (values[prompt][None].to(device) for values in (images.prompts.hidden, images.prompts.pooled))
-        for number, level in enumerate(levels):
-            noise = torch.randn(latents.shape, generator=keyed_generator(seed, Draw.PREDICTION_TYPE, place, number)).to(device)
-            timesteps, time_ids = level[None].to(device), images.time_ids(place)[None].to(device)
-            answer = loss.predict(latents, noise, timesteps, time_ids, PromptEmbeddings(hidden, pooled)).float()
-            targets = {EPSILON: noise, V_PREDICTION: scheduler.get_velocity(latents, noise, timesteps)}
-            for name, target in targets.items():
-                errors[name] += mean_square(answer - target.float()).item()
-                squares[name] += mean_square(target.float()).item()
-    return TargetLosses(**{name: errors[name] / squares[name] for name in errors})
+        prompts = PromptEmbeddings(
+            *(values[prompt][None].to(device) for values in (images.prompts.hidden, images.prompts.pooled))
+        )
+        time_ids = images.time_ids(place)[None].to(device)
+        noise = torch.randn(latents.shape, generator=keyed_generator(seed, Draw.PREDICTION_TYPE, place)).to(device)
+        for share in shares:
+            timesteps = (scheduler.alphas_cumprod - share).abs().argmin()[None].to(device)
+            answer = loss.predict(latents, noise, timesteps, time_ids, prompts).float()
+            expected = noise if target == EPSILON else scheduler.get_velocity(latents, noise, timesteps)
+            error += mean_square(answer - expected.float()).item()
+            square += mean_square(expected.float()).item()
+    return error / square
 
 
 def check_prediction_type(pipeline: StableDiffusionXLPipeline, images: EncodedPictures, seed: int = 0) -> None:
@@ -82,13 +91,13 @@ def check_prediction_type(pipeline: StableDiffusionXLPipeline, images: EncodedPi
     if not isinstance(loss.noising, DiscreteNoising) or said not in (EPSILON, V_PREDICTION):
         return
     losses = target_losses(loss, images, seed)
-    other = losses.better_than(said)
-    if other is None:
+    if not losses.contradicts(said):
         return
-    snr = (
-        " --rescale_betas_zero_snr False" if other == EPSILON and pipeline.scheduler.config.get("rescale_betas_zero_snr") else ""
-    )
+    other = V_PREDICTION if said == EPSILON else EPSILON
+    rescaled = pipeline.scheduler.config.get("rescale_betas_zero_snr")
+    snr = " --rescale_betas_zero_snr False" if other == EPSILON and rescaled else ""
     raise InputError(
-        f"The base model predicts {other}, not {said}: on one batch of your images it leaves {getattr(losses, other):.2f} of the "
-        f"{other} target's variance and {getattr(losses, said):.2f} of the {said} target's. Give --prediction_type {other}{snr}."
+        f"The base model predicts {other}, not {said}: on one batch of your images its loss is {losses.epsilon:.2f} for epsilon, "
+        f"below {IS_EPSILON} where a model predicts it, and {losses.v_prediction:.2f} for v_prediction; 1 is to know nothing. "
+        f"Give --prediction_type {other}{snr}."
     )

@@ -46,8 +46,10 @@ class ModelOptions:
     rescale_betas_zero_snr: bool | None = field(
         default=None,
         metadata={
+            "nargs": "?",
+            "const": True,
             "help": "Whether the base model was trained with zero terminal SNR, where the last noise level has no signal. As the "
-            "model's files say unless said."
+            "model's files say unless said.",
         },
     )
     gradient_checkpointing: bool = field(
