@@ -17,8 +17,10 @@ from training import dreambooth_nora
 from training.options import parse_options
 from training.subject import finishing
 
-FAST = "--method lora --rank 2 --target_modules to_v --max_train_steps 1 --train_batch_size 1 --validation_steps 1"
-FAST += " --heldout_image none --snr_gamma 5 --report_to none --resolution 16"
+FAST = (
+    "--method lora --rank 2 --target_modules to_v --max_train_steps 2 --learning_rate 1 --train_batch_size 1 --validation_steps 1"
+)
+FAST += " --heldout_image none --snr_gamma 5 --lr_warmup_steps 0 --judge_model base --report_to none --resolution 16"
 
 
 @pytest.fixture(autouse=True)
