@@ -13,14 +13,13 @@ from tiny_pipeline import tiny_pipeline
 from nora_vision.files import read_header
 from pipelines.errors import InputError
 from pipelines.subject.generate import GenerationOptions, Sampling
-from training import dreambooth_nora
+from training import dreambooth_nora, fewshot_nora
 from training.options import parse_options
+from training.options.fewshot import parse_fewshot_options
 from training.subject import finishing
 
-FAST = (
-    "--method lora --rank 2 --target_modules to_v --max_train_steps 2 --learning_rate 1 --train_batch_size 1 --validation_steps 1"
-)
-FAST += " --heldout_image none --snr_gamma 5 --lr_warmup_steps 0 --judge_model base --report_to none --resolution 16"
+FAST = "--method lora --rank 2 --target_modules to_v --max_train_steps 2 --train_batch_size 1 --validation_steps 2"
+FAST += " --learning_rate 1 --lr_warmup_steps 0 --heldout_image none --snr_gamma 5 --report_to none --judge_model base"
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +93,30 @@ def test_folders_that_cannot_be_written_are_refused_before_a_model_is_loaded(
     given = [word.replace("FILE", str(file)) for word in more]
     with pytest.raises(InputError, match=message):
         dreambooth_nora.main(parse_options(flags(tiny_model, pictures_dir, tmp_path / "run", *given)))
+
+
+def test_foreign_syntax_in_the_prompts_of_a_run_is_named(tiny_model, pictures_dir, tmp_path, monkeypatch, caplog):
+    class Enough(Exception):
+        """All that is looked at has been."""
+
+    def stop(*_):
+        raise Enough
+
+    monkeypatch.setattr(dreambooth_nora, "open_run", stop)
+    given = ("--instance_prompt", "sks (toy:1.2)", "--validation_prompt", "toy <lora:snow:0.8>")
+    with pytest.raises(Enough):
+        dreambooth_nora.main(parse_options([*flags(tiny_model, pictures_dir, tmp_path / "run"), *given]))
+    assert "'(toy:1.2)'" in caplog.text
+    assert "'<lora:snow:0.8>'" in caplog.text
+    assert "starts from the base model alone" in caplog.text
+
+
+def test_the_few_shot_trainers_folder_is_checked_before_a_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(fewshot_nora, "load_clip", None)
+    (tmp_path / "file").write_text("")
+    options = parse_fewshot_options(["--output_dir", str(tmp_path / "file"), "--report_to", "none"])
+    with pytest.raises(InputError, match=r"--output_dir must be a folder"):
+        fewshot_nora.main(options)
 
 
 def test_both_flags_are_read_checked_and_recorded(capsys):
