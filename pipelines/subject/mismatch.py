@@ -97,7 +97,8 @@ def check_prediction_type(pipeline: StableDiffusionXLPipeline, images: EncodedPi
     rescaled = pipeline.scheduler.config.get("rescale_betas_zero_snr")
     snr = " --rescale_betas_zero_snr False" if other == EPSILON and rescaled else ""
     raise InputError(
-        f"The base model predicts {other}, not {said}: on one batch of your images its loss is {losses.epsilon:.2f} for epsilon, "
-        f"below {IS_EPSILON} where a model predicts it, and {losses.v_prediction:.2f} for v_prediction; 1 is to know nothing. "
+        f"The base model predicts {other}, not {said}: on one batch of your images its loss is {losses.epsilon:.2f} for epsilon "
+        f"and {losses.v_prediction:.2f} for v_prediction, as shares of the targets' mean squares; a model that predicts epsilon "
+        f"has less than {IS_EPSILON} for it, one that predicts v less than {IS_V} for v alone. "
         f"Give --prediction_type {other}{snr}."
     )
