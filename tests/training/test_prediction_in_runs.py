@@ -119,6 +119,12 @@ def test_the_few_shot_trainers_folder_is_checked_before_a_model_is_loaded(tmp_pa
         fewshot_nora.main(options)
 
 
+def test_a_set_that_has_moved_is_named_with_its_option(tmp_path):
+    options = parse_fewshot_options(["--data_dir", str(tmp_path / "gone"), "--output_dir", str(tmp_path / "run")])
+    with pytest.raises(InputError, match=r"There is no folder or file '.*gone'\. Give --data_dir"):
+        fewshot_nora.main(options)
+
+
 def test_both_flags_are_read_checked_and_recorded(capsys):
     options = parse_options(["--prediction_type", "v_prediction", "--rescale_betas_zero_snr"])
     assert options.model.source["prediction_type"] == options.to_dict()["model"]["prediction_type"] == "v_prediction"

@@ -51,6 +51,8 @@ def labelled_set(options: LabelledDataOptions) -> tuple[LabelledSet, list[Copies
 
     Raises: InputError naming what cannot be used.
     """
+    if options.data_dir is not None and not Path(options.data_dir).exists():
+        raise InputError(f"There is no folder or file {options.data_dir!r}. Give --data_dir with the path where the images lie.")
     if options.dataset is not None:
         return rename(load_set(options.data_dir, options.dataset), options.names_by_key()), []
     names = options.names_by_key()
