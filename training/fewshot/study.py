@@ -13,6 +13,7 @@ from accelerate.logging import get_logger
 from torch.utils.data import Dataset
 
 from pipelines.cache import TensorCache, module_digest
+from pipelines.errors import InputError
 from pipelines.fewshot.baselines.task import Examples, FewShotTask
 from pipelines.fewshot.batches import AlteredPictures, AlteredView, Augmentation
 from pipelines.fewshot.clip import Clip
