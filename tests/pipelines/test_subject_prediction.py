@@ -200,7 +200,7 @@ def test_a_model_that_answers_exactly_is_known_by_its_losses(pipe, answer, resca
         check_prediction_type(pipe, encoded(pipe, latents))
         return
     flags = r"--prediction_type epsilon --rescale_betas_zero_snr False\." if rescaled else r"--prediction_type epsilon\."
-    with pytest.raises(InputError, match=rf"predicts epsilon, not v_prediction: .* 0\.00 for epsilon, .* {flags}"):
+    with pytest.raises(InputError, match=rf"predicts epsilon, not v_prediction: .* 0\.00 for epsilon and .* {flags}"):
         check_prediction_type(pipe, encoded(pipe, latents))
 
 
