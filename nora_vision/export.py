@@ -87,6 +87,7 @@ def export_lora(
         alpha=float(rank),
         network_args={"method": "+".join(sorted({_method(pipe, name) for name in strengths}))},
         prediction_type=pipe.scheduler.config.prediction_type,
+        zero_terminal_snr=bool(pipe.scheduler.config.get("rescale_betas_zero_snr")),
         resolution=pipe.unet.config.sample_size * pipe.vae_scale_factor,
     )
     write_tensors(path, tensors, header)

@@ -80,6 +80,7 @@ def kohya_header(
     alpha: float,
     network_args: Mapping[str, Any],
     prediction_type: str,
+    zero_terminal_snr: bool,
     resolution: int,
 ) -> dict[str, str]:
     """What a kohya file says about itself; without `ss_base_model_version` A1111 files it under SD 1.
@@ -90,6 +91,7 @@ def kohya_header(
         rank, alpha: of the network; layers of another rank say so by their shapes.
         network_args: what else made the network.
         prediction_type: of the scheduler, "epsilon" or "v_prediction".
+        zero_terminal_snr: whether the noise of the base model's training ends without any signal.
         resolution: side of the pictures in pixels.
     """
     digest = tensor_hash(tensors)
@@ -100,6 +102,7 @@ def kohya_header(
         "ss_network_alpha": str(alpha),
         "ss_network_args": json.dumps(network_args, sort_keys=True),
         "ss_v2": "False",
+        "ss_zero_terminal_snr": str(zero_terminal_snr),
         "ss_output_name": title,
         "sshs_model_hash": digest,
         "modelspec.sai_model_spec": "1.0.0",

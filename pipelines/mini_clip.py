@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
 from pipelines.mini_sdxl import MAX_TOKENS, RESOLUTION
+from pipelines.text_files import read_text
 
 CONFIG_FILE, WEIGHTS_FILE, VISION_FOLDER = "open_clip_config.json", "open_clip_model.safetensors", "vision"
 BUILT_IN_CLIP = Path(__file__).parents[1] / "assets" / "mini-clip"
@@ -82,7 +83,7 @@ def write_configuration(folder: Path, tokenizer: CLIPTokenizer) -> None:
 
 def new_model(folder: Path) -> CLIP:
     """The untrained model that the files in `folder` describe, wherever the working directory is."""
-    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["model_cfg"]
+    config = json.loads(read_text(folder / CONFIG_FILE))["model_cfg"]
     config["vision_cfg"]["timm_model_name"] = f"local-dir:{(folder / VISION_FOLDER).resolve()}"
     return CLIP(**config)
 

@@ -22,6 +22,7 @@ class Draw(IntEnum):
     CROPS = 8
     HELD_OUT = 9
     VIEWS = 10
+    PREDICTION_TYPE = 11
 
 
 def keyed_generator(*key: int) -> torch.Generator:

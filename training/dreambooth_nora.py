@@ -23,6 +23,7 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 
 from pipelines.methods import method_named
+from pipelines.prompt_syntax import training_warnings
 from pipelines.subject import adapters
 from pipelines.subject.base_model import load_base_model, model_resolution
 from pipelines.subject.batches import SubjectBatches
@@ -31,13 +32,14 @@ from pipelines.subject.data import Example, load_examples
 from pipelines.subject.encoding import EncodedPictures
 from pipelines.subject.generate import Sampling
 from pipelines.subject.loss import DenoisingLoss, TrainingBatches
+from pipelines.subject.mismatch import check_prediction_type
 from pipelines.subject.optimizers import Adam, Rates, optimised, parameter_groups
 from pipelines.subject.scores import judge_by
 from training.engine.console import speaking
 from training.engine.dry_run import rehearse_first
 from training.engine.ladder import with_ladder
 from training.engine.loop import LoopOptions, Periodic, Trainable, train
-from training.engine.opening import open_run
+from training.engine.opening import check_outputs, open_run
 from training.engine.sharding import check_can_shard, whole
 from training.engine.stopping import exit_codes
 from training.options import SubjectOptions, parse_options
@@ -66,8 +68,11 @@ def main(options: SubjectOptions) -> RunDirectory:
     ddp = DistributedDataParallelKwargs(find_unused_parameters=options.optimisation.stop_text_encoder_training is not None)
     accelerator = Accelerator(mixed_precision=options.model.mixed_precision, kwargs_handlers=[ddp])
     check_can_shard(accelerator, options.optimisation.optimizer, options.optimisation.use_8bit_adam)
+    check_outputs(options)
     check_can_push(options.judging)
     pictures = checked_pictures(options.data, options.optimisation.seed)
+    for sentence in training_warnings(options.prompts(picture.prompt for picture in (*pictures.train, *pictures.heldout))):
+        logger.warning(sentence)
     subject = Path(options.data.instance_data_dir).resolve().name
     run = open_run(options, f"{subject}-{options.adapter.method}", accelerator)
     with run.recording():
@@ -75,14 +80,16 @@ def main(options: SubjectOptions) -> RunDirectory:
         model, dtype = options.model, WEIGHT_DTYPES[accelerator.mixed_precision]
         load = partial(load_base_model, model.pretrained_model_name_or_path, device=accelerator.device, **model.source)
         pipeline = load(dtype)
+        seed = options.optimisation.seed
         resolution = options.data.resolution or model_resolution(pipeline)
         run.update_status(resolution=resolution)
         preparation = Preparation(pipeline, load, options, Sampling(resolution=resolution), run, accelerator)
         encoded = preparation.encode(pictures)
         subject = encoded.subject
+        check_prediction_type(pipeline, subject, seed)
         # As many as one batch holds: whether the training fits is told before the others are drawn.
         few = preparation.class_pictures(subject.sizes, options.optimisation.train_batch_size)
-        prompts, seed = options.output.validation_prompt, options.optimisation.seed
+        prompts = options.output.validation_prompt
         sampler = Sampler(pipeline, prompts, seed, Sampling(resolution=resolution), model.pretrained_model_name_or_path)
         before = [] if options.output.dry_run else sampler.draw()
 

@@ -23,7 +23,7 @@ from pipelines.fewshot.clip import load_clip
 from pipelines.fewshot.data import LabelledPicture
 from pipelines.fewshot.export import save_exported, save_lora, save_merged
 from training.engine.console import speaking
-from training.engine.opening import open_run
+from training.engine.opening import check_outputs, open_run
 from training.engine.stopping import exit_codes
 from training.fewshot.card import write_card
 from training.fewshot.members import FittedAdapter, Member, fit_member
@@ -44,6 +44,7 @@ def main(options: FewShotOptions) -> RunDirectory:
     Raises: InputError where something given cannot be used, before any long work starts.
     """
     accelerator = Accelerator(mixed_precision=options.model.mixed_precision)
+    check_outputs(options)
     labelled, copies = labelled_set(options.data)
     check_drawable(labelled, options.data)
     clip = load_clip(options.model.model, options.model.pretrained, accelerator.device)

@@ -17,6 +17,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from pipelines.errors import InputError
+from pipelines.text_files import read_text
 from training.runs.durable import write_text_atomically
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}")
@@ -75,7 +76,7 @@ class Accounts:
         return is_right and stored is not None
 
     def _lines(self) -> Iterator[tuple[str, str]]:
-        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(read_text(self.path).splitlines(), 1):
             name, _, stored = line.partition(":")
             if line and (not NAME.fullmatch(name) or len(stored.split("$")) != 6):
                 raise InputError(f"Line {number} of {str(self.path)!r} is no account. Remove it, and use --add_account.")

@@ -256,8 +256,10 @@ class FewShotClassifier:
         """
         folder = classifier_folder(path)
         told = ClassifierFile.read(folder / CLASSIFIER)
+        if model is None and pretrained is None:
+            _check_base(told, folder)
         weights = told.pretrained if model is None and pretrained is None else pretrained
-        clip = load_clip(model or told.model, weights, _usable(device))
+        clip = _loaded(told, folder, model, weights, _usable(device))
         if (found := module_digest(clip.model)) != told.base_sha256:
             raise InputError(
                 f"The weights of {clip.name} are not those that {str(folder)!r} was fitted on: their sha256 must be "
@@ -317,6 +319,37 @@ def _usable(device: str | torch.device) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device must be one that PyTorch can use here, such as cpu, got {str(device)!r}: {error}") from error
+
+
+def _loaded(told: ClassifierFile, folder: Path, model: str | None, pretrained: str | None, device: str | torch.device) -> Clip:
+    """The base model given, else the one that the classifier was fitted on, which an error says."""
+    try:
+        return load_clip(model or told.model, pretrained, device)
+    except InputError as error:
+        if model is not None:
+            raise
+        raise InputError(
+            f"The base model that {str(folder)!r} was fitted on cannot be loaded: {error} If it lies elsewhere now, give "
+            "--model, and --pretrained for its weights."
+        ) from error
+
+
+def _check_base(told: ClassifierFile, folder: Path) -> None:
+    """Refuse a classifier whose base model was a path that is gone."""
+    gone = [
+        (name, value)
+        for name, value, is_path in (
+            ("model", told.model, Path(told.model).is_absolute()),
+            ("pretrained", told.pretrained or "", (told.pretrained or "").endswith(".safetensors")),
+        )
+        if is_path and not Path(value).exists()
+    ]
+    if gone:
+        name, value = gone[0]
+        raise InputError(
+            f"The classifier {str(folder)!r} was fitted on the {name} {value!r}, which is no longer there. Give --{name} with "
+            "the path where it lies now."
+        )
 
 
 def _of_prompts(clip: Clip, prompts: Prompts) -> Predictor:

@@ -23,7 +23,9 @@ from pipelines.errors import InputError
 from pipelines.fewshot.classifier import FewShotClassifier, Predictions
 from pipelines.fewshot.loading import walk
 from pipelines.file_names import display_path
+from pipelines.output_paths import check_output_file
 from pipelines.pictures import has_picture_name, read_picture
+from pipelines.run_options import check_task
 from pipelines.tables import harmless
 
 
@@ -116,6 +118,9 @@ def run(run_path: str, given: Sequence[str], options: ClassifyOptions) -> int:
 
     Raises: InputError or AdapterFileError if nothing can be classified.
     """
+    if options.output is not None:
+        check_output_file(options.output, "--output", (".csv",))
+    check_task(run_path, "few-shot")
     files = find_files(given)
     classifier = FewShotClassifier.from_run(run_path, options.model, options.pretrained, options.device)
     predictions, damaged = classify(classifier.with_classes(*options.add_class), files, options.batch_size)

@@ -17,6 +17,7 @@ from pipelines.fewshot.data import PARTS, LabelledPicture, LabelledSet, Part
 from pipelines.fewshot.sources import PictureFile
 from pipelines.fewshot.split_files import read_json
 from pipelines.pictures import has_picture_name
+from pipelines.text_files import read_text
 
 INSTRUCTIONS = "Lay it out as DATASETS.md of github.com/KaiyangZhou/CoOp says"
 # Name, label and class of a picture, and its part.
@@ -150,7 +151,7 @@ def _from_imagenet(folder: Path, layout: SetLayout) -> list[Listed]:
 def _imagenet_names(path: Path, idents: list[str], layout: SetLayout) -> dict[str, str]:
     if not path.is_file() and len(idents) == len(IMAGENET_CLASSNAMES):
         return dict(zip(idents, IMAGENET_CLASSNAMES, strict=True))
-    lines = [line.split(" ", 1) for line in _needed(path, layout).read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line.split(" ", 1) for line in read_text(_needed(path, layout)).splitlines() if line.strip()]
     names = {line[0]: line[-1].strip() for line in lines}
     unnamed = [ident for ident in idents if ident not in names]
     if unnamed:
@@ -160,12 +161,12 @@ def _imagenet_names(path: Path, idents: list[str], layout: SetLayout) -> dict[st
 
 def _from_aircraft(folder: Path, layout: SetLayout) -> list[Listed]:
     """variants.txt has the classes; images_variant_<part>.txt a line "<picture without .jpg> <class>" for each picture."""
-    variants = _needed(folder / "variants.txt", layout).read_text(encoding="utf-8").splitlines()
+    variants = read_text(_needed(folder / "variants.txt", layout)).splitlines()
     label_of = {variant.strip(): label for label, variant in enumerate(variants) if variant.strip()}
     listed: list[Listed] = []
     for part in PARTS:
         table = _needed(folder / f"images_variant_{part}.txt", layout)
-        for line in filter(None, map(str.strip, table.read_text(encoding="utf-8").splitlines())):
+        for line in filter(None, map(str.strip, read_text(table).splitlines())):
             picture, _, key = line.partition(" ")
             if key not in label_of or not (folder / layout.images / f"{picture}.jpg").is_file():
                 raise InputError(f"{str(table)!r} lists {line!r}, of which the picture or the class is missing. {INSTRUCTIONS}.")

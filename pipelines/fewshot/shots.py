@@ -154,9 +154,16 @@ def _drawn(
         why = "as its own split says" if labelled.parts else f"since {len(held['test'])} are held out for the test"
         raise InputError(
             f"Class {key!r} of {labelled.name} must have {learned + from_pool} pictures to learn from {learned} and choose on "
-            f"{from_pool or len(validation)}, got {len(pool)}, {why}. Add pictures to it, or take fewer shots."
+            f"{from_pool or len(validation)}, got {len(pool)}, {why}. Add pictures to it, or {_other_remedy(labelled, shots)}."
         )
     return {"train": pool[:learned], "val": validation, "test": held["test"]}
+
+
+def _other_remedy(labelled: LabelledSet, shots: Shots) -> str:
+    """What helps besides more pictures, where a class has too few for `shots`."""
+    if shots != "all" and shots > 1:
+        return "take fewer shots"
+    return "leave the class out" if labelled.parts else "leave the class out, or lower --test_share"
 
 
 def _held(labelled: LabelledSet, key: str, own: list[str], test_share: float) -> dict[Part, list[str]]:

@@ -14,10 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from pipelines.errors import InputError
 from pipelines.subject.model_files import autoencoder_folder, configuration_folder, pipeline_folder
+from pipelines.subject.prediction import prediction_of
 from pipelines.subject.quantization import quantize_linear_layers
 
 ASSETS = Path(__file__).parents[2] / "assets"
 BUILT_IN_MODEL = ASSETS / "mini-sdxl"
+# What runs record, since the model's folder differs from checkout to checkout.
+BUILT_IN = BUILT_IN_MODEL.name
 # Of the UNet, both text encoders and the autoencoder in one file, as Stability's own code names them.
 SDXL_PREFIXES = ("model.diffusion_model.", "conditioner.embedders.0.", "conditioner.embedders.1.", "first_stage_model.")
 
@@ -36,8 +39,21 @@ class PromptEmbeddings:
 
 
 def is_built_in(name_or_path: str) -> bool:
-    """Whether `name_or_path` is the model that comes with this project."""
-    return Path(name_or_path).resolve() == BUILT_IN_MODEL.resolve()
+    """Whether `name_or_path` is the model that comes with this project: its name, its folder, or that of a checkout now gone."""
+    path = Path(name_or_path)
+    if name_or_path == BUILT_IN or path.resolve() == BUILT_IN_MODEL.resolve():
+        return True
+    return path.parts[-2:] == BUILT_IN_MODEL.parts[-2:] and not path.exists()
+
+
+def recorded_name(name_or_path: str) -> str:
+    """What records call a model: `BUILT_IN` for the built-in one wherever it lies, else `name_or_path`."""
+    return BUILT_IN if is_built_in(name_or_path) else name_or_path
+
+
+def model_path(name_or_path: str) -> str:
+    """The hub name or path that libraries load a model by: the built-in one's folder, else `name_or_path`."""
+    return str(BUILT_IN_MODEL) if is_built_in(name_or_path) else name_or_path
 
 
 def load_base_model(
@@ -49,6 +65,8 @@ def load_base_model(
     vae: str | None = None,
     single_file_config: str | None = None,
     quantize: str | None = None,
+    prediction_type: str | None = None,
+    rescale_betas_zero_snr: bool | None = None,
 ) -> StableDiffusionXLPipeline:
     """Load an SDXL pipeline, frozen and in evaluation mode, from a hub name, a folder or one file; safetensors only.
 
@@ -59,8 +77,11 @@ def load_base_model(
         single_file_config: for one file, hub name or folder of a model with the same configuration and tokenizers; SDXL's own
             on the hub where None.
         quantize: "nf4" to keep the UNet's linear layers in 4 bits a number  [QLoRA, Dettmers et al. 2023].
-    Raises: InputError naming the model if it cannot be found or is no SDXL.
+        prediction_type: what the UNet predicts, "epsilon" or "v_prediction"; as the model says where None.
+        rescale_betas_zero_snr: whether its noise ends without any signal; as the model says where None.
+    Raises: InputError naming the model if it cannot be found or is no SDXL, or what does not go with it.
     """
+    name_or_path = model_path(name_or_path)
     parts = {} if vae is None else {"vae": load_autoencoder(vae, dtype)}
     path = Path(name_or_path)
     try:
@@ -75,6 +96,7 @@ def load_base_model(
             )
     except OSError as error:
         raise InputError(f"The model {name_or_path!r} could not be loaded: {error}") from error
+    pipeline.scheduler = prediction_of(name_or_path, prediction_type, rescale_betas_zero_snr).apply(pipeline.scheduler)
     if quantize is not None:
         quantize_linear_layers(pipeline.unet, quantize, dtype)
     pipeline.to(device)

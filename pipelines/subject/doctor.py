@@ -24,6 +24,7 @@ from transformers import HfArgumentParser
 from pipelines.errors import InputError
 from pipelines.file_names import display_path
 from pipelines.image_formats import UnsupportedFormatError
+from pipelines.output_paths import check_output_file
 from pipelines.pictures import read_image
 from pipelines.subject.caption_files import read_captions
 from pipelines.subject.folder_entries import FolderAccount
@@ -305,6 +306,10 @@ class DoctorOptions:
 
 def main(options: DoctorOptions) -> Report:
     """Examine the folder and say what was found."""
+    if not Path(options.folder).is_dir():
+        raise InputError(f"There is no folder {options.folder!r}. Name a folder with images of the subject.")
+    if options.json is not None:
+        check_output_file(options.json, "--json", (".json",))
     report = examine(options.folder, options.resolution, options.dataloader_num_workers)
     if options.json is not None:
         Path(options.json).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")

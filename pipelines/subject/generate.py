@@ -5,13 +5,12 @@ python -m pipelines.subject.generate --adapter runs/RUN --prompt "a photo of sks
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -21,9 +20,12 @@ from transformers import HfArgumentParser
 
 from nora_vision import AdapterFileError
 from pipelines.errors import InputError
+from pipelines.output_paths import IMAGE_SUFFIXES, check_output_file, check_output_folder
 from pipelines.pictures import as_grid, save_picture
+from pipelines.prompt_syntax import command_line_warnings
 from pipelines.subject.adapters import load_adapter
-from pipelines.subject.base_model import BUILT_IN_MODEL, load_base_model
+from pipelines.subject.model_source import FIELDS, ModelSource, source_of
+from pipelines.text_files import read_text
 
 logger = logging.getLogger(__name__)
 # Weights of the UNet: the built-in model has 7 million, SDXL 2,600 million.
@@ -57,12 +59,15 @@ class Sampling:
         guidance_scale: how strongly the prompt is followed; 1 is no guidance.
         negative_prompt: what to keep away from.
         resolution: side in pixels; the model's own where it is None.
+        guidance_rescale: how far guided predictions are brought back to the contrast of unguided ones, in [0, 1]; 0.7 is usual
+            for models with zero terminal SNR  [Lin et al. 2023].
     """
 
     num_inference_steps: int = 25
     guidance_scale: float = 4.0
     negative_prompt: str = ""
     resolution: int | None = None
+    guidance_rescale: float = 0.0
 
     def __post_init__(self) -> None:
         if self.num_inference_steps < 1:
@@ -71,6 +76,8 @@ class Sampling:
             raise InputError(f"guidance_scale must be at least 0, got {self.guidance_scale}.")
         if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
             raise InputError(f"resolution must be a multiple of 8, got {self.resolution}.")
+        if not 0 <= self.guidance_rescale <= 1:
+            raise InputError(f"guidance_rescale must be in [0, 1], got {self.guidance_rescale}.")
 
 
 @contextmanager
@@ -116,6 +123,7 @@ def generate(
             negative_prompt=[sampling.negative_prompt] * len(part) if sampling.negative_prompt else None,
             num_inference_steps=sampling.num_inference_steps,
             guidance_scale=sampling.guidance_scale,
+            guidance_rescale=sampling.guidance_rescale,
             height=sampling.resolution,
             width=sampling.resolution,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds[first : first + batch_size]],
@@ -155,13 +163,44 @@ class GenerationOptions:
     pretrained_model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "SDXL base model: a hub name or a folder. That of the adapter's run, or the built-in one, unless said."
+            "help": "SDXL base model: a hub name, a folder or a .safetensors file. That of the adapter's run, or the built-in "
+            "one, unless said."
+        },
+    )
+    pretrained_vae_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub name or folder of another autoencoder; that of the adapter's run unless said."}
+    )
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a base model with a hub name; the run's unless said."}
+    )
+    variant: str | None = field(
+        default=None, metadata={"help": "Variant of the model's files, such as fp16; the run's unless said."}
+    )
+    single_file_config: str | None = field(
+        default=None,
+        metadata={"help": "For a base model in one file: a model with the same configuration; the run's unless said."},
+    )
+    prediction_type: Literal["epsilon", "v_prediction"] | None = field(
+        default=None,
+        metadata={"help": "What the base model predicts; as the adapter's run was given, or the model's files say, unless said."},
+    )
+    rescale_betas_zero_snr: bool | None = field(
+        default=None,
+        metadata={
+            "nargs": "?",
+            "const": True,
+            "help": "Whether the base model was trained with zero terminal SNR; what the adapter's run was given, or the model's "
+            "files say, unless said.",
         },
     )
     seed: int = field(default=0, metadata={"help": "Seed of the first picture; each further one adds 1."})
     num_images_per_prompt: int = field(default=1, metadata={"help": "Pictures of each prompt."})
     num_inference_steps: int = field(default=25, metadata={"help": "Denoising steps."})
     guidance_scale: float = field(default=4.0, metadata={"help": "How strongly the prompt is followed; 1 is no guidance."})
+    guidance_rescale: float = field(
+        default=0.0,
+        metadata={"help": "Bring the contrast of guided pictures back, in [0, 1]; 0.7 is usual with zero terminal SNR."},
+    )
     resolution: int | None = field(
         default=None, metadata={"help": "Side of the pictures in pixels; the model's own unless said."}
     )
@@ -191,19 +230,23 @@ class GenerationOptions:
         if self.prompts_file is not None:
             if not Path(self.prompts_file).is_file():
                 raise InputError(f"There is no prompts_file {self.prompts_file!r}.")
-            prompts = [line.strip() for line in Path(self.prompts_file).read_text(encoding="utf-8").splitlines() if line.strip()]
+            prompts = [line.strip() for line in read_text(self.prompts_file).splitlines() if line.strip()]
             if not prompts:
                 raise InputError(f"{self.prompts_file!r} holds no prompt. Write one a line.")
         return [prompt for prompt in prompts for _ in range(self.num_images_per_prompt)]
 
-    def model(self) -> str:
-        """The base model: the one given, else the one that the first adapter's run was trained on, else the built-in one."""
-        recorded = Path(self.adapter[0]) / "options.json" if self.adapter else None
-        if self.pretrained_model_name_or_path is not None:
-            return self.pretrained_model_name_or_path
-        if recorded is not None and recorded.is_file():
-            return json.loads(recorded.read_text(encoding="utf-8"))["model"]["pretrained_model_name_or_path"]
-        return str(BUILT_IN_MODEL)
+    def source(self) -> ModelSource:
+        """The base model: what is given, else what the first adapter's run was trained on, else the built-in one.
+
+        Raises: InputError for a run of another task, or one whose options cannot be read.
+        """
+        return source_of(self.adapter, {name: getattr(self, name) for name in FIELDS})
+
+    def check_outputs(self) -> None:
+        """Raises: InputError for a folder or file that cannot be written."""
+        check_output_folder(self.output_dir, "--output_dir")
+        if self.grid is not None:
+            check_output_file(self.grid, "--grid", IMAGE_SUFFIXES)
 
 
 def with_adapters(pipeline: StableDiffusionXLPipeline, paths: Sequence[str], strengths: Sequence[float]) -> None:
@@ -218,10 +261,19 @@ def with_adapters(pipeline: StableDiffusionXLPipeline, paths: Sequence[str], str
 
 def main(options: GenerationOptions) -> list[Path]:
     """Draw and save the pictures; returns their files."""
-    prompts, model = options.prompts(), options.model()
-    sampling = Sampling(options.num_inference_steps, options.guidance_scale, options.negative_prompt, options.resolution)
+    prompts, source = options.prompts(), options.source()
+    sampling = Sampling(
+        options.num_inference_steps,
+        options.guidance_scale,
+        options.negative_prompt,
+        options.resolution,
+        options.guidance_rescale,
+    )
+    options.check_outputs()
+    for sentence in command_line_warnings([*prompts, options.negative_prompt]):
+        logger.warning(sentence)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline = load_base_model(model, torch.float16 if device == "cuda" else torch.float32, device)
+    pipeline = source.load(torch.float16 if device == "cuda" else torch.float32, device)
     strengths = options.strength * len(options.adapter) if len(options.strength) == 1 else options.strength
     with_adapters(pipeline, options.adapter, strengths)
     seeds = range(options.seed, options.seed + len(prompts))
@@ -229,7 +281,7 @@ def main(options: GenerationOptions) -> list[Path]:
     common = {
         **asdict(sampling),
         "sampler": type(pipeline.scheduler).__name__.removesuffix("Scheduler"),
-        "model": model,
+        "model": source.pretrained_model_name_or_path,
         "adapters": [{"path": path, "strength": strength} for path, strength in zip(options.adapter, strengths, strict=True)],
     }
     pictures, files = [], []

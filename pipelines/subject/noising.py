@@ -10,6 +10,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.training_utils import compute_snr
 
 from pipelines.errors import InputError
+from pipelines.subject.prediction import check_terminal_snr
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
@@ -35,7 +36,8 @@ class Noising(Protocol):
 def noising_for(scheduler: SchedulerMixin, edm_style: bool = False, snr_gamma: float | None = None) -> Noising:
     """The noise levels that the model of `scheduler` was trained on, or with `edm_style` the same with EDM's errors.
 
-    Raises: InputError for a prediction type that is unknown, and for min-SNR with EDM's errors, which are weighted already.
+    Raises: InputError for a prediction type that is unknown, for epsilon with zero terminal SNR, and for min-SNR with EDM's
+        errors, which are weighted already.
     """
     prediction_type = scheduler.config.prediction_type
     if prediction_type not in PREDICTION_TYPES:
@@ -43,6 +45,7 @@ def noising_for(scheduler: SchedulerMixin, edm_style: bool = False, snr_gamma: f
             f"The model's prediction_type must be one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}. Use another "
             "base model."
         )
+    check_terminal_snr(scheduler)
     is_edm = "EDM" in type(scheduler).__name__
     if (is_edm or edm_style) and snr_gamma is not None:
         raise InputError("snr_gamma is not for EDM-style training, whose errors have weights of their own. Leave it out.")

@@ -164,6 +164,7 @@ def test_the_kohya_file_says_what_it_is_and_has_one_alpha(tmp_path):
     assert said["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
     assert said["modelspec.resolution"] == "16x16"
     assert said["modelspec.prediction_type"] == "epsilon"
+    assert said["ss_zero_terminal_snr"] == "False"
     assert said["modelspec.hash_sha256"] == f"0x{said['sshs_model_hash']}"
 
 

@@ -132,12 +132,21 @@ def test_the_base_model_can_be_named_anew(random_clip, pictures, tmp_path):
         (["run", "photos", "--model", "ViT-Q"], "model must be 'mini'"),
         (["run", "photos", "--add_class", "cat"], "A new class needs a name of its own, got 'cat'"),
         (["probe", "photos", "--add_class", "boat"], "'boat' cannot be added"),
-        (["run", "photos", "--output", "empty"], "output 'empty' cannot be written"),
+        (["run", "photos", "--output", "empty.csv"], "--output must be a file, but 'empty.csv' is a folder"),
+        (["run", "photos", "--output", "all.xlsx"], "--output must be a .csv file, got 'all.xlsx'"),
+        (["subject", "photos"], "is a subject run, not a few-shot run: generate images with"),
+        (["moved", "photos"], "was fitted on the model '/gone/clip', which is no longer there. Give --model"),
+        (["relative", "photos"], "If it lies elsewhere now, give --model"),
         (["broken", "photos"], "is a pickle or zip archive"),
     ],
 )
 def test_bad_input_ends_in_one_sentence_and_exit_code_2(run, random_clip, pictures, tmp_path, capsys, arguments, message):
-    (tmp_path / "empty").mkdir()
+    for name in ("empty", "empty.csv", "subject"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "subject" / "options.json").write_text('{"model": {"pretrained_model_name_or_path": "owner/model"}}')
+    for name, model in (("moved", "/gone/clip"), ("relative", "gone")):
+        of_gone = ClassifierFile("zeroshot", model, None, base_sha256(random_clip), CLASSES, CLASSES, ("a {}.",))
+        save_classifier(tmp_path / name, of_gone)
     probe = ClassifierFile("gda", str(random_clip), None, base_sha256(random_clip), CLASSES, CLASSES, ("a {}.",))
     save_classifier(tmp_path / "probe", probe, predictor=Predictor(Linear.unbiased(torch.ones(3, mini_clip.EMBED_DIM)), 1))
     probe.write(tmp_path / "broken" / "classifier.json")

@@ -117,7 +117,12 @@ def test_held_out_classes_are_tested_on_the_pictures_that_all_classes_are():
             4,
             r"'b' of the set must have 8 pictures to learn from 4 and choose on 4, got 3, since 2 are",
         ),
-        (make_set({"a": 40, "b": 1}), 1, r"'b' of the set must have 2 .*, got 0, since 1 are held out"),
+        (
+            make_set({"a": 40, "b": 1}),
+            1,
+            r"'b' of the set must have 2 .*, got 0, since 1 are held out.*pictures to it, or leave the ",
+        ),
+        (make_set({"a": 40, "b": 5}), 2, r"'b' of the set must have 4 .* or take fewer shots\."),
         (make_set({"a": 40, "b": 2}), "all", r"'b' of the set must have 2 .*, got 1, since 1 are"),
         (OFFICIAL, 21, r"'a' of the set must have 21 pictures to learn from 21 and choose on 4, got 20, as its own split says"),
         (WITHOUT_VAL, 25, r"'a' of the set must have 29 pictures .* got 28, as its own split says"),

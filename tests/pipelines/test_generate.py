@@ -1,12 +1,15 @@
 """Pictures from prompts: the same settings give the same bytes, and the files say what the settings were."""
 
+import dataclasses
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from shared_cases import case_folder
 from tiny_pipeline import tiny_pipeline
 
 from pipelines.errors import InputError
@@ -107,6 +110,36 @@ def test_prompts_come_from_a_file_one_a_line_and_go_into_a_grid(tiny_model, tmp_
     assert [read_settings(file)["prompt"] for file in files] == ["a star", "snow", "sea"]
     assert [read_settings(file)["seed"] for file in files] == [0, 1, 2]
     assert Image.open(sheet).size == (32, 32)
+
+
+def test_prompts_of_a_file_with_a_byte_order_mark_have_none(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a café\na star\n", encoding="utf-8-sig")
+    assert GenerationOptions(prompts_file=str(tmp_path / "prompts.txt")).prompts() == ["a café", "a star"]
+
+
+@pytest.mark.parametrize(("name", "said"), [("bom.txt", None), ("ansi.txt", "cp1252"), ("utf16.txt", "is UTF-16 text")])
+def test_prompts_in_another_encoding_are_refused_with_the_remedy(name, said):
+    given = GenerationOptions(prompts_file=str(case_folder("prompts-file-encodings") / name))
+    with pytest.raises(InputError, match=rf"{said}.*Save it as UTF-8") if said else nullcontext():
+        assert not any("\ufeff" in prompt for prompt in given.prompts())
+
+
+def test_a_prompt_in_a1111s_syntax_is_drawn_as_text_with_a_warning(tiny_model, tmp_path, caplog):
+    file = main(options(tiny_model, tmp_path, prompt=["a star <lora:toy:0.8>"], negative_prompt="(fog:1.4)"))[0]
+    assert read_settings(file)["prompt"] == "a star <lora:toy:0.8>"
+    assert "--adapter PATH/toy.safetensors --strength 0.8" in caplog.text
+    assert "'(fog:1.4)'" in caplog.text
+
+
+def test_guidance_is_rescaled_as_stock_diffusers_does(pipe):
+    sampling = Sampling(num_inference_steps=2, guidance_scale=7.5, guidance_rescale=0.7, resolution=16)
+    ours = np.asarray(next(generate(pipe, ["a star"], [3], sampling)))
+    stock = pipe(
+        "a star", num_inference_steps=2, guidance_scale=7.5, guidance_rescale=0.7, generator=torch.Generator().manual_seed(3)
+    ).images[0]
+    assert np.array_equal(ours, np.asarray(stock))
+    plain = np.asarray(next(generate(pipe, ["a star"], [3], dataclasses.replace(sampling, guidance_rescale=0.0))))
+    assert not np.array_equal(ours, plain)
 
 
 def test_without_a_prompt_the_sheet_of_the_built_in_model_is_drawn(pipe):

@@ -173,3 +173,11 @@ def test_the_command_ends_with_one_line_where_there_is_nothing(tmp_path):
     finished = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
     assert finished.returncode == 2
     assert "There is no folder" in finished.stderr.splitlines()[-1]
+
+
+def test_a_folder_given_as_an_argument_is_not_called_by_the_trainers_option(tmp_path):
+    with pytest.raises(InputError, match=r"There is no folder '.*gone'") as refused:
+        main(DoctorOptions(str(tmp_path / "gone")))
+    assert "--instance_data_dir" not in str(refused.value)
+    with pytest.raises(InputError, match=r"--json must be a \.json file, got 'report\.txt'"):
+        main(DoctorOptions(str(tmp_path), json="report.txt"))

@@ -6,7 +6,7 @@ import pytest
 
 from pipelines import mini_clip
 from pipelines.errors import InputError
-from pipelines.subject.base_model import BUILT_IN_MODEL
+from pipelines.subject.base_model import BUILT_IN, BUILT_IN_MODEL
 from training.options import SubjectOptions, parse_options
 from training.options.data import SAMPLE_PROMPT, SAMPLE_SUBJECT, DataOptions
 from training.options.judging import BUILT_IN_CANDIDATES, CANDIDATES, JudgingOptions
@@ -17,7 +17,8 @@ from training.options.output import OutputOptions
 
 def test_without_flags_the_built_in_model_learns_the_sample_subject():
     options = parse_options([])
-    assert options.model.pretrained_model_name_or_path == str(BUILT_IN_MODEL)
+    assert options.model.pretrained_model_name_or_path == BUILT_IN
+    assert parse_options(["--pretrained_model_name_or_path", str(BUILT_IN_MODEL)]) == options
     assert options.data.instance_data_dir == str(SAMPLE_SUBJECT)
     assert options.data.instance_prompt == SAMPLE_PROMPT
     assert options.data.size_conditioning == "target"

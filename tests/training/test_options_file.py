@@ -5,6 +5,7 @@ import json
 import pytest
 
 from training.options import SubjectOptions, parse_options
+from training.options.fewshot import FewShotOptions, parse_fewshot_options
 
 MODEL = "owner/model"
 
@@ -86,3 +87,33 @@ def test_a_file_that_is_not_there_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse_options(["--options_file", str(tmp_path / "none.json")])
     assert "none.json' cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "cp1252"])
+@pytest.mark.parametrize("name", ["options.json", "options.yaml", "OPTIONS.JSON"])
+def test_a_file_is_utf_8_with_or_without_a_mark_and_another_encoding_is_named(tmp_path, capsys, encoding, name):
+    (tmp_path / name).write_text('{"instance_prompt": "a caf\u00e9"}', encoding=encoding)
+    given = ["--options_file", str(tmp_path / name)]
+    if encoding == "utf-8-sig":
+        assert parse_options(given).data.instance_prompt == "a caf\u00e9"
+        return
+    with pytest.raises(SystemExit):
+        parse_options(given)
+    assert "Save it as UTF-8" in capsys.readouterr().err
+
+
+def test_the_options_of_another_tasks_run_name_its_script(tmp_path, capsys):
+    for values, parse, script in (
+        (FewShotOptions().to_dict(), parse_options, "fewshot_nora.py"),
+        (SubjectOptions().to_dict(), parse_fewshot_options, "dreambooth_nora.py"),
+    ):
+        with pytest.raises(SystemExit):
+            parse(written(tmp_path, values))
+        assert f"Start it with training/{script}" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_built_in_model_of_a_checkout_that_is_gone_is_the_built_in_one(tmp_path):
+    values = SubjectOptions().to_dict()
+    assert values["model"]["pretrained_model_name_or_path"] == "mini-sdxl"
+    values["model"]["pretrained_model_name_or_path"] = "/gone/assets/mini-sdxl"
+    assert parse_options(written(tmp_path, values)) == SubjectOptions()

@@ -74,3 +74,19 @@ def test_a_process_that_has_its_id_from_a_dead_one_is_not_the_run(run, monkeypat
 
 def test_where_there_is_no_run_yet_there_is_nothing_to_differ_from(tmp_path):
     check_can_resume(tmp_path / "new", OPTIONS, 1)
+
+
+def test_a_run_of_the_built_in_model_goes_on_in_another_checkout(tmp_path):
+    def options(name):
+        return {"model": {"pretrained_model_name_or_path": name}}
+
+    RunDirectory.create(tmp_path, options("/gone/assets/mini-sdxl"))
+    check_can_resume(tmp_path, options("mini-sdxl"), 1)
+    with pytest.raises(InputError, match=r"pretrained_model_name_or_path: '/gone/assets/mini-sdxl' then, 'owner/model' now"):
+        check_can_resume(tmp_path, options("owner/model"), 1)
+
+
+def test_a_run_of_the_other_task_is_refused(tmp_path):
+    RunDirectory.create(tmp_path, {"places": {"rank": 2}})
+    with pytest.raises(InputError, match=r"holds a few-shot run, which another script trains\. Give another --output_dir"):
+        check_can_resume(tmp_path, {"model": {"pretrained_model_name_or_path": "mini-sdxl"}}, 1)

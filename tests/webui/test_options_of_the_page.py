@@ -6,9 +6,11 @@ import typing
 import pytest
 
 from pipelines.errors import InputError
+from pipelines.subject.base_model import BUILT_IN_MODEL
 from training.options import parse_options
 from training.options.command_line import groups_of
 from training.options.fewshot import parse_fewshot_options
+from webui.work.fields import panel_fields
 from webui.work.options import KINDS, MACHINE_FIELDS, build, built, changed, cleaned, default_of, fields_of, flags
 from webui.workspace import Workspace
 
@@ -21,6 +23,7 @@ FITTING = {
     "target_modules": ["to_q", "to_v"], "lr_scheduler": "linear", "optimizer": "Prodigy", "text_encoder_lr": [1e-05, 2.5e-4],
     "quantize": "nf4", "mixed_precision": "bf16", "prior_generation_precision": "fp32", "report_to": "none",
     "hub_model_id": "a/b", "adam_beta1": 0.5, "adam_beta2": 0.1 + 0.2, "ema_decay": 0.5, "dropout": 0.125,
+    "prediction_type": "v_prediction",
     "class_names": ["c00=-a=b", "c01=é 猫"], "templates": ["a {}", "b {}"], "shots": ["4", "all"], "seeds": [3, 1],
     "test_share": 1 / 3, "crop_scale": [0.25, 0.75], "encoders": "image", "projections": ["q", "v"], "layers": "last-1",
     "export": ["lora", "merged"], "lora_plus_ratio": 4.0, "heldout_image": "none",
@@ -90,6 +93,23 @@ def test_a_boolean_that_is_true_by_default_is_switched_off_by_its_no_flag(local)
     assert flags("subject", {"judging": {"certify": False}, "adapter": {"train_text_encoder": True}}) == [
         "--no_certify", "--train_text_encoder",
     ]  # fmt: skip
+
+
+def test_a_boolean_that_may_be_left_unsaid_has_three_values(local):
+    for value, words in ((True, ["--rescale_betas_zero_snr"]), (False, ["--rescale_betas_zero_snr", "False"]), (None, [])):
+        values = cleaned(local, "subject", {"model": {"rescale_betas_zero_snr": value}})
+        assert flags("subject", values) == words
+        assert parse_options(words).model.rescale_betas_zero_snr is value
+    (field,) = [each for each in panel_fields("subject", True)["model"] if each.name == "rescale_betas_zero_snr"]
+    assert (field.kind, field.choices, field.optional) == ("choice", (True, False), True)
+    assert [field.read(shown) for shown in ("True", "False", "", None)] == [True, False, None, None]
+    assert [field.show(value) for value in (True, False, None)] == ["True", "False", None]
+
+
+@pytest.mark.parametrize("name", [str(BUILT_IN_MODEL), "/gone/assets/mini-sdxl", "mini-sdxl"])
+def test_the_built_in_model_of_any_checkout_is_for_guests_too(guest, name):
+    assert cleaned(guest, "subject", {"model": {"pretrained_model_name_or_path": name}}) == {}
+    assert changed("subject", {"model": {"pretrained_model_name_or_path": name}}) == {}
 
 
 def test_all_fields_at_once_are_the_same_options(local):

@@ -12,6 +12,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 
 from pipelines.errors import InputError
+from pipelines.output_paths import check_output_folder
 from training.engine.resuming import check_can_resume
 from training.options.output import LATEST, RunOptions
 from training.runs.provenance import command_line
@@ -20,15 +21,30 @@ from training.runs.run import RunDirectory, write_text_atomically
 from training.runs.tracking import start_tracker
 
 logger = get_logger(__name__)
+RUNS = "runs"
 
 
 class RecipeOptions(Protocol):
     """The options of a recipe."""
 
     output: RunOptions
+    data: object
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, by group."""
+
+
+def check_outputs(options: RecipeOptions) -> None:
+    """Check the folders that the recipe writes to, before anything is loaded.
+
+    Raises: InputError naming the option of one that cannot be written to.
+    """
+    check_output_folder(options.output.output_dir or RUNS, "--output_dir")
+    data = options.data
+    for name in ("cache_dir", "class_data_dir"):
+        is_read_only = name == "class_data_dir" and not getattr(data, "with_prior_preservation", False)
+        if getattr(data, name, None) is not None and not is_read_only:
+            check_output_folder(getattr(data, name), f"--{name}")
 
 
 def open_run(options: RecipeOptions, title: str, accelerator: Accelerator) -> RunDirectory:
@@ -37,7 +53,7 @@ def open_run(options: RecipeOptions, title: str, accelerator: Accelerator) -> Ru
     Raises: InputError if it holds another run, or one with other options.
     """
     output = options.output
-    fresh = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{title}"
+    fresh = Path(RUNS) / f"{time.strftime('%Y%m%d-%H%M%S')}-{title}"
     path = Path(broadcast_object_list([output.output_dir or str(fresh)])[0])
     output.output_dir = str(path)
     if output.resume_from_checkpoint == LATEST:

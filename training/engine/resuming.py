@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import InputError
-from training.runs.record import OPTIONS, RunRecord
+from pipelines.run_options import OPTIONS, run_options, task_of
+from pipelines.subject.base_model import recorded_name
+from training.runs.record import RunRecord
 
 # What is written and shown, how long to train, and who makes the batches.
 MAY_CHANGE_GROUPS = frozenset({"output", "judging"})
@@ -31,7 +33,9 @@ def check_can_resume(path: Path, options: dict[str, Any], processes: int) -> Non
             f"The process {run.status()['pid']} is at work on {str(path)!r}. Stop it first (kill {run.status()['pid']} saves "
             "and stops), or wait until it has ended."
         )
-    before = json.loads((path / OPTIONS).read_text(encoding="utf-8"))
+    before = run_options(path)
+    if (task := task_of(before)) not in (None, task_of(options)):
+        raise InputError(f"{str(path)!r} holds a {task} run, which another script trains. Give another --output_dir.")
     differences = list(changed_options(before, json.loads(json.dumps(options, default=str))))
     started_with = run.status().get("processes", processes)
     if started_with != processes:
@@ -48,5 +52,12 @@ def changed_options(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str
     """Each option that must not change and has, in words; options that one side does not know count as unchanged."""
     for group in sorted(before.keys() & now.keys() - MAY_CHANGE_GROUPS):
         for name in sorted(before[group].keys() & now[group].keys() - MAY_CHANGE):
-            if before[group][name] != now[group][name]:
+            if not _same(name, before[group][name], now[group][name]):
                 yield f"{name}: {before[group][name]!r} then, {now[group][name]!r} now"
+
+
+def _same(name: str, before: Any, now: Any) -> bool:
+    """Whether an option is as it was; the built-in model is the same wherever it lies."""
+    if name == "pretrained_model_name_or_path" and isinstance(before, str) and isinstance(now, str):
+        return recorded_name(before) == recorded_name(now)
+    return before == now

@@ -13,6 +13,7 @@ from accelerate.logging import get_logger
 from torch.utils.data import Dataset
 
 from pipelines.cache import TensorCache, module_digest
+from pipelines.errors import InputError
 from pipelines.fewshot.baselines.task import Examples, FewShotTask
 from pipelines.fewshot.batches import AlteredPictures, AlteredView, Augmentation
 from pipelines.fewshot.clip import Clip
@@ -51,6 +52,8 @@ def labelled_set(options: LabelledDataOptions) -> tuple[LabelledSet, list[Copies
 
     Raises: InputError naming what cannot be used.
     """
+    if options.data_dir is not None and not Path(options.data_dir).exists():
+        raise InputError(f"There is no folder or file {options.data_dir!r}. Give --data_dir with the path where the images lie.")
     if options.dataset is not None:
         return rename(load_set(options.data_dir, options.dataset), options.names_by_key()), []
     names = options.names_by_key()

@@ -6,7 +6,7 @@ Where a flag means what it means in diffusers' train_dreambooth_lora_sdxl.py it 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +62,12 @@ class SubjectOptions:
             return PRODIGY_LEARNING_RATE
         factor = BUILT_IN_RATE_FACTOR if built_in else 1
         return factor * method_named(self.adapter.method).default_learning_rate
+
+    def prompts(self, captions: Iterable[str] = ()) -> list[str]:
+        """All prompts of the run: `captions` of its images, and those of class and sample images."""
+        data = self.data
+        of_class = [data.class_prompt] if data.with_prior_preservation and data.class_prompt else []
+        return [*captions, *of_class, *self.output.validation_prompt]
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved options as plain values, by group; the hub's token stays out."""

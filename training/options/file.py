@@ -12,10 +12,13 @@ from typing import Any
 import yaml
 
 from pipelines.errors import InputError
+from pipelines.run_options import task_of
+from pipelines.text_files import read_text
 from training.runs.record import OPTIONS, STATUS
 
 # What belongs to the run that wrote its options, and not to one that repeats it.
 OF_ONE_RUN = ("output_dir", "resume_from_checkpoint")
+SCRIPTS = {"subject": "dreambooth_nora.py", "few-shot": "fewshot_nora.py"}
 
 
 def read_options_file(path: Path) -> dict[str, Any]:
@@ -24,11 +27,11 @@ def read_options_file(path: Path) -> dict[str, Any]:
     Raises: InputError naming the file if it cannot be read or is no table of options.
     """
     readers = {".json": _read_json, ".yaml": _read_yaml, ".yml": _read_yaml}
-    if path.suffix not in readers:
+    if path.suffix.lower() not in readers:
         raise InputError(f"options_file must be a {', '.join(readers)} file, got {str(path)!r}.")
     try:
-        values = readers[path.suffix](path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+        values = readers[path.suffix.lower()](read_text(path))
+    except (InputError, json.JSONDecodeError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"The options_file {str(path)!r} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"The options_file {str(path)!r} must hold options by name, got {type(values).__name__}.")
@@ -54,7 +57,9 @@ def as_flags(path: Path, parser: argparse.ArgumentParser, groups: Collection[str
     Raises: InputError naming a field that is none, or the file if it cannot be read.
     """
     fields: dict[str, Any] = {}
-    for name, value in read_options_file(path).items():
+    values = read_options_file(path)
+    _check_script(path, values, groups)
+    for name, value in values.items():
         fields |= value if name in groups and isinstance(value, dict) else {name: value}
     if path.name == OPTIONS and (path.parent / STATUS).exists():
         fields = {name: value for name, value in fields.items() if name not in OF_ONE_RUN}
@@ -65,7 +70,7 @@ def as_flags(path: Path, parser: argparse.ArgumentParser, groups: Collection[str
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise InputError(f"The options_file {str(path)!r} has an option {name!r}, which there is not.{hint}")
-        if value is None or (path.suffix != ".json" and value in ("", "null", "~")):
+        if value is None or (path.suffix.lower() != ".json" and value in ("", "null", "~")):
             continue
         is_list = known[name].nargs == "+"
         if isinstance(value, dict) or (isinstance(value, list) and not is_list):
@@ -75,3 +80,14 @@ def as_flags(path: Path, parser: argparse.ArgumentParser, groups: Collection[str
         else:
             flags.append(f"--{name}={value}")
     return flags
+
+
+def _check_script(path: Path, values: dict[str, Any], groups: Collection[str]) -> None:
+    """Refuse the options of another task's run, which this script would find full of unknown names."""
+    task = task_of({name: group for name, group in values.items() if isinstance(group, dict)})
+    expected = "few-shot" if "places" in groups else "subject"
+    if task not in (None, expected):
+        raise InputError(
+            f"The options_file {str(path)!r} is of a {task} run, and this script trains {expected} runs. Start it with "
+            f"training/{SCRIPTS[task]}."
+        )

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipelines.errors import InputError
-from pipelines.subject.base_model import BUILT_IN_MODEL
+from pipelines.subject.base_model import BUILT_IN, recorded_name
+from pipelines.subject.prediction import Prediction, check_combination, prediction_of
 
 
 @dataclass
@@ -14,8 +15,10 @@ class ModelOptions:
     """The base model and how it is computed."""
 
     pretrained_model_name_or_path: str = field(
-        default=str(BUILT_IN_MODEL),
-        metadata={"help": "SDXL base model: a hub name, a folder or a .safetensors file. The built-in one unless said."},
+        default=BUILT_IN,
+        metadata={
+            "help": f"SDXL base model: a hub name, a folder or a .safetensors file. The built-in one, {BUILT_IN}, unless said."
+        },
     )
     pretrained_vae_model_name_or_path: str | None = field(
         default=None, metadata={"help": "Hub name or folder of another autoencoder, such as one made for fp16."}
@@ -36,6 +39,19 @@ class ModelOptions:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
         default=None, metadata={"help": "Precision of the frozen weights; what accelerate is configured for unless said."}
     )
+    prediction_type: Literal["epsilon", "v_prediction"] | None = field(
+        default=None,
+        metadata={"help": "What the base model predicts: epsilon or v_prediction. As the model's files say unless said."},
+    )
+    rescale_betas_zero_snr: bool | None = field(
+        default=None,
+        metadata={
+            "nargs": "?",
+            "const": True,
+            "help": "Whether the base model was trained with zero terminal SNR, where the last noise level has no signal. As the "
+            "model's files say unless said.",
+        },
+    )
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Recompute activations in the backward pass: less memory, more time."}
     )
@@ -45,9 +61,15 @@ class ModelOptions:
     def __post_init__(self) -> None:
         if not self.pretrained_model_name_or_path:
             raise InputError("pretrained_model_name_or_path must be a hub name or a folder, got nothing.")
+        self.pretrained_model_name_or_path = recorded_name(self.pretrained_model_name_or_path)
+        check_combination(self.prediction_type, self.rescale_betas_zero_snr)
+
+    def prediction(self) -> Prediction:
+        """What the model's file or these options say of its prediction beside the scheduler's configuration."""
+        return prediction_of(self.pretrained_model_name_or_path, self.prediction_type, self.rescale_betas_zero_snr)
 
     @property
-    def source(self) -> dict[str, str | None]:
+    def source(self) -> dict[str, str | bool | None]:
         """Where the model's parts come from and how they are kept: arguments of `load_base_model` beside its name."""
         return {
             "variant": self.variant,
@@ -55,4 +77,6 @@ class ModelOptions:
             "vae": self.pretrained_vae_model_name_or_path,
             "single_file_config": self.single_file_config,
             "quantize": self.quantize,
+            "prediction_type": self.prediction_type,
+            "rescale_betas_zero_snr": self.rescale_betas_zero_snr,
         }

@@ -6,7 +6,7 @@ import html
 import re
 from pathlib import Path
 
-from pipelines.subject.base_model import is_built_in
+from pipelines.subject.base_model import BUILT_IN_MODEL, is_built_in
 
 CARD = "README.md"
 MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+|~-])")
@@ -14,12 +14,11 @@ MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+|~-])")
 
 def portable_name(model: str, private: bool = False) -> str:
     """A local model's own name, without where it lies, the built-in one's place in the project; a hub name as it is."""
+    if is_built_in(model):
+        return f"assets/{BUILT_IN_MODEL.name}"
     if not Path(model).exists():
         return model
-    name = Path(model).resolve().name
-    if is_built_in(model):
-        return f"assets/{name}"
-    return "BASE_MODEL" if private else name
+    return "BASE_MODEL" if private else Path(model).resolve().name
 
 
 def as_text(words: str) -> str:

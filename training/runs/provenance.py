@@ -18,7 +18,7 @@ from diffusers import StableDiffusionXLPipeline
 
 from pipelines.digests import file_digest
 from pipelines.file_names import display_path
-from pipelines.subject.base_model import is_built_in
+from pipelines.subject.base_model import is_built_in, model_path
 from training.runs.durable import write_text_atomically
 from training.runs.run import RunDirectory
 
@@ -59,19 +59,24 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 
 def model_identity(name_or_path: str, pipeline: StableDiffusionXLPipeline) -> dict[str, Any]:
-    """The base model's name, whether others know it by that, and the hash of each of its weight files.
+    """The base model's name, whether others know it by that, the hash of each of its weight files, and what it predicts.
 
     Those of a hub name are the files in the hub's cache that the pipeline was loaded from.
     """
-    path = Path(name_or_path)
+    path = Path(model_path(name_or_path))
+    config = pipeline.scheduler.config
+    predicts = {
+        "prediction_type": config.prediction_type,
+        "rescale_betas_zero_snr": bool(config.get("rescale_betas_zero_snr")),
+    }
     if path.is_file():
-        return {"name": path.name, "public": False, "files": {path.name: file_digest(path)}}
+        return {"name": path.name, "public": False, "files": {path.name: file_digest(path)}, **predicts}
     folder = path if path.is_dir() else _cached_folder(pipeline)
     files = sorted(folder.rglob("*.safetensors")) if folder is not None else []
     name = path.resolve().name if path.is_dir() else name_or_path
     public = not path.is_dir() or is_built_in(name_or_path)
     hashes = {file.relative_to(folder).as_posix(): file_digest(file) for file in files}
-    return {"name": name, "public": public, "files": hashes}
+    return {"name": name, "public": public, "files": hashes, **predicts}
 
 
 def _cached_folder(pipeline: StableDiffusionXLPipeline) -> Path | None:

@@ -49,6 +49,8 @@ class StockModel:
         variant, revision: as in `from_pretrained`.
         vae: name or folder of another VAE.
         config: folder with the configurations of a single file.
+        scheduler_class: name of the diffusers scheduler in place of the model's own; None for its own.
+        scheduler: arguments that the scheduler is given beside its configuration.
     """
 
     name: str
@@ -56,6 +58,8 @@ class StockModel:
     revision: str | None = None
     vae: str | None = None
     config: str | None = None
+    scheduler_class: str | None = None
+    scheduler: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

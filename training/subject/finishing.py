@@ -15,7 +15,7 @@ from torch import nn
 
 from pipelines.pictures import labelled_grid
 from pipelines.subject import adapters
-from pipelines.subject.base_model import load_base_model
+from pipelines.subject.base_model import load_base_model, model_path
 from pipelines.subject.generate import Sampling
 from pipelines.subject.scores import Judge
 from training.options import SubjectOptions
@@ -154,8 +154,10 @@ def certify_run(run: RunDirectory, trained: Trained, options: SubjectOptions) ->
     A quantised model is not what others load: there the native adapter on the plain base model is what files must equal.
     """
     given, pipeline = options.model, trained.pipeline
-    name, vae = given.pretrained_model_name_or_path, given.pretrained_vae_model_name_or_path
-    model = StockModel(name, given.variant, given.revision, vae, given.single_file_config)
+    name, vae = model_path(given.pretrained_model_name_or_path), given.pretrained_vae_model_name_or_path
+    said = given.prediction()
+    scheduler = (said.scheduler_class, said.scheduler_arguments())
+    model = StockModel(name, given.variant, given.revision, vae, given.single_file_config, *scheduler)
     if given.quantize is not None:
         plain = {**given.source, "quantize": None}
         pipeline = load_base_model(name, trained.pipeline.text_encoder.dtype, trained.pipeline.device, **plain)

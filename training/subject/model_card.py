@@ -10,7 +10,9 @@ from huggingface_hub import ModelCardData
 
 from pipelines.fewshot.clip import BUILT_IN
 from pipelines.methods import method_named
+from pipelines.subject.base_model import is_built_in
 from pipelines.subject.embedders import OPEN_CLIP
+from pipelines.subject.prediction import Prediction
 from pipelines.subject.scores import BASE
 from training.options import SubjectOptions
 from training.runs.card_text import CARD, as_text, portable_name
@@ -51,7 +53,7 @@ A {method} adapter of `{model}`: {steps} steps of {batch} pictures on {pictures}
 from diffusers import StableDiffusionXLPipeline
 
 pipe = StableDiffusionXLPipeline.{loader}({model_literal})
-pipe.load_lora_weights("diffusers")
+{scheduler}pipe.load_lora_weights("diffusers")
 pipe({prompt_literal}).images[0]
 ```
 """
@@ -93,8 +95,21 @@ def model_card(run: RunDirectory, options: SubjectOptions, pictures: int, privat
         files="\n".join(f"| {as_text(name)} | {size:,} |" for name, size in _exported_files(run)),
         loader="from_single_file" if model.endswith(".safetensors") else "from_pretrained",
         model_literal=json.dumps(model),
+        scheduler=_scheduler_lines(options.model.prediction()),
         prompt_literal=json.dumps(f"{prompt} in the snow", ensure_ascii=False),
     )
+
+
+def _scheduler_lines(prediction: Prediction) -> str:
+    """The code that has diffusers sample by `prediction`; none where its own loader does."""
+    given = prediction.scheduler_arguments()
+    written = {name: json.dumps(value) if isinstance(value, str) else value for name, value in given.items()}
+    arguments = ", ".join(f"{name}={value}" for name, value in written.items())
+    if not arguments:
+        return ""
+    if (kind := prediction.scheduler_class) is not None:
+        return f"from diffusers import {kind}\n\npipe.scheduler = {kind}({arguments})\n"
+    return f"pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, {arguments})\n"
 
 
 def card_header(options: SubjectOptions, private: bool = False) -> ModelCardData:
@@ -102,7 +117,7 @@ def card_header(options: SubjectOptions, private: bool = False) -> ModelCardData
     fields: dict[str, Any] = {"tags": [*TAGS, options.adapter.method], "library_name": "diffusers"}
     fields |= {"pipeline_tag": "text-to-image"}
     model = options.model.pretrained_model_name_or_path
-    if not Path(model).exists():
+    if not Path(model).exists() and not is_built_in(model):
         fields["base_model"] = model
     if not private:
         prompt = options.data.subject_prompts()[0]

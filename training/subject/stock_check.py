@@ -17,6 +17,7 @@ BLOCKED = ("nora_vision", "pipelines", "training")
 # None in sys.modules makes every import of the name fail.
 sys.modules.update(dict.fromkeys(BLOCKED))
 
+import diffusers  # noqa: E402
 import torch  # noqa: E402
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
@@ -34,6 +35,10 @@ def load(request: dict[str, Any]) -> StableDiffusionXLPipeline:
     else:
         given |= {"use_safetensors": True, "variant": model["variant"], "revision": model["revision"]}
         pipeline = StableDiffusionXLPipeline.from_pretrained(model["name"], torch_dtype=dtype, **given)
+    if model["scheduler_class"] is not None:
+        pipeline.scheduler = getattr(diffusers, model["scheduler_class"])(**model["scheduler"])
+    elif model["scheduler"]:
+        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **model["scheduler"])
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(request["device"])
 

@@ -11,6 +11,7 @@ from typing import Any
 import gradio as gr
 
 from pipelines.errors import InputError
+from pipelines.prompt_syntax import page_warnings
 from webui import costs, panel, presets, subject_runs
 from webui.cards import escaped
 from webui.draft import SCENES, TRIGGER, Draft
@@ -197,8 +198,9 @@ def _prompt(draft: Draft) -> str:
     except InputError as error:
         return _warning(error)
     listed = "".join(f"<li><code>{escaped(prompt)}</code></li>" for prompt in draft.prompts)
+    foreign = "".join(f'<div class="warning" role="status">{escaped(each)}</div>' for each in page_warnings(draft.prompts))
     return (
-        f'<p class="prompt">Your photos are said to show <code>{escaped(draft.prompt)}</code></p>'
+        f'{foreign}<p class="prompt">Your photos are said to show <code>{escaped(draft.prompt)}</code></p>'
         f"<details><summary>Prompts of the {len(draft.prompts)} sample pictures</summary><ol>{listed}</ol></details>"
     )
 

@@ -14,8 +14,10 @@ from typing import Any
 import gradio as gr
 
 from pipelines.errors import InputError
+from pipelines.prompt_syntax import page_warnings
 from webui import uploads
 from webui.adapters import others, reference_of_file, steps_of
+from webui.cards import escaped
 from webui.drawn import DrawnPictures, settings_of
 from webui.errors import in_plain_words
 from webui.gallery import bar_of, details_of, gallery_of
@@ -229,6 +231,7 @@ def _wire_drawing(shell: Shell, controls: Controls, buttons: tuple[gr.Button, gr
 
         workspace, wish = shell.settings.workspace(request), Wish.from_page(values)
         began = told = time.monotonic()
+        notice = _of_syntax(wish)
         with closing(drawing.draw(workspace, wish)) as events:
             for event in events:
                 if TURNS.is_cancelled(str(request.session_hash), turn):
@@ -237,8 +240,8 @@ def _wire_drawing(shell: Shell, controls: Controls, buttons: tuple[gr.Button, gr
                     yield [gr.skip(), *gallery_of(workspace)]
                 elif event.done in (0, event.total) or time.monotonic() - told > SECONDS_BETWEEN:
                     told = time.monotonic()
-                    yield [bar_of(event.words, event.done, event.total), gr.skip(), gr.skip()]
-        yield [f"<p class='quiet'>Done in {time.monotonic() - began:.1f} s.</p>", gr.skip(), gr.skip()]
+                    yield [notice + bar_of(event.words, event.done, event.total), gr.skip(), gr.skip()]
+        yield [f"{notice}<p class='quiet'>Done in {time.monotonic() - began:.1f} s.</p>", gr.skip(), gr.skip()]
 
     @in_plain_words
     def at_rest(turn: int, request: gr.Request) -> list[Any]:
@@ -271,6 +274,13 @@ def _wire_drawing(shell: Shell, controls: Controls, buttons: tuple[gr.Button, gr
         return gallery_of(shell.settings.workspace(request))
 
     shell.page.load(come_back, outputs=[shown.gallery, shown.details], show_progress="hidden", api_visibility="private")
+
+
+def _of_syntax(wish: Wish) -> str:
+    """What of A1111's syntax in the words is read as plain text, and what does it here."""
+    place = "choose it above as the step or under Mix in other adapters, with its strength"
+    said = page_warnings([wish.prompt, wish.negative_prompt], place)
+    return "".join(f'<div class="warning" role="status">{escaped(each)}</div>' for each in said)
 
 
 def _first(sample: list[str]) -> str:

@@ -120,6 +120,9 @@ def _field(task: Task, group: str, field: dataclasses.Field) -> Field:
     choices = CHOICES[task].get(field.name, ()) if kind is str else ()
     if typing.get_origin(kind) is Literal:
         widget, item, choices = "choice", type(arguments[0]), arguments
+    elif kind is bool and optional:
+        # Unsaid, it is neither.
+        widget, item, choices = "choice", bool, (True, False)
     elif typing.get_origin(kind) is list:
         widget, item = "list", arguments[0]
     else:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.errors import InputError
+from pipelines.subject.base_model import is_built_in, recorded_name
 from training.options import SubjectOptions
 from training.options.command_line import groups_of
 from training.options.fewshot import FewShotOptions
@@ -92,9 +93,9 @@ def cleaned(workspace: Workspace, task: Task, values: Mapping[str, Any]) -> Valu
                 near = difflib.get_close_matches(str(name), known, n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise InputError(f"The group {group!r} has no option {name!r}.{hint}")
-            typed = _typed(name, known[name], value)
+            typed = _whole_path(workspace, name, _typed(name, known[name], value))
             if typed != default_of(known[name]):
-                found.setdefault(group, {})[name] = _whole_path(workspace, name, typed)
+                found.setdefault(group, {})[name] = typed
     _check_access(workspace, found)
     return found
 
@@ -124,7 +125,9 @@ def flags(task: Task, values: Values) -> list[str]:
     for group, fields in values.items():
         known = fields_of(groups[group])
         for name, value in fields.items():
-            if value != default_of(known[name]):
+            if value is False and default_of(known[name]) is None:
+                words += _pair(name, str(value))
+            elif value != default_of(known[name]):
                 words += _flag(name, value)
     return words
 
@@ -248,6 +251,8 @@ READERS = {bool: _truth, int: _whole_number, float: _number, str: _text}
 
 def _whole_path(workspace: Workspace, name: str, value: Any) -> Any:
     """A folder as the run, which starts elsewhere, finds it."""
+    if name == "pretrained_model_name_or_path" and value is not None and is_built_in(value):
+        return recorded_name(value)
     if value is None or not (name in FOLDERS or (name in BASE_MODELS and workspace.is_local and Path(value).exists())):
         return value
     return str(Path(value).expanduser().absolute())

@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 from pipelines.pictures import read_image
+from pipelines.subject.base_model import model_path
 from pipelines.subject.buckets import AUTOMATIC, automatic_buckets, nearest_bucket, parse_buckets
 from pipelines.subject.data import picture_size, take
 from pipelines.subject.doctor import Finding, Report, examine
@@ -152,7 +153,7 @@ def _framing(options: SubjectOptions) -> Framing:
 
 def _of_model(name_or_path: str) -> tuple[int, int]:
     """The side of a model's pictures in pixels, and what sides must be multiples of, by its configuration."""
-    files = [Path(name_or_path) / part / "config.json" for part in ("unet", "vae")]
+    files = [Path(model_path(name_or_path)) / part / "config.json" for part in ("unet", "vae")]
     if not all(path.is_file() for path in files):
         return SDXL_RESOLUTION, SDXL_MULTIPLE
     unet, vae = (json.loads(path.read_text(encoding="utf-8")) for path in files)

@@ -20,8 +20,8 @@ from PIL import Image
 from nora_vision import AdapterFileError, export_lora
 from pipelines.errors import InputError
 from pipelines.subject.adapters import load_adapter, without_adapters
-from pipelines.subject.base_model import BUILT_IN_MODEL, load_base_model
 from pipelines.subject.generate import Sampling, generate, threads_for
+from pipelines.subject.model_source import ModelSource
 from training.subject.model_card import portable_name
 from webui.adapters import Adapter
 
@@ -29,10 +29,6 @@ Result = TypeVar("Result")
 MAX_MODELS, MAX_ADAPTERS = 2, 6
 MAX_PICTURES, MAX_STEPS, MAX_GUIDANCE, MAX_STRENGTH, MAX_PROMPT, MAX_SEED = 16, 150, 30.0, 2.0, 2000, 2**32 - 1
 MODEL_NAME = "pretrained_model_name_or_path"
-# What load_base_model takes, by the names of a run's options. Drawing has the whole model, as others have who load the file.
-SOURCE = {"variant": "variant", "revision": "revision", "vae": "pretrained_vae_model_name_or_path"} | {
-    "single_file_config": "single_file_config"
-}
 # All that diffusers and PEFT raise for a file that is none of theirs, or of another model.
 UNFIT = (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError)
 
@@ -90,29 +86,24 @@ class Order:
             raise InputError(f"{twice.adapter.name} is chosen twice. Choose it once, and stronger.")
         known = [part.adapter for part in self.parts if part.adapter.model is not None]
         for other in known[1:]:
-            if _source_of(other.model) != _source_of(known[0].model):
+            if ModelSource.from_options(other.model) != ModelSource.from_options(known[0].model):
                 names = [f"{each.name} (of {portable_name(each.model[MODEL_NAME])})" for each in (known[0], other)]
                 raise InputError(f"{' and '.join(names)} are adapters of different base models. Mix those of one model.")
 
     @property
-    def source(self) -> tuple[tuple[str, str | None], ...]:
-        """The base model: arguments of `load_base_model`; the built-in one where no adapter says."""
+    def source(self) -> ModelSource:
+        """The base model, whole, as others have it who load the file; the built-in one where no adapter says."""
         known = next((part.adapter.model for part in self.parts if part.adapter.model is not None), {})
-        return _source_of(known)
+        return ModelSource.from_options(known)
 
     def settings(self, seed: int, sampler: str, with_adapters: bool) -> dict[str, Any]:
         """What a picture's file says of how it was made."""
         used = [
             {"name": part.adapter.name, "reference": part.adapter.reference, "strength": part.strength} for part in self.parts
         ]
-        model = portable_name(dict(self.source)["name_or_path"])
+        model = portable_name(self.source.pretrained_model_name_or_path)
         common = {**asdict(self.sampling), "sampler": sampler, "model": model, "adapters": used if with_adapters else []}
         return {"prompt": self.prompt, "seed": seed, **common}
-
-
-def _source_of(model: dict[str, Any]) -> tuple[tuple[str, str | None], ...]:
-    named = {"name_or_path": model.get(MODEL_NAME) or str(BUILT_IN_MODEL)}
-    return tuple((named | {argument: model.get(name) for argument, name in SOURCE.items()}).items())
 
 
 @dataclass(frozen=True)
@@ -151,7 +142,7 @@ class Studio:
     """
 
     def __init__(self) -> None:
-        self._models: OrderedDict[tuple[tuple[str, str | None], ...], _Model] = OrderedDict()
+        self._models: OrderedDict[ModelSource, _Model] = OrderedDict()
         # Not a reentrant one: a generator's steps, and its end, may run in different threads.
         self._device = threading.Lock()
         self._count = 0
@@ -231,13 +222,13 @@ class Studio:
             on_failure.pop_all()
         return model
 
-    def _loaded(self, source: tuple[tuple[str, str | None], ...]) -> _Model:
+    def _loaded(self, source: ModelSource) -> _Model:
         if source not in self._models:
             while len(self._models) >= MAX_MODELS:
                 self._models.popitem(last=False)
             on_gpu = torch.cuda.is_available()
             dtype, device = (torch.float16, "cuda") if on_gpu else (torch.float32, "cpu")
-            self._models[source] = _Model(load_base_model(dtype=dtype, device=device, **dict(source)))
+            self._models[source] = _Model(source.load(dtype, device))
         self._models.move_to_end(source)
         return self._models[source]
 

@@ -1,0 +1,55 @@
+"""What a run's options.json says of the run to those who use its results: its task and its base model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pipelines.errors import InputError
+from pipelines.text_files import read_text
+
+OPTIONS = "options.json"
+Task = Literal["subject", "few-shot"]
+# How to use each task's runs.
+COMMANDS: dict[Task, str] = {
+    "subject": "generate images with python -m pipelines.subject.generate --adapter",
+    "few-shot": "classify images with python -m pipelines.fewshot.classify",
+}
+
+
+def run_options(folder: str | Path) -> dict[str, Any] | None:
+    """The options by group of the run in `folder`; None where there is no options.json.
+
+    Raises: InputError naming the file if it is not a table of options.
+    """
+    path = Path(folder) / OPTIONS
+    if not path.is_file():
+        return None
+    try:
+        options = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{str(path)!r} is not JSON ({error}). Put the run's own file back.") from error
+    if not isinstance(options, dict) or not all(isinstance(group, dict) for group in options.values()):
+        raise InputError(f"{str(path)!r} must hold a run's options by group. Put the run's own file back.")
+    return options
+
+
+def task_of(options: Mapping[str, Mapping[str, Any]]) -> Task | None:
+    """The task of a run with these options; None where they do not say."""
+    if "places" in options:
+        return "few-shot"
+    return "subject" if "pretrained_model_name_or_path" in options.get("model", {}) else None
+
+
+def check_task(folder: str | Path, task: Task) -> dict[str, Any] | None:
+    """The options of the run in `folder`, which must be of `task`; None where there are none.
+
+    Raises: InputError for a run of the other task, with the command that takes it.
+    """
+    options = run_options(folder)
+    other = task_of(options) if options is not None else None
+    if other is not None and other != task:
+        raise InputError(f"{str(folder)!r} is a {other} run, not a {task} run: {COMMANDS[other]} {folder}.")
+    return options

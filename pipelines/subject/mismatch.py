@@ -1,0 +1,104 @@
+"""Whether a base model predicts what it is said to predict, by one batch of the images to be trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from pipelines.errors import InputError
+from pipelines.randomness import Draw, keyed_generator
+from pipelines.subject.base_model import PromptEmbeddings
+from pipelines.subject.encoding import EncodedPictures
+from pipelines.subject.loss import DenoisingLoss
+from pipelines.subject.noising import DiscreteNoising, mean_square
+from pipelines.subject.prediction import EPSILON, V_PREDICTION
+
+# Shares of signal in the input, alphas_cumprod. With next to none, the input is nearly the noise itself, and a model that
+# predicts epsilon has to give little else than its input; v is known by inputs of about as much signal as noise.
+EPSILON_SHARES, V_SHARES = (0.05,), (0.5, 0.3)
+MOST_IMAGES = 2
+# A trained model of epsilon has at most 0.25 there; one of v at least (1 - sqrt(0.05))^2 = 0.6, however well it knows images.
+IS_EPSILON, IS_NOT_EPSILON = 0.4, 0.5
+# Weights that know nothing have 1 and more of both.
+IS_V = 0.75
+
+
+@dataclass(frozen=True)
+class TargetLosses:
+    """Mean squared errors of a UNet's outputs against both targets, as shares of the targets' own mean squares.
+
+    Args:
+        epsilon: where the input is nearly all noise.
+        v_prediction: where signal and noise are about equal.
+    """
+
+    epsilon: float
+    v_prediction: float
+
+    def contradicts(self, prediction_type: str) -> bool:
+        """Whether the UNet clearly predicts the other target."""
+        if prediction_type == V_PREDICTION:
+            return self.epsilon < IS_EPSILON
+        return self.epsilon > IS_NOT_EPSILON and self.v_prediction < IS_V
+
+
+@torch.no_grad()
+def target_losses(loss: DenoisingLoss, images: EncodedPictures, seed: int = 0) -> TargetLosses:
+    """The base model's losses on the first images, one pass for each noise level, with noise from `seed`.
+
+    Args:
+        loss: of a model of discrete noise levels; its UNet has no adapter, or one that changes nothing.
+    """
+    shares = {EPSILON: EPSILON_SHARES, V_PREDICTION: V_SHARES}
+    return TargetLosses(**{name: _share_of_error(loss, images, seed, name, levels) for name, levels in shares.items()})
+
+
+def _share_of_error(loss: DenoisingLoss, images: EncodedPictures, seed: int, target: str, shares: Sequence[float]) -> float:
+    """The mean squared error against `target` at the noise levels of these shares of signal, over the target's mean square."""
+    scheduler, device = loss.noising.scheduler, loss.unet.device
+    error = square = 0.0
+    for place in range(min(MOST_IMAGES, len(images))):
+        latents, prompt = images.mean(place)[None].to(device), int(images.prompt_of[place])
+        prompts = PromptEmbeddings(
+            *(values[prompt][None].to(device) for values in (images.prompts.hidden, images.prompts.pooled))
+        )
+        time_ids = images.time_ids(place)[None].to(device)
+        noise = torch.randn(latents.shape, generator=keyed_generator(seed, Draw.PREDICTION_TYPE, place)).to(device)
+        for share in shares:
+            timesteps = (scheduler.alphas_cumprod - share).abs().argmin()[None].to(device)
+            answer = loss.predict(latents, noise, timesteps, time_ids, prompts).float()
+            expected = noise if target == EPSILON else scheduler.get_velocity(latents, noise, timesteps)
+            error += mean_square(answer - expected.float()).item()
+            square += mean_square(expected.float()).item()
+    return error / square
+
+
+def check_prediction_type(pipeline: StableDiffusionXLPipeline, images: EncodedPictures, seed: int = 0) -> None:
+    """Refuse a base model that predicts noise where v is said to be predicted, or the other way round.
+
+    Models of EDM's noise levels and those that predict the image itself are taken as they are.
+
+    Args:
+        pipeline: the base model, without an adapter.
+        images: to be trained on.
+    Raises: InputError with both losses and the option that mends it.
+    """
+    loss = DenoisingLoss(pipeline)
+    said = pipeline.scheduler.config.prediction_type
+    if not isinstance(loss.noising, DiscreteNoising) or said not in (EPSILON, V_PREDICTION):
+        return
+    losses = target_losses(loss, images, seed)
+    if not losses.contradicts(said):
+        return
+    other = V_PREDICTION if said == EPSILON else EPSILON
+    rescaled = pipeline.scheduler.config.get("rescale_betas_zero_snr")
+    snr = " --rescale_betas_zero_snr False" if other == EPSILON and rescaled else ""
+    raise InputError(
+        f"The base model predicts {other}, not {said}: on one batch of your images its loss is {losses.epsilon:.2f} for epsilon "
+        f"and {losses.v_prediction:.2f} for v_prediction, as shares of the targets' mean squares; a model that predicts epsilon "
+        f"has less than {IS_EPSILON} for it, one that predicts v less than {IS_V} for v alone. "
+        f"Give --prediction_type {other}{snr}."
+    )

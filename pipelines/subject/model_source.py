@@ -1,0 +1,121 @@
+"""Which base model to generate with: the one given, or the one that an adapter's run was trained on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from pipelines.digests import file_digest
+from pipelines.errors import InputError
+from pipelines.run_options import check_task
+from pipelines.subject.base_model import BUILT_IN, BUILT_IN_MODEL, is_built_in, load_base_model, recorded_name
+from pipelines.text_files import read_text
+
+PROVENANCE, NAME = "provenance.json", "pretrained_model_name_or_path"
+# What an adapter was trained for, wherever its base model lies.
+OF_THE_TRAINING = ("prediction_type", "rescale_betas_zero_snr")
+LOCAL_PARTS = (NAME, "pretrained_vae_model_name_or_path", "single_file_config")
+FIELDS = (*LOCAL_PARTS, "revision", "variant", *OF_THE_TRAINING)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a base model's parts come from, as a run's options name them, and what it predicts; see `load_base_model`.
+
+    Args:
+        run: the run that says so, for error messages; None where the user does.
+    """
+
+    pretrained_model_name_or_path: str = BUILT_IN
+    pretrained_vae_model_name_or_path: str | None = None
+    revision: str | None = None
+    variant: str | None = None
+    single_file_config: str | None = None
+    prediction_type: str | None = None
+    rescale_betas_zero_snr: bool | None = None
+    run: str | None = field(default=None, compare=False)
+
+    @classmethod
+    def from_options(cls, model: Mapping[str, Any]) -> ModelSource:
+        """The base model of a run, by the group `model` of its options; what old runs do not have is None."""
+        given = {name: model.get(name) for name in FIELDS}
+        return cls(**given | {NAME: recorded_name(str(given[NAME] or BUILT_IN))})
+
+    def load(self, dtype: torch.dtype, device: torch.device | str) -> StableDiffusionXLPipeline:
+        """The pipeline; see `load_base_model`.
+
+        Raises: InputError naming the part that cannot be loaded, and for a run's model the option that says where it lies now.
+        """
+        try:
+            return self._load(dtype, device)
+        except InputError as error:
+            if self.run is None:
+                raise
+            raise InputError(
+                f"The base model of the run {self.run!r} cannot be loaded: {error} If it lies elsewhere now, give --{NAME}."
+            ) from error
+
+    def _load(self, dtype: torch.dtype, device: torch.device | str) -> StableDiffusionXLPipeline:
+        return load_base_model(
+            self.pretrained_model_name_or_path,
+            dtype,
+            device,
+            variant=self.variant,
+            revision=self.revision,
+            vae=self.pretrained_vae_model_name_or_path,
+            single_file_config=self.single_file_config,
+            prediction_type=self.prediction_type,
+            rescale_betas_zero_snr=self.rescale_betas_zero_snr,
+        )
+
+
+def source_of(adapters: Sequence[str], given: Mapping[str, Any]) -> ModelSource:
+    """The base model to generate with.
+
+    Args:
+        adapters: paths; where the first is a run's directory, its base model is taken, and its prediction type for a base model
+            that is given.
+        given: what the user says, by the names of `FIELDS`; None for what they do not say.
+    Raises: InputError for a run of another task, or one whose base model is not where it was.
+    """
+    recorded = [check_task(adapter, "subject") for adapter in adapters]
+    said = {name: value for name, value in given.items() if value is not None}
+    source = ModelSource()
+    if recorded and recorded[0] is not None and "model" in recorded[0]:
+        source = replace(ModelSource.from_options(recorded[0]["model"]), run=str(adapters[0]))
+    if NAME in said:
+        source = ModelSource(**{name: getattr(source, name) for name in OF_THE_TRAINING})
+    source = replace(source, **said)
+    if source.run is not None:
+        _check_parts(source, said)
+    return source
+
+
+def _check_parts(source: ModelSource, said: Mapping[str, Any]) -> None:
+    """Refuse a run whose base model has moved or is another version of the built-in one."""
+    for name in (name for name in LOCAL_PARTS if name not in said):
+        value = getattr(source, name)
+        if value is not None and Path(value).is_absolute() and not Path(value).exists():
+            raise InputError(
+                f"The run {source.run!r} was trained with {name} {value!r}, which is no longer there. Give --{name} with the "
+                "path where it lies now."
+            )
+    path = Path(source.run) / PROVENANCE
+    if not is_built_in(source.pretrained_model_name_or_path) or not path.is_file():
+        return
+    try:
+        files = json.loads(read_text(path))["base_model"]["files"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{str(path)!r} cannot be read as a run's provenance ({error}). Put the run's own file back.") from error
+    here = {name: file_digest(file) for name in files if (file := BUILT_IN_MODEL / name).is_file()}
+    if here != files:
+        raise InputError(
+            f"The run {source.run!r} was trained on another version of the built-in model: its files have other sha256. Give "
+            f"--{NAME} with assets/{BUILT_IN} of the checkout that it was trained in, or train again."
+        )

@@ -1,0 +1,160 @@
+"""What a model's UNet predicts and how its noise schedule ends: as its file says, or the user.
+
+Checkpoints in one file say it by tensors without a weight, as ComfyUI and A1111 read them: `v_pred`, `ztsnr`, and
+`edm_vpred.sigma_max` for EDM's noise levels; or by `modelspec.prediction_type` in their header. diffusers reads none of these.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import EDMEulerScheduler
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from safetensors import safe_open
+
+from pipelines.errors import InputError
+
+EPSILON, V_PREDICTION = "epsilon", "v_prediction"
+V_PRED_KEY, ZTSNR_KEY, SIGMA_MAX_KEY, SIGMA_MIN_KEY = "v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min"
+KEYS = (V_PRED_KEY, ZTSNR_KEY, SIGMA_MAX_KEY, SIGMA_MIN_KEY)
+METADATA_KEY = "modelspec.prediction_type"
+# As modelspec, sd-scripts and model editors write them.
+SPELLINGS = {
+    **dict.fromkeys(("epsilon", "eps", "noise"), EPSILON),
+    **dict.fromkeys(("v", "v_prediction", "vprediction", "v_pred", "vpred", "velocity", "v_parameterization"), V_PREDICTION),
+}
+EDM_SIGMA_MIN = 0.002
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What is said of a model's prediction beside its scheduler's configuration; None where nothing is.
+
+    Args:
+        prediction_type: "epsilon" or "v_prediction".
+        rescale_betas_zero_snr: whether the last noise level has no signal at all  [Lin et al. 2023].
+        edm_sigmas: smallest and largest noise level of a v-predicting model of EDM's noise levels, such as CosXL.
+    """
+
+    prediction_type: str | None = None
+    rescale_betas_zero_snr: bool | None = None
+    edm_sigmas: tuple[float, float] | None = None
+
+    @property
+    def scheduler_class(self) -> str | None:
+        """Name of the diffusers scheduler that is needed in place of the model's own; None for its own."""
+        return None if self.edm_sigmas is None else EDMEulerScheduler.__name__
+
+    def scheduler_arguments(self) -> dict[str, Any]:
+        """What the scheduler is given beside its configuration; "trailing", so that sampling starts at the last level."""
+        arguments: dict[str, Any] = {}
+        if self.edm_sigmas is not None:
+            arguments = {"sigma_min": self.edm_sigmas[0], "sigma_max": self.edm_sigmas[1], "sigma_data": 1.0}
+            arguments |= {"sigma_schedule": "exponential", "prediction_type": V_PREDICTION}
+        if self.prediction_type is not None:
+            arguments["prediction_type"] = self.prediction_type
+        if self.rescale_betas_zero_snr is not None:
+            arguments["rescale_betas_zero_snr"] = self.rescale_betas_zero_snr
+        if self.rescale_betas_zero_snr:
+            arguments["timestep_spacing"] = "trailing"
+        return arguments
+
+    def apply(self, scheduler: SchedulerMixin) -> SchedulerMixin:
+        """`scheduler` with what is said here, or as it is where nothing is.
+
+        Raises: InputError for zero terminal SNR with a scheduler that has none, or with a model that predicts epsilon.
+        """
+        arguments = self.scheduler_arguments()
+        if self.rescale_betas_zero_snr and (self.edm_sigmas or not _can_rescale(scheduler)):
+            name = self.scheduler_class or type(scheduler).__name__
+            raise InputError(
+                f"rescale_betas_zero_snr is not for a model with {name}, which has no such setting. Leave it out, or use a model "
+                "folder with a DDIMScheduler or EulerDiscreteScheduler."
+            )
+        if self.edm_sigmas is not None:
+            arguments.pop("rescale_betas_zero_snr", None)
+            scheduler = EDMEulerScheduler(**arguments)
+        elif arguments:
+            scheduler = type(scheduler).from_config(scheduler.config, **arguments)
+        check_terminal_snr(scheduler)
+        return scheduler
+
+
+def _can_rescale(scheduler: ConfigMixin) -> bool:
+    return "rescale_betas_zero_snr" in scheduler.config
+
+
+def check_terminal_snr(scheduler: SchedulerMixin) -> None:
+    """Refuse zero terminal SNR with a model that predicts epsilon: noise in noise says nothing of the image."""
+    config = scheduler.config
+    check_combination(config.prediction_type, config.get("rescale_betas_zero_snr"))
+
+
+def check_combination(prediction_type: str | None, rescale_betas_zero_snr: bool | None) -> None:
+    """Refuse epsilon with zero terminal SNR.
+
+    Raises: InputError.
+    """
+    if prediction_type == EPSILON and rescale_betas_zero_snr:
+        raise InputError(
+            "rescale_betas_zero_snr needs a model that predicts v: at the last noise level the input is noise alone, and "
+            "prediction_type 'epsilon' would divide by a signal of 0. Give --prediction_type v_prediction, or "
+            "--rescale_betas_zero_snr False."
+        )
+
+
+def prediction_of(
+    name_or_path: str, prediction_type: str | None = None, rescale_betas_zero_snr: bool | None = None
+) -> Prediction:
+    """What the file of a model says, where it is one file, and what was given, which wins.
+
+    Raises: InputError for a prediction type in the file that is unknown, unless one is given.
+    """
+    path = Path(name_or_path)
+    stated = read_prediction(path, prediction_type is None) if path.is_file() else Prediction()
+    return Prediction(
+        stated.prediction_type if prediction_type is None else prediction_type,
+        stated.rescale_betas_zero_snr if rescale_betas_zero_snr is None else rescale_betas_zero_snr,
+        stated.edm_sigmas,
+    )
+
+
+def read_prediction(path: Path, strict: bool = True) -> Prediction:
+    """What a .safetensors file says of its model's prediction, by names of tensors, else by its header.
+
+    Args:
+        strict: whether a prediction type in the header that is unknown is an error.
+    Raises: InputError for such a one.
+    """
+    with safe_open(path, "pt") as file:
+        # Some files have them below the prefix of the UNet.
+        tensors = file.keys()
+        names = {next((key for key in KEYS if name.endswith(f".{key}")), name): name for name in tensors}
+        metadata, sigmas = file.metadata() or {}, None
+        if SIGMA_MAX_KEY in names:
+            smallest = file.get_tensor(names[SIGMA_MIN_KEY]).item() if SIGMA_MIN_KEY in names else EDM_SIGMA_MIN
+            sigmas = (float(smallest), float(file.get_tensor(names[SIGMA_MAX_KEY]).item()))
+    in_header = _in_header(metadata.get(METADATA_KEY), path, strict and V_PRED_KEY not in names and sigmas is None)
+    by_name = V_PREDICTION if V_PRED_KEY in names or sigmas is not None else None
+    if by_name is not None and in_header not in (None, by_name):
+        logger.warning(
+            f"{str(path)!r} has the tensor {V_PRED_KEY!r}, but its header says {METADATA_KEY} {in_header!r}. It is taken as "
+            f"{by_name}; --prediction_type says otherwise."
+        )
+    return Prediction(by_name or in_header, True if ZTSNR_KEY in names else None, sigmas)
+
+
+def _in_header(value: str | None, path: Path, strict: bool) -> str | None:
+    if value is None or not value.strip():
+        return None
+    prediction_type = SPELLINGS.get(value.strip().lower().replace("-", "_").replace(" ", "_"))
+    if prediction_type is None and strict:
+        raise InputError(
+            f"{METADATA_KEY} in the header of {str(path)!r} must be epsilon or v, got {value!r:.60}. Give --prediction_type."
+        )
+    return prediction_type
