@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from torch import nn
+from tqdm.auto import tqdm
 
 from pipelines.fewshot import adapters, baselines
 from pipelines.fewshot.baselines.predictors import Predictor
@@ -39,6 +40,7 @@ from training.runs.run import RunDirectory
 # From as trained to the base model.
 STRENGTHS = (1.0, 0.75, 0.5, 0.25, 0.0)
 WARMUP_SHARE = 0.05
+# Of pictures at once, where the batches of the training are no smaller.
 CALIBRATION_BATCH = 64
 
 
@@ -185,7 +187,10 @@ def fit_adapter(
     clip = replace(study.clip, model=copy.deepcopy(study.clip.model))
     components = adapters.attach(clip, adapter, options.places)
     calibration = study.folder / "calibration" / f"{member.shots}-shots-seed-{member.seed}"
-    pixels = torch.utils.data.DataLoader(PictureDataset(drawn.train, clip.preprocess), CALIBRATION_BATCH)
+    # No larger than the training's, so that calibration takes less memory than a step.
+    batch_size = min(CALIBRATION_BATCH, how.train_batch_size)
+    pixels = torch.utils.data.DataLoader(PictureDataset(drawn.train, clip.preprocess), batch_size)
+    pixels = tqdm(pixels, desc="calibrating", leave=False, delay=5, disable=not accelerator.is_main_process)
     tokens = clip.tokenizer(study.prompts.texts())
     # All processes at once: the statistics of activations are summed over them.
     adapters.start(clip, adapter, components, (batch for batch, _ in pixels), tokens, calibration, member.seed)
