@@ -9,6 +9,10 @@ format, for diffusers, and for A1111, ComfyUI and sd-scripts.
 
 from __future__ import annotations
 
+# First: it leaves out warnings that libraries give while they are imported.
+import pipelines  # noqa: F401
+
+# isort: split
 import time
 from functools import partial
 from pathlib import Path
