@@ -88,7 +88,8 @@ def main(options: SubjectOptions) -> RunDirectory:
         batch_size = options.optimisation.train_batch_size
         few = preparation.class_pictures(subject.sizes, batch_size)
         prompts, seed = options.output.validation_prompt, options.optimisation.seed
-        sampler = Sampler(pipeline, prompts, seed, Sampling(resolution=resolution), model.pretrained_model_name_or_path)
+        sampling, name = Sampling(resolution=resolution), model.pretrained_model_name_or_path
+        sampler = Sampler(pipeline, prompts, seed, sampling, name, batch_size)
         before = [] if options.output.dry_run else sampler.draw()
 
         run.update_status(phase="calibrating")
@@ -116,7 +117,8 @@ def main(options: SubjectOptions) -> RunDirectory:
         run.update_status(phase="training", step=0, total=options.optimisation.max_train_steps)
         shown = pictures_of(load_examples([picture.path for picture in pictures.train[:SHOWN_PICTURES]], resolution))
         with whole(loss):
-            judge = judge_by(options.judging.judge_model, pipeline, shown, before, resolution) if run.writes else None
+            judging = partial(judge_by, options.judging.judge_model, pipeline, shown, before, resolution, batch_size)
+            judge = judging() if run.writes else None
             watch = Watch(run, loss, subject, encoded.heldout, sampler, options.adapter, components, judge, batch_size)
             watch.begin(before, shown)
         train(accelerator, run, trainable, loop_options(options), watched(watch, options))

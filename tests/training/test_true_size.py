@@ -13,13 +13,14 @@ from torch.utils.data import Dataset
 
 from nora_vision.layer import nora_layers
 from pipelines.errors import InputError
-from pipelines.subject.generate import Sampling
+from pipelines.subject.generate import Sampling, generate
 from pipelines.subject.loss import DenoisingLoss
 from training import dreambooth_nora
 from training.engine import ladder
 from training.engine.ladder import Rung, with_ladder
 from training.fewshot.members import calibration_batches
 from training.options import parse_options
+from training.subject import samples
 
 PROGRAM = Path(__file__).parents[2] / "benchmarks" / "true_size.py"
 FLAGS = "--instance_prompt toy --validation_prompt toy --max_train_steps 4 --heldout_steps 2 --validation_steps 4 --rank 6"
@@ -86,10 +87,12 @@ def test_before_and_between_the_steps_no_batch_is_larger_than_the_trainings(flag
         return predict(loss, latents, *given, **more)
 
     monkeypatch.setattr(DenoisingLoss, "predict", noted)
-    monkeypatch.setattr(dreambooth_nora, "judge_by", lambda *_: None)
     monkeypatch.setattr(dreambooth_nora, "finish", lambda *_: None)
+    drawn = []
+    monkeypatch.setattr(samples, "generate", lambda *given: (drawn.append(given[4]), generate(*given))[1])
     dreambooth_nora.main(parse_options([*flags, "--train_batch_size", str(batch_size)]))
-    assert set(sizes) == {batch_size}
+    assert max(sizes) == batch_size
+    assert set(drawn) == {batch_size}
 
 
 def test_calibration_that_runs_out_of_memory_leads_to_settings_that_fit(flags, monkeypatch):
