@@ -90,7 +90,8 @@ def test_before_and_between_the_steps_no_batch_is_larger_than_the_trainings(flag
     monkeypatch.setattr(dreambooth_nora, "finish", lambda *_: None)
     drawn = []
     monkeypatch.setattr(samples, "generate", lambda *given: (drawn.append(given[4]), generate(*given))[1])
-    dreambooth_nora.main(parse_options([*flags, "--train_batch_size", str(batch_size)]))
+    short = ["--max_train_steps", "1", "--train_batch_size", str(batch_size)]
+    dreambooth_nora.main(parse_options([*flags, *short]))
     assert max(sizes) == batch_size
     assert set(drawn) == {batch_size}
 
