@@ -13,6 +13,7 @@ import torch
 from .files import AdapterFileError
 from .initialization import outer_factors
 from .layer import NoraLayer
+from .reproducible import adapter_of_same_source, is_reproducible, record_reproducible
 
 PROJECTIONS = 8
 # Of the Frobenius norm of the change. Rounding alone stays far below, other weights far above.
@@ -60,9 +61,33 @@ def check_probe(probe: torch.Tensor, expected: torch.Tensor, where: str) -> None
 
 
 def recomputed_outer_factors(layer: NoraLayer, adapter_name: str, where: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """B (out, r) and A (r, in) as the adapter's start computed them, from the base weight and the activation scale."""
+    """B (out, r) and A (r, in) as the adapter's start computed them, from the base weight and the activation scale.
+
+    Where another adapter of the layer is known to have come from the same, they are copied from it.
+    """
+    other = adapter_of_same_source(layer, adapter_name)
+    if other is not None:
+        return layer.nora_B[other].clone(), layer.nora_A[other].clone()
     B, A = outer_factors(layer, where, layer.r[adapter_name], layer.nora_activation_scale[adapter_name])
     return B.to(layer.nora_B[adapter_name]), A.to(layer.nora_A[adapter_name])
+
+
+def reproducible_probe(layer: NoraLayer, adapter_name: str, where: str) -> torch.Tensor:
+    """The layer's probe (1 + PROJECTIONS,), once it is shown that its outer factors follow from its base weight.
+
+    They are computed again only where that is not known yet. A later call relies on it only if they came out the same to the
+    bit: two changes of weight may be alike, such as those of inner factors that are still zero, where the factors are not.
+
+    Raises: AdapterFileError naming `where` if they do not follow.
+    """
+    B, A = layer.nora_B[adapter_name], layer.nora_A[adapter_name]
+    probe = weight_change_probe(layer, adapter_name, B, A)
+    if not is_reproducible(layer, adapter_name):
+        again = recomputed_outer_factors(layer, adapter_name, where)
+        check_probe(weight_change_probe(layer, adapter_name, *again), probe, where)
+        if torch.equal(again[0], B) and torch.equal(again[1], A):
+            record_reproducible(layer, adapter_name)
+    return probe
 
 
 def narrowed(scale: torch.Tensor) -> torch.Tensor:

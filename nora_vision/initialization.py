@@ -11,6 +11,7 @@ from torch import nn
 from .calibration import ActivationStatistics, base_name, unwrapped
 from .decomposition import reproducible_awsvd
 from .layer import NoraLayer, nora_layers
+from .reproducible import record_reproducible
 
 # Inputs that calibration hardly saw would otherwise get factors as large as their scale is small.
 SCALE_FLOOR = 1e-3
@@ -51,6 +52,7 @@ def initialize_nora_weights(
         kept = layer.nora_activation_scale[adapter_name]
         kept.copy_(torch.ones_like(kept) if stats is None else relative_scale(stats[name]))
         layer.set_outer_factors(adapter_name, *outer_factors(layer, name, layer.r[adapter_name], kept))
+        record_reproducible(layer, adapter_name)
         layer.reset_inner_factors(adapter_name, config, generator)
         if progress is not None:
             progress(done, len(layers))

@@ -32,7 +32,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("nora_inner_A", "nora_inner_B")
     other_param_names = (
         "nora_A", "nora_B", "nora_inner_A0", "nora_inner_B0", "nora_activation_scale",
-        "nora_dropout", "r", "inner_r", "alpha", "scaling",
+        "nora_dropout", "r", "inner_r", "alpha", "scaling", "reproducible",
     )  # fmt: skip
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: NoraConfig, layer_name: str) -> None:
@@ -53,6 +53,8 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._merged_scaling: dict[str, float] = {}
         self._without_outer_factors: set[str] = set()
+        # Digests of what outer factors were computed from, and of the factors; see `nora_vision.reproducible`.
+        self.reproducible: dict[str, tuple[str, str]] = {}
         self.out_features, self.in_features = self.matrix_shape(self.get_base_layer())
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, layer_name)

@@ -61,8 +61,11 @@ class Conv2d(NoraLayer):
         squares = x.square().sum(dim=0, keepdim=True)
         mode = "constant" if base_layer.padding_mode == "zeros" else base_layer.padding_mode
         squares = F.pad(squares, base_layer._reversed_padding_repeated_twice, mode)
-        windows = F.unfold(squares, base_layer.kernel_size, dilation=base_layer.dilation, stride=base_layer.stride)
-        return windows[0].sum(dim=1)
+        # One position of the kernel after the other: all at once take as many times the memory of an input.
+        geometry = (squares.shape[2:], base_layer.kernel_size, base_layer.dilation, base_layer.stride)
+        rows, columns = (_kernel_slices(*sizes) for sizes in zip(*geometry, strict=True))
+        sums = [squares[0, :, row, column].sum(dim=(1, 2)) for row in rows for column in columns]
+        return torch.stack(sums, dim=1).flatten()
 
     def _project_input(self, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
         # The base layer's own convolution knows its stride, dilation and padding mode.
@@ -70,6 +73,12 @@ class Conv2d(NoraLayer):
 
     def _multiply(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         return F.conv2d(x, matrix[:, :, None, None])
+
+
+def _kernel_slices(side: int, kernel: int, dilation: int, stride: int) -> list[slice]:
+    """For each position of a kernel along one axis of a padded input, what it sees of the `side` places there."""
+    covered = side - dilation * (kernel - 1)
+    return [slice(first, first + covered, stride) for first in range(0, dilation * kernel, dilation)]
 
 
 def find_layer_class(base_layer: nn.Module) -> type[NoraLayer] | None:

@@ -21,6 +21,7 @@ from .components import COMPONENTS, adapters_by_component
 from .files import AdapterFileError
 from .layer import NoraLayer, nora_layers
 from .reading import Adapter, component_folders, read_adapter
+from .reproducible import record_reproducible
 from .saving import PROBE
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ def _complete(layer: NoraLayer, adapter_name: str, probe: torch.Tensor, where: s
     B, A = recomputed_outer_factors(layer, adapter_name, where)
     check_probe(weight_change_probe(layer, adapter_name, B, A), probe, where)
     layer.set_outer_factors(adapter_name, B, A)
+    record_reproducible(layer, adapter_name)
 
 
 def _restoring(model: nn.Module, adapter_name: str) -> Callable[[], None]:

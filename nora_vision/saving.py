@@ -14,7 +14,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .calibration import base_name, unwrapped
-from .compact import check_probe, narrowed, recomputed_outer_factors, weight_change_probe
+from .compact import narrowed, reproducible_probe
 from .components import COMPONENTS, adapted_components
 from .config import NoraConfig
 from .files import CONFIGURATION, check_finite, configuration_digest, write_json, write_tensors
@@ -103,7 +103,7 @@ def _collect(model: nn.Module, where: str, adapter_name: str, compact: bool) -> 
         fields["compact"] = True
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(OUTER_FACTORS)}
         tensors |= {
-            f"{name}.{PROBE}": _reproducible_probe(layer, adapter_name, f"{where}.{name}") for name, layer in layers.items()
+            f"{name}.{PROBE}": reproducible_probe(layer, adapter_name, f"{where}.{name}") for name, layer in layers.items()
         }
         metadata[SHARED_SCALES] = json.dumps(_share_scales(tensors))
     metadata[CONFIGURATION] = configuration_digest(fields)
@@ -125,14 +125,6 @@ def _portable_fields(config: NoraConfig, layers: dict[str, NoraLayer], adapter_n
         own = {name: getattr(layer, ranks)[adapter_name] for name, layer in layers.items()}
         fields[pattern] = {f"^{name}": rank for name, rank in own.items() if rank != default}
     return fields
-
-
-def _reproducible_probe(layer: NoraLayer, adapter_name: str, where: str) -> torch.Tensor:
-    """The layer's probe, once it is shown that its outer factors follow from its base weight."""
-    probe = weight_change_probe(layer, adapter_name, layer.nora_B[adapter_name], layer.nora_A[adapter_name])
-    again = weight_change_probe(layer, adapter_name, *recomputed_outer_factors(layer, adapter_name, where))
-    check_probe(again, probe, where)
-    return probe
 
 
 def _share_scales(tensors: dict[str, torch.Tensor]) -> dict[str, str]:

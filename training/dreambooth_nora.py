@@ -9,6 +9,10 @@ format, for diffusers, and for A1111, ComfyUI and sd-scripts.
 
 from __future__ import annotations
 
+# First: it leaves out warnings that libraries give while they are imported.
+import pipelines  # noqa: F401
+
+# isort: split
 import time
 from functools import partial
 from pathlib import Path
@@ -36,7 +40,7 @@ from pipelines.subject.mismatch import check_prediction_type
 from pipelines.subject.optimizers import Adam, Rates, optimised, parameter_groups
 from pipelines.subject.scores import judge_by
 from training.engine.console import speaking
-from training.engine.dry_run import rehearse_first
+from training.engine.dry_run import PeakMemory, rehearse_first
 from training.engine.ladder import with_ladder
 from training.engine.loop import LoopOptions, Periodic, Trainable, train
 from training.engine.opening import check_outputs, open_run
@@ -88,19 +92,22 @@ def main(options: SubjectOptions) -> RunDirectory:
         subject = encoded.subject
         check_prediction_type(pipeline, subject, seed)
         # As many as one batch holds: whether the training fits is told before the others are drawn.
-        few = preparation.class_pictures(subject.sizes, options.optimisation.train_batch_size)
+        batch_size = options.optimisation.train_batch_size
+        few = preparation.class_pictures(subject.sizes, batch_size)
         prompts = options.output.validation_prompt
-        sampler = Sampler(pipeline, prompts, seed, Sampling(resolution=resolution), model.pretrained_model_name_or_path)
+        sampling, name = Sampling(resolution=resolution), model.pretrained_model_name_or_path
+        sampler = Sampler(pipeline, prompts, seed, sampling, name, batch_size)
         before = [] if options.output.dry_run else sampler.draw()
 
         run.update_status(phase="calibrating")
         components = adapters.attach(pipeline, options.adapter)
         loss = DenoisingLoss(pipeline, options.optimisation.snr_gamma, options.optimisation.do_edm_style_training)
-        runs = runs_on_subject(loss, subject, seed, accelerator.process_index, accelerator.num_processes)
+        peak, share = PeakMemory(accelerator.device), (accelerator.process_index, accelerator.num_processes)
+        runs = runs_on_subject(loss, subject, seed, *share, batch_size)
         adapters.start(options.adapter, components, runs, run.path / "calibration", seed)
 
         learning = partial(to_train, loss, options=options, processes=accelerator.num_processes)
-        rehearse_first(accelerator, run, learning(subject, few), loop_options(options), options.output.memory_limit_gb)
+        rehearse_first(accelerator, run, learning(subject, few), loop_options(options), options.output.memory_limit_gb, peak)
         if options.output.dry_run:
             return run
 
@@ -111,14 +118,15 @@ def main(options: SubjectOptions) -> RunDirectory:
             folds = encoded.folds(pictures.folds)
             on = partial(learning, class_pictures=class_pictures)
             every = options.judging.measured_every(options.optimisation.max_train_steps)
-            leave_one_out(accelerator, run, loss, folds, on, loop_options(options), every)
+            leave_one_out(accelerator, run, loss, folds, on, loop_options(options), every, batch_size)
 
         trainable = learning(subject, class_pictures)
         run.update_status(phase="training", step=0, total=options.optimisation.max_train_steps)
         shown = pictures_of(load_examples([picture.path for picture in pictures.train[:SHOWN_PICTURES]], resolution))
         with whole(loss):
-            judge = judge_by(options.judging.judge_model, pipeline, shown, before, resolution) if run.writes else None
-            watch = Watch(run, loss, subject, encoded.heldout, sampler, options.adapter, components, judge)
+            judging = partial(judge_by, options.judging.judge_model, pipeline, shown, before, resolution, batch_size)
+            judge = judging() if run.writes else None
+            watch = Watch(run, loss, subject, encoded.heldout, sampler, options.adapter, components, judge, batch_size)
             watch.begin(before, shown)
         train(accelerator, run, trainable, loop_options(options), watched(watch, options))
         if trainable.ema is not None:

@@ -9,6 +9,10 @@ card.
 
 from __future__ import annotations
 
+# First: it leaves out warnings that libraries give while they are imported.
+import pipelines  # noqa: F401
+
+# isort: split
 import json
 from collections.abc import Iterable
 from pathlib import Path

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+from tqdm.auto import tqdm
 
 from pipelines.randomness import Draw, keyed_generator
 from pipelines.subject.base_model import PromptEmbeddings
@@ -17,36 +19,44 @@ TIMESTEPS_PER_PICTURE = 8
 
 
 def runs_on_subject(
-    loss: DenoisingLoss, pictures: EncodedPictures, seed: int, process: int = 0, processes: int = 1
+    loss: DenoisingLoss,
+    pictures: EncodedPictures,
+    seed: int,
+    process: int = 0,
+    processes: int = 1,
+    batch_size: int = TIMESTEPS_PER_PICTURE,
 ) -> dict[str, Callable[[], None]]:
     """For each component, a function that runs it on the subject.
 
-    The UNet sees every picture at `TIMESTEPS_PER_PICTURE` noise levels, the text encoders its prompts.
+    The UNet sees every picture at `TIMESTEPS_PER_PICTURE` noise levels, the text encoders its prompts. Noise and levels depend
+    on `seed` and the picture alone.
 
     Args:
         loss: holds the components.
         seed: of the noise.
         process, processes: which of how many; statistics are summed over all of them, so that each runs its share of pictures.
+        batch_size: noise levels at once, at the most: with the batch size of the training, this takes less memory than a step.
     """
     own = range(process, len(pictures), processes)
     device, prompts = loss.unet.device, pictures.prompts
+    bar = partial(tqdm, leave=False, delay=5, disable=process > 0)
+
+    def batches() -> Iterator[dict[str, torch.Tensor]]:
+        for place in own:
+            yield from _noise_levels(pictures, place, loss.num_timesteps, seed, batch_size)
 
     def run_unet() -> None:
-        for place in own:
-            generator = keyed_generator(seed, Draw.CALIBRATION, place)
-            count, mean = TIMESTEPS_PER_PICTURE, pictures.mean(place)
-            timesteps = stratified_timesteps(count, loss.num_timesteps, generator)
-            noise = torch.randn((count, *mean.shape), generator=generator)
-            prompt = int(pictures.prompt_of[place])
+        total = len(own) * math.ceil(TIMESTEPS_PER_PICTURE / batch_size)
+        for batch in bar(batches(), desc="calibrating", total=total):
+            prompt, count = int(batch.pop("prompt")), len(batch["timesteps"])
             alike = PromptEmbeddings(
                 *(values[prompt].expand(count, *values.shape[1:]).to(device) for values in (prompts.hidden, prompts.pooled))
             )
-            shown = (mean.expand(noise.shape), noise, timesteps, pictures.time_ids(place).expand(count, 6))
-            loss.predict(*(values.to(device) for values in shown), alike)
+            loss.predict(**{name: values.to(device) for name, values in batch.items()}, prompts=alike)
 
     def run_text_encoder(encoder: int) -> None:
         # One by one: sums over processes are then those of one process to the last bit.
-        for place in own:
+        for place in bar(own, desc=f"calibrating text encoder {encoder + 1}"):
             loss.text_encoders[encoder](pictures.tokens[pictures.prompt_of[place], encoder][None].to(device))
 
     return {
@@ -54,3 +64,21 @@ def runs_on_subject(
         "text_encoder": partial(run_text_encoder, 0),
         "text_encoder_2": partial(run_text_encoder, 1),
     }
+
+
+def _noise_levels(
+    pictures: EncodedPictures, place: int, num_timesteps: int, seed: int, batch_size: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The picture at `place` with its noise and timesteps, `batch_size` of them at once, and the index of its prompt, ()."""
+    generator = keyed_generator(seed, Draw.CALIBRATION, place)
+    mean, time_ids = pictures.mean(place), pictures.time_ids(place)
+    timesteps = stratified_timesteps(TIMESTEPS_PER_PICTURE, num_timesteps, generator)
+    noise = torch.randn((TIMESTEPS_PER_PICTURE, *mean.shape), generator=generator)
+    for levels, part in zip(timesteps.split(batch_size), noise.split(batch_size), strict=True):
+        yield {
+            "latents": mean.expand(part.shape),
+            "noise": part,
+            "timesteps": levels,
+            "time_ids": time_ids.expand(len(part), 6),
+            "prompt": pictures.prompt_of[place],
+        }

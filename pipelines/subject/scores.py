@@ -121,6 +121,7 @@ class BaseModelJudge:
         references: Sequence[Image.Image],
         others: Sequence[Image.Image],
         resolution: int,
+        batch_size: int = CLASSIFIER_DRAWS,
     ) -> None:
         """Remember what the subject looks like.
 
@@ -128,8 +129,10 @@ class BaseModelJudge:
             references: pictures of the subject.
             others: pictures of anything else, such as the base model's, so that what all pictures share counts for nothing.
             resolution: side in pixels at which pictures are judged.
+            batch_size: images and noise levels at once, at the most.
         """
         self.pipeline, self.resolution, self.pictures = pipeline, resolution, list(references)
+        self.batch_size = batch_size
         with without_adapters(pipeline):
             self.loss = DenoisingLoss(pipeline)
             latents = self._latents([*references, *others])
@@ -149,7 +152,8 @@ class BaseModelJudge:
         return _scores(likeness, prompt, copy_scores(pictures, self.pictures))
 
     def _latents(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
-        return encode_pictures(self.pipeline, as_pixels(pictures, (self.resolution, self.resolution)))[:, 0]
+        pixels = as_pixels(pictures, (self.resolution, self.resolution))
+        return encode_pictures(self.pipeline, pixels, self.batch_size)[:, 0]
 
     @torch.no_grad()
     def _features(self, latents: torch.Tensor) -> torch.Tensor:
@@ -184,14 +188,24 @@ class BaseModelJudge:
         for picture, prompt in zip(latents, prompts, strict=True):
             losses = []
             for place in range(len(distinct)):
-                alike = PromptEmbeddings(*(v[place].expand(count, *v.shape[1:]) for v in (embeddings.hidden, embeddings.pooled)))
-                same = picture.expand(count, *picture.shape)
-                losses.append(self.loss.per_picture(same, noise, timesteps, self._time_ids(count, latents), alike))
+                prompt_embeddings = PromptEmbeddings(embeddings.hidden[place], embeddings.pooled[place])
+                losses.append(self._losses(picture, noise, timesteps, prompt_embeddings))
             # Relative to the mean at each noise level, or the highest level would outweigh all others.
             relative = (torch.stack(losses) / torch.stack(losses).mean(dim=0)).mean(dim=1)
             own = relative[distinct.index(prompt)]
             margins.append(((relative.sum() - own) / (len(distinct) - 1) - own).item())
         return margins
+
+    def _losses(
+        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, prompt: PromptEmbeddings
+    ) -> torch.Tensor:
+        """The losses (draws,) of `latents` (channels, height, width) with each of `noise` (draws, ...), `batch_size` at once."""
+        losses = []
+        for part, levels in zip(noise.split(self.batch_size), timesteps.split(self.batch_size), strict=True):
+            count = len(part)
+            same = PromptEmbeddings(*(values.expand(count, *values.shape) for values in (prompt.hidden, prompt.pooled)))
+            losses.append(self.loss.per_picture(latents.expand(part.shape), part, levels, self._time_ids(count, latents), same))
+        return torch.cat(losses)
 
     def _noise(self, count: int, latents: torch.Tensor) -> torch.Tensor:
         return torch.randn((count, *latents.shape[1:]), generator=keyed_generator(0, Draw.SCORES)).to(latents.device)
@@ -238,6 +252,7 @@ def judge_by(
     references: Sequence[Image.Image],
     others: Sequence[Image.Image],
     resolution: int,
+    batch_size: int = CLASSIFIER_DRAWS,
 ) -> Judge:
     """The judge for a run: the base model where `name` is `BASE`, else the model of that name (see `load_embedder`).
 
@@ -247,5 +262,5 @@ def judge_by(
     embedder = None if name == BASE else load_embedder(name)
     if embedder is not None and embedder.reads_text:
         return EmbeddingJudge(embedder, references)
-    base = BaseModelJudge(pipeline, references, others, resolution)
+    base = BaseModelJudge(pipeline, references, others, resolution, batch_size)
     return base if embedder is None else EmbeddingJudge(embedder, references, base)

@@ -18,10 +18,10 @@ from training.runs.record import list_checkpoints
 from training.runs.run import RunDirectory
 
 
-def rehearsed(folder, what, limit=None, **changes):
+def rehearsed(folder, what, limit=None, peak=None, **changes):
     run = RunDirectory.create(folder, {})
     with prepared(Accelerator(cpu=True), run, what, LoopOptions(STEPS, checkpointing_steps=2, **changes)) as stepper:
-        return rehearse(stepper, limit)
+        return rehearse(stepper, limit, peak)
 
 
 def test_a_dry_run_leaves_the_training_after_it_as_if_it_had_not_been(tmp_path):
@@ -60,6 +60,14 @@ def test_peak_memory_is_that_of_what_came_and_went():
     highest = peak.read()
     assert highest - before == pytest.approx(4 << 25, rel=0.2)
     assert PeakMemory(torch.device("cpu")).read() < highest - (2 << 25)
+
+
+def test_memory_that_came_before_the_steps_counts_too_where_it_was_measured(tmp_path):
+    alone = rehearsed(tmp_path / "alone", trainable())
+    peak = PeakMemory(torch.device("cpu"))
+    torch.ones(1 << 25)
+    both = rehearsed(tmp_path / "both", trainable(), peak=peak)
+    assert both.peak_memory - alone.peak_memory > 2 << 25
 
 
 def test_more_memory_than_allowed_does_not_fit(tmp_path):

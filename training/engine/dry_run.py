@@ -42,7 +42,7 @@ class Report:
         trained_numbers: how many numbers are trained.
         seconds_per_step: the median of the steps after the first.
         seconds: what all steps will take.
-        peak_memory: bytes; on a GPU what tensors took of it, on the CPU what the process took.
+        peak_memory: bytes, calibration included; on a GPU what tensors took of it, on the CPU what the process took.
         checkpoint: bytes of one checkpoint.
         disk: bytes of all checkpoints that will lie there at once, at the most.
         disk_free: bytes.
@@ -79,14 +79,16 @@ class Report:
             )
 
 
-def rehearse(stepper: Stepper, memory_limit_gb: float | None = None) -> Report:
+def rehearse(stepper: Stepper, memory_limit_gb: float | None = None, peak: PeakMemory | None = None) -> Report:
     """Do `STEPS` real steps, put everything back as it was, and write dry_run.json.
 
+    Args:
+        peak: the memory that came before the steps and counts too; only that of the steps counts unless given.
     Raises: DoesNotFitError if the whole run will not fit in memory, InputError if it will not on the disk.
     """
     options, run = stepper.options, stepper.run
     run.update_status(phase="dry run")
-    peak, seconds = PeakMemory(stepper.accelerator.device), []
+    peak, seconds = peak or PeakMemory(stepper.accelerator.device), []
     with restored(stepper):
         batches = stepper.batches(range(STEPS))
         for step in range(STEPS):
@@ -114,16 +116,23 @@ def rehearse(stepper: Stepper, memory_limit_gb: float | None = None) -> Report:
 
 
 def rehearse_first(
-    accelerator: Accelerator, run: RunDirectory, trainable: Trainable, options: LoopOptions, memory_limit_gb: float | None
+    accelerator: Accelerator,
+    run: RunDirectory,
+    trainable: Trainable,
+    options: LoopOptions,
+    memory_limit_gb: float | None,
+    peak: PeakMemory | None = None,
 ) -> None:
     """The first phase of a run: `rehearse`, and tell what it found. A run that is resumed has had it.
 
+    Args:
+        peak: as for `rehearse`.
     Raises: as `rehearse`.
     """
     if newest_step(run.checkpoints) > 0:
         return
     with prepared(accelerator, run, trainable, options) as stepper:
-        report = rehearse(stepper, memory_limit_gb)
+        report = rehearse(stepper, memory_limit_gb, peak)
     logger.info(report.in_words())
 
 

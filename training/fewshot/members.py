@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from torch import nn
+from tqdm.auto import tqdm
 
 from pipelines.fewshot import adapters, baselines
 from pipelines.fewshot.baselines.predictors import Predictor
@@ -39,6 +40,7 @@ from training.runs.run import RunDirectory
 # From as trained to the base model.
 STRENGTHS = (1.0, 0.75, 0.5, 0.25, 0.0)
 WARMUP_SHARE = 0.05
+# Of pictures at once, where the batches of the training are no smaller.
 CALIBRATION_BATCH = 64
 
 
@@ -177,6 +179,16 @@ def told_of_guard(accuracies: Mapping[float, float], chosen: float, count: int) 
     )
 
 
+def calibration_batches(inputs: PictureDataset, train_batch_size: int, has_bar: bool) -> Iterator[torch.Tensor]:
+    """All pictures as a model takes them, in batches (n, 3, h, w).
+
+    None is larger than those of the training, so that calibration takes less memory than a step.
+    """
+    loader = torch.utils.data.DataLoader(inputs, min(CALIBRATION_BATCH, train_batch_size))
+    for pixels, _ in tqdm(loader, desc="calibrating", leave=False, delay=5, disable=not has_bar):
+        yield pixels
+
+
 def fit_adapter(
     accelerator: Accelerator, run: RunDirectory, drawn: DrawnPictures, member: Member, options: FewShotOptions
 ) -> FittedAdapter:
@@ -185,10 +197,11 @@ def fit_adapter(
     clip = replace(study.clip, model=copy.deepcopy(study.clip.model))
     components = adapters.attach(clip, adapter, options.places)
     calibration = study.folder / "calibration" / f"{member.shots}-shots-seed-{member.seed}"
-    pixels = torch.utils.data.DataLoader(PictureDataset(drawn.train, clip.preprocess), CALIBRATION_BATCH)
+    inputs = PictureDataset(drawn.train, clip.preprocess)
+    pixels = calibration_batches(inputs, how.train_batch_size, accelerator.is_main_process)
     tokens = clip.tokenizer(study.prompts.texts())
     # All processes at once: the statistics of activations are summed over them.
-    adapters.start(clip, adapter, components, (batch for batch, _ in pixels), tokens, calibration, member.seed)
+    adapters.start(clip, adapter, components, pixels, tokens, calibration, member.seed)
     steps, rate = how.steps(drawn.shots), options.learning_rate(member.method)
     trainable = to_train(drawn, clip, components, options, steps, rate, accelerator.num_processes)
     loop = LoopOptions(

@@ -32,6 +32,7 @@ def leave_one_out(
     prepare: Callable[[EncodedPictures], Trainable],
     options: LoopOptions,
     every: int,
+    batch_size: int,
 ) -> None:
     """Train each fold for `FOLD_SHARE` of the steps from the adapter's start, and leave the adapter at its start.
 
@@ -43,6 +44,7 @@ def leave_one_out(
         prepare: the optimiser and all else for a training on the pictures given.
         options: of the whole training.
         every: steps between two measurements.
+        batch_size: of the training.
     """
     start = {name: parameter.detach().clone() for name, parameter in loss.named_parameters() if parameter.requires_grad}
     short = dataclasses.replace(options, max_train_steps=fold_steps(options.max_train_steps))
@@ -53,7 +55,7 @@ def leave_one_out(
         run.update_status(phase=f"leaving out picture {place + 1}")
         trainable = prepare(seen)
         with whole(loss):
-            measure = _measure(part, loss, seen, heldout)
+            measure = _measure(part, loss, seen, heldout, batch_size)
         train(accelerator, part, trainable, short, [Periodic(every, measure)])
         _restore(loss, start)
         if part.writes:
@@ -78,11 +80,13 @@ def _is_finished(part: RunDirectory, steps: int) -> bool:
     return any(line["step"] == steps and "heldout_loss" in line for line in part.metrics())
 
 
-def _measure(part: RunDirectory, loss: DenoisingLoss, seen: EncodedPictures, heldout: EncodedPictures) -> Callable[[int], float]:
+def _measure(
+    part: RunDirectory, loss: DenoisingLoss, seen: EncodedPictures, heldout: EncodedPictures, batch_size: int
+) -> Callable[[int], float]:
     """A function that logs the fold's losses; the first line, of the base model, is written now."""
 
     def measure(step: int) -> float:
-        losses = measured_losses(loss, heldout, seen)
+        losses = measured_losses(loss, heldout, seen, batch_size)
         part.log(step, **losses)
         return losses["heldout_loss"]
 

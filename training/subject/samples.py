@@ -24,6 +24,7 @@ class Sampler:
         prompts: what is drawn.
         seed: of the first picture; each further one adds 1.
         model: what the pictures' files call the base model.
+        batch_size: pictures at once, at the most.
     """
 
     pipeline: StableDiffusionXLPipeline
@@ -31,6 +32,7 @@ class Sampler:
     seed: int
     sampling: Sampling
     model: str
+    batch_size: int = 8
 
     @property
     def seeds(self) -> range:
@@ -42,7 +44,7 @@ class Sampler:
         for component in (self.pipeline.unet, self.pipeline.text_encoder, self.pipeline.text_encoder_2):
             component.eval()
         with torch.no_grad():
-            return list(generate(self.pipeline, self.prompts, self.seeds, self.sampling))
+            return list(generate(self.pipeline, self.prompts, self.seeds, self.sampling, self.batch_size))
 
     def save(self, run: RunDirectory, step: int, drawn: Sequence[Image.Image]) -> None:
         """Keep what was drawn after `step` steps: samples/step-<step>/<place>.png with their settings, and all on one sheet."""

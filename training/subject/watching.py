@@ -22,13 +22,21 @@ from training.subject.suggesting import StepScores
 
 # Of the training pictures, for the loss that the held-out one is compared with.
 SEEN_PICTURES, SEEN_DRAWS = 4, 16
+MEASURED_BATCH = 16
 
 
-def measured_losses(loss: DenoisingLoss, heldout: EncodedPictures, seen: EncodedPictures) -> dict[str, float]:
-    """The loss with fixed noise on what is held out, and on some of the pictures that are trained on."""
+def measured_losses(
+    loss: DenoisingLoss, heldout: EncodedPictures, seen: EncodedPictures, batch_size: int = MEASURED_BATCH
+) -> dict[str, float]:
+    """The loss with fixed noise on what is held out, and on some of the pictures that are trained on.
+
+    Args:
+        batch_size: of the training. No more are measured at once, so that measuring takes less memory than a step.
+    """
+    batch_size = min(MEASURED_BATCH, batch_size)
     return {
-        "heldout_loss": mean_denoising_loss(loss, heldout),
-        "seen_loss": mean_denoising_loss(loss, seen, SEEN_DRAWS, limit=SEEN_PICTURES),
+        "heldout_loss": mean_denoising_loss(loss, heldout, batch_size=batch_size),
+        "seen_loss": mean_denoising_loss(loss, seen, SEEN_DRAWS, batch_size=batch_size, limit=SEEN_PICTURES),
     }
 
 
@@ -59,6 +67,7 @@ class Watch:
         adapter: its options, for keeping it.
         components: what it is on.
         judge: scores the pictures that are drawn, or None.
+        batch_size: of the training.
     """
 
     run: RunDirectory
@@ -69,13 +78,14 @@ class Watch:
     adapter: AdapterOptions
     components: dict[str, nn.Module]
     judge: Judge | None = None
+    batch_size: int = MEASURED_BATCH
 
     def begin(self, before: Sequence[Image.Image], shown: Sequence[Image.Image]) -> None:
         """Measure the base model, once a run, and keep and score what it drew; keep the pictures `shown` beside it."""
         if not self.run.writes or self.run.metrics():
             return
         if self.heldout is not None:
-            self.run.log(0, **measured_losses(self.loss, self.heldout, self.seen))
+            self.run.log(0, **measured_losses(self.loss, self.heldout, self.seen, self.batch_size))
         save_subject(self.run, shown)
         self.sampler.save(self.run, 0, before)
         self._score(0, before)
@@ -85,7 +95,7 @@ class Watch:
         keep_adapter(self.run, step, self.adapter, self.components)
         if self.heldout is None:
             return None
-        losses = measured_losses(self.loss, self.heldout, self.seen)
+        losses = measured_losses(self.loss, self.heldout, self.seen, self.batch_size)
         self.run.log(step, **losses)
         return losses["heldout_loss"]
 

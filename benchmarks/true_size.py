@@ -1,0 +1,313 @@
+"""What the subject recipe costs at SDXL's true size: seconds, decompositions and peak memory by phase.
+
+    python benchmarks/true_size.py
+
+The model has SDXL's shapes (a UNet of 2.57 billion parameters, both text encoders, the autoencoder) and random weights. The
+recipe itself runs on it, on the CPU, with tiny images, few steps, and few draws of noise for the held-out loss: the time of a
+phase then comes from the model's size. The certificate is left out, since it loads the base model from disk once more.
+"""
+
+# ruff: noqa: T201 - what a benchmark prints is its result
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial, wraps
+from typing import Any
+from unittest import mock
+
+import psutil
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from nora_vision import decomposition
+from pipelines.methods import nora
+from pipelines.subject import adapters
+from pipelines.subject.adapters import ATTENTION
+from pipelines.subject.base_model import BUILT_IN_MODEL
+from pipelines.subject.generate import Sampling
+from training import dreambooth_nora
+from training.options import parse_options
+from training.subject import finishing, watching
+from training.subject.samples import Sampler
+
+GB = 1e9
+BETWEEN = "everything else"
+SAMPLING_INTERVAL_S = 0.02
+DRAWS = 4
+VOCABULARY = 49408
+UNET = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+TEXT_ENCODERS = (
+    {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "projection_dim": 768},
+    {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20, "projection_dim": 1280},
+)
+AUTOENCODER = {
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 1024,
+    "scaling_factor": 0.13025,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+}
+
+
+@dataclass
+class Phase:
+    """What one phase of the run took in all, without the phases inside it.
+
+    Args:
+        calls: how often it ran.
+        peak_memory: the most bytes that the process held during it.
+    """
+
+    calls: int = 0
+    seconds: float = 0.0
+    decompositions: int = 0
+    peak_memory: int = 0
+
+
+class Phases:
+    """Attributes time, decompositions and memory to the innermost phase that is running."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, Phase] = {}
+        self._running = [BETWEEN]
+        self._since = time.perf_counter()
+        self._process = psutil.Process()
+
+    @property
+    def current(self) -> Phase:
+        """The innermost phase that is running."""
+        return self.totals.setdefault(self._running[-1], Phase())
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What runs inside belongs to the phase `name`."""
+        self._switch()
+        self._running.append(name)
+        self.current.calls += 1
+        try:
+            yield
+        finally:
+            self._switch()
+            self._running.pop()
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` as the phase `name`."""
+
+        @wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            """The result of `function`."""
+            with self.phase(name):
+                return function(*args, **kwargs)
+
+        return run
+
+    def counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, each call of which is one decomposition."""
+
+        @wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            """The result of `function`."""
+            self.current.decompositions += 1
+            return function(*args, **kwargs)
+
+        return run
+
+    @contextmanager
+    def watching_memory(self) -> Iterator[None]:
+        """Meanwhile the memory of this process is sampled."""
+        ended = threading.Event()
+
+        def sample() -> None:
+            """Look now and then."""
+            while not ended.wait(SAMPLING_INTERVAL_S):
+                self._note_memory()
+
+        sampler = threading.Thread(target=sample, daemon=True)
+        sampler.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            sampler.join()
+            self._switch()
+
+    def _switch(self) -> None:
+        now = time.perf_counter()
+        self.current.seconds += now - self._since
+        self._since = now
+        self._note_memory()
+
+    def _note_memory(self) -> None:
+        phase = self.current
+        phase.peak_memory = max(phase.peak_memory, self._process.memory_info().rss)
+
+    def table(self) -> str:
+        """All phases in Markdown, in the order in which they began."""
+        rows = ["| phase | calls | seconds | decompositions | peak memory, GB |", "|---|---|---|---|---|"]
+        named = {name: phase for name, phase in self.totals.items() if name != BETWEEN}
+        total = Phase(
+            calls=1,
+            seconds=sum(phase.seconds for phase in self.totals.values()),
+            decompositions=sum(phase.decompositions for phase in self.totals.values()),
+            peak_memory=max(phase.peak_memory for phase in self.totals.values()),
+        )
+        between = self.totals.get(BETWEEN, Phase())
+        for name, phase in {**named, BETWEEN: between, "all": total}.items():
+            rows.append(
+                f"| {name} | {phase.calls or ''} | {phase.seconds:.1f} | {phase.decompositions} | {phase.peak_memory / GB:.2f} |"
+            )
+        return "\n".join(rows)
+
+
+@torch.no_grad()
+def random_model(make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
+    """What `make` makes, of `dtype`, with random weights that keep the scale of activations; made in place."""
+    with torch.device("meta"):
+        model = make()
+    model = model.to(dtype).to_empty(device="cpu").eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=parameter[0].numel() ** -0.5)
+        else:
+            parameter.zero_()
+    for module in model.modules():
+        if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+            module.weight.fill_(1.0)
+    for name, buffer in model.named_buffers():
+        if not name.endswith("position_ids"):
+            raise ValueError(f"Only position_ids have no random start here, got the buffer {name!r}.")
+        buffer.copy_(torch.arange(buffer.shape[-1]).expand(buffer.shape))
+    return model
+
+
+def true_size_pipeline(dtype: torch.dtype) -> StableDiffusionXLPipeline:
+    """A pipeline of SDXL's shapes with random weights and the tokenizers of the built-in model."""
+    torch.manual_seed(0)
+    tokenizers = [CLIPTokenizer.from_pretrained(BUILT_IN_MODEL / name) for name in ("tokenizer", "tokenizer_2")]
+    classes = (CLIPTextModel, CLIPTextModelWithProjection)
+    encoders = [
+        random_model(partial(kind, text_config(shape, tokenizer)), dtype)
+        for kind, shape, tokenizer in zip(classes, TEXT_ENCODERS, tokenizers, strict=True)
+    ]
+    pipeline = StableDiffusionXLPipeline(
+        vae=random_model(partial(AutoencoderKL, **AUTOENCODER), dtype),
+        text_encoder=encoders[0],
+        text_encoder_2=encoders[1],
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
+        unet=random_model(partial(UNet2DConditionModel, **UNET), dtype),
+        scheduler=EulerDiscreteScheduler.from_pretrained(BUILT_IN_MODEL / "scheduler"),
+        add_watermarker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def text_config(shape: dict[str, int], tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    """The configuration of a text encoder of `shape` that reads what `tokenizer` writes."""
+    marks = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return CLIPTextConfig(vocab_size=VOCABULARY, max_position_embeddings=tokenizer.model_max_length, **shape, **marks)
+
+
+def measured(pipeline: StableDiffusionXLPipeline, flags: Sequence[str]) -> Phases:
+    """Run the subject recipe on `pipeline` with `flags` and return what its phases took."""
+    phases = Phases()
+    timed = {
+        (dreambooth_nora.Preparation, "encode"): "encode images and prompts",
+        (Sampler, "draw"): "samples (one denoising step)",
+        (nora, "calibrate"): "calibrate",
+        (nora, "initialize_nora_weights"): "start the layers (AwSVD)",
+        (dreambooth_nora, "rehearse_first"): "dry run (three steps)",
+        (dreambooth_nora, "train"): "training steps",
+        (watching, "measured_losses"): f"held-out loss ({DRAWS} draws)",
+        (watching, "keep_adapter"): "kept adapter",
+        (adapters, "save_everywhere"): "export",
+        (finishing, "draw_candidates"): "compare kept adapters",
+    }
+    with ExitStack() as stack:
+        for (owner, attribute), name in timed.items():
+            stack.enter_context(mock.patch.object(owner, attribute, phases.timed(name, getattr(owner, attribute))))
+        stack.enter_context(mock.patch.object(decomposition, "awsvd", phases.counted(decomposition.awsvd)))
+        stack.enter_context(mock.patch.object(dreambooth_nora, "load_base_model", return_value=pipeline))
+        stack.enter_context(mock.patch.object(dreambooth_nora, "Sampling", partial(Sampling, num_inference_steps=1)))
+        stack.enter_context(mock.patch.object(watching, "mean_denoising_loss", few_draws(watching.mean_denoising_loss)))
+        stack.enter_context(phases.watching_memory())
+        dreambooth_nora.main(parse_options(list(flags)))
+    return phases
+
+
+def few_draws(measure: Callable[..., float]) -> Callable[..., float]:
+    """`measure`, a mean over draws of noise, over `DRAWS` of them at the most."""
+
+    def run(loss: nn.Module, images: Any, draws: int = DRAWS, **more: Any) -> float:
+        """The mean."""
+        return measure(loss, images, min(draws, DRAWS), **more)
+
+    return run
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--dtype", choices=["bf16", "no"], default="bf16", help="precision, as --mixed_precision of the recipe")
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--inner_r", type=int, default=16)
+    parser.add_argument("--resolution", type=int, default=32)
+    parser.add_argument("--train_batch_size", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=2, help="training steps; the adapter is kept after the last")
+    options = parser.parse_args()
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    began = time.perf_counter()
+    pipeline = true_size_pipeline(dreambooth_nora.WEIGHT_DTYPES[options.dtype])
+    print(f"Made the model in {time.perf_counter() - began:.0f} s.", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        flags = {
+            "pretrained_model_name_or_path": "random/true-size-sdxl",
+            "mixed_precision": options.dtype,
+            "rank": options.rank,
+            "inner_r": options.inner_r,
+            "resolution": options.resolution,
+            "train_batch_size": options.train_batch_size,
+            "max_train_steps": options.steps,
+            "instance_prompt": "a photo of sks toy",
+            "validation_prompt": "a photo of sks toy",
+            "heldout_image": "04.jpg",
+            "heldout_steps": options.steps,
+            "validation_steps": options.steps,
+            "drawn_candidates": 2,
+            "judge_model": "mini",
+            "report_to": "none",
+            "output_dir": f"{folder}/run",
+        }
+        given = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+        phases = measured(pipeline, [*given, "--no_certify", "--target_modules", *ATTENTION])
+    print(f"\nSDXL's shapes, {options.dtype}, {options.resolution} pixels, batches of {options.train_batch_size}:\n")
+    print(phases.table())
+
+
+if __name__ == "__main__":
+    main()

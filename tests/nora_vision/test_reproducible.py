@@ -1,0 +1,220 @@
+"""Outer factors are decomposed once: what is known of them is used again, and never for anything but what it is known of."""
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from small_models import MODELS, change_weights, config_for, mlp
+from torch import nn
+
+from nora_vision import calibrate, decomposition, initialize_nora_weights
+from nora_vision.files import AdapterFileError
+from nora_vision.layer import nora_layers
+from nora_vision.loading import load_adapter
+from nora_vision.reproducible import is_reproducible
+from nora_vision.saving import save_adapter
+
+REFUSED = "something else than the adapter does"
+
+
+@pytest.fixture
+def decompositions(monkeypatch):
+    """A list that grows with each decomposition."""
+    calls = []
+    once = decomposition.awsvd
+    monkeypatch.setattr(decomposition, "awsvd", lambda *given, **more: (calls.append(1), once(*given, **more))[1])
+    return calls
+
+
+def started(kind="linear", **fields):
+    """A model with a NoRA adapter that was started from activations and has moved since."""
+    model, inputs, targets = MODELS[kind]()
+    model = get_peft_model(model, config_for(targets, **{"init_weights": True, "outer_init": "awsvd"} | fields))
+    initialize_nora_weights(model, calibrate(model, lambda: model(*inputs)))
+    change_weights(model)
+    return model
+
+
+def first_layer(model):
+    return next(iter(nora_layers(model).values()))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_one_decomposition_a_layer_serves_the_start_and_every_save_after_it(kind, decompositions, tmp_path):
+    model = started(kind)
+    assert len(decompositions) == len(nora_layers(model))
+    for step in range(3):
+        change_weights(model, seed=step)
+        save_adapter(model, tmp_path / str(step), compact=True)
+        save_adapter(model, tmp_path / f"full-{step}")
+    assert len(decompositions) == len(nora_layers(model))
+
+
+def test_an_adapter_that_was_loaded_in_full_is_decomposed_at_its_first_compact_save_alone(decompositions, tmp_path):
+    save_adapter(started(), tmp_path / "full")
+    base, _, _ = mlp()
+    load_adapter(base, tmp_path / "full")
+    decompositions.clear()
+    for step in range(2):
+        save_adapter(base, tmp_path / str(step), compact=True)
+    assert len(decompositions) == len(nora_layers(base))
+
+
+def test_an_adapter_that_was_loaded_from_a_compact_file_is_known_already(decompositions, tmp_path):
+    save_adapter(started(), tmp_path / "first", compact=True)
+    base, _, _ = mlp()
+    decompositions.clear()
+    load_adapter(base, tmp_path / "first")
+    save_adapter(base, tmp_path / "second", compact=True)
+    assert len(decompositions) == len(nora_layers(base))
+    first, second = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("first", "second"))
+    assert first == second
+
+
+def test_a_kept_adapter_beside_the_one_in_training_takes_its_outer_factors_from_there(decompositions, tmp_path):
+    model = started().base_model.model
+    save_adapter(model, tmp_path / "kept", compact=True)
+    change_weights(model)
+    decompositions.clear()
+    load_adapter(model, tmp_path / "kept", "kept")
+    assert not decompositions
+    base, _, _ = mlp()
+    load_adapter(base, tmp_path / "kept")
+    for beside, alone in zip(nora_layers(model).values(), nora_layers(base).values(), strict=True):
+        assert torch.equal(beside.get_delta_weight("kept"), alone.get_delta_weight("default"))
+        assert beside.nora_B["kept"].data_ptr() != beside.nora_B["default"].data_ptr()
+
+
+@pytest.mark.parametrize("difference", ["rank", "scale", "changed factors"])
+def test_an_adapter_of_another_source_is_decomposed_for_itself(difference, decompositions, tmp_path):
+    other = started(r=6) if difference == "rank" else started()
+    if difference == "scale":
+        inputs = torch.randn(7, 20) * torch.linspace(0.1, 3.0, 20)
+        initialize_nora_weights(other, calibrate(other, lambda: other(inputs)))
+        change_weights(other)
+    save_adapter(other, tmp_path / "other", compact=True)
+    model = started().base_model.model
+    if difference == "changed factors":
+        for layer in nora_layers(model).values():
+            layer.nora_B["default"].data.mul_(1.5)
+    decompositions.clear()
+    load_adapter(model, tmp_path / "other", "other")
+    assert len(decompositions) == len(nora_layers(model))
+    for ours, theirs in zip(nora_layers(model).values(), nora_layers(other).values(), strict=True):
+        torch.testing.assert_close(ours.get_delta_weight("other"), theirs.get_delta_weight("default"))
+
+
+def added_in_place(layer):
+    with torch.no_grad():
+        layer.get_base_layer().weight.add_(torch.randn_like(layer.get_base_layer().weight))
+
+
+def added_to_data(layer):
+    weight = layer.get_base_layer().weight
+    weight.data.add_(torch.randn_like(weight))
+
+
+def other_data(layer):
+    layer.get_base_layer().weight.data = torch.randn_like(layer.get_base_layer().weight)
+
+
+def negated(layer):
+    layer.get_base_layer().weight.data[0].neg_()
+
+
+def merged(layer):
+    layer.merge()
+
+
+def factors_set(layer):
+    layer.set_outer_factors("default", torch.randn_like(layer.nora_B["default"]), layer.nora_A["default"])
+
+
+def factors_loaded(layer):
+    state = {name: torch.randn_like(value) for name, value in layer.state_dict().items() if "nora_A" in name or "nora_B" in name}
+    layer.load_state_dict(state, strict=False)
+
+
+def factor_changed_in_place(layer):
+    layer.nora_A["default"].data[0].mul_(2.0)
+
+
+def scale_changed(layer):
+    layer.nora_activation_scale["default"].data[:10].mul_(0.01)
+
+
+CHANGES = [added_in_place, added_to_data, other_data, negated, merged]
+CHANGES += [factors_set, factors_loaded, factor_changed_in_place, scale_changed]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_weight_scale_or_factor_is_noticed_and_refused_however_it_was_changed(change, decompositions, tmp_path):
+    torch.manual_seed(0)
+    model = started()
+    save_adapter(model, tmp_path / "first", compact=True)
+    decompositions.clear()
+    change(first_layer(model))
+    with pytest.raises(AdapterFileError, match=REFUSED):
+        save_adapter(model, tmp_path / "second", compact=True)
+    assert decompositions
+    assert not (tmp_path / "second").exists()
+
+
+def test_what_was_refused_is_saved_once_everything_is_as_it_was(decompositions, tmp_path):
+    model = started()
+    layer = first_layer(model)
+    before = layer.get_base_layer().weight.detach().clone()
+    model.merge_adapter()
+    with pytest.raises(AdapterFileError, match=REFUSED):
+        save_adapter(model, tmp_path / "merged", compact=True)
+    model.unmerge_adapter()
+    for one in nora_layers(model).values():
+        assert not one.merged
+    layer.get_base_layer().weight.data = before
+    decompositions.clear()
+    save_adapter(model, tmp_path / "unmerged", compact=True)
+    assert is_reproducible(layer, "default")
+
+
+@pytest.mark.parametrize("moved", ["new parameter", "copied model", "other strides"])
+def test_the_same_numbers_elsewhere_are_still_known(moved, decompositions, tmp_path):
+    model = started()
+    decompositions.clear()
+    model = copy.deepcopy(model) if moved == "copied model" else model
+    for layer in nora_layers(model).values():
+        base = layer.get_base_layer()
+        if moved == "new parameter":
+            base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+        if moved == "other strides":
+            base.weight.data = base.weight.data.T.contiguous().T
+    save_adapter(model, tmp_path, compact=True)
+    assert not decompositions
+
+
+def test_a_cast_base_weight_is_another_weight(decompositions, tmp_path):
+    model = started()
+    decompositions.clear()
+    model.to(torch.bfloat16).to(torch.float32)
+    with pytest.raises(AdapterFileError, match=REFUSED):
+        save_adapter(model, tmp_path, compact=True)
+    assert decompositions
+
+
+def test_factors_whose_change_is_still_zero_are_not_taken_for_proven(tmp_path):
+    base, _, targets = mlp()
+    model = get_peft_model(base, config_for(targets, init_weights=True, outer_init="svd", inner_init="zero"))
+    layer = first_layer(model)
+    layer.set_outer_factors("default", torch.randn_like(layer.nora_B["default"]), torch.randn_like(layer.nora_A["default"]))
+    save_adapter(model, tmp_path / "zero", compact=True)
+    change_weights(model)
+    with pytest.raises(AdapterFileError, match=REFUSED):
+        save_adapter(model, tmp_path / "trained", compact=True)
+
+
+def test_a_deleted_adapter_leaves_nothing_behind(tmp_path):
+    model = started()
+    layer = first_layer(model)
+    assert set(layer.reproducible) == {"default"}
+    model.delete_adapter("default")
+    assert not layer.reproducible

@@ -1,0 +1,99 @@
+"""Of the warnings of libraries, those that say nothing are left out, and no others."""
+
+import ast
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from diffusers import AutoencoderKL
+from peft import LoraConfig, get_peft_model_state_dict
+from tiny_pipeline import tiny_pipeline
+
+from pipelines.library_warnings import POINTLESS, leave_out_pointless_warnings
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def terminal():
+    """What the loggers of these libraries write, as text."""
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    loggers = [logging.getLogger(name) for name in POINTLESS]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield lines
+    for logger in loggers:
+        logger.removeHandler(handler)
+
+
+def test_an_empty_list_of_modules_to_keep_in_float32_is_left_out(terminal, monkeypatch):
+    model = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2)
+    model.to(torch.bfloat16)
+    assert terminal == []
+    monkeypatch.setattr(model, "_keep_in_fp32_modules", ["quant_conv"])
+    model.to(torch.float16)
+    assert len(terminal) == 1
+    assert "should be kept in float32: ['quant_conv']" in terminal[0]
+
+
+def test_a_kernel_that_is_not_there_is_left_out_and_what_else_bitsandbytes_says_is_not(terminal):
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please make sure you", "No module")
+    logger.warning("The weights are damaged.")
+    assert terminal == ["The weights are damaged."]
+
+
+def lora_state(rank, layers):
+    """A LoRA of some layers of a tiny text encoder, as transformers loads it."""
+    encoder = tiny_pipeline().text_encoder
+    encoder.add_adapter(LoraConfig(r=rank, target_modules=layers))
+    return get_peft_model_state_dict(encoder, adapter_name="default")
+
+
+@pytest.mark.parametrize(
+    ("layers", "rank", "shown"),
+    [
+        ("some layers", 4, None),
+        ("another rank", 3, "MISMATCH"),
+        ("strange names", 4, "UNEXPECTED"),
+    ],
+)
+def test_a_lora_of_some_layers_loads_without_a_report_and_one_that_does_not_fit_with_one(terminal, layers, rank, shown):
+    encoder = tiny_pipeline().text_encoder
+    state = {name: value for name, value in lora_state(rank, ["q_proj", "v_proj"]).items() if ".layers.0." in name}
+    if layers == "strange names":
+        state["encoder.layers.0.no_such_layer.lora_A.weight"] = torch.ones(4, 16)
+    encoder.load_adapter(peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), adapter_state_dict=state,
+                         ignore_mismatched_sizes=True)  # fmt: skip
+    if shown is None:
+        assert terminal == []
+    else:
+        assert any(shown in line for line in terminal)
+
+
+def test_a_second_call_adds_nothing():
+    before = {name: list(logging.getLogger(name).filters) for name in POINTLESS}
+    leave_out_pointless_warnings()
+    assert {name: logging.getLogger(name).filters for name in POINTLESS} == before
+
+
+@pytest.mark.parametrize("recipe", ["dreambooth_nora.py", "fewshot_nora.py"])
+def test_a_recipe_imports_what_leaves_them_out_before_any_library(recipe):
+    statements = ast.parse((ROOT / "training" / recipe).read_text()).body
+    imports = [node for node in statements if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert isinstance(imports[1], ast.Import)
+    assert [name.name for name in imports[1].names] == ["pipelines"]
+
+
+@pytest.mark.parametrize(("config", "listed"), [("default.yaml", False), ("one_gpu.yaml", False), (None, True)])
+def test_accelerate_lists_no_defaults_with_an_example_configuration(config, listed, monkeypatch, caplog):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("accelerate.commands.launch.default_config_file", "/nowhere")
+    flags = [] if config is None else ["--config_file", str(ROOT / "training" / "configs" / config)]
+    with caplog.at_level("WARNING", "accelerate.commands.launch"):
+        _validate_launch_command(launch_command_parser().parse_args([*flags, "recipe.py"]))
+    assert ("had defaults used instead" in caplog.text) == listed

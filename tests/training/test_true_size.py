@@ -1,0 +1,126 @@
+"""What a model of true size must not suffer: batches larger than the training's, and work done twice."""
+
+import importlib.util
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from tiny_pipeline import tiny_pipeline
+from torch.utils.data import Dataset
+
+from nora_vision.layer import nora_layers
+from pipelines.errors import InputError
+from pipelines.subject.generate import Sampling, generate
+from pipelines.subject.loss import DenoisingLoss
+from training import dreambooth_nora
+from training.engine import ladder
+from training.engine.ladder import Rung, with_ladder
+from training.fewshot.members import calibration_batches
+from training.options import parse_options
+from training.subject import samples
+
+PROGRAM = Path(__file__).parents[2] / "benchmarks" / "true_size.py"
+FLAGS = "--instance_prompt toy --validation_prompt toy --max_train_steps 4 --heldout_steps 2 --validation_steps 4 --rank 6"
+FLAGS += " --inner_r 2 --resolution 16 --no_certify --report_to none --drawn_candidates 2 --target_modules to_q to_k to_v"
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """Few inference steps, and the precision of no other test's run."""
+    monkeypatch.setattr(dreambooth_nora, "Sampling", partial(Sampling, num_inference_steps=1))
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """The benchmark as a module."""
+    spec = importlib.util.spec_from_file_location("true_size", PROGRAM)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["true_size"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def flags(tmp_path, tiny_model, pictures_dir):
+    """Those of a short run, all but the batch size."""
+    paths = ["--output_dir", str(tmp_path / "run"), "--pretrained_model_name_or_path", str(tiny_model)]
+    return [*FLAGS.split(), *paths, "--instance_data_dir", str(pictures_dir), "--heldout_image", "2.png"]
+
+
+def test_a_whole_run_decomposes_each_layer_once_however_often_its_adapter_is_kept_and_exported(benchmark, flags):
+    pipeline = tiny_pipeline()
+    phases = benchmark.measured(pipeline, [*flags, "--train_batch_size", "1"])
+    counts = {name: phase.decompositions for name, phase in phases.totals.items() if phase.decompositions}
+    assert counts == {"start the layers (AwSVD)": len(nora_layers(pipeline.unet))}
+    assert phases.totals["kept adapter"].calls == 3
+    assert phases.totals["export"].calls >= 1
+    table = phases.table().splitlines()
+    assert len({line.count("|") for line in table}) == 1
+    for name in ("calibrate", "training steps", "held-out loss (4 draws)", "kept adapter", "export", "all"):
+        assert any(line.startswith(f"| {name} |") for line in table)
+    assert all(phase.peak_memory > 1e8 for phase in phases.totals.values() if phase.seconds > 1)
+
+
+def test_a_phase_is_charged_for_what_runs_in_it_and_not_in_a_phase_inside(benchmark):
+    phases, inner = benchmark.Phases(), []
+    with phases.phase("outer"):
+        step = phases.timed("inner", lambda: inner.append(torch.linalg.svd(torch.randn(200, 200))))
+        counted = phases.counted(step)
+        counted()
+        counted()
+    assert (phases.totals["outer"].calls, phases.totals["inner"].calls) == (1, 2)
+    assert (phases.totals["outer"].decompositions, phases.totals["inner"].decompositions) == (2, 0)
+    assert phases.totals["inner"].seconds > 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_before_and_between_the_steps_no_batch_is_larger_than_the_trainings(flags, batch_size, monkeypatch):
+    sizes, predict = [], DenoisingLoss.predict
+
+    def noted(loss, latents, *given, **more):
+        if not torch.is_grad_enabled():
+            sizes.append(len(latents))
+        return predict(loss, latents, *given, **more)
+
+    monkeypatch.setattr(DenoisingLoss, "predict", noted)
+    monkeypatch.setattr(dreambooth_nora, "finish", lambda *_: None)
+    drawn = []
+    monkeypatch.setattr(samples, "generate", lambda *given: (drawn.append(given[4]), generate(*given))[1])
+    short = ["--max_train_steps", "1", "--train_batch_size", str(batch_size)]
+    dreambooth_nora.main(parse_options([*flags, *short]))
+    assert max(sizes) == batch_size
+    assert set(drawn) == {batch_size}
+
+
+def test_calibration_that_runs_out_of_memory_leads_to_settings_that_fit(flags, monkeypatch):
+    def runs_out(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(dreambooth_nora.adapters, "start", runs_out)
+    fitting = Rung({"train_batch_size": 1, "gradient_accumulation_steps": 4}, True, 10**9, 0.5)
+    monkeypatch.setattr(ladder, "climb", lambda *_: [fitting])
+    with pytest.raises(
+        InputError, match=r"does not fit: CUDA out of memory.*--train_batch_size 1 --gradient_accumulation_steps 4"
+    ):
+        with_ladder(dreambooth_nora.main, parse_options(flags), "training.dreambooth_nora")
+
+
+class Pictures(Dataset):
+    """Seven labelled pictures as a model takes them."""
+
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, place):
+        return torch.full((3, 2, 2), float(place)), place
+
+
+@pytest.mark.parametrize(("batch_size", "sizes"), [(1, [1] * 7), (3, [3, 3, 1]), (64, [7])])
+def test_a_classifier_is_calibrated_in_batches_no_larger_than_the_trainings(batch_size, sizes):
+    batches = list(calibration_batches(Pictures(), batch_size, has_bar=False))
+    assert [len(batch) for batch in batches] == sizes
+    assert torch.cat(batches)[:, 0, 0, 0].tolist() == list(range(7))
