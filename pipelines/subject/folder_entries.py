@@ -21,7 +21,7 @@ REASONS = {
     "condition": "They are conditioning images of another trainer, which are not used.",
     "class_data": "The folder looks like regularisation (class) images, which are never trained as a subject.",
     "image_too_deep": "Images are looked for in the folder itself or in one folder for each subject, not "
-    "further down. Move them up, or give --instance_data_dir the folder that they lie in.",
+    "further down. Move them up, or give the folder that they lie in.",
     "no_images": "No image lies in these folders.",
     "link_to_itself": "The link points to the folder that it lies in.",
     "run": "It is the output of a run.",

@@ -258,7 +258,7 @@ class _Scanner:
         return InputError(
             f"{str(self.root)!r} holds images ({listed(images, self.root, 10)}) beside folders of images "
             f"({listed(folders, self.root, 10)}). Put all images directly into it for one subject, or all into one folder for "
-            "each subject: move or remove either the images or the folders, or give --instance_data_dir one of the folders."
+            "each subject: move or remove either the images or the folders, or give one of the folders alone."
         )
 
     def _no_image(self) -> InputError:
