@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from training.engine import ladder
 from training.engine.ladder import Rung, with_ladder
 from training.fewshot.members import calibration_batches
 from training.options import parse_options
-from training.subject import samples
+from training.subject import samples, watching
 
 PROGRAM = Path(__file__).parents[2] / "benchmarks" / "true_size.py"
 FLAGS = "--instance_prompt toy --validation_prompt toy --max_train_steps 4 --heldout_steps 2 --validation_steps 4 --rank 6"
@@ -77,9 +78,8 @@ def test_a_phase_is_charged_for_what_runs_in_it_and_not_in_a_phase_inside(benchm
     assert phases.totals["inner"].seconds > 0
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_before_and_between_the_steps_no_batch_is_larger_than_the_trainings(flags, batch_size, monkeypatch):
-    sizes, predict = [], DenoisingLoss.predict
+def test_before_and_between_the_steps_no_batch_is_larger_than_the_trainings(flags, monkeypatch):
+    sizes, measured, drawn, predict = [], [], [], DenoisingLoss.predict
 
     def noted(loss, latents, *given, **more):
         if not torch.is_grad_enabled():
@@ -87,13 +87,29 @@ def test_before_and_between_the_steps_no_batch_is_larger_than_the_trainings(flag
         return predict(loss, latents, *given, **more)
 
     monkeypatch.setattr(DenoisingLoss, "predict", noted)
-    monkeypatch.setattr(dreambooth_nora, "finish", lambda *_: None)
-    drawn = []
+    monkeypatch.setattr(watching, "SMALL_PIXELS", 0)
+    monkeypatch.setattr(watching, "mean_denoising_loss", lambda *_, batch_size, **__: measured.append(batch_size) or 1.0)
     monkeypatch.setattr(samples, "generate", lambda *given: (drawn.append(given[4]), generate(*given))[1])
-    short = ["--max_train_steps", "1", "--train_batch_size", str(batch_size)]
-    dreambooth_nora.main(parse_options([*flags, *short]))
-    assert max(sizes) == batch_size
-    assert set(drawn) == {batch_size}
+    monkeypatch.setattr(dreambooth_nora, "finish", lambda *_: None)
+    dreambooth_nora.main(parse_options([*flags, "--max_train_steps", "1", "--train_batch_size", "2"]))
+    assert max(sizes) == 2
+    assert set(measured) == set(drawn) == {2}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch_size", "expected"),
+    [
+        ([(1024, 1024)], 1, 1),
+        ([(1024, 1024)], 4, 4),
+        ([(512, 512)], 1, 1),
+        ([(256, 256)], 1, 4),
+        ([(64, 64)], 1, 16),
+        ([(64, 64), (512, 1024)], 2, 2),
+        ([(1024, 1024)], 99, 16),
+    ],
+)
+def test_of_small_images_more_are_measured_at_once(sizes, batch_size, expected):
+    assert watching.measured_at_once(SimpleNamespace(sizes=sizes), batch_size) == expected
 
 
 def test_calibration_that_runs_out_of_memory_leads_to_settings_that_fit(flags, monkeypatch):

@@ -22,7 +22,8 @@ from training.subject.suggesting import StepScores
 
 # Of the training pictures, for the loss that the held-out one is compared with.
 SEEN_PICTURES, SEEN_DRAWS = 4, 16
-MEASURED_BATCH = 16
+# At once: the most, and the pixels that take little memory beside the model even where it trains on fewer.
+MEASURED_BATCH, SMALL_PIXELS = 16, 512 * 512
 
 
 def measured_losses(
@@ -31,13 +32,21 @@ def measured_losses(
     """The loss with fixed noise on what is held out, and on some of the pictures that are trained on.
 
     Args:
-        batch_size: of the training. No more are measured at once, so that measuring takes less memory than a step.
+        batch_size: of the training.
     """
-    batch_size = min(MEASURED_BATCH, batch_size)
+    at_once = [measured_at_once(images, batch_size) for images in (heldout, seen)]
     return {
-        "heldout_loss": mean_denoising_loss(loss, heldout, batch_size=batch_size),
-        "seen_loss": mean_denoising_loss(loss, seen, SEEN_DRAWS, batch_size=batch_size, limit=SEEN_PICTURES),
+        "heldout_loss": mean_denoising_loss(loss, heldout, batch_size=at_once[0]),
+        "seen_loss": mean_denoising_loss(loss, seen, SEEN_DRAWS, batch_size=at_once[1], limit=SEEN_PICTURES),
     }
+
+
+def measured_at_once(images: EncodedPictures, batch_size: int) -> int:
+    """How many draws of noise are measured at once: as many as a batch of the training has images, so that measuring takes less
+    memory than a step; more of images so small that `SMALL_PIXELS` are not reached.
+    """
+    largest = max(height * width for height, width in images.sizes)
+    return min(MEASURED_BATCH, max(batch_size, SMALL_PIXELS // largest))
 
 
 def log_scores(run: RunDirectory, step: int, judge: Judge, drawn: Sequence[Image.Image], prompts: Sequence[str]) -> None:
