@@ -59,5 +59,7 @@ def _digest(*tensors: torch.Tensor, **values: object) -> str:
     digest = hashlib.sha256(repr(sorted(values.items())).encode())
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        # A copy: what numpy has seen can no longer be resized, as FSDP does to a parameter that it splits again.
+        copy = tensor.detach().to("cpu", copy=True).contiguous()
+        digest.update(copy.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -218,3 +218,11 @@ def test_a_deleted_adapter_leaves_nothing_behind(tmp_path):
     assert set(layer.reproducible) == {"default"}
     model.delete_adapter("default")
     assert not layer.reproducible
+
+
+def test_a_weight_can_be_resized_after_it_was_compared_as_fsdp_does_where_it_splits_it_again():
+    layer = first_layer(started())
+    weight = layer.get_base_layer().weight
+    weight.data = weight.data.clone()
+    assert is_reproducible(layer, "default")
+    weight.untyped_storage().resize_(0)

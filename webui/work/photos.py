@@ -120,7 +120,7 @@ def long_prompts_of(pictures: PhotoSet, options: SubjectOptions) -> list[str]:
         prompts[data.class_prompt] = "class prompt"
     prompts |= dict.fromkeys(data.subject_prompts(), "instance prompt")
     captions = [(Path(entry.name), entry.caption) for entry in pictures.entries() if entry.caption]
-    tokenizers = _tokenizers(options.model.pretrained_model_name_or_path)
+    tokenizers = _tokenizers(model_path(options.model.pretrained_model_name_or_path))
     return [prompt.summary() for prompt in long_prompts(tokenizers, prompts, captions)]
 
 
