@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_mod
 from torch import nn
 
 from .config import NoraConfig
-from .files import AdapterFileError, read_header, read_tensors, write_tensors
+from .files import AdapterFileError, read_header, read_tensors, tensor_bytes, write_tensors
 from .layer import NoraLayer
 from .layer_types import find_layer_class
 
@@ -114,7 +114,7 @@ def calibrate(
 def fingerprint(weight: torch.Tensor) -> str:
     """Hash of a weight's dtype, shape and bytes."""
     digest = hashlib.blake2b(f"{weight.dtype} {tuple(weight.shape)}".encode(), digest_size=16)
-    digest.update(memoryview(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+    digest.update(tensor_bytes(weight))
     return digest.hexdigest()
 
 

@@ -176,8 +176,13 @@ def content_digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, s
     described = [{key: value for key, value in metadata.items() if key != DIGEST}, entries]
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for _, tensor in sorted(tensors.items()):
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor's values, of a copy: what numpy has seen can no longer be resized, as FSDP does to parameters."""
+    return tensor.detach().to("cpu", copy=True).contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def configuration_digest(fields: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ import hashlib
 import torch
 from peft.utils.integrations import dequantize_module_weight
 
+from .files import tensor_bytes
 from .layer import NoraLayer
 
 
@@ -59,7 +60,5 @@ def _digest(*tensors: torch.Tensor, **values: object) -> str:
     digest = hashlib.sha256(repr(sorted(values.items())).encode())
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)};".encode())
-        # A copy: what numpy has seen can no longer be resized, as FSDP does to a parameter that it splits again.
-        copy = tensor.detach().to("cpu", copy=True).contiguous()
-        digest.update(copy.flatten().view(torch.uint8).numpy().data)
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()

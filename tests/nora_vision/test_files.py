@@ -224,3 +224,9 @@ def test_json_that_is_too_large_or_not_an_object_is_refused(tmp_path):
     path.write_text("[1]")
     with pytest.raises(AdapterFileError, match="must hold a JSON object, got list"):
         read_json(path)
+
+
+def test_a_tensor_that_was_written_with_a_digest_can_still_be_resized_as_fsdp_does_to_parameters(tmp_path):
+    weight = torch.ones(3, 2)
+    write_tensors(tmp_path / "a.safetensors", {"weight": weight}, digest=True)
+    weight.untyped_storage().resize_(0)
