@@ -90,7 +90,8 @@ def test_two_processes_learn_what_one_does_at_the_same_global_batch(places, tmp_
         assert runs[-1].status()["processes"] == processes
     statistics = [load_file(run.path / "calibration" / "unet.safetensors") for run in runs]
     for name, value in statistics[0].items():
-        torch.testing.assert_close(statistics[1][name], value, rtol=1e-6, atol=0)
+        # A forward pass of another batch size rounds differently.
+        torch.testing.assert_close(statistics[1][name], value, rtol=1e-5, atol=0)
     assert_close(*map(numbers, reversed(runs)))
 
 
