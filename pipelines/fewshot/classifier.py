@@ -336,20 +336,17 @@ def _loaded(told: ClassifierFile, folder: Path, model: str | None, pretrained: s
 
 def _check_base(told: ClassifierFile, folder: Path) -> None:
     """Refuse a classifier whose base model was a path that is gone."""
-    gone = [
-        (name, value)
-        for name, value, is_path in (
-            ("model", told.model, Path(told.model).is_absolute()),
-            ("pretrained", told.pretrained or "", (told.pretrained or "").endswith(".safetensors")),
-        )
-        if is_path and not Path(value).exists()
-    ]
-    if gone:
-        name, value = gone[0]
-        raise InputError(
-            f"The classifier {str(folder)!r} was fitted on the {name} {value!r}, which is no longer there. Give --{name} with "
-            "the path where it lies now."
-        )
+    model, weights = told.model, told.pretrained or ""
+    given = (
+        ("model", "--model", model, Path(model).is_absolute()),
+        ("weights", "--pretrained", weights, weights.endswith(".safetensors")),
+    )
+    for role, option, path, is_path in given:
+        if is_path and not Path(path).exists():
+            raise InputError(
+                f"The classifier {str(folder)!r} was fitted on the {role} {path!r}, which is no longer there. Give {option} with "
+                "the path where it lies now."
+            )
 
 
 def _of_prompts(clip: Clip, prompts: Prompts) -> Predictor:

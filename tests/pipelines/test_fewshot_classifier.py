@@ -294,11 +294,11 @@ def test_a_predictor_of_something_else_is_refused(random_clip, tmp_path, shape, 
 
 def test_a_base_model_that_was_moved_is_named_anew(random_clip, tmp_path):
     save_classifier(tmp_path / "own", told(random_clip, model=str(tmp_path / "gone")))
-    with pytest.raises(InputError, match=r"model must be .*gone'"):
+    with pytest.raises(InputError, match=r"was fitted on the model '.*gone', which is no longer there\. Give --model"):
         FewShotClassifier.from_run(tmp_path / "own")
     expected = FewShotClassifier.from_run(tmp_path / "own", model=str(random_clip)).predict(PICTURES)
     save_classifier(tmp_path / "own", told(random_clip, pretrained=str(tmp_path / "gone.safetensors")))
-    with pytest.raises(InputError, match=r"no checkpoint '.*gone\.safetensors'"):
+    with pytest.raises(InputError, match=r"fitted on the weights '.*gone\.safetensors', .*Give --pretrained"):
         FewShotClassifier.from_run(tmp_path / "own")
     found = FewShotClassifier.from_run(tmp_path / "own", model=str(random_clip)).predict(PICTURES)
     assert torch.equal(found.probabilities, expected.probabilities)
