@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from pipelines.clip import Clip, load_clip
 from pipelines.fewshot import adapters, export
 from pipelines.fewshot.adapters import AdapterPlaces
-from pipelines.fewshot.clip import Clip, load_clip
 from pipelines.methods import AdapterOptions
 
 # Of features of length 1, in single precision.

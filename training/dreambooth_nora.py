@@ -27,6 +27,7 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 
 from pipelines.methods import method_named
+from pipelines.optimizers import Adam, Rates, optimised, parameter_groups
 from pipelines.prompt_syntax import training_warnings
 from pipelines.subject import adapters
 from pipelines.subject.base_model import load_base_model, model_resolution
@@ -37,7 +38,6 @@ from pipelines.subject.encoding import EncodedPictures
 from pipelines.subject.generate import Sampling
 from pipelines.subject.loss import DenoisingLoss, TrainingBatches
 from pipelines.subject.mismatch import check_prediction_type
-from pipelines.subject.optimizers import Adam, Rates, optimised, parameter_groups
 from pipelines.subject.scores import judge_by
 from training.engine.console import speaking
 from training.engine.dry_run import PeakMemory, rehearse_first

@@ -22,8 +22,8 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 
 from nora_vision.files import write_json
+from pipelines.clip import load_clip
 from pipelines.fewshot.classifier import REPORT
-from pipelines.fewshot.clip import load_clip
 from pipelines.fewshot.data import LabelledPicture
 from pipelines.fewshot.export import save_exported, save_lora, save_merged
 from training.engine.console import speaking

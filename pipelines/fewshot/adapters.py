@@ -17,9 +17,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from nora_vision.files import read_json
+from pipelines.clip import Clip, evaluating
+from pipelines.clip_attention import LAYERS, attention_layers, separate
 from pipelines.errors import InputError
-from pipelines.fewshot.attention import LAYERS, attention_layers, separate
-from pipelines.fewshot.clip import Clip, evaluating
 from pipelines.methods import AdapterOptions, add_adapter, method_named
 from pipelines.randomness import keyed_generator
 

@@ -13,10 +13,10 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms import Compose, RandomHorizontalFlip
 
-from pipelines.fewshot.clip import Clip
+from pipelines.buckets import BucketOrder
+from pipelines.clip import Clip
 from pipelines.fewshot.data import LabelledPicture, read
 from pipelines.randomness import Draw, keyed_generator
-from pipelines.subject.buckets import BucketOrder
 
 # Decoded pictures are kept up to this many bytes, each no larger than crops of it need.
 KEPT_BYTES = 2**29

@@ -17,12 +17,12 @@ from torch import nn
 
 from nora_vision.files import write_json
 from pipelines.cache import module_digest
+from pipelines.clip import Clip, load_clip
 from pipelines.errors import InputError
 from pipelines.fewshot import adapters
 from pipelines.fewshot.baselines import BASELINES
 from pipelines.fewshot.baselines.predictors import Linear, Predictor, load_predictor, save_predictor
 from pipelines.fewshot.baselines.vocabulary import with_classes
-from pipelines.fewshot.clip import Clip, load_clip
 from pipelines.fewshot.features import picture_features, prompt_features, raw_pixels
 from pipelines.fewshot.inputs import GivenPictures, GivenPictureSet
 from pipelines.fewshot.prompts import Prompts

@@ -21,10 +21,10 @@ from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
 from nora_vision.files import replacing, write_tensors
+from pipelines.clip import Clip, checkpoint_metadata
+from pipelines.clip_attention import repack, separate
 from pipelines.errors import InputError
 from pipelines.fewshot.adapters import ADAPTER_NAME, adapter_layers
-from pipelines.fewshot.attention import repack, separate
-from pipelines.fewshot.clip import Clip, checkpoint_metadata
 from pipelines.packages import installed
 
 LORA_CONFIG, LORA_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from pipelines.cache import TensorCache, digest_of, key_of
-from pipelines.fewshot.clip import Clip, evaluating
+from pipelines.clip import Clip, evaluating
 from pipelines.fewshot.prompts import Prompts
 
 FEATURES, PICTURE_TOWER = "features", "visual."

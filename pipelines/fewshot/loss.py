@@ -7,7 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional as F
 
-from pipelines.fewshot.clip import Clip
+from pipelines.clip import Clip
 from pipelines.fewshot.prompts import Prompts
 
 

@@ -8,8 +8,8 @@ from functools import cached_property
 
 import torch
 
+from pipelines.buckets import BucketOrder
 from pipelines.randomness import Draw, keyed_generator
-from pipelines.subject.buckets import BucketOrder
 from pipelines.subject.encoding import EncodedPictures
 
 

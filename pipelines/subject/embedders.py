@@ -15,8 +15,8 @@ from torch.nn import functional
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from pipelines import mini_clip
+from pipelines.clip import BUILT_IN, Clip, load_clip
 from pipelines.errors import InputError
-from pipelines.fewshot.clip import BUILT_IN, Clip, load_clip
 from pipelines.hub import HubError, HubModel, fetch, is_hub_name, look_up
 
 # Before a model that open_clip knows by name, and its weights behind a slash: "open_clip:ViT-B-16/openai".

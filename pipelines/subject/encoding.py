@@ -13,13 +13,13 @@ from diffusers import StableDiffusionXLPipeline
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from pipelines.buckets import Size, nearest_bucket
 from pipelines.cache import TensorCache, key_of, module_digest
 from pipelines.digests import file_digest
 from pipelines.errors import InputError
 from pipelines.pictures import READING_VERSION, read_image
 from pipelines.randomness import Draw, keyed_generator
 from pipelines.subject.base_model import PromptEmbeddings, encode_pictures, encode_prompts, text_encoders_of, tokenize
-from pipelines.subject.buckets import Size, nearest_bucket
 from pipelines.subject.data import Example, Picture, Shot, SizeConditioning, picture_size, take
 
 # A picture's moments and time_ids.

@@ -11,9 +11,9 @@ from pathlib import Path
 from PIL import Image
 from tqdm.auto import tqdm
 
+from pipelines.buckets import Size, nearest_bucket
 from pipelines.errors import InputError
 from pipelines.pictures import SETTINGS_KEY, opened_picture, read_settings, save_picture
-from pipelines.subject.buckets import Size, nearest_bucket
 from pipelines.subject.data import Picture, picture_size
 from pipelines.subject.folder_entries import FolderAccount, FolderEntry, listed
 from pipelines.subject.folder_listing import FolderListing, check_folder, first_image_below, list_folder

@@ -13,11 +13,11 @@ from torch import nn
 
 from nora_vision import ActivationStatistics, AdapterFileError
 from nora_vision.layer import nora_layers
+from pipelines.clip import Clip
+from pipelines.clip_attention import separate
 from pipelines.errors import InputError
 from pipelines.fewshot import adapters
 from pipelines.fewshot.adapters import AdapterPlaces
-from pipelines.fewshot.attention import separate
-from pipelines.fewshot.clip import Clip
 from pipelines.methods import AdapterOptions, method_names
 
 TOKENS = prompts(3, 5, 5, 9)

@@ -19,7 +19,7 @@ from timm.models.vision_transformer_relpos import RelPosAttention
 from tiny_clip import NextAttention, pictures, prompts, tiny_clip
 from torch import nn
 
-from pipelines.fewshot.attention import SeparateAttention, attention_layers, repack, separate
+from pipelines.clip_attention import SeparateAttention, attention_layers, repack, separate
 
 TOLERANCE = {"atol": 1e-6, "rtol": 0.0}
 

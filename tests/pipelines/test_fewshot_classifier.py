@@ -13,13 +13,13 @@ from tiny_clip import base_sha256
 
 from nora_vision import AdapterFileError
 from pipelines import mini_clip
+from pipelines.clip import load_clip
 from pipelines.corpus import to_pixels
 from pipelines.errors import InputError
 from pipelines.fewshot import adapters
 from pipelines.fewshot.adapters import AdapterPlaces
 from pipelines.fewshot.baselines.predictors import KeyValueCache, Linear, Predictor, Prompted
 from pipelines.fewshot.classifier import ClassifierFile, FewShotClassifier, save_classifier
-from pipelines.fewshot.clip import load_clip
 from pipelines.fewshot.features import raw_pixels
 from pipelines.methods import AdapterOptions, method_names
 

@@ -12,8 +12,8 @@ from tiny_clip import CONFIG, CONTEXT, END, pictures, prompts, tiny_clip
 from torch.nn import functional as F
 
 from pipelines import mini_clip
+from pipelines.clip import Clip, load_clip
 from pipelines.errors import InputError
-from pipelines.fewshot.clip import Clip, load_clip
 from pipelines.mini_sdxl import PROMPT_WORDS, reduced_tokenizer
 
 

@@ -8,10 +8,10 @@ from torch.nn import functional as F
 from toy_task import CLASSES, START, toy_clip
 
 from pipelines import mini_clip
+from pipelines.clip import Clip
 from pipelines.errors import InputError
 from pipelines.fewshot.baselines import coop
 from pipelines.fewshot.baselines.task import Examples, FewShotTask
-from pipelines.fewshot.clip import Clip
 from pipelines.mini_sdxl import MAX_TOKENS, PROMPT_WORDS, reduced_tokenizer
 
 

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from tiny_clip import CONFIG, END, pictures, prompts, tiny_clip, tiny_coca
 
 from pipelines import mini_clip
+from pipelines.clip import Clip, load_clip
+from pipelines.clip_attention import separate
 from pipelines.errors import InputError
 from pipelines.fewshot import adapters, export
 from pipelines.fewshot.adapters import AdapterPlaces
-from pipelines.fewshot.attention import separate
-from pipelines.fewshot.clip import Clip, load_clip
 from pipelines.methods import AdapterOptions, method_names
 from pipelines.mini_sdxl import PROMPT_WORDS, reduced_tokenizer
 

@@ -8,7 +8,7 @@ from tiny_clip import pictures, prompts, tiny_clip
 from torch.nn import functional as F
 
 from pipelines.cache import TensorCache
-from pipelines.fewshot.clip import Clip
+from pipelines.clip import Clip
 from pipelines.fewshot.features import picture_features, prompt_features, raw_pixels
 from pipelines.fewshot.prompts import Prompts
 

@@ -21,8 +21,8 @@ from transformers import (
     Dinov2Model,
 )
 
+from pipelines.clip import load_clip
 from pipelines.errors import InputError
-from pipelines.fewshot.clip import load_clip
 from pipelines.mini_clip import CONFIG_FILE, WEIGHTS_FILE
 from pipelines.subject.base_model import BUILT_IN_MODEL
 from pipelines.subject.embedders import load_embedder

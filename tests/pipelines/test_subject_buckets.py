@@ -4,9 +4,9 @@ import math
 
 import pytest
 
+from pipelines.buckets import BucketOrder, automatic_buckets, nearest_bucket, parse_buckets, size_multiple
 from pipelines.errors import InputError
 from pipelines.randomness import Draw
-from pipelines.subject.buckets import BucketOrder, automatic_buckets, nearest_bucket, parse_buckets, size_multiple
 
 
 @pytest.mark.parametrize(("resolution", "multiple"), [(1024, 32), (64, 16), (512, 64), (16, 8)])

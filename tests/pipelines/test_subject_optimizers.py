@@ -10,9 +10,9 @@ from torch import nn
 
 from pipelines.errors import InputError
 from pipelines.methods import AdapterOptions, method_named, method_names
+from pipelines.optimizers import Adam, Rates, averaged, optimised, parameter_groups
 from pipelines.subject import adapters
 from pipelines.subject.loss import DenoisingLoss
-from pipelines.subject.optimizers import Adam, Rates, averaged, optimised, parameter_groups
 
 
 def rates_by_parameter(groups):

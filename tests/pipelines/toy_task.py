@@ -4,8 +4,8 @@ import torch
 from tiny_clip import END, tiny_clip
 from torch.nn import functional as F
 
+from pipelines.clip import Clip
 from pipelines.fewshot.baselines.task import Examples, FewShotTask
-from pipelines.fewshot.clip import Clip
 
 CLASSES, WIDTH, START = ("cat", "grey_dog", "teapot"), 24, 48
 

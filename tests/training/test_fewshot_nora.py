@@ -14,9 +14,9 @@ import torch
 from accelerate.state import AcceleratorState
 from picture_sets import class_files, write_files
 
+from pipelines.clip import load_clip
 from pipelines.errors import InputError
 from pipelines.fewshot.classifier import FewShotClassifier
-from pipelines.fewshot.clip import load_clip
 from pipelines.fewshot.data import LabelledPicture, PictureDataset
 from pipelines.fewshot.loading import load_pictures
 from pipelines.fewshot.metrics import interval_over_seeds

@@ -4,9 +4,9 @@ import pytest
 from class_folders import COLOURS, colour_folder, colour_set, coloured, finished_classifier
 
 from pipelines.cache import module_digest
+from pipelines.clip import load_clip
 from pipelines.errors import InputError
 from pipelines.fewshot.classifier import ClassifierFile, save_classifier
-from pipelines.fewshot.clip import load_clip
 from pipelines.fewshot.features import picture_features, prompt_features
 from pipelines.fewshot.inputs import GivenPictureSet
 from pipelines.fewshot.prompts import make_prompts

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 
 from pipelines.errors import InputError
-from pipelines.subject.optimizers import optimised
+from pipelines.optimizers import optimised
 from training.engine.loop import LoopOptions, Stepper, Trainable, prepared
 from training.runs.durable import free_bytes, write_text_atomically
 from training.runs.record import newest_step

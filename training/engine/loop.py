@@ -23,7 +23,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from pipelines.errors import InputError
-from pipelines.subject.optimizers import averaged, optimised
+from pipelines.optimizers import averaged, optimised
 from training.engine.checkpoints import load_checkpoint, newest_intact_checkpoint, save_checkpoint
 from training.engine.prefetch import ProcessBatches
 from training.engine.sharding import gathered, prepare, split_like, split_state, whole

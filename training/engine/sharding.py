@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pipelines.errors import InputError
-from pipelines.subject.optimizers import optimised
+from pipelines.optimizers import optimised
 
 
 def check_can_shard(accelerator: Accelerator, optimizer: str, eight_bit: bool) -> None:

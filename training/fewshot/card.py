@@ -9,8 +9,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from pipelines.clip import BUILT_IN
 from pipelines.fewshot.adapters import AdapterPlaces
-from pipelines.fewshot.clip import BUILT_IN
 from pipelines.fewshot.metrics import Interval
 from pipelines.fewshot.plots import save_figure
 from pipelines.methods import method_names

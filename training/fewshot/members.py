@@ -16,12 +16,12 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 from tqdm.auto import tqdm
 
+from pipelines.clip import Clip
 from pipelines.fewshot import adapters, baselines
 from pipelines.fewshot.baselines.predictors import Predictor
 from pipelines.fewshot.baselines.vocabulary import with_classes
 from pipelines.fewshot.batches import DrawnViews, LabelledBatches
 from pipelines.fewshot.classifier import ClassifierFile, save_classifier
-from pipelines.fewshot.clip import Clip
 from pipelines.fewshot.data import LabelledPicture, PictureDataset
 from pipelines.fewshot.features import prompt_features
 from pipelines.fewshot.loss import ClassificationLoss
@@ -29,7 +29,7 @@ from pipelines.fewshot.metrics import fit_temperature, harmonic_mean, score, top
 from pipelines.fewshot.prompts import Prompts
 from pipelines.fewshot.shots import Shots
 from pipelines.methods import AdapterOptions
-from pipelines.subject.optimizers import Adam
+from pipelines.optimizers import Adam
 from training.engine.dry_run import PeakMemory
 from training.engine.loop import LoopOptions, Trainable, train
 from training.fewshot.study import DrawnPictures, Study

@@ -13,10 +13,10 @@ from accelerate.logging import get_logger
 from torch.utils.data import Dataset
 
 from pipelines.cache import TensorCache, module_digest
+from pipelines.clip import Clip
 from pipelines.errors import InputError
 from pipelines.fewshot.baselines.task import Examples, FewShotTask
 from pipelines.fewshot.batches import AlteredPictures, AlteredView, Augmentation
-from pipelines.fewshot.clip import Clip
 from pipelines.fewshot.data import (
     Copies,
     LabelledPicture,

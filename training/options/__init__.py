@@ -12,9 +12,9 @@ from typing import Any
 
 from pipelines.errors import InputError
 from pipelines.methods import AdapterOptions, method_named
+from pipelines.optimizers import PRODIGY_LEARNING_RATE
 from pipelines.subject.adapters import ATTENTION, EVERYWHERE
 from pipelines.subject.base_model import is_built_in
-from pipelines.subject.optimizers import PRODIGY_LEARNING_RATE
 from training.options.command_line import parse_groups
 from training.options.data import DataOptions
 from training.options.judging import JudgingOptions

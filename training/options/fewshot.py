@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pipelines.clip import BUILT_IN
 from pipelines.errors import InputError
 from pipelines.fewshot.adapters import AdapterPlaces
 from pipelines.fewshot.baselines import BASELINES
-from pipelines.fewshot.clip import BUILT_IN
 from pipelines.fewshot.prompts import TEMPLATES
 from pipelines.fewshot.sets import SETS
 from pipelines.fewshot.shots import Shots

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pipelines import mini_clip
+from pipelines.clip import BUILT_IN
 from pipelines.errors import InputError
-from pipelines.fewshot.clip import BUILT_IN
 from pipelines.subject.scores import BASE
 from training.options.checks import at_least
 

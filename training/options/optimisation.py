@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pipelines.errors import InputError
-from pipelines.subject.optimizers import OPTIMIZERS
+from pipelines.optimizers import OPTIMIZERS
 from training.options.checks import above_zero, at_least
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")

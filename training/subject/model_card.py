@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from pipelines.fewshot.clip import BUILT_IN
+from pipelines.clip import BUILT_IN
 from pipelines.methods import method_named
 from pipelines.subject.base_model import is_built_in
 from pipelines.subject.embedders import OPEN_CLIP

@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from diffusers import StableDiffusionXLPipeline
 
+from pipelines.buckets import AUTOMATIC, Size, automatic_buckets, parse_buckets, size_multiple
 from pipelines.cache import TensorCache
 from pipelines.subject.adapters import without_adapters
-from pipelines.subject.buckets import AUTOMATIC, Size, automatic_buckets, parse_buckets, size_multiple
 from pipelines.subject.captions import class_prompts, find_captioned
 from pipelines.subject.data import Picture
 from pipelines.subject.doctor import Report, examine

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from pipelines.clip import BUILT_IN, Clip, load_clip
 from pipelines.errors import InputError
 from pipelines.fewshot.classifier import CLASSIFIER, FewShotClassifier, classifier_folder
-from pipelines.fewshot.clip import BUILT_IN, Clip, load_clip
 from pipelines.fewshot.data import LabelledPicture, PictureDataset
 from pipelines.fewshot.features import picture_features, prompt_features
 from pipelines.fewshot.prompts import make_prompts

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pipelines.errors import InputError
 from pipelines.methods import method_names
-from pipelines.subject.optimizers import OPTIMIZERS
+from pipelines.optimizers import OPTIMIZERS
 from training.options.command_line import groups_of
 from training.options.optimisation import SCHEDULES
 from webui.draft import SET_BY_THE_PAGE

@@ -10,9 +10,9 @@ from pathlib import Path
 from PIL import Image
 from transformers import CLIPTokenizer
 
+from pipelines.buckets import AUTOMATIC, automatic_buckets, nearest_bucket, parse_buckets
 from pipelines.pictures import read_image
 from pipelines.subject.base_model import model_path
-from pipelines.subject.buckets import AUTOMATIC, automatic_buckets, nearest_bucket, parse_buckets
 from pipelines.subject.data import picture_size, take
 from pipelines.subject.doctor import Finding, Report, examine
 from pipelines.subject.encoding import Framing

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pipelines.clip import Clip
 from pipelines.errors import InputError
 from pipelines.fewshot.baselines.choosing import choose_predictor
 from pipelines.fewshot.baselines.predictors import Predictor, Prompted
 from pipelines.fewshot.baselines.task import FewShotTask
 from pipelines.fewshot.baselines.training import Schedule, sgd, train
-from pipelines.fewshot.clip import Clip
 from pipelines.fewshot.prompts import clean_name
 from pipelines.randomness import keyed_generator
 

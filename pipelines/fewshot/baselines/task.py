@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from pipelines.clip import Clip
 from pipelines.errors import InputError
-from pipelines.fewshot.clip import Clip
 
 # Of a unit feature's length, in half precision.
 LENGTH_TOLERANCE = 1e-2

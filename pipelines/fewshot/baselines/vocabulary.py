@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import torch
 
+from pipelines.clip import Clip
 from pipelines.errors import InputError
 from pipelines.fewshot.baselines.coop import prompts_with_context
 from pipelines.fewshot.baselines.predictors import Predictor, Prompted
-from pipelines.fewshot.clip import Clip
 from pipelines.fewshot.features import prompt_features
 from pipelines.fewshot.prompts import Prompts
 
