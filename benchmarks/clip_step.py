@@ -19,10 +19,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from pipelines import adapter_method
+from pipelines.adapter_method import trained_parameters
+from pipelines.adapter_options import AdapterOptions
 from pipelines.clip import Clip, load_clip
 from pipelines.fewshot import adapters, export
 from pipelines.fewshot.adapters import AdapterPlaces
-from pipelines.methods import AdapterOptions
 
 # Of features of length 1, in single precision.
 TOLERANCE = 1e-5
@@ -52,12 +54,12 @@ class Task:
         began = time.perf_counter()
         adapters.start(self.clip, options, self.components, [pixels], self.tokens, cache, seed=0)
         self.seconds_to_start = time.perf_counter() - began
-        self.optimizer = torch.optim.AdamW(adapters.trained_parameters(self.components), lr=1e-3)
+        self.optimizer = torch.optim.AdamW(trained_parameters(self.components), lr=1e-3)
 
     @property
     def trained_numbers(self) -> int:
         """How many numbers the adapter trains."""
-        return sum(parameter.numel() for parameter in adapters.trained_parameters(self.components))
+        return sum(parameter.numel() for parameter in trained_parameters(self.components))
 
     def loss(self) -> torch.Tensor:
         """Cross entropy of the pictures among the class prompts: ()."""
@@ -106,7 +108,7 @@ def round_trip(task: Task, base: Clip, options: argparse.Namespace, folder: Path
     expected, name = task.features(task.clip), "merged.safetensors"
     merged = export.merged(task.clip)
     export.save_merged(task.clip, folder / name)
-    adapters.save(AdapterOptions(), task.components, folder / "adapter")
+    adapter_method.save(task.components, folder / "adapter")
     native = Clip(copy.deepcopy(base.model), None, base.tokenizer, base.name)
     adapters.load(native, folder / "adapter" / "full")
     forms = {

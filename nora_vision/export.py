@@ -9,32 +9,22 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .calibration import base_name, unwrapped
 from .components import adapted_components
+from .factors import Factors, low_rank_factors
 from .files import write_tensors
 from .kohya import kohya_header, kohya_name
-from .layer import NoraLayer
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
 
 ExportFormat = Literal["diffusers", "kohya"]
-
-
-class Factors(NamedTuple):
-    """A change of weight `up` (out, k) times `down` (k, in), and for DoRA the length (out,) that each row then gets."""
-
-    up: torch.Tensor
-    down: torch.Tensor
-    magnitude: torch.Tensor | None = None
 
 
 # By component and by the layer's name.
@@ -75,9 +65,13 @@ def export_lora(
     if format == "diffusers":
         path = path if path.suffix == ".safetensors" else path / "pytorch_lora_weights.safetensors"
         write_tensors(path, _diffusers_tensors(changes))
-        return path
-    if path.suffix != ".safetensors":
-        path = path / f"{'-'.join(Path(name).name for name in strengths)}.safetensors"
+    else:
+        path = path if path.suffix == ".safetensors" else path / f"{'-'.join(Path(name).name for name in strengths)}.safetensors"
+        _write_kohya(pipe, path, changes, list(strengths))
+    return path
+
+
+def _write_kohya(pipe: StableDiffusionXLPipeline, path: Path, changes: Changes, adapter_names: Sequence[str]) -> None:
     rank = Counter(len(change.down) for factors in changes.values() for change in factors.values()).most_common(1)[0][0]
     tensors = _kohya_tensors(changes, float(rank), pipe.unet.config.layers_per_block)
     header = kohya_header(
@@ -85,13 +79,12 @@ def export_lora(
         title=path.stem,
         rank=rank,
         alpha=float(rank),
-        network_args={"method": "+".join(sorted({_method(pipe, name) for name in strengths}))},
+        network_args={"method": "+".join(sorted({_method(pipe, name) for name in adapter_names}))},
         prediction_type=pipe.scheduler.config.prediction_type,
         zero_terminal_snr=bool(pipe.scheduler.config.get("rescale_betas_zero_snr")),
         resolution=pipe.unet.config.sample_size * pipe.vae_scale_factor,
     )
     write_tensors(path, tensors, header)
-    return path
 
 
 def _method(pipe: StableDiffusionXLPipeline, adapter_name: str) -> str:
@@ -148,30 +141,11 @@ def low_rank_changes(model: nn.Module, component: str, adapter_name: str) -> dic
 
 
 def _layer_factors(layer: nn.Module, name: str, adapter_name: str) -> Factors | None:
-    """`up` (out, k) and `down` (k, in) of the layer's change, or None where the layer has no such adapter."""
-    if isinstance(layer, NoraLayer) and adapter_name in layer.nora_inner_A:
-        return Factors(*layer._low_rank_factors(adapter_name, layer.alpha[adapter_name] / layer.inner_r[adapter_name]))
-    if not isinstance(layer, LoraLayer):
-        _refuse_other_changes(layer, name, adapter_name)
-        return None
-    if adapter_name not in layer.lora_A:
-        return None
-    is_dora = layer.use_dora[adapter_name]
-    if (adapter_name in layer.lora_variant and not is_dora) or layer.lora_bias[adapter_name]:
-        raise ValueError(f"{name} has a variant of LoRA, such as a trained bias. Only plain LoRA and DoRA are exported.")
-    rank = layer.r[adapter_name]
-    scaling = layer.lora_alpha[adapter_name] / (rank**0.5 if layer.use_rslora[adapter_name] else rank)
-    up, down = layer.lora_B[adapter_name].weight.detach(), layer.lora_A[adapter_name].weight.detach()
-    magnitude = layer.lora_magnitude_vector[adapter_name].weight.detach().float().flatten() if is_dora else None
-    return Factors(scaling * up.float().flatten(1), down.float().flatten(1), magnitude)
-
-
-def _refuse_other_changes(layer: nn.Module, name: str, adapter_name: str) -> None:
-    """Raise ValueError where a tuner's layer of another kind holds the adapter: of a bias, of a norm."""
-    if isinstance(layer, NoraLayer) or not isinstance(layer, BaseTunerLayer):
-        return
-    if any(adapter_name in getattr(layer, part) for part in layer.adapter_layer_names):
-        raise ValueError(f"{name} has a change of a bias or a norm, which a LoRA file cannot hold. Leave this adapter out.")
+    """See `low_rank_factors`; an error names the layer."""
+    try:
+        return low_rank_factors(layer, adapter_name)
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from error
 
 
 def _in_weight_shape(base_layer: nn.Module, factors: Factors) -> Factors:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,26 +25,24 @@ class Rates:
     Args:
         unet: of the UNet's adapter.
         text_encoders: of the text encoders' adapters: of each, or of both; the UNet's where there is none.
-        lora_plus_ratio: what the rate of the B-like factors is multiplied by  [LoRA+, Hayou et al. 2024].
-        b_like: what the names of the B-like factors contain, as `AdapterMethod` says.
+        factor: what the rate of the parameter of a name is multiplied by; `AdapterMethod.learning_rate_factor`.
     """
 
     unet: float
     text_encoders: tuple[float, ...] = ()
-    lora_plus_ratio: float = 1.0
-    b_like: str = "lora_B"
+    factor: Callable[[str], float] = lambda name: 1.0
 
     def of(self, name: str) -> float:
-        """The rate of the parameter of `DenoisingLoss` called `name`."""
+        """The rate of the parameter called `name`, of the UNet unless that begins with `text_encoders.`."""
         rate = self.unet
         if name.startswith("text_encoders.") and self.text_encoders:
             place = int(name.split(".")[1])
             rate = self.text_encoders[min(place, len(self.text_encoders) - 1)]
-        return rate * self.lora_plus_ratio if f".{self.b_like}." in name else rate
+        return rate * self.factor(name)
 
 
 def parameter_groups(module: nn.Module, rates: Rates) -> list[dict[str, Any]]:
-    """The trained parameters of `module`, in one group for each learning rate; the first is that of the UNet's A-like factors."""
+    """The trained parameters of `module`, in one group for each learning rate; the first is the UNet's."""
     groups: dict[float, list[nn.Parameter]] = {rates.unet: []}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:

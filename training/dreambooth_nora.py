@@ -14,6 +14,7 @@ import pipelines  # noqa: F401
 
 # isort: split
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +27,6 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
 
-from pipelines.methods import method_named
 from pipelines.optimizers import Adam, Rates, optimised, parameter_groups
 from pipelines.prompt_syntax import training_warnings
 from pipelines.subject import adapters
@@ -42,15 +42,16 @@ from pipelines.subject.scores import judge_by
 from training.engine.console import speaking
 from training.engine.dry_run import PeakMemory, rehearse_first
 from training.engine.ladder import with_ladder
-from training.engine.loop import LoopOptions, Periodic, Trainable, train
+from training.engine.loop import LoopOptions, Periodic, Trainable, train, training_losses
 from training.engine.opening import check_outputs, open_run
 from training.engine.sharding import check_can_shard, whole
 from training.engine.stopping import exit_codes
 from training.options import SubjectOptions, parse_options
+from training.options.optimisation import OptimisationOptions
 from training.runs.provenance import file_records, model_identity, write_provenance
 from training.runs.run import RunDirectory
 from training.subject.finishing import Trained, finish
-from training.subject.folds import leave_one_out
+from training.subject.folds import fold_steps, leave_one_out
 from training.subject.preparing import Division, Preparation, checked_pictures
 from training.subject.publishing import check_can_push
 from training.subject.samples import Sampler
@@ -68,76 +69,173 @@ def main(options: SubjectOptions) -> RunDirectory:
     Raises: InputError where something given cannot be used, before any long work starts.
     """
     began = time.monotonic()
-    # Text encoders that are trained no more are parameters that no gradient reaches.
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=options.optimisation.stop_text_encoder_training is not None)
-    accelerator = Accelerator(mixed_precision=options.model.mixed_precision, kwargs_handlers=[ddp])
-    check_can_shard(accelerator, options.optimisation.optimizer, options.optimisation.use_8bit_adam)
-    check_outputs(options)
-    check_can_push(options.judging)
-    pictures = checked_pictures(options.data, options.optimisation.seed)
-    for sentence in training_warnings(options.prompts(picture.prompt for picture in (*pictures.train, *pictures.heldout))):
-        logger.warning(sentence)
+    accelerator = accelerator_for(options)
+    images = checked(options, accelerator)
     subject = Path(options.data.instance_data_dir).resolve().name
     run = open_run(options, f"{subject}-{options.adapter.method}", accelerator)
     with run.recording():
-        run.update_status(phase="loading")
-        model, dtype = options.model, WEIGHT_DTYPES[accelerator.mixed_precision]
-        load = partial(load_base_model, model.pretrained_model_name_or_path, device=accelerator.device, **model.source)
-        pipeline = load(dtype)
-        seed = options.optimisation.seed
-        resolution = options.data.resolution or model_resolution(pipeline)
-        run.update_status(resolution=resolution)
-        preparation = Preparation(pipeline, load, options, Sampling(resolution=resolution), run, accelerator)
-        encoded = preparation.encode(pictures)
-        subject = encoded.subject
-        check_prediction_type(pipeline, subject, seed)
-        # As many as one batch holds: whether the training fits is told before the others are drawn.
-        batch_size = options.optimisation.train_batch_size
-        few = preparation.class_pictures(subject.sizes, batch_size)
-        prompts = options.output.validation_prompt
-        sampling, name = Sampling(resolution=resolution), model.pretrained_model_name_or_path
-        sampler = Sampler(pipeline, prompts, seed, sampling, name, batch_size)
-        before = [] if options.output.dry_run else sampler.draw()
-
-        run.update_status(phase="calibrating")
-        components = adapters.attach(pipeline, options.adapter)
-        loss = DenoisingLoss(pipeline, options.optimisation.snr_gamma, options.optimisation.do_edm_style_training)
-        peak, share = PeakMemory(accelerator.device), (accelerator.process_index, accelerator.num_processes)
-        runs = runs_on_subject(loss, subject, seed, *share, batch_size)
-        adapters.start(options.adapter, components, runs, run.path / "calibration", seed)
-
-        learning = partial(to_train, loss, options=options, processes=accelerator.num_processes)
-        rehearse_first(accelerator, run, learning(subject, few), loop_options(options), options.output.memory_limit_gb, peak)
+        training = SubjectTraining(accelerator, run, options, images)
+        before = [] if options.output.dry_run else training.sampler.draw()
+        training.attach()
+        training.dry_run()
         if options.output.dry_run:
             return run
+        training.add_class_images()
+        record_provenance(run, options, training.pipeline, images)
+        training.cross_validate()
+        watch = training.watched(before)
+        training.train(watch)
+        with whole(training.loss):
+            if accelerator.is_main_process:
+                finish(run, training.result(watch, before, began), options)
+        accelerator.wait_for_everyone()
+    return run
 
-        with whole(loss):
-            class_pictures = preparation.class_pictures(subject.sizes)
-        record_provenance(run, options, pipeline, pictures)
-        if pictures.folds:
-            folds = encoded.folds(pictures.folds)
-            on = partial(learning, class_pictures=class_pictures)
-            every = options.judging.measured_every(options.optimisation.max_train_steps)
-            leave_one_out(accelerator, run, loss, folds, on, loop_options(options), every, batch_size)
 
-        trainable = learning(subject, class_pictures)
-        run.update_status(phase="training", step=0, total=options.optimisation.max_train_steps)
-        shown = pictures_of(load_examples([picture.path for picture in pictures.train[:SHOWN_PICTURES]], resolution))
-        with whole(loss):
-            judging = partial(judge_by, options.judging.judge_model, pipeline, shown, before, resolution, batch_size)
-            judge = judging() if run.writes else None
-            watch = Watch(run, loss, subject, encoded.heldout, sampler, options.adapter, components, judge, batch_size)
-            watch.begin(before, shown)
-        train(accelerator, run, trainable, loop_options(options), watched(watch, options))
+def accelerator_for(options: SubjectOptions) -> Accelerator:
+    """What runs the steps, as accelerate was configured."""
+    # Text encoders that are trained no more are parameters that no gradient reaches.
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=options.optimisation.stop_text_encoder_training is not None)
+    return Accelerator(mixed_precision=options.model.mixed_precision, kwargs_handlers=[ddp])
+
+
+def checked(options: SubjectOptions, accelerator: Accelerator) -> Division:
+    """The images, after everything that can be checked before anything is loaded.
+
+    Raises: InputError naming what cannot be used.
+    """
+    how, method = options.optimisation, options.adapter.create()
+    check_can_shard(accelerator, how.optimizer, how.use_8bit_adam, [method])
+    check_outputs(options)
+    check_can_push(options.judging)
+    images = checked_pictures(options.data, how.seed)
+    prompts = options.prompts(image.prompt for image in (*images.train, *images.heldout))
+    for sentence in (*training_warnings(prompts), *options.unused()):
+        logger.warning(sentence)
+    return images
+
+
+class SubjectTraining:
+    """One training of an adapter on one subject: the steps of the recipe, in their order.
+
+    Made, it has the base model loaded and the images encoded.
+    """
+
+    def __init__(self, accelerator: Accelerator, run: RunDirectory, options: SubjectOptions, images: Division) -> None:
+        self.accelerator, self.run, self.options, self.images = accelerator, run, options, images
+        run.update_status(phase="loading")
+        model, self.seed = options.model, options.optimisation.seed
+        load = partial(load_base_model, model.pretrained_model_name_or_path, device=accelerator.device, **model.source)
+        self.pipeline = load(WEIGHT_DTYPES[accelerator.mixed_precision])
+        self.resolution = options.data.resolution or model_resolution(self.pipeline)
+        run.update_status(resolution=self.resolution)
+        sampling = Sampling(resolution=self.resolution)
+        self.preparation = Preparation(self.pipeline, load, options, sampling, run, accelerator)
+        self.encoded = self.preparation.encode(images)
+        check_prediction_type(self.pipeline, self.encoded.subject, self.seed)
+        # As many as one batch holds: whether the training fits is told before the others are made.
+        self.batch_size = options.optimisation.train_batch_size
+        self.class_images = self.preparation.class_pictures(self.encoded.subject.sizes, self.batch_size)
+        name = model.pretrained_model_name_or_path
+        self.sampler = Sampler(self.pipeline, options.output.validation_prompt, self.seed, sampling, name, self.batch_size)
+
+    def attach(self) -> None:
+        """Add the adapter, and start it from the base model and the subject."""
+        self.run.update_status(phase="calibrating")
+        accelerator, options, how = self.accelerator, self.options, self.options.optimisation
+        self.components = adapters.attach(self.pipeline, options.adapter)
+        self.loss = DenoisingLoss(self.pipeline, how.snr_gamma, how.do_edm_style_training)
+        self.peak, share = PeakMemory(accelerator.device), (accelerator.process_index, accelerator.num_processes)
+        subject = self.encoded.subject
+        runs = runs_on_subject(self.loss, subject, self.seed, *share, self.batch_size)
+        losses = partial(training_losses, self.loss, self._batches(subject, None), accelerator)
+        adapters.start(options.adapter, self.components, runs, self.run.path / "calibration", self.seed, losses)
+
+    def dry_run(self) -> None:
+        """Do some steps and put everything back. Raises: DoesNotFitError if the training will not fit."""
+        trainable = self._trainable(self.encoded.subject, self.class_images)
+        limit = self.options.output.memory_limit_gb
+        rehearse_first(self.accelerator, self.run, trainable, loop_options(self.options), limit, self.peak)
+
+    def add_class_images(self) -> None:
+        """Have all images of the class, for prior preservation."""
+        with whole(self.loss):
+            self.class_images = self.preparation.class_pictures(self.encoded.subject.sizes)
+
+    def cross_validate(self) -> None:
+        """Train without one of the images, each in turn, where there are too few to hold one out."""
+        if self.images.folds:
+            folds = self.encoded.folds(self.images.folds)
+            steps = self.options.optimisation.max_train_steps
+            on = partial(self._trainable, class_images=self.class_images, steps=fold_steps(steps))
+            every = self.options.judging.measured_every(steps)
+            leave_one_out(self.accelerator, self.run, self.loss, folds, on, loop_options(self.options), every, self.batch_size)
+
+    def watched(self, before: Sequence[Image.Image]) -> Watch:
+        """What measures and samples now and then, begun with the samples of the base model, `before`."""
+        self.run.update_status(phase="training", step=0, total=self.options.optimisation.max_train_steps)
+        paths = [image.path for image in self.images.train[:SHOWN_PICTURES]]
+        self.shown = pictures_of(load_examples(paths, self.resolution))
+        with whole(self.loss):
+            model = self.options.judging.judge_model
+            judging = partial(judge_by, model, self.pipeline, self.shown, before, self.resolution, self.batch_size)
+            judge = judging() if self.run.writes else None
+            subject, heldout = self.encoded.subject, self.encoded.heldout
+            watch = Watch(self.run, self.loss, subject, heldout, self.sampler, self.components, judge, self.batch_size)
+            watch.begin(before, self.shown)
+        return watch
+
+    def train(self, watch: Watch) -> None:
+        """Train to the end; the adapter is its moving average then, where there is one."""
+        trainable = self._trainable(self.encoded.subject, self.class_images)
+        every = self.options.judging.measured_every(self.options.optimisation.max_train_steps)
+        samples = Periodic(self.options.output.validation_steps, watch.show, watch.sample)
+        train(self.accelerator, self.run, trainable, loop_options(self.options), [Periodic(every, watch.measure), samples])
         if trainable.ema is not None:
             trainable.ema.copy_to(optimised(trainable.optimizer))
 
-        with whole(loss):
-            if accelerator.is_main_process:
-                trained = Trained(pipeline, components, sampler, judge, shown, before, resolution, len(subject), began)
-                finish(run, trained, options)
-        accelerator.wait_for_everyone()
-    return run
+    def result(self, watch: Watch, before: Sequence[Image.Image], began: float) -> Trained:
+        """What is exported, compared and certified."""
+        count = len(self.encoded.subject)
+        return Trained(
+            self.pipeline, self.components, self.sampler, watch.judge, self.shown, before, self.resolution, count, began
+        )
+
+    def _batches(self, subject: EncodedPictures, class_images: EncodedPictures | None) -> TrainingBatches:
+        how, data = self.options.optimisation, self.options.data
+        size, with_tokens = self.batch_size * self.accelerator.num_processes, self.options.adapter.train_text_encoder
+        weight, num_timesteps = data.prior_loss_weight, self.loss.num_timesteps
+        batches = SubjectBatches(subject, with_tokens, size, num_timesteps, how.seed, class_images, weight)
+        return TrainingBatches(batches, how.seed, how.noise_offset, how.text_encoder_batches)
+
+    def _trainable(self, subject: EncodedPictures, class_images: EncodedPictures | None, steps: int | None = None) -> Trainable:
+        """The loss, its batches, the optimiser over the adapter's parameters, its schedule, and their moving average.
+
+        Args:
+            steps: of this training; those of the whole one unless given.
+        """
+        how, method = self.options.optimisation, self.options.adapter.create()
+        if self.options.model.gradient_checkpointing:
+            self.loss.unet.enable_gradient_checkpointing()
+        rates = Rates(how.learning_rate, tuple(how.text_encoder_lr or ()), method.learning_rate_factor)
+        optimizer = adam_of(how).optimizer(parameter_groups(self.loss, rates))
+        schedule = get_scheduler(
+            how.lr_scheduler,
+            optimizer,
+            num_warmup_steps=how.lr_warmup_steps,
+            num_training_steps=how.max_train_steps,
+            num_cycles=how.lr_num_cycles,
+            power=how.lr_power,
+        )
+        ema = EMAModel(optimised(optimizer), decay=how.ema_decay) if how.use_ema else None
+        hooks = method.training(list(self.components.values()), steps or how.max_train_steps)
+        return Trainable(self.loss, self._batches(subject, class_images), optimizer, schedule, ema, hooks)
+
+
+def adam_of(how: OptimisationOptions) -> Adam:
+    """The optimiser's settings."""
+    betas = (how.adam_beta1, how.adam_beta2)
+    return Adam(how.optimizer.lower(), how.use_8bit_adam, betas, how.adam_epsilon, how.adam_weight_decay)
 
 
 def record_provenance(
@@ -152,50 +250,6 @@ def record_provenance(
         {"pictures": file_records(p.path for p in pictures.train), "heldout": file_records(p.path for p in pictures.heldout)},
         seed=options.optimisation.seed,
     )
-
-
-def to_train(
-    loss: DenoisingLoss,
-    subject: EncodedPictures,
-    class_pictures: EncodedPictures | None,
-    options: SubjectOptions,
-    processes: int,
-) -> Trainable:
-    """The loss, its batches, the optimiser over the adapter's parameters, its schedule, and their moving average."""
-    how, method = options.optimisation, method_named(options.adapter.method)
-    if options.model.gradient_checkpointing:
-        loss.unet.enable_gradient_checkpointing()
-    size = how.train_batch_size * processes
-    batches = SubjectBatches(
-        subject,
-        options.adapter.train_text_encoder,
-        size,
-        loss.num_timesteps,
-        how.seed,
-        class_pictures,
-        options.data.prior_loss_weight,
-    )
-    batches = TrainingBatches(batches, how.seed, how.noise_offset, how.text_encoder_batches)
-    rates = Rates(how.learning_rate, tuple(how.text_encoder_lr or ()), how.lora_plus_ratio, method.b_like)
-    betas, kind = (how.adam_beta1, how.adam_beta2), how.optimizer.lower()
-    adam = Adam(kind, how.use_8bit_adam, betas, how.adam_epsilon, how.adam_weight_decay)
-    optimizer = adam.optimizer(parameter_groups(loss, rates))
-    schedule = get_scheduler(
-        how.lr_scheduler,
-        optimizer,
-        num_warmup_steps=how.lr_warmup_steps,
-        num_training_steps=how.max_train_steps,
-        num_cycles=how.lr_num_cycles,
-        power=how.lr_power,
-    )
-    ema = EMAModel(optimised(optimizer), decay=how.ema_decay) if how.use_ema else None
-    return Trainable(loss, batches, optimizer, schedule, ema)
-
-
-def watched(watch: Watch, options: SubjectOptions) -> list[Periodic]:
-    """What is done now and then."""
-    every = options.judging.measured_every(options.optimisation.max_train_steps)
-    return [Periodic(every, watch.measure), Periodic(options.output.validation_steps, watch.show, watch.sample)]
 
 
 def loop_options(options: SubjectOptions) -> LoopOptions:

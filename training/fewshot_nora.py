@@ -28,6 +28,7 @@ from pipelines.fewshot.data import LabelledPicture
 from pipelines.fewshot.export import save_exported, save_lora, save_merged
 from training.engine.console import speaking
 from training.engine.opening import check_outputs, open_run
+from training.engine.sharding import check_can_shard
 from training.engine.stopping import exit_codes
 from training.fewshot.card import write_card
 from training.fewshot.members import FittedAdapter, Member, fit_member
@@ -48,7 +49,10 @@ def main(options: FewShotOptions) -> RunDirectory:
     Raises: InputError where something given cannot be used, before any long work starts.
     """
     accelerator = Accelerator(mixed_precision=options.model.mixed_precision)
+    check_can_shard(accelerator, "AdamW", False, [options.method.adapter(name).create() for name in options.method.adapters()])
     check_outputs(options)
+    for sentence in options.method.unused():
+        logger.warning(sentence)
     labelled, copies = labelled_set(options.data)
     check_drawable(labelled, options.data)
     clip = load_clip(options.model.model, options.model.pretrained, accelerator.device)
@@ -109,7 +113,7 @@ def export(fitted: FittedAdapter, folder: Path, formats: list[str]) -> None:
     """Write the adapted model, at the strength chosen, in files that need none of this code."""
     tokens = fitted.clip.tokenizer(fitted.drawn.study.prompts.texts())
     if "lora" in formats:
-        save_lora(fitted.components, folder / "lora")
+        save_lora(fitted.components, folder / "lora", fitted.strength)
     if "merged" in formats:
         save_merged(fitted.clip, folder / "open_clip_model.safetensors")
     for format in ("torch", "onnx"):

@@ -5,18 +5,16 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 
+from pipelines.methods import method_names, title_of
 from webui.class_results import CONTROL, ZERO_SHOT, Result, TestPicture, source_of
 from webui.class_sets import LabelledClasses
 from webui.curves import Series, plot
 from webui.thumbnails import picture, pictures
 
-METHODS = {
+BASELINES = {
     "zeroshot": "no training: the classes' names alone",
     "pixels": "raw pixels, without any model (the control)",
     "linear_probe": "linear probe: lines drawn between what the model sees",
-    "lora": "LoRA adapter",
-    "dora": "DoRA adapter",
-    "nora": "NoRA adapter",
     "tip_adapter": "Tip-Adapter: compares with the pictures kept in mind",
     "tip_adapter_f": "Tip-Adapter-F: the same, and trained",
     "clap": "CLAP: a linear probe held near the names",
@@ -33,6 +31,11 @@ MATRIX_JS = """element.addEventListener('click', (event) => {
   const cell = event.target.closest('button[data-true]');
   if (cell) trigger('select', {true: Number(cell.dataset.true), predicted: Number(cell.dataset.predicted)});
 });"""
+
+
+def called(method: str) -> str:
+    """A method's name for people, with what it is."""
+    return f"{title_of(method)} adapter" if method in method_names() else BASELINES.get(method, method)
 
 
 def share(value: float) -> str:
@@ -99,7 +102,7 @@ def methods_table(result: Result) -> str:
         low, high = max(0.0, top1["low"]), min(1.0, top1["high"])
         chosen = ' class="chosen"' if row["method"] == result.member["method"] else ""
         rows.append(
-            f"<tr{chosen}><th scope='row'>{html.escape(METHODS.get(row['method'], row['method']))}</th>"
+            f"<tr{chosen}><th scope='row'>{html.escape(called(row['method']))}</th>"
             f"<td class='number'>{share(top1['value'])}</td><td class='number'>{share(low)} to {share(high)}</td>"
             f"<td class='number'>{row['trained_numbers']:,.0f}</td><td class='number'>{_size(row['stored_bytes'])}</td>"
             f"<td class='number'>{row['seconds']:.0f} s</td></tr>"
@@ -116,7 +119,7 @@ def methods_table(result: Result) -> str:
 
 def _short(method: str) -> str:
     """A method's name without what it is."""
-    return METHODS.get(method, method).partition(":")[0].partition(",")[0]
+    return called(method).partition(":")[0].partition(",")[0]
 
 
 def _size(count: float) -> str:

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pipelines.methods import DEFAULT as DEFAULT_METHOD
+from pipelines.methods import REFERENCE, title_of
 from webui.class_sets import LabelledClasses
 from webui.draft import Options, merged
 from webui.presets import Preset, Value
 
-COMPARED = ["zeroshot", "pixels", "linear_probe", "nora"]
+BASELINES = ["zeroshot", "pixels", "linear_probe"]
+COMPARED = [*BASELINES, DEFAULT_METHOD]
+MOST_COMPARED = [*BASELINES, "tip_adapter_f", REFERENCE, DEFAULT_METHOD]
+BESIDE = f"{title_of(DEFAULT_METHOD)} beside what it has to beat: no training, raw pixels, and a linear probe."
 MOST_VALIDATION = 4
 # Of a class of the built-in model's, whose steps the recipe counts by its pictures.
 BUILT_IN_STEPS, MOST_STEPS = 10, 400
@@ -26,7 +31,7 @@ CLASSIFY = (
         (
             Value("data", "shots", ["16"], "Sixteen pictures of each class: quick, and enough to see whether it works."),
             Value("data", "seeds", [0], "One draw of the pictures to learn from."),
-            Value("method", "method", COMPARED, "NoRA beside what it has to beat: no training, raw pixels, and a linear probe."),
+            Value("method", "method", COMPARED, BESIDE),
         ),
     ),
     Preset(
@@ -36,7 +41,7 @@ CLASSIFY = (
         (
             Value("data", "shots", ["all"], EVERY_PICTURE),
             Value("data", "seeds", [0], "With all pictures, another draw would learn from the same ones."),
-            Value("method", "method", COMPARED, "NoRA beside what it has to beat: no training, raw pixels, and a linear probe."),
+            Value("method", "method", COMPARED, BESIDE),
         ),
     ),
     Preset(
@@ -46,7 +51,7 @@ CLASSIFY = (
         (
             Value("data", "shots", ["all"], EVERY_PICTURE),
             Value("data", "seeds", [0], "With all pictures, another draw would learn from the same ones."),
-            Value("method", "method", [*COMPARED[:3], "tip_adapter_f", "lora", "nora"], "Two more methods to choose from."),
+            Value("method", "method", MOST_COMPARED, "Two more methods to choose from."),
             Value("optimisation", "min_train_steps", 200, "At least twice the usual steps, where there are few pictures."),
         ),
     ),

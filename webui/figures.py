@@ -10,8 +10,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from pipelines.methods import DEFAULT
 from training.runs.record import METRICS
-from webui.class_html import METHODS
+from webui import class_html
 from webui.curves import Point
 from webui.views import RunView
 
@@ -29,14 +30,14 @@ def figures(view: RunView) -> list[tuple[str, str]]:
 def method_of(view: RunView) -> str:
     """The adapter method, or those that are compared."""
     if view.task == "subject":
-        return called(view.chosen("adapter", "method") or "nora")
+        return called(view.chosen("adapter", "method") or DEFAULT)
     methods = view.chosen("method", "method")
     return ", ".join(map(called, methods)) if isinstance(methods, list) else ""
 
 
 def called(method: object) -> str:
     """A method's name for people, without what it is."""
-    return re.split("[:,(]", METHODS.get(str(method), str(method)))[0].strip().removesuffix(" adapter")
+    return re.split("[:,(]", class_html.called(str(method)))[0].strip().removesuffix(" adapter")
 
 
 def _of_subject(view: RunView) -> list[tuple[str, str]]:

@@ -21,11 +21,19 @@ LAYOUTS: dict[Layout, tuple[str, str]] = {
 def layouts_of(record: RunRecord) -> dict[Layout, int | None]:
     """The layouts that the run's adapters can be had in, and the bytes of each; None where that is not known yet."""
     sizes: dict[Layout, int | None] = {}
-    compact = record.options().get("adapter", {}).get("method") == "nora"
     for layout in LAYOUTS:
-        if layout != "compact" or compact:
-            sizes[layout] = _size(record, layout)
+        size = _size(record, layout)
+        # A method without a compact form keeps the full one of every step.
+        if layout != "compact" or size is not None or not _keeps(record, "full"):
+            sizes[layout] = size
     return sizes
+
+
+def _keeps(record: RunRecord, layout: Layout) -> bool:
+    """Whether the run keeps the adapters of its steps in `layout`."""
+    steps = kept_steps(record)
+    folders = [record.path / "adapter", *(adapter_at(record, step) for step in steps[-1:])]
+    return any((folder / layout).is_dir() for folder in folders)
 
 
 def _size(record: RunRecord, layout: Layout) -> int | None:

@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import gradio as gr
@@ -24,6 +25,7 @@ from webui.shell import QUIET, Shell
 from webui.workspace import Workspace
 
 TYPED = "typed"
+METHOD_CHANGED = "another method"
 TITLES = {
     "model": "Base model",
     "data": "Pictures and words",
@@ -175,6 +177,25 @@ class _InForce:
         of_preset = self.preset.options().get(field.group, {}).get(field.name, field.default)
         return self.own.get(field.group, {}).get(field.name, of_preset)
 
+    def is_shown(self, field: Any) -> bool:
+        """Whether a run has this option: not if it is one of adapter methods that the run does not train."""
+        return not field.methods or bool(self.chosen_methods & set(field.methods))
+
+    @cached_property
+    def chosen_methods(self) -> frozenset[str]:
+        """The methods that a run would train."""
+        from webui.work import options as checked
+
+        kind = checked.kind_of(self.source.task)
+        group, field = next(
+            (name, fields["method"])
+            for name, fields in ((name, checked.fields_of(group)) for name, group in checked.groups_of(kind).items())
+            if "method" in fields
+        )
+        base = self.preset.options().get(group, {}).get("method", checked.default_of(field))
+        chosen = self.own.get(group, {}).get("method", base)
+        return frozenset([chosen] if isinstance(chosen, str) else chosen)
+
     def unless_said(self, field: Any) -> str:
         """What the trainer decides where nothing is said, for the empty widget."""
         decided = self.resolved.get(field.group, {}).get(field.name)
@@ -209,7 +230,7 @@ def _draw(source: Source, draft: dict[str, Any], known: gr.State, back: gr.Butto
         own = len(in_force.own.get(group, {}))
         title = TITLES.get(group, group) + (f" ({own} of your own)" if own else "")
         with gr.Accordion(title, open=bool(own), elem_id=f"{source.task}-panel-{group}"), gr.Row(elem_classes="panel-grid"):
-            for field in fields:
+            for field in filter(in_force.is_shown, fields):
                 _listen(source, field, _widget(source, field, in_force), known, back)
 
 
@@ -242,7 +263,9 @@ def _listen(source: Source, field: Any, widget: gr.components.Component, known: 
             draft = {**draft, TYPED: {}}
         in_force = _InForce.of(source, workspace, draft)
         back_to = gr.Button(interactive=bool(draft.get("options")))
-        return draft, type(widget)(**in_force.properties(field)), _signature(draft), back_to
+        # Another method has other options: the panel is drawn anew, as it is then not what is in view.
+        in_view = METHOD_CHANGED if field.name == "method" else _signature(draft)
+        return draft, type(widget)(**in_force.properties(field)), in_view, back_to
 
     at_once = TYPE_AT_ONCE % json.dumps([field.group, field.name])
     events = [widget.input] if field.kind in ("bool", "choice") else [widget.blur, widget.submit]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from pipelines.methods import DEFAULT, title_of
 from training.runs import run_requests
 from training.runs.record import RunRecord, live_process
 from training.runs.waiting import QUEUE, runs_before
@@ -41,7 +42,6 @@ TRAINING = "training"
 # From the folder's beginning until its process has said a first word.
 BEGINNING_SECONDS = 20.0
 LONGEST_NAME, NAMED_CLASSES = 48, 3
-METHODS = {"nora": "NoRA", "lora": "LoRA", "dora": "DoRA"}
 SAMPLE_CLASSES = "handwritten digits"
 INTERRUPTED = {
     "SIGKILL": "Its process was ended from outside, as the system does when memory runs out.",
@@ -192,7 +192,7 @@ class RunView:
     def title(self) -> str:
         """What lists call it."""
         when = time.strftime("%d %b %H:%M:%S", time.localtime(self.created))
-        method = METHODS.get(self.chosen("adapter", "method") or "nora", "") if self.task == "subject" else ""
+        method = title_of(self.chosen("adapter", "method") or DEFAULT) if self.task == "subject" else ""
         return f"{self.name}, {method}{', ' if method else ''}{when} ({IN_WORDS[self.state]})"
 
 

@@ -1,4 +1,4 @@
-"""Adapters on a CLIP model: which layers get one, its start, its strength, saving and loading.
+"""Adapters on a CLIP model: which layers get one, its start, its strength and loading.
 
 Methods come from `pipelines.methods`. An adapter lives on the image encoder, the text encoder, or both.
 """
@@ -12,22 +12,22 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftConfig
 from torch import nn
 
-from nora_vision.files import read_json
+from pipelines import adapter_method
+from pipelines.adapter_method import ADAPTER_NAME, Losses, Probe, native_folder, no_losses, tuner_layers
+from pipelines.adapter_options import AdapterOptions
 from pipelines.clip import Clip, evaluating
 from pipelines.clip_attention import LAYERS, attention_layers, separate
 from pipelines.errors import InputError
-from pipelines.methods import AdapterOptions, add_adapter, method_named
+from pipelines.methods import method_named, method_of
 from pipelines.randomness import keyed_generator
 
-ADAPTER_NAME = "default"
 IMAGE, TEXT = "image", "text"
 ENCODERS = {IMAGE: (IMAGE,), TEXT: (TEXT,), "both": (IMAGE, TEXT)}
 BATCH = 64
-PROJECTIONS, OWN_PROJECTIONS = ["q", "k", "v"], {"nora": ["v"]}
+PROJECTIONS = ["q", "k", "v"]
 
 
 @dataclass
@@ -37,7 +37,9 @@ class AdapterPlaces:
     encoders: str = field(default="both", metadata={"help": "Which encoders to adapt: image, text or both."})
     projections: list[str] | None = field(
         default=None,
-        metadata={"help": "Which layers of every attention to adapt: q, k, v, out. NoRA v alone, others q, k and v unless said."},
+        metadata={
+            "help": "Which layers of every attention to adapt: q, k, v, out. q, k and v unless said, or the method's own choice."
+        },
     )
     layers: str = field(
         default="all", metadata={"help": "Which of an encoder's attentions to adapt: all, last-N, or A-B, counted from 0."}
@@ -55,11 +57,8 @@ class AdapterPlaces:
             raise InputError(f"layers must be all, last-N or A-B, such as last-4 or 0-5, got {self.layers!r}.")
 
     def projections_of(self, method: str) -> list[str]:
-        """The layers that `method` adapts.
-
-        NoRA's numbers do not grow with a layer's width, so that a few of them go furthest in the layers that matter most.
-        """
-        return self.projections or OWN_PROJECTIONS.get(method, PROJECTIONS)
+        """The layers that `method` adapts."""
+        return self.projections or list(method_named(method).defaults("few-shot", False).target_layers or PROJECTIONS)
 
     def indices(self, count: int) -> range:
         """The chosen ones of `count` attentions.
@@ -85,13 +84,13 @@ def attach(clip: Clip, options: AdapterOptions, places: AdapterPlaces) -> dict[s
         separate(clip.model)
     except ValueError as error:
         raise InputError(f"{clip.name} cannot be adapted: {error}") from error
-    method = method_named(options.method)
+    method = options.create()
     projections = places.projections_of(options.method)
     targets = {name: _targets(clip, name, places, projections) for name in ENCODERS[places.encoders]}
     components = {name: encoder(clip, name) for name in targets}
     for name, names in targets.items():
         try:
-            add_adapter(components[name], method.config(options, names, None), ADAPTER_NAME)
+            method.attach(components[name], method.config(names), ADAPTER_NAME)
         except ValueError as error:
             raise InputError(f"The adapter does not fit the {name} encoder of {clip.name}: {error}") from error
     return components
@@ -119,23 +118,25 @@ def start(
     tokens: torch.Tensor,
     cache: Path,
     seed: int,
+    losses: Losses = no_losses,
 ) -> None:
     """Start the adapter just attached to `components`.
 
-    Methods that start from activations see the base model, in evaluation mode, on these pictures and prompts.
+    The method sees the base model, in evaluation mode, on these images and prompts.
 
     Args:
-        pixels: batches (n, 3, h, w) of the training pictures without augmentation.
+        pixels: batches (n, 3, h, w) of the training images without augmentation.
         tokens: (n, t), every prompt of every class.
         cache: the folder for activation statistics.
         seed: of all that is random in the start.
+        losses: `losses(count)` yields the training losses of `count` batches, for methods that start from gradients.
     """
     runs = {IMAGE: partial(_run_pictures, clip, pixels), TEXT: partial(run_prompts, clip, tokens)}
-    for place, (name, model) in enumerate(components.items()):
-        generator = keyed_generator(seed, 2, place)
-        method_named(options.method).start(
-            model, partial(_in_evaluation, clip.model, runs[name]), ADAPTER_NAME, cache / f"{name}.safetensors", generator
-        )
+    method = options.create()
+    for index, (name, model) in enumerate(components.items()):
+        forward = partial(_in_evaluation, clip.model, runs[name])
+        probe = Probe(forward, losses, keyed_generator(seed, 2, index), cache / f"{name}.safetensors")
+        method.start(model, probe, ADAPTER_NAME)
 
 
 def _in_evaluation(model: nn.Module, run: Callable[[], None]) -> None:
@@ -163,72 +164,49 @@ def run_prompts(clip: Clip, tokens: torch.Tensor) -> None:
             clip.encode_texts(batch)
 
 
-def trained_parameters(components: dict[str, nn.Module]) -> list[nn.Parameter]:
-    """The parameters that are trained."""
-    return [parameter for model in components.values() for parameter in model.parameters() if parameter.requires_grad]
-
-
-def adapter_layers(components: dict[str, nn.Module]) -> dict[str, BaseTunerLayer]:
-    """Every adapted layer, by its encoder's name and its own."""
-    return {
-        f"{name}.{layer}": module
-        for name, model in components.items()
-        for layer, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer)
-    }
-
-
 def allows_any_strength(components: dict[str, nn.Module]) -> bool:
-    """Whether the adapter's change of weight can be scaled: not DoRA's, which is there in full or not at all."""
-    return not any(isinstance(layer, LoraLayer) and any(layer.use_dora.values()) for layer in adapter_layers(components).values())
+    """Whether the adapter's change of weight can be scaled."""
+    return all(method_of(config).allows_any_scale(config) for config in _configs(components).values())
 
 
 def set_strength(components: dict[str, nn.Module], strength: float) -> None:
     """Scale the adapter's change of every weight by `strength`: 1 as trained, 0 the base model exactly.
 
-    Raises: InputError if it is no such number, or between 0 and 1 for DoRA.
+    Raises: InputError if it is no such number, or between 0 and 1 where the method's change cannot be scaled.
     """
     if not 0 <= strength <= 1:
         raise InputError(f"strength must be in [0, 1], got {strength}.")
     if strength not in (0, 1) and not allows_any_strength(components):
-        raise InputError(f"DoRA's change of a weight cannot be scaled: strength must be 0 or 1, got {strength}.")
-    for layer in adapter_layers(components).values():
-        if layer.disable_adapters != (strength == 0):
-            layer.enable_adapters(strength != 0)
-        layer.set_scale(ADAPTER_NAME, strength if strength else 1.0)
+        raise InputError(f"This adapter's change of a weight cannot be scaled: strength must be 0 or 1, got {strength}.")
+    for name, config in _configs(components).items():
+        for layer in tuner_layers(components[name]).values():
+            if layer.disable_adapters != (strength == 0):
+                layer.enable_adapters(strength != 0)
+        method_of(config).set_scale(components[name], ADAPTER_NAME, strength if strength else 1.0)
 
 
-def save(options: AdapterOptions, components: dict[str, nn.Module], folder: Path) -> None:
-    """Write the adapter's native files, at strength 1, in every layout of its method: `folder/<layout>/<encoder>`."""
-    method_named(options.method).save(components, folder, ADAPTER_NAME)
+def _configs(components: dict[str, nn.Module]) -> dict[str, PeftConfig]:
+    return {name: model.peft_config[ADAPTER_NAME] for name, model in components.items()}
 
 
 def load(clip: Clip, path: str | Path) -> dict[str, nn.Module]:
-    """Separate the attention of `clip` and add the adapter that `save` wrote, or a run's.
+    """Separate the attention of `clip` and add the adapter that was saved at `path`, or a run's.
 
     Returns: the adapted encoders by name.
     Raises: InputError or AdapterFileError naming the file, and what of it does not fit the model.
     """
-    folder = native_folder(Path(path))
+    folder = native_folder(Path(path), (IMAGE, TEXT))
+    if folder is None:
+        raise InputError(
+            f"There is no adapter of a CLIP model at {str(path)!r}. Give a run's directory or a native adapter folder."
+        )
     separate(clip.model)
     components = {name: encoder(clip, name) for name in (IMAGE, TEXT) if (folder / name).is_dir()}
     for name, model in components.items():
         try:
-            method = str(read_json(folder / name / "adapter_config.json").get("peft_type")).lower()
-            method_named(method).load({name: model}, folder, ADAPTER_NAME)
+            adapter_method.load({name: model}, folder)
         except FileNotFoundError as error:
             raise InputError(f"{folder / name} is not whole: {error}. Copy or train it again.") from error
         except (RuntimeError, KeyError) as error:
             raise InputError(f"{folder / name} does not fit the {name} encoder of {clip.name}: {error}") from error
     return components
-
-
-def native_folder(path: Path) -> Path:
-    """The native adapter at `path`: itself, or the full one of a run's directory, or the compact one where it is alone.
-
-    Raises: InputError if there is none.
-    """
-    for folder in (path, path / "full", path / "adapter" / "full", path / "compact", path / "adapter" / "compact"):
-        if any((folder / name / "adapter_config.json").is_file() for name in (IMAGE, TEXT)):
-            return folder
-    raise InputError(f"There is no adapter of a CLIP model at {str(path)!r}. Give a run's directory or a native adapter folder.")

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from nora_vision.files import write_json
+from pipelines import adapter_method
 from pipelines.cache import module_digest
 from pipelines.clip import Clip, load_clip
 from pipelines.errors import InputError
@@ -27,7 +28,7 @@ from pipelines.fewshot.features import picture_features, prompt_features, raw_pi
 from pipelines.fewshot.inputs import GivenPictures, GivenPictureSet
 from pipelines.fewshot.prompts import Prompts
 from pipelines.fewshot.split_files import read_json
-from pipelines.methods import AdapterOptions, method_names
+from pipelines.methods import method_names
 
 CLASSIFIER, REPORT, PREDICTOR, ADAPTER = "classifier.json", "report.json", "predictor.safetensors", "adapter"
 FORMAT, ZERO_SHOT = 1, "zeroshot"
@@ -137,13 +138,13 @@ class ClassifierFile:
 def save_classifier(
     folder: Path,
     told: ClassifierFile,
-    adapter: tuple[AdapterOptions, dict[str, nn.Module]] | None = None,
+    adapter: dict[str, nn.Module] | None = None,
     predictor: Predictor | None = None,
 ) -> None:
     """Write a classifier's folder, classifier.json last.
 
     Args:
-        adapter: its options and the adapted encoders, for a method that is an adapter's.
+        adapter: the adapted encoders, for a method that is an adapter's.
         predictor: for every other method but zeroshot, which may do without.
     Raises: ValueError if the method and what is given do not belong together.
     """
@@ -153,7 +154,7 @@ def save_classifier(
         needed = "an adapter" if told.adapted else "a predictor"
         raise ValueError(f"The method {told.method!r} is saved with {needed} alone, got {' and '.join(given) or 'neither'}.")
     if adapter is not None:
-        adapters.save(*adapter, folder / ADAPTER)
+        adapter_method.save(adapter, folder / ADAPTER)
     if predictor is not None:
         save_predictor(predictor, folder / PREDICTOR)
     told.write(folder / CLASSIFIER)

@@ -13,21 +13,19 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
+from nora_vision.factors import Factors, low_rank_factors
 from nora_vision.files import replacing, write_tensors
+from pipelines.adapter_method import ADAPTER_NAME, WEIGHTS, as_lora, tuner_layers
 from pipelines.clip import Clip, checkpoint_metadata
 from pipelines.clip_attention import repack, separate
 from pipelines.errors import InputError
-from pipelines.fewshot.adapters import ADAPTER_NAME, adapter_layers
 from pipelines.packages import installed
 
-LORA_CONFIG, LORA_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Between PyTorch and another runtime in single precision, on features of length 1.
 TOLERANCE = 1e-4
 
@@ -67,46 +65,33 @@ def save_merged(clip: Clip, path: str | os.PathLike) -> None:
     write_tensors(path, model.state_dict(), checkpoint_metadata(model))
 
 
-def save_lora(components: dict[str, nn.Module], folder: Path) -> None:
+def save_lora(components: dict[str, nn.Module], folder: Path, strength: float = 1.0) -> None:
     """Write the adapter as plain LoRA in PEFT's layout, one folder for each encoder; nothing is approximated.
 
-    NoRA's change s B B' A' A is lora_B = s B B', lora_A = A' A. `PeftModel.from_pretrained` reads a folder onto the encoder's
-    module, once `separate` has given it q, k, v and out.
-    Raises: InputError for DoRA at strength 0, which its file cannot say.
+    `PeftModel.from_pretrained` reads a folder onto the encoder's module, once `separate` has given it q, k, v and out.
+
+    Args:
+        strength: what the change of every weight is scaled by.
+    Raises: InputError for a change that no LoRA file can say; DoRA at strength 0 is one, as rows would get other lengths.
     """
     for name, model in components.items():
-        layers = adapter_layers({name: model})
-        factors = {layer.removeprefix(f"{name}."): _factors(module, layer) for layer, module in layers.items()}
-        ranks = {layer: len(own["lora_A.weight"]) for layer, own in factors.items()}
-        rank = max(ranks.values())
-        others = {f"^{layer}": own for layer, own in ranks.items() if own != rank}
-        config = LoraConfig(
-            r=rank,
-            lora_alpha=rank,
-            rank_pattern=others,
-            alpha_pattern=others,
-            target_modules=sorted(factors),
-            use_dora=any("lora_magnitude_vector" in own for own in factors.values()),
-            inference_mode=True,
-        )
+        factors = {layer: _factors(module, layer, strength) for layer, module in tuner_layers(model).items()}
+        config, tensors = as_lora(factors)
         config.save_pretrained(str(folder / name))
-        tensors = {f"base_model.model.{layer}.{key}": value for layer, own in factors.items() for key, value in own.items()}
-        write_tensors(folder / name / LORA_WEIGHTS, tensors)
+        write_tensors(folder / name / WEIGHTS, tensors)
 
 
-def _factors(layer: BaseTunerLayer, name: str) -> dict[str, torch.Tensor]:
-    """lora_B (out, k), lora_A (k, in) and for DoRA the lengths (out,) of the rows, at the layer's present strength."""
-    on = 0.0 if layer.disable_adapters else 1.0
-    if not isinstance(layer, LoraLayer):
-        up, down = layer.low_rank_factors(ADAPTER_NAME)
-        return {"lora_A.weight": down, "lora_B.weight": on * up}
-    up, down = layer.lora_B[ADAPTER_NAME].weight.detach(), layer.lora_A[ADAPTER_NAME].weight.detach()
-    factors = {"lora_A.weight": down, "lora_B.weight": on * layer.scaling[ADAPTER_NAME] * up}
-    if layer.use_dora[ADAPTER_NAME]:
-        if not on:
-            raise InputError(f"DoRA at strength 0 has no LoRA file: {name} would still get other lengths of rows. Use 1.")
-        factors["lora_magnitude_vector"] = layer.lora_magnitude_vector[ADAPTER_NAME].weight.detach()
-    return factors
+def _factors(layer: BaseTunerLayer, name: str, strength: float) -> Factors:
+    try:
+        factors = low_rank_factors(layer, ADAPTER_NAME)
+    except ValueError as error:
+        raise InputError(f"{name} {error}") from error
+    if factors.magnitude is not None and strength != 1:
+        raise InputError(
+            f"At strength {strength:g} there is no LoRA file: {name} has lengths of rows, which are there in full or not at all. "
+            "Use strength 1."
+        )
+    return factors._replace(up=strength * factors.up)
 
 
 class ImageTower(nn.Module):

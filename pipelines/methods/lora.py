@@ -1,87 +1,79 @@
-"""LoRA, by PEFT:  h = W x + alpha / r B A x  [Hu et al. 2021]."""
+"""LoRA: by PEFT,  h = W x + s B A x,  s = alpha / r, or alpha / sqrt(r) with rsLoRA  [Hu et al. 2021; Kalajdzievski 2023]."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import torch
 from diffusers.training_utils import cast_training_params
-from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig
 from torch import nn
 
-from nora_vision.files import (
-    CONFIGURATION,
-    check_configuration,
-    configuration_digest,
-    read_header,
-    read_json,
-    read_tensors,
-    write_tensors,
-)
+from pipelines.adapter_method import AdapterMethod, LowRankOptions, Probe, TaskDefaults
 from pipelines.errors import InputError
-from pipelines.methods import AdapterOptions, add_adapter
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+from pipelines.run_options import Task
 
 
-class Lora:
-    """LoRA with a Gaussian A and a zero B."""
+@dataclass
+class LoraOptions(LowRankOptions):
+    """LoRA's own."""
 
-    default_rank = 4
-    default_learning_rate = 1e-4
-    b_like = "lora_B"
+    use_rslora: bool = field(
+        default=False, metadata={"help": "scale by alpha / sqrt(rank) rather than alpha / rank; alpha is the rank unless given"}
+    )
+    lora_plus_ratio: float = field(
+        default=1.0, metadata={"help": "LoRA+: how many times faster B-like factors are trained than A-like ones"}
+    )
 
-    def config(self, options: AdapterOptions, target_modules: list[str], exclude_modules: str | None) -> PeftConfig:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.lora_plus_ratio > 0:
+            raise InputError(f"lora_plus_ratio must be above 0, got {self.lora_plus_ratio}.")
+
+
+class Lora(AdapterMethod):
+    """LoRA with a Gaussian A and a zero B; with rates of LoRA+  [Hayou et al. 2024] where they are asked for."""
+
+    name = "lora"
+    title = "LoRA"
+    reference = "Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models"
+    Options = LoraOptions
+
+    @classmethod
+    def defaults(cls, task: Task, built_in: bool) -> TaskDefaults:
+        """The usual rank and rate of DreamBooth on SDXL, and CLIP-LoRA's for classification."""
+        return TaskDefaults(1e-4, {"rank": 4}) if task == "subject" else TaskDefaults(2e-4, {"rank": 2})
+
+    def config(self, target_modules: list[str], exclude_modules: str | None = None) -> PeftConfig:
         """PEFT's configuration; the scaling is 1 unless alpha is given."""
+        options = self.options
         return LoraConfig(
             r=options.rank,
             lora_alpha=options.rank if options.alpha is None else options.alpha,
             lora_dropout=options.dropout,
+            use_rslora=options.use_rslora,
             init_lora_weights="gaussian",
             target_modules=target_modules,
             exclude_modules=exclude_modules,
         )
 
-    def start(
-        self, model: nn.Module, run_model: Callable[[], None], adapter_name: str, cache: Path, generator: torch.Generator
-    ) -> None:
-        """Draw A from `generator`; LoRA needs neither activations nor a cache."""
+    def start(self, model: nn.Module, probe: Probe, adapter_name: str) -> None:
+        """Sample A from the probe's generator; LoRA needs neither activations nor losses."""
         cast_training_params(model, dtype=torch.float32)
         for name, parameter in model.named_parameters():
             if f"lora_A.{adapter_name}." in name:
                 rank = parameter.shape[0]
                 with torch.no_grad():
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) / rank)
+                    parameter.copy_(torch.randn(parameter.shape, generator=probe.generator) / rank)
 
-    def save(self, components: dict[str, nn.Module], folder: Path, adapter_name: str) -> None:
-        """Write PEFT's adapter_config.json and adapter_model.safetensors for each component under `full`."""
-        for name, model in components.items():
-            target = folder / "full" / name
-            model.peft_config[adapter_name].save_pretrained(str(target))
-            metadata = {CONFIGURATION: configuration_digest(read_json(target / CONFIG))}
-            write_tensors(target / WEIGHTS, get_peft_model_state_dict(model, adapter_name=adapter_name), metadata, digest=True)
+    def learning_rate_factor(self, parameter_name: str) -> float:
+        """B is trained `lora_plus_ratio` times faster than A."""
+        return self.options.lora_plus_ratio if ".lora_B." in parameter_name else 1.0
 
-    def load(self, components: dict[str, nn.Module], folder: Path, adapter_name: str) -> None:
-        """Add PEFT's adapter in each subfolder to the component of that name.
-
-        Raises:
-            InputError: a file has other tensors than an adapter of its configuration has on this model.
-            AdapterFileError: a file was changed since it was saved.
-        """
-        for name, model in components.items():
-            metadata = read_header(folder / name / WEIGHTS).metadata
-            check_configuration(metadata, read_json(folder / name / CONFIG), folder / name)
-            state = read_tensors(folder / name / WEIGHTS)
-            add_adapter(model, PeftConfig.from_pretrained(str(folder / name)), adapter_name)
-            # PEFT itself passes over targets that the model lacks, and over tensors that no target takes.
-            strange = sorted(state.keys() ^ get_peft_model_state_dict(model, adapter_name=adapter_name).keys())
-            if strange:
-                raise InputError(
-                    f"{folder / name / WEIGHTS} does not fit this {name} model: {strange[0]!r} and {len(strange) - 1} more are "
-                    "in one of the two alone. Load it onto the model that it was trained on."
-                )
-            set_peft_model_state_dict(model, state, adapter_name)
+    @classmethod
+    def allows_any_scale(cls, config: PeftConfig) -> bool:
+        """Not where rows have lengths of their own: these are there in full or not at all."""
+        return not config.use_dora
 
 
-METHOD = Lora()
+METHOD = Lora

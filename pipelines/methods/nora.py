@@ -1,11 +1,11 @@
-"""NoRA:  h = W x + alpha / inner_r B B' A' A x, the outer factors from activation-weighted SVD."""
+"""NoRA: h = W x + alpha / inner_r B B' A' A x, the outer factors from activation-weighted SVD."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from peft import PeftConfig
 from torch import nn
 from tqdm.auto import tqdm
@@ -13,20 +13,57 @@ from tqdm.auto import tqdm
 from nora_vision import ActivationStatistics, NoraConfig, calibrate, initialize_nora_weights
 from nora_vision.loading import load_adapter
 from nora_vision.saving import save_adapter
-from pipelines.methods import AdapterOptions
+from pipelines.adapter_method import COMPACT, FULL, AdapterMethod, Probe, TaskDefaults
+from pipelines.errors import InputError
+from pipelines.run_options import Task
 
-FULL, COMPACT = "full", "compact"
+
+@dataclass
+class NoraOptions:
+    """NoRA's own."""
+
+    rank: int | None = field(default=None, metadata={"help": "outer rank"})
+    inner_r: int = field(default=8, metadata={"help": "inner rank, at most the outer: 2 rank inner_r parameters a layer"})
+    alpha: float | None = field(
+        default=None, metadata={"help": "numerator of the scaling alpha / inner_r; the scaling is 1 unless given"}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "dropout within the adapter"})
+    inner_init: str = field(
+        default="zero", metadata={"help": "start of the inner factors, zero or gaussian", "choices": ("zero", "gaussian")}
+    )
+    preserve_output: bool = field(
+        default=False, metadata={"help": "subtract the frozen start, so that a gaussian start is the base model too"}
+    )
+    lora_plus_ratio: float = field(
+        default=1.0, metadata={"help": "LoRA+: how many times faster B-like factors are trained than A-like ones"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise InputError(f"rank must be at least 1, got {self.rank}.")
+        if not self.lora_plus_ratio > 0:
+            raise InputError(f"lora_plus_ratio must be above 0, got {self.lora_plus_ratio}.")
 
 
-class Nora:
-    """NoRA, started from the activations of the base model on the subject."""
+class Nora(AdapterMethod):
+    """NoRA, started from the activations of the base model on the data."""
 
-    default_rank = 32
-    default_learning_rate = 3e-4
-    b_like = "nora_inner_B"
+    name = "nora"
+    title = "NoRA"
+    reference = "NoRA: Nested Low-Rank Adaptation for Efficient Fine-Tuning Large Models, ICCV 2025"
+    Options = NoraOptions
 
-    def config(self, options: AdapterOptions, target_modules: list[str], exclude_modules: str | None) -> PeftConfig:
+    @classmethod
+    def defaults(cls, task: Task, built_in: bool) -> TaskDefaults:
+        """For classification a tenth of LoRA's parameters at rank 2, on v alone: NoRA's parameters do not grow with a layer's
+        width, so that a few of them go furthest in the layers that matter most."""
+        if task == "subject":
+            return TaskDefaults(3e-4, {"rank": 32})
+        return TaskDefaults(1e-3, {"rank": 22, "inner_r": 4} if built_in else {"rank": 48, "inner_r": 8}, ["v"])
+
+    def config(self, target_modules: list[str], exclude_modules: str | None = None) -> PeftConfig:
         """The configuration; the scaling is 1 unless alpha is given. The outer factors wait for `start`."""
+        options = self.options
         return NoraConfig(
             r=options.rank,
             inner_r=options.inner_r,
@@ -39,15 +76,13 @@ class Nora:
             exclude_modules=exclude_modules,
         )
 
-    def start(
-        self, model: nn.Module, run_model: Callable[[], None], adapter_name: str, cache: Path, generator: torch.Generator
-    ) -> None:
-        """Outer factors from the base model's activations (kept in `cache`), inner factors from `generator`."""
-        if cache.exists():
-            statistics = ActivationStatistics.load(cache)
+    def start(self, model: nn.Module, probe: Probe, adapter_name: str) -> None:
+        """Outer factors from the base model's activations (kept in the cache), inner factors from the generator."""
+        if probe.cache.exists():
+            statistics = ActivationStatistics.load(probe.cache)
         else:
-            statistics = calibrate(model, run_model)
-            statistics.save(cache)
+            statistics = calibrate(model, probe.forward)
+            statistics.save(probe.cache)
         with tqdm(desc="starting NoRA layers", leave=False) as bar:
 
             def progress(done: int, total: int) -> None:
@@ -55,18 +90,24 @@ class Nora:
                 bar.total = total
                 bar.update(done - bar.n)
 
-            initialize_nora_weights(model, statistics, adapter_name, generator=generator, progress=progress)
+            initialize_nora_weights(model, statistics, adapter_name, generator=probe.generator, progress=progress)
 
-    def save(self, components: dict[str, nn.Module], folder: Path, adapter_name: str) -> None:
+    def learning_rate_factor(self, parameter_name: str) -> float:
+        """B' is trained `lora_plus_ratio` times faster than A'."""
+        return self.options.lora_plus_ratio if ".nora_inner_B." in parameter_name else 1.0
+
+    @classmethod
+    def save(cls, components: Mapping[str, nn.Module], folder: Path, adapter_name: str) -> None:
         """Write `full` (loads anywhere PEFT does) and `compact` (needs the very same base weights)."""
         for layout in (FULL, COMPACT):
             for name, model in components.items():
                 save_adapter(model, folder / layout / name, adapter_name, compact=layout == COMPACT)
 
-    def load(self, components: dict[str, nn.Module], folder: Path, adapter_name: str) -> None:
+    @classmethod
+    def load(cls, components: Mapping[str, nn.Module], folder: Path, adapter_name: str) -> None:
         """Add the adapter in each subfolder, full or compact, to the component of that name."""
         for name, model in components.items():
             load_adapter(model, folder / name, adapter_name)
 
 
-METHOD = Nora()
+METHOD = Nora

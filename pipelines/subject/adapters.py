@@ -14,17 +14,20 @@ from diffusers import StableDiffusionXLPipeline
 from torch import nn
 
 from nora_vision import export_lora
-from nora_vision.files import read_json
+from pipelines import adapter_method
+from pipelines.adapter_method import ADAPTER_NAME, COMPACT, FULL, Losses, Probe, native_folder, no_losses
+from pipelines.adapter_options import AdapterOptions
 from pipelines.errors import InputError
-from pipelines.methods import AdapterOptions, method_named
+from pipelines.methods import method_named
 from pipelines.randomness import Draw, keyed_generator
 from pipelines.subject.base_model import text_encoders_of
 from pipelines.subject.lora_files import load_lora_file, resolve, verify
 
-ADAPTER_NAME = "default"
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-EVERYWHERE = [*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2"]
+LINEAR = [*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
+CONVOLUTIONS = ["conv1", "conv2"]
+EVERYWHERE = [*LINEAR, *CONVOLUTIONS]
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 NO_ADAPTER = (
     "There is no adapter at {path!r}. Give a run's directory, a native adapter folder, a folder of PEFT or diffusers, or a "
@@ -37,18 +40,30 @@ def attach(pipeline: StableDiffusionXLPipeline, options: AdapterOptions) -> dict
 
     Raises: InputError naming the layer or target if it does not fit the model.
     """
-    method = method_named(options.method)
-    configs = {"unet": method.config(options, options.target_modules or ATTENTION, None)}
+    method = options.create()
+    configs = {"unet": method.config(options.target_modules or ATTENTION)}
     if options.train_text_encoder:
         for name, encoder in zip(COMPONENTS[1:], text_encoders_of(pipeline), strict=True):
-            configs[name] = method.config(options, TEXT_TARGETS, _unread_layers(encoder))
+            configs[name] = method.config(TEXT_TARGETS, _unread_layers(encoder))
     components = {name: getattr(pipeline, name) for name in configs}
     for name, config in configs.items():
         try:
-            components[name].add_adapter(config, ADAPTER_NAME)
+            method.attach(components[name], config, ADAPTER_NAME)
         except ValueError as error:
             raise InputError(f"The adapter does not fit {name}: {error}") from error
     return components
+
+
+def default_targets(method: str, built_in: bool) -> list[str]:
+    """Name endings of the UNet's layers that `method` adapts unless others are given.
+
+    The built-in model's finest level has no attention: there all layers that the method can adapt are.
+    """
+    chosen = method_named(method)
+    own = chosen.defaults("subject", built_in).target_layers
+    if own is not None:
+        return list(own)
+    return [*LINEAR, *(CONVOLUTIONS if chosen.adapts_convolutions else [])] if built_in else ATTENTION
 
 
 def _unread_layers(encoder: nn.Module) -> str | None:
@@ -59,7 +74,12 @@ def _unread_layers(encoder: nn.Module) -> str | None:
 
 
 def start(
-    options: AdapterOptions, components: dict[str, nn.Module], run_model: dict[str, Callable[[], None]], cache: Path, seed: int
+    options: AdapterOptions,
+    components: dict[str, nn.Module],
+    run_model: dict[str, Callable[[], None]],
+    cache: Path,
+    seed: int,
+    losses: Losses = no_losses,
 ) -> None:
     """Start the adapter just attached to each component.
 
@@ -67,16 +87,12 @@ def start(
         run_model: for each component, runs the base model on the subject.
         cache: the folder for activation statistics.
         seed: of all that is random in the start.
+        losses: `losses(count)` yields the training losses of `count` batches, for methods that start from gradients.
     """
-    for place, (name, model) in enumerate(components.items()):
-        method_named(options.method).start(
-            model, run_model[name], ADAPTER_NAME, cache / f"{name}.safetensors", keyed_generator(seed, Draw.ADAPTER_START, place)
-        )
-
-
-def trained_parameters(components: dict[str, nn.Module]) -> list[nn.Parameter]:
-    """The parameters that are trained."""
-    return [parameter for model in components.values() for parameter in model.parameters() if parameter.requires_grad]
+    method = options.create()
+    for index, (name, model) in enumerate(components.items()):
+        generator = keyed_generator(seed, Draw.ADAPTER_START, index)
+        method.start(model, Probe(run_model[name], losses, generator, cache / f"{name}.safetensors"), ADAPTER_NAME)
 
 
 @contextmanager
@@ -102,23 +118,22 @@ def without_adapters(pipeline: StableDiffusionXLPipeline) -> Iterator[None]:
 
 def save_everywhere(
     pipeline: StableDiffusionXLPipeline,
-    options: AdapterOptions,
     components: dict[str, nn.Module],
     folder: Path,
     title: str,
     adapter_name: str = ADAPTER_NAME,
 ) -> None:
     """Write the adapter under `folder` in its native layouts (`adapter/`), for diffusers and in kohya's format."""
-    method_named(options.method).save(components, folder / "adapter", adapter_name)
+    adapter_method.save(components, folder / "adapter", adapter_name)
     export_lora(pipeline, folder / "diffusers", adapter_name, format="diffusers")
     export_lora(pipeline, folder / "kohya" / f"{title}.safetensors", adapter_name, format="kohya")
 
 
-def save_small(options: AdapterOptions, components: dict[str, nn.Module], folder: Path) -> None:
+def save_small(components: dict[str, nn.Module], folder: Path) -> None:
     """Write the adapter's smallest native layout under `folder`, alone: compact where the method has that, else full."""
-    method_named(options.method).save(components, folder, ADAPTER_NAME)
-    if (folder / "compact").is_dir():
-        shutil.rmtree(folder / "full")
+    adapter_method.save(components, folder)
+    if (folder / COMPACT).is_dir():
+        shutil.rmtree(folder / FULL)
 
 
 def load_adapter(pipeline: StableDiffusionXLPipeline, path: str | Path, adapter_name: str) -> list[str]:
@@ -128,33 +143,13 @@ def load_adapter(pipeline: StableDiffusionXLPipeline, path: str | Path, adapter_
     Raises: InputError naming the path if there is no adapter, or none of this model; AdapterFileError if it must not be used.
     """
     path = Path(path)
-    native = _native_folder(path)
+    native = native_folder(path, COMPONENTS)
     if native is None:
         resolved = resolve(path)
         if resolved is None:
             raise InputError(NO_ADAPTER.format(path=str(path)))
         return load_lora_file(pipeline, resolved[0], adapter_name, resolved[1])
     components = {name: getattr(pipeline, name) for name in COMPONENTS if (native / name).is_dir()}
-    for name, model in components.items():
-        method = str(read_json(native / name / "adapter_config.json").get("peft_type")).lower()
-        method_named(method).load({name: model}, native, adapter_name)
+    adapter_method.load(components, native, adapter_name)
     verify(pipeline, adapter_name, path)
     return []
-
-
-def native_folder(path: Path) -> Path:
-    """The native adapter at `path`: itself, or the full one of a run's directory, or the compact one where it is alone.
-
-    Raises: InputError if there is none.
-    """
-    folder = _native_folder(path)
-    if folder is None:
-        raise InputError(NO_ADAPTER.format(path=str(path)))
-    return folder
-
-
-def _native_folder(path: Path) -> Path | None:
-    for folder in (path, path / "full", path / "adapter" / "full", path / "compact"):
-        if any((folder / name / "adapter_config.json").is_file() for name in COMPONENTS):
-            return folder
-    return None

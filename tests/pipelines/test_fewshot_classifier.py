@@ -13,6 +13,8 @@ from tiny_clip import base_sha256
 
 from nora_vision import AdapterFileError
 from pipelines import mini_clip
+from pipelines.adapter_method import trained_parameters
+from pipelines.adapter_options import AdapterOptions
 from pipelines.clip import load_clip
 from pipelines.corpus import to_pixels
 from pipelines.errors import InputError
@@ -21,7 +23,7 @@ from pipelines.fewshot.adapters import AdapterPlaces
 from pipelines.fewshot.baselines.predictors import KeyValueCache, Linear, Predictor, Prompted
 from pipelines.fewshot.classifier import ClassifierFile, FewShotClassifier, save_classifier
 from pipelines.fewshot.features import raw_pixels
-from pipelines.methods import AdapterOptions, method_names
+from pipelines.methods import method_names
 
 CLASSES, MORE = ("red_star", "cat", "grey dog"), ("teapot", "boat")
 SIDE, WIDTH = 64, mini_clip.EMBED_DIM
@@ -69,7 +71,7 @@ def fitted(random_clip, folder, method, names=("q", "v")):
     tokens = clip.tokenizer(["a photo of a cat."])
     adapters.start(clip, options, components, [to_pixels(PIXELS[:2].numpy())], tokens, folder / "cache", seed=0)
     with torch.no_grad():
-        for place, parameter in enumerate(adapters.trained_parameters(components)):
+        for place, parameter in enumerate(trained_parameters(components)):
             parameter.add_(0.5 * random(*parameter.shape, seed=place))
     return clip, options, components
 

@@ -14,17 +14,24 @@ from safetensors.torch import load_file, save_file
 from tiny_clip import CONFIG, END, pictures, prompts, tiny_clip, tiny_coca
 
 from pipelines import mini_clip
+from pipelines.adapter_method import trained_parameters, tuner_layers
+from pipelines.adapter_options import AdapterOptions
 from pipelines.clip import Clip, load_clip
 from pipelines.clip_attention import separate
 from pipelines.errors import InputError
 from pipelines.fewshot import adapters, export
 from pipelines.fewshot.adapters import AdapterPlaces
-from pipelines.methods import AdapterOptions, method_names
+from pipelines.methods import method_names
 from pipelines.mini_sdxl import PROMPT_WORDS, reduced_tokenizer
 
 TOKENS = prompts(3, 5, 9)
 EVERYWHERE = AdapterPlaces(projections=["q", "k", "v", "out"])
 methods = pytest.mark.parametrize("method", method_names())
+
+
+def adapter_layers(components):
+    """Every adapted layer, by its encoder's name and its own."""
+    return {f"{name}.{layer}": module for name, model in components.items() for layer, module in tuner_layers(model).items()}
 
 
 def adapted(folder, method="nora", clip=None, tokens=TOKENS, pixels=None, places=EVERYWHERE, **changes):
@@ -35,7 +42,7 @@ def adapted(folder, method="nora", clip=None, tokens=TOKENS, pixels=None, places
     adapters.start(clip, options, components, [pictures(3) if pixels is None else pixels], tokens, folder, seed=0)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for parameter in adapters.trained_parameters(components):
+        for parameter in trained_parameters(components):
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     return clip, components
 
@@ -67,7 +74,7 @@ def test_merging_leaves_the_adapted_model_and_every_other_weight_alone(tmp_path)
     before, base = features(clip.model), tiny_clip().state_dict()
     plain = export.merged(clip).model.state_dict()
     assert torch.equal(features(clip.model), before)
-    assert len(adapters.adapter_layers(components)) == 1
+    assert len(adapter_layers(components)) == 1
     changed = {name for name in base if not torch.equal(base[name], plain[name])}
     assert changed == {"visual.transformer.resblocks.2.attn.in_proj_weight"}
     (name,) = changed
@@ -87,7 +94,7 @@ def test_merging_takes_the_present_strength(strength, tmp_path):
 
 def test_an_adapter_that_is_not_finite_is_not_merged(tmp_path):
     clip, components = adapted(tmp_path)
-    adapters.trained_parameters(components)[0].data.fill_(torch.nan)
+    trained_parameters(components)[0].data.fill_(torch.nan)
     with pytest.raises(ValueError, match=r"visual\.transformer\.resblocks\.0\.attn\.q_proj' cannot be merged"):
         export.merged(clip)
 
@@ -155,7 +162,7 @@ def test_plain_lora_is_loaded_by_peft_and_computes_the_same(method, changes, str
         pytest.skip("DoRA has no strength between 0 and 1")
     clip, components = adapted(tmp_path, method, **changes)
     adapters.set_strength(components, strength)
-    export.save_lora(components, tmp_path / "lora")
+    export.save_lora(components, tmp_path / "lora", strength)
     model = tiny_clip()
     separate(model)
     PeftModel.from_pretrained(model.visual, str(tmp_path / "lora" / "image"))
@@ -170,7 +177,7 @@ def test_plain_lora_of_one_encoder_and_some_layers_touches_no_others(tmp_path):
     model = tiny_clip()
     separate(model)
     PeftModel.from_pretrained(model.transformer, str(tmp_path / "lora" / "text"))
-    assert set(adapters.adapter_layers({"text": model.transformer})) == set(adapters.adapter_layers(components))
+    assert set(adapter_layers({"text": model.transformer})) == set(adapter_layers(components))
     torch.testing.assert_close(features(model), features(clip.model), atol=1e-6, rtol=0)
 
 
@@ -178,13 +185,13 @@ def test_plain_lora_at_strength_zero_changes_nothing_and_dora_has_none(tmp_path)
     for method in ("nora", "lora"):
         _, components = adapted(tmp_path / method, method)
         adapters.set_strength(components, 0.0)
-        export.save_lora(components, tmp_path / method)
+        export.save_lora(components, tmp_path / method, 0.0)
         tensors = load_file(tmp_path / method / "image" / "adapter_model.safetensors")
         assert not any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
     _, components = adapted(tmp_path / "dora", "dora")
     adapters.set_strength(components, 0.0)
-    with pytest.raises(InputError, match="DoRA at strength 0"):
-        export.save_lora(components, tmp_path / "dora")
+    with pytest.raises(InputError, match=r"At strength 0 there is no LoRA file: .*q_proj has lengths of rows"):
+        export.save_lora(components, tmp_path / "dora", 0.0)
 
 
 # torch.export and ONNX

@@ -12,8 +12,9 @@ from PIL import Image
 from shared_cases import case_folder
 from tiny_pipeline import tiny_pipeline
 
+from pipelines.adapter_method import trained_parameters
+from pipelines.adapter_options import AdapterOptions
 from pipelines.errors import InputError
-from pipelines.methods import AdapterOptions
 from pipelines.pictures import labelled_grid, read_settings
 from pipelines.subject import adapters
 from pipelines.subject.generate import SHEET_PROMPTS, GenerationOptions, Sampling, contact_sheet, generate, main
@@ -26,9 +27,9 @@ def lora_dir(tmp_path_factory):
     pipe, options = tiny_pipeline(), AdapterOptions(method="lora")
     components = adapters.attach(pipe, options)
     with torch.no_grad():
-        for parameter in adapters.trained_parameters(components):
+        for parameter in trained_parameters(components):
             parameter.add_(0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-    adapters.save_everywhere(pipe, options, components, folder, "subject")
+    adapters.save_everywhere(pipe, components, folder, "subject")
     return folder
 
 

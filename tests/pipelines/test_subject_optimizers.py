@@ -8,8 +8,8 @@ from diffusers.training_utils import EMAModel
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
+from pipelines.adapter_options import AdapterOptions
 from pipelines.errors import InputError
-from pipelines.methods import AdapterOptions, method_named, method_names
 from pipelines.optimizers import Adam, Rates, averaged, optimised, parameter_groups
 from pipelines.subject import adapters
 from pipelines.subject.loss import DenoisingLoss
@@ -19,30 +19,39 @@ def rates_by_parameter(groups):
     return {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
 
 
+def options_of(method, **changes):
+    return AdapterOptions(method=method, rank=4, inner_r=2, train_text_encoder=True, **changes)
+
+
 def adapted(pipe, method, **changes):
-    adapters.attach(pipe, AdapterOptions(method=method, rank=4, inner_r=2, train_text_encoder=True, **changes))
+    adapters.attach(pipe, options_of(method, **changes))
     return DenoisingLoss(pipe)
+
+
+def faster(method, ratio):
+    """The method's own factor of the learning rate, with LoRA+."""
+    return options_of(method, lora_plus_ratio=ratio).create().learning_rate_factor
 
 
 def test_lora_plus_gives_each_factor_the_rate_that_peft_gives_it(pipe):
     loss = adapted(pipe, "lora")
-    ours = parameter_groups(loss, Rates(1e-3, lora_plus_ratio=16.0))
+    ours = parameter_groups(loss, Rates(1e-3, factor=faster("lora", 16.0)))
     peft = create_loraplus_optimizer(loss, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0)
     assert rates_by_parameter(ours) == rates_by_parameter(peft.param_groups)
 
 
-@pytest.mark.parametrize("method", method_names())
-def test_of_every_method_the_factors_that_start_at_zero_are_the_b_like_ones(pipe, method):
+@pytest.mark.parametrize("method", AdapterOptions.method_options["lora_plus_ratio"].methods)
+def test_of_every_method_with_lora_plus_the_factors_that_start_at_zero_are_the_b_like_ones(pipe, method):
     components = adapters.attach(pipe, AdapterOptions(method=method, rank=4, inner_r=2))
-    rates = Rates(1.0, lora_plus_ratio=2.0, b_like=method_named(method).b_like)
+    rates = Rates(1.0, factor=faster(method, 2.0))
     names = [name for name, parameter in components["unet"].named_parameters() if parameter.requires_grad]
-    faster = {name for name in names if rates.of(name) == 2.0}
-    assert faster == {name for name in names if not components["unet"].get_parameter(name).any()}
+    at_zero = {name for name in names if not components["unet"].get_parameter(name).any()}
+    assert {name for name in names if rates.of(name) == 2.0} == at_zero
 
 
 def test_text_encoders_have_a_rate_of_their_own_in_groups_that_hold_every_parameter_once(pipe):
     loss = adapted(pipe, "nora")
-    groups = parameter_groups(loss, Rates(1e-3, (1e-5,), 4.0, "nora_inner_B"))
+    groups = parameter_groups(loss, Rates(1e-3, (1e-5,), faster("nora", 4.0)))
     rates = rates_by_parameter(groups)
     for name, parameter in loss.named_parameters():
         if parameter.requires_grad:

@@ -8,8 +8,10 @@ from tiny_pipeline import picture, tiny_pipeline
 from torch import nn
 
 from nora_vision import NoraLayer, calibrate
+from pipelines.adapter_method import trained_parameters
+from pipelines.adapter_options import AdapterOptions
 from pipelines.errors import InputError
-from pipelines.methods import AdapterOptions, method_names
+from pipelines.methods import method_names
 from pipelines.subject import adapters
 from pipelines.subject.base_model import load_base_model
 from pipelines.subject.quantization import quantize_linear_layers
@@ -48,7 +50,7 @@ def adapted(pipe, method, cache):
 def disturb(components):
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for parameter in adapters.trained_parameters(components):
+        for parameter in trained_parameters(components):
             parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
 
 
@@ -106,7 +108,7 @@ def test_a_fresh_adapter_changes_nothing_and_every_number_of_it_gets_a_gradient(
     conditions = {"text_embeds": torch.ones(1, 24), "time_ids": torch.ones(1, 6)}
     answer = pipe.unet(torch.ones(1, 4, 8, 8), torch.tensor([5]), torch.ones(1, 3, 40), added_cond_kwargs=conditions).sample
     answer.square().mean().backward()
-    trained = adapters.trained_parameters(components)
+    trained = trained_parameters(components)
     assert trained
     assert all(parameter.dtype == torch.float32 and parameter.grad.any() for parameter in trained)
 
@@ -117,9 +119,9 @@ def test_files_of_an_adapter_made_in_4_bits_load_on_the_plain_model(method, form
     if method == "dora" and form == "kohya":
         pytest.skip("stock diffusers leaves dora_scale out")
     pipe = quantized()
-    options, components = adapted(pipe, method, tmp_path / "cache")
+    _, components = adapted(pipe, method, tmp_path / "cache")
     disturb(components)
-    adapters.save_everywhere(pipe, options, components, tmp_path, "subject")
+    adapters.save_everywhere(pipe, components, tmp_path, "subject")
     file = {
         "full": "adapter/full",
         "diffusers": "diffusers/pytorch_lora_weights.safetensors",

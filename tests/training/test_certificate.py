@@ -10,7 +10,8 @@ from tiny_pipeline import add_nora, tiny_pipeline, weight_changes
 
 from nora_vision import export_lora
 from nora_vision.files import read_header, read_tensors, write_tensors
-from pipelines.methods import AdapterOptions
+from pipelines.adapter_method import trained_parameters
+from pipelines.adapter_options import AdapterOptions
 from pipelines.subject import adapters
 from pipelines.subject.generate import Sampling
 from training.subject import certificate
@@ -51,7 +52,7 @@ def test_both_files_of_a_dora_are_certified(tiny_model, tmp_path):
     pipe = tiny_pipeline()
     components = adapters.attach(pipe, AdapterOptions(method="dora"))
     with torch.no_grad():
-        for parameter in adapters.trained_parameters(components):
+        for parameter in trained_parameters(components):
             parameter.add_(0.3)
     for format in ("diffusers", "kohya"):
         export_lora(pipe, tmp_path / format, format=format)

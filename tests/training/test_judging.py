@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_pipeline import add_nora, tiny_pipeline, weight_changes
 
-from pipelines.methods import AdapterOptions
+from pipelines.adapter_options import AdapterOptions
 from pipelines.subject import adapters
 from training.runs.run import RunDirectory
 from training.subject.judging import keep_adapter, suggest_for, write_suggestion
@@ -43,8 +43,8 @@ def test_a_kept_adapter_is_small_and_loads_as_the_one_that_was_trained(tmp_path,
             if "lora_B" in name:
                 parameter.data.normal_()
     run = RunDirectory.create(tmp_path / "run", {})
-    keep_adapter(run, 7, options, {"unet": pipe.unet})
-    keep_adapter(run, 7, options, {"unet": pipe.unet})
+    keep_adapter(run, 7, {"unet": pipe.unet})
+    keep_adapter(run, 7, {"unet": pipe.unet})
     assert kept_steps(run) == [7]
     assert {path.name for path in adapter_at(run, 7).iterdir()} == {"compact" if method == "nora" else "full"}
     adapters.load_adapter(other, adapter_at(run, 7), "kept")

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from pipelines import mini_clip
+from pipelines.adapter_options import AdapterOptions
 from pipelines.errors import InputError
 from pipelines.subject.base_model import BUILT_IN, BUILT_IN_MODEL
 from training.options import SubjectOptions, parse_options
@@ -111,14 +112,19 @@ def test_resolved_options_are_plain_values():
         (lambda: OptimisationOptions(lr_scheduler="piecewise_constant"), r"lr_scheduler must be one of .*polynomial"),
         (lambda: OptimisationOptions(ema_decay=1.0), r"ema_decay must be in \[0, 1\), got 1.0"),
         (lambda: OptimisationOptions(noise_offset=-0.1), r"noise_offset must be at least 0, got -0.1"),
-        (lambda: OptimisationOptions(lora_plus_ratio=0.0), r"lora_plus_ratio must be above 0, got 0.0"),
+        (lambda: AdapterOptions(lora_plus_ratio=0.0), r"lora_plus_ratio must be above 0, got 0.0"),
         (lambda: OptimisationOptions(stop_text_encoder_training=0), r"stop_text_encoder_training must be at least 1, got 0"),
         (lambda: OptimisationOptions(text_encoder_lr=[1e-4, 0.0]), r"one or two rates above 0, got 0.0001 0.0"),
         (lambda: OptimisationOptions(text_encoder_lr=[1e-4, 1e-4, 1e-4]), r"one or two rates above 0, got 0.0001 0.0001"),
         (lambda: OptimisationOptions(optimizer="sgd"), r"optimizer must be one of AdamW, Prodigy, got 'sgd'"),
         (lambda: OptimisationOptions(optimizer="Prodigy", use_8bit_adam=True), r"use_8bit_adam is for --optimizer AdamW"),
         (lambda: OptimisationOptions(optimizer="Prodigy", text_encoder_lr=[1e-4]), r"Prodigy finds one rate for all"),
-        (lambda: OptimisationOptions(optimizer="Prodigy", lora_plus_ratio=4.0), r"Prodigy finds one rate for all"),
+        (
+            lambda: SubjectOptions(
+                adapter=AdapterOptions(lora_plus_ratio=4.0), optimisation=OptimisationOptions(optimizer="Prodigy")
+            ),
+            r"Prodigy finds one rate for all",
+        ),
         (lambda: OptimisationOptions(do_edm_style_training=True, snr_gamma=5.0), r"snr_gamma is not for EDM-style training"),
         (lambda: OptimisationOptions(seed=-1), r"seed must be at least 0, got -1"),
         (lambda: OutputOptions(validation_steps=0), r"validation_steps must be at least 1, got 0"),

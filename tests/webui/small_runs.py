@@ -6,7 +6,8 @@ import time
 import torch
 from tiny_pipeline import tiny_pipeline
 
-from pipelines.methods import AdapterOptions
+from pipelines.adapter_method import trained_parameters
+from pipelines.adapter_options import AdapterOptions
 from pipelines.subject import adapters
 from training.runs.run import RunDirectory
 from training.subject.judging import keep_adapter
@@ -27,10 +28,10 @@ def small_run(runs, model, run_id="example", method="lora", strength=0.5, steps=
     generator = torch.Generator().manual_seed(len(run_id))
     for step in steps:
         with torch.no_grad():
-            for parameter in adapters.trained_parameters(components):
+            for parameter in trained_parameters(components):
                 parameter.add_(strength * torch.randn(parameter.shape, generator=generator))
-        keep_adapter(run, step, options, components)
-    adapters.save_everywhere(pipe, options, components, run.path, run_id)
+        keep_adapter(run, step, components)
+    adapters.save_everywhere(pipe, components, run.path, run_id)
     run.update_status(state="done", phase="done", step=steps[-1], total=steps[-1])
     (run.path / "suggestion.json").write_text(json.dumps({"step": suggested, "last": steps[-1], "warnings": [], "why": "."}))
     time.sleep(0.01)

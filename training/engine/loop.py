@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm.auto import tqdm
 
+from pipelines.adapter_method import MethodTraining
 from pipelines.errors import InputError
 from pipelines.optimizers import averaged, optimised
 from training.engine.checkpoints import load_checkpoint, newest_intact_checkpoint, save_checkpoint
@@ -64,6 +65,7 @@ class Trainable:
             processes: tensors whose first dimension counts examples. Each process takes an equal part of them.
         optimizer, lr_scheduler: over the trained parameters; the scheduler counts optimisation steps.
         ema: a moving average of the trained parameters, or None.
+        method: what the adapter method does within this training.
     """
 
     module: nn.Module
@@ -71,16 +73,19 @@ class Trainable:
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     ema: EMAModel | None = None
+    method: MethodTraining = field(default_factory=lambda: MethodTraining((), 0))
 
     def state(self) -> dict[str, Any]:
         """The state of everything that steps but the parameters."""
-        parts = {"optimizer": self.optimizer, "lr_scheduler": self.lr_scheduler, "ema": self.ema}
+        parts = {"optimizer": self.optimizer, "lr_scheduler": self.lr_scheduler, "ema": self.ema, "method": self.method}
         return {name: part.state_dict() for name, part in parts.items() if part is not None}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
         self.optimizer.load_state_dict(split_state(state["optimizer"], self.optimizer))
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        # Checkpoints from before methods had a state have none.
+        self.method.load_state_dict(state.get("method", {}))
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
             self.place_average()
@@ -114,9 +119,24 @@ class LoopOptions:
     dataloader_num_workers: int = 0
 
     def __post_init__(self) -> None:
-        for field in ("max_train_steps", "gradient_accumulation_steps", "checkpointing_steps", "checkpoints_total_limit"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}.")
+        for name in ("max_train_steps", "gradient_accumulation_steps", "checkpointing_steps", "checkpoints_total_limit"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+
+def training_losses(
+    module: nn.Module, batch_at: Callable[[int], dict[str, Any]], accelerator: Accelerator, count: int
+) -> Iterator[torch.Tensor]:
+    """The losses of this process's part of the first `count` batches, to be differentiated; `module` is in evaluation mode."""
+    batches = ProcessBatches(batch_at, accelerator.process_index, accelerator.num_processes).over(range(count), 0)
+    was_training = module.training
+    module.eval()
+    try:
+        for batch in batches:
+            with accelerator.autocast():
+                yield module(**send_to_device(batch, accelerator.device))
+    finally:
+        module.train(was_training)
 
 
 def train(
@@ -206,8 +226,8 @@ class Stepper:
     ) -> tuple[float, frozenset[str]]:
         """One optimisation step over the next micro-batches.
 
-        Returns: their mean loss over all processes, and what any of them has been asked for, all processes the same: STOP,
-        SAMPLE, SAVE.
+        Returns: their mean loss over all processes, without the method's regulariser, and what any of them has been asked for,
+        all processes the same: STOP, SAMPLE, SAVE.
         Raises: NotFiniteError before anything is changed, if the loss is not finite or, in full precision, the gradient.
         """
         accelerator, trainable = self.accelerator, self.trainable
@@ -224,6 +244,8 @@ class Stepper:
             if not math.isfinite(value):
                 raise NotFiniteError(self._not_finite(name, value, step))
         self.optimizer.step()
+        if not accelerator.optimizer_step_was_skipped:
+            trainable.method.after_step(step + 1)
         trainable.optimizer.zero_grad(set_to_none=True)
         trainable.lr_scheduler.step()
         if trainable.ema is not None:
@@ -247,9 +269,10 @@ class Stepper:
             with nullcontext() if part == parts - 1 else self.accelerator.no_sync(self.module):
                 batch = send_to_device(next(batches), self.accelerator.device)
                 with self.accelerator.autocast():
-                    loss = self.module(**batch) / parts
-                self.accelerator.backward(loss)
-            total += loss.detach()
+                    loss = self.module(**batch)
+                penalty = self.trainable.method.regularizer()
+                self.accelerator.backward((loss if penalty is None else loss + penalty) / parts)
+            total += loss.detach() / parts
         return total
 
     def _not_finite(self, name: str, value: float, step: int) -> str:
@@ -281,28 +304,37 @@ def _act_and_save(stepper: Stepper, step: int, periodic: Sequence[Periodic], ask
 
     The checkpoint comes last: what a resumed run goes on from has had its actions.
     """
-    run, options, trainable, accelerator = stepper.run, stepper.options, stepper.trainable, stepper.accelerator
+    options = stepper.options
     last = step == options.max_train_steps
     due = [task for task in periodic if step % task.every == 0 or last]
     wanted = [task.on_request for task in periodic if SAMPLE in asked and task.on_request is not None and task not in due]
     save = step % options.checkpointing_steps == 0 or last or not asked.isdisjoint({SAVE, STOP})
-    scores: list[float] = []
-    if due or wanted:
-        with averaged(trainable.ema, trainable.optimizer), whole(trainable.module):
-            if accelerator.is_main_process:
-                scores = [score for task in due if (score := task.action(step)) is not None]
-                for draw in wanted:
-                    draw(step)
-        # Measuring and drawing leave what they use in evaluation mode.
-        stepper.module.train()
+    score = _act(stepper, step, due, wanted) if due or wanted else None
     if save:
-        state = gathered(trainable.state()) | ({} if accelerator.scaler is None else {"scaler": accelerator.scaler.state_dict()})
-        with whole(trainable.module):
-            if accelerator.is_main_process:
-                score = min(scores, default=None)
-                save_checkpoint(run.checkpoints, step, trainable.module, state, options.checkpoints_total_limit, score)
+        _save(stepper, step, score)
     if due or wanted or save:
-        accelerator.wait_for_everyone()
+        stepper.accelerator.wait_for_everyone()
+
+
+def _act(stepper: Stepper, step: int, due: Sequence[Periodic], wanted: Sequence[Callable[[int], None]]) -> float | None:
+    """Do all actions with the moving average, on the main process; returns the lowest score of those that give one."""
+    trainable, scores = stepper.trainable, []
+    with averaged(trainable.ema, trainable.optimizer), whole(trainable.module):
+        if stepper.accelerator.is_main_process:
+            scores = [score for task in due if (score := task.action(step)) is not None]
+            for sample in wanted:
+                sample(step)
+    # Measuring and sampling leave what they use in evaluation mode.
+    stepper.module.train()
+    return min(scores, default=None)
+
+
+def _save(stepper: Stepper, step: int, score: float | None) -> None:
+    run, trainable, scaler = stepper.run, stepper.trainable, stepper.accelerator.scaler
+    state = gathered(trainable.state()) | ({} if scaler is None else {"scaler": scaler.state_dict()})
+    with whole(trainable.module):
+        if stepper.accelerator.is_main_process:
+            save_checkpoint(run.checkpoints, step, trainable.module, state, stepper.options.checkpoints_total_limit, score)
 
 
 def _resume(accelerator: Accelerator, run: RunDirectory, trainable: Trainable, options: LoopOptions) -> int:

@@ -18,16 +18,18 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from pipelines.adapter_method import AdapterMethod
 from pipelines.errors import InputError
 from pipelines.optimizers import optimised
 
 
-def check_can_shard(accelerator: Accelerator, optimizer: str, eight_bit: bool) -> None:
+def check_can_shard(accelerator: Accelerator, optimizer: str, eight_bit: bool, methods: Sequence[AdapterMethod] = ()) -> None:
     """Check that training can be split as `accelerator` was configured; nothing is asked of one that splits nothing.
 
     Args:
         optimizer: its name, as `Adam.kind`.
         eight_bit: whether it keeps its moments in 8 bits.
+        methods: of the adapters.
     Raises: InputError for version 1 of FSDP, a PyTorch that is too old, and optimisers that need whole parameters.
     """
     if accelerator.distributed_type != DistributedType.FSDP:
@@ -41,6 +43,12 @@ def check_can_shard(accelerator: Accelerator, optimizer: str, eight_bit: bool) -
             "With FSDP each process holds parts of parameters, which only --optimizer AdamW without --use_8bit_adam can train. "
             "Leave these out, or use training/configs/multi_gpu.yaml."
         )
+    for method in methods:
+        if not method.can_be_sharded:
+            raise InputError(
+                f"With FSDP each process holds parts of parameters, and {method.title} needs them whole. Use "
+                "training/configs/multi_gpu.yaml, or another method."
+            )
 
 
 def prepare(

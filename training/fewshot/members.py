@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,8 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 from tqdm.auto import tqdm
 
+from pipelines.adapter_method import trained_parameters
+from pipelines.adapter_options import AdapterOptions
 from pipelines.clip import Clip
 from pipelines.fewshot import adapters, baselines
 from pipelines.fewshot.baselines.predictors import Predictor
@@ -28,13 +31,12 @@ from pipelines.fewshot.loss import ClassificationLoss
 from pipelines.fewshot.metrics import fit_temperature, harmonic_mean, score, top1, wilson_interval
 from pipelines.fewshot.prompts import Prompts
 from pipelines.fewshot.shots import Shots
-from pipelines.methods import AdapterOptions
-from pipelines.optimizers import Adam
+from pipelines.optimizers import Adam, Rates, parameter_groups
 from training.engine.dry_run import PeakMemory
-from training.engine.loop import LoopOptions, Trainable, train
+from training.engine.loop import LoopOptions, Trainable, train, training_losses
 from training.fewshot.study import DrawnPictures, Study
 from training.fewshot.tested import told_of_test, write_tested
-from training.options.fewshot import FewShotOptions
+from training.options.fewshot import FewShotOptimisationOptions, FewShotOptions
 from training.runs.run import RunDirectory
 
 # From as trained to the base model.
@@ -117,12 +119,11 @@ class FittedAdapter:
         self,
         drawn: DrawnPictures,
         clip: Clip,
-        options: AdapterOptions,
         components: dict[str, nn.Module],
         setting: dict[str, float],
     ) -> None:
-        self.drawn, self.clip, self.options, self.components, self.setting = drawn, clip, options, components, setting
-        self.trained_numbers = sum(parameter.numel() for parameter in adapters.trained_parameters(components))
+        self.drawn, self.clip, self.components, self.setting = drawn, clip, components, setting
+        self.trained_numbers = sum(parameter.numel() for parameter in trained_parameters(components))
         self.strength, self.guard = self._guarded()
 
     def _guarded(self) -> tuple[float, str | None]:
@@ -156,7 +157,7 @@ class FittedAdapter:
 
     def save(self, folder: Path, told: ClassifierFile) -> None:
         """See `Fitted`."""
-        save_classifier(folder, told, adapter=(self.options, self.components))
+        save_classifier(folder, told, adapter=self.components)
 
 
 def largest_within_error(accuracies: Mapping[float, float], count: int) -> float:
@@ -197,54 +198,67 @@ def fit_adapter(
     clip = replace(study.clip, model=copy.deepcopy(study.clip.model))
     components = adapters.attach(clip, adapter, options.places)
     calibration = study.folder / "calibration" / f"{member.shots}-shots-seed-{member.seed}"
-    inputs = PictureDataset(drawn.train, clip.preprocess)
-    pixels = calibration_batches(inputs, how.train_batch_size, accelerator.is_main_process)
+    pixels = calibration_batches(PictureDataset(drawn.train, clip.preprocess), how.train_batch_size, accelerator.is_main_process)
     tokens = clip.tokenizer(study.prompts.texts())
+    loss, batches = learned_from(drawn, clip, components, how.train_batch_size, accelerator.num_processes)
+    losses = partial(training_losses, loss, batches, accelerator)
     # All processes at once: the statistics of activations are summed over them.
-    adapters.start(clip, adapter, components, pixels, tokens, calibration, member.seed)
+    adapters.start(clip, adapter, components, pixels, tokens, calibration, member.seed, losses)
     steps, rate = how.steps(drawn.shots), options.learning_rate(member.method)
-    trainable = to_train(drawn, clip, components, options, steps, rate, accelerator.num_processes)
-    loop = LoopOptions(
-        steps,
-        seed=member.seed,
-        gradient_accumulation_steps=how.gradient_accumulation_steps,
-        max_grad_norm=how.max_grad_norm,
-        checkpointing_steps=options.output.checkpointing_steps,
-        checkpoints_total_limit=options.output.checkpoints_total_limit,
-        dataloader_num_workers=study.options.dataloader_num_workers,
-    )
+    trainable = to_train(loss, batches, components, adapter, how, steps, rate)
     own = RunDirectory.create(run.path / member.folder, options.to_dict(), run.writes)
     with own.recording():
-        train(accelerator, own, trainable, loop)
+        train(accelerator, own, trainable, loop_options(options, steps, member.seed))
     trainable.module.eval()
-    return FittedAdapter(drawn, clip, adapter, components, {"learning_rate": rate, "steps": steps})
+    return FittedAdapter(drawn, clip, components, {"learning_rate": rate, "steps": steps})
 
 
-def to_train(
-    drawn: DrawnPictures,
-    clip: Clip,
-    components: dict[str, nn.Module],
-    options: FewShotOptions,
-    steps: int,
-    learning_rate: float,
-    processes: int,
-) -> Trainable:
-    """The loss, its batches, AdamW over the adapter's parameters, and a cosine that falls to zero.
+def loop_options(options: FewShotOptions, steps: int, seed: int) -> LoopOptions:
+    """What of the options the loop needs, to train for `steps`."""
+    return LoopOptions(
+        steps,
+        seed=seed,
+        gradient_accumulation_steps=options.optimisation.gradient_accumulation_steps,
+        max_grad_norm=options.optimisation.max_grad_norm,
+        checkpointing_steps=options.output.checkpointing_steps,
+        checkpoints_total_limit=options.output.checkpoints_total_limit,
+        dataloader_num_workers=options.data.dataloader_num_workers,
+    )
+
+
+def learned_from(
+    drawn: DrawnPictures, clip: Clip, components: dict[str, nn.Module], train_batch_size: int, processes: int
+) -> tuple[ClassificationLoss, LabelledBatches]:
+    """The loss and its batches.
 
     Where one tower alone is adapted, what the other makes of pictures or prompts is computed once.
     """
-    study, how = drawn.study, options.optimisation
+    study = drawn.study
     reads_features = adapters.IMAGE not in components
     class_features = None if adapters.TEXT in components else study.class_features
     loss = ClassificationLoss(clip, study.prompts, class_features, reads_features)
     labels = torch.tensor([picture.label for picture in drawn.train])
-    size = processes * min(how.train_batch_size, math.ceil(len(labels) / processes))
+    size = processes * min(train_batch_size, math.ceil(len(labels) / processes))
     pictures = DrawnViews(drawn.training_examples.all_views()) if reads_features else drawn.altered()
-    batches = LabelledBatches(pictures, labels, size, drawn.split.seed)
-    trained = {"params": adapters.trained_parameters(components), "lr": learning_rate}
-    optimizer = Adam(weight_decay=how.adam_weight_decay).optimizer([trained])
+    return loss, LabelledBatches(pictures, labels, size, drawn.split.seed)
+
+
+def to_train(
+    loss: ClassificationLoss,
+    batches: LabelledBatches,
+    components: dict[str, nn.Module],
+    adapter: AdapterOptions,
+    how: FewShotOptimisationOptions,
+    steps: int,
+    learning_rate: float,
+) -> Trainable:
+    """AdamW over the adapter's parameters, a cosine that falls to zero, and what the method does within the training."""
+    method = adapter.create()
+    optimizer = Adam(weight_decay=how.adam_weight_decay).optimizer(
+        parameter_groups(loss, Rates(learning_rate, factor=method.learning_rate_factor))
+    )
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=round(WARMUP_SHARE * steps), num_training_steps=steps)
-    return Trainable(loss, batches, optimizer, schedule)
+    return Trainable(loss, batches, optimizer, schedule, method=method.training(list(components.values()), steps))
 
 
 def judged(fitted: Fitted, drawn: DrawnPictures) -> tuple[dict[str, Any], dict[str, Any]]:

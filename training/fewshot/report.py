@@ -9,13 +9,13 @@ from typing import Any
 
 from pipelines.fewshot.metrics import Interval, interval_over_seeds
 from pipelines.fewshot.shots import Shots
+from pipelines.methods import DEFAULT
 from training.fewshot.members import Member
 from training.fewshot.study import Study, keys
 from training.options.fewshot import ALL, FewShotOptions
 
 RESULT = "result.json"
 FORMAT = 1
-PREFERRED = "nora"
 AVERAGED = ("trained_numbers", "stored_bytes", "seconds", "peak_memory")
 
 
@@ -25,9 +25,11 @@ def members_of(options: FewShotOptions) -> list[Member]:
 
 
 def shown_member(options: FewShotOptions) -> Member:
-    """The one that stands for the run: NoRA if there, else the first adapter, else the last method; most shots, first seed."""
+    """The one that stands for the run, of most shots and the first seed: the default method's, else the first adapter's, else the
+    last method's.
+    """
     adapters, methods = options.method.adapters(), options.method.method
-    method = PREFERRED if PREFERRED in adapters else (adapters or methods[-1:])[0]
+    method = DEFAULT if DEFAULT in adapters else (adapters or methods[-1:])[0]
     shots = max(options.data.all_shots(), key=lambda own: float("inf") if own == ALL else own)
     return Member(shots, options.data.seeds[0], method)
 

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipelines.adapter_options import AdapterOptions, unused_options
 from pipelines.errors import InputError
-from pipelines.methods import AdapterOptions, method_named
+from pipelines.methods import method_named
 from pipelines.optimizers import PRODIGY_LEARNING_RATE
-from pipelines.subject.adapters import ATTENTION, EVERYWHERE
+from pipelines.subject.adapters import default_targets
 from pipelines.subject.base_model import is_built_in
 from training.options.command_line import parse_groups
 from training.options.data import DataOptions
@@ -43,9 +44,10 @@ class SubjectOptions:
         if self.data.size_conditioning is None:
             self.data.size_conditioning = "target" if built_in else "picture"
         if self.adapter.target_modules is None:
-            self.adapter.target_modules = EVERYWHERE if built_in else ATTENTION
+            self.adapter.target_modules = default_targets(self.adapter.method, built_in)
         self.judging.fill_in(built_in)
         self._check_text_encoders()
+        self._check_rates()
         if self.optimisation.learning_rate is None:
             self.optimisation.learning_rate = self._default_learning_rate(built_in)
         if self.output.validation_prompt is None:
@@ -57,11 +59,19 @@ class SubjectOptions:
             if getattr(self.optimisation, name) is not None and not self.adapter.train_text_encoder:
                 raise InputError(f"{name} needs --train_text_encoder: the text encoders are not trained without it.")
 
+    def _check_rates(self) -> None:
+        if self.optimisation.is_prodigy and self.adapter.lora_plus_ratio != 1:
+            raise InputError("Prodigy finds one rate for all: lora_plus_ratio is for --optimizer AdamW. Leave it out.")
+
+    def unused(self) -> list[str]:
+        """A sentence for each option that was given and has no effect."""
+        return unused_options(self.adapter, "subject", [self.adapter.method])
+
     def _default_learning_rate(self, built_in: bool) -> float:
         if self.optimisation.is_prodigy:
             return PRODIGY_LEARNING_RATE
         factor = BUILT_IN_RATE_FACTOR if built_in else 1
-        return factor * method_named(self.adapter.method).default_learning_rate
+        return factor * method_named(self.adapter.method).defaults("subject", built_in).learning_rate
 
     def prompts(self, captions: Iterable[str] = ()) -> list[str]:
         """All prompts of the run: `captions` of its images, and those of class and sample images."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pipelines.adapter_options import AdapterOptions, fill_in, options_of, unused_options, with_method_options
 from pipelines.clip import BUILT_IN
 from pipelines.errors import InputError
 from pipelines.fewshot.adapters import AdapterPlaces
@@ -15,12 +16,12 @@ from pipelines.fewshot.baselines import BASELINES
 from pipelines.fewshot.prompts import TEMPLATES
 from pipelines.fewshot.sets import SETS
 from pipelines.fewshot.shots import Shots
-from pipelines.methods import AdapterOptions, method_names
+from pipelines.methods import DEFAULT, REFERENCE, method_named, method_names
 from training.options.checks import above_zero, at_least
 from training.options.command_line import parse_groups
 from training.options.output import RunOptions
 
-DEFAULT_METHODS = ("zeroshot", "pixels", "linear_probe", "lora", "nora")
+DEFAULT_METHODS = ("zeroshot", "pixels", "linear_probe", REFERENCE, DEFAULT)
 ALL = "all"
 EXPORTS = ("lora", "merged", "torch", "onnx")
 DEFAULT_SEEDS = 5
@@ -146,6 +147,7 @@ class LabelledDataOptions:
         return {key: name for key, _, name in pairs}
 
 
+@with_method_options("few-shot")
 @dataclass
 class FewShotMethodOptions:
     """The methods, and the size of the adapters."""
@@ -153,21 +155,6 @@ class FewShotMethodOptions:
     method: list[str] = field(
         default_factory=lambda: list(DEFAULT_METHODS),
         metadata={"help": f"One method, or several to compare: {', '.join(BASELINES)}, {', '.join(method_names())}."},
-    )
-    rank: int | None = field(
-        default=None, metadata={"help": "Outer rank of NoRA: 48, and 22 on the built-in model, unless said."}
-    )
-    inner_r: int | None = field(
-        default=None, metadata={"help": "Inner rank of NoRA, at most the outer: 8, and 4 on the built-in model, unless said."}
-    )
-    lora_rank: int = field(default=2, metadata={"help": "Rank of LoRA and DoRA."})
-    alpha: float | None = field(
-        default=None, metadata={"help": "Numerator of the scaling alpha / (inner) rank; unless said the scaling is 1."}
-    )
-    dropout: float = field(default=0.0, metadata={"help": "Dropout within the adapter."})
-    inner_init: str = field(default="zero", metadata={"help": "Start of NoRA's inner factors: zero or gaussian."})
-    preserve_output: bool = field(
-        default=False, metadata={"help": "NoRA subtracts its frozen start, so that a gaussian start is the base model too."}
     )
 
     _argument_group_name = "method"
@@ -180,9 +167,7 @@ class FewShotMethodOptions:
 
     def settle(self, built_in: bool) -> None:
         """Fill in what was not said. Raises: InputError if the adapters' options do not fit each other."""
-        # A tenth of LoRA's numbers at rank 2, on ViT-B/16 as on the built-in model.
-        self.rank = (22 if built_in else 48) if self.rank is None else self.rank
-        self.inner_r = (4 if built_in else 8) if self.inner_r is None else self.inner_r
+        fill_in(self, "few-shot", built_in, method_names())
         for name in self.adapters():
             self.adapter(name)
 
@@ -192,11 +177,11 @@ class FewShotMethodOptions:
 
     def adapter(self, method: str) -> AdapterOptions:
         """The adapter that `method` is."""
-        shared = {"alpha": self.alpha, "dropout": self.dropout}
-        if method == "nora":
-            own = {"inner_r": self.inner_r, "inner_init": self.inner_init, "preserve_output": self.preserve_output}
-            return AdapterOptions(method, self.rank, **own, **shared)
-        return AdapterOptions(method, self.lora_rank, **shared)
+        return AdapterOptions(method, **options_of(self, "few-shot", method))
+
+    def unused(self) -> list[str]:
+        """A sentence for each option that was given and has no effect."""
+        return unused_options(self, "few-shot", self.adapters())
 
 
 @dataclass
@@ -247,8 +232,8 @@ class FewShotOutputOptions(RunOptions):
             raise InputError(f"export must be some of {', '.join(EXPORTS)}, got {wrong[0]!r}.")
 
 
-# CLIP-LoRA's rate, and how many times faster NoRA's inner factors, and narrow layers, are trained.
-LEARNING_RATE, RATE_FACTORS, BUILT_IN_RATE_FACTOR = 2e-4, {"nora": 5}, 50
+# How many times faster the built-in model's narrow layers are trained.
+BUILT_IN_RATE_FACTOR = 50
 
 
 @dataclass
@@ -275,7 +260,8 @@ class FewShotOptions:
         """The peak learning rate of an adapter method."""
         if self.optimisation.learning_rate is not None:
             return self.optimisation.learning_rate
-        return LEARNING_RATE * RATE_FACTORS.get(method, 1) * (BUILT_IN_RATE_FACTOR if self.model.is_built_in else 1)
+        rate = method_named(method).defaults("few-shot", self.model.is_built_in).learning_rate
+        return rate * (BUILT_IN_RATE_FACTOR if self.model.is_built_in else 1)
 
     def title(self) -> str:
         """What the run's directory is called after."""

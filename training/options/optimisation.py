@@ -5,8 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pipelines.errors import InputError
+from pipelines.methods import method_named, method_names, title_of
 from pipelines.optimizers import OPTIMIZERS
 from training.options.checks import above_zero, at_least
+
+
+def default_rates() -> str:
+    """The rates of all methods on SDXL, in words."""
+    rates = {title_of(name): method_named(name).defaults("subject", False).learning_rate for name in method_names()}
+    return ", ".join(f"{rate:g} for {title}" for title, rate in rates.items())
+
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
@@ -20,7 +28,7 @@ class OptimisationOptions:
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches an optimisation step."})
     learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Peak learning rate; on SDXL 3e-4 for nora and 1e-4 for lora and dora unless said, 1 for Prodigy."},
+        metadata={"help": f"Peak learning rate; on SDXL {default_rates()} unless said, 1 for Prodigy."},
     )
     text_encoder_lr: list[float] | None = field(
         default=None,
@@ -28,9 +36,6 @@ class OptimisationOptions:
     )
     stop_text_encoder_training: int | None = field(
         default=None, metadata={"help": "Step after which the text encoders are trained no more; never unless said."}
-    )
-    lora_plus_ratio: float = field(
-        default=1.0, metadata={"help": "LoRA+: how many times faster B-like factors are trained than A-like ones."}
     )
     lr_scheduler: str = field(default="cosine", metadata={"help": f"Schedule of the learning rate: {', '.join(SCHEDULES)}."})
     lr_warmup_steps: int = field(default=10, metadata={"help": "Steps over which the learning rate rises to its peak."})
@@ -70,7 +75,7 @@ class OptimisationOptions:
         at_least(self, 1, "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "lr_num_cycles")
         at_least(self, 1, "stop_text_encoder_training")
         at_least(self, 0, "lr_warmup_steps", "seed", "adam_weight_decay", "noise_offset")
-        above_zero(self, "learning_rate", "lora_plus_ratio", "lr_power")
+        above_zero(self, "learning_rate", "lr_power")
         above_zero(self, "max_grad_norm", "snr_gamma", "adam_epsilon")
         if self.lr_scheduler not in SCHEDULES:
             raise InputError(f"lr_scheduler must be one of {', '.join(SCHEDULES)}, got {self.lr_scheduler!r}.")
@@ -95,10 +100,8 @@ class OptimisationOptions:
             return
         if self.use_8bit_adam:
             raise InputError("use_8bit_adam is for --optimizer AdamW, got Prodigy. Leave one out.")
-        if self.text_encoder_lr is not None or self.lora_plus_ratio != 1:
-            raise InputError(
-                "Prodigy finds one rate for all: text_encoder_lr and lora_plus_ratio are for --optimizer AdamW. Leave them out."
-            )
+        if self.text_encoder_lr is not None:
+            raise InputError("Prodigy finds one rate for all: text_encoder_lr is for --optimizer AdamW. Leave it out.")
 
     @property
     def is_prodigy(self) -> bool:

@@ -13,6 +13,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from torch import nn
 
+from pipelines.adapter_method import ADAPTER_NAME, trained_parameters
 from pipelines.pictures import labelled_grid
 from pipelines.subject import adapters
 from pipelines.subject.base_model import load_base_model, model_path
@@ -67,7 +68,7 @@ def finish(run: RunDirectory, trained: Trained, options: SubjectOptions) -> None
     Raises: CertificateError if stock diffusers does not draw what the trained model draws.
     """
     run.update_status(phase="exporting")
-    adapters.save_everywhere(trained.pipeline, options.adapter, trained.components, run.path, title_of(run, options))
+    adapters.save_everywhere(trained.pipeline, trained.components, run.path, title_of(run, options))
     subject = trained.shown[: len(trained.before)]
     rows = [("the subject", subject), ("before", trained.before), (f"after, {options.adapter.method}", trained.sampler.draw())]
     drawn = draw_candidates(run, trained, options)
@@ -81,7 +82,7 @@ def finish(run: RunDirectory, trained: Trained, options: SubjectOptions) -> None
     if options.judging.certify:
         run.update_status(phase="certifying")
         certify_run(run, trained, options)
-    numbers = sum(parameter.numel() for parameter in adapters.trained_parameters(trained.components))
+    numbers = sum(parameter.numel() for parameter in trained_parameters(trained.components))
     run.update_status(trained_numbers=numbers, suggested_step=suggestion.step, seconds=round(time.monotonic() - trained.began, 1))
     write_model_card(run, options, trained.pictures)
     logger.info(f"{numbers:,} trained numbers, in {(time.monotonic() - trained.began) / 60:.1f} min. Look at {run.path / GRID}.")
@@ -127,7 +128,7 @@ def kept_adapter(pipeline: StableDiffusionXLPipeline, path: Path) -> Iterator[No
         yield
     finally:
         pipeline.delete_adapters([SUGGESTED])
-        pipeline.set_adapters([adapters.ADAPTER_NAME])
+        pipeline.set_adapters([ADAPTER_NAME])
 
 
 def suggested_rows(
@@ -143,7 +144,7 @@ def suggested_rows(
         return []
     title = f"{title_of(run, options)}-step-{suggestion.step}"
     with kept_adapter(trained.pipeline, kept):
-        adapters.save_everywhere(trained.pipeline, options.adapter, trained.components, run.path / SUGGESTED, title, SUGGESTED)
+        adapters.save_everywhere(trained.pipeline, trained.components, run.path / SUGGESTED, title, SUGGESTED)
         pictures = drawn or trained.sampler.draw()
     return [(f"suggested, step {suggestion.step}", pictures)]
 
@@ -161,7 +162,7 @@ def certify_run(run: RunDirectory, trained: Trained, options: SubjectOptions) ->
     if given.quantize is not None:
         plain = {**given.source, "quantize": None}
         pipeline = load_base_model(name, trained.pipeline.text_encoder.dtype, trained.pipeline.device, **plain)
-        adapters.load_adapter(pipeline, run.path, adapters.ADAPTER_NAME)
+        adapters.load_adapter(pipeline, run.path, ADAPTER_NAME)
     sampling = Sampling(num_inference_steps=CERTIFIED_STEPS, resolution=trained.resolution)
     prompts = options.output.validation_prompt[:CERTIFIED_PROMPTS]
     certify(pipeline, run.path, model, prompts, sampling, options.optimisation.seed)

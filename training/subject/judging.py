@@ -8,7 +8,6 @@ from dataclasses import asdict
 
 from torch import nn
 
-from pipelines.methods import AdapterOptions
 from pipelines.subject.adapters import save_small
 from training.runs.run import RunDirectory, write_text_atomically
 from training.subject.measured import adapter_at, heldout_curve, sample_scores
@@ -17,12 +16,12 @@ from training.subject.suggesting import Suggestion, suggest
 SUGGESTION = "suggestion.json"
 
 
-def keep_adapter(run: RunDirectory, step: int, options: AdapterOptions, components: dict[str, nn.Module]) -> None:
+def keep_adapter(run: RunDirectory, step: int, components: dict[str, nn.Module]) -> None:
     """Save the adapter as it is now, in its smallest native layout, so that it can be used and exported at once."""
     target = adapter_at(run, step)
     aside = target.with_name(f".writing-{target.name}")
     shutil.rmtree(aside, ignore_errors=True)
-    save_small(options, components, aside)
+    save_small(components, aside)
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)
 

@@ -31,10 +31,6 @@ copy from {threshold:.2f} on). Compare within this table only.
 |---|---|---|---|---|---|
 {rows}"""
 # Read in the sources of these programs.
-ROW_LENGTHS = """The kohya file holds `dora_scale`, the length of each row of every changed weight, as LyCORIS with `wd_on_output`
-writes it. Stock diffusers and sd-scripts leave it out, A1111 takes it for the lengths of columns, and ComfyUI and Forge divide by
-the base model's lengths: their pictures differ. The diffusers file is the adapter as it was trained."""
-
 BODY = """---
 {header}
 ---
@@ -163,8 +159,8 @@ def _findings(run: RunDirectory, judge: str) -> list[str]:
 
 def _compatibility(options: SubjectOptions) -> list[str]:
     """What other programs are known to make of the exported files."""
-    config = method_named(options.adapter.method).config(options.adapter, [], None)
-    return [ROW_LENGTHS] if getattr(config, "use_dora", False) else []
+    note = method_named(options.adapter.method).export_note
+    return [] if note is None else [note]
 
 
 def _scores_table(suggestion: dict[str, Any], judge: str) -> str:

@@ -9,7 +9,6 @@ from statistics import fmean
 from PIL import Image
 from torch import nn
 
-from pipelines.methods import AdapterOptions
 from pipelines.subject.encoding import EncodedPictures
 from pipelines.subject.evaluation import mean_denoising_loss
 from pipelines.subject.loss import DenoisingLoss
@@ -73,8 +72,7 @@ class Watch:
         loss: of the model in training.
         seen, heldout: what is trained on, and what is not; None where all is trained on.
         sampler: draws the sample pictures.
-        adapter: its options, for keeping it.
-        components: what it is on.
+        components: what the adapter is on.
         judge: scores the pictures that are drawn, or None.
         batch_size: of the training.
     """
@@ -84,7 +82,6 @@ class Watch:
     seen: EncodedPictures
     heldout: EncodedPictures | None
     sampler: Sampler
-    adapter: AdapterOptions
     components: dict[str, nn.Module]
     judge: Judge | None = None
     batch_size: int = MEASURED_BATCH
@@ -101,7 +98,7 @@ class Watch:
 
     def measure(self, step: int) -> float | None:
         """Keep the adapter and log the losses; returns that of the held-out picture."""
-        keep_adapter(self.run, step, self.adapter, self.components)
+        keep_adapter(self.run, step, self.components)
         if self.heldout is None:
             return None
         losses = measured_losses(self.loss, self.heldout, self.seen, self.batch_size)
@@ -110,7 +107,7 @@ class Watch:
 
     def show(self, step: int) -> None:
         """Draw the validation prompts, and score the pictures."""
-        keep_adapter(self.run, step, self.adapter, self.components)
+        keep_adapter(self.run, step, self.components)
         drawn = self.sampler.draw()
         self.sampler.save(self.run, step, drawn)
         self._score(step, drawn)

@@ -146,7 +146,7 @@ def _card(row: dict[str, Any]) -> str:
 
 def _methods(result: Result) -> gr.Dropdown:
     """The methods of the draw that stands for the run."""
-    choices = [(class_html.METHODS.get(one["method"], one["method"]), one["folder"]) for one in result.same_draw()]
+    choices = [(class_html.called(one["method"]), one["folder"]) for one in result.same_draw()]
     return gr.Dropdown(choices, value=result.member["folder"])
 
 

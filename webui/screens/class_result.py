@@ -102,7 +102,7 @@ def _methods(result: Result) -> gr.Dropdown:
     choices = []
     for one in result.report["members"]:
         draw = f" ({one['shots']} pictures a class, draw {one['seed'] + 1})" if several else ""
-        choices.append((class_html.METHODS.get(one["method"], one["method"]) + draw, one["folder"]))
+        choices.append((class_html.called(one["method"]) + draw, one["folder"]))
     return gr.Dropdown(choices, value=result.member["folder"])
 
 

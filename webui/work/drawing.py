@@ -14,7 +14,6 @@ from diffusers import StableDiffusionXLPipeline
 
 from nora_vision.components import adapted_components
 from pipelines.errors import InputError
-from pipelines.methods import AdapterOptions
 from pipelines.subject.adapters import save_everywhere
 from pipelines.subject.generate import Sampling
 from training.runs.record import RunRecord
@@ -84,11 +83,10 @@ def file_of(workspace: Workspace, run_id: str, step: int, layout: Layout) -> Ite
     with tempfile.TemporaryDirectory() as folder:
         found = _on_disk(record, step, layout)
         if found is None:
-            method = RunView(record).options["adapter"]["method"]
 
             def save(pipeline: StableDiffusionXLPipeline, name: str) -> None:
                 components: dict[str, Any] = adapted_components(pipeline, name)
-                save_everywhere(pipeline, AdapterOptions(method=method), components, Path(folder), "adapter", name)
+                save_everywhere(pipeline, components, Path(folder), "adapter", name)
 
             STUDIO.export(adapter, save)
             found = _in(Path(folder), layout)

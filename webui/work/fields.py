@@ -8,6 +8,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pipelines.adapter_options import MethodOption
 from pipelines.errors import InputError
 from pipelines.methods import method_names
 from pipelines.optimizers import OPTIMIZERS
@@ -23,9 +24,8 @@ CHOICES: dict[Task, dict[str, tuple[str, ...]]] = {
         "method": tuple(method_names()),
         "lr_scheduler": SCHEDULES,
         "optimizer": tuple({"adamw": "AdamW", "prodigy": "Prodigy"}.get(name, name) for name in OPTIMIZERS),
-        "inner_init": ("zero", "gaussian"),
     },
-    "classify": {"inner_init": ("zero", "gaussian")},
+    "classify": {},
 }
 
 
@@ -41,6 +41,7 @@ class Field:
         optional: whether it may be left unsaid.
         default: what it is unless something is said.
         help: what it does.
+        methods: the adapter methods that have it; empty for an option of every run.
     """
 
     group: str
@@ -51,6 +52,7 @@ class Field:
     optional: bool
     default: Any
     help: str
+    methods: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -107,17 +109,19 @@ def panel_fields(task: Task, is_local: bool) -> dict[str, list[Field]]:
     for group, kind in groups_of(kind_of(task)).items():
         by_the_page = SET_BY_THE_PAGE[task].get(group, ())
         names = [name for name in fields_of(kind) if name not in hidden and name not in by_the_page]
-        shown[group] = [_field(task, group, fields_of(kind)[name]) for name in names]
+        of_methods = getattr(kind, "method_options", {})
+        shown[group] = [_field(task, group, fields_of(kind)[name], of_methods.get(name)) for name in names]
     return {group: fields for group, fields in shown.items() if fields}
 
 
-def _field(task: Task, group: str, field: dataclasses.Field) -> Field:
+def _field(task: Task, group: str, field: dataclasses.Field, of_methods: MethodOption | None) -> Field:
     kind, optional = field.type, False
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
         optional = True
         kind = next(one for one in typing.get_args(kind) if one is not type(None))
     arguments = typing.get_args(kind)
-    choices = CHOICES[task].get(field.name, ()) if kind is str else ()
+    known = CHOICES[task].get(field.name, ()) if of_methods is None else of_methods.choices
+    choices = known if kind is str else ()
     if typing.get_origin(kind) is Literal:
         widget, item, choices = "choice", type(arguments[0]), arguments
     elif kind is bool and optional:
@@ -127,7 +131,9 @@ def _field(task: Task, group: str, field: dataclasses.Field) -> Field:
         widget, item = "list", arguments[0]
     else:
         widget, item = "choice" if choices else {bool: "bool", int: "int", float: "float", str: "text"}[kind], kind
-    return Field(group, field.name, widget, item, choices, optional, default_of(field), str(field.metadata.get("help", "")))
+    methods = () if of_methods is None else of_methods.methods
+    words = str(field.metadata.get("help", ""))
+    return Field(group, field.name, widget, item, choices, optional, default_of(field), words, methods)
 
 
 def _written(value: Any) -> str:

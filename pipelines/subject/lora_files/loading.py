@@ -26,8 +26,8 @@ from nora_vision.files import (
     read_json,
     read_tensors,
 )
+from pipelines.adapter_method import add_adapter
 from pipelines.errors import InputError
-from pipelines.methods import add_adapter
 from pipelines.subject.lora_files import kinds
 from pipelines.subject.lora_files.configuration import PLAIN_NAME, Settings, checked, settings_of_metadata
 from pipelines.subject.lora_files.factors import Change, MisfitError, change_of

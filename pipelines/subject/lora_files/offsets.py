@@ -9,6 +9,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional
 
+from nora_vision.factors import Factors, low_rank_factors
+
 # What PEFT asks of a layer that it wraps.
 SIZES = frozenset(
     {"in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"}
@@ -95,3 +97,11 @@ class OffsetLayer(nn.Module, BaseTunerLayer):
         if isinstance(layer, nn.GroupNorm):
             return functional.group_norm(x, layer.num_groups, weight, bias, layer.eps)
         return functional.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
+
+
+@low_rank_factors.register
+def _(layer: OffsetLayer, adapter_name: str) -> Factors | None:
+    """Raises: ValueError, as these changes are of no weight matrix."""
+    if any(adapter_name in getattr(layer, part) for part in layer.adapter_layer_names):
+        raise ValueError("has a change of a bias or a norm, which a LoRA file cannot hold. Leave this adapter out.")
+    return None

@@ -1,0 +1,59 @@
+"""The exact low-rank factors of one layer's change of weight, which all exports are made from.
+
+A kind of layer that is not NoRA's or PEFT's LoRA registers how it is factored: `low_rank_factors.register(LayerClass)`.
+"""
+
+from __future__ import annotations
+
+from functools import singledispatch
+from typing import NamedTuple
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from .layer import NoraLayer
+
+
+class Factors(NamedTuple):
+    """A change of weight `up` (out, k) times `down` (k, in), and for DoRA the length (out,) that each row then gets."""
+
+    up: torch.Tensor
+    down: torch.Tensor
+    magnitude: torch.Tensor | None = None
+
+
+@singledispatch
+def low_rank_factors(layer: nn.Module, adapter_name: str) -> Factors | None:
+    """The factors of the layer's change at scale 1, in float32; None where the layer has no such adapter.
+
+    Raises: ValueError saying why the change is no product of two low-rank factors.
+    """
+    if isinstance(layer, BaseTunerLayer) and any(adapter_name in getattr(layer, part) for part in layer.adapter_layer_names):
+        kind = type(layer).__name__
+        raise ValueError(f"has a change of weight ({kind}) that is no product of two low-rank factors. Leave this adapter out.")
+    return None
+
+
+@low_rank_factors.register
+def _(layer: NoraLayer, adapter_name: str) -> Factors | None:
+    """s B B' A' A = (s B B') (A' A)."""
+    if adapter_name not in layer.nora_inner_A:
+        return None
+    return Factors(*layer._low_rank_factors(adapter_name, layer.alpha[adapter_name] / layer.inner_r[adapter_name]))
+
+
+@low_rank_factors.register
+def _(layer: LoraLayer, adapter_name: str) -> Factors | None:
+    """s B A = (s B) A."""
+    if adapter_name not in layer.lora_A:
+        return None
+    is_dora = layer.use_dora[adapter_name]
+    if (adapter_name in layer.lora_variant and not is_dora) or layer.lora_bias[adapter_name]:
+        raise ValueError("has a variant of LoRA, such as a trained bias. Only plain LoRA and DoRA are exported.")
+    rank = layer.r[adapter_name]
+    scaling = layer.lora_alpha[adapter_name] / (rank**0.5 if layer.use_rslora[adapter_name] else rank)
+    up, down = layer.lora_B[adapter_name].weight.detach(), layer.lora_A[adapter_name].weight.detach()
+    magnitude = layer.lora_magnitude_vector[adapter_name].weight.detach().float().flatten() if is_dora else None
+    return Factors(scaling * up.float().flatten(1), down.float().flatten(1), magnitude)
