@@ -1,0 +1,110 @@
+"""Every adapter method in the one loop, on both tasks: stopped in the middle and resumed, it ends in the same bytes."""
+
+from functools import partial
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from tiny_clip import pictures, prompts, tiny_clip
+from tiny_pipeline import tiny_pipeline
+from torch import nn
+
+from pipelines import adapter_method
+from pipelines.adapter_options import AdapterOptions
+from pipelines.clip import Clip
+from pipelines.fewshot.adapters import AdapterPlaces
+from pipelines.fewshot.adapters import attach as attach_to_clip
+from pipelines.fewshot.adapters import start as start_on_clip
+from pipelines.methods import method_names
+from pipelines.optimizers import Adam, Rates, parameter_groups
+from pipelines.subject.adapters import attach, start
+from pipelines.subject.base_model import PromptEmbeddings
+from pipelines.subject.loss import DenoisingLoss
+from training.engine.loop import LoopOptions, Trainable, train, training_losses
+from training.runs.run import RunDirectory
+
+STEPS, BATCH, TOKENS = 8, 2, prompts(3, 5, 9)
+
+
+class Classification(nn.Module):
+    """Cross-entropy of images against three prompts."""
+
+    def __init__(self, clip):
+        super().__init__()
+        self.model, self.clip = clip.model, clip
+
+    def forward(self, images, labels):
+        logits = 10 * self.clip.encode_images(images) @ self.clip.encode_texts(TOKENS).T
+        return nn.functional.cross_entropy(logits, labels)
+
+
+def subject_batch(index):
+    generator = torch.Generator().manual_seed(index)
+    latents, noise = torch.randn(2, BATCH, 4, 8, 8, generator=generator)
+    tokens = torch.randint(0, 100, (BATCH, 2, 16), generator=generator)
+    return {
+        "latents": latents,
+        "noise": noise,
+        "timesteps": torch.tensor([100, 900]),
+        "time_ids": torch.ones(BATCH, 6),
+        "tokens": tokens,
+    }
+
+
+def class_batch(index):
+    return {"images": pictures(3, seed=index), "labels": torch.arange(3)}
+
+
+def subject(options, cache):
+    """The loss of a tiny SDXL with a started adapter, its batches, and the adapted components."""
+    pipe = tiny_pipeline()
+    components = attach(pipe, options)
+    loss = DenoisingLoss(pipe)
+    losses = partial(training_losses, loss, subject_batch, Accelerator(cpu=True))
+    tokens = subject_batch(0)["tokens"]
+    prompts = PromptEmbeddings(torch.randn(BATCH, 16, 40), torch.randn(BATCH, 24))
+    noised = {name: value for name, value in subject_batch(0).items() if name != "tokens"}
+    runs = {
+        "unet": lambda: loss.predict(**noised, prompts=prompts),
+        "text_encoder": lambda: pipe.text_encoder(tokens[:, 0]),
+        "text_encoder_2": lambda: pipe.text_encoder_2(tokens[:, 1]),
+    }
+    start(options, components, runs, cache, 0, losses)
+    return loss, subject_batch, components
+
+
+def few_shot(options, cache):
+    """The same of a tiny CLIP."""
+    clip = Clip(tiny_clip(), None, None, "tiny")
+    components = attach_to_clip(clip, options, AdapterPlaces())
+    loss = Classification(clip)
+    losses = partial(training_losses, loss, class_batch, Accelerator(cpu=True))
+    start_on_clip(clip, options, components, [pictures(3)], TOKENS, cache, 0, losses)
+    return loss, class_batch, components
+
+
+def trained(task, method, folder, run, steps):
+    """The bytes of the adapter after `steps` of the training of `STEPS` in the run `run`, and its native files."""
+    # The precision of a run before, in the same process, would be that of this one.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True)
+    options = AdapterOptions(method, rank=4, inner_r=2, train_text_encoder=True)
+    loss, batch_at, components = task(options, folder / "calibration")
+    chosen = options.create()
+    optimizer = Adam().optimizer(parameter_groups(loss, Rates(0.02, factor=chosen.learning_rate_factor)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 20)
+    hooks = chosen.training(list(components.values()), STEPS)
+    trainable = Trainable(loss, batch_at, optimizer, schedule, method=hooks)
+    train(accelerator, RunDirectory.create(run, {}), trainable, LoopOptions(steps, checkpointing_steps=2))
+    adapter_method.save(components, run / "adapter")
+    return {file.relative_to(run): file.read_bytes() for file in sorted((run / "adapter").rglob("*.safetensors"))}
+
+
+@pytest.mark.parametrize("task", [subject, few_shot])
+@pytest.mark.parametrize("method", method_names())
+def test_a_training_stopped_in_the_middle_ends_in_the_same_files(method, task, tmp_path):
+    whole = trained(task, method, tmp_path, tmp_path / "whole", STEPS)
+    half = trained(task, method, tmp_path, tmp_path / "stopped", STEPS // 2)
+    assert half != whole
+    assert trained(task, method, tmp_path, tmp_path / "stopped", STEPS) == whole
