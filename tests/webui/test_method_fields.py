@@ -1,0 +1,38 @@
+"""The expert panel shows the options of the methods that a run would train, and no others."""
+
+import pytest
+
+from pipelines.adapter_options import AdapterOptions
+from pipelines.methods import DEFAULT, REFERENCE, method_names
+from training.options.fewshot import FewShotMethodOptions
+from webui.panel import Source, _InForce
+from webui.presets import Preset
+from webui.work.fields import panel_fields
+
+PRESET = Preset("Plain", "no time", "Nothing of its own.", ())
+
+
+def shown(task, group, own):
+    """The method options that the panel shows with the user's values `own`."""
+    in_force = _InForce(Source(None, task, [PRESET], None, None, None), PRESET, {group: own}, {})
+    return {field.name for field in panel_fields(task, True)[group] if field.methods and in_force.is_shown(field)}
+
+
+def has(options, *methods):
+    """The options that any of `methods` has."""
+    return {name for name, option in options.method_options.items() if set(methods) & set(option.methods)}
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_a_chosen_method_has_its_own_fields(method):
+    assert shown("subject", "adapter", {"method": method}) == has(AdapterOptions, method)
+    assert shown("classify", "method", {"method": ["zeroshot", method]}) == has(FewShotMethodOptions, method)
+
+
+def test_unless_one_is_chosen_the_fields_are_those_of_the_methods_that_would_be_trained():
+    assert shown("subject", "adapter", {}) == has(AdapterOptions, DEFAULT)
+    assert shown("classify", "method", {}) == has(FewShotMethodOptions, DEFAULT, REFERENCE)
+
+
+def test_no_adapter_method_chosen_has_no_fields():
+    assert shown("classify", "method", {"method": ["zeroshot"]}) == set()
