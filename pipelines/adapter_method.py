@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -25,7 +25,6 @@ from nora_vision.files import (
 )
 from nora_vision.saving import PEFT_PREFIX
 from pipelines.errors import InputError
-from pipelines.methods import method_named, method_of
 from pipelines.run_options import Task
 
 ADAPTER_NAME = "default"
@@ -307,32 +306,3 @@ def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
 def trained_parameters(components: Mapping[str, nn.Module]) -> list[nn.Parameter]:
     """The parameters that are trained."""
     return [parameter for model in components.values() for parameter in model.parameters() if parameter.requires_grad]
-
-
-def save(components: Mapping[str, nn.Module], folder: Path, adapter_name: str = ADAPTER_NAME) -> None:
-    """Write the adapter's native files, at scale 1, in every layout of its method: `folder/<layout>/<component>`."""
-    config = next(iter(components.values())).peft_config[adapter_name]
-    method_of(config).save(components, folder, adapter_name)
-
-
-def load(components: Mapping[str, nn.Module], folder: Path, adapter_name: str = ADAPTER_NAME) -> None:
-    """Add the adapter that `save` wrote in the layout `folder` to each of `components`.
-
-    Raises: InputError or AdapterFileError naming the file, and what of it does not fit.
-    """
-    for name, model in components.items():
-        method = str(read_json(folder / name / CONFIG).get("peft_type")).lower()
-        method_named(method).load({name: model}, folder, adapter_name)
-
-
-def native_folder(path: Path, components: Iterable[str]) -> Path | None:
-    """The native adapter at `path`: itself, or the full one of a run's directory, or the compact one where it is alone.
-
-    Args:
-        components: the names of what may be adapted.
-    """
-    components = tuple(components)
-    for folder in (path, path / FULL, path / "adapter" / FULL, path / COMPACT, path / "adapter" / COMPACT):
-        if any((folder / name / CONFIG).is_file() for name in components):
-            return folder
-    return None

@@ -213,28 +213,38 @@ def factors_in(files: NativeFiles, model: nn.Module, source: Path) -> dict[str, 
 
     Raises: InputError for a layer that the model does not have; AdapterFileError if A and B are not as when it was saved.
     """
-    config, tensors, metadata = files
+    b, d = (vectors_in(files.tensors, part) for part in (LAMBDA_B, LAMBDA_D))
     inputs = {base_name(name): module.in_features for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    names = [name.removeprefix(PEFT_PREFIX).removesuffix(f".{LAMBDA_B}") for name in tensors if name.endswith(LAMBDA_B)]
-    absent = [name for name in names if name not in inputs]
-    if absent:
+    if absent := sorted(b.keys() - inputs.keys()):
         raise InputError(f"{source} does not fit this model, which has no {absent[0]!r}. Load it onto the one it was trained on.")
-    b, d = ({name: tensors[f"{PEFT_PREFIX}{name}.{part}"] for name in names} for part in (LAMBDA_B, LAMBDA_D))
-    shared = random_projections(config, max(inputs[name] for name in names), max(len(each) for each in b.values()))
-    if sizes_of(shared) != metadata.get(SIZES):
-        raise InputError(
-            f"{source} does not fit this model: its widest layers take and give {metadata.get(SIZES)} numbers, this model's "
-            f"{sizes_of(shared)}. Load it onto the one it was trained on."
-        )
-    if digest_of(shared) != metadata.get(PROJECTIONS):
-        raise AdapterFileError(
-            f"{source}: the shared random matrices do not come out of the key {config.projection_prng_key} as they did where the "
-            "adapter was saved. Use the file exported for diffusers, which holds all of the change."
-        )
+    shared = random_projections(files.config, max(inputs[name] for name in b), max(map(len, b.values())))
+    check_projections(shared, files, source)
     return {
         name: Factors(b[name][:, None] * shared["B"][: len(b[name])], d[name][:, None] * shared["A"][:, : inputs[name]])
-        for name in names
+        for name in b
     }
+
+
+def vectors_in(tensors: Mapping[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
+    """The vectors called `part`, by the layer's name."""
+    ending = f".{part}"
+    return {
+        name.removeprefix(PEFT_PREFIX).removesuffix(ending): value for name, value in tensors.items() if name.endswith(ending)
+    }
+
+
+def check_projections(shared: Mapping[str, torch.Tensor], files: NativeFiles, source: Path) -> None:
+    """Raises: InputError if A and B are of another size than the adapter's, AdapterFileError if of other numbers."""
+    if sizes_of(shared) != files.metadata.get(SIZES):
+        raise InputError(
+            f"{source} does not fit this model: its widest layers take and give {files.metadata.get(SIZES)} numbers, this "
+            f"model's {sizes_of(shared)}. Load it onto the one it was trained on."
+        )
+    if digest_of(shared) != files.metadata.get(PROJECTIONS):
+        raise AdapterFileError(
+            f"{source}: the shared random matrices do not come out of the key {files.config.projection_prng_key} as they did "
+            "where the adapter was saved. Use the file exported for diffusers, which holds all of the change."
+        )
 
 
 @low_rank_factors.register

@@ -8,7 +8,7 @@ from tiny_pipeline import picture, tiny_pipeline
 
 from nora_vision import AdapterFileError
 from nora_vision.factors import low_rank_factors
-from pipelines import adapter_method
+from pipelines import adapter_files
 from pipelines.adapter_method import ADAPTER_NAME, Probe, no_losses, trained_parameters
 from pipelines.adapter_options import AdapterOptions
 from pipelines.errors import InputError
@@ -72,7 +72,7 @@ def test_all_layers_share_one_pair_of_random_matrices_that_the_seed_chooses(pipe
 
 
 def test_peft_itself_reads_the_file_which_holds_the_vectors_alone(pipe, tmp_path):
-    adapter_method.save(adapted(pipe, tmp_path), tmp_path)
+    adapter_files.save(adapted(pipe, tmp_path), tmp_path)
     tensors = load_file(tmp_path / "full" / "unet" / "adapter_model.safetensors")
     assert {name.rpartition(".")[2] for name in tensors} == {"vera_lambda_b", "vera_lambda_d"}
     expected, stock = picture(pipe), tiny_pipeline()
@@ -81,14 +81,14 @@ def test_peft_itself_reads_the_file_which_holds_the_vectors_alone(pipe, tmp_path
 
 
 def test_other_random_matrices_than_those_of_the_training_are_refused(pipe, tmp_path, monkeypatch):
-    adapter_method.save(adapted(pipe, tmp_path), tmp_path)
+    adapter_files.save(adapted(pipe, tmp_path), tmp_path)
     monkeypatch.setattr("pipelines.methods.vera._kaiming_init", lambda shape, generator: torch.ones(shape))
     with pytest.raises(AdapterFileError, match=r"do not come out of the key \d+.*file exported for diffusers"):
         adapters.load_adapter(tiny_pipeline(), tmp_path / "full", "loaded")
 
 
 def test_the_files_of_a_model_with_wider_layers_are_refused(pipe, tmp_path):
-    adapter_method.save(adapted(pipe, tmp_path), tmp_path)
+    adapter_files.save(adapted(pipe, tmp_path), tmp_path)
     other = tiny_pipeline()
     layer = other.unet.get_submodule(next(iter(vera_layers(pipe.unet))))
     layer.in_features += 100
