@@ -1,5 +1,6 @@
 """What tests of several packages share: a tiny SDXL model on disk, and a folder of pictures."""
 
+import gc
 import os
 
 import numpy as np
@@ -30,6 +31,12 @@ def seconds_of(item):
     """What a slow test says that it takes."""
     slow = item.get_closest_marker("slow")
     return slow.args[0] if slow and slow.args else 0
+
+
+def pytest_collection_finish():
+    """Have garbage collections pass over what was imported: accelerate asks for one after every training."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

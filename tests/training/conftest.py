@@ -1,13 +1,18 @@
 """Runs that many tests read: one of each kind, trained once a session. A test that changes one changes a copy."""
 
+import importlib
+import importlib.util
+import sys
 from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import load_file
 from subject_runs import EVERYTHING, SubjectTrainer
 
 from training.options import parse_options
 from training.runs.run import RunDirectory
 from training.runs.run_requests import ASKED, ask
+from training.subject import certificate
 from training.subject.samples import Sampler
 
 
@@ -69,3 +74,28 @@ def again(trainer, everything, tmp_path_factory):
         patch.setattr(Sampler, "save", remembering)
         run = trainer.main(parse_options([*recorded, "--output_dir", str(tmp_path_factory.mktemp("again") / "run")]))
     return SimpleNamespace(run=run, drawn=drawn)
+
+
+@pytest.fixture
+def stock_check():
+    """The stock program as a module; while it is loaded, and only then, this project's packages are blocked."""
+    spec = importlib.util.spec_from_file_location("stock_check", certificate.STOCK_PROGRAM)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("nora_vision", "pipelines", "training"):
+            patch.setitem(sys.modules, name, sys.modules.get(name))
+        spec.loader.exec_module(module)
+        with pytest.raises(ImportError, match="import of nora_vision halted"):
+            importlib.import_module("nora_vision")
+    return module
+
+
+@pytest.fixture
+def certified_here(stock_check, monkeypatch, tmp_path):
+    """Have the stock program draw in this process: to import diffusers again takes longer than all that it does."""
+
+    def stock_pictures(request):
+        stock_check.main({**request, "pictures": str(tmp_path / "pictures.safetensors")})
+        return load_file(tmp_path / "pictures.safetensors")
+
+    monkeypatch.setattr(certificate, "_stock_pictures", stock_pictures)

@@ -1,13 +1,9 @@
 """The compatibility certificate: what passes, and each way to fail."""
 
-import importlib
-import importlib.util
 import json
-import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tiny_pipeline import add_nora, tiny_pipeline, weight_changes
 
 from nora_vision import export_lora
@@ -16,7 +12,7 @@ from pipelines.methods import AdapterOptions
 from pipelines.subject import adapters
 from pipelines.subject.generate import Sampling
 from training.subject import certificate
-from training.subject.certificate import STOCK_PROGRAM, CertificateError, StockModel, certify
+from training.subject.certificate import CertificateError, StockModel, certify
 from training.subject.kohya_lint import lint_kohya
 
 FAST = Sampling(num_inference_steps=2, resolution=16)
@@ -38,32 +34,7 @@ def rewritten(path, change, **said):
     write_tensors(path, tensors, {**read_header(path).metadata, **said})
 
 
-@pytest.fixture
-def stock_check():
-    """The stock program as a module; while it is loaded, and only then, this project's packages are blocked."""
-    spec = importlib.util.spec_from_file_location("stock_check", STOCK_PROGRAM)
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("nora_vision", "pipelines", "training"):
-            patch.setitem(sys.modules, name, sys.modules.get(name))
-        spec.loader.exec_module(module)
-        with pytest.raises(ImportError, match="import of nora_vision halted"):
-            importlib.import_module("nora_vision")
-    return module
-
-
-@pytest.fixture
-def here(stock_check, monkeypatch, tmp_path):
-    """Have the stock program draw in this process: to import diffusers again takes longer than all that it does."""
-
-    def stock_pictures(request):
-        stock_check.main({**request, "pictures": str(tmp_path / "pictures.safetensors")})
-        return load_file(tmp_path / "pictures.safetensors")
-
-    monkeypatch.setattr(certificate, "_stock_pictures", stock_pictures)
-
-
-@pytest.mark.slow
+@pytest.mark.slow(20)
 def test_a_fresh_process_without_this_package_certifies_both_files_and_refuses_what_it_cannot_load(tiny_model, tmp_path):
     pipe = exported(tmp_path)
     found = certify(pipe, tmp_path, StockModel(str(tiny_model)), PROMPTS, FAST)
@@ -79,7 +50,7 @@ def test_a_fresh_process_without_this_package_certifies_both_files_and_refuses_w
         certify(pipe, tmp_path, StockModel(str(tiny_model)), PROMPTS, FAST)
 
 
-def test_both_files_of_a_dora_are_certified(tiny_model, tmp_path, here):
+def test_both_files_of_a_dora_are_certified(tiny_model, tmp_path, certified_here):
     pipe = tiny_pipeline()
     components = adapters.attach(pipe, AdapterOptions(method="dora"))
     with torch.no_grad():
@@ -97,7 +68,7 @@ def test_both_files_of_a_dora_are_certified(tiny_model, tmp_path, here):
         certify(pipe, tmp_path, StockModel(str(tiny_model)), PROMPTS[:1], FAST)
 
 
-def test_a_file_that_holds_another_adapter_is_refused_and_recorded(tiny_model, tmp_path, here):
+def test_a_file_that_holds_another_adapter_is_refused_and_recorded(tiny_model, tmp_path, certified_here):
     pipe = exported(tmp_path)
     other = tiny_pipeline()
     add_nora(other, seed=1)
@@ -109,7 +80,7 @@ def test_a_file_that_holds_another_adapter_is_refused_and_recorded(tiny_model, t
     assert said["largest_difference"]["diffusers"] <= 1 < said["largest_difference"]["kohya"]
 
 
-def test_an_adapter_without_any_effect_is_an_error(tiny_model, tmp_path, here):
+def test_an_adapter_without_any_effect_is_an_error(tiny_model, tmp_path, certified_here):
     pipe = exported(tmp_path)
     for component in (pipe.unet, pipe.text_encoder, pipe.text_encoder_2):
         for name, parameter in component.named_parameters():

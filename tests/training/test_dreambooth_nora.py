@@ -185,7 +185,7 @@ def readme_command():
     return shlex.split(block.partition("&&")[2])
 
 
-@pytest.mark.slow
+@pytest.mark.slow(100)
 def test_the_readmes_first_command_learns_the_sample_subject_certifies_it_and_records_itself(tmp_path):
     command = readme_command()
     (tmp_path / "training").symlink_to(ROOT / "training")

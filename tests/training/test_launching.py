@@ -68,7 +68,7 @@ def alone(trainer):
     return run
 
 
-@pytest.mark.slow
+@pytest.mark.slow(40)
 def test_two_processes_learn_what_one_does_at_the_same_global_batch(subject_flags, alone, random_clip, tmp_path):
     folders = write_files(tmp_path / "classes", class_files({"cats": 6, "dogs": 6}))
     flags = "--shots 2 --seeds 0 --method zeroshot nora --rank 4 --inner_r 2 --min_train_steps 4 --iterations_per_shot 1"
@@ -108,7 +108,7 @@ def in_two_processes(flags):
     dreambooth_nora.main(parse_options(flags))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(50)
 def test_two_processes_with_fsdp_learn_and_write_what_one_does_and_what_they_begin_goes_on_without(
     subject_flags, alone, pipe, tmp_path
 ):

@@ -27,7 +27,7 @@ def wait_for(what):
         time.sleep(0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(25)
 def test_when_the_launcher_is_killed_the_run_saves_and_stops(tiny_model, pictures_dir, tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     command += [str(ROOT / "training" / "dreambooth_nora.py"), *FLAGS.split(), *LONG.split(), "--instance_prompt", PROMPT]

@@ -54,7 +54,7 @@ def trainer(benchmark, folder, name, **seconds):
     return benchmark.Side([str(script), "--max_train_steps", "15"], before=3)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(20)
 def test_the_stopwatch_finds_the_steps_a_second_and_the_phases_of_known_trainers(benchmark, tmp_path):
     seconds = {"a": {"elsewhere": 0.01, "backward": 0.02}, "b": {"elsewhere": 0.01, "backward": 0.05}}
     found = benchmark.measured({name: trainer(benchmark, tmp_path, name, **each) for name, each in seconds.items()}, tmp_path)
