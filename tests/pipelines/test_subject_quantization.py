@@ -41,7 +41,9 @@ def run(pipe):
 
 
 def adapted(pipe, method, cache):
-    options = AdapterOptions(method=method, rank=4, inner_r=2, target_modules=TARGETS)
+    left_out = [] if method_named(method).adapts_convolutions else adapters.CONVOLUTIONS
+    targets = [name for name in TARGETS if name not in left_out]
+    options = AdapterOptions(method=method, rank=4, inner_r=2, target_modules=targets)
     components = adapters.attach(pipe, options)
     adapters.start(options, components, {"unet": lambda: run(pipe)}, cache, 0)
     return options, components

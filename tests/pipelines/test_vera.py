@@ -98,8 +98,9 @@ def test_the_files_of_a_model_with_wider_layers_are_refused(pipe, tmp_path):
 
 def test_convolutions_are_left_out_of_the_defaults_and_refused():
     assert not set(adapters.CONVOLUTIONS) & set(adapters.default_targets("vera", built_in=True))
-    with pytest.raises(InputError, match=r"does not fit unet: .*Its Linear layers are what can be adapted, got \['conv1'\]"):
-        adapters.attach(tiny_pipeline(), AdapterOptions("vera", target_modules=["conv1"]))
+    for targets in (["conv1"], ["conv1", "to_q"]):
+        with pytest.raises(InputError, match=r"does not fit unet: .*Its Linear layers are what can be adapted, got \['conv1'"):
+            adapters.attach(tiny_pipeline(), AdapterOptions("vera", target_modules=targets))
 
 
 @pytest.mark.parametrize(
