@@ -146,7 +146,7 @@ class Vera(AdapterMethod):
         """By PEFT's tuner itself: it holds what layers share, so that `add_adapter` refuses it."""
         try:
             ScalableModel(model, config, adapter_name)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(
                 f"{error} Its Linear layers are what can be adapted, got {sorted(config.target_modules)}."
             ) from error
