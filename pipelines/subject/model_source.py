@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionXLPipeline
 
+from pipelines.built_in import BUILT_IN, BUILT_IN_MODEL, is_built_in, recorded_name
 from pipelines.digests import file_digest
 from pipelines.errors import InputError
 from pipelines.run_options import check_task
-from pipelines.subject.base_model import BUILT_IN, BUILT_IN_MODEL, is_built_in, load_base_model, recorded_name
+from pipelines.subject.base_model import load_base_model
 from pipelines.text_files import read_text
 
 PROVENANCE, NAME = "provenance.json", "pretrained_model_name_or_path"

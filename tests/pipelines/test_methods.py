@@ -19,6 +19,7 @@ from pipelines.subject.calibration import runs_on_subject
 from pipelines.subject.data import Picture
 from pipelines.subject.encoding import Encoder, Framing
 from pipelines.subject.loss import DenoisingLoss
+from pipelines.subject.target_layers import default_targets
 from training.engine.loop import training_losses
 
 PROMPT = "a red star"
@@ -99,7 +100,7 @@ def test_every_file_of_a_trained_adapter_gives_the_same_pictures(method, form, p
     if method == "dora" and form == "kohya":
         pytest.skip("stock diffusers leaves dora_scale out")
     pipe = tiny_pipeline()
-    options = small(method, train_text_encoder=True, target_modules=adapters.default_targets(method, built_in=True))
+    options = small(method, train_text_encoder=True, target_modules=default_targets(method, built_in=True))
     components = attached(pipe, options, pictures_dir, tmp_path / "cache")
     disturb(components)
     adapters.save_everywhere(pipe, components, tmp_path, "subject")

@@ -18,9 +18,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_pipeline import tiny_pipeline
 
+from pipelines.built_in import BUILT_IN_MODEL
 from pipelines.errors import InputError
 from pipelines.pictures import read_settings
-from pipelines.subject.base_model import BUILT_IN_MODEL
 from pipelines.subject.generate import Sampling
 from training import dreambooth_nora
 from training.options import parse_options

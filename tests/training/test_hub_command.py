@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hub_server import HubServer, model_files
 
-from pipelines.subject.base_model import BUILT_IN_MODEL
+from pipelines.built_in import BUILT_IN_MODEL
 from training.runs.run import RunDirectory
 
 ROOT = Path(__file__).parents[2]
