@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pipelines import adapter_method
+from pipelines import adapter_files
 from pipelines.adapter_method import trained_parameters
 from pipelines.adapter_options import AdapterOptions
 from pipelines.clip import Clip, load_clip
@@ -108,7 +108,7 @@ def round_trip(task: Task, base: Clip, options: argparse.Namespace, folder: Path
     expected, name = task.features(task.clip), "merged.safetensors"
     merged = export.merged(task.clip)
     export.save_merged(task.clip, folder / name)
-    adapter_method.save(task.components, folder / "adapter")
+    adapter_files.save(task.components, folder / "adapter")
     native = Clip(copy.deepcopy(base.model), None, base.tokenizer, base.name)
     adapters.load(native, folder / "adapter" / "full")
     forms = {

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ MAX_JSON_BYTES = 2**20
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 # A torch.save archive is a zip file; an older one, or a bare pickle, opens with protocol 2 or later.
 PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+# Names with dots, and the ^ that save_nora writes: PEFT matches names as regular expressions, and an untrusted one can
+# take exponential time.
+PLAIN_NAME = re.compile(r"\^?[\w.-]+")
 # Keys of the header's metadata: the digest of the file's content, and that of the adapter_config.json beside it.
 DIGEST, CONFIGURATION = "nora_digest", "nora_configuration"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

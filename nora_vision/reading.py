@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,11 @@ from torch import nn
 
 from .compact import PROJECTIONS
 from .config import NoraConfig, NoraPeftType
-from .files import CONFIGURATION, DIGEST, AdapterFileError, check_configuration, read_header, read_json, read_tensors
+from .files import CONFIGURATION, DIGEST, PLAIN_NAME, AdapterFileError, check_configuration, read_header, read_json, read_tensors
 from .layer import check_rank
 from .layer_types import layer_class_for
 from .saving import CONFIG_NAME, LAYOUT, PEFT_PREFIX, PROBE, SCALE, SHARED_SCALES, WEIGHTS_NAME
 
-# Names with dots, and the ^ that save_nora writes: PEFT would run anything more as a regular expression.
-PLAIN_NAME = re.compile(r"\^?[\w.-]+")
 METADATA = frozenset({"format", LAYOUT, SHARED_SCALES, CONFIGURATION, DIGEST})
 NAME_FIELDS = ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "inner_rank_pattern")
 

@@ -6,7 +6,7 @@ in the methods, so that `--help` does without it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from pipelines.errors import InputError
-from pipelines.methods import method_named, method_of
 from pipelines.run_options import Task
 
 if TYPE_CHECKING:
@@ -326,34 +325,3 @@ def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
 def trained_parameters(components: Mapping[str, nn.Module]) -> list[nn.Parameter]:
     """The parameters that are trained."""
     return [parameter for model in components.values() for parameter in model.parameters() if parameter.requires_grad]
-
-
-def save(components: Mapping[str, nn.Module], folder: Path, adapter_name: str = ADAPTER_NAME) -> None:
-    """Write the adapter's native files, at scale 1, in every layout of its method: `folder/<layout>/<component>`."""
-    config = next(iter(components.values())).peft_config[adapter_name]
-    method_of(config).save(components, folder, adapter_name)
-
-
-def load(components: Mapping[str, nn.Module], folder: Path, adapter_name: str = ADAPTER_NAME) -> None:
-    """Add the adapter that `save` wrote in the layout `folder` to each of `components`.
-
-    Raises: InputError or AdapterFileError naming the file, and what of it does not fit.
-    """
-    from nora_vision.files import read_json
-
-    for name, model in components.items():
-        method = str(read_json(folder / name / CONFIG).get("peft_type")).lower()
-        method_named(method).load({name: model}, folder, adapter_name)
-
-
-def native_folder(path: Path, components: Iterable[str]) -> Path | None:
-    """The native adapter at `path`: itself, or the full one of a run's directory, or the compact one where it is alone.
-
-    Args:
-        components: the names of what may be adapted.
-    """
-    components = tuple(components)
-    for folder in (path, path / FULL, path / "adapter" / FULL, path / COMPACT, path / "adapter" / COMPACT):
-        if any((folder / name / CONFIG).is_file() for name in components):
-            return folder
-    return None

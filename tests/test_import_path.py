@@ -1,6 +1,7 @@
 """A script's own folder is the first entry of the import path: no name beside one may hide anything that is importable."""
 
 import ast
+import functools
 import importlib.util
 import pkgutil
 import sys
@@ -27,6 +28,7 @@ def first_on_the_path(root):
     return sorted({file.parent for file in files if is_script(file) or "tests" in file.relative_to(root).parts})
 
 
+@functools.cache
 def importable_names(ours=OURS):
     """Top-level names of all installed distributions but `ours`, of the standard library, and of modules outside of both."""
     installed = {name for name, owners in packages_distributions().items() if set(owners) - {ours}}

@@ -13,8 +13,9 @@ import torch
 from peft import PeftConfig
 from torch import nn
 
-from pipelines import adapter_method
-from pipelines.adapter_method import ADAPTER_NAME, Losses, Probe, native_folder, no_losses, tuner_layers
+from pipelines import adapter_files
+from pipelines.adapter_files import native_folder
+from pipelines.adapter_method import ADAPTER_NAME, Losses, Probe, no_losses, tuner_layers
 from pipelines.adapter_options import AdapterOptions
 from pipelines.clip import Clip, evaluating
 from pipelines.clip_attention import attention_layers, separate
@@ -156,7 +157,7 @@ def load(clip: Clip, path: str | Path) -> dict[str, nn.Module]:
     components = {name: encoder(clip, name) for name in (IMAGE, TEXT) if (folder / name).is_dir()}
     for name, model in components.items():
         try:
-            adapter_method.load({name: model}, folder)
+            adapter_files.load({name: model}, folder)
         except FileNotFoundError as error:
             raise InputError(f"{folder / name} is not whole: {error}. Copy or train it again.") from error
         except (RuntimeError, KeyError) as error:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from nora_vision.files import write_json
-from pipelines import adapter_method
+from pipelines import adapter_files
 from pipelines.cache import module_digest
 from pipelines.clip import Clip, load_clip
 from pipelines.errors import InputError
@@ -154,7 +154,7 @@ def save_classifier(
         needed = "an adapter" if told.adapted else "a predictor"
         raise ValueError(f"The method {told.method!r} is saved with {needed} alone, got {' and '.join(given) or 'neither'}.")
     if adapter is not None:
-        adapter_method.save(adapter, folder / ADAPTER)
+        adapter_files.save(adapter, folder / ADAPTER)
     if predictor is not None:
         save_predictor(predictor, folder / PREDICTOR)
     told.write(folder / CLASSIFIER)

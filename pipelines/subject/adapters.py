@@ -14,8 +14,9 @@ from diffusers import StableDiffusionXLPipeline
 from torch import nn
 
 from nora_vision import export_lora
-from pipelines import adapter_method
-from pipelines.adapter_method import ADAPTER_NAME, COMPACT, FULL, Losses, Probe, native_folder, no_losses
+from pipelines import adapter_files
+from pipelines.adapter_files import native_folder
+from pipelines.adapter_method import ADAPTER_NAME, COMPACT, FULL, Losses, Probe, no_losses
 from pipelines.adapter_options import AdapterOptions
 from pipelines.errors import InputError
 from pipelines.randomness import Draw, keyed_generator
@@ -107,14 +108,14 @@ def save_everywhere(
     adapter_name: str = ADAPTER_NAME,
 ) -> None:
     """Write the adapter under `folder` in its native layouts (`adapter/`), for diffusers and in kohya's format."""
-    adapter_method.save(components, folder / "adapter", adapter_name)
+    adapter_files.save(components, folder / "adapter", adapter_name)
     export_lora(pipeline, folder / "diffusers", adapter_name, format="diffusers")
     export_lora(pipeline, folder / "kohya" / f"{title}.safetensors", adapter_name, format="kohya")
 
 
 def save_small(components: dict[str, nn.Module], folder: Path) -> None:
     """Write the adapter's smallest native layout under `folder`, alone: compact where the method has that, else full."""
-    adapter_method.save(components, folder)
+    adapter_files.save(components, folder)
     if (folder / COMPACT).is_dir():
         shutil.rmtree(folder / FULL)
 
@@ -133,6 +134,6 @@ def load_adapter(pipeline: StableDiffusionXLPipeline, path: str | Path, adapter_
             raise InputError(NO_ADAPTER.format(path=str(path)))
         return load_lora_file(pipeline, resolved[0], adapter_name, resolved[1])
     components = {name: getattr(pipeline, name) for name in COMPONENTS if (native / name).is_dir()}
-    adapter_method.load(components, native, adapter_name)
+    adapter_files.load(components, native, adapter_name)
     verify(pipeline, adapter_name, path)
     return []

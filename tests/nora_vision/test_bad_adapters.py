@@ -186,10 +186,14 @@ def test_a_failed_load_leaves_a_fused_pipeline_fused(saved):
         torch.testing.assert_close(layer.get_base_layer().weight, plain[f"{name}.weight"], rtol=1e-5, atol=1e-6)
 
 
+def alone(component: Path, folder: Path) -> Path:
+    """A copy of one component's adapter as all that `folder` holds."""
+    return shutil.copytree(component, folder / component.name)
+
+
 @pytest.mark.parametrize("entry", range(9))
 def test_every_entry_of_a_probe_counts(tmp_path, saved, entry):
-    shutil.copytree(saved / "compact", tmp_path / "adapter")
-    path = tmp_path / "adapter" / "text_encoder" / "adapter_model.safetensors"
+    path = alone(saved / "compact" / "text_encoder", tmp_path / "adapter") / "adapter_model.safetensors"
     tensors = load_file(path)
     name = "base_model.model.encoder.layers.1.mlp.fc1.nora_probe"
     norm = tensors[name][0].item()
@@ -205,8 +209,7 @@ FC1 = "encoder.layers.0.mlp.fc1"
 
 @pytest.mark.parametrize("shared", [f'{{"nowhere": "{FC1}"}}', f'{{"{FC1}": "nowhere"}}', f'{{"{FC1}": 1}}', "[]", "{"])
 def test_scales_shared_with_no_such_layer_are_refused(tmp_path, saved, shared):
-    shutil.copytree(saved / "compact", tmp_path / "adapter")
-    path = tmp_path / "adapter" / "text_encoder" / "adapter_model.safetensors"
+    path = alone(saved / "compact" / "text_encoder", tmp_path / "adapter") / "adapter_model.safetensors"
     save_file(load_file(path), path, metadata={"nora_shared_scales": shared})
     with pytest.raises(AdapterFileError, match=r"text_encoder/adapter_model\.safetensors"):
         load_nora(tiny_pipeline(), tmp_path / "adapter")

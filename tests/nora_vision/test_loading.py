@@ -1,3 +1,4 @@
+import functools
 import json
 import warnings
 
@@ -44,14 +45,21 @@ def calibrated(pipe, adapter_name="default"):
 STARTS = {"svd": add_nora, "varied": lambda pipe: add_nora(pipe, **VARIED), "awsvd": calibrated}
 
 
+@functools.cache
+def adapted(start):
+    """A pipeline with an adapter, which no test may change."""
+    pipe = tiny_pipeline()
+    STARTS[start](pipe)
+    return pipe
+
+
 # Round trips
 
 
 @LAYOUTS
 @pytest.mark.parametrize("start", STARTS)
 def test_a_saved_adapter_comes_back_exactly(tmp_path, start, compact):
-    pipe, other = tiny_pipeline(), tiny_pipeline()
-    STARTS[start](pipe)
+    pipe, other = adapted(start), tiny_pipeline()
     save_nora(pipe, tmp_path, compact=compact)
     before = torch.get_rng_state()
     assert load_nora(other, tmp_path) == "default_0"
@@ -65,8 +73,7 @@ def test_a_saved_adapter_comes_back_exactly(tmp_path, start, compact):
 
 
 def test_a_compact_file_holds_no_outer_factor_and_each_scale_once(tmp_path):
-    pipe = tiny_pipeline()
-    calibrated(pipe)
+    pipe = adapted("awsvd")
     save_nora(pipe, tmp_path / "full")
     save_nora(pipe, tmp_path / "compact", compact=True)
     full, compact = (load_file(tmp_path / layout / "unet" / "adapter_model.safetensors") for layout in ("full", "compact"))
@@ -95,8 +102,7 @@ def test_the_same_adapter_gives_the_same_bytes(tmp_path):
 
 
 def test_peft_reads_a_full_folder_and_refuses_to_run_a_compact_one(tmp_path):
-    pipe = tiny_pipeline()
-    add_nora(pipe, **VARIED)
+    pipe = adapted("varied")
     save_nora(pipe, tmp_path / "full")
     save_nora(pipe, tmp_path / "compact", compact=True)
     expected = weight_changes(pipe)
@@ -214,8 +220,7 @@ def test_a_pipeline_treats_it_as_lora(tmp_path):
 
 @pytest.mark.parametrize("nora_first", [True, False])
 def test_nora_and_lora_work_together(tmp_path, nora_first):
-    subject, style, pipe = tiny_pipeline(), tiny_pipeline(), tiny_pipeline()
-    add_nora(subject)
+    subject, style, pipe = adapted("svd"), tiny_pipeline(), tiny_pipeline()
     add_nora(style, seed=1)
     plain = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
     save_nora(subject, tmp_path / "subject", compact=True)
@@ -265,10 +270,9 @@ def test_weights_add_the_changes_and_fusing_writes_the_sum(tmp_path):
 
 
 def test_saving_over_an_adapter_of_more_components_leaves_none_of_them(tmp_path):
-    pipe, other = tiny_pipeline(), tiny_pipeline()
-    add_nora(pipe)
+    other = tiny_pipeline()
     add_nora(other, components=("unet",), seed=1)
-    save_nora(pipe, tmp_path)
+    save_nora(adapted("svd"), tmp_path)
     save_nora(other, tmp_path)
     fresh = tiny_pipeline()
     load_nora(fresh, tmp_path)

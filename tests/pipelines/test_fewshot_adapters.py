@@ -13,7 +13,7 @@ from torch import nn
 
 from nora_vision import ActivationStatistics, AdapterFileError
 from nora_vision.layer import nora_layers
-from pipelines import adapter_method
+from pipelines import adapter_files
 from pipelines.adapter_method import trained_parameters, tuner_layers
 from pipelines.adapter_options import AdapterOptions
 from pipelines.clip import Clip
@@ -312,7 +312,7 @@ def test_a_saved_adapter_gives_the_same_features(method, place, encoders, tmp_pa
         pytest.skip("a layout of NoRA")
     clip, components = started(tmp_path, small(method), AdapterPlaces(encoders=encoders))
     disturb(components)
-    adapter_method.save(components, tmp_path / "adapter")
+    adapter_files.save(components, tmp_path / "adapter")
     fresh = clip_of()
     loaded = adapters.load(fresh, tmp_path if place == "." else tmp_path / "adapter" / place)
     assert set(loaded) == set(components)
@@ -323,7 +323,7 @@ def test_a_saved_adapter_gives_the_same_features(method, place, encoders, tmp_pa
 @pytest.mark.parametrize("change", [{"width": 40}, {"layers": 2}])
 def test_an_adapter_of_another_model_is_refused_by_its_folder(method, change, tmp_path):
     _, components = started(tmp_path, small(method))
-    adapter_method.save(components, tmp_path / "adapter")
+    adapter_files.save(components, tmp_path / "adapter")
     with pytest.raises((InputError, AdapterFileError), match=r"full/image.* does not fit"):
         adapters.load(clip_of(tiny_clip(vision_cfg=change)), tmp_path)
 
@@ -338,7 +338,7 @@ def test_a_damaged_file_is_refused_or_gives_the_same_features(method, layout, tm
     options = small(method)
     _, components = started(tmp_path, options)
     disturb(components)
-    adapter_method.save(components, tmp_path / "saved")
+    adapter_files.save(components, tmp_path / "saved")
     clip = clip_of()
     adapters.load(clip, tmp_path / "saved" / layout)
     expected, refused = outputs(clip), 0

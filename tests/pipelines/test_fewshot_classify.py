@@ -4,11 +4,11 @@ import csv
 import io
 import os
 import re
-import runpy
 import sys
 
 import pytest
 import torch
+from command_line import exit_status
 from picture_sets import stored_picture, write_files
 from tiny_clip import base_sha256
 
@@ -165,12 +165,8 @@ def test_an_unknown_flag_ends_with_exit_code_2(run, pictures, capsys):
     assert "unrecognized arguments: --topp 3" in capsys.readouterr().err
 
 
-def test_the_module_is_a_command(run, pictures, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["classify", run, "photos"])
-    monkeypatch.delitem(sys.modules, "pipelines.fewshot.classify")
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_module("pipelines.fewshot.classify", run_name="__main__")
-    assert ended.value.code == 0
+def test_the_module_is_a_command(run, pictures, capsys):
+    assert exit_status("pipelines.fewshot.classify", run, "photos") == 0
     assert "photos/b.png" in capsys.readouterr().out
 
 

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from command_line import exit_status
 from PIL import Image
 from shared_cases import case_folder
 from tiny_pipeline import tiny_pipeline
@@ -193,23 +194,17 @@ def test_a_labelled_grid_has_a_cell_for_every_label_and_enlarges_small_pictures(
     assert red.sum() > 3 * 190 * 190
 
 
-def commanded(*arguments, cwd):
-    command = [sys.executable, "-m", "pipelines.subject.generate", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
-
-
 @pytest.mark.slow
 def test_the_command_draws_what_its_python_function_draws(tiny_model, lora_dir, tmp_path):
     model = ("--pretrained_model_name_or_path", str(tiny_model))
     given = ("--adapter", str(lora_dir), "--strength", "0.5", "--num_inference_steps", "2", "--output_dir", "made", "--seed", "3")
-    finished = commanded("--prompt", "a star", *model, *given, cwd=tmp_path)
+    command = [sys.executable, "-m", "pipelines.subject.generate", "--prompt", "a star", *model, *given]
+    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     expected = main(options(tiny_model, tmp_path / "b", adapter=[str(lora_dir)], strength=[0.5], seed=3))[0]
     assert (tmp_path / "made" / "00003.png").read_bytes() == expected.read_bytes()
 
 
-@pytest.mark.slow
-def test_a_wrong_setting_ends_the_command_with_its_message(tmp_path):
-    finished = commanded("--prompts_file", "nowhere.txt", cwd=tmp_path)
-    assert finished.returncode == 2
-    assert "no prompts_file 'nowhere.txt'" in finished.stderr.splitlines()[-1]
+def test_a_wrong_setting_ends_the_command_with_its_message(capsys):
+    assert exit_status("pipelines.subject.generate", "--prompts_file", "nowhere.txt") == 2
+    assert "no prompts_file 'nowhere.txt'" in capsys.readouterr().err.splitlines()[-1]

@@ -2,20 +2,17 @@
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import exit_status
 from PIL import Image, ImageFilter, ImageOps
 
 from pipelines.errors import InputError
 from pipelines.subject.doctor import DoctorOptions, Report, examine, main, perceptual_hash, sharpness
 from training.options.data import SAMPLE_SUBJECT
 
-ROOT = Path(__file__).parents[2]
 ORIENTATION, TURNED_RIGHT = 0x0112, 6
 
 
@@ -168,11 +165,9 @@ def test_the_hash_does_not_see_brightness_and_sees_a_turn():
     assert (perceptual_hash(ImageOps.flip(photo())) != perceptual_hash(photo())).sum() > 30
 
 
-def test_the_command_ends_with_one_line_where_there_is_nothing(tmp_path):
-    command = [sys.executable, "-m", "pipelines.subject.doctor", str(tmp_path / "none")]
-    finished = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
-    assert finished.returncode == 2
-    assert "There is no folder" in finished.stderr.splitlines()[-1]
+def test_the_command_ends_with_one_line_where_there_is_nothing(tmp_path, capsys):
+    assert exit_status("pipelines.subject.doctor", str(tmp_path / "none")) == 2
+    assert "There is no folder" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_folder_given_as_an_argument_is_not_called_by_the_trainers_option(tmp_path):

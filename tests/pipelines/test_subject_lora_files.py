@@ -12,16 +12,16 @@ from pipelines.errors import InputError
 from pipelines.subject.adapters import load_adapter
 
 
-@pytest.fixture
-def exported(pipe, tmp_path):
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
     """The file of an adapter of the tiny model, and the picture that it makes."""
+    pipe = tiny_pipeline()
     add_nora(pipe)
-    return export_lora(pipe, tmp_path / "good.safetensors"), picture(pipe)
+    return export_lora(pipe, tmp_path_factory.mktemp("exported") / "good.safetensors"), picture(pipe)
 
 
-def rewritten(file, change=lambda tensors: tensors, **configuration):
-    """The file with other tensors, or with a configuration in its header."""
-    path = file.with_name("other.safetensors")
+def rewritten(file, path, change=lambda tensors: tensors, **configuration):
+    """The file with other tensors, or with a configuration in its header, at `path`."""
     metadata = {"lora_adapter_metadata": json.dumps(configuration)} if configuration else None
     write_tensors(path, change(read_tensors(file)), metadata)
     return path
@@ -42,13 +42,15 @@ def test_a_good_file_is_loaded(exported):
         {"unet.layers_pattern": "x"},
     ],
 )
-def test_a_configuration_that_wants_more_than_a_lora_is_refused(exported, configuration):
+def test_a_configuration_that_wants_more_than_a_lora_is_refused(exported, tmp_path, configuration):
     with pytest.raises(AdapterFileError, match=r"is not one of a LoRA"):
-        load_adapter(tiny_pipeline(), rewritten(exported[0], **configuration), "bad")
+        load_adapter(tiny_pipeline(), rewritten(exported[0], tmp_path / "bad.safetensors", **configuration), "bad")
 
 
-def test_a_name_that_is_an_expression_is_refused(exported):
-    bad = rewritten(exported[0], lambda tensors: {**tensors, "unet.(a+)+b.lora_A.weight": torch.ones(1, 1)})
+def test_a_name_that_is_an_expression_is_refused(exported, tmp_path):
+    bad = rewritten(
+        exported[0], tmp_path / "bad.safetensors", lambda tensors: {**tensors, "unet.(a+)+b.lora_A.weight": torch.ones(1, 1)}
+    )
     with pytest.raises(AdapterFileError, match=r"which is no layer's name"):
         load_adapter(tiny_pipeline(), bad, "bad")
 
@@ -61,11 +63,11 @@ def test_a_name_that_is_an_expression_is_refused(exported):
         lambda tensors: {f"other.{name}": tensor for name, tensor in tensors.items()},
     ],
 )
-def test_a_file_of_another_model_leaves_the_pipeline_as_it_was(exported, change):
+def test_a_file_of_another_model_leaves_the_pipeline_as_it_was(exported, tmp_path, change):
     stock = tiny_pipeline()
     before = picture(stock)
     with pytest.raises(InputError, match=r"does not fit|fits \d+ of the \d+ layers"):
-        load_adapter(stock, rewritten(exported[0], change), "bad")
+        load_adapter(stock, rewritten(exported[0], tmp_path / "bad.safetensors", change), "bad")
     load_adapter(stock, exported[0], "good")
     torch.testing.assert_close(picture(stock), exported[1], atol=1 / 255, rtol=0)
     stock.delete_adapters(["good"])

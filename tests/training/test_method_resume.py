@@ -10,7 +10,7 @@ from tiny_clip import pictures, prompts, tiny_clip
 from tiny_pipeline import tiny_pipeline
 from torch import nn
 
-from pipelines import adapter_method
+from pipelines import adapter_files
 from pipelines.adapter_options import AdapterOptions
 from pipelines.clip import Clip
 from pipelines.fewshot.adapters import AdapterPlaces
@@ -97,7 +97,7 @@ def trained(task, method, folder, run, steps):
     hooks = chosen.training(list(components.values()), STEPS)
     trainable = Trainable(loss, batch_at, optimizer, schedule, method=hooks)
     train(accelerator, RunDirectory.create(run, {}), trainable, LoopOptions(steps, checkpointing_steps=2))
-    adapter_method.save(components, run / "adapter")
+    adapter_files.save(components, run / "adapter")
     return {file.relative_to(run): file.read_bytes() for file in sorted((run / "adapter").rglob("*.safetensors"))}
 
 

@@ -306,14 +306,20 @@ def _act_and_save(stepper: Stepper, step: int, periodic: Sequence[Periodic], ask
     """
     options = stepper.options
     last = step == options.max_train_steps
-    due = [task for task in periodic if step % task.every == 0 or last]
-    wanted = [task.on_request for task in periodic if SAMPLE in asked and task.on_request is not None and task not in due]
-    save = step % options.checkpointing_steps == 0 or last or not asked.isdisjoint({SAVE, STOP})
-    score = _act(stepper, step, due, wanted) if due or wanted else None
+    due = [task for task in periodic if last or step % task.every == 0]
+    wanted = _requested([task for task in periodic if task not in due]) if SAMPLE in asked else []
+    save = last or step % options.checkpointing_steps == 0 or not asked.isdisjoint({SAVE, STOP})
+    acts = bool(due or wanted)
+    score = _act(stepper, step, due, wanted) if acts else None
     if save:
         _save(stepper, step, score)
-    if due or wanted or save:
+    if acts or save:
         stepper.accelerator.wait_for_everyone()
+
+
+def _requested(tasks: Sequence[Periodic]) -> list[Callable[[int], None]]:
+    """What `tasks` do for people who ask between two of their times."""
+    return [task.on_request for task in tasks if task.on_request is not None]
 
 
 def _act(stepper: Stepper, step: int, due: Sequence[Periodic], wanted: Sequence[Callable[[int], None]]) -> float | None:

@@ -111,10 +111,7 @@ class LabelledDataOptions:
     _argument_group_name = "data"
 
     def __post_init__(self) -> None:
-        if self.dataset is not None and self.dataset not in SETS:
-            raise InputError(f"dataset must be one of {', '.join(SETS)}, got {self.dataset!r}.")
-        if self.dataset is not None and self.data_dir is None:
-            raise InputError("dataset needs --data_dir, the folder that holds the sets' folders.")
+        self._check_dataset()
         at_least(self, 0, "views", "dataloader_num_workers")
         if not 0 < self.test_share < 1:
             raise InputError(f"test_share must lie between 0 and 1, got {self.test_share}.")
@@ -125,6 +122,12 @@ class LabelledDataOptions:
             raise InputError(f"seeds must be one or more different numbers, none below 0, got {self.seeds}.")
         self.all_shots()
         self.names_by_key()
+
+    def _check_dataset(self) -> None:
+        if self.dataset is not None and self.dataset not in SETS:
+            raise InputError(f"dataset must be one of {', '.join(SETS)}, got {self.dataset!r}.")
+        if self.dataset is not None and self.data_dir is None:
+            raise InputError("dataset needs --data_dir, the folder that holds the sets' folders.")
 
     def all_shots(self) -> list[Shots]:
         """The numbers of shots, checked.

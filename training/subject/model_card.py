@@ -14,7 +14,7 @@ from pipelines.methods import method_named
 from pipelines.subject.embedders import OPEN_CLIP
 from pipelines.subject.prediction import Prediction
 from pipelines.subject.scores import BASE
-from training.options import SubjectOptions
+from training.options import NEW_SCENES, SubjectOptions
 from training.runs.card_text import CARD, as_text, portable_name
 from training.runs.durable import write_text_atomically
 from training.runs.run import RunDirectory
@@ -92,7 +92,7 @@ def model_card(run: RunDirectory, options: SubjectOptions, pictures: int, privat
         loader="from_single_file" if model.endswith(".safetensors") else "from_pretrained",
         model_literal=json.dumps(model),
         scheduler=_scheduler_lines(options.model.prediction()),
-        prompt_literal=json.dumps(f"{prompt} in the snow", ensure_ascii=False),
+        prompt_literal=json.dumps(f"{prompt} {NEW_SCENES[0]}", ensure_ascii=False),
     )
 
 

@@ -6,7 +6,6 @@ They are only read. Nothing of them reaches PEFT but numbers, and a setting that
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +14,8 @@ from typing import Any
 from peft import LoHaConfig, LoKrConfig, LoraConfig
 from peft.utils.other import get_pattern_key
 
-from nora_vision.files import AdapterFileError
+from nora_vision.files import PLAIN_NAME, AdapterFileError
 
-# PEFT matches the names of patterns as regular expressions, and those of a stranger's file may take for ever.
-PLAIN_NAME = re.compile(r"\^?[\w.-]+")
 METADATA = "lora_adapter_metadata"
 READ_TYPES = {"LORA": LoraConfig, "LOHA": LoHaConfig, "LOKR": LoKrConfig}
 # What an adapter is by its tensors and these numbers.

@@ -20,6 +20,7 @@ from nora_vision.components import COMPONENTS, adapters_by_component
 from nora_vision.files import (
     FOREIGN_DTYPES,
     PICKLE_SUFFIXES,
+    PLAIN_NAME,
     AdapterFileError,
     SafetensorsHeader,
     read_header,
@@ -29,7 +30,7 @@ from nora_vision.files import (
 from pipelines.adapter_method import add_adapter
 from pipelines.errors import InputError
 from pipelines.subject.lora_files import kinds
-from pipelines.subject.lora_files.configuration import PLAIN_NAME, Settings, checked, settings_of_metadata
+from pipelines.subject.lora_files.configuration import Settings, checked, settings_of_metadata
 from pipelines.subject.lora_files.factors import Change, MisfitError, change_of
 from pipelines.subject.lora_files.names import Layer, base_layers, spellings, split_name
 from pipelines.subject.lora_files.offsets import OffsetLayer

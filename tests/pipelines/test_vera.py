@@ -1,0 +1,115 @@
+"""VeRA: its equation, its parameters, its random matrices by key, and its files in PEFT."""
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny_pipeline import picture, tiny_pipeline
+
+from nora_vision import AdapterFileError
+from nora_vision.factors import low_rank_factors
+from pipelines import adapter_files
+from pipelines.adapter_method import ADAPTER_NAME, Probe, no_losses, trained_parameters
+from pipelines.adapter_options import AdapterOptions
+from pipelines.errors import InputError
+from pipelines.methods.vera import vera_layers
+from pipelines.subject import adapters
+
+RANK = 6
+
+
+def adapted(pipe, folder, **changes):
+    """The UNet's VeRA, started and with other vectors than those of the start."""
+    options = AdapterOptions("vera", rank=RANK, **changes)
+    components = adapters.attach(pipe, options)
+    for model in components.values():
+        options.create().start(model, Probe(lambda: None, no_losses, torch.Generator().manual_seed(1), folder), ADAPTER_NAME)
+    with torch.no_grad():
+        for index, parameter in enumerate(trained_parameters(components)):
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+    return components
+
+
+def test_a_layer_adds_b_B_d_A_x_and_scales_it(pipe, tmp_path):
+    layers = vera_layers(adapted(pipe, tmp_path)["unet"])
+    for layer in layers.values():
+        b, d = layer.vera_lambda_b[ADAPTER_NAME], layer.vera_lambda_d[ADAPTER_NAME]
+        A, B = layer.vera_A[ADAPTER_NAME][:, : layer.in_features], layer.vera_B[ADAPTER_NAME][: layer.out_features]
+        change = torch.diag(b) @ B @ torch.diag(d) @ A
+        x = torch.randn(5, layer.in_features)
+        base = layer.get_base_layer()(x)
+        for scale in (1.0, 0.25):
+            layer.set_scale(ADAPTER_NAME, scale)
+            torch.testing.assert_close(layer(x), base + scale * x @ change.T, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(layer.get_delta_weight(ADAPTER_NAME), scale * change, atol=1e-5, rtol=1e-4)
+        factors = low_rank_factors(layer, ADAPTER_NAME)
+        torch.testing.assert_close(factors.up @ factors.down, change, atol=1e-5, rtol=1e-4)
+
+
+def test_scaling_the_active_adapter_up_and_down_is_undone(pipe, tmp_path):
+    layer = next(iter(vera_layers(adapted(pipe, tmp_path)["unet"]).values()))
+    trained = layer.get_delta_weight(ADAPTER_NAME).clone()
+    layer.scale_layer(0.5)
+    torch.testing.assert_close(layer.get_delta_weight(ADAPTER_NAME), 0.5 * trained)
+    layer.unscale_layer(0.5)
+    torch.testing.assert_close(layer.get_delta_weight(ADAPTER_NAME), trained)
+    layer.set_scale("another", 0.1)
+    torch.testing.assert_close(layer.get_delta_weight(ADAPTER_NAME), trained)
+
+
+def test_a_layer_trains_as_many_numbers_as_it_gives_and_the_rank(pipe, tmp_path):
+    components = adapted(pipe, tmp_path, train_text_encoder=True)
+    expected = sum(layer.out_features + RANK for model in components.values() for layer in vera_layers(model).values())
+    assert sum(parameter.numel() for parameter in trained_parameters(components)) == expected
+    assert {parameter.ndim for parameter in trained_parameters(components)} == {1}
+
+
+def test_all_layers_share_one_pair_of_random_matrices_that_the_seed_chooses(pipe, tmp_path):
+    layers = list(vera_layers(adapted(pipe, tmp_path)["unet"]).values())
+    assert len({layer.vera_A[ADAPTER_NAME].data_ptr() for layer in layers}) == 1
+    other = vera_layers(adapters.attach(tiny_pipeline(), AdapterOptions("vera", rank=RANK))["unet"])
+    assert not torch.equal(layers[0].vera_A[ADAPTER_NAME], next(iter(other.values())).vera_A[ADAPTER_NAME])
+
+
+def test_peft_itself_reads_the_file_which_holds_the_vectors_alone(pipe, tmp_path):
+    adapter_files.save(adapted(pipe, tmp_path), tmp_path)
+    tensors = load_file(tmp_path / "full" / "unet" / "adapter_model.safetensors")
+    assert {name.rpartition(".")[2] for name in tensors} == {"vera_lambda_b", "vera_lambda_d"}
+    expected, stock = picture(pipe), tiny_pipeline()
+    PeftModel.from_pretrained(stock.unet, str(tmp_path / "full" / "unet"))
+    torch.testing.assert_close(picture(stock), expected, atol=1 / 255, rtol=0)
+
+
+def test_other_random_matrices_than_those_of_the_training_are_refused(pipe, tmp_path, monkeypatch):
+    adapter_files.save(adapted(pipe, tmp_path), tmp_path)
+    monkeypatch.setattr("peft.tuners.vera.model._kaiming_init", lambda shape, generator: torch.ones(shape))
+    with pytest.raises(AdapterFileError, match=r"do not come out of the key \d+.*file exported for diffusers"):
+        adapters.load_adapter(tiny_pipeline(), tmp_path / "full", "loaded")
+
+
+def test_the_files_of_a_model_with_wider_layers_are_refused(pipe, tmp_path):
+    adapter_files.save(adapted(pipe, tmp_path), tmp_path)
+    other = tiny_pipeline()
+    layer = other.unet.get_submodule(next(iter(vera_layers(pipe.unet))))
+    layer.in_features += 100
+    with pytest.raises(InputError, match=r"does not fit this model: its widest layers take and give \d+ and \d+ numbers"):
+        adapters.load_adapter(other, tmp_path / "full", "loaded")
+
+
+def test_convolutions_are_left_out_of_the_defaults_and_refused():
+    assert not set(adapters.CONVOLUTIONS) & set(adapters.default_targets("vera", built_in=True))
+    with pytest.raises(InputError, match=r"does not fit unet: .*Its Linear layers are what can be adapted, got \['conv1'\]"):
+        adapters.attach(tiny_pipeline(), AdapterOptions("vera", target_modules=["conv1"]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": 0}, r"rank must be at least 1, got 0"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"d_initial": 0.0}, r"d_initial must not be 0.*PEFT's default is 0.1"),
+    ],
+)
+def test_wrong_options_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        AdapterOptions("vera", **changes)
