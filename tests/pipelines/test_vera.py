@@ -82,7 +82,7 @@ def test_peft_itself_reads_the_file_which_holds_the_vectors_alone(pipe, tmp_path
 
 def test_other_random_matrices_than_those_of_the_training_are_refused(pipe, tmp_path, monkeypatch):
     adapter_files.save(adapted(pipe, tmp_path), tmp_path)
-    monkeypatch.setattr("pipelines.methods.vera._kaiming_init", lambda shape, generator: torch.ones(shape))
+    monkeypatch.setattr("peft.tuners.vera.model._kaiming_init", lambda shape, generator: torch.ones(shape))
     with pytest.raises(AdapterFileError, match=r"do not come out of the key \d+.*file exported for diffusers"):
         adapters.load_adapter(tiny_pipeline(), tmp_path / "full", "loaded")
 

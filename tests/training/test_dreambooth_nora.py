@@ -18,9 +18,9 @@ from PIL import Image
 from subject_runs import are_equal, parameters
 from tiny_pipeline import tiny_pipeline
 
+from pipelines.built_in import BUILT_IN_MODEL
 from pipelines.errors import InputError
 from pipelines.pictures import read_settings
-from pipelines.subject.base_model import BUILT_IN_MODEL
 from training.runs.record import list_checkpoints
 from training.runs.run import RunDirectory
 

@@ -11,7 +11,7 @@ import pytest
 from accelerate.state import AcceleratorState
 from hub_server import model_files
 
-from pipelines.subject.base_model import BUILT_IN_MODEL
+from pipelines.built_in import BUILT_IN_MODEL
 from training import dreambooth_nora
 from training.options import parse_options
 from training.runs.run import RunDirectory

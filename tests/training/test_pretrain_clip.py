@@ -11,9 +11,9 @@ from torch import nn
 from benchmarks import mini_clip as benchmark
 from pipelines import mini_clip
 from pipelines.corpus import Corpus, join, rendered_corpus
+from training.options.pretraining import PretrainOptions
 from training.pretraining import clip as pretrain_clip
 from training.pretraining.clip import ClipBatches, clip_data, estimate_normalisation, export_clip, train_clip
-from training.pretraining.stages import PretrainOptions
 from training.runs.record import list_checkpoints
 from training.runs.run import RunDirectory
 
