@@ -11,12 +11,13 @@ from nora_vision import NoraLayer, calibrate
 from pipelines.adapter_method import trained_parameters
 from pipelines.adapter_options import AdapterOptions
 from pipelines.errors import InputError
-from pipelines.methods import method_names
+from pipelines.methods import method_named, method_names
 from pipelines.subject import adapters
 from pipelines.subject.base_model import load_base_model
 from pipelines.subject.quantization import quantize_linear_layers
 
 TARGETS = ["to_q", "to_v", "conv1"]
+methods = pytest.mark.parametrize("method", [name for name in method_names() if method_named(name).adapts_quantized_layers])
 
 
 def quantized():
@@ -98,7 +99,7 @@ def test_the_outer_factors_are_those_of_the_dequantised_weights(tmp_path):
         torch.testing.assert_close(product, products["rounded"][key], rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", method_names())
+@methods
 def test_a_fresh_adapter_changes_nothing_and_every_number_of_it_gets_a_gradient(method, tmp_path):
     pipe = quantized()
     before = picture(pipe)
@@ -113,7 +114,7 @@ def test_a_fresh_adapter_changes_nothing_and_every_number_of_it_gets_a_gradient(
     assert all(parameter.dtype == torch.float32 and parameter.grad.any() for parameter in trained)
 
 
-@pytest.mark.parametrize("method", method_names())
+@methods
 @pytest.mark.parametrize("form", ["full", "diffusers", "kohya"])
 def test_files_of_an_adapter_made_in_4_bits_load_on_the_plain_model(method, form, tmp_path):
     if method == "dora" and form == "kohya":
