@@ -72,7 +72,7 @@ def loss_on(clip, pixels, tokens, count):
 
 
 def fitted(random_clip, folder, method, names=("q", "v")):
-    """A CLIP with an adapter whose every trained number was moved; the adapter's options and encoders."""
+    """A CLIP with an adapter whose every trained number was moved, and its adapted encoders."""
     clip, options = load_clip(str(random_clip)), AdapterOptions(method=method, rank=4, inner_r=2)
     components = adapters.attach(clip, options, AdapterPlaces(projections=list(names), layers="last-1"))
     tokens = clip.tokenizer(["a photo of a cat."])
@@ -82,7 +82,7 @@ def fitted(random_clip, folder, method, names=("q", "v")):
     with torch.no_grad():
         for place, parameter in enumerate(trained_parameters(components)):
             parameter.add_(0.5 * random(*parameter.shape, seed=place))
-    return clip, options, components
+    return clip, components
 
 
 @torch.no_grad()
@@ -117,10 +117,10 @@ def test_an_ensemble_of_templates_is_a_mean_direction(random_clip, tmp_path):
 
 @pytest.mark.parametrize(("method", "strength"), STRENGTHS)
 def test_an_adapter_is_loaded_at_its_strength_and_at_0_is_zero_shot(random_clip, zero_shot, tmp_path, method, strength):
-    clip, options, components = fitted(random_clip, tmp_path, method)
+    clip, components = fitted(random_clip, tmp_path, method)
     adapters.set_strength(components, strength)
     # The files hold the adapter as trained, whatever its strength is just now.
-    save_classifier(tmp_path / "own", told(random_clip, method, strength=strength), (options, components))
+    save_classifier(tmp_path / "own", told(random_clip, method, strength=strength), components)
     found = FewShotClassifier.from_run(tmp_path / "own").predict(PICTURES).probabilities
     expected = stock_logits(clip.model, clip, [f"a photo of a {name}." for name in ("red star", "cat", "grey dog")])
     torch.testing.assert_close(found, expected.softmax(dim=1), atol=1e-5, rtol=0)
@@ -129,8 +129,8 @@ def test_an_adapter_is_loaded_at_its_strength_and_at_0_is_zero_shot(random_clip,
 
 
 def test_the_text_encoder_runs_once_and_no_weight_is_left_to_train(random_clip, tmp_path):
-    _, options, components = fitted(random_clip, tmp_path, "nora")
-    save_classifier(tmp_path / "own", told(random_clip, "nora"), (options, components))
+    _, components = fitted(random_clip, tmp_path, "nora")
+    save_classifier(tmp_path / "own", told(random_clip, "nora"), components)
     classifier = FewShotClassifier.from_run(tmp_path / "own")
     runs = []
     classifier.clip.model.transformer.register_forward_pre_hook(lambda *_: runs.append(1))
@@ -211,7 +211,7 @@ def test_predictions_are_told_by_class_and_in_order(zero_shot, tmp_path):
 
 @pytest.mark.parametrize("method", ["zeroshot", "nora"])
 def test_named_classes_are_those_of_their_prompts_and_the_others_keep_their_logits(random_clip, tmp_path, method):
-    adapter = fitted(random_clip, tmp_path, method)[1:] if method == "nora" else None
+    adapter = fitted(random_clip, tmp_path, method)[1] if method == "nora" else None
     few = told(random_clip, method, temperature=2.0, templates=("{}", "one {} on grass"))
     save_classifier(tmp_path / "few", few, adapter)
     save_classifier(tmp_path / "all", replace(few, classes=CLASSES + MORE, keys=CLASSES + MORE), adapter)
@@ -278,8 +278,8 @@ def test_what_is_missing_is_named(run, random_clip, tmp_path):
 @pytest.mark.parametrize("method", ["nora", "lora"])
 @pytest.mark.parametrize("lost", ["adapter_config.json", "adapter_model.safetensors"])
 def test_an_adapter_that_lacks_a_file_is_refused(random_clip, tmp_path, method, lost):
-    _, options, components = fitted(random_clip, tmp_path, method)
-    save_classifier(tmp_path / "own", told(random_clip, method), (options, components))
+    _, components = fitted(random_clip, tmp_path, method)
+    save_classifier(tmp_path / "own", told(random_clip, method), components)
     (tmp_path / "own" / "adapter" / "full" / "text" / lost).unlink()
     with pytest.raises((InputError, AdapterFileError), match=f"full/text.* {lost}|full/text.*/{lost}"):
         FewShotClassifier.from_run(tmp_path / "own")
