@@ -6,7 +6,8 @@ in the methods, so that `--help` does without it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -42,7 +43,8 @@ class Probe:
 
     Args:
         forward: runs the model that is adapted on the data, for activations.
-        losses: `losses(count)` yields the training losses of this process's part of `count` batches, scalars to differentiate.
+        losses: `losses(count)` yields the base model's training losses on this process's part of `count` batches, scalars to
+            differentiate: adapters are off meanwhile, those that were started before too.
         generator: draws all that is random.
         cache: a .safetensors file for whatever is worth keeping for a later start from the same data.
     """
@@ -135,6 +137,7 @@ class AdapterMethod:
     starts_at_base: ClassVar[bool] = True
     # What it can be put on.
     adapts_convolutions: ClassVar[bool] = True
+    adapts_quantized_layers: ClassVar[bool] = True
     # What other programs make of the exported files, as Markdown, where that is not what it was trained as.
     export_note: ClassVar[str | None] = None
     # Whether FSDP may split its parameters between processes.
@@ -320,6 +323,29 @@ def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+@contextmanager
+def adapters_off(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Have every adapted layer of `models` compute its base layer alone meanwhile. What is trained stays trainable."""
+    before = {layer: layer.disable_adapters for model in models for layer in tuner_layers(model).values()}
+    for layer in before:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, disabled in before.items():
+            layer._disable_adapters = disabled
+
+
+def base_losses(losses: Losses, models: Iterable[nn.Module]) -> Losses:
+    """`losses`, with the adapters of `models` off from the first loss until the last has been differentiated."""
+
+    def of_base_model(count: int) -> Iterator[torch.Tensor]:
+        with adapters_off(models):
+            yield from losses(count)
+
+    return of_base_model
 
 
 def trained_parameters(components: Mapping[str, nn.Module]) -> list[nn.Parameter]:

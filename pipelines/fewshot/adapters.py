@@ -15,7 +15,7 @@ from torch import nn
 
 from pipelines import adapter_files
 from pipelines.adapter_files import native_folder
-from pipelines.adapter_method import ADAPTER_NAME, Losses, Probe, no_losses, tuner_layers
+from pipelines.adapter_method import ADAPTER_NAME, Losses, Probe, base_losses, no_losses, tuner_layers
 from pipelines.adapter_options import AdapterOptions
 from pipelines.clip import Clip, evaluating
 from pipelines.clip_attention import attention_layers, separate
@@ -85,7 +85,7 @@ def start(
         losses: `losses(count)` yields the training losses of `count` batches, for methods that start from gradients.
     """
     runs = {IMAGE: partial(_run_pictures, clip, pixels), TEXT: partial(run_prompts, clip, tokens)}
-    method = options.create()
+    method, losses = options.create(), base_losses(losses, components.values())
     for index, (name, model) in enumerate(components.items()):
         forward = partial(_in_evaluation, clip.model, runs[name])
         probe = Probe(forward, losses, keyed_generator(seed, 2, index), cache / f"{name}.safetensors")

@@ -16,7 +16,7 @@ from torch import nn
 from nora_vision import export_lora
 from pipelines import adapter_files
 from pipelines.adapter_files import native_folder
-from pipelines.adapter_method import ADAPTER_NAME, COMPACT, FULL, Losses, Probe, no_losses
+from pipelines.adapter_method import ADAPTER_NAME, COMPACT, FULL, Losses, Probe, base_losses, no_losses
 from pipelines.adapter_options import AdapterOptions
 from pipelines.errors import InputError
 from pipelines.randomness import Draw, keyed_generator
@@ -73,7 +73,7 @@ def start(
         seed: of all that is random in the start.
         losses: `losses(count)` yields the training losses of `count` batches, for methods that start from gradients.
     """
-    method = options.create()
+    method, losses = options.create(), base_losses(losses, components.values())
     for index, (name, model) in enumerate(components.items()):
         generator = keyed_generator(seed, Draw.ADAPTER_START, index)
         method.start(model, Probe(run_model[name], losses, generator, cache / f"{name}.safetensors"), ADAPTER_NAME)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -64,12 +65,20 @@ def zero_shot(random_clip, tmp_path):
     return tmp_path / "zeroshot"
 
 
+def loss_on(clip, pixels, tokens, count):
+    """The distance of images to a prompt, `count` times."""
+    for _ in range(count):
+        yield -(clip.encode_images(pixels) @ clip.encode_texts(tokens).T).mean()
+
+
 def fitted(random_clip, folder, method, names=("q", "v")):
     """A CLIP with an adapter whose every trained number was moved, and the adapted encoders."""
     clip, options = load_clip(str(random_clip)), AdapterOptions(method=method, rank=4, inner_r=2)
     components = adapters.attach(clip, options, AdapterPlaces(projections=list(names), layers="last-1"))
     tokens = clip.tokenizer(["a photo of a cat."])
-    adapters.start(clip, options, components, [to_pixels(PIXELS[:2].numpy())], tokens, folder / "cache", seed=0)
+    pixels = to_pixels(PIXELS[:2].numpy())
+    losses = partial(loss_on, clip, pixels, tokens)
+    adapters.start(clip, options, components, [pixels], tokens, folder / "cache", 0, losses)
     with torch.no_grad():
         for place, parameter in enumerate(trained_parameters(components)):
             parameter.add_(0.5 * random(*parameter.shape, seed=place))

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import sys
+from functools import partial
 
 import open_clip
 import pytest
@@ -34,12 +35,19 @@ def adapter_layers(components):
     return {f"{name}.{layer}": module for name, model in components.items() for layer, module in tuner_layers(model).items()}
 
 
+def loss_on(clip, pixels, tokens, count):
+    """The distance of images to prompts, `count` times."""
+    for _ in range(count):
+        yield -(clip.encode_images(pixels) @ clip.encode_texts(tokens).T).mean()
+
+
 def adapted(folder, method="nora", clip=None, tokens=TOKENS, pixels=None, places=EVERYWHERE, **changes):
     """A tiny model whose adapter's numbers are all moved from their start, as training does."""
     clip = clip or Clip(tiny_clip(), None, None, "tiny")
     options = AdapterOptions(method=method, rank=4, inner_r=2, **changes)
     components = adapters.attach(clip, options, places)
-    adapters.start(clip, options, components, [pictures(3) if pixels is None else pixels], tokens, folder, seed=0)
+    pixels = pictures(3) if pixels is None else pixels
+    adapters.start(clip, options, components, [pixels], tokens, folder, 0, partial(loss_on, clip, pixels, tokens))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in trained_parameters(components):

@@ -133,6 +133,23 @@ def test_nora_keeps_its_statistics_and_starts_from_them_again(pictures_dir, tmp_
         assert torch.equal(ours, theirs)
 
 
+def test_the_losses_that_a_start_differentiates_are_the_base_models_whatever_was_started_before(
+    pipe, pictures_dir, tmp_path, monkeypatch
+):
+    seen = []
+
+    def start(self, model, probe, adapter_name):
+        seen.append([loss.item() for loss in probe.losses(2)])
+        disturb({"": model})
+
+    monkeypatch.setattr(method_named("lora"), "start", start)
+    components = attached(pipe, small("lora", train_text_encoder=True), pictures_dir, tmp_path)
+    assert len(seen) == 3
+    assert len(seen[0]) == 2
+    assert seen[0] == seen[1] == seen[2]
+    assert not any(layer.disable_adapters for model in components.values() for layer in tuner_layers(model).values())
+
+
 def test_an_unknown_method_is_refused_with_the_known_ones():
     with pytest.raises(InputError, match=r"method must be one of .*lora.*nora.*, got 'dreamfusion'"):
         AdapterOptions(method="dreamfusion")

@@ -134,7 +134,9 @@ def training_losses(
     try:
         for batch in batches:
             with accelerator.autocast():
-                yield module(**send_to_device(batch, accelerator.device))
+                loss = module(**send_to_device(batch, accelerator.device))
+            # Out here, so that autocast is off while it is differentiated.
+            yield loss
     finally:
         module.train(was_training)
 

@@ -48,6 +48,7 @@ class SubjectOptions:
         self.judging.fill_in(built_in)
         self._check_text_encoders()
         self._check_rates()
+        self._check_quantization()
         if self.optimisation.learning_rate is None:
             self.optimisation.learning_rate = self._default_learning_rate(built_in)
         if self.output.validation_prompt is None:
@@ -62,6 +63,11 @@ class SubjectOptions:
     def _check_rates(self) -> None:
         if self.optimisation.is_prodigy and self.adapter.lora_plus_ratio != 1:
             raise InputError("Prodigy finds one rate for all: lora_plus_ratio is for --optimizer AdamW. Leave it out.")
+
+    def _check_quantization(self) -> None:
+        method = method_named(self.adapter.method)
+        if self.model.quantize is not None and not method.adapts_quantized_layers:
+            raise InputError(f"{method.title} cannot be put on quantized layers. Leave out --quantize, or use another method.")
 
     def unused(self) -> list[str]:
         """A sentence for each option that was given and has no effect."""
