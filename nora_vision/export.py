@@ -17,7 +17,7 @@ from torch import nn
 
 from .calibration import base_name, unwrapped
 from .components import adapted_components
-from .factors import Factors, low_rank_factors
+from .factors import Factors, in_weight_shape, low_rank_factors
 from .files import write_tensors
 from .kohya import kohya_header, kohya_name
 
@@ -136,7 +136,7 @@ def low_rank_changes(model: nn.Module, component: str, adapter_name: str) -> dic
             if name.endswith("text_projection"):
                 raise ValueError(f"{component}.{name}: stock LoRA loaders drop text_projection. Leave it out of target_modules.")
             name = f"text_model.{name.removeprefix('text_model.')}"
-        changes[name] = _in_weight_shape(layer.get_base_layer(), factors)
+        changes[name] = in_weight_shape(layer.get_base_layer(), factors)
     return changes if component == "unet" else _with_attention_output(unwrapped(model), changes)
 
 
@@ -146,13 +146,6 @@ def _layer_factors(layer: nn.Module, name: str, adapter_name: str) -> Factors | 
         return low_rank_factors(layer, adapter_name)
     except ValueError as error:
         raise ValueError(f"{name} {error}") from error
-
-
-def _in_weight_shape(base_layer: nn.Module, factors: Factors) -> Factors:
-    if not isinstance(base_layer, nn.Conv2d):
-        return factors
-    down = factors.down.reshape(len(factors.down), *base_layer.weight.shape[1:])
-    return Factors(factors.up[:, :, None, None], down, factors.magnitude)
 
 
 def _with_attention_output(text_encoder: nn.Module, changes: dict[str, Factors]) -> dict[str, Factors]:

@@ -57,3 +57,11 @@ def _(layer: LoraLayer, adapter_name: str) -> Factors | None:
     up, down = layer.lora_B[adapter_name].weight.detach(), layer.lora_A[adapter_name].weight.detach()
     magnitude = layer.lora_magnitude_vector[adapter_name].weight.detach().float().flatten() if is_dora else None
     return Factors(scaling * up.float().flatten(1), down.float().flatten(1), magnitude)
+
+
+def in_weight_shape(base_layer: nn.Module, factors: Factors) -> Factors:
+    """The factors as LoRA's layers hold them: of a Conv2d up (out, k, 1, 1), down (k, in, kh, kw)."""
+    if not isinstance(base_layer, nn.Conv2d):
+        return factors
+    down = factors.down.reshape(len(factors.down), *base_layer.weight.shape[1:])
+    return Factors(factors.up[:, :, None, None], down, factors.magnitude)

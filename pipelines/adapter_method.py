@@ -291,10 +291,10 @@ def as_lora(factors: Mapping[str, Factors]) -> tuple[LoraConfig, dict[str, torch
 
 
 def add_as_lora(model: nn.Module, factors: Mapping[str, Factors], adapter_name: str, source: Path) -> None:
-    """Add the plain LoRA that has exactly these changes of Linear layers: diffusers scales, fuses and deletes it as any LoRA.
+    """Add the plain LoRA that has exactly these changes: diffusers scales, fuses and deletes it as any LoRA.
 
     Args:
-        factors: by the layer's name.
+        factors: by the layer's name, of its weight as a matrix.
         source: what they were read from, for errors.
     Raises: InputError naming a layer that the model does not have, or not in this size.
     """
@@ -302,20 +302,30 @@ def add_as_lora(model: nn.Module, factors: Mapping[str, Factors], adapter_name: 
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     from nora_vision.calibration import base_name
+    from nora_vision.factors import in_weight_shape
 
-    layers = {base_name(name): module for name, module in model.named_modules() if not name.endswith(".base_layer")}
+    modules = {base_name(name): module for name, module in model.named_modules() if not name.endswith(".base_layer")}
+    shaped = {}
     for name, each in factors.items():
-        layer = layers.get(name)
-        weight = getattr(layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer, "weight", None)
-        size = None if weight is None else tuple(weight.shape)
+        layer = modules.get(name)
+        layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+        size = _matrix_size(layer)
         if size != (len(each.up), each.down.shape[1]):
             raise InputError(
                 f"{source} does not fit this model: it changes {name!r} of {len(each.up)} x {each.down.shape[1]}, and the "
                 f"model has {size or 'no such layer'}. Load it onto the model that it was trained on."
             )
-    config, tensors = as_lora(factors)
+        shaped[name] = in_weight_shape(layer, each)
+    config, tensors = as_lora(shaped)
     add_adapter(model, config, adapter_name)
     set_peft_model_state_dict(model, tensors, adapter_name)
+
+
+def _matrix_size(layer: nn.Module | None) -> tuple[int, int] | None:
+    """(out, in) of a layer's weight as a matrix, whatever it is stored as; None where there is no such layer."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.out_channels, layer.weight[0].numel()
+    return (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else None
 
 
 def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
