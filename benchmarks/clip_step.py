@@ -24,7 +24,7 @@ from pipelines.adapter_method import trained_parameters
 from pipelines.adapter_options import AdapterOptions
 from pipelines.clip import Clip, load_clip
 from pipelines.fewshot import adapters, export
-from pipelines.fewshot.adapters import AdapterPlaces
+from pipelines.fewshot.places import AdapterPlaces
 
 # Of features of length 1, in single precision.
 TOLERANCE = 1e-5

@@ -17,8 +17,8 @@ from statistics import fmean
 
 from transformers import HfArgumentParser
 
+from pipelines.built_in import BUILT_IN_MODEL
 from pipelines.errors import InputError
-from pipelines.subject.base_model import BUILT_IN_MODEL
 from pipelines.subject.data import find_pictures
 from training.dreambooth_nora import main as train_subject
 from training.options import parse_options

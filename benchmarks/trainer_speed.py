@@ -30,9 +30,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, HfArgumentParser
 
+from pipelines.built_in import BUILT_IN_MODEL
 from pipelines.errors import InputError
-from pipelines.subject.adapters import ATTENTION
-from pipelines.subject.base_model import BUILT_IN_MODEL
+from pipelines.subject.target_layers import ATTENTION
 from training.engine.dry_run import STEPS as DRY_RUN_STEPS
 from training.options.data import SAMPLE_PROMPT, SAMPLE_SUBJECT
 

@@ -29,11 +29,11 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from nora_vision import decomposition
+from pipelines.built_in import BUILT_IN_MODEL
 from pipelines.methods import nora
 from pipelines.subject import adapters
-from pipelines.subject.adapters import ATTENTION
-from pipelines.subject.base_model import BUILT_IN_MODEL
 from pipelines.subject.generate import Sampling
+from pipelines.subject.target_layers import ATTENTION
 from training import dreambooth_nora
 from training.options import parse_options
 from training.subject import finishing, watching

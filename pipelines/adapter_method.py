@@ -1,31 +1,27 @@
-"""What an adapter method is: the one class that a file of `pipelines.methods` defines, and what all of them share."""
+"""What an adapter method is: the one class that a file of `pipelines.methods` defines, and what all of them share.
+
+Every command reads its flags from the methods' options, and importing PEFT takes seconds: it is imported in functions, here and
+in the methods, so that `--help` does without it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from nora_vision.calibration import base_name
-from nora_vision.factors import Factors
-from nora_vision.files import (
-    CONFIGURATION,
-    check_configuration,
-    configuration_digest,
-    read_header,
-    read_json,
-    read_tensors,
-    write_tensors,
-)
-from nora_vision.saving import PEFT_PREFIX
 from pipelines.errors import InputError
 from pipelines.run_options import Task
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftConfig
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from nora_vision.factors import Factors
 
 ADAPTER_NAME = "default"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -194,6 +190,8 @@ class AdapterMethod:
 
         By default PEFT's adapter_config.json and adapter_model.safetensors under `full`.
         """
+        from peft import get_peft_model_state_dict
+
         for name, model in components.items():
             write_native(
                 folder / FULL / name, model.peft_config[adapter_name], get_peft_model_state_dict(model, adapter_name=adapter_name)
@@ -207,6 +205,8 @@ class AdapterMethod:
             InputError: a file has other tensors than an adapter of its configuration has on this model.
             AdapterFileError: a file was changed since it was saved.
         """
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
         for name, model in components.items():
             config, state, _ = read_native(folder / name)
             add_adapter(model, config, adapter_name)
@@ -225,6 +225,8 @@ def add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str) -> None
 
     Raises: ValueError if the configuration does not fit the model.
     """
+    from peft import inject_adapter_in_model
+
     if hasattr(model, "add_adapter"):
         model.add_adapter(config, adapter_name)
     else:
@@ -235,6 +237,8 @@ def write_native(
     folder: Path, config: PeftConfig, tensors: dict[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write PEFT's two files into `folder`, with digests of the tensors and of the configuration, and with `metadata`."""
+    from nora_vision.files import CONFIGURATION, configuration_digest, read_json, write_tensors
+
     config.save_pretrained(str(folder))
     digest = {CONFIGURATION: configuration_digest(read_json(folder / CONFIG))}
     write_tensors(folder / WEIGHTS, tensors, {**(metadata or {}), **digest}, digest=True)
@@ -245,6 +249,10 @@ def read_native(folder: Path) -> NativeFiles:
 
     Raises: AdapterFileError if a file was changed since.
     """
+    from peft import PeftConfig
+
+    from nora_vision.files import check_configuration, read_header, read_json, read_tensors
+
     metadata = read_header(folder / WEIGHTS).metadata
     check_configuration(metadata, read_json(folder / CONFIG), folder)
     return NativeFiles(PeftConfig.from_pretrained(str(folder)), read_tensors(folder / WEIGHTS), metadata)
@@ -256,6 +264,10 @@ def as_lora(factors: Mapping[str, Factors]) -> tuple[LoraConfig, dict[str, torch
     Args:
         factors: by the layer's name.
     """
+    from peft import LoraConfig
+
+    from nora_vision.saving import PEFT_PREFIX
+
     ranks = {layer: len(each.down) for layer, each in factors.items()}
     rank = max(ranks.values())
     others = {f"^{layer}": of_layer for layer, of_layer in ranks.items() if of_layer != rank}
@@ -283,6 +295,11 @@ def add_as_lora(model: nn.Module, factors: Mapping[str, Factors], adapter_name: 
         source: what they were read from, for errors.
     Raises: InputError naming a layer that the model does not have, or not in this size.
     """
+    from peft import set_peft_model_state_dict
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from nora_vision.calibration import base_name
+
     layers = {base_name(name): module for name, module in model.named_modules() if not name.endswith(".base_layer")}
     for name, each in factors.items():
         layer = layers.get(name)
@@ -300,6 +317,8 @@ def add_as_lora(model: nn.Module, factors: Mapping[str, Factors], adapter_name: 
 
 def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
     """Every adapted layer of `model`, by its name."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 

@@ -23,10 +23,11 @@ from torch.nn import functional as F
 
 from nora_vision.files import PICKLE_SUFFIXES, read_json
 from pipelines import mini_clip
+from pipelines.built_in import BUILT_IN_CLIP_NAME
 from pipelines.errors import InputError
 from pipelines.hub import HubModel, fetch, fetch_file, look_up
 
-BUILT_IN, RANDOM = "mini", "random"
+BUILT_IN, RANDOM = BUILT_IN_CLIP_NAME, "random"
 # Before a name on the hub, as in open_clip: "hf-hub:OWNER/NAME".
 HUB = "hf-hub:"
 TEXT_FILES = ("*.json", "*.txt", "*.model")

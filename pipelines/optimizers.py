@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.training_utils import EMAModel
 from torch import nn
 
 from pipelines.packages import installed
+
+if TYPE_CHECKING:
+    from diffusers.training_utils import EMAModel
 
 OPTIMIZERS = ("adamw", "prodigy")
 # Prodigy finds the size of its steps itself; its rate is a factor on that.

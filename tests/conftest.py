@@ -1,5 +1,6 @@
 """What tests of several packages share: a tiny SDXL model on disk, and a folder of pictures."""
 
+import gc
 import os
 
 import numpy as np
@@ -22,9 +23,20 @@ torch.set_num_threads(THREADS)
 
 
 def pytest_collection_modifyitems(items):
-    """Files with slow tests first: begun last, they would leave all processes but their own with nothing to do."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """The slowest tests first: begun last, they would leave all processes but their own with nothing to do."""
+    items.sort(key=seconds_of, reverse=True)
+
+
+def seconds_of(item):
+    """What a slow test says that it takes."""
+    slow = item.get_closest_marker("slow")
+    return slow.args[0] if slow and slow.args else 0
+
+
+def pytest_collection_finish():
+    """Have garbage collections pass over what was imported: accelerate asks for one after every training."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

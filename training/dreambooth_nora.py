@@ -13,6 +13,16 @@ from __future__ import annotations
 import pipelines  # noqa: F401
 
 # isort: split
+from training.engine.console import speaking
+from training.engine.stopping import exit_codes
+from training.options import SubjectOptions, parse_options
+
+if __name__ == "__main__":
+    # Before the model libraries are imported, which takes seconds: --help and wrong flags are answered at once.
+    with speaking(), exit_codes():
+        given_options = parse_options(description=__doc__)
+
+# isort: split
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -39,14 +49,11 @@ from pipelines.subject.generate import Sampling
 from pipelines.subject.loss import DenoisingLoss, TrainingBatches
 from pipelines.subject.mismatch import check_prediction_type
 from pipelines.subject.scores import judge_by
-from training.engine.console import speaking
 from training.engine.dry_run import PeakMemory, rehearse_first
 from training.engine.ladder import with_ladder
 from training.engine.loop import LoopOptions, Periodic, Trainable, train, training_losses
 from training.engine.opening import check_outputs, open_run
 from training.engine.sharding import check_can_shard, whole
-from training.engine.stopping import exit_codes
-from training.options import SubjectOptions, parse_options
 from training.options.optimisation import OptimisationOptions
 from training.runs.provenance import file_records, model_identity, write_provenance
 from training.runs.run import RunDirectory
@@ -273,4 +280,4 @@ def pictures_of(examples: list[Example]) -> list[Image.Image]:
 
 if __name__ == "__main__":
     with speaking(), exit_codes():
-        with_ladder(main, parse_options(description=__doc__), "training.dreambooth_nora")
+        with_ladder(main, given_options, "training.dreambooth_nora")

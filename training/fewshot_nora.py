@@ -13,6 +13,16 @@ from __future__ import annotations
 import pipelines  # noqa: F401
 
 # isort: split
+from training.engine.console import speaking
+from training.engine.stopping import exit_codes
+from training.options.fewshot import FewShotOptions, parse_fewshot_options
+
+if __name__ == "__main__":
+    # Before the model libraries are imported, which takes seconds: --help and wrong flags are answered at once.
+    with speaking(), exit_codes():
+        given_options = parse_fewshot_options(description=__doc__)
+
+# isort: split
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,15 +36,12 @@ from pipelines.clip import load_clip
 from pipelines.fewshot.classifier import REPORT
 from pipelines.fewshot.data import LabelledPicture
 from pipelines.fewshot.export import save_exported, save_lora, save_merged
-from training.engine.console import speaking
 from training.engine.opening import check_outputs, open_run
 from training.engine.sharding import check_can_shard
-from training.engine.stopping import exit_codes
 from training.fewshot.card import write_card
 from training.fewshot.members import FittedAdapter, Member, fit_member
 from training.fewshot.report import RESULT, members_of, report_of, seconds_left, shown_member, table
 from training.fewshot.study import DrawnPictures, Study, check_drawable, labelled_set
-from training.options.fewshot import FewShotOptions, parse_fewshot_options
 from training.runs.provenance import write_provenance
 from training.runs.run import RunDirectory
 
@@ -132,4 +139,4 @@ def record_provenance(run: RunDirectory, study: Study, options: FewShotOptions, 
 
 if __name__ == "__main__":
     with speaking(), exit_codes():
-        main(parse_fewshot_options(description=__doc__))
+        main(given_options)

@@ -8,6 +8,18 @@ Stopped and started again it goes on from its newest checkpoint. `--stages` pick
 
 from __future__ import annotations
 
+from transformers import HfArgumentParser
+
+from training.engine.console import speaking
+from training.engine.stopping import exit_codes
+from training.options.pretraining import PretrainOptions
+
+if __name__ == "__main__":
+    # Before the model libraries are imported, which takes seconds: --help and wrong flags are answered at once.
+    with speaking(), exit_codes():
+        given_options = HfArgumentParser(PretrainOptions).parse_args_into_dataclasses()[0]
+
+# isort: split
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +30,7 @@ from accelerate import PartialState
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CLIPTokenizer, HfArgumentParser
+from transformers import CLIPTokenizer
 
 from pipelines import mini_sdxl
 from pipelines.backgrounds import BACKGROUNDS
@@ -27,13 +39,10 @@ from pipelines.mini_losses import AutoencoderLoss, DenoisingLoss, PatchBasis
 from pipelines.scenes import COLOURS, PATTERNS, SHAPES
 from pipelines.subject.generate import SHEET_PROMPTS, contact_sheet
 from training.engine.checkpoints import load_checkpoint
-from training.engine.console import speaking
 from training.engine.loop import LoopOptions, Periodic, Trainable
-from training.engine.stopping import exit_codes
 from training.pretraining.clip import export_clip, train_clip
 from training.pretraining.mini_card import CardFacts, write_card
 from training.pretraining.stages import (
-    PretrainOptions,
     Sampler,
     load_corpus,
     newest_step,
@@ -217,4 +226,4 @@ def main(options: PretrainOptions) -> None:
 
 if __name__ == "__main__":
     with speaking(), exit_codes():
-        main(HfArgumentParser(PretrainOptions).parse_args_into_dataclasses()[0])
+        main(given_options)

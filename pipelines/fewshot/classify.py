@@ -12,21 +12,23 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from nora_vision.files import AdapterFileError, replacing
 from pipelines.errors import InputError
-from pipelines.fewshot.classifier import FewShotClassifier, Predictions
 from pipelines.fewshot.loading import walk
 from pipelines.file_names import display_path
 from pipelines.output_paths import check_output_file
 from pipelines.pictures import has_picture_name, read_picture
 from pipelines.run_options import check_task
 from pipelines.tables import harmless
+
+if TYPE_CHECKING:
+    from pipelines.fewshot.classifier import FewShotClassifier, Predictions
 
 
 @dataclass
@@ -75,6 +77,8 @@ def classify(classifier: FewShotClassifier, files: Sequence[Path], batch_size: i
 
     Returns: the predictions of those that can, in their order, None if there are none; and a sentence for each other.
     """
+    from pipelines.fewshot.classifier import Predictions
+
     names: list[str] = []
     parts: list[torch.Tensor] = []
     damaged: list[str] = []
@@ -106,6 +110,8 @@ def write_csv(predictions: Predictions, path: Path) -> None:
 
     Raises: InputError if the file cannot be written.
     """
+    from nora_vision.files import replacing
+
     try:
         with replacing(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([map(harmless, row) for row in predictions.table()])
@@ -122,6 +128,9 @@ def run(run_path: str, given: Sequence[str], options: ClassifyOptions) -> int:
         check_output_file(options.output, "--output", (".csv",))
     check_task(run_path, "few-shot")
     files = find_files(given)
+    # Here, as --help and wrong paths need no model library, which takes seconds to import.
+    from pipelines.fewshot.classifier import FewShotClassifier
+
     classifier = FewShotClassifier.from_run(run_path, options.model, options.pretrained, options.device)
     predictions, damaged = classify(classifier.with_classes(*options.add_class), files, options.batch_size)
     if predictions is not None:
@@ -143,8 +152,13 @@ def main(arguments: Sequence[str]) -> int:
         options, given, unknown = parser.parse_args_into_dataclasses(
             arguments, return_remaining_strings=True, look_for_args_file=False
         )
-        if unknown:
-            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    except InputError as error:
+        parser.exit(2, f"error: {error}\n")
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    from nora_vision.files import AdapterFileError
+
+    try:
         return run(given.run, given.pictures, options)
     except (InputError, AdapterFileError) as error:
         parser.exit(2, f"error: {error}\n")

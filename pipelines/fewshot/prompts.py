@@ -6,18 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from open_clip import OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES
 from torch.nn import functional as F
 
 from pipelines.errors import InputError
 
 BLANK = "{}"
 PHOTO = "a photo of a {}."
-# One template or an ensemble by name; those of the eleven sets are CoOp's.  [Zhou et al. 2022, table 5]
+# By name; those of the eleven sets are CoOp's.  [Zhou et al. 2022, table 5]
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "photo": (PHOTO,),
-    "ensemble": tuple(template(BLANK) for template in SIMPLE_IMAGENET_TEMPLATES),
-    "ensemble80": tuple(template(BLANK) for template in OPENAI_IMAGENET_TEMPLATES),
     "imagenet": (PHOTO,),
     "caltech101": (PHOTO,),
     "oxford_pets": ("a photo of a {}, a type of pet.",),
@@ -31,6 +28,19 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "ucf101": ("a photo of a person doing {}.",),
     "digits": ('a photo of the number: "{}".',),
 }
+# By name: ensembles, and what open_clip calls them.
+ENSEMBLES = {"ensemble": "SIMPLE_IMAGENET_TEMPLATES", "ensemble80": "OPENAI_IMAGENET_TEMPLATES"}
+TEMPLATE_NAMES = ("photo", *ENSEMBLES, *(name for name in TEMPLATES if name != "photo"))
+
+
+def templates_named(name: str) -> tuple[str, ...]:
+    """The template or the ensemble of one of `TEMPLATE_NAMES`."""
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    # Here, as it takes seconds to import and --help needs the names alone.
+    import open_clip
+
+    return tuple(template(BLANK) for template in getattr(open_clip, ENSEMBLES[name]))
 
 
 def clean_name(name: str) -> str:
@@ -58,7 +68,7 @@ class Prompts:
             if template.count(BLANK) != 1:
                 raise InputError(
                     f"A prompt template must hold {BLANK} once, where the class's name goes, got {template!r}. Write it like "
-                    f"{PHOTO!r}, or name one of {', '.join(TEMPLATES)}."
+                    f"{PHOTO!r}, or name one of {', '.join(TEMPLATE_NAMES)}."
                 )
 
     def of_each_class(self) -> tuple[tuple[str, ...], ...]:
@@ -96,9 +106,9 @@ def make_prompts(classes: Sequence[str], templates: str | Sequence[str] = "photo
     """The prompts of `classes`.
 
     Args:
-        templates: a name in `TEMPLATES`, one template, or several.
+        templates: one of `TEMPLATE_NAMES`, one template, or several.
     Raises: InputError for a template without {}, or a name that is none.
     """
     if isinstance(templates, str):
-        templates = TEMPLATES.get(templates, (templates,))
+        templates = templates_named(templates) if templates in TEMPLATE_NAMES else (templates,)
     return Prompts(tuple(classes), tuple(templates))

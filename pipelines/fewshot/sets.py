@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from open_clip import IMAGENET_CLASSNAMES
-
 from pipelines.errors import InputError
 from pipelines.fewshot.data import PARTS, LabelledPicture, LabelledSet, Part
 from pipelines.fewshot.sources import PictureFile
@@ -149,6 +147,9 @@ def _from_imagenet(folder: Path, layout: SetLayout) -> list[Listed]:
 
 
 def _imagenet_names(path: Path, idents: list[str], layout: SetLayout) -> dict[str, str]:
+    # Here, as open_clip takes seconds to import and --help needs the sets' names alone.
+    from open_clip import IMAGENET_CLASSNAMES
+
     if not path.is_file() and len(idents) == len(IMAGENET_CLASSNAMES):
         return dict(zip(idents, IMAGENET_CLASSNAMES, strict=True))
     lines = [line.split(" ", 1) for line in read_text(_needed(path, layout)).splitlines() if line.strip()]

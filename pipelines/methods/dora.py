@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from peft import PeftConfig
+from typing import TYPE_CHECKING
 
 from pipelines.methods.lora import Lora
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 EXPORT_NOTE = """The kohya file holds `dora_scale`, the length of each row of every changed weight, as LyCORIS with `wd_on_output`
 writes it. Stock diffusers and sd-scripts leave it out, A1111 takes it for the lengths of columns, and ComfyUI and Forge divide by

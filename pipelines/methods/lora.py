@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers.training_utils import cast_training_params
-from peft import LoraConfig, PeftConfig
 from torch import nn
 
 from pipelines.adapter_method import AdapterMethod, LowRankOptions, Probe, TaskDefaults
 from pipelines.errors import InputError
 from pipelines.run_options import Task
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 @dataclass
@@ -46,6 +48,9 @@ class Lora(AdapterMethod):
 
     def config(self, target_modules: list[str], exclude_modules: str | None = None) -> PeftConfig:
         """PEFT's configuration; the scaling is 1 unless alpha is given."""
+        # Libraries are imported where they are used: the options above are all that --help needs.
+        from peft import LoraConfig
+
         options = self.options
         return LoraConfig(
             r=options.rank,
@@ -59,6 +64,8 @@ class Lora(AdapterMethod):
 
     def start(self, model: nn.Module, probe: Probe, adapter_name: str) -> None:
         """Sample A from the probe's generator; LoRA needs neither activations nor losses."""
+        from diffusers.training_utils import cast_training_params
+
         cast_training_params(model, dtype=torch.float32)
         for name, parameter in model.named_parameters():
             if f"lora_A.{adapter_name}." in name:

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from peft import PeftConfig
 from torch import nn
 from tqdm.auto import tqdm
 
-from nora_vision import ActivationStatistics, NoraConfig, calibrate, initialize_nora_weights
-from nora_vision.loading import load_adapter
-from nora_vision.saving import save_adapter
 from pipelines.adapter_method import COMPACT, FULL, AdapterMethod, Probe, TaskDefaults
 from pipelines.errors import InputError
 from pipelines.run_options import Task
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 @dataclass
@@ -63,6 +63,9 @@ class Nora(AdapterMethod):
 
     def config(self, target_modules: list[str], exclude_modules: str | None = None) -> PeftConfig:
         """The configuration; the scaling is 1 unless alpha is given. The outer factors wait for `start`."""
+        # The library is imported where it is used: the options above are all that --help needs.
+        from nora_vision import NoraConfig
+
         options = self.options
         return NoraConfig(
             r=options.rank,
@@ -78,6 +81,8 @@ class Nora(AdapterMethod):
 
     def start(self, model: nn.Module, probe: Probe, adapter_name: str) -> None:
         """Outer factors from the base model's activations (kept in the cache), inner factors from the generator."""
+        from nora_vision import ActivationStatistics, calibrate, initialize_nora_weights
+
         if probe.cache.exists():
             statistics = ActivationStatistics.load(probe.cache)
         else:
@@ -99,6 +104,8 @@ class Nora(AdapterMethod):
     @classmethod
     def save(cls, components: Mapping[str, nn.Module], folder: Path, adapter_name: str) -> None:
         """Write `full` (loads anywhere PEFT does) and `compact` (needs the very same base weights)."""
+        from nora_vision.saving import save_adapter
+
         for layout in (FULL, COMPACT):
             for name, model in components.items():
                 save_adapter(model, folder / layout / name, adapter_name, compact=layout == COMPACT)
@@ -106,6 +113,8 @@ class Nora(AdapterMethod):
     @classmethod
     def load(cls, components: Mapping[str, nn.Module], folder: Path, adapter_name: str) -> None:
         """Add the adapter in each subfolder, full or compact, to the component of that name."""
+        from nora_vision.loading import load_adapter
+
         for name, model in components.items():
             load_adapter(model, folder / name, adapter_name)
 

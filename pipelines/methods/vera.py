@@ -5,22 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.training_utils import cast_training_params
-from peft import PeftConfig, VeraConfig, get_peft_model_state_dict
-from peft.tuners.vera import Linear as VeraLinear
-from peft.tuners.vera import VeraLayer, VeraModel
-from peft.tuners.vera.model import _kaiming_init
 from torch import nn
 from torch.nn import functional as F
 
-from nora_vision.calibration import base_name
-from nora_vision.factors import Factors, low_rank_factors
-from nora_vision.files import AdapterFileError
-from nora_vision.saving import PEFT_PREFIX
 from pipelines.adapter_method import (
     FULL,
     AdapterMethod,
@@ -32,9 +24,14 @@ from pipelines.adapter_method import (
     tuner_layers,
     write_native,
 )
-from pipelines.cache import digest_of
 from pipelines.errors import InputError
 from pipelines.run_options import Task
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, VeraConfig
+    from peft.tuners.vera import VeraLayer, VeraModel
+
+    from nora_vision.factors import Factors
 
 # In the header of a file: of A and B, which are not in it.
 PROJECTIONS, SIZES = "vera_projections_sha256", "vera_largest_in_and_out"
@@ -59,57 +56,6 @@ class VeraOptions:
             raise InputError("d_initial must not be 0: nothing would get a gradient. PEFT's default is 0.1.")
 
 
-class ScalableLinear(VeraLinear):
-    """PEFT's layer, with the scale of the change that diffusers sets, and PEFT's own has not."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.scale: dict[str, float] = {}
-
-    def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Scale the adapter's change by `scale`, 1 as trained."""
-        self.scale[adapter_name] = scale
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the scales of the active adapters by `scale`."""
-        for name in self.active_adapters:
-            self.scale[name] = scale * self.scale.get(name, 1.0)
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Undo `scale_layer`; all of it without `scale`."""
-        for name in self.active_adapters:
-            self.scale[name] = 1.0 if scale is None else self.scale.get(name, 1.0) / scale
-
-    def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """The change of weight (out, in), scaled."""
-        return self.scale.get(adapter, 1.0) * super().get_delta_weight(adapter)
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """h = W x + scale diag(b) B diag(d) A x."""
-        if self.disable_adapters or self.merged:
-            return super().forward(x, *args, **kwargs)
-        result = self.base_layer(x, *args, **kwargs)
-        for name in self.active_adapters:
-            if name in self.vera_lambda_d:
-                d, b = self.vera_lambda_d[name], self.scale.get(name, 1.0) * self.vera_lambda_b[name]
-                A, B = self.vera_A[name][:, : self.in_features], self.vera_B[name][: self.out_features]
-                inputs = self.vera_dropout[name](self._cast_input_dtype(x, d.dtype))
-                result = result + (b * F.linear(d * F.linear(inputs, A.to(d)), B.to(d))).to(result.dtype)
-        return result
-
-
-class ScalableModel(VeraModel):
-    """PEFT's tuner, with layers that can be scaled."""
-
-    @staticmethod
-    def _create_new_module(
-        vera_config: VeraConfig, vera_A: Any, vera_B: Any, adapter_name: str, target: nn.Module, **kwargs: Any
-    ):
-        # Refuses what is no Linear layer.
-        VeraModel._create_new_module(vera_config, vera_A, vera_B, adapter_name, target, **kwargs)
-        return ScalableLinear(target, vera_A, vera_B, adapter_name, config=vera_config, **kwargs)
-
-
 class Vera(AdapterMethod):
     """VeRA; A and B follow from a key, so that a file holds the vectors alone, and a digest of A and B."""
 
@@ -127,6 +73,8 @@ class Vera(AdapterMethod):
 
     def config(self, target_modules: list[str], exclude_modules: str | None = None) -> PeftConfig:
         """PEFT's configuration."""
+        from peft import VeraConfig
+
         options = self.options
         with warnings.catch_warnings():
             # That A and B may not come out of the key everywhere: their digest is checked.
@@ -145,8 +93,8 @@ class Vera(AdapterMethod):
     def attach(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         """By PEFT's tuner itself: it holds what layers share, so that `add_adapter` refuses it."""
         try:
-            ScalableModel(model, config, adapter_name)
-        except ValueError as error:
+            scalable_model()(model, config, adapter_name)
+        except (ValueError, TypeError) as error:
             raise ValueError(
                 f"{error} Its Linear layers are what can be adapted, got {sorted(config.target_modules)}."
             ) from error
@@ -156,6 +104,8 @@ class Vera(AdapterMethod):
 
     def start(self, model: nn.Module, probe: Probe, adapter_name: str) -> None:
         """Random A and B by a key that the probe's generator gives."""
+        from diffusers.training_utils import cast_training_params
+
         cast_training_params(model, dtype=torch.float32)
         config = model.peft_config[adapter_name]
         config.projection_prng_key = int(torch.randint(LARGEST_KEY, (), generator=probe.generator))
@@ -166,6 +116,12 @@ class Vera(AdapterMethod):
     @classmethod
     def save(cls, components: Mapping[str, nn.Module], folder: Path, adapter_name: str) -> None:
         """PEFT's two files under `full`, and the digest of A and B in the header."""
+        from peft import get_peft_model_state_dict
+
+        from nora_vision.calibration import base_name
+        from nora_vision.saving import PEFT_PREFIX
+        from pipelines.cache import digest_of
+
         for name, model in components.items():
             config, layers = model.peft_config[adapter_name], list(vera_layers(model).values())
             shared = shared_projections(layers, adapter_name)
@@ -189,6 +145,8 @@ class Vera(AdapterMethod):
 
 def vera_layers(model: nn.Module) -> dict[str, VeraLayer]:
     """Every VeRA layer, by its name."""
+    from peft.tuners.vera import VeraLayer
+
     return {name: layer for name, layer in tuner_layers(model).items() if isinstance(layer, VeraLayer)}
 
 
@@ -199,6 +157,8 @@ def shared_projections(layers: Sequence[VeraLayer], adapter_name: str) -> dict[s
 
 def random_projections(config: VeraConfig, largest_in: int, largest_out: int) -> dict[str, torch.Tensor]:
     """A (r, largest in) and B (largest out, r) by the configuration's key, as PEFT has them."""
+    from peft.tuners.vera.model import _kaiming_init
+
     generator = torch.Generator().manual_seed(config.projection_prng_key)
     return {"A": _kaiming_init((config.r, largest_in), generator), "B": _kaiming_init((largest_out, config.r), generator)}
 
@@ -213,6 +173,9 @@ def factors_in(files: NativeFiles, model: nn.Module, source: Path) -> dict[str, 
 
     Raises: InputError for a layer that the model does not have; AdapterFileError if A and B are not as when it was saved.
     """
+    from nora_vision.calibration import base_name
+    from nora_vision.factors import Factors
+
     b, d = (vectors_in(files.tensors, part) for part in (LAMBDA_B, LAMBDA_D))
     inputs = {base_name(name): module.in_features for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if absent := sorted(b.keys() - inputs.keys()):
@@ -227,6 +190,8 @@ def factors_in(files: NativeFiles, model: nn.Module, source: Path) -> dict[str, 
 
 def vectors_in(tensors: Mapping[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
     """The vectors called `part`, by the layer's name."""
+    from nora_vision.saving import PEFT_PREFIX
+
     ending = f".{part}"
     return {
         name.removeprefix(PEFT_PREFIX).removesuffix(ending): value for name, value in tensors.items() if name.endswith(ending)
@@ -235,6 +200,9 @@ def vectors_in(tensors: Mapping[str, torch.Tensor], part: str) -> dict[str, torc
 
 def check_projections(shared: Mapping[str, torch.Tensor], files: NativeFiles, source: Path) -> None:
     """Raises: InputError if A and B are of another size than the adapter's, AdapterFileError if of other numbers."""
+    from nora_vision.files import AdapterFileError
+    from pipelines.cache import digest_of
+
     if sizes_of(shared) != files.metadata.get(SIZES):
         raise InputError(
             f"{source} does not fit this model: its widest layers take and give {files.metadata.get(SIZES)} numbers, this "
@@ -247,9 +215,75 @@ def check_projections(shared: Mapping[str, torch.Tensor], files: NativeFiles, so
         )
 
 
-@low_rank_factors.register
-def _(layer: VeraLayer, adapter_name: str) -> Factors | None:
+@cache
+def scalable_model() -> type[VeraModel]:
+    """PEFT's tuner, with layers whose change can be scaled; `low_rank_factors` knows them from now on.
+
+    Made on the first call, as its base classes take seconds to import, and the flags of every command come from this file.
+    """
+    from peft.tuners.vera import Linear as VeraLinear
+    from peft.tuners.vera import VeraLayer, VeraModel
+
+    from nora_vision.factors import low_rank_factors
+
+    low_rank_factors.register(VeraLayer, vera_factors)
+
+    class ScalableLinear(VeraLinear):
+        """PEFT's layer, with the scale of the change that diffusers sets, and PEFT's own has not."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.scale: dict[str, float] = {}
+
+        def set_scale(self, adapter_name: str, scale: float) -> None:
+            """Scale the adapter's change by `scale`, 1 as trained."""
+            self.scale[adapter_name] = scale
+
+        def scale_layer(self, scale: float) -> None:
+            """Multiply the scales of the active adapters by `scale`."""
+            for name in self.active_adapters:
+                self.scale[name] = scale * self.scale.get(name, 1.0)
+
+        def unscale_layer(self, scale: float | None = None) -> None:
+            """Undo `scale_layer`; all of it without `scale`."""
+            for name in self.active_adapters:
+                self.scale[name] = 1.0 if scale is None else self.scale.get(name, 1.0) / scale
+
+        def get_delta_weight(self, adapter: str) -> torch.Tensor:
+            """The change of weight (out, in), scaled."""
+            return self.scale.get(adapter, 1.0) * super().get_delta_weight(adapter)
+
+        def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            """h = W x + scale diag(b) B diag(d) A x."""
+            if self.disable_adapters or self.merged:
+                return super().forward(x, *args, **kwargs)
+            result = self.base_layer(x, *args, **kwargs)
+            for name in self.active_adapters:
+                if name in self.vera_lambda_d:
+                    d, b = self.vera_lambda_d[name], self.scale.get(name, 1.0) * self.vera_lambda_b[name]
+                    A, B = self.vera_A[name][:, : self.in_features], self.vera_B[name][: self.out_features]
+                    inputs = self.vera_dropout[name](self._cast_input_dtype(x, d.dtype))
+                    result = result + (b * F.linear(d * F.linear(inputs, A.to(d)), B.to(d))).to(result.dtype)
+            return result
+
+    class ScalableModel(VeraModel):
+        """PEFT's tuner, with layers that can be scaled."""
+
+        @staticmethod
+        def _create_new_module(
+            vera_config: VeraConfig, vera_A: Any, vera_B: Any, adapter_name: str, target: nn.Module, **kwargs: Any
+        ):
+            # Refuses what is no Linear layer.
+            VeraModel._create_new_module(vera_config, vera_A, vera_B, adapter_name, target, **kwargs)
+            return ScalableLinear(target, vera_A, vera_B, adapter_name, config=vera_config, **kwargs)
+
+    return ScalableModel
+
+
+def vera_factors(layer: VeraLayer, adapter_name: str) -> Factors | None:
     """diag(b) B diag(d) A = (diag(b) B) (diag(d) A)."""
+    from nora_vision.factors import Factors
+
     if adapter_name not in layer.vera_lambda_b:
         return None
     b, d = layer.vera_lambda_b[adapter_name].detach().float(), layer.vera_lambda_d[adapter_name].detach().float()

@@ -19,17 +19,12 @@ from pipelines.adapter_files import native_folder
 from pipelines.adapter_method import ADAPTER_NAME, COMPACT, FULL, Losses, Probe, no_losses
 from pipelines.adapter_options import AdapterOptions
 from pipelines.errors import InputError
-from pipelines.methods import method_named
 from pipelines.randomness import Draw, keyed_generator
 from pipelines.subject.base_model import text_encoders_of
 from pipelines.subject.lora_files import load_lora_file, resolve, verify
+from pipelines.subject.target_layers import ATTENTION, TEXT_TARGETS
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
-ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-LINEAR = [*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
-CONVOLUTIONS = ["conv1", "conv2"]
-EVERYWHERE = [*LINEAR, *CONVOLUTIONS]
-TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 NO_ADAPTER = (
     "There is no adapter at {path!r}. Give a run's directory, a native adapter folder, a folder of PEFT or diffusers, or a "
     ".safetensors file of LoRA weights."
@@ -53,18 +48,6 @@ def attach(pipeline: StableDiffusionXLPipeline, options: AdapterOptions) -> dict
         except ValueError as error:
             raise InputError(f"The adapter does not fit {name}: {error}") from error
     return components
-
-
-def default_targets(method: str, built_in: bool) -> list[str]:
-    """Name endings of the UNet's layers that `method` adapts unless others are given.
-
-    The built-in model's finest level has no attention: there all layers that the method can adapt are.
-    """
-    chosen = method_named(method)
-    own = chosen.defaults("subject", built_in).target_layers
-    if own is not None:
-        return list(own)
-    return [*LINEAR, *(CONVOLUTIONS if chosen.adapts_convolutions else [])] if built_in else ATTENTION
 
 
 def _unread_layers(encoder: nn.Module) -> str | None:

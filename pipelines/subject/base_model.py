@@ -12,15 +12,12 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from pipelines.built_in import model_path
 from pipelines.errors import InputError
 from pipelines.subject.model_files import autoencoder_folder, configuration_folder, pipeline_folder
 from pipelines.subject.prediction import prediction_of
 from pipelines.subject.quantization import quantize_linear_layers
 
-ASSETS = Path(__file__).parents[2] / "assets"
-BUILT_IN_MODEL = ASSETS / "mini-sdxl"
-# What runs record, since the model's folder differs from checkout to checkout.
-BUILT_IN = BUILT_IN_MODEL.name
 # Of the UNet, both text encoders and the autoencoder in one file, as Stability's own code names them.
 SDXL_PREFIXES = ("model.diffusion_model.", "conditioner.embedders.0.", "conditioner.embedders.1.", "first_stage_model.")
 
@@ -36,24 +33,6 @@ class PromptEmbeddings:
 
     hidden: torch.Tensor
     pooled: torch.Tensor
-
-
-def is_built_in(name_or_path: str) -> bool:
-    """Whether `name_or_path` is the model that comes with this project: its name, its folder, or that of a checkout now gone."""
-    path = Path(name_or_path)
-    if name_or_path == BUILT_IN or path.resolve() == BUILT_IN_MODEL.resolve():
-        return True
-    return path.parts[-2:] == BUILT_IN_MODEL.parts[-2:] and not path.exists()
-
-
-def recorded_name(name_or_path: str) -> str:
-    """What records call a model: `BUILT_IN` for the built-in one wherever it lies, else `name_or_path`."""
-    return BUILT_IN if is_built_in(name_or_path) else name_or_path
-
-
-def model_path(name_or_path: str) -> str:
-    """The hub name or path that libraries load a model by: the built-in one's folder, else `name_or_path`."""
-    return str(BUILT_IN_MODEL) if is_built_in(name_or_path) else name_or_path
 
 
 def load_base_model(

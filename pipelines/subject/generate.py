@@ -10,22 +10,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from nora_vision import AdapterFileError
 from pipelines.errors import InputError
 from pipelines.output_paths import IMAGE_SUFFIXES, check_output_file, check_output_folder
 from pipelines.pictures import as_grid, save_picture
 from pipelines.prompt_syntax import command_line_warnings
-from pipelines.subject.adapters import load_adapter
 from pipelines.subject.model_source import FIELDS, ModelSource, source_of
 from pipelines.text_files import read_text
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionXLPipeline
 
 logger = logging.getLogger(__name__)
 # Weights of the UNet: the built-in model has 7 million, SDXL 2,600 million.
@@ -251,6 +251,9 @@ class GenerationOptions:
 
 def with_adapters(pipeline: StableDiffusionXLPipeline, paths: Sequence[str], strengths: Sequence[float]) -> None:
     """Load the adapters at `paths` into the pipeline and activate them at their strengths."""
+    # Here, as --help and the options need neither PEFT nor diffusers, which take seconds to import.
+    from pipelines.subject.adapters import load_adapter
+
     names = [f"adapter_{place}" for place in range(len(paths))]
     for path, name in zip(paths, names, strict=True):
         for left_out in load_adapter(pipeline, path, name):
@@ -299,6 +302,13 @@ def main(options: GenerationOptions) -> list[Path]:
 if __name__ == "__main__":
     parser = HfArgumentParser(GenerationOptions, description=__doc__, allow_abbrev=False)
     try:
-        main(parser.parse_args_into_dataclasses(look_for_args_file=False)[0])
+        options = parser.parse_args_into_dataclasses(look_for_args_file=False)[0]
+    except InputError as error:
+        parser.error(str(error))
+    # After --help and wrong flags are answered, as the import takes seconds.
+    from nora_vision import AdapterFileError
+
+    try:
+        main(options)
     except (InputError, AdapterFileError) as error:
         parser.error(str(error))

@@ -6,16 +6,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from diffusers import StableDiffusionXLPipeline
-
+from pipelines.built_in import BUILT_IN, BUILT_IN_MODEL, is_built_in, recorded_name
 from pipelines.digests import file_digest
 from pipelines.errors import InputError
 from pipelines.run_options import check_task
-from pipelines.subject.base_model import BUILT_IN, BUILT_IN_MODEL, is_built_in, load_base_model, recorded_name
 from pipelines.text_files import read_text
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import StableDiffusionXLPipeline
 
 PROVENANCE, NAME = "provenance.json", "pretrained_model_name_or_path"
 # What an adapter was trained for, wherever its base model lies.
@@ -62,6 +63,9 @@ class ModelSource:
             ) from error
 
     def _load(self, dtype: torch.dtype, device: torch.device | str) -> StableDiffusionXLPipeline:
+        # Here, as `generate --help` reads this file and importing diffusers takes seconds.
+        from pipelines.subject.base_model import load_base_model
+
         return load_base_model(
             self.pretrained_model_name_or_path,
             dtype,

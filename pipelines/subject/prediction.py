@@ -9,14 +9,15 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffusers import EDMEulerScheduler
-from diffusers.configuration_utils import ConfigMixin
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from safetensors import safe_open
 
 from pipelines.errors import InputError
+
+if TYPE_CHECKING:
+    from diffusers.configuration_utils import ConfigMixin
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 EPSILON, V_PREDICTION = "epsilon", "v_prediction"
 V_PRED_KEY, ZTSNR_KEY, SIGMA_MAX_KEY, SIGMA_MIN_KEY = "v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min"
@@ -48,7 +49,7 @@ class Prediction:
     @property
     def scheduler_class(self) -> str | None:
         """Name of the diffusers scheduler that is needed in place of the model's own; None for its own."""
-        return None if self.edm_sigmas is None else EDMEulerScheduler.__name__
+        return None if self.edm_sigmas is None else "EDMEulerScheduler"
 
     def scheduler_arguments(self) -> dict[str, Any]:
         """What the scheduler is given beside its configuration; "trailing", so that sampling starts at the last level."""
@@ -78,6 +79,9 @@ class Prediction:
             )
         if self.edm_sigmas is not None:
             arguments.pop("rescale_betas_zero_snr", None)
+            # Here, as the options of a command need this file, and importing diffusers takes seconds.
+            from diffusers import EDMEulerScheduler
+
             scheduler = EDMEulerScheduler(**arguments)
         elif arguments:
             scheduler = type(scheduler).from_config(scheduler.config, **arguments)

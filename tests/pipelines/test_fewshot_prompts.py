@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pipelines.errors import InputError
-from pipelines.fewshot.prompts import TEMPLATES, Prompts, clean_name, make_prompts
+from pipelines.fewshot.prompts import TEMPLATE_NAMES, Prompts, clean_name, make_prompts, templates_named
 from pipelines.fewshot.sets import SETS
 
 CLASSES = ("golden_retriever", "Siamese  cat")
@@ -34,9 +34,9 @@ def test_ensembles_are_open_clips(name, theirs):
 
 
 def test_every_set_of_the_protocol_has_its_template():
-    assert set(SETS) < set(TEMPLATES)
-    for templates in TEMPLATES.values():
-        Prompts(CLASSES, templates)
+    assert set(SETS) < set(TEMPLATE_NAMES)
+    for name in TEMPLATE_NAMES:
+        Prompts(CLASSES, templates_named(name))
 
 
 @pytest.mark.parametrize("names", [("{0.real}", "{}"), ("{", "}}"), ("%s", "$x")])

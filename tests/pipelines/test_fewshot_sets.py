@@ -69,7 +69,7 @@ def test_imagenets_validation_is_its_test_and_its_names_are_the_files(tmp_path):
 
 
 def test_imagenets_names_are_open_clips_where_there_is_no_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipelines.fewshot.sets.IMAGENET_CLASSNAMES", open_clip.IMAGENET_CLASSNAMES[:2])
+    monkeypatch.setattr(open_clip, "IMAGENET_CLASSNAMES", open_clip.IMAGENET_CLASSNAMES[:2])
     assert load_set(lay_out_imagenet(tmp_path, names=None), "imagenet").classes == ("tench", "goldfish")
 
 

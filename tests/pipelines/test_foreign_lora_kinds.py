@@ -26,9 +26,10 @@ from tiny_pipeline import add_nora, tiny_pipeline
 
 from nora_vision import export_lora
 from nora_vision.kohya import stability_name
+from pipelines.built_in import BUILT_IN_MODEL
 from pipelines.errors import InputError
 from pipelines.subject.adapters import load_adapter
-from pipelines.subject.base_model import BUILT_IN_MODEL, load_base_model
+from pipelines.subject.base_model import load_base_model
 from pipelines.subject.generate import GenerationOptions, main
 
 KINDS = [(LINEAR, kind) for kind in foreign.FOR_LINEAR] + [

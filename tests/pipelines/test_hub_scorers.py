@@ -21,10 +21,10 @@ from transformers import (
     Dinov2Model,
 )
 
+from pipelines.built_in import BUILT_IN_MODEL
 from pipelines.clip import load_clip
 from pipelines.errors import InputError
 from pipelines.mini_clip import CONFIG_FILE, WEIGHTS_FILE
-from pipelines.subject.base_model import BUILT_IN_MODEL
 from pipelines.subject.embedders import load_embedder
 
 DINO, CLIP, TINY = "facebook/dinov2-tiny", "openai/clip-tiny", "someone/tiny"

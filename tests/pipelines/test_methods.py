@@ -19,6 +19,7 @@ from pipelines.subject.calibration import runs_on_subject
 from pipelines.subject.data import Picture
 from pipelines.subject.encoding import Encoder, Framing
 from pipelines.subject.loss import DenoisingLoss
+from pipelines.subject.target_layers import default_targets
 from training.engine.loop import training_losses
 
 PROMPT = "a red star"
@@ -97,7 +98,7 @@ def test_the_same_seed_starts_from_the_same_numbers(method, pictures_dir, tmp_pa
 def trained(request, pictures_dir, tmp_path_factory):
     """A method, the folder of its adapter in every form, and the picture that the adapter makes."""
     folder, pipe = tmp_path_factory.mktemp("trained"), tiny_pipeline()
-    options = small(request.param, train_text_encoder=True, target_modules=adapters.default_targets(request.param, built_in=True))
+    options = small(request.param, train_text_encoder=True, target_modules=default_targets(request.param, built_in=True))
     components = attached(pipe, options, pictures_dir, folder / "cache")
     disturb(components)
     adapters.save_everywhere(pipe, components, folder, "subject")

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from pipelines.built_in import BUILT_IN, BUILT_IN_MODEL, is_built_in, model_path, recorded_name
 from pipelines.errors import InputError
 from pipelines.run_options import check_task, run_options, task_of
-from pipelines.subject.base_model import BUILT_IN, BUILT_IN_MODEL, is_built_in, model_path, recorded_name
 from pipelines.subject.generate import GenerationOptions, main
 from pipelines.subject.model_source import ModelSource
 from training.options import SubjectOptions

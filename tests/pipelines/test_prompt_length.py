@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import CLIPTokenizer
 
-from pipelines.subject.base_model import BUILT_IN_MODEL
+from pipelines.built_in import BUILT_IN_MODEL
 from pipelines.subject.prompt_length import long_prompts
 
 

@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 from single_file import save_single_file
 from tiny_pipeline import picture, tiny_pipeline
 
+from pipelines.built_in import is_built_in
 from pipelines.errors import InputError
-from pipelines.subject.base_model import encode_pictures, encode_prompts, is_built_in, load_base_model, model_resolution
+from pipelines.subject.base_model import encode_pictures, encode_prompts, load_base_model, model_resolution
 
 PROMPTS = ["a red star", "", "snow"]
 

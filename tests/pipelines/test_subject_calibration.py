@@ -7,11 +7,11 @@ from tiny_pipeline import tiny_pipeline
 from nora_vision import calibrate
 from pipelines.cache import TensorCache
 from pipelines.subject import calibration
-from pipelines.subject.adapters import ATTENTION
 from pipelines.subject.calibration import TIMESTEPS_PER_PICTURE, runs_on_subject
 from pipelines.subject.data import Picture
 from pipelines.subject.encoding import Encoder, Framing
 from pipelines.subject.loss import DenoisingLoss
+from pipelines.subject.target_layers import ATTENTION
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,9 @@ from single_file import save_single_file
 from tiny_pipeline import picture, tiny_pipeline
 from torch import nn
 
+from pipelines.built_in import BUILT_IN
 from pipelines.errors import InputError
-from pipelines.subject.base_model import BUILT_IN, encode_pictures, encode_prompts, load_base_model, model_resolution
+from pipelines.subject.base_model import encode_pictures, encode_prompts, load_base_model, model_resolution
 from pipelines.subject.data import find_pictures, load_examples
 from pipelines.subject.encoding import EncodedPictures
 from pipelines.subject.loss import DenoisingLoss

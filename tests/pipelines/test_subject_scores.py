@@ -15,11 +15,12 @@ from transformers import BitImageProcessor, CLIPConfig, CLIPImageProcessor, CLIP
 
 from pipelines import mini_clip
 from pipelines.backgrounds import BACKGROUNDS
+from pipelines.built_in import BUILT_IN_MODEL
 from pipelines.errors import InputError
 from pipelines.mini_sdxl import PROMPT_WORDS, reduced_tokenizer
 from pipelines.scenes import COLOURS, Toy, draw_toy, sample_toy
 from pipelines.subject.adapters import without_adapters
-from pipelines.subject.base_model import BUILT_IN_MODEL, load_base_model
+from pipelines.subject.base_model import load_base_model
 from pipelines.subject.embedders import OpenClipEmbedder, load_embedder
 from pipelines.subject.scores import BASE, BaseModelJudge, EmbeddingJudge, copy_scores, cropped, judge_by, nearest_limit
 

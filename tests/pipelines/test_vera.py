@@ -82,7 +82,7 @@ def test_peft_itself_reads_the_file_which_holds_the_vectors_alone(pipe, tmp_path
 
 def test_other_random_matrices_than_those_of_the_training_are_refused(pipe, tmp_path, monkeypatch):
     adapter_files.save(adapted(pipe, tmp_path), tmp_path)
-    monkeypatch.setattr("pipelines.methods.vera._kaiming_init", lambda shape, generator: torch.ones(shape))
+    monkeypatch.setattr("peft.tuners.vera.model._kaiming_init", lambda shape, generator: torch.ones(shape))
     with pytest.raises(AdapterFileError, match=r"do not come out of the key \d+.*file exported for diffusers"):
         adapters.load_adapter(tiny_pipeline(), tmp_path / "full", "loaded")
 
@@ -98,8 +98,9 @@ def test_the_files_of_a_model_with_wider_layers_are_refused(pipe, tmp_path):
 
 def test_convolutions_are_left_out_of_the_defaults_and_refused():
     assert not set(adapters.CONVOLUTIONS) & set(adapters.default_targets("vera", built_in=True))
-    with pytest.raises(InputError, match=r"does not fit unet: .*Its Linear layers are what can be adapted, got \['conv1'\]"):
-        adapters.attach(tiny_pipeline(), AdapterOptions("vera", target_modules=["conv1"]))
+    for targets in (["conv1"], ["conv1", "to_q"]):
+        with pytest.raises(InputError, match=r"does not fit unet: .*Its Linear layers are what can be adapted, got \['conv1'"):
+            adapters.attach(tiny_pipeline(), AdapterOptions("vera", target_modules=targets))
 
 
 @pytest.mark.parametrize(

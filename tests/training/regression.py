@@ -7,7 +7,9 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from training.engine.loop import LoopOptions, Trainable, train
+from training.runs.record import list_checkpoints
 from training.runs.run import RunDirectory
+from training.runs.run_requests import ask
 
 STEPS = 6
 
@@ -45,3 +47,19 @@ def trained(folder, what, steps=STEPS, periodic=(), **changes):
     AcceleratorState._reset_state(reset_partial_state=True)
     train(Accelerator(cpu=True), run, what, options, periodic)
     return torch.cat([parameter.detach().flatten().clone() for parameter in what.module.parameters()])
+
+
+def asking(record, what, at):
+    """Batches during whose making it is asked for `what`, at each of the steps `at`."""
+
+    def batches(index):
+        if index + 1 in at:
+            ask(record, what)
+        return batch_at(index)
+
+    return batches
+
+
+def checkpoints(folder):
+    """The steps of the checkpoints of the run at `folder`."""
+    return [int(path.name.removeprefix("step-")) for path in list_checkpoints(folder / "checkpoints")]

@@ -1,8 +1,6 @@
 """The compatibility certificate: what passes, and each way to fail."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,7 +13,7 @@ from pipelines.adapter_options import AdapterOptions
 from pipelines.subject import adapters
 from pipelines.subject.generate import Sampling
 from training.subject import certificate
-from training.subject.certificate import STOCK_PROGRAM, CertificateError, StockModel, certify
+from training.subject.certificate import CertificateError, StockModel, certify
 from training.subject.kohya_lint import lint_kohya
 
 FAST = Sampling(num_inference_steps=2, resolution=16)
@@ -37,7 +35,8 @@ def rewritten(path, change, **said):
     write_tensors(path, tensors, {**read_header(path).metadata, **said})
 
 
-def test_a_fresh_process_without_this_package_certifies_both_files(tiny_model, tmp_path):
+@pytest.mark.slow(20)
+def test_a_fresh_process_without_this_package_certifies_both_files_and_refuses_what_it_cannot_load(tiny_model, tmp_path):
     pipe = exported(tmp_path)
     found = certify(pipe, tmp_path, StockModel(str(tiny_model)), PROMPTS, FAST)
     assert found.passed
@@ -46,9 +45,13 @@ def test_a_fresh_process_without_this_package_certifies_both_files(tiny_model, t
     assert found.effect > 8
     said = json.loads((tmp_path / "certificate.json").read_text())
     assert (said["passed"], said["prompts"], said["kohya_findings"]) == (True, list(PROMPTS), [])
+    path = tmp_path / "diffusers" / "pytorch_lora_weights.safetensors"
+    write_tensors(path, {f"no_such_part.{name}": tensor for name, tensor in read_tensors(path).items()})
+    with pytest.raises(CertificateError, match="Stock diffusers, without this package, cannot use the exported files"):
+        certify(pipe, tmp_path, StockModel(str(tiny_model)), PROMPTS, FAST)
 
 
-def test_both_files_of_a_dora_are_certified(tiny_model, tmp_path):
+def test_both_files_of_a_dora_are_certified(tiny_model, tmp_path, certified_here):
     pipe = tiny_pipeline()
     components = adapters.attach(pipe, AdapterOptions(method="dora"))
     with torch.no_grad():
@@ -66,7 +69,7 @@ def test_both_files_of_a_dora_are_certified(tiny_model, tmp_path):
         certify(pipe, tmp_path, StockModel(str(tiny_model)), PROMPTS[:1], FAST)
 
 
-def test_a_file_that_holds_another_adapter_is_refused_and_recorded(tiny_model, tmp_path):
+def test_a_file_that_holds_another_adapter_is_refused_and_recorded(tiny_model, tmp_path, certified_here):
     pipe = exported(tmp_path)
     other = tiny_pipeline()
     add_nora(other, seed=1)
@@ -78,7 +81,7 @@ def test_a_file_that_holds_another_adapter_is_refused_and_recorded(tiny_model, t
     assert said["largest_difference"]["diffusers"] <= 1 < said["largest_difference"]["kohya"]
 
 
-def test_an_adapter_without_any_effect_is_an_error(tiny_model, tmp_path):
+def test_an_adapter_without_any_effect_is_an_error(tiny_model, tmp_path, certified_here):
     pipe = exported(tmp_path)
     for component in (pipe.unet, pipe.text_encoder, pipe.text_encoder_2):
         for name, parameter in component.named_parameters():
@@ -91,14 +94,6 @@ def test_an_adapter_without_any_effect_is_an_error(tiny_model, tmp_path):
         certify(pipe, tmp_path, StockModel(str(tiny_model)), PROMPTS, FAST)
 
 
-def test_a_file_that_stock_diffusers_cannot_load_is_an_error(tiny_model, tmp_path):
-    pipe = exported(tmp_path)
-    path = tmp_path / "diffusers" / "pytorch_lora_weights.safetensors"
-    write_tensors(path, {f"no_such_part.{name}": tensor for name, tensor in read_tensors(path).items()})
-    with pytest.raises(CertificateError):
-        certify(pipe, tmp_path, StockModel(str(tiny_model)), PROMPTS, FAST)
-
-
 def test_two_exported_files_are_refused(tmp_path):
     exported(tmp_path)
     (tmp_path / "kohya" / "old.safetensors").write_bytes(b"")
@@ -106,11 +101,8 @@ def test_two_exported_files_are_refused(tmp_path):
         certificate.exported_file(tmp_path / "kohya")
 
 
-def test_the_stock_program_cannot_import_this_project():
-    program = f"import runpy; runpy.run_path({str(STOCK_PROGRAM)!r}); import nora_vision"
-    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert finished.returncode
-    assert "import of nora_vision halted" in finished.stderr
+def test_the_stock_program_cannot_import_this_project(stock_check):
+    assert set(stock_check.BLOCKED) == {"nora_vision", "pipelines", "training"}
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,15 @@
-"""Pictures and words in whole runs on a tiny random model: what reaches the loss, and what a run keeps."""
+"""Pictures and words of the subject recipe on a tiny random model: what the batches hold, and what a run keeps."""
 
 import json
 import shutil
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from PIL import Image
-from safetensors.torch import load_file
+from subject_runs import EVERYTHING, PRIOR, are_equal
 
 from pipelines.errors import InputError
 from pipelines.pictures import read_settings
@@ -19,69 +17,13 @@ from pipelines.subject.base_model import encode_prompts, load_base_model
 from pipelines.subject.doctor import examine
 from pipelines.subject.encoding import Encoder
 from pipelines.subject.generate import Sampling
-from pipelines.subject.loss import DenoisingLoss
-from training import dreambooth_nora
 from training.engine.dry_run import DoesNotFitError
-from training.options import SubjectOptions, parse_options
+from training.engine.prefetch import ProcessBatches
+from training.options import SubjectOptions
 from training.options.data import SAMPLE_CLASS_PROMPT, SAMPLE_SUBJECT, DataOptions
-from training.runs.record import list_checkpoints
 from training.runs.run import RunDirectory
-from training.subject import samples
+from training.subject.model_card import model_card
 from training.subject.preparing import Preparation, checked_pictures, record_report
-
-FAST = "--rank 6 --inner_r 2 --target_modules to_v --max_train_steps 4 --train_batch_size 2 --lr_warmup_steps 1"
-FAST += " --checkpointing_steps 2 --validation_steps 4 --heldout_image none --no_certify --learning_rate 0.01"
-PRIOR = ["--with_prior_preservation", "--class_prompt", "a toy", "--num_class_images", "3"]
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """Leave out the sample pictures and the export; class pictures are drawn in one step."""
-    monkeypatch.setattr(dreambooth_nora, "Sampling", partial(Sampling, num_inference_steps=1))
-    picture = Image.new("RGB", (16, 16))
-    monkeypatch.setattr(samples, "generate", lambda pipeline, prompts, *_: [picture] * len(prompts))
-
-
-@pytest.fixture
-def trained(tiny_model, pictures_dir, tmp_path):
-    """Runs the trainer with the flags given, in a folder of that name."""
-
-    def run(name, *more, pictures=pictures_dir, prompt="sks toy"):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        flags = [*FAST.split(), "--pretrained_model_name_or_path", str(tiny_model), "--instance_data_dir", str(pictures)]
-        flags += ["--validation_prompt", "sks toy", "--output_dir", str(tmp_path / name)]
-        flags += [] if prompt is None else ["--instance_prompt", prompt]
-        return dreambooth_nora.main(parse_options([*flags, *more]))
-
-    return run
-
-
-@pytest.fixture
-def batches(monkeypatch):
-    """The batches that the loss is asked for, but for those of a rehearsal."""
-    seen = []
-    forward = DenoisingLoss.forward
-
-    def remembered(loss, **batch):
-        seen.append(batch)
-        return forward(loss, **batch)
-
-    monkeypatch.setattr(DenoisingLoss, "forward", remembered)
-    return seen
-
-
-@pytest.fixture(scope="module")
-def baselines():
-    """What is learned with the flags given, for the tests that compare with it."""
-    return {}
-
-
-def numbers(run):
-    return load_file(list_checkpoints(run.checkpoints)[-1] / "trained.safetensors")
-
-
-def same(first, second):
-    return all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 @pytest.fixture
@@ -94,30 +36,32 @@ def captioned(pictures_dir, tmp_path):
     return folder
 
 
-def test_each_picture_meets_its_own_caption_and_size_in_every_batch(trained, batches, captioned, tiny_model):
-    trained("run", pictures=captioned, prompt=None)
-    pipe = load_base_model(str(tiny_model))
+def test_each_picture_meets_its_own_caption_and_size_in_every_batch(trainer, captioned, tmp_path):
+    prepared = trainer.prepare(tmp_path / "run", pictures=captioned, prompt=None)
+    pipe = load_base_model(str(trainer.model))
     # By original height: 40 x 30, 30 x 40 and 33 x 33 pixels, in the order of the files.
     expected = {height: encode_prompts(pipe, [f"caption {place}"]) for place, height in enumerate((30, 40, 33))}
-    assert len(batches) >= 4
-    for batch in batches:
+    for batch in prepared.batches():
         for row, height in enumerate(batch["time_ids"][:, 0].int().tolist()):
             torch.testing.assert_close(batch["hidden"][row], expected[height].hidden[0])
             torch.testing.assert_close(batch["pooled"][row], expected[height].pooled[0])
 
 
-def test_several_subjects_are_trained_at_once_each_by_its_name(trained, batches, pictures_dir, tmp_path):
+def test_several_subjects_are_trained_at_once_each_by_its_name(trainer, pictures_dir, tmp_path):
     for place, name in enumerate(("red_cat", "dog")):
         (tmp_path / "many" / name).mkdir(parents=True)
         shutil.copy(pictures_dir / f"{place}.png", tmp_path / "many" / name / "0.png")
     options = DataOptions(str(tmp_path / "many"), "sks {subject}")
     assert options.subject_prompts() == ["sks dog", "sks red cat"]
     assert SubjectOptions(data=options).output.validation_prompt[:3] == ["sks dog", "sks red cat", "sks dog in the snow"]
-    run = trained("run", "--train_text_encoder", pictures=tmp_path / "many", prompt="sks {subject}")
-    words = {tuple(row[0].tolist()) for batch in batches for row in batch["tokens"]}
+    given = {"pictures": tmp_path / "many", "prompt": "sks {subject}"}
+    prepared = trainer.prepare(tmp_path / "run", "--train_text_encoder", **given)
+    words = {tuple(row[0].tolist()) for batch in prepared.batches() for row in batch["tokens"]}
     assert len(words) == 2
-    assert "sks dog" in (run.path / "README.md").read_text()
-    assert "{subject}" not in (run.path / "README.md").read_text()
+    prepared.run.update_status(trained_numbers=1, seconds=1.0)
+    card = model_card(prepared.run, trainer.options(tmp_path / "run", **given), 2)
+    assert "sks dog" in card
+    assert "{subject}" not in card
 
 
 def test_one_of_several_subjects_pictures_is_held_out_by_folder_and_name(pictures_dir, tmp_path):
@@ -136,98 +80,126 @@ def test_pictures_smaller_than_the_models_own_resolution_are_named_in_the_run(tm
 
 
 @pytest.mark.parametrize(
-    ("base", "more"),
+    ("flags", "sizes"),
     [
-        (["--resolution", "32"], ["--aspect_ratio_buckets", "auto"]),
-        ([], ["--aspect_ratio_buckets", "16,24;24,16"]),
-        ([], ["--no_center_crop"]),
-        (["--no_center_crop"], ["--crops_per_picture", "2"]),
-        ([], PRIOR),
-        (PRIOR, ["--prior_loss_weight", "0.3"]),
+        ("", {(16, 16)}),
+        ("--resolution 24", {(24, 24)}),
+        ("--aspect_ratio_buckets 16,24;24,16", {(16, 24), (24, 16)}),
+        ("--resolution 32 --aspect_ratio_buckets auto", {(24, 40), (40, 24), (32, 32)}),
     ],
-    ids=" ".join,
 )
-def test_every_flag_of_the_data_changes_what_is_learned(trained, base, more, baselines):
-    if str(base) not in baselines:
-        baselines[str(base)] = numbers(trained("base", *base))
-    assert not same(numbers(trained("changed", *base, *more)), baselines[str(base)])
+def test_batches_have_the_sizes_that_the_flags_say(trainer, plain, tmp_path, flags, sizes):
+    prepared = trainer.prepare(tmp_path / "run", *flags.split()) if flags else plain
+    # The tiny model's autoencoder halves pictures once.
+    found = {tuple(2 * side for side in batch["latents"].shape[2:]) for batch in prepared.batches(12)}
+    assert found == sizes
 
 
-EVERYTHING = [*PRIOR, "--no_center_crop", "--random_flip", "--aspect_ratio_buckets", "auto", "--gradient_accumulation_steps", "2"]
+def crops(prepared):
+    """How many different crops there are of the pictures in 24 batches, by the pictures' heights."""
+    rows = {tuple(row.int().tolist()) for batch in prepared.batches(24) for row in batch["time_ids"]}
+    return {height: sum(row[0] == height for row in rows) for height in {row[0] for row in rows}}
 
 
-def test_a_run_with_all_of_it_stopped_and_resumed_is_the_run_that_was_not(trained, monkeypatch):
-    whole = trained("whole", *EVERYTHING)
-    at = dreambooth_nora.SubjectBatches.__call__
-
-    def stop(batches, index):
-        if index == 7:
-            raise KeyboardInterrupt
-        return at(batches, index)
-
-    monkeypatch.setattr(dreambooth_nora.SubjectBatches, "__call__", stop)
-    with pytest.raises(KeyboardInterrupt):
-        trained("halves", *EVERYTHING)
-    monkeypatch.setattr(dreambooth_nora.SubjectBatches, "__call__", at)
-    halves = trained("halves", *EVERYTHING, "--resume_from_checkpoint", "latest")
-    path = "adapter/full/unet/adapter_model.safetensors"
-    assert (whole.path / path).read_bytes() == (halves.path / path).read_bytes()
+def test_crops_are_central_or_as_many_as_the_flags_say(trainer, plain, tmp_path):
+    assert set(crops(plain).values()) == {1}
+    several = trainer.prepare(tmp_path / "several", "--no_center_crop", "--crops_per_picture", "3")
+    # The square picture is not cropped, and those of one shape may be drawn at one place twice.
+    counts = crops(several)
+    assert counts[33] == 1
+    assert max(counts.values()) == 3
 
 
-def test_workers_change_nothing(trained):
-    alone, helped = (numbers(trained(name, *EVERYTHING, "--dataloader_num_workers", name)) for name in "02")
-    assert same(alone, helped)
+def test_size_conditioning_tells_the_truth_or_the_target_alone(trainer, plain, tmp_path):
+    target = trainer.prepare(tmp_path / "run", "--size_conditioning", "target")
+    told = [{tuple(row.int().tolist()) for batch in each.batches() for row in batch["time_ids"]} for each in (plain, target)]
+    assert {row[:2] for row in told[0]} == {(30, 40), (40, 30), (33, 33)}
+    assert told[1] == {(16, 16, 0, 0, 16, 16)}
 
 
-def test_runs_share_a_cache_and_learn_the_same_from_it(trained, tmp_path, monkeypatch):
-    first = trained("first", "--cache_dir", str(tmp_path / "shared"))
-    assert not (first.path / "cache").exists()
+def test_pictures_are_mirrored_at_random_where_that_is_asked_for(trainer, plain, tmp_path):
+    flipped = trainer.prepare(tmp_path / "run", "--random_flip")
+    changed = [
+        not torch.equal(*rows)
+        for ours, theirs in zip(flipped.batches(), plain.batches(), strict=True)
+        for rows in zip(ours["latents"], theirs["latents"], strict=True)
+    ]
+    assert 0 < sum(changed) < len(changed)
+
+
+def test_a_held_out_picture_is_in_no_batch(trainer, plain, tmp_path):
+    heldout = trainer.prepare(tmp_path / "run", "--heldout_image", "2.png")
+    heights = [{int(row[0]) for batch in each.batches(12) for row in batch["time_ids"]} for each in (plain, heldout)]
+    assert heights == [{30, 40, 33}, {30, 40}]
+
+
+def test_class_pictures_stand_beside_the_subjects_with_the_weight_given(trainer, tmp_path):
+    prepared = trainer.prepare(tmp_path / "run", *PRIOR, "--prior_loss_weight", "0.25")
+    for batch in prepared.batches(4):
+        assert batch["weights"].tolist() == [2.0, 0.5, 2.0, 0.5]
+        # Class pictures are of the training size and not cropped.
+        assert batch["time_ids"][1::2].int().tolist() == [[16, 16, 0, 0, 16, 16]] * 2
+
+
+def test_workers_change_nothing(trainer, tmp_path):
+    alone, helped = (
+        trainer.prepare(
+            tmp_path / count, *EVERYTHING, "--class_data_dir", str(tmp_path / "class"), "--dataloader_num_workers", count
+        )
+        for count in "02"
+    )
+    for expected, found in zip(alone.batches(4), ProcessBatches(helped.trainable.batch_at, 0, 1).over(range(4), 2), strict=True):
+        assert are_equal(expected, found)
+
+
+def test_runs_share_a_cache_and_learn_the_same_from_it(trainer, plain, tmp_path, monkeypatch):
+    first = trainer.prepare(tmp_path / "first", "--cache_dir", str(tmp_path / "shared"))
+    assert not (first.run.path / "cache").exists()
+    assert (plain.run.path / "cache").exists()
 
     def refuse(*_):
         raise AssertionError("it is in the cache")
 
     monkeypatch.setattr(Encoder, "_moments", refuse)
     monkeypatch.setattr(Encoder, "_embeddings", refuse)
-    assert same(numbers(first), numbers(trained("second", "--cache_dir", str(tmp_path / "shared"))))
+    second = trainer.prepare(tmp_path / "second", "--cache_dir", str(tmp_path / "shared"))
+    assert all(are_equal(*pair) for pair in zip(first.batches(), second.batches(), strict=True))
 
 
-def test_class_pictures_are_made_once_and_used_by_the_next_run(trained, tmp_path, batches):
+def test_class_pictures_are_made_once_and_used_by_the_next_run(trainer, tmp_path):
     folder = tmp_path / "class"
-    first = trained("first", *PRIOR, "--class_data_dir", str(folder))
+    first = trainer.prepare(tmp_path / "first", *PRIOR, "--class_data_dir", str(folder))
     made = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert sorted(made) == ["00000.png", "00001.png", "00002.png"]
     assert read_settings(folder / "00000.png")["prompt"] == "a toy"
-    second = trained("second", *PRIOR, "--class_data_dir", str(folder))
+    second = trainer.prepare(tmp_path / "second", *PRIOR, "--class_data_dir", str(folder))
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == made
-    assert same(numbers(first), numbers(second))
-    assert all(batch["weights"].tolist() == [2.0, 2.0, 2.0, 2.0] for batch in batches)
-    # Class pictures are of the training size and not cropped.
-    assert all(batch["time_ids"][1::2].int().tolist() == [[16, 16, 0, 0, 16, 16]] * 2 for batch in batches)
+    assert all(are_equal(*pair) for pair in zip(first.batches(), second.batches(), strict=True))
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), (None, torch.float32)])
-def test_class_pictures_are_those_of_the_stock_pipeline(trained, tiny_model, tmp_path, precision, dtype):
+def test_class_pictures_are_those_of_the_stock_pipeline(trainer, tiny_model, tmp_path, precision, dtype):
     more = [] if precision is None else ["--prior_generation_precision", precision]
     more += [*PRIOR, "--sample_batch_size", "1", "--class_data_dir", str(tmp_path / "class")]
-    trained("run", *more, "--train_text_encoder")
+    trainer.prepare(tmp_path / "run", *more, "--train_text_encoder")
     pipe = load_base_model(str(tiny_model), dtype)
+    settings = {"num_inference_steps": 2, "guidance_scale": 4.0, "height": 16, "width": 16}
     # The first two are drawn before there is an adapter, the last one after.
     for name in ("00001.png", "00002.png"):
-        settings = read_settings(tmp_path / "class" / name)
-        generator = torch.Generator().manual_seed(settings["seed"])
-        picture = pipe("a toy", num_inference_steps=1, guidance_scale=4.0, height=16, width=16, generator=generator).images[0]
+        generator = torch.Generator().manual_seed(read_settings(tmp_path / "class" / name)["seed"])
+        picture = pipe("a toy", generator=generator, **settings).images[0]
         assert picture.tobytes() == Image.open(tmp_path / "class" / name).tobytes()
 
 
-def test_whether_it_fits_is_told_before_all_class_pictures_are_drawn(trained, tmp_path):
+def test_whether_it_fits_is_told_before_all_class_pictures_are_drawn(trainer, tmp_path):
     with pytest.raises(DoesNotFitError):
-        trained("run", *PRIOR, "--memory_limit_gb", "0.001")
+        trainer.train(tmp_path / "run", *PRIOR, "--memory_limit_gb", "0.001")
     assert len(list((tmp_path / "run" / "class_pictures").iterdir())) == 2
 
 
-def test_prior_preservation_without_a_class_is_refused_before_anything_is_loaded(trained, tmp_path):
+def test_prior_preservation_without_a_class_is_refused_before_anything_is_loaded(trainer, tmp_path):
     with pytest.raises(InputError, match=r"needs the class of the subject.*--class_prompt"):
-        trained("run", "--with_prior_preservation")
+        trainer.prepare(tmp_path / "run", "--with_prior_preservation")
     assert not (tmp_path / "run").exists()
 
 
@@ -236,9 +208,9 @@ def test_the_bundled_subject_has_a_class():
     assert DataOptions("elsewhere", "sks dog").class_prompt is None
 
 
-def test_sizes_that_do_not_fit_the_model_are_named(trained):
+def test_sizes_that_do_not_fit_the_model_are_named(trainer, tmp_path):
     with pytest.raises(InputError, match=r"multiples of 8 for this model, got '20,16'"):
-        trained("run", "--aspect_ratio_buckets", "20,16")
+        trainer.prepare(tmp_path / "run", "--aspect_ratio_buckets", "20,16")
 
 
 @pytest.mark.parametrize(

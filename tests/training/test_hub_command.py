@@ -1,4 +1,4 @@
-"""The README's command for real SDXL, in processes of its own, against a stand-in for the hub that serves the built-in model."""
+"""The README's command for real SDXL, against a stand-in for the hub that serves the built-in model."""
 
 import os
 import re
@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer, model_files
+from accelerate.state import AcceleratorState
+from hub_server import model_files
 
-from pipelines.subject.base_model import BUILT_IN_MODEL
+from pipelines.built_in import BUILT_IN_MODEL
+from training import dreambooth_nora
+from training.options import parse_options
 from training.runs.run import RunDirectory
 
 ROOT = Path(__file__).parents[2]
@@ -37,45 +40,33 @@ def readme_command() -> list[str]:
     return words
 
 
-@pytest.fixture
-def hub():
-    """The stand-in with the built-in model under SDXL's name."""
-    server = HubServer()
-    server.add("stabilityai/stable-diffusion-xl-base-1.0", model_files(BUILT_IN_MODEL, None, "fp16"))
-    yield server
-    server.stop()
-
-
-def run(command: list[str], hub: HubServer, home: Path) -> subprocess.CompletedProcess[str]:
-    """Run `command` with an own cache of the hub's files below `home`."""
+def run(command: list[str], endpoint: str, cache: Path) -> subprocess.CompletedProcess[str]:
+    """Run `command` in a process of its own that asks the hub at `endpoint` and keeps its files in `cache`."""
     others = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
-    environment = {
-        **others,
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HOME": str(home),
-        "PYTHONPATH": str(ROOT),
-        "HF_HUB_DISABLE_XET": "1",
-    }
+    own = {"HF_ENDPOINT": endpoint, "HF_HUB_CACHE": str(cache), "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_XET": "1"}
     program = [str(Path(sys.executable).parent / command[0]), *command[1:]]
-    return subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(program, cwd=ROOT, env={**others, **own}, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.slow
-def test_the_readmes_sdxl_command_runs_from_nothing_and_then_without_a_network(hub, tmp_path):
+@pytest.mark.slow(60)
+def test_the_readmes_sdxl_command_runs_from_nothing_and_then_without_a_network(hub_server, tmp_path):
+    """The first time in this process, to which a network is there; then in one of its own, which finds all in the cache."""
+    hub_server.add("stabilityai/stable-diffusion-xl-base-1.0", model_files(BUILT_IN_MODEL, None, "fp16"))
     command = [*readme_command(), *FEWER]
-    first = run([*command, "--no_certify", "--output_dir", str(tmp_path / "first")], hub, tmp_path / "home")
-    assert first.returncode == 0, first.stderr[-2000:]
-    weights = {name for name in hub.downloads() if name.endswith(".safetensors")}
+    flags = command[command.index("training/dreambooth_nora.py") + 1 :]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    first = dreambooth_nora.main(parse_options([*flags, "--no_certify", "--output_dir", str(tmp_path / "first")]))
+    weights = {name for name in hub_server.downloads() if name.endswith(".safetensors")}
     assert weights == {"diffusion_pytorch_model.fp16.safetensors", "model.fp16.safetensors"}
 
-    hub.stop()
-    hub.requests.clear()
-    second = run([*command, "--output_dir", str(tmp_path / "second")], hub, tmp_path / "home")
-    assert second.returncode == 0, second.stderr[-2000:]
-    assert "is taken from the cache as it is: the hub failed" in second.stderr
-    assert hub.requests == []
-    for name in ("first", "second"):
-        assert RunDirectory(tmp_path / name).status()["state"] == "done"
-    files = [(tmp_path / name / "diffusers" / "pytorch_lora_weights.safetensors").read_bytes() for name in ("first", "second")]
+    hub_server.stop()
+    hub_server.requests.clear()
+    finished = run([*command, "--output_dir", str(tmp_path / "second")], hub_server.endpoint, tmp_path / "cache")
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert "is taken from the cache as it is: the hub failed" in finished.stderr
+    assert hub_server.requests == []
+    second = RunDirectory(tmp_path / "second")
+    assert [run.status()["state"] for run in (first, second)] == ["done", "done"]
+    files = [(run.path / "diffusers" / "pytorch_lora_weights.safetensors").read_bytes() for run in (first, second)]
     assert files[0] == files[1]
-    assert (tmp_path / "second" / "certificate.json").is_file()
+    assert (second.path / "certificate.json").is_file()

@@ -17,7 +17,7 @@ from training.runs.run import RunDirectory
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(20)
 def test_runs_killed_at_random_moments_end_in_the_bytes_of_the_one_that_was_not():
     own = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "benchmarks" / "kill_resume.py"), "--kills", "3", "--seed", "1"]

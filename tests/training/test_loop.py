@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
-from regression import STEPS, batch_at, trainable, trained
+from regression import STEPS, asking, batch_at, checkpoints, trainable, trained
 
 from pipelines.errors import InputError
 from training.engine.loop import LoopOptions, Periodic, train
@@ -17,6 +17,7 @@ from training.engine.stopping import NotFiniteError, Stopped, StopRequests, exit
 from training.runs.durable import DiskFullError
 from training.runs.record import list_checkpoints
 from training.runs.run import RunDirectory
+from training.runs.run_requests import SAVE
 
 
 def test_a_resumed_run_ends_as_one_that_was_never_interrupted(tmp_path):
@@ -212,17 +213,18 @@ def test_a_batch_that_does_not_divide_among_processes_is_refused():
 
 def in_two_processes(folder):
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert Accelerator(cpu=True).num_processes == 2
-    run = RunDirectory.create(folder, {}, writes=Accelerator(cpu=True).is_main_process)
-    train(Accelerator(cpu=True), run, trainable(dropout=0.0), LoopOptions(STEPS, checkpointing_steps=STEPS))
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    run = RunDirectory.create(folder, {}, writes=accelerator.is_main_process)
+    batches = asking(run, SAVE, at=[5]) if accelerator.is_main_process else batch_at
+    train(accelerator, run, trainable(batches, dropout=0.0), LoopOptions(STEPS, checkpointing_steps=STEPS))
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one_does_on_the_same_global_batch(tmp_path):
+def test_two_processes_train_as_one_does_on_the_same_global_batch_and_do_what_the_main_one_is_asked_for(tmp_path):
     expected = trained(tmp_path / "one", trainable(dropout=0.0), checkpointing_steps=STEPS)
     debug_launcher(in_two_processes, (tmp_path / "two",), num_processes=2)
-    what = trainable(dropout=0.0)
-    resumed = trained(tmp_path / "two", what)
+    assert checkpoints(tmp_path / "two") == [5, STEPS]
+    resumed = trained(tmp_path / "two", trainable(dropout=0.0))
     torch.testing.assert_close(resumed, expected, atol=1e-5, rtol=1e-5)
     losses = [[line["loss"] for line in RunDirectory(tmp_path / name).metrics()] for name in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

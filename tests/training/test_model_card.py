@@ -8,8 +8,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from pipelines.built_in import BUILT_IN_MODEL
 from pipelines.methods import method_names
-from pipelines.subject.base_model import BUILT_IN_MODEL
 from training.options import parse_options
 from training.runs.card_text import as_text
 from training.runs.run import RunDirectory

@@ -6,8 +6,8 @@ import pytest
 
 from pipelines import mini_clip
 from pipelines.adapter_options import AdapterOptions
+from pipelines.built_in import BUILT_IN, BUILT_IN_MODEL
 from pipelines.errors import InputError
-from pipelines.subject.base_model import BUILT_IN, BUILT_IN_MODEL
 from training.options import SubjectOptions, parse_options
 from training.options.data import SAMPLE_PROMPT, SAMPLE_SUBJECT, DataOptions
 from training.options.judging import BUILT_IN_CANDIDATES, CANDIDATES, JudgingOptions

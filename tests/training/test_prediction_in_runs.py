@@ -33,7 +33,9 @@ def flags(model, pictures_dir, folder, *more):
     return [*FAST.split(), "--pretrained_model_name_or_path", str(model), *data, "--output_dir", str(folder), *more]
 
 
-def test_a_run_goes_by_the_keys_of_its_checkpoint_in_all_that_it_makes(tiny_model, pictures_dir, tmp_path, monkeypatch):
+def test_a_run_goes_by_the_keys_of_its_checkpoint_in_all_that_it_makes(
+    tiny_model, pictures_dir, tmp_path, monkeypatch, certified_here
+):
     model = tmp_path / "noob.safetensors"
     save_single_file(tiny_pipeline(), model)
     save_file(load_file(model) | {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}, model)

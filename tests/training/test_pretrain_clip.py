@@ -11,9 +11,9 @@ from torch import nn
 from benchmarks import mini_clip as benchmark
 from pipelines import mini_clip
 from pipelines.corpus import Corpus, join, rendered_corpus
+from training.options.pretraining import PretrainOptions
 from training.pretraining import clip as pretrain_clip
 from training.pretraining.clip import ClipBatches, clip_data, estimate_normalisation, export_clip, train_clip
-from training.pretraining.stages import PretrainOptions
 from training.runs.record import list_checkpoints
 from training.runs.run import RunDirectory
 
@@ -114,18 +114,19 @@ def test_cached_scenes_of_another_seed_are_refused(corpus, tmp_path):
         clip_data(options(tmp_path, seed=5), corpus)
 
 
-def test_the_benchmark_probes_features_and_raw_pixels_alike(trained, tmp_path):
+def test_the_benchmark_probes_features_and_raw_pixels_alike(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "PENALTIES", {"logisticregression__C": [1e-2, 1.0]})
     rng = np.random.default_rng(0)
     for place, name in enumerate(("dark", "light")):
         (tmp_path / name).mkdir()
         for number in range(12):
             pixels = rng.integers(120 * place, 120 * place + 100, (70, 64, 3), dtype=np.uint8)
             benchmark.Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
-    chosen = benchmark.BenchmarkOptions(str(trained / "mini-clip"), classes_dir=str(tmp_path), scenes=8, shots=6, draws=2)
+    chosen = benchmark.BenchmarkOptions(str(trained / "mini-clip"), classes_dir=str(tmp_path), scenes=8, shots=4, draws=2)
     lines = benchmark.rows(chosen)
     assert [line.split("|")[1].strip() for line in lines[2:]] == [
         *(f"{part} of 8 scenes, zero-shot" for part in ("kind", "colour", "background")),
-        "6 pictures a class, probe of features, mean of 2",
-        "6 pictures a class, probe of raw pixels, mean of 2",
+        "4 pictures a class, probe of features, mean of 2",
+        "4 pictures a class, probe of raw pixels, mean of 2",
     ]
     assert "100.0% | 50.0%" in lines[-1]

@@ -10,7 +10,8 @@ from diffusers import StableDiffusionXLPipeline
 from pipelines.corpus import join, photo_corpus, rendered_corpus, to_pixels
 from pipelines.mini_losses import PatchBasis
 from training import pretrain_mini
-from training.pretraining.stages import PretrainOptions, Sampler
+from training.options.pretraining import PretrainOptions
+from training.pretraining.stages import Sampler
 from training.runs.record import list_checkpoints
 
 

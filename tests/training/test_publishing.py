@@ -1,24 +1,18 @@
 """What is published, what is kept, and the upload."""
 
 import json
-from functools import partial
 
 import pytest
-from accelerate.state import AcceleratorState
 from hub_server import READ_ONLY_TOKEN, TOKEN, read
 from huggingface_hub import constants
 from PIL import Image
+from subject_runs import SubjectTrainer
 
 from pipelines.errors import InputError
-from pipelines.subject.generate import Sampling
-from training import dreambooth_nora
-from training.options import parse_options
 from training.options.judging import JudgingOptions
 from training.subject import finishing, publishing
 
 SECRETS = ("zwx", "gizmo", "secretfolder", "privatename", "mymodel", TOKEN)
-FAST = "--rank 6 --inner_r 2 --target_modules to_v --max_train_steps 2 --train_batch_size 2 --lr_warmup_steps 1 --no_certify"
-FAST += " --learning_rate 0.1 --checkpointing_steps 2 --validation_steps 2 --heldout_image none"
 
 
 def uploaded(hub, name):
@@ -28,10 +22,8 @@ def uploaded(hub, name):
 
 
 @pytest.fixture
-def published(tiny_model, tmp_path, monkeypatch):
+def published(tiny_model, tmp_path):
     """A run whose every name is one of `SECRETS`, with the flags given; returns its directory."""
-    monkeypatch.setattr(dreambooth_nora, "Sampling", partial(Sampling, num_inference_steps=2))
-    AcceleratorState._reset_state(reset_partial_state=True)
     folder, model = tmp_path / "secretfolder", tmp_path / "mymodel"
     folder.mkdir()
     model.symlink_to(tiny_model)
@@ -39,9 +31,8 @@ def published(tiny_model, tmp_path, monkeypatch):
         Image.effect_noise((20, 20), 60 + 40 * place).convert("RGB").save(folder / f"privatename{place}.png")
 
     def run(*more):
-        given = ["--pretrained_model_name_or_path", str(model), "--instance_data_dir", str(folder)]
-        given += ["--instance_prompt", "a zwx gizmo", "--output_dir", str(tmp_path / "secretfolder-run"), *more]
-        return dreambooth_nora.main(parse_options([*FAST.split(), *given]))
+        given = ("--max_train_steps", "2", "--validation_prompt", "a zwx gizmo", "a zwx gizmo in the snow")
+        return SubjectTrainer(model, folder).run(tmp_path / "secretfolder-run", *given, *more, prompt="a zwx gizmo")
 
     return run
 
@@ -66,10 +57,9 @@ def test_a_private_run_publishes_no_caption_path_or_name_in_any_byte(published, 
     assert run.status()["published"] == f"{hub_server.endpoint}/me/adapter"
 
 
-def test_without_being_asked_nothing_is_gathered_or_uploaded(published, hub_server):
-    run = published()
-    assert not (run.path / "published").exists()
-    assert hub_server.requests == []
+def test_without_being_asked_nothing_is_gathered_or_uploaded(lora_run):
+    assert not (lora_run.path / "published").exists()
+    assert "published" not in lora_run.status()
 
 
 def test_a_network_that_fails_after_the_training_loses_nothing_and_all_can_be_uploaded_later(

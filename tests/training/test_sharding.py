@@ -37,6 +37,7 @@ def test_without_fsdp_every_optimiser_may_train():
 
 
 def in_two_processes(rank, group):
+    torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{group}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     torch.manual_seed(0)
@@ -61,7 +62,8 @@ def in_two_processes(rank, group):
 
 
 def test_parameters_and_an_optimisers_state_are_split_and_gathered_again(tmp_path):
-    torch.multiprocessing.spawn(in_two_processes, (str(tmp_path / "group"),), nprocs=2)
+    # Forked, they need not import anything again.
+    torch.multiprocessing.start_processes(in_two_processes, (str(tmp_path / "group"),), nprocs=2, start_method="fork")
 
 
 def test_what_is_not_split_stays_as_it_is():

@@ -8,15 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
+from subject_runs import FLAGS, PROMPT
 
-from training.engine.stopping import launcher
+from training.engine.stopping import StopRequests, launcher
 from training.runs.record import newest_step
 from training.runs.run import RunDirectory
 
 ROOT = Path(__file__).parents[2]
-FLAGS = """--instance_prompt sks --heldout_image none --rank 6 --inner_r 2 --target_modules to_v --max_train_steps 100000
---checkpointing_steps 100000 --validation_steps 100000 --heldout_steps 100000 --validation_prompt sks --certify false
---report_to none"""
+LONG = "--max_train_steps 100000 --checkpointing_steps 100000 --validation_steps 100000 --heldout_steps 100000"
 PATIENCE = 300
 
 
@@ -28,22 +27,30 @@ def wait_for(what):
         time.sleep(0.1)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_when_the_launcher_is_ended_the_run_saves_and_stops(tiny_model, pictures_dir, tmp_path, number):
+@pytest.mark.slow(25)
+def test_when_the_launcher_is_killed_the_run_saves_and_stops(tiny_model, pictures_dir, tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-    command += [str(ROOT / "training" / "dreambooth_nora.py"), *FLAGS.split(), "--output_dir", str(tmp_path / "run")]
+    command += [str(ROOT / "training" / "dreambooth_nora.py"), *FLAGS.split(), *LONG.split(), "--instance_prompt", PROMPT]
+    command += ["--validation_prompt", PROMPT, "--output_dir", str(tmp_path / "run")]
     command += ["--pretrained_model_name_or_path", str(tiny_model), "--instance_data_dir", str(pictures_dir)]
     with (tmp_path / "log").open("w") as log:
         started = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": str(ROOT)})
     run = RunDirectory(tmp_path / "run", writes=False)
     wait_for(lambda: started.poll() is not None or run.status().get("step", 0) > 0)
     assert started.poll() is None, (tmp_path / "log").read_text()
-    started.send_signal(number)
+    started.kill()
     started.wait()
     wait_for(lambda: not run.is_at_work())
     assert run.status()["state"] == "stopped"
     assert newest_step(run.checkpoints) > 0
+
+
+def test_a_launcher_that_has_gone_counts_as_a_request_to_stop(monkeypatch):
+    monkeypatch.setattr("training.engine.stopping.launcher", os.getppid)
+    requests = StopRequests()
+    assert requests.noted == 0
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert requests.noted == signal.SIGTERM
 
 
 def test_only_accelerate_is_a_launcher():

@@ -63,7 +63,7 @@ def test_a_whole_run_decomposes_each_layer_once_however_often_its_adapter_is_kep
     assert len({line.count("|") for line in table}) == 1
     for name in ("calibrate", "training steps", "held-out loss (4 draws)", "kept adapter", "export", "all"):
         assert any(line.startswith(f"| {name} |") for line in table)
-    assert all(phase.peak_memory > 1e8 for phase in phases.totals.values() if phase.seconds > 1)
+    assert all(phase.peak_memory > 1e8 for phase in phases.totals.values())
 
 
 def test_a_phase_is_charged_for_what_runs_in_it_and_not_in_a_phase_inside(benchmark):

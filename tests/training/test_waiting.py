@@ -40,8 +40,13 @@ class Queue:
         own = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
         process = subprocess.Popen([*words, *(command or [sys.executable, "-c", work])], env=own, stderr=subprocess.PIPE)
         self.started.append(process)
-        wait_for(lambda: RunRecord(run).status().get("pid") == process.pid or process.poll() is not None)
+        wait_for(lambda: process.poll() is not None or self.has_place(run, process.pid))
         return run, process
+
+    def has_place(self, run, pid):
+        """Whether the process has taken its place in the queue, or is past that."""
+        status = RunRecord(run).status()
+        return status.get("pid") == pid and (status["state"] == "starting" or runs_before(self.runs / QUEUE, run) is not None)
 
     def state(self, run):
         return RunRecord(run).status()["state"]
@@ -56,14 +61,15 @@ def queue(tmp_path):
         process.communicate()
 
 
-def begins(run):
+def begins(run, after=None):
+    """Wait until it begins; not before the file `after` was there."""
     wait_for((run / "began").exists)
+    assert after is None or (run / "began").stat().st_mtime_ns >= after.stat().st_mtime_ns
 
 
 def waits(run):
-    """Whether it still has not begun after three looks of a waiting process."""
-    time.sleep(0.8)
-    return not (run / "began").exists()
+    """Whether it is its turn to wait; that it did not begin meanwhile, `begins` checks afterwards."""
+    return RunRecord(run).status()["state"] == "queued" and not (run / "began").exists()
 
 
 def test_a_run_that_nothing_is_before_begins_at_once_as_the_very_process_that_waited(queue):
@@ -83,11 +89,13 @@ def test_runs_have_their_turns_in_the_order_in_which_they_came(queue):
     assert waits(runs[1][0])
     assert waits(runs[2][0])
     assert [runs_before(queue.runs / QUEUE, run) for run, _ in runs] == [None, 1, 2]
+    ended = None
     for place, (run, process) in enumerate(runs):
-        begins(run)
+        begins(run, after=ended)
         assert all(not (later / "began").exists() for later, _ in runs[place + 1 :])
         (run / "end").touch()
         assert process.wait(PATIENCE) == 0
+        ended = run / "ended"
 
 
 def test_a_killed_waiter_is_passed_over_and_leaves_nothing(queue):
@@ -98,7 +106,7 @@ def test_a_killed_waiter_is_passed_over_and_leaves_nothing(queue):
     assert not RunRecord(second).has_live_process()
     assert runs_before(queue.runs / QUEUE, third) == 1
     (first / "end").touch()
-    begins(third)
+    begins(third, after=first / "ended")
     assert not (second / "began").exists()
     assert tickets(queue.runs / QUEUE / "cpu") == []
 
@@ -107,9 +115,10 @@ def test_a_killed_launcher_makes_room_for_the_next(queue):
     (first, killed), (second, _) = (queue.start(name) for name in "ab")
     begins(first)
     assert waits(second)
+    (first / "killed").touch()
     killed.kill()
     killed.wait()
-    begins(second)
+    begins(second, after=first / "killed")
 
 
 def test_the_next_waits_while_a_run_whose_launcher_was_killed_still_saves_and_for_runs_from_a_terminal(queue):
@@ -125,9 +134,9 @@ def test_the_next_waits_while_a_run_whose_launcher_was_killed_still_saves_and_fo
     begins(elsewhere)
     run, _ = queue.start("a")
     assert waits(run)
-    assert queue.state(run) == "queued"
+    (other / "ending").touch()
     at_work.communicate()
-    begins(run)
+    begins(run, after=other / "ending")
 
 
 def test_users_wait_for_each_other(queue):
@@ -136,7 +145,7 @@ def test_users_wait_for_each_other(queue):
     ben, _ = queue.start("two", runs=queue.runs / "ben")
     assert waits(ben)
     (anna / "end").touch()
-    begins(ben)
+    begins(ben, after=anna / "ended")
 
 
 def test_devices_have_queues_of_their_own(queue):
@@ -158,7 +167,7 @@ def test_asked_to_stop_while_it_waits_it_never_begins_and_says_so(queue, number)
     assert asked.wait(PATIENCE) == 128 + number
     assert queue.state(second) == "stopped"
     (first / "end").touch()
-    begins(third)
+    begins(third, after=first / "ended")
     assert not (second / "began").exists()
 
 

@@ -5,8 +5,8 @@ import typing
 
 import pytest
 
+from pipelines.built_in import BUILT_IN_MODEL
 from pipelines.errors import InputError
-from pipelines.subject.base_model import BUILT_IN_MODEL
 from training.options import parse_options
 from training.options.command_line import groups_of
 from training.options.fewshot import parse_fewshot_options

@@ -13,8 +13,9 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from small_runs import small_run
 
+from pipelines.built_in import BUILT_IN_MODEL
 from pipelines.pictures import read_settings
-from pipelines.subject.base_model import BUILT_IN_MODEL, load_base_model
+from pipelines.subject.base_model import load_base_model
 
 PATIENCE = 180_000
 PICTURES = 3

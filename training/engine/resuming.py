@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipelines.built_in import recorded_name
 from pipelines.errors import InputError
 from pipelines.run_options import OPTIONS, run_options, task_of
-from pipelines.subject.base_model import recorded_name
 from training.runs.record import RunRecord
 
 # What is written and shown, how long to train, and who makes the batches.

@@ -10,8 +10,8 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from pipelines.clip import BUILT_IN
-from pipelines.fewshot.adapters import AdapterPlaces
 from pipelines.fewshot.metrics import Interval
+from pipelines.fewshot.places import AdapterPlaces
 from pipelines.fewshot.plots import save_figure
 from pipelines.methods import method_names
 from training.fewshot.figures import ZERO_SHOT, Report, card_figures, loaded_member, shots_in_words

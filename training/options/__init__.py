@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipelines.adapter_options import AdapterOptions, unused_options
+from pipelines.built_in import is_built_in
 from pipelines.errors import InputError
 from pipelines.methods import method_named
 from pipelines.optimizers import PRODIGY_LEARNING_RATE
-from pipelines.subject.adapters import default_targets
-from pipelines.subject.base_model import is_built_in
+from pipelines.subject.target_layers import default_targets
 from training.options.command_line import parse_groups
 from training.options.data import DataOptions
 from training.options.judging import JudgingOptions

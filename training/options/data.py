@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from pipelines.built_in import ASSETS
 from pipelines.errors import InputError
-from pipelines.subject.base_model import ASSETS
 from pipelines.subject.captions import SUBJECT_FIELD, find_captioned, subject_folders, subject_name
 from pipelines.subject.data import SizeConditioning
 from training.options.checks import at_least

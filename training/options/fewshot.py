@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.adapter_options import AdapterOptions, fill_in, options_of, unused_options, with_method_options
-from pipelines.clip import BUILT_IN
+from pipelines.built_in import BUILT_IN_CLIP_NAME
 from pipelines.errors import InputError
-from pipelines.fewshot.adapters import AdapterPlaces
 from pipelines.fewshot.baselines import BASELINES
-from pipelines.fewshot.prompts import TEMPLATES
+from pipelines.fewshot.places import AdapterPlaces
+from pipelines.fewshot.prompts import PHOTO, TEMPLATE_NAMES
 from pipelines.fewshot.sets import SETS
 from pipelines.fewshot.shots import Shots
 from pipelines.methods import DEFAULT, REFERENCE, method_named, method_names
@@ -32,7 +32,7 @@ class ClipOptions:
     """The CLIP model."""
 
     model: str = field(
-        default=BUILT_IN,
+        default=BUILT_IN_CLIP_NAME,
         metadata={
             "help": "A model that open_clip knows, such as ViT-B-16, a folder with an open_clip_config.json, or "
             "hf-hub:OWNER/NAME, the same on the hub. The built-in one unless said."
@@ -51,7 +51,7 @@ class ClipOptions:
     @property
     def is_built_in(self) -> bool:
         """Whether it is the model that comes with the project."""
-        return self.model == BUILT_IN
+        return self.model == BUILT_IN_CLIP_NAME
 
 
 @dataclass
@@ -80,7 +80,7 @@ class LabelledDataOptions:
         default=None,
         metadata={
             "help": "Prompts with {} for the class's name, in training and evaluation: one, several for an ensemble, or a name: "
-            f"{', '.join(TEMPLATES)}. The set's own, else {TEMPLATES['photo'][0]!r}, unless said."
+            f"{', '.join(TEMPLATE_NAMES)}. The set's own, else {PHOTO!r}, unless said."
         },
     )
     shots: list[str] = field(

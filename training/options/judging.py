@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pipelines import mini_clip
-from pipelines.clip import BUILT_IN
 from pipelines.errors import InputError
-from pipelines.subject.scores import BASE
 from training.options.checks import at_least
 
 # On the bundled toy and on photographs four end in the same step as all ten that were kept; two nearly always.
@@ -75,6 +72,11 @@ class JudgingOptions:
         shown, and a better CLIP is not downloaded unasked: there the base model, which knows its own pictures, judges. Its
         pictures also take longer, so that fewer are drawn.
         """
+        # Here, as the judges' models take seconds to import and --help needs none.
+        from pipelines import mini_clip
+        from pipelines.clip import BUILT_IN
+        from pipelines.subject.scores import BASE
+
         if self.judge_model is None:
             self.judge_model = BUILT_IN if built_in and (mini_clip.BUILT_IN_CLIP / mini_clip.WEIGHTS_FILE).is_file() else BASE
         if self.drawn_candidates is None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pipelines.built_in import BUILT_IN, recorded_name
 from pipelines.errors import InputError
-from pipelines.subject.base_model import BUILT_IN, recorded_name
 from pipelines.subject.prediction import Prediction, check_combination, prediction_of
 
 

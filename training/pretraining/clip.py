@@ -24,8 +24,9 @@ from pipelines.mini_sdxl import PROMPT_WORDS, RESOLUTION, reduced_tokenizer
 from pipelines.scenes import Scene
 from training.engine.checkpoints import load_checkpoint
 from training.engine.loop import LoopOptions, Periodic, Trainable
+from training.options.pretraining import PretrainOptions
 from training.pretraining.clip_card import ClipFacts, write_clip_card
-from training.pretraining.stages import PretrainOptions, Sampler, newest_step, train_here, warmup_stable_decay
+from training.pretraining.stages import Sampler, newest_step, train_here, warmup_stable_decay
 from training.runs.record import list_checkpoints
 from training.runs.run import RunDirectory
 

@@ -6,7 +6,7 @@ import html
 import re
 from pathlib import Path
 
-from pipelines.subject.base_model import BUILT_IN_MODEL, is_built_in
+from pipelines.built_in import BUILT_IN_MODEL, is_built_in
 
 CARD = "README.md"
 MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+|~-])")

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionXLPipeline
 
+from pipelines.built_in import is_built_in, model_path
 from pipelines.digests import file_digest
 from pipelines.file_names import display_path
-from pipelines.subject.base_model import is_built_in, model_path
 from training.runs.durable import write_text_atomically
 from training.runs.run import RunDirectory
 

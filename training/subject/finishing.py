@@ -14,9 +14,10 @@ from PIL import Image
 from torch import nn
 
 from pipelines.adapter_method import ADAPTER_NAME, trained_parameters
+from pipelines.built_in import model_path
 from pipelines.pictures import labelled_grid
 from pipelines.subject import adapters
-from pipelines.subject.base_model import load_base_model, model_path
+from pipelines.subject.base_model import load_base_model
 from pipelines.subject.generate import Sampling
 from pipelines.subject.scores import Judge
 from training.options import SubjectOptions

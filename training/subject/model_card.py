@@ -8,9 +8,9 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from pipelines.built_in import is_built_in
 from pipelines.clip import BUILT_IN
 from pipelines.methods import method_named
-from pipelines.subject.base_model import is_built_in
 from pipelines.subject.embedders import OPEN_CLIP
 from pipelines.subject.prediction import Prediction
 from pipelines.subject.scores import BASE

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from pipelines.built_in import is_built_in, recorded_name
 from pipelines.errors import InputError
-from pipelines.subject.base_model import is_built_in, recorded_name
 from training.options import SubjectOptions
 from training.options.command_line import groups_of
 from training.options.fewshot import FewShotOptions

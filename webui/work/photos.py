@@ -11,8 +11,8 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 from pipelines.buckets import AUTOMATIC, automatic_buckets, nearest_bucket, parse_buckets
+from pipelines.built_in import model_path
 from pipelines.pictures import read_image
-from pipelines.subject.base_model import model_path
 from pipelines.subject.data import picture_size, take
 from pipelines.subject.doctor import Finding, Report, examine
 from pipelines.subject.encoding import Framing

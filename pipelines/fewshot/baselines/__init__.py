@@ -6,34 +6,27 @@ files in `predictors`; `vocabulary` adds classes by their prompts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import pkgutil
+from typing import TYPE_CHECKING
 
 from pipelines.errors import InputError
-from pipelines.fewshot.baselines import (
-    clap,
-    clip_adapter,
-    coop,
-    gda,
-    linear_probe,
-    pixels,
-    taskres,
-    tip_adapter,
-    zeroshot,
-)
-from pipelines.fewshot.baselines.predictors import Predictor
-from pipelines.fewshot.baselines.task import FewShotTask
 
-BASELINES: dict[str, Callable[[FewShotTask, int], Predictor]] = {
-    "zeroshot": zeroshot.fit,
-    "linear_probe": linear_probe.fit,
-    "clap": clap.fit,
-    "tip_adapter": tip_adapter.fit,
-    "tip_adapter_f": tip_adapter.fit_keys,
-    "coop": coop.fit,
-    "clip_adapter": clip_adapter.fit,
-    "taskres": taskres.fit,
-    "gda": gda.fit,
-    "pixels": pixels.fit,
+if TYPE_CHECKING:
+    from pipelines.fewshot.baselines.predictors import Predictor
+    from pipelines.fewshot.baselines.task import FewShotTask
+
+# Where each one's function lies: a file is imported when its baseline is fitted, so that --help imports no scikit-learn.
+BASELINES = {
+    "zeroshot": "zeroshot:fit",
+    "linear_probe": "linear_probe:fit",
+    "clap": "clap:fit",
+    "tip_adapter": "tip_adapter:fit",
+    "tip_adapter_f": "tip_adapter:fit_keys",
+    "coop": "coop:fit",
+    "clip_adapter": "clip_adapter:fit",
+    "taskres": "taskres:fit",
+    "gda": "gda:fit",
+    "pixels": "pixels:fit",
 }
 
 
@@ -44,4 +37,4 @@ def fit(name: str, task: FewShotTask, seed: int) -> Predictor:
     """
     if name not in BASELINES:
         raise InputError(f"method must be one of {', '.join(BASELINES)}, got {name!r}.")
-    return BASELINES[name](task, seed)
+    return pkgutil.resolve_name(f"{__name__}.{BASELINES[name]}")(task, seed)

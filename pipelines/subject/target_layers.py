@@ -1,0 +1,22 @@
+"""Which layers of SDXL an adapter is put on unless others are given."""
+
+from __future__ import annotations
+
+from pipelines.methods import method_named
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+LINEAR = [*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
+CONVOLUTIONS = ["conv1", "conv2"]
+TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+
+
+def default_targets(method: str, built_in: bool) -> list[str]:
+    """Name endings of the UNet's layers that `method` adapts unless others are given.
+
+    The built-in model's finest level has no attention: there all layers that the method can adapt are.
+    """
+    chosen = method_named(method)
+    own = chosen.defaults("subject", built_in).target_layers
+    if own is not None:
+        return list(own)
+    return [*LINEAR, *(CONVOLUTIONS if chosen.adapts_convolutions else [])] if built_in else ATTENTION

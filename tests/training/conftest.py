@@ -1,0 +1,101 @@
+"""Runs that many tests read: one of each kind, trained once a session. A test that changes one changes a copy."""
+
+import importlib
+import importlib.util
+import sys
+from types import SimpleNamespace
+
+import pytest
+from safetensors.torch import load_file
+from subject_runs import EVERYTHING, SubjectTrainer
+
+from training.options import parse_options
+from training.runs.run import RunDirectory
+from training.runs.run_requests import ASKED, ask
+from training.subject import certificate
+from training.subject.samples import Sampler
+
+
+@pytest.fixture(scope="session")
+def trainer(tiny_model, pictures_dir):
+    """Runs the subject recipe on the tiny model."""
+    return SubjectTrainer(tiny_model, pictures_dir)
+
+
+@pytest.fixture(scope="session")
+def plain(trainer, tmp_path_factory):
+    """What the recipe hands to the loop, with the flags that all tests share."""
+    return trainer.prepare(tmp_path_factory.mktemp("plain") / "run")
+
+
+@pytest.fixture(scope="session")
+def lora_run(trainer, tmp_path_factory):
+    """A run of LoRA, of which a picture is held out."""
+    return trainer.run(tmp_path_factory.mktemp("lora") / "run", "--method", "lora", "--heldout_image", "2.png")
+
+
+@pytest.fixture(scope="session")
+def everything(trainer, tmp_path_factory):
+    """A run of NoRA with `EVERYTHING`, and the `phases` that it told."""
+    phases, update = [], RunDirectory.update_status
+
+    def watched(run, **fields):
+        if fields.get("phase") and fields["phase"] not in phases:
+            phases.append(fields["phase"])
+        update(run, **fields)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunDirectory, "update_status", watched)
+        run = trainer.run(tmp_path_factory.mktemp("everything") / "run", *EVERYTHING)
+    return SimpleNamespace(run=run, phases=phases)
+
+
+@pytest.fixture(scope="session")
+def again(trainer, everything, tmp_path_factory):
+    """The same run once more from the options that it recorded, asked for samples and a checkpoint after its third step.
+
+    Of each step, `drawn` has the pictures that were drawn first.
+    """
+    drawn, save, log = {}, Sampler.save, RunDirectory.log
+
+    def asking(run, step, **values):
+        log(run, step, **values)
+        if step == 2 and "loss" in values:
+            for what in ASKED:
+                ask(run, what)
+
+    def remembering(sampler, run, step, pictures):
+        drawn.setdefault(step, list(pictures))
+        save(sampler, run, step, pictures)
+
+    recorded = ["--options_file", str(everything.run.path / "options.json")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunDirectory, "log", asking)
+        patch.setattr(Sampler, "save", remembering)
+        run = trainer.main(parse_options([*recorded, "--output_dir", str(tmp_path_factory.mktemp("again") / "run")]))
+    return SimpleNamespace(run=run, drawn=drawn)
+
+
+@pytest.fixture
+def stock_check():
+    """The stock program as a module; while it is loaded, and only then, this project's packages are blocked."""
+    spec = importlib.util.spec_from_file_location("stock_check", certificate.STOCK_PROGRAM)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("nora_vision", "pipelines", "training"):
+            patch.setitem(sys.modules, name, sys.modules.get(name))
+        spec.loader.exec_module(module)
+        with pytest.raises(ImportError, match="import of nora_vision halted"):
+            importlib.import_module("nora_vision")
+    return module
+
+
+@pytest.fixture
+def certified_here(stock_check, monkeypatch, tmp_path):
+    """Have the stock program draw in this process: to import diffusers again takes longer than all that it does."""
+
+    def stock_pictures(request):
+        stock_check.main({**request, "pictures": str(tmp_path / "pictures.safetensors")})
+        return load_file(tmp_path / "pictures.safetensors")
+
+    monkeypatch.setattr(certificate, "_stock_pictures", stock_pictures)

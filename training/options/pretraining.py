@@ -1,0 +1,54 @@
+"""Options of the pretraining of the built-in models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+STAGE_NAMES = ("basis", "vae", "unet", "export", "clip", "export_clip")
+
+
+@dataclass
+class PretrainOptions:
+    """How the built-in model is trained from nothing."""
+
+    output_dir: str = field(metadata={"help": "Where the runs of the stages, the cached corpus and the finished model go."})
+    photos_dir: str | None = field(
+        default=None, metadata={"help": "Folder of zipped photographs with classes.json; rendered scenes alone without it."}
+    )
+    stages: list[str] = field(
+        default_factory=lambda: ["basis", "vae", "unet", "export"],
+        metadata={
+            "help": "Stages to run, of: basis, vae, unet, export for the built-in SDXL; clip, export_clip for the built-in CLIP."
+        },
+    )
+    scenes: int = field(default=24_000, metadata={"help": "Rendered scenes in the corpus."})
+    scene_share: float = field(default=0.8, metadata={"help": "Share of rendered scenes in a batch."})
+    vae_steps: int = field(default=3000, metadata={"help": "Optimisation steps of the autoencoder."})
+    vae_batch_size: int = field(default=8, metadata={"help": "Pictures a step of the autoencoder."})
+    vae_learning_rate: float = field(default=1.5e-3, metadata={"help": "Peak learning rate of the autoencoder."})
+    unet_steps: int = field(default=10_000, metadata={"help": "Optimisation steps of the UNet and text encoders."})
+    unet_batch_size: int = field(default=32, metadata={"help": "Pictures a step of the UNet."})
+    unet_learning_rate: float = field(default=7e-4, metadata={"help": "Peak learning rate of the UNet and text encoders."})
+    sample_steps: int = field(default=500, metadata={"help": "Steps between two contact sheets of the UNet in training."})
+    clip_steps: int = field(default=10_000, metadata={"help": "Optimisation steps of the built-in CLIP."})
+    clip_batch_size: int = field(default=48, metadata={"help": "Pictures a step of the built-in CLIP."})
+    clip_learning_rate: float = field(default=1.5e-3, metadata={"help": "Peak learning rate of the built-in CLIP."})
+    clip_scene_share: float = field(default=0.15, metadata={"help": "Share of rendered scenes in a batch of the built-in CLIP."})
+    score_steps: int = field(
+        default=500, metadata={"help": "Steps between two scores of the built-in CLIP on held-out pictures."}
+    )
+    mixed_precision: str = field(
+        default="no", metadata={"help": "'no' or 'bf16': bf16 is 1.6 times as fast on CPUs that have it."}
+    )
+    card_note: str = field(
+        default="", metadata={"help": "A sentence for the model card, such as what earlier legs of the training saw."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the scenes and of all that training draws."})
+
+    def __post_init__(self) -> None:
+        unknown = set(self.stages) - set(STAGE_NAMES)
+        if unknown:
+            raise ValueError(f"stages must be among {', '.join(STAGE_NAMES)}, got {', '.join(sorted(unknown))}.")
+        for name in ("scene_share", "clip_scene_share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}.")
