@@ -93,7 +93,8 @@ def test_the_options_that_a_run_records_make_the_same_run_again_whatever_is_aske
 
 
 def test_samples_drawn_after_training_are_those_that_the_step_would_have_drawn(everything, again):
-    """Both runs draw the samples of steps 1 and 3 at their end, with the adapters kept; the second was asked for step 3's."""
+    """The first run draws those of steps 1 and 3 at its end, with the adapters kept; the second was asked for step 3's."""
+    assert list(again.drawn) == [0, 2, 3, 4, 1]
     shown = [np.asarray(picture).astype(int) for picture in again.drawn[3]]
     for place, live in enumerate(shown):
         late = np.asarray(Image.open(everything.run.samples_at(3) / f"{place}.png")).astype(int)
@@ -162,11 +163,13 @@ def test_a_run_is_never_overwritten(trainer, lora_run):
         trainer.run(lora_run.path, "--method", "lora")
 
 
-def test_without_a_directory_a_new_run_is_made_under_runs(trainer, tmp_path, monkeypatch):
+def test_without_a_directory_a_new_run_is_made_under_runs_and_records_its_command(trainer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["training/dreambooth_nora.py", "--instance_prompt", "sks toy"])
     run = trainer.prepare(None).run
     assert run.path.parent == Path("runs")
     assert run.path.name.endswith(f"{trainer.pictures.name}-nora")
+    assert shlex.split((run.path / "command").read_text()) == ["accelerate", "launch", *sys.argv]
 
 
 def test_bad_input_ends_the_program_with_its_message_and_no_traceback(tmp_path, monkeypatch):

@@ -328,7 +328,6 @@ def scene_files(colour, count, seed):
     return found
 
 
-@pytest.mark.slow
 def test_an_adapter_that_learned_what_is_wrong_falls_back_to_zero_shot_and_says_so(tmp_path):
     other = {"red": "blue", "blue": "red"}
     for part in ("train", "val", "test"):

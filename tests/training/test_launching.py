@@ -15,10 +15,10 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
 from picture_sets import class_files, write_files
 from safetensors.torch import load_file
-from subject_runs import FLAGS, PROMPT, interrupted, parameters
+from subject_runs import FLAGS, PROMPT, are_equal, interrupted, parameters
 
 from pipelines.subject.adapters import load_adapter
-from training import dreambooth_nora, fewshot_nora
+from training import fewshot_nora
 from training.options import parse_options
 from training.options.fewshot import parse_fewshot_options
 from training.runs.record import list_checkpoints
@@ -60,7 +60,7 @@ def subject_flags(tiny_model, pictures_dir):
 
 @pytest.fixture
 def alone(trainer):
-    """Runs the subject's trainer in this process, with pictures for all that two processes have."""
+    """Runs the subject's trainer in this process."""
 
     def run(flags):
         return trainer.main(parse_options(flags))
@@ -99,29 +99,29 @@ def test_two_processes_learn_what_one_does_at_the_same_global_batch(subject_flag
 
 
 MEASURED = ["--heldout_image", "2.png", "--use_ema", "--ema_decay", "0.5"]
+RESUME = ["--resume_from_checkpoint", "latest"]
 DORA = "--method dora --rank 1 --target_modules to_q conv1 proj_in --max_train_steps 2 --heldout_steps 1"
 
 
-def in_two_processes(flags):
+def in_two_processes(run, flags):
     torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    dreambooth_nora.main(parse_options(flags))
+    run(flags)
 
 
 @pytest.mark.slow(50)
 def test_two_processes_with_fsdp_learn_and_write_what_one_does_and_what_they_begin_goes_on_without(
     subject_flags, alone, pipe, tmp_path
 ):
-    """The first run with FSDP is one of two steps that is gone on with; the second is of a method of PEFT of rank 1."""
-    begin = subject_flags(tmp_path / "split", *MEASURED, "--max_train_steps", "2")
-    go_on = subject_flags(tmp_path / "split", *MEASURED, "--resume_from_checkpoint", "latest")
-    dora = {
-        name: subject_flags(tmp_path / f"dora-{name}", *DORA.split(), batch=batch) for name, batch in (("one", 4), ("two", 2))
-    }
-    launched("fsdp.yaml", tmp_path, *(["subject", *flags] for flags in (begin, go_on, dora["two"])))
+    """With FSDP: a run, the same one in two parts, and one of a method of PEFT of rank 1."""
+    whole = subject_flags(tmp_path / "whole", *MEASURED)
+    begin = subject_flags(tmp_path / "parts", *MEASURED, "--max_train_steps", "2")
+    go_on = [*subject_flags(tmp_path / "parts", *MEASURED), *RESUME]
+    dora = {name: subject_flags(tmp_path / f"dora-{name}", *DORA.split(), batch=size) for name, size in (("one", 4), ("two", 2))}
+    launched("fsdp.yaml", tmp_path, *(["subject", *flags] for flags in (whole, begin, go_on, dora["two"])))
 
-    split, one = RunDirectory(tmp_path / "split"), alone(subject_flags(tmp_path / "one", *MEASURED, batch=4))
+    split, one = RunDirectory(tmp_path / "whole"), alone(subject_flags(tmp_path / "one", *MEASURED, batch=4))
     assert_same_run(split, one)
+    assert are_equal(parameters(RunDirectory(tmp_path / "parts")), parameters(split))
     load_adapter(pipe, split.path, "learned")
     assert pipe.unet.active_adapters() == ["learned"]
 
@@ -133,7 +133,7 @@ def test_two_processes_with_fsdp_learn_and_write_what_one_does_and_what_they_beg
 
     interrupted(split, tmp_path / "without")
     shutil.copytree(split.path / "adapters", tmp_path / "without" / "adapters")
-    debug_launcher(in_two_processes, (subject_flags(tmp_path / "without", *MEASURED, "--resume_from_checkpoint", "latest"),))
+    debug_launcher(in_two_processes, (alone, [*subject_flags(tmp_path / "without", *MEASURED), *RESUME]))
     resumed = RunDirectory(tmp_path / "without")
     assert len(resumed.metrics()) == len(split.metrics())
     assert_close(parameters(resumed), parameters(split), atol=1e-6)

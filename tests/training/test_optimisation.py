@@ -79,10 +79,10 @@ def test_another_seed_makes_other_batches(trainer, plain, tmp_path):
 
 
 def test_the_adapter_has_the_shape_and_start_that_the_flags_say(trainer, tmp_path):
-    flags = "--rank 5 --inner_r 3 --alpha 4 --dropout 0.5 --inner_init gaussian --target_modules to_q ff.net.2"
+    flags = "--rank 5 --inner_r 3 --alpha 4 --dropout 0.5 --inner_init gaussian --preserve_output --target_modules to_q ff.net.2"
     prepared = trainer.prepare(tmp_path / "run", *flags.split())
     config = prepared.trainable.module.unet.peft_config["default"]
-    assert (config.r, config.inner_r, config.alpha, config.dropout) == (5, 3, 4, 0.5)
+    assert (config.r, config.inner_r, config.alpha, config.dropout, config.preserve_output) == (5, 3, 4, 0.5, True)
     trained = prepared.trained()
     assert {name.rsplit(".nora", 1)[0].rsplit("attn", 1)[-1][2:] for name in trained if "attn" in name} == {"to_q"}
     assert any("ff.net.2" in name for name in trained)
@@ -169,7 +169,9 @@ def test_a_run_with_every_kind_of_loss_and_optimiser_learns_and_resumes_exactly(
 @pytest.mark.parametrize(("precision", "method"), [("fp16", "nora"), ("bf16", "dora"), ("bf16", "lora")])
 def test_half_precision_trains_numbers_of_single_precision_that_stay_finite(trainer, tmp_path, precision, method):
     flags = f"--max_train_steps 2 --lr_warmup_steps 0 --method {method} --mixed_precision {precision}"
-    trained = parameters(trainer.train(tmp_path / "run", *flags.split()))
+    run = trainer.run(tmp_path / "run", *flags.split())
+    assert run.status()["state"] == "done"
+    trained = parameters(run)
     for values in trained.values():
         assert values.dtype == torch.float32
         assert torch.isfinite(values).all()

@@ -57,7 +57,9 @@ def test_a_private_run_publishes_no_caption_path_or_name_in_any_byte(published, 
     assert run.status()["published"] == f"{hub_server.endpoint}/me/adapter"
 
 
-def test_without_being_asked_nothing_is_gathered_or_uploaded(lora_run):
+def test_without_being_asked_nothing_is_gathered_or_uploaded(lora_run, hub_server):
+    publishing.check_can_push(JudgingOptions())
+    assert hub_server.requests == []
     assert not (lora_run.path / "published").exists()
     assert "published" not in lora_run.status()
 

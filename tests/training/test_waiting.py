@@ -13,7 +13,7 @@ from training.runs.record import RunRecord, update_status
 from training.runs.waiting import LOCK, QUEUE, Ticket, device_key, runs_before, tickets
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 60
+PATIENCE = 300
 
 
 def wait_for(what):
