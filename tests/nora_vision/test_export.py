@@ -69,7 +69,7 @@ def adapted(case):
     return pipe
 
 
-@pytest.mark.slow
+@pytest.mark.slow(11)
 def test_a_fresh_process_without_this_package_makes_the_same_pictures(tmp_path):
     base = tiny_pipeline()
     plain = picture(base)

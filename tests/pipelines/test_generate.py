@@ -194,7 +194,7 @@ def test_a_labelled_grid_has_a_cell_for_every_label_and_enlarges_small_pictures(
     assert red.sum() > 3 * 190 * 190
 
 
-@pytest.mark.slow
+@pytest.mark.slow(8)
 def test_the_command_draws_what_its_python_function_draws(tiny_model, lora_dir, tmp_path):
     model = ("--pretrained_model_name_or_path", str(tiny_model))
     given = ("--adapter", str(lora_dir), "--strength", "0.5", "--num_inference_steps", "2", "--output_dir", "made", "--seed", "3")
