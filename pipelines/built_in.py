@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-ASSETS = Path(__file__).parents[2] / "assets"
+ASSETS = Path(__file__).parents[1] / "assets"
 BUILT_IN_MODEL = ASSETS / "mini-sdxl"
 # What runs record, since the model's folder differs from checkout to checkout.
 BUILT_IN = BUILT_IN_MODEL.name
