@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -151,18 +152,17 @@ def differences(expected: Path, found: Path) -> list[str]:
         for part in COMPARED
         for file in (folder / part).rglob("*.safetensors")
     }
-    unequal = [
-        str(file)
-        for file in sorted(files)
-        if not (found / file).exists()
-        or not (expected / file).exists()
-        or (expected / file).read_bytes() != (found / file).read_bytes()
-    ]
-    curves = [
-        [{name: value for name, value in line.items() if name != "time"} for line in RunDirectory(path).metrics()]
-        for path in (expected, found)
-    ]
-    return unequal + (["metrics.jsonl"] if curves[0] != curves[1] else [])
+    unequal = [str(file) for file in sorted(files) if _bytes_of(expected / file) != _bytes_of(found / file)]
+    return unequal + (["metrics.jsonl"] if _curves(expected) != _curves(found) else [])
+
+
+def _bytes_of(file: Path) -> bytes | None:
+    return file.read_bytes() if file.exists() else None
+
+
+def _curves(run: Path) -> list[dict[str, Any]]:
+    """What a run has logged, without when."""
+    return [{name: value for name, value in line.items() if name != "time"} for line in RunDirectory(run).metrics()]
 
 
 def torment(flags: list[str], folder: Path, seconds: float, kills: int, rng: random.Random) -> Tally:

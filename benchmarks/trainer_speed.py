@@ -19,9 +19,10 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from statistics import fmean, median
 
@@ -246,19 +247,27 @@ def sides(options: BenchmarkOptions, folder: Path) -> dict[str, Side]:
 
 def table(results: list[dict[str, dict]]) -> str:
     """Steps a second, milliseconds a step by phase, and the ratio, as Markdown; of each run what `measured` returns."""
-    names = list(results[0])
-    runs = {name: [result[name] for result in results] for name in names}
-    phases = dict.fromkeys(phase for name in names for run in runs[name] for phase in run["milliseconds"])
-    lines = ["| | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
-    rates = {name: [run["steps_per_second"] for run in runs[name]] for name in names}
-    shown = " | ".join(f"{median(each):.2f} ({min(each):.2f} to {max(each):.2f})" for each in rates.values())
-    lines.append(f"| steps a second, median | {shown} |")
-    for phase in phases:
-        means = (fmean(run["milliseconds"].get(phase, 0) for run in runs[name]) for name in names)
-        lines.append(f"| {phase}, ms a step | " + " | ".join(f"{mean:.1f}" for mean in means) + " |")
+    runs = {name: [result[name] for result in results] for name in results[0]}
+    rates = {name: [run["steps_per_second"] for run in own] for name, own in runs.items()}
+    phases = dict.fromkeys(chain.from_iterable(run["milliseconds"] for run in chain(*runs.values())))
+    lines = [_row(" ", runs), "|---|" + "---|" * len(runs), _row(" steps a second, median ", map(_spread, rates.values()))]
+    lines += [_row(f" {phase}, ms a step ", (_milliseconds(own, phase) for own in runs.values())) for phase in phases]
     ratios = [ours / theirs for ours, theirs in zip(rates["ours"], rates["diffusers"], strict=True)]
     each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
     return "\n".join([*lines, "", f"Ours does {median(ratios):.2f} times the steps of diffusers' script a second ({each})."])
+
+
+def _row(head: str, cells: Iterable[str]) -> str:
+    return f"|{head}| {' | '.join(cells)} |"
+
+
+def _spread(values: list[float]) -> str:
+    return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def _milliseconds(runs: list[dict], phase: str) -> str:
+    """The mean over `runs` of what a phase takes."""
+    return f"{fmean(run['milliseconds'].get(phase, 0) for run in runs):.1f}"
 
 
 def main(options: BenchmarkOptions) -> None:

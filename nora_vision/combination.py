@@ -50,6 +50,17 @@ def weighted_sum(layer: NoraLayer, weights: Sequence[tuple[str, float]], max_ran
         max_rank: the sum is replaced by its best approximation of this rank; None for the sum itself.
     Raises: ValueError if an adapter still waits for its outer factors.
     """
+    parts = [_within_outer_rank(part) for part in _by_basis(layer, weights)]
+    total = parts[0] if len(parts) == 1 else _concatenated(parts)
+    rank, inner_rank = total.up.shape
+    limit = min(layer.out_features, layer.in_features)
+    if rank > limit or (max_rank is not None and inner_rank > max_rank):
+        return _recomputed(total, min(inner_rank, limit, max_rank or limit))
+    return total
+
+
+def _by_basis(layer: NoraLayer, weights: Sequence[tuple[str, float]]) -> list[Factors]:
+    """The weighted factors of each adapter; those of adapters with the same outer factors side by side as one."""
     parts: list[Factors] = []
     for name, weight in weights:
         up, down = layer._inner_factors(name, weight * layer.scaling[name])
@@ -60,13 +71,7 @@ def weighted_sum(layer: NoraLayer, weights: Sequence[tuple[str, float]], max_ran
         else:
             earlier = parts[same]
             parts[same] = earlier._replace(up=torch.cat([earlier.up, up], dim=1), down=torch.cat([earlier.down, down]))
-    parts = [_within_outer_rank(part) for part in parts]
-    total = parts[0] if len(parts) == 1 else _concatenated(parts)
-    rank, inner_rank = total.up.shape
-    limit = min(layer.out_features, layer.in_features)
-    if rank > limit or (max_rank is not None and inner_rank > max_rank):
-        return _recomputed(total, min(inner_rank, limit, max_rank or limit))
-    return total
+    return parts
 
 
 def combined_config(config: NoraConfig, sums: Mapping[str, Factors]) -> NoraConfig:

@@ -309,24 +309,27 @@ def _finite(literal: str) -> float:
 
 def _check_layout(header: Mapping[str, Any], path: Path, dtypes: Mapping[str, torch.dtype]) -> int:
     """Check dtype, shape and offsets of every tensor and that they follow each other without a gap; return their end."""
-    spans = []
-    for name, entry in header.items():
-        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-            raise AdapterFileError(f"{path}: the header entry of {name!r} must have dtype, shape and data_offsets.")
-        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(dtype, str) or dtype not in dtypes:
-            raise AdapterFileError(f"{path}: {name!r} has dtype {dtype!r}; adapters hold {', '.join(dtypes)}.")
-        if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-            raise AdapterFileError(f"{path}: {name!r} has shape {shape} and data_offsets {offsets}, which are not sizes.")
-        if offsets[1] - offsets[0] != math.prod(shape) * dtypes[dtype].itemsize:
-            raise AdapterFileError(f"{path}: {name!r} of shape {shape} and {dtype} does not fill its bytes {offsets}.")
-        spans.append(tuple(offsets))
+    spans = [_checked_span(name, entry, path, dtypes) for name, entry in header.items()]
     end = 0
     for start, stop in sorted(spans):
         if start != end:
             raise AdapterFileError(f"{path}: its tensors overlap or leave a gap at byte {min(start, end)}.")
         end = stop
     return end
+
+
+def _checked_span(name: str, entry: Any, path: Path, dtypes: Mapping[str, torch.dtype]) -> tuple[int, int]:
+    """Where a tensor's bytes begin and end, by its entry in the header, which is checked."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise AdapterFileError(f"{path}: the header entry of {name!r} must have dtype, shape and data_offsets.")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in dtypes:
+        raise AdapterFileError(f"{path}: {name!r} has dtype {dtype!r}; adapters hold {', '.join(dtypes)}.")
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        raise AdapterFileError(f"{path}: {name!r} has shape {shape} and data_offsets {offsets}, which are not sizes.")
+    if offsets[1] - offsets[0] != math.prod(shape) * dtypes[dtype].itemsize:
+        raise AdapterFileError(f"{path}: {name!r} of shape {shape} and {dtype} does not fill its bytes {offsets}.")
+    return offsets[0], offsets[1]
 
 
 def _are_sizes(values: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -117,11 +117,7 @@ def _restoring(model: nn.Module, adapter_name: str) -> Callable[[], None]:
         configs = getattr(model, "peft_config", {})
         configs.pop(adapter_name, None)
         delete_adapter(model, adapter_name, prefix="nora_", layer_cls=NoraLayer)
-        for name, module in list(model.named_modules()):
-            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and module not in modules:
-                parent, _, child = name.rpartition(".")
-                original = module.base_layer if isinstance(module, BaseTunerLayer) else module.original_module
-                setattr(model.get_submodule(parent), child, original)
+        _unwrap_all_but(model, modules)
         for layer, names in active.items():
             layer.set_adapter(names)
         for layer, (weight, names, scaling) in fused.items():
@@ -133,6 +129,15 @@ def _restoring(model: nn.Module, adapter_name: str) -> Callable[[], None]:
             del model.peft_config
 
     return restore
+
+
+def _unwrap_all_but(model: nn.Module, modules: Collection[nn.Module]) -> None:
+    """Put the modules that PEFT has wrapped back in place of their wrappers, except for wrappers among `modules`."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and module not in modules:
+            parent, _, child = name.rpartition(".")
+            original = module.base_layer if isinstance(module, BaseTunerLayer) else module.original_module
+            setattr(model.get_submodule(parent), child, original)
 
 
 def _free_name(pipe: StableDiffusionXLPipeline, adapter_name: str | None) -> str:

@@ -42,12 +42,8 @@ def read_adapter(model: nn.Module, folder: Path) -> Adapter:
 
     Raises: AdapterFileError as `load_nora` does.
     """
+    _check_files(folder)
     weights = folder / WEIGHTS_NAME
-    if not (folder / CONFIG_NAME).is_file():
-        raise AdapterFileError(f"{folder} has no {CONFIG_NAME}: it is not an adapter.")
-    if not weights.is_file():
-        others = sorted(file.name for file in folder.iterdir() if file.name != CONFIG_NAME)
-        raise AdapterFileError(f"{folder} has no {WEIGHTS_NAME}, only {others}. Nothing else is read; a .bin is a pickle.")
     fields = read_json(folder / CONFIG_NAME)
     config, compact = _read_config(fields, folder / CONFIG_NAME)
     header = read_header(weights)
@@ -63,6 +59,14 @@ def read_adapter(model: nn.Module, folder: Path) -> Adapter:
             raise AdapterFileError(f"{weights}: {name!r} must not be negative.")
     tensors |= {f"{name}.{SCALE}": tensors[f"{owner}.{SCALE}"] for name, owner in shared.items()}
     return Adapter(config, tensors, folder, compact)
+
+
+def _check_files(folder: Path) -> None:
+    if not (folder / CONFIG_NAME).is_file():
+        raise AdapterFileError(f"{folder} has no {CONFIG_NAME}: it is not an adapter.")
+    if not (folder / WEIGHTS_NAME).is_file():
+        others = sorted(file.name for file in folder.iterdir() if file.name != CONFIG_NAME)
+        raise AdapterFileError(f"{folder} has no {WEIGHTS_NAME}, only {others}. Nothing else is read; a .bin is a pickle.")
 
 
 def component_folders(path: Path, components: tuple[str, ...]) -> dict[str, Path]:

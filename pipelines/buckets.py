@@ -41,20 +41,23 @@ def parse_buckets(text: str, multiple: int) -> tuple[Size, ...]:
 
     Raises: InputError naming the part that is no size, or not of multiples of `multiple`.
     """
-    buckets = []
-    for part in filter(None, (part.strip() for part in text.split(";"))):
-        numbers = [number.strip() for number in part.split(",")]
-        if len(numbers) != 2 or not all(number.isascii() and number.isdigit() for number in numbers):
-            raise InputError(
-                f"aspect_ratio_buckets must be {AUTOMATIC!r}, or heights and widths such as '832,1216;1024,1024', got {part!r}."
-            )
-        size = (int(numbers[0]), int(numbers[1]))
-        if any(side < multiple or side % multiple for side in size):
-            raise InputError(f"aspect_ratio_buckets must hold multiples of {multiple} for this model, got {part!r}.")
-        buckets.append(size)
+    parts = filter(None, (part.strip() for part in text.split(";")))
+    buckets = dict.fromkeys(_parse_size(part, multiple) for part in parts)
     if not buckets:
         raise InputError(f"aspect_ratio_buckets must be {AUTOMATIC!r} or hold a size such as '1024,1024', got {text!r}.")
-    return tuple(dict.fromkeys(buckets))
+    return tuple(buckets)
+
+
+def _parse_size(text: str, multiple: int) -> Size:
+    numbers = [number.strip() for number in text.split(",")]
+    if len(numbers) != 2 or not all(number.isascii() and number.isdigit() for number in numbers):
+        raise InputError(
+            f"aspect_ratio_buckets must be {AUTOMATIC!r}, or heights and widths such as '832,1216;1024,1024', got {text!r}."
+        )
+    size = (int(numbers[0]), int(numbers[1]))
+    if any(side < multiple or side % multiple for side in size):
+        raise InputError(f"aspect_ratio_buckets must hold multiples of {multiple} for this model, got {text!r}.")
+    return size
 
 
 def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Size:

@@ -25,42 +25,58 @@ def draw_sample_subject(picture: Image.Image, centre: tuple[float, float], radiu
 
     A teal bottle-shaped body, one large eye, a cream belly with a coral zigzag, a coral three-pronged crown and boots.
     """
-    draw = ImageDraw.Draw(picture)
-    line = max(2, round(radius * 0.03))
-
-    def place(*points: tuple[float, float]) -> list[tuple[float, float]]:
-        return [(centre[0] + radius * x, centre[1] + radius * y) for x, y in points]
-
+    figure = _Figure(ImageDraw.Draw(picture), centre, radius)
     for side in (-1, 1):
-        draw.rounded_rectangle(
-            [c for p in place((side * 0.31 - 0.24, 0.72), (side * 0.31 + 0.24, 1.0)) for c in p],
-            radius=radius * 0.1,
-            fill=CORAL,
-            outline=INK,
-            width=line,
-        )
-        draw.line(place((side * 0.5, 0.1), (side * 0.86, -0.14)), fill=INK, width=round(radius * 0.2))
-        draw.line(place((side * 0.5, 0.1), (side * 0.85, -0.13)), fill=TEAL, width=round(radius * 0.14))
-        draw.ellipse(
-            [c for p in place((side * 0.86 - 0.13, -0.29), (side * 0.86 + 0.13, -0.03)) for c in p],
-            fill=CORAL,
-            outline=INK,
-            width=line,
-        )
-    crown = place((-0.42, -0.55), (-0.46, -1.0), (-0.2, -0.76), (0, -1.04), (0.2, -0.76), (0.46, -1.0), (0.42, -0.55))
-    draw.polygon(crown, fill=CORAL, outline=INK, width=line)
-    draw.rounded_rectangle(
-        [c for p in place((-0.56, -0.66), (0.56, 0.82)) for c in p], radius=radius * 0.38, fill=TEAL, outline=INK, width=line
-    )
-    draw.ellipse([c for p in place((-0.34, -0.56), (0.34, 0.12)) for c in p], fill=(255, 255, 255), outline=INK, width=line)
-    draw.ellipse([c for p in place((-0.15, -0.37), (0.15, -0.07)) for c in p], fill=INK)
-    draw.ellipse([c for p in place((-0.1, -0.33), (0.0, -0.23)) for c in p], fill=(255, 255, 255))
-    draw.rounded_rectangle(
-        [c for p in place((-0.42, 0.2), (0.42, 0.68)) for c in p], radius=radius * 0.14, fill=CREAM, outline=INK, width=line
-    )
-    zigzag = place((-0.34, 0.5), (-0.2, 0.34), (-0.06, 0.5), (0.08, 0.34), (0.22, 0.5), (0.34, 0.34))
-    draw.line(zigzag, fill=CORAL, width=round(radius * 0.1), joint="curve")
+        figure.limbs(side)
+    crown = figure.place((-0.42, -0.55), (-0.46, -1.0), (-0.2, -0.76), (0, -1.04), (0.2, -0.76), (0.46, -1.0), (0.42, -0.55))
+    figure.draw.polygon(crown, fill=CORAL, outline=INK, width=figure.line)
+    figure.body()
+    figure.eye()
+    figure.belly()
     return picture
+
+
+class _Figure:
+    """Draws the figure's parts; their corners are given in units of the radius, from the centre."""
+
+    def __init__(self, draw: ImageDraw.ImageDraw, centre: tuple[float, float], radius: float) -> None:
+        self.draw, self.centre, self.radius = draw, centre, radius
+        self.line = max(2, round(radius * 0.03))
+
+    def place(self, *points: tuple[float, float]) -> list[tuple[float, float]]:
+        """The points in pixels of the picture."""
+        return [(self.centre[0] + self.radius * x, self.centre[1] + self.radius * y) for x, y in points]
+
+    def box(self, left: float, top: float, right: float, bottom: float) -> list[float]:
+        """A rectangle in pixels of the picture."""
+        return [c for point in self.place((left, top), (right, bottom)) for c in point]
+
+    def limbs(self, side: int) -> None:
+        """A boot, an arm and its hand on one `side`, -1 or 1."""
+        boot, hand = (side * 0.31 - 0.24, 0.72, side * 0.31 + 0.24, 1.0), (side * 0.86 - 0.13, -0.29, side * 0.86 + 0.13, -0.03)
+        outlined = {"fill": CORAL, "outline": INK, "width": self.line}
+        self.draw.rounded_rectangle(self.box(*boot), radius=self.radius * 0.1, **outlined)
+        self.draw.line(self.place((side * 0.5, 0.1), (side * 0.86, -0.14)), fill=INK, width=round(self.radius * 0.2))
+        self.draw.line(self.place((side * 0.5, 0.1), (side * 0.85, -0.13)), fill=TEAL, width=round(self.radius * 0.14))
+        self.draw.ellipse(self.box(*hand), **outlined)
+
+    def body(self) -> None:
+        """The bottle."""
+        corners = self.box(-0.56, -0.66, 0.56, 0.82)
+        self.draw.rounded_rectangle(corners, radius=self.radius * 0.38, fill=TEAL, outline=INK, width=self.line)
+
+    def eye(self) -> None:
+        """The white, the pupil and the light in it."""
+        self.draw.ellipse(self.box(-0.34, -0.56, 0.34, 0.12), fill=(255, 255, 255), outline=INK, width=self.line)
+        self.draw.ellipse(self.box(-0.15, -0.37, 0.15, -0.07), fill=INK)
+        self.draw.ellipse(self.box(-0.1, -0.33, 0.0, -0.23), fill=(255, 255, 255))
+
+    def belly(self) -> None:
+        """The belly and its zigzag."""
+        corners = self.box(-0.42, 0.2, 0.42, 0.68)
+        self.draw.rounded_rectangle(corners, radius=self.radius * 0.14, fill=CREAM, outline=INK, width=self.line)
+        zigzag = self.place((-0.34, 0.5), (-0.2, 0.34), (-0.06, 0.5), (0.08, 0.34), (0.22, 0.5), (0.34, 0.34))
+        self.draw.line(zigzag, fill=CORAL, width=round(self.radius * 0.1), joint="curve")
 
 
 def sample_pictures(seed: int = 0) -> list[Image.Image]:

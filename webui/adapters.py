@@ -96,18 +96,26 @@ def adapter_called(workspace: Workspace, reference: str) -> Adapter:
     """
     owner, _, part = reference.partition("@") if isinstance(reference, str) else ("", "", "")
     if owner == FILE:
-        for name, path in uploads.adapters(workspace):
-            if path.stem == part:
-                return Adapter(reference, name, path)
-        raise InputError(GONE)
+        return _uploaded(workspace, reference, part)
     view = RunView(workspace.run(owner))
     model = view.options.get("model")
     if view.task != "subject" or model is None:
         raise InputError("This run has no adapter to draw with. Choose a run that was trained on a subject.")
-    step = int(part) if part.isascii() and part.isdecimal() and len(part) < 10 else None
+    step = _step(part)
     name = f"{view.name}, step {step}"
     if step is not None and step == last_step(view.record):
         return Adapter(reference, name, view.record.path, model)
     if step in kept_steps(view.record):
         return Adapter(reference, name, adapter_at(view.record, step), model)
+    raise InputError(GONE)
+
+
+def _step(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else None
+
+
+def _uploaded(workspace: Workspace, reference: str, stem: str) -> Adapter:
+    for name, path in uploads.adapters(workspace):
+        if path.stem == stem:
+            return Adapter(reference, name, path)
     raise InputError(GONE)

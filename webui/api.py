@@ -7,6 +7,7 @@
 Annotations are not put off here: gradio reads them to tell what an endpoint takes and gives.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,12 +114,8 @@ def _generate(shell: Shell) -> Any:
         from webui.work import drawing
 
         workspace = shell.settings.workspace(request)
-        view = RunView(workspace.run(run))
-        chosen = steps_of(view.record).chosen if step is None else whole("step", step)
-        if chosen is None or view.task != "subject":
-            raise InputError("This run has no adapter to draw with yet. Wait until it has kept one, or choose another run.")
-        if not isinstance(prompt, str) or not isinstance(negative_prompt, str):
-            raise InputError("The prompt must be a text. Write what the picture is to show.")
+        chosen = _step(RunView(workspace.run(run)), step)
+        _check_texts(prompt, negative_prompt)
         wish = Wish(
             run_id=run,
             step=chosen,
@@ -129,10 +126,31 @@ def _generate(shell: Shell) -> Any:
             steps=whole("steps", steps),
             guidance=number("guidance", guidance),
         )
-        (path,) = (event for event in drawing.draw(workspace, wish) if isinstance(event, Path))
-        return gr.FileData(path=save_file_to_cache(path, get_upload_folder()), orig_name=path.name).model_dump()
+        return _drawn_file(drawing.draw(workspace, wish))
 
     return generate
+
+
+def _check_texts(*texts: Any) -> None:
+    if not all(isinstance(text, str) for text in texts):
+        raise InputError("The prompt must be a text. Write what the picture is to show.")
+
+
+def _drawn_file(events: Iterable[Any]) -> dict:
+    """The one picture that is drawn, as gradio serves it."""
+    (path,) = (event for event in events if isinstance(event, Path))
+    return gr.FileData(path=save_file_to_cache(path, get_upload_folder()), orig_name=path.name).model_dump()
+
+
+def _step(view: RunView, step: Any) -> int:
+    """The step to draw with: the one given, else the suggested one.
+
+    Raises: InputError if the run has no adapter to draw with.
+    """
+    chosen = steps_of(view.record).chosen if step is None else whole("step", step)
+    if chosen is None or view.task != "subject":
+        raise InputError("This run has no adapter to draw with yet. Wait until it has kept one, or choose another run.")
+    return chosen
 
 
 def _classify(shell: Shell) -> Any:

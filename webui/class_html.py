@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pipelines.methods import method_names, title_of
 from webui.class_results import CONTROL, ZERO_SHOT, Result, TestPicture, source_of
@@ -70,18 +71,10 @@ def _notes(result: Result) -> list[str]:
     """What stands against believing the accuracy, and where another method is plainly better."""
     own, notes = result.member, []
     better = [one for one in result.same_draw() if one["test"]["top1"]["low"] > own["test"]["top1"]["high"]]
-    control = result.beside(CONTROL)
     if own["guard"]:
         notes.append(f"Its strength was lowered, since training would have hurt. {html.escape(own['guard'])}")
-    if control is not None and own["method"] not in (CONTROL, ZERO_SHOT):
-        if own["test"]["top1"]["low"] <= control["test"]["top1"]["high"]:
-            compared = "better" if control in better else "about as good"
-            notes.append(
-                f"Raw pixels are {compared} here. These pictures are so alike within a class that nothing shows that the "
-                "model helps; do not expect the accuracy to hold for pictures that were taken otherwise."
-            )
-    elif own["method"] not in (CONTROL, ZERO_SHOT):
-        notes.append("Raw pixels were not tried, so nothing here says whether these pictures need a model at all.")
+    if own["method"] not in (CONTROL, ZERO_SHOT):
+        notes += _beside_control(result, better)
     if untested := result.untested():
         what = ", ".join(map(html.escape, untested))
         notes.append(f"Nothing is known of how well {what} is recognised: there are no test pictures of it.")
@@ -90,6 +83,24 @@ def _notes(result: Result) -> list[str]:
         verb, which = ("is", "it") if len(better) == 1 else ("are", "one of them")
         notes.append(f"On these pictures {names} {verb} plainly better: choose {which} above.")
     return [f'<p class="warning">{note}</p>' for note in notes]
+
+
+def _beside_control(result: Result, better: Sequence[dict[str, Any]]) -> list[str]:
+    """What raw pixels, which need no model, say of the method's accuracy.
+
+    Args:
+        better: the methods that are plainly better than it.
+    """
+    control = result.beside(CONTROL)
+    if control is None:
+        return ["Raw pixels were not tried, so nothing here says whether these pictures need a model at all."]
+    if result.member["test"]["top1"]["low"] > control["test"]["top1"]["high"]:
+        return []
+    compared = "better" if control in better else "about as good"
+    return [
+        f"Raw pixels are {compared} here. These pictures are so alike within a class that nothing shows that the "
+        "model helps; do not expect the accuracy to hold for pictures that were taken otherwise."
+    ]
 
 
 def methods_table(result: Result) -> str:

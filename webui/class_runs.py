@@ -156,9 +156,25 @@ def train_again(workspace: Workspace, record: RunRecord, files: Mapping[str, Seq
     result = result_of(record)
     if result is None:
         raise InputError("This run is not done yet. Wait until it is.")
+    folder = _folder_to_correct(workspace, record)
+    _add_corrections(folder, files)
+    options = launching.duplicate(workspace, record.path.name)
+    data = {name: value for name, value in options.get("data", {}).items() if name not in OF_ITS_PICTURES}
+    values = class_presets.completed(
+        class_sets.own_set(folder), merged({**options, "data": data}, {"data": {"shots": ["all"]}}), {"data": {"shots": ["all"]}}
+    )
+    return folder.name, launching.start(workspace, "classify", values)
+
+
+def _folder_to_correct(workspace: Workspace, record: RunRecord) -> Path:
+    """The user's own set that the run was trained on, or a new one with what the run used of another."""
     set_id = class_sets.set_of_run(workspace, record)
     is_own = set_id not in (None, EXAMPLE) and class_sets.read_pointer(workspace.picture_set(set_id)) is None
-    folder = workspace.picture_set(set_id) if is_own else copied_set(workspace, record)
+    return workspace.picture_set(set_id) if is_own else copied_set(workspace, record)
+
+
+def _add_corrections(folder: Path, files: Mapping[str, Sequence[Path]]) -> None:
+    """Add the corrected pictures, by the name of their class, to the set in `folder`."""
     keys = {one.name: one.folder for one in read_set(folder).classes}
     missing = [name for name in files if name not in keys]
     if missing:
@@ -166,12 +182,6 @@ def train_again(workspace: Workspace, record: RunRecord, files: Mapping[str, Seq
     added = class_sets.add_corrections(folder, {keys[name]: own for name, own in files.items()})
     if not added.names:
         raise InputError(f"None of the pictures could be added: {added.refused[0]}")
-    options = launching.duplicate(workspace, record.path.name)
-    data = {name: value for name, value in options.get("data", {}).items() if name not in OF_ITS_PICTURES}
-    values = class_presets.completed(
-        class_sets.own_set(folder), merged({**options, "data": data}, {"data": {"shots": ["all"]}}), {"data": {"shots": ["all"]}}
-    )
-    return folder.name, launching.start(workspace, "classify", values)
 
 
 def copied_set(workspace: Workspace, record: RunRecord) -> Path:

@@ -75,11 +75,9 @@ class Compared:
         common = [key for key in drawn[0] if all(key in each for each in drawn)]
         if not common:
             return f'<p class="warning">{OTHER_PICTURES}</p>'
-        cells = {key: [sample_html(each[key].path, each[key].css, key[0]) for each in drawn] for key in common}
+        rows = {f"{key[0]} (seed {key[1]})": _cells(drawn, key) for key in common}
         heads = [f"{letter(place)}, {'base model' if step == 0 else f'step {step}'}" for place, step in enumerate(steps)]
-        return "<h3>The same prompts from the same noise</h3>" + side_by_side(heads, {
-            f"{prompt} (seed {seed})": row for (prompt, seed), row in cells.items()
-        })  # fmt: skip
+        return "<h3>The same prompts from the same noise</h3>" + side_by_side(heads, rows)
 
     def curves(self) -> str:
         """The losses in one drawing, and each score in one."""
@@ -135,6 +133,11 @@ def shown_step(view: RunView) -> int | None:
     steps = pictures.sampled_steps(view.record)
     suggested = view.read(SUGGESTION).get("step")
     return suggested if suggested in steps else max(steps, default=None)
+
+
+def _cells(drawn: Sequence[Mapping[tuple[str, int], pictures.Sample]], key: tuple[str, int]) -> list[str]:
+    """The picture of a prompt and seed, of each run."""
+    return [sample_html(each[key].path, each[key].css, key[0]) for each in drawn]
 
 
 def sample_html(path: Path, css: str, said: str) -> str:

@@ -59,9 +59,7 @@ def plot(
     # A little wider than asked, so that dots at the ends are whole.
     frame = _Frame(x_range[0] - EDGE * wide, x_range[0] + (1 + EDGE) * wide, low, high)
     drawn = "".join(_drawn(each, frame) for each in shown)
-    lines = "".join(f'<path class="grid" d="M0 {frame.y(y):.0f}H{WIDTH}"/>' for y in up)
-    left = "".join(f'<span style="top:{frame.y(y) / HEIGHT:.1%}">{_number(y)}</span>' for y in up)
-    below = "".join(f'<span style="left:{frame.x(x) / WIDTH:.1%}">{_number(x)}</span>' for x in across)
+    lines, left, below = _axes(frame, across, up)
     legend = "".join(f'<li class="c{each.colour} {each.kind}">{html.escape(each.name)}</li>' for each in shown)
     mark, note = "", ""
     if marked is not None:
@@ -76,6 +74,14 @@ def plot(
         f"<title>{name}</title>{lines}{mark}{drawn}</svg>"
         f'<div class="below" aria-hidden="true">{below}</div>{_table(name, shown)}</figure>'
     )
+
+
+def _axes(frame: _Frame, across: Sequence[float], up: Sequence[float]) -> tuple[str, str, str]:
+    """The lines across, and what stands left of them and below."""
+    lines = "".join(f'<path class="grid" d="M0 {frame.y(y):.0f}H{WIDTH}"/>' for y in up)
+    left = "".join(f'<span style="top:{frame.y(y) / HEIGHT:.1%}">{_number(y)}</span>' for y in up)
+    below = "".join(f'<span style="left:{frame.x(x) / WIDTH:.1%}">{_number(x)}</span>' for x in across)
+    return lines, left, below
 
 
 def running_mean(points: Sequence[Point], over: int) -> list[Point]:

@@ -134,15 +134,7 @@ class Guard:
         if path == "/":
             send = _with_nonce(send, nonce)
         try:
-            _check_site(scope, headers, self._settings.is_local)
-            if CLOSED.fullmatch(path):
-                raise Refusal(404, "There is nothing here.")
-            if self._settings.accounts is not None:
-                receive, send = await self._for_one_user(scope, headers, receive, send)
-            if path.startswith(UPLOAD):
-                self._check_disk(headers)
-            if path.startswith(FILE) and not self._is_cached(path):
-                raise Refusal(403, "This file is not served.")
+            receive, send = await self._checked(scope, headers, receive, send)
         except Refusal as refusal:
             answer = JSONResponse({"detail": refusal.sentence}, refusal.status)
             return await answer(scope, receive, send)
@@ -150,6 +142,23 @@ class Guard:
         await self._app(scope, receive, send)
         if path == EVENTS:
             self._visits.first.set()
+
+    async def _checked(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> tuple[Receive, Send]:
+        """The request's channels, those of its user alone where there are accounts.
+
+        Raises: Refusal.
+        """
+        path = scope["path"]
+        _check_site(scope, headers, self._settings.is_local)
+        if CLOSED.fullmatch(path):
+            raise Refusal(404, "There is nothing here.")
+        if self._settings.accounts is not None:
+            receive, send = await self._for_one_user(scope, headers, receive, send)
+        if path.startswith(UPLOAD):
+            self._check_disk(headers)
+        if path.startswith(FILE) and not self._is_cached(path):
+            raise Refusal(403, "This file is not served.")
+        return receive, send
 
     def _check_disk(self, headers: Headers) -> None:
         length = headers.get("content-length", "0")

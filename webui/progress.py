@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from training.runs.record import RunRecord
 from training.subject.measured import FOLDS, heldout_curve
@@ -68,18 +69,30 @@ def head(view: RunView) -> str:
 
 
 def _headline(view: RunView) -> str:
-    if view.state == "queued":
-        ahead = view.runs_before
-        return f"{ahead} {'run' if ahead == 1 else 'runs'} before it" if ahead else "It is next"
-    if view.state == "starting":
-        return "Starting: the model's libraries are being loaded, which takes some seconds"
-    if view.state == "running":
-        return html.escape(phase_in_words(str(view.status.get("phase", "loading"))))
-    if view.state == "done":
-        seconds = view.status.get("seconds")
-        return "Done" if seconds is None else f"Done in {duration(seconds)}"
+    return HEADLINES.get(view.state, _headline_of_ended)(view)
+
+
+def _headline_of_queued(view: RunView) -> str:
+    ahead = view.runs_before
+    return f"{ahead} {'run' if ahead == 1 else 'runs'} before it" if ahead else "It is next"
+
+
+def _headline_of_done(view: RunView) -> str:
+    seconds = view.status.get("seconds")
+    return "Done" if seconds is None else f"Done in {duration(seconds)}"
+
+
+def _headline_of_ended(view: RunView) -> str:
     done, total = view.status.get("step"), view.status.get("total")
     return f"{done} of {total} steps were done" if done and total and view.task == "subject" else "Nothing was trained yet"
+
+
+HEADLINES: dict[str, Callable[[RunView], str]] = {
+    "queued": _headline_of_queued,
+    "starting": lambda view: "Starting: the model's libraries are being loaded, which takes some seconds",
+    "running": lambda view: html.escape(phase_in_words(str(view.status.get("phase", "loading")))),
+    "done": _headline_of_done,
+}
 
 
 def phase_in_words(phase: str) -> str:
@@ -148,23 +161,39 @@ def bar(view: RunView) -> str:
 
 def _share(view: RunView) -> tuple[float | None, str]:
     """The share that is done, None where nobody knows, and the figures in words."""
-    status = view.status
-    step, total, left = status.get("step"), status.get("total"), status.get("seconds_left")
     inner = part_at_work(view)
     if inner is not view.record:
-        own = inner.status()
-        part = own.get("step", 0) / own["total"] if own.get("total") else 0.0
-        words = f"step {own.get('step', 0)} of {own['total']}" if own.get("total") else ""
-        if view.task == "classify" and total:
-            left_words = f", {duration(left)} left" if left else ""
-            return (step + part) / total, f"{step} of {total} fits are done, the next is at {words or 'its start'}{left_words}"
-        return (part, words) if view.is_active else (part, "")
+        return _share_of_parts(view, *_share_of_part(inner.status()))
+    step, total = view.status.get("step"), view.status.get("total")
     if view.state == "done":
         return 1.0, f"{total} of {total} steps" if total and view.task == "subject" else ""
-    if not total or (view.state == "running" and status.get("phase") != "training" and view.task == "subject"):
+    if not total or _is_before_training(view):
         return None if view.is_active else 0.0, ""
-    left_words = f", {duration(left)} left, then it is saved and compared" if left and view.state == "running" else ""
-    return step / total, f"{step} of {total} steps{left_words}"
+    return step / total, f"{step} of {total} steps{_left_to_train(view)}"
+
+
+def _left_to_train(view: RunView) -> str:
+    left = view.status.get("seconds_left")
+    return f", {duration(left)} left, then it is saved and compared" if left and view.state == "running" else ""
+
+
+def _share_of_parts(view: RunView, part: float, words: str) -> tuple[float, str]:
+    """The same of a run that is made of parts, by the share and the figures of the one that is at work."""
+    step, total, left = (view.status.get(name) for name in ("step", "total", "seconds_left"))
+    if view.task == "classify" and total:
+        left_words = f", {duration(left)} left" if left else ""
+        return (step + part) / total, f"{step} of {total} fits are done, the next is at {words or 'its start'}{left_words}"
+    return part, words if view.is_active else ""
+
+
+def _share_of_part(status: Mapping[str, Any]) -> tuple[float, str]:
+    """The same of the part that is at work; no words where its steps are not known yet."""
+    step, total = status.get("step", 0), status.get("total")
+    return (step / total, f"step {step} of {total}") if total else (0.0, "")
+
+
+def _is_before_training(view: RunView) -> bool:
+    return view.state == "running" and view.status.get("phase") != "training" and view.task == "subject"
 
 
 def duration(seconds: float) -> str:

@@ -115,6 +115,21 @@ def serve(settings: Settings, share: bool = False, in_browser: bool = False) -> 
     return 0
 
 
+LAUNCH_OPTIONS = {
+    "max_file_size": MAX_UPLOAD_BYTES,
+    "prevent_thread_lock": True,
+    "strict_cors": True,
+    "run_history": False,
+    "enable_monitoring": False,
+    "ssr_mode": False,
+    "pwa": False,
+    "mcp_server": False,
+    "num_workers": 0,
+    "footer_links": [],
+    "quiet": True,
+}
+
+
 def launched(settings: Settings, share: bool = False, in_browser: bool = False) -> gr.Blocks:
     """The page, served.
 
@@ -141,19 +156,9 @@ def launched(settings: Settings, share: bool = False, in_browser: bool = False) 
             auth=None if accounts is None else LoginGate(accounts).admits,
             auth_message=None if accounts is None else SIGN_IN,
             app_kwargs={"middleware": [guard]},
-            max_file_size=MAX_UPLOAD_BYTES,
-            prevent_thread_lock=True,
-            strict_cors=True,
-            run_history=False,
-            enable_monitoring=False,
-            ssr_mode=False,
-            pwa=False,
-            mcp_server=False,
-            num_workers=0,
-            footer_links=[],
-            quiet=True,
             theme=theme(),
             css_paths=[STYLE],
+            **LAUNCH_OPTIONS,
         )
     except OSError as error:
         taken = "No port is free" if settings.port is None else f"Port {settings.port} is taken, or not allowed"

@@ -110,22 +110,26 @@ def curves(record: RunRecord) -> str:
     mark = None if suggested is None else (float(suggested), f"suggested: step {suggested}")
     drawn = [_loss_curve(points, across, mark) if points else f'<p class="quiet">{NO_LOSS}</p>' if scores else ""]
     if scores:
-        by_step = sorted(scores.items())
-        limit, judged = by_step[-1][1].nearest_limit, {name: _column(by_step, name) for name in vars(by_step[0][1])}
-        alike, followed = (Series("mean of the samples", judged[name], "marks", c) for name, c in (("subject", 1), ("prompt", 4)))
-        copying = [
-            Series("most alike photo", judged["nearest"], "marks", 2),
-            Series(f"its limit {limit:.2f}", [(x, limit) for x in across], "limit", 2),
-            Series("most alike outline", judged["copy"], "marks", 3),
-            Series(f"its limit {COPY_THRESHOLD:.2f}", [(x, COPY_THRESHOLD) for x in across], "limit", 3),
-        ]
-        plotted = (
-            ("Likeness to the subject", [alike], READ_SUBJECT),
-            ("Following the words", [followed], READ_PROMPT),
-            ("Nearness to copies", copying, READ_COPY),
-        )
+        plotted = _score_curves(sorted(scores.items()), across)
         drawn += [_explained(plot(title, series, across, mark, "half"), how) for title, series, how in plotted]
     return f'<div class="judged">{"".join(drawn)}</div>' if any(drawn) else ""
+
+
+def _score_curves(by_step: Sequence[tuple[int, StepScores]], across: tuple[float, float]) -> list[tuple[str, list[Series], str]]:
+    """Each drawing of scores: its title, its curves, and how to read it."""
+    limit, judged = by_step[-1][1].nearest_limit, {name: _column(by_step, name) for name in vars(by_step[0][1])}
+    alike, followed = (Series("mean of the samples", judged[name], "marks", c) for name, c in (("subject", 1), ("prompt", 4)))
+    copying = [
+        Series("most alike photo", judged["nearest"], "marks", 2),
+        Series(f"its limit {limit:.2f}", [(x, limit) for x in across], "limit", 2),
+        Series("most alike outline", judged["copy"], "marks", 3),
+        Series(f"its limit {COPY_THRESHOLD:.2f}", [(x, COPY_THRESHOLD) for x in across], "limit", 3),
+    ]
+    return [
+        ("Likeness to the subject", [alike], READ_SUBJECT),
+        ("Following the words", [followed], READ_PROMPT),
+        ("Nearness to copies", copying, READ_COPY),
+    ]
 
 
 def _loss_curve(points: Sequence[Point], across: tuple[float, float], mark: tuple[float, str] | None) -> str:

@@ -80,10 +80,7 @@ def sample_split(labelled: LabelledSet, shots: Shots, seed: int, test_share: flo
     Raises: InputError naming the classes that the set's own split gives nothing to learn from, or the class that has fewer
         pictures than are needed.
     """
-    if shots != "all" and shots < 1:
-        raise InputError(f"shots must be 1 or more, or all, got {shots}.")
-    if not labelled.parts and not 0 < test_share < 1:
-        raise InputError(f"test_share must lie between 0 and 1, got {test_share}.")
+    _check_sizes(labelled, shots, test_share)
     _check_learnable(labelled)
     names: dict[Part, list[tuple[str, int]]] = {part: [] for part in PARTS}
     for label, own in _by_class(labelled):
@@ -94,6 +91,13 @@ def sample_split(labelled: LabelledSet, shots: Shots, seed: int, test_share: flo
         raise InputError(f"{labelled.name} has no picture to test on: its own split is train alone. Add a part test.")
     share = None if labelled.parts else test_share
     return FewShotSplit(shots, seed, share, labelled.keys, {part: tuple(listed) for part, listed in names.items()})
+
+
+def _check_sizes(labelled: LabelledSet, shots: Shots, test_share: float) -> None:
+    if shots != "all" and shots < 1:
+        raise InputError(f"shots must be 1 or more, or all, got {shots}.")
+    if not labelled.parts and not 0 < test_share < 1:
+        raise InputError(f"test_share must lie between 0 and 1, got {test_share}.")
 
 
 def split_notes(labelled: LabelledSet) -> list[str]:

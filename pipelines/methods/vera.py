@@ -215,6 +215,45 @@ def check_projections(shared: Mapping[str, torch.Tensor], files: NativeFiles, so
         )
 
 
+class Scalable:
+    """What PEFT's layer has not: a scale of the change, which diffusers sets. To be inherited from before that layer."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.scale: dict[str, float] = {}
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Scale the adapter's change by `scale`, 1 as trained."""
+        self.scale[adapter_name] = scale
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scales of the active adapters by `scale`."""
+        for name in self.active_adapters:
+            self.scale[name] = scale * self.scale.get(name, 1.0)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Undo `scale_layer`; all of it without `scale`."""
+        for name in self.active_adapters:
+            self.scale[name] = 1.0 if scale is None else self.scale.get(name, 1.0) / scale
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """The change of weight (out, in), scaled."""
+        return self.scale.get(adapter, 1.0) * super().get_delta_weight(adapter)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """h = W x + scale diag(b) B diag(d) A x."""
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        for name in self.active_adapters:
+            if name in self.vera_lambda_d:
+                d, b = self.vera_lambda_d[name], self.scale.get(name, 1.0) * self.vera_lambda_b[name]
+                A, B = self.vera_A[name][:, : self.in_features], self.vera_B[name][: self.out_features]
+                inputs = self.vera_dropout[name](self._cast_input_dtype(x, d.dtype))
+                result = result + (b * F.linear(d * F.linear(inputs, A.to(d)), B.to(d))).to(result.dtype)
+        return result
+
+
 @cache
 def scalable_model() -> type[VeraModel]:
     """PEFT's tuner, with layers whose change can be scaled; `low_rank_factors` knows them from now on.
@@ -228,43 +267,8 @@ def scalable_model() -> type[VeraModel]:
 
     low_rank_factors.register(VeraLayer, vera_factors)
 
-    class ScalableLinear(VeraLinear):
-        """PEFT's layer, with the scale of the change that diffusers sets, and PEFT's own has not."""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self.scale: dict[str, float] = {}
-
-        def set_scale(self, adapter_name: str, scale: float) -> None:
-            """Scale the adapter's change by `scale`, 1 as trained."""
-            self.scale[adapter_name] = scale
-
-        def scale_layer(self, scale: float) -> None:
-            """Multiply the scales of the active adapters by `scale`."""
-            for name in self.active_adapters:
-                self.scale[name] = scale * self.scale.get(name, 1.0)
-
-        def unscale_layer(self, scale: float | None = None) -> None:
-            """Undo `scale_layer`; all of it without `scale`."""
-            for name in self.active_adapters:
-                self.scale[name] = 1.0 if scale is None else self.scale.get(name, 1.0) / scale
-
-        def get_delta_weight(self, adapter: str) -> torch.Tensor:
-            """The change of weight (out, in), scaled."""
-            return self.scale.get(adapter, 1.0) * super().get_delta_weight(adapter)
-
-        def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            """h = W x + scale diag(b) B diag(d) A x."""
-            if self.disable_adapters or self.merged:
-                return super().forward(x, *args, **kwargs)
-            result = self.base_layer(x, *args, **kwargs)
-            for name in self.active_adapters:
-                if name in self.vera_lambda_d:
-                    d, b = self.vera_lambda_d[name], self.scale.get(name, 1.0) * self.vera_lambda_b[name]
-                    A, B = self.vera_A[name][:, : self.in_features], self.vera_B[name][: self.out_features]
-                    inputs = self.vera_dropout[name](self._cast_input_dtype(x, d.dtype))
-                    result = result + (b * F.linear(d * F.linear(inputs, A.to(d)), B.to(d))).to(result.dtype)
-            return result
+    class ScalableLinear(Scalable, VeraLinear):
+        """PEFT's layer, with a scale."""
 
     class ScalableModel(VeraModel):
         """PEFT's tuner, with layers that can be scaled."""

@@ -62,17 +62,13 @@ def load_base_model(
     """
     name_or_path = model_path(name_or_path)
     parts = {} if vae is None else {"vae": load_autoencoder(vae, dtype)}
-    path = Path(name_or_path)
     try:
-        if path.is_file():
-            _check_single_file(path)
-            config = str(configuration_folder(path, single_file_config))
-            pipeline = StableDiffusionXLPipeline.from_single_file(name_or_path, torch_dtype=dtype, config=config, **parts)
+        if Path(name_or_path).is_file():
+            pipeline = _from_file(name_or_path, dtype, single_file_config, **parts)
         else:
             folder = pipeline_folder(name_or_path, revision, variant, **parts)
-            pipeline = StableDiffusionXLPipeline.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, variant=variant, **parts
-            )
+            weights = {"dtype": dtype, "use_safetensors": True, "variant": variant}
+            pipeline = StableDiffusionXLPipeline.from_pretrained(folder, **weights, **parts)
     except OSError as error:
         raise InputError(f"The model {name_or_path!r} could not be loaded: {error}") from error
     pipeline.scheduler = prediction_of(name_or_path, prediction_type, rescale_betas_zero_snr).apply(pipeline.scheduler)
@@ -83,6 +79,13 @@ def load_base_model(
         component.requires_grad_(False).eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _from_file(file: str, dtype: torch.dtype, config: str | None, **parts: AutoencoderKL) -> StableDiffusionXLPipeline:
+    """The pipeline in one file; `config` as the `single_file_config` of `load_base_model`."""
+    _check_single_file(Path(file))
+    folder = str(configuration_folder(Path(file), config))
+    return StableDiffusionXLPipeline.from_single_file(file, torch_dtype=dtype, config=folder, **parts)
 
 
 def load_autoencoder(name_or_path: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:

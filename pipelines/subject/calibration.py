@@ -37,8 +37,7 @@ def runs_on_subject(
         process, processes: which of how many; statistics are summed over all of them, so that each runs its share of pictures.
         batch_size: noise levels at once, at the most: with the batch size of the training, this takes less memory than a step.
     """
-    own = range(process, len(pictures), processes)
-    device, prompts = loss.unet.device, pictures.prompts
+    own, device = range(process, len(pictures), processes), loss.unet.device
     bar = partial(tqdm, leave=False, delay=5, disable=process > 0)
 
     def batches() -> Iterator[dict[str, torch.Tensor]]:
@@ -48,10 +47,7 @@ def runs_on_subject(
     def run_unet() -> None:
         total = len(own) * math.ceil(TIMESTEPS_PER_PICTURE / batch_size)
         for batch in bar(batches(), desc="calibrating", total=total):
-            prompt, count = int(batch.pop("prompt")), len(batch["timesteps"])
-            alike = PromptEmbeddings(
-                *(values[prompt].expand(count, *values.shape[1:]).to(device) for values in (prompts.hidden, prompts.pooled))
-            )
+            alike = _repeated(pictures.prompts, int(batch.pop("prompt")), len(batch["timesteps"]), device)
             loss.predict(**{name: values.to(device) for name, values in batch.items()}, prompts=alike)
 
     def run_text_encoder(encoder: int) -> None:
@@ -59,11 +55,13 @@ def runs_on_subject(
         for place in bar(own, desc=f"calibrating text encoder {encoder + 1}"):
             loss.text_encoders[encoder](pictures.tokens[pictures.prompt_of[place], encoder][None].to(device))
 
-    return {
-        "unet": run_unet,
-        "text_encoder": partial(run_text_encoder, 0),
-        "text_encoder_2": partial(run_text_encoder, 1),
-    }
+    return {"unet": run_unet, "text_encoder": partial(run_text_encoder, 0), "text_encoder_2": partial(run_text_encoder, 1)}
+
+
+def _repeated(prompts: PromptEmbeddings, prompt: int, count: int, device: torch.device) -> PromptEmbeddings:
+    """One of `prompts`, `count` times."""
+    parts = (prompts.hidden, prompts.pooled)
+    return PromptEmbeddings(*(values[prompt].expand(count, *values.shape[1:]).to(device) for values in parts))
 
 
 def _noise_levels(

@@ -200,16 +200,9 @@ class Encoder:
         """
         if sizes is None:
             sizes = [nearest_bucket(picture_size(picture.path), framing.sizes) for picture in pictures]
-        shots = [framing.shots(place, size) for place, size in enumerate(sizes)]
-        digests = {path: file_digest(path) for path in {picture.path for picture in pictures}}
-        keys = [
-            tuple(self._key(digests[picture.path], shot, framing.size_conditioning) for shot in variants)
-            for picture, variants in zip(pictures, shots, strict=True)
-        ]
-        jobs = [
-            _Job(picture.path, dict(zip(own_keys, own_shots, strict=True)), framing.size_conditioning)
-            for picture, own_keys, own_shots in zip(pictures, keys, shots, strict=True)
-        ]
+        variants = self._variants(pictures, framing, sizes)
+        conditioning = framing.size_conditioning
+        jobs = [_Job(picture.path, dict(own), conditioning) for picture, own in zip(pictures, variants, strict=True)]
         self._encode_missing(jobs[self.share[0] :: self.share[1]])
         if self.wait is not None:
             self.wait()
@@ -218,7 +211,16 @@ class Encoder:
         unique = list(dict.fromkeys(picture.prompt for picture in pictures))
         tokens, prompts = self._prompts(unique)
         prompt_of = torch.tensor([unique.index(picture.prompt) for picture in pictures])
-        return EncodedPictures(tuple(sizes), len(keys[0]), CachedPictures(tuple(keys), self.cache), prompt_of, tokens, prompts)
+        keys = tuple(tuple(key for key, _ in own) for own in variants)
+        return EncodedPictures(tuple(sizes), len(keys[0]), CachedPictures(keys, self.cache), prompt_of, tokens, prompts)
+
+    def _variants(self, pictures: Sequence[Picture], framing: Framing, sizes: Sequence[Size]) -> list[list[tuple[str, Shot]]]:
+        """The shots of each picture, each with its key in the cache."""
+        digests = {path: file_digest(path) for path in {picture.path for picture in pictures}}
+        return [
+            [(self._key(digests[picture.path], shot, framing.size_conditioning), shot) for shot in framing.shots(place, size)]
+            for place, (picture, size) in enumerate(zip(pictures, sizes, strict=True))
+        ]
 
     def _key(self, digest: str, shot: Shot, conditioning: SizeConditioning) -> str:
         shown = [shot.size, shot.crop, shot.mirrored]

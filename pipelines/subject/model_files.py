@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from diffusers.loaders.single_file_utils import (
 )
 
 from pipelines.errors import InputError
-from pipelines.hub import HubModel, fetch, fetch_file, fetching, files_below, is_hub_name, look_up
+from pipelines.hub import HubModel, Lookup, fetch, fetch_file, fetching, files_below, is_hub_name, look_up
 
 PIPELINE_CLASS = "StableDiffusionXLPipeline"
 INDEX = "model_index.json"
@@ -46,29 +46,27 @@ def pipeline_folder(name_or_path: str, revision: str | None, variant: str | None
             "such as 'owner/model'."
         )
     model = HubModel(name_or_path, revision, variant)
+    lookup = _checked_lookup(model, wanted)
+    arguments = {"revision": revision, "variant": variant, "use_safetensors": True, "local_files_only": lookup.from_cache}
+    with fetching(model, lookup):
+        return Path(StableDiffusionXLPipeline.download(name_or_path, **arguments, **parts))
+
+
+def _checked_lookup(model: HubModel, wanted: Iterable[str]) -> Lookup:
+    """What the hub has of a model, which is checked to be one of diffusers with the weights of the components `wanted`."""
     lookup = look_up(model, INDEX)
     if INDEX not in lookup.files:
         raise InputError(
-            f"{name_or_path!r} is no diffusers model: it has no {INDEX}. Give the hub name of one, such as "
+            f"{model.name!r} is no diffusers model: it has no {INDEX}. Give the hub name of one, such as "
             "'stabilityai/stable-diffusion-xl-base-1.0'."
         )
-    _check_index(fetch_file(model, INDEX, lookup).parent, name_or_path)
+    _check_index(fetch_file(model, INDEX, lookup).parent, model.name)
     try:
-        _check_weights(name_or_path, lookup.files, wanted, variant)
+        _check_weights(model.name, lookup.files, wanted, model.variant)
     except InputError as error:
         # What is not in the cache may be on the hub.
         raise lookup.unavailable or error from None
-    with fetching(model, lookup):
-        return Path(
-            StableDiffusionXLPipeline.download(
-                name_or_path,
-                revision=revision,
-                variant=variant,
-                use_safetensors=True,
-                local_files_only=lookup.from_cache,
-                **parts,
-            )
-        )
+    return lookup
 
 
 def autoencoder_folder(name_or_path: str) -> Path:
@@ -161,15 +159,24 @@ def _check_weights(name: str, files: Iterable[str], models: Iterable[str], varia
             f"The model {name!r} could not be loaded: {empty}/ has no .safetensors weights{_pickles_among(by_model[empty])}. "
             "Take a model that has them, or convert this one with diffusers' save_pretrained."
         )
+    _check_variant(name, variants, variant)
+
+
+def _check_variant(name: str, variants: Mapping[str, set[str | None]], variant: str | None) -> None:
+    """Check that at least one model has weights in the variant, and each other one has them plain."""
     available = set().union(*variants.values())
     if variant is not None and variant not in available:
-        others = " or ".join(f"--variant {each}" for each in sorted(available - {None})) or "no variant"
         plain = "leave --variant out" if None in available else "give another"
+        others = _variant_flags(available) or "no variant"
         raise InputError(f"The model {name!r} has no files of the variant {variant!r}: it has {others}. Give that, or {plain}.")
     lacking = next((model for model, each in variants.items() if not each & {variant, None}), None)
     if lacking is not None:
-        others = " or ".join(f"--variant {each}" for each in sorted(variants[lacking]))
+        others = _variant_flags(variants[lacking])
         raise InputError(f"The model {name!r} could not be loaded: {lacking}/ has its weights in variants alone. Give {others}.")
+
+
+def _variant_flags(variants: Iterable[str | None]) -> str:
+    return " or ".join(f"--variant {each}" for each in sorted(set(variants) - {None}))
 
 
 def _pickles_among(files: Iterable[str]) -> str:

@@ -111,8 +111,12 @@ def _check_parts(source: ModelSource, said: Mapping[str, Any]) -> None:
                 "path where it lies now."
             )
     path = Path(source.run) / PROVENANCE
-    if not is_built_in(source.pretrained_model_name_or_path) or not path.is_file():
-        return
+    if is_built_in(source.pretrained_model_name_or_path) and path.is_file():
+        _check_version(source, path)
+
+
+def _check_version(source: ModelSource, path: Path) -> None:
+    """Refuse a run, with its provenance at `path`, that was trained on another version of the built-in model."""
     try:
         files = json.loads(read_text(path))["base_model"]["files"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:

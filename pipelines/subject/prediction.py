@@ -7,6 +7,7 @@ Checkpoints in one file say it by tensors without a weight, as ComfyUI and A1111
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,18 +140,29 @@ def read_prediction(path: Path, strict: bool = True) -> Prediction:
         # Some files have them below the prefix of the UNet.
         tensors = file.keys()
         names = {next((key for key in KEYS if name.endswith(f".{key}")), name): name for name in tensors}
-        metadata, sigmas = file.metadata() or {}, None
-        if SIGMA_MAX_KEY in names:
-            smallest = file.get_tensor(names[SIGMA_MIN_KEY]).item() if SIGMA_MIN_KEY in names else EDM_SIGMA_MIN
-            sigmas = (float(smallest), float(file.get_tensor(names[SIGMA_MAX_KEY]).item()))
-    in_header = _in_header(metadata.get(METADATA_KEY), path, strict and V_PRED_KEY not in names and sigmas is None)
+        metadata, sigmas = file.metadata() or {}, _edm_sigmas(file, names)
     by_name = V_PREDICTION if V_PRED_KEY in names or sigmas is not None else None
-    if by_name is not None and in_header not in (None, by_name):
+    in_header = _in_header(metadata.get(METADATA_KEY), path, strict and by_name is None)
+    if by_name is not None:
+        _warn_of_header(path, in_header)
+    return Prediction(by_name or in_header, True if ZTSNR_KEY in names else None, sigmas)
+
+
+def _warn_of_header(path: Path, in_header: str | None) -> None:
+    """Warn of a header that says otherwise than the names of the tensors, which predict v."""
+    if in_header not in (None, V_PREDICTION):
         logger.warning(
             f"{str(path)!r} has the tensor {V_PRED_KEY!r}, but its header says {METADATA_KEY} {in_header!r}. It is taken as "
-            f"{by_name}; --prediction_type says otherwise."
+            f"{V_PREDICTION}; --prediction_type says otherwise."
         )
-    return Prediction(by_name or in_header, True if ZTSNR_KEY in names else None, sigmas)
+
+
+def _edm_sigmas(file: safe_open, names: Mapping[str, str]) -> tuple[float, float] | None:
+    """The smallest and the largest noise level that the file's tensors say; None where they say none."""
+    if SIGMA_MAX_KEY not in names:
+        return None
+    smallest = file.get_tensor(names[SIGMA_MIN_KEY]).item() if SIGMA_MIN_KEY in names else EDM_SIGMA_MIN
+    return float(smallest), float(file.get_tensor(names[SIGMA_MAX_KEY]).item())
 
 
 def _in_header(value: str | None, path: Path, strict: bool) -> str | None:

@@ -14,6 +14,7 @@ from pipelines.adapter_options import AdapterOptions
 from pipelines.errors import InputError
 from pipelines.methods.vera import vera_layers
 from pipelines.subject import adapters
+from pipelines.subject.target_layers import CONVOLUTIONS, default_targets
 
 RANK = 6
 
@@ -97,7 +98,7 @@ def test_the_files_of_a_model_with_wider_layers_are_refused(pipe, tmp_path):
 
 
 def test_convolutions_are_left_out_of_the_defaults_and_refused():
-    assert not set(adapters.CONVOLUTIONS) & set(adapters.default_targets("vera", built_in=True))
+    assert not set(CONVOLUTIONS) & set(default_targets("vera", built_in=True))
     for targets in (["conv1"], ["conv1", "to_q"]):
         with pytest.raises(InputError, match=r"does not fit unet: .*Its Linear layers are what can be adapted, got \['conv1'"):
             adapters.attach(tiny_pipeline(), AdapterOptions("vera", target_modules=targets))

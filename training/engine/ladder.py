@@ -64,15 +64,10 @@ def rungs(options: Options, resolution: int | None) -> Iterator[dict[str, Any]]:
         options: the resolved options, by group; what they have already, or know nothing of, makes no rung.
         resolution: the side of the pictures in pixels, None where it is not known.
     """
-    known = {name: value for group in options.values() for name, value in group.items()}
+    known = _flat(options)
     if known.get("gradient_checkpointing") is False:
         yield {"gradient_checkpointing": True}
-    size, parts = known["train_batch_size"], known["gradient_accumulation_steps"]
-    while size > 1:
-        # The pictures of an optimisation step stay as many: the batch is divided by its smallest divisor.
-        divisor = next(d for d in range(2, size + 1) if size % d == 0)
-        size, parts = size // divisor, parts * divisor
-        yield {"train_batch_size": size, "gradient_accumulation_steps": parts}
+    yield from _smaller_batches(known["train_batch_size"], known["gradient_accumulation_steps"])
     if known.get("use_8bit_adam") is False:
         yield {"use_8bit_adam": True}
     if known.get("quantize", "absent") is None:
@@ -80,6 +75,19 @@ def rungs(options: Options, resolution: int | None) -> Iterator[dict[str, Any]]:
     for factor in SMALLER_RESOLUTIONS if resolution is not None else ():
         multiple = LARGE_STEP if resolution >= LARGE else SMALL_STEP
         yield {"resolution": int(resolution * factor) // multiple * multiple}
+
+
+def _flat(options: Options) -> dict[str, Any]:
+    """The options by name, without their groups."""
+    return {name: value for group in options.values() for name, value in group.items()}
+
+
+def _smaller_batches(size: int, parts: int) -> Iterator[dict[str, Any]]:
+    """The pictures of an optimisation step stay as many: the batch is divided by its smallest divisor, again and again."""
+    while size > 1:
+        divisor = next(d for d in range(2, size + 1) if size % d == 0)
+        size, parts = size // divisor, parts * divisor
+        yield {"train_batch_size": size, "gradient_accumulation_steps": parts}
 
 
 def as_flags(values: dict[str, Any]) -> list[str]:
@@ -115,18 +123,22 @@ def climb(recipe: str, options: Options, resolution: int | None, folder: Path) -
 
 def attempt(recipe: str, options: Options, setting: dict[str, Any], folder: Path) -> Rung:
     """A dry run of `recipe` with `setting` besides `options`, in a process of its own."""
-    values = {name: value for group in copy.deepcopy(options).values() for name, value in group.items()}
-    values |= setting | {"output_dir": str(folder), "dry_run": True, "ladder": False, "report_to": "none"}
+    known = _flat(copy.deepcopy(options))
+    values = known | setting | {"output_dir": str(folder), "dry_run": True, "ladder": False, "report_to": "none"}
     values |= {"resume_from_checkpoint": None, "push_to_hub": False, "hub_model_id": None, "hub_token": None}
-    known = {name for group in options.values() for name in group}
     command = [sys.executable, "-m", recipe, *as_flags({name: value for name, value in values.items() if name in known})]
-    own = {name: value for name, value in os.environ.items() if name not in DISTRIBUTED and not name.startswith("TORCHELASTIC")}
-    own["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    finished = subprocess.run(command, env=own, capture_output=True, text=True, check=False)
-    lines = finished.stderr.strip().splitlines()
-    reason = None if finished.returncode == 0 else (lines[-1] if lines else f"exit code {finished.returncode}")
+    finished = subprocess.run(command, env=_own_environment(), capture_output=True, text=True, check=False)
+    lines = finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"]
+    reason = None if finished.returncode == 0 else lines[-1]
     report = json.loads((folder / REPORT).read_text()) if (folder / REPORT).exists() else {}
     return Rung(setting, finished.returncode == 0, report.get("peak_memory"), report.get("seconds_per_step"), reason)
+
+
+def _own_environment() -> dict[str, str]:
+    """The environment of a process alone, with this project to import from."""
+    own = {name: value for name, value in os.environ.items() if name not in DISTRIBUTED and not name.startswith("TORCHELASTIC")}
+    own["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return own
 
 
 def _ran_out(message: str) -> bool:

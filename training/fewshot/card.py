@@ -206,10 +206,12 @@ def _side_by_side(report: Report) -> str:
 def _against_control(report: Report) -> Iterator[str]:
     """For each number of shots whether an adapted method lies above raw pixels, in plain words."""
     adapted = [method for method in report["methods"] if method in method_names()]
-    if adapted and CONTROL not in report["methods"]:
+    if not adapted:
+        return
+    if CONTROL not in report["methods"]:
         yield NO_CONTROL
         return
-    for shots in report["shots"] if adapted else ():
+    for shots in report["shots"]:
         found = {row["method"]: Interval(**row["top1"]) for row in report["summary"] if row["shots"] == shots}
         above = [method for method in adapted if found[method].low > found[CONTROL].high]
         yield (ABOVE_CONTROL if above else NOT_ABOVE_CONTROL).format(

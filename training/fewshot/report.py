@@ -84,7 +84,6 @@ def report_of(study: Study, options: FewShotOptions, copies: Sequence[str], resu
 def summary_of(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One method at one number of shots, over its seeds."""
     first, tests = results[0], [one["test"] for one in results]
-    new = [one["new_classes"] for one in results if one["new_classes"] is not None]
     return {
         "shots": first["shots"],
         "method": first["method"],
@@ -93,8 +92,17 @@ def summary_of(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "calibration_error": fmean(test["calibration_error"] for test in tests),
         "calibrated_calibration_error": fmean(one["calibrated"]["calibration_error"] for one in results),
         **{name: fmean(one[name] for one in results) for name in AVERAGED},
-        "new_classes": over_seeds([one["top1"] for one in new]) if new else None,
-        "harmonic_mean": fmean(one["harmonic_mean"] for one in new) if new else None,
+        **_of_new_classes([one for one in results if one["new_classes"] is not None]),
+    }
+
+
+def _of_new_classes(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What is told of classes that were not learned; None where there were none."""
+    if not results:
+        return {"new_classes": None, "harmonic_mean": None}
+    return {
+        "new_classes": over_seeds([one["new_classes"]["top1"] for one in results]),
+        "harmonic_mean": fmean(one["new_classes"]["harmonic_mean"] for one in results),
     }
 
 

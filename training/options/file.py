@@ -56,30 +56,38 @@ def as_flags(path: Path, parser: argparse.ArgumentParser, groups: Collection[str
 
     Raises: InputError naming a field that is none, or the file if it cannot be read.
     """
+    known = {action.dest: action for action in parser._actions}
+    flags = []
+    for name, value in _fields_of(path, groups).items():
+        _check_name(path, name, known)
+        if value is None or (path.suffix.lower() != ".json" and value in ("", "null", "~")):
+            continue
+        if known[name].nargs == "+" and not isinstance(value, dict):
+            parser.set_defaults(**{name: list(map(str, value if isinstance(value, list) else [value]))})
+        elif isinstance(value, dict | list):
+            raise InputError(f"The option {name!r} in {str(path)!r} must be one value, got {value!r}.")
+        else:
+            flags.append(f"--{name}={value}")
+    return flags
+
+
+def _fields_of(path: Path, groups: Collection[str]) -> dict[str, Any]:
+    """The file's fields, those within tables too, without what belongs to the run that wrote them."""
     fields: dict[str, Any] = {}
     values = read_options_file(path)
     _check_script(path, values, groups)
     for name, value in values.items():
         fields |= value if name in groups and isinstance(value, dict) else {name: value}
     if path.name == OPTIONS and (path.parent / STATUS).exists():
-        fields = {name: value for name, value in fields.items() if name not in OF_ONE_RUN}
-    known = {action.dest: action for action in parser._actions}
-    flags = []
-    for name, value in fields.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"The options_file {str(path)!r} has an option {name!r}, which there is not.{hint}")
-        if value is None or (path.suffix.lower() != ".json" and value in ("", "null", "~")):
-            continue
-        is_list = known[name].nargs == "+"
-        if isinstance(value, dict) or (isinstance(value, list) and not is_list):
-            raise InputError(f"The option {name!r} in {str(path)!r} must be one value, got {value!r}.")
-        if is_list:
-            parser.set_defaults(**{name: [str(item) for item in (value if isinstance(value, list) else [value])]})
-        else:
-            flags.append(f"--{name}={value}")
-    return flags
+        return {name: value for name, value in fields.items() if name not in OF_ONE_RUN}
+    return fields
+
+
+def _check_name(path: Path, name: str, known: Collection[str]) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"The options_file {str(path)!r} has an option {name!r}, which there is not.{hint}")
 
 
 def _check_script(path: Path, values: dict[str, Any], groups: Collection[str]) -> None:

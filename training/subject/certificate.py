@@ -229,11 +229,7 @@ def _judge(
     if effect == 0:
         problems.append("the adapter changes no picture at all")
     for name, difference in apart.items():
-        largest, share = difference.max().item(), difference.mean().item() / max(mean_effect, 1e-12)
-        if dtype == "float32" and not largest <= LARGEST_DIFFERENCE:
-            problems.append(f"the {name} file's pictures are up to {largest:.1f} levels of 255 off, 1 is allowed")
-        if dtype != "float32" and not share <= LARGEST_SHARE:
-            problems.append(f"the {name} file's pictures are off by {share:.0%} of the adapter's effect, 25% is allowed")
+        problems += _too_far_apart(name, difference, mean_effect, dtype)
     return Certificate(
         passed=not problems,
         largest_difference={name: difference.max().item() for name, difference in apart.items()},
@@ -247,3 +243,13 @@ def _judge(
         dtype=dtype,
         device=device,
     )
+
+
+def _too_far_apart(name: str, difference: torch.Tensor, mean_effect: float, dtype: str) -> list[str]:
+    """What is wrong with pictures that are `difference` (prompts, height, width, 3) apart: a sentence, or none."""
+    largest, share = difference.max().item(), difference.mean().item() / max(mean_effect, 1e-12)
+    if dtype == "float32" and not largest <= LARGEST_DIFFERENCE:
+        return [f"the {name} file's pictures are up to {largest:.1f} levels of 255 off, 1 is allowed"]
+    if dtype != "float32" and not share <= LARGEST_SHARE:
+        return [f"the {name} file's pictures are off by {share:.0%} of the adapter's effect, 25% is allowed"]
+    return []

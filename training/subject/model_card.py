@@ -139,22 +139,33 @@ def _findings(run: RunDirectory, judge: str) -> list[str]:
     if losses:
         before, after = losses[0], losses[-1]
         found.append(f"Mean denoising loss in the middle of the held-out picture: {before:.4f} before, {after:.4f} after.")
-    suggestion = _read(run.path / "suggestion.json")
-    if suggestion and (suggestion["curve"] or suggestion["scores"]):
+    if suggestion := _read(run.path / "suggestion.json"):
+        found += _suggested(suggestion, judge)
+    if certificate := _read(run.path / "certificate.json"):
+        found.append(_certified(certificate))
+    return found
+
+
+def _suggested(suggestion: dict[str, Any], judge: str) -> list[str]:
+    """The suggested step, its warnings and the scores."""
+    found = []
+    if suggestion["curve"] or suggestion["scores"]:
         found.append(f"**Suggested: step {suggestion['step']} of {suggestion['last']}.** {suggestion['why']}")
         found += [f"> **Warning.** {warning}" for warning in suggestion["warnings"]]
-    if suggestion and suggestion["scores"]:
+    if suggestion["scores"]:
         found.append(_scores_table(suggestion, judge))
-    certificate = _read(run.path / "certificate.json")
-    if certificate:
-        converted = " The kohya file was put into diffusers' form first." if certificate.get("converted") else ""
-        largest = max(certificate["largest_difference"].values())
-        found.append(
-            "Certified: stock diffusers, without this project, draws the same pictures from the diffusers and the kohya file, at "
-            f"most {largest:.2f} of 255 levels apart. The adapter changes the base model's by up to {certificate['effect']:.0f}."
-            f"{converted}"
-        )
     return found
+
+
+def _certified(certificate: dict[str, Any]) -> str:
+    """What stock diffusers made of the exported files."""
+    converted = " The kohya file was put into diffusers' form first." if certificate.get("converted") else ""
+    largest = max(certificate["largest_difference"].values())
+    return (
+        "Certified: stock diffusers, without this project, draws the same pictures from the diffusers and the kohya file, at "
+        f"most {largest:.2f} of 255 levels apart. The adapter changes the base model's by up to {certificate['effect']:.0f}."
+        f"{converted}"
+    )
 
 
 def _compatibility(options: SubjectOptions) -> list[str]:

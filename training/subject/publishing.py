@@ -89,20 +89,29 @@ def check_can_push(judging: JudgingOptions) -> None:
     token = judging.hub_token or get_token()
     if token is None:
         raise InputError("push_to_hub needs an access token. Log in with `hf auth login`, or give --hub_token.")
+    if judging.hub_model_id is not None:
+        _check_name(judging.hub_model_id)
+    if _role_of(token) == "read":
+        raise InputError(f"push_to_hub needs an access token that may write, and this one may only read. {_NEW_TOKEN}.")
+
+
+def _check_name(name: str) -> None:
     try:
-        if judging.hub_model_id is not None:
-            validate_repo_id(judging.hub_model_id)
-        role = account(token).get("auth", {}).get("accessToken", {}).get("role")
+        validate_repo_id(name)
     except HFValidationError as error:
-        raise InputError(f"hub_model_id must have the form OWNER/NAME, got {judging.hub_model_id!r}: {brief(error)}.") from error
+        raise InputError(f"hub_model_id must have the form OWNER/NAME, got {name!r}: {brief(error)}.") from error
+
+
+def _role_of(token: str) -> str | None:
+    """What the hub lets `token` do; None, with a warning, where it cannot be asked now."""
+    try:
+        return account(token).get("auth", {}).get("accessToken", {}).get("role")
     except UPLOAD_ERRORS as error:
         failure, cause = failure_of(error) or (None, error)
         if failure is Failure.UNAUTHORIZED:
             raise InputError(f"push_to_hub cannot work: {_REASONS[failure]}. {_NEW_TOKEN}.") from error
         logger.warning(f"The hub cannot be asked now ({brief(cause)}): whether it takes the upload shows after the training.")
-        return
-    if role == "read":
-        raise InputError(f"push_to_hub needs an access token that may write, and this one may only read. {_NEW_TOKEN}.")
+        return None
 
 
 def push_to_hub(folder: Path, judging: JudgingOptions, fallback_name: str) -> str:

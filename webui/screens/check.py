@@ -57,17 +57,7 @@ def build(shell: Shell) -> None:
     crops = gr.HTML(css_template=STYLE, elem_id="check-crops")
     gr.HTML("<h2>The words</h2>")
     with gr.Row():
-        trigger = gr.Textbox(
-            TRIGGER, label="A rare word", info=ABOUT_THE_RARE_WORD, max_lines=1, min_width=SIDE_BY_SIDE, elem_id="check-trigger"
-        )
-        kind = gr.Textbox(
-            label="What is it, in a word?",
-            info="The kind of thing, in plain words: what the model knows of it is where it starts from.",
-            placeholder="dog, toy, coffee mug",
-            max_lines=1,
-            min_width=SIDE_BY_SIDE,
-            elem_id="check-class",
-        )
+        trigger, kind = _subject_words()
     prompt = gr.HTML(css_template=STYLE, elem_id="check-prompt")
     scenes = gr.Textbox(
         label="Scenes of the sample pictures, one a line",
@@ -96,6 +86,21 @@ def build(shell: Shell) -> None:
     train = gr.Button("Train", variant="primary", size="lg", elem_id="check-start")
     parts = {"crops": crops, "prompt": prompt, "reasons": reasons, "cost": cost, "command": command, "measure": measure}
     _wire(shell, parts, {"trigger": trigger, "kind": kind, "scenes": scenes, "preset": preset}, train)
+
+
+def _subject_words() -> tuple[gr.Textbox, gr.Textbox]:
+    trigger = gr.Textbox(
+        TRIGGER, label="A rare word", info=ABOUT_THE_RARE_WORD, max_lines=1, min_width=SIDE_BY_SIDE, elem_id="check-trigger"
+    )
+    kind = gr.Textbox(
+        label="What is it, in a word?",
+        info="The kind of thing, in plain words: what the model knows of it is where it starts from.",
+        placeholder="dog, toy, coffee mug",
+        max_lines=1,
+        min_width=SIDE_BY_SIDE,
+        elem_id="check-class",
+    )
+    return trigger, kind
 
 
 def _wire(shell: Shell, parts: dict[str, Any], said: dict[str, Any], train: gr.Button) -> None:

@@ -72,8 +72,7 @@ def _wire(frame: Frame, parts: dict[str, Any]) -> None:
             return [], gr.DownloadButton(visible=False)
         from webui.work import classify as work
 
-        if len(files) > MOST:
-            raise InputError(f"At most {MOST} pictures can be shown at a time, got {len(files)}. Drop fewer.")
+        _check_count(files)
         rows = work.classify(settings.workspace(request).run(run_id), files, member)
         kept = [{**row, "file": file} for row, file in zip(rows, files, strict=True)]
         return kept, gr.DownloadButton(value=class_files.new_table(_table(rows)), visible=any("class" in row for row in rows))
@@ -90,6 +89,11 @@ def _wire(frame: Frame, parts: dict[str, Any]) -> None:
         concurrency_id="device",
         concurrency_limit=1,
     )
+
+
+def _check_count(files: list[str]) -> None:
+    if len(files) > MOST:
+        raise InputError(f"At most {MOST} pictures can be shown at a time, got {len(files)}. Drop fewer.")
 
 
 def _cards(frame: Frame, found: gr.State) -> None:

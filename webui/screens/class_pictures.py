@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -15,6 +18,7 @@ from webui.class_runs import Frame, check_free, set_of
 from webui.class_sets import EXAMPLE, LabelledClasses
 from webui.errors import in_plain_words
 from webui.picture_sets import add_class, delete_set, move_picture, remove_class, remove_picture, rename_class
+from webui.settings import Settings
 from webui.shell import QUIET
 from webui.thumbnails import small
 from webui.uploads import Added, add_pictures, add_zip
@@ -135,14 +139,7 @@ def _wire_looking(frame: Frame, parts: dict[str, Any]) -> None:
     @in_plain_words
     def measure(draft: dict[str, Any], request: gr.Request) -> tuple[Any, Any]:
         workspace = settings.workspace(request)
-        classes = _found(workspace, set_of(workspace, draft))
-        if sum(bool(one.pictures) for one in classes.classes) < 2:
-            # Not nothing: what was measured of the set before it may have come meanwhile.
-            return _summary(classes, None), class_cards(classes, {})
-        from webui.work import classify as classifying
-
-        found = classifying.zero_shot(classes)
-        return _summary(classes, (found.right, found.count)), class_cards(classes, found.by_class)
+        return _measured(_found(workspace, set_of(workspace, draft)))
 
     @in_plain_words
     def choose(set_id: str, draft: dict[str, Any]) -> dict[str, Any]:
@@ -158,6 +155,17 @@ def _wire_looking(frame: Frame, parts: dict[str, Any]) -> None:
     redraw(frame.tab.select(list_sets, [frame.draft], [parts["set"]], **QUIET))
     redraw(parts["set"].input(choose, [parts["set"], frame.draft], [frame.draft], **QUIET))
     parts["go"].click(lambda: gr.Tabs(selected="train"), None, [frame.steps], **QUIET)
+
+
+def _measured(classes: LabelledClasses) -> tuple[Any, Any]:
+    """The summary and the cards of a set, with how well its classes are known untrained."""
+    if sum(bool(one.pictures) for one in classes.classes) < 2:
+        # Not nothing: what was measured of the set before it may have come meanwhile.
+        return _summary(classes, None), class_cards(classes, {})
+    from webui.work import classify as classifying
+
+    found = classifying.zero_shot(classes)
+    return _summary(classes, (found.right, found.count)), class_cards(classes, found.by_class)
 
 
 def _set_shown(classes: LabelledClasses) -> list[Any]:
@@ -181,14 +189,8 @@ def _wire_adding(frame: Frame, parts: dict[str, Any]) -> None:
     def take_zip(file: str | None, draft: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         if file is None:
             return gr.skip(), gr.skip(), gr.skip()
-        workspace = settings.workspace(request)
-        folder, is_new = _own_folder(workspace, draft)
-        try:
+        with _own_set(settings.workspace(request), draft) as folder:
             added = add_zip(folder, file)
-        except InputError:
-            if is_new:
-                delete_set(folder)
-            raise
         class_sets.settle_upload(folder, added)
         return {**draft, "set": folder.name}, _said(added), None
 
@@ -196,14 +198,8 @@ def _wire_adding(frame: Frame, parts: dict[str, Any]) -> None:
     def add(name: str, files: list[str] | None, draft: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         if not files:
             raise InputError("There are no pictures yet. Drop some into the field above.")
-        workspace = settings.workspace(request)
-        folder, is_new = _own_folder(workspace, draft)
-        try:
+        with _own_set(settings.workspace(request), draft) as folder:
             added = add_pictures(folder, files, add_class(folder, name))
-        except InputError:
-            if is_new:
-                delete_set(folder)
-            raise
         class_sets.settle(folder)
         return {**draft, "set": folder.name}, _said(added), "", None
 
@@ -218,6 +214,18 @@ def _wire_adding(frame: Frame, parts: dict[str, Any]) -> None:
     if "point" in parts:
         inputs, outputs = [parts["path"], frame.draft], [frame.draft, parts["said"], parts["path"]]
         redraw(gr.on([parts["point"].click, parts["path"].submit], point, inputs, outputs, **known))
+
+
+@contextmanager
+def _own_set(workspace: Workspace, draft: dict[str, Any]) -> Iterator[Path]:
+    """The folder of the user's own set that pictures go into; a new one is deleted again where none can be added."""
+    folder, is_new = _own_folder(workspace, draft)
+    try:
+        yield folder
+    except InputError:
+        if is_new:
+            delete_set(folder)
+        raise
 
 
 def _wire_class(frame: Frame, parts: dict[str, Any]) -> None:
@@ -282,29 +290,8 @@ def _wire_mending(frame: Frame, parts: dict[str, Any]) -> None:
             class_sets.name_pointed_class(folder, key, name)
         return ""
 
-    def changing(change: Any) -> Any:
-        """A handler that changes the user's own set, and then writes down again what is tested on."""
-
-        @in_plain_words
-        def changed(key: str, chosen: str | None, target: str | None, draft: dict[str, Any], request: gr.Request) -> str:
-            workspace = settings.workspace(request)
-            folder = workspace.picture_set(set_of(workspace, draft))
-            check_free(workspace, folder)
-            change(folder, key, chosen, target)
-            class_sets.settle(folder)
-            return ""
-
-        return changed
-
-    redraw(
-        gr.on(
-            [parts["rename"].click, parts["name"].submit],
-            rename,
-            [parts["class"], parts["name"], frame.draft],
-            [parts["said"]],
-            **QUIET,
-        )
-    )
+    given = [parts["class"], parts["name"], frame.draft]
+    redraw(gr.on([parts["rename"].click, parts["name"].submit], rename, given, [parts["said"]], **QUIET))
     given = [parts["class"], parts["chosen"], parts["target"], frame.draft]
     changes = {
         "remove_class": lambda folder, key, chosen, target: remove_class(folder, key),
@@ -312,8 +299,27 @@ def _wire_mending(frame: Frame, parts: dict[str, Any]) -> None:
         "move": lambda folder, key, chosen, target: move_picture(folder, chosen, target),
     }
     for name, change in changes.items():
-        redraw(parts[name].click(changing(change), given, [parts["said"]], **QUIET))
+        redraw(parts[name].click(_changing(settings, change), given, [parts["said"]], **QUIET))
     _wire_deleting(frame, parts)
+
+
+def _changing(settings: Settings, change: Callable[[Path, str, str | None, str | None], None]) -> Callable[..., str]:
+    """A handler that changes the user's own set, and then writes down again what is tested on.
+
+    Args:
+        change: is given the set's folder, the class, the chosen picture and the class to move it to.
+    """
+
+    @in_plain_words
+    def changed(key: str, chosen: str | None, target: str | None, draft: dict[str, Any], request: gr.Request) -> str:
+        workspace = settings.workspace(request)
+        folder = workspace.picture_set(set_of(workspace, draft))
+        check_free(workspace, folder)
+        change(folder, key, chosen, target)
+        class_sets.settle(folder)
+        return ""
+
+    return changed
 
 
 def _wire_deleting(frame: Frame, parts: dict[str, Any]) -> None:

@@ -76,24 +76,31 @@ def _wire(frame: Frame, parts: dict[str, Any]) -> None:
         if now == before and now is not None:
             return [gr.skip()] * (len(outputs) + 1)
         if result is None:
-            told = EMPTY if view is None else WAITING.format(state=IN_WORDS[view.state])
-            return [gr.HTML(told, visible=True), gr.Column(visible=False), *[gr.skip()] * (len(drawn) + 1), now]
+            return [gr.HTML(_waiting(view), visible=True), gr.Column(visible=False), *[gr.skip()] * (len(drawn) + 1), now]
         return [gr.HTML(visible=False), gr.Column(visible=True), _methods(result), *_drawn(result), now]
 
     @in_plain_words
     def open_cell(run_id: str, member: str | None, event: gr.EventData, request: gr.Request) -> str:
-        result = found(run_id, member, request)[1]
-        places = range(len(result.classes)) if result is not None else range(0)
-        true, predicted = (getattr(event, name, None) for name in ("true", "predicted"))
-        if not all(isinstance(place, int) and place in places for place in (true, predicted)):
-            raise InputError("This number belongs to another classifier. Reload the page.")
-        return class_html.cell_pictures(result, true, predicted)
+        return _cell(found(run_id, member, request)[1], event)
 
     given = [frame.run, parts["method"]]
     # The pictures of worst mistakes come with whatever reads a set: not before somebody looks.
     looks = [frame.beat.change, parts["method"].input]
     gr.on(looks, refresh, [*given, seen], [*outputs, seen], trigger_mode="always_last", **QUIET)
     parts["confusion"].select(open_cell, given, [parts["cell"]], **QUIET)
+
+
+def _waiting(view: RunView | None) -> str:
+    return EMPTY if view is None else WAITING.format(state=IN_WORDS[view.state])
+
+
+def _cell(result: Result | None, event: gr.EventData) -> str:
+    """The pictures of the number that was chosen in the table of mistakes."""
+    places = range(len(result.classes)) if result is not None else range(0)
+    true, predicted = (getattr(event, name, None) for name in ("true", "predicted"))
+    if not all(isinstance(place, int) and place in places for place in (true, predicted)):
+        raise InputError("This number belongs to another classifier. Reload the page.")
+    return class_html.cell_pictures(result, true, predicted)
 
 
 def _methods(result: Result) -> gr.Dropdown:

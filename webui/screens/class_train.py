@@ -106,6 +106,17 @@ def _wire_runs(frame: Frame, parts: dict[str, Any]) -> None:
         draft, run_id = class_runs.start(frame, workspace, draft)
         return [draft, *shell.show(workspace, run_id)]
 
+    parts["start"].click(start, [frame.draft], [frame.draft, *shell.outputs], api_visibility="private", concurrency_limit=1)
+    _wire_buttons(frame, parts)
+    parts["result"].click(lambda: gr.Tabs(selected="result"), None, [frame.steps], **QUIET)
+    beats = [frame.beat.change, shell.beats["classify"].change]
+    gr.on(beats, refresh, [frame.run, seen], [*shown, seen], trigger_mode="always_last", **QUIET)
+
+
+def _wire_buttons(frame: Frame, parts: dict[str, Any]) -> None:
+    """Stop the run in view, or have it go on."""
+    shell, settings = frame.shell, frame.shell.settings
+
     @in_plain_words
     def stop(run_id: str, request: gr.Request) -> list[Any]:
         from webui import launching
@@ -122,12 +133,8 @@ def _wire_runs(frame: Frame, parts: dict[str, Any]) -> None:
         launching.resume(workspace, run_id)
         return shell.show(workspace, run_id)
 
-    parts["start"].click(start, [frame.draft], [frame.draft, *shell.outputs], api_visibility="private", concurrency_limit=1)
     parts["stop"].click(stop, [frame.run], shell.outputs, api_visibility="private")
     parts["resume"].click(resume, [frame.run], shell.outputs, api_visibility="private")
-    parts["result"].click(lambda: gr.Tabs(selected="result"), None, [frame.steps], **QUIET)
-    beats = [frame.beat.change, shell.beats["classify"].change]
-    gr.on(beats, refresh, [frame.run, seen], [*shown, seen], trigger_mode="always_last", **QUIET)
 
 
 def _shown(view: RunView | None) -> tuple[str, str, tuple[str, ...], str]:

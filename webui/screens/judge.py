@@ -83,32 +83,43 @@ def look_at(view: RunView, step: int | None, place: int | None, anew: bool) -> L
 def parts(view: RunView | None, step: int | None, place: int | None, anew: bool) -> dict[str, Part]:
     """Every part of the screen as it is to be now, by the names of the outputs."""
     if view is None or view.task == "classify":
-        shown = {name: text("") for name in NAMES}
-        hidden = {"step": _dropdown([], None, True), "place": _dropdown([], None, True), "slider": _slider(None, None)}
-        framed = {"frame": _group(False), "details": frame(False), "use": button(False), "card": _markdown("")}
-        return {**shown, **hidden, **framed, "empty": text(EMPTY if view is None else CLASSIFIER)}
+        return _nothing_to_judge(EMPTY if view is None else CLASSIFIER)
     record, look = view.record, look_at(view, step, place, anew)
     changed = tuple((each, record.samples_at(each).stat().st_mtime_ns) for each in sampled_steps(record))
     suggested = verdict.suggested_step(record)
     closely = None if look.step is None else (look.step, look.place)
-    usable = look.step is not None and look.step in kept_steps(record)
-    newest = samples(record, look.step) if look.step is not None else []
-    steps = [(f"step {each} (suggested)" if each == suggested else f"step {each}", each) for each in look.steps]
     card = verdict.card(record)
     return {
         "empty": text(""),
         "suggestion": text(verdict.suggestion(view)),
         "table": made_text((record.path, *changed, suggested, closely), lambda: verdict.sample_table(record, closely)),
-        "frame": _group(look.step is not None),
-        "step": _dropdown(steps, look.step, look.forced),
-        "place": _dropdown([(each.prompt or "picture", place) for place, each in enumerate(newest)], look.place, look.forced),
-        "slider": _slider(view, look),
-        "use": button(usable, f"Use step {look.step}"),
+        **_closely(view, look, suggested),
         "curves": text(verdict.curves(record)),
         "figures": text(verdict.figures(record)),
         "details": frame(bool(card)),
         "papers": text(verdict.certificate(record) if card else ""),
         "card": _markdown(card),
+    }
+
+
+def _nothing_to_judge(why: str) -> dict[str, Part]:
+    shown = {name: text("") for name in NAMES}
+    hidden = {"step": _dropdown([], None, True), "place": _dropdown([], None, True), "slider": _slider(None, None)}
+    framed = {"frame": _group(False), "details": frame(False), "use": button(False), "card": _markdown("")}
+    return {**shown, **hidden, **framed, "empty": text(why)}
+
+
+def _closely(view: RunView, look: Look, suggested: int | None) -> dict[str, Part]:
+    """The parts about the one step that is looked at closely."""
+    usable = look.step is not None and look.step in kept_steps(view.record)
+    newest = samples(view.record, look.step) if look.step is not None else []
+    steps = [(f"step {each} (suggested)" if each == suggested else f"step {each}", each) for each in look.steps]
+    return {
+        "frame": _group(look.step is not None),
+        "step": _dropdown(steps, look.step, look.forced),
+        "place": _dropdown([(each.prompt or "picture", place) for place, each in enumerate(newest)], look.place, look.forced),
+        "slider": _slider(view, look),
+        "use": button(usable, f"Use step {look.step}"),
     }
 
 

@@ -181,20 +181,30 @@ class _Look:
         if key == seen:
             return [gr.skip()] * len(self.outputs)
         if steps is None or not steps.choices:
-            why = NO_RUN if view is None else CLASSIFIER if view.task == "classify" else NO_STEP
             hidden = [gr.skip()] * (len(self.outputs) - 3)
-            return [key, gr.HTML(why, visible=True), gr.Column(visible=False), *hidden]
-        same = seen is not None and seen[0] == run_id and seen[2] is not None and bool(seen[2][0])
+            return [key, gr.HTML(_nothing_to_draw_with(view), visible=True), gr.Column(visible=False), *hidden]
         by_hand = [step for _, step in steps.choices if [run_id, step] == chosen]
         of_step = gr.Dropdown(choices=steps.choices, value=next(iter(by_hand), steps.chosen))
-        prompts = prompts_of(view)
-        words = (
-            [gr.skip(), gr.skip()] if same else [_in_the_snow(view, prompts), gr.Dataset(samples=[[each] for each in prompts])]
-        )
-        choices = [("none", ""), *others(workspace, run_id)]
-        mixed = [gr.skip() if same else gr.Dropdown(choices=choices, value="") for _ in self.controls.mixed]
+        of_run = [gr.skip()] * (2 + MIXED) if _showed(seen, run_id) else self._of_run(workspace, view)
         files = use_files.updates(self.files, view)
-        return [key, gr.HTML(visible=False), gr.Column(visible=True), of_step, *words, *mixed, *files]
+        return [key, gr.HTML(visible=False), gr.Column(visible=True), of_step, *of_run, *files]
+
+    def _of_run(self, workspace: Workspace, view: RunView) -> list[Any]:
+        """The words, the suggestions and the adapters to mix in, for a run that was not in view before."""
+        prompts, choices = prompts_of(view), [("none", ""), *others(workspace, view.id)]
+        words = [_in_the_snow(view, prompts), gr.Dataset(samples=[[each] for each in prompts])]
+        return [*words, *(gr.Dropdown(choices=choices, value="") for _ in self.controls.mixed)]
+
+
+def _nothing_to_draw_with(view: RunView | None) -> str:
+    if view is None:
+        return NO_RUN
+    return CLASSIFIER if view.task == "classify" else NO_STEP
+
+
+def _showed(seen: list[Any] | None, run_id: str | None) -> bool:
+    """Whether the run was shown with its adapters when `seen` was told."""
+    return seen is not None and seen[0] == run_id and seen[2] is not None and bool(seen[2][0])
 
 
 def _view(workspace: Workspace, run_id: str | None) -> RunView | None:
@@ -217,7 +227,6 @@ def _in_the_snow(view: RunView, prompts: list[str]) -> str:
 
 def _wire_drawing(shell: Shell, controls: Controls, buttons: tuple[gr.Button, gr.Button, gr.HTML], shown: Shown) -> None:
     generate, cancel, bar = buttons
-
     turn = gr.State(0)
 
     @in_plain_words
@@ -227,21 +236,7 @@ def _wire_drawing(shell: Shell, controls: Controls, buttons: tuple[gr.Button, gr
 
     @in_plain_words
     def draw(request: gr.Request, turn: int, *values: Any) -> Iterator[list[Any]]:
-        from webui.work import drawing
-
-        workspace, wish = shell.settings.workspace(request), Wish.from_page(values)
-        began = told = time.monotonic()
-        notice = _of_syntax(wish)
-        with closing(drawing.draw(workspace, wish)) as events:
-            for event in events:
-                if TURNS.is_cancelled(str(request.session_hash), turn):
-                    return
-                if isinstance(event, Path):
-                    yield [gr.skip(), *gallery_of(workspace)]
-                elif event.done in (0, event.total) or time.monotonic() - told > SECONDS_BETWEEN:
-                    told = time.monotonic()
-                    yield [notice + bar_of(event.words, event.done, event.total), gr.skip(), gr.skip()]
-        yield [f"{notice}<p class='quiet'>Done in {time.monotonic() - began:.1f} s.</p>", gr.skip(), gr.skip()]
+        yield from _drawing(shell.settings.workspace(request), Wish.from_page(values), str(request.session_hash), turn)
 
     @in_plain_words
     def at_rest(turn: int, request: gr.Request) -> list[Any]:
@@ -268,6 +263,29 @@ def _wire_drawing(shell: Shell, controls: Controls, buttons: tuple[gr.Button, gr
     drawing.success(at_rest, inputs=[turn], outputs=[generate, cancel, bar], **at_once)
     drawing.failure(lambda: [*_at_rest(), ""], outputs=[generate, cancel, bar], **at_once)
     cancel.click(stop, outputs=[bar], **at_once)
+    _wire_gallery(shell, shown)
+
+
+def _drawing(workspace: Workspace, wish: Wish, session: str, turn: int) -> Iterator[list[Any]]:
+    """Draw what is wished; updates of the bar, the gallery and its details, until the turn is cancelled."""
+    from webui.work import drawing
+
+    began = told = time.monotonic()
+    notice = _of_syntax(wish)
+    with closing(drawing.draw(workspace, wish)) as events:
+        for event in events:
+            if TURNS.is_cancelled(session, turn):
+                return
+            if isinstance(event, Path):
+                yield [gr.skip(), *gallery_of(workspace)]
+            elif event.done in (0, event.total) or time.monotonic() - told > SECONDS_BETWEEN:
+                told = time.monotonic()
+                yield [notice + bar_of(event.words, event.done, event.total), gr.skip(), gr.skip()]
+    yield [f"{notice}<p class='quiet'>Done in {time.monotonic() - began:.1f} s.</p>", gr.skip(), gr.skip()]
+
+
+def _wire_gallery(shell: Shell, shown: Shown) -> None:
+    """Show what was drawn before when the page is loaded."""
 
     @in_plain_words
     def come_back(request: gr.Request) -> list[Any]:
@@ -293,18 +311,14 @@ def _at_rest() -> list[Any]:
 
 def _wire_again(look: _Look, shown: Shown) -> None:
     shell, controls = look.shell, look.controls
+    private = {"show_progress": "hidden", "api_visibility": "private"}
 
     @in_plain_words
     def choose(event: gr.SelectData, request: gr.Request) -> list[Any]:
         path = DrawnPictures.of(shell.settings.workspace(request)).called(Path(str(event.value["image"]["path"])).name)
         return [path.name, details_of(settings_of(path)[0]), gr.Button(visible=True)]
 
-    shown.gallery.select(
-        choose,
-        outputs=[shown.chosen, shown.details, shown.again],
-        show_progress="hidden",
-        api_visibility="private",
-    )
+    shown.gallery.select(choose, outputs=[shown.chosen, shown.details, shown.again], **private)
     fields = [controls.strength, controls.negative, controls.count, controls.seed, controls.with_base, controls.steps]
     fields += [controls.guidance, *controls.strengths]
 
@@ -321,19 +335,19 @@ def _wire_again(look: _Look, shown: Shown) -> None:
         mixed = [*mixed, *[("", 1.0)] * MIXED][:MIXED]
         choices = [("none", ""), *others(workspace, run_id)]
         for dropdown, (reference, _) in zip(controls.mixed, mixed, strict=True):
-            known = [*choices, *([(reference, reference)] if reference not in [value for _, value in choices] else [])]
-            updates[place[id(dropdown)]] = gr.Dropdown(choices=known, value=reference)
+            updates[place[id(dropdown)]] = _with_reference(choices, reference)
         sampling = [settings["num_inference_steps"], settings["guidance_scale"]]
         values = [strength, settings["negative_prompt"], 1, settings["seed"], False, *sampling, *(of for _, of in mixed)]
         return [run_id, None if step is None else [run_id, step], *updates, *values]
 
-    shown.again.click(
-        again,
-        inputs=[shown.chosen, shell.run],
-        outputs=[shell.run, shell.chosen, *look.outputs, *fields],
-        show_progress="hidden",
-        api_visibility="private",
-    )
+    outputs = [shell.run, shell.chosen, *look.outputs, *fields]
+    shown.again.click(again, inputs=[shown.chosen, shell.run], outputs=outputs, **private)
+
+
+def _with_reference(choices: list[tuple[str, str]], reference: str) -> gr.Dropdown:
+    """The adapters to choose from with one chosen, which need not be there any more."""
+    missing = [] if reference in [value for _, value in choices] else [(reference, reference)]
+    return gr.Dropdown(choices=[*choices, *missing], value=reference)
 
 
 def _with_step(workspace: Workspace, run_id: str | None, step: int | None) -> Any:

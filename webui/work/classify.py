@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -66,18 +67,15 @@ def zero_shot(classes: LabelledClasses) -> ZeroShot:
         raise InputError("Two classes with pictures are needed to tell them apart.")
     template = "digits" if classes.id == EXAMPLE else "photo"
     each = max(FEWEST_OF_CLASS, MOST_ZERO_SHOT // len(shown))
-    chosen = [(label, source) for label, one in enumerate(shown) for source in _some(one.pictures, each)]
+    chosen = [_some(one.pictures, each) for one in shown]
     with _one_at_a_time:
         clip = built_in()
-        features = _features_of([source for _, source in chosen], clip)
+        features = _features_of(list(chain(*chosen)), clip)
         prompts = prompt_features(clip, make_prompts([one.name for one in shown], template))
-    predicted = (features @ prompts.T).argmax(dim=1).tolist()
-    by_class = {one.key: [0, 0] for one in shown}
-    for (label, _), found in zip(chosen, predicted, strict=True):
-        by_class[shown[label].key][0] += found == label
-        by_class[shown[label].key][1] += 1
-    right = sum(own for own, _ in by_class.values())
-    return ZeroShot(right, len(chosen), {key: (own, count) for key, (own, count) in by_class.items()})
+    predicted = iter((features @ prompts.T).argmax(dim=1).tolist())
+    right = [list(islice(predicted, len(own))).count(label) for label, own in enumerate(chosen)]
+    by_class = {one.key: (right[label], len(chosen[label])) for label, one in enumerate(shown)}
+    return ZeroShot(sum(right), sum(map(len, chosen)), by_class)
 
 
 def _some(pictures: Sequence[Source], most: int) -> list[Source]:

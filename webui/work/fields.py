@@ -115,25 +115,32 @@ def panel_fields(task: Task, is_local: bool) -> dict[str, list[Field]]:
 
 
 def _field(task: Task, group: str, field: dataclasses.Field, of_methods: MethodOption | None) -> Field:
-    kind, optional = field.type, False
-    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
-        optional = True
-        kind = next(one for one in typing.get_args(kind) if one is not type(None))
-    arguments = typing.get_args(kind)
+    kind, optional = _without_none(field.type)
     known = CHOICES[task].get(field.name, ()) if of_methods is None else of_methods.choices
-    choices = known if kind is str else ()
-    if typing.get_origin(kind) is Literal:
-        widget, item, choices = "choice", type(arguments[0]), arguments
-    elif kind is bool and optional:
-        # Unsaid, it is neither.
-        widget, item, choices = "choice", bool, (True, False)
-    elif typing.get_origin(kind) is list:
-        widget, item = "list", arguments[0]
-    else:
-        widget, item = "choice" if choices else {bool: "bool", int: "int", float: "float", str: "text"}[kind], kind
+    widget, item, choices = _widget(kind, optional, known if kind is str else ())
     methods = () if of_methods is None else of_methods.methods
     words = str(field.metadata.get("help", ""))
     return Field(group, field.name, widget, item, choices, optional, default_of(field), words, methods)
+
+
+def _without_none(kind: Any) -> tuple[Any, bool]:
+    """The type of an option that may be None, else `kind` itself; and whether it may."""
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        return next(one for one in typing.get_args(kind) if one is not type(None)), True
+    return kind, False
+
+
+def _widget(kind: Any, optional: bool, choices: tuple[Any, ...]) -> tuple[str, type, tuple[Any, ...]]:
+    """The kind of widget for an option of the type `kind`, the type of one value, and the values to choose from."""
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return "choice", type(arguments[0]), arguments
+    if kind is bool and optional:
+        # Unsaid, it is neither.
+        return "choice", bool, (True, False)
+    if typing.get_origin(kind) is list:
+        return "list", arguments[0], choices
+    return "choice" if choices else {bool: "bool", int: "int", float: "float", str: "text"}[kind], kind, choices
 
 
 def _written(value: Any) -> str:

@@ -266,8 +266,12 @@ def _check_access(workspace: Workspace, values: Values) -> None:
     if given.get("data_dir") is not None and not Path(given["data_dir"]).is_dir():
         # A table of paths would have the run read any file.
         raise InputError(f"data_dir must be a folder with a folder of pictures for each class, got {given['data_dir']!r}.")
-    if workspace.is_local:
-        return
+    if not workspace.is_local:
+        _check_guest(workspace, given)
+
+
+def _check_guest(workspace: Workspace, given: Mapping[str, Any]) -> None:
+    """Raises: InputError for what is not for guests on the machine."""
     for name in sorted(given.keys() & MACHINE_FIELDS):
         if name in PICTURES:
             _check_own_pictures(workspace, name, Path(given[name]))

@@ -80,6 +80,9 @@ class Order:
         for part in self.parts:
             if not (math.isfinite(part.strength) and abs(part.strength) <= MAX_STRENGTH):
                 raise InputError(f"The strength of {part.adapter.name} must be from -2 to 2, got {part.strength:g}.")
+        self._check_mixture()
+
+    def _check_mixture(self) -> None:
         references = [part.adapter.reference for part in self.parts]
         twice = next((part for part in self.parts if references.count(part.adapter.reference) > 1), None)
         if twice is not None:

@@ -6,7 +6,7 @@ They are only read. Nothing of them reaches PEFT but numbers, and a setting that
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,15 +110,27 @@ def checked(fields: Mapping[str, Any], path: Path, component: str = "") -> Setti
 def _is_harmless(name: str, value: Any, usual: Mapping[str, Any]) -> bool:
     if name in REMARKS:
         return True
-    if name in ("r", "lora_alpha", "alpha"):
-        return value is None or (_is_number(value) and (value > 0 or name != "r"))
-    if name in ("rank_pattern", "alpha_pattern"):
-        return not value or (isinstance(value, dict) and all(map(_is_plain, value)) and all(map(_is_number, value.values())))
-    if name == "init_lora_weights":
-        return value in PLAIN_STARTS
+    if name in CHECKS:
+        return CHECKS[name](value)
     if name in (*USED, *UNUSED):
         return _is_plain(value)
     return not value or value == usual.get(name)
+
+
+def _is_rank(value: Any) -> bool:
+    return value is None or (_is_number(value) and value > 0)
+
+
+def _is_alpha(value: Any) -> bool:
+    return value is None or _is_number(value)
+
+
+def _is_pattern(value: Any) -> bool:
+    return not value or (isinstance(value, dict) and all(map(_is_plain, value)) and all(map(_is_number, value.values())))
+
+
+def _is_plain_start(value: Any) -> bool:
+    return value in PLAIN_STARTS
 
 
 def _is_number(value: Any) -> bool:
@@ -129,3 +141,11 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, (dict, list)):
         return all(map(_is_plain, [*value, *value.values()] if isinstance(value, dict) else value))
     return not isinstance(value, str) or not value or bool(PLAIN_NAME.fullmatch(value))
+
+
+CHECKS: dict[str, Callable[[Any], bool]] = {
+    "r": _is_rank,
+    **dict.fromkeys(("lora_alpha", "alpha"), _is_alpha),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), _is_pattern),
+    "init_lora_weights": _is_plain_start,
+}

@@ -80,28 +80,38 @@ def change_of(layer: nn.Module, name: str, parts: Parts, settings: Settings | No
     Raises: MisfitError.
     """
     kind = next((KINDS[part] for part in KINDS if part in parts), None)
-    bias = parts["diff_b"].float() if "diff_b" in parts else None
-    if bias is not None and layer.bias is None:
-        raise MisfitError("it changes a bias, and the layer has none")
+    bias = _bias_in(parts, layer)
     if kind is None:
-        if bias is None or parts.keys() - {"diff_b", "alpha"}:
-            raise MisfitError(f"there is {', '.join(sorted(parts))} alone, which is no change")
-        return Change(bias=_of_shape(bias, layer.bias.shape))
+        return _change_of_bias(bias, layer, parts)
     _check_parts(kind, parts)
     up, down, rank = MAKERS[kind]({part: tensor.float() for part, tensor in parts.items()}, layer)
     change = Change(up, down, _scale(kind, parts, name, rank, settings), None, bias)
-    if up.shape[1] != len(down):
-        raise MisfitError(f"its factors are of ranks {up.shape[1]} and {len(down)}")
-    _check_size(up.shape[0], down.shape[1], layer)
-    if "up_bias" in parts:
-        change = replace(change, bias=change.scale * parts["up_bias"].float())
-    if change.bias is not None:
-        change = replace(change, bias=_of_shape(change.bias, _weight_shape(layer)[:1]))
+    _check_product(up, down, layer)
+    change = _with_bias(change, layer, parts)
     if "magnitude" in parts or "dora_scale" in parts:
         return _decomposed(change, layer, parts)
     if settings is not None and settings.use_dora:
         raise MisfitError("its configuration says use_dora, and there is no lora_magnitude_vector")
     return change
+
+
+def _bias_in(parts: Parts, layer: nn.Module) -> torch.Tensor | None:
+    if "diff_b" in parts and layer.bias is None:
+        raise MisfitError("it changes a bias, and the layer has none")
+    return parts["diff_b"].float() if "diff_b" in parts else None
+
+
+def _change_of_bias(bias: torch.Tensor | None, layer: nn.Module, parts: Parts) -> Change:
+    """The change of a layer whose weight stays as it is."""
+    if bias is None or parts.keys() - {"diff_b", "alpha"}:
+        raise MisfitError(f"there is {', '.join(sorted(parts))} alone, which is no change")
+    return Change(bias=_of_shape(bias, layer.bias.shape))
+
+
+def _with_bias(change: Change, layer: nn.Module, parts: Parts) -> Change:
+    """The bias of PEFT's `lora_bias`, which is scaled, in place of the change's own; of the layer's shape."""
+    bias = change.scale * parts["up_bias"].float() if "up_bias" in parts else change.bias
+    return change if bias is None else replace(change, bias=_of_shape(bias, _weight_shape(layer)[:1]))
 
 
 def _check_parts(kind: str, parts: Parts) -> None:
@@ -131,18 +141,29 @@ def _scale(kind: str, parts: Parts, name: str, rank: int | None, settings: Setti
     """What the product is multiplied by: alpha / rank; 1 where nothing says an alpha, or the kind knows none."""
     if kind == "diff":
         return 1.0
-    said = None
-    if settings is not None:
-        size = settings.rank_of(name) if rank is None else rank
-        if rank is not None and settings.rank_of(name) not in (None, rank):
-            raise MisfitError(f"its configuration says rank {settings.rank_of(name)}, and its tensors have rank {rank}")
-        said = None if size is None else settings.scale_of(name, size)
+    configured = None if settings is None else _configured_scale(name, rank, settings)
     if "alpha" not in parts or rank is None:
-        return 1.0 if said is None else said
+        return 1.0 if configured is None else configured
     scale = parts["alpha"].item() / rank
-    if said is not None and abs(said - scale) > 1e-6 * abs(scale):
-        raise MisfitError(f"its alpha tensor makes a scaling of {scale:g}, and its configuration one of {said:g}")
+    if configured is not None and abs(configured - scale) > 1e-6 * abs(scale):
+        raise MisfitError(f"its alpha tensor makes a scaling of {scale:g}, and its configuration one of {configured:g}")
     return scale
+
+
+def _configured_scale(name: str, rank: int | None, settings: Settings) -> float | None:
+    """The scaling of the layer called `name` by its configuration; None where that has no rank."""
+    configured = settings.rank_of(name)
+    if rank is not None and configured not in (None, rank):
+        raise MisfitError(f"its configuration says rank {configured}, and its tensors have rank {rank}")
+    size = configured if rank is None else rank
+    return None if size is None else settings.scale_of(name, size)
+
+
+def _check_product(up: torch.Tensor, down: torch.Tensor, layer: nn.Module) -> None:
+    """Refuse factors (rows, k) and (k, columns) whose product is no change of the layer's weight."""
+    if up.shape[1] != len(down):
+        raise MisfitError(f"its factors are of ranks {up.shape[1]} and {len(down)}")
+    _check_size(up.shape[0], down.shape[1], layer)
 
 
 def _check_size(rows: int, columns: int, layer: nn.Module) -> None:

@@ -76,19 +76,20 @@ def refuse_other_kinds(header: SafetensorsHeader, path: Path) -> str | None:
     names = header.tensors
     if not names:
         return f"{path} holds no tensors, so no adapter. Download it again, or choose another file."
-    if all(is_embedding(name) for name in names) or _is_one_embedding(header):
+    if all(map(is_embedding, names)) or _is_one_embedding(header):
         return (
             f"{path} is a textual inversion (an embedding of a word) and not a LoRA: it holds no adapter, but other tensors. "
             f"{NOT_LORA}"
         )
+    # A LoRA of every layer has names like a checkpoint's, with a part behind them.
+    strange = [name for name in names if split_name(name) is None]
     for pattern, kind, remedy in OTHER_KINDS:
-        # A LoRA of every layer has names like a checkpoint's, with a part behind them.
-        match = next((name for name in names if re.search(pattern, name) and split_name(name) is None), None)
+        match = next((name for name in strange if re.search(pattern, name)), None)
         if match is not None:
-            return f"{path} is {kind} ({match!r:.100}). {NOT_LORA if remedy is None else f'{remedy.rstrip(chr(46))}.'}"
-    if not any(split_name(name) for name in names):
-        first = next(iter(names))
-        return f"{path} holds no adapter, but other tensors such as {first!r:.100}. {NOT_LORA}"
+            advice = NOT_LORA if remedy is None else f"{remedy.rstrip('.')}."
+            return f"{path} is {kind} ({match!r:.100}). {advice}"
+    if len(strange) == len(names):
+        return f"{path} holds no adapter, but other tensors such as {strange[0]!r:.100}. {NOT_LORA}"
     return None
 
 
@@ -101,15 +102,22 @@ def _is_one_embedding(header: SafetensorsHeader) -> bool:
 def architecture(header: SafetensorsHeader) -> str | None:
     """The base model that a LoRA was made for, by its tensors' names and shapes, else by what its header says."""
     names = [name.removeprefix(PEFT_PREFIX) for name in header.tensors if split_name(name)]
-    by_name = next((model for pattern, model in ARCHITECTURE_NAMES if any(re.search(pattern, name) for name in names)), None)
+    by_name = next((model for pattern, model in ARCHITECTURE_NAMES if _any_has(pattern, names)), None)
     if by_name is not None:
         return by_name
     said = _said(header.metadata)
-    if said in (None, "SDXL") and any(TRANSFORMER.search(name) for name in names):
+    if said in (None, "SDXL") and _any_has(TRANSFORMER, names):
         return "a diffusion transformer such as SD3, Flux, Wan or Qwen-Image"
+    return _by_text_width(header) or said or _before_sdxl(names)
+
+
+def _any_has(pattern: str | re.Pattern[str], names: Iterable[str]) -> bool:
+    return any(re.search(pattern, name) for name in names)
+
+
+def _by_text_width(header: SafetensorsHeader) -> str | None:
     widths = {entry.shape[1] for name, entry in header.tensors.items() if _reads_text(name) and len(entry.shape) > 1}
-    by_width = [TEXT_WIDTHS[width] for width in sorted(widths) if width in TEXT_WIDTHS]
-    return by_width[0] if by_width else said or _before_sdxl(names)
+    return next((TEXT_WIDTHS[width] for width in sorted(widths) if width in TEXT_WIDTHS), None)
 
 
 def _before_sdxl(names: Iterable[str]) -> str | None:

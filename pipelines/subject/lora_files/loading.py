@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -59,15 +59,22 @@ def resolve(path: Path) -> tuple[Path, Path | None] | None:
         return path / PEFT_FILE, path / PEFT_CONFIG
     if (path / DIFFUSERS_FILE).is_file():
         return path / DIFFUSERS_FILE, None
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".safetensors" and file.is_file())
+    file = _only_file(path)
+    return None if file is None else (file, None)
+
+
+def _only_file(folder: Path) -> Path | None:
+    """The one .safetensors file of a folder; None where there is none."""
+    entries = sorted(folder.iterdir())
+    files = [entry for entry in entries if entry.suffix.lower() == ".safetensors" and entry.is_file()]
     if len(files) > 1:
-        raise AdapterFileError(f"{path} holds {len(files)} .safetensors files, such as {files[0].name!r}. Give one of them.")
-    pickles = sorted(file.name for file in path.iterdir() if file.suffix.lower() in PICKLE_SUFFIXES)
+        raise AdapterFileError(f"{folder} holds {len(files)} .safetensors files, such as {files[0].name!r}. Give one of them.")
+    pickles = [entry.name for entry in entries if entry.suffix.lower() in PICKLE_SUFFIXES]
     if not files and pickles:
         raise AdapterFileError(
-            f"{path} holds {pickles[0]!r}, a pickle, which can run code when opened. Only .safetensors is read."
+            f"{folder} holds {pickles[0]!r}, a pickle, which can run code when opened. Only .safetensors is read."
         )
-    return (files[0], None) if files else None
+    return files[0] if files else None
 
 
 def check_file(path: Path) -> None:
@@ -144,23 +151,32 @@ def verify(pipeline: StableDiffusionXLPipeline, adapter_name: str, path: Path, e
         expected: the layers that must have it; at least one, whichever it is, where it is None.
     Raises: InputError naming the first parameter or layer that is not right; the adapter is taken off then.
     """
-    reached, problem = set(), None
-    for component in COMPONENTS:
-        for name, module in getattr(pipeline, component).named_modules():
-            held = _held(module, adapter_name)
-            reached |= {Layer(component, base_name(name))} if held else set()
-            empty = next((part for part, tensors in held.items() if any(tensor.is_meta for tensor in tensors)), None)
-            if empty is not None:
-                problem = problem or f"{component}.{base_name(name)}.{empty} has no values (it is on the meta device)"
-    absent = [] if expected is None else sorted(set(expected) - reached)
-    if absent:
-        problem = problem or f"{absent[0]} got nothing"
-    elif not reached:
-        problem = "no layer of the model got anything"
+    problem = _problem_of(pipeline, adapter_name, expected)
     if problem is not None:
         if any(adapter_name in adapters for adapters in adapters_by_component(pipeline).values()):
             pipeline.delete_adapters([adapter_name])
         raise InputError(f"{path} was not loaded as a whole: {problem}. Load it onto the base model that it was trained on.")
+
+
+def _problem_of(pipeline: StableDiffusionXLPipeline, adapter_name: str, expected: Collection[Layer] | None) -> str | None:
+    """The first thing that is not right of an adapter that was just loaded; None where all is."""
+    reached, empty = set(), []
+    for layer, module in _layers_of(pipeline):
+        held = _held(module, adapter_name)
+        reached |= {layer} if held else set()
+        empty += [f"{layer}.{part}" for part, tensors in held.items() if any(tensor.is_meta for tensor in tensors)]
+    if not reached and not expected:
+        return "no layer of the model got anything"
+    if empty:
+        return f"{empty[0]} has no values (it is on the meta device)"
+    absent = sorted(set(expected or ()) - reached)
+    return f"{absent[0]} got nothing" if absent else None
+
+
+def _layers_of(pipeline: StableDiffusionXLPipeline) -> Iterator[tuple[Layer, nn.Module]]:
+    for component in COMPONENTS:
+        for name, module in getattr(pipeline, component).named_modules():
+            yield Layer(component, base_name(name)), module
 
 
 def _held(module: nn.Module, adapter_name: str) -> dict[str, list[torch.Tensor]]:
@@ -213,12 +229,16 @@ def _grouped(
         elif split is not None or not _is_left_out(header, name):
             unknown.append(name)
     if unknown:
-        layers_said = len({split[0] for split in map(split_name, header.tensors) if split})
-        listed = ", ".join(f"{name!r:.120}" for name in unknown[:LISTED])
-        more = f" and {len(unknown) - LISTED} more" if len(unknown) > LISTED else ""
-        reason = f"it fits {len(grouped)} of the {layers_said} layers that it changes, and nothing uses {listed}{more}"
-        raise InputError(kinds.misfit(path, header, reason))
+        raise InputError(kinds.misfit(path, header, _unused_names(header, unknown, len(grouped))))
     return grouped
+
+
+def _unused_names(header: SafetensorsHeader, unknown: Sequence[str], fitting: int) -> str:
+    """How many layers fit, and which tensors nothing uses."""
+    layers = {split[0] for split in map(split_name, header.tensors) if split}
+    listed = ", ".join(f"{name!r:.120}" for name in unknown[:LISTED])
+    more = f" and {len(unknown) - LISTED} more" if len(unknown) > LISTED else ""
+    return f"it fits {fitting} of the {len(layers)} layers that it changes, and nothing uses {listed}{more}"
 
 
 def _bare_text_layer(name: str, shape: tuple[int, ...], layers: Mapping[Layer, nn.Module]) -> Layer | None:
