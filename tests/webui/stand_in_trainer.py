@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from run_folders import GIVEN, SAMPLE_STEPS, WrittenRun, add_samples, judge
+from run_folders import CURVE_STEPS, GIVEN, SAMPLE_STEPS, WrittenRun, add_checkpoint, add_samples, judge
 
 from training.runs.record import OPTIONS, update_status
 
@@ -35,9 +35,11 @@ def main():
 
 
 def reach(run, step):
-    """Make the sample pictures of a step that has some."""
+    """Make what a recipe makes at some steps: sample pictures, and a checkpoint."""
     if step in SAMPLE_STEPS:
         add_samples(run, step)
+    if step in CURVE_STEPS and step:
+        add_checkpoint(run, step)
 
 
 def wait_beyond(run, step):
