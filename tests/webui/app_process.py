@@ -28,13 +28,24 @@ class AppProcess:
         home: holds its runs, its uploads and its log; the folder that it is started in stays the repository.
         options: further options of app.py.
         environment: further variables.
+        script: what is started, seen from the repository.
         own_port: on a port that no other test process uses; False for the one that the server chooses.
     """
 
-    def __init__(self, home: Path, *options: str, environment: dict[str, str] | None = None, own_port: bool = True) -> None:
+    def __init__(
+        self,
+        home: Path,
+        *options: str,
+        environment: dict[str, str] | None = None,
+        script: str = "app.py",
+        own_port: bool = True,
+    ) -> None:
         self.runs, self.uploads, self.log = home / "runs", home / "uploads", home / "server.txt"
-        self._options = options
-        self._environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", **(environment or {})}
+        self._script, self._options = script, options
+        # A script that does not lie in the repository's root finds its packages too.
+        found_in = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+        ours = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": found_in}
+        self._environment = {**os.environ, **ours, **(environment or {})}
         self.url = ""
         self._port = _free_port() if own_port else None
         self.start()
@@ -42,7 +53,7 @@ class AppProcess:
     def start(self, patience: float = 240.0) -> None:
         """Start it, and wait until it has told its address."""
         port = [] if self._port is None else ["--port", str(self._port)]
-        command = [sys.executable, "app.py", "--runs_dir", self.runs, "--uploads_dir", self.uploads, *port, *self._options]
+        command = [sys.executable, self._script, "--runs_dir", self.runs, "--uploads_dir", self.uploads, *port, *self._options]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, cwd=REPOSITORY, env=self._environment, stdout=log, stderr=log)
         end = time.monotonic() + patience

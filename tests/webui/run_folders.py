@@ -16,6 +16,7 @@ from training.subject.suggesting import Point, StepScores, suggest
 
 PROMPTS = ("a photo of sks toy", "sks toy <b>in the snow</b>", "sks toy at night")
 SETTINGS = {"negative_prompt": "", "num_inference_steps": 2, "guidance_scale": 4.0, "sampler": "Euler", "model": "mini"}
+CURVE_STEPS, SAMPLE_STEPS = (0, 20, 40, 60, 80, 100), (0, 40, 60, 100)
 GIVEN = {"data": {"instance_prompt": PROMPTS[0]}, "output": {"validation_prompt": PROMPTS}}
 
 
@@ -76,12 +77,12 @@ def add_samples(run, step, side=16, prompts=PROMPTS):
     Image.new("RGB", (side, side), "red").save(run.subject / "0.png")
 
 
-def curve(steps=(0, 20, 40, 60, 80, 100), turn=40):
+def curve(steps=CURVE_STEPS, turn=40):
     """A held-out curve with its least at `turn`, and one of the seen photos that falls on."""
     return [Point(step, 1.0 + 0.004 * abs(step - turn), 1.2 - 0.004 * step) for step in steps]
 
 
-def scores(steps=(0, 40, 60, 100)):
+def scores(steps=SAMPLE_STEPS):
     """Scores of samples that grow more alike and lose the prompt slowly."""
     return {step: StepScores(0.2 + 0.005 * step, 0.4 - 0.0002 * step, 0.3 + 0.002 * step, 0.4, 0.9) for step in steps}
 
@@ -100,11 +101,16 @@ def measure(run, points=None, scored=None):
 def finished_run(folder: Path, **status) -> WrittenRun:
     """A run that is done, with all that is written for it to be judged."""
     run = run_in(folder, "done", steps=100, phase="done", seconds_left=0.0, seconds=170.0, **status)
-    points, scored = measure(run)
-    for step in scored:
+    for step in SAMPLE_STEPS:
         add_samples(run, step)
+    judge(run)
+    return run
+
+
+def judge(run):
+    """Measure a run that is at its end, and suggest a step of it."""
+    points, scored = measure(run)
     found = suggest(points, 100, scored)
     told = {**vars(found), "curve": [vars(point) for point in found.curve]}
     told["scores"] = {step: vars(each) for step, each in found.scores.items()}
     (run.path / "suggestion.json").write_text(json.dumps({**told, "adapter": f"adapters/step-{found.step:07d}"}))
-    return run

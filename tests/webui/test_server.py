@@ -1,4 +1,4 @@
-"""The server as a person starts it: what it refuses, how soon it is there, and how it ends."""
+"""The server as a person starts it: what it refuses, what it loads, and how it ends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import socket
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
@@ -24,7 +23,6 @@ from webui.server import FIRST_PORT
 
 HOSTILE = "<img src='x-hostile' onerror='window.hacked=1'><script>window.hacked=1</script>$(touch x)`id`"
 SCREENS = ("photos", "check", "train", "judge", "use", "classify", "runs")
-START_SECONDS = 10.0
 
 
 def refused(*options, **named):
@@ -113,21 +111,12 @@ def test_an_account_is_added_on_the_command_line_without_showing_the_password(tm
     assert path.read_text().startswith("ada:scrypt$")
 
 
-def test_the_page_is_usable_within_ten_seconds_without_a_model_library(app_server, record_property):
-    begun = time.monotonic()
+def test_the_page_is_usable_without_a_model_library(app_server):
     server = app_server()
-    with httpx.Client(base_url=server.url, timeout=120) as client:
-        page = client.get("/")
-        wall = time.monotonic() - begun
-        assert page.status_code == 200
-        assert "photos-upload" in page.text
-        times = psutil.Process(server.process.pid).cpu_times()
-        record_property("cpu_seconds", times.user + times.system)
-        record_property("wall_seconds", wall)
-        assert times.user + times.system < START_SECONDS
-        # On cores that others keep busy, the clock tells of them.
-        assert wall < START_SECONDS or os.getloadavg()[0] > (os.cpu_count() or 1) / 2
-        assert not loads_torch(server)
+    page = httpx.get(server.url, timeout=120)
+    assert page.status_code == 200
+    assert "photos-upload" in page.text
+    assert not loads_torch(server)
 
 
 def test_without_a_port_it_takes_the_first_free_one(app_server):
