@@ -8,8 +8,8 @@ from typing import Any
 
 from pipelines.methods import method_names, title_of
 from webui.class_results import CONTROL, ZERO_SHOT, Result, TestPicture, source_of
-from webui.class_sets import LabelledClasses
 from webui.curves import Series, plot
+from webui.labelled_classes import LabelledClasses
 from webui.thumbnails import picture, pictures
 
 BASELINES = {

@@ -17,8 +17,9 @@ from training.runs.durable import write_text_atomically
 from training.runs.record import RunRecord
 from webui import class_presets, class_sets, panel
 from webui.class_results import named_source, result_of
-from webui.class_sets import EXAMPLE, SPLIT
+from webui.class_sets import SPLIT
 from webui.draft import Options, merged
+from webui.labelled_classes import EXAMPLE
 from webui.picture_sets import add_class, read_set
 from webui.shell import Shell
 from webui.uploads import add_pictures

@@ -14,83 +14,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from pipelines.errors import InputError
 from pipelines.fewshot.sources import PictureFile, Source
 from training.runs.durable import write_text_atomically
 from training.runs.record import RunRecord
+from webui.labelled_classes import EXAMPLE, LabelledClass, LabelledClasses, held_out_of
 from webui.picture_sets import SET, changing, read_set
 from webui.uploads import Added, add_pictures
 from webui.workspace import Workspace
 
-Kind = Literal["example", "own", "folder"]
-EXAMPLE = "example"
 POINTER, SPLIT = "folder.json", "split.json"
-TEST_SHARE = 0.3
 # One to learn from, one to choose on, one to test on.
 FEWEST, FEW, UNEVEN = 3, 10, 5
-
-
-@dataclass(frozen=True)
-class LabelledClass:
-    """A class and its pictures.
-
-    Args:
-        key: what the recipe calls it: its folder.
-        name: what its owner calls it; to be escaped wherever it is shown.
-        pictures: all of them.
-        learnable: how many are left when those that are tested on are held out.
-    """
-
-    key: str
-    name: str
-    pictures: tuple[Source, ...]
-    learnable: int
-
-
-@dataclass(frozen=True)
-class LabelledClasses:
-    """The classes of one set as they are now, be they ready to be trained on or not.
-
-    Args:
-        id: `EXAMPLE`, or the id of the picture set.
-        kind: whose pictures they are.
-        data_dir: where the recipe finds them; None for the example.
-        classes: in their order.
-        notes: sentences on how a folder was read, and on what of it is not used; they hold users' words.
-    """
-
-    id: str
-    kind: Kind
-    data_dir: Path | None
-    classes: tuple[LabelledClass, ...]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def count(self) -> int:
-        """Of all pictures."""
-        return sum(len(one.pictures) for one in self.classes)
-
-    def names(self) -> dict[str, str]:
-        """The classes' names, by their keys."""
-        return {one.key: one.name for one in self.classes}
-
-    def class_named(self, key: str) -> LabelledClass:
-        """The class of that key. Raises: InputError if there is none."""
-        for one in self.classes:
-            if one.key == key:
-                return one
-        raise InputError("This class is no longer there. Reload the page.")
-
-    def data_options(self) -> dict[str, object]:
-        """The options of the group data that say which pictures, and what their classes are called."""
-        if self.data_dir is None:
-            return {}
-        renamed = [f"{one.key}={one.name}" for one in self.classes if one.key != one.name]
-        return {"data_dir": str(self.data_dir.absolute()), **({"class_names": renamed} if renamed else {})}
 
 
 def class_sets(workspace: Workspace) -> list[str]:
@@ -144,11 +81,6 @@ def own_set(folder: Path) -> LabelledClasses:
         sources = tuple(PictureFile(file, folder) for file in files)
         classes.append(LabelledClass(one.folder, one.name, sources, max(0, len(files) - held_out)))
     return LabelledClasses(folder.name, "own", folder, tuple(classes))
-
-
-def held_out_of(count: int) -> int:
-    """How many of a class's `count` pictures are tested on."""
-    return max(1, round(TEST_SHARE * count))
 
 
 def point_to(workspace: Workspace, path: str) -> str:

@@ -15,6 +15,7 @@ from pipelines.fewshot.shots import sample_split
 from webui import class_presets, class_runs, class_sets, panel
 from webui.class_presets import CLASSIFY
 from webui.draft import merged
+from webui.labelled_classes import EXAMPLE
 from webui.picture_sets import add_class, move_picture, read_set, remove_picture, rename_class
 from webui.presets import preset_named
 from webui.screens import class_pictures
@@ -151,7 +152,7 @@ def test_a_folder_that_is_none_is_refused(workspace, path):
 
 
 def test_the_example_is_a_set_of_ten_digits(workspace):
-    found = class_sets.find(workspace, class_sets.EXAMPLE)
+    found = class_sets.find(workspace, EXAMPLE)
     assert found.names() == {str(digit): str(digit) for digit in range(10)}
     assert found.count == 1797
     assert found.data_options() == {}
@@ -177,7 +178,7 @@ def test_a_users_own_number_of_pictures_is_left_as_it_is(folder, workspace):
 
 def test_all_pictures_of_large_classes_take_no_hours(workspace):
     best = preset_named(CLASSIFY, "Best").options()
-    found = class_presets.completed(class_sets.find(workspace, class_sets.EXAMPLE), best, {})
+    found = class_presets.completed(class_sets.find(workspace, EXAMPLE), best, {})
     fewest = 174 - round(0.3 * 174)
     assert found["optimisation"]["iterations_per_shot"] == class_presets.MOST_STEPS // fewest
 
@@ -195,7 +196,7 @@ def test_every_preset_is_one_that_the_recipe_takes(name, folder, workspace):
 def test_the_set_that_a_run_was_trained_on_is_found_again(folder, workspace, tmp_path):
     run = workspace.new_run()
     (run / "status.json").write_text("{}")
-    for data_dir, expected in ((str(folder.absolute()), folder.name), (None, class_sets.EXAMPLE), (str(tmp_path), None)):
+    for data_dir, expected in ((str(folder.absolute()), folder.name), (None, EXAMPLE), (str(tmp_path), None)):
         (run / "options.json").write_text(json.dumps({"data": {"data_dir": data_dir}}))
         assert class_sets.set_of_run(workspace, workspace.run(run.name)) == expected
 

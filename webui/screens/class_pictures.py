@@ -15,8 +15,8 @@ from pipelines.image_formats import UPLOAD_SUFFIXES
 from webui import class_sets
 from webui.class_html import class_cards, share
 from webui.class_runs import Frame, check_free, set_of
-from webui.class_sets import EXAMPLE, LabelledClasses
 from webui.errors import in_plain_words
+from webui.labelled_classes import EXAMPLE, LabelledClasses
 from webui.picture_sets import add_class, delete_set, move_picture, remove_class, remove_picture, rename_class
 from webui.settings import Settings
 from webui.shell import QUIET

@@ -10,8 +10,8 @@ import gradio as gr
 from pipelines.errors import InputError
 from webui import class_presets, class_runs, class_sets, panel, progress
 from webui.class_runs import Frame, set_of
-from webui.class_sets import LabelledClasses
 from webui.errors import in_plain_words
+from webui.labelled_classes import LabelledClasses
 from webui.presets import Preset, preset_named
 from webui.shell import QUIET
 from webui.views import RunView

@@ -24,8 +24,8 @@ from pipelines.fewshot.prompts import make_prompts
 from pipelines.fewshot.sources import Source
 from pipelines.pictures import read_picture
 from training.runs.record import RunRecord
-from webui.class_sets import EXAMPLE, LabelledClasses
 from webui.incoming import display_name, read_upload
+from webui.labelled_classes import EXAMPLE, LabelledClasses
 
 # "At once" is a few seconds.
 MOST_ZERO_SHOT, FEWEST_OF_CLASS, MOST_FEATURES = 200, 2, 20_000

@@ -13,7 +13,7 @@ from pipelines.fewshot.samples import sample_set
 from pipelines.fewshot.sets import load_set
 from pipelines.fewshot.shots import split_notes
 from pipelines.fewshot.sources import Source
-from webui.class_sets import EXAMPLE, Kind, LabelledClass, LabelledClasses, held_out_of
+from webui.labelled_classes import EXAMPLE, Kind, LabelledClass, LabelledClasses, held_out_of
 
 
 @lru_cache(maxsize=1)
