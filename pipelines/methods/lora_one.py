@@ -1,0 +1,237 @@
+"""LoRA-One: h = (W + s B A) x,  s = alpha / sqrt(r),  B and A from the first singular triples of -G  [Zhang et al. 2025].
+
+    G: mean gradient of the loss at the pretrained W over a few batches;  -G = U diag(sigma) V^T
+    B_0 = U_r diag(sqrt sigma) / sqrt(sigma_1 gamma),  A_0 = diag(sqrt sigma) V_r^T / sqrt(sigma_1 gamma)
+
+so that s B_0 A_0 = (s / gamma) [-G]_r / ||G||_2: training begins one step of gradient descent away from the base model, with
+factors that lie along the gradient. W itself stays as it is, and the files are plain LoRA's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import reduce
+from peft import LoraConfig, PeftConfig
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from nora_vision.calibration import fingerprint
+from nora_vision.decomposition import awsvd
+from nora_vision.factors import Factors
+from nora_vision.files import read_header, read_tensors, write_tensors
+from pipelines.adapter_method import Losses, LowRankOptions, Probe, TaskDefaults, adapters_off, tuner_layers
+from pipelines.errors import InputError
+from pipelines.methods.lora import Lora
+from pipelines.run_options import Task
+
+# In the header of a file of factors: what they were made from.
+ORIGIN = "lora_one_origin"
+# A power of two, so that scaling is exact: in float16 the gradient of a mean over an image would fall to zero.
+LOSS_SCALE = 1024.0
+
+logger = get_logger(__name__)
+
+
+@dataclass
+class LoraOneOptions(LowRankOptions):
+    """LoRA-One's own."""
+
+    alpha: float | None = field(default=None, metadata={"help": "numerator of the scaling alpha / sqrt(rank)"})
+    gradient_batches: int = field(default=8, metadata={"help": "batches whose mean gradient the adapter starts from"})
+    gamma: float = field(
+        default=128.0, metadata={"help": "divides the start, whose largest singular value is the scaling / gamma in every layer"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gradient_batches < 1:
+            raise InputError(f"gradient_batches must be at least 1, got {self.gradient_batches}.")
+        if not self.gamma > 0:
+            raise InputError(f"gamma must be above 0, got {self.gamma}.")
+
+
+class LoraOne(Lora):
+    """LoRA that starts along the gradient of the training's loss."""
+
+    name = "lora_one"
+    title = "LoRA-One"
+    reference = "Zhang et al. 2025, LoRA-One: One-Step Full Gradient Could Suffice for Fine-Tuning Large Language Models"
+    Options = LoraOneOptions
+    starts_at_base = False
+    # Their weights are whole numbers, which have no gradient.
+    adapts_quantized_layers = False
+
+    @classmethod
+    def defaults(cls, task: Task, built_in: bool) -> TaskDefaults:
+        """LoRA's ranks, and the paper's alpha."""
+        own = {"alpha": 16.0}
+        return TaskDefaults(1e-4, {"rank": 4, **own}) if task == "subject" else TaskDefaults(2e-4, {"rank": 2, **own})
+
+    def config(self, target_modules: list[str], exclude_modules: str | None = None) -> PeftConfig:
+        """PEFT's configuration of plain LoRA with the scaling alpha / sqrt(r)."""
+        options = self.options
+        return LoraConfig(
+            r=options.rank,
+            lora_alpha=options.alpha,
+            lora_dropout=options.dropout,
+            use_rslora=True,
+            init_lora_weights="gaussian",
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+        )
+
+    def start(self, model: nn.Module, probe: Probe, adapter_name: str) -> None:
+        """A and B from the gradients of the probe's losses, or from its cache.
+
+        Where a gradient has a rank below r, or is zero, the rest of A and B starts as LoRA's.
+
+        Raises:
+            InputError: a layer cannot be adapted; no loss was computed yet.
+            ValueError: a gradient is not finite.
+        """
+        layers = {name: layer for name, layer in tuner_layers(model).items() if isinstance(layer, LoraLayer)}
+        check_layers(layers)
+        super().start(model, probe, adapter_name)
+        weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
+        # Beside what other methods keep of the same data.
+        cache = probe.cache.with_name(f"{probe.cache.stem}-{self.name}.safetensors")
+        origin = self._origin(weights)
+        factors = cached_factors(cache, origin)
+        if factors is None:
+            with adapters_off([model]):
+                gradients = mean_gradients(weights, probe.losses, self.options.gradient_batches)
+            factors = self._factors(gradients)
+            tensors = {f"{name}.{part}": getattr(pair, part) for name, pair in factors.items() for part in ("up", "down")}
+            write_tensors(cache, tensors, {ORIGIN: origin}, digest=True)
+        for name, layer in layers.items():
+            if name in factors:
+                put(factors[name], layer, adapter_name)
+        without = [name for name in layers if name not in factors]
+        if without:
+            logger.warning(
+                f"The gradient of {len(without)} of {len(layers)} layers is zero, and they start as LoRA's: {', '.join(without)}."
+            )
+
+    def learning_rate_factor(self, parameter_name: str) -> float:
+        """A and B start alike and are trained alike."""
+        return 1.0
+
+    def _origin(self, weights: Mapping[str, torch.Tensor]) -> str:
+        """The hash of all that decides the factors, but for the data: weights of each layer, and the options."""
+        options = self.options
+        values = [options.rank, options.gamma, options.gradient_batches, {n: fingerprint(w) for n, w in weights.items()}]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+    def _factors(self, gradients: dict[str, torch.Tensor]) -> dict[str, Factors]:
+        """B_0 and A_0 of every layer whose gradient is not zero; `gradients` is emptied meanwhile, to free each at once."""
+        found = {}
+        for name in list(gradients):
+            gradient = gradients.pop(name)
+            if gradient.any():
+                found[name] = starting_factors(gradient, self.options.rank, self.options.gamma)
+        return found
+
+
+def starting_factors(gradient: torch.Tensor, rank: int, gamma: float) -> Factors:
+    """B_0 = U_r diag(sqrt sigma) / sqrt(sigma_1 gamma) and A_0 = diag(sqrt sigma) V_r^T / sqrt(sigma_1 gamma).
+
+    Args:
+        gradient: (out, in) float32, not all zero;  -gradient = U diag(sigma) V^T.
+    Returns: up (out, k) and down (k, in), where k is the rank of the gradient in float32, or `rank` if that is smaller. Each
+        row of A_0 has its sign chosen so that its entry of largest magnitude is positive.
+    """
+    # With activations of one scale this is the plain singular value decomposition.
+    weighted, rows = awsvd(-gradient, torch.ones_like(gradient[0]), min(rank, *gradient.shape))
+    sigma = weighted.norm(dim=0)
+    above_rounding = sigma > max(gradient.shape) * torch.finfo(sigma.dtype).eps * sigma[0]
+    weighted, rows, sigma = weighted[:, above_rounding], rows[above_rounding], sigma[above_rounding]
+    size = (sigma[0] * gamma).sqrt()
+    return Factors((weighted / sigma.sqrt() / size).cpu(), (rows * sigma.sqrt()[:, None] / size).cpu())
+
+
+def mean_gradients(weights: Mapping[str, nn.Parameter], losses: Losses, count: int) -> dict[str, torch.Tensor]:
+    """The mean gradient of `count` losses by each of `weights`, over all processes: (out, in or in * kh * kw) float32.
+
+    Beside the sums no more than the gradient of one weight is held. `weights` require gradients as little as before, and
+    have none, also after an error.
+
+    Raises: ValueError naming a weight whose gradient is not finite.
+    """
+    sums = {name: torch.zeros(weight.shape, device=weight.device) for name, weight in weights.items()}
+    number = 0
+    with ExitStack() as stack:
+        for name, weight in weights.items():
+            stack.callback(setattr, weight, "grad", None)
+            stack.callback(weight.requires_grad_, weight.requires_grad)
+            weight.requires_grad_(True)
+            stack.callback(weight.register_post_accumulate_grad_hook(adding_to(sums[name])).remove)
+        for loss in stack.enter_context(closing(losses(count))):
+            (LOSS_SCALE * loss).backward()
+            number += 1
+    for name in sums:
+        sums[name] = reduce(sums[name], "mean").div_(LOSS_SCALE * number).flatten(1)
+        if not torch.isfinite(sums[name]).all():
+            raise ValueError(
+                f"The gradient of {name!r} at the pretrained weights is not finite. Train in bf16, or in full precision."
+            )
+    return sums
+
+
+def adding_to(total: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    """A hook that adds a parameter's gradient to `total` and frees it."""
+
+    def add(parameter: torch.Tensor) -> None:
+        total.add_(parameter.grad)
+        parameter.grad = None
+
+    return add
+
+
+def check_layers(layers: Mapping[str, LoraLayer]) -> None:
+    """Check that each layer's weight has a gradient whose factors have the shapes of A and B.
+
+    Raises: InputError naming the first layer whose weight is quantised, or whose convolution has groups.
+    """
+    for name, layer in layers.items():
+        base = layer.get_base_layer()
+        if not base.weight.is_floating_point():
+            raise InputError(
+                f"LoRA-One starts from the gradient of every weight, and {name!r} is quantised: {base.weight.dtype} has none. "
+                "Load the model without quantising it, or use a method that starts without gradients."
+            )
+        if getattr(base, "groups", 1) != 1:
+            raise InputError(
+                f"LoRA-One cannot adapt {name!r}, a convolution of {base.groups} groups. Leave it out of the targets."
+            )
+
+
+def cached_factors(file: Path, origin: str) -> dict[str, Factors] | None:
+    """The factors that `file` holds; None if there is none, or they were made from other weights or options than `origin`.
+
+    Raises: AdapterFileError if the file is damaged.
+    """
+    if not file.exists() or read_header(file).metadata.get(ORIGIN) != origin:
+        return None
+    tensors = read_tensors(file)
+    names = [name.removesuffix(".up") for name in tensors if name.endswith(".up")]
+    return {name: Factors(tensors[f"{name}.up"], tensors[f"{name}.down"]) for name in names}
+
+
+@torch.no_grad()
+def put(factors: Factors, layer: LoraLayer, adapter_name: str) -> None:
+    """Have the first rows of A and columns of B be the factors; the others stay."""
+    A, B = layer.lora_A[adapter_name].weight.flatten(1), layer.lora_B[adapter_name].weight.flatten(1)
+    count = len(factors.down)
+    A[:count] = factors.down.to(A)
+    B[:, :count] = factors.up.to(B)
+
+
+METHOD = LoraOne
