@@ -132,18 +132,26 @@ def options_of(options: Any, task: Task, method: str) -> dict[str, Any]:
 
 
 def unused_options(options: Any, task: Task, methods: Iterable[str]) -> list[str]:
-    """A sentence for each option that was given and that none of `methods` has."""
-    chosen = tuple(methods)
+    """A sentence for each option that was given, other than by default, and that none of `methods` has."""
+    chosen = frozenset(methods)
     sentences = []
-    for option in dataclasses.fields(options):
-        users = options.method_options[option.name].methods if option.name in options.method_options else chosen
-        value = getattr(options, option.name)
-        if not set(users) & set(chosen) and value not in (None, _default(option)):
+    for name, option in options.method_options.items():
+        value = getattr(options, name)
+        if not chosen & set(option.methods) and value not in _defaults_of(name, option, task):
+            users, trained = (", ".join(map(title_of, sorted(names))) for names in (option.methods, chosen))
             sentences.append(
-                f"--{option.name} {value} is not used: it is an option of {', '.join(map(title_of, users))}, and this trains "
-                f"{', '.join(map(title_of, chosen))}."
+                f"--{name} {value} is not used: it is an option of {users}, and this trains {trained or 'no adapter'}."
             )
     return sentences
+
+
+def _defaults_of(flag: str, option: MethodOption, task: Task) -> list[Any]:
+    """What a flag may be without having been given: None, or what any of its methods has by default."""
+    values = [None]
+    for method in map(method_named, option.methods):
+        (own,) = (each for each in dataclasses.fields(method.Options) if flag_of(each, task) == flag)
+        values += [_default(own), *(method.defaults(task, built_in).options.get(own.name) for built_in in (True, False))]
+    return values
 
 
 @with_method_options("subject")

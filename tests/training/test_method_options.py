@@ -1,0 +1,114 @@
+"""The options of adapter methods as flags of both recipes, and the method in the loop."""
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from regression import batch_at, trainable, trained
+from tiny_pipeline import tiny_pipeline
+from torch import nn
+
+from nora_vision.factors import low_rank_factors
+from pipelines.adapter_method import ADAPTER_NAME, MethodTraining, tuner_layers
+from pipelines.adapter_options import AdapterOptions, flag_of
+from pipelines.methods import method_named, method_names
+from pipelines.subject import adapters
+from training.fewshot.members import to_train
+from training.options import parse_options
+from training.options.fewshot import FewShotMethodOptions, parse_fewshot_options
+
+
+@pytest.mark.parametrize(("task", "group"), [("subject", AdapterOptions), ("few-shot", FewShotMethodOptions)])
+@pytest.mark.parametrize("method", method_names())
+def test_every_option_of_a_method_is_a_flag_with_a_help_that_names_the_method(method, task, group):
+    fields = {field.name: field for field in dataclasses.fields(group)}
+    for option in dataclasses.fields(method_named(method).Options):
+        field = fields[flag_of(option, task)]
+        assert method_named(method).title in field.metadata["help"]
+        assert option.metadata["help"] in field.metadata["help"]
+
+
+def test_in_a_comparison_each_kind_of_method_has_its_own_rank():
+    options = parse_fewshot_options(
+        ["--method", "nora", "lora", "vera", "--rank", "9", "--inner_r", "3", "--lora_rank", "5", "--vera_rank", "7"]
+    ).method
+    assert [options.adapter(name).rank for name in ("nora", "lora", "vera")] == [9, 5, 7]
+
+
+def test_an_option_that_no_chosen_method_has_is_named_with_those_that_have_it():
+    (sentence,) = parse_options(["--method", "lora", "--inner_init", "gaussian", "--rank", "3"]).unused()
+    assert sentence == "--inner_init gaussian is not used: it is an option of NoRA, and this trains LoRA."
+    assert parse_options(["--method", "nora", "--inner_init", "gaussian"]).unused() == []
+    (sentence,) = parse_fewshot_options(["--method", "zeroshot", "lora", "--vera_rank", "7"]).method.unused()
+    assert sentence.startswith("--vera_rank 7 is not used: it is an option of VeRA")
+
+
+def test_the_recipe_says_which_options_are_not_used(tmp_path, caplog):
+    from training import dreambooth_nora
+
+    options = parse_options(f"--method lora --preserve_output --output_dir {tmp_path / 'run'}".split())
+    with caplog.at_level(logging.WARNING):
+        dreambooth_nora.checked(options, dreambooth_nora.accelerator_for(options))
+    assert "--preserve_output True is not used" in caplog.text
+
+
+def test_rslora_scales_by_the_root_of_the_rank_in_the_layer_and_in_its_exports():
+    pipe = tiny_pipeline()
+    adapters.attach(pipe, AdapterOptions("lora", rank=4, alpha=3.0, use_rslora=True))
+    for layer in tuner_layers(pipe.unet).values():
+        nn.init.normal_(layer.lora_B[ADAPTER_NAME].weight)
+        expected = 3.0 / 4**0.5 * layer.lora_B[ADAPTER_NAME].weight @ layer.lora_A[ADAPTER_NAME].weight
+        torch.testing.assert_close(layer.get_delta_weight(ADAPTER_NAME), expected)
+        factors = low_rank_factors(layer, ADAPTER_NAME)
+        torch.testing.assert_close(factors.up @ factors.down, expected)
+
+
+def like_lora():
+    """A module with two parameters that have LoRA's names."""
+    factors = {name: nn.ParameterDict({ADAPTER_NAME: nn.Parameter(torch.ones(2))}) for name in ("lora_A", "lora_B")}
+    return nn.ModuleDict({"layer": nn.ModuleDict(factors)})
+
+
+def test_lora_plus_is_an_option_of_both_recipes():
+    options = parse_fewshot_options(["--method", "lora", "--lora_plus_ratio", "4"])
+    adapter = options.method.adapter("lora")
+    groups = to_train(like_lora(), batch_at, {}, adapter, options.optimisation, 10, 0.5).optimizer.param_groups
+    assert [group["initial_lr"] for group in groups] == [0.5, 2.0]
+    assert parse_options(["--method", "lora", "--lora_plus_ratio", "4"]).adapter.create().learning_rate_factor("a.lora_B.x") == 4
+
+
+class Recording(MethodTraining):
+    """Pulls every parameter towards zero, and keeps what it is told."""
+
+    def __init__(self, module):
+        super().__init__([module], 6)
+        self.steps, self.gradients = [], []
+
+    def regularizer(self):
+        return sum(parameter.square().sum() for parameter in self.models[0].parameters())
+
+    def after_step(self, step):
+        self.steps.append(step)
+        self.gradients.append(all(parameter.grad is not None for parameter in self.models[0].parameters()))
+
+    def state_dict(self):
+        return {"steps": list(self.steps)}
+
+    def load_state_dict(self, state):
+        self.steps = list(state.get("steps", []))
+
+
+def test_the_loop_adds_the_regulariser_calls_the_method_after_each_step_and_keeps_its_state(tmp_path: Path):
+    plain = trained(tmp_path / "plain", trainable())
+    what = trainable()
+    what.method = Recording(what.module)
+    held = trained(tmp_path / "held", what, steps=4)
+    assert what.method.steps == [1, 2, 3, 4]
+    assert all(what.method.gradients)
+    assert held.norm() < plain.norm()
+    resumed = trainable()
+    resumed.method = Recording(resumed.module)
+    trained(tmp_path / "held", resumed, steps=6)
+    assert resumed.method.steps == [1, 2, 3, 4, 5, 6]
