@@ -233,3 +233,11 @@ def test_a_run_from_a_terminal_is_repeated_by_what_it_says_other_than_the_defaul
     values = changed(task, options.to_dict())
     assert built(task, cleaned(local, task, values)) == options
     assert sum(len(fields) for fields in values.values()) == given.count("--")
+
+
+def test_an_option_of_a_run_from_before_it_moved_is_read_in_its_group_of_today(workspace):
+    old = {"adapter": {"method": "lora"}, "optimisation": {"lora_plus_ratio": 4.0, "max_train_steps": 7}}
+    options = build(workspace, "subject", old)
+    assert options.adapter.lora_plus_ratio == 4.0
+    assert options.optimisation.max_train_steps == 7
+    assert old["optimisation"]["lora_plus_ratio"] == 4.0

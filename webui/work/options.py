@@ -39,6 +39,8 @@ MACHINE_FIELDS = frozenset(
 )  # fmt: skip
 # Set by the app; and a token has no place in a command that is shown.
 NEVER = frozenset({"output_dir", "resume_from_checkpoint", "hub_token"})
+# Options that were of another group once.
+MOVED = {("optimisation", "lora_plus_ratio"): "adapter"}
 FOLDERS = frozenset({*PICTURES, "class_data_dir", "cache_dir"})
 LARGEST, LONGEST, MOST = 2**31 - 1, 4000, 5000
 
@@ -84,7 +86,7 @@ def cleaned(workspace: Workspace, task: Task, values: Mapping[str, Any]) -> Valu
     """
     groups = groups_of(kind_of(task))
     found: Values = {}
-    for group, fields in _table(values, "The options").items():
+    for group, fields in _in_todays_groups(_table(values, "The options")).items():
         if group not in groups:
             raise InputError(f"There is no group of options called {group!r}. There are {', '.join(groups)}.")
         known = fields_of(groups[group])
@@ -98,6 +100,15 @@ def cleaned(workspace: Workspace, task: Task, values: Mapping[str, Any]) -> Valu
                 found.setdefault(group, {})[name] = typed
     _check_access(workspace, found)
     return found
+
+
+def _in_todays_groups(values: dict[str, Any]) -> dict[str, Any]:
+    """The options of a run or a draft from before some moved, each in its group of today."""
+    groups = {group: dict(fields) if isinstance(fields, Mapping) else fields for group, fields in values.items()}
+    for (before, name), now in MOVED.items():
+        if isinstance(groups.get(before), dict) and name in groups[before]:
+            groups.setdefault(now, {}).setdefault(name, groups[before].pop(name))
+    return groups
 
 
 def fields_of(group: type) -> dict[str, dataclasses.Field]:
