@@ -53,7 +53,7 @@ def another(task, field, folder):
     if field.name in FITTING:
         return FITTING[field.name]
     kind = next(kind for kind in (*typing.get_args(field.type), field.type) if isinstance(kind, type))
-    return {bool: not default_of(field), int: 5, float: 0.3, str: "text"}[kind]
+    return {bool: not default_of(field), int: 5, float: 0.35, str: "text"}[kind]
 
 
 @pytest.fixture
@@ -235,9 +235,9 @@ def test_a_run_from_a_terminal_is_repeated_by_what_it_says_other_than_the_defaul
     assert sum(len(fields) for fields in values.values()) == given.count("--")
 
 
-def test_an_option_of_a_run_from_before_it_moved_is_read_in_its_group_of_today(workspace):
+def test_an_option_of_a_run_from_before_it_moved_is_read_in_its_group_of_today(local):
     old = {"adapter": {"method": "lora"}, "optimisation": {"lora_plus_ratio": 4.0, "max_train_steps": 7}}
-    options = build(workspace, "subject", old)
+    options = build(local, "subject", old)
     assert options.adapter.lora_plus_ratio == 4.0
     assert options.optimisation.max_train_steps == 7
     assert old["optimisation"]["lora_plus_ratio"] == 4.0
