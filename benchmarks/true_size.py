@@ -28,9 +28,9 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPi
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+import nora_vision
 from nora_vision import decomposition
 from pipelines.built_in import BUILT_IN_MODEL
-from pipelines.methods import nora
 from pipelines.subject import adapters
 from pipelines.subject.generate import Sampling
 from pipelines.subject.target_layers import ATTENTION
@@ -239,8 +239,8 @@ def measured(pipeline: StableDiffusionXLPipeline, flags: Sequence[str]) -> Phase
     timed = {
         (dreambooth_nora.Preparation, "encode"): "encode images and prompts",
         (Sampler, "draw"): "samples (one denoising step)",
-        (nora, "calibrate"): "calibrate",
-        (nora, "initialize_nora_weights"): "start the layers (AwSVD)",
+        (nora_vision, "calibrate"): "calibrate",
+        (nora_vision, "initialize_nora_weights"): "start the layers (AwSVD)",
         (dreambooth_nora, "rehearse_first"): "dry run (three steps)",
         (dreambooth_nora, "train"): "training steps",
         (watching, "measured_losses"): f"held-out loss ({DRAWS} draws)",

@@ -195,10 +195,12 @@ class AdapterMethod:
         """
         from peft import get_peft_model_state_dict
 
+        from nora_vision.saving import PEFT_PREFIX
+
         for name, model in components.items():
-            write_native(
-                folder / FULL / name, model.peft_config[adapter_name], get_peft_model_state_dict(model, adapter_name=adapter_name)
-            )
+            state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+            tensors = {f"{PEFT_PREFIX}{key}": value for key, value in state.items()}
+            write_native(folder / FULL / name, model.peft_config[adapter_name], tensors)
 
     @classmethod
     def load(cls, components: Mapping[str, nn.Module], folder: Path, adapter_name: str) -> None:
@@ -210,8 +212,12 @@ class AdapterMethod:
         """
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
+        from nora_vision.saving import PEFT_PREFIX
+
         for name, model in components.items():
-            config, state, _ = read_native(folder / name)
+            config, tensors, _ = read_native(folder / name)
+            # Files were once written without the prefix, which PEFT's own loader needs.
+            state = {key.removeprefix(PEFT_PREFIX): value for key, value in tensors.items()}
             add_adapter(model, config, adapter_name)
             # PEFT itself passes over targets that the model lacks, and over tensors that no target takes.
             strange = sorted(state.keys() ^ get_peft_model_state_dict(model, adapter_name=adapter_name).keys())

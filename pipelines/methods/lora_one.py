@@ -15,29 +15,26 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate.logging import get_logger
-from accelerate.utils import reduce
-from peft import LoraConfig, PeftConfig
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from nora_vision.calibration import fingerprint
-from nora_vision.decomposition import awsvd
-from nora_vision.factors import Factors
-from nora_vision.files import read_header, read_tensors, write_tensors
 from pipelines.adapter_method import Losses, LowRankOptions, Probe, TaskDefaults, adapters_off, tuner_layers
 from pipelines.errors import InputError
 from pipelines.methods.lora import Lora
 from pipelines.run_options import Task
 
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from peft.tuners.lora import LoraLayer
+
+    from nora_vision.factors import Factors
+
 # In the header of a file of factors: what they were made from.
 ORIGIN = "lora_one_origin"
 # A power of two, so that scaling is exact: in float16 the gradient of a mean over an image would fall to zero.
 LOSS_SCALE = 1024.0
-
-logger = get_logger(__name__)
 
 
 @dataclass
@@ -77,6 +74,8 @@ class LoraOne(Lora):
 
     def config(self, target_modules: list[str], exclude_modules: str | None = None) -> PeftConfig:
         """PEFT's configuration of plain LoRA with the scaling alpha / sqrt(r)."""
+        from peft import LoraConfig
+
         options = self.options
         return LoraConfig(
             r=options.rank,
@@ -97,6 +96,11 @@ class LoraOne(Lora):
             InputError: a layer cannot be adapted; no loss was computed yet.
             ValueError: a gradient is not finite.
         """
+        from accelerate.logging import get_logger
+        from peft.tuners.lora import LoraLayer
+
+        from nora_vision.files import write_tensors
+
         layers = {name: layer for name, layer in tuner_layers(model).items() if isinstance(layer, LoraLayer)}
         check_layers(layers)
         super().start(model, probe, adapter_name)
@@ -116,7 +120,7 @@ class LoraOne(Lora):
                 put(factors[name], layer, adapter_name)
         without = [name for name in layers if name not in factors]
         if without:
-            logger.warning(
+            get_logger(__name__).warning(
                 f"The gradient of {len(without)} of {len(layers)} layers is zero, and they start as LoRA's: {', '.join(without)}."
             )
 
@@ -126,6 +130,8 @@ class LoraOne(Lora):
 
     def _origin(self, weights: Mapping[str, torch.Tensor]) -> str:
         """The hash of all that decides the factors, but for the data: weights of each layer, and the options."""
+        from nora_vision.calibration import fingerprint
+
         options = self.options
         values = [options.rank, options.gamma, options.gradient_batches, {n: fingerprint(w) for n, w in weights.items()}]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
@@ -148,6 +154,9 @@ def starting_factors(gradient: torch.Tensor, rank: int, gamma: float) -> Factors
     Returns: up (out, k) and down (k, in), where k is the rank of the gradient in float32, or `rank` if that is smaller. Each
         row of A_0 has its sign chosen so that its entry of largest magnitude is positive.
     """
+    from nora_vision.decomposition import awsvd
+    from nora_vision.factors import Factors
+
     # With activations of one scale this is the plain singular value decomposition.
     weighted, rows = awsvd(-gradient, torch.ones_like(gradient[0]), min(rank, *gradient.shape))
     sigma = weighted.norm(dim=0)
@@ -165,6 +174,8 @@ def mean_gradients(weights: Mapping[str, nn.Parameter], losses: Losses, count: i
 
     Raises: ValueError naming a weight whose gradient is not finite.
     """
+    from accelerate.utils import reduce
+
     sums = {name: torch.zeros(weight.shape, device=weight.device) for name, weight in weights.items()}
     number = 0
     with ExitStack() as stack:
@@ -218,6 +229,9 @@ def cached_factors(file: Path, origin: str) -> dict[str, Factors] | None:
 
     Raises: AdapterFileError if the file is damaged.
     """
+    from nora_vision.factors import Factors
+    from nora_vision.files import read_header, read_tensors
+
     if not file.exists() or read_header(file).metadata.get(ORIGIN) != origin:
         return None
     tensors = read_tensors(file)

@@ -6,8 +6,11 @@ from functools import partial
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from tiny_pipeline import picture, tiny_pipeline
 
+from pipelines import adapter_files
 from pipelines.adapter_method import trained_parameters, tuner_layers
 from pipelines.adapter_options import AdapterOptions
 from pipelines.cache import TensorCache
@@ -116,6 +119,28 @@ def test_every_file_of_a_trained_adapter_gives_the_same_pictures(trained, file):
     adapters.load_adapter(fresh, folder / file, "loaded")
     fresh.set_adapters("loaded")
     torch.testing.assert_close(picture(fresh), expected, atol=1 / 255, rtol=0)
+
+
+def test_pefts_own_loader_reads_the_full_files_and_makes_the_same_picture(trained):
+    _, folder, expected = trained
+    fresh = tiny_pipeline()
+    for component in sorted((folder / "adapter" / "full").iterdir()):
+        PeftModel.from_pretrained(getattr(fresh, component.name), str(component))
+    torch.testing.assert_close(picture(fresh), expected, atol=1 / 255, rtol=0)
+
+
+def test_files_from_before_names_had_pefts_prefix_still_load(pictures_dir, tmp_path):
+    pipe = tiny_pipeline()
+    components = attached(pipe, small("lora"), pictures_dir, tmp_path / "cache")
+    disturb(components)
+    adapter_files.save(components, tmp_path)
+    file = tmp_path / "full" / "unet" / "adapter_model.safetensors"
+    tensors = {name.removeprefix("base_model.model."): value for name, value in load_file(file).items()}
+    save_file(tensors, file)
+    fresh = tiny_pipeline()
+    adapters.load_adapter(fresh, tmp_path / "full", "loaded")
+    fresh.set_adapters("loaded")
+    torch.testing.assert_close(picture(fresh), picture(pipe), atol=1 / 255, rtol=0)
 
 
 def test_nora_keeps_its_statistics_and_starts_from_them_again(pictures_dir, tmp_path):
