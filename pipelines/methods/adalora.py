@@ -6,7 +6,6 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,13 +29,12 @@ from pipelines.run_options import Task
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from peft.tuners.adalora import AdaLoraLayer
+    from peft.tuners.adalora import AdaLoraLayer, RankAllocator
 
     from nora_vision.factors import Factors
 
 # What PEFT adds to the rank that it divides by.
 EPSILON = 1e-5
-FEWEST_STEPS = 2
 MOMENTS = ("exp_avg_ipt", "exp_avg_unc")
 
 
@@ -75,6 +73,10 @@ class AdaLoraOptions:
                 raise InputError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
         if self.orth_reg_weight < 0:
             raise InputError(f"orth_reg_weight must be at least 0, got {self.orth_reg_weight}.")
+        if self.alpha is not None and not self.alpha > 0:
+            raise InputError(f"alpha must be above 0, got {self.alpha}.")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout must be in [0, 1), got {self.dropout}.")
 
 
 class AdaLora(AdapterMethod):
@@ -91,7 +93,7 @@ class AdaLora(AdapterMethod):
     def defaults(cls, task: Task, built_in: bool) -> TaskDefaults:
         """LoRA's ranks in the end, and half as much again before; e starts at zero, which takes larger rates."""
         if task == "subject":
-            return TaskDefaults(3e-4, {"init_r": 6, "target_r": 4})
+            return TaskDefaults(1e-3, {"init_r": 6, "target_r": 4})
         return TaskDefaults(1e-3, {"init_r": 3, "target_r": 2})
 
     def config(self, target_modules: list[str], exclude_modules: str | None = None) -> PeftConfig:
@@ -136,10 +138,7 @@ class AdaLora(AdapterMethod):
                     parameter.copy_(0.02 * torch.randn(parameter.shape, generator=probe.generator))
 
     def training(self, models: Sequence[nn.Module], total_steps: int) -> AdaLoraTraining:
-        """The allocation over `total_steps`.
-
-        Raises: InputError if these are too few to compare the triplets once.
-        """
+        """The allocation over `total_steps`, and the term that keeps A and B orthogonal."""
         return AdaLoraTraining(self.options, models, total_steps)
 
     @classmethod
@@ -171,57 +170,59 @@ class AdaLora(AdapterMethod):
 
 
 class AdaLoraTraining(MethodTraining):
-    """The allocation of ranks within one training, by PEFT's allocator for each model."""
+    """The allocation of ranks within one training, by PEFT's allocator for each model.
+
+    What PEFT's AdaLoraModel.update_and_allocate does, but for one thing: the last allocation is made at the first step from
+    `tfinal` steps before the end that is done, also if a gradient scaler left out the very one, or nothing was compared yet.
+    """
 
     def __init__(self, options: AdaLoraOptions, models: Sequence[nn.Module], total_steps: int) -> None:
         super().__init__(models, total_steps)
-        final = int(options.tfinal_ratio * total_steps)
-        if total_steps - final < FEWEST_STEPS:
-            raise InputError(
-                f"AdaLoRA must train for at least {FEWEST_STEPS} steps before the last {options.tfinal_ratio:.0%}, to compare "
-                f"what each rank does, got {total_steps} in all. Raise the number of steps, or use another method."
-            )
-        self.schedule = {"total_step": total_steps, "tinit": int(options.tinit_ratio * total_steps), "tfinal": final}
+        self.weight = options.orth_reg_weight
+        self.first_of_last = total_steps - int(options.tfinal_ratio * total_steps)
+        for model in models:
+            config = model.peft_config[ADAPTER_NAME]
+            config.total_step, config.tinit = total_steps, int(options.tinit_ratio * total_steps)
+            config.tfinal = total_steps - self.first_of_last
         self.load_state_dict({})
 
     def regularizer(self) -> torch.Tensor | None:
         """orth_reg_weight times the mean over all A and B of ||A A^T - I||_F and ||B^T B - I||_F  [eq. 4, as PEFT has it]."""
-        weight = self.models[0].peft_config[ADAPTER_NAME].orth_reg_weight
-        if not weight:
+        if not self.weight:
             return None
-        return weight * torch.stack([distance for model in self.models for distance in _distances(model)]).mean()
+        return self.weight * torch.stack([distance for model in self.models for distance in _distances(model)]).mean()
 
     def after_step(self, step: int) -> None:
         """Update the importance of all triplets, and set those to zero that are beyond the step's budget."""
-        from peft.tuners.adalora import AdaLoraModel
-
-        for model, allocator in zip(self.models, self.allocators, strict=True):
-            # Text encoders that are trained no more have no gradients.
-            if all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad):
-                # PEFT's own method reads these four of its tuner, and no more.
-                tuner = SimpleNamespace(
-                    model=model, peft_config=model.peft_config, rankallocator=allocator, trainable_adapter_name=ADAPTER_NAME
-                )
-                AdaLoraModel.update_and_allocate(tuner, step)
+        for index, (model, allocator) in enumerate(zip(self.models, self.allocators, strict=True)):
+            if self.kept[index] is not None:
+                # The optimiser's momentum moves triplets that are zero.
+                allocator.mask_using_rank_pattern(model, self.kept[index])
+            elif any(parameter.grad is None for parameter in model.parameters() if parameter.requires_grad):
+                # A text encoder that is trained no more.
+                continue
+            elif step < self.first_of_last:
+                allocator.update_and_allocate(model, step)
+            else:
+                self.kept[index] = _last_allocation(model, allocator)
 
     def state_dict(self) -> dict[str, Any]:
-        """The running means of each model's allocator, by parameter, and which triplets are left."""
+        """The running means of each model's allocator, by parameter, and which triplets are left in the end."""
         return {
-            str(index): {
-                "rank_pattern": model.peft_config[ADAPTER_NAME].rank_pattern,
-                **{name: dict(getattr(allocator, name)) for name in MOMENTS},
-            }
-            for index, (model, allocator) in enumerate(zip(self.models, self.allocators, strict=True))
+            str(index): {"kept": self.kept[index], **{name: dict(getattr(allocator, name)) for name in MOMENTS}}
+            for index, allocator in enumerate(self.allocators)
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; without it, begin anew."""
         from peft.tuners.adalora import RankAllocator
 
-        self.allocators = []
+        self.allocators: list[RankAllocator] = []
+        self.kept: list[dict[str, list[bool]] | None] = []
         for index, model in enumerate(self.models):
-            config, of_model = model.peft_config[ADAPTER_NAME], state.get(str(index), {})
-            vars(config).update(self.schedule, rank_pattern=of_model.get("rank_pattern"))
+            of_model = state.get(str(index), {})
+            # A copy of the configuration, as another training sets that of the model anew.
+            config = copy.copy(model.peft_config[ADAPTER_NAME])
             allocator, device = RankAllocator(model, config, ADAPTER_NAME), next(model.parameters()).device
             for name in MOMENTS:
                 moments = {key: value.to(device) for key, value in of_model.get(name, {}).items()}
@@ -229,6 +230,14 @@ class AdaLoraTraining(MethodTraining):
                 # Computed anew before it is read; a name that is missing would set the means to zero.
                 allocator.ipt = {key: torch.zeros_like(value) for key, value in moments.items()}
             self.allocators.append(allocator)
+            self.kept.append(of_model.get("kept"))
+
+
+def _last_allocation(model: nn.Module, allocator: RankAllocator) -> dict[str, list[bool]]:
+    """Allocate the final budget; returns which triplets are left, by the name of e."""
+    if not allocator.ipt:
+        allocator.update_ipt(model)
+    return allocator.mask_to_budget(model, allocator.target_bgt)
 
 
 def _distances(model: nn.Module) -> list[torch.Tensor]:
