@@ -30,11 +30,11 @@ def watch_answers(page):
         page.on(ended, lambda request: page.streams.discard(request))
 
 
-def quiet(page, patience=180):
+def quiet(page, patience=60):
     """Wait until everything has been answered, and no answer has asked for more."""
     looks, end = 0, time.monotonic() + patience
     while looks < 4:
-        assert time.monotonic() < end
+        assert time.monotonic() < end, [request.url for request in page.streams]
         page.wait_for_timeout(250)
         looks = 0 if page.streams else looks + 1
 

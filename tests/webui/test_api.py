@@ -1,4 +1,7 @@
-"""A program does what the page does, through a real server: start, follow, stop, list, generate, classify."""
+"""A program does what the page does, through a real server: start, follow, stop, list, generate, classify.
+
+A stand-in trains; what is drawn with is a run that was made here.
+"""
 
 import time
 import zipfile
@@ -31,7 +34,7 @@ def quick(model):
 
 @pytest.fixture(scope="module")
 def server(app_server):
-    return app_server()
+    return app_server(script="tests/webui/stand_in_app.py")
 
 
 @pytest.fixture(scope="module")

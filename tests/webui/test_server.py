@@ -16,7 +16,7 @@ import httpx
 import psutil
 import pytest
 from app_process import REPOSITORY
-from browsing import go_to
+from browsing import go_to, quiet
 from hostile import png_bytes
 
 from webui.server import FIRST_PORT
@@ -144,7 +144,7 @@ def test_a_server_that_was_killed_comes_back_at_its_address(app_server):
 
 def test_the_page_opens_without_an_error_in_the_console(server, new_page):
     page = new_page(server.url)
-    page.wait_for_timeout(3000)
+    quiet(page)
     assert page.title() == "NoRA Vision"
 
 
@@ -167,6 +167,6 @@ def test_names_that_are_html_or_shell_are_shown_as_they_are(server, new_page, tm
     page.wait_for_function("document.querySelector('#run input')?.value", timeout=120_000)
     for screen in SCREENS:
         go_to(page, screen)
-        page.wait_for_timeout(1500)
+        quiet(page)
         assert page.locator("[src='x-hostile'], [src$='/x-hostile']").count() == 0, screen
         assert page.evaluate("window.hacked === undefined"), screen
