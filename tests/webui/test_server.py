@@ -148,6 +148,7 @@ def test_the_page_opens_without_an_error_in_the_console(server, new_page):
     assert page.title() == "NoRA Vision"
 
 
+@pytest.mark.slow(30)
 def test_names_that_are_html_or_shell_are_shown_as_they_are(server, new_page, tmp_path):
     run = server.runs / "20260101-000000-abcdef"
     run.mkdir(parents=True, exist_ok=True)
@@ -167,6 +168,6 @@ def test_names_that_are_html_or_shell_are_shown_as_they_are(server, new_page, tm
     page.wait_for_function("document.querySelector('#run input')?.value", timeout=120_000)
     for screen in SCREENS:
         go_to(page, screen)
-        quiet(page)
+        page.wait_for_timeout(1500)
         assert page.locator("[src='x-hostile'], [src$='/x-hostile']").count() == 0, screen
         assert page.evaluate("window.hacked === undefined"), screen
