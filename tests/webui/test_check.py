@@ -152,6 +152,7 @@ def test_the_command_says_what_preset_panel_and_words_have_changed(new_page, ser
     assert "'a photo of sks coffee mug at sea' 'sks in a suit'" in command(page, "at sea")
 
 
+@pytest.mark.slow(15)
 def test_what_is_typed_fast_stays_as_it_was_typed(new_page, server):
     page = opened(new_page, server)
     examined(page)
@@ -208,6 +209,7 @@ def test_the_cost_is_measured_once_and_train_starts_the_command_that_was_shown(n
     assert (run / BEGAN).read_text().split() == launched[1:]
 
 
+@pytest.mark.slow(12)
 def test_nothing_is_wider_than_a_phone(new_page, server, uploads, screenshot):
     page = with_uploads(new_page, server, uploads, size="phone", dark=True)
     examined(page)

@@ -201,6 +201,7 @@ def test_a_folder_of_this_machine_is_used_where_it_is(server, new_page, tmp_path
     expect(page.locator("#classify-about")).to_contain_text("6 of the 15 are kept for the test", timeout=SOON)
 
 
+@pytest.mark.slow(12)
 def test_every_part_fits_a_phone(server, workspace, new_page, tmp_path, screenshot):
     names = {name: f"{name} with quite a long name" for name in COLOURS}
     finished_classifier(workspace, colour_folder(tmp_path / "pictures", 6), names)

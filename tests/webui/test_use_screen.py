@@ -115,6 +115,7 @@ def test_cancel_ends_the_drawing_and_the_next_picture_is_drawn(server, new_page)
     assert len(drawn(server)) == finished + 1
 
 
+@pytest.mark.slow(16)
 def test_a_closed_tab_stops_its_drawing_and_pictures_stay(server, new_page):
     page = opened(new_page, server)
     with_steps(page, 3)
@@ -147,6 +148,7 @@ def test_strength_zero_is_the_base_model(server, new_page):
     assert not np.array_equal(pixels(base), pixels(adapted))
 
 
+@pytest.mark.slow(14)
 def test_a_mix_is_drawn_used_again_and_baked_into_a_file_for_stock_diffusers(server, new_page, tmp_path):
     page = opened(new_page, server)
     with_steps(page, 3)
