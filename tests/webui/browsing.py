@@ -1,4 +1,6 @@
-"""How a person finds a screen, and loads the page anew."""
+"""How a person finds a screen, waits for answers, and loads the page anew."""
+
+import time
 
 from webui.page import SCREENS
 
@@ -18,6 +20,23 @@ def go_to(page, screen, patience=180_000):
         tab = more.locator(".overflow-dropdown button", has_text=SCREENS[screen][0])
     tab.click(timeout=patience)
     page.locator(f"#screen-{screen}[role=tabpanel]").wait_for(state="visible", timeout=patience)
+
+
+def watch_answers(page):
+    """Keep in `page.streams` the requests that are being answered."""
+    page.streams = set()
+    page.on("request", lambda request: "/queue/" in request.url and page.streams.add(request))
+    for ended in ("requestfinished", "requestfailed"):
+        page.on(ended, lambda request: page.streams.discard(request))
+
+
+def quiet(page, patience=60):
+    """Wait until everything has been answered, and no answer has asked for more."""
+    looks, end = 0, time.monotonic() + patience
+    while looks < 4:
+        assert time.monotonic() < end, [request.url for request in page.streams]
+        page.wait_for_timeout(250)
+        looks = 0 if page.streams else looks + 1
 
 
 def reload(page):

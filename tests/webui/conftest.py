@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from app_process import AppProcess
+from browsing import watch_answers
 from PIL import Image
 
 CHROMIUM_FLAGS = [
@@ -73,6 +74,7 @@ def new_page(chromium: object) -> Iterator[Callable[..., object]]:
         contexts.append(context)
         page = context.new_page()
         page.errors = []
+        watch_answers(page)
         page.on("console", lambda message: message.type == "error" and page.errors.append(f"{message.text} {message.location}"))
         page.on("pageerror", lambda error: page.errors.append(str(error)))
         pages.append(page)

@@ -1,16 +1,20 @@
-"""Finished runs of an adapter on the tiny model, made without training, laid out as the trainer leaves them."""
+"""Finished runs made without training, laid out as the trainers leave them: adapters of a model that draws, and a classifier."""
 
 import json
 import time
 
 import torch
+from class_folders import finished_classifier
 from tiny_pipeline import tiny_pipeline
 
 from pipelines.adapter_method import trained_parameters
 from pipelines.adapter_options import AdapterOptions
+from pipelines.cache import module_digest
+from pipelines.fewshot.classifier import ClassifierFile, save_classifier
 from pipelines.subject import adapters
 from training.runs.run import RunDirectory
 from training.subject.judging import keep_adapter
+from webui.work.classify import built_in
 
 
 def small_run(runs, model, run_id="example", method="lora", strength=0.5, steps=(2, 4), suggested=2, pipe=None):
@@ -35,6 +39,20 @@ def small_run(runs, model, run_id="example", method="lora", strength=0.5, steps=
     run.update_status(state="done", phase="done", step=steps[-1], total=steps[-1])
     (run.path / "suggestion.json").write_text(json.dumps({"step": suggested, "last": steps[-1], "warnings": [], "why": "."}))
     time.sleep(0.01)
+    return run
+
+
+def untrained_classifier(workspace, data_dir, names):
+    """The directory of a finished run whose classifier is the built-in model without any training.
+
+    Args:
+        names: of the classes, by their folders in `data_dir`.
+    """
+    run = finished_classifier(workspace, data_dir, names)
+    digest = module_digest(built_in().model)
+    told = ClassifierFile("zeroshot", "mini", None, digest, tuple(names), tuple(names.values()), ("a photo of a {}.",))
+    for method in ("nora", "zeroshot"):
+        save_classifier(run.path / "members/2-shots/seed-0" / method, told)
     return run
 
 

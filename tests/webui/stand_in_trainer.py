@@ -12,8 +12,14 @@ from pathlib import Path
 from run_folders import CURVE_STEPS, GIVEN, SAMPLE_STEPS, WrittenRun, add_checkpoint, add_samples, judge
 
 from training.runs.record import OPTIONS, update_status
+from webui.costs import REPORT
 
-TOTAL, UNTIL, FIRST_STOP = 100, "until", 20
+TOTAL, FIRST_STOP, UNTIL, BEGAN = 100, 20, "until", "began"
+# What a dry run finds out.
+DRY_RUN = {
+    "trained_numbers": 54272, "seconds_per_step": 0.3, "seconds": 120.0, "peak_memory": 1_120_000_000,
+    "checkpoint": 800_000, "disk": 3_200_000, "disk_free": 58_200_000_000, "memory_limit": None,
+}  # fmt: skip
 
 
 def main():
@@ -21,6 +27,7 @@ def main():
     run = WrittenRun(Path(sys.argv[sys.argv.index("--output_dir") + 1]))
     signal.signal(signal.SIGTERM, lambda *_: stop(run))
     (run.path / OPTIONS).write_text(json.dumps(GIVEN))
+    (run.path / BEGAN).write_text(" ".join(sys.argv[1:]))
     step = run.status().get("step") or 0
     if not step:
         reach(run, 0)
@@ -30,6 +37,8 @@ def main():
         step += 1
         run.log(step, loss=1.0, lr=1e-3)
         reach(run, step)
+    if "--dry_run" in sys.argv:
+        (run.path / REPORT).write_text(json.dumps(DRY_RUN))
     judge(run)
     update_status(run, state="done", phase="done", step=TOTAL, total=TOTAL, seconds=1.0, seconds_left=0.0)
 

@@ -1,19 +1,24 @@
-"""A program does what the page does, through a real server: start, follow, stop, list, generate, classify."""
+"""A program does what the page does, through a real server: start, follow, stop, list, generate, classify.
 
-import time
+A stand-in trains; what is drawn with is a run that was made here.
+"""
+
 import zipfile
 from pathlib import Path
 
 import pytest
-from class_folders import COLOURS, coloured
+from class_folders import COLOURS, colour_folder, coloured
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
+from processes import wait_for
+from small_runs import small_run, untrained_classifier
+from stand_in_trainer import BEGAN, TOTAL, UNTIL
 
 from pipelines.pictures import read_settings
+from webui.workspace import Workspace
 
 ENDPOINTS = {"/start", "/status", "/stop", "/list", "/generate", "/classify"}
-PATIENCE = 420
 CLASSIFY = {"data": {"shots": ["2"], "templates": ["a photo of a {}"]}, "method": {"method": ["linear_probe"]}}
 
 
@@ -31,7 +36,7 @@ def quick(model):
 
 @pytest.fixture(scope="module")
 def server(app_server):
-    return app_server()
+    return app_server(script="tests/webui/stand_in_app.py")
 
 
 @pytest.fixture(scope="module")
@@ -61,21 +66,34 @@ def started(client, tiny_model, pictures_dir, zipped):
 
 
 @pytest.fixture(scope="module")
+def drawer(server, tiny_model):
+    """A finished run that pictures can be drawn with."""
+    return small_run(server.runs, tiny_model, "20260101-000001-drawer").path.name
+
+
+@pytest.fixture(scope="module")
+def classifier(server, tmp_path_factory):
+    """A finished run whose classifier is the built-in model without any training."""
+    workspace = Workspace(server.runs, server.uploads, is_local=True)
+    pictures = colour_folder(tmp_path_factory.mktemp("pictures"), 4)
+    return untrained_classifier(workspace, pictures, {name: name for name in COLOURS}).path.name
+
+
+@pytest.fixture(scope="module")
 def stopped(client, started):
     """The third run, stopped while it waits."""
     return client.predict(started[2], api_name="/stop"), client.predict(started[2], api_name="/status")
 
 
-def followed(client, run):
-    """What the run is told to be once it has ended; and the states that it went through."""
-    states, end = [], time.monotonic() + PATIENCE
-    while time.monotonic() < end:
-        told = client.predict(run, api_name="/status")
-        states += [told["state"]] if told["state"] not in states else []
-        if told["state"] not in ("queued", "starting", "running"):
-            return told, states
-        time.sleep(1)
-    raise AssertionError(f"The run did not end: {told}")
+def has_ended(client, run):
+    """What the run is told to be, once it has ended."""
+    told = client.predict(run, api_name="/status")
+    return None if told["state"] in ("queued", "starting", "running") else told
+
+
+def began(run):
+    """What the stand-in in a run's directory was started with; None before that."""
+    return (run / BEGAN).read_text() if (run / BEGAN).exists() else None
 
 
 def refused(client, match, *values, **named):
@@ -97,32 +115,40 @@ def test_a_run_that_waits_is_stopped_before_it_begins(stopped, server, started):
     assert not (server.runs / started[2] / "options.json").exists()
 
 
-def test_a_run_is_followed_to_its_end_and_drawn_with(client, started, stopped, tmp_path):
-    told, states = followed(client, started[0])
-    assert (told["state"], told["step"], told["total"]) == ("done", 4, 4), told
-    assert states[-1] == "done"
-    assert told["steps"][-1] == 4
+def test_a_run_is_followed_to_its_end(client, server, started, stopped):
+    run = server.runs / started[0]
+    assert client.predict(started[0], api_name="/status")["state"] in ("starting", "running")
+    (run / UNTIL).write_text(str(TOTAL))
+    told = wait_for(lambda: has_ended(client, started[0]))
+    assert (told["state"], told["step"], told["total"], told["steps"][-1]) == ("done", TOTAL, TOTAL, TOTAL), told
+    words = (run / BEGAN).read_text().split()
+    assert words[words.index("--max_train_steps") + 1] == "4"
+    assert len(list(Path(words[words.index("--instance_data_dir") + 1]).glob("*.png"))) == 3
+
+
+def test_the_zip_of_a_classifier_s_pictures_is_what_it_is_started_with(client, server, started, stopped):
+    (server.runs / started[0] / UNTIL).write_text(str(TOTAL))
+    words = wait_for(lambda: began(server.runs / started[1])).split()
+    folders = [path for path in Path(words[words.index("--data_dir") + 1]).iterdir() if path.is_dir()]
+    assert [len(list(folder.glob("*.png"))) for folder in folders] == [8, 8, 8]
+
+
+def test_a_run_is_drawn_with(client, drawer):
     settings = {"seed": 3, "strength": 0.5, "step": 4, "steps": 2, "negative_prompt": "fog"}
-    first, again = (client.predict(started[0], "a star at night", **settings, api_name="/generate") for _ in range(2))
+    first, again = (client.predict(drawer, "a star at night", **settings, api_name="/generate") for _ in range(2))
     assert Image.open(first).size == (16, 16)
     assert Image.open(first).tobytes() == Image.open(again).tobytes()
     said = read_settings(Path(first))
-    assert (said["prompt"], said["seed"], said["num_inference_steps"], said["negative_prompt"]) == (
-        "a star at night",
-        3,
-        2,
-        "fog",
-    )
-    assert [(each["reference"], each["strength"]) for each in said["adapters"]] == [(f"{started[0]}@4", 0.5)]
+    given = (said["prompt"], said["seed"], said["num_inference_steps"], said["negative_prompt"])
+    assert given == ("a star at night", 3, 2, "fog")
+    assert [(each["reference"], each["strength"]) for each in said["adapters"]] == [(f"{drawer}@4", 0.5)]
 
 
-def test_a_classifier_tells_pictures_apart(client, started, stopped, tmp_path):
-    told, _ = followed(client, started[1])
-    assert told["state"] == "done", told
+def test_a_classifier_tells_pictures_apart(client, classifier, tmp_path):
     pictures = [tmp_path / "unseen.png", tmp_path / "broken.png"]
     pictures[0].write_bytes(coloured("sea", 99))
     pictures[1].write_bytes(b"no picture")
-    good, bad = client.predict(started[1], [handle_file(path) for path in pictures], api_name="/classify")
+    good, bad = client.predict(classifier, [handle_file(path) for path in pictures], api_name="/classify")
     assert good["class"] in COLOURS
     assert sum(share for _, share in good["top"]) == pytest.approx(1, abs=1e-3)
     assert "broken.png" in bad["error"]
@@ -130,7 +156,7 @@ def test_a_classifier_tells_pictures_apart(client, started, stopped, tmp_path):
 
 def test_all_runs_are_listed_newest_first(client, started):
     listed = client.predict(api_name="/list")
-    assert [each["run"] for each in listed] == list(reversed(started))
+    assert [each["run"] for each in listed if each["run"] in started] == list(reversed(started))
     assert {each["task"] for each in listed} == {"subject", "classify"}
 
 
@@ -151,9 +177,8 @@ def test_what_cannot_be_used_is_refused_in_a_sentence(client, started, tiny_mode
     refused(client, "learned to draw", run, [], api_name="/classify")
 
 
-def test_what_cannot_be_drawn_is_refused_in_a_sentence(client, started, stopped):
-    run = started[0]
-    followed(client, run)
+def test_what_cannot_be_drawn_is_refused_in_a_sentence(client, started, stopped, drawer):
+    run = drawer
     refused(client, "prompt is empty", run, " ", api_name="/generate")
     refused(client, "seed must be from 0", run, "a star", seed=-1, api_name="/generate")
     refused(client, "strength must be a number", run, "a star", strength="much", api_name="/generate")

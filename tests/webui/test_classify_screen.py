@@ -6,14 +6,17 @@ import re
 import zipfile
 
 import pytest
-from browsing import go_to, reload
+from browsing import go_to, quiet, reload
 from class_folders import COLOURS, colour_folder, colour_zip, coloured, finished_classifier
 from playwright.sync_api import expect
 
+from webui import class_files
+from webui.class_results import result_of, source_of
 from webui.class_sets import read_split
 from webui.workspace import Workspace
 
 SOON, TRAINED = 180_000, 600_000
+STEPS = 2
 
 
 def opened(new_page, server, **named):
@@ -52,7 +55,7 @@ def workspace(server):
     return Workspace(server.runs, server.uploads, is_local=True)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(80)
 def test_the_whole_way_from_a_zip_to_a_classifier_that_learned_from_its_mistake(
     server, workspace, new_page, tmp_path, screenshot
 ):
@@ -67,15 +70,16 @@ def test_the_whole_way_from_a_zip_to_a_classifier_that_learned_from_its_mistake(
     page.locator("#classify-mend > button").click()
     choose(page, "#classify-class", "leaf")
     expect(page.locator("#classify-class-pictures img")).to_have_count(6, timeout=SOON)
-    page.locator("#classify-rename-to textarea, #classify-rename-to input").first.fill("<b>green</b> leaf")
+    page.locator("#classify-rename-to textarea, #classify-rename-to input").first.fill("<b>green</b> = leaf")
     page.locator("#classify-rename").click()
-    expect(page.locator("#classify-classes")).to_contain_text("<b>green</b> leaf", timeout=SOON)
+    expect(page.locator("#classify-classes")).to_contain_text("<b>green</b> = leaf", timeout=SOON)
     screenshot(page, "each/classify-pictures")
 
     page.locator("#classify-go-train").click()
     page.locator("#classify-command-shown > button").click()
     shown = page.locator("#classify-command")
     expect(shown).to_contain_text("--method zeroshot pixels linear_probe nora", timeout=SOON)
+    shorten(page)
     words = " ".join(shown.inner_text().split())
     page.locator("#classify-start").click()
     expect(page.locator("#classify-stop")).to_be_visible(timeout=SOON)
@@ -87,7 +91,13 @@ def test_the_whole_way_from_a_zip_to_a_classifier_that_learned_from_its_mistake(
     run = workspace.run(run_id)
     started = run.read_json("launch.json")["command"]
     assert all(word in words for word in started[:-1] if "/" not in word and " " not in word)
-    assert [word for word in started if word.endswith("=<b>green</b> leaf")]
+    assert [word for word in started if word.endswith("=<b>green</b> = leaf")]
+
+    result = result_of(run)
+    assert result.classes == ["<b>green</b> = leaf", "ruby", "sea"]
+    assert len(result.tested()) == result.member["test"]["count"] == 6
+    assert all(source_of(run, one) is not None for one in result.tested())
+    assert set(class_files.downloads(result)) == set(class_files.TITLES)
 
     page.locator("#classify-see-result").click()
     expect(page.locator("#classify-words")).to_contain_text("that it was not shown", timeout=SOON)
@@ -130,8 +140,23 @@ def test_the_whole_way_from_a_zip_to_a_classifier_that_learned_from_its_mistake(
     assert part_of(again, "test") == part_of(run, "test") == tested
     learned = list(part_of(again, "train", "val") - part_of(run, "train", "val"))
     assert len(learned) == 1
+    assert again.options()["optimisation"]["min_train_steps"] == STEPS
     names = dict(pair.split("=", 1) for pair in again.options()["data"]["class_names"])
     assert names[learned[0].split("/")[0]] == re.sub("^right: ", "", said)
+
+
+def shorten(page):
+    """Few steps, set where an expert sets them."""
+    page.locator("#classify-panel > button").click()
+    page.locator("#classify-panel-optimisation > button").click(timeout=SOON)
+    quiet(page)
+    for name, number in (("iterations_per_shot", 1), ("min_train_steps", STEPS)):
+        box = page.locator(f"#classify-optimisation-{name} input")
+        box.fill(str(number))
+        box.blur()
+        expect(page.locator("#classify-command")).to_contain_text(f"--{name} {number}", timeout=SOON)
+        # What is typed while the last answer still comes in is set back by it.
+        quiet(page)
 
 
 def part_of(run, *parts):
@@ -176,17 +201,17 @@ def test_a_folder_of_this_machine_is_used_where_it_is(server, new_page, tmp_path
     expect(page.locator("#classify-about")).to_contain_text("6 of the 15 are kept for the test", timeout=SOON)
 
 
-@pytest.mark.parametrize("dark", [False, True])
-def test_every_part_fits_a_phone(server, workspace, new_page, tmp_path, screenshot, dark):
+@pytest.mark.slow(12)
+def test_every_part_fits_a_phone(server, workspace, new_page, tmp_path, screenshot):
     names = {name: f"{name} with quite a long name" for name in COLOURS}
-    finished_classifier(workspace, colour_folder(tmp_path / f"pictures-{dark}", 6), names)
-    page = opened(new_page, server, size="phone", dark=dark)
+    finished_classifier(workspace, colour_folder(tmp_path / "pictures", 6), names)
+    page = opened(new_page, server, size="phone", dark=True)
     to_classify(page)
     for part in ("1 Pictures", "2 Train", "3 Result", "4 Use"):
         page.locator("#classify-steps").get_by_role("tab", name=part, exact=True).click()
         if part == "3 Result":
             page.locator("#classify-confusion td.wrong button").first.click(timeout=SOON)
             expect(page.locator("#classify-cell img").first).to_be_visible(timeout=SOON)
-        page.wait_for_timeout(500)
-        screenshot(page, f"each/classify-phone-{part[2:].lower()}-{'dark' if dark else 'light'}")
+        quiet(page)
+        screenshot(page, f"each/classify-phone-{part[2:].lower()}")
         assert has_no_sideways_scroll(page)

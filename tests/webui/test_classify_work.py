@@ -2,11 +2,10 @@
 
 import pytest
 from class_folders import COLOURS, colour_folder, colour_set, coloured, finished_classifier
+from small_runs import untrained_classifier
 
-from pipelines.cache import module_digest
 from pipelines.clip import load_clip
 from pipelines.errors import InputError
-from pipelines.fewshot.classifier import ClassifierFile, save_classifier
 from pipelines.fewshot.features import picture_features, prompt_features
 from pipelines.fewshot.inputs import GivenPictureSet
 from pipelines.fewshot.prompts import make_prompts
@@ -33,12 +32,7 @@ def pictures(tmp_path):
 @pytest.fixture
 def record(workspace, pictures):
     """A run whose classifier is the built-in model without any training."""
-    found = finished_classifier(workspace, pictures, NAMES)
-    digest = module_digest(work.built_in().model)
-    told = ClassifierFile("zeroshot", "mini", None, digest, tuple(NAMES), tuple(NAMES), ("a photo of a {}.",))
-    for method in ("nora", "zeroshot"):
-        save_classifier(found.path / "members/2-shots/seed-0" / method, told)
-    return found
+    return untrained_classifier(workspace, pictures, NAMES)
 
 
 def test_what_is_known_before_training_is_what_plain_open_clip_says(workspace, tmp_path):

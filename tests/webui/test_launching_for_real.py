@@ -1,4 +1,4 @@
-"""The buttons with the real trainers: killed, resumed, asked, stopped and resumed again, a run ends as done."""
+"""The buttons with the real trainers: killed or stopped, resumed and asked for pictures, a run ends as done."""
 
 import os
 import time
@@ -50,8 +50,8 @@ def sampled(record):
     return {int(path.stem.removeprefix("step-")) for path in record.samples.glob("step-*.png")}
 
 
-@pytest.mark.slow
-def test_a_subject_s_run_is_killed_resumed_asked_stopped_and_resumed_to_its_end(workspace, tiny_model, pictures_dir):
+@pytest.mark.slow(40)
+def test_a_subject_s_run_is_killed_resumed_and_asked_to_its_end(workspace, tiny_model, pictures_dir):
     options = {
         "model": {"pretrained_model_name_or_path": str(tiny_model)},
         "data": {"instance_data_dir": str(pictures_dir), "instance_prompt": "sks", "heldout_image": "none"},
@@ -71,22 +71,15 @@ def test_a_subject_s_run_is_killed_resumed_asked_stopped_and_resumed_to_its_end(
     launching.resume(workspace, run_id)
     trains_from(workspace, run_id, saved)
     launching.ask(workspace, run_id, "sample")
-    wait_for(
-        workspace, run_id, lambda view: any(int(path.stem[5:]) not in (0, STEPS) for path in record.samples.glob("step-*.png"))
-    )
-    launching.stop(workspace, run_id)
-    wait_for(workspace, run_id, lambda view: view.state == "stopped")
-    assert newest_step(record.checkpoints) >= saved
-
-    launching.resume(workspace, run_id)
     wait_for(workspace, run_id, lambda view: view.state == "done")
+    assert sampled(record) - {0, STEPS}
     steps = [line["step"] for line in record.metrics() if "loss" in line]
     assert steps == list(range(1, STEPS + 1))
     assert (record.path / "before_after.png").exists()
     assert RunView(record).actions == ("duplicate", "delete")
 
 
-@pytest.mark.slow
+@pytest.mark.slow(40)
 def test_a_classifier_s_run_is_stopped_and_resumed_to_its_end_and_a_wrong_one_fails_with_a_sentence(
     workspace, random_clip, tmp_path
 ):

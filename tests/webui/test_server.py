@@ -16,7 +16,7 @@ import httpx
 import psutil
 import pytest
 from app_process import REPOSITORY
-from browsing import go_to
+from browsing import go_to, quiet
 from hostile import png_bytes
 
 from webui.server import FIRST_PORT
@@ -144,10 +144,11 @@ def test_a_server_that_was_killed_comes_back_at_its_address(app_server):
 
 def test_the_page_opens_without_an_error_in_the_console(server, new_page):
     page = new_page(server.url)
-    page.wait_for_timeout(3000)
+    quiet(page)
     assert page.title() == "NoRA Vision"
 
 
+@pytest.mark.slow(30)
 def test_names_that_are_html_or_shell_are_shown_as_they_are(server, new_page, tmp_path):
     run = server.runs / "20260101-000000-abcdef"
     run.mkdir(parents=True, exist_ok=True)
