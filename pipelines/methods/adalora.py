@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 # What PEFT adds to the rank that it divides by.
 EPSILON = 1e-5
+CONVOLUTION = ("groups", "kernel_size", "stride", "padding", "dilation")
 MOMENTS = ("exp_avg_ipt", "exp_avg_unc")
 
 
@@ -56,8 +57,20 @@ class AdaLoraOptions:
     dropout: float = field(default=0.0, metadata={"help": "dropout within the adapter"})
 
     def __post_init__(self) -> None:
+        self._check_schedule()
         if self.target_r is not None and not 1 <= self.target_r < self.init_r:
             raise InputError(f"target_r must be in [1, init_r - 1 = {self.init_r - 1}], got {self.target_r}. Raise init_r.")
+        for name in ("beta1", "beta2"):
+            if not 0 < getattr(self, name) < 1:
+                raise InputError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
+        if self.orth_reg_weight < 0:
+            raise InputError(f"orth_reg_weight must be at least 0, got {self.orth_reg_weight}.")
+        if self.alpha is not None and not self.alpha > 0:
+            raise InputError(f"alpha must be above 0, got {self.alpha}.")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout must be in [0, 1), got {self.dropout}.")
+
+    def _check_schedule(self) -> None:
         for name in ("tinit_ratio", "tfinal_ratio"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
@@ -68,15 +81,6 @@ class AdaLoraOptions:
             )
         if self.delta_t < 1:
             raise InputError(f"delta_t must be at least 1, got {self.delta_t}.")
-        for name in ("beta1", "beta2"):
-            if not 0 < getattr(self, name) < 1:
-                raise InputError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
-        if self.orth_reg_weight < 0:
-            raise InputError(f"orth_reg_weight must be at least 0, got {self.orth_reg_weight}.")
-        if self.alpha is not None and not self.alpha > 0:
-            raise InputError(f"alpha must be above 0, got {self.alpha}.")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout must be in [0, 1), got {self.dropout}.")
 
 
 class AdaLora(AdapterMethod):
@@ -126,6 +130,10 @@ class AdaLora(AdapterMethod):
         for layer in tuner_layers(model).values():
             # LoraLayer sets the scaling back to lora_alpha / r.
             layer.lora_alpha[adapter_name] = layer.scaling[adapter_name] * layer.r[adapter_name]
+            base = layer.get_base_layer()
+            if isinstance(base, nn.Conv2d):
+                # What a LoRA asks that is loaded on top of the layer, to compare adapters.
+                vars(layer).update({name: getattr(base, name) for name in CONVOLUTION})
 
     def start(self, model: nn.Module, probe: Probe, adapter_name: str) -> None:
         """Sample A and B from the probe's generator; e is zero."""

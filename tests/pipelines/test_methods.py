@@ -24,6 +24,7 @@ from pipelines.subject.encoding import Encoder, Framing
 from pipelines.subject.loss import DenoisingLoss
 from pipelines.subject.target_layers import default_targets
 from training.engine.loop import training_losses
+from training.subject.finishing import SUGGESTED, kept_adapter
 
 PROMPT = "a red star"
 methods = pytest.mark.parametrize("method", method_names())
@@ -119,6 +120,26 @@ def test_every_file_of_a_trained_adapter_gives_the_same_pictures(trained, file):
     adapters.load_adapter(fresh, folder / file, "loaded")
     fresh.set_adapters("loaded")
     torch.testing.assert_close(picture(fresh), expected, atol=1 / 255, rtol=0)
+
+
+@methods
+def test_a_kept_adapter_is_used_beside_the_one_in_training_and_taken_off_again(method, pictures_dir, tmp_path):
+    pipe = tiny_pipeline()
+    options = small(method, train_text_encoder=True, target_modules=default_targets(method, built_in=True))
+    components = attached(pipe, options, pictures_dir, tmp_path / "cache")
+    disturb(components)
+    adapters.save_small(components, tmp_path / "kept")
+    kept = picture(pipe)
+    disturb(components)
+    trained = picture(pipe)
+    assert (trained - kept).abs().max() > 1 / 255
+    with kept_adapter(pipe, tmp_path / "kept"):
+        torch.testing.assert_close(picture(pipe), kept, atol=1 / 255, rtol=0)
+        adapters.save_everywhere(pipe, components, tmp_path / "suggested", "subject", SUGGESTED)
+    torch.testing.assert_close(picture(pipe), trained, atol=1e-4, rtol=0)
+    fresh = tiny_pipeline()
+    adapters.load_adapter(fresh, tmp_path / "suggested" / "diffusers" / "pytorch_lora_weights.safetensors", "loaded")
+    torch.testing.assert_close(picture(fresh), kept, atol=1 / 255, rtol=0)
 
 
 def test_pefts_own_loader_reads_the_full_files_and_makes_the_same_picture(trained):
