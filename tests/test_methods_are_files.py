@@ -99,7 +99,7 @@ print("used")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.slow(8)
 def test_a_package_that_is_installed_adds_its_method(tmp_path):
     source, target = tmp_path / "source", tmp_path / "installed"
     source.mkdir()

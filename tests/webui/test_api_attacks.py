@@ -140,6 +140,7 @@ def attacks(server, parameter):
     return by_name.get(parameter["parameter_name"], [paths(server)[0], files(server)[0]])
 
 
+@pytest.mark.slow(12)
 def test_no_argument_of_any_endpoint_leads_out_of_the_own_folder(server, bob, endpoints):
     before, runs, asked = snapshot(server), sorted(os.listdir(server.runs / "bob")), 0
     for endpoint, parameters in endpoints.items():

@@ -92,6 +92,7 @@ def test_the_example_is_shown_and_said_to_be_one_and_without_photos_the_page_say
     expect(page.locator("#photos-train")).to_be_disabled()
 
 
+@pytest.mark.slow(11)
 def test_uploads_are_shown_with_their_verdicts_moved_removed_and_kept_over_a_reload(new_page, server, uploads, screenshot):
     page = with_uploads(new_page, server, uploads)
     expect(page.locator("#photos-message")).to_contain_text("letter.png is not a JPEG, PNG, WebP")
@@ -115,6 +116,7 @@ def test_uploads_are_shown_with_their_verdicts_moved_removed_and_kept_over_a_rel
     expect(page.locator(".photo-card")).to_have_count(3, timeout=PATIENCE)
 
 
+@pytest.mark.slow(23)
 def test_the_command_says_what_preset_panel_and_words_have_changed(new_page, server, screenshot):
     page = opened(new_page, server)
     examined(page)
@@ -180,6 +182,7 @@ def test_photos_without_a_class_word_ask_for_it_first(new_page, server, uploads)
     expect(page.locator(".toast-body", has_text="the second word under Check is empty")).to_be_visible(timeout=PATIENCE)
 
 
+@pytest.mark.slow(15)
 def test_the_cost_is_measured_once_and_train_starts_the_command_that_was_shown(new_page, server, screenshot):
     page = opened(new_page, server)
     examined(page)

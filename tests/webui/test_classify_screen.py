@@ -166,6 +166,7 @@ def part_of(run, *parts):
     return {name for part in parts for name, *_ in split[part]}
 
 
+@pytest.mark.slow(12)
 def test_a_class_is_made_by_its_name_and_pictures_and_others_are_refused_in_words(server, new_page, tmp_path):
     page = opened(new_page, server)
     to_classify(page)

@@ -108,6 +108,7 @@ def test_what_has_ended_leaves_no_zombie(workspace):
     wait_for(lambda: not set(psutil.Process().children()) - before)
 
 
+@pytest.mark.slow(8)
 def test_a_run_outlives_the_server_that_is_killed(workspace, tmp_path):
     code = (
         "import sys, time, pathlib; sys.path.insert(0, sys.argv[1]); from processes import standing_for_accelerate\n"

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).parents[2]
 AT_ONCE = """
 import sys, threading
@@ -24,6 +26,7 @@ sys.exit("; ".join(failed) or 0)
 """
 
 
+@pytest.mark.slow(11)
 def test_modules_that_several_threads_ask_for_at_once_are_whole():
     told = subprocess.run([sys.executable, "-c", AT_ONCE], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert told.returncode == 0, told.stderr

@@ -76,6 +76,7 @@ def pixels(path):
     return np.asarray(Image.open(path)).astype(int)
 
 
+@pytest.mark.slow(12)
 def test_a_picture_is_the_same_each_time_and_carries_its_settings(server, new_page, screenshot):
     page = opened(new_page, server)
     assert page.locator("#use-prompt textarea").input_value() == "a star in the snow"
@@ -96,6 +97,7 @@ def test_a_picture_is_the_same_each_time_and_carries_its_settings(server, new_pa
     screenshot(page, "use")
 
 
+@pytest.mark.slow(8)
 def test_cancel_ends_the_drawing_and_the_next_picture_is_drawn(server, new_page):
     page = opened(new_page, server)
     with_steps(page, 100)
@@ -134,6 +136,7 @@ def test_a_closed_tab_stops_its_drawing_and_pictures_stay(server, new_page):
     assert len(drawn(server)) < kept + 8
 
 
+@pytest.mark.slow(8)
 def test_strength_zero_is_the_base_model(server, new_page):
     page = opened(new_page, server)
     with_steps(page, 3)
@@ -185,6 +188,7 @@ def test_a_mix_is_drawn_used_again_and_baked_into_a_file_for_stock_diffusers(ser
     assert drawn(server)[0].read_bytes() == mixed.read_bytes()
 
 
+@pytest.mark.slow(7)
 def test_every_form_of_the_adapter_is_downloaded_under_a_name_of_ours(server, new_page, tmp_path):
     page = opened(new_page, server)
     names = []
@@ -201,6 +205,7 @@ def test_every_form_of_the_adapter_is_downloaded_under_a_name_of_ours(server, ne
     assert "KB" in page.locator("#use-size-full").inner_text()
 
 
+@pytest.mark.slow(10)
 def test_without_a_run_the_screen_says_what_to_do(app_server, new_page):
     page = new_page(app_server().url)
     page.set_default_timeout(PATIENCE)
