@@ -8,12 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 from hub_server import model_files
 
 from pipelines.built_in import BUILT_IN_MODEL
-from training import dreambooth_nora
-from training.options import parse_options
 from training.runs.run import RunDirectory
 
 ROOT = Path(__file__).parents[2]
@@ -50,22 +47,20 @@ def run(command: list[str], endpoint: str, cache: Path) -> subprocess.CompletedP
 
 @pytest.mark.slow(60)
 def test_the_readmes_sdxl_command_runs_from_nothing_and_then_without_a_network(hub_server, tmp_path):
-    """The first time in this process, to which a network is there; then in one of its own, which finds all in the cache."""
     hub_server.add("stabilityai/stable-diffusion-xl-base-1.0", model_files(BUILT_IN_MODEL, None, "fp16"))
-    command = [*readme_command(), *FEWER]
-    flags = command[command.index("training/dreambooth_nora.py") + 1 :]
-    AcceleratorState._reset_state(reset_partial_state=True)
-    first = dreambooth_nora.main(parse_options([*flags, "--no_certify", "--output_dir", str(tmp_path / "first")]))
+    command, cache = [*readme_command(), *FEWER], tmp_path / "cache"
+    online = run([*command, "--no_certify", "--output_dir", str(tmp_path / "first")], hub_server.endpoint, cache)
+    assert online.returncode == 0, online.stderr[-2000:]
     weights = {name for name in hub_server.downloads() if name.endswith(".safetensors")}
     assert weights == {"diffusion_pytorch_model.fp16.safetensors", "model.fp16.safetensors"}
 
     hub_server.stop()
     hub_server.requests.clear()
-    finished = run([*command, "--output_dir", str(tmp_path / "second")], hub_server.endpoint, tmp_path / "cache")
+    finished = run([*command, "--output_dir", str(tmp_path / "second")], hub_server.endpoint, cache)
     assert finished.returncode == 0, finished.stderr[-2000:]
     assert "is taken from the cache as it is: the hub failed" in finished.stderr
     assert hub_server.requests == []
-    second = RunDirectory(tmp_path / "second")
+    first, second = (RunDirectory(tmp_path / name) for name in ("first", "second"))
     assert [run.status()["state"] for run in (first, second)] == ["done", "done"]
     files = [(run.path / "diffusers" / "pytorch_lora_weights.safetensors").read_bytes() for run in (first, second)]
     assert files[0] == files[1]

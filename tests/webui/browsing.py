@@ -23,20 +23,33 @@ def go_to(page, screen, patience=180_000):
 
 
 def watch_answers(page):
-    """Keep in `page.streams` the requests that are being answered."""
-    page.streams = set()
-    page.on("request", lambda request: "/queue/" in request.url and page.streams.add(request))
+    """Keep in `page.streams` the requests that are being answered, and in `page.asked` how many there have been."""
+    page.streams, page.asked = set(), 0
+
+    def begin(request):
+        if "/queue/" in request.url:
+            page.streams.add(request)
+            page.asked += 1
+
+    page.on("request", begin)
     for ended in ("requestfinished", "requestfailed"):
         page.on(ended, lambda request: page.streams.discard(request))
 
 
-def quiet(page, patience=60):
-    """Wait until everything has been answered, and no answer has asked for more."""
-    looks, end = 0, time.monotonic() + patience
+def quiet(page, patience=60, silence=20):
+    """Wait until everything has been answered, and no answer has asked for more.
+
+    Now and then Gradio leaves a stream open that has nothing more to say: one is not waited for where nothing is asked for
+    `silence` seconds.
+    """
+    looks, asked, since, end = 0, page.asked, time.monotonic(), time.monotonic() + patience
     while looks < 4:
-        assert time.monotonic() < end, [request.url for request in page.streams]
+        now = time.monotonic()
+        assert now < end, [request.url for request in page.streams]
         page.wait_for_timeout(250)
-        looks = 0 if page.streams else looks + 1
+        if page.asked != asked:
+            asked, since = page.asked, now
+        looks = 0 if page.streams and now - since < silence else looks + 1
 
 
 def reload(page):
