@@ -97,7 +97,7 @@ class AdaLora(AdapterMethod):
     def defaults(cls, task: Task, built_in: bool) -> TaskDefaults:
         """LoRA's ranks in the end, and half as much again before; e starts at zero, which takes larger rates."""
         if task == "subject":
-            return TaskDefaults(1e-3, {"init_r": 6, "target_r": 4})
+            return TaskDefaults(3e-4, {"init_r": 6, "target_r": 4})
         return TaskDefaults(1e-3, {"init_r": 3, "target_r": 2})
 
     def config(self, target_modules: list[str], exclude_modules: str | None = None) -> PeftConfig:
