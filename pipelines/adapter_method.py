@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from pipelines.errors import InputError
+from pipelines.option_checks import at_least
 from pipelines.run_options import Task
 
 if TYPE_CHECKING:
@@ -115,8 +116,7 @@ class LowRankOptions:
     dropout: float = field(default=0.0, metadata={"help": "dropout within the adapter"})
 
     def __post_init__(self) -> None:
-        if self.rank is not None and self.rank < 1:
-            raise InputError(f"rank must be at least 1, got {self.rank}.")
+        at_least(self, 1, "rank")
 
 
 class AdapterMethod:

@@ -25,6 +25,7 @@ from pipelines.adapter_method import (
     write_native,
 )
 from pipelines.errors import InputError
+from pipelines.option_checks import above_zero, at_least
 from pipelines.run_options import Task
 
 if TYPE_CHECKING:
@@ -63,10 +64,8 @@ class AdaLoraOptions:
         for name in ("beta1", "beta2"):
             if not 0 < getattr(self, name) < 1:
                 raise InputError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
-        if self.orth_reg_weight < 0:
-            raise InputError(f"orth_reg_weight must be at least 0, got {self.orth_reg_weight}.")
-        if self.alpha is not None and not self.alpha > 0:
-            raise InputError(f"alpha must be above 0, got {self.alpha}.")
+        at_least(self, 0, "orth_reg_weight")
+        above_zero(self, "alpha")
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout must be in [0, 1), got {self.dropout}.")
 
@@ -79,8 +78,7 @@ class AdaLoraOptions:
                 f"tinit_ratio + tfinal_ratio must be below 1, so that there are steps in which ranks are allocated, got "
                 f"{self.tinit_ratio + self.tfinal_ratio:g}. Lower one of them."
             )
-        if self.delta_t < 1:
-            raise InputError(f"delta_t must be at least 1, got {self.delta_t}.")
+        at_least(self, 1, "delta_t")
 
 
 class AdaLora(AdapterMethod):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pipelines.adapter_method import AdapterMethod, LowRankOptions, Probe, TaskDefaults
-from pipelines.errors import InputError
+from pipelines.option_checks import above_zero
 from pipelines.run_options import Task
 
 if TYPE_CHECKING:
@@ -29,8 +29,7 @@ class LoraOptions(LowRankOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.lora_plus_ratio > 0:
-            raise InputError(f"lora_plus_ratio must be above 0, got {self.lora_plus_ratio}.")
+        above_zero(self, "lora_plus_ratio")
 
 
 class Lora(AdapterMethod):

@@ -23,6 +23,7 @@ from torch import nn
 from pipelines.adapter_method import Losses, LowRankOptions, Probe, TaskDefaults, adapters_off, tuner_layers
 from pipelines.errors import InputError
 from pipelines.methods.lora import Lora
+from pipelines.option_checks import above_zero, at_least
 from pipelines.run_options import Task
 
 if TYPE_CHECKING:
@@ -49,10 +50,8 @@ class LoraOneOptions(LowRankOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.gradient_batches < 1:
-            raise InputError(f"gradient_batches must be at least 1, got {self.gradient_batches}.")
-        if not self.gamma > 0:
-            raise InputError(f"gamma must be above 0, got {self.gamma}.")
+        at_least(self, 1, "gradient_batches")
+        above_zero(self, "gamma")
 
 
 class LoraOne(Lora):

@@ -11,7 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from pipelines.adapter_method import COMPACT, FULL, AdapterMethod, Probe, TaskDefaults
-from pipelines.errors import InputError
+from pipelines.option_checks import above_zero, at_least
 from pipelines.run_options import Task
 
 if TYPE_CHECKING:
@@ -39,10 +39,8 @@ class NoraOptions:
     )
 
     def __post_init__(self) -> None:
-        if self.rank is not None and self.rank < 1:
-            raise InputError(f"rank must be at least 1, got {self.rank}.")
-        if not self.lora_plus_ratio > 0:
-            raise InputError(f"lora_plus_ratio must be above 0, got {self.lora_plus_ratio}.")
+        at_least(self, 1, "rank")
+        above_zero(self, "lora_plus_ratio")
 
 
 class Nora(AdapterMethod):

@@ -25,6 +25,7 @@ from pipelines.adapter_method import (
     write_native,
 )
 from pipelines.errors import InputError
+from pipelines.option_checks import at_least
 from pipelines.run_options import Task
 
 if TYPE_CHECKING:
@@ -48,8 +49,7 @@ class VeraOptions:
     d_initial: float = field(default=0.1, metadata={"help": "what all numbers of the vector d start from"})
 
     def __post_init__(self) -> None:
-        if self.rank is not None and self.rank < 1:
-            raise InputError(f"rank must be at least 1, got {self.rank}.")
+        at_least(self, 1, "rank")
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout must be in [0, 1), got {self.dropout}.")
         if self.d_initial == 0:

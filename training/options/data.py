@@ -8,9 +8,9 @@ from typing import Literal
 
 from pipelines.built_in import ASSETS
 from pipelines.errors import InputError
+from pipelines.option_checks import at_least
 from pipelines.subject.captions import SUBJECT_FIELD, find_captioned, subject_folders, subject_name
 from pipelines.subject.data import SizeConditioning
-from training.options.checks import at_least
 
 SAMPLE_SUBJECT = ASSETS / "sample-subject"
 SAMPLE_PROMPT, SAMPLE_CLASS_PROMPT = "a photo of sks toy", "a photo of a toy"

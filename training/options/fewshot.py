@@ -17,7 +17,7 @@ from pipelines.fewshot.prompts import PHOTO, TEMPLATE_NAMES
 from pipelines.fewshot.sets import SETS
 from pipelines.fewshot.shots import Shots
 from pipelines.methods import DEFAULT, REFERENCE, method_named, method_names
-from training.options.checks import above_zero, at_least
+from pipelines.option_checks import above_zero, at_least
 from training.options.command_line import parse_groups
 from training.options.output import RunOptions
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pipelines.errors import InputError
-from training.options.checks import at_least
+from pipelines.option_checks import at_least
 
 # On the bundled toy and on photographs four end in the same step as all ten that were kept; two nearly always.
 BUILT_IN_CANDIDATES, CANDIDATES = 4, 2

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pipelines.errors import InputError
 from pipelines.methods import method_named, method_names, title_of
 from pipelines.optimizers import OPTIMIZERS
-from training.options.checks import above_zero, at_least
+from pipelines.option_checks import above_zero, at_least
 
 
 def default_rates() -> str:

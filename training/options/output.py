@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipelines.errors import InputError
-from training.options.checks import above_zero, at_least
+from pipelines.option_checks import above_zero, at_least
 
 LATEST = "latest"
 
