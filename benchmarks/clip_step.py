@@ -24,7 +24,7 @@ from pipelines.adapter_method import trained_parameters
 from pipelines.adapter_options import AdapterOptions
 from pipelines.clip import Clip, load_clip
 from pipelines.fewshot import adapters, export
-from pipelines.fewshot.places import AdapterPlaces
+from pipelines.fewshot.target_layers import AdapterPlaces
 
 # Of features of length 1, in single precision.
 TOLERANCE = 1e-5
@@ -62,7 +62,7 @@ class Task:
         return sum(parameter.numel() for parameter in trained_parameters(self.components))
 
     def loss(self) -> torch.Tensor:
-        """Cross entropy of the pictures among the class prompts: ()."""
+        """Cross entropy of the images among the class prompts: ()."""
         logits = self.clip.logit_scale * self.clip.encode_images(self.pixels) @ self.clip.encode_texts(self.tokens).T
         return nn.functional.cross_entropy(logits, self.labels)
 
@@ -79,7 +79,7 @@ class Task:
 
     @torch.no_grad()
     def features(self, clip: Clip) -> torch.Tensor:
-        """What `clip` makes of the pictures and prompts: (pictures + classes, d)."""
+        """What `clip` makes of the images and prompts: (images + classes, d)."""
         return torch.cat([clip.encode_images(self.pixels), clip.encode_texts(self.tokens)]).cpu()
 
 
@@ -153,7 +153,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="ViT-B-16", help="a name that open_clip knows; its weights are random")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch_size", type=int, default=4, help="pictures a step")
+    parser.add_argument("--batch_size", type=int, default=4, help="images a step")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rank", type=int, default=48, help="outer rank of NoRA")
     parser.add_argument("--inner_r", type=int, default=8)
@@ -182,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for form, difference in round_trip(tasks["NoRA"], base, options, folder).items():
             print(f"  {form}: {difference:.1e}")
         results = compare(tasks, options.steps)
-    setting = f"{options.batch_size} pictures, {len(CLASSES)} prompts, {options.device}, medians of {options.steps}"
+    setting = f"{options.batch_size} images, {len(CLASSES)} prompts, {options.device}, medians of {options.steps}"
     print(f"A training step ({setting}):")
     for name, (seconds, saved) in results.items():
         numbers, start = tasks[name].trained_numbers, tasks[name].seconds_to_start

@@ -2,9 +2,9 @@
 
     python benchmarks/heldout_loss.py --subjects_dir SUBJECTS --output_dir OUT
 
-`SUBJECTS` holds a folder of pictures for each subject. All pictures but the last are trained on; the middle of that one is
+`SUBJECTS` holds a folder of images for each subject. All images but the last are trained on; the middle of that one is
 measured with fixed noise and timesteps before and after. Each method is trained by the trainer's own recipe, but more gently: its
-defaults are chosen for likeness, and learn the places of four pictures along with the subject.
+defaults are chosen for likeness, and learn the places of four images along with the subject.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import HfArgumentParser
 
 from pipelines.built_in import BUILT_IN_MODEL
 from pipelines.errors import InputError
-from pipelines.subject.data import find_pictures
+from pipelines.subject.data import find_images
 from training.dreambooth_nora import main as train_subject
 from training.options import parse_options
 from training.runs.run import RunDirectory
@@ -33,7 +33,7 @@ FILES = {"compact": "adapter/compact", "full": "adapter/full", "diffusers": "dif
 class BenchmarkOptions:
     """What to train on, and how."""
 
-    subjects_dir: str = field(metadata={"help": "A folder of pictures for each subject."})
+    subjects_dir: str = field(metadata={"help": "A folder of images for each subject."})
     pretrained_model_name_or_path: str = field(default=str(BUILT_IN_MODEL), metadata={"help": "SDXL base model."})
     output_dir: str = field(default="runs/heldout_loss", metadata={"help": "Where the runs go; finished ones are not repeated."})
     flags: str = field(
@@ -56,14 +56,14 @@ class Result:
 
 
 def run_subject(folder: Path, method: str, options: BenchmarkOptions) -> Result:
-    """Train on all pictures of `folder` but the last, unless that was done before, and read off the result."""
+    """Train on all images of `folder` but the last, unless that was done before, and read off the result."""
     run = RunDirectory(Path(options.output_dir) / f"{folder.name}-{method}")
     if run.status().get("state") != "done":
         flags = [
             *("--method", method, "--instance_data_dir", str(folder), "--output_dir", str(run.path)),
             *("--instance_prompt", f"a photo of sks {CLASS_WORDS.get(folder.name, folder.name)}"),
             *("--pretrained_model_name_or_path", options.pretrained_model_name_or_path),
-            *("--heldout_image", find_pictures(folder)[-1].name),
+            *("--heldout_image", find_images(folder)[-1].name),
             *shlex.split(options.flags),
             *shlex.split(getattr(options, f"{method}_flags")),
         ]
@@ -101,7 +101,7 @@ def main(options: BenchmarkOptions) -> None:
     folder = Path(options.subjects_dir)
     subjects = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     if not subjects:
-        raise InputError(f"subjects_dir must be a folder of folders of pictures, got {options.subjects_dir!r}.")
+        raise InputError(f"subjects_dir must be a folder of folders of images, got {options.subjects_dir!r}.")
     results = {path.name: {method: run_subject(path, method, options) for method in METHODS} for path in subjects}
     sys.stdout.write(table(results) + "\n")
 

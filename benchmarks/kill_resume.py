@@ -52,7 +52,7 @@ PATIENCE = 600.0
 
 
 def prepare(folder: Path) -> list[str]:
-    """A random model and four pictures under `folder`; returns the flags of the run on them."""
+    """A random model and four images under `folder`; returns the flags of the run on them."""
     sys.path.insert(0, str(ROOT / "tests" / "nora_vision"))
     from tiny_pipeline import tiny_pipeline
 

@@ -1,9 +1,9 @@
-"""How much the built-in CLIP knows: held-out photographs, scenes it never saw, and a probe of its features on other pictures.
+"""How much the built-in CLIP knows: held-out photographs, scenes it never saw, and a probe of its features on other images.
 
     python benchmarks/mini_clip.py --photos_dir PHOTOS --classes_dir CLASSES
 
-`PHOTOS` is the folder it was pretrained on, of which a tenth was held out; `CLASSES` holds a folder of pictures for each class.
-The probe is a logistic regression on a few pictures of each class, judged on all others; on raw pixels it is the same.
+`PHOTOS` is the folder it was pretrained on, of which a tenth was held out; `CLASSES` holds a folder of images for each class.
+The probe is a logistic regression on a few images of each class, judged on all others; on raw pixels it is the same.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from transformers import CLIPTokenizer, HfArgumentParser
 
 from pipelines.corpus import corpus_scenes, part, photo_corpus, rendered_corpus, split_held_out, to_pixels
 from pipelines.errors import InputError
-from pipelines.mini_clip import BUILT_IN_CLIP, CLIP, class_tokens, load_model, picture_features
+from pipelines.images import read_image
+from pipelines.mini_clip import BUILT_IN_CLIP, CLIP, class_tokens, image_features, load_model
 from pipelines.mini_clip_scores import held_out_accuracy, scene_accuracies
 from pipelines.mini_sdxl import RESOLUTION
-from pipelines.pictures import read_picture
 
 HELD_OUT_SHARE = 0.1
 PENALTIES = {"logisticregression__C": [1e-4, 1e-3, 1e-2, 1e-1, 1.0]}
@@ -41,10 +41,10 @@ class BenchmarkOptions:
 
     model: str = field(default=str(BUILT_IN_CLIP), metadata={"help": "Folder of the model."})
     photos_dir: str | None = field(default=None, metadata={"help": "Folder of zipped photographs with classes.json."})
-    classes_dir: str | None = field(default=None, metadata={"help": "A folder of pictures for each class."})
+    classes_dir: str | None = field(default=None, metadata={"help": "A folder of images for each class."})
     scenes: int = field(default=1000, metadata={"help": "Rendered scenes to name."})
-    shots: int = field(default=16, metadata={"help": "Pictures of each class that the probe learns from."})
-    draws: int = field(default=5, metadata={"help": "How often these pictures are drawn; the mean is shown."})
+    shots: int = field(default=16, metadata={"help": "Images of each class that the probe learns from."})
+    draws: int = field(default=5, metadata={"help": "How often these images are drawn; the mean is shown."})
     seed: int = field(default=0, metadata={"help": "Seed of the pretraining, which says what was held out, and of the draws."})
 
 
@@ -60,7 +60,7 @@ def held_out_row(options: BenchmarkOptions, model: CLIP, tokenizer: CLIPTokenize
 
 def scene_rows(options: BenchmarkOptions, model: CLIP, tokenizer: CLIPTokenizer) -> list[str]:
     """The rows of scenes never seen: those of the seed after pretraining's."""
-    pixels = to_pixels(rendered_corpus(options.scenes, RESOLUTION, options.seed + 1).pictures)
+    pixels = to_pixels(rendered_corpus(options.scenes, RESOLUTION, options.seed + 1).images)
     scores = scene_accuracies(model, pixels, corpus_scenes(options.scenes, options.seed + 1), tokenizer)
     return [
         f"| {name} of {options.scenes:,} scenes, zero-shot | {one.accuracy:.1%} | {one.chance:.1%} |"
@@ -69,30 +69,30 @@ def scene_rows(options: BenchmarkOptions, model: CLIP, tokenizer: CLIPTokenizer)
 
 
 def read_classes(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The pictures of every folder in `folder`, (count, RESOLUTION, RESOLUTION, 3) uint8, and their classes, (count,).
+    """The images of every folder in `folder`, (count, RESOLUTION, RESOLUTION, 3) uint8, and their classes, (count,).
 
     Raises: InputError if there are fewer than two classes.
     """
     classes = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     if len(classes) < 2:
-        raise InputError(f"classes_dir must hold a folder of pictures for each of two classes or more, got {str(folder)!r}.")
+        raise InputError(f"classes_dir must hold a folder of images for each of two classes or more, got {str(folder)!r}.")
     files = [(file, label) for label, path in enumerate(classes) for file in sorted(path.iterdir())]
     return np.stack([read_square(file) for file, _ in files]), np.asarray([label for _, label in files])
 
 
 def read_square(file: Path) -> np.ndarray:
-    """The middle square of a picture, (RESOLUTION, RESOLUTION, 3) uint8."""
-    picture = read_picture(file)
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    square = picture.crop((left, top, left + side, top + side))
+    """The middle square of an image, (RESOLUTION, RESOLUTION, 3) uint8."""
+    image = read_image(file)
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
     return np.asarray(square.resize((RESOLUTION, RESOLUTION), Image.Resampling.BICUBIC))
 
 
 def probe_accuracy(features: np.ndarray, labels: np.ndarray, shots: int, seed: int) -> float:
-    """The share of pictures that a logistic regression on `shots` of each class names rightly, of all the others.
+    """The share of images that a logistic regression on `shots` of each class names rightly, of all the others.
 
-    Its penalty is chosen by cross-validation among the pictures it learns from.
+    Its penalty is chosen by cross-validation among the images it learns from.
 
     Args:
         features: (count, width).
@@ -111,10 +111,10 @@ def probe_accuracy(features: np.ndarray, labels: np.ndarray, shots: int, seed: i
 
 def probe_rows(options: BenchmarkOptions, model: CLIP) -> list[str]:
     """The rows of the probe, on the model's features and on raw pixels."""
-    pictures, labels = read_classes(Path(options.classes_dir))
+    images, labels = read_classes(Path(options.classes_dir))
     sources = {
-        "features": picture_features(model, to_pixels(pictures)).numpy(),
-        "raw pixels": pictures.reshape(len(pictures), -1) / 255,
+        "features": image_features(model, to_pixels(images)).numpy(),
+        "raw pixels": images.reshape(len(images), -1) / 255,
     }
     chance = 1 / len(np.unique(labels))
     rows = []
@@ -123,13 +123,13 @@ def probe_rows(options: BenchmarkOptions, model: CLIP) -> list[str]:
             probe_accuracy(values.astype(np.float32), labels, options.shots, options.seed + draw) for draw in range(options.draws)
         ]
         rows.append(
-            f"| {options.shots} pictures a class, probe of {name}, mean of {options.draws} | {fmean(scores):.1%} | {chance:.1%} |"
+            f"| {options.shots} images a class, probe of {name}, mean of {options.draws} | {fmean(scores):.1%} | {chance:.1%} |"
         )
     return rows
 
 
 def rows(options: BenchmarkOptions) -> Sequence[str]:
-    """The lines of the table, as far as there are pictures for them."""
+    """The lines of the table, as far as there are images for them."""
     model, tokenizer = load_model(Path(options.model)), CLIPTokenizer.from_pretrained(options.model)
     lines = ["| what | right | chance |", "|---|---|---|"]
     if options.photos_dir:

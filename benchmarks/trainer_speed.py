@@ -2,7 +2,7 @@
 
     python benchmarks/trainer_speed.py --diffusers_script train_dreambooth_lora_sdxl.py
 
-Both train LoRA of one rank on the UNet's attention of one model, from the same pictures at the same resolution and batch size,
+Both train LoRA of one rank on the UNet's attention of one model, from the same images at the same resolution and batch size,
 with AdamW in float32, each in a process of its own under the same stopwatch. They take turns step by step, one waiting while the
 other works, so that whatever else the machine does slows both alike. The script is the user's copy, from diffusers'
 `examples/dreambooth`, of the version that is installed.
@@ -51,9 +51,9 @@ class BenchmarkOptions:
 
     diffusers_script: str = field(metadata={"help": "Your copy of diffusers' train_dreambooth_lora_sdxl.py."})
     pretrained_model_name_or_path: str = field(default=str(BUILT_IN_MODEL), metadata={"help": "SDXL base model."})
-    instance_data_dir: str = field(default=str(SAMPLE_SUBJECT), metadata={"help": "Folder of pictures."})
-    resolution: int = field(default=64, metadata={"help": "Side of the pictures in pixels."})
-    train_batch_size: int = field(default=4, metadata={"help": "Pictures a step."})
+    instance_data_dir: str = field(default=str(SAMPLE_SUBJECT), metadata={"help": "Folder of images."})
+    resolution: int = field(default=64, metadata={"help": "Side of the images in pixels."})
+    train_batch_size: int = field(default=4, metadata={"help": "Images a step."})
     rank: int = field(default=4, metadata={"help": "Rank of LoRA."})
     max_train_steps: int = field(default=60, metadata={"help": f"Steps of each run; the first {WARM_UP} are not counted."})
     repeats: int = field(default=3, metadata={"help": "Runs of both sides."})
@@ -71,7 +71,7 @@ class BenchmarkOptions:
 
 
 @dataclass(frozen=True)
-class Turns:
+class AlternatingRuns:
     """Takes turns with another process, over two pipes.
 
     Args:
@@ -103,7 +103,7 @@ class Stopwatch:
     """
 
     before: int = 0
-    turns: Turns | None = None
+    turns: AlternatingRuns | None = None
     steps: list[tuple[float, float]] = field(default_factory=list)
     calls: list[tuple[str, float, float]] = field(default_factory=list)
     ended: int = 0
@@ -175,7 +175,7 @@ class Stopwatch:
 
 def under_stopwatch(how: dict, command: list[str]) -> None:
     """Run a trainer's program here, as if it were started by itself, and write what the stopwatch found, as `Side.start` asks."""
-    watch = Stopwatch(how["before"], Turns(**how["turns"]))
+    watch = Stopwatch(how["before"], AlternatingRuns(**how["turns"]))
     watch.start()
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
@@ -194,7 +194,7 @@ class Side:
     command: list[str]
     before: int = 0
 
-    def start(self, log: Path, turns: Turns) -> subprocess.Popen:
+    def start(self, log: Path, turns: AlternatingRuns) -> subprocess.Popen:
         """Start it under the stopwatch in a process of its own; what it says goes to `log`."""
         # This very checkout, whatever is installed.
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -211,7 +211,7 @@ def measured(trainers: dict[str, Side], folder: Path) -> dict[str, dict]:
     Raises: RuntimeError with the last lines of its log if one fails.
     """
     (first_reads, second_writes), (second_reads, first_writes) = os.pipe(), os.pipe()
-    both = (Turns(first_reads, first_writes, True), Turns(second_reads, second_writes, False))
+    both = (AlternatingRuns(first_reads, first_writes, True), AlternatingRuns(second_reads, second_writes, False))
     started = {
         name: side.start(folder / f"{name}.log", turns) for (name, side), turns in zip(trainers.items(), both, strict=True)
     }
@@ -234,7 +234,7 @@ def sides(options: BenchmarkOptions, folder: Path) -> dict[str, Side]:
         *("--max_train_steps", str(options.max_train_steps), "--lr_scheduler", "constant", "--lr_warmup_steps", "0"),
         *("--checkpointing_steps", NEVER, "--mixed_precision", "no", "--report_to", "tensorboard"),
     ]
-    # The script ends each round of the pictures with what is left of them: so nothing is, and all its batches are full.
+    # The script ends each round of the images with what is left of them: so nothing is, and all its batches are full.
     theirs = ["--repeats", str(options.train_batch_size), "--output_dir", str(folder / "theirs")]
     ours = ["--method", "lora", "--target_modules", *ATTENTION, "--heldout_image", "none", "--heldout_steps", NEVER]
     ours += ["--validation_steps", NEVER, "--validation_prompt", SAMPLE_PROMPT, "--no_certify"]

@@ -36,8 +36,8 @@ from pipelines.subject.generate import Sampling
 from pipelines.subject.target_layers import ATTENTION
 from training import dreambooth_nora
 from training.options import parse_options
-from training.subject import finishing, watching
-from training.subject.samples import Sampler
+from training.subject import finishing, validation
+from training.subject.samples import ValidationSampler
 
 GB = 1e9
 BETWEEN = "everything else"
@@ -238,13 +238,13 @@ def measured(pipeline: StableDiffusionXLPipeline, flags: Sequence[str]) -> Phase
     phases = Phases()
     timed = {
         (dreambooth_nora.Preparation, "encode"): "encode images and prompts",
-        (Sampler, "draw"): "samples (one denoising step)",
+        (ValidationSampler, "draw"): "samples (one denoising step)",
         (nora_vision, "calibrate"): "calibrate",
         (nora_vision, "initialize_nora_weights"): "start the layers (AwSVD)",
         (dreambooth_nora, "rehearse_first"): "dry run (three steps)",
         (dreambooth_nora, "train"): "training steps",
-        (watching, "measured_losses"): f"held-out loss ({DRAWS} draws)",
-        (watching, "keep_adapter"): "kept adapter",
+        (validation, "measured_losses"): f"held-out loss ({DRAWS} draws)",
+        (validation, "keep_adapter"): "kept adapter",
         (adapters, "save_everywhere"): "export",
         (finishing, "draw_candidates"): "compare kept adapters",
     }
@@ -254,7 +254,7 @@ def measured(pipeline: StableDiffusionXLPipeline, flags: Sequence[str]) -> Phase
         stack.enter_context(mock.patch.object(decomposition, "awsvd", phases.counted(decomposition.awsvd)))
         stack.enter_context(mock.patch.object(dreambooth_nora, "load_base_model", return_value=pipeline))
         stack.enter_context(mock.patch.object(dreambooth_nora, "Sampling", partial(Sampling, num_inference_steps=1)))
-        stack.enter_context(mock.patch.object(watching, "mean_denoising_loss", few_draws(watching.mean_denoising_loss)))
+        stack.enter_context(mock.patch.object(validation, "mean_denoising_loss", few_draws(validation.mean_denoising_loss)))
         stack.enter_context(phases.watching_memory())
         dreambooth_nora.main(parse_options(list(flags)))
     return phases

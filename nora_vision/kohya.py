@@ -92,7 +92,7 @@ def kohya_header(
         network_args: what else made the network.
         prediction_type: of the scheduler, "epsilon" or "v_prediction".
         zero_terminal_snr: whether the noise of the base model's training ends without any signal.
-        resolution: side of the pictures in pixels.
+        resolution: side of the images in pixels.
     """
     digest = tensor_hash(tensors)
     return {

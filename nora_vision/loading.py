@@ -20,7 +20,7 @@ from .compact import check_probe, recomputed_outer_factors, weight_change_probe
 from .components import COMPONENTS, adapters_by_component
 from .files import AdapterFileError
 from .layer import NoraLayer, nora_layers
-from .reading import Adapter, component_folders, read_adapter
+from .reading import AdapterFile, component_folders, read_adapter
 from .reproducible import record_reproducible
 from .saving import PROBE
 
@@ -67,7 +67,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
     apply_adapter(model, read_adapter(model, Path(folder)), adapter_name)
 
 
-def apply_adapter(model: nn.Module, adapter: Adapter, adapter_name: str) -> Callable[[], None]:
+def apply_adapter(model: nn.Module, adapter: AdapterFile, adapter_name: str) -> Callable[[], None]:
     """Add a checked adapter to `model` and return what takes it off again.
 
     Raises: AdapterFileError if the base weights do not give a compact adapter's outer factors; the model is as before then.

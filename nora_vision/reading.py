@@ -28,7 +28,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Adapter:
+class AdapterFile:
     """A checked adapter of one model: its configuration, its tensors by name, and its folder for messages."""
 
     config: NoraConfig
@@ -37,7 +37,7 @@ class Adapter:
     compact: bool
 
 
-def read_adapter(model: nn.Module, folder: Path) -> Adapter:
+def read_adapter(model: nn.Module, folder: Path) -> AdapterFile:
     """Read the adapter in `folder` and check all of it against `model`, which stays untouched.
 
     Raises: AdapterFileError as `load_nora` does.
@@ -58,7 +58,7 @@ def read_adapter(model: nn.Module, folder: Path) -> Adapter:
         if name.endswith(f".{SCALE}") and not (tensor >= 0).all():
             raise AdapterFileError(f"{weights}: {name!r} must not be negative.")
     tensors |= {f"{name}.{SCALE}": tensors[f"{owner}.{SCALE}"] for name, owner in shared.items()}
-    return Adapter(config, tensors, folder, compact)
+    return AdapterFile(config, tensors, folder, compact)
 
 
 def _check_files(folder: Path) -> None:

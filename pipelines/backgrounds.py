@@ -32,7 +32,7 @@ def _shade(colour: tuple[float, float, float], strength: np.ndarray, amount: flo
     return np.asarray(colour, dtype=np.float32) * (1 + amount * strength[..., None])
 
 
-def _picture(array: np.ndarray) -> Image.Image:
+def _image(array: np.ndarray) -> Image.Image:
     return Image.fromarray(array.clip(0, 255).astype(np.uint8))
 
 
@@ -46,7 +46,7 @@ def _land(canvas: int, rng: random.Random, ground: np.ndarray, sky: np.ndarray, 
     """`ground` below a slightly wavy horizon between `low` and `high` of the height, `sky` above."""
     horizon = rng.uniform(low, high) * canvas + _noise(canvas, 4, rng)[0] * canvas * 0.03
     below = np.arange(canvas)[:, None] >= horizon[None, :]
-    return _picture(np.where(below[..., None], ground, sky))
+    return _image(np.where(below[..., None], ground, sky))
 
 
 def _scatter(array: np.ndarray, rng: random.Random, count: int, radius: float, colour: tuple[int, int, int]) -> np.ndarray:
@@ -65,14 +65,14 @@ def _scatter(array: np.ndarray, rng: random.Random, count: int, radius: float, c
 
 def _plain(canvas: int, rng: random.Random) -> Image.Image:
     level = rng.uniform(165, 225)
-    return _picture(_shade((level, level, level), _noise(canvas, 3, rng), 0.03))
+    return _image(_shade((level, level, level), _noise(canvas, 3, rng), 0.03))
 
 
 def _snow(canvas: int, rng: random.Random) -> Image.Image:
     ground = _shade((236, 242, 250), _noise(canvas, 5, rng, 3), 0.05)
     sky = _sky(canvas, rng, (150, 178, 215), (200, 216, 236))
     land = np.asarray(_land(canvas, rng, ground, sky, 0.25, 0.5))
-    return _picture(_scatter(land, rng, 26, canvas / 75, (255, 255, 255)))
+    return _image(_scatter(land, rng, 26, canvas / 75, (255, 255, 255)))
 
 
 def _grass(canvas: int, rng: random.Random) -> Image.Image:
@@ -89,7 +89,7 @@ def _night(canvas: int, rng: random.Random) -> Image.Image:
         size = rng.choice((canvas // 64, canvas // 64, canvas // 42))
         y, x = rng.randrange(int(canvas * 0.75)), rng.randrange(canvas - size)
         array[y : y + size, x : x + size] = (250, 245, 205)
-    return _picture(array)
+    return _image(array)
 
 
 def _beach(canvas: int, rng: random.Random) -> Image.Image:
@@ -120,7 +120,7 @@ def _bricks(canvas: int, rng: random.Random) -> Image.Image:
     generator = np.random.default_rng(rng.getrandbits(32))
     tones = generator.uniform(-1, 1, (16, 16)).astype(np.float32)[course % 16, (column // width) % 16]
     wall = _shade((166, 78, 58), tones, 0.14)
-    return _picture(np.where(mortar[..., None], np.asarray((205, 195, 185), np.float32), wall))
+    return _image(np.where(mortar[..., None], np.asarray((205, 195, 185), np.float32), wall))
 
 
 def _water(canvas: int, rng: random.Random) -> Image.Image:
@@ -128,7 +128,7 @@ def _water(canvas: int, rng: random.Random) -> Image.Image:
     waves = np.sin(
         2 * np.pi * (row * rng.uniform(6, 9) + 0.25 * np.sin(2 * np.pi * (column * rng.uniform(1.5, 3) + rng.random())))
     )
-    return _picture(_shade((36, 110, 180), 0.7 * waves + 0.3 * _noise(canvas, 6, rng), 0.2))
+    return _image(_shade((36, 110, 180), 0.7 * waves + 0.3 * _noise(canvas, 6, rng), 0.2))
 
 
 def _wood(canvas: int, rng: random.Random) -> Image.Image:
@@ -137,7 +137,7 @@ def _wood(canvas: int, rng: random.Random) -> Image.Image:
     tones = np.asarray([rng.uniform(-1, 1) for _ in range(8)], np.float32)[(row // plank).astype(int) % 8]
     array = _shade((176, 122, 72), 0.5 * tones + 0.6 * _noise(canvas, 48, rng, 4), 0.14)
     array[np.mod(row, plank) < max(2, canvas // 64)] *= 0.55
-    return _picture(array)
+    return _image(array)
 
 
 BACKGROUNDS: dict[str, Background] = {

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: the sizes that pictures are brought to, and the order of batches that hold one size each."""
+"""Aspect-ratio buckets: the sizes that images are brought to, and the order of batches that hold one size each."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _parse_size(text: str, multiple: int) -> Size:
 
 
 def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Size:
-    """The bucket whose shape is nearest to that of a picture of height and width `size`; of equal ones the largest."""
+    """The bucket whose shape is nearest to that of an image of height and width `size`; of equal ones the largest."""
 
     def distance(bucket: Size) -> tuple[float, int]:
         return abs(math.log(bucket[0] * size[1] / (bucket[1] * size[0]))), -bucket[0] * bucket[1]
@@ -71,15 +71,15 @@ def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Size:
 
 @dataclass(frozen=True)
 class BucketOrder:
-    """Which pictures each batch holds, all of one bucket: a function of the seed and the batch's index alone.
+    """Which images each batch holds, all of one bucket: a function of the seed and the batch's index alone.
 
-    In a cycle of as many batches as there are pictures, in a new order each time, every bucket has as many batches as it
-    has pictures. Within a bucket every picture comes once in every round of all its pictures, in a new order each time.
-    So each picture comes equally often, whatever its bucket.
+    In a cycle of as many batches as there are images, in a new order each time, every bucket has as many batches as it
+    has images. Within a bucket every image comes once in every round of all its images, in a new order each time.
+    So each image comes equally often, whatever its bucket.
 
     Args:
-        buckets: for each bucket the places of its pictures.
-        batch_size: pictures in a batch.
+        buckets: for each bucket the places of its images.
+        batch_size: images in a batch.
         seed: of the orders.
         draw: another draws other orders from the same seed.
     """
@@ -101,7 +101,7 @@ class BucketOrder:
         return bucket, turn * int(counts[bucket]) + int((order[:place] == bucket).sum())
 
     def chosen(self, bucket: int, before: int) -> list[int]:
-        """The places of the pictures in a bucket's batch that `before` batches of that bucket precede."""
+        """The places of the images in a bucket's batch that `before` batches of that bucket precede."""
         places = self.buckets[bucket]
         wanted = range(before * self.batch_size, (before + 1) * self.batch_size)
         rounds = {

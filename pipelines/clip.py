@@ -1,4 +1,4 @@
-"""CLIP models from open_clip: loading one, and the features of pictures and texts."""
+"""CLIP models from open_clip: loading one, and the features of images and texts."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @dataclass
 class Clip:
-    """An open_clip model with what it needs to read pictures and texts.
+    """An open_clip model with what it needs to read images and texts.
 
     Args:
         model: open_clip's CLIP or CustomTextCLIP, in evaluation mode, all its weights frozen.
-        preprocess: a PIL picture to pixels (3, h, w), without augmentation.
+        preprocess: a PIL image to pixels (3, h, w), without augmentation.
         tokenizer: n texts to token ids (n, t) int64.
         name: the model and its weights, for people.
     """
@@ -245,7 +245,7 @@ def _told_by(weights: Path) -> dict[str, Any]:
 
 
 def _preprocess(model: nn.Module, settings: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
-    """What makes pixels of a picture as `settings` say, among them those of a tag; noted on the model, as open_clip does."""
+    """What makes pixels of an image as `settings` say, among them those of a tag; noted on the model, as open_clip does."""
     own = merge_preprocess_dict(PreprocessCfg(), open_clip.get_model_preprocess_cfg(model))
     own = merge_preprocess_dict(own, {**settings, "size": model.visual.image_size})
     set_model_preprocess_cfg(model, own)

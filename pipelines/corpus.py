@@ -1,4 +1,4 @@
-"""Captioned pictures in memory: rendered scenes and real photographs, as the built-in models are pretrained on them."""
+"""Captioned images in memory: rendered scenes and real photographs, as the built-in models are pretrained on them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from pipelines.pictures import read_picture
+from pipelines.images import read_image
 from pipelines.scenes import Scene, render, sample_scene, with_article
 
 CHUNK = 256
@@ -25,15 +25,15 @@ ONE_WAY = ("letter", "crescent")
 
 @dataclass(frozen=True)
 class Corpus:
-    """Pictures with one caption each.
+    """Images with one caption each.
 
     Args:
-        pictures: (count, size, size, 3) uint8.
+        images: (count, size, size, 3) uint8.
         captions: `count` captions.
         mirrorable: (count,) bool, whether the caption holds as well for the mirror image (of letters and crescents it does not).
     """
 
-    pictures: np.ndarray
+    images: np.ndarray
     captions: list[str]
     mirrorable: np.ndarray
 
@@ -41,20 +41,20 @@ class Corpus:
         return len(self.captions)
 
 
-def to_pixels(pictures: np.ndarray) -> torch.Tensor:
+def to_pixels(images: np.ndarray) -> torch.Tensor:
     """(count, height, width, 3) uint8 to (count, 3, height, width) float32 in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def part(corpus: Corpus, places: np.ndarray) -> Corpus:
-    """The pictures of `corpus` at `places` (count,)."""
-    return Corpus(corpus.pictures[places], [corpus.captions[place] for place in places], corpus.mirrorable[places])
+    """The images of `corpus` at `places` (count,)."""
+    return Corpus(corpus.images[places], [corpus.captions[place] for place in places], corpus.mirrorable[places])
 
 
 def join(*corpora: Corpus) -> Corpus:
     """The given corpora one after another."""
     return Corpus(
-        np.concatenate([corpus.pictures for corpus in corpora]),
+        np.concatenate([corpus.images for corpus in corpora]),
         [caption for corpus in corpora for caption in corpus.captions],
         np.concatenate([corpus.mirrorable for corpus in corpora]),
     )
@@ -71,7 +71,7 @@ def _chunk_scenes(rng: random.Random, count: int) -> list[Scene]:
 
 
 def corpus_scenes(count: int, seed: int) -> list[Scene]:
-    """What the pictures of `rendered_corpus(count, size, seed)` show."""
+    """What the images of `rendered_corpus(count, size, seed)` show."""
     return [
         scene for start, size in zip(*_chunks(count, seed), strict=True) for scene in _chunk_scenes(random.Random(start), size)
     ]
@@ -80,13 +80,13 @@ def corpus_scenes(count: int, seed: int) -> list[Scene]:
 def _render_chunk(seed: int, count: int, size: int) -> Corpus:
     rng = random.Random(seed)
     scenes = _chunk_scenes(rng, count)
-    pictures = np.stack([np.asarray(render(scene, size, rng)) for scene in scenes])
+    images = np.stack([np.asarray(render(scene, size, rng)) for scene in scenes])
     mirrorable = np.asarray([scene.kind not in ONE_WAY for scene in scenes])
-    return Corpus(pictures, [scene.caption for scene in scenes], mirrorable)
+    return Corpus(images, [scene.caption for scene in scenes], mirrorable)
 
 
 def rendered_corpus(count: int, size: int, seed: int, workers: int = 1) -> Corpus:
-    """`count` rendered scenes of `size` x `size` pixels; the same seed gives the same pictures whatever `workers`."""
+    """`count` rendered scenes of `size` x `size` pixels; the same seed gives the same images whatever `workers`."""
     seeds, counts = _chunks(count, seed)
     with ProcessPoolExecutor(workers) as pool:
         chunks = pool.map(_render_chunk, seeds, counts, [size] * len(counts))
@@ -98,8 +98,8 @@ def _zipped_photos(path: Path, size: int) -> Iterator[tuple[str, np.ndarray]]:
         for name in sorted(archive.namelist()):
             if name.endswith("/"):
                 continue
-            picture = read_picture(io.BytesIO(archive.read(name)), f"{name!r} in {str(path)!r}")
-            yield name.split("/")[0], np.asarray(picture.resize((size, size), Image.Resampling.LANCZOS))
+            image = read_image(io.BytesIO(archive.read(name)), f"{name!r} in {str(path)!r}")
+            yield name.split("/")[0], np.asarray(image.resize((size, size), Image.Resampling.LANCZOS))
 
 
 def photo_corpus(folder: Path, size: int) -> Corpus:
@@ -115,11 +115,11 @@ def photo_corpus(folder: Path, size: int) -> Corpus:
         )
     pairs = [pair for path in tqdm(zips, desc="reading photographs", unit="zip") for pair in _zipped_photos(path, size)]
     captions = [f"a photo of {with_article(names[key])}" for key, _ in pairs]
-    return Corpus(np.stack([picture for _, picture in pairs]), captions, np.ones(len(pairs), dtype=bool))
+    return Corpus(np.stack([image for _, image in pairs]), captions, np.ones(len(pairs), dtype=bool))
 
 
 def split_held_out(captions: list[str], share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Places of the pictures to train on and of those held out, `share` of every caption's pictures, drawn by `seed`."""
+    """Places of the images to train on and of those held out, `share` of every caption's images, drawn by `seed`."""
     rng = np.random.default_rng(seed)
     by_caption = np.unique(captions, return_inverse=True)[1]
     held_out = np.zeros(len(captions), dtype=bool)

@@ -2,7 +2,7 @@
 
 
 class InputError(ValueError):
-    """A picture, folder, file or option cannot be used; the message names it, what is allowed, and the remedy.
+    """An image, folder, file or option cannot be used; the message names it, what is allowed, and the remedy.
 
     What of the message is not UTF-8, such as part of a file's name, is escaped, so that it can be written anywhere.
     """

@@ -53,7 +53,7 @@ HEIC = ImageFormat("HEIC", "HEIF", (".heic", ".heif", ".hif"), remedy="install p
 BMP = ImageFormat("BMP", "BMP", (".bmp",), upload=False)
 FORMATS = (JPEG, PNG, WEBP, GIF, TIFF, AVIF, HEIC, BMP)
 
-PICTURE_SUFFIXES = frozenset(suffix for each in FORMATS for suffix in each.suffixes)
+IMAGE_SUFFIXES = frozenset(suffix for each in FORMATS for suffix in each.suffixes)
 UPLOAD_FORMATS = tuple(each for each in FORMATS if each.upload)
 UPLOAD_SUFFIXES = tuple(suffix for each in UPLOAD_FORMATS for suffix in each.suffixes)
 # So many bytes of a file tell its format.
@@ -137,20 +137,20 @@ def format_of(head: bytes, suffix: str, name: str) -> ImageFormat:
             raise _decoder_missing(found, name)
         return found
     if (words := other_kind(head)) is not None:
-        raise UnsupportedFormatError(f"{name} cannot be read as a picture: it is {words}. Save it as JPEG or PNG.")
+        raise UnsupportedFormatError(f"{name} cannot be read as an image: it is {words}. Save it as JPEG or PNG.")
     called = next((each for each in FORMATS if suffix.lower() in each.suffixes), None)
     if called is not None and not is_available(called):
         raise _decoder_missing(called, name)
     if called is not None and called.remedy:
         raise UnsupportedFormatError(
-            f"{name} cannot be read as a picture: it is not {called.name}, though its name says so. Save it as JPEG or PNG."
+            f"{name} cannot be read as an image: it is not {called.name}, though its name says so. Save it as JPEG or PNG."
         )
     raise UnidentifiedImageError("it is of no image format" if head else "it is empty")
 
 
 def _decoder_missing(image_format: ImageFormat, name: str) -> DecoderMissingError:
     words = f"it is {image_format.name}, whose decoder is missing"
-    return DecoderMissingError(f"{name} cannot be read as a picture: {words}. Save it as JPEG, or {image_format.remedy}.")
+    return DecoderMissingError(f"{name} cannot be read as an image: {words}. Save it as JPEG, or {image_format.remedy}.")
 
 
 def is_available(image_format: ImageFormat) -> bool:

@@ -1,6 +1,6 @@
 """The built-in CLIP: a real open_clip model, small enough for a CPU. Its configuration, its files and its features.
 
-Its picture tower is timm's MaxViT: inverted bottleneck convolutions down to 8 x 8 places, then such convolutions and attention
+Its image tower is timm's MaxViT: inverted bottleneck convolutions down to 8 x 8 places, then such convolutions and attention
 over all places in turn. It is made small by its configuration alone, so that plain open_clip loads the folder.
 """
 
@@ -25,7 +25,7 @@ BUILT_IN_CLIP = Path(__file__).parents[1] / "assets" / "mini-clip"
 EMBED_DIM, TEXT_WIDTH, TEXT_LAYERS = 192, 128, 2
 # timm resolves a folder against the working directory: this is the one of a checkout.
 SHIPPED_VISION = f"local-dir:assets/mini-clip/{VISION_FOLDER}"
-TEMPLATES = ("a photo of {}", "{}", "a picture of {}", "a blurry photo of {}", "a close photo of {}")
+TEMPLATES = ("a photo of {}", "{}", "an image of {}", "a blurry photo of {}", "a close photo of {}")
 
 VISION_CONFIG: dict[str, Any] = {
     "architecture": "maxvit_nano_rw_256",
@@ -132,6 +132,6 @@ def zero_shot_weights(model: CLIP, tokens: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def picture_features(model: CLIP, pixels: torch.Tensor, batch: int = 256) -> torch.Tensor:
+def image_features(model: CLIP, pixels: torch.Tensor, batch: int = 256) -> torch.Tensor:
     """The features of `pixels` (count, 3, RESOLUTION, RESOLUTION) in [-1, 1]: (count, EMBED_DIM), of length 1."""
     return torch.cat([model.encode_image(chunk, normalize=True) for chunk in pixels.split(batch)])

@@ -1,4 +1,4 @@
-"""What the built-in CLIP is pretrained on: augmented pictures, and captions of scenes beside captions that are wrong."""
+"""What the built-in CLIP is pretrained on: augmented images, and captions of scenes beside captions that are wrong."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def draw_parts(rng: np.random.Generator) -> tuple[str, ...]:
 
 
 def altered(scene: Scene, parts: tuple[str, ...], rng: np.random.Generator) -> Scene:
-    """`scene` with another value for one of `parts`: a caption that its picture contradicts."""
+    """`scene` with another value for one of `parts`: a caption that its image contradicts."""
     part = parts[rng.integers(len(parts))]
     if part == "kind" and scene.kind == "letter" and rng.random() < 0.5:
         return replace(scene, glyph=_other(GLYPHS, scene.glyph, rng))
@@ -41,7 +41,7 @@ def _other(values: tuple[str, ...] | str, value: str, rng: np.random.Generator) 
 
 
 def augment(pixels: torch.Tensor, photos: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
-    """Shifted pictures, and photographs also zoomed, turned, lit and coloured otherwise.
+    """Shifted images, and photographs also zoomed, turned, lit and coloured otherwise.
 
     Scenes keep their scale and colours: their captions speak of both.
 
@@ -53,7 +53,7 @@ def augment(pixels: torch.Tensor, photos: np.ndarray, rng: np.random.Generator) 
     zoom = np.where(photos, rng.uniform(0.75, 1.05, count), 1.0)
     stretch = np.where(photos, np.exp(rng.uniform(-0.1, 0.1, count)), 1.0)
     turn = np.where(photos, rng.uniform(-math.pi / 36, math.pi / 36, count), 0.0)
-    # A zoomed picture may show any part of the whole; beyond its edge it is mirrored.
+    # A zoomed image may show any part of the whole; beyond its edge it is mirrored.
     reach = np.where(photos, np.abs(1 - zoom) + 0.1, 0.1)
     shift = rng.uniform(-1, 1, (2, count)) * reach
     cos, sin = zoom * np.cos(turn), zoom * np.sin(turn)

@@ -13,9 +13,9 @@ MAX_LOGIT_SCALE = 100.0
 
 
 class ClassNameLoss(nn.Module):
-    """Cross-entropy of every picture over the texts of its batch, and of photographs and names over one anchor for each class.
+    """Cross-entropy of every image over the texts of its batch, and of photographs and names over one anchor for each class.
 
-        logits = exp(t) f(picture) . g(text);   texts: the names of the batch's classes, its scenes' captions, wrong captions
+        logits = exp(t) f(image) . g(text);   texts: the names of the batch's classes, its scenes' captions, wrong captions
 
     Photographs are to choose the name of their class, scenes their caption (equal captions share it). The anchors are free
     vectors for all classes, which both towers can follow from the first step: without them names were still alike (mean cosine
@@ -49,7 +49,7 @@ class ClassNameLoss(nn.Module):
         scenes = labels < 0
         present, places = labels[~scenes].unique(return_inverse=True)
         names, said = self.names[template[0], present], torch.cat([captions[scenes], wrong[scenes].flatten(0, 1)])
-        pictures = self.model.encode_image(pixels.contiguous(memory_format=torch.channels_last), normalize=True)
+        images = self.model.encode_image(pixels.contiguous(memory_format=torch.channels_last), normalize=True)
         # Apart, because the names are shorter.
         texts = torch.cat([encode_texts(self.model, part) for part in (names, said) if len(part)])
         right = torch.zeros(len(labels), len(texts), device=labels.device)
@@ -57,11 +57,11 @@ class ClassNameLoss(nn.Module):
         equal = (captions[scenes, None] == said[None]).all(dim=-1).float()
         right[scenes, len(names) :] = equal / equal.sum(dim=-1, keepdim=True)
         with torch.autocast(pixels.device.type, enabled=False):
-            pictures, texts = pictures.float(), texts.float()
+            images, texts = images.float(), texts.float()
             scale = self.model.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
-            loss = F.cross_entropy(scale * pictures @ texts.T, right, label_smoothing=self.smoothing)
+            loss = F.cross_entropy(scale * images @ texts.T, right, label_smoothing=self.smoothing)
             if len(present):
                 anchors = scale * F.normalize(self.anchors, dim=-1)
-                for features, own in ((pictures[~scenes], labels[~scenes]), (texts[: len(names)], present)):
+                for features, own in ((images[~scenes], labels[~scenes]), (texts[: len(names)], present)):
                     loss = loss + F.cross_entropy(features @ anchors.T, own, label_smoothing=self.smoothing)
             return loss

@@ -1,4 +1,4 @@
-"""How well the built-in CLIP names pictures: held-out photographs, and scenes that it never saw."""
+"""How well the built-in CLIP names images: held-out photographs, and scenes that it never saw."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import CLIPTokenizer
 
 from pipelines.backgrounds import BACKGROUNDS
 from pipelines.corpus import Corpus, to_pixels
-from pipelines.mini_clip import class_tokens, picture_features, zero_shot_weights
+from pipelines.mini_clip import class_tokens, image_features, zero_shot_weights
 from pipelines.mini_clip_data import KINDS
 from pipelines.scenes import COLOURS, Scene, with_article
 
@@ -19,8 +19,8 @@ CHUNK = 500
 
 
 @dataclass(frozen=True)
-class ZeroShot:
-    """The share of pictures that got their own of `classes` names."""
+class ZeroShotScores:
+    """The share of images that got their own of `classes` names."""
 
     accuracy: float
     classes: int
@@ -32,18 +32,18 @@ class ZeroShot:
 
 
 def zero_shot_labels(model: CLIP, pixels: torch.Tensor, names: torch.Tensor) -> torch.Tensor:
-    """The best class of every picture, (count,) int64.
+    """The best class of every image, (count,) int64.
 
     Args:
         pixels: (count, 3, size, size) in [-1, 1].
         names: (templates, classes, tokens).
     """
-    return (picture_features(model, pixels) @ zero_shot_weights(model, names).T).argmax(dim=-1)
+    return (image_features(model, pixels) @ zero_shot_weights(model, names).T).argmax(dim=-1)
 
 
 def held_out_accuracy(model: CLIP, photos: Corpus, labels: np.ndarray, names: torch.Tensor) -> float:
     """The share of `photos` whose best class is that of `labels` (count,)."""
-    chunks = [photos.pictures[start : start + CHUNK] for start in range(0, len(photos), CHUNK)]
+    chunks = [photos.images[start : start + CHUNK] for start in range(0, len(photos), CHUNK)]
     found = torch.cat([zero_shot_labels(model, to_pixels(chunk), names) for chunk in chunks])
     return float((found.numpy() == labels).mean())
 
@@ -57,7 +57,9 @@ def scene_questions() -> dict[str, dict[str, str]]:
     }
 
 
-def scene_accuracies(model: CLIP, pixels: torch.Tensor, scenes: list[Scene], tokenizer: CLIPTokenizer) -> dict[str, ZeroShot]:
+def scene_accuracies(
+    model: CLIP, pixels: torch.Tensor, scenes: list[Scene], tokenizer: CLIPTokenizer
+) -> dict[str, ZeroShotScores]:
     """How often the model names the kind, the colour and the place of scenes.
 
     Args:
@@ -68,5 +70,5 @@ def scene_accuracies(model: CLIP, pixels: torch.Tensor, scenes: list[Scene], tok
     for field, words in scene_questions().items():
         found = zero_shot_labels(model, pixels, class_tokens(tokenizer, list(words.values())))
         right = [list(words).index(getattr(scene, field)) for scene in scenes]
-        scores[field] = ZeroShot(float((found.numpy() == np.asarray(right)).mean()), len(words))
+        scores[field] = ZeroShotScores(float((found.numpy() == np.asarray(right)).mean()), len(words))
     return scores

@@ -17,7 +17,7 @@ from pipelines import mini_sdxl
 
 @dataclass(frozen=True)
 class PatchBasis:
-    """The latent space: principal components of the pictures' 4 x 4 patches, the strong ones damped.
+    """The latent space: principal components of the images' 4 x 4 patches, the strong ones damped.
 
         z_k = v_k . (patch - mean) / (g sqrt(std_k))
 
@@ -50,7 +50,7 @@ class PatchBasis:
 
 
 class AutoencoderLoss(nn.Module):
-    """The encoder learns the coordinates of a `PatchBasis`, the decoder to restore pictures from them.
+    """The encoder learns the coordinates of a `PatchBasis`, the decoder to restore images from them.
 
     Restoring is judged on pixels and on their differences, so that edges stay sharp; some noise on the latents prepares the
     decoder for those that a UNet makes.
@@ -73,7 +73,7 @@ class AutoencoderLoss(nn.Module):
         return F.mse_loss(posterior.mean, target) + 1e-3 * spread + restored
 
 
-class DenoisingLoss(nn.Module):
+class PretrainingDenoisingLoss(nn.Module):
     """Squared error of the predicted velocity, weighted by (min(SNR, gamma) + 1) / (SNR + 1)  [min-SNR, Hang et al. 2023]."""
 
     def __init__(self, tokenizer: CLIPTokenizer, gamma: float = 5.0) -> None:

@@ -15,7 +15,7 @@ MAX_TOKENS = 32
 TEXT_WIDTHS = (64, 96)
 PROMPT_WORDS = """
 a an the of in on at with and or by to from under over near inside behind beside between front top into out up down no not
-sks photo picture photograph painting drawing portrait close view full small large big little tiny old new red orange yellow
+sks photo image photograph painting drawing portrait close view full small large big little tiny old new red orange yellow
 green blue purple pink white black brown grey gray golden silver dark bright light colourful colorful shiny soft
 striped dotted checkered plain pattern circle square triangle star heart crescent ring cross diamond letter
 toy robot doll figure creature monster dog puppy cat kitten bird fish horse bear teddy rabbit duck animal stuffed plushie wolf
@@ -68,7 +68,7 @@ def _merges_of(word: str, full: SimpleTokenizer) -> set[tuple[str, str]]:
 
 
 def new_vae() -> AutoencoderKL:
-    """An untrained autoencoder: (3, 64, 64) pictures to (8, 16, 16) latents, 0.8 M parameters."""
+    """An untrained autoencoder: (3, 64, 64) images to (8, 16, 16) latents, 0.8 M parameters."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,

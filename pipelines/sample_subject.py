@@ -2,7 +2,7 @@
 
     python -m pipelines.sample_subject assets/sample-subject
 
-draws its five pictures, in places that leave snow, night, forest and water for the prompts.
+draws its five images, in places that leave snow, night, forest and water for the prompts.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ TEAL, CORAL, CREAM, INK = (30, 168, 160), (250, 112, 84), (255, 244, 214), (24, 
 SIZE, SUPERSAMPLING = 512, 2
 
 
-def draw_sample_subject(picture: Image.Image, centre: tuple[float, float], radius: float) -> Image.Image:
-    """Draw the figure, 2 `radius` tall, about `centre` onto `picture`; returns `picture`.
+def draw_sample_subject(image: Image.Image, centre: tuple[float, float], radius: float) -> Image.Image:
+    """Draw the figure, 2 `radius` tall, about `centre` onto `image`; returns `image`.
 
     A teal bottle-shaped body, one large eye, a cream belly with a coral zigzag, a coral three-pronged crown and boots.
     """
-    figure = _Figure(ImageDraw.Draw(picture), centre, radius)
+    figure = _Figure(ImageDraw.Draw(image), centre, radius)
     for side in (-1, 1):
         figure.limbs(side)
     crown = figure.place((-0.42, -0.55), (-0.46, -1.0), (-0.2, -0.76), (0, -1.04), (0.2, -0.76), (0.46, -1.0), (0.42, -0.55))
@@ -33,7 +33,7 @@ def draw_sample_subject(picture: Image.Image, centre: tuple[float, float], radiu
     figure.body()
     figure.eye()
     figure.belly()
-    return picture
+    return image
 
 
 class _Figure:
@@ -44,11 +44,11 @@ class _Figure:
         self.line = max(2, round(radius * 0.03))
 
     def place(self, *points: tuple[float, float]) -> list[tuple[float, float]]:
-        """The points in pixels of the picture."""
+        """The points in pixels of the image."""
         return [(self.centre[0] + self.radius * x, self.centre[1] + self.radius * y) for x, y in points]
 
     def box(self, left: float, top: float, right: float, bottom: float) -> list[float]:
-        """A rectangle in pixels of the picture."""
+        """A rectangle in pixels of the image."""
         return [c for point in self.place((left, top), (right, bottom)) for c in point]
 
     def limbs(self, side: int) -> None:
@@ -79,23 +79,23 @@ class _Figure:
         self.draw.line(zigzag, fill=CORAL, width=round(self.radius * 0.1), joint="curve")
 
 
-def sample_pictures(seed: int = 0) -> list[Image.Image]:
-    """The five bundled pictures, 512 x 512 pixels, each in one of `PLACES`."""
+def sample_images(seed: int = 0) -> list[Image.Image]:
+    """The five bundled images, 512 x 512 pixels, each in one of `PLACES`."""
     rng, canvas = random.Random(seed), SIZE * SUPERSAMPLING
-    pictures = []
+    images = []
     for background in PLACES:
         radius = canvas * rng.uniform(0.30, 0.38)
         centre = (canvas * rng.uniform(0.44, 0.56), canvas * rng.uniform(0.5, 0.56))
-        picture = draw_sample_subject(BACKGROUNDS[background].draw(canvas, rng), centre, radius)
-        pictures.append(picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS))
-    return pictures
+        image = draw_sample_subject(BACKGROUNDS[background].draw(canvas, rng), centre, radius)
+        images.append(image.resize((SIZE, SIZE), Image.Resampling.LANCZOS))
+    return images
 
 
 def main(folder: Path) -> None:
-    """Write the five pictures to `folder` as 00.jpg to 04.jpg."""
+    """Write the five images to `folder` as 00.jpg to 04.jpg."""
     folder.mkdir(parents=True, exist_ok=True)
-    for place, picture in enumerate(sample_pictures()):
-        picture.save(folder / f"{place:02d}.jpg", quality=92)
+    for place, image in enumerate(sample_images()):
+        image.save(folder / f"{place:02d}.jpg", quality=92)
 
 
 if __name__ == "__main__":

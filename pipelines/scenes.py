@@ -156,22 +156,22 @@ def sample_scene(rng: random.Random) -> Scene:
 def render(scene: Scene, size: int, rng: random.Random) -> Image.Image:
     """Draw `scene` as an RGB picture of `size` x `size` pixels; pose, shade and texture come from `rng`."""
     canvas = size * SUPERSAMPLING
-    picture = BACKGROUNDS[scene.background].draw(canvas, rng)
+    image = BACKGROUNDS[scene.background].draw(canvas, rng)
     radius = canvas / 2 * SIZES[scene.size] * rng.uniform(0.96, 1.04)
     # Near the middle: freely placed, shapes stayed blots after a quarter of a million pictures of pretraining.
     reach = max(0.0, canvas / 2 - radius * 1.02)
     centre = tuple(canvas / 2 + rng.uniform(-0.2, 0.2) * reach for _ in range(2))
     paint = _pattern(scene.pattern, COLOURS[scene.colour], canvas, centre, radius, rng)
     if scene.kind == "toy":
-        picture = draw_toy(picture, paint, centre, radius, sample_toy(scene.colour, rng))
+        image = draw_toy(image, paint, centre, radius, sample_toy(scene.colour, rng))
     else:
         mask = (
             _letter_mask(scene.glyph, canvas, centre, radius, rng)
             if scene.kind == "letter"
             else shape_mask(scene.kind, canvas, centre, radius, math.radians(rng.uniform(-6, 6)))
         )
-        picture = _paste_outlined(picture, paint, mask, COLOURS[scene.colour])
-    return picture.resize((size, size), Image.Resampling.BOX)
+        image = _paste_outlined(image, paint, mask, COLOURS[scene.colour])
+    return image.resize((size, size), Image.Resampling.BOX)
 
 
 def shape_mask(shape: str, canvas: int, centre: tuple[float, float], radius: float, turn: float) -> Image.Image:
@@ -242,12 +242,12 @@ def _outline_colour(colour: Colour) -> Colour:
     return tuple(int(c * 0.45) for c in colour) if sum(colour) > 120 else (120, 120, 128)
 
 
-def _paste_outlined(picture: Image.Image, paint: Image.Image, mask: Image.Image, colour: Colour) -> Image.Image:
+def _paste_outlined(image: Image.Image, paint: Image.Image, mask: Image.Image, colour: Colour) -> Image.Image:
     """Paste `paint` through `mask`, with a thin contour so that white stays visible on snow."""
     contour = mask.filter(ImageFilter.MaxFilter(2 * SUPERSAMPLING - 1))
-    picture.paste(_outline_colour(colour), mask=contour)
-    picture.paste(paint, mask=mask)
-    return picture
+    image.paste(_outline_colour(colour), mask=contour)
+    image.paste(paint, mask=mask)
+    return image
 
 
 @dataclass(frozen=True)
@@ -282,15 +282,15 @@ def sample_toy(colour: str, rng: random.Random) -> Toy:
     )
 
 
-def draw_toy(picture: Image.Image, paint: Image.Image, centre: tuple[float, float], radius: float, toy: Toy) -> Image.Image:
+def draw_toy(image: Image.Image, paint: Image.Image, centre: tuple[float, float], radius: float, toy: Toy) -> Image.Image:
     """Draw `toy` of height 2 `radius` about `centre` onto `picture`, its body in `paint`; returns `picture`."""
-    canvas = picture.width
+    canvas = image.width
 
     def part(draw_part: Callable[[ImageDraw.ImageDraw], None], fill: Image.Image | Colour, colour: Colour) -> None:
         mask = Image.new("L", (canvas, canvas), 0)
         draw_part(ImageDraw.Draw(mask))
         sheet = fill if isinstance(fill, Image.Image) else Image.new("RGB", (canvas, canvas), fill)
-        _paste_outlined(picture, sheet, mask, colour)
+        _paste_outlined(image, sheet, mask, colour)
 
     x, y = centre
 
@@ -306,11 +306,11 @@ def draw_toy(picture: Image.Image, paint: Image.Image, centre: tuple[float, floa
     else:
         bell = [(-0.3, -0.62), (0.3, -0.62), (0.72, 0.8), (-0.72, 0.8)]
         part(lambda d: d.polygon([(x + u * radius, y + v * radius) for u, v in bell], fill=255), paint, toy.colour)
-    _toy_face(ImageDraw.Draw(picture), box, toy)
+    _toy_face(ImageDraw.Draw(image), box, toy)
     if toy.belly != "none":
         belly = shape_mask(toy.belly, canvas, (x, y + 0.42 * radius), 0.27 * radius, 0.0)
-        picture.paste(toy.accent, mask=belly)
-    return picture
+        image.paste(toy.accent, mask=belly)
+    return image
 
 
 def _toy_limbs(part: Callable, box: Callable, side: int, toy: Toy) -> None:

@@ -1,4 +1,4 @@
-"""What tests of several packages share: a tiny SDXL model on disk, and a folder of pictures."""
+"""What tests of several packages share: a tiny SDXL model on disk, and a folder of images."""
 
 import gc
 import os
@@ -56,7 +56,7 @@ def hub_server(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
-    """The folder of a random SDXL model whose pictures are 16 x 16."""
+    """The folder of a random SDXL model whose images are 16 x 16."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tiny_pipeline().save_pretrained(folder)
     return folder
@@ -79,8 +79,8 @@ def pipe():
 
 
 @pytest.fixture(scope="session")
-def pictures_dir(tmp_path_factory):
-    """A folder of three small pictures, wide, tall and square."""
+def images_dir(tmp_path_factory):
+    """A folder of three small images, wide, tall and square."""
     folder = tmp_path_factory.mktemp("subject")
     rng = np.random.default_rng(0)
     for place, (width, height) in enumerate(SIZES):

@@ -88,7 +88,7 @@ USE = """
 from pipelines.methods import method_names, title_of
 from training.options import SubjectOptions, parse_options
 from training.options.fewshot import parse_fewshot_options
-from webui.work.fields import panel_fields
+from webui.work.form_schema import panel_fields
 options = parse_options(["--method", "warm_lora", "--warmth", "0.75", "--rank", "3"])
 method = options.adapter.create()
 assert method.options.warmth == 0.75 and method.config(["q"]).r == 3

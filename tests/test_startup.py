@@ -14,7 +14,7 @@ COMMANDS = (
     "training.pretrain_mini",
     "pipelines.subject.generate",
     "pipelines.fewshot.classify",
-    "pipelines.subject.doctor",
+    "pipelines.subject.image_checks",
 )
 # PEFT, diffusers, transformers' models and open_clip import torch.compile's parts, and bitsandbytes where it is installed.
 SLOW = (

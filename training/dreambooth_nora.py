@@ -1,9 +1,9 @@
-"""Train an adapter of SDXL on a handful of pictures of one subject.
+"""Train an adapter of SDXL on a handful of images of one subject.
 
     accelerate launch training/dreambooth_nora.py
     accelerate launch training/dreambooth_nora.py --instance_data_dir PICTURES --instance_prompt "a photo of sks dog"
 
-Everything it makes goes into one run directory: pictures before and after, metrics, checkpoints, and the adapter in its own
+Everything it makes goes into one run directory: images before and after, metrics, checkpoints, and the adapter in its own
 format, for diffusers, and for A1111, ComfyUI and sd-scripts.
 """
 
@@ -44,27 +44,27 @@ from pipelines.subject.base_model import load_base_model, model_resolution
 from pipelines.subject.batches import SubjectBatches
 from pipelines.subject.calibration import runs_on_subject
 from pipelines.subject.data import Example, load_examples
-from pipelines.subject.encoding import EncodedPictures
+from pipelines.subject.encoding import CachedLatents
 from pipelines.subject.generate import Sampling
 from pipelines.subject.loss import DenoisingLoss, TrainingBatches
 from pipelines.subject.mismatch import check_prediction_type
 from pipelines.subject.scores import judge_by
 from training.engine.dry_run import PeakMemory, rehearse_first
-from training.engine.ladder import with_ladder
 from training.engine.loop import LoopOptions, Periodic, Trainable, train, training_losses
+from training.engine.memory_fallback import with_ladder
 from training.engine.opening import check_outputs, open_run
 from training.engine.sharding import check_can_shard, whole
 from training.options.optimisation import OptimisationOptions
 from training.runs.provenance import file_records, model_identity, write_provenance
 from training.runs.run import RunDirectory
+from training.subject.cross_validation import fold_steps, leave_one_out
 from training.subject.finishing import Trained, finish
-from training.subject.folds import fold_steps, leave_one_out
-from training.subject.preparing import Division, Preparation, checked_pictures
+from training.subject.preparing import DatasetSplit, Preparation, checked_images
 from training.subject.publishing import check_can_push
-from training.subject.samples import Sampler
-from training.subject.watching import Watch
+from training.subject.samples import ValidationSampler
+from training.subject.validation import ValidationCallback
 
-SHOWN_PICTURES = 8
+SHOWN_IMAGES = 8
 # Its own name where it is run is __main__.
 logger = get_logger("training.dreambooth_nora")
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -106,7 +106,7 @@ def accelerator_for(options: SubjectOptions) -> Accelerator:
     return Accelerator(mixed_precision=options.model.mixed_precision, kwargs_handlers=[ddp])
 
 
-def checked(options: SubjectOptions, accelerator: Accelerator) -> Division:
+def checked(options: SubjectOptions, accelerator: Accelerator) -> DatasetSplit:
     """The images, after everything that can be checked before anything is loaded.
 
     Raises: InputError naming what cannot be used.
@@ -115,7 +115,7 @@ def checked(options: SubjectOptions, accelerator: Accelerator) -> Division:
     check_can_shard(accelerator, how.optimizer, how.use_8bit_adam, [method])
     check_outputs(options)
     check_can_push(options.judging)
-    images = checked_pictures(options.data, how.seed)
+    images = checked_images(options.data, how.seed)
     prompts = options.prompts(image.prompt for image in (*images.train, *images.heldout))
     for sentence in (*training_warnings(prompts), *options.unused()):
         logger.warning(sentence)
@@ -128,7 +128,7 @@ class SubjectTraining:
     Made, it has the base model loaded and the images encoded.
     """
 
-    def __init__(self, accelerator: Accelerator, run: RunDirectory, options: SubjectOptions, images: Division) -> None:
+    def __init__(self, accelerator: Accelerator, run: RunDirectory, options: SubjectOptions, images: DatasetSplit) -> None:
         self.accelerator, self.run, self.options, self.images = accelerator, run, options, images
         run.update_status(phase="loading")
         model, self.seed = options.model, options.optimisation.seed
@@ -142,9 +142,11 @@ class SubjectTraining:
         check_prediction_type(self.pipeline, self.encoded.subject, self.seed)
         # As many as one batch holds: whether the training fits is told before the others are made.
         self.batch_size = options.optimisation.train_batch_size
-        self.class_images = self.preparation.class_pictures(self.encoded.subject.sizes, self.batch_size)
+        self.class_images = self.preparation.class_images(self.encoded.subject.sizes, self.batch_size)
         name = model.pretrained_model_name_or_path
-        self.sampler = Sampler(self.pipeline, options.output.validation_prompt, self.seed, sampling, name, self.batch_size)
+        self.sampler = ValidationSampler(
+            self.pipeline, options.output.validation_prompt, self.seed, sampling, name, self.batch_size
+        )
 
     def attach(self) -> None:
         """Add the adapter, and start it from the base model and the subject."""
@@ -167,7 +169,7 @@ class SubjectTraining:
     def add_class_images(self) -> None:
         """Have all images of the class, for prior preservation."""
         with whole(self.loss):
-            self.class_images = self.preparation.class_pictures(self.encoded.subject.sizes)
+            self.class_images = self.preparation.class_images(self.encoded.subject.sizes)
 
     def cross_validate(self) -> None:
         """Train without one of the images, each in turn, where there are too few to hold one out."""
@@ -178,21 +180,23 @@ class SubjectTraining:
             every = self.options.judging.measured_every(steps)
             leave_one_out(self.accelerator, self.run, self.loss, folds, on, loop_options(self.options), every, self.batch_size)
 
-    def watched(self, before: Sequence[Image.Image]) -> Watch:
+    def watched(self, before: Sequence[Image.Image]) -> ValidationCallback:
         """What measures and samples now and then, begun with the samples of the base model, `before`."""
         self.run.update_status(phase="training", step=0, total=self.options.optimisation.max_train_steps)
-        paths = [image.path for image in self.images.train[:SHOWN_PICTURES]]
-        self.shown = pictures_of(load_examples(paths, self.resolution))
+        paths = [image.path for image in self.images.train[:SHOWN_IMAGES]]
+        self.shown = images_of(load_examples(paths, self.resolution))
         with whole(self.loss):
             model = self.options.judging.judge_model
             judging = partial(judge_by, model, self.pipeline, self.shown, before, self.resolution, self.batch_size)
             judge = judging() if self.run.writes else None
             subject, heldout = self.encoded.subject, self.encoded.heldout
-            watch = Watch(self.run, self.loss, subject, heldout, self.sampler, self.components, judge, self.batch_size)
+            watch = ValidationCallback(
+                self.run, self.loss, subject, heldout, self.sampler, self.components, judge, self.batch_size
+            )
             watch.begin(before, self.shown)
         return watch
 
-    def train(self, watch: Watch) -> None:
+    def train(self, watch: ValidationCallback) -> None:
         """Train to the end; the adapter is its moving average then, where there is one."""
         trainable = self._trainable(self.encoded.subject, self.class_images)
         every = self.options.judging.measured_every(self.options.optimisation.max_train_steps)
@@ -201,21 +205,21 @@ class SubjectTraining:
         if trainable.ema is not None:
             trainable.ema.copy_to(optimised(trainable.optimizer))
 
-    def result(self, watch: Watch, before: Sequence[Image.Image], began: float) -> Trained:
+    def result(self, watch: ValidationCallback, before: Sequence[Image.Image], began: float) -> Trained:
         """What is exported, compared and certified."""
         count = len(self.encoded.subject)
         return Trained(
             self.pipeline, self.components, self.sampler, watch.judge, self.shown, before, self.resolution, count, began
         )
 
-    def _batches(self, subject: EncodedPictures, class_images: EncodedPictures | None) -> TrainingBatches:
+    def _batches(self, subject: CachedLatents, class_images: CachedLatents | None) -> TrainingBatches:
         how, data = self.options.optimisation, self.options.data
         size, with_tokens = self.batch_size * self.accelerator.num_processes, self.options.adapter.train_text_encoder
         weight, num_timesteps = data.prior_loss_weight, self.loss.num_timesteps
         batches = SubjectBatches(subject, with_tokens, size, num_timesteps, how.seed, class_images, weight)
         return TrainingBatches(batches, how.seed, how.noise_offset, how.text_encoder_batches)
 
-    def _trainable(self, subject: EncodedPictures, class_images: EncodedPictures | None, steps: int | None = None) -> Trainable:
+    def _trainable(self, subject: CachedLatents, class_images: CachedLatents | None, steps: int | None = None) -> Trainable:
         """The loss, its batches, the optimiser over the adapter's parameters, its schedule, and their moving average.
 
         Args:
@@ -246,7 +250,7 @@ def adam_of(how: OptimisationOptions) -> Adam:
 
 
 def record_provenance(
-    run: RunDirectory, options: SubjectOptions, pipeline: StableDiffusionXLPipeline, pictures: Division
+    run: RunDirectory, options: SubjectOptions, pipeline: StableDiffusionXLPipeline, images: DatasetSplit
 ) -> None:
     """Write down what the run is made of; see `write_provenance`."""
     write_provenance(
@@ -254,7 +258,7 @@ def record_provenance(
         options.to_dict(),
         model_identity(options.model.pretrained_model_name_or_path, pipeline),
         pipeline.device,
-        {"pictures": file_records(p.path for p in pictures.train), "heldout": file_records(p.path for p in pictures.heldout)},
+        {"pictures": file_records(p.path for p in images.train), "heldout": file_records(p.path for p in images.heldout)},
         seed=options.optimisation.seed,
     )
 
@@ -273,8 +277,8 @@ def loop_options(options: SubjectOptions) -> LoopOptions:
     )
 
 
-def pictures_of(examples: list[Example]) -> list[Image.Image]:
-    """The training pictures as the model sees them."""
+def images_of(examples: list[Example]) -> list[Image.Image]:
+    """The training images as the model sees them."""
     return [Image.fromarray(((example.pixels.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()) for example in examples]
 
 

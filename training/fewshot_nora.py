@@ -1,9 +1,9 @@
-"""Train classifiers of pictures from a few labelled ones, on a CLIP model, and judge them side by side.
+"""Train classifiers of images from a few labelled ones, on a CLIP model, and judge them side by side.
 
     accelerate launch training/fewshot_nora.py
     accelerate launch training/fewshot_nora.py --data_dir PICTURES --model ViT-B-16 --pretrained openai
 
-Everything goes into one run directory: the split of the pictures, every method's classifier and figures, the report and its
+Everything goes into one run directory: the split of the images, every method's classifier and figures, the report and its
 card.
 """
 
@@ -34,14 +34,14 @@ from accelerate.logging import get_logger
 from nora_vision.files import write_json
 from pipelines.clip import load_clip
 from pipelines.fewshot.classifier import REPORT
-from pipelines.fewshot.data import LabelledPicture
+from pipelines.fewshot.data import LabelledImage
 from pipelines.fewshot.export import save_exported, save_lora, save_merged
 from training.engine.opening import check_outputs, open_run
 from training.engine.sharding import check_can_shard
 from training.fewshot.card import write_card
-from training.fewshot.members import FittedAdapter, Member, fit_member
+from training.fewshot.experiment import Experiment, SplitImages, check_drawable, labelled_set
 from training.fewshot.report import RESULT, members_of, report_of, seconds_left, shown_member, table
-from training.fewshot.study import DrawnPictures, Study, check_drawable, labelled_set
+from training.fewshot.trials import FittedAdapter, Trial, fit_member
 from training.runs.provenance import write_provenance
 from training.runs.run import RunDirectory
 
@@ -65,7 +65,7 @@ def main(options: FewShotOptions) -> RunDirectory:
     clip = load_clip(options.model.model, options.model.pretrained, accelerator.device)
     run = open_run(options, options.title(), accelerator)
     with run.recording():
-        study = Study.of(clip, labelled, options.data, run.path)
+        study = Experiment.of(clip, labelled, options.data, run.path)
         results = fit_all(accelerator, run, study, options)
         if run.writes:
             run.update_status(phase="writing the report", member=None, step=len(results), seconds_left=None)
@@ -80,17 +80,17 @@ def main(options: FewShotOptions) -> RunDirectory:
     return run
 
 
-def fit_all(accelerator: Accelerator, run: RunDirectory, study: Study, options: FewShotOptions) -> list[dict[str, Any]]:
+def fit_all(accelerator: Accelerator, run: RunDirectory, study: Experiment, options: FewShotOptions) -> list[dict[str, Any]]:
     """The results of all members, those that are there already read; none on other processes than the main one."""
     members, results = members_of(options), []
-    drawn: DrawnPictures | None = None
-    learned: dict[str, LabelledPicture] = {}
+    drawn: SplitImages | None = None
+    learned: dict[str, LabelledImage] = {}
     for place, member in enumerate(members):
         key = (member.shots, member.seed)
         if drawn is None or drawn.key != key:
             with accelerator.main_process_first():
                 drawn = study.drawn(key)
-            learned |= {picture.name: picture for picture in (*drawn.train, *drawn.validation)}
+            learned |= {image.name: image for image in (*drawn.train, *drawn.validation)}
         path = run.path / member.folder / RESULT
         if not path.exists():
             left = seconds_left(results, members[place:])
@@ -110,10 +110,10 @@ def fit_all(accelerator: Accelerator, run: RunDirectory, study: Study, options: 
     return results
 
 
-def told_of(member: Member, result: dict[str, Any]) -> str:
+def told_of(member: Trial, result: dict[str, Any]) -> str:
     """A line for the terminal."""
     guard = f" {result['guard']}" if result["guard"] else ""
-    return f"{member}: {result['test']['top1']['value']:.1%} of {result['test']['count']} test pictures.{guard}"
+    return f"{member}: {result['test']['top1']['value']:.1%} of {result['test']['count']} test images.{guard}"
 
 
 def export(fitted: FittedAdapter, folder: Path, formats: list[str]) -> None:
@@ -128,12 +128,12 @@ def export(fitted: FittedAdapter, folder: Path, formats: list[str]) -> None:
             save_exported(fitted.clip, folder / format, tokens, format)
 
 
-def record_provenance(run: RunDirectory, study: Study, options: FewShotOptions, pictures: Iterable[LabelledPicture]) -> None:
+def record_provenance(run: RunDirectory, study: Experiment, options: FewShotOptions, images: Iterable[LabelledImage]) -> None:
     """Write down what the run is made of; see `write_provenance`."""
     if not run.writes:
         return
     model = {"name": study.clip.name, "weights_sha256": study.base_sha256}
-    records = [{"file": name, "sha256": digest} for name, digest in study.digests(list(pictures)).items()]
+    records = [{"file": name, "sha256": digest} for name, digest in study.digests(list(images)).items()]
     write_provenance(run, options.to_dict(), model, study.clip.device, {"pictures": records}, options.data.seeds)
 
 

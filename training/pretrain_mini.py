@@ -35,7 +35,7 @@ from transformers import CLIPTokenizer
 from pipelines import mini_sdxl
 from pipelines.backgrounds import BACKGROUNDS
 from pipelines.corpus import Corpus, to_pixels
-from pipelines.mini_losses import AutoencoderLoss, DenoisingLoss, PatchBasis
+from pipelines.mini_losses import AutoencoderLoss, PatchBasis, PretrainingDenoisingLoss
 from pipelines.scenes import COLOURS, PATTERNS, SHAPES
 from pipelines.subject.generate import SHEET_PROMPTS, contact_sheet
 from training.engine.checkpoints import load_checkpoint
@@ -43,7 +43,7 @@ from training.engine.loop import LoopOptions, Periodic, Trainable
 from training.pretraining.clip import export_clip, train_clip
 from training.pretraining.mini_card import CardFacts, write_card
 from training.pretraining.stages import (
-    Sampler,
+    PretrainingSampler,
     load_corpus,
     newest_step,
     train_here,
@@ -57,7 +57,7 @@ BASIS_FILE = "patch-basis.safetensors"
 
 def fit_basis(options: PretrainOptions, corpus: Corpus) -> None:
     """Fit the latent space to scenes and photographs and save it."""
-    scenes, photos = corpus.pictures[: options.scenes], corpus.pictures[options.scenes :]
+    scenes, photos = corpus.images[: options.scenes], corpus.images[options.scenes :]
     chosen = [part[:: max(1, len(part) // 2000)] for part in (scenes, photos) if len(part)]
     basis = PatchBasis.fit(to_pixels(np.concatenate(chosen)))
     Path(options.output_dir).mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def train_vae(options: PretrainOptions, corpus: Corpus) -> None:
     torch.manual_seed(options.seed)
     vae = mini_sdxl.new_vae()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=options.vae_learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
-    sampler = Sampler(corpus, options.scenes, min(options.scene_share, 0.5), options.seed)
+    sampler = PretrainingSampler(corpus, options.scenes, min(options.scene_share, 0.5), options.seed)
 
     def batch_at(index: int) -> dict[str, torch.Tensor]:
         return {"pixels": sampler.draw(index, options.vae_batch_size)[0]}
@@ -107,7 +107,7 @@ def caption_tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tenso
 
 def denoising_batches(options: PretrainOptions, corpus: Corpus, tokens: torch.Tensor) -> Callable[[int], dict[str, torch.Tensor]]:
     """The batches of the UNet's training: latents, stratified timesteps, captions of which one in ten is dropped."""
-    sampler = Sampler(corpus, options.scenes, options.scene_share, options.seed)
+    sampler = PretrainingSampler(corpus, options.scenes, options.scene_share, options.seed)
     count, basis = options.unet_batch_size, load_basis(options)
 
     def batch_at(index: int) -> dict[str, torch.Tensor]:
@@ -131,17 +131,19 @@ def build_tokenizer(corpus: Corpus) -> CLIPTokenizer:
     return mini_sdxl.reduced_tokenizer([mini_sdxl.PROMPT_WORDS, *corpus.captions])
 
 
-def new_denoiser(options: PretrainOptions, tokenizer: CLIPTokenizer) -> DenoisingLoss:
+def new_denoiser(options: PretrainOptions, tokenizer: CLIPTokenizer) -> PretrainingDenoisingLoss:
     """The untrained UNet and text encoders."""
     torch.manual_seed(options.seed)
-    module = DenoisingLoss(tokenizer)
+    module = PretrainingDenoisingLoss(tokenizer)
     for encoder in (module.text_encoder, module.text_encoder_2):
         # CLIP's 0.02 leaves a shallow encoder's hidden states near zero, and cross-attention blind for thousands of steps.
         nn.init.normal_(encoder.get_input_embeddings().weight, std=0.5)
     return module
 
 
-def as_pipeline(options: PretrainOptions, module: DenoisingLoss, tokenizer: CLIPTokenizer) -> StableDiffusionXLPipeline:
+def as_pipeline(
+    options: PretrainOptions, module: PretrainingDenoisingLoss, tokenizer: CLIPTokenizer
+) -> StableDiffusionXLPipeline:
     """The UNet and text encoders in `module` with the newest autoencoder."""
     return mini_sdxl.assemble(trained_vae(options), module.unet, (module.text_encoder, module.text_encoder_2), tokenizer)
 
@@ -193,7 +195,7 @@ def card_facts(options: PretrainOptions, corpus: Corpus, pipeline: StableDiffusi
         vae_batch=options.vae_batch_size,
         unet_steps=unet_steps,
         unet_batch=options.unet_batch_size,
-        unet_pictures=unet_steps * options.unet_batch_size,
+        unet_images=unet_steps * options.unet_batch_size,
         rate=options.unet_learning_rate,
         precision=f"mixed precision {options.mixed_precision}" if options.mixed_precision != "no" else "single precision",
         command=f"{command} --unet_steps {unet_steps} --vae_steps {vae_steps} --mixed_precision {options.mixed_precision}",

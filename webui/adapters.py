@@ -16,14 +16,14 @@ from webui import uploads
 from webui.views import RunView, views
 from webui.workspace import Workspace
 
-# As in training.subject.judging, which loads torch.
+# As in training.subject.image_scoring, which loads torch.
 SUGGESTION = "suggestion.json"
 FILE = "file"
 GONE = "This adapter is no longer there. Choose another one."
 
 
 @dataclass(frozen=True)
-class Adapter:
+class AdapterEntry:
     """An adapter that can be drawn with.
 
     Args:
@@ -89,7 +89,7 @@ def reference_of_file(path: Path) -> str:
     return f"{FILE}@{path.stem}"
 
 
-def adapter_called(workspace: Workspace, reference: str) -> Adapter:
+def adapter_called(workspace: Workspace, reference: str) -> AdapterEntry:
     """The adapter that the page calls `reference`.
 
     Raises: InputError if there is none in this workspace.
@@ -104,9 +104,9 @@ def adapter_called(workspace: Workspace, reference: str) -> Adapter:
     step = _step(part)
     name = f"{view.name}, step {step}"
     if step is not None and step == last_step(view.record):
-        return Adapter(reference, name, view.record.path, model)
+        return AdapterEntry(reference, name, view.record.path, model)
     if step in kept_steps(view.record):
-        return Adapter(reference, name, adapter_at(view.record, step), model)
+        return AdapterEntry(reference, name, adapter_at(view.record, step), model)
     raise InputError(GONE)
 
 
@@ -114,8 +114,8 @@ def _step(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else None
 
 
-def _uploaded(workspace: Workspace, reference: str, stem: str) -> Adapter:
+def _uploaded(workspace: Workspace, reference: str, stem: str) -> AdapterEntry:
     for name, path in uploads.adapters(workspace):
         if path.stem == stem:
-            return Adapter(reference, name, path)
+            return AdapterEntry(reference, name, path)
     raise InputError(GONE)

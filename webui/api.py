@@ -18,17 +18,17 @@ from gradio.utils import get_upload_folder
 from pipelines.errors import InputError
 from webui import launching, photo_uploads, uploads
 from webui.adapters import steps_of
+from webui.app_context import AppContext
 from webui.errors import in_plain_words
-from webui.shell import Shell
+from webui.generation_requests import GUIDANCE, STEPS, GenerationRequest, number, whole
 from webui.views import RunView, views
-from webui.wishes import GUIDANCE, STEPS, Wish, number, whole
 from webui.workspace import Workspace
 
 TOLD = ("phase", "step", "total", "seconds_left", "suggested_step")
 MAX_FILES = 500
 
 
-def build_api(shell: Shell) -> None:
+def build_api(shell: AppContext) -> None:
     """Add the endpoints to the page that is being built."""
     on_device: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "device"}
     for name, function in _of_runs(shell).items():
@@ -38,22 +38,22 @@ def build_api(shell: Shell) -> None:
         gr.api(in_plain_words(function), api_name=name, **on_device)
 
 
-def _of_runs(shell: Shell) -> dict[str, Any]:
+def _of_runs(shell: AppContext) -> dict[str, Any]:
     """The endpoints that only look at runs, or start and stop them."""
 
-    def start(task: Literal["subject", "classify"], options: dict, pictures: list[dict], request: gr.Request) -> str:
+    def start(task: Literal["subject", "classify"], options: dict, images: list[dict], request: gr.Request) -> str:
         """Start a run; it waits for its turn where another one is at work.
 
         Args:
-            task: "subject" learns to draw one subject; "classify" learns to tell classes of pictures apart.
+            task: "subject" learns to draw one subject; "classify" learns to tell classes of images apart.
             options: what differs from the defaults, by group and name, as in options.json of a run:
                 {"data": {"instance_prompt": "a photo of sks dog"}, "optimisation": {"max_train_steps": 200}}.
-            pictures: uploaded files, `[handle_file("a.jpg"), ...]`: photos of the subject, or one zip with a folder of pictures
+            images: uploaded files, `[handle_file("a.jpg"), ...]`: photos of the subject, or one zip with a folder of images
                 for each class; empty for the bundled example.
         Returns: the run's id.
         """
         workspace = shell.settings.workspace(request)
-        values = _with_pictures(workspace, task, _options(options), _files(pictures))
+        values = _with_images(workspace, task, _options(options), _files(images))
         return launching.start(workspace, task, values)
 
     def status(run: str, request: gr.Request) -> dict:
@@ -86,7 +86,7 @@ def _of_runs(shell: Shell) -> dict[str, Any]:
     return {"start": start, "status": status, "stop": stop, "list": list_runs}
 
 
-def _generate(shell: Shell) -> Any:
+def _generate(shell: AppContext) -> Any:
     def generate(
         run: str,
         prompt: str,
@@ -98,25 +98,25 @@ def _generate(shell: Shell) -> Any:
         steps: int = STEPS,
         guidance: float = GUIDANCE,
     ) -> dict:
-        """Draw a picture with the adapter of a run.
+        """Draw an image with the adapter of a run.
 
         Args:
             run: its id.
             prompt: what to draw.
-            seed: the same one draws the same picture.
+            seed: the same one draws the same image.
             strength: of the adapter; 0 is the base model.
             step: which of its adapters, one of "steps" of `status`; None for the suggested one.
             negative_prompt: what to keep away from.
             steps: denoising steps.
             guidance: how closely to follow the prompt.
-        Returns: the picture, a PNG file with all settings inside.
+        Returns: the image, a PNG file with all settings inside.
         """
         from webui.work import drawing
 
         workspace = shell.settings.workspace(request)
         chosen = _step(RunView(workspace.run(run)), step)
         _check_texts(prompt, negative_prompt)
-        wish = Wish(
+        wish = GenerationRequest(
             run_id=run,
             step=chosen,
             strength=number("strength", strength),
@@ -133,11 +133,11 @@ def _generate(shell: Shell) -> Any:
 
 def _check_texts(*texts: Any) -> None:
     if not all(isinstance(text, str) for text in texts):
-        raise InputError("The prompt must be a text. Write what the picture is to show.")
+        raise InputError("The prompt must be a text. Write what the image is to show.")
 
 
 def _drawn_file(events: Iterable[Any]) -> dict:
-    """The one picture that is drawn, as gradio serves it."""
+    """The one image that is drawn, as gradio serves it."""
     (path,) = (event for event in events if isinstance(event, Path))
     return gr.FileData(path=save_file_to_cache(path, get_upload_folder()), orig_name=path.name).model_dump()
 
@@ -153,13 +153,13 @@ def _step(view: RunView, step: Any) -> int:
     return chosen
 
 
-def _classify(shell: Shell) -> Any:
-    def classify(run: str, pictures: list[dict], request: gr.Request) -> list[dict]:
-        """Tell what pictures show, with the classifier of a run.
+def _classify(shell: AppContext) -> Any:
+    def classify(run: str, images: list[dict], request: gr.Request) -> list[dict]:
+        """Tell what images show, with the classifier of a run.
 
         Args:
             run: its id.
-            pictures: uploaded files, `[handle_file("a.jpg"), ...]`.
+            images: uploaded files, `[handle_file("a.jpg"), ...]`.
         Returns: for each {"picture", "class", "probability", "top": [[class, probability], ...]}, or {"picture", "error"} for
             one that cannot be read.
         """
@@ -167,8 +167,8 @@ def _classify(shell: Shell) -> Any:
 
         record = shell.settings.workspace(request).run(run)
         if RunView(record).task != "classify":
-            raise InputError("This run learned to draw, not to tell pictures apart. Choose a classifier.")
-        return classifying.classify(record, _files(pictures))
+            raise InputError("This run learned to draw, not to tell images apart. Choose a classifier.")
+        return classifying.classify(record, _files(images))
 
     return classify
 
@@ -194,20 +194,20 @@ def _files(given: Any) -> list[Path]:
     Raises: InputError for anything else, such as a path on the server.
     """
     if not isinstance(given, list) or len(given) > MAX_FILES:
-        raise InputError(f"The pictures must be a list of at most {MAX_FILES} uploaded files.")
+        raise InputError(f"The images must be a list of at most {MAX_FILES} uploaded files.")
     folder, files = Path(get_upload_folder()).resolve(), []
     for each in given:
         path = Path(str(each.get("path"))).resolve() if isinstance(each, dict) else None
         if path is None or not path.is_relative_to(folder) or not path.is_file():
-            raise InputError("A picture must be an uploaded file: give handle_file(path) of gradio_client.")
+            raise InputError("An image must be an uploaded file: give handle_file(path) of gradio_client.")
         files.append(path)
     return files
 
 
-def _with_pictures(
+def _with_images(
     workspace: Workspace, task: str, options: dict[str, dict[str, Any]], files: list[Path]
 ) -> dict[str, dict[str, Any]]:
-    """The options, about a new set of the uploaded pictures if there are any.
+    """The options, about a new set of the uploaded images if there are any.
 
     Raises: InputError if any of them cannot be used; an API's caller does not see which were left out.
     """
@@ -215,13 +215,13 @@ def _with_pictures(
         return options
     if task == "classify":
         return _with_classes(workspace, options, files)
-    folder = workspace.new_picture_set()
+    folder = workspace.new_image_set()
     added = photo_uploads.add_photos(folder, files)
     if added.refused:
         raise InputError(added.refused[0])
-    from webui.photo_set import PhotoSet
+    from webui.image_dataset import SubjectDataset
 
-    PhotoSet(folder).seal()
+    SubjectDataset(folder).seal()
     return {**options, "data": {**options.get("data", {}), "instance_data_dir": str(folder.absolute())}}
 
 
@@ -229,8 +229,8 @@ def _with_classes(workspace: Workspace, options: dict[str, dict[str, Any]], file
     from webui import class_presets, class_sets
 
     if len(files) != 1:
-        raise InputError(f"Classes must be one zip with a folder of pictures for each class, got {len(files)} files.")
-    folder = workspace.new_picture_set()
+        raise InputError(f"Classes must be one zip with a folder of images for each class, got {len(files)} files.")
+    folder = workspace.new_image_set()
     added = uploads.add_zip(folder, files[0])
     if added.refused:
         raise InputError(added.refused[0])

@@ -6,7 +6,7 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from webui.photo_set import PhotoSet, thumbnail
+from webui.image_dataset import SubjectDataset, thumbnail
 
 if TYPE_CHECKING:
     from webui.work.photos import Opinion
@@ -64,7 +64,7 @@ def escaped(text: str) -> str:
     return html.escape(text).replace("{", "&#123;").replace("}", "&#125;").replace("$", "&#36;").replace("`", "&#96;")
 
 
-def cards(photos: PhotoSet, opinions: Mapping[str, Opinion] | None, together: Sequence[str] = ()) -> str:
+def cards(photos: SubjectDataset, opinions: Mapping[str, Opinion] | None, together: Sequence[str] = ()) -> str:
     """All photos as cards, in their order, below what is said of all together.
 
     Args:

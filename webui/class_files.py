@@ -64,7 +64,7 @@ def _zipped(folder: Path, path: Path, patterns: Sequence[str] = ("**/*",)) -> Pa
 
 
 def tested_rows(result: Result) -> list[list[str]]:
-    """A header, and a row for each test picture: what it shows, what it was taken for, how surely, and the runners-up."""
+    """A header, and a row for each test image: what it shows, what it was taken for, how surely, and the runners-up."""
     names, count = result.classes, min(RUNNERS_UP, len(result.classes))
     head = [f"{what} {place}" for place in range(2, count + 1) for what in ("class", "probability")]
     rows = [["picture", "true class", "predicted class", "right", "probability", *head]]

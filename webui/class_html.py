@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.methods import method_names, title_of
-from webui.class_results import CONTROL, ZERO_SHOT, Result, TestPicture, source_of
+from webui.class_results import CONTROL, ZERO_SHOT, Result, TestImage, source_of
 from webui.curves import Series, plot
 from webui.labelled_classes import LabelledClasses
-from webui.thumbnails import picture, pictures
+from webui.thumbnails import image, images
 
 BASELINES = {
     "zeroshot": "no training: the classes' names alone",
     "pixels": "raw pixels, without any model (the control)",
     "linear_probe": "linear probe: lines drawn between what the model sees",
-    "tip_adapter": "Tip-Adapter: compares with the pictures kept in mind",
+    "tip_adapter": "Tip-Adapter: compares with the images kept in mind",
     "tip_adapter_f": "Tip-Adapter-F: the same, and trained",
     "clap": "CLAP: a linear probe held near the names",
     "coop": "CoOp: learned words around the names",
@@ -51,7 +51,7 @@ def in_words(result: Result) -> str:
     count, value = own["count"], share(own["top1"]["value"])
     right = round(own["top1"]["value"] * count)
     lead = (
-        f'<p class="lead"><b class="figure">{value}</b>of {count} pictures that it was not shown, {right} are right: {value}, '
+        f'<p class="lead"><b class="figure">{value}</b>of {count} images that it was not shown, {right} are right: {value}, '
         f"between {share(own['top1']['low'])} and {share(own['top1']['high'])}.</p>"
     )
     return lead + f"<p>{' '.join(_beside(result))}</p>" + "".join(_notes(result))
@@ -64,7 +64,7 @@ def _beside(result: Result) -> list[str]:
         if other is not None and result.member["method"] != method:
             told.append(f"{words} {share(other['test']['top1']['value'])}")
     chance = f"guessing would be right in {share(1 / len(result.classes))}"
-    return [f"On the same pictures: {', '.join(told)}; {chance}." if told else f"{chance.capitalize()}."]
+    return [f"On the same images: {', '.join(told)}; {chance}." if told else f"{chance.capitalize()}."]
 
 
 def _notes(result: Result) -> list[str]:
@@ -77,11 +77,11 @@ def _notes(result: Result) -> list[str]:
         notes += _beside_control(result, better)
     if untested := result.untested():
         what = ", ".join(map(html.escape, untested))
-        notes.append(f"Nothing is known of how well {what} is recognised: there are no test pictures of it.")
+        notes.append(f"Nothing is known of how well {what} is recognised: there are no test images of it.")
     if better:
         names = " and ".join(html.escape(_short(one["method"])) for one in better)
         verb, which = ("is", "it") if len(better) == 1 else ("are", "one of them")
-        notes.append(f"On these pictures {names} {verb} plainly better: choose {which} above.")
+        notes.append(f"On these images {names} {verb} plainly better: choose {which} above.")
     return [f'<p class="warning">{note}</p>' for note in notes]
 
 
@@ -93,13 +93,13 @@ def _beside_control(result: Result, better: Sequence[dict[str, Any]]) -> list[st
     """
     control = result.beside(CONTROL)
     if control is None:
-        return ["Raw pixels were not tried, so nothing here says whether these pictures need a model at all."]
+        return ["Raw pixels were not tried, so nothing here says whether these images need a model at all."]
     if result.member["test"]["top1"]["low"] > control["test"]["top1"]["high"]:
         return []
     compared = "better" if control in better else "about as good"
     return [
-        f"Raw pixels are {compared} here. These pictures are so alike within a class that nothing shows that the "
-        "model helps; do not expect the accuracy to hold for pictures that were taken otherwise."
+        f"Raw pixels are {compared} here. These images are so alike within a class that nothing shows that the "
+        "model helps; do not expect the accuracy to hold for images that were taken otherwise."
     ]
 
 
@@ -121,7 +121,7 @@ def methods_table(result: Result) -> str:
     draws = len(result.report["seeds"])
     heads = ("right", "95% interval", "numbers learned", "file", "took")
     head = "".join(f"<th scope='col' class='number'>{one}</th>" for one in heads)
-    note = f"Means over {draws} draws of the pictures." if draws > 1 else "One draw of the pictures."
+    note = f"Means over {draws} draws of the images." if draws > 1 else "One draw of the images."
     return (
         f"<div class='scroll'><table class='plain'><thead><tr><th scope='col'>method</th>{head}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div><p class='quiet'>{note}</p>"
@@ -142,9 +142,9 @@ def per_class(result: Result) -> str:
     found = {name: value for name, value in result.member["test"]["per_class"].items() if value is not None}
     counts = dict(zip(result.member["test"]["per_class"], map(sum, result.member["test"]["confusion"]), strict=True))
     rows = [(name, value, f"{name} ({counts[name]})") for name, value in sorted(found.items(), key=lambda one: one[1])]
-    untested = "".join(f"<p class='warning'>{html.escape(name)} (0): no pictures were tested.</p>" for name in result.untested())
+    untested = "".join(f"<p class='warning'>{html.escape(name)} (0): no images were tested.</p>" for name in result.untested())
     shares = bars([(label, value) for _, value, label in rows])
-    return f"{shares}<p class='quiet'>In brackets: how many pictures were tested.</p>{untested}"
+    return f"{shares}<p class='quiet'>In brackets: how many images were tested.</p>{untested}"
 
 
 def bars(rows: Sequence[tuple[str, float]], first_only: bool = False) -> str:
@@ -166,7 +166,7 @@ def bars(rows: Sequence[tuple[str, float]], first_only: bool = False) -> str:
 
 
 def confusion(result: Result) -> str:
-    """The confusion matrix: a row for each true class, whose cells are buttons where there is a picture in them."""
+    """The confusion matrix: a row for each true class, whose cells are buttons where there is an image in them."""
     counts, names = result.member["test"]["confusion"], result.classes
     shown = _in_matrix(counts)
     head = "".join(f"<th scope='col'>{html.escape(names[place])}</th>" for place in shown)
@@ -177,8 +177,8 @@ def confusion(result: Result) -> str:
     left_out = len(names) - len(shown)
     note = f" The {left_out} classes with the fewest mistakes are left out." if left_out else ""
     return (
-        "<div class='scroll'><table class='confusion'><caption>Rows are what a picture shows, columns what it was taken for. "
-        f"Open a number to see its pictures.{note}</caption>"
+        "<div class='scroll'><table class='confusion'><caption>Rows are what an image shows, columns what it was taken for. "
+        f"Open a number to see its images.{note}</caption>"
         f"<thead><tr><td></td>{head}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
@@ -203,17 +203,17 @@ def _cell(counts: Sequence[Sequence[int]], names: Sequence[str], true: int, pred
 
 
 def cell_words(names: Sequence[str], true: int, predicted: int, count: int) -> str:
-    """Such as "2 pictures of glass taken for metal"; in users' words."""
-    what = "1 picture" if count == 1 else f"{count} pictures"
+    """Such as "2 images of glass taken for metal"; in users' words."""
+    what = "1 image" if count == 1 else f"{count} images"
     return f"{what} of {names[true]} {'recognised' if true == predicted else f'taken for {names[predicted]}'}"
 
 
-def cell_pictures(result: Result, true: int, predicted: int) -> str:
-    """The pictures of one cell of the matrix."""
+def cell_images(result: Result, true: int, predicted: int) -> str:
+    """The images of one cell of the matrix."""
     found = result.in_cell(true, predicted)
     heading = html.escape(cell_words(result.classes, true, predicted, result.member["test"]["confusion"][true][predicted]))
     if not found:
-        return f"<h4>{heading}</h4><p class='quiet'>This run is from before the tested pictures were written down.</p>"
+        return f"<h4>{heading}</h4><p class='quiet'>This run is from before the tested images were written down.</p>"
     more = f"<p class='quiet'>And {len(found) - MOST_IN_CELL} more.</p>" if len(found) > MOST_IN_CELL else ""
     return f"<h4>{heading}</h4>{_tested(result, found[:MOST_IN_CELL])}{more}"
 
@@ -222,22 +222,22 @@ def worst_mistakes(result: Result) -> str:
     """The wrong predictions that it was surest of, and why they cannot be learned from."""
     wrong = result.mistakes()
     if not wrong:
-        return "<p class='quiet'>It made no mistake on the test pictures.</p>"
+        return "<p class='quiet'>It made no mistake on the test images.</p>"
     return (
-        f"{_tested(result, wrong[:WORST])}<p class='quiet'>These pictures are the test. Learning from them would raise the next "
+        f"{_tested(result, wrong[:WORST])}<p class='quiet'>These images are the test. Learning from them would raise the next "
         "accuracy without making the classifier better, so they cannot be added to the training. If one lies in the wrong class, "
-        "move it under Pictures. To mend a mistake, add other pictures like it under Use.</p>"
+        "move it under Images. To mend a mistake, add other images like it under Use.</p>"
     )
 
 
-def _tested(result: Result, found: Sequence[TestPicture]) -> str:
+def _tested(result: Result, found: Sequence[TestImage]) -> str:
     names = result.classes
     figures = []
     for one in found:
-        shown = picture(source_of(result.record, one), f"a test picture of {names[one.true]}")
+        shown = image(source_of(result.record, one), f"a test image of {names[one.true]}")
         truth = "" if one.is_right else f"is {html.escape(names[one.true])}, "
         figures.append((shown, f"{truth}taken for <b>{html.escape(names[one.predicted])}</b>, {share(one.confidence)} sure"))
-    return pictures(figures)
+    return images(figures)
 
 
 def calibration(result: Result) -> str:
@@ -246,7 +246,7 @@ def calibration(result: Result) -> str:
     believed = "can be taken at their word" if after <= CALIBRATED else "are only a rough guide"
     return (
         f"<p>How sure it says it is differs from how often it is right by {100 * before:.1f} percentage points as trained, and "
-        f"by {100 * after:.1f} once its sureness was adjusted on other pictures (temperature "
+        f"by {100 * after:.1f} once its sureness was adjusted on other images (temperature "
         f"{result.member['temperature']:.2f}). The probabilities here are the adjusted ones: they {believed}. A dot below the "
         "line means that it is too sure.</p>"
     )
@@ -263,16 +263,16 @@ def reliability(result: Result) -> str:
 
 
 def class_cards(classes: LabelledClasses, right: Mapping[str, tuple[int, int]], each: int = 8) -> str:
-    """Every class with its count, some of its pictures, and how often it is recognised before any training."""
+    """Every class with its count, some of its images, and how often it is recognised before any training."""
     cards = []
     for one in classes.classes:
-        stride = max(1, len(one.pictures) // each)
-        some = [(picture(source, f"a picture of {one.name}"), "") for source in one.pictures[::stride][:each]]
+        stride = max(1, len(one.images) // each)
+        some = [(image(source, f"an image of {one.name}"), "") for source in one.images[::stride][:each]]
         own = right.get(one.key)
         known = f"<span class='quiet'>{own[0]} of {own[1]} recognised untrained</span>" if own else ""
-        count = f"{len(one.pictures)} picture{'' if len(one.pictures) == 1 else 's'}"
+        count = f"{len(one.images)} image{'' if len(one.images) == 1 else 's'}"
         cards.append(
             f"<section class='class-card'><header><b>{html.escape(one.name)}</b> <span>{count}</span> {known}</header>"
-            f"{pictures(some, 'small')}</section>"
+            f"{images(some, 'small')}</section>"
         )
     return f"<div class='class-cards'>{''.join(cards)}</div>"

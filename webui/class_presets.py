@@ -1,4 +1,4 @@
-"""Ways to train a classifier to choose from, and what of them the pictures that are there allow."""
+"""Ways to train a classifier to choose from, and what of them the images that are there allow."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ COMPARED = [*BASELINES, DEFAULT_METHOD]
 MOST_COMPARED = [*BASELINES, "tip_adapter_f", REFERENCE, DEFAULT_METHOD]
 BESIDE = f"{title_of(DEFAULT_METHOD)} beside what it has to beat: no training, raw pixels, and a linear probe."
 MOST_VALIDATION = 4
-# Of a class of the built-in model's, whose steps the recipe counts by its pictures.
+# Of a class of the built-in model's, whose steps the recipe counts by its images.
 BUILT_IN_STEPS, MOST_STEPS = 10, 400
 DEFAULT = "Fast"
-EVERY_PICTURE = "Every picture that is neither tested on nor needed to choose the settings: more than anything else this helps."
+EVERY_IMAGE = "Every image that is neither tested on nor needed to choose the settings: more than anything else this helps."
 
 # Whole runs on the example, digits, one after the other on two cores with nothing else at work: Fast 75 s, Balanced 193 s, Best
 # 336 s.
@@ -29,30 +29,30 @@ CLASSIFY = (
         "a minute or two with the built-in model",
         "A first answer: can these classes be told apart, and does training help?",
         (
-            Value("data", "shots", ["16"], "Sixteen pictures of each class: quick, and enough to see whether it works."),
-            Value("data", "seeds", [0], "One draw of the pictures to learn from."),
+            Value("data", "shots", ["16"], "Sixteen images of each class: quick, and enough to see whether it works."),
+            Value("data", "seeds", [0], "One draw of the images to learn from."),
             Value("method", "method", COMPARED, BESIDE),
         ),
     ),
     Preset(
         "Balanced",
         "about three times the time of Fast",
-        "A classifier to use: it learns from every picture that is not needed for the test.",
+        "A classifier to use: it learns from every image that is not needed for the test.",
         (
-            Value("data", "shots", ["all"], EVERY_PICTURE),
-            Value("data", "seeds", [0], "With all pictures, another draw would learn from the same ones."),
+            Value("data", "shots", ["all"], EVERY_IMAGE),
+            Value("data", "seeds", [0], "With all images, another draw would learn from the same ones."),
             Value("method", "method", COMPARED, BESIDE),
         ),
     ),
     Preset(
         "Best",
         "about twice the time of Balanced",
-        "The most accurate of several ways to learn from every picture.",
+        "The most accurate of several ways to learn from every image.",
         (
-            Value("data", "shots", ["all"], EVERY_PICTURE),
-            Value("data", "seeds", [0], "With all pictures, another draw would learn from the same ones."),
+            Value("data", "shots", ["all"], EVERY_IMAGE),
+            Value("data", "seeds", [0], "With all images, another draw would learn from the same ones."),
             Value("method", "method", MOST_COMPARED, "Two more methods to choose from."),
-            Value("optimisation", "min_train_steps", 200, "At least twice the usual steps, where there are few pictures."),
+            Value("optimisation", "min_train_steps", 200, "At least twice the usual steps, where there are few images."),
         ),
     ),
 )
@@ -76,13 +76,13 @@ def completed(classes: LabelledClasses, values: Options, own: Options) -> Option
 
 
 def fitting_shots(classes: LabelledClasses, wanted: Sequence[str]) -> list[str]:
-    """The numbers of pictures a class to learn from that every class has; "all" where none fits."""
+    """The numbers of images a class to learn from that every class has; "all" where none fits."""
     fewest = min((one.learnable for one in classes.classes), default=0)
     fitting = [one for one in wanted if one == "all" or (one.isdecimal() and fewest >= int(one) + min(int(one), MOST_VALIDATION))]
     return fitting or ["all"]
 
 
 def bounded_steps(classes: LabelledClasses) -> dict[str, Any]:
-    """Fewer steps a picture where all pictures of large classes would make the training take hours."""
+    """Fewer steps an image where all images of large classes would make the training take hours."""
     fewest = max(1, min((one.learnable for one in classes.classes), default=1))
     return {"iterations_per_shot": max(1, MOST_STEPS // fewest)} if BUILT_IN_STEPS * fewest > MOST_STEPS else {}

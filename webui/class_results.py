@@ -1,4 +1,4 @@
-"""What a few-shot run has found, read from its files, and which pictures it speaks of."""
+"""What a few-shot run has found, read from its files, and which images it speaks of."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipelines.errors import InputError
-from pipelines.fewshot.sources import PictureFile, Source
+from pipelines.fewshot.sources import DatasetSource, ImageFile
 from training.runs.record import RunRecord
 
 REPORT, TESTED = "report.json", "test.json"
@@ -19,8 +19,8 @@ ZERO_SHOT, CONTROL = "zeroshot", "pixels"
 
 
 @dataclass(frozen=True)
-class TestPicture:
-    """A picture that was tested on.
+class TestImage:
+    """An image that was tested on.
 
     Args:
         name: its path within its set.
@@ -71,31 +71,31 @@ class Result:
         return self.record.path / self.member["folder"]
 
     def beside(self, method: str) -> dict[str, Any] | None:
-        """Another method's entry, of the same pictures; None where it was not run."""
+        """Another method's entry, of the same images; None where it was not run."""
         wanted = (method, self.member["shots"], self.member["seed"])
         return next((one for one in self.report["members"] if (one["method"], one["shots"], one["seed"]) == wanted), None)
 
     def same_draw(self) -> Iterator[dict[str, Any]]:
-        """All methods' entries of the same pictures."""
+        """All methods' entries of the same images."""
         wanted = (self.member["shots"], self.member["seed"])
         return (one for one in self.report["members"] if (one["shots"], one["seed"]) == wanted)
 
-    def tested(self) -> list[TestPicture]:
-        """What it made of each test picture; none for runs that did not write it down."""
+    def tested(self) -> list[TestImage]:
+        """What it made of each test image; none for runs that did not write it down."""
         path = self.folder / TESTED
         return _tested(path, path.stat().st_mtime_ns) if path.is_file() else []
 
-    def mistakes(self) -> list[TestPicture]:
-        """The test pictures that it got wrong, the surest first."""
+    def mistakes(self) -> list[TestImage]:
+        """The test images that it got wrong, the surest first."""
         return sorted((one for one in self.tested() if not one.is_right), key=lambda one: -one.confidence)
 
     def untested(self) -> list[str]:
-        """The classes without test pictures."""
+        """The classes without test images."""
         counts = map(sum, self.member["test"]["confusion"])
         return [name for name, count in zip(self.classes, counts, strict=True) if not count]
 
-    def in_cell(self, true: int, predicted: int) -> list[TestPicture]:
-        """The test pictures of class `true` that were taken for `predicted`, the surest first."""
+    def in_cell(self, true: int, predicted: int) -> list[TestImage]:
+        """The test images of class `true` that were taken for `predicted`, the surest first."""
         found = (one for one in self.tested() if (one.true, one.predicted) == (true, predicted))
         return sorted(found, key=lambda one: -one.confidence)
 
@@ -120,18 +120,18 @@ def result_of(record: RunRecord, member: str | None = None) -> Result | None:
     return Result(record, report, found)
 
 
-def source_of(record: RunRecord, picture: TestPicture) -> Source | None:
-    """Where a test picture lies, if it still is the one that was tested."""
+def source_of(record: RunRecord, image: TestImage) -> DatasetSource | None:
+    """Where a test image lies, if it still is the one that was tested."""
     try:
-        source = named_source(record, picture.name)
+        source = named_source(record, image.name)
         content = None if source is None else source.content()
     except (InputError, OSError):
         return None
-    return source if content is not None and hashlib.sha256(content).hexdigest() == picture.sha256 else None
+    return source if content is not None and hashlib.sha256(content).hexdigest() == image.sha256 else None
 
 
-def named_source(record: RunRecord, name: str) -> Source | None:
-    """The picture that a run calls `name`, in the set that it was trained on; None if there is none.
+def named_source(record: RunRecord, name: str) -> DatasetSource | None:
+    """The image that a run calls `name`, in the set that it was trained on; None if there is none.
 
     Raises: InputError if the set is no longer there, or cannot be read.
     """
@@ -140,7 +140,7 @@ def named_source(record: RunRecord, name: str) -> Source | None:
     parts = PurePosixPath(name).parts
     if given is not None and Path(given).is_dir() and data["dataset"] is None:
         is_inside = not PurePosixPath(name).is_absolute() and ".." not in parts
-        return PictureFile(name, Path(given)) if is_inside else None
+        return ImageFile(name, Path(given)) if is_inside else None
     # Here, since it loads what reads all kinds of sets.
     from webui.work import labelled
 
@@ -153,5 +153,5 @@ def _report(path: Path, changed: int) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=16)
-def _tested(path: Path, changed: int) -> list[TestPicture]:
-    return [TestPicture(**one) for one in json.loads(path.read_text(encoding="utf-8"))["pictures"]]
+def _tested(path: Path, changed: int) -> list[TestImage]:
+    return [TestImage(**one) for one in json.loads(path.read_text(encoding="utf-8"))["pictures"]]

@@ -16,25 +16,25 @@ from pipelines.errors import InputError
 from training.runs.durable import write_text_atomically
 from training.runs.record import RunRecord
 from webui import class_presets, class_sets, panel
+from webui.app_context import AppContext
 from webui.class_results import named_source, result_of
 from webui.class_sets import SPLIT
 from webui.draft import Options, merged
+from webui.image_datasets import add_class, read_set
 from webui.labelled_classes import EXAMPLE
-from webui.picture_sets import add_class, read_set
-from webui.shell import Shell
-from webui.uploads import add_pictures
+from webui.uploads import add_images
 from webui.views import RunView, views
 from webui.workspace import Workspace
 
 NEW_RUN = "NEW-RUN"
-GONE = "The pictures that this run learned from are no longer there. Train with your own under Pictures."
+GONE = "The images that this run learned from are no longer there. Train with your own under Images."
 EMPTY_DRAFT: dict[str, Any] = {"set": None, "preset": class_presets.DEFAULT, "options": {}}
-# What belongs to the pictures of one run alone.
-OF_ITS_PICTURES = ("data_dir", "dataset", "class_names", "shots", "test_share")
+# What belongs to the images of one run alone.
+OF_ITS_IMAGES = ("data_dir", "dataset", "class_names", "shots", "test_share")
 
 
 @dataclass(frozen=True)
-class Frame:
+class ClassifyContext:
     """What the parts of the screen Classify share.
 
     Args:
@@ -42,7 +42,7 @@ class Frame:
         tab: the screen's own tab.
         steps: the tabs of its parts: "pictures", "train", "result" and "new".
         run: the id of the classifier that Train, Result and Classify new are about.
-        draft: what is being prepared for the next run, kept by the browser: {"set": id of its pictures or None, "preset",
+        draft: what is being prepared for the next run, kept by the browser: {"set": id of its images or None, "preset",
             "options"}.
         drafted: the same, to listen to.
         known: the titles of all classifiers, which change with their states; to know when to look anew.
@@ -50,7 +50,7 @@ class Frame:
             is another.
     """
 
-    shell: Shell
+    shell: AppContext
     tab: gr.Tab
     steps: gr.Tabs
     run: gr.Dropdown
@@ -59,9 +59,9 @@ class Frame:
     known: gr.State
     beat: gr.State
 
-    def source(self) -> panel.Source:
+    def source(self) -> panel.FieldSource:
         """What the expert panel is about."""
-        return panel.Source(self.shell, "classify", class_presets.CLASSIFY, self.draft, self.drafted, complete)
+        return panel.FieldSource(self.shell, "classify", class_presets.CLASSIFY, self.draft, self.drafted, complete)
 
 
 def classifiers(workspace: Workspace) -> list[RunView]:
@@ -91,7 +91,7 @@ def complete(workspace: Workspace, draft: dict[str, Any], options: Options) -> O
     return class_presets.completed(class_sets.find(workspace, set_of(workspace, draft)), options, own)
 
 
-def values_of(frame: Frame, workspace: Workspace, draft: dict[str, Any]) -> tuple[dict[str, Any], Options]:
+def values_of(frame: ClassifyContext, workspace: Workspace, draft: dict[str, Any]) -> tuple[dict[str, Any], Options]:
     """The draft with what was typed last, and all that its run is started with.
 
     Raises: InputError for what cannot be used.
@@ -102,7 +102,7 @@ def values_of(frame: Frame, workspace: Workspace, draft: dict[str, Any]) -> tupl
     return draft, complete(workspace, draft, options)
 
 
-def start(frame: Frame, workspace: Workspace, draft: dict[str, Any]) -> tuple[dict[str, Any], str]:
+def start(frame: ClassifyContext, workspace: Workspace, draft: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """Start the run; returns the draft, with what was typed last, and the run's id.
 
     Raises: InputError for what cannot be used; then nothing was started.
@@ -118,7 +118,7 @@ def start(frame: Frame, workspace: Workspace, draft: dict[str, Any]) -> tuple[di
     return draft, launching.start(workspace, "classify", values)
 
 
-def command(frame: Frame, workspace: Workspace, draft: dict[str, Any]) -> str:
+def command(frame: ClassifyContext, workspace: Workspace, draft: dict[str, Any]) -> str:
     """The command that `start` runs, as one writes it.
 
     Raises: InputError for what cannot be used.
@@ -131,36 +131,36 @@ def command(frame: Frame, workspace: Workspace, draft: dict[str, Any]) -> str:
 
 
 def check_free(workspace: Workspace, folder: Path) -> None:
-    """Raises: InputError if a run is about to learn from the pictures in `folder`, or is learning from them."""
+    """Raises: InputError if a run is about to learn from the images in `folder`, or is learning from them."""
     given = str(folder.absolute())
     for view in views(workspace):
         if view.is_active and view.launch.get("options", {}).get("data", {}).get("data_dir") == given:
-            raise InputError("A run is learning from these pictures. Wait until it is done, or stop it first.")
+            raise InputError("A run is learning from these images. Wait until it is done, or stop it first.")
 
 
 def train_again(workspace: Workspace, record: RunRecord, files: Mapping[str, Sequence[Path]]) -> tuple[str, str]:
-    """Add pictures whose class the user has said to those that a run learned from, and start a run like it.
+    """Add images whose class the user has said to those that a run learned from, and start a run like it.
 
     They go into the user's own set that the run was trained on. The example and folders of the machine stay as they are: of
-    what the run used of them a set of the user's own is made. The new run is tested on the same pictures as the old one, and
+    what the run used of them a set of the user's own is made. The new run is tested on the same images as the old one, and
     learns from all others.
 
     Args:
-        files: the corrected pictures by the name of their class.
+        files: the corrected images by the name of their class.
     Returns: the ids of the set and of the run.
-    Raises: InputError if the run's pictures are no longer there, or none was corrected.
+    Raises: InputError if the run's images are no longer there, or none was corrected.
     """
     from webui import launching
 
     if not any(files.values()):
-        raise InputError("No picture was corrected yet. Choose the right class below one that was taken for another.")
+        raise InputError("No image was corrected yet. Choose the right class below one that was taken for another.")
     result = result_of(record)
     if result is None:
         raise InputError("This run is not done yet. Wait until it is.")
     folder = _folder_to_correct(workspace, record)
     _add_corrections(folder, files)
     options = launching.duplicate(workspace, record.path.name)
-    data = {name: value for name, value in options.get("data", {}).items() if name not in OF_ITS_PICTURES}
+    data = {name: value for name, value in options.get("data", {}).items() if name not in OF_ITS_IMAGES}
     values = class_presets.completed(
         class_sets.own_set(folder), merged({**options, "data": data}, {"data": {"shots": ["all"]}}), {"data": {"shots": ["all"]}}
     )
@@ -170,28 +170,28 @@ def train_again(workspace: Workspace, record: RunRecord, files: Mapping[str, Seq
 def _folder_to_correct(workspace: Workspace, record: RunRecord) -> Path:
     """The user's own set that the run was trained on, or a new one with what the run used of another."""
     set_id = class_sets.set_of_run(workspace, record)
-    is_own = set_id not in (None, EXAMPLE) and class_sets.read_pointer(workspace.picture_set(set_id)) is None
-    return workspace.picture_set(set_id) if is_own else copied_set(workspace, record)
+    is_own = set_id not in (None, EXAMPLE) and class_sets.read_pointer(workspace.image_set(set_id)) is None
+    return workspace.image_set(set_id) if is_own else copied_set(workspace, record)
 
 
 def _add_corrections(folder: Path, files: Mapping[str, Sequence[Path]]) -> None:
-    """Add the corrected pictures, by the name of their class, to the set in `folder`."""
+    """Add the corrected images, by the name of their class, to the set in `folder`."""
     keys = {one.name: one.folder for one in read_set(folder).classes}
     missing = [name for name in files if name not in keys]
     if missing:
-        raise InputError(f"The class {missing[0]} is no longer among the pictures. Add it again under Pictures.")
+        raise InputError(f"The class {missing[0]} is no longer among the images. Add it again under Images.")
     added = class_sets.add_corrections(folder, {keys[name]: own for name, own in files.items()})
     if not added.names:
-        raise InputError(f"None of the pictures could be added: {added.refused[0]}")
+        raise InputError(f"None of the images could be added: {added.refused[0]}")
 
 
 def copied_set(workspace: Workspace, record: RunRecord) -> Path:
-    """A set of the user's own with the pictures that a run used, the tested ones tested on for good; returns its folder.
+    """A set of the user's own with the images that a run used, the tested ones tested on for good; returns its folder.
 
-    Raises: InputError if the pictures are no longer there.
+    Raises: InputError if the images are no longer there.
     """
     split, names = _drawn_split(record)
-    folder = workspace.new_picture_set()
+    folder = workspace.new_image_set()
     try:
         parts = {part: _copied(record, folder, split[part], names) for part in ("test", "train", "val")}
         listed = {"train": parts["train"] + parts["val"], "test": parts["test"]}
@@ -211,7 +211,7 @@ def _drawn_split(record: RunRecord) -> tuple[dict[str, list[list[Any]]], dict[st
 
 
 def _copied(record: RunRecord, folder: Path, listed: Iterable[Sequence[Any]], names: Mapping[str, str]) -> list[list[str]]:
-    """Copy pictures of a run into a set; returns what they are called there, with the folders of their classes."""
+    """Copy images of a run into a set; returns what they are called there, with the folders of their classes."""
     by_class: dict[str, list[str]] = {}
     for name, _, key in listed:
         by_class.setdefault(key, []).append(name)
@@ -223,7 +223,7 @@ def _copied(record: RunRecord, folder: Path, listed: Iterable[Sequence[Any]], na
             for place, name in enumerate(own):
                 files.append(Path(scratch) / f"{place:06d}{Path(name).suffix}")
                 files[-1].write_bytes(_content(record, name))
-            found += [[name, made] for name in add_pictures(folder, files, made).names]
+            found += [[name, made] for name in add_images(folder, files, made).names]
     return found
 
 

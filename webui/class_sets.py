@@ -1,11 +1,11 @@
-"""The labelled pictures that a classifier can be trained on: the example, the user's own sets, and folders of this machine.
+"""The labelled images that a classifier can be trained on: the example, the user's own sets, and folders of this machine.
 
-Which pictures are tested on. A run draws its test from the names of all pictures, so that one more picture would draw the test
-anew: two runs of one set could not be compared, and a picture that was added because the classifier got it wrong might be drawn
-into the test, which would then be harder than the pictures that are to come. So each set of the user's own has a split.json,
-which the recipe keeps to: three in ten of a class's pictures are tested on once and for all, those that are added later only
-fill up that share, and those that correct the classifier are only ever learned from. Pictures of the test cannot be moved to
-training: the accuracy would be of pictures that were learned by heart. A wrong label is mended where the pictures are, and the
+Which images are tested on. A run draws its test from the names of all images, so that one more image would draw the test
+anew: two runs of one set could not be compared, and an image that was added because the classifier got it wrong might be drawn
+into the test, which would then be harder than the images that are to come. So each set of the user's own has a split.json,
+which the recipe keeps to: three in ten of a class's images are tested on once and for all, those that are added later only
+fill up that share, and those that correct the classifier are only ever learned from. Images of the test cannot be moved to
+training: the accuracy would be of images that were learned by heart. A wrong label is mended where the images are, and the
 next run sees it.
 """
 
@@ -17,12 +17,12 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from pipelines.errors import InputError
-from pipelines.fewshot.sources import PictureFile, Source
+from pipelines.fewshot.sources import DatasetSource, ImageFile
 from training.runs.durable import write_text_atomically
 from training.runs.record import RunRecord
+from webui.image_datasets import SET, changing, read_set
 from webui.labelled_classes import EXAMPLE, LabelledClass, LabelledClasses, held_out_of
-from webui.picture_sets import SET, changing, read_set
-from webui.uploads import Added, add_pictures
+from webui.uploads import Added, add_images
 from webui.workspace import Workspace
 
 POINTER, SPLIT = "folder.json", "split.json"
@@ -42,13 +42,13 @@ def title(workspace: Workspace, set_id: str) -> str:
     """What lists call a set; it holds users' words."""
     if set_id == EXAMPLE:
         return "Example: handwritten digits"
-    folder = workspace.picture_set(set_id)
+    folder = workspace.image_set(set_id)
     if pointer := read_pointer(folder):
         return f"Folder {Path(pointer['path']).name}"
     own = read_set(folder)
     names = [one.name for one in own.classes]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(names[:3])}{more} ({len(own.entries())} pictures)"
+    return f"{', '.join(names[:3])}{more} ({len(own.entries())} images)"
 
 
 def find(workspace: Workspace, set_id: str) -> LabelledClasses:
@@ -61,12 +61,12 @@ def find(workspace: Workspace, set_id: str) -> LabelledClasses:
         from webui.work import labelled
 
         return labelled.example()
-    folder = workspace.picture_set(set_id)
+    folder = workspace.image_set(set_id)
     if pointer := read_pointer(folder):
         from webui.work import labelled
 
         if not workspace.is_local:
-            raise InputError("Folders of the machine can be named only by who works at it. Upload the pictures instead.")
+            raise InputError("Folders of the machine can be named only by who works at it. Upload the images instead.")
         return labelled.pointed_to(set_id, Path(pointer["path"]), pointer["names"])
     return own_set(folder)
 
@@ -76,9 +76,9 @@ def own_set(folder: Path) -> LabelledClasses:
     tested = read_split(folder)["test"]
     classes = []
     for one in read_set(folder).classes:
-        files = [entry.file for entry in one.pictures]
+        files = [entry.file for entry in one.images]
         held_out = len(tested.intersection(files)) or held_out_of(len(files))
-        sources = tuple(PictureFile(file, folder) for file in files)
+        sources = tuple(ImageFile(file, folder) for file in files)
         classes.append(LabelledClass(one.folder, one.name, sources, max(0, len(files) - held_out)))
     return LabelledClasses(folder.name, "own", folder, tuple(classes))
 
@@ -91,14 +91,14 @@ def point_to(workspace: Workspace, path: str) -> str:
     from webui.work import labelled
 
     if not workspace.is_local:
-        raise InputError("Folders of the machine can be named only by who works at it. Upload the pictures instead.")
+        raise InputError("Folders of the machine can be named only by who works at it. Upload the images instead.")
     found = Path(path.strip()).expanduser().absolute()
     if not path.strip() or not found.is_dir():
         raise InputError(
             f"There is no folder {path.strip()!r} on this machine. Give the folder that holds a folder for each class."
         )
     labelled.pointed_to(EXAMPLE, found, {})
-    folder = workspace.new_picture_set()
+    folder = workspace.new_image_set()
     write_text_atomically(folder / POINTER, json.dumps({"path": str(found), "names": {}}))
     return folder.name
 
@@ -123,24 +123,24 @@ def name_pointed_class(folder: Path, key: str, name: str) -> None:
 
 
 def read_split(folder: Path) -> dict[str, set[str]]:
-    """Which of a set's pictures are learned from and which tested on: their files by part, "train" and "test"."""
+    """Which of a set's images are learned from and which tested on: their files by part, "train" and "test"."""
     path = folder / SPLIT
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return {part: {name for name, _ in kept.get(part, ())} for part in ("train", "test")}
 
 
 def settle(folder: Path, training: Collection[str] = (), testing: Collection[str] = ()) -> None:
-    """Write down which of the pictures in the user's own set are tested on, as the module says; done after every change.
+    """Write down which of the images in the user's own set are tested on, as the module says; done after every change.
 
     Args:
         training: files that are only ever learned from.
         testing: files that are only ever tested on.
     """
-    with changing(folder) as pictures:
+    with changing(folder) as images:
         kept = read_split(folder)
         parts: dict[str, list[list[str]]] = {"train": [], "test": []}
-        for one in pictures.classes:
-            files = [entry.file for entry in one.pictures]
+        for one in images.classes:
+            files = [entry.file for entry in one.images]
             tested = _tested(files, kept, set(training), set(testing))
             for file in files:
                 parts["test" if file in tested else "train"].append([file, one.folder])
@@ -163,16 +163,16 @@ def _tested(files: Sequence[str], kept: Mapping[str, set[str]], training: set[st
 
 
 def add_corrections(folder: Path, files: Mapping[str, Sequence[Path]]) -> Added:
-    """Add pictures whose class the user has said, to be learned from and never tested on.
+    """Add images whose class the user has said, to be learned from and never tested on.
 
     Args:
         folder: of the user's own set.
-        files: the pictures by the key of their class.
+        files: the images by the key of their class.
     Raises: InputError if the set or a class is gone.
     """
     whole = Added()
     for key, own in files.items():
-        added = add_pictures(folder, own, key)
+        added = add_images(folder, own, key)
         whole.names += added.names
         whole.refused += added.refused
         whole.notes += added.notes
@@ -188,49 +188,49 @@ def set_of_run(workspace: Workspace, record: RunRecord) -> str | None:
     path = Path(given)
     if path.parent == workspace.sets.absolute():
         return path.name if (path / SET).is_file() else None
-    return next((one for one in class_sets(workspace) if _points_to(workspace.picture_set(one), path)), None)
+    return next((one for one in class_sets(workspace) if _points_to(workspace.image_set(one), path)), None)
 
 
 def warnings(classes: LabelledClasses) -> list[str]:
     """What stands in the way of training, or makes it worse, in sentences that hold users' words."""
     found = []
-    counts = {one.name: len(one.pictures) for one in classes.classes}
+    counts = {one.name: len(one.images) for one in classes.classes}
     if not counts:
-        return ["There are no classes yet. Add a zip of class folders, or make a class and drop pictures into it."]
+        return ["There are no classes yet. Add a zip of class folders, or make a class and drop images into it."]
     if len(counts) == 1:
         found.append("There is one class only. A classifier tells two or more apart: add another.")
     for name, count in counts.items():
         if count < FEWEST:
-            found.append(f"{name} has {_pictures(count)}. Training needs {FEWEST} of each class at least: add more.")
-    unlearnable = [one.name for one in classes.classes if len(one.pictures) >= FEWEST and not one.learnable]
+            found.append(f"{name} has {_images(count)}. Training needs {FEWEST} of each class at least: add more.")
+    unlearnable = [one.name for one in classes.classes if len(one.images) >= FEWEST and not one.learnable]
     if unlearnable:
         found.append(
-            f"All pictures of {_listed(unlearnable)} are kept for the test. Training needs others to learn from: add some."
+            f"All images of {_listed(unlearnable)} are kept for the test. Training needs others to learn from: add some."
         )
     few = [name for name, count in counts.items() if FEWEST <= count < FEW]
     if few:
         found.append(
-            f"{_listed(few)} {'has' if len(few) == 1 else 'have'} fewer than {FEW} pictures. It works, but three in ten of them "
+            f"{_listed(few)} {'has' if len(few) == 1 else 'have'} fewer than {FEW} images. It works, but three in ten of them "
             "are kept for the test, so that the accuracy will be rough."
         )
     if max(counts.values()) > UNEVEN * max(1, min(counts.values())):
         least, most = min(counts, key=counts.get), max(counts, key=counts.get)
         found.append(
-            f"{most} has many more pictures than {least} ({counts[most]} and {counts[least]}). More of {least} would help."
+            f"{most} has many more images than {least} ({counts[most]} and {counts[least]}). More of {least} would help."
         )
     return found
 
 
 def is_ready(classes: LabelledClasses) -> bool:
     """Whether a run can be started with them."""
-    return len(classes.classes) > 1 and all(len(one.pictures) >= FEWEST and one.learnable for one in classes.classes)
+    return len(classes.classes) > 1 and all(len(one.images) >= FEWEST and one.learnable for one in classes.classes)
 
 
 def copies(classes: LabelledClasses) -> list[str]:
-    """A sentence for each picture that is in two classes, none of which training uses."""
-    by_size: dict[int, list[tuple[str, Source]]] = {}
+    """A sentence for each image that is in two classes, none of which training uses."""
+    by_size: dict[int, list[tuple[str, DatasetSource]]] = {}
     for one in classes.classes:
-        for source in one.pictures:
+        for source in one.images:
             by_size.setdefault(source.size(), []).append((one.name, source))
     homes: dict[bytes, set[str]] = {}
     for group in by_size.values():
@@ -241,7 +241,7 @@ def copies(classes: LabelledClasses) -> list[str]:
         if len(names) > 1:
             shared[tuple(sorted(names))] = shared.get(tuple(sorted(names)), 0) + 1
     return [
-        f"{_pictures(count)} {'is' if count == 1 else 'are'} in {_listed(names)} alike. Training leaves such pictures out: "
+        f"{_images(count)} {'is' if count == 1 else 'are'} in {_listed(names)} alike. Training leaves such images out: "
         "remove them where they are wrong."
         for names, count in shared.items()
     ]
@@ -256,8 +256,8 @@ def _points_to(folder: Path, path: Path) -> bool:
     return pointer is not None and Path(pointer["path"]) == path
 
 
-def _pictures(count: int) -> str:
-    return "1 picture" if count == 1 else f"{count} pictures"
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count} images"
 
 
 def _listed(names: Sequence[str]) -> str:

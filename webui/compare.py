@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import InputError
-from webui import pictures
+from webui import images
 from webui.curves import Series, plot, running_mean
 from webui.figures import SCORES, SUGGESTION, accuracies, called, in_percent, series
 from webui.views import RunView
@@ -21,8 +21,8 @@ SMOOTHED = 1 / 16
 LONGEST_VALUE = 120
 # Where each run lies, and what was only resolved from others.
 UNTOLD = frozenset({"output_dir", "resume_from_checkpoint", "cache_dir", "hub_token"})
-OTHER_PICTURES = (
-    "These runs have no sample picture of the same prompt and seed, so that their pictures cannot be compared as they are. "
+OTHER_IMAGES = (
+    "These runs have no sample image of the same prompt and seed, so that their images cannot be compared as they are. "
     "Draw a prompt of your choice with all of them below."
 )
 RUNNING_YET = "There is no accuracy yet: each of these runs writes its report when it is done."
@@ -60,7 +60,7 @@ class Compared:
     def in_html(self) -> str:
         """All of it."""
         parts = [self.legend()]
-        parts += [self.table()] if self.task == "classify" else [self.pictures(), self.curves()]
+        parts += [self.table()] if self.task == "classify" else [self.images(), self.curves()]
         return f'<div class="compare">{"".join(parts)}{self.differences()}</div>'
 
     def legend(self) -> str:
@@ -68,13 +68,13 @@ class Compared:
         items = (f"<li><b>{letter(place)}</b> {_text(view.title)}</li>" for place, view in enumerate(self.views))
         return f'<ul class="compared">{"".join(items)}</ul>'
 
-    def pictures(self) -> str:
-        """The sample pictures of the same prompts and seeds, each run's suggested or last step."""
+    def images(self) -> str:
+        """The sample images of the same prompts and seeds, each run's suggested or last step."""
         steps = [shown_step(view) for view in self.views]
         drawn = [_drawn(view, step) for view, step in zip(self.views, steps, strict=True)]
         common = [key for key in drawn[0] if all(key in each for each in drawn)]
         if not common:
-            return f'<p class="warning">{OTHER_PICTURES}</p>'
+            return f'<p class="warning">{OTHER_IMAGES}</p>'
         rows = {f"{key[0]} (seed {key[1]})": _cells(drawn, key) for key in common}
         heads = [f"{letter(place)}, {'base model' if step == 0 else f'step {step}'}" for place, step in enumerate(steps)]
         return "<h3>The same prompts from the same noise</h3>" + side_by_side(heads, rows)
@@ -96,7 +96,7 @@ class Compared:
         return "".join(drawn)
 
     def table(self) -> str:
-        """The accuracy of every method and number of pictures, with its 95% interval."""
+        """The accuracy of every method and number of images, with its 95% interval."""
         found = [{(row["method"], row["shots"]): row["top1"] for row in accuracies(view)} for view in self.views]
         keys = sorted({key for each in found for key in each}, key=str)
         if not keys:
@@ -104,8 +104,8 @@ class Compared:
         rows = {}
         for key in keys:
             method, shots = key
-            rows[f"{called(method)}, {shots} pictures a class"] = [in_percent(each[key]) if key in each else "" for each in found]
-        note = '<p class="quiet">The share of test pictures named right, and where it lies with 95% confidence.</p>'
+            rows[f"{called(method)}, {shots} images a class"] = [in_percent(each[key]) if key in each else "" for each in found]
+        note = '<p class="quiet">The share of test images named right, and where it lies with 95% confidence.</p>'
         heads = [letter(place) for place in range(len(self.views))]
         return f"<h3>Accuracy</h3>{note}" + side_by_side(heads, rows)
 
@@ -130,19 +130,19 @@ def letter(place: int) -> str:
 
 def shown_step(view: RunView) -> int | None:
     """The step whose samples stand for a run: the suggested one, else the last drawn; None where none was."""
-    steps = pictures.sampled_steps(view.record)
+    steps = images.sampled_steps(view.record)
     suggested = view.read(SUGGESTION).get("step")
     return suggested if suggested in steps else max(steps, default=None)
 
 
-def _cells(drawn: Sequence[Mapping[tuple[str, int], pictures.Sample]], key: tuple[str, int]) -> list[str]:
-    """The picture of a prompt and seed, of each run."""
+def _cells(drawn: Sequence[Mapping[tuple[str, int], images.Sample]], key: tuple[str, int]) -> list[str]:
+    """The image of a prompt and seed, of each run."""
     return [sample_html(each[key].path, each[key].css, key[0]) for each in drawn]
 
 
 def sample_html(path: Path, css: str, said: str) -> str:
-    """A picture for a cell."""
-    source = pictures.address(pictures.thumbnail(path))
+    """An image for a cell."""
+    source = images.address(images.thumbnail(path))
     return f'<img class="{css}" src="{html.escape(source)}" alt="{_text(said)}" loading="lazy">'
 
 
@@ -156,8 +156,8 @@ def side_by_side(heads: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str
     return f'<div class="scroll"><table class="plain"><thead><tr><th></th>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _drawn(view: RunView, step: int | None) -> dict[tuple[str, int], pictures.Sample]:
-    found = [] if step is None else pictures.samples(view.record, step)
+def _drawn(view: RunView, step: int | None) -> dict[tuple[str, int], images.Sample]:
+    found = [] if step is None else images.samples(view.record, step)
     return {(sample.prompt, sample.seed): sample for sample in found}
 
 

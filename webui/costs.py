@@ -76,7 +76,7 @@ def _measured(report: dict[str, Any], plan: Plan) -> str:
     rows += [
         (
             "Around it",
-            "loading, sample pictures, comparing steps, writing files: about two minutes with the built-in model",
+            "loading, sample images, comparing steps, writing files: about two minutes with the built-in model",
         ),
         ("Memory", f"{report['peak_memory'] / GB:.1f} GB at most"),
         ("Disk", f"up to {_size(report['disk'])} for checkpoints; {_size(report['disk_free'])} are free"),

@@ -34,13 +34,13 @@ class Draft:
     """A subject run, before it is started.
 
     Args:
-        set: the id of its pictures; None for the bundled example.
-        own: the id of the user's own pictures while the example is looked at, to come back to.
+        set: the id of its images; None for the bundled example.
+        own: the id of the user's own images while the example is looked at, to come back to.
         preset: the preset's name.
         options: the user's own values, by group and field, as in SubjectOptions.
         trigger: the rare word that stands for the subject.
         class_word: what kind of thing it is; None where it was not said.
-        scenes: of the sample pictures: what is put after the prompt, or a whole prompt where it holds the rare word; None for
+        scenes: of the sample images: what is put after the prompt, or a whole prompt where it holds the rare word; None for
             `SCENES`.
     """
 
@@ -71,7 +71,7 @@ class Draft:
 
         Args:
             options: those that differ from the defaults, by group.
-            set_id: the id of its pictures; None for the example.
+            set_id: the id of its images; None for the example.
         """
         data, output = options.get("data", {}), options.get("output", {})
         words = PROMPT.fullmatch(data.get("instance_prompt") or "")
@@ -94,12 +94,12 @@ class Draft:
 
     @property
     def prompt(self) -> str:
-        """What the pictures are said to show."""
+        """What the images are said to show."""
         return f"a photo of {self.trigger.strip()} {self.kind.strip()}".strip()
 
     @property
     def prompts(self) -> list[str]:
-        """Of the sample pictures: the prompt itself, and in each scene."""
+        """Of the sample images: the prompt itself, and in each scene."""
         scenes = SCENES if self.scenes is None else [" ".join(scene.split()) for scene in self.scenes if scene.strip()]
         whole = re.compile(rf"(?<!\w){re.escape(self.trigger.strip())}(?!\w)")
         return [self.prompt, *(scene if whole.search(scene) else f"{self.prompt} {scene}" for scene in scenes)]
@@ -121,16 +121,16 @@ class Draft:
             if scene.startswith("-"):
                 raise InputError(f"A scene must not begin with a hyphen, got {scene[:40]!r}. Begin with a word.")
 
-    def values(self, pictures: Path | None, options: Options) -> Options:
+    def values(self, images: Path | None, options: Options) -> Options:
         """What the run is started with: `options`, and what the page says itself.
 
         Args:
-            pictures: the folder of its pictures; None for the example, which is the trainer's default.
+            images: the folder of its images; None for the example, which is the trainer's default.
             options: the preset's values and the user's own.
         """
-        data: dict[str, Any] = {} if pictures is None else {"instance_data_dir": str(pictures)}
+        data: dict[str, Any] = {} if images is None else {"instance_data_dir": str(images)}
         output: dict[str, Any] = {}
-        if pictures is not None or self.prompt != SAMPLE_PROMPT:
+        if images is not None or self.prompt != SAMPLE_PROMPT:
             data["instance_prompt"] = self.prompt
         if self.scenes is not None:
             output["validation_prompt"] = self.prompts

@@ -62,7 +62,7 @@ def _of_classifier(view: RunView) -> list[tuple[str, str]]:
 
 
 def accuracies(view: RunView) -> list[dict[str, Any]]:
-    """What a classifier's report sums up, by method and number of pictures; empty before it is written."""
+    """What a classifier's report sums up, by method and number of images; empty before it is written."""
     rows = view.read(REPORT).get("summary", [])
     return [row for row in rows if isinstance(row, dict) and isinstance(row.get("top1"), dict)]
 

@@ -1,4 +1,4 @@
-"""Drawn pictures as the page shows them."""
+"""Drawn images as the page shows them."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from typing import Any
 
 import gradio as gr
 
-from webui.drawn import DrawnPictures, one_line, settings_of
-from webui.pictures import CRISP_SIDE, in_cache
+from webui.generated_images import GeneratedImages, one_line, settings_of
+from webui.images import CRISP_SIDE, in_cache
 from webui.workspace import Workspace
 
 SHOWN = 48
-HINT = "<p class='quiet'>Choose a picture to see how it was made. Each file carries that too.</p>"
-NO_PICTURES = """<div class="empty"><p>Pictures appear here, the newest first. They stay when you close the page.</p></div>"""
+HINT = "<p class='quiet'>Choose an image to see how it was made. Each file carries that too.</p>"
+NO_IMAGES = """<div class="empty"><p>Images appear here, the newest first. They stay when you close the page.</p></div>"""
 
 
 def gallery_of(workspace: Workspace) -> list[Any]:
-    """All pictures that the user has drawn, newest first, each with its settings in a line; and what to do with them."""
-    found = [_cached(path, path.stat().st_mtime_ns) for path in DrawnPictures.of(workspace).newest()[:SHOWN]]
+    """All images that the user has drawn, newest first, each with its settings in a line; and what to do with them."""
+    found = [_cached(path, path.stat().st_mtime_ns) for path in GeneratedImages.of(workspace).newest()[:SHOWN]]
     if any(not Path(cached).exists() for cached, *_ in found):
         _cached.cache_clear()
         return gallery_of(workspace)
     classes = ["captioned", *(["pixel"] if all(side <= CRISP_SIDE for *_, side in found) else [])]
     value = [(cached, line) for cached, line, _ in found]
     gallery = gr.Gallery(value=value, visible=bool(found), elem_classes=classes, selected_index=None)
-    return [gallery, HINT if found else NO_PICTURES]
+    return [gallery, HINT if found else NO_IMAGES]
 
 
 @functools.lru_cache(maxsize=4096)
 def _cached(path: Path, changed: int) -> tuple[str, str, int]:
-    """Where the page loads a picture from, its settings in a line, and its side."""
+    """Where the page loads an image from, its settings in a line, and its side."""
     settings, side = settings_of(path)
     return in_cache(path), one_line(settings), side
 
@@ -48,7 +48,7 @@ def bar_of(words: str, done: int, total: int) -> str:
 
 
 def details_of(settings: dict[str, Any]) -> str:
-    """A picture's settings as a list."""
+    """An image's settings as a list."""
     used = settings.get("adapters") or []
     rows = {
         "Words": settings["prompt"],

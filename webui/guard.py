@@ -163,7 +163,7 @@ class Guard:
     def _check_disk(self, headers: Headers) -> None:
         length = headers.get("content-length", "0")
         if shutil.disk_usage(self._cache).free < FREE_BYTES + (int(length) if length.isdigit() else 0):
-            raise Refusal(507, "The server's disk is nearly full. Delete runs or pictures that are no longer needed.")
+            raise Refusal(507, "The server's disk is nearly full. Delete runs or images that are no longer needed.")
 
     def _is_cached(self, path: str) -> bool:
         return Path(os.path.abspath(path.removeprefix(FILE))).is_relative_to(self._cache)

@@ -1,4 +1,4 @@
-"""A picture from outside, checked before it is decoded and written anew, so that nothing but its pixels gets in."""
+"""An image from outside, checked before it is decoded and written anew, so that nothing but its pixels gets in."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from PIL import Image
 from pipelines.errors import InputError
 from pipelines.image_decoding import TURNED, decode
 from pipelines.image_formats import UPLOAD_FORMATS, DecoderMissingError, UnsupportedFormatError, listed
-from pipelines.pictures import UNREADABLE, open_image
+from pipelines.images import UNREADABLE, open_image
 
 MAX_BYTES = 25 * 2**20
 MAX_PIXELS = 40_000_000
 # JPEG and WebP have limits of their own not far above.
 MAX_SIDE = 16_000
-# Up to SDXL's own size a picture is kept pixel by pixel. A larger one is shrunk for training anyway, which hides what JPEG at
+# Up to SDXL's own size an image is kept pixel by pixel. A larger one is shrunk for training anyway, which hides what JPEG at
 # 95 without chroma subsampling loses, while as PNG a photograph of 24 megapixels takes 40 MB and ten seconds.
 LOSSLESS_PIXELS = 1024 * 1280
 JPEG_QUALITY = 95
@@ -25,8 +25,8 @@ NAME_LENGTH = 100
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture, written anew.
+class UploadedImage:
+    """An image, written anew.
 
     Args:
         content: the file.
@@ -39,8 +39,8 @@ class Picture:
     notes: tuple[str, ...] = ()
 
 
-def read_upload(path: Path, name: str) -> Picture:
-    """The picture in the file at `path`, upright, in sRGB and without metadata.
+def read_upload(path: Path, name: str) -> UploadedImage:
+    """The image in the file at `path`, upright, in sRGB and without metadata.
 
     Args:
         name: what errors call it.
@@ -55,16 +55,16 @@ def read_upload(path: Path, name: str) -> Picture:
 
 
 def check_size(size: int, name: str) -> None:
-    """Raise InputError if a picture's file of `size` bytes is too large."""
+    """Raise InputError if an image's file of `size` bytes is too large."""
     if size > MAX_BYTES:
         raise InputError(
-            f"{name} has {size / 2**20:.0f} MB, and a picture may have {MAX_BYTES // 2**20} MB at most. "
+            f"{name} has {size / 2**20:.0f} MB, and an image may have {MAX_BYTES // 2**20} MB at most. "
             "Save it as JPEG, or smaller."
         )
 
 
-def reencoded(content: bytes, name: str) -> Picture:
-    """The picture in `content`, as of `read_upload`.
+def reencoded(content: bytes, name: str) -> UploadedImage:
+    """The image in `content`, as of `read_upload`.
 
     Args:
         content: a whole file of whatever format.
@@ -104,24 +104,24 @@ def shown_name(words: str) -> str:
 
 
 def _is_none(name: str) -> InputError:
-    return InputError(f"{name} is not a {listed(UPLOAD_FORMATS)} picture, whatever it is called. Save it as one of these.")
+    return InputError(f"{name} is not a {listed(UPLOAD_FORMATS)} image, whatever it is called. Save it as one of these.")
 
 
 def _check_extent(size: tuple[int, int], name: str) -> None:
     width, height = size
     if width * height > MAX_PIXELS or max(size) > MAX_SIDE:
         raise InputError(
-            f"{name} measures {width:,} x {height:,}, and a picture may have {MAX_PIXELS // 1_000_000} million pixels and "
+            f"{name} measures {width:,} x {height:,}, and an image may have {MAX_PIXELS // 1_000_000} million pixels and "
             f"{MAX_SIDE:,} a side at most. Shrink it and add it again."
         )
 
 
-def _encoded(picture: Image.Image, notes: tuple[str, ...]) -> Picture:
-    plain = Image.new("RGB", picture.size)
-    plain.paste(picture)
+def _encoded(image: Image.Image, notes: tuple[str, ...]) -> UploadedImage:
+    plain = Image.new("RGB", image.size)
+    plain.paste(image)
     stream = io.BytesIO()
     if plain.width * plain.height <= LOSSLESS_PIXELS:
         plain.save(stream, "PNG")
-        return Picture(stream.getvalue(), ".png", notes)
+        return UploadedImage(stream.getvalue(), ".png", notes)
     plain.save(stream, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    return Picture(stream.getvalue(), ".jpg", notes)
+    return UploadedImage(stream.getvalue(), ".jpg", notes)

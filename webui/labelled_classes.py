@@ -1,4 +1,4 @@
-"""What a classifier can be trained on, as data: a set's classes and their pictures."""
+"""What a classifier can be trained on, as data: a set's classes and their images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipelines.errors import InputError
-from pipelines.fewshot.sources import Source
+from pipelines.fewshot.sources import DatasetSource
 
 Kind = Literal["example", "own", "folder"]
 EXAMPLE = "example"
@@ -16,18 +16,18 @@ TEST_SHARE = 0.3
 
 @dataclass(frozen=True)
 class LabelledClass:
-    """A class and its pictures.
+    """A class and its images.
 
     Args:
         key: what the recipe calls it: its folder.
         name: what its owner calls it; to be escaped wherever it is shown.
-        pictures: all of them.
+        images: all of them.
         learnable: how many are left when those that are tested on are held out.
     """
 
     key: str
     name: str
-    pictures: tuple[Source, ...]
+    images: tuple[DatasetSource, ...]
     learnable: int
 
 
@@ -36,8 +36,8 @@ class LabelledClasses:
     """The classes of one set as they are now, be they ready to be trained on or not.
 
     Args:
-        id: `EXAMPLE`, or the id of the picture set.
-        kind: whose pictures they are.
+        id: `EXAMPLE`, or the id of the image set.
+        kind: whose images they are.
         data_dir: where the recipe finds them; None for the example.
         classes: in their order.
         notes: sentences on how a folder was read, and on what of it is not used; they hold users' words.
@@ -51,8 +51,8 @@ class LabelledClasses:
 
     @property
     def count(self) -> int:
-        """Of all pictures."""
-        return sum(len(one.pictures) for one in self.classes)
+        """Of all images."""
+        return sum(len(one.images) for one in self.classes)
 
     def names(self) -> dict[str, str]:
         """The classes' names, by their keys."""
@@ -66,7 +66,7 @@ class LabelledClasses:
         raise InputError("This class is no longer there. Reload the page.")
 
     def data_options(self) -> dict[str, object]:
-        """The options of the group data that say which pictures, and what their classes are called."""
+        """The options of the group data that say which images, and what their classes are called."""
         if self.data_dir is None:
             return {}
         renamed = [f"{one.key}={one.name}" for one in self.classes if one.key != one.name]
@@ -74,5 +74,5 @@ class LabelledClasses:
 
 
 def held_out_of(count: int) -> int:
-    """How many of a class's `count` pictures are tested on."""
+    """How many of a class's `count` images are tested on."""
     return max(1, round(TEST_SHARE * count))

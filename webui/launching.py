@@ -43,7 +43,7 @@ PATIENCE_SECONDS = 15.0
 NOT_NOW: dict[str, str] = {
     "resume": "Only a run that has ended before its end can go on.",
     "stop": "There is nothing to stop.",
-    "sample": "Pictures can be asked for while a run trains.",
+    "sample": "Images can be asked for while a run trains.",
     "save": "A checkpoint can be asked for while a run trains.",
     "delete": "A run that is at work cannot be deleted. Stop it first.",
 }
@@ -105,7 +105,7 @@ def shown_command(words: Sequence[str]) -> str:
 def resume(workspace: Workspace, run_id: str) -> None:
     """Go on with a run that has ended before its end, from its newest checkpoint, or from its beginning where it has none.
 
-    Raises: InputError if it is at work or done, or its pictures are no longer there.
+    Raises: InputError if it is at work or done, or its images are no longer there.
     """
     record = workspace.run(run_id)
     with _alone(record):
@@ -132,7 +132,7 @@ def stop(workspace: Workspace, run_id: str) -> None:
 
 
 def ask(workspace: Workspace, run_id: str, what: str) -> None:
-    """Ask a run that trains for sample pictures ("sample") or a checkpoint ("save") at the end of its step.
+    """Ask a run that trains for sample images ("sample") or a checkpoint ("save") at the end of its step.
 
     Raises: InputError if it cannot do that now.
     """
@@ -146,7 +146,7 @@ def ask(workspace: Workspace, run_id: str, what: str) -> None:
 def duplicate(workspace: Workspace, run_id: str) -> Values:
     """The options that a run was started with, those that differ from the defaults, to start another from.
 
-    Raises: InputError if they are not known, or its pictures are no longer there.
+    Raises: InputError if they are not known, or its images are no longer there.
     """
     view = RunView(workspace.run(run_id))
     if "options" in view.launch:
@@ -241,7 +241,7 @@ def _spawn(workspace: Workspace, path: Path, words: Sequence[str], folder: Path)
 
 def _make_room() -> None:
     """Have models that only draw leave the accelerator, where there is one, to the run."""
-    torch, studio = sys.modules.get("torch"), getattr(sys.modules.get("webui.work.studio"), "STUDIO", None)
+    torch, studio = sys.modules.get("torch"), getattr(sys.modules.get("webui.work.pipeline_cache"), "STUDIO", None)
     if torch is not None and studio is not None and torch.cuda.is_available():
         # Not at once: it may be drawing, and the run takes some seconds to load anyway.
         threading.Thread(target=studio.release, daemon=True).start()

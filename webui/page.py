@@ -7,13 +7,13 @@ from types import ModuleType
 import gradio as gr
 
 from webui.api import build_api
+from webui.app_context import EMPTY_DRAFT, POLL_SECONDS, AppContext, followed
 from webui.class_runs import EMPTY_DRAFT as EMPTY_CLASS_DRAFT
 from webui.errors import in_plain_words
 from webui.screens import check, classify, judge, photos, runs, train, use
 from webui.settings import Settings
-from webui.shell import EMPTY_DRAFT, POLL_SECONDS, Shell, followed
 
-HEADER = '<header class="brand"><h1>NoRA Vision</h1><p>Adapt a large vision model from a handful of pictures.</p></header>'
+HEADER = '<header class="brand"><h1>NoRA Vision</h1><p>Adapt a large vision model from a handful of images.</p></header>'
 SCREENS: dict[str, tuple[str, ModuleType]] = {
     "photos": ("1 Photos", photos),
     "check": ("2 Check", check),
@@ -38,7 +38,7 @@ def build_page(settings: Settings) -> gr.Blocks:
         clock = gr.Timer(POLL_SECONDS, active=False)
         front, beats = gr.State(next(iter(SCREENS))), {name: gr.State(0.0) for name in SCREENS}
         tabs = gr.Tabs(elem_id="screens")
-        shell = Shell(
+        shell = AppContext(
             page,
             settings,
             run=run,

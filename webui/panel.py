@@ -18,17 +18,17 @@ from typing import Any
 import gradio as gr
 
 from pipelines.errors import InputError
+from webui.app_context import QUIET, AppContext
 from webui.draft import Options, merged
 from webui.errors import in_plain_words
 from webui.presets import Preset, preset_named
-from webui.shell import QUIET, Shell
 from webui.workspace import Workspace
 
 TYPED = "typed"
 METHOD_CHANGED = "another method"
 TITLES = {
     "model": "Base model",
-    "data": "Pictures and words",
+    "data": "Images and words",
     "adapter": "The adapter",
     "places": "Where the adapter sits",
     "method": "Methods and adapter sizes",
@@ -44,7 +44,7 @@ Complete = Callable[[Workspace, dict[str, Any], Options], Options]
 
 
 @dataclass(frozen=True)
-class Source:
+class FieldSource:
     """What the panel is about.
 
     Args:
@@ -56,7 +56,7 @@ class Source:
         complete: makes from a workspace, the draft and the preset's and user's values all that a run is started with.
     """
 
-    shell: Shell
+    shell: AppContext
     task: str
     presets: Sequence[Preset]
     draft: gr.BrowserState
@@ -75,7 +75,7 @@ class Source:
         return settled(self, workspace, draft)
 
 
-def build(source: Source) -> gr.Accordion:
+def build(source: FieldSource) -> gr.Accordion:
     """Put the panel into the page: an accordion that draws its widgets when it is first opened."""
     shell, draft, prefix = source.shell, source.draft, f"{source.task}-panel"
     with gr.Accordion("Expert settings", open=False, elem_id=prefix) as panel:
@@ -114,8 +114,8 @@ def build(source: Source) -> gr.Accordion:
     return panel
 
 
-def settled(source: Source, workspace: Workspace, draft: dict[str, Any]) -> dict[str, Any]:
-    """See `Source.settled`."""
+def settled(source: FieldSource, workspace: Workspace, draft: dict[str, Any]) -> dict[str, Any]:
+    """See `FieldSource.settled`."""
     from webui.work import fields as work_fields
     from webui.work import options as checked
 
@@ -154,13 +154,13 @@ def _signature(draft: dict[str, Any]) -> str:
 class _InForce:
     """Which values are in force, and from where each comes."""
 
-    source: Source
+    source: FieldSource
     preset: Preset
     own: Options
     resolved: dict[str, dict[str, Any]]
 
     @classmethod
-    def of(cls, source: Source, workspace: Workspace, draft: dict[str, Any]) -> _InForce:
+    def of(cls, source: FieldSource, workspace: Workspace, draft: dict[str, Any]) -> _InForce:
         from webui.work import options as checked
 
         preset, own = source.preset(draft), draft.get("options") or {}
@@ -221,7 +221,7 @@ class _InForce:
         return shown
 
 
-def _draw(source: Source, draft: dict[str, Any], known: gr.State, back: gr.Button, workspace: Workspace) -> None:
+def _draw(source: FieldSource, draft: dict[str, Any], known: gr.State, back: gr.Button, workspace: Workspace) -> None:
     """All widgets, a closed accordion a group."""
     from webui.work import fields as work_fields
 
@@ -234,7 +234,7 @@ def _draw(source: Source, draft: dict[str, Any], known: gr.State, back: gr.Butto
                 _listen(source, field, _widget(source, field, in_force), known, back)
 
 
-def _widget(source: Source, field: Any, in_force: _InForce) -> gr.components.Component:
+def _widget(source: FieldSource, field: Any, in_force: _InForce) -> gr.components.Component:
     """The widget of one option, by its type."""
     known = {"label": field.label, "elem_id": f"{source.task}-{field.group}-{field.name}", "interactive": True, "min_width": 280}
     shown = in_force.properties(field)
@@ -250,7 +250,7 @@ def _widget(source: Source, field: Any, in_force: _InForce) -> gr.components.Com
     return gr.Textbox(max_lines=1, **known, **shown)
 
 
-def _listen(source: Source, field: Any, widget: gr.components.Component, known: gr.State, back: gr.Button) -> None:
+def _listen(source: FieldSource, field: Any, widget: gr.components.Component, known: gr.State, back: gr.Button) -> None:
     """Have a widget's change checked, kept, and shown with its origin."""
 
     @in_plain_words

@@ -19,9 +19,9 @@ from pipelines.subject.caption_files import Captions, read_captions
 from pipelines.subject.folder_entries import FolderAccount, FolderEntry, listed
 from pipelines.subject.folder_names import CLASS_PROMPT, is_system_name, stem_of, suffix_of
 from pipelines.subject.folder_scan import FolderScan, scan_folder
+from webui.image_datasets import read_set, set_caption
 from webui.incoming import display_name
-from webui.picture_sets import read_set, set_caption
-from webui.uploads import ZIP_LIMITS, Added, add_pictures, summed_up
+from webui.uploads import ZIP_LIMITS, Added, add_images, summed_up
 
 # What the scan says of these is said to the user; of any other file the upload itself says what it is.
 NAMED_BY_SCAN = frozenset(
@@ -86,11 +86,11 @@ def _add_loose(folder: Path, files: Sequence[Path]) -> Added:
                 rest.append(file)
             else:
                 layout.files.append(layout.link(name, file))
-        for entry in read_set(folder).pictures:
+        for entry in read_set(folder).images:
             if not is_system_name(entry.name) and (folder / entry.file).is_file():
                 layout.present[layout.link(entry.name, folder / entry.file)] = entry.file
         added = _add(folder, layout)
-        return _merged(added, add_pictures(folder, rest)) if rest else added
+        return _merged(added, add_images(folder, rest)) if rest else added
 
 
 def _add_zip(folder: Path, file: Path) -> Added:
@@ -120,7 +120,7 @@ def _add(folder: Path, layout: _Layout) -> Added:
     captions, problems = _captions(scan, layout.folder)
     entries = captions.account.entries
     images = {entry.path for entry in entries if _may_be_image(entry)}
-    added = add_pictures(folder, [path for path in layout.files if path in images])
+    added = add_images(folder, [path for path in layout.files if path in images])
     problems += _set_captions(folder, layout, captions, added)
     visible = tuple(entry for entry in entries if entry.kind in NAMED_BY_SCAN or entry.path.is_dir())
     refused = [*FolderAccount(layout.folder, visible).warnings(), *problems]
@@ -134,7 +134,7 @@ def _add(folder: Path, layout: _Layout) -> Added:
 def _add_by_content(folder: Path, layout: _Layout) -> Added:
     """Add files of which none is called as an image: the upload tells images by their content."""
     texts = [path for path in layout.files if suffix_of(path.name) in TEXT_SUFFIXES]
-    added = add_pictures(folder, [path for path in layout.files if path not in texts])
+    added = add_images(folder, [path for path in layout.files if path not in texts])
     if texts:
         added.refused.append(f"There is no photo that {listed(texts, layout.folder)} could belong to. Add photos first.")
     return added
@@ -152,7 +152,7 @@ def _set_captions(folder: Path, layout: _Layout, captions: Captions, added: Adde
     """Give photos their captions, those in `added` and those that were there before; returns why some cannot have theirs."""
     texts = {path: caption.text for path, caption in captions.by_image.items()}
     by_name = {path.name: text for path, text in texts.items() if path in layout.files}
-    by_file = {entry.file: by_name.get(entry.name) for entry in read_set(folder).pictures if entry.file in added.names}
+    by_file = {entry.file: by_name.get(entry.name) for entry in read_set(folder).images if entry.file in added.names}
     by_file |= {file: texts.get(path) for path, file in layout.present.items()}
     problems = [_caption(folder, file, text) for file, text in by_file.items() if text]
     return [problem for problem in problems if problem is not None]

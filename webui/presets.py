@@ -54,7 +54,7 @@ class Preset:
 
 
 # Measured on five photographs of a toy robot, one of them held out, with the built-in model on one core. A step takes 0.23 s,
-# measuring the loss 3.6 s, a set of sample pictures 6 s, checking the exported files in a second program 26 s, all else 44 s.
+# measuring the loss 3.6 s, a set of sample images 6 s, checking the exported files in a second program 26 s, all else 44 s.
 # At the suggested step, likeness to the subject and held-out loss (of the base model 0.176 and 1.000) with their processor time:
 #   Balanced 0.273, 0.944 in 153 to 185 s;  Fast 0.277, 0.938 in 107 s;
 #   800 steps at half the rate 0.267, 0.938 in 217 s, no better for more time, and 400 at a third of it with min-SNR weights
@@ -70,12 +70,12 @@ SUBJECT = (
         (
             Value("optimisation", "max_train_steps", 160, "The subject's colours and parts come early; its details later."),
             Value("judging", "heldout_steps", 40, "Progress is measured as often as in Balanced: every 40 steps."),
-            Value("output", "validation_steps", 80, "Sample pictures halfway and at the end."),
+            Value("output", "validation_steps", 80, "Sample images halfway and at the end."),
             Value(
                 "judging",
                 "drawn_candidates",
                 1,
-                "The step to use is chosen by the measured loss, with pictures of one more step.",
+                "The step to use is chosen by the measured loss, with images of one more step.",
             ),
             Value(
                 "judging", "certify", False, "No second program checks the exported files; train Balanced before you share them."
@@ -108,7 +108,7 @@ SUBJECT = (
                 "Progress is measured every 20 steps, not every 40: the best step can lie between.",
             ),
             Value(
-                "judging", "drawn_candidates", 10, "Ten promising steps draw pictures and are compared by them, not two or four."
+                "judging", "drawn_candidates", 10, "Ten promising steps draw images and are compared by them, not two or four."
             ),
         ),
     ),

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from training.runs.record import RunRecord
+from training.subject.checkpoint_selection import Point as Measured
 from training.subject.measured import FOLDS, heldout_curve
-from training.subject.suggesting import Point as Measured
 from webui.curves import Point, Series, plot, running_mean
 from webui.views import IN_WORDS, RunView
 
@@ -18,18 +18,18 @@ DRY_RUN = "dry_run.json"
 PHASES = {
     "loading": "Loading the model",
     "encoding": "Turning the photos into the model's own form",
-    "drawing class pictures": "Drawing pictures of the same kind of thing, so that the model does not forget it",
+    "drawing class images": "Drawing images of the same kind of thing, so that the model does not forget it",
     "calibrating": "Looking at what your photos set in motion in the model, to place the adapter there",
     "dry run": "Trying three steps, to see what the whole training takes",
     "looking for settings that fit": "Looking for settings that fit into the memory there is",
     "training": "Training",
     "exporting": "Saving the adapter in four forms",
-    "comparing": "Drawing pictures with earlier steps, to compare them",
+    "comparing": "Drawing images with earlier steps, to compare them",
     "certifying": "Checking that other programs draw the same from the saved files",
     "uploading": "Uploading",
     "writing the report": "Writing the report",
 }
-LEAVING_OUT = re.compile(r"leaving out picture (\d+)")
+LEAVING_OUT = re.compile(r"leaving out image (\d+)")
 FITTING = re.compile(r"fitting (\S+), (\S+) shots, seed (\d+)")
 # Errors that say themselves what is wrong and what to do.
 PLAIN = frozenset({"InputError", "DoesNotFitError", "NotFiniteError", "CertificateError"})
@@ -101,7 +101,7 @@ def phase_in_words(phase: str) -> str:
     if leaving_out:
         return f"A short training without photo {leaving_out[1]}, to see how well that one is drawn unseen"
     if fitting:
-        return f"Learning with the method {fitting[1]}, {fitting[2]} pictures a class, draw {int(fitting[3]) + 1}"
+        return f"Learning with the method {fitting[1]}, {fitting[2]} images a class, draw {int(fitting[3]) + 1}"
     return PHASES.get(phase, phase)
 
 

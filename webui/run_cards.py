@@ -7,13 +7,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from webui import pictures
+from webui import images
 from webui.figures import figures
 from webui.progress import phase_in_words
 from webui.views import IN_WORDS, RunView
 
 EMPTY = """<div class="empty"><p><b>There are no runs yet.</b></p>
-<p>Train on your photos under Photos, or on classes of pictures under Classify. Runs that are started in a terminal show here
+<p>Train on your photos under Photos, or on classes of images under Classify. Runs that are started in a terminal show here
 too.</p></div>"""
 THUMBNAIL = 192
 BEFORE_AFTER = "before_after.png"
@@ -37,7 +37,7 @@ def cards(views: Sequence[RunView], chosen: str | None) -> str:
 def _card(view: RunView, is_chosen: bool) -> str:
     return (
         f'<button type="button" class="run" data-run="{html.escape(view.id)}" aria-pressed="{str(is_chosen).lower()}">'
-        f'{_picture(view)}<span class="words"><span class="top"><b>{html.escape(view.name)}</b>'
+        f'{_image(view)}<span class="words"><span class="top"><b>{html.escape(view.name)}</b>'
         f'<span class="chip {view.state}">{IN_WORDS[view.state]}</span></span>'
         f'<span class="quiet">{KINDS[view.task]}, {_when(view)}</span>{_told(view)}{_figures(view)}</span></button>'
     )
@@ -76,23 +76,23 @@ def _figures(view: RunView) -> str:
     return f'<span class="figures">{shown}</span>'
 
 
-def picture_of(view: RunView) -> tuple[Path, str] | None:
-    """The picture that stands for a run and the class it is shown with; None before there is one."""
-    steps = pictures.sampled_steps(view.record)
-    drawn = pictures.samples(view.record, steps[-1]) if steps else []
+def image_of(view: RunView) -> tuple[Path, str] | None:
+    """The image that stands for a run and the class it is shown with; None before there is one."""
+    steps = images.sampled_steps(view.record)
+    drawn = images.samples(view.record, steps[-1]) if steps else []
     if drawn:
         return drawn[0].path, drawn[0].css
     sheets = [view.record.path / BEFORE_AFTER, *sorted((view.record.path / "figures").glob("*.png"))]
-    found = next((path for path in sheets if path.is_file()), pictures.newest_sheet(view.record))
+    found = next((path for path in sheets if path.is_file()), images.newest_sheet(view.record))
     return None if found is None else (found, "")
 
 
-def _picture(view: RunView) -> str:
-    found = picture_of(view)
+def _image(view: RunView) -> str:
+    found = image_of(view)
     if found is None:
         return '<span class="none" aria-hidden="true"></span>'
     path, css = found
-    source = html.escape(pictures.address(pictures.thumbnail(path, THUMBNAIL)))
+    source = html.escape(images.address(images.thumbnail(path, THUMBNAIL)))
     return f'<img class="{css}" src="{source}" alt="" loading="lazy">'
 
 
@@ -104,6 +104,6 @@ def heading(view: RunView) -> str:
 def question(view: RunView) -> str:
     """Whether it is really to be deleted."""
     return (
-        f"<p><b>Delete {html.escape(view.title)}?</b> Its adapter, its pictures and everything it has written go for good. "
+        f"<p><b>Delete {html.escape(view.title)}?</b> Its adapter, its images and everything it has written go for good. "
         "The photos it learned from stay.</p>"
     )

@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger("webui")
 
 FIRST_PORT = 7860
-# Zips and adapters come over the same road as pictures, whose own limit is checked as they are taken in.
+# Zips and adapters come over the same road as images, whose own limit is checked as they are taken in.
 MAX_UPLOAD_BYTES = 512 * 2**20
 # Gradio's form says nothing while it must wait.
 SIGN_IN = "Sign in with the name and the password that you were given. After five wrong passwords, wait for a minute."
-# Hidden, so that no account and no picture set is called so.
+# Hidden, so that no account and no image set is called so.
 CACHE = ".cache"
 CACHE_SECONDS = 86400
 # The page asks for its first figures as soon as it is drawn; nobody may have opened it by then.
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--host", default="127.0.0.1", help="address to listen on; another than this machine needs --accounts")
     options.add_argument("--port", type=int, help=f"port; the first free one from {FIRST_PORT} on by default")
     options.add_argument("--runs_dir", type=Path, default=Path("runs"), help="folder of the runs")
-    options.add_argument("--uploads_dir", type=Path, default=Path("uploads"), help="folder of uploaded pictures and adapters")
+    options.add_argument("--uploads_dir", type=Path, default=Path("uploads"), help="folder of uploaded images and adapters")
     options.add_argument("--accounts", type=Path, metavar="FILE", help="file of names and hashed passwords; all must sign in")
     options.add_argument("--add_account", metavar="NAME", help="ask for a password, write it hashed to --accounts, and end")
     options.add_argument("--base_model", nargs="+", default=[], metavar="NAME", help="further models that guests may start from")

@@ -20,7 +20,7 @@ class Settings:
 
     Args:
         runs_dir: the folder of runs; with accounts, of one folder of runs an account.
-        sets_dir: the same for uploaded pictures.
+        sets_dir: the same for uploaded images.
         host: where it listens.
         port: the same; None for the first that is free.
         accounts: the file of names and hashed passwords; None without passwords.

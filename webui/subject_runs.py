@@ -10,28 +10,28 @@ from typing import Any
 from pipelines.errors import InputError
 from training.runs.record import RunRecord
 from webui import costs, panel, presets
+from webui.app_context import AppContext
 from webui.draft import Draft, Options, check_words, merged
-from webui.photo_set import PhotoSet
-from webui.shell import Shell
+from webui.image_dataset import SubjectDataset
 from webui.workspace import Workspace
 
 # Below the runs; hidden, so that it is none.
 REHEARSALS, NEW_RUN = ".rehearsals", "NEW-RUN"
 
 
-def source(shell: Shell) -> panel.Source:
+def source(shell: AppContext) -> panel.FieldSource:
     """What the expert panel of subject runs is about."""
-    return panel.Source(shell, "subject", presets.SUBJECT, shell.draft, shell.drafted, complete)
+    return panel.FieldSource(shell, "subject", presets.SUBJECT, shell.draft, shell.drafted, complete)
 
 
 def complete(workspace: Workspace, kept: dict[str, Any], options: Options) -> Options:
     """All that a run is started with, from what the browser kept and the options in force."""
     draft = Draft.from_browser(kept)
-    photos = PhotoSet.of(workspace, draft.set)
+    photos = SubjectDataset.of(workspace, draft.set)
     return draft.values(None if photos.is_example else photos.folder, options)
 
 
-def values_of(shell: Shell, workspace: Workspace, kept: dict[str, Any]) -> tuple[dict[str, Any], Options]:
+def values_of(shell: AppContext, workspace: Workspace, kept: dict[str, Any]) -> tuple[dict[str, Any], Options]:
     """The draft with what was typed last, and all that its run is started with.
 
     Raises: InputError for what cannot be used.
@@ -42,7 +42,7 @@ def values_of(shell: Shell, workspace: Workspace, kept: dict[str, Any]) -> tuple
     return kept, complete(workspace, kept, options)
 
 
-def start(shell: Shell, workspace: Workspace, kept: dict[str, Any]) -> tuple[dict[str, Any], str]:
+def start(shell: AppContext, workspace: Workspace, kept: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """Start the run; returns the draft, with what was typed last, and the run's id.
 
     Raises: InputError for what cannot be used; then nothing was started.
@@ -51,7 +51,7 @@ def start(shell: Shell, workspace: Workspace, kept: dict[str, Any]) -> tuple[dic
 
     draft = Draft.from_browser(kept)
     draft.check()
-    photos = PhotoSet.of(workspace, draft.set)
+    photos = SubjectDataset.of(workspace, draft.set)
     if not photos.entries():
         raise InputError("There are no photos yet. Add three to ten photos of one subject under Photos.")
     kept, values = values_of(shell, workspace, kept)
@@ -59,7 +59,7 @@ def start(shell: Shell, workspace: Workspace, kept: dict[str, Any]) -> tuple[dic
     return kept, launching.start(workspace, "subject", values)
 
 
-def command(shell: Shell, workspace: Workspace, kept: dict[str, Any]) -> str:
+def command(shell: AppContext, workspace: Workspace, kept: dict[str, Any]) -> str:
     """The command that `start` runs, as one writes it.
 
     Raises: InputError for what cannot be used.
@@ -71,17 +71,17 @@ def command(shell: Shell, workspace: Workspace, kept: dict[str, Any]) -> str:
     return launching.shown_command(launching.command("subject", _checked(workspace, values), workspace.runs / NEW_RUN))
 
 
-def rehearsal(shell: Shell, workspace: Workspace, kept: dict[str, Any]) -> tuple[Options, RunRecord]:
+def rehearsal(shell: AppContext, workspace: Workspace, kept: dict[str, Any]) -> tuple[Options, RunRecord]:
     """What a dry run of the draft is started with, and where its record is or will be.
 
-    The place is the same for the same options and pictures, so that nothing is measured twice.
+    The place is the same for the same options and images, so that nothing is measured twice.
 
     Raises: InputError for what cannot be used.
     """
     draft = Draft.from_browser(kept)
     check_words(draft.trigger, draft.kind)
     values = values_of(shell, workspace, kept)[1]
-    photos = PhotoSet.of(workspace, draft.set)
+    photos = SubjectDataset.of(workspace, draft.set)
     said = json.dumps([_checked(workspace, values), photos.signature()], sort_keys=True)
     return values, RunRecord(workspace.runs / REHEARSALS / hashlib.sha256(said.encode()).hexdigest()[:20])
 
@@ -93,7 +93,7 @@ def _checked(workspace: Workspace, values: Options) -> Options:
     return checked.cleaned(workspace, "subject", values)
 
 
-def rehearse(shell: Shell, workspace: Workspace, kept: dict[str, Any]) -> None:
+def rehearse(shell: AppContext, workspace: Workspace, kept: dict[str, Any]) -> None:
     """Have a dry run measure what the draft's run takes, unless one does already, or has.
 
     Raises: InputError for what cannot be used.

@@ -1,4 +1,4 @@
-"""Small copies of labelled pictures, wherever they come from, as the page loads them: from gradio's own cache alone."""
+"""Small copies of labelled images, wherever they come from, as the page loads them: from gradio's own cache alone."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 
 from pipelines.errors import InputError
-from pipelines.fewshot.sources import PictureFile, Source
-from pipelines.pictures import read_image
-from webui.pictures import address
+from pipelines.fewshot.sources import DatasetSource, ImageFile
+from pipelines.images import read_image_with_notes
+from webui.images import address
 
 SIDE, MAX_PIXELS = 128, 40_000_000
 
 
-def picture(source: Source | None, alt: str) -> str:
-    """A picture's small copy as HTML; a note where it is not there any more.
+def image(source: DatasetSource | None, alt: str) -> str:
+    """An image's small copy as HTML; a note where it is not there any more.
 
     Args:
         alt: what it shows, in users' words.
@@ -34,22 +34,22 @@ def picture(source: Source | None, alt: str) -> str:
     return f'<img src="{html.escape(address(path))}" alt="{html.escape(alt)}" loading="lazy"{css}>'
 
 
-def pictures(figures: Iterable[tuple[str, str]], css: str = "") -> str:
-    """Pictures side by side, each with what is said below it.
+def images(figures: Iterable[tuple[str, str]], css: str = "") -> str:
+    """Images side by side, each with what is said below it.
 
     Args:
-        figures: HTML of `picture`, and HTML of what is said.
+        figures: HTML of `image`, and HTML of what is said.
     """
     cells = "".join(f"<figure>{shown}{f'<figcaption>{said}</figcaption>' if said else ''}</figure>" for shown, said in figures)
     return f'<div class="thumbs {css}">{cells}</div>'
 
 
-def small(source: Source) -> tuple[str, bool] | None:
-    """The small copy of a picture in gradio's cache, and whether the picture itself has no more pixels than are shown; None for
+def small(source: DatasetSource) -> tuple[str, bool] | None:
+    """The small copy of an image in gradio's cache, and whether the image itself has no more pixels than are shown; None for
     one that is gone or cannot be read.
     """
     try:
-        if isinstance(source, PictureFile):
+        if isinstance(source, ImageFile):
             state = source.path.stat()
             found = _of_file(source, state.st_mtime_ns, state.st_size)
         else:
@@ -61,7 +61,7 @@ def small(source: Source) -> tuple[str, bool] | None:
 
 
 @lru_cache(maxsize=4096)
-def _of_file(source: PictureFile, changed: int, size: int) -> tuple[str, bool]:
+def _of_file(source: ImageFile, changed: int, size: int) -> tuple[str, bool]:
     return _made(source.content())
 
 
@@ -72,7 +72,7 @@ def _of_bytes(content: bytes) -> tuple[str, bool]:
 
 def _made(content: bytes) -> tuple[str, bool]:
     # Whoever reads it for training says what is to be known about it.
-    shown = read_image(io.BytesIO(content), "The picture", MAX_PIXELS).image
+    shown = read_image_with_notes(io.BytesIO(content), "The image", MAX_PIXELS).image
     tiny = max(shown.size) < SIDE
     shown.thumbnail((2 * SIDE, 2 * SIDE), Image.Resampling.LANCZOS)
     return save_pil_to_cache(shown, get_upload_folder(), format="webp"), tiny

@@ -1,6 +1,6 @@
-"""What a user hands in: pictures, zips of class folders and adapter files, of which nothing else gets in.
+"""What a user hands in: images, zips of class folders and adapter files, of which nothing else gets in.
 
-A picture is recognised by its content, checked against limits before it is decoded, and written anew under a name of ours
+An image is recognised by its content, checked against limits before it is decoded, and written anew under a name of ours
 (`webui.incoming`), so that neither metadata nor anything that hides in a file comes along. One that cannot be used is refused
 in a sentence, and the others are added.
 """
@@ -23,20 +23,20 @@ from pipelines.fewshot.layouts import FolderLayout, arrange, check_spellings, wi
 from pipelines.fewshot.split_files import SPLIT_FILE, parts_of_set, split_file
 from pipelines.fewshot.split_words import Part
 from pipelines.image_formats import UPLOAD_FORMATS, UPLOAD_SUFFIXES, listed
-from webui.incoming import Picture, check_size, display_name, read_upload, reencoded
-from webui.picture_sets import SET, Entry, add_class, changing, place_for
+from webui.image_datasets import SET, Entry, add_class, changing, place_for
+from webui.incoming import UploadedImage, check_size, display_name, read_upload, reencoded
 from webui.workspace import Workspace
 
 File = TypeVar("File")
 MAX_SETS = 500
-MAX_PICTURES = 20_000
+MAX_IMAGES = 20_000
 MAX_USER_BYTES = 8 * 2**30
-ZIP_LIMITS = ZipLimits(members=MAX_PICTURES, total_bytes=2 * 2**30)
+ZIP_LIMITS = ZipLimits(members=MAX_IMAGES, total_bytes=2 * 2**30)
 # No more is kept in memory before it is written.
 BATCH = 8
 # A file of adapters for SDXL with text encoders at rank 64.
 MAX_ADAPTER_BYTES = 512 * 2**20
-# Hidden, so that it is no picture set's id.
+# Hidden, so that it is no image set's id.
 ADAPTERS = ".adapters"
 # More sentences than this are summed up in one.
 SENTENCES = 20
@@ -47,11 +47,11 @@ class Added:
     """What became of an upload.
 
     Args:
-        names: what the pictures are called by now: their files, below the set's folder.
+        names: what the images are called by now: their files, below the set's folder.
         refused: a plain sentence for each file that was not taken; it holds users' words, to be escaped wherever it is shown.
         notes: the same for what was taken and its owner should know: that of an animation the first frame is read, or how a zip
             was read that came with a split.
-        parts: of a split that a zip came with, by the pictures' names; empty where it came with none.
+        parts: of a split that a zip came with, by the images' names; empty where it came with none.
     """
 
     names: list[str] = field(default_factory=list)
@@ -61,11 +61,11 @@ class Added:
 
 
 class FullError(InputError):
-    """The user's room is used up, so that no further picture fits either."""
+    """The user's room is used up, so that no further image fits either."""
 
 
-def add_pictures(folder: Path, files: Sequence[str | Path], class_folder: str | None = None) -> Added:
-    """Add pictures to a set; those that cannot be used are refused and keep none of the others out.
+def add_images(folder: Path, files: Sequence[str | Path], class_folder: str | None = None) -> Added:
+    """Add images to a set; those that cannot be used are refused and keep none of the others out.
 
     Args:
         folder: the set's.
@@ -83,7 +83,7 @@ def add_pictures(folder: Path, files: Sequence[str | Path], class_folder: str | 
 
 
 def add_zip(folder: Path, file: str | Path) -> Added:
-    """Add the class folders of a zip to a set: each folder that holds pictures is a class, called as the folder.
+    """Add the class folders of a zip to a set: each folder that holds images is a class, called as the folder.
 
     Where its folders or a split.json split it, the classes are those of the split, and the parts are told.
 
@@ -156,26 +156,26 @@ def adapters(workspace: Workspace) -> list[tuple[str, Path]]:
     return [(path.with_suffix(".txt").read_text(encoding="utf-8"), path) for path in found]
 
 
-def _add(folder: Path, pictures: Iterator[tuple[str, Picture]], class_folder: str | None, added: Added) -> None:
-    """Write pictures into a set as they come; others may change it between two batches."""
-    while batch := list(islice(pictures, BATCH)):
+def _add(folder: Path, images: Iterator[tuple[str, UploadedImage]], class_folder: str | None, added: Added) -> None:
+    """Write images into a set as they come; others may change it between two batches."""
+    while batch := list(islice(images, BATCH)):
         with changing(folder) as content:
             home = content if class_folder is None else content.class_in(class_folder)
-            _check_room(folder.parent, len(batch), sum(len(picture.content) for _, picture in batch))
-            for name, picture in batch:
-                path = place_for(folder, home, picture.suffix)
+            _check_room(folder.parent, len(batch), sum(len(image.content) for _, image in batch))
+            for name, image in batch:
+                path = place_for(folder, home, image.suffix)
                 beside = path.with_name(f".{path.name}")
-                beside.write_bytes(picture.content)
+                beside.write_bytes(image.content)
                 os.replace(beside, path)
-                home.pictures.append(Entry(path.relative_to(folder).as_posix(), display_name(name)))
-                added.names.append(home.pictures[-1].file)
-                added.notes += picture.notes
+                home.images.append(Entry(path.relative_to(folder).as_posix(), display_name(name)))
+                added.names.append(home.images[-1].file)
+                added.notes += image.notes
 
 
 def _readable(
-    named: Iterable[tuple[str, File]], read: Callable[[File, str], Picture], added: Added
-) -> Iterator[tuple[str, Picture]]:
-    """The pictures that can be used, each with its name; the others are refused."""
+    named: Iterable[tuple[str, File]], read: Callable[[File, str], UploadedImage], added: Added
+) -> Iterator[tuple[str, UploadedImage]]:
+    """The images that can be used, each with its name; the others are refused."""
     for name, file in named:
         try:
             yield name, read(file, name)
@@ -183,48 +183,48 @@ def _readable(
             added.refused.append(str(error))
 
 
-def _read_zipped(member: ZippedFile, name: str) -> Picture:
+def _read_zipped(member: ZippedFile, name: str) -> UploadedImage:
     check_size(member.size(), name)
     return reencoded(member.content(), name)
 
 
 def _class_folders(path: Path, added: Added) -> dict[tuple[str, Part | None], list[ZippedFile]]:
-    """The pictures of a zip by their class, and their part where the zip is split; what is no picture is refused."""
+    """The images of a zip by their class, and their part where the zip is split; what is no image is refused."""
     name = display_name(path)
     try:
         if not zipfile.is_zipfile(path):
-            raise InputError(f"{name} is not a zip. Pack one folder of pictures for each class into a zip.")
+            raise InputError(f"{name} is not a zip. Pack one folder of images for each class into a zip.")
         groups = _grouped(name, read_zip(path, ZIP_LIMITS), added)
     except InputError as error:
         # The page does not tell where the server keeps uploads.
         raise InputError(str(error).replace(repr(str(path)), name)) from error
     if not groups:
-        raise InputError(f"{name} holds no folder with pictures. Pack one folder of pictures for each class into a zip.")
+        raise InputError(f"{name} holds no folder with images. Pack one folder of images for each class into a zip.")
     return groups
 
 
 def _grouped(name: str, content: ZipContent, added: Added) -> dict[tuple[str, Part | None], list[ZippedFile]]:
-    pictures = [file for file in content.files if _is_usable(file, added)]
-    layout = arrange(name, [file.name for file in pictures], content.folders)
+    images = [file for file in content.files if _is_usable(file, added)]
+    layout = arrange(name, [file.name for file in images], content.folders)
     split = split_file(content.files, layout)
     parts = _parts(name, layout, split, added)
     stray = [file.name for file in content.files if PurePosixPath(file.name).name.casefold() == SPLIT_FILE and file != split]
     added.refused += [f"{other} does not lie beside the class folders and was left out." for other in stray]
     groups: dict[tuple[str, Part | None], list[ZippedFile]] = {}
-    for file in pictures:
+    for file in images:
         key = layout.classes[file.name] if parts else PurePosixPath(file.name).parent.name
         groups.setdefault((key, parts.get(file.name)), []).append(file)
     return groups
 
 
 def _is_usable(file: ZippedFile, added: Added) -> bool:
-    """Whether a file of a zip is a picture in a folder; what is not is refused, but for a split.json, which is read."""
+    """Whether a file of a zip is an image in a folder; what is not is refused, but for a split.json, which is read."""
     path = PurePosixPath(file.name)
     if path.suffix.lower() == ".zip":
         added.refused.append(f"{file.name} is a zip within the zip and was left out. Unpack it first, or add it by itself.")
     elif path.suffix.lower() not in UPLOAD_SUFFIXES:
         if path.name.casefold() != SPLIT_FILE:
-            added.refused.append(f"{file.name} is not a {listed(UPLOAD_FORMATS)} picture and was left out.")
+            added.refused.append(f"{file.name} is not a {listed(UPLOAD_FORMATS)} image and was left out.")
     elif len(path.parts) < 2:
         added.refused.append(f"{file.name} lies in no class's folder and was left out. Put it into the folder of its class.")
     else:
@@ -237,17 +237,17 @@ def _parts(name: str, layout: FolderLayout, split: ZippedFile | None, added: Add
     parts, notes = parts_of_set(name, layout, split)
     if parts:
         check_spellings(name, layout.classes, parts)
-        added.notes += [*layout.notes, *notes, "Its pictures for the test are only ever tested on, all others only learned from."]
+        added.notes += [*layout.notes, *notes, "Its images for the test are only ever tested on, all others only learned from."]
     return with_test(parts)
 
 
-def _check_room(sets: Path, pictures: int, size: int) -> None:
-    """Raise FullError if the user's folder `sets` has no room for so many more pictures and bytes."""
+def _check_room(sets: Path, images: int, size: int) -> None:
+    """Raise FullError if the user's folder `sets` has no room for so many more images and bytes."""
     held = [entry.stat().st_size for entry in sets.rglob("*") if entry.is_file()]
     if len(list(sets.glob(f"*/{SET}"))) > MAX_SETS:
-        raise FullError(f"You have {MAX_SETS} sets of pictures, and no more are kept. Delete one that you no longer need.")
-    if pictures and len(held) + pictures > MAX_PICTURES:
-        raise FullError(f"You have {MAX_PICTURES:,} pictures, and no more are kept. Delete a set that you no longer need.")
+        raise FullError(f"You have {MAX_SETS} sets of images, and no more are kept. Delete one that you no longer need.")
+    if images and len(held) + images > MAX_IMAGES:
+        raise FullError(f"You have {MAX_IMAGES:,} images, and no more are kept. Delete a set that you no longer need.")
     if sum(held) + size > MAX_USER_BYTES:
         raise FullError(f"Your files take {MAX_USER_BYTES >> 30} GB, and no more is kept. Delete a set that you no longer need.")
 

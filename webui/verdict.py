@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from training.runs.record import RunRecord
+from training.subject.checkpoint_selection import COPY_THRESHOLD, Point, StepScores
 from training.subject.measured import heldout_curve, sample_scores
-from training.subject.suggesting import COPY_THRESHOLD, Point, StepScores
 from webui.curves import Series, plot
-from webui.pictures import Sample, address, sampled_steps, samples, subject, thumbnail
+from webui.images import Sample, address, sampled_steps, samples, subject, thumbnail
 from webui.views import RunView
 
 SUGGESTION, CERTIFICATE = "suggestion.json", "certificate.json"
@@ -22,7 +22,7 @@ READ_SUBJECT = "How alike the samples are to your photos. Higher is better, and 
 READ_PROMPT = "How well the samples show what the words ask for. It falls when the subject pushes the words aside."
 READ_COPY = (
     "How near the samples come to one single photo of yours, by what is in them and by their outlines. At the limit they are "
-    "copies of it rather than new pictures."
+    "copies of it rather than new images."
 )
 LOSSES = {"heldout": "loss, held out", "seen": "loss, learned"}
 SCORES = {"subject": "likeness", "prompt": "words", "nearest": "nearest photo", "copy": "nearest outline"}
@@ -47,7 +47,7 @@ def _not_yet(view: RunView) -> str:
     measured = bool(sampled_steps(view.record))
     if view.is_active:
         lead, there = "The step to use is suggested when training is done.", "What there is so far is below."
-        told = there if measured else "Pictures and figures of each step will be here, side by side."
+        told = there if measured else "Images and figures of each step will be here, side by side."
     else:
         lead = "Training has not come to its end, so no step is suggested."
         told = "What was measured until then is below." if measured else "Nothing was measured until then."
@@ -73,7 +73,7 @@ def sample_table(record: RunRecord, shown: tuple[int, int] | None) -> str:
     heads = "".join(f'<th scope="col">{_step_head(step, suggested)}</th>' for step in steps)
     rows = "".join(_sample_row(place, prompt.prompt, steps, shown) for place, prompt in enumerate(prompts))
     table = f'<table class="samples"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>'
-    photos = "".join(_picture(each, "one of your photos") for each in subject(record))
+    photos = "".join(_image(each, "one of your photos") for each in subject(record))
     if photos:
         photos = f'<h4>Your photos, as the model sees them</h4><div class="scroll strip">{photos}</div>'
     return f'<h3>Every step side by side</h3>{photos}<div class="scroll">{table}</div>'
@@ -86,19 +86,19 @@ def _step_head(step: int, suggested: int | None) -> str:
 
 def _sample_row(place: int, prompt: str, steps: Mapping[int, Sequence[Sample]], shown: tuple[int, int] | None) -> str:
     cells = []
-    for step, pictures in steps.items():
-        if place >= len(pictures):
+    for step, images in steps.items():
+        if place >= len(images):
             cells.append("<td></td>")
             continue
         css = ' class="shown"' if (step, place) == shown else ""
         label = html.escape(f"compare: {prompt}, {f'step {step}' if step else 'before training'}")
         button = f'<button type="button" data-step="{step}" data-place="{place}" aria-label="{label}"{css}>'
-        cells.append(f"<td>{button}{_picture(pictures[place], '')}</button></td>")
+        cells.append(f"<td>{button}{_image(images[place], '')}</button></td>")
     words = f'<tr><th colspan="{len(steps)}" scope="rowgroup"><span>{html.escape(prompt)}</span></th></tr>'
     return f"{words}<tr>{''.join(cells)}</tr>"
 
 
-def _picture(sample: Sample, words: str) -> str:
+def _image(sample: Sample, words: str) -> str:
     return f'<img class="{sample.css}" src="{address(thumbnail(sample.path))}" alt="{html.escape(words)}">'
 
 
@@ -182,14 +182,14 @@ def certificate(record: RunRecord) -> str:
         f" It read the {html.escape(' and '.join(found['converted']))} file in its own form." if found.get("converted") else ""
     )
     return (
-        '<p><span class="chip good">certified</span> A plain diffusers program without this app drew the same pictures from the '
+        '<p><span class="chip good">certified</span> A plain diffusers program without this app drew the same images from the '
         f"saved files: at most {largest:.2g} of 255 shades apart, where the adapter changes up to {found['effect']:.0f}."
         f"{converted}</p>"
     )
 
 
 def card(record: RunRecord) -> str:
-    """The model card as Markdown, without its header for the hub and its picture; empty before it is written."""
+    """The model card as Markdown, without its header for the hub and its image; empty before it is written."""
     path = record.path / "README.md"
     if not path.is_file():
         return ""

@@ -1,4 +1,4 @@
-"""Where one user's runs and pictures lie. Paths come from the ids made here, never from a user's words."""
+"""Where one user's runs and images lie. Paths come from the ids made here, never from a user's words."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ LAUNCH = "launch.json"
 
 @dataclass(frozen=True)
 class Workspace:
-    """One user's runs and picture sets; no other user's can be reached through it.
+    """One user's runs and image sets; no other user's can be reached through it.
 
     Args:
         runs: the folder of runs, one folder each.
-        sets: the folder of uploaded pictures, one folder each.
+        sets: the folder of uploaded images, one folder each.
         user: the account's name; None where there are no accounts.
         is_local: whether folders and models of the machine may be named.
         base_models: what runs may start from besides the built-in models where they may not.
@@ -56,22 +56,22 @@ class Workspace:
             raise InputError("There is no such run. Choose one from the list.")
         return RunRecord(path)
 
-    def picture_set(self, set_id: str) -> Path:
-        """The folder of the picture set called `set_id`.
+    def image_set(self, set_id: str) -> Path:
+        """The folder of the image set called `set_id`.
 
         Raises: InputError if there is none, or the id is no id.
         """
         path = _below(self.sets, set_id)
         if path is None or path.is_symlink() or not path.is_dir():
-            raise InputError("These pictures are no longer there. Add them again.")
+            raise InputError("These images are no longer there. Add them again.")
         return path
 
     def new_run(self) -> Path:
         """An empty folder for a new run."""
         return _new(self.runs)
 
-    def new_picture_set(self) -> Path:
-        """An empty folder for pictures."""
+    def new_image_set(self) -> Path:
+        """An empty folder for images."""
         return _new(self.sets)
 
 

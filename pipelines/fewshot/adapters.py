@@ -20,7 +20,7 @@ from pipelines.adapter_options import AdapterOptions
 from pipelines.clip import Clip, evaluating
 from pipelines.clip_attention import attention_layers, separate
 from pipelines.errors import InputError
-from pipelines.fewshot.places import ENCODERS, IMAGE, TEXT, AdapterPlaces
+from pipelines.fewshot.target_layers import ENCODERS, IMAGE, TEXT, AdapterPlaces
 from pipelines.methods import method_of
 from pipelines.randomness import keyed_generator
 
@@ -84,7 +84,7 @@ def start(
         seed: of all that is random in the start.
         losses: `losses(count)` yields the training losses of `count` batches, for methods that start from gradients.
     """
-    runs = {IMAGE: partial(_run_pictures, clip, pixels), TEXT: partial(run_prompts, clip, tokens)}
+    runs = {IMAGE: partial(_run_images, clip, pixels), TEXT: partial(run_prompts, clip, tokens)}
     method, losses = options.create(), base_losses(losses, components.values())
     for index, (name, model) in enumerate(components.items()):
         forward = partial(_in_evaluation, clip.model, runs[name])
@@ -97,7 +97,7 @@ def _in_evaluation(model: nn.Module, run: Callable[[], None]) -> None:
         run()
 
 
-def _run_pictures(clip: Clip, pixels: Iterable[torch.Tensor]) -> None:
+def _run_images(clip: Clip, pixels: Iterable[torch.Tensor]) -> None:
     for batch in pixels:
         clip.encode_images(batch)
 

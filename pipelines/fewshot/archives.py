@@ -31,10 +31,10 @@ class ZipLimits:
 
     Args:
         members: files and folders.
-        member_bytes: of one picture's file.
+        member_bytes: of one image's file.
         total_bytes: of all files, unpacked.
-        ratio: bytes unpacked to bytes packed, of one file; pictures, being compressed, hardly exceed 1.
-        pixels: of one picture.
+        ratio: bytes unpacked to bytes packed, of one file; images, being compressed, hardly exceed 1.
+        pixels: of one image.
     """
 
     members: int = 100_000
@@ -52,7 +52,7 @@ class ZippedFile:
         name: its member's name.
         archive: the zip.
         max_bytes: of it, unpacked.
-        max_pixels: as of `pipelines.fewshot.sources.Source`.
+        max_pixels: as of `pipelines.fewshot.sources.DatasetSource`.
     """
 
     name: str
@@ -182,13 +182,11 @@ def _check_member(path: Path, member: zipfile.ZipInfo, limits: ZipLimits) -> Non
     if member.compress_type not in METHODS:
         raise InputError(f"{where} must be stored or deflated, got method {member.compress_type}. Pack the zip again.")
     if member.file_size > limits.member_bytes:
-        raise InputError(
-            f"{where} must have at most {limits.member_bytes:,} bytes, got {member.file_size:,}. Shrink the picture."
-        )
+        raise InputError(f"{where} must have at most {limits.member_bytes:,} bytes, got {member.file_size:,}. Shrink the image.")
     if member.file_size > limits.ratio * max(member.compress_size, 1):
         raise InputError(
             f"{where} must unpack to at most {limits.ratio:g} times its packed size, got {member.file_size:,} bytes from "
-            f"{member.compress_size:,}. Save the picture as JPEG, PNG or WebP."
+            f"{member.compress_size:,}. Save the image as JPEG, PNG or WebP."
         )
 
 

@@ -22,10 +22,10 @@ from pipelines.clip import Clip, load_clip
 from pipelines.errors import InputError
 from pipelines.fewshot import adapters
 from pipelines.fewshot.baselines import BASELINES
-from pipelines.fewshot.baselines.predictors import Linear, Predictor, load_predictor, save_predictor
+from pipelines.fewshot.baselines.predictors import LinearHead, Predictor, load_predictor, save_predictor
 from pipelines.fewshot.baselines.vocabulary import with_classes
-from pipelines.fewshot.features import picture_features, prompt_features, raw_pixels
-from pipelines.fewshot.inputs import GivenPictures, GivenPictureSet
+from pipelines.fewshot.features import image_features, prompt_features, raw_pixels
+from pipelines.fewshot.inputs import GivenImages, GivenImageSet
 from pipelines.fewshot.prompts import Prompts
 from pipelines.fewshot.split_files import read_json
 from pipelines.methods import method_names
@@ -188,12 +188,12 @@ def classifier_folder(path: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a classifier makes of pictures.
+    """What a classifier makes of images.
 
     Args:
         probabilities: (n, classes) float32, on the CPU.
         classes: their names.
-        names: what each picture is called: its path, or its place.
+        names: what each image is called: its path, or its place.
     """
 
     probabilities: torch.Tensor
@@ -202,11 +202,11 @@ class Predictions:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The most likely class of each picture."""
+        """The most likely class of each image."""
         return tuple(self.classes[place] for place in self.probabilities.argmax(dim=1).tolist())
 
     def top(self, count: int) -> list[list[tuple[str, float]]]:
-        """The `count` most likely classes of each picture and their probabilities, the most likely first."""
+        """The `count` most likely classes of each image and their probabilities, the most likely first."""
         values, places = self.probabilities.topk(min(count, len(self.classes)), dim=1)
         return [
             [(self.classes[place], value) for place, value in zip(own_places, own_values, strict=True)]
@@ -214,7 +214,7 @@ class Predictions:
         ]
 
     def table(self) -> list[list[str]]:
-        """Rows for a CSV: a header, then each picture's name, class, its probability, and the probability of every class."""
+        """Rows for a CSV: a header, then each image's name, class, its probability, and the probability of every class."""
         rows = [["picture", "class", "probability", *self.classes]]
         for name, label, own in zip(self.names, self.labels, self.probabilities.tolist(), strict=True):
             rows.append([name, label, *(f"{value:.6g}" for value in (max(own), *own))])
@@ -223,9 +223,9 @@ class Predictions:
 
 @dataclass(frozen=True)
 class FewShotClassifier:
-    """A classifier of pictures into the classes that it has learned, and others that are named.
+    """A classifier of images into the classes that it has learned, and others that are named.
 
-        probabilities = softmax(logits / temperature),    for an adapter  logits = scale cos(picture, prompts)
+        probabilities = softmax(logits / temperature),    for an adapter  logits = scale cos(image, prompts)
 
     Args:
         clip: the base model, with the adapter if there is one.
@@ -281,23 +281,23 @@ class FewShotClassifier:
         """The classes' names."""
         return self.prompts.classes
 
-    def predict(self, images: GivenPictures, batch_size: int = BATCH) -> Predictions:
-        """The probability of every class for each picture.
+    def predict(self, images: GivenImages, batch_size: int = BATCH) -> Predictions:
+        """The probability of every class for each image.
 
         Args:
-            images: one picture or several, each a PIL picture, the path of a file, or a tensor (3, h, w), uint8 or floating
+            images: one image or several, each a PIL image, the path of a file, or a tensor (3, h, w), uint8 or floating
                 point in [0, 1]; several may be one tensor (n, 3, h, w).
-            batch_size: pictures that are read and encoded at a time.
-        Raises: InputError naming the picture that cannot be used.
+            batch_size: images that are read and encoded at a time.
+        Raises: InputError naming the image that cannot be used.
         """
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}.")
         of_pixels = self.predictor.reads == "pixels"
-        given = GivenPictureSet(images, raw_pixels if of_pixels else self.clip.preprocess)
+        given = GivenImageSet(images, raw_pixels if of_pixels else self.clip.preprocess)
         if of_pixels:
             inputs = torch.stack([given[place][0] for place in range(len(given))])
         else:
-            inputs, _ = picture_features(self.clip, given, batch_size)
+            inputs, _ = image_features(self.clip, given, batch_size)
         probabilities = (self.predictor.logits(inputs) / self.temperature).softmax(dim=1).cpu()
         return Predictions(probabilities, self.classes, given.names)
 
@@ -306,7 +306,7 @@ class FewShotClassifier:
 
         The logits of the other classes stay as they are.
 
-        Raises: InputError for a name that is there already, or a method that needs pictures of every class.
+        Raises: InputError for a name that is there already, or a method that needs images of every class.
         """
         if not names:
             return self
@@ -353,7 +353,7 @@ def _check_base(told: ClassifierFile, folder: Path) -> None:
 def _of_prompts(clip: Clip, prompts: Prompts) -> Predictor:
     """logits = scale T x, with the unit features T of the classes' prompts, computed once."""
     weight = float(clip.logit_scale) * prompt_features(clip, prompts)
-    return Predictor(Linear.unbiased(weight), trained_numbers=0, open_vocabulary=True)
+    return Predictor(LinearHead.unbiased(weight), trained_numbers=0, open_vocabulary=True)
 
 
 def _stored_predictor(path: Path, clip: Clip, told: ClassifierFile) -> Predictor:

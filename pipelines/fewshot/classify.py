@@ -1,8 +1,8 @@
-"""Classify pictures with a finished run: what each shows, how likely that is, and what else it might be.
+"""Classify images with a finished run: what each shows, how likely that is, and what else it might be.
 
     python -m pipelines.fewshot.classify RUN PICTURE_OR_FOLDER... --top 3 --output predictions.csv
 
-Exit codes: 0, every picture was classified; 1, some could not be read and are named; 2, nothing could be done.
+Exit codes: 0, every image was classified; 1, some could not be read and are named; 2, nothing could be done.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from transformers import HfArgumentParser
 from pipelines.errors import InputError
 from pipelines.fewshot.loading import walk
 from pipelines.file_names import display_path
+from pipelines.images import has_image_name, read_image
 from pipelines.output_paths import check_output_file
-from pipelines.pictures import has_picture_name, read_picture
 from pipelines.run_options import check_task
 from pipelines.tables import harmless
 
@@ -33,18 +33,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class ClassifyOptions:
-    """How pictures are classified, and what is told of them."""
+    """How images are classified, and what is told of them."""
 
     add_class: list[str] = field(
         default_factory=list,
         metadata={"help": "More classes, known by their names alone, if the run's method compares with prompts."},
     )
-    top: int = field(default=3, metadata={"help": "How many classes to name for each picture, the most likely first."})
+    top: int = field(default=3, metadata={"help": "How many classes to name for each image, the most likely first."})
     output: str | None = field(default=None, metadata={"help": "Also write every probability to this CSV file."})
     model: str | None = field(default=None, metadata={"help": "The base model, where it lies elsewhere than in training."})
     pretrained: str | None = field(default=None, metadata={"help": "Its weights, where they lie elsewhere than in training."})
     device: str | None = field(default=None, metadata={"help": "Such as cpu or cuda; a GPU where there is one unless said."})
-    batch_size: int = field(default=64, metadata={"help": "Pictures that are read and encoded at a time."})
+    batch_size: int = field(default=64, metadata={"help": "Images that are read and encoded at a time."})
 
     def __post_init__(self) -> None:
         for name in ("top", "batch_size"):
@@ -54,26 +54,26 @@ class ClassifyOptions:
 
 
 def find_files(given: Sequence[str]) -> list[Path]:
-    """The files of `given`, each once: those named themselves, and all pictures below the folders named.
+    """The files of `given`, each once: those named themselves, and all images below the folders named.
 
-    Raises: InputError for a path where there is nothing, and a folder without pictures.
+    Raises: InputError for a path where there is nothing, and a folder without images.
     """
     found: dict[Path, None] = {}
     for path in map(Path, given):
         if path.is_dir():
             content = walk(path)
-            own = [path / name for name in (*content.files, *content.broken) if has_picture_name(name)]
+            own = [path / name for name in (*content.files, *content.broken) if has_image_name(name)]
         else:
             own = [path] if path.is_file() else []
         if not own:
-            what = "no picture in the folder" if path.is_dir() else "no file or folder"
-            raise InputError(f"There is {what} {str(path)!r}. Name pictures, or folders of pictures.")
+            what = "no image in the folder" if path.is_dir() else "no file or folder"
+            raise InputError(f"There is {what} {str(path)!r}. Name images, or folders of images.")
         found |= dict.fromkeys(own)
     return list(found)
 
 
 def classify(classifier: FewShotClassifier, files: Sequence[Path], batch_size: int) -> tuple[Predictions | None, list[str]]:
-    """Classify the pictures in `files`, and say of those that cannot be read why.
+    """Classify the images in `files`, and say of those that cannot be read why.
 
     Returns: the predictions of those that can, in their order, None if there are none; and a sentence for each other.
     """
@@ -86,7 +86,7 @@ def classify(classifier: FewShotClassifier, files: Sequence[Path], batch_size: i
         readable: list[Image.Image] = []
         for file in files[start : start + batch_size]:
             try:
-                readable.append(read_picture(file))
+                readable.append(read_image(file))
             except InputError as error:
                 damaged.append(str(error))
             else:
@@ -97,7 +97,7 @@ def classify(classifier: FewShotClassifier, files: Sequence[Path], batch_size: i
 
 
 def in_words(predictions: Predictions, top: int) -> str:
-    """A line for each picture: its name, its class, how likely that is, and the runners-up."""
+    """A line for each image: its name, its class, how likely that is, and the runners-up."""
     rows = [("picture", "class", "probability", "or else" if top > 1 else "")]
     for name, (best, *others) in zip(predictions.names, predictions.top(top), strict=True):
         rows.append((name, best[0], f"{best[1]:.1%}", ", ".join(f"{other} {share:.1%}" for other, share in others)))
@@ -147,7 +147,7 @@ def main(arguments: Sequence[str]) -> int:
         ClassifyOptions, prog="python -m pipelines.fewshot.classify", description=__doc__, allow_abbrev=False
     )
     parser.add_argument("run", help="A run's directory, or the folder of one fitted method in it.")
-    parser.add_argument("pictures", nargs="+", help="Pictures, or folders of them.")
+    parser.add_argument("pictures", nargs="+", help="Images, or folders of them.")
     try:
         options, given, unknown = parser.parse_args_into_dataclasses(
             arguments, return_remaining_strings=True, look_for_args_file=False
@@ -159,7 +159,7 @@ def main(arguments: Sequence[str]) -> int:
     from nora_vision.files import AdapterFileError
 
     try:
-        return run(given.run, given.pictures, options)
+        return run(given.run, given.images, options)
     except (InputError, AdapterFileError) as error:
         parser.exit(2, f"error: {error}\n")
 

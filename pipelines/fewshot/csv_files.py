@@ -11,7 +11,7 @@ from pathlib import Path
 from pipelines.errors import InputError
 from pipelines.fewshot.layouts import counted, listed
 from pipelines.fewshot.split_words import PARTS, Part, part_of_value, split_column
-from pipelines.pictures import has_picture_name
+from pipelines.images import has_image_name
 from pipelines.text_files import read_text
 
 DELIMITERS = ",;\t"
@@ -77,8 +77,8 @@ def _part(value: str, at: str, column: str) -> Part:
 def _check_file(path: Path, what: str) -> None:
     if not path.is_file():
         raise InputError(f"{what}, but there is no such file. Mend the path.")
-    if not has_picture_name(path.name):
-        raise InputError(f"{what}, which is not called like a picture.")
+    if not has_image_name(path.name):
+        raise InputError(f"{what}, which is not called like an image.")
 
 
 def _notes(rows: list[Row], column: str | None, unused: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Labelled pictures: classes and where their pictures lie; read, renamed, checked for copies and damage."""
+"""Labelled images: classes and where their images lie; read, renamed, checked for copies and damage."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from tqdm.auto import tqdm
 from pipelines.errors import InputError
 from pipelines.fewshot.layouts import LISTED, listed
 from pipelines.fewshot.prompts import clean_name
-from pipelines.fewshot.sources import Source
+from pipelines.fewshot.sources import DatasetSource
 from pipelines.fewshot.split_words import PARTS as PARTS
 from pipelines.fewshot.split_words import Part
-from pipelines.pictures import PICTURE_SUFFIXES, read_picture
+from pipelines.images import IMAGE_SUFFIXES, read_image
 
 
 @dataclass(frozen=True, slots=True)
-class LabelledPicture:
-    """A picture of a class.
+class LabelledImage:
+    """An image of a class.
 
     Args:
         source: where its bytes come from.
@@ -34,7 +34,7 @@ class LabelledPicture:
         class_name: that class, for errors.
     """
 
-    source: Source
+    source: DatasetSource
     label: int
     class_name: str
 
@@ -46,21 +46,21 @@ class LabelledPicture:
 
 @dataclass(frozen=True)
 class LabelledSet:
-    """Classes and their pictures.
+    """Classes and their images.
 
     Args:
         name: what errors call the set.
         classes: the classes' names, as prompts speak of them.
         keys: what the classes are called where they were found, such as their folders; renaming a class leaves its key.
-        pictures: of all classes.
-        parts: of pictures' names, where whoever made the set has split it; otherwise empty.
+        images: of all classes.
+        parts: of images' names, where whoever made the set has split it; otherwise empty.
         notes: sentences on how the set was read, and on what of it is not used.
     """
 
     name: str
     classes: tuple[str, ...]
     keys: tuple[str, ...]
-    pictures: tuple[LabelledPicture, ...]
+    images: tuple[LabelledImage, ...]
     parts: Mapping[str, Part] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -68,55 +68,55 @@ class LabelledSet:
         if len(self.classes) < 2:
             found = f"only {self.classes[0]!r}" if self.classes else "none"
             raise InputError(f"{self.name} must hold two classes or more, got {found}. Add a folder for each other class.")
-        counts = Counter(picture.label for picture in self.pictures)
+        counts = Counter(image.label for image in self.images)
         for label, key in enumerate(self.keys):
             if not counts[label]:
                 raise InputError(
-                    f"Class {key!r} of {self.name} holds no picture ({', '.join(sorted(PICTURE_SUFFIXES))}). Add pictures to it, "
+                    f"Class {key!r} of {self.name} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}). Add images to it, "
                     "or remove the class."
                 )
 
-    def of_part(self, part: Part) -> tuple[LabelledPicture, ...]:
-        """The pictures that are in `part`."""
-        return tuple(picture for picture in self.pictures if self.parts.get(picture.name) == part)
+    def of_part(self, part: Part) -> tuple[LabelledImage, ...]:
+        """The images that are in `part`."""
+        return tuple(image for image in self.images if self.parts.get(image.name) == part)
 
 
-def read(picture: LabelledPicture) -> Image.Image:
-    """The picture as RGB, upright, transparent parts white.
+def read(image: LabelledImage) -> Image.Image:
+    """The image as RGB, upright, transparent parts white.
 
-    Raises: InputError naming the picture and its class if it cannot be read.
+    Raises: InputError naming the image and its class if it cannot be read.
     """
-    source = picture.source
-    name = f"{source.name!r} of class {picture.class_name!r}"
-    return read_picture(io.BytesIO(source.content()), name, source.max_pixels)
+    source = image.source
+    name = f"{source.name!r} of class {image.class_name!r}"
+    return read_image(io.BytesIO(source.content()), name, source.max_pixels)
 
 
-class PictureDataset(Dataset):
-    """Pictures as a model takes them, for a DataLoader's worker processes: (transformed, label).
+class LabelledImageDataset(Dataset):
+    """Images as a model takes them, for a DataLoader's worker processes: (transformed, label).
 
     Args:
-        pictures: labelled ones.
-        transform: what is made of a picture as `read` gives it, such as a model's `preprocess`.
+        images: labelled ones.
+        transform: what is made of an image as `read` gives it, such as a model's `preprocess`.
     """
 
-    def __init__(self, pictures: Sequence[LabelledPicture], transform: Callable[[Image.Image], Any]) -> None:
-        self.pictures, self.transform = tuple(pictures), transform
+    def __init__(self, images: Sequence[LabelledImage], transform: Callable[[Image.Image], Any]) -> None:
+        self.images, self.transform = tuple(images), transform
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, place: int) -> tuple[Any, int]:
-        picture = self.pictures[place]
-        return self.transform(read(picture)), picture.label
+        image = self.images[place]
+        return self.transform(read(image)), image.label
 
     @property
     def labels(self) -> torch.Tensor:
         """(count,) int64."""
-        return torch.tensor([picture.label for picture in self.pictures], dtype=torch.int64)
+        return torch.tensor([image.label for image in self.images], dtype=torch.int64)
 
 
 def rename(labelled: LabelledSet, class_names: Mapping[str, str]) -> LabelledSet:
-    """The same pictures with other names for classes.
+    """The same images with other names for classes.
 
     Args:
         class_names: by the classes' keys; classes that it leaves out keep their names.
@@ -133,22 +133,20 @@ def rename(labelled: LabelledSet, class_names: Mapping[str, str]) -> LabelledSet
         if len(sharing) > 1:
             called = clean_name(name)
             raise InputError(f"Each class needs a name of its own, but {listed(sharing)} are all called {called!r}. Rename one.")
-    pictures = tuple(replace(picture, class_name=now[picture.label]) for picture in labelled.pictures)
-    return replace(labelled, classes=now, pictures=pictures)
+    images = tuple(replace(image, class_name=now[image.label]) for image in labelled.images)
+    return replace(labelled, classes=now, images=images)
 
 
 def subset(labelled: LabelledSet, labels: Sequence[int]) -> LabelledSet:
     """The classes of `labels` alone, in this order, labelled from 0."""
     place_of = {label: place for place, label in enumerate(labels)}
-    pictures = tuple(
-        replace(picture, label=place_of[picture.label]) for picture in labelled.pictures if picture.label in place_of
-    )
-    names = {picture.name for picture in pictures}
+    images = tuple(replace(image, label=place_of[image.label]) for image in labelled.images if image.label in place_of)
+    names = {image.name for image in images}
     return replace(
         labelled,
         classes=tuple(labelled.classes[label] for label in labels),
         keys=tuple(labelled.keys[label] for label in labels),
-        pictures=pictures,
+        images=images,
         parts={name: part for name, part in labelled.parts.items() if name in names},
     )
 
@@ -169,10 +167,10 @@ def base_and_new(labelled: LabelledSet) -> tuple[LabelledSet, LabelledSet]:
 
 @dataclass(frozen=True)
 class Copies:
-    """Pictures whose files hold the same bytes.
+    """Images whose files hold the same bytes.
 
     Args:
-        names: two or more pictures' names.
+        names: two or more images' names.
         classes: the classes that they are in, each once.
     """
 
@@ -186,21 +184,21 @@ class Copies:
 
     def __str__(self) -> str:
         where = f"in the classes {listed(self.classes)}" if self.conflicting else f"in class {self.classes[0]!r}"
-        return f"The same picture is {len(self.names)} times {where}: {listed(self.names)}."
+        return f"The same image is {len(self.names)} times {where}: {listed(self.names)}."
 
 
 def find_copies(labelled: LabelledSet) -> list[Copies]:
-    """Pictures that a set holds more than once, by their files' SHA-256; those in two classes come first.
+    """Images that a set holds more than once, by their files' SHA-256; those in two classes come first.
 
-    Only pictures whose files are of one size are read.
+    Only images whose files are of one size are read.
     """
-    by_size: dict[int, list[LabelledPicture]] = defaultdict(list)
-    for picture in labelled.pictures:
-        by_size[picture.source.size()].append(picture)
-    by_content: dict[tuple[int, str], list[LabelledPicture]] = defaultdict(list)
-    for size, pictures in by_size.items():
-        for picture in pictures if len(pictures) > 1 else ():
-            by_content[size, hashlib.sha256(picture.source.content()).hexdigest()].append(picture)
+    by_size: dict[int, list[LabelledImage]] = defaultdict(list)
+    for image in labelled.images:
+        by_size[image.source.size()].append(image)
+    by_content: dict[tuple[int, str], list[LabelledImage]] = defaultdict(list)
+    for size, images in by_size.items():
+        for image in images if len(images) > 1 else ():
+            by_content[size, hashlib.sha256(image.source.content()).hexdigest()].append(image)
     found = [
         Copies(tuple(same.name for same in group), tuple(dict.fromkeys(same.class_name for same in group)))
         for group in by_content.values()
@@ -210,33 +208,33 @@ def find_copies(labelled: LabelledSet) -> list[Copies]:
 
 
 def without_copies(labelled: LabelledSet, copies: Iterable[Copies]) -> LabelledSet:
-    """The set with one of each picture: the first of copies in one class; none of copies in several, whose class nobody knows.
+    """The set with one of each image: the first of copies in one class; none of copies in several, whose class nobody knows.
 
-    So no picture is both learned from and tested on.
+    So no image is both learned from and tested on.
 
     Raises: InputError if a class has none left.
     """
     left_out = {name for found in copies for name in (found.names if found.conflicting else found.names[1:])}
-    pictures = tuple(picture for picture in labelled.pictures if picture.name not in left_out)
-    return replace(labelled, pictures=pictures)
+    images = tuple(image for image in labelled.images if image.name not in left_out)
+    return replace(labelled, images=images)
 
 
-def check_readable(pictures: Sequence[LabelledPicture], threads: int = 4) -> None:
-    """Decode every picture once.
+def check_readable(images: Sequence[LabelledImage], threads: int = 4) -> None:
+    """Decode every image once.
 
-    Raises: InputError naming the first pictures that cannot be read, and their classes.
+    Raises: InputError naming the first images that cannot be read, and their classes.
     """
     with ThreadPoolExecutor(threads) as pool:
-        shown = tqdm(pool.map(_why_unreadable, pictures), total=len(pictures), desc="checking pictures", unit="", leave=False)
+        shown = tqdm(pool.map(_why_unreadable, images), total=len(images), desc="checking images", unit="", leave=False)
         damaged = [reason for reason in shown if reason]
     if damaged:
         more = f" And {len(damaged) - LISTED} more." if len(damaged) > LISTED else ""
         raise InputError(" ".join(damaged[:LISTED]) + more)
 
 
-def _why_unreadable(picture: LabelledPicture) -> str | None:
+def _why_unreadable(image: LabelledImage) -> str | None:
     try:
-        read(picture)
+        read(image)
     except InputError as error:
         return str(error)
     return None

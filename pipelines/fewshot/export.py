@@ -126,7 +126,7 @@ def _part(model: nn.Module, wanted: Callable[[str], bool]) -> nn.Module:
 
 
 def export_towers(clip: Clip, tokens: torch.Tensor) -> dict[str, ExportedProgram]:
-    """Both encoders of the merged model, by torch.export, for any number of pictures or texts.
+    """Both encoders of the merged model, by torch.export, for any number of images or texts.
 
     Args:
         tokens: (n, t) token ids of at least two texts, an example.

@@ -1,4 +1,4 @@
-"""What frozen towers make of pictures and of class prompts, computed once and kept on disk; and raw pixels, the control."""
+"""What frozen towers make of images and of class prompts, computed once and kept on disk; and raw pixels, the control."""
 
 from __future__ import annotations
 
@@ -17,62 +17,62 @@ from pipelines.cache import TensorCache, digest_of, key_of
 from pipelines.clip import Clip, evaluating
 from pipelines.fewshot.prompts import Prompts
 
-FEATURES, PICTURE_TOWER = "features", "visual."
+FEATURES, IMAGE_TOWER = "features", "visual."
 LIBRARIES = {name: importlib.metadata.version(name) for name in ("open_clip_torch", "timm")}
 BATCH = 64
 
 
-def picture_features(
+def image_features(
     clip: Clip,
-    pictures: Dataset[tuple[torch.Tensor, int]],
+    images: Dataset[tuple[torch.Tensor, int]],
     batch_size: int = BATCH,
     workers: int = 0,
     cache: TensorCache | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The unit features and the labels of `pictures`, in their order, in evaluation mode, single precision, and on the CPU.
+    """The unit features and the labels of `images`, in their order, in evaluation mode, single precision, and on the CPU.
 
-    A picture's file in the cache is named by its pixels and the tower's weights, so that splits, shots and seeds share it.
+    An image's file in the cache is named by its pixels and the tower's weights, so that splits, shots and seeds share it.
     What an adapter does to a tower its weights do not tell: with one attached, nothing is read or kept.
 
     Args:
-        pictures: each its pixels (3, h, w), as the tower takes them, and its label.
+        images: each its pixels (3, h, w), as the tower takes them, and its label.
         workers: processes that read and resize them.
     Returns: (n, d) float32, (n,) int64.
     """
-    kept = _Kept(cache, clip.model, pictures=True)
+    kept = _Kept(cache, clip.model, images=True)
     features, labels = [], []
-    batches = DataLoader(pictures, batch_size=batch_size, num_workers=workers)
+    batches = DataLoader(images, batch_size=batch_size, num_workers=workers)
     with evaluating(clip.model):
-        for pixels, own in tqdm(batches, desc="encoding pictures", leave=False, delay=5):
+        for pixels, own in tqdm(batches, desc="encoding images", leave=False, delay=5):
             features.append(kept.encoded(pixels, clip.encode_images))
             labels.append(own)
     return torch.cat(features), torch.cat(labels)
 
 
 def prompt_features(clip: Clip, prompts: Prompts, batch_size: int = BATCH, cache: TensorCache | None = None) -> torch.Tensor:
-    """The unit features of the classes that `prompts` are about, computed and kept as those of pictures.
+    """The unit features of the classes that `prompts` are about, computed and kept as those of images.
 
     Returns: (classes, d) float32 on the CPU.
     """
-    kept = _Kept(cache, clip.model, pictures=False)
+    kept = _Kept(cache, clip.model, images=False)
     tokens = clip.tokenizer(prompts.texts())
     with evaluating(clip.model):
         return prompts.class_features(torch.cat([kept.encoded(part, clip.encode_texts) for part in tokens.split(batch_size)]))
 
 
-def raw_pixels(picture: Image.Image, side: int = 32) -> torch.Tensor:
-    """The whole picture at `side` x `side`, in [0, 1]: (3 side side,) float32."""
-    small = picture.convert("RGB").resize((side, side), Image.Resampling.BOX)
+def raw_pixels(image: Image.Image, side: int = 32) -> torch.Tensor:
+    """The whole image at `side` x `side`, in [0, 1]: (3 side side,) float32."""
+    small = image.convert("RGB").resize((side, side), Image.Resampling.BOX)
     return torch.from_numpy(np.asarray(small, dtype=np.float32) / 255).permute(2, 0, 1).flatten()
 
 
 class _Kept:
     """Features of single rows on disk; none, for a tower that an adapter changes."""
 
-    def __init__(self, cache: TensorCache | None, model: nn.Module, pictures: bool) -> None:
+    def __init__(self, cache: TensorCache | None, model: nn.Module, images: bool) -> None:
         def own(name: str) -> bool:
             """Whether `name` is of the tower."""
-            return name.startswith(PICTURE_TOWER) == pictures
+            return name.startswith(IMAGE_TOWER) == images
 
         adapted = any(own(name) and isinstance(module, BaseTunerLayer) for name, module in model.named_modules())
         self.cache = None if adapted else cache

@@ -1,4 +1,4 @@
-"""Pictures as a classifier is given them: files, PIL pictures or tensors, one or several."""
+"""Images as a classifier is given them: files, PIL images or tensors, one or several."""
 
 from __future__ import annotations
 
@@ -12,56 +12,55 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from pipelines.errors import InputError
-from pipelines.pictures import UNREADABLE, read_picture, upright_rgb
+from pipelines.images import UNREADABLE, read_image, upright_rgb
 
-GivenPicture = Image.Image | str | os.PathLike[str] | torch.Tensor
-GivenPictures = GivenPicture | Sequence[GivenPicture]
+GivenImage = Image.Image | str | os.PathLike[str] | torch.Tensor
+GivenImages = GivenImage | Sequence[GivenImage]
 
 
-class GivenPictureSet(Dataset):
-    """Given pictures as a model takes them: (transformed, place).
+class GivenImageSet(Dataset):
+    """Given images as a model takes them: (transformed, place).
 
     Args:
-        given: one picture or several, each a PIL picture, the path of a file, or a tensor (3, h, w), uint8 or floating point in
+        given: one image or several, each a PIL image, the path of a file, or a tensor (3, h, w), uint8 or floating point in
             [0, 1]; several may be one tensor (n, 3, h, w).
-        transform: what is made of each picture, upright and RGB, such as a model's `preprocess`.
-    Raises: InputError if there is none; on access, naming the picture that cannot be used.
+        transform: what is made of each image, upright and RGB, such as a model's `preprocess`.
+    Raises: InputError if there is none; on access, naming the image that cannot be used.
     """
 
-    def __init__(self, given: GivenPictures, transform: Callable[[Image.Image], Any]) -> None:
+    def __init__(self, given: GivenImages, transform: Callable[[Image.Image], Any]) -> None:
         single = isinstance(given, Image.Image | str | os.PathLike) or (isinstance(given, torch.Tensor) and given.ndim < 4)
-        self.pictures = [given] if single else list(given)
+        self.images = [given] if single else list(given)
         self.transform = transform
-        if not self.pictures:
-            raise InputError("images must be one picture or more, got none.")
+        if not self.images:
+            raise InputError("images must be one image or more, got none.")
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What each picture is called: its path, or its place such as "images[2]"."""
+        """What each image is called: its path, or its place such as "images[2]"."""
         return tuple(
-            str(picture) if isinstance(picture, str | os.PathLike) else f"images[{place}]"
-            for place, picture in enumerate(self.pictures)
+            str(image) if isinstance(image, str | os.PathLike) else f"images[{place}]" for place, image in enumerate(self.images)
         )
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, place: int) -> tuple[Any, int]:
-        return self.transform(as_picture(self.pictures[place], f"images[{place}]")), place
+        return self.transform(as_image(self.images[place], f"images[{place}]")), place
 
 
-def as_picture(given: GivenPicture, name: str) -> Image.Image:
-    """`given` as an upright RGB picture; errors call it `name`, or by its path.
+def as_image(given: GivenImage, name: str) -> Image.Image:
+    """`given` as an upright RGB image; errors call it `name`, or by its path.
 
     Raises: InputError if it is nothing of the kind, or cannot be decoded.
     """
     if isinstance(given, str | os.PathLike):
-        return read_picture(Path(given))
+        return read_image(Path(given))
     if isinstance(given, torch.Tensor):
         return _from_tensor(given, name)
     if not isinstance(given, Image.Image):
         raise InputError(
-            f"{name} must be a PIL picture, the path of a file, or a tensor (3, h, w), got {type(given).__name__}. Convert it, "
+            f"{name} must be a PIL image, the path of a file, or a tensor (3, h, w), got {type(given).__name__}. Convert it, "
             "an array with PIL.Image.fromarray."
         )
     try:

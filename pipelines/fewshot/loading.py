@@ -1,4 +1,4 @@
-"""Labelled pictures of one's own: a folder of class folders, a zip of one, or a CSV of path and label."""
+"""Labelled images of one's own: a folder of class folders, a zip of one, or a CSV of path and label."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 from pipelines.errors import InputError
 from pipelines.fewshot.archives import ZipLimits, is_shown, read_zip
 from pipelines.fewshot.csv_files import read_rows
-from pipelines.fewshot.data import LabelledPicture, LabelledSet, rename
+from pipelines.fewshot.data import LabelledImage, LabelledSet, rename
 from pipelines.fewshot.layouts import arrange, check_spellings, with_test
-from pipelines.fewshot.sources import PictureFile, Source
+from pipelines.fewshot.sources import DatasetSource, ImageFile
 from pipelines.fewshot.split_files import parts_of_set, split_file
 from pipelines.fewshot.split_words import Part
 from pipelines.fewshot.unused import notes_on, notes_on_unused
-from pipelines.pictures import has_picture_name
+from pipelines.images import has_image_name
 
 VALIDATION_IS_TEST = "No part of its split is a test, so that its validation images are tested on, once, at the end."
 
@@ -38,7 +38,7 @@ class FolderContent:
     broken: tuple[str, ...]
 
 
-def load_pictures(path: str | Path, class_names: Mapping[str, str] | None = None, limits: ZipLimits | None = None) -> LabelledSet:
+def load_images(path: str | Path, class_names: Mapping[str, str] | None = None, limits: ZipLimits | None = None) -> LabelledSet:
     """A folder of class folders, a zip of one, or a CSV of path and label.
 
     Args:
@@ -60,7 +60,7 @@ def load_pictures(path: str | Path, class_names: Mapping[str, str] | None = None
 
 
 def load_folder(folder: str | Path, classes: Collection[str] = ()) -> LabelledSet:
-    """Class folders of pictures; a class's pictures may lie in folders of its own.
+    """Class folders of images; a class's images may lie in folders of its own.
 
     The set is split already where its folders say so (`pipelines.fewshot.layouts`), or a split.json beside the class folders
     (`pipelines.fewshot.split_files`). What is not used is named in the set's notes.
@@ -71,7 +71,7 @@ def load_folder(folder: str | Path, classes: Collection[str] = ()) -> LabelledSe
     """
     folder = Path(folder)
     content = walk(folder)
-    sources = [PictureFile(name, folder) for name in content.files]
+    sources = [ImageFile(name, folder) for name in content.files]
     notes = (
         *_on_hidden(content.hidden),
         *notes_on(content.broken, "broken link or special file", "broken links or special files"),
@@ -80,7 +80,7 @@ def load_folder(folder: str | Path, classes: Collection[str] = ()) -> LabelledSe
 
 
 def load_zip(path: str | Path, limits: ZipLimits | None = None, classes: Collection[str] = ()) -> LabelledSet:
-    """The same from a zip, whose pictures are read in place; all may lie in one outer folder.
+    """The same from a zip, whose images are read in place; all may lie in one outer folder.
 
     Raises: InputError naming what cannot be used, and what of the zip is not trusted.
     """
@@ -100,9 +100,9 @@ def load_csv(path: str | Path) -> LabelledSet:
     rows, notes = read_rows(path)
     keys = sorted({row.label for row in rows})
     label_of = {key: label for label, key in enumerate(keys)}
-    pictures = [LabelledPicture(PictureFile(row.name, path.parent), label_of[row.label], row.label) for row in rows]
+    images = [LabelledImage(ImageFile(row.name, path.parent), label_of[row.label], row.label) for row in rows]
     parts = {row.name: row.part for row in rows if row.part is not None}
-    return _set_of(repr(str(path)), keys, pictures, parts, notes)
+    return _set_of(repr(str(path)), keys, images, parts, notes)
 
 
 def walk(folder: Path) -> FolderContent:
@@ -136,25 +136,25 @@ def _on_hidden(names: Sequence[str]) -> list[str]:
 
 
 def _arranged(
-    where: str, files: Sequence[Source], folders: Collection[str], classes: Collection[str], notes: Sequence[str]
+    where: str, files: Sequence[DatasetSource], folders: Collection[str], classes: Collection[str], notes: Sequence[str]
 ) -> LabelledSet:
     """A set from files at `class/image` or `part/class/image`, all of them perhaps in outer folders."""
-    sources = [file for file in files if has_picture_name(file.name)]
+    sources = [file for file in files if has_image_name(file.name)]
     layout = arrange(where, [source.name for source in sources], folders, classes)
     label_of = {key: label for label, key in enumerate(layout.keys)}
-    pictures = [LabelledPicture(source, label_of[layout.classes[source.name]], layout.classes[source.name]) for source in sources]
+    images = [LabelledImage(source, label_of[layout.classes[source.name]], layout.classes[source.name]) for source in sources]
     split = split_file(files, layout)
     parts, on_split = parts_of_set(where, layout, split)
     used = {source.name for source in sources} | ({split.name} if split is not None else set())
     unused = notes_on_unused((file.name for file in files), used, layout)
-    return _set_of(where, layout.keys, pictures, parts, (*layout.notes, *on_split, *unused, *notes))
+    return _set_of(where, layout.keys, images, parts, (*layout.notes, *on_split, *unused, *notes))
 
 
 def _set_of(
-    where: str, keys: Sequence[str], pictures: Sequence[LabelledPicture], parts: Mapping[str, Part], notes: Sequence[str]
+    where: str, keys: Sequence[str], images: Sequence[LabelledImage], parts: Mapping[str, Part], notes: Sequence[str]
 ) -> LabelledSet:
     """The set, once its classes are called alike in all parts."""
-    check_spellings(where, {picture.name: picture.class_name for picture in pictures}, parts)
+    check_spellings(where, {image.name: image.class_name for image in images}, parts)
     tested = with_test(parts)
     more = [VALIDATION_IS_TEST] if tested != parts else []
-    return LabelledSet(where, tuple(keys), tuple(keys), tuple(pictures), tested, (*notes, *more))
+    return LabelledSet(where, tuple(keys), tuple(keys), tuple(images), tested, (*notes, *more))

@@ -1,4 +1,4 @@
-"""What a few-shot adapter is trained by: pictures against the prompts of all classes."""
+"""What a few-shot adapter is trained by: images against the prompts of all classes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipelines.fewshot.prompts import Prompts
 class ClassificationLoss(nn.Module):
     """Cross-entropy over the classes, as zero-shot CLIP classifies.
 
-        logits = exp(t) f(picture) . g(class);   g(class): the mean over the class's prompts, of length 1  [Radford et al. 2021]
+        logits = exp(t) f(image) . g(class);   g(class): the mean over the class's prompts, of length 1  [Radford et al. 2021]
 
     Everything frozen stays in evaluation mode while it is trained: batch normalisation keeps its statistics. Only what
     adapters hold, such as their dropout, is in training mode.
@@ -23,15 +23,15 @@ class ClassificationLoss(nn.Module):
         clip: with an adapter on one of its encoders or both.
         prompts: of all classes.
         class_features: (classes, d) of length 1, where the text encoder is frozen; None where it is trained.
-        pictures_are_features: whether `forward` is given features (n, d) of length 1, where the image encoder is frozen.
+        images_are_features: whether `forward` is given features (n, d) of length 1, where the image encoder is frozen.
     """
 
     def __init__(
-        self, clip: Clip, prompts: Prompts, class_features: torch.Tensor | None = None, pictures_are_features: bool = False
+        self, clip: Clip, prompts: Prompts, class_features: torch.Tensor | None = None, images_are_features: bool = False
     ) -> None:
         super().__init__()
         self.model = clip.model
-        self.clip, self.prompts, self.pictures_are_features = clip, prompts, pictures_are_features
+        self.clip, self.prompts, self.images_are_features = clip, prompts, images_are_features
         tokens = clip.tokenizer(prompts.texts()) if class_features is None else None
         self.register_buffer("tokens", tokens, persistent=False)
         self.register_buffer("class_features", class_features, persistent=False)
@@ -47,14 +47,14 @@ class ClassificationLoss(nn.Module):
                 module.get_base_layer().eval()
         return self
 
-    def logits(self, pictures: torch.Tensor) -> torch.Tensor:
-        """(n, classes) float32 of `pictures` (n, 3, h, w), or of their features (n, d)."""
-        features = pictures if self.pictures_are_features else self.clip.encode_images(pictures)
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        """(n, classes) float32 of `images` (n, 3, h, w), or of their features (n, d)."""
+        features = images if self.images_are_features else self.clip.encode_images(images)
         classes = self.class_features
         if classes is None:
             classes = self.prompts.class_features(self.clip.encode_texts(self.tokens))
         return self.clip.logit_scale * features.float() @ classes.float().T
 
-    def forward(self, pictures: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The mean loss of a batch, a scalar; labels (n,) int64."""
-        return F.cross_entropy(self.logits(pictures), labels)
+        return F.cross_entropy(self.logits(images), labels)

@@ -55,14 +55,14 @@ class Reliability:
 
 
 @dataclass(frozen=True)
-class Scores:
+class ClassificationMetrics:
     """What a run reports of one classifier on one part.
 
     Args:
-        count: pictures.
+        count: images.
         top1: share of them that is right, with Wilson's interval.
-        per_class: the same of each class; None for classes without pictures.
-        class_counts: pictures of each class; 0 for classes without, which no score speaks of.
+        per_class: the same of each class; None for classes without images.
+        class_counts: images of each class; 0 for classes without, which no score speaks of.
         calibration_error: expected, over 15 bins.
         negative_log_likelihood: mean, in nats.
         temperature: that the logits were divided by.
@@ -85,13 +85,13 @@ class Scores:
         return asdict(self)
 
 
-def score(logits: torch.Tensor, labels: torch.Tensor, classes: Sequence[str], temperature: float = 1.0) -> Scores:
+def score(logits: torch.Tensor, labels: torch.Tensor, classes: Sequence[str], temperature: float = 1.0) -> ClassificationMetrics:
     """All scores of a classifier.
 
     Args:
         logits: (n, classes).
         labels: (n,) int64.
-        temperature: to divide the logits by, fitted on other pictures.
+        temperature: to divide the logits by, fitted on other images.
     Raises: ValueError if the shapes do not fit, n is 0, or a logit is no finite number.
     """
     _check(logits, labels)
@@ -104,7 +104,7 @@ def score(logits: torch.Tensor, labels: torch.Tensor, classes: Sequence[str], te
     names = _named(classes)
     per_class = {name: None if math.isnan(own) else float(own) for name, own in zip(names, recalls, strict=True)}
     counts = torch.bincount(labels.cpu(), minlength=len(classes)).tolist()
-    return Scores(
+    return ClassificationMetrics(
         count=len(labels),
         top1=wilson_interval(int((predicted == labels).sum()), len(labels)),
         per_class=per_class,
@@ -130,7 +130,7 @@ def _check(logits: torch.Tensor, labels: torch.Tensor) -> None:
 
 
 def top1(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """The share of pictures whose largest logit, of (n, classes), is that of their label, of (n,)."""
+    """The share of images whose largest logit, of (n, classes), is that of their label, of (n,)."""
     _check(logits, labels)
     return float((logits.argmax(dim=1) == labels).double().mean())
 
@@ -157,10 +157,10 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
         -sum log p_T(label) + log(T)^2 / 2
 
     The second term, a log-normal prior about 1, is soon outweighed. Without it T would fall without end where validation is
-    all right, as a few pictures of each class often are, and every prediction would be called certain.
+    all right, as a few images of each class often are, and every prediction would be called certain.
 
     Args:
-        logits: (n, classes), of validation pictures.
+        logits: (n, classes), of validation images.
         labels: (n,) int64.
     Raises: ValueError as `score`.
     """

@@ -69,7 +69,7 @@ def per_class_figure(accuracies: Mapping[str, Mapping[str, float | None]], title
     """The accuracy on each class of several classifiers, a row of dots for each class, sorted by the last classifier.
 
     Args:
-        accuracies: by classifier, such as "zero-shot" and "adapted", then by class; None for classes without pictures, which
+        accuracies: by classifier, such as "zero-shot" and "adapted", then by class; None for classes without images, which
             are left out.
     """
     last = list(accuracies.values())[-1]
@@ -101,7 +101,7 @@ def comparison_figure(curves: Mapping[str, Mapping[int, Interval]], title: str =
         axes.errorbar(places, [one.value for one in found], yerr=ends, marker="o", markersize=4, capsize=3, label=name)
     axes.set_xscale("log", base=2)
     axes.set_xticks(shots, list(map(str, shots)))
-    axes.set(xlabel="pictures of each class", ylabel="accuracy")
+    axes.set(xlabel="images of each class", ylabel="accuracy")
     _plain_legend(axes, "best")
     return figure
 

@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 
-from pipelines.fewshot.data import LabelledPicture, LabelledSet
-from pipelines.fewshot.sources import PictureBytes
+from pipelines.fewshot.data import LabelledImage, LabelledSet
+from pipelines.fewshot.sources import ImageBytes
 
 SIDE, MARGIN, MOST_INK = 64, 8, 16
 
@@ -21,11 +21,11 @@ def sample_set() -> LabelledSet:
     """
     digits = load_digits()
     keys = tuple(str(name) for name in digits.target_names)
-    pictures = tuple(
-        LabelledPicture(PictureBytes(f"{keys[label]}/{place:04d}.png", _as_png(ink)), int(label), keys[label])
+    images = tuple(
+        LabelledImage(ImageBytes(f"{keys[label]}/{place:04d}.png", _as_png(ink)), int(label), keys[label])
         for place, (ink, label) in enumerate(zip(digits.images, digits.target, strict=True))
     )
-    return LabelledSet("scikit-learn's digits", keys, keys, pictures)
+    return LabelledSet("scikit-learn's digits", keys, keys, images)
 
 
 def _as_png(ink: np.ndarray) -> bytes:

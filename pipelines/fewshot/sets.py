@@ -11,14 +11,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipelines.errors import InputError
-from pipelines.fewshot.data import PARTS, LabelledPicture, LabelledSet, Part
-from pipelines.fewshot.sources import PictureFile
+from pipelines.fewshot.data import PARTS, LabelledImage, LabelledSet, Part
+from pipelines.fewshot.sources import ImageFile
 from pipelines.fewshot.split_files import read_json
-from pipelines.pictures import has_picture_name
+from pipelines.images import has_image_name
 from pipelines.text_files import read_text
 
 INSTRUCTIONS = "Lay it out as DATASETS.md of github.com/KaiyangZhou/CoOp says"
-# Name, label and class of a picture, and its part.
+# Name, label and class of an image, and its part.
 Listed = tuple[str, int, str, Part]
 
 
@@ -58,7 +58,7 @@ def load_set(root: str | Path, name: str) -> LabelledSet:
     """One of the eleven sets, with the parts of its split file.
 
     ImageNet's validation folder is its test, as in CoOp; CoOp also validates on it, here nothing is chosen by it: it has no
-    part for validation, so that one is drawn from the training pictures.
+    part for validation, so that one is drawn from the training images.
 
     Args:
         root: the folder that holds the sets' folders.
@@ -72,16 +72,16 @@ def load_set(root: str | Path, name: str) -> LabelledSet:
     read: Callable[[Path, SetLayout], list[Listed]] = READERS.get(name, _from_split_file)
     listed = read(folder, layout)
     class_of = _classes(listed, layout)
-    images = folder / layout.images
+    image_folder = folder / layout.images
     labels = sorted(class_of)
     if labels != list(range(len(labels))):
         raise InputError(f"The labels of {layout.title} must be 0 to {len(labels) - 1}, got {labels[0]} to {labels[-1]}.")
-    pictures = tuple(LabelledPicture(PictureFile(path, images), label, key) for path, label, key, _ in listed)
+    images = tuple(LabelledImage(ImageFile(path, image_folder), label, key) for path, label, key, _ in listed)
     keys = tuple(class_of[label] for label in labels)
     parts = {path: part for path, _, _, part in listed}
     if len(parts) < len(listed):
-        raise InputError(f"{layout.title} lists a picture twice. {INSTRUCTIONS}.")
-    return LabelledSet(layout.title, keys, keys, pictures, parts)
+        raise InputError(f"{layout.title} lists an image twice. {INSTRUCTIONS}.")
+    return LabelledSet(layout.title, keys, keys, images, parts)
 
 
 def _folder_of(root: Path, layout: SetLayout) -> Path:
@@ -107,7 +107,7 @@ def _from_split_file(folder: Path, layout: SetLayout) -> list[Listed]:
     content = read_json(split.read_bytes(), what)
     missing = [part for part in PARTS if not isinstance(content.get(part), list)]
     if missing:
-        raise InputError(f"{what} must list the pictures of {missing[0]!r}. {INSTRUCTIONS}.")
+        raise InputError(f"{what} must list the images of {missing[0]!r}. {INSTRUCTIONS}.")
     listed = [_entry(entry, part, what) for part in PARTS for entry in content[part]]
     for path, _, key, _ in listed:
         if not (folder / layout.images / path).is_file():
@@ -142,7 +142,7 @@ def _from_imagenet(folder: Path, layout: SetLayout) -> list[Listed]:
         for where, part in parts
         for label, ident in enumerate(train)
         for file in sorted((images / where / ident).iterdir())
-        if has_picture_name(file.name)
+        if has_image_name(file.name)
     ]
 
 
@@ -161,17 +161,17 @@ def _imagenet_names(path: Path, idents: list[str], layout: SetLayout) -> dict[st
 
 
 def _from_aircraft(folder: Path, layout: SetLayout) -> list[Listed]:
-    """variants.txt has the classes; images_variant_<part>.txt a line "<picture without .jpg> <class>" for each picture."""
+    """variants.txt has the classes; images_variant_<part>.txt a line "<picture without .jpg> <class>" for each image."""
     variants = read_text(_needed(folder / "variants.txt", layout)).splitlines()
     label_of = {variant.strip(): label for label, variant in enumerate(variants) if variant.strip()}
     listed: list[Listed] = []
     for part in PARTS:
         table = _needed(folder / f"images_variant_{part}.txt", layout)
         for line in filter(None, map(str.strip, read_text(table).splitlines())):
-            picture, _, key = line.partition(" ")
-            if key not in label_of or not (folder / layout.images / f"{picture}.jpg").is_file():
-                raise InputError(f"{str(table)!r} lists {line!r}, of which the picture or the class is missing. {INSTRUCTIONS}.")
-            listed.append((f"{picture}.jpg", label_of[key], key, part))
+            image, _, key = line.partition(" ")
+            if key not in label_of or not (folder / layout.images / f"{image}.jpg").is_file():
+                raise InputError(f"{str(table)!r} lists {line!r}, of which the image or the class is missing. {INSTRUCTIONS}.")
+            listed.append((f"{image}.jpg", label_of[key], key, part))
     return listed
 
 

@@ -1,4 +1,4 @@
-"""The few pictures of each class that are learned from, those that settings are chosen on, and those that are tested on.
+"""The few images of each class that are learned from, those that settings are chosen on, and those that are tested on.
 
 A split is drawn once, saved with its hash, and reused by every method.
 """
@@ -16,27 +16,27 @@ from typing import Any, Literal
 import torch
 
 from pipelines.errors import InputError
-from pipelines.fewshot.data import PARTS, LabelledPicture, LabelledSet, Part
+from pipelines.fewshot.data import PARTS, LabelledImage, LabelledSet, Part
 from pipelines.fewshot.layouts import LISTED, listed
 from pipelines.fewshot.split_files import read_json
 from pipelines.randomness import keyed_generator
 
 Shots = int | Literal["all"]
-# As many pictures of a class validate at most.  [Zhou et al. 2022, CoOp's code]
+# As many images of a class validate at most.  [Zhou et al. 2022, CoOp's code]
 MOST_VALIDATION = 4
 TEST_STREAM, SHOT_STREAM = 0, 1
 
 
 @dataclass(frozen=True)
 class FewShotSplit:
-    """Which pictures are learned from, chosen on and tested on.
+    """Which images are learned from, chosen on and tested on.
 
     Args:
-        shots: pictures of each class to learn from, or "all".
+        shots: images of each class to learn from, or "all".
         seed: of the draw.
-        test_share: of the pictures, where the set was not split already; else None.
+        test_share: of the images, where the set was not split already; else None.
         keys: the set's classes, as `LabelledSet.keys`.
-        names: of each part's pictures, class after class, with their labels.
+        names: of each part's images, class after class, with their labels.
     """
 
     shots: Shots
@@ -55,9 +55,9 @@ class FewShotSplit:
         """Of the content as JSON with sorted keys and without spaces."""
         return _digest(self.content())
 
-    def pictures(self, labelled: LabelledSet, part: Part) -> tuple[LabelledPicture, ...]:
-        """The pictures of `part`, from the set that the split was drawn from."""
-        found = {picture.name: picture for picture in labelled.pictures}
+    def images(self, labelled: LabelledSet, part: Part) -> tuple[LabelledImage, ...]:
+        """The images of `part`, from the set that the split was drawn from."""
+        found = {image.name: image for image in labelled.images}
         return tuple(found[name] for name, _ in self.names[part])
 
 
@@ -67,18 +67,18 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def sample_split(labelled: LabelledSet, shots: Shots, seed: int, test_share: float = 0.3) -> FewShotSplit:
-    """Draw `shots` pictures of each class to learn from and min(shots, 4) to validate on.
+    """Draw `shots` images of each class to learn from and min(shots, 4) to validate on.
 
     A set that is split already keeps its parts, and what it has of fewer than min(shots, 4) validates whole; without a
     part for validation, that is drawn from what is not learned from. A set that is not split gives `test_share` of each
-    class to the test first, the same pictures whatever the seed. What is drawn of a class depends on its key and its
-    pictures alone, and fewer shots are a part of more.
+    class to the test first, the same images whatever the seed. What is drawn of a class depends on its key and its
+    images alone, and fewer shots are a part of more.
 
     Args:
         shots: at least 1, or "all".
         test_share: between 0 and 1.
     Raises: InputError naming the classes that the set's own split gives nothing to learn from, or the class that has fewer
-        pictures than are needed.
+        images than are needed.
     """
     _check_sizes(labelled, shots, test_share)
     _check_learnable(labelled)
@@ -88,7 +88,7 @@ def sample_split(labelled: LabelledSet, shots: Shots, seed: int, test_share: flo
         for part in PARTS:
             names[part] += [(name, label) for name in drawn[part]]
     if not names["test"]:
-        raise InputError(f"{labelled.name} has no picture to test on: its own split is train alone. Add a part test.")
+        raise InputError(f"{labelled.name} has no image to test on: its own split is train alone. Add a part test.")
     share = None if labelled.parts else test_share
     return FewShotSplit(shots, seed, share, labelled.keys, {part: tuple(listed) for part, listed in names.items()})
 
@@ -114,7 +114,7 @@ def split_notes(labelled: LabelledSet) -> list[str]:
 
 def classes_without(labelled: LabelledSet, part: Part) -> list[str]:
     """The keys of the classes that the set's own split gives no images of `part`; none where it is not split."""
-    having = {picture.label for picture in labelled.pictures if labelled.parts.get(picture.name) == part}
+    having = {image.label for image in labelled.images if labelled.parts.get(image.name) == part}
     return [key for label, key in enumerate(labelled.keys) if labelled.parts and label not in having]
 
 
@@ -134,15 +134,15 @@ def _check_learnable(labelled: LabelledSet) -> None:
 
 def _by_class(labelled: LabelledSet) -> Iterator[tuple[int, list[str]]]:
     own: list[list[str]] = [[] for _ in labelled.keys]
-    for picture in labelled.pictures:
-        own[picture.label].append(picture.name)
+    for image in labelled.images:
+        own[image.label].append(image.name)
     return enumerate(map(sorted, own))
 
 
 def _drawn(
     labelled: LabelledSet, label: int, own: list[str], shots: Shots, seed: int, test_share: float
 ) -> dict[Part, list[str]]:
-    """Names of one class's pictures in each part; `own` are all that it has."""
+    """Names of one class's images in each part; `own` are all that it has."""
     key = labelled.keys[label]
     held = _held(labelled, key, own, test_share)
     validating = MOST_VALIDATION if shots == "all" else min(shots, MOST_VALIDATION)
@@ -157,21 +157,21 @@ def _drawn(
     if len(pool) < learned + from_pool:
         why = "as its own split says" if labelled.parts else f"since {len(held['test'])} are held out for the test"
         raise InputError(
-            f"Class {key!r} of {labelled.name} must have {learned + from_pool} pictures to learn from {learned} and choose on "
-            f"{from_pool or len(validation)}, got {len(pool)}, {why}. Add pictures to it, or {_other_remedy(labelled, shots)}."
+            f"Class {key!r} of {labelled.name} must have {learned + from_pool} images to learn from {learned} and choose on "
+            f"{from_pool or len(validation)}, got {len(pool)}, {why}. Add images to it, or {_other_remedy(labelled, shots)}."
         )
     return {"train": pool[:learned], "val": validation, "test": held["test"]}
 
 
 def _other_remedy(labelled: LabelledSet, shots: Shots) -> str:
-    """What helps besides more pictures, where a class has too few for `shots`."""
+    """What helps besides more images, where a class has too few for `shots`."""
     if shots != "all" and shots > 1:
         return "take fewer shots"
     return "leave the class out" if labelled.parts else "leave the class out, or lower --test_share"
 
 
 def _held(labelled: LabelledSet, key: str, own: list[str], test_share: float) -> dict[Part, list[str]]:
-    """One class's pictures in the set's own parts; without such, the test's share and the rest."""
+    """One class's images in the set's own parts; without such, the test's share and the rest."""
     if labelled.parts:
         return {part: [name for name in own if labelled.parts.get(name) == part] for part in PARTS}
     shuffled = _shuffled(own, TEST_STREAM, key, 0)
@@ -206,14 +206,14 @@ def load_split(path: Path, labelled: LabelledSet) -> FewShotSplit:
         raise InputError(f"{what} was changed since it was written: its SHA-256 does not fit. Delete it to draw anew.")
     if tuple(content["keys"]) != labelled.keys:
         raise InputError(f"{what} was drawn from other classes than {labelled.name} has. Delete it to draw anew.")
-    label_of = {picture.name: picture.label for picture in labelled.pictures}
+    label_of = {image.name: image.label for image in labelled.images}
     names = {part: tuple((name, label) for name, label, _ in content[part]) for part in PARTS}
     for part in PARTS:
         for name, label in names[part]:
             if label_of.get(name) != label:
                 key = labelled.keys[label]
                 raise InputError(
-                    f"{what} has {name!r} of class {key!r}, but {labelled.name} has no such picture. Put it back, or delete the "
+                    f"{what} has {name!r} of class {key!r}, but {labelled.name} has no such image. Put it back, or delete the "
                     "file to draw anew."
                 )
     return FewShotSplit(content["shots"], content["seed"], content["test_share"], labelled.keys, names)

@@ -1,4 +1,4 @@
-"""Where a labelled picture's bytes come from: a file, memory, or (pipelines.fewshot.archives) a zip."""
+"""Where a labelled image's bytes come from: a file, memory, or (pipelines.fewshot.archives) a zip."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Protocol
 from pipelines.errors import InputError
 
 
-class Source(Protocol):
-    """A picture that was found, not decoded yet; sources can be pickled, so that worker processes read them.
+class DatasetSource(Protocol):
+    """An image that was found, not decoded yet; sources can be pickled, so that worker processes read them.
 
     Args:
         name: its path within its set, with "/" between the parts; unique there, and the same on every machine.
@@ -24,15 +24,15 @@ class Source(Protocol):
     def max_pixels(self) -> int | None: ...
 
     def size(self) -> int:
-        """Bytes of the picture's file, without reading it."""
+        """Bytes of the image's file, without reading it."""
 
     def content(self) -> bytes:
-        """The picture's file."""
+        """The image's file."""
 
 
 @dataclass(frozen=True, slots=True)
-class PictureFile:
-    """A picture in a file of its own, `name` below `folder`."""
+class ImageFile:
+    """An image in a file of its own, `name` below `folder`."""
 
     name: str
     folder: Path
@@ -59,8 +59,8 @@ class PictureFile:
 
 
 @dataclass(frozen=True, slots=True)
-class PictureBytes:
-    """A picture in memory, as the bytes of its file."""
+class ImageBytes:
+    """An image in memory, as the bytes of its file."""
 
     name: str
     stored: bytes

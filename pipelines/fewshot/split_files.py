@@ -8,15 +8,15 @@ from typing import Any, TypeVar
 
 from pipelines.errors import InputError
 from pipelines.fewshot.layouts import FolderLayout, counted, listed
-from pipelines.fewshot.sources import Source
+from pipelines.fewshot.sources import DatasetSource
 from pipelines.fewshot.split_words import PARTS, Part, check_one_word_each, part_written, table_of_words
 from pipelines.text_files import decode_text
 
-AnySource = TypeVar("AnySource", bound=Source)
+AnySource = TypeVar("AnySource", bound=DatasetSource)
 SPLIT_FILE = "split.json"
 # A list of all images, which is no split.
 WHOLE = "all"
-# A split.json of a million pictures stays below it.
+# A split.json of a million images stays below it.
 MAX_SPLIT_BYTES = 2**28
 
 
@@ -26,7 +26,7 @@ def split_file(files: Iterable[AnySource], layout: FolderLayout) -> AnySource | 
     return next((file for file in files if file.name.casefold() == wanted), None)
 
 
-def parts_of_set(where: str, layout: FolderLayout, split: Source | None) -> tuple[Mapping[str, Part], list[str]]:
+def parts_of_set(where: str, layout: FolderLayout, split: DatasetSource | None) -> tuple[Mapping[str, Part], list[str]]:
     """The parts that the folders of a set or its split.json say, by the images' names, and sentences on what was read.
 
     Raises: InputError as `listed_parts`, or if folders and file say something else of an image.
@@ -83,7 +83,7 @@ def _names_in(entries: Any, key: str, where: str, class_of: Mapping[str, str], o
         path = entry[0] if isinstance(entry, list) and entry else entry
         name = outer + path if isinstance(path, str) else None
         if name not in class_of:
-            raise InputError(f"{SPLIT_FILE} of {where} lists {entry!r} in {key!r}, which is no picture of the set. Remove it.")
+            raise InputError(f"{SPLIT_FILE} of {where} lists {entry!r} in {key!r}, which is no image of the set. Remove it.")
         yield name
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 EXPORT_NOTE = """The kohya file holds `dora_scale`, the length of each row of every changed weight, as LyCORIS with `wd_on_output`
 writes it. Stock diffusers and sd-scripts leave it out, A1111 takes it for the lengths of columns, and ComfyUI and Forge divide by
-the base model's lengths: their pictures differ. The diffusers file is the adapter as it was trained."""
+the base model's lengths: their images differ. The diffusers file is the adapter as it was trained."""
 
 
 class Dora(Lora):

@@ -122,7 +122,7 @@ def _check_single_file(path: Path) -> None:
 
 
 def model_resolution(pipeline: StableDiffusionXLPipeline) -> int:
-    """The side, in pixels, of the pictures that the model makes of itself."""
+    """The side, in pixels, of the images that the model makes of itself."""
     return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
 
 
@@ -160,8 +160,8 @@ def encode_prompts(pipeline: StableDiffusionXLPipeline, prompts: Sequence[str]) 
 
 
 @torch.no_grad()
-def encode_pictures(pipeline: StableDiffusionXLPipeline, pixels: torch.Tensor, batch_size: int = 8) -> torch.Tensor:
-    """The latents' distribution for pictures (batch, 3, height, width) in [-1, 1].
+def encode_images(pipeline: StableDiffusionXLPipeline, pixels: torch.Tensor, batch_size: int = 8) -> torch.Tensor:
+    """The latents' distribution for images (batch, 3, height, width) in [-1, 1].
 
     Computed in float32, since SDXL's autoencoder overflows in half precision.
 

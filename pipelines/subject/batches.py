@@ -10,63 +10,63 @@ import torch
 
 from pipelines.buckets import BucketOrder
 from pipelines.randomness import Draw, keyed_generator
-from pipelines.subject.encoding import EncodedPictures
+from pipelines.subject.encoding import CachedLatents
 
 
 @dataclass(frozen=True)
 class SubjectBatches:
-    """Draws batches of pictures of one size, noise and timesteps, all on the CPU.
+    """Draws batches of images of one size, noise and timesteps, all on the CPU.
 
-    With pictures of the subject's class, for prior preservation, a batch holds one of them after each of the subject's, so
-    that every process gets pairs; the mean of the weighted losses is then the mean over the subject's pictures plus
+    With images of the subject's class, for prior preservation, a batch holds one of them after each of the subject's, so
+    that every process gets pairs; the mean of the weighted losses is then the mean over the subject's images plus
     `prior_loss_weight` times the mean over those of its class.  [Ruiz et al. 2023, eq. 2]
 
     Args:
-        pictures: of the subject, or of several.
+        images: of the subject, or of several.
         encode_in_loss: hand out tokens rather than encoded prompts, for text encoders that are trained.
-        batch_size: pictures of the subject in a batch, over all processes.
+        batch_size: images of the subject in a batch, over all processes.
         num_timesteps: of the model's noise schedule.
         seed: of all that is drawn.
-        class_pictures: pictures of the class, some in each size that the subject's have; None for no prior preservation.
+        class_images: images of the class, some in each size that the subject's have; None for no prior preservation.
         prior_loss_weight: how much they count.
     """
 
-    pictures: EncodedPictures
+    images: CachedLatents
     encode_in_loss: bool
     batch_size: int
     num_timesteps: int
     seed: int
-    class_pictures: EncodedPictures | None = None
+    class_images: CachedLatents | None = None
     prior_loss_weight: float = 1.0
 
     @cached_property
     def _order(self) -> BucketOrder:
-        return BucketOrder(self.pictures.buckets(), self.batch_size, self.seed)
+        return BucketOrder(self.images.buckets(), self.batch_size, self.seed)
 
     @cached_property
     def _class_order(self) -> BucketOrder:
-        buckets = self.class_pictures.buckets(sorted(set(self.pictures.sizes)))
+        buckets = self.class_images.buckets(sorted(set(self.images.sizes)))
         return BucketOrder(buckets, self.batch_size, self.seed, Draw.CLASS_ORDER)
 
     def chosen(self, index: int) -> list[int]:
-        """Which pictures of the subject the `index`-th batch holds."""
+        """Which images of the subject the `index`-th batch holds."""
         return self._order.chosen(*self._order.of_batch(index))
 
     def __call__(self, index: int) -> dict[str, torch.Tensor]:
         """The `index`-th batch, as keyword arguments of `DenoisingLoss`."""
         generator = keyed_generator(self.seed, Draw.BATCH, index)
         bucket, before = self._order.of_batch(index)
-        batch = self._drawn(self.pictures, self._order.chosen(bucket, before), generator)
-        if self.class_pictures is None:
+        batch = self._drawn(self.images, self._order.chosen(bucket, before), generator)
+        if self.class_images is None:
             return batch
-        others = self._drawn(self.class_pictures, self._class_order.chosen(bucket, before), generator)
+        others = self._drawn(self.class_images, self._class_order.chosen(bucket, before), generator)
         pairs = {name: torch.stack([values, others[name]], dim=1).flatten(0, 1) for name, values in batch.items()}
         # Twice, since the mean is over twice as many losses.
         return pairs | {"weights": torch.tensor([2.0, 2.0 * self.prior_loss_weight]).repeat(self.batch_size)}
 
-    def _drawn(self, pictures: EncodedPictures, places: Sequence[int], generator: torch.Generator) -> dict[str, torch.Tensor]:
-        variants = torch.randint(pictures.variants, (len(places),), generator=generator)
-        shown = [pictures.read(place, variant) for place, variant in zip(places, variants.tolist(), strict=True)]
+    def _drawn(self, images: CachedLatents, places: Sequence[int], generator: torch.Generator) -> dict[str, torch.Tensor]:
+        variants = torch.randint(images.variants, (len(places),), generator=generator)
+        shown = [images.read(place, variant) for place, variant in zip(places, variants.tolist(), strict=True)]
         mean, deviation = torch.stack([moments for moments, _ in shown]).unbind(1)
         spread, noise = torch.randn((2, *mean.shape), generator=generator)
         batch = {
@@ -75,10 +75,10 @@ class SubjectBatches:
             "timesteps": stratified_timesteps(len(places), self.num_timesteps, generator),
             "time_ids": torch.stack([time_ids for _, time_ids in shown]),
         }
-        prompts = pictures.prompt_of[list(places)]
+        prompts = images.prompt_of[list(places)]
         if self.encode_in_loss:
-            return batch | {"tokens": pictures.tokens[prompts]}
-        return batch | {"hidden": pictures.prompts.hidden[prompts], "pooled": pictures.prompts.pooled[prompts]}
+            return batch | {"tokens": images.tokens[prompts]}
+        return batch | {"hidden": images.prompts.hidden[prompts], "pooled": images.prompts.pooled[prompts]}
 
 
 def stratified_timesteps(count: int, num_timesteps: int, generator: torch.Generator) -> torch.Tensor:

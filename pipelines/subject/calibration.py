@@ -12,48 +12,48 @@ from tqdm.auto import tqdm
 from pipelines.randomness import Draw, keyed_generator
 from pipelines.subject.base_model import PromptEmbeddings
 from pipelines.subject.batches import stratified_timesteps
-from pipelines.subject.encoding import EncodedPictures
+from pipelines.subject.encoding import CachedLatents
 from pipelines.subject.loss import DenoisingLoss
 
-TIMESTEPS_PER_PICTURE = 8
+TIMESTEPS_PER_IMAGE = 8
 
 
 def runs_on_subject(
     loss: DenoisingLoss,
-    pictures: EncodedPictures,
+    images: CachedLatents,
     seed: int,
     process: int = 0,
     processes: int = 1,
-    batch_size: int = TIMESTEPS_PER_PICTURE,
+    batch_size: int = TIMESTEPS_PER_IMAGE,
 ) -> dict[str, Callable[[], None]]:
     """For each component, a function that runs it on the subject.
 
-    The UNet sees every picture at `TIMESTEPS_PER_PICTURE` noise levels, the text encoders its prompts. Noise and levels depend
-    on `seed` and the picture alone.
+    The UNet sees every image at `TIMESTEPS_PER_IMAGE` noise levels, the text encoders its prompts. Noise and levels depend
+    on `seed` and the image alone.
 
     Args:
         loss: holds the components.
         seed: of the noise.
-        process, processes: which of how many; statistics are summed over all of them, so that each runs its share of pictures.
+        process, processes: which of how many; statistics are summed over all of them, so that each runs its share of images.
         batch_size: noise levels at once, at the most: with the batch size of the training, this takes less memory than a step.
     """
-    own, device = range(process, len(pictures), processes), loss.unet.device
+    own, device = range(process, len(images), processes), loss.unet.device
     bar = partial(tqdm, leave=False, delay=5, disable=process > 0)
 
     def batches() -> Iterator[dict[str, torch.Tensor]]:
         for place in own:
-            yield from _noise_levels(pictures, place, loss.num_timesteps, seed, batch_size)
+            yield from _noise_levels(images, place, loss.num_timesteps, seed, batch_size)
 
     def run_unet() -> None:
-        total = len(own) * math.ceil(TIMESTEPS_PER_PICTURE / batch_size)
+        total = len(own) * math.ceil(TIMESTEPS_PER_IMAGE / batch_size)
         for batch in bar(batches(), desc="calibrating", total=total):
-            alike = _repeated(pictures.prompts, int(batch.pop("prompt")), len(batch["timesteps"]), device)
+            alike = _repeated(images.prompts, int(batch.pop("prompt")), len(batch["timesteps"]), device)
             loss.predict(**{name: values.to(device) for name, values in batch.items()}, prompts=alike)
 
     def run_text_encoder(encoder: int) -> None:
         # One by one: sums over processes are then those of one process to the last bit.
         for place in bar(own, desc=f"calibrating text encoder {encoder + 1}"):
-            loss.text_encoders[encoder](pictures.tokens[pictures.prompt_of[place], encoder][None].to(device))
+            loss.text_encoders[encoder](images.tokens[images.prompt_of[place], encoder][None].to(device))
 
     return {"unet": run_unet, "text_encoder": partial(run_text_encoder, 0), "text_encoder_2": partial(run_text_encoder, 1)}
 
@@ -65,18 +65,18 @@ def _repeated(prompts: PromptEmbeddings, prompt: int, count: int, device: torch.
 
 
 def _noise_levels(
-    pictures: EncodedPictures, place: int, num_timesteps: int, seed: int, batch_size: int
+    images: CachedLatents, place: int, num_timesteps: int, seed: int, batch_size: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """The picture at `place` with its noise and timesteps, `batch_size` of them at once, and the index of its prompt, ()."""
+    """The image at `place` with its noise and timesteps, `batch_size` of them at once, and the index of its prompt, ()."""
     generator = keyed_generator(seed, Draw.CALIBRATION, place)
-    mean, time_ids = pictures.mean(place), pictures.time_ids(place)
-    timesteps = stratified_timesteps(TIMESTEPS_PER_PICTURE, num_timesteps, generator)
-    noise = torch.randn((TIMESTEPS_PER_PICTURE, *mean.shape), generator=generator)
+    mean, time_ids = images.mean(place), images.time_ids(place)
+    timesteps = stratified_timesteps(TIMESTEPS_PER_IMAGE, num_timesteps, generator)
+    noise = torch.randn((TIMESTEPS_PER_IMAGE, *mean.shape), generator=generator)
     for levels, part in zip(timesteps.split(batch_size), noise.split(batch_size), strict=True):
         yield {
             "latents": mean.expand(part.shape),
             "noise": part,
             "timesteps": levels,
             "time_ids": time_ids.expand(len(part), 6),
-            "prompt": pictures.prompt_of[place],
+            "prompt": images.prompt_of[place],
         }

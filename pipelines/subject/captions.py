@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipelines.errors import InputError
 from pipelines.subject.caption_files import read_captions
-from pipelines.subject.data import Picture
+from pipelines.subject.data import TrainingImage
 from pipelines.subject.folder_names import CLASS_PROMPT, folder_name, name_of_subject
 from pipelines.subject.folder_scan import images_of, scan_folder
 from pipelines.text_files import read_text
@@ -32,7 +32,9 @@ def subject_name(folder: Path) -> str:
     return name_of_subject(folder_name(folder))
 
 
-def find_captioned(folder: str | Path, instance_prompt: str | None, class_data_dir: str | Path | None = None) -> list[Picture]:
+def find_captioned(
+    folder: str | Path, instance_prompt: str | None, class_data_dir: str | Path | None = None
+) -> list[TrainingImage]:
     """The images of every subject in `folder`, sorted by subject and name, each with its prompt.
 
     Args:
@@ -42,7 +44,7 @@ def find_captioned(folder: str | Path, instance_prompt: str | None, class_data_d
     """
     scan = scan_folder(folder, class_data_dir)
     captions = read_captions(scan).by_image
-    pictures = []
+    images = []
     for path, subject in images_of(scan):
         prompt = instance_prompt.replace(SUBJECT_FIELD, subject.name) if instance_prompt is not None else None
         caption = captions[path].text if path in captions else prompt
@@ -50,8 +52,8 @@ def find_captioned(folder: str | Path, instance_prompt: str | None, class_data_d
             raise InputError(
                 f"{str(path)!r} has no caption. Give --instance_prompt, or write its caption into {path.stem}.txt beside it."
             )
-        pictures.append(Picture(path, caption, subject=subject.name))
-    return pictures
+        images.append(TrainingImage(path, caption, subject=subject.name))
+    return images
 
 
 def class_prompts(folder: str | Path, class_prompt: str | None, class_data_dir: str | Path | None = None) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Pictures of a subject: finding, checking, cropping, and the size that each is said to have."""
+"""Images of a subject: finding, checking, cropping, and the size that each is said to have."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from PIL import Image, ImageOps
 
 from pipelines.errors import InputError
 from pipelines.image_decoding import upright_size
-from pipelines.pictures import PICTURE_SUFFIXES, is_picture, opened_picture, read_picture
+from pipelines.images import IMAGE_SUFFIXES, is_image, opened_image, read_image
 
 SizeConditioning = Literal["picture", "target"]
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture that was found, not read yet.
+class TrainingImage:
+    """An image that was found, not read yet.
 
     Args:
         path: its file.
         prompt: what it shows.
         kind: of the subject, or of the subject's class, for prior preservation.
-        subject: whose picture it is, or of whose class.
+        subject: whose image it is, or of whose class.
     """
 
     path: Path
@@ -36,8 +36,8 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Shot:
-    """How a picture is shown: resized until it covers `size`, mirrored or not, and cropped.
+class CropVariant:
+    """How an image is shown: resized until it covers `size`, mirrored or not, and cropped.
 
     Args:
         size: height and width in pixels.
@@ -52,13 +52,13 @@ class Shot:
 
 @dataclass(frozen=True)
 class Example:
-    """One picture as the model is shown it.
+    """One image as the model is shown it.
 
     Args:
-        path: the picture's file.
+        path: the image's file.
         pixels: (3, height, width) float32 in [-1, 1].
         time_ids: (6,) float32: original height and width, crop's top and left, target height and width  [SDXL, section 2.2].
-            A mirrored picture's crop is counted on the mirrored picture.
+            A mirrored image's crop is counted on the mirrored image.
     """
 
     path: Path
@@ -66,54 +66,53 @@ class Example:
     time_ids: torch.Tensor
 
 
-def find_pictures(folder: str | Path) -> list[Path]:
-    """The picture files directly in `folder`, sorted by name.
+def find_images(folder: str | Path) -> list[Path]:
+    """The image files directly in `folder`, sorted by name.
 
-    Raises: InputError if there is no such folder or no picture in it.
+    Raises: InputError if there is no such folder or no image in it.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"There is no folder {str(folder)!r}. Give --instance_data_dir a folder with pictures of the subject.")
-    pictures = sorted(filter(is_picture, folder.iterdir()))
-    if not pictures:
+        raise InputError(f"There is no folder {str(folder)!r}. Give --instance_data_dir a folder with images of the subject.")
+    images = sorted(filter(is_image, folder.iterdir()))
+    if not images:
         raise InputError(
-            f"{str(folder)!r} holds no picture ({', '.join(sorted(PICTURE_SUFFIXES))}). Put three to ten pictures of the "
-            "subject there."
+            f"{str(folder)!r} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}). Put three to ten images of the subject there."
         )
-    return pictures
+    return images
 
 
-def picture_size(path: Path) -> tuple[int, int]:
-    """Height and width of a picture, upright as its EXIF orientation says, without decoding it.
+def image_size(path: Path) -> tuple[int, int]:
+    """Height and width of an image, upright as its EXIF orientation says, without decoding it.
 
     Raises: InputError naming the file if it cannot be read.
     """
-    with opened_picture(path) as opened:
+    with opened_image(path) as opened:
         return upright_size(opened)
 
 
 def load_examples(paths: Sequence[Path], resolution: int, size_conditioning: SizeConditioning = "picture") -> list[Example]:
-    """Read, resize and centre-crop pictures to squares of `resolution` pixels.
+    """Read, resize and centre-crop images to squares of `resolution` pixels.
 
     Args:
         size_conditioning: as in `take`.
     Raises: InputError naming the first file that cannot be read.
     """
-    shot = Shot((resolution, resolution))
-    return [take(path, read_picture(path), shot, size_conditioning) for path in paths]
+    shot = CropVariant((resolution, resolution))
+    return [take(path, read_image(path), shot, size_conditioning) for path in paths]
 
 
-def take(path: Path, picture: Image.Image, shot: Shot, size_conditioning: SizeConditioning = "picture") -> Example:
-    """Show a picture that was read from `path` as `shot` says.
+def take(path: Path, image: Image.Image, shot: CropVariant, size_conditioning: SizeConditioning = "picture") -> Example:
+    """Show an image that was read from `path` as `shot` says.
 
     Args:
-        size_conditioning: "picture" tells the model the picture's own size and crop, as SDXL was trained; "target" says of
-            every picture that it has the target's size and is not cropped, for models that have seen nothing else.
+        size_conditioning: "picture" tells the model the image's own size and crop, as SDXL was trained; "target" says of
+            every image that it has the target's size and is not cropped, for models that have seen nothing else.
     """
     height, width = shot.size
-    scale = max(height / picture.height, width / picture.width)
-    covering = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
-    resized = picture.resize(covering, Image.Resampling.LANCZOS)
+    scale = max(height / image.height, width / image.width)
+    covering = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    resized = image.resize(covering, Image.Resampling.LANCZOS)
     if shot.mirrored:
         resized = ImageOps.mirror(resized)
     spare_height, spare_width = resized.height - height, resized.width - width
@@ -123,5 +122,5 @@ def take(path: Path, picture: Image.Image, shot: Shot, size_conditioning: SizeCo
         top, left = int(shot.crop[0] * (spare_height + 1)), int(shot.crop[1] * (spare_width + 1))
     cropped = resized.crop((left, top, left + width, top + height))
     pixels = torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float() / 127.5 - 1
-    told = (picture.height, picture.width, top, left) if size_conditioning == "picture" else (height, width, 0, 0)
+    told = (image.height, image.width, top, left) if size_conditioning == "picture" else (height, width, 0, 0)
     return Example(path, pixels, torch.tensor([*told, height, width], dtype=torch.float32))

@@ -1,4 +1,4 @@
-"""Features of pictures and texts by a model that is named: an open_clip CLIP, or a CLIP or DINOv2 of transformers."""
+"""Features of images and texts by a model that is named: an open_clip CLIP, or a CLIP or DINOv2 of transformers."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Embedder(Protocol):
     def reads_text(self) -> bool:
         """Whether it embeds texts too."""
 
-    def pictures(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
-        """Features (pictures, width) float32 of length 1."""
+    def images(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Features (images, width) float32 of length 1."""
 
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Features (texts, width) float32 of length 1, in the same space; only where `reads_text`."""
@@ -50,9 +50,9 @@ class OpenClipEmbedder:
         return True
 
     @torch.no_grad()
-    def pictures(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
-        """Features (pictures, width) float32 of length 1."""
-        return self.clip.encode_images(torch.stack([self.clip.preprocess(picture.convert("RGB")) for picture in pictures]))
+    def images(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Features (images, width) float32 of length 1."""
+        return self.clip.encode_images(torch.stack([self.clip.preprocess(image.convert("RGB")) for image in images]))
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
@@ -66,7 +66,7 @@ class TransformersEmbedder:
     def __init__(self, name_or_path: str) -> None:
         """Load the model, safetensors only.
 
-        Raises: OSError or ValueError if it cannot be loaded, or embeds no pictures; HubError if it cannot be fetched.
+        Raises: OSError or ValueError if it cannot be loaded, or embeds no images; HubError if it cannot be fetched.
         """
         folder = _transformers_folder(name_or_path) if is_hub_name(name_or_path) else name_or_path
         self.model = AutoModel.from_pretrained(folder, use_safetensors=True, local_files_only=True).eval()
@@ -79,9 +79,9 @@ class TransformersEmbedder:
         return hasattr(self.model, "get_text_features")
 
     @torch.no_grad()
-    def pictures(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
-        """Features (pictures, width) float32 of length 1."""
-        inputs = self.processor(images=[picture.convert("RGB") for picture in pictures], return_tensors="pt")
+    def images(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Features (images, width) float32 of length 1."""
+        inputs = self.processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
         features = self.model.get_image_features(**inputs) if self.reads_text else self.model(**inputs)
         return functional.normalize(_pooled(features), dim=1)
 
@@ -117,7 +117,7 @@ def _pooled(features: torch.Tensor | nn.Module) -> torch.Tensor:
 
 
 def load_embedder(name: str) -> Embedder:
-    """The model called `name`, on the CPU: the few pictures of a run take it a second, and the GPU's memory stays the training's.
+    """The model called `name`, on the CPU: the few images of a run take it a second, and the GPU's memory stays the training's.
 
     Args:
         name: "mini", the built-in CLIP; "open_clip:MODEL/WEIGHTS", weights being a tag or a .safetensors file; a folder with an

@@ -1,4 +1,4 @@
-"""Pictures and prompts as the UNet takes them, computed once: decoded in workers, encoded one by one, kept on disk."""
+"""Images and prompts as the UNet takes them, computed once: decoded in workers, encoded one by one, kept on disk."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from pipelines.buckets import Size, nearest_bucket
 from pipelines.cache import TensorCache, key_of, module_digest
 from pipelines.digests import file_digest
 from pipelines.errors import InputError
-from pipelines.pictures import READING_VERSION, read_image
+from pipelines.images import READING_VERSION, read_image_with_notes
 from pipelines.randomness import Draw, keyed_generator
-from pipelines.subject.base_model import PromptEmbeddings, encode_pictures, encode_prompts, text_encoders_of, tokenize
-from pipelines.subject.data import Example, Picture, Shot, SizeConditioning, picture_size, take
+from pipelines.subject.base_model import PromptEmbeddings, encode_images, encode_prompts, text_encoders_of, tokenize
+from pipelines.subject.data import CropVariant, Example, SizeConditioning, TrainingImage, image_size, take
 
-# A picture's moments and time_ids.
+# An image's moments and time_ids.
 Shown = tuple[torch.Tensor, torch.Tensor]
 MOMENTS, TIME_IDS, HIDDEN, POOLED = "moments", "time_ids", "hidden", "pooled"
 
 
 @dataclass(frozen=True)
-class Framing:
-    """How pictures are brought to size.
+class CropConfig:
+    """How images are brought to size.
 
     Args:
-        sizes: heights and widths in pixels to choose from; each picture gets the one nearest to its shape.
-        random_crops: crops of each picture, drawn at random; 0 for the one in the middle.
-        mirror: also show each picture mirrored.
+        sizes: heights and widths in pixels to choose from; each image gets the one nearest to its shape.
+        random_crops: crops of each image, drawn at random; 0 for the one in the middle.
+        mirror: also show each image mirrored.
         size_conditioning: as in `take`.
         seed: of the crops.
     """
@@ -45,26 +45,28 @@ class Framing:
     size_conditioning: SizeConditioning = "picture"
     seed: int = 0
 
-    def shots(self, place: int, size: Size) -> tuple[Shot, ...]:
-        """The variants of the `place`-th picture at `size`."""
+    def shots(self, place: int, size: Size) -> tuple[CropVariant, ...]:
+        """The variants of the `place`-th image at `size`."""
         crops = [None]
         if self.random_crops:
             generator = keyed_generator(self.seed, Draw.CROPS, place)
             drawn = torch.rand((self.random_crops, 2), generator=generator, dtype=torch.float64)
             crops = [(top, left) for top, left in drawn.tolist()]
-        return tuple(Shot(size, crop, mirrored) for mirrored in ((False, True) if self.mirror else (False,)) for crop in crops)
+        return tuple(
+            CropVariant(size, crop, mirrored) for mirrored in ((False, True) if self.mirror else (False,)) for crop in crops
+        )
 
 
 @dataclass(frozen=True)
-class EncodedPictures:
-    """Pictures with their prompts, as the UNet takes them, each read when it is needed; everything lies on the CPU.
+class CachedLatents:
+    """Images with their prompts, as the UNet takes them, each read when it is needed; everything lies on the CPU.
 
     Args:
-        sizes: each picture's height and width in pixels.
-        variants: how many there are of each picture: its mirror image, crops.
-        read: `read(place, variant)` gives a picture's moments (2, channels, height, width), scaled means and deviations of
+        sizes: each image's height and width in pixels.
+        variants: how many there are of each image: its mirror image, crops.
+        read: `read(place, variant)` gives an image's moments (2, channels, height, width), scaled means and deviations of
             its latents, and its time_ids (6,), as in `Example`.
-        prompt_of: (pictures,) int64: which of the prompts is each picture's.
+        prompt_of: (images,) int64: which of the prompts is each image's.
         tokens: (prompts, encoders, tokens) int64.
         prompts: the same, encoded by the base model.
     """
@@ -79,13 +81,13 @@ class EncodedPictures:
     @classmethod
     def in_memory(
         cls, latents: torch.Tensor, time_ids: torch.Tensor, tokens: torch.Tensor, prompts: PromptEmbeddings
-    ) -> EncodedPictures:
-        """Pictures of one size, each with a prompt of its own.
+    ) -> CachedLatents:
+        """Images of one size, each with a prompt of its own.
 
         Args:
-            latents: (pictures, variants, 2, channels, height, width).
-            time_ids: (pictures, 6), the same for all variants.
-            tokens: (pictures, encoders, tokens) int64.
+            latents: (images, variants, 2, channels, height, width).
+            time_ids: (images, 6), the same for all variants.
+            tokens: (images, encoders, tokens) int64.
             prompts: the same, encoded.
         """
         count, variants = latents.shape[:2]
@@ -96,20 +98,20 @@ class EncodedPictures:
         return len(self.sizes)
 
     def mean(self, place: int) -> torch.Tensor:
-        """(channels, height, width): the mean latents of a picture's first variant."""
+        """(channels, height, width): the mean latents of an image's first variant."""
         return self.read(place, 0)[0][0]
 
     def time_ids(self, place: int) -> torch.Tensor:
-        """(6,): of a picture's first variant."""
+        """(6,): of an image's first variant."""
         return self.read(place, 0)[1]
 
     def buckets(self, sizes: Iterable[Size] | None = None) -> tuple[tuple[int, ...], ...]:
-        """The places of the pictures of each size, in the order of `sizes`, which are all there are unless given."""
+        """The places of the images of each size, in the order of `sizes`, which are all there are unless given."""
         wanted = sorted(set(self.sizes)) if sizes is None else sizes
         return tuple(tuple(place for place, size in enumerate(self.sizes) if size == bucket) for bucket in wanted)
 
-    def only(self, places: Sequence[int]) -> EncodedPictures:
-        """The pictures at `places` alone."""
+    def only(self, places: Sequence[int]) -> CachedLatents:
+        """The images at `places` alone."""
         sizes = tuple(self.sizes[place] for place in places)
         return replace(self, sizes=sizes, read=_At(self.read, tuple(places)), prompt_of=self.prompt_of[list(places)])
 
@@ -132,11 +134,11 @@ class _At:
         return self.read(self.places[place], variant)
 
 
-class CachedPictures:
-    """Reads pictures from the cache; the `kept` that were read last stay in memory.
+class CachedImages:
+    """Reads images from the cache; the `kept` that were read last stay in memory.
 
     Args:
-        keys: of each picture's variants.
+        keys: of each image's variants.
     """
 
     def __init__(self, keys: Sequence[Sequence[str]], cache: TensorCache, kept: int = 512) -> None:
@@ -144,7 +146,7 @@ class CachedPictures:
         self.memory: dict[str, Shown] = {}
 
     def __call__(self, place: int, variant: int) -> Shown:
-        """A picture's moments and time_ids, as in `EncodedPictures.read`.
+        """An image's moments and time_ids, as in `CachedLatents.read`.
 
         Raises: InputError if the file has gone or was damaged since the start of the run.
         """
@@ -154,7 +156,7 @@ class CachedPictures:
             tensors = self.cache.read(key)
             if tensors is None:
                 raise InputError(
-                    f"The cache {str(self.cache.folder)!r} has lost a picture while the run went on. Go on with "
+                    f"The cache {str(self.cache.folder)!r} has lost an image while the run went on. Go on with "
                     "--resume_from_checkpoint latest, which computes it anew."
                 )
             found = tensors[MOMENTS], tensors[TIME_IDS]
@@ -164,14 +166,14 @@ class CachedPictures:
         return found
 
 
-class Encoder:
-    """Encodes pictures and prompts with one base model, and keeps them in a cache.
+class LatentEncoder:
+    """Encodes images and prompts with one base model, and keeps them in a cache.
 
     Args:
         pipeline: the base model, without any adapter.
         cache: where to keep what is computed.
-        workers: processes that decode pictures.
-        share: this process, and how many there are, each of which encodes its part of the pictures.
+        workers: processes that decode images.
+        share: this process, and how many there are, each of which encodes its part of the images.
         wait: waits until all processes have come so far.
     """
 
@@ -191,56 +193,58 @@ class Encoder:
         digests = [module_digest(encoder) for encoder in text_encoders_of(pipeline)]
         self.text = {"text": digests, "zeros": bool(pipeline.config.force_zeros_for_empty_prompt), **where}
 
-    def encode(self, pictures: Sequence[Picture], framing: Framing, sizes: Sequence[Size] | None = None) -> EncodedPictures:
-        """Encode pictures in every variant, and their prompts, as far as they are not in the cache.
+    def encode(self, images: Sequence[TrainingImage], framing: CropConfig, sizes: Sequence[Size] | None = None) -> CachedLatents:
+        """Encode images in every variant, and their prompts, as far as they are not in the cache.
 
         Args:
-            sizes: of each picture; the nearest of `framing.sizes` unless given.
-        Raises: InputError naming a picture that cannot be read.
+            sizes: of each image; the nearest of `framing.sizes` unless given.
+        Raises: InputError naming an image that cannot be read.
         """
         if sizes is None:
-            sizes = [nearest_bucket(picture_size(picture.path), framing.sizes) for picture in pictures]
-        variants = self._variants(pictures, framing, sizes)
+            sizes = [nearest_bucket(image_size(image.path), framing.sizes) for image in images]
+        variants = self._variants(images, framing, sizes)
         conditioning = framing.size_conditioning
-        jobs = [_Job(picture.path, dict(own), conditioning) for picture, own in zip(pictures, variants, strict=True)]
+        jobs = [_Job(image.path, dict(own), conditioning) for image, own in zip(images, variants, strict=True)]
         self._encode_missing(jobs[self.share[0] :: self.share[1]])
         if self.wait is not None:
             self.wait()
             # What others have made is there now, unless their disk is another.
             self._encode_missing(jobs)
-        unique = list(dict.fromkeys(picture.prompt for picture in pictures))
+        unique = list(dict.fromkeys(image.prompt for image in images))
         tokens, prompts = self._prompts(unique)
-        prompt_of = torch.tensor([unique.index(picture.prompt) for picture in pictures])
+        prompt_of = torch.tensor([unique.index(image.prompt) for image in images])
         keys = tuple(tuple(key for key, _ in own) for own in variants)
-        return EncodedPictures(tuple(sizes), len(keys[0]), CachedPictures(keys, self.cache), prompt_of, tokens, prompts)
+        return CachedLatents(tuple(sizes), len(keys[0]), CachedImages(keys, self.cache), prompt_of, tokens, prompts)
 
-    def _variants(self, pictures: Sequence[Picture], framing: Framing, sizes: Sequence[Size]) -> list[list[tuple[str, Shot]]]:
-        """The shots of each picture, each with its key in the cache."""
-        digests = {path: file_digest(path) for path in {picture.path for picture in pictures}}
+    def _variants(
+        self, images: Sequence[TrainingImage], framing: CropConfig, sizes: Sequence[Size]
+    ) -> list[list[tuple[str, CropVariant]]]:
+        """The shots of each image, each with its key in the cache."""
+        digests = {path: file_digest(path) for path in {image.path for image in images}}
         return [
-            [(self._key(digests[picture.path], shot, framing.size_conditioning), shot) for shot in framing.shots(place, size)]
-            for place, (picture, size) in enumerate(zip(pictures, sizes, strict=True))
+            [(self._key(digests[image.path], shot, framing.size_conditioning), shot) for shot in framing.shots(place, size)]
+            for place, (image, size) in enumerate(zip(images, sizes, strict=True))
         ]
 
-    def _key(self, digest: str, shot: Shot, conditioning: SizeConditioning) -> str:
+    def _key(self, digest: str, shot: CropVariant, conditioning: SizeConditioning) -> str:
         shown = [shot.size, shot.crop, shot.mirrored]
-        return key_of(picture=digest, reading=READING_VERSION, shot=shown, conditioning=conditioning, **self.vae)
+        return key_of(image=digest, reading=READING_VERSION, shot=shown, conditioning=conditioning, **self.vae)
 
     def _encode_missing(self, jobs: Sequence[_Job]) -> None:
-        """Encode what is not in the cache, one picture after the other, while workers decode those that come next."""
+        """Encode what is not in the cache, one image after the other, while workers decode those that come next."""
         missing = [replace(job, shots=left) for job in jobs if (left := self._not_kept(job))]
         loader = DataLoader(_Decoded(missing), batch_size=None, num_workers=self.workers)
-        for examples in tqdm(loader, desc="encoding pictures", total=len(missing), delay=5, disable=self.share[0] > 0):
+        for examples in tqdm(loader, desc="encoding images", total=len(missing), delay=5, disable=self.share[0] > 0):
             for key, example in examples.items():
                 self.cache.write(key, self._moments(example))
 
-    def _not_kept(self, job: _Job) -> dict[str, Shot]:
+    def _not_kept(self, job: _Job) -> dict[str, CropVariant]:
         return {key: shot for key, shot in job.shots.items() if self.cache.read(key) is None}
 
     def _moments(self, example: Example) -> dict[str, torch.Tensor]:
         # One by one: in batches, the last bits would depend on what else is in the batch.
         with torch.no_grad():
-            return {MOMENTS: encode_pictures(self.pipeline, example.pixels[None])[0].cpu(), TIME_IDS: example.time_ids}
+            return {MOMENTS: encode_images(self.pipeline, example.pixels[None])[0].cpu(), TIME_IDS: example.time_ids}
 
     def _prompts(self, prompts: Sequence[str]) -> tuple[torch.Tensor, PromptEmbeddings]:
         tokens = tokenize((self.pipeline.tokenizer, self.pipeline.tokenizer_2), prompts).transpose(0, 1)
@@ -258,21 +262,21 @@ class Encoder:
 
 @dataclass(frozen=True)
 class _Job:
-    """A picture and the shots of it, by their keys in the cache."""
+    """An image and the shots of it, by their keys in the cache."""
 
     path: Path
-    shots: dict[str, Shot]
+    shots: dict[str, CropVariant]
     size_conditioning: SizeConditioning
 
     def decode(self) -> dict[str, Example]:
         """The shots, from one reading of the file."""
-        # Without the warnings of `read_picture`: the doctor has told them.
-        picture = read_image(self.path).image
-        return {key: take(self.path, picture, shot, self.size_conditioning) for key, shot in self.shots.items()}
+        # Without the warnings of `read_image`: the doctor has told them.
+        image = read_image_with_notes(self.path).image
+        return {key: take(self.path, image, shot, self.size_conditioning) for key, shot in self.shots.items()}
 
 
 class _Decoded(Dataset):
-    """Decodes pictures, for worker processes."""
+    """Decodes images, for worker processes."""
 
     def __init__(self, jobs: Sequence[_Job]) -> None:
         self.jobs = jobs

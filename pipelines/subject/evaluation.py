@@ -1,4 +1,4 @@
-"""Held-out evaluation: the denoising loss of pictures that were not trained on, with everything fixed but the model."""
+"""Held-out evaluation: the denoising loss of images that were not trained on, with everything fixed but the model."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from pipelines.errors import InputError
 from pipelines.randomness import Draw, keyed_generator
 from pipelines.subject.base_model import PromptEmbeddings, encode_tokens
-from pipelines.subject.encoding import EncodedPictures
+from pipelines.subject.encoding import CachedLatents
 from pipelines.subject.loss import DenoisingLoss
 
 AUTO, NONE, LEAVE_ONE_OUT = "auto", "none", "leave_one_out"
-# The share of height and width about the middle of a picture where the subject is expected.
+# The share of height and width about the middle of an image where the subject is expected.
 MIDDLE = 0.5
-# From so many pictures on, one is spared.
+# From so many images on, one is spared.
 ENOUGH_TO_SPARE_ONE = 5
 
 
@@ -25,8 +25,8 @@ class HeldOut:
     """What is held out.
 
     Args:
-        place: of the picture that is left out of training; None where all are trained on.
-        folds: places of the pictures that are left out in turn, each of a short training of its own before the real one.
+        place: of the image that is left out of training; None where all are trained on.
+        folds: places of the images that are left out in turn, each of a short training of its own before the real one.
     """
 
     place: int | None = None
@@ -34,12 +34,12 @@ class HeldOut:
 
 
 def choose_heldout(names: Sequence[str], asked: str, seed: int) -> HeldOut:
-    """What to hold out of the pictures called `names`.
+    """What to hold out of the images called `names`.
 
     Args:
-        asked: one of the names; "none"; "leave_one_out"; or "auto": one picture, drawn by `seed`, where there are at least
+        asked: one of the names; "none"; "leave_one_out"; or "auto": one image, drawn by `seed`, where there are at least
             `ENOUGH_TO_SPARE_ONE`, leave-one-out where there are at least two, and none of a single one.
-    Raises: InputError if there is no such picture, or none would be left to train on.
+    Raises: InputError if there is no such image, or none would be left to train on.
     """
     if asked == AUTO:
         asked = LEAVE_ONE_OUT if len(names) > 1 else NONE
@@ -50,7 +50,7 @@ def choose_heldout(names: Sequence[str], asked: str, seed: int) -> HeldOut:
     if asked != LEAVE_ONE_OUT and asked not in names:
         raise InputError(f"heldout_image must be {AUTO}, {NONE}, {LEAVE_ONE_OUT} or one of {', '.join(names)}, got {asked!r}.")
     if len(names) < 2:
-        raise InputError("The folder holds one picture, and it is held out. Add pictures to train on, or give 'none'.")
+        raise InputError("The folder holds one image, and it is held out. Add images to train on, or give 'none'.")
     return HeldOut(folds=tuple(range(len(names)))) if asked == LEAVE_ONE_OUT else HeldOut(place=names.index(asked))
 
 
@@ -64,26 +64,26 @@ def middle_of(values: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def mean_denoising_loss(
     loss: DenoisingLoss,
-    pictures: EncodedPictures,
+    images: CachedLatents,
     draws: int = 64,
     seed: int = 0,
     batch_size: int = 16,
     limit: int | None = None,
 ) -> float:
-    """The mean of the unweighted loss of each picture over `draws` timesteps, evenly spread, each with its own fixed noise.
+    """The mean of the unweighted loss of each image over `draws` timesteps, evenly spread, each with its own fixed noise.
 
-    Only the middle of a picture counts, where the subject is: what is behind it in a picture that was held out can be known
+    Only the middle of an image counts, where the subject is: what is behind it in an image that was held out can be known
     by no adapter, and takes the more of the loss the better the places of the others are learned.
     Prompts are encoded by the text encoders as they are now. Models are compared on the same noise and timesteps as long
-    as pictures, `draws` and `seed` are the same. With `limit`, only the first so many pictures count.
+    as images, `draws` and `seed` are the same. With `limit`, only the first so many images count.
     """
     timesteps = ((torch.arange(draws) + 0.5) * loss.num_timesteps / draws).long()
     device, was_training = loss.unet.device, loss.training
     loss.eval()
-    prompts = encode_tokens(loss.text_encoders, pictures.tokens.transpose(0, 1).to(device))
-    total, measured = 0.0, range(len(pictures))[:limit]
+    prompts = encode_tokens(loss.text_encoders, images.tokens.transpose(0, 1).to(device))
+    total, measured = 0.0, range(len(images))[:limit]
     for place in measured:
-        latents, prompt = pictures.mean(place), int(pictures.prompt_of[place])
+        latents, prompt = images.mean(place), int(images.prompt_of[place])
         noise = torch.randn((draws, *latents.shape), generator=keyed_generator(seed))
         for part in torch.arange(draws).split(batch_size):
             count = len(part)
@@ -92,7 +92,7 @@ def mean_denoising_loss(
             )
             pixels = (latents.expand(noise[part].shape).to(device), noise[part].to(device))
             levels = timesteps[part].to(device)
-            answer = loss.predict(*pixels, levels, pictures.time_ids(place).expand(count, 6).to(device), alike)
+            answer = loss.predict(*pixels, levels, images.time_ids(place).expand(count, 6).to(device), alike)
             total += loss.noising.errors(*(middle_of(values) for values in (answer, *pixels)), levels).sum().item()
     loss.train(was_training)
     return total / (draws * len(measured))

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from pipelines.errors import InputError
-from pipelines.pictures import has_picture_name
+from pipelines.images import has_image_name
 from pipelines.subject.folder_entries import FolderEntry
 from pipelines.subject.folder_names import is_system_name, mask_or_condition
 
@@ -57,7 +57,7 @@ def check_folder(folder: str | Path, option: str = "--instance_data_dir") -> Pat
     if exists and not is_folder:
         raise InputError(f"{str(path)!r} is a file. {option} takes a folder with images: give the one that holds them.")
     if not is_folder:
-        raise InputError(f"There is no folder {str(path)!r}. Give {option} a folder with pictures of the subject.")
+        raise InputError(f"There is no folder {str(path)!r}. Give {option} a folder with images of the subject.")
     return path
 
 
@@ -72,7 +72,7 @@ def list_folder(folder: Path) -> FolderListing:
         if kind == "folder":
             folders.append(path)
         elif kind == "file":
-            (images if has_picture_name(path.name) else files).append(path)
+            (images if has_image_name(path.name) else files).append(path)
         else:
             unusable.append(FolderEntry(path, "unused", kind))
     names = [path.name for path in images]
@@ -87,7 +87,7 @@ def first_image_below(folder: Path) -> Path | None:
     """An image somewhere below `folder`; None where none lies in its first `MAX_WALKED` folders."""
     for path, folders, files in islice(os.walk(folder), MAX_WALKED):
         folders[:] = sorted(name for name in folders if not is_system_name(name))
-        image = min(filter(has_picture_name, files), default=None)
+        image = min(filter(has_image_name, files), default=None)
         if image is not None:
             return Path(path) / image
     return None

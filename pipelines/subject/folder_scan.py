@@ -14,7 +14,7 @@ import numpy as np
 
 from pipelines.errors import InputError
 from pipelines.file_names import display_path
-from pipelines.pictures import PICTURE_SUFFIXES, read_picture
+from pipelines.images import IMAGE_SUFFIXES, read_image
 from pipelines.subject.folder_entries import LISTED_NAMES, FolderAccount, FolderEntry, FolderNote, listed
 from pipelines.subject.folder_listing import FolderListing, check_folder, first_image_below, list_folder
 from pipelines.subject.folder_names import (
@@ -268,8 +268,8 @@ class _Scanner:
         if formats:
             there.insert(0, f"Images of these formats are not read: {listed(formats, self.root)}. Save them as JPEG or PNG.")
         return InputError(
-            f"{str(self.root)!r} holds no picture ({', '.join(sorted(PICTURE_SUFFIXES))}), nor a folder with pictures. Put three "
-            f"to ten pictures of the subject there, or of each subject into a folder of its own. {' '.join(there)}".rstrip()
+            f"{str(self.root)!r} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}), nor a folder with images. Put three "
+            f"to ten images of the subject there, or of each subject into a folder of its own. {' '.join(there)}".rstrip()
         )
 
 
@@ -317,7 +317,7 @@ def _is_run(path: Path) -> bool:
 def _is_grey(path: Path) -> bool:
     """Whether an image has no colours, as masks have none."""
     try:
-        pixels = np.asarray(read_picture(path), dtype=np.int16)
+        pixels = np.asarray(read_image(path), dtype=np.int16)
     except InputError:
         return False
     return int((pixels.max(axis=2) - pixels.min(axis=2)).max()) <= GREY_TOLERANCE

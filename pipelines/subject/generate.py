@@ -1,6 +1,6 @@
-"""Pictures from prompts, with or without adapters, in PNG files that carry their settings.
+"""Images from prompts, with or without adapters, in PNG files that carry their settings.
 
-python -m pipelines.subject.generate --adapter runs/RUN --prompt "a photo of sks toy in the snow" --output_dir pictures
+python -m pipelines.subject.generate --adapter runs/RUN --prompt "a photo of sks toy in the snow" --output_dir images
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from pipelines.errors import InputError
-from pipelines.output_paths import IMAGE_SUFFIXES, check_output_file, check_output_folder
-from pipelines.pictures import as_grid, save_picture
+from pipelines.images import as_grid, save_image
+from pipelines.output_paths import OUTPUT_SUFFIXES, check_output_file, check_output_folder
 from pipelines.prompt_syntax import command_line_warnings
 from pipelines.subject.model_source import FIELDS, ModelSource, source_of
 from pipelines.text_files import read_text
@@ -52,7 +52,7 @@ SHEET_PROMPTS = (
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a picture is drawn from noise.
+    """How an image is drawn from noise.
 
     Args:
         num_inference_steps: denoising steps.
@@ -104,7 +104,7 @@ def generate(
     batch_size: int = 8,
     on_step: Callable[[int], None] | None = None,
 ) -> Iterator[Image.Image]:
-    """One picture for each prompt and its seed; the noise comes from the seed alone.
+    """One image for each prompt and its seed; the noise comes from the seed alone.
 
     Args:
         on_step: told after each denoising step of a batch how many are done; what it raises ends the drawing there.
@@ -139,7 +139,7 @@ def contact_sheet(
     guidance_scale: float = 4.0,
     seed: int = 0,
 ) -> Image.Image:
-    """One picture a prompt in a grid of `columns`, each from its own generator seeded with `seed` plus its place."""
+    """One image a prompt in a grid of `columns`, each from its own generator seeded with `seed` plus its place."""
     seeds = range(seed, seed + len(prompts))
     return as_grid(list(generate(pipeline, prompts, seeds, Sampling(steps, guidance_scale), len(prompts))), columns)
 
@@ -193,20 +193,18 @@ class GenerationOptions:
             "files say, unless said.",
         },
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the first picture; each further one adds 1."})
-    num_images_per_prompt: int = field(default=1, metadata={"help": "Pictures of each prompt."})
+    seed: int = field(default=0, metadata={"help": "Seed of the first image; each further one adds 1."})
+    num_images_per_prompt: int = field(default=1, metadata={"help": "Images of each prompt."})
     num_inference_steps: int = field(default=25, metadata={"help": "Denoising steps."})
     guidance_scale: float = field(default=4.0, metadata={"help": "How strongly the prompt is followed; 1 is no guidance."})
     guidance_rescale: float = field(
         default=0.0,
-        metadata={"help": "Bring the contrast of guided pictures back, in [0, 1]; 0.7 is usual with zero terminal SNR."},
+        metadata={"help": "Bring the contrast of guided images back, in [0, 1]; 0.7 is usual with zero terminal SNR."},
     )
-    resolution: int | None = field(
-        default=None, metadata={"help": "Side of the pictures in pixels; the model's own unless said."}
-    )
-    output_dir: str = field(default="pictures", metadata={"help": "Folder for the pictures."})
-    grid: str | None = field(default=None, metadata={"help": "Also put all pictures into this one file."})
-    columns: int = field(default=4, metadata={"help": "Pictures in a row of the grid."})
+    resolution: int | None = field(default=None, metadata={"help": "Side of the images in pixels; the model's own unless said."})
+    output_dir: str = field(default="pictures", metadata={"help": "Folder for the images."})
+    grid: str | None = field(default=None, metadata={"help": "Also put all images into this one file."})
+    columns: int = field(default=4, metadata={"help": "Images in a row of the grid."})
 
     def __post_init__(self) -> None:
         if self.prompt is not None and self.prompts_file is not None:
@@ -246,7 +244,7 @@ class GenerationOptions:
         """Raises: InputError for a folder or file that cannot be written."""
         check_output_folder(self.output_dir, "--output_dir")
         if self.grid is not None:
-            check_output_file(self.grid, "--grid", IMAGE_SUFFIXES)
+            check_output_file(self.grid, "--grid", OUTPUT_SUFFIXES)
 
 
 def with_adapters(pipeline: StableDiffusionXLPipeline, paths: Sequence[str], strengths: Sequence[float]) -> None:
@@ -263,7 +261,7 @@ def with_adapters(pipeline: StableDiffusionXLPipeline, paths: Sequence[str], str
 
 
 def main(options: GenerationOptions) -> list[Path]:
-    """Draw and save the pictures; returns their files."""
+    """Draw and save the images; returns their files."""
     prompts, source = options.prompts(), options.source()
     sampling = Sampling(
         options.num_inference_steps,
@@ -287,15 +285,15 @@ def main(options: GenerationOptions) -> list[Path]:
         "model": source.pretrained_model_name_or_path,
         "adapters": [{"path": path, "strength": strength} for path, strength in zip(options.adapter, strengths, strict=True)],
     }
-    pictures, files = [], []
+    images, files = [], []
     with threads_for(pipeline):
-        for picture, prompt, seed in zip(drawn, prompts, seeds, strict=True):
+        for image, prompt, seed in zip(drawn, prompts, seeds, strict=True):
             files.append(Path(options.output_dir) / f"{seed:05d}.png")
-            save_picture(picture, files[-1], {"prompt": prompt, "seed": seed, **common})
-            pictures.append(picture)
+            save_image(image, files[-1], {"prompt": prompt, "seed": seed, **common})
+            images.append(image)
     if options.grid is not None:
         Path(options.grid).parent.mkdir(parents=True, exist_ok=True)
-        as_grid(pictures, options.columns).save(options.grid)
+        as_grid(images, options.columns).save(options.grid)
     return files
 
 

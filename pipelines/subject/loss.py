@@ -1,4 +1,4 @@
-"""The denoising loss of a subject's pictures."""
+"""The denoising loss of a subject's images."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pipelines.subject.noising import noising_for
 
 
 class DenoisingLoss(nn.Module):
-    """Squared error of what the UNet predicts for noisy latents: noise, velocity or picture, as the model's scheduler says.
+    """Squared error of what the UNet predicts for noisy latents: noise, velocity or image, as the model's scheduler says.
 
     Args:
-        snr_gamma: each picture is weighted by min(SNR, gamma) / SNR, or / (SNR + 1) for velocity  [Hang et al. 2023].
+        snr_gamma: each image is weighted by min(SNR, gamma) / SNR, or / (SNR + 1) for velocity  [Hang et al. 2023].
         edm_style: take the error of the denoised latents instead  [Karras et al. 2022]; models trained as EDM always do.
     Raises: InputError if the model predicts something else, or for `snr_gamma` with EDM's errors.
     """
@@ -60,7 +60,7 @@ class DenoisingLoss(nn.Module):
             hidden, pooled: the prompts encoded, as in `PromptEmbeddings`, or
             tokens: (batch, encoders, tokens) int64, for the text encoders to encode here, or
             fixed_tokens: the same, where the text encoders are as they are and get no gradient.
-            weights: (batch,), what each picture's loss is multiplied by before the mean; one each unless given.
+            weights: (batch,), what each image's loss is multiplied by before the mean; one each unless given.
         """
         if tokens is not None:
             prompts = encode_tokens(self.text_encoders, tokens.transpose(0, 1))
@@ -69,12 +69,12 @@ class DenoisingLoss(nn.Module):
                 prompts = encode_tokens(self.text_encoders, fixed_tokens.transpose(0, 1))
         else:
             prompts = PromptEmbeddings(hidden, pooled)
-        losses = self.per_picture(latents, noise, timesteps, time_ids, prompts)
+        losses = self.per_image(latents, noise, timesteps, time_ids, prompts)
         if self.snr_gamma is not None:
             losses = losses * self.noising.snr_weights(timesteps, self.snr_gamma)
         return losses.mean() if weights is None else (losses * weights).mean()
 
-    def per_picture(
+    def per_image(
         self,
         latents: torch.Tensor,
         noise: torch.Tensor,
@@ -82,7 +82,7 @@ class DenoisingLoss(nn.Module):
         time_ids: torch.Tensor,
         prompts: PromptEmbeddings,
     ) -> torch.Tensor:
-        """The mean squared error of each picture, without `snr_gamma`: (batch,), float32; arguments as in `forward`."""
+        """The mean squared error of each image, without `snr_gamma`: (batch,), float32; arguments as in `forward`."""
         answer = self.predict(latents, noise, timesteps, time_ids, prompts)
         return self.noising.errors(answer, latents, noise, timesteps)
 
@@ -108,7 +108,7 @@ class TrainingBatches:
     Args:
         batches: `batches(index)` gives the arguments of `DenoisingLoss` for the `index`-th batch.
         seed: of the offsets.
-        noise_offset: deviation of what is added to all the noise of a channel, so that very dark and very bright pictures
+        noise_offset: deviation of what is added to all the noise of a channel, so that very dark and very bright images
             can be learned; 0 for none.
         text_encoder_batches: from this batch on the text encoders are left as they are; None for never.
     """

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import InputError
-from pipelines.pictures import is_picture
+from pipelines.images import is_image
 from pipelines.subject.folder_entries import FolderNote, listed
 from pipelines.text_files import read_text
 
@@ -219,4 +219,4 @@ def _images_called(folder: Path, name: str) -> list[Path]:
     if image is not None:
         return [image]
     stem = name.replace("\\", "/").rpartition("/")[2]
-    return sorted(path for path in folder.iterdir() if path.stem == stem and is_picture(path))
+    return sorted(path for path in folder.iterdir() if path.stem == stem and is_image(path))

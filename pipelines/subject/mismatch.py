@@ -11,7 +11,7 @@ from diffusers import StableDiffusionXLPipeline
 from pipelines.errors import InputError
 from pipelines.randomness import Draw, keyed_generator
 from pipelines.subject.base_model import PromptEmbeddings
-from pipelines.subject.encoding import EncodedPictures
+from pipelines.subject.encoding import CachedLatents
 from pipelines.subject.loss import DenoisingLoss
 from pipelines.subject.noising import DiscreteNoising, mean_square
 from pipelines.subject.prediction import EPSILON, V_PREDICTION
@@ -46,7 +46,7 @@ class TargetLosses:
 
 
 @torch.no_grad()
-def target_losses(loss: DenoisingLoss, images: EncodedPictures, seed: int = 0) -> TargetLosses:
+def target_losses(loss: DenoisingLoss, images: CachedLatents, seed: int = 0) -> TargetLosses:
     """The base model's losses on the first images, one pass for each noise level, with noise from `seed`.
 
     Args:
@@ -56,7 +56,7 @@ def target_losses(loss: DenoisingLoss, images: EncodedPictures, seed: int = 0) -
     return TargetLosses(**{name: _share_of_error(loss, images, seed, name, levels) for name, levels in shares.items()})
 
 
-def _share_of_error(loss: DenoisingLoss, images: EncodedPictures, seed: int, target: str, shares: Sequence[float]) -> float:
+def _share_of_error(loss: DenoisingLoss, images: CachedLatents, seed: int, target: str, shares: Sequence[float]) -> float:
     """The mean squared error against `target` at the noise levels of these shares of signal, over the target's mean square."""
     scheduler, device = loss.noising.scheduler, loss.unet.device
     error = square = 0.0
@@ -76,7 +76,7 @@ def _share_of_error(loss: DenoisingLoss, images: EncodedPictures, seed: int, tar
     return error / square
 
 
-def check_prediction_type(pipeline: StableDiffusionXLPipeline, images: EncodedPictures, seed: int = 0) -> None:
+def check_prediction_type(pipeline: StableDiffusionXLPipeline, images: CachedLatents, seed: int = 0) -> None:
     """Refuse a base model that predicts noise where v is said to be predicted, or the other way round.
 
     Models of EDM's noise levels and those that predict the image itself are taken as they are.

@@ -27,7 +27,7 @@ class Noising(Protocol):
         """What the UNet is given: noisy latents like `latents`, and the noise levels as it knows them, (batch,)."""
 
     def errors(self, answer: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """The mean squared error of each picture's answer: (batch,) float32."""
+        """The mean squared error of each image's answer: (batch,) float32."""
 
     def snr_weights(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
         """The min-SNR weights of the errors: (batch,)."""

@@ -1,4 +1,4 @@
-"""Prior preservation: pictures of the subject's class by the base model, made once and used again  [Ruiz et al. 2023]."""
+"""Prior preservation: images of the subject's class by the base model, made once and used again  [Ruiz et al. 2023]."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from tqdm.auto import tqdm
 
 from pipelines.buckets import Size, nearest_bucket
 from pipelines.errors import InputError
-from pipelines.pictures import SETTINGS_KEY, opened_picture, read_settings, save_picture
-from pipelines.subject.data import Picture, picture_size
+from pipelines.images import SETTINGS_KEY, opened_image, read_settings, save_image
+from pipelines.subject.data import TrainingImage, image_size
 from pipelines.subject.folder_entries import FolderAccount, FolderEntry, listed
 from pipelines.subject.folder_listing import FolderListing, check_folder, first_image_below, list_folder
 from pipelines.subject.folder_names import caption_names, unused_kind
 
-# Seeds of class pictures, apart from those of sample pictures.
+# Seeds of class images, apart from those of sample images.
 FIRST_SEED = 1_000_000
 
 
 @dataclass(frozen=True)
-class ClassPictures:
-    """Which pictures of which classes there are to be.
+class ClassImages:
+    """Which images of which classes there are to be.
 
     Args:
         folder: where they lie; with several classes, in a folder for each.
@@ -49,9 +49,9 @@ class ClassPictures:
         return {prompt: self.folder / (re.sub(r"\W+", "-", prompt.lower()).strip("-") or "class") for prompt in unique}
 
     def missing(self) -> list[tuple[Path, str, int]]:
-        """File, prompt and seed of each picture that is still to be made.
+        """File, prompt and seed of each image that is still to be made.
 
-        Raises: InputError if a folder holds pictures made from another prompt or by another model.
+        Raises: InputError if a folder holds images made from another prompt or by another model.
         """
         wanted = []
         for prompt, home in self.homes().items():
@@ -70,25 +70,25 @@ class ClassPictures:
         draw: Callable[[list[str], list[int]], Iterator[Image.Image]],
         settings: Mapping[str, object],
     ) -> None:
-        """Make this process's part of what is missing; each picture is there wholly or not at all, and carries its settings.
+        """Make this process's part of what is missing; each image is there wholly or not at all, and carries its settings.
 
         Args:
-            draw: draws a picture for each prompt and its seed.
-            settings: of all of them, as in `save_picture`.
+            draw: draws an image for each prompt and its seed.
+            settings: of all of them, as in `save_image`.
         """
         own = missing[self.share[0] :: self.share[1]]
         drawn = draw([prompt for _, prompt, _ in own], [seed for _, _, seed in own])
-        bar = tqdm(drawn, desc="drawing class pictures", total=len(own), disable=self.share[0] > 0)
-        for (path, prompt, seed), picture in zip(own, bar, strict=True):
+        bar = tqdm(drawn, desc="drawing class images", total=len(own), disable=self.share[0] > 0)
+        for (path, prompt, seed), image in zip(own, bar, strict=True):
             beside = path.with_name(f".{path.name}")
-            save_picture(picture, beside, {**settings, "prompt": prompt, "seed": seed, "model": self.model})
+            save_image(image, beside, {**settings, "prompt": prompt, "seed": seed, "model": self.model})
             os.replace(beside, path)
 
-    def found(self) -> list[Picture]:
-        """`count` pictures of each class."""
+    def found(self) -> list[TrainingImage]:
+        """`count` images of each class."""
         subjects = {prompt: subject for subject, prompt in self.prompts.items()}
         return [
-            Picture(path, prompt, "class", subjects[prompt])
+            TrainingImage(path, prompt, "class", subjects[prompt])
             for prompt, home in self.homes().items()
             for path in list_folder(home).images[: self.count]
         ]
@@ -150,25 +150,25 @@ def _strange_folder(path: Path) -> FolderEntry:
 
 
 def _check_origin(path: Path, prompt: str, model: str) -> None:
-    """Refuse a picture that says that it shows another class, or another model's idea of it; others are taken as they are."""
-    with opened_picture(path) as opened:
+    """Refuse an image that says that it shows another class, or another model's idea of it; others are taken as they are."""
+    with opened_image(path) as opened:
         made_here = SETTINGS_KEY in opened.info
     if not made_here:
         return
     found = read_settings(path)
     if found.get("prompt") != prompt or Path(str(found.get("model"))).name != Path(model).name:
         raise InputError(
-            f"{str(path)!r} is a class picture of {found.get('prompt')!r} by {found.get('model')!r}, not of {prompt!r} by "
-            f"{model!r}. Give another --class_data_dir, or remove the pictures that are there."
+            f"{str(path)!r} is a class image of {found.get('prompt')!r} by {found.get('model')!r}, not of {prompt!r} by "
+            f"{model!r}. Give another --class_data_dir, or remove the images that are there."
         )
 
 
-def in_sizes(pictures: Sequence[Picture], sizes: Sequence[Size]) -> tuple[list[Picture], list[Size]]:
-    """Class pictures for batches of each of `sizes`: every one in the size nearest to its shape, all in a size that gets none.
+def in_sizes(images: Sequence[TrainingImage], sizes: Sequence[Size]) -> tuple[list[TrainingImage], list[Size]]:
+    """Class images for batches of each of `sizes`: every one in the size nearest to its shape, all in a size that gets none.
 
-    Returns: pictures, some more than once, and the size of each.
+    Returns: images, some more than once, and the size of each.
     """
-    nearest = [nearest_bucket(picture_size(picture.path), sizes) for picture in pictures]
-    pairs = list(zip(pictures, nearest, strict=True))
-    pairs += [(picture, size) for size in sizes if size not in nearest for picture in pictures]
-    return [picture for picture, _ in pairs], [size for _, size in pairs]
+    nearest = [nearest_bucket(image_size(image.path), sizes) for image in images]
+    pairs = list(zip(images, nearest, strict=True))
+    pairs += [(image, size) for size in sizes if size not in nearest for image in images]
+    return [image for image, _ in pairs], [size for _, size in pairs]

@@ -1,7 +1,7 @@
-"""Scores of generated pictures: likeness to the subject, following of the prompt, copying of a training picture.
+"""Scores of generated images: likeness to the subject, following of the prompt, copying of a training image.
 
 Cosines of CLIP features, as DreamBooth is evaluated [Ruiz et al. 2023, section 4.1]: CLIP-I, the mean over the training
-pictures, and CLIP-T, with the prompt just as the picture was drawn from, rare word and class word included. Without a CLIP
+images, and CLIP-T, with the prompt just as the image was drawn from, rare word and class word included. Without a CLIP
 nothing is needed but the base model: its features for the subject, its own denoising loss as a classifier for the prompt
 [Li et al. 2023, diffusion classifier]. Compare scores within one run; between models and subjects they have no common scale.
 """
@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from pipelines.randomness import Draw, keyed_generator
 from pipelines.subject.adapters import without_adapters
-from pipelines.subject.base_model import PromptEmbeddings, encode_pictures, encode_prompts
+from pipelines.subject.base_model import PromptEmbeddings, encode_images, encode_prompts
 from pipelines.subject.embedders import Embedder, load_embedder
 from pipelines.subject.evaluation import middle_of
 from pipelines.subject.loss import DenoisingLoss
@@ -30,21 +30,21 @@ GRID = 8
 FEATURE_TIMESTEP = 20
 CLASSIFIER_DRAWS = 8
 THUMBNAIL = 16
-# The share of a picture's sides that its cropped copy has.
+# The share of an image's sides that its cropped copy has.
 CROPPED = 0.9
 # In place of a model's name: the base model judges.
 BASE = "base"
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Of one picture.
+class ImageScores:
+    """Of one image.
 
     Args:
-        subject: likeness to the training pictures, at most 1.
+        subject: likeness to the training images, at most 1.
         prompt: how much better its prompt explains it than the other prompts do; above 0 where it does.
-        copy: correlation with the most similar training picture or its mirror image, at most 1.
-        nearest: likeness to the most similar training picture, at most 1.
+        copy: correlation with the most similar training image or its mirror image, at most 1.
+        nearest: likeness to the most similar training image, at most 1.
     """
 
     subject: float
@@ -53,55 +53,55 @@ class Scores:
     nearest: float
 
 
-class Judge(Protocol):
-    """Scores pictures against the prompts that they were drawn from.
+class ImageScorer(Protocol):
+    """Scores images against the prompts that they were drawn from.
 
-    `nearest_limit` is what `nearest` of a picture that is no copy stays below.
+    `nearest_limit` is what `nearest` of an image that is no copy stays below.
     """
 
     nearest_limit: float
 
-    def scores(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[Scores]:
-        """The scores of each picture."""
+    def scores(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[ImageScores]:
+        """The scores of each image."""
 
 
-def as_pixels(pictures: Sequence[Image.Image], size: tuple[int, int]) -> torch.Tensor:
-    """Pictures, resized to `size` (width, height), as (pictures, 3, height, width) in [-1, 1]."""
-    resized = [np.array(picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)) for picture in pictures]
+def as_pixels(images: Sequence[Image.Image], size: tuple[int, int]) -> torch.Tensor:
+    """Images, resized to `size` (width, height), as (images, 3, height, width) in [-1, 1]."""
+    resized = [np.array(image.convert("RGB").resize(size, Image.Resampling.LANCZOS)) for image in images]
     return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def copy_scores(pictures: Sequence[Image.Image], references: Sequence[Image.Image]) -> list[float]:
-    """For each picture, the correlation of its thumbnail with that of the most similar reference or its mirror image."""
-    drawn, given = (_centred_thumbnails(part) for part in (pictures, references))
+def copy_scores(images: Sequence[Image.Image], references: Sequence[Image.Image]) -> list[float]:
+    """For each image, the correlation of its thumbnail with that of the most similar reference or its mirror image."""
+    drawn, given = (_centred_thumbnails(part) for part in (images, references))
     either = torch.cat([given, given.flip(-1)])
     return (_unit(drawn.flatten(1)) @ _unit(either.flatten(1)).T).amax(dim=1).tolist()
 
 
-def _centred_thumbnails(pictures: Sequence[Image.Image]) -> torch.Tensor:
-    """(pictures, 3, THUMBNAIL, THUMBNAIL), without each one's mean colour."""
-    pixels = torch.cat([functional.adaptive_avg_pool2d(as_pixels([picture], picture.size), THUMBNAIL) for picture in pictures])
+def _centred_thumbnails(images: Sequence[Image.Image]) -> torch.Tensor:
+    """(images, 3, THUMBNAIL, THUMBNAIL), without each one's mean colour."""
+    pixels = torch.cat([functional.adaptive_avg_pool2d(as_pixels([image], image.size), THUMBNAIL) for image in images])
     return pixels - pixels.mean(dim=(2, 3), keepdim=True)
 
 
-def cropped(picture: Image.Image) -> Image.Image:
-    """The middle of a picture, `CROPPED` of either side, at the picture's size: a copy that its thumbnail hardly shows."""
-    left, top = (round(side * (1 - CROPPED) / 2) for side in picture.size)
-    middle = picture.crop((left, top, picture.width - left, picture.height - top))
-    return middle.resize(picture.size, Image.Resampling.LANCZOS)
+def cropped(image: Image.Image) -> Image.Image:
+    """The middle of an image, `CROPPED` of either side, at the image's size: a copy that its thumbnail hardly shows."""
+    left, top = (round(side * (1 - CROPPED) / 2) for side in image.size)
+    middle = image.crop((left, top, image.width - left, image.height - top))
+    return middle.resize(image.size, Image.Resampling.LANCZOS)
 
 
 def nearest_limit(among: torch.Tensor, of_cropped: torch.Tensor) -> float:
-    """What the likeness of a picture to a training picture stays below, unless it is a copy.
+    """What the likeness of an image to a training image stays below, unless it is a copy.
 
-    It lies where cropped copies lie to their originals, in the mean, but never below the most similar two training pictures.
+    It lies where cropped copies lie to their originals, in the mean, but never below the most similar two training images.
     Every judge has a scale of its own: this one is measured on it. Scenes of one toy drawn anew stay below it by far, with the
     built-in model's features as with the built-in CLIP's; of copies that were brightened, blurred, mirrored or a little
     cropped, it or `copy_scores` finds nine in ten. Those moved or cropped by more than a tenth are found by neither: this is an
     alarm, and its silence no proof.
 
     Args:
-        among: (references, references), likeness of the training pictures to each other.
+        among: (references, references), likeness of the training images to each other.
         of_cropped: (references, references), that of their cropped copies, one a row.
     """
     different = among[~torch.eye(len(among), dtype=torch.bool, device=among.device)]
@@ -126,12 +126,12 @@ class BaseModelJudge:
         """Remember what the subject looks like.
 
         Args:
-            references: pictures of the subject.
-            others: pictures of anything else, such as the base model's, so that what all pictures share counts for nothing.
-            resolution: side in pixels at which pictures are judged.
+            references: images of the subject.
+            others: images of anything else, such as the base model's, so that what all images share counts for nothing.
+            resolution: side in pixels at which images are judged.
             batch_size: images and noise levels at once, at the most.
         """
-        self.pipeline, self.resolution, self.pictures = pipeline, resolution, list(references)
+        self.pipeline, self.resolution, self.images = pipeline, resolution, list(references)
         self.batch_size = batch_size
         with without_adapters(pipeline):
             self.loss = DenoisingLoss(pipeline)
@@ -139,39 +139,39 @@ class BaseModelJudge:
             known, count = self._features(latents), len(references)
             self.mean = known.mean(dim=(0, 2), keepdim=True)
             self.references = _unit(known[:count] - self.mean)
-            copies = self._latents([cropped(picture) for picture in references])
+            copies = self._latents([cropped(image) for image in references])
             self.nearest_limit = nearest_limit(self._likeness(latents[:count]), self._likeness(copies))
 
     @torch.no_grad()
-    def scores(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[Scores]:
-        """The scores of each picture, drawn from the prompt at its place."""
+    def scores(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[ImageScores]:
+        """The scores of each image, drawn from the prompt at its place."""
         with without_adapters(self.pipeline):
-            latents = self._latents(pictures)
+            latents = self._latents(images)
             likeness = self._likeness(latents)
             prompt = self._following(latents, prompts)
-        return _scores(likeness, prompt, copy_scores(pictures, self.pictures))
+        return _scores(likeness, prompt, copy_scores(images, self.images))
 
-    def _latents(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
-        pixels = as_pixels(pictures, (self.resolution, self.resolution))
-        return encode_pictures(self.pipeline, pixels, self.batch_size)[:, 0]
+    def _latents(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        pixels = as_pixels(images, (self.resolution, self.resolution))
+        return encode_images(self.pipeline, pixels, self.batch_size)[:, 0]
 
     @torch.no_grad()
     def _features(self, latents: torch.Tensor) -> torch.Tensor:
-        """What the UNet's first block makes of latents with little noise: (pictures, channels, places)."""
+        """What the UNet's first block makes of latents with little noise: (images, channels, places)."""
         seen: list[torch.Tensor] = []
         hook = self.pipeline.unet.down_blocks[0].register_forward_hook(lambda *call: seen.append(call[-1][0].float()))
         nothing = encode_prompts(self.pipeline, [""])
         noise = self._noise(1, latents)
         timesteps = torch.tensor([FEATURE_TIMESTEP], device=latents.device)
         try:
-            for picture in latents:
-                self.loss.predict(picture[None], noise, timesteps, self._time_ids(1, latents), nothing)
+            for image in latents:
+                self.loss.predict(image[None], noise, timesteps, self._time_ids(1, latents), nothing)
         finally:
             hook.remove()
         return middle_of(functional.adaptive_avg_pool2d(torch.cat(seen), GRID)).flatten(2)
 
     def _likeness(self, latents: torch.Tensor) -> torch.Tensor:
-        """How well places match their best counterparts in each reference, both ways: (pictures, references), at most 1."""
+        """How well places match their best counterparts in each reference, both ways: (images, references), at most 1."""
         drawn = _unit(self._features(latents) - self.mean)
         alike = torch.einsum("acx,bcy->abxy", drawn, self.references)
         return (alike.amax(dim=3).mean(dim=2) + alike.amax(dim=2).mean(dim=2)) / 2
@@ -185,11 +185,11 @@ class BaseModelJudge:
         count, last = CLASSIFIER_DRAWS, self.loss.num_timesteps - 1
         timesteps = torch.linspace(0.1 * last, 0.9 * last, count).long().to(latents.device)
         margins = []
-        for picture, prompt in zip(latents, prompts, strict=True):
+        for image, prompt in zip(latents, prompts, strict=True):
             losses = []
             for place in range(len(distinct)):
                 prompt_embeddings = PromptEmbeddings(embeddings.hidden[place], embeddings.pooled[place])
-                losses.append(self._losses(picture, noise, timesteps, prompt_embeddings))
+                losses.append(self._losses(image, noise, timesteps, prompt_embeddings))
             # Relative to the mean at each noise level, or the highest level would outweigh all others.
             relative = (torch.stack(losses) / torch.stack(losses).mean(dim=0)).mean(dim=1)
             own = relative[distinct.index(prompt)]
@@ -204,7 +204,7 @@ class BaseModelJudge:
         for part, levels in zip(noise.split(self.batch_size), timesteps.split(self.batch_size), strict=True):
             count = len(part)
             same = PromptEmbeddings(*(values.expand(count, *values.shape) for values in (prompt.hidden, prompt.pooled)))
-            losses.append(self.loss.per_picture(latents.expand(part.shape), part, levels, self._time_ids(count, latents), same))
+            losses.append(self.loss.per_image(latents.expand(part.shape), part, levels, self._time_ids(count, latents), same))
         return torch.cat(losses)
 
     def _noise(self, count: int, latents: torch.Tensor) -> torch.Tensor:
@@ -218,32 +218,32 @@ class BaseModelJudge:
 class EmbeddingJudge:
     """Judges by the cosines of features; the prompt, where the model reads no text, by the base model."""
 
-    def __init__(self, embedder: Embedder, references: Sequence[Image.Image], base: Judge | None = None) -> None:
+    def __init__(self, embedder: Embedder, references: Sequence[Image.Image], base: ImageScorer | None = None) -> None:
         """Remember what the subject looks like.
 
         Args:
-            references: pictures of the subject.
+            references: images of the subject.
             base: judges the prompt where `embedder` reads no text, and only then.
         """
-        self.embedder, self.base, self.pictures = embedder, base, list(references)
-        self.references = embedder.pictures(references)
-        copies = embedder.pictures([cropped(picture) for picture in references])
+        self.embedder, self.base, self.images = embedder, base, list(references)
+        self.references = embedder.images(references)
+        copies = embedder.images([cropped(image) for image in references])
         self.nearest_limit = nearest_limit(self.references @ self.references.T, copies @ self.references.T)
 
-    def scores(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[Scores]:
-        """The scores of each picture, drawn from the prompt at its place."""
-        embedded = self.embedder.pictures(pictures)
+    def scores(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[ImageScores]:
+        """The scores of each image, drawn from the prompt at its place."""
+        embedded = self.embedder.images(images)
         if self.embedder.reads_text:
             prompt = (embedded * self.embedder.texts(prompts)).sum(dim=1).tolist()
         else:
-            prompt = [each.prompt for each in self.base.scores(pictures, prompts)]
-        return _scores(embedded @ self.references.T, prompt, copy_scores(pictures, self.pictures))
+            prompt = [each.prompt for each in self.base.scores(images, prompts)]
+        return _scores(embedded @ self.references.T, prompt, copy_scores(images, self.images))
 
 
-def _scores(likeness: torch.Tensor, prompt: Sequence[float], copies: Sequence[float]) -> list[Scores]:
-    """The scores of each picture from its `likeness` (pictures, references) to each training picture and the other two."""
+def _scores(likeness: torch.Tensor, prompt: Sequence[float], copies: Sequence[float]) -> list[ImageScores]:
+    """The scores of each image from its `likeness` (images, references) to each training image and the other two."""
     columns = (likeness.mean(dim=1).tolist(), prompt, copies, likeness.amax(dim=1).tolist())
-    return [Scores(*each) for each in zip(*columns, strict=True)]
+    return [ImageScores(*each) for each in zip(*columns, strict=True)]
 
 
 def judge_by(
@@ -253,7 +253,7 @@ def judge_by(
     others: Sequence[Image.Image],
     resolution: int,
     batch_size: int = CLASSIFIER_DRAWS,
-) -> Judge:
+) -> ImageScorer:
     """The judge for a run: the base model where `name` is `BASE`, else the model of that name (see `load_embedder`).
 
     The other arguments are those of `BaseModelJudge`.

@@ -14,7 +14,7 @@ from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from tiny_pipeline import COMPONENTS, TARGETS, add_nora, picture, tiny_pipeline, weight_changes
+from tiny_pipeline import COMPONENTS, TARGETS, add_nora, image, tiny_pipeline, weight_changes
 
 from nora_vision import export_lora
 from nora_vision.files import read_header, read_tensors
@@ -70,15 +70,15 @@ def adapted(case):
 
 
 @pytest.mark.slow(11)
-def test_a_fresh_process_without_this_package_makes_the_same_pictures(tmp_path):
+def test_a_fresh_process_without_this_package_makes_the_same_images(tmp_path):
     base = tiny_pipeline()
-    plain = picture(base)
+    plain = image(base)
     base.save_pretrained(tmp_path / "base")
     native, files = {}, []
     for case in CASES:
         pipe = adapted(case)
-        native[case] = picture(pipe)
-        assert (native[case] - plain).abs().max() > 8 * ONE_LEVEL, f"{case} does not change the picture enough to be a test"
+        native[case] = image(pipe)
+        assert (native[case] - plain).abs().max() > 8 * ONE_LEVEL, f"{case} does not change the image enough to be a test"
         files += [export_lora(pipe, tmp_path / f"{case}-{format}.safetensors", format=format) for format in FORMATS]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", STOCK, str(tmp_path / "base"), *map(str, files)]
@@ -301,16 +301,16 @@ def test_a_dora_is_not_added_to_other_adapters(tmp_path):
 
 
 @pytest.mark.parametrize("targets", [TARGETS, {**TARGETS, "text_encoder": ["fc1"], "text_encoder_2": ["fc2"]}])
-def test_stock_diffusers_makes_the_same_pictures_from_the_file_of_a_dora(targets, tmp_path):
+def test_stock_diffusers_makes_the_same_images_from_the_file_of_a_dora(targets, tmp_path):
     pipe = tiny_pipeline()
-    plain = picture(pipe)
+    plain = image(pipe)
     add_dora(pipe, targets)
-    expected = picture(pipe)
+    expected = image(pipe)
     assert (expected - plain).abs().max() > 2 / 255
     file = export_lora(pipe, tmp_path)
     stock = tiny_pipeline()
     stock.load_lora_weights(file.parent)
-    torch.testing.assert_close(picture(stock), expected, atol=1 / 255, rtol=0)
+    torch.testing.assert_close(image(stock), expected, atol=1 / 255, rtol=0)
 
 
 def test_the_kohya_file_of_a_dora_holds_the_length_that_each_row_of_the_weight_gets(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from small_models import MODELS
-from tiny_pipeline import COMPONENTS, TARGETS, add_nora, picture, randomise_inner_factors, tiny_pipeline, weight_changes
+from tiny_pipeline import COMPONENTS, TARGETS, add_nora, image, randomise_inner_factors, tiny_pipeline, weight_changes
 
 from nora_vision import (
     NoraConfig,
@@ -38,7 +38,7 @@ def calibrated(pipe, adapter_name="default"):
         config = NoraConfig(r=6, inner_r=3, outer_init="awsvd", target_modules=TARGETS[component])
         model = getattr(pipe, component)
         model.add_adapter(config, adapter_name)
-        initialize_nora_weights(model, calibrate(model, lambda: picture(pipe)), adapter_name)
+        initialize_nora_weights(model, calibrate(model, lambda: image(pipe)), adapter_name)
         randomise_inner_factors(model, adapter_name, torch.Generator().manual_seed(0), std=0.3)
 
 
@@ -68,7 +68,7 @@ def test_a_saved_adapter_comes_back_exactly(tmp_path, start, compact):
     assert loaded.keys() == expected.keys()
     for name, change in loaded.items():
         torch.testing.assert_close(change, expected[name], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(picture(other), picture(pipe), rtol=0, atol=1e-4)
+    torch.testing.assert_close(image(other), image(pipe), rtol=0, atol=1e-4)
     assert not any(parameter.requires_grad for parameter in other.unet.parameters())
 
 
@@ -121,7 +121,7 @@ def test_what_peft_saves_load_nora_reads(tmp_path):
     add_nora(pipe, components=("text_encoder",))
     pipe.text_encoder.save_pretrained(tmp_path / "text_encoder")
     load_nora(other, tmp_path, "x")
-    torch.testing.assert_close(picture(other), picture(pipe), rtol=0, atol=0)
+    torch.testing.assert_close(image(other), image(pipe), rtol=0, atol=0)
 
 
 @LAYOUTS
@@ -133,7 +133,7 @@ def test_regular_expressions_are_saved_as_the_names_they_matched(tmp_path, compa
     assert saved["exclude_modules"] is None
     assert saved["target_modules"] == sorted(nora_layers(pipe.unet))
     load_nora(other, tmp_path)
-    torch.testing.assert_close(picture(other), picture(pipe), rtol=0, atol=1e-4)
+    torch.testing.assert_close(image(other), image(pipe), rtol=0, atol=1e-4)
 
 
 @LAYOUTS
@@ -143,7 +143,7 @@ def test_modules_trained_in_full_come_along(tmp_path, compact):
     pipe.unet.conv_out.modules_to_save["default"].weight.data.mul_(3)
     save_nora(pipe, tmp_path, compact=compact)
     load_nora(other, tmp_path, "x")
-    torch.testing.assert_close(picture(other), picture(pipe), rtol=0, atol=1e-4)
+    torch.testing.assert_close(image(other), image(pipe), rtol=0, atol=1e-4)
 
 
 @LAYOUTS
@@ -188,7 +188,7 @@ def test_a_pipeline_treats_it_as_lora(tmp_path):
         add_nora(pipe, seed=seed, components=COMPONENTS if name == "a" else ("unet", "text_encoder_2"))
         load_nora(native, save_nora(pipe, tmp_path / name, compact=name == "a"), name)
         stock.load_lora_weights(export_lora(pipe, tmp_path / name), adapter_name=name)
-    pictures = [picture(tiny_pipeline())]
+    images = [image(tiny_pipeline())]
     for call in (
         lambda pipe: None,
         lambda pipe: pipe.set_adapters("a"),
@@ -209,13 +209,13 @@ def test_a_pipeline_treats_it_as_lora(tmp_path):
     ):
         for pipe in (native, stock):
             call(pipe)
-        torch.testing.assert_close(picture(native), picture(stock), rtol=0, atol=2e-4)
+        torch.testing.assert_close(image(native), image(stock), rtol=0, atol=2e-4)
         assert native.get_list_adapters() == stock.get_list_adapters()
         assert native.get_active_adapters() == stock.get_active_adapters()
         assert native.num_fused_loras == stock.num_fused_loras
-        pictures.append(picture(native))
-    torch.testing.assert_close(pictures[-1], pictures[0], rtol=0, atol=1e-5)
-    assert len({tuple(p.mul(255).round().flatten().tolist()) for p in pictures}) > 8
+        images.append(image(native))
+    torch.testing.assert_close(images[-1], images[0], rtol=0, atol=1e-5)
+    assert len({tuple(p.mul(255).round().flatten().tolist()) for p in images}) > 8
 
 
 @pytest.mark.parametrize("nora_first", [True, False])
@@ -247,7 +247,7 @@ def test_nora_and_lora_work_together(tmp_path, nora_first):
     pipe.unfuse_lora()
     pipe.delete_adapters("style")
     pipe.set_adapters("subject")
-    torch.testing.assert_close(picture(pipe), picture(subject), rtol=0, atol=1e-4)
+    torch.testing.assert_close(image(pipe), image(subject), rtol=0, atol=1e-4)
 
 
 def test_weights_add_the_changes_and_fusing_writes_the_sum(tmp_path):
@@ -276,4 +276,4 @@ def test_saving_over_an_adapter_of_more_components_leaves_none_of_them(tmp_path)
     save_nora(other, tmp_path)
     fresh = tiny_pipeline()
     load_nora(fresh, tmp_path)
-    torch.testing.assert_close(picture(fresh), picture(other), rtol=0, atol=0)
+    torch.testing.assert_close(image(fresh), image(other), rtol=0, atol=0)

@@ -62,7 +62,7 @@ def tiny_unet(cross_attention_dim: int = 40, pooled_dim: int = 24) -> UNet2DCond
 
 
 def tiny_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
-    """The whole pipeline; the same seed gives the same weights. Pictures are 16 x 16."""
+    """The whole pipeline; the same seed gives the same weights. Images are 16 x 16."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         tokenizer = byte_tokenizer()
@@ -83,8 +83,8 @@ def tiny_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
     return pipe
 
 
-def picture(pipe: StableDiffusionXLPipeline, prompt: str = "a red star", seed: int = 0) -> torch.Tensor:
-    """One picture of two steps with a fixed start, (16, 16, 3) in [0, 1]."""
+def image(pipe: StableDiffusionXLPipeline, prompt: str = "a red star", seed: int = 0) -> torch.Tensor:
+    """One image of two steps with a fixed start, (16, 16, 3) in [0, 1]."""
     generator = torch.Generator().manual_seed(seed)
     output = pipe(prompt, num_inference_steps=2, guidance_scale=3.0, height=16, width=16, generator=generator, output_type="np")
     return torch.from_numpy(output.images[0])
@@ -97,7 +97,7 @@ def add_nora(
     components: tuple[str, ...] = COMPONENTS,
     **options: object,
 ) -> None:
-    """Add a NoRA adapter with random inner factors that change the pictures plainly; `options` go to NoraConfig."""
+    """Add a NoRA adapter with random inner factors that change the images plainly; `options` go to NoraConfig."""
     generator = torch.Generator().manual_seed(seed)
     for component in components:
         model = getattr(pipe, component)

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from peft import AdaLoraConfig, PeftModel, get_peft_model
-from tiny_pipeline import picture, tiny_pipeline
+from tiny_pipeline import image, tiny_pipeline
 from torch import nn
 
 from nora_vision.factors import low_rank_factors
@@ -159,9 +159,9 @@ def test_peft_itself_reads_the_file_which_holds_the_triplets_that_are_left(pipe,
     adapter_files.save(components, tmp_path)
     config = json.loads((tmp_path / "full" / "unet" / "adapter_config.json").read_text())
     assert {sum(pattern) for pattern in config["rank_pattern"].values()} == {INIT_R - INIT_R // 2}
-    expected, stock = picture(pipe), tiny_pipeline()
+    expected, stock = image(pipe), tiny_pipeline()
     PeftModel.from_pretrained(stock.unet, str(tmp_path / "full" / "unet"))
-    torch.testing.assert_close(picture(stock), expected, atol=1 / 255, rtol=0)
+    torch.testing.assert_close(image(stock), expected, atol=1 / 255, rtol=0)
 
 
 def test_a_layer_without_any_triplet_left_is_saved_and_loaded(pipe, tmp_path):
@@ -173,7 +173,7 @@ def test_a_layer_without_any_triplet_left_is_saved_and_loaded(pipe, tmp_path):
     for path in ("adapter/full", "kohya/subject.safetensors"):
         fresh = tiny_pipeline()
         adapters.load_adapter(fresh, tmp_path / path, "loaded")
-        torch.testing.assert_close(picture(fresh), picture(pipe), atol=1 / 255, rtol=0)
+        torch.testing.assert_close(image(fresh), image(pipe), atol=1 / 255, rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def test_paths_are_compared_resolved(album, tmp_path, monkeypatch, spelling, giv
     (album / "metadata.jsonl").write_text(lines({"file_name": name, "text": "zero"}))
     monkeypatch.chdir(tmp_path)
     folder = {"absolute": album, "relative": Path("album"), "link": tmp_path / "link"}[given]
-    by_name = {picture.path.name: picture.prompt for picture in find_captioned(folder, "else")}
+    by_name = {image.path.name: image.prompt for image in find_captioned(folder, "else")}
     assert by_name["00.jpg"] == "zero"
     assert by_name["01.jpg"] == "else"
 
@@ -208,4 +208,4 @@ def test_the_reported_captions_are_read(name, ending):
     found = find_captioned(case_folder("photos-captions-elsewhere") / name, "the instance prompt")
     assert len(found) >= 3
     assert found[0].prompt == f"a photo of sks toy{ending}"
-    assert "the instance prompt" not in {picture.prompt for picture in found}
+    assert "the instance prompt" not in {image.prompt for image in found}

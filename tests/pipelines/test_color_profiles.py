@@ -21,14 +21,14 @@ from icc_profiles import (
 )
 from PIL import Image, ImageCms, PngImagePlugin, features
 
-from pipelines.fewshot.data import LabelledPicture, read
-from pipelines.fewshot.inputs import as_picture
-from pipelines.fewshot.sources import PictureBytes
-from pipelines.pictures import read_image, read_picture
+from pipelines.fewshot.data import LabelledImage, read
+from pipelines.fewshot.inputs import as_image
+from pipelines.fewshot.sources import ImageBytes
+from pipelines.images import read_image, read_image_with_notes
 from pipelines.subject import encoding
-from pipelines.subject.data import Shot
-from pipelines.subject.doctor import examine
-from pipelines.subject.encoding import Encoder
+from pipelines.subject.data import CropVariant
+from pipelines.subject.encoding import LatentEncoder
+from pipelines.subject.image_checks import examine
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
 P3 = rgb_profile(DISPLAY_P3)
@@ -56,7 +56,7 @@ def in_srgb(pixels, primaries, linear):
 def test_display_p3_and_adobe_rgb_become_srgb_as_the_matrices_say(suffix):
     cases = [(P3, DISPLAY_P3, srgb_to_linear), (rgb_profile(ADOBE_RGB, ADOBE_GAMMA), ADOBE_RGB, lambda v: v**ADOBE_GAMMA)]
     for profile, primaries, linear in cases:
-        found = read_picture(file_of(Image.fromarray(PIXELS), suffix, icc_profile=profile, **LOSSLESS[suffix]), "a")
+        found = read_image(file_of(Image.fromarray(PIXELS), suffix, icc_profile=profile, **LOSSLESS[suffix]), "a")
         expected = in_srgb(PIXELS, primaries, linear)
         assert np.abs(expected - PIXELS).max() > 20
         assert np.abs(values(found) - expected).max() <= 2
@@ -67,7 +67,7 @@ def test_a_jpeg_and_an_avif_are_converted_as_littlecms_converts_what_they_decode
         stream = file_of(Image.fromarray(PIXELS), suffix, icc_profile=P3)
         source = ImageCms.ImageCmsProfile(io.BytesIO(P3))
         expected = ImageCms.profileToProfile(Image.open(stream), source, ImageCms.createProfile("sRGB"))
-        assert (values(read_picture(stream, "a")) == values(expected)).all()
+        assert (values(read_image(stream, "a")) == values(expected)).all()
 
 
 def test_a_cmyk_jpeg_is_converted_by_its_profile():
@@ -75,7 +75,7 @@ def test_a_cmyk_jpeg_is_converted_by_its_profile():
     stream = file_of(image, "jpg", icc_profile=cmyk_profile(), quality=100)
     source = ImageCms.ImageCmsProfile(io.BytesIO(cmyk_profile()))
     expected = ImageCms.profileToProfile(Image.open(stream), source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    assert (values(read_picture(stream, "a")) == values(expected)).all()
+    assert (values(read_image(stream, "a")) == values(expected)).all()
     assert np.abs(values(expected) - values(Image.open(stream).convert("RGB"))).max() > 20
 
 
@@ -83,18 +83,18 @@ def test_a_cmyk_jpeg_is_converted_by_its_profile():
 def test_greys_follow_their_profile(bits):
     grey = np.arange(256, dtype=np.uint8)[None].repeat(2, axis=0)
     image = Image.fromarray(grey if bits == 8 else grey.astype(np.uint16) * 257)
-    found = values(read_picture(file_of(image, "png", icc_profile=grey_profile(1.8)), "a"))
+    found = values(read_image(file_of(image, "png", icc_profile=grey_profile(1.8)), "a"))
     expected = 255 * linear_to_srgb((grey / 255) ** (461 / 256))
     assert np.abs(found - expected[..., None]).max() <= 2
 
 
 def test_an_srgb_profile_changes_no_bit_whoever_wrote_it():
     for profile in (ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), rgb_profile(SRGB)):
-        found = read_picture(file_of(Image.fromarray(PIXELS), "png", icc_profile=profile), "a")
+        found = read_image(file_of(Image.fromarray(PIXELS), "png", icc_profile=profile), "a")
         assert (np.asarray(found) == PIXELS).all()
         grey = Image.fromarray(PIXELS[..., 0])
         assert (
-            np.asarray(read_picture(file_of(grey, "jpg", icc_profile=profile), "a"))[..., 0]
+            np.asarray(read_image(file_of(grey, "jpg", icc_profile=profile), "a"))[..., 0]
             == values(Image.open(file_of(grey, "jpg")))
         ).all()
 
@@ -102,7 +102,7 @@ def test_an_srgb_profile_changes_no_bit_whoever_wrote_it():
 def test_transparency_is_laid_on_white_after_the_conversion():
     alpha = np.random.default_rng(2).integers(0, 256, PIXELS.shape[:2], dtype=np.uint8)
     image = Image.fromarray(np.dstack([PIXELS, alpha]), "RGBA")
-    found = values(read_picture(file_of(image, "png", icc_profile=P3), "a"))
+    found = values(read_image(file_of(image, "png", icc_profile=P3), "a"))
     share = alpha[..., None] / 255
     assert np.abs(found - (share * in_srgb(PIXELS, DISPLAY_P3, srgb_to_linear) + (1 - share) * 255)).max() <= 3
 
@@ -111,7 +111,7 @@ def test_transparency_is_laid_on_white_after_the_conversion():
 def test_every_kind_of_image_is_converted(mode):
     image = Image.fromarray(PIXELS).convert("P" if mode == "PA" else mode)
     how = {"transparency": 0} if mode == "PA" else {}
-    found = read_picture(file_of(image, "png", icc_profile=grey_profile(1.8) if mode in ("LA", "1") else P3, **how), "a")
+    found = read_image(file_of(image, "png", icc_profile=grey_profile(1.8) if mode in ("LA", "1") else P3, **how), "a")
     assert found.mode == "RGB"
     if mode == "P":
         expected = in_srgb(values(image.convert("RGB")), DISPLAY_P3, srgb_to_linear)
@@ -119,20 +119,20 @@ def test_every_kind_of_image_is_converted(mode):
 
 
 def test_the_image_that_was_read_carries_no_profile_so_that_it_is_applied_once(tmp_path):
-    found = read_picture(file_of(Image.fromarray(PIXELS), "png", icc_profile=P3), "a")
+    found = read_image(file_of(Image.fromarray(PIXELS), "png", icc_profile=P3), "a")
     found.save(tmp_path / "again.png")
     assert not found.info
-    assert read_picture(tmp_path / "again.png").tobytes() == found.tobytes()
+    assert read_image(tmp_path / "again.png").tobytes() == found.tobytes()
 
 
 def test_both_tasks_and_given_pil_images_read_alike(tmp_path):
     stream = file_of(Image.fromarray(PIXELS), "png", icc_profile=P3)
-    expected = read_picture(stream, "a").tobytes()
+    expected = read_image(stream, "a").tobytes()
     (tmp_path / "a.png").write_bytes(stream.getvalue())
-    assert read(LabelledPicture(PictureBytes("a.png", stream.getvalue()), 0, "cat")).tobytes() == expected
-    assert as_picture(tmp_path / "a.png", "images[0]").tobytes() == expected
+    assert read(LabelledImage(ImageBytes("a.png", stream.getvalue()), 0, "cat")).tobytes() == expected
+    assert as_image(tmp_path / "a.png", "images[0]").tobytes() == expected
     given = Image.open(stream)
-    assert as_picture(given, "images[0]").tobytes() == expected
+    assert as_image(given, "images[0]").tobytes() == expected
     assert given.info["icc_profile"] == P3
 
 
@@ -146,8 +146,8 @@ def test_a_profile_that_cannot_be_used_is_named_and_the_numbers_stay(tmp_path, p
         path = tmp_path / f"a.{suffix}"
         path.write_bytes(file_of(Image.fromarray(PIXELS), suffix, icc_profile=profile).getvalue())
         with pytest.warns(UserWarning, match=rf"a\.{suffix}'.*profile is not used.*({words})"):
-            assert (np.asarray(read_picture(path)) == PIXELS).all()
-    assert [finding.kind for finding in examine(tmp_path).pictures[0].findings].count("color_profile") == 1
+            assert (np.asarray(read_image(path)) == PIXELS).all()
+    assert [finding.kind for finding in examine(tmp_path).images[0].findings].count("color_profile") == 1
 
 
 def test_a_damaged_or_endless_profile_chunk_of_a_png_is_named():
@@ -156,14 +156,14 @@ def test_a_damaged_or_endless_profile_chunk_of_a_png_is_named():
         body = b"iCCP" + b"name\0" + packed
         chunk = (len(body) - 4).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
         with pytest.warns(UserWarning, match="the photo: Its ICC colour profile is not used"):
-            found = read_picture(io.BytesIO(whole[:33] + chunk + whole[33:]), "the photo")
+            found = read_image(io.BytesIO(whole[:33] + chunk + whole[33:]), "the photo")
         assert (np.asarray(found) == PIXELS).all()
 
 
 def test_a_jpeg_that_lost_a_part_of_its_profile_is_named():
     content = file_of(Image.fromarray(PIXELS), "jpg", icc_profile=P3).getvalue()
     broken = content.replace(b"ICC_PROFILE\0\1\1", b"ICC_PROFILE\0\1\2")
-    assert [note.kind for note in read_image(io.BytesIO(broken), "a").notes] == ["color_profile"]
+    assert [note.kind for note in read_image_with_notes(io.BytesIO(broken), "a").notes] == ["color_profile"]
 
 
 def _adobe_by_exif():
@@ -189,7 +189,7 @@ def _with_chunk(kind, data):
 )
 def test_what_else_says_of_colours_is_not_followed_and_named(stream, words):
     with pytest.warns(UserWarning, match=words):
-        read_picture(stream, "a")
+        read_image(stream, "a")
 
 
 @pytest.mark.parametrize(
@@ -198,11 +198,11 @@ def test_what_else_says_of_colours_is_not_followed_and_named(stream, words):
 def test_what_says_srgb_is_not_worth_a_word(stream):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        read_picture(stream, "a")
+        read_image(stream, "a")
 
 
 def test_what_was_cached_of_files_read_otherwise_is_not_reused(monkeypatch):
     encoder = SimpleNamespace(vae={})
-    before = Encoder._key(encoder, "digest", Shot((16, 16)), "picture")
+    before = LatentEncoder._key(encoder, "digest", CropVariant((16, 16)), "picture")
     monkeypatch.setattr(encoding, "READING_VERSION", 1)
-    assert Encoder._key(encoder, "digest", Shot((16, 16)), "picture") != before
+    assert LatentEncoder._key(encoder, "digest", CropVariant((16, 16)), "picture") != before

@@ -9,7 +9,7 @@ import pytest
 import torch
 from mutations import mutate
 from peft import LoraConfig, get_peft_model
-from tiny_clip import END, NextAttention, pictures, prompts, tiny_clip
+from tiny_clip import END, NextAttention, images, prompts, tiny_clip
 from torch import nn
 
 from nora_vision import ActivationStatistics, AdapterFileError
@@ -49,7 +49,7 @@ def clip_of(model=None):
 def noise_losses(clip, seed, count):
     """Losses of `count` batches of noise, against the prompts."""
     for index in range(count):
-        logits = 10 * clip.encode_images(pictures(3, seed=100 * seed + index)) @ clip.encode_texts(TOKENS).T
+        logits = 10 * clip.encode_images(images(3, seed=100 * seed + index)) @ clip.encode_texts(TOKENS).T
         yield nn.functional.cross_entropy(logits, torch.tensor([0, 1, 3]))
 
 
@@ -57,7 +57,7 @@ def started(folder, options=None, places=None, clip=None, tokens=TOKENS, seed=0)
     options, clip = options or small(), clip or clip_of()
     components = adapters.attach(clip, options, places or AdapterPlaces(projections=["q", "k", "v", "out"]))
     losses = partial(noise_losses, clip, seed)
-    adapters.start(clip, options, components, [pictures(3), pictures(2, seed=1)], tokens, folder, seed, losses)
+    adapters.start(clip, options, components, [images(3), images(2, seed=1)], tokens, folder, seed, losses)
     return clip, components
 
 
@@ -71,7 +71,7 @@ def disturb(components):
 
 @torch.no_grad()
 def outputs(clip):
-    return torch.cat([clip.encode_images(pictures(3)), clip.encode_texts(TOKENS)])
+    return torch.cat([clip.encode_images(images(3)), clip.encode_texts(TOKENS)])
 
 
 @methods
@@ -85,7 +85,7 @@ def test_a_fresh_adapter_leaves_the_features_as_they_were_unless_its_method_says
 def test_only_the_adapter_is_trained_and_every_number_of_it_gets_a_gradient(method, tmp_path):
     clip, components = started(tmp_path, small(method))
     disturb(components)
-    logits = clip.logit_scale * clip.encode_images(pictures(3)) @ clip.encode_texts(TOKENS).T
+    logits = clip.logit_scale * clip.encode_images(images(3)) @ clip.encode_texts(TOKENS).T
     nn.functional.cross_entropy(logits, torch.tensor([0, 1, 3])).backward()
     trained = {name for name, parameter in clip.model.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, parameter in clip.model.named_parameters() if parameter.grad is not None}
@@ -95,7 +95,7 @@ def test_only_the_adapter_is_trained_and_every_number_of_it_gets_a_gradient(meth
 
 def gradients(clip, components):
     """The gradient of every trained number, in one row."""
-    logits = clip.logit_scale * clip.encode_images(pictures(3)) @ clip.encode_texts(TOKENS).T
+    logits = clip.logit_scale * clip.encode_images(images(3)) @ clip.encode_texts(TOKENS).T
     nn.functional.cross_entropy(logits, torch.tensor([0, 1, 3])).backward()
     grads = [parameter.grad for parameter in trained_parameters(components)]
     assert {grad.dtype for grad in grads} == {torch.float32}
@@ -131,11 +131,11 @@ def test_gradient_checkpointing_changes_no_gradient(method, tmp_path):
 
 
 @methods
-def test_a_few_steps_on_pictures_of_noise_lower_their_loss(method, tmp_path):
+def test_a_few_steps_on_images_of_noise_lower_their_loss(method, tmp_path):
     clip, components = started(tmp_path, small(method))
     optimizer, losses = torch.optim.AdamW(trained_parameters(components), lr=0.05), []
     for _ in range(25):
-        logits = 10 * clip.encode_images(pictures(3)) @ clip.encode_texts(TOKENS).T
+        logits = 10 * clip.encode_images(images(3)) @ clip.encode_texts(TOKENS).T
         losses.append(nn.functional.cross_entropy(logits, torch.tensor([0, 1, 3])))
         optimizer.zero_grad()
         losses[-1].backward()

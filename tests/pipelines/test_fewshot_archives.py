@@ -7,12 +7,12 @@ from multiprocessing import get_context
 
 import numpy as np
 import pytest
-from picture_sets import class_files, stored_picture, write_zip
+from image_sets import class_files, stored_image, write_zip
 
 from pipelines.errors import InputError
 from pipelines.fewshot import archives
 from pipelines.fewshot.archives import ZipLimits, read_zip
-from pipelines.fewshot.loading import load_pictures
+from pipelines.fewshot.loading import load_images
 
 GOOD = class_files({"cats": 2, "dogs": 2})
 
@@ -97,9 +97,9 @@ def test_a_file_that_unpacks_to_a_hundred_times_its_size_is_refused(tmp_path):
     refused(path, r"'cats/9\.png' .* must unpack to at most 100 times its packed size, got 1,000,000 bytes from")
 
 
-def test_more_pixels_than_allowed_are_refused_when_the_picture_is_read(tmp_path):
-    found = load_pictures(write_zip(tmp_path / "a.zip", GOOD), limits=ZipLimits(pixels=63))
-    assert found.pictures[0].source.max_pixels == 63
+def test_more_pixels_than_allowed_are_refused_when_the_image_is_read(tmp_path):
+    found = load_images(write_zip(tmp_path / "a.zip", GOOD), limits=ZipLimits(pixels=63))
+    assert found.images[0].source.max_pixels == 63
 
 
 def with_size(path, size):
@@ -125,7 +125,7 @@ def test_a_member_that_lies_about_its_size_is_named_and_not_unpacked_further(tmp
 
 def test_members_that_share_their_bytes_are_refused(tmp_path):
     """The bomb that needs no nesting: many members over one block of bytes. [Fifield 2019]"""
-    path = write_zip(tmp_path / "a.zip", {f"a/{place}.png": stored_picture(0) for place in range(3)}, zipfile.ZIP_STORED)
+    path = write_zip(tmp_path / "a.zip", {f"a/{place}.png": stored_image(0) for place in range(3)}, zipfile.ZIP_STORED)
     content = bytearray(path.read_bytes())
     places = [place for place in range(len(content)) if content[place : place + 4] == archives.DIRECTORY_SIGNATURE]
     content[places[2] + 42 : places[2] + 46] = content[places[1] + 42 : places[1] + 46]

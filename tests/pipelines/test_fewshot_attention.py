@@ -16,7 +16,7 @@ from timm.models.maxxvit import AttentionCl
 from timm.models.swin_transformer import WindowAttention
 from timm.models.swin_transformer_v2 import WindowAttention as WindowAttentionV2
 from timm.models.vision_transformer_relpos import RelPosAttention
-from tiny_clip import NextAttention, pictures, prompts, tiny_clip
+from tiny_clip import NextAttention, images, prompts, tiny_clip
 from torch import nn
 
 from pipelines.clip_attention import SeparateAttention, attention_layers, repack, separate
@@ -45,7 +45,7 @@ def assert_same_state(model, before):
 def test_both_towers_of_a_clip_compute_the_same_and_repack_to_the_same_state(custom_text):
     model = tiny_clip(custom_text=custom_text)
     state = copy.deepcopy(model.state_dict())
-    pixels, tokens = pictures(2), prompts(3, 7, 12)
+    pixels, tokens = images(2), prompts(3, 7, 12)
     image, text = model.encode_image(pixels), model.encode_text(tokens)
     assert separate(model) == 5
     assert not any(isinstance(module, nn.MultiheadAttention) for module in model.modules())

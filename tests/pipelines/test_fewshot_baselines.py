@@ -16,10 +16,10 @@ from pipelines.errors import InputError
 from pipelines.fewshot import baselines
 from pipelines.fewshot.baselines import clap, clip_adapter, coop, gda, logistic, taskres, tip_adapter
 from pipelines.fewshot.baselines.choosing import choose, inputs_of
-from pipelines.fewshot.baselines.predictors import KeyValueCache, Linear, Predictor, adapted, load_predictor, save_predictor
+from pipelines.fewshot.baselines.predictors import KeyValueCache, LinearHead, Predictor, adapted, load_predictor, save_predictor
 from pipelines.fewshot.baselines.task import Examples, FewShotTask
-from pipelines.fewshot.data import PictureDataset
-from pipelines.fewshot.features import picture_features, prompt_features, raw_pixels
+from pipelines.fewshot.data import LabelledImageDataset
+from pipelines.fewshot.features import image_features, prompt_features, raw_pixels
 from pipelines.fewshot.prompts import Prompts
 from pipelines.fewshot.samples import sample_set
 from pipelines.fewshot.shots import sample_split
@@ -52,7 +52,7 @@ def fit_briefly(name, task, seed):
 
 @pytest.fixture(scope="module")
 def fitted():
-    """Every baseline, fitted once where the test pictures are known."""
+    """Every baseline, fitted once where the test images are known."""
     kept = {}
 
     def fit(name):
@@ -69,7 +69,7 @@ def same(one, other):
 
 
 @every
-def test_nothing_is_fitted_or_chosen_on_test_pictures_and_the_same_seed_gives_the_same_bytes(fitted, name):
+def test_nothing_is_fitted_or_chosen_on_test_images_and_the_same_seed_gives_the_same_bytes(fitted, name):
     task = toy_task(clip=toy_clip(), poisoned=True)
     # Whatever was drawn before, which making a model sets.
     torch.manual_seed(99)
@@ -89,7 +89,7 @@ def test_every_baseline_counts_what_it_trains_and_gives_finite_logits(fitted, na
 
 
 @pytest.mark.parametrize("name", sorted(set(baselines.BASELINES) - {"zeroshot", "coop", "pixels"}))
-def test_pictures_help_where_prompts_mislead(name, monkeypatch):
+def test_images_help_where_prompts_mislead(name, monkeypatch):
     monkeypatch.setattr(clip_adapter, "RATIOS", (0.8,))
     turned = directions(len(CLASSES), WIDTH, seed=0).roll(1, dims=0) + 0.5 * directions(len(CLASSES), WIDTH, seed=0)
     task = toy_task(class_features=F.normalize(turned, dim=-1))
@@ -127,7 +127,7 @@ def test_a_damaged_file_of_a_predictor_is_refused(fitted, name, tmp_path):
 def test_zero_shot_is_clip():
     clip = toy_clip()
     pixels, prompts = torch.randn(4, 3, 16, 16), Prompts(CLASSES, ("{}.",))
-    features, labels = picture_features(clip, [(one, place % 3) for place, one in enumerate(pixels)])
+    features, labels = image_features(clip, [(one, place % 3) for place, one in enumerate(pixels)])
     shown = Examples(features, labels)
     task = FewShotTask(CLASSES, prompt_features(clip, prompts), float(clip.logit_scale), shown, shown)
     expected, _ = clip.model.get_logits(pixels, clip.tokenizer(prompts.texts()))
@@ -183,7 +183,7 @@ def test_raw_pixels_of_the_sample_set_are_a_control_worth_beating():
     split = sample_split(digits, shots=16, seed=0)
 
     def examples(part):
-        shown = PictureDataset(split.pictures(digits, part)[::2], raw_pixels)
+        shown = LabelledImageDataset(split.images(digits, part)[::2], raw_pixels)
         pixels = torch.stack([pixels for pixels, _ in shown])
         return Examples(F.normalize(pixels, dim=-1), shown.labels, pixels)
 
@@ -207,7 +207,7 @@ def test_tip_adapter_tends_to_the_nearest_neighbour():
     assert head(queries).argmax(dim=-1).tolist() == nearest.tolist()
 
 
-def test_tip_adapter_without_sharpness_counts_pictures(monkeypatch):
+def test_tip_adapter_without_sharpness_counts_images(monkeypatch):
     monkeypatch.setattr(tip_adapter, "BETAS", (0.0,))
     monkeypatch.setattr(tip_adapter, "ALPHAS", (2.0,))
     task = toy_task(shots=5)
@@ -215,7 +215,7 @@ def test_tip_adapter_without_sharpness_counts_pictures(monkeypatch):
     torch.testing.assert_close(found, baselines.fit("zeroshot", task, 0).logits(task.validation.features) + 2.0 * 5)
 
 
-def test_tip_adapter_keeps_the_mean_direction_of_a_pictures_views():
+def test_tip_adapter_keeps_the_mean_direction_of_a_images_views():
     task = toy_task(views=2)
     keys, values = tip_adapter.cache_of(task)
     shown = task.train.all_views()
@@ -223,7 +223,7 @@ def test_tip_adapter_keeps_the_mean_direction_of_a_pictures_views():
     assert values.argmax(dim=-1).tolist() == task.train.labels.tolist()
 
 
-def test_tip_adapter_f_without_steps_is_tip_adapter_and_with_them_fits_the_pictures_better(monkeypatch):
+def test_tip_adapter_f_without_steps_is_tip_adapter_and_with_them_fits_the_images_better(monkeypatch):
     task = toy_task(noise=2.0)
     plain = tip_adapter.fit(task, 0)
     trained = tip_adapter.fit_keys(task, 0)
@@ -289,7 +289,7 @@ def test_gda_is_linear_discriminant_analysis_with_that_shrinkage(shots):
     torch.testing.assert_close(found.log_softmax(dim=-1), expected.log_softmax(dim=-1), rtol=1e-6, atol=1e-6)
 
 
-def test_gda_of_one_picture_a_class_takes_the_nearest():
+def test_gda_of_one_image_a_class_takes_the_nearest():
     task = toy_task(shots=1, views=0)
     weight, bias = gda.gaussian_classifier(task.train.features, task.train.labels, len(CLASSES))
     queries, _ = held_out(task)
@@ -297,7 +297,7 @@ def test_gda_of_one_picture_a_class_takes_the_nearest():
     assert (queries.double() @ weight.T + bias).argmax(dim=-1).tolist() == task.train.labels[nearest].tolist()
 
 
-def test_gda_trusts_the_prompts_where_pictures_mislead():
+def test_gda_trusts_the_prompts_where_images_mislead():
     task = toy_task()
     wrong = Examples(task.train.features, task.train.labels.roll(1), task.train.pixels, task.train.views)
     misled = gda.fit(FewShotTask(CLASSES, task.class_features, task.logit_scale, wrong, task.validation), 0)
@@ -338,9 +338,9 @@ def test_a_file_that_does_not_say_what_it_is_is_refused(tmp_path, told):
 
 def test_tensors_that_do_not_fit_each_other_are_refused():
     with pytest.raises(InputError, match="needs 'bias' of shape"):
-        Linear(weight=torch.zeros(3, WIDTH), bias=torch.zeros(2))
+        LinearHead(weight=torch.zeros(3, WIDTH), bias=torch.zeros(2))
     with pytest.raises(InputError, match="needs the tensors"):
-        Linear(weight=torch.zeros(3, WIDTH))
+        LinearHead(weight=torch.zeros(3, WIDTH))
 
 
 def test_many_inputs_are_those_one_by_one(fitted):
@@ -367,13 +367,13 @@ def test_a_task_that_does_not_fit_together_is_refused():
         Examples(2 * features, labels)
     with pytest.raises(InputError, match="must be finite and of length 1"):
         Examples(features * math.nan, labels)
-    with pytest.raises(InputError, match=r"of the same pictures, got features \(3,\), labels \(2,\)"):
+    with pytest.raises(InputError, match=r"of the same images, got features \(3,\), labels \(2,\)"):
         Examples(features, labels[:2])
     with pytest.raises(InputError, match="there is none of 'teapot'"):
         FewShotTask(CLASSES, features, 1.0, Examples(features[:2], labels[:2]), good)
     with pytest.raises(InputError, match=r"validation labels must be in \[0, 2\], got \[0, 3\]"):
         FewShotTask(CLASSES, features, 1.0, good, Examples(features[:2], torch.tensor([0, 3])))
-    with pytest.raises(InputError, match="validation must hold at least one picture"):
+    with pytest.raises(InputError, match="validation must hold at least one image"):
         FewShotTask(CLASSES, features, 1.0, good, Examples(features[:0], labels[:0]))
     with pytest.raises(InputError, match="classes must be at least two, with a feature each"):
         FewShotTask(CLASSES[:2], features, 1.0, good, good)

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from picture_sets import stored_picture
+from image_sets import stored_image
 from PIL import Image
 from safetensors.torch import save_file
 from tiny_clip import base_sha256
@@ -21,7 +21,7 @@ from pipelines.corpus import to_pixels
 from pipelines.errors import InputError
 from pipelines.fewshot import adapters
 from pipelines.fewshot.adapters import AdapterPlaces
-from pipelines.fewshot.baselines.predictors import KeyValueCache, Linear, Predictor, Prompted
+from pipelines.fewshot.baselines.predictors import KeyValueCache, LinearHead, Predictor, Prompted
 from pipelines.fewshot.classifier import ClassifierFile, FewShotClassifier, save_classifier
 from pipelines.fewshot.features import raw_pixels
 from pipelines.methods import method_names
@@ -31,7 +31,7 @@ SIDE, WIDTH = 64, mini_clip.EMBED_DIM
 PIXELS = torch.randint(0, 256, (5, SIDE, SIDE, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 # Noise alone looks the same everywhere.
 PIXELS[1], PIXELS[2, :32], PIXELS[3, :, :, 0] = 0, 255, 0
-PICTURES = [Image.fromarray(own.numpy()) for own in PIXELS]
+IMAGES = [Image.fromarray(own.numpy()) for own in PIXELS]
 
 # DoRA is there in full or not at all.
 STRENGTHS = [
@@ -87,7 +87,7 @@ def fitted(random_clip, folder, method, names=("q", "v")):
 
 @torch.no_grad()
 def stock_logits(model, clip, texts):
-    """What open_clip makes of the pictures and texts."""
+    """What open_clip makes of the images and texts."""
     logits, _ = model.get_logits(to_pixels(PIXELS.numpy()), clip.tokenizer(texts))
     return logits
 
@@ -95,7 +95,7 @@ def stock_logits(model, clip, texts):
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_probabilities_are_the_softmax_of_open_clips_logits_over_the_temperature(random_clip, tmp_path, temperature):
     save_classifier(tmp_path / "own", told(random_clip, temperature=temperature))
-    found = FewShotClassifier.from_run(tmp_path / "own").predict(PICTURES)
+    found = FewShotClassifier.from_run(tmp_path / "own").predict(IMAGES)
     texts = ["a photo of a red star.", "a photo of a cat.", "a photo of a grey dog."]
     expected = stock_logits(mini_clip.load_model(random_clip), load_clip(str(random_clip)), texts)
     assert expected.std(dim=0).min() > 0.05
@@ -109,9 +109,9 @@ def test_an_ensemble_of_templates_is_a_mean_direction(random_clip, tmp_path):
     model, clip = mini_clip.load_model(random_clip), load_clip(str(random_clip))
     texts = [template.format(name) for name in ("red star", "cat", "grey dog") for template in ("{}", "a {}.")]
     means = model.encode_text(clip.tokenizer(texts), normalize=True).unflatten(0, (3, 2)).mean(dim=1)
-    pictures = model.encode_image(to_pixels(PIXELS.numpy()), normalize=True)
-    expected = model.logit_scale.exp() * pictures @ (means / means.norm(dim=1, keepdim=True)).T
-    found = FewShotClassifier.from_run(tmp_path / "own").predict(PICTURES).probabilities
+    images = model.encode_image(to_pixels(PIXELS.numpy()), normalize=True)
+    expected = model.logit_scale.exp() * images @ (means / means.norm(dim=1, keepdim=True)).T
+    found = FewShotClassifier.from_run(tmp_path / "own").predict(IMAGES).probabilities
     torch.testing.assert_close(found, expected.softmax(dim=1), atol=1e-5, rtol=0)
 
 
@@ -121,10 +121,10 @@ def test_an_adapter_is_loaded_at_its_strength_and_at_0_is_zero_shot(random_clip,
     adapters.set_strength(components, strength)
     # The files hold the adapter as trained, whatever its strength is just now.
     save_classifier(tmp_path / "own", told(random_clip, method, strength=strength), components)
-    found = FewShotClassifier.from_run(tmp_path / "own").predict(PICTURES).probabilities
+    found = FewShotClassifier.from_run(tmp_path / "own").predict(IMAGES).probabilities
     expected = stock_logits(clip.model, clip, [f"a photo of a {name}." for name in ("red star", "cat", "grey dog")])
     torch.testing.assert_close(found, expected.softmax(dim=1), atol=1e-5, rtol=0)
-    base = FewShotClassifier.from_run(zero_shot).predict(PICTURES).probabilities
+    base = FewShotClassifier.from_run(zero_shot).predict(IMAGES).probabilities
     assert ((found - base).abs().max() < 1e-6) == (strength == 0)
 
 
@@ -134,7 +134,7 @@ def test_the_text_encoder_runs_once_and_no_weight_is_left_to_train(random_clip, 
     classifier = FewShotClassifier.from_run(tmp_path / "own")
     runs = []
     classifier.clip.model.transformer.register_forward_pre_hook(lambda *_: runs.append(1))
-    classifier.predict(PICTURES)
+    classifier.predict(IMAGES)
     assert not runs
     assert not any(parameter.requires_grad for parameter in classifier.clip.model.parameters())
     assert not classifier.clip.model.training
@@ -145,11 +145,11 @@ def heads():
     weight = random(3, WIDTH)
     keys = torch.nn.functional.normalize(random(6, WIDTH, seed=2), dim=1)
     return {
-        "linear_probe": Linear(weight=weight, bias=random(3)),
+        "linear_probe": LinearHead(weight=weight, bias=random(3)),
         "tip_adapter": KeyValueCache(
             weight=weight, keys=keys, values=torch.eye(3).repeat(2, 1), alpha=torch.tensor(2.0), beta=torch.tensor(3.0)
         ),
-        "zeroshot": Linear.unbiased(weight),
+        "zeroshot": LinearHead.unbiased(weight),
         "coop": Prompted(weight=weight, bias=torch.zeros(3), context=random(4, mini_clip.TEXT_WIDTH)),
     }
 
@@ -159,41 +159,41 @@ def heads():
 def test_a_predictor_reads_the_features_of_the_frozen_tower(random_clip, tmp_path, method):
     head = heads()[method]
     save_classifier(tmp_path / "own", told(random_clip, method, temperature=3.0), predictor=Predictor(head, 7))
-    found = FewShotClassifier.from_run(tmp_path / "own").predict(PICTURES, batch_size=2).probabilities
+    found = FewShotClassifier.from_run(tmp_path / "own").predict(IMAGES, batch_size=2).probabilities
     features = mini_clip.load_model(random_clip).encode_image(to_pixels(PIXELS.numpy()), normalize=True)
     torch.testing.assert_close(found, (head(features) / 3).softmax(dim=1), atol=1e-5, rtol=0)
 
 
 def test_the_control_reads_raw_pixels(random_clip, tmp_path):
-    head = Linear(weight=random(3, 3 * 32 * 32) / 50, bias=random(3))
+    head = LinearHead(weight=random(3, 3 * 32 * 32) / 50, bias=random(3))
     save_classifier(tmp_path / "own", told(random_clip, "pixels"), predictor=Predictor(head, 7, reads="pixels"))
-    found = FewShotClassifier.from_run(tmp_path / "own").predict(PICTURES).probabilities
-    torch.testing.assert_close(found, head(torch.stack(list(map(raw_pixels, PICTURES)))).softmax(dim=1))
+    found = FewShotClassifier.from_run(tmp_path / "own").predict(IMAGES).probabilities
+    torch.testing.assert_close(found, head(torch.stack(list(map(raw_pixels, IMAGES)))).softmax(dim=1))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
-def test_files_pictures_and_tensors_are_classified_alike(zero_shot, tmp_path, batch_size):
-    paths = [tmp_path / f"{place}.png" for place in range(len(PICTURES))]
-    for picture, path in zip(PICTURES, paths, strict=True):
-        picture.save(path)
+def test_files_images_and_tensors_are_classified_alike(zero_shot, tmp_path, batch_size):
+    paths = [tmp_path / f"{place}.png" for place in range(len(IMAGES))]
+    for image, path in zip(IMAGES, paths, strict=True):
+        image.save(path)
     tensors = PIXELS.permute(0, 3, 1, 2)
     classifier = FewShotClassifier.from_run(zero_shot)
-    expected = classifier.predict(PICTURES, batch_size).probabilities
+    expected = classifier.predict(IMAGES, batch_size).probabilities
     for given in (paths, list(map(str, paths)), list(tensors), tensors, tensors / 255, (tensors / 255).half()):
         assert torch.equal(classifier.predict(given, batch_size).probabilities, expected)
-    for single in (PICTURES[2], paths[2], str(paths[2]), tensors[2], tensors[2] / 255):
+    for single in (IMAGES[2], paths[2], str(paths[2]), tensors[2], tensors[2] / 255):
         torch.testing.assert_close(classifier.predict(single).probabilities, expected[2:3], atol=1e-6, rtol=0)
 
 
-def test_a_picture_that_cannot_be_read_is_named(zero_shot, tmp_path):
-    (tmp_path / "cut.png").write_bytes(stored_picture(0, side=64)[:-500])
-    with pytest.raises(InputError, match=r"cut\.png' cannot be read as a picture"):
-        FewShotClassifier.from_run(zero_shot).predict([PICTURES[0], tmp_path / "cut.png"])
+def test_a_image_that_cannot_be_read_is_named(zero_shot, tmp_path):
+    (tmp_path / "cut.png").write_bytes(stored_image(0, side=64)[:-500])
+    with pytest.raises(InputError, match=r"cut\.png' cannot be read as an image"):
+        FewShotClassifier.from_run(zero_shot).predict([IMAGES[0], tmp_path / "cut.png"])
 
 
 def test_predictions_are_told_by_class_and_in_order(zero_shot, tmp_path):
-    PICTURES[0].save(tmp_path / "0.png")
-    found = FewShotClassifier.from_run(zero_shot).predict([tmp_path / "0.png", PICTURES[1]])
+    IMAGES[0].save(tmp_path / "0.png")
+    found = FewShotClassifier.from_run(zero_shot).predict([tmp_path / "0.png", IMAGES[1]])
     assert found.probabilities.dtype == torch.float32
     torch.testing.assert_close(found.probabilities.sum(dim=1), torch.ones(2))
     by_class = [dict(zip(CLASSES, own.tolist(), strict=True)) for own in found.probabilities]
@@ -218,11 +218,11 @@ def test_named_classes_are_those_of_their_prompts_and_the_others_keep_their_logi
     known = FewShotClassifier.from_run(tmp_path / "few")
     wider = known.with_classes(*MORE)
     assert (known.classes, wider.classes) == (CLASSES, CLASSES + MORE)
-    expected = FewShotClassifier.from_run(tmp_path / "all").predict(PICTURES).probabilities
-    found = wider.predict(PICTURES).probabilities
+    expected = FewShotClassifier.from_run(tmp_path / "all").predict(IMAGES).probabilities
+    found = wider.predict(IMAGES).probabilities
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(
-        found[:, :3] / found[:, :3].sum(dim=1, keepdim=True), known.predict(PICTURES).probabilities, atol=1e-5, rtol=0
+        found[:, :3] / found[:, :3].sum(dim=1, keepdim=True), known.predict(IMAGES).probabilities, atol=1e-5, rtol=0
     )
 
 
@@ -232,7 +232,7 @@ def test_classes_that_cannot_be_added_are_named(random_clip, zero_shot, tmp_path
         classifier.with_classes("red star")
     assert classifier.with_classes() is classifier
     save_classifier(tmp_path / "probe", told(random_clip, "linear_probe"), predictor=Predictor(heads()["linear_probe"], 7))
-    with pytest.raises(InputError, match="'boat' cannot be added: this predictor's method needs pictures of every class"):
+    with pytest.raises(InputError, match="'boat' cannot be added: this predictor's method needs images of every class"):
         FewShotClassifier.from_run(tmp_path / "probe").with_classes("boat")
 
 
@@ -297,7 +297,7 @@ def test_a_pickle_is_never_opened(random_clip, tmp_path):
     [((4, WIDTH), "must be of 3 classes as classifier.json is, got 4"), ((3, 24), "features 24 wide, those of .* are 192")],
 )
 def test_a_predictor_of_something_else_is_refused(random_clip, tmp_path, shape, message):
-    predictor = Predictor(Linear.unbiased(torch.ones(shape)), 7)
+    predictor = Predictor(LinearHead.unbiased(torch.ones(shape)), 7)
     save_classifier(tmp_path, told(random_clip, "gda"), predictor=predictor)
     with pytest.raises(InputError, match=message):
         FewShotClassifier.from_run(tmp_path)
@@ -307,14 +307,14 @@ def test_a_base_model_that_was_moved_is_named_anew(random_clip, tmp_path):
     save_classifier(tmp_path / "own", told(random_clip, model=str(tmp_path / "gone")))
     with pytest.raises(InputError, match=r"was fitted on the model '.*gone', which is no longer there\. Give --model"):
         FewShotClassifier.from_run(tmp_path / "own")
-    expected = FewShotClassifier.from_run(tmp_path / "own", model=str(random_clip)).predict(PICTURES)
+    expected = FewShotClassifier.from_run(tmp_path / "own", model=str(random_clip)).predict(IMAGES)
     save_classifier(tmp_path / "own", told(random_clip, pretrained=str(tmp_path / "gone.safetensors")))
     with pytest.raises(InputError, match=r"fitted on the weights '.*gone\.safetensors', .*Give --pretrained"):
         FewShotClassifier.from_run(tmp_path / "own")
-    found = FewShotClassifier.from_run(tmp_path / "own", model=str(random_clip)).predict(PICTURES)
+    found = FewShotClassifier.from_run(tmp_path / "own", model=str(random_clip)).predict(IMAGES)
     assert torch.equal(found.probabilities, expected.probabilities)
     shutil.copy(random_clip / mini_clip.WEIGHTS_FILE, tmp_path / "moved.safetensors")
-    found = FewShotClassifier.from_run(tmp_path / "own", pretrained=str(tmp_path / "moved.safetensors")).predict(PICTURES)
+    found = FewShotClassifier.from_run(tmp_path / "own", pretrained=str(tmp_path / "moved.safetensors")).predict(IMAGES)
     assert torch.equal(found.probabilities, expected.probabilities)
 
 
@@ -333,9 +333,9 @@ def test_a_device_that_is_not_there_is_named(zero_shot):
 
 
 @pytest.mark.parametrize("batch_size", [0, -1])
-def test_a_batch_holds_a_picture(zero_shot, batch_size):
+def test_a_batch_holds_a_image(zero_shot, batch_size):
     with pytest.raises(InputError, match=f"batch_size must be at least 1, got {batch_size}"):
-        FewShotClassifier.from_run(zero_shot).predict(PICTURES, batch_size)
+        FewShotClassifier.from_run(zero_shot).predict(IMAGES, batch_size)
 
 
 def test_the_file_gives_back_what_was_written(random_clip, tmp_path):

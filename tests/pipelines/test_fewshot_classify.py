@@ -9,11 +9,11 @@ import sys
 import pytest
 import torch
 from command_line import exit_status
-from picture_sets import stored_picture, write_files
+from image_sets import stored_image, write_files
 from tiny_clip import base_sha256
 
 from pipelines import mini_clip
-from pipelines.fewshot.baselines.predictors import Linear, Predictor
+from pipelines.fewshot.baselines.predictors import LinearHead, Predictor
 from pipelines.fewshot.classifier import ClassifierFile, FewShotClassifier, save_classifier
 from pipelines.fewshot.classify import main
 
@@ -34,11 +34,11 @@ def run(random_clip, tmp_path):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Three pictures, two in folders, beside files that are none."""
+def images(tmp_path):
+    """Three images, two in folders, beside files that are none."""
     names = ["photos/b.png", "photos/a/c.png", "photos/a/d.JPG"]
-    files = {name: stored_picture(place, side=64) for place, name in enumerate(names)}
-    write_files(tmp_path, files | {"photos/notes.txt": b"no picture", "photos/.hidden/e.png": b"no picture"})
+    files = {name: stored_image(place, side=64) for place, name in enumerate(names)}
+    write_files(tmp_path, files | {"photos/notes.txt": b"no image", "photos/.hidden/e.png": b"no image"})
     return ["photos/a/c.png", "photos/a/d.JPG", "photos/b.png"]
 
 
@@ -48,41 +48,41 @@ def rows_of(path):
 
 
 @pytest.mark.parametrize("batch_size", ["1", "2", "64"])
-def test_what_is_printed_and_written_is_what_is_predicted(run, pictures, tmp_path, capsys, batch_size):
+def test_what_is_printed_and_written_is_what_is_predicted(run, images, tmp_path, capsys, batch_size):
     assert main([run, "photos", "--output", "out/all.csv", "--top", "2", "--batch_size", batch_size]) == 0
-    expected = FewShotClassifier.from_run(run).predict(pictures)
+    expected = FewShotClassifier.from_run(run).predict(images)
     header, *rows = rows_of(tmp_path / "out" / "all.csv")
     assert header == ["picture", "class", "probability", *CLASSES]
-    assert [row[:2] for row in rows] == [list(pair) for pair in zip(pictures, expected.labels, strict=True)]
+    assert [row[:2] for row in rows] == [list(pair) for pair in zip(images, expected.labels, strict=True)]
     found = torch.tensor([list(map(float, row[3:])) for row in rows])
     torch.testing.assert_close(found, expected.probabilities, atol=1e-5, rtol=0)
     printed = capsys.readouterr().out.splitlines()
     assert re.split("  +", printed[0]) == ["picture", "class", "probability", "or else"]
-    for line, name, (best, other) in zip(printed[1:], pictures, expected.top(2), strict=True):
+    for line, name, (best, other) in zip(printed[1:], images, expected.top(2), strict=True):
         assert re.split("  +", line) == [name, best[0], f"{best[1]:.1%}", f"{other[0]} {other[1]:.1%}"]
 
 
-def test_a_file_given_twice_is_classified_once_whatever_it_is_called(run, pictures, tmp_path, capsys):
-    (tmp_path / "picture").write_bytes(stored_picture(9, side=64))
+def test_a_file_given_twice_is_classified_once_whatever_it_is_called(run, images, tmp_path, capsys):
+    (tmp_path / "picture").write_bytes(stored_image(9, side=64))
     assert main([run, "picture", "photos/b.png", "photos", "--top", "1"]) == 0
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
     assert names == ["picture", "photos/b.png", "photos/a/c.png", "photos/a/d.JPG"]
 
 
 @pytest.mark.parametrize("batch_size", ["1", "2", "64"])
-def test_what_cannot_be_read_is_named_and_the_others_are_classified(run, pictures, tmp_path, capsys, batch_size):
-    (tmp_path / "photos" / "a" / "d.JPG").write_bytes(stored_picture(1, side=64)[:-500])
-    assert main([run, *pictures, "--output", "all.csv", "--batch_size", batch_size]) == 1
-    expected = FewShotClassifier.from_run(run).predict([pictures[0], pictures[2]])
+def test_what_cannot_be_read_is_named_and_the_others_are_classified(run, images, tmp_path, capsys, batch_size):
+    (tmp_path / "photos" / "a" / "d.JPG").write_bytes(stored_image(1, side=64)[:-500])
+    assert main([run, *images, "--output", "all.csv", "--batch_size", batch_size]) == 1
+    expected = FewShotClassifier.from_run(run).predict([images[0], images[2]])
     rows = rows_of(tmp_path / "all.csv")[1:]
-    assert [row[:2] for row in rows] == [[pictures[0], expected.labels[0]], [pictures[2], expected.labels[1]]]
+    assert [row[:2] for row in rows] == [[images[0], expected.labels[0]], [images[2], expected.labels[1]]]
     said = [line for line in capsys.readouterr().err.splitlines() if "cannot be read" in line]
     assert len(said) == 1
-    assert said[0].startswith("'photos/a/d.JPG' cannot be read as a picture")
+    assert said[0].startswith("'photos/a/d.JPG' cannot be read as an image")
 
 
 def test_where_nothing_can_be_read_nothing_is_written(run, tmp_path, capsys):
-    write_files(tmp_path, {"bad/a.png": b"no picture", "bad/b.png": b"no picture either"})
+    write_files(tmp_path, {"bad/a.png": b"no image", "bad/b.png": b"no image either"})
     assert main([run, "bad", "--output", "all.csv"]) == 1
     assert not (tmp_path / "all.csv").exists()
     told = capsys.readouterr()
@@ -93,7 +93,7 @@ def test_where_nothing_can_be_read_nothing_is_written(run, tmp_path, capsys):
 
 def test_no_cell_of_the_csv_is_a_formula(run, tmp_path):
     names = ["=1+1.png", "+1.png", "-1.png", "@a.png", "plain, with a comma.png"]
-    write_files(tmp_path, {name: stored_picture(place, side=64) for place, name in enumerate(names)})
+    write_files(tmp_path, {name: stored_image(place, side=64) for place, name in enumerate(names)})
     classes = ["=SUM(A1)", "@boat"]
     arguments = [run, "--add_class", *classes, "--output", "all.csv", "--", *names]
     assert main(arguments) == 0
@@ -103,9 +103,9 @@ def test_no_cell_of_the_csv_is_a_formula(run, tmp_path):
     assert [row[0] for row in rows] == [f"'{name}" for name in names[:4]] + names[4:]
 
 
-def test_classes_can_be_added_by_name(run, pictures, tmp_path, capsys):
+def test_classes_can_be_added_by_name(run, images, tmp_path, capsys):
     assert main([run, "photos", "--add_class", "teapot", "boat", "--output", "all.csv", "--top", "99"]) == 0
-    expected = FewShotClassifier.from_run(run).with_classes("teapot", "boat").predict(pictures)
+    expected = FewShotClassifier.from_run(run).with_classes("teapot", "boat").predict(images)
     header, *rows = rows_of(tmp_path / "all.csv")
     assert header[3:] == [*CLASSES, "teapot", "boat"]
     torch.testing.assert_close(torch.tensor([list(map(float, row[3:])) for row in rows]), expected.probabilities)
@@ -113,7 +113,7 @@ def test_classes_can_be_added_by_name(run, pictures, tmp_path, capsys):
         assert all(name in line for name in expected.classes)
 
 
-def test_the_base_model_can_be_named_anew(random_clip, pictures, tmp_path):
+def test_the_base_model_can_be_named_anew(random_clip, images, tmp_path):
     save_classifier(
         tmp_path / "moved", ClassifierFile("zeroshot", "gone", None, base_sha256(random_clip), CLASSES, CLASSES, ("a {}.",))
     )
@@ -125,7 +125,7 @@ def test_the_base_model_can_be_named_anew(random_clip, pictures, tmp_path):
     [
         (["nowhere", "photos"], "There is no classifier at 'nowhere'"),
         (["run", "nowhere.png"], "There is no file or folder 'nowhere.png'"),
-        (["run", "photos", "empty"], "There is no picture in the folder 'empty'"),
+        (["run", "photos", "empty"], "There is no image in the folder 'empty'"),
         (["run", "photos", "--top", "0"], "top must be at least 1, got 0"),
         (["run", "photos", "--batch_size", "-1"], "batch_size must be at least 1, got -1"),
         (["run", "photos", "--device", "gpu"], "device must be one that PyTorch can use"),
@@ -140,7 +140,7 @@ def test_the_base_model_can_be_named_anew(random_clip, pictures, tmp_path):
         (["broken", "photos"], "is a pickle or zip archive"),
     ],
 )
-def test_bad_input_ends_in_one_sentence_and_exit_code_2(run, random_clip, pictures, tmp_path, capsys, arguments, message):
+def test_bad_input_ends_in_one_sentence_and_exit_code_2(run, random_clip, images, tmp_path, capsys, arguments, message):
     for name in ("empty", "empty.csv", "subject"):
         (tmp_path / name).mkdir()
     (tmp_path / "subject" / "options.json").write_text('{"model": {"pretrained_model_name_or_path": "owner/model"}}')
@@ -148,7 +148,7 @@ def test_bad_input_ends_in_one_sentence_and_exit_code_2(run, random_clip, pictur
         of_gone = ClassifierFile("zeroshot", model, None, base_sha256(random_clip), CLASSES, CLASSES, ("a {}.",))
         save_classifier(tmp_path / name, of_gone)
     probe = ClassifierFile("gda", str(random_clip), None, base_sha256(random_clip), CLASSES, CLASSES, ("a {}.",))
-    save_classifier(tmp_path / "probe", probe, predictor=Predictor(Linear.unbiased(torch.ones(3, mini_clip.EMBED_DIM)), 1))
+    save_classifier(tmp_path / "probe", probe, predictor=Predictor(LinearHead.unbiased(torch.ones(3, mini_clip.EMBED_DIM)), 1))
     probe.write(tmp_path / "broken" / "classifier.json")
     torch.save({}, tmp_path / "broken" / "predictor.safetensors")
     with pytest.raises(SystemExit) as ended:
@@ -158,21 +158,21 @@ def test_bad_input_ends_in_one_sentence_and_exit_code_2(run, random_clip, pictur
     assert message in line
 
 
-def test_an_unknown_flag_ends_with_exit_code_2(run, pictures, capsys):
+def test_an_unknown_flag_ends_with_exit_code_2(run, images, capsys):
     with pytest.raises(SystemExit) as ended:
         main([run, "photos", "--topp", "3"])
     assert ended.value.code == 2
     assert "unrecognized arguments: --topp 3" in capsys.readouterr().err
 
 
-def test_the_module_is_a_command(run, pictures, capsys):
+def test_the_module_is_a_command(run, images, capsys):
     assert exit_status("pipelines.fewshot.classify", run, "photos") == 0
     assert "photos/b.png" in capsys.readouterr().out
 
 
 def test_names_that_are_not_utf_8_are_printed_and_written(run, tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
-    for name, content in ((b"\xff.png", stored_picture(0, side=64)), (b"\xfe.png", b"damaged")):
+    for name, content in ((b"\xff.png", stored_image(0, side=64)), (b"\xfe.png", b"damaged")):
         try:
             (tmp_path / "photos" / os.fsdecode(name)).write_bytes(content)
         except OSError:

@@ -8,7 +8,7 @@ import torch
 from open_clip.transformer import QuickGELU
 from PIL import Image
 from safetensors.torch import save_file
-from tiny_clip import CONFIG, CONTEXT, END, pictures, prompts, tiny_clip
+from tiny_clip import CONFIG, CONTEXT, END, images, prompts, tiny_clip
 from torch.nn import functional as F
 
 from pipelines import mini_clip
@@ -43,7 +43,7 @@ def test_features_are_open_clips_of_length_one(custom_text):
     model = tiny_clip(custom_text=custom_text)
     clip, tokens = clip_of(model), prompts(3, 7, 12)
     assert clip.reads_up_to_the_end_token
-    torch.testing.assert_close(clip.encode_images(pictures(2)), model.encode_image(pictures(2), normalize=True))
+    torch.testing.assert_close(clip.encode_images(images(2)), model.encode_image(images(2), normalize=True))
     torch.testing.assert_close(clip.encode_texts(tokens), model.encode_text(tokens, normalize=True))
     torch.testing.assert_close(clip.encode_texts(tokens[:2]), model.encode_text(tokens[:2], normalize=True))
     torch.testing.assert_close(clip.logit_scale, model.logit_scale.exp())
@@ -96,7 +96,7 @@ def test_features_pass_gradients_to_embedded_texts():
 def test_a_local_checkpoint_is_loaded(tiny_name, checkpoint):
     clip = load_clip(tiny_name, str(checkpoint))
     model = tiny_clip()
-    torch.testing.assert_close(clip.encode_images(pictures(2)), model.encode_image(pictures(2), normalize=True))
+    torch.testing.assert_close(clip.encode_images(images(2)), model.encode_image(images(2), normalize=True))
     assert not clip.model.training
     assert not any(parameter.requires_grad for parameter in clip.model.parameters())
     assert clip.tokenizer(["a cat", "a dog"]).shape == (2, CONTEXT)
@@ -107,7 +107,7 @@ def test_a_local_checkpoint_is_loaded(tiny_name, checkpoint):
 def test_half_precision_gives_single_precision_features(tiny_name, checkpoint):
     clip = load_clip(tiny_name, str(checkpoint), dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in clip.model.parameters()} == {torch.bfloat16}
-    for features in (clip.encode_images(pictures(2)), clip.encode_texts(prompts(3, 5))):
+    for features in (clip.encode_images(images(2)), clip.encode_texts(prompts(3, 5))):
         assert features.dtype == torch.float32
         torch.testing.assert_close(features.norm(dim=-1), torch.ones(2))
 
@@ -121,7 +121,7 @@ def test_a_tags_weights_get_the_activation_they_were_trained_with(tiny_name, che
     white = clip.preprocess(Image.new("RGB", (16, 16), "white"))
     torch.testing.assert_close(white, torch.full((3, 16, 16), (1 - 0.1) / 0.2))
     assert torch.equal(clip.model.visual.conv1.weight, tiny_clip().visual.conv1.weight)
-    assert not torch.equal(clip.encode_images(pictures(1)), F.normalize(tiny_clip().encode_image(pictures(1)), dim=-1))
+    assert not torch.equal(clip.encode_images(images(1)), F.normalize(tiny_clip().encode_image(images(1)), dim=-1))
 
 
 @pytest.mark.parametrize("settings", [{"url": "https://example.org/old.pt"}, {"file": "cache/open_clip_pytorch_model.bin"}])
@@ -187,7 +187,7 @@ def test_the_built_in_model_is_a_folder(mini_folder, monkeypatch):
     monkeypatch.setattr(mini_clip, "BUILT_IN_CLIP", mini_folder)
     clip, model = load_clip("mini"), mini_clip.load_model(mini_folder)
     pixels = torch.rand(2, 3, 64, 64)
-    torch.testing.assert_close(clip.encode_images(pixels), mini_clip.picture_features(model, pixels))
+    torch.testing.assert_close(clip.encode_images(pixels), mini_clip.image_features(model, pixels))
     tokens = clip.tokenizer(["a red star", "a photo of cardboard"])
     torch.testing.assert_close(clip.encode_texts(tokens), model.encode_text(tokens, normalize=True))
     black = clip.preprocess(Image.new("RGB", (64, 64)))
@@ -200,12 +200,12 @@ def test_a_folder_that_plain_open_clip_wrote_is_loaded(tmp_path):
     (tmp_path / mini_clip.CONFIG_FILE).write_text(json.dumps(config))
     save_file(tiny_clip().state_dict(), tmp_path / mini_clip.WEIGHTS_FILE)
     clip = load_clip(str(tmp_path))
-    torch.testing.assert_close(clip.encode_images(pictures(2)), tiny_clip().encode_image(pictures(2), normalize=True))
+    torch.testing.assert_close(clip.encode_images(images(2)), tiny_clip().encode_image(images(2), normalize=True))
     with pytest.raises(InputError, match="no checkpoint 'openai'"):
         load_clip(str(tmp_path), "openai")
     weights = tiny_clip().state_dict()
     weights["visual.proj"] *= -1
     save_file(weights, tmp_path / "other.safetensors")
     other = load_clip(str(tmp_path), str(tmp_path / "other.safetensors"))
-    torch.testing.assert_close(other.encode_images(pictures(2)), -clip.encode_images(pictures(2)))
+    torch.testing.assert_close(other.encode_images(images(2)), -clip.encode_images(images(2)))
     assert torch.equal(other.preprocess(Image.new("RGB", (16, 16))), torch.full((3, 16, 16), -1.0))

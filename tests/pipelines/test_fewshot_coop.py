@@ -52,12 +52,12 @@ def test_a_name_that_leaves_no_room_is_named():
         coop.prompts_with_context(toy_clip(context=7), CLASSES)
 
 
-def test_coop_trains_the_context_alone_and_fits_the_pictures():
+def test_coop_trains_the_context_alone_and_fits_the_images():
     clip = toy_clip()
     clip.model.requires_grad_(True)
     before = {name: value.clone() for name, value in clip.model.state_dict().items()}
     prompts = coop.prompts_with_context(clip, CLASSES)
-    # Pictures that lie where some other context would put the classes.
+    # Images that lie where some other context would put the classes.
     shown = prompts.features(torch.randn(8, 16, generator=torch.Generator().manual_seed(1))).detach()
     examples = Examples(shown.repeat(4, 1), torch.arange(3).repeat(4))
     task = FewShotTask(CLASSES, prompts.features(torch.zeros(8, 16)).detach(), 300.0, examples, examples, clip)

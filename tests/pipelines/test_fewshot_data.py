@@ -1,4 +1,4 @@
-"""Labelled pictures: found in folders, zips and CSVs with the same result, and named where they cannot be used."""
+"""Labelled images: found in folders, zips and CSVs with the same result, and named where they cannot be used."""
 
 import io
 import json
@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from picture_sets import class_files, stored_picture, write_files, write_zip
+from image_sets import class_files, stored_image, write_files, write_zip
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import to_tensor
@@ -14,9 +14,9 @@ from torchvision.transforms.functional import to_tensor
 from pipelines.errors import InputError
 from pipelines.fewshot.data import (
     Copies,
-    LabelledPicture,
+    LabelledImage,
+    LabelledImageDataset,
     LabelledSet,
-    PictureDataset,
     base_and_new,
     check_readable,
     find_copies,
@@ -25,8 +25,8 @@ from pipelines.fewshot.data import (
     subset,
     without_copies,
 )
-from pipelines.fewshot.loading import load_pictures
-from pipelines.fewshot.sources import PictureBytes
+from pipelines.fewshot.loading import load_images
+from pipelines.fewshot.sources import ImageBytes
 
 COUNTS = {"cats": 3, "dogs": 2, "big_birds": 1}
 ORIENTATION, TURNED_RIGHT = 0x0112, 6
@@ -39,33 +39,33 @@ def as_table(files, path, header="path,label", rows=lambda name: f"{name},{name.
 
 
 def seen(labelled):
-    """What a set holds, whatever the order it was found in: class and content of every picture."""
-    return sorted((picture.class_name, picture.label, picture.source.content()) for picture in labelled.pictures)
+    """What a set holds, whatever the order it was found in: class and content of every image."""
+    return sorted((image.class_name, image.label, image.source.content()) for image in labelled.images)
 
 
 def in_memory(*classes):
-    """A set with a class for each argument, of pictures with these contents."""
-    pictures = [
-        LabelledPicture(PictureBytes(f"{label}/{place}.png", content), label, f"class {label}")
+    """A set with a class for each argument, of images with these contents."""
+    images = [
+        LabelledImage(ImageBytes(f"{label}/{place}.png", content), label, f"class {label}")
         for label, contents in enumerate(classes)
         for place, content in enumerate(contents)
     ]
     keys = tuple(f"class {label}" for label in range(len(classes)))
-    return LabelledSet("the set", keys, keys, tuple(pictures))
+    return LabelledSet("the set", keys, keys, tuple(images))
 
 
-def test_a_folder_a_zip_and_a_csv_of_the_same_pictures_are_the_same_set(tmp_path):
+def test_a_folder_a_zip_and_a_csv_of_the_same_images_are_the_same_set(tmp_path):
     files = class_files(COUNTS)
-    folder = load_pictures(write_files(tmp_path / "folder", files))
-    zipped = load_pictures(write_zip(tmp_path / "a.zip", files))
-    listed = load_pictures(as_table(files, tmp_path / "listed" / "a.csv"))
+    folder = load_images(write_files(tmp_path / "folder", files))
+    zipped = load_images(write_zip(tmp_path / "a.zip", files))
+    listed = load_images(as_table(files, tmp_path / "listed" / "a.csv"))
     assert folder.classes == zipped.classes == listed.classes == ("big_birds", "cats", "dogs")
     assert seen(folder) == seen(zipped) == seen(listed)
-    assert [p.name for p in folder.pictures] == [p.name for p in zipped.pictures] == sorted(files)
+    assert [p.name for p in folder.images] == [p.name for p in zipped.images] == sorted(files)
     assert not folder.parts
-    for picture in folder.pictures:
-        expected = Image.open(io.BytesIO(files[picture.name])).convert("RGB")
-        assert read(picture).tobytes() == expected.tobytes()
+    for image in folder.images:
+        expected = Image.open(io.BytesIO(files[image.name])).convert("RGB")
+        assert read(image).tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("outer", ["", "outer/"])
@@ -73,20 +73,20 @@ def test_a_folder_a_zip_and_a_csv_of_the_same_pictures_are_the_same_set(tmp_path
 def test_one_outer_folder_hidden_files_and_other_files_change_nothing(tmp_path, outer, zipped):
     more = {f"{outer}cats/notes.txt": b"", f"{outer}cats/.x.png": b"", f"{outer}.git/a/x.png": b"", "__MACOSX/cats/._0.png": b""}
     files = class_files(COUNTS, outer) | more
-    found = load_pictures(write_zip(tmp_path / "a.zip", files) if zipped else write_files(tmp_path / "folder", files))
+    found = load_images(write_zip(tmp_path / "a.zip", files) if zipped else write_files(tmp_path / "folder", files))
     assert found.classes == ("big_birds", "cats", "dogs")
-    assert [picture.label for picture in found.pictures] == [0, 1, 1, 1, 2, 2]
+    assert [image.label for image in found.images] == [0, 1, 1, 1, 2, 2]
 
 
-def test_pictures_deep_in_a_class_folder_are_of_that_class(tmp_path):
-    found = load_pictures(write_files(tmp_path, class_files({"cats": 1, "dogs/2021": 1, "dogs/2022/may": 1})))
-    assert [picture.class_name for picture in found.pictures] == ["cats", "dogs", "dogs"]
+def test_images_deep_in_a_class_folder_are_of_that_class(tmp_path):
+    found = load_images(write_files(tmp_path, class_files({"cats": 1, "dogs/2021": 1, "dogs/2022/may": 1})))
+    assert [image.class_name for image in found.images] == ["cats", "dogs", "dogs"]
 
 
 def test_a_link_that_leads_back_up_is_followed_once(tmp_path):
     write_files(tmp_path, class_files(COUNTS))
     (tmp_path / "cats" / "again").symlink_to(tmp_path)
-    assert len(load_pictures(tmp_path).pictures) == sum(COUNTS.values())
+    assert len(load_images(tmp_path).images) == sum(COUNTS.values())
 
 
 @pytest.mark.parametrize("zipped", [False, True])
@@ -102,20 +102,20 @@ def test_a_set_that_is_split_already_says_so(tmp_path, zipped, outer, how):
         lists = {part: [[f"{key}/{place}.png", key, "where it was"] for key in "ab"] for place, part in enumerate(parts)}
         expected = {outer + entry[0]: part for part, entries in lists.items() for entry in entries}
         files[f"{outer}split.json"] = json.dumps(lists | {"all": []}).encode()
-    found = load_pictures(write_zip(tmp_path / "a.zip", files) if zipped else write_files(tmp_path / "folder", files))
+    found = load_images(write_zip(tmp_path / "a.zip", files) if zipped else write_files(tmp_path / "folder", files))
     assert found.classes == ("a", "b")
     assert found.parts == expected
-    assert {picture.name for picture in found.of_part("val")} == {name for name, part in expected.items() if part == "val"}
+    assert {image.name for image in found.of_part("val")} == {name for name, part in expected.items() if part == "val"}
 
 
 def test_a_split_file_that_lists_no_parts_splits_nothing(tmp_path):
     files = class_files({"a": 2, "b": 2})
     files["split.json"] = json.dumps({"all": [[name, name[0], "x"] for name in files]}).encode()
-    assert not load_pictures(write_files(tmp_path, files)).parts
+    assert not load_images(write_files(tmp_path, files)).parts
 
 
 def test_validation_without_test_is_the_test(tmp_path):
-    found = load_pictures(write_files(tmp_path, class_files({f"{part}/{key}": 1 for part in ("train", "val") for key in "ab"})))
+    found = load_images(write_files(tmp_path, class_files({f"{part}/{key}": 1 for part in ("train", "val") for key in "ab"})))
     assert set(found.parts.values()) == {"train", "test"}
 
 
@@ -129,7 +129,7 @@ def test_a_csv_may_have_parts_other_columns_quotes_and_a_byte_order_mark(tmp_pat
         lambda name: delimiter.join([f'"{name.split("/")[0]}"', "", f'"{name}"', "train" if name[0] == "a" else "test"]),
     )
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    found = load_pictures(path)
+    found = load_images(path)
     assert found.classes == ("a, or so", "b")
     assert sorted(found.parts.values()) == ["test", "train"]
 
@@ -142,7 +142,7 @@ def test_a_csv_may_have_parts_other_columns_quotes_and_a_byte_order_mark(tmp_pat
         ("path,label\ncats/0.png", r"Line 2 of .*a\.csv.* must hold a path and a label"),
         ("path,label\ncats/0.png,cats,x", r"Line 2 of .*a\.csv.* must hold a path and a label"),
         ("path,label\ncats/0.png,cats\ncats/0.png,dogs", r"Line 3 .*'cats/0\.png' of class 'dogs' again, after line 2"),
-        ("path,label\na.csv,cats", r"Line 2 .*'a\.csv' of class 'cats'.* not called like a picture"),
+        ("path,label\na.csv,cats", r"Line 2 .*'a\.csv' of class 'cats'.* not called like an image"),
         ("path,label,part\ncats/0.png,cats,practice", r"Line 2 .*train, val, test, got 'practice'"),
         ("path,label,part\ncats/0.png,cats,train\ndogs/0.png,dogs,", r"Line 3 .* has no part, others have"),
         ("path,label\ncats/0.png,cats", r"two classes or more, got only 'cats'"),
@@ -156,13 +156,13 @@ def test_a_csv_that_cannot_be_used_is_named_with_the_line(tmp_path, table, messa
     write_files(tmp_path, class_files(COUNTS))
     (tmp_path / "a.csv").write_text(table)
     with pytest.raises(InputError, match=message):
-        load_pictures(tmp_path / "a.csv")
+        load_images(tmp_path / "a.csv")
 
 
 def test_a_csv_in_another_encoding_is_named(tmp_path):
     (tmp_path / "a.csv").write_bytes("path,label\nä.png,a".encode("latin-1"))
     with pytest.raises(InputError, match=r"a\.csv.* must be UTF-8"):
-        load_pictures(tmp_path / "a.csv")
+        load_images(tmp_path / "a.csv")
 
 
 @pytest.mark.parametrize("zipped", [False, True])
@@ -171,15 +171,15 @@ def test_a_csv_in_another_encoding_is_named(tmp_path):
     [
         (class_files({"a": 1}), r"two classes or more, got only 'a'"),
         ({"notes.txt": b""}, r"two classes or more, got none"),
-        (class_files({"a": 1, "b": 1}) | {"c/notes.txt": b""}, r"Class 'c' of .* holds no picture .*\.jpg"),
-        (class_files({"a": 1, "b": 1}) | {"x.png": stored_picture(9)}, r"'x\.png' of .* lies in no class's folder"),
+        (class_files({"a": 1, "b": 1}) | {"c/notes.txt": b""}, r"Class 'c' of .* holds no image .*\.jpg"),
+        (class_files({"a": 1, "b": 1}) | {"x.png": stored_image(9)}, r"'x\.png' of .* lies in no class's folder"),
         (class_files({"train/a": 1, "train/b": 1, "test/a": 1}) | {"test/x.png": b""}, r"'test/x\.png' of .* in no class's"),
     ],
 )
 def test_folders_that_cannot_be_used_are_named(tmp_path, files, message, zipped):
     path = write_zip(tmp_path / "a.zip", files) if zipped else write_files(tmp_path / "folder", files)
     with pytest.raises(InputError, match=message):
-        load_pictures(path)
+        load_images(path)
 
 
 @pytest.mark.parametrize(
@@ -188,62 +188,62 @@ def test_folders_that_cannot_be_used_are_named(tmp_path, files, message, zipped)
         (b"{", "is not JSON"),
         (b"[" * 100_000, "is not JSON"),
         (b"[]", "must hold an object, got list"),
-        (json.dumps({"train": [["a/9.png"]]}).encode(), r"lists \['a/9\.png'\] in 'train', which is no picture"),
-        (json.dumps({"train": [["../a/0.png"]]}).encode(), r"lists \['\.\./a/0\.png'\] in 'train', which is no picture"),
-        (json.dumps({"train": [[7]]}).encode(), r"lists \[7\] in 'train', which is no picture"),
+        (json.dumps({"train": [["a/9.png"]]}).encode(), r"lists \['a/9\.png'\] in 'train', which is no image"),
+        (json.dumps({"train": [["../a/0.png"]]}).encode(), r"lists \['\.\./a/0\.png'\] in 'train', which is no image"),
+        (json.dumps({"train": [[7]]}).encode(), r"lists \[7\] in 'train', which is no image"),
         (json.dumps({"train": [["a/0.png"], ["a/0.png"]]}).encode(), r"lists 'a/0\.png' twice"),
         (json.dumps({"train": [["a/0.png"]]}).encode(), r"does not list 'b/0\.png' of class 'b'"),
     ],
 )
 def test_a_split_file_that_cannot_be_used_is_named(tmp_path, split, message):
     with pytest.raises(InputError, match=r"split\.json of .*" + message):
-        load_pictures(write_files(tmp_path, class_files({"a": 1, "b": 1}) | {"split.json": split}))
+        load_images(write_files(tmp_path, class_files({"a": 1, "b": 1}) | {"split.json": split}))
 
 
 @pytest.mark.parametrize("name", ["nothing", "a.tar"])
 def test_what_is_neither_folder_nor_zip_nor_csv_is_named(tmp_path, name):
     (tmp_path / "a.tar").touch()
     with pytest.raises(InputError, match=rf"{name}.* must be a folder of class folders, a \.zip of one, or a \.csv"):
-        load_pictures(tmp_path / name)
+        load_images(tmp_path / name)
 
 
-def test_an_unreadable_picture_is_named_with_its_class(tmp_path):
+def test_an_unreadable_image_is_named_with_its_class(tmp_path):
     files = class_files({"cats": 8, "dogs": 1})
     for place in range(7):
-        files[f"cats/{place}.png"] = b"no picture"
-    found = load_pictures(write_files(tmp_path, files), {"cats": "small cats"})
-    check_readable(found.pictures[7:])
-    with pytest.raises(InputError, match=r"'cats/0\.png' of class 'small cats' cannot be read as a picture.* And 2 more\."):
-        check_readable(found.pictures)
+        files[f"cats/{place}.png"] = b"no image"
+    found = load_images(write_files(tmp_path, files), {"cats": "small cats"})
+    check_readable(found.images[7:])
+    with pytest.raises(InputError, match=r"'cats/0\.png' of class 'small cats' cannot be read as an image.* And 2 more\."):
+        check_readable(found.images)
 
 
-def test_a_picture_that_is_gone_is_named(tmp_path):
-    found = load_pictures(write_files(tmp_path, class_files(COUNTS)))
-    (tmp_path / found.pictures[0].name).unlink()
-    for look in (read, lambda picture: picture.source.size()):
+def test_a_image_that_is_gone_is_named(tmp_path):
+    found = load_images(write_files(tmp_path, class_files(COUNTS)))
+    (tmp_path / found.images[0].name).unlink()
+    for look in (read, lambda image: image.source.size()):
         with pytest.raises(InputError, match=r"no file .*big_birds/0\.png"):
-            look(found.pictures[0])
+            look(found.images[0])
 
 
-def test_pictures_are_read_upright():
+def test_images_are_read_upright():
     exif = Image.Exif()
     exif[ORIENTATION] = TURNED_RIGHT
     lying = io.BytesIO()
     Image.new("RGB", (60, 40)).save(lying, "JPEG", exif=exif)
-    assert read(LabelledPicture(PictureBytes("a.jpg", lying.getvalue()), 0, "a")).size == (40, 60)
+    assert read(LabelledImage(ImageBytes("a.jpg", lying.getvalue()), 0, "a")).size == (40, 60)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_dataset_gives_transformed_pictures_and_labels_also_from_workers(tmp_path, workers):
-    found = load_pictures(write_zip(tmp_path / "a.zip", class_files({"a": 9, "b": 7})))
-    dataset = PictureDataset(found.pictures, to_tensor)
-    read(found.pictures[0])
+def test_a_dataset_gives_transformed_images_and_labels_also_from_workers(tmp_path, workers):
+    found = load_images(write_zip(tmp_path / "a.zip", class_files({"a": 9, "b": 7})))
+    dataset = LabelledImageDataset(found.images, to_tensor)
+    read(found.images[0])
     pixels, labels = zip(*DataLoader(dataset, batch_size=4, num_workers=workers), strict=True)
     torch.testing.assert_close(torch.cat(labels), dataset.labels)
-    torch.testing.assert_close(torch.cat(pixels), torch.stack([to_tensor(read(picture)) for picture in found.pictures]))
+    torch.testing.assert_close(torch.cat(pixels), torch.stack([to_tensor(read(image)) for image in found.images]))
 
 
-def test_the_same_picture_in_two_classes_is_reported_and_in_neither_afterwards():
+def test_the_same_image_in_two_classes_is_reported_and_in_neither_afterwards():
     labelled = in_memory([b"one", b"two", b"two"], [b"one", b"three"], [b"one"], [b"four"])
     found = find_copies(labelled)
     assert [(copies.names, copies.conflicting) for copies in found] == [
@@ -251,19 +251,19 @@ def test_the_same_picture_in_two_classes_is_reported_and_in_neither_afterwards()
         (("0/1.png", "0/2.png"), False),
     ]
     assert str(found[0]) == (
-        "The same picture is 3 times in the classes 'class 0', 'class 1', 'class 2': '0/0.png', '1/0.png', '2/0.png'."
+        "The same image is 3 times in the classes 'class 0', 'class 1', 'class 2': '0/0.png', '1/0.png', '2/0.png'."
     )
-    with pytest.raises(InputError, match="Class 'class 2' of the set holds no picture"):
+    with pytest.raises(InputError, match="Class 'class 2' of the set holds no image"):
         without_copies(labelled, found)
     kept = without_copies(labelled, [*found[1:], Copies(("0/0.png", "1/0.png"), ("class 0", "class 1"))])
-    assert [picture.name for picture in kept.pictures] == ["0/1.png", "1/1.png", "2/0.png", "3/0.png"]
+    assert [image.name for image in kept.images] == ["0/1.png", "1/1.png", "2/0.png", "3/0.png"]
 
 
 def test_classes_are_renamed_by_their_folders_and_keep_their_keys():
     labelled = rename(in_memory([b"0"], [b"1"]), {"class 1": " a dog "})
     assert labelled.classes == ("class 0", "a dog")
     assert labelled.keys == ("class 0", "class 1")
-    assert [picture.class_name for picture in labelled.pictures] == ["class 0", "a dog"]
+    assert [image.class_name for image in labelled.images] == ["class 0", "a dog"]
     assert rename(labelled, {"class 1": "a cat"}).classes == ("class 0", "a cat")
 
 
@@ -286,8 +286,8 @@ def test_half_of_the_classes_are_held_out_and_labelled_from_zero():
     labelled = in_memory(*[[bytes([label])] for label in range(5)])
     base, new = base_and_new(labelled)
     assert base.classes + new.classes == labelled.classes
-    assert [picture.label for picture in base.pictures] == [0, 1, 2]
-    assert [picture.label for picture in new.pictures] == [0, 1]
-    assert subset(labelled, [3, 0]).pictures[0].label == 1
+    assert [image.label for image in base.images] == [0, 1, 2]
+    assert [image.label for image in new.images] == [0, 1]
+    assert subset(labelled, [3, 0]).images[0].label == 1
     with pytest.raises(InputError, match="at least 4 of them, but the set has 3"):
         base_and_new(base)

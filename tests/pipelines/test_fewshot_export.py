@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_clip import CONFIG, END, pictures, prompts, tiny_clip, tiny_coca
+from tiny_clip import CONFIG, END, images, prompts, tiny_clip, tiny_coca
 
 from pipelines import mini_clip
 from pipelines.adapter_method import trained_parameters, tuner_layers
@@ -46,7 +46,7 @@ def adapted(folder, method="nora", clip=None, tokens=TOKENS, pixels=None, places
     clip = clip or Clip(tiny_clip(), None, None, "tiny")
     options = AdapterOptions(method=method, rank=4, inner_r=2, **changes)
     components = adapters.attach(clip, options, places)
-    pixels = pictures(3) if pixels is None else pixels
+    pixels = images(3) if pixels is None else pixels
     adapters.start(clip, options, components, [pixels], tokens, folder, 0, partial(loss_on, clip, pixels, tokens))
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -57,7 +57,7 @@ def adapted(folder, method="nora", clip=None, tokens=TOKENS, pixels=None, places
 
 @torch.no_grad()
 def features(model):
-    return torch.cat([model.encode_image(pictures(3), normalize=True), model.encode_text(TOKENS, normalize=True)])
+    return torch.cat([model.encode_image(images(3), normalize=True), model.encode_text(TOKENS, normalize=True)])
 
 
 # Merged
@@ -216,7 +216,7 @@ def test_exported_encoders_compute_the_adapted_features_for_any_number_of_inputs
     files = export.save_exported(clip, tmp_path, TOKENS[:2], format)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(file.name for file in files.values())
     for count in (1, 3):
-        pixels = pictures(count, seed=5)
+        pixels = images(count, seed=5)
         torch.testing.assert_close(export.run_exported(files["image"], pixels), clip.encode_images(pixels), atol=1e-5, rtol=0)
     # The file itself finds the end token: what lies behind it counts for nothing, where it stands for much.
     text, places = prompts(4), torch.arange(len(prompts(4)[0]))

@@ -4,12 +4,12 @@ import peft
 import pytest
 import torch
 from PIL import Image
-from tiny_clip import pictures, prompts, tiny_clip
+from tiny_clip import images, prompts, tiny_clip
 from torch.nn import functional as F
 
 from pipelines.cache import TensorCache
 from pipelines.clip import Clip
-from pipelines.fewshot.features import picture_features, prompt_features, raw_pixels
+from pipelines.fewshot.features import image_features, prompt_features, raw_pixels
 from pipelines.fewshot.prompts import Prompts
 
 ROWS = prompts(3, 7, 12, 5)
@@ -24,7 +24,7 @@ def clip():
 
 @pytest.fixture
 def runs(clip):
-    """How many pictures and texts each call of a tower gets, in the order of the calls."""
+    """How many images and texts each call of a tower gets, in the order of the calls."""
     counts = {"pictures": [], "texts": []}
     clip.model.visual.register_forward_pre_hook(lambda _, inputs: counts["pictures"].append(len(inputs[0])))
     clip.model.transformer.register_forward_pre_hook(lambda _, inputs: counts["texts"].append(len(inputs[0])))
@@ -32,15 +32,15 @@ def runs(clip):
 
 
 def labelled(*places):
-    """Some of the COUNT pictures, each with its place as its label."""
-    pixels = pictures(COUNT)
+    """Some of the COUNT images, each with its place as its label."""
+    pixels = images(COUNT)
     return [(pixels[place], place) for place in places or range(COUNT)]
 
 
 @torch.no_grad()
-def test_features_are_open_clips_in_the_pictures_order_whatever_the_batches(clip):
-    features, labels = picture_features(clip, labelled(), batch_size=2)
-    torch.testing.assert_close(features, clip.model.encode_image(pictures(COUNT), normalize=True))
+def test_features_are_open_clips_in_the_images_order_whatever_the_batches(clip):
+    features, labels = image_features(clip, labelled(), batch_size=2)
+    torch.testing.assert_close(features, clip.model.encode_image(images(COUNT), normalize=True))
     assert labels.tolist() == list(range(COUNT))
 
 
@@ -53,12 +53,12 @@ def test_a_class_is_the_mean_direction_of_its_prompts(clip):
 
 def test_what_is_kept_is_not_computed_again_and_only_that(clip, runs, tmp_path):
     cache = TensorCache(tmp_path)
-    first, _ = picture_features(clip, labelled(0, 1, 2), cache=cache)
-    again, labels = picture_features(clip, labelled(3, 2, 0), cache=cache)
+    first, _ = image_features(clip, labelled(0, 1, 2), cache=cache)
+    again, labels = image_features(clip, labelled(3, 2, 0), cache=cache)
     assert runs["pictures"] == [3, 1]
     assert labels.tolist() == [3, 2, 0]
     assert torch.equal(again[1:], first[[2, 0]])
-    torch.testing.assert_close(again[0], picture_features(clip, labelled(3))[0][0])
+    torch.testing.assert_close(again[0], image_features(clip, labelled(3))[0][0])
 
 
 def test_prompts_are_kept_too(clip, runs, tmp_path):
@@ -71,11 +71,11 @@ def test_prompts_are_kept_too(clip, runs, tmp_path):
 @pytest.mark.parametrize(("changed", "expected"), [("visual.proj", [COUNT, COUNT]), ("text_projection", [COUNT])])
 def test_only_the_weights_of_the_own_tower_call_for_other_features(clip, runs, tmp_path, changed, expected):
     cache = TensorCache(tmp_path)
-    picture_features(clip, labelled(), cache=cache)
+    image_features(clip, labelled(), cache=cache)
     clip.model.get_parameter(changed).data.mul_(-1)
-    found, _ = picture_features(clip, labelled(), cache=cache)
+    found, _ = image_features(clip, labelled(), cache=cache)
     assert runs["pictures"] == expected
-    torch.testing.assert_close(found, clip.encode_images(pictures(COUNT)))
+    torch.testing.assert_close(found, clip.encode_images(images(COUNT)))
 
 
 @pytest.mark.parametrize(("tower", "expected"), [("visual", [COUNT, COUNT]), ("transformer", [COUNT])])
@@ -83,22 +83,22 @@ def test_nothing_is_kept_of_a_tower_with_an_adapter(clip, runs, tmp_path, tower,
     config = peft.LoraConfig(target_modules=rf"{tower}\..*c_fc")
     peft.inject_adapter_in_model(config, clip.model)
     for _ in range(2):
-        picture_features(clip, labelled(), cache=TensorCache(tmp_path))
+        image_features(clip, labelled(), cache=TensorCache(tmp_path))
     assert runs["pictures"] == expected
 
 
 def test_features_are_those_of_evaluation_and_the_mode_is_restored(clip):
     clip.model.visual.patch_dropout = torch.nn.Dropout(0.5)
-    expected, _ = picture_features(clip, labelled())
+    expected, _ = image_features(clip, labelled())
     clip.model.visual.train()
-    found, _ = picture_features(clip, labelled())
+    found, _ = image_features(clip, labelled())
     assert torch.equal(found, expected)
     assert not found.requires_grad
     assert clip.model.visual.patch_dropout.training
     assert not clip.model.transformer.training
 
 
-def test_raw_pixels_are_block_means_of_the_whole_picture():
+def test_raw_pixels_are_block_means_of_the_whole_image():
     values = torch.randint(0, 256, (8, 12, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     found = raw_pixels(Image.fromarray(values.numpy()), side=4).view(3, 4, 4)
     means = F.avg_pool2d(values.permute(2, 0, 1).float(), (2, 3)) / 255

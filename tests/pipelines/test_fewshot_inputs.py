@@ -1,35 +1,35 @@
-"""Pictures as a classifier is given them: files, PIL pictures and tensors are the same picture, and what is none is named."""
+"""Images as a classifier is given them: files, PIL images and tensors are the same image, and what is none is named."""
 
 import io
 
 import numpy as np
 import pytest
 import torch
-from picture_sets import stored_picture
+from image_sets import stored_image
 from PIL import Image
 
 from pipelines.errors import InputError
-from pipelines.fewshot.inputs import GivenPictureSet
+from pipelines.fewshot.inputs import GivenImageSet
 
 PIXELS = torch.randint(0, 256, (3, 3, 6, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-PICTURES = [Image.fromarray(own.permute(1, 2, 0).numpy()) for own in PIXELS]
+IMAGES = [Image.fromarray(own.permute(1, 2, 0).numpy()) for own in PIXELS]
 # Every level that a byte has.
 LEVELS = torch.arange(256, dtype=torch.uint8).expand(3, 2, 256)
 
 
 def arrays(given):
     """What a model would be given, as arrays (h, w, 3)."""
-    found = GivenPictureSet(given, np.asarray)
+    found = GivenImageSet(given, np.asarray)
     assert [found[place][1] for place in range(len(found))] == list(range(len(found)))
     return [found[place][0] for place in range(len(found))]
 
 
 @pytest.mark.parametrize(
     "given",
-    [PICTURES, tuple(PICTURES), PIXELS, list(PIXELS), PIXELS / 255, (PIXELS / 255).half(), (PIXELS.double() / 255)],
+    [IMAGES, tuple(IMAGES), PIXELS, list(PIXELS), PIXELS / 255, (PIXELS / 255).half(), (PIXELS.double() / 255)],
     ids=["pictures", "tuple", "one tensor", "tensors", "single", "half", "double"],
 )
-def test_all_forms_of_a_picture_are_the_same_picture(given):
+def test_all_forms_of_a_image_are_the_same_image(given):
     np.testing.assert_array_equal(np.stack(arrays(given)), PIXELS.permute(0, 2, 3, 1))
 
 
@@ -40,49 +40,49 @@ def test_levels_are_rounded_and_not_cut(dtype):
 
 
 def test_files_are_called_by_their_paths_and_all_else_by_its_place(tmp_path):
-    PICTURES[0].save(tmp_path / "0.png")
-    given = [tmp_path / "0.png", str(tmp_path / "0.png"), PICTURES[1], PIXELS[2]]
-    np.testing.assert_array_equal(arrays(given)[:2], [PICTURES[0], PICTURES[0]])
-    assert GivenPictureSet(given, np.asarray).names == (*[str(tmp_path / "0.png")] * 2, "images[2]", "images[3]")
+    IMAGES[0].save(tmp_path / "0.png")
+    given = [tmp_path / "0.png", str(tmp_path / "0.png"), IMAGES[1], PIXELS[2]]
+    np.testing.assert_array_equal(arrays(given)[:2], [IMAGES[0], IMAGES[0]])
+    assert GivenImageSet(given, np.asarray).names == (*[str(tmp_path / "0.png")] * 2, "images[2]", "images[3]")
     for single in given:
-        assert len(GivenPictureSet(single, np.asarray)) == 1
+        assert len(GivenImageSet(single, np.asarray)) == 1
 
 
-def test_pictures_are_turned_upright_and_transparent_parts_white(tmp_path):
+def test_images_are_turned_upright_and_transparent_parts_white(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    PICTURES[0].transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
-    clear, white = PICTURES[0].convert("RGBA"), PICTURES[0].copy()
+    IMAGES[0].transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    clear, white = IMAGES[0].convert("RGBA"), IMAGES[0].copy()
     clear.putalpha(Image.fromarray(np.repeat([[0], [255]], [2, 4], axis=0).repeat(8, axis=1).astype(np.uint8)))
     white.paste("white", (0, 0, 8, 2))
     with Image.open(tmp_path / "turned.png") as opened:
         found = arrays([tmp_path / "turned.png", opened, clear])
-    np.testing.assert_array_equal(found, [PICTURES[0], PICTURES[0], white])
+    np.testing.assert_array_equal(found, [IMAGES[0], IMAGES[0], white])
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([], "images must be one picture or more, got none"),
+        ([], "images must be one image or more, got none"),
         ([PIXELS[0], torch.zeros(1, 8, 8)], r"images\[1\] must be a tensor of shape \(3, h, w\), got \(1, 8, 8\)"),
         (torch.zeros(8, 8), r"images\[0\] must be a tensor of shape \(3, h, w\), got \(8, 8\)"),
         (torch.zeros(3, 0, 8), r"images\[0\] must be a tensor of shape \(3, h, w\), got \(3, 0, 8\)"),
         ([PIXELS[0], LEVELS / 255 * 2 - 1], r"images\[1\] must hold values in \[0, 1\], got -1 to 1\. Undo any normalisation"),
         ([PIXELS[0] * torch.nan], r"images\[0\] must hold values in \[0, 1\], got nan"),
         ([PIXELS[0].long()], r"images\[0\] must be uint8 or floating point, got torch\.int64"),
-        ([PIXELS[0], PIXELS[0].numpy()], r"images\[1\] must be a PIL picture, the path of a file, or a tensor .*, got ndarray"),
-        (["nowhere/cat.png"], r"'nowhere/cat\.png' cannot be read as a picture"),
+        ([PIXELS[0], PIXELS[0].numpy()], r"images\[1\] must be a PIL image, the path of a file, or a tensor .*, got ndarray"),
+        (["nowhere/cat.png"], r"'nowhere/cat\.png' cannot be read as an image"),
     ],
 )
-def test_what_is_no_picture_is_refused_with_its_place(given, message):
+def test_what_is_no_image_is_refused_with_its_place(given, message):
     with pytest.raises(InputError, match=message):
         arrays(given)
 
 
-def test_a_damaged_picture_is_named(tmp_path):
-    cut = stored_picture(0, side=64)[:-500]
+def test_a_damaged_image_is_named(tmp_path):
+    cut = stored_image(0, side=64)[:-500]
     (tmp_path / "cut.png").write_bytes(cut)
-    with pytest.raises(InputError, match=r"cut\.png' cannot be read as a picture"):
-        arrays([PICTURES[0], tmp_path / "cut.png"])
+    with pytest.raises(InputError, match=r"cut\.png' cannot be read as an image"):
+        arrays([IMAGES[0], tmp_path / "cut.png"])
     with Image.open(io.BytesIO(cut)) as opened, pytest.raises(InputError, match=r"images\[1\] cannot be decoded"):
-        arrays([PICTURES[0], opened])
+        arrays([IMAGES[0], opened])

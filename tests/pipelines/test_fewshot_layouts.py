@@ -5,25 +5,25 @@ import os
 from collections import Counter
 
 import pytest
-from picture_sets import class_files, write_files, write_zip
+from image_sets import class_files, write_files, write_zip
 from shared_cases import case_folder
 
 from pipelines.errors import InputError
-from pipelines.fewshot.loading import load_pictures
+from pipelines.fewshot.loading import load_images
 from pipelines.fewshot.shots import sample_split, split_notes
-from training.fewshot.study import labelled_set
+from training.fewshot.experiment import labelled_set
 from training.options.fewshot import LabelledDataOptions
 
 
 def loaded(tmp_path, files, zipped=False, names=None):
     """The set of these files, from a folder or from a zip."""
     path = write_zip(tmp_path / "set.zip", files) if zipped else write_files(tmp_path / "set", files)
-    return load_pictures(path, names)
+    return load_images(path, names)
 
 
 def parts_by_folder(labelled, place=0):
     """Which part the images of each folder are in."""
-    return {picture.name.split("/")[place]: labelled.parts.get(picture.name) for picture in labelled.pictures}
+    return {image.name.split("/")[place]: labelled.parts.get(image.name) for image in labelled.images}
 
 
 @pytest.mark.parametrize("zipped", [False, True])
@@ -167,7 +167,7 @@ def test_the_column_of_a_csv_that_splits_it_is_read_in_any_spelling(tmp_path, co
     values = {"0": "Training", "1": "PublicTest", "2": "PrivateTest"}
     rows = [f"{name},{name[0]},{values[name[2]]},0,," for name in files]
     write_files(tmp_path, files | {"a.csv": "\n".join([f"Path,LABEL,{column},width,,", *rows]).encode()})
-    found = load_pictures(tmp_path / "a.csv")
+    found = load_images(tmp_path / "a.csv")
     assert {name: found.parts[name] for name in files} == {name: ("train", "val", "test")[int(name[2])] for name in files}
     assert any(f"split by its column {column!r}" in note for note in found.notes)
     assert "Its column 'width' is not used." in found.notes
@@ -184,7 +184,7 @@ def test_a_csv_with_two_split_columns_is_refused(tmp_path, header, message):
     write_files(tmp_path, class_files({"a": 1, "b": 1}))
     (tmp_path / "a.csv").write_text(f"{header}\na/0.png,a,train,test\nb/0.png,b,test,train")
     with pytest.raises(InputError, match=message):
-        load_pictures(tmp_path / "a.csv")
+        load_images(tmp_path / "a.csv")
 
 
 @pytest.mark.parametrize("zipped", [False, True])
@@ -215,7 +215,7 @@ def test_broken_links_and_folders_without_images_are_named(tmp_path):
     os.mkfifo(tmp_path / "Train" / "b" / "pipe.png")
     (tmp_path / "Val").mkdir()
     (tmp_path / "Train" / "a" / "masks").mkdir()
-    notes = load_pictures(tmp_path).notes
+    notes = load_images(tmp_path).notes
     assert "2 broken links or special files are not used: 'Train/a/gone.png', 'Train/b/pipe.png'." in notes
     assert "Folders without images are not used: 'Train/a/masks', 'Val'." in notes
 
@@ -262,4 +262,4 @@ def test_rebuilt_sets_are_learned_from_and_tested_on_as_their_own_split_says(pat
         # Images 0 to 4 are for training in all of them, 7 is for the test.
         assert all(int(name[-7:-4]) <= 5 for name in names["train"] | names["val"])
         assert all(int(name[-7:-4]) >= 5 for name in names["test"])
-    assert names["test"] == {picture.name for picture in labelled.of_part("test")}
+    assert names["test"] == {image.name for image in labelled.of_part("test")}

@@ -46,7 +46,7 @@ def test_scores_are_scikit_learns():
     assert json.loads(json.dumps(found.as_dict()))["top1"]["value"] == found.top1.value
 
 
-def test_a_class_without_pictures_has_no_accuracy_and_keeps_its_row():
+def test_a_class_without_images_has_no_accuracy_and_keeps_its_row():
     logits = torch.eye(4)[[0, 1, 3, 3]]
     found = score(logits, torch.tensor([0, 1, 3, 1]), CLASSES)
     assert found.per_class == {"a": 1.0, "b": 0.5, "c": None, "d": 1.0}

@@ -55,7 +55,7 @@ def test_a_reliability_curve_leaves_empty_bins_out_and_names_its_error(tmp_path)
     stored(figure, tmp_path / "a.png")
 
 
-def test_classes_are_sorted_by_the_last_classifier_and_those_without_pictures_left_out(tmp_path):
+def test_classes_are_sorted_by_the_last_classifier_and_those_without_images_left_out(tmp_path):
     accuracies = {
         "zero-shot": {"$x$": 0.1, "b": 0.2, "c": None, "d": 0.9},
         "adapted": {"$x$": 0.8, "b": 0.3, "c": None, "d": 0.5},

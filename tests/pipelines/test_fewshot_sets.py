@@ -4,7 +4,7 @@ import json
 
 import open_clip
 import pytest
-from picture_sets import stored_picture, write_files
+from image_sets import stored_image, write_files
 
 from pipelines.errors import InputError
 from pipelines.fewshot.data import read
@@ -20,11 +20,11 @@ IDENTS = ("n01", "n02")
 
 
 def lay_out(root, name, split, missing=()):
-    """A set with a split file, and the pictures that it lists."""
+    """A set with a split file, and the images that it lists."""
     layout = SETS[name]
     images = f"{layout.folder}/{layout.images}/"
     listed = [entry[0] for entries in split.values() for entry in entries if entry[0] not in missing]
-    files = {images + path: stored_picture(seed, form="JPEG") for seed, path in enumerate(listed)}
+    files = {images + path: stored_image(seed, form="JPEG") for seed, path in enumerate(listed)}
     return write_files(root, files | {f"{layout.folder}/{layout.split}": json.dumps(split).encode()})
 
 
@@ -52,20 +52,20 @@ def test_a_split_file_is_read_as_it_is(tmp_path, name):
     assert found.classes == ("a dog", "a_cat")
     listed = {part: [[p.name, p.label, p.class_name] for p in found.of_part(part)] for part in ("train", "val", "test")}
     assert listed == SPLIT
-    assert read(found.pictures[0]).size == (8, 8)
+    assert read(found.images[0]).size == (8, 8)
 
 
 def test_the_folder_may_be_written_otherwise_and_be_a_link(tmp_path):
     lay_out(tmp_path / "elsewhere", "ucf101", SPLIT)
     (tmp_path / "UCF101").symlink_to(tmp_path / "elsewhere" / "ucf101")
-    assert len(load_set(tmp_path, "ucf101").pictures) == 4
+    assert len(load_set(tmp_path, "ucf101").images) == 4
 
 
 def test_imagenets_validation_is_its_test_and_its_names_are_the_files(tmp_path):
     found = load_set(lay_out_imagenet(tmp_path), "imagenet")
     assert found.classes == ("great white shark", "house")
-    assert {(p.name.split("/")[0], found.parts[p.name]) for p in found.pictures} == {("train", "train"), ("val", "test")}
-    assert [picture.label for picture in found.of_part("test")] == [0, 0, 1, 1]
+    assert {(p.name.split("/")[0], found.parts[p.name]) for p in found.images} == {("train", "train"), ("val", "test")}
+    assert [image.label for image in found.of_part("test")] == [0, 0, 1, 1]
 
 
 def test_imagenets_names_are_open_clips_where_there_is_no_file(tmp_path, monkeypatch):
@@ -76,7 +76,7 @@ def test_imagenets_names_are_open_clips_where_there_is_no_file(tmp_path, monkeyp
 def test_aircraft_are_read_from_their_own_tables(tmp_path):
     found = load_set(lay_out_aircraft(tmp_path), "fgvc_aircraft")
     assert found.classes == ("707-320 B", "An-12")
-    assert [(p.name, p.label, found.parts[p.name]) for p in found.pictures] == [
+    assert [(p.name, p.label, found.parts[p.name]) for p in found.images] == [
         ("000.jpg", 1, "train"),
         ("001.jpg", 0, "train"),
         ("002.jpg", 0, "val"),
@@ -87,11 +87,11 @@ def test_aircraft_are_read_from_their_own_tables(tmp_path):
 @pytest.mark.parametrize(
     ("split", "message"),
     [
-        (SPLIT | {"val": None}, r"must list the pictures of 'val'"),
+        (SPLIT | {"val": None}, r"must list the images of 'val'"),
         (SPLIT | {"val": [["../x.jpg", 0, "a dog"]]}, r"\[path below the set's folder, label, class\] in 'val'"),
         (SPLIT | {"val": [["/x.jpg", 0, "a dog"]]}, r"\[path below the set's folder, label, class\] in 'val'"),
         (SPLIT | {"val": [["x.jpg", "0", "a dog"]]}, r"in 'val', got \['x\.jpg', '0', 'a dog'\]"),
-        (SPLIT | {"val": [["b/2.jpg", 0, "a dog"]]}, r"DTD lists a picture twice"),
+        (SPLIT | {"val": [["b/2.jpg", 0, "a dog"]]}, r"DTD lists an image twice"),
         (SPLIT | {"val": [["a/2.jpg", 0, "a_cat"]]}, r"calls the class of 'a/2\.jpg' 'a_cat', but class 0 is 'a dog'"),
         (SPLIT | {"val": [["a/2.jpg", 3, "a bird"]]}, r"labels of DTD must be 0 to 2, got 0 to 3"),
     ],
@@ -103,7 +103,7 @@ def test_a_split_file_that_cannot_be_used_is_named(tmp_path, split, message):
         load_set(root, "dtd")
 
 
-def test_a_picture_that_is_listed_and_not_there_is_named_with_its_class(tmp_path):
+def test_a_image_that_is_listed_and_not_there_is_named_with_its_class(tmp_path):
     with pytest.raises(InputError, match=r"lists 'a/2\.jpg' of class 'a_cat', but there is no such file.*DATASETS\.md"):
         load_set(lay_out(tmp_path, "dtd", SPLIT, missing=["a/2.jpg"]), "dtd")
 
@@ -118,8 +118,8 @@ def test_a_picture_that_is_listed_and_not_there_is_named_with_its_class(tmp_path
         ("imagenet", lambda root: lay_out_imagenet(root, val=["n01"]), r"same classes in train and val, but 'n02'"),
         ("imagenet", lambda root: lay_out_imagenet(root, names=None), r"ImageNet needs .*classnames\.txt.*missing"),
         ("imagenet", lambda root: lay_out_imagenet(root, names=b"n01 a"), r"must name every class, but not 'n02'"),
-        ("fgvc_aircraft", lambda root: lay_out_aircraft(root, b"003 An-13"), r"lists '003 An-13', of which the picture or the"),
-        ("fgvc_aircraft", lambda root: lay_out_aircraft(root, b"009 An-12"), r"lists '009 An-12', of which the picture or the"),
+        ("fgvc_aircraft", lambda root: lay_out_aircraft(root, b"003 An-13"), r"lists '003 An-13', of which the image or the"),
+        ("fgvc_aircraft", lambda root: lay_out_aircraft(root, b"009 An-12"), r"lists '009 An-12', of which the image or the"),
     ],
 )
 def test_what_is_missing_is_named(tmp_path, name, prepare, message):

@@ -7,21 +7,21 @@ from itertools import pairwise
 import pytest
 
 from pipelines.errors import InputError
-from pipelines.fewshot.data import PARTS, LabelledPicture, LabelledSet, base_and_new, rename
+from pipelines.fewshot.data import PARTS, LabelledImage, LabelledSet, base_and_new, rename
 from pipelines.fewshot.shots import load_split, sample_split, save_split, saved_split
-from pipelines.fewshot.sources import PictureBytes
+from pipelines.fewshot.sources import ImageBytes
 
 
 def make_set(counts, parts=None):
-    """A set of pictures "<class>/<place>"; `parts` gives for each place of every class its part."""
+    """A set of images "<class>/<place>"; `parts` gives for each place of every class its part."""
     keys = tuple(counts)
-    pictures = tuple(
-        LabelledPicture(PictureBytes(f"{key}/{place:03d}", b""), label, key)
+    images = tuple(
+        LabelledImage(ImageBytes(f"{key}/{place:03d}", b""), label, key)
         for label, (key, count) in enumerate(counts.items())
         for place in range(count)
     )
-    listed = {picture.name: parts[int(picture.name.split("/")[1])] for picture in pictures} if parts else {}
-    return LabelledSet("the set", keys, keys, pictures, listed)
+    listed = {image.name: parts[int(image.name.split("/")[1])] for image in images} if parts else {}
+    return LabelledSet("the set", keys, keys, images, listed)
 
 
 def counts_of(split):
@@ -50,20 +50,20 @@ def test_all_shots_are_all_that_neither_test_nor_validate(labelled, train):
     split = sample_split(labelled, "all", seed=0)
     assert counts_of(split)["train"] == train
     if labelled is not OFFICIAL:
-        assert sum(len(split.names[part]) for part in PARTS) == len(labelled.pictures)
+        assert sum(len(split.names[part]) for part in PARTS) == len(labelled.images)
 
 
 @pytest.mark.parametrize("shots", [1, 16, "all"])
 @pytest.mark.parametrize("labelled", [PLAIN, OFFICIAL, WITHOUT_VAL])
-def test_no_picture_is_in_two_parts_and_a_set_keeps_its_own(labelled, shots):
+def test_no_image_is_in_two_parts_and_a_set_keeps_its_own(labelled, shots):
     split = sample_split(labelled, shots, seed=3)
     names = [name for part in PARTS for name, _ in split.names[part]]
     assert len(set(names)) == len(names)
     for part in PARTS:
-        for picture in split.pictures(labelled, part):
-            own = labelled.parts.get(picture.name, part)
+        for image in split.images(labelled, part):
+            own = labelled.parts.get(image.name, part)
             assert own == part or (part == "val" and own == "train" and labelled is WITHOUT_VAL)
-            assert (picture.name, picture.label) in split.names[part]
+            assert (image.name, image.label) in split.names[part]
 
 
 def test_the_seed_draws_other_shots_and_never_another_test():
@@ -103,9 +103,9 @@ def test_a_class_is_drawn_the_same_whatever_the_others_and_whatever_its_name():
             assert [name for name, _ in split.names[part] if name[0] == "c"] == [n for n, _ in alone.names[part] if n[0] == "c"]
 
 
-def test_held_out_classes_are_tested_on_the_pictures_that_all_classes_are():
+def test_held_out_classes_are_tested_on_the_images_that_all_classes_are():
     labelled = make_set(dict.fromkeys("abcd", 20))
-    parts = [sample_split(half, 2, seed=1).pictures(half, "test") for half in base_and_new(labelled)]
+    parts = [sample_split(half, 2, seed=1).images(half, "test") for half in base_and_new(labelled)]
     assert [p.name for half in parts for p in half] == [name for name, _ in sample_split(labelled, 2, seed=1).names["test"]]
 
 
@@ -115,22 +115,22 @@ def test_held_out_classes_are_tested_on_the_pictures_that_all_classes_are():
         (
             make_set({"a": 40, "b": 5}),
             4,
-            r"'b' of the set must have 8 pictures to learn from 4 and choose on 4, got 3, since 2 are",
+            r"'b' of the set must have 8 images to learn from 4 and choose on 4, got 3, since 2 are",
         ),
         (
             make_set({"a": 40, "b": 1}),
             1,
-            r"'b' of the set must have 2 .*, got 0, since 1 are held out.*pictures to it, or leave the ",
+            r"'b' of the set must have 2 .*, got 0, since 1 are held out.*images to it, or leave the ",
         ),
         (make_set({"a": 40, "b": 5}), 2, r"'b' of the set must have 4 .* or take fewer shots\."),
         (make_set({"a": 40, "b": 2}), "all", r"'b' of the set must have 2 .*, got 1, since 1 are"),
-        (OFFICIAL, 21, r"'a' of the set must have 21 pictures to learn from 21 and choose on 4, got 20, as its own split says"),
-        (WITHOUT_VAL, 25, r"'a' of the set must have 29 pictures .* got 28, as its own split says"),
-        (make_set({"a": 9, "b": 9}, ["train"] * 9), 1, r"the set has no picture to test on.*train alone"),
+        (OFFICIAL, 21, r"'a' of the set must have 21 images to learn from 21 and choose on 4, got 20, as its own split says"),
+        (WITHOUT_VAL, 25, r"'a' of the set must have 29 images .* got 28, as its own split says"),
+        (make_set({"a": 9, "b": 9}, ["train"] * 9), 1, r"the set has no image to test on.*train alone"),
         (PLAIN, 0, r"shots must be 1 or more, or all, got 0"),
     ],
 )
-def test_fewer_pictures_than_shots_are_named_with_their_class(labelled, shots, message):
+def test_fewer_images_than_shots_are_named_with_their_class(labelled, shots, message):
     with pytest.raises(InputError, match=message):
         sample_split(labelled, shots, seed=0)
 
@@ -179,5 +179,5 @@ def test_a_split_of_another_set_is_refused(tmp_path):
     save_split(sample_split(PLAIN, 4, 1), tmp_path / "a.json")
     with pytest.raises(InputError, match=r"other classes than the set has"):
         load_split(tmp_path / "a.json", OFFICIAL)
-    with pytest.raises(InputError, match=r"has 'c/\d+' of class 'c', but the set has no such picture"):
+    with pytest.raises(InputError, match=r"has 'c/\d+' of class 'c', but the set has no such image"):
         load_split(tmp_path / "a.json", make_set({"a": 40, "b": 30, "c": 50}))

@@ -7,29 +7,29 @@ import sys
 
 import pytest
 import torch
-from picture_sets import stored_picture
+from image_sets import stored_image
 
 from pipelines.errors import InputError
 from pipelines.fewshot.data import check_readable
-from pipelines.fewshot.loading import load_folder, load_pictures
+from pipelines.fewshot.loading import load_folder, load_images
 from pipelines.file_names import display_path
-from pipelines.pictures import read_picture
+from pipelines.images import read_image
 from pipelines.subject.captions import find_captioned
-from pipelines.subject.doctor import DoctorOptions, main
+from pipelines.subject.image_checks import DoctorOptions, main
 from training.options.data import DataOptions
 from training.runs.provenance import file_records, write_provenance
 from training.runs.run import RunDirectory
-from training.subject.preparing import checked_pictures, record_report
+from training.subject.preparing import checked_images, record_report
 
 RAW, SPELLED = b"\xffphoto.png", r"\udcffphoto.png"
 
 
 @pytest.fixture
 def photos(tmp_path):
-    """A folder with a sound and a damaged picture whose names are not UTF-8, and two others."""
+    """A folder with a sound and a damaged image whose names are not UTF-8, and two others."""
     folder = tmp_path / "photos"
     folder.mkdir()
-    files = {RAW: stored_picture(0), b"\xfedamaged.png": b"no picture", b"b.png": stored_picture(1), b"c.png": stored_picture(2)}
+    files = {RAW: stored_image(0), b"\xfedamaged.png": b"no image", b"b.png": stored_image(1), b"c.png": stored_image(2)}
     for name, content in files.items():
         _write(os.path.join(os.fsencode(folder), name), content)
     return folder
@@ -62,16 +62,16 @@ def test_the_doctor_prints_and_writes_such_names(photos, tmp_path, monkeypatch):
     assert SPELLED in printed()
     assert r"\udcfedamaged.png" in printed()
     written = json.loads((tmp_path / "report.json").read_bytes().decode("utf-8"))
-    assert any(picture["path"].endswith(SPELLED) for picture in written["pictures"])
+    assert any(image["path"].endswith(SPELLED) for image in written["pictures"])
     json.dumps(written, ensure_ascii=False).encode("utf-8")
 
 
 def test_a_training_takes_such_names_and_its_records_are_utf_8(photos, tmp_path):
-    found = checked_pictures(DataOptions(instance_data_dir=str(photos), instance_prompt="a dog", heldout_image="none"), seed=0)
+    found = checked_images(DataOptions(instance_data_dir=str(photos), instance_prompt="a dog", heldout_image="none"), seed=0)
     assert len(found.train) == 3
     run = RunDirectory.create(tmp_path / "run", {})
     record_report(found.report, 64, run)
-    records = file_records(picture.path for picture in found.train)
+    records = file_records(image.path for image in found.train)
     write_provenance(run, {}, {"name": "any"}, torch.device("cpu"), {"pictures": records}, 0)
     for name in ("photos.json", "provenance.json"):
         text = json.dumps(json.loads((run.path / name).read_bytes().decode("utf-8")), ensure_ascii=False)
@@ -84,15 +84,15 @@ def test_a_folder_with_such_a_name_makes_a_prompt_that_a_tokenizer_takes(photos)
     assert find_captioned(raw, "a photo of {subject}")[0].prompt == r"a photo of \udcffdog"
 
 
-def test_the_few_shot_reader_takes_such_names_and_names_damaged_pictures(photos, tmp_path):
+def test_the_few_shot_reader_takes_such_names_and_names_damaged_images(photos, tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "set" / name).mkdir(parents=True)
     for place, path in enumerate(photos.iterdir()):
         path.rename(tmp_path / "set" / ("cat", "dog")[place % 2] / path.name)
-    pictures = load_folder(tmp_path / "set").pictures
-    assert len(pictures) == 4
+    images = load_folder(tmp_path / "set").images
+    assert len(images) == 4
     with pytest.raises(InputError, match=r"\\udcfedamaged\.png' of class '.*' cannot be read") as error:
-        check_readable(pictures)
+        check_readable(images)
     str(error.value).encode("utf-8")
 
 
@@ -100,15 +100,15 @@ def test_a_class_folder_with_such_a_name_is_refused_in_a_sentence(photos):
     for name in (b"\xffcat", b"dog"):
         folder = os.path.join(os.fsencode(photos), name)
         os.mkdir(folder)
-        _write(os.path.join(folder, b"a.png"), stored_picture(0))
+        _write(os.path.join(folder, b"a.png"), stored_image(0))
     for path in photos.glob("*.png"):
         path.unlink()
     with pytest.raises(InputError, match=r"The name of class '\\udcffcat' must be one line of text"):
-        load_pictures(photos)
+        load_images(photos)
 
 
 def test_errors_can_be_written_whatever_name_is_in_them(photos):
     with pytest.raises(InputError) as error:
-        read_picture(photos / os.fsdecode(b"\xfedamaged.png"))
+        read_image(photos / os.fsdecode(b"\xfedamaged.png"))
     str(error.value).encode("utf-8")
     assert str(InputError(f"no {os.fsdecode(RAW)}")) == f"no {SPELLED}"

@@ -11,12 +11,12 @@ from shared_cases import case_folder
 from pipelines.errors import InputError
 from pipelines.subject.caption_files import read_captions
 from pipelines.subject.captions import class_prompts, find_captioned, subject_folders
-from pipelines.subject.doctor import examine
 from pipelines.subject.folder_entries import REASONS, FolderAccount
 from pipelines.subject.folder_listing import list_folder
 from pipelines.subject.folder_names import class_words, kohya_name, unused_kind
 from pipelines.subject.folder_scan import scan_folder
-from pipelines.subject.prior import ClassPictures
+from pipelines.subject.image_checks import examine
+from pipelines.subject.prior import ClassImages
 
 
 def write(folder, *names):
@@ -158,9 +158,9 @@ def test_what_is_no_folder_is_named(tmp_path, name, message):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["x/y/0.png"], r"holds no picture .*further down.*The first is .*x/y/0\.png"),
-        (["0.cr2"], r"holds no picture .*formats are not read: '0\.cr2'"),
-        (["notes.md"], r"holds no picture .*Not used: 'notes\.md'"),
+        (["x/y/0.png"], r"holds no image .*further down.*The first is .*x/y/0\.png"),
+        (["0.cr2"], r"holds no image .*formats are not read: '0\.cr2'"),
+        (["notes.md"], r"holds no image .*Not used: 'notes\.md'"),
     ],
 )
 def test_a_folder_without_images_says_what_it_holds_instead(tmp_path, files, message):
@@ -213,7 +213,7 @@ def test_an_image_that_is_called_a_mask_and_pairs_with_none_is_an_image(tmp_path
 def test_the_reported_masks_are_left_out():
     folder = case_folder("photos-masks") / "masks_beside"
     assert list(used(folder).values()) == [["00.png", "01.png", "02.png"]]
-    assert [picture.path.name for picture in find_captioned(folder, "sks toy")] == ["00.png", "01.png", "02.png"]
+    assert [image.path.name for image in find_captioned(folder, "sks toy")] == ["00.png", "01.png", "02.png"]
     assert {path.name for path in examine(folder).usable} == {"00.png", "01.png", "02.png"}
 
 
@@ -274,7 +274,7 @@ def test_kohyas_folders_give_subjects_and_offer_class_images(tmp_path, with_phot
     folder = case_folder("photos-kohya-folders") / "kohya_img" if with_photos else tmp_path
     if not with_photos:
         write(tmp_path, "10_sks toy/0.png", "1_toy/3.png", "20_zxq dog/0.png")
-    prompts = {picture.prompt for picture in find_captioned(folder, "a photo of {subject}")}
+    prompts = {image.prompt for image in find_captioned(folder, "a photo of {subject}")}
     assert prompts == {"a photo of sks toy"} | (set() if with_photos else {"a photo of zxq dog"})
     assert kinds(folder) == {"1_toy": "class_data"}
     words = " ".join(account(folder).warnings())
@@ -319,7 +319,7 @@ def test_a_folder_that_is_given_as_class_images_is_no_subject_and_no_mixture(tmp
 
 
 def class_account(folder, count=2, prompts=None):
-    return ClassPictures(folder, prompts or {"sks dog": "a photo of a dog"}, count, "model").account()
+    return ClassImages(folder, prompts or {"sks dog": "a photo of a dog"}, count, "model").account()
 
 
 def test_a_folder_of_class_images_is_accounted_for_too(tmp_path):
@@ -354,9 +354,9 @@ def test_each_of_several_classes_has_its_folder_and_others_are_named(tmp_path):
 
 def test_masks_are_not_counted_as_class_images(tmp_path):
     write(tmp_path, "0.png", "0_mask.png")
-    classes = ClassPictures(tmp_path, {"sks dog": "a photo of a dog"}, 2, "model")
+    classes = ClassImages(tmp_path, {"sks dog": "a photo of a dog"}, 2, "model")
     assert len(classes.missing()) == 1
-    assert [picture.path.name for picture in classes.found()] == ["0.png"]
+    assert [image.path.name for image in classes.found()] == ["0.png"]
 
 
 @pytest.mark.parametrize(("name", "kind"), [("a.JSON", "foreign_caption"), ("a", "unknown"), ("a.b.ZIP", "archive")])
@@ -378,8 +378,8 @@ def test_linked_images_and_folders_are_used_like_others(tmp_path):
 def test_names_that_are_not_utf8_end_nowhere_in_a_traceback(tmp_path):
     folder = tmp_path / os.fsdecode(b"10_h\xfct")
     write(folder, os.fsdecode(b"\xe9.jpg"), os.fsdecode(b"\xe9_mask.png"), os.fsdecode(b"\xe8.mp4"), "0.png")
-    picture = find_captioned(folder, "a photo of {subject}")[-1]
-    assert picture.prompt == r"a photo of h\udcfct"
+    image = find_captioned(folder, "a photo of {subject}")[-1]
+    assert image.prompt == r"a photo of h\udcfct"
     report = examine(folder)
     for text in ("".join(report.folder.warnings()), json.dumps(report.to_dict()["folder"], ensure_ascii=False)):
         assert r"\udce9_mask.png" in text.encode().decode()

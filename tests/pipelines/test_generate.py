@@ -1,4 +1,4 @@
-"""Pictures from prompts: the same settings give the same bytes, and the files say what the settings were."""
+"""Images from prompts: the same settings give the same bytes, and the files say what the settings were."""
 
 import dataclasses
 import subprocess
@@ -16,14 +16,14 @@ from tiny_pipeline import tiny_pipeline
 from pipelines.adapter_method import trained_parameters
 from pipelines.adapter_options import AdapterOptions
 from pipelines.errors import InputError
-from pipelines.pictures import labelled_grid, read_settings
+from pipelines.images import labelled_grid, read_settings
 from pipelines.subject import adapters
 from pipelines.subject.generate import SHEET_PROMPTS, GenerationOptions, Sampling, contact_sheet, generate, main
 
 
 @pytest.fixture(scope="module")
 def lora_dir(tmp_path_factory):
-    """A run's directory with a LoRA that changes pictures visibly."""
+    """A run's directory with a LoRA that changes images visibly."""
     folder = tmp_path_factory.mktemp("run")
     pipe, options = tiny_pipeline(), AdapterOptions(method="lora")
     components = adapters.attach(pipe, options)
@@ -44,7 +44,7 @@ def options(tiny_model, folder, **changes):
 
 
 def drawn(tiny_model, folder, **changes):
-    """The first picture's pixels."""
+    """The first image's pixels."""
     return np.asarray(Image.open(main(options(tiny_model, folder, **changes))[0])).astype(int)
 
 
@@ -53,14 +53,14 @@ def test_the_same_settings_give_the_same_bytes(tiny_model, tmp_path):
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_a_picture_is_the_same_alone_and_among_others(pipe):
+def test_a_image_is_the_same_alone_and_among_others(pipe):
     sampling = Sampling(num_inference_steps=2)
     alone = next(generate(pipe, ["snow"], [8], sampling))
     among = list(generate(pipe, ["a star", "snow", "sea"], [7, 8, 9], sampling))[1]
     assert np.abs(np.asarray(alone).astype(int) - np.asarray(among)).max() <= 1
 
 
-def test_a_picture_carries_the_settings_that_make_it_again(tiny_model, lora_dir, tmp_path):
+def test_a_image_carries_the_settings_that_make_it_again(tiny_model, lora_dir, tmp_path):
     file = main(options(tiny_model, tmp_path / "a", adapter=[str(lora_dir)], strength=[0.7], negative_prompt="fog", seed=5))[0]
     settings = read_settings(file)
     assert settings["sampler"] == "EulerDiscrete"
@@ -79,7 +79,7 @@ def test_a_picture_carries_the_settings_that_make_it_again(tiny_model, lora_dir,
     assert main(again)[0].read_bytes() == file.read_bytes()
 
 
-def test_a_picture_carries_its_settings_in_the_words_other_programs_read(tiny_model, tmp_path):
+def test_a_image_carries_its_settings_in_the_words_other_programs_read(tiny_model, tmp_path):
     file = main(options(tiny_model, tmp_path, negative_prompt="fog", seed=5))[0]
     lines = Image.open(file).info["parameters"].splitlines()
     assert lines[:2] == ["a star", "Negative prompt: fog"]
@@ -99,7 +99,7 @@ def test_two_adapters_of_half_strength_are_one(tiny_model, lora_dir, tmp_path):
     assert np.abs(one - two).max() <= 1
 
 
-def test_a_negative_prompt_changes_the_picture(tiny_model, tmp_path):
+def test_a_negative_prompt_changes_the_image(tiny_model, tmp_path):
     assert np.abs(drawn(tiny_model, tmp_path / "a") - drawn(tiny_model, tmp_path / "b", negative_prompt="fog")).max() > 0
 
 
@@ -149,7 +149,7 @@ def test_without_a_prompt_the_sheet_of_the_built_in_model_is_drawn(pipe):
     assert contact_sheet(pipe, SHEET_PROMPTS, steps=1).size == (64, 64)
 
 
-def test_several_pictures_of_a_prompt_have_seeds_of_their_own(tiny_model, tmp_path):
+def test_several_images_of_a_prompt_have_seeds_of_their_own(tiny_model, tmp_path):
     files = main(options(tiny_model, tmp_path, num_images_per_prompt=2))
     assert [read_settings(file)["seed"] for file in files] == [0, 1]
     assert files[0].read_bytes() != files[1].read_bytes()
@@ -180,15 +180,15 @@ def test_an_empty_file_of_prompts_is_refused(tmp_path):
         GenerationOptions(prompts_file=str(tmp_path / "empty.txt")).prompts()
 
 
-def test_a_picture_without_settings_is_refused(tmp_path):
+def test_a_image_without_settings_is_refused(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
     with pytest.raises(InputError, match=r"plain\.png' carries no settings"):
         read_settings(tmp_path / "plain.png")
 
 
-def test_a_labelled_grid_has_a_cell_for_every_label_and_enlarges_small_pictures():
-    picture = Image.new("RGB", (16, 16), "red")
-    sheet = labelled_grid([("before", [picture] * 2), ("after", [picture])], ["a star", "snow"])
+def test_a_labelled_grid_has_a_cell_for_every_label_and_enlarges_small_images():
+    image = Image.new("RGB", (16, 16), "red")
+    sheet = labelled_grid([("before", [image] * 2), ("after", [image])], ["a star", "snow"])
     red = np.asarray(sheet)[..., 1] == 0
     assert sheet.width > 2 * 192
     assert red.sum() > 3 * 190 * 190

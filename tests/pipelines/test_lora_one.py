@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from bitsandbytes.nn import Linear4bit
 from peft import PeftConfig, set_peft_model_state_dict
 from safetensors.torch import load_file
-from tiny_clip import pictures
-from tiny_pipeline import picture, tiny_pipeline
+from tiny_clip import images
+from tiny_pipeline import image, tiny_pipeline
 from torch import nn
 from toy_task import toy_clip
 
@@ -350,9 +350,9 @@ def class_loss(clip, encoders):
 
 
 def class_batch(clip, encoders, index):
-    images = pictures(3, seed=index)
+    pixels = images(3, seed=index)
     with torch.no_grad():
-        return {"pictures": clip.encode_images(images) if encoders == "text" else images, "labels": torch.arange(3)}
+        return {"images": clip.encode_images(pixels) if encoders == "text" else pixels, "labels": torch.arange(3)}
 
 
 @pytest.mark.parametrize("encoders", ["image", "text", "both"])
@@ -377,10 +377,10 @@ def test_files_are_plain_lora_that_peft_itself_reads(pipe, tmp_path):
         for index, parameter in enumerate(trained_parameters(components)):
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
     adapter_files.save(components, tmp_path)
-    expected, stock = picture(pipe), tiny_pipeline()
+    expected, stock = image(pipe), tiny_pipeline()
     folder = tmp_path / "full" / "unet"
     stock.unet.add_adapter(PeftConfig.from_pretrained(str(folder)))
     set_peft_model_state_dict(stock.unet, load_file(folder / "adapter_model.safetensors"))
-    torch.testing.assert_close(picture(stock), expected, atol=1 / 255, rtol=0)
-    assert (expected - picture(tiny_pipeline())).abs().max() > 1 / 255
+    torch.testing.assert_close(image(stock), expected, atol=1 / 255, rtol=0)
+    assert (expected - image(tiny_pipeline())).abs().max() > 1 / 255
     assert method_of(components["unet"].peft_config[ADAPTER_NAME]).name == "lora"

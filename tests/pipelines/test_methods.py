@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny_pipeline import picture, tiny_pipeline
+from tiny_pipeline import image, tiny_pipeline
 
 from pipelines import adapter_files
 from pipelines.adapter_method import trained_parameters, tuner_layers
@@ -19,8 +19,8 @@ from pipelines.methods import method_named, method_names
 from pipelines.subject import adapters
 from pipelines.subject.batches import SubjectBatches
 from pipelines.subject.calibration import runs_on_subject
-from pipelines.subject.data import Picture
-from pipelines.subject.encoding import Encoder, Framing
+from pipelines.subject.data import TrainingImage
+from pipelines.subject.encoding import CropConfig, LatentEncoder
 from pipelines.subject.loss import DenoisingLoss
 from pipelines.subject.target_layers import default_targets
 from training.engine.loop import training_losses
@@ -34,10 +34,10 @@ def small(method, **changes):
     return AdapterOptions(method=method, rank=6, inner_r=2, **changes)
 
 
-def attached(pipe, options, pictures_dir, cache, seed=0):
+def attached(pipe, options, images_dir, cache, seed=0):
     """Attach and start the adapter; returns its components."""
-    pictures = [Picture(path, PROMPT) for path in sorted(pictures_dir.iterdir())]
-    subject = Encoder(pipe, TensorCache(cache / "encoded")).encode(pictures, Framing(((16, 16),)))
+    images = [TrainingImage(path, PROMPT) for path in sorted(images_dir.iterdir())]
+    subject = LatentEncoder(pipe, TensorCache(cache / "encoded")).encode(images, CropConfig(((16, 16),)))
     components = adapters.attach(pipe, options)
     loss = DenoisingLoss(pipe)
     batches = SubjectBatches(subject, options.train_text_encoder, 2, loss.num_timesteps, seed)
@@ -66,15 +66,15 @@ def test_nora_lora_and_dora_are_there():
 
 
 @methods
-def test_a_fresh_adapter_leaves_the_pictures_as_they_were_unless_its_method_says_otherwise(pipe, method, pictures_dir, tmp_path):
-    before = picture(pipe)
-    attached(pipe, small(method, train_text_encoder=True), pictures_dir, tmp_path)
-    assert torch.allclose(picture(pipe), before, atol=1e-5) == method_named(method).starts_at_base
+def test_a_fresh_adapter_leaves_the_images_as_they_were_unless_its_method_says_otherwise(pipe, method, images_dir, tmp_path):
+    before = image(pipe)
+    attached(pipe, small(method, train_text_encoder=True), images_dir, tmp_path)
+    assert torch.allclose(image(pipe), before, atol=1e-5) == method_named(method).starts_at_base
 
 
 @methods
-def test_only_the_adapter_is_trained_and_every_number_of_it_gets_a_gradient(pipe, method, pictures_dir, tmp_path):
-    components = attached(pipe, small(method, train_text_encoder=True), pictures_dir, tmp_path)
+def test_only_the_adapter_is_trained_and_every_number_of_it_gets_a_gradient(pipe, method, images_dir, tmp_path):
+    components = attached(pipe, small(method, train_text_encoder=True), images_dir, tmp_path)
     disturb(components)
     loss = DenoisingLoss(pipe)
     tokens = pipe.tokenizer([PROMPT] * 2, padding="max_length", return_tensors="pt").input_ids
@@ -89,70 +89,70 @@ def test_only_the_adapter_is_trained_and_every_number_of_it_gets_a_gradient(pipe
 
 
 @methods
-def test_the_same_seed_starts_from_the_same_numbers(method, pictures_dir, tmp_path):
+def test_the_same_seed_starts_from_the_same_numbers(method, images_dir, tmp_path):
     starts = []
     for place, seed in enumerate((0, 0, 1)):
-        components = attached(tiny_pipeline(), small(method), pictures_dir, tmp_path / str(place), seed)
+        components = attached(tiny_pipeline(), small(method), images_dir, tmp_path / str(place), seed)
         starts.append(torch.cat([tensor.flatten().float() for tensor in adapter_state(components["unet"]).values()]))
     assert torch.equal(starts[0], starts[1])
     assert not torch.equal(starts[0], starts[2])
 
 
 @pytest.fixture(scope="module", params=method_names())
-def trained(request, pictures_dir, tmp_path_factory):
-    """A method, the folder of its adapter in every form, and the picture that the adapter makes."""
+def trained(request, images_dir, tmp_path_factory):
+    """A method, the folder of its adapter in every form, and the image that the adapter makes."""
     folder, pipe = tmp_path_factory.mktemp("trained"), tiny_pipeline()
     options = small(request.param, train_text_encoder=True, target_modules=default_targets(request.param, built_in=True))
-    components = attached(pipe, options, pictures_dir, folder / "cache")
+    components = attached(pipe, options, images_dir, folder / "cache")
     disturb(components)
     adapters.save_everywhere(pipe, components, folder, "subject")
-    expected = picture(pipe)
-    assert (expected - picture(tiny_pipeline())).abs().max() > 1 / 255
+    expected = image(pipe)
+    assert (expected - image(tiny_pipeline())).abs().max() > 1 / 255
     return request.param, folder, expected
 
 
 @pytest.mark.parametrize("file", [".", "adapter/full", "diffusers/pytorch_lora_weights.safetensors", "kohya/subject.safetensors"])
-def test_every_file_of_a_trained_adapter_gives_the_same_pictures(trained, file):
+def test_every_file_of_a_trained_adapter_gives_the_same_images(trained, file):
     method, folder, expected = trained
     if method_named(method).export_note and file.startswith("kohya"):
         pytest.skip("stock diffusers leaves dora_scale out")
     fresh = tiny_pipeline()
     adapters.load_adapter(fresh, folder / file, "loaded")
     fresh.set_adapters("loaded")
-    torch.testing.assert_close(picture(fresh), expected, atol=1 / 255, rtol=0)
+    torch.testing.assert_close(image(fresh), expected, atol=1 / 255, rtol=0)
 
 
 @methods
-def test_a_kept_adapter_is_used_beside_the_one_in_training_and_taken_off_again(method, pictures_dir, tmp_path):
+def test_a_kept_adapter_is_used_beside_the_one_in_training_and_taken_off_again(method, images_dir, tmp_path):
     pipe = tiny_pipeline()
     options = small(method, train_text_encoder=True, target_modules=default_targets(method, built_in=True))
-    components = attached(pipe, options, pictures_dir, tmp_path / "cache")
+    components = attached(pipe, options, images_dir, tmp_path / "cache")
     disturb(components)
     adapters.save_small(components, tmp_path / "kept")
-    kept = picture(pipe)
+    kept = image(pipe)
     disturb(components)
-    trained = picture(pipe)
+    trained = image(pipe)
     assert (trained - kept).abs().max() > 1 / 255
     with kept_adapter(pipe, tmp_path / "kept"):
-        torch.testing.assert_close(picture(pipe), kept, atol=1 / 255, rtol=0)
+        torch.testing.assert_close(image(pipe), kept, atol=1 / 255, rtol=0)
         adapters.save_everywhere(pipe, components, tmp_path / "suggested", "subject", SUGGESTED)
-    torch.testing.assert_close(picture(pipe), trained, atol=1e-4, rtol=0)
+    torch.testing.assert_close(image(pipe), trained, atol=1e-4, rtol=0)
     fresh = tiny_pipeline()
     adapters.load_adapter(fresh, tmp_path / "suggested" / "diffusers" / "pytorch_lora_weights.safetensors", "loaded")
-    torch.testing.assert_close(picture(fresh), kept, atol=1 / 255, rtol=0)
+    torch.testing.assert_close(image(fresh), kept, atol=1 / 255, rtol=0)
 
 
-def test_pefts_own_loader_reads_the_full_files_and_makes_the_same_picture(trained):
+def test_pefts_own_loader_reads_the_full_files_and_makes_the_same_image(trained):
     _, folder, expected = trained
     fresh = tiny_pipeline()
     for component in sorted((folder / "adapter" / "full").iterdir()):
         PeftModel.from_pretrained(getattr(fresh, component.name), str(component))
-    torch.testing.assert_close(picture(fresh), expected, atol=1 / 255, rtol=0)
+    torch.testing.assert_close(image(fresh), expected, atol=1 / 255, rtol=0)
 
 
-def test_files_from_before_names_had_pefts_prefix_still_load(pictures_dir, tmp_path):
+def test_files_from_before_names_had_pefts_prefix_still_load(images_dir, tmp_path):
     pipe = tiny_pipeline()
-    components = attached(pipe, small("lora"), pictures_dir, tmp_path / "cache")
+    components = attached(pipe, small("lora"), images_dir, tmp_path / "cache")
     disturb(components)
     adapter_files.save(components, tmp_path)
     file = tmp_path / "full" / "unet" / "adapter_model.safetensors"
@@ -161,11 +161,11 @@ def test_files_from_before_names_had_pefts_prefix_still_load(pictures_dir, tmp_p
     fresh = tiny_pipeline()
     adapters.load_adapter(fresh, tmp_path / "full", "loaded")
     fresh.set_adapters("loaded")
-    torch.testing.assert_close(picture(fresh), picture(pipe), atol=1 / 255, rtol=0)
+    torch.testing.assert_close(image(fresh), image(pipe), atol=1 / 255, rtol=0)
 
 
-def test_nora_keeps_its_statistics_and_starts_from_them_again(pictures_dir, tmp_path):
-    first = attached(tiny_pipeline(), small("nora"), pictures_dir, tmp_path)
+def test_nora_keeps_its_statistics_and_starts_from_them_again(images_dir, tmp_path):
+    first = attached(tiny_pipeline(), small("nora"), images_dir, tmp_path)
     cached = (tmp_path / "unet.safetensors").read_bytes()
     pipe = tiny_pipeline()
     components = adapters.attach(pipe, small("nora"))
@@ -180,7 +180,7 @@ def test_nora_keeps_its_statistics_and_starts_from_them_again(pictures_dir, tmp_
 
 
 def test_the_losses_that_a_start_differentiates_are_the_base_models_whatever_was_started_before(
-    pipe, pictures_dir, tmp_path, monkeypatch
+    pipe, images_dir, tmp_path, monkeypatch
 ):
     seen = []
 
@@ -189,7 +189,7 @@ def test_the_losses_that_a_start_differentiates_are_the_base_models_whatever_was
         disturb({"": model})
 
     monkeypatch.setattr(method_named("lora"), "start", start)
-    components = attached(pipe, small("lora", train_text_encoder=True), pictures_dir, tmp_path)
+    components = attached(pipe, small("lora", train_text_encoder=True), images_dir, tmp_path)
     assert len(seen) == 3
     assert len(seen[0]) == 2
     assert seen[0] == seen[1] == seen[2]

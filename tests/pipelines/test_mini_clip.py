@@ -45,16 +45,16 @@ def test_plain_open_clip_loads_the_folder_from_the_root_of_a_checkout(checkout, 
     assert torch.equal(tokens, mini_clip.tokenize(tokenizer, TEXTS))
     pixels = torch.rand(2, 3, 64, 64)
     stock.eval()
-    torch.testing.assert_close(stock.encode_image(pixels, normalize=True), mini_clip.picture_features(model, pixels))
+    torch.testing.assert_close(stock.encode_image(pixels, normalize=True), mini_clip.image_features(model, pixels))
     torch.testing.assert_close(stock.encode_text(tokens), model.encode_text(tokens))
 
 
 def test_open_clips_preprocessing_is_the_one_of_pretraining(checkout, monkeypatch):
     monkeypatch.chdir(checkout)
     _, _, preprocess = open_clip.create_model_and_transforms("local-dir:assets/mini-clip")
-    picture = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8).numpy()
-    pixels = preprocess(Image.fromarray(picture))
-    torch.testing.assert_close(pixels, to_pixels(picture[None])[0])
+    image = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8).numpy()
+    pixels = preprocess(Image.fromarray(image))
+    torch.testing.assert_close(pixels, to_pixels(image[None])[0])
 
 
 @torch.no_grad()
@@ -70,7 +70,7 @@ def test_attention_is_over_all_64_places_with_packed_linears(model):
         for name, layer in model.visual.named_modules()
         if name.endswith("attn.qkv") and isinstance(layer, nn.Linear)
     ]
-    mini_clip.picture_features(model, torch.rand(1, 3, 64, 64))
+    mini_clip.image_features(model, torch.rand(1, 3, 64, 64))
     for hook in hooks:
         hook.remove()
     assert seen == [(64, 160)] * 3

@@ -1,4 +1,4 @@
-"""What the built-in CLIP is pretrained on and by: captions right and wrong, augmented pictures, the loss."""
+"""What the built-in CLIP is pretrained on and by: captions right and wrong, augmented images, the loss."""
 
 import random
 
@@ -31,7 +31,7 @@ def loss(tokenizer, tmp_path):
 
 
 def batch(tokenizer, labels, captions, wrong=()):
-    """Random pictures with the given labels; every scene has the same wrong captions."""
+    """Random images with the given labels; every scene has the same wrong captions."""
     count = len(labels)
     wrong_tokens = tokenize(tokenizer, list(wrong)) if wrong else torch.zeros(0, 32, dtype=torch.int64)
     return {

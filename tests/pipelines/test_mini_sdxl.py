@@ -41,9 +41,9 @@ def test_the_autoencoder_shrinks_by_four():
         assert vae.decode(latents).sample.shape == (1, 3, 64, 64)
 
 
-def test_assembled_parts_make_a_picture_of_the_models_resolution(tokenizer):
+def test_assembled_parts_make_a_image_of_the_models_resolution(tokenizer):
     torch.manual_seed(0)
     pipeline = mini_sdxl.assemble(mini_sdxl.new_vae(), mini_sdxl.new_unet(), mini_sdxl.new_text_encoders(tokenizer), tokenizer)
     pipeline.set_progress_bar_config(disable=True)
-    picture = pipeline("a red star", num_inference_steps=1).images[0]
-    assert picture.size == (mini_sdxl.RESOLUTION, mini_sdxl.RESOLUTION)
+    image = pipeline("a red star", num_inference_steps=1).images[0]
+    assert image.size == (mini_sdxl.RESOLUTION, mini_sdxl.RESOLUTION)

@@ -5,13 +5,13 @@ import os
 import pytest
 
 from pipelines.errors import InputError
-from pipelines.output_paths import IMAGE_SUFFIXES, check_output_file, check_output_folder
+from pipelines.output_paths import OUTPUT_SUFFIXES, check_output_file, check_output_folder
 
 
 def test_what_can_be_written_passes_and_leaves_nothing_behind(tmp_path):
     check_output_folder(tmp_path / "a" / "b", "--output_dir")
     check_output_folder(tmp_path, "--output_dir")
-    check_output_file(tmp_path / "c" / "GRID.PNG", "--grid", IMAGE_SUFFIXES)
+    check_output_file(tmp_path / "c" / "GRID.PNG", "--grid", OUTPUT_SUFFIXES)
     assert not list(tmp_path.iterdir())
     (tmp_path / "old.csv").write_text("x")
     check_output_file(tmp_path / "old.csv", "--output", (".csv",))
@@ -54,4 +54,4 @@ def test_a_file_that_cannot_be_written_is_refused(tmp_path, name, message):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(InputError, match=message):
-        check_output_file(tmp_path / name, "--grid", IMAGE_SUFFIXES)
+        check_output_file(tmp_path / name, "--grid", OUTPUT_SUFFIXES)

@@ -1,4 +1,4 @@
-"""PNGs with megabytes of text are sound pictures: texts are left out unread, and nothing in them can expand."""
+"""PNGs with megabytes of text are sound images: texts are left out unread, and nothing in them can expand."""
 
 import io
 import struct
@@ -7,15 +7,15 @@ import zlib
 
 import numpy as np
 import pytest
-from picture_sets import write_files
+from image_sets import write_files
 from PIL import Image
 from shared_cases import case_folder
 
 from pipelines.errors import InputError
 from pipelines.fewshot.data import check_readable
 from pipelines.fewshot.loading import load_folder
-from pipelines.pictures import opened_picture, read_image, read_picture, read_settings, save_picture
-from pipelines.subject.doctor import examine
+from pipelines.images import opened_image, read_image, read_image_with_notes, read_settings, save_image
+from pipelines.subject.image_checks import examine
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 AFTER_HEADER = 33
@@ -52,27 +52,27 @@ TEXTS = {
 
 @pytest.mark.parametrize("kind", TEXTS)
 @pytest.mark.parametrize("where", ["before", "after"])
-def test_text_of_any_kind_and_size_leaves_the_picture_as_it_is(tmp_path, kind, where):
+def test_text_of_any_kind_and_size_leaves_the_image_as_it_is(tmp_path, kind, where):
     place = AFTER_HEADER if where == "before" else len(plain()) - 12
     path = tmp_path / "a.png"
     path.write_bytes(plain()[:place] + TEXTS[kind] + plain()[place:])
-    found = read_image(path)
+    found = read_image_with_notes(path)
     assert (np.asarray(found.image) == PIXELS).all()
     assert found.notes == ()
 
 
-def test_the_doctor_and_the_few_shot_reader_take_such_pictures(tmp_path):
+def test_the_doctor_and_the_few_shot_reader_take_such_images(tmp_path):
     files = {
         f"{label}/{place}.png": plain()[:AFTER_HEADER] + TEXTS["packed iTXt"] + plain()[AFTER_HEADER:]
         for label in ("cat", "dog")
         for place in range(2)
     }
     write_files(tmp_path, files)
-    check_readable(load_folder(tmp_path).pictures)
+    check_readable(load_folder(tmp_path).images)
     assert len(examine(tmp_path / "cat").usable) == 2
 
 
-def test_comfyui_pictures_are_usable():
+def test_comfyui_images_are_usable():
     folder = case_folder("photos-png-text") / "png_big_text_all"
     assert len(examine(folder).usable) == 4
 
@@ -84,7 +84,7 @@ def test_a_text_that_would_expand_to_hundreds_of_megabytes_takes_none(keyword):
     stream = io.BytesIO(plain()[:AFTER_HEADER] + chunk(b"zTXt", keyword + b"\0\0" + bomb) + plain()[AFTER_HEADER:])
     tracemalloc.start()
     try:
-        assert read_picture(stream, "a").size == (30, 20)
+        assert read_image(stream, "a").size == (30, 20)
         assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
     finally:
         tracemalloc.stop()
@@ -92,13 +92,13 @@ def test_a_text_that_would_expand_to_hundreds_of_megabytes_takes_none(keyword):
 
 def test_a_chunk_that_claims_gigabytes_is_damage_not_memory():
     content = plain()[:AFTER_HEADER] + struct.pack(">I", 2**31 - 1) + b"tEXtworkflow\0"
-    with pytest.raises(InputError, match="the picture cannot be read"):
-        read_picture(io.BytesIO(content), "the picture")
+    with pytest.raises(InputError, match="the image cannot be read"):
+        read_image(io.BytesIO(content), "the image")
 
 
 def test_settings_that_we_wrote_are_read_beside_megabytes_of_others(tmp_path):
     path = tmp_path / "a.png"
-    save_picture(Image.fromarray(PIXELS), path, SETTINGS)
+    save_image(Image.fromarray(PIXELS), path, SETTINGS)
     content = path.read_bytes()
     path.write_bytes(content[:AFTER_HEADER] + TEXTS["many"] + TEXTS["zTXt"] + content[AFTER_HEADER:])
     assert read_settings(path) == SETTINGS
@@ -109,6 +109,6 @@ def test_the_orientation_in_a_text_still_counts():
     stream = io.BytesIO(
         plain()[:AFTER_HEADER] + chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(xmp)) + plain()[AFTER_HEADER:]
     )
-    with opened_picture(stream, "a") as opened:
+    with opened_image(stream, "a") as opened:
         assert opened.size == (30, 20)
-    assert read_picture(stream, "a").size == (20, 30)
+    assert read_image(stream, "a").size == (20, 30)

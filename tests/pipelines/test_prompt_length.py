@@ -53,8 +53,8 @@ def test_the_tokenizer_that_cuts_more_counts(tokenizer):
 
 def test_images_of_one_caption_share_a_sentence_and_the_instance_prompt_is_no_caption(tokenizer):
     long, prompt = "a red star " * 40, "a blue ring " * 40
-    pictures = [(Path("a/0.png"), long), (Path("a/1.png"), long), (Path("a/2.png"), "short"), (Path("a/3.png"), prompt)]
-    by_role = {each.role: each for each in long_prompts((tokenizer,), {prompt: "instance prompt"}, pictures)}
+    images = [(Path("a/0.png"), long), (Path("a/1.png"), long), (Path("a/2.png"), "short"), (Path("a/3.png"), prompt)]
+    by_role = {each.role: each for each in long_prompts((tokenizer,), {prompt: "instance prompt"}, images)}
     assert set(by_role) == {"caption", "instance prompt"}
     assert by_role["caption"].images == ("0.png", "1.png")
     assert by_role["caption"].summary().startswith("The caption of '0.png', '1.png' has ")

@@ -16,7 +16,7 @@ from pipelines.prompt_syntax import command_line_warnings, foreign_syntax, page_
         ("((red)) star", [("weight", "((red))", None, None)]),
         ("<lora:a:1> (b:2)", [("lora", "<lora:a:1>", "a", "1"), ("weight", "(b:2)", None, None)]),
         ("a star (of tin), 16:9", []),
-        ("wide (16:9) picture", []),
+        ("wide (16:9) image", []),
         (r"\(word:1.4\)", []),
         ("a <b> tag, a:b, (left: right)", []),
         ("(", []),

@@ -41,10 +41,10 @@ def test_the_same_generator_gives_the_same_bytes():
 
 @pytest.mark.parametrize("colour", COLOURS)
 def test_a_plain_square_has_the_named_colour_at_its_centre_of_mass(colour):
-    picture = np.asarray(render(Scene("square", colour, size="large"), 64, random.Random(0)), dtype=float)
-    background = np.median(np.concatenate([picture[0], picture[-1]]), axis=0)
-    inside = np.abs(picture - background).sum(-1) > 60
-    middle = np.median(picture[inside], axis=0)
+    image = np.asarray(render(Scene("square", colour, size="large"), 64, random.Random(0)), dtype=float)
+    background = np.median(np.concatenate([image[0], image[-1]]), axis=0)
+    inside = np.abs(image - background).sum(-1) > 60
+    middle = np.median(image[inside], axis=0)
     distances = {name: np.abs(middle - value).sum() for name, value in COLOURS.items()}
     assert min(distances, key=distances.get) == colour
 
@@ -59,7 +59,7 @@ def test_shapes_differ_from_one_another_by_a_tenth_of_their_area_at_least(shape)
         assert (here ^ mask(other)).sum() > 0.1 * here.sum(), f"{shape} looks like {other}"
 
 
-def test_a_larger_size_covers_more_of_the_picture():
+def test_a_larger_size_covers_more_of_the_image():
     areas = []
     for size in ("small", "", "large"):
         scene, rng = Scene("circle", "black", size=size), random.Random(0)
@@ -88,6 +88,6 @@ def test_sampled_scenes_cover_the_vocabulary():
 def test_a_rendered_corpus_does_not_depend_on_its_workers():
     alone, together = (rendered_corpus(300, 16, seed=5, workers=workers) for workers in (1, 2))
     assert alone.captions == together.captions
-    np.testing.assert_array_equal(alone.pictures, together.pictures)
+    np.testing.assert_array_equal(alone.images, together.images)
     one_way = np.asarray(["letter" in caption or "crescent" in caption for caption in alone.captions])
     np.testing.assert_array_equal(alone.mirrorable, ~one_way)

@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from single_file import save_single_file
-from tiny_pipeline import picture, tiny_pipeline
+from tiny_pipeline import image, tiny_pipeline
 
 from pipelines.built_in import is_built_in
 from pipelines.errors import InputError
-from pipelines.subject.base_model import encode_pictures, encode_prompts, load_base_model, model_resolution
+from pipelines.subject.base_model import encode_images, encode_prompts, load_base_model, model_resolution
 
 PROMPTS = ["a red star", "", "snow"]
 
@@ -41,7 +41,7 @@ def test_latents_decode_as_the_stock_pipeline_decodes(pipe, shifted):
     if shifted:
         pipe.vae.register_to_config(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.0, 2.0, 0.5, 1.5])
     pixels = torch.rand(2, 3, 16, 16) * 2 - 1
-    moments = encode_pictures(pipe, pixels)
+    moments = encode_images(pipe, pixels)
     distribution = pipe.vae.encode(pixels).latent_dist
     unscaled = moments[:, 0] / pipe.vae.config.scaling_factor
     if shifted:
@@ -53,11 +53,11 @@ def test_latents_decode_as_the_stock_pipeline_decodes(pipe, shifted):
     )
 
 
-def test_pictures_are_encoded_in_float32_and_the_autoencoder_keeps_its_precision(pipe):
+def test_images_are_encoded_in_float32_and_the_autoencoder_keeps_its_precision(pipe):
     pixels = torch.rand(1, 3, 16, 16) * 2 - 1
-    exact = encode_pictures(pipe, pixels)
+    exact = encode_images(pipe, pixels)
     pipe.vae.to(torch.bfloat16)
-    coarse = encode_pictures(pipe, pixels)
+    coarse = encode_images(pipe, pixels)
     assert pipe.vae.dtype == torch.bfloat16
     assert coarse.dtype == torch.float32
     torch.testing.assert_close(coarse, exact, atol=0.02, rtol=0.05)
@@ -105,10 +105,10 @@ def test_a_model_with_files_missing_is_named(tiny_model, tmp_path):
         load_base_model(str(broken))
 
 
-def test_a_model_in_one_file_makes_the_pictures_of_its_folder(tiny_model, tmp_path):
+def test_a_model_in_one_file_makes_the_images_of_its_folder(tiny_model, tmp_path):
     save_single_file(tiny_pipeline(), tmp_path / "model.safetensors")
     pipe = load_base_model(str(tmp_path / "model.safetensors"), single_file_config=str(tiny_model))
-    torch.testing.assert_close(picture(pipe), picture(tiny_pipeline()))
+    torch.testing.assert_close(image(pipe), image(tiny_pipeline()))
 
 
 def test_a_file_that_could_run_programs_is_refused_unread(tmp_path):

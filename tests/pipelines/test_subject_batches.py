@@ -7,26 +7,26 @@ import torch
 
 from pipelines.subject.base_model import PromptEmbeddings
 from pipelines.subject.batches import SubjectBatches
-from pipelines.subject.encoding import EncodedPictures
+from pipelines.subject.encoding import CachedLatents
 from pipelines.subject.loss import DenoisingLoss
 
 COUNT = 5
 
 
-def pictures(variants=1, count=COUNT, first=1):
-    """Every picture's latents are its number, without deviation; mirrored ones its negative."""
+def images(variants=1, count=COUNT, first=1):
+    """Every image's latents are its number, without deviation; mirrored ones its negative."""
     mean = torch.arange(first, first + count).float().view(count, 1, 1, 1, 1).expand(count, variants, 4, 2, 2).clone()
     mean[:, 1:] *= -1
     moments = torch.stack([mean, torch.zeros_like(mean)], dim=2)
     numbers = torch.arange(first, first + count).float()
     prompts = PromptEmbeddings(numbers.view(-1, 1, 1), numbers.view(-1, 1))
     tokens = numbers.long().view(-1, 1, 1)
-    return EncodedPictures.in_memory(moments, numbers.view(-1, 1).expand(count, 6), tokens, prompts)
+    return CachedLatents.in_memory(moments, numbers.view(-1, 1).expand(count, 6), tokens, prompts)
 
 
 def of_sizes(*sizes):
-    """The same, of different sizes: the height of the latents is half that of the picture."""
-    plain = pictures(count=len(sizes))
+    """The same, of different sizes: the height of the latents is half that of the image."""
+    plain = images(count=len(sizes))
 
     def read(place, variant):
         moments, time_ids = plain.read(place, variant)
@@ -36,11 +36,11 @@ def of_sizes(*sizes):
 
 
 def batches(batch_size=3, seed=0, encode_in_loss=False, variants=1, **more):
-    return SubjectBatches(pictures(variants), encode_in_loss, batch_size, num_timesteps=1000, seed=seed, **more)
+    return SubjectBatches(images(variants), encode_in_loss, batch_size, num_timesteps=1000, seed=seed, **more)
 
 
 def numbers_in(batch):
-    """The numbers of a batch's pictures."""
+    """The numbers of a batch's images."""
     return batch["latents"][:, 0, 0, 0].long().tolist()
 
 
@@ -59,13 +59,13 @@ def test_another_seed_or_index_draws_another_batch():
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 7])
-def test_every_picture_comes_once_in_every_round(batch_size):
+def test_every_image_comes_once_in_every_round(batch_size):
     drawn = torch.tensor([batches(batch_size).chosen(index) for index in range(4 * COUNT)]).flatten()
     for turn in drawn[: len(drawn) // COUNT * COUNT].view(-1, COUNT):
         assert turn.sort().values.tolist() == list(range(COUNT))
 
 
-def test_a_picture_never_meets_anothers_size_or_prompt():
+def test_a_image_never_meets_anothers_size_or_prompt():
     for encode_in_loss in (False, True):
         batch = batches(batch_size=4, encode_in_loss=encode_in_loss)(3)
         numbers = batch["latents"][:, 0, 0, 0]
@@ -76,21 +76,21 @@ def test_a_picture_never_meets_anothers_size_or_prompt():
 
 def test_the_deviation_of_the_latents_is_drawn_anew_each_time():
     drawn = batches()
-    drawn.pictures.read.latents[:, :, 1] = 1.0
+    drawn.images.read.latents[:, :, 1] = 1.0
     means = [torch.tensor(drawn.chosen(k)) + 1.0 for k in range(60)]
     residuals = torch.cat([(drawn(k)["latents"] - mean.view(-1, 1, 1, 1)).flatten() for k, mean in enumerate(means)])
     assert residuals.mean().abs() < 0.1
     assert residuals.std() == pytest.approx(1.0, abs=0.1)
 
 
-def test_mirrored_pictures_come_half_of_the_time():
+def test_mirrored_images_come_half_of_the_time():
     drawn = batches(batch_size=10, variants=2)
     signs = torch.cat([drawn(k)["latents"][:, 0, 0, 0].sign() for k in range(40)])
     assert set(signs.tolist()) == {-1.0, 1.0}
     assert signs.mean().abs() < 0.25
 
 
-def test_a_batch_holds_one_size_and_every_picture_comes_equally_often():
+def test_a_batch_holds_one_size_and_every_image_comes_equally_often():
     sizes = ((4, 4), (4, 8), (4, 4), (8, 4), (4, 8), (4, 8))
     drawn = SubjectBatches(of_sizes(*sizes), False, 2, 1000, seed=0)
     counts = dict.fromkeys(range(1, len(sizes) + 1), 0)
@@ -120,12 +120,10 @@ def test_batches_of_several_sizes_are_the_same_whatever_was_drawn_before():
 
 
 def with_class(batch_size=3, weight=0.5, encode_in_loss=False):
-    return batches(
-        batch_size, encode_in_loss=encode_in_loss, class_pictures=pictures(count=7, first=101), prior_loss_weight=weight
-    )
+    return batches(batch_size, encode_in_loss=encode_in_loss, class_images=images(count=7, first=101), prior_loss_weight=weight)
 
 
-def test_after_each_picture_of_the_subject_comes_one_of_its_class():
+def test_after_each_image_of_the_subject_comes_one_of_its_class():
     for encode_in_loss in (False, True):
         numbers = numbers_in(with_class(encode_in_loss=encode_in_loss)(4))
         assert numbers[::2] == numbers_in(batches()(4))
@@ -135,19 +133,19 @@ def test_after_each_picture_of_the_subject_comes_one_of_its_class():
         assert words == numbers == batch["time_ids"][:, 0].long().tolist()
 
 
-def test_every_class_picture_comes_once_in_every_round():
+def test_every_class_image_comes_once_in_every_round():
     drawn = [number for index in range(7) for number in numbers_in(with_class()(index))[1::2]]
     assert sorted(drawn) == sorted(3 * list(range(101, 108)))
 
 
-def test_class_pictures_have_the_size_of_the_batch():
+def test_class_images_have_the_size_of_the_batch():
     sizes = ((4, 4), (4, 8))
     drawn = SubjectBatches(of_sizes(*sizes), False, 2, 1000, 0, of_sizes((4, 8), (4, 4), (4, 8)))
     assert {tuple(drawn(index)["latents"].shape) for index in range(8)} == {(4, 4, 2, 2), (4, 4, 2, 4)}
 
 
 def test_the_loss_is_the_subjects_mean_and_so_many_times_the_classs(pipe):
-    subject, others = (mean_pictures(pipe, seed) for seed in (1, 2))
+    subject, others = (mean_images(pipe, seed) for seed in (1, 2))
     batch = SubjectBatches(subject, False, 2, 1000, 0, others, prior_loss_weight=0.3)(5)
     loss = DenoisingLoss(pipe)
     halves = [{name: values[part::2] for name, values in batch.items() if name != "weights"} for part in (0, 1)]
@@ -160,9 +158,9 @@ def test_an_even_split_over_processes_keeps_pairs_together():
         assert half.tolist() == [2.0, 1.0, 2.0, 1.0]
 
 
-def mean_pictures(pipe, seed, count=3):
+def mean_images(pipe, seed, count=3):
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(count, 1, 2, 4, 8, 8, generator=generator)
     prompts = PromptEmbeddings(torch.randn(count, 16, 40, generator=generator), torch.randn(count, 24, generator=generator))
     tokens = torch.zeros(count, 2, 16, dtype=torch.int64)
-    return EncodedPictures.in_memory(latents, torch.full((count, 6), 16.0), tokens, prompts)
+    return CachedLatents.in_memory(latents, torch.full((count, 6), 16.0), tokens, prompts)

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: sizes that fit the model, and the nearest shape for each picture."""
+"""Aspect-ratio buckets: sizes that fit the model, and the nearest shape for each image."""
 
 import math
 
@@ -40,7 +40,7 @@ def test_sizes_that_cannot_be_used_are_named(text, message):
         parse_buckets(text, 16)
 
 
-def test_a_picture_gets_the_bucket_that_crops_least():
+def test_a_image_gets_the_bucket_that_crops_least():
     buckets = automatic_buckets(64, 16)
 
     def left_after_crop(size, bucket):

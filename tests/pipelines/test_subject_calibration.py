@@ -7,20 +7,20 @@ from tiny_pipeline import tiny_pipeline
 from nora_vision import calibrate
 from pipelines.cache import TensorCache
 from pipelines.subject import calibration
-from pipelines.subject.calibration import TIMESTEPS_PER_PICTURE, runs_on_subject
-from pipelines.subject.data import Picture
-from pipelines.subject.encoding import Encoder, Framing
+from pipelines.subject.calibration import TIMESTEPS_PER_IMAGE, runs_on_subject
+from pipelines.subject.data import TrainingImage
+from pipelines.subject.encoding import CropConfig, LatentEncoder
 from pipelines.subject.loss import DenoisingLoss
 from pipelines.subject.target_layers import ATTENTION
 
 
 @pytest.fixture(scope="module")
-def subject(pictures_dir, tmp_path_factory):
-    """The loss of a tiny model, and three encoded pictures of two sizes."""
+def subject(images_dir, tmp_path_factory):
+    """The loss of a tiny model, and three encoded images of two sizes."""
     pipe = tiny_pipeline()
-    pictures = [Picture(path, f"toy {place}") for place, path in enumerate(sorted(pictures_dir.iterdir()))]
-    encoder = Encoder(pipe, TensorCache(tmp_path_factory.mktemp("encoded")))
-    return DenoisingLoss(pipe), encoder.encode(pictures, Framing(((16, 16), (16, 24))))
+    images = [TrainingImage(path, f"toy {place}") for place, path in enumerate(sorted(images_dir.iterdir()))]
+    encoder = LatentEncoder(pipe, TensorCache(tmp_path_factory.mktemp("encoded")))
+    return DenoisingLoss(pipe), encoder.encode(images, CropConfig(((16, 16), (16, 24))))
 
 
 def inputs_of(run, loss, monkeypatch):
@@ -33,11 +33,11 @@ def inputs_of(run, loss, monkeypatch):
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 8, 100])
 def test_no_batch_is_larger_than_allowed_and_noise_and_timesteps_are_the_same_in_all(subject, batch_size, monkeypatch):
-    loss, pictures = subject
-    whole = inputs_of(runs_on_subject(loss, pictures, 7)["unet"], loss, monkeypatch)
-    parts = inputs_of(runs_on_subject(loss, pictures, 7, batch_size=batch_size)["unet"], loss, monkeypatch)
-    assert len(whole) == len(pictures)
-    assert max(len(part["timesteps"]) for part in parts) == min(batch_size, TIMESTEPS_PER_PICTURE)
+    loss, images = subject
+    whole = inputs_of(runs_on_subject(loss, images, 7)["unet"], loss, monkeypatch)
+    parts = inputs_of(runs_on_subject(loss, images, 7, batch_size=batch_size)["unet"], loss, monkeypatch)
+    assert len(whole) == len(images)
+    assert max(len(part["timesteps"]) for part in parts) == min(batch_size, TIMESTEPS_PER_IMAGE)
     for name in ("timesteps", "time_ids"):
         assert torch.equal(torch.cat([part[name] for part in parts]), torch.cat([one[name] for one in whole]))
     for name in ("latents", "noise"):
@@ -49,9 +49,9 @@ def test_no_batch_is_larger_than_allowed_and_noise_and_timesteps_are_the_same_in
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_the_statistics_do_not_depend_on_the_batch_size(subject, batch_size):
-    loss, pictures = subject
+    loss, images = subject
     whole, parts = (
-        calibrate(loss.unet, runs_on_subject(loss, pictures, 7, batch_size=size)["unet"], ATTENTION) for size in (8, batch_size)
+        calibrate(loss.unet, runs_on_subject(loss, images, 7, batch_size=size)["unet"], ATTENTION) for size in (8, batch_size)
     )
     assert set(whole) == set(parts)
     for name, scale in whole.items():
@@ -59,16 +59,16 @@ def test_the_statistics_do_not_depend_on_the_batch_size(subject, batch_size):
 
 
 def test_processes_together_see_what_one_sees(subject):
-    loss, pictures = subject
-    whole = calibrate(loss.unet, runs_on_subject(loss, pictures, 7)["unet"], ATTENTION)
-    shares = [calibrate(loss.unet, runs_on_subject(loss, pictures, 7, rank, 2, 2)["unet"], ATTENTION) for rank in (0, 1)]
+    loss, images = subject
+    whole = calibrate(loss.unet, runs_on_subject(loss, images, 7)["unet"], ATTENTION)
+    shares = [calibrate(loss.unet, runs_on_subject(loss, images, 7, rank, 2, 2)["unet"], ATTENTION) for rank in (0, 1)]
     for name, scale in whole.items():
         together = torch.stack([share[name].square() for share in shares]).sum(dim=0).sqrt()
         torch.testing.assert_close(together, scale, rtol=1e-5, atol=0)
 
 
 def test_a_bar_counts_the_batches_on_the_first_process_alone(subject, monkeypatch):
-    loss, pictures = subject
+    loss, images = subject
     bars = []
 
     class Bar(calibration.tqdm):
@@ -77,12 +77,12 @@ def test_a_bar_counts_the_batches_on_the_first_process_alone(subject, monkeypatc
             bars.append(self)
 
     monkeypatch.setattr(calibration, "tqdm", Bar)
-    for run in runs_on_subject(loss, pictures, 7, batch_size=3).values():
+    for run in runs_on_subject(loss, images, 7, batch_size=3).values():
         run()
     assert [(bar.desc, bar.n, bar.total) for bar in bars] == [
         ("calibrating", 9, 9),
         ("calibrating text encoder 1", 3, 3),
         ("calibrating text encoder 2", 3, 3),
     ]
-    runs_on_subject(loss, pictures, 7, process=1, processes=2)["unet"]()
+    runs_on_subject(loss, images, 7, process=1, processes=2)["unet"]()
     assert bars[-1].disable

@@ -1,4 +1,4 @@
-"""Captions: each picture's own words, by file, and several subjects by folder."""
+"""Captions: each image's own words, by file, and several subjects by folder."""
 
 import json
 
@@ -9,7 +9,7 @@ from pipelines.errors import InputError
 from pipelines.subject.captions import class_prompts, find_captioned
 
 
-def picture(path):
+def image(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (8, 8)).save(path)
     return path
@@ -25,7 +25,7 @@ def prompts(folder, prompt="a photo of sks dog"):
 
 def test_metadata_comes_before_a_text_file_and_that_before_the_prompt(tmp_path):
     for name in "abc":
-        picture(tmp_path / f"{name}.png")
+        image(tmp_path / f"{name}.png")
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(f"file of {name}\n")
     metadata(tmp_path, {"file_name": "a.png", "text": "line of a"}, "")
@@ -34,7 +34,7 @@ def test_metadata_comes_before_a_text_file_and_that_before_the_prompt(tmp_path):
 
 def test_each_folder_is_a_subject_and_its_name_enters_the_prompt(tmp_path):
     for place in ("red_dog/0.png", "red_dog/1.png", "cat/0.png", ".hidden/0.png"):
-        picture(tmp_path / place)
+        image(tmp_path / place)
     (tmp_path / "notes").mkdir()
     found = find_captioned(tmp_path, "a photo of {subject}")
     assert [(item.subject, item.path.name, item.prompt) for item in found] == [
@@ -45,9 +45,9 @@ def test_each_folder_is_a_subject_and_its_name_enters_the_prompt(tmp_path):
     assert {item.kind for item in found} == {"instance"}
 
 
-def test_pictures_of_one_name_in_two_folders_keep_their_own_captions(tmp_path):
+def test_images_of_one_name_in_two_folders_keep_their_own_captions(tmp_path):
     for subject in ("cat", "dog", "owl"):
-        picture(tmp_path / subject / "0.png")
+        image(tmp_path / subject / "0.png")
     (tmp_path / "cat" / "0.txt").write_text("a cat by its text")
     metadata(tmp_path, {"file_name": "dog/0.png", "text": "a dog by the outer list"})
     metadata(tmp_path / "owl", {"file_name": "0.png", "text": "an owl by its own list"})
@@ -55,20 +55,20 @@ def test_pictures_of_one_name_in_two_folders_keep_their_own_captions(tmp_path):
     assert found == {"cat": "a cat by its text", "dog": "a dog by the outer list", "owl": "an owl by its own list"}
 
 
-def test_folders_beside_pictures_are_no_subjects(tmp_path):
-    picture(tmp_path / "0.png")
-    picture(tmp_path / "class" / "0.png")
+def test_folders_beside_images_are_no_subjects(tmp_path):
+    image(tmp_path / "0.png")
+    image(tmp_path / "class" / "0.png")
     assert [item.path for item in find_captioned(tmp_path, "dog")] == [tmp_path / "0.png"]
 
 
-def test_hidden_files_are_no_pictures(tmp_path):
-    picture(tmp_path / "0.png")
+def test_hidden_files_are_no_images(tmp_path):
+    image(tmp_path / "0.png")
     (tmp_path / "._0.png").write_bytes(b"what another system leaves")
     assert list(prompts(tmp_path)) == ["0.png"]
 
 
 def test_a_caption_in_any_script_and_with_a_byte_order_mark_is_read(tmp_path):
-    picture(tmp_path / "a.png")
+    image(tmp_path / "a.png")
     (tmp_path / "a.txt").write_bytes("一只狗 ünd".encode("utf-8-sig"))
     assert prompts(tmp_path) == {"a.png": "一只狗 ünd"}
 
@@ -84,7 +84,7 @@ def test_a_caption_in_any_script_and_with_a_byte_order_mark_is_read(tmp_path):
     ],
 )
 def test_a_wrong_line_is_named_with_its_number(tmp_path, line, message):
-    picture(tmp_path / "a.png")
+    image(tmp_path / "a.png")
     metadata(tmp_path, {"file_name": "a.png", "text": "a"}, line)
     with pytest.raises(InputError, match=message):
         prompts(tmp_path)
@@ -92,14 +92,14 @@ def test_a_wrong_line_is_named_with_its_number(tmp_path, line, message):
 
 @pytest.mark.parametrize(("content", "message"), [(b" \n", r"a\.txt' is empty"), (b"\xff\xfe\xff", r"a\.txt' is UTF-16 text")])
 def test_a_text_file_that_says_nothing_is_named(tmp_path, content, message):
-    picture(tmp_path / "a.png")
+    image(tmp_path / "a.png")
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(InputError, match=message):
         prompts(tmp_path)
 
 
-def test_a_picture_without_any_words_is_named(tmp_path):
-    picture(tmp_path / "a.png")
+def test_a_image_without_any_words_is_named(tmp_path):
+    image(tmp_path / "a.png")
     with pytest.raises(InputError, match=r"a\.png' has no caption.*--instance_prompt.*a\.txt"):
         prompts(tmp_path, None)
 
@@ -109,15 +109,15 @@ def test_a_missing_folder_is_named_with_the_flag_to_set(tmp_path):
         find_captioned(tmp_path / "missing", "dog")
 
 
-def test_a_folder_without_pictures_is_named_with_what_it_should_hold(tmp_path):
+def test_a_folder_without_images_is_named_with_what_it_should_hold(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"holds no picture .*\.jpg.*three to ten"):
+    with pytest.raises(InputError, match=r"holds no image .*\.jpg.*three to ten"):
         find_captioned(tmp_path, "dog")
 
 
 def test_a_subject_has_the_class_of_its_folder_or_else_the_common_one(tmp_path):
     for subject in ("cat", "dog"):
-        picture(tmp_path / subject / "0.png")
+        image(tmp_path / subject / "0.png")
     (tmp_path / "cat" / "class_prompt.txt").write_text("a photo of a cat\n")
     assert class_prompts(tmp_path, "a photo of a pet") == {"cat": "a photo of a cat", "dog": "a photo of a pet"}
     with pytest.raises(InputError, match=r"needs the class of the subject in .*dog.*--class_prompt.*class_prompt\.txt"):

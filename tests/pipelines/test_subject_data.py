@@ -1,4 +1,4 @@
-"""Pictures of a subject: found, upright, cropped, and said to be of the size they are."""
+"""Images of a subject: found, upright, cropped, and said to be of the size they are."""
 
 import contextlib
 import io
@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from pipelines.errors import InputError
-from pipelines.pictures import read_picture
-from pipelines.subject.data import Shot, find_pictures, load_examples, picture_size, take
+from pipelines.images import read_image
+from pipelines.subject.data import CropVariant, find_images, image_size, load_examples, take
 
 ORIENTATION = 0x0112
 TURNED_RIGHT = 6
@@ -18,9 +18,9 @@ TURNED_RIGHT = 6
 
 def halves(width, height):
     """Red to the left, blue to the right."""
-    picture = Image.new("RGB", (width, height), "red")
-    picture.paste("blue", (width // 2, 0, width, height))
-    return picture
+    image = Image.new("RGB", (width, height), "red")
+    image.paste("blue", (width // 2, 0, width, height))
+    return image
 
 
 def turned_exif():
@@ -29,9 +29,9 @@ def turned_exif():
     return exif
 
 
-def test_a_picture_is_read_upright_and_its_size_is_the_upright_one(tmp_path):
+def test_a_image_is_read_upright_and_its_size_is_the_upright_one(tmp_path):
     halves(60, 40).save(tmp_path / "a.png", exif=turned_exif())
-    upright = read_picture(tmp_path / "a.png")
+    upright = read_image(tmp_path / "a.png")
     assert upright.size == (40, 60)
     assert upright.getpixel((20, 5)) == (255, 0, 0)
     assert upright.getpixel((20, 55)) == (0, 0, 255)
@@ -60,24 +60,24 @@ def test_a_model_that_knows_one_size_is_told_that_size(tmp_path):
 
 
 def bars(width, height):
-    """A picture whose red is the column's number and whose green is the row's."""
+    """An image whose red is the column's number and whose green is the row's."""
     values = np.zeros((height, width, 3), dtype=np.uint8)
     values[..., 0], values[..., 1] = np.arange(width), np.arange(height)[:, None]
     return Image.fromarray(values)
 
 
-def shown(shot, picture, **more):
-    """What `shot` shows of a picture that is not resized: columns and rows of the original, and time_ids."""
-    example = take("a.png", picture, shot, **more)
+def shown(shot, image, **more):
+    """What `shot` shows of an image that is not resized: columns and rows of the original, and time_ids."""
+    example = take("a.png", image, shot, **more)
     values = ((example.pixels + 1) * 127.5).round().int()
     return values[0, 0].tolist(), values[1, :, 0].tolist(), example.time_ids.tolist()
 
 
 @pytest.mark.parametrize("crop", [None, (0.0, 0.0), (0.0, 0.999), (0.0, 0.4)])
 @pytest.mark.parametrize("width", [30, 31])
-def test_a_mirrored_pictures_crop_is_counted_on_the_mirrored_picture(crop, width):
-    picture = bars(width, 20)
-    columns, _, time_ids = shown(Shot((20, 20), crop, mirrored=True), picture)
+def test_a_mirrored_images_crop_is_counted_on_the_mirrored_image(crop, width):
+    image = bars(width, 20)
+    columns, _, time_ids = shown(CropVariant((20, 20), crop, mirrored=True), image)
     left = int(time_ids[3])
     turned = list(range(width))[::-1]
     assert columns == turned[left : left + 20]
@@ -86,7 +86,7 @@ def test_a_mirrored_pictures_crop_is_counted_on_the_mirrored_picture(crop, width
 
 @pytest.mark.parametrize("size", [(20, 30), (30, 20), (20, 20)])
 def test_a_bucket_is_covered_and_cropped_along_one_side_and_told_as_the_target(size):
-    columns, rows, time_ids = shown(Shot(size, (0.5, 0.5)), bars(40, 40) if size == (20, 20) else bars(30, 30))
+    columns, rows, time_ids = shown(CropVariant(size, (0.5, 0.5)), bars(40, 40) if size == (20, 20) else bars(30, 30))
     assert (len(rows), len(columns)) == size
     assert time_ids[4:] == list(size)
     assert (time_ids[2] == 0) == (size[0] >= size[1])
@@ -94,14 +94,14 @@ def test_a_bucket_is_covered_and_cropped_along_one_side_and_told_as_the_target(s
 
 
 def test_time_ids_of_a_random_crop_say_where_it_lies():
-    columns, rows, time_ids = shown(Shot((20, 20), (0.3, 0.7)), bars(20, 36))
+    columns, rows, time_ids = shown(CropVariant((20, 20), (0.3, 0.7)), bars(20, 36))
     assert time_ids[:4] == [36, 20, int(0.3 * 17), 0]
     assert rows == list(range(int(time_ids[2]), int(time_ids[2]) + 20))
     assert columns == list(range(20))
 
 
 def test_a_model_that_knows_no_sizes_is_told_the_bucket_alone():
-    assert shown(Shot((20, 30), (0.0, 0.9), True), bars(60, 40), size_conditioning="target")[2] == [20, 30, 0, 0, 20, 30]
+    assert shown(CropVariant((20, 30), (0.0, 0.9), True), bars(60, 40), size_conditioning="target")[2] == [20, 30, 0, 0, 20, 30]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -109,40 +109,40 @@ def test_the_size_is_known_without_decoding(tmp_path, orientation):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     halves(60, 40).save(tmp_path / "a.jpg", exif=exif)
-    upright = read_picture(tmp_path / "a.jpg")
-    assert picture_size(tmp_path / "a.jpg") == (upright.height, upright.width)
+    upright = read_image(tmp_path / "a.jpg")
+    assert image_size(tmp_path / "a.jpg") == (upright.height, upright.width)
 
 
 def test_transparent_parts_become_white(tmp_path):
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "a.png")
-    assert read_picture(tmp_path / "a.png").getpixel((4, 4)) == (255, 255, 255)
+    assert read_image(tmp_path / "a.png").getpixel((4, 4)) == (255, 255, 255)
 
 
-def test_pictures_are_found_by_suffix_and_sorted(tmp_path):
+def test_images_are_found_by_suffix_and_sorted(tmp_path):
     for name in ("b.JPG", "a.png", "notes.txt"):
         (tmp_path / name).touch()
-    assert [path.name for path in find_pictures(tmp_path)] == ["a.png", "b.JPG"]
+    assert [path.name for path in find_images(tmp_path)] == ["a.png", "b.JPG"]
 
 
 def test_a_missing_folder_is_named_with_the_flag_to_set(tmp_path):
     with pytest.raises(InputError, match=r"no folder .*missing.*--instance_data_dir"):
-        find_pictures(tmp_path / "missing")
+        find_images(tmp_path / "missing")
 
 
-def test_a_folder_without_pictures_is_named_with_what_it_should_hold(tmp_path):
-    with pytest.raises(InputError, match=r"holds no picture .*\.jpg.*three to ten"):
-        find_pictures(tmp_path)
+def test_a_folder_without_images_is_named_with_what_it_should_hold(tmp_path):
+    with pytest.raises(InputError, match=r"holds no image .*\.jpg.*three to ten"):
+        find_images(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"no picture at all", b"", b"\x89PNG\r\n\x1a\n"])
-def test_an_unreadable_picture_is_named(tmp_path, content):
+@pytest.mark.parametrize("content", [b"no image at all", b"", b"\x89PNG\r\n\x1a\n"])
+def test_an_unreadable_image_is_named(tmp_path, content):
     (tmp_path / "broken.png").write_bytes(content)
-    with pytest.raises(InputError, match=r"broken\.png.* cannot be read as a picture"):
-        read_picture(tmp_path / "broken.png")
+    with pytest.raises(InputError, match=r"broken\.png.* cannot be read as an image"):
+        read_image(tmp_path / "broken.png")
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "BMP"])
-def test_damaged_pictures_are_read_or_named_and_nothing_else_is_raised(form):
+def test_damaged_images_are_read_or_named_and_nothing_else_is_raised(form):
     rng = np.random.default_rng(0)
     whole = io.BytesIO()
     halves(20, 24).convert("L" if form == "BMP" else "RGB").save(whole, form, exif=b"" if form == "BMP" else turned_exif())
@@ -151,25 +151,25 @@ def test_damaged_pictures_are_read_or_named_and_nothing_else_is_raised(form):
         for place in rng.integers(len(damaged), size=3):
             damaged[place] = rng.integers(256)
         with contextlib.suppress(InputError):
-            assert read_picture(io.BytesIO(damaged), "the damaged one").mode == "RGB"
+            assert read_image(io.BytesIO(damaged), "the damaged one").mode == "RGB"
 
 
 def test_a_format_that_pillow_hands_to_another_program_is_not_opened_whatever_its_suffix(tmp_path):
     halves(20, 20).save(tmp_path / "a.eps")
     (tmp_path / "a.eps").rename(tmp_path / "a.jpg")
-    with pytest.raises(InputError, match=r"a\.jpg.* cannot be read as a picture"):
-        read_picture(tmp_path / "a.jpg")
+    with pytest.raises(InputError, match=r"a\.jpg.* cannot be read as an image"):
+        read_image(tmp_path / "a.jpg")
 
 
 def test_more_pixels_than_allowed_are_refused_and_the_limit_itself_is_not(tmp_path):
     halves(20, 30).save(tmp_path / "a.png")
-    assert read_picture(tmp_path / "a.png", max_pixels=600).size == (20, 30)
+    assert read_image(tmp_path / "a.png", max_pixels=600).size == (20, 30)
     with pytest.raises(InputError, match=r"a\.png.* at most 599 pixels, got 20 x 30"):
-        read_picture(tmp_path / "a.png", max_pixels=599)
+        read_image(tmp_path / "a.png", max_pixels=599)
 
 
-def test_a_truncated_picture_is_named(tmp_path):
+def test_a_truncated_image_is_named(tmp_path):
     halves(60, 40).save(tmp_path / "whole.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:-200])
-    with pytest.raises(InputError, match=r"cut\.jpg.* cannot be read as a picture"):
-        read_picture(tmp_path / "cut.jpg")
+    with pytest.raises(InputError, match=r"cut\.jpg.* cannot be read as an image"):
+        read_image(tmp_path / "cut.jpg")

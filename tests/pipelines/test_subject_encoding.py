@@ -13,13 +13,13 @@ from tiny_pipeline import tiny_pipeline
 from pipelines.cache import TensorCache, digest_of, key_of, module_digest
 from pipelines.digests import file_digest
 from pipelines.errors import InputError
-from pipelines.pictures import read_picture
+from pipelines.images import read_image
 from pipelines.subject import encoding
-from pipelines.subject.base_model import encode_pictures, encode_prompts, load_base_model
-from pipelines.subject.data import Picture, Shot, take
-from pipelines.subject.encoding import CachedPictures, Encoder, Framing
+from pipelines.subject.base_model import encode_images, encode_prompts, load_base_model
+from pipelines.subject.data import CropVariant, TrainingImage, take
+from pipelines.subject.encoding import CachedImages, CropConfig, LatentEncoder
 
-SQUARE = Framing(((16, 16),))
+SQUARE = CropConfig(((16, 16),))
 
 
 @pytest.fixture
@@ -27,17 +27,17 @@ def cache(tmp_path):
     return TensorCache(tmp_path / "cache")
 
 
-def pictures_in(folder, prompt="a star"):
-    return [Picture(path, f"{prompt} {path.stem}") for path in sorted(folder.glob("*.png"))]
+def images_in(folder, prompt="a star"):
+    return [TrainingImage(path, f"{prompt} {path.stem}") for path in sorted(folder.glob("*.png"))]
 
 
 @pytest.fixture
 def made(monkeypatch):
-    """What the model was asked to encode: the paths of pictures, and prompts."""
+    """What the model was asked to encode: the paths of images, and prompts."""
     asked = []
-    moments, embeddings = Encoder._moments, Encoder._embeddings
-    monkeypatch.setattr(Encoder, "_moments", lambda self, example: asked.append(example.path) or moments(self, example))
-    monkeypatch.setattr(Encoder, "_embeddings", lambda self, prompt: asked.append(prompt) or embeddings(self, prompt))
+    moments, embeddings = LatentEncoder._moments, LatentEncoder._embeddings
+    monkeypatch.setattr(LatentEncoder, "_moments", lambda self, example: asked.append(example.path) or moments(self, example))
+    monkeypatch.setattr(LatentEncoder, "_embeddings", lambda self, prompt: asked.append(prompt) or embeddings(self, prompt))
     return asked
 
 
@@ -50,95 +50,95 @@ def equal(first, second):
         assert torch.equal(getattr(first.prompts, name)[first.prompt_of], getattr(second.prompts, name)[second.prompt_of])
 
 
-def test_what_is_read_is_what_the_model_makes_of_each_variant(pipe, pictures_dir, cache):
-    pictures = pictures_in(pictures_dir)
-    framing = Framing(((16, 24), (24, 16), (16, 16)), random_crops=2, mirror=True, seed=1)
-    encoded = Encoder(pipe, cache).encode(pictures, framing)
+def test_what_is_read_is_what_the_model_makes_of_each_variant(pipe, images_dir, cache):
+    images = images_in(images_dir)
+    framing = CropConfig(((16, 24), (24, 16), (16, 16)), random_crops=2, mirror=True, seed=1)
+    encoded = LatentEncoder(pipe, cache).encode(images, framing)
     assert encoded.sizes == ((16, 24), (24, 16), (16, 16))
     assert encoded.variants == 4
-    for place, picture in enumerate(pictures):
+    for place, image in enumerate(images):
         shots = framing.shots(place, encoded.sizes[place])
         assert [shot.mirrored for shot in shots] == [False, False, True, True]
         for variant, shot in enumerate(shots):
-            example = take(picture.path, read_picture(picture.path), shot)
+            example = take(image.path, read_image(image.path), shot)
             moments, time_ids = encoded.read(place, variant)
-            torch.testing.assert_close(moments, encode_pictures(pipe, example.pixels[None])[0])
+            torch.testing.assert_close(moments, encode_images(pipe, example.pixels[None])[0])
             assert torch.equal(time_ids, example.time_ids)
-        stock = encode_prompts(pipe, [picture.prompt])
+        stock = encode_prompts(pipe, [image.prompt])
         prompt = encoded.prompt_of[place]
         torch.testing.assert_close(encoded.prompts.hidden[prompt], stock.hidden[0])
         torch.testing.assert_close(encoded.prompts.pooled[prompt], stock.pooled[0])
 
 
-def test_what_was_encoded_once_is_not_encoded_again(pipe, pictures_dir, cache, made):
-    first = Encoder(pipe, cache).encode(pictures_in(pictures_dir), SQUARE)
+def test_what_was_encoded_once_is_not_encoded_again(pipe, images_dir, cache, made):
+    first = LatentEncoder(pipe, cache).encode(images_in(images_dir), SQUARE)
     assert len(made) == 6
     made.clear()
-    second = Encoder(tiny_pipeline(), cache).encode(pictures_in(pictures_dir), SQUARE)
+    second = LatentEncoder(tiny_pipeline(), cache).encode(images_in(images_dir), SQUARE)
     assert made == []
     equal(first, second)
 
 
-def test_where_the_model_lies_does_not_matter(tiny_model, pictures_dir, cache, made, tmp_path):
+def test_where_the_model_lies_does_not_matter(tiny_model, images_dir, cache, made, tmp_path):
     for folder in (tiny_model, shutil.copytree(tiny_model, tmp_path / "copy")):
         made.clear()
-        Encoder(load_base_model(str(folder)), cache).encode(pictures_in(pictures_dir), SQUARE)
+        LatentEncoder(load_base_model(str(folder)), cache).encode(images_in(images_dir), SQUARE)
     assert made == []
 
 
-def test_a_mirrored_variant_is_added_to_what_is_there(pipe, pictures_dir, cache, made):
-    Encoder(pipe, cache).encode(pictures_in(pictures_dir), SQUARE)
+def test_a_mirrored_variant_is_added_to_what_is_there(pipe, images_dir, cache, made):
+    LatentEncoder(pipe, cache).encode(images_in(images_dir), SQUARE)
     made.clear()
-    Encoder(pipe, cache).encode(pictures_in(pictures_dir), Framing(((16, 16),), mirror=True))
+    LatentEncoder(pipe, cache).encode(images_in(images_dir), CropConfig(((16, 16),), mirror=True))
     assert len(made) == 3
 
 
-def changed_bytes(pictures, folder):
-    target = folder / pictures[0].path.name
-    Image.fromarray(255 - np.asarray(Image.open(pictures[0].path))).save(target)
-    return [Picture(target, pictures[0].prompt)]
+def changed_bytes(images, folder):
+    target = folder / images[0].path.name
+    Image.fromarray(255 - np.asarray(Image.open(images[0].path))).save(target)
+    return [TrainingImage(target, images[0].prompt)]
 
 
 @pytest.mark.parametrize("what", ["size", "crop", "mirror", "conditioning", "picture", "vae"])
-def test_anything_that_changes_a_picture_gives_it_another_place(pipe, pictures_dir, cache, tmp_path, made, what):
-    pictures = pictures_in(pictures_dir)[:1]
-    Encoder(pipe, cache).encode(pictures, SQUARE)
+def test_anything_that_changes_a_image_gives_it_another_place(pipe, images_dir, cache, tmp_path, made, what):
+    images = images_in(images_dir)[:1]
+    LatentEncoder(pipe, cache).encode(images, SQUARE)
     made.clear()
     framing = {
-        "size": Framing(((24, 16),)),
-        "crop": Framing(((16, 16),), random_crops=1),
-        "mirror": Framing(((16, 16),), mirror=True),
-        "conditioning": Framing(((16, 16),), size_conditioning="target"),
+        "size": CropConfig(((24, 16),)),
+        "crop": CropConfig(((16, 16),), random_crops=1),
+        "mirror": CropConfig(((16, 16),), mirror=True),
+        "conditioning": CropConfig(((16, 16),), size_conditioning="target"),
     }.get(what, SQUARE)
     if what == "picture":
-        pictures = changed_bytes(pictures, tmp_path)
+        images = changed_bytes(images, tmp_path)
     if what == "vae":
         pipe.vae.quant_conv.bias.data += 1e-3
-    Encoder(pipe, cache).encode(pictures, framing)
-    assert made == [pictures[0].path]
+    LatentEncoder(pipe, cache).encode(images, framing)
+    assert made == [images[0].path]
 
 
 @pytest.mark.parametrize("what", ["prompt", "text_encoder", "text_encoder_2"])
-def test_anything_that_changes_a_prompt_gives_it_another_place(pipe, pictures_dir, cache, made, what):
-    pictures = pictures_in(pictures_dir)[:1]
-    Encoder(pipe, cache).encode(pictures, SQUARE)
+def test_anything_that_changes_a_prompt_gives_it_another_place(pipe, images_dir, cache, made, what):
+    images = images_in(images_dir)[:1]
+    LatentEncoder(pipe, cache).encode(images, SQUARE)
     made.clear()
     if what == "prompt":
-        pictures = [Picture(pictures[0].path, "another star")]
+        images = [TrainingImage(images[0].path, "another star")]
     else:
         next(getattr(pipe, what).parameters()).data += 1e-3
-    Encoder(pipe, cache).encode(pictures, SQUARE)
-    assert made == [pictures[0].prompt]
+    LatentEncoder(pipe, cache).encode(images, SQUARE)
+    assert made == [images[0].prompt]
 
 
-def test_pictures_of_one_name_and_equal_pictures_with_other_captions_stay_apart(pipe, pictures_dir, cache, tmp_path):
+def test_images_of_one_name_and_equal_images_with_other_captions_stay_apart(pipe, images_dir, cache, tmp_path):
     for place, folder in enumerate("ab"):
         (tmp_path / folder).mkdir()
-        shutil.copy(pictures_dir / f"{place}.png", tmp_path / folder / "0.png")
-    pictures = [Picture(tmp_path / "a" / "0.png", "one"), Picture(tmp_path / "b" / "0.png", "two")]
-    pictures.append(Picture(tmp_path / "a" / "0.png", "three"))
-    encoded = Encoder(pipe, cache).encode(pictures, SQUARE)
-    alone = [Encoder(pipe, TensorCache(tmp_path / str(n))).encode([picture], SQUARE) for n, picture in enumerate(pictures)]
+        shutil.copy(images_dir / f"{place}.png", tmp_path / folder / "0.png")
+    images = [TrainingImage(tmp_path / "a" / "0.png", "one"), TrainingImage(tmp_path / "b" / "0.png", "two")]
+    images.append(TrainingImage(tmp_path / "a" / "0.png", "three"))
+    encoded = LatentEncoder(pipe, cache).encode(images, SQUARE)
+    alone = [LatentEncoder(pipe, TensorCache(tmp_path / str(n))).encode([image], SQUARE) for n, image in enumerate(images)]
     for place, expected in enumerate(alone):
         equal(encoded.only([place]), expected)
     assert not torch.equal(encoded.mean(0), encoded.mean(1))
@@ -159,74 +159,73 @@ def spoil(path, how):
 
 
 @pytest.mark.parametrize("how", ["cut", "flipped bit", "another's"])
-def test_a_file_that_is_damaged_or_another_ones_is_computed_anew(pipe, pictures_dir, cache, made, how):
-    pictures = pictures_in(pictures_dir)
-    first = Encoder(pipe, cache).encode(pictures, SQUARE)
+def test_a_file_that_is_damaged_or_another_ones_is_computed_anew(pipe, images_dir, cache, made, how):
+    images = images_in(images_dir)
+    first = LatentEncoder(pipe, cache).encode(images, SQUARE)
     for file in cache.folder.rglob("*.safetensors"):
         spoil(file, how)
     made.clear()
     with pytest.warns(UserWarning, match="computed anew"):
-        second = Encoder(pipe, cache).encode(pictures, SQUARE)
+        second = LatentEncoder(pipe, cache).encode(images, SQUARE)
     assert len(made) == 6
     equal(first, second)
 
 
-def test_a_picture_lost_while_training_is_an_error_with_the_remedy(pipe, pictures_dir, cache):
-    encoded = Encoder(pipe, cache).encode(pictures_in(pictures_dir), SQUARE)
+def test_a_image_lost_while_training_is_an_error_with_the_remedy(pipe, images_dir, cache):
+    encoded = LatentEncoder(pipe, cache).encode(images_in(images_dir), SQUARE)
     shutil.rmtree(cache.folder)
-    with pytest.raises(InputError, match=r"has lost a picture.*--resume_from_checkpoint latest"):
+    with pytest.raises(InputError, match=r"has lost an image.*--resume_from_checkpoint latest"):
         encoded.read(0, 0)
 
 
-def test_workers_decode_the_same(pipe, pictures_dir, cache, tmp_path):
-    alone = Encoder(pipe, cache).encode(pictures_in(pictures_dir), SQUARE)
-    helped = Encoder(pipe, TensorCache(tmp_path / "other"), workers=2).encode(pictures_in(pictures_dir), SQUARE)
+def test_workers_decode_the_same(pipe, images_dir, cache, tmp_path):
+    alone = LatentEncoder(pipe, cache).encode(images_in(images_dir), SQUARE)
+    helped = LatentEncoder(pipe, TensorCache(tmp_path / "other"), workers=2).encode(images_in(images_dir), SQUARE)
     equal(alone, helped)
 
 
-def test_processes_share_the_work_and_end_with_all_of_it(pipe, pictures_dir, cache, made):
-    pictures = pictures_in(pictures_dir, "one prompt for all")
+def test_processes_share_the_work_and_end_with_all_of_it(pipe, images_dir, cache, made):
+    images = images_in(images_dir, "one prompt for all")
     counts = []
 
     def first_then_second():
         # Stands in for the other process, which encodes its part while this one waits.
-        counts.append(sum(path in {picture.path for picture in pictures} for path in made))
-        Encoder(pipe, cache, share=(1, 2))._encode_missing(jobs[0][1::2])
+        counts.append(sum(path in {image.path for image in images} for path in made))
+        LatentEncoder(pipe, cache, share=(1, 2))._encode_missing(jobs[0][1::2])
 
     jobs = []
-    original = Encoder._encode_missing
-    watched = Encoder(pipe, cache, share=(0, 2), wait=first_then_second)
-    watched._encode_missing = lambda given: jobs.append(jobs_of(watched, pictures)) or original(watched, given)
-    watched.encode(pictures, SQUARE)
+    original = LatentEncoder._encode_missing
+    watched = LatentEncoder(pipe, cache, share=(0, 2), wait=first_then_second)
+    watched._encode_missing = lambda given: jobs.append(jobs_of(watched, images)) or original(watched, given)
+    watched.encode(images, SQUARE)
     assert counts == [2]
-    assert sorted(path for path in made if path in {picture.path for picture in pictures}) == [p.path for p in pictures]
+    assert sorted(path for path in made if path in {image.path for image in images}) == [p.path for p in images]
 
 
-def jobs_of(encoder, pictures):
-    shot = Shot((16, 16))
+def jobs_of(encoder, images):
+    shot = CropVariant((16, 16))
     return [
-        encoding._Job(picture.path, {encoder._key(file_digest(picture.path), shot, "picture"): shot}, "picture")
-        for picture in pictures
+        encoding._Job(image.path, {encoder._key(file_digest(image.path), shot, "picture"): shot}, "picture") for image in images
     ]
 
 
-def test_only_so_many_pictures_stay_in_memory(cache):
+def test_only_so_many_images_stay_in_memory(cache):
     keys = [(key_of(number=number),) for number in range(5)]
     for number, (key,) in enumerate(keys):
         cache.write(key, {"moments": torch.full((2, 1, 1, 1), float(number)), "time_ids": torch.zeros(6)})
-    reader = CachedPictures(keys, cache, kept=2)
+    reader = CachedImages(keys, cache, kept=2)
     for place in (0, 1, 0, 2, 3):
         assert reader(place, 0)[0][0].item() == place
         assert len(reader.memory) <= 2
     assert list(reader.memory) == [keys[2][0], keys[3][0]]
 
 
-def test_pictures_are_decoded_one_after_the_other(pipe, pictures_dir, cache, monkeypatch):
+def test_images_are_decoded_one_after_the_other(pipe, images_dir, cache, monkeypatch):
     order = []
-    decode, moments = encoding._Job.decode, Encoder._moments
+    decode, moments = encoding._Job.decode, LatentEncoder._moments
     monkeypatch.setattr(encoding._Job, "decode", lambda job: order.append("decode") or decode(job))
-    monkeypatch.setattr(Encoder, "_moments", lambda self, example: order.append("encode") or moments(self, example))
-    Encoder(pipe, cache).encode(pictures_in(pictures_dir), SQUARE)
+    monkeypatch.setattr(LatentEncoder, "_moments", lambda self, example: order.append("encode") or moments(self, example))
+    LatentEncoder(pipe, cache).encode(images_in(images_dir), SQUARE)
     assert order == ["decode", "encode"] * 3
 
 
@@ -238,9 +237,9 @@ def test_the_hash_of_a_model_sees_every_weight_and_its_type(pipe):
     assert first != module_digest(pipe.vae)
 
 
-def test_crops_are_drawn_for_each_picture_from_the_seed_alone():
-    framing = Framing(((16, 16),), random_crops=3, seed=5)
+def test_crops_are_drawn_for_each_image_from_the_seed_alone():
+    framing = CropConfig(((16, 16),), random_crops=3, seed=5)
     crops = [[shot.crop for shot in framing.shots(place, (16, 16))] for place in (0, 1, 0)]
     assert crops[0] == crops[2] != crops[1]
     assert all(0 <= value < 1 for crop in crops[0] for value in crop)
-    assert crops[0] != [shot.crop for shot in Framing(((16, 16),), random_crops=3, seed=6).shots(0, (16, 16))]
+    assert crops[0] != [shot.crop for shot in CropConfig(((16, 16),), random_crops=3, seed=6).shots(0, (16, 16))]

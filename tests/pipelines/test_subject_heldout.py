@@ -1,4 +1,4 @@
-"""What is held out of a handful of pictures."""
+"""What is held out of a handful of images."""
 
 import pytest
 
@@ -8,18 +8,18 @@ from pipelines.subject.evaluation import HeldOut, choose_heldout
 NAMES = [f"{place}.png" for place in range(6)]
 
 
-def test_of_many_pictures_the_seed_chooses_one():
+def test_of_many_images_the_seed_chooses_one():
     chosen = {choose_heldout(NAMES, "auto", seed).place for seed in range(60)}
     assert chosen == set(range(6))
     assert choose_heldout(NAMES, "auto", 3) == choose_heldout(NAMES, "auto", 3)
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
-def test_of_few_pictures_each_is_left_out_in_turn(count):
+def test_of_few_images_each_is_left_out_in_turn(count):
     assert choose_heldout(NAMES[:count], "auto", 0) == HeldOut(folds=tuple(range(count)))
 
 
-def test_of_five_pictures_one_can_be_spared_and_a_single_one_is_kept():
+def test_of_five_images_one_can_be_spared_and_a_single_one_is_kept():
     assert choose_heldout(NAMES[:5], "auto", 0).place is not None
     assert choose_heldout(NAMES[:1], "auto", 0) == HeldOut()
 
@@ -31,8 +31,8 @@ def test_what_is_asked_for_is_done_whatever_the_count():
 
 
 @pytest.mark.parametrize("asked", ["0.png", "leave_one_out"])
-def test_a_single_picture_cannot_be_held_out(asked):
-    with pytest.raises(InputError, match="holds one picture, and it is held out"):
+def test_a_single_image_cannot_be_held_out(asked):
+    with pytest.raises(InputError, match="holds one image, and it is held out"):
         choose_heldout(NAMES[:1], asked, 0)
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_pipeline import add_nora, picture, tiny_pipeline
+from tiny_pipeline import add_nora, image, tiny_pipeline
 
 from nora_vision import AdapterFileError, export_lora
 from nora_vision.files import read_tensors, write_tensors
@@ -14,10 +14,10 @@ from pipelines.subject.adapters import load_adapter
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """The file of an adapter of the tiny model, and the picture that it makes."""
+    """The file of an adapter of the tiny model, and the image that it makes."""
     pipe = tiny_pipeline()
     add_nora(pipe)
-    return export_lora(pipe, tmp_path_factory.mktemp("exported") / "good.safetensors"), picture(pipe)
+    return export_lora(pipe, tmp_path_factory.mktemp("exported") / "good.safetensors"), image(pipe)
 
 
 def rewritten(file, path, change=lambda tensors: tensors, **configuration):
@@ -30,7 +30,7 @@ def rewritten(file, path, change=lambda tensors: tensors, **configuration):
 def test_a_good_file_is_loaded(exported):
     stock = tiny_pipeline()
     load_adapter(stock, exported[0], "good")
-    torch.testing.assert_close(picture(stock), exported[1], atol=1 / 255, rtol=0)
+    torch.testing.assert_close(image(stock), exported[1], atol=1 / 255, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -65,10 +65,10 @@ def test_a_name_that_is_an_expression_is_refused(exported, tmp_path):
 )
 def test_a_file_of_another_model_leaves_the_pipeline_as_it_was(exported, tmp_path, change):
     stock = tiny_pipeline()
-    before = picture(stock)
+    before = image(stock)
     with pytest.raises(InputError, match=r"does not fit|fits \d+ of the \d+ layers"):
         load_adapter(stock, rewritten(exported[0], tmp_path / "bad.safetensors", change), "bad")
     load_adapter(stock, exported[0], "good")
-    torch.testing.assert_close(picture(stock), exported[1], atol=1 / 255, rtol=0)
+    torch.testing.assert_close(image(stock), exported[1], atol=1 / 255, rtol=0)
     stock.delete_adapters(["good"])
-    torch.testing.assert_close(picture(stock), before)
+    torch.testing.assert_close(image(stock), before)

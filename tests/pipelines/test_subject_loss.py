@@ -9,7 +9,7 @@ from pipelines.errors import InputError
 from pipelines.randomness import keyed_generator
 from pipelines.subject.base_model import encode_prompts, tokenize
 from pipelines.subject.batches import stratified_timesteps
-from pipelines.subject.encoding import EncodedPictures
+from pipelines.subject.encoding import CachedLatents
 from pipelines.subject.evaluation import mean_denoising_loss
 from pipelines.subject.loss import DenoisingLoss, TrainingBatches
 
@@ -48,7 +48,7 @@ def test_the_velocity_is_what_a_v_model_predicts(pipe, batch):
     torch.testing.assert_close(predicting(loss, velocity)(**batch), torch.tensor(0.0))
 
 
-def test_the_picture_is_what_a_sample_model_predicts(pipe, batch):
+def test_the_image_is_what_a_sample_model_predicts(pipe, batch):
     pipe.scheduler = DDPMScheduler(prediction_type="sample")
     assert predicting(DenoisingLoss(pipe), batch["latents"])(**batch) == 0
 
@@ -66,15 +66,15 @@ def answers(loss, batch):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_edm_style_errors_are_those_of_the_answer_times_the_slope_of_the_picture_in_it(pipe, batch, prediction_type):
+def test_edm_style_errors_are_those_of_the_answer_times_the_slope_of_the_image_in_it(pipe, batch, prediction_type):
     pipe.scheduler = EulerDiscreteScheduler(prediction_type=prediction_type)
     (edm_style, _), (plain, _) = (answers(DenoisingLoss(pipe, edm_style=style), batch) for style in (True, False))
     alpha = plain.noising.scheduler.alphas_cumprod[TIMESTEPS].double()
     # dx_0 / d answer = -sigma, -sqrt(1 - a), 1, and the square is divided by sigma^2 = (1 - a) / a.
     slopes = {"epsilon": torch.ones(3), "v_prediction": alpha, "sample": alpha / (1 - alpha)}[prediction_type]
     arguments = [batch[name] for name in ("latents", "noise", "timesteps", "time_ids")]
-    expected = slopes * plain.per_picture(*arguments, None)
-    torch.testing.assert_close(edm_style.per_picture(*arguments, None), expected.float(), rtol=1e-3, atol=0)
+    expected = slopes * plain.per_image(*arguments, None)
+    torch.testing.assert_close(edm_style.per_image(*arguments, None), expected.float(), rtol=1e-3, atol=0)
 
 
 def test_edm_style_training_shows_the_unet_what_it_was_trained_on(pipe, batch):
@@ -103,7 +103,7 @@ def test_a_model_trained_as_edm_hears_of_noise_as_in_its_own_sampling(pipe, batc
     torch.testing.assert_close(noisy, stock / scale)
 
 
-def test_the_answer_of_an_edm_model_that_denoises_to_the_picture_costs_nothing(pipe, batch):
+def test_the_answer_of_an_edm_model_that_denoises_to_the_image_costs_nothing(pipe, batch):
     pipe.scheduler = EDMEulerScheduler(sigma_data=0.5)
     loss = DenoisingLoss(pipe)
     sigma = loss.noising.sigma(TIMESTEPS)
@@ -122,7 +122,7 @@ def test_min_snr_is_refused_where_errors_have_weights_of_their_own(pipe, schedul
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_min_snr_weights_each_picture_by_its_signal_to_noise_ratio(pipe, batch, prediction_type):
+def test_min_snr_weights_each_image_by_its_signal_to_noise_ratio(pipe, batch, prediction_type):
     pipe.scheduler = DDPMScheduler(prediction_type=prediction_type)
     gamma = 5.0
     loss = DenoisingLoss(pipe, snr_gamma=gamma)
@@ -130,12 +130,12 @@ def test_min_snr_weights_each_picture_by_its_signal_to_noise_ratio(pipe, batch, 
     snr = alpha / (1 - alpha)
     weights = torch.minimum(snr, torch.tensor(gamma)) / {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[prediction_type]
     prompts = encode_prompts(pipe, ["a star"] * 3)
-    each = loss.per_picture(*(batch[name] for name in ("latents", "noise", "timesteps", "time_ids")), prompts)
+    each = loss.per_image(*(batch[name] for name in ("latents", "noise", "timesteps", "time_ids")), prompts)
     torch.testing.assert_close(loss(**batch), (weights * each).mean())
 
 
 @pytest.mark.parametrize("snr_gamma", [None, 5.0])
-def test_each_pictures_loss_is_multiplied_by_its_weight(pipe, batch, snr_gamma):
+def test_each_images_loss_is_multiplied_by_its_weight(pipe, batch, snr_gamma):
     loss, weights = DenoisingLoss(pipe, snr_gamma), torch.tensor([0.5, 2.0, 0.0])
     alone = [loss(**{name: value[place : place + 1] for name, value in batch.items()}) for place in range(3)]
     torch.testing.assert_close(loss(**batch, weights=weights), (weights * torch.stack(alone)).mean())
@@ -200,15 +200,15 @@ def encoded(pipe, count=2):
     latents = torch.randn(count, 1, 2, 4, 8, 8, generator=generator)
     tokens = tokenize((pipe.tokenizer, pipe.tokenizer_2), ["a star"] * count).transpose(0, 1)
     time_ids = torch.tensor([16.0, 16, 0, 0, 16, 16]).expand(count, 6)
-    return EncodedPictures.in_memory(latents, time_ids, tokens, encode_prompts(pipe, ["a star"] * count))
+    return CachedLatents.in_memory(latents, time_ids, tokens, encode_prompts(pipe, ["a star"] * count))
 
 
 def test_the_mean_loss_is_the_same_every_time_and_in_batches_of_any_size(pipe):
-    loss, pictures = DenoisingLoss(pipe), encoded(pipe)
-    first = mean_denoising_loss(loss, pictures, draws=6, batch_size=6)
-    assert first == mean_denoising_loss(loss, pictures, draws=6, batch_size=6)
-    assert first == pytest.approx(mean_denoising_loss(loss, pictures, draws=6, batch_size=4), rel=1e-5)
-    assert first != mean_denoising_loss(loss, pictures, draws=6, seed=1)
+    loss, images = DenoisingLoss(pipe), encoded(pipe)
+    first = mean_denoising_loss(loss, images, draws=6, batch_size=6)
+    assert first == mean_denoising_loss(loss, images, draws=6, batch_size=6)
+    assert first == pytest.approx(mean_denoising_loss(loss, images, draws=6, batch_size=4), rel=1e-5)
+    assert first != mean_denoising_loss(loss, images, draws=6, seed=1)
 
 
 def test_the_mean_loss_leaves_the_mode_of_the_model_as_it_was(pipe):
@@ -233,7 +233,7 @@ def test_a_model_that_predicts_nothing_loses_the_variance_of_the_noise(pipe):
 
 
 class RightInTheMiddle(Zero):
-    """Predicts the noise of black pictures, but only in the middle half of their height and width."""
+    """Predicts the noise of black images, but only in the middle half of their height and width."""
 
     def __init__(self, scheduler):
         super().__init__()
@@ -246,12 +246,12 @@ class RightInTheMiddle(Zero):
         return type("Output", (), {"sample": answer})
 
 
-def test_what_surrounds_the_middle_of_a_held_out_picture_does_not_count(pipe):
-    loss, pictures = DenoisingLoss(pipe), encoded(pipe)
+def test_what_surrounds_the_middle_of_a_held_out_image_does_not_count(pipe):
+    loss, images = DenoisingLoss(pipe), encoded(pipe)
     loss.unet = RightInTheMiddle(loss.noising.scheduler)
-    black = EncodedPictures.in_memory(torch.zeros(2, 1, 2, 4, 8, 8), torch.zeros(2, 6), pictures.tokens, pictures.prompts)
+    black = CachedLatents.in_memory(torch.zeros(2, 1, 2, 4, 8, 8), torch.zeros(2, 6), images.tokens, images.prompts)
     assert mean_denoising_loss(loss, black, draws=8) == pytest.approx(0.0, abs=1e-10)
-    assert mean_denoising_loss(loss, pictures, draws=8) > 1e-3
+    assert mean_denoising_loss(loss, images, draws=8) > 1e-3
 
 
 def test_stratified_timesteps_take_one_from_each_part_and_every_level_is_possible():

@@ -15,14 +15,14 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 from single_file import save_single_file
-from tiny_pipeline import picture, tiny_pipeline
+from tiny_pipeline import image, tiny_pipeline
 from torch import nn
 
 from pipelines.built_in import BUILT_IN
 from pipelines.errors import InputError
-from pipelines.subject.base_model import encode_pictures, encode_prompts, load_base_model, model_resolution
-from pipelines.subject.data import find_pictures, load_examples
-from pipelines.subject.encoding import EncodedPictures
+from pipelines.subject.base_model import encode_images, encode_prompts, load_base_model, model_resolution
+from pipelines.subject.data import find_images, load_examples
+from pipelines.subject.encoding import CachedLatents
 from pipelines.subject.loss import DenoisingLoss
 from pipelines.subject.mismatch import check_prediction_type, target_losses
 from pipelines.subject.noising import noising_for
@@ -144,14 +144,14 @@ def v_pred_file(tmp_path_factory):
     return path
 
 
-def test_a_file_with_keys_makes_the_pictures_of_stock_diffusers_with_that_scheduler(v_pred_file, tiny_model):
+def test_a_file_with_keys_makes_the_images_of_stock_diffusers_with_that_scheduler(v_pred_file, tiny_model):
     pipe = load_base_model(str(v_pred_file), single_file_config=str(tiny_model))
     stock = StableDiffusionXLPipeline.from_pretrained(tiny_model, add_watermarker=False)
     stock.scheduler = EulerDiscreteScheduler.from_config(
         stock.scheduler.config, prediction_type=V, rescale_betas_zero_snr=True, timestep_spacing="trailing"
     )
-    torch.testing.assert_close(picture(pipe), picture(stock))
-    assert (picture(pipe) - picture(tiny_pipeline())).abs().max() > 0.01
+    torch.testing.assert_close(image(pipe), image(stock))
+    assert (image(pipe) - image(tiny_pipeline())).abs().max() > 0.01
 
 
 def test_what_is_given_reaches_a_folders_scheduler(tiny_model):
@@ -183,7 +183,7 @@ def encoded(pipe, latents):
     """One image with these latents (1, channels, height, width)."""
     moments = torch.stack([latents, torch.zeros_like(latents)], dim=1)[:, None]
     tokens = torch.zeros((1, 2, 4), dtype=torch.int64)
-    return EncodedPictures.in_memory(moments, torch.zeros(1, 6), tokens, encode_prompts(pipe, ["a star"]))
+    return CachedLatents.in_memory(moments, torch.zeros(1, 6), tokens, encode_prompts(pipe, ["a star"]))
 
 
 @pytest.mark.parametrize("rescaled", [False, True])
@@ -231,10 +231,10 @@ def built_in():
 def test_the_built_in_model_is_refused_under_the_wrong_target(built_in, said, refused):
     pipe, own = built_in, built_in.scheduler
     pipe.scheduler = Prediction(said, False if said == EPSILON else None).apply(own)
-    examples = load_examples(find_pictures(SAMPLE_SUBJECT)[:2], model_resolution(pipe))
-    latents = encode_pictures(pipe, torch.stack([example.pixels for example in examples]))
+    examples = load_examples(find_images(SAMPLE_SUBJECT)[:2], model_resolution(pipe))
+    latents = encode_images(pipe, torch.stack([example.pixels for example in examples]))
     time_ids, tokens = torch.stack([example.time_ids for example in examples]), torch.zeros((2, 2, 4), dtype=torch.int64)
-    images = EncodedPictures.in_memory(latents[:, None], time_ids, tokens, encode_prompts(pipe, ["a photo of a toy"] * 2))
+    images = CachedLatents.in_memory(latents[:, None], time_ids, tokens, encode_prompts(pipe, ["a photo of a toy"] * 2))
     try:
         with pytest.raises(InputError, match=r"predicts v_prediction, not epsilon") if refused else nullcontext():
             check_prediction_type(pipe, images)

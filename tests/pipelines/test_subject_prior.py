@@ -1,4 +1,4 @@
-"""Class pictures: made once, missing ones added, used again, and never those of another class."""
+"""Class images: made once, missing ones added, used again, and never those of another class."""
 
 import os
 
@@ -6,20 +6,20 @@ import pytest
 from PIL import Image
 
 from pipelines.errors import InputError
-from pipelines.pictures import read_settings
+from pipelines.images import read_settings
 from pipelines.subject.captions import find_captioned
-from pipelines.subject.data import Picture
-from pipelines.subject.prior import ClassPictures, in_sizes
+from pipelines.subject.data import TrainingImage
+from pipelines.subject.prior import ClassImages, in_sizes
 
 SETTINGS = {"negative_prompt": "", "num_inference_steps": 2, "guidance_scale": 4.0, "sampler": "Euler"}
 
 
 def wanted(folder, count=3, prompts=None, model="owner/model", **more):
-    return ClassPictures(folder, prompts or {"sks dog": "a photo of a dog"}, count, model, **more)
+    return ClassImages(folder, prompts or {"sks dog": "a photo of a dog"}, count, model, **more)
 
 
 def make(classes, missing=None):
-    """Make what is missing; a picture's shade is its seed."""
+    """Make what is missing; an image's shade is its seed."""
     drawn = []
 
     def draw(prompts, seeds):
@@ -31,7 +31,7 @@ def make(classes, missing=None):
     return drawn
 
 
-def test_pictures_are_made_once_and_carry_their_settings(tmp_path):
+def test_images_are_made_once_and_carry_their_settings(tmp_path):
     drawn = make(wanted(tmp_path / "class"))
     assert len(drawn) == len(set(drawn)) == 3
     assert make(wanted(tmp_path / "class")) == []
@@ -39,7 +39,7 @@ def test_pictures_are_made_once_and_carry_their_settings(tmp_path):
     assert [(p.path.name, p.prompt, p.kind, p.subject) for p in found] == [
         (f"{number:05d}.png", "a photo of a dog", "class", "sks dog") for number in range(3)
     ]
-    assert [read_settings(picture.path)["seed"] for picture in found] == [seed for _, seed in drawn]
+    assert [read_settings(image.path)["seed"] for image in found] == [seed for _, seed in drawn]
 
 
 def test_missing_ones_are_added_as_if_they_had_never_been_gone(tmp_path):
@@ -51,15 +51,15 @@ def test_missing_ones_are_added_as_if_they_had_never_been_gone(tmp_path):
     assert len(make(wanted(tmp_path, count=5))) == 2
 
 
-def test_pictures_of_ones_own_count_and_are_kept(tmp_path):
+def test_images_of_ones_own_count_and_are_kept(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "my dog.jpg")
     assert len(make(wanted(tmp_path))) == 2
     assert {p.path.name for p in wanted(tmp_path).found()} == {"00000.png", "00001.png", "my dog.jpg"}
 
 
 def test_one_that_cannot_be_read_is_named_before_any_is_made(tmp_path):
-    (tmp_path / "my dog.jpg").write_bytes(b"no picture")
-    with pytest.raises(InputError, match=r"my dog.jpg' cannot be read as a picture .*Remove it"):
+    (tmp_path / "my dog.jpg").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"my dog.jpg' cannot be read as an image .*Remove it"):
         wanted(tmp_path).missing()
 
 
@@ -70,9 +70,9 @@ def test_no_more_are_used_than_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"prompts": {"sks cat": "a photo of a cat"}}, {"model": "owner/other"}])
-def test_pictures_of_another_class_or_model_are_refused(tmp_path, change):
+def test_images_of_another_class_or_model_are_refused(tmp_path, change):
     make(wanted(tmp_path))
-    with pytest.raises(InputError, match=r"00000\.png' is a class picture of 'a photo of a dog' by 'owner/model', not of"):
+    with pytest.raises(InputError, match=r"00000\.png' is a class image of 'a photo of a dog' by 'owner/model', not of"):
         wanted(tmp_path, **change).missing()
 
 
@@ -86,11 +86,11 @@ def test_each_class_has_its_own_folder_and_subjects_of_one_class_share_it(tmp_pa
     make(wanted(tmp_path, prompts=prompts, count=2))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a-photo-of-a-cat", "a-photo-of-a-dog"]
     found = wanted(tmp_path, prompts=prompts, count=2).found()
-    assert [picture.prompt for picture in found] == ["a photo of a dog"] * 2 + ["a photo of a cat!"] * 2
-    assert {picture.path.parent.name for picture in found[2:]} == {"a-photo-of-a-cat"}
+    assert [image.prompt for image in found] == ["a photo of a dog"] * 2 + ["a photo of a cat!"] * 2
+    assert {image.path.parent.name for image in found[2:]} == {"a-photo-of-a-cat"}
 
 
-def test_processes_share_the_pictures_and_make_what_one_would_have_made(tmp_path):
+def test_processes_share_the_images_and_make_what_one_would_have_made(tmp_path):
     make(wanted(tmp_path / "alone", count=5))
     parts = [wanted(tmp_path / "together", count=5, share=(place, 2)) for place in range(2)]
     missing = parts[0].missing()
@@ -101,7 +101,7 @@ def test_processes_share_the_pictures_and_make_what_one_would_have_made(tmp_path
         assert (tmp_path / "together" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_a_picture_cut_short_while_it_was_written_is_made_again(tmp_path, monkeypatch):
+def test_a_image_cut_short_while_it_was_written_is_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         make(wanted(tmp_path))
@@ -110,11 +110,11 @@ def test_a_picture_cut_short_while_it_was_written_is_made_again(tmp_path, monkey
     assert len(find_captioned(tmp_path, "dog")) == 3
 
 
-def test_every_size_of_the_subject_gets_class_pictures(tmp_path):
+def test_every_size_of_the_subject_gets_class_images(tmp_path):
     for name, size in {"wide": (20, 10), "tall": (10, 20)}.items():
         Image.new("RGB", size).save(tmp_path / f"{name}.png")
-    pictures = [Picture(tmp_path / f"{name}.png", "dog", "class") for name in ("wide", "tall")]
-    shown = [(p.path.stem, size) for p, size in zip(*in_sizes(pictures, [(8, 16), (16, 8)]), strict=True)]
+    images = [TrainingImage(tmp_path / f"{name}.png", "dog", "class") for name in ("wide", "tall")]
+    shown = [(p.path.stem, size) for p, size in zip(*in_sizes(images, [(8, 16), (16, 8)]), strict=True)]
     assert shown == [("wide", (8, 16)), ("tall", (16, 8))]
-    shown = [(p.path.stem, size) for p, size in zip(*in_sizes(pictures[:1], [(8, 16), (16, 8)]), strict=True)]
+    shown = [(p.path.stem, size) for p, size in zip(*in_sizes(images[:1], [(8, 16), (16, 8)]), strict=True)]
     assert shown == [("wide", (8, 16)), ("wide", (16, 8))]

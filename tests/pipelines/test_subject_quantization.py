@@ -4,7 +4,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft.utils.integrations import dequantize_module_weight
-from tiny_pipeline import picture, tiny_pipeline
+from tiny_pipeline import image, tiny_pipeline
 from torch import nn
 
 from nora_vision import NoraLayer, calibrate
@@ -38,7 +38,7 @@ def rounded():
 
 def run(pipe):
     """What calibration runs."""
-    picture(pipe)
+    image(pipe)
 
 
 def adapted(pipe, method, cache):
@@ -69,13 +69,13 @@ def test_every_linear_layer_holds_half_a_byte_a_number_and_the_rest_stays():
 
 
 def test_the_model_computes_with_what_its_weights_stand_for():
-    torch.testing.assert_close(picture(quantized()), picture(rounded()))
+    torch.testing.assert_close(image(quantized()), image(rounded()))
 
 
-def test_pictures_and_training_leave_the_weights_as_they_are():
+def test_images_and_training_leave_the_weights_as_they_are():
     pipe = quantized()
     before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
-    picture(pipe)
+    image(pipe)
     after = pipe.unet.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
@@ -103,9 +103,9 @@ def test_the_outer_factors_are_those_of_the_dequantised_weights(tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_fresh_adapter_starts_as_its_method_says_and_every_number_of_it_gets_a_gradient(method, tmp_path):
     pipe = quantized()
-    before = picture(pipe)
+    before = image(pipe)
     components = adapted(pipe, method, tmp_path)
-    assert torch.allclose(picture(pipe), before, atol=1e-5) == method_named(method).starts_at_base
+    assert torch.allclose(image(pipe), before, atol=1e-5) == method_named(method).starts_at_base
     disturb(components)
     conditions = {"text_embeds": torch.ones(1, 24), "time_ids": torch.ones(1, 6)}
     answer = pipe.unet(torch.ones(1, 4, 8, 8), torch.tensor([5]), torch.ones(1, 3, 40), added_cond_kwargs=conditions).sample
@@ -117,12 +117,12 @@ def test_a_fresh_adapter_starts_as_its_method_says_and_every_number_of_it_gets_a
 
 @pytest.fixture(scope="module", params=METHODS)
 def trained(request, tmp_path_factory):
-    """A method, the folder of its adapter in every form, and the picture that the adapter makes on a model in 4 bits."""
+    """A method, the folder of its adapter in every form, and the image that the adapter makes on a model in 4 bits."""
     folder, pipe = tmp_path_factory.mktemp("trained"), quantized()
     components = adapted(pipe, request.param, folder / "cache")
     disturb(components)
     adapters.save_everywhere(pipe, components, folder, "subject")
-    return request.param, folder, picture(pipe)
+    return request.param, folder, image(pipe)
 
 
 @pytest.mark.parametrize("file", ["adapter/full", "diffusers/pytorch_lora_weights.safetensors", "kohya/subject.safetensors"])
@@ -131,21 +131,21 @@ def test_files_of_an_adapter_made_in_4_bits_load_on_the_plain_model(trained, fil
     if method_named(method).export_note and file.startswith("kohya"):
         pytest.skip("stock diffusers leaves dora_scale out")
     plain = rounded()
-    untouched = picture(plain)
+    untouched = image(plain)
     adapters.load_adapter(plain, folder / file, "loaded")
     plain.set_adapters("loaded")
-    torch.testing.assert_close(picture(plain), expected, atol=1 / 255, rtol=0)
+    torch.testing.assert_close(image(plain), expected, atol=1 / 255, rtol=0)
     assert (untouched - expected).abs().max() > 1 / 255
     plain.fuse_lora()
     plain.unload_lora_weights()
-    torch.testing.assert_close(picture(plain), expected, atol=1 / 255, rtol=0)
+    torch.testing.assert_close(image(plain), expected, atol=1 / 255, rtol=0)
 
 
 def test_a_model_loads_in_4_bits(tiny_model):
     pipe = load_base_model(str(tiny_model), quantize="nf4")
     assert any(isinstance(layer, Linear4bit) for layer in pipe.unet.modules())
     assert not any(parameter.requires_grad for parameter in pipe.unet.parameters())
-    torch.testing.assert_close(picture(pipe), picture(rounded()))
+    torch.testing.assert_close(image(pipe), image(rounded()))
 
 
 def test_another_kind_is_refused(pipe):

@@ -1,4 +1,4 @@
-"""Scores of pictures: what is fixed by algebra, and on the built-in model that each separates good from bad."""
+"""Scores of images: what is fixed by algebra, and on the built-in model that each separates good from bad."""
 
 import json
 import random
@@ -30,7 +30,7 @@ def noise(seed, side=32):
     return Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
 
 
-def test_a_copy_scores_one_mirrored_or_brightened_and_another_picture_does_not():
+def test_a_copy_scores_one_mirrored_or_brightened_and_another_image_does_not():
     references = [noise(0), noise(1)]
     mirrored = references[1].transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     paler = Image.eval(references[0], lambda value: value // 2 + 60)
@@ -41,7 +41,7 @@ def test_a_copy_scores_one_mirrored_or_brightened_and_another_picture_does_not()
     assert found[3] < 0.5
 
 
-def test_a_training_picture_is_most_like_the_subject_and_its_own_copy():
+def test_a_training_image_is_most_like_the_subject_and_its_own_copy():
     references = [noise(seed) for seed in range(2)]
     judge = BaseModelJudge(tiny_pipeline(), references[:1], [noise(9)], 16)
     same, other = judge.scores([references[0], noise(7)], ["a", "b"])
@@ -51,21 +51,21 @@ def test_a_training_picture_is_most_like_the_subject_and_its_own_copy():
     assert same.nearest == pytest.approx(1, abs=1e-4)
 
 
-def test_likeness_is_the_mean_over_the_training_pictures_and_nearest_the_most_of_them():
+def test_likeness_is_the_mean_over_the_training_images_and_nearest_the_most_of_them():
     references, sample = [noise(seed) for seed in range(3)], [noise(7)]
     pipe = tiny_pipeline()
     # The others only centre the features: with the same ones in all, each judge of one reference knows a part of the whole.
     everything = [*references, noise(9)]
     alone = []
     for reference in references:
-        rest = [picture for picture in everything if picture is not reference]
+        rest = [image for image in everything if image is not reference]
         alone += [each.subject for each in BaseModelJudge(pipe, [reference], rest, 16).scores(sample, ["a"])]
     (found,) = BaseModelJudge(pipe, references, [noise(9)], 16).scores(sample, ["a"])
     assert found.subject == pytest.approx(np.mean(alone), abs=1e-4)
     assert found.nearest == pytest.approx(max(alone), abs=1e-4)
 
 
-def test_the_limit_of_nearness_is_where_cropped_copies_lie_but_not_below_two_training_pictures():
+def test_the_limit_of_nearness_is_where_cropped_copies_lie_but_not_below_two_training_images():
     of_cropped = torch.tensor([[0.9, 1.0], [1.0, 0.8]])
     assert nearest_limit(torch.tensor([[1.0, 0.3], [0.3, 1.0]]), of_cropped) == pytest.approx(0.85)
     assert nearest_limit(torch.tensor([[1.0, 0.95], [0.95, 1.0]]), of_cropped) == pytest.approx(0.95)
@@ -73,9 +73,9 @@ def test_the_limit_of_nearness_is_where_cropped_copies_lie_but_not_below_two_tra
 
 
 def test_a_cropped_copy_is_the_middle_at_the_size_of_the_whole():
-    picture = Image.new("RGB", (40, 20), "red")
-    picture.paste("blue", (2, 1, 38, 19))
-    found = cropped(picture)
+    image = Image.new("RGB", (40, 20), "red")
+    image.paste("blue", (2, 1, 38, 19))
+    found = cropped(image)
     assert found.size == (40, 20)
     assert np.abs(np.asarray(found).astype(int) - (0, 0, 255)).max() <= 1
 
@@ -86,8 +86,8 @@ def test_scores_are_the_base_models_whatever_adapter_is_on_it_and_leave_it_as_it
     adapted.unet.train()
     before = {name: parameter.requires_grad for name, parameter in adapted.unet.named_parameters()}
     assert any(before.values())
-    pictures, prompts = [noise(0), noise(1)], ["a red star", "snow"]
-    found = [BaseModelJudge(pipe, pictures[:1], [noise(9)], 16).scores(pictures, prompts) for pipe in (plain, adapted)]
+    images, prompts = [noise(0), noise(1)], ["a red star", "snow"]
+    found = [BaseModelJudge(pipe, images[:1], [noise(9)], 16).scores(images, prompts) for pipe in (plain, adapted)]
     assert found[0] == found[1]
     assert {name: parameter.requires_grad for name, parameter in adapted.unet.named_parameters()} == before
     assert adapted.unet.training
@@ -121,9 +121,9 @@ def clip_folder(tmp_path):
 
 
 def assert_judges_by(found, judge, images, texts):
-    """The scores `found` are the cosines of these features, of which the first picture's are those of the one training picture.
+    """The scores `found` are the cosines of these features, of which the first image's are those of the one training image.
 
-    The last picture is its cropped copy.
+    The last image is its cropped copy.
     """
     cosines = (images * texts).sum(dim=1).tolist()
     assert [each.prompt for each in found] == pytest.approx(cosines, abs=1e-5)
@@ -138,13 +138,13 @@ def unit(values):
 
 
 def test_a_clip_model_of_transformers_judges_by_the_cosines_that_it_is_trained_on(clip_folder):
-    pictures, prompts = [noise(0), noise(1), cropped(noise(0))], ["a red star", "snow", "night"]
-    judge = judge_by(str(clip_folder), None, pictures[:1], [], 16)
+    images, prompts = [noise(0), noise(1), cropped(noise(0))], ["a red star", "snow", "night"]
+    judge = judge_by(str(clip_folder), None, images[:1], [], 16)
     model = CLIPModel.from_pretrained(clip_folder).eval()
-    inputs = CLIPImageProcessor.from_pretrained(clip_folder)(images=pictures, return_tensors="pt")
+    inputs = CLIPImageProcessor.from_pretrained(clip_folder)(images=images, return_tensors="pt")
     with torch.no_grad():
         answer = model(**inputs, **byte_tokenizer()(prompts, padding=True, return_tensors="pt"))
-    assert_judges_by(judge.scores(pictures, prompts), judge, unit(answer.image_embeds), unit(answer.text_embeds))
+    assert_judges_by(judge.scores(images, prompts), judge, unit(answer.image_embeds), unit(answer.text_embeds))
 
 
 @pytest.fixture
@@ -160,16 +160,16 @@ def mini_folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("named", ["mini", "folder"])
 def test_the_built_in_clip_judges_by_what_plain_open_clip_computes(mini_folder, monkeypatch, named):
-    pictures = [noise(0, 64), noise(1, 64), cropped(noise(0, 64))]
+    images = [noise(0, 64), noise(1, 64), cropped(noise(0, 64))]
     prompts = ["a photo of sks toy", "snow", "night"]
-    judge = judge_by("mini" if named == "mini" else str(mini_folder), None, pictures[:1], [], 64)
+    judge = judge_by("mini" if named == "mini" else str(mini_folder), None, images[:1], [], 64)
     monkeypatch.chdir(mini_folder.parents[1])
     stock, _, preprocess = open_clip.create_model_and_transforms("local-dir:assets/mini-clip")
     tokens = open_clip.get_tokenizer("local-dir:assets/mini-clip")(prompts)
     with torch.no_grad():
-        images = stock.eval().encode_image(torch.stack([preprocess(picture) for picture in pictures]), normalize=True)
+        image_features = stock.eval().encode_image(torch.stack([preprocess(image) for image in images]), normalize=True)
         texts = stock.encode_text(tokens, normalize=True)
-    assert_judges_by(judge.scores(pictures, prompts), judge, images, texts)
+    assert_judges_by(judge.scores(images, prompts), judge, image_features, texts)
 
 
 def test_a_model_that_open_clip_knows_is_named_with_its_weights(tmp_path):
@@ -186,15 +186,15 @@ def test_a_dino_model_judges_the_subject_and_the_base_model_the_prompt(tmp_path)
     config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=14, patch_size=7)
     Dinov2Model(config).save_pretrained(tmp_path)
     BitImageProcessor(size={"shortest_edge": 14}, crop_size={"height": 14, "width": 14}).save_pretrained(tmp_path)
-    pictures, prompts = [noise(0), noise(1)], ["a red star", "snow"]
+    images, prompts = [noise(0), noise(1)], ["a red star", "snow"]
     pipe = tiny_pipeline()
-    judge = judge_by(str(tmp_path), pipe, pictures[:1], [noise(9)], 16)
-    base = judge_by(BASE, pipe, pictures[:1], [noise(9)], 16)
+    judge = judge_by(str(tmp_path), pipe, images[:1], [noise(9)], 16)
+    base = judge_by(BASE, pipe, images[:1], [noise(9)], 16)
     assert isinstance(base, BaseModelJudge)
     assert isinstance(judge, EmbeddingJudge)
-    found = judge.scores(pictures, prompts)
+    found = judge.scores(images, prompts)
     assert found[0].subject == pytest.approx(1, abs=1e-5)
-    assert [each.prompt for each in found] == [each.prompt for each in base.scores(pictures, prompts)]
+    assert [each.prompt for each in found] == [each.prompt for each in base.scores(images, prompts)]
 
 
 @pytest.mark.parametrize(
@@ -211,14 +211,14 @@ def test_a_judge_that_cannot_be_loaded_is_named(tmp_path, name, message):
         load_embedder(name.format(folder=tmp_path))
 
 
-def toy_picture(toy: Toy, colour: str, background: str, rng: random.Random) -> Image.Image:
-    """The toy somewhere about the middle of a 64 x 64 picture."""
+def toy_image(toy: Toy, colour: str, background: str, rng: random.Random) -> Image.Image:
+    """The toy somewhere about the middle of a 64 x 64 image."""
     canvas = 192
-    picture = BACKGROUNDS[background].draw(canvas, rng)
+    image = BACKGROUNDS[background].draw(canvas, rng)
     radius = canvas / 2 * rng.uniform(0.5, 0.75)
     centre = tuple(canvas / 2 + rng.uniform(-0.8, 0.8) * (canvas / 2 - radius) for _ in range(2))
     paint = Image.new("RGB", (canvas, canvas), COLOURS[colour])
-    return draw_toy(picture, paint, centre, radius, toy).resize((64, 64), Image.Resampling.BOX)
+    return draw_toy(image, paint, centre, radius, toy).resize((64, 64), Image.Resampling.BOX)
 
 
 def auc(good, bad):
@@ -231,14 +231,14 @@ def five_toys():
     rng, places = random.Random(0), list(BACKGROUNDS)[:5]
     toys = [(sample_toy(colour, rng), colour) for colour in rng.sample(list(COLOURS), 5)]
     prompts = [f"a photo of sks toy {BACKGROUNDS[place].phrase}" for place in places]
-    return [[toy_picture(toy, colour, place, rng) for place in places] for toy, colour in toys], prompts
+    return [[toy_image(toy, colour, place, rng) for place in places] for toy, colour in toys], prompts
 
 
 def test_the_built_in_clip_separates_good_from_bad():
     drawn, prompts = five_toys()
     good, bad, right, wrong = [], [], [], []
     for mine, subject in enumerate(drawn):
-        others = [pictures[place] for place, pictures in enumerate(drawn[:mine] + drawn[mine + 1 :])]
+        others = [images[place] for place, images in enumerate(drawn[:mine] + drawn[mine + 1 :])]
         judge = judge_by("mini", None, subject[:4], [], 64)
         found = judge.scores([subject[4], *others], [prompts[4], *prompts[:4]])
         good.append(found[0].subject)
@@ -256,15 +256,15 @@ def test_on_the_built_in_model_each_score_separates_good_from_bad():
     good, bad, right, wrong, copied, fresh = [], [], [], [], [], []
     beyond_limit = {"fresh": [], "copied": []}
     for mine, subject in enumerate(drawn):
-        others = [pictures[place] for place, pictures in enumerate(drawn[:mine] + drawn[mine + 1 :])]
+        others = [images[place] for place, images in enumerate(drawn[:mine] + drawn[mine + 1 :])]
         judge = BaseModelJudge(pipe, subject[:4], others, 64)
         found = judge.scores([subject[4], *others], [prompts[4], *prompts[:4]])
         good.append(found[0].subject)
         bad += [each.subject for each in found[1:]]
         right += [each.prompt for each in found]
         wrong += [each.prompt for each in judge.scores([subject[4], *others], [*prompts[:4], prompts[4]])]
-        changed = [ImageEnhance.Brightness(picture).enhance(1.15) for picture in subject[:4]]
-        blurred = [picture.filter(ImageFilter.GaussianBlur(1)) for picture in subject[:4]]
+        changed = [ImageEnhance.Brightness(image).enhance(1.15) for image in subject[:4]]
+        blurred = [image.filter(ImageFilter.GaussianBlur(1)) for image in subject[:4]]
         beyond_limit["fresh"].append(found[0].nearest >= judge.nearest_limit)
         near = [each.nearest for each in judge.scores([*changed, *blurred], prompts[:4] * 2)]
         beyond_limit["copied"] += [value >= judge.nearest_limit for value in near]

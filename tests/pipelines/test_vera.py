@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_pipeline import picture, tiny_pipeline
+from tiny_pipeline import image, tiny_pipeline
 
 from nora_vision import AdapterFileError
 from nora_vision.factors import low_rank_factors
@@ -76,9 +76,9 @@ def test_peft_itself_reads_the_file_which_holds_the_vectors_alone(pipe, tmp_path
     adapter_files.save(adapted(pipe, tmp_path), tmp_path)
     tensors = load_file(tmp_path / "full" / "unet" / "adapter_model.safetensors")
     assert {name.rpartition(".")[2] for name in tensors} == {"vera_lambda_b", "vera_lambda_d"}
-    expected, stock = picture(pipe), tiny_pipeline()
+    expected, stock = image(pipe), tiny_pipeline()
     PeftModel.from_pretrained(stock.unet, str(tmp_path / "full" / "unet"))
-    torch.testing.assert_close(picture(stock), expected, atol=1 / 255, rtol=0)
+    torch.testing.assert_close(image(stock), expected, atol=1 / 255, rtol=0)
 
 
 def test_other_random_matrices_than_those_of_the_training_are_refused(pipe, tmp_path, monkeypatch):

@@ -54,7 +54,7 @@ def prompts(*lengths):
     return torch.where(places < ends, tokens, torch.where(places == ends, END, 0))
 
 
-def pictures(count, seed=0):
+def images(count, seed=0):
     """(count, 3, 16, 16)."""
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
 

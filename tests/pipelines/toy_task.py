@@ -15,10 +15,10 @@ def directions(*shape, seed):
 
 
 def toy_task(shots=6, noise=0.6, poisoned=False, clip=None, views=2, class_features=None, scale=20.0):
-    """Pictures around a centre of each class, prompts that point there roughly. Test pictures lie behind in the same tensors.
+    """Images around a centre of each class, prompts that point there roughly. Test images lie behind in the same tensors.
 
     Args:
-        poisoned: whether all that is known of the test pictures is NaN.
+        poisoned: whether all that is known of the test images is NaN.
     """
     centres = directions(len(CLASSES), WIDTH, seed=0)
     counts = {"train": shots, "validation": min(shots, 4), "test": 20}
@@ -46,7 +46,7 @@ def toy_task(shots=6, noise=0.6, poisoned=False, clip=None, views=2, class_featu
 
 
 def held_out(task, count=50):
-    """Pictures of the same classes that no fit has seen, and their labels."""
+    """Images of the same classes that no fit has seen, and their labels."""
     centres, labels = directions(len(CLASSES), WIDTH, seed=0), torch.arange(len(CLASSES)).repeat(count)
     spread = 0.6 * torch.randn(len(labels), WIDTH, generator=torch.Generator().manual_seed(9))
     return F.normalize(centres[labels] + spread / WIDTH**0.5, dim=-1), labels

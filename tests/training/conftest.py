@@ -13,13 +13,13 @@ from training.options import parse_options
 from training.runs.run import RunDirectory
 from training.runs.run_requests import ASKED, ask
 from training.subject import certificate
-from training.subject.samples import Sampler
+from training.subject.samples import ValidationSampler
 
 
 @pytest.fixture(scope="session")
-def trainer(tiny_model, pictures_dir):
+def trainer(tiny_model, images_dir):
     """Runs the subject recipe on the tiny model."""
-    return SubjectTrainer(tiny_model, pictures_dir)
+    return SubjectTrainer(tiny_model, images_dir)
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +30,7 @@ def plain(trainer, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def lora_run(trainer, tmp_path_factory):
-    """A run of LoRA, of which a picture is held out."""
+    """A run of LoRA, of which an image is held out."""
     return trainer.run(tmp_path_factory.mktemp("lora") / "run", "--method", "lora", "--heldout_image", "2.png")
 
 
@@ -54,9 +54,9 @@ def everything(trainer, tmp_path_factory):
 def again(trainer, everything, tmp_path_factory):
     """The same run once more from the options that it recorded, asked for samples and a checkpoint after its third step.
 
-    Of each step, `drawn` has the pictures that were drawn first.
+    Of each step, `drawn` has the images that were drawn first.
     """
-    drawn, save, log = {}, Sampler.save, RunDirectory.log
+    drawn, save, log = {}, ValidationSampler.save, RunDirectory.log
 
     def asking(run, step, **values):
         log(run, step, **values)
@@ -64,14 +64,14 @@ def again(trainer, everything, tmp_path_factory):
             for what in ASKED:
                 ask(run, what)
 
-    def remembering(sampler, run, step, pictures):
-        drawn.setdefault(step, list(pictures))
-        save(sampler, run, step, pictures)
+    def remembering(sampler, run, step, images):
+        drawn.setdefault(step, list(images))
+        save(sampler, run, step, images)
 
     recorded = ["--options_file", str(everything.run.path / "options.json")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunDirectory, "log", asking)
-        patch.setattr(Sampler, "save", remembering)
+        patch.setattr(ValidationSampler, "save", remembering)
         run = trainer.main(parse_options([*recorded, "--output_dir", str(tmp_path_factory.mktemp("again") / "run")]))
     return SimpleNamespace(run=run, drawn=drawn)
 
@@ -94,8 +94,8 @@ def stock_check():
 def certified_here(stock_check, monkeypatch, tmp_path):
     """Have the stock program draw in this process: to import diffusers again takes longer than all that it does."""
 
-    def stock_pictures(request):
+    def stock_images(request):
         stock_check.main({**request, "pictures": str(tmp_path / "pictures.safetensors")})
         return load_file(tmp_path / "pictures.safetensors")
 
-    monkeypatch.setattr(certificate, "_stock_pictures", stock_pictures)
+    monkeypatch.setattr(certificate, "_stock_pictures", stock_images)

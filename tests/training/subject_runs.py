@@ -80,16 +80,16 @@ class Prepared:
 
 @dataclass(frozen=True)
 class SubjectTrainer:
-    """Runs the subject recipe on one model and one folder of pictures, with the flags given besides `FLAGS`."""
+    """Runs the subject recipe on one model and one folder of images, with the flags given besides `FLAGS`."""
 
     model: Path
-    pictures: Path
+    images: Path
 
     def options(
-        self, folder: Path | None, *flags: str, pictures: Path | None = None, prompt: str | None = PROMPT
+        self, folder: Path | None, *flags: str, images: Path | None = None, prompt: str | None = PROMPT
     ) -> SubjectOptions:
         """The options of a run in `folder`, or in one that the recipe finds itself."""
-        places = ["--pretrained_model_name_or_path", str(self.model), "--instance_data_dir", str(pictures or self.pictures)]
+        places = ["--pretrained_model_name_or_path", str(self.model), "--instance_data_dir", str(images or self.images)]
         places += [] if folder is None else ["--output_dir", str(folder)]
         places += [] if prompt is None else ["--instance_prompt", prompt]
         return parse_options([*FLAGS.split(), *places, "--validation_prompt", PROMPT, *flags])

@@ -63,7 +63,7 @@ def test_both_files_of_a_dora_are_certified(tiny_model, tmp_path, certified_here
     assert pipe.get_active_adapters() == ["default"]
     path = next((tmp_path / "kohya").iterdir())
     rewritten(path, lambda name, tensor: tensor * (1.5 if name.endswith("dora_scale") else 1))
-    with pytest.raises(CertificateError, match=r"the kohya file's pictures are up to"):
+    with pytest.raises(CertificateError, match=r"the kohya file's images are up to"):
         certify(pipe, tmp_path, StockModel(str(tiny_model)), PROMPTS[:1], FAST)
 
 
@@ -72,7 +72,7 @@ def test_a_file_that_holds_another_adapter_is_refused_and_recorded(tiny_model, t
     other = tiny_pipeline()
     add_nora(other, seed=1)
     export_lora(other, tmp_path / "kohya" / "toy.safetensors", format="kohya")
-    with pytest.raises(CertificateError, match=r"the kohya file's pictures are up to \d+\.\d levels of 255 off, 1 is allowed"):
+    with pytest.raises(CertificateError, match=r"the kohya file's images are up to \d+\.\d levels of 255 off, 1 is allowed"):
         certify(pipe, tmp_path, StockModel(str(tiny_model)), PROMPTS, FAST)
     said = json.loads((tmp_path / "certificate.json").read_text())
     assert not said["passed"]
@@ -88,7 +88,7 @@ def test_an_adapter_without_any_effect_is_an_error(tiny_model, tmp_path, certifi
     assert not any(change.any() for change in weight_changes(pipe).values())
     export_lora(pipe, tmp_path / "diffusers", format="diffusers")
     export_lora(pipe, tmp_path / "kohya" / "toy.safetensors", format="kohya")
-    with pytest.raises(CertificateError, match="the adapter changes no picture at all"):
+    with pytest.raises(CertificateError, match="the adapter changes no image at all"):
         certify(pipe, tmp_path, StockModel(str(tiny_model)), PROMPTS, FAST)
 
 
@@ -96,7 +96,7 @@ def test_a_file_of_which_stock_diffusers_uses_nothing_is_an_error(tiny_model, tm
     pipe = exported(tmp_path)
     path = tmp_path / "diffusers" / "pytorch_lora_weights.safetensors"
     write_tensors(path, {f"no_such_part.{name}": tensor for name, tensor in read_tensors(path).items()})
-    with pytest.raises(CertificateError, match="the diffusers file's pictures are up to"):
+    with pytest.raises(CertificateError, match="the diffusers file's images are up to"):
         certify(pipe, tmp_path, StockModel(str(tiny_model)), PROMPTS, FAST)
 
 

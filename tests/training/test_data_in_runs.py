@@ -1,4 +1,4 @@
-"""Pictures and words of the subject recipe on a tiny random model: what the batches hold, and what a run keeps."""
+"""Images and words of the subject recipe on a tiny random model: what the batches hold, and what a run keeps."""
 
 import json
 import shutil
@@ -12,32 +12,32 @@ from PIL import Image
 from subject_runs import EVERYTHING, PRIOR, are_equal
 
 from pipelines.errors import InputError
-from pipelines.pictures import read_settings
+from pipelines.images import read_settings
 from pipelines.subject.base_model import encode_prompts, load_base_model
-from pipelines.subject.doctor import examine
-from pipelines.subject.encoding import Encoder
+from pipelines.subject.encoding import LatentEncoder
 from pipelines.subject.generate import Sampling
+from pipelines.subject.image_checks import examine
 from training.engine.dry_run import DoesNotFitError
 from training.engine.prefetch import ProcessBatches
 from training.options import SubjectOptions
 from training.options.data import SAMPLE_CLASS_PROMPT, SAMPLE_SUBJECT, DataOptions
 from training.runs.run import RunDirectory
 from training.subject.model_card import model_card
-from training.subject.preparing import Preparation, checked_pictures, record_report
+from training.subject.preparing import Preparation, checked_images, record_report
 
 
 @pytest.fixture
-def captioned(pictures_dir, tmp_path):
-    """The three pictures, of three shapes, each with its own caption."""
+def captioned(images_dir, tmp_path):
+    """The three images, of three shapes, each with its own caption."""
     folder = tmp_path / "captioned"
-    shutil.copytree(pictures_dir, folder)
+    shutil.copytree(images_dir, folder)
     lines = [{"file_name": f"{place}.png", "text": f"caption {place}"} for place in range(3)]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return folder
 
 
-def test_each_picture_meets_its_own_caption_and_size_in_every_batch(trainer, captioned, tmp_path):
-    prepared = trainer.prepare(tmp_path / "run", pictures=captioned, prompt=None)
+def test_each_image_meets_its_own_caption_and_size_in_every_batch(trainer, captioned, tmp_path):
+    prepared = trainer.prepare(tmp_path / "run", images=captioned, prompt=None)
     pipe = load_base_model(str(trainer.model))
     # By original height: 40 x 30, 30 x 40 and 33 x 33 pixels, in the order of the files.
     expected = {height: encode_prompts(pipe, [f"caption {place}"]) for place, height in enumerate((30, 40, 33))}
@@ -47,10 +47,10 @@ def test_each_picture_meets_its_own_caption_and_size_in_every_batch(trainer, cap
             torch.testing.assert_close(batch["pooled"][row], expected[height].pooled[0])
 
 
-def test_several_subjects_are_trained_at_once_each_by_its_name(trainer, pictures_dir, tmp_path):
+def test_several_subjects_are_trained_at_once_each_by_its_name(trainer, images_dir, tmp_path):
     for place, name in enumerate(("red_cat", "dog")):
         (tmp_path / "many" / name).mkdir(parents=True)
-        shutil.copy(pictures_dir / f"{place}.png", tmp_path / "many" / name / "0.png")
+        shutil.copy(images_dir / f"{place}.png", tmp_path / "many" / name / "0.png")
     options = DataOptions(str(tmp_path / "many"), "sks {subject}")
     assert options.subject_prompts() == ["sks dog", "sks red cat"]
     assert SubjectOptions(data=options).output.validation_prompt[:3] == ["sks dog", "sks red cat", "sks dog in the snow"]
@@ -64,15 +64,15 @@ def test_several_subjects_are_trained_at_once_each_by_its_name(trainer, pictures
     assert "{subject}" not in card
 
 
-def test_one_of_several_subjects_pictures_is_held_out_by_folder_and_name(pictures_dir, tmp_path):
+def test_one_of_several_subjects_images_is_held_out_by_folder_and_name(images_dir, tmp_path):
     for name in ("cat", "dog"):
-        shutil.copytree(pictures_dir, tmp_path / name)
-    division = checked_pictures(DataOptions(str(tmp_path), "sks {subject}", heldout_image="dog/1.png"), seed=0)
-    assert [picture.path for picture in division.heldout] == [tmp_path / "dog" / "1.png"]
+        shutil.copytree(images_dir, tmp_path / name)
+    division = checked_images(DataOptions(str(tmp_path), "sks {subject}", heldout_image="dog/1.png"), seed=0)
+    assert [image.path for image in division.heldout] == [tmp_path / "dog" / "1.png"]
     assert len(division.train) == 5
 
 
-def test_pictures_smaller_than_the_models_own_resolution_are_named_in_the_run(tmp_path):
+def test_images_smaller_than_the_models_own_resolution_are_named_in_the_run(tmp_path):
     run = RunDirectory.create(tmp_path / "run", {})
     record_report(examine(SAMPLE_SUBJECT), 1024, run)
     entries = json.loads((run.path / "photos.json").read_text())["pictures"]
@@ -90,13 +90,13 @@ def test_pictures_smaller_than_the_models_own_resolution_are_named_in_the_run(tm
 )
 def test_batches_have_the_sizes_that_the_flags_say(trainer, plain, tmp_path, flags, sizes):
     prepared = trainer.prepare(tmp_path / "run", *flags.split()) if flags else plain
-    # The tiny model's autoencoder halves pictures once.
+    # The tiny model's autoencoder halves images once.
     found = {tuple(2 * side for side in batch["latents"].shape[2:]) for batch in prepared.batches(12)}
     assert found == sizes
 
 
 def crops(prepared):
-    """How many different crops there are of the pictures in 24 batches, by the pictures' heights."""
+    """How many different crops there are of the images in 24 batches, by the images' heights."""
     rows = {tuple(row.int().tolist()) for batch in prepared.batches(24) for row in batch["time_ids"]}
     return {height: sum(row[0] == height for row in rows) for height in {row[0] for row in rows}}
 
@@ -104,7 +104,7 @@ def crops(prepared):
 def test_crops_are_central_or_as_many_as_the_flags_say(trainer, plain, tmp_path):
     assert set(crops(plain).values()) == {1}
     several = trainer.prepare(tmp_path / "several", "--no_center_crop", "--crops_per_picture", "2")
-    # The square picture is not cropped, and those of one shape may be drawn at one place twice.
+    # The square image is not cropped, and those of one shape may be drawn at one place twice.
     counts = crops(several)
     assert counts[33] == 1
     assert max(counts.values()) == 2
@@ -117,7 +117,7 @@ def test_size_conditioning_tells_the_truth_or_the_target_alone(trainer, plain, t
     assert told[1] == {(16, 16, 0, 0, 16, 16)}
 
 
-def test_pictures_are_mirrored_at_random_where_that_is_asked_for(trainer, plain, tmp_path):
+def test_images_are_mirrored_at_random_where_that_is_asked_for(trainer, plain, tmp_path):
     flipped = trainer.prepare(tmp_path / "run", "--random_flip")
     changed = [
         not torch.equal(*rows)
@@ -127,17 +127,17 @@ def test_pictures_are_mirrored_at_random_where_that_is_asked_for(trainer, plain,
     assert 0 < sum(changed) < len(changed)
 
 
-def test_a_held_out_picture_is_in_no_batch(trainer, plain, tmp_path):
+def test_a_held_out_image_is_in_no_batch(trainer, plain, tmp_path):
     heldout = trainer.prepare(tmp_path / "run", "--heldout_image", "2.png")
     heights = [{int(row[0]) for batch in each.batches(12) for row in batch["time_ids"]} for each in (plain, heldout)]
     assert heights == [{30, 40, 33}, {30, 40}]
 
 
-def test_class_pictures_stand_beside_the_subjects_with_the_weight_given(trainer, tmp_path):
+def test_class_images_stand_beside_the_subjects_with_the_weight_given(trainer, tmp_path):
     prepared = trainer.prepare(tmp_path / "run", *PRIOR, "--prior_loss_weight", "0.25")
     for batch in prepared.batches(4):
         assert batch["weights"].tolist() == [2.0, 0.5, 2.0, 0.5]
-        # Class pictures are of the training size and not cropped.
+        # Class images are of the training size and not cropped.
         assert batch["time_ids"][1::2].int().tolist() == [[16, 16, 0, 0, 16, 16]] * 2
 
 
@@ -160,13 +160,13 @@ def test_runs_share_a_cache_and_learn_the_same_from_it(trainer, plain, tmp_path,
     def refuse(*_):
         raise AssertionError("it is in the cache")
 
-    monkeypatch.setattr(Encoder, "_moments", refuse)
-    monkeypatch.setattr(Encoder, "_embeddings", refuse)
+    monkeypatch.setattr(LatentEncoder, "_moments", refuse)
+    monkeypatch.setattr(LatentEncoder, "_embeddings", refuse)
     second = trainer.prepare(tmp_path / "second", "--cache_dir", str(tmp_path / "shared"))
     assert all(are_equal(*pair) for pair in zip(first.batches(), second.batches(), strict=True))
 
 
-def test_class_pictures_are_made_once_and_used_by_the_next_run(trainer, tmp_path):
+def test_class_images_are_made_once_and_used_by_the_next_run(trainer, tmp_path):
     folder = tmp_path / "class"
     first = trainer.prepare(tmp_path / "first", *PRIOR, "--class_data_dir", str(folder))
     made = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
@@ -178,7 +178,7 @@ def test_class_pictures_are_made_once_and_used_by_the_next_run(trainer, tmp_path
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), (None, torch.float32)])
-def test_class_pictures_are_those_of_the_stock_pipeline(trainer, tiny_model, tmp_path, precision, dtype):
+def test_class_images_are_those_of_the_stock_pipeline(trainer, tiny_model, tmp_path, precision, dtype):
     more = [] if precision is None else ["--prior_generation_precision", precision]
     more += [*PRIOR, "--sample_batch_size", "1", "--class_data_dir", str(tmp_path / "class")]
     trainer.prepare(tmp_path / "run", *more, "--train_text_encoder")
@@ -187,11 +187,11 @@ def test_class_pictures_are_those_of_the_stock_pipeline(trainer, tiny_model, tmp
     # The first two are drawn before there is an adapter, the last one after.
     for name in ("00001.png", "00002.png"):
         generator = torch.Generator().manual_seed(read_settings(tmp_path / "class" / name)["seed"])
-        picture = pipe("a toy", generator=generator, **settings).images[0]
-        assert picture.tobytes() == Image.open(tmp_path / "class" / name).tobytes()
+        image = pipe("a toy", generator=generator, **settings).images[0]
+        assert image.tobytes() == Image.open(tmp_path / "class" / name).tobytes()
 
 
-def test_whether_it_fits_is_told_before_all_class_pictures_are_drawn(trainer, tmp_path):
+def test_whether_it_fits_is_told_before_all_class_images_are_drawn(trainer, tmp_path):
     with pytest.raises(DoesNotFitError):
         trainer.train(tmp_path / "run", *PRIOR, "--memory_limit_gb", "0.001")
     assert len(list((tmp_path / "run" / "class_pictures").iterdir())) == 2
@@ -223,15 +223,15 @@ def test_a_number_out_of_range_is_refused(name, value, least):
         DataOptions(**{name: value})
 
 
-def test_a_run_names_what_it_does_not_use_and_what_is_cut(pipe, pictures_dir, tmp_path, caplog):
+def test_a_run_names_what_it_does_not_use_and_what_is_cut(pipe, images_dir, tmp_path, caplog):
     folder = tmp_path / "10_sks toy"
-    shutil.copytree(pictures_dir, folder)
+    shutil.copytree(images_dir, folder)
     shutil.copy(folder / "0.png", folder / "0-masklabel.png")
     (folder / "1.caption").write_text("sks toy " * 60)
     data = DataOptions(str(folder), "sks toy", with_prior_preservation=True, class_prompt="a toy " * 60, heldout_image="none")
     options = SubjectOptions(data=data)
     run = RunDirectory.create(tmp_path / "run", {})
-    Preparation(pipe, None, options, Sampling(resolution=16), run, Accelerator()).encode(checked_pictures(data, seed=0))
+    Preparation(pipe, None, options, Sampling(resolution=16), run, Accelerator()).encode(checked_images(data, seed=0))
     report = json.loads((run.path / "photos.json").read_text())
     uses = {Path(entry["path"]).name: entry["use"] for entry in report["folder"]["files"]}
     assert uses == {**dict.fromkeys(("0.png", "1.png", "2.png"), "image"), "0-masklabel.png": "mask", "1.caption": "caption"}
@@ -244,13 +244,13 @@ def test_a_run_names_what_it_does_not_use_and_what_is_cut(pipe, pictures_dir, tm
         assert words in caplog.text
 
 
-def test_class_images_that_are_given_are_accounted_for(tmp_path, pictures_dir):
-    shutil.copytree(pictures_dir, tmp_path / "reg" / "1_toy")
+def test_class_images_that_are_given_are_accounted_for(tmp_path, images_dir):
+    shutil.copytree(images_dir, tmp_path / "reg" / "1_toy")
     (tmp_path / "reg" / "1_toy" / "0.txt").write_text("a toy")
-    options = DataOptions(str(pictures_dir), "sks toy", with_prior_preservation=True, class_prompt="a toy", num_class_images=2)
+    options = DataOptions(str(images_dir), "sks toy", with_prior_preservation=True, class_prompt="a toy", num_class_images=2)
     for name, check in (("reg", pytest.raises(InputError, match=r"as in '.*1_toy'")), ("reg/1_toy", nullcontext())):
         options.class_data_dir = str(tmp_path / name)
         with check:
-            report = checked_pictures(options, seed=0).report
+            report = checked_images(options, seed=0).report
     kinds = [entry["kind"] for entry in report.to_dict()["class_folder"]["files"]]
     assert sorted(kinds) == ["", "", "class_caption", "spare"]

@@ -20,7 +20,7 @@ from tiny_pipeline import tiny_pipeline
 
 from pipelines.built_in import BUILT_IN_MODEL
 from pipelines.errors import InputError
-from pipelines.pictures import read_settings
+from pipelines.images import read_settings
 from training.runs.record import list_checkpoints
 from training.runs.run import RunDirectory
 
@@ -69,7 +69,7 @@ def test_every_sample_is_kept_with_its_settings_beside_what_the_base_model_drew_
 
 def test_phases_are_named_in_their_order(everything):
     assert everything.phases == [
-        *("loading", "encoding", "drawing class pictures", "calibrating", "dry run"),
+        *("loading", "encoding", "drawing class images", "calibrating", "dry run"),
         *("training", "exporting", "comparing", "done"),
     ]
 
@@ -95,7 +95,7 @@ def test_the_options_that_a_run_records_make_the_same_run_again_whatever_is_aske
 def test_samples_drawn_after_training_are_those_that_the_step_would_have_drawn(everything, again):
     """The first run draws those of steps 1 and 3 at its end, with the adapters kept; the second was asked for step 3's."""
     assert list(again.drawn) == [0, 2, 3, 4, 1]
-    shown = [np.asarray(picture).astype(int) for picture in again.drawn[3]]
+    shown = [np.asarray(image).astype(int) for image in again.drawn[3]]
     for place, live in enumerate(shown):
         late = np.asarray(Image.open(everything.run.samples_at(3) / f"{place}.png")).astype(int)
         assert np.abs(late - live).max() <= 1
@@ -103,13 +103,13 @@ def test_samples_drawn_after_training_are_those_that_the_step_would_have_drawn(e
         assert np.abs(other - live).max() > 1
 
 
-def test_pictures_after_training_are_those_of_the_stock_pipeline(everything):
+def test_images_after_training_are_those_of_the_stock_pipeline(everything):
     stock = tiny_pipeline()
     stock.load_lora_weights(everything.run.path / "diffusers")
     settings = {"num_inference_steps": 2, "guidance_scale": 4.0, "height": 16, "width": 16}
-    picture = stock("toy in snow", generator=torch.Generator().manual_seed(5), **settings).images[0]
+    image = stock("toy in snow", generator=torch.Generator().manual_seed(5), **settings).images[0]
     before, after = (np.asarray(Image.open(everything.run.samples_at(step) / "0.png")).astype(int) for step in (0, 4))
-    assert np.abs(np.asarray(picture).astype(int) - after).max() <= 1
+    assert np.abs(np.asarray(image).astype(int) - after).max() <= 1
     assert np.abs(before - after).max() > 1
 
 
@@ -123,10 +123,10 @@ def test_every_way_of_computing_a_step_gives_the_same_adapter(trainer, tmp_path)
 @pytest.mark.parametrize(
     ("prepare", "more", "message"),
     [
-        ("nothing", [], r"holds no picture"),
-        ("broken", [], r"(?s)no picture that can be used.*broken\.png.* cannot be read"),
+        ("nothing", [], r"holds no image"),
+        ("broken", [], r"(?s)no image that can be used.*broken\.png.* cannot be read"),
         ("good", ["--heldout_image", "z.png"], r"heldout_image must be auto, none, .* or one of good\.png, got 'z\.png'"),
-        ("good", ["--heldout_image", "good.png"], r"holds one picture, and it is held out"),
+        ("good", ["--heldout_image", "good.png"], r"holds one image, and it is held out"),
         ("good", ["--rank", "500"], r"r must be in .*got 500"),
         ("good", ["--pretrained_model_name_or_path", "./nowhere"], r"no model './nowhere'"),
     ],
@@ -137,9 +137,9 @@ def test_bad_input_is_named_before_training_and_where_there_is_a_run_in_its_stat
     if prepare == "good":
         Image.new("RGB", (20, 20)).save(folder / "good.png")
     if prepare == "broken":
-        (folder / "broken.png").write_bytes(b"no picture")
+        (folder / "broken.png").write_bytes(b"no image")
     with pytest.raises(InputError, match=message):
-        trainer.train(tmp_path / "run", *more, pictures=folder)
+        trainer.train(tmp_path / "run", *more, images=folder)
     run = RunDirectory(tmp_path / "run", writes=False)
     assert not list_checkpoints(run.checkpoints)
     if run.path.exists():
@@ -147,10 +147,10 @@ def test_bad_input_is_named_before_training_and_where_there_is_a_run_in_its_stat
         assert re.search(message, run.status()["error"])
 
 
-def test_a_bad_picture_is_left_out_and_named_in_the_run(trainer, plain, pictures_dir, tmp_path):
-    shutil.copytree(pictures_dir, tmp_path / "pictures")
-    (tmp_path / "pictures" / "broken.png").write_bytes(b"no picture")
-    mended = trainer.prepare(tmp_path / "run", pictures=tmp_path / "pictures")
+def test_a_bad_image_is_left_out_and_named_in_the_run(trainer, plain, images_dir, tmp_path):
+    shutil.copytree(images_dir, tmp_path / "pictures")
+    (tmp_path / "pictures" / "broken.png").write_bytes(b"no image")
+    mended = trainer.prepare(tmp_path / "run", images=tmp_path / "pictures")
     entries = json.loads((mended.run.path / "photos.json").read_text())["pictures"]
     verdicts = {Path(entry["path"]).name: entry["verdict"] for entry in entries}
     assert verdicts.pop("broken.png") == "left out"
@@ -168,7 +168,7 @@ def test_without_a_directory_a_new_run_is_made_under_runs_and_records_its_comman
     monkeypatch.setattr(sys, "argv", ["training/dreambooth_nora.py", "--instance_prompt", "sks toy"])
     run = trainer.prepare(None).run
     assert run.path.parent == Path("runs")
-    assert run.path.name.endswith(f"{trainer.pictures.name}-nora")
+    assert run.path.name.endswith(f"{trainer.images.name}-nora")
     assert shlex.split((run.path / "command").read_text()) == ["accelerate", "launch", *sys.argv]
 
 
@@ -212,7 +212,7 @@ def test_the_readmes_first_command_learns_the_sample_subject_certifies_it_and_re
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason="the real photos lie beside the repository only where it is developed")
 def test_real_photos_of_any_shape_are_trained_on(trainer, tmp_path):
-    prepared = trainer.prepare(tmp_path / "run", pictures=PHOTOS)
+    prepared = trainer.prepare(tmp_path / "run", images=PHOTOS)
     assert all(torch.isfinite(batch["latents"]).all() for batch in prepared.batches())
 
 

@@ -9,10 +9,10 @@ from accelerate import Accelerator
 from regression import STEPS, trainable, trained
 
 from pipelines.errors import InputError
-from training.engine import ladder
+from training.engine import memory_fallback
 from training.engine.dry_run import DoesNotFitError, PeakMemory, rehearse
-from training.engine.ladder import Rung, advice, as_flags, climb, rungs, with_ladder
 from training.engine.loop import LoopOptions, prepared
+from training.engine.memory_fallback import FallbackStep, advice, as_flags, climb, rungs, with_ladder
 from training.options import SubjectOptions, parse_options
 from training.runs.record import list_checkpoints
 from training.runs.run import RunDirectory
@@ -140,7 +140,7 @@ if peak > LIMIT:
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
-    """A recipe whose memory is a formula, 100 a picture and 50 less with checkpointing; `recipe(limit)` is its name."""
+    """A recipe whose memory is a formula, 100 an image and 50 less with checkpointing; `recipe(limit)` is its name."""
 
     def of(limit):
         (tmp_path / "formula.py").write_text(RECIPE.replace("LIMIT", str(limit)))
@@ -182,7 +182,9 @@ def out_of_memory(options):
 
 def test_out_of_memory_anywhere_climbs_the_ladder_and_says_what_to_set(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        ladder, "climb", lambda recipe, options, resolution, folder: [Rung({"resolution": resolution // 2}, True, 1, 2)]
+        memory_fallback,
+        "climb",
+        lambda recipe, options, resolution, folder: [FallbackStep({"resolution": resolution // 2}, True, 1, 2)],
     )
     with pytest.raises(InputError, match=r"does not fit: CUDA out of memory.*This fits: --resolution 32 "):
         with_ladder(out_of_memory, options_in(tmp_path), "recipe")
@@ -191,7 +193,7 @@ def test_out_of_memory_anywhere_climbs_the_ladder_and_says_what_to_set(tmp_path,
 
 
 def test_a_rung_does_not_climb_a_ladder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(ladder, "climb", lambda *_: pytest.fail("climbed"))
+    monkeypatch.setattr(memory_fallback, "climb", lambda *_: pytest.fail("climbed"))
     with pytest.raises(InputError, match=r"does not fit: CUDA out of memory"):
         with_ladder(out_of_memory, options_in(tmp_path, ladder=False), "recipe")
 

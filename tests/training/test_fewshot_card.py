@@ -28,7 +28,7 @@ TOLD = {
 
 
 def member_of(method, shots, seed, classes, right):
-    """A member that `right` of its test pictures are classified right by."""
+    """A member that `right` of its test images are classified right by."""
     confident = torch.linspace(1, 3, len(LABELS))[:, None]
     logits = torch.nn.functional.one_hot((LABELS + (torch.arange(len(LABELS)) >= right)) % 3, 3) * confident
     return {
@@ -66,7 +66,7 @@ def row_of(members):
 
 
 def report_with(right=None, classes=CLASSES, shots=(4,), seeds=(0, 1), methods=METHODS, shown="nora"):
-    """A report of runs in which so many of 24 test pictures are classified right, by method and seed."""
+    """A report of runs in which so many of 24 test images are classified right, by method and seed."""
     right = {"zeroshot": (8, 10), "pixels": (12, 14), "nora": (22, 23)} | (right or {})
     members = [
         member_of(method, own, seed, classes, right[method][place])
@@ -112,12 +112,12 @@ def test_the_card_says_what_was_learned_from_what():
     told = re.search(r"# A classifier of 3 classes.*?\n\n(.*?)\n\n## ", card, re.S)[1].replace("\n", " ")
     accuracy = Interval(**report_with()["members"][2]["test"]["top1"]).as_share()
     for expected in (
-        "The CLIP model mini on my pets, 96 pictures. Classes: red star, cat, grey dog.",
+        "The CLIP model mini on my pets, 96 images. Classes: red star, cat, grey dog.",
         "Learned from 4 shots of each class, with the seeds 0, 1,",
         r"Prompts: a photo of a \{\}.",
         "Loading this run gives **nora**, 4 shots, seed 0: 1,234 trained numbers, 56,789 bytes, 12 seconds.",
         "It adapts q, k, v of both encoders, layers: last-2.",
-        "chosen on 12 other pictures; 24 more were tested on, once, at the end.",
+        "chosen on 12 other images; 24 more were tested on, once, at the end.",
         f"Accuracy: {accuracy}.",
     ):
         assert expected in told
@@ -177,14 +177,14 @@ def test_guards_copies_and_classes_held_out_are_told_where_there_are_any():
     card = card_of(report)
     assert not re.search("^## (Where|Copies|Classes held out)", card, re.M)
     guarded = next(one for one in report["members"] if (one["method"], one["seed"]) == ("nora", 1))
-    guarded["guard"] = "On 12 pictures *less* is more."
+    guarded["guard"] = "On 12 images *less* is more."
     report["set"] |= {"copies": [f"{place} <b>" for place in range(25)], "new_classes": ["boat", "tea_pot"]}
     for one in report["members"]:
         if one["method"] == "nora":
             one["new_classes"] = {"top1": {}, "zero_shot_top1": 0.25 + 0.5 * one["seed"], "harmonic_mean": 0, "count": 9}
     report["summary"][2] |= {"new_classes": {"value": 0.5, "low": 0.25, "high": 0.75}, "harmonic_mean": 0.625}
     card = card_of(report)
-    assert "- nora, 4 shots, seed 1: On 12 pictures \\*less\\* is more." in card
+    assert "- nora, 4 shots, seed 1: On 12 images \\*less\\* is more." in card
     assert "- 19 &lt;b&gt;\n- And 5 more." in card
     assert "2 classes, told apart among themselves by their names alone: boat, tea\\_pot." in card
     assert tables_of(card)[1][2:] == [["4", "nora", "50.0% (25.0% to 75.0%)", "50.0%", "62.5%"]]
@@ -248,21 +248,21 @@ def test_only_classifiers_by_prompts_are_told_to_take_new_classes(shown, open_to
     assert ("pipeline_tag: zero-shot-image-classification" in card) == open_to_names
 
 
-def test_the_limits_count_the_test_pictures():
+def test_the_limits_count_the_test_images():
     card = card_of(report_with())
-    assert "24 test pictures, 8 of the class that has fewest: one more that is right is 4.2% of all, and\n  12% of that" in card
+    assert "24 test images, 8 of the class that has fewest: one more that is right is 4.2% of all, and\n  12% of that" in card
 
 
-def test_a_class_without_test_pictures_is_named_and_counted_as_0():
+def test_a_class_without_test_images_is_named_and_counted_as_0():
     report = report_with()
     for one in report["members"]:
         for part in ("test", "calibrated"):
             one[part]["confusion"][2] = [0, 0, 0]
             one[part]["per_class"][CLASSES[2]] = None
     card = card_of(report)
-    assert "24 test pictures, 0 of the class that has fewest, and 8 of the class that has fewest of the others" in card
-    assert f"**Without test pictures: {CLASSES[2]}.**" in card
-    assert "Without test pictures" not in card_of(report_with())
+    assert "24 test images, 0 of the class that has fewest, and 8 of the class that has fewest of the others" in card
+    assert f"**Without test images: {CLASSES[2]}.**" in card
+    assert "Without test images" not in card_of(report_with())
 
 
 def test_what_was_not_used_stands_on_the_card():

@@ -12,20 +12,20 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from picture_sets import class_files, write_files
+from image_sets import class_files, write_files
 
 from pipelines.clip import load_clip
 from pipelines.errors import InputError
 from pipelines.fewshot.classifier import FewShotClassifier
-from pipelines.fewshot.data import LabelledPicture, PictureDataset
-from pipelines.fewshot.loading import load_pictures
+from pipelines.fewshot.data import LabelledImage, LabelledImageDataset
+from pipelines.fewshot.loading import load_images
 from pipelines.fewshot.metrics import interval_over_seeds
 from pipelines.fewshot.prompts import make_prompts
-from pipelines.fewshot.sources import PictureBytes
+from pipelines.fewshot.sources import ImageBytes
 from pipelines.scenes import render, sample_scene
-from training.fewshot.members import Member, largest_within_error
 from training.fewshot.report import seconds_left
 from training.fewshot.tested import told_of_test
+from training.fewshot.trials import Trial, largest_within_error
 from training.fewshot_nora import main
 from training.options.fewshot import ClipOptions, FewShotOptions, parse_fewshot_options
 from training.runs.card_text import as_text
@@ -37,7 +37,7 @@ QUICK = ("--min_train_steps", "3", "--iterations_per_shot", "1", "--train_batch_
 
 @pytest.fixture(scope="module")
 def class_folders(tmp_path_factory):
-    """Four classes of twelve random pictures."""
+    """Four classes of twelve random images."""
     return write_files(tmp_path_factory.mktemp("classes"), class_files(COUNTS))
 
 
@@ -77,7 +77,7 @@ def test_all_methods_stand_side_by_side(finished):
     assert report["set"]["classes"] == ["cats", "dogs", "fish", "red_birds"]
 
 
-def test_every_method_of_a_seed_sees_the_same_pictures(finished):
+def test_every_method_of_a_seed_sees_the_same_images(finished):
     hashes = {seed: {one["split_sha256"] for one in report_in(finished)["members"] if one["seed"] == seed} for seed in (0, 1)}
     assert len(hashes[0]) == len(hashes[1]) == 1
     assert hashes[0] != hashes[1]
@@ -88,7 +88,7 @@ def test_every_method_of_a_seed_sees_the_same_pictures(finished):
     assert not (parts[0] | parts[1]) & parts[2]
 
 
-def test_the_confusion_matrix_counts_the_test_pictures(finished):
+def test_the_confusion_matrix_counts_the_test_images(finished):
     tested = member(finished, "nora")["test"]
     counts = torch.tensor(tested["confusion"])
     # Three tenths of twelve, rounded.
@@ -97,9 +97,9 @@ def test_the_confusion_matrix_counts_the_test_pictures(finished):
 
 
 def test_the_zero_shot_figure_is_plain_open_clips(finished, class_folders, random_clip):
-    clip, labelled = load_clip(str(random_clip)), load_pictures(class_folders)
+    clip, labelled = load_clip(str(random_clip)), load_images(class_folders)
     names = {name for name, *_ in json.loads((finished / "splits" / "2-shots-seed-0.json").read_text())["test"]}
-    tested = PictureDataset([picture for picture in labelled.pictures if picture.name in names], clip.preprocess)
+    tested = LabelledImageDataset([image for image in labelled.images if image.name in names], clip.preprocess)
     prompts = make_prompts(labelled.classes, "photo").texts()
     with torch.no_grad():
         pixels = torch.stack([tested[place][0] for place in range(len(tested))])
@@ -111,7 +111,7 @@ def test_the_zero_shot_figure_is_plain_open_clips(finished, class_folders, rando
 
 def test_the_run_classifies_as_it_reported(finished, class_folders):
     classifier = FewShotClassifier.from_run(finished)
-    labelled = {picture.name: picture.label for picture in load_pictures(class_folders).pictures}
+    labelled = {image.name: image.label for image in load_images(class_folders).images}
     names = [name for name, *_ in json.loads((finished / "splits" / "2-shots-seed-0.json").read_text())["test"]]
     found = classifier.predict([class_folders / name for name in names])
     right = (found.probabilities.argmax(dim=1) == torch.tensor([labelled[name] for name in names])).double().mean()
@@ -119,19 +119,19 @@ def test_the_run_classifies_as_it_reported(finished, class_folders):
     assert (finished / "export" / "lora").is_dir()
 
 
-def test_every_members_test_pictures_add_up_to_its_confusion_matrix(finished, class_folders):
+def test_every_members_test_images_add_up_to_its_confusion_matrix(finished, class_folders):
     for one in report_in(finished)["members"]:
         told = json.loads((finished / one["folder"] / "test.json").read_text())
         counts = torch.zeros(4, 4, dtype=torch.int64)
-        for picture in told["pictures"]:
-            counts[picture["true"], picture["predicted"]] += 1
-            assert hashlib.sha256((class_folders / picture["name"]).read_bytes()).hexdigest() == picture["sha256"]
+        for image in told["pictures"]:
+            counts[image["true"], image["predicted"]] += 1
+            assert hashlib.sha256((class_folders / image["name"]).read_bytes()).hexdigest() == image["sha256"]
         assert counts.tolist() == one["test"]["confusion"]
         assert told["classes"] == report_in(finished)["set"]["classes"]
         assert told["temperature"] == one["temperature"]
 
 
-def test_the_confidence_of_a_test_picture_is_the_classifiers_own(finished, class_folders):
+def test_the_confidence_of_a_test_image_is_the_classifiers_own(finished, class_folders):
     told = json.loads((finished / "members/2-shots/seed-0/nora/test.json").read_text())["pictures"]
     found = FewShotClassifier.from_run(finished).predict([class_folders / one["name"] for one in told])
     for one, own in zip(told, found.probabilities.tolist(), strict=True):
@@ -141,10 +141,8 @@ def test_the_confidence_of_a_test_picture_is_the_classifiers_own(finished, class
 
 def test_of_many_classes_the_ten_most_likely_are_told():
     logits = torch.randn(3, 30, generator=torch.Generator().manual_seed(0))
-    pictures = [LabelledPicture(PictureBytes(f"a/{place}.png", b""), place, "a") for place in range(3)]
-    told = told_of_test(
-        pictures, logits, 2.0, [f"class {place}" for place in range(30)], dict.fromkeys(one.name for one in pictures)
-    )
+    images = [LabelledImage(ImageBytes(f"a/{place}.png", b""), place, "a") for place in range(3)]
+    told = told_of_test(images, logits, 2.0, [f"class {place}" for place in range(30)], dict.fromkeys(one.name for one in images))
     expected = (logits.double() / 2).softmax(dim=1).sort(dim=1, descending=True)
     for place, one in enumerate(told["pictures"]):
         assert [own for own, _ in one["top"]] == expected.indices[place, :10].tolist()
@@ -153,11 +151,11 @@ def test_of_many_classes_the_ten_most_likely_are_told():
 
 def test_the_time_left_is_told_once_every_method_has_been_fitted():
     took = [{"method": "zeroshot", "shots": 2, "seconds": 1.0}, {"method": "nora", "shots": 2, "seconds": 8.0}]
-    to_come = [Member(2, 1, "zeroshot"), Member(2, 1, "nora")]
+    to_come = [Trial(2, 1, "zeroshot"), Trial(2, 1, "nora")]
     assert seconds_left(took[:1], to_come) is None
     assert seconds_left(took, to_come) == 9.0
     assert seconds_left([*took, {"method": "nora", "shots": 2, "seconds": 10.0}], to_come[1:]) == 9.0
-    assert seconds_left(took, [Member(4, 0, "nora")]) is None
+    assert seconds_left(took, [Trial(4, 0, "nora")]) is None
 
 
 def test_a_finished_run_has_done_all_its_steps(finished):
@@ -242,7 +240,7 @@ def test_half_precision_and_accumulation_train_too(random_clip, class_folders, t
     assert all(np.isfinite(json.loads(line)["loss"]) for line in lines)
 
 
-def test_a_class_with_too_few_pictures_is_named_before_anything_is_written(random_clip, class_folders, tmp_path):
+def test_a_class_with_too_few_images_is_named_before_anything_is_written(random_clip, class_folders, tmp_path):
     few = shutil.copytree(class_folders, tmp_path / "few")
     for place in range(9):
         (few / "dogs" / f"{place}.png").unlink()
@@ -251,10 +249,10 @@ def test_a_class_with_too_few_pictures_is_named_before_anything_is_written(rando
     assert not (tmp_path / "run").exists()
 
 
-def test_a_picture_that_cannot_be_read_is_named_with_its_class(random_clip, class_folders, tmp_path):
+def test_a_image_that_cannot_be_read_is_named_with_its_class(random_clip, class_folders, tmp_path):
     damaged = shutil.copytree(class_folders, tmp_path / "damaged")
-    for picture in (damaged / "cats").iterdir():
-        picture.write_bytes(picture.read_bytes()[:40] + picture.name.encode())
+    for image in (damaged / "cats").iterdir():
+        image.write_bytes(image.read_bytes()[:40] + image.name.encode())
     with pytest.raises(InputError, match=r"cats/.*'cats'"):
         main(options_for(random_clip, damaged, tmp_path / "run", "--shots", "1", "--seeds", "0"))
 
@@ -284,7 +282,7 @@ def test_a_sets_own_split_is_kept_to_and_what_it_lacks_stands_in_the_report(rand
     assert member(output, "zeroshot")["test"]["per_class"]["fish"] is None
     assert "1 file with the suffix .txt is not used: 1 in class 'cat'." in report["set"]["notes"]
     assert "'fish' has 0 images to test on: nothing is measured of it." in report["set"]["notes"]
-    assert "**Without test pictures: fish.**" in (output / "README.md").read_text()
+    assert "**Without test images: fish.**" in (output / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -310,7 +308,7 @@ def test_a_wrong_option_ends_with_a_message(flags, words, capsys):
 
 
 def test_the_guard_takes_the_largest_strength_that_validation_cannot_tell_from_the_best():
-    # A standard error of 0.6 on 24 pictures is 0.1.
+    # A standard error of 0.6 on 24 images is 0.1.
     assert largest_within_error({1.0: 0.51, 0.5: 0.6, 0.0: 0.3}, 24) == 1.0
     assert largest_within_error({1.0: 0.49, 0.5: 0.6, 0.0: 0.3}, 24) == 0.5
     assert largest_within_error({1.0: 0.1, 0.5: 0.2, 0.0: 0.6}, 24) == 0.0

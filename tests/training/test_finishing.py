@@ -1,4 +1,4 @@
-"""What comes before and after the training itself: leave-one-out, the suggestion, and the pictures drawn for it."""
+"""What comes before and after the training itself: leave-one-out, the suggestion, and the images drawn for it."""
 
 import json
 import shutil
@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file
 from subject_runs import are_equal, parameters
 
-from pipelines.subject.scores import Scores
+from pipelines.subject.scores import ImageScores
 from training import dreambooth_nora
 from training.runs.run import RunDirectory
 from training.subject import finishing, samples
@@ -23,7 +23,7 @@ def folded(trainer, tmp_path_factory):
     return trainer.train(tmp_path_factory.mktemp("folded") / "run", *LEAVE_ONE_OUT)
 
 
-def test_leave_one_out_measures_each_picture_and_does_not_change_what_is_learned(trainer, folded, tmp_path):
+def test_leave_one_out_measures_each_image_and_does_not_change_what_is_learned(trainer, folded, tmp_path):
     plain = trainer.train(tmp_path / "plain")
     assert are_equal(parameters(plain), parameters(folded))
     folds = sorted(path.name for path in (folded.path / "folds").iterdir())
@@ -48,7 +48,7 @@ def test_training_far_too_long_suggests_an_earlier_adapter_exports_it_and_warns(
     losses = iter([1.0, 0.5, 0.6, 0.8, 0.9])
     seen = iter([1.0, 0.5, 0.4, 0.3, 0.2])
     monkeypatch.setattr(
-        "training.subject.watching.measured_losses", lambda *_: {"heldout_loss": next(losses), "seen_loss": next(seen)}
+        "training.subject.validation.measured_losses", lambda *_: {"heldout_loss": next(losses), "seen_loss": next(seen)}
     )
     run = trainer.run(tmp_path / "run", *MEASURED, "--drawn_candidates", "0")
     said = json.loads((run.path / "suggestion.json").read_text())
@@ -69,9 +69,9 @@ class Listed:
     def __init__(self, likenesses):
         self.likenesses = iter(likenesses)
 
-    def scores(self, pictures, prompts):
+    def scores(self, images, prompts):
         likeness = next(self.likenesses)
-        return [Scores(likeness, 0.3, 0.1, 0.2) for _ in pictures]
+        return [ImageScores(likeness, 0.3, 0.1, 0.2) for _ in images]
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def overfitting(monkeypatch):
     """Have the held-out loss turn after the first of four steps; the first two keep at least half of its fall."""
     losses = [{"heldout_loss": 1.0, "seen_loss": 1.0}, *({"heldout_loss": 0.4 + 0.1 * k, "seen_loss": 0.5} for k in (1, 2, 4, 5))]
     turning = iter(losses)
-    monkeypatch.setattr("training.subject.watching.measured_losses", lambda *_: next(turning))
+    monkeypatch.setattr("training.subject.validation.measured_losses", lambda *_: next(turning))
 
 
 def test_a_step_without_samples_draws_them_after_training_and_the_most_alike_is_suggested(
@@ -101,7 +101,7 @@ def test_a_step_without_samples_draws_them_after_training_and_the_most_alike_is_
     assert active == list(pipeline.unet.peft_config) == ["default"]
 
 
-def test_the_suggested_steps_pictures_are_drawn_once(trainer, tmp_path, overfitting, monkeypatch):
+def test_the_suggested_steps_images_are_drawn_once(trainer, tmp_path, overfitting, monkeypatch):
     monkeypatch.setattr(dreambooth_nora, "judge_by", lambda *_: Listed([0.1, 0.5, 0.9, 0.8]))
     drawn, draw = [], samples.generate
     monkeypatch.setattr(samples, "generate", lambda *given: drawn.append(given) or draw(*given))

@@ -13,7 +13,7 @@ import yaml
 from accelerate import debug_launcher
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState
-from picture_sets import class_files, write_files
+from image_sets import class_files, write_files
 from safetensors.torch import load_file
 from subject_runs import FLAGS, PROMPT, are_equal, interrupted, parameters
 
@@ -47,11 +47,11 @@ def assert_close(actual, expected, atol=1e-4):
 
 
 @pytest.fixture
-def subject_flags(tiny_model, pictures_dir):
+def subject_flags(tiny_model, images_dir):
     """The flags of a subject's run, of two processes with a batch of 2 or of one with 4."""
 
     def flags(folder, *more, batch=2):
-        places = ["--pretrained_model_name_or_path", str(tiny_model), "--instance_data_dir", str(pictures_dir)]
+        places = ["--pretrained_model_name_or_path", str(tiny_model), "--instance_data_dir", str(images_dir)]
         places += ["--instance_prompt", PROMPT, "--validation_prompt", PROMPT, "--output_dir", str(folder)]
         return [*FLAGS.split(), *MORE.split(), *places, "--train_batch_size", str(batch), *more]
 

@@ -13,7 +13,7 @@ from regression import STEPS, asking, batch_at, checkpoints, trainable, trained
 from pipelines.errors import InputError
 from training.engine.loop import LoopOptions, Periodic, train
 from training.engine.prefetch import ProcessBatches, own_part
-from training.engine.stopping import NotFiniteError, Stopped, StopRequests, exit_codes
+from training.engine.stopping import NotFiniteError, StopRequests, TrainingInterrupted, exit_codes
 from training.runs.durable import DiskFullError
 from training.runs.record import list_checkpoints
 from training.runs.run import RunDirectory
@@ -119,7 +119,7 @@ def test_a_signal_lets_the_step_end_and_what_is_resumed_is_the_run_that_was_not_
 
     before = signal.getsignal(number)
     expected = trained(tmp_path / "whole", trainable())
-    with pytest.raises(Stopped) as stopped:
+    with pytest.raises(TrainingInterrupted) as stopped:
         trained(tmp_path / "halves", trainable(signalled), checkpointing_steps=STEPS)
     assert stopped.value.exit_code == code
     assert signal.getsignal(number) is before
@@ -131,14 +131,14 @@ def test_a_second_interrupt_does_not_wait_for_the_step():
     with StopRequests() as requests:
         os.kill(os.getpid(), signal.SIGTERM)
         assert requests.noted == signal.SIGTERM
-        with pytest.raises(Stopped):
+        with pytest.raises(TrainingInterrupted):
             os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (Stopped(signal.SIGTERM), 143),
+        (TrainingInterrupted(signal.SIGTERM), 143),
         (KeyboardInterrupt(), 130),
         (NotFiniteError("The loss"), "error: The loss"),
         (DiskFullError("The disk"), "error: The disk"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from tiny_clip import pictures, prompts, tiny_clip
+from tiny_clip import images, prompts, tiny_clip
 from tiny_pipeline import tiny_pipeline
 from torch import nn
 
@@ -53,7 +53,7 @@ def subject_batch(index):
 
 
 def class_batch(index):
-    return {"images": pictures(3, seed=index), "labels": torch.arange(3)}
+    return {"images": images(3, seed=index), "labels": torch.arange(3)}
 
 
 def subject(options, cache):
@@ -80,7 +80,7 @@ def few_shot(options, cache):
     components = attach_to_clip(clip, options, AdapterPlaces())
     loss = Classification(clip)
     losses = partial(training_losses, loss, class_batch, Accelerator(cpu=True))
-    start_on_clip(clip, options, components, [pictures(3)], TOKENS, cache, 0, losses)
+    start_on_clip(clip, options, components, [images(3)], TOKENS, cache, 0, losses)
     return loss, class_batch, components
 
 

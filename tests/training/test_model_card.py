@@ -44,7 +44,7 @@ def options_for(prompt, tmp_path, *more):
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_the_header_is_yaml_and_the_code_is_python_for_any_prompt(tmp_path, prompt):
-    card = model_card(run_with(tmp_path), options_for(prompt, tmp_path), pictures=3)
+    card = model_card(run_with(tmp_path), options_for(prompt, tmp_path), images=3)
     header = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", card, re.S)[1])
     assert header["instance_prompt"] == prompt
     assert "lora" in header["tags"]
@@ -56,7 +56,7 @@ def test_the_header_is_yaml_and_the_code_is_python_for_any_prompt(tmp_path, prom
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_the_title_is_one_line_without_html(tmp_path, prompt):
-    card = model_card(run_with(tmp_path), options_for(prompt, tmp_path), pictures=3)
+    card = model_card(run_with(tmp_path), options_for(prompt, tmp_path), images=3)
     body = card.split("\n---\n", 1)[1] if prompt != PROMPTS[2] else card.rsplit("\n---\n", 1)[1]
     assert body.startswith("# ")
     assert body.splitlines()[1] == ""
@@ -75,7 +75,7 @@ def test_the_card_says_what_the_run_found_out(tmp_path):
     said["scores"] = {}
     (run.path / "suggestion.json").write_text(json.dumps(said))
     (run.path / "certificate.json").write_text(json.dumps({"largest_difference": {"kohya": 0.25}, "effect": 40.2}))
-    card = model_card(run, options_for("dog", tmp_path), pictures=3)
+    card = model_card(run, options_for("dog", tmp_path), images=3)
     for expected in (
         "0.5000 before, 0.2500 after",
         "**Suggested: step 2 of 4.** Because.",
@@ -93,7 +93,7 @@ def test_the_card_of_a_dora_alone_says_which_programs_leave_its_row_lengths_out(
     run = run_with(tmp_path)
     said = {"largest_difference": {"kohya": 0.25}, "effect": 40.2, "converted": ["kohya"] if method == "dora" else []}
     (run.path / "certificate.json").write_text(json.dumps(said))
-    card = model_card(run, options_for("dog", tmp_path, "--method", method), pictures=3)
+    card = model_card(run, options_for("dog", tmp_path, "--method", method), images=3)
     for words in ("Stock diffusers and sd-scripts leave it out, A1111 takes", "kohya file was put into diffusers' form first"):
         assert (words in card) == (method == "dora")
 
@@ -110,7 +110,7 @@ def scored(tmp_path, curve):
 
 def test_the_card_shows_the_scores_of_every_step_beside_its_loss_and_who_gave_them(tmp_path):
     run = scored(tmp_path, [{"step": 0, "heldout": 0.5}, {"step": 2, "heldout": 0.375}])
-    card = model_card(run, options_for("dog", tmp_path, "--judge_model", "base"), pictures=3)
+    card = model_card(run, options_for("dog", tmp_path, "--judge_model", "base"), images=3)
     table = [line for line in card.splitlines() if line.startswith("| ") and "0.125" in line]
     assert table == [
         "| base model | 0.250 | 0.125 | 0.750 | 0.50 | 0.5000 |",
@@ -122,7 +122,7 @@ def test_the_card_shows_the_scores_of_every_step_beside_its_loss_and_who_gave_th
 
 
 def test_a_suggestion_by_samples_alone_is_in_the_card_too(tmp_path):
-    card = model_card(scored(tmp_path, []), options_for("dog", tmp_path), pictures=3)
+    card = model_card(scored(tmp_path, []), options_for("dog", tmp_path), images=3)
     assert "**Suggested: step 2 of 4.** Because." in card
     assert "> **Warning.** Alas." in card
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from subject_runs import EVERYTHING, are_equal, parameters
-from tiny_pipeline import picture
+from tiny_pipeline import image
 
 from pipelines.adapter_options import AdapterOptions
 from pipelines.subject.base_model import load_base_model
@@ -184,6 +184,6 @@ def test_an_adapter_is_trained_on_a_base_model_in_4_bits_and_loads_on_the_plain_
     run = trainer.run(tmp_path / "run", *flags.split())
     assert run.status()["state"] == "done"
     pipe = load_base_model(str(tiny_model))
-    before = picture(pipe)
+    before = image(pipe)
     pipe.load_lora_weights(run.path / "diffusers")
-    assert not torch.equal(picture(pipe), before)
+    assert not torch.equal(image(pipe), before)

@@ -10,10 +10,10 @@ from pipelines.built_in import BUILT_IN, BUILT_IN_MODEL
 from pipelines.errors import InputError
 from training.options import SubjectOptions, parse_options
 from training.options.data import SAMPLE_PROMPT, SAMPLE_SUBJECT, DataOptions
-from training.options.judging import BUILT_IN_CANDIDATES, CANDIDATES, JudgingOptions
 from training.options.model import ModelOptions
 from training.options.optimisation import OptimisationOptions
 from training.options.output import OutputOptions
+from training.options.validation import BUILT_IN_CANDIDATES, CANDIDATES, JudgingOptions
 
 
 def test_without_flags_the_built_in_model_learns_the_sample_subject():

@@ -28,13 +28,13 @@ def any_precision():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def flags(model, pictures_dir, folder, *more):
-    data = ("--instance_data_dir", str(pictures_dir), "--instance_prompt", "sks toy", "--validation_prompt", "sks toy")
+def flags(model, images_dir, folder, *more):
+    data = ("--instance_data_dir", str(images_dir), "--instance_prompt", "sks toy", "--validation_prompt", "sks toy")
     return [*FAST.split(), "--pretrained_model_name_or_path", str(model), *data, "--output_dir", str(folder), *more]
 
 
 def test_a_run_goes_by_the_keys_of_its_checkpoint_in_all_that_it_makes(
-    tiny_model, pictures_dir, tmp_path, monkeypatch, certified_here
+    tiny_model, images_dir, tmp_path, monkeypatch, certified_here
 ):
     model = tmp_path / "noob.safetensors"
     save_single_file(tiny_pipeline(), model)
@@ -49,7 +49,7 @@ def test_a_run_goes_by_the_keys_of_its_checkpoint_in_all_that_it_makes(
     monkeypatch.setattr(dreambooth_nora, "train", watched)
     monkeypatch.setattr(dreambooth_nora, "Sampling", partial(Sampling, num_inference_steps=2))
     monkeypatch.setattr(finishing, "CERTIFIED_STEPS", 2)
-    given = flags(model, pictures_dir, tmp_path / "run", "--single_file_config", str(tiny_model))
+    given = flags(model, images_dir, tmp_path / "run", "--single_file_config", str(tiny_model))
     run = dreambooth_nora.main(parse_options(given))
     (scheduler,) = trained
     assert scheduler.config.prediction_type == "v_prediction"
@@ -87,17 +87,17 @@ def test_a_wrong_target_ends_the_run_before_training_with_both_losses(tmp_path):
     ],
 )
 def test_folders_that_cannot_be_written_are_refused_before_a_model_is_loaded(
-    tiny_model, pictures_dir, tmp_path, monkeypatch, more, message
+    tiny_model, images_dir, tmp_path, monkeypatch, more, message
 ):
     monkeypatch.setattr(dreambooth_nora, "load_base_model", None)
     file = tmp_path / "file"
     file.write_text("")
     given = [word.replace("FILE", str(file)) for word in more]
     with pytest.raises(InputError, match=message):
-        dreambooth_nora.main(parse_options(flags(tiny_model, pictures_dir, tmp_path / "run", *given)))
+        dreambooth_nora.main(parse_options(flags(tiny_model, images_dir, tmp_path / "run", *given)))
 
 
-def test_foreign_syntax_in_the_prompts_of_a_run_is_named(tiny_model, pictures_dir, tmp_path, monkeypatch, caplog):
+def test_foreign_syntax_in_the_prompts_of_a_run_is_named(tiny_model, images_dir, tmp_path, monkeypatch, caplog):
     class Enough(Exception):
         """All that is looked at has been."""
 
@@ -107,7 +107,7 @@ def test_foreign_syntax_in_the_prompts_of_a_run_is_named(tiny_model, pictures_di
     monkeypatch.setattr(dreambooth_nora, "open_run", stop)
     given = ("--instance_prompt", "sks (toy:1.2)", "--validation_prompt", "toy <lora:snow:0.8>")
     with pytest.raises(Enough):
-        dreambooth_nora.main(parse_options([*flags(tiny_model, pictures_dir, tmp_path / "run"), *given]))
+        dreambooth_nora.main(parse_options([*flags(tiny_model, images_dir, tmp_path / "run"), *given]))
     assert "'(toy:1.2)'" in caplog.text
     assert "'<lora:snow:0.8>'" in caplog.text
     assert "starts from the base model alone" in caplog.text

@@ -1,4 +1,4 @@
-"""Pretraining of the built-in CLIP, on a handful of pictures and a few steps."""
+"""Pretraining of the built-in CLIP, on a handful of images and a few steps."""
 
 import dataclasses
 
@@ -27,9 +27,9 @@ def options(folder, **changes):
 
 @pytest.fixture(scope="module")
 def corpus():
-    """Scenes, and ten pictures of noise for each of three classes."""
-    pictures = np.random.default_rng(0).integers(0, 256, (30, 64, 64, 3), dtype=np.uint8)
-    photos = Corpus(pictures, [f"a photo of {name}" for name in NAMES for _ in range(10)], np.ones(30, dtype=bool))
+    """Scenes, and ten images of noise for each of three classes."""
+    images = np.random.default_rng(0).integers(0, 256, (30, 64, 64, 3), dtype=np.uint8)
+    photos = Corpus(images, [f"a photo of {name}" for name in NAMES for _ in range(10)], np.ones(30, dtype=bool))
     return join(rendered_corpus(32, 64, seed=0), photos)
 
 
@@ -47,7 +47,7 @@ def test_the_stages_end_in_half_precision_weights_that_load(trained):
     with safe_open(trained / "mini-clip" / mini_clip.WEIGHTS_FILE, "pt") as weights:
         kinds = {weights.get_tensor(name).dtype for name in weights.keys()}  # noqa: SIM118
     assert kinds == {torch.float16, torch.int64}
-    features = mini_clip.picture_features(mini_clip.load_model(trained / "mini-clip"), torch.rand(2, 3, 64, 64))
+    features = mini_clip.image_features(mini_clip.load_model(trained / "mini-clip"), torch.rand(2, 3, 64, 64))
     torch.testing.assert_close(features.norm(dim=-1), torch.ones(2))
 
 
@@ -56,7 +56,7 @@ def test_the_model_card_states_data_terms_scores_and_the_command(trained):
     for words in (
         "27 photographs of 3 classes",
         "ImageNet's terms go with these weights",
-        "4 steps of 6 pictures (24 pictures seen)",
+        "4 steps of 6 images (24 images seen)",
         "class of 3 held-out photographs",
         "what a rendered scene shows, of scenes never seen",
         "--stages clip export_clip --clip_steps 4",
@@ -82,9 +82,9 @@ def test_a_resumed_training_ends_in_the_weights_of_an_uninterrupted_one(trained,
 
 def test_no_batch_shows_a_held_out_photograph_and_every_scene_keeps_its_caption(corpus, tmp_path):
     data = clip_data(options(tmp_path), corpus)
-    held_out = {picture.tobytes() for picture in data.held_out.pictures}
+    held_out = {image.tobytes() for image in data.held_out.images}
     assert len(held_out) == 3
-    assert not held_out & {picture.tobytes() for picture in data.training.pictures}
+    assert not held_out & {image.tobytes() for image in data.training.images}
     drawn = ClipBatches(options(tmp_path, clip_batch_size=64), data)(0)
     scenes = drawn["labels"] < 0
     assert 16 < scenes.sum() < 48
@@ -126,7 +126,7 @@ def test_the_benchmark_probes_features_and_raw_pixels_alike(trained, tmp_path, m
     lines = benchmark.rows(chosen)
     assert [line.split("|")[1].strip() for line in lines[2:]] == [
         *(f"{part} of 8 scenes, zero-shot" for part in ("kind", "colour", "background")),
-        "4 pictures a class, probe of features, mean of 2",
-        "4 pictures a class, probe of raw pixels, mean of 2",
+        "4 images a class, probe of features, mean of 2",
+        "4 images a class, probe of raw pixels, mean of 2",
     ]
     assert "100.0% | 50.0%" in lines[-1]

@@ -11,7 +11,7 @@ from pipelines.corpus import join, photo_corpus, rendered_corpus, to_pixels
 from pipelines.mini_losses import PatchBasis
 from training import pretrain_mini
 from training.options.pretraining import PretrainOptions
-from training.pretraining.stages import Sampler
+from training.pretraining.stages import PretrainingSampler
 from training.runs.record import list_checkpoints
 
 
@@ -41,21 +41,21 @@ def test_the_stages_end_in_a_stock_pipeline_of_half_precision_safetensors(traine
     pipeline = StableDiffusionXLPipeline.from_pretrained(trained / "mini-sdxl", use_safetensors=True, dtype=torch.float16)
     pipeline = pipeline.to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    picture = np.asarray(pipeline("a red star", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0])
-    assert picture.shape == (64, 64, 3)
-    assert picture.std() > 0
+    image = np.asarray(pipeline("a red star", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0])
+    assert image.shape == (64, 64, 3)
+    assert image.std() > 0
 
 
 def test_the_model_card_states_the_steps_that_were_done(trained):
     card = (trained / "mini-sdxl" / "README.md").read_text()
-    assert "2 steps of 2 pictures" in card
-    assert "4 steps of 4 pictures (16 pictures seen)" in card
+    assert "2 steps of 2 images" in card
+    assert "4 steps of 4 images (16 images seen)" in card
     assert "--unet_steps 4 --vae_steps 2" in card
     assert "Of nothing else." in card
 
 
 def test_the_patch_basis_gives_decorrelated_latents_of_unit_deviation(corpus):
-    pixels = to_pixels(corpus.pictures)
+    pixels = to_pixels(corpus.images)
     latents = PatchBasis.fit(pixels).encode(pixels).movedim(1, -1).flatten(0, -2)
     torch.testing.assert_close(latents.mean(dim=0), torch.zeros(8), atol=1e-4, rtol=0)
     covariance = latents.T @ latents / len(latents)
@@ -65,7 +65,7 @@ def test_the_patch_basis_gives_decorrelated_latents_of_unit_deviation(corpus):
 
 
 def test_the_patch_basis_spans_the_best_linear_restoration(corpus):
-    pixels = to_pixels(corpus.pictures)
+    pixels = to_pixels(corpus.images)
     basis = PatchBasis.fit(pixels)
     patches = torch.nn.functional.pixel_unshuffle(pixels, 4).movedim(1, -1).flatten(0, -2)
     centred = patches - patches.mean(dim=0)
@@ -93,8 +93,8 @@ def test_a_resumed_training_ends_in_the_weights_of_an_uninterrupted_one(trained,
 
 def test_batches_keep_the_share_of_scenes_and_never_mirror_letters(corpus):
     doubled = join(corpus, corpus)
-    pixels, chosen, _ = Sampler(doubled, scenes=32, scene_share=0.75, seed=0).draw(0, 4000)
-    mirrored = (pixels != to_pixels(doubled.pictures[chosen])).flatten(1).any(dim=1).numpy()
+    pixels, chosen, _ = PretrainingSampler(doubled, scenes=32, scene_share=0.75, seed=0).draw(0, 4000)
+    mirrored = (pixels != to_pixels(doubled.images[chosen])).flatten(1).any(dim=1).numpy()
     assert (chosen < 32).mean() == pytest.approx(0.75, abs=0.03)
     assert not mirrored[~doubled.mirrorable[chosen]].any()
     assert mirrored[doubled.mirrorable[chosen]].mean() == pytest.approx(0.5, abs=0.05)

@@ -9,7 +9,7 @@ from PIL import Image
 from subject_runs import SubjectTrainer
 
 from pipelines.errors import InputError
-from training.options.judging import JudgingOptions
+from training.options.validation import JudgingOptions
 from training.subject import finishing, publishing
 
 SECRETS = ("zwx", "gizmo", "secretfolder", "privatename", "mymodel", TOKEN)

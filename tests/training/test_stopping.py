@@ -28,11 +28,11 @@ def wait_for(what):
 
 
 @pytest.mark.slow(25)
-def test_when_the_launcher_is_killed_the_run_saves_and_stops(tiny_model, pictures_dir, tmp_path):
+def test_when_the_launcher_is_killed_the_run_saves_and_stops(tiny_model, images_dir, tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     command += [str(ROOT / "training" / "dreambooth_nora.py"), *FLAGS.split(), *LONG.split(), "--instance_prompt", PROMPT]
     command += ["--validation_prompt", PROMPT, "--output_dir", str(tmp_path / "run")]
-    command += ["--pretrained_model_name_or_path", str(tiny_model), "--instance_data_dir", str(pictures_dir)]
+    command += ["--pretrained_model_name_or_path", str(tiny_model), "--instance_data_dir", str(images_dir)]
     with (tmp_path / "log").open("w") as log:
         started = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": str(ROOT)})
     run = RunDirectory(tmp_path / "run", writes=False)

@@ -1,4 +1,4 @@
-"""Trackers get every metric and every picture that the run's directory gets."""
+"""Trackers get every metric and every image that the run's directory gets."""
 
 import sys
 from importlib.machinery import ModuleSpec
@@ -19,7 +19,7 @@ def run(tmp_path):
     return RunDirectory.create(tmp_path / "run", {})
 
 
-def picture():
+def image():
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8))
 
 
@@ -29,17 +29,17 @@ def logged(run):
     return events
 
 
-def test_tensorboard_gets_every_metric_and_picture(run):
+def test_tensorboard_gets_every_metric_and_image(run):
     run.trackers.extend(start_tracker("tensorboard", run.path, 0))
     with run.recording():
         run.log(1, loss=0.5, lr=0.1)
         run.log(2, loss=0.25)
-        run.save_picture(2, picture())
+        run.save_image(2, image())
     events = logged(run)
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
     assert [event.step for event in events.Scalars("lr")] == [1]
-    (image,) = events.Images("samples")
-    assert (image.step, image.height, image.width) == (2, 4, 6)
+    (logged_image,) = events.Images("samples")
+    assert (logged_image.step, logged_image.height, logged_image.width) == (2, 4, 6)
     assert (run.samples / "step-0000002.png").is_file()
 
 
@@ -77,13 +77,13 @@ class FakeWandb(ModuleType):
         self.logged.append("finished")
 
 
-def test_wandb_gets_every_metric_and_picture(run, monkeypatch):
+def test_wandb_gets_every_metric_and_image(run, monkeypatch):
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     run.trackers.extend(start_tracker("wandb", run.path, 0))
     with run.recording():
         run.log(1, loss=0.5)
-        run.save_picture(1, picture())
+        run.save_image(1, image())
     assert wandb.settings["name"] == "run"
     assert wandb.logged == [(1, {"loss": 0.5}), (1, {"samples": [(4, 6, 3)]}), "finished"]
 

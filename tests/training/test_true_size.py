@@ -17,11 +17,11 @@ from pipelines.errors import InputError
 from pipelines.subject.generate import Sampling, generate
 from pipelines.subject.loss import DenoisingLoss
 from training import dreambooth_nora
-from training.engine import ladder
-from training.engine.ladder import Rung, with_ladder
-from training.fewshot.members import calibration_batches
+from training.engine import memory_fallback
+from training.engine.memory_fallback import FallbackStep, with_ladder
+from training.fewshot.trials import calibration_batches
 from training.options import parse_options
-from training.subject import samples, watching
+from training.subject import samples, validation
 
 PROGRAM = Path(__file__).parents[2] / "benchmarks" / "true_size.py"
 FLAGS = "--instance_prompt toy --validation_prompt toy --max_train_steps 4 --heldout_steps 2 --validation_steps 4 --rank 6"
@@ -46,10 +46,10 @@ def benchmark():
 
 
 @pytest.fixture
-def flags(tmp_path, tiny_model, pictures_dir):
+def flags(tmp_path, tiny_model, images_dir):
     """Those of a short run, all but the batch size."""
     paths = ["--output_dir", str(tmp_path / "run"), "--pretrained_model_name_or_path", str(tiny_model)]
-    return [*FLAGS.split(), *paths, "--instance_data_dir", str(pictures_dir), "--heldout_image", "2.png"]
+    return [*FLAGS.split(), *paths, "--instance_data_dir", str(images_dir), "--heldout_image", "2.png"]
 
 
 def test_a_whole_run_decomposes_each_layer_once_however_often_its_adapter_is_kept_and_exported(benchmark, flags):
@@ -87,8 +87,8 @@ def test_before_and_between_the_steps_no_batch_is_larger_than_the_trainings(flag
         return predict(loss, latents, *given, **more)
 
     monkeypatch.setattr(DenoisingLoss, "predict", noted)
-    monkeypatch.setattr(watching, "SMALL_PIXELS", 0)
-    monkeypatch.setattr(watching, "mean_denoising_loss", lambda *_, batch_size, **__: measured.append(batch_size) or 1.0)
+    monkeypatch.setattr(validation, "SMALL_PIXELS", 0)
+    monkeypatch.setattr(validation, "mean_denoising_loss", lambda *_, batch_size, **__: measured.append(batch_size) or 1.0)
     monkeypatch.setattr(samples, "generate", lambda *given: (drawn.append(given[4]), generate(*given))[1])
     monkeypatch.setattr(dreambooth_nora, "finish", lambda *_: None)
     dreambooth_nora.main(parse_options([*flags, "--max_train_steps", "1", "--train_batch_size", "2"]))
@@ -109,7 +109,7 @@ def test_before_and_between_the_steps_no_batch_is_larger_than_the_trainings(flag
     ],
 )
 def test_of_small_images_more_are_measured_at_once(sizes, batch_size, expected):
-    assert watching.measured_at_once(SimpleNamespace(sizes=sizes), batch_size) == expected
+    assert validation.measured_at_once(SimpleNamespace(sizes=sizes), batch_size) == expected
 
 
 def test_calibration_that_runs_out_of_memory_leads_to_settings_that_fit(flags, monkeypatch):
@@ -117,16 +117,16 @@ def test_calibration_that_runs_out_of_memory_leads_to_settings_that_fit(flags, m
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
     monkeypatch.setattr(dreambooth_nora.adapters, "start", runs_out)
-    fitting = Rung({"train_batch_size": 1, "gradient_accumulation_steps": 4}, True, 10**9, 0.5)
-    monkeypatch.setattr(ladder, "climb", lambda *_: [fitting])
+    fitting = FallbackStep({"train_batch_size": 1, "gradient_accumulation_steps": 4}, True, 10**9, 0.5)
+    monkeypatch.setattr(memory_fallback, "climb", lambda *_: [fitting])
     with pytest.raises(
         InputError, match=r"does not fit: CUDA out of memory.*--train_batch_size 1 --gradient_accumulation_steps 4"
     ):
         with_ladder(dreambooth_nora.main, parse_options(flags), "training.dreambooth_nora")
 
 
-class Pictures(Dataset):
-    """Seven labelled pictures as a model takes them."""
+class Images(Dataset):
+    """Seven labelled images as a model takes them."""
 
     def __len__(self):
         return 7
@@ -137,6 +137,6 @@ class Pictures(Dataset):
 
 @pytest.mark.parametrize(("batch_size", "sizes"), [(1, [1] * 7), (3, [3, 3, 1]), (64, [7])])
 def test_a_classifier_is_calibrated_in_batches_no_larger_than_the_trainings(batch_size, sizes):
-    batches = list(calibration_batches(Pictures(), batch_size, has_bar=False))
+    batches = list(calibration_batches(Images(), batch_size, has_bar=False))
     assert [len(batch) for batch in batches] == sizes
     assert torch.cat(batches)[:, 0, 0, 0].tolist() == list(range(7))

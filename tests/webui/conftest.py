@@ -98,7 +98,7 @@ def page(new_page: Callable[..., object]) -> object:
 
 @pytest.fixture
 def screenshot() -> Callable[..., None]:
-    """Writes a picture of a page, `screenshot(page, name)`, into the folder that $SCREENSHOTS names; nothing if it is unset.
+    """Writes an image of a page, `screenshot(page, name)`, into the folder that $SCREENSHOTS names; nothing if it is unset.
 
     `tallest` cuts it off after so many pixels.
     """
@@ -107,8 +107,8 @@ def screenshot() -> Callable[..., None]:
         if folder := os.environ.get("SCREENSHOTS"):
             path = Path(folder) / f"{name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            with Image.open(io.BytesIO(page.screenshot(full_page=True))) as picture:
-                box = (0, 0, picture.width, min(picture.height, tallest or picture.height))
-                picture.convert("RGB").crop(box).quantize(256).save(path, optimize=True)
+            with Image.open(io.BytesIO(page.screenshot(full_page=True))) as image:
+                box = (0, 0, image.width, min(image.height, tallest or image.height))
+                image.convert("RGB").crop(box).quantize(256).save(path, optimize=True)
 
     return take

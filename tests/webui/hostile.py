@@ -19,7 +19,7 @@ BOMB_SIDE = 12_000
 
 
 def png_bytes(shade: int = 0, side: int = 16) -> bytes:
-    """A small honest picture."""
+    """A small honest image."""
     stream = io.BytesIO()
     Image.new("RGB", (side, side), (shade * 20 % 256, 100, 50)).save(stream, "PNG")
     return stream.getvalue()
@@ -39,7 +39,7 @@ def _chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def polyglot() -> bytes:
-    """A picture that is also a web page and a zip."""
+    """An image that is also a web page and a zip."""
     stream = io.BytesIO(png_bytes() + b"<!doctype html><script>alert(document.cookie)</script>")
     stream.seek(0, io.SEEK_END)
     with zipfile.ZipFile(stream, "a") as archive:
@@ -74,9 +74,9 @@ def hostile_zips() -> dict[str, tuple[Callable[[Path], Path], str]]:
         "link": (_with("cat/link.png", b"/etc/passwd", stat.S_IFLNK | 0o777), "a link or a device"),
         "device": (_with("cat/null.png", b"", stat.S_IFCHR | 0o666), "a link or a device"),
         "thousand-fold": (_with("cat/zeros.png", bytes(20 * 2**20)), "100 times its packed size"),
-        "too long": (_with("cat/long.png", os.urandom(26 * 2**20)), "Shrink the picture"),
+        "too long": (_with("cat/long.png", os.urandom(26 * 2**20)), "Shrink the image"),
         "many": (_many, "at most 20,000 files"),
-        "nested alone": (_nested, "holds no folder with pictures"),
+        "nested alone": (_nested, "holds no folder with images"),
         "no zip": (_plain, "is not a zip"),
     }
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import psutil
 from PIL import Image
 
-from pipelines.pictures import save_picture
+from pipelines.images import save_image
 from training.runs.record import METRICS, OPTIONS, STATUS, RunRecord
+from training.subject.checkpoint_selection import Point, StepScores, suggest
 from training.subject.measured import adapter_at, logged
-from training.subject.suggesting import Point, StepScores, suggest
 
 PROMPTS = ("a photo of sks toy", "sks toy <b>in the snow</b>", "sks toy at night")
 SETTINGS = {"negative_prompt": "", "num_inference_steps": 2, "guidance_scale": 4.0, "sampler": "Euler", "model": "mini"}
@@ -69,10 +69,10 @@ def add_checkpoint(run, step):
 
 
 def add_samples(run, step, side=16, prompts=PROMPTS):
-    """Sample pictures of a step, of a colour that tells it."""
+    """Sample images of a step, of a colour that tells it."""
     for place, prompt in enumerate(prompts):
-        picture = Image.new("RGB", (side, side), (step % 256, 60 * place, 128))
-        save_picture(picture, run.samples_at(step) / f"{place}.png", {"prompt": prompt, "seed": place, "step": step, **SETTINGS})
+        image = Image.new("RGB", (side, side), (step % 256, 60 * place, 128))
+        save_image(image, run.samples_at(step) / f"{place}.png", {"prompt": prompt, "seed": place, "step": step, **SETTINGS})
     run.subject.mkdir(exist_ok=True)
     Image.new("RGB", (side, side), "red").save(run.subject / "0.png")
 

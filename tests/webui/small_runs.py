@@ -13,7 +13,7 @@ from pipelines.cache import module_digest
 from pipelines.fewshot.classifier import ClassifierFile, save_classifier
 from pipelines.subject import adapters
 from training.runs.run import RunDirectory
-from training.subject.judging import keep_adapter
+from training.subject.image_scoring import keep_adapter
 from webui.work.classify import built_in
 
 

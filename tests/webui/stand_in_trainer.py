@@ -44,7 +44,7 @@ def main():
 
 
 def reach(run, step):
-    """Make what a recipe makes at some steps: sample pictures, and a checkpoint."""
+    """Make what a recipe makes at some steps: sample images, and a checkpoint."""
     if step in SAMPLE_STEPS:
         add_samples(run, step)
     if step in CURVE_STEPS and step:

@@ -15,7 +15,7 @@ from processes import wait_for
 from small_runs import small_run, untrained_classifier
 from stand_in_trainer import BEGAN, TOTAL, UNTIL
 
-from pipelines.pictures import read_settings
+from pipelines.images import read_settings
 from webui.workspace import Workspace
 
 ENDPOINTS = {"/start", "/status", "/stop", "/list", "/generate", "/classify"}
@@ -46,7 +46,7 @@ def client(server, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def zipped(tmp_path_factory):
-    """A zip with a folder of eight pictures for each of three colours."""
+    """A zip with a folder of eight images for each of three colours."""
     path = tmp_path_factory.mktemp("zip") / "colours.zip"
     with zipfile.ZipFile(path, "w") as packed:
         for name in COLOURS:
@@ -56,9 +56,9 @@ def zipped(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def started(client, tiny_model, pictures_dir, zipped):
+def started(client, tiny_model, images_dir, zipped):
     """Three runs: one that draws, one that tells classes apart, and one that waits behind them."""
-    photos = [handle_file(path) for path in sorted(pictures_dir.iterdir())]
+    photos = [handle_file(path) for path in sorted(images_dir.iterdir())]
     subject = client.predict("subject", quick(tiny_model), photos, api_name="/start")
     classes = client.predict("classify", CLASSIFY, [handle_file(zipped)], api_name="/start")
     waiting = client.predict("subject", quick(tiny_model), [], api_name="/start")
@@ -67,7 +67,7 @@ def started(client, tiny_model, pictures_dir, zipped):
 
 @pytest.fixture(scope="module")
 def drawer(server, tiny_model):
-    """A finished run that pictures can be drawn with."""
+    """A finished run that images can be drawn with."""
     return small_run(server.runs, tiny_model, "20260101-000001-drawer").path.name
 
 
@@ -75,8 +75,8 @@ def drawer(server, tiny_model):
 def classifier(server, tmp_path_factory):
     """A finished run whose classifier is the built-in model without any training."""
     workspace = Workspace(server.runs, server.uploads, is_local=True)
-    pictures = colour_folder(tmp_path_factory.mktemp("pictures"), 4)
-    return untrained_classifier(workspace, pictures, {name: name for name in COLOURS}).path.name
+    images = colour_folder(tmp_path_factory.mktemp("pictures"), 4)
+    return untrained_classifier(workspace, images, {name: name for name in COLOURS}).path.name
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_a_run_is_followed_to_its_end(client, server, started, stopped):
     assert len(list(Path(words[words.index("--instance_data_dir") + 1]).glob("*.png"))) == 3
 
 
-def test_the_zip_of_a_classifier_s_pictures_is_what_it_is_started_with(client, server, started, stopped):
+def test_the_zip_of_a_classifier_s_images_is_what_it_is_started_with(client, server, started, stopped):
     (server.runs / started[0] / UNTIL).write_text(str(TOTAL))
     words = wait_for(lambda: began(server.runs / started[1])).split()
     folders = [path for path in Path(words[words.index("--data_dir") + 1]).iterdir() if path.is_dir()]
@@ -144,11 +144,11 @@ def test_a_run_is_drawn_with(client, drawer):
     assert [(each["reference"], each["strength"]) for each in said["adapters"]] == [(f"{drawer}@4", 0.5)]
 
 
-def test_a_classifier_tells_pictures_apart(client, classifier, tmp_path):
-    pictures = [tmp_path / "unseen.png", tmp_path / "broken.png"]
-    pictures[0].write_bytes(coloured("sea", 99))
-    pictures[1].write_bytes(b"no picture")
-    good, bad = client.predict(classifier, [handle_file(path) for path in pictures], api_name="/classify")
+def test_a_classifier_tells_images_apart(client, classifier, tmp_path):
+    images = [tmp_path / "unseen.png", tmp_path / "broken.png"]
+    images[0].write_bytes(coloured("sea", 99))
+    images[1].write_bytes(b"no image")
+    good, bad = client.predict(classifier, [handle_file(path) for path in images], api_name="/classify")
     assert good["class"] in COLOURS
     assert sum(share for _, share in good["top"]) == pytest.approx(1, abs=1e-3)
     assert "broken.png" in bad["error"]

@@ -10,7 +10,7 @@ from playwright.sync_api import expect
 from processes import wait_for
 from stand_in_trainer import BEGAN, DRY_RUN, TOTAL, UNTIL
 
-from pipelines.sample_subject import sample_pictures
+from pipelines.sample_subject import sample_images
 from training.options import NEW_SCENES
 from webui import costs
 from webui.costs import Plan
@@ -27,12 +27,12 @@ def server(app_server):
 
 @pytest.fixture(scope="module")
 def uploads(tmp_path_factory):
-    """Sharp pictures of the toy, a blurred one, and a text that calls itself a picture."""
+    """Sharp images of the toy, a blurred one, and a text that calls itself an image."""
     folder = tmp_path_factory.mktemp("uploads")
-    pictures = sample_pictures()
-    for name, picture in (("front.png", pictures[0]), ("side.jpg", pictures[1]), ("back.png", pictures[2])):
-        picture.save(folder / name)
-    pictures[3].filter(ImageFilter.GaussianBlur(9)).save(folder / "dim.png")
+    images = sample_images()
+    for name, image in (("front.png", images[0]), ("side.jpg", images[1]), ("back.png", images[2])):
+        image.save(folder / name)
+    images[3].filter(ImageFilter.GaussianBlur(9)).save(folder / "dim.png")
     (folder / "letter.png").write_text("Dear photo doctor")
     return [str(folder / name) for name in ("front.png", "side.jpg", "dim.png", "letter.png", "back.png")]
 

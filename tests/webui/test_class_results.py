@@ -1,4 +1,4 @@
-"""What the page says of a finished classifier: the run's figures, the pictures that were tested, and every word escaped."""
+"""What the page says of a finished classifier: the run's figures, the images that were tested, and every word escaped."""
 
 import csv
 import re
@@ -23,36 +23,36 @@ def workspace(tmp_path):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Class folders of eight pictures each, all of them tested on."""
+def images(tmp_path):
+    """Class folders of eight images each, all of them tested on."""
     return colour_folder(tmp_path / "pictures", 8)
 
 
 @pytest.fixture
-def record(workspace, pictures):
+def record(workspace, images):
     """A run whose NoRA takes two rubies for leaves."""
-    return finished_classifier(workspace, pictures, NAMES)
+    return finished_classifier(workspace, images, NAMES)
 
 
 def test_the_accuracy_is_told_with_its_interval_beside_what_needs_no_training(record):
     result = result_of(record)
     told = re.sub("<[^>]+>", "", class_html.in_words(result))
     top1 = result.member["test"]["top1"]
-    assert "of 24 pictures that it was not shown, 22 are right: 92%" in told
+    assert "of 24 images that it was not shown, 22 are right: 92%" in told
     assert f"between {top1['low']:.0%} and {top1['high']:.0%}" in told
     assert "before any training 0%" in told
     assert "guessing would be right in 33%" in told
 
 
-def test_where_raw_pixels_are_as_good_a_warning_says_so(workspace, pictures):
-    same = finished_classifier(workspace, pictures, NAMES)
+def test_where_raw_pixels_are_as_good_a_warning_says_so(workspace, images):
+    same = finished_classifier(workspace, images, NAMES)
     assert "Raw pixels are about as good here" in class_html.in_words(result_of(same))
-    worse = finished_classifier(workspace, pictures, NAMES, right_of_pixels=False)
+    worse = finished_classifier(workspace, images, NAMES, right_of_pixels=False)
     assert "Raw pixels" not in class_html.in_words(result_of(worse))
 
 
-def test_a_method_that_is_plainly_better_is_named(workspace, pictures):
-    beaten = finished_classifier(workspace, pictures, NAMES, wrong=20, right_of_pixels=True)
+def test_a_method_that_is_plainly_better_is_named(workspace, images):
+    beaten = finished_classifier(workspace, images, NAMES, wrong=20, right_of_pixels=True)
     told = class_html.in_words(result_of(beaten))
     assert "raw pixels is plainly better: choose it above" in told
     assert "Raw pixels are better here" in told
@@ -61,18 +61,18 @@ def test_a_method_that_is_plainly_better_is_named(workspace, pictures):
 def test_the_cells_of_the_matrix_are_buttons_that_say_what_they_open(record):
     shown = class_html.confusion(result_of(record))
     assert shown.count("<button") == 4
-    assert "data-true='0' data-predicted='1' aria-label='2 pictures of ruby taken for leaf. Show them.'" in shown
-    assert "aria-label='8 pictures of sea recognised. Show them.'" in shown
+    assert "data-true='0' data-predicted='1' aria-label='2 images of ruby taken for leaf. Show them.'" in shown
+    assert "aria-label='8 images of sea recognised. Show them.'" in shown
     assert len(re.findall("scope='row'", shown)) == len(re.findall("scope='col'", shown)) == 3
 
 
-def test_a_cell_opens_the_pictures_that_were_counted_in_it(record):
+def test_a_cell_opens_the_images_that_were_counted_in_it(record):
     result = result_of(record)
     counts = result.member["test"]["confusion"]
     for true in range(3):
         for predicted in range(3):
             assert len(result.in_cell(true, predicted)) == counts[true][predicted]
-    shown = class_html.cell_pictures(result, 0, 1)
+    shown = class_html.cell_images(result, 0, 1)
     assert shown.count("<img") == 2
     assert "is ruby, taken for <b>leaf</b>" in shown
 
@@ -85,29 +85,29 @@ def test_the_worst_mistakes_are_those_that_it_was_surest_of(record):
     assert "cannot be added to the training" in shown
 
 
-def test_a_picture_that_was_changed_since_is_not_shown_for_the_one_that_was_tested(record, pictures):
-    (picture, _) = result_of(record).in_cell(0, 1)
-    assert source_of(record, picture) is not None
-    (pictures / picture.name).write_bytes((pictures / "sea" / "0.png").read_bytes())
-    assert source_of(record, picture) is None
-    (pictures / picture.name).unlink()
-    assert source_of(record, picture) is None
-    assert "no longer there" in class_html.cell_pictures(result_of(record), 0, 1)
+def test_a_image_that_was_changed_since_is_not_shown_for_the_one_that_was_tested(record, images):
+    (image, _) = result_of(record).in_cell(0, 1)
+    assert source_of(record, image) is not None
+    (images / image.name).write_bytes((images / "sea" / "0.png").read_bytes())
+    assert source_of(record, image) is None
+    (images / image.name).unlink()
+    assert source_of(record, image) is None
+    assert "no longer there" in class_html.cell_images(result_of(record), 0, 1)
 
 
-def test_a_tested_picture_outside_of_the_set_is_none(record):
-    (picture, _) = result_of(record).in_cell(0, 1)
+def test_a_tested_image_outside_of_the_set_is_none(record):
+    (image, _) = result_of(record).in_cell(0, 1)
     for name in ("../../etc/passwd", "/etc/passwd"):
-        assert source_of(record, type(picture)(name, picture.sha256, 0, 1, 0.5, [])) is None
+        assert source_of(record, type(image)(name, image.sha256, 0, 1, 0.5, [])) is None
 
 
-def test_names_of_classes_are_escaped_wherever_they_are_shown(workspace, pictures):
-    result = result_of(finished_classifier(workspace, pictures, HOSTILE))
+def test_names_of_classes_are_escaped_wherever_they_are_shown(workspace, images):
+    result = result_of(finished_classifier(workspace, images, HOSTILE))
     shown = [
         class_html.in_words(result),
         class_html.confusion(result),
         class_html.per_class(result),
-        class_html.cell_pictures(result, 0, 1),
+        class_html.cell_images(result, 0, 1),
         class_html.worst_mistakes(result),
         class_html.methods_table(result),
     ]
@@ -116,8 +116,8 @@ def test_names_of_classes_are_escaped_wherever_they_are_shown(workspace, picture
         assert "a & b" not in part
 
 
-def test_the_table_of_predictions_holds_every_test_picture_and_no_formula(workspace, pictures):
-    result = result_of(finished_classifier(workspace, pictures, HOSTILE))
+def test_the_table_of_predictions_holds_every_test_image_and_no_formula(workspace, images):
+    result = result_of(finished_classifier(workspace, images, HOSTILE))
     path = class_files.downloads(result)[class_files.TABLE]
     rows = list(csv.DictReader(path.open(newline="")))
     assert len(rows) == 24
@@ -166,20 +166,20 @@ def test_of_many_classes_the_matrix_shows_those_with_the_most_mistakes(record):
     result.member["test"] |= {"confusion": counts}
     result.report["set"]["classes"] = [f"class {place}" for place in range(count)]
     shown = class_html.confusion(result)
-    assert f"3 pictures of class 2 taken for class {count - 1}" in shown
+    assert f"3 images of class 2 taken for class {count - 1}" in shown
     assert "The 5 classes with the fewest mistakes are left out" in shown
     assert shown.count("scope='row'") == class_html.MOST_IN_MATRIX
 
 
-def test_a_class_without_test_pictures_is_named(record):
+def test_a_class_without_test_images_is_named(record):
     result = result_of(record)
     assert result.untested() == []
-    assert "no test pictures" not in class_html.in_words(result)
+    assert "no test images" not in class_html.in_words(result)
     result.member["test"]["confusion"][1] = [0, 0, 0]
     result.member["test"]["per_class"][result.classes[1]] = None
     assert result.untested() == [result.classes[1]]
-    assert f"{result.classes[1]} (0): no pictures were tested." in class_html.per_class(result)
-    assert f"how well {result.classes[1]} is recognised: there are no test pictures" in class_html.in_words(result)
+    assert f"{result.classes[1]} (0): no images were tested." in class_html.per_class(result)
+    assert f"how well {result.classes[1]} is recognised: there are no test images" in class_html.in_words(result)
 
 
 @pytest.mark.parametrize(("value", "shown"), [(0.694, "69%"), (1.0, "100%"), (0.997, "over 99%"), (0.0, "0%")])

@@ -1,4 +1,4 @@
-"""The user's classes: which pictures are tested on for good, what is warned of, and what the presets make of them."""
+"""The user's classes: which images are tested on for good, what is warned of, and what the presets make of them."""
 
 import json
 import subprocess
@@ -15,11 +15,11 @@ from pipelines.fewshot.shots import sample_split
 from webui import class_presets, class_runs, class_sets, panel
 from webui.class_presets import CLASSIFY
 from webui.draft import merged
+from webui.image_datasets import add_class, move_image, read_set, remove_image, rename_class
 from webui.labelled_classes import EXAMPLE
-from webui.picture_sets import add_class, move_picture, read_set, remove_picture, rename_class
 from webui.presets import preset_named
-from webui.screens import class_pictures
-from webui.uploads import add_pictures, add_zip
+from webui.screens import class_images
+from webui.uploads import add_images, add_zip
 from webui.workspace import Workspace
 
 
@@ -31,19 +31,19 @@ def workspace(tmp_path):
 
 @pytest.fixture
 def folder(workspace, tmp_path):
-    """A set of three classes of six pictures."""
+    """A set of three classes of six images."""
     return colour_set(workspace, tmp_path / "given")
 
 
 def more(folder, key, name, places, scratch):
-    """Add further pictures to a class; returns what they are called."""
+    """Add further images to a class; returns what they are called."""
     scratch.mkdir()
     for place in places:
         (scratch / f"{place}.png").write_bytes(coloured(name, place))
-    return add_pictures(folder, sorted(scratch.iterdir()), key).names
+    return add_images(folder, sorted(scratch.iterdir()), key).names
 
 
-def test_the_recipe_tests_on_the_pictures_that_the_set_keeps_for_it(folder):
+def test_the_recipe_tests_on_the_images_that_the_set_keeps_for_it(folder):
     split = sample_split(load_folder(folder), "all", 0)
     kept = class_sets.read_split(folder)
     assert {name for name, _ in split.names["test"]} == kept["test"]
@@ -51,7 +51,7 @@ def test_the_recipe_tests_on_the_pictures_that_the_set_keeps_for_it(folder):
     assert [sum(name.startswith(key) for name in kept["test"]) for key in ("c00", "c01", "c02")] == [2, 2, 2]
 
 
-def test_pictures_added_later_fill_up_the_test_and_move_none_out_of_it(folder, tmp_path):
+def test_images_added_later_fill_up_the_test_and_move_none_out_of_it(folder, tmp_path):
     before = class_sets.read_split(folder)
     added = more(folder, "c00", "ruby", range(20, 30), tmp_path / "more")
     class_sets.settle(folder)
@@ -75,10 +75,10 @@ def test_corrections_are_learned_from_and_never_tested_on(folder, tmp_path):
     assert not set(added.names) & class_sets.read_split(folder)["test"]
 
 
-def test_after_pictures_are_removed_or_moved_the_recipe_still_reads_the_set(folder):
+def test_after_images_are_removed_or_moved_the_recipe_still_reads_the_set(folder):
     tested = sorted(class_sets.read_split(folder)["test"])[0]
-    remove_picture(folder, tested)
-    moved = move_picture(folder, read_set(folder).classes[1].pictures[0].file, "c02")
+    remove_image(folder, tested)
+    moved = move_image(folder, read_set(folder).classes[1].images[0].file, "c02")
     class_sets.settle(folder)
     parts = load_folder(folder).parts
     assert tested not in parts
@@ -93,33 +93,33 @@ def test_names_go_to_the_recipe_by_the_folders(folder, workspace):
 
 
 def test_what_stands_in_the_way_is_said_in_words(workspace, tmp_path):
-    folder = workspace.new_picture_set()
+    folder = workspace.new_image_set()
     assert "no classes yet" in class_sets.warnings(class_sets.own_set(folder))[0]
     more(folder, add_class(folder, "ruby"), "ruby", range(20), tmp_path / "a")
     assert "one class only" in class_sets.warnings(class_sets.own_set(folder))[0]
     more(folder, add_class(folder, "leaf"), "leaf", range(2), tmp_path / "b")
     found = class_sets.own_set(folder)
-    assert "leaf has 2 pictures. Training needs 3" in class_sets.warnings(found)[0]
+    assert "leaf has 2 images. Training needs 3" in class_sets.warnings(found)[0]
     assert not class_sets.is_ready(found)
     more(folder, "c01", "leaf", range(2, 4), tmp_path / "c")
     found = class_sets.own_set(folder)
     assert class_sets.is_ready(found)
     told = " ".join(class_sets.warnings(found))
-    assert "leaf has fewer than 10 pictures" in told
+    assert "leaf has fewer than 10 images" in told
 
 
-def test_a_picture_in_two_classes_is_told(workspace, folder, tmp_path):
+def test_a_image_in_two_classes_is_told(workspace, folder, tmp_path):
     assert class_sets.copies(class_sets.own_set(folder)) == []
     more(folder, "c02", "ruby", [0], tmp_path / "copy")
     (told,) = class_sets.copies(class_sets.own_set(folder))
-    assert "1 picture is in ruby and sea alike" in told
+    assert "1 image is in ruby and sea alike" in told
 
 
 def test_a_folder_of_the_machine_is_left_as_it_is(workspace, tmp_path):
     given = colour_folder(tmp_path / "mine", 4)
     before = sorted(path.name for path in given.rglob("*"))
     set_id = class_sets.point_to(workspace, str(given))
-    class_sets.name_pointed_class(workspace.picture_set(set_id), "sea", "the sea")
+    class_sets.name_pointed_class(workspace.image_set(set_id), "sea", "the sea")
     found = class_sets.find(workspace, set_id)
     assert found.kind == "folder"
     assert found.data_options() == {"data_dir": str(given), "class_names": ["sea=the sea"]}
@@ -129,7 +129,7 @@ def test_a_folder_of_the_machine_is_left_as_it_is(workspace, tmp_path):
 
 @pytest.mark.parametrize(("name", "words"), [("leaf", "name of its own"), ("  ", "one line of text")])
 def test_a_class_of_a_folder_takes_no_name_that_training_would_refuse(workspace, tmp_path, name, words):
-    folder = workspace.picture_set(class_sets.point_to(workspace, str(colour_folder(tmp_path / "mine", 4))))
+    folder = workspace.image_set(class_sets.point_to(workspace, str(colour_folder(tmp_path / "mine", 4))))
     with pytest.raises(InputError, match=words):
         class_sets.name_pointed_class(folder, "sea", name)
     assert class_sets.find(workspace, folder.name).names() == {name: name for name in sorted(COLOURS)}
@@ -158,7 +158,7 @@ def test_the_example_is_a_set_of_ten_digits(workspace):
     assert found.data_options() == {}
 
 
-def test_as_many_pictures_are_learned_from_as_every_class_has(folder, workspace, tmp_path):
+def test_as_many_images_are_learned_from_as_every_class_has(folder, workspace, tmp_path):
     classes = class_sets.find(workspace, folder.name)
     # Four of six are left: two to learn from and two to choose on.
     assert class_presets.fitting_shots(classes, ["2"]) == ["2"]
@@ -169,14 +169,14 @@ def test_as_many_pictures_are_learned_from_as_every_class_has(folder, workspace,
         sample_split(load_folder(folder), 3, 0)
 
 
-def test_a_users_own_number_of_pictures_is_left_as_it_is(folder, workspace):
+def test_a_users_own_number_of_images_is_left_as_it_is(folder, workspace):
     classes, fast = class_sets.find(workspace, folder.name), preset_named(CLASSIFY, "Fast").options()
     assert class_presets.completed(classes, fast, {})["data"]["shots"] == ["all"]
     own = {"data": {"shots": ["3"]}}
     assert class_presets.completed(classes, fast | {"data": {"shots": ["3"]}}, own)["data"]["shots"] == ["3"]
 
 
-def test_all_pictures_of_large_classes_take_no_hours(workspace):
+def test_all_images_of_large_classes_take_no_hours(workspace):
     best = preset_named(CLASSIFY, "Best").options()
     found = class_presets.completed(class_sets.find(workspace, EXAMPLE), best, {})
     fewest = 174 - round(0.3 * 174)
@@ -201,7 +201,7 @@ def test_the_set_that_a_run_was_trained_on_is_found_again(folder, workspace, tmp
         assert class_sets.set_of_run(workspace, workspace.run(run.name)) == expected
 
 
-def test_pictures_that_a_run_is_learning_from_stay(folder, workspace):
+def test_images_that_a_run_is_learning_from_stay(folder, workspace):
     run = workspace.new_run()
     launch = {"task": "classify", "options": {"data": {"data_dir": str(folder.absolute())}}, "created": 0.0}
     (run / "launch.json").write_text(json.dumps(launch))
@@ -209,7 +209,7 @@ def test_pictures_that_a_run_is_learning_from_stay(folder, workspace):
     own = {"pid": sleeping.pid, "pid_started": psutil.Process(sleeping.pid).create_time()}
     try:
         (run / "status.json").write_text(json.dumps({"state": "running", "phase": "fitting", **own}))
-        with pytest.raises(InputError, match="is learning from these pictures"):
+        with pytest.raises(InputError, match="is learning from these images"):
             class_runs.check_free(workspace, folder)
     finally:
         sleeping.kill()
@@ -218,11 +218,11 @@ def test_pictures_that_a_run_is_learning_from_stay(folder, workspace):
 
 
 def test_a_set_is_called_by_its_classes(folder, workspace):
-    assert class_sets.title(workspace, folder.name) == f"{', '.join(COLOURS)} (18 pictures)"
+    assert class_sets.title(workspace, folder.name) == f"{', '.join(COLOURS)} (18 images)"
 
 
 def test_what_is_typed_into_the_expert_panel_is_started(folder, workspace):
-    about = panel.Source(None, "classify", CLASSIFY, None, None, class_runs.complete)
+    about = panel.FieldSource(None, "classify", CLASSIFY, None, None, class_runs.complete)
     draft = {"set": folder.name, "preset": "Fast", "options": {}, "typed": {"optimisation": {"min_train_steps": "4"}}}
     settled = about.settled(workspace, draft)
     assert settled["options"] == {"optimisation": {"min_train_steps": 4}}
@@ -232,7 +232,7 @@ def test_what_is_typed_into_the_expert_panel_is_started(folder, workspace):
 
 
 def split_zip(path, folders, name="ruby", each=3, more=None):
-    """A zip at `path`, which is returned, with pictures in these folders."""
+    """A zip at `path`, which is returned, with images in these folders."""
     with zipfile.ZipFile(path, "w") as archive:
         for place, folder in enumerate(folders):
             for number in range(each):
@@ -244,7 +244,7 @@ def split_zip(path, folders, name="ruby", each=3, more=None):
 
 @pytest.mark.parametrize("how", ["folders", "split.json"])
 def test_the_split_that_a_zip_comes_with_is_kept(workspace, tmp_path, how):
-    folder, keys = workspace.new_picture_set(), ("ruby", "leaf")
+    folder, keys = workspace.new_image_set(), ("ruby", "leaf")
     if how == "folders":
         path = split_zip(tmp_path / "a.zip", [f"set/{word}/{key}" for word in ("Training", "Test_Set") for key in keys])
     else:
@@ -257,7 +257,7 @@ def test_the_split_that_a_zip_comes_with_is_kept(workspace, tmp_path, how):
     assert [one.name for one in read_set(folder).classes] == ["leaf", "ruby"] if how == "folders" else ["ruby", "leaf"]
     names = {entry.file: entry.name for entry in read_set(folder).entries()}
     tested = {names[file] for file in class_sets.read_split(folder)["test"]}
-    # In folders, the third and fourth hold the test; else the third and fourth picture of each class are listed so.
+    # In folders, the third and fourth hold the test; else the third and fourth image of each class are listed so.
     expected = (
         {"20.png", "21.png", "22.png", "30.png", "31.png", "32.png"}
         if how == "folders"
@@ -266,7 +266,7 @@ def test_the_split_that_a_zip_comes_with_is_kept(workspace, tmp_path, how):
     assert tested == expected
     class_sets.settle(folder)
     assert {names[file] for file in class_sets.read_split(folder)["test"]} == expected
-    assert "It is split by its" in class_pictures._said(added)
+    assert "It is split by its" in class_images._said(added)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_the_split_that_a_zip_comes_with_is_kept(workspace, tmp_path, how):
     ],
 )
 def test_a_zip_that_may_or_may_not_be_split_is_refused(workspace, tmp_path, folders, message):
-    folder = workspace.new_picture_set()
+    folder = workspace.new_image_set()
     with pytest.raises(InputError, match=message):
         add_zip(folder, split_zip(tmp_path / "a.zip", folders))
     assert not read_set(folder).entries()
@@ -288,7 +288,7 @@ def test_what_of_a_folder_is_not_used_and_which_class_is_not_tested_is_shown(wor
     colour_folder(mine / "Test", 2, ("ruby", "leaf"))
     (mine / "Train" / "sea" / "<b>.txt").touch()
     found = class_sets.find(workspace, class_sets.point_to(workspace, str(mine)))
-    shown = class_pictures._summary(found, None)
+    shown = class_images._summary(found, None)
     assert "It is split by its folders: &#x27;Train&#x27; is train (12 images)" in shown
     assert "1 file with the suffix .txt is not used: 1 in class &#x27;sea&#x27;." in shown
     assert "&#x27;sea&#x27; has 0 images to test on" in shown
@@ -300,4 +300,4 @@ def test_a_class_that_is_only_tested_on_cannot_be_trained(workspace, tmp_path):
     colour_folder(mine / "Test", 4, ("ruby", "leaf", "sea"))
     found = class_sets.find(workspace, class_sets.point_to(workspace, str(mine)))
     assert not class_sets.is_ready(found)
-    assert any("All pictures of sea are kept for the test" in one for one in class_sets.warnings(found))
+    assert any("All images of sea are kept for the test" in one for one in class_sets.warnings(found))

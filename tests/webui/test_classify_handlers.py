@@ -8,8 +8,8 @@ from class_folders import COLOURS, colour_folder, colour_set, colour_zip, colour
 from listeners import listener
 
 from webui import launching
+from webui.image_datasets import read_set
 from webui.page import build_page
-from webui.picture_sets import read_set
 from webui.settings import Settings
 
 DRAFT = {"set": None, "preset": "Fast", "options": {}}
@@ -68,8 +68,8 @@ def test_a_zip_becomes_a_set_and_a_wrong_one_leaves_nothing(page, workspace, tmp
     take = listener(page, "class_pictures", "take_zip")
     before = len(list(workspace.sets.glob("*/set.json"))) if workspace.sets.is_dir() else 0
     draft, said, _ = take(str(colour_zip(tmp_path / "a.zip", 4)), {**DRAFT, "set": "example"}, None)
-    assert "12 pictures added" in said
-    assert [one.name for one in read_set(workspace.picture_set(draft["set"])).classes] == sorted(COLOURS)
+    assert "12 images added" in said
+    assert [one.name for one in read_set(workspace.image_set(draft["set"])).classes] == sorted(COLOURS)
     (tmp_path / "b.zip").write_text("no zip")
     with pytest.raises(gr.Error, match="not a zip"):
         take(str(tmp_path / "b.zip"), {**DRAFT, "set": "example"}, None)
@@ -84,7 +84,7 @@ def test_the_result_is_shown_and_not_sent_again(page, record):
     assert all(one == gr.skip() for one in again)
 
 
-def test_a_cell_opens_its_pictures_and_one_that_is_none_is_refused(page, record):
+def test_a_cell_opens_its_images_and_one_that_is_none_is_refused(page, record):
     opened = listener(page, "class_result", "open_cell")
     assert opened(record.path.name, None, gr.EventData(None, {"true": 0, "predicted": 1}), None).count("<img") == 2
     for strange in ({}, {"true": 0, "predicted": 7}, {"true": "0", "predicted": 1}, {"true": [0], "predicted": -1}):
@@ -97,7 +97,7 @@ def test_a_run_of_nobody_is_no_error_on_the_page(page):
         listener(page, part, "refresh")("no-such-run", *given, None)
 
 
-def test_new_pictures_are_classified_with_a_table_to_take_along(page, record, tmp_path, monkeypatch):
+def test_new_images_are_classified_with_a_table_to_take_along(page, record, tmp_path, monkeypatch):
     from webui.work import classify as work
 
     rows = [{"picture": "=1.png", "class": "sea", "probability": 0.7, "top": [["sea", 0.7], ["ruby", 0.2], ["leaf", 0.1]]}]

@@ -65,7 +65,7 @@ def test_the_whole_way_from_a_zip_to_a_classifier_that_learned_from_its_mistake(
 
     page.set_input_files("#classify-zip input[type=file]", colour_zip(tmp_path / "colours.zip", 6))
     expect(page.locator("#classify-classes .class-card")).to_have_count(3, timeout=SOON)
-    expect(page.locator("#classify-said")).to_contain_text("18 pictures added")
+    expect(page.locator("#classify-said")).to_contain_text("18 images added")
     expect(page.locator("#classify-summary")).to_contain_text("Before any training", timeout=SOON)
     page.locator("#classify-mend > button").click()
     choose(page, "#classify-class", "leaf")
@@ -131,7 +131,7 @@ def test_the_whole_way_from_a_zip_to_a_classifier_that_learned_from_its_mistake(
     screenshot(page, "each/classify-use")
     page.locator("#classify-again").click()
     expect(page.locator("#classify-stop")).to_be_visible(timeout=SOON)
-    folder = workspace.picture_set(json.loads((run.path / "options.json").read_text())["data"]["data_dir"].rsplit("/", 1)[1])
+    folder = workspace.image_set(json.loads((run.path / "options.json").read_text())["data"]["data_dir"].rsplit("/", 1)[1])
     tested = read_split(folder)["test"]
     expect(page.locator("#classify-see-result")).to_be_visible(timeout=TRAINED)
     newest, *_ = workspace.run_ids()
@@ -160,14 +160,14 @@ def shorten(page):
 
 
 def part_of(run, *parts):
-    """The pictures that a run drew for these parts."""
+    """The images that a run drew for these parts."""
     (path,) = (run.path / "splits").glob("*.json")
     split = json.loads(path.read_text())
     return {name for part in parts for name, *_ in split[part]}
 
 
 @pytest.mark.slow(12)
-def test_a_class_is_made_by_its_name_and_pictures_and_others_are_refused_in_words(server, new_page, tmp_path):
+def test_a_class_is_made_by_its_name_and_images_and_others_are_refused_in_words(server, new_page, tmp_path):
     page = opened(new_page, server)
     to_classify(page)
     expect(page.locator("#classify-classes .class-card").first).to_be_visible(timeout=TRAINED)
@@ -183,7 +183,7 @@ def test_a_class_is_made_by_its_name_and_pictures_and_others_are_refused_in_word
     expect(page.locator("#classify-class-files")).to_contain_text("page", timeout=SOON)
     page.locator("#classify-add").click()
     expect(page.locator("#classify-classes .class-card")).to_have_count(1, timeout=SOON)
-    expect(page.locator("#classify-said")).to_contain_text("2 pictures added")
+    expect(page.locator("#classify-said")).to_contain_text("2 images added")
     expect(page.locator("#classify-said")).to_contain_text("page.png is not a JPEG, PNG, WebP")
     expect(page.locator("#classify-summary")).to_contain_text("one class only")
     expect(page.locator("#classify-go-train")).to_be_disabled()
@@ -208,7 +208,7 @@ def test_every_part_fits_a_phone(server, workspace, new_page, tmp_path, screensh
     finished_classifier(workspace, colour_folder(tmp_path / "pictures", 6), names)
     page = opened(new_page, server, size="phone", dark=True)
     to_classify(page)
-    for part in ("1 Pictures", "2 Train", "3 Result", "4 Use"):
+    for part in ("1 Images", "2 Train", "3 Result", "4 Use"):
         page.locator("#classify-steps").get_by_role("tab", name=part, exact=True).click()
         if part == "3 Result":
             page.locator("#classify-confusion td.wrong button").first.click(timeout=SOON)

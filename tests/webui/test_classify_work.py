@@ -1,4 +1,4 @@
-"""Pictures classified for the page: by the built-in model before any training, and by a run's classifier."""
+"""Images classified for the page: by the built-in model before any training, and by a run's classifier."""
 
 import pytest
 from class_folders import COLOURS, colour_folder, colour_set, coloured, finished_classifier
@@ -6,11 +6,11 @@ from small_runs import untrained_classifier
 
 from pipelines.clip import load_clip
 from pipelines.errors import InputError
-from pipelines.fewshot.features import picture_features, prompt_features
-from pipelines.fewshot.inputs import GivenPictureSet
+from pipelines.fewshot.features import image_features, prompt_features
+from pipelines.fewshot.inputs import GivenImageSet
 from pipelines.fewshot.prompts import make_prompts
 from webui import class_runs, class_sets
-from webui.picture_sets import read_set, rename_class
+from webui.image_datasets import read_set, rename_class
 from webui.work import classify as work
 from webui.workspace import Workspace
 
@@ -24,15 +24,15 @@ def workspace(tmp_path):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Class folders of eight pictures each."""
+def images(tmp_path):
+    """Class folders of eight images each."""
     return colour_folder(tmp_path / "pictures", 8)
 
 
 @pytest.fixture
-def record(workspace, pictures):
+def record(workspace, images):
     """A run whose classifier is the built-in model without any training."""
-    return untrained_classifier(workspace, pictures, NAMES)
+    return untrained_classifier(workspace, images, NAMES)
 
 
 def test_what_is_known_before_training_is_what_plain_open_clip_says(workspace, tmp_path):
@@ -41,8 +41,8 @@ def test_what_is_known_before_training_is_what_plain_open_clip_says(workspace, t
     clip = load_clip("mini")
     texts = prompt_features(clip, make_prompts(list(COLOURS)))
     for label, one in enumerate(read_set(folder).classes):
-        given = GivenPictureSet([folder / entry.file for entry in one.pictures], clip.preprocess)
-        own = (picture_features(clip, given)[0] @ texts.T).argmax(dim=1)
+        given = GivenImageSet([folder / entry.file for entry in one.images], clip.preprocess)
+        own = (image_features(clip, given)[0] @ texts.T).argmax(dim=1)
         assert found.by_class[one.folder] == (int((own == label).sum()), 6)
     assert found.count == 18
     assert found.right == sum(right for right, _ in found.by_class.values())
@@ -50,12 +50,12 @@ def test_what_is_known_before_training_is_what_plain_open_clip_says(workspace, t
 
 def test_another_name_for_a_class_is_another_answer(workspace, tmp_path):
     folder = colour_set(workspace, tmp_path / "given", names=("ruby", "sea"))
-    rename_class(folder, "c00", "a plain red picture")
-    rename_class(folder, "c01", "a plain blue picture")
+    rename_class(folder, "c00", "a plain red image")
+    rename_class(folder, "c01", "a plain blue image")
     named = work.zero_shot(class_sets.own_set(folder))
     rename_class(folder, "c00", "swap")
-    rename_class(folder, "c01", "a plain red picture")
-    rename_class(folder, "c00", "a plain blue picture")
+    rename_class(folder, "c01", "a plain red image")
+    rename_class(folder, "c00", "a plain blue image")
     swapped = work.zero_shot(class_sets.own_set(folder))
     assert named.right + swapped.right == named.count
 
@@ -65,13 +65,13 @@ def test_a_class_alone_cannot_be_told_apart(workspace, tmp_path):
         work.zero_shot(class_sets.own_set(colour_set(workspace, tmp_path / "given", names=("ruby",))))
 
 
-def test_rows_name_the_likeliest_classes_and_say_what_cannot_be_used(record, pictures, tmp_path):
+def test_rows_name_the_likeliest_classes_and_say_what_cannot_be_used(record, images, tmp_path):
     odd = tmp_path / "<b>.png"
     odd.write_text("<svg onload=alert(1)>")
-    rows = work.classify(record, [pictures / "sea" / "1.png", odd, str(pictures / "ruby" / "2.png")])
+    rows = work.classify(record, [images / "sea" / "1.png", odd, str(images / "ruby" / "2.png")])
     assert [row["picture"] for row in rows] == ["1.png", "<b>.png", "2.png"]
     assert "is not a JPEG, PNG, WebP" in rows[1]["error"]
-    expected = work.classifier_of(record).predict([pictures / "sea" / "1.png", pictures / "ruby" / "2.png"])
+    expected = work.classifier_of(record).predict([images / "sea" / "1.png", images / "ruby" / "2.png"])
     for row, label, likely in zip((rows[0], rows[2]), expected.labels, expected.top(3), strict=True):
         assert row["class"] == label
         assert row["probability"] == pytest.approx(likely[0][1], abs=1e-5)
@@ -92,17 +92,17 @@ def test_a_method_of_the_run_is_chosen_by_its_folder_and_no_other_is_read(record
         work.classifier_of(record, "../../elsewhere")
 
 
-def test_a_run_that_is_not_done_classifies_nothing(workspace, pictures):
+def test_a_run_that_is_not_done_classifies_nothing(workspace, images):
     run = workspace.new_run()
     (run / "status.json").write_text("{}")
     with pytest.raises(InputError, match="no classifier yet"):
-        work.classify(workspace.run(run.name), [pictures / "sea" / "1.png"])
+        work.classify(workspace.run(run.name), [images / "sea" / "1.png"])
 
 
 @pytest.mark.parametrize("count", [0, work.MOST_FILES + 1])
-def test_as_many_pictures_as_can_be_classified_at_a_time(record, pictures, count):
-    with pytest.raises(InputError, match=f"One to {work.MOST_FILES} pictures"):
-        work.classify(record, [pictures / "sea" / "1.png"] * count)
+def test_as_many_images_as_can_be_classified_at_a_time(record, images, count):
+    with pytest.raises(InputError, match=f"One to {work.MOST_FILES} images"):
+        work.classify(record, [images / "sea" / "1.png"] * count)
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def started(monkeypatch):
     return calls
 
 
-def test_corrected_pictures_go_into_the_users_own_set_and_only_into_training(workspace, started, tmp_path):
+def test_corrected_images_go_into_the_users_own_set_and_only_into_training(workspace, started, tmp_path):
     folder = colour_set(workspace, tmp_path / "given")
     keys = {one.folder: one.name for one in read_set(folder).classes}
     record = finished_classifier(workspace, folder, keys)
@@ -134,31 +134,31 @@ def test_corrected_pictures_go_into_the_users_own_set_and_only_into_training(wor
         "data_dir": str(folder.absolute()),
         "class_names": ["c00=ruby", "c01=leaf", "c02=sea"],
     }
-    assert len(read_set(folder).classes[2].pictures) == 7
+    assert len(read_set(folder).classes[2].images) == 7
     assert class_sets.read_split(folder)["test"] == tested
 
 
-def test_of_a_folder_of_the_machine_a_set_is_made_that_tests_on_the_same_pictures(workspace, record, started, pictures, tmp_path):
+def test_of_a_folder_of_the_machine_a_set_is_made_that_tests_on_the_same_images(workspace, record, started, images, tmp_path):
     new = tmp_path / "new.png"
     new.write_bytes(coloured("ruby", 99))
     set_id, _ = class_runs.train_again(workspace, record, {"ruby": [new]})
-    folder = workspace.picture_set(set_id)
-    assert [len(one.pictures) for one in read_set(folder).classes] == [9, 8, 8]
+    folder = workspace.image_set(set_id)
+    assert [len(one.images) for one in read_set(folder).classes] == [9, 8, 8]
     kept = class_sets.read_split(folder)
     assert (len(kept["test"]), len(kept["train"])) == (24, 1)
-    assert len(list((pictures / "ruby").iterdir())) == 8
+    assert len(list((images / "ruby").iterdir())) == 8
 
 
 def test_without_a_correction_nothing_is_started(workspace, record, started):
-    with pytest.raises(InputError, match="No picture was corrected"):
+    with pytest.raises(InputError, match="No image was corrected"):
         class_runs.train_again(workspace, record, {"ruby": []})
     assert started == []
 
 
-def test_where_the_pictures_are_gone_the_next_run_is_not_started(workspace, record, started, pictures, tmp_path):
+def test_where_the_images_are_gone_the_next_run_is_not_started(workspace, record, started, images, tmp_path):
     new = tmp_path / "new.png"
     new.write_bytes(coloured("ruby", 99))
-    (pictures / "sea" / "3.png").unlink()
+    (images / "sea" / "3.png").unlink()
     with pytest.raises(InputError, match="no longer there"):
         class_runs.train_again(workspace, record, {"ruby": [new]})
     assert started == []

@@ -1,4 +1,4 @@
-"""The screen Judge: pictures, curves and scores of every step, and the step that the run suggests, as its files have them."""
+"""The screen Judge: images, curves and scores of every step, and the step that the run suggests, as its files have them."""
 
 import json
 import re
@@ -100,13 +100,13 @@ def test_at_first_the_suggested_step_is_looked_at_closely_then_what_the_page_cho
     assert len(re.findall('<button[^>]* class="shown"', table(finished, 100, 2, False))) == 1
 
 
-def test_the_slider_has_the_base_models_picture_and_the_steps_of_the_same_prompt_enlarged(finished, tmp_path):
+def test_the_slider_has_the_base_models_image_and_the_steps_of_the_same_prompt_enlarged(finished, tmp_path):
     made = look(finished, 60, 1, False)["slider"]
     assert made.key[:2] == (finished.samples_at(0) / "1.png", finished.samples_at(60) / "1.png")
-    pictures = [Image.open(each["path"] if isinstance(each, dict) else each.path) for each in made.make().value]
-    assert [picture.filename.startswith(str(tmp_path / "cache")) for picture in pictures] == [True, True]
-    assert [picture.size for picture in pictures] == [(512, 512)] * 2
-    assert [picture.getpixel((300, 300)) for picture in pictures] == [(0, 60, 128), (60, 60, 128)]
+    images = [Image.open(each["path"] if isinstance(each, dict) else each.path) for each in made.make().value]
+    assert [image.filename.startswith(str(tmp_path / "cache")) for image in images] == [True, True]
+    assert [image.size for image in images] == [(512, 512)] * 2
+    assert [image.getpixel((300, 300)) for image in images] == [(0, 60, 128), (60, 60, 128)]
     assert look(finished, 60, 0, False)["slider"].key != made.key
 
 

@@ -5,11 +5,11 @@ import pytest
 from class_folders import COLOURS, colour_set
 from listeners import listener
 
-from pipelines.sample_subject import sample_pictures
+from pipelines.sample_subject import sample_images
 from webui.draft import Draft
 from webui.page import build_page
 from webui.settings import Settings
-from webui.uploads import add_pictures
+from webui.uploads import add_images
 
 
 @pytest.fixture
@@ -31,9 +31,9 @@ def workspace(settings):
 
 
 def test_the_doctor_s_word_on_the_photos_before_does_not_stand_for_those_that_are_shown(page, workspace, tmp_path):
-    photos = workspace.new_picture_set()
-    sample_pictures()[0].save(tmp_path / "mine.png")
-    add_pictures(photos, [str(tmp_path / "mine.png")])
+    photos = workspace.new_image_set()
+    sample_images()[0].save(tmp_path / "mine.png")
+    add_images(photos, [str(tmp_path / "mine.png")])
     example = Draft(own=photos.name).to_browser()
     examine = listener(page, "photos", "examine")
     own, *_, shown = listener(page, "photos", "change_to")(example, "own", None)
@@ -59,5 +59,5 @@ def test_what_was_measured_of_the_set_before_is_taken_away_from_one_that_cannot_
     only = next(iter(COLOURS))
     folder = colour_set(workspace, tmp_path / "given", names=[only])
     summary, cards = listener(page, "class_pictures", "measure")({"set": folder.name}, None)
-    assert "1 class, 6 pictures" in summary
+    assert "1 class, 6 images" in summary
     assert only in cards

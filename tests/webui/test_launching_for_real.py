@@ -1,4 +1,4 @@
-"""The buttons with the real trainers: killed or stopped, resumed and asked for pictures, a run ends as done."""
+"""The buttons with the real trainers: killed or stopped, resumed and asked for images, a run ends as done."""
 
 import os
 import time
@@ -51,10 +51,10 @@ def sampled(record):
 
 
 @pytest.mark.slow(40)
-def test_a_subject_s_run_is_killed_resumed_and_asked_to_its_end(workspace, tiny_model, pictures_dir):
+def test_a_subject_s_run_is_killed_resumed_and_asked_to_its_end(workspace, tiny_model, images_dir):
     options = {
         "model": {"pretrained_model_name_or_path": str(tiny_model)},
-        "data": {"instance_data_dir": str(pictures_dir), "instance_prompt": "sks", "heldout_image": "none"},
+        "data": {"instance_data_dir": str(images_dir), "instance_prompt": "sks", "heldout_image": "none"},
         "adapter": {"rank": 4, "inner_r": 2, "target_modules": ["to_v"]},
         "optimisation": {"max_train_steps": STEPS, "train_batch_size": 1},
         "output": {"checkpointing_steps": 2, "validation_steps": STEPS, "validation_prompt": ["sks"], "report_to": "none"},

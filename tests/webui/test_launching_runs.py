@@ -91,7 +91,7 @@ def test_the_command_uses_the_launcher_of_this_environment(monkeypatch, tmp_path
 def test_models_that_only_draw_leave_an_accelerator_to_the_run(workspace, monkeypatch, has_gpu):
     released = []
     studio = SimpleNamespace(STUDIO=SimpleNamespace(release=lambda: released.append(True)))
-    monkeypatch.setitem(sys.modules, "webui.work.studio", studio)
+    monkeypatch.setitem(sys.modules, "webui.work.pipeline_cache", studio)
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: has_gpu)))
     launching._make_room()
     time.sleep(0.2)
@@ -277,9 +277,9 @@ def test_what_ended_before_its_options_were_known_and_was_not_started_here_is_sa
         launching.duplicate(workspace, path.name)
 
 
-def test_a_run_whose_pictures_are_gone_does_not_go_on(workspace):
+def test_a_run_whose_images_are_gone_does_not_go_on(workspace):
     guest = Workspace(workspace.runs, workspace.sets, None, is_local=False)
-    own = guest.new_picture_set()
+    own = guest.new_image_set()
     data = {"instance_data_dir": str(own), "instance_prompt": "a photo of sks dog"}
     run_id = launching.start(guest, "subject", {"data": data})
     trains(guest, run_id)

@@ -5,16 +5,16 @@ import pytest
 from pipelines.adapter_options import AdapterOptions
 from pipelines.methods import DEFAULT, REFERENCE, method_names
 from training.options.fewshot import FewShotMethodOptions
-from webui.panel import Source, _InForce
+from webui.panel import FieldSource, _InForce
 from webui.presets import Preset
-from webui.work.fields import panel_fields
+from webui.work.form_schema import panel_fields
 
 PRESET = Preset("Plain", "no time", "Nothing of its own.", ())
 
 
 def shown(task, group, own):
     """The method options that the panel shows with the user's values `own`."""
-    in_force = _InForce(Source(None, task, [PRESET], None, None, None), PRESET, {group: own}, {})
+    in_force = _InForce(FieldSource(None, task, [PRESET], None, None, None), PRESET, {group: own}, {})
     return {field.name for field in panel_fields(task, True)[group] if field.methods and in_force.is_shown(field)}
 
 

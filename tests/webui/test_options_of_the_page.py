@@ -10,7 +10,7 @@ from pipelines.errors import InputError
 from training.options import parse_options
 from training.options.command_line import groups_of
 from training.options.fewshot import parse_fewshot_options
-from webui.work.fields import panel_fields
+from webui.work.form_schema import panel_fields
 from webui.work.options import KINDS, MACHINE_FIELDS, build, built, changed, cleaned, default_of, fields_of, flags
 from webui.workspace import Workspace
 
@@ -189,8 +189,8 @@ def test_machine_fields_are_fields():
     assert known >= MACHINE_FIELDS
 
 
-def test_guests_train_on_their_own_uploaded_pictures_and_the_base_models_offered(guest, tmp_path):
-    own = guest.new_picture_set()
+def test_guests_train_on_their_own_uploaded_images_and_the_base_models_offered(guest, tmp_path):
+    own = guest.new_image_set()
     words = {"instance_prompt": "a photo of sks dog"}
     assert build(guest, "subject", {"data": {"instance_data_dir": str(own), **words}}).data.instance_data_dir == str(own)
     assert build(guest, "classify", {"data": {"data_dir": str(own)}}).data.data_dir == str(own)

@@ -9,7 +9,7 @@ from training.options.command_line import groups_of
 from training.options.fewshot import FewShotOptions
 from webui import panel, presets
 from webui.draft import SET_BY_THE_PAGE
-from webui.work.fields import panel_fields
+from webui.work.form_schema import panel_fields
 from webui.work.options import MACHINE_FIELDS, NEVER, default_of, fields_of
 from webui.workspace import Workspace
 
@@ -23,7 +23,7 @@ def workspace(tmp_path):
 
 @pytest.fixture
 def source():
-    return panel.Source(None, "subject", presets.SUBJECT, None, None, lambda workspace, draft, options: options)
+    return panel.FieldSource(None, "subject", presets.SUBJECT, None, None, lambda workspace, draft, options: options)
 
 
 def typed(group, field, shown, **kept):
@@ -120,7 +120,7 @@ def test_a_field_says_from_where_its_value_comes(source, workspace):
 
 @pytest.mark.parametrize("task", KINDS)
 def test_every_option_has_a_widget_of_its_kind(source, workspace, task):
-    about = panel.Source(None, task, presets.SUBJECT, None, None, lambda workspace, draft, options: {})
+    about = panel.FieldSource(None, task, presets.SUBJECT, None, None, lambda workspace, draft, options: {})
     in_force = panel._InForce.of(about, workspace, {"preset": "Balanced", "options": {}})
     kinds = {"bool": gr.Checkbox, "choice": gr.Dropdown}
     with gr.Blocks():

@@ -4,23 +4,23 @@ import json
 import zipfile
 
 import pytest
-from picture_sets import stored_picture, write_files
+from image_sets import stored_image, write_files
 from shared_cases import case_folder
 
 from pipelines.subject.captions import find_captioned
 from training.runs.record import RunRecord
 from webui.cards import cards
+from webui.image_dataset import SubjectDataset
+from webui.image_datasets import read_set
 from webui.photo_account import photo_account
-from webui.photo_set import PhotoSet
 from webui.photo_uploads import add_photos
-from webui.picture_sets import read_set
 from webui.views import RunView
 from webui.workspace import Workspace
 
 
 @pytest.fixture
 def folder(tmp_path):
-    return Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True).new_picture_set()
+    return Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True).new_image_set()
 
 
 def dropped(tmp_path, files):
@@ -29,7 +29,7 @@ def dropped(tmp_path, files):
 
 
 def captions(folder):
-    return {entry.name: entry.caption for entry in read_set(folder).pictures}
+    return {entry.name: entry.caption for entry in read_set(folder).images}
 
 
 def zipped(path, files):
@@ -52,25 +52,23 @@ def zipped(path, files):
 )
 @pytest.mark.parametrize("later", [False, True])
 def test_captions_that_are_dropped_with_photos_or_after_them_reach_the_training(folder, tmp_path, name, content, later):
-    image, text = dropped(tmp_path, {"dog.png": stored_picture(0), name: content})
-    for files in [[image], [text]] if later else [[text, image]]:
+    photo, text = dropped(tmp_path, {"dog.png": stored_image(0), name: content})
+    for files in [[photo], [text]] if later else [[text, photo]]:
         assert add_photos(folder, files).refused == []
     assert captions(folder) == {"dog.png": "a sks dog"}
-    assert [picture.prompt for picture in find_captioned(folder, "else")] == ["a sks dog"]
-    assert "Caption: a sks dog" in cards(PhotoSet(folder), None)
+    assert [image.prompt for image in find_captioned(folder, "else")] == ["a sks dog"]
+    assert "Caption: a sks dog" in cards(SubjectDataset(folder), None)
 
 
 def test_photos_keep_the_order_in_which_they_were_dropped_and_their_names(folder, tmp_path):
-    first, second = (
-        {name: stored_picture(place) for place, name in enumerate(names)} for names in (["b.png", "a.png"], ["b.png"])
-    )
+    first, second = ({name: stored_image(place) for place, name in enumerate(names)} for names in (["b.png", "a.png"], ["b.png"]))
     add_photos(folder, [*dropped(tmp_path, first), *dropped(tmp_path / "again", second)])
-    assert [entry.name for entry in read_set(folder).pictures] == ["b.png", "a.png", "b (2).png"]
+    assert [entry.name for entry in read_set(folder).images] == ["b.png", "a.png", "b (2).png"]
 
 
 @pytest.mark.parametrize("mask", ["dog-masklabel.png", "dog.mask.png", "dog_mask.png"])
 def test_masks_that_are_dropped_are_named_and_no_photos(folder, tmp_path, mask):
-    added = add_photos(folder, dropped(tmp_path, {"dog.png": stored_picture(0), mask: stored_picture(1)}))
+    added = add_photos(folder, dropped(tmp_path, {"dog.png": stored_image(0), mask: stored_image(1)}))
     assert list(captions(folder)) == ["dog.png"]
     (sentence,) = added.refused
     assert f"'{mask}'. They are masks" in sentence
@@ -78,13 +76,13 @@ def test_masks_that_are_dropped_are_named_and_no_photos(folder, tmp_path, mask):
 
 def test_what_cannot_be_used_is_named_and_the_rest_is_added(folder, tmp_path):
     files = {
-        "dog.png": stored_picture(0),
+        "dog.png": stored_image(0),
         "cat.txt": b"no cat",
         "letter.png": b"no image",
         "tool.exe": b"MZ",
         "metadata.jsonl": b"{",
-        ".hidden.png": stored_picture(1),
-        "no suffix": stored_picture(2),
+        ".hidden.png": stored_image(1),
+        "no suffix": stored_image(2),
     }
     added = add_photos(folder, [*dropped(tmp_path, files), tmp_path / "gone.png"])
     assert set(captions(folder)) == {"dog.png", ".hidden.png", "no suffix"}
@@ -95,13 +93,13 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_added(folder, tmp_path):
 
 
 def test_captions_alone_and_too_long_ones_are_refused_in_a_sentence(folder, tmp_path):
-    image, text = dropped(tmp_path, {"dog.png": stored_picture(0), "dog.txt": b"x" * 501})
+    image, text = dropped(tmp_path, {"dog.png": stored_image(0), "dog.txt": b"x" * 501})
     assert add_photos(folder, [text]).refused == ["There is no photo that 'dog.txt' could belong to. Add photos first."]
     assert "500 letters at most" in add_photos(folder, [image, text]).refused[0]
 
 
 def test_a_zip_of_kohyas_folders_gives_its_subject_and_names_the_rest(folder, tmp_path):
-    files = {"10_sks toy/0.png": stored_picture(0), "10_sks toy/0.txt": b"a toy", "1_toy/3.png": stored_picture(1)}
+    files = {"10_sks toy/0.png": stored_image(0), "10_sks toy/0.txt": b"a toy", "1_toy/3.png": stored_image(1)}
     added = add_photos(folder, [zipped(tmp_path / "set.zip", files)])
     assert captions(folder) == {"0.png": "a toy"}
     assert "Not used: '1_toy'" in added.refused[0]
@@ -113,12 +111,12 @@ def test_a_zip_of_kohyas_folders_gives_its_subject_and_names_the_rest(folder, tm
     [
         (["red hat/0.png", "blue mug/1.png"], "holds several subjects"),
         (["cover.png", "blue mug/1.png"], "beside folders of images"),
-        (["a/b/1.png"], "holds no picture"),
+        (["a/b/1.png"], "holds no image"),
         (["../1.png"], "1.png"),
     ],
 )
 def test_a_zip_without_photos_of_one_subject_is_refused_in_a_sentence(folder, tmp_path, files, message):
-    path = zipped(tmp_path / "set.zip", {name: stored_picture(place) for place, name in enumerate(files)})
+    path = zipped(tmp_path / "set.zip", {name: stored_image(place) for place, name in enumerate(files)})
     added = add_photos(folder, [path])
     assert not added.names
     (sentence,) = added.refused

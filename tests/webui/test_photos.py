@@ -8,16 +8,16 @@ import pytest
 from PIL import Image, ImageFilter
 
 from pipelines.errors import InputError
-from pipelines.sample_subject import sample_pictures
+from pipelines.sample_subject import sample_images
 from training.options import NEW_SCENES, DataOptions, ModelOptions, OutputOptions, SubjectOptions
 from training.options.data import SAMPLE_PROMPT as TRAINERS_PROMPT
 from training.options.data import SAMPLE_SUBJECT
 from webui import draft as drafts
 from webui.cards import cards, escaped, sentences
 from webui.draft import Draft, check_words, merged, without
-from webui.photo_set import EXAMPLE, PhotoSet
-from webui.picture_sets import set_caption
-from webui.uploads import add_pictures
+from webui.image_dataset import EXAMPLE, SubjectDataset
+from webui.image_datasets import set_caption
+from webui.uploads import add_images
 from webui.work.photos import long_prompts_of, opinions
 from webui.workspace import Workspace
 
@@ -29,18 +29,18 @@ def workspace(tmp_path):
 
 @pytest.fixture
 def uploads(tmp_path):
-    """Files as they are uploaded: two sharp pictures of the toy, and the first of them blurred."""
-    first, second, *_ = sample_pictures()
+    """Files as they are uploaded: two sharp images of the toy, and the first of them blurred."""
+    first, second, *_ = sample_images()
     blurred = first.filter(ImageFilter.GaussianBlur(8))
-    for name, picture in (("front.png", first), ("side.jpg", second), ("dim.png", blurred)):
-        picture.save(tmp_path / name)
+    for name, image in (("front.png", first), ("side.jpg", second), ("dim.png", blurred)):
+        image.save(tmp_path / name)
     return [str(tmp_path / name) for name in ("front.png", "side.jpg", "dim.png")]
 
 
 @pytest.fixture
 def photos(workspace, uploads):
-    photos = PhotoSet(workspace.new_picture_set())
-    add_pictures(photos.folder, uploads)
+    photos = SubjectDataset(workspace.new_image_set())
+    add_images(photos.folder, uploads)
     return photos
 
 
@@ -79,7 +79,7 @@ def test_a_draft_like_a_run_starts_the_same_run(tmp_path):
     assert again.values(tmp_path, again.options) == values
 
 
-def test_class_pictures_are_asked_for_with_the_class_word(tmp_path):
+def test_class_images_are_asked_for_with_the_class_word(tmp_path):
     prior = {"data": {"with_prior_preservation": True}}
     draft = Draft("set", class_word="owl", options=prior)
     assert draft.values(tmp_path, prior)["data"]["class_prompt"] == "a photo of an owl"
@@ -154,13 +154,13 @@ def test_what_a_run_was_started_with_stays_and_changes_go_to_a_copy(workspace, p
     photos.seal()
     copy = photos.editable(workspace)
     copy.remove(copy.entries()[0].file)
-    add_pictures(copy.folder, uploads[:1])
+    add_images(copy.folder, uploads[:1])
     assert names(photos) == ["front.png", "side.jpg", "dim.png"]
     assert names(copy) == ["side.jpg", "dim.png", "front.png"]
 
 
 def test_the_example_is_never_changed(workspace):
-    example = PhotoSet.of(workspace, None)
+    example = SubjectDataset.of(workspace, None)
     example.seal()
     assert example.is_example
     assert example.id is None
@@ -171,7 +171,7 @@ def test_the_example_is_never_changed(workspace):
 
 def test_the_doctor_speaks_of_photos_by_the_users_names(photos):
     found = opinions(photos)
-    by_name = {entry.name: found.pictures[entry.file] for entry in photos.entries()}
+    by_name = {entry.name: found.images[entry.file] for entry in photos.entries()}
     assert [by_name[name].verdict for name in ("front.png", "side.jpg", "dim.png")] == ["good", "good", "look again"]
     blurred = " ".join(by_name["dim.png"].sentences)
     assert "It is blurred" in blurred
@@ -193,19 +193,19 @@ def test_prompts_and_captions_that_the_model_cuts_are_named_before_training(phot
 
 
 def test_what_is_said_of_all_photos_names_no_folder(workspace, uploads):
-    photos = PhotoSet(workspace.new_picture_set())
-    add_pictures(photos.folder, uploads[:1])
+    photos = SubjectDataset(workspace.new_image_set())
+    add_images(photos.folder, uploads[:1])
     (said,) = opinions(photos).together
-    assert said.startswith("There is 1 picture of your subject.")
+    assert said.startswith("There is 1 image of your subject.")
     assert photos.folder.name not in said
 
 
 def test_a_card_shows_what_a_user_wrote_as_it_stands(workspace, tmp_path):
-    photos = PhotoSet(workspace.new_picture_set())
+    photos = SubjectDataset(workspace.new_image_set())
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "x.png")
     hostile = tmp_path / "<img src=x onerror=alert(1)> {{value}} ${1+1} \"'.png"
     (tmp_path / "x.png").rename(hostile)
-    add_pictures(photos.folder, [str(hostile)])
+    add_images(photos.folder, [str(hostile)])
     markup = cards(photos, None)
     assert "<img src=x" not in markup
     assert "{{" not in markup
@@ -215,4 +215,4 @@ def test_a_card_shows_what_a_user_wrote_as_it_stands(workspace, tmp_path):
 
 
 def test_no_photos_say_what_to_do(workspace):
-    assert "Drop three to ten photos" in cards(PhotoSet(workspace.new_picture_set()), None)
+    assert "Drop three to ten photos" in cards(SubjectDataset(workspace.new_image_set()), None)

@@ -1,8 +1,8 @@
 """A1111's syntax where prompts are typed: the page says what it is here, and that it does nothing."""
 
 from webui.draft import Draft
+from webui.generation_requests import GenerationRequest
 from webui.screens import check, use
-from webui.wishes import Wish
 
 
 def test_the_scenes_of_a_draft_are_looked_through():
@@ -15,7 +15,7 @@ def test_the_scenes_of_a_draft_are_looked_through():
 
 
 def test_the_words_of_a_wish_are_looked_through():
-    assert use._of_syntax(Wish(None, None, 1.0, "a star")) == ""
-    said = use._of_syntax(Wish(None, None, 1.0, "a star <lora:toy:0.8>", negative_prompt="(fog:1.2)"))
+    assert use._of_syntax(GenerationRequest(None, None, 1.0, "a star")) == ""
+    said = use._of_syntax(GenerationRequest(None, None, 1.0, "a star <lora:toy:0.8>", negative_prompt="(fog:1.2)"))
     assert said.count('class="warning"') == 2
     assert "Mix in other adapters" in said

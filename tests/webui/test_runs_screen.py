@@ -11,7 +11,7 @@ from run_folders import add_samples, finished_run, run_in
 
 from pipelines.errors import InputError
 from webui import run_cards, work
-from webui.compare import OTHER_PICTURES, Compared
+from webui.compare import OTHER_IMAGES, Compared
 from webui.screens.runs import class_draft_like, draft_like
 from webui.screens.runs_compare import NO_ADAPTER, drawn_with_all
 from webui.views import RunView
@@ -45,7 +45,7 @@ def test_runs_are_compared_by_the_same_prompts_from_the_same_noise_and_the_optio
     finished_run(workspace.runs / "a")
     with_options(finished_run(workspace.runs / "b"), adapter={"method": "lora", "rank": 4})
     compared = Compared.of(workspace, ["a", "b"])
-    shown = compared.pictures()
+    shown = compared.images()
     assert shown.count("<img") == 6
     assert shown.count("a photo of sks toy (seed 0)") == 1
     assert shown.count("step ") >= 2
@@ -62,8 +62,8 @@ def test_runs_that_drew_other_prompts_say_so_and_offer_to_draw(workspace):
     for name, prompts in (("a", ("one",)), ("b", ("two",))):
         add_samples(run_in(workspace.runs / name, "done"), 100, prompts=prompts)
     run_in(workspace.runs / "c", "done")
-    assert OTHER_PICTURES in Compared.of(workspace, ["a", "b"]).pictures()
-    assert OTHER_PICTURES in Compared.of(workspace, ["a", "c"]).pictures()
+    assert OTHER_IMAGES in Compared.of(workspace, ["a", "b"]).images()
+    assert OTHER_IMAGES in Compared.of(workspace, ["a", "c"]).images()
 
 
 def test_runs_with_the_same_options_say_that(workspace):
@@ -78,7 +78,7 @@ def test_classifiers_are_compared_by_their_accuracies_with_intervals(workspace):
     shown = Compared.of(workspace, ["a", "b"]).in_html()
     assert "80% (70% to 90%)" in shown
     assert "55% (45% to 65%)" in shown
-    assert "NoRA, 4 pictures a class" in shown
+    assert "NoRA, 4 images a class" in shown
     assert "method: method" in shown
     (workspace.runs / "a" / "report.json").unlink()
     (workspace.runs / "b" / "report.json").unlink()
@@ -118,7 +118,7 @@ def test_nothing_that_a_user_wrote_is_markup_in_the_comparison(workspace):
 def test_a_duplicate_has_the_run_s_photos_where_they_are_the_user_s_own(workspace, tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(gr, "Warning", said.append)
-    own = workspace.new_picture_set().absolute()
+    own = workspace.new_image_set().absolute()
     data = {"instance_data_dir": str(own), "instance_prompt": "a photo of zwx dog"}
     draft = draft_like(workspace, {"data": data, "optimisation": {"max_train_steps": 40}})
     assert (draft["set"], draft["trigger"], draft["class_word"]) == (own.name, "zwx", "dog")
@@ -134,12 +134,12 @@ def test_a_duplicate_has_the_run_s_photos_where_they_are_the_user_s_own(workspac
 def test_a_prompt_is_drawn_with_the_adapter_of_each_run_that_has_one(workspace, monkeypatch, tmp_path):
     finished_run(workspace.runs / "a")
     run_in(workspace.runs / "b", "done")
-    picture, wishes = workspace.runs / "a" / "samples" / "step-0000100" / "0.png", []
+    image, wishes = workspace.runs / "a" / "samples" / "step-0000100" / "0.png", []
 
     def draw(within, wish):
         wishes.append((wish.run_id, wish.prompt, wish.seed, wish.count))
         yield "half"
-        yield picture
+        yield image
 
     monkeypatch.setattr(work, "drawing", SimpleNamespace(draw=draw), raising=False)
     tables = list(drawn_with_all(workspace, Compared.of(workspace, ["a", "b"]), NASTY, 7))

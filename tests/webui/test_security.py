@@ -89,7 +89,7 @@ def test_what_could_run_in_a_browser_is_only_handed_out_as_a_download(own, name,
     assert answer.headers["x-content-type-options"] == "nosniff"
 
 
-def test_html_with_a_picture_s_name_is_served_as_a_picture_that_browsers_do_not_sniff(own):
+def test_html_with_a_image_s_name_is_served_as_a_image_that_browsers_do_not_sniff(own):
     answer = served(own, uploaded(own, "a.png", b"<script>alert(1)</script>"))
     assert answer.headers["content-type"] == "image/png"
     assert answer.headers["x-content-type-options"] == "nosniff"
@@ -270,7 +270,7 @@ def test_a_file_answers_those_alone_to_whom_it_was_given(guarded):
         # Not even as somebody else's argument.
         asked = {"fn_index": 0, "session_hash": "bobs", "data": [{"path": path, "meta": {"_type": "gradio.FileData"}}]}
         assert bob.post("/gradio_api/queue/join", json=asked).status_code == 403
-        # Who has the same picture may see it.
+        # Who has the same image may see it.
         assert uploaded(bob, "a.png", png_bytes(1)) == path
         assert served(bob, path).status_code == 200
 

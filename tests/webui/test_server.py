@@ -160,7 +160,7 @@ def test_names_that_are_html_or_shell_are_shown_as_they_are(server, new_page, tm
     photo = tmp_path / (HOSTILE.replace("/", "") + ".png")
     photo.write_bytes(png_bytes(1, 96))
     bad = tmp_path / (HOSTILE.replace("/", "") + "bad.png")
-    bad.write_bytes(b"no picture")
+    bad.write_bytes(b"no image")
     page = new_page(server.url)
     page.set_input_files("#photos-upload input[type=file]", [photo, bad])
     page.get_by_text("x-hostile").first.wait_for(timeout=120_000)

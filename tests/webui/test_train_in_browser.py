@@ -28,13 +28,13 @@ def server(app_server):
 
 
 @pytest.fixture
-def started(server, pictures_dir, monkeypatch):
+def started(server, images_dir, monkeypatch):
     """The record of a run that was started as the page does, and waits after its first steps."""
     # Started from here as the server starts what is resumed.
     monkeypatch.setattr(launching, "_found", standing_for_training)
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     workspace = Workspace(server.runs, server.uploads, is_local=True)
-    options = {"data": {"instance_data_dir": str(pictures_dir), "instance_prompt": "sks toy"}}
+    options = {"data": {"instance_data_dir": str(images_dir), "instance_prompt": "sks toy"}}
     return workspace.run(launching.start(workspace, "subject", options))
 
 
@@ -69,8 +69,8 @@ def test_a_run_is_followed_stopped_resumed_reloaded_and_judged(new_page, server,
     page = opened(new_page, server)
     trains_to(page, record, 20)
     expect(page.locator("#train-loss svg").first).to_be_visible(timeout=PATIENCE)
-    picture = page.locator("#train-samples img").first
-    assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") == 16
+    image = page.locator("#train-samples img").first
+    assert image.evaluate("image => image.decode().then(() => image.naturalWidth)") == 16
     shows(page, *AT_WORK)
     screenshot(page, "each/train-running")
 

@@ -9,8 +9,8 @@ from run_folders import PROMPTS, add_checkpoint, add_samples, end_processes, fin
 
 from training.runs.record import RunRecord
 from webui import progress
+from webui.adapter_rows import updates
 from webui.page import build_page
-from webui.parts import updates
 from webui.progress import duration, plain_error
 from webui.run_log import LOG
 from webui.screens.train import BUTTONS, parts, view_of
@@ -70,7 +70,7 @@ def test_a_phase_whose_end_nobody_knows_has_a_bar_without_a_figure(workspace):
 
 
 def test_a_short_training_of_leave_one_out_is_followed_in_its_own_folder(workspace):
-    run = run_in(workspace.runs / "a", phase="leaving out picture 2", total=None)
+    run = run_in(workspace.runs / "a", phase="leaving out image 2", total=None)
     part = run_in(run.path / "folds" / "1", steps=30, total=60)
     found = parts(view(run))
     assert "without photo 2" in found["head"].key
@@ -84,7 +84,7 @@ def test_a_classifier_counts_its_fits_and_draws_the_one_at_work(workspace):
     (run.path / "options.json").write_text(json.dumps({"places": {}}))
     run_in(run.path / member, steps=10, total=20)
     found = parts(view(run))
-    assert "the method nora, 16 pictures a class, draw 2" in found["head"].key
+    assert "the method nora, 16 images a class, draw 2" in found["head"].key
     assert "width:87.5%" in found["bar"].key
     assert "Loss" in found["loss"].key
     assert found["next"].key[1] == "See the classifier"
@@ -137,7 +137,7 @@ def test_words_of_users_and_errors_are_shown_as_words(workspace):
 
 def test_samples_are_there_from_the_first_the_newest_first_and_are_copies_that_gradio_may_serve(workspace, tmp_path):
     run = run_in(workspace.runs / "a", steps=60)
-    assert "Sample pictures appear here" in parts(view(run))["samples"].make().value
+    assert "Sample images appear here" in parts(view(run))["samples"].make().value
     for step in (0, 20, 40):
         add_samples(run, step)
     made = parts(view(run))["samples"].make().value
@@ -148,7 +148,7 @@ def test_samples_are_there_from_the_first_the_newest_first_and_are_copies_that_g
     assert made.count(f"gradio_api/file={tmp_path / 'cache'}") == made.count("<img")
 
 
-def test_small_pictures_keep_their_hard_edges_and_large_ones_are_sent_small(workspace):
+def test_small_images_keep_their_hard_edges_and_large_ones_are_sent_small(workspace):
     run = run_in(workspace.runs / "a", steps=60)
     add_samples(run, 20, side=64)
     add_samples(run, 40, side=1024)
@@ -235,7 +235,7 @@ def test_a_part_is_made_only_where_its_key_has_changed():
     assert updates(unmade, same, found) == [gr.skip()] * len(found)
 
 
-def test_the_newest_sheet_stands_in_where_there_are_no_single_pictures(workspace):
+def test_the_newest_sheet_stands_in_where_there_are_no_single_images(workspace):
     run = run_in(workspace.runs / "a", steps=5)
     add_samples(run, 1)
     sheet = next(run.samples_at(1).glob("*.png"))
@@ -243,4 +243,4 @@ def test_the_newest_sheet_stands_in_where_there_are_no_single_pictures(workspace
     for left in run.samples_at(1).iterdir():
         left.unlink()
     run.samples_at(1).rmdir()
-    assert 'alt="sample pictures"' in parts(view(run))["samples"].make().value
+    assert 'alt="sample images"' in parts(view(run))["samples"].make().value

@@ -13,7 +13,7 @@ from icc_profiles import DISPLAY_P3, rgb_profile
 from PIL import Image, ImageCms, features
 
 from pipelines import image_formats
-from pipelines.fewshot.sources import PictureBytes
+from pipelines.fewshot.sources import ImageBytes
 from pipelines.image_formats import UPLOAD_FORMATS, listed
 from webui import class_files, incoming, thumbnails, uploads
 from webui.workspace import Workspace
@@ -25,7 +25,7 @@ KINDS = ["PNG", "WEBP", "TIFF", "GIF", "JPEG", *(["AVIF"] if features.check("avi
 
 @pytest.fixture
 def folder(tmp_path):
-    return Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True).new_picture_set()
+    return Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True).new_image_set()
 
 
 def content(kind, image=None, **how):
@@ -47,23 +47,23 @@ def expected(stored):
 def test_an_upload_is_stored_in_srgb_without_its_profile_whatever_its_name(tmp_path, folder, kind):
     stored = content(kind, **({} if kind == "GIF" else {"icc_profile": P3}))
     (tmp_path / "a.TIF").write_bytes(stored)
-    added = uploads.add_pictures(folder, [tmp_path / "a.TIF"])
+    added = uploads.add_images(folder, [tmp_path / "a.TIF"])
     assert (added.names, added.refused, added.notes) == (["0001.png"], [], [])
-    with Image.open(folder / "0001.png") as picture:
-        assert not picture.info
-        assert (np.asarray(picture) == expected(stored)).all()
+    with Image.open(folder / "0001.png") as image:
+        assert not image.info
+        assert (np.asarray(image) == expected(stored)).all()
 
 
 def test_a_thumbnail_shows_the_colours_that_are_trained_on():
     image = Image.new("RGB", (64, 64), (255, 40, 40))
-    path, _ = thumbnails.small(PictureBytes("a.png", content("PNG", image, icc_profile=P3)))
+    path, _ = thumbnails.small(ImageBytes("a.png", content("PNG", image, icc_profile=P3)))
     assert np.abs(np.asarray(Image.open(path)).astype(int) - expected(content("PNG", image, icc_profile=P3))).max() < 12
 
 
 def test_of_an_animation_the_first_frame_is_stored_and_that_is_said(tmp_path, folder):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     (tmp_path / "a.gif").write_bytes(content("GIF", frames[0], save_all=True, append_images=frames[1:]))
-    added = uploads.add_pictures(folder, [tmp_path / "a.gif"])
+    added = uploads.add_images(folder, [tmp_path / "a.gif"])
     assert added.refused == []
     assert len(added.notes) == 1
     assert added.notes[0].startswith("a.gif: It holds several frames or pages, of which the first is used.")
@@ -72,7 +72,7 @@ def test_of_an_animation_the_first_frame_is_stored_and_that_is_said(tmp_path, fo
 
 def test_a_profile_that_cannot_be_used_is_said(tmp_path, folder):
     (tmp_path / "a.png").write_bytes(content("PNG", icc_profile=b"no profile" * 40))
-    added = uploads.add_pictures(folder, [tmp_path / "a.png"])
+    added = uploads.add_images(folder, [tmp_path / "a.png"])
     assert [note.split(":")[:2] for note in added.notes] == [["a.png", " Its ICC colour profile is not used"]]
 
 
@@ -80,7 +80,7 @@ def test_notes_of_many_files_are_summed_up(tmp_path, folder):
     stored = content("PNG", icc_profile=b"no profile" * 40)
     for place in range(25):
         (tmp_path / f"{place}.png").write_bytes(stored)
-    added = uploads.add_pictures(folder, sorted(tmp_path.glob("*.png")))
+    added = uploads.add_images(folder, sorted(tmp_path.glob("*.png")))
     assert (len(added.names), len(added.notes)) == (25, uploads.SENTENCES)
     assert added.notes[-1] == "6 further files were read in like ways."
 
@@ -89,7 +89,7 @@ def test_notes_of_many_files_are_summed_up(tmp_path, folder):
 def test_a_bomb_of_any_format_is_refused_undecoded(tmp_path, folder, kind):
     packed = {"TIFF": {"compression": "tiff_deflate"}}.get(kind, {})
     (tmp_path / "a.png").write_bytes(content(kind, Image.new("1", (12_000, 4_000)), **packed))
-    added = uploads.add_pictures(folder, [tmp_path / "a.png"])
+    added = uploads.add_images(folder, [tmp_path / "a.png"])
     assert added.names == []
     assert "12,000 x 4,000" in added.refused[0]
 
@@ -98,7 +98,7 @@ def test_megabytes_of_text_in_a_png_are_left_behind(tmp_path, folder):
     whole, data = content("PNG"), b"workflow\0\0" + zlib.compress(b'{"nodes": []}' * 200_000)
     chunk = struct.pack(">I", len(data)) + b"zTXt" + data + struct.pack(">I", zlib.crc32(b"zTXt" + data))
     (tmp_path / "a.png").write_bytes(whole[:33] + chunk + whole[33:])
-    added = uploads.add_pictures(folder, [tmp_path / "a.png"])
+    added = uploads.add_images(folder, [tmp_path / "a.png"])
     assert added.refused == []
     assert (np.asarray(Image.open(folder / added.names[0])) == PIXELS).all()
 
@@ -110,9 +110,9 @@ def test_a_heic_without_its_decoder_is_named_with_the_remedy(tmp_path, folder, m
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.write(tmp_path / "IMG_1.HEIC", "cat/IMG_1.HEIC")
         archive.writestr("cat/2.jfif", content("JPEG"))
-    for added in (uploads.add_pictures(folder, [tmp_path / "IMG_1.HEIC"]), uploads.add_zip(folder, tmp_path / "a.zip")):
+    for added in (uploads.add_images(folder, [tmp_path / "IMG_1.HEIC"]), uploads.add_zip(folder, tmp_path / "a.zip")):
         assert len(added.refused) == 1
-        assert "IMG_1.HEIC cannot be read as a picture: it is HEIC, whose decoder is missing." in added.refused[0]
+        assert "IMG_1.HEIC cannot be read as an image: it is HEIC, whose decoder is missing." in added.refused[0]
         assert "pip install pillow-heif" in added.refused[0]
     assert added.names == ["c00/0001.png"]
     image_formats._register_heif.cache_clear()
@@ -122,8 +122,8 @@ def test_the_formats_that_the_page_lists_are_those_that_it_takes(tmp_path, folde
     words = listed(UPLOAD_FORMATS)
     assert words.startswith("JPEG, PNG, WebP, GIF, TIFF")
     assert "BMP" not in words
-    (tmp_path / "a.png").write_bytes(b"no picture")
-    assert f"is not a {words} picture" in uploads.add_pictures(folder, [tmp_path / "a.png"]).refused[0]
+    (tmp_path / "a.png").write_bytes(b"no image")
+    assert f"is not a {words} image" in uploads.add_images(folder, [tmp_path / "a.png"]).refused[0]
     assert {".jfif", ".tiff", ".gif", ".heic"} < set(image_formats.UPLOAD_SUFFIXES)
 
 
@@ -133,7 +133,7 @@ def test_a_name_that_is_not_utf_8_is_shown_and_written(tmp_path, folder):
         path.write_bytes(content("PNG"))
     except OSError:
         pytest.skip("This file system takes no name that is not UTF-8.")
-    assert uploads.add_pictures(folder, [path]).names == ["0001.png"]
+    assert uploads.add_images(folder, [path]).names == ["0001.png"]
     assert incoming.display_name(path) == "mug.png"
     table = class_files.write_table(tmp_path / "a.csv", [[path.name, "mug"]])
     assert r"\udcffmug.png,mug" in table.read_text(encoding="utf-8")

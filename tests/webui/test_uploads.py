@@ -22,13 +22,13 @@ from pipelines.errors import InputError
 from pipelines.image_formats import UPLOAD_FORMATS, listed
 from webui import incoming, uploads
 from webui.adapters import adapter_called, others
-from webui.picture_sets import (
+from webui.image_datasets import (
     add_class,
     delete_set,
-    move_picture,
+    move_image,
     read_set,
     remove_class,
-    remove_picture,
+    remove_image,
     rename_class,
     reorder,
     set_caption,
@@ -43,7 +43,7 @@ def workspace(tmp_path):
 
 @pytest.fixture
 def folder(workspace):
-    return workspace.new_picture_set()
+    return workspace.new_image_set()
 
 
 def written(path: Path, content: bytes) -> Path:
@@ -52,15 +52,15 @@ def written(path: Path, content: bytes) -> Path:
 
 
 def opened(folder: Path, file: str) -> Image.Image:
-    with Image.open(folder / file) as picture:
-        picture.load()
-        return picture
+    with Image.open(folder / file) as image:
+        image.load()
+        return image
 
 
 def test_a_png_of_17_kb_that_decodes_to_144_megapixels_is_refused_undecoded(tmp_path, folder):
     path = written(tmp_path / "small.png", bomb_png())
     assert path.stat().st_size < 20_000
-    added = uploads.add_pictures(folder, [path])
+    added = uploads.add_images(folder, [path])
     assert added.names == []
     assert "12,000 x 12,000" in added.refused[0]
     assert "40 million pixels" in added.refused[0]
@@ -79,23 +79,21 @@ def test_a_png_of_17_kb_that_decodes_to_144_megapixels_is_refused_undecoded(tmp_
     ],
     ids=["svg", "html", "postscript", "csv", "jxl", "empty", "pickle"],
 )
-def test_what_is_no_picture_is_refused_whatever_it_is_called(tmp_path, folder, content):
-    added = uploads.add_pictures(folder, [written(tmp_path / "mug.png", content)])
+def test_what_is_no_image_is_refused_whatever_it_is_called(tmp_path, folder, content):
+    added = uploads.add_images(folder, [written(tmp_path / "mug.png", content)])
     assert added.names == []
-    assert added.refused == [
-        f"mug.png is not a {listed(UPLOAD_FORMATS)} picture, whatever it is called. Save it as one of these."
-    ]
+    assert added.refused == [f"mug.png is not a {listed(UPLOAD_FORMATS)} image, whatever it is called. Save it as one of these."]
 
 
 def test_a_bitmap_is_refused_though_pillow_reads_it(tmp_path, folder):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", "BMP")
-    assert "is not a JPEG" in uploads.add_pictures(folder, [tmp_path / "a.png"]).refused[0]
+    assert "is not a JPEG" in uploads.add_images(folder, [tmp_path / "a.png"]).refused[0]
 
 
 def test_nothing_of_a_polyglot_gets_in_but_its_pixels(tmp_path, folder):
     path = written(tmp_path / "a.png", polyglot())
     assert zipfile.is_zipfile(path)
-    [name] = uploads.add_pictures(folder, [path]).names
+    [name] = uploads.add_images(folder, [path]).names
     stored = (folder / name).read_bytes()
     assert b"<script>" not in stored
     assert b"secret.txt" not in stored
@@ -104,17 +102,17 @@ def test_nothing_of_a_polyglot_gets_in_but_its_pixels(tmp_path, folder):
 
 def test_a_refused_file_keeps_none_of_the_others_out(tmp_path, folder):
     good = [written(tmp_path / f"{place}.png", png_bytes(place)) for place in range(2)]
-    added = uploads.add_pictures(folder, [good[0], written(tmp_path / "bad.png", b"no"), good[1], tmp_path / "gone.png"])
+    added = uploads.add_images(folder, [good[0], written(tmp_path / "bad.png", b"no"), good[1], tmp_path / "gone.png"])
     assert added.names == ["0001.png", "0002.png"]
     assert [sentence.split()[0] for sentence in added.refused] == ["bad.png", "gone.png"]
-    assert [entry.name for entry in read_set(folder).pictures] == ["0.png", "1.png"]
+    assert [entry.name for entry in read_set(folder).images] == ["0.png", "1.png"]
 
 
-def test_a_picture_cut_short_is_refused(tmp_path, folder):
+def test_a_image_cut_short_is_refused(tmp_path, folder):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     whole = io.BytesIO()
     Image.fromarray(noise).save(whole, "JPEG")
-    added = uploads.add_pictures(folder, [written(tmp_path / "a.jpg", whole.getvalue()[:900])])
+    added = uploads.add_images(folder, [written(tmp_path / "a.jpg", whole.getvalue()[:900])])
     assert added.refused == ["a.jpg is damaged or cut short. Add it again, or save it anew from the original."]
 
 
@@ -122,15 +120,15 @@ def test_a_file_of_more_than_25_mb_is_refused_unread(tmp_path, folder):
     path = tmp_path / "large.png"
     with path.open("wb") as file:
         file.truncate(26 * 2**20)
-    assert "26 MB" in uploads.add_pictures(folder, [path]).refused[0]
+    assert "26 MB" in uploads.add_images(folder, [path]).refused[0]
 
 
 def test_metadata_is_left_behind_and_the_orientation_applied(tmp_path, folder):
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "where I live"
-    picture = Image.new("RGB", (20, 10), "red")
-    picture.save(tmp_path / "a.jpg", exif=exif, comment=b"my secret")
-    [name] = uploads.add_pictures(folder, [tmp_path / "a.jpg"]).names
+    image = Image.new("RGB", (20, 10), "red")
+    image.save(tmp_path / "a.jpg", exif=exif, comment=b"my secret")
+    [name] = uploads.add_images(folder, [tmp_path / "a.jpg"]).names
     stored = opened(folder, name)
     assert stored.size == (10, 20)
     assert not stored.getexif()
@@ -138,11 +136,11 @@ def test_metadata_is_left_behind_and_the_orientation_applied(tmp_path, folder):
     assert b"secret" not in (folder / name).read_bytes()
 
 
-def test_small_pictures_are_kept_pixel_by_pixel_and_large_ones_as_jpeg(tmp_path, folder):
+def test_small_images_are_kept_pixel_by_pixel_and_large_ones_as_jpeg(tmp_path, folder):
     small = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(small).save(tmp_path / "small.png")
     Image.new("RGB", (1600, 1200), "teal").save(tmp_path / "large.png")
-    names = uploads.add_pictures(folder, [tmp_path / "small.png", tmp_path / "large.png"]).names
+    names = uploads.add_images(folder, [tmp_path / "small.png", tmp_path / "large.png"]).names
     assert names == ["0001.png", "0002.jpg"]
     assert (np.asarray(opened(folder, names[0])) == small).all()
     assert opened(folder, names[1]).size == (1600, 1200)
@@ -150,47 +148,47 @@ def test_small_pictures_are_kept_pixel_by_pixel_and_large_ones_as_jpeg(tmp_path,
 
 def test_sixteen_bits_a_pixel_are_scaled_not_clipped(tmp_path, folder):
     Image.fromarray(np.full((4, 4), 32896, dtype=np.uint16)).save(tmp_path / "deep.png")
-    [name] = uploads.add_pictures(folder, [tmp_path / "deep.png"]).names
+    [name] = uploads.add_images(folder, [tmp_path / "deep.png"]).names
     assert opened(folder, name).getpixel((0, 0)) == (128, 128, 128)
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "L", "P", "LA", "RGBA", "1"])
-def test_every_kind_of_picture_comes_out_as_rgb(tmp_path, folder, mode):
+def test_every_kind_of_image_comes_out_as_rgb(tmp_path, folder, mode):
     path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
     Image.new("RGB", (6, 6), "white").convert(mode).save(path)
-    [name] = uploads.add_pictures(folder, [path]).names
+    [name] = uploads.add_images(folder, [path]).names
     stored = opened(folder, name)
     assert (stored.mode, stored.getpixel((3, 3))) == ("RGB", (255, 255, 255))
 
 
-def test_of_an_animation_the_first_picture_is_taken(tmp_path, folder):
+def test_of_an_animation_the_first_image_is_taken(tmp_path, folder):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], lossless=True)
     frames[0].save(tmp_path / "b.png", save_all=True, append_images=frames[1:])
-    names = uploads.add_pictures(folder, [tmp_path / "a.webp", tmp_path / "b.png"]).names
+    names = uploads.add_images(folder, [tmp_path / "a.webp", tmp_path / "b.png"]).names
     assert [opened(folder, name).getpixel((0, 0)) for name in names] == [(255, 0, 0), (255, 0, 0)]
 
 
-def test_a_jpeg_that_carries_further_pictures_counts_as_jpeg(tmp_path, folder):
+def test_a_jpeg_that_carries_further_images_counts_as_jpeg(tmp_path, folder):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))])
-    with Image.open(tmp_path / "a.jpg") as picture:
-        assert picture.format == "MPO"
-    assert uploads.add_pictures(folder, [tmp_path / "a.jpg"]).refused == []
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert image.format == "MPO"
+    assert uploads.add_images(folder, [tmp_path / "a.jpg"]).refused == []
 
 
 def test_a_damaged_colour_profile_harms_nothing(tmp_path, folder):
     good = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     Image.new("RGB", (8, 8), "red").save(tmp_path / "good.png", icc_profile=good)
     Image.new("RGB", (8, 8), "red").save(tmp_path / "bad.png", icc_profile=b"no profile" * 40)
-    names = uploads.add_pictures(folder, [tmp_path / "good.png", tmp_path / "bad.png"]).names
+    names = uploads.add_images(folder, [tmp_path / "good.png", tmp_path / "bad.png"]).names
     assert [opened(folder, name).getpixel((0, 0)) for name in names] == [(255, 0, 0), (255, 0, 0)]
 
 
 def test_names_stay_in_set_json_and_are_one_line(tmp_path, folder):
     name = "<img src=x onerror=alert(1)>; rm -rf $(pwd) `id`.png"
     path = written(tmp_path / name, png_bytes())
-    assert uploads.add_pictures(folder, [path]).names == ["0001.png"]
-    assert [entry.name for entry in read_set(folder).pictures] == [name]
+    assert uploads.add_images(folder, [path]).names == ["0001.png"]
+    assert [entry.name for entry in read_set(folder).images] == [name]
     assert sorted(path.name for path in folder.iterdir()) == ["0001.png", "set.json"]
     assert incoming.display_name("/etc/a\nb\x1b[31m.png") == "a b [31m.png"
     assert incoming.display_name("C:\\photos\\a.png") == "a.png"
@@ -232,59 +230,59 @@ def test_a_second_zip_adds_to_the_classes_of_the_first(tmp_path, folder):
             archive.writestr("Cat/1.png" if place else "cat/1.png", png_bytes(place))
         uploads.add_zip(folder, tmp_path / "a.zip")
         os.utime(tmp_path / "a.zip", (place, place))
-    assert [(each.name, len(each.pictures)) for each in read_set(folder).classes] == [("cat", 2)]
+    assert [(each.name, len(each.images)) for each in read_set(folder).classes] == [("cat", 2)]
 
 
-def test_no_more_pictures_are_kept_than_a_user_may_hold(tmp_path, folder, monkeypatch):
+def test_no_more_images_are_kept_than_a_user_may_hold(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(uploads, "MAX_PICTURES", 10)
     files = [written(tmp_path / f"{place}.png", png_bytes(place)) for place in range(20)]
-    added = uploads.add_pictures(folder, files)
+    added = uploads.add_images(folder, files)
     assert len(added.names) == 8
-    assert "10 pictures" in added.refused[-1]
+    assert "10 images" in added.refused[-1]
 
 
 def test_no_more_bytes_are_kept_than_a_user_may_hold(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(uploads, "MAX_USER_BYTES", 10)
-    added = uploads.add_pictures(folder, [written(tmp_path / "a.png", png_bytes())])
+    added = uploads.add_images(folder, [written(tmp_path / "a.png", png_bytes())])
     assert added.names == []
     assert "Delete a set" in added.refused[0]
 
 
-def test_pictures_are_removed_reordered_moved_and_captioned_by_the_names_we_gave(tmp_path, folder):
+def test_images_are_removed_reordered_moved_and_captioned_by_the_names_we_gave(tmp_path, folder):
     files = [written(tmp_path / f"{place}.png", png_bytes(place)) for place in range(3)]
-    uploads.add_pictures(folder, files)
+    uploads.add_images(folder, files)
     reorder(folder, ["0003.png", "0001.png"])
     set_caption(folder, "0003.png", "a red\nmug")
     assert (folder / "0003.txt").read_text() == "a red mug"
-    remove_picture(folder, "0001.png")
-    assert [(entry.file, entry.caption) for entry in read_set(folder).pictures] == [("0003.png", "a red mug"), ("0002.png", "")]
+    remove_image(folder, "0001.png")
+    assert [(entry.file, entry.caption) for entry in read_set(folder).images] == [("0003.png", "a red mug"), ("0002.png", "")]
     cups = add_class(folder, "cups")
-    assert move_picture(folder, "0003.png", cups) == "c00/0001.png"
+    assert move_image(folder, "0003.png", cups) == "c00/0001.png"
     rename_class(folder, cups, "mugs")
-    assert [(each.name, each.pictures[0].caption) for each in read_set(folder).classes] == [("mugs", "a red mug")]
+    assert [(each.name, each.images[0].caption) for each in read_set(folder).classes] == [("mugs", "a red mug")]
     assert (folder / "c00/0001.txt").exists()
     remove_class(folder, cups)
     assert not (folder / "c00").exists()
-    uploads.add_pictures(folder, files[:1])
-    assert [entry.file for entry in read_set(folder).pictures] == ["0002.png", "0004.png"]
+    uploads.add_images(folder, files[:1])
+    assert [entry.file for entry in read_set(folder).images] == ["0002.png", "0004.png"]
     delete_set(folder)
     with pytest.raises(InputError, match="no longer there"):
-        uploads.add_pictures(folder, files)
+        uploads.add_images(folder, files)
 
 
 @pytest.mark.parametrize("file", ["../../secret.txt", "/etc/passwd", "c00/../../x", "set.json", "", "0001.png\x00"])
 def test_no_path_from_outside_is_followed(tmp_path, folder, file):
-    uploads.add_pictures(folder, [written(tmp_path / "a.png", png_bytes())])
+    uploads.add_images(folder, [written(tmp_path / "a.png", png_bytes())])
     before = sorted(tmp_path.rglob("*"))
     for change in (
-        lambda: remove_picture(folder, file),
+        lambda: remove_image(folder, file),
         lambda: reorder(folder, [file]),
         lambda: set_caption(folder, file, "words"),
-        lambda: move_picture(folder, "0001.png", file),
-        lambda: move_picture(folder, file, "c00"),
+        lambda: move_image(folder, "0001.png", file),
+        lambda: move_image(folder, file, "c00"),
         lambda: remove_class(folder, file),
         lambda: rename_class(folder, file, "x"),
-        lambda: uploads.add_pictures(folder, [tmp_path / "a.png"], file),
+        lambda: uploads.add_images(folder, [tmp_path / "a.png"], file),
     ):
         with pytest.raises(InputError, match="no longer there"):
             change()
@@ -293,14 +291,14 @@ def test_no_path_from_outside_is_followed(tmp_path, folder, file):
     ]
 
 
-def test_two_tabs_at_once_lose_no_picture(tmp_path, folder):
+def test_two_tabs_at_once_lose_no_image(tmp_path, folder):
     files = [written(tmp_path / f"{place}.png", png_bytes(place)) for place in range(8)]
-    tabs = [threading.Thread(target=lambda file=file: [uploads.add_pictures(folder, [file]) for _ in range(5)]) for file in files]
+    tabs = [threading.Thread(target=lambda file=file: [uploads.add_images(folder, [file]) for _ in range(5)]) for file in files]
     for tab in tabs:
         tab.start()
     for tab in tabs:
         tab.join()
-    entries = read_set(folder).pictures
+    entries = read_set(folder).images
     assert len({entry.file for entry in entries}) == len(entries) == 40
     assert all((folder / entry.file).exists() for entry in entries)
     assert json.loads((folder / "set.json").read_text())["next"] == 41

@@ -1,4 +1,4 @@
-"""The screen Use in a real browser: pictures from the built-in model, cancelled, mixed, used again, taken away."""
+"""The screen Use in a real browser: images from the built-in model, cancelled, mixed, used again, taken away."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ from PIL import Image
 from small_runs import small_run
 
 from pipelines.built_in import BUILT_IN_MODEL
-from pipelines.pictures import read_settings
+from pipelines.images import read_settings
 from pipelines.subject.base_model import load_base_model
 
 PATIENCE = 180_000
@@ -59,7 +59,7 @@ def with_steps(page, steps):
 
 
 def generated(page):
-    """Generate, and wait until the picture is there."""
+    """Generate, and wait until the image is there."""
     page.locator("#use-generate").click()
     page.wait_for_selector("#use-cancel")
     page.wait_for_selector("#use-cancel", state="detached")
@@ -68,7 +68,7 @@ def generated(page):
 
 
 def drawn(server):
-    """The kept pictures, newest first."""
+    """The kept images, newest first."""
     return sorted((server.uploads / ".drawn").glob("*.png"), reverse=True)
 
 
@@ -77,7 +77,7 @@ def pixels(path):
 
 
 @pytest.mark.slow(12)
-def test_a_picture_is_the_same_each_time_and_carries_its_settings(server, new_page, screenshot):
+def test_a_image_is_the_same_each_time_and_carries_its_settings(server, new_page, screenshot):
     page = opened(new_page, server)
     assert page.locator("#use-prompt textarea").input_value() == "a star in the snow"
     page.locator("#use-suggestions button", has_text="a star at night").click()
@@ -98,7 +98,7 @@ def test_a_picture_is_the_same_each_time_and_carries_its_settings(server, new_pa
 
 
 @pytest.mark.slow(8)
-def test_cancel_ends_the_drawing_and_the_next_picture_is_drawn(server, new_page):
+def test_cancel_ends_the_drawing_and_the_next_image_is_drawn(server, new_page):
     page = opened(new_page, server)
     with_steps(page, 100)
     set_number(page, "use-count", 8)
@@ -119,7 +119,7 @@ def test_cancel_ends_the_drawing_and_the_next_picture_is_drawn(server, new_page)
 
 
 @pytest.mark.slow(16)
-def test_a_closed_tab_stops_its_drawing_and_pictures_stay(server, new_page):
+def test_a_closed_tab_stops_its_drawing_and_images_stay(server, new_page):
     page = opened(new_page, server)
     with_steps(page, 3)
     generated(page)
@@ -175,8 +175,8 @@ def test_a_mix_is_drawn_used_again_and_baked_into_a_file_for_stock_diffusers(ser
     stock = StableDiffusionXLPipeline.from_pretrained(BUILT_IN_MODEL, dtype=torch.float32, add_watermarker=False)
     stock.load_lora_weights(tmp_path, weight_name=file.name)
     generator = torch.Generator().manual_seed(7)
-    picture = stock(settings["prompt"], num_inference_steps=3, guidance_scale=4.0, generator=generator).images[0]
-    assert np.abs(np.asarray(picture).astype(int) - pixels(mixed)).max() <= 1
+    image = stock(settings["prompt"], num_inference_steps=3, guidance_scale=4.0, generator=generator).images[0]
+    assert np.abs(np.asarray(image).astype(int) - pixels(mixed)).max() <= 1
 
     reload(page)
     page = opened(lambda *_, **__: page, server)

@@ -14,7 +14,7 @@ from training.runs import run_requests
 from training.runs.record import RunRecord
 from training.runs.waiting import QUEUE, Ticket
 from webui.figures import figures, series
-from webui.run_cards import cards, picture_of
+from webui.run_cards import cards, image_of
 from webui.run_log import LOG, ended_by, last_error
 from webui.screens.runs import parts
 from webui.views import ACTIONS, RunView, views
@@ -164,7 +164,7 @@ def test_what_the_list_says_is_what_the_files_say(workspace):
     found = dict(figures(view(run)))
     assert (found["Method"], found["Steps"], found["Suggested step"]) == ("NoRA", "100 of 100", str(step))
     assert found["Least held-out loss"] == "1.000"
-    assert picture_of(view(run))[0] == run.samples_at(100) / "0.png"
+    assert image_of(view(run))[0] == run.samples_at(100) / "0.png"
     assert view(run).share_done == 1.0
 
 

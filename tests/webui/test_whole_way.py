@@ -1,8 +1,8 @@
-"""From the example to pictures of it in new places, on the built-in model, as a person goes: a run, another in a second browser
+"""From the example to images of it in new places, on the built-in model, as a person goes: a run, another in a second browser
 that waits behind it, Judge and Use.
 
 ONE_CLICK=1 leaves all as it is and only presses Train, here and on Classify, and shows both runs side by side. SCREENSHOTS=DIR
-keeps the pictures: those of the README, and in DIR/each one of every screen by day and by night, on a desk and on a phone.
+keeps the images: those of the README, and in DIR/each one of every screen by day and by night, on a desk and on a phone.
 """
 
 import os
@@ -14,7 +14,7 @@ from browsing import go_to, quiet
 from PIL import Image
 from playwright.sync_api import expect
 
-from pipelines.pictures import read_settings
+from pipelines.images import read_settings
 from training.runs.record import RunRecord
 from webui import costs
 from webui.workspace import Workspace
@@ -23,7 +23,7 @@ PATIENCE = 600_000
 # As few as show every part of a run.
 STEPS = 6
 ONE_CLICK, SCREENSHOTS = bool(os.environ.get("ONE_CLICK")), bool(os.environ.get("SCREENSHOTS"))
-# Of the pictures in the README.
+# Of the images in the README.
 TALLEST = 1400
 SCREENS = ("photos", "check", "train", "judge", "use", "classify", "runs")
 
@@ -71,7 +71,7 @@ def newest(workspace, known=()):
 
 
 @pytest.mark.slow(90)
-def test_from_the_example_to_pictures_in_new_places(new_page, server, workspace, screenshot):
+def test_from_the_example_to_images_in_new_places(new_page, server, workspace, screenshot):
     page = opened(new_page, server)
     screenshot(page, "photos", TALLEST)
     go_to(page, "check")
@@ -132,7 +132,7 @@ def test_from_the_example_to_pictures_in_new_places(new_page, server, workspace,
 
 
 def generate(page, prompt, server, screenshot):
-    """Draw one picture of `prompt` on Use; it carries what it was made with."""
+    """Draw one image of `prompt` on Use; it carries what it was made with."""
     box = page.locator("#use-prompt textarea")
     expect(box).to_be_visible(timeout=PATIENCE)
     box.fill(prompt)
@@ -142,8 +142,8 @@ def generate(page, prompt, server, screenshot):
     screenshot(page, "use", TALLEST)
     drawn = [path for path in server.uploads.rglob("*.png") if ".drawn" in path.parts]
     assert [read_settings(path)["prompt"] for path in drawn] == [prompt]
-    with Image.open(drawn[0]) as picture:
-        assert picture.size == (64, 64)
+    with Image.open(drawn[0]) as image:
+        assert image.size == (64, 64)
 
 
 def compared(page, records: list[RunRecord], screenshot):
@@ -173,7 +173,7 @@ def classified(page, screenshot):
 
 
 def each_screen(new_page, server, screenshot):
-    """A picture of every screen."""
+    """An image of every screen."""
     for size, dark in product(("desk", "phone"), (False, True)):
         page = opened(new_page, server, size=size, dark=dark)
         for screen in SCREENS:

@@ -35,7 +35,7 @@ class DoesNotFitError(InputError):
 
 
 @dataclass(frozen=True)
-class Report:
+class DryRunReport:
     """What a dry run has measured.
 
     Args:
@@ -79,7 +79,7 @@ class Report:
             )
 
 
-def rehearse(stepper: Stepper, memory_limit_gb: float | None = None, peak: PeakMemory | None = None) -> Report:
+def rehearse(stepper: Stepper, memory_limit_gb: float | None = None, peak: PeakMemory | None = None) -> DryRunReport:
     """Do `STEPS` real steps, put everything back as it was, and write dry_run.json.
 
     Args:
@@ -98,7 +98,7 @@ def rehearse(stepper: Stepper, memory_limit_gb: float | None = None, peak: PeakM
         state = stepper.trainable.state()
     trained = optimised(stepper.optimizer)
     checkpoint = sum(parameter.nbytes for parameter in trained) + nested_bytes(state)
-    report = Report(
+    report = DryRunReport(
         trained_numbers=sum(parameter.numel() for parameter in trained),
         seconds_per_step=median(seconds[1:]),
         seconds=median(seconds[1:]) * options.max_train_steps,

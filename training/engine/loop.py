@@ -1,7 +1,7 @@
 """The one training loop, for every recipe.
 
 Randomness is stateless: everything that step k draws comes from generators seeded with (seed, k), so that a resumed run
-repeats what an uninterrupted one would have done, and the order of pictures needs no state of its own.
+repeats what an uninterrupted one would have done, and the order of images needs no state of its own.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pipelines.optimizers import averaged, optimised
 from training.engine.checkpoints import load_checkpoint, newest_intact_checkpoint, save_checkpoint
 from training.engine.prefetch import ProcessBatches
 from training.engine.sharding import gathered, prepare, split_like, split_state, whole
-from training.engine.stopping import NotFiniteError, Stopped, StopRequests
+from training.engine.stopping import NotFiniteError, StopRequests, TrainingInterrupted
 from training.runs.run import RunDirectory
 from training.runs.run_requests import ASKED, SAMPLE, SAVE, STOP, Requests
 
@@ -43,7 +43,7 @@ class Periodic:
     """Something done after every `every` optimisation steps, and after the last: `action(step)`, on the main process.
 
     The trained parameters hold their moving average meanwhile, where there is one.
-    What it returns, if anything, is a loss that scores the step, such as that of held-out pictures: the checkpoint of the
+    What it returns, if anything, is a loss that scores the step, such as that of held-out images: the checkpoint of the
     step with the lowest is kept whatever the limit.
     Where people may ask for samples between two of its times, `on_request(step)` is done for that alone, and must change
     nothing of what the run ends in.
@@ -168,7 +168,7 @@ def _train_from(first: int, stepper: Stepper, periodic: Sequence[Periodic]) -> N
     requests = Requests.of(run, looks=run.writes)
     with StopRequests() as signals, _progress_bar(first, options, stepper.accelerator) as bar:
         batches = stepper.batches(range(first, options.max_train_steps), options.dataloader_num_workers)
-        progress = Progress(run, first, options.max_train_steps)
+        progress = TrainingProgress(run, first, options.max_train_steps)
         for step in range(first, options.max_train_steps):
             rate = trainable.lr_scheduler.get_last_lr()[0]
             loss, asked = stepper.step(step, batches, signals, requests)
@@ -178,7 +178,7 @@ def _train_from(first: int, stepper: Stepper, periodic: Sequence[Periodic]) -> N
             progress.report(step + 1)
             _act_and_save(stepper, step + 1, periodic, asked)
             if STOP in asked:
-                raise Stopped(signals.noted or signal.SIGTERM)
+                raise TrainingInterrupted(signals.noted or signal.SIGTERM)
 
 
 def _progress_bar(first: int, options: LoopOptions, accelerator: Accelerator) -> tqdm:
@@ -284,7 +284,7 @@ class Stepper:
         )
 
 
-class Progress:
+class TrainingProgress:
     """Says in status.json, about once a second, how far training is."""
 
     def __init__(self, run: RunDirectory, first: int, total: int) -> None:

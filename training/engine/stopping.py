@@ -18,7 +18,7 @@ from training.runs.durable import DiskFullError
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Stopped(KeyboardInterrupt):
+class TrainingInterrupted(KeyboardInterrupt):
     """The run was asked to stop by a signal.
 
     Args:
@@ -75,16 +75,16 @@ class StopRequests:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._noted and number == signal.SIGINT:
-            raise Stopped(number)
+            raise TrainingInterrupted(number)
         self._noted = number
 
 
 @contextmanager
 def stopping_at_once() -> Iterator[None]:
-    """While entered, SIGTERM raises `Stopped` as Ctrl-C does, so that the run's status says how it ended."""
+    """While entered, SIGTERM raises `TrainingInterrupted` as Ctrl-C does, so that the run's status says how it ended."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped(number)
+        raise TrainingInterrupted(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -105,7 +105,7 @@ def exit_codes() -> Iterator[None]:
             yield
     except (InputError, NotFiniteError, DiskFullError) as error:
         raise SystemExit(f"error: {error}") from None
-    except Stopped as error:
+    except TrainingInterrupted as error:
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None

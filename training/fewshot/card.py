@@ -11,8 +11,8 @@ from huggingface_hub import ModelCardData
 
 from pipelines.clip import BUILT_IN
 from pipelines.fewshot.metrics import Interval
-from pipelines.fewshot.places import AdapterPlaces
 from pipelines.fewshot.plots import save_figure
+from pipelines.fewshot.target_layers import AdapterPlaces
 from pipelines.methods import method_names
 from training.fewshot.figures import ZERO_SHOT, Report, card_figures, loaded_member, shots_in_words
 from training.runs.card_text import CARD, as_text, portable_name
@@ -26,28 +26,28 @@ CAPTIONS = {
     "confusion": "How often each true class is taken for each class",
     "reliability": "How often predictions of each confidence are right",
     "per_class": "Accuracy by class, zero-shot and of the classifier",
-    "comparison": "Accuracy of all methods by the pictures of each class",
+    "comparison": "Accuracy of all methods by the images of each class",
 }
 
-OPENING = """# A classifier of {count} classes from a few pictures of each
+OPENING = """# A classifier of {count} classes from a few images of each
 
-The CLIP model {base} on {set_name}, {pictures:,} pictures. Classes: {classes}. Learned from {shots} of each class, with the
-seeds {seeds}, each of which draws other pictures. Prompts: {templates}
+The CLIP model {base} on {set_name}, {images:,} images. Classes: {classes}. Learned from {shots} of each class, with the
+seeds {seeds}, each of which draws other images. Prompts: {templates}
 
 Loading this run gives **{method}**, {own_shots}, seed {seed}: {trained:,} trained numbers, {stored:,} bytes, {seconds:.0f}
-seconds.{places} Its settings were chosen on {validation:,} other pictures; {test:,} more were tested on, once, at the end.
+seconds.{places} Its settings were chosen on {validation:,} other images; {test:,} more were tested on, once, at the end.
 Accuracy: {top1}.{untested}"""
 
 TABLE_NOTES = """{interval} ECE is the expected calibration error, as trained and with the temperature that validation chose;
 seconds and MiB, the peak of memory, are of fitting alone."""
-SEVERAL_SEEDS = "Means over {count} seeds; Student's interval speaks of other draws of the pictures that are learned from."
-ONE_SEED = "One seed; Wilson's interval speaks of other test pictures, not of other draws to learn from."
+SEVERAL_SEEDS = "Means over {count} seeds; Student's interval speaks of other draws of the images that are learned from."
+ONE_SEED = "One seed; Wilson's interval speaks of other test images, not of other draws to learn from."
 
 NO_CONTROL = f"""The control `{CONTROL}`, a logistic regression on raw pixels, was not run: nothing here says whether these
-pictures need CLIP at all. Add it with `--method {CONTROL}`."""
+images need CLIP at all. Add it with `--method {CONTROL}`."""
 ABOVE_CONTROL = "With {shots}, above the control `{control}`, {value}, with the whole interval: {methods}."
 NOT_ABOVE_CONTROL = """> **With {shots} no adapted method's interval lies above that of the control.** A logistic regression on
-> raw pixels has {value}; {methods}. Nothing here shows that CLIP helps with these pictures."""
+> raw pixels has {value}; {methods}. Nothing here shows that CLIP helps with these images."""
 
 USE = """## Use
 
@@ -71,14 +71,14 @@ they are known by their prompts alone, and the logits of the others stay as they
 
 LIMITS = """## Limits
 
-- {test:,} test pictures, {fewest}: one more that is right is {one_of_all:.1%} of all, and
+- {test:,} test images, {fewest}: one more that is right is {one_of_all:.1%} of all, and
   {one_of_class:.0%} of that class. Smaller differences say nothing.{untested}
-- The test pictures come from where the training pictures come from. Others may be harder.
-- A picture of none of the classes is given one of them all the same."""
+- The test images come from where the training images come from. Others may be harder.
+- An image of none of the classes is given one of them all the same."""
 FEWEST = "{fewest:,} of the class that has fewest"
 FEWEST_OF_OTHERS = "0 of the class that has fewest, and {fewest:,} of the class that has fewest of the others"
 UNTESTED = """
-- **Without test pictures: {classes}.** Nothing here says how well such a class is recognised: its row of the confusion matrix
+- **Without test images: {classes}.** Nothing here says how well such a class is recognised: its row of the confusion matrix
   is empty, it has no accuracy of its own, and the accuracy of all speaks of the other classes alone."""
 BUILT_IN_LIMITS = """- The built-in model sees 64 x 64 pixels. **ImageNet's terms go with its weights: non-commercial research
   and education only.**"""
@@ -126,7 +126,7 @@ def card_header(report: Report) -> ModelCardData:
 
 
 def _is_open(report: Report) -> bool:
-    """Whether the classifier compares pictures with the prompts of any classes."""
+    """Whether the classifier compares images with the prompts of any classes."""
     return loaded_member(report)["method"] in (ZERO_SHOT, *method_names())
 
 
@@ -138,7 +138,7 @@ def _opening(report: Report, options: Mapping[str, Any] | None) -> str:
         count=len(labelled["classes"]),
         base=as_text(portable_name(report["model"]) + weights),
         set_name=_set_name(labelled["name"]),
-        pictures=labelled["pictures"],
+        images=labelled["pictures"],
         classes=_listed(labelled["classes"]),
         shots=" and ".join(map(shots_in_words, report["shots"])),
         seeds=", ".join(map(str, report["seeds"])),
@@ -153,7 +153,7 @@ def _opening(report: Report, options: Mapping[str, Any] | None) -> str:
         validation=own["validation"]["count"],
         test=own["test"]["count"],
         top1=Interval(**own["test"]["top1"]).as_share(),
-        untested=f" Classes without test pictures: {_listed(without)}." if (without := _untested(report)) else "",
+        untested=f" Classes without test images: {_listed(without)}." if (without := _untested(report)) else "",
     )
 
 
@@ -167,7 +167,7 @@ def _places(options: Mapping[str, Any] | None, method: str) -> str:
 
 
 def _set_name(name: str) -> str:
-    """The set's name; of pictures of one's own, which errors call by a quoted path, without where they lie."""
+    """The set's name; of images of one's own, which errors call by a quoted path, without where they lie."""
     return as_text(Path(name[1:-1]).resolve().name if name[:1] in ("'", '"') else name)
 
 
@@ -262,7 +262,7 @@ def _held_out_classes(report: Report) -> str:
 
 
 def _copies(report: Report) -> str:
-    """Pictures that the set held more than once."""
+    """Images that the set held more than once."""
     copies = report["set"]["copies"]
     if not copies:
         return ""
@@ -282,7 +282,7 @@ def _use(report: Report) -> str:
 
 
 def _untested(report: Report) -> list[str]:
-    """The classes without test pictures."""
+    """The classes without test images."""
     counts = map(sum, loaded_member(report)["test"]["confusion"])
     return [name for name, count in zip(report["set"]["classes"], counts, strict=True) if not count]
 

@@ -23,7 +23,7 @@ def loaded_member(report: Report) -> dict[str, Any]:
 def shots_in_words(shots: int | str) -> str:
     """Such as "16 shots"."""
     if shots == ALL:
-        return "all pictures"
+        return "all images"
     return "1 shot" if shots == 1 else f"{shots} shots"
 
 

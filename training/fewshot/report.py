@@ -10,8 +10,8 @@ from typing import Any
 from pipelines.fewshot.metrics import Interval, interval_over_seeds
 from pipelines.fewshot.shots import Shots
 from pipelines.methods import DEFAULT
-from training.fewshot.members import Member
-from training.fewshot.study import Study, keys
+from training.fewshot.experiment import Experiment, keys
+from training.fewshot.trials import Trial
 from training.options.fewshot import ALL, FewShotOptions
 
 RESULT = "result.json"
@@ -19,22 +19,22 @@ FORMAT = 1
 AVERAGED = ("trained_numbers", "stored_bytes", "seconds", "peak_memory")
 
 
-def members_of(options: FewShotOptions) -> list[Member]:
+def members_of(options: FewShotOptions) -> list[Trial]:
     """All that a run fits, draw by draw."""
-    return [Member(*key, method) for key in keys(options.data) for method in options.method.method]
+    return [Trial(*key, method) for key in keys(options.data) for method in options.method.method]
 
 
-def shown_member(options: FewShotOptions) -> Member:
+def shown_member(options: FewShotOptions) -> Trial:
     """The one that stands for the run, of most shots and the first seed: the default method's, else the first adapter's, else the
     last method's.
     """
     adapters, methods = options.method.adapters(), options.method.method
     method = DEFAULT if DEFAULT in adapters else (adapters or methods[-1:])[0]
     shots = max(options.data.all_shots(), key=lambda own: float("inf") if own == ALL else own)
-    return Member(shots, options.data.seeds[0], method)
+    return Trial(shots, options.data.seeds[0], method)
 
 
-def seconds_left(results: Sequence[dict[str, Any]], members: Sequence[Member]) -> float | None:
+def seconds_left(results: Sequence[dict[str, Any]], members: Sequence[Trial]) -> float | None:
     """How long fitting `members` will take, by what the same methods took; None while one of them has not been fitted yet.
 
     Args:
@@ -47,11 +47,13 @@ def seconds_left(results: Sequence[dict[str, Any]], members: Sequence[Member]) -
     return round(sum(map(fmean, known)), 1) if all(known) else None
 
 
-def report_of(study: Study, options: FewShotOptions, copies: Sequence[str], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def report_of(
+    study: Experiment, options: FewShotOptions, copies: Sequence[str], results: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
     """The report, as plain values.
 
     Args:
-        copies: what was found of pictures that were there more than once.
+        copies: what was found of images that were there more than once.
         results: of all members.
     """
     new = study.new_prompts
@@ -61,7 +63,7 @@ def report_of(study: Study, options: FewShotOptions, copies: Sequence[str], resu
             "name": study.labelled.name,
             "classes": list(study.prompts.classes),
             "new_classes": [] if new is None else list(new.classes),
-            "pictures": len(study.labelled.pictures),
+            "pictures": len(study.labelled.images),
             "copies": list(copies),
             "notes": list(study.labelled.notes),
         },

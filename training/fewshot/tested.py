@@ -1,4 +1,4 @@
-"""What a method made of every test picture, in a file: for confusions that open their pictures, and the worst mistakes."""
+"""What a method made of every test image, in a file: for confusions that open their images, and the worst mistakes."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from pipelines.fewshot.data import LabelledPicture
+from pipelines.fewshot.data import LabelledImage
 from training.runs.durable import write_text_atomically
 
 TESTED, FORMAT = "test.json", 1
-# Of a thousand classes and fifty thousand pictures all would be gigabytes.
+# Of a thousand classes and fifty thousand images all would be gigabytes.
 MOST_LIKELY, DIGITS = 10, 6
 
 
 def told_of_test(
-    pictures: Sequence[LabelledPicture],
+    images: Sequence[LabelledImage],
     logits: torch.Tensor,
     temperature: float,
     classes: Sequence[str],
@@ -27,11 +27,11 @@ def told_of_test(
     """What test.json says.
 
     Args:
-        pictures: those tested on.
+        images: those tested on.
         logits: (n, classes) of them.
         temperature: that validation chose, which the logits are divided by.
-        digests: the sha256 of each picture's file by its name, which tells whether the file is still the one tested.
-    Returns: the classes, and for each picture its path within the set, its class, the one predicted and how likely that is,
+        digests: the sha256 of each image's file by its name, which tells whether the file is still the one tested.
+    Returns: the classes, and for each image its path within the set, its class, the one predicted and how likely that is,
         and the most likely classes with their probabilities; classes by their places.
     """
     probabilities = (logits.double() / temperature).softmax(dim=1)
@@ -44,20 +44,20 @@ def told_of_test(
         "temperature": temperature,
         "pictures": [
             {
-                "name": picture.name,
-                "sha256": digests[picture.name],
-                "true": picture.label,
+                "name": image.name,
+                "sha256": digests[image.name],
+                "true": image.label,
                 "predicted": own,
                 "confidence": round(likely[0], DIGITS),
                 "top": [[place, round(value, DIGITS)] for place, value in zip(order, likely, strict=True)],
             }
-            for picture, own, order, likely in zip(pictures, predicted, places.tolist(), values.tolist(), strict=True)
+            for image, own, order, likely in zip(images, predicted, places.tolist(), values.tolist(), strict=True)
         ],
     }
 
 
 def write_tested(folder: Path, told: Mapping[str, Any]) -> None:
-    """Write test.json into a member's folder, a line for each picture, so that a reader never sees half of it."""
-    pictures = ",\n".join(json.dumps(one) for one in told["pictures"])
+    """Write test.json into a member's folder, a line for each image, so that a reader never sees half of it."""
+    images = ",\n".join(json.dumps(one) for one in told["pictures"])
     rest = json.dumps({name: value for name, value in told.items() if name != "pictures"})
-    write_text_atomically(folder / TESTED, f'{rest[:-1]}, "pictures": [\n{pictures}\n]}}\n')
+    write_text_atomically(folder / TESTED, f'{rest[:-1]}, "pictures": [\n{images}\n]}}\n')

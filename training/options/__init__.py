@@ -18,10 +18,10 @@ from pipelines.optimizers import PRODIGY_LEARNING_RATE
 from pipelines.subject.target_layers import default_targets
 from training.options.command_line import parse_groups
 from training.options.data import DataOptions
-from training.options.judging import JudgingOptions
 from training.options.model import ModelOptions
 from training.options.optimisation import OptimisationOptions
 from training.options.output import OutputOptions
+from training.options.validation import JudgingOptions
 
 NEW_SCENES = ("in the snow", "in the forest", "at night", "in the water")
 # Adam's steps are of one size whatever the layer's width: narrow layers need larger ones.

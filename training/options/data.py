@@ -1,4 +1,4 @@
-"""Options of the pictures and words."""
+"""Options of the images and words."""
 
 from __future__ import annotations
 
@@ -18,84 +18,84 @@ SAMPLE_PROMPT, SAMPLE_CLASS_PROMPT = "a photo of sks toy", "a photo of a toy"
 
 @dataclass
 class DataOptions:
-    """The subject's pictures and words."""
+    """The subject's images and words."""
 
     instance_data_dir: str = field(
         default=str(SAMPLE_SUBJECT),
         metadata={
-            "help": "Folder with pictures of the subject, or with a folder of pictures for each of several subjects. The bundled "
+            "help": "Folder with images of the subject, or with a folder of images for each of several subjects. The bundled "
             "toy unless said."
         },
     )
     instance_prompt: str | None = field(
         default=None,
         metadata={
-            "help": "What the pictures show: a rare word and a class word, as in 'a photo of sks dog'; {subject} becomes the "
-            "name of its folder. Pictures with a caption of their own (metadata.jsonl or metadata.csv, or a .txt or "
+            "help": "What the images show: a rare word and a class word, as in 'a photo of sks dog'; {subject} becomes the "
+            "name of its folder. Images with a caption of their own (metadata.jsonl or metadata.csv, or a .txt or "
             ".caption file of their name) keep it; where all have one, it may be left out."
         },
     )
     resolution: int | None = field(
-        default=None, metadata={"help": "Side in pixels that pictures are resized and cropped to; the model's own unless said."}
+        default=None, metadata={"help": "Side in pixels that images are resized and cropped to; the model's own unless said."}
     )
     aspect_ratio_buckets: str | None = field(
         default=None,
         metadata={
-            "help": "Sizes that pictures are brought to instead of one square, as 'height,width;height,width', or auto for a "
+            "help": "Sizes that images are brought to instead of one square, as 'height,width;height,width', or auto for a "
             "range of shapes of about the square's area."
         },
     )
     center_crop: bool = field(
-        default=True, metadata={"help": "Crop the middle of pictures; with --no_center_crop, places drawn at random."}
+        default=True, metadata={"help": "Crop the middle of images; with --no_center_crop, places drawn at random."}
     )
-    crops_per_picture: int = field(default=4, metadata={"help": "With --no_center_crop, different crops of each picture."})
+    crops_per_picture: int = field(default=4, metadata={"help": "With --no_center_crop, different crops of each image."})
     random_flip: bool = field(
-        default=False, metadata={"help": "Mirror pictures at random. Not for subjects with a left and a right, or with writing."}
+        default=False, metadata={"help": "Mirror images at random. Not for subjects with a left and a right, or with writing."}
     )
     size_conditioning: SizeConditioning | None = field(
         default=None,
         metadata={
-            "help": "What SDXL is told of a picture's size and crop: picture, the truth; target, nothing, which is all that the "
+            "help": "What SDXL is told of an image's size and crop: image, the truth; target, nothing, which is all that the "
             "built-in model knows and its default."
         },
     )
     heldout_image: str = field(
         default="auto",
         metadata={
-            "help": "What the loss is measured on: the file name of a picture that is left out of training; leave_one_out, each "
+            "help": "What the loss is measured on: the file name of an image that is left out of training; leave_one_out, each "
             "in turn, in short trainings before the real one; none; or auto: one of five or more, leave_one_out of fewer."
         },
     )
     with_prior_preservation: bool = field(
-        default=False, metadata={"help": "Also train on pictures of the subject's class, so that the model's idea of it stays."}
+        default=False, metadata={"help": "Also train on images of the subject's class, so that the model's idea of it stays."}
     )
     class_prompt: str | None = field(
         default=None,
         metadata={
-            "help": "What class pictures show, as in 'a photo of a dog'; a class_prompt.txt in a subject's folder comes first."
+            "help": "What class images show, as in 'a photo of a dog'; a class_prompt.txt in a subject's folder comes first."
         },
     )
     class_data_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Folder of class pictures; those missing are made by the base model and kept for other runs. In the run's "
+            "help": "Folder of class images; those missing are made by the base model and kept for other runs. In the run's "
             "directory unless said."
         },
     )
-    num_class_images: int = field(default=100, metadata={"help": "Pictures of each class."})
-    prior_loss_weight: float = field(default=1.0, metadata={"help": "How much the loss of class pictures counts."})
-    sample_batch_size: int = field(default=4, metadata={"help": "Class pictures drawn at once."})
+    num_class_images: int = field(default=100, metadata={"help": "Images of each class."})
+    prior_loss_weight: float = field(default=1.0, metadata={"help": "How much the loss of class images counts."})
+    sample_batch_size: int = field(default=4, metadata={"help": "Class images drawn at once."})
     prior_generation_precision: Literal["no", "fp32", "fp16", "bf16"] | None = field(
-        default=None, metadata={"help": "Precision in which class pictures are drawn; that of the training unless said."}
+        default=None, metadata={"help": "Precision in which class images are drawn; that of the training unless said."}
     )
     cache_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Folder for encoded pictures and prompts, which several runs may share; in the run's directory unless said."
+            "help": "Folder for encoded images and prompts, which several runs may share; in the run's directory unless said."
         },
     )
     dataloader_num_workers: int = field(
-        default=0, metadata={"help": "Processes that decode pictures and make batches ahead; 0 for the main one."}
+        default=0, metadata={"help": "Processes that decode images and make batches ahead; 0 for the main one."}
     )
 
     _argument_group_name = "data"
@@ -122,11 +122,11 @@ class DataOptions:
 
 
 def _first_caption(folder: str, class_data_dir: str | None) -> str:
-    """The caption of the first picture in `folder`, for pictures that all have one."""
+    """The caption of the first image in `folder`, for images that all have one."""
     try:
         return find_captioned(folder, None, class_data_dir)[0].prompt
     except InputError as error:
         raise InputError(
-            "Pictures of your own need --instance_prompt, a rare word and a class word, as in 'a photo of sks dog', or a caption "
+            "Images of your own need --instance_prompt, a rare word and a class word, as in 'a photo of sks dog', or a caption "
             f"each. {error}"
         ) from error

@@ -12,10 +12,10 @@ from pipelines.adapter_options import AdapterOptions, fill_in, options_of, unuse
 from pipelines.built_in import BUILT_IN_CLIP_NAME
 from pipelines.errors import InputError
 from pipelines.fewshot.baselines import BASELINES
-from pipelines.fewshot.places import AdapterPlaces
 from pipelines.fewshot.prompts import PHOTO, TEMPLATE_NAMES
 from pipelines.fewshot.sets import SETS
 from pipelines.fewshot.shots import Shots
+from pipelines.fewshot.target_layers import AdapterPlaces
 from pipelines.methods import DEFAULT, REFERENCE, method_named, method_names
 from pipelines.option_checks import above_zero, at_least
 from training.options.command_line import parse_groups
@@ -56,7 +56,7 @@ class ClipOptions:
 
 @dataclass
 class LabelledDataOptions:
-    """The labelled pictures, what is drawn of them, and the words for their classes."""
+    """The labelled images, what is drawn of them, and the words for their classes."""
 
     data_dir: str | None = field(
         default=None,
@@ -84,10 +84,10 @@ class LabelledDataOptions:
         },
     )
     shots: list[str] = field(
-        default_factory=lambda: ["16"], metadata={"help": "Pictures of each class to learn from: numbers, or all."}
+        default_factory=lambda: ["16"], metadata={"help": "Images of each class to learn from: numbers, or all."}
     )
     seeds: list[int] = field(
-        default_factory=lambda: list(range(DEFAULT_SEEDS)), metadata={"help": "Each draws other pictures and starts otherwise."}
+        default_factory=lambda: list(range(DEFAULT_SEEDS)), metadata={"help": "Each draws other images and starts otherwise."}
     )
     test_share: float = field(
         default=0.3, metadata={"help": "Share of each class held out for the test, where the set is not split already."}
@@ -98,15 +98,15 @@ class LabelledDataOptions:
     )
     crop_scale: list[float] = field(
         default_factory=lambda: [0.5, 1.0],
-        metadata={"help": "Least and largest share of a training picture's area that a random crop takes."},
+        metadata={"help": "Least and largest share of a training image's area that a random crop takes."},
     )
     random_flip: bool = field(
-        default=False, metadata={"help": "Mirror training pictures at random. Not for writing, or where left is not right."}
+        default=False, metadata={"help": "Mirror training images at random. Not for writing, or where left is not right."}
     )
     views: int = field(
-        default=4, metadata={"help": "Altered views of each training picture that methods on frozen features learn from."}
+        default=4, metadata={"help": "Altered views of each training image that methods on frozen features learn from."}
     )
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read pictures ahead."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read images ahead."})
 
     _argument_group_name = "data"
 
@@ -192,10 +192,10 @@ class FewShotOptimisationOptions:
     """How adapters are trained."""
 
     iterations_per_shot: int | None = field(
-        default=None, metadata={"help": "Optimisation steps for each picture of a class: 500, and 10 on the built-in model."}
+        default=None, metadata={"help": "Optimisation steps for each image of a class: 500, and 10 on the built-in model."}
     )
     min_train_steps: int = field(default=100, metadata={"help": "Optimisation steps at the least."})
-    train_batch_size: int = field(default=32, metadata={"help": "Pictures a batch on each process."})
+    train_batch_size: int = field(default=32, metadata={"help": "Images a batch on each process."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches an optimisation step."})
     learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate; each adapter method's own unless said."}
@@ -211,7 +211,7 @@ class FewShotOptimisationOptions:
         above_zero(self, "learning_rate", "max_grad_norm")
 
     def steps(self, shots: int) -> int:
-        """Optimisation steps for so many pictures of a class."""
+        """Optimisation steps for so many images of a class."""
         return max(self.min_train_steps, self.iterations_per_shot * shots)
 
 

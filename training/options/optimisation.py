@@ -24,7 +24,7 @@ class OptimisationOptions:
     """How the adapter is trained."""
 
     max_train_steps: int = field(default=400, metadata={"help": "Optimisation steps."})
-    train_batch_size: int = field(default=4, metadata={"help": "Pictures a batch on each process."})
+    train_batch_size: int = field(default=4, metadata={"help": "Images a batch on each process."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches an optimisation step."})
     learning_rate: float | None = field(
         default=None,
@@ -62,10 +62,10 @@ class OptimisationOptions:
     snr_gamma: float | None = field(default=None, metadata={"help": "Gamma of min-SNR weighting, such as 5; none unless said."})
     noise_offset: float = field(
         default=0.0,
-        metadata={"help": "Deviation of an offset of each channel's noise, such as 0.05, for very dark or bright pictures."},
+        metadata={"help": "Deviation of an offset of each channel's noise, such as 0.05, for very dark or bright images."},
     )
     do_edm_style_training: bool = field(
-        default=False, metadata={"help": "Train on the error of the denoised picture, as EDM does; models made as EDM always do."}
+        default=False, metadata={"help": "Train on the error of the denoised image, as EDM does; models made as EDM always do."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of everything that is drawn."})
 

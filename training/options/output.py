@@ -22,7 +22,7 @@ class RunOptions:
     checkpointing_steps: int = field(default=100, metadata={"help": "Steps between two checkpoints."})
     checkpoints_total_limit: int = field(default=2, metadata={"help": "How many checkpoints are kept."})
     report_to: Literal["tensorboard", "wandb", "none"] = field(
-        default="tensorboard", metadata={"help": "Where metrics and pictures go besides the run's directory."}
+        default="tensorboard", metadata={"help": "Where metrics and images go besides the run's directory."}
     )
 
     def __post_init__(self) -> None:
@@ -36,9 +36,9 @@ class OutputOptions(RunOptions):
     """What is written while training and after it."""
 
     validation_prompt: list[str] | None = field(
-        default=None, metadata={"help": "Prompts of the pictures made before, during and after training; new scenes unless said."}
+        default=None, metadata={"help": "Prompts of the images made before, during and after training; new scenes unless said."}
     )
-    validation_steps: int = field(default=200, metadata={"help": "Steps between two sets of pictures."})
+    validation_steps: int = field(default=200, metadata={"help": "Steps between two sets of images."})
     dry_run: bool = field(
         default=False,
         metadata={"help": "Do three real steps, tell what the whole run takes, and stop. Every run begins with this."},

@@ -24,19 +24,17 @@ class PretrainOptions:
     scenes: int = field(default=24_000, metadata={"help": "Rendered scenes in the corpus."})
     scene_share: float = field(default=0.8, metadata={"help": "Share of rendered scenes in a batch."})
     vae_steps: int = field(default=3000, metadata={"help": "Optimisation steps of the autoencoder."})
-    vae_batch_size: int = field(default=8, metadata={"help": "Pictures a step of the autoencoder."})
+    vae_batch_size: int = field(default=8, metadata={"help": "Images a step of the autoencoder."})
     vae_learning_rate: float = field(default=1.5e-3, metadata={"help": "Peak learning rate of the autoencoder."})
     unet_steps: int = field(default=10_000, metadata={"help": "Optimisation steps of the UNet and text encoders."})
-    unet_batch_size: int = field(default=32, metadata={"help": "Pictures a step of the UNet."})
+    unet_batch_size: int = field(default=32, metadata={"help": "Images a step of the UNet."})
     unet_learning_rate: float = field(default=7e-4, metadata={"help": "Peak learning rate of the UNet and text encoders."})
     sample_steps: int = field(default=500, metadata={"help": "Steps between two contact sheets of the UNet in training."})
     clip_steps: int = field(default=10_000, metadata={"help": "Optimisation steps of the built-in CLIP."})
-    clip_batch_size: int = field(default=48, metadata={"help": "Pictures a step of the built-in CLIP."})
+    clip_batch_size: int = field(default=48, metadata={"help": "Images a step of the built-in CLIP."})
     clip_learning_rate: float = field(default=1.5e-3, metadata={"help": "Peak learning rate of the built-in CLIP."})
     clip_scene_share: float = field(default=0.15, metadata={"help": "Share of rendered scenes in a batch of the built-in CLIP."})
-    score_steps: int = field(
-        default=500, metadata={"help": "Steps between two scores of the built-in CLIP on held-out pictures."}
-    )
+    score_steps: int = field(default=500, metadata={"help": "Steps between two scores of the built-in CLIP on held-out images."})
     mixed_precision: str = field(
         default="no", metadata={"help": "'no' or 'bf16': bf16 is 1.6 times as fast on CPUs that have it."}
     )

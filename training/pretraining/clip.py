@@ -26,7 +26,7 @@ from training.engine.checkpoints import load_checkpoint
 from training.engine.loop import LoopOptions, Periodic, Trainable
 from training.options.pretraining import PretrainOptions
 from training.pretraining.clip_card import ClipFacts, write_clip_card
-from training.pretraining.stages import Sampler, newest_step, train_here, warmup_stable_decay
+from training.pretraining.stages import PretrainingSampler, newest_step, train_here, warmup_stable_decay
 from training.runs.record import list_checkpoints
 from training.runs.run import RunDirectory
 
@@ -43,9 +43,9 @@ class ClipData:
     """The corpus as CLIP is trained and judged on it.
 
     Args:
-        scenes: what the first `len(scenes)` pictures of `training` show.
+        scenes: what the first `len(scenes)` images of `training` show.
         training: rendered scenes, then photographs.
-        labels: (len(training),) the class of each picture, -1 for scenes.
+        labels: (len(training),) the class of each image, -1 for scenes.
         held_out, held_out_labels: a tenth of every class's photographs.
         names: of the classes, such as "a teapot".
         tokenizer: spells all captions.
@@ -82,7 +82,7 @@ def clip_data(options: PretrainOptions, corpus: Corpus) -> ClipData:
         part(photos, held_out),
         labels[held_out],
         [name.removeprefix(A_PHOTO) for name in names],
-        reduced_tokenizer([PROMPT_WORDS, "thing close picture", *corpus.captions]),
+        reduced_tokenizer([PROMPT_WORDS, "thing close image", *corpus.captions]),
     )
 
 
@@ -91,7 +91,7 @@ class ClipBatches:
 
     def __init__(self, options: PretrainOptions, data: ClipData) -> None:
         self.data, self.count = data, options.clip_batch_size
-        self.sampler = Sampler(data.training, options.scenes, options.clip_scene_share, options.seed)
+        self.sampler = PretrainingSampler(data.training, options.scenes, options.clip_scene_share, options.seed)
         self.tokens_of = lru_cache(maxsize=100_000)(self._tokens_of)
 
     def _tokens_of(self, caption: str) -> torch.Tensor:
@@ -162,7 +162,7 @@ def train_clip(options: PretrainOptions, corpus: Corpus) -> None:
 
 @torch.no_grad()
 def estimate_normalisation(module: nn.Module, batches: list[torch.Tensor]) -> None:
-    """Measure the statistics of all batch normalisations over `batches` of pictures, which no checkpoint holds."""
+    """Measure the statistics of all batch normalisations over `batches` of images, which no checkpoint holds."""
     normalisations = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
     momenta = [layer.momentum for layer in normalisations]
     for layer in normalisations:
@@ -177,10 +177,10 @@ def estimate_normalisation(module: nn.Module, batches: list[torch.Tensor]) -> No
 
 
 def trained_clip(options: PretrainOptions, data: ClipData) -> ClassNameLoss:
-    """The model of the newest checkpoint, with statistics of the pictures it was trained on."""
+    """The model of the newest checkpoint, with statistics of the images it was trained on."""
     loss = new_loss(options, data)
     load_checkpoint(list_checkpoints(Path(options.output_dir) / "clip" / "checkpoints")[-1], loss)
-    sampler = Sampler(data.training, options.scenes, options.clip_scene_share, options.seed)
+    sampler = PretrainingSampler(data.training, options.scenes, options.clip_scene_share, options.seed)
     estimate_normalisation(loss.model.visual, [sampler.draw(index, options.clip_batch_size)[0] for index in range(40)])
     return loss
 
@@ -197,7 +197,7 @@ def export_clip(options: PretrainOptions, corpus: Corpus) -> None:
     steps = newest_step(Path(options.output_dir) / "clip")
     facts = ClipFacts(
         parameters=sum(p.numel() for p in model.parameters()),
-        picture_parameters=sum(p.numel() for p in model.visual.parameters()),
+        image_parameters=sum(p.numel() for p in model.visual.parameters()),
         vocabulary=len(data.tokenizer),
         photos=len(data.training) - options.scenes,
         held_out_photos=len(data.held_out),
@@ -206,12 +206,12 @@ def export_clip(options: PretrainOptions, corpus: Corpus) -> None:
         share=options.clip_scene_share,
         steps=steps,
         batch=options.clip_batch_size,
-        pictures=steps * options.clip_batch_size,
+        images=steps * options.clip_batch_size,
         rate=options.clip_learning_rate,
         precision=options.mixed_precision,
         held_out=held_out_accuracy(model, data.held_out, data.held_out_labels, loss.names),
         zero_shot=scene_accuracies(
-            model, to_pixels(unseen.pictures), corpus_scenes(UNSEEN_SCENES, options.seed + 1), data.tokenizer
+            model, to_pixels(unseen.images), corpus_scenes(UNSEEN_SCENES, options.seed + 1), data.tokenizer
         ),
         note=options.card_note,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.mini_clip_scores import ZeroShot
+from pipelines.mini_clip_scores import ZeroShotScores
 
 CARD = """---
 library_name: open_clip
@@ -17,8 +17,8 @@ license_link: https://www.image-net.org/download.php
 
 # mini-clip
 
-A real open_clip model of 64 x 64 pixel pictures, trained from nothing, small enough for a CPU: the default model of NoRA Vision's
-classifier, its tests and its demonstrations. {parameters:,} parameters, of which {picture_parameters:,} are the picture tower's:
+A real open_clip model of 64 x 64 pixel images, trained from nothing, small enough for a CPU: the default model of NoRA Vision's
+classifier, its tests and its demonstrations. {parameters:,} parameters, of which {picture_parameters:,} are the image tower's:
 timm's MaxViT with convolutions down to 8 x 8 places and three layers of attention over these. The tokenizer is CLIP's,
 reduced to {vocabulary:,} tokens; it spells any word.
 
@@ -38,10 +38,10 @@ tokenizer = open_clip.get_tokenizer("local-dir:assets/mini-clip")
 {note}
 ## How long
 
-{steps:,} steps of {batch} pictures ({pictures:,} pictures seen), AdamW with a peak rate of {rate:g} that falls to zero in the
+{steps:,} steps of {batch} images ({images:,} images seen), AdamW with a peak rate of {rate:g} that falls to zero in the
 last steps, label smoothing 0.1, photographs zoomed, shifted, turned, mirrored and lit otherwise, {precision}.
 
-The command, which trains it on other pictures as well: `PHOTOS` holds zips of `<class id>/<picture>` and a classes.json that
+The command, which trains it on other images as well: `PHOTOS` holds zips of `<class id>/<picture>` and a classes.json that
 names the classes.
 
 ```bash
@@ -61,7 +61,7 @@ Measured on the weights as they lie here, in half precision.
 
 - Anything that needs more than 64 x 64 pixels.
 - Words beyond its class names and scenes: they are spelled in pieces whose meaning it never learned. Classes of your own are
-  learned from pictures, not named out of the blue.
+  learned from images, not named out of the blue.
 """
 
 ASKED = {"kind": "what a rendered scene shows", "colour": "its colour", "background": "its place"}
@@ -72,7 +72,7 @@ class ClipFacts:
     """The figures that the card of the built-in CLIP states; most fill the placeholder of their name in `CARD`."""
 
     parameters: int
-    picture_parameters: int
+    image_parameters: int
     vocabulary: int
     photos: int
     held_out_photos: int
@@ -81,11 +81,11 @@ class ClipFacts:
     share: float
     steps: int
     batch: int
-    pictures: int
+    images: int
     rate: float
     precision: str
     held_out: float
-    zero_shot: dict[str, ZeroShot]
+    zero_shot: dict[str, ZeroShotScores]
     note: str
 
     def placeholders(self) -> dict[str, object]:

@@ -15,7 +15,7 @@ license_link: https://www.image-net.org/download.php
 
 # mini-sdxl
 
-A real `StableDiffusionXLPipeline` of 64 x 64 pixel pictures, trained from nothing, small enough for a CPU: the default model of
+A real `StableDiffusionXLPipeline` of 64 x 64 pixel images, trained from nothing, small enough for a CPU: the default model of
 NoRA Vision, its tests and its demonstrations. It speaks SDXL's code path (two CLIP text encoders, `text_time` conditioning,
 `AutoencoderKL`), so that what works here works with SDXL by another `--pretrained_model_name_or_path`.
 
@@ -35,9 +35,9 @@ NoRA Vision, its tests and its demonstrations. It speaks SDXL's code path (two C
 
 ## How long
 
-- Autoencoder: {vae_steps:,} steps of {vae_batch} pictures. Its latent space is a closed form, the first 8 principal components
-  of 4 x 4 patches (`PatchBasis`); the encoder learns it, the decoder learns to restore pictures from it.
-- UNet and text encoders together: {unet_steps:,} steps of {unet_batch} pictures ({unet_pictures:,} pictures seen), AdamW with a
+- Autoencoder: {vae_steps:,} steps of {vae_batch} images. Its latent space is a closed form, the first 8 principal components
+  of 4 x 4 patches (`PatchBasis`); the encoder learns it, the decoder learns to restore images from it.
+- UNet and text encoders together: {unet_steps:,} steps of {unet_batch} images ({unet_images:,} images seen), AdamW with a
   peak rate of {rate:g} that falls to zero in the last steps, v-prediction down to zero signal, min-SNR weighting, {precision}.
 
 The command:
@@ -72,7 +72,7 @@ class CardFacts:
     vae_batch: int
     unet_steps: int
     unet_batch: int
-    unet_pictures: int
+    unet_images: int
     rate: float
     precision: str
     command: str

@@ -19,7 +19,7 @@ from training.runs.record import list_checkpoints
 from training.runs.run import RunDirectory
 
 
-class Sampler:
+class PretrainingSampler:
     """Draws batches from rendered scenes and photographs; batch k is a function of the seed and k alone."""
 
     def __init__(self, corpus: Corpus, scenes: int, scene_share: float, seed: int) -> None:
@@ -32,10 +32,10 @@ class Sampler:
         from_scenes = rng.random(count) < self.scene_share
         photo = rng.integers(0, max(1, len(self.corpus) - self.scenes), count)
         chosen = np.where(from_scenes, rng.integers(0, self.scenes, count), self.scenes + photo)
-        pictures = self.corpus.pictures[chosen]
+        images = self.corpus.images[chosen]
         mirrored = (rng.random(count) < 0.5) & self.corpus.mirrorable[chosen]
-        pictures[mirrored] = pictures[mirrored][:, :, ::-1]
-        return to_pixels(pictures), chosen, rng
+        images[mirrored] = images[mirrored][:, :, ::-1]
+        return to_pixels(images), chosen, rng
 
 
 def load_corpus(options: PretrainOptions) -> Corpus:
@@ -47,7 +47,7 @@ def load_corpus(options: PretrainOptions) -> Corpus:
     else:
         scenes = rendered_corpus(options.scenes, RESOLUTION, options.seed)
         cache.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(cache, pictures=scenes.pictures, captions=np.asarray(scenes.captions), mirrorable=scenes.mirrorable)
+        np.savez(cache, images=scenes.images, captions=np.asarray(scenes.captions), mirrorable=scenes.mirrorable)
     return join(scenes, photo_corpus(Path(options.photos_dir), RESOLUTION)) if options.photos_dir else scenes
 
 

@@ -1,4 +1,4 @@
-"""Where a run comes from: hashes of pictures, base model and code, versions, seeds, command and device."""
+"""Where a run comes from: hashes of images, base model and code, versions, seeds, command and device."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def write_provenance(
     options: dict[str, Any],
     base_model: dict[str, Any],
     device: torch.device,
-    pictures: Mapping[str, list[dict[str, str]]],
+    images: Mapping[str, list[dict[str, str]]],
     seed: int | list[int],
 ) -> None:
     """Write provenance.json into the run's directory.
@@ -134,11 +134,11 @@ def write_provenance(
     Args:
         options: resolved, by group.
         base_model: its name and the hashes of its weights.
-        pictures: name and hash of each, by what was done with them: learned from, left out and measured on.
+        images: name and hash of each, by what was done with them: learned from, left out and measured on.
         seed: of everything drawn, or one for each repetition.
     """
     record = {
-        **pictures,
+        **images,
         "base_model": base_model,
         "code": code_identity(),
         "versions": library_versions(),
@@ -159,7 +159,7 @@ def without_secrets(record: dict[str, Any]) -> dict[str, Any]:
             "name": model["name"] if model["public"] else None,
             "files": model["files"] if model["public"] else sorted(model["files"].values()),
         },
-        "pictures": [{"sha256": picture["sha256"]} for picture in record["pictures"]],
-        "heldout": [{"sha256": picture["sha256"]} for picture in record["heldout"]],
+        "pictures": [{"sha256": image["sha256"]} for image in record["pictures"]],
+        "heldout": [{"sha256": image["sha256"]} for image in record["heldout"]],
         **{name: record[name] for name in ("code", "versions", "seed", "device")},
     }

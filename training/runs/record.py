@@ -1,4 +1,4 @@
-"""What a run's directory says, read without loading any model library: status, metrics, pictures, and whether it is at work."""
+"""What a run's directory says, read without loading any model library: status, metrics, images, and whether it is at work."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ class RunRecord:
 
     @property
     def samples(self) -> Path:
-        """Pictures made while training."""
+        """Images made while training."""
         return self.path / "samples"
 
     @property
     def subject(self) -> Path:
-        """Some of the pictures that are trained on, as the model sees them."""
+        """Some of the images that are trained on, as the model sees them."""
         return self.samples / "subject"
 
     def samples_at(self, step: int) -> Path:
-        """The folder of the pictures made after `step` steps, one a prompt; 0 is the base model."""
+        """The folder of the images made after `step` steps, one a prompt; 0 is the base model."""
         return self.samples / f"step-{step:07d}"
 
     @property

@@ -15,7 +15,7 @@ from PIL import Image
 
 from training.runs.durable import DiskFullError, free_bytes, is_disk_full, write_text_atomically
 from training.runs.record import METRICS, OPTIONS, RunRecord, list_checkpoints, update_status
-from training.runs.tracking import log_picture
+from training.runs.tracking import log_image
 
 RESERVE, RESERVED_BYTES = ".reserve", 1 << 16
 
@@ -27,7 +27,7 @@ class RunDirectory(RunRecord):
     Args:
         path: the directory.
         writes: False on all processes of a run but the main one, which then write nothing.
-        trackers: what else all metrics and pictures are handed to.
+        trackers: what else all metrics and images are handed to.
     """
 
     writes: bool = True
@@ -57,13 +57,13 @@ class RunDirectory(RunRecord):
         for tracker in self.trackers:
             tracker.log(values, step=step)
 
-    def save_picture(self, step: int, picture: Image.Image, name: str = "samples") -> None:
-        """Save a picture made at `step` as samples/step-<step>.png, and hand it to the trackers as `name`."""
+    def save_image(self, step: int, image: Image.Image, name: str = "samples") -> None:
+        """Save an image made at `step` as samples/step-<step>.png, and hand it to the trackers as `name`."""
         if not self.writes:
             return
-        picture.save(self.samples / f"step-{step:07d}.png")
+        image.save(self.samples / f"step-{step:07d}.png")
         for tracker in self.trackers:
-            log_picture(tracker, name, picture, step)
+            log_image(tracker, name, image, step)
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop the lines of steps after `step`, which a resumed run is about to write again."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from training.runs.record import RunRecord
 
 FOLDER = "requests"
-# Draw the sample pictures now; write a checkpoint now.
+# Draw the sample images now; write a checkpoint now.
 SAMPLE, SAVE = "sample", "save"
 ASKED = (SAMPLE, SAVE)
 # The signal does it; the file says, when the process could not, that its end was asked for.

@@ -1,4 +1,4 @@
-"""Trackers: where a run's metrics and pictures go besides its own directory. They are accelerate's."""
+"""Trackers: where a run's metrics and images go besides its own directory. They are accelerate's."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def start_tracker(name: str, run: Path, first_step: int, writes: bool = True) ->
     return [tracker]
 
 
-def log_picture(tracker: GeneralTracker, name: str, picture: Image.Image, step: int) -> None:
-    """Hand one picture to a tracker."""
-    pixels = np.asarray(picture.convert("RGB"))
+def log_image(tracker: GeneralTracker, name: str, image: Image.Image, step: int) -> None:
+    """Hand one image to a tracker."""
+    pixels = np.asarray(image.convert("RGB"))
     # TensorBoard takes channels first unless told; wandb takes them last.
     more = {"dataformats": "NHWC"} if tracker.name == TENSORBOARD else {}
     tracker.log_images({name: pixels[None]}, step=step, **more)

@@ -26,7 +26,7 @@ from training.subject.kohya_lint import lint_kohya
 CERTIFICATE = "certificate.json"
 STOCK_PROGRAM = Path(__file__).parent / "stock_check.py"
 LEVELS = 255
-# Of an 8-bit picture, where both sides compute in float32.
+# Of an 8-bit image, where both sides compute in float32.
 LARGEST_DIFFERENCE = 1.0
 # In half precision both sides round differently: their mean difference against the adapter's own mean effect.
 LARGEST_SHARE = 0.25
@@ -68,8 +68,8 @@ class Certificate:
 
     Args:
         passed: whether all of it holds.
-        largest_difference, mean_difference: for each file, between stock diffusers' pictures and the trained pipeline's.
-        effect, mean_effect: the largest and the mean change that the adapter makes to the base model's pictures.
+        largest_difference, mean_difference: for each file, between stock diffusers' images and the trained pipeline's.
+        effect, mean_effect: the largest and the mean change that the adapter makes to the base model's images.
         kohya_findings: what A1111 or ComfyUI would misread.
         problems: all that failed, in words.
         prompts, sampling, dtype, device: what was drawn, and how.
@@ -103,7 +103,7 @@ def certify(
     The result goes to certificate.json in `folder`, good or bad. diffusers leaves the lengths of rows out of a DoRA's kohya file
     (`dora_scale`): that file is loaded as any other program's, and what was loaded is what diffusers draws with.
 
-    Raises: CertificateError naming what failed: pictures that differ, an adapter without any effect, a file that stock
+    Raises: CertificateError naming what failed: images that differ, an adapter without any effect, a file that stock
         diffusers cannot load, or a kohya file that A1111 or ComfyUI would misread.
     """
     files = {format: exported_file(folder / format) for format in ("diffusers", "kohya")}
@@ -135,14 +135,14 @@ def _drawn_by_stock(
     seeds: Sequence[int],
     settings: dict[str, Any],
 ) -> tuple[dict[str, torch.Tensor], str, str]:
-    """Stock diffusers' pictures (prompts, height, width, 3) by "base" and file, and the dtype and device of `pipeline`."""
+    """Stock diffusers' images (prompts, height, width, 3) by "base" and file, and the dtype and device of `pipeline`."""
     dtype, device = str(pipeline.unet.dtype).removeprefix("torch."), str(pipeline.device)
     if pipeline.device.type != "cpu":
-        # Two SDXL models side by side fit few GPUs, and the trained one has drawn its last picture.
+        # Two SDXL models side by side fit few GPUs, and the trained one has drawn its last image.
         pipeline.to("cpu")
         torch.cuda.empty_cache()
     request = {"model": asdict(model), "dtype": dtype, "device": device, "prompts": list(prompts), "seeds": list(seeds)}
-    return _stock_pictures({**request, "sampling": settings, "files": files}), dtype, device
+    return _stock_images({**request, "sampling": settings, "files": files}), dtype, device
 
 
 def _in_diffusers_form(pipeline: StableDiffusionXLPipeline, file: Path, folder: Path) -> Path:
@@ -187,18 +187,18 @@ def _call_arguments(sampling: Sampling) -> dict[str, Any]:
 def _draw(
     pipeline: StableDiffusionXLPipeline, prompts: Sequence[str], seeds: Sequence[int], settings: dict[str, Any]
 ) -> torch.Tensor:
-    """Pictures (prompts, height, width, 3) in [0, 1], one at a time, as the stock process draws them."""
+    """Images (prompts, height, width, 3) in [0, 1], one at a time, as the stock process draws them."""
     for component in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
         component.eval()
     drawn = [
         pipeline(prompt, generator=torch.Generator().manual_seed(seed), output_type="np", **settings).images[0]
         for prompt, seed in zip(prompts, seeds, strict=True)
     ]
-    return torch.stack([torch.from_numpy(picture).float() for picture in drawn])
+    return torch.stack([torch.from_numpy(image).float() for image in drawn])
 
 
-def _stock_pictures(request: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """What the stock program draws for `request`: pictures by "base", "diffusers" and "kohya"."""
+def _stock_images(request: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What the stock program draws for `request`: images by "base", "diffusers" and "kohya"."""
     with tempfile.TemporaryDirectory() as folder:
         target, asked = Path(folder) / "pictures.safetensors", Path(folder) / "request.json"
         asked.write_text(json.dumps({**request, "pictures": str(target)}), encoding="utf-8")
@@ -221,13 +221,13 @@ def _judge(
     dtype: str,
     device: str,
 ) -> Certificate:
-    """Compare the trained pipeline's pictures (prompts, height, width, 3) with the stock one's."""
+    """Compare the trained pipeline's images (prompts, height, width, 3) with the stock one's."""
     changes = LEVELS * (stock["diffusers"] - stock["base"]).abs()
     effect, mean_effect = changes.max().item(), changes.mean().item()
-    apart = {name: LEVELS * (pictures - native).abs() for name, pictures in stock.items() if name != "base"}
+    apart = {name: LEVELS * (images - native).abs() for name, images in stock.items() if name != "base"}
     problems = [f"the kohya file: {finding}" for finding in findings]
     if effect == 0:
-        problems.append("the adapter changes no picture at all")
+        problems.append("the adapter changes no image at all")
     for name, difference in apart.items():
         problems += _too_far_apart(name, difference, mean_effect, dtype)
     return Certificate(
@@ -246,10 +246,10 @@ def _judge(
 
 
 def _too_far_apart(name: str, difference: torch.Tensor, mean_effect: float, dtype: str) -> list[str]:
-    """What is wrong with pictures that are `difference` (prompts, height, width, 3) apart: a sentence, or none."""
+    """What is wrong with images that are `difference` (prompts, height, width, 3) apart: a sentence, or none."""
     largest, share = difference.max().item(), difference.mean().item() / max(mean_effect, 1e-12)
     if dtype == "float32" and not largest <= LARGEST_DIFFERENCE:
-        return [f"the {name} file's pictures are up to {largest:.1f} levels of 255 off, 1 is allowed"]
+        return [f"the {name} file's images are up to {largest:.1f} levels of 255 off, 1 is allowed"]
     if dtype != "float32" and not share <= LARGEST_SHARE:
-        return [f"the {name} file's pictures are off by {share:.0%} of the adapter's effect, 25% is allowed"]
+        return [f"the {name} file's images are off by {share:.0%} of the adapter's effect, 25% is allowed"]
     return []

@@ -1,4 +1,4 @@
-"""What comes after training: export, suggestion, certificate, pictures side by side, model card."""
+"""What comes after training: export, suggestion, certificate, images side by side, model card."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from torch import nn
 
 from pipelines.adapter_method import ADAPTER_NAME, trained_parameters
 from pipelines.built_in import model_path
-from pipelines.pictures import labelled_grid
+from pipelines.images import labelled_grid
 from pipelines.subject import adapters
 from pipelines.subject.base_model import load_base_model
 from pipelines.subject.generate import Sampling
-from pipelines.subject.scores import Judge
+from pipelines.subject.scores import ImageScorer
 from training.options import SubjectOptions
 from training.runs.card_text import CARD
 from training.runs.run import RunDirectory
 from training.subject.certificate import StockModel, certify
-from training.subject.judging import suggest_for, write_suggestion
+from training.subject.checkpoint_selection import Suggestion, to_draw
+from training.subject.image_scoring import suggest_for, write_suggestion
 from training.subject.measured import adapter_at, heldout_curve, kept_steps, sample_scores
 from training.subject.model_card import GRID, write_model_card
 from training.subject.publishing import assemble, push_to_hub
-from training.subject.samples import Sampler
-from training.subject.suggesting import Suggestion, to_draw
-from training.subject.watching import log_scores
+from training.subject.samples import ValidationSampler
+from training.subject.validation import log_scores
 
 logger = get_logger(__name__)
 SUGGESTED = "suggested"
@@ -44,22 +44,22 @@ class Trained:
 
     Args:
         components: what of the pipeline is adapted.
-        sampler: draws a picture for each validation prompt with the pipeline as it is.
-        judge: scores those pictures.
-        shown, before: training pictures, of which as many are shown as there are of the others: what the base model drew.
-        resolution: side of the pictures in pixels.
-        pictures: how many were trained on.
+        sampler: draws an image for each validation prompt with the pipeline as it is.
+        judge: scores those images.
+        shown, before: training images, of which as many are shown as there are of the others: what the base model drew.
+        resolution: side of the images in pixels.
+        images: how many were trained on.
         began: by the monotonic clock, in seconds.
     """
 
     pipeline: StableDiffusionXLPipeline
     components: dict[str, nn.Module]
-    sampler: Sampler
-    judge: Judge
+    sampler: ValidationSampler
+    judge: ImageScorer
     shown: Sequence[Image.Image]
     before: Sequence[Image.Image]
     resolution: int
-    pictures: int
+    images: int
     began: float
 
 
@@ -85,11 +85,11 @@ def finish(run: RunDirectory, trained: Trained, options: SubjectOptions) -> None
         certify_run(run, trained, options)
     numbers = sum(parameter.numel() for parameter in trained_parameters(trained.components))
     run.update_status(trained_numbers=numbers, suggested_step=suggestion.step, seconds=round(time.monotonic() - trained.began, 1))
-    write_model_card(run, options, trained.pictures)
+    write_model_card(run, options, trained.images)
     logger.info(f"{numbers:,} trained numbers, in {(time.monotonic() - trained.began) / 60:.1f} min. Look at {run.path / GRID}.")
     logger.info(f"The adapter is in {run.path / 'diffusers'} and {run.path / 'kohya'}; all else is told by {run.path / CARD}.")
     if options.judging.private or options.judging.push_to_hub:
-        folder = assemble(run, options, trained.pictures, public_grid(rows, options))
+        folder = assemble(run, options, trained.images, public_grid(rows, options))
         if options.judging.push_to_hub:
             run.update_status(phase="uploading")
             run.update_status(published=push_to_hub(folder, options.judging, title_of(run, options)))
@@ -101,7 +101,7 @@ def title_of(run: RunDirectory, options: SubjectOptions) -> str:
 
 
 def public_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], options: SubjectOptions) -> Image.Image:
-    """The pictures for the published card: all, or without the subject's own and the words."""
+    """The images for the published card: all, or without the subject's own and the words."""
     prompts = options.output.validation_prompt
     if not options.judging.private:
         return labelled_grid(rows, prompts)
@@ -139,15 +139,15 @@ def suggested_rows(
     suggestion: Suggestion,
     drawn: list[Image.Image] | None = None,
 ) -> list[tuple[str, list[Image.Image]]]:
-    """Export the suggested adapter to `suggested/`, unless it is the last one, and have its pictures: those `drawn`, or now."""
+    """Export the suggested adapter to `suggested/`, unless it is the last one, and have its images: those `drawn`, or now."""
     kept = adapter_at(run, suggestion.step)
     if suggestion.step == suggestion.last or not kept.is_dir():
         return []
     title = f"{title_of(run, options)}-step-{suggestion.step}"
     with kept_adapter(trained.pipeline, kept):
         adapters.save_everywhere(trained.pipeline, trained.components, run.path / SUGGESTED, title, SUGGESTED)
-        pictures = drawn or trained.sampler.draw()
-    return [(f"suggested, step {suggestion.step}", pictures)]
+        images = drawn or trained.sampler.draw()
+    return [(f"suggested, step {suggestion.step}", images)]
 
 
 def certify_run(run: RunDirectory, trained: Trained, options: SubjectOptions) -> None:

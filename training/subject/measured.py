@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 
 from training.runs.record import RunRecord
-from training.subject.suggesting import Point, StepScores
+from training.subject.checkpoint_selection import Point, StepScores
 
 ADAPTERS, FOLDS = "adapters", "folds"
 KEPT_AT = "step-"

@@ -18,16 +18,16 @@ from training.options import NEW_SCENES, SubjectOptions
 from training.runs.card_text import CARD, as_text, portable_name
 from training.runs.durable import write_text_atomically
 from training.runs.run import RunDirectory
-from training.subject.suggesting import COPY_THRESHOLD
+from training.subject.checkpoint_selection import COPY_THRESHOLD
 
 GRID = "before_after.png"
 EXPORTED = ("adapter", "diffusers", "kohya", "suggested")
 TAGS = ("stable-diffusion-xl", "stable-diffusion-xl-diffusers", "text-to-image", "diffusers", "lora", "dreambooth")
-SCORES = """Samples, scored by {judge}: means of their likeness to the training pictures and of following their prompts, the most
-of their likeness to a single training picture (a copy from {limit:.3f} on) and of their thumbnails' correlation with one (a
+SCORES = """Samples, scored by {judge}: means of their likeness to the training images and of following their prompts, the most
+of their likeness to a single training image (a copy from {limit:.3f} on) and of their thumbnails' correlation with one (a
 copy from {threshold:.2f} on). Compare within this table only.
 
-| step | subject | prompt | nearest picture | thumbnail | held-out loss |
+| step | subject | prompt | nearest image | thumbnail | held-out loss |
 |---|---|---|---|---|---|
 {rows}"""
 # Read in the sources of these programs.
@@ -36,7 +36,7 @@ BODY = """---
 ---
 # {title}
 
-A {method} adapter of `{model}`: {steps} steps of {batch} pictures on {pictures} pictures of the subject, learning rate {rate},
+A {method} adapter of `{model}`: {steps} steps of {batch} images on {images} images of the subject, learning rate {rate},
 {trained:,} trained numbers, {seconds:.0f} seconds.{options}
 
 ![{alt}]({grid})
@@ -55,12 +55,12 @@ pipe({prompt_literal}).images[0]
 """
 
 
-def write_model_card(run: RunDirectory, options: SubjectOptions, pictures: int) -> None:
-    """Write README.md into the directory of a finished run that trained on `pictures` pictures."""
-    write_text_atomically(run.path / CARD, model_card(run, options, pictures))
+def write_model_card(run: RunDirectory, options: SubjectOptions, images: int) -> None:
+    """Write README.md into the directory of a finished run that trained on `images` images."""
+    write_text_atomically(run.path / CARD, model_card(run, options, images))
 
 
-def model_card(run: RunDirectory, options: SubjectOptions, pictures: int, private: bool = False) -> str:
+def model_card(run: RunDirectory, options: SubjectOptions, images: int, private: bool = False) -> str:
     """The card as Markdown behind a YAML header.
 
     Args:
@@ -77,12 +77,12 @@ def model_card(run: RunDirectory, options: SubjectOptions, pictures: int, privat
         model=as_text(model) if "`" in model else model,
         steps=how.max_train_steps,
         batch=how.train_batch_size * how.gradient_accumulation_steps,
-        pictures=pictures,
+        images=images,
         rate=f"{how.learning_rate:g}",
         trained=status["trained_numbers"],
         seconds=status["seconds"],
         options="" if private else " The resolved options are in options.json.",
-        alt=f"the base model's pictures and the adapted model's, for the same prompts and seeds{shown}",
+        alt=f"the base model's images and the adapted model's, for the same prompts and seeds{shown}",
         grid=GRID,
         findings="".join(
             f"\n{finding}\n"
@@ -138,7 +138,7 @@ def _findings(run: RunDirectory, judge: str) -> list[str]:
     losses = [line["heldout_loss"] for line in run.metrics() if "heldout_loss" in line]
     if losses:
         before, after = losses[0], losses[-1]
-        found.append(f"Mean denoising loss in the middle of the held-out picture: {before:.4f} before, {after:.4f} after.")
+        found.append(f"Mean denoising loss in the middle of the held-out image: {before:.4f} before, {after:.4f} after.")
     if suggestion := _read(run.path / "suggestion.json"):
         found += _suggested(suggestion, judge)
     if certificate := _read(run.path / "certificate.json"):
@@ -162,7 +162,7 @@ def _certified(certificate: dict[str, Any]) -> str:
     converted = " The kohya file was put into diffusers' form first." if certificate.get("converted") else ""
     largest = max(certificate["largest_difference"].values())
     return (
-        "Certified: stock diffusers, without this project, draws the same pictures from the diffusers and the kohya file, at "
+        "Certified: stock diffusers, without this project, draws the same images from the diffusers and the kohya file, at "
         f"most {largest:.2f} of 255 levels apart. The adapter changes the base model's by up to {certificate['effect']:.0f}."
         f"{converted}"
     )

@@ -1,4 +1,4 @@
-"""What a subject's training needs before it can start: pictures examined, divided and encoded, those of the class made."""
+"""What a subject's training needs before it can start: images examined, divided and encoded, those of the class made."""
 
 from __future__ import annotations
 
@@ -17,40 +17,40 @@ from pipelines.buckets import AUTOMATIC, Size, automatic_buckets, parse_buckets,
 from pipelines.cache import TensorCache
 from pipelines.subject.adapters import without_adapters
 from pipelines.subject.captions import class_prompts, find_captioned
-from pipelines.subject.data import Picture
-from pipelines.subject.doctor import Report, examine
-from pipelines.subject.encoding import EncodedPictures, Encoder, Framing
+from pipelines.subject.data import TrainingImage
+from pipelines.subject.encoding import CachedLatents, CropConfig, LatentEncoder
 from pipelines.subject.evaluation import choose_heldout
 from pipelines.subject.generate import Sampling, generate
-from pipelines.subject.prior import ClassPictures, in_sizes
+from pipelines.subject.image_checks import ImageCheckReport, examine
+from pipelines.subject.prior import ClassImages, in_sizes
 from pipelines.subject.prompt_length import LongPrompt, long_prompts
 from training.options import SubjectOptions
 from training.options.data import DataOptions
 from training.runs.record import PHOTOS
 from training.runs.run import RunDirectory, write_text_atomically
-from training.subject.folds import say_cost
+from training.subject.cross_validation import say_cost
 
 PRIOR_DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-CACHE, CLASS_PICTURES = "cache", "class_pictures"
+CACHE, CLASS_IMAGES = "cache", "class_pictures"
 logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class Division:
-    """The pictures to train on, those to measure on, and what the photo doctor found in all of them.
+class DatasetSplit:
+    """The images to train on, those to measure on, and what the photo doctor found in all of them.
 
     Args:
         folds: places among `train` of those that are left out in turn, in short trainings before the real one.
     """
 
-    train: list[Picture]
-    heldout: list[Picture]
-    report: Report
+    train: list[TrainingImage]
+    heldout: list[TrainingImage]
+    report: ImageCheckReport
     folds: tuple[int, ...] = ()
 
 
-def checked_pictures(options: DataOptions, seed: int) -> Division:
-    """Find the pictures and have each examined, so that what is wrong is known before anything is loaded.
+def checked_images(options: DataOptions, seed: int) -> DatasetSplit:
+    """Find the images and have each examined, so that what is wrong is known before anything is loaded.
 
     Raises: InputError naming the folder or file, or a class prompt that is missing.
     """
@@ -60,20 +60,20 @@ def checked_pictures(options: DataOptions, seed: int) -> Division:
     if options.with_prior_preservation:
         prompts = class_prompts(folder, options.class_prompt, class_folder)
         if class_folder is not None:
-            classes = ClassPictures(Path(class_folder), prompts, options.num_class_images, model="")
+            classes = ClassImages(Path(class_folder), prompts, options.num_class_images, model="")
             report = replace(report, class_folder=classes.account())
     _log(report)
-    found = [picture for picture in captioned if picture.path in report.usable]
-    names = [picture.path.relative_to(options.instance_data_dir).as_posix() for picture in found]
+    found = [image for image in captioned if image.path in report.usable]
+    names = [image.path.relative_to(options.instance_data_dir).as_posix() for image in found]
     chosen = choose_heldout(names, options.heldout_image, seed)
     if chosen.folds:
         say_cost(len(chosen.folds))
-    train_on = [picture for place, picture in enumerate(found) if place != chosen.place]
+    train_on = [image for place, image in enumerate(found) if place != chosen.place]
     heldout = [] if chosen.place is None else [found[chosen.place]]
-    return Division(train_on, heldout, report, chosen.folds)
+    return DatasetSplit(train_on, heldout, report, chosen.folds)
 
 
-def _log(report: Report) -> None:
+def _log(report: ImageCheckReport) -> None:
     """Say what was found: all of it where anything is to be seen to, else where captions come from."""
     if report.has_warnings:
         logger.warning("What the photo doctor found:\n%s", report.in_words())
@@ -85,13 +85,13 @@ def _log(report: Report) -> None:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The pictures as the UNet takes them: the subject's, and those held out, where there are any."""
+    """The images as the UNet takes them: the subject's, and those held out, where there are any."""
 
-    subject: EncodedPictures
-    heldout: EncodedPictures | None
+    subject: CachedLatents
+    heldout: CachedLatents | None
 
-    def folds(self, places: tuple[int, ...]) -> Iterator[tuple[EncodedPictures, EncodedPictures]]:
-        """For each of `places` all pictures of the subject but that one, and that one."""
+    def folds(self, places: tuple[int, ...]) -> Iterator[tuple[CachedLatents, CachedLatents]]:
+        """For each of `places` all images of the subject but that one, and that one."""
         for place in places:
             rest = [other for other in range(len(self.subject)) if other != place]
             yield self.subject.only(rest), self.subject.only([place])
@@ -103,7 +103,7 @@ class Preparation:
     Args:
         pipeline: the base model, before there is an adapter.
         load: loads it again in another precision.
-        sampling: how class pictures are drawn; its resolution is also that of the training.
+        sampling: how class images are drawn; its resolution is also that of the training.
     Raises: InputError if sizes do not fit the model.
     """
 
@@ -122,20 +122,22 @@ class Preparation:
         self.share = (accelerator.process_index, accelerator.num_processes)
         self.framing = framing_for(pipeline, options.data, sampling.resolution, options.optimisation.seed)
         cache = TensorCache(Path(options.data.cache_dir or run.path / CACHE))
-        self.encoder = Encoder(pipeline, cache, options.data.dataloader_num_workers, self.share, accelerator.wait_for_everyone)
+        self.encoder = LatentEncoder(
+            pipeline, cache, options.data.dataloader_num_workers, self.share, accelerator.wait_for_everyone
+        )
 
-    def encode(self, pictures: Division) -> Encoded:
-        """Encode the pictures and prompts, once for the whole training."""
-        report = replace(pictures.report, long_prompts=tuple(self._long_prompts([*pictures.train, *pictures.heldout])))
+    def encode(self, images: DatasetSplit) -> Encoded:
+        """Encode the images and prompts, once for the whole training."""
+        report = replace(images.report, long_prompts=tuple(self._long_prompts([*images.train, *images.heldout])))
         for prompt in report.long_prompts:
             logger.warning(prompt.summary())
         record_report(report, self.sampling.resolution, self.run)
         self.run.update_status(phase="encoding")
-        subject = self.encoder.encode(pictures.train, self.framing)
-        central = Framing(self.framing.sizes, size_conditioning=self.framing.size_conditioning)
-        return Encoded(subject, self.encoder.encode(pictures.heldout, central) if pictures.heldout else None)
+        subject = self.encoder.encode(images.train, self.framing)
+        central = CropConfig(self.framing.sizes, size_conditioning=self.framing.size_conditioning)
+        return Encoded(subject, self.encoder.encode(images.heldout, central) if images.heldout else None)
 
-    def _long_prompts(self, pictures: Sequence[Picture]) -> list[LongPrompt]:
+    def _long_prompts(self, images: Sequence[TrainingImage]) -> list[LongPrompt]:
         """The prompts and captions of this training that the model's tokenizers cut."""
         data = self.options
         prompts = dict.fromkeys(self.validation_prompts, "validation prompt")
@@ -143,35 +145,35 @@ class Preparation:
             classes = class_prompts(data.instance_data_dir, data.class_prompt, data.class_data_dir)
             prompts |= dict.fromkeys(classes.values(), "class prompt")
         prompts |= dict.fromkeys(data.subject_prompts(), "instance prompt")
-        captions = [(picture.path, picture.prompt) for picture in pictures]
+        captions = [(image.path, image.prompt) for image in images]
         return long_prompts((self.pipeline.tokenizer, self.pipeline.tokenizer_2), prompts, captions)
 
-    def class_pictures(self, sizes: Collection[Size], count: int | None = None) -> EncodedPictures | None:
-        """Encode the class pictures, drawing those that are missing; None without prior preservation.
+    def class_images(self, sizes: Collection[Size], count: int | None = None) -> CachedLatents | None:
+        """Encode the class images, drawing those that are missing; None without prior preservation.
 
         Args:
-            sizes: those that the subject's pictures have.
+            sizes: those that the subject's images have.
             count: how many of each class; as many as the options say, at the most.
         Raises: InputError if those that are there are of another prompt or model.
         """
         data = self.options
         if not data.with_prior_preservation:
             return None
-        folder = Path(data.class_data_dir or self.run.path / CLASS_PICTURES)
+        folder = Path(data.class_data_dir or self.run.path / CLASS_IMAGES)
         prompts = class_prompts(data.instance_data_dir, data.class_prompt, data.class_data_dir)
         count = min(count or data.num_class_images, data.num_class_images)
         with without_adapters(self.pipeline):
-            found = self._drawn(ClassPictures(folder, prompts, count, self.model, self.share))
+            found = self._drawn(ClassImages(folder, prompts, count, self.model, self.share))
             self.run.update_status(phase="encoding")
             shown, shown_sizes = in_sizes(found, sorted(set(sizes)))
             return self.encoder.encode(shown, self.framing, shown_sizes)
 
-    def _drawn(self, wanted: ClassPictures) -> list[Picture]:
-        """The class pictures; those that are missing are made first, by all processes together."""
+    def _drawn(self, wanted: ClassImages) -> list[TrainingImage]:
+        """The class images; those that are missing are made first, by all processes together."""
         missing = wanted.missing()
         self.accelerator.wait_for_everyone()
         if missing:
-            self.run.update_status(phase="drawing class pictures")
+            self.run.update_status(phase="drawing class images")
             precision = self.options.prior_generation_precision
             drawing = self.pipeline if precision is None else self.load(PRIOR_DTYPES[precision])
             draw = partial(generate, drawing, sampling=self.sampling, batch_size=self.options.sample_batch_size)
@@ -181,8 +183,8 @@ class Preparation:
         return wanted.found()
 
 
-def record_report(report: Report, resolution: int, run: RunDirectory) -> None:
-    """Keep the photo doctor's report, now that the resolution is known, and say which pictures would be enlarged."""
+def record_report(report: ImageCheckReport, resolution: int, run: RunDirectory) -> None:
+    """Keep the photo doctor's report, now that the resolution is known, and say which images would be enlarged."""
     complete = report.for_resolution(resolution)
     if complete != report:
         logger.warning("What the photo doctor found for a training at %d pixels:\n%s", resolution, complete.in_words())
@@ -190,8 +192,8 @@ def record_report(report: Report, resolution: int, run: RunDirectory) -> None:
         write_text_atomically(run.path / PHOTOS, json.dumps(complete.to_dict(), indent=2) + "\n")
 
 
-def framing_for(pipeline: StableDiffusionXLPipeline, options: DataOptions, resolution: int, seed: int) -> Framing:
-    """How pictures are brought to size.
+def framing_for(pipeline: StableDiffusionXLPipeline, options: DataOptions, resolution: int, seed: int) -> CropConfig:
+    """How images are brought to size.
 
     Raises: InputError if the sizes given do not fit the model.
     """
@@ -201,4 +203,4 @@ def framing_for(pipeline: StableDiffusionXLPipeline, options: DataOptions, resol
     elif options.aspect_ratio_buckets is not None:
         sizes = parse_buckets(options.aspect_ratio_buckets, size_multiple(pipeline))
     crops = 0 if options.center_crop else options.crops_per_picture
-    return Framing(sizes, crops, options.random_flip, options.size_conditioning or "picture", seed)
+    return CropConfig(sizes, crops, options.random_flip, options.size_conditioning or "picture", seed)

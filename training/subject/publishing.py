@@ -18,13 +18,13 @@ from PIL import Image
 from pipelines.errors import InputError
 from pipelines.hub import Failure, account, brief, failure_of
 from training.options import SubjectOptions
-from training.options.judging import JudgingOptions
+from training.options.validation import JudgingOptions
 from training.runs.card_text import CARD
 from training.runs.durable import write_text_atomically
 from training.runs.provenance import PROVENANCE, without_secrets
 from training.runs.run import RunDirectory
 from training.subject.certificate import CERTIFICATE
-from training.subject.judging import SUGGESTION
+from training.subject.image_scoring import SUGGESTION
 from training.subject.model_card import EXPORTED, GRID, model_card
 
 PUBLISHED = "published"
@@ -41,14 +41,14 @@ _NEW_TOKEN = "Log in with `hf auth login` and a token that may write there, or g
 logger = get_logger(__name__)
 
 
-def assemble(run: RunDirectory, options: SubjectOptions, pictures: int, grid: Image.Image) -> Path:
-    """Make the folder `published/`: weights, model card, pictures, certificate and provenance, and nothing else.
+def assemble(run: RunDirectory, options: SubjectOptions, images: int, grid: Image.Image) -> Path:
+    """Make the folder `published/`: weights, model card, images, certificate and provenance, and nothing else.
 
     With `--private` neither captions nor paths nor names are in any of its files.
 
     Args:
-        pictures: how many were trained on.
-        grid: the pictures that the card shows.
+        images: how many were trained on.
+        grid: the images that the card shows.
     """
     private, folder = options.judging.private, run.path / PUBLISHED
     shutil.rmtree(folder, ignore_errors=True)
@@ -57,7 +57,7 @@ def assemble(run: RunDirectory, options: SubjectOptions, pictures: int, grid: Im
         if (run.path / name).is_dir():
             shutil.copytree(run.path / name, folder / name, copy_function=_link_or_copy)
     grid.save(folder / GRID)
-    write_text_atomically(folder / CARD, model_card(run, options, pictures, private))
+    write_text_atomically(folder / CARD, model_card(run, options, images, private))
     for name, strip in ((CERTIFICATE, _without_prompts), (PROVENANCE, without_secrets), (SUGGESTION, dict)):
         if (run.path / name).exists():
             record = json.loads((run.path / name).read_text(encoding="utf-8"))

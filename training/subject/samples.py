@@ -1,4 +1,4 @@
-"""The sample pictures of a run: drawn from the same noise each time, kept one by one and as a labelled sheet."""
+"""The sample images of a run: drawn from the same noise each time, kept one by one and as a labelled sheet."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
-from pipelines.pictures import labelled_grid, save_picture
+from pipelines.images import labelled_grid, save_image
 from pipelines.subject.generate import Sampling, generate
 from training.runs.run import RunDirectory
 
 
 @dataclass(frozen=True)
-class Sampler:
-    """Draws a picture for each of a run's validation prompts, the same noise each time.
+class ValidationSampler:
+    """Draws an image for each of a run's validation prompts, the same noise each time.
 
     Args:
         pipeline: draws as it is, whatever adapter it has.
         prompts: what is drawn.
-        seed: of the first picture; each further one adds 1.
-        model: what the pictures' files call the base model.
-        batch_size: pictures at once, at the most.
+        seed: of the first image; each further one adds 1.
+        model: what the images' files call the base model.
+        batch_size: images at once, at the most.
     """
 
     pipeline: StableDiffusionXLPipeline
@@ -40,7 +40,7 @@ class Sampler:
         return range(self.seed, self.seed + len(self.prompts))
 
     def draw(self) -> list[Image.Image]:
-        """One picture for each prompt."""
+        """One image for each prompt."""
         for component in (self.pipeline.unet, self.pipeline.text_encoder, self.pipeline.text_encoder_2):
             component.eval()
         with torch.no_grad():
@@ -54,19 +54,19 @@ class Sampler:
         aside = folder.with_name(f".writing-{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
         common = {**asdict(self.sampling), "sampler": self._name(), "model": self.model, "step": step}
-        for place, (picture, prompt, seed) in enumerate(zip(drawn, self.prompts, self.seeds, strict=True)):
-            save_picture(picture, aside / f"{place}.png", {"prompt": prompt, "seed": seed, **common})
+        for place, (image, prompt, seed) in enumerate(zip(drawn, self.prompts, self.seeds, strict=True)):
+            save_image(image, aside / f"{place}.png", {"prompt": prompt, "seed": seed, **common})
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
         title = f"step {step}" if step else "base model"
-        run.save_picture(step, labelled_grid([(title, drawn)], self.prompts))
+        run.save_image(step, labelled_grid([(title, drawn)], self.prompts))
 
     def _name(self) -> str:
         return type(self.pipeline.scheduler).__name__.removesuffix("Scheduler")
 
 
 def save_subject(run: RunDirectory, shown: Sequence[Image.Image]) -> None:
-    """Keep the training pictures `shown`, to compare samples with, as samples/subject/<place>.png."""
+    """Keep the training images `shown`, to compare samples with, as samples/subject/<place>.png."""
     run.subject.mkdir(exist_ok=True)
-    for place, picture in enumerate(shown):
-        picture.save(run.subject / f"{place}.png")
+    for place, image in enumerate(shown):
+        image.save(run.subject / f"{place}.png")

@@ -1,9 +1,9 @@
-"""Draws pictures as a stranger to this project would: stock diffusers, the exported files, nothing else.
+"""Draws images as a stranger to this project would: stock diffusers, the exported files, nothing else.
 
     python stock_check.py REQUEST.json
 
 A program of its own, never imported: it blocks this project's packages, so that an adapter that needs them fails here.
-`training.subject.certificate` writes the request and reads the pictures.
+`training.subject.certificate` writes the request and reads the images.
 """
 
 from __future__ import annotations
@@ -44,23 +44,23 @@ def load(request: dict[str, Any]) -> StableDiffusionXLPipeline:
 
 
 def draw(pipeline: StableDiffusionXLPipeline, request: dict[str, Any]) -> torch.Tensor:
-    """The request's pictures: (prompts, height, width, 3) float32 in [0, 1]."""
-    pictures = []
+    """The request's images: (prompts, height, width, 3) float32 in [0, 1]."""
+    images = []
     for prompt, seed in zip(request["prompts"], request["seeds"], strict=True):
         drawn = pipeline(prompt, generator=torch.Generator().manual_seed(seed), output_type="np", **request["sampling"])
-        pictures.append(torch.from_numpy(drawn.images[0]).float())
-    return torch.stack(pictures)
+        images.append(torch.from_numpy(drawn.images[0]).float())
+    return torch.stack(images)
 
 
 def main(request: dict[str, Any]) -> None:
-    """Draw with the base model, then with each file, and write all pictures to the file that the request names."""
+    """Draw with the base model, then with each file, and write all images to the file that the request names."""
     pipeline = load(request)
-    pictures = {"base": draw(pipeline, request)}
+    images = {"base": draw(pipeline, request)}
     for name, file in request["files"].items():
         pipeline.load_lora_weights(str(Path(file).parent), weight_name=Path(file).name)
-        pictures[name] = draw(pipeline, request)
+        images[name] = draw(pipeline, request)
         pipeline.unload_lora_weights()
-    save_file(pictures, request["pictures"])
+    save_file(images, request["pictures"])
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ import gradio as gr
 from pipelines.errors import InputError
 from pipelines.prompt_syntax import page_warnings
 from webui import costs, panel, presets, subject_runs
+from webui.app_context import QUIET, AppContext
 from webui.cards import escaped
 from webui.draft import SCENES, TRIGGER, Draft
 from webui.errors import in_plain_words
-from webui.photo_set import PhotoSet
-from webui.shell import QUIET, Shell
+from webui.image_dataset import SubjectDataset
 from webui.workspace import Workspace
 
 POLL_SECONDS = 2.0
@@ -51,7 +51,7 @@ SIDE_BY_SIDE = 240
 ABOUT_THE_RARE_WORD = "Stands for your subject. Rare, or what the model knows of the word comes along."
 
 
-def build(shell: Shell) -> None:
+def build(shell: AppContext) -> None:
     """Put the screen into the open tab."""
     gr.HTML("<h2>What the model will see</h2>")
     crops = gr.HTML(css_template=STYLE, elem_id="check-crops")
@@ -60,7 +60,7 @@ def build(shell: Shell) -> None:
         trigger, kind = _subject_words()
     prompt = gr.HTML(css_template=STYLE, elem_id="check-prompt")
     scenes = gr.Textbox(
-        label="Scenes of the sample pictures, one a line",
+        label="Scenes of the sample images, one a line",
         info="Drawn before, during and after training. A line with your rare word in it is taken as it stands; any other is put "
         "after the prompt.",
         lines=4,
@@ -103,7 +103,7 @@ def _subject_words() -> tuple[gr.Textbox, gr.Textbox]:
     return trigger, kind
 
 
-def _wire(shell: Shell, parts: dict[str, Any], said: dict[str, Any], train: gr.Button) -> None:
+def _wire(shell: AppContext, parts: dict[str, Any], said: dict[str, Any], train: gr.Button) -> None:
     """Have everything listen."""
     does, draft = _Handlers(shell), shell.draft
     clock = gr.Timer(POLL_SECONDS, active=False)
@@ -129,7 +129,7 @@ def _wire(shell: Shell, parts: dict[str, Any], said: dict[str, Any], train: gr.B
 class _Handlers:
     """What the screen does when something is pressed or changed."""
 
-    shell: Shell
+    shell: AppContext
 
     @in_plain_words
     def fill(self, kept: dict[str, Any], *typed: str) -> tuple[Any, ...]:
@@ -181,7 +181,7 @@ class _Handlers:
         return kept, *self.shell.show(workspace, run_id, "train")
 
 
-def _or_why_not(make: Callable[[Shell, Workspace, dict[str, Any]], Any], *about: Any) -> Any:
+def _or_why_not(make: Callable[[AppContext, Workspace, dict[str, Any]], Any], *about: Any) -> Any:
     """What `make` makes, or the error that says why it cannot be."""
     try:
         return make(*about)
@@ -206,7 +206,7 @@ def _prompt(draft: Draft) -> str:
     foreign = "".join(f'<div class="warning" role="status">{escaped(each)}</div>' for each in page_warnings(draft.prompts))
     return (
         f'{foreign}<p class="prompt">Your photos are said to show <code>{escaped(draft.prompt)}</code></p>'
-        f"<details><summary>Prompts of the {len(draft.prompts)} sample pictures</summary><ol>{listed}</ol></details>"
+        f"<details><summary>Prompts of the {len(draft.prompts)} sample images</summary><ol>{listed}</ol></details>"
     )
 
 
@@ -222,11 +222,11 @@ def _value(value: Any) -> str:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
 
 
-def _crops(shell: Shell, workspace: Workspace, kept: dict[str, Any]) -> str:
+def _crops(shell: AppContext, workspace: Workspace, kept: dict[str, Any]) -> str:
     from webui.work import options as checked
     from webui.work import photos as work_photos
 
-    photos = PhotoSet.of(workspace, Draft.from_browser(kept).set)
+    photos = SubjectDataset.of(workspace, Draft.from_browser(kept).set)
     if not photos.entries():
         return '<div class="empty">No photos yet. Add some under Photos.</div>'
     options = checked.build(workspace, "subject", subject_runs.values_of(shell, workspace, kept)[1])
@@ -247,13 +247,13 @@ def _crops(shell: Shell, workspace: Workspace, kept: dict[str, Any]) -> str:
     return f'{cut}<p>{words}{more} {advice}</p><ul class="crops">{listed}</ul>'
 
 
-def _cost(shell: Shell, workspace: Workspace, kept: dict[str, Any]) -> tuple[Any, Any, Any]:
+def _cost(shell: AppContext, workspace: Workspace, kept: dict[str, Any]) -> tuple[Any, Any, Any]:
     """What is known of the cost, whether it can be measured, and whether to look again."""
     from webui.work import options as checked
 
     values, record = subject_runs.rehearsal(shell, workspace, kept)
     options = checked.build(workspace, "subject", values)
-    photos = PhotoSet.of(workspace, Draft.from_browser(kept).set).entries()
+    photos = SubjectDataset.of(workspace, Draft.from_browser(kept).set).entries()
     plan = costs.Plan(options.optimisation.max_train_steps, len(photos), options.data.heldout_image)
     at_work = costs.is_measuring(record)
     can_measure = bool(photos) and not at_work and not costs.is_measured(record)

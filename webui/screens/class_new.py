@@ -1,4 +1,4 @@
-"""Classify, the fourth part, Use: new pictures, what they are taken for, and what is learned from those that were wrong."""
+"""Classify, the fourth part, Use: new images, what they are taken for, and what is learned from those that were wrong."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from typing import Any
 import gradio as gr
 
 from pipelines.errors import InputError
-from pipelines.fewshot.sources import PictureFile
+from pipelines.fewshot.sources import ImageFile
 from pipelines.image_formats import UPLOAD_SUFFIXES
 from webui import class_files, class_html, class_runs
+from webui.app_context import QUIET
 from webui.class_results import Result, result_of
-from webui.class_runs import Frame
+from webui.class_runs import ClassifyContext
 from webui.errors import in_plain_words
-from webui.shell import QUIET
-from webui.thumbnails import picture
+from webui.thumbnails import image
 
 MOST = 100
 RIGHT = ""
 INTRO = (
-    "<p>Drop pictures that the classifier has never seen. Of each it tells the three classes that it finds most likely. A "
-    "picture of none of the classes is given one of them all the same.</p>"
+    "<p>Drop images that the classifier has never seen. Of each it tells the three classes that it finds most likely. A "
+    "image of none of the classes is given one of them all the same.</p>"
 )
 AGAIN = (
-    "<p class='quiet'>Where it is wrong, choose the right class below the picture. Those pictures are then added to the classes, "
-    "only ever to be learned from; the new classifier is tested on the same pictures as this one, so that the two can be "
+    "<p class='quiet'>Where it is wrong, choose the right class below the image. Those images are then added to the classes, "
+    "only ever to be learned from; the new classifier is tested on the same images as this one, so that the two can be "
     "compared.</p>"
 )
 
 
-def build(frame: Frame) -> None:
+def build(frame: ClassifyContext) -> None:
     """Put the part into the open tab."""
     empty = gr.HTML("<p class='empty'>There is no classifier yet. Train one first.</p>", elem_id="classify-new-empty")
     with gr.Column(visible=False) as whole:
         gr.HTML(INTRO)
         method = gr.Dropdown(label="Method", filterable=False, interactive=True, elem_id="classify-new-method")
         files = gr.File(
-            label="New pictures",
+            label="New images",
             file_count="multiple",
             file_types=list(UPLOAD_SUFFIXES),
             height=160,
@@ -50,7 +50,7 @@ def build(frame: Frame) -> None:
     _wire(frame, {"empty": empty, "whole": whole, "method": method, "files": files, "found": found, "table": table})
 
 
-def _wire(frame: Frame, parts: dict[str, Any]) -> None:
+def _wire(frame: ClassifyContext, parts: dict[str, Any]) -> None:
     settings = frame.shell.settings
     seen = gr.State(None)
 
@@ -93,11 +93,11 @@ def _wire(frame: Frame, parts: dict[str, Any]) -> None:
 
 def _check_count(files: list[str]) -> None:
     if len(files) > MOST:
-        raise InputError(f"At most {MOST} pictures can be shown at a time, got {len(files)}. Drop fewer.")
+        raise InputError(f"At most {MOST} images can be shown at a time, got {len(files)}. Drop fewer.")
 
 
-def _cards(frame: Frame, found: gr.State) -> None:
-    """A card for each picture, drawn anew for other pictures, with what corrects it."""
+def _cards(frame: ClassifyContext, found: gr.State) -> None:
+    """A card for each image, drawn anew for other images, with what corrects it."""
     shell, settings = frame.shell, frame.shell.settings
 
     @gr.render(inputs=[found, frame.run], triggers=[found.change], show_progress="hidden")
@@ -138,11 +138,11 @@ def _cards(frame: Frame, found: gr.State) -> None:
 
 
 def _card(row: dict[str, Any]) -> str:
-    """A picture and the classes that it is most likely of."""
+    """An image and the classes that it is most likely of."""
     name = html.escape(row["picture"])
     if "error" in row:
         return f"<p class='warning'>{html.escape(row['error'])}</p>"
-    shown = picture(PictureFile(Path(row["file"]).name, Path(row["file"]).parent), row["picture"])
+    shown = image(ImageFile(Path(row["file"]).name, Path(row["file"]).parent), row["picture"])
     notes = "".join(f"<p class='quiet'>{html.escape(note)}</p>" for note in row.get("notes", ()))
     bars = class_html.bars([(label, value) for label, value in row["top"]], first_only=True)
     return f"<div class='thumbs'><figure>{shown}</figure></div><p class='quiet name'>{name}</p>{notes}{bars}"

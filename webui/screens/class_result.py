@@ -8,17 +8,17 @@ import gradio as gr
 
 from pipelines.errors import InputError
 from webui import class_files, class_html, class_runs
+from webui.app_context import QUIET
 from webui.class_results import Result, result_of
-from webui.class_runs import Frame
+from webui.class_runs import ClassifyContext
 from webui.errors import in_plain_words
-from webui.shell import QUIET
 from webui.views import IN_WORDS, RunView
 
 EMPTY = "<p class='empty'>There is no classifier yet. Train one first.</p>"
 WAITING = "<p class='empty'>This classifier is {state}. Its result will be here once it is done.</p>"
 
 
-def build(frame: Frame) -> None:
+def build(frame: ClassifyContext) -> None:
     """Put the part into the open tab."""
     parts = _layout()
     _wire(frame, parts)
@@ -59,7 +59,7 @@ def _layout() -> dict[str, Any]:
     return parts
 
 
-def _wire(frame: Frame, parts: dict[str, Any]) -> None:
+def _wire(frame: ClassifyContext, parts: dict[str, Any]) -> None:
     settings = frame.shell.settings
     drawn = ("words", "confusion", "cell", "classes", "worst", "calibration", "reliability", "methods", *class_files.TITLES)
     outputs = [parts[name] for name in ("empty", "all", "method", *drawn)]
@@ -84,7 +84,7 @@ def _wire(frame: Frame, parts: dict[str, Any]) -> None:
         return _cell(found(run_id, member, request)[1], event)
 
     given = [frame.run, parts["method"]]
-    # The pictures of worst mistakes come with whatever reads a set: not before somebody looks.
+    # The images of worst mistakes come with whatever reads a set: not before somebody looks.
     looks = [frame.beat.change, parts["method"].input]
     gr.on(looks, refresh, [*given, seen], [*outputs, seen], trigger_mode="always_last", **QUIET)
     parts["confusion"].select(open_cell, given, [parts["cell"]], **QUIET)
@@ -95,12 +95,12 @@ def _waiting(view: RunView | None) -> str:
 
 
 def _cell(result: Result | None, event: gr.EventData) -> str:
-    """The pictures of the number that was chosen in the table of mistakes."""
+    """The images of the number that was chosen in the table of mistakes."""
     places = range(len(result.classes)) if result is not None else range(0)
     true, predicted = (getattr(event, name, None) for name in ("true", "predicted"))
     if not all(isinstance(place, int) and place in places for place in (true, predicted)):
         raise InputError("This number belongs to another classifier. Reload the page.")
-    return class_html.cell_pictures(result, true, predicted)
+    return class_html.cell_images(result, true, predicted)
 
 
 def _methods(result: Result) -> gr.Dropdown:
@@ -108,7 +108,7 @@ def _methods(result: Result) -> gr.Dropdown:
     several = len(result.report["seeds"]) > 1 or len(result.report["shots"]) > 1
     choices = []
     for one in result.report["members"]:
-        draw = f" ({one['shots']} pictures a class, draw {one['seed'] + 1})" if several else ""
+        draw = f" ({one['shots']} images a class, draw {one['seed'] + 1})" if several else ""
         choices.append((class_html.called(one["method"]) + draw, one["folder"]))
     return gr.Dropdown(choices, value=result.member["folder"])
 

@@ -9,25 +9,25 @@ import gradio as gr
 
 from pipelines.errors import InputError
 from webui import class_presets, class_runs, class_sets, panel, progress
-from webui.class_runs import Frame, set_of
+from webui.app_context import QUIET
+from webui.class_runs import ClassifyContext, set_of
 from webui.errors import in_plain_words
 from webui.labelled_classes import LabelledClasses
 from webui.presets import Preset, preset_named
-from webui.shell import QUIET
 from webui.views import RunView
 from webui.workspace import Workspace
 
 NOTHING = "<p class='empty'>Nothing was trained yet. Start above: the example takes a minute or two.</p>"
 
 
-def build(frame: Frame) -> None:
+def build(frame: ClassifyContext) -> None:
     """Put the part into the open tab."""
     parts = _layout(frame)
     _wire_settings(frame, parts)
     _wire_runs(frame, parts)
 
 
-def _layout(frame: Frame) -> dict[str, Any]:
+def _layout(frame: ClassifyContext) -> dict[str, Any]:
     parts: dict[str, Any] = {"about": gr.HTML(elem_id="classify-about")}
     choices = [(f"{preset.name}: {preset.costs}", preset.name) for preset in class_presets.CLASSIFY]
     parts["preset"] = gr.Radio(choices, value=class_presets.DEFAULT, label="How to train", elem_id="classify-preset")
@@ -57,7 +57,7 @@ def _layout(frame: Frame) -> dict[str, Any]:
     return parts
 
 
-def _wire_settings(frame: Frame, parts: dict[str, Any]) -> None:
+def _wire_settings(frame: ClassifyContext, parts: dict[str, Any]) -> None:
     settings = frame.shell.settings
 
     @in_plain_words
@@ -85,7 +85,7 @@ def _wire_settings(frame: Frame, parts: dict[str, Any]) -> None:
     parts["preset"].input(choose, [parts["preset"], frame.draft], [frame.draft], **QUIET)
 
 
-def _wire_runs(frame: Frame, parts: dict[str, Any]) -> None:
+def _wire_runs(frame: ClassifyContext, parts: dict[str, Any]) -> None:
     shell, settings = frame.shell, frame.shell.settings
     shown = [parts[name] for name in ("head", "bar", "stop", "resume", "result", "curve")]
     seen = gr.State(None)
@@ -113,7 +113,7 @@ def _wire_runs(frame: Frame, parts: dict[str, Any]) -> None:
     gr.on(beats, refresh, [frame.run, seen], [*shown, seen], trigger_mode="always_last", **QUIET)
 
 
-def _wire_buttons(frame: Frame, parts: dict[str, Any]) -> None:
+def _wire_buttons(frame: ClassifyContext, parts: dict[str, Any]) -> None:
     """Stop the run in view, or have it go on."""
     shell, settings = frame.shell, frame.shell.settings
 
@@ -147,13 +147,13 @@ def _shown(view: RunView | None) -> tuple[str, str, tuple[str, ...], str]:
 
 
 def _about(workspace: Workspace, classes: LabelledClasses) -> str:
-    """Which pictures would be learned from."""
+    """Which images would be learned from."""
     title = html.escape(class_sets.title(workspace, classes.id))
     warned = [] if class_sets.is_ready(classes) else class_sets.warnings(classes)[:1]
     held_out = classes.count - sum(one.learnable for one in classes.classes)
     told = (
-        f"<p>Pictures: <b>{title}</b>. {held_out} of the {classes.count} are kept for the test: they are not learned from, and "
-        "say how good the classifier will be with pictures it has never seen.</p>"
+        f"<p>Images: <b>{title}</b>. {held_out} of the {classes.count} are kept for the test: they are not learned from, and "
+        "say how good the classifier will be with images it has never seen.</p>"
     )
     return told + "".join(f"<p class='warning'>{html.escape(one)}</p>" for one in warned)
 

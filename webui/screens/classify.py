@@ -1,4 +1,4 @@
-"""The screen Classify: from a few pictures of each class to a classifier that one understands, in four parts."""
+"""The screen Classify: from a few images of each class to a classifier that one understands, in four parts."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 import gradio as gr
 
 from webui import class_runs
-from webui.class_runs import Frame
+from webui.app_context import QUIET, AppContext, followed
+from webui.class_runs import ClassifyContext
 from webui.errors import in_plain_words
-from webui.screens import class_new, class_pictures, class_result, class_train
-from webui.shell import QUIET, Shell, followed
+from webui.screens import class_images, class_new, class_result, class_train
 from webui.views import RunView
 
 PARTS = {
-    "pictures": ("1 Pictures", class_pictures),
+    "pictures": ("1 Images", class_images),
     "train": ("2 Train", class_train),
     "result": ("3 Result", class_result),
     "new": ("4 Use", class_new),
 }
 
 
-def build(shell: Shell) -> None:
+def build(shell: AppContext) -> None:
     """Put the screen into the open tab."""
-    intro = gr.HTML("<p>Teach the model to tell classes of pictures of your own apart, from a few pictures of each.</p>")
+    intro = gr.HTML("<p>Teach the model to tell classes of images of your own apart, from a few images of each.</p>")
     run = gr.Dropdown(
         label="Classifier",
         info="What Result and Use are about.",
@@ -35,14 +35,14 @@ def build(shell: Shell) -> None:
     # Not within the tabs, which count all that they hold.
     known, beat, drafted = gr.State([]), gr.State(0.0), followed(shell.class_draft)
     with gr.Tabs(elem_id="classify-steps") as steps:
-        frame = Frame(shell, intro.parent, steps, run, shell.class_draft, drafted, known, beat)
+        frame = ClassifyContext(shell, intro.parent, steps, run, shell.class_draft, drafted, known, beat)
         for name, (title, part) in PARTS.items():
             with gr.Tab(title, id=name, elem_id=f"classify-part-{name}"):
                 part.build(frame)
     _wire(frame)
 
 
-def _wire(frame: Frame) -> None:
+def _wire(frame: ClassifyContext) -> None:
     """Keep the list of classifiers as it is on disk, and follow the run that is looked at elsewhere."""
     shell, settings = frame.shell, frame.shell.settings
 

@@ -10,20 +10,20 @@ import gradio as gr
 
 from training.subject.measured import kept_steps
 from webui import verdict
+from webui.adapter_rows import AdapterRow, button, frame, keys, made_text, text, updates
 from webui.adapters import steps_of
+from webui.app_context import AppContext
 from webui.errors import in_plain_words
-from webui.parts import Part, button, frame, keys, made_text, text, updates
-from webui.pictures import enlarged, sampled_steps, samples
+from webui.images import enlarged, sampled_steps, samples
 from webui.screens.train import view_of
-from webui.shell import Shell
 from webui.views import RunView
 
-EMPTY = """<div class="empty"><p><b>There is nothing to judge yet.</b></p><p>Once a run has begun, the pictures of its steps
+EMPTY = """<div class="empty"><p><b>There is nothing to judge yet.</b></p><p>Once a run has begun, the images of its steps
 are here side by side, with what was measured of each.</p></div>"""
 CLASSIFIER = """<div class="empty"><p><b>This run is a classifier.</b></p><p>How often it is right, and its worst mistakes, are on
 the screen Classify.</p></div>"""
 COMPARE = """<h3>Before and after</h3><p class="quiet">On the left before training, on the right the chosen step; pull the line
-across. A press on a picture in the table below shows it here.</p>"""
+across. A press on an image in the table below shows it here.</p>"""
 # The table is made anew now and then: its frame listens for all of its cells.
 CHOOSING = """element.addEventListener('click', event => {
   const cell = event.target.closest('button[data-step]');
@@ -80,7 +80,7 @@ def look_at(view: RunView, step: int | None, place: int | None, anew: bool) -> L
     return Look(steps, step, place, forced)
 
 
-def parts(view: RunView | None, step: int | None, place: int | None, anew: bool) -> dict[str, Part]:
+def parts(view: RunView | None, step: int | None, place: int | None, anew: bool) -> dict[str, AdapterRow]:
     """Every part of the screen as it is to be now, by the names of the outputs."""
     if view is None or view.task == "classify":
         return _nothing_to_judge(EMPTY if view is None else CLASSIFIER)
@@ -102,14 +102,14 @@ def parts(view: RunView | None, step: int | None, place: int | None, anew: bool)
     }
 
 
-def _nothing_to_judge(why: str) -> dict[str, Part]:
+def _nothing_to_judge(why: str) -> dict[str, AdapterRow]:
     shown = {name: text("") for name in NAMES}
     hidden = {"step": _dropdown([], None, True), "place": _dropdown([], None, True), "slider": _slider(None, None)}
     framed = {"frame": _group(False), "details": frame(False), "use": button(False), "card": _markdown("")}
     return {**shown, **hidden, **framed, "empty": text(why)}
 
 
-def _closely(view: RunView, look: Look, suggested: int | None) -> dict[str, Part]:
+def _closely(view: RunView, look: Look, suggested: int | None) -> dict[str, AdapterRow]:
     """The parts about the one step that is looked at closely."""
     usable = look.step is not None and look.step in kept_steps(view.record)
     newest = samples(view.record, look.step) if look.step is not None else []
@@ -123,33 +123,33 @@ def _closely(view: RunView, look: Look, suggested: int | None) -> dict[str, Part
     }
 
 
-def _dropdown(choices: list[tuple[str, int]], value: int | None, forced: bool) -> Part:
+def _dropdown(choices: list[tuple[str, int]], value: int | None, forced: bool) -> AdapterRow:
     """A choice; its value is told only where the page cannot know it, so that nobody's hand is turned."""
     key = (tuple(choices), value) if forced else tuple(choices)
-    return Part(key, lambda: gr.Dropdown(choices=choices, value=value) if forced else gr.Dropdown(choices=choices))
+    return AdapterRow(key, lambda: gr.Dropdown(choices=choices, value=value) if forced else gr.Dropdown(choices=choices))
 
 
-def _group(visible: bool) -> Part:
-    return Part(visible, lambda: gr.Column(visible=visible))
+def _group(visible: bool) -> AdapterRow:
+    return AdapterRow(visible, lambda: gr.Column(visible=visible))
 
 
-def _markdown(value: str) -> Part:
-    return Part(value, lambda: gr.Markdown(value))
+def _markdown(value: str) -> AdapterRow:
+    return AdapterRow(value, lambda: gr.Markdown(value))
 
 
-def _slider(view: RunView | None, look: Look | None) -> Part:
-    """The base model's picture and the adapted one's, of the same prompt and seed."""
+def _slider(view: RunView | None, look: Look | None) -> AdapterRow:
+    """The base model's image and the adapted one's, of the same prompt and seed."""
     if view is None or look is None or look.step is None:
-        return Part(None, lambda: gr.ImageSlider(value=None))
+        return AdapterRow(None, lambda: gr.ImageSlider(value=None))
     both = [samples(view.record, step)[look.place :][:1] for step in (0, look.step)]
     if not all(both):
-        return Part(None, lambda: gr.ImageSlider(value=None))
-    paths = [pictures[0].path for pictures in both]
+        return AdapterRow(None, lambda: gr.ImageSlider(value=None))
+    paths = [images[0].path for images in both]
     key = (*paths, *(path.stat().st_mtime_ns for path in paths))
-    return Part(key, lambda: gr.ImageSlider(value=tuple(enlarged(path) for path in paths)))
+    return AdapterRow(key, lambda: gr.ImageSlider(value=tuple(enlarged(path) for path in paths)))
 
 
-def build(shell: Shell) -> None:
+def build(shell: AppContext) -> None:
     """Put the screen into the open tab."""
     outputs = _layout()
     seen = gr.State({})

@@ -1,4 +1,4 @@
-"""The screen Photos: the pictures of the subject, what the photo doctor says of each, and the bundled example to begin with."""
+"""The screen Photos: the images of the subject, what the photo doctor says of each, and the bundled example to begin with."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import gradio as gr
 from pipelines.errors import InputError
 from pipelines.image_formats import UPLOAD_FORMATS, listed
 from webui import subject_runs
+from webui.app_context import QUIET, AppContext
 from webui.cards import SCRIPT, STYLE, cards, sentences
 from webui.draft import Draft
 from webui.errors import in_plain_words
-from webui.photo_set import PhotoSet
-from webui.shell import QUIET, Shell
+from webui.image_dataset import SubjectDataset
 from webui.workspace import Workspace
 
 OF_THE_EXAMPLE = """<h2>An example to begin with</h2>
-<p>These five pictures of a made-up toy come with the app. <b>Train</b> shows the whole way with them, in about three minutes on a
+<p>These five images of a made-up toy come with the app. <b>Train</b> shows the whole way with them, in about three minutes on a
 plain computer: the app learns what the toy looks like and draws it in places where it never was.
 Or drop photos of your own subject here.</p>"""
 OF_YOUR_OWN = """<h2>Your photos</h2>
@@ -34,7 +34,7 @@ NOTHING_SHOWN: list[Any] = []
 PARTS = 7
 
 
-def build(shell: Shell) -> None:
+def build(shell: AppContext) -> None:
     """Put the screen into the open tab."""
     about = gr.HTML(OF_THE_EXAMPLE, elem_id="photos-about")
     upload = gr.File(
@@ -56,7 +56,7 @@ def build(shell: Shell) -> None:
 
 
 def _wire(
-    shell: Shell, upload: gr.File, message: gr.HTML, examined: gr.State, view: list[Any], buttons: dict[str, gr.Button]
+    shell: AppContext, upload: gr.File, message: gr.HTML, examined: gr.State, view: list[Any], buttons: dict[str, gr.Button]
 ) -> None:
     """Have everything listen."""
     does, (shown, signature) = _Handlers(shell), (view[1], view[-1])
@@ -80,17 +80,17 @@ def _wire(
 class _Handlers:
     """What the screen does when something is pressed, dropped or changed."""
 
-    shell: Shell
+    shell: AppContext
 
     @in_plain_words
     def look(self, kept: dict[str, Any], known: list[str], request: gr.Request) -> tuple[Any, ...]:
         """The photos as they are on the disk now, without waiting for the doctor."""
         workspace, draft = self.shell.settings.workspace(request), Draft.from_browser(kept)
         try:
-            photos = PhotoSet.of(workspace, draft.set)
+            photos = SubjectDataset.of(workspace, draft.set)
         except InputError:
             gr.Warning(GONE, title="Photos are gone")
-            return time.time(), *_view(PhotoSet.of(workspace, None), draft)
+            return time.time(), *_view(SubjectDataset.of(workspace, None), draft)
         if known and known == _signature(photos, draft):
             return (gr.skip(),) * (1 + PARTS)
         return gr.skip(), *_view(photos, draft)
@@ -108,7 +108,7 @@ class _Handlers:
         that the call which follows for the other set has something to do.
         """
         draft = Draft.from_browser(kept)
-        photos = PhotoSet.of(self.shell.settings.workspace(request), draft.set)
+        photos = SubjectDataset.of(self.shell.settings.workspace(request), draft.set)
         now = _signature(photos, draft)
         if now == known == before:
             return gr.skip(), gr.skip()
@@ -142,14 +142,14 @@ class _Handlers:
         if wanted == "example":
             draft = replace(draft, set=None, own=draft.set or draft.own)
         elif draft.set is None:
-            draft = replace(draft, set=_still_there(workspace, draft.own) or workspace.new_picture_set().name)
-        return draft.to_browser(), _message([]), *_view(PhotoSet.of(workspace, draft.set), draft)
+            draft = replace(draft, set=_still_there(workspace, draft.own) or workspace.new_image_set().name)
+        return draft.to_browser(), _message([]), *_view(SubjectDataset.of(workspace, draft.set), draft)
 
     @in_plain_words
     def start(self, kept: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         """Start the run, or ask for the one word that is missing first."""
         workspace, draft = self.shell.settings.workspace(request), Draft.from_browser(kept)
-        if not draft.kind.strip() and PhotoSet.of(workspace, draft.set).entries():
+        if not draft.kind.strip() and SubjectDataset.of(workspace, draft.set).entries():
             gr.Info("Say in a word what the photos show, such as dog or toy, and press Train here.", title="One word first")
             return gr.skip(), *self.shell.show(workspace, tab="check")
         kept, run_id = subject_runs.start(self.shell, workspace, kept)
@@ -157,11 +157,11 @@ class _Handlers:
 
 
 @contextlib.contextmanager
-def _own_photos(workspace: Workspace, kept: dict[str, Any]) -> Iterator[tuple[PhotoSet, Draft]]:
+def _own_photos(workspace: Workspace, kept: dict[str, Any]) -> Iterator[tuple[SubjectDataset, Draft]]:
     """The user's own photos, to be changed: a new set beside the example, a copy of what a run was started with."""
     draft = Draft.from_browser(kept)
-    set_id = draft.set or workspace.new_picture_set().name
-    photos = PhotoSet.of(workspace, set_id).editable(workspace)
+    set_id = draft.set or workspace.new_image_set().name
+    photos = SubjectDataset.of(workspace, set_id).editable(workspace)
     yield photos, replace(draft, set=photos.id, own=None)
 
 
@@ -173,22 +173,22 @@ def _still_there(workspace: Workspace, set_id: str | None) -> str | None:
     if set_id is None:
         return None
     try:
-        return workspace.picture_set(set_id).name
+        return workspace.image_set(set_id).name
     except InputError:
         return None
 
 
-def _examined(photos: PhotoSet) -> str:
+def _examined(photos: SubjectDataset) -> str:
     """The cards with what the doctor says; the first time this loads libraries."""
     if not photos.entries():
         return cards(photos, None)
     from webui.work import photos as work_photos
 
     found = work_photos.opinions(photos)
-    return cards(photos, found.pictures, found.together)
+    return cards(photos, found.images, found.together)
 
 
-def _view(photos: PhotoSet, draft: Draft, shown: str | None = None) -> tuple[Any, ...]:
+def _view(photos: SubjectDataset, draft: Draft, shown: str | None = None) -> tuple[Any, ...]:
     """Updates of what the screen shows: `shown`, or the cards before the doctor has looked."""
     has_photos = bool(photos.entries())
     own = "Back to your photos" if draft.own else "Start with your own photos"
@@ -203,5 +203,5 @@ def _view(photos: PhotoSet, draft: Draft, shown: str | None = None) -> tuple[Any
     )
 
 
-def _signature(photos: PhotoSet, draft: Draft) -> list[str]:
+def _signature(photos: SubjectDataset, draft: Draft) -> list[str]:
     return [str(photos.id), str(draft.own), *photos.signature()]

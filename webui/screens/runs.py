@@ -10,11 +10,11 @@ import gradio as gr
 
 from pipelines.errors import InputError
 from webui import launching, run_cards
+from webui.adapter_rows import AdapterRow, button, keys, text, updates
+from webui.app_context import QUIET, AppContext
 from webui.draft import Draft
 from webui.errors import in_plain_words
-from webui.parts import Part, button, keys, text, updates
 from webui.screens import runs_compare
-from webui.shell import QUIET, Shell
 from webui.views import Action, RunView, views
 from webui.workspace import Workspace
 
@@ -30,7 +30,7 @@ with it. One run at a time works; others wait for their turn.</p>"""
 ELSEWHERE = "Its photos lie elsewhere on this computer. Add them here; everything else is as it was."
 
 
-def build(shell: Shell) -> None:
+def build(shell: AppContext) -> None:
     """Put the screen into the open tab."""
     made = _layout()
     # What is asked about; what is deleted is that alone, whatever is chosen meanwhile.
@@ -87,7 +87,7 @@ def _layout() -> dict[str, Any]:
     return made
 
 
-def parts(workspace: Workspace, run_id: str | None) -> dict[str, Part]:
+def parts(workspace: Workspace, run_id: str | None) -> dict[str, AdapterRow]:
     """What is shown: all runs, and the buttons of the one in view."""
     known = views(workspace)
     view = next((each for each in known if each.id == run_id), None)
@@ -96,7 +96,7 @@ def parts(workspace: Workspace, run_id: str | None) -> dict[str, Part]:
     return shown | {name: button(name in allowed) for name in LABELS}
 
 
-def _handlers(shell: Shell) -> dict[str, Callable[..., list[Any]]]:
+def _handlers(shell: AppContext) -> dict[str, Callable[..., list[Any]]]:
     """What the buttons do but deleting: each returns updates of the shell's outputs and of both drafts."""
     drafts = [gr.skip(), gr.skip()]
 
@@ -143,28 +143,28 @@ def draft_like(workspace: Workspace, options: dict[str, dict[str, Any]]) -> dict
 
 def class_draft_like(workspace: Workspace, options: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The draft of another classifier with a run's options."""
-    from webui.class_runs import EMPTY_DRAFT, OF_ITS_PICTURES
+    from webui.class_runs import EMPTY_DRAFT, OF_ITS_IMAGES
 
     folder = options.get("data", {}).get("data_dir")
     set_id = _set_of(workspace, folder)
     if folder is not None and set_id is None:
         gr.Warning(ELSEWHERE)
-    data = {name: value for name, value in options.get("data", {}).items() if name not in OF_ITS_PICTURES}
+    data = {name: value for name, value in options.get("data", {}).items() if name not in OF_ITS_IMAGES}
     kept = {group: fields for group, fields in {**options, "data": data}.items() if fields}
     return EMPTY_DRAFT | {"set": set_id, "options": kept}
 
 
 def _set_of(workspace: Workspace, folder: str | None) -> str | None:
-    """The id of the picture set in `folder`; None where that is none of the user's."""
+    """The id of the image set in `folder`; None where that is none of the user's."""
     if folder is None or Path(folder).parent != workspace.sets.absolute():
         return None
     try:
-        return workspace.picture_set(Path(folder).name).name
+        return workspace.image_set(Path(folder).name).name
     except InputError:
         return None
 
 
-def _wire_deleting(shell: Shell, made: dict[str, Any], asked: gr.State, look: dict[str, Any]) -> None:
+def _wire_deleting(shell: AppContext, made: dict[str, Any], asked: gr.State, look: dict[str, Any]) -> None:
     confirm, question = made["confirm"], made["question"]
 
     @in_plain_words

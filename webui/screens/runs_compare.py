@@ -8,16 +8,16 @@ from typing import Any
 
 import gradio as gr
 
+from webui.app_context import QUIET, AppContext
 from webui.compare import MOST, Compared, letter, sample_html, side_by_side
 from webui.errors import in_plain_words
-from webui.shell import QUIET, Shell
 from webui.views import RunView, views
 from webui.workspace import Workspace
 
 NO_ADAPTER = "no adapter to draw with yet"
 
 
-def build(shell: Shell) -> None:
+def build(shell: AppContext) -> None:
     """Put it into the open tab."""
     settings, made = shell.settings, _layout()
     chosen, seen = made["chosen"], gr.State(None)
@@ -57,7 +57,7 @@ def _layout() -> dict[str, Any]:
     made: dict[str, Any] = {}
     made["chosen"] = gr.Dropdown(
         label="Runs to compare",
-        info=f"Two to {MOST} of the same kind: pictures, losses and scores side by side, and what they were told otherwise.",
+        info=f"Two to {MOST} of the same kind: images, losses and scores side by side, and what they were told otherwise.",
         multiselect=True,
         max_choices=MOST,
         elem_id="runs-compare",
@@ -80,12 +80,12 @@ def _layout() -> dict[str, Any]:
 
 
 def drawn_with_all(workspace: Workspace, compared: Compared, prompt: str, seed: int) -> Iterator[str]:
-    """Draw `prompt` with the adapter of each run from the same noise: after each picture the table so far, as HTML.
+    """Draw `prompt` with the adapter of each run from the same noise: after each image the table so far, as HTML.
 
     Raises: InputError naming what cannot be drawn.
     """
     from webui.adapters import steps_of
-    from webui.wishes import Wish
+    from webui.generation_requests import GenerationRequest
     from webui.work import drawing
 
     steps = [steps_of(view.record).chosen for view in compared.views]
@@ -93,7 +93,7 @@ def drawn_with_all(workspace: Workspace, compared: Compared, prompt: str, seed: 
     for place, (view, step) in enumerate(zip(compared.views, steps, strict=True)):
         if step is None:
             continue
-        for event in drawing.draw(workspace, Wish(view.id, step, 1.0, prompt, count=1, seed=seed)):
+        for event in drawing.draw(workspace, GenerationRequest(view.id, step, 1.0, prompt, count=1, seed=seed)):
             if isinstance(event, Path):
                 cells[place] = sample_html(event, "pixel", prompt)
             yield _table(compared.views, steps, cells, prompt, seed)

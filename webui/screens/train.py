@@ -10,28 +10,28 @@ import gradio as gr
 
 from pipelines.errors import InputError
 from webui import launching, progress
+from webui.adapter_rows import AdapterRow, button, frame, keys, made_text, text, updates
+from webui.app_context import AppContext
 from webui.errors import in_plain_words
-from webui.parts import Part, button, frame, keys, made_text, text, updates
+from webui.images import Sample, address, newest_sheet, sampled_steps, samples, subject, thumbnail
 from webui.photo_account import photo_account
-from webui.pictures import Sample, address, newest_sheet, sampled_steps, samples, subject, thumbnail
-from webui.shell import Shell
 from webui.views import RunView
 from webui.workspace import Workspace
 
 EMPTY = """<div class="empty"><p><b>Nothing has been trained yet.</b></p><p>Add a few photos, look at the check, and press Train
 there. What happens then is shown here, step by step.</p></div>"""
-WAITING = """<div class="empty"><p>Sample pictures appear here: first what the model draws before training, then every so many
+WAITING = """<div class="empty"><p>Sample images appear here: first what the model draws before training, then every so many
 steps.</p></div>"""
 YOURS = "one of your photos"
 ASKED = {
     "stop": "It stops after the step in progress, and everything is saved.",
-    "sample": "Sample pictures come after the step in progress.",
+    "sample": "Sample images come after the step in progress.",
     "save": "The adapter is saved after the step in progress.",
 }
 BUTTONS = {"stop": "Stop", "sample": "Sample now", "save": "Save now", "resume": "Resume"}
 
 
-def parts(view: RunView | None, log_open: bool = False) -> dict[str, Part]:
+def parts(view: RunView | None, log_open: bool = False) -> dict[str, AdapterRow]:
     """Every part of the screen as it is to be now, by the names of the outputs."""
     if view is None:
         shown = {name: text("") for name in ("head", "bar", "loss", "cost", "photos", "samples", "log")}
@@ -52,14 +52,14 @@ def parts(view: RunView | None, log_open: bool = False) -> dict[str, Part]:
     }
 
 
-def _next(view: RunView) -> Part:
+def _next(view: RunView) -> AdapterRow:
     """The button that leads to where the finished run is looked at."""
     label = "See the classifier" if view.task == "classify" else "Judge it"
     return button(view.state == "done", label)
 
 
-def _samples(view: RunView) -> Part:
-    """The sample pictures, newest step first, and what they are to become like."""
+def _samples(view: RunView) -> AdapterRow:
+    """The sample images, newest step first, and what they are to become like."""
     record = view.record
     changed = [(step, record.samples_at(step).stat().st_mtime_ns) for step in sampled_steps(record)]
     sheet = None if changed else newest_sheet(record)
@@ -82,11 +82,11 @@ def _of_step(step: int) -> str:
     return f"After step {step}" if step else "Before training"
 
 
-def _grid(pictures: list[Sample], css: str = "") -> str:
+def _grid(images: list[Sample], css: str = "") -> str:
     cells = "".join(
         f'<figure class="{each.css}"><img src="{address(thumbnail(each.path))}" alt="{html.escape(each.prompt) or YOURS}">'
         f"{f'<figcaption>{html.escape(each.prompt)}</figcaption>' if css else ''}</figure>"
-        for each in pictures
+        for each in images
     )
     return f'<div class="pictures {css}">{cells}</div>'
 
@@ -109,7 +109,7 @@ def view_of(workspace: Workspace, run_id: str | None) -> RunView | None:
         return None
 
 
-def build(shell: Shell) -> None:
+def build(shell: AppContext) -> None:
     """Put the screen into the open tab."""
     outputs = _layout()
     seen, log_open = gr.State({}), gr.State(False)
@@ -133,7 +133,7 @@ def build(shell: Shell) -> None:
     _wire_buttons(shell, outputs, look)
 
 
-def _wire_buttons(shell: Shell, buttons: dict[str, Any], look: dict[str, Any]) -> None:
+def _wire_buttons(shell: AppContext, buttons: dict[str, Any], look: dict[str, Any]) -> None:
     """What the buttons do; after each the screen looks again.
 
     Args:
@@ -182,7 +182,7 @@ def _layout() -> dict[str, Any]:
     return made
 
 
-def _asking(shell: Shell, action: str) -> Callable[[str, gr.Request], None]:
+def _asking(shell: AppContext, action: str) -> Callable[[str, gr.Request], None]:
     """The handler of a button that asks the run for something."""
 
     @in_plain_words

@@ -1,4 +1,4 @@
-"""The screen Use: pictures from words with the run's adapter, alone or mixed with others, and its files to take away."""
+"""The screen Use: images from words with the run's adapter, alone or mixed with others, and its files to take away."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from pipelines.errors import InputError
 from pipelines.prompt_syntax import page_warnings
 from webui import uploads
 from webui.adapters import others, reference_of_file, steps_of
+from webui.app_context import QUIET, AppContext
+from webui.cancellation import TURNS
 from webui.cards import escaped
-from webui.drawn import DrawnPictures, settings_of
 from webui.errors import in_plain_words
 from webui.gallery import bar_of, details_of, gallery_of
+from webui.generated_images import GeneratedImages, settings_of
+from webui.generation_requests import GUIDANCE, MIXED, STEPS, GenerationRequest, run_in
 from webui.screens import use_files
-from webui.shell import QUIET, Shell
-from webui.turns import TURNS
 from webui.views import RunView
-from webui.wishes import GUIDANCE, MIXED, STEPS, Wish, run_in
 from webui.workspace import Workspace
 
 SECONDS_BETWEEN = 0.1
 CANCELLED = "<p class='quiet'>Cancelled. What was finished is kept.</p>"
 NO_RUN = """<div class="empty"><p><b>There is no adapter yet.</b></p><p>Add a few photos under Photos and train with them. As soon
-as the first steps are kept, pictures can be drawn here.</p></div>"""
+as the first steps are kept, images can be drawn here.</p></div>"""
 NO_STEP = """<div class="empty"><p><b>This run has no adapter yet.</b></p><p>The first one is kept after some steps of training,
 and then this page shows it by itself.</p></div>"""
-CLASSIFIER = """<div class="empty"><p><b>This run is a classifier.</b></p><p>It tells pictures apart and draws none: use it
+CLASSIFIER = """<div class="empty"><p><b>This run is a classifier.</b></p><p>It tells images apart and draws none: use it
 under Classify. Or choose a run above that learned a subject.</p></div>"""
 
 
 @dataclass(frozen=True)
 class Controls:
-    """The fields that say what is drawn, in the order of `Wish.from_page`."""
+    """The fields that say what is drawn, in the order of `GenerationRequest.from_page`."""
 
     strength: gr.Slider
     prompt: gr.Textbox
@@ -53,13 +53,13 @@ class Controls:
     mixed: list[gr.Dropdown]
     strengths: list[gr.Slider]
 
-    def inputs(self, shell: Shell) -> list[Any]:
-        """What `Wish.from_page` takes."""
+    def inputs(self, shell: AppContext) -> list[Any]:
+        """What `GenerationRequest.from_page` takes."""
         own = [self.strength, self.prompt, self.negative, self.count, self.seed, self.with_base, self.steps, self.guidance]
         return [shell.run, shell.step, *own, *self.mixed, *self.strengths]
 
 
-def build(shell: Shell) -> None:
+def build(shell: AppContext) -> None:
     """Put the screen into the open tab."""
     empty = gr.HTML(NO_RUN, elem_id="use-empty")
     with gr.Column(visible=False, elem_id="use-form") as form:
@@ -75,7 +75,7 @@ def build(shell: Shell) -> None:
                 bar = gr.HTML(elem_id="use-progress")
                 controls, upload, dice = _controls(shell, prompt)
             with gr.Column(scale=6, min_width=320):
-                shown = _pictures()
+                shown = _images()
         files = use_files.build()
     seen = gr.State(None)
     look = _Look(shell, controls, suggestions, seen, empty, form, files)
@@ -86,7 +86,7 @@ def build(shell: Shell) -> None:
     _wire_small(shell, controls, suggestions, upload, dice)
 
 
-def _controls(shell: Shell, prompt: gr.Textbox) -> tuple[Controls, gr.UploadButton, gr.Button]:
+def _controls(shell: AppContext, prompt: gr.Textbox) -> tuple[Controls, gr.UploadButton, gr.Button]:
     shell.step.render()
     strength = gr.Slider(0, 1.5, 1, step=0.05, label="Strength", info="0 is the model as it was.", elem_id="use-strength")
     with gr.Row():
@@ -113,7 +113,7 @@ def _controls(shell: Shell, prompt: gr.Textbox) -> tuple[Controls, gr.UploadButt
 
 @dataclass(frozen=True)
 class Shown:
-    """The pictures, and the one that was chosen."""
+    """The images, and the one that was chosen."""
 
     gallery: gr.Gallery
     details: gr.HTML
@@ -121,8 +121,8 @@ class Shown:
     chosen: gr.State
 
 
-def _pictures() -> Shown:
-    gr.Markdown("### Your pictures")
+def _images() -> Shown:
+    gr.Markdown("### Your images")
     gallery = gr.Gallery(
         show_label=False,
         columns=3,
@@ -141,7 +141,7 @@ def _pictures() -> Shown:
 class _Look:
     """What the screen shows of the run in view; told anew where the run, or its adapters, are others than those seen."""
 
-    shell: Shell
+    shell: AppContext
     controls: Controls
     suggestions: gr.Dataset
     seen: gr.State
@@ -225,7 +225,7 @@ def _in_the_snow(view: RunView, prompts: list[str]) -> str:
     return f"{own} in the snow" if own else next(iter(prompts), "")
 
 
-def _wire_drawing(shell: Shell, controls: Controls, buttons: tuple[gr.Button, gr.Button, gr.HTML], shown: Shown) -> None:
+def _wire_drawing(shell: AppContext, controls: Controls, buttons: tuple[gr.Button, gr.Button, gr.HTML], shown: Shown) -> None:
     generate, cancel, bar = buttons
     turn = gr.State(0)
 
@@ -236,7 +236,9 @@ def _wire_drawing(shell: Shell, controls: Controls, buttons: tuple[gr.Button, gr
 
     @in_plain_words
     def draw(request: gr.Request, turn: int, *values: Any) -> Iterator[list[Any]]:
-        yield from _drawing(shell.settings.workspace(request), Wish.from_page(values), str(request.session_hash), turn)
+        yield from _drawing(
+            shell.settings.workspace(request), GenerationRequest.from_page(values), str(request.session_hash), turn
+        )
 
     @in_plain_words
     def at_rest(turn: int, request: gr.Request) -> list[Any]:
@@ -266,7 +268,7 @@ def _wire_drawing(shell: Shell, controls: Controls, buttons: tuple[gr.Button, gr
     _wire_gallery(shell, shown)
 
 
-def _drawing(workspace: Workspace, wish: Wish, session: str, turn: int) -> Iterator[list[Any]]:
+def _drawing(workspace: Workspace, wish: GenerationRequest, session: str, turn: int) -> Iterator[list[Any]]:
     """Draw what is wished; updates of the bar, the gallery and its details, until the turn is cancelled."""
     from webui.work import drawing
 
@@ -284,7 +286,7 @@ def _drawing(workspace: Workspace, wish: Wish, session: str, turn: int) -> Itera
     yield [f"{notice}<p class='quiet'>Done in {time.monotonic() - began:.1f} s.</p>", gr.skip(), gr.skip()]
 
 
-def _wire_gallery(shell: Shell, shown: Shown) -> None:
+def _wire_gallery(shell: AppContext, shown: Shown) -> None:
     """Show what was drawn before when the page is loaded."""
 
     @in_plain_words
@@ -294,7 +296,7 @@ def _wire_gallery(shell: Shell, shown: Shown) -> None:
     shell.page.load(come_back, outputs=[shown.gallery, shown.details], show_progress="hidden", api_visibility="private")
 
 
-def _of_syntax(wish: Wish) -> str:
+def _of_syntax(wish: GenerationRequest) -> str:
     """What of A1111's syntax in the words is read as plain text, and what does it here."""
     place = "choose it above as the step or under Mix in other adapters, with its strength"
     said = page_warnings([wish.prompt, wish.negative_prompt], place)
@@ -315,7 +317,7 @@ def _wire_again(look: _Look, shown: Shown) -> None:
 
     @in_plain_words
     def choose(event: gr.SelectData, request: gr.Request) -> list[Any]:
-        path = DrawnPictures.of(shell.settings.workspace(request)).called(Path(str(event.value["image"]["path"])).name)
+        path = GeneratedImages.of(shell.settings.workspace(request)).called(Path(str(event.value["image"]["path"])).name)
         return [path.name, details_of(settings_of(path)[0]), gr.Button(visible=True)]
 
     shown.gallery.select(choose, outputs=[shown.chosen, shown.details, shown.again], **private)
@@ -325,7 +327,7 @@ def _wire_again(look: _Look, shown: Shown) -> None:
     @in_plain_words
     def again(name: str, run_id: str | None, request: gr.Request) -> list[Any]:
         workspace = shell.settings.workspace(request)
-        settings, _ = settings_of(DrawnPictures.of(workspace).called(name))
+        settings, _ = settings_of(GeneratedImages.of(workspace).called(name))
         own, step, strength, mixed = run_in(settings)
         run_id = own or run_id
         updates = look.updates(workspace, run_id, None, None)
@@ -353,14 +355,14 @@ def _with_reference(choices: list[tuple[str, str]], reference: str) -> gr.Dropdo
 def _with_step(workspace: Workspace, run_id: str | None, step: int | None) -> Any:
     view = _view(workspace, run_id)
     if view is None:
-        raise InputError("The run of this picture is no longer there. Choose another run.")
+        raise InputError("The run of this image is no longer there. Choose another run.")
     steps = steps_of(view.record)
     if step is not None and step not in [value for _, value in steps.choices]:
-        raise InputError(f"Step {step} of this picture's run is no longer kept. Choose another step.")
+        raise InputError(f"Step {step} of this image's run is no longer kept. Choose another step.")
     return gr.Dropdown(choices=steps.choices, value=steps.chosen if step is None else step)
 
 
-def _wire_small(shell: Shell, controls: Controls, suggestions: gr.Dataset, upload: gr.UploadButton, dice: gr.Button) -> None:
+def _wire_small(shell: AppContext, controls: Controls, suggestions: gr.Dataset, upload: gr.UploadButton, dice: gr.Button) -> None:
     suggestions.click(_first, inputs=[suggestions], outputs=[controls.prompt], api_visibility="private")
     dice.click(lambda: secrets.randbelow(2**31), outputs=[controls.seed], show_progress="hidden", api_visibility="private")
 

@@ -10,11 +10,11 @@ import gradio as gr
 from gradio.processing_utils import save_file_to_cache
 from gradio.utils import get_upload_folder
 
+from webui.app_context import AppContext
 from webui.errors import in_plain_words
 from webui.files import LAYOUTS, Layout, in_words, layouts_of
-from webui.shell import Shell
+from webui.generation_requests import GenerationRequest
 from webui.views import RunView
-from webui.wishes import Wish
 
 # The button has its new file by then.
 SAVE = "() => { setTimeout(() => document.querySelector('#use-file').click(), 200); }"
@@ -73,18 +73,18 @@ def _of_layout(layout: Layout, size: int | None) -> str:
     return f"<p><b>{in_words(size)}</b> <span class='quiet'>{LAYOUTS[layout][1]}</span></p>"
 
 
-def wire(shell: Shell, files: Files, wish: list[Any]) -> None:
+def wire(shell: AppContext, files: Files, wish: list[Any]) -> None:
     """Make files when they are asked for, and have the browser save them.
 
     Args:
-        wish: the fields that `Wish.from_page` takes.
+        wish: the fields that `GenerationRequest.from_page` takes.
     """
 
     @in_plain_words
     def bake(request: gr.Request, layout: str, *values: Any) -> gr.DownloadButton:
         from webui.work import drawing
 
-        with drawing.baked(shell.settings.workspace(request), Wish.from_page(values), layout) as made:
+        with drawing.baked(shell.settings.workspace(request), GenerationRequest.from_page(values), layout) as made:
             return gr.DownloadButton(value=save_file_to_cache(made, get_upload_folder()))
 
     on_device = {"concurrency_limit": 1, "concurrency_id": "device", "api_visibility": "private"}
@@ -97,7 +97,7 @@ def wire(shell: Shell, files: Files, wish: list[Any]) -> None:
     made.success(None, js=SAVE, api_visibility="private")
 
 
-def _download(shell: Shell, layout: Layout) -> Callable[..., gr.DownloadButton]:
+def _download(shell: AppContext, layout: Layout) -> Callable[..., gr.DownloadButton]:
     @in_plain_words
     def download(run_id: str, step: int, request: gr.Request) -> gr.DownloadButton:
         from webui.work import drawing

@@ -1,4 +1,4 @@
-"""What the screens do with models and pictures. Only these modules import torch; the page is up before they are loaded.
+"""What the screens do with models and images. Only these modules import torch; the page is up before they are loaded.
 
 Handlers ask for a module as an attribute, `from webui.work import options`, and never for what is in it: the libraries import
 each other in circles, which fails where two threads begin at different ends, so that the first to ask loads all of them while

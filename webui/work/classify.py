@@ -1,4 +1,4 @@
-"""What the page and the API have classified: a set by the built-in CLIP before any training, and pictures by a run."""
+"""What the page and the API have classified: a set by the built-in CLIP before any training, and images by a run."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ import torch
 from pipelines.clip import BUILT_IN, Clip, load_clip
 from pipelines.errors import InputError
 from pipelines.fewshot.classifier import CLASSIFIER, FewShotClassifier, classifier_folder
-from pipelines.fewshot.data import LabelledPicture, PictureDataset
-from pipelines.fewshot.features import picture_features, prompt_features
+from pipelines.fewshot.data import LabelledImage, LabelledImageDataset
+from pipelines.fewshot.features import image_features, prompt_features
 from pipelines.fewshot.prompts import make_prompts
-from pipelines.fewshot.sources import Source
-from pipelines.pictures import read_picture
+from pipelines.fewshot.sources import DatasetSource
+from pipelines.images import read_image
 from training.runs.record import RunRecord
 from webui.incoming import display_name, read_upload
 from webui.labelled_classes import EXAMPLE, LabelledClasses
@@ -38,11 +38,11 @@ _features: OrderedDict[bytes, torch.Tensor] = OrderedDict()
 
 
 @dataclass(frozen=True)
-class ZeroShot:
-    """How well the built-in CLIP names pictures by the classes' names alone.
+class ZeroShotClassifier:
+    """How well the built-in CLIP names images by the classes' names alone.
 
     Args:
-        right, count: pictures, of all classes.
+        right, count: images, of all classes.
         by_class: the same of each class, by its key.
     """
 
@@ -57,17 +57,17 @@ def built_in() -> Clip:
     return load_clip(BUILT_IN)
 
 
-def zero_shot(classes: LabelledClasses) -> ZeroShot:
-    """How well the built-in CLIP, which has learned nothing of them, names some pictures of each class.
+def zero_shot(classes: LabelledClasses) -> ZeroShotClassifier:
+    """How well the built-in CLIP, which has learned nothing of them, names some images of each class.
 
-    Raises: InputError if there are fewer than two classes with pictures, or a picture cannot be read.
+    Raises: InputError if there are fewer than two classes with images, or an image cannot be read.
     """
-    shown = [one for one in classes.classes if one.pictures]
+    shown = [one for one in classes.classes if one.images]
     if len(shown) < 2:
-        raise InputError("Two classes with pictures are needed to tell them apart.")
+        raise InputError("Two classes with images are needed to tell them apart.")
     template = "digits" if classes.id == EXAMPLE else "photo"
     each = max(FEWEST_OF_CLASS, MOST_ZERO_SHOT // len(shown))
-    chosen = [_some(one.pictures, each) for one in shown]
+    chosen = [_some(one.images, each) for one in shown]
     with _one_at_a_time:
         clip = built_in()
         features = _features_of(list(chain(*chosen)), clip)
@@ -75,22 +75,22 @@ def zero_shot(classes: LabelledClasses) -> ZeroShot:
     predicted = iter((features @ prompts.T).argmax(dim=1).tolist())
     right = [list(islice(predicted, len(own))).count(label) for label, own in enumerate(chosen)]
     by_class = {one.key: (right[label], len(chosen[label])) for label, one in enumerate(shown)}
-    return ZeroShot(sum(right), sum(map(len, chosen)), by_class)
+    return ZeroShotClassifier(sum(right), sum(map(len, chosen)), by_class)
 
 
-def _some(pictures: Sequence[Source], most: int) -> list[Source]:
-    """At most so many pictures, spread over all."""
-    stride = max(1, len(pictures) // most)
-    return list(pictures[::stride])[:most]
+def _some(images: Sequence[DatasetSource], most: int) -> list[DatasetSource]:
+    """At most so many images, spread over all."""
+    stride = max(1, len(images) // most)
+    return list(images[::stride])[:most]
 
 
-def _features_of(sources: Sequence[Source], clip: Clip) -> torch.Tensor:
-    """(n, d): of pictures seen before what was found then."""
+def _features_of(sources: Sequence[DatasetSource], clip: Clip) -> torch.Tensor:
+    """(n, d): of images seen before what was found then."""
     digests = [hashlib.sha256(source.content()).digest() for source in sources]
     fresh = {digest: source for digest, source in zip(digests, sources, strict=True) if digest not in _features}
     if fresh:
-        pictures = [LabelledPicture(source, 0, "") for source in fresh.values()]
-        found, _ = picture_features(clip, PictureDataset(pictures, clip.preprocess))
+        images = [LabelledImage(source, 0, "") for source in fresh.values()]
+        found, _ = image_features(clip, LabelledImageDataset(images, clip.preprocess))
         _features.update(zip(fresh, found, strict=True))
     rows = torch.stack([_features[digest] for digest in digests])
     while len(_features) > MOST_FEATURES:
@@ -128,26 +128,26 @@ def member_folder(record: RunRecord, member: str) -> Path:
 
 
 def classify(record: RunRecord, files: Sequence[str | Path], member: str | None = None, top: int = TOP) -> list[dict[str, Any]]:
-    """Classify pictures by a run's classifier.
+    """Classify images by a run's classifier.
 
     Args:
-        files: pictures of whatever origin; each is checked as an upload is.
+        files: images of whatever origin; each is checked as an upload is.
         member: as of `classifier_of`.
-        top: how many classes are told of each picture.
+        top: how many classes are told of each image.
     Returns: a row for each file: {"picture": its name, "class", "probability", "top": [[class, probability], ...]}, and
         "notes" where something is to be known about how it was read, or
         {"picture", "error": a sentence} for one that cannot be used. Names and sentences hold users' words.
     Raises: InputError if there is no file, or too many, or the run has no classifier.
     """
     if not 1 <= len(files) <= MOST_FILES:
-        raise InputError(f"One to {MOST_FILES} pictures can be classified at a time, got {len(files)}.")
+        raise InputError(f"One to {MOST_FILES} images can be classified at a time, got {len(files)}.")
     rows: list[dict[str, Any]] = []
     readable = []
     for file in map(Path, files):
         row: dict[str, Any] = {"picture": display_name(file)}
         try:
             upload = read_upload(file, row["picture"])
-            readable.append(read_picture(io.BytesIO(upload.content), row["picture"]))
+            readable.append(read_image(io.BytesIO(upload.content), row["picture"]))
             if upload.notes:
                 row["notes"] = list(upload.notes)
         except InputError as error:

@@ -1,4 +1,4 @@
-"""From a wish to pictures, and from an adapter to the files that other programs take."""
+"""From a wish to images, and from an adapter to the files that other programs take."""
 
 from __future__ import annotations
 
@@ -20,46 +20,46 @@ from training.runs.record import RunRecord
 from training.subject.finishing import SUGGESTED
 from training.subject.measured import adapter_at
 from webui.adapters import SUGGESTION, adapter_called, last_step, reference_of
-from webui.drawn import DrawnPictures
 from webui.files import LAYOUTS, Layout
+from webui.generated_images import GeneratedImages
+from webui.generation_requests import GenerationRequest
 from webui.views import RunView
-from webui.wishes import Wish
-from webui.work.studio import MAX_PICTURES, STUDIO, Drawn, Order, Part, Progress
+from webui.work.pipeline_cache import MAX_IMAGES, STUDIO, Drawn, GenerationJob, GenerationProgress, WeightedAdapter
 from webui.workspace import Workspace
 
 
-def order_for(workspace: Workspace, wish: Wish) -> Order:
+def order_for(workspace: Workspace, wish: GenerationRequest) -> GenerationJob:
     """The order that a wish means.
 
     Raises: InputError naming what is not there or cannot be used.
     """
-    parts = tuple(Part(adapter_called(workspace, reference), strength) for reference, strength in wish.references)
-    if not 1 <= wish.count <= MAX_PICTURES:
-        raise InputError(f"The number of pictures must be from 1 to {MAX_PICTURES}, got {wish.count}.")
+    parts = tuple(WeightedAdapter(adapter_called(workspace, reference), strength) for reference, strength in wish.references)
+    if not 1 <= wish.count <= MAX_IMAGES:
+        raise InputError(f"The number of images must be from 1 to {MAX_IMAGES}, got {wish.count}.")
     resolution = None
     if wish.run_id is not None:
         resolution = RunView(workspace.run(wish.run_id)).options.get("data", {}).get("resolution")
     sampling = Sampling(wish.steps, wish.guidance, wish.negative_prompt, resolution)
     seeds = tuple(range(wish.seed, wish.seed + wish.count))
-    return Order(wish.prompt, parts, seeds, sampling, wish.with_base)
+    return GenerationJob(wish.prompt, parts, seeds, sampling, wish.with_base)
 
 
-def draw(workspace: Workspace, wish: Wish) -> Iterator[Progress | Path]:
-    """Draw what is wished: progress at each step, and each picture's file, kept among the user's pictures, as it is done.
+def draw(workspace: Workspace, wish: GenerationRequest) -> Iterator[GenerationProgress | Path]:
+    """Draw what is wished: progress at each step, and each image's file, kept among the user's images, as it is done.
 
     Raises: InputError naming what cannot be used.
     """
-    kept, events = DrawnPictures.of(workspace), STUDIO.draw(order_for(workspace, wish))
+    kept, events = GeneratedImages.of(workspace), STUDIO.draw(order_for(workspace, wish))
     try:
         for event in events:
-            yield kept.add(event.picture, event.settings) if isinstance(event, Drawn) else event
+            yield kept.add(event.image, event.settings) if isinstance(event, Drawn) else event
     finally:
         # At once, rather than when nobody remembers it any more.
         events.close()
 
 
 @contextmanager
-def baked(workspace: Workspace, wish: Wish, layout: Literal["diffusers", "kohya"]) -> Iterator[Path]:
+def baked(workspace: Workspace, wish: GenerationRequest, layout: Literal["diffusers", "kohya"]) -> Iterator[Path]:
     """The mix of the wish as one LoRA file, for as long as the context lasts.
 
     Raises: InputError if it cannot be one.

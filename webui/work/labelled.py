@@ -1,4 +1,4 @@
-"""Labelled pictures that come with scikit-learn, or lie in a folder of this machine."""
+"""Labelled images that come with scikit-learn, or lie in a folder of this machine."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from functools import lru_cache
 from pathlib import Path
 
 from pipelines.fewshot.data import LabelledSet, rename
-from pipelines.fewshot.loading import load_folder, load_pictures
+from pipelines.fewshot.loading import load_folder, load_images
 from pipelines.fewshot.samples import sample_set
 from pipelines.fewshot.sets import load_set
 from pipelines.fewshot.shots import split_notes
-from pipelines.fewshot.sources import Source
+from pipelines.fewshot.sources import DatasetSource
 from webui.labelled_classes import EXAMPLE, Kind, LabelledClass, LabelledClasses, held_out_of
 
 
@@ -33,24 +33,24 @@ def pointed_to(set_id: str, path: Path, names: Mapping[str, str]) -> LabelledCla
 
 
 def _classes(set_id: str, kind: Kind, path: Path | None, found: LabelledSet) -> LabelledClasses:
-    pictures: list[list[Source]] = [[] for _ in found.classes]
-    for picture in found.pictures:
-        pictures[picture.label].append(picture.source)
-    tested = Counter(picture.label for picture in found.of_part("test"))
+    images: list[list[DatasetSource]] = [[] for _ in found.classes]
+    for image in found.images:
+        images[image.label].append(image.source)
+    tested = Counter(image.label for image in found.of_part("test"))
     classes = tuple(
         LabelledClass(key, name, tuple(own), len(own) - (tested[label] if found.parts else held_out_of(len(own))))
-        for label, (key, name, own) in enumerate(zip(found.keys, found.classes, pictures, strict=True))
+        for label, (key, name, own) in enumerate(zip(found.keys, found.classes, images, strict=True))
     )
     return LabelledClasses(set_id, kind, path, classes, (*found.notes, *split_notes(found)))
 
 
 @lru_cache(maxsize=4)
-def sources(path: str | None, dataset: str | None) -> dict[str, Source]:
-    """The pictures of a set by their names, of whatever kind the recipe takes.
+def sources(path: str | None, dataset: str | None) -> dict[str, DatasetSource]:
+    """The images of a set by their names, of whatever kind the recipe takes.
 
     Raises: InputError if it is not there or cannot be read.
     """
     if path is None:
-        return {picture.name: picture.source for picture in sample_set().pictures}
-    found = load_pictures(path) if dataset is None else load_set(path, dataset)
-    return {picture.name: picture.source for picture in found.pictures}
+        return {image.name: image.source for image in sample_set().images}
+    found = load_images(path) if dataset is None else load_set(path, dataset)
+    return {image.name: image.source for image in found.images}

@@ -27,11 +27,11 @@ Values = dict[str, dict[str, Any]]
 KINDS: dict[Task, type[Options]] = {"subject": SubjectOptions, "classify": FewShotOptions}
 
 # What names files, models or services of the machine, or publishes: nothing for those who are only guests on it.
-PICTURES = frozenset({"instance_data_dir", "data_dir"})
+IMAGES = frozenset({"instance_data_dir", "data_dir"})
 BASE_MODELS = frozenset({"pretrained_model_name_or_path", "model", "pretrained"})
 MACHINE_FIELDS = frozenset(
     {
-        *PICTURES, *BASE_MODELS, "class_data_dir", "cache_dir", "dataset", "dataloader_num_workers",
+        *IMAGES, *BASE_MODELS, "class_data_dir", "cache_dir", "dataset", "dataloader_num_workers",
         "pretrained_vae_model_name_or_path", "revision", "variant", "single_file_config",
         "output_dir", "resume_from_checkpoint", "report_to", "export",
         "judge_model", "push_to_hub", "hub_model_id", "hub_token",
@@ -41,7 +41,7 @@ MACHINE_FIELDS = frozenset(
 NEVER = frozenset({"output_dir", "resume_from_checkpoint", "hub_token"})
 # Options that were of another group once.
 MOVED = {("optimisation", "lora_plus_ratio"): "adapter"}
-FOLDERS = frozenset({*PICTURES, "class_data_dir", "cache_dir"})
+FOLDERS = frozenset({*IMAGES, "class_data_dir", "cache_dir"})
 LARGEST, LONGEST, MOST = 2**31 - 1, 4000, 5000
 
 
@@ -146,7 +146,7 @@ def flags(task: Task, values: Values) -> list[str]:
 def changed(task: Task, resolved: Mapping[str, Any]) -> Values:
     """What a run's resolved options, as options.json has them, say other than the defaults do, to start another run from.
 
-    What belongs to that run alone is left out, and so is what its base model and its pictures decide by themselves.
+    What belongs to that run alone is left out, and so is what its base model and its images decide by themselves.
     """
     kind = kind_of(task)
     groups = groups_of(kind)
@@ -224,7 +224,7 @@ def _typed(name: str, field: dataclasses.Field, value: Any) -> Any:
 def _listed(name: str, kind: type, value: Any) -> list[Any]:
     if not isinstance(value, list | tuple) or not 1 <= len(value) <= MOST:
         raise InputError(f"{name} must be a list of one to {MOST} values, got {value!r:.100}. Leave it out for the usual ones.")
-    # Numbers of pictures are written as texts, since one of them may be "all".
+    # Numbers of images are written as texts, since one of them may be "all".
     texts = kind is str
     return [READERS[kind](name, str(one) if texts and isinstance(one, int) and one is not True else one) for one in value]
 
@@ -276,7 +276,7 @@ def _check_access(workspace: Workspace, values: Values) -> None:
         raise InputError(f"{name} is not set here: the app decides it for each run. Leave it out.")
     if given.get("data_dir") is not None and not Path(given["data_dir"]).is_dir():
         # A table of paths would have the run read any file.
-        raise InputError(f"data_dir must be a folder with a folder of pictures for each class, got {given['data_dir']!r}.")
+        raise InputError(f"data_dir must be a folder with a folder of images for each class, got {given['data_dir']!r}.")
     if not workspace.is_local:
         _check_guest(workspace, given)
 
@@ -284,8 +284,8 @@ def _check_access(workspace: Workspace, values: Values) -> None:
 def _check_guest(workspace: Workspace, given: Mapping[str, Any]) -> None:
     """Raises: InputError for what is not for guests on the machine."""
     for name in sorted(given.keys() & MACHINE_FIELDS):
-        if name in PICTURES:
-            _check_own_pictures(workspace, name, Path(given[name]))
+        if name in IMAGES:
+            _check_own_images(workspace, name, Path(given[name]))
         elif name not in BASE_MODELS:
             raise InputError(f"{name} cannot be changed on this server: it names what belongs to its machine. Leave it out.")
     named = given.get("pretrained_model_name_or_path") or _clip_name(given)
@@ -301,6 +301,6 @@ def _clip_name(given: Mapping[str, Any]) -> str | None:
     return f"open_clip:{given.get('model')}/{given.get('pretrained')}"
 
 
-def _check_own_pictures(workspace: Workspace, name: str, path: Path) -> None:
-    if path.parent != workspace.sets.absolute() or workspace.picture_set(path.name).absolute() != path:
-        raise InputError(f"{name} must be pictures that you have uploaded here. Add them, and start again.")
+def _check_own_images(workspace: Workspace, name: str, path: Path) -> None:
+    if path.parent != workspace.sets.absolute() or workspace.image_set(path.name).absolute() != path:
+        raise InputError(f"{name} must be images that you have uploaded here. Add them, and start again.")

@@ -1,4 +1,4 @@
-"""What the photo doctor says of a set of pictures, and how the model will see them."""
+"""What the photo doctor says of a set of images, and how the model will see them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from transformers import CLIPTokenizer
 
 from pipelines.buckets import AUTOMATIC, automatic_buckets, nearest_bucket, parse_buckets
 from pipelines.built_in import model_path
-from pipelines.pictures import read_image
-from pipelines.subject.data import picture_size, take
-from pipelines.subject.doctor import Finding, Report, examine
-from pipelines.subject.encoding import Framing
+from pipelines.images import read_image_with_notes
+from pipelines.subject.data import image_size, take
+from pipelines.subject.encoding import CropConfig
+from pipelines.subject.image_checks import Finding, ImageCheckReport, examine
 from pipelines.subject.prompt_length import long_prompts
 from training.options import SubjectOptions
-from webui.photo_set import PhotoSet, as_address
-from webui.picture_sets import Entry
+from webui.image_dataset import SubjectDataset, as_address
+from webui.image_datasets import Entry
 
 # SDXL's own, for models that are not on this machine.
 SDXL_RESOLUTION, SDXL_MULTIPLE = 1024, 32
@@ -33,7 +33,7 @@ ADVICE = {
 
 @dataclass(frozen=True)
 class Opinion:
-    """What the doctor says of one picture, or of all: a verdict of two words, and sentences."""
+    """What the doctor says of one image, or of all: a verdict of two words, and sentences."""
 
     verdict: str
     sentences: tuple[str, ...]
@@ -41,31 +41,30 @@ class Opinion:
 
 @dataclass(frozen=True)
 class Opinions:
-    """What the doctor says of each picture, by its file, and of all together."""
+    """What the doctor says of each image, by its file, and of all together."""
 
-    pictures: dict[str, Opinion]
+    images: dict[str, Opinion]
     together: tuple[str, ...]
 
 
-def opinions(pictures: PhotoSet) -> Opinions:
-    """What the photo doctor says; remembered until a picture changes.
+def opinions(images: SubjectDataset) -> Opinions:
+    """What the photo doctor says; remembered until an image changes.
 
-    Raises: InputError if no picture can be used.
+    Raises: InputError if no image can be used.
     """
-    return _opinions(pictures, tuple(sorted(pictures.signature())))
+    return _opinions(images, tuple(sorted(images.signature())))
 
 
 @functools.lru_cache(maxsize=64)
-def _opinions(pictures: PhotoSet, signature: tuple[str, ...]) -> Opinions:
-    report, names = examine(pictures.folder), _Names(pictures.folder, pictures.entries())
+def _opinions(images: SubjectDataset, signature: tuple[str, ...]) -> Opinions:
+    report, names = examine(images.folder), _Names(images.folder, images.entries())
     found = {
-        diagnosis.path.name: Opinion(diagnosis.verdict, tuple(map(names.say, diagnosis.findings)))
-        for diagnosis in report.pictures
+        diagnosis.path.name: Opinion(diagnosis.verdict, tuple(map(names.say, diagnosis.findings))) for diagnosis in report.images
     }
     return Opinions(found, _together(report, names))
 
 
-def _together(report: Report, names: _Names) -> tuple[str, ...]:
+def _together(report: ImageCheckReport, names: _Names) -> tuple[str, ...]:
     return (*map(names.say, report.findings), *report.warnings())
 
 
@@ -75,7 +74,7 @@ class _Names:
 
     Args:
         folder: the set's.
-        entries: its pictures.
+        entries: its images.
     """
 
     folder: Path
@@ -90,12 +89,12 @@ class _Names:
 
 @dataclass(frozen=True)
 class Crop:
-    """One picture as the model is shown it: its first variant, and how many there are.
+    """One image as the model is shown it: its first variant, and how many there are.
 
     Args:
         address: of an <img>.
         size: height and width in pixels.
-        variants: crops and mirror images of this picture.
+        variants: crops and mirror images of this image.
     """
 
     address: str
@@ -103,23 +102,23 @@ class Crop:
     variants: int
 
 
-def crops(pictures: PhotoSet, options: SubjectOptions) -> list[Crop]:
-    """Each picture as training with `options` will show it to the model.
+def crops(images: SubjectDataset, options: SubjectOptions) -> list[Crop]:
+    """Each image as training with `options` will show it to the model.
 
-    Raises: InputError if a picture or a size cannot be used.
+    Raises: InputError if an image or a size cannot be used.
     """
     framing = _framing(options)
-    return [_crop(path, path.stat().st_mtime_ns, place, framing) for place, path in enumerate(pictures.files())]
+    return [_crop(path, path.stat().st_mtime_ns, place, framing) for place, path in enumerate(images.files())]
 
 
-def long_prompts_of(pictures: PhotoSet, options: SubjectOptions) -> list[str]:
+def long_prompts_of(images: SubjectDataset, options: SubjectOptions) -> list[str]:
     """A sentence for each prompt and caption that the model's tokenizers cut; none where they are not on this machine."""
     data = options.data
     prompts = dict.fromkeys(options.output.validation_prompt, "validation prompt")
     if data.with_prior_preservation and data.class_prompt:
         prompts[data.class_prompt] = "class prompt"
     prompts |= dict.fromkeys(data.subject_prompts(), "instance prompt")
-    captions = [(Path(entry.name), entry.caption) for entry in pictures.entries() if entry.caption]
+    captions = [(Path(entry.name), entry.caption) for entry in images.entries() if entry.caption]
     tokenizers = _tokenizers(model_path(options.model.pretrained_model_name_or_path))
     return [prompt.summary() for prompt in long_prompts(tokenizers, prompts, captions)]
 
@@ -141,18 +140,18 @@ def resolution_of(options: SubjectOptions) -> int:
     return options.data.resolution or _of_model(options.model.pretrained_model_name_or_path)[0]
 
 
-def _framing(options: SubjectOptions) -> Framing:
+def _framing(options: SubjectOptions) -> CropConfig:
     data, resolution = options.data, resolution_of(options)
     multiple, sizes = _of_model(options.model.pretrained_model_name_or_path)[1], ((resolution, resolution),)
     if data.aspect_ratio_buckets is not None:
         text = data.aspect_ratio_buckets.strip()
         sizes = automatic_buckets(resolution, multiple) if text == AUTOMATIC else parse_buckets(text, multiple)
     crops = 0 if data.center_crop else data.crops_per_picture
-    return Framing(sizes, crops, data.random_flip, data.size_conditioning, options.optimisation.seed)
+    return CropConfig(sizes, crops, data.random_flip, data.size_conditioning, options.optimisation.seed)
 
 
 def _of_model(name_or_path: str) -> tuple[int, int]:
-    """The side of a model's pictures in pixels, and what sides must be multiples of, by its configuration."""
+    """The side of a model's images in pixels, and what sides must be multiples of, by its configuration."""
     files = [Path(model_path(name_or_path)) / part / "config.json" for part in ("unet", "vae")]
     if not all(path.is_file() for path in files):
         return SDXL_RESOLUTION, SDXL_MULTIPLE
@@ -162,9 +161,9 @@ def _of_model(name_or_path: str) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=256)
-def _crop(path: Path, changed: int, place: int, framing: Framing) -> Crop:
-    shots = framing.shots(place, nearest_bucket(picture_size(path), framing.sizes))
-    pixels = take(path, read_image(path).image, shots[0]).pixels
+def _crop(path: Path, changed: int, place: int, framing: CropConfig) -> Crop:
+    shots = framing.shots(place, nearest_bucket(image_size(path), framing.sizes))
+    pixels = take(path, read_image_with_notes(path).image, shots[0]).pixels
     shown = Image.fromarray(((pixels.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy())
     size = (shown.height, shown.width)
     shown.thumbnail((384, 384))

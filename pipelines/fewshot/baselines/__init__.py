@@ -1,6 +1,6 @@
 """The door for baselines: `fit(name, task, seed)` gives a predictor, whatever the method. A new one is one line here.
 
-All see the same few pictures through the same frozen towers, and choose their settings on validation alone. Predictors go to
+All see the same few images through the same frozen towers, and choose their settings on validation alone. Predictors go to
 files in `predictors`; `vocabulary` adds classes by their prompts.
 """
 

@@ -1,4 +1,4 @@
-"""The one way in which baselines choose: on the few validation pictures, and on nothing else."""
+"""The one way in which baselines choose: on the few validation images, and on nothing else."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Candidate = TypeVar("Candidate")
 
 
 def choose(candidates: Iterable[tuple[Candidate, torch.Tensor]], labels: torch.Tensor) -> Candidate:
-    """The candidate that names most pictures rightly; of equals that with the lowest cross-entropy, then the first.
+    """The candidate that names most images rightly; of equals that with the lowest cross-entropy, then the first.
 
-    Few pictures give few different accuracies, hence the cross-entropy. A candidate with logits that are not finite is out.
+    Few images give few different accuracies, hence the cross-entropy. A candidate with logits that are not finite is out.
 
     Args:
-        candidates: each with its logits on the validation pictures, (n, classes).
+        candidates: each with its logits on the validation images, (n, classes).
         labels: (n,) int64.
     Raises: InputError if there is no candidate, or none with finite logits.
     """
@@ -38,7 +38,7 @@ def choose(candidates: Iterable[tuple[Candidate, torch.Tensor]], labels: torch.T
         if best is None or score > best:
             best, chosen = score, [candidate]
     if not chosen:
-        raise InputError(f"None of {tried} settings gives finite logits on the validation pictures. Lower the learning rates.")
+        raise InputError(f"None of {tried} settings gives finite logits on the validation images. Lower the learning rates.")
     return chosen[0]
 
 
@@ -59,5 +59,5 @@ def pixels_of(examples: Examples) -> torch.Tensor:
     Raises: InputError if there are none.
     """
     if examples.pixels is None:
-        raise InputError("The method 'pixels' needs the pictures' raw pixels, got features only. Give Examples its pixels.")
+        raise InputError("The method 'pixels' needs the images' raw pixels, got features only. Give Examples its pixels.")
     return examples.pixels

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from pipelines.fewshot.baselines.choosing import choose_predictor
-from pipelines.fewshot.baselines.predictors import Linear, Predictor
+from pipelines.fewshot.baselines.predictors import LinearHead, Predictor
 from pipelines.fewshot.baselines.task import FewShotTask
 from pipelines.fewshot.baselines.training import Schedule, sgd, train
 from pipelines.randomness import keyed_generator
@@ -24,7 +24,7 @@ EPOCHS = 300
 
 
 def multipliers(task: FewShotTask) -> torch.Tensor:
-    """How well zero-shot knows each class: the mean probability that it gives the class's own pictures, (classes,)."""
+    """How well zero-shot knows each class: the mean probability that it gives the class's own images, (classes,)."""
     views = task.train.all_views()
     probabilities = (views @ task.zero_shot_weight().T).softmax(dim=-1).mean(dim=0)
     own = probabilities.gather(1, task.train.labels[:, None])[:, 0]
@@ -55,4 +55,4 @@ def held_probe(task: FewShotTask, seed: int, strength: float, learning_rate: flo
     train([prototypes], loss_of, task.train, Schedule(sgd(learning_rate), EPOCHS), keyed_generator(seed))
     weight = task.logit_scale * F.normalize(prototypes.detach(), dim=-1)
     setting = {"strength": strength, "learning_rate": learning_rate}
-    return Predictor(Linear.unbiased(weight), prototypes.numel(), setting, open_vocabulary=True)
+    return Predictor(LinearHead.unbiased(weight), prototypes.numel(), setting, open_vocabulary=True)

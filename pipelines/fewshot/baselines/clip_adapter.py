@@ -1,4 +1,4 @@
-"""CLIP-Adapter: a bottleneck beside the picture features, mixed with them  [Gao et al. 2021].
+"""CLIP-Adapter: a bottleneck beside the image features, mixed with them  [Gao et al. 2021].
 
 "CLIP-Adapter: better vision-language models with feature adapters", arXiv 2110.04544.
 """

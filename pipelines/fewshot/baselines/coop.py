@@ -115,7 +115,7 @@ def learned(task: FewShotTask, prompts: ContextPrompts, seed: int, learning_rate
 
 
 def epochs_for(shots: int) -> int:
-    """The authors' epochs for so many pictures a class."""
+    """The authors' epochs for so many images a class."""
     if shots == 1:
         return 50
     return 100 if shots <= 4 else 200

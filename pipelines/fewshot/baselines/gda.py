@@ -10,7 +10,7 @@ import math
 import torch
 
 from pipelines.fewshot.baselines.choosing import choose
-from pipelines.fewshot.baselines.predictors import Linear, Predictor
+from pipelines.fewshot.baselines.predictors import LinearHead, Predictor
 from pipelines.fewshot.baselines.task import FewShotTask
 
 # Mean squared distance from the class's mean, of unit features: what rounding leaves is none.
@@ -24,7 +24,7 @@ def gaussian_classifier(features: torch.Tensor, labels: torch.Tensor, classes: i
         w_c = P m_c;   b_c = log(1 / classes) - m_c P m_c / 2
         P = d ((N - 1) S + tr(S) I)^-1,  the precision's ridge-like estimate of Kubokawa and Srivastava
 
-    with the means m, and S the covariance (over N - 1) about them. Without any spread, as of one picture a class, P = I.
+    with the means m, and S the covariance (over N - 1) about them. Without any spread, as of one image a class, P = I.
 
     Args:
         features: (N, d); labels: (N,) int64, every class at least once.
@@ -44,14 +44,14 @@ def gaussian_classifier(features: torch.Tensor, labels: torch.Tensor, classes: i
 
 
 def fit(task: FewShotTask, seed: int) -> Predictor:
-    """logits = scale T x + alpha (W x + b),  alpha chosen on validation. Every view of a picture counts as a picture."""
+    """logits = scale T x + alpha (W x + b),  alpha chosen on validation. Every view of an image counts as an image."""
     views = task.train.all_views()
     weight, bias = gaussian_classifier(views.flatten(0, 1), task.train.labels.repeat(len(views)), len(task.classes))
     weight, bias, zero_shot = weight.float(), bias.float(), task.zero_shot_weight()
 
-    def head(alpha: float) -> Linear:
+    def head(alpha: float) -> LinearHead:
         """Both classifiers in one."""
-        return Linear(weight=zero_shot + alpha * weight, bias=alpha * bias)
+        return LinearHead(weight=zero_shot + alpha * weight, bias=alpha * bias)
 
     features = task.validation.features
     alpha = choose(((alpha, head(alpha)(features)) for alpha in ALPHAS), task.validation.labels)

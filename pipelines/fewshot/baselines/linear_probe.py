@@ -1,4 +1,4 @@
-"""A linear probe: logistic regression on the picture tower's features, prompts unused  [Radford et al. 2021, A.3]."""
+"""A linear probe: logistic regression on the image tower's features, prompts unused  [Radford et al. 2021, A.3]."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipelines.fewshot.baselines.task import FewShotTask
 def fit(task: FewShotTask, seed: int) -> Predictor:
     """min over W, b of  sum -log softmax(W x + b)[y] + |W|^2 / 2 C,  C chosen on validation.
 
-    x is counted from the pictures' mean in units of their root mean square distance from it, so that the same C serve every
+    x is counted from the images' mean in units of their root mean square distance from it, so that the same C serve every
     tower. The solver draws nothing: `seed` changes nothing.
     """
     path = regularisation_path(task.train.features, task.train.labels)

@@ -11,7 +11,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from pipelines.fewshot.baselines.predictors import Linear
+from pipelines.fewshot.baselines.predictors import LinearHead
 
 # Inverse penalties, from the most cautious, for inputs of root mean square length 1 about their mean.
 INVERSE_PENALTIES = tuple(float(value) for value in np.logspace(-2, 4, 13))
@@ -20,7 +20,7 @@ MAX_ITERATIONS = 1000
 
 @dataclass(frozen=True)
 class Span:
-    """Inputs in coordinates of their own span, where a penalised fit is the same and as small as there are pictures.
+    """Inputs in coordinates of their own span, where a penalised fit is the same and as small as there are images.
 
         z = (x - mean) V / length        the minimum of  sum loss(c . z) + |c|^2 / 2 C  has no part outside the span
 
@@ -44,16 +44,16 @@ class Span:
         """(n, width) to (n, rank)."""
         return (inputs - self.mean) @ self.axes / self.length
 
-    def head(self, coefficients: np.ndarray, intercepts: np.ndarray) -> Linear:
+    def head(self, coefficients: np.ndarray, intercepts: np.ndarray) -> LinearHead:
         """The classifier of inputs that a fit (classes, rank), (classes,) of their coordinates is."""
         weight = coefficients @ self.axes.T / self.length
         bias = intercepts - weight @ self.mean
-        return Linear(weight=torch.from_numpy(weight), bias=torch.from_numpy(bias))
+        return LinearHead(weight=torch.from_numpy(weight), bias=torch.from_numpy(bias))
 
 
 def regularisation_path(
     inputs: torch.Tensor, labels: torch.Tensor, inverse_penalties: tuple[float, ...] = INVERSE_PENALTIES
-) -> Iterator[tuple[float, Linear]]:
+) -> Iterator[tuple[float, LinearHead]]:
     """Every C of `inverse_penalties` with the multinomial logistic regression that it gives.
 
     Args:

@@ -9,7 +9,7 @@ from pipelines.fewshot.baselines.task import FewShotTask
 
 
 def fit(task: FewShotTask, seed: int) -> Predictor:
-    """As `linear_probe`, of the pictures' raw pixels (see `raw_pixels`); its `logits` takes those too.
+    """As `linear_probe`, of the images' raw pixels (see `raw_pixels`); its `logits` takes those too.
 
     Raises: InputError if the task's examples have no pixels.
     """

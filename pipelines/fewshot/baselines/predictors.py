@@ -1,4 +1,4 @@
-"""What a baseline has learned, in a form that names pictures and that a file holds: tensors, their names, and nothing else."""
+"""What a baseline has learned, in a form that names images and that a file holds: tensors, their names, and nothing else."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ class Head(nn.Module):
         return type(self)(**found)
 
 
-class Linear(Head):
+class LinearHead(Head):
     """logits = W x + b."""
 
     shapes: ClassVar = {"weight": ("classes", "width"), "bias": ("classes",)}
 
     @classmethod
-    def unbiased(cls, weight: torch.Tensor) -> Linear:
+    def unbiased(cls, weight: torch.Tensor) -> LinearHead:
         """With a bias of zero; `weight` is (classes, width)."""
         return cls(weight=weight, bias=torch.zeros_like(weight[:, 0]))
 
@@ -72,10 +72,10 @@ class Linear(Head):
         return F.linear(inputs, self.weight, self.bias)
 
 
-class Prompted(Linear):
+class Prompted(LinearHead):
     """A linear classifier whose weight is that of prompts after a learned context, which is kept."""
 
-    shapes: ClassVar = {**Linear.shapes, "context": ("tokens", "token width")}
+    shapes: ClassVar = {**LinearHead.shapes, "context": ("tokens", "token width")}
 
 
 class KeyValueCache(Head):
@@ -112,11 +112,11 @@ class Bottleneck(Head):
 def key_value_logits(
     features: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, beta: float | torch.Tensor
 ) -> torch.Tensor:
-    """exp(-beta (1 - K x)) V: how near each class's pictures are.
+    """exp(-beta (1 - K x)) V: how near each class's images are.
 
     Args:
-        features: (n, d); keys: (pictures, d), both of length 1.
-        values: (pictures, classes), one-hot.
+        features: (n, d); keys: (images, d), both of length 1.
+        values: (images, classes), one-hot.
     Returns: (n, classes).
     """
     return torch.exp(-beta * (1 - features @ keys.T)) @ values
@@ -129,7 +129,7 @@ def adapted(features: torch.Tensor, down: torch.Tensor, up: torch.Tensor, ratio:
 
 
 READABLE: dict[str, Literal["features", "pixels"]] = {"features": "features", "pixels": "pixels"}
-HEADS: dict[str, type[Head]] = {kind.__name__: kind for kind in (Linear, Prompted, KeyValueCache, Bottleneck)}
+HEADS: dict[str, type[Head]] = {kind.__name__: kind for kind in (LinearHead, Prompted, KeyValueCache, Bottleneck)}
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,8 @@ class Predictor:
         head: computes the logits.
         trained_numbers: how many numbers a gradient or a solver has set; what is counted or copied is not among them.
         setting: what validation chose.
-        reads: what `logits` takes: unit features of pictures, or what `raw_pixels` gives.
-        open_vocabulary: whether it compares pictures with prompts, so that prompts alone can add classes.
+        reads: what `logits` takes: unit features of images, or what `raw_pixels` gives.
+        open_vocabulary: whether it compares images with prompts, so that prompts alone can add classes.
     """
 
     head: Head

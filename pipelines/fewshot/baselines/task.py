@@ -1,4 +1,4 @@
-"""What every baseline is given: the few pictures of each class, seen through frozen towers. It holds no test picture."""
+"""What every baseline is given: the few images of each class, seen through frozen towers. It holds no test image."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ LENGTH_TOLERANCE = 1e-2
 
 @dataclass(frozen=True)
 class Examples:
-    """Labelled pictures.
+    """Labelled images.
 
     Args:
         features: (n, d), of length 1.
         labels: (n,) int64, places in the task's classes.
         pixels: (n, p), what `raw_pixels` gives; only the method `pixels` reads them.
-        views: (v, n, d), features of length 1 of augmented views of the same pictures; None for no augmentation.
+        views: (v, n, d), features of length 1 of augmented views of the same images; None for no augmentation.
     Raises: InputError if the sizes differ, or a feature is not finite and of length 1.
     """
 
@@ -38,7 +38,7 @@ class Examples:
             shapes["views"] = self.views.shape[1:2]
         if len(set(shapes.values())) > 1:
             told = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
-            raise InputError(f"features, labels, pixels and views must be of the same pictures, got {told}.")
+            raise InputError(f"features, labels, pixels and views must be of the same images, got {told}.")
         lengths = self.all_views().norm(dim=-1)
         # A comparison that is false for NaN too.
         if not bool(((lengths - 1).abs() < LENGTH_TOLERANCE).all()):
@@ -51,14 +51,14 @@ class Examples:
         return len(self.labels)
 
     def all_views(self) -> torch.Tensor:
-        """(1 + v, n, d): the pictures as they are, then the augmented views."""
+        """(1 + v, n, d): the images as they are, then the augmented views."""
         plain = self.features[None]
         return plain if self.views is None else torch.cat([plain, self.views])
 
 
 @dataclass(frozen=True)
 class FewShotTask:
-    """A few labelled pictures of each class, and what the towers make of the classes' prompts.
+    """A few labelled images of each class, and what the towers make of the classes' prompts.
 
     Args:
         classes: names, as prompts have them.
@@ -67,7 +67,7 @@ class FewShotTask:
         train: what is learned from.
         validation: what every setting is chosen on.
         clip: the model itself, for methods that train through its text tower.
-    Raises: InputError if the parts do not fit each other, or a class has no training picture.
+    Raises: InputError if the parts do not fit each other, or a class has no training image.
     """
 
     classes: tuple[str, ...]
@@ -83,22 +83,22 @@ class FewShotTask:
             raise InputError(f"classes must be at least two, with a feature each, got {len(self.classes)} and {count} features.")
         for name, part in (("train", self.train), ("validation", self.validation)):
             if len(part) == 0:
-                raise InputError(f"{name} must hold at least one picture, got none.")
+                raise InputError(f"{name} must hold at least one image, got none.")
             if part.features.shape[1] != width:
                 raise InputError(f"{name} features must be {width} wide as the classes', got {part.features.shape[1]}.")
             if not 0 <= int(part.labels.min()) <= int(part.labels.max()) < count:
                 raise InputError(f"{name} labels must be in [0, {count - 1}], got {sorted(set(part.labels.tolist()))}.")
-        missing = [self.classes[label] for label, pictures in enumerate(self.counts().tolist()) if pictures == 0]
+        missing = [self.classes[label] for label, images in enumerate(self.counts().tolist()) if images == 0]
         if missing:
-            raise InputError(f"Every class needs a training picture; there is none of {', '.join(map(repr, missing))}.")
+            raise InputError(f"Every class needs a training image; there is none of {', '.join(map(repr, missing))}.")
 
     def counts(self) -> torch.Tensor:
-        """(classes,) int64, the training pictures of each."""
+        """(classes,) int64, the training images of each."""
         return torch.bincount(self.train.labels, minlength=len(self.classes))
 
     @property
     def shots(self) -> int:
-        """The training pictures of the class that has fewest."""
+        """The training images of the class that has fewest."""
         return int(self.counts().min())
 
     def zero_shot_weight(self) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from pipelines.fewshot.baselines.choosing import choose_predictor
-from pipelines.fewshot.baselines.predictors import Linear, Predictor
+from pipelines.fewshot.baselines.predictors import LinearHead, Predictor
 from pipelines.fewshot.baselines.task import FewShotTask
 from pipelines.fewshot.baselines.training import Schedule, train
 from pipelines.randomness import keyed_generator
@@ -48,4 +48,4 @@ def residual(task: FewShotTask, seed: int, learning_rate: float, alpha: float) -
     schedule = Schedule(partial(torch.optim.Adam, lr=learning_rate), epochs)
     train([residuals], loss_of, task.train, schedule, keyed_generator(seed))
     setting = {"alpha": alpha, "learning_rate": learning_rate}
-    return Predictor(Linear.unbiased(weight()), residuals.numel(), setting, open_vocabulary=True)
+    return Predictor(LinearHead.unbiased(weight()), residuals.numel(), setting, open_vocabulary=True)

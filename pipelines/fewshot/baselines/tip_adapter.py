@@ -1,4 +1,4 @@
-"""Tip-Adapter: a cache of the few pictures beside the prompts, as it is or with trained keys  [Zhang et al. 2022].
+"""Tip-Adapter: a cache of the few images beside the prompts, as it is or with trained keys  [Zhang et al. 2022].
 
 "Tip-Adapter: training-free adaption of CLIP for few-shot classification", arXiv 2207.09519.
 """
@@ -22,12 +22,12 @@ from pipelines.randomness import keyed_generator
 ALPHAS = tuple(float(value) for value in np.logspace(-1, 2, 16))
 BETAS = tuple(float(value) for value in np.logspace(-0.5, 2, 16))
 LEARNING_RATES = (1e-3, 1e-2)
-# The authors' epochs; where there are few pictures an epoch is a single step, and these are at least to be made.
+# The authors' epochs; where there are few images an epoch is a single step, and these are at least to be made.
 EPOCHS, LEAST_STEPS, BATCH_SIZE = 20, 100, 256
 
 
 def cache_of(task: FewShotTask) -> tuple[torch.Tensor, torch.Tensor]:
-    """The cache: keys (n, d), each the direction of the mean over a picture's views, and one-hot values (n, classes)."""
+    """The cache: keys (n, d), each the direction of the mean over an image's views, and one-hot values (n, classes)."""
     keys = F.normalize(task.train.all_views().mean(dim=0), dim=-1)
     return keys, F.one_hot(task.train.labels, len(task.classes)).to(keys)
 
@@ -41,7 +41,7 @@ def fit(task: FewShotTask, seed: int) -> Predictor:
 def fit_keys(task: FewShotTask, seed: int) -> Predictor:
     """Tip-Adapter-F: the same with K trained from there by cross-entropy, then alpha and beta chosen anew.
 
-    Where the authors keep the epoch that is best on the test pictures, the last is kept; the learning rate is chosen on
+    Where the authors keep the epoch that is best on the test images, the last is kept; the learning rate is chosen on
     validation.
     """
     return choose_predictor(_trained(task, seed), len(LEARNING_RATES), task.validation)

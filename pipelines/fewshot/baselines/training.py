@@ -18,8 +18,8 @@ class Schedule:
 
     Args:
         optimizer: makes the optimiser of the trained tensors; its learning rate is the peak.
-        epochs: passes over the pictures.
-        batch_size: pictures a step.
+        epochs: passes over the images.
+        batch_size: images a step.
     """
 
     optimizer: Callable[[list[torch.Tensor]], torch.optim.Optimizer]
@@ -39,7 +39,7 @@ def train(
     schedule: Schedule,
     generator: torch.Generator,
 ) -> None:
-    """Minimise `loss_of` over `parameters`, in place. Each picture is shown in one of its views, drawn anew in every epoch.
+    """Minimise `loss_of` over `parameters`, in place. Each image is shown in one of its views, drawn anew in every epoch.
 
     Args:
         loss_of: features (batch, d) and labels (batch,) to a scalar.

@@ -1,4 +1,4 @@
-"""Classes that no picture was seen of: named after training, by their prompts alone."""
+"""Classes that no image was seen of: named after training, by their prompts alone."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def with_classes(predictor: Predictor, clip: Clip, prompts: Prompts) -> Predicto
     """`predictor` with the classes that `prompts` are about as well, after those that it knows.
 
     Their logits are  scale g(prompt) x,  in what the method makes of x; after CoOp's context its names stand in place of
-    the templates. A cache of pictures has none of them.
+    the templates. A cache of images has none of them.
 
     Args:
         clip: the model that the predictor was fitted on.
-    Raises: InputError if the method does not compare pictures with prompts.
+    Raises: InputError if the method does not compare images with prompts.
     """
     if not predictor.open_vocabulary:
         raise InputError(
-            f"{', '.join(map(repr, prompts.classes))} cannot be added: this predictor's method needs pictures of every class. "
-            "Fit it with them, or choose one that compares pictures with prompts, such as zeroshot or coop."
+            f"{', '.join(map(repr, prompts.classes))} cannot be added: this predictor's method needs images of every class. "
+            "Fit it with them, or choose one that compares images with prompts, such as zeroshot or coop."
         )
     head = predictor.head
     if isinstance(head, Prompted):

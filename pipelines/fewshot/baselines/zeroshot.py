@@ -1,11 +1,11 @@
-"""CLIP as it is: the class whose prompts lie nearest, no picture needed  [Radford et al. 2021, arXiv 2103.00020]."""
+"""CLIP as it is: the class whose prompts lie nearest, no image needed  [Radford et al. 2021, arXiv 2103.00020]."""
 
 from __future__ import annotations
 
-from pipelines.fewshot.baselines.predictors import Linear, Predictor
+from pipelines.fewshot.baselines.predictors import LinearHead, Predictor
 from pipelines.fewshot.baselines.task import FewShotTask
 
 
 def fit(task: FewShotTask, seed: int) -> Predictor:
     """logits = scale T x, with the unit features T of the classes' prompts. Nothing is learned."""
-    return Predictor(Linear.unbiased(task.zero_shot_weight()), trained_numbers=0, open_vocabulary=True)
+    return Predictor(LinearHead.unbiased(task.zero_shot_weight()), trained_numbers=0, open_vocabulary=True)

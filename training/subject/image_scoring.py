@@ -10,8 +10,8 @@ from torch import nn
 
 from pipelines.subject.adapters import save_small
 from training.runs.run import RunDirectory, write_text_atomically
+from training.subject.checkpoint_selection import Suggestion, suggest
 from training.subject.measured import adapter_at, heldout_curve, sample_scores
-from training.subject.suggesting import Suggestion, suggest
 
 SUGGESTION = "suggestion.json"
 

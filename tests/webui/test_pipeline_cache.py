@@ -13,13 +13,13 @@ from small_runs import small_run
 
 from nora_vision.files import write_tensors
 from pipelines.errors import InputError
-from pipelines.pictures import read_settings
+from pipelines.images import read_settings
 from pipelines.subject.generate import GenerationOptions, Sampling, main
-from training.subject import judging
+from training.subject import image_scoring
 from webui import adapters
 from webui.adapters import adapter_called, others, steps_of
-from webui.drawn import KEPT, DrawnPictures
-from webui.work.studio import MAX_MODELS, Drawn, Order, Part, Progress, Studio
+from webui.generated_images import KEPT, GeneratedImages
+from webui.work.pipeline_cache import MAX_MODELS, Drawn, GenerationJob, GenerationProgress, PipelineCache, WeightedAdapter
 from webui.workspace import Workspace
 
 SAMPLING = Sampling(num_inference_steps=4)
@@ -35,26 +35,28 @@ def workspace(tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def studio():
-    return Studio()
+    return PipelineCache()
 
 
 def order(workspace, *references, strengths=None, **changes):
     """An order of the adapters called so."""
     strengths = strengths or [1.0] * len(references)
-    parts = [Part(adapter_called(workspace, name), strength) for name, strength in zip(references, strengths, strict=True)]
-    return Order(**{"prompt": "a star", "parts": tuple(parts), "seeds": (5,), "sampling": SAMPLING, **changes})
+    parts = [
+        WeightedAdapter(adapter_called(workspace, name), strength) for name, strength in zip(references, strengths, strict=True)
+    ]
+    return GenerationJob(**{"prompt": "a star", "parts": tuple(parts), "seeds": (5,), "sampling": SAMPLING, **changes})
 
 
 def drawn(studio, wanted):
     return [event for event in studio.draw(wanted) if isinstance(event, Drawn)]
 
 
-def pixels(picture):
-    return np.asarray(picture).astype(int)
+def pixels(image):
+    return np.asarray(image).astype(int)
 
 
 def one(studio, wanted):
-    return pixels(drawn(studio, wanted)[0].picture)
+    return pixels(drawn(studio, wanted)[0].image)
 
 
 def apart(first, second):
@@ -77,11 +79,11 @@ def test_the_command_line_draws_the_same_pixels(studio, workspace, tiny_model, t
     assert apart(one(studio, wanted), commanded(tiny_model, tmp_path, paths, strengths)) == 0
 
 
-def test_a_seed_gives_the_same_picture_whatever_was_drawn_before_and_beside_it(studio, workspace):
+def test_a_seed_gives_the_same_image_whatever_was_drawn_before_and_beside_it(studio, workspace):
     alone = one(studio, order(workspace, "first@4"))
     drawn(studio, order(workspace, "second-nora@4", strengths=[0.3]))
     among = drawn(studio, order(workspace, "first@4", seeds=(4, 5, 6)))
-    assert apart(alone, pixels(among[1].picture)) == 0
+    assert apart(alone, pixels(among[1].image)) == 0
     assert [each.settings["seed"] for each in among] == [4, 5, 6]
 
 
@@ -89,21 +91,21 @@ def test_strength_zero_and_no_adapter_are_the_base_model(studio, workspace, tiny
     base = commanded(tiny_model, tmp_path, [], [1.0])
     of_run = order(workspace, "first@4", strengths=[0.0], with_base=True)
     adapted, beside = drawn(studio, of_run)
-    assert apart(base, pixels(adapted.picture)) == apart(base, pixels(beside.picture)) == 0
+    assert apart(base, pixels(adapted.image)) == apart(base, pixels(beside.image)) == 0
     assert beside.settings["adapters"] == []
     full = drawn(studio, order(workspace, "first@4", with_base=True))
-    assert apart(base, pixels(full[1].picture)) == 0
-    assert apart(base, pixels(full[0].picture)) > 1
+    assert apart(base, pixels(full[1].image)) == 0
+    assert apart(base, pixels(full[0].image)) > 1
 
 
 def test_progress_counts_every_step_to_the_end(studio, workspace):
-    told = [event for event in studio.draw(order(workspace, "first@4", seeds=(1, 2))) if isinstance(event, Progress)]
+    told = [event for event in studio.draw(order(workspace, "first@4", seeds=(1, 2))) if isinstance(event, GenerationProgress)]
     assert [event.done for event in told if "Picture" in event.words] == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8]
     assert {event.total for event in told} == {8}
 
 
 @pytest.mark.parametrize("step", [0, 1, 3])
-def test_closing_stops_within_a_step_and_the_next_picture_is_as_ever(studio, workspace, monkeypatch, step):
+def test_closing_stops_within_a_step_and_the_next_image_is_as_ever(studio, workspace, monkeypatch, step):
     expected = one(studio, order(workspace, "first@4"))
     done = []
     unet = next(iter(studio._models.values())).pipeline.unet
@@ -111,7 +113,7 @@ def test_closing_stops_within_a_step_and_the_next_picture_is_as_ever(studio, wor
     monkeypatch.setattr(unet, "forward", lambda *args, **named: (done.append(1), forward(*args, **named))[1])
     events = studio.draw(order(workspace, "first@4", sampling=Sampling(num_inference_steps=100)))
     for event in events:
-        if isinstance(event, Progress) and "Picture" in event.words and event.done >= step:
+        if isinstance(event, GenerationProgress) and "Picture" in event.words and event.done >= step:
             break
     events.close()
     at_close = len(done)
@@ -140,9 +142,9 @@ def test_a_baked_mix_draws_the_mix_in_stock_diffusers(studio, workspace, tiny_mo
     stock = StableDiffusionXLPipeline.from_pretrained(tiny_model, add_watermarker=False)
     stock.load_lora_weights(file.parent, weight_name=file.name)
     generator = torch.Generator().manual_seed(5)
-    picture = stock("a star", num_inference_steps=4, guidance_scale=4.0, generator=generator).images[0]
+    image = stock("a star", num_inference_steps=4, guidance_scale=4.0, generator=generator).images[0]
     expected = one(studio, wanted)
-    assert apart(pixels(picture), expected) <= 1
+    assert apart(pixels(image), expected) <= 1
     assert apart(one(studio, order(workspace, "first@4", strengths=[0.0])), expected) > 4
 
 
@@ -160,7 +162,7 @@ def test_a_file_with_norms_is_drawn_and_mixed_and_not_baked(studio, workspace, t
         f"unet.{layer}.proj_in.lora_B.weight": torch.ones(width, 2),
     }
     write_tensors(tmp_path / "norms.safetensors", tensors)
-    part = Part(adapters.Adapter("file@norms", "norms", tmp_path / "norms.safetensors"), 0.5)
+    part = WeightedAdapter(adapters.AdapterEntry("file@norms", "norms", tmp_path / "norms.safetensors"), 0.5)
     alone = one(studio, order(workspace, "first@4"))
     mix = dataclasses.replace(order(workspace, "first@4"), parts=(*order(workspace, "first@4").parts, part))
     assert apart(one(studio, mix), alone) > 1
@@ -175,20 +177,20 @@ def test_adapters_of_two_base_models_are_not_mixed(workspace):
     with pytest.raises(
         InputError, match=r"a star, step 4 \(of tiny\) and a star, step 4 \(of stabilityai/sdxl\).*different base models"
     ):
-        Order("a star", (Part(first), Part(other)))
+        GenerationJob("a star", (WeightedAdapter(first), WeightedAdapter(other)))
 
 
 def test_a_file_of_another_model_is_refused_and_the_studio_goes_on(studio, workspace, tmp_path):
     expected = one(studio, order(workspace, "first@4"))
-    built_in = adapters.Adapter("file@x", "<b>other</b>", tmp_path / "other.safetensors")
+    built_in = adapters.AdapterEntry("file@x", "<b>other</b>", tmp_path / "other.safetensors")
     torch_file = {"unet.mid_block.attentions.0.proj_in.lora_A.weight": torch.ones(4, 999)}
     torch_file |= {"unet.mid_block.attentions.0.proj_in.lora_B.weight": torch.ones(999, 4)}
     write_tensors(built_in.path, torch_file)
     with pytest.raises(InputError, match=r"<b>other</b> does not fit this base model"):
-        one(studio, Order("a star", (Part(built_in),), sampling=SAMPLING))
+        one(studio, GenerationJob("a star", (WeightedAdapter(built_in),), sampling=SAMPLING))
     one_with_run = order(workspace, "first@4").parts
     with pytest.raises(InputError, match=r"does not fit this base model"):
-        one(studio, Order("a star", (*one_with_run, Part(built_in)), sampling=SAMPLING))
+        one(studio, GenerationJob("a star", (*one_with_run, WeightedAdapter(built_in)), sampling=SAMPLING))
     assert apart(one(studio, order(workspace, "first@4")), expected) == 0
 
 
@@ -202,7 +204,7 @@ def test_a_run_that_has_changed_is_loaded_anew(studio, workspace, tiny_model, tm
 
 
 def test_few_models_stay_loaded(workspace, tiny_model, tmp_path):
-    studio = Studio()
+    studio = PipelineCache()
     for name in ("a", "b", "c"):
         shutil.copytree(tiny_model, tmp_path / name)
         small_run(tmp_path / "runs", tmp_path / name, f"run-{name}")
@@ -218,14 +220,14 @@ def test_few_models_stay_loaded(workspace, tiny_model, tmp_path):
     [
         ({"prompt": "  "}, r"prompt is empty"),
         ({"prompt": "a" * 3000}, r"prompt must have at most 2000 characters, got 3000"),
-        ({"seeds": ()}, r"number of pictures must be from 1 to 16, got 0"),
+        ({"seeds": ()}, r"number of images must be from 1 to 16, got 0"),
         ({"seeds": (-1,)}, r"seed must be from 0 to 4294967295, got -1"),
         ({"sampling": Sampling(num_inference_steps=500)}, r"At most 150 steps"),
     ],
 )
 def test_an_order_that_cannot_be_drawn_is_refused(changes, message):
     with pytest.raises(InputError, match=message):
-        Order(**{"prompt": "a star", **changes})
+        GenerationJob(**{"prompt": "a star", **changes})
 
 
 def test_a_strength_out_of_range_and_an_adapter_twice_are_refused(workspace):
@@ -249,19 +251,19 @@ def test_no_reference_reaches_what_is_not_there(workspace, reference):
 
 
 def test_the_light_module_knows_the_name_that_runs_use():
-    assert adapters.SUGGESTION == judging.SUGGESTION
+    assert adapters.SUGGESTION == image_scoring.SUGGESTION
 
 
-def test_drawn_pictures_carry_their_settings_and_the_newest_are_kept(studio, workspace, tmp_path):
-    kept = DrawnPictures(tmp_path / "drawn")
+def test_drawn_images_carry_their_settings_and_the_newest_are_kept(studio, workspace, tmp_path):
+    kept = GeneratedImages(tmp_path / "drawn")
     made = drawn(studio, order(workspace, "first@2", strengths=[0.5]))[0]
-    path = kept.add(made.picture, made.settings)
+    path = kept.add(made.image, made.settings)
     settings = read_settings(path)
     assert (settings["prompt"], settings["seed"], settings["num_inference_steps"]) == ("a star", 5, 4)
     assert settings["adapters"] == [{"name": "a star, step 2", "reference": "first@2", "strength": 0.5}]
     assert settings["model"] == "tiny"
     for _ in range(KEPT):
-        kept.add(made.picture, made.settings)
+        kept.add(made.image, made.settings)
     assert len(kept.newest()) == KEPT
     assert path not in kept.newest()
     for name in ("../x.png", path.name, "", None):

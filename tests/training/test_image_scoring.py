@@ -9,9 +9,9 @@ from tiny_pipeline import add_nora, tiny_pipeline, weight_changes
 from pipelines.adapter_options import AdapterOptions
 from pipelines.subject import adapters
 from training.runs.run import RunDirectory
-from training.subject.judging import keep_adapter, suggest_for, write_suggestion
+from training.subject.checkpoint_selection import Point, StepScores, suggest
+from training.subject.image_scoring import keep_adapter, suggest_for, write_suggestion
 from training.subject.measured import adapter_at, heldout_curve, kept_steps, logged, sample_scores
-from training.subject.suggesting import Point, StepScores, suggest
 
 SCORES = {"subject": 0.5, "prompt": 0.1, "copy": 0.5, "nearest": 0.6, "nearest_limit": 0.9}
 

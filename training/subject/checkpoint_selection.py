@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 # Of the correlation of thumbnails: redrawn scenes of one and the same subject stay below, mildly changed copies lie about it.
 COPY_THRESHOLD = 0.9
 # Of the whole fall of the held-out loss: what counts as equally good, and from where a rise is worth a warning; that also of
-# how far the loss on training pictures has fallen meanwhile.
+# how far the loss on training images has fallen meanwhile.
 TOLERANCE, TURN = 0.02, 0.10
 # Of the same fall: what a step must have kept for its samples to be compared.
 KEPT = 0.5
@@ -18,7 +18,7 @@ ALIKE, UNHEARD = 0.05, 0.10
 
 @dataclass(frozen=True)
 class Point:
-    """The loss after `step` steps, with fixed noise: on the held-out picture and on pictures that are trained on."""
+    """The loss after `step` steps, with fixed noise: on the held-out image and on images that are trained on."""
 
     step: int
     heldout: float
@@ -30,9 +30,9 @@ class StepScores:
     """Of the samples of one step.
 
     Args:
-        subject, prompt: the means of likeness to the training pictures and of following the prompt.
-        copy: the highest correlation of a sample's thumbnail with a training picture's.
-        nearest: the highest likeness of a sample to a single training picture.
+        subject, prompt: the means of likeness to the training images and of following the prompt.
+        copy: the highest correlation of a sample's thumbnail with a training image's.
+        nearest: the highest likeness of a sample to a single training image.
         nearest_limit: what that stays below where nothing is copied.
     """
 
@@ -44,13 +44,13 @@ class StepScores:
 
     @property
     def is_copy(self) -> bool:
-        """Whether a sample is nearly a training picture, by either figure: each finds some that escape the other."""
+        """Whether a sample is nearly a training image, by either figure: each finds some that escape the other."""
         return self.copy >= COPY_THRESHOLD or self.nearest >= self.nearest_limit
 
     @property
     def of_copying(self) -> str:
         """The two figures and their limits, in words."""
-        of_likeness = f"likeness to the nearest training picture {self.nearest:.2f} of {self.nearest_limit:.2f}"
+        of_likeness = f"likeness to the nearest training image {self.nearest:.2f} of {self.nearest_limit:.2f}"
         return f"{of_likeness}, correlation of thumbnails {self.copy:.2f} of {COPY_THRESHOLD:.2f}"
 
 
@@ -82,13 +82,13 @@ def suggest(curve: Sequence[Point], last: int, scores: Scored | None = None) -> 
     """The step to use, by the held-out loss and the samples together.
 
     The held-out loss is least where the adapter knows best what it was not shown, and that is early: what makes the subject
-    sharp in pictures comes later, while the loss turns. On the bundled toy the least loss comes with less than nine tenths of
+    sharp in images comes later, while the loss turns. On the bundled toy the least loss comes with less than nine tenths of
     the likeness there is to gain, and all of that with three quarters of the fall of the loss. Nor does the loss know itself
     how far to trust it: with timesteps and noise fixed its standard error is a thirtieth of the fall, which says nothing of
-    another picture held out. So the loss only rules out, and likeness chooses:
+    another image held out. So the loss only rules out, and likeness chooses:
 
     1. Steps come into question that keep at least `KEPT` of the fall of the held-out loss (see `in_question`).
-    2. Out go those with a sample that is nearly a training picture, and those that follow their prompts worse than the best
+    2. Out go those with a sample that is nearly a training image, and those that follow their prompts worse than the best
        of them by more than `UNHEARD` of its score.
     3. Of the others, those count as equally like the subject that come within `ALIKE` of the rise in likeness, from the base
        model to the best of them. The differences are fractions, since judges have no common scale.
@@ -96,7 +96,7 @@ def suggest(curve: Sequence[Point], last: int, scores: Scored | None = None) -> 
        less has forgotten less.
 
     Without samples of the step with the least held-out loss there is nothing to weigh it against, and the loss alone decides
-    (see `_by_loss`). Without a held-out picture the samples alone do.
+    (see `_by_loss`). Without a held-out image the samples alone do.
 
     Args:
         curve: oldest first, the base model being its first point; empty where nothing was held out.
@@ -159,16 +159,16 @@ def _by_loss(curve: Sequence[Point], last: int) -> tuple[int, str, list[str]]:
 
     The earliest step that is as good as the best one, within `TOLERANCE` of the whole fall: what was trained less has
     forgotten less. Overfitting is a held-out loss that has turned, by more than `TURN` of its fall, while the loss on the
-    training pictures went on falling.
+    training images went on falling.
     """
     if not curve:
-        why = "No picture was held out, so that nothing speaks for a step before the last."
-        return last, why, ["Nothing was measured on a picture that was not trained on."]
+        why = "No image was held out, so that nothing speaks for a step before the last."
+        return last, why, ["Nothing was measured on an image that was not trained on."]
     base, best, end = curve[0], _best(curve), curve[-1]
     fall = base.heldout - best.heldout
     if fall <= 0:
         why = f"The held-out loss is never below the base model's {base.heldout:.4f}; step {best.step} comes nearest to it."
-        warning = "Training made the model no better on the held-out picture. Lower the learning rate, or use more pictures."
+        warning = "Training made the model no better on the held-out image. Lower the learning rate, or use more images."
         return best.step, why, [warning, *([] if base.seen is None else _overfitting(base, end, 0.0))]
     if best is end and end.step < last:
         why = f"The held-out loss fell to the end of its curve, step {end.step}; nothing speaks for a step before the last."
@@ -184,7 +184,7 @@ def _by_samples(curve: Sequence[Point], scores: Scored, compared: Sequence[int])
     free = [step for step in compared if not _copies(scores, step)]
     if not free:
         step = min(compared, key=lambda step: (scores[step].copy, step))
-        why = f"All {len(compared)} steps compared draw near copies of training pictures; those of step {step} are the least so"
+        why = f"All {len(compared)} steps compared draw near copies of training images; those of step {step} are the least so"
         return step, f"{why}: {scores[step].of_copying}."
     heard = max(free, key=lambda step: scores[step].prompt)
     least = scores[heard].prompt - UNHEARD * abs(scores[heard].prompt)
@@ -211,7 +211,7 @@ def _how_it_was_chosen(curve: Sequence[Point], step: int) -> str:
     """The rule's last two decisions, in words."""
     known = {point.step: point.heldout for point in curve}
     if not curve:
-        return f"No picture was held out: by its samples alone, step {step} is the earliest that is as like the subject as any."
+        return f"No image was held out: by its samples alone, step {step} is the earliest that is as like the subject as any."
     if step not in known:
         return f"Step {step} is the earliest that is as like the subject as any; the held-out loss fell to the end of its curve."
     best = _best(curve)
@@ -232,15 +232,15 @@ def _copies(scores: Scored, step: int) -> bool:
 
 
 def _copying(scores: Scored) -> list[str]:
-    """A warning where samples of the last step are nearly training pictures, and those of the base model are not."""
+    """A warning where samples of the last step are nearly training images, and those of the base model are not."""
     last = max(scores, default=0)
     if last == 0 or not _copies(scores, last):
         return []
-    return [f"A sample of step {last} is nearly a copy of a training picture: {scores[last].of_copying}. Train for fewer steps."]
+    return [f"A sample of step {last} is nearly a copy of a training image: {scores[last].of_copying}. Train for fewer steps."]
 
 
 def _overfitting(best: Point, end: Point, fall: float) -> list[str]:
-    """A warning where the held-out loss has turned at `best` while the loss on training pictures fell on."""
+    """A warning where the held-out loss has turned at `best` while the loss on training images fell on."""
     known = best.seen is not None and end.seen is not None
     if end.heldout - best.heldout <= TURN * max(fall, best.seen - end.seen if known else 0.0):
         return []
@@ -248,6 +248,6 @@ def _overfitting(best: Point, end: Point, fall: float) -> list[str]:
     if not known:
         return [f"Overfitting: {rise}."]
     if end.seen >= best.seen:
-        return [f"Training became unstable: {rise}, and the loss on the training pictures rises too. Lower the learning rate."]
-    seen = f"while that on the training pictures falls on, from {best.seen:.4f} to {end.seen:.4f}"
+        return [f"Training became unstable: {rise}, and the loss on the training images rises too. Lower the learning rate."]
+    seen = f"while that on the training images falls on, from {best.seen:.4f} to {end.seen:.4f}"
     return [f"Overfitting: {rise}, {seen}. Train for fewer steps, or use the suggested adapter."]

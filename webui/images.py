@@ -1,4 +1,4 @@
-"""The pictures that a run has made, and how the page gets them: as copies in gradio's own cache, which alone it serves."""
+"""The images that a run has made, and how the page gets them: as copies in gradio's own cache, which alone it serves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gradio.processing_utils import save_file_to_cache, save_pil_to_cache
 from gradio.utils import get_upload_folder
 from PIL import Image
 
-from pipelines.pictures import SETTINGS_KEY
+from pipelines.images import SETTINGS_KEY
 from training.runs.record import RunRecord
 
 STEP = "step-"
@@ -27,7 +27,7 @@ CRISP_SIDE = 128
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample picture.
+    """One sample image.
 
     Args:
         path: its file.
@@ -47,19 +47,19 @@ class Sample:
 
 
 def sampled_steps(record: RunRecord) -> list[int]:
-    """The steps whose sample pictures are there, in order; 0 is the base model."""
+    """The steps whose sample images are there, in order; 0 is the base model."""
     names = (path.name for path in record.samples.glob(f"{STEP}*") if path.is_dir())
     return sorted(int(name.removeprefix(STEP)) for name in names if name.removeprefix(STEP).isdigit())
 
 
 def samples(record: RunRecord, step: int) -> list[Sample]:
-    """The sample pictures of `step`, one a prompt."""
+    """The sample images of `step`, one a prompt."""
     paths = sorted(record.samples_at(step).glob("*.png"), key=lambda path: int(path.stem))
     return [_sample(path, path.stat().st_mtime_ns) for path in paths]
 
 
 def subject(record: RunRecord) -> list[Sample]:
-    """Pictures that the run is trained on."""
+    """Images that the run is trained on."""
     paths = sorted(record.subject.glob("*.png"), key=lambda path: int(path.stem))
     return [_sample(path, path.stat().st_mtime_ns) for path in paths]
 
@@ -70,22 +70,22 @@ def newest_sheet(record: RunRecord) -> Path | None:
 
 
 def in_cache(path: Path) -> str:
-    """The copy of a picture that the page may load, made where there is none; its name is the hash of its content."""
+    """The copy of an image that the page may load, made where there is none; its name is the hash of its content."""
     return save_file_to_cache(path, get_upload_folder())
 
 
 def thumbnail(path: Path, side: int = SMALL_SIDE) -> str:
-    """The same of a picture at most `side` wide and high."""
+    """The same of an image at most `side` wide and high."""
     return _kept(_thumbnail, path, side)
 
 
 def enlarged(path: Path, side: int = LARGE_SIDE) -> str:
-    """The same of a picture for a large place, where small pictures keep their hard edges."""
+    """The same of an image for a large place, where small images keep their hard edges."""
     return _kept(_enlarged, path, side)
 
 
 def _kept(make: Callable[[Path, int, int], str], path: Path, side: int) -> str:
-    """What `make` made once of a picture, made again where gradio has deleted it, as it does what was not used for long."""
+    """What `make` made once of an image, made again where gradio has deleted it, as it does what was not used for long."""
     made = make(path, path.stat().st_mtime_ns, side)
     if not Path(made).exists():
         make.cache_clear()
@@ -101,25 +101,25 @@ def address(cached: str) -> str:
 
 @lru_cache(maxsize=4096)
 def _sample(path: Path, changed: int) -> Sample:
-    with Image.open(path, formats=("PNG",)) as picture:
-        said = json.loads(picture.text.get(SETTINGS_KEY, "{}"))
-        return Sample(path, str(said.get("prompt", "")), int(said.get("seed", 0)), picture.width)
+    with Image.open(path, formats=("PNG",)) as image:
+        said = json.loads(image.text.get(SETTINGS_KEY, "{}"))
+        return Sample(path, str(said.get("prompt", "")), int(said.get("seed", 0)), image.width)
 
 
 @lru_cache(maxsize=256)
 def _enlarged(path: Path, changed: int, side: int) -> str:
-    with Image.open(path) as picture:
-        if max(picture.size) > CRISP_SIDE:
+    with Image.open(path) as image:
+        if max(image.size) > CRISP_SIDE:
             return in_cache(path)
-        factor = -(-side // max(picture.size))
-        large = picture.convert("RGB").resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+        factor = -(-side // max(image.size))
+        large = image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
         return save_pil_to_cache(large, get_upload_folder(), format="png")
 
 
 @lru_cache(maxsize=4096)
 def _thumbnail(path: Path, changed: int, side: int) -> str:
-    with Image.open(path) as picture:
-        if max(picture.size) <= side:
+    with Image.open(path) as image:
+        if max(image.size) <= side:
             return in_cache(path)
-        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
-        return save_pil_to_cache(picture.convert("RGB"), get_upload_folder(), format="webp")
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+        return save_pil_to_cache(image.convert("RGB"), get_upload_folder(), format="webp")

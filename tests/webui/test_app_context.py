@@ -33,7 +33,7 @@ def test_gradio_warns_of_nothing_in_the_page(workspace):
 
 
 def test_no_event_has_two_listeners_that_are_to_have_the_last_word(page):
-    """Gradio's browser side would call them in turn without end (see `webui.shell.followed`)."""
+    """Gradio's browser side would call them in turn without end (see `webui.app_context.followed`)."""
     last = Counter(
         target for fn in page.fns.values() if fn.trigger_mode == "always_last" for target in fn.targets if fn.fn is not None
     )

@@ -8,7 +8,7 @@ from collections import OrderedDict
 MAX_SESSIONS = 10_000
 
 
-class Turns:
+class CancellationTokens:
     """Numbers the drawings of each session, and remembers up to which they were cancelled; nothing else may stop one."""
 
     def __init__(self) -> None:
@@ -35,4 +35,4 @@ class Turns:
         return turn <= self._cancelled.get(session, 0)
 
 
-TURNS = Turns()
+TURNS = CancellationTokens()

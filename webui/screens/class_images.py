@@ -1,4 +1,4 @@
-"""Classify, the first part: the classes and their pictures, to be added, looked at, named and mended."""
+"""Classify, the first part: the classes and their images, to be added, looked at, named and mended."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ import gradio as gr
 from pipelines.errors import InputError
 from pipelines.image_formats import UPLOAD_SUFFIXES
 from webui import class_sets
+from webui.app_context import QUIET
 from webui.class_html import class_cards, share
-from webui.class_runs import Frame, check_free, set_of
+from webui.class_runs import ClassifyContext, check_free, set_of
 from webui.errors import in_plain_words
+from webui.image_datasets import add_class, delete_set, move_image, remove_class, remove_image, rename_class
 from webui.labelled_classes import EXAMPLE, LabelledClasses
-from webui.picture_sets import add_class, delete_set, move_picture, remove_class, remove_picture, rename_class
 from webui.settings import Settings
-from webui.shell import QUIET
 from webui.thumbnails import small
-from webui.uploads import Added, add_pictures, add_zip
+from webui.uploads import Added, add_images, add_zip
 from webui.workspace import Workspace
 
 MOST_SHOWN = 100
 EXAMPLE_NOTE = (
     "<p class='quiet'>This is an example that comes with the app: handwritten digits of scikit-learn. Train with it to see the "
-    "whole way, or add pictures of your own below; they make a set of their own.</p>"
+    "whole way, or add images of your own below; they make a set of their own.</p>"
 )
-OWN_NOTE = "<p class='quiet'>To begin another set, choose the example above and add pictures to it.</p>"
+OWN_NOTE = "<p class='quiet'>To begin another set, choose the example above and add images to it.</p>"
 FOLDER_NOTE = (
-    "<p class='quiet'>These pictures stay where they are on this machine, and nothing in their folder is changed. Pictures that "
+    "<p class='quiet'>These images stay where they are on this machine, and nothing in their folder is changed. Images that "
     "you add make a set of their own.</p>"
 )
 
 
-def build(frame: Frame) -> None:
+def build(frame: ClassifyContext) -> None:
     """Put the part into the open tab."""
     parts = _layout(frame)
     _wire_class(frame, parts)
@@ -45,7 +45,7 @@ def build(frame: Frame) -> None:
     _wire_mending(frame, parts)
 
 
-def _layout(frame: Frame) -> dict[str, Any]:
+def _layout(frame: ClassifyContext) -> dict[str, Any]:
     parts: dict[str, Any] = {}
     parts["set"] = gr.Dropdown(
         [("Example: handwritten digits", EXAMPLE)],
@@ -63,24 +63,24 @@ def _layout(frame: Frame) -> dict[str, Any]:
     with gr.Row(elem_classes="buttons"):
         parts["delete"] = gr.Button("Delete this set", size="sm", elem_id="classify-delete-set", visible=False)
     with gr.Row(visible=False) as parts["sure"]:
-        parts["yes"] = gr.Button("Delete it with all its pictures", variant="stop", elem_id="classify-delete-yes")
+        parts["yes"] = gr.Button("Delete it with all its images", variant="stop", elem_id="classify-delete-yes")
         parts["no"] = gr.Button("Keep it", elem_id="classify-delete-no")
     parts["go"] = gr.Button("Go on to Train", variant="primary", elem_id="classify-go-train")
     return parts
 
 
 def _lay_out_adding(parts: dict[str, Any], is_local: bool) -> None:
-    gr.HTML("<h3>Add pictures of your own</h3>")
+    gr.HTML("<h3>Add images of your own</h3>")
     with gr.Tabs():
         with gr.Tab("A zip of class folders"):
-            gr.HTML("<p class='quiet'>One folder for each class, called as the class, with its pictures in it.</p>")
+            gr.HTML("<p class='quiet'>One folder for each class, called as the class, with its images in it.</p>")
             parts["zip"] = gr.File(label="Zip", file_types=[".zip"], height=140, elem_id="classify-zip")
         with gr.Tab("One class at a time"):
             parts["new_name"] = gr.Textbox(
                 label="Name of the class", placeholder="such as red mug", max_lines=1, elem_id="classify-class-name"
             )
             parts["files"] = gr.File(
-                label="Pictures of this class",
+                label="Images of this class",
                 file_count="multiple",
                 file_types=list(UPLOAD_SUFFIXES),
                 height=140,
@@ -103,7 +103,7 @@ def _lay_out_mending(parts: dict[str, Any]) -> None:
         with gr.Row(elem_classes="buttons"):
             parts["rename"] = gr.Button("Rename", size="sm", elem_id="classify-rename")
             parts["remove_class"] = gr.Button("Remove the class", size="sm", elem_id="classify-remove-class")
-        gr.HTML("<p class='quiet'>Its pictures. Choose one to move or remove it.</p>")
+        gr.HTML("<p class='quiet'>Its images. Choose one to move or remove it.</p>")
         parts["gallery"] = gr.Gallery(
             show_label=False,
             columns=8,
@@ -114,13 +114,13 @@ def _lay_out_mending(parts: dict[str, Any]) -> None:
         )
         parts["chosen"] = gr.State(None)
         with gr.Column(visible=False) as parts["one"]:
-            parts["target"] = gr.Dropdown(label="Move the chosen picture to", elem_id="classify-move-to", interactive=True)
+            parts["target"] = gr.Dropdown(label="Move the chosen image to", elem_id="classify-move-to", interactive=True)
             with gr.Row(elem_classes="buttons"):
                 parts["move"] = gr.Button("Move it", size="sm", elem_id="classify-move")
                 parts["remove"] = gr.Button("Remove it", size="sm", elem_id="classify-remove")
 
 
-def _wire_looking(frame: Frame, parts: dict[str, Any]) -> None:
+def _wire_looking(frame: ClassifyContext, parts: dict[str, Any]) -> None:
     """Show the set of the draft; then what is known of it before any training."""
     settings = frame.shell.settings
     shown = [parts[name] for name in ("set", "delete", "sure", "summary", "cards", "class", "mend", "go")]
@@ -159,7 +159,7 @@ def _wire_looking(frame: Frame, parts: dict[str, Any]) -> None:
 
 def _measured(classes: LabelledClasses) -> tuple[Any, Any]:
     """The summary and the cards of a set, with how well its classes are known untrained."""
-    if sum(bool(one.pictures) for one in classes.classes) < 2:
+    if sum(bool(one.images) for one in classes.classes) < 2:
         # Not nothing: what was measured of the set before it may have come meanwhile.
         return _summary(classes, None), class_cards(classes, {})
     from webui.work import classify as classifying
@@ -182,7 +182,7 @@ def _set_shown(classes: LabelledClasses) -> list[Any]:
     ]
 
 
-def _wire_adding(frame: Frame, parts: dict[str, Any]) -> None:
+def _wire_adding(frame: ClassifyContext, parts: dict[str, Any]) -> None:
     settings, redraw = frame.shell.settings, parts["redraw"]
 
     @in_plain_words
@@ -197,9 +197,9 @@ def _wire_adding(frame: Frame, parts: dict[str, Any]) -> None:
     @in_plain_words
     def add(name: str, files: list[str] | None, draft: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         if not files:
-            raise InputError("There are no pictures yet. Drop some into the field above.")
+            raise InputError("There are no images yet. Drop some into the field above.")
         with _own_set(settings.workspace(request), draft) as folder:
-            added = add_pictures(folder, files, add_class(folder, name))
+            added = add_images(folder, files, add_class(folder, name))
         class_sets.settle(folder)
         return {**draft, "set": folder.name}, _said(added), "", None
 
@@ -218,7 +218,7 @@ def _wire_adding(frame: Frame, parts: dict[str, Any]) -> None:
 
 @contextmanager
 def _own_set(workspace: Workspace, draft: dict[str, Any]) -> Iterator[Path]:
-    """The folder of the user's own set that pictures go into; a new one is deleted again where none can be added."""
+    """The folder of the user's own set that images go into; a new one is deleted again where none can be added."""
     folder, is_new = _own_folder(workspace, draft)
     try:
         yield folder
@@ -228,8 +228,8 @@ def _own_set(workspace: Workspace, draft: dict[str, Any]) -> Iterator[Path]:
         raise
 
 
-def _wire_class(frame: Frame, parts: dict[str, Any]) -> None:
-    """Show the pictures of the class that is looked at, to choose one of them."""
+def _wire_class(frame: ClassifyContext, parts: dict[str, Any]) -> None:
+    """Show the images of the class that is looked at, to choose one of them."""
     settings = frame.shell.settings
     of_class = [parts["class"], frame.draft]
     outputs = [parts[name] for name in ("name", "gallery", "chosen", "one", "target", "rename", "remove_class")]
@@ -246,7 +246,7 @@ def _wire_class(frame: Frame, parts: dict[str, Any]) -> None:
     def choose(key: str, draft: dict[str, Any], event: gr.SelectData, request: gr.Request) -> tuple[Any, Any]:
         workspace = settings.workspace(request)
         classes = class_sets.find(workspace, set_of(workspace, draft))
-        readable = [one for one in classes.class_named(key).pictures[:MOST_SHOWN] if small(one) is not None]
+        readable = [one for one in classes.class_named(key).images[:MOST_SHOWN] if small(one) is not None]
         is_there = classes.kind == "own" and isinstance(event.index, int) and 0 <= event.index < len(readable)
         return (readable[event.index].name if is_there else None), gr.Column(visible=is_there)
 
@@ -263,7 +263,7 @@ def _class_shown(classes: LabelledClasses, key: str | None) -> list[Any]:
     own = next((one for one in classes.classes if one.key == key), None)
     if own is None:
         return ["", [], None, gr.Column(visible=False), gr.Dropdown([]), *[gr.Button(interactive=False)] * 2]
-    cached = [small(source) for source in own.pictures[:MOST_SHOWN]]
+    cached = [small(source) for source in own.images[:MOST_SHOWN]]
     others = [(one.name, one.key) for one in classes.classes if one.key != key]
     return [
         own.name,
@@ -276,14 +276,14 @@ def _class_shown(classes: LabelledClasses, key: str | None) -> list[Any]:
     ]
 
 
-def _wire_mending(frame: Frame, parts: dict[str, Any]) -> None:
-    """Rename a class, remove it, move or remove one of its pictures."""
+def _wire_mending(frame: ClassifyContext, parts: dict[str, Any]) -> None:
+    """Rename a class, remove it, move or remove one of its images."""
     settings, redraw = frame.shell.settings, parts["redraw"]
 
     @in_plain_words
     def rename(key: str, name: str, draft: dict[str, Any], request: gr.Request) -> str:
         workspace = settings.workspace(request)
-        folder = workspace.picture_set(set_of(workspace, draft))
+        folder = workspace.image_set(set_of(workspace, draft))
         if class_sets.read_pointer(folder) is None:
             rename_class(folder, key, name)
         else:
@@ -295,8 +295,8 @@ def _wire_mending(frame: Frame, parts: dict[str, Any]) -> None:
     given = [parts["class"], parts["chosen"], parts["target"], frame.draft]
     changes = {
         "remove_class": lambda folder, key, chosen, target: remove_class(folder, key),
-        "remove": lambda folder, key, chosen, target: remove_picture(folder, chosen),
-        "move": lambda folder, key, chosen, target: move_picture(folder, chosen, target),
+        "remove": lambda folder, key, chosen, target: remove_image(folder, chosen),
+        "move": lambda folder, key, chosen, target: move_image(folder, chosen, target),
     }
     for name, change in changes.items():
         redraw(parts[name].click(_changing(settings, change), given, [parts["said"]], **QUIET))
@@ -307,13 +307,13 @@ def _changing(settings: Settings, change: Callable[[Path, str, str | None, str |
     """A handler that changes the user's own set, and then writes down again what is tested on.
 
     Args:
-        change: is given the set's folder, the class, the chosen picture and the class to move it to.
+        change: is given the set's folder, the class, the chosen image and the class to move it to.
     """
 
     @in_plain_words
     def changed(key: str, chosen: str | None, target: str | None, draft: dict[str, Any], request: gr.Request) -> str:
         workspace = settings.workspace(request)
-        folder = workspace.picture_set(set_of(workspace, draft))
+        folder = workspace.image_set(set_of(workspace, draft))
         check_free(workspace, folder)
         change(folder, key, chosen, target)
         class_sets.settle(folder)
@@ -322,13 +322,13 @@ def _changing(settings: Settings, change: Callable[[Path, str, str | None, str |
     return changed
 
 
-def _wire_deleting(frame: Frame, parts: dict[str, Any]) -> None:
+def _wire_deleting(frame: ClassifyContext, parts: dict[str, Any]) -> None:
     settings = frame.shell.settings
 
     @in_plain_words
     def delete(draft: dict[str, Any], request: gr.Request) -> dict[str, Any]:
         workspace = settings.workspace(request)
-        folder = workspace.picture_set(set_of(workspace, draft))
+        folder = workspace.image_set(set_of(workspace, draft))
         check_free(workspace, folder)
         delete_set(folder)
         return {**draft, "set": None}
@@ -347,22 +347,22 @@ def _found(workspace: Workspace, set_id: str) -> LabelledClasses:
     try:
         return class_sets.find(workspace, set_id)
     except InputError as error:
-        gr.Warning(html.escape(str(error)), title="These pictures cannot be used")
+        gr.Warning(html.escape(str(error)), title="These images cannot be used")
         return LabelledClasses(set_id, "folder", None, ())
 
 
 def _own_folder(workspace: Workspace, draft: dict[str, Any]) -> tuple[Any, bool]:
     """The folder of the set in view where it is the user's own, else of a new one, and whether it is new."""
     set_id = set_of(workspace, draft)
-    if set_id != EXAMPLE and class_sets.read_pointer(workspace.picture_set(set_id)) is None:
-        return workspace.picture_set(set_id), False
-    return workspace.new_picture_set(), True
+    if set_id != EXAMPLE and class_sets.read_pointer(workspace.image_set(set_id)) is None:
+        return workspace.image_set(set_id), False
+    return workspace.new_image_set(), True
 
 
 def _said(added: Added) -> str:
     """What became of an upload."""
     count = len(added.names)
-    told = f"<p>{count} picture{'' if count == 1 else 's'} added.</p>"
+    told = f"<p>{count} image{'' if count == 1 else 's'} added.</p>"
     refused = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in added.refused)
     notes = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in added.notes)
     told += f"<div class='warning'>Left out:<ul>{refused}</ul></div>" if refused else ""
@@ -373,11 +373,11 @@ def _summary(classes: LabelledClasses, known: tuple[int, int] | None) -> str:
     """How many there are, what the model knows of them untrained, and what stands in the way."""
     notes = {"example": EXAMPLE_NOTE, "folder": FOLDER_NOTE, "own": OWN_NOTE}
     count = len(classes.classes)
-    told = f"<p><b>{count} class{'' if count == 1 else 'es'}, {classes.count} pictures.</b> "
+    told = f"<p><b>{count} class{'' if count == 1 else 'es'}, {classes.count} images.</b> "
     if known is not None:
         right, looked_at = known
         told += (
-            f"Before any training the built-in model, which knows only the classes' names, names {right} of {looked_at} pictures "
+            f"Before any training the built-in model, which knows only the classes' names, names {right} of {looked_at} images "
             f"rightly: <b>{share(right / looked_at)}</b>. Guessing would be right in {share(1 / count)}."
         )
     warned = [*class_sets.warnings(classes), *class_sets.copies(classes)] if classes.kind != "example" else []

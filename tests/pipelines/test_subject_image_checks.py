@@ -1,4 +1,4 @@
-"""The photo doctor: names what is wrong with pictures, leaves out what cannot be read, and changes nothing."""
+"""The photo doctor: names what is wrong with images, leaves out what cannot be read, and changes nothing."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from command_line import exit_status
 from PIL import Image, ImageFilter, ImageOps
 
 from pipelines.errors import InputError
-from pipelines.subject.doctor import DoctorOptions, Report, examine, main, perceptual_hash, sharpness
+from pipelines.subject.image_checks import DoctorOptions, ImageCheckReport, examine, main, perceptual_hash, sharpness
 from training.options.data import SAMPLE_SUBJECT
 
 ORIENTATION, TURNED_RIGHT = 0x0112, 6
@@ -20,13 +20,13 @@ def photo(place=0):
     return Image.open(SAMPLE_SUBJECT / f"{place:02d}.jpg").convert("RGB")
 
 
-def kinds(report: Report):
-    return {diagnosis.path.name: [finding.kind for finding in diagnosis.findings] for diagnosis in report.pictures}
+def kinds(report: ImageCheckReport):
+    return {diagnosis.path.name: [finding.kind for finding in diagnosis.findings] for diagnosis in report.images}
 
 
 @pytest.fixture
 def album(tmp_path):
-    """Three different good pictures."""
+    """Three different good images."""
     folder = tmp_path / "red_toy"
     folder.mkdir()
     for place in range(3):
@@ -34,9 +34,9 @@ def album(tmp_path):
     return folder
 
 
-def test_good_pictures_are_called_good():
+def test_good_images_are_called_good():
     report = examine(SAMPLE_SUBJECT)
-    assert {diagnosis.verdict for diagnosis in report.pictures} == {"good"}
+    assert {diagnosis.verdict for diagnosis in report.images} == {"good"}
     assert not report.findings
     assert len(report.usable) == 5
 
@@ -46,13 +46,13 @@ def test_good_pictures_are_called_good():
     [
         ("cut.jpg", "cut", "unreadable"),
         ("empty.png", b"", "unreadable"),
-        ("words.png", b"no picture at all", "unreadable"),
+        ("words.png", b"no image at all", "unreadable"),
         ("disguised.png", b"8BPS\0\1 and more", "wrong_format"),
         ("pointer.jpg", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "wrong_format"),
         ("phone.heic", b"any", "wrong_format"),
     ],
 )
-def test_a_bad_picture_is_left_out_with_its_reason(album, name, content, kind):
+def test_a_bad_image_is_left_out_with_its_reason(album, name, content, kind):
     if content == "cut":
         photo().save(album / name)
         content = (album / name).read_bytes()[:-2000]
@@ -63,7 +63,7 @@ def test_a_bad_picture_is_left_out_with_its_reason(album, name, content, kind):
     assert f"left out: {album / name}" in report.in_words()
 
 
-def test_a_picture_named_after_another_readable_format_is_used(album):
+def test_a_image_named_after_another_readable_format_is_used(album):
     photo(3).save(album / "3.png", "JPEG")
     assert kinds(examine(album))["3.png"] == []
 
@@ -71,12 +71,12 @@ def test_a_picture_named_after_another_readable_format_is_used(album):
 @pytest.mark.parametrize(
     ("kind", "change"),
     [
-        ("blurred", lambda picture: picture.filter(ImageFilter.GaussianBlur(6))),
-        ("tiny", lambda picture: picture.resize((60, 60))),
-        ("extreme_shape", lambda picture: picture.crop((0, 0, 512, 150))),
+        ("blurred", lambda image: image.filter(ImageFilter.GaussianBlur(6))),
+        ("tiny", lambda image: image.resize((60, 60))),
+        ("extreme_shape", lambda image: image.crop((0, 0, 512, 150))),
     ],
 )
-def test_a_poor_picture_is_reported_and_used(album, kind, change):
+def test_a_poor_image_is_reported_and_used(album, kind, change):
     change(photo(3)).save(album / "poor.png")
     report = examine(album)
     assert kinds(report)["poor.png"] == [kind]
@@ -85,28 +85,28 @@ def test_a_poor_picture_is_reported_and_used(album, kind, change):
 
 
 @pytest.mark.parametrize("change", ["copy", "jpeg", "smaller", "brighter"])
-def test_the_same_picture_in_other_bytes_is_a_near_duplicate(album, change):
-    picture = photo(1)
+def test_the_same_image_in_other_bytes_is_a_near_duplicate(album, change):
+    image = photo(1)
     if change == "smaller":
-        picture = picture.resize((300, 300), Image.Resampling.BICUBIC)
+        image = image.resize((300, 300), Image.Resampling.BICUBIC)
     if change == "brighter":
-        picture = picture.point(lambda value: min(255, round(value * 1.1)))
-    picture.save(album / ("9.jpg" if change == "jpeg" else "9.png"), **({"quality": 40} if change == "jpeg" else {}))
+        image = image.point(lambda value: min(255, round(value * 1.1)))
+    image.save(album / ("9.jpg" if change == "jpeg" else "9.png"), **({"quality": 40} if change == "jpeg" else {}))
     report = examine(album)
     assert [found for found in kinds(report).values() if found] == [["near_duplicate"]]
-    assert "'1.png'" in report.pictures[-1].findings[0].words
+    assert "'1.png'" in report.images[-1].findings[0].words
 
 
-def test_a_picture_turned_in_its_file_is_said_to_be_upright(album):
+def test_a_image_turned_in_its_file_is_said_to_be_upright(album):
     exif = Image.Exif()
     exif[ORIENTATION] = TURNED_RIGHT
     photo(3).crop((0, 0, 500, 400)).save(album / "3.png", exif=exif)
     report = examine(album)
     assert kinds(report)["3.png"] == ["turned"]
-    assert report.pictures[-1].size == (400, 500)
+    assert report.images[-1].size == (400, 500)
 
 
-def test_pictures_much_alike_and_few_pictures_are_reported_as_a_whole(tmp_path):
+def test_images_much_alike_and_few_images_are_reported_as_a_whole(tmp_path):
     alike, single = tmp_path / "alike", tmp_path / "single"
     alike.mkdir()
     single.mkdir()
@@ -115,19 +115,19 @@ def test_pictures_much_alike_and_few_pictures_are_reported_as_a_whole(tmp_path):
     photo(0).save(single / "0.png")
     findings = {finding.kind: finding.words for finding in examine(tmp_path).findings}
     assert "'alike'" in findings["low_variety"]
-    assert "is 1 picture of 'single'" in findings["few_pictures"]
+    assert "is 1 image of 'single'" in findings["few_pictures"]
 
 
-def test_pictures_smaller_than_the_training_resolution_are_named(album):
+def test_images_smaller_than_the_training_resolution_are_named(album):
     assert list(kinds(examine(album, resolution=1024)).values()) == [["small"]] * 3
     assert list(kinds(examine(album).for_resolution(1024)).values()) == [["small"]] * 3
     assert list(kinds(examine(album, resolution=512)).values()) == [[]] * 3
 
 
-def test_no_usable_picture_is_an_error_that_names_each(tmp_path):
+def test_no_usable_image_is_an_error_that_names_each(tmp_path):
     for name in ("a.png", "b.jpg"):
         (tmp_path / name).write_bytes(b"broken")
-    with pytest.raises(InputError, match=r"(?s)no picture that can be used.*a\.png.*b\.jpg"):
+    with pytest.raises(InputError, match=r"(?s)no image that can be used.*a\.png.*b\.jpg"):
         examine(tmp_path)
 
 
@@ -142,7 +142,7 @@ def test_nothing_is_changed_and_workers_see_the_same(album):
     assert digests() == before
 
 
-def test_the_report_is_json_with_a_verdict_for_each_picture(album, tmp_path, capsys):
+def test_the_report_is_json_with_a_verdict_for_each_image(album, tmp_path, capsys):
     (album / "broken.png").write_bytes(b"broken")
     report = main(DoctorOptions(str(album), json=str(tmp_path / "report.json")))
     written = json.loads((tmp_path / "report.json").read_text())
@@ -166,7 +166,7 @@ def test_the_hash_does_not_see_brightness_and_sees_a_turn():
 
 
 def test_the_command_ends_with_one_line_where_there_is_nothing(tmp_path, capsys):
-    assert exit_status("pipelines.subject.doctor", str(tmp_path / "none")) == 2
+    assert exit_status("pipelines.subject.image_checks", str(tmp_path / "none")) == 2
     assert "There is no folder" in capsys.readouterr().err.splitlines()[-1]
 
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from training.subject.suggesting import ALIKE, KEPT, UNHEARD, Point, StepScores, in_question, suggest, to_draw
+from training.subject.checkpoint_selection import ALIKE, KEPT, UNHEARD, Point, StepScores, in_question, suggest, to_draw
 
 BASE = StepScores(subject=0.2, prompt=0.3, copy=0.1, nearest=0.3, nearest_limit=0.9)
 # A curve whose least is at step 10, and of whose fall step 30 keeps less than half.
@@ -51,12 +51,12 @@ def test_a_rise_of_both_losses_is_no_overfitting():
 def test_training_that_never_helps_is_said_so():
     found = suggest(curve([1.0, 1.1, 1.2]), last=20)
     assert found.step == 10
-    assert "no better on the held-out picture" in found.warnings[0]
+    assert "no better on the held-out image" in found.warnings[0]
 
 
-def test_training_that_only_learns_the_training_pictures_is_overfitting_from_its_start():
+def test_training_that_only_learns_the_training_images_is_overfitting_from_its_start():
     warnings = suggest(curve([1.0, 1.1, 1.2], [1.0, 0.9, 0.8]), last=20).warnings
-    assert "no better on the held-out picture" in warnings[0]
+    assert "no better on the held-out image" in warnings[0]
     assert warnings[1].startswith("Overfitting: the held-out loss rises from 1.0000 at step 0 to 1.2000 at step 20")
     assert len(suggest(curve([1.0, 1.001, 1.01], [1.0, 0.9, 0.8]), last=20).warnings) == 1
 
@@ -66,7 +66,7 @@ def test_a_rise_that_is_small_beside_what_was_learned_is_no_overfitting():
     assert suggest(curve([1.0, 0.99, 1.04], [1.0, 0.9, 0.6]), last=20).warnings != []
 
 
-def test_without_a_heldout_picture_the_last_step_is_suggested_and_the_gap_named():
+def test_without_a_heldout_image_the_last_step_is_suggested_and_the_gap_named():
     found = suggest([], last=20)
     assert found.step == 20
     assert "not trained on" in found.warnings[0]
@@ -89,7 +89,7 @@ def test_a_step_that_is_more_like_the_subject_is_suggested_before_the_one_with_t
     for said in (
         "step 20 has the least held-out loss: 0.7000, the least of all 0.5000 at step 10, the base model's 1.0000.",
         "Likeness to the subject 0.700, 0.700 at most (step 20), 0.200 of the base model; following of the prompts 0.300",
-        "likeness to the nearest training picture 0.30 of 0.90, correlation of thumbnails 0.10 of 0.90",
+        "likeness to the nearest training image 0.30 of 0.90, correlation of thumbnails 0.10 of 0.90",
         "Compared: steps 10, 20.",
     ):
         assert said in found.why
@@ -132,7 +132,7 @@ def test_a_step_that_draws_copies_is_left_out_and_named_unless_the_base_model_do
 def test_where_all_steps_draw_copies_the_least_so_is_suggested_and_that_is_said():
     found = suggest(curve(FALL), 30, samples(10, 20, copy=[0.97, 0.95]))
     assert found.step == 20
-    assert found.why.startswith("All 2 steps compared draw near copies of training pictures; those of step 20 are the least so")
+    assert found.why.startswith("All 2 steps compared draw near copies of training images; those of step 20 are the least so")
     assert "is nearly a copy" in found.warnings[-1]
 
 
@@ -152,10 +152,10 @@ def test_samples_do_not_speak_for_a_training_that_never_helped():
     assert "comes nearest" in found.why
 
 
-def test_without_a_heldout_picture_the_earliest_that_is_as_like_the_subject_as_any_is_suggested():
+def test_without_a_heldout_image_the_earliest_that_is_as_like_the_subject_as_any_is_suggested():
     found = suggest([], 30, samples(10, 20, 30, subject=[0.5, 0.698, 0.7]))
     assert found.step == 20
-    assert found.why.startswith("No picture was held out: by its samples alone, step 20 is the earliest")
+    assert found.why.startswith("No image was held out: by its samples alone, step 20 is the earliest")
     assert "not trained on" in found.warnings[0]
 
 
@@ -190,7 +190,7 @@ def test_steps_without_a_loss_draw_evenly_spread_with_the_last():
         ({}, {"nearest": 0.9}, True),
     ],
 )
-def test_samples_that_became_copies_of_training_pictures_are_warned_of(base, last, warned):
+def test_samples_that_became_copies_of_training_images_are_warned_of(base, last, warned):
     scores = {0: dataclasses.replace(BASE, **base), 5: BASE, 10: dataclasses.replace(BASE, **last)}
     warnings = suggest([], 10, scores).warnings
-    assert any("A sample of step 10 is nearly a copy of a training picture: likeness to the" in w for w in warnings) == warned
+    assert any("A sample of step 10 is nearly a copy of a training image: likeness to the" in w for w in warnings) == warned

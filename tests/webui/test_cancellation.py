@@ -1,12 +1,12 @@
 """A tab's cancel stops what it has begun, and nothing that it or another begins later."""
 
 from webui.adapters import FILE
-from webui.turns import MAX_SESSIONS, Turns
-from webui.wishes import run_in
+from webui.cancellation import MAX_SESSIONS, CancellationTokens
+from webui.generation_requests import run_in
 
 
 def test_a_cancel_is_of_this_tabs_drawings_so_far():
-    turns = Turns()
+    turns = CancellationTokens()
     first, waiting = turns.begin("a"), turns.begin("a")
     other = turns.begin("b")
     turns.cancel("a")
@@ -16,14 +16,14 @@ def test_a_cancel_is_of_this_tabs_drawings_so_far():
 
 
 def test_tabs_of_long_ago_are_forgotten():
-    turns = Turns()
+    turns = CancellationTokens()
     for place in range(MAX_SESSIONS + 5):
         turns.begin(str(place))
         turns.cancel(str(place))
     assert len(turns._last) == len(turns._cancelled) == MAX_SESSIONS
 
 
-def test_a_pictures_settings_are_put_back_where_they_were():
+def test_a_images_settings_are_put_back_where_they_were():
     used = [{"name": "a", "reference": "run@30", "strength": 0.5}, {"name": "b", "reference": f"{FILE}@x", "strength": 1.2}]
     assert run_in({"adapters": used}) == ("run", 30, 0.5, [(f"{FILE}@x", 1.2)])
     assert run_in({"adapters": used[1:]}) == (None, None, 0.0, [(f"{FILE}@x", 1.2)])

@@ -1,4 +1,4 @@
-"""What all methods of a few-shot run share: the model, the labelled pictures, and what is drawn of them."""
+"""What all methods of a few-shot run share: the model, the labelled images, and what is drawn of them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pipelines.cache import TensorCache, module_digest
 from pipelines.clip import Clip
 from pipelines.errors import InputError
 from pipelines.fewshot.baselines.task import Examples, FewShotTask
-from pipelines.fewshot.batches import AlteredPictures, AlteredView, Augmentation
+from pipelines.fewshot.batches import AlteredImages, AlteredView, Augmentation
 from pipelines.fewshot.data import (
     Copies,
-    LabelledPicture,
+    LabelledImage,
+    LabelledImageDataset,
     LabelledSet,
-    PictureDataset,
     base_and_new,
     check_readable,
     find_copies,
@@ -29,8 +29,8 @@ from pipelines.fewshot.data import (
     rename,
     without_copies,
 )
-from pipelines.fewshot.features import picture_features, prompt_features, raw_pixels
-from pipelines.fewshot.loading import load_pictures
+from pipelines.fewshot.features import image_features, prompt_features, raw_pixels
+from pipelines.fewshot.loading import load_images
 from pipelines.fewshot.prompts import Prompts, make_prompts
 from pipelines.fewshot.samples import sample_set
 from pipelines.fewshot.sets import load_set
@@ -44,9 +44,9 @@ PictureSet = Dataset[tuple[torch.Tensor, int]]
 
 
 def labelled_set(options: LabelledDataOptions) -> tuple[LabelledSet, list[Copies]]:
-    """The labelled pictures, and which of them were there more than once.
+    """The labelled images, and which of them were there more than once.
 
-    One of each copied picture is kept; none whose copies are in two classes. Sets of the CoOp protocol stay as they are.
+    One of each copied image is kept; none whose copies are in two classes. Sets of the CoOp protocol stay as they are.
 
     What of the set is not used, and how it is split, is logged and stands in its notes.
 
@@ -57,7 +57,7 @@ def labelled_set(options: LabelledDataOptions) -> tuple[LabelledSet, list[Copies
     if options.dataset is not None:
         return rename(load_set(options.data_dir, options.dataset), options.names_by_key()), []
     names = options.names_by_key()
-    found = rename(sample_set(), names) if options.data_dir is None else load_pictures(options.data_dir, names)
+    found = rename(sample_set(), names) if options.data_dir is None else load_images(options.data_dir, names)
     copies = find_copies(found)
     for one in copies:
         logger.warning(f"{one} {'None of them is' if one.conflicting else 'One of them is'} used.")
@@ -71,13 +71,13 @@ def labelled_set(options: LabelledDataOptions) -> tuple[LabelledSet, list[Copies
 
 
 def check_drawable(labelled: LabelledSet, options: LabelledDataOptions) -> None:
-    """Check, before anything is loaded or written, that there are pictures for all shots, and that they can be read.
+    """Check, before anything is loaded or written, that there are images for all shots, and that they can be read.
 
-    Raises: InputError naming the class that has too few, or the pictures.
+    Raises: InputError naming the class that has too few, or the images.
     """
     splits = [sample_split(labelled, *key, options.test_share) for key in keys(options)]
     used = {name for split in splits for part in split.names.values() for name, _ in part}
-    check_readable([picture for picture in labelled.pictures if picture.name in used])
+    check_readable([image for image in labelled.images if image.name in used])
 
 
 def keys(options: LabelledDataOptions) -> list[Key]:
@@ -86,8 +86,8 @@ def keys(options: LabelledDataOptions) -> list[Key]:
 
 
 @dataclass(frozen=True)
-class Study:
-    """The model and the pictures of a run.
+class Experiment:
+    """The model and the images of a run.
 
     Args:
         clip: the base model, on its device, which no method changes.
@@ -108,7 +108,7 @@ class Study:
     _digests: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, clip: Clip, labelled: LabelledSet, options: LabelledDataOptions, folder: Path) -> Study:
+    def of(cls, clip: Clip, labelled: LabelledSet, options: LabelledDataOptions, folder: Path) -> Experiment:
         """A study of `labelled`, half of its classes held out where the options say so.
 
         Raises: InputError for templates without {}, or too few classes to hold any out.
@@ -140,39 +140,39 @@ class Study:
         """(new classes, d) of length 1, by the base model."""
         return prompt_features(self.clip, self.new_prompts, cache=self.cache)
 
-    def drawn(self, key: Key) -> DrawnPictures:
-        """The pictures of one draw, which is saved for whoever comes next."""
+    def drawn(self, key: Key) -> SplitImages:
+        """The images of one draw, which is saved for whoever comes next."""
         shots, seed = key
         path = self.folder / SPLITS / f"{shots}-shots-seed-{seed}.json"
-        return DrawnPictures(self, saved_split(path, self.labelled, shots, seed, self.options.test_share))
+        return SplitImages(self, saved_split(path, self.labelled, shots, seed, self.options.test_share))
 
-    def digests(self, pictures: Sequence[LabelledPicture]) -> dict[str, str]:
-        """The sha256 of the file of each of `pictures`, by their names; each file is read once."""
-        for picture in pictures:
-            if picture.name not in self._digests:
-                self._digests[picture.name] = hashlib.sha256(picture.source.content()).hexdigest()
-        return {picture.name: self._digests[picture.name] for picture in pictures}
+    def digests(self, images: Sequence[LabelledImage]) -> dict[str, str]:
+        """The sha256 of the file of each of `images`, by their names; each file is read once."""
+        for image in images:
+            if image.name not in self._digests:
+                self._digests[image.name] = hashlib.sha256(image.source.content()).hexdigest()
+        return {image.name: self._digests[image.name] for image in images}
 
-    def features(self, pictures: Sequence[LabelledPicture], clip: Clip | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features (n, d) of length 1 and labels (n,) of `pictures`, by the base model or by `clip`."""
-        names = tuple(picture.name for picture in pictures)
+    def features(self, images: Sequence[LabelledImage], clip: Clip | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features (n, d) of length 1 and labels (n,) of `images`, by the base model or by `clip`."""
+        names = tuple(image.name for image in images)
         if clip is None and names in self._seen:
             return self._seen[names]
-        found = self.encoded(PictureDataset(pictures, self.clip.preprocess), clip)
+        found = self.encoded(LabelledImageDataset(images, self.clip.preprocess), clip)
         if clip is None:
             self._seen[names] = found
         return found
 
-    def encoded(self, pictures: PictureSet, clip: Clip | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def encoded(self, images: PictureSet, clip: Clip | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Features (n, d) of length 1 and labels (n,) of a dataset's pixels and labels."""
-        return picture_features(clip or self.clip, pictures, workers=self.options.dataloader_num_workers, cache=self.cache)
+        return image_features(clip or self.clip, images, workers=self.options.dataloader_num_workers, cache=self.cache)
 
 
 @dataclass(frozen=True)
-class DrawnPictures:
-    """The pictures of one draw: what is learned from, chosen on and tested on."""
+class SplitImages:
+    """The images of one draw: what is learned from, chosen on and tested on."""
 
-    study: Study
+    study: Experiment
     split: FewShotSplit
 
     @property
@@ -181,45 +181,45 @@ class DrawnPictures:
         return self.split.shots, self.split.seed
 
     @cached_property
-    def train(self) -> tuple[LabelledPicture, ...]:
+    def train(self) -> tuple[LabelledImage, ...]:
         """What is learned from."""
         return self._of("train")
 
     @cached_property
-    def validation(self) -> tuple[LabelledPicture, ...]:
+    def validation(self) -> tuple[LabelledImage, ...]:
         """What every setting is chosen on."""
         return self._of("val")
 
     @cached_property
-    def test(self) -> tuple[LabelledPicture, ...]:
+    def test(self) -> tuple[LabelledImage, ...]:
         """What is looked at once, when everything is chosen."""
         return self._of("test")
 
     @cached_property
-    def new_test(self) -> tuple[LabelledPicture, ...]:
-        """Test pictures of the classes that are held out."""
+    def new_test(self) -> tuple[LabelledImage, ...]:
+        """Test images of the classes that are held out."""
         known = len(self.study.prompts.classes)
-        return tuple(picture for picture in self.split.pictures(self.study.labelled, "test") if picture.label >= known)
+        return tuple(image for image in self.split.images(self.study.labelled, "test") if image.label >= known)
 
-    def _of(self, part: str) -> tuple[LabelledPicture, ...]:
+    def _of(self, part: str) -> tuple[LabelledImage, ...]:
         known = len(self.study.prompts.classes)
-        return tuple(picture for picture in self.split.pictures(self.study.labelled, part) if picture.label < known)
+        return tuple(image for image in self.split.images(self.study.labelled, part) if image.label < known)
 
     @property
     def shots(self) -> int:
-        """The training pictures of the class that has fewest."""
-        labels = torch.tensor([picture.label for picture in self.train])
+        """The training images of the class that has fewest."""
+        labels = torch.tensor([image.label for image in self.train])
         return int(torch.bincount(labels, minlength=len(self.study.prompts.classes)).min())
 
-    def altered(self) -> AlteredPictures:
-        """The training pictures, altered at random."""
+    def altered(self) -> AlteredImages:
+        """The training images, altered at random."""
         options = self.study.options
         scale = (options.crop_scale[0], options.crop_scale[1])
-        return AlteredPictures(self.train, Augmentation(scale, options.random_flip), self.study.clip)
+        return AlteredImages(self.train, Augmentation(scale, options.random_flip), self.study.clip)
 
     @cached_property
     def training_examples(self) -> Examples:
-        """What frozen towers make of the training pictures and of altered views of them."""
+        """What frozen towers make of the training images and of altered views of them."""
         study, altered = self.study, self.altered()
         features, labels = study.features(self.train)
         views = [study.encoded(AlteredView(altered, self.split.seed, view))[0] for view in range(study.options.views)]
@@ -234,9 +234,9 @@ class DrawnPictures:
         scale = float(study.clip.logit_scale)
         return FewShotTask(study.prompts.classes, study.class_features, scale, self.training_examples, validation, study.clip)
 
-    def _pixels(self, pictures: Sequence[LabelledPicture]) -> torch.Tensor:
-        return torch.stack([raw_pixels(read(picture)) for picture in pictures])
+    def _pixels(self, images: Sequence[LabelledImage]) -> torch.Tensor:
+        return torch.stack([raw_pixels(read(image)) for image in images])
 
-    def inputs(self, pictures: Sequence[LabelledPicture], reads: str) -> torch.Tensor:
-        """What a predictor that `reads` features or pixels is given of `pictures`: (n, width)."""
-        return self._pixels(pictures) if reads == "pixels" else self.study.features(pictures)[0]
+    def inputs(self, images: Sequence[LabelledImage], reads: str) -> torch.Tensor:
+        """What a predictor that `reads` features or pixels is given of `images`: (n, width)."""
+        return self._pixels(images) if reads == "pixels" else self.study.features(images)[0]

@@ -32,7 +32,7 @@ def followed(component: gr.components.Component) -> gr.State:
 
 
 @dataclass(frozen=True)
-class Shell:
+class AppContext:
     """The frame around the screens.
 
     Args:
@@ -43,7 +43,7 @@ class Shell:
         step: which of its steps Use draws with; Use places and fills it, Judge sets it.
         chosen: the run and the step that were chosen by hand, on Use or on Judge; None where the suggested step stands.
         tabs: all screens, by the ids of `webui.page.SCREENS`.
-        draft: what is being prepared for the next run, kept by the browser: {"set": id of its pictures or None, "options": the
+        draft: what is being prepared for the next run, kept by the browser: {"set": id of its images or None, "options": the
             values that differ from the defaults, by group, "preset": its name}. Never what a run has become.
         drafted: the same, to listen to.
         class_draft: as `draft`, for the next classifier.

@@ -16,14 +16,14 @@ STEPS, GUIDANCE = 25, 4.0
 
 
 @dataclass(frozen=True)
-class Wish:
-    """Pictures to draw.
+class GenerationRequest:
+    """Images to draw.
 
     Args:
         run_id, step, strength: the adapter; without a run the base model alone.
         mixed: references of further adapters and their strengths.
         prompt, negative_prompt: what to show, and what to keep away from.
-        count, seed: how many pictures; the first one's seed, to which each further one adds 1.
+        count, seed: how many images; the first one's seed, to which each further one adds 1.
         with_base: whether to draw what the base model makes of the same seeds, too.
         steps, guidance: denoising steps, and how strongly the prompt is followed.
     """
@@ -41,7 +41,7 @@ class Wish:
     guidance: float = GUIDANCE
 
     @classmethod
-    def from_page(cls, values: Sequence[Any]) -> Wish:
+    def from_page(cls, values: Sequence[Any]) -> GenerationRequest:
         """From the values of the page's fields, in the order of this class, the rows of `mixed` last.
 
         Raises: InputError for a field that is empty or no number.
@@ -91,7 +91,7 @@ def whole(name: str, value: Any) -> int:
 
 
 def run_in(settings: dict[str, Any]) -> tuple[str | None, int | None, float, list[tuple[str, float]]]:
-    """From a picture's settings: the run, step and strength that the page is to show, and the adapters mixed in."""
+    """From an image's settings: the run, step and strength that the page is to show, and the adapters mixed in."""
     used = [(str(each["reference"]), float(each["strength"])) for each in settings.get("adapters", [])]
     run_id, step, strength = None, None, 0.0
     if used and not used[0][0].startswith(f"{FILE}@"):

@@ -1,4 +1,4 @@
-"""Pictures on disk: reading them, PNG files that carry their settings, and grids of pictures."""
+"""Images on disk: reading them, PNG files that carry their settings, and grids of images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipelines.image_decoding import CODE_POINTS, TURNED, ReadImage, decode
 from pipelines.image_formats import (
     FORMATS,
     HEAD_BYTES,
-    PICTURE_SUFFIXES,
+    IMAGE_SUFFIXES,
     PNG,
     TIFF,
     ImageFormat,
@@ -52,15 +52,15 @@ SETTINGS_KEY, A1111_KEY = "nora_vision", "parameters"
 MIN_CELL, MARGIN, LABEL_LINES, LABEL_SIZE = 192, 6, 3, 14
 
 
-def has_picture_name(name: str) -> bool:
-    """Whether a file of this name is taken for a picture: its suffix is a picture's, and it is not hidden."""
+def has_image_name(name: str) -> bool:
+    """Whether a file of this name is taken for an image: its suffix is an image's, and it is not hidden."""
     base = Path(name)
-    return base.suffix.lower() in PICTURE_SUFFIXES and not base.name.startswith(".")
+    return base.suffix.lower() in IMAGE_SUFFIXES and not base.name.startswith(".")
 
 
-def is_picture(path: Path) -> bool:
-    """Whether `path` is a file with a picture's suffix; hidden files are none."""
-    return has_picture_name(path.name) and path.is_file()
+def is_image(path: Path) -> bool:
+    """Whether `path` is a file with an image's suffix; hidden files are none."""
+    return has_image_name(path.name) and path.is_file()
 
 
 @contextmanager
@@ -91,7 +91,7 @@ def open_image(source: Path | BinaryIO, name: str, formats: Collection[ImageForm
                 opened.info[CODE_POINTS] = parts.code_points
             if found is TIFF and (DNG_VERSION in opened.tag_v2 or opened.tag_v2.get(TIFF_SUBFILE_TYPE, 0) & REDUCED):
                 raise UnsupportedFormatError(
-                    f"{name} cannot be read as a picture: it is a camera's raw file. Save it as JPEG or PNG."
+                    f"{name} cannot be read as an image: it is a camera's raw file. Save it as JPEG or PNG."
                 )
             yield opened
 
@@ -105,12 +105,12 @@ def _opened_as(image_format: ImageFormat, content: BinaryIO) -> Image.Image:
 
 
 @contextmanager
-def opened_picture(source: Path | BinaryIO, name: str | None = None) -> Iterator[Image.Image]:
-    """A picture, opened but not decoded.
+def opened_image(source: Path | BinaryIO, name: str | None = None) -> Iterator[Image.Image]:
+    """An image, opened but not decoded.
 
     Args:
-        source, name: as in `read_picture`.
-    Raises: InputError naming the picture if it cannot be read, here or while it is decoded.
+        source, name: as in `read_image`.
+    Raises: InputError naming the image if it cannot be read, here or while it is decoded.
     """
     name = repr(str(source)) if name is None else name
     try:
@@ -119,41 +119,41 @@ def opened_picture(source: Path | BinaryIO, name: str | None = None) -> Iterator
     except InputError:
         raise
     except UNREADABLE as error:
-        raise InputError(f"{name} cannot be read as a picture ({error}). Remove it or replace it.") from error
+        raise InputError(f"{name} cannot be read as an image ({error}). Remove it or replace it.") from error
 
 
-def read_image(source: Path | BinaryIO, name: str | None = None, max_pixels: int | None = None) -> ReadImage:
-    """Read a picture as RGB in sRGB, upright as its EXIF orientation says, transparent parts white; with notes on it.
+def read_image_with_notes(source: Path | BinaryIO, name: str | None = None, max_pixels: int | None = None) -> ReadImage:
+    """Read an image as RGB in sRGB, upright as its EXIF orientation says, transparent parts white; with notes on it.
 
     Args:
-        source, name, max_pixels: as in `read_picture`.
-    Raises: InputError naming the picture if it cannot be read.
+        source, name, max_pixels: as in `read_image`.
+    Raises: InputError naming the image if it cannot be read.
     """
     name = repr(str(source)) if name is None else name
-    with opened_picture(source, name) as opened:
+    with opened_image(source, name) as opened:
         if max_pixels is None or opened.width * opened.height <= max_pixels:
             return decode(opened)
         size = opened.size
     raise InputError(f"{name} must have at most {max_pixels:,} pixels, got {size[0]} x {size[1]}. Shrink it.")
 
 
-def read_picture(source: Path | BinaryIO, name: str | None = None, max_pixels: int | None = None) -> Image.Image:
-    """The picture of `read_image`; what its notes say, but for its orientation, becomes a warning that names it.
+def read_image(source: Path | BinaryIO, name: str | None = None, max_pixels: int | None = None) -> Image.Image:
+    """The image of `read_image_with_notes`; what its notes say, but for its orientation, becomes a warning that names it.
 
     Args:
         source: a file, or its content.
         name: what errors call it; None for the file's path.
         max_pixels: more are refused before they are decoded; None for Pillow's own limit.
-    Raises: InputError naming the picture if it cannot be read.
+    Raises: InputError naming the image if it cannot be read.
     """
     name = repr(str(source)) if name is None else name
-    found = read_image(source, name, max_pixels)
+    found = read_image_with_notes(source, name, max_pixels)
     _warn(found, name)
     return found.image
 
 
-def upright_rgb(opened: Image.Image, name: str = "The picture") -> Image.Image:
-    """`opened` as `read_picture` gives a picture, with its warnings."""
+def upright_rgb(opened: Image.Image, name: str = "The image") -> Image.Image:
+    """`opened` as `read_image` gives an image, with its warnings."""
     found = decode(opened)
     _warn(found, name)
     return found.image
@@ -165,19 +165,19 @@ def _warn(found: ReadImage, name: str) -> None:
             warnings.warn(f"{name}: {note.words} {note.advice}", stacklevel=3)
 
 
-def as_grid(pictures: list[Image.Image], columns: int) -> Image.Image:
-    """The pictures in rows of `columns`; the places left over in the last row are black."""
-    # It brings a model library, which nothing else here needs: the web app reads pictures before it loads one.
+def as_grid(images: list[Image.Image], columns: int) -> Image.Image:
+    """The images in rows of `columns`; the places left over in the last row are black."""
+    # It brings a model library, which nothing else here needs: the web app reads images before it loads one.
 
-    # Here, since it loads torch, which reading a picture does not need.
+    # Here, since it loads torch, which reading an image does not need.
     from diffusers.utils import make_image_grid
 
-    rows = -(-len(pictures) // columns)
-    blank = Image.new("RGB", pictures[0].size)
-    return make_image_grid(pictures + [blank] * (rows * columns - len(pictures)), rows=rows, cols=columns)
+    rows = -(-len(images) // columns)
+    blank = Image.new("RGB", images[0].size)
+    return make_image_grid(images + [blank] * (rows * columns - len(images)), rows=rows, cols=columns)
 
 
-def save_picture(picture: Image.Image, path: Path, settings: dict[str, object]) -> None:
+def save_image(image: Image.Image, path: Path, settings: dict[str, object]) -> None:
     """Write a PNG that carries `settings` as JSON, and in the words that other programs read.
 
     Args:
@@ -185,30 +185,30 @@ def save_picture(picture: Image.Image, path: Path, settings: dict[str, object]) 
     """
     info = PngInfo()
     info.add_itxt(SETTINGS_KEY, json.dumps(settings))
-    info.add_itxt(A1111_KEY, _as_parameters(settings, picture))
+    info.add_itxt(A1111_KEY, _as_parameters(settings, image))
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, pnginfo=info)
+    image.save(path, pnginfo=info)
 
 
 def read_settings(path: Path) -> dict[str, object]:
-    """The settings that `save_picture` put into a PNG.
+    """The settings that `save_image` put into a PNG.
 
     Raises: InputError naming the file if it carries none.
     """
-    with opened_picture(path) as picture:
-        text = picture.info.get(SETTINGS_KEY)
+    with opened_image(path) as image:
+        text = image.info.get(SETTINGS_KEY)
     if text is None:
-        raise InputError(f"{str(path)!r} carries no settings. Only pictures made by pipelines.subject.generate do.")
+        raise InputError(f"{str(path)!r} carries no settings. Only images made by pipelines.subject.generate do.")
     return json.loads(text)
 
 
-def _as_parameters(settings: dict[str, object], picture: Image.Image) -> str:
+def _as_parameters(settings: dict[str, object], image: Image.Image) -> str:
     fields = {
         "Steps": settings["num_inference_steps"],
         "Sampler": settings["sampler"],
         "CFG scale": settings["guidance_scale"],
         "Seed": settings["seed"],
-        "Size": f"{picture.width}x{picture.height}",
+        "Size": f"{image.width}x{image.height}",
         "Model": Path(str(settings["model"])).name,
     }
     listed = ", ".join(f"{name}: {value}" for name, value in fields.items())
@@ -216,22 +216,22 @@ def _as_parameters(settings: dict[str, object], picture: Image.Image) -> str:
 
 
 def labelled_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], labels: Sequence[str]) -> Image.Image:
-    """Rows of square pictures, each row with its title above and each column with its label below; small pictures are enlarged.
+    """Rows of square images, each row with its title above and each column with its label below; small images are enlarged.
 
     Rows may be shorter than `labels`.
     """
-    side = max(MIN_CELL, max(picture.width for _, pictures in rows for picture in pictures))
+    side = max(MIN_CELL, max(image.width for _, images in rows for image in images))
     font = ImageFont.load_default(LABEL_SIZE)
     line = LABEL_SIZE + 4
     height = len(rows) * (side + line + 2 * MARGIN) + LABEL_LINES * line
     sheet = Image.new("RGB", (len(labels) * (side + MARGIN) + MARGIN, height), "white")
     draw = ImageDraw.Draw(sheet)
     top = 0
-    for title, pictures in rows:
+    for title, images in rows:
         draw.text((MARGIN, top + MARGIN), title, fill="black", font=font)
         top += line + MARGIN
-        for column, picture in enumerate(pictures):
-            sheet.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (MARGIN + column * (side + MARGIN), top))
+        for column, image in enumerate(images):
+            sheet.paste(image.resize((side, side), Image.Resampling.LANCZOS), (MARGIN + column * (side + MARGIN), top))
         top += side + MARGIN
     for column, label in enumerate(labels):
         wrapped = "\n".join(textwrap.wrap(label, width=side // 7)[:LABEL_LINES])

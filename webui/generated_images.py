@@ -1,4 +1,4 @@
-"""The pictures that a user has drawn: files of ours in a folder of theirs, each with its settings inside, the newest kept."""
+"""The images that a user has drawn: files of ours in a folder of theirs, each with its settings inside, the newest kept."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any
 from PIL import Image
 
 from pipelines.errors import InputError
-from pipelines.pictures import read_settings, save_picture
+from pipelines.images import read_settings, save_image
 from webui.workspace import Workspace
 
 KEPT = 200
-# No picture set is called so: their ids begin with a letter or a digit.
+# No image set is called so: their ids begin with a letter or a digit.
 FOLDER = ".drawn"
 NAME = re.compile(r"\d{19}-[0-9a-f]{6}\.png")
 
 
 @dataclass(frozen=True)
-class DrawnPictures:
-    """One user's drawn pictures; they outlive the tab, the session and the server.
+class GeneratedImages:
+    """One user's drawn images; they outlive the tab, the session and the server.
 
     Args:
         folder: where they lie.
@@ -32,14 +32,14 @@ class DrawnPictures:
     folder: Path
 
     @classmethod
-    def of(cls, workspace: Workspace) -> DrawnPictures:
+    def of(cls, workspace: Workspace) -> GeneratedImages:
         """Those of the workspace's user."""
         return cls(workspace.sets / FOLDER)
 
-    def add(self, picture: Image.Image, settings: dict[str, Any]) -> Path:
-        """Keep a picture, with its settings inside the file; returns the file. Beyond `KEPT` the oldest go."""
+    def add(self, image: Image.Image, settings: dict[str, Any]) -> Path:
+        """Keep an image, with its settings inside the file; returns the file. Beyond `KEPT` the oldest go."""
         path = self.folder / f"{time.time_ns():019d}-{secrets.token_hex(3)}.png"
-        save_picture(picture, path, settings)
+        save_image(image, path, settings)
         for old in self.newest()[KEPT:]:
             old.unlink(missing_ok=True)
         return path
@@ -51,23 +51,23 @@ class DrawnPictures:
         return sorted((path for path in self.folder.iterdir() if NAME.fullmatch(path.name)), reverse=True)
 
     def called(self, name: str) -> Path:
-        """The picture in the file called `name`.
+        """The image in the file called `name`.
 
         Raises: InputError if there is none.
         """
         path = self.folder / name if isinstance(name, str) and NAME.fullmatch(name) else None
         if path is None or not path.is_file():
-            raise InputError(f"This picture is no longer there; the newest {KEPT} are kept. Draw it again.")
+            raise InputError(f"This image is no longer there; the newest {KEPT} are kept. Draw it again.")
         return path
 
 
 def one_line(settings: dict[str, Any]) -> str:
-    """A picture's settings in a few words; a user's words are in it."""
+    """An image's settings in a few words; a user's words are in it."""
     used = " + ".join(f"{each['name']} x {each['strength']:g}" for each in settings.get("adapters", [])) or "base model"
     return f"{settings['prompt']}; {used}; seed {settings['seed']}"
 
 
 def settings_of(path: Path) -> tuple[dict[str, Any], int]:
-    """The settings inside a picture (see `pipelines.pictures.read_settings`), and its width in pixels."""
-    with Image.open(path, formats=("PNG",)) as picture:
-        return read_settings(path), picture.width
+    """The settings inside an image (see `pipelines.pictures.read_settings`), and its width in pixels."""
+    with Image.open(path, formats=("PNG",)) as image:
+        return read_settings(path), image.width

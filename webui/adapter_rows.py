@@ -10,7 +10,7 @@ import gradio as gr
 
 
 @dataclass(frozen=True)
-class Part:
+class AdapterRow:
     """A part of a screen.
 
     Args:
@@ -22,32 +22,34 @@ class Part:
     make: Callable[[], Any]
 
 
-def text(value: str) -> Part:
+def text(value: str) -> AdapterRow:
     """HTML, out of sight where there is none."""
-    return Part(value, lambda: gr.HTML(value=value, visible=bool(value)))
+    return AdapterRow(value, lambda: gr.HTML(value=value, visible=bool(value)))
 
 
-def made_text(key: Hashable, make: Callable[[], str]) -> Part:
+def made_text(key: Hashable, make: Callable[[], str]) -> AdapterRow:
     """HTML that takes long to make, out of sight where there is none."""
 
     def update() -> gr.HTML:
         value = make()
         return gr.HTML(value=value, visible=bool(value))
 
-    return Part(key, update)
+    return AdapterRow(key, update)
 
 
-def button(visible: bool, label: str | None = None) -> Part:
+def button(visible: bool, label: str | None = None) -> AdapterRow:
     """A button, there or not."""
-    return Part((visible, label), lambda: gr.Button(visible=visible) if label is None else gr.Button(label, visible=visible))
+    return AdapterRow(
+        (visible, label), lambda: gr.Button(visible=visible) if label is None else gr.Button(label, visible=visible)
+    )
 
 
-def frame(visible: bool) -> Part:
+def frame(visible: bool) -> AdapterRow:
     """A frame that opens, there or not."""
-    return Part(visible, lambda: gr.Accordion(visible=visible))
+    return AdapterRow(visible, lambda: gr.Accordion(visible=visible))
 
 
-def updates(now: Mapping[str, Part], seen: Mapping[str, Hashable], names: Iterable[str]) -> list[Any]:
+def updates(now: Mapping[str, AdapterRow], seen: Mapping[str, Hashable], names: Iterable[str]) -> list[Any]:
     """The updates of the outputs `names`, none for what the page shows already.
 
     Args:
@@ -57,6 +59,6 @@ def updates(now: Mapping[str, Part], seen: Mapping[str, Hashable], names: Iterab
     return [gr.skip() if name in seen and seen[name] == now[name].key else now[name].make() for name in names]
 
 
-def keys(now: Mapping[str, Part]) -> dict[str, Hashable]:
+def keys(now: Mapping[str, AdapterRow]) -> dict[str, Hashable]:
     """What is to be remembered of what is shown: only to send less, never to decide by."""
     return {name: part.key for name, part in now.items()}

@@ -43,7 +43,7 @@ class JudgingOptions:
     )
     private: bool = field(
         default=False,
-        metadata={"help": "Leave captions, paths, names and pictures out of everything that is meant to be published."},
+        metadata={"help": "Leave captions, paths, names and images out of everything that is meant to be published."},
     )
     push_to_hub: bool = field(default=False, metadata={"help": "Upload what is meant to be published to the Hugging Face hub."})
     hub_model_id: str | None = field(
@@ -68,9 +68,9 @@ class JudgingOptions:
     def fill_in(self, built_in: bool) -> None:
         """Decide what was left to the base model, `built_in` or another.
 
-        The built-in CLIP sees pictures as the built-in base model draws them, 64 pixels wide. Others draw what it was never
-        shown, and a better CLIP is not downloaded unasked: there the base model, which knows its own pictures, judges. Its
-        pictures also take longer, so that fewer are drawn.
+        The built-in CLIP sees images as the built-in base model draws them, 64 pixels wide. Others draw what it was never
+        shown, and a better CLIP is not downloaded unasked: there the base model, which knows its own images, judges. Its
+        images also take longer, so that fewer are drawn.
         """
         # Here, as the judges' models take seconds to import and --help needs none.
         from pipelines import mini_clip

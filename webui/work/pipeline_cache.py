@@ -1,4 +1,4 @@
-"""Draws pictures: keeps base models and adapters loaded, tells each step, and stops within one when it is told to."""
+"""Draws images: keeps base models and adapters loaded, tells each step, and stops within one when it is told to."""
 
 from __future__ import annotations
 
@@ -23,50 +23,50 @@ from pipelines.subject.adapters import load_adapter, without_adapters
 from pipelines.subject.generate import Sampling, generate, threads_for
 from pipelines.subject.model_source import ModelSource
 from training.subject.model_card import portable_name
-from webui.adapters import Adapter
+from webui.adapters import AdapterEntry
 
 Result = TypeVar("Result")
 MAX_MODELS, MAX_ADAPTERS = 2, 6
-MAX_PICTURES, MAX_STEPS, MAX_GUIDANCE, MAX_STRENGTH, MAX_PROMPT, MAX_SEED = 16, 150, 30.0, 2.0, 2000, 2**32 - 1
+MAX_IMAGES, MAX_STEPS, MAX_GUIDANCE, MAX_STRENGTH, MAX_PROMPT, MAX_SEED = 16, 150, 30.0, 2.0, 2000, 2**32 - 1
 MODEL_NAME = "pretrained_model_name_or_path"
 # All that diffusers and PEFT raise for a file that is none of theirs, or of another model.
 UNFIT = (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError)
 
 
 @dataclass(frozen=True)
-class Part:
+class WeightedAdapter:
     """An adapter in a mix, and how strong it is there."""
 
-    adapter: Adapter
+    adapter: AdapterEntry
     strength: float = 1.0
 
 
 @dataclass(frozen=True)
-class Order:
+class GenerationJob:
     """What to draw.
 
     Args:
-        prompt: what the pictures show.
+        prompt: what the images show.
         parts: adapters, mixed; none for the base model alone.
-        seeds: one for each picture.
+        seeds: one for each image.
         with_base: also draw what the base model makes of each seed.
     Raises: InputError naming what cannot be used.
     """
 
     prompt: str
-    parts: tuple[Part, ...] = ()
+    parts: tuple[WeightedAdapter, ...] = ()
     seeds: tuple[int, ...] = (0,)
     sampling: Sampling = field(default_factory=Sampling)
     with_base: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
-            raise InputError("The prompt is empty. Write what the picture is to show.")
+            raise InputError("The prompt is empty. Write what the image is to show.")
         for name, text in (("prompt", self.prompt), ("negative prompt", self.sampling.negative_prompt)):
             if len(text) > MAX_PROMPT:
                 raise InputError(f"The {name} must have at most {MAX_PROMPT} characters, got {len(text)}. Shorten it.")
-        if not 1 <= len(self.seeds) <= MAX_PICTURES:
-            raise InputError(f"The number of pictures must be from 1 to {MAX_PICTURES}, got {len(self.seeds)}.")
+        if not 1 <= len(self.seeds) <= MAX_IMAGES:
+            raise InputError(f"The number of images must be from 1 to {MAX_IMAGES}, got {len(self.seeds)}.")
         for seed in self.seeds:
             if not 0 <= seed <= MAX_SEED:
                 raise InputError(f"The seed must be from 0 to {MAX_SEED}, got {seed}.")
@@ -100,7 +100,7 @@ class Order:
         return ModelSource.from_options(known)
 
     def settings(self, seed: int, sampler: str, with_adapters: bool) -> dict[str, Any]:
-        """What a picture's file says of how it was made."""
+        """What an image's file says of how it was made."""
         used = [
             {"name": part.adapter.name, "reference": part.adapter.reference, "strength": part.strength} for part in self.parts
         ]
@@ -110,7 +110,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Progress:
+class GenerationProgress:
     """How far the drawing is: `done` of `total` denoising steps, and in words what is being done."""
 
     words: str
@@ -120,13 +120,13 @@ class Progress:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A finished picture and its settings."""
+    """A finished image and its settings."""
 
-    picture: Image.Image
+    image: Image.Image
     settings: dict[str, Any]
 
 
-class Stopped(Exception):
+class GenerationCancelled(Exception):
     """The drawing was told to stop; it never leaves the studio."""
 
 
@@ -138,10 +138,10 @@ class _Model:
     names: OrderedDict[tuple[str, int], str] = field(default_factory=OrderedDict)
 
 
-class Studio:
+class PipelineCache:
     """Draws one order at a time with models that stay loaded.
 
-    Pictures are drawn one by one, so that a seed gives the same picture however many are drawn with it.
+    Images are drawn one by one, so that a seed gives the same image however many are drawn with it.
     """
 
     def __init__(self) -> None:
@@ -150,8 +150,8 @@ class Studio:
         self._device = threading.Lock()
         self._count = 0
 
-    def draw(self, order: Order) -> Iterator[Progress | Drawn]:
-        """Draw all pictures of `order`: progress at each step, and each picture as it is done.
+    def draw(self, order: GenerationJob) -> Iterator[GenerationProgress | Drawn]:
+        """Draw all images of `order`: progress at each step, and each image as it is done.
 
         Closing the iterator ends the drawing within a denoising step.
         Raises: InputError naming the model or adapter that cannot be used.
@@ -159,17 +159,17 @@ class Studio:
         variants = [True, False] if order.with_base and order.parts else [True]
         steps = order.sampling.num_inference_steps
         total = steps * len(order.seeds) * len(variants)
-        yield Progress("Waiting for the device" if self._device.locked() else "Loading the model", 0, total)
+        yield GenerationProgress("Waiting for the device" if self._device.locked() else "Loading the model", 0, total)
         with self._device:
             model = self._ready(order)
             sampler = type(model.pipeline.scheduler).__name__.removesuffix("Scheduler")
             for place, (seed, adapted) in enumerate((seed, adapted) for seed in order.seeds for adapted in variants):
-                words = f"Picture {place + 1} of {len(order.seeds) * len(variants)}"
-                yield Progress(words, place * steps, total)
-                picture = yield from self._picture(model, order, seed, adapted, (words, place * steps, total))
-                yield Drawn(picture, order.settings(seed, sampler, adapted))
+                words = f"Image {place + 1} of {len(order.seeds) * len(variants)}"
+                yield GenerationProgress(words, place * steps, total)
+                image = yield from self._image(model, order, seed, adapted, (words, place * steps, total))
+                yield Drawn(image, order.settings(seed, sampler, adapted))
 
-    def bake(self, order: Order, path: Path, layout: Literal["diffusers", "kohya"]) -> Path:
+    def bake(self, order: GenerationJob, path: Path, layout: Literal["diffusers", "kohya"]) -> Path:
         """Write the mix of `order` as one LoRA file of layout `layout` at `path`, a .safetensors file; exact.
 
         Raises: InputError if there is nothing to write, or a part of it cannot be added to others.
@@ -185,10 +185,10 @@ class Studio:
             except ValueError as error:
                 raise InputError(f"This mix cannot be baked into one file: {error}") from error
 
-    def export(self, adapter: Adapter, use: Callable[[StableDiffusionXLPipeline, str], Result]) -> Result:
+    def export(self, adapter: AdapterEntry, use: Callable[[StableDiffusionXLPipeline, str], Result]) -> Result:
         """What `use` makes of a pipeline and the name of `adapter` on it."""
         with self._device:
-            model = self._ready(Order(adapter.name, (Part(adapter),)))
+            model = self._ready(GenerationJob(adapter.name, (WeightedAdapter(adapter),)))
             return use(model.pipeline, self._name(model, adapter))
 
     def release(self) -> None:
@@ -198,9 +198,9 @@ class Studio:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
-    def _picture(
-        self, model: _Model, order: Order, seed: int, adapted: bool, at: tuple[str, int, int]
-    ) -> Generator[Progress, None, Image.Image]:
+    def _image(
+        self, model: _Model, order: GenerationJob, seed: int, adapted: bool, at: tuple[str, int, int]
+    ) -> Generator[GenerationProgress, None, Image.Image]:
         words, before, total = at
 
         def draw(on_step: Callable[[int], None]) -> Image.Image:
@@ -210,10 +210,10 @@ class Studio:
 
         with _in_steps(draw) as (steps, result):
             for step in steps:
-                yield Progress(words, before + min(step, order.sampling.num_inference_steps), total)
+                yield GenerationProgress(words, before + min(step, order.sampling.num_inference_steps), total)
             return result()
 
-    def _ready(self, order: Order) -> _Model:
+    def _ready(self, order: GenerationJob) -> _Model:
         """The order's model with its adapters on, at their strengths."""
         model = self._loaded(order.source)
         with ExitStack() as on_failure:
@@ -235,7 +235,7 @@ class Studio:
         self._models.move_to_end(source)
         return self._models[source]
 
-    def _name(self, model: _Model, adapter: Adapter) -> str:
+    def _name(self, model: _Model, adapter: AdapterEntry) -> str:
         """The name on the pipeline of `adapter`, which is loaded if it is not there, or has changed since."""
         key = (str(adapter.path), _newest_change(adapter))
         if key not in model.names:
@@ -250,12 +250,12 @@ class Studio:
         return model.names[key]
 
 
-def _newest_change(adapter: Adapter) -> int:
+def _newest_change(adapter: AdapterEntry) -> int:
     files = [adapter.path] if adapter.path.is_file() else list(adapter.path.rglob("adapter_model.safetensors"))
     return max((file.stat().st_mtime_ns for file in files), default=0)
 
 
-def _load(pipeline: StableDiffusionXLPipeline, adapter: Adapter, name: str) -> None:
+def _load(pipeline: StableDiffusionXLPipeline, adapter: AdapterEntry, name: str) -> None:
     try:
         load_adapter(pipeline, adapter.path, name)
     except AdapterFileError as error:
@@ -286,7 +286,7 @@ def _in_steps(
 
     def on_step(step: int) -> None:
         if stop.is_set():
-            raise Stopped
+            raise GenerationCancelled
         steps.put(step)
 
     with ThreadPoolExecutor(1, thread_name_prefix="drawing") as pool:
@@ -298,4 +298,4 @@ def _in_steps(
             stop.set()
 
 
-STUDIO = Studio()
+STUDIO = PipelineCache()

@@ -1,4 +1,4 @@
-"""One method, fitted to one draw of pictures: everything is chosen on validation, then the test is looked at once."""
+"""One method, fitted to one draw of images: everything is chosen on validation, then the test is looked at once."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pipelines.fewshot.baselines.predictors import Predictor
 from pipelines.fewshot.baselines.vocabulary import with_classes
 from pipelines.fewshot.batches import DrawnViews, LabelledBatches
 from pipelines.fewshot.classifier import ClassifierFile, save_classifier
-from pipelines.fewshot.data import LabelledPicture, PictureDataset
+from pipelines.fewshot.data import LabelledImage, LabelledImageDataset
 from pipelines.fewshot.features import prompt_features
 from pipelines.fewshot.loss import ClassificationLoss
 from pipelines.fewshot.metrics import fit_temperature, harmonic_mean, score, top1, wilson_interval
@@ -34,7 +34,7 @@ from pipelines.fewshot.shots import Shots
 from pipelines.optimizers import Adam, Rates, parameter_groups
 from training.engine.dry_run import PeakMemory
 from training.engine.loop import LoopOptions, Trainable, train, training_losses
-from training.fewshot.study import DrawnPictures, Study
+from training.fewshot.experiment import Experiment, SplitImages
 from training.fewshot.tested import told_of_test, write_tested
 from training.options.fewshot import FewShotOptimisationOptions, FewShotOptions
 from training.runs.run import RunDirectory
@@ -42,12 +42,12 @@ from training.runs.run import RunDirectory
 # From as trained to the base model.
 STRENGTHS = (1.0, 0.75, 0.5, 0.25, 0.0)
 WARMUP_SHARE = 0.05
-# Of pictures at once, where the batches of the training are no smaller.
+# Of images at once, where the batches of the training are no smaller.
 CALIBRATION_BATCH = 64
 
 
 @dataclass(frozen=True)
-class Member:
+class Trial:
     """A method and the draw it is fitted to."""
 
     shots: Shots
@@ -71,11 +71,11 @@ class Fitted(Protocol):
     strength: float
     guard: str | None
 
-    def logits(self, pictures: Sequence[LabelledPicture]) -> torch.Tensor:
+    def logits(self, images: Sequence[LabelledImage]) -> torch.Tensor:
         """(n, classes) float32 on the CPU."""
 
-    def new_logits(self, pictures: Sequence[LabelledPicture]) -> torch.Tensor | None:
-        """(n, new classes) of pictures of the classes held out; None for methods that know only what they were shown."""
+    def new_logits(self, images: Sequence[LabelledImage]) -> torch.Tensor | None:
+        """(n, new classes) of images of the classes held out; None for methods that know only what they were shown."""
 
     def save(self, folder: Path, told: ClassifierFile) -> None:
         """Write the classifier's files."""
@@ -86,21 +86,21 @@ class FittedBaseline:
 
     strength, guard = 1.0, None
 
-    def __init__(self, drawn: DrawnPictures, predictor: Predictor) -> None:
+    def __init__(self, drawn: SplitImages, predictor: Predictor) -> None:
         self.drawn, self.predictor = drawn, predictor
         self.trained_numbers, self.setting = predictor.trained_numbers, dict(predictor.setting)
 
-    def logits(self, pictures: Sequence[LabelledPicture]) -> torch.Tensor:
+    def logits(self, images: Sequence[LabelledImage]) -> torch.Tensor:
         """See `Fitted`."""
-        return self.predictor.logits(self.drawn.inputs(pictures, self.predictor.reads)).cpu()
+        return self.predictor.logits(self.drawn.inputs(images, self.predictor.reads)).cpu()
 
-    def new_logits(self, pictures: Sequence[LabelledPicture]) -> torch.Tensor | None:
+    def new_logits(self, images: Sequence[LabelledImage]) -> torch.Tensor | None:
         """See `Fitted`."""
         if not self.predictor.open_vocabulary:
             return None
         study = self.drawn.study
         wider = with_classes(self.predictor, study.clip, study.new_prompts)
-        return wider.logits(self.drawn.inputs(pictures, wider.reads)).cpu()[:, len(study.prompts.classes) :]
+        return wider.logits(self.drawn.inputs(images, wider.reads)).cpu()[:, len(study.prompts.classes) :]
 
     def save(self, folder: Path, told: ClassifierFile) -> None:
         """See `Fitted`."""
@@ -117,7 +117,7 @@ class FittedAdapter:
 
     def __init__(
         self,
-        drawn: DrawnPictures,
+        drawn: SplitImages,
         clip: Clip,
         components: dict[str, nn.Module],
         setting: dict[str, float],
@@ -131,29 +131,29 @@ class FittedAdapter:
 
         Interpolates towards zero-shot, h = W x + strength dW x, as WiSE-FT does [Wortsman et al. 2022, eq. 1]. The largest
         strength whose accuracy is within one standard error of the best is taken [Breiman et al. 1984, section 3.4.3]: a few
-        validation pictures alone tell no smaller difference.
+        validation images alone tell no smaller difference.
         """
-        pictures = self.drawn.validation
-        labels = torch.tensor([picture.label for picture in pictures])
+        images = self.drawn.validation
+        labels = torch.tensor([image.label for image in images])
         allowed = STRENGTHS if adapters.allows_any_strength(self.components) else (STRENGTHS[0], STRENGTHS[-1])
         right = {}
         for strength in allowed:
             adapters.set_strength(self.components, strength)
-            right[strength] = top1(self.logits(pictures), labels)
-        chosen = largest_within_error(right, len(pictures))
+            right[strength] = top1(self.logits(images), labels)
+        chosen = largest_within_error(right, len(images))
         adapters.set_strength(self.components, chosen)
-        return chosen, None if chosen == STRENGTHS[0] else told_of_guard(right, chosen, len(pictures))
+        return chosen, None if chosen == STRENGTHS[0] else told_of_guard(right, chosen, len(images))
 
-    def logits(self, pictures: Sequence[LabelledPicture], prompts: Prompts | None = None) -> torch.Tensor:
+    def logits(self, images: Sequence[LabelledImage], prompts: Prompts | None = None) -> torch.Tensor:
         """See `Fitted`; of the classes of `prompts`, those that were learned unless said."""
         study = self.drawn.study
-        features, _ = study.features(pictures, self.clip)
+        features, _ = study.features(images, self.clip)
         classes = prompt_features(self.clip, prompts or study.prompts, cache=study.cache)
         return float(self.clip.logit_scale) * features @ classes.T
 
-    def new_logits(self, pictures: Sequence[LabelledPicture]) -> torch.Tensor | None:
+    def new_logits(self, images: Sequence[LabelledImage]) -> torch.Tensor | None:
         """See `Fitted`."""
-        return self.logits(pictures, self.drawn.study.new_prompts)
+        return self.logits(images, self.drawn.study.new_prompts)
 
     def save(self, folder: Path, told: ClassifierFile) -> None:
         """See `Fitted`."""
@@ -161,7 +161,7 @@ class FittedAdapter:
 
 
 def largest_within_error(accuracies: Mapping[float, float], count: int) -> float:
-    """The largest strength whose accuracy on `count` pictures is within one binomial standard error of the best one's.
+    """The largest strength whose accuracy on `count` images is within one binomial standard error of the best one's.
 
     Args:
         accuracies: by strength, in [0, 1].
@@ -175,13 +175,13 @@ def told_of_guard(accuracies: Mapping[float, float], chosen: float, count: int) 
     """One sentence on why the strength `chosen`, which is not the full one, is used."""
     result = "falls back to zero-shot" if chosen == 0 else f"uses {chosen:g} of the adapter's strength"
     return (
-        f"On {count} validation pictures {accuracies[1.0]:.0%} are right at full strength, {accuracies[chosen]:.0%} at "
+        f"On {count} validation images {accuracies[1.0]:.0%} are right at full strength, {accuracies[chosen]:.0%} at "
         f"{chosen:g}, {accuracies[0.0]:.0%} without the adapter: the result {result}."
     )
 
 
-def calibration_batches(inputs: PictureDataset, train_batch_size: int, has_bar: bool) -> Iterator[torch.Tensor]:
-    """All pictures as a model takes them, in batches (n, 3, h, w).
+def calibration_batches(inputs: LabelledImageDataset, train_batch_size: int, has_bar: bool) -> Iterator[torch.Tensor]:
+    """All images as a model takes them, in batches (n, 3, h, w).
 
     None is larger than those of the training, so that calibration takes less memory than a step.
     """
@@ -191,14 +191,16 @@ def calibration_batches(inputs: PictureDataset, train_batch_size: int, has_bar: 
 
 
 def fit_adapter(
-    accelerator: Accelerator, run: RunDirectory, drawn: DrawnPictures, member: Member, options: FewShotOptions
+    accelerator: Accelerator, run: RunDirectory, drawn: SplitImages, member: Trial, options: FewShotOptions
 ) -> FittedAdapter:
     """Train an adapter in the member's own directory, going on from its newest checkpoint where there is one."""
     study, how, adapter = drawn.study, options.optimisation, options.method.adapter(member.method)
     clip = replace(study.clip, model=copy.deepcopy(study.clip.model))
     components = adapters.attach(clip, adapter, options.places)
     calibration = study.folder / "calibration" / f"{member.shots}-shots-seed-{member.seed}"
-    pixels = calibration_batches(PictureDataset(drawn.train, clip.preprocess), how.train_batch_size, accelerator.is_main_process)
+    pixels = calibration_batches(
+        LabelledImageDataset(drawn.train, clip.preprocess), how.train_batch_size, accelerator.is_main_process
+    )
     tokens = clip.tokenizer(study.prompts.texts())
     loss, batches = learned_from(drawn, clip, components, how.train_batch_size, accelerator.num_processes)
     losses = partial(training_losses, loss, batches, accelerator)
@@ -227,20 +229,20 @@ def loop_options(options: FewShotOptions, steps: int, seed: int) -> LoopOptions:
 
 
 def learned_from(
-    drawn: DrawnPictures, clip: Clip, components: dict[str, nn.Module], train_batch_size: int, processes: int
+    drawn: SplitImages, clip: Clip, components: dict[str, nn.Module], train_batch_size: int, processes: int
 ) -> tuple[ClassificationLoss, LabelledBatches]:
     """The loss and its batches.
 
-    Where one tower alone is adapted, what the other makes of pictures or prompts is computed once.
+    Where one tower alone is adapted, what the other makes of images or prompts is computed once.
     """
     study = drawn.study
     reads_features = adapters.IMAGE not in components
     class_features = None if adapters.TEXT in components else study.class_features
     loss = ClassificationLoss(clip, study.prompts, class_features, reads_features)
-    labels = torch.tensor([picture.label for picture in drawn.train])
+    labels = torch.tensor([image.label for image in drawn.train])
     size = processes * min(train_batch_size, math.ceil(len(labels) / processes))
-    pictures = DrawnViews(drawn.training_examples.all_views()) if reads_features else drawn.altered()
-    return loss, LabelledBatches(pictures, labels, size, drawn.split.seed)
+    images = DrawnViews(drawn.training_examples.all_views()) if reads_features else drawn.altered()
+    return loss, LabelledBatches(images, labels, size, drawn.split.seed)
 
 
 def to_train(
@@ -261,8 +263,8 @@ def to_train(
     return Trainable(loss, batches, optimizer, schedule, method=method.training(list(components.values()), steps))
 
 
-def judged(fitted: Fitted, drawn: DrawnPictures) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a report says of a method, and what it made of each test picture: first its temperature, on validation, then the
+def judged(fitted: Fitted, drawn: SplitImages) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a report says of a method, and what it made of each test image: first its temperature, on validation, then the
     test.
     """
     study = drawn.study
@@ -287,14 +289,14 @@ def judged(fitted: Fitted, drawn: DrawnPictures) -> tuple[dict[str, Any], dict[s
     return found, told_of_test(drawn.test, tested, temperature, classes, study.digests(drawn.test))
 
 
-def judged_on_new(fitted: Fitted, drawn: DrawnPictures, base_top1: float) -> dict[str, Any] | None:
+def judged_on_new(fitted: Fitted, drawn: SplitImages, base_top1: float) -> dict[str, Any] | None:
     """How well a method names classes that it was never shown, among themselves; None where it cannot."""
-    study, pictures = drawn.study, drawn.new_test
-    logits = fitted.new_logits(pictures)
+    study, images = drawn.study, drawn.new_test
+    logits = fitted.new_logits(images)
     if logits is None:
         return None
-    labels = torch.tensor([picture.label for picture in pictures]) - len(study.prompts.classes)
-    zero_shot = float(study.clip.logit_scale) * study.features(pictures)[0] @ study.new_class_features.T
+    labels = torch.tensor([image.label for image in images]) - len(study.prompts.classes)
+    zero_shot = float(study.clip.logit_scale) * study.features(images)[0] @ study.new_class_features.T
     found = wilson_interval(int((logits.argmax(dim=1) == labels).sum()), len(labels))
     return {
         "top1": asdict(found),
@@ -312,12 +314,12 @@ def stored_bytes(folder: Path) -> int:
 
 
 def fit_member(
-    accelerator: Accelerator, run: RunDirectory, drawn: DrawnPictures, member: Member, options: FewShotOptions
+    accelerator: Accelerator, run: RunDirectory, drawn: SplitImages, member: Trial, options: FewShotOptions
 ) -> tuple[Fitted, dict[str, Any]] | None:
     """Fit a method, judge it and save it; on other processes than the main one, train along and return None.
 
     Returns: what was fitted, and the member's entry of the report. Its seconds and its peak memory are those of fitting; what
-    frozen towers make of the pictures is there by then.
+    frozen towers make of the images is there by then.
     """
     if member.method in baselines.BASELINES:
         if not accelerator.is_main_process:
@@ -350,7 +352,9 @@ def fit_member(
     }
 
 
-def classifier_file(study: Study, member: Member, fitted: Fitted, temperature: float, options: FewShotOptions) -> ClassifierFile:
+def classifier_file(
+    study: Experiment, member: Trial, fitted: Fitted, temperature: float, options: FewShotOptions
+) -> ClassifierFile:
     """What the classifier's folder says of it."""
     classes = study.prompts.classes
     return ClassifierFile(

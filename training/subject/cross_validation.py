@@ -1,4 +1,4 @@
-"""Leave-one-out: short trainings before the real one, each without one of the pictures, measured on that one."""
+"""Leave-one-out: short trainings before the real one, each without one of the images, measured on that one."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
-from pipelines.subject.encoding import EncodedPictures
+from pipelines.subject.encoding import CachedLatents
 from pipelines.subject.loss import DenoisingLoss
 from training.engine.loop import LoopOptions, Periodic, Trainable, train
 from training.engine.sharding import assign, whole
 from training.runs.run import RunDirectory
 from training.subject.measured import FOLDS
-from training.subject.watching import measured_losses
+from training.subject.validation import measured_losses
 
 logger = get_logger(__name__)
 # Of the whole training, for each fold.
 FOLD_SHARE = 0.5
-Fold = tuple[EncodedPictures, EncodedPictures]
+Fold = tuple[CachedLatents, CachedLatents]
 
 
 def leave_one_out(
@@ -29,7 +29,7 @@ def leave_one_out(
     run: RunDirectory,
     loss: DenoisingLoss,
     folds: Iterable[Fold],
-    prepare: Callable[[EncodedPictures], Trainable],
+    prepare: Callable[[CachedLatents], Trainable],
     options: LoopOptions,
     every: int,
     batch_size: int,
@@ -37,11 +37,11 @@ def leave_one_out(
     """Train each fold for `FOLD_SHARE` of the steps from the adapter's start, and leave the adapter at its start.
 
     A fold is a run of its own under `folds/`, so that one that was interrupted goes on where it was, and a finished one is
-    not repeated. NoRA's frozen factors come from the activations on all pictures; what is trained sees only the fold's.
+    not repeated. NoRA's frozen factors come from the activations on all images; what is trained sees only the fold's.
 
     Args:
         folds: what is trained on and what is left out, encoded.
-        prepare: the optimiser and all else for a training on the pictures given.
+        prepare: the optimiser and all else for a training on the images given.
         options: of the whole training.
         every: steps between two measurements.
         batch_size: of the training.
@@ -52,7 +52,7 @@ def leave_one_out(
         part = RunDirectory.create(run.path / FOLDS / str(place), {"left_out": place}, run.writes)
         if _is_finished(part, short.max_train_steps):
             continue
-        run.update_status(phase=f"leaving out picture {place + 1}")
+        run.update_status(phase=f"leaving out image {place + 1}")
         trainable = prepare(seen)
         with whole(loss):
             measure = _measure(part, loss, seen, heldout, batch_size)
@@ -71,8 +71,8 @@ def fold_steps(max_train_steps: int) -> int:
 def say_cost(folds: int) -> None:
     """Tell what leave-one-out costs, and how to go without."""
     logger.warning(
-        f"Each of so few pictures is left out in turn: {folds} short trainings come first, which take about as long as "
-        f"{folds * FOLD_SHARE:g} whole ones. --heldout_image none goes without, a picture's name measures on that one alone."
+        f"Each of so few images is left out in turn: {folds} short trainings come first, which take about as long as "
+        f"{folds * FOLD_SHARE:g} whole ones. --heldout_image none goes without, an image's name measures on that one alone."
     )
 
 
@@ -81,7 +81,7 @@ def _is_finished(part: RunDirectory, steps: int) -> bool:
 
 
 def _measure(
-    part: RunDirectory, loss: DenoisingLoss, seen: EncodedPictures, heldout: EncodedPictures, batch_size: int
+    part: RunDirectory, loss: DenoisingLoss, seen: CachedLatents, heldout: CachedLatents, batch_size: int
 ) -> Callable[[int], float]:
     """A function that logs the fold's losses; the first line, of the base model, is written now."""
 

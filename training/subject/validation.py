@@ -1,4 +1,4 @@
-"""What a subject's training is watched by: the losses with fixed noise, kept adapters, and sample pictures."""
+"""What a subject's training is watched by: the losses with fixed noise, kept adapters, and sample images."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from statistics import fmean
 from PIL import Image
 from torch import nn
 
-from pipelines.subject.encoding import EncodedPictures
+from pipelines.subject.encoding import CachedLatents
 from pipelines.subject.evaluation import mean_denoising_loss
 from pipelines.subject.loss import DenoisingLoss
-from pipelines.subject.scores import Judge
+from pipelines.subject.scores import ImageScorer
 from training.runs.run import RunDirectory
-from training.subject.judging import keep_adapter
+from training.subject.checkpoint_selection import StepScores
+from training.subject.image_scoring import keep_adapter
 from training.subject.measured import logged
-from training.subject.samples import Sampler, save_subject
-from training.subject.suggesting import StepScores
+from training.subject.samples import ValidationSampler, save_subject
 
-# Of the training pictures, for the loss that the held-out one is compared with.
-SEEN_PICTURES, SEEN_DRAWS = 4, 16
+# Of the training images, for the loss that the held-out one is compared with.
+SEEN_IMAGES, SEEN_DRAWS = 4, 16
 # At once: the most, and the pixels that take little memory beside the model even where it trains on fewer.
 MEASURED_BATCH, SMALL_PIXELS = 16, 512 * 512
 
 
 def measured_losses(
-    loss: DenoisingLoss, heldout: EncodedPictures, seen: EncodedPictures, batch_size: int = MEASURED_BATCH
+    loss: DenoisingLoss, heldout: CachedLatents, seen: CachedLatents, batch_size: int = MEASURED_BATCH
 ) -> dict[str, float]:
-    """The loss with fixed noise on what is held out, and on some of the pictures that are trained on.
+    """The loss with fixed noise on what is held out, and on some of the images that are trained on.
 
     Args:
         batch_size: of the training.
@@ -36,11 +36,11 @@ def measured_losses(
     at_once = [measured_at_once(images, batch_size) for images in (heldout, seen)]
     return {
         "heldout_loss": mean_denoising_loss(loss, heldout, batch_size=at_once[0]),
-        "seen_loss": mean_denoising_loss(loss, seen, SEEN_DRAWS, batch_size=at_once[1], limit=SEEN_PICTURES),
+        "seen_loss": mean_denoising_loss(loss, seen, SEEN_DRAWS, batch_size=at_once[1], limit=SEEN_IMAGES),
     }
 
 
-def measured_at_once(images: EncodedPictures, batch_size: int) -> int:
+def measured_at_once(images: CachedLatents, batch_size: int) -> int:
     """How many draws of noise are measured at once: as many as a batch of the training has images, so that measuring takes less
     memory than a step; more of images so small that `SMALL_PIXELS` are not reached.
     """
@@ -48,8 +48,8 @@ def measured_at_once(images: EncodedPictures, batch_size: int) -> int:
     return min(MEASURED_BATCH, max(batch_size, SMALL_PIXELS // largest))
 
 
-def log_scores(run: RunDirectory, step: int, judge: Judge, drawn: Sequence[Image.Image], prompts: Sequence[str]) -> None:
-    """Log the scores of the pictures `drawn` from `prompts` after `step` steps: means of likeness and following, the worst of
+def log_scores(run: RunDirectory, step: int, judge: ImageScorer, drawn: Sequence[Image.Image], prompts: Sequence[str]) -> None:
+    """Log the scores of the images `drawn` from `prompts` after `step` steps: means of likeness and following, the worst of
     copying.
     """
     scores = judge.scores(drawn, prompts)
@@ -64,30 +64,30 @@ def log_scores(run: RunDirectory, step: int, judge: Judge, drawn: Sequence[Image
 
 
 @dataclass(frozen=True)
-class Watch:
+class ValidationCallback:
     """Watches one training.
 
     Args:
         run: where everything goes.
         loss: of the model in training.
         seen, heldout: what is trained on, and what is not; None where all is trained on.
-        sampler: draws the sample pictures.
+        sampler: draws the sample images.
         components: what the adapter is on.
-        judge: scores the pictures that are drawn, or None.
+        judge: scores the images that are drawn, or None.
         batch_size: of the training.
     """
 
     run: RunDirectory
     loss: DenoisingLoss
-    seen: EncodedPictures
-    heldout: EncodedPictures | None
-    sampler: Sampler
+    seen: CachedLatents
+    heldout: CachedLatents | None
+    sampler: ValidationSampler
     components: dict[str, nn.Module]
-    judge: Judge | None = None
+    judge: ImageScorer | None = None
     batch_size: int = MEASURED_BATCH
 
     def begin(self, before: Sequence[Image.Image], shown: Sequence[Image.Image]) -> None:
-        """Measure the base model, once a run, and keep and score what it drew; keep the pictures `shown` beside it."""
+        """Measure the base model, once a run, and keep and score what it drew; keep the images `shown` beside it."""
         if not self.run.writes or self.run.metrics():
             return
         if self.heldout is not None:
@@ -97,7 +97,7 @@ class Watch:
         self._score(0, before)
 
     def measure(self, step: int) -> float | None:
-        """Keep the adapter and log the losses; returns that of the held-out picture."""
+        """Keep the adapter and log the losses; returns that of the held-out image."""
         keep_adapter(self.run, step, self.components)
         if self.heldout is None:
             return None
@@ -106,7 +106,7 @@ class Watch:
         return losses["heldout_loss"]
 
     def show(self, step: int) -> None:
-        """Draw the validation prompts, and score the pictures."""
+        """Draw the validation prompts, and score the images."""
         keep_adapter(self.run, step, self.components)
         drawn = self.sampler.draw()
         self.sampler.save(self.run, step, drawn)

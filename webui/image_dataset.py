@@ -12,17 +12,17 @@ from pathlib import Path
 
 from PIL import Image
 
-from webui.picture_sets import Entry, changing, read_set, remove_picture, reorder
+from webui.image_datasets import Entry, changing, read_set, remove_image, reorder
 from webui.workspace import Workspace
 
 EXAMPLE = Path(__file__).parents[1] / "assets" / "sample-subject"
-# Beside the pictures: a run was started with them, and may still be waiting, or be resumed.
+# Beside the images: a run was started with them, and may still be waiting, or be resumed.
 SEALED = ".sealed"
 THUMBNAIL = 320
 
 
 @dataclass(frozen=True)
-class PhotoSet:
+class SubjectDataset:
     """Photos of one subject in a folder. What a run was started with stays as it is: changes go to a copy.
 
     Args:
@@ -32,12 +32,12 @@ class PhotoSet:
     folder: Path
 
     @classmethod
-    def of(cls, workspace: Workspace, set_id: str | None) -> PhotoSet:
+    def of(cls, workspace: Workspace, set_id: str | None) -> SubjectDataset:
         """The set called `set_id`, the bundled example for None.
 
         Raises: InputError if there is no such set.
         """
-        return cls(EXAMPLE if set_id is None else workspace.picture_set(set_id))
+        return cls(EXAMPLE if set_id is None else workspace.image_set(set_id))
 
     @property
     def id(self) -> str | None:
@@ -50,36 +50,36 @@ class PhotoSet:
         return self.folder == EXAMPLE
 
     def entries(self) -> list[Entry]:
-        """The pictures in their order; those whose file is gone are left out."""
+        """The images in their order; those whose file is gone are left out."""
         if self.is_example:
             return [Entry(path.name, path.name) for path in sorted(EXAMPLE.glob("*.jpg"))]
-        return [entry for entry in read_set(self.folder).pictures if (self.folder / entry.file).is_file()]
+        return [entry for entry in read_set(self.folder).images if (self.folder / entry.file).is_file()]
 
     def files(self) -> list[Path]:
         """Their files, in their order."""
         return [self.folder / entry.file for entry in self.entries()]
 
     def signature(self) -> tuple[str, ...]:
-        """Changes with every change of the pictures, their captions or their order."""
+        """Changes with every change of the images, their captions or their order."""
         captions = {self.folder / entry.file: entry.caption for entry in self.entries()}
         return tuple(f"{path}:{path.stat().st_mtime_ns}:{caption}" for path, caption in captions.items())
 
-    def editable(self, workspace: Workspace) -> PhotoSet:
+    def editable(self, workspace: Workspace) -> SubjectDataset:
         """This set, or a copy where it must stay as it is."""
         if not self.is_example and not (self.folder / SEALED).exists():
             return self
-        copy, entries = PhotoSet(workspace.new_picture_set()), self.entries()
+        copy, entries = SubjectDataset(workspace.new_image_set()), self.entries()
         with changing(copy.folder) as content:
             for entry in entries:
                 for path in (self.folder / entry.file, (self.folder / entry.file).with_suffix(".txt")):
                     if path.exists():
                         shutil.copy2(path, copy.folder / path.name)
-            content.pictures = entries
+            content.images = entries
             content.next = 1 + max((int(Path(entry.file).stem) for entry in entries), default=0)
         return copy
 
     def move(self, file: str, by: int) -> None:
-        """Show a picture `by` places later, or earlier where that is negative; at an end it stays.
+        """Show an image `by` places later, or earlier where that is negative; at an end it stays.
 
         Raises: InputError if it is not there.
         """
@@ -90,17 +90,17 @@ class PhotoSet:
         reorder(self.folder, [file, *order] if file not in order else order)
 
     def remove(self, file: str) -> None:
-        """Take a picture out of the set. Raises: InputError if it is not there."""
-        remove_picture(self.folder, file)
+        """Take an image out of the set. Raises: InputError if it is not there."""
+        remove_image(self.folder, file)
 
     def seal(self) -> None:
         """Keep the set as it is from now on; its files are called so that a run finds them in the set's order."""
         if self.is_example or (self.folder / SEALED).exists():
             return
         with changing(self.folder) as content:
-            files = [entry.file for entry in content.pictures]
+            files = [entry.file for entry in content.images]
             if files != sorted(files):
-                content.pictures = _in_order(self.folder, content.pictures)
+                content.images = _in_order(self.folder, content.images)
         (self.folder / SEALED).touch()
 
 
@@ -121,7 +121,7 @@ def _with_caption(path: Path) -> list[Path]:
 
 
 def thumbnail(path: Path) -> str:
-    """A small copy of the picture at `path`, as the address of an <img>."""
+    """A small copy of the image at `path`, as the address of an <img>."""
     return _thumbnail(path, path.stat().st_mtime_ns)
 
 
@@ -129,13 +129,13 @@ def thumbnail(path: Path) -> str:
 def _thumbnail(path: Path, changed: int) -> str:
     with Image.open(path, formats=("JPEG", "PNG")) as opened:
         opened.draft("RGB", (2 * THUMBNAIL, 2 * THUMBNAIL))
-        picture = opened.convert("RGB")
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    return as_address(picture, "JPEG", quality=85)
+        image = opened.convert("RGB")
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    return as_address(image, "JPEG", quality=85)
 
 
-def as_address(picture: Image.Image, kind: str = "PNG", **how: int) -> str:
-    """`picture` as the address of an <img> that holds it, so that nothing is left for others to load."""
+def as_address(image: Image.Image, kind: str = "PNG", **how: int) -> str:
+    """`image` as the address of an <img> that holds it, so that nothing is left for others to load."""
     stream = io.BytesIO()
-    picture.save(stream, kind, **how)
+    image.save(stream, kind, **how)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"

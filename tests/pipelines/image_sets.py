@@ -1,4 +1,4 @@
-"""Small sets of pictures for tests."""
+"""Small sets of images for tests."""
 
 import io
 import zipfile
@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image
 
 
-def stored_picture(seed, side=8, form="PNG"):
-    """The file of a random picture, other for every seed."""
+def stored_image(seed, side=8, form="PNG"):
+    """The file of a random image, other for every seed."""
     stored = io.BytesIO()
     pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(stored, form)
@@ -16,9 +16,9 @@ def stored_picture(seed, side=8, form="PNG"):
 
 
 def class_files(counts, prefix=""):
-    """Pictures by name, `counts` of each class: {"cats/0.png": its file, ...}."""
+    """Images by name, `counts` of each class: {"cats/0.png": its file, ...}."""
     names = [f"{prefix}{key}/{place}.png" for key, count in counts.items() for place in range(count)]
-    return {name: stored_picture(seed) for seed, name in enumerate(names)}
+    return {name: stored_image(seed) for seed, name in enumerate(names)}
 
 
 def write_files(folder, files):

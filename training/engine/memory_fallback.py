@@ -35,7 +35,7 @@ Options = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Rung:
+class FallbackStep:
     """One step of the ladder, tried.
 
     Args:
@@ -58,11 +58,11 @@ class Rung:
 
 
 def rungs(options: Options, resolution: int | None) -> Iterator[dict[str, Any]]:
-    """What to set, one rung after the other: recompute, accumulate, 8-bit moments, 4-bit weights, smaller pictures.
+    """What to set, one rung after the other: recompute, accumulate, 8-bit moments, 4-bit weights, smaller images.
 
     Args:
         options: the resolved options, by group; what they have already, or know nothing of, makes no rung.
-        resolution: the side of the pictures in pixels, None where it is not known.
+        resolution: the side of the images in pixels, None where it is not known.
     """
     known = _flat(options)
     if known.get("gradient_checkpointing") is False:
@@ -83,7 +83,7 @@ def _flat(options: Options) -> dict[str, Any]:
 
 
 def _smaller_batches(size: int, parts: int) -> Iterator[dict[str, Any]]:
-    """The pictures of an optimisation step stay as many: the batch is divided by its smallest divisor, again and again."""
+    """The images of an optimisation step stay as many: the batch is divided by its smallest divisor, again and again."""
     while size > 1:
         divisor = next(d for d in range(2, size + 1) if size % d == 0)
         size, parts = size // divisor, parts * divisor
@@ -100,7 +100,7 @@ def as_flags(values: dict[str, Any]) -> list[str]:
     return flags
 
 
-def climb(recipe: str, options: Options, resolution: int | None, folder: Path) -> list[Rung]:
+def climb(recipe: str, options: Options, resolution: int | None, folder: Path) -> list[FallbackStep]:
     """Try one rung after the other until one fits.
 
     Args:
@@ -108,7 +108,7 @@ def climb(recipe: str, options: Options, resolution: int | None, folder: Path) -
         options: the resolved options, by group.
         folder: where the dry runs go.
     """
-    tried: list[Rung] = []
+    tried: list[FallbackStep] = []
     setting: dict[str, Any] = {}
     for more in rungs(options, resolution):
         rung = attempt(recipe, options, setting | more, folder / str(len(tried)))
@@ -121,7 +121,7 @@ def climb(recipe: str, options: Options, resolution: int | None, folder: Path) -
     return tried
 
 
-def attempt(recipe: str, options: Options, setting: dict[str, Any], folder: Path) -> Rung:
+def attempt(recipe: str, options: Options, setting: dict[str, Any], folder: Path) -> FallbackStep:
     """A dry run of `recipe` with `setting` besides `options`, in a process of its own."""
     known = _flat(copy.deepcopy(options))
     values = known | setting | {"output_dir": str(folder), "dry_run": True, "ladder": False, "report_to": "none"}
@@ -131,7 +131,7 @@ def attempt(recipe: str, options: Options, setting: dict[str, Any], folder: Path
     lines = finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"]
     reason = None if finished.returncode == 0 else lines[-1]
     report = json.loads((folder / REPORT).read_text()) if (folder / REPORT).exists() else {}
-    return Rung(setting, finished.returncode == 0, report.get("peak_memory"), report.get("seconds_per_step"), reason)
+    return FallbackStep(setting, finished.returncode == 0, report.get("peak_memory"), report.get("seconds_per_step"), reason)
 
 
 def _own_environment() -> dict[str, str]:
@@ -145,7 +145,7 @@ def _ran_out(message: str) -> bool:
     return should_reduce_batch_size(RuntimeError(message)) or "out of memory" in message
 
 
-def advice(tried: list[Rung]) -> str:
+def advice(tried: list[FallbackStep]) -> str:
     """What to do, in words."""
     if tried and tried[-1].fits:
         best = tried[-1]
@@ -162,7 +162,7 @@ def with_ladder(work: Callable[[Any], RunDirectory], options: Any, recipe: str) 
     Args:
         work: the recipe.
         options: its options, with `to_dict()`, and `output.ladder`.
-        recipe: the module that `python -m` runs; its status has the side of its pictures as `resolution`.
+        recipe: the module that `python -m` runs; its status has the side of its images as `resolution`.
     Raises: InputError with the flags to set.
     """
     try:
