@@ -40,7 +40,7 @@ def export_lora(
     """Write the adapter, NoRA or PEFT's LoRA or DoRA, at strength 1 as one LoRA file and return the file's path.
 
     Several adapters, each with its strength, become one: their changes add up, and so do their ranks, exactly:
-    sum_i w_i up_i down_i = [w_1 up_1 ... w_n up_n] [down_1; ...; down_n].
+    `sum_i w_i up_i down_i = [w_1 up_1 ... w_n up_n] [down_1; ...; down_n]`.
 
     diffusers: lora_B = s B B', lora_A = A' A and no alpha, which a loader reads as alpha = rank.
     kohya: lora_up, lora_down and one alpha for all layers, since diffusers misreads alphas that differ.
