@@ -7,10 +7,12 @@ copied into the site, and the Markdown files of `PAGES` become pages of it, so t
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import re
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from posixpath import normpath, relpath
 
@@ -33,6 +35,7 @@ PAGES = {
 IMAGES = ("assets/*.png", "assets/screens/*.png")
 LINK = re.compile(r"(?<=\]\()([^)\s#]+)(#[^)\s]*)?(?=\))")
 FLAGS = re.compile(r"<!-- flags: (\w+) -->")
+FIELDS = re.compile(r"<!-- fields: ([\w.]+):(\w+) -->")
 FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 FENCED = re.compile(r"^(```|~~~).*?^\1", re.DOTALL | re.MULTILINE)
 
@@ -59,6 +62,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Let links to files of the repository lead to their copies in the site, and fill in tables of flags."""
     if page.file.src_uri not in PAGES.values():
         markdown = _relinked(markdown, f"docs/{page.file.src_uri}", page.file.src_uri, logger.warning)
+    markdown = FIELDS.sub(lambda match: field_table(match[1], match[2]), markdown)
     return FLAGS.sub(lambda match: flag_tables(match[1]), markdown)
 
 
@@ -95,16 +99,29 @@ def flag_tables(command: str) -> str:
         actions = [action for action in group._group_actions if action.help != argparse.SUPPRESS and action.dest != "help"]
         if not actions:
             continue
-        title = "" if group.title in ("options", "positional arguments") else f"{group.title}\n\n"
+        title = "" if group.title in ("options", "positional arguments") else f"**{group.title}**\n\n"
         lines += [title, "| flag | default | meaning |", "|---|---|---|", *map(_row, actions), ""]
     return "\n".join(lines)
 
 
+def field_table(module: str, name: str) -> str:
+    """A table of the fields of a dataclass that have a help."""
+    kind = getattr(import_module(module), name)
+    lines = ["| field | default | meaning |", "|---|---|---|"]
+    for field in dataclasses.fields(kind):
+        # Not those that the class inherits.
+        if field.name in kind.__annotations__ and "help" in field.metadata:
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            lines.append(f"| `{field.name}` | `{default!r}` | {field.metadata['help']} |")
+    return "\n".join(lines)
+
+
 def _row(action: argparse.Action) -> str:
-    names = ", ".join(f"`{name}`" for name in action.option_strings) or f"`{action.dest}`"
+    # The first is the flag; HfArgumentParser adds a spelling with hyphens, and renamed flags keep their old names.
+    name = action.option_strings[0] if action.option_strings else action.dest
     choices = "" if action.choices is None else f" One of {', '.join(f'`{choice}`' for choice in action.choices)}."
     text = ((action.help or "").replace("%%", "%") + choices).replace("|", "\\|").replace("<", "&lt;")
-    return f"| {names} | {_default(action)} | {text} |"
+    return f"| `{name}` | {_default(action)} | {text} |"
 
 
 def _default(action: argparse.Action) -> str:
@@ -127,8 +144,6 @@ def _recipe(kind: str) -> argparse.ArgumentParser:
 
 
 def _dataclass(module: str, name: str) -> argparse.ArgumentParser:
-    from importlib import import_module
-
     from transformers import HfArgumentParser
 
     return HfArgumentParser(getattr(import_module(module), name))

@@ -1,0 +1,113 @@
+"""A reader of native files that was written from docs/file-formats.md alone, with numpy, gives the adapter's change of weight."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from peft import get_peft_model
+from small_models import MODELS, config_for
+from torch import nn
+
+from nora_vision import calibrate, initialize_nora_weights, save_adapter
+from nora_vision.layer import nora_layers
+
+PREFIX = "base_model.model."
+DTYPES = {"F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16"}
+
+
+class DocumentedFile:
+    """The two files of one component, read as the page says."""
+
+    def __init__(self, folder):
+        content = (folder / "adapter_model.safetensors").read_bytes()
+        start = 8 + int.from_bytes(content[:8], "little")
+        self.entries = json.loads(content[8:start])
+        self.metadata = self.entries.pop("__metadata__")
+        spans = {name: entry["data_offsets"] for name, entry in self.entries.items()}
+        self.bytes = {name: content[start + first : start + last] for name, (first, last) in spans.items()}
+        self.config = json.loads((folder / "adapter_config.json").read_text())
+
+    def content_digest(self):
+        metadata = {key: value for key, value in self.metadata.items() if key != "nora_digest"}
+        entries = {name: [DTYPES[entry["dtype"]], entry["shape"]] for name, entry in self.entries.items()}
+        digest = hashlib.sha256(json.dumps([metadata, entries], sort_keys=True).encode())
+        for name in sorted(self.bytes):
+            digest.update(self.bytes[name])
+        return digest.hexdigest()
+
+    def configuration_digest(self):
+        return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
+
+    def tensor(self, layer, kind):
+        name = f"{PREFIX}{layer}.{kind}"
+        if self.entries[name]["dtype"] == "BF16":
+            values = (np.frombuffer(self.bytes[name], "<u2").astype(np.uint32) << 16).view(np.float32)
+        else:
+            values = np.frombuffer(self.bytes[name], {"F32": "<f4", "F16": "<f2"}[self.entries[name]["dtype"]])
+        return values.reshape(self.entries[name]["shape"]).astype(np.float64)
+
+    def core(self, layer):
+        inner = self.tensor(layer, "nora_inner_B") @ self.tensor(layer, "nora_inner_A")
+        start = self.tensor(layer, "nora_inner_B0") @ self.tensor(layer, "nora_inner_A0")
+        return self.config["alpha"] / self.config["inner_r"] * (inner - start)
+
+    def outer_factors(self, layer, weight):
+        """By the full SVD, for small layers."""
+        owner = json.loads(self.metadata["nora_shared_scales"]).get(layer, layer)
+        stored = self.tensor(owner, "nora_activation_scale").astype(np.float32)
+        scale = np.maximum(stored / stored.mean(), np.float32(0.001)).astype(np.float64)
+        U, S, V = np.linalg.svd(weight * scale, full_matrices=False)
+        rank = self.config["r"]
+        U, S, V = U[:, :rank], S[:rank], V[:rank]
+        signs = np.sign(V[np.arange(rank), np.abs(V).argmax(axis=1)])
+        return U * S * signs, V * signs[:, None] / scale
+
+
+def signs(size, offset):
+    state = np.arange(8 * size, dtype=np.int64).reshape(8, size) + offset * 2**33
+    with np.errstate(over="ignore"):
+        for shift, factor in ((33, 0x7FB5D329728EA185), (29, 0x1B873593CC9E2D51)):
+            state = (state ^ (state >> shift) ^ (state << 7)) * np.int64(factor)
+    return 1.0 - 2.0 * ((state >> 40) & 1)
+
+
+@pytest.fixture(params=["linear", "conv2d"])
+def saved(request, tmp_path):
+    model, inputs, targets = MODELS[request.param]()
+    config = config_for(targets, r=4, inner_r=2, outer_init="awsvd", preserve_output=True, inner_init="gaussian")
+    model = get_peft_model(model, config)
+    initialize_nora_weights(model, calibrate(model, lambda: model(*inputs)))
+    for name, parameter in model.named_parameters():
+        if "nora_inner" in name:
+            nn.init.normal_(parameter)
+    save_adapter(model, tmp_path / "full")
+    save_adapter(model, tmp_path / "compact", compact=True)
+    layers = {name.removeprefix(PREFIX): layer for name, layer in nora_layers(model).items()}
+    return layers, DocumentedFile(tmp_path / "full"), DocumentedFile(tmp_path / "compact")
+
+
+def test_the_digests_are_those_that_the_page_describes(saved):
+    for file in saved[1:]:
+        assert file.content_digest() == file.metadata["nora_digest"]
+        assert file.configuration_digest() == file.metadata["nora_configuration"]
+
+
+def test_a_full_file_gives_the_change_of_weight(saved):
+    layers, full, _ = saved
+    for name, layer in layers.items():
+        change = full.tensor(name, "nora_B") @ full.core(name) @ full.tensor(name, "nora_A")
+        expected = layer.get_delta_weight("default").flatten(1).detach().numpy()
+        np.testing.assert_allclose(change, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_compact_file_gives_it_with_the_base_weight_and_its_probe_agrees(saved):
+    layers, _, compact = saved
+    for name, layer in layers.items():
+        B, A = compact.outer_factors(name, layer.get_base_layer().weight.flatten(1).detach().double().numpy())
+        change = B @ compact.core(name) @ A
+        expected = layer.get_delta_weight("default").flatten(1).detach().numpy()
+        np.testing.assert_allclose(change, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+        u, v = signs(change.shape[0], 1), signs(change.shape[1], 2)
+        probe = [np.linalg.norm(change), *np.einsum("im,mn,in->i", u, change, v)]
+        np.testing.assert_allclose(probe, compact.tensor(name, "nora_probe"), rtol=0, atol=1e-5 * probe[0])
