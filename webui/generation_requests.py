@@ -56,7 +56,7 @@ class GenerationRequest:
             prompt=str(prompt or ""),
             mixed=tuple(mixed),
             negative_prompt=str(negative or ""),
-            count=whole("Pictures", count),
+            count=whole("Images", count),
             seed=whole("Seed", seed),
             with_base=bool(with_base),
             steps=whole("Steps", steps),

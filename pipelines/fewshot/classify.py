@@ -147,7 +147,7 @@ def main(arguments: Sequence[str]) -> int:
         ClassifyOptions, prog="python -m pipelines.fewshot.classify", description=__doc__, allow_abbrev=False
     )
     parser.add_argument("run", help="A run's directory, or the folder of one fitted method in it.")
-    parser.add_argument("pictures", nargs="+", help="Images, or folders of them.")
+    parser.add_argument("images", nargs="+", help="Images, or folders of them.")
     try:
         options, given, unknown = parser.parse_args_into_dataclasses(
             arguments, return_remaining_strings=True, look_for_args_file=False

@@ -100,7 +100,7 @@ def test_strength_zero_and_no_adapter_are_the_base_model(studio, workspace, tiny
 
 def test_progress_counts_every_step_to_the_end(studio, workspace):
     told = [event for event in studio.draw(order(workspace, "first@4", seeds=(1, 2))) if isinstance(event, GenerationProgress)]
-    assert [event.done for event in told if "Picture" in event.words] == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8]
+    assert [event.done for event in told if "Image" in event.words] == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8]
     assert {event.total for event in told} == {8}
 
 
@@ -113,7 +113,7 @@ def test_closing_stops_within_a_step_and_the_next_image_is_as_ever(studio, works
     monkeypatch.setattr(unet, "forward", lambda *args, **named: (done.append(1), forward(*args, **named))[1])
     events = studio.draw(order(workspace, "first@4", sampling=Sampling(num_inference_steps=100)))
     for event in events:
-        if isinstance(event, GenerationProgress) and "Picture" in event.words and event.done >= step:
+        if isinstance(event, GenerationProgress) and "Image" in event.words and event.done >= step:
             break
     events.close()
     at_close = len(done)
@@ -127,7 +127,7 @@ def test_closing_stops_within_a_step_and_the_next_image_is_as_ever(studio, works
 def test_one_order_is_drawn_at_a_time(studio, workspace):
     first = studio.draw(order(workspace, "first@4"))
     for event in first:
-        if "Picture" in event.words:
+        if "Image" in event.words:
             break
     second = studio.draw(order(workspace, "first@4"))
     assert next(second).words == "Waiting for the device"

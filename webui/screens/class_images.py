@@ -50,7 +50,7 @@ def _layout(frame: ClassifyContext) -> dict[str, Any]:
     parts["set"] = gr.Dropdown(
         [("Example: handwritten digits", EXAMPLE)],
         value=EXAMPLE,
-        label="Pictures",
+        label="Images",
         elem_id="classify-set",
         filterable=False,
         interactive=True,

@@ -90,7 +90,7 @@ def _controls(shell: AppContext, prompt: gr.Textbox) -> tuple[Controls, gr.Uploa
     shell.step.render()
     strength = gr.Slider(0, 1.5, 1, step=0.05, label="Strength", info="0 is the model as it was.", elem_id="use-strength")
     with gr.Row():
-        count = gr.Slider(1, 8, 1, step=1, label="Pictures", elem_id="use-count", min_width=150)
+        count = gr.Slider(1, 8, 1, step=1, label="Images", elem_id="use-count", min_width=150)
         seed = gr.Number(0, precision=0, minimum=0, label="Seed", elem_id="use-seed", min_width=110)
         dice = gr.Button("New seed", size="sm", elem_id="use-dice", min_width=90)
     with_base = gr.Checkbox(label="Also draw each without the adapter", elem_id="use-base")
