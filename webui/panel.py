@@ -116,7 +116,7 @@ def build(source: FieldSource) -> gr.Accordion:
 
 def settled(source: FieldSource, workspace: Workspace, draft: dict[str, Any]) -> dict[str, Any]:
     """See `FieldSource.settled`."""
-    from webui.work import fields as work_fields
+    from webui.work import form_schema as work_fields
     from webui.work import options as checked
 
     typed = draft.get(TYPED) or {}
@@ -223,7 +223,7 @@ class _InForce:
 
 def _draw(source: FieldSource, draft: dict[str, Any], known: gr.State, back: gr.Button, workspace: Workspace) -> None:
     """All widgets, a closed accordion a group."""
-    from webui.work import fields as work_fields
+    from webui.work import form_schema as work_fields
 
     in_force = _InForce.of(source, workspace, draft)
     for group, fields in work_fields.panel_fields(source.task, workspace.is_local).items():

@@ -95,7 +95,7 @@ def certified_here(stock_check, monkeypatch, tmp_path):
     """Have the stock program draw in this process: to import diffusers again takes longer than all that it does."""
 
     def stock_images(request):
-        stock_check.main({**request, "pictures": str(tmp_path / "pictures.safetensors")})
-        return load_file(tmp_path / "pictures.safetensors")
+        stock_check.main({**request, "images": str(tmp_path / "images.safetensors")})
+        return load_file(tmp_path / "images.safetensors")
 
-    monkeypatch.setattr(certificate, "_stock_pictures", stock_images)
+    monkeypatch.setattr(certificate, "_stock_images", stock_images)

@@ -54,7 +54,7 @@ def test_several_subjects_are_trained_at_once_each_by_its_name(trainer, images_d
     options = DataOptions(str(tmp_path / "many"), "sks {subject}")
     assert options.subject_prompts() == ["sks dog", "sks red cat"]
     assert SubjectOptions(data=options).output.validation_prompt[:3] == ["sks dog", "sks red cat", "sks dog in the snow"]
-    given = {"pictures": tmp_path / "many", "prompt": "sks {subject}"}
+    given = {"images": tmp_path / "many", "prompt": "sks {subject}"}
     prepared = trainer.prepare(tmp_path / "run", "--train_text_encoder", **given)
     words = {tuple(row[0].tolist()) for batch in prepared.batches() for row in batch["tokens"]}
     assert len(words) == 2

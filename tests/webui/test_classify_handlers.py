@@ -65,7 +65,7 @@ def test_a_set_that_is_not_ready_is_not_started(page, workspace, tmp_path):
 
 
 def test_a_zip_becomes_a_set_and_a_wrong_one_leaves_nothing(page, workspace, tmp_path):
-    take = listener(page, "class_pictures", "take_zip")
+    take = listener(page, "class_images", "take_zip")
     before = len(list(workspace.sets.glob("*/set.json"))) if workspace.sets.is_dir() else 0
     draft, said, _ = take(str(colour_zip(tmp_path / "a.zip", 4)), {**DRAFT, "set": "example"}, None)
     assert "12 images added" in said

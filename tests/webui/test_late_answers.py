@@ -58,6 +58,6 @@ def test_a_question_that_was_asked_meanwhile_stays_and_one_about_another_run_goe
 def test_what_was_measured_of_the_set_before_is_taken_away_from_one_that_cannot_be_measured(page, workspace, tmp_path):
     only = next(iter(COLOURS))
     folder = colour_set(workspace, tmp_path / "given", names=[only])
-    summary, cards = listener(page, "class_pictures", "measure")({"set": folder.name}, None)
+    summary, cards = listener(page, "class_images", "measure")({"set": folder.name}, None)
     assert "1 class, 6 images" in summary
     assert only in cards

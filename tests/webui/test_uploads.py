@@ -234,7 +234,7 @@ def test_a_second_zip_adds_to_the_classes_of_the_first(tmp_path, folder):
 
 
 def test_no_more_images_are_kept_than_a_user_may_hold(tmp_path, folder, monkeypatch):
-    monkeypatch.setattr(uploads, "MAX_PICTURES", 10)
+    monkeypatch.setattr(uploads, "MAX_IMAGES", 10)
     files = [written(tmp_path / f"{place}.png", png_bytes(place)) for place in range(20)]
     added = uploads.add_images(folder, files)
     assert len(added.names) == 8

@@ -18,7 +18,7 @@ license_link: https://www.image-net.org/download.php
 # mini-clip
 
 A real open_clip model of 64 x 64 pixel images, trained from nothing, small enough for a CPU: the default model of NoRA Vision's
-classifier, its tests and its demonstrations. {parameters:,} parameters, of which {picture_parameters:,} are the image tower's:
+classifier, its tests and its demonstrations. {parameters:,} parameters, of which {image_parameters:,} are the image tower's:
 timm's MaxViT with convolutions down to 8 x 8 places and three layers of attention over these. The tokenizer is CLIP's,
 reduced to {vocabulary:,} tokens; it spells any word.
 

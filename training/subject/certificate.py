@@ -200,8 +200,8 @@ def _draw(
 def _stock_images(request: dict[str, Any]) -> dict[str, torch.Tensor]:
     """What the stock program draws for `request`: images by "base", "diffusers" and "kohya"."""
     with tempfile.TemporaryDirectory() as folder:
-        target, asked = Path(folder) / "pictures.safetensors", Path(folder) / "request.json"
-        asked.write_text(json.dumps({**request, "pictures": str(target)}), encoding="utf-8")
+        target, asked = Path(folder) / "images.safetensors", Path(folder) / "request.json"
+        asked.write_text(json.dumps({**request, "images": str(target)}), encoding="utf-8")
         # The base model is in the cache, and the hub need not answer any more.
         # -P: the program's own folder, which is this package's, is no place to import from.
         command = [sys.executable, "-P", str(STOCK_PROGRAM), str(asked)]

@@ -60,7 +60,7 @@ def main(request: dict[str, Any]) -> None:
         pipeline.load_lora_weights(str(Path(file).parent), weight_name=Path(file).name)
         images[name] = draw(pipeline, request)
         pipeline.unload_lora_weights()
-    save_file(images, request["pictures"])
+    save_file(images, request["images"])
 
 
 if __name__ == "__main__":

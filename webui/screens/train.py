@@ -75,7 +75,7 @@ def _sections(view: RunView) -> str:
     rows += [f"<h4>{_of_step(step)}</h4>{_grid(samples(view.record, step))}" for step in older]
     photos = subject(view.record)
     rows += [f"<h4>Your photos, as the model sees them</h4>{_grid(photos)}"] if photos else []
-    return f"<section aria-label='sample pictures'>{''.join(rows)}</section>"
+    return f"<section aria-label='sample images'>{''.join(rows)}</section>"
 
 
 def _of_step(step: int) -> str:
@@ -92,7 +92,7 @@ def _grid(images: list[Sample], css: str = "") -> str:
 
 
 def _sheet(source: str) -> str:
-    return f'<div class="scroll"><img src="{source}" alt="sample pictures"></div>'
+    return f'<div class="scroll"><img src="{source}" alt="sample images"></div>'
 
 
 def _waiting(view: RunView) -> str:
