@@ -41,7 +41,7 @@ def test_no_event_has_two_listeners_that_are_to_have_the_last_word(page):
     assert several == {(gr.State, "change")}
 
 
-def listener(page, name, of="Shell.keep_time"):
+def listener(page, name, of="AppContext.keep_time"):
     found, *_ = [fn for fn in page.fns.values() if getattr(fn.fn, "__qualname__", "") == f"{of}.<locals>.{name}"]
     return found
 
