@@ -24,7 +24,7 @@ from pipelines.adapter_method import trained_parameters
 from pipelines.adapter_options import AdapterOptions
 from pipelines.clip import Clip, load_clip
 from pipelines.fewshot import adapters, export
-from pipelines.fewshot.target_layers import AdapterPlaces
+from pipelines.fewshot.target_layers import TargetLayers
 
 # Of features of length 1, in single precision.
 TOLERANCE = 1e-5
@@ -50,7 +50,7 @@ class Task:
         self.clip = Clip(copy.deepcopy(clip.model), clip.preprocess, clip.tokenizer, clip.name)
         self.pixels, self.labels = pixels, labels
         self.tokens = clip.tokenizer([f"a photo of a {name}." for name in CLASSES])
-        self.components = adapters.attach(self.clip, options, AdapterPlaces())
+        self.components = adapters.attach(self.clip, options, TargetLayers())
         began = time.perf_counter()
         adapters.start(self.clip, options, self.components, [pixels], self.tokens, cache, seed=0)
         self.seconds_to_start = time.perf_counter() - began

@@ -30,7 +30,7 @@ TITLES = {
     "model": "Base model",
     "data": "Images and words",
     "adapter": "The adapter",
-    "places": "Where the adapter sits",
+    "target_layers": "Where the adapter sits",
     "method": "Methods and adapter sizes",
     "optimisation": "Training",
     "output": "What is written",

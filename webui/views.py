@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from pipelines.methods import DEFAULT, title_of
+from pipelines.run_options import with_current_groups
 from training.runs import run_requests
 from training.runs.record import RunRecord, live_process
 from training.runs.waiting import QUEUE, runs_before
@@ -72,7 +73,7 @@ class RunView:
     @cached_property
     def options(self) -> dict[str, Any]:
         """The resolved options by group; empty before the run has begun."""
-        return self.read("options.json")
+        return with_current_groups(self.read("options.json"))
 
     @cached_property
     def launch(self) -> dict[str, Any]:
@@ -90,7 +91,7 @@ class RunView:
     @cached_property
     def task(self) -> Task:
         """Which of the two tasks it is."""
-        return self.launch.get("task") or ("classify" if "places" in self.options else "subject")
+        return self.launch.get("task") or ("classify" if "target_layers" in self.options else "subject")
 
     @cached_property
     def state(self) -> State:

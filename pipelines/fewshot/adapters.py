@@ -20,14 +20,14 @@ from pipelines.adapter_options import AdapterOptions
 from pipelines.clip import Clip, evaluating
 from pipelines.clip_attention import attention_layers, separate
 from pipelines.errors import InputError
-from pipelines.fewshot.target_layers import ENCODERS, IMAGE, TEXT, AdapterPlaces
+from pipelines.fewshot.target_layers import ENCODERS, IMAGE, TEXT, TargetLayers
 from pipelines.methods import method_of
 from pipelines.randomness import keyed_generator
 
 BATCH = 64
 
 
-def attach(clip: Clip, options: AdapterOptions, places: AdapterPlaces) -> dict[str, nn.Module]:
+def attach(clip: Clip, options: AdapterOptions, targets: TargetLayers) -> dict[str, nn.Module]:
     """Separate the attention of `clip` and add the adapter that `options` describe to its chosen layers.
 
     Returns: the adapted encoders by name, "image" and "text".
@@ -38,10 +38,10 @@ def attach(clip: Clip, options: AdapterOptions, places: AdapterPlaces) -> dict[s
     except ValueError as error:
         raise InputError(f"{clip.name} cannot be adapted: {error}") from error
     method = options.create()
-    projections = places.projections_of(options.method)
-    targets = {name: _targets(clip, name, places, projections) for name in ENCODERS[places.encoders]}
-    components = {name: encoder(clip, name) for name in targets}
-    for name, names in targets.items():
+    projections = targets.projections_of(options.method)
+    names_of = {name: _layer_names(clip, name, targets, projections) for name in ENCODERS[targets.encoders]}
+    components = {name: encoder(clip, name) for name in names_of}
+    for name, names in names_of.items():
         try:
             method.attach(components[name], method.config(names), ADAPTER_NAME)
         except ValueError as error:
@@ -54,13 +54,13 @@ def encoder(clip: Clip, name: str) -> nn.Module:
     return clip.model.visual if name == IMAGE else getattr(clip.text_tower, "transformer", clip.text_tower)
 
 
-def _targets(clip: Clip, name: str, places: AdapterPlaces, projections: Sequence[str]) -> list[str]:
+def _layer_names(clip: Clip, name: str, targets: TargetLayers, projections: Sequence[str]) -> list[str]:
     layers = attention_layers(encoder(clip, name))
     if not layers:
         raise InputError(
             f"The {name} encoder of {clip.name} has no attention that can be adapted. Adapt the other encoder alone."
         )
-    return [layers[place][projection] for place in places.indices(len(layers)) for projection in projections]
+    return [layers[index][projection] for index in targets.indices(len(layers)) for projection in projections]
 
 
 def start(

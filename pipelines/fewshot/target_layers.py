@@ -1,4 +1,4 @@
-"""Which layers of a CLIP model an adapter is put on."""
+"""The layers of a CLIP model that an adapter is added to."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ PROJECTIONS = ["q", "k", "v"]
 
 
 @dataclass
-class AdapterPlaces:
-    """Which layers of a CLIP model an adapter is put on."""
+class TargetLayers:
+    """The attention layers of a CLIP model that an adapter is added to."""
 
     encoders: str = field(default="both", metadata={"help": "Which encoders to adapt: image, text or both."})
     projections: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Which layers of every attention to adapt: q, k, v, out. q, k and v unless said, or the method's own choice."
+            "help": "Which projections of each attention layer to adapt: q, k, v, out. Default: the method's own, or q, k and v."
         },
     )
     layers: str = field(
-        default="all", metadata={"help": "Which of an encoder's attentions to adapt: all, last-N, or A-B, counted from 0."}
+        default="all", metadata={"help": "Which attention layers of an encoder to adapt: all, last-N, or A-B (counted from 0)."}
     )
 
-    _argument_group_name = "places"
+    _argument_group_name = "target_layers"
 
     def __post_init__(self) -> None:
         # Here, as open_clip takes a second to import and --help does without it.
@@ -38,23 +38,25 @@ class AdapterPlaces:
             raise InputError(f"encoders must be one of {', '.join(ENCODERS)}, got {self.encoders!r}.")
         unknown = [name for name in self.projections or () if name not in LAYERS]
         if unknown or self.projections == []:
-            raise InputError(f"projections must be some of {', '.join(LAYERS)}, got {unknown or 'none'}.")
+            raise InputError(f"projections must be one or more of {', '.join(LAYERS)}, got {unknown or 'none'}.")
         if not re.fullmatch(r"all|last-[1-9]\d*|\d+-\d+", self.layers):
             raise InputError(f"layers must be all, last-N or A-B, such as last-4 or 0-5, got {self.layers!r}.")
 
     def projections_of(self, method: str) -> list[str]:
-        """The layers that `method` adapts."""
+        """The projections that `method` adapts."""
         return self.projections or list(method_named(method).defaults("few-shot", False).target_layers or PROJECTIONS)
 
     def indices(self, count: int) -> range:
-        """The chosen ones of `count` attentions.
+        """The indices of the chosen layers out of `count` attention layers.
 
-        Raises: InputError if there are not that many.
+        Raises: InputError if a chosen layer does not exist.
         """
         if self.layers == "all":
             return range(count)
         first, last = self.layers.split("-")
         start, stop = (count - int(last), count) if first == "last" else (int(first), int(last) + 1)
         if not 0 <= start < stop <= count:
-            raise InputError(f"layers must lie in 0-{count - 1} of the {count} attentions of an encoder, got {self.layers!r}.")
+            raise InputError(
+                f"layers must lie in 0-{count - 1}, the {count} attention layers of the encoder, got {self.layers!r}."
+            )
         return range(start, stop)

@@ -21,7 +21,7 @@ from pipelines.clip import Clip
 from pipelines.clip_attention import separate
 from pipelines.errors import InputError
 from pipelines.fewshot import adapters
-from pipelines.fewshot.adapters import AdapterPlaces
+from pipelines.fewshot.adapters import TargetLayers
 from pipelines.methods import method_named, method_names
 
 TOKENS = prompts(3, 5, 5, 9)
@@ -53,9 +53,9 @@ def noise_losses(clip, seed, count):
         yield nn.functional.cross_entropy(logits, torch.tensor([0, 1, 3]))
 
 
-def started(folder, options=None, places=None, clip=None, tokens=TOKENS, seed=0):
+def started(folder, options=None, targets=None, clip=None, tokens=TOKENS, seed=0):
     options, clip = options or small(), clip or clip_of()
-    components = adapters.attach(clip, options, places or AdapterPlaces(projections=["q", "k", "v", "out"]))
+    components = adapters.attach(clip, options, targets or TargetLayers(projections=["q", "k", "v", "out"]))
     losses = partial(noise_losses, clip, seed)
     adapters.start(clip, options, components, [images(3), images(2, seed=1)], tokens, folder, seed, losses)
     return clip, components
@@ -144,7 +144,7 @@ def test_a_few_steps_on_images_of_noise_lower_their_loss(method, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("places", "expected"),
+    ("targets", "expected"),
     [
         ({"encoders": "image"}, {f"image.transformer.resblocks.{i}.attn.{n}_proj" for i in range(3) for n in "qkv"}),
         ({"encoders": "text"}, {f"text.resblocks.{i}.attn.{n}_proj" for i in range(2) for n in "qkv"}),
@@ -160,47 +160,47 @@ def test_a_few_steps_on_images_of_noise_lower_their_loss(method, tmp_path):
     ],
 )
 @methods
-def test_the_chosen_layers_are_adapted_and_no_others(method, places, expected):
+def test_the_chosen_layers_are_adapted_and_no_others(method, targets, expected):
     clip = clip_of()
-    if method == "nora" and "projections" not in places:
+    if method == "nora" and "projections" not in targets:
         expected = {name for name in expected if name.endswith("v_proj")}
-    components = adapters.attach(clip, small(method), AdapterPlaces(**places))
+    components = adapters.attach(clip, small(method), TargetLayers(**targets))
     assert set(adapter_layers(components)) == expected
     everywhere = {"image": clip.model.visual, "text": clip.model.transformer}
     assert set(adapter_layers(everywhere)) == expected
 
 
 @pytest.mark.parametrize(
-    ("places", "message"),
+    ("targets", "message"),
     [
         ({"encoders": "audio"}, r"encoders must be one of image, text, both, got 'audio'"),
-        ({"projections": ["q", "o"]}, r"projections must be some of q, k, v, out, got \['o'\]"),
-        ({"projections": []}, r"projections must be some of q, k, v, out, got none"),
+        ({"projections": ["q", "o"]}, r"projections must be one or more of q, k, v, out, got \['o'\]"),
+        ({"projections": []}, r"projections must be one or more of q, k, v, out, got none"),
         ({"layers": "last"}, r"layers must be all, last-N or A-B.*got 'last'"),
         ({"layers": "last-0"}, r"got 'last-0'"),
     ],
 )
-def test_a_wrong_place_is_refused_before_a_model_is_loaded(places, message):
+def test_a_wrong_target_layer_is_refused_before_a_model_is_loaded(targets, message):
     with pytest.raises(InputError, match=message):
-        AdapterPlaces(**places)
+        TargetLayers(**targets)
 
 
 @pytest.mark.parametrize("layers", ["last-3", "1-2", "1-0"])
 def test_layers_that_an_encoder_does_not_have_are_refused_with_their_number(layers):
-    with pytest.raises(InputError, match=rf"0-1 of the 2 attentions of an encoder, got '{layers}'"):
-        adapters.attach(clip_of(), small(), AdapterPlaces("text", layers=layers))
+    with pytest.raises(InputError, match=rf"0-1, the 2 attention layers of the encoder, got '{layers}'"):
+        adapters.attach(clip_of(), small(), TargetLayers("text", layers=layers))
 
 
 def test_a_rank_that_does_not_fit_names_the_encoder():
     with pytest.raises(InputError, match=r"does not fit the text encoder of tiny: .*r must be in"):
-        adapters.attach(clip_of(), AdapterOptions(rank=20), AdapterPlaces(encoders="text"))
+        adapters.attach(clip_of(), AdapterOptions(rank=20), TargetLayers(encoders="text"))
 
 
 def test_an_encoder_without_attention_blocks_is_refused_by_name():
     resnet = tiny_clip(vision_cfg={"layers": [1, 1, 1, 1], "width": 8, "image_size": 32})
     with pytest.raises(InputError, match="The image encoder of tiny has no attention"):
-        adapters.attach(clip_of(resnet), small(), AdapterPlaces())
-    assert set(adapters.attach(clip_of(resnet), small(), AdapterPlaces("text"))) == {"text"}
+        adapters.attach(clip_of(resnet), small(), TargetLayers())
+    assert set(adapters.attach(clip_of(resnet), small(), TargetLayers("text"))) == {"text"}
 
 
 # Calibration
@@ -320,7 +320,7 @@ def test_strengths_that_mean_nothing_are_refused(tmp_path):
 def test_a_saved_adapter_gives_the_same_features(method, place, encoders, tmp_path):
     if place == "compact" and method != "nora":
         pytest.skip("a layout of NoRA")
-    clip, components = started(tmp_path, small(method), AdapterPlaces(encoders=encoders))
+    clip, components = started(tmp_path, small(method), TargetLayers(encoders=encoders))
     disturb(components)
     adapter_files.save(components, tmp_path / "adapter")
     fresh = clip_of()

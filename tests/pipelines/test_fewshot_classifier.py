@@ -20,7 +20,7 @@ from pipelines.clip import load_clip
 from pipelines.corpus import to_pixels
 from pipelines.errors import InputError
 from pipelines.fewshot import adapters
-from pipelines.fewshot.adapters import AdapterPlaces
+from pipelines.fewshot.adapters import TargetLayers
 from pipelines.fewshot.baselines.predictors import KeyValueCache, LinearHead, Predictor, Prompted
 from pipelines.fewshot.classifier import ClassifierFile, FewShotClassifier, save_classifier
 from pipelines.fewshot.features import raw_pixels
@@ -74,7 +74,7 @@ def loss_on(clip, pixels, tokens, count):
 def fitted(random_clip, folder, method, names=("q", "v")):
     """A CLIP with an adapter whose every trained number was moved, and the adapted encoders."""
     clip, options = load_clip(str(random_clip)), AdapterOptions(method=method, rank=4, inner_r=2)
-    components = adapters.attach(clip, options, AdapterPlaces(projections=list(names), layers="last-1"))
+    components = adapters.attach(clip, options, TargetLayers(projections=list(names), layers="last-1"))
     tokens = clip.tokenizer(["a photo of a cat."])
     pixels = to_pixels(PIXELS[:2].numpy())
     losses = partial(loss_on, clip, pixels, tokens)

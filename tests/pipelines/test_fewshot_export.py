@@ -21,12 +21,12 @@ from pipelines.clip import Clip, load_clip
 from pipelines.clip_attention import separate
 from pipelines.errors import InputError
 from pipelines.fewshot import adapters, export
-from pipelines.fewshot.adapters import AdapterPlaces
+from pipelines.fewshot.adapters import TargetLayers
 from pipelines.methods import method_names
 from pipelines.mini_sdxl import PROMPT_WORDS, reduced_tokenizer
 
 TOKENS = prompts(3, 5, 9)
-EVERYWHERE = AdapterPlaces(projections=["q", "k", "v", "out"])
+EVERYWHERE = TargetLayers(projections=["q", "k", "v", "out"])
 methods = pytest.mark.parametrize("method", method_names())
 
 
@@ -41,11 +41,11 @@ def loss_on(clip, pixels, tokens, count):
         yield -(clip.encode_images(pixels) @ clip.encode_texts(tokens).T).mean()
 
 
-def adapted(folder, method="nora", clip=None, tokens=TOKENS, pixels=None, places=EVERYWHERE, **changes):
+def adapted(folder, method="nora", clip=None, tokens=TOKENS, pixels=None, targets=EVERYWHERE, **changes):
     """A tiny model whose adapter's numbers are all moved from their start, as training does."""
     clip = clip or Clip(tiny_clip(), None, None, "tiny")
     options = AdapterOptions(method=method, rank=4, inner_r=2, **changes)
-    components = adapters.attach(clip, options, places)
+    components = adapters.attach(clip, options, targets)
     pixels = images(3) if pixels is None else pixels
     adapters.start(clip, options, components, [pixels], tokens, folder, 0, partial(loss_on, clip, pixels, tokens))
     generator = torch.Generator().manual_seed(3)
@@ -78,7 +78,7 @@ def test_the_merged_model_is_plain_open_clip_with_the_same_outputs_and_keys(meth
 
 
 def test_merging_leaves_the_adapted_model_and_every_other_weight_alone(tmp_path):
-    clip, components = adapted(tmp_path, places=AdapterPlaces("image", ["v"], "last-1"))
+    clip, components = adapted(tmp_path, targets=TargetLayers("image", ["v"], "last-1"))
     before, base = features(clip.model), tiny_clip().state_dict()
     plain = export.merged(clip).model.state_dict()
     assert torch.equal(features(clip.model), before)
@@ -179,7 +179,7 @@ def test_plain_lora_is_loaded_by_peft_and_computes_the_same(method, changes, str
 
 
 def test_plain_lora_of_one_encoder_and_some_layers_touches_no_others(tmp_path):
-    clip, components = adapted(tmp_path, places=AdapterPlaces("text", ["q", "out"], "0-0"))
+    clip, components = adapted(tmp_path, targets=TargetLayers("text", ["q", "out"], "0-0"))
     export.save_lora(components, tmp_path / "lora")
     assert [folder.name for folder in (tmp_path / "lora").iterdir()] == ["text"]
     model = tiny_clip()

@@ -359,7 +359,7 @@ def class_batch(clip, encoders, index):
 def test_encoders_of_clip_start_from_the_gradient_of_the_untouched_model_with_the_other_one_frozen(encoders, tmp_path):
     options, clip, plain = AdapterOptions("lora_one", rank=RANK), toy_clip(), toy_clip()
     separate(plain.model)
-    components = few_shot.attach(clip, options, few_shot.AdapterPlaces(encoders))
+    components = few_shot.attach(clip, options, few_shot.TargetLayers(encoders))
     batch_at = partial(class_batch, plain, encoders)
     losses = partial(training_losses, class_loss(clip, encoders), batch_at, Accelerator(cpu=True))
     few_shot.start(clip, options, components, (), None, tmp_path, 0, losses)

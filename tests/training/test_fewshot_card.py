@@ -19,7 +19,7 @@ CLASSES = ["red star", "cat", "grey dog"]
 ODD_CLASSES = ["a | b", "<script>alert(1)</script>", "{count} *x* `y` $z$\n---\nlicense: mine"]
 METHODS = ("zeroshot", "pixels", "nora")
 LABELS = torch.arange(3).repeat(8)
-OPTIONS = {"places": {"encoders": "both", "projections": ["q", "k", "v"], "layers": "last-2"}}
+OPTIONS = {"target_layers": {"encoders": "both", "projections": ["q", "k", "v"], "layers": "last-2"}}
 TOLD = {
     "zeroshot": {"trained_numbers": 0, "stored_bytes": 2400},
     "pixels": {"trained_numbers": 9219, "stored_bytes": 36_976},

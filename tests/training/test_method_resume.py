@@ -13,7 +13,7 @@ from torch import nn
 from pipelines import adapter_files
 from pipelines.adapter_options import AdapterOptions
 from pipelines.clip import Clip
-from pipelines.fewshot.adapters import AdapterPlaces
+from pipelines.fewshot.adapters import TargetLayers
 from pipelines.fewshot.adapters import attach as attach_to_clip
 from pipelines.fewshot.adapters import start as start_on_clip
 from pipelines.methods import method_names
@@ -77,7 +77,7 @@ def subject(options, cache):
 def few_shot(options, cache):
     """The same of a tiny CLIP."""
     clip = Clip(tiny_clip(), None, None, "tiny")
-    components = attach_to_clip(clip, options, AdapterPlaces())
+    components = attach_to_clip(clip, options, TargetLayers())
     loss = Classification(clip)
     losses = partial(training_losses, loss, class_batch, Accelerator(cpu=True))
     start_on_clip(clip, options, components, [images(3)], TOKENS, cache, 0, losses)

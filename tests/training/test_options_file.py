@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from pipelines.fewshot.target_layers import TargetLayers
 from training.options import SubjectOptions, parse_options
 from training.options.fewshot import FewShotOptions, parse_fewshot_options
 
@@ -117,3 +118,9 @@ def test_the_built_in_model_of_a_checkout_that_is_gone_is_the_built_in_one(tmp_p
     assert values["model"]["pretrained_model_name_or_path"] == "mini-sdxl"
     values["model"]["pretrained_model_name_or_path"] = "/gone/assets/mini-sdxl"
     assert parse_options(written(tmp_path, values)) == SubjectOptions()
+
+
+def test_a_group_of_options_is_read_under_its_old_name(tmp_path):
+    values = FewShotOptions(target_layers=TargetLayers(layers="last-1")).to_dict()
+    values["places"] = values.pop("target_layers")
+    assert parse_fewshot_options(written(tmp_path, values)).target_layers.layers == "last-1"

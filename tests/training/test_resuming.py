@@ -87,6 +87,6 @@ def test_a_run_of_the_built_in_model_goes_on_in_another_checkout(tmp_path):
 
 
 def test_a_run_of_the_other_task_is_refused(tmp_path):
-    RunDirectory.create(tmp_path, {"places": {"rank": 2}})
+    RunDirectory.create(tmp_path, {"target_layers": {"rank": 2}})
     with pytest.raises(InputError, match=r"holds a few-shot run, which another script trains\. Give another --output_dir"):
         check_can_resume(tmp_path, {"model": {"pretrained_model_name_or_path": "mini-sdxl"}}, 1)

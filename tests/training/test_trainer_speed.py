@@ -79,7 +79,10 @@ def test_a_trainer_that_fails_is_named_with_what_it_said(benchmark, tmp_path):
 
 def test_two_sides_never_work_at_once(benchmark):
     (first_reads, second_writes), (second_reads, first_writes) = os.pipe(), os.pipe()
-    both = (benchmark.AlternatingRuns(first_reads, first_writes, True), benchmark.AlternatingRuns(second_reads, second_writes, False))
+    both = (
+        benchmark.AlternatingRuns(first_reads, first_writes, True),
+        benchmark.AlternatingRuns(second_reads, second_writes, False),
+    )
     at_work, seen = [], []
 
     def work(name, turns):

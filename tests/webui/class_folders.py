@@ -109,6 +109,6 @@ def finished_classifier(workspace, data_dir, names, wrong=2, right_of_pixels=Non
     listed = [[image.name, image.label, list(names)[image.label]] for image in images]
     (run / "splits").mkdir()
     (run / "splits" / "2-shots-seed-0.json").write_text(json.dumps({"keys": list(names), "train": [], "val": [], "test": listed}))
-    (run / OPTIONS).write_text(json.dumps({"places": {}, "data": {"data_dir": str(data_dir.absolute()), "dataset": None}}))
+    (run / OPTIONS).write_text(json.dumps({"target_layers": {}, "data": {"data_dir": str(data_dir.absolute()), "dataset": None}}))
     (run / STATUS).write_text(json.dumps({"state": "done", "phase": "done", "step": 3, "total": 3, "error": None}))
     return RunRecord(run)

@@ -151,7 +151,7 @@ def test_without_a_held_out_photo_the_scores_stand_alone(workspace):
 def test_no_run_and_a_classifier_are_told_apart(workspace):
     assert "nothing to judge yet" in parts(None, None, None, True)["empty"].key
     run = run_in(workspace.runs / "a", "done")
-    (run.path / "options.json").write_text(json.dumps({"places": {}}))
+    (run.path / "options.json").write_text(json.dumps({"target_layers": {}}))
     found = look(run)
     assert "the screen Classify" in found["empty"].key
     assert found["table"].key == ""

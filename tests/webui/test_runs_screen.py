@@ -35,7 +35,7 @@ def with_options(run, **groups):
 
 def classifier(folder, name="nora", value=0.8, shots=4):
     """A classifier's run that is done."""
-    run = with_options(run_in(folder, "done"), places={}, data={"data_dir": None, "seeds": [0]}, method={"method": [name]})
+    run = with_options(run_in(folder, "done"), target_layers={}, data={"data_dir": None, "seeds": [0]}, method={"method": [name]})
     top1 = {"value": value, "low": value - 0.1, "high": value + 0.1}
     (run.path / "report.json").write_text(json.dumps({"summary": [{"method": name, "shots": shots, "top1": top1}]}))
     return run

@@ -81,7 +81,7 @@ def test_a_short_training_of_leave_one_out_is_followed_in_its_own_folder(workspa
 def test_a_classifier_counts_its_fits_and_draws_the_one_at_work(workspace):
     member = "members/16-shots/seed-1/nora"
     run = run_in(workspace.runs / "a", phase="fitting nora, 16 shots, seed 1", step=3, total=4, member=member)
-    (run.path / "options.json").write_text(json.dumps({"places": {}}))
+    (run.path / "options.json").write_text(json.dumps({"target_layers": {}}))
     run_in(run.path / member, steps=10, total=20)
     found = parts(view(run))
     assert "the method nora, 16 images a class, draw 2" in found["head"].key

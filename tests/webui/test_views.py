@@ -112,7 +112,7 @@ def test_only_a_subject_s_training_can_be_asked_for_samples_and_checkpoints(work
     assert view(run_in(workspace.runs / "a", "running")).actions == ("stop", "sample", "save")
     assert view(run_in(workspace.runs / "b", "running", phase="loading")).actions == ("stop",)
     run = run_in(workspace.runs / "c", "running")
-    (run.path / "options.json").write_text(json.dumps({"places": {}}))
+    (run.path / "options.json").write_text(json.dumps({"target_layers": {}}))
     assert (view(run).task, view(run).actions) == ("classify", ("stop",))
 
 
@@ -143,12 +143,12 @@ def test_a_run_is_called_by_what_it_learns(workspace):
     run = run_in(workspace.runs / "a", "done")
     assert view(run).name == PROMPTS[0]
     (run.path / "options.json").write_text(
-        json.dumps({"places": {}, "data": {"class_names": ["c0=cat", "c1=a=b", "c2=x", "c3=y"]}})
+        json.dumps({"target_layers": {}, "data": {"class_names": ["c0=cat", "c1=a=b", "c2=x", "c3=y"]}})
     )
     assert view(run).name == "cat, a=b, x and 1 more"
-    (run.path / "options.json").write_text(json.dumps({"places": {}, "data": {"data_dir": "/photos/pets/"}}))
+    (run.path / "options.json").write_text(json.dumps({"target_layers": {}, "data": {"data_dir": "/photos/pets/"}}))
     assert view(run).name == "pets"
-    (run.path / "options.json").write_text(json.dumps({"places": {}, "data": {"data_dir": None}}))
+    (run.path / "options.json").write_text(json.dumps({"target_layers": {}, "data": {"data_dir": None}}))
     assert view(run).name == "handwritten digits"
     (run.path / "options.json").unlink()
     assert view(run).name == "a photo of sks toy"
@@ -170,7 +170,7 @@ def test_what_the_list_says_is_what_the_files_say(workspace):
 
 def test_a_classifier_shows_its_accuracies_with_their_intervals_once_there_are_any(workspace):
     run = run_in(workspace.runs / "a", "running", step=1, total=3)
-    (run.path / "options.json").write_text(json.dumps({"places": {}, "method": {"method": ["zeroshot", "nora"]}}))
+    (run.path / "options.json").write_text(json.dumps({"target_layers": {}, "method": {"method": ["zeroshot", "nora"]}}))
     assert figures(view(run)) == [("Methods", "no training, NoRA"), ("Fitted", "1 of 3")]
     row = {"shots": 4, "method": "nora", "top1": {"value": 0.5, "low": -0.01, "high": 0.61}}
     (run.path / "report.json").write_text(json.dumps({"summary": [row]}))

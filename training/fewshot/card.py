@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 from pipelines.clip import BUILT_IN
 from pipelines.fewshot.metrics import Interval
 from pipelines.fewshot.plots import save_figure
-from pipelines.fewshot.target_layers import AdapterPlaces
+from pipelines.fewshot.target_layers import TargetLayers
 from pipelines.methods import method_names
 from training.fewshot.figures import ZERO_SHOT, Report, card_figures, loaded_member, shots_in_words
 from training.runs.card_text import CARD, as_text, portable_name
@@ -35,7 +35,7 @@ The CLIP model {base} on {set_name}, {images:,} images. Classes: {classes}. Lear
 seeds {seeds}, each of which draws other images. Prompts: {templates}
 
 Loading this run gives **{method}**, {own_shots}, seed {seed}: {trained:,} trained numbers, {stored:,} bytes, {seconds:.0f}
-seconds.{places} Its settings were chosen on {validation:,} other images; {test:,} more were tested on, once, at the end.
+seconds.{target_layers} Its settings were chosen on {validation:,} other images; {test:,} more were tested on, once, at the end.
 Accuracy: {top1}.{untested}"""
 
 TABLE_NOTES = """{interval} ECE is the expected calibration error, as trained and with the temperature that validation chose;
@@ -149,7 +149,7 @@ def _opening(report: Report, options: Mapping[str, Any] | None) -> str:
         trained=own["trained_numbers"],
         stored=own["stored_bytes"],
         seconds=own["seconds"],
-        places=_places(options, own["method"]) if own["method"] in method_names() else "",
+        target_layers=_target_layers(options, own["method"]) if own["method"] in method_names() else "",
         validation=own["validation"]["count"],
         test=own["test"]["count"],
         top1=Interval(**own["test"]["top1"]).as_share(),
@@ -157,13 +157,13 @@ def _opening(report: Report, options: Mapping[str, Any] | None) -> str:
     )
 
 
-def _places(options: Mapping[str, Any] | None, method: str) -> str:
-    """Where the adapter was put."""
+def _target_layers(options: Mapping[str, Any] | None, method: str) -> str:
+    """A sentence that names the adapted layers."""
     if options is None:
         return ""
-    places = AdapterPlaces(**options["places"])
-    encoders = "both encoders" if places.encoders == "both" else f"the {places.encoders} encoder"
-    return f" It adapts {', '.join(places.projections_of(method))} of {encoders}, layers: {places.layers}."
+    targets = TargetLayers(**options["target_layers"])
+    encoders = "both encoders" if targets.encoders == "both" else f"the {targets.encoders} encoder"
+    return f" It adapts {', '.join(targets.projections_of(method))} of {encoders}, layers: {targets.layers}."
 
 
 def _set_name(name: str) -> str:

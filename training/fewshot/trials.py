@@ -196,7 +196,7 @@ def fit_adapter(
     """Train an adapter in the member's own directory, going on from its newest checkpoint where there is one."""
     study, how, adapter = drawn.study, options.optimisation, options.method.adapter(member.method)
     clip = replace(study.clip, model=copy.deepcopy(study.clip.model))
-    components = adapters.attach(clip, adapter, options.places)
+    components = adapters.attach(clip, adapter, options.target_layers)
     calibration = study.folder / "calibration" / f"{member.shots}-shots-seed-{member.seed}"
     pixels = calibration_batches(
         LabelledImageDataset(drawn.train, clip.preprocess), how.train_batch_size, accelerator.is_main_process

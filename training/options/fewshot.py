@@ -15,7 +15,7 @@ from pipelines.fewshot.baselines import BASELINES
 from pipelines.fewshot.prompts import PHOTO, TEMPLATE_NAMES
 from pipelines.fewshot.sets import SETS
 from pipelines.fewshot.shots import Shots
-from pipelines.fewshot.target_layers import AdapterPlaces
+from pipelines.fewshot.target_layers import TargetLayers
 from pipelines.methods import DEFAULT, REFERENCE, method_named, method_names
 from pipelines.option_checks import above_zero, at_least
 from training.options.command_line import parse_groups
@@ -245,7 +245,7 @@ class FewShotOptions:
 
     model: ClipOptions = field(default_factory=ClipOptions)
     data: LabelledDataOptions = field(default_factory=LabelledDataOptions)
-    places: AdapterPlaces = field(default_factory=AdapterPlaces)
+    target_layers: TargetLayers = field(default_factory=TargetLayers)
     method: FewShotMethodOptions = field(default_factory=FewShotMethodOptions)
     optimisation: FewShotOptimisationOptions = field(default_factory=FewShotOptimisationOptions)
     output: FewShotOutputOptions = field(default_factory=FewShotOutputOptions)

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from pipelines.errors import InputError
-from pipelines.run_options import task_of
+from pipelines.run_options import task_of, with_current_groups
 from pipelines.text_files import read_text
 from training.runs.record import OPTIONS, STATUS
 
@@ -74,7 +74,7 @@ def as_flags(path: Path, parser: argparse.ArgumentParser, groups: Collection[str
 def _fields_of(path: Path, groups: Collection[str]) -> dict[str, Any]:
     """The file's fields, those within tables too, without what belongs to the run that wrote them."""
     fields: dict[str, Any] = {}
-    values = read_options_file(path)
+    values = with_current_groups(read_options_file(path))
     _check_script(path, values, groups)
     for name, value in values.items():
         fields |= value if name in groups and isinstance(value, dict) else {name: value}
@@ -93,7 +93,7 @@ def _check_name(path: Path, name: str, known: Collection[str]) -> None:
 def _check_script(path: Path, values: dict[str, Any], groups: Collection[str]) -> None:
     """Refuse the options of another task's run, which this script would find full of unknown names."""
     task = task_of({name: group for name, group in values.items() if isinstance(group, dict)})
-    expected = "few-shot" if "places" in groups else "subject"
+    expected = "few-shot" if "target_layers" in groups else "subject"
     if task not in (None, expected):
         raise InputError(
             f"The options_file {str(path)!r} is of a {task} run, and this script trains {expected} runs. Start it with "

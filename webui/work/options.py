@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from pipelines.built_in import is_built_in, recorded_name
 from pipelines.errors import InputError
+from pipelines.run_options import with_current_groups
 from training.options import SubjectOptions
 from training.options.command_line import groups_of
 from training.options.fewshot import FewShotOptions
@@ -104,7 +105,9 @@ def cleaned(workspace: Workspace, task: Task, values: Mapping[str, Any]) -> Valu
 
 def _in_todays_groups(values: dict[str, Any]) -> dict[str, Any]:
     """The options of a run or a draft from before some moved, each in its group of today."""
-    groups = {group: dict(fields) if isinstance(fields, Mapping) else fields for group, fields in values.items()}
+    groups = {
+        group: dict(fields) if isinstance(fields, Mapping) else fields for group, fields in with_current_groups(values).items()
+    }
     for (before, name), now in MOVED.items():
         if isinstance(groups.get(before), dict) and name in groups[before]:
             groups.setdefault(now, {}).setdefault(name, groups[before].pop(name))
