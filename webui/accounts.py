@@ -100,7 +100,7 @@ def add_account(path: Path, name: str, password: str) -> None:
     # Made before it is written, so that it is never readable to others.
     before = os.umask(0o077)
     try:
-        write_text_atomically(path, "".join(f"{known}:{stored}\n" for known, stored in sorted(accounts.items())))
+        write_text_atomically(path, "".join(f"{user}:{stored}\n" for user, stored in sorted(accounts.items())))
     finally:
         os.umask(before)
 
@@ -185,8 +185,8 @@ class LoginGate:
 
         Raises: HTTPException 429 with the seconds to wait.
         """
-        client, known = client_address.get(), name if NAME.fullmatch(name) else ""
-        wait = self._throttle.begin(client, known)
+        client, account = client_address.get(), name if NAME.fullmatch(name) else ""
+        wait = self._throttle.begin(client, account)
         if wait > 0:
             raise _too_many(f"Too many wrong passwords. Wait {wait + 1:.0f} seconds and try again.", wait)
         if self._waiting >= WAITING:
@@ -194,11 +194,11 @@ class LoginGate:
         self._waiting += 1
         try:
             loop = asyncio.get_running_loop()
-            is_right = await loop.run_in_executor(self._threads, self._accounts.accepts, known, password[: MAX_PASSWORD + 1])
+            is_right = await loop.run_in_executor(self._threads, self._accounts.accepts, account, password[: MAX_PASSWORD + 1])
         finally:
             self._waiting -= 1
         if is_right:
-            self._throttle.succeed(client, known)
+            self._throttle.succeed(client, account)
         return is_right
 
 
@@ -217,9 +217,9 @@ class Sessions(dict[str, str]):
         self._given: dict[str, tuple[float, str]] = {}
 
     def __setitem__(self, token: str, name: str) -> None:
-        for known in [known for known in self if self.get(known) is None]:
-            self.pop(known, None)
-            self._given.pop(known, None)
+        for address in [address for address in self if self.get(address) is None]:
+            self.pop(address, None)
+            self._given.pop(address, None)
         self._given[token] = time.monotonic() + SESSION_SECONDS, self._accounts.all().get(name, "")
         super().__setitem__(token, name)
 

@@ -72,11 +72,11 @@ def others(workspace: Workspace, run_id: str | None) -> list[tuple[str, str]]:
 
     Returns: names, with users' words in them, and references.
     """
-    found = []
+    entries = []
     for view in views(workspace):
         if view.task == "subject" and view.id != run_id and (step := steps_of(view.record).chosen) is not None:
-            found.append((f"{view.title}, step {step}", reference_of(view.id, step)))
-    return found + [(name, reference_of_file(path)) for name, path in uploads.adapters(workspace)]
+            entries.append((f"{view.title}, step {step}", reference_of(view.id, step)))
+    return entries + [(name, reference_of_file(path)) for name, path in uploads.adapters(workspace)]
 
 
 def reference_of(run_id: str, step: int) -> str:

@@ -20,25 +20,25 @@ from webui import launching, photo_uploads, uploads
 from webui.adapters import steps_of
 from webui.app_context import AppContext
 from webui.errors import in_plain_words
-from webui.generation_requests import GUIDANCE, STEPS, GenerationRequest, number, whole
+from webui.generation_requests import GUIDANCE, STEPS, GenerationRequest, number, integer
 from webui.views import RunView, views
 from webui.workspace import Workspace
 
-TOLD = ("phase", "step", "total", "seconds_left", "suggested_step")
+STATUS_FIELDS = ("phase", "step", "total", "seconds_left", "suggested_step")
 MAX_FILES = 500
 
 
-def build_api(shell: AppContext) -> None:
+def build_api(context: AppContext) -> None:
     """Add the endpoints to the page that is being built."""
     on_device: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "device"}
-    for name, function in _of_runs(shell).items():
+    for name, function in _of_runs(context).items():
         gr.api(in_plain_words(function), api_name=name)
     # They compute with a model: one at a time, the others wait.
-    for name, function in (("generate", _generate(shell)), ("classify", _classify(shell))):
+    for name, function in (("generate", _generate(context)), ("classify", _classify(context))):
         gr.api(in_plain_words(function), api_name=name, **on_device)
 
 
-def _of_runs(shell: AppContext) -> dict[str, Any]:
+def _of_runs(context: AppContext) -> dict[str, Any]:
     """The endpoints that only look at runs, or start and stop them."""
 
     def start(task: Literal["subject", "classify"], options: dict, images: list[dict], request: gr.Request) -> str:
@@ -52,7 +52,7 @@ def _of_runs(shell: AppContext) -> dict[str, Any]:
                 for each class; empty for the bundled example.
         Returns: the run's id.
         """
-        workspace = shell.settings.workspace(request)
+        workspace = context.settings.workspace(request)
         values = _with_images(workspace, task, _options(options), _files(images))
         return launching.start(workspace, task, values)
 
@@ -65,7 +65,7 @@ def _of_runs(shell: AppContext) -> dict[str, Any]:
             "actions"}; state is queued, starting, running, interrupted, stopped, failed or done; steps are those whose adapters
             can be drawn with.
         """
-        return _status(RunView(shell.settings.workspace(request).run(run)))
+        return _status(RunView(context.settings.workspace(request).run(run)))
 
     def stop(run: str, request: gr.Request) -> str:
         """Stop a run: one that waits never begins, one that trains saves what it has first.
@@ -74,19 +74,19 @@ def _of_runs(shell: AppContext) -> dict[str, Any]:
             run: its id.
         Returns: the state it was in.
         """
-        workspace = shell.settings.workspace(request)
+        workspace = context.settings.workspace(request)
         state = RunView(workspace.run(run)).state
         launching.stop(workspace, run)
         return state
 
     def list_runs(request: gr.Request) -> list[dict]:
         """All your runs, newest first, each as `status` tells it."""
-        return [_status(view) for view in views(shell.settings.workspace(request))]
+        return [_status(view) for view in views(context.settings.workspace(request))]
 
     return {"start": start, "status": status, "stop": stop, "list": list_runs}
 
 
-def _generate(shell: AppContext) -> Any:
+def _generate(context: AppContext) -> Any:
     def generate(
         run: str,
         prompt: str,
@@ -113,20 +113,20 @@ def _generate(shell: AppContext) -> Any:
         """
         from webui.work import drawing
 
-        workspace = shell.settings.workspace(request)
+        workspace = context.settings.workspace(request)
         chosen = _step(RunView(workspace.run(run)), step)
         _check_texts(prompt, negative_prompt)
-        wish = GenerationRequest(
+        generation_request = GenerationRequest(
             run_id=run,
             step=chosen,
             strength=number("strength", strength),
             prompt=prompt,
             negative_prompt=negative_prompt,
-            seed=whole("seed", seed),
-            steps=whole("steps", steps),
+            seed=integer("seed", seed),
+            steps=integer("steps", steps),
             guidance=number("guidance", guidance),
         )
-        return _drawn_file(drawing.draw(workspace, wish))
+        return _drawn_file(drawing.draw(workspace, generation_request))
 
     return generate
 
@@ -147,13 +147,13 @@ def _step(view: RunView, step: Any) -> int:
 
     Raises: InputError if the run has no adapter to draw with.
     """
-    chosen = steps_of(view.record).chosen if step is None else whole("step", step)
+    chosen = steps_of(view.record).chosen if step is None else integer("step", step)
     if chosen is None or view.task != "subject":
         raise InputError("This run has no adapter to draw with yet. Wait until it has kept one, or choose another run.")
     return chosen
 
 
-def _classify(shell: AppContext) -> Any:
+def _classify(context: AppContext) -> Any:
     def classify(run: str, images: list[dict], request: gr.Request) -> list[dict]:
         """Tell what images show, with the classifier of a run.
 
@@ -165,7 +165,7 @@ def _classify(shell: AppContext) -> Any:
         """
         from webui.work import classify as classifying
 
-        record = shell.settings.workspace(request).run(run)
+        record = context.settings.workspace(request).run(run)
         if RunView(record).task != "classify":
             raise InputError("This run learned to draw, not to tell images apart. Choose a classifier.")
         return classifying.classify(record, _files(images))
@@ -174,10 +174,10 @@ def _classify(shell: AppContext) -> Any:
 
 
 def _status(view: RunView) -> dict[str, Any]:
-    told = {name: view.status.get(name) for name in TOLD}
+    fields = {name: view.status.get(name) for name in STATUS_FIELDS}
     steps = [step for _, step in steps_of(view.record).choices] if view.task == "subject" else []
-    own = {"run": view.id, "name": view.name, "task": view.task, "state": view.state, "reason": view.reason}
-    return {**own, **told, "steps": steps, "actions": list(view.actions)}
+    summary = {"run": view.id, "name": view.name, "task": view.task, "state": view.state, "reason": view.reason}
+    return {**summary, **fields, "steps": steps, "actions": list(view.actions)}
 
 
 def _options(options: Any) -> dict[str, dict[str, Any]]:

@@ -43,13 +43,13 @@ class AppContext:
         step: which of its steps Use draws with; Use places and fills it, Judge sets it.
         chosen: the run and the step that were chosen by hand, on Use or on Judge; None where the suggested step stands.
         tabs: all screens, by the ids of `webui.page.SCREENS`.
-        draft: what is being prepared for the next run, kept by the browser: {"set": id of its images or None, "options": the
-            values that differ from the defaults, by group, "preset": its name}. Never what a run has become.
-        drafted: the same, to listen to.
+        draft: the settings of the next run, stored by the browser: {"set": id of its images or None, "options": the values that
+            differ from the defaults, by group, "preset": its name}. Never the settings of a run that was started.
+        draft_changed: a copy of `draft` whose change event follows it.
         class_draft: as `draft`, for the next classifier.
         clock: ticks every `POLL_SECONDS` while a run of the user's is at work, and stands still otherwise.
-        front: the name of the screen in front.
-        beats: by the name of a screen, what changes whenever that screen, being in front, is to look at the run's files again.
+        active_tab: the name of the open screen.
+        refresh_triggers: by screen, a state that changes whenever that screen is open and should read the run's files again.
     """
 
     page: gr.Blocks
@@ -60,11 +60,11 @@ class AppContext:
     chosen: gr.State
     tabs: gr.Tabs
     draft: gr.BrowserState
-    drafted: gr.State
+    draft_changed: gr.State
     class_draft: gr.BrowserState
     clock: gr.Timer
-    front: gr.State
-    beats: dict[str, gr.State]
+    active_tab: gr.State
+    refresh_triggers: dict[str, gr.State]
 
     @property
     def outputs(self) -> list[gr.Dropdown | gr.Tabs | gr.Timer]:
@@ -72,60 +72,66 @@ class AppContext:
         return [self.run, self.tabs, self.clock]
 
     def show(self, workspace: Workspace, run_id: str | None = None, tab: str | None = None) -> list[dict[str, object]]:
-        """Updates of `outputs`: all runs of the workspace to choose from, `run_id` chosen, and the screen `tab` in front.
+        """Updates of `outputs`: all runs of the workspace to choose from, `run_id` chosen, and the screen `tab` open.
 
         Args:
             run_id: None for the one at work, else the newest.
             tab: None for the one that is there.
         """
-        known = views(workspace)
-        at_work = [view for view in known if view.is_active]
-        if run_id not in [view.id for view in known]:
-            run_id = next((view.id for view in [*at_work, *known]), None)
+        runs = views(workspace)
+        at_work = [view for view in runs if view.is_active]
+        if run_id not in [view.id for view in runs]:
+            run_id = next((view.id for view in [*at_work, *runs]), None)
         in_front = gr.skip() if tab is None else gr.Tabs(selected=tab)
-        return [gr.Dropdown(choices=_choices(known), value=run_id), in_front, gr.Timer(active=bool(at_work))]
+        return [gr.Dropdown(choices=_choices(runs), value=run_id), in_front, gr.Timer(active=bool(at_work))]
 
     def keep_time(self, opened: Mapping[str, gr.Tab]) -> None:
-        """Have the screen in front look again when it comes to the front, when another run is chosen, and at every tick.
+        """Have the open screen look again when it opens, when another run is chosen, and at every tick.
 
         The others look when they are opened: however many screens there are, a tick asks the server for one of them.
 
         Args:
             opened: the tabs, by their screens' names.
         """
-        known = gr.State([])
-        beats = list(self.beats.values())
+        known_runs = gr.State([])
+        refresh_triggers = list(self.refresh_triggers.values())
 
         @in_plain_words
-        def beat(front: str, before: list[list[str]], request: gr.Request) -> list[Any]:
+        def refresh(active_tab: str, before: list[list[str]], request: gr.Request) -> list[Any]:
             now = self._states(request)
             # One tick after the last run has ended, so that whoever is looking sees how.
             clock = gr.Timer(active=False) if now == before and not _any_active(now) else gr.skip()
-            return [now, clock, *self._beats_of(front)]
+            return [now, clock, *self._refresh_triggers_of(active_tab)]
 
         @in_plain_words
         def come_to_front(name: str, request: gr.Request) -> list[Any]:
             now = self._states(request)
-            return [now, gr.Timer(active=True) if _any_active(now) else gr.skip(), *self._beats_of(name)]
+            return [now, gr.Timer(active=True) if _any_active(now) else gr.skip(), *self._refresh_triggers_of(name)]
 
         @in_plain_words
         def name_anew(request: gr.Request) -> gr.Dropdown:
             return gr.Dropdown(choices=_choices(views(self.settings.workspace(request))))
 
-        self.clock.tick(beat, [self.front, known], [known, self.clock, *beats], trigger_mode="always_last", **QUIET)
+        self.clock.tick(
+            refresh,
+            [self.active_tab, known_runs],
+            [known_runs, self.clock, *refresh_triggers],
+            trigger_mode="always_last",
+            **QUIET,
+        )
         for name, tab in opened.items():
-            tab.select(partial(_name, name), None, self.front, **QUIET)
-        for begun in (self.page.load, self.picked.change, self.front.change):
-            begun(come_to_front, self.front, [known, self.clock, *beats], **QUIET)
+            tab.select(partial(_name, name), None, self.active_tab, **QUIET)
+        for begun in (self.page.load, self.picked.change, self.active_tab.change):
+            begun(come_to_front, self.active_tab, [known_runs, self.clock, *refresh_triggers], **QUIET)
         # By itself: as an output of each look the list of runs would say each time that it has changed, and call for another.
-        known.change(name_anew, None, self.run, **QUIET)
+        known_runs.change(name_anew, None, self.run, **QUIET)
 
     def _states(self, request: gr.Request) -> list[list[str]]:
         """The id and the state of every run."""
         return [[view.id, view.state] for view in views(self.settings.workspace(request))]
 
-    def _beats_of(self, front: str) -> list[Any]:
-        return [time.time() if name == front else gr.skip() for name in self.beats]
+    def _refresh_triggers_of(self, active_tab: str) -> list[Any]:
+        return [time.time() if name == active_tab else gr.skip() for name in self.refresh_triggers]
 
 
 def _name(name: str) -> str:
@@ -140,5 +146,5 @@ def _any_active(states: list[list[str]]) -> bool:
     return any(state in ACTIVE for _, state in states)
 
 
-def _choices(known: list[RunView]) -> list[tuple[str, str]]:
-    return [(view.title, view.id) for view in known]
+def _choices(runs: list[RunView]) -> list[tuple[str, str]]:
+    return [(view.title, view.id) for view in runs]

@@ -30,9 +30,9 @@ class CancellationTokens:
         with self._lock:
             self._cancelled[session] = self._last.get(session, 0)
 
-    def is_cancelled(self, session: str, turn: int) -> bool:
-        """Whether the drawing `turn` is to stop."""
-        return turn <= self._cancelled.get(session, 0)
+    def is_cancelled(self, session: str, token: int) -> bool:
+        """Whether the drawing `token` is to stop."""
+        return token <= self._cancelled.get(session, 0)
 
 
-TURNS = CancellationTokens()
+CANCELLATIONS = CancellationTokens()

@@ -74,18 +74,18 @@ def cards(photos: SubjectDataset, opinions: Mapping[str, Opinion] | None, togeth
     if not entries:
         return EMPTY
     said = "".join(f"<p>{escaped(sentence)}</p>" for sentence in together)
-    shown = []
-    for place, entry in enumerate(entries):
+    items = []
+    for index, entry in enumerate(entries):
         opinion = None if opinions is None else opinions.get(entry.file)
-        buttons = "" if photos.is_example else _buttons(entry.file, entry.name, place == 0, place == len(entries) - 1)
+        buttons = "" if photos.is_example else _buttons(entry.file, entry.name, index == 0, index == len(entries) - 1)
         sentences = "" if opinion is None else "".join(f"<p>{escaped(sentence)}</p>" for sentence in opinion.sentences)
         title = f'<div class="title"><b title="{escaped(entry.name)}">{escaped(entry.name)}</b>{_verdict(opinion)}</div>'
         sentences = _caption(entry.caption) + sentences
         words = f'<div class="words">{title}{sentences}</div>'
-        image = f'<img src="{thumbnail(photos.folder / entry.file)}" alt="Photo {place + 1}: {escaped(entry.name)}">'
-        shown.append(f'<li class="photo-card" data-file="{entry.file}">{image}{words}{buttons}</li>')
+        image = f'<img src="{thumbnail(photos.folder / entry.file)}" alt="Photo {index + 1}: {escaped(entry.name)}">'
+        items.append(f'<li class="photo-card" data-file="{entry.file}">{image}{words}{buttons}</li>')
     findings = f'<div class="photo-findings warning" role="status">{said}</div>' if said else ""
-    return f'{findings}<ol class="photo-cards">{"".join(shown)}</ol>'
+    return f'{findings}<ol class="photo-cards">{"".join(items)}</ol>'
 
 
 def _verdict(opinion: Opinion | None) -> str:

@@ -28,25 +28,25 @@ RUNNERS_UP = 3
 
 def downloads(result: Result) -> dict[str, Path]:
     """The files that there are of a result, by the names of `TITLES`; the same ones for as long as the run stays as it is."""
-    return dict(_made(result.record.path.absolute(), result.member["folder"], result.folder.stat().st_mtime_ns))
+    return dict(_made(result.record.path.absolute(), result.trial["folder"], result.folder.stat().st_mtime_ns))
 
 
 @lru_cache(maxsize=64)
-def _made(run: Path, member: str, changed: int) -> tuple[tuple[str, Path], ...]:
-    result = result_of(RunRecord(run), member)
-    stem = f"{run.name}-{result.member['method']}"
+def _made(run: Path, trial: str, changed: int) -> tuple[tuple[str, Path], ...]:
+    result = result_of(RunRecord(run), trial)
+    stem = f"{run.name}-{result.trial['method']}"
     folder = Path(tempfile.mkdtemp(prefix="nora-vision-", dir=_folder()))
-    found: dict[str, Path] = {}
-    exported = run / "export" / "lora" if result.member["folder"] == result.report["classifier"] else None
+    files: dict[str, Path] = {}
+    exported = run / "export" / "lora" if result.trial["folder"] == result.report["classifier"] else None
     adapter = result.folder / "adapter"
     for name, source in ((COMPACT, adapter / COMPACT), (FULL, adapter / FULL), (LORA, exported)):
         if source is not None and source.is_dir():
-            found[name] = _zipped(source, folder / f"{stem}-{name}.zip")
+            files[name] = _zipped(source, folder / f"{stem}-{name}.zip")
     if result.tested():
-        found[TABLE] = write_table(folder / f"{stem}-predictions.csv", tested_rows(result))
+        files[TABLE] = write_table(folder / f"{stem}-predictions.csv", tested_rows(result))
     if (run / "README.md").is_file():
-        found[CARD] = _zipped(run, folder / f"{run.name}-report.zip", ("README.md", "report.json", "figures/*.png"))
-    return tuple(found.items())
+        files[CARD] = _zipped(run, folder / f"{run.name}-report.zip", ("README.md", "report.json", "figures/*.png"))
+    return tuple(files.items())
 
 
 @lru_cache(maxsize=1)
@@ -66,10 +66,10 @@ def _zipped(folder: Path, path: Path, patterns: Sequence[str] = ("**/*",)) -> Pa
 def tested_rows(result: Result) -> list[list[str]]:
     """A header, and a row for each test image: what it shows, what it was taken for, how surely, and the runners-up."""
     names, count = result.classes, min(RUNNERS_UP, len(result.classes))
-    head = [f"{what} {place}" for place in range(2, count + 1) for what in ("class", "probability")]
+    head = [f"{what} {rank}" for rank in range(2, count + 1) for what in ("class", "probability")]
     rows = [["picture", "true class", "predicted class", "right", "probability", *head]]
     for one in result.tested():
-        others = [word for place, value in one.top[1:count] for word in (names[int(place)], f"{value:.6g}")]
+        others = [word for rank, value in one.top[1:count] for word in (names[int(rank)], f"{value:.6g}")]
         right = "yes" if one.is_right else "no"
         rows.append([one.name, names[one.true], names[one.predicted], right, f"{one.confidence:.6g}", *others])
     return rows

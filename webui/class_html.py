@@ -41,39 +41,39 @@ def called(method: str) -> str:
 
 def share(value: float) -> str:
     """Such as 69%; never 100% for less than all."""
-    shown = f"{value:.0%}"
-    return "over 99%" if shown == "100%" and value < 1 else shown
+    percent = f"{value:.0%}"
+    return "over 99%" if percent == "100%" and value < 1 else percent
 
 
-def in_words(result: Result) -> str:
+def result_summary(result: Result) -> str:
     """How good it is, beside what needs no training, and how far that can be trusted."""
-    own = result.member["test"]
-    count, value = own["count"], share(own["top1"]["value"])
-    right = round(own["top1"]["value"] * count)
+    tested = result.trial["test"]
+    count, value = tested["count"], share(tested["top1"]["value"])
+    right = round(tested["top1"]["value"] * count)
     lead = (
         f'<p class="lead"><b class="figure">{value}</b>of {count} images that it was not shown, {right} are right: {value}, '
-        f"between {share(own['top1']['low'])} and {share(own['top1']['high'])}.</p>"
+        f"between {share(tested['top1']['low'])} and {share(tested['top1']['high'])}.</p>"
     )
     return lead + f"<p>{' '.join(_beside(result))}</p>" + "".join(_notes(result))
 
 
 def _beside(result: Result) -> list[str]:
-    told = []
+    sentences = []
     for method, words in ((ZERO_SHOT, "before any training"), (CONTROL, "with raw pixels, which need no model at all")):
         other = result.beside(method)
-        if other is not None and result.member["method"] != method:
-            told.append(f"{words} {share(other['test']['top1']['value'])}")
+        if other is not None and result.trial["method"] != method:
+            sentences.append(f"{words} {share(other['test']['top1']['value'])}")
     chance = f"guessing would be right in {share(1 / len(result.classes))}"
-    return [f"On the same images: {', '.join(told)}; {chance}." if told else f"{chance.capitalize()}."]
+    return [f"On the same images: {', '.join(sentences)}; {chance}." if sentences else f"{chance.capitalize()}."]
 
 
 def _notes(result: Result) -> list[str]:
     """What stands against believing the accuracy, and where another method is plainly better."""
-    own, notes = result.member, []
-    better = [one for one in result.same_draw() if one["test"]["top1"]["low"] > own["test"]["top1"]["high"]]
-    if own["guard"]:
-        notes.append(f"Its strength was lowered, since training would have hurt. {html.escape(own['guard'])}")
-    if own["method"] not in (CONTROL, ZERO_SHOT):
+    trial, notes = result.trial, []
+    better = [one for one in result.same_draw() if one["test"]["top1"]["low"] > trial["test"]["top1"]["high"]]
+    if trial["guard"]:
+        notes.append(f"Its strength was lowered, since training would have hurt. {html.escape(trial['guard'])}")
+    if trial["method"] not in (CONTROL, ZERO_SHOT):
         notes += _beside_control(result, better)
     if untested := result.untested():
         what = ", ".join(map(html.escape, untested))
@@ -94,7 +94,7 @@ def _beside_control(result: Result, better: Sequence[dict[str, Any]]) -> list[st
     control = result.beside(CONTROL)
     if control is None:
         return ["Raw pixels were not tried, so nothing here says whether these images need a model at all."]
-    if result.member["test"]["top1"]["low"] > control["test"]["top1"]["high"]:
+    if result.trial["test"]["top1"]["low"] > control["test"]["top1"]["high"]:
         return []
     compared = "better" if control in better else "about as good"
     return [
@@ -107,11 +107,11 @@ def methods_table(result: Result) -> str:
     """All methods of the run side by side, over all its draws."""
     rows = []
     for row in result.report["summary"]:
-        if row["shots"] != result.member["shots"]:
+        if row["shots"] != result.trial["shots"]:
             continue
         top1 = row["top1"]
         low, high = max(0.0, top1["low"]), min(1.0, top1["high"])
-        chosen = ' class="chosen"' if row["method"] == result.member["method"] else ""
+        chosen = ' class="chosen"' if row["method"] == result.trial["method"] else ""
         rows.append(
             f"<tr{chosen}><th scope='row'>{html.escape(called(row['method']))}</th>"
             f"<td class='number'>{share(top1['value'])}</td><td class='number'>{share(low)} to {share(high)}</td>"
@@ -139,9 +139,9 @@ def _size(count: float) -> str:
 
 def per_class(result: Result) -> str:
     """The share that is right of each class, the worst first."""
-    found = {name: value for name, value in result.member["test"]["per_class"].items() if value is not None}
-    counts = dict(zip(result.member["test"]["per_class"], map(sum, result.member["test"]["confusion"]), strict=True))
-    rows = [(name, value, f"{name} ({counts[name]})") for name, value in sorted(found.items(), key=lambda one: one[1])]
+    accuracies = {name: value for name, value in result.trial["test"]["per_class"].items() if value is not None}
+    counts = dict(zip(result.trial["test"]["per_class"], map(sum, result.trial["test"]["confusion"]), strict=True))
+    rows = [(name, value, f"{name} ({counts[name]})") for name, value in sorted(accuracies.items(), key=lambda one: one[1])]
     untested = "".join(f"<p class='warning'>{html.escape(name)} (0): no images were tested.</p>" for name in result.untested())
     shares = bars([(label, value) for _, value, label in rows])
     return f"{shares}<p class='quiet'>In brackets: how many images were tested.</p>{untested}"
@@ -155,8 +155,8 @@ def bars(rows: Sequence[tuple[str, float]], first_only: bool = False) -> str:
         first_only: colour the first alone.
     """
     cells = []
-    for place, (name, value) in enumerate(rows):
-        second = " second" if first_only and place else ""
+    for index, (name, value) in enumerate(rows):
+        second = " second" if first_only and index else ""
         fill = f'<span class="fill{second}" style="display:block;width:{value:.1%}"></span>'
         cells.append(
             f'<span class="name">{html.escape(name)}</span><span class="track">{fill}</span>'
@@ -167,14 +167,15 @@ def bars(rows: Sequence[tuple[str, float]], first_only: bool = False) -> str:
 
 def confusion(result: Result) -> str:
     """The confusion matrix: a row for each true class, whose cells are buttons where there is an image in them."""
-    counts, names = result.member["test"]["confusion"], result.classes
-    shown = _in_matrix(counts)
-    head = "".join(f"<th scope='col'>{html.escape(names[place])}</th>" for place in shown)
+    counts, names = result.trial["test"]["confusion"], result.classes
+    labels = _in_matrix(counts)
+    head = "".join(f"<th scope='col'>{html.escape(names[label])}</th>" for label in labels)
     rows = [
-        f"<tr><th scope='row'>{html.escape(names[true])}</th>{''.join(_cell(counts, names, true, other) for other in shown)}</tr>"
-        for true in shown
+        f"<tr><th scope='row'>{html.escape(names[true])}</th>"
+        f"{''.join(_cell(counts, names, true, other) for other in labels)}</tr>"
+        for true in labels
     ]
-    left_out = len(names) - len(shown)
+    left_out = len(names) - len(labels)
     note = f" The {left_out} classes with the fewest mistakes are left out." if left_out else ""
     return (
         "<div class='scroll'><table class='confusion'><caption>Rows are what an image shows, columns what it was taken for. "
@@ -186,19 +187,19 @@ def confusion(result: Result) -> str:
 
 def _in_matrix(counts: Sequence[Sequence[int]]) -> list[int]:
     """The places of the classes that are shown: all, or of many those with the most mistakes."""
-    wrong = [sum(row) - row[place] + sum(other[place] for other in counts) - row[place] for place, row in enumerate(counts)]
-    most = sorted(range(len(counts)), key=lambda place: -wrong[place])[:MOST_IN_MATRIX]
+    wrong = [sum(row) - row[label] + sum(other[label] for other in counts) - row[label] for label, row in enumerate(counts)]
+    most = sorted(range(len(counts)), key=lambda label: -wrong[label])[:MOST_IN_MATRIX]
     return sorted(most)
 
 
 def _cell(counts: Sequence[Sequence[int]], names: Sequence[str], true: int, predicted: int) -> str:
-    count, whole = counts[true][predicted], max(1, sum(counts[true]))
+    count, total = counts[true][predicted], max(1, sum(counts[true]))
     if not count:
         return "<td>·</td>"
     kind = "right" if true == predicted else "wrong"
     words = html.escape(cell_words(names, true, predicted, count))
     opens = f"data-true='{true}' data-predicted='{predicted}' aria-label='{words}. Show them.' title='{words}'"
-    shade = f"--share: {15 + 50 * count / whole:.0f}%"
+    shade = f"--share: {15 + 50 * count / total:.0f}%"
     return f"<td class='{kind}' style='{shade}'><button type='button' {opens}>{count}</button></td>"
 
 
@@ -210,12 +211,12 @@ def cell_words(names: Sequence[str], true: int, predicted: int, count: int) -> s
 
 def cell_images(result: Result, true: int, predicted: int) -> str:
     """The images of one cell of the matrix."""
-    found = result.in_cell(true, predicted)
-    heading = html.escape(cell_words(result.classes, true, predicted, result.member["test"]["confusion"][true][predicted]))
-    if not found:
+    matches = result.in_cell(true, predicted)
+    heading = html.escape(cell_words(result.classes, true, predicted, result.trial["test"]["confusion"][true][predicted]))
+    if not matches:
         return f"<h4>{heading}</h4><p class='quiet'>This run is from before the tested images were written down.</p>"
-    more = f"<p class='quiet'>And {len(found) - MOST_IN_CELL} more.</p>" if len(found) > MOST_IN_CELL else ""
-    return f"<h4>{heading}</h4>{_tested(result, found[:MOST_IN_CELL])}{more}"
+    more = f"<p class='quiet'>And {len(matches) - MOST_IN_CELL} more.</p>" if len(matches) > MOST_IN_CELL else ""
+    return f"<h4>{heading}</h4>{_tested(result, matches[:MOST_IN_CELL])}{more}"
 
 
 def worst_mistakes(result: Result) -> str:
@@ -230,24 +231,24 @@ def worst_mistakes(result: Result) -> str:
     )
 
 
-def _tested(result: Result, found: Sequence[TestImage]) -> str:
+def _tested(result: Result, matches: Sequence[TestImage]) -> str:
     names = result.classes
     figures = []
-    for one in found:
-        shown = image(source_of(result.record, one), f"a test image of {names[one.true]}")
+    for one in matches:
+        tile = image(source_of(result.record, one), f"a test image of {names[one.true]}")
         truth = "" if one.is_right else f"is {html.escape(names[one.true])}, "
-        figures.append((shown, f"{truth}taken for <b>{html.escape(names[one.predicted])}</b>, {share(one.confidence)} sure"))
+        figures.append((tile, f"{truth}taken for <b>{html.escape(names[one.predicted])}</b>, {share(one.confidence)} sure"))
     return images(figures)
 
 
 def calibration(result: Result) -> str:
     """How far the probabilities can be believed, before and after the temperature, in words."""
-    before, after = (result.member[part]["calibration_error"] for part in ("test", "calibrated"))
+    before, after = (result.trial[part]["calibration_error"] for part in ("test", "calibrated"))
     believed = "can be taken at their word" if after <= CALIBRATED else "are only a rough guide"
     return (
         f"<p>How sure it says it is differs from how often it is right by {100 * before:.1f} percentage points as trained, and "
         f"by {100 * after:.1f} once its sureness was adjusted on other images (temperature "
-        f"{result.member['temperature']:.2f}). The probabilities here are the adjusted ones: they {believed}. A dot below the "
+        f"{result.trial['temperature']:.2f}). The probabilities here are the adjusted ones: they {believed}. A dot below the "
         "line means that it is too sure.</p>"
     )
 
@@ -256,8 +257,8 @@ def reliability(result: Result) -> str:
     """How often it is right when it is so sure, as a figure."""
     series = [Series("as it should be", [(0.0, 0.0), (1.0, 1.0)], "line", 3)]
     for part, name, colour in (("test", "as trained", 2), ("calibrated", "adjusted", 1)):
-        found = result.member[part]["reliability"]
-        bins = zip(found["confidence"], found["accuracy"], found["counts"], strict=True)
+        calibration_bins = result.trial[part]["reliability"]
+        bins = zip(calibration_bins["confidence"], calibration_bins["accuracy"], calibration_bins["counts"], strict=True)
         series.append(Series(name, [(sure, right) for sure, right, count in bins if count], "marks", colour))
     return plot("How often it is right, by how sure it is", series, (0.0, 1.0))
 
@@ -268,11 +269,11 @@ def class_cards(classes: LabelledClasses, right: Mapping[str, tuple[int, int]], 
     for one in classes.classes:
         stride = max(1, len(one.images) // each)
         some = [(image(source, f"an image of {one.name}"), "") for source in one.images[::stride][:each]]
-        own = right.get(one.key)
-        known = f"<span class='quiet'>{own[0]} of {own[1]} recognised untrained</span>" if own else ""
+        recognised = right.get(one.key)
+        untrained = f"<span class='quiet'>{recognised[0]} of {recognised[1]} recognised untrained</span>" if recognised else ""
         count = f"{len(one.images)} image{'' if len(one.images) == 1 else 's'}"
         cards.append(
-            f"<section class='class-card'><header><b>{html.escape(one.name)}</b> <span>{count}</span> {known}</header>"
+            f"<section class='class-card'><header><b>{html.escape(one.name)}</b> <span>{count}</span> {untrained}</header>"
             f"{images(some, 'small')}</section>"
         )
     return f"<div class='class-cards'>{''.join(cards)}</div>"

@@ -58,18 +58,18 @@ CLASSIFY = (
 )
 
 
-def completed(classes: LabelledClasses, values: Options, own: Options) -> Options:
+def completed(classes: LabelledClasses, values: Options, chosen: Options) -> Options:
     """All that a run on `classes` is started with.
 
     Args:
         values: of the preset and the user.
-        own: the user's alone, which are left as they are.
+        chosen: the user's alone, which are left as they are.
     """
     fitted = merged(values, {"data": {}, "optimisation": {}})
-    if "shots" not in own.get("data", {}):
+    if "shots" not in chosen.get("data", {}):
         fitted["data"]["shots"] = fitting_shots(classes, fitted["data"].get("shots", ["16"]))
     is_built_in = "model" not in fitted.get("model", {})
-    if is_built_in and "iterations_per_shot" not in own.get("optimisation", {}) and fitted["data"]["shots"] == ["all"]:
+    if is_built_in and "iterations_per_shot" not in chosen.get("optimisation", {}) and fitted["data"]["shots"] == ["all"]:
         fitted["optimisation"] |= bounded_steps(classes)
     fitted["data"] |= classes.data_options()
     return {group: fields for group, fields in fitted.items() if fields}

@@ -53,12 +53,12 @@ class Result:
     Args:
         record: the run.
         report: what report.json says.
-        member: the method's entry in it.
+        trial: the method's entry in it.
     """
 
     record: RunRecord
     report: dict[str, Any]
-    member: dict[str, Any]
+    trial: dict[str, Any]
 
     @property
     def classes(self) -> list[str]:
@@ -68,16 +68,16 @@ class Result:
     @property
     def folder(self) -> Path:
         """Of the method's files."""
-        return self.record.path / self.member["folder"]
+        return self.record.path / self.trial["folder"]
 
     def beside(self, method: str) -> dict[str, Any] | None:
         """Another method's entry, of the same images; None where it was not run."""
-        wanted = (method, self.member["shots"], self.member["seed"])
+        wanted = (method, self.trial["shots"], self.trial["seed"])
         return next((one for one in self.report["members"] if (one["method"], one["shots"], one["seed"]) == wanted), None)
 
     def same_draw(self) -> Iterator[dict[str, Any]]:
         """All methods' entries of the same images."""
-        wanted = (self.member["shots"], self.member["seed"])
+        wanted = (self.trial["shots"], self.trial["seed"])
         return (one for one in self.report["members"] if (one["shots"], one["seed"]) == wanted)
 
     def tested(self) -> list[TestImage]:
@@ -91,33 +91,33 @@ class Result:
 
     def untested(self) -> list[str]:
         """The classes without test images."""
-        counts = map(sum, self.member["test"]["confusion"])
+        counts = map(sum, self.trial["test"]["confusion"])
         return [name for name, count in zip(self.classes, counts, strict=True) if not count]
 
     def in_cell(self, true: int, predicted: int) -> list[TestImage]:
         """The test images of class `true` that were taken for `predicted`, the surest first."""
-        found = (one for one in self.tested() if (one.true, one.predicted) == (true, predicted))
-        return sorted(found, key=lambda one: -one.confidence)
+        matches = (one for one in self.tested() if (one.true, one.predicted) == (true, predicted))
+        return sorted(matches, key=lambda one: -one.confidence)
 
 
-def result_of(record: RunRecord, member: str | None = None) -> Result | None:
+def result_of(record: RunRecord, trial: str | None = None) -> Result | None:
     """What a run has found; None before it is done.
 
     Args:
-        member: the folder of a fitted method, as the report has it; the one that stands for the run unless it is one.
+        trial: the folder of a fitted method, as the report has it; the one that stands for the run unless it is one.
     """
     path = record.path / REPORT
     if not path.is_file():
         return None
     report = _report(path, path.stat().st_mtime_ns)
-    known = {one["folder"]: one for one in report.get("members", [])}
-    found = known.get(member) or known.get(report.get("classifier"))
-    if found is None:
+    trials = {one["folder"]: one for one in report.get("members", [])}
+    chosen = trials.get(trial) or trials.get(report.get("classifier"))
+    if chosen is None:
         raise InputError("The report of this run names no fitted method. Make the run again.")
-    folder = (record.path / found["folder"]).resolve()
+    folder = (record.path / chosen["folder"]).resolve()
     if not folder.is_relative_to(record.path.resolve()):
         raise InputError("The report of this run names files outside of it. Make the run again.")
-    return Result(record, report, found)
+    return Result(record, report, chosen)
 
 
 def source_of(record: RunRecord, image: TestImage) -> DatasetSource | None:

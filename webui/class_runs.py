@@ -38,30 +38,29 @@ class ClassifyContext:
     """What the parts of the screen Classify share.
 
     Args:
-        shell: the frame of all screens.
+        app: the context of all screens.
         tab: the screen's own tab.
         steps: the tabs of its parts: "pictures", "train", "result" and "new".
         run: the id of the classifier that Train, Result and Classify new are about.
-        draft: what is being prepared for the next run, kept by the browser: {"set": id of its images or None, "preset",
-            "options"}.
-        drafted: the same, to listen to.
-        known: the titles of all classifiers, which change with their states; to know when to look anew.
-        beat: changes whenever a part may have something else to show: it is opened, another classifier is chosen, or its state
-            is another.
+        draft: the settings of the next run, stored by the browser: {"set": id of its images or None, "preset", "options"}.
+        draft_changed: a copy of `draft` whose change event follows it.
+        classifiers: the titles and states of all classifiers, whose change event says when to read them again.
+        refresh_trigger: changes whenever a part may have something new to show: it was opened, another classifier was chosen,
+            or the classifier's state changed.
     """
 
-    shell: AppContext
+    app: AppContext
     tab: gr.Tab
     steps: gr.Tabs
     run: gr.Dropdown
     draft: gr.BrowserState
-    drafted: gr.State
-    known: gr.State
-    beat: gr.State
+    draft_changed: gr.State
+    classifiers: gr.State
+    refresh_trigger: gr.State
 
     def source(self) -> panel.FieldSource:
         """What the expert panel is about."""
-        return panel.FieldSource(self.shell, "classify", class_presets.CLASSIFY, self.draft, self.drafted, complete)
+        return panel.FieldSource(self.app, "classify", class_presets.CLASSIFY, self.draft, self.draft_changed, complete)
 
 
 def classifiers(workspace: Workspace) -> list[RunView]:
@@ -80,29 +79,29 @@ def view_of(workspace: Workspace, run_id: str | None) -> RunView | None:
 
 def set_of(workspace: Workspace, draft: object) -> str:
     """The id of the set that a draft is about: the one it names, if it is there, else the user's newest, else the example."""
-    known = class_sets.class_sets(workspace)
+    datasets = class_sets.class_sets(workspace)
     wanted = draft.get("set") if isinstance(draft, dict) else None
-    return wanted if wanted in (EXAMPLE, *known) else next(iter(known), EXAMPLE)
+    return wanted if wanted in (EXAMPLE, *datasets) else next(iter(datasets), EXAMPLE)
 
 
 def complete(workspace: Workspace, draft: dict[str, Any], options: Options) -> Options:
     """All that a run is started with, from what the browser kept and the options in force."""
-    own = draft.get("options") or {}
-    return class_presets.completed(class_sets.find(workspace, set_of(workspace, draft)), options, own)
+    chosen = draft.get("options") or {}
+    return class_presets.completed(class_sets.find(workspace, set_of(workspace, draft)), options, chosen)
 
 
-def values_of(frame: ClassifyContext, workspace: Workspace, draft: dict[str, Any]) -> tuple[dict[str, Any], Options]:
+def values_of(context: ClassifyContext, workspace: Workspace, draft: dict[str, Any]) -> tuple[dict[str, Any], Options]:
     """The draft with what was typed last, and all that its run is started with.
 
     Raises: InputError for what cannot be used.
     """
-    about = frame.source()
+    about = context.source()
     draft = about.settled(workspace, draft)
     options = merged(about.preset(draft).options(), draft.get("options") or {})
     return draft, complete(workspace, draft, options)
 
 
-def start(frame: ClassifyContext, workspace: Workspace, draft: dict[str, Any]) -> tuple[dict[str, Any], str]:
+def start(context: ClassifyContext, workspace: Workspace, draft: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """Start the run; returns the draft, with what was typed last, and the run's id.
 
     Raises: InputError for what cannot be used; then nothing was started.
@@ -114,11 +113,11 @@ def start(frame: ClassifyContext, workspace: Workspace, draft: dict[str, Any]) -
         raise InputError(class_sets.warnings(classes)[0])
     if classes.kind == "own":
         class_sets.settle(classes.data_dir)
-    draft, values = values_of(frame, workspace, draft)
+    draft, values = values_of(context, workspace, draft)
     return draft, launching.start(workspace, "classify", values)
 
 
-def command(frame: ClassifyContext, workspace: Workspace, draft: dict[str, Any]) -> str:
+def command(context: ClassifyContext, workspace: Workspace, draft: dict[str, Any]) -> str:
     """The command that `start` runs, as one writes it.
 
     Raises: InputError for what cannot be used.
@@ -126,7 +125,7 @@ def command(frame: ClassifyContext, workspace: Workspace, draft: dict[str, Any])
     from webui import launching
     from webui.work import options as checked
 
-    values = checked.cleaned(workspace, "classify", values_of(frame, workspace, draft)[1])
+    values = checked.cleaned(workspace, "classify", values_of(context, workspace, draft)[1])
     return launching.shown_command(launching.command("classify", values, workspace.runs / NEW_RUN))
 
 
@@ -180,7 +179,7 @@ def _add_corrections(folder: Path, files: Mapping[str, Sequence[Path]]) -> None:
     missing = [name for name in files if name not in keys]
     if missing:
         raise InputError(f"The class {missing[0]} is no longer among the images. Add it again under Images.")
-    added = class_sets.add_corrections(folder, {keys[name]: own for name, own in files.items()})
+    added = class_sets.add_corrections(folder, {keys[name]: paths for name, paths in files.items()})
     if not added.names:
         raise InputError(f"None of the images could be added: {added.refused[0]}")
 
@@ -205,7 +204,7 @@ def copied_set(workspace: Workspace, record: RunRecord) -> Path:
 def _drawn_split(record: RunRecord) -> tuple[dict[str, list[list[Any]]], dict[str, str]]:
     """What the classifier that stands for a run learned from and was tested on, and the names of its classes by their keys."""
     result = result_of(record)
-    shots, seed = result.member["shots"], result.member["seed"]
+    shots, seed = result.trial["shots"], result.trial["seed"]
     split = record.read_json(f"splits/{shots}-shots-seed-{seed}.json")
     return split, dict(zip(split["keys"], result.classes, strict=False))
 
@@ -215,16 +214,16 @@ def _copied(record: RunRecord, folder: Path, listed: Iterable[Sequence[Any]], na
     by_class: dict[str, list[str]] = {}
     for name, _, key in listed:
         by_class.setdefault(key, []).append(name)
-    found = []
-    for key, own in by_class.items():
+    copies = []
+    for key, paths in by_class.items():
         made = add_class(folder, names.get(key, key))
         with tempfile.TemporaryDirectory() as scratch:
             files = []
-            for place, name in enumerate(own):
-                files.append(Path(scratch) / f"{place:06d}{Path(name).suffix}")
+            for position, name in enumerate(paths):
+                files.append(Path(scratch) / f"{position:06d}{Path(name).suffix}")
                 files[-1].write_bytes(_content(record, name))
-            found += [[name, made] for name in add_images(folder, files, made).names]
-    return found
+            copies += [[name, made] for name in add_images(folder, files, made).names]
+    return copies
 
 
 def _content(record: RunRecord, name: str) -> bytes:

@@ -34,8 +34,8 @@ def class_sets(workspace: Workspace) -> list[str]:
     """The ids of the user's sets that hold classes, or point to a folder that does, newest first."""
     if not workspace.sets.is_dir():
         return []
-    found = [path for path in workspace.sets.iterdir() if path.is_dir() and not path.is_symlink() and _has_classes(path)]
-    return [path.name for path in sorted(found, key=lambda path: path.name, reverse=True)]
+    folders = [path for path in workspace.sets.iterdir() if path.is_dir() and not path.is_symlink() and _has_classes(path)]
+    return [path.name for path in sorted(folders, key=lambda path: path.name, reverse=True)]
 
 
 def title(workspace: Workspace, set_id: str) -> str:
@@ -45,10 +45,10 @@ def title(workspace: Workspace, set_id: str) -> str:
     folder = workspace.image_set(set_id)
     if pointer := read_pointer(folder):
         return f"Folder {Path(pointer['path']).name}"
-    own = read_set(folder)
-    names = [one.name for one in own.classes]
+    dataset = read_set(folder)
+    names = [one.name for one in dataset.classes]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(names[:3])}{more} ({len(own.entries())} images)"
+    return f"{', '.join(names[:3])}{more} ({len(dataset.entries())} images)"
 
 
 def find(workspace: Workspace, set_id: str) -> LabelledClasses:
@@ -92,14 +92,14 @@ def point_to(workspace: Workspace, path: str) -> str:
 
     if not workspace.is_local:
         raise InputError("Folders of the machine can be named only by who works at it. Upload the images instead.")
-    found = Path(path.strip()).expanduser().absolute()
-    if not path.strip() or not found.is_dir():
+    pointed_to = Path(path.strip()).expanduser().absolute()
+    if not path.strip() or not pointed_to.is_dir():
         raise InputError(
             f"There is no folder {path.strip()!r} on this machine. Give the folder that holds a folder for each class."
         )
-    labelled.pointed_to(EXAMPLE, found, {})
+    labelled.pointed_to(EXAMPLE, pointed_to, {})
     folder = workspace.new_image_set()
-    write_text_atomically(folder / POINTER, json.dumps({"path": str(found), "names": {}}))
+    write_text_atomically(folder / POINTER, json.dumps({"path": str(pointed_to), "names": {}}))
     return folder.name
 
 
@@ -125,8 +125,8 @@ def name_pointed_class(folder: Path, key: str, name: str) -> None:
 def read_split(folder: Path) -> dict[str, set[str]]:
     """Which of a set's images are learned from and which tested on: their files by part, "train" and "test"."""
     path = folder / SPLIT
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {part: {name for name, _ in kept.get(part, ())} for part in ("train", "test")}
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {part: {name for name, _ in stored.get(part, ())} for part in ("train", "test")}
 
 
 def settle(folder: Path, training: Collection[str] = (), testing: Collection[str] = ()) -> None:
@@ -137,11 +137,11 @@ def settle(folder: Path, training: Collection[str] = (), testing: Collection[str
         testing: files that are only ever tested on.
     """
     with changing(folder) as images:
-        kept = read_split(folder)
+        stored = read_split(folder)
         parts: dict[str, list[list[str]]] = {"train": [], "test": []}
         for one in images.classes:
             files = [entry.file for entry in one.images]
-            tested = _tested(files, kept, set(training), set(testing))
+            tested = _tested(files, stored, set(training), set(testing))
             for file in files:
                 parts["test" if file in tested else "train"].append([file, one.folder])
         write_text_atomically(folder / SPLIT, json.dumps(parts, indent=1))
@@ -153,10 +153,10 @@ def settle_upload(folder: Path, added: Added) -> None:
     settle(folder, training=added.parts.keys() - testing, testing=testing)
 
 
-def _tested(files: Sequence[str], kept: Mapping[str, set[str]], training: set[str], testing: set[str]) -> set[str]:
+def _tested(files: Sequence[str], stored: Mapping[str, set[str]], training: set[str], testing: set[str]) -> set[str]:
     """Those of one class's files that are tested on: those that were or must be, and as many new ones as the share lacks."""
-    tested = {file for file in files if file in kept["test"] | testing and file not in training}
-    fresh = [file for file in files if file not in kept["train"] | kept["test"] | training | testing]
+    tested = {file for file in files if file in stored["test"] | testing and file not in training}
+    fresh = [file for file in files if file not in stored["train"] | stored["test"] | training | testing]
     lacking = max(0, held_out_of(len(files)) - len(tested))
     # As good as drawn, and the same whenever it is done.
     return tested.union(sorted(fresh, key=lambda file: hashlib.sha256(file.encode()).digest())[:lacking])
@@ -170,14 +170,14 @@ def add_corrections(folder: Path, files: Mapping[str, Sequence[Path]]) -> Added:
         files: the images by the key of their class.
     Raises: InputError if the set or a class is gone.
     """
-    whole = Added()
-    for key, own in files.items():
-        added = add_images(folder, own, key)
-        whole.names += added.names
-        whole.refused += added.refused
-        whole.notes += added.notes
-    settle(folder, training=whole.names)
-    return whole
+    total = Added()
+    for key, paths in files.items():
+        added = add_images(folder, paths, key)
+        total.names += added.names
+        total.refused += added.refused
+        total.notes += added.notes
+    settle(folder, training=total.names)
+    return total
 
 
 def set_of_run(workspace: Workspace, record: RunRecord) -> str | None:
@@ -193,32 +193,32 @@ def set_of_run(workspace: Workspace, record: RunRecord) -> str | None:
 
 def warnings(classes: LabelledClasses) -> list[str]:
     """What stands in the way of training, or makes it worse, in sentences that hold users' words."""
-    found = []
+    sentences = []
     counts = {one.name: len(one.images) for one in classes.classes}
     if not counts:
         return ["There are no classes yet. Add a zip of class folders, or make a class and drop images into it."]
     if len(counts) == 1:
-        found.append("There is one class only. A classifier tells two or more apart: add another.")
+        sentences.append("There is one class only. A classifier tells two or more apart: add another.")
     for name, count in counts.items():
         if count < FEWEST:
-            found.append(f"{name} has {_images(count)}. Training needs {FEWEST} of each class at least: add more.")
+            sentences.append(f"{name} has {_images(count)}. Training needs {FEWEST} of each class at least: add more.")
     unlearnable = [one.name for one in classes.classes if len(one.images) >= FEWEST and not one.learnable]
     if unlearnable:
-        found.append(
+        sentences.append(
             f"All images of {_listed(unlearnable)} are kept for the test. Training needs others to learn from: add some."
         )
     few = [name for name, count in counts.items() if FEWEST <= count < FEW]
     if few:
-        found.append(
+        sentences.append(
             f"{_listed(few)} {'has' if len(few) == 1 else 'have'} fewer than {FEW} images. It works, but three in ten of them "
             "are kept for the test, so that the accuracy will be rough."
         )
     if max(counts.values()) > UNEVEN * max(1, min(counts.values())):
         least, most = min(counts, key=counts.get), max(counts, key=counts.get)
-        found.append(
+        sentences.append(
             f"{most} has many more images than {least} ({counts[most]} and {counts[least]}). More of {least} would help."
         )
-    return found
+    return sentences
 
 
 def is_ready(classes: LabelledClasses) -> bool:
@@ -261,5 +261,5 @@ def _images(count: int) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    shown = list(names[:4]) + ([f"{len(names) - 4} more"] if len(names) > 4 else [])
-    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
+    listed = list(names[:4]) + ([f"{len(names) - 4} more"] if len(names) > 4 else [])
+    return listed[0] if len(listed) == 1 else f"{', '.join(listed[:-1])} and {listed[-1]}"

@@ -44,10 +44,10 @@ class Compared:
 
         Raises: InputError if they are not two to four, one is not there, or they are of different kinds.
         """
-        known = list(dict.fromkeys(ids or ()))
-        if not FEWEST <= len(known) <= MOST:
-            raise InputError(f"Choose {FEWEST} to {MOST} runs to compare, got {len(known)}.")
-        views = tuple(RunView(workspace.run(run_id)) for run_id in known)
+        unique = list(dict.fromkeys(ids or ()))
+        if not FEWEST <= len(unique) <= MOST:
+            raise InputError(f"Choose {FEWEST} to {MOST} runs to compare, got {len(unique)}.")
+        views = tuple(RunView(workspace.run(run_id)) for run_id in unique)
         if len({view.task for view in views}) > 1:
             raise InputError("A subject and a classifier have nothing to compare. Choose runs of the same kind.")
         return cls(views)
@@ -65,18 +65,18 @@ class Compared:
 
     def legend(self) -> str:
         """Which letter is which run."""
-        items = (f"<li><b>{letter(place)}</b> {_text(view.title)}</li>" for place, view in enumerate(self.views))
+        items = (f"<li><b>{letter(position)}</b> {_text(view.title)}</li>" for position, view in enumerate(self.views))
         return f'<ul class="compared">{"".join(items)}</ul>'
 
     def images(self) -> str:
         """The sample images of the same prompts and seeds, each run's suggested or last step."""
         steps = [shown_step(view) for view in self.views]
-        drawn = [_drawn(view, step) for view, step in zip(self.views, steps, strict=True)]
-        common = [key for key in drawn[0] if all(key in each for each in drawn)]
+        samples = [_drawn(view, step) for view, step in zip(self.views, steps, strict=True)]
+        common = [key for key in samples[0] if all(key in each for each in samples)]
         if not common:
             return f'<p class="warning">{OTHER_IMAGES}</p>'
-        rows = {f"{key[0]} (seed {key[1]})": _cells(drawn, key) for key in common}
-        heads = [f"{letter(place)}, {'base model' if step == 0 else f'step {step}'}" for place, step in enumerate(steps)]
+        rows = {f"{key[0]} (seed {key[1]})": _cells(samples, key) for key in common}
+        heads = [f"{letter(position)}, {'base model' if step == 0 else f'step {step}'}" for position, step in enumerate(steps)]
         return "<h3>The same prompts from the same noise</h3>" + side_by_side(heads, rows)
 
     def curves(self) -> str:
@@ -84,29 +84,33 @@ class Compared:
         logged = [series(view) for view in self.views]
         last = max((points[-1][0] for each in logged for points in each.values() if points), default=1)
         lines = []
-        for place, each in enumerate(logged):
+        for position, each in enumerate(logged):
             losses = each.get("loss", [])
             smooth = running_mean(losses, max(1, round(len(losses) * SMOOTHED)))
-            lines.append(Series(f"{letter(place)}: loss", smooth, "line", place + 1))
-            lines.append(Series(f"{letter(place)}: on the photo held out", each.get("heldout_loss", []), "marks", place + 1))
-        drawn = [plot("Loss while training, less is better", lines, (0, last))]
+            lines.append(Series(f"{letter(position)}: loss", smooth, "line", position + 1))
+            lines.append(
+                Series(f"{letter(position)}: on the photo held out", each.get("heldout_loss", []), "marks", position + 1)
+            )
+        plots = [plot("Loss while training, less is better", lines, (0, last))]
         for name, title in SCORES.items():
-            points = [Series(letter(place), each.get(name, []), "marks", place + 1) for place, each in enumerate(logged)]
-            drawn.append(plot(f"{title}, more is better", points, (0, last), css="half"))
-        return "".join(drawn)
+            points = [Series(letter(position), each.get(name, []), "marks", position + 1) for position, each in enumerate(logged)]
+            plots.append(plot(f"{title}, more is better", points, (0, last), css="half"))
+        return "".join(plots)
 
     def table(self) -> str:
         """The accuracy of every method and number of images, with its 95% interval."""
-        found = [{(row["method"], row["shots"]): row["top1"] for row in accuracies(view)} for view in self.views]
-        keys = sorted({key for each in found for key in each}, key=str)
+        accuracy = [{(row["method"], row["shots"]): row["top1"] for row in accuracies(view)} for view in self.views]
+        keys = sorted({key for each in accuracy for key in each}, key=str)
         if not keys:
             return f'<p class="warning">{RUNNING_YET}</p>'
         rows = {}
         for key in keys:
             method, shots = key
-            rows[f"{called(method)}, {shots} images a class"] = [in_percent(each[key]) if key in each else "" for each in found]
+            rows[f"{called(method)}, {shots} images a class"] = [
+                in_percent(each[key]) if key in each else "" for each in accuracy
+            ]
         note = '<p class="quiet">The share of test images named right, and where it lies with 95% confidence.</p>'
-        heads = [letter(place) for place in range(len(self.views))]
+        heads = [letter(position) for position in range(len(self.views))]
         return f"<h3>Accuracy</h3>{note}" + side_by_side(heads, rows)
 
     def differences(self) -> str:
@@ -118,14 +122,14 @@ class Compared:
             for name in names
             if any(each.get(name) != flat[0].get(name) for each in flat)
         }
-        heads = [letter(place) for place in range(len(self.views))]
-        told = side_by_side(heads, rows) if rows else "<p>None: they were started with the same options.</p>"
-        return f"<h3>Options that differ</h3>{told}"
+        heads = [letter(position) for position in range(len(self.views))]
+        content = side_by_side(heads, rows) if rows else "<p>None: they were started with the same options.</p>"
+        return f"<h3>Options that differ</h3>{content}"
 
 
-def letter(place: int) -> str:
+def letter(index: int) -> str:
     """What the run of a column is called in short."""
-    return chr(ord("A") + place)
+    return chr(ord("A") + index)
 
 
 def shown_step(view: RunView) -> int | None:
@@ -135,9 +139,9 @@ def shown_step(view: RunView) -> int | None:
     return suggested if suggested in steps else max(steps, default=None)
 
 
-def _cells(drawn: Sequence[Mapping[tuple[str, int], images.Sample]], key: tuple[str, int]) -> list[str]:
+def _cells(samples: Sequence[Mapping[tuple[str, int], images.Sample]], key: tuple[str, int]) -> list[str]:
     """The image of a prompt and seed, of each run."""
-    return [sample_html(each[key].path, each[key].css, key[0]) for each in drawn]
+    return [sample_html(each[key].path, each[key].css, key[0]) for each in samples]
 
 
 def sample_html(path: Path, css: str, said: str) -> str:
@@ -157,8 +161,8 @@ def side_by_side(heads: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str
 
 
 def _drawn(view: RunView, step: int | None) -> dict[tuple[str, int], images.Sample]:
-    found = [] if step is None else images.samples(view.record, step)
-    return {(sample.prompt, sample.seed): sample for sample in found}
+    samples = [] if step is None else images.samples(view.record, step)
+    return {(sample.prompt, sample.seed): sample for sample in samples}
 
 
 def _flat(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def is_measuring(record: RunRecord) -> bool:
     return record.status().get("state") in ("queued", "starting", "running") and record.has_live_process()
 
 
-def in_words(record: RunRecord, plan: Plan) -> str:
+def cost_summary(record: RunRecord, plan: Plan) -> str:
     """What is known of the cost by now, as markup."""
     if is_measuring(record):
         return f'<p role="status"><span class="chip running">measuring</span> {html.escape(_progress(record.status()))}</p>'
@@ -71,8 +71,8 @@ def _measured(report: dict[str, Any], plan: Plan) -> str:
     if plan.folds:
         extra = report["seconds_per_step"] * (plan.steps // 2) * plan.folds
         why = f"with fewer than {FEWEST_TO_SPARE_ONE} photos, each is left out once in a short training"
-        told = f"about {duration(extra)} more: {why}"
-        rows.append(("Finding the best step", told))
+        sentence = f"about {duration(extra)} more: {why}"
+        rows.append(("Finding the best step", sentence))
     rows += [
         (
             "Around it",

@@ -49,18 +49,18 @@ def plot(
         marked: an x to mark and what to call it.
         css: classes of the whole.
     """
-    shown = [each for each in series if each.points]
-    if not shown:
+    visible = [each for each in series if each.points]
+    if not visible:
         return ""
-    low, high = _range([y for each in shown for y in _told(each)])
-    across, up = _ticks(*x_range, whole=True), _ticks(low, high)
+    low, high = _range([y for each in visible for y in _told(each)])
+    across, up = _ticks(*x_range, integers=True), _ticks(low, high)
     low, high = min(low, up[0]), max(high, up[-1])
     wide = max(x_range[1] - x_range[0], 1.0)
     # A little wider than asked, so that dots at the ends are whole.
     frame = _Frame(x_range[0] - EDGE * wide, x_range[0] + (1 + EDGE) * wide, low, high)
-    drawn = "".join(_drawn(each, frame) for each in shown)
+    paths = "".join(_drawn(each, frame) for each in visible)
     lines, left, below = _axes(frame, across, up)
-    legend = "".join(f'<li class="c{each.colour} {each.kind}">{html.escape(each.name)}</li>' for each in shown)
+    legend = "".join(f'<li class="c{each.colour} {each.kind}">{html.escape(each.name)}</li>' for each in visible)
     mark, note = "", ""
     if marked is not None:
         mark = f'<path class="marked" d="M{frame.x(marked[0]):.0f} 0V{HEIGHT}"/>'
@@ -71,8 +71,8 @@ def plot(
         f'<figure class="curve {css}"><figcaption>{name}</figcaption><ul class="legend">{legend}</ul>'
         f'<div class="left" aria-hidden="true">{left}</div>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" aria-label="{name}.{note}">'
-        f"<title>{name}</title>{lines}{mark}{drawn}</svg>"
-        f'<div class="below" aria-hidden="true">{below}</div>{_table(name, shown)}</figure>'
+        f"<title>{name}</title>{lines}{mark}{paths}</svg>"
+        f'<div class="below" aria-hidden="true">{below}</div>{_table(name, visible)}</figure>'
     )
 
 
@@ -86,11 +86,11 @@ def _axes(frame: _Frame, across: Sequence[float], up: Sequence[float]) -> tuple[
 
 def running_mean(points: Sequence[Point], over: int) -> list[Point]:
     """The mean of each point's y and the `over` - 1 before it."""
-    total, found = 0.0, []
-    for place, (x, y) in enumerate(points):
-        total += y - (points[place - over][1] if place >= over else 0.0)
-        found.append((x, total / min(place + 1, over)))
-    return found
+    total, means = 0.0, []
+    for index, (x, y) in enumerate(points):
+        total += y - (points[index - over][1] if index >= over else 0.0)
+        means.append((x, total / min(index + 1, over)))
+    return means
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _drawn(series: Series, frame: _Frame) -> str:
 def _thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
     """At most about `most` of the points, evenly spread, the last among them."""
     stride = math.ceil(len(points) / most)
-    return [point for place, point in enumerate(points) if (len(points) - 1 - place) % stride == 0]
+    return [point for index, point in enumerate(points) if (len(points) - 1 - index) % stride == 0]
 
 
 def _told(series: Series) -> list[float]:
@@ -139,13 +139,13 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
     return (0.0 if low >= 0 > low - margin else low - margin), high + margin
 
 
-def _ticks(low: float, high: float, whole: bool = False, about: int = 4) -> list[float]:
+def _ticks(low: float, high: float, integers: bool = False, about: int = 4) -> list[float]:
     """Round values from `low` to `high`."""
     rough = max(high - low, 1e-12) / about
     size = 10.0 ** math.floor(math.log10(rough))
     step = next(size * each for each in STEPS if size * each >= rough)
-    step = max(1.0, round(step)) if whole else step
-    return [place * step for place in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)] or [low]
+    step = max(1.0, round(step)) if integers else step
+    return [index * step for index in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)] or [low]
 
 
 def _number(value: float) -> str:

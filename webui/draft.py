@@ -55,15 +55,15 @@ class Draft:
     @classmethod
     def from_browser(cls, value: object) -> Draft:
         """What the browser kept; whatever is not of the right shape is as if it had never been said."""
-        kept = value if isinstance(value, dict) else {}
+        stored = value if isinstance(value, dict) else {}
         texts = {
-            name: kept[name] for name in ("set", "own", "preset", "trigger", "class_word") if isinstance(kept.get(name), str)
+            name: stored[name] for name in ("set", "own", "preset", "trigger", "class_word") if isinstance(stored.get(name), str)
         }
-        options = kept.get("options") if isinstance(kept.get("options"), dict) else {}
-        scenes = kept.get("scenes")
+        options = stored.get("options") if isinstance(stored.get("options"), dict) else {}
+        scenes = stored.get("scenes")
         is_list = isinstance(scenes, list) and all(isinstance(scene, str) for scene in scenes)
-        own = {group: dict(fields) for group, fields in options.items() if isinstance(fields, dict) and fields}
-        return cls(**texts, options=own, scenes=scenes if is_list else None)
+        chosen = {group: dict(fields) for group, fields in options.items() if isinstance(fields, dict) and fields}
+        return cls(**texts, options=chosen, scenes=scenes if is_list else None)
 
     @classmethod
     def like(cls, options: Options, set_id: str | None) -> Draft:
@@ -101,8 +101,8 @@ class Draft:
     def prompts(self) -> list[str]:
         """Of the sample images: the prompt itself, and in each scene."""
         scenes = SCENES if self.scenes is None else [" ".join(scene.split()) for scene in self.scenes if scene.strip()]
-        whole = re.compile(rf"(?<!\w){re.escape(self.trigger.strip())}(?!\w)")
-        return [self.prompt, *(scene if whole.search(scene) else f"{self.prompt} {scene}" for scene in scenes)]
+        word = re.compile(rf"(?<!\w){re.escape(self.trigger.strip())}(?!\w)")
+        return [self.prompt, *(scene if word.search(scene) else f"{self.prompt} {scene}" for scene in scenes)]
 
     @property
     def scenes_in_lines(self) -> str:
@@ -134,11 +134,11 @@ class Draft:
             data["instance_prompt"] = self.prompt
         if self.scenes is not None:
             output["validation_prompt"] = self.prompts
-        own = without(options, SET_BY_THE_PAGE["subject"])
-        if own.get("data", {}).get("with_prior_preservation"):
+        chosen = without(options, SET_BY_THE_PAGE["subject"])
+        if chosen.get("data", {}).get("with_prior_preservation"):
             data["class_prompt"] = f"a photo of {_article(self.kind)} {self.kind.strip()}"
         said = {"data": data, "output": output}
-        return merged(own, {group: fields for group, fields in said.items() if fields})
+        return merged(chosen, {group: fields for group, fields in said.items() if fields})
 
 
 def check_words(trigger: str, kind: str) -> None:

@@ -23,8 +23,8 @@ SCORES = {"subject_score": "Likeness to your photos", "prompt_score": "Following
 
 def figures(view: RunView) -> list[tuple[str, str]]:
     """What a list says of a run: names and values, both for people; a user's words may be in them."""
-    found = _of_classifier(view) if view.task == "classify" else _of_subject(view)
-    return [(name, value) for name, value in found if value]
+    rows = _of_classifier(view) if view.task == "classify" else _of_subject(view)
+    return [(name, value) for name, value in rows if value]
 
 
 def method_of(view: RunView) -> str:
@@ -85,12 +85,12 @@ def series(view: RunView) -> dict[str, list[Point]]:
 
 @lru_cache(maxsize=256)
 def _series(path: Path, changed: int, size: int) -> dict[str, list[Point]]:
-    found: dict[str, dict[float, float]] = defaultdict(dict)
+    series: dict[str, dict[float, float]] = defaultdict(dict)
     for line in _lines(path):
         for name, value in line.items():
             if name not in ("step", "time") and isinstance(value, int | float):
-                found[name][line["step"]] = value
-    return {name: sorted(points.items()) for name, points in found.items()}
+                series[name][line["step"]] = value
+    return {name: sorted(points.items()) for name, points in series.items()}
 
 
 def _lines(path: Path) -> list[dict[str, float]]:

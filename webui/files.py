@@ -48,7 +48,7 @@ def _bytes_in(folder: Path) -> int | None:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) or None if folder.is_dir() else None
 
 
-def in_words(size: int | None) -> str:
+def size_text(size: int | None) -> str:
     """A size for people."""
     if size is None:
         return "made when asked for"

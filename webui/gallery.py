@@ -13,21 +13,21 @@ from webui.generated_images import GeneratedImages, one_line, settings_of
 from webui.images import CRISP_SIDE, in_cache
 from webui.workspace import Workspace
 
-SHOWN = 48
+GALLERY_SIZE = 48
 HINT = "<p class='quiet'>Choose an image to see how it was made. Each file carries that too.</p>"
 NO_IMAGES = """<div class="empty"><p>Images appear here, the newest first. They stay when you close the page.</p></div>"""
 
 
 def gallery_of(workspace: Workspace) -> list[Any]:
     """All images that the user has drawn, newest first, each with its settings in a line; and what to do with them."""
-    found = [_cached(path, path.stat().st_mtime_ns) for path in GeneratedImages.of(workspace).newest()[:SHOWN]]
-    if any(not Path(cached).exists() for cached, *_ in found):
+    items = [_cached(path, path.stat().st_mtime_ns) for path in GeneratedImages.of(workspace).newest()[:GALLERY_SIZE]]
+    if any(not Path(cached).exists() for cached, *_ in items):
         _cached.cache_clear()
         return gallery_of(workspace)
-    classes = ["captioned", *(["pixel"] if all(side <= CRISP_SIDE for *_, side in found) else [])]
-    value = [(cached, line) for cached, line, _ in found]
-    gallery = gr.Gallery(value=value, visible=bool(found), elem_classes=classes, selected_index=None)
-    return [gallery, HINT if found else NO_IMAGES]
+    classes = ["captioned", *(["pixel"] if all(side <= CRISP_SIDE for *_, side in items) else [])]
+    value = [(cached, line) for cached, line, _ in items]
+    gallery = gr.Gallery(value=value, visible=bool(items), elem_classes=classes, selected_index=None)
+    return [gallery, HINT if items else NO_IMAGES]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -15,7 +15,7 @@ from pipelines.errors import InputError
 from pipelines.images import read_settings, save_image
 from webui.workspace import Workspace
 
-KEPT = 200
+MAX_IMAGES_KEPT = 200
 # No image set is called so: their ids begin with a letter or a digit.
 FOLDER = ".drawn"
 NAME = re.compile(r"\d{19}-[0-9a-f]{6}\.png")
@@ -37,10 +37,10 @@ class GeneratedImages:
         return cls(workspace.sets / FOLDER)
 
     def add(self, image: Image.Image, settings: dict[str, Any]) -> Path:
-        """Keep an image, with its settings inside the file; returns the file. Beyond `KEPT` the oldest go."""
+        """Keep an image, with its settings inside the file; returns the file. Beyond `MAX_IMAGES_KEPT` the oldest go."""
         path = self.folder / f"{time.time_ns():019d}-{secrets.token_hex(3)}.png"
         save_image(image, path, settings)
-        for old in self.newest()[KEPT:]:
+        for old in self.newest()[MAX_IMAGES_KEPT:]:
             old.unlink(missing_ok=True)
         return path
 
@@ -57,7 +57,7 @@ class GeneratedImages:
         """
         path = self.folder / name if isinstance(name, str) and NAME.fullmatch(name) else None
         if path is None or not path.is_file():
-            raise InputError(f"This image is no longer there; the newest {KEPT} are kept. Draw it again.")
+            raise InputError(f"This image is no longer there; the newest {MAX_IMAGES_KEPT} are kept. Draw it again.")
         return path
 
 

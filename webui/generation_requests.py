@@ -51,23 +51,23 @@ class GenerationRequest:
         mixed = [(each, number("Strength", of)) for each, of in zip(references, strengths, strict=True) if each]
         return cls(
             run_id=run_id,
-            step=None if step is None else whole("Step", step),
+            step=None if step is None else integer("Step", step),
             strength=number("Strength", strength),
             prompt=str(prompt or ""),
             mixed=tuple(mixed),
             negative_prompt=str(negative or ""),
-            count=whole("Images", count),
-            seed=whole("Seed", seed),
+            count=integer("Images", count),
+            seed=integer("Seed", seed),
             with_base=bool(with_base),
-            steps=whole("Steps", steps),
+            steps=integer("Steps", steps),
             guidance=number("Guidance", guidance),
         )
 
     @property
     def references(self) -> list[tuple[str, float]]:
         """All adapters and their strengths, the run's first."""
-        own = [] if self.run_id is None or self.step is None else [(reference_of(self.run_id, self.step), self.strength)]
-        return [*own, *self.mixed]
+        adapters = [] if self.run_id is None or self.step is None else [(reference_of(self.run_id, self.step), self.strength)]
+        return [*adapters, *self.mixed]
 
 
 def number(name: str, value: Any) -> float:
@@ -80,7 +80,7 @@ def number(name: str, value: Any) -> float:
     return float(value)
 
 
-def whole(name: str, value: Any) -> int:
+def integer(name: str, value: Any) -> int:
     """`value` as a whole number.
 
     Raises: InputError naming the field if it is none.
@@ -96,6 +96,6 @@ def run_in(settings: dict[str, Any]) -> tuple[str | None, int | None, float, lis
     run_id, step, strength = None, None, 0.0
     if used and not used[0][0].startswith(f"{FILE}@"):
         (reference, strength), *used = used
-        run_id, _, told = reference.partition("@")
-        step = int(told)
+        run_id, _, step_text = reference.partition("@")
+        step = int(step_text)
     return run_id, step, strength, used

@@ -85,8 +85,8 @@ class SubjectDataset:
         """
         order = [entry.file for entry in self.entries()]
         if file in order:
-            place = order.index(file)
-            order.insert(max(0, place + by), order.pop(place))
+            index = order.index(file)
+            order.insert(max(0, index + by), order.pop(index))
         reorder(self.folder, [file, *order] if file not in order else order)
 
     def remove(self, file: str) -> None:
@@ -106,7 +106,7 @@ class SubjectDataset:
 
 def _in_order(folder: Path, entries: list[Entry]) -> list[Entry]:
     """Call the files, and the captions beside them, after their places; returns the entries with their new names."""
-    called = [replace(entry, file=f"{place:04d}{Path(entry.file).suffix}") for place, entry in enumerate(entries, start=1)]
+    called = [replace(entry, file=f"{number:04d}{Path(entry.file).suffix}") for number, entry in enumerate(entries, start=1)]
     for entry in entries:
         for path in _with_caption(folder / entry.file):
             os.replace(path, path.with_name(f".{path.name}"))
@@ -134,8 +134,8 @@ def _thumbnail(path: Path, changed: int) -> str:
     return as_address(image, "JPEG", quality=85)
 
 
-def as_address(image: Image.Image, kind: str = "PNG", **how: int) -> str:
+def as_address(image: Image.Image, kind: str = "PNG", **options: int) -> str:
     """`image` as the address of an <img> that holds it, so that nothing is left for others to load."""
     stream = io.BytesIO()
-    image.save(stream, kind, **how)
+    image.save(stream, kind, **options)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"

@@ -29,10 +29,10 @@ from training.runs.durable import write_text_atomically
 from training.runs.record import OPTIONS, RunRecord
 from training.runs.waiting import QUEUE
 from webui.run_log import LOG, START, log_tail
-from webui.views import IN_WORDS, RunView
+from webui.views import STATE_TEXTS, RunView
 from webui.workspace import LAUNCH, Workspace
 
-__all__ = ["ask", "command", "delete", "duplicate", "log_tail", "rehearse", "resume", "shown_command", "start", "stop"]
+__all__ = ["ask", "command", "delete", "duplicate", "log_tail", "resume", "shown_command", "start", "start_dry_run", "stop"]
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {"subject": "training/dreambooth_nora.py", "classify": "training/fewshot_nora.py"}
@@ -71,7 +71,7 @@ def start(workspace: Workspace, task: str, options: Values) -> str:
     return path.name
 
 
-def rehearse(workspace: Workspace, task: str, options: Values, path: Path) -> None:
+def start_dry_run(workspace: Workspace, task: str, options: Values, path: Path) -> None:
     """Have a dry run measure in the folder `path` what a run would take; it waits for its turn, and is no run of its own.
 
     Args:
@@ -198,7 +198,7 @@ def _allowing(record: RunRecord, action: str) -> RunView:
     """
     view = RunView(record)
     if action not in view.actions:
-        raise InputError(f"{NOT_NOW[action]} The run is {IN_WORDS[view.state]}.")
+        raise InputError(f"{NOT_NOW[action]} The run is {STATE_TEXTS[view.state]}.")
     return view
 
 
@@ -223,12 +223,12 @@ def _spawn(workspace: Workspace, path: Path, words: Sequence[str], folder: Path)
     _make_room()
     queue = workspace.all_runs.absolute() / QUEUE
     waiter = [sys.executable, "-m", "training.runs.waiting", str(path), "--queue", str(queue), "--", *_found(words)]
-    own = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
     with (path / LOG).open("a", encoding="utf-8") as log:
         log.write(f"{START}{shown_command(words)}\n")
         log.flush()
         process = subprocess.Popen(
-            waiter, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=folder, env=own, start_new_session=True
+            waiter, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=folder, env=environment, start_new_session=True
         )
     # Whoever starts a process must note its end, or it stays as a zombie.
     threading.Thread(target=process.wait, daemon=True).start()

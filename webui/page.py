@@ -36,9 +36,9 @@ def build_page(settings: Settings) -> gr.Blocks:
         draft = gr.BrowserState(EMPTY_DRAFT, storage_key="nora-vision-draft", secret="nora-vision-draft")
         class_draft = gr.BrowserState(EMPTY_CLASS_DRAFT, storage_key="nora-vision-classify", secret="nora-vision-classify")
         clock = gr.Timer(POLL_SECONDS, active=False)
-        front, beats = gr.State(next(iter(SCREENS))), {name: gr.State(0.0) for name in SCREENS}
+        active_tab, refresh_triggers = gr.State(next(iter(SCREENS))), {name: gr.State(0.0) for name in SCREENS}
         tabs = gr.Tabs(elem_id="screens")
-        shell = AppContext(
+        context = AppContext(
             page,
             settings,
             run=run,
@@ -47,25 +47,25 @@ def build_page(settings: Settings) -> gr.Blocks:
             chosen=chosen,
             tabs=tabs,
             draft=draft,
-            drafted=followed(draft),
+            draft_changed=followed(draft),
             class_draft=class_draft,
             clock=clock,
-            front=front,
-            beats=beats,
+            active_tab=active_tab,
+            refresh_triggers=refresh_triggers,
         )
         # First, since a screen's handler of the same name would take the endpoint's name; and not within the tabs, which
         # count all that they hold.
-        build_api(shell)
+        build_api(context)
         opened = {}
         with tabs:
             for name, (title, screen) in SCREENS.items():
                 with gr.Tab(title, id=name, elem_id=f"screen-{name}") as opened[name]:
-                    screen.build(shell)
-        shell.keep_time(opened)
+                    screen.build(context)
+        context.keep_time(opened)
 
         @in_plain_words
         def come_back(request: gr.Request) -> list[dict[str, object]]:
-            return shell.show(settings.workspace(request))
+            return context.show(settings.workspace(request))
 
-        page.load(come_back, outputs=shell.outputs, api_visibility="private")
+        page.load(come_back, outputs=context.outputs, api_visibility="private")
     return page

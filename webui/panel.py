@@ -48,19 +48,19 @@ class FieldSource:
     """What the panel is about.
 
     Args:
-        shell: the frame.
+        context: the frame.
         task: "subject" or "classify".
         presets: to choose from; draft["preset"] names the one in force.
         draft: what the browser keeps: {"preset", "options", ...}.
-        drafted: the same, to listen to.
+        draft_changed: the same, to listen to.
         complete: makes from a workspace, the draft and the preset's and user's values all that a run is started with.
     """
 
-    shell: AppContext
+    context: AppContext
     task: str
     presets: Sequence[Preset]
     draft: gr.BrowserState
-    drafted: gr.State
+    draft_changed: gr.State
     complete: Complete
 
     def preset(self, draft: dict[str, Any]) -> Preset:
@@ -77,39 +77,39 @@ class FieldSource:
 
 def build(source: FieldSource) -> gr.Accordion:
     """Put the panel into the page: an accordion that draws its widgets when it is first opened."""
-    shell, draft, prefix = source.shell, source.draft, f"{source.task}-panel"
+    context, draft, prefix = source.context, source.draft, f"{source.task}-panel"
     with gr.Accordion("Expert settings", open=False, elem_id=prefix) as panel:
         gr.HTML(
             "<p class='quiet'>Every option of the trainer. What you leave alone stays as the preset, or the trainer itself, has "
             "it. The first time this takes a few seconds to open.</p>"
         )
         back = gr.Button("Back to the preset", size="sm", elem_id=f"{prefix}-reset", interactive=False)
-        drawn, known = gr.State(None), gr.State(None)
+        rendered, properties = gr.State(None), gr.State(None)
 
-        @gr.render(inputs=[drawn], triggers=[drawn.change], show_progress="hidden")
+        @gr.render(inputs=[rendered], triggers=[rendered.change], show_progress="hidden")
         @in_plain_words
         def draw(state: dict[str, Any] | None, request: gr.Request) -> None:
             if state is not None:
-                _draw(source, state["draft"], known, back, shell.settings.workspace(request))
+                _draw(source, state["draft"], properties, back, context.settings.workspace(request))
 
     @in_plain_words
-    def redraw(kept: dict[str, Any], shown: Any) -> tuple[Any, Any, Any]:
+    def redraw(stored: dict[str, Any], typed: Any) -> tuple[Any, Any, Any]:
         """Draw anew where another preset or other options than those in view are in force."""
-        now = _signature(kept)
-        if shown is None or shown == now:
-            return gr.skip(), gr.skip(), gr.Button(interactive=bool(kept.get("options")))
-        return {"draft": kept, "at": time.monotonic_ns()}, now, gr.Button(interactive=bool(kept.get("options")))
+        now = _signature(stored)
+        if typed is None or typed == now:
+            return gr.skip(), gr.skip(), gr.Button(interactive=bool(stored.get("options")))
+        return {"draft": stored, "at": time.monotonic_ns()}, now, gr.Button(interactive=bool(stored.get("options")))
 
     @in_plain_words
-    def open_panel(kept: dict[str, Any], shown: Any) -> tuple[Any, Any, Any]:
-        return redraw(kept, shown or "closed")
+    def open_panel(stored: dict[str, Any], typed: Any) -> tuple[Any, Any, Any]:
+        return redraw(stored, typed or "closed")
 
     @in_plain_words
-    def reset(kept: dict[str, Any]) -> dict[str, Any]:
-        return {**kept, "options": {}, TYPED: {}}
+    def reset(stored: dict[str, Any]) -> dict[str, Any]:
+        return {**stored, "options": {}, TYPED: {}}
 
-    panel.expand(open_panel, [draft, known], [drawn, known, back], **{**QUIET, "show_progress": "minimal"})
-    source.drafted.change(redraw, [draft, known], [drawn, known, back], **QUIET)
+    panel.expand(open_panel, [draft, properties], [rendered, properties, back], **{**QUIET, "show_progress": "minimal"})
+    source.draft_changed.change(redraw, [draft, properties], [rendered, properties, back], **QUIET)
     back.click(reset, [draft], [draft], **QUIET)
     return panel
 
@@ -127,23 +127,23 @@ def settled(source: FieldSource, workspace: Workspace, draft: dict[str, Any]) ->
         for group in work_fields.panel_fields(source.task, workspace.is_local).values()
         for field in group
     }
-    preset, own = source.preset(draft).options(), {group: dict(values) for group, values in draft.get("options", {}).items()}
-    for group, shown in typed.items():
-        for name in shown:
+    preset, chosen = source.preset(draft).options(), {group: dict(values) for group, values in draft.get("options", {}).items()}
+    for group, typed_values in typed.items():
+        for name in typed_values:
             if (group, name) not in fields:
                 raise InputError(f"There is no option {name!r} to change here. Reload the page.")
-            _put(own, preset, fields[group, name], fields[group, name].read(shown[name]))
-    checked.build(workspace, source.task, source.complete(workspace, draft, merged(preset, own)))
-    return {**draft, "options": {group: values for group, values in own.items() if values}, TYPED: {}}
+            _put(chosen, preset, fields[group, name], fields[group, name].read(typed_values[name]))
+    checked.build(workspace, source.task, source.complete(workspace, draft, merged(preset, chosen)))
+    return {**draft, "options": {group: values for group, values in chosen.items() if values}, TYPED: {}}
 
 
-def _put(own: Options, preset: Options, field: Any, value: Any) -> None:
+def _put(chosen: Options, preset: Options, field: Any, value: Any) -> None:
     """Keep the user's value of a field, unless it is in force without that."""
     base = preset.get(field.group, {}).get(field.name, field.default)
     if value == base or (value is None and not field.optional):
-        own.get(field.group, {}).pop(field.name, None)
+        chosen.get(field.group, {}).pop(field.name, None)
     else:
-        own.setdefault(field.group, {})[field.name] = value
+        chosen.setdefault(field.group, {})[field.name] = value
 
 
 def _signature(draft: dict[str, Any]) -> str:
@@ -156,26 +156,26 @@ class _InForce:
 
     source: FieldSource
     preset: Preset
-    own: Options
+    chosen: Options
     resolved: dict[str, dict[str, Any]]
 
     @classmethod
     def of(cls, source: FieldSource, workspace: Workspace, draft: dict[str, Any]) -> _InForce:
         from webui.work import options as checked
 
-        preset, own = source.preset(draft), draft.get("options") or {}
-        values = source.complete(workspace, draft, merged(preset.options(), own))
+        preset, chosen = source.preset(draft), draft.get("options") or {}
+        values = source.complete(workspace, draft, merged(preset.options(), chosen))
         try:
             resolved = checked.build(workspace, source.task, values).to_dict()
         except InputError:
             # What is wrong is said where it is typed and where it is started; the widgets are needed to mend it.
             resolved = {}
-        return cls(source, preset, own, resolved)
+        return cls(source, preset, chosen, resolved)
 
     def value(self, field: Any) -> Any:
         """What was said of a field; None where nothing was and the trainer decides."""
         of_preset = self.preset.options().get(field.group, {}).get(field.name, field.default)
-        return self.own.get(field.group, {}).get(field.name, of_preset)
+        return self.chosen.get(field.group, {}).get(field.name, of_preset)
 
     def is_shown(self, field: Any) -> bool:
         """Whether a run has this option: not if it is one of adapter methods that the run does not train."""
@@ -193,7 +193,7 @@ class _InForce:
             if "method" in fields
         )
         base = self.preset.options().get(group, {}).get("method", checked.default_of(field))
-        chosen = self.own.get(group, {}).get("method", base)
+        chosen = self.chosen.get(group, {}).get("method", base)
         return frozenset([chosen] if isinstance(chosen, str) else chosen)
 
     def unless_said(self, field: Any) -> str:
@@ -201,13 +201,13 @@ class _InForce:
         decided = self.resolved.get(field.group, {}).get(field.name)
         if decided is None or self.value(field) is not None:
             return "not set"
-        shown = f"{decided:.4g}" if isinstance(decided, float) else field.show(decided).replace("\n", ", ")
-        return f"{shown} unless said"
+        text = f"{decided:.4g}" if isinstance(decided, float) else field.show(decided).replace("\n", ", ")
+        return f"{text} unless said"
 
     def info(self, field: Any) -> str:
         """What a field does, and from where its value comes; plain text."""
         why = self.preset.reason(field.group, field.name)
-        if field.name in self.own.get(field.group, {}):
+        if field.name in self.chosen.get(field.group, {}):
             base = self.preset.options().get(field.group, {}).get(field.name, field.default)
             had = "nothing set" if base in (None, []) else field.show(base)
             return f"{field.help} YOURS; {self.preset.name if why else 'the default'} has {had}."
@@ -215,47 +215,52 @@ class _InForce:
 
     def properties(self, field: Any) -> dict[str, Any]:
         """What of a widget changes with what is in force."""
-        shown: dict[str, Any] = {"value": field.show(self.value(field)), "info": self.info(field)}
+        values: dict[str, Any] = {"value": field.show(self.value(field)), "info": self.info(field)}
         if field.kind not in ("bool", "choice"):
-            shown["placeholder"] = self.unless_said(field)
-        return shown
+            values["placeholder"] = self.unless_said(field)
+        return values
 
 
-def _draw(source: FieldSource, draft: dict[str, Any], known: gr.State, back: gr.Button, workspace: Workspace) -> None:
+def _draw(source: FieldSource, draft: dict[str, Any], properties: gr.State, back: gr.Button, workspace: Workspace) -> None:
     """All widgets, a closed accordion a group."""
     from webui.work import form_schema as work_fields
 
     in_force = _InForce.of(source, workspace, draft)
     for group, fields in work_fields.panel_fields(source.task, workspace.is_local).items():
-        own = len(in_force.own.get(group, {}))
-        title = TITLES.get(group, group) + (f" ({own} of your own)" if own else "")
-        with gr.Accordion(title, open=bool(own), elem_id=f"{source.task}-panel-{group}"), gr.Row(elem_classes="panel-grid"):
+        count = len(in_force.chosen.get(group, {}))
+        title = TITLES.get(group, group) + (f" ({count} of your own)" if count else "")
+        with gr.Accordion(title, open=bool(count), elem_id=f"{source.task}-panel-{group}"), gr.Row(elem_classes="panel-grid"):
             for field in filter(in_force.is_shown, fields):
-                _listen(source, field, _widget(source, field, in_force), known, back)
+                _listen(source, field, _widget(source, field, in_force), properties, back)
 
 
 def _widget(source: FieldSource, field: Any, in_force: _InForce) -> gr.components.Component:
     """The widget of one option, by its type."""
-    known = {"label": field.label, "elem_id": f"{source.task}-{field.group}-{field.name}", "interactive": True, "min_width": 280}
-    shown = in_force.properties(field)
+    arguments = {
+        "label": field.label,
+        "elem_id": f"{source.task}-{field.group}-{field.name}",
+        "interactive": True,
+        "min_width": 280,
+    }
+    values = in_force.properties(field)
     if field.kind == "bool":
-        return gr.Checkbox(**known, **shown)
+        return gr.Checkbox(**arguments, **values)
     if field.kind == "choice":
         choices = [str(choice) for choice in field.choices]
         return gr.Dropdown(
-            [("not set", ""), *choices] if field.optional else choices, **known, **shown | {"value": shown["value"] or ""}
+            [("not set", ""), *choices] if field.optional else choices, **arguments, **values | {"value": values["value"] or ""}
         )
     if field.kind == "list":
-        return gr.Textbox(lines=2, max_lines=8, **known, **shown | {"info": f"One a line. {shown['info']}"})
-    return gr.Textbox(max_lines=1, **known, **shown)
+        return gr.Textbox(lines=2, max_lines=8, **arguments, **values | {"info": f"One a line. {values['info']}"})
+    return gr.Textbox(max_lines=1, **arguments, **values)
 
 
-def _listen(source: FieldSource, field: Any, widget: gr.components.Component, known: gr.State, back: gr.Button) -> None:
+def _listen(source: FieldSource, field: Any, widget: gr.components.Component, properties: gr.State, back: gr.Button) -> None:
     """Have a widget's change checked, kept, and shown with its origin."""
 
     @in_plain_words
     def settle(draft: dict[str, Any], request: gr.Request) -> tuple[Any, Any, Any, Any]:
-        workspace = source.shell.settings.workspace(request)
+        workspace = source.context.settings.workspace(request)
         try:
             draft = settled(source, workspace, draft)
         except InputError as error:
@@ -270,4 +275,4 @@ def _listen(source: FieldSource, field: Any, widget: gr.components.Component, kn
     at_once = TYPE_AT_ONCE % json.dumps([field.group, field.name])
     events = [widget.input] if field.kind in ("bool", "choice") else [widget.blur, widget.submit]
     typed = gr.on(events, None, [source.draft, widget], [source.draft], js=at_once, api_visibility="private")
-    typed.then(settle, [source.draft], [source.draft, widget, known, back], api_visibility="private", show_progress="hidden")
+    typed.then(settle, [source.draft], [source.draft, widget, properties, back], api_visibility="private", show_progress="hidden")

@@ -56,10 +56,10 @@ class _Layout:
     def unpack(self, file: Path) -> None:
         """Lay out what is in a zip. Raises: InputError as `read_zip`; OSError if it cannot be written."""
         self.folder.mkdir()
-        for member in read_zip(file, ZIP_LIMITS).files:
-            path = self.folder / member.name
+        for entry in read_zip(file, ZIP_LIMITS).files:
+            path = self.folder / entry.name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(member.content())
+            path.write_bytes(entry.content())
             self.files.append(path)
 
 

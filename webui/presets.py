@@ -43,10 +43,10 @@ class Preset:
 
     def options(self) -> Options:
         """Its values by group and field."""
-        found: Options = {}
+        values: Options = {}
         for each in self.values:
-            found.setdefault(each.group, {})[each.field] = each.value
-        return found
+            values.setdefault(each.group, {})[each.field] = each.value
+        return values
 
     def reason(self, group: str, field: str) -> str | None:
         """Why it sets an option; None where it does not."""
@@ -118,5 +118,5 @@ BALANCED = "Balanced"
 
 def preset_named(presets: Sequence[Preset], name: str) -> Preset:
     """The preset called `name`, or the balanced one."""
-    found = {preset.name: preset for preset in presets}
-    return found.get(name, found[BALANCED])
+    by_name = {preset.name: preset for preset in presets}
+    return by_name.get(name, by_name[BALANCED])

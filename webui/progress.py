@@ -12,7 +12,7 @@ from training.runs.record import RunRecord
 from training.subject.checkpoint_selection import Point as Measured
 from training.subject.measured import FOLDS, heldout_curve
 from webui.curves import Point, Series, plot, running_mean
-from webui.views import IN_WORDS, RunView
+from webui.views import STATE_TEXTS, RunView
 
 DRY_RUN = "dry_run.json"
 PHASES = {
@@ -43,8 +43,8 @@ def part_at_work(view: RunView) -> RunRecord:
     leaving_out = LEAVING_OUT.fullmatch(str(view.status.get("phase")))
     if leaving_out:
         return RunRecord(view.record.path / FOLDS / str(int(leaving_out[1]) - 1))
-    member = _inside(view.record.path, view.status.get("member"))
-    return view.record if member is None else RunRecord(member)
+    trial = _inside(view.record.path, view.status.get("member"))
+    return view.record if trial is None else RunRecord(trial)
 
 
 def _plotted(view: RunView) -> RunRecord:
@@ -64,7 +64,7 @@ def _inside(folder: Path, below: object) -> Path | None:
 
 def head(view: RunView) -> str:
     """The state as one word, and what that means now as a sentence."""
-    chip = f'<span class="chip {view.state}">{IN_WORDS[view.state]}</span>'
+    chip = f'<span class="chip {view.state}">{STATE_TEXTS[view.state]}</span>'
     return f'<p class="phase">{chip} <b>{_headline(view)}</b></p>{_below(view)}'
 
 
@@ -141,8 +141,8 @@ def plain_error(error: str | None) -> str:
         return "The memory was not enough. On the screen Check choose the preset Fast or fewer photos a step, and start again."
     if kind in PLAIN:
         return message
-    told = f"It ended with an error: {kind} {message[:LONGEST_ERROR]}".strip() if error else "It ended without saying why"
-    return f"{told.rstrip('.:')}. Press Resume to try again; if it ends so again, the log below has the rest."
+    sentence = f"It ended with an error: {kind} {message[:LONGEST_ERROR]}".strip() if error else "It ended without saying why"
+    return f"{sentence.rstrip('.:')}. Press Resume to try again; if it ends so again, the log below has the rest."
 
 
 def bar(view: RunView) -> str:
@@ -208,14 +208,14 @@ def duration(seconds: float) -> str:
 
 def cost(record: RunRecord) -> str:
     """What the dry run has measured; empty before it."""
-    found = record.read_json(DRY_RUN)
-    if not found:
+    report = record.read_json(DRY_RUN)
+    if not report:
         return ""
     facts = {
-        "time": f"about {duration(found['seconds'])} of training, {found['seconds_per_step']:.2g} s a step",
-        "memory": f"{found['peak_memory'] / 1e9:.1f} GB at the most",
-        "disk": f"up to {found['disk'] / 1e6:,.0f} MB while it trains",
-        "learned": f"{found['trained_numbers']:,} numbers",
+        "time": f"about {duration(report['seconds'])} of training, {report['seconds_per_step']:.2g} s a step",
+        "memory": f"{report['peak_memory'] / 1e9:.1f} GB at the most",
+        "disk": f"up to {report['disk'] / 1e6:,.0f} MB while it trains",
+        "learned": f"{report['trained_numbers']:,} numbers",
     }
     rows = "".join(f"<dt>{name}</dt><dd>{words}</dd>" for name, words in facts.items())
     return f'<h3>What it takes</h3><dl class="facts">{rows}</dl>'
@@ -228,15 +228,15 @@ def losses(view: RunView) -> str:
     heldout = heldout_curve(record)
     if not lines and not heldout:
         return ""
-    whole = (0.0, float(record.status().get("total") or lines[-1]["step"]))
+    extent = (0.0, float(record.status().get("total") or lines[-1]["step"]))
     points: list[Point] = [(line["step"], line["loss"]) for line in lines]
     smooth = running_mean(points, max(5, round(len(points) * SMOOTHED)))
     learning = [Series("each step", points, "cloud", 1), Series("running mean", smooth, "line", 1)]
     rates = [Series("learning rate", [(line["step"], line["lr"]) for line in lines if "lr" in line], "line", 3)]
     return (
-        plot("Loss of the photos it learns from, by step (lower is better)", learning, whole)
-        + plot("Loss of a photo it does not learn from", _heldout(heldout), whole, css="half")
-        + plot("Learning rate", rates, whole, css="low")
+        plot("Loss of the photos it learns from, by step (lower is better)", learning, extent)
+        + plot("Loss of a photo it does not learn from", _heldout(heldout), extent, css="half")
+        + plot("Learning rate", rates, extent, css="low")
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from webui import images
 from webui.figures import figures
 from webui.progress import phase_in_words
-from webui.views import IN_WORDS, RunView
+from webui.views import STATE_TEXTS, RunView
 
 EMPTY = """<div class="empty"><p><b>There are no runs yet.</b></p>
 <p>Train on your photos under Photos, or on classes of images under Classify. Runs that are started in a terminal show here
@@ -38,7 +38,7 @@ def _card(view: RunView, is_chosen: bool) -> str:
     return (
         f'<button type="button" class="run" data-run="{html.escape(view.id)}" aria-pressed="{str(is_chosen).lower()}">'
         f'{_image(view)}<span class="words"><span class="top"><b>{html.escape(view.name)}</b>'
-        f'<span class="chip {view.state}">{IN_WORDS[view.state]}</span></span>'
+        f'<span class="chip {view.state}">{STATE_TEXTS[view.state]}</span></span>'
         f'<span class="quiet">{KINDS[view.task]}, {_when(view)}</span>{_told(view)}{_figures(view)}</span></button>'
     )
 
@@ -58,40 +58,40 @@ def _duration(seconds: float) -> str:
 
 def _told(view: RunView) -> str:
     """What there is to say of its state: how far it is, whom it waits for, or why it ended."""
-    told = ""
+    queue_text = ""
     if view.runs_before:
-        told = f"{view.runs_before} {'run' if view.runs_before == 1 else 'runs'} before it"
+        queue_text = f"{view.runs_before} {'run' if view.runs_before == 1 else 'runs'} before it"
     elif view.state == "running":
-        told = phase_in_words(str(view.status.get("phase") or "loading"))
+        queue_text = phase_in_words(str(view.status.get("phase") or "loading"))
     elif view.reason:
-        told = view.reason
+        queue_text = view.reason
     bar = ""
     if view.state == "running" and view.share_done is not None:
         bar = f'<span class="bar running"><span style="width:{view.share_done:.0%}"></span></span>'
-    return bar + (f'<span class="told">{html.escape(told)}</span>' if told else "")
+    return bar + (f'<span class="told">{html.escape(queue_text)}</span>' if queue_text else "")
 
 
 def _figures(view: RunView) -> str:
-    shown = "".join(f"<span><i>{html.escape(name)}</i> {html.escape(value)}</span>" for name, value in figures(view))
-    return f'<span class="figures">{shown}</span>'
+    items = "".join(f"<span><i>{html.escape(name)}</i> {html.escape(value)}</span>" for name, value in figures(view))
+    return f'<span class="figures">{items}</span>'
 
 
 def image_of(view: RunView) -> tuple[Path, str] | None:
     """The image that stands for a run and the class it is shown with; None before there is one."""
     steps = images.sampled_steps(view.record)
-    drawn = images.samples(view.record, steps[-1]) if steps else []
-    if drawn:
-        return drawn[0].path, drawn[0].css
+    samples = images.samples(view.record, steps[-1]) if steps else []
+    if samples:
+        return samples[0].path, samples[0].css
     sheets = [view.record.path / BEFORE_AFTER, *sorted((view.record.path / "figures").glob("*.png"))]
-    found = next((path for path in sheets if path.is_file()), images.newest_sheet(view.record))
-    return None if found is None else (found, "")
+    sheet = next((path for path in sheets if path.is_file()), images.newest_sheet(view.record))
+    return None if sheet is None else (sheet, "")
 
 
 def _image(view: RunView) -> str:
-    found = image_of(view)
-    if found is None:
+    image_and_text = image_of(view)
+    if image_and_text is None:
         return '<span class="none" aria-hidden="true"></span>'
-    path, css = found
+    path, css = image_and_text
     source = html.escape(images.address(images.thumbnail(path, THUMBNAIL)))
     return f'<img class="{css}" src="{source}" alt="" loading="lazy">'
 

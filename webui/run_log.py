@@ -28,23 +28,23 @@ def last_error(record: RunRecord) -> str | None:
     """What the run's last start says went wrong, as "Kind: message"; None if it says nothing."""
     of_start = [line for line in _since_start(record) if not line.startswith(OF_LAUNCHERS)]
     for line in reversed(of_start):
-        if found := SENTENCE.match(line):
+        if match := SENTENCE.match(line):
             # What recipes end with, and what an option that is refused ends in.
-            return f"InputError: {found['words']}"
+            return f"InputError: {match['words']}"
     return next((line for line in reversed(of_start) if EXCEPTION.match(line)), None)
 
 
 def ended_by(record: RunRecord) -> str | None:
     """The signal that ended the run's last start, as its launcher tells; None if it tells of none."""
     for line in reversed(_since_start(record)):
-        if found := SIGNAL.search(line):
-            return found["name"]
+        if match := SIGNAL.search(line):
+            return match["name"]
     return None
 
 
 def _since_start(record: RunRecord) -> list[str]:
     lines = list(_shown(record))
-    starts = [place for place, line in enumerate(lines) if line.startswith(START)]
+    starts = [index for index, line in enumerate(lines) if line.startswith(START)]
     return lines[starts[-1] + 1 :] if starts else lines
 
 

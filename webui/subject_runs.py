@@ -19,68 +19,68 @@ from webui.workspace import Workspace
 REHEARSALS, NEW_RUN = ".rehearsals", "NEW-RUN"
 
 
-def source(shell: AppContext) -> panel.FieldSource:
+def source(context: AppContext) -> panel.FieldSource:
     """What the expert panel of subject runs is about."""
-    return panel.FieldSource(shell, "subject", presets.SUBJECT, shell.draft, shell.drafted, complete)
+    return panel.FieldSource(context, "subject", presets.SUBJECT, context.draft, context.draft_changed, complete)
 
 
-def complete(workspace: Workspace, kept: dict[str, Any], options: Options) -> Options:
+def complete(workspace: Workspace, stored: dict[str, Any], options: Options) -> Options:
     """All that a run is started with, from what the browser kept and the options in force."""
-    draft = Draft.from_browser(kept)
+    draft = Draft.from_browser(stored)
     photos = SubjectDataset.of(workspace, draft.set)
     return draft.values(None if photos.is_example else photos.folder, options)
 
 
-def values_of(shell: AppContext, workspace: Workspace, kept: dict[str, Any]) -> tuple[dict[str, Any], Options]:
+def values_of(context: AppContext, workspace: Workspace, stored: dict[str, Any]) -> tuple[dict[str, Any], Options]:
     """The draft with what was typed last, and all that its run is started with.
 
     Raises: InputError for what cannot be used.
     """
-    about = source(shell)
-    kept = about.settled(workspace, kept)
-    options = merged(about.preset(kept).options(), kept.get("options") or {})
-    return kept, complete(workspace, kept, options)
+    about = source(context)
+    stored = about.settled(workspace, stored)
+    options = merged(about.preset(stored).options(), stored.get("options") or {})
+    return stored, complete(workspace, stored, options)
 
 
-def start(shell: AppContext, workspace: Workspace, kept: dict[str, Any]) -> tuple[dict[str, Any], str]:
+def start(context: AppContext, workspace: Workspace, stored: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """Start the run; returns the draft, with what was typed last, and the run's id.
 
     Raises: InputError for what cannot be used; then nothing was started.
     """
     from webui import launching
 
-    draft = Draft.from_browser(kept)
+    draft = Draft.from_browser(stored)
     draft.check()
     photos = SubjectDataset.of(workspace, draft.set)
     if not photos.entries():
         raise InputError("There are no photos yet. Add three to ten photos of one subject under Photos.")
-    kept, values = values_of(shell, workspace, kept)
+    stored, values = values_of(context, workspace, stored)
     photos.seal()
-    return kept, launching.start(workspace, "subject", values)
+    return stored, launching.start(workspace, "subject", values)
 
 
-def command(shell: AppContext, workspace: Workspace, kept: dict[str, Any]) -> str:
+def command(context: AppContext, workspace: Workspace, stored: dict[str, Any]) -> str:
     """The command that `start` runs, as one writes it.
 
     Raises: InputError for what cannot be used.
     """
     from webui import launching
 
-    Draft.from_browser(kept).check()
-    values = values_of(shell, workspace, kept)[1]
+    Draft.from_browser(stored).check()
+    values = values_of(context, workspace, stored)[1]
     return launching.shown_command(launching.command("subject", _checked(workspace, values), workspace.runs / NEW_RUN))
 
 
-def rehearsal(shell: AppContext, workspace: Workspace, kept: dict[str, Any]) -> tuple[Options, RunRecord]:
+def dry_run_of(context: AppContext, workspace: Workspace, stored: dict[str, Any]) -> tuple[Options, RunRecord]:
     """What a dry run of the draft is started with, and where its record is or will be.
 
     The place is the same for the same options and images, so that nothing is measured twice.
 
     Raises: InputError for what cannot be used.
     """
-    draft = Draft.from_browser(kept)
+    draft = Draft.from_browser(stored)
     check_words(draft.trigger, draft.kind)
-    values = values_of(shell, workspace, kept)[1]
+    values = values_of(context, workspace, stored)[1]
     photos = SubjectDataset.of(workspace, draft.set)
     said = json.dumps([_checked(workspace, values), photos.signature()], sort_keys=True)
     return values, RunRecord(workspace.runs / REHEARSALS / hashlib.sha256(said.encode()).hexdigest()[:20])
@@ -93,16 +93,16 @@ def _checked(workspace: Workspace, values: Options) -> Options:
     return checked.cleaned(workspace, "subject", values)
 
 
-def rehearse(shell: AppContext, workspace: Workspace, kept: dict[str, Any]) -> None:
+def start_dry_run(context: AppContext, workspace: Workspace, stored: dict[str, Any]) -> None:
     """Have a dry run measure what the draft's run takes, unless one does already, or has.
 
     Raises: InputError for what cannot be used.
     """
     from webui import launching
 
-    values, record = rehearsal(shell, workspace, kept)
+    values, record = dry_run_of(context, workspace, stored)
     if costs.is_measuring(record) or costs.is_measured(record):
         return
     if record.path.exists():
         shutil.rmtree(record.path)
-    launching.rehearse(workspace, "subject", values, record.path)
+    launching.start_dry_run(workspace, "subject", values, record.path)

@@ -40,7 +40,7 @@ def images(figures: Iterable[tuple[str, str]], css: str = "") -> str:
     Args:
         figures: HTML of `image`, and HTML of what is said.
     """
-    cells = "".join(f"<figure>{shown}{f'<figcaption>{said}</figcaption>' if said else ''}</figure>" for shown, said in figures)
+    cells = "".join(f"<figure>{tile}{f'<figcaption>{said}</figcaption>' if said else ''}</figure>" for tile, said in figures)
     return f'<div class="thumbs {css}">{cells}</div>'
 
 
@@ -51,11 +51,11 @@ def small(source: DatasetSource) -> tuple[str, bool] | None:
     try:
         if isinstance(source, ImageFile):
             state = source.path.stat()
-            found = _of_file(source, state.st_mtime_ns, state.st_size)
+            thumbnail = _of_file(source, state.st_mtime_ns, state.st_size)
         else:
-            found = _of_bytes(source.content())
+            thumbnail = _of_bytes(source.content())
         # Gradio forgets copies after a day.
-        return found if Path(found[0]).exists() else _made(source.content())
+        return thumbnail if Path(thumbnail[0]).exists() else _made(source.content())
     except (OSError, InputError):
         return None
 
@@ -72,7 +72,7 @@ def _of_bytes(content: bytes) -> tuple[str, bool]:
 
 def _made(content: bytes) -> tuple[str, bool]:
     # Whoever reads it for training says what is to be known about it.
-    shown = read_image_with_notes(io.BytesIO(content), "The image", MAX_PIXELS).image
-    tiny = max(shown.size) < SIDE
-    shown.thumbnail((2 * SIDE, 2 * SIDE), Image.Resampling.LANCZOS)
-    return save_pil_to_cache(shown, get_upload_folder(), format="webp"), tiny
+    picture_file = read_image_with_notes(io.BytesIO(content), "The image", MAX_PIXELS).image
+    tiny = max(picture_file.size) < SIDE
+    picture_file.thumbnail((2 * SIDE, 2 * SIDE), Image.Resampling.LANCZOS)
+    return save_pil_to_cache(picture_file, get_upload_folder(), format="webp"), tiny

@@ -97,7 +97,7 @@ def add_zip(folder: Path, file: str | Path) -> Added:
     groups = _class_folders(path, added)
     try:
         for (name, part), members in groups.items():
-            named = ((member.name, member) for member in members)
+            named = ((entry.name, entry) for entry in members)
             before = len(added.names)
             _add(folder, _readable(named, _read_zipped, added), add_class(folder, name), added)
             added.parts |= dict.fromkeys(added.names[before:], part) if part is not None else {}
@@ -152,8 +152,8 @@ def add_adapter(workspace: Workspace, file: str | Path) -> Path:
 
 def adapters(workspace: Workspace) -> list[tuple[str, Path]]:
     """The adapters that the user added, newest first: what each is called (to be escaped) and where it lies."""
-    found = sorted((workspace.sets / ADAPTERS).glob("*.safetensors"), key=lambda path: path.stat().st_mtime, reverse=True)
-    return [(path.with_suffix(".txt").read_text(encoding="utf-8"), path) for path in found]
+    files = sorted((workspace.sets / ADAPTERS).glob("*.safetensors"), key=lambda path: path.stat().st_mtime, reverse=True)
+    return [(path.with_suffix(".txt").read_text(encoding="utf-8"), path) for path in files]
 
 
 def _add(folder: Path, images: Iterator[tuple[str, UploadedImage]], class_folder: str | None, added: Added) -> None:
@@ -183,9 +183,9 @@ def _readable(
             added.refused.append(str(error))
 
 
-def _read_zipped(member: ZippedFile, name: str) -> UploadedImage:
-    check_size(member.size(), name)
-    return reencoded(member.content(), name)
+def _read_zipped(entry: ZippedFile, name: str) -> UploadedImage:
+    check_size(entry.size(), name)
+    return reencoded(entry.content(), name)
 
 
 def _class_folders(path: Path, added: Added) -> dict[tuple[str, Part | None], list[ZippedFile]]:

@@ -31,14 +31,15 @@ NO_LOSS = "No photo was held out, so there is no such curve."
 
 def suggestion(view: RunView) -> str:
     """Which step to use and why, and what is warned of."""
-    found = view.read(SUGGESTION)
-    if not found:
+    recommended = view.read(SUGGESTION)
+    if not recommended:
         return _not_yet(view)
-    reason, _, figures = str(found["why"]).partition(". ")
+    reason, _, figures = str(recommended["why"]).partition(". ")
     more = f"<details><summary>All the figures behind it</summary><p>{html.escape(figures)}</p></details>" if figures else ""
-    warnings = "".join(f'<p class="warning overfit">{html.escape(each)}</p>' for each in found["warnings"])
+    warnings = "".join(f'<p class="warning overfit">{html.escape(each)}</p>' for each in recommended["warnings"])
     return (
-        f'<p class="phase"><span class="chip good">suggested</span> <b>Step {found["step"]} of {found["last"]}</b></p>'
+        '<p class="phase"><span class="chip good">recommended</span> '
+        f"<b>Step {recommended['step']} of {recommended['last']}</b></p>"
         f"<p>{html.escape(reason.rstrip('.'))}.</p>{more}{warnings}"
     )
 
@@ -47,31 +48,31 @@ def _not_yet(view: RunView) -> str:
     measured = bool(sampled_steps(view.record))
     if view.is_active:
         lead, there = "The step to use is suggested when training is done.", "What there is so far is below."
-        told = there if measured else "Images and figures of each step will be here, side by side."
+        state = there if measured else "Images and figures of each step will be here, side by side."
     else:
         lead = "Training has not come to its end, so no step is suggested."
-        told = "What was measured until then is below." if measured else "Nothing was measured until then."
-    return f'<div class="empty"><p><b>{lead}</b></p><p>{told}</p></div>'
+        state = "What was measured until then is below." if measured else "Nothing was measured until then."
+    return f'<div class="empty"><p><b>{lead}</b></p><p>{state}</p></div>'
 
 
 def suggested_step(record: RunRecord) -> int | None:
     """The step that the run suggests, once it does."""
-    found = record.read_json(SUGGESTION)
-    return found.get("step")
+    recommended = record.read_json(SUGGESTION)
+    return recommended.get("step")
 
 
-def sample_table(record: RunRecord, shown: tuple[int, int] | None) -> str:
+def sample_table(record: RunRecord, selected: tuple[int, int] | None) -> str:
     """Every step's samples side by side, a row for each prompt, the base model first; in a box that scrolls by itself.
 
     Args:
-        shown: the step and the place of the prompt that are looked at closely.
+        selected: the step and the place of the prompt that are looked at closely.
     """
     steps = {step: samples(record, step) for step in sampled_steps(record)}
     if not steps:
         return ""
     suggested, prompts = suggested_step(record), max(steps.values(), key=len)
     heads = "".join(f'<th scope="col">{_step_head(step, suggested)}</th>' for step in steps)
-    rows = "".join(_sample_row(place, prompt.prompt, steps, shown) for place, prompt in enumerate(prompts))
+    rows = "".join(_sample_row(index, prompt.prompt, steps, selected) for index, prompt in enumerate(prompts))
     table = f'<table class="samples"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>'
     photos = "".join(_image(each, "one of your photos") for each in subject(record))
     if photos:
@@ -84,16 +85,16 @@ def _step_head(step: int, suggested: int | None) -> str:
     return f'{name}<br><span class="chip good">suggested</span>' if step == suggested else name
 
 
-def _sample_row(place: int, prompt: str, steps: Mapping[int, Sequence[Sample]], shown: tuple[int, int] | None) -> str:
+def _sample_row(prompt_index: int, prompt: str, steps: Mapping[int, Sequence[Sample]], selected: tuple[int, int] | None) -> str:
     cells = []
     for step, images in steps.items():
-        if place >= len(images):
+        if prompt_index >= len(images):
             cells.append("<td></td>")
             continue
-        css = ' class="shown"' if (step, place) == shown else ""
+        css = ' class="shown"' if (step, prompt_index) == selected else ""
         label = html.escape(f"compare: {prompt}, {f'step {step}' if step else 'before training'}")
-        button = f'<button type="button" data-step="{step}" data-place="{place}" aria-label="{label}"{css}>'
-        cells.append(f"<td>{button}{_image(images[place], '')}</button></td>")
+        button = f'<button type="button" data-step="{step}" data-place="{prompt_index}" aria-label="{label}"{css}>'
+        cells.append(f"<td>{button}{_image(images[prompt_index], '')}</button></td>")
     words = f'<tr><th colspan="{len(steps)}" scope="rowgroup"><span>{html.escape(prompt)}</span></th></tr>'
     return f"{words}<tr>{''.join(cells)}</tr>"
 
@@ -108,17 +109,19 @@ def curves(record: RunRecord) -> str:
     steps = [0, *(point.step for point in points), *scores, int(record.status().get("total") or 0)]
     across, suggested = (0.0, float(max(steps))), suggested_step(record)
     mark = None if suggested is None else (float(suggested), f"suggested: step {suggested}")
-    drawn = [_loss_curve(points, across, mark) if points else f'<p class="quiet">{NO_LOSS}</p>' if scores else ""]
+    plots = [_loss_curve(points, across, mark) if points else f'<p class="quiet">{NO_LOSS}</p>' if scores else ""]
     if scores:
         plotted = _score_curves(sorted(scores.items()), across)
-        drawn += [_explained(plot(title, series, across, mark, "half"), how) for title, series, how in plotted]
-    return f'<div class="judged">{"".join(drawn)}</div>' if any(drawn) else ""
+        plots += [_explained(plot(title, series, across, mark, "half"), explanation) for title, series, explanation in plotted]
+    return f'<div class="judged">{"".join(plots)}</div>' if any(plots) else ""
 
 
 def _score_curves(by_step: Sequence[tuple[int, StepScores]], across: tuple[float, float]) -> list[tuple[str, list[Series], str]]:
     """Each drawing of scores: its title, its curves, and how to read it."""
     limit, judged = by_step[-1][1].nearest_limit, {name: _column(by_step, name) for name in vars(by_step[0][1])}
-    alike, followed = (Series("mean of the samples", judged[name], "marks", c) for name, c in (("subject", 1), ("prompt", 4)))
+    similarities, followed = (
+        Series("mean of the samples", judged[name], "marks", c) for name, c in (("subject", 1), ("prompt", 4))
+    )
     copying = [
         Series("most alike photo", judged["nearest"], "marks", 2),
         Series(f"its limit {limit:.2f}", [(x, limit) for x in across], "limit", 2),
@@ -126,7 +129,7 @@ def _score_curves(by_step: Sequence[tuple[int, StepScores]], across: tuple[float
         Series(f"its limit {COPY_THRESHOLD:.2f}", [(x, COPY_THRESHOLD) for x in across], "limit", 3),
     ]
     return [
-        ("Likeness to the subject", [alike], READ_SUBJECT),
+        ("Likeness to the subject", [similarities], READ_SUBJECT),
         ("Following the words", [followed], READ_PROMPT),
         ("Nearness to copies", copying, READ_COPY),
     ]
@@ -142,8 +145,8 @@ def _column(scores: Sequence[tuple[int, StepScores]], name: str) -> list[tuple[f
     return [(float(step), getattr(each, name)) for step, each in scores]
 
 
-def _explained(drawing: str, how: str) -> str:
-    return f'<div>{drawing}<p class="quiet">{how}</p></div>'
+def _explained(figure: str, explanation: str) -> str:
+    return f'<div>{figure}<p class="quiet">{explanation}</p></div>'
 
 
 def figures(record: RunRecord) -> str:
@@ -165,25 +168,28 @@ def figures(record: RunRecord) -> str:
     )
 
 
-def _cells(found: Mapping[int, object], steps: Sequence[int], name: str, digits: int) -> list[str]:
-    values = [getattr(found.get(step), name, None) for step in steps]
+def _cells(by_step: Mapping[int, object], steps: Sequence[int], name: str, digits: int) -> list[str]:
+    values = [getattr(by_step.get(step), name, None) for step in steps]
     return ["" if value is None else f"{value:.{digits}f}" for value in values]
 
 
 def certificate(record: RunRecord) -> str:
     """What the check of the saved files found, in a sentence or two."""
-    found: dict[str, Any] = record.read_json(CERTIFICATE)
-    if not found:
+    record_fields: dict[str, Any] = record.read_json(CERTIFICATE)
+    if not record_fields:
         return '<p class="quiet">The saved files have not been checked against another program.</p>'
-    if not found["passed"]:
-        return f'<p class="warning">The saved files are not what was trained: {html.escape("; ".join(found["problems"]))}.</p>'
-    largest = max(found["largest_difference"].values(), default=0.0)
+    if not record_fields["passed"]:
+        problems = html.escape("; ".join(record_fields["problems"]))
+        return f'<p class="warning">The exported files differ from the trained adapter: {problems}.</p>'
+    largest = max(record_fields["largest_difference"].values(), default=0.0)
     converted = (
-        f" It read the {html.escape(' and '.join(found['converted']))} file in its own form." if found.get("converted") else ""
+        f" It read the {html.escape(' and '.join(record_fields['converted']))} file in its own form."
+        if record_fields.get("converted")
+        else ""
     )
     return (
         '<p><span class="chip good">certified</span> A plain diffusers program without this app drew the same images from the '
-        f"saved files: at most {largest:.2g} of 255 shades apart, where the adapter changes up to {found['effect']:.0f}."
+        f"saved files: at most {largest:.2g} of 255 shades apart, where the adapter changes up to {record_fields['effect']:.0f}."
         f"{converted}</p>"
     )
 

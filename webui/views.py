@@ -30,7 +30,7 @@ ACTIONS: dict[State, tuple[Action, ...]] = {
     "failed": ("resume", "duplicate", "delete"),
     "done": ("duplicate", "delete"),
 }
-IN_WORDS: dict[State, str] = {
+STATE_TEXTS: dict[State, str] = {
     "queued": "waiting for its turn",
     "starting": "starting",
     "running": "running",
@@ -83,10 +83,10 @@ class RunView:
     def read(self, name: str) -> dict[str, Any]:
         """A JSON file of the run; empty where there is none, or where somebody has left something else there."""
         try:
-            found = self.record.read_json(name)
+            content = self.record.read_json(name)
         except (json.JSONDecodeError, UnicodeDecodeError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return content if isinstance(content, dict) else {}
 
     @cached_property
     def task(self) -> Task:
@@ -96,14 +96,14 @@ class RunView:
     @cached_property
     def state(self) -> State:
         """Where it is; a process that is gone without having said so was stopped, has failed, or was interrupted."""
-        told = self.status.get("state", "starting")
-        if told not in ACTIVE or self._has_process:
-            return told if told in ACTIONS else "interrupted"
+        reported = self.status.get("state", "starting")
+        if reported not in ACTIVE or self._has_process:
+            return reported if reported in ACTIONS else "interrupted"
         if not self.status and time.time() - self.created < BEGINNING_SECONDS:
             return "starting"
         if run_requests.was_asked(self.record, run_requests.STOP):
             return "stopped"
-        return "failed" if told == "starting" and last_error(self.record) else "interrupted"
+        return "failed" if reported == "starting" and last_error(self.record) else "interrupted"
 
     @property
     def _has_process(self) -> bool:
@@ -119,9 +119,9 @@ class RunView:
     @property
     def actions(self) -> tuple[Action, ...]:
         """What can be done with it now."""
-        told = ACTIONS[self.state]
+        allowed = ACTIONS[self.state]
         trains = self.task == "subject" and self.status.get("phase") == TRAINING
-        return told if trains else tuple(action for action in told if action not in run_requests.ASKED)
+        return allowed if trains else tuple(action for action in allowed if action not in run_requests.ASKED)
 
     @cached_property
     def runs_before(self) -> int | None:
@@ -130,8 +130,8 @@ class RunView:
             return None
         path = self.record.path.absolute()
         roots = [root for root in (path.parent / QUEUE, path.parents[1] / QUEUE) if root.is_dir()]
-        places = [place for root in roots if (place := runs_before(root, path)) is not None]
-        return places[0] if places else None
+        positions = [position for root in roots if (position := runs_before(root, path)) is not None]
+        return positions[0] if positions else None
 
     @cached_property
     def error(self) -> str | None:
@@ -152,8 +152,8 @@ class RunView:
     @property
     def created(self) -> float:
         """When it was started, seconds since the epoch."""
-        told = self.launch.get("created")
-        return told if isinstance(told, int | float) else began(self.record.path)
+        created_at = self.launch.get("created")
+        return created_at if isinstance(created_at, int | float) else began(self.record.path)
 
     @property
     def ended(self) -> float | None:
@@ -194,13 +194,13 @@ class RunView:
         """What lists call it."""
         when = time.strftime("%d %b %H:%M:%S", time.localtime(self.created))
         method = title_of(self.chosen("adapter", "method") or DEFAULT) if self.task == "subject" else ""
-        return f"{self.name}, {method}{', ' if method else ''}{when} ({IN_WORDS[self.state]})"
+        return f"{self.name}, {method}{', ' if method else ''}{when} ({STATE_TEXTS[self.state]})"
 
 
 def without_kind(error: str) -> str:
     """An error as status.json has it, without the name of its kind."""
-    kind, found, words = error.partition(": ")
-    return words if found and kind.isidentifier() and words else error
+    kind, separator, words = error.partition(": ")
+    return words if separator and kind.isidentifier() and words else error
 
 
 def views(workspace: Workspace) -> list[RunView]:

@@ -43,8 +43,8 @@ class Workspace:
         """The ids of all runs, whoever started them, newest first."""
         if not self.runs.is_dir():
             return []
-        found = [path for path in self.runs.iterdir() if _is_run(path)]
-        return [path.name for path in sorted(found, key=lambda path: (began(path), path.name), reverse=True)]
+        folders = [path for path in self.runs.iterdir() if _is_run(path)]
+        return [path.name for path in sorted(folders, key=lambda path: (began(path), path.name), reverse=True)]
 
     def run(self, run_id: str) -> RunRecord:
         """The run called `run_id`.
@@ -84,8 +84,8 @@ def began(run: Path) -> float:
 
 
 def _is_run(path: Path) -> bool:
-    known = ("status.json", LAUNCH)
-    return bool(ID.fullmatch(path.name)) and path.is_dir() and not path.is_symlink() and any((path / n).exists() for n in known)
+    marks = ("status.json", LAUNCH)
+    return bool(ID.fullmatch(path.name)) and path.is_dir() and not path.is_symlink() and any((path / n).exists() for n in marks)
 
 
 def _below(root: Path, name: str) -> Path | None:

@@ -56,25 +56,25 @@ def test_a_tick_asks_the_server_once_and_only_the_screen_in_front_looks(page, wo
     assert len(ticking) == 1
     run_in(workspace.runs / "a")
     for front in SCREENS:
-        _, clock, *beats = listener(page, "beat").fn(front, [["a", "running"]], None)
-        assert beating(beats) == [front]
+        _, clock, *refresh_triggers = listener(page, "refresh").fn(front, [["a", "running"]], None)
+        assert beating(refresh_triggers) == [front]
         assert clock == gr.skip()
 
 
 def test_the_clock_stops_one_tick_after_the_last_run_has_ended(page, workspace):
     run_in(workspace.runs / "a", "done")
-    beat = listener(page, "beat").fn
-    now, clock, *beats = beat("judge", [["a", "running"]], None)
-    assert (now, clock, beating(beats)) == ([["a", "done"]], gr.skip(), ["judge"])
-    assert beat("judge", now, None)[1].active is False
+    refresh = listener(page, "refresh").fn
+    now, clock, *refresh_triggers = refresh("judge", [["a", "running"]], None)
+    assert (now, clock, beating(refresh_triggers)) == ([["a", "done"]], gr.skip(), ["judge"])
+    assert refresh("judge", now, None)[1].active is False
 
 
 @pytest.mark.parametrize(("state", "goes"), [("queued", True), ("running", True), ("interrupted", False), ("done", False)])
 def test_opening_a_screen_looks_at_it_and_starts_the_clock_for_what_others_started(page, workspace, state, goes):
     run_in(workspace.runs / "a", state)
-    now, clock, *beats = listener(page, "come_to_front").fn("runs", None)
+    now, clock, *refresh_triggers = listener(page, "come_to_front").fn("runs", None)
     assert now == [["a", state]]
-    assert beating(beats) == ["runs"]
+    assert beating(refresh_triggers) == ["runs"]
     assert (clock != gr.skip() and clock.active) is goes
 
 

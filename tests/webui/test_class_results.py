@@ -36,8 +36,8 @@ def record(workspace, images):
 
 def test_the_accuracy_is_told_with_its_interval_beside_what_needs_no_training(record):
     result = result_of(record)
-    told = re.sub("<[^>]+>", "", class_html.in_words(result))
-    top1 = result.member["test"]["top1"]
+    told = re.sub("<[^>]+>", "", class_html.result_summary(result))
+    top1 = result.trial["test"]["top1"]
     assert "of 24 images that it was not shown, 22 are right: 92%" in told
     assert f"between {top1['low']:.0%} and {top1['high']:.0%}" in told
     assert "before any training 0%" in told
@@ -46,14 +46,14 @@ def test_the_accuracy_is_told_with_its_interval_beside_what_needs_no_training(re
 
 def test_where_raw_pixels_are_as_good_a_warning_says_so(workspace, images):
     same = finished_classifier(workspace, images, NAMES)
-    assert "Raw pixels are about as good here" in class_html.in_words(result_of(same))
+    assert "Raw pixels are about as good here" in class_html.result_summary(result_of(same))
     worse = finished_classifier(workspace, images, NAMES, right_of_pixels=False)
-    assert "Raw pixels" not in class_html.in_words(result_of(worse))
+    assert "Raw pixels" not in class_html.result_summary(result_of(worse))
 
 
 def test_a_method_that_is_plainly_better_is_named(workspace, images):
     beaten = finished_classifier(workspace, images, NAMES, wrong=20, right_of_pixels=True)
-    told = class_html.in_words(result_of(beaten))
+    told = class_html.result_summary(result_of(beaten))
     assert "raw pixels is plainly better: choose it above" in told
     assert "Raw pixels are better here" in told
 
@@ -68,7 +68,7 @@ def test_the_cells_of_the_matrix_are_buttons_that_say_what_they_open(record):
 
 def test_a_cell_opens_the_images_that_were_counted_in_it(record):
     result = result_of(record)
-    counts = result.member["test"]["confusion"]
+    counts = result.trial["test"]["confusion"]
     for true in range(3):
         for predicted in range(3):
             assert len(result.in_cell(true, predicted)) == counts[true][predicted]
@@ -104,7 +104,7 @@ def test_a_tested_image_outside_of_the_set_is_none(record):
 def test_names_of_classes_are_escaped_wherever_they_are_shown(workspace, images):
     result = result_of(finished_classifier(workspace, images, HOSTILE))
     shown = [
-        class_html.in_words(result),
+        class_html.result_summary(result),
         class_html.confusion(result),
         class_html.per_class(result),
         class_html.cell_images(result, 0, 1),
@@ -140,9 +140,9 @@ def test_only_what_there_is_can_be_downloaded(record):
 
 
 def test_another_method_of_the_run_can_be_looked_at_and_no_other_folder(record):
-    assert result_of(record, "members/2-shots/seed-0/pixels").member["method"] == "pixels"
+    assert result_of(record, "members/2-shots/seed-0/pixels").trial["method"] == "pixels"
     for strange in (None, "..", "../other", "/etc"):
-        assert result_of(record, strange).member["method"] == "nora"
+        assert result_of(record, strange).trial["method"] == "nora"
 
 
 def test_a_report_that_names_files_outside_of_its_run_is_refused(record):
@@ -163,7 +163,7 @@ def test_of_many_classes_the_matrix_shows_those_with_the_most_mistakes(record):
     count = class_html.MOST_IN_MATRIX + 5
     counts = [[5 * (row == column) for column in range(count)] for row in range(count)]
     counts[2][count - 1] = 3
-    result.member["test"] |= {"confusion": counts}
+    result.trial["test"] |= {"confusion": counts}
     result.report["set"]["classes"] = [f"class {place}" for place in range(count)]
     shown = class_html.confusion(result)
     assert f"3 images of class 2 taken for class {count - 1}" in shown
@@ -174,12 +174,12 @@ def test_of_many_classes_the_matrix_shows_those_with_the_most_mistakes(record):
 def test_a_class_without_test_images_is_named(record):
     result = result_of(record)
     assert result.untested() == []
-    assert "no test images" not in class_html.in_words(result)
-    result.member["test"]["confusion"][1] = [0, 0, 0]
-    result.member["test"]["per_class"][result.classes[1]] = None
+    assert "no test images" not in class_html.result_summary(result)
+    result.trial["test"]["confusion"][1] = [0, 0, 0]
+    result.trial["test"]["per_class"][result.classes[1]] = None
     assert result.untested() == [result.classes[1]]
     assert f"{result.classes[1]} (0): no images were tested." in class_html.per_class(result)
-    assert f"how well {result.classes[1]} is recognised: there are no test images" in class_html.in_words(result)
+    assert f"how well {result.classes[1]} is recognised: there are no test images" in class_html.result_summary(result)
 
 
 @pytest.mark.parametrize(("value", "shown"), [(0.694, "69%"), (1.0, "100%"), (0.997, "over 99%"), (0.0, "0%")])

@@ -95,7 +95,7 @@ def test_the_whole_way_from_a_zip_to_a_classifier_that_learned_from_its_mistake(
 
     result = result_of(run)
     assert result.classes == ["<b>green</b> = leaf", "ruby", "sea"]
-    assert len(result.tested()) == result.member["test"]["count"] == 6
+    assert len(result.tested()) == result.trial["test"]["count"] == 6
     assert all(source_of(run, one) is not None for one in result.tested())
     assert set(class_files.downloads(result)) == set(class_files.TITLES)
 

@@ -18,8 +18,15 @@ from pipelines.subject.generate import GenerationOptions, Sampling, main
 from training.subject import image_scoring
 from webui import adapters
 from webui.adapters import adapter_called, others, steps_of
-from webui.generated_images import KEPT, GeneratedImages
-from webui.work.pipeline_cache import MAX_MODELS, Drawn, GenerationJob, GenerationProgress, PipelineCache, WeightedAdapter
+from webui.generated_images import MAX_IMAGES_KEPT, GeneratedImages
+from webui.work.pipeline_cache import (
+    MAX_MODELS,
+    GeneratedImage,
+    GenerationJob,
+    GenerationProgress,
+    PipelineCache,
+    WeightedAdapter,
+)
 from webui.workspace import Workspace
 
 SAMPLING = Sampling(num_inference_steps=4)
@@ -48,7 +55,7 @@ def order(workspace, *references, strengths=None, **changes):
 
 
 def drawn(studio, wanted):
-    return [event for event in studio.draw(wanted) if isinstance(event, Drawn)]
+    return [event for event in studio.draw(wanted) if isinstance(event, GeneratedImage)]
 
 
 def pixels(image):
@@ -132,7 +139,7 @@ def test_one_order_is_drawn_at_a_time(studio, workspace):
     second = studio.draw(order(workspace, "first@4"))
     assert next(second).words == "Waiting for the device"
     first.close()
-    assert isinstance(list(second)[-1], Drawn)
+    assert isinstance(list(second)[-1], GeneratedImage)
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
@@ -262,9 +269,9 @@ def test_drawn_images_carry_their_settings_and_the_newest_are_kept(studio, works
     assert (settings["prompt"], settings["seed"], settings["num_inference_steps"]) == ("a star", 5, 4)
     assert settings["adapters"] == [{"name": "a star, step 2", "reference": "first@2", "strength": 0.5}]
     assert settings["model"] == "tiny"
-    for _ in range(KEPT):
+    for _ in range(MAX_IMAGES_KEPT):
         kept.add(made.image, made.settings)
-    assert len(kept.newest()) == KEPT
+    assert len(kept.newest()) == MAX_IMAGES_KEPT
     assert path not in kept.newest()
     for name in ("../x.png", path.name, "", None):
         with pytest.raises(InputError, match=r"no longer there"):

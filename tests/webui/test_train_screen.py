@@ -44,7 +44,7 @@ def test_the_buttons_are_those_that_the_state_allows(workspace, state):
     found = parts(look)
     assert shown(found) == set(look.actions) & set(BUTTONS)
     assert found["next"].key == (state == "done", "Judge it")
-    assert progress.IN_WORDS[state] in found["head"].key
+    assert progress.STATE_TEXTS[state] in found["head"].key
 
 
 def test_without_a_run_and_after_its_deletion_the_screen_says_what_to_do(workspace):

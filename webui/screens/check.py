@@ -51,7 +51,7 @@ SIDE_BY_SIDE = 240
 ABOUT_THE_RARE_WORD = "Stands for your subject. Rare, or what the model knows of the word comes along."
 
 
-def build(shell: AppContext) -> None:
+def build(context: AppContext) -> None:
     """Put the screen into the open tab."""
     gr.HTML("<h2>What the model will see</h2>")
     crops = gr.HTML(css_template=STYLE, elem_id="check-crops")
@@ -70,7 +70,7 @@ def build(shell: AppContext) -> None:
     choices = [(f"{preset.name}: {preset.costs}", preset.name) for preset in presets.SUBJECT]
     preset = gr.Radio(choices, value=presets.BALANCED, label="Preset", elem_id="check-preset")
     reasons = gr.HTML(css_template=STYLE, elem_id="check-reasons")
-    panel.build(subject_runs.source(shell))
+    panel.build(subject_runs.source(context))
     gr.HTML("<h2>What it costs</h2>")
     cost = gr.HTML(costs.UNKNOWN, css_template=STYLE, elem_id="check-cost")
     measure = gr.Button("Measure time and memory", elem_id="check-measure")
@@ -85,7 +85,7 @@ def build(shell: AppContext) -> None:
     )
     train = gr.Button("Train", variant="primary", size="lg", elem_id="check-start")
     parts = {"crops": crops, "prompt": prompt, "reasons": reasons, "cost": cost, "command": command, "measure": measure}
-    _wire(shell, parts, {"trigger": trigger, "kind": kind, "scenes": scenes, "preset": preset}, train)
+    _wire(context, parts, {"trigger": trigger, "kind": kind, "scenes": scenes, "preset": preset}, train)
 
 
 def _subject_words() -> tuple[gr.Textbox, gr.Textbox]:
@@ -103,59 +103,59 @@ def _subject_words() -> tuple[gr.Textbox, gr.Textbox]:
     return trigger, kind
 
 
-def _wire(shell: AppContext, parts: dict[str, Any], said: dict[str, Any], train: gr.Button) -> None:
+def _wire(context: AppContext, parts: dict[str, Any], said: dict[str, Any], train: gr.Button) -> None:
     """Have everything listen."""
-    does, draft = _Handlers(shell), shell.draft
+    does, draft = _Handlers(context), context.draft
     clock = gr.Timer(POLL_SECONDS, active=False)
     words = [said["trigger"], said["kind"], said["scenes"], said["preset"]]
 
     of_cost = [parts["cost"], parts["measure"], clock]
-    for begun, fill in ((shell.page.load, does.fill), (shell.drafted.change, does.follow)):
+    for begun, fill in ((context.page.load, does.fill), (context.draft_changed.change, does.follow)):
         begun(fill, [draft, *words], words, **QUIET)
         begun(does.describe, [draft], [parts["prompt"], parts["reasons"]], **QUIET)
     # Not while the page loads: it needs the model's libraries.
-    for moved in (shell.front.change, shell.drafted.change):
-        moved(does.work_out, [shell.front, draft], [parts["command"], parts["crops"], *of_cost], **QUIET)
+    for moved in (context.active_tab.change, context.draft_changed.change):
+        moved(does.work_out, [context.active_tab, draft], [parts["command"], parts["crops"], *of_cost], **QUIET)
     for name, script in (("trigger", SAY_TRIGGER), ("kind", SAY_KIND), ("scenes", SAY_SCENES)):
         typed = [said[name].input, said[name].blur, said[name].submit]
         gr.on(typed, None, [draft, said[name]], [draft], js=script, api_visibility="private")
     said["preset"].input(None, [draft, said["preset"]], [draft], js=SAY_PRESET, api_visibility="private")
-    parts["measure"].click(does.rehearse, [draft], of_cost, api_visibility="private")
+    parts["measure"].click(does.dry_run, [draft], of_cost, api_visibility="private")
     clock.tick(does.tick, [draft], of_cost, **QUIET)
-    train.click(does.start, [draft], [draft, *shell.outputs], api_visibility="private")
+    train.click(does.start, [draft], [draft, *context.outputs], api_visibility="private")
 
 
 @dataclass(frozen=True)
 class _Handlers:
     """What the screen does when something is pressed or changed."""
 
-    shell: AppContext
+    context: AppContext
 
     @in_plain_words
-    def fill(self, kept: dict[str, Any], *typed: str) -> tuple[Any, ...]:
+    def fill(self, stored: dict[str, Any], *typed: str) -> tuple[Any, ...]:
         """Put what the draft says into the boxes, unless it is there."""
-        now = Draft.from_browser(kept)
+        now = Draft.from_browser(stored)
         there = [now.trigger, now.kind, now.scenes_in_lines, presets.preset_named(presets.SUBJECT, now.preset).name]
         is_typed = [typed[0] == there[0], typed[1] == there[1], _lines(typed[2]) == _lines(there[2]), typed[3] == there[3]]
         return tuple(gr.skip() if same else value for same, value in zip(is_typed, there, strict=True))
 
     @in_plain_words
-    def follow(self, kept: dict[str, Any], *typed: str) -> tuple[Any, ...]:
+    def follow(self, stored: dict[str, Any], *typed: str) -> tuple[Any, ...]:
         """Put what another screen has made of the draft into the boxes."""
-        return (gr.skip(),) * len(typed) if kept.get(BY_THE_BOXES) else self.fill(kept, *typed)
+        return (gr.skip(),) * len(typed) if stored.get(BY_THE_BOXES) else self.fill(stored, *typed)
 
     @in_plain_words
-    def describe(self, kept: dict[str, Any]) -> tuple[str, str]:
+    def describe(self, stored: dict[str, Any]) -> tuple[str, str]:
         """The prompt and the preset, which need no library."""
-        now = Draft.from_browser(kept)
+        now = Draft.from_browser(stored)
         return _prompt(now), _reasons(presets.preset_named(presets.SUBJECT, now.preset))
 
     @in_plain_words
-    def work_out(self, front: str, kept: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
-        """The command, the crops, and what is known of the cost; where one cannot be told, why. Nothing unless in front."""
-        if front != "check":
+    def work_out(self, active_tab: str, stored: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
+        """The command, the crops, and what is known of the cost; where one cannot be told, why. Nothing unless open."""
+        if active_tab != "check":
             return (gr.skip(),) * 5
-        about = (self.shell, self.shell.settings.workspace(request), kept)
+        about = (self.context, self.context.settings.workspace(request), stored)
         command, crops, cost = (_or_why_not(make, *about) for make in (subject_runs.command, _crops, _cost))
         if isinstance(command, InputError):
             command = f"# {' '.join(str(command).split())}"
@@ -164,21 +164,21 @@ class _Handlers:
         return command, _warning(crops) if isinstance(crops, InputError) else crops, *cost
 
     @in_plain_words
-    def rehearse(self, kept: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
+    def dry_run(self, stored: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         """Start a dry run, unless one is at work or has measured this already."""
-        workspace = self.shell.settings.workspace(request)
-        subject_runs.rehearse(self.shell, workspace, kept)
-        return _cost(self.shell, workspace, kept)
+        workspace = self.context.settings.workspace(request)
+        subject_runs.start_dry_run(self.context, workspace, stored)
+        return _cost(self.context, workspace, stored)
 
     @in_plain_words
-    def tick(self, kept: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
-        return _cost(self.shell, self.shell.settings.workspace(request), kept)
+    def tick(self, stored: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
+        return _cost(self.context, self.context.settings.workspace(request), stored)
 
     @in_plain_words
-    def start(self, kept: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
-        workspace = self.shell.settings.workspace(request)
-        kept, run_id = subject_runs.start(self.shell, workspace, kept)
-        return kept, *self.shell.show(workspace, run_id, "train")
+    def start(self, stored: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
+        workspace = self.context.settings.workspace(request)
+        stored, run_id = subject_runs.start(self.context, workspace, stored)
+        return stored, *self.context.show(workspace, run_id, "train")
 
 
 def _or_why_not(make: Callable[[AppContext, Workspace, dict[str, Any]], Any], *about: Any) -> Any:
@@ -222,23 +222,23 @@ def _value(value: Any) -> str:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
 
 
-def _crops(shell: AppContext, workspace: Workspace, kept: dict[str, Any]) -> str:
+def _crops(context: AppContext, workspace: Workspace, stored: dict[str, Any]) -> str:
     from webui.work import options as checked
     from webui.work import photos as work_photos
 
-    photos = SubjectDataset.of(workspace, Draft.from_browser(kept).set)
+    photos = SubjectDataset.of(workspace, Draft.from_browser(stored).set)
     if not photos.entries():
         return '<div class="empty">No photos yet. Add some under Photos.</div>'
-    options = checked.build(workspace, "subject", subject_runs.values_of(shell, workspace, kept)[1])
+    options = checked.build(workspace, "subject", subject_runs.values_of(context, workspace, stored)[1])
     cut = "".join(f'<p class="warning">{escaped(words)}</p>' for words in work_photos.long_prompts_of(photos, options))
-    shown, names = work_photos.crops(photos, options), [entry.name for entry in photos.entries()]
-    sizes = {f"{crop.size[1]} x {crop.size[0]}" for crop in shown}
-    many = shown[0].variants
+    crops, names = work_photos.crops(photos, options), [entry.name for entry in photos.entries()]
+    sizes = {f"{crop.size[1]} x {crop.size[0]}" for crop in crops}
+    many = crops[0].variants
     more = f" Of each, {many} crops or mirror images are shown to it; this is the first." if many > 1 else ""
     listed = "".join(
         f'<li><img class="{"pixel" if max(crop.size) <= CRISP_SIDE else ""}" src="{crop.address}" '
         f'alt="{escaped(name)} as the model sees it"></li>'
-        for crop, name in zip(shown, names, strict=True)
+        for crop, name in zip(crops, names, strict=True)
     )
     words = (
         f"Each photo is brought to {' or '.join(sorted(sizes))} pixels, the size that this model works with, and cropped to it."
@@ -247,14 +247,14 @@ def _crops(shell: AppContext, workspace: Workspace, kept: dict[str, Any]) -> str
     return f'{cut}<p>{words}{more} {advice}</p><ul class="crops">{listed}</ul>'
 
 
-def _cost(shell: AppContext, workspace: Workspace, kept: dict[str, Any]) -> tuple[Any, Any, Any]:
+def _cost(context: AppContext, workspace: Workspace, stored: dict[str, Any]) -> tuple[Any, Any, Any]:
     """What is known of the cost, whether it can be measured, and whether to look again."""
     from webui.work import options as checked
 
-    values, record = subject_runs.rehearsal(shell, workspace, kept)
+    values, record = subject_runs.dry_run_of(context, workspace, stored)
     options = checked.build(workspace, "subject", values)
-    photos = SubjectDataset.of(workspace, Draft.from_browser(kept).set).entries()
+    photos = SubjectDataset.of(workspace, Draft.from_browser(stored).set).entries()
     plan = costs.Plan(options.optimisation.max_train_steps, len(photos), options.data.heldout_image)
     at_work = costs.is_measuring(record)
     can_measure = bool(photos) and not at_work and not costs.is_measured(record)
-    return costs.in_words(record, plan), gr.Button(interactive=can_measure), gr.Timer(active=at_work)
+    return costs.cost_summary(record, plan), gr.Button(interactive=can_measure), gr.Timer(active=at_work)

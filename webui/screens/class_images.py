@@ -36,16 +36,16 @@ FOLDER_NOTE = (
 )
 
 
-def build(frame: ClassifyContext) -> None:
+def build(context: ClassifyContext) -> None:
     """Put the part into the open tab."""
-    parts = _layout(frame)
-    _wire_class(frame, parts)
-    _wire_looking(frame, parts)
-    _wire_adding(frame, parts)
-    _wire_mending(frame, parts)
+    parts = _layout(context)
+    _wire_class(context, parts)
+    _wire_looking(context, parts)
+    _wire_adding(context, parts)
+    _wire_mending(context, parts)
 
 
-def _layout(frame: ClassifyContext) -> dict[str, Any]:
+def _layout(context: ClassifyContext) -> dict[str, Any]:
     parts: dict[str, Any] = {}
     parts["set"] = gr.Dropdown(
         [("Example: handwritten digits", EXAMPLE)],
@@ -57,7 +57,7 @@ def _layout(frame: ClassifyContext) -> dict[str, Any]:
     )
     parts["summary"] = gr.HTML(elem_id="classify-summary")
     parts["cards"] = gr.HTML(elem_id="classify-classes")
-    _lay_out_adding(parts, frame.shell.settings.is_local)
+    _lay_out_adding(parts, context.app.settings.is_local)
     parts["said"] = gr.HTML(elem_id="classify-said")
     _lay_out_mending(parts)
     with gr.Row(elem_classes="buttons"):
@@ -120,10 +120,10 @@ def _lay_out_mending(parts: dict[str, Any]) -> None:
                 parts["remove"] = gr.Button("Remove it", size="sm", elem_id="classify-remove")
 
 
-def _wire_looking(frame: ClassifyContext, parts: dict[str, Any]) -> None:
+def _wire_looking(context: ClassifyContext, parts: dict[str, Any]) -> None:
     """Show the set of the draft; then what is known of it before any training."""
-    settings = frame.shell.settings
-    shown = [parts[name] for name in ("set", "delete", "sure", "summary", "cards", "class", "mend", "go")]
+    settings = context.app.settings
+    widgets = [parts[name] for name in ("set", "delete", "sure", "summary", "cards", "class", "mend", "go")]
 
     @in_plain_words
     def list_sets(draft: dict[str, Any], request: gr.Request) -> gr.Dropdown:
@@ -146,15 +146,15 @@ def _wire_looking(frame: ClassifyContext, parts: dict[str, Any]) -> None:
         return {**draft, "set": set_id}
 
     def redraw(event: Any) -> None:
-        looked = parts["show_class"](event.then(look, [frame.draft], shown, **QUIET))
+        looked = parts["show_class"](event.then(look, [context.draft], widgets, **QUIET))
         outputs = [parts["summary"], parts["cards"]]
-        looked.then(measure, [frame.draft], outputs, concurrency_id="device", concurrency_limit=1, **QUIET)
+        looked.then(measure, [context.draft], outputs, concurrency_id="device", concurrency_limit=1, **QUIET)
 
     parts["redraw"] = redraw
-    frame.shell.page.load(list_sets, [frame.draft], [parts["set"]], **QUIET)
-    redraw(frame.tab.select(list_sets, [frame.draft], [parts["set"]], **QUIET))
-    redraw(parts["set"].input(choose, [parts["set"], frame.draft], [frame.draft], **QUIET))
-    parts["go"].click(lambda: gr.Tabs(selected="train"), None, [frame.steps], **QUIET)
+    context.app.page.load(list_sets, [context.draft], [parts["set"]], **QUIET)
+    redraw(context.tab.select(list_sets, [context.draft], [parts["set"]], **QUIET))
+    redraw(parts["set"].input(choose, [parts["set"], context.draft], [context.draft], **QUIET))
+    parts["go"].click(lambda: gr.Tabs(selected="train"), None, [context.steps], **QUIET)
 
 
 def _measured(classes: LabelledClasses) -> tuple[Any, Any]:
@@ -164,8 +164,8 @@ def _measured(classes: LabelledClasses) -> tuple[Any, Any]:
         return _summary(classes, None), class_cards(classes, {})
     from webui.work import classify as classifying
 
-    found = classifying.zero_shot(classes)
-    return _summary(classes, (found.right, found.count)), class_cards(classes, found.by_class)
+    zero_shot_result = classifying.zero_shot(classes)
+    return _summary(classes, (zero_shot_result.right, zero_shot_result.count)), class_cards(classes, zero_shot_result.by_class)
 
 
 def _set_shown(classes: LabelledClasses) -> list[Any]:
@@ -182,8 +182,8 @@ def _set_shown(classes: LabelledClasses) -> list[Any]:
     ]
 
 
-def _wire_adding(frame: ClassifyContext, parts: dict[str, Any]) -> None:
-    settings, redraw = frame.shell.settings, parts["redraw"]
+def _wire_adding(context: ClassifyContext, parts: dict[str, Any]) -> None:
+    settings, redraw = context.app.settings, parts["redraw"]
 
     @in_plain_words
     def take_zip(file: str | None, draft: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
@@ -207,13 +207,13 @@ def _wire_adding(frame: ClassifyContext, parts: dict[str, Any]) -> None:
     def point(path: str, draft: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         return {**draft, "set": class_sets.point_to(settings.workspace(request), path)}, "", ""
 
-    known = {"api_visibility": "private", "show_progress": "minimal"}
-    redraw(parts["zip"].upload(take_zip, [parts["zip"], frame.draft], [frame.draft, parts["said"], parts["zip"]], **known))
-    given = [parts["new_name"], parts["files"], frame.draft]
-    redraw(parts["add"].click(add, given, [frame.draft, parts["said"], parts["new_name"], parts["files"]], **known))
+    quiet = {"api_visibility": "private", "show_progress": "minimal"}
+    redraw(parts["zip"].upload(take_zip, [parts["zip"], context.draft], [context.draft, parts["said"], parts["zip"]], **quiet))
+    given = [parts["new_name"], parts["files"], context.draft]
+    redraw(parts["add"].click(add, given, [context.draft, parts["said"], parts["new_name"], parts["files"]], **quiet))
     if "point" in parts:
-        inputs, outputs = [parts["path"], frame.draft], [frame.draft, parts["said"], parts["path"]]
-        redraw(gr.on([parts["point"].click, parts["path"].submit], point, inputs, outputs, **known))
+        inputs, outputs = [parts["path"], context.draft], [context.draft, parts["said"], parts["path"]]
+        redraw(gr.on([parts["point"].click, parts["path"].submit], point, inputs, outputs, **quiet))
 
 
 @contextmanager
@@ -228,10 +228,10 @@ def _own_set(workspace: Workspace, draft: dict[str, Any]) -> Iterator[Path]:
         raise
 
 
-def _wire_class(frame: ClassifyContext, parts: dict[str, Any]) -> None:
+def _wire_class(context: ClassifyContext, parts: dict[str, Any]) -> None:
     """Show the images of the class that is looked at, to choose one of them."""
-    settings = frame.shell.settings
-    of_class = [parts["class"], frame.draft]
+    settings = context.app.settings
+    of_class = [parts["class"], context.draft]
     outputs = [parts[name] for name in ("name", "gallery", "chosen", "one", "target", "rename", "remove_class")]
     is_open = gr.State(False)
 
@@ -260,13 +260,13 @@ def _wire_class(frame: ClassifyContext, parts: dict[str, Any]) -> None:
 
 def _class_shown(classes: LabelledClasses, key: str | None) -> list[Any]:
     """Updates of what is shown of the class `key`, and of what can be done with it."""
-    own = next((one for one in classes.classes if one.key == key), None)
-    if own is None:
+    entry = next((one for one in classes.classes if one.key == key), None)
+    if entry is None:
         return ["", [], None, gr.Column(visible=False), gr.Dropdown([]), *[gr.Button(interactive=False)] * 2]
-    cached = [small(source) for source in own.images[:MOST_SHOWN]]
+    cached = [small(source) for source in entry.images[:MOST_SHOWN]]
     others = [(one.name, one.key) for one in classes.classes if one.key != key]
     return [
-        own.name,
+        entry.name,
         [one[0] for one in cached if one is not None],
         None,
         gr.Column(visible=False),
@@ -276,9 +276,9 @@ def _class_shown(classes: LabelledClasses, key: str | None) -> list[Any]:
     ]
 
 
-def _wire_mending(frame: ClassifyContext, parts: dict[str, Any]) -> None:
+def _wire_mending(context: ClassifyContext, parts: dict[str, Any]) -> None:
     """Rename a class, remove it, move or remove one of its images."""
-    settings, redraw = frame.shell.settings, parts["redraw"]
+    settings, redraw = context.app.settings, parts["redraw"]
 
     @in_plain_words
     def rename(key: str, name: str, draft: dict[str, Any], request: gr.Request) -> str:
@@ -290,9 +290,9 @@ def _wire_mending(frame: ClassifyContext, parts: dict[str, Any]) -> None:
             class_sets.name_pointed_class(folder, key, name)
         return ""
 
-    given = [parts["class"], parts["name"], frame.draft]
+    given = [parts["class"], parts["name"], context.draft]
     redraw(gr.on([parts["rename"].click, parts["name"].submit], rename, given, [parts["said"]], **QUIET))
-    given = [parts["class"], parts["chosen"], parts["target"], frame.draft]
+    given = [parts["class"], parts["chosen"], parts["target"], context.draft]
     changes = {
         "remove_class": lambda folder, key, chosen, target: remove_class(folder, key),
         "remove": lambda folder, key, chosen, target: remove_image(folder, chosen),
@@ -300,7 +300,7 @@ def _wire_mending(frame: ClassifyContext, parts: dict[str, Any]) -> None:
     }
     for name, change in changes.items():
         redraw(parts[name].click(_changing(settings, change), given, [parts["said"]], **QUIET))
-    _wire_deleting(frame, parts)
+    _wire_deleting(context, parts)
 
 
 def _changing(settings: Settings, change: Callable[[Path, str, str | None, str | None], None]) -> Callable[..., str]:
@@ -322,8 +322,8 @@ def _changing(settings: Settings, change: Callable[[Path, str, str | None, str |
     return changed
 
 
-def _wire_deleting(frame: ClassifyContext, parts: dict[str, Any]) -> None:
-    settings = frame.shell.settings
+def _wire_deleting(context: ClassifyContext, parts: dict[str, Any]) -> None:
+    settings = context.app.settings
 
     @in_plain_words
     def delete(draft: dict[str, Any], request: gr.Request) -> dict[str, Any]:
@@ -335,7 +335,7 @@ def _wire_deleting(frame: ClassifyContext, parts: dict[str, Any]) -> None:
 
     parts["delete"].click(lambda: gr.Row(visible=True), None, [parts["sure"]], **QUIET)
     parts["no"].click(lambda: gr.Row(visible=False), None, [parts["sure"]], **QUIET)
-    parts["redraw"](parts["yes"].click(delete, [frame.draft], [frame.draft], **QUIET))
+    parts["redraw"](parts["yes"].click(delete, [context.draft], [context.draft], **QUIET))
 
 
 def _choices(workspace: Workspace) -> list[tuple[str, str]]:
@@ -362,24 +362,24 @@ def _own_folder(workspace: Workspace, draft: dict[str, Any]) -> tuple[Any, bool]
 def _said(added: Added) -> str:
     """What became of an upload."""
     count = len(added.names)
-    told = f"<p>{count} image{'' if count == 1 else 's'} added.</p>"
+    text = f"<p>{count} image{'' if count == 1 else 's'} added.</p>"
     refused = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in added.refused)
     notes = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in added.notes)
-    told += f"<div class='warning'>Left out:<ul>{refused}</ul></div>" if refused else ""
-    return told + (f"<div class='warning'>To be known:<ul>{notes}</ul></div>" if notes else "")
+    text += f"<div class='warning'>Left out:<ul>{refused}</ul></div>" if refused else ""
+    return text + (f"<div class='warning'>To be known:<ul>{notes}</ul></div>" if notes else "")
 
 
-def _summary(classes: LabelledClasses, known: tuple[int, int] | None) -> str:
+def _summary(classes: LabelledClasses, accuracy: tuple[int, int] | None) -> str:
     """How many there are, what the model knows of them untrained, and what stands in the way."""
     notes = {"example": EXAMPLE_NOTE, "folder": FOLDER_NOTE, "own": OWN_NOTE}
     count = len(classes.classes)
-    told = f"<p><b>{count} class{'' if count == 1 else 'es'}, {classes.count} images.</b> "
-    if known is not None:
-        right, looked_at = known
-        told += (
+    text = f"<p><b>{count} class{'' if count == 1 else 'es'}, {classes.count} images.</b> "
+    if accuracy is not None:
+        right, looked_at = accuracy
+        text += (
             f"Before any training the built-in model, which knows only the classes' names, names {right} of {looked_at} images "
             f"rightly: <b>{share(right / looked_at)}</b>. Guessing would be right in {share(1 / count)}."
         )
     warned = [*class_sets.warnings(classes), *class_sets.copies(classes)] if classes.kind != "example" else []
     read = "".join(f"<p class='quiet'>{html.escape(note)}</p>" for note in classes.notes)
-    return f"{notes[classes.kind]}{told}</p>{read}" + "".join(f"<p class='warning'>{html.escape(one)}</p>" for one in warned)
+    return f"{notes[classes.kind]}{text}</p>{read}" + "".join(f"<p class='warning'>{html.escape(one)}</p>" for one in warned)

@@ -31,10 +31,10 @@ AGAIN = (
 )
 
 
-def build(frame: ClassifyContext) -> None:
+def build(context: ClassifyContext) -> None:
     """Put the part into the open tab."""
     empty = gr.HTML("<p class='empty'>There is no classifier yet. Train one first.</p>", elem_id="classify-new-empty")
-    with gr.Column(visible=False) as whole:
+    with gr.Column(visible=False) as column:
         gr.HTML(INTRO)
         method = gr.Dropdown(label="Method", filterable=False, interactive=True, elem_id="classify-new-method")
         files = gr.File(
@@ -44,14 +44,14 @@ def build(frame: ClassifyContext) -> None:
             height=160,
             elem_id="classify-new-files",
         )
-        found = gr.State([])
-        _cards(frame, found)
+        predictions = gr.State([])
+        _cards(context, predictions)
         table = gr.DownloadButton("Table of these predictions (CSV)", visible=False, elem_id="classify-new-table")
-    _wire(frame, {"empty": empty, "whole": whole, "method": method, "files": files, "found": found, "table": table})
+    _wire(context, {"empty": empty, "whole": column, "method": method, "files": files, "found": predictions, "table": table})
 
 
-def _wire(frame: ClassifyContext, parts: dict[str, Any]) -> None:
-    settings = frame.shell.settings
+def _wire(context: ClassifyContext, parts: dict[str, Any]) -> None:
+    settings = context.app.settings
     seen = gr.State(None)
 
     @in_plain_words
@@ -67,22 +67,24 @@ def _wire(frame: ClassifyContext, parts: dict[str, Any]) -> None:
         return [gr.HTML(visible=False), gr.Column(visible=True), _methods(result), [], hidden, now]
 
     @in_plain_words
-    def classify(run_id: str, member: str | None, files: list[str] | None, request: gr.Request) -> tuple[Any, ...]:
+    def classify(run_id: str, trial: str | None, files: list[str] | None, request: gr.Request) -> tuple[Any, ...]:
         if not files:
             return [], gr.DownloadButton(visible=False)
         from webui.work import classify as work
 
         _check_count(files)
-        rows = work.classify(settings.workspace(request).run(run_id), files, member)
-        kept = [{**row, "file": file} for row, file in zip(rows, files, strict=True)]
-        return kept, gr.DownloadButton(value=class_files.new_table(_table(rows)), visible=any("class" in row for row in rows))
+        rows = work.classify(settings.workspace(request).run(run_id), files, trial)
+        predictions = [{**row, "file": file} for row, file in zip(rows, files, strict=True)]
+        return predictions, gr.DownloadButton(
+            value=class_files.new_table(_table(rows)), visible=any("class" in row for row in rows)
+        )
 
     outputs = [parts[name] for name in ("empty", "whole", "method", "found", "table")]
-    frame.beat.change(refresh, [frame.run, seen], [*outputs, seen], **QUIET)
+    context.refresh_trigger.change(refresh, [context.run, seen], [*outputs, seen], **QUIET)
     gr.on(
         [parts["files"].upload, parts["files"].clear, parts["files"].delete, parts["method"].input],
         classify,
-        [frame.run, parts["method"], parts["files"]],
+        [context.run, parts["method"], parts["files"]],
         [parts["found"], parts["table"]],
         api_visibility="private",
         show_progress="minimal",
@@ -96,11 +98,11 @@ def _check_count(files: list[str]) -> None:
         raise InputError(f"At most {MOST} images can be shown at a time, got {len(files)}. Drop fewer.")
 
 
-def _cards(frame: ClassifyContext, found: gr.State) -> None:
+def _cards(context: ClassifyContext, predictions: gr.State) -> None:
     """A card for each image, drawn anew for other images, with what corrects it."""
-    shell, settings = frame.shell, frame.shell.settings
+    app, settings = context.app, context.app.settings
 
-    @gr.render(inputs=[found, frame.run], triggers=[found.change], show_progress="hidden")
+    @gr.render(inputs=[predictions, context.run], triggers=[predictions.change], show_progress="hidden")
     def draw(rows: list[dict[str, Any]], run_id: str | None, request: gr.Request) -> None:
         if not rows:
             return
@@ -129,11 +131,15 @@ def _cards(frame: ClassifyContext, found: gr.State) -> None:
                 if name != RIGHT:
                     corrected.setdefault(name, []).append(Path(row["file"]))
             set_id, new = class_runs.train_again(workspace, workspace.run(run_id), corrected)
-            return [{**draft, "set": set_id}, gr.Tabs(selected="train"), *shell.show(workspace, new)]
+            return [{**draft, "set": set_id}, gr.Tabs(selected="train"), *app.show(workspace, new)]
 
-        outputs = [frame.draft, frame.steps, *shell.outputs]
+        outputs = [context.draft, context.steps, *app.outputs]
         again.click(
-            train_again, [frame.run, frame.draft, found, *answers], outputs, api_visibility="private", concurrency_limit=1
+            train_again,
+            [context.run, context.draft, predictions, *answers],
+            outputs,
+            api_visibility="private",
+            concurrency_limit=1,
         )
 
 
@@ -142,23 +148,23 @@ def _card(row: dict[str, Any]) -> str:
     name = html.escape(row["picture"])
     if "error" in row:
         return f"<p class='warning'>{html.escape(row['error'])}</p>"
-    shown = image(ImageFile(Path(row["file"]).name, Path(row["file"]).parent), row["picture"])
+    tile = image(ImageFile(Path(row["file"]).name, Path(row["file"]).parent), row["picture"])
     notes = "".join(f"<p class='quiet'>{html.escape(note)}</p>" for note in row.get("notes", ()))
     bars = class_html.bars([(label, value) for label, value in row["top"]], first_only=True)
-    return f"<div class='thumbs'><figure>{shown}</figure></div><p class='quiet name'>{name}</p>{notes}{bars}"
+    return f"<div class='thumbs'><figure>{tile}</figure></div><p class='quiet name'>{name}</p>{notes}{bars}"
 
 
 def _methods(result: Result) -> gr.Dropdown:
     """The methods of the draw that stands for the run."""
     choices = [(class_html.called(one["method"]), one["folder"]) for one in result.same_draw()]
-    return gr.Dropdown(choices, value=result.member["folder"])
+    return gr.Dropdown(choices, value=result.trial["folder"])
 
 
 def _table(rows: list[dict[str, Any]]) -> list[list[str]]:
-    told = [row for row in rows if "class" in row]
-    count = len(told[0]["top"]) if told else 0
-    head = [word for place in range(1, count + 1) for word in (f"class {place}", f"probability {place}")]
+    classified = [row for row in rows if "class" in row]
+    count = len(classified[0]["top"]) if classified else 0
+    head = [word for rank in range(1, count + 1) for word in (f"class {rank}", f"probability {rank}")]
     return [
         ["picture", *head],
-        *([row["picture"], *(word for name, value in row["top"] for word in (name, f"{value:.6g}"))] for row in told),
+        *([row["picture"], *(word for name, value in row["top"] for word in (name, f"{value:.6g}"))] for row in classified),
     ]

@@ -12,16 +12,16 @@ from webui.app_context import QUIET
 from webui.class_results import Result, result_of
 from webui.class_runs import ClassifyContext
 from webui.errors import in_plain_words
-from webui.views import IN_WORDS, RunView
+from webui.views import STATE_TEXTS, RunView
 
 EMPTY = "<p class='empty'>There is no classifier yet. Train one first.</p>"
 WAITING = "<p class='empty'>This classifier is {state}. Its result will be here once it is done.</p>"
 
 
-def build(frame: ClassifyContext) -> None:
+def build(context: ClassifyContext) -> None:
     """Put the part into the open tab."""
     parts = _layout()
-    _wire(frame, parts)
+    _wire(context, parts)
 
 
 def _layout() -> dict[str, Any]:
@@ -59,46 +59,46 @@ def _layout() -> dict[str, Any]:
     return parts
 
 
-def _wire(frame: ClassifyContext, parts: dict[str, Any]) -> None:
-    settings = frame.shell.settings
-    drawn = ("words", "confusion", "cell", "classes", "worst", "calibration", "reliability", "methods", *class_files.TITLES)
-    outputs = [parts[name] for name in ("empty", "all", "method", *drawn)]
+def _wire(context: ClassifyContext, parts: dict[str, Any]) -> None:
+    settings = context.app.settings
+    names = ("words", "confusion", "cell", "classes", "worst", "calibration", "reliability", "methods", *class_files.TITLES)
+    outputs = [parts[name] for name in ("empty", "all", "method", *names)]
     seen = gr.State(None)
 
-    def found(run_id: str | None, member: str | None, request: gr.Request) -> tuple[RunView | None, Result | None]:
+    def load(run_id: str | None, trial: str | None, request: gr.Request) -> tuple[RunView | None, Result | None]:
         view = class_runs.view_of(settings.workspace(request), run_id)
-        return view, None if view is None else result_of(view.record, member)
+        return view, None if view is None else result_of(view.record, trial)
 
     @in_plain_words
-    def refresh(run_id: str | None, member: str | None, before: Any, request: gr.Request) -> list[Any]:
-        view, result = found(run_id, member, request)
-        now = None if view is None else (view.id, view.state, result is not None and result.member["folder"])
+    def refresh(run_id: str | None, trial: str | None, before: Any, request: gr.Request) -> list[Any]:
+        view, result = load(run_id, trial, request)
+        now = None if view is None else (view.id, view.state, result is not None and result.trial["folder"])
         if now == before and now is not None:
             return [gr.skip()] * (len(outputs) + 1)
         if result is None:
-            return [gr.HTML(_waiting(view), visible=True), gr.Column(visible=False), *[gr.skip()] * (len(drawn) + 1), now]
+            return [gr.HTML(_waiting(view), visible=True), gr.Column(visible=False), *[gr.skip()] * (len(names) + 1), now]
         return [gr.HTML(visible=False), gr.Column(visible=True), _methods(result), *_drawn(result), now]
 
     @in_plain_words
-    def open_cell(run_id: str, member: str | None, event: gr.EventData, request: gr.Request) -> str:
-        return _cell(found(run_id, member, request)[1], event)
+    def open_cell(run_id: str, trial: str | None, event: gr.EventData, request: gr.Request) -> str:
+        return _cell(load(run_id, trial, request)[1], event)
 
-    given = [frame.run, parts["method"]]
+    given = [context.run, parts["method"]]
     # The images of worst mistakes come with whatever reads a set: not before somebody looks.
-    looks = [frame.beat.change, parts["method"].input]
+    looks = [context.refresh_trigger.change, parts["method"].input]
     gr.on(looks, refresh, [*given, seen], [*outputs, seen], trigger_mode="always_last", **QUIET)
     parts["confusion"].select(open_cell, given, [parts["cell"]], **QUIET)
 
 
 def _waiting(view: RunView | None) -> str:
-    return EMPTY if view is None else WAITING.format(state=IN_WORDS[view.state])
+    return EMPTY if view is None else WAITING.format(state=STATE_TEXTS[view.state])
 
 
 def _cell(result: Result | None, event: gr.EventData) -> str:
     """The images of the number that was chosen in the table of mistakes."""
-    places = range(len(result.classes)) if result is not None else range(0)
+    labels = range(len(result.classes)) if result is not None else range(0)
     true, predicted = (getattr(event, name, None) for name in ("true", "predicted"))
-    if not all(isinstance(place, int) and place in places for place in (true, predicted)):
+    if not all(isinstance(label, int) and label in labels for label in (true, predicted)):
         raise InputError("This number belongs to another classifier. Reload the page.")
     return class_html.cell_images(result, true, predicted)
 
@@ -110,14 +110,14 @@ def _methods(result: Result) -> gr.Dropdown:
     for one in result.report["members"]:
         draw = f" ({one['shots']} images a class, draw {one['seed'] + 1})" if several else ""
         choices.append((class_html.called(one["method"]) + draw, one["folder"]))
-    return gr.Dropdown(choices, value=result.member["folder"])
+    return gr.Dropdown(choices, value=result.trial["folder"])
 
 
 def _drawn(result: Result) -> list[Any]:
     """Everything below the method."""
     files = class_files.downloads(result)
     return [
-        class_html.in_words(result),
+        class_html.result_summary(result),
         class_html.confusion(result),
         "",
         class_html.per_class(result),

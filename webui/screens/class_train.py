@@ -20,19 +20,19 @@ from webui.workspace import Workspace
 NOTHING = "<p class='empty'>Nothing was trained yet. Start above: the example takes a minute or two.</p>"
 
 
-def build(frame: ClassifyContext) -> None:
+def build(context: ClassifyContext) -> None:
     """Put the part into the open tab."""
-    parts = _layout(frame)
-    _wire_settings(frame, parts)
-    _wire_runs(frame, parts)
+    parts = _layout(context)
+    _wire_settings(context, parts)
+    _wire_runs(context, parts)
 
 
-def _layout(frame: ClassifyContext) -> dict[str, Any]:
+def _layout(context: ClassifyContext) -> dict[str, Any]:
     parts: dict[str, Any] = {"about": gr.HTML(elem_id="classify-about")}
     choices = [(f"{preset.name}: {preset.costs}", preset.name) for preset in class_presets.CLASSIFY]
     parts["preset"] = gr.Radio(choices, value=class_presets.DEFAULT, label="How to train", elem_id="classify-preset")
     parts["why"] = gr.HTML(elem_id="classify-why")
-    panel.build(frame.source())
+    panel.build(context.source())
     with gr.Accordion("The command", open=False, elem_id="classify-command-shown"):
         gr.HTML("<p class='quiet'>Train starts exactly this; typed into a terminal it does the same.</p>")
         parts["command"] = gr.Code(
@@ -57,20 +57,20 @@ def _layout(frame: ClassifyContext) -> dict[str, Any]:
     return parts
 
 
-def _wire_settings(frame: ClassifyContext, parts: dict[str, Any]) -> None:
-    settings = frame.shell.settings
+def _wire_settings(context: ClassifyContext, parts: dict[str, Any]) -> None:
+    settings = context.app.settings
 
     @in_plain_words
-    def describe(front: str, draft: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
-        """What would be started; nothing unless in front, since it loads what checks options."""
-        if front != "classify":
+    def describe(active_tab: str, draft: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
+        """What would be started; nothing unless open, since it loads what checks options."""
+        if active_tab != "classify":
             return (gr.skip(),) * 4
         workspace = settings.workspace(request)
         preset = preset_named(class_presets.CLASSIFY, str(draft.get("preset")))
         try:
             classes = class_sets.find(workspace, set_of(workspace, draft))
             about = _about(workspace, classes)
-            words = class_runs.command(frame, workspace, draft)
+            words = class_runs.command(context, workspace, draft)
         except InputError as error:
             about, words = f"<p class='warning'>{html.escape(str(error))}</p>", f"# {' '.join(str(error).split())}"
         return about, preset.name, _why(preset), words
@@ -80,42 +80,42 @@ def _wire_settings(frame: ClassifyContext, parts: dict[str, Any]) -> None:
         return {**draft, "preset": name}
 
     outputs = [parts[name] for name in ("about", "preset", "why", "command")]
-    for moved in (frame.shell.front.change, frame.beat.change, frame.drafted.change):
-        moved(describe, [frame.shell.front, frame.draft], outputs, **QUIET)
-    parts["preset"].input(choose, [parts["preset"], frame.draft], [frame.draft], **QUIET)
+    for moved in (context.app.active_tab.change, context.refresh_trigger.change, context.draft_changed.change):
+        moved(describe, [context.app.active_tab, context.draft], outputs, **QUIET)
+    parts["preset"].input(choose, [parts["preset"], context.draft], [context.draft], **QUIET)
 
 
-def _wire_runs(frame: ClassifyContext, parts: dict[str, Any]) -> None:
-    shell, settings = frame.shell, frame.shell.settings
-    shown = [parts[name] for name in ("head", "bar", "stop", "resume", "result", "curve")]
+def _wire_runs(context: ClassifyContext, parts: dict[str, Any]) -> None:
+    app, settings = context.app, context.app.settings
+    outputs = [parts[name] for name in ("head", "bar", "stop", "resume", "result", "curve")]
     seen = gr.State(None)
 
     @in_plain_words
     def refresh(run_id: str | None, before: Any, request: gr.Request) -> list[Any]:
         view = class_runs.view_of(settings.workspace(request), run_id)
-        found = _shown(view)
-        if found == before:
-            return [gr.skip()] * (len(shown) + 1)
-        head, bar, actions, curve = found
+        values = _shown(view)
+        if values == before:
+            return [gr.skip()] * (len(outputs) + 1)
+        head, bar, actions, curve = values
         buttons = [gr.Button(visible=name in actions) for name in ("stop", "resume", "result")]
-        return [head, bar, *buttons, curve, found]
+        return [head, bar, *buttons, curve, values]
 
     @in_plain_words
     def start(draft: dict[str, Any], request: gr.Request) -> list[Any]:
         workspace = settings.workspace(request)
-        draft, run_id = class_runs.start(frame, workspace, draft)
-        return [draft, *shell.show(workspace, run_id)]
+        draft, run_id = class_runs.start(context, workspace, draft)
+        return [draft, *app.show(workspace, run_id)]
 
-    parts["start"].click(start, [frame.draft], [frame.draft, *shell.outputs], api_visibility="private", concurrency_limit=1)
-    _wire_buttons(frame, parts)
-    parts["result"].click(lambda: gr.Tabs(selected="result"), None, [frame.steps], **QUIET)
-    beats = [frame.beat.change, shell.beats["classify"].change]
-    gr.on(beats, refresh, [frame.run, seen], [*shown, seen], trigger_mode="always_last", **QUIET)
+    parts["start"].click(start, [context.draft], [context.draft, *app.outputs], api_visibility="private", concurrency_limit=1)
+    _wire_buttons(context, parts)
+    parts["result"].click(lambda: gr.Tabs(selected="result"), None, [context.steps], **QUIET)
+    triggers = [context.refresh_trigger.change, app.refresh_triggers["classify"].change]
+    gr.on(triggers, refresh, [context.run, seen], [*outputs, seen], trigger_mode="always_last", **QUIET)
 
 
-def _wire_buttons(frame: ClassifyContext, parts: dict[str, Any]) -> None:
+def _wire_buttons(context: ClassifyContext, parts: dict[str, Any]) -> None:
     """Stop the run in view, or have it go on."""
-    shell, settings = frame.shell, frame.shell.settings
+    app, settings = context.app, context.app.settings
 
     @in_plain_words
     def stop(run_id: str, request: gr.Request) -> list[Any]:
@@ -123,7 +123,7 @@ def _wire_buttons(frame: ClassifyContext, parts: dict[str, Any]) -> None:
 
         workspace = settings.workspace(request)
         launching.stop(workspace, run_id)
-        return shell.show(workspace, run_id)
+        return app.show(workspace, run_id)
 
     @in_plain_words
     def resume(run_id: str, request: gr.Request) -> list[Any]:
@@ -131,10 +131,10 @@ def _wire_buttons(frame: ClassifyContext, parts: dict[str, Any]) -> None:
 
         workspace = settings.workspace(request)
         launching.resume(workspace, run_id)
-        return shell.show(workspace, run_id)
+        return app.show(workspace, run_id)
 
-    parts["stop"].click(stop, [frame.run], shell.outputs, api_visibility="private")
-    parts["resume"].click(resume, [frame.run], shell.outputs, api_visibility="private")
+    parts["stop"].click(stop, [context.run], app.outputs, api_visibility="private")
+    parts["resume"].click(resume, [context.run], app.outputs, api_visibility="private")
 
 
 def _shown(view: RunView | None) -> tuple[str, str, tuple[str, ...], str]:
@@ -151,11 +151,11 @@ def _about(workspace: Workspace, classes: LabelledClasses) -> str:
     title = html.escape(class_sets.title(workspace, classes.id))
     warned = [] if class_sets.is_ready(classes) else class_sets.warnings(classes)[:1]
     held_out = classes.count - sum(one.learnable for one in classes.classes)
-    told = (
+    text = (
         f"<p>Images: <b>{title}</b>. {held_out} of the {classes.count} are kept for the test: they are not learned from, and "
         "say how good the classifier will be with images it has never seen.</p>"
     )
-    return told + "".join(f"<p class='warning'>{html.escape(one)}</p>" for one in warned)
+    return text + "".join(f"<p class='warning'>{html.escape(one)}</p>" for one in warned)
 
 
 def _why(preset: Preset) -> str:

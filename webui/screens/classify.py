@@ -22,7 +22,7 @@ PARTS = {
 }
 
 
-def build(shell: AppContext) -> None:
+def build(app: AppContext) -> None:
     """Put the screen into the open tab."""
     intro = gr.HTML("<p>Teach the model to tell classes of images of your own apart, from a few images of each.</p>")
     run = gr.Dropdown(
@@ -33,18 +33,18 @@ def build(shell: AppContext) -> None:
         elem_id="classify-run",
     )
     # Not within the tabs, which count all that they hold.
-    known, beat, drafted = gr.State([]), gr.State(0.0), followed(shell.class_draft)
+    known_runs, refresh_trigger, draft_changed = gr.State([]), gr.State(0.0), followed(app.class_draft)
     with gr.Tabs(elem_id="classify-steps") as steps:
-        frame = ClassifyContext(shell, intro.parent, steps, run, shell.class_draft, drafted, known, beat)
+        context = ClassifyContext(app, intro.parent, steps, run, app.class_draft, draft_changed, known_runs, refresh_trigger)
         for name, (title, part) in PARTS.items():
             with gr.Tab(title, id=name, elem_id=f"classify-part-{name}"):
-                part.build(frame)
-    _wire(frame)
+                part.build(context)
+    _wire(context)
 
 
-def _wire(frame: ClassifyContext) -> None:
+def _wire(context: ClassifyContext) -> None:
     """Keep the list of classifiers as it is on disk, and follow the run that is looked at elsewhere."""
-    shell, settings = frame.shell, frame.shell.settings
+    app, settings = context.app, context.app.settings
 
     @in_plain_words
     def keep(before: list[str], request: gr.Request) -> Any:
@@ -57,20 +57,20 @@ def _wire(frame: ClassifyContext) -> None:
 
     @in_plain_words
     def follow(elsewhere: str | None, chosen: str | None, request: gr.Request) -> gr.Dropdown:
-        known = class_runs.classifiers(settings.workspace(request))
-        return _listed(known, elsewhere if elsewhere in [view.id for view in known] else chosen)
+        runs = class_runs.classifiers(settings.workspace(request))
+        return _listed(runs, elsewhere if elsewhere in [view.id for view in runs] else chosen)
 
-    for begun in (shell.page.load, shell.picked.change):
-        begun(follow, [shell.run, frame.run], [frame.run], **QUIET)
+    for begun in (app.page.load, app.picked.change):
+        begun(follow, [app.run, context.run], [context.run], **QUIET)
     # The list is no output of the tick itself: being one counts as a change of it.
-    shell.beats["classify"].change(keep, [frame.known], [frame.known], **QUIET)
-    frame.known.change(renew, [frame.run], [frame.run], **QUIET)
-    opened = [frame.tab.select, frame.steps.select, frame.run.change, frame.known.change]
-    gr.on(opened, time.time, None, frame.beat, trigger_mode="always_last", **QUIET)
+    app.refresh_triggers["classify"].change(keep, [context.classifiers], [context.classifiers], **QUIET)
+    context.classifiers.change(renew, [context.run], [context.run], **QUIET)
+    opened = [context.tab.select, context.steps.select, context.run.change, context.classifiers.change]
+    gr.on(opened, time.time, None, context.refresh_trigger, trigger_mode="always_last", **QUIET)
 
 
-def _listed(known: list[RunView], chosen: str | None) -> gr.Dropdown:
+def _listed(runs: list[RunView], chosen: str | None) -> gr.Dropdown:
     """The list of classifiers, `chosen` in view if it is one, else the newest."""
-    ids = [view.id for view in known]
+    ids = [view.id for view in runs]
     value = chosen if chosen in ids else next(iter(ids), None)
-    return gr.Dropdown([(view.title, view.id) for view in known], value=value, visible=bool(ids))
+    return gr.Dropdown([(view.title, view.id) for view in runs], value=value, visible=bool(ids))

@@ -60,11 +60,11 @@ class Look:
 
     steps: tuple[int, ...]
     step: int | None
-    place: int | None
+    prompt_index: int | None
     forced: bool
 
 
-def look_at(view: RunView, step: int | None, place: int | None, anew: bool) -> Look:
+def look_at(view: RunView, step: int | None, prompt_index: int | None, anew: bool) -> Look:
     """What to look at closely: what the page has chosen, else the suggested step, else the newest.
 
     Args:
@@ -74,20 +74,20 @@ def look_at(view: RunView, step: int | None, place: int | None, anew: bool) -> L
     if not steps:
         return Look((), None, None, anew)
     suggested, count = verdict.suggested_step(view.record), len(samples(view.record, steps[-1]))
-    forced = anew or step not in steps or not isinstance(place, int) or not 0 <= place < count
+    forced = anew or step not in steps or not isinstance(prompt_index, int) or not 0 <= prompt_index < count
     if forced:
-        step, place = (suggested if suggested in steps else steps[-1]), min(1, count - 1)
-    return Look(steps, step, place, forced)
+        step, prompt_index = (suggested if suggested in steps else steps[-1]), min(1, count - 1)
+    return Look(steps, step, prompt_index, forced)
 
 
-def parts(view: RunView | None, step: int | None, place: int | None, anew: bool) -> dict[str, AdapterRow]:
+def parts(view: RunView | None, step: int | None, prompt_index: int | None, anew: bool) -> dict[str, AdapterRow]:
     """Every part of the screen as it is to be now, by the names of the outputs."""
     if view is None or view.task == "classify":
         return _nothing_to_judge(EMPTY if view is None else CLASSIFIER)
-    record, look = view.record, look_at(view, step, place, anew)
+    record, look = view.record, look_at(view, step, prompt_index, anew)
     changed = tuple((each, record.samples_at(each).stat().st_mtime_ns) for each in sampled_steps(record))
     suggested = verdict.suggested_step(record)
-    closely = None if look.step is None else (look.step, look.place)
+    closely = None if look.step is None else (look.step, look.prompt_index)
     card = verdict.card(record)
     return {
         "empty": text(""),
@@ -103,10 +103,10 @@ def parts(view: RunView | None, step: int | None, place: int | None, anew: bool)
 
 
 def _nothing_to_judge(why: str) -> dict[str, AdapterRow]:
-    shown = {name: text("") for name in NAMES}
+    outputs = {name: text("") for name in NAMES}
     hidden = {"step": _dropdown([], None, True), "place": _dropdown([], None, True), "slider": _slider(None, None)}
     framed = {"frame": _group(False), "details": frame(False), "use": button(False), "card": _markdown("")}
-    return {**shown, **hidden, **framed, "empty": text(why)}
+    return {**outputs, **hidden, **framed, "empty": text(why)}
 
 
 def _closely(view: RunView, look: Look, suggested: int | None) -> dict[str, AdapterRow]:
@@ -117,7 +117,9 @@ def _closely(view: RunView, look: Look, suggested: int | None) -> dict[str, Adap
     return {
         "frame": _group(look.step is not None),
         "step": _dropdown(steps, look.step, look.forced),
-        "place": _dropdown([(each.prompt or "picture", place) for place, each in enumerate(newest)], look.place, look.forced),
+        "place": _dropdown(
+            [(each.prompt or "picture", prompt_index) for prompt_index, each in enumerate(newest)], look.prompt_index, look.forced
+        ),
         "slider": _slider(view, look),
         "use": button(usable, f"Use step {look.step}"),
     }
@@ -141,7 +143,7 @@ def _slider(view: RunView | None, look: Look | None) -> AdapterRow:
     """The base model's image and the adapted one's, of the same prompt and seed."""
     if view is None or look is None or look.step is None:
         return AdapterRow(None, lambda: gr.ImageSlider(value=None))
-    both = [samples(view.record, step)[look.place :][:1] for step in (0, look.step)]
+    both = [samples(view.record, step)[look.prompt_index :][:1] for step in (0, look.step)]
     if not all(both):
         return AdapterRow(None, lambda: gr.ImageSlider(value=None))
     paths = [images[0].path for images in both]
@@ -149,24 +151,24 @@ def _slider(view: RunView | None, look: Look | None) -> AdapterRow:
     return AdapterRow(key, lambda: gr.ImageSlider(value=tuple(enlarged(path) for path in paths)))
 
 
-def build(shell: AppContext) -> None:
+def build(context: AppContext) -> None:
     """Put the screen into the open tab."""
     outputs = _layout()
     seen = gr.State({})
 
     @in_plain_words
     def refresh(
-        run_id: str | None, step: int | None, place: int | None, seen: dict[str, Hashable], request: gr.Request
+        run_id: str | None, step: int | None, prompt_index: int | None, seen: dict[str, Hashable], request: gr.Request
     ) -> list[Any]:
-        view = view_of(shell.settings.workspace(request), run_id)
+        view = view_of(context.settings.workspace(request), run_id)
         about = None if view is None else (view.id, verdict.suggested_step(view.record))
-        now = parts(view, step, place, "about" not in seen or seen["about"] != about)
+        now = parts(view, step, prompt_index, "about" not in seen or seen["about"] != about)
         return [*updates(now, seen, outputs), keys(now) | {"about": about}]
 
     gr.on(
-        [shell.beats["judge"].change, outputs["step"].change, outputs["place"].change],
+        [context.refresh_triggers["judge"].change, outputs["step"].change, outputs["place"].change],
         refresh,
-        inputs=[shell.run, outputs["step"], outputs["place"], seen],
+        inputs=[context.run, outputs["step"], outputs["place"], seen],
         outputs=[*outputs.values(), seen],
         trigger_mode="always_last",
         show_progress="hidden",
@@ -183,12 +185,12 @@ def build(shell: AppContext) -> None:
 
     @in_plain_words
     def use(run_id: str, step: int, request: gr.Request) -> list[Any]:
-        kept = steps_of(shell.settings.workspace(request).run(run_id))
+        steps = steps_of(context.settings.workspace(request).run(run_id))
         # Use may not have looked since the step was kept, and gradio refuses what its list does not hold.
-        return [gr.Tabs(selected="use"), gr.Dropdown(choices=kept.choices, value=step), [run_id, step]]
+        return [gr.Tabs(selected="use"), gr.Dropdown(choices=steps.choices, value=step), [run_id, step]]
 
-    to_use = [shell.tabs, shell.step, shell.chosen]
-    outputs["use"].click(use, [shell.run, outputs["step"]], to_use, api_visibility="private")
+    to_use = [context.tabs, context.step, context.chosen]
+    outputs["use"].click(use, [context.run, outputs["step"]], to_use, api_visibility="private")
 
 
 def _layout() -> dict[str, Any]:

@@ -30,7 +30,7 @@ with it. One run at a time works; others wait for their turn.</p>"""
 ELSEWHERE = "Its photos lie elsewhere on this computer. Add them here; everything else is as it was."
 
 
-def build(shell: AppContext) -> None:
+def build(context: AppContext) -> None:
     """Put the screen into the open tab."""
     made = _layout()
     # What is asked about; what is deleted is that alone, whatever is chosen meanwhile.
@@ -39,32 +39,32 @@ def build(shell: AppContext) -> None:
 
     @in_plain_words
     def refresh(run_id: str | None, seen: dict[str, Any], request: gr.Request) -> list[Any]:
-        now = parts(shell.settings.workspace(request), run_id)
+        now = parts(context.settings.workspace(request), run_id)
         return [*updates(now, seen, [name for name in made if name in now]), keys(now)]
 
-    shown = [made[name] for name in ("list", "chosen", *LABELS)]
-    look = {"fn": refresh, "inputs": [shell.run, seen], "outputs": [*shown, seen], **QUIET}
-    shell.beats["runs"].change(trigger_mode="always_last", **look)
+    widgets = [made[name] for name in ("list", "chosen", *LABELS)]
+    look = {"fn": refresh, "inputs": [context.run, seen], "outputs": [*widgets, seen], **QUIET}
+    context.refresh_triggers["runs"].change(trigger_mode="always_last", **look)
 
     @in_plain_words
     def look_again(run_id: str | None, request: gr.Request) -> list[Any]:
-        return shell.show(shell.settings.workspace(request), run_id)
+        return context.show(context.settings.workspace(request), run_id)
 
-    made["refresh"].click(look_again, shell.run, shell.outputs, api_visibility="private").then(**look)
+    made["refresh"].click(look_again, context.run, context.outputs, api_visibility="private").then(**look)
 
     @in_plain_words
     def choose(event: gr.EventData, request: gr.Request) -> list[Any]:
-        workspace = shell.settings.workspace(request)
+        workspace = context.settings.workspace(request)
         run_id = event._data.get("run")
         workspace.run(run_id)
-        return shell.show(workspace, run_id)
+        return context.show(workspace, run_id)
 
-    made["list"].select(choose, None, shell.outputs, **QUIET).then(**look)
-    for action, handler in _handlers(shell).items():
-        outputs = [*shell.outputs, shell.draft, shell.class_draft]
-        made[action].click(handler, shell.run, outputs, api_visibility="private").then(**look)
-    _wire_deleting(shell, made, asked, look)
-    runs_compare.build(shell)
+    made["list"].select(choose, None, context.outputs, **QUIET).then(**look)
+    for action, handler in _handlers(context).items():
+        outputs = [*context.outputs, context.draft, context.class_draft]
+        made[action].click(handler, context.run, outputs, api_visibility="private").then(**look)
+    _wire_deleting(context, made, asked, look)
+    runs_compare.build(context)
 
 
 def _layout() -> dict[str, Any]:
@@ -89,45 +89,45 @@ def _layout() -> dict[str, Any]:
 
 def parts(workspace: Workspace, run_id: str | None) -> dict[str, AdapterRow]:
     """What is shown: all runs, and the buttons of the one in view."""
-    known = views(workspace)
-    view = next((each for each in known if each.id == run_id), None)
+    runs = views(workspace)
+    view = next((each for each in runs if each.id == run_id), None)
     allowed: tuple[Action | str, ...] = () if view is None else ("open", *view.actions)
-    shown = {"list": text(run_cards.cards(known, run_id)), "chosen": text("" if view is None else run_cards.heading(view))}
-    return shown | {name: button(name in allowed) for name in LABELS}
+    outputs = {"list": text(run_cards.cards(runs, run_id)), "chosen": text("" if view is None else run_cards.heading(view))}
+    return outputs | {name: button(name in allowed) for name in LABELS}
 
 
-def _handlers(shell: AppContext) -> dict[str, Callable[..., list[Any]]]:
-    """What the buttons do but deleting: each returns updates of the shell's outputs and of both drafts."""
+def _handlers(context: AppContext) -> dict[str, Callable[..., list[Any]]]:
+    """What the buttons do but deleting: each returns updates of the context's outputs and of both drafts."""
     drafts = [gr.skip(), gr.skip()]
 
     @in_plain_words
     def open_it(run_id: str, request: gr.Request) -> list[Any]:
-        workspace = shell.settings.workspace(request)
+        workspace = context.settings.workspace(request)
         view = RunView(workspace.run(run_id))
         subject = "judge" if view.state == "done" else "train"
-        return [*shell.show(workspace, run_id, "classify" if view.task == "classify" else subject), *drafts]
+        return [*context.show(workspace, run_id, "classify" if view.task == "classify" else subject), *drafts]
 
     @in_plain_words
     def resume(run_id: str, request: gr.Request) -> list[Any]:
-        workspace = shell.settings.workspace(request)
+        workspace = context.settings.workspace(request)
         launching.resume(workspace, run_id)
-        return [*shell.show(workspace, run_id), *drafts]
+        return [*context.show(workspace, run_id), *drafts]
 
     @in_plain_words
     def stop(run_id: str, request: gr.Request) -> list[Any]:
-        workspace = shell.settings.workspace(request)
+        workspace = context.settings.workspace(request)
         launching.stop(workspace, run_id)
         gr.Info("It ends after its step and saves what it has learned.")
-        return [*shell.show(workspace, run_id), *drafts]
+        return [*context.show(workspace, run_id), *drafts]
 
     @in_plain_words
     def duplicate(run_id: str, request: gr.Request) -> list[Any]:
-        workspace = shell.settings.workspace(request)
+        workspace = context.settings.workspace(request)
         task = RunView(workspace.run(run_id)).task
         options = launching.duplicate(workspace, run_id)
         if task == "classify":
-            return [*shell.show(workspace, run_id, "classify"), gr.skip(), class_draft_like(workspace, options)]
-        return [*shell.show(workspace, run_id, "check"), draft_like(workspace, options), gr.skip()]
+            return [*context.show(workspace, run_id, "classify"), gr.skip(), class_draft_like(workspace, options)]
+        return [*context.show(workspace, run_id, "check"), draft_like(workspace, options), gr.skip()]
 
     return {"open": open_it, "resume": resume, "stop": stop, "duplicate": duplicate}
 
@@ -150,8 +150,8 @@ def class_draft_like(workspace: Workspace, options: dict[str, dict[str, Any]]) -
     if folder is not None and set_id is None:
         gr.Warning(ELSEWHERE)
     data = {name: value for name, value in options.get("data", {}).items() if name not in OF_ITS_IMAGES}
-    kept = {group: fields for group, fields in {**options, "data": data}.items() if fields}
-    return EMPTY_DRAFT | {"set": set_id, "options": kept}
+    options_by_group = {group: fields for group, fields in {**options, "data": data}.items() if fields}
+    return EMPTY_DRAFT | {"set": set_id, "options": options_by_group}
 
 
 def _set_of(workspace: Workspace, folder: str | None) -> str | None:
@@ -164,24 +164,24 @@ def _set_of(workspace: Workspace, folder: str | None) -> str | None:
         return None
 
 
-def _wire_deleting(shell: AppContext, made: dict[str, Any], asked: gr.State, look: dict[str, Any]) -> None:
+def _wire_deleting(context: AppContext, made: dict[str, Any], asked: gr.State, look: dict[str, Any]) -> None:
     confirm, question = made["confirm"], made["question"]
 
     @in_plain_words
     def ask_first(run_id: str, request: gr.Request) -> tuple[Any, ...]:
-        view = RunView(shell.settings.workspace(request).run(run_id))
+        view = RunView(context.settings.workspace(request).run(run_id))
         return view.id, gr.Group(visible=True), run_cards.question(view)
 
     @in_plain_words
     def delete(run_id: str | None, request: gr.Request) -> tuple[Any, ...]:
-        workspace = shell.settings.workspace(request)
+        workspace = context.settings.workspace(request)
         launching.delete(workspace, run_id)
-        return (None, gr.Group(visible=False), *shell.show(workspace))
+        return (None, gr.Group(visible=False), *context.show(workspace))
 
-    made["delete"].click(ask_first, shell.run, [asked, confirm, question], api_visibility="private")
-    made["yes"].click(delete, asked, [asked, confirm, *shell.outputs], api_visibility="private").then(**look)
+    made["delete"].click(ask_first, context.run, [asked, confirm, question], api_visibility="private")
+    made["yes"].click(delete, asked, [asked, confirm, *context.outputs], api_visibility="private").then(**look)
     made["no"].click(lambda: (None, gr.Group(visible=False)), None, [asked, confirm], **QUIET)
-    shell.picked.change(_only_about, [asked, shell.run], [asked, confirm], **QUIET)
+    context.picked.change(_only_about, [asked, context.run], [asked, confirm], **QUIET)
 
 
 def _only_about(asked: str | None, run_id: str | None) -> tuple[Any, Any]:

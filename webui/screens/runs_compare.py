@@ -17,9 +17,9 @@ from webui.workspace import Workspace
 NO_ADAPTER = "no adapter to draw with yet"
 
 
-def build(shell: AppContext) -> None:
+def build(context: AppContext) -> None:
     """Put it into the open tab."""
-    settings, made = shell.settings, _layout()
+    settings, made = context.settings, _layout()
     chosen, seen = made["chosen"], gr.State(None)
 
     @in_plain_words
@@ -27,15 +27,15 @@ def build(shell: AppContext) -> None:
         now = [(view.title, view.id) for view in views(settings.workspace(request))]
         return [gr.skip() if now == before else gr.Dropdown(choices=now), now]
 
-    shell.beats["runs"].change(choices, seen, [chosen, seen], trigger_mode="always_last", **QUIET)
+    context.refresh_triggers["runs"].change(choices, seen, [chosen, seen], trigger_mode="always_last", **QUIET)
 
     @in_plain_words
     def compare(ids: list[str] | None, request: gr.Request) -> list[Any]:
         compared = Compared.of(settings.workspace(request), ids or [])
         is_subject = compared.task == "subject"
         first = str(compared.views[0].chosen("data", "instance_prompt") or "") if is_subject else ""
-        found = gr.HTML(value=compared.in_html(), visible=True)
-        return [found, gr.Accordion(visible=is_subject), gr.Textbox(value=first), gr.HTML(value="", visible=False)]
+        comparison = gr.HTML(value=compared.in_html(), visible=True)
+        return [comparison, gr.Accordion(visible=is_subject), gr.Textbox(value=first), gr.HTML(value="", visible=False)]
 
     outputs = [made[name] for name in ("found", "drawing", "prompt", "drawn")]
     made["show"].click(compare, chosen, outputs, api_visibility="private")
@@ -90,16 +90,16 @@ def drawn_with_all(workspace: Workspace, compared: Compared, prompt: str, seed: 
 
     steps = [steps_of(view.record).chosen for view in compared.views]
     cells = ["" if step is not None else NO_ADAPTER for step in steps]
-    for place, (view, step) in enumerate(zip(compared.views, steps, strict=True)):
+    for index, (view, step) in enumerate(zip(compared.views, steps, strict=True)):
         if step is None:
             continue
         for event in drawing.draw(workspace, GenerationRequest(view.id, step, 1.0, prompt, count=1, seed=seed)):
             if isinstance(event, Path):
-                cells[place] = sample_html(event, "pixel", prompt)
+                cells[index] = sample_html(event, "pixel", prompt)
             yield _table(compared.views, steps, cells, prompt, seed)
 
 
 def _table(runs: tuple[RunView, ...], steps: list[int | None], cells: list[str], prompt: str, seed: int) -> str:
-    heads = [f"{letter(place)}{'' if step is None else f', step {step}'}" for place, step in enumerate(steps)]
+    heads = [f"{letter(index)}{'' if step is None else f', step {step}'}" for index, step in enumerate(steps)]
     waiting = [cell or '<span class="quiet" role="status">drawing</span>' for cell in cells]
     return side_by_side(heads, {f"{prompt} (seed {seed})": waiting})

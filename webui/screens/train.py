@@ -34,9 +34,9 @@ BUTTONS = {"stop": "Stop", "sample": "Sample now", "save": "Save now", "resume":
 def parts(view: RunView | None, log_open: bool = False) -> dict[str, AdapterRow]:
     """Every part of the screen as it is to be now, by the names of the outputs."""
     if view is None:
-        shown = {name: text("") for name in ("head", "bar", "loss", "cost", "photos", "samples", "log")}
+        outputs = {name: text("") for name in ("head", "bar", "loss", "cost", "photos", "samples", "log")}
         hidden = {name: button(False) for name in (*BUTTONS, "next")}
-        return {"empty": text(EMPTY), **shown, **hidden, "log_frame": frame(False)}
+        return {"empty": text(EMPTY), **outputs, **hidden, "log_frame": frame(False)}
     return {
         "empty": text(""),
         "head": text(progress.head(view)),
@@ -109,31 +109,31 @@ def view_of(workspace: Workspace, run_id: str | None) -> RunView | None:
         return None
 
 
-def build(shell: AppContext) -> None:
+def build(context: AppContext) -> None:
     """Put the screen into the open tab."""
     outputs = _layout()
     seen, log_open = gr.State({}), gr.State(False)
 
     @in_plain_words
     def refresh(run_id: str | None, seen: dict[str, Hashable], log_open: bool, request: gr.Request) -> list[Any]:
-        view = view_of(shell.settings.workspace(request), run_id)
+        view = view_of(context.settings.workspace(request), run_id)
         now = parts(view, log_open)
         return [*updates(now, seen, outputs), keys(now)]
 
     look = {
         "fn": refresh,
-        "inputs": [shell.run, seen, log_open],
+        "inputs": [context.run, seen, log_open],
         "outputs": [*outputs.values(), seen],
         "show_progress": "hidden",
         "api_visibility": "private",
     }
-    shell.beats["train"].change(trigger_mode="always_last", **look)
+    context.refresh_triggers["train"].change(trigger_mode="always_last", **look)
     outputs["log_frame"].expand(lambda: True, outputs=log_open, api_visibility="private").then(**look)
     outputs["log_frame"].collapse(lambda: False, outputs=log_open, api_visibility="private")
-    _wire_buttons(shell, outputs, look)
+    _wire_buttons(context, outputs, look)
 
 
-def _wire_buttons(shell: AppContext, buttons: dict[str, Any], look: dict[str, Any]) -> None:
+def _wire_buttons(context: AppContext, buttons: dict[str, Any], look: dict[str, Any]) -> None:
     """What the buttons do; after each the screen looks again.
 
     Args:
@@ -141,22 +141,22 @@ def _wire_buttons(shell: AppContext, buttons: dict[str, Any], look: dict[str, An
         look: the listener that looks.
     """
     for action in ("stop", "sample", "save"):
-        buttons[action].click(_asking(shell, action), shell.run, api_visibility="private").then(**look)
+        buttons[action].click(_asking(context, action), context.run, api_visibility="private").then(**look)
 
     @in_plain_words
     def resume(run_id: str, request: gr.Request) -> list[dict[str, object]]:
-        workspace = shell.settings.workspace(request)
+        workspace = context.settings.workspace(request)
         launching.resume(workspace, run_id)
-        return shell.show(workspace, run_id)
+        return context.show(workspace, run_id)
 
-    buttons["resume"].click(resume, shell.run, shell.outputs, api_visibility="private").then(**look)
+    buttons["resume"].click(resume, context.run, context.outputs, api_visibility="private").then(**look)
 
     @in_plain_words
     def go_on(run_id: str, request: gr.Request) -> gr.Tabs:
-        view = view_of(shell.settings.workspace(request), run_id)
+        view = view_of(context.settings.workspace(request), run_id)
         return gr.Tabs(selected="classify" if view is not None and view.task == "classify" else "judge")
 
-    buttons["next"].click(go_on, shell.run, shell.tabs, api_visibility="private")
+    buttons["next"].click(go_on, context.run, context.tabs, api_visibility="private")
 
 
 def _layout() -> dict[str, Any]:
@@ -182,12 +182,12 @@ def _layout() -> dict[str, Any]:
     return made
 
 
-def _asking(shell: AppContext, action: str) -> Callable[[str, gr.Request], None]:
+def _asking(context: AppContext, action: str) -> Callable[[str, gr.Request], None]:
     """The handler of a button that asks the run for something."""
 
     @in_plain_words
     def ask(run_id: str, request: gr.Request) -> None:
-        workspace = shell.settings.workspace(request)
+        workspace = context.settings.workspace(request)
         if action == "stop":
             launching.stop(workspace, run_id)
         else:

@@ -18,7 +18,7 @@ from pipelines.prompt_syntax import page_warnings
 from webui import uploads
 from webui.adapters import others, reference_of_file, steps_of
 from webui.app_context import QUIET, AppContext
-from webui.cancellation import TURNS
+from webui.cancellation import CANCELLATIONS
 from webui.cards import escaped
 from webui.errors import in_plain_words
 from webui.gallery import bar_of, details_of, gallery_of
@@ -53,13 +53,13 @@ class Controls:
     mixed: list[gr.Dropdown]
     strengths: list[gr.Slider]
 
-    def inputs(self, shell: AppContext) -> list[Any]:
+    def inputs(self, context: AppContext) -> list[Any]:
         """What `GenerationRequest.from_page` takes."""
-        own = [self.strength, self.prompt, self.negative, self.count, self.seed, self.with_base, self.steps, self.guidance]
-        return [shell.run, shell.step, *own, *self.mixed, *self.strengths]
+        controls = [self.strength, self.prompt, self.negative, self.count, self.seed, self.with_base, self.steps, self.guidance]
+        return [context.run, context.step, *controls, *self.mixed, *self.strengths]
 
 
-def build(shell: AppContext) -> None:
+def build(context: AppContext) -> None:
     """Put the screen into the open tab."""
     empty = gr.HTML(NO_RUN, elem_id="use-empty")
     with gr.Column(visible=False, elem_id="use-form") as form:
@@ -73,21 +73,21 @@ def build(shell: AppContext) -> None:
                     generate = gr.Button("Generate", variant="primary", elem_id="use-generate")
                     cancel = gr.Button("Cancel", variant="stop", elem_id="use-cancel", visible=False)
                 bar = gr.HTML(elem_id="use-progress")
-                controls, upload, dice = _controls(shell, prompt)
+                controls, upload, dice = _controls(context, prompt)
             with gr.Column(scale=6, min_width=320):
-                shown = _images()
+                outputs = _images()
         files = use_files.build()
     seen = gr.State(None)
-    look = _Look(shell, controls, suggestions, seen, empty, form, files)
+    look = _Look(context, controls, suggestions, seen, empty, form, files)
     look.wire()
-    _wire_drawing(shell, controls, (generate, cancel, bar), shown)
-    _wire_again(look, shown)
-    use_files.wire(shell, files, controls.inputs(shell))
-    _wire_small(shell, controls, suggestions, upload, dice)
+    _wire_drawing(context, controls, (generate, cancel, bar), outputs)
+    _wire_again(look, outputs)
+    use_files.wire(context, files, controls.inputs(context))
+    _wire_small(context, controls, suggestions, upload, dice)
 
 
-def _controls(shell: AppContext, prompt: gr.Textbox) -> tuple[Controls, gr.UploadButton, gr.Button]:
-    shell.step.render()
+def _controls(context: AppContext, prompt: gr.Textbox) -> tuple[Controls, gr.UploadButton, gr.Button]:
+    context.step.render()
     strength = gr.Slider(0, 1.5, 1, step=0.05, label="Strength", info="0 is the model as it was.", elem_id="use-strength")
     with gr.Row():
         count = gr.Slider(1, 8, 1, step=1, label="Images", elem_id="use-count", min_width=150)
@@ -97,10 +97,10 @@ def _controls(shell: AppContext, prompt: gr.Textbox) -> tuple[Controls, gr.Uploa
     with gr.Accordion("Mix in other adapters", open=False, elem_id="use-mix"):
         gr.Markdown("Their changes add up. All must belong to the same base model.")
         mixed, strengths = [], []
-        for place in range(MIXED):
+        for index in range(MIXED):
             with gr.Row():
-                mixed.append(gr.Dropdown([("none", "")], value="", label="Adapter", elem_id=f"use-mixed-{place}"))
-                strengths.append(gr.Slider(0, 1.5, 1, step=0.05, label="Strength", elem_id=f"use-mixed-strength-{place}"))
+                mixed.append(gr.Dropdown([("none", "")], value="", label="Adapter", elem_id=f"use-mixed-{index}"))
+                strengths.append(gr.Slider(0, 1.5, 1, step=0.05, label="Strength", elem_id=f"use-mixed-strength-{index}"))
         upload = gr.UploadButton("Add a LoRA file", file_types=[".safetensors"], size="sm", elem_id="use-upload")
     with gr.Accordion("More", open=False, elem_id="use-more"):
         negative = gr.Textbox(label="What to keep away from", elem_id="use-negative")
@@ -112,7 +112,7 @@ def _controls(shell: AppContext, prompt: gr.Textbox) -> tuple[Controls, gr.Uploa
 
 
 @dataclass(frozen=True)
-class Shown:
+class ImageOutputs:
     """The images, and the one that was chosen."""
 
     gallery: gr.Gallery
@@ -121,7 +121,7 @@ class Shown:
     chosen: gr.State
 
 
-def _images() -> Shown:
+def _images() -> ImageOutputs:
     gr.Markdown("### Your images")
     gallery = gr.Gallery(
         show_label=False,
@@ -134,14 +134,14 @@ def _images() -> Shown:
     )
     details = gr.HTML(elem_id="use-details")
     again = gr.Button("Use these settings again", size="sm", visible=False, elem_id="use-again")
-    return Shown(gallery, details, again, gr.State(None))
+    return ImageOutputs(gallery, details, again, gr.State(None))
 
 
 @dataclass(frozen=True)
 class _Look:
     """What the screen shows of the run in view; told anew where the run, or its adapters, are others than those seen."""
 
-    shell: AppContext
+    context: AppContext
     controls: Controls
     suggestions: gr.Dataset
     seen: gr.State
@@ -152,21 +152,21 @@ class _Look:
     @property
     def outputs(self) -> list[Any]:
         """What `updates` are for, by their names."""
-        of_run = [self.seen, self.empty, self.form, self.shell.step, self.controls.prompt, self.suggestions]
+        of_run = [self.seen, self.empty, self.form, self.context.step, self.controls.prompt, self.suggestions]
         return [*of_run, *self.controls.mixed, *use_files.outputs(self.files)]
 
     def wire(self) -> None:
         """Look when the page is loaded, when another run is chosen, and while something is at work."""
-        shell = self.shell
+        context = self.context
 
         @in_plain_words
         def refresh(run_id: str | None, seen: list[Any] | None, chosen: list[Any] | None, request: gr.Request) -> list[Any]:
-            return self.updates(shell.settings.workspace(request), run_id, seen, chosen)
+            return self.updates(context.settings.workspace(request), run_id, seen, chosen)
 
         # On Judge a step is chosen for this screen before it is opened.
-        for begun in (shell.page.load, shell.picked.change, shell.beats["use"].change):
-            begun(refresh, [shell.run, self.seen, shell.chosen], self.outputs, **QUIET)
-        shell.step.input(lambda run_id, step: [run_id, step], [shell.run, shell.step], shell.chosen, **QUIET)
+        for begun in (context.page.load, context.picked.change, context.refresh_triggers["use"].change):
+            begun(refresh, [context.run, self.seen, context.chosen], self.outputs, **QUIET)
+        context.step.input(lambda run_id, step: [run_id, step], [context.run, context.step], context.chosen, **QUIET)
 
     def updates(self, workspace: Workspace, run_id: str | None, seen: list[Any] | None, chosen: list[Any] | None) -> list[Any]:
         """Updates of `outputs`.
@@ -216,90 +216,92 @@ def _view(workspace: Workspace, run_id: str | None) -> RunView | None:
 
 def prompts_of(view: RunView) -> list[str]:
     """The prompts that the run drew while it trained."""
-    told = view.options.get("output", {}).get("validation_prompt")
-    return [str(each) for each in told] if isinstance(told, list) else []
+    prompts = view.options.get("output", {}).get("validation_prompt")
+    return [str(each) for each in prompts] if isinstance(prompts, list) else []
 
 
 def _in_the_snow(view: RunView, prompts: list[str]) -> str:
-    own = view.chosen("data", "instance_prompt")
-    return f"{own} in the snow" if own else next(iter(prompts), "")
+    prompt = view.chosen("data", "instance_prompt")
+    return f"{prompt} in the snow" if prompt else next(iter(prompts), "")
 
 
-def _wire_drawing(shell: AppContext, controls: Controls, buttons: tuple[gr.Button, gr.Button, gr.HTML], shown: Shown) -> None:
+def _wire_drawing(
+    context: AppContext, controls: Controls, buttons: tuple[gr.Button, gr.Button, gr.HTML], outputs: ImageOutputs
+) -> None:
     generate, cancel, bar = buttons
-    turn = gr.State(0)
+    token = gr.State(0)
 
     @in_plain_words
     def begin(request: gr.Request) -> list[Any]:
-        began = TURNS.begin(str(request.session_hash))
+        began = CANCELLATIONS.begin(str(request.session_hash))
         return [began, gr.Button(interactive=False), gr.Button(visible=True), bar_of("Waiting for its turn", 0, 1)]
 
     @in_plain_words
-    def draw(request: gr.Request, turn: int, *values: Any) -> Iterator[list[Any]]:
+    def draw(request: gr.Request, token: int, *values: Any) -> Iterator[list[Any]]:
         yield from _drawing(
-            shell.settings.workspace(request), GenerationRequest.from_page(values), str(request.session_hash), turn
+            context.settings.workspace(request), GenerationRequest.from_page(values), str(request.session_hash), token
         )
 
     @in_plain_words
-    def at_rest(turn: int, request: gr.Request) -> list[Any]:
-        cancelled = TURNS.is_cancelled(str(request.session_hash), turn)
+    def at_rest(token: int, request: gr.Request) -> list[Any]:
+        cancelled = CANCELLATIONS.is_cancelled(str(request.session_hash), token)
         return [*_at_rest(), CANCELLED if cancelled else gr.skip()]
 
     @in_plain_words
     def stop(request: gr.Request) -> str:
-        TURNS.cancel(str(request.session_hash))
+        CANCELLATIONS.cancel(str(request.session_hash))
         return CANCELLED
 
     at_once = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    started = generate.click(begin, outputs=[turn, generate, cancel, bar], **at_once)
-    drawing = started.then(
+    started = generate.click(begin, outputs=[token, generate, cancel, bar], **at_once)
+    generation = started.then(
         draw,
-        inputs=[turn, *controls.inputs(shell)],
-        outputs=[bar, shown.gallery, shown.details],
+        inputs=[token, *controls.inputs(context)],
+        outputs=[bar, outputs.gallery, outputs.details],
         show_progress="minimal",
         show_progress_on=[bar],
         concurrency_limit=1,
         concurrency_id="device",
         api_visibility="private",
     )
-    drawing.success(at_rest, inputs=[turn], outputs=[generate, cancel, bar], **at_once)
-    drawing.failure(lambda: [*_at_rest(), ""], outputs=[generate, cancel, bar], **at_once)
+    generation.success(at_rest, inputs=[token], outputs=[generate, cancel, bar], **at_once)
+    generation.failure(lambda: [*_at_rest(), ""], outputs=[generate, cancel, bar], **at_once)
     cancel.click(stop, outputs=[bar], **at_once)
-    _wire_gallery(shell, shown)
+    _wire_gallery(context, outputs)
 
 
-def _drawing(workspace: Workspace, wish: GenerationRequest, session: str, turn: int) -> Iterator[list[Any]]:
+def _drawing(workspace: Workspace, generation_request: GenerationRequest, session: str, token: int) -> Iterator[list[Any]]:
     """Draw what is wished; updates of the bar, the gallery and its details, until the turn is cancelled."""
     from webui.work import drawing
 
-    began = told = time.monotonic()
-    notice = _of_syntax(wish)
-    with closing(drawing.draw(workspace, wish)) as events:
+    began = updated = time.monotonic()
+    notice = _of_syntax(generation_request)
+    with closing(drawing.draw(workspace, generation_request)) as events:
         for event in events:
-            if TURNS.is_cancelled(session, turn):
+            if CANCELLATIONS.is_cancelled(session, token):
                 return
             if isinstance(event, Path):
                 yield [gr.skip(), *gallery_of(workspace)]
-            elif event.done in (0, event.total) or time.monotonic() - told > SECONDS_BETWEEN:
-                told = time.monotonic()
+            elif event.done in (0, event.total) or time.monotonic() - updated > SECONDS_BETWEEN:
+                updated = time.monotonic()
                 yield [notice + bar_of(event.words, event.done, event.total), gr.skip(), gr.skip()]
     yield [f"{notice}<p class='quiet'>Done in {time.monotonic() - began:.1f} s.</p>", gr.skip(), gr.skip()]
 
 
-def _wire_gallery(shell: AppContext, shown: Shown) -> None:
+def _wire_gallery(context: AppContext, outputs: ImageOutputs) -> None:
     """Show what was drawn before when the page is loaded."""
 
     @in_plain_words
     def come_back(request: gr.Request) -> list[Any]:
-        return gallery_of(shell.settings.workspace(request))
+        return gallery_of(context.settings.workspace(request))
 
-    shell.page.load(come_back, outputs=[shown.gallery, shown.details], show_progress="hidden", api_visibility="private")
+    context.page.load(come_back, outputs=[outputs.gallery, outputs.details], show_progress="hidden", api_visibility="private")
 
 
-def _of_syntax(wish: GenerationRequest) -> str:
+def _of_syntax(generation_request: GenerationRequest) -> str:
     """What of A1111's syntax in the words is read as plain text, and what does it here."""
-    place = "choose it above as the step or under Mix in other adapters, with its strength"
-    said = page_warnings([wish.prompt, wish.negative_prompt], place)
+    remedy = "choose it above as the step or under Mix in other adapters, with its strength"
+    said = page_warnings([generation_request.prompt, generation_request.negative_prompt], remedy)
     return "".join(f'<div class="warning" role="status">{escaped(each)}</div>' for each in said)
 
 
@@ -311,39 +313,39 @@ def _at_rest() -> list[Any]:
     return [gr.Button(interactive=True), gr.Button(visible=False)]
 
 
-def _wire_again(look: _Look, shown: Shown) -> None:
-    shell, controls = look.shell, look.controls
+def _wire_again(look: _Look, image_outputs: ImageOutputs) -> None:
+    context, controls = look.context, look.controls
     private = {"show_progress": "hidden", "api_visibility": "private"}
 
     @in_plain_words
     def choose(event: gr.SelectData, request: gr.Request) -> list[Any]:
-        path = GeneratedImages.of(shell.settings.workspace(request)).called(Path(str(event.value["image"]["path"])).name)
+        path = GeneratedImages.of(context.settings.workspace(request)).called(Path(str(event.value["image"]["path"])).name)
         return [path.name, details_of(settings_of(path)[0]), gr.Button(visible=True)]
 
-    shown.gallery.select(choose, outputs=[shown.chosen, shown.details, shown.again], **private)
+    image_outputs.gallery.select(choose, outputs=[image_outputs.chosen, image_outputs.details, image_outputs.again], **private)
     fields = [controls.strength, controls.negative, controls.count, controls.seed, controls.with_base, controls.steps]
     fields += [controls.guidance, *controls.strengths]
 
     @in_plain_words
     def again(name: str, run_id: str | None, request: gr.Request) -> list[Any]:
-        workspace = shell.settings.workspace(request)
+        workspace = context.settings.workspace(request)
         settings, _ = settings_of(GeneratedImages.of(workspace).called(name))
-        own, step, strength, mixed = run_in(settings)
-        run_id = own or run_id
+        adapter, step, strength, mixed = run_in(settings)
+        run_id = adapter or run_id
         updates = look.updates(workspace, run_id, None, None)
-        place = {id(each): at for at, each in enumerate(look.outputs)}
-        updates[place[id(shell.step)]] = _with_step(workspace, run_id, step)
-        updates[place[id(controls.prompt)]] = settings["prompt"]
+        positions = {id(each): at for at, each in enumerate(look.outputs)}
+        updates[positions[id(context.step)]] = _with_step(workspace, run_id, step)
+        updates[positions[id(controls.prompt)]] = settings["prompt"]
         mixed = [*mixed, *[("", 1.0)] * MIXED][:MIXED]
         choices = [("none", ""), *others(workspace, run_id)]
         for dropdown, (reference, _) in zip(controls.mixed, mixed, strict=True):
-            updates[place[id(dropdown)]] = _with_reference(choices, reference)
+            updates[positions[id(dropdown)]] = _with_reference(choices, reference)
         sampling = [settings["num_inference_steps"], settings["guidance_scale"]]
         values = [strength, settings["negative_prompt"], 1, settings["seed"], False, *sampling, *(of for _, of in mixed)]
         return [run_id, None if step is None else [run_id, step], *updates, *values]
 
-    outputs = [shell.run, shell.chosen, *look.outputs, *fields]
-    shown.again.click(again, inputs=[shown.chosen, shell.run], outputs=outputs, **private)
+    outputs = [context.run, context.chosen, *look.outputs, *fields]
+    image_outputs.again.click(again, inputs=[image_outputs.chosen, context.run], outputs=outputs, **private)
 
 
 def _with_reference(choices: list[tuple[str, str]], reference: str) -> gr.Dropdown:
@@ -362,18 +364,20 @@ def _with_step(workspace: Workspace, run_id: str | None, step: int | None) -> An
     return gr.Dropdown(choices=steps.choices, value=steps.chosen if step is None else step)
 
 
-def _wire_small(shell: AppContext, controls: Controls, suggestions: gr.Dataset, upload: gr.UploadButton, dice: gr.Button) -> None:
+def _wire_small(
+    context: AppContext, controls: Controls, suggestions: gr.Dataset, upload: gr.UploadButton, dice: gr.Button
+) -> None:
     suggestions.click(_first, inputs=[suggestions], outputs=[controls.prompt], api_visibility="private")
     dice.click(lambda: secrets.randbelow(2**31), outputs=[controls.seed], show_progress="hidden", api_visibility="private")
 
     @in_plain_words
     def add(request: gr.Request, file: str, run_id: str | None, *values: Any) -> list[Any]:
-        workspace = shell.settings.workspace(request)
+        workspace = context.settings.workspace(request)
         added = uploads.add_adapter(workspace, file)
         for sentence in uploads.left_out(file):
             gr.Warning(html.escape(sentence), title="Added in part")
         choices, free = [("none", ""), *others(workspace, run_id)], next((p for p, each in enumerate(values) if not each), 0)
-        chosen = [reference_of_file(added) if place == free else each for place, each in enumerate(values)]
+        chosen = [reference_of_file(added) if index == free else each for index, each in enumerate(values)]
         return [gr.Dropdown(choices=choices, value=each) for each in chosen]
 
-    upload.upload(add, inputs=[upload, shell.run, *controls.mixed], outputs=controls.mixed, api_visibility="private")
+    upload.upload(add, inputs=[upload, context.run, *controls.mixed], outputs=controls.mixed, api_visibility="private")

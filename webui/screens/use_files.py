@@ -12,7 +12,7 @@ from gradio.utils import get_upload_folder
 
 from webui.app_context import AppContext
 from webui.errors import in_plain_words
-from webui.files import LAYOUTS, Layout, in_words, layouts_of
+from webui.files import LAYOUTS, Layout, layouts_of, size_text
 from webui.generation_requests import GenerationRequest
 from webui.views import RunView
 
@@ -64,45 +64,51 @@ def outputs(files: Files) -> list[Any]:
 
 def updates(files: Files, view: RunView) -> list[Any]:
     """Which layouts the run's adapters can be had in, and what is said of each."""
-    known = layouts_of(view.record)
-    rows = [gr.Row(visible=layout in known) for layout in files.rows]
-    return [*rows, *(gr.HTML(_of_layout(layout, known.get(layout))) for layout in files.sizes)]
+    layouts = layouts_of(view.record)
+    rows = [gr.Row(visible=layout in layouts) for layout in files.rows]
+    return [*rows, *(gr.HTML(_of_layout(layout, layouts.get(layout))) for layout in files.sizes)]
 
 
 def _of_layout(layout: Layout, size: int | None) -> str:
-    return f"<p><b>{in_words(size)}</b> <span class='quiet'>{LAYOUTS[layout][1]}</span></p>"
+    return f"<p><b>{size_text(size)}</b> <span class='quiet'>{LAYOUTS[layout][1]}</span></p>"
 
 
-def wire(shell: AppContext, files: Files, wish: list[Any]) -> None:
+def wire(context: AppContext, files: Files, inputs: list[Any]) -> None:
     """Make files when they are asked for, and have the browser save them.
 
     Args:
-        wish: the fields that `GenerationRequest.from_page` takes.
+        inputs: the fields that `GenerationRequest.from_page` takes.
     """
 
     @in_plain_words
     def bake(request: gr.Request, layout: str, *values: Any) -> gr.DownloadButton:
         from webui.work import drawing
 
-        with drawing.baked(shell.settings.workspace(request), GenerationRequest.from_page(values), layout) as made:
+        with drawing.baked(context.settings.workspace(request), GenerationRequest.from_page(values), layout) as made:
             return gr.DownloadButton(value=save_file_to_cache(made, get_upload_folder()))
 
     on_device = {"concurrency_limit": 1, "concurrency_id": "device", "api_visibility": "private"}
     for layout, button in files.buttons.items():
         made = button.click(
-            _download(shell, layout), inputs=[shell.run, shell.step], outputs=[files.file], show_progress_on=[button], **on_device
+            _download(context, layout),
+            inputs=[context.run, context.step],
+            outputs=[files.file],
+            show_progress_on=[button],
+            **on_device,
         )
         made.success(None, js=SAVE, api_visibility="private")
-    made = files.bake.click(bake, inputs=[files.layout, *wish], outputs=[files.file], show_progress_on=[files.bake], **on_device)
+    made = files.bake.click(
+        bake, inputs=[files.layout, *inputs], outputs=[files.file], show_progress_on=[files.bake], **on_device
+    )
     made.success(None, js=SAVE, api_visibility="private")
 
 
-def _download(shell: AppContext, layout: Layout) -> Callable[..., gr.DownloadButton]:
+def _download(context: AppContext, layout: Layout) -> Callable[..., gr.DownloadButton]:
     @in_plain_words
     def download(run_id: str, step: int, request: gr.Request) -> gr.DownloadButton:
         from webui.work import drawing
 
-        with drawing.file_of(shell.settings.workspace(request), run_id, step, layout) as made:
+        with drawing.file_of(context.settings.workspace(request), run_id, step, layout) as made:
             return gr.DownloadButton(value=save_file_to_cache(made, get_upload_folder()))
 
     return download

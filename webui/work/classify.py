@@ -62,19 +62,19 @@ def zero_shot(classes: LabelledClasses) -> ZeroShotClassifier:
 
     Raises: InputError if there are fewer than two classes with images, or an image cannot be read.
     """
-    shown = [one for one in classes.classes if one.images]
-    if len(shown) < 2:
+    with_images = [one for one in classes.classes if one.images]
+    if len(with_images) < 2:
         raise InputError("Two classes with images are needed to tell them apart.")
     template = "digits" if classes.id == EXAMPLE else "photo"
-    each = max(FEWEST_OF_CLASS, MOST_ZERO_SHOT // len(shown))
-    chosen = [_some(one.images, each) for one in shown]
+    each = max(FEWEST_OF_CLASS, MOST_ZERO_SHOT // len(with_images))
+    chosen = [_some(one.images, each) for one in with_images]
     with _one_at_a_time:
         clip = built_in()
         features = _features_of(list(chain(*chosen)), clip)
-        prompts = prompt_features(clip, make_prompts([one.name for one in shown], template))
+        prompts = prompt_features(clip, make_prompts([one.name for one in with_images], template))
     predicted = iter((features @ prompts.T).argmax(dim=1).tolist())
-    right = [list(islice(predicted, len(own))).count(label) for label, own in enumerate(chosen)]
-    by_class = {one.key: (right[label], len(chosen[label])) for label, one in enumerate(shown)}
+    right = [list(islice(predicted, len(files))).count(label) for label, files in enumerate(chosen)]
+    by_class = {one.key: (right[label], len(chosen[label])) for label, one in enumerate(with_images)}
     return ZeroShotClassifier(sum(right), sum(map(len, chosen)), by_class)
 
 
@@ -90,23 +90,23 @@ def _features_of(sources: Sequence[DatasetSource], clip: Clip) -> torch.Tensor:
     fresh = {digest: source for digest, source in zip(digests, sources, strict=True) if digest not in _features}
     if fresh:
         images = [LabelledImage(source, 0, "") for source in fresh.values()]
-        found, _ = image_features(clip, LabelledImageDataset(images, clip.preprocess))
-        _features.update(zip(fresh, found, strict=True))
+        features, _ = image_features(clip, LabelledImageDataset(images, clip.preprocess))
+        _features.update(zip(fresh, features, strict=True))
     rows = torch.stack([_features[digest] for digest in digests])
     while len(_features) > MOST_FEATURES:
         _features.popitem(last=False)
     return rows
 
 
-def classifier_of(record: RunRecord, member: str | None = None) -> FewShotClassifier:
+def classifier_of(record: RunRecord, trial: str | None = None) -> FewShotClassifier:
     """The classifier of a run, kept loaded while it is one of the few used last.
 
     Args:
-        member: the folder of one fitted method below the run's; None for the one that stands for the run.
+        trial: the folder of one fitted method below the run's; None for the one that stands for the run.
     Raises: InputError if it is not there yet, or cannot be used.
     """
-    path = record.path if member is None else member_folder(record, member)
-    if member is None and not (record.path / "report.json").is_file():
+    path = record.path if trial is None else member_folder(record, trial)
+    if trial is None and not (record.path / "report.json").is_file():
         raise InputError("This run has no classifier yet. Wait until it is done, or choose another run.")
     folder = classifier_folder(path)
     return _loaded(folder.absolute(), (folder / CLASSIFIER).stat().st_mtime_ns)
@@ -117,22 +117,22 @@ def _loaded(folder: Path, changed: int) -> FewShotClassifier:
     return FewShotClassifier.from_run(folder)
 
 
-def member_folder(record: RunRecord, member: str) -> Path:
-    """The folder of the fitted method that the report of a run calls `member`.
+def member_folder(record: RunRecord, trial: str) -> Path:
+    """The folder of the fitted method that the report of a run calls `trial`.
 
     Raises: InputError if the report names none such.
     """
-    if member not in [one["folder"] for one in record.read_json("report.json").get("members", ())]:
+    if trial not in [one["folder"] for one in record.read_json("report.json").get("members", ())]:
         raise InputError("This run has no such method. Choose one from the list.")
-    return record.path / member
+    return record.path / trial
 
 
-def classify(record: RunRecord, files: Sequence[str | Path], member: str | None = None, top: int = TOP) -> list[dict[str, Any]]:
+def classify(record: RunRecord, files: Sequence[str | Path], trial: str | None = None, top: int = TOP) -> list[dict[str, Any]]:
     """Classify images by a run's classifier.
 
     Args:
         files: images of whatever origin; each is checked as an upload is.
-        member: as of `classifier_of`.
+        trial: as of `classifier_of`.
         top: how many classes are told of each image.
     Returns: a row for each file: {"picture": its name, "class", "probability", "top": [[class, probability], ...]}, and
         "notes" where something is to be known about how it was read, or
@@ -155,7 +155,7 @@ def classify(record: RunRecord, files: Sequence[str | Path], member: str | None 
         rows.append(row)
     if readable:
         with _one_at_a_time:
-            found = classifier_of(record, member).predict(readable).top(top)
-        for row, likely in zip((row for row in rows if "error" not in row), found, strict=True):
+            predictions = classifier_of(record, trial).predict(readable).top(top)
+        for row, likely in zip((row for row in rows if "error" not in row), predictions, strict=True):
             (row["class"], row["probability"]), row["top"] = likely[0], [list(one) for one in likely]
     return rows

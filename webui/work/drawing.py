@@ -24,49 +24,51 @@ from webui.files import LAYOUTS, Layout
 from webui.generated_images import GeneratedImages
 from webui.generation_requests import GenerationRequest
 from webui.views import RunView
-from webui.work.pipeline_cache import MAX_IMAGES, STUDIO, Drawn, GenerationJob, GenerationProgress, WeightedAdapter
+from webui.work.pipeline_cache import MAX_IMAGES, STUDIO, GeneratedImage, GenerationJob, GenerationProgress, WeightedAdapter
 from webui.workspace import Workspace
 
 
-def order_for(workspace: Workspace, wish: GenerationRequest) -> GenerationJob:
+def order_for(workspace: Workspace, generation_request: GenerationRequest) -> GenerationJob:
     """The order that a wish means.
 
     Raises: InputError naming what is not there or cannot be used.
     """
-    parts = tuple(WeightedAdapter(adapter_called(workspace, reference), strength) for reference, strength in wish.references)
-    if not 1 <= wish.count <= MAX_IMAGES:
-        raise InputError(f"The number of images must be from 1 to {MAX_IMAGES}, got {wish.count}.")
+    parts = tuple(
+        WeightedAdapter(adapter_called(workspace, reference), strength) for reference, strength in generation_request.references
+    )
+    if not 1 <= generation_request.count <= MAX_IMAGES:
+        raise InputError(f"The number of images must be from 1 to {MAX_IMAGES}, got {generation_request.count}.")
     resolution = None
-    if wish.run_id is not None:
-        resolution = RunView(workspace.run(wish.run_id)).options.get("data", {}).get("resolution")
-    sampling = Sampling(wish.steps, wish.guidance, wish.negative_prompt, resolution)
-    seeds = tuple(range(wish.seed, wish.seed + wish.count))
-    return GenerationJob(wish.prompt, parts, seeds, sampling, wish.with_base)
+    if generation_request.run_id is not None:
+        resolution = RunView(workspace.run(generation_request.run_id)).options.get("data", {}).get("resolution")
+    sampling = Sampling(generation_request.steps, generation_request.guidance, generation_request.negative_prompt, resolution)
+    seeds = tuple(range(generation_request.seed, generation_request.seed + generation_request.count))
+    return GenerationJob(generation_request.prompt, parts, seeds, sampling, generation_request.with_base)
 
 
-def draw(workspace: Workspace, wish: GenerationRequest) -> Iterator[GenerationProgress | Path]:
+def draw(workspace: Workspace, generation_request: GenerationRequest) -> Iterator[GenerationProgress | Path]:
     """Draw what is wished: progress at each step, and each image's file, kept among the user's images, as it is done.
 
     Raises: InputError naming what cannot be used.
     """
-    kept, events = GeneratedImages.of(workspace), STUDIO.draw(order_for(workspace, wish))
+    images, events = GeneratedImages.of(workspace), STUDIO.draw(order_for(workspace, generation_request))
     try:
         for event in events:
-            yield kept.add(event.image, event.settings) if isinstance(event, Drawn) else event
+            yield images.add(event.image, event.settings) if isinstance(event, GeneratedImage) else event
     finally:
         # At once, rather than when nobody remembers it any more.
         events.close()
 
 
 @contextmanager
-def baked(workspace: Workspace, wish: GenerationRequest, layout: Literal["diffusers", "kohya"]) -> Iterator[Path]:
+def baked(workspace: Workspace, generation_request: GenerationRequest, layout: Literal["diffusers", "kohya"]) -> Iterator[Path]:
     """The mix of the wish as one LoRA file, for as long as the context lasts.
 
     Raises: InputError if it cannot be one.
     """
-    order = order_for(workspace, wish)
+    order = order_for(workspace, generation_request)
     with tempfile.TemporaryDirectory() as folder:
-        run = wish.run_id or "adapters"
+        run = generation_request.run_id or "adapters"
         yield STUDIO.bake(order, Path(folder) / f"{run}-mix-{layout}.safetensors", layout)
 
 
@@ -81,18 +83,18 @@ def file_of(workspace: Workspace, run_id: str, step: int, layout: Layout) -> Ite
     adapter = adapter_called(workspace, reference_of(run_id, step))
     record = workspace.run(run_id)
     with tempfile.TemporaryDirectory() as folder:
-        found = _on_disk(record, step, layout)
-        if found is None:
+        path = _on_disk(record, step, layout)
+        if path is None:
 
             def save(pipeline: StableDiffusionXLPipeline, name: str) -> None:
                 components: dict[str, Any] = adapted_components(pipeline, name)
                 save_everywhere(pipeline, components, Path(folder), "adapter", name)
 
             STUDIO.export(adapter, save)
-            found = _in(Path(folder), layout)
-        if found is None:
+            path = _in(Path(folder), layout)
+        if path is None:
             raise InputError("This adapter has no compact form; its full form is small already. Download that.")
-        yield _packed(found, Path(folder) / f"{run_id}-step-{step}-{layout}")
+        yield _packed(path, Path(folder) / f"{run_id}-step-{step}-{layout}")
 
 
 def _on_disk(record: RunRecord, step: int, layout: Layout) -> Path | None:
@@ -100,8 +102,8 @@ def _on_disk(record: RunRecord, step: int, layout: Layout) -> Path | None:
         return _in(record.path, layout)
     if step == record.read_json(SUGGESTION).get("step") and (record.path / SUGGESTED).is_dir():
         return _in(record.path / SUGGESTED, layout)
-    kept = adapter_at(record, step) / layout
-    return kept if kept.is_dir() else None
+    exported = adapter_at(record, step) / layout
+    return exported if exported.is_dir() else None
 
 
 def _in(folder: Path, layout: Layout) -> Path | None:
@@ -111,13 +113,13 @@ def _in(folder: Path, layout: Layout) -> Path | None:
     return next(iter(sorted((folder / layout).glob("*.safetensors"))), None)
 
 
-def _packed(found: Path, named: Path) -> Path:
+def _packed(source: Path, named: Path) -> Path:
     """A copy of a file, or a zip of a folder, under the name that it is downloaded by."""
-    if found.is_file():
-        return Path(shutil.copyfile(found, named.with_name(f"{named.name}.safetensors")))
+    if source.is_file():
+        return Path(shutil.copyfile(source, named.with_name(f"{named.name}.safetensors")))
     target = named.with_name(f"{named.name}.zip")
     # Weights do not shrink.
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as packed:
-        for file in sorted(path for path in found.rglob("*") if path.is_file()):
-            packed.write(file, Path(named.name) / file.relative_to(found))
+        for file in sorted(path for path in source.rglob("*") if path.is_file()):
+            packed.write(file, Path(named.name) / file.relative_to(source))
     return target

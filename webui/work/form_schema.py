@@ -59,14 +59,14 @@ class Field:
         """Its name in words: the flag without its dashes."""
         return self.name.replace("_", " ")
 
-    def read(self, shown: Any) -> Any:
-        """What the widget's value `shown` means; None for what is left unsaid.
+    def read(self, value: Any) -> Any:
+        """What the widget's value `value` means; None for what is left unsaid.
 
         Raises: InputError if it is of the wrong kind.
         """
         if self.kind == "bool":
-            return bool(shown)
-        text = "" if shown is None else str(shown).strip()
+            return bool(value)
+        text = "" if value is None else str(value).strip()
         if not text:
             if self.optional or self.kind == "list":
                 return None
@@ -105,19 +105,19 @@ def panel_fields(task: Task, is_local: bool) -> dict[str, list[Field]]:
         is_local: whether the user's own machine is the server; others may name none of its files and models.
     """
     hidden = NEVER if is_local else NEVER | MACHINE_FIELDS
-    shown: dict[str, list[Field]] = {}
+    by_group: dict[str, list[Field]] = {}
     for group, kind in groups_of(kind_of(task)).items():
         by_the_page = SET_BY_THE_PAGE[task].get(group, ())
         names = [name for name in fields_of(kind) if name not in hidden and name not in by_the_page]
         of_methods = getattr(kind, "method_options", {})
-        shown[group] = [_field(task, group, fields_of(kind)[name], of_methods.get(name)) for name in names]
-    return {group: fields for group, fields in shown.items() if fields}
+        by_group[group] = [_field(task, group, fields_of(kind)[name], of_methods.get(name)) for name in names]
+    return {group: fields for group, fields in by_group.items() if fields}
 
 
 def _field(task: Task, group: str, field: dataclasses.Field, of_methods: MethodOption | None) -> Field:
     kind, optional = _without_none(field.type)
-    known = CHOICES[task].get(field.name, ()) if of_methods is None else of_methods.choices
-    widget, item, choices = _widget(kind, optional, known if kind is str else ())
+    offered = CHOICES[task].get(field.name, ()) if of_methods is None else of_methods.choices
+    widget, item, choices = _widget(kind, optional, offered if kind is str else ())
     methods = () if of_methods is None else of_methods.methods
     words = str(field.metadata.get("help", ""))
     return Field(group, field.name, widget, item, choices, optional, default_of(field), words, methods)

@@ -27,21 +27,26 @@ def pointed_to(set_id: str, path: Path, names: Mapping[str, str]) -> LabelledCla
 
     Raises: InputError if they cannot be used, or two classes would be called the same.
     """
-    found = load_folder(path)
-    known = {key: name for key, name in names.items() if key in found.keys}
-    return _classes(set_id, "folder", path, rename(found, known))
+    dataset = load_folder(path)
+    class_names = {key: name for key, name in names.items() if key in dataset.keys}
+    return _classes(set_id, "folder", path, rename(dataset, class_names))
 
 
-def _classes(set_id: str, kind: Kind, path: Path | None, found: LabelledSet) -> LabelledClasses:
-    images: list[list[DatasetSource]] = [[] for _ in found.classes]
-    for image in found.images:
+def _classes(set_id: str, kind: Kind, path: Path | None, dataset: LabelledSet) -> LabelledClasses:
+    images: list[list[DatasetSource]] = [[] for _ in dataset.classes]
+    for image in dataset.images:
         images[image.label].append(image.source)
-    tested = Counter(image.label for image in found.of_part("test"))
+    tested = Counter(image.label for image in dataset.of_part("test"))
     classes = tuple(
-        LabelledClass(key, name, tuple(own), len(own) - (tested[label] if found.parts else held_out_of(len(own))))
-        for label, (key, name, own) in enumerate(zip(found.keys, found.classes, images, strict=True))
+        LabelledClass(
+            key,
+            name,
+            tuple(class_images),
+            len(class_images) - (tested[label] if dataset.parts else held_out_of(len(class_images))),
+        )
+        for label, (key, name, class_images) in enumerate(zip(dataset.keys, dataset.classes, images, strict=True))
     )
-    return LabelledClasses(set_id, kind, path, classes, (*found.notes, *split_notes(found)))
+    return LabelledClasses(set_id, kind, path, classes, (*dataset.notes, *split_notes(dataset)))
 
 
 @lru_cache(maxsize=4)
@@ -52,5 +57,5 @@ def sources(path: str | None, dataset: str | None) -> dict[str, DatasetSource]:
     """
     if path is None:
         return {image.name: image.source for image in sample_set().images}
-    found = load_images(path) if dataset is None else load_set(path, dataset)
-    return {image.name: image.source for image in found.images}
+    labelled = load_images(path) if dataset is None else load_set(path, dataset)
+    return {image.name: image.source for image in labelled.images}

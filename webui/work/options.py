@@ -86,21 +86,21 @@ def cleaned(workspace: Workspace, task: Task, values: Mapping[str, Any]) -> Valu
     Raises: InputError naming what is unknown, of a wrong type, or not for whoever works in `workspace`.
     """
     groups = groups_of(kind_of(task))
-    found: Values = {}
+    cleaned_values: Values = {}
     for group, fields in _in_todays_groups(_table(values, "The options")).items():
         if group not in groups:
             raise InputError(f"There is no group of options called {group!r}. There are {', '.join(groups)}.")
-        known = fields_of(groups[group])
+        group_fields = fields_of(groups[group])
         for name, value in _table(fields, f"The group {group!r}").items():
-            if name not in known:
-                near = difflib.get_close_matches(str(name), known, n=1)
+            if name not in group_fields:
+                near = difflib.get_close_matches(str(name), group_fields, n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise InputError(f"The group {group!r} has no option {name!r}.{hint}")
-            typed = _whole_path(workspace, name, _typed(name, known[name], value))
-            if typed != default_of(known[name]):
-                found.setdefault(group, {})[name] = typed
-    _check_access(workspace, found)
-    return found
+            typed = _whole_path(workspace, name, _typed(name, group_fields[name], value))
+            if typed != default_of(group_fields[name]):
+                cleaned_values.setdefault(group, {})[name] = typed
+    _check_access(workspace, cleaned_values)
+    return cleaned_values
 
 
 def _in_todays_groups(values: dict[str, Any]) -> dict[str, Any]:
@@ -117,11 +117,11 @@ def _in_todays_groups(values: dict[str, Any]) -> dict[str, Any]:
 def fields_of(group: type) -> dict[str, dataclasses.Field]:
     """The fields of a group of options by name, with their types resolved."""
     hints = typing.get_type_hints(group)
-    found = {}
+    fields = {}
     for field in dataclasses.fields(group):
         field.type = hints[field.name]
-        found[field.name] = field
-    return found
+        fields[field.name] = field
+    return fields
 
 
 def default_of(field: dataclasses.Field) -> Any:
@@ -137,11 +137,11 @@ def flags(task: Task, values: Values) -> list[str]:
     groups = groups_of(kind_of(task))
     words: list[str] = []
     for group, fields in values.items():
-        known = fields_of(groups[group])
+        group_fields = fields_of(groups[group])
         for name, value in fields.items():
-            if value is False and default_of(known[name]) is None:
+            if value is False and default_of(group_fields[name]) is None:
                 words += _pair(name, str(value))
-            elif value != default_of(known[name]):
+            elif value != default_of(group_fields[name]):
                 words += _flag(name, value)
     return words
 
@@ -155,20 +155,20 @@ def changed(task: Task, resolved: Mapping[str, Any]) -> Values:
     groups = groups_of(kind)
     given: Values = {}
     for group, fields in resolved.items():
-        known = fields_of(groups[group]) if group in groups and isinstance(fields, dict) else {}
-        for name in known.keys() & fields.keys() - NEVER:
-            if fields[name] is not None and fields[name] != default_of(known[name]):
+        group_fields = fields_of(groups[group]) if group in groups and isinstance(fields, dict) else {}
+        for name in group_fields.keys() & fields.keys() - NEVER:
+            if fields[name] is not None and fields[name] != default_of(group_fields[name]):
                 given.setdefault(group, {})[name] = fields[name]
     return _without_the_decided(task, given)
 
 
 def _without_the_decided(task: Task, given: Values) -> Values:
     """`given` without each value that is there anyway when it is not said."""
-    whole = built(task, given).to_dict()
+    complete = built(task, given).to_dict()
     for group, name in [(group, name) for group, fields in given.items() for name in fields]:
         fewer = {key: {k: v for k, v in fields.items() if (key, k) != (group, name)} for key, fields in given.items()}
         try:
-            same = built(task, fewer).to_dict() == whole
+            same = built(task, fewer).to_dict() == complete
         except InputError:
             continue
         if same:

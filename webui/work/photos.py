@@ -58,10 +58,10 @@ def opinions(images: SubjectDataset) -> Opinions:
 @functools.lru_cache(maxsize=64)
 def _opinions(images: SubjectDataset, signature: tuple[str, ...]) -> Opinions:
     report, names = examine(images.folder), _Names(images.folder, images.entries())
-    found = {
+    findings = {
         diagnosis.path.name: Opinion(diagnosis.verdict, tuple(map(names.say, diagnosis.findings))) for diagnosis in report.images
     }
-    return Opinions(found, _together(report, names))
+    return Opinions(findings, _together(report, names))
 
 
 def _together(report: ImageCheckReport, names: _Names) -> tuple[str, ...]:
@@ -107,8 +107,8 @@ def crops(images: SubjectDataset, options: SubjectOptions) -> list[Crop]:
 
     Raises: InputError if an image or a size cannot be used.
     """
-    framing = _framing(options)
-    return [_crop(path, path.stat().st_mtime_ns, place, framing) for place, path in enumerate(images.files())]
+    crop_config = _framing(options)
+    return [_crop(path, path.stat().st_mtime_ns, position, crop_config) for position, path in enumerate(images.files())]
 
 
 def long_prompts_of(images: SubjectDataset, options: SubjectOptions) -> list[str]:
@@ -161,10 +161,10 @@ def _of_model(name_or_path: str) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=256)
-def _crop(path: Path, changed: int, place: int, framing: CropConfig) -> Crop:
-    shots = framing.shots(place, nearest_bucket(image_size(path), framing.sizes))
+def _crop(path: Path, changed: int, position: int, crop_config: CropConfig) -> Crop:
+    shots = crop_config.shots(position, nearest_bucket(image_size(path), crop_config.sizes))
     pixels = take(path, read_image_with_notes(path).image, shots[0]).pixels
-    shown = Image.fromarray(((pixels.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy())
-    size = (shown.height, shown.width)
-    shown.thumbnail((384, 384))
-    return Crop(as_address(shown), size, len(shots))
+    preview = Image.fromarray(((pixels.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy())
+    size = (preview.height, preview.width)
+    preview.thumbnail((384, 384))
+    return Crop(as_address(preview), size, len(shots))

@@ -87,17 +87,17 @@ class GenerationJob:
         twice = next((part for part in self.parts if references.count(part.adapter.reference) > 1), None)
         if twice is not None:
             raise InputError(f"{twice.adapter.name} is chosen twice. Choose it once, and stronger.")
-        known = [part.adapter for part in self.parts if part.adapter.model is not None]
-        for other in known[1:]:
-            if ModelSource.from_options(other.model) != ModelSource.from_options(known[0].model):
-                names = [f"{each.name} (of {portable_name(each.model[MODEL_NAME])})" for each in (known[0], other)]
+        models = [part.adapter for part in self.parts if part.adapter.model is not None]
+        for other in models[1:]:
+            if ModelSource.from_options(other.model) != ModelSource.from_options(models[0].model):
+                names = [f"{each.name} (of {portable_name(each.model[MODEL_NAME])})" for each in (models[0], other)]
                 raise InputError(f"{' and '.join(names)} are adapters of different base models. Mix those of one model.")
 
     @property
     def source(self) -> ModelSource:
         """The base model, whole, as others have it who load the file; the built-in one where no adapter says."""
-        known = next((part.adapter.model for part in self.parts if part.adapter.model is not None), {})
-        return ModelSource.from_options(known)
+        model = next((part.adapter.model for part in self.parts if part.adapter.model is not None), {})
+        return ModelSource.from_options(model)
 
     def settings(self, seed: int, sampler: str, with_adapters: bool) -> dict[str, Any]:
         """What an image's file says of how it was made."""
@@ -119,7 +119,7 @@ class GenerationProgress:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class GeneratedImage:
     """A finished image and its settings."""
 
     image: Image.Image
@@ -150,7 +150,7 @@ class PipelineCache:
         self._device = threading.Lock()
         self._count = 0
 
-    def draw(self, order: GenerationJob) -> Iterator[GenerationProgress | Drawn]:
+    def draw(self, order: GenerationJob) -> Iterator[GenerationProgress | GeneratedImage]:
         """Draw all images of `order`: progress at each step, and each image as it is done.
 
         Closing the iterator ends the drawing within a denoising step.
@@ -163,11 +163,11 @@ class PipelineCache:
         with self._device:
             model = self._ready(order)
             sampler = type(model.pipeline.scheduler).__name__.removesuffix("Scheduler")
-            for place, (seed, adapted) in enumerate((seed, adapted) for seed in order.seeds for adapted in variants):
-                words = f"Image {place + 1} of {len(order.seeds) * len(variants)}"
-                yield GenerationProgress(words, place * steps, total)
-                image = yield from self._image(model, order, seed, adapted, (words, place * steps, total))
-                yield Drawn(image, order.settings(seed, sampler, adapted))
+            for index, (seed, adapted) in enumerate((seed, adapted) for seed in order.seeds for adapted in variants):
+                words = f"Image {index + 1} of {len(order.seeds) * len(variants)}"
+                yield GenerationProgress(words, index * steps, total)
+                image = yield from self._image(model, order, seed, adapted, (words, index * steps, total))
+                yield GeneratedImage(image, order.settings(seed, sampler, adapted))
 
     def bake(self, order: GenerationJob, path: Path, layout: Literal["diffusers", "kohya"]) -> Path:
         """Write the mix of `order` as one LoRA file of layout `layout` at `path`, a .safetensors file; exact.
