@@ -20,7 +20,7 @@ from webui import launching, photo_uploads, uploads
 from webui.adapters import steps_of
 from webui.app_context import AppContext
 from webui.errors import in_plain_words
-from webui.generation_requests import GUIDANCE, STEPS, GenerationRequest, number, integer
+from webui.generation_requests import GUIDANCE, STEPS, GenerationRequest, integer, number
 from webui.views import RunView, views
 from webui.workspace import Workspace
 

@@ -52,7 +52,7 @@ def beating(updates):
 
 
 def test_a_tick_asks_the_server_once_and_only_the_screen_in_front_looks(page, workspace):
-    ticking = [fn for fn in page.fns.values() if any(event == "tick" for _, event in fn.targets) and fn.name == "beat"]
+    ticking = [fn for fn in page.fns.values() if any(event == "tick" for _, event in fn.targets) and fn.name == "refresh"]
     assert len(ticking) == 1
     run_in(workspace.runs / "a")
     for front in SCREENS:

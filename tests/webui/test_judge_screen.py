@@ -93,7 +93,7 @@ def test_at_first_the_suggested_step_is_looked_at_closely_then_what_the_page_cho
     first = look_at(view(finished), 100, 0, anew=True)
     assert (first.step, first.forced) == (suggested, True)
     chosen = look_at(view(finished), 100, 2, anew=False)
-    assert (chosen.step, chosen.place, chosen.forced) == (100, 2, False)
+    assert (chosen.step, chosen.prompt_index, chosen.forced) == (100, 2, False)
     gone = look_at(view(finished), 7, 0, anew=False)
     assert (gone.step, gone.forced) == (suggested, True)
     assert 'data-step="100" data-place="2" aria-label' in table(finished, 100, 2, False)
@@ -169,7 +169,7 @@ def test_the_card_is_shown_without_its_header_and_the_certificate_in_words(finis
     (finished.path / "certificate.json").write_text(
         json.dumps({"passed": False, "largest_difference": {}, "effect": 0.0, "problems": ["<b> differs"]})
     )
-    assert "not what was trained: &lt;b&gt; differs." in look(finished)["papers"].key
+    assert "differ from the trained adapter: &lt;b&gt; differs." in look(finished)["papers"].key
 
 
 def test_a_look_sends_nothing_that_is_there_already(finished, tmp_path):

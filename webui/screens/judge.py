@@ -118,7 +118,7 @@ def _closely(view: RunView, look: Look, suggested: int | None) -> dict[str, Adap
         "frame": _group(look.step is not None),
         "step": _dropdown(steps, look.step, look.forced),
         "place": _dropdown(
-            [(each.prompt or "picture", prompt_index) for prompt_index, each in enumerate(newest)], look.prompt_index, look.forced
+            [(each.prompt or "image", prompt_index) for prompt_index, each in enumerate(newest)], look.prompt_index, look.forced
         ),
         "slider": _slider(view, look),
         "use": button(usable, f"Use step {look.step}"),
