@@ -124,3 +124,11 @@ def test_a_group_of_options_is_read_under_its_old_name(tmp_path):
     values = FewShotOptions(target_layers=TargetLayers(layers="last-1")).to_dict()
     values["places"] = values.pop("target_layers")
     assert parse_fewshot_options(written(tmp_path, values)).target_layers.layers == "last-1"
+
+
+def test_a_list_of_numbers_in_a_file_is_read_as_numbers(tmp_path, capsys):
+    options = FewShotOptions()
+    assert parse_fewshot_options(written(tmp_path, options.to_dict())) == options
+    with pytest.raises(SystemExit):
+        parse_fewshot_options(written(tmp_path, {"seeds": ["one"]}))
+    assert "The option 'seeds' in" in capsys.readouterr().err

@@ -63,12 +63,20 @@ def as_flags(path: Path, parser: argparse.ArgumentParser, groups: Collection[str
         if value is None or (path.suffix.lower() != ".json" and value in ("", "null", "~")):
             continue
         if known[name].nargs == "+" and not isinstance(value, dict):
-            parser.set_defaults(**{name: list(map(str, value if isinstance(value, list) else [value]))})
+            parser.set_defaults(**{name: _typed_list(path, known[name], value if isinstance(value, list) else [value])})
         elif isinstance(value, dict | list):
             raise InputError(f"The option {name!r} in {str(path)!r} must be one value, got {value!r}.")
         else:
             flags.append(f"--{name}={value}")
     return flags
+
+
+def _typed_list(path: Path, action: argparse.Action, values: list[Any]) -> list[Any]:
+    """The values of an option that takes several, in the flag's type: argparse converts no list that is a default."""
+    try:
+        return [(action.type or str)(str(value)) for value in values]
+    except ValueError as error:
+        raise InputError(f"The option {action.dest!r} in {str(path)!r} cannot be read: {error}.") from error
 
 
 def _fields_of(path: Path, groups: Collection[str]) -> dict[str, Any]:
