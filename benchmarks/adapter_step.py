@@ -34,13 +34,13 @@ def adapter_configs(r: int, inner_r: int, target_modules: list[str]) -> dict[str
 
 def saved_bytes(layer: nn.Module, x: torch.Tensor) -> int:
     """Bytes that `layer` saves for backward at input `x` (tokens, width), besides its own parameters and buffers."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*layer.parameters(), *layer.buffers())}
+    parameter_storage = {tensor.untyped_storage().data_ptr() for tensor in (*layer.parameters(), *layer.buffers())}
     saved: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         """Note the storage of a tensor that autograd saves."""
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in parameter_storage:
             saved[storage.data_ptr()] = storage
         return tensor
 

@@ -85,13 +85,13 @@ class Task:
 
 def saved_bytes(model: nn.Module, run: Callable[[], torch.Tensor]) -> int:
     """Bytes that `run()` saves for backward, besides the parameters and buffers of `model`."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    parameter_storage = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     saved: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         """Note the storage of a tensor that autograd saves."""
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in parameter_storage:
             saved[storage.data_ptr()] = storage
         return tensor
 
@@ -123,8 +123,8 @@ def round_trip(task: Task, base: Clip, options: argparse.Namespace, folder: Path
     for format in options.formats:
         files = export.save_exported(task.clip, folder, task.tokens[:2], format)
         inputs = ((files["image"], task.pixels.cpu()), (files["text"], task.tokens))
-        found = torch.cat([export.run_exported(file, values) for file, values in inputs])
-        differences[f"exported to {format}"] = (found - expected).abs().max().item()
+        exported = torch.cat([export.run_exported(file, values) for file, values in inputs])
+        differences[f"exported to {format}"] = (exported - expected).abs().max().item()
     wrong = [form for form, difference in differences.items() if not difference <= TOLERANCE]
     if wrong:
         raise ValueError(f"These differ from the adapted model by more than {TOLERANCE}: {', '.join(wrong)}: {differences}.")

@@ -59,8 +59,8 @@ def prepare(folder: Path) -> list[str]:
     tiny_pipeline().save_pretrained(folder / "model")
     (folder / "pictures").mkdir()
     rng = np.random.default_rng(0)
-    for place in range(4):
-        Image.fromarray(rng.integers(0, 256, (90, 70 + 10 * place, 3), dtype=np.uint8)).save(folder / "pictures" / f"{place}.png")
+    for index in range(4):
+        Image.fromarray(rng.integers(0, 256, (90, 70 + 10 * index, 3), dtype=np.uint8)).save(folder / "pictures" / f"{index}.png")
     return [
         *("--pretrained_model_name_or_path", str(folder / "model"), "--instance_data_dir", str(folder / "pictures")),
         *FLAGS,
@@ -144,16 +144,16 @@ def killed(child: int, run: RunDirectory, after: float, in_write: bool) -> bool:
     raise RuntimeError(f"The run in {str(run.path)!r} has neither ended nor written a checkpoint in {PATIENCE:.0f} s.")
 
 
-def differences(expected: Path, found: Path) -> list[str]:
+def differences(expected: Path, actual: Path) -> list[str]:
     """The files of two runs whose bytes differ, and "metrics" if any logged value does."""
     files = {
         file.relative_to(folder)
-        for folder in (expected, found)
+        for folder in (expected, actual)
         for part in COMPARED
         for file in (folder / part).rglob("*.safetensors")
     }
-    unequal = [str(file) for file in sorted(files) if _bytes_of(expected / file) != _bytes_of(found / file)]
-    return unequal + (["metrics.jsonl"] if _curves(expected) != _curves(found) else [])
+    unequal = [str(file) for file in sorted(files) if _bytes_of(expected / file) != _bytes_of(actual / file)]
+    return unequal + (["metrics.jsonl"] if _curves(expected) != _curves(actual) else [])
 
 
 def _bytes_of(file: Path) -> bytes | None:

@@ -99,11 +99,11 @@ class Stopwatch:
 
     Args:
         before: optimisation steps that come before the training's own, such as those of a dry run.
-        turns: taken at the end of the training's own steps; None for a trainer that runs alone.
+        alternating: used at the end of the training's own steps; None for a trainer that runs alone.
     """
 
     before: int = 0
-    turns: AlternatingRuns | None = None
+    alternating: AlternatingRuns | None = None
     steps: list[tuple[float, float]] = field(default_factory=list)
     calls: list[tuple[str, float, float]] = field(default_factory=list)
     ended: int = 0
@@ -147,10 +147,10 @@ class Stopwatch:
         self.ended += 1
         if self.ended > self.before + 1:
             self.steps.append((self.began, now))
-        if self.ended > self.before and self.turns is not None:
-            if self.ended > self.before + 1 or not self.turns.begins:
-                self.turns.give()
-            self.turns.wait()
+        if self.ended > self.before and self.alternating is not None:
+            if self.ended > self.before + 1 or not self.alternating.begins:
+                self.alternating.give()
+            self.alternating.wait()
         self.began = time.perf_counter()
 
     def result(self) -> dict[str, object]:
@@ -173,13 +173,13 @@ class Stopwatch:
         return phases
 
 
-def under_stopwatch(how: dict, command: list[str]) -> None:
+def under_stopwatch(settings: dict, command: list[str]) -> None:
     """Run a trainer's program here, as if it were started by itself, and write what the stopwatch found, as `Side.start` asks."""
-    watch = Stopwatch(how["before"], AlternatingRuns(**how["turns"]))
+    watch = Stopwatch(settings["before"], AlternatingRuns(**settings["alternating"]))
     watch.start()
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
-    Path(how["target"]).write_text(json.dumps(watch.result()), encoding="utf-8")
+    Path(settings["target"]).write_text(json.dumps(watch.result()), encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -194,15 +194,17 @@ class Side:
     command: list[str]
     before: int = 0
 
-    def start(self, log: Path, turns: AlternatingRuns) -> subprocess.Popen:
+    def start(self, log: Path, alternating: AlternatingRuns) -> subprocess.Popen:
         """Start it under the stopwatch in a process of its own; what it says goes to `log`."""
         # This very checkout, whatever is installed.
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        how = json.dumps({"target": str(log.with_suffix(".json")), "before": self.before, "turns": asdict(turns)})
-        own = [sys.executable, str(Path(__file__).resolve()), STOPWATCH, how, *self.command]
-        ends = (turns.reads, turns.writes)
+        settings = json.dumps(
+            {"target": str(log.with_suffix(".json")), "before": self.before, "alternating": asdict(alternating)}
+        )
+        stopwatch_command = [sys.executable, str(Path(__file__).resolve()), STOPWATCH, settings, *self.command]
+        ends = (alternating.reads, alternating.writes)
         with log.open("w", encoding="utf-8") as out:
-            return subprocess.Popen(own, stdout=out, stderr=subprocess.STDOUT, env=environment, pass_fds=ends)
+            return subprocess.Popen(stopwatch_command, stdout=out, stderr=subprocess.STDOUT, env=environment, pass_fds=ends)
 
 
 def measured(trainers: dict[str, Side], folder: Path) -> dict[str, dict]:
@@ -213,7 +215,8 @@ def measured(trainers: dict[str, Side], folder: Path) -> dict[str, dict]:
     (first_reads, second_writes), (second_reads, first_writes) = os.pipe(), os.pipe()
     both = (AlternatingRuns(first_reads, first_writes, True), AlternatingRuns(second_reads, second_writes, False))
     started = {
-        name: side.start(folder / f"{name}.log", turns) for (name, side), turns in zip(trainers.items(), both, strict=True)
+        name: side.start(folder / f"{name}.log", alternating)
+        for (name, side), alternating in zip(trainers.items(), both, strict=True)
     }
     for end in (first_reads, first_writes, second_reads, second_writes):
         os.close(end)
@@ -227,7 +230,7 @@ def measured(trainers: dict[str, Side], folder: Path) -> dict[str, dict]:
 
 def sides(options: BenchmarkOptions, folder: Path) -> dict[str, Side]:
     """Both trainers; each writes into its own folder under `folder`."""
-    alike = [
+    common = [
         *("--pretrained_model_name_or_path", options.pretrained_model_name_or_path, "--instance_prompt", SAMPLE_PROMPT),
         *("--instance_data_dir", options.instance_data_dir, "--resolution", str(options.resolution), "--seed", "0"),
         *("--train_batch_size", str(options.train_batch_size), "--rank", str(options.rank), "--learning_rate", "1e-4"),
@@ -240,18 +243,21 @@ def sides(options: BenchmarkOptions, folder: Path) -> dict[str, Side]:
     ours += ["--validation_steps", NEVER, "--validation_prompt", SAMPLE_PROMPT, "--no_certify"]
     ours += ["--output_dir", str(folder / "ours")]
     return {
-        "diffusers": Side([options.diffusers_script, *alike, *theirs, *shlex.split(options.script_flags)]),
-        "ours": Side([str(OURS), *alike, *ours, *shlex.split(options.own_flags)], DRY_RUN_STEPS),
+        "diffusers": Side([options.diffusers_script, *common, *theirs, *shlex.split(options.script_flags)]),
+        "ours": Side([str(OURS), *common, *ours, *shlex.split(options.own_flags)], DRY_RUN_STEPS),
     }
 
 
 def table(results: list[dict[str, dict]]) -> str:
     """Steps a second, milliseconds a step by phase, and the ratio, as Markdown; of each run what `measured` returns."""
     runs = {name: [result[name] for result in results] for name in results[0]}
-    rates = {name: [run["steps_per_second"] for run in own] for name, own in runs.items()}
+    rates = {name: [run["steps_per_second"] for run in measured_runs] for name, measured_runs in runs.items()}
     phases = dict.fromkeys(chain.from_iterable(run["milliseconds"] for run in chain(*runs.values())))
     lines = [_row(" ", runs), "|---|" + "---|" * len(runs), _row(" steps a second, median ", map(_spread, rates.values()))]
-    lines += [_row(f" {phase}, ms a step ", (_milliseconds(own, phase) for own in runs.values())) for phase in phases]
+    lines += [
+        _row(f" {phase}, ms a step ", (_milliseconds(measured_runs, phase) for measured_runs in runs.values()))
+        for phase in phases
+    ]
     ratios = [ours / theirs for ours, theirs in zip(rates["ours"], rates["diffusers"], strict=True)]
     each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
     return "\n".join([*lines, "", f"Ours does {median(ratios):.2f} times the steps of diffusers' script a second ({each})."])

@@ -109,10 +109,10 @@ def _sum_of(of_each: Sequence[tuple[Changes, float]]) -> Changes:
                 if change.magnitude is not None:
                     raise ValueError(f"{component}.{name} is a DoRA's, which cannot be added to others. Leave the DoRA out.")
                 up = strength * change.up
-                known = layers.get(name)
+                previous = layers.get(name)
                 layers[name] = Factors(
-                    up if known is None else torch.cat([known.up, up], dim=1),
-                    change.down if known is None else torch.cat([known.down, change.down]),
+                    up if previous is None else torch.cat([previous.up, up], dim=1),
+                    change.down if previous is None else torch.cat([previous.down, change.down]),
                 )
     return total
 

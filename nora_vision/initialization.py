@@ -49,9 +49,9 @@ def initialize_nora_weights(
         )
     config = model.peft_config[adapter_name]
     for done, (name, layer) in enumerate(layers.items(), start=1):
-        kept = layer.nora_activation_scale[adapter_name]
-        kept.copy_(torch.ones_like(kept) if stats is None else relative_scale(stats[name]))
-        layer.set_outer_factors(adapter_name, *outer_factors(layer, name, layer.r[adapter_name], kept))
+        stored_scale = layer.nora_activation_scale[adapter_name]
+        stored_scale.copy_(torch.ones_like(stored_scale) if stats is None else relative_scale(stats[name]))
+        layer.set_outer_factors(adapter_name, *outer_factors(layer, name, layer.r[adapter_name], stored_scale))
         record_reproducible(layer, adapter_name)
         layer.reset_inner_factors(adapter_name, config, generator)
         if progress is not None:

@@ -177,8 +177,8 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         device = device or base_device
         # A quantised base layer may know no floating point dtype before its first call.
         outer_dtype = dtype if dtype is not None and dtype.is_floating_point else None
-        kept = ("nora_A", "nora_B", "nora_inner_A0", "nora_inner_B0", "nora_activation_scale")
-        for name in (*kept, *self.adapter_layer_names):
+        buffers_only = ("nora_A", "nora_B", "nora_inner_A0", "nora_inner_B0", "nora_activation_scale")
+        for name in (*buffers_only, *self.adapter_layer_names):
             factors = getattr(self, name)
             if adapter_name in factors and factors[adapter_name].device.type != "meta":
                 factors[adapter_name] = factors[adapter_name].to(device, outer_dtype if name in ("nora_A", "nora_B") else None)

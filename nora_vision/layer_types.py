@@ -94,9 +94,9 @@ def layer_class_for(base_layer: nn.Module, layer_name: str) -> type[NoraLayer]:
 
     Raises: ValueError naming the layer if there is none.
     """
-    found = find_layer_class(base_layer)
-    if found is not None:
-        return found
+    layer_class = find_layer_class(base_layer)
+    if layer_class is not None:
+        return layer_class
     if isinstance(base_layer, NonDynamicallyQuantizableLinear):
         raise ValueError(
             f"Cannot adapt {layer_name!r}: nn.MultiheadAttention reads the weight of its out_proj without calling it, so an "

@@ -49,8 +49,8 @@ def read_adapter(model: nn.Module, folder: Path) -> AdapterFile:
     header = read_header(weights)
     _check_metadata(header.metadata, weights)
     shared = _shared_scales(header.metadata, weights) if compact else {}
-    found = {name.removeprefix(PEFT_PREFIX): entry.shape for name, entry in header.tensors.items()}
-    _compare(found, _expected_shapes(model, config, compact, shared, weights), weights)
+    shapes = {name.removeprefix(PEFT_PREFIX): entry.shape for name, entry in header.tensors.items()}
+    _compare(shapes, _expected_shapes(model, config, compact, shared, weights), weights)
     check_configuration(header.metadata, fields, folder)
     _check_all_match(model, config, folder / CONFIG_NAME)
     tensors = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in read_tensors(weights).items()}
@@ -208,15 +208,15 @@ def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
 
 
-def _compare(found: Mapping[str, Shape], expected: Mapping[str, Shape], path: Path) -> None:
-    unexpected, missing = sorted(found.keys() - expected.keys()), sorted(expected.keys() - found.keys())
+def _compare(actual: Mapping[str, Shape], expected: Mapping[str, Shape], path: Path) -> None:
+    unexpected, missing = sorted(actual.keys() - expected.keys()), sorted(expected.keys() - actual.keys())
     for names, what in ((unexpected, "holds {}, which the adapter cannot have here"), (missing, "lacks {}")):
         if names:
             listed = repr(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
             raise AdapterFileError(
                 f"{path} does not fit this model: it {what.format(listed)}. It is of another base model, or incomplete."
             )
-    for name, shape in found.items():
+    for name, shape in actual.items():
         if shape != expected[name]:
             raise AdapterFileError(
                 f"{path} does not fit this model: {name!r} has shape {shape}, the model needs {expected[name]}."

@@ -122,8 +122,8 @@ def _portable_fields(config: NoraConfig, layers: dict[str, NoraLayer], adapter_n
     if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str):
         fields |= {"target_modules": sorted(layers), "exclude_modules": None}
     for pattern, default, ranks in (("rank_pattern", config.r, "r"), ("inner_rank_pattern", config.inner_r, "inner_r")):
-        own = {name: getattr(layer, ranks)[adapter_name] for name, layer in layers.items()}
-        fields[pattern] = {f"^{name}": rank for name, rank in own.items() if rank != default}
+        ranks_by_layer = {name: getattr(layer, ranks)[adapter_name] for name, layer in layers.items()}
+        fields[pattern] = {f"^{name}": rank for name, rank in ranks_by_layer.items() if rank != default}
     return fields
 
 

@@ -149,8 +149,11 @@ def _defaults_of(flag: str, option: MethodOption, task: Task) -> list[Any]:
     """What a flag may be without having been given: None, or what any of its methods has by default."""
     values = [None]
     for method in map(method_named, option.methods):
-        (own,) = (each for each in dataclasses.fields(method.Options) if flag_of(each, task) == flag)
-        values += [_default(own), *(method.defaults(task, built_in).options.get(own.name) for built_in in (True, False))]
+        (option_field,) = (each for each in dataclasses.fields(method.Options) if flag_of(each, task) == flag)
+        values += [
+            _default(option_field),
+            *(method.defaults(task, built_in).options.get(option_field.name) for built_in in (True, False)),
+        ]
     return values
 
 

@@ -91,21 +91,21 @@ class BucketOrder:
 
     def of_batch(self, index: int) -> tuple[int, int]:
         """The bucket of the `index`-th batch, and how many batches before it were of that bucket."""
-        counts = torch.tensor([len(places) for places in self.buckets])
+        counts = torch.tensor([len(members) for members in self.buckets])
         if len(counts) == 1:
             return 0, index
-        turn, place = divmod(index, int(counts.sum()))
+        epoch, position = divmod(index, int(counts.sum()))
         owners = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        order = owners[torch.randperm(len(owners), generator=keyed_generator(self.seed, Draw.BUCKETS, turn, self.draw))]
-        bucket = int(order[place])
-        return bucket, turn * int(counts[bucket]) + int((order[:place] == bucket).sum())
+        order = owners[torch.randperm(len(owners), generator=keyed_generator(self.seed, Draw.BUCKETS, epoch, self.draw))]
+        bucket = int(order[position])
+        return bucket, epoch * int(counts[bucket]) + int((order[:position] == bucket).sum())
 
     def chosen(self, bucket: int, before: int) -> list[int]:
         """The places of the images in a bucket's batch that `before` batches of that bucket precede."""
-        places = self.buckets[bucket]
+        members = self.buckets[bucket]
         wanted = range(before * self.batch_size, (before + 1) * self.batch_size)
         rounds = {
-            turn: torch.randperm(len(places), generator=keyed_generator(self.seed, self.draw, turn, bucket)).tolist()
-            for turn in {position // len(places) for position in wanted}
+            epoch: torch.randperm(len(members), generator=keyed_generator(self.seed, self.draw, epoch, bucket)).tolist()
+            for epoch in {position // len(members) for position in wanted}
         }
-        return [places[rounds[position // len(places)][position % len(places)]] for position in wanted]
+        return [members[rounds[position // len(members)][position % len(members)]] for position in wanted]

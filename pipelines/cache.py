@@ -31,12 +31,12 @@ def key_of(**parts: object) -> str:
 
 def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
     """The sha256 of tensors with their names, types and shapes."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
-        found.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
-        found.update(value.flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def module_digest(module: nn.Module) -> str:
@@ -61,11 +61,11 @@ class TensorCache:
             return None
         try:
             with safe_open(path, framework="pt") as opened:
-                told, tensors = opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+                metadata, tensors = opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         except SafetensorError as error:
             warnings.warn(f"{str(path)!r} is damaged ({error}) and is computed anew.", stacklevel=2)
             return None
-        if told.get("key") != key or told.get("sha256") != digest_of(tensors):
+        if metadata.get("key") != key or metadata.get("sha256") != digest_of(tensors):
             warnings.warn(f"{str(path)!r} does not hold what it was written with, and is computed anew.", stacklevel=2)
             return None
         return tensors
@@ -81,11 +81,11 @@ class TensorCache:
 
     def read_or_make(self, key: str, make: Callable[[], Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """The tensors of `key`, made and kept where there are none."""
-        found = self.read(key)
-        if found is None:
-            found = {name: value.detach().cpu() for name, value in make().items()}
-            self.write(key, found)
-        return found
+        tensors = self.read(key)
+        if tensors is None:
+            tensors = {name: value.detach().cpu() for name, value in make().items()}
+            self.write(key, tensors)
+        return tensors
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"

@@ -46,9 +46,9 @@ def to_pixels(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def part(corpus: Corpus, places: np.ndarray) -> Corpus:
-    """The images of `corpus` at `places` (count,)."""
-    return Corpus(corpus.images[places], [corpus.captions[place] for place in places], corpus.mirrorable[places])
+def part(corpus: Corpus, indices: np.ndarray) -> Corpus:
+    """The images of `corpus` at `indices` (count,)."""
+    return Corpus(corpus.images[indices], [corpus.captions[index] for index in indices], corpus.mirrorable[indices])
 
 
 def join(*corpora: Corpus) -> Corpus:
@@ -124,6 +124,6 @@ def split_held_out(captions: list[str], share: float, seed: int) -> tuple[np.nda
     by_caption = np.unique(captions, return_inverse=True)[1]
     held_out = np.zeros(len(captions), dtype=bool)
     for caption in range(by_caption.max() + 1):
-        places = rng.permutation(np.flatnonzero(by_caption == caption))
-        held_out[places[: round(share * len(places))]] = True
+        indices = rng.permutation(np.flatnonzero(by_caption == caption))
+        held_out[indices[: round(share * len(indices))]] = True
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)

@@ -100,10 +100,10 @@ def _has_more_frames(opened: Image.Image) -> bool:
 def _orientation(opened: Image.Image) -> int | None:
     """The EXIF orientation, 1 where none is given; None where the EXIF data cannot be read."""
     try:
-        found = opened.getexif().get(ExifTags.Base.Orientation, 1)
+        value = opened.getexif().get(ExifTags.Base.Orientation, 1)
     except (SyntaxError, ValueError, TypeError, KeyError, IndexError, OSError, EOFError):
         return None
-    return found if found in ORIENTATIONS else 1
+    return value if value in ORIENTATIONS else 1
 
 
 def _with_eight_bits(image: Image.Image, opened: Image.Image) -> Image.Image:

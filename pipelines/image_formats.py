@@ -106,7 +106,7 @@ def sniff(head: bytes) -> ImageFormat | None:
 
 def _of_brands(head: bytes) -> ImageFormat | None:
     end = min(int.from_bytes(head[:4], "big"), len(head))
-    brands = [head[8:12], *(head[place : place + 4] for place in range(16, end, 4))]
+    brands = [head[8:12], *(head[offset : offset + 4] for offset in range(16, end, 4))]
     if brands[0] in _AVIF_BRANDS or (brands[0] in (b"mif1", b"msf1") and _AVIF_BRANDS & set(brands)):
         return AVIF
     return HEIC if brands[0] in _HEIC_BRANDS else None
@@ -132,10 +132,10 @@ def format_of(head: bytes, suffix: str, name: str) -> ImageFormat:
         name: what errors call the file.
     Raises: UnsupportedFormatError naming what the file is; UnidentifiedImageError if that is unknown.
     """
-    if (found := sniff(head)) is not None:
-        if not is_available(found):
-            raise _decoder_missing(found, name)
-        return found
+    if (sniffed := sniff(head)) is not None:
+        if not is_available(sniffed):
+            raise _decoder_missing(sniffed, name)
+        return sniffed
     if (words := other_kind(head)) is not None:
         raise UnsupportedFormatError(f"{name} cannot be read as an image: it is {words}. Save it as JPEG or PNG.")
     called = next((each for each in FORMATS if suffix.lower() in each.suffixes), None)

@@ -79,17 +79,17 @@ def open_image(source: Path | BinaryIO, name: str, formats: Collection[ImageForm
     is_file = isinstance(source, Path)
     with source.open("rb") if is_file else nullcontext(source) as stream:
         stream.seek(0)
-        found = format_of(stream.read(HEAD_BYTES), source.suffix if is_file else "", name)
-        if found not in formats:
-            raise UnsupportedFormatError(f"{name} cannot be read here: it is {found.name}. Save it as {listed(formats)}.")
+        image_format = format_of(stream.read(HEAD_BYTES), source.suffix if is_file else "", name)
+        if image_format not in formats:
+            raise UnsupportedFormatError(f"{name} cannot be read here: it is {image_format.name}. Save it as {listed(formats)}.")
         stream.seek(0)
-        parts = split_png(stream, {SETTINGS_KEY}) if found is PNG else PngParts(stream)
-        with _opened_as(found, parts.content) as opened:
+        parts = split_png(stream, {SETTINGS_KEY}) if image_format is PNG else PngParts(stream)
+        with _opened_as(image_format, parts.content) as opened:
             if parts.profile is not None:
                 opened.info["icc_profile"] = parts.profile
             if parts.code_points is not None:
                 opened.info[CODE_POINTS] = parts.code_points
-            if found is TIFF and (DNG_VERSION in opened.tag_v2 or opened.tag_v2.get(TIFF_SUBFILE_TYPE, 0) & REDUCED):
+            if image_format is TIFF and (DNG_VERSION in opened.tag_v2 or opened.tag_v2.get(TIFF_SUBFILE_TYPE, 0) & REDUCED):
                 raise UnsupportedFormatError(
                     f"{name} cannot be read as an image: it is a camera's raw file. Save it as JPEG or PNG."
                 )
@@ -147,20 +147,20 @@ def read_image(source: Path | BinaryIO, name: str | None = None, max_pixels: int
     Raises: InputError naming the image if it cannot be read.
     """
     name = repr(str(source)) if name is None else name
-    found = read_image_with_notes(source, name, max_pixels)
-    _warn(found, name)
-    return found.image
+    decoded = read_image_with_notes(source, name, max_pixels)
+    _warn(decoded, name)
+    return decoded.image
 
 
 def upright_rgb(opened: Image.Image, name: str = "The image") -> Image.Image:
     """`opened` as `read_image` gives an image, with its warnings."""
-    found = decode(opened)
-    _warn(found, name)
-    return found.image
+    decoded = decode(opened)
+    _warn(decoded, name)
+    return decoded.image
 
 
-def _warn(found: ReadImage, name: str) -> None:
-    for note in found.notes:
+def _warn(decoded: ReadImage, name: str) -> None:
+    for note in decoded.notes:
         if note is not TURNED:
             warnings.warn(f"{name}: {note.words} {note.advice}", stacklevel=3)
 

@@ -84,7 +84,12 @@ class PretrainingDenoisingLoss(nn.Module):
         self.gamma = gamma
 
     def forward(
-        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, tokens: torch.Tensor, kept: torch.Tensor
+        self,
+        latents: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: torch.Tensor,
+        tokens: torch.Tensor,
+        keep_caption: torch.Tensor,
     ) -> torch.Tensor:
         """The mean loss of a batch, a scalar.
 
@@ -93,16 +98,16 @@ class PretrainingDenoisingLoss(nn.Module):
             noise: like `latents`.
             timesteps: (batch,) int64.
             tokens: (batch, MAX_TOKENS) int64.
-            kept: (batch,) float, 0 where the caption is dropped so that guidance has an unconditional model.
+            keep_caption: (batch,) float, 0 where the caption is dropped so that guidance has an unconditional model.
         """
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         target = self.scheduler.get_velocity(latents, noise, timesteps)
         hidden = self.text_encoder(tokens, output_hidden_states=True).hidden_states[-2]
         second = self.text_encoder_2(tokens, output_hidden_states=True)
-        embeds = torch.cat([hidden, second.hidden_states[-2]], dim=-1) * kept[:, None, None]
+        embeds = torch.cat([hidden, second.hidden_states[-2]], dim=-1) * keep_caption[:, None, None]
         size = float(mini_sdxl.RESOLUTION)
         conditions = {
-            "text_embeds": second.text_embeds * kept[:, None],
+            "text_embeds": second.text_embeds * keep_caption[:, None],
             "time_ids": latents.new_tensor([size, size, 0, 0, size, size]).expand(len(latents), 6),
         }
         predicted = self.unet(noisy, timesteps, embeds, added_cond_kwargs=conditions).sample

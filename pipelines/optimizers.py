@@ -38,8 +38,8 @@ class Rates:
         """The rate of the parameter called `name`, of the UNet unless that begins with `text_encoders.`."""
         rate = self.unet
         if name.startswith("text_encoders.") and self.text_encoders:
-            place = int(name.split(".")[1])
-            rate = self.text_encoders[min(place, len(self.text_encoders) - 1)]
+            index = int(name.split(".")[1])
+            rate = self.text_encoders[min(index, len(self.text_encoders) - 1)]
         return rate * self.factor(name)
 
 
@@ -86,7 +86,7 @@ class Adam:
         return torch.optim.AdamW(groups, fused=on_cpu or None, **shared)
 
 
-def optimised(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+def trainable_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """The parameters of an optimiser, in its order, which is that of the moving average."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
@@ -97,7 +97,7 @@ def averaged(ema: EMAModel | None, optimizer: torch.optim.Optimizer) -> Iterator
     if ema is None:
         yield
         return
-    parameters = optimised(optimizer)
+    parameters = trainable_parameters(optimizer)
     ema.store(parameters)
     ema.copy_to(parameters)
     try:

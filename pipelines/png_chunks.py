@@ -50,19 +50,19 @@ def split_png(source: BinaryIO, keywords: Collection[str] = ()) -> PngParts:
         keywords: texts to leave in, where they are at most `MAX_TEXT` long; orientations stay in any case.
     """
     parts, keywords = PngParts(source), {*keywords, *ORIENTATION_KEYWORDS}
-    end, place, ranges = source.seek(0, io.SEEK_END), len(SIGNATURE), [(0, len(SIGNATURE))]
+    end, offset, ranges = source.seek(0, io.SEEK_END), len(SIGNATURE), [(0, len(SIGNATURE))]
     kind = b""
-    while place < end and kind != b"IEND":
-        source.seek(place)
+    while offset < end and kind != b"IEND":
+        source.seek(offset)
         head = source.read(_LENGTH_TYPE)
         length, kind = int.from_bytes(head[:4], "big"), head[4:]
         # A file that is cut short goes on to Pillow as it is.
-        after = min(place + _LENGTH_TYPE + length + _CHECKSUM, end)
+        after = min(offset + _LENGTH_TYPE + length + _CHECKSUM, end)
         if kind not in EXAMINED or _is_kept(parts, kind, source.read(min(length, MAX_PROFILE)), keywords):
-            ranges.append((place, after - place))
+            ranges.append((offset, after - offset))
         else:
             parts.content = io.BytesIO()
-        place = after
+        offset = after
     if parts.content is not source:
         for start, count in ranges:
             source.seek(start)

@@ -57,13 +57,13 @@ def training_warnings(prompts: Iterable[str]) -> list[str]:
     return _warnings(prompts, lambda part: "Leave it out: training starts from the base model alone.")
 
 
-def page_warnings(prompts: Iterable[str], place: str = "choose it under Use, with its strength") -> list[str]:
+def page_warnings(prompts: Iterable[str], remedy: str = "choose it under Use, with its strength") -> list[str]:
     """A sentence for each foreign part of prompts typed on the page, each once.
 
     Args:
-        place: where an adapter is chosen there.
+        remedy: where an adapter is chosen there.
     """
-    return _warnings(prompts, lambda part: f"To use a LoRA, {place}.")
+    return _warnings(prompts, lambda part: f"To use a LoRA, {remedy}.")
 
 
 def _warnings(prompts: Iterable[str], lora_remedy: Callable[[ForeignSyntax], str]) -> list[str]:

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from pipelines.backgrounds import BACKGROUNDS
 
-PLACES = ("plain", "grass", "beach", "bricks", "wood")
+SCENE_BACKGROUNDS = ("plain", "grass", "beach", "bricks", "wood")
 TEAL, CORAL, CREAM, INK = (30, 168, 160), (250, 112, 84), (255, 244, 214), (24, 40, 48)
 SIZE, SUPERSAMPLING = 512, 2
 
@@ -28,7 +28,7 @@ def draw_sample_subject(image: Image.Image, centre: tuple[float, float], radius:
     figure = _Figure(ImageDraw.Draw(image), centre, radius)
     for side in (-1, 1):
         figure.limbs(side)
-    crown = figure.place((-0.42, -0.55), (-0.46, -1.0), (-0.2, -0.76), (0, -1.04), (0.2, -0.76), (0.46, -1.0), (0.42, -0.55))
+    crown = figure.to_pixels((-0.42, -0.55), (-0.46, -1.0), (-0.2, -0.76), (0, -1.04), (0.2, -0.76), (0.46, -1.0), (0.42, -0.55))
     figure.draw.polygon(crown, fill=CORAL, outline=INK, width=figure.line)
     figure.body()
     figure.eye()
@@ -43,21 +43,21 @@ class _Figure:
         self.draw, self.centre, self.radius = draw, centre, radius
         self.line = max(2, round(radius * 0.03))
 
-    def place(self, *points: tuple[float, float]) -> list[tuple[float, float]]:
+    def to_pixels(self, *points: tuple[float, float]) -> list[tuple[float, float]]:
         """The points in pixels of the image."""
         return [(self.centre[0] + self.radius * x, self.centre[1] + self.radius * y) for x, y in points]
 
     def box(self, left: float, top: float, right: float, bottom: float) -> list[float]:
         """A rectangle in pixels of the image."""
-        return [c for point in self.place((left, top), (right, bottom)) for c in point]
+        return [c for point in self.to_pixels((left, top), (right, bottom)) for c in point]
 
     def limbs(self, side: int) -> None:
         """A boot, an arm and its hand on one `side`, -1 or 1."""
         boot, hand = (side * 0.31 - 0.24, 0.72, side * 0.31 + 0.24, 1.0), (side * 0.86 - 0.13, -0.29, side * 0.86 + 0.13, -0.03)
         outlined = {"fill": CORAL, "outline": INK, "width": self.line}
         self.draw.rounded_rectangle(self.box(*boot), radius=self.radius * 0.1, **outlined)
-        self.draw.line(self.place((side * 0.5, 0.1), (side * 0.86, -0.14)), fill=INK, width=round(self.radius * 0.2))
-        self.draw.line(self.place((side * 0.5, 0.1), (side * 0.85, -0.13)), fill=TEAL, width=round(self.radius * 0.14))
+        self.draw.line(self.to_pixels((side * 0.5, 0.1), (side * 0.86, -0.14)), fill=INK, width=round(self.radius * 0.2))
+        self.draw.line(self.to_pixels((side * 0.5, 0.1), (side * 0.85, -0.13)), fill=TEAL, width=round(self.radius * 0.14))
         self.draw.ellipse(self.box(*hand), **outlined)
 
     def body(self) -> None:
@@ -75,15 +75,15 @@ class _Figure:
         """The belly and its zigzag."""
         corners = self.box(-0.42, 0.2, 0.42, 0.68)
         self.draw.rounded_rectangle(corners, radius=self.radius * 0.14, fill=CREAM, outline=INK, width=self.line)
-        zigzag = self.place((-0.34, 0.5), (-0.2, 0.34), (-0.06, 0.5), (0.08, 0.34), (0.22, 0.5), (0.34, 0.34))
+        zigzag = self.to_pixels((-0.34, 0.5), (-0.2, 0.34), (-0.06, 0.5), (0.08, 0.34), (0.22, 0.5), (0.34, 0.34))
         self.draw.line(zigzag, fill=CORAL, width=round(self.radius * 0.1), joint="curve")
 
 
 def sample_images(seed: int = 0) -> list[Image.Image]:
-    """The five bundled images, 512 x 512 pixels, each in one of `PLACES`."""
+    """The five bundled images, 512 x 512 pixels, each in one of `SCENE_BACKGROUNDS`."""
     rng, canvas = random.Random(seed), SIZE * SUPERSAMPLING
     images = []
-    for background in PLACES:
+    for background in SCENE_BACKGROUNDS:
         radius = canvas * rng.uniform(0.30, 0.38)
         centre = (canvas * rng.uniform(0.44, 0.56), canvas * rng.uniform(0.5, 0.56))
         image = draw_sample_subject(BACKGROUNDS[background].draw(canvas, rng), centre, radius)
@@ -94,8 +94,8 @@ def sample_images(seed: int = 0) -> list[Image.Image]:
 def main(folder: Path) -> None:
     """Write the five images to `folder` as 00.jpg to 04.jpg."""
     folder.mkdir(parents=True, exist_ok=True)
-    for place, image in enumerate(sample_images()):
-        image.save(folder / f"{place:02d}.jpg", quality=92)
+    for index, image in enumerate(sample_images()):
+        image.save(folder / f"{index:02d}.jpg", quality=92)
 
 
 if __name__ == "__main__":

@@ -39,12 +39,12 @@ GLYPHS = "ABCDEFGHJKLMNPRSTUVXYZ23456789"
 SUPERSAMPLING = 3
 
 
-def _regular(points: int, inner: float, turn: float = -math.pi / 2) -> list[tuple[float, float]]:
+def _regular(points: int, inner: float, start_angle: float = -math.pi / 2) -> list[tuple[float, float]]:
     """Corners of a star of `points` spikes whose valleys lie at `inner` of the radius, on the unit circle."""
     corners = []
     for k in range(2 * points):
         radius = 1.0 if k % 2 == 0 else inner
-        angle = turn + math.pi * k / points
+        angle = start_angle + math.pi * k / points
         corners.append((radius * math.cos(angle), radius * math.sin(angle)))
     return corners
 
@@ -174,8 +174,8 @@ def render(scene: Scene, size: int, rng: random.Random) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BOX)
 
 
-def shape_mask(shape: str, canvas: int, centre: tuple[float, float], radius: float, turn: float) -> Image.Image:
-    """The shape as a grey mask of `canvas` x `canvas` pixels, turned by `turn` radians about `centre`."""
+def shape_mask(shape: str, canvas: int, centre: tuple[float, float], radius: float, angle: float) -> Image.Image:
+    """The shape as a grey mask of `canvas` x `canvas` pixels, turned by `angle` radians about `centre`."""
     mask = Image.new("L", (canvas, canvas), 0)
     draw = ImageDraw.Draw(mask)
     x, y = centre
@@ -184,7 +184,7 @@ def shape_mask(shape: str, canvas: int, centre: tuple[float, float], radius: flo
             r = radius * scale
             draw.ellipse((x - r, y - r, x + r, y + r), fill=value)
         return mask
-    cos, sin = math.cos(turn), math.sin(turn)
+    cos, sin = math.cos(angle), math.sin(angle)
     draw.polygon([(x + radius * (cos * u - sin * v), y + radius * (sin * u + cos * v)) for u, v in POLYGONS[shape]], fill=255)
     return mask
 
@@ -338,13 +338,13 @@ def _toy_limbs(part: Callable, box: Callable, side: int, toy: Toy) -> None:
 
 
 def _toy_face(draw: ImageDraw.ImageDraw, box: Callable, toy: Toy) -> None:
-    places = (0.0,) if toy.eyes == 1 else (-0.22, 0.22)
+    eye_positions = (0.0,) if toy.eyes == 1 else (-0.22, 0.22)
     size = 0.24 if toy.eyes == 1 else 0.17
-    for place in places:
+    for eye_position in eye_positions:
         draw.ellipse(
-            box(place - size, -0.2 - size, place + size, -0.2 + size),
+            box(eye_position - size, -0.2 - size, eye_position + size, -0.2 + size),
             fill=(255, 255, 255),
             outline=(30, 30, 30),
             width=SUPERSAMPLING // 2,
         )
-        draw.ellipse(box(place - size / 2, -0.2 - size / 2, place + size / 2, -0.2 + size / 2), fill=(20, 20, 20))
+        draw.ellipse(box(eye_position - size / 2, -0.2 - size / 2, eye_position + size / 2, -0.2 + size / 2), fill=(20, 20, 20))

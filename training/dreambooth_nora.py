@@ -37,7 +37,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
 
-from pipelines.optimizers import Adam, Rates, optimised, parameter_groups
+from pipelines.optimizers import Adam, Rates, parameter_groups, trainable_parameters
 from pipelines.prompt_syntax import training_warnings
 from pipelines.subject import adapters
 from pipelines.subject.base_model import load_base_model, model_resolution
@@ -203,7 +203,7 @@ class SubjectTraining:
         samples = Periodic(self.options.output.validation_steps, watch.show, watch.sample)
         train(self.accelerator, self.run, trainable, loop_options(self.options), [Periodic(every, watch.measure), samples])
         if trainable.ema is not None:
-            trainable.ema.copy_to(optimised(trainable.optimizer))
+            trainable.ema.copy_to(trainable_parameters(trainable.optimizer))
 
     def result(self, watch: ValidationCallback, before: Sequence[Image.Image], began: float) -> Trained:
         """What is exported, compared and certified."""
@@ -238,7 +238,7 @@ class SubjectTraining:
             num_cycles=how.lr_num_cycles,
             power=how.lr_power,
         )
-        ema = EMAModel(optimised(optimizer), decay=how.ema_decay) if how.use_ema else None
+        ema = EMAModel(trainable_parameters(optimizer), decay=how.ema_decay) if how.use_ema else None
         hooks = method.training(list(self.components.values()), steps or how.max_train_steps)
         return Trainable(self.loss, self._batches(subject, class_images), optimizer, schedule, ema, hooks)
 

@@ -68,8 +68,8 @@ class LoraOne(Lora):
     @classmethod
     def defaults(cls, task: Task, built_in: bool) -> TaskDefaults:
         """LoRA's ranks, and the paper's alpha."""
-        own = {"alpha": 16.0}
-        return TaskDefaults(1e-4, {"rank": 4, **own}) if task == "subject" else TaskDefaults(2e-4, {"rank": 2, **own})
+        overrides = {"alpha": 16.0}
+        return TaskDefaults(1e-4, {"rank": 4, **overrides}) if task == "subject" else TaskDefaults(2e-4, {"rank": 2, **overrides})
 
     def config(self, target_modules: list[str], exclude_modules: str | None = None) -> PeftConfig:
         """PEFT's configuration of plain LoRA with the scaling alpha / sqrt(r)."""
@@ -137,12 +137,12 @@ class LoraOne(Lora):
 
     def _factors(self, gradients: dict[str, torch.Tensor]) -> dict[str, Factors]:
         """B_0 and A_0 of every layer whose gradient is not zero; `gradients` is emptied meanwhile, to free each at once."""
-        found = {}
+        factors = {}
         for name in list(gradients):
             gradient = gradients.pop(name)
             if gradient.any():
-                found[name] = starting_factors(gradient, self.options.rank, self.options.gamma)
-        return found
+                factors[name] = starting_factors(gradient, self.options.rank, self.options.gamma)
+        return factors
 
 
 def starting_factors(gradient: torch.Tensor, rank: int, gamma: float) -> Factors:

@@ -155,8 +155,8 @@ def encode_prompts(pipeline: StableDiffusionXLPipeline, prompts: Sequence[str]) 
     embeddings = encode_tokens(text_encoders_of(pipeline), tokens)
     if not pipeline.config.force_zeros_for_empty_prompt:
         return embeddings
-    kept = torch.tensor([prompt != "" for prompt in prompts], device=tokens.device)
-    return PromptEmbeddings(embeddings.hidden * kept[:, None, None], embeddings.pooled * kept[:, None])
+    keep = torch.tensor([prompt != "" for prompt in prompts], device=tokens.device)
+    return PromptEmbeddings(embeddings.hidden * keep[:, None, None], embeddings.pooled * keep[:, None])
 
 
 @torch.no_grad()

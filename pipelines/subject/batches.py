@@ -64,18 +64,18 @@ class SubjectBatches:
         # Twice, since the mean is over twice as many losses.
         return pairs | {"weights": torch.tensor([2.0, 2.0 * self.prior_loss_weight]).repeat(self.batch_size)}
 
-    def _drawn(self, images: CachedLatents, places: Sequence[int], generator: torch.Generator) -> dict[str, torch.Tensor]:
-        variants = torch.randint(images.variants, (len(places),), generator=generator)
-        shown = [images.read(place, variant) for place, variant in zip(places, variants.tolist(), strict=True)]
-        mean, deviation = torch.stack([moments for moments, _ in shown]).unbind(1)
+    def _drawn(self, images: CachedLatents, indices: Sequence[int], generator: torch.Generator) -> dict[str, torch.Tensor]:
+        variants = torch.randint(images.variants, (len(indices),), generator=generator)
+        variants_read = [images.read(index, variant) for index, variant in zip(indices, variants.tolist(), strict=True)]
+        mean, deviation = torch.stack([moments for moments, _ in variants_read]).unbind(1)
         spread, noise = torch.randn((2, *mean.shape), generator=generator)
         batch = {
             "latents": mean + deviation * spread,
             "noise": noise,
-            "timesteps": stratified_timesteps(len(places), self.num_timesteps, generator),
-            "time_ids": torch.stack([time_ids for _, time_ids in shown]),
+            "timesteps": stratified_timesteps(len(indices), self.num_timesteps, generator),
+            "time_ids": torch.stack([time_ids for _, time_ids in variants_read]),
         }
-        prompts = images.prompt_of[list(places)]
+        prompts = images.prompt_of[list(indices)]
         if self.encode_in_loss:
             return batch | {"tokens": images.tokens[prompts]}
         return batch | {"hidden": images.prompts.hidden[prompts], "pooled": images.prompts.pooled[prompts]}

@@ -37,23 +37,23 @@ def runs_on_subject(
         process, processes: which of how many; statistics are summed over all of them, so that each runs its share of images.
         batch_size: noise levels at once, at the most: with the batch size of the training, this takes less memory than a step.
     """
-    own, device = range(process, len(images), processes), loss.unet.device
+    indices, device = range(process, len(images), processes), loss.unet.device
     bar = partial(tqdm, leave=False, delay=5, disable=process > 0)
 
     def batches() -> Iterator[dict[str, torch.Tensor]]:
-        for place in own:
-            yield from _noise_levels(images, place, loss.num_timesteps, seed, batch_size)
+        for index in indices:
+            yield from _noise_levels(images, index, loss.num_timesteps, seed, batch_size)
 
     def run_unet() -> None:
-        total = len(own) * math.ceil(TIMESTEPS_PER_IMAGE / batch_size)
+        total = len(indices) * math.ceil(TIMESTEPS_PER_IMAGE / batch_size)
         for batch in bar(batches(), desc="calibrating", total=total):
-            alike = _repeated(images.prompts, int(batch.pop("prompt")), len(batch["timesteps"]), device)
-            loss.predict(**{name: values.to(device) for name, values in batch.items()}, prompts=alike)
+            repeated = _repeated(images.prompts, int(batch.pop("prompt")), len(batch["timesteps"]), device)
+            loss.predict(**{name: values.to(device) for name, values in batch.items()}, prompts=repeated)
 
     def run_text_encoder(encoder: int) -> None:
         # One by one: sums over processes are then those of one process to the last bit.
-        for place in bar(own, desc=f"calibrating text encoder {encoder + 1}"):
-            loss.text_encoders[encoder](images.tokens[images.prompt_of[place], encoder][None].to(device))
+        for index in bar(indices, desc=f"calibrating text encoder {encoder + 1}"):
+            loss.text_encoders[encoder](images.tokens[images.prompt_of[index], encoder][None].to(device))
 
     return {"unet": run_unet, "text_encoder": partial(run_text_encoder, 0), "text_encoder_2": partial(run_text_encoder, 1)}
 
@@ -65,11 +65,11 @@ def _repeated(prompts: PromptEmbeddings, prompt: int, count: int, device: torch.
 
 
 def _noise_levels(
-    images: CachedLatents, place: int, num_timesteps: int, seed: int, batch_size: int
+    images: CachedLatents, index: int, num_timesteps: int, seed: int, batch_size: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """The image at `place` with its noise and timesteps, `batch_size` of them at once, and the index of its prompt, ()."""
-    generator = keyed_generator(seed, Draw.CALIBRATION, place)
-    mean, time_ids = images.mean(place), images.time_ids(place)
+    """The image at `index` with its noise and timesteps, `batch_size` of them at once, and the index of its prompt, ()."""
+    generator = keyed_generator(seed, Draw.CALIBRATION, index)
+    mean, time_ids = images.mean(index), images.time_ids(index)
     timesteps = stratified_timesteps(TIMESTEPS_PER_IMAGE, num_timesteps, generator)
     noise = torch.randn((TIMESTEPS_PER_IMAGE, *mean.shape), generator=generator)
     for levels, part in zip(timesteps.split(batch_size), noise.split(batch_size), strict=True):
@@ -78,5 +78,5 @@ def _noise_levels(
             "noise": part,
             "timesteps": levels,
             "time_ids": time_ids.expand(len(part), 6),
-            "prompt": images.prompt_of[place],
+            "prompt": images.prompt_of[index],
         }

@@ -122,5 +122,5 @@ def take(path: Path, image: Image.Image, shot: CropVariant, size_conditioning: S
         top, left = int(shot.crop[0] * (spare_height + 1)), int(shot.crop[1] * (spare_width + 1))
     cropped = resized.crop((left, top, left + width, top + height))
     pixels = torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float() / 127.5 - 1
-    told = (image.height, image.width, top, left) if size_conditioning == "picture" else (height, width, 0, 0)
-    return Example(path, pixels, torch.tensor([*told, height, width], dtype=torch.float32))
+    size_and_crop = (image.height, image.width, top, left) if size_conditioning == "picture" else (height, width, 0, 0)
+    return Example(path, pixels, torch.tensor([*size_and_crop, height, width], dtype=torch.float32))

@@ -23,7 +23,7 @@ from pipelines.subject.base_model import PromptEmbeddings, encode_images, encode
 from pipelines.subject.data import CropVariant, Example, SizeConditioning, TrainingImage, image_size, take
 
 # An image's moments and time_ids.
-Shown = tuple[torch.Tensor, torch.Tensor]
+MomentsAndTimeIds = tuple[torch.Tensor, torch.Tensor]
 MOMENTS, TIME_IDS, HIDDEN, POOLED = "moments", "time_ids", "hidden", "pooled"
 
 
@@ -45,13 +45,13 @@ class CropConfig:
     size_conditioning: SizeConditioning = "picture"
     seed: int = 0
 
-    def shots(self, place: int, size: Size) -> tuple[CropVariant, ...]:
-        """The variants of the `place`-th image at `size`."""
+    def shots(self, index: int, size: Size) -> tuple[CropVariant, ...]:
+        """The variants of the `index`-th image at `size`."""
         crops = [None]
         if self.random_crops:
-            generator = keyed_generator(self.seed, Draw.CROPS, place)
-            drawn = torch.rand((self.random_crops, 2), generator=generator, dtype=torch.float64)
-            crops = [(top, left) for top, left in drawn.tolist()]
+            generator = keyed_generator(self.seed, Draw.CROPS, index)
+            offsets = torch.rand((self.random_crops, 2), generator=generator, dtype=torch.float64)
+            crops = [(top, left) for top, left in offsets.tolist()]
         return tuple(
             CropVariant(size, crop, mirrored) for mirrored in ((False, True) if self.mirror else (False,)) for crop in crops
         )
@@ -73,7 +73,7 @@ class CachedLatents:
 
     sizes: tuple[Size, ...]
     variants: int
-    read: Callable[[int, int], Shown]
+    read: Callable[[int, int], MomentsAndTimeIds]
     prompt_of: torch.Tensor
     tokens: torch.Tensor
     prompts: PromptEmbeddings
@@ -97,23 +97,23 @@ class CachedLatents:
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def mean(self, place: int) -> torch.Tensor:
+    def mean(self, index: int) -> torch.Tensor:
         """(channels, height, width): the mean latents of an image's first variant."""
-        return self.read(place, 0)[0][0]
+        return self.read(index, 0)[0][0]
 
-    def time_ids(self, place: int) -> torch.Tensor:
+    def time_ids(self, index: int) -> torch.Tensor:
         """(6,): of an image's first variant."""
-        return self.read(place, 0)[1]
+        return self.read(index, 0)[1]
 
     def buckets(self, sizes: Iterable[Size] | None = None) -> tuple[tuple[int, ...], ...]:
         """The places of the images of each size, in the order of `sizes`, which are all there are unless given."""
         wanted = sorted(set(self.sizes)) if sizes is None else sizes
-        return tuple(tuple(place for place, size in enumerate(self.sizes) if size == bucket) for bucket in wanted)
+        return tuple(tuple(index for index, size in enumerate(self.sizes) if size == bucket) for bucket in wanted)
 
-    def only(self, places: Sequence[int]) -> CachedLatents:
-        """The images at `places` alone."""
-        sizes = tuple(self.sizes[place] for place in places)
-        return replace(self, sizes=sizes, read=_At(self.read, tuple(places)), prompt_of=self.prompt_of[list(places)])
+    def only(self, indices: Sequence[int]) -> CachedLatents:
+        """The images at `indices` alone."""
+        sizes = tuple(self.sizes[index] for index in indices)
+        return replace(self, sizes=sizes, read=_At(self.read, tuple(indices)), prompt_of=self.prompt_of[list(indices)])
 
 
 @dataclass(frozen=True)
@@ -121,49 +121,49 @@ class _InMemory:
     latents: torch.Tensor
     time_ids: torch.Tensor
 
-    def __call__(self, place: int, variant: int) -> Shown:
-        return self.latents[place, variant], self.time_ids[place]
+    def __call__(self, index: int, variant: int) -> MomentsAndTimeIds:
+        return self.latents[index, variant], self.time_ids[index]
 
 
 @dataclass(frozen=True)
 class _At:
-    read: Callable[[int, int], Shown]
-    places: tuple[int, ...]
+    read: Callable[[int, int], MomentsAndTimeIds]
+    indices: tuple[int, ...]
 
-    def __call__(self, place: int, variant: int) -> Shown:
-        return self.read(self.places[place], variant)
+    def __call__(self, index: int, variant: int) -> MomentsAndTimeIds:
+        return self.read(self.indices[index], variant)
 
 
 class CachedImages:
-    """Reads images from the cache; the `kept` that were read last stay in memory.
+    """Reads images from the cache; the last `max_in_memory` that were read stay in memory.
 
     Args:
         keys: of each image's variants.
     """
 
-    def __init__(self, keys: Sequence[Sequence[str]], cache: TensorCache, kept: int = 512) -> None:
-        self.keys, self.cache, self.kept = keys, cache, kept
-        self.memory: dict[str, Shown] = {}
+    def __init__(self, keys: Sequence[Sequence[str]], cache: TensorCache, max_in_memory: int = 512) -> None:
+        self.keys, self.cache, self.max_in_memory = keys, cache, max_in_memory
+        self.memory: dict[str, MomentsAndTimeIds] = {}
 
-    def __call__(self, place: int, variant: int) -> Shown:
+    def __call__(self, index: int, variant: int) -> MomentsAndTimeIds:
         """An image's moments and time_ids, as in `CachedLatents.read`.
 
         Raises: InputError if the file has gone or was damaged since the start of the run.
         """
-        key = self.keys[place][variant]
-        found = self.memory.pop(key, None)
-        if found is None:
+        key = self.keys[index][variant]
+        moments_and_time_ids = self.memory.pop(key, None)
+        if moments_and_time_ids is None:
             tensors = self.cache.read(key)
             if tensors is None:
                 raise InputError(
                     f"The cache {str(self.cache.folder)!r} has lost an image while the run went on. Go on with "
                     "--resume_from_checkpoint latest, which computes it anew."
                 )
-            found = tensors[MOMENTS], tensors[TIME_IDS]
-        self.memory[key] = found
-        if len(self.memory) > self.kept:
+            moments_and_time_ids = tensors[MOMENTS], tensors[TIME_IDS]
+        self.memory[key] = moments_and_time_ids
+        if len(self.memory) > self.max_in_memory:
             del self.memory[next(iter(self.memory))]
-        return found
+        return moments_and_time_ids
 
 
 class LatentEncoder:
@@ -193,7 +193,9 @@ class LatentEncoder:
         digests = [module_digest(encoder) for encoder in text_encoders_of(pipeline)]
         self.text = {"text": digests, "zeros": bool(pipeline.config.force_zeros_for_empty_prompt), **where}
 
-    def encode(self, images: Sequence[TrainingImage], framing: CropConfig, sizes: Sequence[Size] | None = None) -> CachedLatents:
+    def encode(
+        self, images: Sequence[TrainingImage], crop_config: CropConfig, sizes: Sequence[Size] | None = None
+    ) -> CachedLatents:
         """Encode images in every variant, and their prompts, as far as they are not in the cache.
 
         Args:
@@ -201,10 +203,10 @@ class LatentEncoder:
         Raises: InputError naming an image that cannot be read.
         """
         if sizes is None:
-            sizes = [nearest_bucket(image_size(image.path), framing.sizes) for image in images]
-        variants = self._variants(images, framing, sizes)
-        conditioning = framing.size_conditioning
-        jobs = [_Job(image.path, dict(own), conditioning) for image, own in zip(images, variants, strict=True)]
+            sizes = [nearest_bucket(image_size(image.path), crop_config.sizes) for image in images]
+        variants = self._variants(images, crop_config, sizes)
+        conditioning = crop_config.size_conditioning
+        jobs = [_Job(image.path, dict(of_image), conditioning) for image, of_image in zip(images, variants, strict=True)]
         self._encode_missing(jobs[self.share[0] :: self.share[1]])
         if self.wait is not None:
             self.wait()
@@ -213,22 +215,25 @@ class LatentEncoder:
         unique = list(dict.fromkeys(image.prompt for image in images))
         tokens, prompts = self._prompts(unique)
         prompt_of = torch.tensor([unique.index(image.prompt) for image in images])
-        keys = tuple(tuple(key for key, _ in own) for own in variants)
+        keys = tuple(tuple(key for key, _ in of_image) for of_image in variants)
         return CachedLatents(tuple(sizes), len(keys[0]), CachedImages(keys, self.cache), prompt_of, tokens, prompts)
 
     def _variants(
-        self, images: Sequence[TrainingImage], framing: CropConfig, sizes: Sequence[Size]
+        self, images: Sequence[TrainingImage], crop_config: CropConfig, sizes: Sequence[Size]
     ) -> list[list[tuple[str, CropVariant]]]:
         """The shots of each image, each with its key in the cache."""
         digests = {path: file_digest(path) for path in {image.path for image in images}}
         return [
-            [(self._key(digests[image.path], shot, framing.size_conditioning), shot) for shot in framing.shots(place, size)]
-            for place, (image, size) in enumerate(zip(images, sizes, strict=True))
+            [
+                (self._key(digests[image.path], shot, crop_config.size_conditioning), shot)
+                for shot in crop_config.shots(index, size)
+            ]
+            for index, (image, size) in enumerate(zip(images, sizes, strict=True))
         ]
 
     def _key(self, digest: str, shot: CropVariant, conditioning: SizeConditioning) -> str:
-        shown = [shot.size, shot.crop, shot.mirrored]
-        return key_of(image=digest, reading=READING_VERSION, shot=shown, conditioning=conditioning, **self.vae)
+        identity = [shot.size, shot.crop, shot.mirrored]
+        return key_of(image=digest, reading=READING_VERSION, shot=identity, conditioning=conditioning, **self.vae)
 
     def _encode_missing(self, jobs: Sequence[_Job]) -> None:
         """Encode what is not in the cache, one image after the other, while workers decode those that come next."""
@@ -248,11 +253,11 @@ class LatentEncoder:
 
     def _prompts(self, prompts: Sequence[str]) -> tuple[torch.Tensor, PromptEmbeddings]:
         tokens = tokenize((self.pipeline.tokenizer, self.pipeline.tokenizer_2), prompts).transpose(0, 1)
-        found = []
+        token_ids = []
         for prompt, ids in zip(prompts, tokens, strict=True):
             key = key_of(tokens=ids.tolist(), empty=prompt == "", **self.text)
-            found.append(self.cache.read_or_make(key, partial(self._embeddings, prompt)))
-        hidden, pooled = (torch.stack([entry[name] for entry in found]) for name in (HIDDEN, POOLED))
+            token_ids.append(self.cache.read_or_make(key, partial(self._embeddings, prompt)))
+        hidden, pooled = (torch.stack([entry[name] for entry in token_ids]) for name in (HIDDEN, POOLED))
         return tokens, PromptEmbeddings(hidden, pooled)
 
     def _embeddings(self, prompt: str) -> dict[str, torch.Tensor]:
@@ -284,5 +289,5 @@ class _Decoded(Dataset):
     def __len__(self) -> int:
         return len(self.jobs)
 
-    def __getitem__(self, place: int) -> dict[str, Example]:
-        return self.jobs[place].decode()
+    def __getitem__(self, index: int) -> dict[str, Example]:
+        return self.jobs[index].decode()

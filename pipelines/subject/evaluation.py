@@ -25,11 +25,11 @@ class HeldOut:
     """What is held out.
 
     Args:
-        place: of the image that is left out of training; None where all are trained on.
-        folds: places of the images that are left out in turn, each of a short training of its own before the real one.
+        index: of the image that is left out of training; None where all are trained on.
+        folds: indices of the images left out, one at a time, by the short cross-validation trainings before the real one.
     """
 
-    place: int | None = None
+    index: int | None = None
     folds: tuple[int, ...] = ()
 
 
@@ -44,14 +44,14 @@ def choose_heldout(names: Sequence[str], asked: str, seed: int) -> HeldOut:
     if asked == AUTO:
         asked = LEAVE_ONE_OUT if len(names) > 1 else NONE
         if len(names) >= ENOUGH_TO_SPARE_ONE:
-            return HeldOut(place=int(torch.randint(len(names), (), generator=keyed_generator(seed, Draw.HELD_OUT))))
+            return HeldOut(index=int(torch.randint(len(names), (), generator=keyed_generator(seed, Draw.HELD_OUT))))
     if asked == NONE:
         return HeldOut()
     if asked != LEAVE_ONE_OUT and asked not in names:
         raise InputError(f"heldout_image must be {AUTO}, {NONE}, {LEAVE_ONE_OUT} or one of {', '.join(names)}, got {asked!r}.")
     if len(names) < 2:
         raise InputError("The folder holds one image, and it is held out. Add images to train on, or give 'none'.")
-    return HeldOut(folds=tuple(range(len(names)))) if asked == LEAVE_ONE_OUT else HeldOut(place=names.index(asked))
+    return HeldOut(folds=tuple(range(len(names)))) if asked == LEAVE_ONE_OUT else HeldOut(index=names.index(asked))
 
 
 def middle_of(values: torch.Tensor) -> torch.Tensor:
@@ -82,17 +82,17 @@ def mean_denoising_loss(
     loss.eval()
     prompts = encode_tokens(loss.text_encoders, images.tokens.transpose(0, 1).to(device))
     total, measured = 0.0, range(len(images))[:limit]
-    for place in measured:
-        latents, prompt = images.mean(place), int(images.prompt_of[place])
+    for index in measured:
+        latents, prompt = images.mean(index), int(images.prompt_of[index])
         noise = torch.randn((draws, *latents.shape), generator=keyed_generator(seed))
         for part in torch.arange(draws).split(batch_size):
             count = len(part)
-            alike = PromptEmbeddings(
+            repeated = PromptEmbeddings(
                 *(values[prompt].expand(count, *values.shape[1:]) for values in (prompts.hidden, prompts.pooled))
             )
             pixels = (latents.expand(noise[part].shape).to(device), noise[part].to(device))
             levels = timesteps[part].to(device)
-            answer = loss.predict(*pixels, levels, images.time_ids(place).expand(count, 6).to(device), alike)
+            answer = loss.predict(*pixels, levels, images.time_ids(index).expand(count, 6).to(device), repeated)
             total += loss.noising.errors(*(middle_of(values) for values in (answer, *pixels)), levels).sum().item()
     loss.train(was_training)
     return total / (draws * len(measured))

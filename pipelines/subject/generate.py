@@ -111,9 +111,9 @@ def generate(
     """
     pipeline.set_progress_bar_config(disable=True)
 
-    def step_ended(_: StableDiffusionXLPipeline, step: int, timestep: torch.Tensor, kept: dict[str, Any]) -> dict[str, Any]:
+    def step_ended(_: StableDiffusionXLPipeline, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
         on_step(step + 1)
-        return kept
+        return tensors
 
     for first in range(0, len(prompts), batch_size):
         part = list(prompts[first : first + batch_size])
@@ -252,7 +252,7 @@ def with_adapters(pipeline: StableDiffusionXLPipeline, paths: Sequence[str], str
     # Here, as --help and the options need neither PEFT nor diffusers, which take seconds to import.
     from pipelines.subject.adapters import load_adapter
 
-    names = [f"adapter_{place}" for place in range(len(paths))]
+    names = [f"adapter_{index}" for index in range(len(paths))]
     for path, name in zip(paths, names, strict=True):
         for left_out in load_adapter(pipeline, path, name):
             logger.warning(left_out)
@@ -278,7 +278,7 @@ def main(options: GenerationOptions) -> list[Path]:
     strengths = options.strength * len(options.adapter) if len(options.strength) == 1 else options.strength
     with_adapters(pipeline, options.adapter, strengths)
     seeds = range(options.seed, options.seed + len(prompts))
-    drawn = tqdm(generate(pipeline, prompts, seeds, sampling), total=len(prompts), desc="drawing")
+    generated = tqdm(generate(pipeline, prompts, seeds, sampling), total=len(prompts), desc="drawing")
     common = {
         **asdict(sampling),
         "sampler": type(pipeline.scheduler).__name__.removesuffix("Scheduler"),
@@ -287,7 +287,7 @@ def main(options: GenerationOptions) -> list[Path]:
     }
     images, files = [], []
     with threads_for(pipeline):
-        for image, prompt, seed in zip(drawn, prompts, seeds, strict=True):
+        for image, prompt, seed in zip(generated, prompts, seeds, strict=True):
             files.append(Path(options.output_dir) / f"{seed:05d}.png")
             save_image(image, files[-1], {"prompt": prompt, "seed": seed, **common})
             images.append(image)

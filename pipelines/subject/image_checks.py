@@ -131,7 +131,7 @@ class ImageCheckReport:
         folders = {name: account and account.to_json() for name in names for account in [getattr(self, name)]}
         return {"pictures": images, "findings": findings, **folders, "long_prompts": prompts}
 
-    def in_words(self) -> str:
+    def summary(self) -> str:
         """One line an image and finding, then what is not used and why."""
         lines = []
         for diagnosis in self.images:
@@ -173,7 +173,7 @@ def examine(
     diagnoses = [look.diagnosis for look in looks] + others
     report = ImageCheckReport(tuple(diagnoses), tuple(dict.fromkeys(findings)), account)
     if not report.usable:
-        raise InputError(f"{str(folder)!r} holds no image that can be used:\n{report.in_words()}")
+        raise InputError(f"{str(folder)!r} holds no image that can be used:\n{report.summary()}")
     return report if resolution is None else report.for_resolution(resolution)
 
 
@@ -186,8 +186,8 @@ class _Looks(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, place: int) -> _Look:
-        return _look(*self.files[place])
+    def __getitem__(self, index: int) -> _Look:
+        return _look(*self.files[index])
 
 
 def _look(path: Path, subject: str) -> _Look:
@@ -218,10 +218,10 @@ def _of_its_shape(image: Image.Image) -> list[Finding]:
 
 
 def _of_its_sharpness(image: Image.Image) -> list[Finding]:
-    found = sharpness(image)
-    if found >= LEAST_SHARPNESS:
+    measured = sharpness(image)
+    if measured >= LEAST_SHARPNESS:
         return []
-    words = f"It is blurred, or hardly shows anything (sharpness {found:.0f}, sharp photos have several hundred)."
+    words = f"It is blurred, or hardly shows anything (sharpness {measured:.0f}, sharp photos have several hundred)."
     return [Finding("blurred", words, "The adapter learns the blur: use a sharper one.")]
 
 
@@ -285,8 +285,8 @@ def _of_another_format(path: Path) -> Diagnosis:
 
 
 def _with_size_for(diagnosis: Diagnosis, resolution: int) -> Diagnosis:
-    known = any(finding.kind in ("tiny", "small") for finding in diagnosis.findings)
-    if known or diagnosis.size is None or min(diagnosis.size) >= resolution:
+    is_small = any(finding.kind in ("tiny", "small") for finding in diagnosis.findings)
+    if is_small or diagnosis.size is None or min(diagnosis.size) >= resolution:
         return diagnosis
     words = f"Its shorter side has {min(diagnosis.size)} pixels, and is enlarged to {resolution} for training."
     finding = Finding("small", words, "Use a larger one, or a lower --resolution.")
@@ -312,7 +312,7 @@ def main(options: DoctorOptions) -> ImageCheckReport:
     report = examine(options.folder, options.resolution, options.dataloader_num_workers)
     if options.json is not None:
         Path(options.json).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
-    sys.stdout.write(report.in_words() + "\n")
+    sys.stdout.write(report.summary() + "\n")
     return report
 
 

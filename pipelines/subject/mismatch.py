@@ -60,13 +60,13 @@ def _share_of_error(loss: DenoisingLoss, images: CachedLatents, seed: int, targe
     """The mean squared error against `target` at the noise levels of these shares of signal, over the target's mean square."""
     scheduler, device = loss.noising.scheduler, loss.unet.device
     error = square = 0.0
-    for place in range(min(MOST_IMAGES, len(images))):
-        latents, prompt = images.mean(place)[None].to(device), int(images.prompt_of[place])
+    for index in range(min(MOST_IMAGES, len(images))):
+        latents, prompt = images.mean(index)[None].to(device), int(images.prompt_of[index])
         prompts = PromptEmbeddings(
             *(values[prompt][None].to(device) for values in (images.prompts.hidden, images.prompts.pooled))
         )
-        time_ids = images.time_ids(place)[None].to(device)
-        noise = torch.randn(latents.shape, generator=keyed_generator(seed, Draw.PREDICTION_TYPE, place)).to(device)
+        time_ids = images.time_ids(index)[None].to(device)
+        noise = torch.randn(latents.shape, generator=keyed_generator(seed, Draw.PREDICTION_TYPE, index)).to(device)
         for share in shares:
             timesteps = (scheduler.alphas_cumprod - share).abs().argmin()[None].to(device)
             answer = loss.predict(latents, noise, timesteps, time_ids, prompts).float()

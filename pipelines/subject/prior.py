@@ -76,15 +76,15 @@ class ClassImages:
             draw: draws an image for each prompt and its seed.
             settings: of all of them, as in `save_image`.
         """
-        own = missing[self.share[0] :: self.share[1]]
-        drawn = draw([prompt for _, prompt, _ in own], [seed for _, _, seed in own])
-        bar = tqdm(drawn, desc="drawing class images", total=len(own), disable=self.share[0] > 0)
-        for (path, prompt, seed), image in zip(own, bar, strict=True):
+        of_process = missing[self.share[0] :: self.share[1]]
+        generated = draw([prompt for _, prompt, _ in of_process], [seed for _, _, seed in of_process])
+        bar = tqdm(generated, desc="drawing class images", total=len(of_process), disable=self.share[0] > 0)
+        for (path, prompt, seed), image in zip(of_process, bar, strict=True):
             beside = path.with_name(f".{path.name}")
             save_image(image, beside, {**settings, "prompt": prompt, "seed": seed, "model": self.model})
             os.replace(beside, path)
 
-    def found(self) -> list[TrainingImage]:
+    def images(self) -> list[TrainingImage]:
         """`count` images of each class."""
         subjects = {prompt: subject for subject, prompt in self.prompts.items()}
         return [
@@ -155,10 +155,10 @@ def _check_origin(path: Path, prompt: str, model: str) -> None:
         made_here = SETTINGS_KEY in opened.info
     if not made_here:
         return
-    found = read_settings(path)
-    if found.get("prompt") != prompt or Path(str(found.get("model"))).name != Path(model).name:
+    settings = read_settings(path)
+    if settings.get("prompt") != prompt or Path(str(settings.get("model"))).name != Path(model).name:
         raise InputError(
-            f"{str(path)!r} is a class image of {found.get('prompt')!r} by {found.get('model')!r}, not of {prompt!r} by "
+            f"{str(path)!r} is a class image of {settings.get('prompt')!r} by {settings.get('model')!r}, not of {prompt!r} by "
             f"{model!r}. Give another --class_data_dir, or remove the images that are there."
         )
 

@@ -73,9 +73,9 @@ def as_pixels(images: Sequence[Image.Image], size: tuple[int, int]) -> torch.Ten
 
 def copy_scores(images: Sequence[Image.Image], references: Sequence[Image.Image]) -> list[float]:
     """For each image, the correlation of its thumbnail with that of the most similar reference or its mirror image."""
-    drawn, given = (_centred_thumbnails(part) for part in (images, references))
+    generated, given = (_centred_thumbnails(part) for part in (images, references))
     either = torch.cat([given, given.flip(-1)])
-    return (_unit(drawn.flatten(1)) @ _unit(either.flatten(1)).T).amax(dim=1).tolist()
+    return (_unit(generated.flatten(1)) @ _unit(either.flatten(1)).T).amax(dim=1).tolist()
 
 
 def _centred_thumbnails(images: Sequence[Image.Image]) -> torch.Tensor:
@@ -136,9 +136,9 @@ class BaseModelJudge:
         with without_adapters(pipeline):
             self.loss = DenoisingLoss(pipeline)
             latents = self._latents([*references, *others])
-            known, count = self._features(latents), len(references)
-            self.mean = known.mean(dim=(0, 2), keepdim=True)
-            self.references = _unit(known[:count] - self.mean)
+            reference_features, count = self._features(latents), len(references)
+            self.mean = reference_features.mean(dim=(0, 2), keepdim=True)
+            self.references = _unit(reference_features[:count] - self.mean)
             copies = self._latents([cropped(image) for image in references])
             self.nearest_limit = nearest_limit(self._likeness(latents[:count]), self._likeness(copies))
 
@@ -172,9 +172,9 @@ class BaseModelJudge:
 
     def _likeness(self, latents: torch.Tensor) -> torch.Tensor:
         """How well places match their best counterparts in each reference, both ways: (images, references), at most 1."""
-        drawn = _unit(self._features(latents) - self.mean)
-        alike = torch.einsum("acx,bcy->abxy", drawn, self.references)
-        return (alike.amax(dim=3).mean(dim=2) + alike.amax(dim=2).mean(dim=2)) / 2
+        generated = _unit(self._features(latents) - self.mean)
+        similarities = torch.einsum("acx,bcy->abxy", generated, self.references)
+        return (similarities.amax(dim=3).mean(dim=2) + similarities.amax(dim=2).mean(dim=2)) / 2
 
     def _following(self, latents: torch.Tensor, prompts: Sequence[str]) -> list[float]:
         """By how much of the mean loss the own prompt's loss lies below the others', with the same noise for all."""
@@ -187,13 +187,13 @@ class BaseModelJudge:
         margins = []
         for image, prompt in zip(latents, prompts, strict=True):
             losses = []
-            for place in range(len(distinct)):
-                prompt_embeddings = PromptEmbeddings(embeddings.hidden[place], embeddings.pooled[place])
+            for index in range(len(distinct)):
+                prompt_embeddings = PromptEmbeddings(embeddings.hidden[index], embeddings.pooled[index])
                 losses.append(self._losses(image, noise, timesteps, prompt_embeddings))
             # Relative to the mean at each noise level, or the highest level would outweigh all others.
             relative = (torch.stack(losses) / torch.stack(losses).mean(dim=0)).mean(dim=1)
-            own = relative[distinct.index(prompt)]
-            margins.append(((relative.sum() - own) / (len(distinct) - 1) - own).item())
+            direction = relative[distinct.index(prompt)]
+            margins.append(((relative.sum() - direction) / (len(distinct) - 1) - direction).item())
         return margins
 
     def _losses(

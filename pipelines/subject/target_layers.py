@@ -16,7 +16,7 @@ def default_targets(method: str, built_in: bool) -> list[str]:
     The built-in model's finest level has no attention: there all layers that the method can adapt are.
     """
     chosen = method_named(method)
-    own = chosen.defaults("subject", built_in).target_layers
-    if own is not None:
-        return list(own)
+    layers = chosen.defaults("subject", built_in).target_layers
+    if layers is not None:
+        return list(layers)
     return [*LINEAR, *(CONVOLUTIONS if chosen.adapts_convolutions else [])] if built_in else ATTENTION

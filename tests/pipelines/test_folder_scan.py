@@ -141,7 +141,7 @@ def test_the_report_names_what_is_not_used(tmp_path):
     write(tmp_path, "a.png", "b.mp4")
     (tmp_path / "c.heic").write_bytes(b"any")
     report = examine(tmp_path)
-    assert "Not used: 'b.mp4'. Videos are not read." in report.in_words()
+    assert "Not used: 'b.mp4'. Videos are not read." in report.summary()
     assert report.has_warnings
     files = {Path(entry["path"]).name: entry for entry in report.to_dict()["folder"]["files"]}
     assert files["a.png"]["use"] == "image"
@@ -356,7 +356,7 @@ def test_masks_are_not_counted_as_class_images(tmp_path):
     write(tmp_path, "0.png", "0_mask.png")
     classes = ClassImages(tmp_path, {"sks dog": "a photo of a dog"}, 2, "model")
     assert len(classes.missing()) == 1
-    assert [image.path.name for image in classes.found()] == ["0.png"]
+    assert [image.path.name for image in classes.images()] == ["0.png"]
 
 
 @pytest.mark.parametrize(("name", "kind"), [("a.JSON", "foreign_caption"), ("a", "unknown"), ("a.b.ZIP", "archive")])

@@ -151,7 +151,7 @@ def test_without_pillow_heif_a_heic_is_named_with_the_remedy(tmp_path, without_h
     with pytest.raises(InputError, match=r"photo\.HEIC'.*HEIC.*pip install pillow-heif"):
         read_image(tmp_path / "photo.HEIC")
     report = examine(tmp_path)
-    assert "pip install pillow-heif" in report.in_words()
+    assert "pip install pillow-heif" in report.summary()
     assert {path.name for path in report.usable} == {"1.jpg", "2.jpg"}
 
 

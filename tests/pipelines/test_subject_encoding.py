@@ -213,7 +213,7 @@ def test_only_so_many_images_stay_in_memory(cache):
     keys = [(key_of(number=number),) for number in range(5)]
     for number, (key,) in enumerate(keys):
         cache.write(key, {"moments": torch.full((2, 1, 1, 1), float(number)), "time_ids": torch.zeros(6)})
-    reader = CachedImages(keys, cache, kept=2)
+    reader = CachedImages(keys, cache, max_in_memory=2)
     for place in (0, 1, 0, 2, 3):
         assert reader(place, 0)[0][0].item() == place
         assert len(reader.memory) <= 2

@@ -9,7 +9,7 @@ NAMES = [f"{place}.png" for place in range(6)]
 
 
 def test_of_many_images_the_seed_chooses_one():
-    chosen = {choose_heldout(NAMES, "auto", seed).place for seed in range(60)}
+    chosen = {choose_heldout(NAMES, "auto", seed).index for seed in range(60)}
     assert chosen == set(range(6))
     assert choose_heldout(NAMES, "auto", 3) == choose_heldout(NAMES, "auto", 3)
 
@@ -20,13 +20,13 @@ def test_of_few_images_each_is_left_out_in_turn(count):
 
 
 def test_of_five_images_one_can_be_spared_and_a_single_one_is_kept():
-    assert choose_heldout(NAMES[:5], "auto", 0).place is not None
+    assert choose_heldout(NAMES[:5], "auto", 0).index is not None
     assert choose_heldout(NAMES[:1], "auto", 0) == HeldOut()
 
 
 def test_what_is_asked_for_is_done_whatever_the_count():
     assert choose_heldout(NAMES, "none", 0) == HeldOut()
-    assert choose_heldout(NAMES, "2.png", 0) == HeldOut(place=2)
+    assert choose_heldout(NAMES, "2.png", 0) == HeldOut(index=2)
     assert choose_heldout(NAMES, "leave_one_out", 0) == HeldOut(folds=tuple(range(6)))
 
 

@@ -60,7 +60,7 @@ def test_a_bad_image_is_left_out_with_its_reason(album, name, content, kind):
     report = examine(album)
     assert kinds(report)[name] == [kind]
     assert {path.name for path in report.usable} == {"0.png", "1.png", "2.png"}
-    assert f"left out: {album / name}" in report.in_words()
+    assert f"left out: {album / name}" in report.summary()
 
 
 def test_a_image_named_after_another_readable_format_is_used(album):

@@ -10,7 +10,7 @@ from torch import nn
 
 from pipelines.adapter_options import AdapterOptions
 from pipelines.errors import InputError
-from pipelines.optimizers import Adam, Rates, averaged, optimised, parameter_groups
+from pipelines.optimizers import Adam, Rates, averaged, parameter_groups, trainable_parameters
 from pipelines.subject import adapters
 from pipelines.subject.loss import DenoisingLoss
 
@@ -124,13 +124,13 @@ def test_a_parameter_without_gradient_is_neither_moved_nor_decayed():
 def test_parameters_hold_their_average_within_and_themselves_after():
     parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3))]
     optimizer = Adam().optimizer([{"params": parameters[:1], "lr": 1.0}, {"params": parameters[1:], "lr": 2.0}])
-    ema = EMAModel(optimised(optimizer), decay=0.5)
+    ema = EMAModel(trainable_parameters(optimizer), decay=0.5)
     average = 0.0
     for step in range(1, 6):
         with torch.no_grad():
             for parameter in parameters:
                 parameter.fill_(step)
-        ema.step(optimised(optimizer))
+        ema.step(trainable_parameters(optimizer))
         decay = min(0.5, step / (9 + step)) if step > 1 else 0.0
         average = decay * average + (1 - decay) * step
     with averaged(ema, optimizer):

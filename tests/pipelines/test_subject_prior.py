@@ -35,7 +35,7 @@ def test_images_are_made_once_and_carry_their_settings(tmp_path):
     drawn = make(wanted(tmp_path / "class"))
     assert len(drawn) == len(set(drawn)) == 3
     assert make(wanted(tmp_path / "class")) == []
-    found = wanted(tmp_path / "class").found()
+    found = wanted(tmp_path / "class").images()
     assert [(p.path.name, p.prompt, p.kind, p.subject) for p in found] == [
         (f"{number:05d}.png", "a photo of a dog", "class", "sks dog") for number in range(3)
     ]
@@ -54,7 +54,7 @@ def test_missing_ones_are_added_as_if_they_had_never_been_gone(tmp_path):
 def test_images_of_ones_own_count_and_are_kept(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "my dog.jpg")
     assert len(make(wanted(tmp_path))) == 2
-    assert {p.path.name for p in wanted(tmp_path).found()} == {"00000.png", "00001.png", "my dog.jpg"}
+    assert {p.path.name for p in wanted(tmp_path).images()} == {"00000.png", "00001.png", "my dog.jpg"}
 
 
 def test_one_that_cannot_be_read_is_named_before_any_is_made(tmp_path):
@@ -65,7 +65,7 @@ def test_one_that_cannot_be_read_is_named_before_any_is_made(tmp_path):
 
 def test_no_more_are_used_than_asked_for(tmp_path):
     make(wanted(tmp_path, count=5))
-    assert len(wanted(tmp_path, count=2).found()) == 2
+    assert len(wanted(tmp_path, count=2).images()) == 2
     assert make(wanted(tmp_path, count=2)) == []
 
 
@@ -85,7 +85,7 @@ def test_each_class_has_its_own_folder_and_subjects_of_one_class_share_it(tmp_pa
     prompts = {"rex": "a photo of a dog", "tom": "a photo of a cat!", "bello": "a photo of a dog"}
     make(wanted(tmp_path, prompts=prompts, count=2))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a-photo-of-a-cat", "a-photo-of-a-dog"]
-    found = wanted(tmp_path, prompts=prompts, count=2).found()
+    found = wanted(tmp_path, prompts=prompts, count=2).images()
     assert [image.prompt for image in found] == ["a photo of a dog"] * 2 + ["a photo of a cat!"] * 2
     assert {image.path.parent.name for image in found[2:]} == {"a-photo-of-a-cat"}
 

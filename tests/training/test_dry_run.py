@@ -50,7 +50,7 @@ def test_a_dry_run_reports_what_the_run_will_take(tmp_path):
     assert report.checkpoint == 4 * 8 * 4 + 2 * 4
     assert report.disk == 5 * report.checkpoint
     assert json.loads((tmp_path / "dry_run.json").read_text()) == dataclasses.asdict(report)
-    assert "8 trained numbers" in report.in_words()
+    assert "8 trained numbers" in report.summary()
 
 
 def test_peak_memory_is_that_of_what_came_and_went():

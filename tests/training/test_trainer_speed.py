@@ -86,7 +86,7 @@ def test_two_sides_never_work_at_once(benchmark):
     at_work, seen = [], []
 
     def work(name, turns):
-        watch = benchmark.Stopwatch(turns=turns)
+        watch = benchmark.Stopwatch(alternating=turns)
         watch.end_step(time.perf_counter())
         for _ in range(5):
             at_work.append(name)
@@ -124,7 +124,7 @@ def test_neither_steps_before_the_trainings_own_nor_the_other_sides_are_counted(
         nonlocal now
         now += seconds
 
-    watch = benchmark.Stopwatch(before=2, turns=LongTurns(pass_time))
+    watch = benchmark.Stopwatch(before=2, alternating=LongTurns(pass_time))
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now)
     for seconds in (100, 100, *[50] * benchmark.WARM_UP, *[1] * 9):
         watch.calls.append(("backward", now + 0.1 * seconds, now + 0.6 * seconds))

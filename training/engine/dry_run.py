@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 
 from pipelines.errors import InputError
-from pipelines.optimizers import optimised
+from pipelines.optimizers import trainable_parameters
 from training.engine.loop import LoopOptions, Stepper, Trainable, prepared
 from training.runs.durable import free_bytes, write_text_atomically
 from training.runs.record import newest_step
@@ -58,7 +58,7 @@ class DryRunReport:
     disk_free: int
     memory_limit: int | None
 
-    def in_words(self) -> str:
+    def summary(self) -> str:
         """Two lines for people."""
         return (
             f"Dry run of {STEPS} steps: {self.trained_numbers:,} trained numbers, {self.seconds_per_step:.3g} s a step, about "
@@ -96,7 +96,7 @@ def rehearse(stepper: Stepper, memory_limit_gb: float | None = None, peak: PeakM
             stepper.step(step, batches)
             seconds.append(time.monotonic() - began)
         state = stepper.trainable.state()
-    trained = optimised(stepper.optimizer)
+    trained = trainable_parameters(stepper.optimizer)
     checkpoint = sum(parameter.nbytes for parameter in trained) + nested_bytes(state)
     report = DryRunReport(
         trained_numbers=sum(parameter.numel() for parameter in trained),
@@ -133,21 +133,21 @@ def rehearse_first(
         return
     with prepared(accelerator, run, trainable, options) as stepper:
         report = rehearse(stepper, memory_limit_gb, peak)
-    logger.info(report.in_words())
+    logger.info(report.summary())
 
 
 @contextmanager
 def restored(stepper: Stepper) -> Iterator[None]:
     """Put parameters, optimiser, schedule, moving average and gradient scaler back as they were, exactly."""
     trainable, scaler = stepper.trainable, stepper.accelerator.scaler
-    parameters = [parameter.detach().clone() for parameter in optimised(stepper.optimizer)]
+    parameters = [parameter.detach().clone() for parameter in trainable_parameters(stepper.optimizer)]
     state = copy.deepcopy(trainable.state())
     scaling = None if scaler is None else scaler.state_dict()
     try:
         yield
     finally:
         with torch.no_grad():
-            for parameter, before in zip(optimised(stepper.optimizer), parameters, strict=True):
+            for parameter, before in zip(trainable_parameters(stepper.optimizer), parameters, strict=True):
                 parameter.copy_(before)
         stepper.optimizer.zero_grad(set_to_none=True)
         trainable.load_state(state)

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from pipelines.adapter_method import MethodTraining
 from pipelines.errors import InputError
-from pipelines.optimizers import averaged, optimised
+from pipelines.optimizers import averaged, trainable_parameters
 from training.engine.checkpoints import load_checkpoint, newest_intact_checkpoint, save_checkpoint
 from training.engine.prefetch import ProcessBatches
 from training.engine.sharding import gathered, prepare, split_like, split_state, whole
@@ -92,7 +92,7 @@ class Trainable:
 
     def place_average(self) -> None:
         """Have the moving average lie where the trained parameters do."""
-        pairs = zip(self.ema.shadow_params, optimised(self.optimizer), strict=True)
+        pairs = zip(self.ema.shadow_params, trainable_parameters(self.optimizer), strict=True)
         self.ema.shadow_params = [split_like(average.to(parameter.device), parameter) for average, parameter in pairs]
 
 
@@ -238,7 +238,7 @@ class Stepper:
         asked = frozenset() if requests is None else requests.taken()
         stopping = {STOP} if signals is not None and signals.noted > 0 else set()
         loss, asked = self._agreed(total, asked | stopping)
-        trained = optimised(self.optimizer)
+        trained = trainable_parameters(self.optimizer)
         norm = accelerator.clip_grad_norm_(trained, self.options.max_grad_norm)
         # With a gradient scaler an overflow is expected now and then: it leaves the step out.
         gradient = 0.0 if accelerator.scaler is not None else float(gathered(norm))

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pipelines.adapter_method import AdapterMethod
 from pipelines.errors import InputError
-from pipelines.optimizers import optimised
+from pipelines.optimizers import trainable_parameters
 
 
 def check_can_shard(accelerator: Accelerator, optimizer: str, eight_bit: bool, methods: Sequence[AdapterMethod] = ()) -> None:
@@ -148,7 +148,7 @@ def assign(parameter: torch.Tensor, value: torch.Tensor) -> None:
 
 def split_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """What `optimizer.state_dict()` returned, whole, split as the optimiser's parameters are now."""
-    parameters = optimised(optimizer)
+    parameters = trainable_parameters(optimizer)
 
     def part(value: Any, parameter: torch.Tensor) -> Any:
         moment = isinstance(value, torch.Tensor) and value.shape == parameter.shape

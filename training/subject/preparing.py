@@ -68,15 +68,15 @@ def checked_images(options: DataOptions, seed: int) -> DatasetSplit:
     chosen = choose_heldout(names, options.heldout_image, seed)
     if chosen.folds:
         say_cost(len(chosen.folds))
-    train_on = [image for place, image in enumerate(found) if place != chosen.place]
-    heldout = [] if chosen.place is None else [found[chosen.place]]
+    train_on = [image for place, image in enumerate(found) if place != chosen.index]
+    heldout = [] if chosen.index is None else [found[chosen.index]]
     return DatasetSplit(train_on, heldout, report, chosen.folds)
 
 
 def _log(report: ImageCheckReport) -> None:
     """Say what was found: all of it where anything is to be seen to, else where captions come from."""
     if report.has_warnings:
-        logger.warning("What the photo doctor found:\n%s", report.in_words())
+        logger.warning("What the photo doctor found:\n%s", report.summary())
         return
     for account in report.accounts:
         for words in account.infos():
@@ -180,14 +180,14 @@ class Preparation:
             settings = asdict(self.sampling) | {"sampler": type(drawing.scheduler).__name__.removesuffix("Scheduler")}
             wanted.make(missing, draw, settings)
         self.accelerator.wait_for_everyone()
-        return wanted.found()
+        return wanted.images()
 
 
 def record_report(report: ImageCheckReport, resolution: int, run: RunDirectory) -> None:
     """Keep the photo doctor's report, now that the resolution is known, and say which images would be enlarged."""
     complete = report.for_resolution(resolution)
     if complete != report:
-        logger.warning("What the photo doctor found for a training at %d pixels:\n%s", resolution, complete.in_words())
+        logger.warning("What the photo doctor found for a training at %d pixels:\n%s", resolution, complete.summary())
     if run.writes:
         write_text_atomically(run.path / PHOTOS, json.dumps(complete.to_dict(), indent=2) + "\n")
 

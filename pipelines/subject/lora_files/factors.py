@@ -219,14 +219,14 @@ def _lokr(parts: Parts, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor, i
     return *_balanced(torch.kron(u1, u2), torch.kron(d1, d2)), rank
 
 
-def _of_lokr(parts: Parts, whole: str, core: str | None) -> tuple[tuple[torch.Tensor, torch.Tensor], int | None]:
+def _of_lokr(parts: Parts, prefix: str, core: str | None) -> tuple[tuple[torch.Tensor, torch.Tensor], int | None]:
     """One side of a Kronecker product as two factors, and their rank where the file itself has factors."""
-    factors = {f"{whole}_a", f"{whole}_b"} & parts.keys()
-    if whole in parts and not factors:
-        return _full_rank(parts[whole].flatten(1)), None
-    if whole in parts or len(factors) != 2:
-        raise MisfitError(f"it must have {whole}, or {whole}_a and {whole}_b")
-    left, right = _with_core(parts, whole, core)
+    factors = {f"{prefix}_a", f"{prefix}_b"} & parts.keys()
+    if prefix in parts and not factors:
+        return _full_rank(parts[prefix].flatten(1)), None
+    if prefix in parts or len(factors) != 2:
+        raise MisfitError(f"it must have {prefix}, or {prefix}_a and {prefix}_b")
+    left, right = _with_core(parts, prefix, core)
     # torch.kron takes no transposed views.
     return (left.contiguous(), right.contiguous()), len(right)
 

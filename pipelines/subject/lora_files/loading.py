@@ -138,9 +138,9 @@ def apply(pipeline: StableDiffusionXLPipeline, changes: Changes, adapter_name: s
             # Of a second adapter on a model, which is what was asked for.
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             for component in COMPONENTS:
-                own = {layer.name: change for layer, change in changes.items() if layer.component == component}
-                if own:
-                    _apply(getattr(pipeline, component), own, adapter_name)
+                component_changes = {layer.name: change for layer, change in changes.items() if layer.component == component}
+                if component_changes:
+                    _apply(getattr(pipeline, component), component_changes, adapter_name)
         on_failure.pop_all()
 
 
@@ -310,8 +310,8 @@ def _fill(model: nn.Module, changes: Mapping[str, Change], config: LoraConfig, a
         rank = len(change.down)
         # A LoRA that is one layer's DoRA and another's not is more than one configuration can say.
         decomposed = change.magnitude is not None
-        own = replace(config, r=rank, use_dora=decomposed) if decomposed else config
-        layer.update_layer(adapter_name, rank, lora_alpha=change.scale * rank, config=own)
+        layer_config = replace(config, r=rank, use_dora=decomposed) if decomposed else config
+        layer.update_layer(adapter_name, rank, lora_alpha=change.scale * rank, config=layer_config)
         pairs = [(layer.lora_A[adapter_name].weight, change.down), (layer.lora_B[adapter_name].weight, change.up)]
         if decomposed:
             pairs.append((layer.lora_magnitude_vector[adapter_name].weight, change.magnitude))
