@@ -43,7 +43,7 @@ FLAGS = shlex.split(f"""
 --instance_prompt sks --heldout_image 3.png --random_flip --rank 4 --inner_r 2 --target_modules to_v --dropout 0.1
 --train_text_encoder --max_train_steps {STEPS} --train_batch_size 2 --gradient_accumulation_steps 2 --lr_warmup_steps 3 --use_ema
 --checkpointing_steps 1 --checkpoints_total_limit 2 --validation_prompt sks --validation_steps 8 --heldout_steps 8
---with_prior_preservation --class_prompt thing --num_class_images 2 --center_crop false --crops_per_picture 2
+--with_prior_preservation --class_prompt thing --num_class_images 2 --center_crop false --crops_per_image 2
 --report_to none --certify false
 """)
 RESUME = ["--resume_from_checkpoint", "latest"]

@@ -298,8 +298,8 @@ def main() -> None:
             "heldout_image": "04.jpg",
             "heldout_steps": options.steps,
             "validation_steps": options.steps,
-            "drawn_candidates": 2,
-            "judge_model": "mini",
+            "num_candidate_images": 2,
+            "image_scorer": "mini",
             "report_to": "none",
             "output_dir": f"{folder}/run",
         }

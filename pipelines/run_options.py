@@ -7,23 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from pipelines.deprecated_flags import with_current_names
 from pipelines.errors import InputError
 from pipelines.text_files import read_text
 
 OPTIONS = "options.json"
-# Groups of options that earlier versions called otherwise, by their old names.
-RENAMED_GROUPS = {"places": "target_layers"}
 Task = Literal["subject", "few-shot"]
 # How to use each task's runs.
 COMMANDS: dict[Task, str] = {
     "subject": "generate images with python -m pipelines.subject.generate --adapter",
     "few-shot": "classify images with python -m pipelines.fewshot.classify",
 }
-
-
-def with_current_groups(options: Mapping[str, Any]) -> dict[str, Any]:
-    """`options` with the groups of earlier versions under their present names."""
-    return {RENAMED_GROUPS.get(name, name): value for name, value in options.items()}
 
 
 def run_options(folder: str | Path) -> dict[str, Any] | None:
@@ -40,12 +34,12 @@ def run_options(folder: str | Path) -> dict[str, Any] | None:
         raise InputError(f"{str(path)!r} is not JSON ({error}). Put the run's own file back.") from error
     if not isinstance(options, dict) or not all(isinstance(group, dict) for group in options.values()):
         raise InputError(f"{str(path)!r} must hold a run's options by group. Put the run's own file back.")
-    return with_current_groups(options)
+    return with_current_names(options)
 
 
 def task_of(options: Mapping[str, Mapping[str, Any]]) -> Task | None:
     """The task of a run with these options; None if they belong to neither task."""
-    if "target_layers" in options or "places" in options:
+    if "target_layers" in options:
         return "few-shot"
     return "subject" if "pretrained_model_name_or_path" in options.get("model", {}) else None
 

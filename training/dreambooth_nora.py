@@ -114,7 +114,7 @@ def checked(options: SubjectOptions, accelerator: Accelerator) -> DatasetSplit:
     how, method = options.optimisation, options.adapter.create()
     check_can_shard(accelerator, how.optimizer, how.use_8bit_adam, [method])
     check_outputs(options)
-    check_can_push(options.judging)
+    check_can_push(options.validation)
     images = checked_images(options.data, how.seed)
     prompts = options.prompts(image.prompt for image in (*images.train, *images.heldout))
     for sentence in (*training_warnings(prompts), *options.unused()):
@@ -177,7 +177,7 @@ class SubjectTraining:
             folds = self.encoded.folds(self.images.folds)
             steps = self.options.optimisation.max_train_steps
             on = partial(self._trainable, class_images=self.class_images, steps=fold_steps(steps))
-            every = self.options.judging.measured_every(steps)
+            every = self.options.validation.measured_every(steps)
             leave_one_out(self.accelerator, self.run, self.loss, folds, on, loop_options(self.options), every, self.batch_size)
 
     def watched(self, before: Sequence[Image.Image]) -> ValidationCallback:
@@ -186,7 +186,7 @@ class SubjectTraining:
         paths = [image.path for image in self.images.train[:SHOWN_IMAGES]]
         self.shown = images_of(load_examples(paths, self.resolution))
         with whole(self.loss):
-            model = self.options.judging.judge_model
+            model = self.options.validation.image_scorer
             judging = partial(judge_by, model, self.pipeline, self.shown, before, self.resolution, self.batch_size)
             judge = judging() if self.run.writes else None
             subject, heldout = self.encoded.subject, self.encoded.heldout
@@ -199,7 +199,7 @@ class SubjectTraining:
     def train(self, watch: ValidationCallback) -> None:
         """Train to the end; the adapter is its moving average then, where there is one."""
         trainable = self._trainable(self.encoded.subject, self.class_images)
-        every = self.options.judging.measured_every(self.options.optimisation.max_train_steps)
+        every = self.options.validation.measured_every(self.options.optimisation.max_train_steps)
         samples = Periodic(self.options.output.validation_steps, watch.show, watch.sample)
         train(self.accelerator, self.run, trainable, loop_options(self.options), [Periodic(every, watch.measure), samples])
         if trainable.ema is not None:

@@ -1,23 +1,21 @@
 """Pretrain the built-in models from nothing: SDXL's autoencoder, its UNet and both text encoders together; and CLIP.
 
-    accelerate launch training/pretrain_mini.py --photos_dir PHOTOS --output_dir OUT
-    accelerate launch training/pretrain_mini.py --photos_dir PHOTOS --output_dir OUT --stages clip export_clip
+    accelerate launch training/pretrain_mini.py --images_dir IMAGES --output_dir OUT
+    accelerate launch training/pretrain_mini.py --images_dir IMAGES --output_dir OUT --stages clip export_clip
 
 Stopped and started again it goes on from its newest checkpoint. `--stages` picks the stages to run.
 """
 
 from __future__ import annotations
 
-from transformers import HfArgumentParser
-
 from training.engine.console import speaking
 from training.engine.stopping import exit_codes
-from training.options.pretraining import PretrainOptions
+from training.options.pretraining import PretrainOptions, parse_pretrain_options
 
 if __name__ == "__main__":
     # Before the model libraries are imported, which takes seconds: --help and wrong flags are answered at once.
     with speaking(), exit_codes():
-        given_options = HfArgumentParser(PretrainOptions).parse_args_into_dataclasses()[0]
+        given_options = parse_pretrain_options()
 
 # isort: split
 import dataclasses
@@ -181,7 +179,7 @@ def card_facts(options: PretrainOptions, corpus: Corpus, pipeline: StableDiffusi
     """What the model card says: the steps are those of the newest checkpoints, not those asked for."""
     vae_steps, unet_steps = (newest_step(Path(options.output_dir) / stage) for stage in ("vae", "unet"))
     parts = [(name, part) for name, part in pipeline.components.items() if isinstance(part, nn.Module)]
-    command = "accelerate launch training/pretrain_mini.py --photos_dir PHOTOS --output_dir OUT"
+    command = "accelerate launch training/pretrain_mini.py --images_dir IMAGES --output_dir OUT"
     return CardFacts(
         parameters="\n".join(f"| {name} | {sum(p.numel() for p in part.parameters()):,} |" for name, part in parts),
         scenes=options.scenes,

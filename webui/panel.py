@@ -34,7 +34,7 @@ TITLES = {
     "method": "Methods and adapter sizes",
     "optimisation": "Training",
     "output": "What is written",
-    "judging": "Judging the result",
+    "validation": "Judging the result",
 }
 TYPE_AT_ONCE = """(draft, shown) => {
   const [group, field] = %s, known = (draft ?? {}).typed ?? {};

@@ -69,16 +69,19 @@ SUBJECT = (
         "A first look: is it the right subject, are the photos good enough?",
         (
             Value("optimisation", "max_train_steps", 160, "The subject's colours and parts come early; its details later."),
-            Value("judging", "heldout_steps", 40, "Progress is measured as often as in Balanced: every 40 steps."),
+            Value("validation", "heldout_steps", 40, "Progress is measured as often as in Balanced: every 40 steps."),
             Value("output", "validation_steps", 80, "Sample images halfway and at the end."),
             Value(
-                "judging",
-                "drawn_candidates",
+                "validation",
+                "num_candidate_images",
                 1,
                 "The step to use is chosen by the measured loss, with images of one more step.",
             ),
             Value(
-                "judging", "certify", False, "No second program checks the exported files; train Balanced before you share them."
+                "validation",
+                "certify",
+                False,
+                "No second program checks the exported files; train Balanced before you share them.",
             ),
         ),
     ),
@@ -102,13 +105,16 @@ SUBJECT = (
         "for longer, or more gently, was tried and came out no better.",
         (
             Value(
-                "judging",
+                "validation",
                 "heldout_steps",
                 20,
                 "Progress is measured every 20 steps, not every 40: the best step can lie between.",
             ),
             Value(
-                "judging", "drawn_candidates", 10, "Ten promising steps draw images and are compared by them, not two or four."
+                "validation",
+                "num_candidate_images",
+                10,
+                "Ten promising steps draw images and are compared by them, not two or four.",
             ),
         ),
     ),

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from pipelines.deprecated_flags import with_current_names
 from pipelines.methods import DEFAULT, title_of
-from pipelines.run_options import with_current_groups
 from training.runs import run_requests
 from training.runs.record import RunRecord, live_process
 from training.runs.waiting import QUEUE, runs_before
@@ -73,7 +73,7 @@ class RunView:
     @cached_property
     def options(self) -> dict[str, Any]:
         """The resolved options by group; empty before the run has begun."""
-        return with_current_groups(self.read("options.json"))
+        return with_current_names(self.read("options.json"))
 
     @cached_property
     def launch(self) -> dict[str, Any]:

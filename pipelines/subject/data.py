@@ -15,7 +15,7 @@ from pipelines.errors import InputError
 from pipelines.image_decoding import upright_size
 from pipelines.images import IMAGE_SUFFIXES, is_image, opened_image, read_image
 
-SizeConditioning = Literal["picture", "target"]
+SizeConditioning = Literal["image", "target"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def image_size(path: Path) -> tuple[int, int]:
         return upright_size(opened)
 
 
-def load_examples(paths: Sequence[Path], resolution: int, size_conditioning: SizeConditioning = "picture") -> list[Example]:
+def load_examples(paths: Sequence[Path], resolution: int, size_conditioning: SizeConditioning = "image") -> list[Example]:
     """Read, resize and centre-crop images to squares of `resolution` pixels.
 
     Args:
@@ -102,11 +102,11 @@ def load_examples(paths: Sequence[Path], resolution: int, size_conditioning: Siz
     return [take(path, read_image(path), shot, size_conditioning) for path in paths]
 
 
-def take(path: Path, image: Image.Image, shot: CropVariant, size_conditioning: SizeConditioning = "picture") -> Example:
+def take(path: Path, image: Image.Image, shot: CropVariant, size_conditioning: SizeConditioning = "image") -> Example:
     """Show an image that was read from `path` as `shot` says.
 
     Args:
-        size_conditioning: "picture" tells the model the image's own size and crop, as SDXL was trained; "target" says of
+        size_conditioning: "image" tells the model the image's own size and crop, as SDXL was trained; "target" says of
             every image that it has the target's size and is not cropped, for models that have seen nothing else.
     """
     height, width = shot.size
@@ -122,5 +122,5 @@ def take(path: Path, image: Image.Image, shot: CropVariant, size_conditioning: S
         top, left = int(shot.crop[0] * (spare_height + 1)), int(shot.crop[1] * (spare_width + 1))
     cropped = resized.crop((left, top, left + width, top + height))
     pixels = torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float() / 127.5 - 1
-    size_and_crop = (image.height, image.width, top, left) if size_conditioning == "picture" else (height, width, 0, 0)
+    size_and_crop = (image.height, image.width, top, left) if size_conditioning == "image" else (height, width, 0, 0)
     return Example(path, pixels, torch.tensor([*size_and_crop, height, width], dtype=torch.float32))

@@ -99,12 +99,12 @@ def _transformers_folder(name: str) -> Path:
     """
     if Path(name).is_dir():
         return Path(name)
-    model = HubModel(name, role="judge_model", local="give --judge_model a folder, or 'mini', the built-in CLIP")
+    model = HubModel(name, role="image_scorer", local="give --image_scorer a folder, or 'mini', the built-in CLIP")
     lookup = look_up(model, "config.json")
     weights = [file for file in lookup.files if TRANSFORMERS_WEIGHTS.fullmatch(file)]
     if not weights:
         raise lookup.unavailable or HubError(
-            f"The judge_model {name!r} has no model.safetensors: other weights, such as .bin, can run programs when they are "
+            f"The image_scorer {name!r} has no model.safetensors: other weights, such as .bin, can run programs when they are "
             f"read. Give one that has them, such as 'facebook/dinov2-base', or {BUILT_IN!r}, the built-in CLIP."
         )
     texts = [file for file in lookup.files if "/" not in file and file.endswith((".json", ".txt", ".model", ".jinja"))]
@@ -135,7 +135,7 @@ def load_embedder(name: str) -> Embedder:
         raise
     except (OSError, ValueError) as error:
         raise InputError(
-            f"judge_model {name!r} could not be loaded as CLIP or DINOv2: {error} Give {BUILT_IN!r}, "
+            f"image_scorer {name!r} could not be loaded as CLIP or DINOv2: {error} Give {BUILT_IN!r}, "
             f"'{OPEN_CLIP}MODEL/WEIGHTS', or a hub name or folder of transformers with .safetensors weights."
         ) from error
 

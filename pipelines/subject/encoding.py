@@ -42,7 +42,7 @@ class CropConfig:
     sizes: tuple[Size, ...]
     random_crops: int = 0
     mirror: bool = False
-    size_conditioning: SizeConditioning = "picture"
+    size_conditioning: SizeConditioning = "image"
     seed: int = 0
 
     def shots(self, index: int, size: Size) -> tuple[CropVariant, ...]:

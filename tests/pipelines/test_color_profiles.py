@@ -203,6 +203,6 @@ def test_what_says_srgb_is_not_worth_a_word(stream):
 
 def test_what_was_cached_of_files_read_otherwise_is_not_reused(monkeypatch):
     encoder = SimpleNamespace(vae={})
-    before = LatentEncoder._key(encoder, "digest", CropVariant((16, 16)), "picture")
+    before = LatentEncoder._key(encoder, "digest", CropVariant((16, 16)), "image")
     monkeypatch.setattr(encoding, "READING_VERSION", 1)
-    assert LatentEncoder._key(encoder, "digest", CropVariant((16, 16)), "picture") != before
+    assert LatentEncoder._key(encoder, "digest", CropVariant((16, 16)), "image") != before

@@ -175,7 +175,7 @@ def test_a_model_of_transformers_is_downloaded_once_and_loads_without_a_network(
     cut_off(hub_server, offline, monkeypatch)
     load_embedder(name)
     message = refused(load_embedder, "facebook/else")
-    assert re.search(r"judge_model 'facebook/else' .*`hf download facebook/else`, or give --judge_model a folder", message)
+    assert re.search(r"image_scorer 'facebook/else' .*`hf download facebook/else`, or give --image_scorer a folder", message)
 
 
 def test_each_failure_of_a_model_of_transformers_says_what_to_do(hub_server, dino, monkeypatch):

@@ -204,9 +204,7 @@ def test_processes_share_the_work_and_end_with_all_of_it(pipe, images_dir, cache
 
 def jobs_of(encoder, images):
     shot = CropVariant((16, 16))
-    return [
-        encoding._Job(image.path, {encoder._key(file_digest(image.path), shot, "picture"): shot}, "picture") for image in images
-    ]
+    return [encoding._Job(image.path, {encoder._key(file_digest(image.path), shot, "image"): shot}, "image") for image in images]
 
 
 def test_only_so_many_images_stay_in_memory(cache):

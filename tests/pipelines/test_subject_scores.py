@@ -200,8 +200,8 @@ def test_a_dino_model_judges_the_subject_and_the_base_model_the_prompt(tmp_path)
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("{folder}", r"judge_model .* could not be loaded as CLIP or DINOv2"),
-        ("open_clip:ViT-B-16", r"judge_model 'open_clip:ViT-B-16' .*one of the tags openai.* got None.*Give 'mini'"),
+        ("{folder}", r"image_scorer .* could not be loaded as CLIP or DINOv2"),
+        ("open_clip:ViT-B-16", r"image_scorer 'open_clip:ViT-B-16' .*one of the tags openai.* got None.*Give 'mini'"),
         ("open_clip:nothing/openai", r"a name that open_clip knows.* got 'nothing'"),
         ("open_clip:ViT-B-16/weights.pt", r"is a pickle by its name"),
     ],

@@ -29,7 +29,7 @@ PROMPT = "sks toy"
 PRIOR = ("--with_prior_preservation", "--class_prompt", "a toy", "--num_class_images", "3")
 # All that a run's repetition and its resumption have to get right.
 EVERYTHING = (
-    *("--seed", "5", "--learning_rate", "0.1", "--heldout_steps", "1", "--drawn_candidates", "4"),
+    *("--seed", "5", "--learning_rate", "0.1", "--heldout_steps", "1", "--num_candidate_images", "4"),
     *("--validation_prompt", "toy in snow", "toy at night", "--gradient_accumulation_steps", "2", "--use_ema"),
     *("--ema_decay", "0.5", "--train_text_encoder", "--inner_init", "gaussian", "--preserve_output", "--dropout", "0.1"),
     *("--random_flip", "--no_center_crop", "--aspect_ratio_buckets", "auto", *PRIOR),

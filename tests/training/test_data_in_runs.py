@@ -103,7 +103,7 @@ def crops(prepared):
 
 def test_crops_are_central_or_as_many_as_the_flags_say(trainer, plain, tmp_path):
     assert set(crops(plain).values()) == {1}
-    several = trainer.prepare(tmp_path / "several", "--no_center_crop", "--crops_per_picture", "2")
+    several = trainer.prepare(tmp_path / "several", "--no_center_crop", "--crops_per_image", "2")
     # The square image is not cropped, and those of one shape may be drawn at one place twice.
     counts = crops(several)
     assert counts[33] == 1
@@ -215,7 +215,7 @@ def test_sizes_that_do_not_fit_the_model_are_named(trainer, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value", "least"),
-    [("num_class_images", 0, 1), ("crops_per_picture", 0, 1), ("sample_batch_size", 0, 1), ("prior_loss_weight", -0.5, 0),
+    [("num_class_images", 0, 1), ("crops_per_image", 0, 1), ("sample_batch_size", 0, 1), ("prior_loss_weight", -0.5, 0),
      ("dataloader_num_workers", -1, 0)],
 )  # fmt: skip
 def test_a_number_out_of_range_is_refused(name, value, least):

@@ -84,7 +84,7 @@ def test_more_disk_than_is_free_is_refused_before_training(tmp_path, monkeypatch
 OPTIONS = {
     "model": {"gradient_checkpointing": False, "quantize": None},
     "optimisation": {"train_batch_size": 6, "gradient_accumulation_steps": 1, "use_8bit_adam": False},
-    "output": {"output_dir": "x", "ladder": True, "dry_run": False, "hub": None},
+    "output": {"output_dir": "x", "memory_fallback": True, "dry_run": False, "hub": None},
 }
 
 
@@ -109,7 +109,7 @@ def test_what_is_set_already_or_unknown_makes_no_rung():
 
 
 def test_options_and_the_flags_made_of_them_are_the_same():
-    flags = ["--method", "lora", "--rank", "8", "--random_flip", "--validation_prompt", "a b", "c", "--ladder", "false"]
+    flags = ["--method", "lora", "--rank", "8", "--random_flip", "--validation_prompt", "a b", "c", "--memory_fallback", "false"]
     options = parse_options(flags)
     values = {name: value for group in options.to_dict().values() for name, value in group.items()}
     assert parse_options(as_flags(values)).to_dict() == options.to_dict()
@@ -118,14 +118,14 @@ def test_options_and_the_flags_made_of_them_are_the_same():
 RECIPE = """
 import argparse, json, pathlib, sys
 parser = argparse.ArgumentParser()
-for name in ("gradient_checkpointing", "ladder", "dry_run"):
+for name in ("gradient_checkpointing", "memory_fallback", "dry_run"):
     parser.add_argument("--" + name, type=lambda text: text == "True")
 for name in ("train_batch_size", "gradient_accumulation_steps"):
     parser.add_argument("--" + name, type=int)
 parser.add_argument("--use_8bit_adam")
 parser.add_argument("--output_dir", type=pathlib.Path)
 options = parser.parse_args()
-assert options.dry_run and not options.ladder
+assert options.dry_run and not options.memory_fallback
 if options.use_8bit_adam == "True":
     raise SystemExit("error: bitsandbytes is not installed")
 peak = 100 * options.train_batch_size - 50 * bool(options.gradient_checkpointing)
@@ -195,7 +195,7 @@ def test_out_of_memory_anywhere_climbs_the_ladder_and_says_what_to_set(tmp_path,
 def test_a_rung_does_not_climb_a_ladder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(memory_fallback, "climb", lambda *_: pytest.fail("climbed"))
     with pytest.raises(InputError, match=r"does not fit: CUDA out of memory"):
-        with_ladder(out_of_memory, options_in(tmp_path, ladder=False), "recipe")
+        with_ladder(out_of_memory, options_in(tmp_path, memory_fallback=False), "recipe")
 
 
 def test_other_errors_are_left_alone(tmp_path):

@@ -50,7 +50,7 @@ def test_training_far_too_long_suggests_an_earlier_adapter_exports_it_and_warns(
     monkeypatch.setattr(
         "training.subject.validation.measured_losses", lambda *_: {"heldout_loss": next(losses), "seen_loss": next(seen)}
     )
-    run = trainer.run(tmp_path / "run", *MEASURED, "--drawn_candidates", "0")
+    run = trainer.run(tmp_path / "run", *MEASURED, "--num_candidate_images", "0")
     said = json.loads((run.path / "suggestion.json").read_text())
     assert (said["step"], said["last"], said["adapter"]) == (1, 4, "adapters/step-0000001")
     assert "Overfitting" in said["warnings"][0]

@@ -24,7 +24,9 @@ INSTEAD = {
     "--learning_rate": "0.03",
     "--instance_data_dir": str(ROOT / "assets" / "sample-subject"),
 }
-FEWER = shlex.split("--lr_warmup_steps 0 --heldout_image none --drawn_candidates 0 --validation_steps 4 --validation_prompt x")
+FEWER = shlex.split(
+    "--lr_warmup_steps 0 --heldout_image none --num_candidate_images 0 --validation_steps 4 --validation_prompt x"
+)
 
 
 def readme_command() -> list[str]:

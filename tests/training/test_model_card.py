@@ -110,7 +110,7 @@ def scored(tmp_path, curve):
 
 def test_the_card_shows_the_scores_of_every_step_beside_its_loss_and_who_gave_them(tmp_path):
     run = scored(tmp_path, [{"step": 0, "heldout": 0.5}, {"step": 2, "heldout": 0.375}])
-    card = model_card(run, options_for("dog", tmp_path, "--judge_model", "base"), images=3)
+    card = model_card(run, options_for("dog", tmp_path, "--image_scorer", "base"), images=3)
     table = [line for line in card.splitlines() if line.startswith("| ") and "0.125" in line]
     assert table == [
         "| base model | 0.250 | 0.125 | 0.750 | 0.50 | 0.5000 |",

@@ -13,7 +13,7 @@ from training.options.data import SAMPLE_PROMPT, SAMPLE_SUBJECT, DataOptions
 from training.options.model import ModelOptions
 from training.options.optimisation import OptimisationOptions
 from training.options.output import OutputOptions
-from training.options.validation import BUILT_IN_CANDIDATES, CANDIDATES, JudgingOptions
+from training.options.validation import BUILT_IN_CANDIDATES, CANDIDATES, ValidationOptions
 
 
 def test_without_flags_the_built_in_model_learns_the_sample_subject():
@@ -44,7 +44,7 @@ def test_flags_reach_the_group_of_their_concern():
 
 
 def test_a_model_that_is_not_built_in_is_told_the_truth_about_sizes():
-    assert SubjectOptions(model=ModelOptions("owner/model")).data.size_conditioning == "picture"
+    assert SubjectOptions(model=ModelOptions("owner/model")).data.size_conditioning == "image"
 
 
 def test_attention_is_adapted_and_on_the_built_in_model_convolutions_too():
@@ -53,20 +53,20 @@ def test_attention_is_adapted_and_on_the_built_in_model_convolutions_too():
     assert {*sdxl, "conv1", "conv2"} < set(parse_options([]).adapter.target_modules)
 
 
-def judging(*flags):
-    options = parse_options(list(flags)).judging
-    return options.judge_model, options.drawn_candidates
+def validation(*flags):
+    options = parse_options(list(flags)).validation
+    return options.image_scorer, options.num_candidate_images
 
 
 def test_the_built_in_clip_judges_the_built_in_model_where_it_is_there_and_the_base_model_any_other(tmp_path, monkeypatch):
     other = ("--pretrained_model_name_or_path", "owner/model")
     monkeypatch.setattr(mini_clip, "BUILT_IN_CLIP", tmp_path)
-    assert judging() == ("base", BUILT_IN_CANDIDATES)
+    assert validation() == ("base", BUILT_IN_CANDIDATES)
     (tmp_path / mini_clip.WEIGHTS_FILE).touch()
-    assert judging() == ("mini", BUILT_IN_CANDIDATES)
-    assert judging(*other) == ("base", CANDIDATES)
+    assert validation() == ("mini", BUILT_IN_CANDIDATES)
+    assert validation(*other) == ("base", CANDIDATES)
     assert CANDIDATES < BUILT_IN_CANDIDATES
-    assert judging(*other, "--judge_model", "mini", "--drawn_candidates", "0") == ("mini", 0)
+    assert validation(*other, "--image_scorer", "mini", "--num_candidate_images", "0") == ("mini", 0)
 
 
 def test_the_learning_rate_fits_method_and_model():
@@ -128,8 +128,8 @@ def test_resolved_options_are_plain_values():
         (lambda: OptimisationOptions(do_edm_style_training=True, snr_gamma=5.0), r"snr_gamma is not for EDM-style training"),
         (lambda: OptimisationOptions(seed=-1), r"seed must be at least 0, got -1"),
         (lambda: OutputOptions(validation_steps=0), r"validation_steps must be at least 1, got 0"),
-        (lambda: JudgingOptions(drawn_candidates=-1), r"drawn_candidates must be at least 0, got -1"),
-        (lambda: JudgingOptions(judge_model=" "), r"judge_model must be 'mini', 'base', .*got nothing"),
+        (lambda: ValidationOptions(num_candidate_images=-1), r"num_candidate_images must be at least 0, got -1"),
+        (lambda: ValidationOptions(image_scorer=" "), r"image_scorer must be 'mini', 'base', .*got nothing"),
         (lambda: OutputOptions(resume_from_checkpoint="latest"), r"needs --output_dir"),
     ],
 )

@@ -132,3 +132,13 @@ def test_a_list_of_numbers_in_a_file_is_read_as_numbers(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse_fewshot_options(written(tmp_path, {"seeds": ["one"]}))
     assert "The option 'seeds' in" in capsys.readouterr().err
+
+
+def test_an_old_options_file_and_old_flags_make_the_same_options_as_new_ones(tmp_path):
+    old = {"judging": {"judge_model": "base", "drawn_candidates": 3}, "output": {"ladder": False}, "crops_per_picture": 2}
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    from_file = parse_options(["--options_file", str(tmp_path / "old.json"), "--size_conditioning", "picture"])
+    flags = ["--judge_model", "base", "--drawn_candidates=3", "--no_ladder", "--crops_per_picture", "2"]
+    from_flags = parse_options([*flags, "--size_conditioning=picture"])
+    new = ["--image_scorer", "base", "--num_candidate_images=3", "--no_memory_fallback", "--crops_per_image", "2"]
+    assert from_file == from_flags == parse_options([*new, "--size_conditioning", "image"])

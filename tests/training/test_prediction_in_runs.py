@@ -19,7 +19,7 @@ from training.options.fewshot import parse_fewshot_options
 from training.subject import finishing
 
 FAST = "--method lora --rank 2 --target_modules to_v --max_train_steps 2 --train_batch_size 1 --validation_steps 2"
-FAST += " --learning_rate 1 --lr_warmup_steps 0 --heldout_image none --snr_gamma 5 --report_to none --judge_model base"
+FAST += " --learning_rate 1 --lr_warmup_steps 0 --heldout_image none --snr_gamma 5 --report_to none --image_scorer base"
 
 
 @pytest.fixture(autouse=True)

@@ -105,7 +105,7 @@ def test_normalisation_is_estimated_over_all_batches_and_the_weights_stay():
 
 
 def test_clip_without_photographs_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="photos_dir must name a folder of photographs"):
+    with pytest.raises(ValueError, match="images_dir must name a folder of photographs"):
         clip_data(options(tmp_path), rendered_corpus(32, 64, seed=0))
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from subject_runs import SubjectTrainer
 
 from pipelines.errors import InputError
-from training.options.validation import JudgingOptions
+from training.options.validation import ValidationOptions
 from training.subject import finishing, publishing
 
 SECRETS = ("zwx", "gizmo", "secretfolder", "privatename", "mymodel", TOKEN)
@@ -58,7 +58,7 @@ def test_a_private_run_publishes_no_caption_path_or_name_in_any_byte(published, 
 
 
 def test_without_being_asked_nothing_is_gathered_or_uploaded(lora_run, hub_server):
-    publishing.check_can_push(JudgingOptions())
+    publishing.check_can_push(ValidationOptions())
     assert hub_server.requests == []
     assert not (lora_run.path / "published").exists()
     assert "published" not in lora_run.status()
@@ -83,7 +83,7 @@ def test_a_network_that_fails_after_the_training_loses_nothing_and_all_can_be_up
     assert (folder / "README.md").read_bytes() == (run / "README.md").read_bytes()
 
     hub_server.start()
-    publishing.push_to_hub(folder, JudgingOptions(push_to_hub=True, hub_model_id="me/toy", hub_token=TOKEN), "x")
+    publishing.push_to_hub(folder, ValidationOptions(push_to_hub=True, hub_model_id="me/toy", hub_token=TOKEN), "x")
     assert not hub_server.repositories["me/toy"].private
     files = set(uploaded(hub_server, "me/toy"))
     assert {"README.md", "before_after.png", "diffusers/pytorch_lora_weights.safetensors", "provenance.json"} <= files
@@ -102,7 +102,7 @@ def test_a_network_that_fails_after_the_training_loses_nothing_and_all_can_be_up
 def test_an_upload_that_is_refused_names_the_remedy(hub_server, tmp_path, token, name, message):
     (tmp_path / "README.md").write_text("A card")
     with pytest.raises(InputError, match=f"The hub took no upload: .*{message}") as caught:
-        publishing.push_to_hub(tmp_path, JudgingOptions(push_to_hub=True, hub_model_id=name, hub_token=token), "x")
+        publishing.push_to_hub(tmp_path, ValidationOptions(push_to_hub=True, hub_model_id=name, hub_token=token), "x")
     assert "\n" not in str(caught.value)
     assert f"what was to be published is in {str(tmp_path)!r}" in str(caught.value)
 
@@ -111,7 +111,7 @@ def test_an_upload_that_is_refused_names_the_remedy(hub_server, tmp_path, token,
 def test_a_hub_that_fails_during_an_upload_is_named(hub_server, tmp_path, status):
     hub_server.status = status
     with pytest.raises(InputError, match=rf"took no upload: .*{status}.*Later, upload it with `hf upload me/toy"):
-        publishing.push_to_hub(tmp_path, JudgingOptions(push_to_hub=True, hub_model_id="me/toy", hub_token=TOKEN), "x")
+        publishing.push_to_hub(tmp_path, ValidationOptions(push_to_hub=True, hub_model_id="me/toy", hub_token=TOKEN), "x")
 
 
 @pytest.mark.parametrize(
@@ -125,11 +125,11 @@ def test_a_hub_that_fails_during_an_upload_is_named(hub_server, tmp_path, status
 )
 def test_an_upload_that_cannot_work_is_refused_before_the_training(hub_server, options, message):
     with pytest.raises(InputError, match=message):
-        publishing.check_can_push(JudgingOptions(push_to_hub=True, **options))
+        publishing.check_can_push(ValidationOptions(push_to_hub=True, **options))
 
 
 def test_an_upload_without_a_network_is_refused_where_that_is_meant_and_else_tried_later(hub_server, monkeypatch, caplog):
-    asked = JudgingOptions(push_to_hub=True, hub_token=TOKEN)
+    asked = ValidationOptions(push_to_hub=True, hub_token=TOKEN)
     hub_server.stop()
     publishing.check_can_push(asked)
     assert "whether it takes the upload shows after the training" in caplog.text
@@ -140,4 +140,4 @@ def test_an_upload_without_a_network_is_refused_where_that_is_meant_and_else_tri
 
 def test_hub_flags_without_an_upload_are_refused():
     with pytest.raises(InputError, match=r"hub_model_id and hub_token need --push_to_hub"):
-        JudgingOptions(hub_model_id="me/toy")
+        ValidationOptions(hub_model_id="me/toy")

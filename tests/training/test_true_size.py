@@ -25,7 +25,7 @@ from training.subject import samples, validation
 
 PROGRAM = Path(__file__).parents[2] / "benchmarks" / "true_size.py"
 FLAGS = "--instance_prompt toy --validation_prompt toy --max_train_steps 4 --heldout_steps 2 --validation_steps 4 --rank 6"
-FLAGS += " --inner_r 2 --resolution 16 --no_certify --report_to none --drawn_candidates 2 --target_modules to_q to_k to_v"
+FLAGS += " --inner_r 2 --resolution 16 --no_certify --report_to none --num_candidate_images 2 --target_modules to_q to_k to_v"
 
 
 @pytest.fixture(autouse=True)

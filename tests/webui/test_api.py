@@ -30,7 +30,7 @@ def quick(model):
         "adapter": {"rank": 4, "inner_r": 2},
         "optimisation": {"max_train_steps": 4},
         "output": {"validation_prompt": ["a star"], "validation_steps": 4, "report_to": "none"},
-        "judging": {"certify": False},
+        "validation": {"certify": False},
     }
 
 

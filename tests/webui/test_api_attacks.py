@@ -110,7 +110,7 @@ def options(server):
         "data": ("instance_data_dir", "class_data_dir", "cache_dir"),
         "model": ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path"),
         "output": ("output_dir", "resume_from_checkpoint", "hub_token"),
-        "judging": ("judge_model",),
+        "validation": ("image_scorer",),
     }
     given = [{group: {name: folder}} for group, names in fields.items() for name in names for folder in folders]
     return [

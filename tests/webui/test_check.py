@@ -126,7 +126,7 @@ def test_the_command_says_what_preset_panel_and_words_have_changed(new_page, ser
     assert re.fullmatch(r"accelerate launch training/dreambooth_nora.py --output_dir \S+NEW-RUN", command(page, "accelerate"))
 
     page.locator("#check-preset label", has_text="Fast").click()
-    assert "--drawn_candidates" in command(page, "--max_train_steps")
+    assert "--num_candidate_images" in command(page, "--max_train_steps")
     quiet(page)
     open_panel(page, "optimisation")
     steps = page.locator("#subject-optimisation-max_train_steps")

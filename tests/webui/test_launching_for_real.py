@@ -58,7 +58,7 @@ def test_a_subject_s_run_is_killed_resumed_and_asked_to_its_end(workspace, tiny_
         "adapter": {"rank": 4, "inner_r": 2, "target_modules": ["to_v"]},
         "optimisation": {"max_train_steps": STEPS, "train_batch_size": 1},
         "output": {"checkpointing_steps": 2, "validation_steps": STEPS, "validation_prompt": ["sks"], "report_to": "none"},
-        "judging": {"certify": False, "heldout_steps": STEPS, "drawn_candidates": 0},
+        "validation": {"certify": False, "heldout_steps": STEPS, "num_candidate_images": 0},
     }
     run_id = launching.start(workspace, "subject", options)
     record = workspace.run(run_id)

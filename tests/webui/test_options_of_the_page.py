@@ -18,7 +18,7 @@ PARSERS = {"subject": parse_options, "classify": parse_fewshot_options}
 # Where a value of the field's type is not enough, and what must be given with it.
 FITTING = {
     "instance_prompt": "a photo of -sks \"dog\"'s; $HOME\n*", "class_prompt": "-a dog", "validation_prompt": ["a b", "", "c=d"],
-    "rank": 12, "resolution": 64, "aspect_ratio_buckets": "64,64", "size_conditioning": "picture",
+    "rank": 12, "resolution": 64, "aspect_ratio_buckets": "64,64", "size_conditioning": "image",
     "method": "dora", "inner_init": "gaussian",
     "target_modules": ["to_q", "to_v"], "lr_scheduler": "linear", "optimizer": "Prodigy", "text_encoder_lr": [1e-05, 2.5e-4],
     "quantize": "nf4", "mixed_precision": "bf16", "prior_generation_precision": "fp32", "report_to": "none",
@@ -31,7 +31,7 @@ FITTING = {
 NEEDED = {
     "text_encoder_lr": {"adapter": {"train_text_encoder": True}},
     "stop_text_encoder_training": {"adapter": {"train_text_encoder": True}},
-    "hub_model_id": {"judging": {"push_to_hub": True}},
+    "hub_model_id": {"validation": {"push_to_hub": True}},
 }
 FOLDERS = ("data_dir", "instance_data_dir", "class_data_dir", "cache_dir")
 
@@ -90,7 +90,7 @@ def test_what_is_not_changed_is_no_flag_and_a_field_that_is_empty_unless_said_ha
 
 
 def test_a_boolean_that_is_true_by_default_is_switched_off_by_its_no_flag(local):
-    assert flags("subject", {"judging": {"certify": False}, "adapter": {"train_text_encoder": True}}) == [
+    assert flags("subject", {"validation": {"certify": False}, "adapter": {"train_text_encoder": True}}) == [
         "--no_certify", "--train_text_encoder",
     ]  # fmt: skip
 
@@ -114,7 +114,7 @@ def test_the_built_in_model_of_any_checkout_is_for_guests_too(guest, name):
 
 def test_all_fields_at_once_are_the_same_options(local):
     values = {"optimisation": {"max_train_steps": 40, "learning_rate": 1e-05}, "data": {"center_crop": False}}
-    values |= {"output": {"validation_prompt": ["a", "b"], "ladder": False}, "judging": {"certify": False}}
+    values |= {"output": {"validation_prompt": ["a", "b"], "memory_fallback": False}, "validation": {"certify": False}}
     kept = cleaned(local, "subject", values)
     assert parse_options(flags("subject", kept)) == build(local, "subject", values)
 
@@ -147,7 +147,7 @@ def test_all_fields_at_once_are_the_same_options(local):
         ([], "The options must be a table"),
         ({"output": {"output_dir": "/elsewhere"}}, "output_dir is not set here"),
         ({"output": {"resume_from_checkpoint": "latest"}}, "resume_from_checkpoint is not set here"),
-        ({"judging": {"push_to_hub": True, "hub_token": "secret"}}, "hub_token is not set here"),
+        ({"validation": {"push_to_hub": True, "hub_token": "secret"}}, "hub_token is not set here"),
     ],
 )
 def test_what_is_wrong_is_named(values, message, local):

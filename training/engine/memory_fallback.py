@@ -124,7 +124,7 @@ def climb(recipe: str, options: Options, resolution: int | None, folder: Path) -
 def attempt(recipe: str, options: Options, setting: dict[str, Any], folder: Path) -> FallbackStep:
     """A dry run of `recipe` with `setting` besides `options`, in a process of its own."""
     known = _flat(copy.deepcopy(options))
-    values = known | setting | {"output_dir": str(folder), "dry_run": True, "ladder": False, "report_to": "none"}
+    values = known | setting | {"output_dir": str(folder), "dry_run": True, "memory_fallback": False, "report_to": "none"}
     values |= {"resume_from_checkpoint": None, "push_to_hub": False, "hub_model_id": None, "hub_token": None}
     command = [sys.executable, "-m", recipe, *as_flags({name: value for name, value in values.items() if name in known})]
     finished = subprocess.run(command, env=_own_environment(), capture_output=True, text=True, check=False)
@@ -161,7 +161,7 @@ def with_ladder(work: Callable[[Any], RunDirectory], options: Any, recipe: str) 
 
     Args:
         work: the recipe.
-        options: its options, with `to_dict()`, and `output.ladder`.
+        options: its options, with `to_dict()`, and `output.memory_fallback`.
         recipe: the module that `python -m` runs; its status has the side of its images as `resolution`.
     Raises: InputError with the flags to set.
     """
@@ -175,7 +175,7 @@ def with_ladder(work: Callable[[Any], RunDirectory], options: Any, recipe: str) 
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if not options.output.ladder or not PartialState().is_main_process:
+    if not options.output.memory_fallback or not PartialState().is_main_process:
         raise InputError(f"It does not fit: {reason}")
     run = RunDirectory(Path(options.output.output_dir))
     run.update_status(phase="looking for settings that fit")

@@ -13,7 +13,7 @@ from pipelines.run_options import OPTIONS, run_options, task_of
 from training.runs.record import RunRecord
 
 # What is written and shown, how long to train, and who makes the batches.
-MAY_CHANGE_GROUPS = frozenset({"output", "judging"})
+MAY_CHANGE_GROUPS = frozenset({"output", "validation"})
 MAY_CHANGE = frozenset({"max_train_steps", "dataloader_num_workers", "sample_batch_size"})
 
 

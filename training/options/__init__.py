@@ -21,7 +21,7 @@ from training.options.data import DataOptions
 from training.options.model import ModelOptions
 from training.options.optimisation import OptimisationOptions
 from training.options.output import OutputOptions
-from training.options.validation import JudgingOptions
+from training.options.validation import ValidationOptions
 
 NEW_SCENES = ("in the snow", "in the forest", "at night", "in the water")
 # Adam's steps are of one size whatever the layer's width: narrow layers need larger ones.
@@ -37,15 +37,15 @@ class SubjectOptions:
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
     optimisation: OptimisationOptions = field(default_factory=OptimisationOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
-    judging: JudgingOptions = field(default_factory=JudgingOptions)
+    validation: ValidationOptions = field(default_factory=ValidationOptions)
 
     def __post_init__(self) -> None:
         built_in = is_built_in(self.model.pretrained_model_name_or_path)
         if self.data.size_conditioning is None:
-            self.data.size_conditioning = "target" if built_in else "picture"
+            self.data.size_conditioning = "target" if built_in else "image"
         if self.adapter.target_modules is None:
             self.adapter.target_modules = default_targets(self.adapter.method, built_in)
-        self.judging.fill_in(built_in)
+        self.validation.fill_in(built_in)
         self._check_text_encoders()
         self._check_rates()
         self._check_quantization()
@@ -88,7 +88,7 @@ class SubjectOptions:
     def to_dict(self) -> dict[str, Any]:
         """The resolved options as plain values, by group; the hub's token stays out."""
         values = dataclasses.asdict(self)
-        values["judging"]["hub_token"] = None
+        values["validation"]["hub_token"] = None
         return values
 
 

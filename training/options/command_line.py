@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from transformers import HfArgumentParser
 
+from pipelines.deprecated_flags import current_arguments
 from training.options.file import as_flags
 
 Options = TypeVar("Options")
@@ -31,7 +32,7 @@ def parse_groups(kind: type[Options], arguments: Sequence[str] | None = None, de
         help="A .json or .yaml file of options, such as a run's options.json, which starts a run like it; flags given beside it "
         "win.",
     )
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    given = current_arguments(sys.argv[1:] if arguments is None else arguments, parser)
     try:
         flags = [*_flags_of_file(given, parser, list(groups)), *given]
         parsed = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
@@ -41,7 +42,7 @@ def parse_groups(kind: type[Options], arguments: Sequence[str] | None = None, de
 
 
 def _flags_of_file(given: list[str], parser: HfArgumentParser, names: list[str]) -> list[str]:
-    """What the file named by --options_file says, as flags; none without one."""
+    """The options in the file given as --options_file, as flags; empty without one."""
     finder = ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--options_file", type=Path)
     path = finder.parse_known_args(given)[0].options_file

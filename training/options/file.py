@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
+from pipelines.deprecated_flags import with_current_names
 from pipelines.errors import InputError
-from pipelines.run_options import task_of, with_current_groups
+from pipelines.run_options import task_of
 from pipelines.text_files import read_text
 from training.runs.record import OPTIONS, STATUS
 
@@ -56,14 +57,14 @@ def as_flags(path: Path, parser: argparse.ArgumentParser, groups: Collection[str
 
     Raises: InputError naming a field that is none, or the file if it cannot be read.
     """
-    known = {action.dest: action for action in parser._actions}
+    actions = {action.dest: action for action in parser._actions}
     flags = []
     for name, value in _fields_of(path, groups).items():
-        _check_name(path, name, known)
+        _check_name(path, name, actions)
         if value is None or (path.suffix.lower() != ".json" and value in ("", "null", "~")):
             continue
-        if known[name].nargs == "+" and not isinstance(value, dict):
-            parser.set_defaults(**{name: _typed_list(path, known[name], value if isinstance(value, list) else [value])})
+        if actions[name].nargs == "+" and not isinstance(value, dict):
+            parser.set_defaults(**{name: _typed_list(path, actions[name], value if isinstance(value, list) else [value])})
         elif isinstance(value, dict | list):
             raise InputError(f"The option {name!r} in {str(path)!r} must be one value, got {value!r}.")
         else:
@@ -82,7 +83,7 @@ def _typed_list(path: Path, action: argparse.Action, values: list[Any]) -> list[
 def _fields_of(path: Path, groups: Collection[str]) -> dict[str, Any]:
     """The file's fields, those within tables too, without what belongs to the run that wrote them."""
     fields: dict[str, Any] = {}
-    values = with_current_groups(read_options_file(path))
+    values = with_current_names(read_options_file(path))
     _check_script(path, values, groups)
     for name, value in values.items():
         fields |= value if name in groups and isinstance(value, dict) else {name: value}
@@ -91,9 +92,9 @@ def _fields_of(path: Path, groups: Collection[str]) -> dict[str, Any]:
     return fields
 
 
-def _check_name(path: Path, name: str, known: Collection[str]) -> None:
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
+def _check_name(path: Path, name: str, names: Collection[str]) -> None:
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise InputError(f"The options_file {str(path)!r} has an option {name!r}, which there is not.{hint}")
 

@@ -1,4 +1,4 @@
-"""Options of what is written."""
+"""Options of the run directory, its checkpoints and validation images."""
 
 from __future__ import annotations
 
@@ -13,41 +13,50 @@ LATEST = "latest"
 
 @dataclass
 class RunOptions:
-    """A run's directory and its checkpoints, for every recipe."""
+    """The run directory and its checkpoints, for every recipe."""
 
-    output_dir: str | None = field(default=None, metadata={"help": "The run's directory; a new one under runs/ unless said."})
+    output_dir: str | None = field(default=None, metadata={"help": "Run directory. Default: a new one under runs/."})
     resume_from_checkpoint: Literal["latest"] | None = field(
-        default=None, metadata={"help": "'latest' goes on from the newest checkpoint in --output_dir."}
+        default=None, metadata={"help": "'latest' resumes from the newest checkpoint in --output_dir."}
     )
     checkpointing_steps: int = field(default=100, metadata={"help": "Steps between two checkpoints."})
     checkpoints_total_limit: int = field(default=2, metadata={"help": "How many checkpoints are kept."})
     report_to: Literal["tensorboard", "wandb", "none"] = field(
-        default="tensorboard", metadata={"help": "Where metrics and images go besides the run's directory."}
+        default="tensorboard", metadata={"help": "Tracker that also gets the metrics and images."}
     )
 
     def __post_init__(self) -> None:
         at_least(self, 1, "checkpointing_steps", "checkpoints_total_limit")
         if self.resume_from_checkpoint is not None and self.output_dir is None:
-            raise InputError("resume_from_checkpoint needs --output_dir, the directory of the run to go on with.")
+            raise InputError("resume_from_checkpoint needs --output_dir, the directory of the run to resume.")
 
 
 @dataclass
 class OutputOptions(RunOptions):
-    """What is written while training and after it."""
+    """Validation images, the dry run and the memory fallback."""
 
     validation_prompt: list[str] | None = field(
-        default=None, metadata={"help": "Prompts of the images made before, during and after training; new scenes unless said."}
+        default=None,
+        metadata={
+            "help": "Prompts of the images generated before, during and after training. Default: the subject in new scenes."
+        },
     )
-    validation_steps: int = field(default=200, metadata={"help": "Steps between two sets of images."})
+    validation_steps: int = field(default=200, metadata={"help": "Steps between two sets of validation images."})
     dry_run: bool = field(
         default=False,
-        metadata={"help": "Do three real steps, tell what the whole run takes, and stop. Every run begins with this."},
+        metadata={
+            "help": "Only measure three training steps, report the time, memory and disk space that the run needs, and "
+            "stop. Every run starts with this."
+        },
     )
     memory_limit_gb: float | None = field(
-        default=None, metadata={"help": "Memory that training may take, for a device that is shared; all there is unless said."}
+        default=None, metadata={"help": "Memory that training may use, in GB, for a shared device. Default: no limit."}
     )
-    ladder: bool = field(
-        default=True, metadata={"help": "Where it does not fit, find settings that do, each by a dry run in its own process."}
+    memory_fallback: bool = field(
+        default=True,
+        metadata={
+            "help": "If training does not fit in memory, look for settings that fit, each tested by a dry run in its own process."
+        },
     )
 
     _argument_group_name = "output"

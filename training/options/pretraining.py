@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from transformers import HfArgumentParser
+
+from pipelines.deprecated_flags import current_arguments
 
 STAGE_NAMES = ("basis", "vae", "unet", "export", "clip", "export_clip")
 
@@ -12,8 +18,9 @@ class PretrainOptions:
     """How the built-in model is trained from nothing."""
 
     output_dir: str = field(metadata={"help": "Where the runs of the stages, the cached corpus and the finished model go."})
-    photos_dir: str | None = field(
-        default=None, metadata={"help": "Folder of zipped photographs with classes.json; rendered scenes alone without it."}
+    images_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of zipped photographs with classes.json. Without it, only rendered scenes are used."},
     )
     stages: list[str] = field(
         default_factory=lambda: ["basis", "vae", "unet", "export"],
@@ -50,3 +57,10 @@ class PretrainOptions:
         for name in ("scene_share", "clip_scene_share"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}.")
+
+
+def parse_pretrain_options(arguments: Sequence[str] | None = None) -> PretrainOptions:
+    """The options on the command line; a wrong flag ends the program with a message and exit code 2."""
+    parser = HfArgumentParser(PretrainOptions)
+    given = current_arguments(sys.argv[1:] if arguments is None else arguments, parser)
+    return parser.parse_args_into_dataclasses(given)[0]

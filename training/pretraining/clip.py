@@ -72,7 +72,7 @@ def clip_data(options: PretrainOptions, corpus: Corpus) -> ClipData:
         )
     photos = part(corpus, np.arange(options.scenes, len(corpus)))
     if not len(photos):
-        raise ValueError("photos_dir must name a folder of photographs for the stages of CLIP, got none.")
+        raise ValueError("images_dir must name a folder of photographs for the stages of CLIP, got none.")
     names, labels = np.unique(photos.captions, return_inverse=True)
     train, held_out = split_held_out(photos.captions, HELD_OUT_SHARE, options.seed)
     return ClipData(

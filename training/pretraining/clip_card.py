@@ -95,7 +95,7 @@ class ClipFacts:
             for part, one in self.zero_shot.items()
         ]
         command = (
-            "accelerate launch training/pretrain_mini.py --photos_dir PHOTOS --output_dir OUT \\\n"
+            "accelerate launch training/pretrain_mini.py --images_dir IMAGES --output_dir OUT \\\n"
             f"  --stages clip export_clip --clip_steps {self.steps} --mixed_precision {self.precision}"
         )
         return vars(self) | {

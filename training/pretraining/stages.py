@@ -48,7 +48,7 @@ def load_corpus(options: PretrainOptions) -> Corpus:
         scenes = rendered_corpus(options.scenes, RESOLUTION, options.seed)
         cache.parent.mkdir(parents=True, exist_ok=True)
         np.savez(cache, images=scenes.images, captions=np.asarray(scenes.captions), mirrorable=scenes.mirrorable)
-    return join(scenes, photo_corpus(Path(options.photos_dir), RESOLUTION)) if options.photos_dir else scenes
+    return join(scenes, photo_corpus(Path(options.images_dir), RESOLUTION)) if options.images_dir else scenes
 
 
 def train_here(

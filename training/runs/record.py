@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from pipelines.run_options import with_current_groups
+from pipelines.deprecated_flags import with_current_names
 from training.runs.durable import write_text_atomically
 
 OPTIONS, STATUS, METRICS, PHOTOS = "options.json", "status.json", "metrics.jsonl", "photos.json"
@@ -52,7 +52,7 @@ class RunRecord:
 
     def options(self) -> dict[str, Any]:
         """The resolved options by group, of options.json; empty before they are written."""
-        return with_current_groups(self.read_json(OPTIONS))
+        return with_current_names(self.read_json(OPTIONS))
 
     def metrics(self) -> list[dict[str, float]]:
         """The lines of metrics.jsonl, oldest first; a last line cut short by a crash is left out."""

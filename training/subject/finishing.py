@@ -80,7 +80,7 @@ def finish(run: RunDirectory, trained: Trained, options: SubjectOptions) -> None
         logger.warning(warning)
     rows += suggested_rows(run, trained, options, suggestion, drawn.get(suggestion.step))
     labelled_grid(rows, options.output.validation_prompt).save(run.path / GRID)
-    if options.judging.certify:
+    if options.validation.certify:
         run.update_status(phase="certifying")
         certify_run(run, trained, options)
     numbers = sum(parameter.numel() for parameter in trained_parameters(trained.components))
@@ -88,22 +88,22 @@ def finish(run: RunDirectory, trained: Trained, options: SubjectOptions) -> None
     write_model_card(run, options, trained.images)
     logger.info(f"{numbers:,} trained numbers, in {(time.monotonic() - trained.began) / 60:.1f} min. Look at {run.path / GRID}.")
     logger.info(f"The adapter is in {run.path / 'diffusers'} and {run.path / 'kohya'}; all else is told by {run.path / CARD}.")
-    if options.judging.private or options.judging.push_to_hub:
+    if options.validation.private or options.validation.push_to_hub:
         folder = assemble(run, options, trained.images, public_grid(rows, options))
-        if options.judging.push_to_hub:
+        if options.validation.push_to_hub:
             run.update_status(phase="uploading")
-            run.update_status(published=push_to_hub(folder, options.judging, title_of(run, options)))
+            run.update_status(published=push_to_hub(folder, options.validation, title_of(run, options)))
 
 
 def title_of(run: RunDirectory, options: SubjectOptions) -> str:
     """What the exported files are called: as the run, whose name may hold the subject's."""
-    return "adapter" if options.judging.private else run.path.name
+    return "adapter" if options.validation.private else run.path.name
 
 
 def public_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], options: SubjectOptions) -> Image.Image:
     """The images for the published card: all, or without the subject's own and the words."""
     prompts = options.output.validation_prompt
-    if not options.judging.private:
+    if not options.validation.private:
         return labelled_grid(rows, prompts)
     return labelled_grid(rows[1:], [str(place + 1) for place in range(len(prompts))])
 
@@ -111,7 +111,7 @@ def public_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], options: Subj
 def draw_candidates(run: RunDirectory, trained: Trained, options: SubjectOptions) -> dict[int, list[Image.Image]]:
     """Draw samples with the adapters of the steps to be compared that have none, and score them; returns them by step."""
     prompts, drawn = options.output.validation_prompt, {}
-    for step in to_draw(heldout_curve(run), kept_steps(run), sample_scores(run), options.judging.drawn_candidates):
+    for step in to_draw(heldout_curve(run), kept_steps(run), sample_scores(run), options.validation.num_candidate_images):
         run.update_status(phase="comparing")
         with kept_adapter(trained.pipeline, adapter_at(run, step)):
             drawn[step] = trained.sampler.draw()

@@ -86,7 +86,7 @@ def model_card(run: RunDirectory, options: SubjectOptions, images: int, private:
         grid=GRID,
         findings="".join(
             f"\n{finding}\n"
-            for finding in _findings(run, judge_in_words(options.judging.judge_model, private)) + _compatibility(options)
+            for finding in _findings(run, judge_in_words(options.validation.image_scorer, private)) + _compatibility(options)
         ),
         files="\n".join(f"| {as_text(name)} | {size:,} |" for name, size in _exported_files(run)),
         loader="from_single_file" if model.endswith(".safetensors") else "from_pretrained",

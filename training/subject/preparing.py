@@ -202,5 +202,5 @@ def framing_for(pipeline: StableDiffusionXLPipeline, options: DataOptions, resol
         sizes = automatic_buckets(resolution, size_multiple(pipeline))
     elif options.aspect_ratio_buckets is not None:
         sizes = parse_buckets(options.aspect_ratio_buckets, size_multiple(pipeline))
-    crops = 0 if options.center_crop else options.crops_per_picture
-    return CropConfig(sizes, crops, options.random_flip, options.size_conditioning or "picture", seed)
+    crops = 0 if options.center_crop else options.crops_per_image
+    return CropConfig(sizes, crops, options.random_flip, options.size_conditioning or "image", seed)

@@ -18,7 +18,7 @@ from PIL import Image
 from pipelines.errors import InputError
 from pipelines.hub import Failure, account, brief, failure_of
 from training.options import SubjectOptions
-from training.options.validation import JudgingOptions
+from training.options.validation import ValidationOptions
 from training.runs.card_text import CARD
 from training.runs.durable import write_text_atomically
 from training.runs.provenance import PROVENANCE, without_secrets
@@ -50,7 +50,7 @@ def assemble(run: RunDirectory, options: SubjectOptions, images: int, grid: Imag
         images: how many were trained on.
         grid: the images that the card shows.
     """
-    private, folder = options.judging.private, run.path / PUBLISHED
+    private, folder = options.validation.private, run.path / PUBLISHED
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for name in EXPORTED:
@@ -77,20 +77,20 @@ def _without_prompts(certificate: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in certificate.items() if name != "prompts"}
 
 
-def check_can_push(judging: JudgingOptions) -> None:
+def check_can_push(options: ValidationOptions) -> None:
     """Check before the training that the upload after it is allowed, as far as the hub can be asked now.
 
     Raises: InputError, with what to do, if there is no access token or it may not write.
     """
-    if not judging.push_to_hub:
+    if not options.push_to_hub:
         return
     if constants.is_offline_mode():
         raise InputError("push_to_hub needs the hub, which HF_HUB_OFFLINE forbids to ask. Unset it, or leave --push_to_hub out.")
-    token = judging.hub_token or get_token()
+    token = options.hub_token or get_token()
     if token is None:
         raise InputError("push_to_hub needs an access token. Log in with `hf auth login`, or give --hub_token.")
-    if judging.hub_model_id is not None:
-        _check_name(judging.hub_model_id)
+    if options.hub_model_id is not None:
+        _check_name(options.hub_model_id)
     if _role_of(token) == "read":
         raise InputError(f"push_to_hub needs an access token that may write, and this one may only read. {_NEW_TOKEN}.")
 
@@ -114,22 +114,22 @@ def _role_of(token: str) -> str | None:
         return None
 
 
-def push_to_hub(folder: Path, judging: JudgingOptions, fallback_name: str) -> str:
+def push_to_hub(folder: Path, options: ValidationOptions, fallback_name: str) -> str:
     """Upload `folder` to the repository asked for, made where there is none; returns its address.
 
     Args:
         fallback_name: of the repository, where none is named.
     Raises: InputError, with what to do, if the hub refuses; the folder stays as it is.
     """
-    api, name = HfApi(token=judging.hub_token), judging.hub_model_id or fallback_name
+    api, name = HfApi(token=options.hub_token), options.hub_model_id or fallback_name
     try:
-        repository = api.create_repo(name, exist_ok=True, private=judging.private)
+        repository = api.create_repo(name, exist_ok=True, private=options.private)
         api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message="Adapter, model card and certificate")
     except UPLOAD_ERRORS as error:
         failure, cause = failure_of(error) or (None, error)
         reason = _REASONS.get(failure, brief(cause))
         remedy = "Log in with `hf auth login` and a token that may write there, then" if failure in _OF_THE_TOKEN else "Later,"
-        command = f"hf upload {name} {shlex.quote(str(folder))}" + (" --private" if judging.private else "")
+        command = f"hf upload {name} {shlex.quote(str(folder))}" + (" --private" if options.private else "")
         raise InputError(
             f"The hub took no upload: {reason}; the run is complete, and what was to be published is in {str(folder)!r}. "
             f"{remedy} upload it with `{command}`."

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipelines.built_in import is_built_in, recorded_name
+from pipelines.deprecated_flags import with_current_names
 from pipelines.errors import InputError
-from pipelines.run_options import with_current_groups
 from training.options import SubjectOptions
 from training.options.command_line import groups_of
 from training.options.fewshot import FewShotOptions
@@ -35,7 +35,7 @@ MACHINE_FIELDS = frozenset(
         *IMAGES, *BASE_MODELS, "class_data_dir", "cache_dir", "dataset", "dataloader_num_workers",
         "pretrained_vae_model_name_or_path", "revision", "variant", "single_file_config",
         "output_dir", "resume_from_checkpoint", "report_to", "export",
-        "judge_model", "push_to_hub", "hub_model_id", "hub_token",
+        "image_scorer", "push_to_hub", "hub_model_id", "hub_token",
     }
 )  # fmt: skip
 # Set by the app; and a token has no place in a command that is shown.
@@ -106,7 +106,7 @@ def cleaned(workspace: Workspace, task: Task, values: Mapping[str, Any]) -> Valu
 def _in_todays_groups(values: dict[str, Any]) -> dict[str, Any]:
     """The options of a run or a draft from before some moved, each in its group of today."""
     groups = {
-        group: dict(fields) if isinstance(fields, Mapping) else fields for group, fields in with_current_groups(values).items()
+        group: dict(fields) if isinstance(fields, Mapping) else fields for group, fields in with_current_names(values).items()
     }
     for (before, name), now in MOVED.items():
         if isinstance(groups.get(before), dict) and name in groups[before]:

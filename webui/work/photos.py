@@ -146,7 +146,7 @@ def _framing(options: SubjectOptions) -> CropConfig:
     if data.aspect_ratio_buckets is not None:
         text = data.aspect_ratio_buckets.strip()
         sizes = automatic_buckets(resolution, multiple) if text == AUTOMATIC else parse_buckets(text, multiple)
-    crops = 0 if data.center_crop else data.crops_per_picture
+    crops = 0 if data.center_crop else data.crops_per_image
     return CropConfig(sizes, crops, data.random_flip, data.size_conditioning, options.optimisation.seed)
 
 
