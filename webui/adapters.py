@@ -1,4 +1,4 @@
-"""Which adapters a user can draw with, told from files alone: the steps of runs, and uploaded files.
+"""Which adapters a user can generate with, read from files alone: the steps of runs, and uploaded files.
 
 The page names an adapter by a reference that we make: `RUN@STEP` or `file@ID`.
 """
@@ -24,7 +24,7 @@ GONE = "This adapter is no longer there. Choose another one."
 
 @dataclass(frozen=True)
 class AdapterEntry:
-    """An adapter that can be drawn with.
+    """An adapter to generate images with.
 
     Args:
         reference: what the page calls it.
@@ -100,7 +100,7 @@ def adapter_called(workspace: Workspace, reference: str) -> AdapterEntry:
     view = RunView(workspace.run(owner))
     model = view.options.get("model")
     if view.task != "subject" or model is None:
-        raise InputError("This run has no adapter to draw with. Choose a run that was trained on a subject.")
+        raise InputError("This run has no adapter. Choose a run that was trained on a subject.")
     step = _step(part)
     name = f"{view.name}, step {step}"
     if step is not None and step == last_step(view.record):

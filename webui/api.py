@@ -68,7 +68,7 @@ def _of_runs(context: AppContext) -> dict[str, Any]:
         return _status(RunView(context.settings.workspace(request).run(run)))
 
     def stop(run: str, request: gr.Request) -> str:
-        """Stop a run: one that waits never begins, one that trains saves what it has first.
+        """Stop a run: a queued one never starts, one that trains saves what it has first.
 
         Args:
             run: its id.
@@ -149,7 +149,7 @@ def _step(view: RunView, step: Any) -> int:
     """
     chosen = steps_of(view.record).chosen if step is None else integer("step", step)
     if chosen is None or view.task != "subject":
-        raise InputError("This run has no adapter to draw with yet. Wait until it has kept one, or choose another run.")
+        raise InputError("This run has no adapter yet. Wait until it has kept one, or choose another run.")
     return chosen
 
 

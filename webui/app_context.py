@@ -33,7 +33,7 @@ def followed(component: gr.components.Component) -> gr.State:
 
 @dataclass(frozen=True)
 class AppContext:
-    """The frame around the screens.
+    """What all screens share.
 
     Args:
         page: the page.

@@ -1,4 +1,4 @@
-"""Which of a tab's drawings were cancelled. Gradio's own cancelling tells the tab of an error, and may come late."""
+"""Which of a session's generations were cancelled. Gradio's own cancelling tells the tab of an error, and may come late."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MAX_SESSIONS = 10_000
 
 
 class CancellationTokens:
-    """Numbers the drawings of each session, and remembers up to which they were cancelled; nothing else may stop one."""
+    """Numbers the generations of each session and remembers up to which number they were cancelled."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -17,7 +17,7 @@ class CancellationTokens:
         self._cancelled: dict[str, int] = {}
 
     def begin(self, session: str) -> int:
-        """The number of a new drawing."""
+        """The token of a new generation."""
         with self._lock:
             self._last[session] = self._last.pop(session, 0) + 1
             while len(self._last) > MAX_SESSIONS:
@@ -26,12 +26,12 @@ class CancellationTokens:
             return self._last[session]
 
     def cancel(self, session: str) -> None:
-        """Cancel all drawings of the session that have begun or wait."""
+        """Cancel all generations of the session, running and queued."""
         with self._lock:
             self._cancelled[session] = self._last.get(session, 0)
 
     def is_cancelled(self, session: str, token: int) -> bool:
-        """Whether the drawing `token` is to stop."""
+        """Whether the generation `token` was cancelled."""
         return token <= self._cancelled.get(session, 0)
 
 

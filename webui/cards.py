@@ -68,7 +68,7 @@ def cards(photos: SubjectDataset, opinions: Mapping[str, Opinion] | None, togeth
     """All photos as cards, in their order, below what is said of all together.
 
     Args:
-        opinions: the photo doctor's, by file; None while it looks at them.
+        opinions: the image check's, by file; None while it looks at them.
     """
     entries = photos.entries()
     if not entries:

@@ -121,7 +121,7 @@ def methods_table(result: Result) -> str:
     draws = len(result.report["seeds"])
     heads = ("right", "95% interval", "numbers learned", "file", "took")
     head = "".join(f"<th scope='col' class='number'>{one}</th>" for one in heads)
-    note = f"Means over {draws} draws of the images." if draws > 1 else "One draw of the images."
+    note = f"Means over {draws} seeds (sampled training images)." if draws > 1 else "One seed (one sample of training images)."
     return (
         f"<div class='scroll'><table class='plain'><thead><tr><th scope='col'>method</th>{head}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div><p class='quiet'>{note}</p>"

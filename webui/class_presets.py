@@ -30,7 +30,7 @@ CLASSIFY = (
         "A first answer: can these classes be told apart, and does training help?",
         (
             Value("data", "shots", ["16"], "Sixteen images of each class: quick, and enough to see whether it works."),
-            Value("data", "seeds", [0], "One draw of the images to learn from."),
+            Value("data", "seeds", [0], "One seed: one sample of training images."),
             Value("method", "method", COMPARED, BESIDE),
         ),
     ),
@@ -40,7 +40,7 @@ CLASSIFY = (
         "A classifier to use: it learns from every image that is not needed for the test.",
         (
             Value("data", "shots", ["all"], EVERY_IMAGE),
-            Value("data", "seeds", [0], "With all images, another draw would learn from the same ones."),
+            Value("data", "seeds", [0], "With all images, another seed would train on the same ones."),
             Value("method", "method", COMPARED, BESIDE),
         ),
     ),
@@ -50,7 +50,7 @@ CLASSIFY = (
         "The most accurate of several ways to learn from every image.",
         (
             Value("data", "shots", ["all"], EVERY_IMAGE),
-            Value("data", "seeds", [0], "With all images, another draw would learn from the same ones."),
+            Value("data", "seeds", [0], "With all images, another seed would train on the same ones."),
             Value("method", "method", MOST_COMPARED, "Two more methods to choose from."),
             Value("optimisation", "min_train_steps", 200, "At least twice the usual steps, where there are few images."),
         ),

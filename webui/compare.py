@@ -23,7 +23,7 @@ LONGEST_VALUE = 120
 UNTOLD = frozenset({"output_dir", "resume_from_checkpoint", "cache_dir", "hub_token"})
 OTHER_IMAGES = (
     "These runs have no sample image of the same prompt and seed, so that their images cannot be compared as they are. "
-    "Draw a prompt of your choice with all of them below."
+    "Generate a prompt of your choice with all of them below."
 )
 RUNNING_YET = "There is no accuracy yet: each of these runs writes its report when it is done."
 

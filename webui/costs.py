@@ -80,7 +80,7 @@ def _measured(report: dict[str, Any], plan: Plan) -> str:
         ),
         ("Memory", f"{report['peak_memory'] / GB:.1f} GB at most"),
         ("Disk", f"up to {_size(report['disk'])} for checkpoints; {_size(report['disk_free'])} are free"),
-        ("Adapter", f"{report['trained_numbers']:,} trained numbers"),
+        ("Adapter", f"{report['trained_numbers']:,} trained parameters"),
     ]
     cells = "".join(f"<div><dt>{name}</dt><dd>{html.escape(words)}</dd></div>" for name, words in rows)
     return f'<dl class="costs">{cells}</dl>'

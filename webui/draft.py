@@ -1,4 +1,4 @@
-"""What is being prepared for the next run. The browser keeps it, so that a reload brings it back, and so it is never trusted."""
+"""The settings of the next run. The browser stores them, so a reload restores them, and they are never trusted."""
 
 from __future__ import annotations
 

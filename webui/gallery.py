@@ -19,7 +19,7 @@ NO_IMAGES = """<div class="empty"><p>Images appear here, the newest first. They 
 
 
 def gallery_of(workspace: Workspace) -> list[Any]:
-    """All images that the user has drawn, newest first, each with its settings in a line; and what to do with them."""
+    """All images that the user has generated, newest first, each with its settings in a line; and what to do with them."""
     items = [_cached(path, path.stat().st_mtime_ns) for path in GeneratedImages.of(workspace).newest()[:GALLERY_SIZE]]
     if any(not Path(cached).exists() for cached, *_ in items):
         _cached.cache_clear()

@@ -1,4 +1,4 @@
-"""The images that a user has drawn: files of ours in a folder of theirs, each with its settings inside, the newest kept."""
+"""A user's generated images: PNG files with their settings inside; the newest are kept."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAME = re.compile(r"\d{19}-[0-9a-f]{6}\.png")
 
 @dataclass(frozen=True)
 class GeneratedImages:
-    """One user's drawn images; they outlive the tab, the session and the server.
+    """One user's generated images; they outlive the tab, the session and the server.
 
     Args:
         folder: where they lie.

@@ -1,4 +1,4 @@
-"""What somebody asks to have drawn, as the page and the API tell it, before anything of it is checked against models."""
+"""Generation requests from the page and the API, before they are checked against models."""
 
 from __future__ import annotations
 

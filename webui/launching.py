@@ -116,7 +116,7 @@ def resume(workspace: Workspace, run_id: str) -> None:
 
 
 def stop(workspace: Workspace, run_id: str) -> None:
-    """Stop a run: one that waits never begins, one that trains writes a checkpoint first.
+    """Stop a run: a queued one never starts, one that trains writes a checkpoint first.
 
     Raises: InputError if it has ended already.
     """

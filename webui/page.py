@@ -29,7 +29,7 @@ def build_page(settings: Settings) -> gr.Blocks:
     """The whole app as one page."""
     with gr.Blocks(title="NoRA Vision", analytics_enabled=False, fill_width=False, delete_cache=(3600, 86400)) as page:
         gr.HTML(HEADER)
-        run = gr.Dropdown(label="Run", info="What Train, Judge and Use are about.", elem_id="run", interactive=True)
+        run = gr.Dropdown(label="Run", info="Train, Judge and Use show this run.", elem_id="run", interactive=True)
         step = gr.Dropdown(label="Step", elem_id="use-step", interactive=True, render=False)
         chosen = gr.State(None)
         # Not secret; under a key of this server alone the draft would be lost when it starts again.

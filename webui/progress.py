@@ -99,9 +99,9 @@ def phase_in_words(phase: str) -> str:
     """What a run that is at work does, for people, from its status."""
     leaving_out, fitting = LEAVING_OUT.fullmatch(phase), FITTING.fullmatch(phase)
     if leaving_out:
-        return f"A short training without photo {leaving_out[1]}, to see how well that one is drawn unseen"
+        return f"Cross-validation: training without photo {leaving_out[1]}"
     if fitting:
-        return f"Learning with the method {fitting[1]}, {fitting[2]} images a class, draw {int(fitting[3]) + 1}"
+        return f"Fitting {fitting[1]}, {fitting[2]} images a class, seed {fitting[3]}"
     return PHASES.get(phase, phase)
 
 
@@ -141,7 +141,9 @@ def plain_error(error: str | None) -> str:
         return "The memory was not enough. On the screen Check choose the preset Fast or fewer photos a step, and start again."
     if kind in PLAIN:
         return message
-    sentence = f"It ended with an error: {kind} {message[:LONGEST_ERROR]}".strip() if error else "It ended without saying why"
+    sentence = (
+        f"It ended with an error: {kind} {message[:LONGEST_ERROR]}".strip() if error else "It ended without an error message"
+    )
     return f"{sentence.rstrip('.:')}. Press Resume to try again; if it ends so again, the log below has the rest."
 
 
@@ -234,8 +236,8 @@ def losses(view: RunView) -> str:
     learning = [Series("each step", points, "cloud", 1), Series("running mean", smooth, "line", 1)]
     rates = [Series("learning rate", [(line["step"], line["lr"]) for line in lines if "lr" in line], "line", 3)]
     return (
-        plot("Loss of the photos it learns from, by step (lower is better)", learning, extent)
-        + plot("Loss of a photo it does not learn from", _heldout(heldout), extent, css="half")
+        plot("Training loss by step (lower is better)", learning, extent)
+        + plot("Validation loss (held-out photo)", _heldout(heldout), extent, css="half")
         + plot("Learning rate", rates, extent, css="low")
     )
 

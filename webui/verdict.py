@@ -47,10 +47,10 @@ def suggestion(view: RunView) -> str:
 def _not_yet(view: RunView) -> str:
     measured = bool(sampled_steps(view.record))
     if view.is_active:
-        lead, there = "The step to use is suggested when training is done.", "What there is so far is below."
+        lead, there = "The recommended step appears when training is done.", "What there is so far is below."
         state = there if measured else "Images and figures of each step will be here, side by side."
     else:
-        lead = "Training has not come to its end, so no step is suggested."
+        lead = "Training did not finish, so there is no recommended step."
         state = "What was measured until then is below." if measured else "Nothing was measured until then."
     return f'<div class="empty"><p><b>{lead}</b></p><p>{state}</p></div>'
 
@@ -82,7 +82,7 @@ def sample_table(record: RunRecord, selected: tuple[int, int] | None) -> str:
 
 def _step_head(step: int, suggested: int | None) -> str:
     name = f"step {step}" if step else "before training"
-    return f'{name}<br><span class="chip good">suggested</span>' if step == suggested else name
+    return f'{name}<br><span class="chip good">recommended</span>' if step == suggested else name
 
 
 def _sample_row(prompt_index: int, prompt: str, steps: Mapping[int, Sequence[Sample]], selected: tuple[int, int] | None) -> str:
@@ -108,7 +108,7 @@ def curves(record: RunRecord) -> str:
     points, scores = heldout_curve(record), sample_scores(record)
     steps = [0, *(point.step for point in points), *scores, int(record.status().get("total") or 0)]
     across, suggested = (0.0, float(max(steps))), suggested_step(record)
-    mark = None if suggested is None else (float(suggested), f"suggested: step {suggested}")
+    mark = None if suggested is None else (float(suggested), f"recommended: step {suggested}")
     plots = [_loss_curve(points, across, mark) if points else f'<p class="quiet">{NO_LOSS}</p>' if scores else ""]
     if scores:
         plotted = _score_curves(sorted(scores.items()), across)
@@ -129,9 +129,9 @@ def _score_curves(by_step: Sequence[tuple[int, StepScores]], across: tuple[float
         Series(f"its limit {COPY_THRESHOLD:.2f}", [(x, COPY_THRESHOLD) for x in across], "limit", 3),
     ]
     return [
-        ("Likeness to the subject", [similarities], READ_SUBJECT),
-        ("Following the words", [followed], READ_PROMPT),
-        ("Nearness to copies", copying, READ_COPY),
+        ("Image similarity", [similarities], READ_SUBJECT),
+        ("Prompt similarity", [followed], READ_PROMPT),
+        ("Memorisation", copying, READ_COPY),
     ]
 
 

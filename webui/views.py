@@ -31,7 +31,7 @@ ACTIONS: dict[State, tuple[Action, ...]] = {
     "done": ("duplicate", "delete"),
 }
 STATE_TEXTS: dict[State, str] = {
-    "queued": "waiting for its turn",
+    "queued": "queued",
     "starting": "starting",
     "running": "running",
     "interrupted": "interrupted",
@@ -46,7 +46,7 @@ LONGEST_NAME, NAMED_CLASSES = 48, 3
 SAMPLE_CLASSES = "handwritten digits"
 INTERRUPTED = {
     "SIGKILL": "Its process was ended from outside, as the system does when memory runs out.",
-    None: "Its process ended without a word, as when the machine is switched off.",
+    None: "Its process ended without an error message, as after a power cut.",
 }
 
 
@@ -138,7 +138,7 @@ class RunView:
         """What went wrong, as "Kind: message"; None unless the run has failed."""
         if self.state != "failed":
             return None
-        return str(self.status.get("error") or last_error(self.record) or "It ended without a word.")
+        return str(self.status.get("error") or last_error(self.record) or "It ended without an error message.")
 
     @cached_property
     def reason(self) -> str | None:

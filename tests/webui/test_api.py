@@ -184,4 +184,4 @@ def test_what_cannot_be_drawn_is_refused_in_a_sentence(client, started, stopped,
     refused(client, "strength must be a number", run, "a star", strength="much", api_name="/generate")
     refused(client, "no longer there", run, "a star", step=999, api_name="/generate")
     refused(client, "At most 150 steps", run, "a star", steps=100000, api_name="/generate")
-    refused(client, "no adapter to draw with", started[2], "a star", api_name="/generate")
+    refused(client, "This run has no adapter", started[2], "a star", api_name="/generate")

@@ -194,7 +194,7 @@ def test_the_cost_is_measured_once_and_train_starts_the_command_that_was_shown(n
     (rehearsed,) = (server.runs / REHEARSALS).iterdir()
     (rehearsed / UNTIL).write_text(str(TOTAL))
     expect(page.locator("#check-cost")).to_contain_text("for 400 steps", timeout=PATIENCE)
-    expect(page.locator("#check-cost")).to_contain_text("54,272 trained numbers")
+    expect(page.locator("#check-cost")).to_contain_text("54,272 trained parameters")
     expect(page.locator("#check-measure")).to_be_disabled()
     assert not [path for path in server.runs.iterdir() if not path.name.startswith(".")]
     screenshot(page, "check-cost")

@@ -35,9 +35,9 @@ def test_dots_and_numbers_of_the_axes_agree():
 
 
 def test_what_a_mark_names_stands_where_it_is_and_in_the_words_for_the_ear():
-    drawing = plot("loss", [Series("it", FALLING)], (0, 100), marked=(50, "suggested: step 50"))
+    drawing = plot("loss", [Series("it", FALLING)], (0, 100), marked=(50, "recommended: step 50"))
     assert f'class="marked" d="M{WIDTH // 2} 0' in drawing
-    assert 'aria-label="loss. suggested: step 50."' in drawing
+    assert 'aria-label="loss. recommended: step 50."' in drawing
 
 
 def test_whoever_hears_the_page_gets_the_figures_of_lines_as_a_table_and_of_clouds_none():

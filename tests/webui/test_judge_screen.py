@@ -49,7 +49,7 @@ def test_every_steps_samples_are_side_by_side_the_base_model_first_the_suggested
     heads = re.findall(r'<th scope="col">(.*?)</th>', shown)
     suggested = verdict.suggested_step(finished)
     assert [head.split("<")[0].strip() for head in heads] == ["before training", "step 40", "step 60", "step 100"]
-    assert [head for head in heads if "suggested" in head] == [f'step {suggested}<br><span class="chip good">suggested</span>']
+    assert [head for head in heads if "recommended" in head] == [f'step {suggested}<br><span class="chip good">recommended</span>']
     cells = re.findall(r'data-step="(\d+)" data-place="(\d+)"', shown)
     assert cells == [(str(step), str(place)) for place in range(len(PROMPTS)) for step in (0, 40, 60, 100)]
     assert "&lt;b&gt;in the snow" in shown
@@ -71,8 +71,8 @@ def test_the_reason_and_the_warning_are_those_of_the_run(finished):
 def test_curves_show_the_held_out_loss_and_the_scores_with_the_suggested_step_and_how_to_read_them(finished):
     shown = look(finished)["curves"].key
     titles = re.findall("<figcaption>(.*?)</figcaption>", shown)
-    assert titles == ["Loss by step (lower is better)", "Likeness to the subject", "Following the words", "Nearness to copies"]
-    assert shown.count(f"suggested: step {verdict.suggested_step(finished)}</li>") == len(titles)
+    assert titles == ["Loss by step (lower is better)", "Image similarity", "Prompt similarity", "Memorisation"]
+    assert shown.count(f"recommended: step {verdict.suggested_step(finished)}</li>") == len(titles)
     assert all(words in shown for words in (verdict.READ_LOSS, verdict.READ_SUBJECT, verdict.READ_PROMPT, verdict.READ_COPY))
     assert "its limit 0.90" in shown
 
@@ -119,7 +119,7 @@ def test_a_step_can_be_used_where_its_adapter_was_kept(finished):
 def test_while_it_trains_what_there_is_is_shown_and_what_will_be_is_said(workspace):
     run = run_in(workspace.runs / "a", steps=50)
     found = look(run)
-    assert "suggested when training is done" in found["suggestion"].key
+    assert "recommended step appears when training is done" in found["suggestion"].key
     assert "will be here, side by side" in found["suggestion"].key
     assert (found["table"].make().value, found["curves"].key, found["figures"].key) == ("", "", "")
     assert found["frame"].key is False
@@ -136,7 +136,7 @@ def test_while_it_trains_what_there_is_is_shown_and_what_will_be_is_said(workspa
 
 def test_a_run_that_ended_early_says_that_nothing_is_suggested(workspace):
     run = run_in(workspace.runs / "a", "stopped", steps=50)
-    assert "not come to its end, so no step is suggested.</b></p><p>Nothing was measured" in look(run)["suggestion"].key
+    assert "Training did not finish, so there is no recommended step.</b></p><p>Nothing was measured" in look(run)["suggestion"].key
 
 
 def test_without_a_held_out_photo_the_scores_stand_alone(workspace):

@@ -156,7 +156,7 @@ def test_a_baked_mix_draws_the_mix_in_stock_diffusers(studio, workspace, tiny_mo
 
 
 def test_a_dora_cannot_be_baked_into_a_mix(studio, workspace, tmp_path):
-    with pytest.raises(InputError, match=r"cannot be baked.*DoRA's, which cannot be added.*Leave the DoRA out"):
+    with pytest.raises(InputError, match=r"cannot be merged.*DoRA's, which cannot be added.*Leave the DoRA out"):
         studio.bake(order(workspace, "first@4", "third-dora@4"), tmp_path / "mix.safetensors", "diffusers")
     assert studio.bake(order(workspace, "third-dora@4"), tmp_path / "dora.safetensors", "diffusers").is_file()
 
@@ -173,7 +173,7 @@ def test_a_file_with_norms_is_drawn_and_mixed_and_not_baked(studio, workspace, t
     alone = one(studio, order(workspace, "first@4"))
     mix = dataclasses.replace(order(workspace, "first@4"), parts=(*order(workspace, "first@4").parts, part))
     assert apart(one(studio, mix), alone) > 1
-    with pytest.raises(InputError, match=r"cannot be baked.*norm1 has a change of a bias or a norm.*Leave this adapter out"):
+    with pytest.raises(InputError, match=r"cannot be merged.*norm1 has a change of a bias or a norm.*Leave this adapter out"):
         studio.bake(mix, tmp_path / "mix.safetensors", "kohya")
     assert apart(one(studio, order(workspace, "first@4")), alone) == 0
 
@@ -238,7 +238,7 @@ def test_an_order_that_cannot_be_drawn_is_refused(changes, message):
 
 
 def test_a_strength_out_of_range_and_an_adapter_twice_are_refused(workspace):
-    with pytest.raises(InputError, match=r"strength of a star, step 4 must be from -2 to 2, got nan"):
+    with pytest.raises(InputError, match=r"weight of a star, step 4 must be from -2 to 2, got nan"):
         order(workspace, "first@4", strengths=[float("nan")])
     with pytest.raises(InputError, match=r"a star, step 4 is chosen twice"):
         order(workspace, "first@4", "first@4")

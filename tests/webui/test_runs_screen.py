@@ -158,7 +158,7 @@ def test_the_run_in_view_is_marked_and_says_why_it_ended(workspace):
     run_in(workspace.runs / "a", "interrupted")
     shown = run_cards.cards([RunView(workspace.run("a"))], "a")
     assert 'aria-pressed="true"' in shown
-    assert "Its process ended without a word" in shown
+    assert "Its process ended without an error message" in shown
     assert 'class="chip interrupted"' in shown
 
 

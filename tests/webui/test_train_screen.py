@@ -84,9 +84,9 @@ def test_a_classifier_counts_its_fits_and_draws_the_one_at_work(workspace):
     (run.path / "options.json").write_text(json.dumps({"target_layers": {}}))
     run_in(run.path / member, steps=10, total=20)
     found = parts(view(run))
-    assert "the method nora, 16 images a class, draw 2" in found["head"].key
+    assert "Fitting nora, 16 images a class, seed 1" in found["head"].key
     assert "width:87.5%" in found["bar"].key
-    assert "Loss" in found["loss"].key
+    assert "Training loss" in found["loss"].key
     assert found["next"].key[1] == "See the classifier"
 
 
@@ -103,7 +103,7 @@ def test_an_ended_run_says_why_and_from_where_it_goes_on(workspace):
     add_checkpoint(run, 50)
     head = parts(view(run))["head"].key
     assert "70 of 100 steps were done" in head
-    assert "as when the machine is switched off. Everything up to step 50 is saved. Resume goes on from there." in head
+    assert "as after a power cut. Everything up to step 50 is saved. Resume goes on from there." in head
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_an_ended_run_says_why_and_from_where_it_goes_on(workspace):
         ("OutOfMemoryError: CUDA out of memory. Tried", "The memory was not enough. On the screen Check choose"),
         ("RuntimeError: CUDA error: out of memory", "The memory was not enough."),
         ("KeyError: 'x'", "It ended with an error: KeyError 'x'. Press Resume to try again"),
-        (None, "It ended without saying why. Press Resume"),
+        (None, "It ended without an error message. Press Resume"),
     ],
 )
 def test_errors_are_one_plain_sentence_with_what_to_do(error, told):

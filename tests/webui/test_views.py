@@ -51,7 +51,7 @@ def test_a_process_that_is_gone_without_a_word_was_interrupted_or_had_been_asked
     status = {**run.status(), "state": told}
     (run.path / "status.json").write_text(json.dumps(status))
     assert view(run).state == "interrupted"
-    assert view(run).reason == "Its process ended without a word, as when the machine is switched off."
+    assert view(run).reason == "Its process ended without an error message, as after a power cut."
     (run.path / LOG).write_text(f"$ accelerate launch\n{KILLED}")
     assert view(run).reason == "Its process was ended from outside, as the system does when memory runs out."
     run_requests.ask(run, run_requests.STOP)

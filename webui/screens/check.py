@@ -48,21 +48,21 @@ SAY_SCENES = """(draft, said) => {
 SAY_PRESET = "(draft, said) => ({...draft, preset: said, by_the_boxes: true})"
 # Two boxes stand beside each other where each has so many pixels, else the one below the other.
 SIDE_BY_SIDE = 240
-ABOUT_THE_RARE_WORD = "Stands for your subject. Rare, or what the model knows of the word comes along."
+ABOUT_THE_RARE_WORD = "A rare word that stands for your subject. A common word would bring its own meaning along."
 
 
 def build(context: AppContext) -> None:
     """Put the screen into the open tab."""
-    gr.HTML("<h2>What the model will see</h2>")
+    gr.HTML("<h2>Training images as the model sees them</h2>")
     crops = gr.HTML(css_template=STYLE, elem_id="check-crops")
     gr.HTML("<h2>The words</h2>")
     with gr.Row():
         trigger, kind = _subject_words()
     prompt = gr.HTML(css_template=STYLE, elem_id="check-prompt")
     scenes = gr.Textbox(
-        label="Scenes of the sample images, one a line",
-        info="Drawn before, during and after training. A line with your rare word in it is taken as it stands; any other is put "
-        "after the prompt.",
+        label="Preview prompts, one per line",
+        info="Generated before, during and after training. A line that contains the trigger word is used as it is; any other is "
+        "appended to the prompt.",
         lines=4,
         elem_id="check-scenes",
     )
@@ -71,7 +71,7 @@ def build(context: AppContext) -> None:
     preset = gr.Radio(choices, value=presets.BALANCED, label="Preset", elem_id="check-preset")
     reasons = gr.HTML(css_template=STYLE, elem_id="check-reasons")
     panel.build(subject_runs.source(context))
-    gr.HTML("<h2>What it costs</h2>")
+    gr.HTML("<h2>Cost</h2>")
     cost = gr.HTML(costs.UNKNOWN, css_template=STYLE, elem_id="check-cost")
     measure = gr.Button("Measure time and memory", elem_id="check-measure")
     gr.HTML("<h2>The command</h2><p class='quiet'>Train starts exactly this; typed into a terminal it does the same.</p>")
@@ -90,11 +90,11 @@ def build(context: AppContext) -> None:
 
 def _subject_words() -> tuple[gr.Textbox, gr.Textbox]:
     trigger = gr.Textbox(
-        TRIGGER, label="A rare word", info=ABOUT_THE_RARE_WORD, max_lines=1, min_width=SIDE_BY_SIDE, elem_id="check-trigger"
+        TRIGGER, label="Trigger word", info=ABOUT_THE_RARE_WORD, max_lines=1, min_width=SIDE_BY_SIDE, elem_id="check-trigger"
     )
     kind = gr.Textbox(
-        label="What is it, in a word?",
-        info="The kind of thing, in plain words: what the model knows of it is where it starts from.",
+        label="Class word",
+        info="The kind of thing, in plain words: training starts from what the model knows about it.",
         placeholder="dog, toy, coffee mug",
         max_lines=1,
         min_width=SIDE_BY_SIDE,

@@ -29,7 +29,7 @@ def _layout() -> dict[str, Any]:
     with gr.Column(visible=False, elem_id="classify-result") as parts["all"]:
         parts["method"] = gr.Dropdown(
             label="Method",
-            info="What the figures below are of.",
+            info="The figures below belong to this method.",
             filterable=False,
             interactive=True,
             elem_id="classify-method",
@@ -37,22 +37,22 @@ def _layout() -> dict[str, Any]:
         parts["words"] = gr.HTML(elem_id="classify-words")
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=300):
-                gr.HTML("<h3>Which class is taken for which</h3>")
+                gr.HTML("<h3>Confusion matrix</h3>")
                 parts["confusion"] = gr.HTML(
                     js_on_load=class_html.MATRIX_JS, apply_default_css=False, elem_id="classify-confusion"
                 )
             with gr.Column(scale=2, min_width=300):
-                gr.HTML("<h3>Right in each class</h3>")
+                gr.HTML("<h3>Accuracy per class</h3>")
                 parts["classes"] = gr.HTML(elem_id="classify-per-class")
         parts["cell"] = gr.HTML(elem_id="classify-cell")
-        gr.HTML("<h3>The worst mistakes</h3>")
+        gr.HTML("<h3>Worst mistakes</h3>")
         parts["worst"] = gr.HTML(elem_id="classify-worst")
-        gr.HTML("<h3>How far its probabilities can be believed</h3>")
+        gr.HTML("<h3>Calibration</h3>")
         parts["calibration"] = gr.HTML(elem_id="classify-calibration")
         parts["reliability"] = gr.HTML(elem_id="classify-reliability")
-        gr.HTML("<h3>All methods side by side</h3>")
+        gr.HTML("<h3>Comparison of methods</h3>")
         parts["methods"] = gr.HTML(apply_default_css=False, elem_id="classify-methods")
-        gr.HTML("<h3>Take it along</h3>")
+        gr.HTML("<h3>Downloads</h3>")
         with gr.Row(elem_classes="buttons"):
             for name, title in class_files.TITLES.items():
                 parts[name] = gr.DownloadButton(title, size="sm", min_width=180, elem_id=f"classify-download-{name}")
@@ -108,7 +108,7 @@ def _methods(result: Result) -> gr.Dropdown:
     several = len(result.report["seeds"]) > 1 or len(result.report["shots"]) > 1
     choices = []
     for one in result.report["members"]:
-        draw = f" ({one['shots']} images a class, draw {one['seed'] + 1})" if several else ""
+        draw = f" ({one['shots']} images a class, seed {one['seed']})" if several else ""
         choices.append((class_html.called(one["method"]) + draw, one["folder"]))
     return gr.Dropdown(choices, value=result.trial["folder"])
 

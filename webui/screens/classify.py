@@ -27,7 +27,7 @@ def build(app: AppContext) -> None:
     intro = gr.HTML("<p>Teach the model to tell classes of images of your own apart, from a few images of each.</p>")
     run = gr.Dropdown(
         label="Classifier",
-        info="What Result and Use are about.",
+        info="Result and Use show this classifier.",
         visible=False,
         interactive=True,
         elem_id="classify-run",

@@ -113,7 +113,7 @@ def _closely(view: RunView, look: Look, suggested: int | None) -> dict[str, Adap
     """The parts about the one step that is looked at closely."""
     usable = look.step is not None and look.step in kept_steps(view.record)
     newest = samples(view.record, look.step) if look.step is not None else []
-    steps = [(f"step {each} (suggested)" if each == suggested else f"step {each}", each) for each in look.steps]
+    steps = [(f"step {each} (recommended)" if each == suggested else f"step {each}", each) for each in look.steps]
     return {
         "frame": _group(look.step is not None),
         "step": _dropdown(steps, look.step, look.forced),

@@ -1,4 +1,4 @@
-"""The screen Photos: the images of the subject, what the photo doctor says of each, and the bundled example to begin with."""
+"""The screen Photos: the images of the subject, the image check's findings, and the bundled example to begin with."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class _Handlers:
 
     @in_plain_words
     def look(self, stored: dict[str, Any], names: list[str], request: gr.Request) -> tuple[Any, ...]:
-        """The photos as they are on the disk now, without waiting for the doctor."""
+        """The photos as they are on the disk now, without waiting for the image check."""
         workspace, draft = self.context.settings.workspace(request), Draft.from_browser(stored)
         try:
             photos = SubjectDataset.of(workspace, draft.set)
@@ -102,7 +102,7 @@ class _Handlers:
 
     @in_plain_words
     def examine(self, stored: dict[str, Any], names: list[str], before: list[str], request: gr.Request) -> tuple[Any, Any]:
-        """The same with what the doctor says, unless that is what is shown.
+        """The same with the image check's findings, unless that is what is shown.
 
         `stored` may be of a moment before `names`, where another set was chosen meanwhile: what is noted is what was examined, so
         that the call which follows for the other set has something to do.
@@ -179,7 +179,7 @@ def _still_there(workspace: Workspace, set_id: str | None) -> str | None:
 
 
 def _examined(photos: SubjectDataset) -> str:
-    """The cards with what the doctor says; the first time this loads libraries."""
+    """The cards with the image check's findings; the first time this loads libraries."""
     if not photos.entries():
         return cards(photos, None)
     from webui.work import photos as work_photos
@@ -189,7 +189,7 @@ def _examined(photos: SubjectDataset) -> str:
 
 
 def _view(photos: SubjectDataset, draft: Draft, signature: str | None = None) -> tuple[Any, ...]:
-    """Updates of what the screen shows: `signature`, or the cards before the doctor has looked."""
+    """Updates of what the screen shows: `signature`, or the cards before the image check has run."""
     has_photos = bool(photos.entries())
     label = "Back to your photos" if draft.own else "Start with your own photos"
     return (

@@ -14,7 +14,7 @@ from webui.errors import in_plain_words
 from webui.views import RunView, views
 from webui.workspace import Workspace
 
-NO_ADAPTER = "no adapter to draw with yet"
+NO_ADAPTER = "no adapter yet"
 
 
 def build(context: AppContext) -> None:
@@ -57,7 +57,7 @@ def _layout() -> dict[str, Any]:
     made: dict[str, Any] = {}
     made["chosen"] = gr.Dropdown(
         label="Runs to compare",
-        info=f"Two to {MOST} of the same kind: images, losses and scores side by side, and what they were told otherwise.",
+        info=f"Two to {MOST} of the same kind: images, losses and scores side by side, and the options that differ.",
         multiselect=True,
         max_choices=MOST,
         elem_id="runs-compare",
@@ -65,7 +65,9 @@ def _layout() -> dict[str, Any]:
     with gr.Row(elem_classes="buttons"):
         made["show"] = gr.Button("Compare", variant="primary", elem_id="runs-compare-show", scale=0, min_width=140)
     made["found"] = gr.HTML(visible=False, elem_id="runs-compared")
-    made["drawing"] = gr.Accordion("Draw a prompt with all of them", open=False, visible=False, elem_id="runs-compare-drawing")
+    made["drawing"] = gr.Accordion(
+        "Generate a prompt with all of them", open=False, visible=False, elem_id="runs-compare-drawing"
+    )
     with made["drawing"]:
         with gr.Row(equal_height=True):
             made["prompt"] = gr.Textbox(label="Prompt", elem_id="runs-compare-prompt", scale=4)

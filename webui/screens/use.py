@@ -65,7 +65,7 @@ def build(context: AppContext) -> None:
     with gr.Column(visible=False, elem_id="use-form") as form:
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320):
-                prompt = gr.Textbox(label="What to draw", lines=2, max_lines=4, elem_id="use-prompt")
+                prompt = gr.Textbox(label="Prompt", lines=2, max_lines=4, elem_id="use-prompt")
                 suggestions = gr.Dataset(
                     components=[prompt], samples=[], label="Try one of these", elem_id="use-suggestions", type="values"
                 )
@@ -88,25 +88,25 @@ def build(context: AppContext) -> None:
 
 def _controls(context: AppContext, prompt: gr.Textbox) -> tuple[Controls, gr.UploadButton, gr.Button]:
     context.step.render()
-    strength = gr.Slider(0, 1.5, 1, step=0.05, label="Strength", info="0 is the model as it was.", elem_id="use-strength")
+    strength = gr.Slider(0, 1.5, 1, step=0.05, label="Adapter weight", info="0 is the base model.", elem_id="use-strength")
     with gr.Row():
         count = gr.Slider(1, 8, 1, step=1, label="Images", elem_id="use-count", min_width=150)
         seed = gr.Number(0, precision=0, minimum=0, label="Seed", elem_id="use-seed", min_width=110)
         dice = gr.Button("New seed", size="sm", elem_id="use-dice", min_width=90)
-    with_base = gr.Checkbox(label="Also draw each without the adapter", elem_id="use-base")
-    with gr.Accordion("Mix in other adapters", open=False, elem_id="use-mix"):
+    with_base = gr.Checkbox(label="Also generate each without the adapter", elem_id="use-base")
+    with gr.Accordion("Add other adapters", open=False, elem_id="use-mix"):
         gr.Markdown("Their changes add up. All must belong to the same base model.")
         mixed, strengths = [], []
         for index in range(MIXED):
             with gr.Row():
                 mixed.append(gr.Dropdown([("none", "")], value="", label="Adapter", elem_id=f"use-mixed-{index}"))
-                strengths.append(gr.Slider(0, 1.5, 1, step=0.05, label="Strength", elem_id=f"use-mixed-strength-{index}"))
+                strengths.append(gr.Slider(0, 1.5, 1, step=0.05, label="Adapter weight", elem_id=f"use-mixed-strength-{index}"))
         upload = gr.UploadButton("Add a LoRA file", file_types=[".safetensors"], size="sm", elem_id="use-upload")
     with gr.Accordion("More", open=False, elem_id="use-more"):
-        negative = gr.Textbox(label="What to keep away from", elem_id="use-negative")
+        negative = gr.Textbox(label="Negative prompt", elem_id="use-negative")
         steps = gr.Slider(1, 100, STEPS, step=1, label="Steps", info="More take longer and get finer.", elem_id="use-steps")
-        words = "How closely to follow the words."
-        guidance = gr.Slider(0, 15, GUIDANCE, step=0.5, label="Guidance", info=words, elem_id="use-guidance")
+        words = "How closely the image follows the prompt."
+        guidance = gr.Slider(0, 15, GUIDANCE, step=0.5, label="Guidance scale", info=words, elem_id="use-guidance")
     controls = Controls(strength, prompt, negative, count, seed, with_base, steps, guidance, mixed, strengths)
     return controls, upload, dice
 
@@ -234,7 +234,7 @@ def _wire_drawing(
     @in_plain_words
     def begin(request: gr.Request) -> list[Any]:
         began = CANCELLATIONS.begin(str(request.session_hash))
-        return [began, gr.Button(interactive=False), gr.Button(visible=True), bar_of("Waiting for its turn", 0, 1)]
+        return [began, gr.Button(interactive=False), gr.Button(visible=True), bar_of("Queued", 0, 1)]
 
     @in_plain_words
     def draw(request: gr.Request, token: int, *values: Any) -> Iterator[list[Any]]:
@@ -271,7 +271,7 @@ def _wire_drawing(
 
 
 def _drawing(workspace: Workspace, generation_request: GenerationRequest, session: str, token: int) -> Iterator[list[Any]]:
-    """Draw what is wished; updates of the bar, the gallery and its details, until the turn is cancelled."""
+    """Generate the requested images; updates of the bar, the gallery and its details, until it is cancelled."""
     from webui.work import drawing
 
     began = updated = time.monotonic()
@@ -300,7 +300,7 @@ def _wire_gallery(context: AppContext, outputs: ImageOutputs) -> None:
 
 def _of_syntax(generation_request: GenerationRequest) -> str:
     """What of A1111's syntax in the words is read as plain text, and what does it here."""
-    remedy = "choose it above as the step or under Mix in other adapters, with its strength"
+    remedy = "choose it above as the step or under Add other adapters, with its weight"
     said = page_warnings([generation_request.prompt, generation_request.negative_prompt], remedy)
     return "".join(f'<div class="warning" role="status">{escaped(each)}</div>' for each in said)
 

@@ -35,15 +35,13 @@ class Files:
 
 def build() -> Files:
     """Put the lower part of the screen Use into the open column."""
-    gr.Markdown("### Take it with you\nThe adapter of the step that is chosen above.", elem_id="use-take")
+    gr.Markdown("### Downloads\nThe adapter of the step that is chosen above.", elem_id="use-take")
     rows, buttons, sizes = {}, {}, {}
     for layout, (name, _) in LAYOUTS.items():
         with gr.Row(elem_classes=["use-file"]) as rows[layout]:
             buttons[layout] = gr.Button(name, size="sm", scale=0, min_width=220, elem_id=f"use-download-{layout}")
             sizes[layout] = gr.HTML(elem_id=f"use-size-{layout}")
-    gr.Markdown(
-        "### The mix as one file\nAll adapters above, each at its strength, added up exactly into one ordinary LoRA file."
-    )
+    gr.Markdown("### Merged adapters as one file\nAll adapters above, each at its weight, merged exactly into one LoRA file.")
     with gr.Row():
         layout = gr.Radio(
             [("For ComfyUI and A1111", "kohya"), ("For diffusers", "diffusers")],
@@ -52,7 +50,7 @@ def build() -> Files:
             container=False,
             elem_id="use-bake-layout",
         )
-        bake = gr.Button("Bake the mix into one file", size="sm", scale=0, min_width=220, elem_id="use-bake")
+        bake = gr.Button("Merge the adapters into one file", size="sm", scale=0, min_width=220, elem_id="use-bake")
     file = gr.DownloadButton("Download", elem_id="use-file", elem_classes=["unseen"])
     return Files(rows, sizes, buttons, layout, bake, file)
 

@@ -1,4 +1,4 @@
-"""From a wish to images, and from an adapter to the files that other programs take."""
+"""Generation requests to images, and adapters to the files that other programs load."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from webui.workspace import Workspace
 
 
 def order_for(workspace: Workspace, generation_request: GenerationRequest) -> GenerationJob:
-    """The order that a wish means.
+    """The generation job of a request.
 
     Raises: InputError naming what is not there or cannot be used.
     """
@@ -47,7 +47,7 @@ def order_for(workspace: Workspace, generation_request: GenerationRequest) -> Ge
 
 
 def draw(workspace: Workspace, generation_request: GenerationRequest) -> Iterator[GenerationProgress | Path]:
-    """Draw what is wished: progress at each step, and each image's file, kept among the user's images, as it is done.
+    """Generate the requested images: progress at each step, and each image's file, kept among the user's images, as it is done.
 
     Raises: InputError naming what cannot be used.
     """
@@ -62,7 +62,7 @@ def draw(workspace: Workspace, generation_request: GenerationRequest) -> Iterato
 
 @contextmanager
 def baked(workspace: Workspace, generation_request: GenerationRequest, layout: Literal["diffusers", "kohya"]) -> Iterator[Path]:
-    """The mix of the wish as one LoRA file, for as long as the context lasts.
+    """The adapters of the request merged into one LoRA file, for as long as the context lasts.
 
     Raises: InputError if it cannot be one.
     """

@@ -38,7 +38,7 @@ class Field:
         kind: which widget it gets; a list is written one item a line.
         item: of what type the items of a list are, or the value itself.
         choices: the values of a choice.
-        optional: whether it may be left unsaid.
+        optional: whether it may be left empty.
         default: what it is unless something is said.
         help: what it does.
         methods: the adapter methods that have it; empty for an option of every run.
@@ -60,7 +60,7 @@ class Field:
         return self.name.replace("_", " ")
 
     def read(self, value: Any) -> Any:
-        """What the widget's value `value` means; None for what is left unsaid.
+        """What the widget's value `value` means; None for a field left empty.
 
         Raises: InputError if it is of the wrong kind.
         """

@@ -1,4 +1,4 @@
-"""What the photo doctor says of a set of images, and how the model will see them."""
+"""The image check's findings about a set of images, and how the model will see them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ADVICE = {
 
 @dataclass(frozen=True)
 class Opinion:
-    """What the doctor says of one image, or of all: a verdict of two words, and sentences."""
+    """The findings about one image, or of all: a verdict of two words, and sentences."""
 
     verdict: str
     sentences: tuple[str, ...]
@@ -41,14 +41,14 @@ class Opinion:
 
 @dataclass(frozen=True)
 class Opinions:
-    """What the doctor says of each image, by its file, and of all together."""
+    """The image check's findings for each image, by its file, and of all together."""
 
     images: dict[str, Opinion]
     together: tuple[str, ...]
 
 
 def opinions(images: SubjectDataset) -> Opinions:
-    """What the photo doctor says; remembered until an image changes.
+    """The image check's findings; remembered until an image changes.
 
     Raises: InputError if no image can be used.
     """
@@ -70,7 +70,7 @@ def _together(report: ImageCheckReport, names: _Names) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Names:
-    """Puts the user's names into what the doctor says of our files.
+    """Puts the user's names into the findings about our files.
 
     Args:
         folder: the set's.
@@ -89,7 +89,7 @@ class _Names:
 
 @dataclass(frozen=True)
 class Crop:
-    """One image as the model is shown it: its first variant, and how many there are.
+    """One image as the model sees it: its first variant, and how many there are.
 
     Args:
         address: of an <img>.

@@ -1,4 +1,4 @@
-"""Draws images: keeps base models and adapters loaded, tells each step, and stops within one when it is told to."""
+"""Generates images: keeps base models and adapters loaded, reports each step, and stops within one when cancelled."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class WeightedAdapter:
 
 @dataclass(frozen=True)
 class GenerationJob:
-    """What to draw.
+    """What to generate.
 
     Args:
         prompt: what the images show.
@@ -79,14 +79,14 @@ class GenerationJob:
             raise InputError(f"At most {MAX_ADAPTERS} adapters can be mixed, got {len(self.parts)}. Leave some out.")
         for part in self.parts:
             if not (math.isfinite(part.strength) and abs(part.strength) <= MAX_STRENGTH):
-                raise InputError(f"The strength of {part.adapter.name} must be from -2 to 2, got {part.strength:g}.")
+                raise InputError(f"The adapter weight of {part.adapter.name} must be from -2 to 2, got {part.strength:g}.")
         self._check_mixture()
 
     def _check_mixture(self) -> None:
         references = [part.adapter.reference for part in self.parts]
         twice = next((part for part in self.parts if references.count(part.adapter.reference) > 1), None)
         if twice is not None:
-            raise InputError(f"{twice.adapter.name} is chosen twice. Choose it once, and stronger.")
+            raise InputError(f"{twice.adapter.name} is chosen twice. Choose it once, with a higher weight.")
         models = [part.adapter for part in self.parts if part.adapter.model is not None]
         for other in models[1:]:
             if ModelSource.from_options(other.model) != ModelSource.from_options(models[0].model):
@@ -127,7 +127,7 @@ class GeneratedImage:
 
 
 class GenerationCancelled(Exception):
-    """The drawing was told to stop; it never leaves the studio."""
+    """The generation was cancelled; never raised to callers of the pipeline cache."""
 
 
 @dataclass
@@ -175,7 +175,7 @@ class PipelineCache:
         Raises: InputError if there is nothing to write, or a part of it cannot be added to others.
         """
         if not order.parts:
-            raise InputError("There is no adapter to bake. Choose one.")
+            raise InputError("There is no adapter to merge. Choose one.")
         with self._device:
             model = self._ready(order)
             names = [self._name(model, part.adapter) for part in order.parts]
@@ -183,7 +183,7 @@ class PipelineCache:
             try:
                 return export_lora(model.pipeline, path, names[0] if list(strengths.values()) == [1] else strengths, layout)
             except ValueError as error:
-                raise InputError(f"This mix cannot be baked into one file: {error}") from error
+                raise InputError(f"These adapters cannot be merged into one file: {error}") from error
 
     def export(self, adapter: AdapterEntry, use: Callable[[StableDiffusionXLPipeline, str], Result]) -> Result:
         """What `use` makes of a pipeline and the name of `adapter` on it."""
