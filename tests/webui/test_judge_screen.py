@@ -49,7 +49,9 @@ def test_every_steps_samples_are_side_by_side_the_base_model_first_the_suggested
     heads = re.findall(r'<th scope="col">(.*?)</th>', shown)
     suggested = verdict.suggested_step(finished)
     assert [head.split("<")[0].strip() for head in heads] == ["before training", "step 40", "step 60", "step 100"]
-    assert [head for head in heads if "recommended" in head] == [f'step {suggested}<br><span class="chip good">recommended</span>']
+    assert [head for head in heads if "recommended" in head] == [
+        f'step {suggested}<br><span class="chip good">recommended</span>'
+    ]
     cells = re.findall(r'data-step="(\d+)" data-place="(\d+)"', shown)
     assert cells == [(str(step), str(place)) for place in range(len(PROMPTS)) for step in (0, 40, 60, 100)]
     assert "&lt;b&gt;in the snow" in shown
@@ -136,7 +138,9 @@ def test_while_it_trains_what_there_is_is_shown_and_what_will_be_is_said(workspa
 
 def test_a_run_that_ended_early_says_that_nothing_is_suggested(workspace):
     run = run_in(workspace.runs / "a", "stopped", steps=50)
-    assert "Training did not finish, so there is no recommended step.</b></p><p>Nothing was measured" in look(run)["suggestion"].key
+    assert (
+        "Training did not finish, so there is no recommended step.</b></p><p>Nothing was measured" in look(run)["suggestion"].key
+    )
 
 
 def test_without_a_held_out_photo_the_scores_stand_alone(workspace):
