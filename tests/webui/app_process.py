@@ -12,8 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
-from processes import kill_all
+from processes import kill_all_naming
 
 REPOSITORY = Path(__file__).parents[2]
 ADDRESS = re.compile(r"NoRA Vision is at (http://\S+)")
@@ -47,7 +46,7 @@ class AppProcess:
         ours = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": found_in}
         self._environment = {**os.environ, **ours, **(environment or {})}
         self.url = ""
-        self._port = _free_port() if own_port else None
+        self._port = free_port() if own_port else None
         self.start()
 
     def start(self, patience: float = 240.0) -> None:
@@ -84,12 +83,10 @@ class AppProcess:
         """End it and all that it started."""
         if self.process.poll() is None:
             self.kill()
-        for process in psutil.process_iter(["cmdline"]):
-            if any(str(self.runs) in word for word in process.info["cmdline"] or []):
-                kill_all(process)
+        kill_all_naming(self.runs)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """The first free one of this test process."""
     begin = FIRST_PORT + PORTS * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     for port in range(begin, begin + PORTS):

@@ -59,6 +59,13 @@ def kill_all(process):
                 one.kill()
 
 
+def kill_all_naming(folder):
+    """Kill every process whose command names `folder` or what is in it."""
+    for process in psutil.process_iter(["cmdline"]):
+        if any(str(folder) in word for word in process.info["cmdline"] or []):
+            kill_all(process)
+
+
 def apart(coroutine):
     """What a coroutine returns; in a thread of its own, since a browser's loop may run in this one."""
     with ThreadPoolExecutor(1) as thread:

@@ -1,0 +1,364 @@
+"""Documented commands run as they are written, in this process and within seconds: a folder that has all that they name."""
+
+from __future__ import annotations
+
+import functools
+import getpass
+import importlib
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import sys
+import tomllib
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
+
+import httpx
+import open_clip
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from accelerate.state import AcceleratorState
+from app_process import free_port
+from diffusers import StableDiffusionXLPipeline
+from documented import ROOT, Command
+from hub_server import HubServer, model_files
+from image_sets import class_files, stored_image, write_files
+from processes import kill_all_naming
+from safetensors.torch import save_file
+from stand_in_app import standing_for_training
+from tiny_clip import CONFIG
+
+from pipelines.mini_clip import WEIGHTS_FILE
+from training import dreambooth_nora, fewshot_nora
+from training.options import parse_options
+from training.options.fewshot import parse_fewshot_options
+from training.runs.record import list_checkpoints
+from training.runs.run import RunDirectory
+from webui import launching, server
+
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+OPENAI_CLIP = "timm/vit_base_patch16_clip_224.openai"
+# Which documented commands no test here runs, and why. A command of CI stands in .ci/run.
+RUN_BY_CI = "CI runs it"
+NOT_RUN = {
+    "pip install -r requirements.txt": RUN_BY_CI,
+    "python -m pytest -n auto": RUN_BY_CI,
+    "python -m pytest -n auto -m slow": RUN_BY_CI,
+    "python -m pytest tests/webui/test_whole_way.py": "CI runs this test with the slow ones",
+    "ruff check .": RUN_BY_CI,
+    "ruff format --check .": RUN_BY_CI,
+    "mkdocs build --strict": RUN_BY_CI,
+    "mkdocs serve": "it serves until it is interrupted; `mkdocs build --strict` builds the same site",
+    "python -m training.runs.waiting": "the web app starts it with arguments; tests/training/test_waiting.py runs it",
+}
+RUNS = ("RUN", "CLASSIFIER")
+ADDRESS = "http://127.0.0.1:7860"
+PASSWORD = "a long enough password"
+
+# Appended to a command, where the last value of a flag counts.
+SHORT_SUBJECT = (
+    "--max_train_steps 1 --heldout_image none --heldout_steps 1 --validation_steps 1 --drawn_candidates 0"
+    " --validation_prompt x --no_certify --report_to none --lr_warmup_steps 0 --train_batch_size 1"
+)
+SHORT_FEWSHOT = "--shots 2 --seeds 0 --min_train_steps 1 --iterations_per_shot 1 --train_batch_size 4 --views 1 --report_to none --test_share 0.1"
+SMALL_MODEL = "--pretrained_model_name_or_path tiny --rank 4 --inner_r 2"
+HELD_OUT = "--heldout_image 2.png"
+# What a run to be resumed needs besides.
+RESUMABLE = "--max_train_steps 2 --checkpointing_steps 1"
+SHORT_PRETRAINING = "--output_dir pretrained --scenes 8 --stages basis"
+SHORT_PROGRAMS = {
+    "benchmarks/adapter_step.py": "--tokens 16 --steps 1",
+    "benchmarks/awsvd_speed.py": "--rank 4",
+    "benchmarks/clip_step.py": "--steps 1 --rank 4 --inner_r 1 --formats",
+    "benchmarks/heldout_loss.py": f"--pretrained_model_name_or_path tiny --flags '{SHORT_SUBJECT} --rank 4 --inner_r 2 {HELD_OUT}'",
+    "benchmarks/mini_clip.py": "--photos_dir PRETRAINING --scenes 4 --draws 1 --shots 4",
+    "benchmarks/trainer_speed.py": "--repeats 1",
+    "benchmarks/true_size.py": "--rank 4 --inner_r 2",
+}
+# Instead of a value that only a large model or much time can use; where the flag is given.
+INSTEAD = {"--resolution": "16", "--rank": "4", "--inner_r": "2", "--num_class_images": "1", "--stop_text_encoder_training": "1"}
+# SDXL's true shapes, a hundredth as wide.
+TINY_SHAPES = {
+    "UNET": {
+        "block_out_channels": (8, 16, 24),
+        "norm_num_groups": 4,
+        "transformer_layers_per_block": (1, 1, 2),
+        "attention_head_dim": (1, 2, 3),
+        "cross_attention_dim": 40,
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 24 + 6 * 8,
+    },
+    "TEXT_ENCODERS": {"intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+    "AUTOENCODER": {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4},
+}
+
+
+class UnknownCommandError(Exception):
+    """No rule says how a command is run."""
+
+
+class Workspace:
+    """A folder with the repository's files and with what the pages call PHOTOS, CLASSES, runs/RUN and so on.
+
+    Args:
+        path: of the folder; commands run in it.
+        tiny: the folder of a model in which a training step takes a fraction of a second.
+        patch: changes of this process, undone when the test ends.
+    Attributes:
+        recipe_runs: the recipes that have run in any folder, with their arguments.
+    """
+
+    recipe_runs: ClassVar[set[tuple[str, ...]]] = set()
+
+    def __init__(self, path: Path, tiny: Path, images: Path, patch: pytest.MonkeyPatch) -> None:
+        self.path, self.patch = path, patch
+        path.mkdir()
+        for entry in ROOT.iterdir():
+            if not entry.name.startswith((".git", "runs", "uploads")) and entry.name != "assets":
+                (path / entry.name).symlink_to(entry)
+        # Its own folder, since a documented command writes a file into it.
+        (path / "assets").mkdir()
+        for entry in (ROOT / "assets").iterdir():
+            if entry.is_dir():
+                (path / "assets" / entry.name).symlink_to(entry)
+        (path / "tiny").symlink_to(tiny)
+        (path / "PHOTOS").symlink_to(images)
+        (path / "SUBJECTS").mkdir()
+        (path / "SUBJECTS" / "candle").symlink_to(images)
+        write_files(path / "CLASSES", class_files({"cats": 8, "dogs": 8, "fish": 8}))
+        (path / "IMAGE.jpg").write_bytes(stored_image(0, form="JPEG"))
+        self._write_pretraining_photos(path / "PRETRAINING")
+        (path / "train_dreambooth_lora_sdxl.py").touch()
+        self._shorten()
+
+    def _write_pretraining_photos(self, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "classes.json").write_text(json.dumps({"n1": "cat", "n2": "dog"}))
+        with zipfile.ZipFile(folder / "photos.zip", "w") as archive:
+            for name, content in class_files({"n1": 10, "n2": 10}).items():
+                archive.writestr(name, content)
+
+    def _shorten(self) -> None:
+        """Have this process work in the folder, and every image take one denoising step."""
+        self.patch.chdir(self.path)
+        for name in [name for name in os.environ if name.startswith(("GRADIO_", "ACCELERATE_"))]:
+            self.patch.delenv(name)
+        call = StableDiffusionXLPipeline.__call__
+
+        @functools.wraps(call)
+        def one_step(*arguments: object, **named: object) -> object:
+            return call(*arguments, **named | {"num_inference_steps": 1})
+
+        self.patch.setattr(StableDiffusionXLPipeline, "__call__", one_step)
+
+    def add_runs(self, runs: Path) -> None:
+        """Have copies of the finished runs RUN and CLASSIFIER."""
+        shutil.copytree(runs, self.path / "runs")
+
+    def serve_models(self, hub: HubServer, sdxl: Path) -> None:
+        """Have the hub serve the models that pages name: the one in the folder `sdxl`, and a tiny CLIP as OpenAI's ViT-B-16."""
+        hub.add(SDXL, model_files(sdxl, None, "fp16"))
+        configuration = CONFIG | {"text_cfg": CONFIG["text_cfg"] | {"vocab_size": 49408, "context_length": 77}}
+        self.patch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-B-16", configuration)
+        weights = self.path / WEIGHTS_FILE
+        save_file(open_clip.CLIP(**configuration, quick_gelu=True).state_dict(), weights)
+        hub.add(OPENAI_CLIP, {WEIGHTS_FILE: weights})
+
+    def run(self, command: Command) -> None:
+        """Run a command; what it cannot do is an error, as is one that no rule knows."""
+        for name, value in command.variables:
+            self.patch.setenv(name, value)
+        for start, rule in RULES.items():
+            if command.words[: len(start)] == start:
+                return rule(self, *command.words[len(start) :])
+        raise UnknownCommandError(str(command))
+
+
+def shortened(words: Sequence[str], *more: str) -> list[str]:
+    """The words of a command with `more` flags, and with small values where it gives large ones."""
+    flags = [word for option, value in INSTEAD.items() if option in words for word in (option, value)]
+    return [*words, *(word for flags_in_one in more for word in flags_in_one.split()), *flags]
+
+
+def launch(workspace: Workspace, *words: str) -> None:
+    """`accelerate launch`: a recipe in this process, after accelerate has accepted the launcher's flags.
+
+    The recipe trains in float32, since bfloat16 is slow on CPUs.
+    """
+    given = launch_command_parser().parse_args(words)
+    if given.config_file is not None:
+        load_config_from_file(given.config_file)
+    if not Path(given.training_script).is_file():
+        raise FileNotFoundError(given.training_script)
+    arguments = given.training_script_args
+    # Other launcher flags and another directory do not change what a recipe does.
+    if (recipe_run := (given.training_script, *without_output_dir(arguments))) not in workspace.recipe_runs:
+        RECIPES[given.training_script](workspace, *arguments)
+        workspace.recipe_runs.add(recipe_run)
+
+
+def without_output_dir(words: Sequence[str]) -> list[str]:
+    """`words` without `--output_dir` and its value."""
+    at = words.index("--output_dir") if "--output_dir" in words else len(words)
+    return [*words[:at], *words[at + 2 :]]
+
+
+def train_subject(workspace: Workspace, *words: str) -> None:
+    """Two training steps; on a tiny model where the command does not depend on which one it is."""
+    uses_a_model = "--pretrained_model_name_or_path" in words or "--options_file" in words
+    resumes = "--resume_from_checkpoint" in words
+    if resumes:
+        shutil.rmtree(list_checkpoints(RunDirectory(Path(words[words.index("--output_dir") + 1])).checkpoints)[-1])
+    elif "--output_dir" in words:
+        shutil.rmtree(words[words.index("--output_dir") + 1], ignore_errors=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    more = [SHORT_SUBJECT, RESUMABLE if resumes else "" if uses_a_model else SMALL_MODEL]
+    dreambooth_nora.main(parse_options(shortened(words, *more)))
+
+
+def train_classifier(workspace: Workspace, *words: str) -> None:
+    """All methods that the command names, on two images of each class."""
+    if "--output_dir" in words:
+        shutil.rmtree(words[words.index("--output_dir") + 1], ignore_errors=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    fewshot_nora.main(parse_fewshot_options(shortened(words, SHORT_FEWSHOT, "--rank 4 --inner_r 2")))
+
+
+def run_module(workspace: Workspace, module: str, *words: str) -> None:
+    """`python -m`."""
+    workspace.patch.setattr(sys, "argv", [module, *words])
+    workspace.patch.delitem(sys.modules, module, raising=False)
+    _ending_well(lambda: runpy.run_module(module, run_name="__main__", alter_sys=True))
+
+
+def run_script(workspace: Workspace, script: str, *words: str) -> None:
+    """`python`, for a benchmark: on models and numbers that are small."""
+    workspace.patch.setattr(sys, "argv", [script, *words, *shlex.split(SHORT_PROGRAMS[script])])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    if script in SMALLER:
+        SMALLER[script](workspace, module)
+        return _ending_well(module.main)
+    return _ending_well(lambda: runpy.run_path(script, run_name="__main__"))
+
+
+def _ending_well(program: Callable[[], object]) -> None:
+    try:
+        program()
+    except SystemExit as ended:
+        assert not ended.code, f"It ended with the exit code {ended.code}."
+
+
+def small_shapes(workspace: Workspace, benchmark: object) -> None:
+    """SDXL in little."""
+    for name, values in TINY_SHAPES.items():
+        shapes = getattr(benchmark, name)
+        if name == "TEXT_ENCODERS":
+            widths = ({"hidden_size": width, "projection_dim": width} for width in (16, 24))
+            smaller = tuple({**one, **values, **width} for one, width in zip(shapes, widths, strict=True))
+        else:
+            smaller = {**shapes, **values}
+        workspace.patch.setattr(benchmark, name, smaller)
+
+
+def small_matrices(workspace: Workspace, benchmark: object) -> None:
+    """One small matrix in place of SDXL's."""
+    compare = benchmark.compare_on_one_matrix
+    workspace.patch.setattr(benchmark, "compare_on_one_matrix", lambda size, rank, device: compare(32, rank, device))
+    workspace.patch.setattr(benchmark, "sdxl_attention_shapes", lambda: Counter({(16, 24): 1}))
+
+
+def only_parsed(workspace: Workspace, benchmark: object) -> None:
+    """The flags of both trainers, without the trainers: tests/training/test_trainer_speed.py has the stopwatch."""
+
+    def measured(sides: dict[str, SimpleNamespace], folder: Path) -> dict[str, dict]:
+        parse_options(sides["ours"].command[1:])
+        return {name: {"steps_per_second": 1.0, "milliseconds": {"backward": 1.0}} for name in sides}
+
+    workspace.patch.setattr(benchmark, "measured", measured)
+    parse = benchmark.HfArgumentParser(benchmark.BenchmarkOptions).parse_args_into_dataclasses
+    workspace.patch.setattr(benchmark, "main", functools.partial(lambda main: main(parse()[0]), benchmark.main))
+
+
+SMALLER = {
+    "benchmarks/awsvd_speed.py": small_matrices,
+    "benchmarks/trainer_speed.py": only_parsed,
+    "benchmarks/true_size.py": small_shapes,
+}
+
+
+def open_app(workspace: Workspace, *words: str) -> None:
+    """`python app.py`: served, asked for its first page, and interrupted."""
+    workspace.patch.setattr(getpass, "getpass", lambda _: PASSWORD)
+    launched, asked = server.launched, []
+
+    def launched_and_asked(*arguments: object, **named: object) -> object:
+        page = launched(*arguments, **named)
+        asked.append(httpx.get(page.local_url).status_code)
+        return page
+
+    def interrupted(number: int, handler: Callable[[int, object], None]) -> None:
+        handler(number, None)
+
+    workspace.patch.setattr(server, "launched", launched_and_asked)
+    workspace.patch.setattr(server.signal, "signal", interrupted)
+    port = [] if "--add_account" in words else ["--port", str(free_port())]
+    assert server.main([*words, *port]) == 0
+    assert asked == ([] if "--add_account" in words else [200])
+
+
+def check_installation(workspace: Workspace, *words: str) -> None:
+    """`pip install`: the file, or the extras, exist; nothing is installed."""
+    for word in words:
+        if extras := re.fullmatch(r"(?:\.|nora-vision)\[([\w,]+)\]", word):
+            known = tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]
+            assert set(extras[1].split(",")) <= set(known), f"pyproject.toml has no {extras[1]}"
+
+
+RECIPES = {
+    "training/dreambooth_nora.py": train_subject,
+    "training/fewshot_nora.py": train_classifier,
+    "training/pretrain_mini.py": lambda workspace, *words: run_module(
+        workspace, "training.pretrain_mini", *words, *SHORT_PRETRAINING.split()
+    ),
+}
+RULES = {
+    ("accelerate", "launch"): launch,
+    ("python", "app.py"): open_app,
+    ("python", "-m"): run_module,
+    ("python",): run_script,
+    ("pip", "install"): check_installation,
+}
+
+
+def run_python(workspace: Workspace, source: str, where: str) -> None:
+    """Run a Python block; one that asks the web app finds it at its address, with a stand-in for the training."""
+    if ADDRESS not in source:
+        exec(compile(source, where, "exec"), {"__name__": "__main__"})
+        return
+    workspace.patch.setattr(launching, "_found", standing_for_training)
+    settings = server.checked_settings(server.parser().parse_args(["--port", str(free_port())]))
+    page = server.launched(settings)
+    try:
+        exec(compile(source.replace(ADDRESS, page.local_url), where, "exec"), {"__name__": "__main__"})
+    finally:
+        page.close(verbose=False)
+        kill_all_naming(workspace.path)
+
+
+def make_runs(workspace: Workspace) -> Path:
+    """Train RUN and CLASSIFIER on the built-in models; returns the folder that holds them."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    dreambooth_nora.main(parse_options(["--output_dir", "runs/RUN", *SHORT_SUBJECT.split(), *RESUMABLE.split()]))
+    flags = f"--data_dir CLASSES --method zeroshot nora --output_dir runs/CLASSIFIER {SHORT_FEWSHOT}"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    fewshot_nora.main(parse_fewshot_options(flags.split()))
+    return workspace.path / "runs"
