@@ -68,7 +68,7 @@ SHORT_SUBJECT = (
     "--max_train_steps 1 --heldout_image none --heldout_steps 1 --validation_steps 1 --drawn_candidates 0"
     " --validation_prompt x --no_certify --report_to none --lr_warmup_steps 0 --train_batch_size 1"
 )
-SHORT_FEWSHOT = "--shots 2 --seeds 0 --min_train_steps 1 --iterations_per_shot 1 --train_batch_size 4 --views 1 --report_to none --test_share 0.1"
+SHORT_FEWSHOT = "--shots 2 --seeds 0 --min_train_steps 1 --iterations_per_shot 1 --train_batch_size 4 --views 1 --report_to none --test_share 0.03"
 SMALL_MODEL = "--pretrained_model_name_or_path tiny --rank 4 --inner_r 2"
 HELD_OUT = "--heldout_image 2.png"
 # What a run to be resumed needs besides.

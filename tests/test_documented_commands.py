@@ -82,7 +82,13 @@ def known_flags():
     hooks = module_from_spec(spec)
     spec.loader.exec_module(hooks)
     parsers = [*(make() for make in hooks.PARSERS.values()), launch_command_parser()]
-    return {flag for parser in parsers for action in parser._actions if action.help != "==SUPPRESS==" for flag in action.option_strings}
+    return {
+        flag
+        for parser in parsers
+        for action in parser._actions
+        if action.help != "==SUPPRESS=="
+        for flag in action.option_strings
+    }
 
 
 def test_every_flag_that_is_named_exists():
