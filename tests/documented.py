@@ -1,4 +1,4 @@
-"""README.md and the pages in docs/ as a program reads them: their code blocks, the commands in these, and their prose."""
+"""README.md, CONTRIBUTING.md and the pages in docs/ as a program reads them: code blocks, the commands in these, and prose."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# Where PATH holds no program, Bash asks this function instead of starting a program. So loops, line continuations, quotes and comments mean
-# what they mean in a terminal, and nothing is run.
+# Where PATH holds no program, Bash calls this function instead of starting one. So loops, line continuations, quotes and comments
+# mean what they mean in a terminal, and nothing is run.
 NO_PROGRAMS = "/no-programs"
 RECORD_COMMANDS = r"""
 command_not_found_handle() {
@@ -25,7 +25,7 @@ BASH_VARIABLES = {"PATH", "PWD", "OLDPWD", "SHLVL", "_"}
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<text>.*?)^(?P=indent)```", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`([^`\n]+)`")
 # An inline command that can be run as it stands. Others, such as `accelerate launch`, only name a program.
-INLINE_COMMAND = re.compile(r"(accelerate launch|python|nora-vision|pip|mkdocs|ruff|docker) .*")
+INLINE_COMMAND = re.compile(r"accelerate launch .*\.py.*|(python|nora-vision|pip|mkdocs|ruff|docker) .*")
 ELLIPSIS = "..."
 
 
@@ -77,8 +77,8 @@ class Block:
 
 @cache
 def pages() -> dict[str, str]:
-    """The text of README.md and of every page in docs/, by its path in the repository."""
-    paths = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    """The text of README.md, CONTRIBUTING.md and every page in docs/, by its path in the repository."""
+    paths = [ROOT / "README.md", *ROOT.glob("CONTRIBUTING.md"), *sorted((ROOT / "docs").rglob("*.md"))]
     return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
 
 

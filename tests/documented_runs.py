@@ -50,9 +50,6 @@ OPENAI_CLIP = "timm/vit_base_patch16_clip_224.openai"
 RUN_BY_CI = "CI runs it"
 NOT_RUN = {
     "pip install -r requirements.txt": RUN_BY_CI,
-    "python -m pytest -n auto": RUN_BY_CI,
-    "python -m pytest -n auto -m slow": RUN_BY_CI,
-    "python -m pytest tests/webui/test_whole_way.py": "CI runs this test with the slow ones",
     "ruff check .": RUN_BY_CI,
     "ruff format --check .": RUN_BY_CI,
     "mkdocs build --strict": RUN_BY_CI,
@@ -65,11 +62,15 @@ PASSWORD = "a long enough password"
 
 # Appended to a command, where the last value of a flag counts.
 SHORT_SUBJECT = (
-    "--max_train_steps 1 --heldout_image none --heldout_steps 1 --validation_steps 1 --drawn_candidates 0"
+    "--max_train_steps 1 --heldout_image none --heldout_steps 1 --validation_steps 1 --num_candidate_images 0"
     " --validation_prompt x --no_certify --report_to none --lr_warmup_steps 0 --train_batch_size 1"
 )
-SHORT_FEWSHOT = "--shots 2 --seeds 0 --min_train_steps 1 --iterations_per_shot 1 --train_batch_size 4 --views 1 --report_to none --test_share 0.03"
-SMALL_MODEL = "--pretrained_model_name_or_path tiny --rank 4 --inner_r 2"
+SHORT_FEWSHOT = (
+    "--shots 2 --seeds 0 --test_share 0.03 --min_train_steps 1 --iterations_per_shot 1 --train_batch_size 4 --views 1"
+    " --report_to none"
+)
+SMALL_RANKS = "--rank 4 --inner_r 2"
+SMALL_MODEL = f"--pretrained_model_name_or_path tiny {SMALL_RANKS}"
 HELD_OUT = "--heldout_image 2.png"
 # What a run to be resumed needs besides.
 RESUMABLE = "--max_train_steps 2 --checkpointing_steps 1"
@@ -78,10 +79,10 @@ SHORT_PROGRAMS = {
     "benchmarks/adapter_step.py": "--tokens 16 --steps 1",
     "benchmarks/awsvd_speed.py": "--rank 4",
     "benchmarks/clip_step.py": "--steps 1 --rank 4 --inner_r 1 --formats",
-    "benchmarks/heldout_loss.py": f"--pretrained_model_name_or_path tiny --flags '{SHORT_SUBJECT} --rank 4 --inner_r 2 {HELD_OUT}'",
+    "benchmarks/heldout_loss.py": f"--pretrained_model_name_or_path tiny --flags '{SHORT_SUBJECT} {SMALL_RANKS} {HELD_OUT}'",
     "benchmarks/mini_clip.py": "--photos_dir PRETRAINING --scenes 4 --draws 1 --shots 4",
     "benchmarks/trainer_speed.py": "--repeats 1",
-    "benchmarks/true_size.py": "--rank 4 --inner_r 2",
+    "benchmarks/true_size.py": SMALL_RANKS,
 }
 # Instead of a value that only a large model or much time can use; where the flag is given.
 INSTEAD = {"--resolution": "16", "--rank": "4", "--inner_r": "2", "--num_class_images": "1", "--stop_text_encoder_training": "1"}
@@ -194,14 +195,18 @@ def launch(workspace: Workspace, *words: str) -> None:
     The recipe trains in float32, since bfloat16 is slow on CPUs.
     """
     given = launch_command_parser().parse_args(words)
+    recipe = given.training_script if given.module else given.training_script.removesuffix(".py").replace("/", ".")
     if given.config_file is not None:
         load_config_from_file(given.config_file)
-    if not Path(given.training_script).is_file():
+    if not given.module and not Path(given.training_script).is_file():
         raise FileNotFoundError(given.training_script)
-    arguments = given.training_script_args
-    # Other launcher flags and another directory do not change what a recipe does.
-    if (recipe_run := (given.training_script, *without_output_dir(arguments))) not in workspace.recipe_runs:
-        RECIPES[given.training_script](workspace, *arguments)
+    run_recipe(workspace, recipe, given.training_script_args)
+
+
+def run_recipe(workspace: Workspace, recipe: str, arguments: Sequence[str]) -> None:
+    """Run a recipe, once for its arguments: other launcher flags and another directory do not change what it does."""
+    if (recipe_run := (recipe, *without_output_dir(arguments))) not in workspace.recipe_runs:
+        RECIPES[recipe](workspace, *arguments)
         workspace.recipe_runs.add(recipe_run)
 
 
@@ -229,7 +234,7 @@ def train_classifier(workspace: Workspace, *words: str) -> None:
     if "--output_dir" in words:
         shutil.rmtree(words[words.index("--output_dir") + 1], ignore_errors=True)
     AcceleratorState._reset_state(reset_partial_state=True)
-    fewshot_nora.main(parse_fewshot_options(shortened(words, SHORT_FEWSHOT, "--rank 4 --inner_r 2")))
+    fewshot_nora.main(parse_fewshot_options(shortened(words, SHORT_FEWSHOT, SMALL_RANKS)))
 
 
 def run_module(workspace: Workspace, module: str, *words: str) -> None:
@@ -252,9 +257,11 @@ def run_script(workspace: Workspace, script: str, *words: str) -> None:
 
 def _ending_well(program: Callable[[], object]) -> None:
     try:
-        program()
+        code = program()
     except SystemExit as ended:
-        assert not ended.code, f"It ended with the exit code {ended.code}."
+        code = ended.code
+    if isinstance(code, int | str) and code:
+        raise RuntimeError(f"The command ended with the exit code {code}.")
 
 
 def small_shapes(workspace: Workspace, benchmark: object) -> None:
@@ -323,17 +330,40 @@ def check_installation(workspace: Workspace, *words: str) -> None:
             assert set(extras[1].split(",")) <= set(known), f"pyproject.toml has no {extras[1]}"
 
 
+def console_command(workspace: Workspace, name: str, *words: str) -> None:
+    """`nora-vision`, by its entry point; one that needs arguments and is named without any answers --help."""
+    scripts = tomllib.loads(Path("pyproject.toml").read_text())["project"].get("scripts", {})
+    module, _, function = scripts["nora-vision"].partition(":")
+    if name == "app":
+        return open_app(workspace, *words)
+    if name in ("train", "fewshot"):
+        return run_recipe(workspace, {"train": "training.dreambooth_nora", "fewshot": "training.fewshot_nora"}[name], words)
+    entry = getattr(importlib.import_module(module), function)
+    workspace.patch.setattr(sys, "argv", ["nora-vision", name, *(words or ["--help"])])
+    workspace.patch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+    return _ending_well(entry)
+
+
+def find_tests(workspace: Workspace, *words: str) -> None:
+    """`python -m pytest`, which runs this: the files exist that it is given."""
+    for path in (word for word in words if "/" in word):
+        if not Path(path).exists():
+            raise FileNotFoundError(path)
+
+
 RECIPES = {
-    "training/dreambooth_nora.py": train_subject,
-    "training/fewshot_nora.py": train_classifier,
-    "training/pretrain_mini.py": lambda workspace, *words: run_module(
+    "training.dreambooth_nora": train_subject,
+    "training.fewshot_nora": train_classifier,
+    "training.pretrain_mini": lambda workspace, *words: run_module(
         workspace, "training.pretrain_mini", *words, *SHORT_PRETRAINING.split()
     ),
 }
 RULES = {
     ("accelerate", "launch"): launch,
     ("python", "app.py"): open_app,
+    ("python", "-m", "pytest"): find_tests,
     ("python", "-m"): run_module,
+    ("nora-vision",): console_command,
     ("python",): run_script,
     ("pip", "install"): check_installation,
 }
