@@ -60,10 +60,15 @@ def kill_all(process):
 
 
 def kill_all_naming(folder):
-    """Kill every process whose command names `folder` or what is in it."""
-    for process in psutil.process_iter(["cmdline"]):
-        if any(str(folder) in word for word in process.info["cmdline"] or []):
+    """Kill every process whose command names `folder` or what is in it, and those that it starts before it is dead."""
+    while matches := [one for one in psutil.process_iter(["cmdline"]) if names(one, folder)]:
+        for process in matches:
             kill_all(process)
+
+
+def names(process, folder):
+    """Whether the command of a process that has not ended names `folder`."""
+    return any(str(folder) in word for word in process.info["cmdline"] or [])
 
 
 def apart(coroutine):

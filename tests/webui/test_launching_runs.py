@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from processes import kill_all, standing_for_accelerate, wait_for
+from processes import kill_all_naming, standing_for_accelerate, wait_for
 
 from pipelines.errors import InputError
 from training.runs import run_requests
@@ -31,10 +31,7 @@ def workspace(tmp_path, monkeypatch):
     monkeypatch.setattr(launching, "_found", standing_for_accelerate)
     workspace = Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True)
     yield workspace
-    for run_id in workspace.run_ids():
-        process = workspace.run(run_id).process()
-        if process is not None and process.pid != os.getpid():
-            kill_all(process)
+    kill_all_naming(tmp_path)
 
 
 def view(workspace, run_id):
