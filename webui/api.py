@@ -237,5 +237,5 @@ def _with_classes(workspace: Workspace, options: dict[str, dict[str, Any]], file
     classes = class_sets.find(workspace, folder.name)
     if not class_sets.is_ready(classes):
         raise InputError(class_sets.warnings(classes)[0])
-    class_sets.settle_upload(folder, added)
+    class_sets.update_split_after_upload(folder, added)
     return class_presets.completed(classes, options, options)

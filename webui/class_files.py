@@ -1,4 +1,4 @@
-"""What can be taken along of a classifier: its adapter, the exported LoRA, a table of what it made of the test, its card."""
+"""Downloads of a classifier: its adapter, the exported LoRA, the table of predictions, its report card."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from pipelines.tables import harmless
 from training.runs.record import RunRecord
 from webui.class_results import Result, result_of
 
-# What the page calls each, and how its file is called.
 COMPACT, FULL, LORA, TABLE, CARD = "compact", "full", "lora", "table", "card"
 TITLES = {
     COMPACT: "Adapter, compact",
@@ -27,7 +26,7 @@ RUNNERS_UP = 3
 
 
 def downloads(result: Result) -> dict[str, Path]:
-    """The files that there are of a result, by the names of `TITLES`; the same ones for as long as the run stays as it is."""
+    """The downloadable files of a result, by the keys of `TITLES`; cached until the run changes."""
     return dict(_made(result.record.path.absolute(), result.trial["folder"], result.folder.stat().st_mtime_ns))
 
 
@@ -51,12 +50,12 @@ def _made(run: Path, trial: str, changed: int) -> tuple[tuple[str, Path], ...]:
 
 @lru_cache(maxsize=1)
 def _folder() -> str:
-    """Of this process, readable by its user alone."""
+    """A temporary folder of this process that only its user can read."""
     return tempfile.mkdtemp(prefix="nora-vision-")
 
 
 def _zipped(folder: Path, path: Path, patterns: Sequence[str] = ("**/*",)) -> Path:
-    """The files of a folder that fit one of the patterns, in a zip."""
+    """Zip the files of a folder that match one of the patterns; returns `path`."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for file in sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file()):
             archive.write(file, f"{path.stem}/{file.relative_to(folder).as_posix()}")
@@ -64,10 +63,10 @@ def _zipped(folder: Path, path: Path, patterns: Sequence[str] = ("**/*",)) -> Pa
 
 
 def tested_rows(result: Result) -> list[list[str]]:
-    """A header, and a row for each test image: what it shows, what it was taken for, how surely, and the runners-up."""
+    """A header, and a row for each test image: true class, predicted class, probability and the runners-up."""
     names, count = result.classes, min(RUNNERS_UP, len(result.classes))
     head = [f"{what} {rank}" for rank in range(2, count + 1) for what in ("class", "probability")]
-    rows = [["picture", "true class", "predicted class", "right", "probability", *head]]
+    rows = [["image", "true class", "predicted class", "correct", "probability", *head]]
     for one in result.tested():
         others = [word for rank, value in one.top[1:count] for word in (names[int(rank)], f"{value:.6g}")]
         right = "yes" if one.is_right else "no"
@@ -76,14 +75,14 @@ def tested_rows(result: Result) -> list[list[str]]:
 
 
 def write_table(path: Path, rows: Sequence[Sequence[str]]) -> Path:
-    """Write a CSV in which no cell is a formula to a spreadsheet."""
+    """Write a CSV file whose cells a spreadsheet does not evaluate as formulas."""
     stream = io.StringIO(newline="")
     csv.writer(stream).writerows([map(harmless, row) for row in rows])
-    # Names of files need not be UTF-8.
+    # File names need not be valid UTF-8.
     path.write_text(stream.getvalue(), encoding="utf-8", errors="backslashreplace", newline="")
     return path
 
 
 def new_table(rows: Sequence[Sequence[str]]) -> Path:
-    """The same in a new file that can be downloaded."""
+    """Write the rows to a new CSV file for download; returns its path."""
     return write_table(Path(tempfile.mkdtemp(dir=_folder())) / "predictions.csv", rows)

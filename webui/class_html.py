@@ -1,4 +1,4 @@
-"""What a classifier's result looks like: sentences, tables and bars. Every word of a user's is escaped here."""
+"""HTML of a classifier's result: sentences, tables and bars. User-supplied text is escaped here."""
 
 from __future__ import annotations
 
@@ -13,98 +13,98 @@ from webui.labelled_classes import LabelledClasses
 from webui.thumbnails import image, images
 
 BASELINES = {
-    "zeroshot": "no training: the classes' names alone",
-    "pixels": "raw pixels, without any model (the control)",
-    "linear_probe": "linear probe: lines drawn between what the model sees",
-    "tip_adapter": "Tip-Adapter: compares with the images kept in mind",
-    "tip_adapter_f": "Tip-Adapter-F: the same, and trained",
-    "clap": "CLAP: a linear probe held near the names",
-    "coop": "CoOp: learned words around the names",
-    "clip_adapter": "CLIP-Adapter: a small network behind the model",
-    "taskres": "TaskRes: the names' meaning shifted",
-    "gda": "GDA: a bell curve for each class",
+    "zeroshot": "Zero-shot: no training, only the class names",
+    "pixels": "Raw pixels: no model at all (the control)",
+    "linear_probe": "Linear probe: logistic regression on the image features",
+    "tip_adapter": "Tip-Adapter: compares each image with the cached training images",
+    "tip_adapter_f": "Tip-Adapter-F: Tip-Adapter with a fine-tuned cache",
+    "clap": "CLAP: a linear probe kept close to the zero-shot weights",
+    "coop": "CoOp: learned prompt tokens around the class names",
+    "clip_adapter": "CLIP-Adapter: a small network after the image encoder",
+    "taskres": "TaskRes: a learned offset to the class embeddings",
+    "gda": "GDA: Gaussian discriminant analysis",
 }
 MOST_IN_MATRIX, MOST_IN_CELL, WORST = 25, 48, 12
-# Below it, a probability can be taken at its word.
+# Expected calibration error up to which the probabilities count as calibrated.
 CALIBRATED = 0.05
-# Clicks, and Enter on a cell that has the focus, since cells are buttons.
+# Handles clicks, and Enter on a focused cell, because cells are buttons.
 MATRIX_JS = """element.addEventListener('click', (event) => {
   const cell = event.target.closest('button[data-true]');
   if (cell) trigger('select', {true: Number(cell.dataset.true), predicted: Number(cell.dataset.predicted)});
 });"""
 
 
-def called(method: str) -> str:
-    """A method's name for people, with what it is."""
+def method_title(method: str) -> str:
+    """The display name of a method, with a short description."""
     return f"{title_of(method)} adapter" if method in method_names() else BASELINES.get(method, method)
 
 
 def share(value: float) -> str:
-    """Such as 69%; never 100% for less than all."""
+    """`value` in percent, such as 69%; 100% only if it is exactly 1."""
     percent = f"{value:.0%}"
     return "over 99%" if percent == "100%" and value < 1 else percent
 
 
 def result_summary(result: Result) -> str:
-    """How good it is, beside what needs no training, and how far that can be trusted."""
+    """The test accuracy with its confidence interval, compared with the baselines, and warnings."""
     tested = result.trial["test"]
     count, value = tested["count"], share(tested["top1"]["value"])
     right = round(tested["top1"]["value"] * count)
     lead = (
-        f'<p class="lead"><b class="figure">{value}</b>of {count} images that it was not shown, {right} are right: {value}, '
-        f"between {share(tested['top1']['low'])} and {share(tested['top1']['high'])}.</p>"
+        f'<p class="lead"><b class="figure">{value}</b>test accuracy: {right} of {count} test images are classified correctly '
+        f"(95% interval: {share(tested['top1']['low'])} to {share(tested['top1']['high'])}). They were not used for training.</p>"
     )
     return lead + f"<p>{' '.join(_beside(result))}</p>" + "".join(_notes(result))
 
 
 def _beside(result: Result) -> list[str]:
     sentences = []
-    for method, words in ((ZERO_SHOT, "before any training"), (CONTROL, "with raw pixels, which need no model at all")):
+    for method, words in ((ZERO_SHOT, "zero-shot, without training"), (CONTROL, "raw pixels, without a model")):
         other = result.beside(method)
         if other is not None and result.trial["method"] != method:
             sentences.append(f"{words} {share(other['test']['top1']['value'])}")
-    chance = f"guessing would be right in {share(1 / len(result.classes))}"
-    return [f"On the same images: {', '.join(sentences)}; {chance}." if sentences else f"{chance.capitalize()}."]
+    chance = f"random guessing {share(1 / len(result.classes))}"
+    return [f"On the same images: {', '.join([*sentences, chance])}."]
 
 
 def _notes(result: Result) -> list[str]:
-    """What stands against believing the accuracy, and where another method is plainly better."""
+    """Warnings: reasons to doubt the accuracy, and methods that are significantly better."""
     trial, notes = result.trial, []
-    better = [one for one in result.same_draw() if one["test"]["top1"]["low"] > trial["test"]["top1"]["high"]]
+    better = [one for one in result.same_split() if one["test"]["top1"]["low"] > trial["test"]["top1"]["high"]]
     if trial["guard"]:
-        notes.append(f"Its strength was lowered, since training would have hurt. {html.escape(trial['guard'])}")
+        notes.append(f"The adapter's scale was lowered because training reduced the accuracy. {html.escape(trial['guard'])}")
     if trial["method"] not in (CONTROL, ZERO_SHOT):
         notes += _beside_control(result, better)
     if untested := result.untested():
         what = ", ".join(map(html.escape, untested))
-        notes.append(f"Nothing is known of how well {what} is recognised: there are no test images of it.")
+        notes.append(f"No test images for {what}, so the accuracy says nothing about it.")
     if better:
         names = " and ".join(html.escape(_short(one["method"])) for one in better)
         verb, which = ("is", "it") if len(better) == 1 else ("are", "one of them")
-        notes.append(f"On these images {names} {verb} plainly better: choose {which} above.")
+        notes.append(f"{names} {verb} significantly better on these images. Choose {which} above.")
     return [f'<p class="warning">{note}</p>' for note in notes]
 
 
 def _beside_control(result: Result, better: Sequence[dict[str, Any]]) -> list[str]:
-    """What raw pixels, which need no model, say of the method's accuracy.
+    """Warnings from comparing the method with the raw-pixel control.
 
     Args:
-        better: the methods that are plainly better than it.
+        better: the trials that are significantly better than this one.
     """
     control = result.beside(CONTROL)
     if control is None:
-        return ["Raw pixels were not tried, so nothing here says whether these images need a model at all."]
+        return ["The raw-pixel control was not run, so it is unknown whether these images need a model at all."]
     if result.trial["test"]["top1"]["low"] > control["test"]["top1"]["high"]:
         return []
     compared = "better" if control in better else "about as good"
     return [
-        f"Raw pixels are {compared} here. These images are so alike within a class that nothing shows that the "
-        "model helps; do not expect the accuracy to hold for images that were taken otherwise."
+        f"Raw pixels are {compared} here. The images within a class are so similar that this test cannot show whether the "
+        "model helps. Do not expect the same accuracy on images taken under other conditions."
     ]
 
 
 def methods_table(result: Result) -> str:
-    """All methods of the run side by side, over all its draws."""
+    """All methods of the run side by side, averaged over its splits."""
     rows = []
     for row in result.report["summary"]:
         if row["shots"] != result.trial["shots"]:
@@ -113,15 +113,15 @@ def methods_table(result: Result) -> str:
         low, high = max(0.0, top1["low"]), min(1.0, top1["high"])
         chosen = ' class="chosen"' if row["method"] == result.trial["method"] else ""
         rows.append(
-            f"<tr{chosen}><th scope='row'>{html.escape(called(row['method']))}</th>"
+            f"<tr{chosen}><th scope='row'>{html.escape(method_title(row['method']))}</th>"
             f"<td class='number'>{share(top1['value'])}</td><td class='number'>{share(low)} to {share(high)}</td>"
             f"<td class='number'>{row['trained_numbers']:,.0f}</td><td class='number'>{_size(row['stored_bytes'])}</td>"
             f"<td class='number'>{row['seconds']:.0f} s</td></tr>"
         )
-    draws = len(result.report["seeds"])
-    heads = ("right", "95% interval", "numbers learned", "file", "took")
+    splits = len(result.report["seeds"])
+    heads = ("accuracy", "95% interval", "trainable parameters", "file size", "training time")
     head = "".join(f"<th scope='col' class='number'>{one}</th>" for one in heads)
-    note = f"Means over {draws} seeds (sampled training images)." if draws > 1 else "One seed (one sample of training images)."
+    note = f"Means over {splits} splits." if splits > 1 else "From one split."
     return (
         f"<div class='scroll'><table class='plain'><thead><tr><th scope='col'>method</th>{head}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div><p class='quiet'>{note}</p>"
@@ -129,8 +129,8 @@ def methods_table(result: Result) -> str:
 
 
 def _short(method: str) -> str:
-    """A method's name without what it is."""
-    return called(method).partition(":")[0].partition(",")[0]
+    """The display name of a method without its description."""
+    return method_title(method).partition(":")[0].partition(",")[0]
 
 
 def _size(count: float) -> str:
@@ -138,21 +138,21 @@ def _size(count: float) -> str:
 
 
 def per_class(result: Result) -> str:
-    """The share that is right of each class, the worst first."""
+    """Accuracy of each class, lowest first."""
     accuracies = {name: value for name, value in result.trial["test"]["per_class"].items() if value is not None}
     counts = dict(zip(result.trial["test"]["per_class"], map(sum, result.trial["test"]["confusion"]), strict=True))
     rows = [(name, value, f"{name} ({counts[name]})") for name, value in sorted(accuracies.items(), key=lambda one: one[1])]
-    untested = "".join(f"<p class='warning'>{html.escape(name)} (0): no images were tested.</p>" for name in result.untested())
+    untested = "".join(f"<p class='warning'>{html.escape(name)} (0): no test images.</p>" for name in result.untested())
     shares = bars([(label, value) for _, value, label in rows])
-    return f"{shares}<p class='quiet'>In brackets: how many images were tested.</p>{untested}"
+    return f"{shares}<p class='quiet'>In brackets: the number of test images.</p>{untested}"
 
 
 def bars(rows: Sequence[tuple[str, float]], first_only: bool = False) -> str:
     """Shares as bars.
 
     Args:
-        rows: a name, in users' words, and a share.
-        first_only: colour the first alone.
+        rows: pairs of a name, which is escaped here, and a share in [0, 1].
+        first_only: highlight only the first bar.
     """
     cells = []
     for index, (name, value) in enumerate(rows):
@@ -166,7 +166,7 @@ def bars(rows: Sequence[tuple[str, float]], first_only: bool = False) -> str:
 
 
 def confusion(result: Result) -> str:
-    """The confusion matrix: a row for each true class, whose cells are buttons where there is an image in them."""
+    """The confusion matrix, one row for each true class. Cells that count images are buttons."""
     counts, names = result.trial["test"]["confusion"], result.classes
     labels = _in_matrix(counts)
     head = "".join(f"<th scope='col'>{html.escape(names[label])}</th>" for label in labels)
@@ -176,17 +176,17 @@ def confusion(result: Result) -> str:
         for true in labels
     ]
     left_out = len(names) - len(labels)
-    note = f" The {left_out} classes with the fewest mistakes are left out." if left_out else ""
+    note = f" The {left_out} classes with the fewest mistakes are not shown." if left_out else ""
     return (
-        "<div class='scroll'><table class='confusion'><caption>Rows are what an image shows, columns what it was taken for. "
-        f"Open a number to see its images.{note}</caption>"
+        "<div class='scroll'><table class='confusion'><caption>Rows: true class. Columns: predicted class. "
+        f"Click a number to see its images.{note}</caption>"
         f"<thead><tr><td></td>{head}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
 def _in_matrix(counts: Sequence[Sequence[int]]) -> list[int]:
-    """The places of the classes that are shown: all, or of many those with the most mistakes."""
+    """The indices of the classes in the matrix: all, or the `MOST_IN_MATRIX` with the most mistakes."""
     wrong = [sum(row) - row[label] + sum(other[label] for other in counts) - row[label] for label, row in enumerate(counts)]
     most = sorted(range(len(counts)), key=lambda label: -wrong[label])[:MOST_IN_MATRIX]
     return sorted(most)
@@ -198,36 +198,36 @@ def _cell(counts: Sequence[Sequence[int]], names: Sequence[str], true: int, pred
         return "<td>·</td>"
     kind = "right" if true == predicted else "wrong"
     words = html.escape(cell_words(names, true, predicted, count))
-    opens = f"data-true='{true}' data-predicted='{predicted}' aria-label='{words}. Show them.' title='{words}'"
+    opens = f"data-true='{true}' data-predicted='{predicted}' aria-label='{words}. Show images.' title='{words}'"
     shade = f"--share: {15 + 50 * count / total:.0f}%"
     return f"<td class='{kind}' style='{shade}'><button type='button' {opens}>{count}</button></td>"
 
 
 def cell_words(names: Sequence[str], true: int, predicted: int, count: int) -> str:
-    """Such as "2 images of glass taken for metal"; in users' words."""
+    """A cell's label, such as "2 images of glass predicted as metal"; not escaped."""
     what = "1 image" if count == 1 else f"{count} images"
-    return f"{what} of {names[true]} {'recognised' if true == predicted else f'taken for {names[predicted]}'}"
+    return f"{what} of {names[true]} {'classified correctly' if true == predicted else f'predicted as {names[predicted]}'}"
 
 
 def cell_images(result: Result, true: int, predicted: int) -> str:
-    """The images of one cell of the matrix."""
+    """The images of one cell of the confusion matrix."""
     matches = result.in_cell(true, predicted)
     heading = html.escape(cell_words(result.classes, true, predicted, result.trial["test"]["confusion"][true][predicted]))
     if not matches:
-        return f"<h4>{heading}</h4><p class='quiet'>This run is from before the tested images were written down.</p>"
+        return f"<h4>{heading}</h4><p class='quiet'>This run is from an earlier version, which recorded no predictions.</p>"
     more = f"<p class='quiet'>And {len(matches) - MOST_IN_CELL} more.</p>" if len(matches) > MOST_IN_CELL else ""
     return f"<h4>{heading}</h4>{_tested(result, matches[:MOST_IN_CELL])}{more}"
 
 
 def worst_mistakes(result: Result) -> str:
-    """The wrong predictions that it was surest of, and why they cannot be learned from."""
+    """The wrong predictions with the highest confidence, and why they cannot be used for training."""
     wrong = result.mistakes()
     if not wrong:
-        return "<p class='quiet'>It made no mistake on the test images.</p>"
+        return "<p class='quiet'>No mistakes on the test images.</p>"
     return (
-        f"{_tested(result, wrong[:WORST])}<p class='quiet'>These images are the test. Learning from them would raise the next "
-        "accuracy without making the classifier better, so they cannot be added to the training. If one lies in the wrong class, "
-        "move it under Images. To mend a mistake, add other images like it under Use.</p>"
+        f"{_tested(result, wrong[:WORST])}<p class='quiet'>These are test images. Training on them would raise the next "
+        "accuracy without improving the classifier, so they cannot be added to the training images. If one has the wrong label, "
+        "move it to its class under Images. To fix a kind of mistake, add other images like it under Use.</p>"
     )
 
 
@@ -236,41 +236,41 @@ def _tested(result: Result, matches: Sequence[TestImage]) -> str:
     figures = []
     for one in matches:
         tile = image(source_of(result.record, one), f"a test image of {names[one.true]}")
-        truth = "" if one.is_right else f"is {html.escape(names[one.true])}, "
-        figures.append((tile, f"{truth}taken for <b>{html.escape(names[one.predicted])}</b>, {share(one.confidence)} sure"))
+        truth = "" if one.is_right else f"true class {html.escape(names[one.true])}, "
+        figures.append((tile, f"{truth}predicted <b>{html.escape(names[one.predicted])}</b> ({share(one.confidence)})"))
     return images(figures)
 
 
 def calibration(result: Result) -> str:
-    """How far the probabilities can be believed, before and after the temperature, in words."""
+    """Expected calibration error before and after temperature scaling, as a sentence."""
     before, after = (result.trial[part]["calibration_error"] for part in ("test", "calibrated"))
-    believed = "can be taken at their word" if after <= CALIBRATED else "are only a rough guide"
+    believed = "are well calibrated" if after <= CALIBRATED else "are only a rough guide"
     return (
-        f"<p>How sure it says it is differs from how often it is right by {100 * before:.1f} percentage points as trained, and "
-        f"by {100 * after:.1f} once its sureness was adjusted on other images (temperature "
-        f"{result.trial['temperature']:.2f}). The probabilities here are the adjusted ones: they {believed}. A dot below the "
-        "line means that it is too sure.</p>"
+        f"<p>Expected calibration error, the mean gap between confidence and accuracy: {100 * before:.1f} percentage points as "
+        f"trained, {100 * after:.1f} after temperature scaling on validation images (temperature "
+        f"{result.trial['temperature']:.2f}). The probabilities on this page are the scaled ones; they {believed}. A dot below "
+        "the line means overconfidence.</p>"
     )
 
 
 def reliability(result: Result) -> str:
-    """How often it is right when it is so sure, as a figure."""
-    series = [Series("as it should be", [(0.0, 0.0), (1.0, 1.0)], "line", 3)]
-    for part, name, colour in (("test", "as trained", 2), ("calibrated", "adjusted", 1)):
+    """Reliability diagram: accuracy against confidence."""
+    series = [Series("perfect calibration", [(0.0, 0.0), (1.0, 1.0)], "line", 3)]
+    for part, name, colour in (("test", "as trained", 2), ("calibrated", "after temperature scaling", 1)):
         calibration_bins = result.trial[part]["reliability"]
         bins = zip(calibration_bins["confidence"], calibration_bins["accuracy"], calibration_bins["counts"], strict=True)
-        series.append(Series(name, [(sure, right) for sure, right, count in bins if count], "marks", colour))
-    return plot("How often it is right, by how sure it is", series, (0.0, 1.0))
+        series.append(Series(name, [(confidence, accuracy) for confidence, accuracy, count in bins if count], "marks", colour))
+    return plot("Accuracy by confidence", series, (0.0, 1.0))
 
 
 def class_cards(classes: LabelledClasses, right: Mapping[str, tuple[int, int]], each: int = 8) -> str:
-    """Every class with its count, some of its images, and how often it is recognised before any training."""
+    """Every class with its number of images, some of them, and its zero-shot accuracy."""
     cards = []
     for one in classes.classes:
         stride = max(1, len(one.images) // each)
         some = [(image(source, f"an image of {one.name}"), "") for source in one.images[::stride][:each]]
         recognised = right.get(one.key)
-        untrained = f"<span class='quiet'>{recognised[0]} of {recognised[1]} recognised untrained</span>" if recognised else ""
+        untrained = f"<span class='quiet'>zero-shot: {recognised[0]} of {recognised[1]} correct</span>" if recognised else ""
         count = f"{len(one.images)} image{'' if len(one.images) == 1 else 's'}"
         cards.append(
             f"<section class='class-card'><header><b>{html.escape(one.name)}</b> <span>{count}</span> {untrained}</header>"

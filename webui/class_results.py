@@ -1,4 +1,4 @@
-"""What a few-shot run has found, read from its files, and which images it speaks of."""
+"""The result of a few-shot run, read from its files, and the images that it refers to."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ ZERO_SHOT, CONTROL = "zeroshot", "pixels"
 
 @dataclass(frozen=True)
 class TestImage:
-    """An image that was tested on.
+    """The prediction for one test image.
 
     Args:
-        name: its path within its set.
-        sha256: of its file when it was tested.
-        true, predicted: its class and the one that it was taken for, by their places.
-        confidence: how sure the classifier was, in [0, 1].
-        top: the most likely classes and their probabilities.
+        name: its path within the dataset.
+        sha256: the hash of its file at test time.
+        true, predicted: indices of the true and the predicted class.
+        confidence: probability of the predicted class, in [0, 1].
+        top: pairs of class index and probability, most likely first.
     """
 
     name: str
@@ -37,12 +37,12 @@ class TestImage:
     confidence: float
     top: list[list[float]]
 
-    # Not a test of pytest's, whatever it is called.
+    # Keeps pytest from collecting this class.
     __test__ = False
 
     @property
     def is_right(self) -> bool:
-        """Whether it was taken for what it is."""
+        """Whether the prediction is correct."""
         return self.true == self.predicted
 
 
@@ -52,8 +52,8 @@ class Result:
 
     Args:
         record: the run.
-        report: what report.json says.
-        trial: the method's entry in it.
+        report: the content of report.json.
+        trial: the method's entry in the report.
     """
 
     record: RunRecord
@@ -62,31 +62,31 @@ class Result:
 
     @property
     def classes(self) -> list[str]:
-        """The classes' names, which are users' words."""
+        """The class names; escape them before they go into HTML."""
         return self.report["set"]["classes"]
 
     @property
     def folder(self) -> Path:
-        """Of the method's files."""
+        """The folder of the method's files."""
         return self.record.path / self.trial["folder"]
 
     def beside(self, method: str) -> dict[str, Any] | None:
-        """Another method's entry, of the same images; None where it was not run."""
+        """The entry of another method on the same split; None if it was not run."""
         wanted = (method, self.trial["shots"], self.trial["seed"])
         return next((one for one in self.report["members"] if (one["method"], one["shots"], one["seed"]) == wanted), None)
 
-    def same_draw(self) -> Iterator[dict[str, Any]]:
-        """All methods' entries of the same images."""
+    def same_split(self) -> Iterator[dict[str, Any]]:
+        """The entries of all methods on the same split."""
         wanted = (self.trial["shots"], self.trial["seed"])
         return (one for one in self.report["members"] if (one["shots"], one["seed"]) == wanted)
 
     def tested(self) -> list[TestImage]:
-        """What it made of each test image; none for runs that did not write it down."""
+        """The predictions for all test images; empty for runs of earlier versions, which did not record them."""
         path = self.folder / TESTED
         return _tested(path, path.stat().st_mtime_ns) if path.is_file() else []
 
     def mistakes(self) -> list[TestImage]:
-        """The test images that it got wrong, the surest first."""
+        """The wrong predictions, highest confidence first."""
         return sorted((one for one in self.tested() if not one.is_right), key=lambda one: -one.confidence)
 
     def untested(self) -> list[str]:
@@ -95,16 +95,17 @@ class Result:
         return [name for name, count in zip(self.classes, counts, strict=True) if not count]
 
     def in_cell(self, true: int, predicted: int) -> list[TestImage]:
-        """The test images of class `true` that were taken for `predicted`, the surest first."""
+        """The test images of class `true` predicted as `predicted`, highest confidence first."""
         matches = (one for one in self.tested() if (one.true, one.predicted) == (true, predicted))
         return sorted(matches, key=lambda one: -one.confidence)
 
 
 def result_of(record: RunRecord, trial: str | None = None) -> Result | None:
-    """What a run has found; None before it is done.
+    """The result of a run; None before it is done.
 
     Args:
-        trial: the folder of a fitted method, as the report has it; the one that stands for the run unless it is one.
+        trial: the folder of a trial in the report; any other value means the trial that was chosen as the classifier.
+    Raises: InputError if the report names no trial, or files outside of the run.
     """
     path = record.path / REPORT
     if not path.is_file():
@@ -113,15 +114,15 @@ def result_of(record: RunRecord, trial: str | None = None) -> Result | None:
     trials = {one["folder"]: one for one in report.get("members", [])}
     chosen = trials.get(trial) or trials.get(report.get("classifier"))
     if chosen is None:
-        raise InputError("The report of this run names no fitted method. Make the run again.")
+        raise InputError("The report of this run lists no trial. Run it again.")
     folder = (record.path / chosen["folder"]).resolve()
     if not folder.is_relative_to(record.path.resolve()):
-        raise InputError("The report of this run names files outside of it. Make the run again.")
+        raise InputError("The report of this run names files outside of its folder. Run it again.")
     return Result(record, report, chosen)
 
 
 def source_of(record: RunRecord, image: TestImage) -> DatasetSource | None:
-    """Where a test image lies, if it still is the one that was tested."""
+    """The file of a test image; None if it is gone or has changed since the test."""
     try:
         source = named_source(record, image.name)
         content = None if source is None else source.content()
@@ -131,9 +132,9 @@ def source_of(record: RunRecord, image: TestImage) -> DatasetSource | None:
 
 
 def named_source(record: RunRecord, name: str) -> DatasetSource | None:
-    """The image that a run calls `name`, in the set that it was trained on; None if there is none.
+    """The image `name` of the dataset that a run was trained on; None if there is none.
 
-    Raises: InputError if the set is no longer there, or cannot be read.
+    Raises: InputError if the dataset is gone or cannot be read.
     """
     data = record.options()["data"]
     given = data["data_dir"]
@@ -141,7 +142,7 @@ def named_source(record: RunRecord, name: str) -> DatasetSource | None:
     if given is not None and Path(given).is_dir() and data["dataset"] is None:
         is_inside = not PurePosixPath(name).is_absolute() and ".." not in parts
         return ImageFile(name, Path(given)) if is_inside else None
-    # Here, since it loads what reads all kinds of sets.
+    # Imported here because it loads the readers of all dataset formats.
     from webui.work import labelled
 
     return labelled.sources(given, data["dataset"]).get(name)

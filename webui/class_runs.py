@@ -1,4 +1,4 @@
-"""From the draft of a classifier to its options, its command and the run itself; and from a run to the next, with corrections."""
+"""Start classifier runs: from a draft, or from a finished run and corrected images."""
 
 from __future__ import annotations
 
@@ -27,26 +27,25 @@ from webui.views import RunView, views
 from webui.workspace import Workspace
 
 NEW_RUN = "NEW-RUN"
-GONE = "The images that this run learned from are no longer there. Train with your own under Images."
+GONE = "The training images of this run are gone. Choose or upload images under Images and train again."
 EMPTY_DRAFT: dict[str, Any] = {"set": None, "preset": class_presets.DEFAULT, "options": {}}
-# What belongs to the images of one run alone.
-OF_ITS_IMAGES = ("data_dir", "dataset", "class_names", "shots", "test_share")
+# Options that depend on the images of one run; a run with other images does not take them over.
+DATASET_OPTIONS = ("data_dir", "dataset", "class_names", "shots", "test_share")
 
 
 @dataclass(frozen=True)
 class ClassifyContext:
-    """What the parts of the screen Classify share.
+    """State and components shared by the parts of the screen Classify.
 
     Args:
         app: the context of all screens.
         tab: the screen's own tab.
         steps: the tabs of its parts: "pictures", "train", "result" and "new".
-        run: the id of the classifier that Train, Result and Classify new are about.
-        draft: the settings of the next run, stored by the browser: {"set": id of its images or None, "preset", "options"}.
+        run: the id of the selected classifier, which Train, Result and Use show.
+        draft: the settings of the next run, stored by the browser: {"set": id of the dataset or None, "preset", "options"}.
         draft_changed: a copy of `draft` whose change event follows it.
-        classifiers: the titles and states of all classifiers, whose change event says when to read them again.
-        refresh_trigger: changes whenever a part may have something new to show: it was opened, another classifier was chosen,
-            or the classifier's state changed.
+        classifiers: the titles and states of all classifiers; its change event updates the list.
+        refresh_trigger: changes when a part is opened, another classifier is selected, or the classifier's state changes.
     """
 
     app: AppContext
@@ -59,7 +58,7 @@ class ClassifyContext:
     refresh_trigger: gr.State
 
     def source(self) -> panel.FieldSource:
-        """What the expert panel is about."""
+        """The options that the expert panel edits."""
         return panel.FieldSource(self.app, "classify", class_presets.CLASSIFY, self.draft, self.draft_changed, complete)
 
 
@@ -69,7 +68,7 @@ def classifiers(workspace: Workspace) -> list[RunView]:
 
 
 def view_of(workspace: Workspace, run_id: str | None) -> RunView | None:
-    """The classifier of that id; None for none, or one that is gone by now."""
+    """The classifier with this id; None if there is none."""
     try:
         view = RunView(workspace.run(run_id))
     except InputError:
@@ -78,22 +77,27 @@ def view_of(workspace: Workspace, run_id: str | None) -> RunView | None:
 
 
 def set_of(workspace: Workspace, draft: object) -> str:
-    """The id of the set that a draft is about: the one it names, if it is there, else the user's newest, else the example."""
+    """The id of a draft's dataset; if it is gone, the user's newest dataset, or the example."""
     datasets = class_sets.class_sets(workspace)
     wanted = draft.get("set") if isinstance(draft, dict) else None
     return wanted if wanted in (EXAMPLE, *datasets) else next(iter(datasets), EXAMPLE)
 
 
 def complete(workspace: Workspace, draft: dict[str, Any], options: Options) -> Options:
-    """All that a run is started with, from what the browser kept and the options in force."""
+    """The options of a run on the draft's dataset.
+
+    Args:
+        draft: as stored by the browser.
+        options: the preset's and the user's options, merged.
+    """
     chosen = draft.get("options") or {}
     return class_presets.completed(class_sets.find(workspace, set_of(workspace, draft)), options, chosen)
 
 
 def values_of(context: ClassifyContext, workspace: Workspace, draft: dict[str, Any]) -> tuple[dict[str, Any], Options]:
-    """The draft with what was typed last, and all that its run is started with.
+    """The draft with the latest edits of the expert panel, and the options of its run.
 
-    Raises: InputError for what cannot be used.
+    Raises: InputError if an option is invalid.
     """
     about = context.source()
     draft = about.settled(workspace, draft)
@@ -102,9 +106,9 @@ def values_of(context: ClassifyContext, workspace: Workspace, draft: dict[str, A
 
 
 def start(context: ClassifyContext, workspace: Workspace, draft: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """Start the run; returns the draft, with what was typed last, and the run's id.
+    """Start the run; returns the draft with the latest edits, and the run's id.
 
-    Raises: InputError for what cannot be used; then nothing was started.
+    Raises: InputError if an option is invalid or the dataset is not ready; no run is started then.
     """
     from webui import launching
 
@@ -112,15 +116,15 @@ def start(context: ClassifyContext, workspace: Workspace, draft: dict[str, Any])
     if not class_sets.is_ready(classes):
         raise InputError(class_sets.warnings(classes)[0])
     if classes.kind == "own":
-        class_sets.settle(classes.data_dir)
+        class_sets.update_split(classes.data_dir)
     draft, values = values_of(context, workspace, draft)
     return draft, launching.start(workspace, "classify", values)
 
 
 def command(context: ClassifyContext, workspace: Workspace, draft: dict[str, Any]) -> str:
-    """The command that `start` runs, as one writes it.
+    """The shell command that `start` runs.
 
-    Raises: InputError for what cannot be used.
+    Raises: InputError if an option is invalid.
     """
     from webui import launching
     from webui.work import options as checked
@@ -130,66 +134,68 @@ def command(context: ClassifyContext, workspace: Workspace, draft: dict[str, Any
 
 
 def check_free(workspace: Workspace, folder: Path) -> None:
-    """Raises: InputError if a run is about to learn from the images in `folder`, or is learning from them."""
+    """Raises: InputError if a queued or active run trains on the images in `folder`."""
     given = str(folder.absolute())
     for view in views(workspace):
         if view.is_active and view.launch.get("options", {}).get("data", {}).get("data_dir") == given:
-            raise InputError("A run is learning from these images. Wait until it is done, or stop it first.")
+            raise InputError("A run is training on these images. Wait until it is done, or stop it first.")
 
 
 def train_again(workspace: Workspace, record: RunRecord, files: Mapping[str, Sequence[Path]]) -> tuple[str, str]:
-    """Add images whose class the user has said to those that a run learned from, and start a run like it.
+    """Add images labelled by the user to the training images of a run, and start a run with the same options.
 
-    They go into the user's own set that the run was trained on. The example and folders of the machine stay as they are: of
-    what the run used of them a set of the user's own is made. The new run is tested on the same images as the old one, and
-    learns from all others.
+    The images are added to the uploaded dataset that the run used. The example and local folders are never changed: the
+    images that the run used are copied to a new dataset first. The new run keeps the test images of the old one and trains
+    on all others.
 
     Args:
         files: the corrected images by the name of their class.
-    Returns: the ids of the set and of the run.
-    Raises: InputError if the run's images are no longer there, or none was corrected.
+    Returns: the ids of the dataset and of the run.
+    Raises: InputError if the run's images are gone, or no image was corrected.
     """
     from webui import launching
 
     if not any(files.values()):
-        raise InputError("No image was corrected yet. Choose the right class below one that was taken for another.")
+        raise InputError("No image was corrected. Choose the true class below an image that was classified wrongly.")
     result = result_of(record)
     if result is None:
         raise InputError("This run is not done yet. Wait until it is.")
     folder = _folder_to_correct(workspace, record)
     _add_corrections(folder, files)
     options = launching.duplicate(workspace, record.path.name)
-    data = {name: value for name, value in options.get("data", {}).items() if name not in OF_ITS_IMAGES}
+    data = {name: value for name, value in options.get("data", {}).items() if name not in DATASET_OPTIONS}
     values = class_presets.completed(
-        class_sets.own_set(folder), merged({**options, "data": data}, {"data": {"shots": ["all"]}}), {"data": {"shots": ["all"]}}
+        class_sets.uploaded_set(folder),
+        merged({**options, "data": data}, {"data": {"shots": ["all"]}}),
+        {"data": {"shots": ["all"]}},
     )
     return folder.name, launching.start(workspace, "classify", values)
 
 
 def _folder_to_correct(workspace: Workspace, record: RunRecord) -> Path:
-    """The user's own set that the run was trained on, or a new one with what the run used of another."""
+    """The folder of the uploaded dataset that the run used, or a new one with copies of the images of another."""
     set_id = class_sets.set_of_run(workspace, record)
     is_own = set_id not in (None, EXAMPLE) and class_sets.read_pointer(workspace.image_set(set_id)) is None
     return workspace.image_set(set_id) if is_own else copied_set(workspace, record)
 
 
 def _add_corrections(folder: Path, files: Mapping[str, Sequence[Path]]) -> None:
-    """Add the corrected images, by the name of their class, to the set in `folder`."""
+    """Add the corrected images, by the name of their class, to the dataset in `folder`."""
     keys = {one.name: one.folder for one in read_set(folder).classes}
     missing = [name for name in files if name not in keys]
     if missing:
-        raise InputError(f"The class {missing[0]} is no longer among the images. Add it again under Images.")
+        raise InputError(f"The class {missing[0]} is no longer in the dataset. Add it again under Images.")
     added = class_sets.add_corrections(folder, {keys[name]: paths for name, paths in files.items()})
     if not added.names:
         raise InputError(f"None of the images could be added: {added.refused[0]}")
 
 
 def copied_set(workspace: Workspace, record: RunRecord) -> Path:
-    """A set of the user's own with the images that a run used, the tested ones tested on for good; returns its folder.
+    """Copy the images that a run used to a new dataset with the same test split; returns its folder.
 
-    Raises: InputError if the images are no longer there.
+    Raises: InputError if the images are gone.
     """
-    split, names = _drawn_split(record)
+    split, names = _classifier_split(record)
     folder = workspace.new_image_set()
     try:
         parts = {part: _copied(record, folder, split[part], names) for part in ("test", "train", "val")}
@@ -201,8 +207,8 @@ def copied_set(workspace: Workspace, record: RunRecord) -> Path:
     return folder
 
 
-def _drawn_split(record: RunRecord) -> tuple[dict[str, list[list[Any]]], dict[str, str]]:
-    """What the classifier that stands for a run learned from and was tested on, and the names of its classes by their keys."""
+def _classifier_split(record: RunRecord) -> tuple[dict[str, list[list[Any]]], dict[str, str]]:
+    """The split of the trial that was chosen as the run's classifier, and the class names by their keys."""
     result = result_of(record)
     shots, seed = result.trial["shots"], result.trial["seed"]
     split = record.read_json(f"splits/{shots}-shots-seed-{seed}.json")
@@ -210,7 +216,7 @@ def _drawn_split(record: RunRecord) -> tuple[dict[str, list[list[Any]]], dict[st
 
 
 def _copied(record: RunRecord, folder: Path, listed: Iterable[Sequence[Any]], names: Mapping[str, str]) -> list[list[str]]:
-    """Copy images of a run into a set; returns what they are called there, with the folders of their classes."""
+    """Copy images of a run into a dataset; returns their new file names and class folders."""
     by_class: dict[str, list[str]] = {}
     for name, _, key in listed:
         by_class.setdefault(key, []).append(name)

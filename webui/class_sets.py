@@ -1,18 +1,18 @@
-"""The labelled images that a classifier can be trained on: the example, the user's own sets, and folders of this machine.
+"""The labelled datasets that a classifier can be trained on: the example, the user's uploads, and local folders.
 
-Which images are tested on. A run draws its test from the names of all images, so that one more image would draw the test
-anew: two runs of one set could not be compared, and an image that was added because the classifier got it wrong might be drawn
-into the test, which would then be harder than the images that are to come. So each set of the user's own has a split.json,
-which the recipe keeps to: three in ten of a class's images are tested on once and for all, those that are added later only
-fill up that share, and those that correct the classifier are only ever learned from. Images of the test cannot be moved to
-training: the accuracy would be of images that were learned by heart. A wrong label is mended where the images are, and the
-next run sees it.
+The test split is fixed. The recipe samples a test split from the names of all images, so one more image would change the
+split: two runs on one dataset could not be compared, and an image that was added as a correction might end up in the test
+split and bias the accuracy. Each uploaded dataset therefore has a split.json that the recipe follows: 30% of each class's
+images stay test images for good, images that are added later only fill up that share, and corrections are training images
+only. A test image cannot be moved to the training split, since the accuracy would then be measured on memorised images. A
+wrong label is fixed by moving the image to its class; the next run uses the new label.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -26,12 +26,12 @@ from webui.uploads import Added, add_images
 from webui.workspace import Workspace
 
 POINTER, SPLIT = "folder.json", "split.json"
-# One to learn from, one to choose on, one to test on.
+# At least one image each for training, validation and test; below FEW the accuracy is rough; UNEVEN is a ratio of class sizes.
 FEWEST, FEW, UNEVEN = 3, 10, 5
 
 
 def class_sets(workspace: Workspace) -> list[str]:
-    """The ids of the user's sets that hold classes, or point to a folder that does, newest first."""
+    """The ids of the user's datasets with classes, and of those that refer to a local folder, newest first."""
     if not workspace.sets.is_dir():
         return []
     folders = [path for path in workspace.sets.iterdir() if path.is_dir() and not path.is_symlink() and _has_classes(path)]
@@ -39,7 +39,7 @@ def class_sets(workspace: Workspace) -> list[str]:
 
 
 def title(workspace: Workspace, set_id: str) -> str:
-    """What lists call a set; it holds users' words."""
+    """The display name of a dataset; escape it before it goes into HTML."""
     if set_id == EXAMPLE:
         return "Example: handwritten digits"
     folder = workspace.image_set(set_id)
@@ -52,12 +52,12 @@ def title(workspace: Workspace, set_id: str) -> str:
 
 
 def find(workspace: Workspace, set_id: str) -> LabelledClasses:
-    """The set of that id.
+    """The dataset with this id.
 
-    Raises: InputError if it, or the folder that it points to, is not there or cannot be used.
+    Raises: InputError if it, or the local folder that it refers to, is gone or cannot be used.
     """
     if set_id == EXAMPLE:
-        # Here, since it loads scikit-learn.
+        # Imported here because it loads scikit-learn.
         from webui.work import labelled
 
         return labelled.example()
@@ -66,13 +66,13 @@ def find(workspace: Workspace, set_id: str) -> LabelledClasses:
         from webui.work import labelled
 
         if not workspace.is_local:
-            raise InputError("Folders of the machine can be named only by who works at it. Upload the images instead.")
+            raise InputError("Local folders can be used only from this machine. Upload the images instead.")
         return labelled.pointed_to(set_id, Path(pointer["path"]), pointer["names"])
-    return own_set(folder)
+    return uploaded_set(folder)
 
 
-def own_set(folder: Path) -> LabelledClasses:
-    """The user's own set in `folder`."""
+def uploaded_set(folder: Path) -> LabelledClasses:
+    """The uploaded dataset in `folder`."""
     tested = read_split(folder)["test"]
     classes = []
     for one in read_set(folder).classes:
@@ -84,18 +84,18 @@ def own_set(folder: Path) -> LabelledClasses:
 
 
 def point_to(workspace: Workspace, path: str) -> str:
-    """A set that is a folder of this machine, which is left as it is; returns its id.
+    """Add a dataset that refers to a local folder, which is never changed; returns its id.
 
-    Raises: InputError if the user does not work at the machine, or it is no folder of class folders.
+    Raises: InputError if the user is not on this machine, or `path` is not a folder of class folders.
     """
     from webui.work import labelled
 
     if not workspace.is_local:
-        raise InputError("Folders of the machine can be named only by who works at it. Upload the images instead.")
+        raise InputError("Local folders can be used only from this machine. Upload the images instead.")
     pointed_to = Path(path.strip()).expanduser().absolute()
     if not path.strip() or not pointed_to.is_dir():
         raise InputError(
-            f"There is no folder {path.strip()!r} on this machine. Give the folder that holds a folder for each class."
+            f"There is no folder {path.strip()!r} on this machine. Enter the path of a folder with one subfolder per class."
         )
     labelled.pointed_to(EXAMPLE, pointed_to, {})
     folder = workspace.new_image_set()
@@ -104,15 +104,15 @@ def point_to(workspace: Workspace, path: str) -> str:
 
 
 def read_pointer(folder: Path) -> dict[str, object] | None:
-    """The path of the folder that a set points to, and the names that its classes are given; None for other sets."""
+    """The local folder that a dataset refers to ("path") and its renamed classes ("names"); None for other datasets."""
     path = folder / POINTER
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def name_pointed_class(folder: Path, key: str, name: str) -> None:
-    """Call a class of the folder that a set points to `name`; in the folder itself nothing changes.
+    """Rename a class of a dataset that refers to a local folder; the folder itself is not changed.
 
-    Raises: InputError if the name is empty, or another class is called so.
+    Raises: InputError if the name is empty or taken.
     """
     from webui.work import labelled
 
@@ -123,18 +123,18 @@ def name_pointed_class(folder: Path, key: str, name: str) -> None:
 
 
 def read_split(folder: Path) -> dict[str, set[str]]:
-    """Which of a set's images are learned from and which tested on: their files by part, "train" and "test"."""
+    """A dataset's stored split: the sets of its files by part, "train" and "test"."""
     path = folder / SPLIT
     stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return {part: {name for name, _ in stored.get(part, ())} for part in ("train", "test")}
 
 
-def settle(folder: Path, training: Collection[str] = (), testing: Collection[str] = ()) -> None:
-    """Write down which of the images in the user's own set are tested on, as the module says; done after every change.
+def update_split(folder: Path, training: Collection[str] = (), testing: Collection[str] = ()) -> None:
+    """Write split.json of an uploaded dataset (see the module's docstring); call it after every change of the images.
 
     Args:
-        training: files that are only ever learned from.
-        testing: files that are only ever tested on.
+        training: files that must be in the training split.
+        testing: files that must be in the test split.
     """
     with changing(folder) as images:
         stored = read_split(folder)
@@ -147,28 +147,28 @@ def settle(folder: Path, training: Collection[str] = (), testing: Collection[str
         write_text_atomically(folder / SPLIT, json.dumps(parts, indent=1))
 
 
-def settle_upload(folder: Path, added: Added) -> None:
-    """The same after an upload, whose own split is kept where it came with one."""
+def update_split_after_upload(folder: Path, added: Added) -> None:
+    """Write split.json after an upload, keeping the split that the upload came with, if any."""
     testing = {name for name, part in added.parts.items() if part == "test"}
-    settle(folder, training=added.parts.keys() - testing, testing=testing)
+    update_split(folder, training=added.parts.keys() - testing, testing=testing)
 
 
 def _tested(files: Sequence[str], stored: Mapping[str, set[str]], training: set[str], testing: set[str]) -> set[str]:
-    """Those of one class's files that are tested on: those that were or must be, and as many new ones as the share lacks."""
+    """The test files of one class: those of the stored split, those of `testing`, and new ones up to the test share."""
     tested = {file for file in files if file in stored["test"] | testing and file not in training}
     fresh = [file for file in files if file not in stored["train"] | stored["test"] | training | testing]
     lacking = max(0, held_out_of(len(files)) - len(tested))
-    # As good as drawn, and the same whenever it is done.
+    # The order of the hashes is a deterministic shuffle.
     return tested.union(sorted(fresh, key=lambda file: hashlib.sha256(file.encode()).digest())[:lacking])
 
 
 def add_corrections(folder: Path, files: Mapping[str, Sequence[Path]]) -> Added:
-    """Add images whose class the user has said, to be learned from and never tested on.
+    """Add images labelled by the user to the training split.
 
     Args:
-        folder: of the user's own set.
+        folder: the folder of an uploaded dataset.
         files: the images by the key of their class.
-    Raises: InputError if the set or a class is gone.
+    Raises: InputError if the dataset or a class is gone.
     """
     total = Added()
     for key, paths in files.items():
@@ -176,12 +176,12 @@ def add_corrections(folder: Path, files: Mapping[str, Sequence[Path]]) -> Added:
         total.names += added.names
         total.refused += added.refused
         total.notes += added.notes
-    settle(folder, training=total.names)
+    update_split(folder, training=total.names)
     return total
 
 
 def set_of_run(workspace: Workspace, record: RunRecord) -> str | None:
-    """The id of the set that a run was trained on; None if it lies elsewhere, or is no longer there."""
+    """The id of the dataset that a run was trained on; None if it is outside of the workspace, or gone."""
     given = record.options().get("data", {}).get("data_dir")
     if given is None:
         return EXAMPLE
@@ -192,59 +192,72 @@ def set_of_run(workspace: Workspace, record: RunRecord) -> str | None:
 
 
 def warnings(classes: LabelledClasses) -> list[str]:
-    """What stands in the way of training, or makes it worse, in sentences that hold users' words."""
-    sentences = []
+    """Sentences on what prevents training or lowers the accuracy; escape them before they go into HTML."""
     counts = {one.name: len(one.images) for one in classes.classes}
     if not counts:
-        return ["There are no classes yet. Add a zip of class folders, or make a class and drop images into it."]
-    if len(counts) == 1:
-        sentences.append("There is one class only. A classifier tells two or more apart: add another.")
-    for name, count in counts.items():
-        if count < FEWEST:
-            sentences.append(f"{name} has {_images(count)}. Training needs {FEWEST} of each class at least: add more.")
-    unlearnable = [one.name for one in classes.classes if len(one.images) >= FEWEST and not one.learnable]
-    if unlearnable:
-        sentences.append(
-            f"All images of {_listed(unlearnable)} are kept for the test. Training needs others to learn from: add some."
-        )
-    few = [name for name, count in counts.items() if FEWEST <= count < FEW]
-    if few:
-        sentences.append(
-            f"{_listed(few)} {'has' if len(few) == 1 else 'have'} fewer than {FEW} images. It works, but three in ten of them "
-            "are kept for the test, so that the accuracy will be rough."
-        )
-    if max(counts.values()) > UNEVEN * max(1, min(counts.values())):
-        least, most = min(counts, key=counts.get), max(counts, key=counts.get)
-        sentences.append(
-            f"{most} has many more images than {least} ({counts[most]} and {counts[least]}). More of {least} would help."
-        )
-    return sentences
+        return ["There are no classes yet. Add a zip of class folders, or name a class and add its images."]
+    alone = ["There is only one class. A classifier needs at least two: add another."] if len(counts) == 1 else []
+    return [*alone, *_too_few(counts), *_only_test_images(classes), *_few(counts), *_uneven(counts)]
+
+
+def _too_few(counts: Mapping[str, int]) -> list[str]:
+    return [
+        f"{name} has {_images(count)}. Training needs at least {FEWEST} per class: add more."
+        for name, count in counts.items()
+        if count < FEWEST
+    ]
+
+
+def _only_test_images(classes: LabelledClasses) -> list[str]:
+    names = [one.name for one in classes.classes if len(one.images) >= FEWEST and not one.learnable]
+    return [f"All images of {_listed(names)} are test images. Add images for training."] if names else []
+
+
+def _few(counts: Mapping[str, int]) -> list[str]:
+    names = [name for name, count in counts.items() if FEWEST <= count < FEW]
+    if not names:
+        return []
+    verb = "has" if len(names) == 1 else "have"
+    return [
+        f"{_listed(names)} {verb} fewer than {FEW} images. Training works, but 30% of them are test images, so the measured "
+        "accuracy will be rough."
+    ]
+
+
+def _uneven(counts: Mapping[str, int]) -> list[str]:
+    least, most = min(counts, key=counts.get), max(counts, key=counts.get)
+    if counts[most] <= UNEVEN * max(1, counts[least]):
+        return []
+    return [f"{most} has many more images than {least} ({counts[most]} and {counts[least]}). Add images of {least}."]
 
 
 def is_ready(classes: LabelledClasses) -> bool:
-    """Whether a run can be started with them."""
+    """Whether a run can be started on them."""
     return len(classes.classes) > 1 and all(len(one.images) >= FEWEST and one.learnable for one in classes.classes)
 
 
-def copies(classes: LabelledClasses) -> list[str]:
-    """A sentence for each image that is in two classes, none of which training uses."""
-    by_size: dict[int, list[tuple[str, DatasetSource]]] = {}
-    for one in classes.classes:
-        for source in one.images:
-            by_size.setdefault(source.size(), []).append((one.name, source))
-    homes: dict[bytes, set[str]] = {}
-    for group in by_size.values():
-        for name, source in group if len({name for name, _ in group}) > 1 else ():
-            homes.setdefault(hashlib.sha256(source.content()).digest(), set()).add(name)
-    shared: dict[tuple[str, ...], int] = {}
-    for names in homes.values():
-        if len(names) > 1:
-            shared[tuple(sorted(names))] = shared.get(tuple(sorted(names)), 0) + 1
+def duplicates(classes: LabelledClasses) -> list[str]:
+    """A sentence for each group of classes that share identical images, which training leaves out."""
+    shared = Counter(tuple(sorted(names)) for names in _classes_by_content(classes).values() if len(names) > 1)
     return [
-        f"{_images(count)} {'is' if count == 1 else 'are'} in {_listed(names)} alike. Training leaves such images out: "
-        "remove them where they are wrong."
+        f"{_images(count)} {'is' if count == 1 else 'are'} in more than one class: {_listed(names)}. Training leaves such images "
+        "out. Remove them from the wrong classes."
         for names, count in shared.items()
     ]
+
+
+def _classes_by_content(classes: LabelledClasses) -> dict[bytes, set[str]]:
+    """The names of the classes that hold an image, by its SHA-256. Only files of the same size are read."""
+    by_size: defaultdict[int, list[tuple[str, DatasetSource]]] = defaultdict(list)
+    for one in classes.classes:
+        for source in one.images:
+            by_size[source.size()].append((one.name, source))
+    by_content: defaultdict[bytes, set[str]] = defaultdict(set)
+    for group in by_size.values():
+        if len({name for name, _ in group}) > 1:
+            for name, source in group:
+                by_content[hashlib.sha256(source.content()).digest()].add(name)
+    return by_content
 
 
 def _has_classes(folder: Path) -> bool:

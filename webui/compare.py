@@ -11,7 +11,7 @@ from typing import Any
 from pipelines.errors import InputError
 from webui import images
 from webui.curves import Series, plot, running_mean
-from webui.figures import SCORES, SUGGESTION, accuracies, called, in_percent, series
+from webui.figures import SCORES, SUGGESTION, accuracies, in_percent, method_name, series
 from webui.views import RunView
 from webui.workspace import Workspace
 
@@ -40,7 +40,7 @@ class Compared:
 
     @classmethod
     def of(cls, workspace: Workspace, ids: Sequence[str]) -> Compared:
-        """The runs called `ids`.
+        """The runs with the ids `ids`.
 
         Raises: InputError if they are not two to four, one is not there, or they are of different kinds.
         """
@@ -106,7 +106,7 @@ class Compared:
         rows = {}
         for key in keys:
             method, shots = key
-            rows[f"{called(method)}, {shots} images a class"] = [
+            rows[f"{method_name(method)}, {shots} images a class"] = [
                 in_percent(each[key]) if key in each else "" for each in accuracy
             ]
         note = '<p class="quiet">The share of test images named right, and where it lies with 95% confidence.</p>'
@@ -128,7 +128,7 @@ class Compared:
 
 
 def letter(index: int) -> str:
-    """What the run of a column is called in short."""
+    """The short column title of a run."""
     return chr(ord("A") + index)
 
 

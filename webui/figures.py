@@ -1,4 +1,4 @@
-"""The few figures that a list of runs shows of each, and what runs are compared by, read from their files."""
+"""Key figures of runs for lists and comparisons, read from their files."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from webui.views import RunView
 
 SUGGESTION, REPORT = "suggestion.json", "report.json"
 SUMMED = 16
-SCORES = {"subject_score": "Likeness to your photos", "prompt_score": "Following the prompt"}
+SCORES = {"subject_score": "Similarity to your photos", "prompt_score": "Prompt adherence"}
 
 
 def figures(view: RunView) -> list[tuple[str, str]]:
-    """What a list says of a run: names and values, both for people; a user's words may be in them."""
+    """The key figures of a run as pairs of name and value; escape them before they go into HTML."""
     rows = _of_classifier(view) if view.task == "classify" else _of_subject(view)
     return [(name, value) for name, value in rows if value]
 
 
 def method_of(view: RunView) -> str:
-    """The adapter method, or those that are compared."""
+    """The display name of the adapter method, or of all methods of a few-shot run."""
     if view.task == "subject":
-        return called(view.chosen("adapter", "method") or DEFAULT)
+        return method_name(view.chosen("adapter", "method") or DEFAULT)
     methods = view.chosen("method", "method")
-    return ", ".join(map(called, methods)) if isinstance(methods, list) else ""
+    return ", ".join(map(method_name, methods)) if isinstance(methods, list) else ""
 
 
-def called(method: object) -> str:
-    """A method's name for people, without what it is."""
-    return re.split("[:,(]", class_html.called(str(method)))[0].strip().removesuffix(" adapter")
+def method_name(method: object) -> str:
+    """The display name of a method without its description."""
+    return re.split("[:,(]", class_html.method_title(str(method)))[0].strip().removesuffix(" adapter")
 
 
 def _of_subject(view: RunView) -> list[tuple[str, str]]:
@@ -49,8 +49,8 @@ def _of_subject(view: RunView) -> list[tuple[str, str]]:
         ("Method", method_of(view)),
         ("Steps", f"{done} of {total}" if total else ""),
         ("Loss", f"{fmean(losses):.3f}" if losses else ""),
-        ("Least held-out loss", f"{min(heldout):.3f}" if heldout else ""),
-        ("Suggested step", str(view.read(SUGGESTION).get("step", ""))),
+        ("Lowest validation loss", f"{min(heldout):.3f}" if heldout else ""),
+        ("Recommended checkpoint", str(view.read(SUGGESTION).get("step", ""))),
     ]
 
 
@@ -58,23 +58,23 @@ def _of_classifier(view: RunView) -> list[tuple[str, str]]:
     best = [(row["method"], row["top1"]) for row in accuracies(view)]
     done, total = view.status.get("step"), view.status.get("total")
     started = [("Methods", method_of(view)), ("Fitted", f"{done} of {total}" if total else "")]
-    return [(called(method), in_percent(top1)) for method, top1 in best] or started
+    return [(method_name(method), in_percent(top1)) for method, top1 in best] or started
 
 
 def accuracies(view: RunView) -> list[dict[str, Any]]:
-    """What a classifier's report sums up, by method and number of images; empty before it is written."""
+    """The summary rows of a classifier's report, one per method and number of shots; empty before the report exists."""
     rows = view.read(REPORT).get("summary", [])
     return [row for row in rows if isinstance(row, dict) and isinstance(row.get("top1"), dict)]
 
 
 def in_percent(interval: dict[str, float]) -> str:
-    """A share and where it lies with 95% confidence."""
+    """A proportion with its 95% confidence interval, in percent."""
     value, low, high = (interval[name] for name in ("value", "low", "high"))
     return f"{value:.0%} ({max(0.0, low):.0%} to {min(1.0, high):.0%})"
 
 
 def series(view: RunView) -> dict[str, list[Point]]:
-    """All that the run has logged, by name: (step, value), in order; a step that was done again counts once."""
+    """All logged metrics by name, as (step, value) in order. Of a repeated step the last value counts."""
     path = view.record.path / METRICS
     try:
         stat = path.stat()
@@ -99,7 +99,7 @@ def _lines(path: Path) -> list[dict[str, float]]:
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
-            # Just being written, or cut short by a crash.
+            # Still being written, or truncated by a crash.
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)

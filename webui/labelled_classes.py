@@ -1,4 +1,4 @@
-"""What a classifier can be trained on, as data: a set's classes and their images."""
+"""The classes of a labelled dataset and their images."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class LabelledClass:
     """A class and its images.
 
     Args:
-        key: what the recipe calls it: its folder.
-        name: what its owner calls it; to be escaped wherever it is shown.
-        images: all of them.
-        learnable: how many are left when those that are tested on are held out.
+        key: its folder, which identifies it in the recipe.
+        name: the name given by the user; escape it before it goes into HTML.
+        images: all of its images.
+        learnable: number of images outside of the test split.
     """
 
     key: str
@@ -33,14 +33,14 @@ class LabelledClass:
 
 @dataclass(frozen=True)
 class LabelledClasses:
-    """The classes of one set as they are now, be they ready to be trained on or not.
+    """The current classes of one dataset, whether or not they can be trained on.
 
     Args:
-        id: `EXAMPLE`, or the id of the image set.
-        kind: whose images they are.
-        data_dir: where the recipe finds them; None for the example.
+        id: `EXAMPLE`, or the id of the dataset.
+        kind: the bundled example, the user's upload ("own"), or a local folder.
+        data_dir: the folder that the recipe reads; None for the example.
         classes: in their order.
-        notes: sentences on how a folder was read, and on what of it is not used; they hold users' words.
+        notes: sentences on how a folder was read and which files are not used; escape them before they go into HTML.
     """
 
     id: str
@@ -51,22 +51,22 @@ class LabelledClasses:
 
     @property
     def count(self) -> int:
-        """Of all images."""
+        """The number of all images."""
         return sum(len(one.images) for one in self.classes)
 
     def names(self) -> dict[str, str]:
-        """The classes' names, by their keys."""
+        """The class names by key."""
         return {one.key: one.name for one in self.classes}
 
     def class_named(self, key: str) -> LabelledClass:
-        """The class of that key. Raises: InputError if there is none."""
+        """The class with this key. Raises: InputError if there is none."""
         for one in self.classes:
             if one.key == key:
                 return one
-        raise InputError("This class is no longer there. Reload the page.")
+        raise InputError("This class no longer exists. Reload the page.")
 
     def data_options(self) -> dict[str, object]:
-        """The options of the group data that say which images, and what their classes are called."""
+        """The options of the group `data` that name the images and the renamed classes."""
         if self.data_dir is None:
             return {}
         renamed = [f"{one.key}={one.name}" for one in self.classes if one.key != one.name]
@@ -74,5 +74,5 @@ class LabelledClasses:
 
 
 def held_out_of(count: int) -> int:
-    """How many of a class's `count` images are tested on."""
+    """The number of test images of a class with `count` images."""
     return max(1, round(TEST_SHARE * count))

@@ -14,7 +14,7 @@ from pipelines.fewshot.metrics import score
 from pipelines.fewshot.sources import ImageFile
 from training.fewshot.tested import told_of_test, write_tested
 from training.runs.record import OPTIONS, STATUS, RunRecord
-from webui.class_sets import settle
+from webui.class_sets import update_split
 from webui.image_datasets import add_class
 from webui.uploads import add_images
 
@@ -54,7 +54,7 @@ def colour_set(workspace, scratch, each=6, names=COLOURS):
     given = colour_folder(scratch, each, names)
     for name in names:
         add_images(folder, sorted((given / name).iterdir()), add_class(folder, name))
-    settle(folder)
+    update_split(folder)
     return folder
 
 

@@ -43,7 +43,7 @@ def more(folder, key, name, places, scratch):
     return add_images(folder, sorted(scratch.iterdir()), key).names
 
 
-def test_the_recipe_tests_on_the_images_that_the_set_keeps_for_it(folder):
+def test_the_recipe_uses_the_test_split_of_the_dataset(folder):
     split = sample_split(load_folder(folder), "all", 0)
     kept = class_sets.read_split(folder)
     assert {name for name, _ in split.names["test"]} == kept["test"]
@@ -51,10 +51,10 @@ def test_the_recipe_tests_on_the_images_that_the_set_keeps_for_it(folder):
     assert [sum(name.startswith(key) for name in kept["test"]) for key in ("c00", "c01", "c02")] == [2, 2, 2]
 
 
-def test_images_added_later_fill_up_the_test_and_move_none_out_of_it(folder, tmp_path):
+def test_images_added_later_fill_up_the_test_split_and_move_none_out_of_it(folder, tmp_path):
     before = class_sets.read_split(folder)
     added = more(folder, "c00", "ruby", range(20, 30), tmp_path / "more")
-    class_sets.settle(folder)
+    class_sets.update_split(folder)
     after = class_sets.read_split(folder)
     assert before["test"] < after["test"]
     assert before["train"] < after["train"]
@@ -62,7 +62,7 @@ def test_images_added_later_fill_up_the_test_and_move_none_out_of_it(folder, tmp
     assert len(set(added) & after["test"]) == 3
 
 
-def test_corrections_are_learned_from_and_never_tested_on(folder, tmp_path):
+def test_corrections_are_training_images_and_never_test_images(folder, tmp_path):
     before = class_sets.read_split(folder)
     (tmp_path / "new").mkdir()
     files = [tmp_path / "new" / f"{place}.png" for place in range(10)]
@@ -71,7 +71,7 @@ def test_corrections_are_learned_from_and_never_tested_on(folder, tmp_path):
     added = class_sets.add_corrections(folder, {"c00": files})
     assert len(added.names) == 10
     assert class_sets.read_split(folder)["test"] == before["test"]
-    class_sets.settle(folder)
+    class_sets.update_split(folder)
     assert not set(added.names) & class_sets.read_split(folder)["test"]
 
 
@@ -79,7 +79,7 @@ def test_after_images_are_removed_or_moved_the_recipe_still_reads_the_set(folder
     tested = sorted(class_sets.read_split(folder)["test"])[0]
     remove_image(folder, tested)
     moved = move_image(folder, read_set(folder).classes[1].images[0].file, "c02")
-    class_sets.settle(folder)
+    class_sets.update_split(folder)
     parts = load_folder(folder).parts
     assert tested not in parts
     assert moved in parts
@@ -92,30 +92,30 @@ def test_names_go_to_the_recipe_by_the_folders(folder, workspace):
     assert options["class_names"] == ["c00=ruby", "c01=green leaf", "c02=sea"]
 
 
-def test_what_stands_in_the_way_is_said_in_words(workspace, tmp_path):
+def test_warnings_name_what_prevents_training(workspace, tmp_path):
     folder = workspace.new_image_set()
-    assert "no classes yet" in class_sets.warnings(class_sets.own_set(folder))[0]
+    assert "no classes yet" in class_sets.warnings(class_sets.uploaded_set(folder))[0]
     more(folder, add_class(folder, "ruby"), "ruby", range(20), tmp_path / "a")
-    assert "one class only" in class_sets.warnings(class_sets.own_set(folder))[0]
+    assert "only one class" in class_sets.warnings(class_sets.uploaded_set(folder))[0]
     more(folder, add_class(folder, "leaf"), "leaf", range(2), tmp_path / "b")
-    found = class_sets.own_set(folder)
-    assert "leaf has 2 images. Training needs 3" in class_sets.warnings(found)[0]
+    found = class_sets.uploaded_set(folder)
+    assert "leaf has 2 images. Training needs at least 3" in class_sets.warnings(found)[0]
     assert not class_sets.is_ready(found)
     more(folder, "c01", "leaf", range(2, 4), tmp_path / "c")
-    found = class_sets.own_set(folder)
+    found = class_sets.uploaded_set(folder)
     assert class_sets.is_ready(found)
     told = " ".join(class_sets.warnings(found))
     assert "leaf has fewer than 10 images" in told
 
 
-def test_a_image_in_two_classes_is_told(workspace, folder, tmp_path):
-    assert class_sets.copies(class_sets.own_set(folder)) == []
+def test_an_image_in_two_classes_is_named(workspace, folder, tmp_path):
+    assert class_sets.duplicates(class_sets.uploaded_set(folder)) == []
     more(folder, "c02", "ruby", [0], tmp_path / "copy")
-    (told,) = class_sets.copies(class_sets.own_set(folder))
-    assert "1 image is in ruby and sea alike" in told
+    (told,) = class_sets.duplicates(class_sets.uploaded_set(folder))
+    assert "1 image is in more than one class: ruby and sea." in told
 
 
-def test_a_folder_of_the_machine_is_left_as_it_is(workspace, tmp_path):
+def test_a_local_folder_is_not_changed(workspace, tmp_path):
     given = colour_folder(tmp_path / "mine", 4)
     before = sorted(path.name for path in given.rglob("*"))
     set_id = class_sets.point_to(workspace, str(given))
@@ -128,25 +128,25 @@ def test_a_folder_of_the_machine_is_left_as_it_is(workspace, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "words"), [("leaf", "name of its own"), ("  ", "one line of text")])
-def test_a_class_of_a_folder_takes_no_name_that_training_would_refuse(workspace, tmp_path, name, words):
+def test_a_class_of_a_local_folder_rejects_names_that_training_would_refuse(workspace, tmp_path, name, words):
     folder = workspace.image_set(class_sets.point_to(workspace, str(colour_folder(tmp_path / "mine", 4))))
     with pytest.raises(InputError, match=words):
         class_sets.name_pointed_class(folder, "sea", name)
     assert class_sets.find(workspace, folder.name).names() == {name: name for name in sorted(COLOURS)}
 
 
-def test_guests_name_no_folder_of_the_machine(tmp_path):
+def test_guests_cannot_use_local_folders(tmp_path):
     guest = Workspace(tmp_path / "runs", tmp_path / "sets", "ann", is_local=False)
     given = colour_folder(tmp_path / "mine", 4)
-    with pytest.raises(InputError, match="only by who works at it"):
+    with pytest.raises(InputError, match="only from this machine"):
         class_sets.point_to(guest, str(given))
     host = Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True)
-    with pytest.raises(InputError, match="only by who works at it"):
+    with pytest.raises(InputError, match="only from this machine"):
         class_sets.find(guest, class_sets.point_to(host, str(given)))
 
 
 @pytest.mark.parametrize("path", ["", "  ", "/no/such/folder"])
-def test_a_folder_that_is_none_is_refused(workspace, path):
+def test_a_missing_folder_is_refused(workspace, path):
     with pytest.raises(InputError, match="There is no folder"):
         class_sets.point_to(workspace, path)
 
@@ -158,7 +158,7 @@ def test_the_example_is_a_set_of_ten_digits(workspace):
     assert found.data_options() == {}
 
 
-def test_as_many_images_are_learned_from_as_every_class_has(folder, workspace, tmp_path):
+def test_the_shots_are_limited_by_the_smallest_class(folder, workspace, tmp_path):
     classes = class_sets.find(workspace, folder.name)
     # Four of six are left: two to learn from and two to choose on.
     assert class_presets.fitting_shots(classes, ["2"]) == ["2"]
@@ -169,14 +169,14 @@ def test_as_many_images_are_learned_from_as_every_class_has(folder, workspace, t
         sample_split(load_folder(folder), 3, 0)
 
 
-def test_a_users_own_number_of_images_is_left_as_it_is(folder, workspace):
+def test_shots_set_by_the_user_are_not_changed(folder, workspace):
     classes, fast = class_sets.find(workspace, folder.name), preset_named(CLASSIFY, "Fast").options()
     assert class_presets.completed(classes, fast, {})["data"]["shots"] == ["all"]
     own = {"data": {"shots": ["3"]}}
     assert class_presets.completed(classes, fast | {"data": {"shots": ["3"]}}, own)["data"]["shots"] == ["3"]
 
 
-def test_all_images_of_large_classes_take_no_hours(workspace):
+def test_steps_are_limited_for_large_classes(workspace):
     best = preset_named(CLASSIFY, "Best").options()
     found = class_presets.completed(class_sets.find(workspace, EXAMPLE), best, {})
     fewest = 174 - round(0.3 * 174)
@@ -184,7 +184,7 @@ def test_all_images_of_large_classes_take_no_hours(workspace):
 
 
 @pytest.mark.parametrize("name", [preset.name for preset in CLASSIFY])
-def test_every_preset_is_one_that_the_recipe_takes(name, folder, workspace):
+def test_the_recipe_accepts_every_preset(name, folder, workspace):
     from webui.work.options import build
 
     values = class_presets.completed(class_sets.find(workspace, folder.name), preset_named(CLASSIFY, name).options(), {})
@@ -193,7 +193,7 @@ def test_every_preset_is_one_that_the_recipe_takes(name, folder, workspace):
     assert options.data.data_dir == str(Path(folder).absolute())
 
 
-def test_the_set_that_a_run_was_trained_on_is_found_again(folder, workspace, tmp_path):
+def test_the_dataset_of_a_run_is_found_again(folder, workspace, tmp_path):
     run = workspace.new_run()
     (run / "status.json").write_text("{}")
     for data_dir, expected in ((str(folder.absolute()), folder.name), (None, EXAMPLE), (str(tmp_path), None)):
@@ -201,7 +201,7 @@ def test_the_set_that_a_run_was_trained_on_is_found_again(folder, workspace, tmp
         assert class_sets.set_of_run(workspace, workspace.run(run.name)) == expected
 
 
-def test_images_that_a_run_is_learning_from_stay(folder, workspace):
+def test_images_of_an_active_run_cannot_be_changed(folder, workspace):
     run = workspace.new_run()
     launch = {"task": "classify", "options": {"data": {"data_dir": str(folder.absolute())}}, "created": 0.0}
     (run / "launch.json").write_text(json.dumps(launch))
@@ -209,7 +209,7 @@ def test_images_that_a_run_is_learning_from_stay(folder, workspace):
     own = {"pid": sleeping.pid, "pid_started": psutil.Process(sleeping.pid).create_time()}
     try:
         (run / "status.json").write_text(json.dumps({"state": "running", "phase": "fitting", **own}))
-        with pytest.raises(InputError, match="is learning from these images"):
+        with pytest.raises(InputError, match="is training on these images"):
             class_runs.check_free(workspace, folder)
     finally:
         sleeping.kill()
@@ -217,7 +217,7 @@ def test_images_that_a_run_is_learning_from_stay(folder, workspace):
     class_runs.check_free(workspace, folder)
 
 
-def test_a_set_is_called_by_its_classes(folder, workspace):
+def test_the_title_of_a_dataset_lists_its_classes(folder, workspace):
     assert class_sets.title(workspace, folder.name) == f"{', '.join(COLOURS)} (18 images)"
 
 
@@ -253,7 +253,7 @@ def test_the_split_that_a_zip_comes_with_is_kept(workspace, tmp_path, how):
         path = split_zip(tmp_path / "a.zip", keys, each=4, more={"split.json": json.dumps(split)})
     added = add_zip(folder, path)
     assert not added.refused
-    class_sets.settle_upload(folder, added)
+    class_sets.update_split_after_upload(folder, added)
     assert [one.name for one in read_set(folder).classes] == ["leaf", "ruby"] if how == "folders" else ["ruby", "leaf"]
     names = {entry.file: entry.name for entry in read_set(folder).entries()}
     tested = {names[file] for file in class_sets.read_split(folder)["test"]}
@@ -264,9 +264,9 @@ def test_the_split_that_a_zip_comes_with_is_kept(workspace, tmp_path, how):
         else {"02.png", "03.png", "12.png", "13.png"}
     )
     assert tested == expected
-    class_sets.settle(folder)
+    class_sets.update_split(folder)
     assert {names[file] for file in class_sets.read_split(folder)["test"]} == expected
-    assert "It is split by its" in class_images._said(added)
+    assert "It is split by its" in class_images._upload_summary(added)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_a_zip_that_may_or_may_not_be_split_is_refused(workspace, tmp_path, fold
     assert not read_set(folder).entries()
 
 
-def test_what_of_a_folder_is_not_used_and_which_class_is_not_tested_is_shown(workspace, tmp_path):
+def test_unused_files_of_a_folder_and_classes_without_test_images_are_shown(workspace, tmp_path):
     mine = colour_folder(tmp_path / "mine" / "Train", 4, ("ruby", "leaf", "sea")).parent
     colour_folder(mine / "Test", 2, ("ruby", "leaf"))
     (mine / "Train" / "sea" / "<b>.txt").touch()
@@ -300,4 +300,4 @@ def test_a_class_that_is_only_tested_on_cannot_be_trained(workspace, tmp_path):
     colour_folder(mine / "Test", 4, ("ruby", "leaf", "sea"))
     found = class_sets.find(workspace, class_sets.point_to(workspace, str(mine)))
     assert not class_sets.is_ready(found)
-    assert any("All images of sea are kept for the test" in one for one in class_sets.warnings(found))
+    assert any("All images of sea are test images" in one for one in class_sets.warnings(found))

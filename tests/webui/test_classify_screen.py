@@ -56,9 +56,7 @@ def workspace(server):
 
 
 @pytest.mark.slow(80)
-def test_the_whole_way_from_a_zip_to_a_classifier_that_learned_from_its_mistake(
-    server, workspace, new_page, tmp_path, screenshot
-):
+def test_from_a_zip_to_a_classifier_that_is_trained_again_with_a_correction(server, workspace, new_page, tmp_path, screenshot):
     page = opened(new_page, server)
     to_classify(page)
     expect(page.locator("#classify-classes .class-card")).to_have_count(10, timeout=TRAINED)
@@ -66,7 +64,7 @@ def test_the_whole_way_from_a_zip_to_a_classifier_that_learned_from_its_mistake(
     page.set_input_files("#classify-zip input[type=file]", colour_zip(tmp_path / "colours.zip", 6))
     expect(page.locator("#classify-classes .class-card")).to_have_count(3, timeout=SOON)
     expect(page.locator("#classify-said")).to_contain_text("18 images added")
-    expect(page.locator("#classify-summary")).to_contain_text("Before any training", timeout=SOON)
+    expect(page.locator("#classify-summary")).to_contain_text("Zero-shot accuracy", timeout=SOON)
     page.locator("#classify-mend > button").click()
     choose(page, "#classify-class", "leaf")
     expect(page.locator("#classify-class-pictures img")).to_have_count(6, timeout=SOON)
@@ -124,7 +122,7 @@ def test_the_whole_way_from_a_zip_to_a_classifier_that_learned_from_its_mistake(
     page.set_input_files("#classify-new-files input[type=file]", [tmp_path / "new-0.png", tmp_path / "new-1.png"])
     expect(page.locator("#classify-found .shares")).to_have_count(2, timeout=SOON)
     page.locator("#classify-correct-0 input").click()
-    # The first is what it was taken for.
+    # The first option is the predicted class.
     corrected = page.get_by_role("option").nth(1)
     said = corrected.inner_text().strip()
     corrected.click()
@@ -142,7 +140,7 @@ def test_the_whole_way_from_a_zip_to_a_classifier_that_learned_from_its_mistake(
     assert len(learned) == 1
     assert again.options()["optimisation"]["min_train_steps"] == STEPS
     names = dict(pair.split("=", 1) for pair in again.options()["data"]["class_names"])
-    assert names[learned[0].split("/")[0]] == re.sub("^right: ", "", said)
+    assert names[learned[0].split("/")[0]] == re.sub("^correct: ", "", said)
 
 
 def shorten(page):
@@ -167,7 +165,7 @@ def part_of(run, *parts):
 
 
 @pytest.mark.slow(12)
-def test_a_class_is_made_by_its_name_and_images_and_others_are_refused_in_words(server, new_page, tmp_path):
+def test_a_class_is_made_from_a_name_and_images_and_other_files_are_refused(server, new_page, tmp_path):
     page = opened(new_page, server)
     to_classify(page)
     expect(page.locator("#classify-classes .class-card").first).to_be_visible(timeout=TRAINED)
@@ -185,21 +183,21 @@ def test_a_class_is_made_by_its_name_and_images_and_others_are_refused_in_words(
     expect(page.locator("#classify-classes .class-card")).to_have_count(1, timeout=SOON)
     expect(page.locator("#classify-said")).to_contain_text("2 images added")
     expect(page.locator("#classify-said")).to_contain_text("page.png is not a JPEG, PNG, WebP")
-    expect(page.locator("#classify-summary")).to_contain_text("one class only")
+    expect(page.locator("#classify-summary")).to_contain_text("only one class")
     expect(page.locator("#classify-go-train")).to_be_disabled()
 
 
-def test_a_folder_of_this_machine_is_used_where_it_is(server, new_page, tmp_path):
+def test_a_local_folder_is_used_in_place(server, new_page, tmp_path):
     given = colour_folder(tmp_path / "mine", 5)
     page = opened(new_page, server)
     to_classify(page)
-    page.get_by_role("tab", name="A folder of this machine").click()
+    page.get_by_role("tab", name="Local folder").click()
     page.locator("#classify-folder input, #classify-folder textarea").first.fill(str(given))
     page.locator("#classify-use-folder").click()
     expect(page.locator("#classify-classes .class-card")).to_have_count(3, timeout=TRAINED)
-    expect(page.locator("#classify-summary")).to_contain_text("nothing in their folder is changed")
+    expect(page.locator("#classify-summary")).to_contain_text("nothing in it is changed")
     page.locator("#classify-go-train").click()
-    expect(page.locator("#classify-about")).to_contain_text("6 of the 15 are kept for the test", timeout=SOON)
+    expect(page.locator("#classify-about")).to_contain_text("6 of its 15 images are test images", timeout=SOON)
 
 
 @pytest.mark.slow(12)

@@ -35,9 +35,9 @@ def record(workspace, images):
     return untrained_classifier(workspace, images, NAMES)
 
 
-def test_what_is_known_before_training_is_what_plain_open_clip_says(workspace, tmp_path):
+def test_the_zero_shot_result_is_that_of_plain_open_clip(workspace, tmp_path):
     folder = colour_set(workspace, tmp_path / "given")
-    found = work.zero_shot(class_sets.own_set(folder))
+    found = work.zero_shot(class_sets.uploaded_set(folder))
     clip = load_clip("mini")
     texts = prompt_features(clip, make_prompts(list(COLOURS)))
     for label, one in enumerate(read_set(folder).classes):
@@ -48,24 +48,24 @@ def test_what_is_known_before_training_is_what_plain_open_clip_says(workspace, t
     assert found.right == sum(right for right, _ in found.by_class.values())
 
 
-def test_another_name_for_a_class_is_another_answer(workspace, tmp_path):
+def test_renaming_a_class_changes_the_zero_shot_result(workspace, tmp_path):
     folder = colour_set(workspace, tmp_path / "given", names=("ruby", "sea"))
     rename_class(folder, "c00", "a plain red image")
     rename_class(folder, "c01", "a plain blue image")
-    named = work.zero_shot(class_sets.own_set(folder))
+    named = work.zero_shot(class_sets.uploaded_set(folder))
     rename_class(folder, "c00", "swap")
     rename_class(folder, "c01", "a plain red image")
     rename_class(folder, "c00", "a plain blue image")
-    swapped = work.zero_shot(class_sets.own_set(folder))
+    swapped = work.zero_shot(class_sets.uploaded_set(folder))
     assert named.right + swapped.right == named.count
 
 
-def test_a_class_alone_cannot_be_told_apart(workspace, tmp_path):
+def test_zero_shot_needs_two_classes(workspace, tmp_path):
     with pytest.raises(InputError, match="Two classes"):
-        work.zero_shot(class_sets.own_set(colour_set(workspace, tmp_path / "given", names=("ruby",))))
+        work.zero_shot(class_sets.uploaded_set(colour_set(workspace, tmp_path / "given", names=("ruby",))))
 
 
-def test_rows_name_the_likeliest_classes_and_say_what_cannot_be_used(record, images, tmp_path):
+def test_rows_list_the_most_likely_classes_and_name_unusable_files(record, images, tmp_path):
     odd = tmp_path / "<b>.png"
     odd.write_text("<svg onload=alert(1)>")
     rows = work.classify(record, [images / "sea" / "1.png", odd, str(images / "ruby" / "2.png")])
@@ -92,7 +92,7 @@ def test_a_method_of_the_run_is_chosen_by_its_folder_and_no_other_is_read(record
         work.classifier_of(record, "../../elsewhere")
 
 
-def test_a_run_that_is_not_done_classifies_nothing(workspace, images):
+def test_an_unfinished_run_cannot_classify(workspace, images):
     run = workspace.new_run()
     (run / "status.json").write_text("{}")
     with pytest.raises(InputError, match="no classifier yet"):
@@ -100,7 +100,7 @@ def test_a_run_that_is_not_done_classifies_nothing(workspace, images):
 
 
 @pytest.mark.parametrize("count", [0, work.MOST_FILES + 1])
-def test_as_many_images_as_can_be_classified_at_a_time(record, images, count):
+def test_the_number_of_images_per_request_is_limited(record, images, count):
     with pytest.raises(InputError, match=f"One to {work.MOST_FILES} images"):
         work.classify(record, [images / "sea" / "1.png"] * count)
 
@@ -118,7 +118,7 @@ def started(monkeypatch):
     return calls
 
 
-def test_corrected_images_go_into_the_users_own_set_and_only_into_training(workspace, started, tmp_path):
+def test_corrected_images_become_training_images_of_the_uploaded_dataset(workspace, started, tmp_path):
     folder = colour_set(workspace, tmp_path / "given")
     keys = {one.folder: one.name for one in read_set(folder).classes}
     record = finished_classifier(workspace, folder, keys)
@@ -138,7 +138,7 @@ def test_corrected_images_go_into_the_users_own_set_and_only_into_training(works
     assert class_sets.read_split(folder)["test"] == tested
 
 
-def test_of_a_folder_of_the_machine_a_set_is_made_that_tests_on_the_same_images(workspace, record, started, images, tmp_path):
+def test_correcting_a_run_on_a_local_folder_copies_it_with_the_same_test_split(workspace, record, started, images, tmp_path):
     new = tmp_path / "new.png"
     new.write_bytes(coloured("ruby", 99))
     set_id, _ = class_runs.train_again(workspace, record, {"ruby": [new]})
@@ -149,17 +149,17 @@ def test_of_a_folder_of_the_machine_a_set_is_made_that_tests_on_the_same_images(
     assert len(list((images / "ruby").iterdir())) == 8
 
 
-def test_without_a_correction_nothing_is_started(workspace, record, started):
+def test_no_run_starts_without_a_correction(workspace, record, started):
     with pytest.raises(InputError, match="No image was corrected"):
         class_runs.train_again(workspace, record, {"ruby": []})
     assert started == []
 
 
-def test_where_the_images_are_gone_the_next_run_is_not_started(workspace, record, started, images, tmp_path):
+def test_no_run_starts_if_the_images_are_gone(workspace, record, started, images, tmp_path):
     new = tmp_path / "new.png"
     new.write_bytes(coloured("ruby", 99))
     (images / "sea" / "3.png").unlink()
-    with pytest.raises(InputError, match="no longer there"):
+    with pytest.raises(InputError, match="are gone"):
         class_runs.train_again(workspace, record, {"ruby": [new]})
     assert started == []
     assert class_sets.class_sets(workspace) == []

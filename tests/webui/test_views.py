@@ -171,7 +171,7 @@ def test_what_the_list_says_is_what_the_files_say(workspace):
 def test_a_classifier_shows_its_accuracies_with_their_intervals_once_there_are_any(workspace):
     run = run_in(workspace.runs / "a", "running", step=1, total=3)
     (run.path / "options.json").write_text(json.dumps({"target_layers": {}, "method": {"method": ["zeroshot", "nora"]}}))
-    assert figures(view(run)) == [("Methods", "no training, NoRA"), ("Fitted", "1 of 3")]
+    assert figures(view(run)) == [("Methods", "Zero-shot, NoRA"), ("Fitted", "1 of 3")]
     row = {"shots": 4, "method": "nora", "top1": {"value": 0.5, "low": -0.01, "high": 0.61}}
     (run.path / "report.json").write_text(json.dumps({"summary": [row]}))
     assert ("NoRA", "50% (0% to 61%)") in figures(view(run))

@@ -1,4 +1,4 @@
-"""Classify, the first part: the classes and their images, to be added, looked at, named and mended."""
+"""Classify, part 1: add, view, rename and edit classes and their images."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from webui.workspace import Workspace
 
 MOST_SHOWN = 100
 EXAMPLE_NOTE = (
-    "<p class='quiet'>This is an example that comes with the app: handwritten digits of scikit-learn. Train with it to see the "
-    "whole way, or add images of your own below; they make a set of their own.</p>"
+    "<p class='quiet'>This example comes with the app: the handwritten digits of scikit-learn. Train on it to try everything "
+    "out, or add your own images below; they become a dataset of their own.</p>"
 )
-OWN_NOTE = "<p class='quiet'>To begin another set, choose the example above and add images to it.</p>"
+OWN_NOTE = "<p class='quiet'>To start another dataset, choose the example above and add images.</p>"
 FOLDER_NOTE = (
-    "<p class='quiet'>These images stay where they are on this machine, and nothing in their folder is changed. Images that "
-    "you add make a set of their own.</p>"
+    "<p class='quiet'>These images stay in their folder on this machine, and nothing in it is changed. Images that you add "
+    "become a dataset of their own.</p>"
 )
 
 
@@ -40,9 +40,9 @@ def build(context: ClassifyContext) -> None:
     """Put the part into the open tab."""
     parts = _layout(context)
     _wire_class(context, parts)
-    _wire_looking(context, parts)
+    _wire_dataset(context, parts)
     _wire_adding(context, parts)
-    _wire_mending(context, parts)
+    _wire_editing(context, parts)
 
 
 def _layout(context: ClassifyContext) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def _layout(context: ClassifyContext) -> dict[str, Any]:
     parts["set"] = gr.Dropdown(
         [("Example: handwritten digits", EXAMPLE)],
         value=EXAMPLE,
-        label="Images",
+        label="Dataset",
         elem_id="classify-set",
         filterable=False,
         interactive=True,
@@ -59,25 +59,25 @@ def _layout(context: ClassifyContext) -> dict[str, Any]:
     parts["cards"] = gr.HTML(elem_id="classify-classes")
     _lay_out_adding(parts, context.app.settings.is_local)
     parts["said"] = gr.HTML(elem_id="classify-said")
-    _lay_out_mending(parts)
+    _lay_out_editing(parts)
     with gr.Row(elem_classes="buttons"):
-        parts["delete"] = gr.Button("Delete this set", size="sm", elem_id="classify-delete-set", visible=False)
+        parts["delete"] = gr.Button("Delete this dataset", size="sm", elem_id="classify-delete-set", visible=False)
     with gr.Row(visible=False) as parts["sure"]:
-        parts["yes"] = gr.Button("Delete it with all its images", variant="stop", elem_id="classify-delete-yes")
+        parts["yes"] = gr.Button("Delete it and all its images", variant="stop", elem_id="classify-delete-yes")
         parts["no"] = gr.Button("Keep it", elem_id="classify-delete-no")
-    parts["go"] = gr.Button("Go on to Train", variant="primary", elem_id="classify-go-train")
+    parts["go"] = gr.Button("Continue to Train", variant="primary", elem_id="classify-go-train")
     return parts
 
 
 def _lay_out_adding(parts: dict[str, Any], is_local: bool) -> None:
-    gr.HTML("<h3>Add images of your own</h3>")
+    gr.HTML("<h3>Add your own images</h3>")
     with gr.Tabs():
-        with gr.Tab("A zip of class folders"):
-            gr.HTML("<p class='quiet'>One folder for each class, called as the class, with its images in it.</p>")
-            parts["zip"] = gr.File(label="Zip", file_types=[".zip"], height=140, elem_id="classify-zip")
+        with gr.Tab("Zip of class folders"):
+            gr.HTML("<p class='quiet'>One folder per class, named after the class, with its images inside.</p>")
+            parts["zip"] = gr.File(label="Zip file", file_types=[".zip"], height=140, elem_id="classify-zip")
         with gr.Tab("One class at a time"):
             parts["new_name"] = gr.Textbox(
-                label="Name of the class", placeholder="such as red mug", max_lines=1, elem_id="classify-class-name"
+                label="Class name", placeholder="e.g. red mug", max_lines=1, elem_id="classify-class-name"
             )
             parts["files"] = gr.File(
                 label="Images of this class",
@@ -86,24 +86,27 @@ def _lay_out_adding(parts: dict[str, Any], is_local: bool) -> None:
                 height=140,
                 elem_id="classify-class-files",
             )
-            parts["add"] = gr.Button("Add them", elem_id="classify-add")
+            parts["add"] = gr.Button("Add images", elem_id="classify-add")
         if is_local:
-            with gr.Tab("A folder of this machine"):
+            with gr.Tab("Local folder"):
                 parts["path"] = gr.Textbox(
-                    label="Folder", info="It holds one folder for each class.", max_lines=1, elem_id="classify-folder"
+                    label="Folder",
+                    info="A folder on this machine with one subfolder per class.",
+                    max_lines=1,
+                    elem_id="classify-folder",
                 )
                 parts["point"] = gr.Button("Use this folder", elem_id="classify-use-folder")
 
 
-def _lay_out_mending(parts: dict[str, Any]) -> None:
-    with gr.Accordion("Look at a class, rename or mend it", open=False, elem_id="classify-mend") as parts["mend"]:
+def _lay_out_editing(parts: dict[str, Any]) -> None:
+    with gr.Accordion("View and edit a class", open=False, elem_id="classify-mend") as parts["mend"]:
         with gr.Row():
             parts["class"] = gr.Dropdown(label="Class", elem_id="classify-class", interactive=True)
-            parts["name"] = gr.Textbox(label="Call it", max_lines=1, elem_id="classify-rename-to")
+            parts["name"] = gr.Textbox(label="New name", max_lines=1, elem_id="classify-rename-to")
         with gr.Row(elem_classes="buttons"):
             parts["rename"] = gr.Button("Rename", size="sm", elem_id="classify-rename")
-            parts["remove_class"] = gr.Button("Remove the class", size="sm", elem_id="classify-remove-class")
-        gr.HTML("<p class='quiet'>Its images. Choose one to move or remove it.</p>")
+            parts["remove_class"] = gr.Button("Remove class", size="sm", elem_id="classify-remove-class")
+        gr.HTML("<p class='quiet'>Choose an image to move or remove it.</p>")
         parts["gallery"] = gr.Gallery(
             show_label=False,
             columns=8,
@@ -114,14 +117,14 @@ def _lay_out_mending(parts: dict[str, Any]) -> None:
         )
         parts["chosen"] = gr.State(None)
         with gr.Column(visible=False) as parts["one"]:
-            parts["target"] = gr.Dropdown(label="Move the chosen image to", elem_id="classify-move-to", interactive=True)
+            parts["target"] = gr.Dropdown(label="Move the chosen image to class", elem_id="classify-move-to", interactive=True)
             with gr.Row(elem_classes="buttons"):
-                parts["move"] = gr.Button("Move it", size="sm", elem_id="classify-move")
-                parts["remove"] = gr.Button("Remove it", size="sm", elem_id="classify-remove")
+                parts["move"] = gr.Button("Move image", size="sm", elem_id="classify-move")
+                parts["remove"] = gr.Button("Remove image", size="sm", elem_id="classify-remove")
 
 
-def _wire_looking(context: ClassifyContext, parts: dict[str, Any]) -> None:
-    """Show the set of the draft; then what is known of it before any training."""
+def _wire_dataset(context: ClassifyContext, parts: dict[str, Any]) -> None:
+    """Show the draft's dataset, then its zero-shot accuracy."""
     settings = context.app.settings
     widgets = [parts[name] for name in ("set", "delete", "sure", "summary", "cards", "class", "mend", "go")]
 
@@ -134,12 +137,12 @@ def _wire_looking(context: ClassifyContext, parts: dict[str, Any]) -> None:
     def look(draft: dict[str, Any], request: gr.Request) -> list[Any]:
         workspace = settings.workspace(request)
         set_id = set_of(workspace, draft)
-        return [gr.Dropdown(_choices(workspace), value=set_id), *_set_shown(_found(workspace, set_id))]
+        return [gr.Dropdown(_choices(workspace), value=set_id), *_dataset_updates(_dataset_or_empty(workspace, set_id))]
 
     @in_plain_words
     def measure(draft: dict[str, Any], request: gr.Request) -> tuple[Any, Any]:
         workspace = settings.workspace(request)
-        return _measured(_found(workspace, set_of(workspace, draft)))
+        return _measured(_dataset_or_empty(workspace, set_of(workspace, draft)))
 
     @in_plain_words
     def choose(set_id: str, draft: dict[str, Any]) -> dict[str, Any]:
@@ -158,9 +161,9 @@ def _wire_looking(context: ClassifyContext, parts: dict[str, Any]) -> None:
 
 
 def _measured(classes: LabelledClasses) -> tuple[Any, Any]:
-    """The summary and the cards of a set, with how well its classes are known untrained."""
+    """The summary and the class cards of a dataset, with its zero-shot accuracy."""
     if sum(bool(one.images) for one in classes.classes) < 2:
-        # Not nothing: what was measured of the set before it may have come meanwhile.
+        # Not skipped: a late result for the previous dataset may have replaced the summary.
         return _summary(classes, None), class_cards(classes, {})
     from webui.work import classify as classifying
 
@@ -168,8 +171,8 @@ def _measured(classes: LabelledClasses) -> tuple[Any, Any]:
     return _summary(classes, (zero_shot_result.right, zero_shot_result.count)), class_cards(classes, zero_shot_result.by_class)
 
 
-def _set_shown(classes: LabelledClasses) -> list[Any]:
-    """Updates of what is shown of a set, but for how well its classes are known untrained."""
+def _dataset_updates(classes: LabelledClasses) -> list[Any]:
+    """Updates of the components that show a dataset, without its zero-shot accuracy."""
     keys = [(one.name, one.key) for one in classes.classes]
     return [
         gr.Button(visible=classes.kind != "example"),
@@ -189,19 +192,19 @@ def _wire_adding(context: ClassifyContext, parts: dict[str, Any]) -> None:
     def take_zip(file: str | None, draft: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         if file is None:
             return gr.skip(), gr.skip(), gr.skip()
-        with _own_set(settings.workspace(request), draft) as folder:
+        with _upload_folder(settings.workspace(request), draft) as folder:
             added = add_zip(folder, file)
-        class_sets.settle_upload(folder, added)
-        return {**draft, "set": folder.name}, _said(added), None
+        class_sets.update_split_after_upload(folder, added)
+        return {**draft, "set": folder.name}, _upload_summary(added), None
 
     @in_plain_words
     def add(name: str, files: list[str] | None, draft: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         if not files:
-            raise InputError("There are no images yet. Drop some into the field above.")
-        with _own_set(settings.workspace(request), draft) as folder:
+            raise InputError("No images chosen. Drop some into the field above.")
+        with _upload_folder(settings.workspace(request), draft) as folder:
             added = add_images(folder, files, add_class(folder, name))
-        class_sets.settle(folder)
-        return {**draft, "set": folder.name}, _said(added), "", None
+        class_sets.update_split(folder)
+        return {**draft, "set": folder.name}, _upload_summary(added), "", None
 
     @in_plain_words
     def point(path: str, draft: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
@@ -217,9 +220,9 @@ def _wire_adding(context: ClassifyContext, parts: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _own_set(workspace: Workspace, draft: dict[str, Any]) -> Iterator[Path]:
-    """The folder of the user's own set that images go into; a new one is deleted again where none can be added."""
-    folder, is_new = _own_folder(workspace, draft)
+def _upload_folder(workspace: Workspace, draft: dict[str, Any]) -> Iterator[Path]:
+    """The folder of the dataset that uploads go to; a new one is deleted again if the upload is refused."""
+    folder, is_new = _folder_of_draft(workspace, draft)
     try:
         yield folder
     except InputError:
@@ -229,18 +232,18 @@ def _own_set(workspace: Workspace, draft: dict[str, Any]) -> Iterator[Path]:
 
 
 def _wire_class(context: ClassifyContext, parts: dict[str, Any]) -> None:
-    """Show the images of the class that is looked at, to choose one of them."""
+    """Show the images of the chosen class, and remember the image that is clicked."""
     settings = context.app.settings
     of_class = [parts["class"], context.draft]
     outputs = [parts[name] for name in ("name", "gallery", "chosen", "one", "target", "rename", "remove_class")]
-    is_open = gr.State(False)
+    opened = gr.State(False)
 
     @in_plain_words
-    def show(key: str | None, draft: dict[str, Any], looked_at: bool, request: gr.Request) -> list[Any]:
-        if not looked_at:
+    def show(key: str | None, draft: dict[str, Any], is_open: bool, request: gr.Request) -> list[Any]:
+        if not is_open:
             return [gr.skip()] * len(outputs)
         workspace = settings.workspace(request)
-        return _class_shown(_found(workspace, set_of(workspace, draft)), key)
+        return _class_updates(_dataset_or_empty(workspace, set_of(workspace, draft)), key)
 
     @in_plain_words
     def choose(key: str, draft: dict[str, Any], event: gr.SelectData, request: gr.Request) -> tuple[Any, Any]:
@@ -250,16 +253,16 @@ def _wire_class(context: ClassifyContext, parts: dict[str, Any]) -> None:
         is_there = classes.kind == "own" and isinstance(event.index, int) and 0 <= event.index < len(readable)
         return (readable[event.index].name if is_there else None), gr.Column(visible=is_there)
 
-    parts["class"].change(show, [*of_class, is_open], outputs, **QUIET)
-    parts["mend"].expand(lambda: True, None, [is_open], **QUIET).then(show, [*of_class, is_open], outputs, **QUIET)
-    parts["mend"].collapse(lambda: False, None, [is_open], **QUIET)
+    parts["class"].change(show, [*of_class, opened], outputs, **QUIET)
+    parts["mend"].expand(lambda: True, None, [opened], **QUIET).then(show, [*of_class, opened], outputs, **QUIET)
+    parts["mend"].collapse(lambda: False, None, [opened], **QUIET)
     parts["gallery"].select(choose, of_class, [parts["chosen"], parts["one"]], **QUIET)
-    # Only once the class that is chosen is one of those that there are now.
-    parts["show_class"] = lambda event: event.then(show, [*of_class, is_open], outputs, **QUIET)
+    # After the list of classes was updated, so that the chosen class is one of them.
+    parts["show_class"] = lambda event: event.then(show, [*of_class, opened], outputs, **QUIET)
 
 
-def _class_shown(classes: LabelledClasses, key: str | None) -> list[Any]:
-    """Updates of what is shown of the class `key`, and of what can be done with it."""
+def _class_updates(classes: LabelledClasses, key: str | None) -> list[Any]:
+    """Updates of the components that show and edit the class `key`."""
     entry = next((one for one in classes.classes if one.key == key), None)
     if entry is None:
         return ["", [], None, gr.Column(visible=False), gr.Dropdown([]), *[gr.Button(interactive=False)] * 2]
@@ -276,8 +279,8 @@ def _class_shown(classes: LabelledClasses, key: str | None) -> list[Any]:
     ]
 
 
-def _wire_mending(context: ClassifyContext, parts: dict[str, Any]) -> None:
-    """Rename a class, remove it, move or remove one of its images."""
+def _wire_editing(context: ClassifyContext, parts: dict[str, Any]) -> None:
+    """Rename or remove a class, move or remove one of its images."""
     settings, redraw = context.app.settings, parts["redraw"]
 
     @in_plain_words
@@ -304,10 +307,10 @@ def _wire_mending(context: ClassifyContext, parts: dict[str, Any]) -> None:
 
 
 def _changing(settings: Settings, change: Callable[[Path, str, str | None, str | None], None]) -> Callable[..., str]:
-    """A handler that changes the user's own set, and then writes down again what is tested on.
+    """A handler that changes an uploaded dataset and then updates its split.
 
     Args:
-        change: is given the set's folder, the class, the chosen image and the class to move it to.
+        change: called with the dataset's folder, the class, the chosen image and the class to move it to.
     """
 
     @in_plain_words
@@ -316,7 +319,7 @@ def _changing(settings: Settings, change: Callable[[Path, str, str | None, str |
         folder = workspace.image_set(set_of(workspace, draft))
         check_free(workspace, folder)
         change(folder, key, chosen, target)
-        class_sets.settle(folder)
+        class_sets.update_split(folder)
         return ""
 
     return changed
@@ -342,8 +345,8 @@ def _choices(workspace: Workspace) -> list[tuple[str, str]]:
     return [(class_sets.title(workspace, one), one) for one in (*class_sets.class_sets(workspace), EXAMPLE)]
 
 
-def _found(workspace: Workspace, set_id: str) -> LabelledClasses:
-    """The set; without any class where the folder that it points to can no longer be used, which is said."""
+def _dataset_or_empty(workspace: Workspace, set_id: str) -> LabelledClasses:
+    """The dataset; without classes, and with a warning on the page, if its local folder can no longer be used."""
     try:
         return class_sets.find(workspace, set_id)
     except InputError as error:
@@ -351,35 +354,35 @@ def _found(workspace: Workspace, set_id: str) -> LabelledClasses:
         return LabelledClasses(set_id, "folder", None, ())
 
 
-def _own_folder(workspace: Workspace, draft: dict[str, Any]) -> tuple[Any, bool]:
-    """The folder of the set in view where it is the user's own, else of a new one, and whether it is new."""
+def _folder_of_draft(workspace: Workspace, draft: dict[str, Any]) -> tuple[Any, bool]:
+    """The folder of the draft's dataset if it was uploaded, else of a new dataset, and whether it is new."""
     set_id = set_of(workspace, draft)
     if set_id != EXAMPLE and class_sets.read_pointer(workspace.image_set(set_id)) is None:
         return workspace.image_set(set_id), False
     return workspace.new_image_set(), True
 
 
-def _said(added: Added) -> str:
-    """What became of an upload."""
+def _upload_summary(added: Added) -> str:
+    """The result of an upload, as HTML."""
     count = len(added.names)
     text = f"<p>{count} image{'' if count == 1 else 's'} added.</p>"
     refused = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in added.refused)
     notes = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in added.notes)
-    text += f"<div class='warning'>Left out:<ul>{refused}</ul></div>" if refused else ""
-    return text + (f"<div class='warning'>To be known:<ul>{notes}</ul></div>" if notes else "")
+    text += f"<div class='warning'>Not added:<ul>{refused}</ul></div>" if refused else ""
+    return text + (f"<div class='warning'>Notes:<ul>{notes}</ul></div>" if notes else "")
 
 
 def _summary(classes: LabelledClasses, accuracy: tuple[int, int] | None) -> str:
-    """How many there are, what the model knows of them untrained, and what stands in the way."""
+    """The number of classes and images, the zero-shot accuracy and warnings, as HTML."""
     notes = {"example": EXAMPLE_NOTE, "folder": FOLDER_NOTE, "own": OWN_NOTE}
     count = len(classes.classes)
     text = f"<p><b>{count} class{'' if count == 1 else 'es'}, {classes.count} images.</b> "
     if accuracy is not None:
-        right, looked_at = accuracy
+        right, tested = accuracy
         text += (
-            f"Before any training the built-in model, which knows only the classes' names, names {right} of {looked_at} images "
-            f"rightly: <b>{share(right / looked_at)}</b>. Guessing would be right in {share(1 / count)}."
+            f"Zero-shot accuracy of the built-in model, from the class names alone: <b>{share(right / tested)}</b> ({right} of "
+            f"{tested} images). Random guessing: {share(1 / count)}."
         )
-    warned = [*class_sets.warnings(classes), *class_sets.copies(classes)] if classes.kind != "example" else []
+    warned = [*class_sets.warnings(classes), *class_sets.duplicates(classes)] if classes.kind != "example" else []
     read = "".join(f"<p class='quiet'>{html.escape(note)}</p>" for note in classes.notes)
     return f"{notes[classes.kind]}{text}</p>{read}" + "".join(f"<p class='warning'>{html.escape(one)}</p>" for one in warned)

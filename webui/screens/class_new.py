@@ -1,4 +1,4 @@
-"""Classify, the fourth part, Use: new images, what they are taken for, and what is learned from those that were wrong."""
+"""Classify, part 4: classify new images, correct wrong predictions and train again."""
 
 from __future__ import annotations
 
@@ -21,19 +21,18 @@ from webui.thumbnails import image
 MOST = 100
 RIGHT = ""
 INTRO = (
-    "<p>Drop images that the classifier has never seen. Of each it tells the three classes that it finds most likely. A "
-    "image of none of the classes is given one of them all the same.</p>"
+    "<p>Drop new images to classify them. Each card shows the three most likely classes. An image that belongs to none of the "
+    "classes is still assigned to one of them.</p>"
 )
 AGAIN = (
-    "<p class='quiet'>Where it is wrong, choose the right class below the image. Those images are then added to the classes, "
-    "only ever to be learned from; the new classifier is tested on the same images as this one, so that the two can be "
-    "compared.</p>"
+    "<p class='quiet'>Where a prediction is wrong, choose the true class below the image. The corrected images become training "
+    "images. The new classifier is tested on the same images as this one, so the two accuracies can be compared.</p>"
 )
 
 
 def build(context: ClassifyContext) -> None:
     """Put the part into the open tab."""
-    empty = gr.HTML("<p class='empty'>There is no classifier yet. Train one first.</p>", elem_id="classify-new-empty")
+    empty = gr.HTML("<p class='empty'>No classifier yet. Train one first.</p>", elem_id="classify-new-empty")
     with gr.Column(visible=False) as column:
         gr.HTML(INTRO)
         method = gr.Dropdown(label="Method", filterable=False, interactive=True, elem_id="classify-new-method")
@@ -46,8 +45,10 @@ def build(context: ClassifyContext) -> None:
         )
         predictions = gr.State([])
         _cards(context, predictions)
-        table = gr.DownloadButton("Table of these predictions (CSV)", visible=False, elem_id="classify-new-table")
-    _wire(context, {"empty": empty, "whole": column, "method": method, "files": files, "found": predictions, "table": table})
+        table = gr.DownloadButton("Table of predictions (CSV)", visible=False, elem_id="classify-new-table")
+    _wire(
+        context, {"empty": empty, "content": column, "method": method, "files": files, "predictions": predictions, "table": table}
+    )
 
 
 def _wire(context: ClassifyContext, parts: dict[str, Any]) -> None:
@@ -79,13 +80,13 @@ def _wire(context: ClassifyContext, parts: dict[str, Any]) -> None:
             value=class_files.new_table(_table(rows)), visible=any("class" in row for row in rows)
         )
 
-    outputs = [parts[name] for name in ("empty", "whole", "method", "found", "table")]
+    outputs = [parts[name] for name in ("empty", "content", "method", "predictions", "table")]
     context.refresh_trigger.change(refresh, [context.run, seen], [*outputs, seen], **QUIET)
     gr.on(
         [parts["files"].upload, parts["files"].clear, parts["files"].delete, parts["method"].input],
         classify,
         [context.run, parts["method"], parts["files"]],
-        [parts["found"], parts["table"]],
+        [parts["predictions"], parts["table"]],
         api_visibility="private",
         show_progress="minimal",
         concurrency_id="device",
@@ -95,15 +96,15 @@ def _wire(context: ClassifyContext, parts: dict[str, Any]) -> None:
 
 def _check_count(files: list[str]) -> None:
     if len(files) > MOST:
-        raise InputError(f"At most {MOST} images can be shown at a time, got {len(files)}. Drop fewer.")
+        raise InputError(f"At most {MOST} images can be classified at once, got {len(files)}. Drop fewer.")
 
 
 def _cards(context: ClassifyContext, predictions: gr.State) -> None:
-    """A card for each image, drawn anew for other images, with what corrects it."""
+    """A card for each image with its predictions and a field for the true class; rendered again when they change."""
     app, settings = context.app, context.app.settings
 
     @gr.render(inputs=[predictions, context.run], triggers=[predictions.change], show_progress="hidden")
-    def draw(rows: list[dict[str, Any]], run_id: str | None, request: gr.Request) -> None:
+    def render_cards(rows: list[dict[str, Any]], run_id: str | None, request: gr.Request) -> None:
         if not rows:
             return
         classes = result_of(settings.workspace(request).run(run_id)).classes
@@ -113,21 +114,24 @@ def _cards(context: ClassifyContext, predictions: gr.State) -> None:
                 with gr.Column(min_width=240, elem_classes="found-card"):
                     gr.HTML(_card(row))
                     if "class" in row:
-                        choices = [(f"right: {row['class']}", RIGHT), *((name, name) for name in classes if name != row["class"])]
+                        choices = [
+                            (f"correct: {row['class']}", RIGHT),
+                            *((name, name) for name in classes if name != row["class"]),
+                        ]
                         name = f"classify-correct-{len(answers)}"
-                        answers.append(gr.Dropdown(choices, value=RIGHT, label="What it is", interactive=True, elem_id=name))
+                        answers.append(gr.Dropdown(choices, value=RIGHT, label="True class", interactive=True, elem_id=name))
         if not answers:
             return
         gr.HTML(AGAIN)
-        again = gr.Button("Add the corrected ones to the classes and train again", variant="primary", elem_id="classify-again")
+        again = gr.Button("Add the corrected images and train again", variant="primary", elem_id="classify-again")
 
         @in_plain_words
         def train_again(
-            run_id: str, draft: dict[str, Any], rows: list[dict[str, Any]], request: gr.Request, *said: str
+            run_id: str, draft: dict[str, Any], rows: list[dict[str, Any]], request: gr.Request, *answered: str
         ) -> list[Any]:
             workspace = settings.workspace(request)
             corrected: dict[str, list[Path]] = {}
-            for row, name in zip((row for row in rows if "class" in row), said, strict=True):
+            for row, name in zip((row for row in rows if "class" in row), answered, strict=True):
                 if name != RIGHT:
                     corrected.setdefault(name, []).append(Path(row["file"]))
             set_id, new = class_runs.train_again(workspace, workspace.run(run_id), corrected)
@@ -144,7 +148,7 @@ def _cards(context: ClassifyContext, predictions: gr.State) -> None:
 
 
 def _card(row: dict[str, Any]) -> str:
-    """An image and the classes that it is most likely of."""
+    """An image and its most likely classes, as HTML."""
     name = html.escape(row["picture"])
     if "error" in row:
         return f"<p class='warning'>{html.escape(row['error'])}</p>"
@@ -155,8 +159,8 @@ def _card(row: dict[str, Any]) -> str:
 
 
 def _methods(result: Result) -> gr.Dropdown:
-    """The methods of the draw that stands for the run."""
-    choices = [(class_html.called(one["method"]), one["folder"]) for one in result.same_draw()]
+    """The methods of the split whose trial was chosen as the classifier."""
+    choices = [(class_html.method_title(one["method"]), one["folder"]) for one in result.same_split()]
     return gr.Dropdown(choices, value=result.trial["folder"])
 
 
@@ -165,6 +169,6 @@ def _table(rows: list[dict[str, Any]]) -> list[list[str]]:
     count = len(classified[0]["top"]) if classified else 0
     head = [word for rank in range(1, count + 1) for word in (f"class {rank}", f"probability {rank}")]
     return [
-        ["picture", *head],
+        ["image", *head],
         *([row["picture"], *(word for name, value in row["top"] for word in (name, f"{value:.6g}"))] for row in classified),
     ]

@@ -1,4 +1,4 @@
-"""Classify, the third part: how good a classifier is, where it errs, how far it can be believed, and its files."""
+"""Classify, part 3: a classifier's accuracy, confusion matrix, mistakes, calibration and files."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from webui.class_runs import ClassifyContext
 from webui.errors import in_plain_words
 from webui.views import STATE_TEXTS, RunView
 
-EMPTY = "<p class='empty'>There is no classifier yet. Train one first.</p>"
-WAITING = "<p class='empty'>This classifier is {state}. Its result will be here once it is done.</p>"
+EMPTY = "<p class='empty'>No classifier yet. Train one first.</p>"
+WAITING = "<p class='empty'>This classifier is {state}. Its result appears here when it is done.</p>"
 
 
 def build(context: ClassifyContext) -> None:
@@ -29,7 +29,7 @@ def _layout() -> dict[str, Any]:
     with gr.Column(visible=False, elem_id="classify-result") as parts["all"]:
         parts["method"] = gr.Dropdown(
             label="Method",
-            info="The figures below belong to this method.",
+            info="The method that the figures below describe.",
             filterable=False,
             interactive=True,
             elem_id="classify-method",
@@ -45,7 +45,7 @@ def _layout() -> dict[str, Any]:
                 gr.HTML("<h3>Accuracy per class</h3>")
                 parts["classes"] = gr.HTML(elem_id="classify-per-class")
         parts["cell"] = gr.HTML(elem_id="classify-cell")
-        gr.HTML("<h3>Worst mistakes</h3>")
+        gr.HTML("<h3>Most confident mistakes</h3>")
         parts["worst"] = gr.HTML(elem_id="classify-worst")
         gr.HTML("<h3>Calibration</h3>")
         parts["calibration"] = gr.HTML(elem_id="classify-calibration")
@@ -77,16 +77,16 @@ def _wire(context: ClassifyContext, parts: dict[str, Any]) -> None:
             return [gr.skip()] * (len(outputs) + 1)
         if result is None:
             return [gr.HTML(_waiting(view), visible=True), gr.Column(visible=False), *[gr.skip()] * (len(names) + 1), now]
-        return [gr.HTML(visible=False), gr.Column(visible=True), _methods(result), *_drawn(result), now]
+        return [gr.HTML(visible=False), gr.Column(visible=True), _methods(result), *_result_updates(result), now]
 
     @in_plain_words
     def open_cell(run_id: str, trial: str | None, event: gr.EventData, request: gr.Request) -> str:
         return _cell(load(run_id, trial, request)[1], event)
 
     given = [context.run, parts["method"]]
-    # The images of worst mistakes come with whatever reads a set: not before somebody looks.
-    looks = [context.refresh_trigger.change, parts["method"].input]
-    gr.on(looks, refresh, [*given, seen], [*outputs, seen], trigger_mode="always_last", **QUIET)
+    # Loading the images imports the dataset readers, so nothing is loaded before the part is opened.
+    opened = [context.refresh_trigger.change, parts["method"].input]
+    gr.on(opened, refresh, [*given, seen], [*outputs, seen], trigger_mode="always_last", **QUIET)
     parts["confusion"].select(open_cell, given, [parts["cell"]], **QUIET)
 
 
@@ -95,7 +95,7 @@ def _waiting(view: RunView | None) -> str:
 
 
 def _cell(result: Result | None, event: gr.EventData) -> str:
-    """The images of the number that was chosen in the table of mistakes."""
+    """The images of the cell that was clicked in the confusion matrix."""
     labels = range(len(result.classes)) if result is not None else range(0)
     true, predicted = (getattr(event, name, None) for name in ("true", "predicted"))
     if not all(isinstance(label, int) and label in labels for label in (true, predicted)):
@@ -104,17 +104,17 @@ def _cell(result: Result | None, event: gr.EventData) -> str:
 
 
 def _methods(result: Result) -> gr.Dropdown:
-    """All methods of all draws to choose from."""
+    """A dropdown of the methods of all splits."""
     several = len(result.report["seeds"]) > 1 or len(result.report["shots"]) > 1
     choices = []
     for one in result.report["members"]:
-        draw = f" ({one['shots']} images a class, seed {one['seed']})" if several else ""
-        choices.append((class_html.called(one["method"]) + draw, one["folder"]))
+        split = f" ({one['shots']} images per class, seed {one['seed']})" if several else ""
+        choices.append((class_html.method_title(one["method"]) + split, one["folder"]))
     return gr.Dropdown(choices, value=result.trial["folder"])
 
 
-def _drawn(result: Result) -> list[Any]:
-    """Everything below the method."""
+def _result_updates(result: Result) -> list[Any]:
+    """Updates of everything below the choice of the method."""
     files = class_files.downloads(result)
     return [
         class_html.result_summary(result),

@@ -1,4 +1,4 @@
-"""Classify, the second part: how to train, the command that does it, and how it is going."""
+"""Classify, part 2: training settings, the command, and the progress of the run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from webui.presets import Preset, preset_named
 from webui.views import RunView
 from webui.workspace import Workspace
 
-NOTHING = "<p class='empty'>Nothing was trained yet. Start above: the example takes a minute or two.</p>"
+NOTHING = "<p class='empty'>No runs yet. Start one above: the example takes a minute or two.</p>"
 
 
 def build(context: ClassifyContext) -> None:
@@ -30,11 +30,11 @@ def build(context: ClassifyContext) -> None:
 def _layout(context: ClassifyContext) -> dict[str, Any]:
     parts: dict[str, Any] = {"about": gr.HTML(elem_id="classify-about")}
     choices = [(f"{preset.name}: {preset.costs}", preset.name) for preset in class_presets.CLASSIFY]
-    parts["preset"] = gr.Radio(choices, value=class_presets.DEFAULT, label="How to train", elem_id="classify-preset")
+    parts["preset"] = gr.Radio(choices, value=class_presets.DEFAULT, label="Preset", elem_id="classify-preset")
     parts["why"] = gr.HTML(elem_id="classify-why")
     panel.build(context.source())
     with gr.Accordion("The command", open=False, elem_id="classify-command-shown"):
-        gr.HTML("<p class='quiet'>Train starts exactly this; typed into a terminal it does the same.</p>")
+        gr.HTML("<p class='quiet'>Train runs exactly this command. You can also run it in a terminal.</p>")
         parts["command"] = gr.Code(
             interactive=False,
             wrap_lines=True,
@@ -44,14 +44,14 @@ def _layout(context: ClassifyContext) -> dict[str, Any]:
             elem_id="classify-command",
         )
     parts["start"] = gr.Button("Train", variant="primary", size="lg", elem_id="classify-start")
-    gr.HTML("<h3>The classifier chosen above</h3>")
+    gr.HTML("<h3>Selected classifier</h3>")
     parts["head"] = gr.HTML(NOTHING, elem_id="classify-head")
     parts["bar"] = gr.HTML(elem_id="classify-bar")
     with gr.Row(elem_classes="buttons"):
         parts["stop"] = gr.Button("Stop", visible=False, elem_id="classify-stop", scale=0, min_width=140)
         parts["resume"] = gr.Button("Resume", visible=False, variant="primary", elem_id="classify-resume", scale=0, min_width=140)
         parts["result"] = gr.Button(
-            "Look at the result", visible=False, variant="primary", elem_id="classify-see-result", scale=0, min_width=220
+            "View result", visible=False, variant="primary", elem_id="classify-see-result", scale=0, min_width=220
         )
     parts["curve"] = gr.HTML(elem_id="classify-curve")
     return parts
@@ -62,7 +62,7 @@ def _wire_settings(context: ClassifyContext, parts: dict[str, Any]) -> None:
 
     @in_plain_words
     def describe(active_tab: str, draft: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
-        """What would be started; nothing unless open, since it loads what checks options."""
+        """The dataset, preset and command of the next run; skipped unless the tab is open, because it loads the option checks."""
         if active_tab != "classify":
             return (gr.skip(),) * 4
         workspace = settings.workspace(request)
@@ -93,7 +93,7 @@ def _wire_runs(context: ClassifyContext, parts: dict[str, Any]) -> None:
     @in_plain_words
     def refresh(run_id: str | None, before: Any, request: gr.Request) -> list[Any]:
         view = class_runs.view_of(settings.workspace(request), run_id)
-        values = _shown(view)
+        values = _run_updates(view)
         if values == before:
             return [gr.skip()] * (len(outputs) + 1)
         head, bar, actions, curve = values
@@ -114,7 +114,7 @@ def _wire_runs(context: ClassifyContext, parts: dict[str, Any]) -> None:
 
 
 def _wire_buttons(context: ClassifyContext, parts: dict[str, Any]) -> None:
-    """Stop the run in view, or have it go on."""
+    """Stop or resume the selected run."""
     app, settings = context.app, context.app.settings
 
     @in_plain_words
@@ -137,8 +137,8 @@ def _wire_buttons(context: ClassifyContext, parts: dict[str, Any]) -> None:
     parts["resume"].click(resume, [context.run], app.outputs, api_visibility="private")
 
 
-def _shown(view: RunView | None) -> tuple[str, str, tuple[str, ...], str]:
-    """All that the part says of a run."""
+def _run_updates(view: RunView | None) -> tuple[str, str, tuple[str, ...], str]:
+    """The header, progress bar, available actions and loss curve of a run."""
     if view is None:
         return NOTHING, "", (), ""
     actions = (*view.actions, *(("result",) if view.state == "done" else ()))
@@ -147,13 +147,13 @@ def _shown(view: RunView | None) -> tuple[str, str, tuple[str, ...], str]:
 
 
 def _about(workspace: Workspace, classes: LabelledClasses) -> str:
-    """Which images would be learned from."""
+    """The dataset of the next run and its number of test images, as HTML."""
     title = html.escape(class_sets.title(workspace, classes.id))
     warned = [] if class_sets.is_ready(classes) else class_sets.warnings(classes)[:1]
     held_out = classes.count - sum(one.learnable for one in classes.classes)
     text = (
-        f"<p>Images: <b>{title}</b>. {held_out} of the {classes.count} are kept for the test: they are not learned from, and "
-        "say how good the classifier will be with images it has never seen.</p>"
+        f"<p>Dataset: <b>{title}</b>. {held_out} of its {classes.count} images are test images. They are not used for training "
+        "and estimate the accuracy on new images.</p>"
     )
     return text + "".join(f"<p class='warning'>{html.escape(one)}</p>" for one in warned)
 

@@ -1,4 +1,4 @@
-"""The screen Classify: from a few images of each class to a classifier that one understands, in four parts."""
+"""The screen Classify: train and inspect few-shot image classifiers, in four parts."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ PARTS = {
 
 def build(app: AppContext) -> None:
     """Put the screen into the open tab."""
-    intro = gr.HTML("<p>Teach the model to tell classes of images of your own apart, from a few images of each.</p>")
+    intro = gr.HTML("<p>Train an image classifier for your own classes from a few images of each.</p>")
     run = gr.Dropdown(
         label="Classifier",
-        info="Result and Use show this classifier.",
+        info="Train, Result and Use show this classifier.",
         visible=False,
         interactive=True,
         elem_id="classify-run",
     )
-    # Not within the tabs, which count all that they hold.
+    # Outside of the tabs, which count every component inside them.
     known_runs, refresh_trigger, draft_changed = gr.State([]), gr.State(0.0), followed(app.class_draft)
     with gr.Tabs(elem_id="classify-steps") as steps:
         context = ClassifyContext(app, intro.parent, steps, run, app.class_draft, draft_changed, known_runs, refresh_trigger)
@@ -43,7 +43,7 @@ def build(app: AppContext) -> None:
 
 
 def _wire(context: ClassifyContext) -> None:
-    """Keep the list of classifiers as it is on disk, and follow the run that is looked at elsewhere."""
+    """Keep the list of classifiers in step with the disk, and follow the run that is selected on other screens."""
     app, settings = context.app, context.app.settings
 
     @in_plain_words
@@ -62,7 +62,7 @@ def _wire(context: ClassifyContext) -> None:
 
     for begun in (app.page.load, app.picked.change):
         begun(follow, [app.run, context.run], [context.run], **QUIET)
-    # The list is no output of the tick itself: being one counts as a change of it.
+    # The dropdown is not an output of the timer event, because Gradio counts every output as a change.
     app.refresh_triggers["classify"].change(keep, [context.classifiers], [context.classifiers], **QUIET)
     context.classifiers.change(renew, [context.run], [context.run], **QUIET)
     opened = [context.tab.select, context.steps.select, context.run.change, context.classifiers.change]
@@ -70,7 +70,7 @@ def _wire(context: ClassifyContext) -> None:
 
 
 def _listed(runs: list[RunView], chosen: str | None) -> gr.Dropdown:
-    """The list of classifiers, `chosen` in view if it is one, else the newest."""
+    """The dropdown of classifiers, with `chosen` selected if it is one of them, else the newest."""
     ids = [view.id for view in runs]
     value = chosen if chosen in ids else next(iter(ids), None)
     return gr.Dropdown([(view.title, view.id) for view in runs], value=value, visible=bool(ids))
