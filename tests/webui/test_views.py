@@ -162,8 +162,8 @@ def test_what_the_list_says_is_what_the_files_say(workspace):
     run = finished_run(workspace.runs / "a")
     step = json.loads((run.path / "suggestion.json").read_text())["step"]
     found = dict(figures(view(run)))
-    assert (found["Method"], found["Steps"], found["Suggested step"]) == ("NoRA", "100 of 100", str(step))
-    assert found["Least held-out loss"] == "1.000"
+    assert (found["Method"], found["Steps"], found["Recommended checkpoint"]) == ("NoRA", "100 of 100", str(step))
+    assert found["Lowest validation loss"] == "1.000"
     assert image_of(view(run))[0] == run.samples_at(100) / "0.png"
     assert view(run).share_done == 1.0
 
