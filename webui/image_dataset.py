@@ -1,4 +1,4 @@
-"""A subject's photos: the user's own or the bundled example, in their order, with small copies to show."""
+"""The photos of a subject: the user's upload or the bundled example, in order, with thumbnails."""
 
 from __future__ import annotations
 
@@ -16,56 +16,56 @@ from webui.image_datasets import Entry, changing, read_set, remove_image, reorde
 from webui.workspace import Workspace
 
 EXAMPLE = Path(__file__).parents[1] / "assets" / "sample-subject"
-# Beside the images: a run was started with them, and may still be waiting, or be resumed.
+# Marks a dataset that a run was started with; the run may still be queued, or be resumed.
 SEALED = ".sealed"
 THUMBNAIL = 320
 
 
 @dataclass(frozen=True)
 class SubjectDataset:
-    """Photos of one subject in a folder. What a run was started with stays as it is: changes go to a copy.
+    """Photos of one subject in a folder. A dataset that a run was started with is never changed; edits go to a copy.
 
     Args:
-        folder: where they lie.
+        folder: the folder of the photos.
     """
 
     folder: Path
 
     @classmethod
     def of(cls, workspace: Workspace, set_id: str | None) -> SubjectDataset:
-        """The set called `set_id`, the bundled example for None.
+        """The dataset with the id `set_id`; the bundled example for None.
 
-        Raises: InputError if there is no such set.
+        Raises: InputError if there is none.
         """
         return cls(EXAMPLE if set_id is None else workspace.image_set(set_id))
 
     @property
     def id(self) -> str | None:
-        """What the browser keeps; None for the example."""
+        """The id that the browser stores; None for the example."""
         return None if self.is_example else self.folder.name
 
     @property
     def is_example(self) -> bool:
-        """Whether it is the one that comes with the project."""
+        """Whether this is the bundled example."""
         return self.folder == EXAMPLE
 
     def entries(self) -> list[Entry]:
-        """The images in their order; those whose file is gone are left out."""
+        """The images in order, without those whose file is gone."""
         if self.is_example:
             return [Entry(path.name, path.name) for path in sorted(EXAMPLE.glob("*.jpg"))]
         return [entry for entry in read_set(self.folder).images if (self.folder / entry.file).is_file()]
 
     def files(self) -> list[Path]:
-        """Their files, in their order."""
+        """The files of the images, in order."""
         return [self.folder / entry.file for entry in self.entries()]
 
     def signature(self) -> tuple[str, ...]:
-        """Changes with every change of the images, their captions or their order."""
+        """A value that changes when images, captions or their order change."""
         captions = {self.folder / entry.file: entry.caption for entry in self.entries()}
         return tuple(f"{path}:{path.stat().st_mtime_ns}:{caption}" for path, caption in captions.items())
 
     def editable(self, workspace: Workspace) -> SubjectDataset:
-        """This set, or a copy where it must stay as it is."""
+        """This dataset, or a copy if it must not be changed."""
         if not self.is_example and not (self.folder / SEALED).exists():
             return self
         copy, entries = SubjectDataset(workspace.new_image_set()), self.entries()
@@ -79,9 +79,9 @@ class SubjectDataset:
         return copy
 
     def move(self, file: str, by: int) -> None:
-        """Show an image `by` places later, or earlier where that is negative; at an end it stays.
+        """Move an image `by` positions later, or earlier if negative, but not beyond an end.
 
-        Raises: InputError if it is not there.
+        Raises: InputError if it does not exist.
         """
         order = [entry.file for entry in self.entries()]
         if file in order:
@@ -90,11 +90,11 @@ class SubjectDataset:
         reorder(self.folder, [file, *order] if file not in order else order)
 
     def remove(self, file: str) -> None:
-        """Take an image out of the set. Raises: InputError if it is not there."""
+        """Remove an image. Raises: InputError if it does not exist."""
         remove_image(self.folder, file)
 
     def seal(self) -> None:
-        """Keep the set as it is from now on; its files are called so that a run finds them in the set's order."""
+        """Forbid further changes, and rename the files so that a run reads them in the dataset's order."""
         if self.is_example or (self.folder / SEALED).exists():
             return
         with changing(self.folder) as content:
@@ -105,7 +105,7 @@ class SubjectDataset:
 
 
 def _in_order(folder: Path, entries: list[Entry]) -> list[Entry]:
-    """Call the files, and the captions beside them, after their places; returns the entries with their new names."""
+    """Rename the files and their captions by position; returns the entries with the new names."""
     called = [replace(entry, file=f"{number:04d}{Path(entry.file).suffix}") for number, entry in enumerate(entries, start=1)]
     for entry in entries:
         for path in _with_caption(folder / entry.file):
@@ -121,7 +121,7 @@ def _with_caption(path: Path) -> list[Path]:
 
 
 def thumbnail(path: Path) -> str:
-    """A small copy of the image at `path`, as the address of an <img>."""
+    """A thumbnail of the image at `path` as a data URL."""
     return _thumbnail(path, path.stat().st_mtime_ns)
 
 
@@ -135,7 +135,7 @@ def _thumbnail(path: Path, changed: int) -> str:
 
 
 def as_address(image: Image.Image, kind: str = "PNG", **options: int) -> str:
-    """`image` as the address of an <img> that holds it, so that nothing is left for others to load."""
+    """`image` as a data URL, so that the server keeps no file that others could load."""
     stream = io.BytesIO()
     image.save(stream, kind, **options)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"

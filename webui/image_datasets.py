@@ -1,7 +1,7 @@
-"""A set of uploaded images on disk: files that we name, and set.json with what their owner calls them.
+"""A dataset of uploaded images on disk: files with generated names, and set.json with the user's names.
 
-A set holds images, or classes of images. Whoever changes it holds its owner's lock, so that two tabs, or two servers on one
-folder, do not write over each other; readers need none.
+A dataset holds images, or classes of images. Every change holds the lock of the user, so that two tabs, or two servers on one
+folder, do not overwrite each other; reading needs no lock.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from pipelines.errors import InputError
 from training.runs.durable import write_text_atomically
-from webui.incoming import shown_name
+from webui.incoming import printable_name
 
 SET, LOCK = "set.json", ".lock"
 MAX_CLASSES = 500
@@ -26,12 +26,12 @@ CAPTION_LENGTH = 500
 
 @dataclass
 class Entry:
-    """An image of a set.
+    """An image of a dataset.
 
     Args:
-        file: its path below the set's folder; what it is called by when something is done to it.
-        name: what its owner called the file; to be escaped wherever it is shown.
-        caption: what it shows, in its owner's words; empty for none.
+        file: its path relative to the dataset's folder, which identifies it.
+        name: the name of the uploaded file; escape it before it goes into HTML.
+        caption: the caption; empty for none.
     """
 
     file: str
@@ -41,13 +41,13 @@ class Entry:
 
 @dataclass
 class ClassEntry:
-    """A class of a set.
+    """A class of a dataset.
 
     Args:
-        folder: of its images, below the set's.
-        name: what its owner calls it; to be escaped wherever it is shown.
-        images: in their owner's order.
-        next: the number of the next image; none is given twice.
+        folder: the folder of its images, relative to the dataset's folder.
+        name: the name given by the user; escape it before it goes into HTML.
+        images: in the user's order.
+        next: the number of the next image; numbers are never reused.
     """
 
     folder: str
@@ -58,12 +58,12 @@ class ClassEntry:
 
 @dataclass
 class ImageDataset:
-    """What set.json says.
+    """The content of set.json.
 
     Args:
-        images: those without a class, in their owner's order.
-        classes: in the order in which they were made.
-        next: the number of the next image; none is given twice.
+        images: those without a class, in the user's order.
+        classes: in the order of creation.
+        next: the number of the next image; numbers are never reused.
         next_class: the number of the next class.
     """
 
@@ -73,41 +73,41 @@ class ImageDataset:
     next_class: int = 0
 
     def entries(self) -> list[Entry]:
-        """All images, with a class or without."""
+        """All images, with or without a class."""
         return [*self.images, *(entry for each in self.classes for entry in each.images)]
 
-    def home_of(self, file: str) -> ImageDataset | ClassEntry:
-        """The class, or else the set, that lists the image `file`.
+    def container_of(self, file: str) -> ImageDataset | ClassEntry:
+        """The class that lists the image `file`, or the dataset for images without a class.
 
-        Raises: InputError if none does; so no path of a user's is ever followed.
+        Raises: InputError if it is not listed, so that no path from a user is ever opened.
         """
         for home in (self, *self.classes):
             if any(entry.file == file for entry in home.images):
                 return home
-        raise InputError("This image is no longer there. Reload the page.")
+        raise InputError("This image no longer exists. Reload the page.")
 
     def entry(self, file: str) -> Entry:
         """The image `file`. Raises: InputError if there is none."""
-        return next(entry for entry in self.home_of(file).images if entry.file == file)
+        return next(entry for entry in self.container_of(file).images if entry.file == file)
 
     def class_in(self, folder: str) -> ClassEntry:
-        """The class whose images lie in `folder`. Raises: InputError if there is none."""
+        """The class with the folder `folder`. Raises: InputError if there is none."""
         for each in self.classes:
             if each.folder == folder:
                 return each
-        raise InputError("This class is no longer there. Reload the page.")
+        raise InputError("This class no longer exists. Reload the page.")
 
     def new_class(self, name: str) -> ClassEntry:
-        """A class called `name`, added; the one that is called so already, if one is.
+        """Add a class called `name`, or return the existing class of that name.
 
-        Raises: InputError if the name is empty or there are too many.
+        Raises: InputError if the name is empty or the dataset has `MAX_CLASSES` classes.
         """
         name = _class_name(name)
         for each in self.classes:
             if each.name.casefold() == name.casefold():
                 return each
         if len(self.classes) >= MAX_CLASSES:
-            raise InputError(f"A set may have {MAX_CLASSES} classes at most. Remove one, or begin another set.")
+            raise InputError(f"A dataset may have at most {MAX_CLASSES} classes. Remove one, or start another dataset.")
         made = ClassEntry(f"c{self.next_class:02d}", name)
         self.next_class += 1
         self.classes.append(made)
@@ -115,7 +115,7 @@ class ImageDataset:
 
 
 def read_set(folder: Path) -> ImageDataset:
-    """What set.json in `folder` says; an empty set where there is none yet."""
+    """The content of set.json in `folder`; an empty dataset if there is none yet."""
     try:
         content = json.loads((folder / SET).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -131,7 +131,7 @@ def _listed_in(content: dict[str, Any]) -> list[dict[str, Any]]:
 
 @contextmanager
 def changing(folder: Path) -> Iterator[ImageDataset]:
-    """The set in `folder`, to be changed while nobody else does; written if the block succeeds.
+    """Lock and read the dataset in `folder`; write the changes if the block succeeds.
 
     Raises: InputError if the folder is gone.
     """
@@ -142,33 +142,33 @@ def changing(folder: Path) -> Iterator[ImageDataset]:
 
 
 def remove_image(folder: Path, file: str) -> None:
-    """Take the image `file` out of the set and delete it. Raises: InputError if it is not there."""
+    """Remove and delete the image `file`. Raises: InputError if there is none."""
     with changing(folder) as images:
-        home = images.home_of(file)
+        home = images.container_of(file)
         home.images = [entry for entry in home.images if entry.file != file]
         _delete(folder / file)
 
 
 def reorder(folder: Path, files: Sequence[str]) -> None:
-    """Bring the images without a class into the order of `files`; those that it leaves out follow.
+    """Sort the images without a class in the order of `files`; images that it does not list follow.
 
-    Raises: InputError if one is not there.
+    Raises: InputError if an image does not exist.
     """
     with changing(folder) as images:
         wanted = [images.entry(file) for file in dict.fromkeys(files)]
         if any(entry not in images.images for entry in wanted):
-            raise InputError("Only images without a class can be put in order. Reload the page.")
+            raise InputError("Only images without a class can be reordered. Reload the page.")
         images.images = [*wanted, *(entry for entry in images.images if entry not in wanted)]
 
 
 def set_caption(folder: Path, file: str, caption: str) -> None:
-    """Say what the image `file` shows, here and in the text file beside it that training reads; empty for nothing.
+    """Set the caption of the image `file` in set.json and in the .txt file that training reads; empty to remove it.
 
-    Raises: InputError if it is not there or the caption is too long.
+    Raises: InputError if the image does not exist or the caption is too long.
     """
     caption = " ".join(caption.split())
     if len(caption) > CAPTION_LENGTH:
-        raise InputError(f"A caption may have {CAPTION_LENGTH} letters at most, this one has {len(caption)}. Shorten it.")
+        raise InputError(f"A caption may have at most {CAPTION_LENGTH} characters, got {len(caption)}. Shorten it.")
     with changing(folder) as images:
         images.entry(file).caption = caption
         beside = (folder / file).with_suffix(".txt")
@@ -179,9 +179,9 @@ def set_caption(folder: Path, file: str, caption: str) -> None:
 
 
 def add_class(folder: Path, name: str) -> str:
-    """Add a class called `name`; returns its folder, which is the one that is called so already, if one is.
+    """Add a class called `name`, unless there is one; returns its folder.
 
-    Raises: InputError if the name is empty or there are too many.
+    Raises: InputError if the name is empty or the dataset has `MAX_CLASSES` classes.
     """
     with changing(folder) as images:
         made = images.new_class(name)
@@ -190,16 +190,16 @@ def add_class(folder: Path, name: str) -> str:
 
 
 def rename_class(folder: Path, class_folder: str, name: str) -> None:
-    """Call a class `name`; its folder stays. Raises: InputError if it is not there or another one is called so."""
+    """Rename a class; its folder stays. Raises: InputError if it does not exist or the name is taken."""
     with changing(folder) as images:
         named, name = images.class_in(class_folder), _class_name(name)
         if any(each is not named and each.name.casefold() == name.casefold() for each in images.classes):
-            raise InputError(f"Another class is called {name} already. Choose another name, or move the images there.")
+            raise InputError(f"There is already a class called {name}. Choose another name, or move the images to it.")
         named.name = name
 
 
 def remove_class(folder: Path, class_folder: str) -> None:
-    """Take a class out of the set and delete its images. Raises: InputError if it is not there."""
+    """Remove a class and delete its images. Raises: InputError if it does not exist."""
     with changing(folder) as images:
         removed = images.class_in(class_folder)
         images.classes.remove(removed)
@@ -207,17 +207,17 @@ def remove_class(folder: Path, class_folder: str) -> None:
 
 
 def move_image(folder: Path, file: str, class_folder: str) -> str:
-    """Move the image `file` to a class, as its last; returns what it is called by from now on.
+    """Move the image `file` to the end of a class; returns its new file name.
 
-    Raises: InputError if the image or the class is not there.
+    Raises: InputError if the image or the class does not exist.
     """
     with changing(folder) as images:
-        source, target = images.home_of(file), images.class_in(class_folder)
+        source, target = images.container_of(file), images.class_in(class_folder)
         if source is target:
             return file
         entry = images.entry(file)
         source.images.remove(entry)
-        moved = place_for(folder, target, Path(file).suffix)
+        moved = next_path(folder, target, Path(file).suffix)
         for suffix in (Path(file).suffix, ".txt"):
             if (folder / file).with_suffix(suffix).exists():
                 (folder / file).with_suffix(suffix).replace(moved.with_suffix(suffix))
@@ -227,13 +227,13 @@ def move_image(folder: Path, file: str, class_folder: str) -> str:
 
 
 def delete_set(folder: Path) -> None:
-    """Delete the set in `folder` with all its images. Raises: InputError if it is gone."""
+    """Delete the dataset in `folder` with all its images. Raises: InputError if it is gone."""
     with _locked(folder):
         shutil.rmtree(folder)
 
 
-def place_for(folder: Path, home: ImageDataset | ClassEntry, suffix: str) -> Path:
-    """Where the next image of `home` goes, in the set at `folder`; its number is taken."""
+def next_path(folder: Path, home: ImageDataset | ClassEntry, suffix: str) -> Path:
+    """The path of the next image of `home` in the dataset at `folder`; increments its counter."""
     below = folder / home.folder if isinstance(home, ClassEntry) else folder
     below.mkdir(exist_ok=True)
     number, home.next = home.next, home.next + 1
@@ -242,13 +242,13 @@ def place_for(folder: Path, home: ImageDataset | ClassEntry, suffix: str) -> Pat
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of all sets beside `folder`, which are one owner's and share one limit."""
+    """Hold the lock of all datasets in the parent of `folder`: they belong to one user and share one quota."""
     if not folder.is_dir():
-        raise InputError("These images are no longer there. Add them again.")
+        raise InputError("These images no longer exist. Add them again.")
     with (folder.parent / LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.is_dir():
-            raise InputError("These images are no longer there. Add them again.")
+            raise InputError("These images no longer exist. Add them again.")
         yield
 
 
@@ -257,9 +257,9 @@ def _entries(listed: list[dict[str, str]]) -> list[Entry]:
 
 
 def _class_name(name: str) -> str:
-    name = shown_name(name)
+    name = printable_name(name)
     if not name:
-        raise InputError("A class needs a name, such as 'red mug'. Type one.")
+        raise InputError("A class needs a name, such as 'red mug'. Enter one.")
     return name
 
 

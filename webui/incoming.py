@@ -1,4 +1,4 @@
-"""An image from outside, checked before it is decoded and written anew, so that nothing but its pixels gets in."""
+"""Check uploaded images before decoding and re-encode them, so that only their pixels are stored."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pipelines.images import UNREADABLE, open_image
 
 MAX_BYTES = 25 * 2**20
 MAX_PIXELS = 40_000_000
-# JPEG and WebP have limits of their own not far above.
+# Just below the limits of JPEG and WebP.
 MAX_SIDE = 16_000
-# Up to SDXL's own size an image is kept pixel by pixel. A larger one is shrunk for training anyway, which hides what JPEG at
-# 95 without chroma subsampling loses, while as PNG a photograph of 24 megapixels takes 40 MB and ten seconds.
+# Images up to SDXL's resolution are stored losslessly. Larger ones are downscaled for training anyway, which hides the loss of
+# JPEG at quality 95 without chroma subsampling; a PNG of a 24-megapixel photograph takes 40 MB and ten seconds.
 LOSSLESS_PIXELS = 1024 * 1280
 JPEG_QUALITY = 95
 NAME_LENGTH = 100
@@ -26,12 +26,12 @@ NAME_LENGTH = 100
 
 @dataclass(frozen=True)
 class UploadedImage:
-    """An image, written anew.
+    """A re-encoded image.
 
     Args:
-        content: the file.
+        content: the content of the file.
         suffix: ".png" or ".jpg".
-        notes: what is to be known about how it was read, each a sentence.
+        notes: sentences on how it was read.
     """
 
     content: bytes
@@ -40,11 +40,11 @@ class UploadedImage:
 
 
 def read_upload(path: Path, name: str) -> UploadedImage:
-    """The image in the file at `path`, upright, in sRGB and without metadata.
+    """The image in the file at `path`: upright, in sRGB, without metadata.
 
     Args:
-        name: what errors call it.
-    Raises: InputError in one sentence if it is none, too large or damaged.
+        name: its name in error messages.
+    Raises: InputError if it is not an image, too large or damaged.
     """
     try:
         size = path.stat().st_size
@@ -55,20 +55,19 @@ def read_upload(path: Path, name: str) -> UploadedImage:
 
 
 def check_size(size: int, name: str) -> None:
-    """Raise InputError if an image's file of `size` bytes is too large."""
+    """Raise InputError if an image file of `size` bytes is too large."""
     if size > MAX_BYTES:
         raise InputError(
-            f"{name} has {size / 2**20:.0f} MB, and an image may have {MAX_BYTES // 2**20} MB at most. "
-            "Save it as JPEG, or smaller."
+            f"{name} is {size / 2**20:.0f} MB; an image may be at most {MAX_BYTES // 2**20} MB. Save it as JPEG or downscale it."
         )
 
 
 def reencoded(content: bytes, name: str) -> UploadedImage:
-    """The image in `content`, as of `read_upload`.
+    """The image in `content`, re-encoded as `read_upload` does.
 
     Args:
-        content: a whole file of whatever format.
-        name: what errors call it.
+        content: the bytes of a file of any format.
+        name: its name in error messages.
     Raises: InputError as `read_upload`.
     """
     try:
@@ -80,39 +79,41 @@ def reencoded(content: bytes, name: str) -> UploadedImage:
     except DecoderMissingError:
         raise
     except UnsupportedFormatError as error:
-        raise _is_none(name) from error
+        raise _not_an_image(name) from error
     except InputError:
         raise
     except Image.DecompressionBombError as error:
-        raise InputError(f"{name} has more than {MAX_PIXELS // 1_000_000} million pixels. Shrink it and add it again.") from error
+        raise InputError(
+            f"{name} has more than {MAX_PIXELS // 1_000_000} million pixels. Downscale it and add it again."
+        ) from error
     except Image.UnidentifiedImageError as error:
-        raise _is_none(name) from error
+        raise _not_an_image(name) from error
     except UNREADABLE as error:
-        raise InputError(f"{name} is damaged or cut short. Add it again, or save it anew from the original.") from error
+        raise InputError(f"{name} is damaged or truncated. Add it again, or export it again from the original.") from error
 
 
 def display_name(path: str | Path) -> str:
-    """What the page calls an uploaded file: the last part of its name, in printable characters, not too long."""
+    """The display name of an uploaded file: the last part of its path in printable characters, truncated."""
     last = str(path).replace("\\", "/").rsplit("/", 1)[-1]
-    return shown_name(last) or "The file"
+    return printable_name(last) or "The file"
 
 
-def shown_name(words: str) -> str:
-    """`words` in one line of printable characters, at most `NAME_LENGTH`; may be empty."""
-    printable = "".join(character if character.isprintable() else " " for character in words)
+def printable_name(text: str) -> str:
+    """`text` as one line of at most `NAME_LENGTH` printable characters; may be empty."""
+    printable = "".join(character if character.isprintable() else " " for character in text)
     return " ".join(printable.split())[:NAME_LENGTH].strip()
 
 
-def _is_none(name: str) -> InputError:
-    return InputError(f"{name} is not a {listed(UPLOAD_FORMATS)} image, whatever it is called. Save it as one of these.")
+def _not_an_image(name: str) -> InputError:
+    return InputError(f"{name} is not a {listed(UPLOAD_FORMATS)} image. Save it in one of these formats.")
 
 
 def _check_extent(size: tuple[int, int], name: str) -> None:
     width, height = size
     if width * height > MAX_PIXELS or max(size) > MAX_SIDE:
         raise InputError(
-            f"{name} measures {width:,} x {height:,}, and an image may have {MAX_PIXELS // 1_000_000} million pixels and "
-            f"{MAX_SIDE:,} a side at most. Shrink it and add it again."
+            f"{name} is {width:,} x {height:,}; an image may have at most {MAX_PIXELS // 1_000_000} million pixels and "
+            f"{MAX_SIDE:,} pixels per side. Downscale it and add it again."
         )
 
 

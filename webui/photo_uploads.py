@@ -21,7 +21,7 @@ from pipelines.subject.folder_names import CLASS_PROMPT, is_system_name, stem_of
 from pipelines.subject.folder_scan import FolderScan, scan_folder
 from webui.image_datasets import read_set, set_caption
 from webui.incoming import display_name
-from webui.uploads import ZIP_LIMITS, Added, add_images, summed_up
+from webui.uploads import ZIP_LIMITS, Added, add_images, summarised
 
 # What the scan says of these is said to the user; of any other file the upload itself says what it is.
 NAMED_BY_SCAN = frozenset(
@@ -74,7 +74,7 @@ def add_photos(folder: Path, files: Sequence[str | Path]) -> Added:
     zips = [file for file in map(Path, files) if zipfile.is_zipfile(file)]
     loose = [file for file in map(Path, files) if file not in zips]
     parts = [*([_add_loose(folder, loose)] if loose else []), *(_add_zip(folder, file) for file in zips)]
-    return summed_up(functools.reduce(_merged, parts, Added()))
+    return summarised(functools.reduce(_merged, parts, Added()))
 
 
 def _add_loose(folder: Path, files: Sequence[Path]) -> Added:

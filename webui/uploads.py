@@ -1,8 +1,8 @@
-"""What a user hands in: images, zips of class folders and adapter files, of which nothing else gets in.
+"""Uploads: images, zips of class folders and adapter files.
 
-An image is recognised by its content, checked against limits before it is decoded, and written anew under a name of ours
-(`webui.incoming`), so that neither metadata nor anything that hides in a file comes along. One that cannot be used is refused
-in a sentence, and the others are added.
+An image is identified by its content, checked against limits before it is decoded, and re-encoded under a generated name
+(`webui.incoming`), so that neither metadata nor hidden content is stored. An unusable file is refused with a reason; the other
+files are added.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipelines.fewshot.layouts import FolderLayout, arrange, check_spellings, wi
 from pipelines.fewshot.split_files import SPLIT_FILE, parts_of_set, split_file
 from pipelines.fewshot.split_words import Part
 from pipelines.image_formats import UPLOAD_FORMATS, UPLOAD_SUFFIXES, listed
-from webui.image_datasets import SET, Entry, add_class, changing, place_for
+from webui.image_datasets import SET, Entry, add_class, changing, next_path
 from webui.incoming import UploadedImage, check_size, display_name, read_upload, reencoded
 from webui.workspace import Workspace
 
@@ -32,26 +32,26 @@ MAX_SETS = 500
 MAX_IMAGES = 20_000
 MAX_USER_BYTES = 8 * 2**30
 ZIP_LIMITS = ZipLimits(members=MAX_IMAGES, total_bytes=2 * 2**30)
-# No more is kept in memory before it is written.
+# Images held in memory before they are written.
 BATCH = 8
-# A file of adapters for SDXL with text encoders at rank 64.
+# Enough for an adapter of SDXL and its text encoders at rank 64.
 MAX_ADAPTER_BYTES = 512 * 2**20
-# Hidden, so that it is no image set's id.
+# The leading dot keeps it from being the id of a dataset.
 ADAPTERS = ".adapters"
-# More sentences than this are summed up in one.
+# At most so many sentences; the rest is summarised in one.
 SENTENCES = 20
 
 
 @dataclass
 class Added:
-    """What became of an upload.
+    """The result of an upload.
 
     Args:
-        names: what the images are called by now: their files, below the set's folder.
-        refused: a plain sentence for each file that was not taken; it holds users' words, to be escaped wherever it is shown.
-        notes: the same for what was taken and its owner should know: that of an animation the first frame is read, or how a zip
-            was read that came with a split.
-        parts: of a split that a zip came with, by the images' names; empty where it came with none.
+        names: the files of the added images, relative to the dataset's folder.
+        refused: a sentence for each file that was not added; escape it before it goes into HTML.
+        notes: sentences about added files, such as that only the first frame of an animation is used, or how the split of a
+            zip was read.
+        parts: the split that a zip came with, by the images' names; empty if it came with none.
     """
 
     names: list[str] = field(default_factory=list)
@@ -61,17 +61,17 @@ class Added:
 
 
 class FullError(InputError):
-    """The user's room is used up, so that no further image fits either."""
+    """The user's quota is used up, so no further image fits."""
 
 
 def add_images(folder: Path, files: Sequence[str | Path], class_folder: str | None = None) -> Added:
-    """Add images to a set; those that cannot be used are refused and keep none of the others out.
+    """Add images to a dataset. Unusable files are refused; the others are added.
 
     Args:
-        folder: the set's.
+        folder: the folder of the dataset.
         files: uploaded files.
-        class_folder: the class that they are added to; None for none.
-    Raises: InputError if the set or the class is gone.
+        class_folder: the folder of the class that they are added to; None for a dataset without classes.
+    Raises: InputError if the dataset or the class is gone.
     """
     added = Added()
     named = ((display_name(file), Path(file)) for file in files)
@@ -79,19 +79,18 @@ def add_images(folder: Path, files: Sequence[str | Path], class_folder: str | No
         _add(folder, _readable(named, read_upload, added), class_folder, added)
     except FullError as error:
         added.refused.append(str(error))
-    return summed_up(added)
+    return summarised(added)
 
 
 def add_zip(folder: Path, file: str | Path) -> Added:
-    """Add the class folders of a zip to a set: each folder that holds images is a class, called as the folder.
+    """Add the class folders of a zip to a dataset. Each folder with images is a class, named after the folder.
 
-    Where its folders or a split.json split it, the classes are those of the split, and the parts are told.
+    If split folders or a split.json divide the images, the classes are those of the split and `Added.parts` holds it.
 
     Args:
-        folder: the set's.
+        folder: the folder of the dataset.
         file: the uploaded zip.
-    Raises: InputError if it is none, or anything in it is such as no honest zip has, or it can be read in two ways; then
-        nothing of it is added.
+    Raises: InputError if the file is not a zip, exceeds a limit, has unsafe members or an ambiguous layout; nothing is added.
     """
     path, added = Path(file), Added()
     groups = _class_folders(path, added)
@@ -103,37 +102,37 @@ def add_zip(folder: Path, file: str | Path) -> Added:
             added.parts |= dict.fromkeys(added.names[before:], part) if part is not None else {}
     except FullError as error:
         added.refused.append(str(error))
-    return summed_up(added)
+    return summarised(added)
 
 
 def check_adapter(file: str | Path) -> Path:
-    """Check that a file is a LoRA of SDXL: safetensors by its content, of a kind that is read, with values all finite.
+    """Check that a file is a LoRA for SDXL: valid safetensors of a supported kind, all values finite.
 
     Returns: the file.
-    Raises: InputError saying what is wrong with it; nothing in it was run.
+    Raises: InputError if it is not. No code in the file is ever run.
     """
-    # Here, since it loads torch.
+    # Imported here because it loads torch.
     from webui.work import adapter_files
 
     path, name = Path(file), display_name(file)
     size = path.stat().st_size
     if size > MAX_ADAPTER_BYTES:
-        raise InputError(f"{name} has {size / 2**20:.0f} MB, and an adapter may have {MAX_ADAPTER_BYTES // 2**20} MB at most.")
+        raise InputError(f"{name} is {size / 2**20:.0f} MB; an adapter may be at most {MAX_ADAPTER_BYTES // 2**20} MB.")
     adapter_files.check_tensors(path, name)
     return path
 
 
 def left_out(file: str | Path) -> list[str]:
-    """What of an adapter that passes `check_adapter` is left out, in sentences with users' words in them."""
+    """Sentences on the tensors of a valid adapter that are not applied; escape them before they go into HTML."""
     from webui.work import adapter_files
 
     return adapter_files.left_out(Path(file), display_name(file))
 
 
 def add_adapter(workspace: Workspace, file: str | Path) -> Path:
-    """Copy an adapter among the user's files, under a name of ours; returns the copy.
+    """Copy an adapter to the user's files under a generated name; returns the copy.
 
-    Raises: InputError as `check_adapter`, or if there is no room.
+    Raises: InputError as `check_adapter`, or if the quota is used up.
     """
     checked = check_adapter(file)
     _check_room(workspace.sets, 0, checked.stat().st_size)
@@ -151,19 +150,19 @@ def add_adapter(workspace: Workspace, file: str | Path) -> Path:
 
 
 def adapters(workspace: Workspace) -> list[tuple[str, Path]]:
-    """The adapters that the user added, newest first: what each is called (to be escaped) and where it lies."""
+    """The adapters that the user uploaded, newest first: display name (not escaped) and path."""
     files = sorted((workspace.sets / ADAPTERS).glob("*.safetensors"), key=lambda path: path.stat().st_mtime, reverse=True)
     return [(path.with_suffix(".txt").read_text(encoding="utf-8"), path) for path in files]
 
 
 def _add(folder: Path, images: Iterator[tuple[str, UploadedImage]], class_folder: str | None, added: Added) -> None:
-    """Write images into a set as they come; others may change it between two batches."""
+    """Write images to a dataset in batches; the lock is released between batches."""
     while batch := list(islice(images, BATCH)):
         with changing(folder) as content:
             home = content if class_folder is None else content.class_in(class_folder)
             _check_room(folder.parent, len(batch), sum(len(image.content) for _, image in batch))
             for name, image in batch:
-                path = place_for(folder, home, image.suffix)
+                path = next_path(folder, home, image.suffix)
                 beside = path.with_name(f".{path.name}")
                 beside.write_bytes(image.content)
                 os.replace(beside, path)
@@ -175,7 +174,7 @@ def _add(folder: Path, images: Iterator[tuple[str, UploadedImage]], class_folder
 def _readable(
     named: Iterable[tuple[str, File]], read: Callable[[File, str], UploadedImage], added: Added
 ) -> Iterator[tuple[str, UploadedImage]]:
-    """The images that can be used, each with its name; the others are refused."""
+    """The usable images with their names; adds the reasons for the others to `added.refused`."""
     for name, file in named:
         try:
             yield name, read(file, name)
@@ -189,17 +188,17 @@ def _read_zipped(entry: ZippedFile, name: str) -> UploadedImage:
 
 
 def _class_folders(path: Path, added: Added) -> dict[tuple[str, Part | None], list[ZippedFile]]:
-    """The images of a zip by their class, and their part where the zip is split; what is no image is refused."""
+    """The images of a zip by class and, if the zip is split, by part; other files are refused."""
     name = display_name(path)
     try:
         if not zipfile.is_zipfile(path):
             raise InputError(f"{name} is not a zip. Pack one folder of images for each class into a zip.")
         groups = _grouped(name, read_zip(path, ZIP_LIMITS), added)
     except InputError as error:
-        # The page does not tell where the server keeps uploads.
+        # The page must not show where the server stores uploads.
         raise InputError(str(error).replace(repr(str(path)), name)) from error
     if not groups:
-        raise InputError(f"{name} holds no folder with images. Pack one folder of images for each class into a zip.")
+        raise InputError(f"{name} contains no folder with images. Pack one folder of images for each class into a zip.")
     return groups
 
 
@@ -209,7 +208,7 @@ def _grouped(name: str, content: ZipContent, added: Added) -> dict[tuple[str, Pa
     split = split_file(content.files, layout)
     parts = _parts(name, layout, split, added)
     stray = [file.name for file in content.files if PurePosixPath(file.name).name.casefold() == SPLIT_FILE and file != split]
-    added.refused += [f"{other} does not lie beside the class folders and was left out." for other in stray]
+    added.refused += [f"{other} is not next to the class folders and was left out." for other in stray]
     groups: dict[tuple[str, Part | None], list[ZippedFile]] = {}
     for file in images:
         key = layout.classes[file.name] if parts else PurePosixPath(file.name).parent.name
@@ -218,43 +217,43 @@ def _grouped(name: str, content: ZipContent, added: Added) -> dict[tuple[str, Pa
 
 
 def _is_usable(file: ZippedFile, added: Added) -> bool:
-    """Whether a file of a zip is an image in a folder; what is not is refused, but for a split.json, which is read."""
+    """Whether a file of a zip is an image in a folder. Other files except split.json are refused."""
     path = PurePosixPath(file.name)
     if path.suffix.lower() == ".zip":
-        added.refused.append(f"{file.name} is a zip within the zip and was left out. Unpack it first, or add it by itself.")
+        added.refused.append(f"{file.name} is a zip inside the zip and was left out. Unpack it, or add it separately.")
     elif path.suffix.lower() not in UPLOAD_SUFFIXES:
         if path.name.casefold() != SPLIT_FILE:
             added.refused.append(f"{file.name} is not a {listed(UPLOAD_FORMATS)} image and was left out.")
     elif len(path.parts) < 2:
-        added.refused.append(f"{file.name} lies in no class's folder and was left out. Put it into the folder of its class.")
+        added.refused.append(f"{file.name} is not in a class folder and was left out. Move it to the folder of its class.")
     else:
         return True
     return False
 
 
 def _parts(name: str, layout: FolderLayout, split: ZippedFile | None, added: Added) -> Mapping[str, Part]:
-    """The parts of the split that a zip came with, by the names in it; none where it came with none."""
+    """The split that a zip came with, by the names of its files; empty if it came with none."""
     parts, notes = parts_of_set(name, layout, split)
     if parts:
         check_spellings(name, layout.classes, parts)
-        added.notes += [*layout.notes, *notes, "Its images for the test are only ever tested on, all others only learned from."]
+        added.notes += [*layout.notes, *notes, "Its test images are used only for testing, all others only for training."]
     return with_test(parts)
 
 
 def _check_room(sets: Path, images: int, size: int) -> None:
-    """Raise FullError if the user's folder `sets` has no room for so many more images and bytes."""
+    """Raise FullError if `images` more images of `size` bytes in total exceed the user's quota in the folder `sets`."""
     held = [entry.stat().st_size for entry in sets.rglob("*") if entry.is_file()]
     if len(list(sets.glob(f"*/{SET}"))) > MAX_SETS:
-        raise FullError(f"You have {MAX_SETS} sets of images, and no more are kept. Delete one that you no longer need.")
+        raise FullError(f"You have reached the limit of {MAX_SETS} datasets. Delete one that you no longer need.")
     if images and len(held) + images > MAX_IMAGES:
-        raise FullError(f"You have {MAX_IMAGES:,} images, and no more are kept. Delete a set that you no longer need.")
+        raise FullError(f"The limit is {MAX_IMAGES:,} images per user. Delete a dataset that you no longer need.")
     if sum(held) + size > MAX_USER_BYTES:
-        raise FullError(f"Your files take {MAX_USER_BYTES >> 30} GB, and no more is kept. Delete a set that you no longer need.")
+        raise FullError(f"The limit is {MAX_USER_BYTES >> 30} GB of files per user. Delete a dataset that you no longer need.")
 
 
-def summed_up(added: Added) -> Added:
-    """`added` with at most `SENTENCES` sentences on what was refused, and on what was taken."""
-    for sentences, rest in ((added.refused, "were left out for like reasons"), (added.notes, "were read in like ways")):
+def summarised(added: Added) -> Added:
+    """`added` with at most `SENTENCES` refusals and as many notes; the rest is summarised."""
+    for sentences, rest in ((added.refused, "were left out for similar reasons"), (added.notes, "have similar notes")):
         if len(sentences) > SENTENCES:
             sentences[SENTENCES - 1 :] = [f"{len(sentences) - SENTENCES + 1} further files {rest}."]
     return added

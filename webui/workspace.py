@@ -63,7 +63,7 @@ class Workspace:
         """
         path = _below(self.sets, set_id)
         if path is None or path.is_symlink() or not path.is_dir():
-            raise InputError("These images are no longer there. Add them again.")
+            raise InputError("These images no longer exist. Add them again.")
         return path
 
     def new_run(self) -> Path:

@@ -76,7 +76,7 @@ def hostile_zips() -> dict[str, tuple[Callable[[Path], Path], str]]:
         "thousand-fold": (_with("cat/zeros.png", bytes(20 * 2**20)), "100 times its packed size"),
         "too long": (_with("cat/long.png", os.urandom(26 * 2**20)), "Shrink the image"),
         "many": (_many, "at most 20,000 files"),
-        "nested alone": (_nested, "holds no folder with images"),
+        "nested alone": (_nested, "contains no folder with images"),
         "no zip": (_plain, "is not a zip"),
     }
 

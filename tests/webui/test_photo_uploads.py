@@ -95,7 +95,7 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_added(folder, tmp_path):
 def test_captions_alone_and_too_long_ones_are_refused_in_a_sentence(folder, tmp_path):
     image, text = dropped(tmp_path, {"dog.png": stored_image(0), "dog.txt": b"x" * 501})
     assert add_photos(folder, [text]).refused == ["There is no photo that 'dog.txt' could belong to. Add photos first."]
-    assert "500 letters at most" in add_photos(folder, [image, text]).refused[0]
+    assert "at most 500 characters" in add_photos(folder, [image, text]).refused[0]
 
 
 def test_a_zip_of_kohyas_folders_gives_its_subject_and_names_the_rest(folder, tmp_path):

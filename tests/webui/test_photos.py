@@ -134,9 +134,9 @@ def test_photos_are_moved_and_removed(photos):
 
 @pytest.mark.parametrize("file", ["0099.png", "../0001.png", "/etc/passwd", ""])
 def test_a_file_that_is_none_of_the_set_is_refused(photos, file):
-    with pytest.raises(InputError, match="no longer there"):
+    with pytest.raises(InputError, match="no longer exist"):
         photos.move(file, 1)
-    with pytest.raises(InputError, match="no longer there"):
+    with pytest.raises(InputError, match="no longer exist"):
         photos.remove(file)
 
 

@@ -60,7 +60,7 @@ def test_a_thumbnail_shows_the_colours_that_are_trained_on():
     assert np.abs(np.asarray(Image.open(path)).astype(int) - expected(content("PNG", image, icc_profile=P3))).max() < 12
 
 
-def test_of_an_animation_the_first_frame_is_stored_and_that_is_said(tmp_path, folder):
+def test_the_first_frame_of_an_animation_is_stored_with_a_note(tmp_path, folder):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     (tmp_path / "a.gif").write_bytes(content("GIF", frames[0], save_all=True, append_images=frames[1:]))
     added = uploads.add_images(folder, [tmp_path / "a.gif"])
@@ -70,19 +70,19 @@ def test_of_an_animation_the_first_frame_is_stored_and_that_is_said(tmp_path, fo
     assert Image.open(folder / added.names[0]).getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_a_profile_that_cannot_be_used_is_said(tmp_path, folder):
+def test_an_unusable_colour_profile_is_noted(tmp_path, folder):
     (tmp_path / "a.png").write_bytes(content("PNG", icc_profile=b"no profile" * 40))
     added = uploads.add_images(folder, [tmp_path / "a.png"])
     assert [note.split(":")[:2] for note in added.notes] == [["a.png", " Its ICC colour profile is not used"]]
 
 
-def test_notes_of_many_files_are_summed_up(tmp_path, folder):
+def test_notes_of_many_files_are_summarised(tmp_path, folder):
     stored = content("PNG", icc_profile=b"no profile" * 40)
     for place in range(25):
         (tmp_path / f"{place}.png").write_bytes(stored)
     added = uploads.add_images(folder, sorted(tmp_path.glob("*.png")))
     assert (len(added.names), len(added.notes)) == (25, uploads.SENTENCES)
-    assert added.notes[-1] == "6 further files were read in like ways."
+    assert added.notes[-1] == "6 further files have similar notes."
 
 
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "PNG"])
@@ -94,7 +94,7 @@ def test_a_bomb_of_any_format_is_refused_undecoded(tmp_path, folder, kind):
     assert "12,000 x 4,000" in added.refused[0]
 
 
-def test_megabytes_of_text_in_a_png_are_left_behind(tmp_path, folder):
+def test_megabytes_of_text_in_a_png_are_dropped(tmp_path, folder):
     whole, data = content("PNG"), b"workflow\0\0" + zlib.compress(b'{"nodes": []}' * 200_000)
     chunk = struct.pack(">I", len(data)) + b"zTXt" + data + struct.pack(">I", zlib.crc32(b"zTXt" + data))
     (tmp_path / "a.png").write_bytes(whole[:33] + chunk + whole[33:])

@@ -79,10 +79,10 @@ def test_a_png_of_17_kb_that_decodes_to_144_megapixels_is_refused_undecoded(tmp_
     ],
     ids=["svg", "html", "postscript", "csv", "jxl", "empty", "pickle"],
 )
-def test_what_is_no_image_is_refused_whatever_it_is_called(tmp_path, folder, content):
+def test_a_file_that_is_not_an_image_is_refused_whatever_its_suffix(tmp_path, folder, content):
     added = uploads.add_images(folder, [written(tmp_path / "mug.png", content)])
     assert added.names == []
-    assert added.refused == [f"mug.png is not a {listed(UPLOAD_FORMATS)} image, whatever it is called. Save it as one of these."]
+    assert added.refused == [f"mug.png is not a {listed(UPLOAD_FORMATS)} image. Save it in one of these formats."]
 
 
 def test_a_bitmap_is_refused_though_pillow_reads_it(tmp_path, folder):
@@ -90,7 +90,7 @@ def test_a_bitmap_is_refused_though_pillow_reads_it(tmp_path, folder):
     assert "is not a JPEG" in uploads.add_images(folder, [tmp_path / "a.png"]).refused[0]
 
 
-def test_nothing_of_a_polyglot_gets_in_but_its_pixels(tmp_path, folder):
+def test_only_the_pixels_of_a_polyglot_are_stored(tmp_path, folder):
     path = written(tmp_path / "a.png", polyglot())
     assert zipfile.is_zipfile(path)
     [name] = uploads.add_images(folder, [path]).names
@@ -100,7 +100,7 @@ def test_nothing_of_a_polyglot_gets_in_but_its_pixels(tmp_path, folder):
     assert not zipfile.is_zipfile(folder / name)
 
 
-def test_a_refused_file_keeps_none_of_the_others_out(tmp_path, folder):
+def test_a_refused_file_does_not_block_the_others(tmp_path, folder):
     good = [written(tmp_path / f"{place}.png", png_bytes(place)) for place in range(2)]
     added = uploads.add_images(folder, [good[0], written(tmp_path / "bad.png", b"no"), good[1], tmp_path / "gone.png"])
     assert added.names == ["0001.png", "0002.png"]
@@ -108,12 +108,12 @@ def test_a_refused_file_keeps_none_of_the_others_out(tmp_path, folder):
     assert [entry.name for entry in read_set(folder).images] == ["0.png", "1.png"]
 
 
-def test_a_image_cut_short_is_refused(tmp_path, folder):
+def test_a_truncated_image_is_refused(tmp_path, folder):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     whole = io.BytesIO()
     Image.fromarray(noise).save(whole, "JPEG")
     added = uploads.add_images(folder, [written(tmp_path / "a.jpg", whole.getvalue()[:900])])
-    assert added.refused == ["a.jpg is damaged or cut short. Add it again, or save it anew from the original."]
+    assert added.refused == ["a.jpg is damaged or truncated. Add it again, or export it again from the original."]
 
 
 def test_a_file_of_more_than_25_mb_is_refused_unread(tmp_path, folder):
@@ -123,7 +123,7 @@ def test_a_file_of_more_than_25_mb_is_refused_unread(tmp_path, folder):
     assert "26 MB" in uploads.add_images(folder, [path]).refused[0]
 
 
-def test_metadata_is_left_behind_and_the_orientation_applied(tmp_path, folder):
+def test_metadata_is_dropped_and_the_orientation_applied(tmp_path, folder):
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "where I live"
     image = Image.new("RGB", (20, 10), "red")
@@ -136,7 +136,7 @@ def test_metadata_is_left_behind_and_the_orientation_applied(tmp_path, folder):
     assert b"secret" not in (folder / name).read_bytes()
 
 
-def test_small_images_are_kept_pixel_by_pixel_and_large_ones_as_jpeg(tmp_path, folder):
+def test_small_images_are_stored_losslessly_and_large_ones_as_jpeg(tmp_path, folder):
     small = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(small).save(tmp_path / "small.png")
     Image.new("RGB", (1600, 1200), "teal").save(tmp_path / "large.png")
@@ -161,7 +161,7 @@ def test_every_kind_of_image_comes_out_as_rgb(tmp_path, folder, mode):
     assert (stored.mode, stored.getpixel((3, 3))) == ("RGB", (255, 255, 255))
 
 
-def test_of_an_animation_the_first_image_is_taken(tmp_path, folder):
+def test_the_first_frame_of_an_animation_is_used(tmp_path, folder):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], lossless=True)
     frames[0].save(tmp_path / "b.png", save_all=True, append_images=frames[1:])
@@ -233,7 +233,7 @@ def test_a_second_zip_adds_to_the_classes_of_the_first(tmp_path, folder):
     assert [(each.name, len(each.images)) for each in read_set(folder).classes] == [("cat", 2)]
 
 
-def test_no_more_images_are_kept_than_a_user_may_hold(tmp_path, folder, monkeypatch):
+def test_the_number_of_images_per_user_is_limited(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(uploads, "MAX_IMAGES", 10)
     files = [written(tmp_path / f"{place}.png", png_bytes(place)) for place in range(20)]
     added = uploads.add_images(folder, files)
@@ -241,14 +241,14 @@ def test_no_more_images_are_kept_than_a_user_may_hold(tmp_path, folder, monkeypa
     assert "10 images" in added.refused[-1]
 
 
-def test_no_more_bytes_are_kept_than_a_user_may_hold(tmp_path, folder, monkeypatch):
+def test_the_bytes_per_user_are_limited(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(uploads, "MAX_USER_BYTES", 10)
     added = uploads.add_images(folder, [written(tmp_path / "a.png", png_bytes())])
     assert added.names == []
     assert "Delete a set" in added.refused[0]
 
 
-def test_images_are_removed_reordered_moved_and_captioned_by_the_names_we_gave(tmp_path, folder):
+def test_images_are_removed_reordered_moved_and_captioned_by_their_generated_names(tmp_path, folder):
     files = [written(tmp_path / f"{place}.png", png_bytes(place)) for place in range(3)]
     uploads.add_images(folder, files)
     reorder(folder, ["0003.png", "0001.png"])
@@ -266,7 +266,7 @@ def test_images_are_removed_reordered_moved_and_captioned_by_the_names_we_gave(t
     uploads.add_images(folder, files[:1])
     assert [entry.file for entry in read_set(folder).images] == ["0002.png", "0004.png"]
     delete_set(folder)
-    with pytest.raises(InputError, match="no longer there"):
+    with pytest.raises(InputError, match="no longer exist"):
         uploads.add_images(folder, files)
 
 
@@ -284,7 +284,7 @@ def test_no_path_from_outside_is_followed(tmp_path, folder, file):
         lambda: rename_class(folder, file, "x"),
         lambda: uploads.add_images(folder, [tmp_path / "a.png"], file),
     ):
-        with pytest.raises(InputError, match="no longer there"):
+        with pytest.raises(InputError, match="no longer exist"):
             change()
     assert sorted(path for path in tmp_path.rglob("*") if path.name != "set.json") == [
         path for path in before if path.name != "set.json"
@@ -314,7 +314,7 @@ def test_a_pickle_named_safetensors_is_refused_and_runs_nothing(tmp_path, worksp
     assert uploads.adapters(workspace) == []
 
 
-def test_an_adapter_is_copied_under_our_own_name(tmp_path, workspace):
+def test_an_adapter_is_copied_under_a_generated_name(tmp_path, workspace):
     path = tmp_path / "<b>mine.safetensors"
     save_file({"unet.x.lora_A.weight": torch.ones(2, 2)}, path)
     copy = uploads.add_adapter(workspace, path)
@@ -344,7 +344,7 @@ def test_tensors_that_are_no_adapter_or_not_finite_are_refused(tmp_path, workspa
         ({"unet.x.lora_A.weight": torch.ones(2, 2), "control_model.x.weight": torch.ones(2)}, r"^a\.safetensors is a ControlNet"),
     ],
 )
-def test_what_is_no_lora_of_sdxl_is_called_what_it_is(tmp_path, workspace, tensors, sentence):
+def test_a_file_that_is_not_a_lora_for_sdxl_is_named_for_what_it_is(tmp_path, workspace, tensors, sentence):
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(InputError, match=sentence):
         uploads.add_adapter(workspace, tmp_path / "a.safetensors")
