@@ -15,7 +15,7 @@ SCENES = ("in the snow", "in the forest", "at night", "in the water")
 PROMPT = re.compile(r"a photo of (\S+) (.+)")
 WORD = re.compile(r"[^\W_][\w'-]{0,29}")
 MOST_SCENES, SCENE_LENGTH = 11, 300
-# What the page says itself, so that the expert panel does not.
+# Options with fields of their own on the page, which the expert panel leaves out.
 SET_BY_THE_PAGE = {
     "subject": {
         "data": ("instance_data_dir", "instance_prompt", "class_prompt"),
@@ -31,21 +31,21 @@ Options = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Draft:
-    """A subject run, before it is started.
+    """The settings of a subject run before it starts.
 
     Args:
-        set: the id of its images; None for the bundled example.
-        own: the id of the user's own images while the example is looked at, to come back to.
-        preset: the preset's name.
-        options: the user's own values, by group and field, as in SubjectOptions.
-        trigger: the rare word that stands for the subject.
-        class_word: what kind of thing it is; None where it was not said.
-        scenes: of the sample images: what is put after the prompt, or a whole prompt where it holds the rare word; None for
-            `SCENES`.
+        set: the id of the dataset; None for the bundled example.
+        previous_set: the id of the user's dataset while the example is selected, to switch back to.
+        preset: the name of the preset.
+        options: options set by the user, by group and field, as in SubjectOptions.
+        trigger: the trigger word, a rare word that stands for the subject.
+        class_word: the kind of subject, such as toy; None if it was not entered.
+        scenes: of the validation prompts: text appended to the prompt, or a complete prompt if it contains the trigger word;
+            None for `SCENES`.
     """
 
     set: str | None = None
-    own: str | None = None
+    previous_set: str | None = None
     preset: str = "Balanced"
     options: Options = field(default_factory=dict)
     trigger: str = TRIGGER
@@ -54,10 +54,14 @@ class Draft:
 
     @classmethod
     def from_browser(cls, value: object) -> Draft:
-        """What the browser kept; whatever is not of the right shape is as if it had never been said."""
+        """The draft stored by the browser; values of the wrong type are replaced by defaults."""
         stored = value if isinstance(value, dict) else {}
+        # Earlier versions stored "own".
+        stored = {"previous_set": stored.get("own"), **stored}
         texts = {
-            name: stored[name] for name in ("set", "own", "preset", "trigger", "class_word") if isinstance(stored.get(name), str)
+            name: stored[name]
+            for name in ("set", "previous_set", "preset", "trigger", "class_word")
+            if isinstance(stored.get(name), str)
         }
         options = stored.get("options") if isinstance(stored.get("options"), dict) else {}
         scenes = stored.get("scenes")
@@ -67,11 +71,11 @@ class Draft:
 
     @classmethod
     def like(cls, options: Options, set_id: str | None) -> Draft:
-        """A draft that starts from a run's options.
+        """A draft with the options of an earlier run.
 
         Args:
-            options: those that differ from the defaults, by group.
-            set_id: the id of its images; None for the example.
+            options: the options that differ from the defaults, by group.
+            set_id: the id of the dataset; None for the example.
         """
         data, output = options.get("data", {}), options.get("output", {})
         words = PROMPT.fullmatch(data.get("instance_prompt") or "")
@@ -84,49 +88,51 @@ class Draft:
         return replace(draft, scenes=[text.removeprefix(f"{draft.prompt} ") for text in prompts if text != draft.prompt])
 
     def to_browser(self) -> dict[str, Any]:
-        """As plain values for the browser to keep."""
+        """As JSON values for the browser to store."""
         return asdict(self)
 
     @property
     def kind(self) -> str:
-        """The class word in force; empty where one has to be given."""
+        """The class word; empty if it must be entered first."""
         return self.class_word if self.class_word is not None else SAMPLE_CLASS if self.set is None else ""
 
     @property
     def prompt(self) -> str:
-        """What the images are said to show."""
+        """The instance prompt."""
         return f"a photo of {self.trigger.strip()} {self.kind.strip()}".strip()
 
     @property
     def prompts(self) -> list[str]:
-        """Of the sample images: the prompt itself, and in each scene."""
+        """The validation prompts: the instance prompt alone, and in each scene."""
         scenes = SCENES if self.scenes is None else [" ".join(scene.split()) for scene in self.scenes if scene.strip()]
         word = re.compile(rf"(?<!\w){re.escape(self.trigger.strip())}(?!\w)")
         return [self.prompt, *(scene if word.search(scene) else f"{self.prompt} {scene}" for scene in scenes)]
 
     @property
     def scenes_in_lines(self) -> str:
-        """The scenes as a text, one a line."""
+        """The scenes as text, one per line."""
         return "\n".join(SCENES if self.scenes is None else self.scenes)
 
     def check(self) -> None:
-        """Raises: InputError for the first word or scene that cannot be used."""
+        """Raises: InputError for the first invalid word or scene."""
         check_words(self.trigger, self.kind)
         scenes = self.scenes or []
         if len(scenes) > MOST_SCENES:
-            raise InputError(f"There may be {MOST_SCENES} scenes at most, got {len(scenes)}. Remove some lines.")
+            raise InputError(f"At most {MOST_SCENES} scenes are allowed, got {len(scenes)}. Remove some lines.")
         for scene in scenes:
             if len(scene) > SCENE_LENGTH:
-                raise InputError(f"A scene may have {SCENE_LENGTH} characters, got {len(scene)}: {scene[:40]!r}. Shorten it.")
+                raise InputError(
+                    f"A scene may have at most {SCENE_LENGTH} characters, got {len(scene)}: {scene[:40]!r}. Shorten it."
+                )
             if scene.startswith("-"):
                 raise InputError(f"A scene must not begin with a hyphen, got {scene[:40]!r}. Begin with a word.")
 
     def values(self, images: Path | None, options: Options) -> Options:
-        """What the run is started with: `options`, and what the page says itself.
+        """The options of the run: `options` and those with fields of their own on the page.
 
         Args:
-            images: the folder of its images; None for the example, which is the trainer's default.
-            options: the preset's values and the user's own.
+            images: the folder of the images; None for the example, which is the trainer's default.
+            options: options of the preset and the user.
         """
         data: dict[str, Any] = {} if images is None else {"instance_data_dir": str(images)}
         output: dict[str, Any] = {}
@@ -142,20 +148,22 @@ class Draft:
 
 
 def check_words(trigger: str, kind: str) -> None:
-    """Refuse a trigger word that is not one word, and a class word that is missing or no word.
+    """Check the trigger word and the class word.
 
-    Raises: InputError saying what is wrong.
+    Raises: InputError if the trigger word is not a single word, or the class word is missing or not one to four words.
     """
     if not WORD.fullmatch(trigger.strip()):
-        raise InputError(f"The rare word must be one word of at most 30 letters and digits, such as sks, got {trigger[:40]!r}.")
+        raise InputError(
+            f"The trigger word must be one word of at most 30 letters and digits, such as sks, got {trigger[:40]!r}."
+        )
     words = kind.split()
     if not words:
-        raise InputError("Say in a word what the photos show, such as dog, toy or mug: the second word under Check is empty.")
+        raise InputError("The class word under Check is empty. Enter what the photos show, such as dog, toy or mug.")
     if len(words) > 4 or not all(WORD.fullmatch(word) for word in words):
-        raise InputError(f"The kind of thing must be one to four plain words, such as dog or coffee mug, got {kind[:40]!r}.")
+        raise InputError(f"The class word must be one to four plain words, such as dog or coffee mug, got {kind[:40]!r}.")
     if trigger.strip().lower() in (word.lower() for word in words):
         raise InputError(
-            f"The rare word and the kind of thing are both {trigger.strip()!r}. Use a word such as sks for the first."
+            f"The trigger word and the class word are both {trigger.strip()!r}. Use a rare word such as sks as trigger word."
         )
 
 
@@ -164,7 +172,7 @@ def _article(words: str) -> str:
 
 
 def without(options: Options, names: dict[str, tuple[str, ...]]) -> Options:
-    """`options` without the fields called `names`, by group; groups that are then empty are left out."""
+    """`options` without the fields `names`, by group; empty groups are left out."""
     left = {
         group: {name: value for name, value in fields.items() if name not in names.get(group, ())}
         for group, fields in options.items()
@@ -173,7 +181,7 @@ def without(options: Options, names: dict[str, tuple[str, ...]]) -> Options:
 
 
 def merged(*options: Options) -> Options:
-    """All of them together; the later win."""
+    """All options merged; later ones override earlier ones."""
     together: Options = {}
     for each in options:
         for group, fields in each.items():

@@ -1,4 +1,4 @@
-"""Ways to train to choose from: each a few values of the options, with the reason for each. Their figures were measured."""
+"""Presets for training on a subject: option values, each with its reason. The figures were measured."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Value:
     """One option's value in a preset.
 
     Args:
-        group, field: which option.
-        value: its value.
-        why: the reason, in one sentence.
+        group, field: the option.
+        value: the value of the option.
+        why: the reason, one sentence.
     """
 
     group: str
@@ -27,13 +27,13 @@ class Value:
 
 @dataclass(frozen=True)
 class Preset:
-    """One way to train.
+    """A named set of option values.
 
     Args:
-        name: what it is called.
-        costs: in time, against the one in the middle.
-        gives: what for.
-        values: what it sets; what it leaves out is the trainer's default.
+        name: the display name.
+        costs: the training time compared with Balanced.
+        gives: the purpose.
+        values: its option values; all others are the trainer's defaults.
     """
 
     name: str
@@ -42,79 +42,79 @@ class Preset:
     values: tuple[Value, ...]
 
     def options(self) -> Options:
-        """Its values by group and field."""
+        """The option values by group and field."""
         values: Options = {}
         for each in self.values:
             values.setdefault(each.group, {})[each.field] = each.value
         return values
 
     def reason(self, group: str, field: str) -> str | None:
-        """Why it sets an option; None where it does not."""
+        """The reason for an option's value; None if the preset does not set it."""
         return next((each.why for each in self.values if (each.group, each.field) == (group, field)), None)
 
 
 # Measured on five photographs of a toy robot, one of them held out, with the built-in model on one core. A step takes 0.23 s,
 # measuring the loss 3.6 s, a set of sample images 6 s, checking the exported files in a second program 26 s, all else 44 s.
-# At the suggested step, likeness to the subject and held-out loss (of the base model 0.176 and 1.000) with their processor time:
+# Similarity to the subject and validation loss of the recommended checkpoint (base model: 0.176, 1.000), and processor time:
 #   Balanced 0.273, 0.944 in 153 to 185 s;  Fast 0.277, 0.938 in 107 s;
 #   800 steps at half the rate 0.267, 0.938 in 217 s, no better for more time, and 400 at a third of it with min-SNR weights
-#   0.240, 0.953; other crops of photos that are square already are the same photos.
-# The drawn toy is most like itself at step 200 of 400 (0.693; 0.668 at 120): there the steps that Fast leaves out do count.
-# So Best trains as Balanced does; its steps are those of Balanced and more. On the example, whole runs one after the other on two
-# cores with nothing else at work: Fast 85 s, Balanced 171 s, Best 218 s.
+#   0.240, 0.953; crop variants do not change photos that are square already.
+# On the rendered toy the similarity peaks at step 200 of 400 (0.693; 0.668 at 120), so the steps that Fast leaves out matter.
+# Similarity to the subject, validation loss (base model: 0.176 and 1.000) and processor time at the recommended checkpoint:
+# cores: Fast 85 s, Balanced 171 s, Best 218 s.
 SUBJECT = (
     Preset(
         "Fast",
         "a little over half the time of Balanced",
-        "A first look: is it the right subject, are the photos good enough?",
+        "A first look: does the model learn the subject, and are the photos good enough?",
         (
-            Value("optimisation", "max_train_steps", 160, "The subject's colours and parts come early; its details later."),
-            Value("validation", "heldout_steps", 40, "Progress is measured as often as in Balanced: every 40 steps."),
-            Value("output", "validation_steps", 80, "Sample images halfway and at the end."),
+            Value("optimisation", "max_train_steps", 160, "Colours and large parts are learned early, details later."),
+            Value("validation", "heldout_steps", 40, "The validation loss is measured every 40 steps, as in Balanced."),
+            Value("output", "validation_steps", 80, "Validation images halfway and at the end."),
             Value(
                 "validation",
                 "num_candidate_images",
                 1,
-                "The step to use is chosen by the measured loss, with images of one more step.",
+                "The checkpoint is selected by validation loss; images are generated for one more candidate.",
             ),
             Value(
                 "validation",
                 "certify",
                 False,
-                "No second program checks the exported files; train Balanced before you share them.",
+                "The exported files are not verified with diffusers. Use Balanced before you share them.",
             ),
         ),
     ),
     Preset(
         "Balanced",
         "three minutes with the built-in model",
-        "What the trainer does unless told otherwise; the right choice where nothing speaks against it.",
+        "The trainer's defaults; the right choice in most cases.",
         (
             Value(
                 "optimisation",
                 "max_train_steps",
                 400,
-                "Enough for most subjects; where it is too much, an earlier step is suggested.",
+                "Enough for most subjects. If it overfits, an earlier checkpoint is recommended.",
             ),
         ),
     ),
     Preset(
         "Best",
         "about a third more time than Balanced",
-        "The same training, looked at more closely: the step to use is chosen among more steps, nearer together. Training "
-        "for longer, or more gently, was tried and came out no better.",
+        "The same training, with more checkpoints to select from. Longer training and lower learning rates were tried and "
+        "gave no better results.",
         (
             Value(
                 "validation",
                 "heldout_steps",
                 20,
-                "Progress is measured every 20 steps, not every 40: the best step can lie between.",
+                "The validation loss is measured every 20 steps instead of 40, for a finer choice of the checkpoint.",
             ),
             Value(
                 "validation",
                 "num_candidate_images",
                 10,
-                "Ten promising steps draw images and are compared by them, not two or four.",
+                "Images of ten candidate checkpoints are generated and compared, instead of two or four.",
             ),
         ),
     ),
@@ -123,6 +123,6 @@ BALANCED = "Balanced"
 
 
 def preset_named(presets: Sequence[Preset], name: str) -> Preset:
-    """The preset called `name`, or the balanced one."""
+    """The preset `name`, or Balanced if there is none."""
     by_name = {preset.name: preset for preset in presets}
     return by_name.get(name, by_name[BALANCED])

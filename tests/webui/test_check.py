@@ -79,7 +79,7 @@ def open_panel(page, group):
 
 def test_the_example_is_shown_and_said_to_be_one_and_without_photos_the_page_says_what_to_do(new_page, server, screenshot):
     page = opened(new_page, server)
-    expect(page.locator("#photos-about")).to_contain_text("An example to begin with")
+    expect(page.locator("#photos-about")).to_contain_text("Example subject")
     assert examined(page) == ["00.jpg", "01.jpg", "02.jpg", "03.jpg", "04.jpg"]
     expect(page.locator(".photo-card .chip.good")).to_have_count(5)
     expect(page.locator(".photo-card button")).to_have_count(0)
@@ -179,7 +179,7 @@ def test_photos_without_a_class_word_ask_for_it_first(new_page, server, uploads)
     expect(page.locator(".toast-body")).to_contain_text("Say in a word what the photos show", timeout=PATIENCE)
     expect(page.locator("#check-class")).to_be_visible(timeout=PATIENCE)
     page.locator("#check-start").click()
-    expect(page.locator(".toast-body", has_text="the second word under Check is empty")).to_be_visible(timeout=PATIENCE)
+    expect(page.locator(".toast-body", has_text="The class word under Check is empty")).to_be_visible(timeout=PATIENCE)
 
 
 @pytest.mark.slow(15)

@@ -34,7 +34,7 @@ def test_the_doctor_s_word_on_the_photos_before_does_not_stand_for_those_that_ar
     photos = workspace.new_image_set()
     sample_images()[0].save(tmp_path / "mine.png")
     add_images(photos, [str(tmp_path / "mine.png")])
-    example = Draft(own=photos.name).to_browser()
+    example = Draft(previous_set=photos.name).to_browser()
     examine = listener(page, "photos", "examine")
     own, *_, shown = listener(page, "photos", "change_to")(example, "own", None)
     # The example was chosen and left again: the doctor is asked with the draft of then, and the photos that are shown since.

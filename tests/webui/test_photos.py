@@ -60,6 +60,10 @@ def test_a_draft_that_the_browser_garbled_is_an_empty_one(kept):
     assert Draft.from_browser(kept) == Draft()
 
 
+def test_the_previous_dataset_of_a_draft_stored_by_an_earlier_version_is_read():
+    assert Draft.from_browser({"set": None, "own": "an-upload"}) == Draft(previous_set="an-upload")
+
+
 def test_a_draft_comes_back_from_the_browser_as_it_went():
     draft = Draft("some-set", "other", "Fast", {"adapter": {"rank": 4}}, "zxq", "dog", ["at sea"])
     assert Draft.from_browser(json.loads(json.dumps(draft.to_browser()))) == draft
@@ -91,7 +95,7 @@ def test_class_images_are_asked_for_with_the_class_word(tmp_path):
         ("two words", "dog", "must be one word"),
         ("", "dog", "must be one word"),
         ("--output_dir=x", "dog", "must be one word"),
-        ("sks", " ", "Say in a word what the photos show"),
+        ("sks", " ", "Enter what the photos show"),
         ("sks", "<script>", "one to four plain words"),
         ("sks", "{subject}", "one to four plain words"),
         ("dog", "big dog", "are both 'dog'"),
@@ -105,8 +109,8 @@ def test_words_that_cannot_be_used_are_refused_in_a_sentence(trigger, kind, mess
 @pytest.mark.parametrize(
     ("scenes", "message"),
     [
-        (["x"] * 12, "11 scenes at most"),
-        (["x" * 301], "may have 300 characters"),
+        (["x"] * 12, "At most 11 scenes"),
+        (["x" * 301], "at most 300 characters"),
         (["--seed=1 at sea"], "not begin with a hyphen"),
     ],
 )

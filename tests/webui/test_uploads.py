@@ -220,7 +220,7 @@ def test_the_class_folders_of_a_zip_become_classes(tmp_path, folder):
     assert [(each.folder, each.name) for each in read_set(folder).classes] == [("c00", "<b>blue mug"), ("c01", "red mug")]
     refused = " ".join(added.refused)
     assert len(added.refused) == 4
-    for part in ("more.zip is a zip within the zip", "labels.csv", "alone.png lies in no class's folder", "broken.jpg"):
+    for part in ("more.zip is a zip inside the zip", "labels.csv", "alone.png lies in no class's folder", "broken.jpg"):
         assert part in refused
 
 
@@ -245,7 +245,7 @@ def test_the_bytes_per_user_are_limited(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(uploads, "MAX_USER_BYTES", 10)
     added = uploads.add_images(folder, [written(tmp_path / "a.png", png_bytes())])
     assert added.names == []
-    assert "Delete a set" in added.refused[0]
+    assert "Delete a dataset" in added.refused[0]
 
 
 def test_images_are_removed_reordered_moved_and_captioned_by_their_generated_names(tmp_path, folder):
