@@ -60,8 +60,8 @@ class Preset:
 #   800 steps at half the rate 0.267, 0.938 in 217 s, no better for more time, and 400 at a third of it with min-SNR weights
 #   0.240, 0.953; crop variants do not change photos that are square already.
 # On the rendered toy the similarity peaks at step 200 of 400 (0.693; 0.668 at 120), so the steps that Fast leaves out matter.
-# Similarity to the subject, validation loss (base model: 0.176 and 1.000) and processor time at the recommended checkpoint:
-# cores: Fast 85 s, Balanced 171 s, Best 218 s.
+# Best therefore trains like Balanced and evaluates more checkpoints. Complete runs on the example, one after the other on two
+# idle cores: Fast 85 s, Balanced 171 s, Best 218 s.
 SUBJECT = (
     Preset(
         "Fast",

@@ -220,7 +220,7 @@ def test_the_class_folders_of_a_zip_become_classes(tmp_path, folder):
     assert [(each.folder, each.name) for each in read_set(folder).classes] == [("c00", "<b>blue mug"), ("c01", "red mug")]
     refused = " ".join(added.refused)
     assert len(added.refused) == 4
-    for part in ("more.zip is a zip inside the zip", "labels.csv", "alone.png lies in no class's folder", "broken.jpg"):
+    for part in ("more.zip is a zip inside the zip", "labels.csv", "alone.png is not in a class folder", "broken.jpg"):
         assert part in refused
 
 
