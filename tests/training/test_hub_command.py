@@ -50,7 +50,7 @@ def run(command: list[str], endpoint: str, cache: Path) -> subprocess.CompletedP
     )
 
 
-@pytest.mark.slow(60)
+@pytest.mark.slow(45)
 def test_the_readmes_sdxl_command_runs_from_nothing_and_then_without_a_network(hub_server, tmp_path):
     hub_server.add("stabilityai/stable-diffusion-xl-base-1.0", model_files(BUILT_IN_MODEL, None, "fp16"))
     command, cache = [*readme_command(), *FEWER], tmp_path / "cache"
