@@ -1,6 +1,6 @@
-"""Which adapters a user can generate with, read from files alone: the steps of runs, and uploaded files.
+"""The adapters that a user can generate images with, read from files alone: the steps of runs, and uploaded files.
 
-The page names an adapter by a reference that we make: `RUN@STEP` or `file@ID`.
+The page refers to an adapter as `RUN@STEP` or `file@ID`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ GONE = "This adapter is no longer there. Choose another one."
 
 @dataclass(frozen=True)
 class AdapterEntry:
-    """An adapter to generate images with.
+    """An adapter for generation.
 
     Args:
-        reference: what the page calls it.
-        name: what people call it; a user's words may be in it.
-        path: what `pipelines.subject.adapters.load_adapter` takes.
-        model: the group `model` of its run's options; None for a file, which does not say.
+        reference: its id on the page.
+        name: its title, which may contain user input.
+        path: the argument of `pipelines.subject.adapters.load_adapter`.
+        model: the group `model` of its run's options; None for an uploaded file.
     """
 
     reference: str
@@ -41,11 +41,11 @@ class AdapterEntry:
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps of a run whose adapters can be used.
+    """The steps of a run that have a saved adapter.
 
     Args:
-        choices: what each is called and its reference, in order.
-        chosen: the suggested one, else the last; None where there is none.
+        choices: the title of each and the step, in order.
+        chosen: the recommended one, else the last; None if there is none.
     """
 
     choices: list[tuple[str, int]]
@@ -53,24 +53,24 @@ class Steps:
 
 
 def steps_of(record: RunRecord) -> Steps:
-    """All adapters of a run: those kept while training, and the one at its end."""
+    """All adapters of a run: those saved while training, and the final one."""
     suggestion, last = record.read_json(SUGGESTION), last_step(record)
     steps = sorted({*kept_steps(record), *([] if last is None else [last])})
     suggested, total = suggestion.get("step"), record.status().get("total")
-    notes = {step: ", the last" for step in steps if step == last} | {step: ", suggested" for step in steps if step == suggested}
+    notes = {step: " (last)" for step in steps if step == last} | {step: " (recommended)" for step in steps if step == suggested}
     choices = [(f"Step {step}{f' of {total}' if total else ''}{notes.get(step, '')}", step) for step in steps]
     return Steps(choices, suggested if suggested in steps else next(reversed(steps), None))
 
 
 def last_step(record: RunRecord) -> int | None:
-    """The step whose adapter was exported in all forms at the run's end; None before that."""
+    """The last step, whose adapter was exported in all formats; None before the run is done."""
     return record.read_json(SUGGESTION).get("last") if (record.path / "adapter").is_dir() else None
 
 
 def others(workspace: Workspace, run_id: str | None) -> list[tuple[str, str]]:
-    """What can be mixed in: the suggested adapter of each other run, else its last, and the uploaded files.
+    """Adapters to combine with: the recommended or last one of each other run, and the uploaded files.
 
-    Returns: names, with users' words in them, and references.
+    Returns: titles, which may contain user input, and references.
     """
     entries = []
     for view in views(workspace):
@@ -80,19 +80,19 @@ def others(workspace: Workspace, run_id: str | None) -> list[tuple[str, str]]:
 
 
 def reference_of(run_id: str, step: int) -> str:
-    """What the page calls the adapter of a run at `step`."""
+    """The reference of the adapter of a run at `step`."""
     return f"{run_id}@{step}"
 
 
 def reference_of_file(path: Path) -> str:
-    """What the page calls an uploaded adapter that lies at `path`."""
+    """The reference of the uploaded adapter at `path`."""
     return f"{FILE}@{path.stem}"
 
 
 def adapter_called(workspace: Workspace, reference: str) -> AdapterEntry:
-    """The adapter that the page calls `reference`.
+    """The adapter with this reference.
 
-    Raises: InputError if there is none in this workspace.
+    Raises: InputError if this workspace has none.
     """
     owner, _, part = reference.partition("@") if isinstance(reference, str) else ("", "", "")
     if owner == FILE:
@@ -100,7 +100,7 @@ def adapter_called(workspace: Workspace, reference: str) -> AdapterEntry:
     view = RunView(workspace.run(owner))
     model = view.options.get("model")
     if view.task != "subject" or model is None:
-        raise InputError("This run has no adapter. Choose a run that was trained on a subject.")
+        raise InputError("This run has no adapter for generation. Choose a subject run.")
     step = _step(part)
     name = f"{view.name}, step {step}"
     if step is not None and step == last_step(view.record):

@@ -1,10 +1,10 @@
-"""What the page does, as named endpoints for programs: start, status, stop, list, generate, classify.
+"""Named endpoints for programs: start, status, stop, list, generate, classify.
 
     from gradio_client import Client, handle_file
     client = Client("http://127.0.0.1:7860")
     run = client.predict("subject", {}, [handle_file("a.jpg"), handle_file("b.jpg")], api_name="/start")
 
-Annotations are not put off here: gradio reads them to tell what an endpoint takes and gives.
+No `from __future__ import annotations` here: Gradio reads the annotations for the schema of the endpoints.
 """
 
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ from webui import launching, photo_uploads, uploads
 from webui.adapters import steps_of
 from webui.app_context import AppContext
 from webui.errors import in_plain_words
-from webui.generation_requests import GUIDANCE, STEPS, GenerationRequest, integer, number
+from webui.generation_requests import GUIDANCE_SCALE, STEPS, GenerationRequest, integer, number
 from webui.views import RunView, views
 from webui.workspace import Workspace
 
@@ -30,60 +30,76 @@ MAX_FILES = 500
 
 def build_api(context: AppContext) -> None:
     """Add the endpoints to the page that is being built."""
-    on_device: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "device"}
-    for name, function in _of_runs(context).items():
-        gr.api(in_plain_words(function), api_name=name)
-    # They compute with a model: one at a time, the others wait.
-    for name, function in (("generate", _generate(context)), ("classify", _classify(context))):
-        gr.api(in_plain_words(function), api_name=name, **on_device)
+    for name, make in (("start", _start), ("status", _status_of), ("stop", _stop), ("list", _list_runs)):
+        gr.api(in_plain_words(make(context)), api_name=name)
+    # These run a model: one call at a time, the others wait.
+    for name, make in (("generate", _generate), ("classify", _classify)):
+        gr.api(in_plain_words(make(context)), api_name=name, concurrency_limit=1, concurrency_id="device")
 
 
-def _of_runs(context: AppContext) -> dict[str, Any]:
-    """The endpoints that only look at runs, or start and stop them."""
-
-    def start(task: Literal["subject", "classify"], options: dict, images: list[dict], request: gr.Request) -> str:
-        """Start a run; it waits for its turn where another one is at work.
+def _start(context: AppContext) -> Any:
+    def start(
+        task: Literal["subject", "classify"],
+        options: dict,
+        images: list[dict] | None = None,
+        pictures: list[dict] | None = None,
+        request: gr.Request = None,
+    ) -> str:
+        """Start a run. It waits in the queue while another run is active.
 
         Args:
-            task: "subject" learns to draw one subject; "classify" learns to tell classes of images apart.
+            task: "subject" trains an adapter on one subject; "classify" trains a classifier.
             options: what differs from the defaults, by group and name, as in options.json of a run:
                 {"data": {"instance_prompt": "a photo of sks dog"}, "optimisation": {"max_train_steps": 200}}.
             images: uploaded files, `[handle_file("a.jpg"), ...]`: photos of the subject, or one zip with a folder of images
                 for each class; empty for the bundled example.
+            pictures: deprecated; use images.
         Returns: the run's id.
         """
         workspace = context.settings.workspace(request)
-        values = _with_images(workspace, task, _options(options), _files(images))
+        values = _with_images(workspace, task, _options(options), _files(_renamed(images, pictures, [])))
         return launching.start(workspace, task, values)
 
+    return start
+
+
+def _status_of(context: AppContext) -> Any:
     def status(run: str, request: gr.Request) -> dict:
-        """How a run is going.
+        """The status of a run.
 
         Args:
             run: its id.
         Returns: {"run", "name", "task", "state", "phase", "step", "total", "seconds_left", "suggested_step", "reason", "steps",
-            "actions"}; state is queued, starting, running, interrupted, stopped, failed or done; steps are those whose adapters
-            can be drawn with.
+            "actions"}; state is queued, starting, running, interrupted, stopped, failed or done; steps are those with a saved
+            adapter.
         """
         return _status(RunView(context.settings.workspace(request).run(run)))
 
+    return status
+
+
+def _stop(context: AppContext) -> Any:
     def stop(run: str, request: gr.Request) -> str:
-        """Stop a run: a queued one never starts, one that trains saves what it has first.
+        """Stop a run: a queued run never begins, a training run writes a checkpoint first.
 
         Args:
             run: its id.
-        Returns: the state it was in.
+        Returns: the state that it was in.
         """
         workspace = context.settings.workspace(request)
         state = RunView(workspace.run(run)).state
         launching.stop(workspace, run)
         return state
 
+    return stop
+
+
+def _list_runs(context: AppContext) -> Any:
     def list_runs(request: gr.Request) -> list[dict]:
-        """All your runs, newest first, each as `status` tells it."""
+        """The status of all your runs, newest first."""
         return [_status(view) for view in views(context.settings.workspace(request))]
 
-    return {"start": start, "status": status, "stop": stop, "list": list_runs}
+    return list_runs
 
 
 def _generate(context: AppContext) -> Any:
@@ -92,83 +108,97 @@ def _generate(context: AppContext) -> Any:
         prompt: str,
         request: gr.Request,
         seed: int = 0,
-        strength: float = 1.0,
+        scale: float | None = None,
         step: int | None = None,
         negative_prompt: str = "",
         steps: int = STEPS,
-        guidance: float = GUIDANCE,
+        guidance: float = GUIDANCE_SCALE,
+        strength: float | None = None,
     ) -> dict:
-        """Draw an image with the adapter of a run.
+        """Generate an image with the adapter of a run.
 
         Args:
             run: its id.
-            prompt: what to draw.
-            seed: the same one draws the same image.
-            strength: of the adapter; 0 is the base model.
-            step: which of its adapters, one of "steps" of `status`; None for the suggested one.
-            negative_prompt: what to keep away from.
+            prompt: the prompt.
+            seed: the same seed gives the same image.
+            scale: of the adapter, 1 by default; 0 is the base model.
+            step: which of its adapters, one of "steps" of `status`; None for the recommended one.
+            negative_prompt: what the image should not show.
             steps: denoising steps.
-            guidance: how closely to follow the prompt.
-        Returns: the image, a PNG file with all settings inside.
+            guidance: guidance scale.
+            strength: deprecated; use scale.
+        Returns: the image, a PNG file that carries its settings.
         """
-        from webui.work import drawing
+        from webui.work import generation
 
         workspace = context.settings.workspace(request)
-        chosen = _step(RunView(workspace.run(run)), step)
+        selected = _step(RunView(workspace.run(run)), step)
         _check_texts(prompt, negative_prompt)
         generation_request = GenerationRequest(
             run_id=run,
-            step=chosen,
-            strength=number("strength", strength),
+            step=selected,
+            scale=number("scale", _renamed(scale, strength, 1.0)),
             prompt=prompt,
             negative_prompt=negative_prompt,
             seed=integer("seed", seed),
             steps=integer("steps", steps),
-            guidance=number("guidance", guidance),
+            guidance_scale=number("guidance", guidance),
         )
-        return _drawn_file(drawing.draw(workspace, generation_request))
+        return _generated_file(generation.generate_images(workspace, generation_request))
 
     return generate
 
 
+def _renamed(value: Any, deprecated: Any, default: Any) -> Any:
+    """The value of a parameter that has a deprecated name too."""
+    return next((given for given in (value, deprecated) if given is not None), default)
+
+
 def _check_texts(*texts: Any) -> None:
     if not all(isinstance(text, str) for text in texts):
-        raise InputError("The prompt must be a text. Write what the image is to show.")
+        raise InputError("The prompt must be a string. Describe the image.")
 
 
-def _drawn_file(events: Iterable[Any]) -> dict:
-    """The one image that is drawn, as gradio serves it."""
+def _generated_file(events: Iterable[Any]) -> dict:
+    """The one generated image, as Gradio serves it."""
     (path,) = (event for event in events if isinstance(event, Path))
     return gr.FileData(path=save_file_to_cache(path, get_upload_folder()), orig_name=path.name).model_dump()
 
 
 def _step(view: RunView, step: Any) -> int:
-    """The step to draw with: the one given, else the suggested one.
+    """The step whose adapter is used: `step`, else the recommended one.
 
-    Raises: InputError if the run has no adapter to draw with.
+    Raises: InputError if the run has no saved adapter.
     """
     chosen = steps_of(view.record).chosen if step is None else integer("step", step)
     if chosen is None or view.task != "subject":
-        raise InputError("This run has no adapter yet. Wait until it has kept one, or choose another run.")
+        raise InputError("This run has no saved adapter yet. Wait until it has one, or choose another run.")
     return chosen
 
 
 def _classify(context: AppContext) -> Any:
-    def classify(run: str, images: list[dict], request: gr.Request) -> list[dict]:
-        """Tell what images show, with the classifier of a run.
+    def classify(
+        run: str,
+        images: list[dict] | None = None,
+        pictures: list[dict] | None = None,
+        request: gr.Request = None,
+    ) -> list[dict]:
+        """Classify images with the classifier of a run.
 
         Args:
             run: its id.
             images: uploaded files, `[handle_file("a.jpg"), ...]`.
-        Returns: for each {"picture", "class", "probability", "top": [[class, probability], ...]}, or {"picture", "error"} for
-            one that cannot be read.
+            pictures: deprecated; use images.
+        Returns: for each {"image", "class", "probability", "top": [[class, probability], ...]}, or {"image", "error"} for a
+            file that cannot be read. "picture" is the old name of "image" and has the same value.
         """
         from webui.work import classify as classifying
 
         record = context.settings.workspace(request).run(run)
         if RunView(record).task != "classify":
-            raise InputError("This run learned to draw, not to tell images apart. Choose a classifier.")
-        return classifying.classify(record, _files(images))
+            raise InputError("This run trained an adapter for generation. Choose a classifier.")
+        rows = classifying.classify(record, _files(_renamed(images, pictures, [])))
+        return [{"image": row["picture"], **row} for row in rows]
 
     return classify
 
@@ -182,24 +212,22 @@ def _status(view: RunView) -> dict[str, Any]:
 
 def _options(options: Any) -> dict[str, dict[str, Any]]:
     if not isinstance(options, dict) or not all(isinstance(fields, dict) for fields in options.values()):
-        raise InputError(
-            'The options must be given by group and name, as in {"data": {"instance_prompt": "a photo of sks dog"}}.'
-        )
+        raise InputError('Options must be given by group and name, as in {"data": {"instance_prompt": "a photo of sks dog"}}.')
     return options
 
 
 def _files(given: Any) -> list[Path]:
-    """The uploaded files that a client named; gradio has checked them too.
+    """The paths of uploaded files.
 
-    Raises: InputError for anything else, such as a path on the server.
+    Raises: InputError for anything else, such as another path on the server.
     """
     if not isinstance(given, list) or len(given) > MAX_FILES:
-        raise InputError(f"The images must be a list of at most {MAX_FILES} uploaded files.")
+        raise InputError(f"Images must be a list of at most {MAX_FILES} uploaded files.")
     folder, files = Path(get_upload_folder()).resolve(), []
     for each in given:
         path = Path(str(each.get("path"))).resolve() if isinstance(each, dict) else None
         if path is None or not path.is_relative_to(folder) or not path.is_file():
-            raise InputError("An image must be an uploaded file: give handle_file(path) of gradio_client.")
+            raise InputError("An image must be an uploaded file. Pass gradio_client.handle_file(path).")
         files.append(path)
     return files
 
@@ -207,9 +235,9 @@ def _files(given: Any) -> list[Path]:
 def _with_images(
     workspace: Workspace, task: str, options: dict[str, dict[str, Any]], files: list[Path]
 ) -> dict[str, dict[str, Any]]:
-    """The options, about a new set of the uploaded images if there are any.
+    """The options, with a new dataset of the uploaded images if there are any.
 
-    Raises: InputError if any of them cannot be used; an API's caller does not see which were left out.
+    Raises: InputError if any image is refused, since a caller does not see which ones were skipped.
     """
     if not files:
         return options

@@ -1,4 +1,4 @@
-"""What all screens share: the run that is looked at, the tabs, and the clock that ticks while something is at work."""
+"""What the screens share: the selected run, the tabs, the drafts, and the timer that refreshes the open screen."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ EMPTY_DRAFT = {"set": None, "preset": "Balanced", "options": {}}
 
 
 def followed(component: gr.components.Component) -> gr.State:
-    """A state that holds what `component` does: what several are to listen to.
+    """A state with a copy of the value of `component`, for several listeners.
 
-    Gradio answers a component's change that comes while a listener of the last one is at work by calling all of its listeners
-    once more, and without end where two of them are to have the last word. A state calls each by itself.
+    If a component changes while a listener is running, Gradio calls all its listeners again, endlessly if two of them have the
+    trigger mode "always_last". A state calls each listener independently.
     """
     state = gr.State()
-    component.change(_as_it_is, component, state, trigger_mode="always_last", **QUIET)
+    component.change(_identity, component, state, trigger_mode="always_last", **QUIET)
     return state
 
 
 @dataclass(frozen=True)
 class AppContext:
-    """What all screens share.
+    """The components that the screens share.
 
     Args:
         page: the page.
-        settings: what the server was started with.
-        run: the id of the run that Train, Judge and Use are about.
-        picked: the same, to listen to.
-        step: which of its steps Use draws with; Use places and fills it, Judge sets it.
-        chosen: the run and the step that were chosen by hand, on Use or on Judge; None where the suggested step stands.
+        settings: the settings of the server.
+        run: the id of the run that Train, Judge and Use show.
+        picked: a copy of `run` whose change event several screens listen to.
+        step: the step whose adapter Use generates with; Use renders and fills it, Judge sets it.
+        chosen: the run and the step that the user selected on Use or Judge; None for the recommended step.
         tabs: all screens, by the ids of `webui.page.SCREENS`.
         draft: the settings of the next run, stored by the browser: {"set": id of its images or None, "options": the values that
             differ from the defaults, by group, "preset": its name}. Never the settings of a run that was started.
-        draft_changed: a copy of `draft` whose change event follows it.
-        class_draft: as `draft`, for the next classifier.
-        clock: ticks every `POLL_SECONDS` while a run of the user's is at work, and stands still otherwise.
+        draft_changed: a copy of `draft` whose change event several screens listen to.
+        class_draft: the same as `draft` for the next classifier.
+        clock: ticks every `POLL_SECONDS` while one of the user's runs is active; stopped otherwise.
         active_tab: the name of the open screen.
-        refresh_triggers: by screen, a state that changes whenever that screen is open and should read the run's files again.
+        refresh_triggers: by screen, a state that changes when that screen is open and should read the run's files again.
     """
 
     page: gr.Blocks
@@ -68,30 +68,30 @@ class AppContext:
 
     @property
     def outputs(self) -> list[gr.Dropdown | gr.Tabs | gr.Timer]:
-        """What `show` sets, in its order."""
+        """The outputs of `show`."""
         return [self.run, self.tabs, self.clock]
 
     def show(self, workspace: Workspace, run_id: str | None = None, tab: str | None = None) -> list[dict[str, object]]:
-        """Updates of `outputs`: all runs of the workspace to choose from, `run_id` chosen, and the screen `tab` open.
+        """Updates of `outputs`: lists all runs of the workspace, selects `run_id` and opens the screen `tab`.
 
         Args:
-            run_id: None for the one at work, else the newest.
-            tab: None for the one that is there.
+            run_id: None for the active run, else the newest.
+            tab: None to leave the open one.
         """
         runs = views(workspace)
-        at_work = [view for view in runs if view.is_active]
+        active = [view for view in runs if view.is_active]
         if run_id not in [view.id for view in runs]:
-            run_id = next((view.id for view in [*at_work, *runs]), None)
-        in_front = gr.skip() if tab is None else gr.Tabs(selected=tab)
-        return [gr.Dropdown(choices=_choices(runs), value=run_id), in_front, gr.Timer(active=bool(at_work))]
+            run_id = next((view.id for view in [*active, *runs]), None)
+        opened = gr.skip() if tab is None else gr.Tabs(selected=tab)
+        return [gr.Dropdown(choices=_choices(runs), value=run_id), opened, gr.Timer(active=bool(active))]
 
     def keep_time(self, opened: Mapping[str, gr.Tab]) -> None:
-        """Have the open screen look again when it opens, when another run is chosen, and at every tick.
+        """Refresh the open screen when it opens, when another run is selected, and at every tick.
 
-        The others look when they are opened: however many screens there are, a tick asks the server for one of them.
+        Only the open screen is refreshed, so a tick costs one request whatever the number of screens.
 
         Args:
-            opened: the tabs, by their screens' names.
+            opened: the tabs by screen name.
         """
         known_runs = gr.State([])
         refresh_triggers = list(self.refresh_triggers.values())
@@ -99,17 +99,17 @@ class AppContext:
         @in_plain_words
         def refresh(active_tab: str, before: list[list[str]], request: gr.Request) -> list[Any]:
             now = self._states(request)
-            # One tick after the last run has ended, so that whoever is looking sees how.
+            # One tick after the last run has ended, so that the page shows its final state.
             clock = gr.Timer(active=False) if now == before and not _any_active(now) else gr.skip()
             return [now, clock, *self._refresh_triggers_of(active_tab)]
 
         @in_plain_words
-        def come_to_front(name: str, request: gr.Request) -> list[Any]:
+        def refresh_opened(name: str, request: gr.Request) -> list[Any]:
             now = self._states(request)
             return [now, gr.Timer(active=True) if _any_active(now) else gr.skip(), *self._refresh_triggers_of(name)]
 
         @in_plain_words
-        def name_anew(request: gr.Request) -> gr.Dropdown:
+        def update_choices(request: gr.Request) -> gr.Dropdown:
             return gr.Dropdown(choices=_choices(views(self.settings.workspace(request))))
 
         self.clock.tick(
@@ -121,10 +121,10 @@ class AppContext:
         )
         for name, tab in opened.items():
             tab.select(partial(_name, name), None, self.active_tab, **QUIET)
-        for begun in (self.page.load, self.picked.change, self.active_tab.change):
-            begun(come_to_front, self.active_tab, [known_runs, self.clock, *refresh_triggers], **QUIET)
-        # By itself: as an output of each look the list of runs would say each time that it has changed, and call for another.
-        known_runs.change(name_anew, None, self.run, **QUIET)
+        for event in (self.page.load, self.picked.change, self.active_tab.change):
+            event(refresh_opened, self.active_tab, [known_runs, self.clock, *refresh_triggers], **QUIET)
+        # A separate listener: as an output of each refresh, the list of runs would change and trigger another one.
+        known_runs.change(update_choices, None, self.run, **QUIET)
 
     def _states(self, request: gr.Request) -> list[list[str]]:
         """The id and the state of every run."""
@@ -138,7 +138,7 @@ def _name(name: str) -> str:
     return name
 
 
-def _as_it_is(value: Any) -> Any:
+def _identity(value: Any) -> Any:
     return value
 
 

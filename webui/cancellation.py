@@ -1,4 +1,4 @@
-"""Which of a session's generations were cancelled. Gradio's own cancelling tells the tab of an error, and may come late."""
+"""Which generations of a browser tab were cancelled. Gradio's own cancelling shows an error in the tab and may come late."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MAX_SESSIONS = 10_000
 
 
 class CancellationTokens:
-    """Numbers the generations of each session and remembers up to which number they were cancelled."""
+    """Numbers the generations of each session and records up to which number they were cancelled."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -21,17 +21,17 @@ class CancellationTokens:
         with self._lock:
             self._last[session] = self._last.pop(session, 0) + 1
             while len(self._last) > MAX_SESSIONS:
-                forgotten, _ = self._last.popitem(last=False)
-                self._cancelled.pop(forgotten, None)
+                oldest, _ = self._last.popitem(last=False)
+                self._cancelled.pop(oldest, None)
             return self._last[session]
 
     def cancel(self, session: str) -> None:
-        """Cancel all generations of the session, running and queued."""
+        """Cancel all generations of the session that are running or waiting."""
         with self._lock:
             self._cancelled[session] = self._last.get(session, 0)
 
     def is_cancelled(self, session: str, token: int) -> bool:
-        """Whether the generation `token` was cancelled."""
+        """Whether the generation with this token is cancelled."""
         return token <= self._cancelled.get(session, 0)
 
 

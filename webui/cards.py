@@ -1,4 +1,4 @@
-"""Photos as cards: markup with buttons that work by mouse, touch and keyboard, and everything that a user wrote escaped."""
+"""Photos as cards: markup with buttons for mouse, touch and keyboard; user input is escaped."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ STYLE = """
   .photo-card .words { padding: .5rem; } .photo-card .title { flex-direction: column; align-items: flex-start; gap: .2rem; }
   .photo-card .title b { max-width: 100%; } .photo-card button { font-size: .7rem; } }
 """
-# One listener for all cards; the button that was pressed keeps the focus where its card has gone.
+# One listener for all cards; the focus stays on the pressed button when its card moves.
 SCRIPT = """
 let pressed = null;
 element.addEventListener('click', event => {
@@ -60,20 +60,21 @@ Drop three to ten photos of one subject above: sharp, from several sides, in sev
 
 
 def escaped(text: str) -> str:
-    """`text` as it stands, for markup that goes through a template."""
+    """`text` escaped for HTML and for Gradio's HTML templates."""
     return html.escape(text).replace("{", "&#123;").replace("}", "&#125;").replace("$", "&#36;").replace("`", "&#96;")
 
 
 def cards(photos: SubjectDataset, opinions: Mapping[str, Opinion] | None, together: Sequence[str] = ()) -> str:
-    """All photos as cards, in their order, below what is said of all together.
+    """All photos as cards in their order, below the findings about the whole set.
 
     Args:
-        opinions: the image check's, by file; None while it looks at them.
+        opinions: the results of the image checks by file; None while they run.
+        together: findings about the whole set.
     """
     entries = photos.entries()
     if not entries:
         return EMPTY
-    said = "".join(f"<p>{escaped(sentence)}</p>" for sentence in together)
+    set_findings = "".join(f"<p>{escaped(sentence)}</p>" for sentence in together)
     items = []
     for index, entry in enumerate(entries):
         opinion = None if opinions is None else opinions.get(entry.file)
@@ -84,13 +85,13 @@ def cards(photos: SubjectDataset, opinions: Mapping[str, Opinion] | None, togeth
         words = f'<div class="words">{title}{sentences}</div>'
         image = f'<img src="{thumbnail(photos.folder / entry.file)}" alt="Photo {index + 1}: {escaped(entry.name)}">'
         items.append(f'<li class="photo-card" data-file="{entry.file}">{image}{words}{buttons}</li>')
-    findings = f'<div class="photo-findings warning" role="status">{said}</div>' if said else ""
+    findings = f'<div class="photo-findings warning" role="status">{set_findings}</div>' if set_findings else ""
     return f'{findings}<ol class="photo-cards">{"".join(items)}</ol>'
 
 
 def _verdict(opinion: Opinion | None) -> str:
     if opinion is None:
-        return '<span class="chip">being looked at</span>'
+        return '<span class="chip">checking</span>'
     return f'<span class="chip {CHIPS[opinion.verdict]}">{opinion.verdict}</span>'
 
 
@@ -115,6 +116,6 @@ def _buttons(file: str, name: str, is_first: bool, is_last: bool) -> str:
 
 
 def sentences(refused: Sequence[str]) -> str:
-    """What was not taken and why, as a list; empty for nothing."""
+    """The refused files and why, as a list; empty if there are none."""
     listed = "".join(f"<p>{escaped(sentence)}</p>" for sentence in refused)
     return f'<div class="warning" role="alert">{listed}</div>' if listed else ""

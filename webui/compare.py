@@ -15,106 +15,104 @@ from webui.figures import SCORES, SUGGESTION, accuracies, in_percent, method_nam
 from webui.views import RunView
 from webui.workspace import Workspace
 
-# As many as curves have colours.
-FEWEST, MOST = 2, 4
+# Curves have four colours.
+MIN_RUNS, MAX_RUNS = 2, 4
 SMOOTHED = 1 / 16
 LONGEST_VALUE = 120
-# Where each run lies, and what was only resolved from others.
-UNTOLD = frozenset({"output_dir", "resume_from_checkpoint", "cache_dir", "hub_token"})
+# Options that differ for every run.
+IGNORED_OPTIONS = frozenset({"output_dir", "resume_from_checkpoint", "cache_dir", "hub_token"})
 OTHER_IMAGES = (
-    "These runs have no sample image of the same prompt and seed, so that their images cannot be compared as they are. "
+    "These runs have no sample images with the same prompt and seed, so they cannot be compared. "
     "Generate a prompt of your choice with all of them below."
 )
-RUNNING_YET = "There is no accuracy yet: each of these runs writes its report when it is done."
+NO_ACCURACY = "There is no accuracy yet. A run writes its report when it is done."
 
 
 @dataclass(frozen=True)
 class Compared:
-    """Runs of one kind, to be shown side by side.
+    """Runs of the same task for comparison.
 
     Args:
-        views: each of them, in the order of the columns.
+        views: the runs in the order of the columns.
     """
 
     views: tuple[RunView, ...]
 
     @classmethod
     def of(cls, workspace: Workspace, ids: Sequence[str]) -> Compared:
-        """The runs with the ids `ids`.
+        """The runs with these ids.
 
-        Raises: InputError if they are not two to four, one is not there, or they are of different kinds.
+        Raises: InputError if they are not two to four, one does not exist, or their tasks differ.
         """
         unique = list(dict.fromkeys(ids or ()))
-        if not FEWEST <= len(unique) <= MOST:
-            raise InputError(f"Choose {FEWEST} to {MOST} runs to compare, got {len(unique)}.")
+        if not MIN_RUNS <= len(unique) <= MAX_RUNS:
+            raise InputError(f"Choose {MIN_RUNS} to {MAX_RUNS} runs to compare, got {len(unique)}.")
         views = tuple(RunView(workspace.run(run_id)) for run_id in unique)
         if len({view.task for view in views}) > 1:
-            raise InputError("A subject and a classifier have nothing to compare. Choose runs of the same kind.")
+            raise InputError("Subject runs and classifiers cannot be compared with each other. Choose runs of the same kind.")
         return cls(views)
 
     @property
     def task(self) -> str:
-        """What all of them are."""
+        """The task of all of them."""
         return self.views[0].task
 
     def in_html(self) -> str:
-        """All of it."""
+        """The comparison as HTML."""
         parts = [self.legend()]
         parts += [self.table()] if self.task == "classify" else [self.images(), self.curves()]
         return f'<div class="compare">{"".join(parts)}{self.differences()}</div>'
 
     def legend(self) -> str:
-        """Which letter is which run."""
+        """The letter of each run."""
         items = (f"<li><b>{letter(position)}</b> {_text(view.title)}</li>" for position, view in enumerate(self.views))
         return f'<ul class="compared">{"".join(items)}</ul>'
 
     def images(self) -> str:
-        """The sample images of the same prompts and seeds, each run's suggested or last step."""
-        steps = [shown_step(view) for view in self.views]
-        samples = [_drawn(view, step) for view, step in zip(self.views, steps, strict=True)]
+        """Sample images with the same prompts and seeds, from the recommended or last step of each run."""
+        steps = [compared_step(view) for view in self.views]
+        samples = [_samples(view, step) for view, step in zip(self.views, steps, strict=True)]
         common = [key for key in samples[0] if all(key in each for each in samples)]
         if not common:
             return f'<p class="warning">{OTHER_IMAGES}</p>'
         rows = {f"{key[0]} (seed {key[1]})": _cells(samples, key) for key in common}
         heads = [f"{letter(position)}, {'base model' if step == 0 else f'step {step}'}" for position, step in enumerate(steps)]
-        return "<h3>The same prompts from the same noise</h3>" + side_by_side(heads, rows)
+        return "<h3>Same prompt, same seed</h3>" + side_by_side(heads, rows)
 
     def curves(self) -> str:
-        """The losses in one drawing, and each score in one."""
+        """One plot of the losses, and one for each score."""
         logged = [series(view) for view in self.views]
         last = max((points[-1][0] for each in logged for points in each.values() if points), default=1)
         lines = []
         for position, each in enumerate(logged):
             losses = each.get("loss", [])
             smooth = running_mean(losses, max(1, round(len(losses) * SMOOTHED)))
-            lines.append(Series(f"{letter(position)}: loss", smooth, "line", position + 1))
-            lines.append(
-                Series(f"{letter(position)}: on the photo held out", each.get("heldout_loss", []), "marks", position + 1)
-            )
-        plots = [plot("Loss while training, less is better", lines, (0, last))]
+            lines.append(Series(f"{letter(position)}: training loss", smooth, "line", position + 1))
+            lines.append(Series(f"{letter(position)}: validation loss", each.get("heldout_loss", []), "marks", position + 1))
+        plots = [plot("Training and validation loss (lower is better)", lines, (0, last))]
         for name, title in SCORES.items():
             points = [Series(letter(position), each.get(name, []), "marks", position + 1) for position, each in enumerate(logged)]
-            plots.append(plot(f"{title}, more is better", points, (0, last), css="half"))
+            plots.append(plot(f"{title} (higher is better)", points, (0, last), css="half"))
         return "".join(plots)
 
     def table(self) -> str:
-        """The accuracy of every method and number of images, with its 95% interval."""
+        """The test accuracy of each method and number of shots, with its 95% confidence interval."""
         accuracy = [{(row["method"], row["shots"]): row["top1"] for row in accuracies(view)} for view in self.views]
         keys = sorted({key for each in accuracy for key in each}, key=str)
         if not keys:
-            return f'<p class="warning">{RUNNING_YET}</p>'
+            return f'<p class="warning">{NO_ACCURACY}</p>'
         rows = {}
         for key in keys:
             method, shots = key
             rows[f"{method_name(method)}, {shots} images a class"] = [
                 in_percent(each[key]) if key in each else "" for each in accuracy
             ]
-        note = '<p class="quiet">The share of test images named right, and where it lies with 95% confidence.</p>'
+        note = '<p class="quiet">Accuracy on the test images with its 95% confidence interval.</p>'
         heads = [letter(position) for position in range(len(self.views))]
         return f"<h3>Accuracy</h3>{note}" + side_by_side(heads, rows)
 
     def differences(self) -> str:
-        """The options that are not the same in all of them."""
+        """The options that differ between the runs."""
         flat = [_flat(view.options or view.launch.get("options", {})) for view in self.views]
         names = list(dict.fromkeys(name for each in flat for name in each))
         rows = {
@@ -123,35 +121,35 @@ class Compared:
             if any(each.get(name) != flat[0].get(name) for each in flat)
         }
         heads = [letter(position) for position in range(len(self.views))]
-        content = side_by_side(heads, rows) if rows else "<p>None: they were started with the same options.</p>"
+        content = side_by_side(heads, rows) if rows else "<p>None. The runs have the same options.</p>"
         return f"<h3>Options that differ</h3>{content}"
 
 
 def letter(index: int) -> str:
-    """The short column title of a run."""
+    """The letter of a column."""
     return chr(ord("A") + index)
 
 
-def shown_step(view: RunView) -> int | None:
-    """The step whose samples stand for a run: the suggested one, else the last drawn; None where none was."""
+def compared_step(view: RunView) -> int | None:
+    """The step whose samples are compared: the recommended one, else the last; None without samples."""
     steps = images.sampled_steps(view.record)
     suggested = view.read(SUGGESTION).get("step")
     return suggested if suggested in steps else max(steps, default=None)
 
 
 def _cells(samples: Sequence[Mapping[tuple[str, int], images.Sample]], key: tuple[str, int]) -> list[str]:
-    """The image of a prompt and seed, of each run."""
+    """The image of each run for a prompt and seed."""
     return [sample_html(each[key].path, each[key].css, key[0]) for each in samples]
 
 
-def sample_html(path: Path, css: str, said: str) -> str:
-    """An image for a cell."""
+def sample_html(path: Path, css: str, alt: str) -> str:
+    """An image for a table cell."""
     source = images.address(images.thumbnail(path))
-    return f'<img class="{css}" src="{html.escape(source)}" alt="{_text(said)}" loading="lazy">'
+    return f'<img class="{css}" src="{html.escape(source)}" alt="{_text(alt)}" loading="lazy">'
 
 
 def side_by_side(heads: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
-    """A table with a column for each run; the cells are HTML, all else is text."""
+    """A table with a column for each run; cells are HTML, heads and names are text."""
     top = "".join(f"<th scope='col'>{_text(head)}</th>" for head in heads)
     body = "".join(
         f"<tr><th scope='row'>{_text(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
@@ -160,7 +158,7 @@ def side_by_side(heads: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str
     return f'<div class="scroll"><table class="plain"><thead><tr><th></th>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _drawn(view: RunView, step: int | None) -> dict[tuple[str, int], images.Sample]:
+def _samples(view: RunView, step: int | None) -> dict[tuple[str, int], images.Sample]:
     samples = [] if step is None else images.samples(view.record, step)
     return {(sample.prompt, sample.seed): sample for sample in samples}
 
@@ -172,7 +170,7 @@ def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
 def _options(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for group, fields in options.items():
         for name, value in fields.items() if isinstance(fields, dict) else ():
-            if name not in UNTOLD:
+            if name not in IGNORED_OPTIONS:
                 yield f"{group}: {name}", value
 
 
@@ -180,7 +178,7 @@ def _value(value: Any) -> str:
     if isinstance(value, list):
         words = ", ".join(map(str, value))
     else:
-        named = {None: "as usual", True: "yes", False: "no"}
+        named = {None: "default", True: "yes", False: "no"}
         words = named[value] if value is None or isinstance(value, bool) else _number(value)
     return _text(words if len(words) <= LONGEST_VALUE else f"{words[: LONGEST_VALUE - 1]}…")
 

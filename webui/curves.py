@@ -1,6 +1,6 @@
-"""Curves as a drawing in the page's own language: a few kilobytes, sharp at every width, with its figures as a table beside it.
+"""Line plots as SVG in HTML: a few kilobytes, sharp at every width, with a table of the values for screen readers.
 
-The drawing is stretched to the width there is, its strokes and letters are not: letters lie around it as text.
+The SVG is stretched to the available width; strokes are not, and labels are HTML text around it.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from typing import Literal
 
 Point = tuple[float, float]
 WIDTH, HEIGHT = 1000, 400
-# More than a screen shows apart.
+# More points than a screen resolves.
 MOST_POINTS, ROWS = 240, 12
 EDGE = 0.012
-# Of the dots of a cloud one in so many may lie outside, above and below.
+# One in so many dots of a cloud may lie above the range, and as many below.
 FAR_OUT = 50
 STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 
 
 @dataclass(frozen=True)
 class Series:
-    """One thing that is drawn.
+    """One series of a plot.
 
     Args:
-        name: what the legend calls it.
+        name: its label in the legend.
         points: (x, y), by x.
         kind: pale dots, a line, a line through plain dots, or a broken line.
-        colour: the place of its colour in the style sheet, 1 to 4.
+        colour: the number of its colour in the style sheet, 1 to 4.
     """
 
     name: str
@@ -41,24 +41,24 @@ class Series:
 def plot(
     title: str, series: Sequence[Series], x_range: tuple[float, float], marked: tuple[float, str] | None = None, css: str = ""
 ) -> str:
-    """The curves as HTML: axes, drawing, legend, and for those who hear the page the same as a table.
+    """The plot as HTML: axes, SVG, legend, and a table for screen readers.
 
     Args:
-        title: what is shown.
-        x_range: from where to where; the x axis counts training steps.
-        marked: an x to mark and what to call it.
-        css: classes of the whole.
+        title: of the plot.
+        x_range: the range of the x axis in training steps.
+        marked: an x to mark, and its label.
+        css: CSS classes of the figure.
     """
     visible = [each for each in series if each.points]
     if not visible:
         return ""
-    low, high = _range([y for each in visible for y in _told(each)])
+    low, high = _range([y for each in visible for y in _bounds(each)])
     across, up = _ticks(*x_range, integers=True), _ticks(low, high)
     low, high = min(low, up[0]), max(high, up[-1])
     wide = max(x_range[1] - x_range[0], 1.0)
-    # A little wider than asked, so that dots at the ends are whole.
+    # Slightly wider, so that dots at the ends are not cut.
     frame = _Frame(x_range[0] - EDGE * wide, x_range[0] + (1 + EDGE) * wide, low, high)
-    paths = "".join(_drawn(each, frame) for each in visible)
+    paths = "".join(_path_of(each, frame) for each in visible)
     lines, left, below = _axes(frame, across, up)
     legend = "".join(f'<li class="c{each.colour} {each.kind}">{html.escape(each.name)}</li>' for each in visible)
     mark, note = "", ""
@@ -77,7 +77,7 @@ def plot(
 
 
 def _axes(frame: _Frame, across: Sequence[float], up: Sequence[float]) -> tuple[str, str, str]:
-    """The lines across, and what stands left of them and below."""
+    """The grid lines, and the labels on the left and below."""
     lines = "".join(f'<path class="grid" d="M0 {frame.y(y):.0f}H{WIDTH}"/>' for y in up)
     left = "".join(f'<span style="top:{frame.y(y) / HEIGHT:.1%}">{_number(y)}</span>' for y in up)
     below = "".join(f'<span style="left:{frame.x(x) / WIDTH:.1%}">{_number(x)}</span>' for x in across)
@@ -109,7 +109,7 @@ class _Frame:
         return (self.high - value) / (self.high - self.low) * HEIGHT
 
 
-def _drawn(series: Series, frame: _Frame) -> str:
+def _path_of(series: Series, frame: _Frame) -> str:
     points = [(frame.x(x), frame.y(y)) for x, y in _thinned(series.points)]
     line = "M" + "L".join(f"{x:.0f} {y:.1f}" for x, y in points)
     # A line of no length has a round end on both sides: a dot, that no stretching makes an ellipse.
@@ -125,7 +125,7 @@ def _thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
     return [point for index, point in enumerate(points) if (len(points) - 1 - index) % stride == 0]
 
 
-def _told(series: Series) -> list[float]:
+def _bounds(series: Series) -> list[float]:
     """The values that the axis must hold: of a cloud all but a few far out."""
     values = sorted(y for _, y in series.points)
     out = len(values) // FAR_OUT if series.kind == "cloud" else 0

@@ -1,7 +1,7 @@
-"""What the buttons do to runs: start, resume, stop, ask, duplicate, delete.
+"""Start, resume, stop, duplicate and delete runs, and send requests to them.
 
-A run is the very command that the page shows, as a process of its own that waits for its turn (`training.runs.waiting`); the
-server only starts it and reads the run's directory, so that neither needs the other to live.
+A run is the command that the page shows, in a separate process that waits in a queue (`training.runs.waiting`). The server only
+starts it and reads the run's directory, so either can end without the other.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ RESUMING = ["--resume_from_checkpoint", "latest"]
 LAUNCHING, DELETED = ".launching", ".deleted-"
 PATIENCE_SECONDS = 15.0
 NOT_NOW: dict[str, str] = {
-    "resume": "Only a run that has ended before its end can go on.",
-    "stop": "There is nothing to stop.",
-    "sample": "Images can be asked for while a run trains.",
-    "save": "A checkpoint can be asked for while a run trains.",
-    "delete": "A run that is at work cannot be deleted. Stop it first.",
+    "resume": "Only an interrupted, stopped or failed run can be resumed.",
+    "stop": "The run is not active.",
+    "sample": "Sample images can be requested while a run trains.",
+    "save": "A checkpoint can be requested while a run trains.",
+    "delete": "An active run cannot be deleted. Stop it first.",
 }
 Values = dict[str, dict[str, Any]]
 
@@ -56,7 +56,7 @@ def start(workspace: Workspace, task: str, options: Values) -> str:
     Args:
         task: "subject" or "classify".
         options: the values that differ from the defaults, by group and field, as in SubjectOptions or FewShotOptions.
-    Raises: InputError naming what cannot be used, before anything is written.
+    Raises: InputError for an invalid option, before anything is written.
     """
     from webui.work import options as page_options
 
@@ -72,11 +72,11 @@ def start(workspace: Workspace, task: str, options: Values) -> str:
 
 
 def start_dry_run(workspace: Workspace, task: str, options: Values, path: Path) -> None:
-    """Have a dry run measure in the folder `path` what a run would take; it waits for its turn, and is no run of its own.
+    """Start a dry run in the folder `path` that measures time and memory; it waits in the same queue and is not listed as a run.
 
     Args:
-        options: as of `start`.
-    Raises: InputError as `start`.
+        options: as for `start`.
+    Raises: InputError as `start` does.
     """
     from webui.work import options as page_options
 
@@ -88,9 +88,9 @@ def start_dry_run(workspace: Workspace, task: str, options: Values, path: Path) 
 
 
 def command(task: str, options: Values, output_dir: Path) -> list[str]:
-    """The words of the command that trains `task` with `options`, checked before, into `output_dir`.
+    """The command that trains `task` with validated `options` into `output_dir`.
 
-    Raises: InputError for a value that a command line cannot say.
+    Raises: InputError for a value that cannot be written on a command line.
     """
     from webui.work import options as page_options
 
@@ -98,17 +98,17 @@ def command(task: str, options: Values, output_dir: Path) -> list[str]:
 
 
 def shown_command(words: Sequence[str]) -> str:
-    """The words of a command as one types them."""
+    """A command as it is typed into a shell."""
     return shlex.join(words)
 
 
 def resume(workspace: Workspace, run_id: str) -> None:
-    """Go on with a run that has ended before its end, from its newest checkpoint, or from its beginning where it has none.
+    """Resume an interrupted, stopped or failed run from its newest checkpoint, or from the start if it has none.
 
-    Raises: InputError if it is at work or done, or its images are no longer there.
+    Raises: InputError if it is active or done, or its images are missing.
     """
     record = workspace.run(run_id)
-    with _alone(record):
+    with _locked(record):
         view = _allowing(record, "resume")
         words, folder = _resuming(workspace, view)
         run_requests.forget(record)
@@ -116,9 +116,9 @@ def resume(workspace: Workspace, run_id: str) -> None:
 
 
 def stop(workspace: Workspace, run_id: str) -> None:
-    """Stop a run: a queued one never starts, one that trains writes a checkpoint first.
+    """Stop a run: a queued run never begins, a training run writes a checkpoint first.
 
-    Raises: InputError if it has ended already.
+    Raises: InputError if it is not active.
     """
     record = workspace.run(run_id)
     view = _allowing(record, "stop")
@@ -132,9 +132,9 @@ def stop(workspace: Workspace, run_id: str) -> None:
 
 
 def ask(workspace: Workspace, run_id: str, what: str) -> None:
-    """Ask a run that trains for sample images ("sample") or a checkpoint ("save") at the end of its step.
+    """Request sample images ("sample") or a checkpoint ("save") from a training run at the end of its step.
 
-    Raises: InputError if it cannot do that now.
+    Raises: InputError if it is not training.
     """
     if what not in run_requests.ASKED:
         raise InputError(f"A run can be asked to {' or '.join(run_requests.ASKED)}, got {what!r}.")
@@ -144,37 +144,37 @@ def ask(workspace: Workspace, run_id: str, what: str) -> None:
 
 
 def duplicate(workspace: Workspace, run_id: str) -> Values:
-    """The options that a run was started with, those that differ from the defaults, to start another from.
+    """The options of a run that differ from the defaults, to start another run from.
 
-    Raises: InputError if they are not known, or its images are no longer there.
+    Raises: InputError if the run has none.
     """
     view = RunView(workspace.run(run_id))
     if "options" in view.launch:
         return view.launch["options"]
     if not view.options:
-        raise InputError("What this run was started with is not written down. Start from the first screen.")
+        raise InputError("The options of this run were not recorded. Set up a new run on the first screen.")
     from webui.work import options as page_options
 
     return page_options.changed(view.task, view.options)
 
 
 def delete(workspace: Workspace, run_id: str) -> None:
-    """Delete a run that is not at work, for good. What its links lead to stays.
+    """Delete a run permanently; targets of links in it are left alone.
 
-    Raises: InputError if it is at work.
+    Raises: InputError if it is active.
     """
     record = workspace.run(run_id)
-    with _alone(record):
+    with _locked(record):
         _allowing(record, "delete")
-        # Beside first, so that nobody sees half a run.
+        # Renamed first, so that no other process sees a partly deleted run.
         record.path.rename(record.path.with_name(f"{DELETED}{record.path.name}-{secrets.token_hex(3)}"))
-    for left in workspace.runs.glob(f"{DELETED}*"):
-        if not left.is_symlink():
-            shutil.rmtree(left)
+    for folder in workspace.runs.glob(f"{DELETED}*"):
+        if not folder.is_symlink():
+            shutil.rmtree(folder)
 
 
 def _resuming(workspace: Workspace, view: RunView) -> tuple[list[str], Path]:
-    """The command that goes on with a run, and the folder where it is given."""
+    """The command that resumes a run, and the working directory for it."""
     path = view.record.path.absolute()
     if "options" in view.launch:
         from webui.work import options as page_options
@@ -182,19 +182,19 @@ def _resuming(workspace: Workspace, view: RunView) -> tuple[list[str], Path]:
         page_options.build(workspace, view.task, view.launch["options"])
         return [*command(view.task, view.launch["options"], path), *RESUMING], ROOT
     if not view.options:
-        raise InputError("This run ended before it had written down its options. Start it again from where it was started.")
+        raise InputError("This run ended before it recorded its options. Start it again the way it was started.")
     processes = view.status.get("processes", 1)
     several = ["--num_processes", str(processes)] if processes > 1 else []
     options = ["--options_file", str(path / OPTIONS), "--output_dir", str(path)]
-    # From a terminal folders are given as seen from there, and runs/ is there too unless said.
+    # Paths given in a terminal are relative to its working directory, where runs/ is by default.
     words = [LAUNCHER, "launch", *several, str(ROOT / RECIPES[view.task]), *options, *RESUMING]
     return words, workspace.all_runs.absolute().parent
 
 
 def _allowing(record: RunRecord, action: str) -> RunView:
-    """The run as it is now.
+    """The current view of the run.
 
-    Raises: InputError if `action` is not what can be done with it.
+    Raises: InputError if its state does not allow `action`.
     """
     view = RunView(record)
     if action not in view.actions:
@@ -203,26 +203,26 @@ def _allowing(record: RunRecord, action: str) -> RunView:
 
 
 @contextmanager
-def _alone(record: RunRecord) -> Iterator[None]:
-    """Nobody else resumes or deletes the run meanwhile.
+def _locked(record: RunRecord) -> Iterator[None]:
+    """A lock against resuming or deleting the run twice at a time.
 
-    Raises: InputError if somebody is doing so.
+    Raises: InputError if another request holds it.
     """
     descriptor = os.open(record.path / LAUNCHING, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise InputError("This run is just being started or deleted. Look again in a moment.") from None
+        raise InputError("Another request is starting or deleting this run. Try again in a moment.") from None
     finally:
         os.close(descriptor)
 
 
 def _spawn(workspace: Workspace, path: Path, words: Sequence[str], folder: Path) -> None:
-    """Start a process that waits for its turn and then becomes the command; return when it has said so in the run's status."""
-    _make_room()
+    """Start a process that waits in the queue and then runs the command; return once it has written the run's status."""
+    _release_gpu()
     queue = workspace.all_runs.absolute() / QUEUE
-    waiter = [sys.executable, "-m", "training.runs.waiting", str(path), "--queue", str(queue), "--", *_found(words)]
+    waiter = [sys.executable, "-m", "training.runs.waiting", str(path), "--queue", str(queue), "--", *_with_launcher(words)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
     with (path / LOG).open("a", encoding="utf-8") as log:
         log.write(f"{START}{shown_command(words)}\n")
@@ -230,7 +230,7 @@ def _spawn(workspace: Workspace, path: Path, words: Sequence[str], folder: Path)
         process = subprocess.Popen(
             waiter, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=folder, env=environment, start_new_session=True
         )
-    # Whoever starts a process must note its end, or it stays as a zombie.
+    # The parent must wait for a child process, or it stays as a zombie.
     threading.Thread(target=process.wait, daemon=True).start()
     record, began = RunRecord(path), time.monotonic()
     while record.status().get("pid") != process.pid and process.poll() is None:
@@ -239,24 +239,24 @@ def _spawn(workspace: Workspace, path: Path, words: Sequence[str], folder: Path)
         time.sleep(0.02)
 
 
-def _make_room() -> None:
-    """Have models that only draw leave the accelerator, where there is one, to the run."""
-    torch, studio = sys.modules.get("torch"), getattr(sys.modules.get("webui.work.pipeline_cache"), "STUDIO", None)
-    if torch is not None and studio is not None and torch.cuda.is_available():
-        # Not at once: it may be drawing, and the run takes some seconds to load anyway.
-        threading.Thread(target=studio.release, daemon=True).start()
+def _release_gpu() -> None:
+    """Drop the models that generate images from the GPU, so that the run can use its memory."""
+    torch, cache = sys.modules.get("torch"), getattr(sys.modules.get("webui.work.pipeline_cache"), "PIPELINE_CACHE", None)
+    if torch is not None and cache is not None and torch.cuda.is_available():
+        # In a thread: an image may be in progress, and the run takes some seconds to load anyway.
+        threading.Thread(target=cache.release, daemon=True).start()
 
 
-def _found(words: Sequence[str]) -> list[str]:
-    """The command with the launcher of this Python's environment, whatever the search path says."""
+def _with_launcher(words: Sequence[str]) -> list[str]:
+    """The command with the launcher of this Python environment, regardless of PATH."""
     script = Path(sys.executable).parent / LAUNCHER
     launcher = [str(script)] if script.exists() else [sys.executable, "-m", "accelerate.commands.launch"]
     return [*launcher, *words[1 if script.exists() else 2 :]]
 
 
 def _end_all(process: psutil.Process) -> None:
-    """End what waits for its turn or has only just begun: launchers pass no signal on."""
-    # Held, so that it starts no further process meanwhile.
+    """Terminate a queued or starting process and its children, since launchers do not forward signals."""
+    # Suspended, so that it starts no further process.
     process.suspend()
     for child in process.children(recursive=True):
         with suppress(psutil.NoSuchProcess):

@@ -1,4 +1,4 @@
-"""The page: a frame, and one screen a tab. It is built without loading any model library, so that it is up in seconds."""
+"""The page: a header, and a tab for each screen. Building it loads no model library, so it is up in seconds."""
 
 from __future__ import annotations
 
@@ -26,46 +26,45 @@ SCREENS: dict[str, tuple[str, ModuleType]] = {
 
 
 def build_page(settings: Settings) -> gr.Blocks:
-    """The whole app as one page."""
+    """The app as one page."""
     with gr.Blocks(title="NoRA Vision", analytics_enabled=False, fill_width=False, delete_cache=(3600, 86400)) as page:
         gr.HTML(HEADER)
-        run = gr.Dropdown(label="Run", info="Train, Judge and Use show this run.", elem_id="run", interactive=True)
-        step = gr.Dropdown(label="Step", elem_id="use-step", interactive=True, render=False)
-        chosen = gr.State(None)
-        # Not secret; under a key of this server alone the draft would be lost when it starts again.
-        draft = gr.BrowserState(EMPTY_DRAFT, storage_key="nora-vision-draft", secret="nora-vision-draft")
-        class_draft = gr.BrowserState(EMPTY_CLASS_DRAFT, storage_key="nora-vision-classify", secret="nora-vision-classify")
-        clock = gr.Timer(POLL_SECONDS, active=False)
-        active_tab, refresh_triggers = gr.State(next(iter(SCREENS))), {name: gr.State(0.0) for name in SCREENS}
-        tabs = gr.Tabs(elem_id="screens")
-        context = AppContext(
-            page,
-            settings,
-            run=run,
-            picked=followed(run),
-            step=step,
-            chosen=chosen,
-            tabs=tabs,
-            draft=draft,
-            draft_changed=followed(draft),
-            class_draft=class_draft,
-            clock=clock,
-            active_tab=active_tab,
-            refresh_triggers=refresh_triggers,
-        )
-        # First, since a screen's handler of the same name would take the endpoint's name; and not within the tabs, which
-        # count all that they hold.
+        context = _context(page, settings)
+        # The API first: otherwise a handler of the same name on a screen would take the endpoint's name. And outside the tabs,
+        # which count their children.
         build_api(context)
         opened = {}
-        with tabs:
+        with context.tabs:
             for name, (title, screen) in SCREENS.items():
                 with gr.Tab(title, id=name, elem_id=f"screen-{name}") as opened[name]:
                     screen.build(context)
         context.keep_time(opened)
 
         @in_plain_words
-        def come_back(request: gr.Request) -> list[dict[str, object]]:
+        def on_load(request: gr.Request) -> list[dict[str, object]]:
             return context.show(settings.workspace(request))
 
-        page.load(come_back, outputs=context.outputs, api_visibility="private")
+        page.load(on_load, outputs=context.outputs, api_visibility="private")
     return page
+
+
+def _context(page: gr.Blocks, settings: Settings) -> AppContext:
+    """The components that the screens share, put into the open page."""
+    run = gr.Dropdown(label="Run", info="The run shown on Train, Judge and Use.", elem_id="run", interactive=True)
+    # The drafts are not secret. A key of this server process would lose them on a restart.
+    draft = gr.BrowserState(EMPTY_DRAFT, storage_key="nora-vision-draft", secret="nora-vision-draft")
+    return AppContext(
+        page,
+        settings,
+        run=run,
+        picked=followed(run),
+        step=gr.Dropdown(label="Step", elem_id="use-step", interactive=True, render=False),
+        chosen=gr.State(None),
+        tabs=gr.Tabs(elem_id="screens"),
+        draft=draft,
+        draft_changed=followed(draft),
+        class_draft=gr.BrowserState(EMPTY_CLASS_DRAFT, storage_key="nora-vision-classify", secret="nora-vision-classify"),
+        clock=gr.Timer(POLL_SECONDS, active=False),
+        active_tab=gr.State(next(iter(SCREENS))),
+        refresh_triggers={name: gr.State(0.0) for name in SCREENS},
+    )

@@ -1,8 +1,8 @@
 """The expert panel: every option of a task as a widget, made from the same dataclasses as the flags of its command.
 
-The draft that the browser keeps holds a value only where the user's differs from the preset's, or from the default where the
-preset says nothing. While a widget is being left, its text goes into the draft's "typed" at once, without the server, so that a
-button pressed right afterwards starts with it too.
+The draft in the browser holds a value only where it differs from the preset's, or from the default where the
+preset has none. On blur, a widget's text goes into the draft's "typed" in the browser, so that a button pressed right afterwards
+uses it.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ TYPED = "typed"
 METHOD_CHANGED = "another method"
 TITLES = {
     "model": "Base model",
-    "data": "Images and words",
-    "adapter": "The adapter",
-    "target_layers": "Where the adapter sits",
+    "data": "Images and prompts",
+    "adapter": "Adapter",
+    "target_layers": "Target layers",
     "method": "Methods and adapter sizes",
     "optimisation": "Training",
-    "output": "What is written",
-    "validation": "Judging the result",
+    "output": "Output",
+    "judging": "Validation",
+    "validation": "Validation",
 }
 TYPE_AT_ONCE = """(draft, shown) => {
   const [group, field] = %s, known = (draft ?? {}).typed ?? {};
@@ -45,15 +46,15 @@ Complete = Callable[[Workspace, dict[str, Any], Options], Options]
 
 @dataclass(frozen=True)
 class FieldSource:
-    """What the panel is about.
+    """The task, presets and draft of a panel.
 
     Args:
-        context: the frame.
+        context: what the screens share.
         task: "subject" or "classify".
-        presets: to choose from; draft["preset"] names the one in force.
-        draft: what the browser keeps: {"preset", "options", ...}.
-        draft_changed: the same, to listen to.
-        complete: makes from a workspace, the draft and the preset's and user's values all that a run is started with.
+        presets: the presets; draft["preset"] names the active one.
+        draft: stored in the browser: {"preset", "options", ...}.
+        draft_changed: a copy of `draft` to listen to.
+        complete: returns all options of a run from a workspace, the draft, and the values of preset and user.
     """
 
     context: AppContext
@@ -64,37 +65,37 @@ class FieldSource:
     complete: Complete
 
     def preset(self, draft: dict[str, Any]) -> Preset:
-        """The preset in force."""
+        """The active preset."""
         return preset_named(self.presets, str(draft.get("preset")))
 
     def settled(self, workspace: Workspace, draft: dict[str, Any]) -> dict[str, Any]:
-        """The draft with what was typed last among its options, and nothing in them that is in force anyway.
+        """The draft with pending input merged into its options, without values equal to the preset's or default.
 
-        Raises: InputError for what cannot be used; the draft's options are as they were.
+        Raises: InputError for an invalid value; the draft is unchanged.
         """
         return settled(self, workspace, draft)
 
 
 def build(source: FieldSource) -> gr.Accordion:
-    """Put the panel into the page: an accordion that draws its widgets when it is first opened."""
+    """Put the panel into the page: an accordion whose widgets are created when it is first opened."""
     context, draft, prefix = source.context, source.draft, f"{source.task}-panel"
     with gr.Accordion("Expert settings", open=False, elem_id=prefix) as panel:
         gr.HTML(
-            "<p class='quiet'>Every option of the trainer. What you leave alone stays as the preset, or the trainer itself, has "
-            "it. The first time this takes a few seconds to open.</p>"
+            "<p class='quiet'>All options of the trainer. Options that you do not change keep the value of the preset or the "
+            "default. Opening this takes a few seconds the first time.</p>"
         )
-        back = gr.Button("Back to the preset", size="sm", elem_id=f"{prefix}-reset", interactive=False)
+        back = gr.Button("Reset to preset", size="sm", elem_id=f"{prefix}-reset", interactive=False)
         rendered, properties = gr.State(None), gr.State(None)
 
         @gr.render(inputs=[rendered], triggers=[rendered.change], show_progress="hidden")
         @in_plain_words
-        def draw(state: dict[str, Any] | None, request: gr.Request) -> None:
+        def create(state: dict[str, Any] | None, request: gr.Request) -> None:
             if state is not None:
-                _draw(source, state["draft"], properties, back, context.settings.workspace(request))
+                _create(source, state["draft"], properties, back, context.settings.workspace(request))
 
     @in_plain_words
-    def redraw(stored: dict[str, Any], typed: Any) -> tuple[Any, Any, Any]:
-        """Draw anew where another preset or other options than those in view are in force."""
+    def recreate(stored: dict[str, Any], typed: Any) -> tuple[Any, Any, Any]:
+        """Recreate the widgets if the preset or the options differ from those on the page."""
         now = _signature(stored)
         if typed is None or typed == now:
             return gr.skip(), gr.skip(), gr.Button(interactive=bool(stored.get("options")))
@@ -102,14 +103,14 @@ def build(source: FieldSource) -> gr.Accordion:
 
     @in_plain_words
     def open_panel(stored: dict[str, Any], typed: Any) -> tuple[Any, Any, Any]:
-        return redraw(stored, typed or "closed")
+        return recreate(stored, typed or "closed")
 
     @in_plain_words
     def reset(stored: dict[str, Any]) -> dict[str, Any]:
         return {**stored, "options": {}, TYPED: {}}
 
     panel.expand(open_panel, [draft, properties], [rendered, properties, back], **{**QUIET, "show_progress": "minimal"})
-    source.draft_changed.change(redraw, [draft, properties], [rendered, properties, back], **QUIET)
+    source.draft_changed.change(recreate, [draft, properties], [rendered, properties, back], **QUIET)
     back.click(reset, [draft], [draft], **QUIET)
     return panel
 
@@ -131,14 +132,14 @@ def settled(source: FieldSource, workspace: Workspace, draft: dict[str, Any]) ->
     for group, typed_values in typed.items():
         for name in typed_values:
             if (group, name) not in fields:
-                raise InputError(f"There is no option {name!r} to change here. Reload the page.")
+                raise InputError(f"There is no option {name!r}. Reload the page.")
             _put(chosen, preset, fields[group, name], fields[group, name].read(typed_values[name]))
     checked.build(workspace, source.task, source.complete(workspace, draft, merged(preset, chosen)))
     return {**draft, "options": {group: values for group, values in chosen.items() if values}, TYPED: {}}
 
 
 def _put(chosen: Options, preset: Options, field: Any, value: Any) -> None:
-    """Keep the user's value of a field, unless it is in force without that."""
+    """Store the user's value of a field, unless it is the value of the preset or the default."""
     base = preset.get(field.group, {}).get(field.name, field.default)
     if value == base or (value is None and not field.optional):
         chosen.get(field.group, {}).pop(field.name, None)
@@ -151,8 +152,8 @@ def _signature(draft: dict[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class _InForce:
-    """Which values are in force, and from where each comes."""
+class _EffectiveValues:
+    """The effective values and the source of each."""
 
     source: FieldSource
     preset: Preset
@@ -160,7 +161,7 @@ class _InForce:
     resolved: dict[str, dict[str, Any]]
 
     @classmethod
-    def of(cls, source: FieldSource, workspace: Workspace, draft: dict[str, Any]) -> _InForce:
+    def of(cls, source: FieldSource, workspace: Workspace, draft: dict[str, Any]) -> _EffectiveValues:
         from webui.work import options as checked
 
         preset, chosen = source.preset(draft), draft.get("options") or {}
@@ -168,17 +169,17 @@ class _InForce:
         try:
             resolved = checked.build(workspace, source.task, values).to_dict()
         except InputError:
-            # What is wrong is said where it is typed and where it is started; the widgets are needed to mend it.
+            # The error is shown at the field and at the start; the widgets are needed to correct it.
             resolved = {}
         return cls(source, preset, chosen, resolved)
 
     def value(self, field: Any) -> Any:
-        """What was said of a field; None where nothing was and the trainer decides."""
+        """The value of the user, the preset or the default; None if the trainer decides."""
         of_preset = self.preset.options().get(field.group, {}).get(field.name, field.default)
         return self.chosen.get(field.group, {}).get(field.name, of_preset)
 
-    def is_shown(self, field: Any) -> bool:
-        """Whether a run has this option: not if it is one of adapter methods that the run does not train."""
+    def applies(self, field: Any) -> bool:
+        """Whether the run has this option; options of other adapter methods do not apply."""
         return not field.methods or bool(self.chosen_methods & set(field.methods))
 
     @cached_property
@@ -196,45 +197,45 @@ class _InForce:
         chosen = self.chosen.get(group, {}).get("method", base)
         return frozenset([chosen] if isinstance(chosen, str) else chosen)
 
-    def unless_said(self, field: Any) -> str:
-        """What the trainer decides where nothing is said, for the empty widget."""
+    def placeholder(self, field: Any) -> str:
+        """The value that the trainer will choose, as the placeholder of an empty widget."""
         decided = self.resolved.get(field.group, {}).get(field.name)
         if decided is None or self.value(field) is not None:
             return "not set"
         text = f"{decided:.4g}" if isinstance(decided, float) else field.show(decided).replace("\n", ", ")
-        return f"{text} unless said"
+        return f"{text} by default"
 
     def info(self, field: Any) -> str:
-        """What a field does, and from where its value comes; plain text."""
+        """The help of a field and the source of its value; plain text."""
         why = self.preset.reason(field.group, field.name)
         if field.name in self.chosen.get(field.group, {}):
             base = self.preset.options().get(field.group, {}).get(field.name, field.default)
-            had = "nothing set" if base in (None, []) else field.show(base)
-            return f"{field.help} YOURS; {self.preset.name if why else 'the default'} has {had}."
-        return f"{field.help} FROM {self.preset.name.upper()}: {why}" if why else f"{field.help} Default."
+            base_text = "nothing set" if base in (None, []) else field.show(base)
+            return f"{field.help} Changed; {self.preset.name if why else 'the default'} has {base_text}."
+        return f"{field.help} Preset {self.preset.name}: {why}" if why else f"{field.help} Default."
 
     def properties(self, field: Any) -> dict[str, Any]:
-        """What of a widget changes with what is in force."""
+        """The properties of a widget that depend on the effective values."""
         values: dict[str, Any] = {"value": field.show(self.value(field)), "info": self.info(field)}
         if field.kind not in ("bool", "choice"):
-            values["placeholder"] = self.unless_said(field)
+            values["placeholder"] = self.placeholder(field)
         return values
 
 
-def _draw(source: FieldSource, draft: dict[str, Any], properties: gr.State, back: gr.Button, workspace: Workspace) -> None:
-    """All widgets, a closed accordion a group."""
+def _create(source: FieldSource, draft: dict[str, Any], properties: gr.State, back: gr.Button, workspace: Workspace) -> None:
+    """All widgets, in an accordion for each group."""
     from webui.work import form_schema as work_fields
 
-    in_force = _InForce.of(source, workspace, draft)
+    effective = _EffectiveValues.of(source, workspace, draft)
     for group, fields in work_fields.panel_fields(source.task, workspace.is_local).items():
-        count = len(in_force.chosen.get(group, {}))
-        title = TITLES.get(group, group) + (f" ({count} of your own)" if count else "")
+        count = len(effective.chosen.get(group, {}))
+        title = TITLES.get(group, group) + (f" ({count} changed)" if count else "")
         with gr.Accordion(title, open=bool(count), elem_id=f"{source.task}-panel-{group}"), gr.Row(elem_classes="panel-grid"):
-            for field in filter(in_force.is_shown, fields):
-                _listen(source, field, _widget(source, field, in_force), properties, back)
+            for field in filter(effective.applies, fields):
+                _listen(source, field, _widget(source, field, effective), properties, back)
 
 
-def _widget(source: FieldSource, field: Any, in_force: _InForce) -> gr.components.Component:
+def _widget(source: FieldSource, field: Any, effective: _EffectiveValues) -> gr.components.Component:
     """The widget of one option, by its type."""
     arguments = {
         "label": field.label,
@@ -242,7 +243,7 @@ def _widget(source: FieldSource, field: Any, in_force: _InForce) -> gr.component
         "interactive": True,
         "min_width": 280,
     }
-    values = in_force.properties(field)
+    values = effective.properties(field)
     if field.kind == "bool":
         return gr.Checkbox(**arguments, **values)
     if field.kind == "choice":
@@ -251,12 +252,12 @@ def _widget(source: FieldSource, field: Any, in_force: _InForce) -> gr.component
             [("not set", ""), *choices] if field.optional else choices, **arguments, **values | {"value": values["value"] or ""}
         )
     if field.kind == "list":
-        return gr.Textbox(lines=2, max_lines=8, **arguments, **values | {"info": f"One a line. {values['info']}"})
+        return gr.Textbox(lines=2, max_lines=8, **arguments, **values | {"info": f"One per line. {values['info']}"})
     return gr.Textbox(max_lines=1, **arguments, **values)
 
 
 def _listen(source: FieldSource, field: Any, widget: gr.components.Component, properties: gr.State, back: gr.Button) -> None:
-    """Have a widget's change checked, kept, and shown with its origin."""
+    """Validate and store a widget's change, and update its info."""
 
     @in_plain_words
     def settle(draft: dict[str, Any], request: gr.Request) -> tuple[Any, Any, Any, Any]:
@@ -266,11 +267,11 @@ def _listen(source: FieldSource, field: Any, widget: gr.components.Component, pr
         except InputError as error:
             gr.Warning(html.escape(str(error)), title="Not changed")
             draft = {**draft, TYPED: {}}
-        in_force = _InForce.of(source, workspace, draft)
+        effective = _EffectiveValues.of(source, workspace, draft)
         back_to = gr.Button(interactive=bool(draft.get("options")))
-        # Another method has other options: the panel is drawn anew, as it is then not what is in view.
-        in_view = METHOD_CHANGED if field.name == "method" else _signature(draft)
-        return draft, type(widget)(**in_force.properties(field)), in_view, back_to
+        # Another method has other options, so the panel is recreated.
+        displayed = METHOD_CHANGED if field.name == "method" else _signature(draft)
+        return draft, type(widget)(**effective.properties(field)), displayed, back_to
 
     at_once = TYPE_AT_ONCE % json.dumps([field.group, field.name])
     events = [widget.input] if field.kind in ("bool", "choice") else [widget.blur, widget.submit]

@@ -1,4 +1,4 @@
-"""How a run is going, in words and HTML: everything read from its files, nothing remembered."""
+"""The progress of a run as HTML, read from its files at each request."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from webui.views import STATE_TEXTS, RunView
 DRY_RUN = "dry_run.json"
 PHASES = {
     "loading": "Loading the model",
-    "encoding": "Turning the photos into the model's own form",
-    "drawing class images": "Drawing images of the same kind of thing, so that the model does not forget it",
-    "calibrating": "Looking at what your photos set in motion in the model, to place the adapter there",
-    "dry run": "Trying three steps, to see what the whole training takes",
-    "looking for settings that fit": "Looking for settings that fit into the memory there is",
+    "encoding": "Encoding the photos into latents",
+    "drawing class images": "Generating class images for prior preservation",
+    "calibrating": "Calibrating: measuring the model's activations on your photos, to initialise the adapter",
+    "dry run": "Dry run: three steps, to measure time and memory",
+    "looking for settings that fit": "Memory fallback: looking for settings that fit into memory",
     "training": "Training",
-    "exporting": "Saving the adapter in four forms",
-    "comparing": "Drawing images with earlier steps, to compare them",
-    "certifying": "Checking that other programs draw the same from the saved files",
+    "exporting": "Exporting the adapter in four formats",
+    "comparing": "Scoring the checkpoints: generating images with each",
+    "certifying": "Checking the exported files with plain diffusers",
     "uploading": "Uploading",
     "writing the report": "Writing the report",
 }
 LEAVING_OUT = re.compile(r"leaving out image (\d+)")
 FITTING = re.compile(r"fitting (\S+), (\S+) shots, seed (\d+)")
-# Errors that say themselves what is wrong and what to do.
+# Errors whose message says what is wrong and what to do.
 PLAIN = frozenset({"InputError", "DoesNotFitError", "NotFiniteError", "CertificateError"})
-# Of the trained steps, what one point of the loss's line is the mean of.
+# The running mean of the loss covers this share of the steps.
 SMOOTHED = 1 / 16
 LONGEST_ERROR = 400
 
 
 def part_at_work(view: RunView) -> RunRecord:
-    """The record of what is being trained now: the run itself, one of its short trainings, or one of its methods."""
+    """The record of the current training: the run itself, a fold of cross-validation, or a trial of the experiment."""
     leaving_out = LEAVING_OUT.fullmatch(str(view.status.get("phase")))
     if leaving_out:
         return RunRecord(view.record.path / FOLDS / str(int(leaving_out[1]) - 1))
@@ -48,7 +48,7 @@ def part_at_work(view: RunView) -> RunRecord:
 
 
 def _plotted(view: RunView) -> RunRecord:
-    """The record whose losses are shown: of what is at work, else of what was last."""
+    """The record whose losses are plotted: of the current training, else of the last one."""
     record = part_at_work(view)
     if view.task == "subject" or record != view.record:
         return record
@@ -57,13 +57,13 @@ def _plotted(view: RunView) -> RunRecord:
 
 
 def _inside(folder: Path, below: object) -> Path | None:
-    """The folder `below` in `folder`, if it lies there."""
+    """The folder `below` inside `folder`; None if it is not inside."""
     path = (folder / below).resolve() if isinstance(below, str) else folder
     return path if path.is_dir() and path.is_relative_to(folder.resolve()) and path != folder else None
 
 
 def head(view: RunView) -> str:
-    """The state as one word, and what that means now as a sentence."""
+    """The state and a sentence about it."""
     chip = f'<span class="chip {view.state}">{STATE_TEXTS[view.state]}</span>'
     return f'<p class="phase">{chip} <b>{_headline(view)}</b></p>{_below(view)}'
 
@@ -74,7 +74,7 @@ def _headline(view: RunView) -> str:
 
 def _headline_of_queued(view: RunView) -> str:
     ahead = view.runs_before
-    return f"{ahead} {'run' if ahead == 1 else 'runs'} before it" if ahead else "It is next"
+    return f"{ahead} {'run' if ahead == 1 else 'runs'} ahead in the queue" if ahead else "Next in the queue"
 
 
 def _headline_of_done(view: RunView) -> str:
@@ -89,34 +89,34 @@ def _headline_of_ended(view: RunView) -> str:
 
 HEADLINES: dict[str, Callable[[RunView], str]] = {
     "queued": _headline_of_queued,
-    "starting": lambda view: "Starting: the model's libraries are being loaded, which takes some seconds",
+    "starting": lambda view: "Starting: loading the libraries takes some seconds",
     "running": lambda view: html.escape(phase_in_words(str(view.status.get("phase", "loading")))),
     "done": _headline_of_done,
 }
 
 
 def phase_in_words(phase: str) -> str:
-    """What a run that is at work does, for people, from its status."""
+    """The title of a phase of status.json."""
     leaving_out, fitting = LEAVING_OUT.fullmatch(phase), FITTING.fullmatch(phase)
     if leaving_out:
-        return f"Cross-validation: training without photo {leaving_out[1]}"
+        return f"Cross-validation: a short training without photo {leaving_out[1]}"
     if fitting:
-        return f"Fitting {fitting[1]}, {fitting[2]} images a class, seed {fitting[3]}"
+        return f"Training {fitting[1]}, {fitting[2]} shots, split {int(fitting[3]) + 1}"
     return PHASES.get(phase, phase)
 
 
 def _below(view: RunView) -> str:
-    """What there is to say besides: why it ended, and what can be done."""
+    """Why it ended and what to do, or what happens next."""
     saved = newest_checkpoint(view.record)
-    safe = f"Everything up to step {saved} is saved." if saved else "No step was saved yet."
-    goes_on = "goes on from there" if saved else "starts again with the same settings"
+    checkpoint_text = f"Everything up to step {saved} is saved." if saved else "No checkpoint was saved."
+    effect = "continues from there" if saved else "starts again with the same settings"
     if view.state in ("interrupted", "stopped"):
-        return _note(f"{view.reason} {safe} Resume {goes_on}.")
+        return _note(f"{view.reason} {checkpoint_text} Resume {effect}.")
     if view.state == "failed":
-        return _note(html.escape(f"{plain_error(view.error)} {safe}"))
+        return _note(html.escape(f"{plain_error(view.error)} {checkpoint_text}"))
     if view.state == "queued":
-        return _quiet("One run at a time works on this machine. It begins by itself, whether this page is open or not.")
-    return _quiet("It goes on whether this page is open or not.") if view.is_active else ""
+        return _quiet("This machine runs one training at a time. This run starts by itself, even if you close this page.")
+    return _quiet("Training continues if you close this page.") if view.is_active else ""
 
 
 def _note(text: str) -> str:
@@ -128,27 +128,25 @@ def _quiet(text: str) -> str:
 
 
 def newest_checkpoint(record: RunRecord) -> int:
-    """The step that a resumed run goes on from; 0 for none."""
+    """The step from which a run resumes; 0 without a checkpoint."""
     return max((int(path.name.removeprefix("step-")) for path in record.checkpoints.glob("step-*")), default=0)
 
 
 def plain_error(error: str | None) -> str:
-    """What went wrong and what to do, from a run's "Kind: message"."""
+    """What went wrong and what to do, from an error "Kind: message"."""
     kind, _, message = (error or "").partition(": ")
     if kind == "DiskFullError":
         return "The disk is full. Free some space, then press Resume."
     if "out of memory" in message.lower() or kind in ("OutOfMemoryError", "MemoryError"):
-        return "The memory was not enough. On the screen Check choose the preset Fast or fewer photos a step, and start again."
+        return "Out of memory. On the screen Check choose the preset Fast or a smaller batch size, and start again."
     if kind in PLAIN:
         return message
-    sentence = (
-        f"It ended with an error: {kind} {message[:LONGEST_ERROR]}".strip() if error else "It ended without an error message"
-    )
-    return f"{sentence.rstrip('.:')}. Press Resume to try again; if it ends so again, the log below has the rest."
+    sentence = f"Error: {kind} {message[:LONGEST_ERROR]}".strip() if error else "The run ended without an error message"
+    return f"{sentence.rstrip('.:')}. Press Resume to try again. If it fails again, see the log below."
 
 
 def bar(view: RunView) -> str:
-    """How far it is, as a bar, and how long it will take."""
+    """A progress bar with the remaining time."""
     if view.state in ("queued", "failed"):
         return ""
     share, words = _share(view)
@@ -162,7 +160,7 @@ def bar(view: RunView) -> str:
 
 
 def _share(view: RunView) -> tuple[float | None, str]:
-    """The share that is done, None where nobody knows, and the figures in words."""
+    """The share that is done, None if unknown, and a text with the steps."""
     inner = part_at_work(view)
     if inner is not view.record:
         return _share_of_parts(view, *_share_of_part(inner.status()))
@@ -176,20 +174,20 @@ def _share(view: RunView) -> tuple[float | None, str]:
 
 def _left_to_train(view: RunView) -> str:
     left = view.status.get("seconds_left")
-    return f", {duration(left)} left, then it is saved and compared" if left and view.state == "running" else ""
+    return f", {duration(left)} left, then the adapter is exported and scored" if left and view.state == "running" else ""
 
 
 def _share_of_parts(view: RunView, part: float, words: str) -> tuple[float, str]:
-    """The same of a run that is made of parts, by the share and the figures of the one that is at work."""
+    """As `_share`, for a run of several trainings, from the share and the text of the current one."""
     step, total, left = (view.status.get(name) for name in ("step", "total", "seconds_left"))
     if view.task == "classify" and total:
         left_words = f", {duration(left)} left" if left else ""
-        return (step + part) / total, f"{step} of {total} fits are done, the next is at {words or 'its start'}{left_words}"
+        return (step + part) / total, f"{step} of {total} trainings done, the next is at {words or 'its start'}{left_words}"
     return part, words if view.is_active else ""
 
 
 def _share_of_part(status: Mapping[str, Any]) -> tuple[float, str]:
-    """The same of the part that is at work; no words where its steps are not known yet."""
+    """As `_share`, for the current training; an empty text if its number of steps is unknown."""
     step, total = status.get("step", 0), status.get("total")
     return (step / total, f"step {step} of {total}") if total else (0.0, "")
 
@@ -199,7 +197,7 @@ def _is_before_training(view: RunView) -> bool:
 
 
 def duration(seconds: float) -> str:
-    """A time in words."""
+    """A duration as text."""
     if seconds < 55:
         return f"{max(5, round(seconds / 5) * 5)} seconds"
     if seconds < 5400:
@@ -209,22 +207,22 @@ def duration(seconds: float) -> str:
 
 
 def cost(record: RunRecord) -> str:
-    """What the dry run has measured; empty before it."""
+    """The measurements of the dry run; empty before it."""
     report = record.read_json(DRY_RUN)
     if not report:
         return ""
     facts = {
         "time": f"about {duration(report['seconds'])} of training, {report['seconds_per_step']:.2g} s a step",
-        "memory": f"{report['peak_memory'] / 1e9:.1f} GB at the most",
-        "disk": f"up to {report['disk'] / 1e6:,.0f} MB while it trains",
-        "learned": f"{report['trained_numbers']:,} numbers",
+        "memory": f"{report['peak_memory'] / 1e9:.1f} GB peak",
+        "disk": f"up to {report['disk'] / 1e6:,.0f} MB while training",
+        "parameters": f"{report['trained_numbers']:,} trained",
     }
     rows = "".join(f"<dt>{name}</dt><dd>{words}</dd>" for name, words in facts.items())
-    return f'<h3>What it takes</h3><dl class="facts">{rows}</dl>'
+    return f'<h3>Cost</h3><dl class="facts">{rows}</dl>'
 
 
 def losses(view: RunView) -> str:
-    """The loss of each step with its running mean, that of photos held out, and the learning rate, one below the other."""
+    """Plots of the training loss with its running mean, the validation loss, and the learning rate."""
     record = _plotted(view)
     lines = [line for line in record.metrics() if "loss" in line]
     heldout = heldout_curve(record)
@@ -236,11 +234,11 @@ def losses(view: RunView) -> str:
     learning = [Series("each step", points, "cloud", 1), Series("running mean", smooth, "line", 1)]
     rates = [Series("learning rate", [(line["step"], line["lr"]) for line in lines if "lr" in line], "line", 3)]
     return (
-        plot("Training loss by step (lower is better)", learning, extent)
-        + plot("Validation loss (held-out photo)", _heldout(heldout), extent, css="half")
+        plot("Training loss (lower is better)", learning, extent)
+        + plot("Validation loss (lower is better)", _heldout(heldout), extent, css="half")
         + plot("Learning rate", rates, extent, css="low")
     )
 
 
 def _heldout(curve: Sequence[Measured]) -> list[Series]:
-    return [Series("measured now and then", [(point.step, point.heldout) for point in curve], "marks", 2)]
+    return [Series("validation loss", [(point.step, point.heldout) for point in curve], "marks", 2)]

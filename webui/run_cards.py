@@ -1,4 +1,4 @@
-"""All runs as a list of cards, each a button; everything that a user wrote is escaped."""
+"""The list of runs as cards, each a button; user input is escaped."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from webui.progress import phase_in_words
 from webui.views import STATE_TEXTS, RunView
 
 EMPTY = """<div class="empty"><p><b>There are no runs yet.</b></p>
-<p>Train on your photos under Photos, or on classes of images under Classify. Runs that are started in a terminal show here
+<p>Train on your photos under Photos, or on classes of images under Classify. Runs started in a terminal appear here
 too.</p></div>"""
 THUMBNAIL = 192
 BEFORE_AFTER = "before_after.png"
@@ -28,7 +28,7 @@ element.addEventListener('click', event => {
 
 
 def cards(views: Sequence[RunView], chosen: str | None) -> str:
-    """The list; the run in view is marked."""
+    """The list, with the selected run marked."""
     if not views:
         return EMPTY
     return f'<ul class="runs">{"".join(f"<li>{_card(view, view.id == chosen)}</li>" for view in views)}</ul>'
@@ -39,7 +39,7 @@ def _card(view: RunView, is_chosen: bool) -> str:
         f'<button type="button" class="run" data-run="{html.escape(view.id)}" aria-pressed="{str(is_chosen).lower()}">'
         f'{_image(view)}<span class="words"><span class="top"><b>{html.escape(view.name)}</b>'
         f'<span class="chip {view.state}">{STATE_TEXTS[view.state]}</span></span>'
-        f'<span class="quiet">{KINDS[view.task]}, {_when(view)}</span>{_told(view)}{_figures(view)}</span></button>'
+        f'<span class="quiet">{KINDS[view.task]}, {_when(view)}</span>{_state_detail(view)}{_figures(view)}</span></button>'
     )
 
 
@@ -56,19 +56,19 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
-def _told(view: RunView) -> str:
-    """What there is to say of its state: how far it is, whom it waits for, or why it ended."""
-    queue_text = ""
+def _state_detail(view: RunView) -> str:
+    """Progress, queue position, or the reason why it ended."""
+    detail = ""
     if view.runs_before:
-        queue_text = f"{view.runs_before} {'run' if view.runs_before == 1 else 'runs'} before it"
+        detail = f"{view.runs_before} {'run' if view.runs_before == 1 else 'runs'} ahead in the queue"
     elif view.state == "running":
-        queue_text = phase_in_words(str(view.status.get("phase") or "loading"))
+        detail = phase_in_words(str(view.status.get("phase") or "loading"))
     elif view.reason:
-        queue_text = view.reason
+        detail = view.reason
     bar = ""
     if view.state == "running" and view.share_done is not None:
         bar = f'<span class="bar running"><span style="width:{view.share_done:.0%}"></span></span>'
-    return bar + (f'<span class="told">{html.escape(queue_text)}</span>' if queue_text else "")
+    return bar + (f'<span class="detail">{html.escape(detail)}</span>' if detail else "")
 
 
 def _figures(view: RunView) -> str:
@@ -77,7 +77,7 @@ def _figures(view: RunView) -> str:
 
 
 def image_of(view: RunView) -> tuple[Path, str] | None:
-    """The image that stands for a run and the class it is shown with; None before there is one."""
+    """The image that represents a run and its CSS class; None before there is one."""
     steps = images.sampled_steps(view.record)
     samples = images.samples(view.record, steps[-1]) if steps else []
     if samples:
@@ -88,22 +88,22 @@ def image_of(view: RunView) -> tuple[Path, str] | None:
 
 
 def _image(view: RunView) -> str:
-    image_and_text = image_of(view)
-    if image_and_text is None:
+    image_and_css = image_of(view)
+    if image_and_css is None:
         return '<span class="none" aria-hidden="true"></span>'
-    path, css = image_and_text
+    path, css = image_and_css
     source = html.escape(images.address(images.thumbnail(path, THUMBNAIL)))
     return f'<img class="{css}" src="{source}" alt="" loading="lazy">'
 
 
 def heading(view: RunView) -> str:
-    """Which run the buttons are about."""
-    return f"<p>Chosen: <b>{html.escape(view.title)}</b></p>"
+    """The run that the buttons apply to."""
+    return f"<p>Selected: <b>{html.escape(view.title)}</b></p>"
 
 
 def question(view: RunView) -> str:
-    """Whether it is really to be deleted."""
+    """The confirmation before deletion."""
     return (
-        f"<p><b>Delete {html.escape(view.title)}?</b> Its adapter, its images and everything it has written go for good. "
-        "The photos it learned from stay.</p>"
+        f"<p><b>Delete {html.escape(view.title)}?</b> Its adapter, images and other files are deleted permanently. "
+        "The training photos are kept.</p>"
     )

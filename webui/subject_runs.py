@@ -1,4 +1,4 @@
-"""From the draft of a subject run to its options, its command and the run itself."""
+"""The options, the command and the start of a subject run, from its draft."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from webui.draft import Draft, Options, check_words, merged
 from webui.image_dataset import SubjectDataset
 from webui.workspace import Workspace
 
-# Below the runs; hidden, so that it is none.
-REHEARSALS, NEW_RUN = ".rehearsals", "NEW-RUN"
+# A hidden folder below the runs, so that it is not listed as one.
+DRY_RUNS, NEW_RUN = ".rehearsals", "NEW-RUN"
 
 
 def source(context: AppContext) -> panel.FieldSource:
-    """What the expert panel of subject runs is about."""
+    """The fields of the expert panel for subject runs."""
     return panel.FieldSource(context, "subject", presets.SUBJECT, context.draft, context.draft_changed, complete)
 
 
 def complete(workspace: Workspace, stored: dict[str, Any], options: Options) -> Options:
-    """All that a run is started with, from what the browser kept and the options in force."""
+    """All options that a run is started with, from the stored draft and the options that differ from the defaults."""
     draft = Draft.from_browser(stored)
     photos = SubjectDataset.of(workspace, draft.set)
     return draft.values(None if photos.is_example else photos.folder, options)
 
 
 def values_of(context: AppContext, workspace: Workspace, stored: dict[str, Any]) -> tuple[dict[str, Any], Options]:
-    """The draft with what was typed last, and all that its run is started with.
+    """The draft including pending input, and all options that its run is started with.
 
-    Raises: InputError for what cannot be used.
+    Raises: InputError for an invalid option.
     """
     about = source(context)
     stored = about.settled(workspace, stored)
@@ -43,9 +43,9 @@ def values_of(context: AppContext, workspace: Workspace, stored: dict[str, Any])
 
 
 def start(context: AppContext, workspace: Workspace, stored: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """Start the run; returns the draft, with what was typed last, and the run's id.
+    """Start the run; returns the draft including pending input, and the run's id.
 
-    Raises: InputError for what cannot be used; then nothing was started.
+    Raises: InputError for an invalid option, before anything is started.
     """
     from webui import launching
 
@@ -60,9 +60,9 @@ def start(context: AppContext, workspace: Workspace, stored: dict[str, Any]) -> 
 
 
 def command(context: AppContext, workspace: Workspace, stored: dict[str, Any]) -> str:
-    """The command that `start` runs, as one writes it.
+    """The command that `start` runs, as it is typed into a shell.
 
-    Raises: InputError for what cannot be used.
+    Raises: InputError for an invalid option.
     """
     from webui import launching
 
@@ -72,18 +72,18 @@ def command(context: AppContext, workspace: Workspace, stored: dict[str, Any]) -
 
 
 def dry_run_of(context: AppContext, workspace: Workspace, stored: dict[str, Any]) -> tuple[Options, RunRecord]:
-    """What a dry run of the draft is started with, and where its record is or will be.
+    """The options of a dry run of the draft, and its record.
 
-    The place is the same for the same options and images, so that nothing is measured twice.
+    The folder depends only on the options and the images, so that nothing is measured twice.
 
-    Raises: InputError for what cannot be used.
+    Raises: InputError for an invalid option.
     """
     draft = Draft.from_browser(stored)
     check_words(draft.trigger, draft.kind)
     values = values_of(context, workspace, stored)[1]
     photos = SubjectDataset.of(workspace, draft.set)
-    said = json.dumps([_checked(workspace, values), photos.signature()], sort_keys=True)
-    return values, RunRecord(workspace.runs / REHEARSALS / hashlib.sha256(said.encode()).hexdigest()[:20])
+    content = json.dumps([_checked(workspace, values), photos.signature()], sort_keys=True)
+    return values, RunRecord(workspace.runs / DRY_RUNS / hashlib.sha256(content.encode()).hexdigest()[:20])
 
 
 def _checked(workspace: Workspace, values: Options) -> Options:
@@ -94,9 +94,9 @@ def _checked(workspace: Workspace, values: Options) -> Options:
 
 
 def start_dry_run(context: AppContext, workspace: Workspace, stored: dict[str, Any]) -> None:
-    """Have a dry run measure what the draft's run takes, unless one does already, or has.
+    """Start a dry run of the draft, unless one is running or finished.
 
-    Raises: InputError for what cannot be used.
+    Raises: InputError for an invalid option.
     """
     from webui import launching
 

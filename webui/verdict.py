@@ -1,4 +1,4 @@
-"""What a run says about its steps, as HTML: samples side by side, curves, scores, the suggestion, the certificate."""
+"""The evaluation of a run as HTML: samples side by side, curves, scores, the recommended step, the certificate."""
 
 from __future__ import annotations
 
@@ -15,27 +15,32 @@ from webui.views import RunView
 
 SUGGESTION, CERTIFICATE = "suggestion.json", "certificate.json"
 READ_LOSS = (
-    "How wrong the model is about a photo of your subject that it does not learn from, and about those it does. Where the first "
-    "turns upwards while the second falls on, it learns your photos by heart."
+    "Validation loss is measured on a photo that is not trained on. If it rises while the training loss keeps falling, the model "
+    "overfits: it memorises your photos."
 )
-READ_SUBJECT = "How alike the samples are to your photos. Higher is better, and the curve flattens when there is no more to gain."
-READ_PROMPT = "How well the samples show what the words ask for. It falls when the subject pushes the words aside."
+READ_SUBJECT = "Similarity of the samples to your photos. Higher is better. Training longer gains nothing once the curve is flat."
+READ_PROMPT = "Similarity of the samples to their prompts. Higher is better. It falls when the model overfits to the subject."
 READ_COPY = (
-    "How near the samples come to one single photo of yours, by what is in them and by their outlines. At the limit they are "
-    "copies of it rather than new images."
+    "Similarity of each sample to the closest single photo, by content and by outlines. Above the limit a sample is close to a "
+    "copy of that photo."
 )
-LOSSES = {"heldout": "loss, held out", "seen": "loss, learned"}
-SCORES = {"subject": "likeness", "prompt": "words", "nearest": "nearest photo", "copy": "nearest outline"}
-NO_LOSS = "No photo was held out, so there is no such curve."
+LOSSES = {"heldout": "validation loss", "seen": "training loss"}
+SCORES = {
+    "subject": "image similarity (CLIP-I)",
+    "prompt": "prompt similarity (CLIP-T)",
+    "nearest": "closest photo",
+    "copy": "closest outlines",
+}
+NO_LOSS = "No photo was held out, so there is no validation loss."
 
 
 def suggestion(view: RunView) -> str:
-    """Which step to use and why, and what is warned of."""
+    """The recommended step, the reasons and the warnings."""
     recommended = view.read(SUGGESTION)
     if not recommended:
         return _not_yet(view)
     reason, _, figures = str(recommended["why"]).partition(". ")
-    more = f"<details><summary>All the figures behind it</summary><p>{html.escape(figures)}</p></details>" if figures else ""
+    more = f"<details><summary>All measurements</summary><p>{html.escape(figures)}</p></details>" if figures else ""
     warnings = "".join(f'<p class="warning overfit">{html.escape(each)}</p>' for each in recommended["warnings"])
     return (
         '<p class="phase"><span class="chip good">recommended</span> '
@@ -47,25 +52,25 @@ def suggestion(view: RunView) -> str:
 def _not_yet(view: RunView) -> str:
     measured = bool(sampled_steps(view.record))
     if view.is_active:
-        lead, there = "The recommended step appears when training is done.", "What there is so far is below."
-        state = there if measured else "Images and figures of each step will be here, side by side."
+        lead, results = "A step is recommended when training is done.", "The results so far are below."
+        state = results if measured else "Images and scores of each step appear here, side by side."
     else:
-        lead = "Training did not finish, so there is no recommended step."
-        state = "What was measured until then is below." if measured else "Nothing was measured until then."
+        lead = "Training did not finish, so no step is recommended."
+        state = "The results until then are below." if measured else "Nothing was measured before it ended."
     return f'<div class="empty"><p><b>{lead}</b></p><p>{state}</p></div>'
 
 
 def suggested_step(record: RunRecord) -> int | None:
-    """The step that the run suggests, once it does."""
+    """The recommended step; None before training is done."""
     recommended = record.read_json(SUGGESTION)
     return recommended.get("step")
 
 
 def sample_table(record: RunRecord, selected: tuple[int, int] | None) -> str:
-    """Every step's samples side by side, a row for each prompt, the base model first; in a box that scrolls by itself.
+    """A scrollable table of the samples: a column for each step, the base model first, and a row for each prompt.
 
     Args:
-        selected: the step and the place of the prompt that are looked at closely.
+        selected: the step and the index of the prompt shown in the comparison.
     """
     steps = {step: samples(record, step) for step in sampled_steps(record)}
     if not steps:
@@ -76,12 +81,12 @@ def sample_table(record: RunRecord, selected: tuple[int, int] | None) -> str:
     table = f'<table class="samples"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>'
     photos = "".join(_image(each, "one of your photos") for each in subject(record))
     if photos:
-        photos = f'<h4>Your photos, as the model sees them</h4><div class="scroll strip">{photos}</div>'
+        photos = f'<h4>Your photos as the model sees them</h4><div class="scroll strip">{photos}</div>'
     return f'<h3>Every step side by side</h3>{photos}<div class="scroll">{table}</div>'
 
 
 def _step_head(step: int, suggested: int | None) -> str:
-    name = f"step {step}" if step else "before training"
+    name = f"step {step}" if step else "base model"
     return f'{name}<br><span class="chip good">recommended</span>' if step == suggested else name
 
 
@@ -92,7 +97,7 @@ def _sample_row(prompt_index: int, prompt: str, steps: Mapping[int, Sequence[Sam
             cells.append("<td></td>")
             continue
         css = ' class="shown"' if (step, prompt_index) == selected else ""
-        label = html.escape(f"compare: {prompt}, {f'step {step}' if step else 'before training'}")
+        label = html.escape(f"compare: {prompt}, {f'step {step}' if step else 'base model'}")
         button = f'<button type="button" data-step="{step}" data-place="{prompt_index}" aria-label="{label}"{css}>'
         cells.append(f"<td>{button}{_image(images[prompt_index], '')}</button></td>")
     words = f'<tr><th colspan="{len(steps)}" scope="rowgroup"><span>{html.escape(prompt)}</span></th></tr>'
@@ -104,7 +109,7 @@ def _image(sample: Sample, words: str) -> str:
 
 
 def curves(record: RunRecord) -> str:
-    """The held-out loss and the three scores by step, each with a sentence on how to read it."""
+    """Validation loss and scores by step, each with a sentence on how to read it."""
     points, scores = heldout_curve(record), sample_scores(record)
     steps = [0, *(point.step for point in points), *scores, int(record.status().get("total") or 0)]
     across, suggested = (0.0, float(max(steps))), suggested_step(record)
@@ -117,28 +122,28 @@ def curves(record: RunRecord) -> str:
 
 
 def _score_curves(by_step: Sequence[tuple[int, StepScores]], across: tuple[float, float]) -> list[tuple[str, list[Series], str]]:
-    """Each drawing of scores: its title, its curves, and how to read it."""
-    limit, judged = by_step[-1][1].nearest_limit, {name: _column(by_step, name) for name in vars(by_step[0][1])}
-    similarities, followed = (
-        Series("mean of the samples", judged[name], "marks", c) for name, c in (("subject", 1), ("prompt", 4))
+    """Each plot of scores: its title, its series, and how to read it."""
+    limit, columns = by_step[-1][1].nearest_limit, {name: _column(by_step, name) for name in vars(by_step[0][1])}
+    image_similarity, prompt_similarity = (
+        Series("mean of the samples", columns[name], "marks", c) for name, c in (("subject", 1), ("prompt", 4))
     )
     copying = [
-        Series("most alike photo", judged["nearest"], "marks", 2),
-        Series(f"its limit {limit:.2f}", [(x, limit) for x in across], "limit", 2),
-        Series("most alike outline", judged["copy"], "marks", 3),
-        Series(f"its limit {COPY_THRESHOLD:.2f}", [(x, COPY_THRESHOLD) for x in across], "limit", 3),
+        Series("closest photo", columns["nearest"], "marks", 2),
+        Series(f"limit {limit:.2f}", [(x, limit) for x in across], "limit", 2),
+        Series("closest outlines", columns["copy"], "marks", 3),
+        Series(f"limit {COPY_THRESHOLD:.2f}", [(x, COPY_THRESHOLD) for x in across], "limit", 3),
     ]
     return [
-        ("Image similarity", [similarities], READ_SUBJECT),
-        ("Prompt similarity", [followed], READ_PROMPT),
+        ("Image similarity (CLIP-I)", [image_similarity], READ_SUBJECT),
+        ("Prompt similarity (CLIP-T)", [prompt_similarity], READ_PROMPT),
         ("Memorisation", copying, READ_COPY),
     ]
 
 
 def _loss_curve(points: Sequence[Point], across: tuple[float, float], mark: tuple[float, str] | None) -> str:
-    heldout = Series("photo held out", [(point.step, point.heldout) for point in points], "marks", 2)
-    seen = Series("photos it learns from", [(point.step, point.seen) for point in points if point.seen is not None], "marks", 3)
-    return _explained(plot("Loss by step (lower is better)", [heldout, seen], across, mark, "half"), READ_LOSS)
+    heldout = Series("validation loss", [(point.step, point.heldout) for point in points], "marks", 2)
+    seen = Series("training loss", [(point.step, point.seen) for point in points if point.seen is not None], "marks", 3)
+    return _explained(plot("Validation and training loss (lower is better)", [heldout, seen], across, mark, "half"), READ_LOSS)
 
 
 def _column(scores: Sequence[tuple[int, StepScores]], name: str) -> list[tuple[float, float]]:
@@ -150,7 +155,7 @@ def _explained(figure: str, explanation: str) -> str:
 
 
 def figures(record: RunRecord) -> str:
-    """All that was measured: a row for each step, a column for each of LOSSES and SCORES of which there is a figure."""
+    """All measurements: a row for each step, a column for each of LOSSES and SCORES with a value."""
     points, scores = {point.step: point for point in heldout_curve(record)}, sample_scores(record)
     steps, suggested = sorted({*points, *scores}), suggested_step(record)
     if not steps:
@@ -174,28 +179,28 @@ def _cells(by_step: Mapping[int, object], steps: Sequence[int], name: str, digit
 
 
 def certificate(record: RunRecord) -> str:
-    """What the check of the saved files found, in a sentence or two."""
+    """The result of the check of the exported files, in a sentence or two."""
     record_fields: dict[str, Any] = record.read_json(CERTIFICATE)
     if not record_fields:
-        return '<p class="quiet">The saved files have not been checked against another program.</p>'
+        return '<p class="quiet">The exported files have not been checked with plain diffusers.</p>'
     if not record_fields["passed"]:
         problems = html.escape("; ".join(record_fields["problems"]))
         return f'<p class="warning">The exported files differ from the trained adapter: {problems}.</p>'
     largest = max(record_fields["largest_difference"].values(), default=0.0)
     converted = (
-        f" It read the {html.escape(' and '.join(record_fields['converted']))} file in its own form."
+        f" The {html.escape(' and '.join(record_fields['converted']))} file was converted for this."
         if record_fields.get("converted")
         else ""
     )
     return (
-        '<p><span class="chip good">certified</span> A plain diffusers program without this app drew the same images from the '
-        f"saved files: at most {largest:.2g} of 255 shades apart, where the adapter changes up to {record_fields['effect']:.0f}."
+        '<p><span class="chip good">certified</span> Plain diffusers generates the same images from the exported files. '
+        f"The largest pixel difference is {largest:.2g} of 255; the adapter's effect is up to {record_fields['effect']:.0f}."
         f"{converted}</p>"
     )
 
 
 def card(record: RunRecord) -> str:
-    """The model card as Markdown, without its header for the hub and its image; empty before it is written."""
+    """The model card as Markdown without its YAML header and image; empty before it is written."""
     path = record.path / "README.md"
     if not path.is_file():
         return ""

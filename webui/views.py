@@ -1,4 +1,4 @@
-"""A run as the page shows it: its state and what can be done with it, derived from its files each time they are looked at."""
+"""A run as the page shows it: its state and the actions that it allows, derived from its files at each request."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ STATE_TEXTS: dict[State, str] = {
     "done": "done",
 }
 TRAINING = "training"
-# From the folder's beginning until its process has said a first word.
+# From the creation of the folder until its process has written a status.
 BEGINNING_SECONDS = 20.0
 LONGEST_NAME, NAMED_CLASSES = 48, 3
 SAMPLE_CLASSES = "handwritten digits"
 INTERRUPTED = {
-    "SIGKILL": "Its process was ended from outside, as the system does when memory runs out.",
-    None: "Its process ended without an error message, as after a power cut.",
+    "SIGKILL": "Its process was killed from outside, as the system does when memory runs out.",
+    None: "Its process ended without reporting an error, as when the machine is switched off.",
 }
 
 
 @dataclass(frozen=True)
 class RunView:
-    """One run, read when it is looked at; a view is made anew for each look.
+    """A snapshot of one run, created for each request.
 
     Args:
         record: its directory.
@@ -77,11 +77,11 @@ class RunView:
 
     @cached_property
     def launch(self) -> dict[str, Any]:
-        """What the page started it with (see `webui.launching`); empty for runs from a terminal."""
+        """How the page started it (see `webui.launching`); empty for runs from a terminal."""
         return self.read(LAUNCH)
 
     def read(self, name: str) -> dict[str, Any]:
-        """A JSON file of the run; empty where there is none, or where somebody has left something else there."""
+        """A JSON object from a file of the run; empty if it is missing or not a JSON object."""
         try:
             content = self.record.read_json(name)
         except (json.JSONDecodeError, UnicodeDecodeError):
@@ -95,7 +95,7 @@ class RunView:
 
     @cached_property
     def state(self) -> State:
-        """Where it is; a process that is gone without having said so was stopped, has failed, or was interrupted."""
+        """Its state; a run whose process is gone without reporting an end was stopped, has failed or was interrupted."""
         reported = self.status.get("state", "starting")
         if reported not in ACTIVE or self._has_process:
             return reported if reported in ACTIONS else "interrupted"
@@ -107,25 +107,25 @@ class RunView:
 
     @property
     def _has_process(self) -> bool:
-        """Whether the process that wrote the status last still runs."""
+        """Whether the process that wrote the last status is alive."""
         pid, started = self.status.get("pid"), self.status.get("pid_started")
         return isinstance(pid, int) and isinstance(started, float) and live_process(pid, started) is not None
 
     @property
     def is_active(self) -> bool:
-        """Whether something is at work on it, or will be by itself."""
+        """Whether it is queued, starting or running."""
         return self.state in ACTIVE
 
     @property
     def actions(self) -> tuple[Action, ...]:
-        """What can be done with it now."""
+        """The actions that its state allows."""
         allowed = ACTIONS[self.state]
         trains = self.task == "subject" and self.status.get("phase") == TRAINING
         return allowed if trains else tuple(action for action in allowed if action not in run_requests.ASKED)
 
     @cached_property
     def runs_before(self) -> int | None:
-        """How many runs have their turn before it, the one at work included; None unless it waits."""
+        """The number of runs ahead of it, including the active one; None unless it is queued."""
         if self.state != "queued":
             return None
         path = self.record.path.absolute()
@@ -135,14 +135,14 @@ class RunView:
 
     @cached_property
     def error(self) -> str | None:
-        """What went wrong, as "Kind: message"; None unless the run has failed."""
+        """The error as "Kind: message"; None unless the run has failed."""
         if self.state != "failed":
             return None
         return str(self.status.get("error") or last_error(self.record) or "It ended without an error message.")
 
     @cached_property
     def reason(self) -> str | None:
-        """Why it ended before its end, in a sentence; None for a run that has not."""
+        """Why it was interrupted, stopped or has failed, as a sentence; None for other states."""
         if self.state == "interrupted":
             return INTERRUPTED.get(ended_by(self.record), INTERRUPTED[None])
         if self.state == "stopped":
@@ -157,17 +157,17 @@ class RunView:
 
     @property
     def ended(self) -> float | None:
-        """When it was last heard of, seconds since the epoch; None while it is at work."""
+        """The last heartbeat, seconds since the epoch; None while it is active."""
         return None if self.is_active else self.status.get("heartbeat")
 
     @property
     def share_done(self) -> float | None:
-        """How much of what it is at has been done, in [0, 1]; None where that is not known."""
+        """The progress of its current phase in [0, 1]; None if unknown."""
         step, total = self.status.get("step"), self.status.get("total")
         return min(1.0, step / total) if isinstance(step, int) and isinstance(total, int) and total > 0 else None
 
     def chosen(self, group: str, name: str) -> Any:
-        """An option of the run: as it was resolved, else as the page has set it; None where neither says it."""
+        """An option of the run: the resolved value, else the value set on the page; None if neither is set."""
         for options in (self.options, self.launch.get("options", {})):
             fields = options.get(group)
             if isinstance(fields, dict) and fields.get(name) is not None:
@@ -176,7 +176,7 @@ class RunView:
 
     @cached_property
     def name(self) -> str:
-        """What it learns, in the user's own words."""
+        """Its instance prompt or classes, shortened; contains user input."""
         name = self._classes() if self.task == "classify" else str(self.chosen("data", "instance_prompt") or SAMPLE_PROMPT)
         return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
@@ -191,14 +191,14 @@ class RunView:
 
     @property
     def title(self) -> str:
-        """What lists call it."""
+        """Its title in lists."""
         when = time.strftime("%d %b %H:%M:%S", time.localtime(self.created))
         method = title_of(self.chosen("adapter", "method") or DEFAULT) if self.task == "subject" else ""
         return f"{self.name}, {method}{', ' if method else ''}{when} ({STATE_TEXTS[self.state]})"
 
 
 def without_kind(error: str) -> str:
-    """An error as status.json has it, without the name of its kind."""
+    """An error of status.json without the name of its exception class."""
     kind, separator, words = error.partition(": ")
     return words if separator and kind.isidentifier() and words else error
 

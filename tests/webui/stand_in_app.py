@@ -15,5 +15,5 @@ def standing_for_training(words):
 
 
 if __name__ == "__main__":
-    launching._found = standing_for_training
+    launching._with_launcher = standing_for_training
     sys.exit(main())

@@ -86,9 +86,9 @@ def stopped(client, started):
 
 
 def has_ended(client, run):
-    """What the run is told to be, once it has ended."""
-    told = client.predict(run, api_name="/status")
-    return None if told["state"] in ("queued", "starting", "running") else told
+    """The status of the run once it has ended; None before that."""
+    status = client.predict(run, api_name="/status")
+    return None if status["state"] in ("queued", "starting", "running") else status
 
 
 def began(run):
@@ -133,8 +133,8 @@ def test_the_zip_of_a_classifier_s_images_is_what_it_is_started_with(client, ser
     assert [len(list(folder.glob("*.png"))) for folder in folders] == [8, 8, 8]
 
 
-def test_a_run_is_drawn_with(client, drawer):
-    settings = {"seed": 3, "strength": 0.5, "step": 4, "steps": 2, "negative_prompt": "fog"}
+def test_images_are_generated_with_a_run(client, drawer):
+    settings = {"seed": 3, "scale": 0.5, "step": 4, "steps": 2, "negative_prompt": "fog"}
     first, again = (client.predict(drawer, "a star at night", **settings, api_name="/generate") for _ in range(2))
     assert Image.open(first).size == (16, 16)
     assert Image.open(first).tobytes() == Image.open(again).tobytes()
@@ -152,6 +152,19 @@ def test_a_classifier_tells_images_apart(client, classifier, tmp_path):
     assert good["class"] in COLOURS
     assert sum(share for _, share in good["top"]) == pytest.approx(1, abs=1e-3)
     assert "broken.png" in bad["error"]
+    assert good["image"] == good["picture"]
+
+
+def test_the_old_names_of_parameters_are_accepted(client, drawer, classifier, tmp_path):
+    settings = {"seed": 3, "step": 4, "steps": 2, "api_name": "/generate"}
+    images = [Image.open(client.predict(drawer, "a star", **{name: 0.5}, **settings)) for name in ("scale", "strength")]
+    assert images[0].tobytes() == images[1].tobytes()
+    (tmp_path / "unseen.png").write_bytes(coloured("sea", 99))
+    rows = [
+        client.predict(classifier, **{name: [handle_file(tmp_path / "unseen.png")]}, api_name="/classify")
+        for name in ("images", "pictures")
+    ]
+    assert rows[0] == rows[1]
 
 
 def test_all_runs_are_listed_newest_first(client, started):
@@ -166,7 +179,7 @@ def test_no_id_reaches_outside(client, run):
         refused(client, "There is no such run. Choose one from the list", run, *more, api_name=name)
 
 
-def test_what_cannot_be_used_is_refused_in_a_sentence(client, started, tiny_model):
+def test_an_invalid_request_is_refused_with_a_message(client, started, tiny_model):
     run = started[0]
     refused(client, "optimisation.* has no option 'steps'", "subject", {"optimisation": {"steps": 1}}, [], api_name="/start")
     refused(client, "by group and name", "subject", {"data": 3}, [], api_name="/start")
@@ -174,14 +187,14 @@ def test_what_cannot_be_used_is_refused_in_a_sentence(client, started, tiny_mode
     refused(client, "must be an uploaded file", "subject", {}, [{"path": "/etc/passwd"}], api_name="/start")
     refused(client, "must be an uploaded file", "subject", {}, ["/etc/passwd"], api_name="/start")
     refused(client, "one zip with a folder", "classify", {}, [handle_file(__file__)] * 2, api_name="/start")
-    refused(client, "learned to draw", run, [], api_name="/classify")
+    refused(client, "trained an adapter for generation", run, [], api_name="/classify")
 
 
-def test_what_cannot_be_drawn_is_refused_in_a_sentence(client, started, stopped, drawer):
+def test_an_invalid_generation_request_is_refused_with_a_message(client, started, stopped, drawer):
     run = drawer
     refused(client, "prompt is empty", run, " ", api_name="/generate")
-    refused(client, "seed must be from 0", run, "a star", seed=-1, api_name="/generate")
-    refused(client, "strength must be a number", run, "a star", strength="much", api_name="/generate")
+    refused(client, "seed must be in \\[0", run, "a star", seed=-1, api_name="/generate")
+    refused(client, "scale must be a number", run, "a star", strength="much", api_name="/generate")
     refused(client, "no longer there", run, "a star", step=999, api_name="/generate")
     refused(client, "At most 150 steps", run, "a star", steps=100000, api_name="/generate")
-    refused(client, "This run has no adapter", started[2], "a star", api_name="/generate")
+    refused(client, "no saved adapter", started[2], "a star", api_name="/generate")

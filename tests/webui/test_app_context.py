@@ -72,14 +72,14 @@ def test_the_clock_stops_one_tick_after_the_last_run_has_ended(page, workspace):
 @pytest.mark.parametrize(("state", "goes"), [("queued", True), ("running", True), ("interrupted", False), ("done", False)])
 def test_opening_a_screen_looks_at_it_and_starts_the_clock_for_what_others_started(page, workspace, state, goes):
     run_in(workspace.runs / "a", state)
-    now, clock, *refresh_triggers = listener(page, "come_to_front").fn("runs", None)
+    now, clock, *refresh_triggers = listener(page, "refresh_opened").fn("runs", None)
     assert now == [["a", state]]
     assert beating(refresh_triggers) == ["runs"]
     assert (clock != gr.skip() and clock.active) is goes
 
 
 def test_the_run_at_work_is_in_view_when_the_page_is_opened_else_the_newest(page, workspace):
-    come_back = listener(page, "come_back", of="build_page")
+    come_back = listener(page, "on_load", of="build_page")
     assert come_back.fn(None)[0].value is None
     run_in(workspace.runs / "a", "running")
     run_in(workspace.runs / "b", "done")

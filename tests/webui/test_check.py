@@ -14,7 +14,7 @@ from pipelines.sample_subject import sample_images
 from training.options import NEW_SCENES
 from webui import costs
 from webui.costs import Plan
-from webui.subject_runs import REHEARSALS
+from webui.subject_runs import DRY_RUNS
 
 # Loading the libraries takes a while where several tests share two cores.
 PATIENCE = 120_000
@@ -130,10 +130,10 @@ def test_the_command_says_what_preset_panel_and_words_have_changed(new_page, ser
     quiet(page)
     open_panel(page, "optimisation")
     steps = page.locator("#subject-optimisation-max_train_steps")
-    expect(steps).to_contain_text("FROM FAST")
+    expect(steps).to_contain_text("Preset Fast: ")
     type_into(page, "#subject-optimisation-max_train_steps", "9")
     command(page, "--max_train_steps 9 ")
-    expect(steps).to_contain_text("YOURS; Fast has")
+    expect(steps).to_contain_text("Changed; Fast has")
     quiet(page)
     type_into(page, "#subject-optimisation-max_train_steps", "0")
     expect(page.locator(".toast-body")).to_contain_text("max_train_steps must be at least 1, got 0", timeout=PATIENCE)
@@ -191,7 +191,7 @@ def test_the_cost_is_measured_once_and_train_starts_the_command_that_was_shown(n
     expect(page.locator("#check-cost")).to_contain_text("Not measured yet")
     page.locator("#check-measure").click()
     expect(page.locator("#check-cost .chip")).to_have_text("measuring", timeout=PATIENCE)
-    (rehearsed,) = (server.runs / REHEARSALS).iterdir()
+    (rehearsed,) = (server.runs / DRY_RUNS).iterdir()
     (rehearsed / UNTIL).write_text(str(TOTAL))
     expect(page.locator("#check-cost")).to_contain_text("for 400 steps", timeout=PATIENCE)
     expect(page.locator("#check-cost")).to_contain_text("54,272 trained parameters")

@@ -44,11 +44,11 @@ def finished(workspace):
     return finished_run(workspace.runs / "a")
 
 
-def test_every_steps_samples_are_side_by_side_the_base_model_first_the_suggested_one_marked(finished):
+def test_samples_of_all_steps_are_side_by_side_with_the_base_model_first_and_the_recommended_step_marked(finished):
     shown = table(finished)
     heads = re.findall(r'<th scope="col">(.*?)</th>', shown)
     suggested = verdict.suggested_step(finished)
-    assert [head.split("<")[0].strip() for head in heads] == ["before training", "step 40", "step 60", "step 100"]
+    assert [head.split("<")[0].strip() for head in heads] == ["base model", "step 40", "step 60", "step 100"]
     assert [head for head in heads if "recommended" in head] == [
         f'step {suggested}<br><span class="chip good">recommended</span>'
     ]
@@ -66,17 +66,22 @@ def test_the_reason_and_the_warning_are_those_of_the_run(finished):
     shown = look(finished)["suggestion"].key
     assert f"Step {said['step']} of 100" in shown
     assert "<p>Step 40 is best.</p>" in shown
-    assert "<summary>All the figures behind it</summary><p>Figures follow.</p>" in shown
+    assert "<summary>All measurements</summary><p>Figures follow.</p>" in shown
     assert '<p class="warning overfit">Overfitting: &lt;i&gt;it&lt;/i&gt; rises.</p>' in shown
 
 
-def test_curves_show_the_held_out_loss_and_the_scores_with_the_suggested_step_and_how_to_read_them(finished):
+def test_curves_show_validation_loss_and_scores_with_the_recommended_step_and_how_to_read_them(finished):
     shown = look(finished)["curves"].key
     titles = re.findall("<figcaption>(.*?)</figcaption>", shown)
-    assert titles == ["Loss by step (lower is better)", "Image similarity", "Prompt similarity", "Memorisation"]
+    assert titles == [
+        "Validation and training loss (lower is better)",
+        "Image similarity (CLIP-I)",
+        "Prompt similarity (CLIP-T)",
+        "Memorisation",
+    ]
     assert shown.count(f"recommended: step {verdict.suggested_step(finished)}</li>") == len(titles)
     assert all(words in shown for words in (verdict.READ_LOSS, verdict.READ_SUBJECT, verdict.READ_PROMPT, verdict.READ_COPY))
-    assert "its limit 0.90" in shown
+    assert "limit 0.90" in shown
 
 
 def test_the_table_of_figures_has_what_was_logged(finished):
@@ -85,12 +90,12 @@ def test_the_table_of_figures_has_what_was_logged(finished):
     assert len(rows) == len(measured)
     for (name, cells), step in zip(rows, sorted(measured), strict=True):
         values = re.findall("<td>(.*?)</td>", cells)
-        assert (f"step {step}" if step else "before training") in name
+        assert (f"step {step}" if step else "base model") in name
         assert values[:2] == [f"{measured[step].heldout:.4f}", f"{measured[step].seen:.4f}"]
         assert values[2:4] == ([f"{scored[step].subject:.3f}", f"{scored[step].prompt:.3f}"] if step in scored else ["", ""])
 
 
-def test_at_first_the_suggested_step_is_looked_at_closely_then_what_the_page_chose(finished):
+def test_the_recommended_step_is_selected_until_the_user_selects_another(finished):
     suggested = verdict.suggested_step(finished)
     first = look_at(view(finished), 100, 0, anew=True)
     assert (first.step, first.forced) == (suggested, True)
@@ -121,8 +126,8 @@ def test_a_step_can_be_used_where_its_adapter_was_kept(finished):
 def test_while_it_trains_what_there_is_is_shown_and_what_will_be_is_said(workspace):
     run = run_in(workspace.runs / "a", steps=50)
     found = look(run)
-    assert "recommended step appears when training is done" in found["suggestion"].key
-    assert "will be here, side by side" in found["suggestion"].key
+    assert "recommended when training is done" in found["suggestion"].key
+    assert "appear here, side by side" in found["suggestion"].key
     assert (found["table"].make().value, found["curves"].key, found["figures"].key) == ("", "", "")
     assert found["frame"].key is False
     measure(run, curve((0, 20, 40)), scores((0, 40)))
@@ -132,15 +137,13 @@ def test_while_it_trains_what_there_is_is_shown_and_what_will_be_is_said(workspa
     assert "What there is so far is below." in found["suggestion"].key
     assert "step 40" in found["table"].make().value
     assert found["curves"].key.count("<figure") == 4
-    assert "suggested" not in found["curves"].key + found["table"].make().value
+    assert "recommended" not in found["curves"].key + found["table"].make().value
     assert found["use"].key == (True, "Use step 40")
 
 
-def test_a_run_that_ended_early_says_that_nothing_is_suggested(workspace):
+def test_no_step_is_recommended_for_a_run_that_ended_early(workspace):
     run = run_in(workspace.runs / "a", "stopped", steps=50)
-    assert (
-        "Training did not finish, so there is no recommended step.</b></p><p>Nothing was measured" in look(run)["suggestion"].key
-    )
+    assert "did not finish, so no step is recommended.</b></p><p>Nothing was measured" in look(run)["suggestion"].key
 
 
 def test_without_a_held_out_photo_the_scores_stand_alone(workspace):
@@ -153,7 +156,7 @@ def test_without_a_held_out_photo_the_scores_stand_alone(workspace):
 
 
 def test_no_run_and_a_classifier_are_told_apart(workspace):
-    assert "nothing to judge yet" in parts(None, None, None, True)["empty"].key
+    assert "no results yet" in parts(None, None, None, True)["empty"].key
     run = run_in(workspace.runs / "a", "done")
     (run.path / "options.json").write_text(json.dumps({"target_layers": {}}))
     found = look(run)
@@ -169,7 +172,7 @@ def test_the_card_is_shown_without_its_header_and_the_certificate_in_words(finis
     )
     found = look(finished)
     assert found["card"].key == "# sks toy\n\n\nNoRA\n\n---\nend"
-    assert "at most 0.5 of 255 shades apart, where the adapter changes up to 200" in found["papers"].key
+    assert "largest pixel difference is 0.5 of 255; the adapter's effect is up to 200" in found["papers"].key
     (finished.path / "certificate.json").write_text(
         json.dumps({"passed": False, "largest_difference": {}, "effect": 0.0, "problems": ["<b> differs"]})
     )

@@ -87,8 +87,8 @@ def test_the_command_uses_the_launcher_of_this_environment(monkeypatch, tmp_path
 @pytest.mark.parametrize("has_gpu", [True, False])
 def test_models_that_only_draw_leave_an_accelerator_to_the_run(workspace, monkeypatch, has_gpu):
     released = []
-    studio = SimpleNamespace(STUDIO=SimpleNamespace(release=lambda: released.append(True)))
-    monkeypatch.setitem(sys.modules, "webui.work.pipeline_cache", studio)
+    cache = SimpleNamespace(PIPELINE_CACHE=SimpleNamespace(release=lambda: released.append(True)))
+    monkeypatch.setitem(sys.modules, "webui.work.pipeline_cache", cache)
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: has_gpu)))
     launching._make_room()
     time.sleep(0.2)
@@ -149,13 +149,13 @@ def test_a_run_that_trains_is_asked_to_stop_and_can_go_on(workspace):
     trains(workspace, run_id)
     launching.stop(workspace, run_id)
     wait_for(lambda: state(workspace, run_id) == "stopped")
-    with pytest.raises(InputError, match=r"There is nothing to stop. The run is stopped"):
+    with pytest.raises(InputError, match=r"The run is not active. The run is stopped"):
         launching.stop(workspace, run_id)
     launching.resume(workspace, run_id)
     trains(workspace, run_id)
     path = workspace.run(run_id).path
     assert (path / "began").read_text().endswith(f"--output_dir {path} --resume_from_checkpoint latest")
-    with pytest.raises(InputError, match=r"ended before its end can go on. The run is running"):
+    with pytest.raises(InputError, match=r"can be resumed. The run is running"):
         launching.resume(workspace, run_id)
     end(workspace, run_id)
 
@@ -268,9 +268,9 @@ def test_a_run_from_a_terminal_is_duplicated_and_resumed_from_its_own_options(wo
 def test_what_ended_before_its_options_were_known_and_was_not_started_here_is_said_so(workspace):
     path = workspace.new_run()
     (path / "status.json").write_text(json.dumps({"state": "failed"}))
-    with pytest.raises(InputError, match="before it had written down its options"):
+    with pytest.raises(InputError, match="before it recorded its options"):
         launching.resume(workspace, path.name)
-    with pytest.raises(InputError, match="not written down"):
+    with pytest.raises(InputError, match="not recorded"):
         launching.duplicate(workspace, path.name)
 
 
@@ -292,10 +292,10 @@ def test_two_at_once_resume_a_run_once(workspace):
     path = workspace.new_run()
     (path / LAUNCH).write_text(json.dumps({"task": "subject", "command": [], "created": 0.0, "options": QUICK}))
     record = workspace.run(path.name)
-    with launching._alone(record), pytest.raises(InputError, match="just being started or deleted"):
+    with launching._locked(record), pytest.raises(InputError, match="starting or deleting this run"):
         launching.resume(workspace, path.name)
     launching.resume(workspace, path.name)
-    with pytest.raises(InputError, match="ended before its end"):
+    with pytest.raises(InputError, match="can be resumed"):
         launching.resume(workspace, path.name)
 
 
@@ -317,7 +317,7 @@ def test_deleting_takes_the_run_alone_and_not_what_its_links_lead_to(workspace, 
 def test_deleting_refuses_what_is_at_work_and_what_is_not_the_user_s_run(workspace, tmp_path):
     run_id = launching.start(workspace, "subject", QUICK)
     trains(workspace, run_id)
-    with pytest.raises(InputError, match="at work cannot be deleted"):
+    with pytest.raises(InputError, match="active run cannot be deleted"):
         launching.delete(workspace, run_id)
     other = tmp_path / "other" / "20260101-000000-abcdef"
     other.mkdir(parents=True)

@@ -5,7 +5,7 @@ import pytest
 from pipelines.adapter_options import AdapterOptions
 from pipelines.methods import DEFAULT, REFERENCE, method_names
 from training.options.fewshot import FewShotMethodOptions
-from webui.panel import FieldSource, _InForce
+from webui.panel import FieldSource, _EffectiveValues
 from webui.presets import Preset
 from webui.work.form_schema import panel_fields
 
@@ -14,8 +14,8 @@ PRESET = Preset("Plain", "no time", "Nothing of its own.", ())
 
 def shown(task, group, own):
     """The method options that the panel shows with the user's values `own`."""
-    in_force = _InForce(FieldSource(None, task, [PRESET], None, None, None), PRESET, {group: own}, {})
-    return {field.name for field in panel_fields(task, True)[group] if field.methods and in_force.is_shown(field)}
+    effective = _EffectiveValues(FieldSource(None, task, [PRESET], None, None, None), PRESET, {group: own}, {})
+    return {field.name for field in panel_fields(task, True)[group] if field.methods and effective.applies(field)}
 
 
 def has(options, *methods):

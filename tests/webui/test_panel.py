@@ -67,7 +67,7 @@ def test_a_value_is_kept_and_vanishes_when_it_is_the_default_again(source, works
     assert kept["options"] == {}
 
 
-def test_a_value_is_compared_with_the_preset_in_force(source, workspace):
+def test_a_value_is_compared_with_the_active_preset(source, workspace):
     steps = presets.preset_named(presets.SUBJECT, "Fast").options()["optimisation"]["max_train_steps"]
     kept = source.settled(workspace, typed("optimisation", "max_train_steps", str(steps), preset="Fast"))
     assert kept["options"] == {}
@@ -84,7 +84,7 @@ def test_a_value_is_compared_with_the_preset_in_force(source, workspace):
         ("adapter", "inner_r", "64", "inner_r"),
         ("adapter", "method", "qlora", "method must be one of"),
         ("optimisation", "max_train_steps", "", "must not be empty"),
-        ("output", "output_dir", "/etc", "There is no option 'output_dir' to change here"),
+        ("output", "output_dir", "/etc", "There is no option 'output_dir'"),
         ("output", "__class__", "x", "There is no option"),
     ],
 )
@@ -111,20 +111,20 @@ def test_every_kind_of_widget_is_read(source, workspace, group, field, shown, va
 
 def test_a_field_says_from_where_its_value_comes(source, workspace):
     fields = {field.name: field for group in panel_fields("subject", True).values() for field in group}
-    in_force = panel._InForce.of(source, workspace, {"preset": "Fast", "options": {"adapter": {"rank": 16}}})
-    assert "YOURS; the default has nothing set." in in_force.info(fields["rank"])
-    assert "FROM FAST: " in in_force.info(fields["max_train_steps"])
-    assert in_force.info(fields["random_flip"]).endswith(" Default.")
-    assert in_force.unless_said(fields["learning_rate"]) == "0.003 unless said"
+    effective = panel._EffectiveValues.of(source, workspace, {"preset": "Fast", "options": {"adapter": {"rank": 16}}})
+    assert "Changed; the default has nothing set." in effective.info(fields["rank"])
+    assert "Preset Fast: " in effective.info(fields["max_train_steps"])
+    assert effective.info(fields["random_flip"]).endswith(" Default.")
+    assert effective.placeholder(fields["learning_rate"]) == "0.003 by default"
 
 
 @pytest.mark.parametrize("task", KINDS)
 def test_every_option_has_a_widget_of_its_kind(source, workspace, task):
     about = panel.FieldSource(None, task, presets.SUBJECT, None, None, lambda workspace, draft, options: {})
-    in_force = panel._InForce.of(about, workspace, {"preset": "Balanced", "options": {}})
+    effective = panel._EffectiveValues.of(about, workspace, {"preset": "Balanced", "options": {}})
     kinds = {"bool": gr.Checkbox, "choice": gr.Dropdown}
     with gr.Blocks():
         for fields in panel_fields(task, True).values():
             for field in fields:
-                widget = panel._widget(about, field, in_force)
+                widget = panel._widget(about, field, effective)
                 assert type(widget) is kinds.get(field.kind, gr.Textbox)

@@ -1,4 +1,4 @@
-"""The studio draws what the command line draws, mixes and bakes exactly, and stops within a step."""
+"""The cache generates the images of the command line, combines and merges adapters exactly, and cancels within a step."""
 
 import dataclasses
 import shutil
@@ -41,127 +41,125 @@ def workspace(tiny_model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def studio():
+def cache():
     return PipelineCache()
 
 
-def order(workspace, *references, strengths=None, **changes):
-    """An order of the adapters called so."""
-    strengths = strengths or [1.0] * len(references)
-    parts = [
-        WeightedAdapter(adapter_called(workspace, name), strength) for name, strength in zip(references, strengths, strict=True)
-    ]
-    return GenerationJob(**{"prompt": "a star", "parts": tuple(parts), "seeds": (5,), "sampling": SAMPLING, **changes})
+def job(workspace, *references, scales=None, **changes):
+    """A job with the adapters called so."""
+    scales = scales or [1.0] * len(references)
+    adapters = [WeightedAdapter(adapter_called(workspace, name), scale) for name, scale in zip(references, scales, strict=True)]
+    return GenerationJob(**{"prompt": "a star", "adapters": tuple(adapters), "seeds": (5,), "sampling": SAMPLING, **changes})
 
 
-def drawn(studio, wanted):
-    return [event for event in studio.draw(wanted) if isinstance(event, GeneratedImage)]
+def drawn(cache, wanted):
+    return [event for event in cache.generate(wanted) if isinstance(event, GeneratedImage)]
 
 
 def pixels(image):
     return np.asarray(image).astype(int)
 
 
-def one(studio, wanted):
-    return pixels(drawn(studio, wanted)[0].image)
+def one(cache, wanted):
+    return pixels(drawn(cache, wanted)[0].image)
 
 
 def apart(first, second):
     return np.abs(first - second).max()
 
 
-def commanded(tiny_model, tmp_path, adapter_paths, strengths, **changes):
+def commanded(tiny_model, tmp_path, adapter_paths, scales, **changes):
     given = {"prompt": ["a star"], "seed": 5, "num_inference_steps": 4, "output_dir": str(tmp_path / "commanded"), **changes}
     options = GenerationOptions(
-        pretrained_model_name_or_path=str(tiny_model), adapter=[str(p) for p in adapter_paths], strength=strengths, **given
+        pretrained_model_name_or_path=str(tiny_model), adapter=[str(p) for p in adapter_paths], strength=scales, **given
     )
     return pixels(Image.open(main(options)[0]))
 
 
 @pytest.mark.parametrize("references", [["first@4"], ["second-nora@4"], ["first@2"], ["first@4", "second-nora@2"]])
-def test_the_command_line_draws_the_same_pixels(studio, workspace, tiny_model, tmp_path, references):
-    strengths = [0.7, 0.4][: len(references)]
-    wanted = order(workspace, *references, strengths=strengths)
-    paths = [part.adapter.path for part in wanted.parts]
-    assert apart(one(studio, wanted), commanded(tiny_model, tmp_path, paths, strengths)) == 0
+def test_the_command_line_draws_the_same_pixels(cache, workspace, tiny_model, tmp_path, references):
+    scales = [0.7, 0.4][: len(references)]
+    wanted = job(workspace, *references, scales=scales)
+    paths = [each.adapter.path for each in wanted.adapters]
+    assert apart(one(cache, wanted), commanded(tiny_model, tmp_path, paths, scales)) == 0
 
 
-def test_a_seed_gives_the_same_image_whatever_was_drawn_before_and_beside_it(studio, workspace):
-    alone = one(studio, order(workspace, "first@4"))
-    drawn(studio, order(workspace, "second-nora@4", strengths=[0.3]))
-    among = drawn(studio, order(workspace, "first@4", seeds=(4, 5, 6)))
+def test_a_seed_gives_the_same_image_whatever_was_drawn_before_and_beside_it(cache, workspace):
+    alone = one(cache, job(workspace, "first@4"))
+    drawn(cache, job(workspace, "second-nora@4", scales=[0.3]))
+    among = drawn(cache, job(workspace, "first@4", seeds=(4, 5, 6)))
     assert apart(alone, pixels(among[1].image)) == 0
     assert [each.settings["seed"] for each in among] == [4, 5, 6]
 
 
-def test_strength_zero_and_no_adapter_are_the_base_model(studio, workspace, tiny_model, tmp_path):
+def test_scale_zero_and_no_adapter_are_the_base_model(cache, workspace, tiny_model, tmp_path):
     base = commanded(tiny_model, tmp_path, [], [1.0])
-    of_run = order(workspace, "first@4", strengths=[0.0], with_base=True)
-    adapted, beside = drawn(studio, of_run)
+    of_run = job(workspace, "first@4", scales=[0.0], with_base=True)
+    adapted, beside = drawn(cache, of_run)
     assert apart(base, pixels(adapted.image)) == apart(base, pixels(beside.image)) == 0
     assert beside.settings["adapters"] == []
-    full = drawn(studio, order(workspace, "first@4", with_base=True))
+    full = drawn(cache, job(workspace, "first@4", with_base=True))
     assert apart(base, pixels(full[1].image)) == 0
     assert apart(base, pixels(full[0].image)) > 1
 
 
-def test_progress_counts_every_step_to_the_end(studio, workspace):
-    told = [event for event in studio.draw(order(workspace, "first@4", seeds=(1, 2))) if isinstance(event, GenerationProgress)]
+def test_progress_counts_every_step_to_the_end(cache, workspace):
+    told = [event for event in cache.generate(job(workspace, "first@4", seeds=(1, 2))) if isinstance(event, GenerationProgress)]
     assert [event.done for event in told if "Image" in event.words] == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8]
     assert {event.total for event in told} == {8}
 
 
 @pytest.mark.parametrize("step", [0, 1, 3])
-def test_closing_stops_within_a_step_and_the_next_image_is_as_ever(studio, workspace, monkeypatch, step):
-    expected = one(studio, order(workspace, "first@4"))
+def test_closing_stops_within_a_step_and_the_next_image_is_as_ever(cache, workspace, monkeypatch, step):
+    expected = one(cache, job(workspace, "first@4"))
     done = []
-    unet = next(iter(studio._models.values())).pipeline.unet
+    unet = next(iter(cache._models.values())).pipeline.unet
     forward = unet.forward
     monkeypatch.setattr(unet, "forward", lambda *args, **named: (done.append(1), forward(*args, **named))[1])
-    events = studio.draw(order(workspace, "first@4", sampling=Sampling(num_inference_steps=100)))
+    events = cache.generate(job(workspace, "first@4", sampling=Sampling(num_inference_steps=100)))
     for event in events:
         if isinstance(event, GenerationProgress) and "Image" in event.words and event.done >= step:
             break
     events.close()
     at_close = len(done)
     assert at_close <= step + 3
-    assert not any(thread.name.startswith("drawing") for thread in threading.enumerate())
+    assert not any(thread.name.startswith("generation") for thread in threading.enumerate())
     assert len(done) == at_close
     monkeypatch.undo()
-    assert apart(one(studio, order(workspace, "first@4")), expected) == 0
+    assert apart(one(cache, job(workspace, "first@4")), expected) == 0
 
 
-def test_one_order_is_drawn_at_a_time(studio, workspace):
-    first = studio.draw(order(workspace, "first@4"))
+def test_jobs_run_one_at_a_time(cache, workspace):
+    first = cache.generate(job(workspace, "first@4"))
     for event in first:
         if "Image" in event.words:
             break
-    second = studio.draw(order(workspace, "first@4"))
+    second = cache.generate(job(workspace, "first@4"))
     assert next(second).words == "Waiting for the device"
     first.close()
     assert isinstance(list(second)[-1], GeneratedImage)
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
-def test_a_baked_mix_draws_the_mix_in_stock_diffusers(studio, workspace, tiny_model, tmp_path, layout):
-    wanted = order(workspace, "first@4", "second-nora@2", strengths=[0.4, -0.3])
-    file = studio.bake(wanted, tmp_path / "mix.safetensors", layout)
+def test_a_merged_file_gives_the_same_images_in_stock_diffusers(cache, workspace, tiny_model, tmp_path, layout):
+    wanted = job(workspace, "first@4", "second-nora@2", scales=[0.4, -0.3])
+    file = cache.merge(wanted, tmp_path / "mix.safetensors", layout)
     stock = StableDiffusionXLPipeline.from_pretrained(tiny_model, add_watermarker=False)
     stock.load_lora_weights(file.parent, weight_name=file.name)
     generator = torch.Generator().manual_seed(5)
     image = stock("a star", num_inference_steps=4, guidance_scale=4.0, generator=generator).images[0]
-    expected = one(studio, wanted)
+    expected = one(cache, wanted)
     assert apart(pixels(image), expected) <= 1
-    assert apart(one(studio, order(workspace, "first@4", strengths=[0.0])), expected) > 4
+    assert apart(one(cache, job(workspace, "first@4", scales=[0.0])), expected) > 4
 
 
-def test_a_dora_cannot_be_baked_into_a_mix(studio, workspace, tmp_path):
+def test_a_dora_cannot_be_merged(cache, workspace, tmp_path):
     with pytest.raises(InputError, match=r"cannot be merged.*DoRA's, which cannot be added.*Leave the DoRA out"):
-        studio.bake(order(workspace, "first@4", "third-dora@4"), tmp_path / "mix.safetensors", "diffusers")
-    assert studio.bake(order(workspace, "third-dora@4"), tmp_path / "dora.safetensors", "diffusers").is_file()
+        cache.merge(job(workspace, "first@4", "third-dora@4"), tmp_path / "mix.safetensors", "diffusers")
+    assert cache.merge(job(workspace, "third-dora@4"), tmp_path / "dora.safetensors", "diffusers").is_file()
 
 
-def test_a_file_with_norms_is_drawn_and_mixed_and_not_baked(studio, workspace, tmp_path):
+def test_a_file_with_norms_can_be_used_and_combined_but_not_merged(cache, workspace, tmp_path):
     layer, width = "mid_block.attentions.0", 24
     tensors = {f"lora_unet_{layer.replace('.', '_')}_transformer_blocks_0_norm1.w_norm": torch.full((width,), 2.0)}
     tensors |= {
@@ -170,12 +168,12 @@ def test_a_file_with_norms_is_drawn_and_mixed_and_not_baked(studio, workspace, t
     }
     write_tensors(tmp_path / "norms.safetensors", tensors)
     part = WeightedAdapter(adapters.AdapterEntry("file@norms", "norms", tmp_path / "norms.safetensors"), 0.5)
-    alone = one(studio, order(workspace, "first@4"))
-    mix = dataclasses.replace(order(workspace, "first@4"), parts=(*order(workspace, "first@4").parts, part))
-    assert apart(one(studio, mix), alone) > 1
+    alone = one(cache, job(workspace, "first@4"))
+    mix = dataclasses.replace(job(workspace, "first@4"), adapters=(*job(workspace, "first@4").adapters, part))
+    assert apart(one(cache, mix), alone) > 1
     with pytest.raises(InputError, match=r"cannot be merged.*norm1 has a change of a bias or a norm.*Leave this adapter out"):
-        studio.bake(mix, tmp_path / "mix.safetensors", "kohya")
-    assert apart(one(studio, order(workspace, "first@4")), alone) == 0
+        cache.merge(mix, tmp_path / "mix.safetensors", "kohya")
+    assert apart(one(cache, job(workspace, "first@4")), alone) == 0
 
 
 def test_adapters_of_two_base_models_are_not_mixed(workspace):
@@ -187,39 +185,39 @@ def test_adapters_of_two_base_models_are_not_mixed(workspace):
         GenerationJob("a star", (WeightedAdapter(first), WeightedAdapter(other)))
 
 
-def test_a_file_of_another_model_is_refused_and_the_studio_goes_on(studio, workspace, tmp_path):
-    expected = one(studio, order(workspace, "first@4"))
+def test_a_file_for_another_model_is_refused_and_the_cache_stays_usable(cache, workspace, tmp_path):
+    expected = one(cache, job(workspace, "first@4"))
     built_in = adapters.AdapterEntry("file@x", "<b>other</b>", tmp_path / "other.safetensors")
     torch_file = {"unet.mid_block.attentions.0.proj_in.lora_A.weight": torch.ones(4, 999)}
     torch_file |= {"unet.mid_block.attentions.0.proj_in.lora_B.weight": torch.ones(999, 4)}
     write_tensors(built_in.path, torch_file)
     with pytest.raises(InputError, match=r"<b>other</b> does not fit this base model"):
-        one(studio, GenerationJob("a star", (WeightedAdapter(built_in),), sampling=SAMPLING))
-    one_with_run = order(workspace, "first@4").parts
+        one(cache, GenerationJob("a star", (WeightedAdapter(built_in),), sampling=SAMPLING))
+    one_with_run = job(workspace, "first@4").adapters
     with pytest.raises(InputError, match=r"does not fit this base model"):
-        one(studio, GenerationJob("a star", (*one_with_run, WeightedAdapter(built_in)), sampling=SAMPLING))
-    assert apart(one(studio, order(workspace, "first@4")), expected) == 0
+        one(cache, GenerationJob("a star", (*one_with_run, WeightedAdapter(built_in)), sampling=SAMPLING))
+    assert apart(one(cache, job(workspace, "first@4")), expected) == 0
 
 
-def test_a_run_that_has_changed_is_loaded_anew(studio, workspace, tiny_model, tmp_path):
+def test_a_run_that_has_changed_is_loaded_anew(cache, workspace, tiny_model, tmp_path):
     changing = Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True)
     small_run(changing.runs, tiny_model, "same")
-    before = one(studio, order(changing, "same@4"))
+    before = one(cache, job(changing, "same@4"))
     shutil.rmtree(changing.runs / "same")
     small_run(changing.runs, tiny_model, "same", strength=1.0)
-    assert apart(one(studio, order(changing, "same@4")), before) > 1
+    assert apart(one(cache, job(changing, "same@4")), before) > 1
 
 
 def test_few_models_stay_loaded(workspace, tiny_model, tmp_path):
-    studio = PipelineCache()
+    cache = PipelineCache()
     for name in ("a", "b", "c"):
         shutil.copytree(tiny_model, tmp_path / name)
         small_run(tmp_path / "runs", tmp_path / name, f"run-{name}")
         own = Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True)
-        drawn(studio, order(own, f"run-{name}@4", sampling=Sampling(num_inference_steps=1)))
-    assert len(studio._models) == MAX_MODELS
-    studio.release()
-    assert not studio._models
+        drawn(cache, job(own, f"run-{name}@4", sampling=Sampling(num_inference_steps=1)))
+    assert len(cache._models) == MAX_MODELS
+    cache.release()
+    assert not cache._models
 
 
 @pytest.mark.parametrize(
@@ -227,26 +225,26 @@ def test_few_models_stay_loaded(workspace, tiny_model, tmp_path):
     [
         ({"prompt": "  "}, r"prompt is empty"),
         ({"prompt": "a" * 3000}, r"prompt must have at most 2000 characters, got 3000"),
-        ({"seeds": ()}, r"number of images must be from 1 to 16, got 0"),
-        ({"seeds": (-1,)}, r"seed must be from 0 to 4294967295, got -1"),
+        ({"seeds": ()}, r"number of images must be in \[1, 16\], got 0"),
+        ({"seeds": (-1,)}, r"seed must be in \[0, 4294967295\], got -1"),
         ({"sampling": Sampling(num_inference_steps=500)}, r"At most 150 steps"),
     ],
 )
-def test_an_order_that_cannot_be_drawn_is_refused(changes, message):
+def test_an_invalid_job_is_refused(changes, message):
     with pytest.raises(InputError, match=message):
         GenerationJob(**{"prompt": "a star", **changes})
 
 
-def test_a_strength_out_of_range_and_an_adapter_twice_are_refused(workspace):
-    with pytest.raises(InputError, match=r"weight of a star, step 4 must be from -2 to 2, got nan"):
-        order(workspace, "first@4", strengths=[float("nan")])
+def test_a_scale_out_of_range_and_an_adapter_twice_are_refused(workspace):
+    with pytest.raises(InputError, match=r"weight of a star, step 4 must be in \[-2, 2\], got nan"):
+        job(workspace, "first@4", scales=[float("nan")])
     with pytest.raises(InputError, match=r"a star, step 4 is chosen twice"):
-        order(workspace, "first@4", "first@4")
+        job(workspace, "first@4", "first@4")
 
 
-def test_the_suggested_step_is_chosen_and_every_kept_one_can_be(workspace):
+def test_the_recommended_step_is_the_default_and_every_saved_one_can_be_chosen(workspace):
     steps = steps_of(workspace.run("first"))
-    assert steps.choices == [("Step 2 of 4, suggested", 2), ("Step 4 of 4, the last", 4)]
+    assert steps.choices == [("Step 2 of 4 (recommended)", 2), ("Step 4 of 4 (last)", 4)]
     assert steps.chosen == 2
     assert [reference for _, reference in others(workspace, "first")] == ["third-dora@2", "second-nora@2"]
 
@@ -261,9 +259,9 @@ def test_the_light_module_knows_the_name_that_runs_use():
     assert adapters.SUGGESTION == image_scoring.SUGGESTION
 
 
-def test_drawn_images_carry_their_settings_and_the_newest_are_kept(studio, workspace, tmp_path):
+def test_drawn_images_carry_their_settings_and_the_newest_are_kept(cache, workspace, tmp_path):
     kept = GeneratedImages(tmp_path / "drawn")
-    made = drawn(studio, order(workspace, "first@2", strengths=[0.5]))[0]
+    made = drawn(cache, job(workspace, "first@2", scales=[0.5]))[0]
     path = kept.add(made.image, made.settings)
     settings = read_settings(path)
     assert (settings["prompt"], settings["seed"], settings["num_inference_steps"]) == ("a star", 5, 4)

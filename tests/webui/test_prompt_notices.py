@@ -18,4 +18,4 @@ def test_the_words_of_a_wish_are_looked_through():
     assert use._of_syntax(GenerationRequest(None, None, 1.0, "a star")) == ""
     said = use._of_syntax(GenerationRequest(None, None, 1.0, "a star <lora:toy:0.8>", negative_prompt="(fog:1.2)"))
     assert said.count('class="warning"') == 2
-    assert "Add other adapters" in said
+    assert "Combine with other adapters" in said

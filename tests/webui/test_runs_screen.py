@@ -13,7 +13,7 @@ from pipelines.errors import InputError
 from webui import run_cards, work
 from webui.compare import OTHER_IMAGES, Compared
 from webui.screens.runs import class_draft_like, draft_like
-from webui.screens.runs_compare import NO_ADAPTER, drawn_with_all
+from webui.screens.runs_compare import NO_ADAPTER, generated_with_all
 from webui.views import RunView
 from webui.workspace import Workspace
 
@@ -142,7 +142,7 @@ def test_a_prompt_is_drawn_with_the_adapter_of_each_run_that_has_one(workspace, 
         yield image
 
     monkeypatch.setattr(work, "drawing", SimpleNamespace(draw=draw), raising=False)
-    tables = list(drawn_with_all(workspace, Compared.of(workspace, ["a", "b"]), NASTY, 7))
+    tables = list(generated_with_all(workspace, Compared.of(workspace, ["a", "b"]), NASTY, 7))
     assert wishes == [("a", NASTY, 7, 1)]
     assert "drawing" in tables[0]
     assert tables[-1].count("<img") == 1
@@ -158,7 +158,7 @@ def test_the_run_in_view_is_marked_and_says_why_it_ended(workspace):
     run_in(workspace.runs / "a", "interrupted")
     shown = run_cards.cards([RunView(workspace.run("a"))], "a")
     assert 'aria-pressed="true"' in shown
-    assert "Its process ended without an error message" in shown
+    assert "Its process ended without reporting an error" in shown
     assert 'class="chip interrupted"' in shown
 
 

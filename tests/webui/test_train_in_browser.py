@@ -107,7 +107,7 @@ def test_a_killed_process_is_told_and_resume_goes_on_and_a_killed_server_loses_n
     page = opened(new_page, server)
     trains_to(page, record, 20)
     psutil.Process(record.status()["pid"]).kill()
-    says(page, "Resume goes on from there.")
+    says(page, "Resume continues from there.")
     expect(page.locator("#train-phase .chip.interrupted")).to_be_visible(timeout=PATIENCE)
     shows(page, "resume")
     page.locator("#train-resume").click()

@@ -9,7 +9,7 @@ from run_folders import PROMPTS, add_checkpoint, add_samples, end_processes, fin
 
 from training.runs.record import RunRecord
 from webui import progress
-from webui.adapter_rows import updates
+from webui.lazy_updates import updates
 from webui.page import build_page
 from webui.progress import duration, plain_error
 from webui.run_log import LOG
@@ -43,7 +43,7 @@ def test_the_buttons_are_those_that_the_state_allows(workspace, state):
     look = view(run_in(workspace.runs / "a", state, steps=5, error="ValueError: no" if state == "failed" else None))
     found = parts(look)
     assert shown(found) == set(look.actions) & set(BUTTONS)
-    assert found["next"].key == (state == "done", "Judge it")
+    assert found["next"].key == (state == "done", "Judge the result")
     assert progress.STATE_TEXTS[state] in found["head"].key
 
 
@@ -66,7 +66,7 @@ def test_training_is_told_in_steps_time_and_a_bar(workspace):
 def test_a_phase_whose_end_nobody_knows_has_a_bar_without_a_figure(workspace):
     found = parts(view(run_in(workspace.runs / "a", phase="calibrating", total=None)))
     assert "aria-valuenow" not in found["bar"].key
-    assert "Looking at what your photos set in motion" in found["head"].key
+    assert "Calibrating: measuring" in found["head"].key
 
 
 def test_a_short_training_of_leave_one_out_is_followed_in_its_own_folder(workspace):
@@ -84,7 +84,7 @@ def test_a_classifier_counts_its_fits_and_draws_the_one_at_work(workspace):
     (run.path / "options.json").write_text(json.dumps({"target_layers": {}}))
     run_in(run.path / member, steps=10, total=20)
     found = parts(view(run))
-    assert "Fitting nora, 16 images a class, seed 1" in found["head"].key
+    assert "Training nora, 16 shots, split 2" in found["head"].key
     assert "width:87.5%" in found["bar"].key
     assert "Training loss" in found["loss"].key
     assert found["next"].key[1] == "See the classifier"
@@ -99,11 +99,11 @@ def test_a_status_that_points_outside_is_not_followed(workspace, member):
 
 def test_an_ended_run_says_why_and_from_where_it_goes_on(workspace):
     run = run_in(workspace.runs / "a", "interrupted", steps=70)
-    assert "No step was saved yet. Resume starts again" in parts(view(run))["head"].key
+    assert "No checkpoint was saved. Resume starts again" in parts(view(run))["head"].key
     add_checkpoint(run, 50)
     head = parts(view(run))["head"].key
     assert "70 of 100 steps were done" in head
-    assert "as after a power cut. Everything up to step 50 is saved. Resume goes on from there." in head
+    assert "as when the machine is switched off. Everything up to step 50 is saved. Resume continues from there." in head
 
 
 @pytest.mark.parametrize(
@@ -112,10 +112,10 @@ def test_an_ended_run_says_why_and_from_where_it_goes_on(workspace):
         ("InputError: The folder is empty. Add photos.", "The folder is empty. Add photos."),
         ("NotFiniteError: The loss of step 3 is nan.", "The loss of step 3 is nan."),
         ("DiskFullError: The disk of 'x' is full; use --resume_from_checkpoint", "The disk is full. Free some space"),
-        ("OutOfMemoryError: CUDA out of memory. Tried", "The memory was not enough. On the screen Check choose"),
-        ("RuntimeError: CUDA error: out of memory", "The memory was not enough."),
-        ("KeyError: 'x'", "It ended with an error: KeyError 'x'. Press Resume to try again"),
-        (None, "It ended without an error message. Press Resume"),
+        ("OutOfMemoryError: CUDA out of memory. Tried", "Out of memory. On the screen Check choose"),
+        ("RuntimeError: CUDA error: out of memory", "Out of memory."),
+        ("KeyError: 'x'", "Error: KeyError 'x'. Press Resume to try again"),
+        (None, "The run ended without an error message. Press Resume"),
     ],
 )
 def test_errors_are_one_plain_sentence_with_what_to_do(error, told):
@@ -173,7 +173,7 @@ def test_figures_are_those_of_the_files(workspace):
     report = {"seconds_per_step": 0.25, "seconds": 100.0, "peak_memory": 2.5e9, "disk": 3e6, "trained_numbers": 54_272}
     (run.path / "dry_run.json").write_text(json.dumps(report))
     found = parts(view(run))
-    assert all(words in found["cost"].key for words in ("about 2 minutes", "0.25 s a step", "2.5 GB", "3 MB", "54,272 numbers"))
+    assert all(words in found["cost"].key for words in ("about 2 minutes", "0.25 s a step", "2.5 GB", "3 MB", "54,272 trained"))
     (table,) = [part for part in found["loss"].key.split("<table")[1:] if "<th>measured now and then" in part]
     assert "<td>40</td><td>1</td>" in table, "the least of the curve"
 

@@ -51,9 +51,9 @@ def test_a_process_that_is_gone_without_a_word_was_interrupted_or_had_been_asked
     status = {**run.status(), "state": told}
     (run.path / "status.json").write_text(json.dumps(status))
     assert view(run).state == "interrupted"
-    assert view(run).reason == "Its process ended without an error message, as after a power cut."
+    assert view(run).reason == "Its process ended without reporting an error, as when the machine is switched off."
     (run.path / LOG).write_text(f"$ accelerate launch\n{KILLED}")
-    assert view(run).reason == "Its process was ended from outside, as the system does when memory runs out."
+    assert view(run).reason == "Its process was killed from outside, as the system does when memory runs out."
     run_requests.ask(run, run_requests.STOP)
     assert (view(run).state, view(run).reason) == ("stopped", "You stopped it.")
 

@@ -98,7 +98,7 @@ def test_from_the_example_to_images_in_new_places(new_page, server, workspace, s
     else:
         go_to(other, "check")
     other.click("#check-start")
-    expect(other.locator("#train-phase")).to_contain_text(re.compile("wait|before it"), timeout=PATIENCE)
+    expect(other.locator("#train-phase")).to_contain_text(re.compile("queue"), timeout=PATIENCE)
     second = newest(workspace, [first.path.name])
     assert second.status()["state"] == "queued"
     if not ONE_CLICK:

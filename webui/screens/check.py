@@ -1,4 +1,4 @@
-"""The screen Check: what the model will see, the words, how to train and at what cost, and the command that Train starts."""
+"""The screen Check: crops, prompts, preset, cost, and the command that Train starts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from webui.image_dataset import SubjectDataset
 from webui.workspace import Workspace
 
 POLL_SECONDS = 2.0
-# What is shown with hard edges, since there is nothing between its pixels.
+# Images up to this side are enlarged without smoothing.
 CRISP_SIDE = 128
 STYLE = """
 .crops { list-style: none; margin: 0; padding: 0; display: flex; flex-wrap: wrap; gap: .75rem; }
@@ -34,10 +34,10 @@ STYLE = """
 .preset p { margin: 0 0 .5rem; } .preset ul { margin: 0; padding-left: 1.2rem; } .preset li { margin: .2rem 0; }
 @media (max-width: 480px) { .costs div { grid-template-columns: 1fr; gap: 0; } .crops img { width: 96px; height: 96px; } }
 """
-# Written into the draft as it is typed, and once more when the box is left, since what is pasted is no typing; without the
-# server, so that Train starts with what is in the boxes. What is in force anyway is not written. A draft that was last changed
-# by the boxes themselves says so: while an answer to one letter comes back, the next ones are typed.
-BY_THE_BOXES = "by_the_boxes"
+# Input goes into the draft while typing, and again on blur, which covers pasting; in the browser, so that Train starts with the
+# current values. Values that are the default are not written. A draft that the form changed is marked, so that a late answer of
+# the server does not overwrite newer input.
+CHANGED_BY_FORM = "by_the_boxes"
 SAY_TRIGGER = "(draft, said) => said === (draft.trigger ?? 'sks') ? draft : {...draft, trigger: said, by_the_boxes: true}"
 SAY_KIND = """(draft, said) => said === (draft.class_word ?? (draft.set ? '' : 'toy')) ? draft
   : {...draft, class_word: said, by_the_boxes: true}"""
@@ -46,27 +46,27 @@ SAY_SCENES = """(draft, said) => {
   return JSON.stringify(scenes) === JSON.stringify(known) ? draft : {...draft, scenes, by_the_boxes: true};
 }""".replace("USUAL", json.dumps(SCENES))
 SAY_PRESET = "(draft, said) => ({...draft, preset: said, by_the_boxes: true})"
-# Two boxes stand beside each other where each has so many pixels, else the one below the other.
-SIDE_BY_SIDE = 240
-ABOUT_THE_RARE_WORD = "A rare word that stands for your subject. A common word would bring its own meaning along."
+# Two text boxes are placed side by side if each has so many pixels.
+MIN_BOX_WIDTH = 240
+TRIGGER_HINT = "A rare word that stands for your subject. A common word would bring its usual meaning along."
 
 
 def build(context: AppContext) -> None:
     """Put the screen into the open tab."""
     gr.HTML("<h2>Training images as the model sees them</h2>")
     crops = gr.HTML(css_template=STYLE, elem_id="check-crops")
-    gr.HTML("<h2>The words</h2>")
+    gr.HTML("<h2>Prompts</h2>")
     with gr.Row():
-        trigger, kind = _subject_words()
+        trigger, kind = _trigger_and_class()
     prompt = gr.HTML(css_template=STYLE, elem_id="check-prompt")
     scenes = gr.Textbox(
-        label="Preview prompts, one per line",
-        info="Generated before, during and after training. A line that contains the trigger word is used as it is; any other is "
-        "appended to the prompt.",
+        label="Validation prompts",
+        info="One a line. Images are generated before, during and after training. A line with the trigger word is used as it is; "
+        "any other is appended to the instance prompt.",
         lines=4,
         elem_id="check-scenes",
     )
-    gr.HTML("<h2>How to train</h2>")
+    gr.HTML("<h2>Training settings</h2>")
     choices = [(f"{preset.name}: {preset.costs}", preset.name) for preset in presets.SUBJECT]
     preset = gr.Radio(choices, value=presets.BALANCED, label="Preset", elem_id="check-preset")
     reasons = gr.HTML(css_template=STYLE, elem_id="check-reasons")
@@ -74,7 +74,7 @@ def build(context: AppContext) -> None:
     gr.HTML("<h2>Cost</h2>")
     cost = gr.HTML(costs.UNKNOWN, css_template=STYLE, elem_id="check-cost")
     measure = gr.Button("Measure time and memory", elem_id="check-measure")
-    gr.HTML("<h2>The command</h2><p class='quiet'>Train starts exactly this; typed into a terminal it does the same.</p>")
+    gr.HTML("<h2>Command</h2><p class='quiet'>Train runs this command. You can also run it in a terminal.</p>")
     command = gr.Code(
         lines=1,
         interactive=False,
@@ -88,34 +88,34 @@ def build(context: AppContext) -> None:
     _wire(context, parts, {"trigger": trigger, "kind": kind, "scenes": scenes, "preset": preset}, train)
 
 
-def _subject_words() -> tuple[gr.Textbox, gr.Textbox]:
+def _trigger_and_class() -> tuple[gr.Textbox, gr.Textbox]:
     trigger = gr.Textbox(
-        TRIGGER, label="Trigger word", info=ABOUT_THE_RARE_WORD, max_lines=1, min_width=SIDE_BY_SIDE, elem_id="check-trigger"
+        TRIGGER, label="Trigger word", info=TRIGGER_HINT, max_lines=1, min_width=MIN_BOX_WIDTH, elem_id="check-trigger"
     )
     kind = gr.Textbox(
         label="Class word",
-        info="The kind of thing, in plain words: training starts from what the model knows about it.",
+        info="The kind of subject in plain words. Training starts from what the model knows about it.",
         placeholder="dog, toy, coffee mug",
         max_lines=1,
-        min_width=SIDE_BY_SIDE,
+        min_width=MIN_BOX_WIDTH,
         elem_id="check-class",
     )
     return trigger, kind
 
 
 def _wire(context: AppContext, parts: dict[str, Any], said: dict[str, Any], train: gr.Button) -> None:
-    """Have everything listen."""
+    """Attach the event listeners."""
     does, draft = _Handlers(context), context.draft
     clock = gr.Timer(POLL_SECONDS, active=False)
     words = [said["trigger"], said["kind"], said["scenes"], said["preset"]]
 
     of_cost = [parts["cost"], parts["measure"], clock]
-    for begun, fill in ((context.page.load, does.fill), (context.draft_changed.change, does.follow)):
-        begun(fill, [draft, *words], words, **QUIET)
-        begun(does.describe, [draft], [parts["prompt"], parts["reasons"]], **QUIET)
+    for event, fill in ((context.page.load, does.fill), (context.draft_changed.change, does.follow)):
+        event(fill, [draft, *words], words, **QUIET)
+        event(does.describe, [draft], [parts["prompt"], parts["reasons"]], **QUIET)
     # Not while the page loads: it needs the model's libraries.
-    for moved in (context.active_tab.change, context.draft_changed.change):
-        moved(does.work_out, [context.active_tab, draft], [parts["command"], parts["crops"], *of_cost], **QUIET)
+    for event in (context.active_tab.change, context.draft_changed.change):
+        event(does.work_out, [context.active_tab, draft], [parts["command"], parts["crops"], *of_cost], **QUIET)
     for name, script in (("trigger", SAY_TRIGGER), ("kind", SAY_KIND), ("scenes", SAY_SCENES)):
         typed = [said[name].input, said[name].blur, said[name].submit]
         gr.on(typed, None, [draft, said[name]], [draft], js=script, api_visibility="private")
@@ -127,36 +127,36 @@ def _wire(context: AppContext, parts: dict[str, Any], said: dict[str, Any], trai
 
 @dataclass(frozen=True)
 class _Handlers:
-    """What the screen does when something is pressed or changed."""
+    """The event handlers of the screen."""
 
     context: AppContext
 
     @in_plain_words
     def fill(self, stored: dict[str, Any], *typed: str) -> tuple[Any, ...]:
-        """Put what the draft says into the boxes, unless it is there."""
+        """Fill the form from the draft, except for fields that have the value already."""
         now = Draft.from_browser(stored)
-        there = [now.trigger, now.kind, now.scenes_in_lines, presets.preset_named(presets.SUBJECT, now.preset).name]
-        is_typed = [typed[0] == there[0], typed[1] == there[1], _lines(typed[2]) == _lines(there[2]), typed[3] == there[3]]
-        return tuple(gr.skip() if same else value for same, value in zip(is_typed, there, strict=True))
+        values = [now.trigger, now.kind, now.scenes_in_lines, presets.preset_named(presets.SUBJECT, now.preset).name]
+        unchanged = [typed[0] == values[0], typed[1] == values[1], _lines(typed[2]) == _lines(values[2]), typed[3] == values[3]]
+        return tuple(gr.skip() if same else value for same, value in zip(unchanged, values, strict=True))
 
     @in_plain_words
     def follow(self, stored: dict[str, Any], *typed: str) -> tuple[Any, ...]:
-        """Put what another screen has made of the draft into the boxes."""
-        return (gr.skip(),) * len(typed) if stored.get(BY_THE_BOXES) else self.fill(stored, *typed)
+        """Fill the form if another screen has changed the draft."""
+        return (gr.skip(),) * len(typed) if stored.get(CHANGED_BY_FORM) else self.fill(stored, *typed)
 
     @in_plain_words
     def describe(self, stored: dict[str, Any]) -> tuple[str, str]:
-        """The prompt and the preset, which need no library."""
+        """The prompt and the preset, which need no model library."""
         now = Draft.from_browser(stored)
         return _prompt(now), _reasons(presets.preset_named(presets.SUBJECT, now.preset))
 
     @in_plain_words
     def work_out(self, active_tab: str, stored: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
-        """The command, the crops, and what is known of the cost; where one cannot be told, why. Nothing unless open."""
+        """The command, the crops and the cost, or an error in place of each. Nothing unless the screen is open."""
         if active_tab != "check":
             return (gr.skip(),) * 5
         about = (self.context, self.context.settings.workspace(request), stored)
-        command, crops, cost = (_or_why_not(make, *about) for make in (subject_runs.command, _crops, _cost))
+        command, crops, cost = (_result_or_error(make, *about) for make in (subject_runs.command, _crops, _cost))
         if isinstance(command, InputError):
             command = f"# {' '.join(str(command).split())}"
         if isinstance(cost, InputError):
@@ -165,7 +165,7 @@ class _Handlers:
 
     @in_plain_words
     def dry_run(self, stored: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
-        """Start a dry run, unless one is at work or has measured this already."""
+        """Start a dry run, unless one is running or finished."""
         workspace = self.context.settings.workspace(request)
         subject_runs.start_dry_run(self.context, workspace, stored)
         return _cost(self.context, workspace, stored)
@@ -181,8 +181,8 @@ class _Handlers:
         return stored, *self.context.show(workspace, run_id, "train")
 
 
-def _or_why_not(make: Callable[[AppContext, Workspace, dict[str, Any]], Any], *about: Any) -> Any:
-    """What `make` makes, or the error that says why it cannot be."""
+def _result_or_error(make: Callable[[AppContext, Workspace, dict[str, Any]], Any], *about: Any) -> Any:
+    """The result of `make`, or its InputError."""
     try:
         return make(*about)
     except InputError as error:
@@ -205,8 +205,8 @@ def _prompt(draft: Draft) -> str:
     listed = "".join(f"<li><code>{escaped(prompt)}</code></li>" for prompt in draft.prompts)
     foreign = "".join(f'<div class="warning" role="status">{escaped(each)}</div>' for each in page_warnings(draft.prompts))
     return (
-        f'{foreign}<p class="prompt">Your photos are said to show <code>{escaped(draft.prompt)}</code></p>'
-        f"<details><summary>Prompts of the {len(draft.prompts)} sample images</summary><ol>{listed}</ol></details>"
+        f'{foreign}<p class="prompt">Instance prompt: <code>{escaped(draft.prompt)}</code></p>'
+        f"<details><summary>The {len(draft.prompts)} validation prompts</summary><ol>{listed}</ol></details>"
     )
 
 
@@ -234,27 +234,25 @@ def _crops(context: AppContext, workspace: Workspace, stored: dict[str, Any]) ->
     crops, names = work_photos.crops(photos, options), [entry.name for entry in photos.entries()]
     sizes = {f"{crop.size[1]} x {crop.size[0]}" for crop in crops}
     many = crops[0].variants
-    more = f" Of each, {many} crops or mirror images are shown to it; this is the first." if many > 1 else ""
+    more = f" Training uses {many} crops or mirror images of each; this is the first." if many > 1 else ""
     listed = "".join(
         f'<li><img class="{"pixel" if max(crop.size) <= CRISP_SIDE else ""}" src="{crop.address}" '
         f'alt="{escaped(name)} as the model sees it"></li>'
         for crop, name in zip(crops, names, strict=True)
     )
-    words = (
-        f"Each photo is brought to {' or '.join(sorted(sizes))} pixels, the size that this model works with, and cropped to it."
-    )
-    advice = "Your subject should still be plain to see, whole and near the middle."
+    words = f"Each photo is resized and cropped to {' or '.join(sorted(sizes))} pixels, the resolution of this model."
+    advice = "Your subject should be fully visible and near the centre."
     return f'{cut}<p>{words}{more} {advice}</p><ul class="crops">{listed}</ul>'
 
 
 def _cost(context: AppContext, workspace: Workspace, stored: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """What is known of the cost, whether it can be measured, and whether to look again."""
+    """The cost, whether it can be measured, and whether to poll."""
     from webui.work import options as checked
 
     values, record = subject_runs.dry_run_of(context, workspace, stored)
     options = checked.build(workspace, "subject", values)
     photos = SubjectDataset.of(workspace, Draft.from_browser(stored).set).entries()
     plan = costs.Plan(options.optimisation.max_train_steps, len(photos), options.data.heldout_image)
-    at_work = costs.is_measuring(record)
-    can_measure = bool(photos) and not at_work and not costs.is_measured(record)
-    return costs.cost_summary(record, plan), gr.Button(interactive=can_measure), gr.Timer(active=at_work)
+    measuring = costs.is_measuring(record)
+    can_measure = bool(photos) and not measuring and not costs.is_measured(record)
+    return costs.cost_summary(record, plan), gr.Button(interactive=can_measure), gr.Timer(active=measuring)

@@ -1,4 +1,4 @@
-"""The screen Judge: every measured step of the run in view side by side, what was measured, and which step to use."""
+"""The screen Judge: the checkpoints of the selected run side by side, their scores, and the recommended step."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import gradio as gr
 
 from training.subject.measured import kept_steps
 from webui import verdict
-from webui.adapter_rows import AdapterRow, button, frame, keys, made_text, text, updates
 from webui.adapters import steps_of
 from webui.app_context import AppContext
 from webui.errors import in_plain_words
 from webui.images import enlarged, sampled_steps, samples
+from webui.lazy_updates import LazyUpdate, button, frame, keys, lazy_text, text, updates
 from webui.screens.train import view_of
 from webui.views import RunView
 
-EMPTY = """<div class="empty"><p><b>There is nothing to judge yet.</b></p><p>Once a run has begun, the images of its steps
-are here side by side, with what was measured of each.</p></div>"""
-CLASSIFIER = """<div class="empty"><p><b>This run is a classifier.</b></p><p>How often it is right, and its worst mistakes, are on
-the screen Classify.</p></div>"""
-COMPARE = """<h3>Before and after</h3><p class="quiet">On the left before training, on the right the chosen step; pull the line
-across. A press on an image in the table below shows it here.</p>"""
-# The table is made anew now and then: its frame listens for all of its cells.
+EMPTY = """<div class="empty"><p><b>There are no results yet.</b></p><p>Once a run has started, its sample images appear here
+side by side with the scores of each step.</p></div>"""
+CLASSIFIER = """<div class="empty"><p><b>This run is a classifier.</b></p><p>Its accuracy and confusion matrix are on the screen
+Classify.</p></div>"""
+COMPARE = """<h3>Before and after</h3><p class="quiet">Left: the base model. Right: the selected step. Drag the line to
+compare. Click an image in the table below to show it here.</p>"""
+# The table is replaced at updates, so its container listens for all cells.
 CHOOSING = """element.addEventListener('click', event => {
   const cell = event.target.closest('button[data-step]');
   if (!cell) return;
@@ -50,12 +50,12 @@ NAMES = (
 
 @dataclass(frozen=True)
 class Look:
-    """What is looked at closely.
+    """The step and the prompt shown in the comparison.
 
     Args:
-        steps: those that have samples, without the base model.
-        step, place: the chosen step and the place of the chosen prompt; None where there are no samples.
-        forced: whether the page must be told, because what it has chosen is of another run or gone.
+        steps: the steps with samples, without the base model.
+        step, prompt_index: the selected step and prompt; None without samples.
+        forced: whether the page's selection must be replaced, because it belongs to another run or is gone.
     """
 
     steps: tuple[int, ...]
@@ -65,10 +65,10 @@ class Look:
 
 
 def look_at(view: RunView, step: int | None, prompt_index: int | None, anew: bool) -> Look:
-    """What to look at closely: what the page has chosen, else the suggested step, else the newest.
+    """The page's selection, else the recommended step, else the newest.
 
     Args:
-        anew: whether the page's choice was made for something else.
+        anew: whether the page's selection was made for another run or recommendation.
     """
     steps = tuple(each for each in sampled_steps(view.record) if each > 0)
     if not steps:
@@ -80,8 +80,8 @@ def look_at(view: RunView, step: int | None, prompt_index: int | None, anew: boo
     return Look(steps, step, prompt_index, forced)
 
 
-def parts(view: RunView | None, step: int | None, prompt_index: int | None, anew: bool) -> dict[str, AdapterRow]:
-    """Every part of the screen as it is to be now, by the names of the outputs."""
+def parts(view: RunView | None, step: int | None, prompt_index: int | None, anew: bool) -> dict[str, LazyUpdate]:
+    """The current content of the screen by the names of its outputs."""
     if view is None or view.task == "classify":
         return _nothing_to_judge(EMPTY if view is None else CLASSIFIER)
     record, look = view.record, look_at(view, step, prompt_index, anew)
@@ -92,7 +92,7 @@ def parts(view: RunView | None, step: int | None, prompt_index: int | None, anew
     return {
         "empty": text(""),
         "suggestion": text(verdict.suggestion(view)),
-        "table": made_text((record.path, *changed, suggested, closely), lambda: verdict.sample_table(record, closely)),
+        "table": lazy_text((record.path, *changed, suggested, closely), lambda: verdict.sample_table(record, closely)),
         **_closely(view, look, suggested),
         "curves": text(verdict.curves(record)),
         "figures": text(verdict.figures(record)),
@@ -102,15 +102,15 @@ def parts(view: RunView | None, step: int | None, prompt_index: int | None, anew
     }
 
 
-def _nothing_to_judge(why: str) -> dict[str, AdapterRow]:
+def _nothing_to_judge(why: str) -> dict[str, LazyUpdate]:
     outputs = {name: text("") for name in NAMES}
     hidden = {"step": _dropdown([], None, True), "place": _dropdown([], None, True), "slider": _slider(None, None)}
     framed = {"frame": _group(False), "details": frame(False), "use": button(False), "card": _markdown("")}
     return {**outputs, **hidden, **framed, "empty": text(why)}
 
 
-def _closely(view: RunView, look: Look, suggested: int | None) -> dict[str, AdapterRow]:
-    """The parts about the one step that is looked at closely."""
+def _closely(view: RunView, look: Look, suggested: int | None) -> dict[str, LazyUpdate]:
+    """The updates of the comparison."""
     usable = look.step is not None and look.step in kept_steps(view.record)
     newest = samples(view.record, look.step) if look.step is not None else []
     steps = [(f"step {each} (recommended)" if each == suggested else f"step {each}", each) for each in look.steps]
@@ -125,30 +125,30 @@ def _closely(view: RunView, look: Look, suggested: int | None) -> dict[str, Adap
     }
 
 
-def _dropdown(choices: list[tuple[str, int]], value: int | None, forced: bool) -> AdapterRow:
-    """A choice; its value is told only where the page cannot know it, so that nobody's hand is turned."""
+def _dropdown(choices: list[tuple[str, int]], value: int | None, forced: bool) -> LazyUpdate:
+    """A dropdown; its value is sent only if it must be replaced, so that a selection by the user is not overwritten."""
     key = (tuple(choices), value) if forced else tuple(choices)
-    return AdapterRow(key, lambda: gr.Dropdown(choices=choices, value=value) if forced else gr.Dropdown(choices=choices))
+    return LazyUpdate(key, lambda: gr.Dropdown(choices=choices, value=value) if forced else gr.Dropdown(choices=choices))
 
 
-def _group(visible: bool) -> AdapterRow:
-    return AdapterRow(visible, lambda: gr.Column(visible=visible))
+def _group(visible: bool) -> LazyUpdate:
+    return LazyUpdate(visible, lambda: gr.Column(visible=visible))
 
 
-def _markdown(value: str) -> AdapterRow:
-    return AdapterRow(value, lambda: gr.Markdown(value))
+def _markdown(value: str) -> LazyUpdate:
+    return LazyUpdate(value, lambda: gr.Markdown(value))
 
 
-def _slider(view: RunView | None, look: Look | None) -> AdapterRow:
-    """The base model's image and the adapted one's, of the same prompt and seed."""
+def _slider(view: RunView | None, look: Look | None) -> LazyUpdate:
+    """The images of the base model and of the selected step with the same prompt and seed."""
     if view is None or look is None or look.step is None:
-        return AdapterRow(None, lambda: gr.ImageSlider(value=None))
+        return LazyUpdate(None, lambda: gr.ImageSlider(value=None))
     both = [samples(view.record, step)[look.prompt_index :][:1] for step in (0, look.step)]
     if not all(both):
-        return AdapterRow(None, lambda: gr.ImageSlider(value=None))
+        return LazyUpdate(None, lambda: gr.ImageSlider(value=None))
     paths = [images[0].path for images in both]
     key = (*paths, *(path.stat().st_mtime_ns for path in paths))
-    return AdapterRow(key, lambda: gr.ImageSlider(value=tuple(enlarged(path) for path in paths)))
+    return LazyUpdate(key, lambda: gr.ImageSlider(value=tuple(enlarged(path) for path in paths)))
 
 
 def build(context: AppContext) -> None:
@@ -177,7 +177,7 @@ def build(context: AppContext) -> None:
 
     @in_plain_words
     def choose(event: gr.EventData) -> list[Any]:
-        # The base model is on the left of every comparison.
+        # The base model is always on the left.
         step = gr.skip() if event.step == 0 else int(event.step)
         return [step, int(event.place)]
 
@@ -186,7 +186,7 @@ def build(context: AppContext) -> None:
     @in_plain_words
     def use(run_id: str, step: int, request: gr.Request) -> list[Any]:
         steps = steps_of(context.settings.workspace(request).run(run_id))
-        # Use may not have looked since the step was kept, and gradio refuses what its list does not hold.
+        # Use may not have been refreshed since the step was saved, and Gradio refuses a value that is not among the choices.
         return [gr.Tabs(selected="use"), gr.Dropdown(choices=steps.choices, value=step), [run_id, step]]
 
     to_use = [context.tabs, context.step, context.chosen]
@@ -194,7 +194,7 @@ def build(context: AppContext) -> None:
 
 
 def _layout() -> dict[str, Any]:
-    """The screen's elements by name."""
+    """The screen's components by name."""
     made: dict[str, Any] = {"empty": gr.HTML(EMPTY, elem_id="judge-empty")}
     made["suggestion"] = gr.HTML(visible=False, elem_id="judge-suggestion")
     with gr.Column(visible=False, elem_id="judge-compare") as made["frame"]:

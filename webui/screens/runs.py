@@ -1,4 +1,4 @@
-"""The screen Runs: every run of the user, whoever started it, what can be done with it, and runs side by side."""
+"""The screen Runs: all runs of the user, the actions on them, and a comparison."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import gradio as gr
 
 from pipelines.errors import InputError
 from webui import launching, run_cards
-from webui.adapter_rows import AdapterRow, button, keys, text, updates
 from webui.app_context import QUIET, AppContext
 from webui.draft import Draft
 from webui.errors import in_plain_words
+from webui.lazy_updates import LazyUpdate, button, keys, text, updates
 from webui.screens import runs_compare
 from webui.views import Action, RunView, views
 from webui.workspace import Workspace
@@ -25,15 +25,15 @@ LABELS: dict[str, str] = {
     "duplicate": "Duplicate as new",
     "delete": "Delete",
 }
-INTRODUCTION = """<p>Every run, whoever started it: here, in another browser or in a terminal. Choose one to see what can be done
-with it. One run at a time works; others wait for their turn.</p>"""
-ELSEWHERE = "Its photos lie elsewhere on this computer. Add them here; everything else is as it was."
+INTRODUCTION = """<p>All runs, started here, in another browser or in a terminal. Select one to see its actions. One run trains
+at a time; the others wait in the queue.</p>"""
+ELSEWHERE = "The photos of this run are in another folder. Add them again; all other settings were copied."
 
 
 def build(context: AppContext) -> None:
     """Put the screen into the open tab."""
     made = _layout()
-    # What is asked about; what is deleted is that alone, whatever is chosen meanwhile.
+    # The run that the confirmation is about, even if another one is selected meanwhile.
     asked = gr.State(None)
     seen = gr.State({})
 
@@ -47,10 +47,10 @@ def build(context: AppContext) -> None:
     context.refresh_triggers["runs"].change(trigger_mode="always_last", **look)
 
     @in_plain_words
-    def look_again(run_id: str | None, request: gr.Request) -> list[Any]:
+    def reload_runs(run_id: str | None, request: gr.Request) -> list[Any]:
         return context.show(context.settings.workspace(request), run_id)
 
-    made["refresh"].click(look_again, context.run, context.outputs, api_visibility="private").then(**look)
+    made["refresh"].click(reload_runs, context.run, context.outputs, api_visibility="private").then(**look)
 
     @in_plain_words
     def choose(event: gr.EventData, request: gr.Request) -> list[Any]:
@@ -68,10 +68,10 @@ def build(context: AppContext) -> None:
 
 
 def _layout() -> dict[str, Any]:
-    """The screen's elements by name."""
+    """The screen's components by name."""
     gr.HTML(INTRODUCTION)
     with gr.Row(elem_classes="buttons"):
-        made: dict[str, Any] = {"refresh": gr.Button("Look again", size="sm", elem_id="runs-refresh", scale=0, min_width=140)}
+        made: dict[str, Any] = {"refresh": gr.Button("Refresh", size="sm", elem_id="runs-refresh", scale=0, min_width=140)}
     made["list"] = gr.HTML(js_on_load=run_cards.SCRIPT, elem_id="runs-list")
     made["chosen"] = gr.HTML(visible=False, elem_id="runs-chosen")
     with gr.Row(elem_classes="buttons"):
@@ -82,13 +82,13 @@ def _layout() -> dict[str, Any]:
     with gr.Group(visible=False, elem_id="runs-confirm") as made["confirm"]:
         made["question"] = gr.HTML(padding=True)
         with gr.Row(elem_classes="buttons"):
-            made["yes"] = gr.Button("Delete it for good", variant="stop", elem_id="runs-delete-yes", scale=0, min_width=160)
-            made["no"] = gr.Button("Keep it", elem_id="runs-delete-no", scale=0, min_width=140)
+            made["yes"] = gr.Button("Delete permanently", variant="stop", elem_id="runs-delete-yes", scale=0, min_width=160)
+            made["no"] = gr.Button("Cancel", elem_id="runs-delete-no", scale=0, min_width=140)
     return made
 
 
-def parts(workspace: Workspace, run_id: str | None) -> dict[str, AdapterRow]:
-    """What is shown: all runs, and the buttons of the one in view."""
+def parts(workspace: Workspace, run_id: str | None) -> dict[str, LazyUpdate]:
+    """The list of runs, and the buttons of the selected one."""
     runs = views(workspace)
     view = next((each for each in runs if each.id == run_id), None)
     allowed: tuple[Action | str, ...] = () if view is None else ("open", *view.actions)
@@ -97,7 +97,7 @@ def parts(workspace: Workspace, run_id: str | None) -> dict[str, AdapterRow]:
 
 
 def _handlers(context: AppContext) -> dict[str, Callable[..., list[Any]]]:
-    """What the buttons do but deleting: each returns updates of the context's outputs and of both drafts."""
+    """The handlers of all buttons but Delete; each returns updates of the context's outputs and of both drafts."""
     drafts = [gr.skip(), gr.skip()]
 
     @in_plain_words
@@ -117,7 +117,7 @@ def _handlers(context: AppContext) -> dict[str, Callable[..., list[Any]]]:
     def stop(run_id: str, request: gr.Request) -> list[Any]:
         workspace = context.settings.workspace(request)
         launching.stop(workspace, run_id)
-        gr.Info("It ends after its step and saves what it has learned.")
+        gr.Info("The run stops after the current step and saves a checkpoint.")
         return [*context.show(workspace, run_id), *drafts]
 
     @in_plain_words
@@ -155,7 +155,7 @@ def class_draft_like(workspace: Workspace, options: dict[str, dict[str, Any]]) -
 
 
 def _set_of(workspace: Workspace, folder: str | None) -> str | None:
-    """The id of the image set in `folder`; None where that is none of the user's."""
+    """The id of the image set in `folder`; None if it is not one of the user's sets."""
     if folder is None or Path(folder).parent != workspace.sets.absolute():
         return None
     try:
@@ -185,5 +185,5 @@ def _wire_deleting(context: AppContext, made: dict[str, Any], asked: gr.State, l
 
 
 def _only_about(asked: str | None, run_id: str | None) -> tuple[Any, Any]:
-    """The question goes when another run is chosen; where there is none yet, one that is asked meanwhile stays."""
+    """Hide the confirmation when another run is selected."""
     return (gr.skip(), gr.skip()) if asked in (None, run_id) else (None, gr.Group(visible=False))

@@ -1,4 +1,4 @@
-"""The lower part of the screen Runs: runs side by side, and a prompt drawn with all of them."""
+"""The lower part of the screen Runs: runs side by side, and one prompt for all of them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 import gradio as gr
 
 from webui.app_context import QUIET, AppContext
-from webui.compare import MOST, Compared, letter, sample_html, side_by_side
+from webui.compare import MAX_RUNS, Compared, letter, sample_html, side_by_side
 from webui.errors import in_plain_words
 from webui.views import RunView, views
 from webui.workspace import Workspace
 
-NO_ADAPTER = "no adapter yet"
+NO_ADAPTER = "no saved adapter yet"
 
 
 def build(context: AppContext) -> None:
-    """Put it into the open tab."""
+    """Put this part into the open tab."""
     settings, made = context.settings, _layout()
     chosen, seen = made["chosen"], gr.State(None)
 
@@ -37,17 +37,17 @@ def build(context: AppContext) -> None:
         comparison = gr.HTML(value=compared.in_html(), visible=True)
         return [comparison, gr.Accordion(visible=is_subject), gr.Textbox(value=first), gr.HTML(value="", visible=False)]
 
-    outputs = [made[name] for name in ("found", "drawing", "prompt", "drawn")]
+    outputs = [made[name] for name in ("comparison", "form", "prompt", "images")]
     made["show"].click(compare, chosen, outputs, api_visibility="private")
 
     @in_plain_words
-    def draw_all(ids: list[str] | None, prompt: str, seed: float | None, request: gr.Request) -> Iterator[Any]:
+    def generate_all(ids: list[str] | None, prompt: str, seed: float | None, request: gr.Request) -> Iterator[Any]:
         workspace = settings.workspace(request)
-        for words in drawn_with_all(workspace, Compared.of(workspace, ids or []), prompt, int(seed or 0)):
+        for words in generated_with_all(workspace, Compared.of(workspace, ids or []), prompt, int(seed or 0)):
             yield gr.HTML(value=words, visible=True)
 
     device = {"concurrency_id": "device", "concurrency_limit": 1, "api_visibility": "private"}
-    started = made["draw"].click(draw_all, [chosen, made["prompt"], made["seed"]], made["drawn"], **device)
+    started = made["draw"].click(generate_all, [chosen, made["prompt"], made["seed"]], made["images"], **device)
     made["cancel"].click(None, cancels=[started], api_visibility="private")
 
 
@@ -57,45 +57,43 @@ def _layout() -> dict[str, Any]:
     made: dict[str, Any] = {}
     made["chosen"] = gr.Dropdown(
         label="Runs to compare",
-        info=f"Two to {MOST} of the same kind: images, losses and scores side by side, and the options that differ.",
+        info=f"Two to {MAX_RUNS} of the same kind: images, losses, scores and the options that differ.",
         multiselect=True,
-        max_choices=MOST,
+        max_choices=MAX_RUNS,
         elem_id="runs-compare",
     )
     with gr.Row(elem_classes="buttons"):
         made["show"] = gr.Button("Compare", variant="primary", elem_id="runs-compare-show", scale=0, min_width=140)
-    made["found"] = gr.HTML(visible=False, elem_id="runs-compared")
-    made["drawing"] = gr.Accordion(
-        "Generate a prompt with all of them", open=False, visible=False, elem_id="runs-compare-drawing"
-    )
-    with made["drawing"]:
+    made["comparison"] = gr.HTML(visible=False, elem_id="runs-compared")
+    made["form"] = gr.Accordion("Generate one prompt with all of them", open=False, visible=False, elem_id="runs-compare-drawing")
+    with made["form"]:
         with gr.Row(equal_height=True):
             made["prompt"] = gr.Textbox(label="Prompt", elem_id="runs-compare-prompt", scale=4)
             made["seed"] = gr.Number(
                 label="Seed", value=0, precision=0, minimum=0, elem_id="runs-compare-seed", scale=1, min_width=100
             )
         with gr.Row(elem_classes="buttons"):
-            made["draw"] = gr.Button("Draw", variant="primary", elem_id="runs-compare-draw", scale=0, min_width=140)
+            made["draw"] = gr.Button("Generate", variant="primary", elem_id="runs-compare-draw", scale=0, min_width=140)
             made["cancel"] = gr.Button("Cancel", elem_id="runs-compare-cancel", scale=0, min_width=140)
-        made["drawn"] = gr.HTML(visible=False, elem_id="runs-compare-drawn")
+        made["images"] = gr.HTML(visible=False, elem_id="runs-compare-drawn")
     return made
 
 
-def drawn_with_all(workspace: Workspace, compared: Compared, prompt: str, seed: int) -> Iterator[str]:
-    """Draw `prompt` with the adapter of each run from the same noise: after each image the table so far, as HTML.
+def generated_with_all(workspace: Workspace, compared: Compared, prompt: str, seed: int) -> Iterator[str]:
+    """Generate `prompt` with the adapter of each run from the same seed; yields the table so far as HTML.
 
-    Raises: InputError naming what cannot be drawn.
+    Raises: InputError if an adapter or the prompt cannot be used.
     """
     from webui.adapters import steps_of
     from webui.generation_requests import GenerationRequest
-    from webui.work import drawing
+    from webui.work import generation
 
     steps = [steps_of(view.record).chosen for view in compared.views]
     cells = ["" if step is not None else NO_ADAPTER for step in steps]
     for index, (view, step) in enumerate(zip(compared.views, steps, strict=True)):
         if step is None:
             continue
-        for event in drawing.draw(workspace, GenerationRequest(view.id, step, 1.0, prompt, count=1, seed=seed)):
+        for event in generation.generate_images(workspace, GenerationRequest(view.id, step, 1.0, prompt, count=1, seed=seed)):
             if isinstance(event, Path):
                 cells[index] = sample_html(event, "pixel", prompt)
             yield _table(compared.views, steps, cells, prompt, seed)
@@ -103,5 +101,5 @@ def drawn_with_all(workspace: Workspace, compared: Compared, prompt: str, seed: 
 
 def _table(runs: tuple[RunView, ...], steps: list[int | None], cells: list[str], prompt: str, seed: int) -> str:
     heads = [f"{letter(index)}{'' if step is None else f', step {step}'}" for index, step in enumerate(steps)]
-    waiting = [cell or '<span class="quiet" role="status">drawing</span>' for cell in cells]
+    waiting = [cell or '<span class="quiet" role="status">generating</span>' for cell in cells]
     return side_by_side(heads, {f"{prompt} (seed {seed})": waiting})

@@ -1,4 +1,4 @@
-"""The screen Train: how the run in view is going, and the buttons that its state allows."""
+"""The screen Train: the progress of the selected run, and the buttons that its state allows."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ import gradio as gr
 
 from pipelines.errors import InputError
 from webui import launching, progress
-from webui.adapter_rows import AdapterRow, button, frame, keys, made_text, text, updates
 from webui.app_context import AppContext
 from webui.errors import in_plain_words
 from webui.images import Sample, address, newest_sheet, sampled_steps, samples, subject, thumbnail
+from webui.lazy_updates import LazyUpdate, button, frame, keys, lazy_text, text, updates
 from webui.photo_account import photo_account
 from webui.views import RunView
 from webui.workspace import Workspace
 
-EMPTY = """<div class="empty"><p><b>Nothing has been trained yet.</b></p><p>Add a few photos, look at the check, and press Train
-there. What happens then is shown here, step by step.</p></div>"""
-WAITING = """<div class="empty"><p>Sample images appear here: first what the model draws before training, then every so many
-steps.</p></div>"""
+EMPTY = """<div class="empty"><p><b>Nothing has been trained yet.</b></p><p>Add a few photos, review them under Check, and press
+Train there. The progress then appears here.</p></div>"""
+WAITING = """<div class="empty"><p>Sample images appear here: first from the base model, then at regular intervals during
+training.</p></div>"""
 YOURS = "one of your photos"
 ASKED = {
-    "stop": "It stops after the step in progress, and everything is saved.",
-    "sample": "Sample images come after the step in progress.",
-    "save": "The adapter is saved after the step in progress.",
+    "stop": "The run stops after the current step and saves a checkpoint.",
+    "sample": "Sample images are generated after the current step.",
+    "save": "A checkpoint is saved after the current step.",
 }
+JUDGE = "Judge the result"
 BUTTONS = {"stop": "Stop", "sample": "Sample now", "save": "Save now", "resume": "Resume"}
 
 
-def parts(view: RunView | None, log_open: bool = False) -> dict[str, AdapterRow]:
-    """Every part of the screen as it is to be now, by the names of the outputs."""
+def parts(view: RunView | None, log_open: bool = False) -> dict[str, LazyUpdate]:
+    """The current content of the screen by the names of its outputs."""
     if view is None:
         outputs = {name: text("") for name in ("head", "bar", "loss", "cost", "photos", "samples", "log")}
         hidden = {name: button(False) for name in (*BUTTONS, "next")}
@@ -52,21 +53,21 @@ def parts(view: RunView | None, log_open: bool = False) -> dict[str, AdapterRow]
     }
 
 
-def _next(view: RunView) -> AdapterRow:
-    """The button that leads to where the finished run is looked at."""
-    label = "See the classifier" if view.task == "classify" else "Judge it"
+def _next(view: RunView) -> LazyUpdate:
+    """The button that opens the screen with the results."""
+    label = "See the classifier" if view.task == "classify" else JUDGE
     return button(view.state == "done", label)
 
 
-def _samples(view: RunView) -> AdapterRow:
-    """The sample images, newest step first, and what they are to become like."""
+def _samples(view: RunView) -> LazyUpdate:
+    """The sample images, newest step first, and the training photos."""
     record = view.record
     changed = [(step, record.samples_at(step).stat().st_mtime_ns) for step in sampled_steps(record)]
     sheet = None if changed else newest_sheet(record)
     key = (record.path, *changed, sheet, view.task, view.is_active)
     if changed:
-        return made_text(key, lambda: _sections(view))
-    return made_text(key, lambda: _waiting(view) if sheet is None else _sheet(address(thumbnail(sheet, 1024))))
+        return lazy_text(key, lambda: _sections(view))
+    return lazy_text(key, lambda: _waiting(view) if sheet is None else _sheet(address(thumbnail(sheet, 1024))))
 
 
 def _sections(view: RunView) -> str:
@@ -102,7 +103,7 @@ def _waiting(view: RunView) -> str:
 
 
 def view_of(workspace: Workspace, run_id: str | None) -> RunView | None:
-    """The run in view; None if there is none, or it was deleted."""
+    """The selected run; None if there is none, or it was deleted."""
     try:
         return RunView(workspace.run(run_id)) if run_id else None
     except InputError:
@@ -134,11 +135,11 @@ def build(context: AppContext) -> None:
 
 
 def _wire_buttons(context: AppContext, buttons: dict[str, Any], look: dict[str, Any]) -> None:
-    """What the buttons do; after each the screen looks again.
+    """Attach the buttons; each refreshes the screen afterwards.
 
     Args:
-        buttons: the screen's elements by name.
-        look: the listener that looks.
+        buttons: the screen's components by name.
+        look: the arguments of the listener that refreshes.
     """
     for action in ("stop", "sample", "save"):
         buttons[action].click(_asking(context, action), context.run, api_visibility="private").then(**look)
@@ -160,7 +161,7 @@ def _wire_buttons(context: AppContext, buttons: dict[str, Any], look: dict[str, 
 
 
 def _layout() -> dict[str, Any]:
-    """The screen's elements by name."""
+    """The screen's components by name."""
     made: dict[str, Any] = {"empty": gr.HTML(EMPTY, elem_id="train-empty")}
     made["head"] = gr.HTML(visible=False, elem_id="train-phase")
     made["bar"] = gr.HTML(visible=False, elem_id="train-bar")
@@ -168,7 +169,7 @@ def _layout() -> dict[str, Any]:
         for name, label in BUTTONS.items():
             variant = {"stop": "stop", "resume": "primary"}.get(name, "secondary")
             made[name] = gr.Button(label, variant=variant, visible=False, elem_id=f"train-{name}", min_width=140, scale=0)
-        made["next"] = gr.Button("Judge it", variant="primary", visible=False, elem_id="train-next", min_width=160, scale=0)
+        made["next"] = gr.Button(JUDGE, variant="primary", visible=False, elem_id="train-next", min_width=160, scale=0)
     with gr.Row():
         with gr.Column(min_width=320):
             made["loss"] = gr.HTML(visible=False, elem_id="train-loss")
@@ -183,7 +184,7 @@ def _layout() -> dict[str, Any]:
 
 
 def _asking(context: AppContext, action: str) -> Callable[[str, gr.Request], None]:
-    """The handler of a button that asks the run for something."""
+    """The handler of a button that sends the run a request."""
 
     @in_plain_words
     def ask(run_id: str, request: gr.Request) -> None:

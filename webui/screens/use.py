@@ -1,4 +1,4 @@
-"""The screen Use: images from words with the run's adapter, alone or mixed with others, and its files to take away."""
+"""The screen Use: generate images with the run's adapter, alone or combined with others, and download its files."""
 
 from __future__ import annotations
 
@@ -23,40 +23,49 @@ from webui.cards import escaped
 from webui.errors import in_plain_words
 from webui.gallery import bar_of, details_of, gallery_of
 from webui.generated_images import GeneratedImages, settings_of
-from webui.generation_requests import GUIDANCE, MIXED, STEPS, GenerationRequest, run_in
+from webui.generation_requests import GUIDANCE_SCALE, MIXED, STEPS, GenerationRequest, run_in
 from webui.screens import use_files
 from webui.views import RunView
 from webui.workspace import Workspace
 
 SECONDS_BETWEEN = 0.1
-CANCELLED = "<p class='quiet'>Cancelled. What was finished is kept.</p>"
-NO_RUN = """<div class="empty"><p><b>There is no adapter yet.</b></p><p>Add a few photos under Photos and train with them. As soon
-as the first steps are kept, images can be drawn here.</p></div>"""
-NO_STEP = """<div class="empty"><p><b>This run has no adapter yet.</b></p><p>The first one is kept after some steps of training,
-and then this page shows it by itself.</p></div>"""
-CLASSIFIER = """<div class="empty"><p><b>This run is a classifier.</b></p><p>It tells images apart and draws none: use it
-under Classify. Or choose a run above that learned a subject.</p></div>"""
+CANCELLED = "<p class='quiet'>Cancelled. Finished images are kept.</p>"
+NO_RUN = """<div class="empty"><p><b>There is no adapter yet.</b></p><p>Add a few photos under Photos and train on them. You can
+generate images here as soon as the first checkpoint is saved.</p></div>"""
+NO_STEP = """<div class="empty"><p><b>This run has no adapter yet.</b></p><p>The first checkpoint is saved after some steps of
+training. This page then updates by itself.</p></div>"""
+CLASSIFIER = """<div class="empty"><p><b>This run is a classifier.</b></p><p>It cannot generate images. Use it under Classify, or
+choose a subject run above.</p></div>"""
 
 
 @dataclass(frozen=True)
 class Controls:
-    """The fields that say what is drawn, in the order of `GenerationRequest.from_page`."""
+    """The fields of a generation request, in the order of `GenerationRequest.from_page`."""
 
-    strength: gr.Slider
+    scale: gr.Slider
     prompt: gr.Textbox
     negative: gr.Textbox
     count: gr.Slider
     seed: gr.Number
     with_base: gr.Checkbox
     steps: gr.Slider
-    guidance: gr.Slider
+    guidance_scale: gr.Slider
     mixed: list[gr.Dropdown]
-    strengths: list[gr.Slider]
+    scales: list[gr.Slider]
 
     def inputs(self, context: AppContext) -> list[Any]:
-        """What `GenerationRequest.from_page` takes."""
-        controls = [self.strength, self.prompt, self.negative, self.count, self.seed, self.with_base, self.steps, self.guidance]
-        return [context.run, context.step, *controls, *self.mixed, *self.strengths]
+        """The inputs of `GenerationRequest.from_page`."""
+        controls = [
+            self.scale,
+            self.prompt,
+            self.negative,
+            self.count,
+            self.seed,
+            self.with_base,
+            self.steps,
+            self.guidance_scale,
+        ]
+        return [context.run, context.step, *controls, *self.mixed, *self.scales]
 
 
 def build(context: AppContext) -> None:
@@ -65,9 +74,13 @@ def build(context: AppContext) -> None:
     with gr.Column(visible=False, elem_id="use-form") as form:
         with gr.Row(equal_height=False):
             with gr.Column(scale=5, min_width=320):
-                prompt = gr.Textbox(label="Prompt", lines=2, max_lines=4, elem_id="use-prompt")
+                prompt = gr.Textbox(label="Prompt", info="Describe the image.", lines=2, max_lines=4, elem_id="use-prompt")
                 suggestions = gr.Dataset(
-                    components=[prompt], samples=[], label="Try one of these", elem_id="use-suggestions", type="values"
+                    components=[prompt],
+                    samples=[],
+                    label="Validation prompts",
+                    elem_id="use-suggestions",
+                    type="values",
                 )
                 with gr.Row():
                     generate = gr.Button("Generate", variant="primary", elem_id="use-generate")
@@ -80,7 +93,7 @@ def build(context: AppContext) -> None:
     seen = gr.State(None)
     look = _Look(context, controls, suggestions, seen, empty, form, files)
     look.wire()
-    _wire_drawing(context, controls, (generate, cancel, bar), outputs)
+    _wire_generation(context, controls, (generate, cancel, bar), outputs)
     _wire_again(look, outputs)
     use_files.wire(context, files, controls.inputs(context))
     _wire_small(context, controls, suggestions, upload, dice)
@@ -88,32 +101,34 @@ def build(context: AppContext) -> None:
 
 def _controls(context: AppContext, prompt: gr.Textbox) -> tuple[Controls, gr.UploadButton, gr.Button]:
     context.step.render()
-    strength = gr.Slider(0, 1.5, 1, step=0.05, label="Adapter weight", info="0 is the base model.", elem_id="use-strength")
+    scale = gr.Slider(0, 1.5, 1, step=0.05, label="Adapter weight", info="0 is the base model.", elem_id="use-strength")
     with gr.Row():
         count = gr.Slider(1, 8, 1, step=1, label="Images", elem_id="use-count", min_width=150)
         seed = gr.Number(0, precision=0, minimum=0, label="Seed", elem_id="use-seed", min_width=110)
         dice = gr.Button("New seed", size="sm", elem_id="use-dice", min_width=90)
-    with_base = gr.Checkbox(label="Also generate each without the adapter", elem_id="use-base")
-    with gr.Accordion("Add other adapters", open=False, elem_id="use-mix"):
-        gr.Markdown("Their changes add up. All must belong to the same base model.")
-        mixed, strengths = [], []
+    with_base = gr.Checkbox(label="Also generate each image with the base model", elem_id="use-base")
+    with gr.Accordion("Combine with other adapters", open=False, elem_id="use-mix"):
+        gr.Markdown("Their weight changes are added. All must be for the same base model.")
+        mixed, scales = [], []
         for index in range(MIXED):
             with gr.Row():
                 mixed.append(gr.Dropdown([("none", "")], value="", label="Adapter", elem_id=f"use-mixed-{index}"))
-                strengths.append(gr.Slider(0, 1.5, 1, step=0.05, label="Adapter weight", elem_id=f"use-mixed-strength-{index}"))
+                scales.append(gr.Slider(0, 1.5, 1, step=0.05, label="Adapter weight", elem_id=f"use-mixed-strength-{index}"))
         upload = gr.UploadButton("Add a LoRA file", file_types=[".safetensors"], size="sm", elem_id="use-upload")
-    with gr.Accordion("More", open=False, elem_id="use-more"):
-        negative = gr.Textbox(label="Negative prompt", elem_id="use-negative")
-        steps = gr.Slider(1, 100, STEPS, step=1, label="Steps", info="More take longer and get finer.", elem_id="use-steps")
-        words = "How closely the image follows the prompt."
-        guidance = gr.Slider(0, 15, GUIDANCE, step=0.5, label="Guidance scale", info=words, elem_id="use-guidance")
-    controls = Controls(strength, prompt, negative, count, seed, with_base, steps, guidance, mixed, strengths)
+    with gr.Accordion("Sampling settings", open=False, elem_id="use-more"):
+        negative = gr.Textbox(label="Negative prompt", info="What the image should not show.", elem_id="use-negative")
+        steps = gr.Slider(
+            1, 100, STEPS, step=1, label="Steps", info="More steps add detail and take longer.", elem_id="use-steps"
+        )
+        hint = "How closely to follow the prompt."
+        guidance_scale = gr.Slider(0, 15, GUIDANCE_SCALE, step=0.5, label="Guidance scale", info=hint, elem_id="use-guidance")
+    controls = Controls(scale, prompt, negative, count, seed, with_base, steps, guidance_scale, mixed, scales)
     return controls, upload, dice
 
 
 @dataclass(frozen=True)
 class ImageOutputs:
-    """The images, and the one that was chosen."""
+    """The generated images and the selected one."""
 
     gallery: gr.Gallery
     details: gr.HTML
@@ -133,13 +148,13 @@ def _images() -> ImageOutputs:
         buttons=["download", "fullscreen"],
     )
     details = gr.HTML(elem_id="use-details")
-    again = gr.Button("Use these settings again", size="sm", visible=False, elem_id="use-again")
+    again = gr.Button("Reuse these settings", size="sm", visible=False, elem_id="use-again")
     return ImageOutputs(gallery, details, again, gr.State(None))
 
 
 @dataclass(frozen=True)
 class _Look:
-    """What the screen shows of the run in view; told anew where the run, or its adapters, are others than those seen."""
+    """What the screen shows of the selected run; updated only when the run or its adapters have changed."""
 
     context: AppContext
     controls: Controls
@@ -151,19 +166,19 @@ class _Look:
 
     @property
     def outputs(self) -> list[Any]:
-        """What `updates` are for, by their names."""
+        """The outputs of `updates`."""
         of_run = [self.seen, self.empty, self.form, self.context.step, self.controls.prompt, self.suggestions]
         return [*of_run, *self.controls.mixed, *use_files.outputs(self.files)]
 
     def wire(self) -> None:
-        """Look when the page is loaded, when another run is chosen, and while something is at work."""
+        """Refresh when the page loads, when another run is chosen, and while a run is active."""
         context = self.context
 
         @in_plain_words
         def refresh(run_id: str | None, seen: list[Any] | None, chosen: list[Any] | None, request: gr.Request) -> list[Any]:
             return self.updates(context.settings.workspace(request), run_id, seen, chosen)
 
-        # On Judge a step is chosen for this screen before it is opened.
+        # Judge selects a step for this screen before it is opened.
         for begun in (context.page.load, context.picked.change, context.refresh_triggers["use"].change):
             begun(refresh, [context.run, self.seen, context.chosen], self.outputs, **QUIET)
         context.step.input(lambda run_id, step: [run_id, step], [context.run, context.step], context.chosen, **QUIET)
@@ -172,8 +187,8 @@ class _Look:
         """Updates of `outputs`.
 
         Args:
-            seen: what was told before, as this returns it first.
-            chosen: the run and the step that were chosen by hand; stays while it is this run and the step is kept.
+            seen: the key of what the page shows, the first value that this returned last time.
+            chosen: the run and the step that the user selected; used while the run has that step.
         """
         view = _view(workspace, run_id)
         steps = steps_of(view.record) if view is not None and view.task == "subject" else None
@@ -182,7 +197,7 @@ class _Look:
             return [gr.skip()] * len(self.outputs)
         if steps is None or not steps.choices:
             hidden = [gr.skip()] * (len(self.outputs) - 3)
-            return [key, gr.HTML(_nothing_to_draw_with(view), visible=True), gr.Column(visible=False), *hidden]
+            return [key, gr.HTML(_no_adapter_text(view), visible=True), gr.Column(visible=False), *hidden]
         by_hand = [step for _, step in steps.choices if [run_id, step] == chosen]
         of_step = gr.Dropdown(choices=steps.choices, value=next(iter(by_hand), steps.chosen))
         of_run = [gr.skip()] * (2 + MIXED) if _showed(seen, run_id) else self._of_run(workspace, view)
@@ -190,20 +205,20 @@ class _Look:
         return [key, gr.HTML(visible=False), gr.Column(visible=True), of_step, *of_run, *files]
 
     def _of_run(self, workspace: Workspace, view: RunView) -> list[Any]:
-        """The words, the suggestions and the adapters to mix in, for a run that was not in view before."""
+        """The prompt, the example prompts and the further adapters, for a newly selected run."""
         prompts, choices = prompts_of(view), [("none", ""), *others(workspace, view.id)]
         words = [_in_the_snow(view, prompts), gr.Dataset(samples=[[each] for each in prompts])]
         return [*words, *(gr.Dropdown(choices=choices, value="") for _ in self.controls.mixed)]
 
 
-def _nothing_to_draw_with(view: RunView | None) -> str:
+def _no_adapter_text(view: RunView | None) -> str:
     if view is None:
         return NO_RUN
     return CLASSIFIER if view.task == "classify" else NO_STEP
 
 
 def _showed(seen: list[Any] | None, run_id: str | None) -> bool:
-    """Whether the run was shown with its adapters when `seen` was told."""
+    """Whether the page shows this run with its adapters already."""
     return seen is not None and seen[0] == run_id and seen[2] is not None and bool(seen[2][0])
 
 
@@ -215,7 +230,7 @@ def _view(workspace: Workspace, run_id: str | None) -> RunView | None:
 
 
 def prompts_of(view: RunView) -> list[str]:
-    """The prompts that the run drew while it trained."""
+    """The prompts of the run's validation images."""
     prompts = view.options.get("output", {}).get("validation_prompt")
     return [str(each) for each in prompts] if isinstance(prompts, list) else []
 
@@ -225,7 +240,7 @@ def _in_the_snow(view: RunView, prompts: list[str]) -> str:
     return f"{prompt} in the snow" if prompt else next(iter(prompts), "")
 
 
-def _wire_drawing(
+def _wire_generation(
     context: AppContext, controls: Controls, buttons: tuple[gr.Button, gr.Button, gr.HTML], outputs: ImageOutputs
 ) -> None:
     generate, cancel, bar = buttons
@@ -234,18 +249,18 @@ def _wire_drawing(
     @in_plain_words
     def begin(request: gr.Request) -> list[Any]:
         began = CANCELLATIONS.begin(str(request.session_hash))
-        return [began, gr.Button(interactive=False), gr.Button(visible=True), bar_of("Queued", 0, 1)]
+        return [began, gr.Button(interactive=False), gr.Button(visible=True), bar_of("Waiting for the device", 0, 1)]
 
     @in_plain_words
-    def draw(request: gr.Request, token: int, *values: Any) -> Iterator[list[Any]]:
-        yield from _drawing(
+    def generate_images(request: gr.Request, token: int, *values: Any) -> Iterator[list[Any]]:
+        yield from _generate(
             context.settings.workspace(request), GenerationRequest.from_page(values), str(request.session_hash), token
         )
 
     @in_plain_words
-    def at_rest(token: int, request: gr.Request) -> list[Any]:
+    def idle(token: int, request: gr.Request) -> list[Any]:
         cancelled = CANCELLATIONS.is_cancelled(str(request.session_hash), token)
-        return [*_at_rest(), CANCELLED if cancelled else gr.skip()]
+        return [*_idle(), CANCELLED if cancelled else gr.skip()]
 
     @in_plain_words
     def stop(request: gr.Request) -> str:
@@ -254,8 +269,8 @@ def _wire_drawing(
 
     at_once = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
     started = generate.click(begin, outputs=[token, generate, cancel, bar], **at_once)
-    generation = started.then(
-        draw,
+    generating = started.then(
+        generate_images,
         inputs=[token, *controls.inputs(context)],
         outputs=[bar, outputs.gallery, outputs.details],
         show_progress="minimal",
@@ -264,19 +279,19 @@ def _wire_drawing(
         concurrency_id="device",
         api_visibility="private",
     )
-    generation.success(at_rest, inputs=[token], outputs=[generate, cancel, bar], **at_once)
-    generation.failure(lambda: [*_at_rest(), ""], outputs=[generate, cancel, bar], **at_once)
+    generating.success(idle, inputs=[token], outputs=[generate, cancel, bar], **at_once)
+    generating.failure(lambda: [*_idle(), ""], outputs=[generate, cancel, bar], **at_once)
     cancel.click(stop, outputs=[bar], **at_once)
     _wire_gallery(context, outputs)
 
 
-def _drawing(workspace: Workspace, generation_request: GenerationRequest, session: str, token: int) -> Iterator[list[Any]]:
-    """Generate the requested images; updates of the bar, the gallery and its details, until it is cancelled."""
-    from webui.work import drawing
+def _generate(workspace: Workspace, generation_request: GenerationRequest, session: str, token: int) -> Iterator[list[Any]]:
+    """Generate images; yields updates of the bar, the gallery and its details until the token is cancelled."""
+    from webui.work import generation
 
     began = updated = time.monotonic()
     notice = _of_syntax(generation_request)
-    with closing(drawing.draw(workspace, generation_request)) as events:
+    with closing(generation.generate_images(workspace, generation_request)) as events:
         for event in events:
             if CANCELLATIONS.is_cancelled(session, token):
                 return
@@ -289,7 +304,7 @@ def _drawing(workspace: Workspace, generation_request: GenerationRequest, sessio
 
 
 def _wire_gallery(context: AppContext, outputs: ImageOutputs) -> None:
-    """Show what was drawn before when the page is loaded."""
+    """Show earlier images when the page loads."""
 
     @in_plain_words
     def come_back(request: gr.Request) -> list[Any]:
@@ -299,17 +314,17 @@ def _wire_gallery(context: AppContext, outputs: ImageOutputs) -> None:
 
 
 def _of_syntax(generation_request: GenerationRequest) -> str:
-    """What of A1111's syntax in the words is read as plain text, and what does it here."""
-    remedy = "choose it above as the step or under Add other adapters, with its weight"
-    said = page_warnings([generation_request.prompt, generation_request.negative_prompt], remedy)
-    return "".join(f'<div class="warning" role="status">{escaped(each)}</div>' for each in said)
+    """Warnings about A1111 prompt syntax, which is read as plain text, and what to use instead."""
+    remedy = "choose it above as the step or under Combine with other adapters, with its weight"
+    warnings = page_warnings([generation_request.prompt, generation_request.negative_prompt], remedy)
+    return "".join(f'<div class="warning" role="status">{escaped(each)}</div>' for each in warnings)
 
 
 def _first(sample: list[str]) -> str:
     return sample[0]
 
 
-def _at_rest() -> list[Any]:
+def _idle() -> list[Any]:
     return [gr.Button(interactive=True), gr.Button(visible=False)]
 
 
@@ -323,14 +338,14 @@ def _wire_again(look: _Look, image_outputs: ImageOutputs) -> None:
         return [path.name, details_of(settings_of(path)[0]), gr.Button(visible=True)]
 
     image_outputs.gallery.select(choose, outputs=[image_outputs.chosen, image_outputs.details, image_outputs.again], **private)
-    fields = [controls.strength, controls.negative, controls.count, controls.seed, controls.with_base, controls.steps]
-    fields += [controls.guidance, *controls.strengths]
+    fields = [controls.scale, controls.negative, controls.count, controls.seed, controls.with_base, controls.steps]
+    fields += [controls.guidance_scale, *controls.scales]
 
     @in_plain_words
     def again(name: str, run_id: str | None, request: gr.Request) -> list[Any]:
         workspace = context.settings.workspace(request)
         settings, _ = settings_of(GeneratedImages.of(workspace).called(name))
-        adapter, step, strength, mixed = run_in(settings)
+        adapter, step, scale, mixed = run_in(settings)
         run_id = adapter or run_id
         updates = look.updates(workspace, run_id, None, None)
         positions = {id(each): at for at, each in enumerate(look.outputs)}
@@ -341,7 +356,7 @@ def _wire_again(look: _Look, image_outputs: ImageOutputs) -> None:
         for dropdown, (reference, _) in zip(controls.mixed, mixed, strict=True):
             updates[positions[id(dropdown)]] = _with_reference(choices, reference)
         sampling = [settings["num_inference_steps"], settings["guidance_scale"]]
-        values = [strength, settings["negative_prompt"], 1, settings["seed"], False, *sampling, *(of for _, of in mixed)]
+        values = [scale, settings["negative_prompt"], 1, settings["seed"], False, *sampling, *(weight for _, weight in mixed)]
         return [run_id, None if step is None else [run_id, step], *updates, *values]
 
     outputs = [context.run, context.chosen, *look.outputs, *fields]
@@ -349,7 +364,7 @@ def _wire_again(look: _Look, image_outputs: ImageOutputs) -> None:
 
 
 def _with_reference(choices: list[tuple[str, str]], reference: str) -> gr.Dropdown:
-    """The adapters to choose from with one chosen, which need not be there any more."""
+    """A dropdown of adapters with one selected, which may have been deleted."""
     missing = [] if reference in [value for _, value in choices] else [(reference, reference)]
     return gr.Dropdown(choices=[*choices, *missing], value=reference)
 
@@ -357,10 +372,10 @@ def _with_reference(choices: list[tuple[str, str]], reference: str) -> gr.Dropdo
 def _with_step(workspace: Workspace, run_id: str | None, step: int | None) -> Any:
     view = _view(workspace, run_id)
     if view is None:
-        raise InputError("The run of this image is no longer there. Choose another run.")
+        raise InputError("The run of this image was deleted. Choose another run.")
     steps = steps_of(view.record)
     if step is not None and step not in [value for _, value in steps.choices]:
-        raise InputError(f"Step {step} of this image's run is no longer kept. Choose another step.")
+        raise InputError(f"Step {step} of this image's run is no longer saved. Choose another step.")
     return gr.Dropdown(choices=steps.choices, value=steps.chosen if step is None else step)
 
 

@@ -1,4 +1,4 @@
-"""The lower part of the screen Use: the adapter's files to take away, and the mix baked into one."""
+"""The lower part of the screen Use: download the adapter's files, and merge several adapters into one."""
 
 from __future__ import annotations
 
@@ -16,32 +16,31 @@ from webui.files import LAYOUTS, Layout, layouts_of, size_text
 from webui.generation_requests import GenerationRequest
 from webui.views import RunView
 
-# The button has its new file by then.
+# By then the button has its new file.
 SAVE = "() => { setTimeout(() => document.querySelector('#use-file').click(), 200); }"
 
 
 @dataclass(frozen=True)
 class Files:
-    """What takes files away, and how large each is."""
+    """The buttons that download files, and the size of each."""
 
     rows: dict[Layout, gr.Row]
     sizes: dict[Layout, gr.HTML]
-
     buttons: dict[Layout, gr.Button]
     layout: gr.Radio
-    bake: gr.Button
+    merge: gr.Button
     file: gr.DownloadButton
 
 
 def build() -> Files:
     """Put the lower part of the screen Use into the open column."""
-    gr.Markdown("### Downloads\nThe adapter of the step that is chosen above.", elem_id="use-take")
+    gr.Markdown("### Download\nThe adapter at the selected step.", elem_id="use-take")
     rows, buttons, sizes = {}, {}, {}
     for layout, (name, _) in LAYOUTS.items():
         with gr.Row(elem_classes=["use-file"]) as rows[layout]:
             buttons[layout] = gr.Button(name, size="sm", scale=0, min_width=220, elem_id=f"use-download-{layout}")
             sizes[layout] = gr.HTML(elem_id=f"use-size-{layout}")
-    gr.Markdown("### Merged adapters as one file\nAll adapters above, each at its weight, merged exactly into one LoRA file.")
+    gr.Markdown("### Merge\nAll adapters selected above, each at its weight, merged exactly into one LoRA file.")
     with gr.Row():
         layout = gr.Radio(
             [("For ComfyUI and A1111", "kohya"), ("For diffusers", "diffusers")],
@@ -50,18 +49,18 @@ def build() -> Files:
             container=False,
             elem_id="use-bake-layout",
         )
-        bake = gr.Button("Merge the adapters into one file", size="sm", scale=0, min_width=220, elem_id="use-bake")
+        merge = gr.Button("Merge into one file", size="sm", scale=0, min_width=220, elem_id="use-bake")
     file = gr.DownloadButton("Download", elem_id="use-file", elem_classes=["unseen"])
-    return Files(rows, sizes, buttons, layout, bake, file)
+    return Files(rows, sizes, buttons, layout, merge, file)
 
 
 def outputs(files: Files) -> list[Any]:
-    """What `updates` are for."""
+    """The outputs of `updates`."""
     return [*files.rows.values(), *files.sizes.values()]
 
 
 def updates(files: Files, view: RunView) -> list[Any]:
-    """Which layouts the run's adapters can be had in, and what is said of each."""
+    """Which layouts the run's adapters have, and the size and use of each."""
     layouts = layouts_of(view.record)
     rows = [gr.Row(visible=layout in layouts) for layout in files.rows]
     return [*rows, *(gr.HTML(_of_layout(layout, layouts.get(layout))) for layout in files.sizes)]
@@ -72,17 +71,17 @@ def _of_layout(layout: Layout, size: int | None) -> str:
 
 
 def wire(context: AppContext, files: Files, inputs: list[Any]) -> None:
-    """Make files when they are asked for, and have the browser save them.
+    """Make a file when its button is pressed, and have the browser save it.
 
     Args:
-        inputs: the fields that `GenerationRequest.from_page` takes.
+        inputs: the inputs of `GenerationRequest.from_page`.
     """
 
     @in_plain_words
-    def bake(request: gr.Request, layout: str, *values: Any) -> gr.DownloadButton:
-        from webui.work import drawing
+    def merge(request: gr.Request, layout: str, *values: Any) -> gr.DownloadButton:
+        from webui.work import generation
 
-        with drawing.baked(context.settings.workspace(request), GenerationRequest.from_page(values), layout) as made:
+        with generation.merged(context.settings.workspace(request), GenerationRequest.from_page(values), layout) as made:
             return gr.DownloadButton(value=save_file_to_cache(made, get_upload_folder()))
 
     on_device = {"concurrency_limit": 1, "concurrency_id": "device", "api_visibility": "private"}
@@ -95,8 +94,8 @@ def wire(context: AppContext, files: Files, inputs: list[Any]) -> None:
             **on_device,
         )
         made.success(None, js=SAVE, api_visibility="private")
-    made = files.bake.click(
-        bake, inputs=[files.layout, *inputs], outputs=[files.file], show_progress_on=[files.bake], **on_device
+    made = files.merge.click(
+        merge, inputs=[files.layout, *inputs], outputs=[files.file], show_progress_on=[files.merge], **on_device
     )
     made.success(None, js=SAVE, api_visibility="private")
 
@@ -104,9 +103,9 @@ def wire(context: AppContext, files: Files, inputs: list[Any]) -> None:
 def _download(context: AppContext, layout: Layout) -> Callable[..., gr.DownloadButton]:
     @in_plain_words
     def download(run_id: str, step: int, request: gr.Request) -> gr.DownloadButton:
-        from webui.work import drawing
+        from webui.work import generation
 
-        with drawing.file_of(context.settings.workspace(request), run_id, step, layout) as made:
+        with generation.file_of(context.settings.workspace(request), run_id, step, layout) as made:
             return gr.DownloadButton(value=save_file_to_cache(made, get_upload_folder()))
 
     return download

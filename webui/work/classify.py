@@ -58,7 +58,7 @@ def built_in() -> Clip:
 
 
 def zero_shot(classes: LabelledClasses) -> ZeroShotClassifier:
-    """How well the built-in CLIP, which has learned nothing of them, names some images of each class.
+    """Zero-shot accuracy of the built-in CLIP on some images of each class.
 
     Raises: InputError if there are fewer than two classes with images, or an image cannot be read.
     """

@@ -1,4 +1,4 @@
-"""What the expert panel draws: every option of a task, as its dataclasses describe it."""
+"""The fields of the expert panel: every option of a task, from the dataclasses of its flags."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from webui.draft import SET_BY_THE_PAGE
 from webui.work.options import MACHINE_FIELDS, NEVER, Task, default_of, fields_of, kind_of
 
 Kind = Literal["bool", "choice", "int", "float", "text", "list"]
-# Texts of which only some are words that the trainer knows.
+# Text options with a fixed set of values.
 CHOICES: dict[Task, dict[str, tuple[str, ...]]] = {
     "subject": {
         "method": tuple(method_names()),
@@ -28,19 +28,49 @@ CHOICES: dict[Task, dict[str, tuple[str, ...]]] = {
     "classify": {},
 }
 
+LABEL_WORDS = {
+    "8bit": "8-bit", "adam": "Adam", "beta1": "beta 1", "beta2": "beta 2", "dir": "folder", "edm": "EDM", "ema": "EMA",
+    "gb": "(GB)", "grad": "gradient", "hub": "Hub", "id": "ID", "init": "initialisation", "lora": "LoRA", "lr": "learning rate",
+    "max": "maximum", "min": "minimum", "num": "number of", "orth": "orthogonality", "reg": "regularisation", "rslora": "rsLoRA", "snr": "SNR",
+    "train": "training", "vae": "VAE", "vera": "VeRA",
+}  # fmt: skip
+LABELS = {
+    "adam_epsilon": "Adam epsilon",
+    "dataloader_num_workers": "Data loader workers",
+    "heldout_image": "Held-out image",
+    "heldout_steps": "Validation loss every N steps",
+    "init_r": "Initial rank",
+    "inner_r": "Inner rank",
+    "lora_plus_ratio": "LoRA+ ratio",
+    "lr_num_cycles": "Learning rate cycles",
+    "lr_warmup_steps": "Warm-up steps",
+    "num_class_images": "Number of class images",
+    "pretrained_model_name_or_path": "Base model",
+    "pretrained_vae_model_name_or_path": "VAE",
+    "report_to": "Tracker",
+    "snr_gamma": "Min-SNR gamma",
+    "target_r": "Target rank",
+    "tfinal_ratio": "Final steps ratio",
+    "tinit_ratio": "Warm-up steps ratio",
+    "train_batch_size": "Batch size",
+    "train_text_encoder": "Train text encoder",
+    "validation_steps": "Sample images every N steps",
+    "with_prior_preservation": "Prior preservation",
+}
+
 
 @dataclass(frozen=True)
 class Field:
     """One option.
 
     Args:
-        group, name: where it is.
-        kind: which widget it gets; a list is written one item a line.
-        item: of what type the items of a list are, or the value itself.
+        group, name: the dataclass and its field.
+        kind: the kind of widget; a list has one item per line.
+        item: the type of the value, or of the items of a list.
         choices: the values of a choice.
-        optional: whether it may be left empty.
-        default: what it is unless something is said.
-        help: what it does.
+        optional: whether it may be empty.
+        default: its default value.
+        help: the help of its flag.
         methods: the adapter methods that have it; empty for an option of every run.
     """
 
@@ -56,13 +86,14 @@ class Field:
 
     @property
     def label(self) -> str:
-        """Its name in words: the flag without its dashes."""
-        return self.name.replace("_", " ")
+        """Its name for people."""
+        words = [LABEL_WORDS.get(word, word) for word in self.name.split("_")]
+        return LABELS.get(self.name) or " ".join([words[0][:1].upper() + words[0][1:], *words[1:]])
 
     def read(self, value: Any) -> Any:
-        """What the widget's value `value` means; None for a field left empty.
+        """The option's value from the widget's `value`; None if empty.
 
-        Raises: InputError if it is of the wrong kind.
+        Raises: InputError if it has the wrong type.
         """
         if self.kind == "bool":
             return bool(value)
@@ -70,7 +101,7 @@ class Field:
         if not text:
             if self.optional or self.kind == "list":
                 return None
-            raise InputError(f"{self.name} must not be empty. What it was stays in force.")
+            raise InputError(f"{self.name} must not be empty. The previous value is kept.")
         if self.kind == "choice":
             return next((choice for choice in self.choices if str(choice) == text), text)
         if self.kind == "list":
@@ -99,10 +130,10 @@ class Field:
 
 
 def panel_fields(task: Task, is_local: bool) -> dict[str, list[Field]]:
-    """All options of `task` that the panel shows, by group.
+    """All options of `task` on the panel, by group.
 
     Args:
-        is_local: whether the user's own machine is the server; others may name none of its files and models.
+        is_local: whether the server runs on the user's machine; other users may not name its files and models.
     """
     hidden = NEVER if is_local else NEVER | MACHINE_FIELDS
     by_group: dict[str, list[Field]] = {}
@@ -124,7 +155,7 @@ def _field(task: Task, group: str, field: dataclasses.Field, of_methods: MethodO
 
 
 def _without_none(kind: Any) -> tuple[Any, bool]:
-    """The type of an option that may be None, else `kind` itself; and whether it may."""
+    """The type without None, and whether it allows None."""
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
         return next(one for one in typing.get_args(kind) if one is not type(None)), True
     return kind, False
@@ -136,7 +167,7 @@ def _widget(kind: Any, optional: bool, choices: tuple[Any, ...]) -> tuple[str, t
     if typing.get_origin(kind) is Literal:
         return "choice", type(arguments[0]), arguments
     if kind is bool and optional:
-        # Unsaid, it is neither.
+        # Three values: true, false and not set.
         return "choice", bool, (True, False)
     if typing.get_origin(kind) is list:
         return "list", arguments[0], choices

@@ -1,4 +1,4 @@
-"""Generates images: keeps base models and adapters loaded, reports each step, and stops within one when cancelled."""
+"""Generates images: keeps base models and adapters loaded, reports each denoising step, and can be cancelled between two."""
 
 from __future__ import annotations
 
@@ -27,82 +27,83 @@ from webui.adapters import AdapterEntry
 
 Result = TypeVar("Result")
 MAX_MODELS, MAX_ADAPTERS = 2, 6
-MAX_IMAGES, MAX_STEPS, MAX_GUIDANCE, MAX_STRENGTH, MAX_PROMPT, MAX_SEED = 16, 150, 30.0, 2.0, 2000, 2**32 - 1
+MAX_IMAGES, MAX_STEPS, MAX_GUIDANCE, MAX_SCALE, MAX_PROMPT, MAX_SEED = 16, 150, 30.0, 2.0, 2000, 2**32 - 1
 MODEL_NAME = "pretrained_model_name_or_path"
-# All that diffusers and PEFT raise for a file that is none of theirs, or of another model.
+# What diffusers and PEFT raise for a file in another format or for another model.
 UNFIT = (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError)
 
 
 @dataclass(frozen=True)
 class WeightedAdapter:
-    """An adapter in a mix, and how strong it is there."""
+    """An adapter and its scale."""
 
     adapter: AdapterEntry
-    strength: float = 1.0
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
 class GenerationJob:
-    """What to generate.
+    """Images to generate, checked.
 
     Args:
-        prompt: what the images show.
-        parts: adapters, mixed; none for the base model alone.
+        prompt: the prompt of all images.
+        adapters: the adapters to combine; none for the base model alone.
         seeds: one for each image.
-        with_base: also draw what the base model makes of each seed.
-    Raises: InputError naming what cannot be used.
+        sampling: steps, guidance scale, negative prompt and resolution.
+        with_base: also generate each seed with the base model alone.
+    Raises: InputError for a value out of range, or adapters that cannot be combined.
     """
 
     prompt: str
-    parts: tuple[WeightedAdapter, ...] = ()
+    adapters: tuple[WeightedAdapter, ...] = ()
     seeds: tuple[int, ...] = (0,)
     sampling: Sampling = field(default_factory=Sampling)
     with_base: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
-            raise InputError("The prompt is empty. Write what the image is to show.")
+            raise InputError("The prompt is empty. Describe the image.")
         for name, text in (("prompt", self.prompt), ("negative prompt", self.sampling.negative_prompt)):
             if len(text) > MAX_PROMPT:
                 raise InputError(f"The {name} must have at most {MAX_PROMPT} characters, got {len(text)}. Shorten it.")
         if not 1 <= len(self.seeds) <= MAX_IMAGES:
-            raise InputError(f"The number of images must be from 1 to {MAX_IMAGES}, got {len(self.seeds)}.")
+            raise InputError(f"The number of images must be in [1, {MAX_IMAGES}], got {len(self.seeds)}.")
         for seed in self.seeds:
             if not 0 <= seed <= MAX_SEED:
-                raise InputError(f"The seed must be from 0 to {MAX_SEED}, got {seed}.")
+                raise InputError(f"The seed must be in [0, {MAX_SEED}], got {seed}.")
         if self.sampling.num_inference_steps > MAX_STEPS or not self.sampling.guidance_scale <= MAX_GUIDANCE:
-            raise InputError(f"At most {MAX_STEPS} steps and a guidance of at most {MAX_GUIDANCE:g} are drawn. Lower them.")
-        self._check_parts()
+            raise InputError(f"Use at most {MAX_STEPS} steps and a guidance scale of at most {MAX_GUIDANCE:g}. Lower them.")
+        self._check_adapters()
 
-    def _check_parts(self) -> None:
-        if len(self.parts) > MAX_ADAPTERS:
-            raise InputError(f"At most {MAX_ADAPTERS} adapters can be mixed, got {len(self.parts)}. Leave some out.")
-        for part in self.parts:
-            if not (math.isfinite(part.strength) and abs(part.strength) <= MAX_STRENGTH):
-                raise InputError(f"The adapter weight of {part.adapter.name} must be from -2 to 2, got {part.strength:g}.")
-        self._check_mixture()
+    def _check_adapters(self) -> None:
+        if len(self.adapters) > MAX_ADAPTERS:
+            raise InputError(f"At most {MAX_ADAPTERS} adapters can be combined, got {len(self.adapters)}. Remove some.")
+        for each in self.adapters:
+            if not (math.isfinite(each.scale) and abs(each.scale) <= MAX_SCALE):
+                raise InputError(f"The weight of {each.adapter.name} must be in [-2, 2], got {each.scale:g}.")
+        self._check_combination()
 
-    def _check_mixture(self) -> None:
-        references = [part.adapter.reference for part in self.parts]
-        twice = next((part for part in self.parts if references.count(part.adapter.reference) > 1), None)
+    def _check_combination(self) -> None:
+        references = [each.adapter.reference for each in self.adapters]
+        twice = next((each for each in self.adapters if references.count(each.adapter.reference) > 1), None)
         if twice is not None:
-            raise InputError(f"{twice.adapter.name} is chosen twice. Choose it once, with a higher weight.")
-        models = [part.adapter for part in self.parts if part.adapter.model is not None]
+            raise InputError(f"{twice.adapter.name} is chosen twice. Choose it once and raise its weight.")
+        models = [each.adapter for each in self.adapters if each.adapter.model is not None]
         for other in models[1:]:
             if ModelSource.from_options(other.model) != ModelSource.from_options(models[0].model):
                 names = [f"{each.name} (of {portable_name(each.model[MODEL_NAME])})" for each in (models[0], other)]
-                raise InputError(f"{' and '.join(names)} are adapters of different base models. Mix those of one model.")
+                raise InputError(f"{' and '.join(names)} are for different base models. Combine adapters for one base model.")
 
     @property
     def source(self) -> ModelSource:
-        """The base model, whole, as others have it who load the file; the built-in one where no adapter says."""
-        model = next((part.adapter.model for part in self.parts if part.adapter.model is not None), {})
+        """The unmodified base model that the adapters name; the built-in one if none names any."""
+        model = next((each.adapter.model for each in self.adapters if each.adapter.model is not None), {})
         return ModelSource.from_options(model)
 
     def settings(self, seed: int, sampler: str, with_adapters: bool) -> dict[str, Any]:
-        """What an image's file says of how it was made."""
+        """The settings that an image's PNG file carries."""
         used = [
-            {"name": part.adapter.name, "reference": part.adapter.reference, "strength": part.strength} for part in self.parts
+            {"name": each.adapter.name, "reference": each.adapter.reference, "strength": each.scale} for each in self.adapters
         ]
         model = portable_name(self.source.pretrained_model_name_or_path)
         common = {**asdict(self.sampling), "sampler": sampler, "model": model, "adapters": used if with_adapters else []}
@@ -111,7 +112,7 @@ class GenerationJob:
 
 @dataclass(frozen=True)
 class GenerationProgress:
-    """How far the drawing is: `done` of `total` denoising steps, and in words what is being done."""
+    """`done` of `total` denoising steps, and a short description of the current stage."""
 
     words: str
     done: int
@@ -127,101 +128,101 @@ class GeneratedImage:
 
 
 class GenerationCancelled(Exception):
-    """The generation was cancelled; never raised to callers of the pipeline cache."""
+    """Raised between two denoising steps to cancel; never leaves this module."""
 
 
 @dataclass
 class _Model:
-    """A loaded base model, and the adapters on it: their name there by what their files were when they were loaded."""
+    """A loaded base model and the names of the adapters on it, by the file's path and modification time at loading."""
 
     pipeline: StableDiffusionXLPipeline
     names: OrderedDict[tuple[str, int], str] = field(default_factory=OrderedDict)
 
 
 class PipelineCache:
-    """Draws one order at a time with models that stay loaded.
+    """Runs one job at a time with models that stay loaded.
 
-    Images are drawn one by one, so that a seed gives the same image however many are drawn with it.
+    Images are generated one by one, so that a seed gives the same image whatever the number of images.
     """
 
     def __init__(self) -> None:
         self._models: OrderedDict[ModelSource, _Model] = OrderedDict()
-        # Not a reentrant one: a generator's steps, and its end, may run in different threads.
+        # Not reentrant: a generator may be advanced and closed in different threads.
         self._device = threading.Lock()
         self._count = 0
 
-    def draw(self, order: GenerationJob) -> Iterator[GenerationProgress | GeneratedImage]:
-        """Draw all images of `order`: progress at each step, and each image as it is done.
+    def generate(self, job: GenerationJob) -> Iterator[GenerationProgress | GeneratedImage]:
+        """Generate all images of `job`: yields progress at each step, and each finished image.
 
-        Closing the iterator ends the drawing within a denoising step.
+        Closing the iterator cancels the job within one denoising step.
         Raises: InputError naming the model or adapter that cannot be used.
         """
-        variants = [True, False] if order.with_base and order.parts else [True]
-        steps = order.sampling.num_inference_steps
-        total = steps * len(order.seeds) * len(variants)
+        variants = [True, False] if job.with_base and job.adapters else [True]
+        steps = job.sampling.num_inference_steps
+        total = steps * len(job.seeds) * len(variants)
         yield GenerationProgress("Waiting for the device" if self._device.locked() else "Loading the model", 0, total)
         with self._device:
-            model = self._ready(order)
+            model = self._ready(job)
             sampler = type(model.pipeline.scheduler).__name__.removesuffix("Scheduler")
-            for index, (seed, adapted) in enumerate((seed, adapted) for seed in order.seeds for adapted in variants):
-                words = f"Image {index + 1} of {len(order.seeds) * len(variants)}"
+            for index, (seed, adapted) in enumerate((seed, adapted) for seed in job.seeds for adapted in variants):
+                words = f"Image {index + 1} of {len(job.seeds) * len(variants)}"
                 yield GenerationProgress(words, index * steps, total)
-                image = yield from self._image(model, order, seed, adapted, (words, index * steps, total))
-                yield GeneratedImage(image, order.settings(seed, sampler, adapted))
+                image = yield from self._image(model, job, seed, adapted, (words, index * steps, total))
+                yield GeneratedImage(image, job.settings(seed, sampler, adapted))
 
-    def bake(self, order: GenerationJob, path: Path, layout: Literal["diffusers", "kohya"]) -> Path:
-        """Write the mix of `order` as one LoRA file of layout `layout` at `path`, a .safetensors file; exact.
+    def merge(self, job: GenerationJob, path: Path, layout: Literal["diffusers", "kohya"]) -> Path:
+        """Write the weighted sum of the adapters of `job` as one LoRA file in `layout` at `path` (.safetensors); exact.
 
-        Raises: InputError if there is nothing to write, or a part of it cannot be added to others.
+        Raises: InputError if there is no adapter, or one of them has no low-rank form that can be added.
         """
-        if not order.parts:
+        if not job.adapters:
             raise InputError("There is no adapter to merge. Choose one.")
         with self._device:
-            model = self._ready(order)
-            names = [self._name(model, part.adapter) for part in order.parts]
-            strengths = dict(zip(names, (part.strength for part in order.parts), strict=True))
+            model = self._ready(job)
+            names = [self._name(model, each.adapter) for each in job.adapters]
+            scales = dict(zip(names, (each.scale for each in job.adapters), strict=True))
             try:
-                return export_lora(model.pipeline, path, names[0] if list(strengths.values()) == [1] else strengths, layout)
+                return export_lora(model.pipeline, path, names[0] if list(scales.values()) == [1] else scales, layout)
             except ValueError as error:
                 raise InputError(f"These adapters cannot be merged into one file: {error}") from error
 
     def export(self, adapter: AdapterEntry, use: Callable[[StableDiffusionXLPipeline, str], Result]) -> Result:
-        """What `use` makes of a pipeline and the name of `adapter` on it."""
+        """Call `use` with a pipeline and the name of `adapter` on it; returns its result."""
         with self._device:
             model = self._ready(GenerationJob(adapter.name, (WeightedAdapter(adapter),)))
             return use(model.pipeline, self._name(model, adapter))
 
     def release(self) -> None:
-        """Forget all models, so that their memory is free for a training."""
+        """Drop all models, so that training can use their memory."""
         with self._device:
             self._models.clear()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
     def _image(
-        self, model: _Model, order: GenerationJob, seed: int, adapted: bool, at: tuple[str, int, int]
+        self, model: _Model, job: GenerationJob, seed: int, adapted: bool, at: tuple[str, int, int]
     ) -> Generator[GenerationProgress, None, Image.Image]:
         words, before, total = at
 
         def draw(on_step: Callable[[int], None]) -> Image.Image:
-            plain = without_adapters(model.pipeline) if model.names and not (adapted and order.parts) else nullcontext()
+            plain = without_adapters(model.pipeline) if model.names and not (adapted and job.adapters) else nullcontext()
             with plain, threads_for(model.pipeline):
-                return next(generate(model.pipeline, [order.prompt], [seed], order.sampling, on_step=on_step))
+                return next(generate(model.pipeline, [job.prompt], [seed], job.sampling, on_step=on_step))
 
         with _in_steps(draw) as (steps, result):
             for step in steps:
-                yield GenerationProgress(words, before + min(step, order.sampling.num_inference_steps), total)
+                yield GenerationProgress(words, before + min(step, job.sampling.num_inference_steps), total)
             return result()
 
-    def _ready(self, order: GenerationJob) -> _Model:
-        """The order's model with its adapters on, at their strengths."""
-        model = self._loaded(order.source)
+    def _ready(self, job: GenerationJob) -> _Model:
+        """The job's model with its adapters active at their scales."""
+        model = self._loaded(job.source)
         with ExitStack() as on_failure:
-            # What half an adapter may have left there is not drawn with.
-            on_failure.callback(self._models.pop, order.source, None)
-            names = [self._name(model, part.adapter) for part in order.parts]
+            # A model on which loading an adapter failed half-way is not used again.
+            on_failure.callback(self._models.pop, job.source, None)
+            names = [self._name(model, each.adapter) for each in job.adapters]
             if names:
-                model.pipeline.set_adapters(names, adapter_weights=[float(part.strength) for part in order.parts])
+                model.pipeline.set_adapters(names, adapter_weights=[float(each.scale) for each in job.adapters])
             on_failure.pop_all()
         return model
 
@@ -236,7 +237,7 @@ class PipelineCache:
         return self._models[source]
 
     def _name(self, model: _Model, adapter: AdapterEntry) -> str:
-        """The name on the pipeline of `adapter`, which is loaded if it is not there, or has changed since."""
+        """The name of `adapter` on the pipeline; loads it if it is missing or its file has changed."""
         key = (str(adapter.path), _newest_change(adapter))
         if key not in model.names:
             while len(model.names) >= MAX_ADAPTERS:
@@ -259,17 +260,17 @@ def _load(pipeline: StableDiffusionXLPipeline, adapter: AdapterEntry, name: str)
     try:
         load_adapter(pipeline, adapter.path, name)
     except AdapterFileError as error:
-        said = str(error).replace(str(adapter.path), adapter.name)
-        raise InputError(f"{adapter.name} cannot be used: {said}") from error
+        message = str(error).replace(str(adapter.path), adapter.name)
+        raise InputError(f"{adapter.name} cannot be used: {message}") from error
     except InputError as error:
         raise InputError(str(error).replace(str(adapter.path), adapter.name)) from error
     except UNFIT as error:
         raise InputError(f"{adapter.name} does not fit this base model. Choose an adapter that was trained on it.") from error
-    if not any(name in (getattr(part, "peft_config", None) or {}) for part in _parts_of(pipeline)):
-        raise InputError(f"{adapter.name} changes nothing of this base model. Choose an adapter that was trained on it.")
+    if not any(name in (getattr(component, "peft_config", None) or {}) for component in _components_of(pipeline)):
+        raise InputError(f"{adapter.name} does not change this base model. Choose an adapter that was trained on it.")
 
 
-def _parts_of(pipeline: StableDiffusionXLPipeline) -> Sequence[torch.nn.Module]:
+def _components_of(pipeline: StableDiffusionXLPipeline) -> Sequence[torch.nn.Module]:
     return (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2)
 
 
@@ -277,9 +278,9 @@ def _parts_of(pipeline: StableDiffusionXLPipeline) -> Sequence[torch.nn.Module]:
 def _in_steps(
     work: Callable[[Callable[[int], None]], Result],
 ) -> Iterator[tuple[Iterator[int], Callable[[], Result]]]:
-    """Run `work` in a thread: the steps that it tells, as they come, and then its result.
+    """Run `work` in a thread; gives an iterator over the steps that it reports, and a function that returns its result.
 
-    Leaving the context before that makes the work stop at its next step, and waits for it.
+    Leaving the context early cancels the work at its next step and waits for it.
     """
     steps: SimpleQueue[int | None] = SimpleQueue()
     stop = threading.Event()
@@ -289,7 +290,7 @@ def _in_steps(
             raise GenerationCancelled
         steps.put(step)
 
-    with ThreadPoolExecutor(1, thread_name_prefix="drawing") as pool:
+    with ThreadPoolExecutor(1, thread_name_prefix="generation") as pool:
         future = pool.submit(work, on_step)
         future.add_done_callback(lambda _: steps.put(None))
         try:
@@ -298,4 +299,4 @@ def _in_steps(
             stop.set()
 
 
-STUDIO = PipelineCache()
+PIPELINE_CACHE = PipelineCache()

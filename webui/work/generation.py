@@ -1,4 +1,4 @@
-"""Generation requests to images, and adapters to the files that other programs load."""
+"""From a generation request to images, and from an adapter to files for other programs."""
 
 from __future__ import annotations
 
@@ -24,59 +24,64 @@ from webui.files import LAYOUTS, Layout
 from webui.generated_images import GeneratedImages
 from webui.generation_requests import GenerationRequest
 from webui.views import RunView
-from webui.work.pipeline_cache import MAX_IMAGES, STUDIO, GeneratedImage, GenerationJob, GenerationProgress, WeightedAdapter
+from webui.work.pipeline_cache import (
+    MAX_IMAGES,
+    PIPELINE_CACHE,
+    GeneratedImage,
+    GenerationJob,
+    GenerationProgress,
+    WeightedAdapter,
+)
 from webui.workspace import Workspace
 
 
-def order_for(workspace: Workspace, generation_request: GenerationRequest) -> GenerationJob:
-    """The generation job of a request.
+def job_for(workspace: Workspace, request: GenerationRequest) -> GenerationJob:
+    """The job for a request.
 
-    Raises: InputError naming what is not there or cannot be used.
+    Raises: InputError if an adapter is missing or a value is out of range.
     """
-    parts = tuple(
-        WeightedAdapter(adapter_called(workspace, reference), strength) for reference, strength in generation_request.references
-    )
-    if not 1 <= generation_request.count <= MAX_IMAGES:
-        raise InputError(f"The number of images must be from 1 to {MAX_IMAGES}, got {generation_request.count}.")
+    adapters = tuple(WeightedAdapter(adapter_called(workspace, reference), scale) for reference, scale in request.references)
+    if not 1 <= request.count <= MAX_IMAGES:
+        raise InputError(f"The number of images must be in [1, {MAX_IMAGES}], got {request.count}.")
     resolution = None
-    if generation_request.run_id is not None:
-        resolution = RunView(workspace.run(generation_request.run_id)).options.get("data", {}).get("resolution")
-    sampling = Sampling(generation_request.steps, generation_request.guidance, generation_request.negative_prompt, resolution)
-    seeds = tuple(range(generation_request.seed, generation_request.seed + generation_request.count))
-    return GenerationJob(generation_request.prompt, parts, seeds, sampling, generation_request.with_base)
+    if request.run_id is not None:
+        resolution = RunView(workspace.run(request.run_id)).options.get("data", {}).get("resolution")
+    sampling = Sampling(request.steps, request.guidance_scale, request.negative_prompt, resolution)
+    seeds = tuple(range(request.seed, request.seed + request.count))
+    return GenerationJob(request.prompt, adapters, seeds, sampling, request.with_base)
 
 
-def draw(workspace: Workspace, generation_request: GenerationRequest) -> Iterator[GenerationProgress | Path]:
-    """Generate the requested images: progress at each step, and each image's file, kept among the user's images, as it is done.
+def generate_images(workspace: Workspace, request: GenerationRequest) -> Iterator[GenerationProgress | Path]:
+    """Generate images: yields progress at each step, and the file of each finished image among the user's images.
 
-    Raises: InputError naming what cannot be used.
+    Raises: InputError if an adapter or a value cannot be used.
     """
-    images, events = GeneratedImages.of(workspace), STUDIO.draw(order_for(workspace, generation_request))
+    images, events = GeneratedImages.of(workspace), PIPELINE_CACHE.generate(job_for(workspace, request))
     try:
         for event in events:
             yield images.add(event.image, event.settings) if isinstance(event, GeneratedImage) else event
     finally:
-        # At once, rather than when nobody remembers it any more.
+        # Now rather than at garbage collection, so that the device is free.
         events.close()
 
 
 @contextmanager
-def baked(workspace: Workspace, generation_request: GenerationRequest, layout: Literal["diffusers", "kohya"]) -> Iterator[Path]:
-    """The adapters of the request merged into one LoRA file, for as long as the context lasts.
+def merged(workspace: Workspace, request: GenerationRequest, layout: Literal["diffusers", "kohya"]) -> Iterator[Path]:
+    """The adapters of the request merged into one LoRA file, which exists until the context ends.
 
-    Raises: InputError if it cannot be one.
+    Raises: InputError if they cannot be merged.
     """
-    order = order_for(workspace, generation_request)
+    job = job_for(workspace, request)
     with tempfile.TemporaryDirectory() as folder:
-        run = generation_request.run_id or "adapters"
-        yield STUDIO.bake(order, Path(folder) / f"{run}-mix-{layout}.safetensors", layout)
+        run = request.run_id or "adapters"
+        yield PIPELINE_CACHE.merge(job, Path(folder) / f"{run}-mix-{layout}.safetensors", layout)
 
 
 @contextmanager
 def file_of(workspace: Workspace, run_id: str, step: int, layout: Layout) -> Iterator[Path]:
-    """The adapter of a run at `step` in `layout`: a file, or a zip of a folder; for as long as the context lasts.
+    """The adapter of a run at `step` in `layout`, a file or a zip of a folder, which exists until the context ends.
 
-    Raises: InputError if it is not there.
+    Raises: InputError if there is no such adapter or layout.
     """
     if layout not in LAYOUTS:
         raise InputError(f"The layout must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
@@ -90,10 +95,10 @@ def file_of(workspace: Workspace, run_id: str, step: int, layout: Layout) -> Ite
                 components: dict[str, Any] = adapted_components(pipeline, name)
                 save_everywhere(pipeline, components, Path(folder), "adapter", name)
 
-            STUDIO.export(adapter, save)
+            PIPELINE_CACHE.export(adapter, save)
             path = _in(Path(folder), layout)
         if path is None:
-            raise InputError("This adapter has no compact form; its full form is small already. Download that.")
+            raise InputError("This adapter has no compact form. Download the full form, which is small too.")
         yield _packed(path, Path(folder) / f"{run_id}-step-{step}-{layout}")
 
 
@@ -114,11 +119,11 @@ def _in(folder: Path, layout: Layout) -> Path | None:
 
 
 def _packed(source: Path, named: Path) -> Path:
-    """A copy of a file, or a zip of a folder, under the name that it is downloaded by."""
+    """A copy of a file, or a zip of a folder, under its download name."""
     if source.is_file():
         return Path(shutil.copyfile(source, named.with_name(f"{named.name}.safetensors")))
     target = named.with_name(f"{named.name}.zip")
-    # Weights do not shrink.
+    # Weights do not compress.
     with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as packed:
         for file in sorted(path for path in source.rglob("*") if path.is_file()):
             packed.write(file, Path(named.name) / file.relative_to(source))
