@@ -134,7 +134,7 @@ def test_while_it_trains_what_there_is_is_shown_and_what_will_be_is_said(workspa
     for step in (0, 40):
         add_samples(run, step)
     found = look(run)
-    assert "What there is so far is below." in found["suggestion"].key
+    assert "The results so far are below." in found["suggestion"].key
     assert "step 40" in found["table"].make().value
     assert found["curves"].key.count("<figure") == 4
     assert "recommended" not in found["curves"].key + found["table"].make().value
@@ -160,7 +160,7 @@ def test_no_run_and_a_classifier_are_told_apart(workspace):
     run = run_in(workspace.runs / "a", "done")
     (run.path / "options.json").write_text(json.dumps({"target_layers": {}}))
     found = look(run)
-    assert "the screen Classify" in found["empty"].key
+    assert "on the screen\nClassify" in found["empty"].key
     assert found["table"].key == ""
 
 

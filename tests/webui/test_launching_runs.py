@@ -28,7 +28,7 @@ QUICK = {"optimisation": {"max_train_steps": 8}, "adapter": {"rank": 4, "inner_r
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
     """One whose runs are not really trained; what is still at work at the end is killed."""
-    monkeypatch.setattr(launching, "_found", standing_for_accelerate)
+    monkeypatch.setattr(launching, "_with_launcher", standing_for_accelerate)
     workspace = Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True)
     yield workspace
     kill_all_naming(tmp_path)
@@ -79,9 +79,9 @@ def test_the_command_uses_the_launcher_of_this_environment(monkeypatch, tmp_path
     words = ["accelerate", "launch", "training/fewshot_nora.py"]
     beside = Path(sys.executable).parent / "accelerate"
     if beside.exists():
-        assert launching._found(words) == [str(beside), *words[1:]]
+        assert launching._with_launcher(words) == [str(beside), *words[1:]]
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    assert launching._found(words) == [str(tmp_path / "python"), "-m", "accelerate.commands.launch", words[2]]
+    assert launching._with_launcher(words) == [str(tmp_path / "python"), "-m", "accelerate.commands.launch", words[2]]
 
 
 @pytest.mark.parametrize("has_gpu", [True, False])
@@ -90,7 +90,7 @@ def test_models_that_only_draw_leave_an_accelerator_to_the_run(workspace, monkey
     cache = SimpleNamespace(PIPELINE_CACHE=SimpleNamespace(release=lambda: released.append(True)))
     monkeypatch.setitem(sys.modules, "webui.work.pipeline_cache", cache)
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: has_gpu)))
-    launching._make_room()
+    launching._release_gpu()
     time.sleep(0.2)
     assert released == [True] * has_gpu
 
@@ -110,7 +110,7 @@ def test_a_run_outlives_the_server_that_is_killed(workspace, tmp_path):
     code = (
         "import sys, time, pathlib; sys.path.insert(0, sys.argv[1]); from processes import standing_for_accelerate\n"
         "from webui import launching; from webui.workspace import Workspace\n"
-        "launching._found = standing_for_accelerate; folder = pathlib.Path(sys.argv[2])\n"
+        "launching._with_launcher = standing_for_accelerate; folder = pathlib.Path(sys.argv[2])\n"
         "workspace = Workspace(folder / 'runs', folder / 'sets', is_local=True)\n"
         "for _ in range(2): print(launching.start(workspace, 'subject', {}), flush=True)\n"
         "time.sleep(600)"
@@ -214,7 +214,7 @@ def test_a_stranger_with_the_run_s_process_id_is_left_alone(workspace):
     status = {"state": "running", "pid": stranger.pid, "pid_started": psutil.Process(stranger.pid).create_time() - 100}
     (path / "status.json").write_text(json.dumps(status))
     assert state(workspace, path.name) == "interrupted"
-    with pytest.raises(InputError, match="nothing to stop"):
+    with pytest.raises(InputError, match="not active"):
         launching.stop(workspace, path.name)
     assert stranger.poll() is None
     stranger.kill()

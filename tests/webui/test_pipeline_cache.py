@@ -227,7 +227,7 @@ def test_few_models_stay_loaded(workspace, tiny_model, tmp_path):
         ({"prompt": "a" * 3000}, r"prompt must have at most 2000 characters, got 3000"),
         ({"seeds": ()}, r"number of images must be in \[1, 16\], got 0"),
         ({"seeds": (-1,)}, r"seed must be in \[0, 4294967295\], got -1"),
-        ({"sampling": Sampling(num_inference_steps=500)}, r"At most 150 steps"),
+        ({"sampling": Sampling(num_inference_steps=500)}, r"Use at most 150 steps"),
     ],
 )
 def test_an_invalid_job_is_refused(changes, message):

@@ -41,7 +41,7 @@ def classifier(folder, name="nora", value=0.8, shots=4):
     return run
 
 
-def test_runs_are_compared_by_the_same_prompts_from_the_same_noise_and_the_options_that_differ(workspace):
+def test_runs_are_compared_by_images_of_the_same_prompt_and_seed_and_by_options_that_differ(workspace):
     finished_run(workspace.runs / "a")
     with_options(finished_run(workspace.runs / "b"), adapter={"method": "lora", "rank": 4})
     compared = Compared.of(workspace, ["a", "b"])
@@ -52,10 +52,10 @@ def test_runs_are_compared_by_the_same_prompts_from_the_same_noise_and_the_optio
     told = compared.differences()
     assert "adapter: method" in told
     assert "instance_prompt" not in told
-    assert "as usual" in told
+    assert "default" in told
     curves = compared.curves()
     assert curves.count("<figure") == 3
-    assert all(f"{letter}: loss" in curves for letter in "AB")
+    assert all(f"{letter}: training loss" in curves for letter in "AB")
 
 
 def test_runs_that_drew_other_prompts_say_so_and_offer_to_draw(workspace):
@@ -69,7 +69,7 @@ def test_runs_that_drew_other_prompts_say_so_and_offer_to_draw(workspace):
 def test_runs_with_the_same_options_say_that(workspace):
     for name in "ab":
         finished_run(workspace.runs / name)
-    assert "None: they were started with the same options." in Compared.of(workspace, ["a", "b"]).differences()
+    assert "None. The runs have the same options." in Compared.of(workspace, ["a", "b"]).differences()
 
 
 def test_classifiers_are_compared_by_their_accuracies_with_intervals(workspace):
@@ -134,17 +134,17 @@ def test_a_duplicate_has_the_run_s_photos_where_they_are_the_user_s_own(workspac
 def test_a_prompt_is_drawn_with_the_adapter_of_each_run_that_has_one(workspace, monkeypatch, tmp_path):
     finished_run(workspace.runs / "a")
     run_in(workspace.runs / "b", "done")
-    image, wishes = workspace.runs / "a" / "samples" / "step-0000100" / "0.png", []
+    image, requests = workspace.runs / "a" / "samples" / "step-0000100" / "0.png", []
 
-    def draw(within, wish):
-        wishes.append((wish.run_id, wish.prompt, wish.seed, wish.count))
+    def generate_images(within, request):
+        requests.append((request.run_id, request.prompt, request.seed, request.count))
         yield "half"
         yield image
 
-    monkeypatch.setattr(work, "drawing", SimpleNamespace(draw=draw), raising=False)
+    monkeypatch.setattr(work, "generation", SimpleNamespace(generate_images=generate_images), raising=False)
     tables = list(generated_with_all(workspace, Compared.of(workspace, ["a", "b"]), NASTY, 7))
-    assert wishes == [("a", NASTY, 7, 1)]
-    assert "drawing" in tables[0]
+    assert requests == [("a", NASTY, 7, 1)]
+    assert "generating" in tables[0]
     assert tables[-1].count("<img") == 1
     assert NO_ADAPTER in tables[-1]
     assert "<script" not in tables[-1]

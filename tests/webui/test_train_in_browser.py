@@ -31,7 +31,7 @@ def server(app_server):
 def started(server, images_dir, monkeypatch):
     """The record of a run that was started as the page does, and waits after its first steps."""
     # Started from here as the server starts what is resumed.
-    monkeypatch.setattr(launching, "_found", standing_for_training)
+    monkeypatch.setattr(launching, "_with_launcher", standing_for_training)
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     workspace = Workspace(server.runs, server.uploads, is_local=True)
     options = {"data": {"instance_data_dir": str(images_dir), "instance_prompt": "sks toy"}}

@@ -174,7 +174,7 @@ def test_figures_are_those_of_the_files(workspace):
     (run.path / "dry_run.json").write_text(json.dumps(report))
     found = parts(view(run))
     assert all(words in found["cost"].key for words in ("about 2 minutes", "0.25 s a step", "2.5 GB", "3 MB", "54,272 trained"))
-    (table,) = [part for part in found["loss"].key.split("<table")[1:] if "<th>measured now and then" in part]
+    (table,) = [part for part in found["loss"].key.split("<table")[1:] if "<th>validation loss" in part]
     assert "<td>40</td><td>1</td>" in table, "the least of the curve"
 
 

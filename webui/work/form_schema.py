@@ -31,8 +31,8 @@ CHOICES: dict[Task, dict[str, tuple[str, ...]]] = {
 LABEL_WORDS = {
     "8bit": "8-bit", "adam": "Adam", "beta1": "beta 1", "beta2": "beta 2", "dir": "folder", "edm": "EDM", "ema": "EMA",
     "gb": "(GB)", "grad": "gradient", "hub": "Hub", "id": "ID", "init": "initialisation", "lora": "LoRA", "lr": "learning rate",
-    "max": "maximum", "min": "minimum", "num": "number of", "orth": "orthogonality", "reg": "regularisation", "rslora": "rsLoRA", "snr": "SNR",
-    "train": "training", "vae": "VAE", "vera": "VeRA",
+    "max": "maximum", "min": "minimum", "num": "number of", "orth": "orthogonality", "reg": "regularisation", "rslora": "rsLoRA",
+    "snr": "SNR", "train": "training", "vae": "VAE", "vera": "VeRA",
 }  # fmt: skip
 LABELS = {
     "adam_epsilon": "Adam epsilon",
