@@ -61,7 +61,7 @@ def build(context: AppContext) -> None:
     prompt = gr.HTML(css_template=STYLE, elem_id="check-prompt")
     scenes = gr.Textbox(
         label="Validation prompts",
-        info="One a line. Images are generated before, during and after training. A line with the trigger word is used as it is; "
+        info="One per line. Images are generated before, during and after training. A line with the trigger word is used as it is; "
         "any other is appended to the instance prompt.",
         lines=4,
         elem_id="check-scenes",
