@@ -61,8 +61,8 @@ def build(context: AppContext) -> None:
     prompt = gr.HTML(css_template=STYLE, elem_id="check-prompt")
     scenes = gr.Textbox(
         label="Validation prompts",
-        info="One per line. Images are generated before, during and after training. A line with the trigger word is used as it is; "
-        "any other is appended to the instance prompt.",
+        info="One per line. Images are generated before, during and after training. A line with the trigger word is used as it "
+        "is; any other is appended to the instance prompt.",
         lines=4,
         elem_id="check-scenes",
     )
