@@ -59,12 +59,12 @@ def result_summary(result: Result) -> str:
 
 def _beside(result: Result) -> list[str]:
     sentences = []
-    for method, words in ((ZERO_SHOT, "zero-shot, without training"), (CONTROL, "raw pixels, without a model")):
+    for method, words in ((ZERO_SHOT, "zero-shot (no training)"), (CONTROL, "raw pixels (no model)")):
         other = result.beside(method)
         if other is not None and result.trial["method"] != method:
             sentences.append(f"{words} {share(other['test']['top1']['value'])}")
     chance = f"random guessing {share(1 / len(result.classes))}"
-    return [f"On the same images: {', '.join([*sentences, chance])}."]
+    return [f"On the same images: {'; '.join([*sentences, chance])}."]
 
 
 def _notes(result: Result) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a run will cost, in words, from the record of its dry run."""
+"""The estimated time, memory and disk space of a run, from its dry run."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ class Plan:
 
 
 def is_measured(record: RunRecord) -> bool:
-    """Whether a dry run has ended well and said what it found."""
+    """Whether a dry run has finished with a report."""
     return (record.path / REPORT).exists() and record.status().get("state") == "done"
 
 
 def is_measuring(record: RunRecord) -> bool:
-    """Whether a dry run is at work, or waits for its turn."""
+    """Whether a dry run is active or queued."""
     return record.status().get("state") in ("queued", "starting", "running") and record.has_live_process()
 
 
 def cost_summary(record: RunRecord, plan: Plan) -> str:
-    """What is known of the cost by now, as markup."""
+    """The cost estimate or its state, as HTML."""
     if is_measuring(record):
         return f'<p role="status"><span class="chip running">measuring</span> {html.escape(_progress(record.status()))}</p>'
     if is_measured(record):
@@ -94,7 +94,7 @@ def _failure(record: RunRecord, status: dict[str, Any]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time as one says it."""
+    """A duration, rounded for display."""
     if seconds < 90:
         return f"{max(5, round(seconds / 5) * 5)} seconds"
     minutes = seconds / 60

@@ -1,4 +1,4 @@
-"""Errors on the page: one plain sentence with what to do; the log has the rest."""
+"""Errors on the page: one sentence with the remedy; the log has the details."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 def in_plain_words(handler: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Wrap an event's handler, a function, a generator or a coroutine, so that whatever it raises is shown as one sentence.
 
-    An InputError is the user's to mend and says how. Anything else is ours: it goes to the log under a short number that the
-    page shows. A generator that is closed, as a cancelled event is, ends as it would unwrapped.
+    An InputError is an error of the user and names the remedy. Any other error is logged under a short number that the page
+    shows. A generator that is closed, for example by a cancelled event, ends as it would without the wrapper.
     """
     if inspect.isgeneratorfunction(handler):
 
@@ -58,7 +58,7 @@ def _said_plainly() -> Iterator[None]:
     except gr.Error:
         raise
     except Exception as error:
-        # The boundary to the browser: nothing of a traceback may be shown there.
+        # The browser must not see a traceback.
         number = secrets.token_hex(3)
         logger.exception("error %s", number)
         sentence = f"Something went wrong in the app itself; nothing of yours is lost. Its log has the reason under {number}."

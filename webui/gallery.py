@@ -1,4 +1,4 @@
-"""Drawn images as the page shows them."""
+"""The gallery of generated images."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _cached(path: Path, changed: int) -> tuple[str, str, int]:
 
 
 def bar_of(words: str, done: int, total: int) -> str:
-    """How far the drawing is, for eyes and for screen readers."""
+    """The progress bar of a generation, with labels for screen readers."""
     share = 100 * done / max(1, total)
     return (
         f"<div class='bar' role='progressbar' aria-valuenow='{share:.0f}' aria-valuemin='0' aria-valuemax='100' "

@@ -26,14 +26,14 @@ class GeneratedImages:
     """One user's generated images; they outlive the tab, the session and the server.
 
     Args:
-        folder: where they lie.
+        folder: the folder of the images.
     """
 
     folder: Path
 
     @classmethod
     def of(cls, workspace: Workspace) -> GeneratedImages:
-        """Those of the workspace's user."""
+        """The generated images of the workspace's user."""
         return cls(workspace.sets / FOLDER)
 
     def add(self, image: Image.Image, settings: dict[str, Any]) -> Path:
@@ -45,7 +45,7 @@ class GeneratedImages:
         return path
 
     def newest(self) -> list[Path]:
-        """All of them, newest first."""
+        """All images, newest first."""
         if not self.folder.is_dir():
             return []
         return sorted((path for path in self.folder.iterdir() if NAME.fullmatch(path.name)), reverse=True)
@@ -57,17 +57,17 @@ class GeneratedImages:
         """
         path = self.folder / name if isinstance(name, str) and NAME.fullmatch(name) else None
         if path is None or not path.is_file():
-            raise InputError(f"This image is no longer there; the newest {MAX_IMAGES_KEPT} are kept. Draw it again.")
+            raise InputError(f"This image is no longer there; the newest {MAX_IMAGES_KEPT} are kept. Generate it again.")
         return path
 
 
 def one_line(settings: dict[str, Any]) -> str:
-    """An image's settings in a few words; a user's words are in it."""
+    """An image's settings in one line; escape it before it goes into HTML."""
     used = " + ".join(f"{each['name']} x {each['strength']:g}" for each in settings.get("adapters", [])) or "base model"
     return f"{settings['prompt']}; {used}; seed {settings['seed']}"
 
 
 def settings_of(path: Path) -> tuple[dict[str, Any], int]:
-    """The settings inside an image (see `pipelines.pictures.read_settings`), and its width in pixels."""
+    """The settings inside an image (see `pipelines.images.read_settings`), and its width in pixels."""
     with Image.open(path, formats=("PNG",)) as image:
         return read_settings(path), image.width

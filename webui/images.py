@@ -1,4 +1,4 @@
-"""The images that a run has made, and how the page gets them: as copies in gradio's own cache, which alone it serves."""
+"""Images of a run, served as copies in Gradio's cache, the only folder that the server exposes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STEP = "step-"
 # A cell of a table of samples, on a screen with two pixels for one.
 SMALL_SIDE = 384
 LARGE_SIDE = 512
-# What is shown with hard edges, since there is nothing between its pixels.
+# Images up to this side are upscaled with nearest-neighbour interpolation.
 CRISP_SIDE = 128
 
 
@@ -31,7 +31,7 @@ class Sample:
 
     Args:
         path: its file.
-        prompt, seed: what it was drawn from.
+        prompt, seed: its generation settings.
         side: its width in pixels.
     """
 
@@ -42,12 +42,12 @@ class Sample:
 
     @property
     def css(self) -> str:
-        """The class that it is shown with."""
+        """The CSS class of the image."""
         return "pixel" if self.side <= CRISP_SIDE else ""
 
 
 def sampled_steps(record: RunRecord) -> list[int]:
-    """The steps whose sample images are there, in order; 0 is the base model."""
+    """The steps with sample images, in order; 0 is the base model."""
     names = (path.name for path in record.samples.glob(f"{STEP}*") if path.is_dir())
     return sorted(int(name.removeprefix(STEP)) for name in names if name.removeprefix(STEP).isdigit())
 
@@ -59,7 +59,7 @@ def samples(record: RunRecord, step: int) -> list[Sample]:
 
 
 def subject(record: RunRecord) -> list[Sample]:
-    """Images that the run is trained on."""
+    """Training images of the run."""
     paths = sorted(record.subject.glob("*.png"), key=lambda path: int(path.stem))
     return [_sample(path, path.stat().st_mtime_ns) for path in paths]
 

@@ -1,6 +1,6 @@
-"""The server: its options, what it refuses, and gradio started with everything off that the app does not need.
+"""The server: its options, their checks, and Gradio with all unneeded features disabled.
 
-Nothing here loads gradio before the options are checked, so that a mistake is told at once.
+Gradio is imported after the options are checked, so that errors are reported at once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ logger = logging.getLogger("webui")
 FIRST_PORT = 7860
 # Zips and adapters come over the same road as images, whose own limit is checked as they are taken in.
 MAX_UPLOAD_BYTES = 512 * 2**20
-# Gradio's form says nothing while it must wait.
+# Gradio's form shows no message while sign-in is throttled.
 SIGN_IN = "Sign in with the name and the password that you were given. After five wrong passwords, wait for a minute."
 # Hidden, so that no account and no image set is called so.
 CACHE = ".cache"
@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the app until it is interrupted; returns the exit code, 2 for what cannot be."""
+    """Run the app until it is interrupted; returns the exit code, 2 for invalid options."""
     options = parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(levelname)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def checked_settings(options: argparse.Namespace) -> Settings:
-    """The settings that the options mean.
+    """Validate the options and convert them to settings.
 
     Raises: InputError if strangers could come in without a password, or a folder or port cannot be used.
     """

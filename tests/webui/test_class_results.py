@@ -40,7 +40,7 @@ def test_the_summary_states_the_accuracy_its_interval_and_the_baselines(record):
     top1 = result.trial["test"]["top1"]
     assert "92%test accuracy: 22 of 24 test images are classified correctly" in told
     assert f"(95% interval: {top1['low']:.0%} to {top1['high']:.0%})" in told
-    assert "zero-shot, without training 0%" in told
+    assert "zero-shot (no training) 0%" in told
     assert "random guessing 33%" in told
 
 
