@@ -374,7 +374,7 @@ def run_python(workspace: Workspace, source: str, where: str) -> None:
     if ADDRESS not in source:
         exec(compile(source, where, "exec"), {"__name__": "__main__"})
         return
-    workspace.patch.setattr(launching, "_found", standing_for_training)
+    workspace.patch.setattr(launching, "_with_launcher", standing_for_training)
     settings = server.checked_settings(server.parser().parse_args(["--port", str(free_port())]))
     page = server.launched(settings)
     try:
