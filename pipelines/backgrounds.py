@@ -1,4 +1,4 @@
-"""The places of the rendered world: each a phrase for the caption and a function that draws it."""
+"""Backgrounds of the rendered scenes: for each a phrase of the caption and a function that renders it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ PLAIN = "plain"
 
 @dataclass(frozen=True)
 class Background:
-    """`phrase` ends the caption; `draw(canvas, rng)` returns an RGB picture of `canvas` x `canvas` pixels."""
+    """`phrase` ends the caption; `render(canvas, rng)` returns an RGB image of `canvas` x `canvas` pixels."""
 
     phrase: str
-    draw: Callable[[int, random.Random], Image.Image]
+    render: Callable[[int, random.Random], Image.Image]
 
 
 def _noise(canvas: int, cells: int, rng: random.Random, cells_across: int | None = None) -> np.ndarray:

@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from pipelines.errors import InputError
-from pipelines.randomness import Draw, keyed_generator
+from pipelines.randomness import RandomStream, keyed_generator
 
 AUTOMATIC = "auto"
 MOST_EXTREME_RATIO = 2.0
@@ -87,7 +87,7 @@ class BucketOrder:
     buckets: tuple[tuple[int, ...], ...]
     batch_size: int
     seed: int
-    draw: Draw = Draw.ORDER
+    stream: RandomStream = RandomStream.ORDER
 
     def of_batch(self, index: int) -> tuple[int, int]:
         """The bucket of the `index`-th batch, and how many batches before it were of that bucket."""
@@ -96,7 +96,9 @@ class BucketOrder:
             return 0, index
         epoch, position = divmod(index, int(counts.sum()))
         owners = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        order = owners[torch.randperm(len(owners), generator=keyed_generator(self.seed, Draw.BUCKETS, epoch, self.draw))]
+        order = owners[
+            torch.randperm(len(owners), generator=keyed_generator(self.seed, RandomStream.BUCKETS, epoch, self.stream))
+        ]
         bucket = int(order[position])
         return bucket, epoch * int(counts[bucket]) + int((order[:position] == bucket).sum())
 

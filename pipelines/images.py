@@ -178,7 +178,7 @@ def as_grid(images: list[Image.Image], columns: int) -> Image.Image:
 
 
 def save_image(image: Image.Image, path: Path, settings: dict[str, object]) -> None:
-    """Write a PNG that carries `settings` as JSON, and in the words that other programs read.
+    """Write a PNG that carries `settings` as JSON, and in the text format of A1111 that other programs read.
 
     Args:
         settings: at least prompt, negative_prompt, seed, num_inference_steps, guidance_scale, sampler and model.
@@ -191,15 +191,20 @@ def save_image(image: Image.Image, path: Path, settings: dict[str, object]) -> N
 
 
 def read_settings(path: Path) -> dict[str, object]:
-    """The settings that `save_image` put into a PNG.
+    """The settings that `save_image` wrote into a PNG; keys of earlier versions become the current ones.
 
     Raises: InputError naming the file if it carries none.
     """
     with opened_image(path) as image:
         text = image.info.get(SETTINGS_KEY)
     if text is None:
-        raise InputError(f"{str(path)!r} carries no settings. Only images made by pipelines.subject.generate do.")
-    return json.loads(text)
+        raise InputError(f"{str(path)!r} carries no settings. Choose an image that was generated here.")
+    settings = json.loads(text)
+    if settings.get("adapters"):
+        settings["adapters"] = [
+            {"scale" if key == "strength" else key: value for key, value in adapter.items()} for adapter in settings["adapters"]
+        ]
+    return settings
 
 
 def _as_parameters(settings: dict[str, object], image: Image.Image) -> str:

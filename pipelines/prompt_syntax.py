@@ -9,7 +9,7 @@ from typing import Literal
 
 Kind = Literal["lora", "weight"]
 LORA_TAG = re.compile(
-    r"<\s*(?:lora|lyco|hypernet)\s*:\s*(?P<name>[^:<>]+?)\s*(?::\s*(?P<strength>[^:<>]*?)\s*)?(?::[^<>]*)?>", re.IGNORECASE
+    r"<\s*(?:lora|lyco|hypernet)\s*:\s*(?P<name>[^:<>]+?)\s*(?::\s*(?P<scale>[^:<>]*?)\s*)?(?::[^<>]*)?>", re.IGNORECASE
 )
 # "(word:1.4)", but neither "(16:9)" nor brackets that A1111 takes as they are, after a backslash; and "((word))".
 WEIGHT = re.compile(r"(?<!\\)\((?![\d\s]*:)[^()]*?[^()\\\s]\s*:\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*\)|(?<!\\)\(\([^()]+\)\)")
@@ -24,19 +24,19 @@ class ForeignSyntax:
     Args:
         kind: a LoRA's tag, or a weight of words.
         text: the part.
-        name, strength: of a LoRA; None where the tag has no number.
+        name, scale: of a LoRA; None where the tag has no number.
     """
 
     kind: Kind
     text: str
     name: str | None = None
-    strength: str | None = None
+    scale: str | None = None
 
 
 def foreign_syntax(prompt: str) -> list[ForeignSyntax]:
     """The parts of `prompt` that A1111 would not read as text, in their order, LoRA tags first."""
     tags = [
-        ForeignSyntax("lora", match[0], match["name"], match["strength"] if NUMBER.fullmatch(match["strength"] or "") else None)
+        ForeignSyntax("lora", match[0], match["name"], match["scale"] if NUMBER.fullmatch(match["scale"] or "") else None)
         for match in LORA_TAG.finditer(prompt)
     ]
     return [*tags, *(ForeignSyntax("weight", match[0]) for match in WEIGHT.finditer(LORA_TAG.sub(" ", prompt)))]
@@ -46,8 +46,8 @@ def command_line_warnings(prompts: Iterable[str]) -> list[str]:
     """A sentence for each foreign part of prompts to generate images from, each once, with the options that do the same."""
 
     def lora(part: ForeignSyntax) -> str:
-        strength = "" if part.strength is None else f" --strength {part.strength}"
-        return f"To use a LoRA, give --adapter PATH/{part.name}.safetensors{strength}."
+        scale = "" if part.scale is None else f" --scale {part.scale}"
+        return f"To use a LoRA, give --adapter PATH/{part.name}.safetensors{scale}."
 
     return _warnings(prompts, lora)
 
@@ -57,7 +57,7 @@ def training_warnings(prompts: Iterable[str]) -> list[str]:
     return _warnings(prompts, lambda part: "Leave it out: training starts from the base model alone.")
 
 
-def page_warnings(prompts: Iterable[str], remedy: str = "choose it under Use, with its strength") -> list[str]:
+def page_warnings(prompts: Iterable[str], remedy: str = "choose it under Use, with its scale") -> list[str]:
     """A sentence for each foreign part of prompts typed on the page, each once.
 
     Args:

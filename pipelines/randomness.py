@@ -1,4 +1,4 @@
-"""Randomness as a function of a key, so that nothing drawn depends on what was drawn before."""
+"""Generators seeded by a key, so that random numbers do not depend on what was sampled before."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 
-class Draw(IntEnum):
-    """What is drawn: the second number of a key, after the seed, so that no two things are drawn from one generator."""
+class RandomStream(IntEnum):
+    """Second number of a key, after the seed: each purpose has a generator of its own."""
 
     ORDER = 0
     BATCH = 1
@@ -26,6 +26,6 @@ class Draw(IntEnum):
 
 
 def keyed_generator(*key: int) -> torch.Generator:
-    """A CPU generator for `key`, non-negative integers such as (seed, step); equal keys give equal draws."""
+    """A CPU generator for `key`, non-negative integers such as (seed, step); equal keys give equal random numbers."""
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))

@@ -20,7 +20,7 @@ TEAL, CORAL, CREAM, INK = (30, 168, 160), (250, 112, 84), (255, 244, 214), (24, 
 SIZE, SUPERSAMPLING = 512, 2
 
 
-def draw_sample_subject(image: Image.Image, centre: tuple[float, float], radius: float) -> Image.Image:
+def render_sample_subject(image: Image.Image, centre: tuple[float, float], radius: float) -> Image.Image:
     """Draw the figure, 2 `radius` tall, about `centre` onto `image`; returns `image`.
 
     A teal bottle-shaped body, one large eye, a cream belly with a coral zigzag, a coral three-pronged crown and boots.
@@ -86,7 +86,7 @@ def sample_images(seed: int = 0) -> list[Image.Image]:
     for background in SCENE_BACKGROUNDS:
         radius = canvas * rng.uniform(0.30, 0.38)
         centre = (canvas * rng.uniform(0.44, 0.56), canvas * rng.uniform(0.5, 0.56))
-        image = draw_sample_subject(BACKGROUNDS[background].draw(canvas, rng), centre, radius)
+        image = render_sample_subject(BACKGROUNDS[background].render(canvas, rng), centre, radius)
         images.append(image.resize((SIZE, SIZE), Image.Resampling.LANCZOS))
     return images
 

@@ -156,14 +156,14 @@ def sample_scene(rng: random.Random) -> Scene:
 def render(scene: Scene, size: int, rng: random.Random) -> Image.Image:
     """Draw `scene` as an RGB picture of `size` x `size` pixels; pose, shade and texture come from `rng`."""
     canvas = size * SUPERSAMPLING
-    image = BACKGROUNDS[scene.background].draw(canvas, rng)
+    image = BACKGROUNDS[scene.background].render(canvas, rng)
     radius = canvas / 2 * SIZES[scene.size] * rng.uniform(0.96, 1.04)
     # Near the middle: freely placed, shapes stayed blots after a quarter of a million pictures of pretraining.
     reach = max(0.0, canvas / 2 - radius * 1.02)
     centre = tuple(canvas / 2 + rng.uniform(-0.2, 0.2) * reach for _ in range(2))
     paint = _pattern(scene.pattern, COLOURS[scene.colour], canvas, centre, radius, rng)
     if scene.kind == "toy":
-        image = draw_toy(image, paint, centre, radius, sample_toy(scene.colour, rng))
+        image = render_toy(image, paint, centre, radius, sample_toy(scene.colour, rng))
     else:
         mask = (
             _letter_mask(scene.glyph, canvas, centre, radius, rng)
@@ -282,7 +282,7 @@ def sample_toy(colour: str, rng: random.Random) -> Toy:
     )
 
 
-def draw_toy(image: Image.Image, paint: Image.Image, centre: tuple[float, float], radius: float, toy: Toy) -> Image.Image:
+def render_toy(image: Image.Image, paint: Image.Image, centre: tuple[float, float], radius: float, toy: Toy) -> Image.Image:
     """Draw `toy` of height 2 `radius` about `centre` onto `picture`, its body in `paint`; returns `picture`."""
     canvas = image.width
 

@@ -48,7 +48,7 @@ from pipelines.subject.encoding import CachedLatents
 from pipelines.subject.generate import Sampling
 from pipelines.subject.loss import DenoisingLoss, TrainingBatches
 from pipelines.subject.mismatch import check_prediction_type
-from pipelines.subject.scores import judge_by
+from pipelines.subject.scores import create_image_scorer
 from training.engine.dry_run import PeakMemory, rehearse_first
 from training.engine.loop import LoopOptions, Periodic, Trainable, train, training_losses
 from training.engine.memory_fallback import with_ladder
@@ -187,7 +187,7 @@ class SubjectTraining:
         self.shown = images_of(load_examples(paths, self.resolution))
         with whole(self.loss):
             model = self.options.validation.image_scorer
-            judging = partial(judge_by, model, self.pipeline, self.shown, before, self.resolution, self.batch_size)
+            judging = partial(create_image_scorer, model, self.pipeline, self.shown, before, self.resolution, self.batch_size)
             judge = judging() if self.run.writes else None
             subject, heldout = self.encoded.subject, self.encoded.heldout
             watch = ValidationCallback(

@@ -53,7 +53,7 @@ def details_of(settings: dict[str, Any]) -> str:
     rows = {
         "Words": settings["prompt"],
         "Keep away from": settings["negative_prompt"],
-        "Adapters": ", ".join(f"{each['name']} at {each['strength']:g}" for each in used) or "none, the base model alone",
+        "Adapters": ", ".join(f"{each['name']} at {each['scale']:g}" for each in used) or "none, the base model alone",
         "Seed": settings["seed"],
         "Steps, guidance": f"{settings['num_inference_steps']}, {settings['guidance_scale']:g}",
         "Model, sampler": f"{settings['model']}, {settings['sampler']}",

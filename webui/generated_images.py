@@ -63,7 +63,7 @@ class GeneratedImages:
 
 def one_line(settings: dict[str, Any]) -> str:
     """An image's settings in one line; escape it before it goes into HTML."""
-    used = " + ".join(f"{each['name']} x {each['strength']:g}" for each in settings.get("adapters", [])) or "base model"
+    used = " + ".join(f"{each['name']} x {each['scale']:g}" for each in settings.get("adapters", [])) or "base model"
     return f"{settings['prompt']}; {used}; seed {settings['seed']}"
 
 

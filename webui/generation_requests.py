@@ -95,7 +95,7 @@ def run_in(settings: dict[str, Any]) -> tuple[str | None, int | None, float, lis
 
     The settings call a scale "strength", as the files of all versions do.
     """
-    used = [(str(each["reference"]), float(each["strength"])) for each in settings.get("adapters", [])]
+    used = [(str(each["reference"]), float(each["scale"])) for each in settings.get("adapters", [])]
     run_id, step, scale = None, None, 0.0
     if used and not used[0][0].startswith(f"{FILE}@"):
         (reference, scale), *used = used

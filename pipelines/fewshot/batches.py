@@ -16,7 +16,7 @@ from torchvision.transforms import Compose, RandomHorizontalFlip
 from pipelines.buckets import BucketOrder
 from pipelines.clip import Clip
 from pipelines.fewshot.data import LabelledImage, read
-from pipelines.randomness import Draw, keyed_generator
+from pipelines.randomness import RandomStream, keyed_generator
 
 # Decoded images are kept up to this many bytes, each no larger than crops of it need.
 KEPT_BYTES = 2**29
@@ -82,7 +82,7 @@ class AlteredView(Dataset):
     """
 
     def __init__(self, images: AlteredImages, seed: int, view: int) -> None:
-        self.altered, self.key = images, (seed, Draw.VIEWS, view)
+        self.altered, self.key = images, (seed, RandomStream.VIEWS, view)
 
     def __len__(self) -> int:
         return len(self.altered.images)
@@ -129,5 +129,5 @@ class LabelledBatches:
 
     def __call__(self, index: int) -> dict[str, torch.Tensor]:
         """The `index`-th batch, as keyword arguments of `ClassificationLoss`."""
-        places, generator = self._order.chosen(0, index), keyed_generator(self.seed, Draw.CROPS, index)
+        places, generator = self._order.chosen(0, index), keyed_generator(self.seed, RandomStream.CROPS, index)
         return {"images": self.images.drawn(places, generator), "labels": self.labels[places]}

@@ -19,7 +19,7 @@ from pipelines.adapter_files import native_folder
 from pipelines.adapter_method import ADAPTER_NAME, COMPACT, FULL, Losses, Probe, base_losses, no_losses
 from pipelines.adapter_options import AdapterOptions
 from pipelines.errors import InputError
-from pipelines.randomness import Draw, keyed_generator
+from pipelines.randomness import RandomStream, keyed_generator
 from pipelines.subject.base_model import text_encoders_of
 from pipelines.subject.lora_files import load_lora_file, resolve, verify
 from pipelines.subject.target_layers import ATTENTION, TEXT_TARGETS
@@ -75,7 +75,7 @@ def start(
     """
     method, losses = options.create(), base_losses(losses, components.values())
     for index, (name, model) in enumerate(components.items()):
-        generator = keyed_generator(seed, Draw.ADAPTER_START, index)
+        generator = keyed_generator(seed, RandomStream.ADAPTER_START, index)
         method.start(model, Probe(run_model[name], losses, generator, cache / f"{name}.safetensors"), ADAPTER_NAME)
 
 

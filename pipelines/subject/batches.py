@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from pipelines.buckets import BucketOrder
-from pipelines.randomness import Draw, keyed_generator
+from pipelines.randomness import RandomStream, keyed_generator
 from pipelines.subject.encoding import CachedLatents
 
 
@@ -46,7 +46,7 @@ class SubjectBatches:
     @cached_property
     def _class_order(self) -> BucketOrder:
         buckets = self.class_images.buckets(sorted(set(self.images.sizes)))
-        return BucketOrder(buckets, self.batch_size, self.seed, Draw.CLASS_ORDER)
+        return BucketOrder(buckets, self.batch_size, self.seed, RandomStream.CLASS_ORDER)
 
     def chosen(self, index: int) -> list[int]:
         """Which images of the subject the `index`-th batch holds."""
@@ -54,7 +54,7 @@ class SubjectBatches:
 
     def __call__(self, index: int) -> dict[str, torch.Tensor]:
         """The `index`-th batch, as keyword arguments of `DenoisingLoss`."""
-        generator = keyed_generator(self.seed, Draw.BATCH, index)
+        generator = keyed_generator(self.seed, RandomStream.BATCH, index)
         bucket, before = self._order.of_batch(index)
         batch = self._drawn(self.images, self._order.chosen(bucket, before), generator)
         if self.class_images is None:

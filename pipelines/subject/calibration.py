@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from tqdm.auto import tqdm
 
-from pipelines.randomness import Draw, keyed_generator
+from pipelines.randomness import RandomStream, keyed_generator
 from pipelines.subject.base_model import PromptEmbeddings
 from pipelines.subject.batches import stratified_timesteps
 from pipelines.subject.encoding import CachedLatents
@@ -68,7 +68,7 @@ def _noise_levels(
     images: CachedLatents, index: int, num_timesteps: int, seed: int, batch_size: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     """The image at `index` with its noise and timesteps, `batch_size` of them at once, and the index of its prompt, ()."""
-    generator = keyed_generator(seed, Draw.CALIBRATION, index)
+    generator = keyed_generator(seed, RandomStream.CALIBRATION, index)
     mean, time_ids = images.mean(index), images.time_ids(index)
     timesteps = stratified_timesteps(TIMESTEPS_PER_IMAGE, num_timesteps, generator)
     noise = torch.randn((TIMESTEPS_PER_IMAGE, *mean.shape), generator=generator)

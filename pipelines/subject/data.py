@@ -1,4 +1,4 @@
-"""Images of a subject: finding, checking, cropping, and the size that each is said to have."""
+"""Images of a subject: finding, reading and cropping them, and their size conditioning."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ SizeConditioning = Literal["image", "target"]
 
 @dataclass(frozen=True)
 class TrainingImage:
-    """An image that was found, not read yet.
+    """The file of a training image and its prompt.
 
     Args:
         path: its file.
-        prompt: what it shows.
-        kind: of the subject, or of the subject's class, for prior preservation.
-        subject: whose image it is, or of whose class.
+        prompt: the prompt that it is trained with.
+        kind: "instance" for an image of the subject, "class" for one of its class (prior preservation).
+        subject: the name of the subject.
     """
 
     path: Path
@@ -37,12 +37,12 @@ class TrainingImage:
 
 @dataclass(frozen=True)
 class CropVariant:
-    """How an image is shown: resized until it covers `size`, mirrored or not, and cropped.
+    """One crop of an image: resized to cover `size`, optionally mirrored, then cropped.
 
     Args:
         size: height and width in pixels.
-        crop: where the crop lies, from (0, 0) for the top left to less than (1, 1) for the bottom right; None for the middle.
-        mirrored: whether left and right are swapped, before the crop.
+        crop: position of the crop, from (0, 0) for the top left to below (1, 1) for the bottom right; None for the centre.
+        mirrored: whether the image is flipped horizontally before it is cropped.
     """
 
     size: tuple[int, int]
@@ -52,13 +52,13 @@ class CropVariant:
 
 @dataclass(frozen=True)
 class Example:
-    """One image as the model is shown it.
+    """One preprocessed image with its size conditioning.
 
     Args:
         path: the image's file.
         pixels: (3, height, width) float32 in [-1, 1].
         time_ids: (6,) float32: original height and width, crop's top and left, target height and width  [SDXL, section 2.2].
-            A mirrored image's crop is counted on the mirrored image.
+            For a mirrored image, the crop is that of the mirrored image.
     """
 
     path: Path
@@ -95,31 +95,34 @@ def load_examples(paths: Sequence[Path], resolution: int, size_conditioning: Siz
     """Read, resize and centre-crop images to squares of `resolution` pixels.
 
     Args:
-        size_conditioning: as in `take`.
+        size_conditioning: as in `preprocess`.
     Raises: InputError naming the first file that cannot be read.
     """
-    shot = CropVariant((resolution, resolution))
-    return [take(path, read_image(path), shot, size_conditioning) for path in paths]
+    crop_variant = CropVariant((resolution, resolution))
+    return [preprocess(path, read_image(path), crop_variant, size_conditioning) for path in paths]
 
 
-def take(path: Path, image: Image.Image, shot: CropVariant, size_conditioning: SizeConditioning = "image") -> Example:
-    """Show an image that was read from `path` as `shot` says.
+def preprocess(
+    path: Path, image: Image.Image, crop_variant: CropVariant, size_conditioning: SizeConditioning = "image"
+) -> Example:
+    """Resize, mirror and crop an image that was read from `path`.
 
     Args:
-        size_conditioning: "image" tells the model the image's own size and crop, as SDXL was trained; "target" says of
-            every image that it has the target's size and is not cropped, for models that have seen nothing else.
+        crop_variant: the crop.
+        size_conditioning: "image" conditions on the image's original size and crop, as SDXL was trained; "target" on the
+            target size without a crop, for models that were trained on nothing else.
     """
-    height, width = shot.size
+    height, width = crop_variant.size
     scale = max(height / image.height, width / image.width)
     covering = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
     resized = image.resize(covering, Image.Resampling.LANCZOS)
-    if shot.mirrored:
+    if crop_variant.mirrored:
         resized = ImageOps.mirror(resized)
     spare_height, spare_width = resized.height - height, resized.width - width
-    if shot.crop is None:
+    if crop_variant.crop is None:
         top, left = spare_height // 2, spare_width // 2
     else:
-        top, left = int(shot.crop[0] * (spare_height + 1)), int(shot.crop[1] * (spare_width + 1))
+        top, left = int(crop_variant.crop[0] * (spare_height + 1)), int(crop_variant.crop[1] * (spare_width + 1))
     cropped = resized.crop((left, top, left + width, top + height))
     pixels = torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float() / 127.5 - 1
     size_and_crop = (image.height, image.width, top, left) if size_conditioning == "image" else (height, width, 0, 0)

@@ -1,4 +1,4 @@
-"""Images and prompts as the UNet takes them, computed once: decoded in workers, encoded one by one, kept on disk."""
+"""Latents and prompt embeddings, computed once and cached on disk."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from pipelines.cache import TensorCache, key_of, module_digest
 from pipelines.digests import file_digest
 from pipelines.errors import InputError
 from pipelines.images import READING_VERSION, read_image_with_notes
-from pipelines.randomness import Draw, keyed_generator
+from pipelines.randomness import RandomStream, keyed_generator
 from pipelines.subject.base_model import PromptEmbeddings, encode_images, encode_prompts, text_encoders_of, tokenize
-from pipelines.subject.data import CropVariant, Example, SizeConditioning, TrainingImage, image_size, take
+from pipelines.subject.data import CropVariant, Example, SizeConditioning, TrainingImage, image_size, preprocess
 
 # An image's moments and time_ids.
 MomentsAndTimeIds = tuple[torch.Tensor, torch.Tensor]
@@ -29,13 +29,13 @@ MOMENTS, TIME_IDS, HIDDEN, POOLED = "moments", "time_ids", "hidden", "pooled"
 
 @dataclass(frozen=True)
 class CropConfig:
-    """How images are brought to size.
+    """How images are resized and cropped.
 
     Args:
-        sizes: heights and widths in pixels to choose from; each image gets the one nearest to its shape.
-        random_crops: crops of each image, drawn at random; 0 for the one in the middle.
-        mirror: also show each image mirrored.
-        size_conditioning: as in `take`.
+        sizes: (height, width) buckets in pixels; each image gets the one with the nearest aspect ratio.
+        random_crops: random crops of each image; 0 for the centre crop alone.
+        mirror: also use each crop mirrored.
+        size_conditioning: as in `preprocess`.
         seed: of the crops.
     """
 
@@ -45,11 +45,11 @@ class CropConfig:
     size_conditioning: SizeConditioning = "image"
     seed: int = 0
 
-    def shots(self, index: int, size: Size) -> tuple[CropVariant, ...]:
-        """The variants of the `index`-th image at `size`."""
+    def crop_variants(self, index: int, size: Size) -> tuple[CropVariant, ...]:
+        """The crops of image `index` at `size`."""
         crops = [None]
         if self.random_crops:
-            generator = keyed_generator(self.seed, Draw.CROPS, index)
+            generator = keyed_generator(self.seed, RandomStream.CROPS, index)
             offsets = torch.rand((self.random_crops, 2), generator=generator, dtype=torch.float64)
             crops = [(top, left) for top, left in offsets.tolist()]
         return tuple(
@@ -59,16 +59,16 @@ class CropConfig:
 
 @dataclass(frozen=True)
 class CachedLatents:
-    """Images with their prompts, as the UNet takes them, each read when it is needed; everything lies on the CPU.
+    """Latents of images with their prompts, read from the cache on demand; on the CPU.
 
     Args:
         sizes: each image's height and width in pixels.
-        variants: how many there are of each image: its mirror image, crops.
-        read: `read(place, variant)` gives an image's moments (2, channels, height, width), scaled means and deviations of
-            its latents, and its time_ids (6,), as in `Example`.
-        prompt_of: (images,) int64: which of the prompts is each image's.
+        variants: the number of crops of each image, mirrored ones included.
+        read: `read(index, variant)` returns the moments (2, channels, height, width), the scaled mean and standard deviation of
+            the latents, and the time_ids (6,), as in `Example`.
+        prompt_of: (images,) int64: the index of each image's prompt.
         tokens: (prompts, encoders, tokens) int64.
-        prompts: the same, encoded by the base model.
+        prompts: the embeddings of `tokens` by the base model.
     """
 
     sizes: tuple[Size, ...]
@@ -82,13 +82,13 @@ class CachedLatents:
     def in_memory(
         cls, latents: torch.Tensor, time_ids: torch.Tensor, tokens: torch.Tensor, prompts: PromptEmbeddings
     ) -> CachedLatents:
-        """Images of one size, each with a prompt of its own.
+        """Images of one size, each with a separate prompt.
 
         Args:
             latents: (images, variants, 2, channels, height, width).
             time_ids: (images, 6), the same for all variants.
             tokens: (images, encoders, tokens) int64.
-            prompts: the same, encoded.
+            prompts: the embeddings of `tokens`.
         """
         count, variants = latents.shape[:2]
         size = (latents.shape[-2], latents.shape[-1])
@@ -102,16 +102,16 @@ class CachedLatents:
         return self.read(index, 0)[0][0]
 
     def time_ids(self, index: int) -> torch.Tensor:
-        """(6,): of an image's first variant."""
+        """(6,): the time_ids of an image's first variant."""
         return self.read(index, 0)[1]
 
     def buckets(self, sizes: Iterable[Size] | None = None) -> tuple[tuple[int, ...], ...]:
-        """The places of the images of each size, in the order of `sizes`, which are all there are unless given."""
+        """The indices of the images of each size, in the order of `sizes`; None for all sizes in ascending order."""
         wanted = sorted(set(self.sizes)) if sizes is None else sizes
         return tuple(tuple(index for index, size in enumerate(self.sizes) if size == bucket) for bucket in wanted)
 
     def only(self, indices: Sequence[int]) -> CachedLatents:
-        """The images at `indices` alone."""
+        """The subset of images at `indices`."""
         sizes = tuple(self.sizes[index] for index in indices)
         return replace(self, sizes=sizes, read=_At(self.read, tuple(indices)), prompt_of=self.prompt_of[list(indices)])
 
@@ -135,10 +135,10 @@ class _At:
 
 
 class CachedImages:
-    """Reads images from the cache; the last `max_in_memory` that were read stay in memory.
+    """Reads latents from the cache; the `max_in_memory` most recent ones stay in memory.
 
     Args:
-        keys: of each image's variants.
+        keys: for each image, the cache keys of its variants.
     """
 
     def __init__(self, keys: Sequence[Sequence[str]], cache: TensorCache, max_in_memory: int = 512) -> None:
@@ -146,9 +146,9 @@ class CachedImages:
         self.memory: dict[str, MomentsAndTimeIds] = {}
 
     def __call__(self, index: int, variant: int) -> MomentsAndTimeIds:
-        """An image's moments and time_ids, as in `CachedLatents.read`.
+        """The moments and time_ids of an image, as `CachedLatents.read` returns them.
 
-        Raises: InputError if the file has gone or was damaged since the start of the run.
+        Raises: InputError if the cached file was removed or damaged during the run.
         """
         key = self.keys[index][variant]
         moments_and_time_ids = self.memory.pop(key, None)
@@ -156,8 +156,8 @@ class CachedImages:
             tensors = self.cache.read(key)
             if tensors is None:
                 raise InputError(
-                    f"The cache {str(self.cache.folder)!r} has lost an image while the run went on. Go on with "
-                    "--resume_from_checkpoint latest, which computes it anew."
+                    f"An entry of the latents cache {str(self.cache.folder)!r} was removed or damaged during the run. Resume with "
+                    "--resume_from_checkpoint latest, which computes it again."
                 )
             moments_and_time_ids = tensors[MOMENTS], tensors[TIME_IDS]
         self.memory[key] = moments_and_time_ids
@@ -167,14 +167,14 @@ class CachedImages:
 
 
 class LatentEncoder:
-    """Encodes images and prompts with one base model, and keeps them in a cache.
+    """Encodes images and prompts with one base model, and caches the results.
 
     Args:
-        pipeline: the base model, without any adapter.
-        cache: where to keep what is computed.
-        workers: processes that decode images.
-        share: this process, and how many there are, each of which encodes its part of the images.
-        wait: waits until all processes have come so far.
+        pipeline: the base model, without an adapter.
+        cache: the cache on disk.
+        workers: number of processes that decode images.
+        share: rank of this process and number of processes; each encodes its part of the images.
+        wait: a barrier across processes; None for a single process.
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class LatentEncoder:
     ) -> None:
         self.pipeline, self.cache, self.workers, self.share, self.wait = pipeline, cache, workers, share, wait
         where = {"device": pipeline.device.type, "dtype": str(pipeline.dtype)}
-        # What begins with an underscore says where the model lies, not what it is.
+        # Entries with a leading underscore, such as the path, do not affect the latents.
         config = {name: value for name, value in pipeline.vae.config.items() if not name.startswith("_")}
         self.vae = {"vae": module_digest(pipeline.vae), "config": json.dumps(config, default=str, sort_keys=True), **where}
         digests = [module_digest(encoder) for encoder in text_encoders_of(pipeline)]
@@ -196,10 +196,10 @@ class LatentEncoder:
     def encode(
         self, images: Sequence[TrainingImage], crop_config: CropConfig, sizes: Sequence[Size] | None = None
     ) -> CachedLatents:
-        """Encode images in every variant, and their prompts, as far as they are not in the cache.
+        """Encode all crops of `images` and their prompts; what is in the cache is not computed again.
 
         Args:
-            sizes: of each image; the nearest of `framing.sizes` unless given.
+            sizes: (height, width) of each image; None for the nearest of `crop_config.sizes`.
         Raises: InputError naming an image that cannot be read.
         """
         if sizes is None:
@@ -210,7 +210,7 @@ class LatentEncoder:
         self._encode_missing(jobs[self.share[0] :: self.share[1]])
         if self.wait is not None:
             self.wait()
-            # What others have made is there now, unless their disk is another.
+            # Other processes have encoded the rest, unless they write to another disk.
             self._encode_missing(jobs)
         unique = list(dict.fromkeys(image.prompt for image in images))
         tokens, prompts = self._prompts(unique)
@@ -221,42 +221,43 @@ class LatentEncoder:
     def _variants(
         self, images: Sequence[TrainingImage], crop_config: CropConfig, sizes: Sequence[Size]
     ) -> list[list[tuple[str, CropVariant]]]:
-        """The shots of each image, each with its key in the cache."""
+        """The crops of each image, each with its cache key."""
         digests = {path: file_digest(path) for path in {image.path for image in images}}
         return [
             [
-                (self._key(digests[image.path], shot, crop_config.size_conditioning), shot)
-                for shot in crop_config.shots(index, size)
+                (self._key(digests[image.path], variant, crop_config.size_conditioning), variant)
+                for variant in crop_config.crop_variants(index, size)
             ]
             for index, (image, size) in enumerate(zip(images, sizes, strict=True))
         ]
 
-    def _key(self, digest: str, shot: CropVariant, conditioning: SizeConditioning) -> str:
-        identity = [shot.size, shot.crop, shot.mirrored]
+    def _key(self, digest: str, variant: CropVariant, conditioning: SizeConditioning) -> str:
+        identity = [variant.size, variant.crop, variant.mirrored]
+        # The key is called `shot` so that caches of earlier versions stay valid.
         return key_of(image=digest, reading=READING_VERSION, shot=identity, conditioning=conditioning, **self.vae)
 
     def _encode_missing(self, jobs: Sequence[_Job]) -> None:
-        """Encode what is not in the cache, one image after the other, while workers decode those that come next."""
-        missing = [replace(job, shots=left) for job in jobs if (left := self._not_kept(job))]
+        """Encode what is not in the cache, one image at a time, while workers decode the next ones."""
+        missing = [replace(job, crop_variants=uncached) for job in jobs if (uncached := self._uncached(job))]
         loader = DataLoader(_Decoded(missing), batch_size=None, num_workers=self.workers)
         for examples in tqdm(loader, desc="encoding images", total=len(missing), delay=5, disable=self.share[0] > 0):
             for key, example in examples.items():
                 self.cache.write(key, self._moments(example))
 
-    def _not_kept(self, job: _Job) -> dict[str, CropVariant]:
-        return {key: shot for key, shot in job.shots.items() if self.cache.read(key) is None}
+    def _uncached(self, job: _Job) -> dict[str, CropVariant]:
+        return {key: variant for key, variant in job.crop_variants.items() if self.cache.read(key) is None}
 
     def _moments(self, example: Example) -> dict[str, torch.Tensor]:
-        # One by one: in batches, the last bits would depend on what else is in the batch.
+        # One at a time: in a batch, the last bits would depend on the other images.
         with torch.no_grad():
             return {MOMENTS: encode_images(self.pipeline, example.pixels[None])[0].cpu(), TIME_IDS: example.time_ids}
 
     def _prompts(self, prompts: Sequence[str]) -> tuple[torch.Tensor, PromptEmbeddings]:
         tokens = tokenize((self.pipeline.tokenizer, self.pipeline.tokenizer_2), prompts).transpose(0, 1)
-        token_ids = []
+        embeddings = []
         for prompt, ids in zip(prompts, tokens, strict=True):
             key = key_of(tokens=ids.tolist(), empty=prompt == "", **self.text)
-            token_ids.append(self.cache.read_or_make(key, partial(self._embeddings, prompt)))
+            embeddings.append(self.cache.read_or_make(key, partial(self._embeddings, prompt)))
         hidden, pooled = (torch.stack([entry[name] for entry in token_ids]) for name in (HIDDEN, POOLED))
         return tokens, PromptEmbeddings(hidden, pooled)
 
@@ -267,17 +268,17 @@ class LatentEncoder:
 
 @dataclass(frozen=True)
 class _Job:
-    """An image and the shots of it, by their keys in the cache."""
+    """An image and its crops by cache key."""
 
     path: Path
-    shots: dict[str, CropVariant]
+    crop_variants: dict[str, CropVariant]
     size_conditioning: SizeConditioning
 
     def decode(self) -> dict[str, Example]:
-        """The shots, from one reading of the file."""
-        # Without the warnings of `read_image`: the doctor has told them.
+        """The preprocessed crops; the file is read once."""
+        # Not `read_image`: the image checks have already reported its warnings.
         image = read_image_with_notes(self.path).image
-        return {key: take(self.path, image, shot, self.size_conditioning) for key, shot in self.shots.items()}
+        return {key: preprocess(self.path, image, variant, self.size_conditioning) for key, variant in self.crop_variants.items()}
 
 
 class _Decoded(Dataset):

@@ -1,4 +1,4 @@
-"""Held-out evaluation: the denoising loss of images that were not trained on, with everything fixed but the model."""
+"""Held-out evaluation: the denoising loss of images that were not trained on, with fixed noise and timesteps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from pipelines.errors import InputError
-from pipelines.randomness import Draw, keyed_generator
+from pipelines.randomness import RandomStream, keyed_generator
 from pipelines.subject.base_model import PromptEmbeddings, encode_tokens
 from pipelines.subject.encoding import CachedLatents
 from pipelines.subject.loss import DenoisingLoss
@@ -16,46 +16,52 @@ from pipelines.subject.loss import DenoisingLoss
 AUTO, NONE, LEAVE_ONE_OUT = "auto", "none", "leave_one_out"
 # The share of height and width about the middle of an image where the subject is expected.
 MIDDLE = 0.5
-# From so many images on, one is spared.
-ENOUGH_TO_SPARE_ONE = 5
+# With at least this many images, one is held out; with fewer, each in turn.
+MIN_IMAGES_TO_HOLD_OUT = 5
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What is held out.
+    """The images that are held out of training.
 
     Args:
-        index: of the image that is left out of training; None where all are trained on.
-        folds: indices of the images left out, one at a time, by the short cross-validation trainings before the real one.
+        index: the image held out of training; None to train on all of them.
+        folds: the images held out in turn by cross-validation, in short trainings before the real one.
     """
 
     index: int | None = None
     folds: tuple[int, ...] = ()
 
 
-def choose_heldout(names: Sequence[str], asked: str, seed: int) -> HeldOut:
-    """What to hold out of the images called `names`.
+def choose_heldout(names: Sequence[str], heldout_image: str, seed: int) -> HeldOut:
+    """Choose which of the images called `names` to hold out.
 
     Args:
-        asked: one of the names; "none"; "leave_one_out"; or "auto": one image, drawn by `seed`, where there are at least
-            `ENOUGH_TO_SPARE_ONE`, leave-one-out where there are at least two, and none of a single one.
+        heldout_image: one of the names; "none"; "leave_one_out"; or "auto": one image, sampled by `seed`, if there are at least
+            `MIN_IMAGES_TO_HOLD_OUT`; otherwise leave-one-out, and nothing if there is a single image.
     Raises: InputError if there is no such image, or none would be left to train on.
     """
-    if asked == AUTO:
-        asked = LEAVE_ONE_OUT if len(names) > 1 else NONE
-        if len(names) >= ENOUGH_TO_SPARE_ONE:
-            return HeldOut(index=int(torch.randint(len(names), (), generator=keyed_generator(seed, Draw.HELD_OUT))))
-    if asked == NONE:
+    if heldout_image == AUTO:
+        heldout_image = LEAVE_ONE_OUT if len(names) > 1 else NONE
+        if len(names) >= MIN_IMAGES_TO_HOLD_OUT:
+            return HeldOut(index=int(torch.randint(len(names), (), generator=keyed_generator(seed, RandomStream.HELD_OUT))))
+    if heldout_image == NONE:
         return HeldOut()
-    if asked != LEAVE_ONE_OUT and asked not in names:
-        raise InputError(f"heldout_image must be {AUTO}, {NONE}, {LEAVE_ONE_OUT} or one of {', '.join(names)}, got {asked!r}.")
+    if heldout_image != LEAVE_ONE_OUT and heldout_image not in names:
+        raise InputError(
+            f"heldout_image must be {AUTO}, {NONE}, {LEAVE_ONE_OUT} or one of {', '.join(names)}, got {heldout_image!r}."
+        )
     if len(names) < 2:
-        raise InputError("The folder holds one image, and it is held out. Add images to train on, or give 'none'.")
-    return HeldOut(folds=tuple(range(len(names)))) if asked == LEAVE_ONE_OUT else HeldOut(index=names.index(asked))
+        raise InputError(
+            "heldout_image needs at least 2 images, got 1: none would be left to train on. Add images, or give 'none'."
+        )
+    return (
+        HeldOut(folds=tuple(range(len(names)))) if heldout_image == LEAVE_ONE_OUT else HeldOut(index=names.index(heldout_image))
+    )
 
 
 def middle_of(values: torch.Tensor) -> torch.Tensor:
-    """The middle of (..., height, width), `MIDDLE` of either."""
+    """The middle of (..., height, width): `MIDDLE` of the height and of the width."""
     height, width = values.shape[-2:]
     rows, columns = (slice(round(side * (1 - MIDDLE) / 2), round(side * (1 + MIDDLE) / 2)) for side in (height, width))
     return values[..., rows, columns]
@@ -65,27 +71,31 @@ def middle_of(values: torch.Tensor) -> torch.Tensor:
 def mean_denoising_loss(
     loss: DenoisingLoss,
     images: CachedLatents,
-    draws: int = 64,
+    num_timesteps: int = 64,
     seed: int = 0,
     batch_size: int = 16,
     limit: int | None = None,
 ) -> float:
-    """The mean of the unweighted loss of each image over `draws` timesteps, evenly spread, each with its own fixed noise.
+    """The mean unweighted denoising loss of `images`, with fixed noise and timesteps.
 
-    Only the middle of an image counts, where the subject is: what is behind it in an image that was held out can be known
-    by no adapter, and takes the more of the loss the better the places of the others are learned.
-    Prompts are encoded by the text encoders as they are now. Models are compared on the same noise and timesteps as long
-    as images, `draws` and `seed` are the same. With `limit`, only the first so many images count.
+    Only the middle of an image counts, where the subject is: no adapter can predict the background of an image that it has
+    not seen, and the better it learns the other backgrounds, the more the unseen one would dominate the loss.
+    Prompts are encoded with the current text encoders. With the same images, `num_timesteps` and `seed`, models are compared on the
+    same noise.
+
+    Args:
+        num_timesteps: timesteps for each image, evenly spaced, each with its own noise.
+        limit: how many images to measure, the first ones; None for all.
     """
-    timesteps = ((torch.arange(draws) + 0.5) * loss.num_timesteps / draws).long()
+    timesteps = ((torch.arange(num_timesteps) + 0.5) * loss.num_timesteps / num_timesteps).long()
     device, was_training = loss.unet.device, loss.training
     loss.eval()
     prompts = encode_tokens(loss.text_encoders, images.tokens.transpose(0, 1).to(device))
     total, measured = 0.0, range(len(images))[:limit]
     for index in measured:
         latents, prompt = images.mean(index), int(images.prompt_of[index])
-        noise = torch.randn((draws, *latents.shape), generator=keyed_generator(seed))
-        for part in torch.arange(draws).split(batch_size):
+        noise = torch.randn((num_timesteps, *latents.shape), generator=keyed_generator(seed))
+        for part in torch.arange(num_timesteps).split(batch_size):
             count = len(part)
             repeated = PromptEmbeddings(
                 *(values[prompt].expand(count, *values.shape[1:]) for values in (prompts.hidden, prompts.pooled))
@@ -95,4 +105,4 @@ def mean_denoising_loss(
             answer = loss.predict(*pixels, levels, images.time_ids(index).expand(count, 6).to(device), repeated)
             total += loss.noising.errors(*(middle_of(values) for values in (answer, *pixels)), levels).sum().item()
     loss.train(was_training)
-    return total / (draws * len(measured))
+    return total / (num_timesteps * len(measured))

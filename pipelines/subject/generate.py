@@ -1,4 +1,4 @@
-"""Images from prompts, with or without adapters, in PNG files that carry their settings.
+"""Generate images from prompts, with or without adapters, as PNG files that carry their settings.
 
 python -m pipelines.subject.generate --adapter runs/RUN --prompt "a photo of sks toy in the snow" --output_dir images
 """
@@ -6,6 +6,7 @@ python -m pipelines.subject.generate --adapter runs/RUN --prompt "a photo of sks
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -17,6 +18,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from pipelines.deprecated_flags import current_arguments
 from pipelines.errors import InputError
 from pipelines.images import as_grid, save_image
 from pipelines.output_paths import OUTPUT_SUFFIXES, check_output_file, check_output_folder
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
 
 logger = logging.getLogger(__name__)
-# Weights of the UNet: the built-in model has 7 million, SDXL 2,600 million.
+# In parameters of the UNet: the built-in model has 7 million, SDXL 2,600 million.
 SMALL_MODEL = 100_000_000
 SHEET_PROMPTS = (
     "a large red star in the snow",
@@ -52,15 +54,15 @@ SHEET_PROMPTS = (
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an image is drawn from noise.
+    """Settings of the diffusion sampling.
 
     Args:
         num_inference_steps: denoising steps.
-        guidance_scale: how strongly the prompt is followed; 1 is no guidance.
-        negative_prompt: what to keep away from.
-        resolution: side in pixels; the model's own where it is None.
-        guidance_rescale: how far guided predictions are brought back to the contrast of unguided ones, in [0, 1]; 0.7 is usual
-            for models with zero terminal SNR  [Lin et al. 2023].
+        guidance_scale: classifier-free guidance scale; 1 disables guidance.
+        negative_prompt: what the images should not show.
+        resolution: side of the images in pixels, a multiple of 8; None for the model's default.
+        guidance_rescale: rescaling of guided predictions, in [0, 1]; 0.7 is usual for models with zero terminal SNR
+            [Lin et al. 2023].
     """
 
     num_inference_steps: int = 25
@@ -75,17 +77,17 @@ class Sampling:
         if not self.guidance_scale >= 0:
             raise InputError(f"guidance_scale must be at least 0, got {self.guidance_scale}.")
         if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
-            raise InputError(f"resolution must be a multiple of 8, got {self.resolution}.")
+            raise InputError(f"resolution must be a positive multiple of 8, got {self.resolution}.")
         if not 0 <= self.guidance_rescale <= 1:
             raise InputError(f"guidance_rescale must be in [0, 1], got {self.guidance_rescale}.")
 
 
 @contextmanager
 def threads_for(pipeline: StableDiffusionXLPipeline) -> Iterator[None]:
-    """Draw on the CPU with as many threads as serve the model meanwhile: one for a small one.
+    """Generate on the CPU with a number of threads that suits the model: a single one for small models.
 
-    Layers like the built-in model's are done before a second thread has woken, and beside other threads' threads, as in a
-    server, the waiting takes most of the time.
+    The built-in model's layers finish before a second thread has started. In a server, where threads compete, waiting for
+    them would take most of the time.
     """
     before = torch.get_num_threads()
     is_small = sum(weight.numel() for weight in pipeline.unet.parameters()) < SMALL_MODEL
@@ -104,10 +106,12 @@ def generate(
     batch_size: int = 8,
     on_step: Callable[[int], None] | None = None,
 ) -> Iterator[Image.Image]:
-    """One image for each prompt and its seed; the noise comes from the seed alone.
+    """Generate one image for each prompt and its seed; the noise depends on the seed alone.
 
     Args:
-        on_step: told after each denoising step of a batch how many are done; what it raises ends the drawing there.
+        batch_size: images at once.
+        on_step: called after each denoising step of a batch with the number of completed steps; an exception that it raises
+            stops the generation.
     """
     pipeline.set_progress_bar_config(disable=True)
 
@@ -116,11 +120,11 @@ def generate(
         return tensors
 
     for first in range(0, len(prompts), batch_size):
-        part = list(prompts[first : first + batch_size])
+        batch = list(prompts[first : first + batch_size])
         yield from pipeline(
-            part,
-            # SDXL is told nothing, rather than of an empty text, where there is no negative prompt.
-            negative_prompt=[sampling.negative_prompt] * len(part) if sampling.negative_prompt else None,
+            batch,
+            # With None, SDXL zeroes the negative embeddings; an empty text would be encoded.
+            negative_prompt=[sampling.negative_prompt] * len(batch) if sampling.negative_prompt else None,
             num_inference_steps=sampling.num_inference_steps,
             guidance_scale=sampling.guidance_scale,
             guidance_rescale=sampling.guidance_rescale,
@@ -139,80 +143,78 @@ def contact_sheet(
     guidance_scale: float = 4.0,
     seed: int = 0,
 ) -> Image.Image:
-    """One image a prompt in a grid of `columns`, each from its own generator seeded with `seed` plus its place."""
+    """One image a prompt in a grid of `columns`, the n-th from a generator seeded with `seed` + n."""
     seeds = range(seed, seed + len(prompts))
     return as_grid(list(generate(pipeline, prompts, seeds, Sampling(steps, guidance_scale), len(prompts))), columns)
 
 
 @dataclass
 class GenerationOptions:
-    """What to draw, with what, and where to put it."""
+    """Options of `python -m pipelines.subject.generate`."""
 
     prompt: list[str] | None = field(
-        default=None, metadata={"help": "What to draw, one or several; sixteen prompts for the built-in model unless said."}
+        default=None, metadata={"help": "One or more prompts. Default: sixteen prompts for the built-in model."}
     )
     prompts_file: str | None = field(default=None, metadata={"help": "A text file with one prompt a line, instead of --prompt."})
-    negative_prompt: str = field(default="", metadata={"help": "What to keep away from."})
+    negative_prompt: str = field(default="", metadata={"help": "What the images should not show."})
     adapter: list[str] = field(
         default_factory=list,
-        metadata={"help": "Run directories, native adapter folders, folders of PEFT or diffusers, or LoRA .safetensors files."},
+        metadata={"help": "Run directories, native adapter folders, PEFT or diffusers folders, or LoRA .safetensors files."},
     )
-    strength: list[float] = field(
-        default_factory=lambda: [1.0], metadata={"help": "Strength of each adapter, 0 for none; one number holds for all."}
+    scale: list[float] = field(
+        default_factory=lambda: [1.0], metadata={"help": "Scale of each adapter; 0 disables it. One value applies to all."}
     )
     pretrained_model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "SDXL base model: a hub name, a folder or a .safetensors file. That of the adapter's run, or the built-in "
-            "one, unless said."
+            "help": "SDXL base model: a hub name, a folder or a .safetensors file. Default: the base model of the adapter's run, "
+            "else the built-in one."
         },
     )
     pretrained_vae_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Hub name or folder of another autoencoder; that of the adapter's run unless said."}
+        default=None, metadata={"help": "Hub name or folder of another autoencoder. Default: that of the adapter's run."}
     )
     revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of a base model with a hub name; the run's unless said."}
+        default=None, metadata={"help": "Branch, tag or commit of a base model on the hub. Default: the run's."}
     )
     variant: str | None = field(
-        default=None, metadata={"help": "Variant of the model's files, such as fp16; the run's unless said."}
+        default=None, metadata={"help": "Variant of the model's files, such as fp16. Default: the run's."}
     )
     single_file_config: str | None = field(
         default=None,
-        metadata={"help": "For a base model in one file: a model with the same configuration; the run's unless said."},
+        metadata={"help": "For a base model in one file: a model with the same configuration. Default: the run's."},
     )
     prediction_type: Literal["epsilon", "v_prediction"] | None = field(
         default=None,
-        metadata={"help": "What the base model predicts; as the adapter's run was given, or the model's files say, unless said."},
+        metadata={"help": "What the base model predicts. Default: the run's setting, else the model's configuration."},
     )
     rescale_betas_zero_snr: bool | None = field(
         default=None,
         metadata={
             "nargs": "?",
             "const": True,
-            "help": "Whether the base model was trained with zero terminal SNR; what the adapter's run was given, or the model's "
-            "files say, unless said.",
+            "help": "Whether the base model was trained with zero terminal SNR. Default: the run's setting, else the model's "
+            "configuration.",
         },
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the first image; each further one adds 1."})
-    num_images_per_prompt: int = field(default=1, metadata={"help": "Images of each prompt."})
+    seed: int = field(default=0, metadata={"help": "Seed of the first image; increases by 1 for each further image."})
+    num_images_per_prompt: int = field(default=1, metadata={"help": "Images for each prompt."})
     num_inference_steps: int = field(default=25, metadata={"help": "Denoising steps."})
-    guidance_scale: float = field(default=4.0, metadata={"help": "How strongly the prompt is followed; 1 is no guidance."})
+    guidance_scale: float = field(default=4.0, metadata={"help": "Classifier-free guidance scale; 1 disables guidance."})
     guidance_rescale: float = field(
         default=0.0,
-        metadata={"help": "Bring the contrast of guided images back, in [0, 1]; 0.7 is usual with zero terminal SNR."},
+        metadata={"help": "Guidance rescale in [0, 1]; 0.7 is usual for models with zero terminal SNR."},
     )
-    resolution: int | None = field(default=None, metadata={"help": "Side of the images in pixels; the model's own unless said."})
-    output_dir: str = field(default="pictures", metadata={"help": "Folder for the images."})
-    grid: str | None = field(default=None, metadata={"help": "Also put all images into this one file."})
-    columns: int = field(default=4, metadata={"help": "Images in a row of the grid."})
+    resolution: int | None = field(default=None, metadata={"help": "Side of the images in pixels. Default: the model's."})
+    output_dir: str = field(default="images", metadata={"help": "Folder for the images."})
+    grid: str | None = field(default=None, metadata={"help": "Also write a grid of all images to this file."})
+    columns: int = field(default=4, metadata={"help": "Columns of the grid."})
 
     def __post_init__(self) -> None:
         if self.prompt is not None and self.prompts_file is not None:
             raise InputError("Give --prompt or --prompts_file, not both.")
-        if len(self.strength) not in (1, len(self.adapter)):
-            raise InputError(
-                f"strength must be one number or one for each of {len(self.adapter)} adapters, got {len(self.strength)}."
-            )
+        if len(self.scale) not in (1, len(self.adapter)):
+            raise InputError(f"scale must be one value or one for each of {len(self.adapter)} adapters, got {len(self.scale)}.")
         for name in ("num_images_per_prompt", "columns"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -220,48 +222,51 @@ class GenerationOptions:
             raise InputError(f"seed must be at least 0, got {self.seed}.")
 
     def prompts(self) -> list[str]:
-        """The prompts, each as often as it is drawn.
+        """The prompts, each repeated `num_images_per_prompt` times.
 
-        Raises: InputError if the file of prompts cannot be used.
+        Raises: InputError if the file of prompts is missing, unreadable or empty.
         """
         prompts = list(self.prompt or SHEET_PROMPTS)
         if self.prompts_file is not None:
             if not Path(self.prompts_file).is_file():
-                raise InputError(f"There is no prompts_file {self.prompts_file!r}.")
+                raise InputError(f"The prompts_file {self.prompts_file!r} does not exist. Check the path.")
             prompts = [line.strip() for line in read_text(self.prompts_file).splitlines() if line.strip()]
             if not prompts:
-                raise InputError(f"{self.prompts_file!r} holds no prompt. Write one a line.")
+                raise InputError(f"The prompts_file {self.prompts_file!r} holds no prompt. Write one prompt per line.")
         return [prompt for prompt in prompts for _ in range(self.num_images_per_prompt)]
 
     def source(self) -> ModelSource:
-        """The base model: what is given, else what the first adapter's run was trained on, else the built-in one.
+        """The base model: the one given, else that of the first adapter's run, else the built-in one.
 
         Raises: InputError for a run of another task, or one whose options cannot be read.
         """
         return source_of(self.adapter, {name: getattr(self, name) for name in FIELDS})
 
     def check_outputs(self) -> None:
-        """Raises: InputError for a folder or file that cannot be written."""
+        """Check that the output folder and the grid file can be written.
+
+        Raises: InputError if one of them cannot.
+        """
         check_output_folder(self.output_dir, "--output_dir")
         if self.grid is not None:
             check_output_file(self.grid, "--grid", OUTPUT_SUFFIXES)
 
 
-def with_adapters(pipeline: StableDiffusionXLPipeline, paths: Sequence[str], strengths: Sequence[float]) -> None:
-    """Load the adapters at `paths` into the pipeline and activate them at their strengths."""
-    # Here, as --help and the options need neither PEFT nor diffusers, which take seconds to import.
+def load_adapters(pipeline: StableDiffusionXLPipeline, paths: Sequence[str], scales: Sequence[float]) -> None:
+    """Load the adapters at `paths` into the pipeline and activate them at their scales."""
+    # Imported here, as --help needs neither PEFT nor diffusers, which take seconds to import.
     from pipelines.subject.adapters import load_adapter
 
     names = [f"adapter_{index}" for index in range(len(paths))]
     for path, name in zip(paths, names, strict=True):
-        for left_out in load_adapter(pipeline, path, name):
-            logger.warning(left_out)
+        for warning in load_adapter(pipeline, path, name):
+            logger.warning(warning)
     if names:
-        pipeline.set_adapters(names, adapter_weights=list(strengths))
+        pipeline.set_adapters(names, adapter_weights=list(scales))
 
 
 def main(options: GenerationOptions) -> list[Path]:
-    """Draw and save the images; returns their files."""
+    """Generate and save the images; returns their files."""
     prompts, source = options.prompts(), options.source()
     sampling = Sampling(
         options.num_inference_steps,
@@ -275,15 +280,15 @@ def main(options: GenerationOptions) -> list[Path]:
         logger.warning(sentence)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = source.load(torch.float16 if device == "cuda" else torch.float32, device)
-    strengths = options.strength * len(options.adapter) if len(options.strength) == 1 else options.strength
-    with_adapters(pipeline, options.adapter, strengths)
+    scales = options.scale * len(options.adapter) if len(options.scale) == 1 else options.scale
+    load_adapters(pipeline, options.adapter, scales)
     seeds = range(options.seed, options.seed + len(prompts))
-    generated = tqdm(generate(pipeline, prompts, seeds, sampling), total=len(prompts), desc="drawing")
+    generated = tqdm(generate(pipeline, prompts, seeds, sampling), total=len(prompts), desc="generating")
     common = {
         **asdict(sampling),
         "sampler": type(pipeline.scheduler).__name__.removesuffix("Scheduler"),
         "model": source.pretrained_model_name_or_path,
-        "adapters": [{"path": path, "strength": strength} for path, strength in zip(options.adapter, strengths, strict=True)],
+        "adapters": [{"path": path, "scale": scale} for path, scale in zip(options.adapter, scales, strict=True)],
     }
     images, files = [], []
     with threads_for(pipeline):
@@ -300,10 +305,10 @@ def main(options: GenerationOptions) -> list[Path]:
 if __name__ == "__main__":
     parser = HfArgumentParser(GenerationOptions, description=__doc__, allow_abbrev=False)
     try:
-        options = parser.parse_args_into_dataclasses(look_for_args_file=False)[0]
+        options = parser.parse_args_into_dataclasses(current_arguments(sys.argv[1:], parser), look_for_args_file=False)[0]
     except InputError as error:
         parser.error(str(error))
-    # After --help and wrong flags are answered, as the import takes seconds.
+    # Imported after --help and wrong flags are handled, as it takes seconds.
     from nora_vision import AdapterFileError
 
     try:

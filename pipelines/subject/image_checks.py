@@ -1,8 +1,8 @@
-"""The photo doctor: what is wrong with a subject's images, in words, before any training. It never changes an image.
+"""Checks of a subject's images before training. No image is changed.
 
     python -m pipelines.subject.image_checks PHOTOS
 
-Images that cannot be read are left out of training; all else is reported with what to do about it.
+Unreadable images are left out of training; every other problem is reported with a remedy.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from pipelines.subject.folder_names import folder_name, name_of_subject
 from pipelines.subject.folder_scan import images_of, scan_folder
 from pipelines.subject.prompt_length import LongPrompt
 
-SMALLEST, WIDEST, FEWEST = 64, 3.0, 3
+MIN_SIDE, MAX_ASPECT_RATIO, MIN_IMAGES = 64, 3.0, 3
 # Seen on 25 photos and renderings with a shorter side of 256: sharp ones have 840 and more; blurred by a Gaussian of one
 # pixel 50 to 180, of two pixels at most 22.
-SHARPNESS_SIDE, LEAST_SHARPNESS = 256, 40.0
+SHARPNESS_SIDE, MIN_SHARPNESS = 256, 40.0
 # Of 128 bits, different images of one subject differ in 27 and more, an image and its JPEG of quality 30 in at most 5.
-HASH_SIDE, SAME_BITS = 8, 16
+HASH_SIDE, MAX_DUPLICATE_BITS = 8, 16
 # Mean difference of 8 x 8 thumbnails: 0.13 and more for sets of real photos, 0.05 for crops of one photo.
-LEAST_VARIETY = 0.06
-# A brighter copy differs by 0.09; flat images have the same bits and are told apart by their colours.
-MOST_OF_A_DUPLICATE = 0.12
+MIN_VARIETY = 0.06
+# A brighter copy differs by 0.09; flat images have the same bits, so that their colours have to distinguish them.
+MAX_DUPLICATE_DIFFERENCE = 0.12
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing to know: its `kind` for machines, in `words` for people, and what to do about it."""
+    """A problem of an image or a set of images: `kind` is its identifier, `words` the description, `advice` the remedy."""
 
     kind: str
     words: str
@@ -55,13 +55,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found in one image.
+    """The findings on one image.
 
     Args:
         path: its file.
-        subject: its folder's name.
-        size: width and height, upright; None where it cannot be read.
-        findings: what was found.
+        subject: the name of its subject.
+        size: width and height in pixels, after EXIF rotation; None if it cannot be read.
+        findings: its problems.
     """
 
     path: Path
@@ -76,18 +76,20 @@ class Diagnosis:
 
     @property
     def verdict(self) -> str:
-        """In two words."""
-        return "left out" if not self.usable else "look again" if self.findings else "good"
+        """ "left out", "look again" or "good"."""
+        return "left out" if not self.usable else "image again" if self.findings else "good"
 
 
 @dataclass(frozen=True)
 class ImageCheckReport:
-    """What was found in all images, and in each subject's images as a whole.
+    """The findings on every image and on each subject's images together.
 
     Args:
-        folder: what each file and folder of the folder is used for, or why it is not used.
-        class_folder: the same of the folder of class images; None where none is given.
-        long_prompts: those that the tokenizers cut; known once the base model is.
+        images: the findings on each image.
+        findings: the findings on each subject's images together.
+        folder: how each file and folder is used, or why it is not.
+        class_folder: the same for the folder of class images; None without one.
+        long_prompts: prompts that the tokenizers truncate; filled in once the base model is loaded.
     """
 
     images: tuple[Diagnosis, ...]
@@ -98,7 +100,7 @@ class ImageCheckReport:
 
     @property
     def has_warnings(self) -> bool:
-        """Whether there is anything that a user should see before training."""
+        """Whether there is a finding or a warning to show before training."""
         return bool(self.findings or self.warnings() or any(diagnosis.findings for diagnosis in self.images))
 
     @property
@@ -107,7 +109,7 @@ class ImageCheckReport:
         return [account for account in (self.folder, self.class_folder) if account is not None]
 
     def warnings(self) -> list[str]:
-        """Sentences on what is not used of the folders, and on prompts that are cut."""
+        """Warnings on unused files and on truncated prompts."""
         unused = [sentence for account in self.accounts for sentence in account.warnings()]
         return unused + [prompt.summary() for prompt in self.long_prompts]
 
@@ -117,11 +119,11 @@ class ImageCheckReport:
         return {diagnosis.path for diagnosis in self.images if diagnosis.usable}
 
     def for_resolution(self, resolution: int) -> ImageCheckReport:
-        """The report with the images named that would be enlarged to train at `resolution` pixels."""
+        """The report with a finding for each image that is smaller than `resolution` pixels."""
         return replace(self, images=tuple(_with_size_for(diagnosis, resolution) for diagnosis in self.images))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, with a verdict and the image's name for each image."""
+        """The report as plain values for JSON, with the verdict of each image."""
         images = [
             asdict(diagnosis) | {"path": display_path(diagnosis.path), "verdict": diagnosis.verdict} for diagnosis in self.images
         ]
@@ -132,7 +134,7 @@ class ImageCheckReport:
         return {"pictures": images, "findings": findings, **folders, "long_prompts": prompts}
 
     def summary(self) -> str:
-        """One line an image and finding, then what is not used and why."""
+        """The report as text: one line per image and finding, then the warnings."""
         lines = []
         for diagnosis in self.images:
             size = "" if diagnosis.size is None else f" ({diagnosis.size[0]} x {diagnosis.size[1]})"
@@ -143,42 +145,42 @@ class ImageCheckReport:
 
 
 @dataclass(frozen=True)
-class _Look:
-    """What of an image is kept to compare it with others."""
+class _CheckedImage:
+    """The findings on an image, and its hash and thumbnail for comparisons with the others."""
 
     diagnosis: Diagnosis
     bits: np.ndarray | None = field(default=None, repr=False)
     thumbnail: np.ndarray | None = field(default=None, repr=False)
 
 
-def examine(
+def check_images(
     folder: str | Path, resolution: int | None = None, workers: int = 0, class_data_dir: str | Path | None = None
 ) -> ImageCheckReport:
-    """Read every image of every subject in `folder`, one at a time, and say what is wrong.
+    """Read and check every image of every subject in `folder`.
 
     Args:
-        resolution: at which is trained, if it is known; smaller images are named.
-        workers: processes that decode.
+        resolution: training resolution in pixels; smaller images are reported. None to skip this check.
+        workers: number of processes that decode images.
         class_data_dir: as in `scan_folder`.
-    Raises: InputError if there is no image, or none that can be read, saying why, or a caption file that cannot be read.
+    Raises: InputError if no image can be read, with the findings, or if a caption file cannot be read.
     """
     scan = scan_folder(folder, class_data_dir)
     account = read_captions(scan).account
     files = [(path, subject.name) for path, subject in images_of(scan)]
-    loader = DataLoader(_Looks(files), batch_size=None, num_workers=workers)
-    looks = list(tqdm(loader, desc="examining images", delay=5, total=len(files)))
-    others = [_of_another_format(path) for path in account.of_kind("other_format")]
-    looks = _with_duplicates(looks)
-    findings = [finding for subject in dict(files).values() for finding in _of_the_whole(subject, looks)]
-    diagnoses = [look.diagnosis for look in looks] + others
+    loader = DataLoader(_CheckedImages(files), batch_size=None, num_workers=workers)
+    checked = list(tqdm(loader, desc="checking images", delay=5, total=len(files)))
+    others = [_other_format(path) for path in account.of_kind("other_format")]
+    checked = _with_duplicates(checked)
+    findings = [finding for subject in dict(files).values() for finding in _set_findings(subject, checked)]
+    diagnoses = [image.diagnosis for image in checked] + others
     report = ImageCheckReport(tuple(diagnoses), tuple(dict.fromkeys(findings)), account)
     if not report.usable:
         raise InputError(f"{str(folder)!r} holds no image that can be used:\n{report.summary()}")
     return report if resolution is None else report.for_resolution(resolution)
 
 
-class _Looks(Dataset):
-    """Looks at image files, for worker processes."""
+class _CheckedImages(Dataset):
+    """Checks image files, for worker processes."""
 
     def __init__(self, files: Sequence[tuple[Path, str]]) -> None:
         self.files = files
@@ -186,47 +188,47 @@ class _Looks(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> _Look:
-        return _look(*self.files[index])
+    def __getitem__(self, index: int) -> _CheckedImage:
+        return _check_image(*self.files[index])
 
 
-def _look(path: Path, subject: str) -> _Look:
-    """Read one image and examine it by itself."""
+def _check_image(path: Path, subject: str) -> _CheckedImage:
+    """Read and check one image."""
     try:
         read = read_image_with_notes(path)
     except InputError as error:
         kind = "wrong_format" if isinstance(error, UnsupportedFormatError) else "unreadable"
-        return _Look(Diagnosis(path, subject, None, (Finding(kind, str(error), "It is left out."),)))
+        return _CheckedImage(Diagnosis(path, subject, None, (Finding(kind, str(error), "It is left out."),)))
     image = read.image
-    findings = [*_of_its_shape(image), *_of_its_sharpness(image)]
+    findings = [*_shape_findings(image), *_sharpness_findings(image)]
     findings += [Finding(note.kind, note.words, note.advice) for note in read.notes]
     diagnosis = Diagnosis(path, subject, image.size, tuple(findings))
     thumbnail = np.asarray(image.resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BOX), dtype=np.float32) / 255
-    return _Look(diagnosis, perceptual_hash(image), thumbnail)
+    return _CheckedImage(diagnosis, perceptual_hash(image), thumbnail)
 
 
-def _of_its_shape(image: Image.Image) -> list[Finding]:
+def _shape_findings(image: Image.Image) -> list[Finding]:
     short, long = sorted(image.size)
     findings = []
-    if short < SMALLEST:
+    if short < MIN_SIDE:
         words = f"It is tiny: its shorter side has {short} pixels."
-        findings.append(Finding("tiny", words, f"Use one with at least {SMALLEST}, better as many as the training resolution."))
-    if long / short > WIDEST:
-        words = f"Its shape is extreme: one side is {long / short:.1f} times the other, and most of it would be cropped."
+        findings.append(Finding("tiny", words, f"Use one with at least {MIN_SIDE}, better as many as the training resolution."))
+    if long / short > MAX_ASPECT_RATIO:
+        words = f"Its aspect ratio is extreme: one side is {long / short:.1f} times the other, and most of it would be cropped."
         findings.append(Finding("extreme_shape", words, "Crop it to the subject, or train with --aspect_ratio_buckets."))
     return findings
 
 
-def _of_its_sharpness(image: Image.Image) -> list[Finding]:
+def _sharpness_findings(image: Image.Image) -> list[Finding]:
     measured = sharpness(image)
-    if measured >= LEAST_SHARPNESS:
+    if measured >= MIN_SHARPNESS:
         return []
-    words = f"It is blurred, or hardly shows anything (sharpness {measured:.0f}, sharp photos have several hundred)."
-    return [Finding("blurred", words, "The adapter learns the blur: use a sharper one.")]
+    words = f"It is blurred or almost empty (sharpness {measured:.0f}; sharp photos have several hundred)."
+    return [Finding("blurred", words, "The adapter would learn the blur. Use a sharper image.")]
 
 
 def sharpness(image: Image.Image) -> float:
-    """The variance of the Laplacian of the grey image, with its shorter side brought down to `SHARPNESS_SIDE` pixels."""
+    """The variance of the Laplacian of the grey image, with its shorter side reduced to `SHARPNESS_SIDE` pixels."""
     grey = ImageOps.grayscale(image)
     scale = SHARPNESS_SIDE / min(grey.size)
     if scale < 1:
@@ -237,49 +239,49 @@ def sharpness(image: Image.Image) -> float:
 
 
 def perceptual_hash(image: Image.Image) -> np.ndarray:
-    """(128,) bool: whether brightness rises from each of 8 x 8 places to the next one, across and down."""
+    """(128,) bool: whether brightness increases from each cell of an 8 x 8 grid to the next, across and down."""
     side = HASH_SIDE + 1
     grey = np.asarray(ImageOps.grayscale(image).resize((side, side), Image.Resampling.LANCZOS), dtype=np.int16)
     across, down = np.diff(grey, axis=1)[:-1] > 0, np.diff(grey, axis=0)[:, :-1] > 0
     return np.concatenate([across.ravel(), down.ravel()])
 
 
-def _with_duplicates(looks: list[_Look]) -> list[_Look]:
-    """Name in each image the first earlier one of the same subject that looks the same."""
-    marked: list[_Look] = []
-    for look in looks:
-        twin = next((other for other in marked if _look_alike(look, other)), None)
+def _with_duplicates(checked: list[_CheckedImage]) -> list[_CheckedImage]:
+    """Name in each image the first earlier one of the same subject that checked the same."""
+    marked: list[_CheckedImage] = []
+    for image in checked:
+        twin = next((other for other in marked if _look_alike(image, other)), None)
         if twin is not None:
             words = f"It is almost the same image as {twin.diagnosis.path.name!r}."
-            finding = Finding("near_duplicate", words, "Keep one: twice shown, it is learned by heart.")
-            look = replace(look, diagnosis=replace(look.diagnosis, findings=(*look.diagnosis.findings, finding)))
-        marked.append(look)
+            finding = Finding("near_duplicate", words, "Keep one of them. A duplicate makes memorisation more likely.")
+            image = replace(image, diagnosis=replace(image.diagnosis, findings=(*image.diagnosis.findings, finding)))
+        marked.append(image)
     return marked
 
 
-def _look_alike(first: _Look, second: _Look) -> bool:
+def _look_alike(first: _CheckedImage, second: _CheckedImage) -> bool:
     if first.bits is None or second.bits is None or first.diagnosis.subject != second.diagnosis.subject:
         return False
-    colours_differ = np.abs(first.thumbnail - second.thumbnail).mean() > MOST_OF_A_DUPLICATE
-    return bool((first.bits != second.bits).sum() <= SAME_BITS and not colours_differ)
+    colours_differ = np.abs(first.thumbnail - second.thumbnail).mean() > MAX_DUPLICATE_DIFFERENCE
+    return bool((first.bits != second.bits).sum() <= MAX_DUPLICATE_BITS and not colours_differ)
 
 
-def _of_the_whole(subject: str, looks: list[_Look]) -> list[Finding]:
-    """What is wrong with a subject's images together."""
-    thumbnails = [look.thumbnail for look in looks if look.thumbnail is not None and look.diagnosis.subject == subject]
-    advice = "Add images with other backgrounds, sides and light: what is the same in all is learned as part of the subject."
-    if len(thumbnails) < FEWEST:
+def _set_findings(subject: str, checked: list[_CheckedImage]) -> list[Finding]:
+    """The findings on all images of a subject together."""
+    thumbnails = [image.thumbnail for image in checked if image.thumbnail is not None and image.diagnosis.subject == subject]
+    advice = "Add images with other backgrounds, viewpoints and light: what all images share is learned as part of the subject."
+    if len(thumbnails) < MIN_IMAGES:
         count = f"{len(thumbnails)} image{'' if len(thumbnails) == 1 else 's'}"
         return [Finding("few_pictures", f"There {'is' if len(thumbnails) == 1 else 'are'} {count} of {subject!r}.", advice)]
     variety = np.mean([np.abs(first - second).mean() for first, second in combinations(thumbnails, 2)])
-    if variety >= LEAST_VARIETY:
+    if variety >= MIN_VARIETY:
         return []
-    return [Finding("low_variety", f"The images of {subject!r} are much alike.", advice)]
+    return [Finding("low_variety", f"The images of {subject!r} are very similar.", advice)]
 
 
-def _of_another_format(path: Path) -> Diagnosis:
-    """The diagnosis of an image file of a kind that is not read."""
-    words = f"Files of the kind {path.suffix} are not read; it is left out."
+def _other_format(path: Path) -> Diagnosis:
+    """The diagnosis of an image file in an unsupported format."""
+    words = f"The format {path.suffix} is not supported; the image is left out."
     finding = Finding("wrong_format", words, "Save it as JPEG or PNG.")
     return Diagnosis(path, name_of_subject(folder_name(path.parent)), None, (finding,))
 
@@ -288,40 +290,48 @@ def _with_size_for(diagnosis: Diagnosis, resolution: int) -> Diagnosis:
     is_small = any(finding.kind in ("tiny", "small") for finding in diagnosis.findings)
     if is_small or diagnosis.size is None or min(diagnosis.size) >= resolution:
         return diagnosis
-    words = f"Its shorter side has {min(diagnosis.size)} pixels, and is enlarged to {resolution} for training."
-    finding = Finding("small", words, "Use a larger one, or a lower --resolution.")
+    words = f"Its shorter side has {min(diagnosis.size)} pixels and is enlarged to {resolution} for training."
+    finding = Finding("small", words, "Use a larger image or a lower --resolution.")
     return replace(diagnosis, findings=(*diagnosis.findings, finding))
 
 
 @dataclass
-class DoctorOptions:
-    """What to examine."""
+class ImageCheckOptions:
+    """Options of `python -m pipelines.subject.image_checks`."""
 
-    folder: str = field(metadata={"help": "Folder with images of a subject, or with a folder for each subject."})
-    resolution: int | None = field(default=None, metadata={"help": "Side in pixels at which is to be trained."})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode the images."})
-    json: str | None = field(default=None, metadata={"help": "Also write the report to this file."})
+    folder: str = field(metadata={"help": "Folder with images of a subject, or with one folder for each subject."})
+    resolution: int | None = field(default=None, metadata={"help": "Training resolution in pixels."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Number of processes that decode images."})
+    json: str | None = field(default=None, metadata={"help": "Also write the report to this .json file."})
 
 
-def main(options: DoctorOptions) -> ImageCheckReport:
-    """Examine the folder and say what was found."""
+def main(options: ImageCheckOptions) -> ImageCheckReport:
+    """Check the images of a folder, print the report and return it.
+
+    Raises: InputError if the folder does not exist or holds no usable image, or the file cannot be written.
+    """
     if not Path(options.folder).is_dir():
-        raise InputError(f"There is no folder {options.folder!r}. Name a folder with images of the subject.")
+        raise InputError(f"The folder {options.folder!r} does not exist. Give a folder with images of the subject.")
     if options.json is not None:
         check_output_file(options.json, "--json", (".json",))
-    report = examine(options.folder, options.resolution, options.dataloader_num_workers)
+    report = check_images(options.folder, options.resolution, options.dataloader_num_workers)
     if options.json is not None:
         Path(options.json).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     sys.stdout.write(report.summary() + "\n")
     return report
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The command line: exits with status 2 for wrong input."""
     arguments = sys.argv[1:]
     if arguments and not arguments[0].startswith("-"):
         arguments.insert(0, "--folder")
-    parser = HfArgumentParser(DoctorOptions, description=__doc__, allow_abbrev=False)
+    parser = HfArgumentParser(ImageCheckOptions, description=__doc__, allow_abbrev=False)
     try:
         main(parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[0])
     except InputError as error:
         parser.error(str(error))
+
+
+if __name__ == "__main__":
+    command()

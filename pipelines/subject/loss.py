@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import nn
 
-from pipelines.randomness import Draw, keyed_generator
+from pipelines.randomness import RandomStream, keyed_generator
 from pipelines.subject.base_model import PromptEmbeddings, encode_tokens, text_encoders_of
 from pipelines.subject.noising import noising_for
 
@@ -123,7 +123,9 @@ class TrainingBatches:
         batch = dict(self.batches(index))
         if self.noise_offset:
             noise = batch["noise"]
-            offsets = torch.randn((*noise.shape[:2], 1, 1), generator=keyed_generator(self.seed, Draw.NOISE_OFFSET, index))
+            offsets = torch.randn(
+                (*noise.shape[:2], 1, 1), generator=keyed_generator(self.seed, RandomStream.NOISE_OFFSET, index)
+            )
             batch["noise"] = noise + self.noise_offset * offsets.to(noise)
         if self.text_encoder_batches is not None and index >= self.text_encoder_batches and "tokens" in batch:
             batch["fixed_tokens"] = batch.pop("tokens")

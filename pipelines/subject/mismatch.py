@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from pipelines.errors import InputError
-from pipelines.randomness import Draw, keyed_generator
+from pipelines.randomness import RandomStream, keyed_generator
 from pipelines.subject.base_model import PromptEmbeddings
 from pipelines.subject.encoding import CachedLatents
 from pipelines.subject.loss import DenoisingLoss
@@ -66,7 +66,7 @@ def _share_of_error(loss: DenoisingLoss, images: CachedLatents, seed: int, targe
             *(values[prompt][None].to(device) for values in (images.prompts.hidden, images.prompts.pooled))
         )
         time_ids = images.time_ids(index)[None].to(device)
-        noise = torch.randn(latents.shape, generator=keyed_generator(seed, Draw.PREDICTION_TYPE, index)).to(device)
+        noise = torch.randn(latents.shape, generator=keyed_generator(seed, RandomStream.PREDICTION_TYPE, index)).to(device)
         for share in shares:
             timesteps = (scheduler.alphas_cumprod - share).abs().argmin()[None].to(device)
             answer = loss.predict(latents, noise, timesteps, time_ids, prompts).float()

@@ -18,7 +18,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from torch.nn import functional
 
-from pipelines.randomness import Draw, keyed_generator
+from pipelines.randomness import RandomStream, keyed_generator
 from pipelines.subject.adapters import without_adapters
 from pipelines.subject.base_model import PromptEmbeddings, encode_images, encode_prompts
 from pipelines.subject.embedders import Embedder, load_embedder
@@ -28,7 +28,7 @@ from pipelines.subject.loss import DenoisingLoss
 # Features are compared on a grid, in its middle.
 GRID = 8
 FEATURE_TIMESTEP = 20
-CLASSIFIER_DRAWS = 8
+CLASSIFIER_SAMPLES = 8
 THUMBNAIL = 16
 # The share of an image's sides that its cropped copy has.
 CROPPED = 0.9
@@ -112,7 +112,7 @@ def _unit(values: torch.Tensor) -> torch.Tensor:
     return functional.normalize(values, dim=1)
 
 
-class BaseModelJudge:
+class BaseModelScorer:
     """Judges by the base model alone, whatever adapters are on it."""
 
     def __init__(
@@ -121,7 +121,7 @@ class BaseModelJudge:
         references: Sequence[Image.Image],
         others: Sequence[Image.Image],
         resolution: int,
-        batch_size: int = CLASSIFIER_DRAWS,
+        batch_size: int = CLASSIFIER_SAMPLES,
     ) -> None:
         """Remember what the subject looks like.
 
@@ -181,8 +181,8 @@ class BaseModelJudge:
         distinct = list(dict.fromkeys(prompts))
         distinct += [""] if len(distinct) == 1 else []
         embeddings = encode_prompts(self.pipeline, distinct)
-        noise = self._noise(CLASSIFIER_DRAWS, latents)
-        count, last = CLASSIFIER_DRAWS, self.loss.num_timesteps - 1
+        noise = self._noise(CLASSIFIER_SAMPLES, latents)
+        count, last = CLASSIFIER_SAMPLES, self.loss.num_timesteps - 1
         timesteps = torch.linspace(0.1 * last, 0.9 * last, count).long().to(latents.device)
         margins = []
         for image, prompt in zip(latents, prompts, strict=True):
@@ -208,14 +208,14 @@ class BaseModelJudge:
         return torch.cat(losses)
 
     def _noise(self, count: int, latents: torch.Tensor) -> torch.Tensor:
-        return torch.randn((count, *latents.shape[1:]), generator=keyed_generator(0, Draw.SCORES)).to(latents.device)
+        return torch.randn((count, *latents.shape[1:]), generator=keyed_generator(0, RandomStream.SCORES)).to(latents.device)
 
     def _time_ids(self, count: int, latents: torch.Tensor) -> torch.Tensor:
         side = float(self.resolution)
         return torch.tensor([[side, side, 0, 0, side, side]], device=latents.device).expand(count, 6)
 
 
-class EmbeddingJudge:
+class EmbeddingScorer:
     """Judges by the cosines of features; the prompt, where the model reads no text, by the base model."""
 
     def __init__(self, embedder: Embedder, references: Sequence[Image.Image], base: ImageScorer | None = None) -> None:
@@ -246,21 +246,21 @@ def _scores(likeness: torch.Tensor, prompt: Sequence[float], copies: Sequence[fl
     return [ImageScores(*each) for each in zip(*columns, strict=True)]
 
 
-def judge_by(
+def create_image_scorer(
     name: str,
     pipeline: StableDiffusionXLPipeline,
     references: Sequence[Image.Image],
     others: Sequence[Image.Image],
     resolution: int,
-    batch_size: int = CLASSIFIER_DRAWS,
+    batch_size: int = CLASSIFIER_SAMPLES,
 ) -> ImageScorer:
     """The judge for a run: the base model where `name` is `BASE`, else the model of that name (see `load_embedder`).
 
-    The other arguments are those of `BaseModelJudge`.
+    The other arguments are those of `BaseModelScorer`.
     Raises: InputError if the model cannot be loaded.
     """
     embedder = None if name == BASE else load_embedder(name)
     if embedder is not None and embedder.reads_text:
-        return EmbeddingJudge(embedder, references)
-    base = BaseModelJudge(pipeline, references, others, resolution, batch_size)
-    return base if embedder is None else EmbeddingJudge(embedder, references, base)
+        return EmbeddingScorer(embedder, references)
+    base = BaseModelScorer(pipeline, references, others, resolution, batch_size)
+    return base if embedder is None else EmbeddingScorer(embedder, references, base)

@@ -28,7 +28,7 @@ from pipelines.images import read_image, read_image_with_notes
 from pipelines.subject import encoding
 from pipelines.subject.data import CropVariant
 from pipelines.subject.encoding import LatentEncoder
-from pipelines.subject.image_checks import examine
+from pipelines.subject.image_checks import check_images
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
 P3 = rgb_profile(DISPLAY_P3)
@@ -147,7 +147,7 @@ def test_a_profile_that_cannot_be_used_is_named_and_the_numbers_stay(tmp_path, p
         path.write_bytes(file_of(Image.fromarray(PIXELS), suffix, icc_profile=profile).getvalue())
         with pytest.warns(UserWarning, match=rf"a\.{suffix}'.*profile is not used.*({words})"):
             assert (np.asarray(read_image(path)) == PIXELS).all()
-    assert [finding.kind for finding in examine(tmp_path).images[0].findings].count("color_profile") == 1
+    assert [finding.kind for finding in check_images(tmp_path).images[0].findings].count("color_profile") == 1
 
 
 def test_a_damaged_or_endless_profile_chunk_of_a_png_is_named():

@@ -15,7 +15,7 @@ from pipelines.fewshot.loading import load_folder, load_images
 from pipelines.file_names import display_path
 from pipelines.images import read_image
 from pipelines.subject.captions import find_captioned
-from pipelines.subject.image_checks import DoctorOptions, main
+from pipelines.subject.image_checks import ImageCheckOptions, main
 from training.options.data import DataOptions
 from training.runs.provenance import file_records, write_provenance
 from training.runs.run import RunDirectory
@@ -57,7 +57,7 @@ def test_a_name_is_spelled_so_that_utf_8_takes_it_and_names_stay_different():
 
 def test_the_doctor_prints_and_writes_such_names(photos, tmp_path, monkeypatch):
     printed = strict_stdout(monkeypatch)
-    report = main(DoctorOptions(str(photos), json=str(tmp_path / "report.json")))
+    report = main(ImageCheckOptions(str(photos), json=str(tmp_path / "report.json")))
     assert len(report.usable) == 3
     assert SPELLED in printed()
     assert r"\udcfedamaged.png" in printed()

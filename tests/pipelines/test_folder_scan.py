@@ -15,7 +15,7 @@ from pipelines.subject.folder_entries import REASONS, FolderAccount
 from pipelines.subject.folder_listing import list_folder
 from pipelines.subject.folder_names import class_words, kohya_name, unused_kind
 from pipelines.subject.folder_scan import scan_folder
-from pipelines.subject.image_checks import examine
+from pipelines.subject.image_checks import check_images
 from pipelines.subject.prior import ClassImages
 
 
@@ -76,7 +76,7 @@ def test_images_beside_folders_of_images_are_refused_with_both_lists(tmp_path, f
 @pytest.mark.parametrize("name", ["stray_cover", "nested_top_and_sub"])
 def test_the_reported_mixtures_are_refused(name):
     with pytest.raises(InputError, match="beside folders of images"):
-        examine(case_folder("photos-stray-on-top") / name)
+        check_images(case_folder("photos-stray-on-top") / name)
 
 
 @pytest.mark.parametrize("inside", ["empty/", "notes/readme.md", ".hidden/0.png", "run/status.json run/options.json run/a.png"])
@@ -140,7 +140,7 @@ def test_many_files_of_one_reason_become_one_line(tmp_path):
 def test_the_report_names_what_is_not_used(tmp_path):
     write(tmp_path, "a.png", "b.mp4")
     (tmp_path / "c.heic").write_bytes(b"any")
-    report = examine(tmp_path)
+    report = check_images(tmp_path)
     assert "Not used: 'b.mp4'. Videos are not read." in report.summary()
     assert report.has_warnings
     files = {Path(entry["path"]).name: entry for entry in report.to_dict()["folder"]["files"]}
@@ -214,7 +214,7 @@ def test_the_reported_masks_are_left_out():
     folder = case_folder("photos-masks") / "masks_beside"
     assert list(used(folder).values()) == [["00.png", "01.png", "02.png"]]
     assert [image.path.name for image in find_captioned(folder, "sks toy")] == ["00.png", "01.png", "02.png"]
-    assert {path.name for path in examine(folder).usable} == {"00.png", "01.png", "02.png"}
+    assert {path.name for path in check_images(folder).usable} == {"00.png", "01.png", "02.png"}
 
 
 @pytest.mark.parametrize("images", ["", "images/", "dog/"])
@@ -380,6 +380,6 @@ def test_names_that_are_not_utf8_end_nowhere_in_a_traceback(tmp_path):
     write(folder, os.fsdecode(b"\xe9.jpg"), os.fsdecode(b"\xe9_mask.png"), os.fsdecode(b"\xe8.mp4"), "0.png")
     image = find_captioned(folder, "a photo of {subject}")[-1]
     assert image.prompt == r"a photo of h\udcfct"
-    report = examine(folder)
+    report = check_images(folder)
     for text in ("".join(report.folder.warnings()), json.dumps(report.to_dict()["folder"], ensure_ascii=False)):
         assert r"\udce9_mask.png" in text.encode().decode()

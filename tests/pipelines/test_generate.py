@@ -12,11 +12,13 @@ from command_line import exit_status
 from PIL import Image
 from shared_cases import case_folder
 from tiny_pipeline import tiny_pipeline
+from transformers import HfArgumentParser
 
 from pipelines.adapter_method import trained_parameters
 from pipelines.adapter_options import AdapterOptions
+from pipelines.deprecated_flags import current_arguments
 from pipelines.errors import InputError
-from pipelines.images import labelled_grid, read_settings
+from pipelines.images import labelled_grid, read_settings, save_image
 from pipelines.subject import adapters
 from pipelines.subject.generate import SHEET_PROMPTS, GenerationOptions, Sampling, contact_sheet, generate, main
 
@@ -43,7 +45,7 @@ def options(tiny_model, folder, **changes):
     )
 
 
-def drawn(tiny_model, folder, **changes):
+def first_pixels(tiny_model, folder, **changes):
     """The first image's pixels."""
     return np.asarray(Image.open(main(options(tiny_model, folder, **changes))[0])).astype(int)
 
@@ -53,15 +55,15 @@ def test_the_same_settings_give_the_same_bytes(tiny_model, tmp_path):
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_a_image_is_the_same_alone_and_among_others(pipe):
+def test_an_image_is_the_same_alone_and_among_others(pipe):
     sampling = Sampling(num_inference_steps=2)
     alone = next(generate(pipe, ["snow"], [8], sampling))
     among = list(generate(pipe, ["a star", "snow", "sea"], [7, 8, 9], sampling))[1]
     assert np.abs(np.asarray(alone).astype(int) - np.asarray(among)).max() <= 1
 
 
-def test_a_image_carries_the_settings_that_make_it_again(tiny_model, lora_dir, tmp_path):
-    file = main(options(tiny_model, tmp_path / "a", adapter=[str(lora_dir)], strength=[0.7], negative_prompt="fog", seed=5))[0]
+def test_an_image_carries_the_settings_that_make_it_again(tiny_model, lora_dir, tmp_path):
+    file = main(options(tiny_model, tmp_path / "a", adapter=[str(lora_dir)], scale=[0.7], negative_prompt="fog", seed=5))[0]
     settings = read_settings(file)
     assert settings["sampler"] == "EulerDiscrete"
     again = GenerationOptions(
@@ -73,34 +75,39 @@ def test_a_image_carries_the_settings_that_make_it_again(tiny_model, lora_dir, t
         resolution=settings["resolution"],
         pretrained_model_name_or_path=settings["model"],
         adapter=[adapter["path"] for adapter in settings["adapters"]],
-        strength=[adapter["strength"] for adapter in settings["adapters"]],
+        scale=[adapter["scale"] for adapter in settings["adapters"]],
         output_dir=str(tmp_path / "b"),
     )
     assert main(again)[0].read_bytes() == file.read_bytes()
 
 
-def test_a_image_carries_its_settings_in_the_words_other_programs_read(tiny_model, tmp_path):
+def test_an_image_carries_its_settings_in_the_words_other_programs_read(tiny_model, tmp_path):
     file = main(options(tiny_model, tmp_path, negative_prompt="fog", seed=5))[0]
     lines = Image.open(file).info["parameters"].splitlines()
     assert lines[:2] == ["a star", "Negative prompt: fog"]
     assert "Steps: 2, Sampler: EulerDiscrete, CFG scale: 4.0, Seed: 5, Size: 16x16, Model: tiny" in lines[2]
 
 
-def test_strength_goes_from_the_base_model_to_the_adapter(tiny_model, lora_dir, tmp_path):
-    base = drawn(tiny_model, tmp_path / "base")
-    off, half, full = (drawn(tiny_model, tmp_path / str(s), adapter=[str(lora_dir)], strength=[s]) for s in (0.0, 0.5, 1.0))
+def test_scale_goes_from_the_base_model_to_the_adapter(tiny_model, lora_dir, tmp_path):
+    base = first_pixels(tiny_model, tmp_path / "base")
+    off, half, full = (first_pixels(tiny_model, tmp_path / str(s), adapter=[str(lora_dir)], scale=[s]) for s in (0.0, 0.5, 1.0))
     assert np.abs(off - base).max() <= 1
     assert np.abs(full - base).max() > np.abs(half - base).max() * 0.5 > 1
 
 
-def test_two_adapters_of_half_strength_are_one(tiny_model, lora_dir, tmp_path):
-    one = drawn(tiny_model, tmp_path / "one", adapter=[str(lora_dir)])
-    two = drawn(tiny_model, tmp_path / "two", adapter=[str(lora_dir), str(lora_dir / "adapter" / "full")], strength=[0.5, 0.5])
+def test_two_adapters_of_half_scale_are_one(tiny_model, lora_dir, tmp_path):
+    one = first_pixels(tiny_model, tmp_path / "one", adapter=[str(lora_dir)])
+    two = first_pixels(
+        tiny_model, tmp_path / "two", adapter=[str(lora_dir), str(lora_dir / "adapter" / "full")], scale=[0.5, 0.5]
+    )
     assert np.abs(one - two).max() <= 1
 
 
 def test_a_negative_prompt_changes_the_image(tiny_model, tmp_path):
-    assert np.abs(drawn(tiny_model, tmp_path / "a") - drawn(tiny_model, tmp_path / "b", negative_prompt="fog")).max() > 0
+    assert (
+        np.abs(first_pixels(tiny_model, tmp_path / "a") - first_pixels(tiny_model, tmp_path / "b", negative_prompt="fog")).max()
+        > 0
+    )
 
 
 def test_prompts_come_from_a_file_one_a_line_and_go_into_a_grid(tiny_model, tmp_path):
@@ -129,7 +136,7 @@ def test_prompts_in_another_encoding_are_refused_with_the_remedy(name, said):
 def test_a_prompt_in_a1111s_syntax_is_drawn_as_text_with_a_warning(tiny_model, tmp_path, caplog):
     file = main(options(tiny_model, tmp_path, prompt=["a star <lora:toy:0.8>"], negative_prompt="(fog:1.4)"))[0]
     assert read_settings(file)["prompt"] == "a star <lora:toy:0.8>"
-    assert "--adapter PATH/toy.safetensors --strength 0.8" in caplog.text
+    assert "--adapter PATH/toy.safetensors --scale 0.8" in caplog.text
     assert "'(fog:1.4)'" in caplog.text
 
 
@@ -159,7 +166,7 @@ def test_several_images_of_a_prompt_have_seeds_of_their_own(tiny_model, tmp_path
     ("changes", "message"),
     [
         ({"prompts_file": "x"}, r"--prompt or --prompts_file, not both"),
-        ({"strength": [1.0, 1.0]}, r"strength must be one number or one for each of 0 adapters, got 2"),
+        ({"scale": [1.0, 1.0]}, r"scale must be one value or one for each of 0 adapters, got 2"),
         ({"num_images_per_prompt": 0}, r"num_images_per_prompt must be at least 1, got 0"),
         ({"columns": 0}, r"columns must be at least 1, got 0"),
         ({"seed": -1}, r"seed must be at least 0, got -1"),
@@ -180,7 +187,7 @@ def test_an_empty_file_of_prompts_is_refused(tmp_path):
         GenerationOptions(prompts_file=str(tmp_path / "empty.txt")).prompts()
 
 
-def test_a_image_without_settings_is_refused(tmp_path):
+def test_an_image_without_settings_is_refused(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
     with pytest.raises(InputError, match=r"plain\.png' carries no settings"):
         read_settings(tmp_path / "plain.png")
@@ -195,16 +202,31 @@ def test_a_labelled_grid_has_a_cell_for_every_label_and_enlarges_small_images():
 
 
 @pytest.mark.slow(8)
-def test_the_command_draws_what_its_python_function_draws(tiny_model, lora_dir, tmp_path):
+def test_the_command_writes_the_image_of_its_python_function(tiny_model, lora_dir, tmp_path):
     model = ("--pretrained_model_name_or_path", str(tiny_model))
-    given = ("--adapter", str(lora_dir), "--strength", "0.5", "--num_inference_steps", "2", "--output_dir", "made", "--seed", "3")
+    given = ("--adapter", str(lora_dir), "--scale", "0.5", "--num_inference_steps", "2", "--output_dir", "made", "--seed", "3")
     command = [sys.executable, "-m", "pipelines.subject.generate", "--prompt", "a star", *model, *given]
     finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
-    expected = main(options(tiny_model, tmp_path / "b", adapter=[str(lora_dir)], strength=[0.5], seed=3))[0]
+    expected = main(options(tiny_model, tmp_path / "b", adapter=[str(lora_dir)], scale=[0.5], seed=3))[0]
     assert (tmp_path / "made" / "00003.png").read_bytes() == expected.read_bytes()
 
 
 def test_a_wrong_setting_ends_the_command_with_its_message(capsys):
     assert exit_status("pipelines.subject.generate", "--prompts_file", "nowhere.txt") == 2
-    assert "no prompts_file 'nowhere.txt'" in capsys.readouterr().err.splitlines()[-1]
+    assert "The prompts_file 'nowhere.txt' does not exist" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_settings_of_earlier_versions_are_read_under_current_keys(tmp_path):
+    settings = {
+        "prompt": "a star", "negative_prompt": "", "seed": 0, "num_inference_steps": 2, "guidance_scale": 1.0, "sampler": "Euler",
+        "model": "mini", "adapters": [{"path": "runs/a", "strength": 0.5}],
+    }  # fmt: skip
+    save_image(Image.new("RGB", (4, 4)), tmp_path / "old.png", settings)
+    assert read_settings(tmp_path / "old.png")["adapters"] == [{"path": "runs/a", "scale": 0.5}]
+
+
+def test_the_deprecated_flag_for_the_scale_is_read(caplog):
+    parser = HfArgumentParser(GenerationOptions, allow_abbrev=False)
+    assert current_arguments(["--adapter", "a", "--strength", "0.5"], parser) == ["--adapter", "a", "--scale", "0.5"]
+    assert "--strength is deprecated; use --scale." in caplog.text

@@ -16,7 +16,7 @@ from pipelines.fewshot.data import LabelledImage, check_readable
 from pipelines.fewshot.sources import ImageBytes
 from pipelines.images import IMAGE_SUFFIXES, has_image_name, read_image, read_image_with_notes
 from pipelines.subject.data import find_images, image_size
-from pipelines.subject.image_checks import examine
+from pipelines.subject.image_checks import check_images
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (30, 44, 3), dtype=np.uint8)
 KINDS = ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", *(["AVIF"] if features.check("avif") else [])]
@@ -42,7 +42,7 @@ def without_heif(monkeypatch):
 def test_jpegs_called_jfif_and_jpe_are_photos(kind):
     folder = case_folder("photos-jfif") / f"jfif_{kind}"
     assert len(find_images(folder)) == 5
-    assert len(examine(folder).usable) == 5
+    assert len(check_images(folder).usable) == 5
 
 
 def test_every_suffix_of_a_jpeg_counts_in_either_case(tmp_path):
@@ -79,7 +79,7 @@ def test_of_several_frames_or_pages_the_first_is_taken_and_that_is_said(tmp_path
     with pytest.warns(UserWarning, match=r"a\.gif'.*the first is used"):
         found = read_image(tmp_path / "a.gif")
     assert np.abs(np.asarray(found).astype(int) - (255, 0, 0)).max() <= (3 if kind == "AVIF" else 0)
-    assert "first_frame" in [finding.kind for finding in examine(tmp_path).images[0].findings]
+    assert "first_frame" in [finding.kind for finding in check_images(tmp_path).images[0].findings]
 
 
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "WEBP", "PNG", "MPO"])
@@ -150,7 +150,7 @@ def test_without_pillow_heif_a_heic_is_named_with_the_remedy(tmp_path, without_h
         (tmp_path / name).write_bytes(start if name == "photo.HEIC" else content("JPEG"))
     with pytest.raises(InputError, match=r"photo\.HEIC'.*HEIC.*pip install pillow-heif"):
         read_image(tmp_path / "photo.HEIC")
-    report = examine(tmp_path)
+    report = check_images(tmp_path)
     assert "pip install pillow-heif" in report.summary()
     assert {path.name for path in report.usable} == {"1.jpg", "2.jpg"}
 

@@ -15,7 +15,7 @@ from pipelines.errors import InputError
 from pipelines.fewshot.data import check_readable
 from pipelines.fewshot.loading import load_folder
 from pipelines.images import opened_image, read_image, read_image_with_notes, read_settings, save_image
-from pipelines.subject.image_checks import examine
+from pipelines.subject.image_checks import check_images
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 AFTER_HEADER = 33
@@ -69,12 +69,12 @@ def test_the_doctor_and_the_few_shot_reader_take_such_images(tmp_path):
     }
     write_files(tmp_path, files)
     check_readable(load_folder(tmp_path).images)
-    assert len(examine(tmp_path / "cat").usable) == 2
+    assert len(check_images(tmp_path / "cat").usable) == 2
 
 
 def test_comfyui_images_are_usable():
     folder = case_folder("photos-png-text") / "png_big_text_all"
-    assert len(examine(folder).usable) == 4
+    assert len(check_images(folder).usable) == 4
 
 
 @pytest.mark.parametrize("keyword", [b"workflow", b"Raw profile type exif", b"nora_vision"])

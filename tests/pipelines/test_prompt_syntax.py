@@ -23,14 +23,14 @@ from pipelines.prompt_syntax import command_line_warnings, foreign_syntax, page_
     ],
 )
 def test_tags_and_weights_are_found_and_ordinary_brackets_are_not(prompt, parts):
-    assert [(each.kind, each.text, each.name, each.strength) for each in foreign_syntax(prompt)] == parts
+    assert [(each.kind, each.text, each.name, each.scale) for each in foreign_syntax(prompt)] == parts
 
 
 def test_each_is_told_once_with_what_to_use_instead():
     prompts = ["a <lora:toy:0.8> (star:1.4)", "b <lora:toy:0.8>", "c"]
     lora, weight = command_line_warnings(prompts)
     assert "'<lora:toy:0.8>' in a prompt is A1111's syntax and is read here as plain text." in lora
-    assert "--adapter PATH/toy.safetensors --strength 0.8" in lora
+    assert "--adapter PATH/toy.safetensors --scale 0.8" in lora
     assert "'(star:1.4)'" in weight
     assert "Weights have no effect" in weight
     assert "--adapter" not in " ".join([*training_warnings(prompts), *page_warnings(prompts)])

@@ -68,7 +68,10 @@ def test_a_larger_size_covers_more_of_the_image():
 
 
 def test_places_look_different_from_one_another():
-    means = {name: np.asarray(place.draw(96, random.Random(0)), dtype=float).mean((0, 1)) for name, place in BACKGROUNDS.items()}
+    means = {
+        name: np.asarray(background.render(96, random.Random(0)), dtype=float).mean((0, 1))
+        for name, background in BACKGROUNDS.items()
+    }
     for name, mean in means.items():
         others = [np.abs(mean - value).sum() for other, value in means.items() if other != name]
         assert min(others) > 20, name

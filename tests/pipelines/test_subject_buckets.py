@@ -6,7 +6,7 @@ import pytest
 
 from pipelines.buckets import BucketOrder, automatic_buckets, nearest_bucket, parse_buckets, size_multiple
 from pipelines.errors import InputError
-from pipelines.randomness import Draw
+from pipelines.randomness import RandomStream
 
 
 @pytest.mark.parametrize(("resolution", "multiple"), [(1024, 32), (64, 16), (512, 64), (16, 8)])
@@ -63,6 +63,8 @@ def test_every_level_of_the_model_halves_evenly(pipe):
 
 
 def test_two_draws_of_one_seed_are_different_orders():
-    first, second = (BucketOrder((tuple(range(50)),), 50, 0, draw).chosen(0, 0) for draw in (Draw.ORDER, Draw.CLASS_ORDER))
+    first, second = (
+        BucketOrder((tuple(range(50)),), 50, 0, stream).chosen(0, 0) for stream in (RandomStream.ORDER, RandomStream.CLASS_ORDER)
+    )
     assert sorted(first) == sorted(second)
     assert first != second

@@ -10,7 +10,7 @@ from PIL import Image
 
 from pipelines.errors import InputError
 from pipelines.images import read_image
-from pipelines.subject.data import CropVariant, find_images, image_size, load_examples, take
+from pipelines.subject.data import CropVariant, find_images, image_size, load_examples, preprocess
 
 ORIENTATION = 0x0112
 TURNED_RIGHT = 6
@@ -68,7 +68,7 @@ def bars(width, height):
 
 def shown(shot, image, **more):
     """What `shot` shows of an image that is not resized: columns and rows of the original, and time_ids."""
-    example = take("a.png", image, shot, **more)
+    example = preprocess("a.png", image, shot, **more)
     values = ((example.pixels + 1) * 127.5).round().int()
     return values[0, 0].tolist(), values[1, :, 0].tolist(), example.time_ids.tolist()
 

@@ -16,7 +16,7 @@ from pipelines.errors import InputError
 from pipelines.images import read_image
 from pipelines.subject import encoding
 from pipelines.subject.base_model import encode_images, encode_prompts, load_base_model
-from pipelines.subject.data import CropVariant, TrainingImage, take
+from pipelines.subject.data import CropVariant, TrainingImage, preprocess
 from pipelines.subject.encoding import CachedImages, CropConfig, LatentEncoder
 
 SQUARE = CropConfig(((16, 16),))
@@ -60,7 +60,7 @@ def test_what_is_read_is_what_the_model_makes_of_each_variant(pipe, images_dir, 
         shots = framing.shots(place, encoded.sizes[place])
         assert [shot.mirrored for shot in shots] == [False, False, True, True]
         for variant, shot in enumerate(shots):
-            example = take(image.path, read_image(image.path), shot)
+            example = preprocess(image.path, read_image(image.path), shot)
             moments, time_ids = encoded.read(place, variant)
             torch.testing.assert_close(moments, encode_images(pipe, example.pixels[None])[0])
             assert torch.equal(time_ids, example.time_ids)

@@ -10,7 +10,7 @@ from command_line import exit_status
 from PIL import Image, ImageFilter, ImageOps
 
 from pipelines.errors import InputError
-from pipelines.subject.image_checks import DoctorOptions, ImageCheckReport, examine, main, perceptual_hash, sharpness
+from pipelines.subject.image_checks import ImageCheckOptions, ImageCheckReport, check_images, main, perceptual_hash, sharpness
 from training.options.data import SAMPLE_SUBJECT
 
 ORIENTATION, TURNED_RIGHT = 0x0112, 6
@@ -35,7 +35,7 @@ def album(tmp_path):
 
 
 def test_good_images_are_called_good():
-    report = examine(SAMPLE_SUBJECT)
+    report = check_images(SAMPLE_SUBJECT)
     assert {diagnosis.verdict for diagnosis in report.images} == {"good"}
     assert not report.findings
     assert len(report.usable) == 5
@@ -57,7 +57,7 @@ def test_a_bad_image_is_left_out_with_its_reason(album, name, content, kind):
         photo().save(album / name)
         content = (album / name).read_bytes()[:-2000]
     (album / name).write_bytes(content)
-    report = examine(album)
+    report = check_images(album)
     assert kinds(report)[name] == [kind]
     assert {path.name for path in report.usable} == {"0.png", "1.png", "2.png"}
     assert f"left out: {album / name}" in report.summary()
@@ -65,7 +65,7 @@ def test_a_bad_image_is_left_out_with_its_reason(album, name, content, kind):
 
 def test_a_image_named_after_another_readable_format_is_used(album):
     photo(3).save(album / "3.png", "JPEG")
-    assert kinds(examine(album))["3.png"] == []
+    assert kinds(check_images(album))["3.png"] == []
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_image_named_after_another_readable_format_is_used(album):
 )
 def test_a_poor_image_is_reported_and_used(album, kind, change):
     change(photo(3)).save(album / "poor.png")
-    report = examine(album)
+    report = check_images(album)
     assert kinds(report)["poor.png"] == [kind]
     assert album / "poor.png" in report.usable
     assert all(not found for name, found in kinds(report).items() if name != "poor.png")
@@ -92,7 +92,7 @@ def test_the_same_image_in_other_bytes_is_a_near_duplicate(album, change):
     if change == "brighter":
         image = image.point(lambda value: min(255, round(value * 1.1)))
     image.save(album / ("9.jpg" if change == "jpeg" else "9.png"), **({"quality": 40} if change == "jpeg" else {}))
-    report = examine(album)
+    report = check_images(album)
     assert [found for found in kinds(report).values() if found] == [["near_duplicate"]]
     assert "'1.png'" in report.images[-1].findings[0].words
 
@@ -101,7 +101,7 @@ def test_a_image_turned_in_its_file_is_said_to_be_upright(album):
     exif = Image.Exif()
     exif[ORIENTATION] = TURNED_RIGHT
     photo(3).crop((0, 0, 500, 400)).save(album / "3.png", exif=exif)
-    report = examine(album)
+    report = check_images(album)
     assert kinds(report)["3.png"] == ["turned"]
     assert report.images[-1].size == (400, 500)
 
@@ -113,22 +113,22 @@ def test_images_much_alike_and_few_images_are_reported_as_a_whole(tmp_path):
     for place in range(3):
         photo(0).crop((20 * place, 30, 430 + 20 * place, 470)).save(alike / f"{place}.png")
     photo(0).save(single / "0.png")
-    findings = {finding.kind: finding.words for finding in examine(tmp_path).findings}
+    findings = {finding.kind: finding.words for finding in check_images(tmp_path).findings}
     assert "'alike'" in findings["low_variety"]
     assert "is 1 image of 'single'" in findings["few_pictures"]
 
 
 def test_images_smaller_than_the_training_resolution_are_named(album):
-    assert list(kinds(examine(album, resolution=1024)).values()) == [["small"]] * 3
-    assert list(kinds(examine(album).for_resolution(1024)).values()) == [["small"]] * 3
-    assert list(kinds(examine(album, resolution=512)).values()) == [[]] * 3
+    assert list(kinds(check_images(album, resolution=1024)).values()) == [["small"]] * 3
+    assert list(kinds(check_images(album).for_resolution(1024)).values()) == [["small"]] * 3
+    assert list(kinds(check_images(album, resolution=512)).values()) == [[]] * 3
 
 
 def test_no_usable_image_is_an_error_that_names_each(tmp_path):
     for name in ("a.png", "b.jpg"):
         (tmp_path / name).write_bytes(b"broken")
     with pytest.raises(InputError, match=r"(?s)no image that can be used.*a\.png.*b\.jpg"):
-        examine(tmp_path)
+        check_images(tmp_path)
 
 
 def test_nothing_is_changed_and_workers_see_the_same(album):
@@ -138,13 +138,13 @@ def test_nothing_is_changed_and_workers_see_the_same(album):
         return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in album.iterdir()}
 
     before = digests()
-    assert examine(album, workers=2) == examine(album)
+    assert check_images(album, workers=2) == check_images(album)
     assert digests() == before
 
 
 def test_the_report_is_json_with_a_verdict_for_each_image(album, tmp_path, capsys):
     (album / "broken.png").write_bytes(b"broken")
-    report = main(DoctorOptions(str(album), json=str(tmp_path / "report.json")))
+    report = main(ImageCheckOptions(str(album), json=str(tmp_path / "report.json")))
     written = json.loads((tmp_path / "report.json").read_text())
     assert written == json.loads(json.dumps(report.to_dict()))
     verdicts = {Path(entry["path"]).name: entry["verdict"] for entry in written["pictures"]}
@@ -172,13 +172,13 @@ def test_the_command_ends_with_one_line_where_there_is_nothing(tmp_path, capsys)
 
 def test_a_folder_given_as_an_argument_is_not_called_by_the_trainers_option(tmp_path):
     with pytest.raises(InputError, match=r"There is no folder '.*gone'") as refused:
-        main(DoctorOptions(str(tmp_path / "gone")))
+        main(ImageCheckOptions(str(tmp_path / "gone")))
     assert "--instance_data_dir" not in str(refused.value)
     (tmp_path / "subject").mkdir()
     for name in ("cover.png", "subject/0.png"):
         Image.new("RGB", (64, 64)).save(tmp_path / name)
     with pytest.raises(InputError, match=r"or give one of the folders alone") as refused:
-        main(DoctorOptions(str(tmp_path)))
+        main(ImageCheckOptions(str(tmp_path)))
     assert "--instance_data_dir" not in str(refused.value)
     with pytest.raises(InputError, match=r"--json must be a \.json file, got 'report\.txt'"):
-        main(DoctorOptions(str(tmp_path), json="report.txt"))
+        main(ImageCheckOptions(str(tmp_path), json="report.txt"))

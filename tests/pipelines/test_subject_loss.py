@@ -205,15 +205,15 @@ def encoded(pipe, count=2):
 
 def test_the_mean_loss_is_the_same_every_time_and_in_batches_of_any_size(pipe):
     loss, images = DenoisingLoss(pipe), encoded(pipe)
-    first = mean_denoising_loss(loss, images, draws=6, batch_size=6)
-    assert first == mean_denoising_loss(loss, images, draws=6, batch_size=6)
-    assert first == pytest.approx(mean_denoising_loss(loss, images, draws=6, batch_size=4), rel=1e-5)
-    assert first != mean_denoising_loss(loss, images, draws=6, seed=1)
+    first = mean_denoising_loss(loss, images, num_timesteps=6, batch_size=6)
+    assert first == mean_denoising_loss(loss, images, num_timesteps=6, batch_size=6)
+    assert first == pytest.approx(mean_denoising_loss(loss, images, num_timesteps=6, batch_size=4), rel=1e-5)
+    assert first != mean_denoising_loss(loss, images, num_timesteps=6, seed=1)
 
 
 def test_the_mean_loss_leaves_the_mode_of_the_model_as_it_was(pipe):
     loss = DenoisingLoss(pipe).train()
-    mean_denoising_loss(loss, encoded(pipe), draws=2)
+    mean_denoising_loss(loss, encoded(pipe), num_timesteps=2)
     assert loss.training
 
 
@@ -229,7 +229,7 @@ class Zero(nn.Module):
 def test_a_model_that_predicts_nothing_loses_the_variance_of_the_noise(pipe):
     loss = DenoisingLoss(pipe)
     loss.unet = Zero()
-    assert mean_denoising_loss(loss, encoded(pipe), draws=64) == pytest.approx(1.0, abs=0.05)
+    assert mean_denoising_loss(loss, encoded(pipe), num_timesteps=64) == pytest.approx(1.0, abs=0.05)
 
 
 class RightInTheMiddle(Zero):
@@ -250,8 +250,8 @@ def test_what_surrounds_the_middle_of_a_held_out_image_does_not_count(pipe):
     loss, images = DenoisingLoss(pipe), encoded(pipe)
     loss.unet = RightInTheMiddle(loss.noising.scheduler)
     black = CachedLatents.in_memory(torch.zeros(2, 1, 2, 4, 8, 8), torch.zeros(2, 6), images.tokens, images.prompts)
-    assert mean_denoising_loss(loss, black, draws=8) == pytest.approx(0.0, abs=1e-10)
-    assert mean_denoising_loss(loss, images, draws=8) > 1e-3
+    assert mean_denoising_loss(loss, black, num_timesteps=8) == pytest.approx(0.0, abs=1e-10)
+    assert mean_denoising_loss(loss, images, num_timesteps=8) > 1e-3
 
 
 def test_stratified_timesteps_take_one_from_each_part_and_every_level_is_possible():

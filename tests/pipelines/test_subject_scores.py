@@ -18,11 +18,19 @@ from pipelines.backgrounds import BACKGROUNDS
 from pipelines.built_in import BUILT_IN_MODEL
 from pipelines.errors import InputError
 from pipelines.mini_sdxl import PROMPT_WORDS, reduced_tokenizer
-from pipelines.scenes import COLOURS, Toy, draw_toy, sample_toy
+from pipelines.scenes import COLOURS, Toy, render_toy, sample_toy
 from pipelines.subject.adapters import without_adapters
 from pipelines.subject.base_model import load_base_model
 from pipelines.subject.embedders import OpenClipEmbedder, load_embedder
-from pipelines.subject.scores import BASE, BaseModelJudge, EmbeddingJudge, copy_scores, cropped, judge_by, nearest_limit
+from pipelines.subject.scores import (
+    BASE,
+    BaseModelScorer,
+    EmbeddingScorer,
+    copy_scores,
+    cropped,
+    create_image_scorer,
+    nearest_limit,
+)
 
 
 def noise(seed, side=32):
@@ -43,7 +51,7 @@ def test_a_copy_scores_one_mirrored_or_brightened_and_another_image_does_not():
 
 def test_a_training_image_is_most_like_the_subject_and_its_own_copy():
     references = [noise(seed) for seed in range(2)]
-    judge = BaseModelJudge(tiny_pipeline(), references[:1], [noise(9)], 16)
+    judge = BaseModelScorer(tiny_pipeline(), references[:1], [noise(9)], 16)
     same, other = judge.scores([references[0], noise(7)], ["a", "b"])
     assert same.subject == pytest.approx(1, abs=1e-4)
     assert other.subject < same.subject
@@ -59,8 +67,8 @@ def test_likeness_is_the_mean_over_the_training_images_and_nearest_the_most_of_t
     alone = []
     for reference in references:
         rest = [image for image in everything if image is not reference]
-        alone += [each.subject for each in BaseModelJudge(pipe, [reference], rest, 16).scores(sample, ["a"])]
-    (found,) = BaseModelJudge(pipe, references, [noise(9)], 16).scores(sample, ["a"])
+        alone += [each.subject for each in BaseModelScorer(pipe, [reference], rest, 16).scores(sample, ["a"])]
+    (found,) = BaseModelScorer(pipe, references, [noise(9)], 16).scores(sample, ["a"])
     assert found.subject == pytest.approx(np.mean(alone), abs=1e-4)
     assert found.nearest == pytest.approx(max(alone), abs=1e-4)
 
@@ -87,7 +95,7 @@ def test_scores_are_the_base_models_whatever_adapter_is_on_it_and_leave_it_as_it
     before = {name: parameter.requires_grad for name, parameter in adapted.unet.named_parameters()}
     assert any(before.values())
     images, prompts = [noise(0), noise(1)], ["a red star", "snow"]
-    found = [BaseModelJudge(pipe, images[:1], [noise(9)], 16).scores(images, prompts) for pipe in (plain, adapted)]
+    found = [BaseModelScorer(pipe, images[:1], [noise(9)], 16).scores(images, prompts) for pipe in (plain, adapted)]
     assert found[0] == found[1]
     assert {name: parameter.requires_grad for name, parameter in adapted.unet.named_parameters()} == before
     assert adapted.unet.training
@@ -139,7 +147,7 @@ def unit(values):
 
 def test_a_clip_model_of_transformers_judges_by_the_cosines_that_it_is_trained_on(clip_folder):
     images, prompts = [noise(0), noise(1), cropped(noise(0))], ["a red star", "snow", "night"]
-    judge = judge_by(str(clip_folder), None, images[:1], [], 16)
+    judge = create_image_scorer(str(clip_folder), None, images[:1], [], 16)
     model = CLIPModel.from_pretrained(clip_folder).eval()
     inputs = CLIPImageProcessor.from_pretrained(clip_folder)(images=images, return_tensors="pt")
     with torch.no_grad():
@@ -162,7 +170,7 @@ def mini_folder(tmp_path, monkeypatch):
 def test_the_built_in_clip_judges_by_what_plain_open_clip_computes(mini_folder, monkeypatch, named):
     images = [noise(0, 64), noise(1, 64), cropped(noise(0, 64))]
     prompts = ["a photo of sks toy", "snow", "night"]
-    judge = judge_by("mini" if named == "mini" else str(mini_folder), None, images[:1], [], 64)
+    judge = create_image_scorer("mini" if named == "mini" else str(mini_folder), None, images[:1], [], 64)
     monkeypatch.chdir(mini_folder.parents[1])
     stock, _, preprocess = open_clip.create_model_and_transforms("local-dir:assets/mini-clip")
     tokens = open_clip.get_tokenizer("local-dir:assets/mini-clip")(prompts)
@@ -188,10 +196,10 @@ def test_a_dino_model_judges_the_subject_and_the_base_model_the_prompt(tmp_path)
     BitImageProcessor(size={"shortest_edge": 14}, crop_size={"height": 14, "width": 14}).save_pretrained(tmp_path)
     images, prompts = [noise(0), noise(1)], ["a red star", "snow"]
     pipe = tiny_pipeline()
-    judge = judge_by(str(tmp_path), pipe, images[:1], [noise(9)], 16)
-    base = judge_by(BASE, pipe, images[:1], [noise(9)], 16)
-    assert isinstance(base, BaseModelJudge)
-    assert isinstance(judge, EmbeddingJudge)
+    judge = create_image_scorer(str(tmp_path), pipe, images[:1], [noise(9)], 16)
+    base = create_image_scorer(BASE, pipe, images[:1], [noise(9)], 16)
+    assert isinstance(base, BaseModelScorer)
+    assert isinstance(judge, EmbeddingScorer)
     found = judge.scores(images, prompts)
     assert found[0].subject == pytest.approx(1, abs=1e-5)
     assert [each.prompt for each in found] == [each.prompt for each in base.scores(images, prompts)]
@@ -214,11 +222,11 @@ def test_a_judge_that_cannot_be_loaded_is_named(tmp_path, name, message):
 def toy_image(toy: Toy, colour: str, background: str, rng: random.Random) -> Image.Image:
     """The toy somewhere about the middle of a 64 x 64 image."""
     canvas = 192
-    image = BACKGROUNDS[background].draw(canvas, rng)
+    image = BACKGROUNDS[background].render(canvas, rng)
     radius = canvas / 2 * rng.uniform(0.5, 0.75)
     centre = tuple(canvas / 2 + rng.uniform(-0.8, 0.8) * (canvas / 2 - radius) for _ in range(2))
     paint = Image.new("RGB", (canvas, canvas), COLOURS[colour])
-    return draw_toy(image, paint, centre, radius, toy).resize((64, 64), Image.Resampling.BOX)
+    return render_toy(image, paint, centre, radius, toy).resize((64, 64), Image.Resampling.BOX)
 
 
 def auc(good, bad):
@@ -239,7 +247,7 @@ def test_the_built_in_clip_separates_good_from_bad():
     good, bad, right, wrong = [], [], [], []
     for mine, subject in enumerate(drawn):
         others = [images[place] for place, images in enumerate(drawn[:mine] + drawn[mine + 1 :])]
-        judge = judge_by("mini", None, subject[:4], [], 64)
+        judge = create_image_scorer("mini", None, subject[:4], [], 64)
         found = judge.scores([subject[4], *others], [prompts[4], *prompts[:4]])
         good.append(found[0].subject)
         bad += [each.subject for each in found[1:]]
@@ -257,7 +265,7 @@ def test_on_the_built_in_model_each_score_separates_good_from_bad():
     beyond_limit = {"fresh": [], "copied": []}
     for mine, subject in enumerate(drawn):
         others = [images[place] for place, images in enumerate(drawn[:mine] + drawn[mine + 1 :])]
-        judge = BaseModelJudge(pipe, subject[:4], others, 64)
+        judge = BaseModelScorer(pipe, subject[:4], others, 64)
         found = judge.scores([subject[4], *others], [prompts[4], *prompts[:4]])
         good.append(found[0].subject)
         bad += [each.subject for each in found[1:]]

@@ -148,6 +148,6 @@ def _training_alone() -> Iterator[pytest.MonkeyPatch]:
     blank = Image.new("RGB", (16, 16))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(samples, "generate", lambda pipeline, prompts, *_: [blank] * len(prompts))
-        patch.setattr(dreambooth_nora, "judge_by", lambda *_: None)
+        patch.setattr(dreambooth_nora, "create_image_scorer", lambda *_: None)
         patch.setattr(dreambooth_nora, "finish", lambda *_: None)
         yield patch

@@ -16,7 +16,7 @@ from pipelines.images import read_settings
 from pipelines.subject.base_model import encode_prompts, load_base_model
 from pipelines.subject.encoding import LatentEncoder
 from pipelines.subject.generate import Sampling
-from pipelines.subject.image_checks import examine
+from pipelines.subject.image_checks import check_images
 from training.engine.dry_run import DoesNotFitError
 from training.engine.prefetch import ProcessBatches
 from training.options import SubjectOptions
@@ -74,7 +74,7 @@ def test_one_of_several_subjects_images_is_held_out_by_folder_and_name(images_di
 
 def test_images_smaller_than_the_models_own_resolution_are_named_in_the_run(tmp_path):
     run = RunDirectory.create(tmp_path / "run", {})
-    record_report(examine(SAMPLE_SUBJECT), 1024, run)
+    record_report(check_images(SAMPLE_SUBJECT), 1024, run)
     entries = json.loads((run.path / "photos.json").read_text())["pictures"]
     assert [[finding["kind"] for finding in entry["findings"]] for entry in entries] == [["small"]] * 5
 

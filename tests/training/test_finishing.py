@@ -86,7 +86,7 @@ def test_a_step_without_samples_draws_them_after_training_and_the_most_alike_is_
     trainer, tmp_path, overfitting, monkeypatch
 ):
     # The base model, the steps that are shown while training, the one that is drawn after it.
-    monkeypatch.setattr(dreambooth_nora, "judge_by", lambda *_: Listed([0.1, 0.5, 0.9, 0.3]))
+    monkeypatch.setattr(dreambooth_nora, "create_image_scorer", lambda *_: Listed([0.1, 0.5, 0.9, 0.3]))
     certified = []
     monkeypatch.setattr(finishing, "certify", lambda pipeline, *_: certified.append((pipeline, pipeline.get_active_adapters())))
     run = trainer.run(tmp_path / "run", *MEASURED, "--certify", "true")
@@ -102,7 +102,7 @@ def test_a_step_without_samples_draws_them_after_training_and_the_most_alike_is_
 
 
 def test_the_suggested_steps_images_are_drawn_once(trainer, tmp_path, overfitting, monkeypatch):
-    monkeypatch.setattr(dreambooth_nora, "judge_by", lambda *_: Listed([0.1, 0.5, 0.9, 0.8]))
+    monkeypatch.setattr(dreambooth_nora, "create_image_scorer", lambda *_: Listed([0.1, 0.5, 0.9, 0.8]))
     drawn, draw = [], samples.generate
     monkeypatch.setattr(samples, "generate", lambda *given: drawn.append(given) or draw(*given))
     run = trainer.run(tmp_path / "run", *MEASURED)

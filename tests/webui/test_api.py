@@ -141,7 +141,7 @@ def test_images_are_generated_with_a_run(client, drawer):
     said = read_settings(Path(first))
     given = (said["prompt"], said["seed"], said["num_inference_steps"], said["negative_prompt"])
     assert given == ("a star at night", 3, 2, "fog")
-    assert [(each["reference"], each["strength"]) for each in said["adapters"]] == [(f"{drawer}@4", 0.5)]
+    assert [(each["reference"], each["scale"]) for each in said["adapters"]] == [(f"{drawer}@4", 0.5)]
 
 
 def test_a_classifier_tells_images_apart(client, classifier, tmp_path):

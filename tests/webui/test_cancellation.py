@@ -24,7 +24,7 @@ def test_tabs_of_long_ago_are_forgotten():
 
 
 def test_a_images_settings_are_put_back_where_they_were():
-    used = [{"name": "a", "reference": "run@30", "strength": 0.5}, {"name": "b", "reference": f"{FILE}@x", "strength": 1.2}]
+    used = [{"name": "a", "reference": "run@30", "scale": 0.5}, {"name": "b", "reference": f"{FILE}@x", "scale": 1.2}]
     assert run_in({"adapters": used}) == ("run", 30, 0.5, [(f"{FILE}@x", 1.2)])
     assert run_in({"adapters": used[1:]}) == (None, None, 0.0, [(f"{FILE}@x", 1.2)])
     assert run_in({"adapters": []}) == (None, None, 0.0, [])

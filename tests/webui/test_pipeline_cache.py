@@ -265,7 +265,7 @@ def test_drawn_images_carry_their_settings_and_the_newest_are_kept(cache, worksp
     path = kept.add(made.image, made.settings)
     settings = read_settings(path)
     assert (settings["prompt"], settings["seed"], settings["num_inference_steps"]) == ("a star", 5, 4)
-    assert settings["adapters"] == [{"name": "a star, step 2", "reference": "first@2", "strength": 0.5}]
+    assert settings["adapters"] == [{"name": "a star, step 2", "reference": "first@2", "scale": 0.5}]
     assert settings["model"] == "tiny"
     for _ in range(MAX_IMAGES_KEPT):
         kept.add(made.image, made.settings)

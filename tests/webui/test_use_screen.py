@@ -88,7 +88,7 @@ def test_a_image_is_the_same_each_time_and_carries_its_settings(server, new_page
     first, second, *_ = drawn(server)
     assert first.read_bytes() == second.read_bytes()
     said = read_settings(first)
-    assert (said["prompt"], said["seed"], said["adapters"][0]["strength"]) == ("a star at night", 0, 1.0)
+    assert (said["prompt"], said["seed"], said["adapters"][0]["scale"]) == ("a star at night", 0, 1.0)
     page.locator("#use-gallery .thumbnail-lg").first.click()
     page.wait_for_function("document.querySelector('#use-details').innerText.includes('a star at night')")
     shown = page.locator("#use-gallery img").first.get_attribute("src")
@@ -165,7 +165,7 @@ def test_a_mix_is_drawn_used_again_and_baked_into_a_file_for_stock_diffusers(ser
     generated(page)
     mixed = drawn(server)[0]
     settings = read_settings(mixed)
-    assert [each["strength"] for each in settings["adapters"]] == [0.5, 0.7]
+    assert [each["scale"] for each in settings["adapters"]] == [0.5, 0.7]
     assert (settings["seed"], settings["num_inference_steps"]) == (7, 3)
     page.locator("#use-bake-layout input[value=diffusers]").check()
     with page.expect_download() as download:

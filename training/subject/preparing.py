@@ -21,7 +21,7 @@ from pipelines.subject.data import TrainingImage
 from pipelines.subject.encoding import CachedLatents, CropConfig, LatentEncoder
 from pipelines.subject.evaluation import choose_heldout
 from pipelines.subject.generate import Sampling, generate
-from pipelines.subject.image_checks import ImageCheckReport, examine
+from pipelines.subject.image_checks import ImageCheckReport, check_images
 from pipelines.subject.prior import ClassImages, in_sizes
 from pipelines.subject.prompt_length import LongPrompt, long_prompts
 from training.options import SubjectOptions
@@ -55,7 +55,7 @@ def checked_images(options: DataOptions, seed: int) -> DatasetSplit:
     Raises: InputError naming the folder or file, or a class prompt that is missing.
     """
     folder, class_folder = options.instance_data_dir, options.class_data_dir
-    report = examine(folder, options.resolution, options.dataloader_num_workers, class_folder)
+    report = check_images(folder, options.resolution, options.dataloader_num_workers, class_folder)
     captioned = find_captioned(folder, options.instance_prompt, class_folder)
     if options.with_prior_preservation:
         prompts = class_prompts(folder, options.class_prompt, class_folder)

@@ -13,9 +13,9 @@ from transformers import CLIPTokenizer
 from pipelines.buckets import AUTOMATIC, automatic_buckets, nearest_bucket, parse_buckets
 from pipelines.built_in import model_path
 from pipelines.images import read_image_with_notes
-from pipelines.subject.data import image_size, take
+from pipelines.subject.data import image_size, preprocess
 from pipelines.subject.encoding import CropConfig
-from pipelines.subject.image_checks import Finding, ImageCheckReport, examine
+from pipelines.subject.image_checks import Finding, ImageCheckReport, check_images
 from pipelines.subject.prompt_length import long_prompts
 from training.options import SubjectOptions
 from webui.image_dataset import SubjectDataset, as_address
@@ -57,7 +57,7 @@ def opinions(images: SubjectDataset) -> Opinions:
 
 @functools.lru_cache(maxsize=64)
 def _opinions(images: SubjectDataset, signature: tuple[str, ...]) -> Opinions:
-    report, names = examine(images.folder), _Names(images.folder, images.entries())
+    report, names = check_images(images.folder), _Names(images.folder, images.entries())
     findings = {
         diagnosis.path.name: Opinion(diagnosis.verdict, tuple(map(names.say, diagnosis.findings))) for diagnosis in report.images
     }
@@ -162,9 +162,9 @@ def _of_model(name_or_path: str) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=256)
 def _crop(path: Path, changed: int, position: int, crop_config: CropConfig) -> Crop:
-    shots = crop_config.shots(position, nearest_bucket(image_size(path), crop_config.sizes))
-    pixels = take(path, read_image_with_notes(path).image, shots[0]).pixels
+    variants = crop_config.crop_variants(position, nearest_bucket(image_size(path), crop_config.sizes))
+    pixels = preprocess(path, read_image_with_notes(path).image, variants[0]).pixels
     preview = Image.fromarray(((pixels.permute(1, 2, 0) + 1) * 127.5).round().byte().numpy())
     size = (preview.height, preview.width)
     preview.thumbnail((384, 384))
-    return Crop(as_address(preview), size, len(shots))
+    return Crop(as_address(preview), size, len(variants))
