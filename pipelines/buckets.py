@@ -81,7 +81,7 @@ class BucketOrder:
         buckets: for each bucket the places of its images.
         batch_size: images in a batch.
         seed: of the orders.
-        draw: another draws other orders from the same seed.
+        stream: the random stream of the order; another stream gives another order for the same seed.
     """
 
     buckets: tuple[tuple[int, ...], ...]
@@ -107,7 +107,7 @@ class BucketOrder:
         members = self.buckets[bucket]
         wanted = range(before * self.batch_size, (before + 1) * self.batch_size)
         rounds = {
-            epoch: torch.randperm(len(members), generator=keyed_generator(self.seed, self.draw, epoch, bucket)).tolist()
+            epoch: torch.randperm(len(members), generator=keyed_generator(self.seed, self.stream, epoch, bucket)).tolist()
             for epoch in {position // len(members) for position in wanted}
         }
         return [members[rounds[position // len(members)][position % len(members)]] for position in wanted]

@@ -156,8 +156,8 @@ class CachedImages:
             tensors = self.cache.read(key)
             if tensors is None:
                 raise InputError(
-                    f"An entry of the latents cache {str(self.cache.folder)!r} was removed or damaged during the run. Resume with "
-                    "--resume_from_checkpoint latest, which computes it again."
+                    f"An entry of the latents cache {str(self.cache.folder)!r} was removed or damaged during the run. "
+                    "Resume with --resume_from_checkpoint latest, which computes it again."
                 )
             moments_and_time_ids = tensors[MOMENTS], tensors[TIME_IDS]
         self.memory[key] = moments_and_time_ids
@@ -258,7 +258,7 @@ class LatentEncoder:
         for prompt, ids in zip(prompts, tokens, strict=True):
             key = key_of(tokens=ids.tolist(), empty=prompt == "", **self.text)
             embeddings.append(self.cache.read_or_make(key, partial(self._embeddings, prompt)))
-        hidden, pooled = (torch.stack([entry[name] for entry in token_ids]) for name in (HIDDEN, POOLED))
+        hidden, pooled = (torch.stack([entry[name] for entry in embeddings]) for name in (HIDDEN, POOLED))
         return tokens, PromptEmbeddings(hidden, pooled)
 
     def _embeddings(self, prompt: str) -> dict[str, torch.Tensor]:

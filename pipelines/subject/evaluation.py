@@ -80,8 +80,8 @@ def mean_denoising_loss(
 
     Only the middle of an image counts, where the subject is: no adapter can predict the background of an image that it has
     not seen, and the better it learns the other backgrounds, the more the unseen one would dominate the loss.
-    Prompts are encoded with the current text encoders. With the same images, `num_timesteps` and `seed`, models are compared on the
-    same noise.
+    Prompts are encoded with the current text encoders. With the same images, `num_timesteps` and `seed`, all models are
+    compared on the same noise.
 
     Args:
         num_timesteps: timesteps for each image, evenly spaced, each with its own noise.

@@ -247,19 +247,19 @@ def perceptual_hash(image: Image.Image) -> np.ndarray:
 
 
 def _with_duplicates(checked: list[_CheckedImage]) -> list[_CheckedImage]:
-    """Name in each image the first earlier one of the same subject that checked the same."""
+    """Add a finding to each image that nearly duplicates an earlier one of the same subject."""
     marked: list[_CheckedImage] = []
     for image in checked:
-        twin = next((other for other in marked if _look_alike(image, other)), None)
-        if twin is not None:
-            words = f"It is almost the same image as {twin.diagnosis.path.name!r}."
+        duplicate = next((other for other in marked if _are_near_duplicates(image, other)), None)
+        if duplicate is not None:
+            words = f"It is almost the same image as {duplicate.diagnosis.path.name!r}."
             finding = Finding("near_duplicate", words, "Keep one of them. A duplicate makes memorisation more likely.")
             image = replace(image, diagnosis=replace(image.diagnosis, findings=(*image.diagnosis.findings, finding)))
         marked.append(image)
     return marked
 
 
-def _look_alike(first: _CheckedImage, second: _CheckedImage) -> bool:
+def _are_near_duplicates(first: _CheckedImage, second: _CheckedImage) -> bool:
     if first.bits is None or second.bits is None or first.diagnosis.subject != second.diagnosis.subject:
         return False
     colours_differ = np.abs(first.thumbnail - second.thumbnail).mean() > MAX_DUPLICATE_DIFFERENCE

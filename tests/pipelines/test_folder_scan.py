@@ -67,9 +67,9 @@ def kinds(folder, **more):
 )
 def test_images_beside_folders_of_images_are_refused_with_both_lists(tmp_path, files, images, folders):
     write(tmp_path, *files)
-    for look in (subject_folders, examine, lambda folder: find_captioned(folder, "sks toy")):
+    for scan in (subject_folders, check_images, lambda folder: find_captioned(folder, "sks toy")):
         with pytest.raises(InputError, match=r"holds images .* beside folders of images .*move or remove") as refused:
-            look(tmp_path)
+            scan(tmp_path)
         assert all(repr(name) in str(refused.value) for name in [*images, *folders])
 
 

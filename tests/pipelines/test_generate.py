@@ -172,8 +172,8 @@ def test_several_images_of_a_prompt_have_seeds_of_their_own(tiny_model, tmp_path
         ({"seed": -1}, r"seed must be at least 0, got -1"),
         ({"num_inference_steps": 0}, r"num_inference_steps must be at least 1, got 0"),
         ({"guidance_scale": -1.0}, r"guidance_scale must be at least 0, got -1.0"),
-        ({"resolution": 12}, r"resolution must be a multiple of 8, got 12"),
-        ({"prompt": None, "prompts_file": "nowhere.txt"}, r"no prompts_file 'nowhere.txt'"),
+        ({"resolution": 12}, r"resolution must be a positive multiple of 8, got 12"),
+        ({"prompt": None, "prompts_file": "nowhere.txt"}, r"prompts_file 'nowhere.txt' does not exist"),
     ],
 )
 def test_a_wrong_setting_is_refused(changes, message):

@@ -62,7 +62,7 @@ def test_every_level_of_the_model_halves_evenly(pipe):
     assert multiple == 2**halvings
 
 
-def test_two_draws_of_one_seed_are_different_orders():
+def test_two_streams_of_one_seed_are_different_orders():
     first, second = (
         BucketOrder((tuple(range(50)),), 50, 0, stream).chosen(0, 0) for stream in (RandomStream.ORDER, RandomStream.CLASS_ORDER)
     )

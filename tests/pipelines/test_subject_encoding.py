@@ -57,7 +57,7 @@ def test_what_is_read_is_what_the_model_makes_of_each_variant(pipe, images_dir, 
     assert encoded.sizes == ((16, 24), (24, 16), (16, 16))
     assert encoded.variants == 4
     for place, image in enumerate(images):
-        shots = framing.shots(place, encoded.sizes[place])
+        shots = framing.crop_variants(place, encoded.sizes[place])
         assert [shot.mirrored for shot in shots] == [False, False, True, True]
         for variant, shot in enumerate(shots):
             example = preprocess(image.path, read_image(image.path), shot)
@@ -171,10 +171,10 @@ def test_a_file_that_is_damaged_or_another_ones_is_computed_anew(pipe, images_di
     equal(first, second)
 
 
-def test_a_image_lost_while_training_is_an_error_with_the_remedy(pipe, images_dir, cache):
+def test_an_image_lost_while_training_is_an_error_with_the_remedy(pipe, images_dir, cache):
     encoded = LatentEncoder(pipe, cache).encode(images_in(images_dir), SQUARE)
     shutil.rmtree(cache.folder)
-    with pytest.raises(InputError, match=r"has lost an image.*--resume_from_checkpoint latest"):
+    with pytest.raises(InputError, match=r"removed or damaged.*--resume_from_checkpoint latest"):
         encoded.read(0, 0)
 
 
@@ -237,7 +237,7 @@ def test_the_hash_of_a_model_sees_every_weight_and_its_type(pipe):
 
 def test_crops_are_drawn_for_each_image_from_the_seed_alone():
     framing = CropConfig(((16, 16),), random_crops=3, seed=5)
-    crops = [[shot.crop for shot in framing.shots(place, (16, 16))] for place in (0, 1, 0)]
+    crops = [[shot.crop for shot in framing.crop_variants(place, (16, 16))] for place in (0, 1, 0)]
     assert crops[0] == crops[2] != crops[1]
     assert all(0 <= value < 1 for crop in crops[0] for value in crop)
-    assert crops[0] != [shot.crop for shot in CropConfig(((16, 16),), random_crops=3, seed=6).shots(0, (16, 16))]
+    assert crops[0] != [shot.crop for shot in CropConfig(((16, 16),), random_crops=3, seed=6).crop_variants(0, (16, 16))]

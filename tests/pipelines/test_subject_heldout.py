@@ -32,7 +32,7 @@ def test_what_is_asked_for_is_done_whatever_the_count():
 
 @pytest.mark.parametrize("asked", ["0.png", "leave_one_out"])
 def test_a_single_image_cannot_be_held_out(asked):
-    with pytest.raises(InputError, match="holds one image, and it is held out"):
+    with pytest.raises(InputError, match="heldout_image needs at least 2 images, got 1"):
         choose_heldout(NAMES[:1], asked, 0)
 
 

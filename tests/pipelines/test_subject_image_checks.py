@@ -1,4 +1,4 @@
-"""The photo doctor: names what is wrong with images, leaves out what cannot be read, and changes nothing."""
+"""Image checks report problems, leave out unreadable images, and change no file."""
 
 import hashlib
 import json
@@ -167,11 +167,11 @@ def test_the_hash_does_not_see_brightness_and_sees_a_turn():
 
 def test_the_command_ends_with_one_line_where_there_is_nothing(tmp_path, capsys):
     assert exit_status("pipelines.subject.image_checks", str(tmp_path / "none")) == 2
-    assert "There is no folder" in capsys.readouterr().err.splitlines()[-1]
+    assert "does not exist" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_folder_given_as_an_argument_is_not_called_by_the_trainers_option(tmp_path):
-    with pytest.raises(InputError, match=r"There is no folder '.*gone'") as refused:
+    with pytest.raises(InputError, match=r"The folder '.*gone' does not exist") as refused:
         main(ImageCheckOptions(str(tmp_path / "gone")))
     assert "--instance_data_dir" not in str(refused.value)
     (tmp_path / "subject").mkdir()

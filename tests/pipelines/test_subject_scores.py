@@ -27,8 +27,8 @@ from pipelines.subject.scores import (
     BaseModelScorer,
     EmbeddingScorer,
     copy_scores,
-    cropped,
     create_image_scorer,
+    cropped,
     nearest_limit,
 )
 

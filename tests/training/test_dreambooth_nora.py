@@ -126,7 +126,7 @@ def test_every_way_of_computing_a_step_gives_the_same_adapter(trainer, tmp_path)
         ("nothing", [], r"holds no image"),
         ("broken", [], r"(?s)no image that can be used.*broken\.png.* cannot be read"),
         ("good", ["--heldout_image", "z.png"], r"heldout_image must be auto, none, .* or one of good\.png, got 'z\.png'"),
-        ("good", ["--heldout_image", "good.png"], r"holds one image, and it is held out"),
+        ("good", ["--heldout_image", "good.png"], r"heldout_image needs at least 2 images, got 1"),
         ("good", ["--rank", "500"], r"r must be in .*got 500"),
         ("good", ["--pretrained_model_name_or_path", "./nowhere"], r"no model './nowhere'"),
     ],
