@@ -55,7 +55,7 @@ class TensorCache:
     folder: Path
 
     def read(self, key: str) -> dict[str, torch.Tensor] | None:
-        """The tensors of `key`; None where there are none that can be trusted."""
+        """The tensors of `key`; None if the file is missing, damaged or of another key."""
         path = self._path(key)
         if not path.is_file():
             return None
@@ -80,7 +80,7 @@ class TensorCache:
         os.replace(beside, path)
 
     def read_or_make(self, key: str, make: Callable[[], Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """The tensors of `key`, made and kept where there are none."""
+        """The tensors of `key`; if they are not in the cache, they are computed and stored."""
         tensors = self.read(key)
         if tensors is None:
             tensors = {name: value.detach().cpu() for name, value in make().items()}

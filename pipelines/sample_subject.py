@@ -1,8 +1,8 @@
-"""The bundled sample subject: a figure of our own making that no scene of the built-in model's world contains.
+"""The bundled sample subject: a figure that does not occur in the pretraining scenes.
 
     python -m pipelines.sample_subject assets/sample-subject
 
-draws its five images, in places that leave snow, night, forest and water for the prompts.
+renders its five images; snow, night, forest and water are left for the prompts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SIZE, SUPERSAMPLING = 512, 2
 
 
 def render_sample_subject(image: Image.Image, centre: tuple[float, float], radius: float) -> Image.Image:
-    """Draw the figure, 2 `radius` tall, about `centre` onto `image`; returns `image`.
+    """Render the figure, 2 `radius` tall, about `centre` onto `image`; returns `image`.
 
     A teal bottle-shaped body, one large eye, a cream belly with a coral zigzag, a coral three-pronged crown and boots.
     """
@@ -37,7 +37,7 @@ def render_sample_subject(image: Image.Image, centre: tuple[float, float], radiu
 
 
 class _Figure:
-    """Draws the figure's parts; their corners are given in units of the radius, from the centre."""
+    """Renders the figure's parts; corners are in units of the radius, relative to the centre."""
 
     def __init__(self, draw: ImageDraw.ImageDraw, centre: tuple[float, float], radius: float) -> None:
         self.draw, self.centre, self.radius = draw, centre, radius

@@ -1,7 +1,7 @@
-"""The rendered world: captioned scenes of shapes, letters and toys, drawn from nothing but a random generator.
+"""Rendered scenes of shapes, letters and toys with captions.
 
-A `Scene` says what is in the picture (the words of its caption); `render` draws it, with pose, shade and texture
-left to the generator. The built-in models are pretrained on these scenes, and metrics judge pictures against them.
+A `Scene` holds what its caption describes; `render` renders it with a random pose, shade and texture. The built-in models are
+pretrained on these scenes, and metrics compare generated images with them.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def with_article(noun: str) -> str:
 
 @dataclass(frozen=True)
 class Scene:
-    """What one picture shows: the words of its caption.
+    """The content of a scene, which its caption describes.
 
     Args:
         kind: a name of `SHAPES`, "letter" or "toy".
@@ -139,9 +139,9 @@ class Scene:
 
 
 def sample_scene(rng: random.Random) -> Scene:
-    """Draw a scene: three quarters shapes, a fifth toys, the rest letters and digits."""
-    draw = rng.random()
-    kind = rng.choice(SHAPES) if draw < 0.75 else "toy" if draw < 0.95 else "letter"
+    """Sample a scene: three quarters shapes, a fifth toys, the rest letters and digits."""
+    uniform = rng.random()
+    kind = rng.choice(SHAPES) if uniform < 0.75 else "toy" if uniform < 0.95 else "letter"
     pattern = "plain" if kind == "letter" or rng.random() < 0.45 else rng.choice(PATTERNS[1:])
     return Scene(
         kind=kind,
@@ -154,11 +154,11 @@ def sample_scene(rng: random.Random) -> Scene:
 
 
 def render(scene: Scene, size: int, rng: random.Random) -> Image.Image:
-    """Draw `scene` as an RGB picture of `size` x `size` pixels; pose, shade and texture come from `rng`."""
+    """Render `scene` as an RGB image of `size` x `size` pixels; pose, shade and texture come from `rng`."""
     canvas = size * SUPERSAMPLING
     image = BACKGROUNDS[scene.background].render(canvas, rng)
     radius = canvas / 2 * SIZES[scene.size] * rng.uniform(0.96, 1.04)
-    # Near the middle: freely placed, shapes stayed blots after a quarter of a million pictures of pretraining.
+    # Near the centre: at random positions, shapes were still blurred after pretraining on 250,000 images.
     reach = max(0.0, canvas / 2 - radius * 1.02)
     centre = tuple(canvas / 2 + rng.uniform(-0.2, 0.2) * reach for _ in range(2))
     paint = _pattern(scene.pattern, COLOURS[scene.colour], canvas, centre, radius, rng)
@@ -223,7 +223,7 @@ def _pattern(
     base = np.array(colour, dtype=np.float32) * rng.uniform(0.92, 1.06)
     other = base * 0.35 if base.mean() > 150 else base * 0.35 + 165
     row, column = np.mgrid[0:canvas, 0:canvas].astype(np.float32)
-    # Coarse enough for latents of a quarter of the picture's side.
+    # Coarse enough for latents of a quarter of the image's side.
     step = radius * (0.75 if pattern == "striped" else 0.68)
     down, right = (row - centre[1]) / step, (column - centre[0]) / step
     if pattern == "plain":
@@ -269,7 +269,7 @@ TOY_BELLIES = ("none", "circle", "heart", "star")
 
 
 def sample_toy(colour: str, rng: random.Random) -> Toy:
-    """Draw a toy of the named colour."""
+    """Sample a toy of the named colour."""
     accent = rng.choice([value for name, value in COLOURS.items() if name != colour])
     return Toy(
         COLOURS[colour],
@@ -283,7 +283,7 @@ def sample_toy(colour: str, rng: random.Random) -> Toy:
 
 
 def render_toy(image: Image.Image, paint: Image.Image, centre: tuple[float, float], radius: float, toy: Toy) -> Image.Image:
-    """Draw `toy` of height 2 `radius` about `centre` onto `picture`, its body in `paint`; returns `picture`."""
+    """Render `toy` of height 2 `radius` about `centre` onto `image`, its body in `paint`; returns `image`."""
     canvas = image.width
 
     def part(draw_part: Callable[[ImageDraw.ImageDraw], None], fill: Image.Image | Colour, colour: Colour) -> None:

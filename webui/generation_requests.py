@@ -91,10 +91,7 @@ def integer(name: str, value: Any) -> int:
 
 
 def run_in(settings: dict[str, Any]) -> tuple[str | None, int | None, float, list[tuple[str, float]]]:
-    """The run, step and scale for the page from an image's settings, and the further adapters.
-
-    The settings call a scale "strength", as the files of all versions do.
-    """
+    """The run, step and scale for the page from an image's settings, and the further adapters."""
     used = [(str(each["reference"]), float(each["scale"])) for each in settings.get("adapters", [])]
     run_id, step, scale = None, None, 0.0
     if used and not used[0][0].startswith(f"{FILE}@"):

@@ -24,7 +24,7 @@ SDXL_PREFIXES = ("model.diffusion_model.", "conditioner.embedders.0.", "conditio
 
 @dataclass(frozen=True)
 class PromptEmbeddings:
-    """What SDXL's UNet is told of a batch of prompts.
+    """The prompt conditioning of SDXL's UNet for a batch.
 
     Args:
         hidden: (batch, tokens, width): the last but one hidden states of both text encoders, side by side.
@@ -122,7 +122,7 @@ def _check_single_file(path: Path) -> None:
 
 
 def model_resolution(pipeline: StableDiffusionXLPipeline) -> int:
-    """The side, in pixels, of the images that the model makes of itself."""
+    """The model's default resolution: the side of its images in pixels."""
     return pipeline.unet.config.sample_size * pipeline.vae_scale_factor
 
 

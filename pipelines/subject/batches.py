@@ -15,7 +15,7 @@ from pipelines.subject.encoding import CachedLatents
 
 @dataclass(frozen=True)
 class SubjectBatches:
-    """Draws batches of images of one size, noise and timesteps, all on the CPU.
+    """Samples batches of images of one size, noise and timesteps, all on the CPU.
 
     With images of the subject's class, for prior preservation, a batch holds one of them after each of the subject's, so
     that every process gets pairs; the mean of the weighted losses is then the mean over the subject's images plus

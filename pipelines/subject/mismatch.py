@@ -77,14 +77,14 @@ def _share_of_error(loss: DenoisingLoss, images: CachedLatents, seed: int, targe
 
 
 def check_prediction_type(pipeline: StableDiffusionXLPipeline, images: CachedLatents, seed: int = 0) -> None:
-    """Refuse a base model that predicts noise where v is said to be predicted, or the other way round.
+    """Check on `images` that the base model predicts what its scheduler declares, noise or v.
 
-    Models of EDM's noise levels and those that predict the image itself are taken as they are.
+    Models with EDM noise levels and models that predict the image are not checked.
 
     Args:
         pipeline: the base model, without an adapter.
         images: to be trained on.
-    Raises: InputError with both losses and the option that mends it.
+    Raises: InputError with both losses and the option that corrects it.
     """
     loss = DenoisingLoss(pipeline)
     said = pipeline.scheduler.config.prediction_type

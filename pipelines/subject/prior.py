@@ -1,4 +1,4 @@
-"""Prior preservation: images of the subject's class by the base model, made once and used again  [Ruiz et al. 2023]."""
+"""Prior preservation: images of the subject's class, generated once by the base model and reused  [Ruiz et al. 2023]."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FIRST_SEED = 1_000_000
 
 @dataclass(frozen=True)
 class ClassImages:
-    """Which images of which classes there are to be.
+    """The class images that a run needs.
 
     Args:
         folder: where they lie; with several classes, in a folder for each.
@@ -67,18 +67,18 @@ class ClassImages:
     def make(
         self,
         missing: Sequence[tuple[Path, str, int]],
-        draw: Callable[[list[str], list[int]], Iterator[Image.Image]],
+        generate: Callable[[list[str], list[int]], Iterator[Image.Image]],
         settings: Mapping[str, object],
     ) -> None:
-        """Make this process's part of what is missing; each image is there wholly or not at all, and carries its settings.
+        """Generate this process's part of the missing images; each is written atomically with its settings.
 
         Args:
-            draw: draws an image for each prompt and its seed.
+            generate: yields an image for each prompt and its seed.
             settings: of all of them, as in `save_image`.
         """
         of_process = missing[self.share[0] :: self.share[1]]
-        generated = draw([prompt for _, prompt, _ in of_process], [seed for _, _, seed in of_process])
-        bar = tqdm(generated, desc="drawing class images", total=len(of_process), disable=self.share[0] > 0)
+        generated = generate([prompt for _, prompt, _ in of_process], [seed for _, _, seed in of_process])
+        bar = tqdm(generated, desc="generating class images", total=len(of_process), disable=self.share[0] > 0)
         for (path, prompt, seed), image in zip(of_process, bar, strict=True):
             beside = path.with_name(f".{path.name}")
             save_image(image, beside, {**settings, "prompt": prompt, "seed": seed, "model": self.model})
@@ -159,7 +159,7 @@ def _check_origin(path: Path, prompt: str, model: str) -> None:
     if settings.get("prompt") != prompt or Path(str(settings.get("model"))).name != Path(model).name:
         raise InputError(
             f"{str(path)!r} is a class image of {settings.get('prompt')!r} by {settings.get('model')!r}, not of {prompt!r} by "
-            f"{model!r}. Give another --class_data_dir, or remove the images that are there."
+            f"{model!r}. Give another --class_data_dir, or remove the images in it."
         )
 
 

@@ -1,4 +1,4 @@
-"""Prompts longer than the tokenizers take, whose ends the model never sees."""
+"""Prompts that exceed the tokenizers' limit and are truncated."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Scores of generated images: likeness to the subject, following of the prompt, copying of a training image.
+"""Scores of generated images: subject fidelity, prompt fidelity, and similarity to a training image.
 
-Cosines of CLIP features, as DreamBooth is evaluated [Ruiz et al. 2023, section 4.1]: CLIP-I, the mean over the training
-images, and CLIP-T, with the prompt just as the image was drawn from, rare word and class word included. Without a CLIP
-nothing is needed but the base model: its features for the subject, its own denoising loss as a classifier for the prompt
-[Li et al. 2023, diffusion classifier]. Compare scores within one run; between models and subjects they have no common scale.
+With a CLIP model, the metrics of DreamBooth [Ruiz et al. 2023, section 4.1]: CLIP-I, the mean over the training images, and
+CLIP-T, for the full prompt with trigger word and class word. Without one, the base model is enough: its features for the
+subject, and its denoising loss as a classifier for the prompt [Li et al. 2023, diffusion classifier]. Scores are comparable
+within one run only; models and subjects have no common scale.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from pipelines.subject.embedders import Embedder, load_embedder
 from pipelines.subject.evaluation import middle_of
 from pipelines.subject.loss import DenoisingLoss
 
-# Features are compared on a grid, in its middle.
+# Features are pooled to a grid, and its middle is compared.
 GRID = 8
 FEATURE_TIMESTEP = 20
 CLASSIFIER_SAMPLES = 8
 THUMBNAIL = 16
-# The share of an image's sides that its cropped copy has.
+# Sides of a cropped copy as a share of the image's.
 CROPPED = 0.9
-# In place of a model's name: the base model judges.
+# Given in place of a model's name, it selects scoring by the base model.
 BASE = "base"
 
 
 @dataclass(frozen=True)
 class ImageScores:
-    """Of one image.
+    """Scores of one image.
 
     Args:
-        subject: likeness to the training images, at most 1.
-        prompt: how much better its prompt explains it than the other prompts do; above 0 where it does.
+        subject: mean similarity to the training images, at most 1.
+        prompt: how much better its prompt fits than the other prompts; above 0 if it fits better.
         copy: correlation with the most similar training image or its mirror image, at most 1.
-        nearest: likeness to the most similar training image, at most 1.
+        nearest: similarity to the most similar training image, at most 1.
     """
 
     subject: float
@@ -54,9 +54,9 @@ class ImageScores:
 
 
 class ImageScorer(Protocol):
-    """Scores images against the prompts that they were drawn from.
+    """Scores images against the prompts that they were generated from.
 
-    `nearest_limit` is what `nearest` of an image that is no copy stays below.
+    `nearest_limit` is the threshold of `nearest` at and above which an image is likely to be a copy.
     """
 
     nearest_limit: float
@@ -92,17 +92,17 @@ def cropped(image: Image.Image) -> Image.Image:
 
 
 def nearest_limit(among: torch.Tensor, of_cropped: torch.Tensor) -> float:
-    """What the likeness of an image to a training image stays below, unless it is a copy.
+    """The threshold of similarity to a training image at and above which an image is likely to be a copy.
 
-    It lies where cropped copies lie to their originals, in the mean, but never below the most similar two training images.
-    Every judge has a scale of its own: this one is measured on it. Scenes of one toy drawn anew stay below it by far, with the
-    built-in model's features as with the built-in CLIP's; of copies that were brightened, blurred, mirrored or a little
-    cropped, it or `copy_scores` finds nine in ten. Those moved or cropped by more than a tenth are found by neither: this is an
-    alarm, and its silence no proof.
+    It is the mean similarity of cropped copies to their originals, but at least that of the two most similar training images.
+    Each scorer has a scale of its own, on which the threshold is measured. New renderings of the same toy stay well below it,
+    for the built-in base model and the built-in CLIP. Of copies that were brightened, blurred, mirrored or slightly cropped,
+    nine in ten reach it or a high `copy_scores`; copies that were shifted or cropped by more than a tenth do not. Passing this
+    check does not rule out memorisation.
 
     Args:
-        among: (references, references), likeness of the training images to each other.
-        of_cropped: (references, references), that of their cropped copies, one a row.
+        among: (references, references), similarity of the training images to each other.
+        of_cropped: (references, references), similarity of their cropped copies, one per row, to the training images.
     """
     different = among[~torch.eye(len(among), dtype=torch.bool, device=among.device)]
     return max([of_cropped.diagonal().mean().item(), *different.tolist()])
@@ -113,7 +113,7 @@ def _unit(values: torch.Tensor) -> torch.Tensor:
 
 
 class BaseModelScorer:
-    """Judges by the base model alone, whatever adapters are on it."""
+    """Scores images with the base model alone; adapters are disabled meanwhile."""
 
     def __init__(
         self,
@@ -123,13 +123,13 @@ class BaseModelScorer:
         resolution: int,
         batch_size: int = CLASSIFIER_SAMPLES,
     ) -> None:
-        """Remember what the subject looks like.
+        """Compute the features of the references.
 
         Args:
             references: images of the subject.
-            others: images of anything else, such as the base model's, so that what all images share counts for nothing.
-            resolution: side in pixels at which images are judged.
-            batch_size: images and noise levels at once, at the most.
+            others: images of other things, such as the base model's; the mean feature of all images is subtracted.
+            resolution: side in pixels at which images are scored.
+            batch_size: maximum number of images or noise levels at once.
         """
         self.pipeline, self.resolution, self.images = pipeline, resolution, list(references)
         self.batch_size = batch_size
@@ -144,7 +144,7 @@ class BaseModelScorer:
 
     @torch.no_grad()
     def scores(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[ImageScores]:
-        """The scores of each image, drawn from the prompt at its place."""
+        """The scores of each image; `prompts` holds the prompt of each."""
         with without_adapters(self.pipeline):
             latents = self._latents(images)
             likeness = self._likeness(latents)
@@ -157,7 +157,7 @@ class BaseModelScorer:
 
     @torch.no_grad()
     def _features(self, latents: torch.Tensor) -> torch.Tensor:
-        """What the UNet's first block makes of latents with little noise: (images, channels, places)."""
+        """Features of the UNet's first block for latents with little noise: (images, channels, positions)."""
         seen: list[torch.Tensor] = []
         hook = self.pipeline.unet.down_blocks[0].register_forward_hook(lambda *call: seen.append(call[-1][0].float()))
         nothing = encode_prompts(self.pipeline, [""])
@@ -171,13 +171,13 @@ class BaseModelScorer:
         return middle_of(functional.adaptive_avg_pool2d(torch.cat(seen), GRID)).flatten(2)
 
     def _likeness(self, latents: torch.Tensor) -> torch.Tensor:
-        """How well places match their best counterparts in each reference, both ways: (images, references), at most 1."""
+        """Mean similarity of positions to their best matches in each reference, both ways: (images, references), at most 1."""
         generated = _unit(self._features(latents) - self.mean)
         similarities = torch.einsum("acx,bcy->abxy", generated, self.references)
         return (similarities.amax(dim=3).mean(dim=2) + similarities.amax(dim=2).mean(dim=2)) / 2
 
     def _following(self, latents: torch.Tensor, prompts: Sequence[str]) -> list[float]:
-        """By how much of the mean loss the own prompt's loss lies below the others', with the same noise for all."""
+        """How far the loss of an image's prompt lies below the others', as a share of the mean loss; the noise is the same."""
         distinct = list(dict.fromkeys(prompts))
         distinct += [""] if len(distinct) == 1 else []
         embeddings = encode_prompts(self.pipeline, distinct)
@@ -199,7 +199,7 @@ class BaseModelScorer:
     def _losses(
         self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, prompt: PromptEmbeddings
     ) -> torch.Tensor:
-        """The losses (draws,) of `latents` (channels, height, width) with each of `noise` (draws, ...), `batch_size` at once."""
+        """The losses (samples,) of `latents` (channels, height, width) with each of `noise` (samples, ...), in batches."""
         losses = []
         for part, levels in zip(noise.split(self.batch_size), timesteps.split(self.batch_size), strict=True):
             count = len(part)
@@ -216,14 +216,14 @@ class BaseModelScorer:
 
 
 class EmbeddingScorer:
-    """Judges by the cosines of features; the prompt, where the model reads no text, by the base model."""
+    """Scores images by cosines of features; the prompt by the base model if the embedder reads no text."""
 
     def __init__(self, embedder: Embedder, references: Sequence[Image.Image], base: ImageScorer | None = None) -> None:
-        """Remember what the subject looks like.
+        """Compute the features of the references.
 
         Args:
             references: images of the subject.
-            base: judges the prompt where `embedder` reads no text, and only then.
+            base: scores the prompt if `embedder` reads no text; otherwise unused.
         """
         self.embedder, self.base, self.images = embedder, base, list(references)
         self.references = embedder.images(references)
@@ -231,7 +231,7 @@ class EmbeddingScorer:
         self.nearest_limit = nearest_limit(self.references @ self.references.T, copies @ self.references.T)
 
     def scores(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[ImageScores]:
-        """The scores of each image, drawn from the prompt at its place."""
+        """The scores of each image; `prompts` holds the prompt of each."""
         embedded = self.embedder.images(images)
         if self.embedder.reads_text:
             prompt = (embedded * self.embedder.texts(prompts)).sum(dim=1).tolist()
@@ -241,7 +241,7 @@ class EmbeddingScorer:
 
 
 def _scores(likeness: torch.Tensor, prompt: Sequence[float], copies: Sequence[float]) -> list[ImageScores]:
-    """The scores of each image from its `likeness` (images, references) to each training image and the other two."""
+    """The scores of each image from `likeness` (images, references), prompt scores and copy scores."""
     columns = (likeness.mean(dim=1).tolist(), prompt, copies, likeness.amax(dim=1).tolist())
     return [ImageScores(*each) for each in zip(*columns, strict=True)]
 
@@ -254,7 +254,7 @@ def create_image_scorer(
     resolution: int,
     batch_size: int = CLASSIFIER_SAMPLES,
 ) -> ImageScorer:
-    """The judge for a run: the base model where `name` is `BASE`, else the model of that name (see `load_embedder`).
+    """The image scorer of a run: the base model if `name` is `BASE`, else the model of that name (see `load_embedder`).
 
     The other arguments are those of `BaseModelScorer`.
     Raises: InputError if the model cannot be loaded.

@@ -71,7 +71,7 @@ def apart(first, second):
 def commanded(tiny_model, tmp_path, adapter_paths, scales, **changes):
     given = {"prompt": ["a star"], "seed": 5, "num_inference_steps": 4, "output_dir": str(tmp_path / "commanded"), **changes}
     options = GenerationOptions(
-        pretrained_model_name_or_path=str(tiny_model), adapter=[str(p) for p in adapter_paths], strength=scales, **given
+        pretrained_model_name_or_path=str(tiny_model), adapter=[str(p) for p in adapter_paths], scale=scales, **given
     )
     return pixels(Image.open(main(options)[0]))
 
@@ -204,7 +204,7 @@ def test_a_run_that_has_changed_is_loaded_anew(cache, workspace, tiny_model, tmp
     small_run(changing.runs, tiny_model, "same")
     before = one(cache, job(changing, "same@4"))
     shutil.rmtree(changing.runs / "same")
-    small_run(changing.runs, tiny_model, "same", strength=1.0)
+    small_run(changing.runs, tiny_model, "same", scale=1.0)
     assert apart(one(cache, job(changing, "same@4")), before) > 1
 
 

@@ -102,9 +102,7 @@ class GenerationJob:
 
     def settings(self, seed: int, sampler: str, with_adapters: bool) -> dict[str, Any]:
         """The settings that an image's PNG file carries."""
-        used = [
-            {"name": each.adapter.name, "reference": each.adapter.reference, "strength": each.scale} for each in self.adapters
-        ]
+        used = [{"name": each.adapter.name, "reference": each.adapter.reference, "scale": each.scale} for each in self.adapters]
         model = portable_name(self.source.pretrained_model_name_or_path)
         common = {**asdict(self.sampling), "sampler": sampler, "model": model, "adapters": used if with_adapters else []}
         return {"prompt": self.prompt, "seed": seed, **common}
