@@ -204,7 +204,7 @@ def test_a_run_that_has_changed_is_loaded_anew(cache, workspace, tiny_model, tmp
     small_run(changing.runs, tiny_model, "same")
     before = one(cache, job(changing, "same@4"))
     shutil.rmtree(changing.runs / "same")
-    small_run(changing.runs, tiny_model, "same", scale=1.0)
+    small_run(changing.runs, tiny_model, "same", strength=1.0)
     assert apart(one(cache, job(changing, "same@4")), before) > 1
 
 
