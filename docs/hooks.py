@@ -160,7 +160,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "fewshot": lambda: _recipe("few-shot"),
     "generate": lambda: _dataclass("pipelines.subject.generate", "GenerationOptions"),
     "classify": lambda: _dataclass("pipelines.fewshot.classify", "ClassifyOptions"),
-    "check_images": lambda: _dataclass("pipelines.subject.image_checks", "DoctorOptions"),
+    "check_images": lambda: _dataclass("pipelines.subject.image_checks", "ImageCheckOptions"),
     "app": _app,
     "pretrain": lambda: _dataclass("training.options.pretraining", "PretrainOptions"),
 }
