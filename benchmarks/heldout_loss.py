@@ -71,7 +71,7 @@ def run_subject(folder: Path, method: str, options: BenchmarkOptions) -> Result:
     losses = [line["heldout_loss"] for line in run.metrics() if "heldout_loss" in line]
     sizes = {name: sum(file.stat().st_size for file in (run.path / path).rglob("*.safetensors")) for name, path in FILES.items()}
     status = run.status()
-    return Result(losses[0], losses[-1], status["trained_numbers"], sizes, status["seconds"])
+    return Result(losses[0], losses[-1], status["num_trainable_parameters"], sizes, status["seconds"])
 
 
 def table(results: dict[str, dict[str, Result]]) -> str:

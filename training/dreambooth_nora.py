@@ -174,7 +174,7 @@ class SubjectTraining:
     def cross_validate(self) -> None:
         """Train without one of the images, each in turn, where there are too few to hold one out."""
         if self.images.folds:
-            folds = self.encoded.folds(self.images.folds)
+            folds = tuple(self.encoded.folds(self.images.folds))
             steps = self.options.optimisation.max_train_steps
             on = partial(self._trainable, class_images=self.class_images, steps=fold_steps(steps))
             every = self.options.validation.measured_every(steps)

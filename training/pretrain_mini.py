@@ -49,6 +49,7 @@ from training.pretraining.stages import (
 )
 from training.runs.record import list_checkpoints
 from training.runs.run import RunDirectory
+from training.runs.run_files import CHECKPOINTS, step_name
 
 BASIS_FILE = "patch-basis.safetensors"
 
@@ -92,7 +93,7 @@ def train_vae(options: PretrainOptions, corpus: Corpus) -> None:
 def trained_vae(options: PretrainOptions) -> AutoencoderKL:
     """The autoencoder of the newest checkpoint, also while its training still goes on beside."""
     module = AutoencoderLoss(mini_sdxl.new_vae(), load_basis(options))
-    load_checkpoint(list_checkpoints(Path(options.output_dir) / "vae" / "checkpoints")[-1], module)
+    load_checkpoint(list_checkpoints(Path(options.output_dir) / "vae" / CHECKPOINTS)[-1], module)
     return module.vae.eval()
 
 
@@ -157,7 +158,7 @@ def train_unet(options: PretrainOptions, corpus: Corpus) -> None:
     trainable = Trainable(module, batch_at, optimizer, warmup_stable_decay(optimizer, options.unet_steps))
 
     def sample(step: int) -> None:
-        contact_sheet(as_pipeline(options, module, tokenizer), SHEET_PROMPTS).save(run.samples / f"step-{step:07d}.png")
+        contact_sheet(as_pipeline(options, module, tokenizer), SHEET_PROMPTS).save(run.samples / f"{step_name(step)}.png")
 
     loop = LoopOptions(options.unet_steps, seed=options.seed, checkpointing_steps=100)
     with run.recording():
@@ -169,7 +170,7 @@ def export(options: PretrainOptions, corpus: Corpus) -> None:
     folder = Path(options.output_dir)
     tokenizer = build_tokenizer(corpus)
     module = new_denoiser(options, tokenizer)
-    load_checkpoint(list_checkpoints(folder / "unet" / "checkpoints")[-1], module)
+    load_checkpoint(list_checkpoints(folder / "unet" / CHECKPOINTS)[-1], module)
     pipeline = as_pipeline(options, module, tokenizer)
     pipeline.to(torch.float16).save_pretrained(folder / "mini-sdxl")
     write_card(folder / "mini-sdxl", card_facts(options, corpus, pipeline))

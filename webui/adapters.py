@@ -11,13 +11,13 @@ from typing import Any
 
 from pipelines.errors import InputError
 from training.runs.record import RunRecord
+from training.runs.run_files import Suggestion
 from training.subject.measured import adapter_at, kept_steps
 from webui import uploads
 from webui.views import RunView, views
 from webui.workspace import Workspace
 
 # As in training.subject.image_scoring, which loads torch.
-SUGGESTION = "suggestion.json"
 FILE = "file"
 GONE = "This adapter is no longer there. Choose another one."
 
@@ -54,9 +54,10 @@ class Steps:
 
 def steps_of(record: RunRecord) -> Steps:
     """All adapters of a run: those saved while training, and the final one."""
-    suggestion, last = record.read_json(SUGGESTION), last_step(record)
+    suggestion, last = Suggestion.read(record.path), last_step(record)
     steps = sorted({*kept_steps(record), *([] if last is None else [last])})
-    suggested, total = suggestion.get("step"), record.status().get("total")
+    suggested = None if suggestion is None else suggestion.step
+    total = record.status().get("total")
     notes = {step: " (last)" for step in steps if step == last} | {step: " (recommended)" for step in steps if step == suggested}
     choices = [(f"Step {step}{f' of {total}' if total else ''}{notes.get(step, '')}", step) for step in steps]
     return Steps(choices, suggested if suggested in steps else next(reversed(steps), None))
@@ -64,7 +65,8 @@ def steps_of(record: RunRecord) -> Steps:
 
 def last_step(record: RunRecord) -> int | None:
     """The last step, whose adapter was exported in all formats; None before the run is done."""
-    return record.read_json(SUGGESTION).get("last") if (record.path / "adapter").is_dir() else None
+    suggestion = Suggestion.read(record.path) if (record.path / "adapter").is_dir() else None
+    return None if suggestion is None else suggestion.last
 
 
 def others(workspace: Workspace, run_id: str | None) -> list[tuple[str, str]]:

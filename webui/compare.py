@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import InputError
+from training.runs.run_files import Suggestion
 from webui import images
 from webui.curves import Series, plot, running_mean
-from webui.figures import SCORES, SUGGESTION, accuracies, in_percent, method_name, series
+from webui.figures import SCORES, accuracies, in_percent, method_name, series
 from webui.views import RunView
 from webui.workspace import Workspace
 
@@ -133,7 +134,8 @@ def letter(index: int) -> str:
 def compared_step(view: RunView) -> int | None:
     """The step whose samples are compared: the recommended one, else the last; None without samples."""
     steps = images.sampled_steps(view.record)
-    suggested = view.read(SUGGESTION).get("step")
+    suggestion = view.read_file(Suggestion)
+    suggested = None if suggestion is None else suggestion.step
     return suggested if suggested in steps else max(steps, default=None)
 
 

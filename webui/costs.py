@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from training.runs.record import RunRecord
+from training.runs.run_files import GB, DryRunReport
 
-REPORT, LADDER = "dry_run.json", "ladder.json"
-GB = 1e9
 FEWEST_TO_SPARE_ONE = 5
 UNKNOWN = """<p class="quiet">Not measured yet. Every run measures this first, on three real steps, and says so before it goes on;
 the button does that now, in half a minute, without training anything.</p>"""
@@ -38,7 +37,7 @@ class Plan:
 
 def is_measured(record: RunRecord) -> bool:
     """Whether a dry run has finished with a report."""
-    return (record.path / REPORT).exists() and record.status().get("state") == "done"
+    return (record.path / DryRunReport.NAME).exists() and record.status().get("state") == "done"
 
 
 def is_measuring(record: RunRecord) -> bool:
@@ -51,7 +50,8 @@ def cost_summary(record: RunRecord, plan: Plan) -> str:
     if is_measuring(record):
         return f'<p role="status"><span class="chip running">measuring</span> {html.escape(_progress(record.status()))}</p>'
     if is_measured(record):
-        return _measured(record.read_json(REPORT), plan)
+        report = DryRunReport.read(record.path)
+        return UNKNOWN if report is None else _measured(report, plan)
     status = record.status()
     if status.get("state") in ("failed", "interrupted", "stopped", "running", "starting", "queued"):
         return f'<div class="warning">{html.escape(_failure(record, status))}</div>'
@@ -65,11 +65,11 @@ def _progress(status: dict[str, Any]) -> str:
     return f"Three real steps are being timed: {phase}." if phase else "Three real steps are being timed: starting."
 
 
-def _measured(report: dict[str, Any], plan: Plan) -> str:
-    seconds = report["seconds_per_step"] * plan.steps
+def _measured(report: DryRunReport, plan: Plan) -> str:
+    seconds = report.seconds_per_step * plan.steps
     rows = [("Training", f"about {duration(seconds)} for {plan.steps:,} steps")]
     if plan.folds:
-        extra = report["seconds_per_step"] * (plan.steps // 2) * plan.folds
+        extra = report.seconds_per_step * (plan.steps // 2) * plan.folds
         why = f"with fewer than {FEWEST_TO_SPARE_ONE} photos, each is left out once in a short training"
         sentence = f"about {duration(extra)} more: {why}"
         rows.append(("Finding the best step", sentence))
@@ -78,9 +78,9 @@ def _measured(report: dict[str, Any], plan: Plan) -> str:
             "Around it",
             "loading, sample images, comparing steps, writing files: about two minutes with the built-in model",
         ),
-        ("Memory", f"{report['peak_memory'] / GB:.1f} GB at most"),
-        ("Disk", f"up to {_size(report['disk'])} for checkpoints; {_size(report['disk_free'])} are free"),
-        ("Adapter", f"{report['trained_numbers']:,} trained parameters"),
+        ("Memory", f"{report.peak_memory / GB:.1f} GB at most"),
+        ("Disk", f"up to {_size(report.disk)} for checkpoints; {_size(report.disk_free)} are free"),
+        ("Adapter", f"{report.num_trainable_parameters:,} trainable parameters"),
     ]
     cells = "".join(f"<div><dt>{name}</dt><dd>{html.escape(words)}</dd></div>" for name, words in rows)
     return f'<dl class="costs">{cells}</dl>'

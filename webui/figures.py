@@ -11,12 +11,12 @@ from statistics import fmean
 from typing import Any
 
 from pipelines.methods import DEFAULT
-from training.runs.record import METRICS
+from training.runs.run_files import METRICS, Suggestion
 from webui import class_html
 from webui.curves import Point
 from webui.views import RunView
 
-SUGGESTION, REPORT = "suggestion.json", "report.json"
+REPORT = "report.json"
 SUMMED = 16
 SCORES = {"subject_score": "Similarity to your photos", "prompt_score": "Prompt adherence"}
 
@@ -50,7 +50,7 @@ def _of_subject(view: RunView) -> list[tuple[str, str]]:
         ("Steps", f"{done} of {total}" if total else ""),
         ("Loss", f"{fmean(losses):.3f}" if losses else ""),
         ("Lowest validation loss", f"{min(heldout):.3f}" if heldout else ""),
-        ("Recommended checkpoint", str(view.read(SUGGESTION).get("step", ""))),
+        ("Recommended checkpoint", suggested_step(view)),
     ]
 
 
@@ -59,6 +59,12 @@ def _of_classifier(view: RunView) -> list[tuple[str, str]]:
     done, total = view.status.get("step"), view.status.get("total")
     started = [("Methods", method_of(view)), ("Fitted", f"{done} of {total}" if total else "")]
     return [(method_name(method), in_percent(top1)) for method, top1 in best] or started
+
+
+def suggested_step(view: RunView) -> str:
+    """The recommended step; empty before there is one."""
+    suggestion = view.read_file(Suggestion)
+    return "" if suggestion is None else str(suggestion.step)
 
 
 def accuracies(view: RunView) -> list[dict[str, Any]]:

@@ -16,8 +16,8 @@ from PIL import Image
 
 from pipelines.images import SETTINGS_KEY
 from training.runs.record import RunRecord
+from training.runs.run_files import STEP
 
-STEP = "step-"
 # A cell of a table of samples, on a screen with two pixels for one.
 SMALL_SIDE = 384
 LARGE_SIDE = 512

@@ -26,7 +26,8 @@ import psutil
 from pipelines.errors import InputError
 from training.runs import run_requests
 from training.runs.durable import write_text_atomically
-from training.runs.record import OPTIONS, RunRecord
+from training.runs.record import RunRecord
+from training.runs.run_files import OPTIONS
 from training.runs.waiting import QUEUE
 from webui.run_log import LOG, START, log_tail
 from webui.views import STATE_TEXTS, RunView

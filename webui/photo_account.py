@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from pipelines.subject.folder_entries import FolderAccount
-from training.runs.record import PHOTOS
+from training.runs.run_files import IMAGE_CHECKS
 from webui.cards import escaped
 from webui.views import RunView
 
 
 def photo_account(view: RunView) -> str:
     """What is not used of a run's folders, and prompts that are cut, as HTML; empty where there is nothing to say."""
-    report = view.read(PHOTOS)
+    report = view.read(IMAGE_CHECKS)
     sentences = []
     for name in ("folder", "class_folder"):
         account = _account(report.get(name))

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from training.runs.record import RunRecord
+from training.runs.run_files import CROSS_VALIDATION, FOLDS, STEP, DryRunReport, step_of
 from training.subject.checkpoint_selection import Point as Measured
-from training.subject.measured import FOLDS, heldout_curve
+from training.subject.measured import heldout_curve
 from webui.curves import Point, Series, plot, running_mean
 from webui.views import STATE_TEXTS, RunView
 
-DRY_RUN = "dry_run.json"
 PHASES = {
     "loading": "Loading the model",
     "encoding": "Encoding the photos into latents",
@@ -29,7 +29,6 @@ PHASES = {
     "uploading": "Uploading",
     "writing the report": "Writing the report",
 }
-LEAVING_OUT = re.compile(r"leaving out image (\d+)")
 FITTING = re.compile(r"fitting (\S+), (\S+) shots, seed (\d+)")
 # Errors whose message says what is wrong and what to do.
 PLAIN = frozenset({"InputError", "DoesNotFitError", "NotFiniteError", "CertificateError"})
@@ -40,9 +39,8 @@ LONGEST_ERROR = 400
 
 def part_at_work(view: RunView) -> RunRecord:
     """The record of the current training: the run itself, a fold of cross-validation, or a trial of the experiment."""
-    leaving_out = LEAVING_OUT.fullmatch(str(view.status.get("phase")))
-    if leaving_out:
-        return RunRecord(view.record.path / FOLDS / str(int(leaving_out[1]) - 1))
+    if view.status.get("phase") == CROSS_VALIDATION and "fold" in view.status:
+        return RunRecord(view.record.path / FOLDS / str(view.status["fold"] - 1))
     trial = _inside(view.record.path, view.status.get("member"))
     return view.record if trial is None else RunRecord(trial)
 
@@ -90,16 +88,18 @@ def _headline_of_ended(view: RunView) -> str:
 HEADLINES: dict[str, Callable[[RunView], str]] = {
     "queued": _headline_of_queued,
     "starting": lambda view: "Starting: loading the libraries takes some seconds",
-    "running": lambda view: html.escape(phase_in_words(str(view.status.get("phase", "loading")))),
+    "running": lambda view: html.escape(phase_in_words(view.status)),
     "done": _headline_of_done,
 }
 
 
-def phase_in_words(phase: str) -> str:
-    """The title of a phase of status.json."""
-    leaving_out, fitting = LEAVING_OUT.fullmatch(phase), FITTING.fullmatch(phase)
-    if leaving_out:
-        return f"Cross-validation: a short training without photo {leaving_out[1]}"
+def phase_in_words(status: Mapping[str, Any]) -> str:
+    """The title of the phase in status.json."""
+    phase = str(status.get("phase") or "loading")
+    fitting = FITTING.fullmatch(phase)
+    if phase == CROSS_VALIDATION and "fold" in status:
+        of_all = f" of {status['folds']}" if "folds" in status else ""
+        return f"Cross-validation: a short training without photo {status['fold']}{of_all}"
     if fitting:
         return f"Training {fitting[1]}, {fitting[2]} shots, split {int(fitting[3]) + 1}"
     return PHASES.get(phase, phase)
@@ -129,7 +129,7 @@ def _quiet(text: str) -> str:
 
 def newest_checkpoint(record: RunRecord) -> int:
     """The step from which a run resumes; 0 without a checkpoint."""
-    return max((int(path.name.removeprefix("step-")) for path in record.checkpoints.glob("step-*")), default=0)
+    return max((step_of(path) for path in record.checkpoints.glob(f"{STEP}*")), default=0)
 
 
 def plain_error(error: str | None) -> str:
@@ -208,14 +208,14 @@ def duration(seconds: float) -> str:
 
 def cost(record: RunRecord) -> str:
     """The measurements of the dry run; empty before it."""
-    report = record.read_json(DRY_RUN)
-    if not report:
+    report = RunView(record).read_file(DryRunReport)
+    if report is None:
         return ""
     facts = {
-        "time": f"about {duration(report['seconds'])} of training, {report['seconds_per_step']:.2g} s a step",
-        "memory": f"{report['peak_memory'] / 1e9:.1f} GB peak",
-        "disk": f"up to {report['disk'] / 1e6:,.0f} MB while training",
-        "parameters": f"{report['trained_numbers']:,} trained",
+        "time": f"about {duration(report.seconds)} of training, {report.seconds_per_step:.2g} s a step",
+        "memory": f"{report.peak_memory / 1e9:.1f} GB peak",
+        "disk": f"up to {report.disk / 1e6:,.0f} MB while training",
+        "parameters": f"{report.num_trainable_parameters:,} trained",
     }
     rows = "".join(f"<dt>{name}</dt><dd>{words}</dd>" for name, words in facts.items())
     return f'<h3>Cost</h3><dl class="facts">{rows}</dl>'

@@ -62,7 +62,7 @@ def _state_detail(view: RunView) -> str:
     if view.runs_before:
         detail = f"{view.runs_before} {'run' if view.runs_before == 1 else 'runs'} ahead in the queue"
     elif view.state == "running":
-        detail = phase_in_words(str(view.status.get("phase") or "loading"))
+        detail = phase_in_words(view.status)
     elif view.reason:
         detail = view.reason
     bar = ""

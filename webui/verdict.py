@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from training.runs.record import RunRecord
-from training.subject.checkpoint_selection import COPY_THRESHOLD, Point, StepScores
+from training.runs.run_files import COPY_THRESHOLD, Certificate, Point, StepScores, Suggestion
 from training.subject.measured import heldout_curve, sample_scores
 from webui.curves import Series, plot
 from webui.images import Sample, address, sampled_steps, samples, subject, thumbnail
 from webui.views import RunView
 
-SUGGESTION, CERTIFICATE = "suggestion.json", "certificate.json"
 READ_LOSS = (
     "Validation loss is measured on a photo that is not trained on. If it rises while the training loss keeps falling, the model "
     "overfits: it memorises your photos."
@@ -36,16 +34,16 @@ NO_LOSS = "No photo was held out, so there is no validation loss."
 
 def suggestion(view: RunView) -> str:
     """The recommended step, the reasons and the warnings."""
-    recommended = view.read(SUGGESTION)
-    if not recommended:
+    recommended = view.read_file(Suggestion)
+    if recommended is None:
         return _not_yet(view)
-    reason, _, figures = str(recommended["why"]).partition(". ")
+    reason, figures = recommended.reasons[0], " ".join(recommended.reasons[1:])
     more = f"<details><summary>All measurements</summary><p>{html.escape(figures)}</p></details>" if figures else ""
-    warnings = "".join(f'<p class="warning overfit">{html.escape(each)}</p>' for each in recommended["warnings"])
+    warnings = "".join(f'<p class="warning overfit">{html.escape(each)}</p>' for each in recommended.warnings)
     return (
         '<p class="phase"><span class="chip good">recommended</span> '
-        f"<b>Step {recommended['step']} of {recommended['last']}</b></p>"
-        f"<p>{html.escape(reason.rstrip('.'))}.</p>{more}{warnings}"
+        f"<b>Step {recommended.step} of {recommended.last}</b></p>"
+        f"<p>{html.escape(reason)}</p>{more}{warnings}"
     )
 
 
@@ -62,8 +60,8 @@ def _not_yet(view: RunView) -> str:
 
 def suggested_step(record: RunRecord) -> int | None:
     """The recommended step; None before training is done."""
-    recommended = record.read_json(SUGGESTION)
-    return recommended.get("step")
+    recommended = RunView(record).read_file(Suggestion)
+    return None if recommended is None else recommended.step
 
 
 def sample_table(record: RunRecord, selected: tuple[int, int] | None) -> str:
@@ -180,21 +178,17 @@ def _cells(by_step: Mapping[int, object], steps: Sequence[int], name: str, digit
 
 def certificate(record: RunRecord) -> str:
     """The result of the check of the exported files, in a sentence or two."""
-    record_fields: dict[str, Any] = record.read_json(CERTIFICATE)
-    if not record_fields:
+    result = RunView(record).read_file(Certificate)
+    if result is None:
         return '<p class="quiet">The exported files have not been checked with plain diffusers.</p>'
-    if not record_fields["passed"]:
-        problems = html.escape("; ".join(record_fields["problems"]))
+    if not result.passed:
+        problems = html.escape("; ".join(result.problems))
         return f'<p class="warning">The exported files differ from the trained adapter: {problems}.</p>'
-    largest = max(record_fields["largest_difference"].values(), default=0.0)
-    converted = (
-        f" The {html.escape(' and '.join(record_fields['converted']))} file was converted for this."
-        if record_fields.get("converted")
-        else ""
-    )
+    largest = max(result.largest_difference.values(), default=0.0)
+    converted = f" The {html.escape(' and '.join(result.converted))} file was converted for this." if result.converted else ""
     return (
         '<p><span class="chip good">certified</span> Plain diffusers generates the same images from the exported files. '
-        f"The largest pixel difference is {largest:.2g} of 255; the adapter's effect is up to {record_fields['effect']:.0f}."
+        f"The largest pixel difference is {largest:.2g} of 255; the adapter's effect is up to {result.effect:.0f}."
         f"{converted}</p>"
     )
 

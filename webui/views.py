@@ -6,12 +6,14 @@ import json
 import time
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pipelines.deprecated_flags import with_current_names
+from pipelines.errors import InputError
 from pipelines.methods import DEFAULT, title_of
 from training.runs import run_requests
 from training.runs.record import RunRecord, live_process
+from training.runs.run_files import OPTIONS, RunFile, RunStatus
 from training.runs.waiting import QUEUE, runs_before
 from webui.draft import SAMPLE_PROMPT
 from webui.run_log import ended_by, last_error
@@ -40,6 +42,7 @@ STATE_TEXTS: dict[State, str] = {
     "done": "done",
 }
 TRAINING = "training"
+File = TypeVar("File", bound=RunFile)
 # From the creation of the folder until its process has written a status.
 BEGINNING_SECONDS = 20.0
 LONGEST_NAME, NAMED_CLASSES = 48, 3
@@ -67,18 +70,26 @@ class RunView:
 
     @cached_property
     def status(self) -> dict[str, Any]:
-        """The fields of status.json."""
-        return self.read("status.json")
+        """The fields of status.json that are set."""
+        status = self.read_file(RunStatus)
+        return {} if status is None else status.to_json()
 
     @cached_property
     def options(self) -> dict[str, Any]:
         """The resolved options by group; empty before the run has begun."""
-        return with_current_names(self.read("options.json"))
+        return with_current_names(self.read(OPTIONS))
 
     @cached_property
     def launch(self) -> dict[str, Any]:
         """How the page started it (see `webui.launching`); empty for runs from a terminal."""
         return self.read(LAUNCH)
+
+    def read_file(self, kind: type[File]) -> File | None:
+        """A file of the run; None if it is missing, cannot be read, or is of a newer version."""
+        try:
+            return kind.read(self.record.path)
+        except InputError:
+            return None
 
     def read(self, name: str) -> dict[str, Any]:
         """A JSON object from a file of the run; empty if it is missing or not a JSON object."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipelines.errors import InputError
 from training.runs.record import RunRecord
+from training.runs.run_files import RunStatus
 
 # What we make, and what a terminal names runs; no separator, nothing hidden, never "..".
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
@@ -84,7 +85,7 @@ def began(run: Path) -> float:
 
 
 def _is_run(path: Path) -> bool:
-    marks = ("status.json", LAUNCH)
+    marks = (RunStatus.NAME, LAUNCH)
     return bool(ID.fullmatch(path.name)) and path.is_dir() and not path.is_symlink() and any((path / n).exists() for n in marks)
 
 

@@ -31,7 +31,7 @@ def test_a_loss_that_falls_to_the_end_suggests_the_last_step_without_a_warning()
 def test_the_earliest_of_equally_good_steps_is_suggested():
     found = suggest(curve([1.0, 0.8, 0.505, 0.502, 0.5]), last=40)
     assert found.step == 20
-    assert "as good as the least" in found.why
+    assert "as good as the lowest value" in found.why
     assert suggest(curve([1.0, 0.8, 0.52, 0.502, 0.5]), last=40).step == 30
 
 
@@ -51,12 +51,12 @@ def test_a_rise_of_both_losses_is_no_overfitting():
 def test_training_that_never_helps_is_said_so():
     found = suggest(curve([1.0, 1.1, 1.2]), last=20)
     assert found.step == 10
-    assert "no better on the held-out image" in found.warnings[0]
+    assert "did not improve the loss on the held-out image" in found.warnings[0]
 
 
 def test_training_that_only_learns_the_training_images_is_overfitting_from_its_start():
     warnings = suggest(curve([1.0, 1.1, 1.2], [1.0, 0.9, 0.8]), last=20).warnings
-    assert "no better on the held-out image" in warnings[0]
+    assert "did not improve the loss on the held-out image" in warnings[0]
     assert warnings[1].startswith("Overfitting: the held-out loss rises from 1.0000 at step 0 to 1.2000 at step 20")
     assert len(suggest(curve([1.0, 1.001, 1.01], [1.0, 0.9, 0.8]), last=20).warnings) == 1
 
@@ -87,9 +87,9 @@ def test_a_step_that_is_more_like_the_subject_is_suggested_before_the_one_with_t
     found = suggest(curve(FALL), 30, samples(10, 20, subject=[0.5, 0.7]))
     assert (found.step, found.warnings[0][:12]) == (20, "Overfitting:")
     for said in (
-        "step 20 has the least held-out loss: 0.7000, the least of all 0.5000 at step 10, the base model's 1.0000.",
-        "Likeness to the subject 0.700, 0.700 at most (step 20), 0.200 of the base model; following of the prompts 0.300",
-        "likeness to the nearest training image 0.30 of 0.90, correlation of thumbnails 0.10 of 0.90",
+        "step 20 has the lowest held-out loss: 0.7000 (the lowest of all is 0.5000 at step 10; base model 1.0000).",
+        "Similarity to the subject 0.700 (highest 0.700, step 20; base model 0.200); similarity to the prompts 0.300",
+        "similarity to the nearest training image 0.30 of 0.90, correlation of thumbnails 0.10 of 0.90",
         "Compared: steps 10, 20.",
     ):
         assert said in found.why
@@ -114,7 +114,7 @@ def test_a_step_that_follows_its_prompts_notably_less_is_left_out_and_named():
     assert suggest(curve(FALL), 30, samples(10, 20, prompt=[0.3, just + 0.001], **alike)).step == 20
     found = suggest(curve(FALL), 30, samples(10, 20, prompt=[0.3, just - 0.001], **alike))
     assert found.step == 10
-    assert "Left out for not following their prompts: 20." in found.why
+    assert "Excluded for low similarity to their prompts: 20." in found.why
     negative = samples(10, 20, prompt=[-0.3, -0.32], **alike)
     assert suggest(curve(FALL), 30, negative).step == 20
 
@@ -124,7 +124,7 @@ def test_a_step_that_draws_copies_is_left_out_and_named_unless_the_base_model_do
     scores = samples(10, 20, subject=[0.4, 0.7], **{figure: [0.5, 0.95]})
     found = suggest(curve(FALL), 30, scores)
     assert found.step == 10
-    assert "Left out for near copies: 20." in found.why
+    assert "Excluded for near copies: 20." in found.why
     scores[0] = dataclasses.replace(BASE, **{figure: 0.95})
     assert suggest(curve(FALL), 30, scores).step == 20
 
@@ -132,7 +132,7 @@ def test_a_step_that_draws_copies_is_left_out_and_named_unless_the_base_model_do
 def test_where_all_steps_draw_copies_the_least_so_is_suggested_and_that_is_said():
     found = suggest(curve(FALL), 30, samples(10, 20, copy=[0.97, 0.95]))
     assert found.step == 20
-    assert found.why.startswith("All 2 steps compared draw near copies of training images; those of step 20 are the least so")
+    assert found.why.startswith("All 2 compared steps generate near copies of training images; step 20 copies least")
     assert "is nearly a copy" in found.warnings[-1]
 
 
@@ -149,20 +149,20 @@ def test_without_samples_of_the_step_with_the_least_loss_the_loss_alone_decides(
 def test_samples_do_not_speak_for_a_training_that_never_helped():
     found = suggest(curve([1.0, 1.2, 1.1]), 20, samples(10, 20, subject=[0.9, 0.3]))
     assert found.step == 20
-    assert "comes nearest" in found.why
+    assert "comes closest" in found.why
 
 
 def test_without_a_heldout_image_the_earliest_that_is_as_like_the_subject_as_any_is_suggested():
     found = suggest([], 30, samples(10, 20, 30, subject=[0.5, 0.698, 0.7]))
     assert found.step == 20
-    assert found.why.startswith("No image was held out: by its samples alone, step 20 is the earliest")
+    assert found.why.startswith("No image was held out: step 20 is the earliest")
     assert "not trained on" in found.warnings[0]
 
 
 def test_behind_a_curve_that_falls_to_its_end_the_samples_decide():
     found = suggest(curve([1.0, 0.8, 0.6]), 90, samples(20, 50, 90, subject=[0.5, 0.699, 0.7]))
     assert found.step == 50
-    assert "the held-out loss fell to the end of its curve" in found.why
+    assert "the held-out loss was still falling at its last measurement" in found.why
     assert suggest(curve([1.0, 0.5, 0.8]), 90, samples(10, 20, 90, subject=[0.5, 0.5, 0.9])).step == 10
 
 
@@ -193,4 +193,4 @@ def test_steps_without_a_loss_draw_evenly_spread_with_the_last():
 def test_samples_that_became_copies_of_training_images_are_warned_of(base, last, warned):
     scores = {0: dataclasses.replace(BASE, **base), 5: BASE, 10: dataclasses.replace(BASE, **last)}
     warnings = suggest([], 10, scores).warnings
-    assert any("A sample of step 10 is nearly a copy of a training image: likeness to the" in w for w in warnings) == warned
+    assert any("A sample of step 10 is nearly a copy of a training image: similarity to the" in w for w in warnings) == warned

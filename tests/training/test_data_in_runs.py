@@ -58,7 +58,7 @@ def test_several_subjects_are_trained_at_once_each_by_its_name(trainer, images_d
     prepared = trainer.prepare(tmp_path / "run", "--train_text_encoder", **given)
     words = {tuple(row[0].tolist()) for batch in prepared.batches() for row in batch["tokens"]}
     assert len(words) == 2
-    prepared.run.update_status(trained_numbers=1, seconds=1.0)
+    prepared.run.update_status(num_trainable_parameters=1, seconds=1.0)
     card = model_card(prepared.run, trainer.options(tmp_path / "run", **given), 2)
     assert "sks dog" in card
     assert "{subject}" not in card

@@ -223,6 +223,6 @@ def test_real_photos_of_any_shape_are_trained_on(trainer, tmp_path):
 def test_a_dry_run_stops_after_its_report(trainer, tmp_path):
     run = trainer.run(tmp_path / "run", "--dry_run")
     assert run.status()["state"] == "done"
-    assert json.loads((run.path / "dry_run.json").read_text())["trained_numbers"] > 0
+    assert json.loads((run.path / "dry_run.json").read_text())["num_trainable_parameters"] > 0
     assert not run.metrics()
     assert not list_checkpoints(run.checkpoints)

@@ -12,10 +12,11 @@ from pipelines.errors import InputError
 from training.engine import memory_fallback
 from training.engine.dry_run import DoesNotFitError, PeakMemory, rehearse
 from training.engine.loop import LoopOptions, prepared
-from training.engine.memory_fallback import FallbackStep, advice, as_flags, climb, rungs, with_ladder
+from training.engine.memory_fallback import advice, as_flags, climb, rungs, with_ladder
 from training.options import SubjectOptions, parse_options
 from training.runs.record import list_checkpoints
 from training.runs.run import RunDirectory
+from training.runs.run_files import FallbackStep, MemoryFallback
 
 
 def rehearsed(folder, what, limit=None, peak=None, **changes):
@@ -44,13 +45,13 @@ def test_a_dry_run_does_real_steps(tmp_path, monkeypatch):
 
 def test_a_dry_run_reports_what_the_run_will_take(tmp_path):
     report = rehearsed(tmp_path, trainable(), checkpoints_total_limit=3)
-    assert report.trained_numbers == 8
+    assert report.num_trainable_parameters == 8
     assert report.seconds == pytest.approx(STEPS * report.seconds_per_step)
     # Weights, two moments and a moving average of float32, and the count of steps of each of two parameters.
     assert report.checkpoint == 4 * 8 * 4 + 2 * 4
     assert report.disk == 5 * report.checkpoint
-    assert json.loads((tmp_path / "dry_run.json").read_text()) == dataclasses.asdict(report)
-    assert "8 trained numbers" in report.summary()
+    assert json.loads((tmp_path / "dry_run.json").read_text()) == report.to_json()
+    assert "8 trainable parameters" in report.summary()
 
 
 def test_peak_memory_is_that_of_what_came_and_went():
@@ -71,13 +72,13 @@ def test_memory_that_came_before_the_steps_counts_too_where_it_was_measured(tmp_
 
 
 def test_more_memory_than_allowed_does_not_fit(tmp_path):
-    with pytest.raises(DoesNotFitError, match=r"takes \d+\.\d+ GB of memory, and memory_limit_gb is 0\.001"):
+    with pytest.raises(DoesNotFitError, match=r"needs \d+\.\d+ GB of memory, and memory_limit_gb is 0\.001"):
         rehearsed(tmp_path, trainable(), limit=0.001)
 
 
 def test_more_disk_than_is_free_is_refused_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr("training.engine.dry_run.free_bytes", lambda folder: 10)
-    with pytest.raises(InputError, match=r"of the disk.*lower --checkpoints_total_limit"):
+    with pytest.raises(InputError, match=r"of disk space.*lower --checkpoints_total_limit"):
         rehearsed(tmp_path, trainable())
 
 
@@ -116,7 +117,8 @@ def test_options_and_the_flags_made_of_them_are_the_same():
 
 
 RECIPE = """
-import argparse, json, pathlib, sys
+import argparse, pathlib, sys
+from training.runs.run_files import DryRunReport
 parser = argparse.ArgumentParser()
 for name in ("gradient_checkpointing", "memory_fallback", "dry_run"):
     parser.add_argument("--" + name, type=lambda text: text == "True")
@@ -132,7 +134,7 @@ peak = 100 * options.train_batch_size - 50 * bool(options.gradient_checkpointing
 options.output_dir.mkdir()
 if peak > 700:
     raise SystemExit("error: CUDA out of memory. Tried to allocate")
-(options.output_dir / "dry_run.json").write_text(json.dumps({"peak_memory": peak, "seconds_per_step": 0.5}))
+DryRunReport(1, 0.5, 1.0, peak, 1, 1, 1, None).write(options.output_dir)
 if peak > LIMIT:
     raise SystemExit("error: does not fit")
 """
@@ -188,7 +190,7 @@ def test_out_of_memory_anywhere_climbs_the_ladder_and_says_what_to_set(tmp_path,
     )
     with pytest.raises(InputError, match=r"does not fit: CUDA out of memory.*This fits: --resolution 32 "):
         with_ladder(out_of_memory, options_in(tmp_path), "recipe")
-    assert json.loads((tmp_path / "ladder.json").read_text())[0]["fits"]
+    assert json.loads((tmp_path / MemoryFallback.NAME).read_text())["attempts"][0]["fits"]
     assert "--resolution 32" in RunDirectory(tmp_path).status()["error"]
 
 

@@ -13,6 +13,7 @@ from pipelines.methods import method_names
 from training.options import parse_options
 from training.runs.card_text import as_text
 from training.runs.run import RunDirectory
+from training.runs.run_files import Certificate
 from training.subject.model_card import judge_in_words, model_card
 
 PROMPTS = [
@@ -26,10 +27,12 @@ PROMPTS = [
     "null: ~",
 ]
 
+CERTIFICATE = Certificate(True, {}, {}, 1.0, 1.0, [], [], [], {}, "float32", "cpu").to_json()
+
 
 def run_with(tmp_path):
     run = RunDirectory.create(tmp_path / "run", {})
-    run.update_status(trained_numbers=1234, seconds=5.0)
+    run.update_status(num_trainable_parameters=1234, seconds=5.0)
     run.log(0, heldout_loss=0.5)
     run.log(4, heldout_loss=0.25)
     for file in ("diffusers/pytorch_lora_weights.safetensors", "kohya/run.safetensors"):
@@ -74,7 +77,7 @@ def test_the_card_says_what_the_run_found_out(tmp_path):
     said = {"step": 2, "last": 4, "why": "Because.", "warnings": ["Overfitting: yes."], "curve": [{"step": 0, "heldout": 0.5}]}
     said["scores"] = {}
     (run.path / "suggestion.json").write_text(json.dumps(said))
-    (run.path / "certificate.json").write_text(json.dumps({"largest_difference": {"kohya": 0.25}, "effect": 40.2}))
+    (run.path / "certificate.json").write_text(json.dumps({**CERTIFICATE, "largest_difference": {"kohya": 0.25}, "effect": 40.2}))
     card = model_card(run, options_for("dog", tmp_path), images=3)
     for expected in (
         "0.5000 before, 0.2500 after",
@@ -91,7 +94,12 @@ def test_the_card_says_what_the_run_found_out(tmp_path):
 @pytest.mark.parametrize("method", method_names())
 def test_the_card_of_a_dora_alone_says_which_programs_leave_its_row_lengths_out(tmp_path, method):
     run = run_with(tmp_path)
-    said = {"largest_difference": {"kohya": 0.25}, "effect": 40.2, "converted": ["kohya"] if method == "dora" else []}
+    said = {
+        **CERTIFICATE,
+        "largest_difference": {"kohya": 0.25},
+        "effect": 40.2,
+        "converted": ["kohya"] if method == "dora" else [],
+    }
     (run.path / "certificate.json").write_text(json.dumps(said))
     card = model_card(run, options_for("dog", tmp_path, "--method", method), images=3)
     for words in ("Stock diffusers and sd-scripts leave it out, A1111 takes", "kohya file was put into diffusers' form first"):

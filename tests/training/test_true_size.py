@@ -18,9 +18,10 @@ from pipelines.subject.generate import Sampling, generate
 from pipelines.subject.loss import DenoisingLoss
 from training import dreambooth_nora
 from training.engine import memory_fallback
-from training.engine.memory_fallback import FallbackStep, with_ladder
+from training.engine.memory_fallback import with_ladder
 from training.fewshot.trials import calibration_batches
 from training.options import parse_options
+from training.runs.run_files import FallbackStep
 from training.subject import samples, validation
 
 PROGRAM = Path(__file__).parents[2] / "benchmarks" / "true_size.py"

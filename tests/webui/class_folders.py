@@ -13,7 +13,8 @@ from pipelines.fewshot.data import LabelledImage
 from pipelines.fewshot.metrics import score
 from pipelines.fewshot.sources import ImageFile
 from training.fewshot.tested import told_of_test, write_tested
-from training.runs.record import OPTIONS, STATUS, RunRecord
+from training.runs.record import RunRecord
+from training.runs.run_files import OPTIONS, RunStatus
 from webui.class_sets import update_split
 from webui.image_datasets import add_class
 from webui.uploads import add_images
@@ -110,5 +111,5 @@ def finished_classifier(workspace, data_dir, names, wrong=2, right_of_pixels=Non
     (run / "splits").mkdir()
     (run / "splits" / "2-shots-seed-0.json").write_text(json.dumps({"keys": list(names), "train": [], "val": [], "test": listed}))
     (run / OPTIONS).write_text(json.dumps({"target_layers": {}, "data": {"data_dir": str(data_dir.absolute()), "dataset": None}}))
-    (run / STATUS).write_text(json.dumps({"state": "done", "phase": "done", "step": 3, "total": 3, "error": None}))
+    (run / RunStatus.NAME).write_text(json.dumps({"state": "done", "phase": "done", "step": 3, "total": 3, "error": None}))
     return RunRecord(run)

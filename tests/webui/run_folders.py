@@ -10,7 +10,8 @@ import psutil
 from PIL import Image
 
 from pipelines.images import save_image
-from training.runs.record import METRICS, OPTIONS, STATUS, RunRecord
+from training.runs.record import RunRecord
+from training.runs.run_files import METRICS, OPTIONS, RunStatus
 from training.subject.checkpoint_selection import Point, StepScores, suggest
 from training.subject.measured import adapter_at, logged
 
@@ -59,7 +60,7 @@ def run_in(folder: Path, state="running", steps=0, total=100, **status) -> Writt
         run.log(step, loss=1 + math.exp(-4 * step / total) + 0.3 * rng.random(), lr=1e-3 * min(1.0, step / 20))
     told = "running" if state == "interrupted" else state
     fields = {"state": told, "phase": "training", "step": steps, "total": total, "seconds_left": 42.0, "error": None, **status}
-    (folder / STATUS).write_text(json.dumps({**fields, **process_of(state)}))
+    (folder / RunStatus.NAME).write_text(json.dumps({**fields, **process_of(state)}))
     return run
 
 

@@ -11,15 +11,15 @@ from pathlib import Path
 
 from run_folders import CURVE_STEPS, GIVEN, SAMPLE_STEPS, WrittenRun, add_checkpoint, add_samples, judge
 
-from training.runs.record import OPTIONS, update_status
-from webui.costs import REPORT
+from training.runs.record import update_status
+from training.runs.run_files import OPTIONS, DryRunReport
 
 TOTAL, FIRST_STOP, UNTIL, BEGAN = 100, 20, "until", "began"
 # What a dry run finds out.
-DRY_RUN = {
-    "trained_numbers": 54272, "seconds_per_step": 0.3, "seconds": 120.0, "peak_memory": 1_120_000_000,
-    "checkpoint": 800_000, "disk": 3_200_000, "disk_free": 58_200_000_000, "memory_limit": None,
-}  # fmt: skip
+DRY_RUN = DryRunReport(
+    num_trainable_parameters=54272, seconds_per_step=0.3, seconds=120.0, peak_memory=1_120_000_000,
+    checkpoint=800_000, disk=3_200_000, disk_free=58_200_000_000, memory_limit=None,
+)  # fmt: skip
 
 
 def main():
@@ -38,7 +38,7 @@ def main():
         run.log(step, loss=1.0, lr=1e-3)
         reach(run, step)
     if "--dry_run" in sys.argv:
-        (run.path / REPORT).write_text(json.dumps(DRY_RUN))
+        DRY_RUN.write(run.path)
     judge(run)
     update_status(run, state="done", phase="done", step=TOTAL, total=TOTAL, seconds=1.0, seconds_left=0.0)
 

@@ -9,6 +9,7 @@ from PIL import Image
 from run_folders import PROMPTS, add_samples, curve, end_processes, finished_run, measure, run_in, scores
 
 from training.runs.record import RunRecord
+from training.runs.run_files import Certificate
 from training.subject.measured import adapter_at
 from webui import verdict
 from webui.page import build_page
@@ -16,6 +17,8 @@ from webui.screens.judge import look_at, parts
 from webui.settings import Settings
 from webui.views import RunView
 from webui.workspace import Workspace
+
+CERTIFICATE = Certificate(True, {}, {}, 1.0, 1.0, [], [], [], {}, "float32", "cpu").to_json()
 
 
 @pytest.fixture
@@ -61,7 +64,7 @@ def test_samples_of_all_steps_are_side_by_side_with_the_base_model_first_and_the
 
 def test_the_reason_and_the_warning_are_those_of_the_run(finished):
     said = json.loads((finished.path / "suggestion.json").read_text())
-    said["warnings"], said["why"] = ["Overfitting: <i>it</i> rises."], "Step 40 is best. Figures follow."
+    said |= {"version": 2, "warnings": ["Overfitting: <i>it</i> rises."], "reasons": ["Step 40 is best.", "Figures follow."]}
     (finished.path / "suggestion.json").write_text(json.dumps(said))
     shown = look(finished)["suggestion"].key
     assert f"Step {said['step']} of 100" in shown
@@ -168,13 +171,13 @@ def test_the_card_is_shown_without_its_header_and_the_certificate_in_words(finis
     assert look(finished)["details"].key is False
     (finished.path / "README.md").write_text("---\ntags: [a]\n---\n# sks toy\n\n![it](before_after.png)\n\nNoRA\n\n---\nend\n")
     (finished.path / "certificate.json").write_text(
-        json.dumps({"passed": True, "largest_difference": {"diffusers": 0.5}, "effect": 200.0, "problems": []})
+        json.dumps({**CERTIFICATE, "passed": True, "largest_difference": {"diffusers": 0.5}, "effect": 200.0, "problems": []})
     )
     found = look(finished)
     assert found["card"].key == "# sks toy\n\n\nNoRA\n\n---\nend"
     assert "largest pixel difference is 0.5 of 255; the adapter's effect is up to 200" in found["papers"].key
     (finished.path / "certificate.json").write_text(
-        json.dumps({"passed": False, "largest_difference": {}, "effect": 0.0, "problems": ["<b> differs"]})
+        json.dumps({**CERTIFICATE, "passed": False, "largest_difference": {}, "effect": 0.0, "problems": ["<b> differs"]})
     )
     assert "differ from the trained adapter: &lt;b&gt; differs." in look(finished)["papers"].key
 

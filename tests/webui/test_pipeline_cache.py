@@ -15,7 +15,6 @@ from nora_vision.files import write_tensors
 from pipelines.errors import InputError
 from pipelines.images import read_settings
 from pipelines.subject.generate import GenerationOptions, Sampling, main
-from training.subject import image_scoring
 from webui import adapters
 from webui.adapters import adapter_called, others, steps_of
 from webui.generated_images import MAX_IMAGES_KEPT, GeneratedImages
@@ -253,10 +252,6 @@ def test_the_recommended_step_is_the_default_and_every_saved_one_can_be_chosen(w
 def test_no_reference_reaches_what_is_not_there(workspace, reference):
     with pytest.raises(InputError):
         adapter_called(workspace, reference)
-
-
-def test_the_light_module_knows_the_name_that_runs_use():
-    assert adapters.SUGGESTION == image_scoring.SUGGESTION
 
 
 def test_drawn_images_carry_their_settings_and_the_newest_are_kept(cache, workspace, tmp_path):

@@ -70,7 +70,7 @@ def test_a_phase_whose_end_nobody_knows_has_a_bar_without_a_figure(workspace):
 
 
 def test_a_short_training_of_leave_one_out_is_followed_in_its_own_folder(workspace):
-    run = run_in(workspace.runs / "a", phase="leaving out image 2", total=None)
+    run = run_in(workspace.runs / "a", phase="cross_validation", fold=2, total=None)
     part = run_in(run.path / "folds" / "1", steps=30, total=60)
     found = parts(view(run))
     assert "without photo 2" in found["head"].key
@@ -171,6 +171,7 @@ def test_figures_are_those_of_the_files(workspace):
     run = run_in(workspace.runs / "a", steps=40)
     measure(run)
     report = {"seconds_per_step": 0.25, "seconds": 100.0, "peak_memory": 2.5e9, "disk": 3e6, "trained_numbers": 54_272}
+    report |= {"checkpoint": 1e6, "disk_free": 1e9, "memory_limit": None}
     (run.path / "dry_run.json").write_text(json.dumps(report))
     found = parts(view(run))
     assert all(words in found["cost"].key for words in ("about 2 minutes", "0.25 s a step", "2.5 GB", "3 MB", "54,272 trained"))

@@ -17,6 +17,7 @@ from pipelines.digests import file_digest
 from training.engine.sharding import assign
 from training.runs.durable import flush_folder, write_durably
 from training.runs.record import list_checkpoints
+from training.runs.run_files import step_name
 
 WEIGHTS, STATE, MANIFEST = "trained.safetensors", "state.pt", "manifest.json"
 WRITING, DAMAGED = ".writing-", "damaged-"
@@ -42,7 +43,7 @@ def save_checkpoint(
         state: whatever `torch.load(weights_only=True)` reads back: optimiser, schedule and EMA states.
         score: a loss measured at this step, lower is better; the checkpoint with the lowest is kept.
     """
-    target = folder / f"step-{step:07d}"
+    target = folder / step_name(step)
     aside = folder / f"{WRITING}{target.name}"
     shutil.rmtree(aside, ignore_errors=True)
     try:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import json
 import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
@@ -19,13 +17,12 @@ from accelerate.logging import get_logger
 from pipelines.errors import InputError
 from pipelines.optimizers import trainable_parameters
 from training.engine.loop import LoopOptions, Stepper, Trainable, prepared
-from training.runs.durable import free_bytes, write_text_atomically
+from training.runs.durable import free_bytes
 from training.runs.record import newest_step
 from training.runs.run import RunDirectory
+from training.runs.run_files import GB, DryRunReport
 
 STEPS = 3
-REPORT = "dry_run.json"
-GB = 1e9
 CLEAR_PEAK = "5"
 logger = get_logger(__name__)
 
@@ -34,49 +31,17 @@ class DoesNotFitError(InputError):
     """The run needs more memory than there is, or than it may take."""
 
 
-@dataclass(frozen=True)
-class DryRunReport:
-    """What a dry run has measured.
-
-    Args:
-        trained_numbers: how many numbers are trained.
-        seconds_per_step: the median of the steps after the first.
-        seconds: what all steps will take.
-        peak_memory: bytes, calibration included; on a GPU what tensors took of it, on the CPU what the process took.
-        checkpoint: bytes of one checkpoint.
-        disk: bytes of all checkpoints that will lie there at once, at the most.
-        disk_free: bytes.
-        memory_limit: bytes that `peak_memory` may take; None for what there is.
-    """
-
-    trained_numbers: int
-    seconds_per_step: float
-    seconds: float
-    peak_memory: int
-    checkpoint: int
-    disk: int
-    disk_free: int
-    memory_limit: int | None
-
-    def summary(self) -> str:
-        """Two lines for people."""
-        return (
-            f"Dry run of {STEPS} steps: {self.trained_numbers:,} trained numbers, {self.seconds_per_step:.3g} s a step, about "
-            f"{self.seconds / 60:.1f} min in all.\nPeak memory {self.peak_memory / GB:.2f} GB; checkpoints take up to "
-            f"{self.disk / GB:.3f} GB of the {self.disk_free / GB:.1f} GB that are free."
+def check_fits(report: DryRunReport) -> None:
+    """Raises: DoesNotFitError if the run does not fit in memory, InputError if it does not fit on the disk."""
+    if report.memory_limit is not None and report.peak_memory > report.memory_limit:
+        raise DoesNotFitError(
+            f"Training needs {report.peak_memory / GB:.3f} GB of memory, and memory_limit_gb is {report.memory_limit / GB:.3f}."
         )
-
-    def check(self) -> None:
-        """Raises: DoesNotFitError if it does not fit in memory, InputError if it does not fit on the disk."""
-        if self.memory_limit is not None and self.peak_memory > self.memory_limit:
-            raise DoesNotFitError(
-                f"Training takes {self.peak_memory / GB:.3f} GB of memory, and memory_limit_gb is {self.memory_limit / GB:.3f}."
-            )
-        if self.disk > self.disk_free:
-            raise InputError(
-                f"Checkpoints will take {self.disk / GB:.3f} GB of the disk, and {self.disk_free / GB:.3f} GB are free. Free "
-                "some space, lower --checkpoints_total_limit, or give another --output_dir."
-            )
+    if report.disk > report.disk_free:
+        raise InputError(
+            f"Checkpoints need {report.disk / GB:.3f} GB of disk space, and {report.disk_free / GB:.3f} GB are free. Free some "
+            "space, lower --checkpoints_total_limit, or give another --output_dir."
+        )
 
 
 def rehearse(stepper: Stepper, memory_limit_gb: float | None = None, peak: PeakMemory | None = None) -> DryRunReport:
@@ -99,7 +64,7 @@ def rehearse(stepper: Stepper, memory_limit_gb: float | None = None, peak: PeakM
     trained = trainable_parameters(stepper.optimizer)
     checkpoint = sum(parameter.nbytes for parameter in trained) + nested_bytes(state)
     report = DryRunReport(
-        trained_numbers=sum(parameter.numel() for parameter in trained),
+        num_trainable_parameters=sum(parameter.numel() for parameter in trained),
         seconds_per_step=median(seconds[1:]),
         seconds=median(seconds[1:]) * options.max_train_steps,
         peak_memory=peak.read(),
@@ -110,8 +75,8 @@ def rehearse(stepper: Stepper, memory_limit_gb: float | None = None, peak: PeakM
         memory_limit=None if memory_limit_gb is None else round(memory_limit_gb * GB),
     )
     if run.writes:
-        write_text_atomically(run.path / REPORT, json.dumps(asdict(report), indent=2) + "\n")
-    report.check()
+        report.write(run.path)
+    check_fits(report)
     return report
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
 import os
 import shlex
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +18,11 @@ from accelerate import PartialState
 from accelerate.utils.memory import should_reduce_batch_size
 
 from pipelines.errors import InputError
-from training.engine.dry_run import GB, REPORT, DoesNotFitError
-from training.runs.durable import write_text_atomically
+from training.engine.dry_run import DoesNotFitError
 from training.runs.run import RunDirectory
+from training.runs.run_files import GB, DryRunReport, FallbackStep, MemoryFallback
 
 ROOT = Path(__file__).parents[2]
-LADDER = "ladder.json"
 SMALLER_RESOLUTIONS = (0.75, 0.5)
 # Sides that UNets can halve often enough.
 LARGE, LARGE_STEP, SMALL_STEP = 512, 64, 8
@@ -34,27 +31,9 @@ DISTRIBUTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RA
 Options = dict[str, dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class FallbackStep:
-    """One step of the ladder, tried.
-
-    Args:
-        flags: what is set besides the flags given, by name; each rung has those of the ones before it that could be tried.
-        fits: whether its dry run fitted.
-        peak_memory: bytes, None where the dry run did not get to its end.
-        seconds_per_step: likewise.
-        reason: why it does not fit, in its own words.
-    """
-
-    flags: dict[str, Any]
-    fits: bool
-    peak_memory: int | None = None
-    seconds_per_step: float | None = None
-    reason: str | None = None
-
-    def command_line(self) -> str:
-        """The flags as one writes them."""
-        return shlex.join(as_flags(self.flags))
+def command_line(step: FallbackStep) -> str:
+    """The flags of `step` as typed in a shell."""
+    return shlex.join(as_flags(step.flags))
 
 
 def rungs(options: Options, resolution: int | None) -> Iterator[dict[str, Any]]:
@@ -130,8 +109,9 @@ def attempt(recipe: str, options: Options, setting: dict[str, Any], folder: Path
     finished = subprocess.run(command, env=_own_environment(), capture_output=True, text=True, check=False)
     lines = finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"]
     reason = None if finished.returncode == 0 else lines[-1]
-    report = json.loads((folder / REPORT).read_text()) if (folder / REPORT).exists() else {}
-    return FallbackStep(setting, finished.returncode == 0, report.get("peak_memory"), report.get("seconds_per_step"), reason)
+    report = DryRunReport.read(folder)
+    measured = (None, None) if report is None else (report.peak_memory, report.seconds_per_step)
+    return FallbackStep(setting, finished.returncode == 0, *measured, reason)
 
 
 def _own_environment() -> dict[str, str]:
@@ -150,7 +130,7 @@ def advice(tried: list[FallbackStep]) -> str:
     if tried and tried[-1].fits:
         best = tried[-1]
         return (
-            f"This fits: {best.command_line()} ({(best.peak_memory or 0) / GB:.3f} GB, {best.seconds_per_step:.3g} s a step). "
+            f"This fits: {command_line(best)} ({(best.peak_memory or 0) / GB:.3f} GB, {best.seconds_per_step:.3g} s a step). "
             "Add it to the command."
         )
     return "No setting of the ladder fits either: use a smaller base model, a lower --resolution or a larger device."
@@ -181,7 +161,7 @@ def with_ladder(work: Callable[[Any], RunDirectory], options: Any, recipe: str) 
     run.update_status(phase="looking for settings that fit")
     with tempfile.TemporaryDirectory() as folder:
         tried = climb(recipe, options.to_dict(), run.status().get("resolution"), Path(folder))
-    write_text_atomically(run.path / LADDER, json.dumps([asdict(rung) for rung in tried], indent=2) + "\n")
+    MemoryFallback(tried).write(run.path)
     message = f"It does not fit: {reason} {advice(tried)}"
     run.update_status(error=message)
     raise InputError(message)

@@ -16,8 +16,9 @@ from pipelines.output_paths import check_output_folder
 from training.engine.resuming import check_can_resume
 from training.options.output import LATEST, RunOptions
 from training.runs.provenance import command_line
-from training.runs.record import OPTIONS, newest_step
+from training.runs.record import newest_step
 from training.runs.run import RunDirectory, write_text_atomically
+from training.runs.run_files import OPTIONS
 from training.runs.tracking import start_tracker
 
 logger = get_logger(__name__)

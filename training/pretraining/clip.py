@@ -29,6 +29,7 @@ from training.pretraining.clip_card import ClipFacts, write_clip_card
 from training.pretraining.stages import PretrainingSampler, newest_step, train_here, warmup_stable_decay
 from training.runs.record import list_checkpoints
 from training.runs.run import RunDirectory
+from training.runs.run_files import CHECKPOINTS
 
 HELD_OUT_SHARE = 0.1
 UNSEEN_SCENES = 1000
@@ -179,7 +180,7 @@ def estimate_normalisation(module: nn.Module, batches: list[torch.Tensor]) -> No
 def trained_clip(options: PretrainOptions, data: ClipData) -> ClassNameLoss:
     """The model of the newest checkpoint, with statistics of the images it was trained on."""
     loss = new_loss(options, data)
-    load_checkpoint(list_checkpoints(Path(options.output_dir) / "clip" / "checkpoints")[-1], loss)
+    load_checkpoint(list_checkpoints(Path(options.output_dir) / "clip" / CHECKPOINTS)[-1], loss)
     sampler = PretrainingSampler(data.training, options.scenes, options.clip_scene_share, options.seed)
     estimate_normalisation(loss.model.visual, [sampler.draw(index, options.clip_batch_size)[0] for index in range(40)])
     return loss

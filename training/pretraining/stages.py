@@ -17,6 +17,7 @@ from training.engine.loop import LoopOptions, Periodic, Trainable, train
 from training.options.pretraining import PretrainOptions
 from training.runs.record import list_checkpoints
 from training.runs.run import RunDirectory
+from training.runs.run_files import CHECKPOINTS, step_of
 
 
 class PretrainingSampler:
@@ -75,4 +76,4 @@ def warmup_stable_decay(
 
 def newest_step(run: Path) -> int:
     """The step of the newest checkpoint of the run directory `run`."""
-    return int(list_checkpoints(run / "checkpoints")[-1].name.removeprefix("step-"))
+    return step_of(list_checkpoints(run / CHECKPOINTS)[-1])

@@ -21,8 +21,9 @@ from pipelines.digests import file_digest
 from pipelines.file_names import display_path
 from training.runs.durable import write_text_atomically
 from training.runs.run import RunDirectory
+from training.runs.run_files import PROVENANCE, VERSION
 
-PROVENANCE = "provenance.json"
+PROVENANCE_VERSION = 1
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("nora_vision", "pipelines", "training")
 LIBRARIES = (
@@ -138,6 +139,7 @@ def write_provenance(
         seed: of everything drawn, or one for each repetition.
     """
     record = {
+        VERSION: PROVENANCE_VERSION,
         **images,
         "base_model": base_model,
         "code": code_identity(),

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from pipelines.deprecated_flags import with_current_names
-from training.runs.durable import write_text_atomically
-
-OPTIONS, STATUS, METRICS, PHOTOS = "options.json", "status.json", "metrics.jsonl", "photos.json"
+from training.runs.run_files import CHECKPOINTS, METRICS, OPTIONS, SAMPLES, STEP, RunStatus, step_name, step_of
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class RunRecord:
     @property
     def samples(self) -> Path:
         """Images made while training."""
-        return self.path / "samples"
+        return self.path / SAMPLES
 
     @property
     def subject(self) -> Path:
@@ -39,16 +37,17 @@ class RunRecord:
 
     def samples_at(self, step: int) -> Path:
         """The folder of the images made after `step` steps, one a prompt; 0 is the base model."""
-        return self.samples / f"step-{step:07d}"
+        return self.samples / step_name(step)
 
     @property
     def checkpoints(self) -> Path:
         """Training states to resume from."""
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     def status(self) -> dict[str, Any]:
-        """The fields of status.json; empty before the first update."""
-        return self.read_json(STATUS)
+        """The fields of status.json that are set; empty before the first update."""
+        status = RunStatus.read(self.path)
+        return {} if status is None else status.to_json()
 
     def options(self) -> dict[str, Any]:
         """The resolved options by group, of options.json; empty before they are written."""
@@ -100,15 +99,16 @@ def live_process(pid: int, started: float) -> psutil.Process | None:
 def update_status(record: RunRecord, **fields: Any) -> None:
     """Merge `fields` into status.json, with this process's id, its start time and a heartbeat (seconds since the epoch)."""
     process = psutil.Process()
-    own = {"pid": process.pid, "pid_started": process.create_time(), "heartbeat": time.time()}
-    write_text_atomically(record.path / STATUS, json.dumps({**record.status(), **fields, **own}, indent=2) + "\n")
+    status = RunStatus.read(record.path) or RunStatus()
+    writer = {"pid": process.pid, "pid_started": process.create_time(), "heartbeat": time.time()}
+    replace(status, **fields, **writer).write(record.path)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints under `folder`, oldest first."""
-    return sorted(folder.glob("step-*"))
+    return sorted(folder.glob(f"{STEP}*"))
 
 
 def newest_step(folder: Path) -> int:
     """The step of the newest checkpoint under `folder`, 0 where there is none."""
-    return int(list_checkpoints(folder)[-1].name.removeprefix("step-")) if list_checkpoints(folder) else 0
+    return step_of(list_checkpoints(folder)[-1]) if list_checkpoints(folder) else 0

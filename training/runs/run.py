@@ -14,7 +14,8 @@ from accelerate.tracking import GeneralTracker
 from PIL import Image
 
 from training.runs.durable import DiskFullError, free_bytes, is_disk_full, write_text_atomically
-from training.runs.record import METRICS, OPTIONS, RunRecord, list_checkpoints, update_status
+from training.runs.record import RunRecord, list_checkpoints, update_status
+from training.runs.run_files import METRICS, OPTIONS, step_name
 from training.runs.tracking import log_image
 
 RESERVE, RESERVED_BYTES = ".reserve", 1 << 16
@@ -61,7 +62,7 @@ class RunDirectory(RunRecord):
         """Save an image made at `step` as samples/step-<step>.png, and hand it to the trackers as `name`."""
         if not self.writes:
             return
-        image.save(self.samples / f"step-{step:07d}.png")
+        image.save(self.samples / f"{step_name(step)}.png")
         for tracker in self.trackers:
             log_image(tracker, name, image, step)
 

@@ -25,7 +25,8 @@ from types import FrameType
 import psutil
 
 from training.runs.durable import write_text_atomically
-from training.runs.record import STATUS, RunRecord, live_process, update_status
+from training.runs.record import RunRecord, live_process, update_status
+from training.runs.run_files import RunStatus
 
 QUEUE, LOCK, TICKET = ".queue", "lock", ".ticket"
 DEVICES, CPU = "CUDA_VISIBLE_DEVICES", "cpu"
@@ -101,7 +102,9 @@ def at_work(runs: Path, device: str) -> list[RunRecord]:
 
     A run that queued has a launcher that holds the lock; one whose launcher was killed still saves for a while.
     """
-    records = [RunRecord(path.parent) for pattern in (f"*/{STATUS}", f"*/*/{STATUS}") for path in runs.glob(pattern)]
+    records = [
+        RunRecord(path.parent) for pattern in (f"*/{RunStatus.NAME}", f"*/*/{RunStatus.NAME}") for path in runs.glob(pattern)
+    ]
     return [record for record in records if record.is_at_work() and _device_of(record) == device]
 
 

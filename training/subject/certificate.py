@@ -20,10 +20,9 @@ from nora_vision.files import read_header
 from pipelines.hub import offline_environment
 from pipelines.subject.generate import Sampling
 from pipelines.subject.lora_files import load_lora_file
-from training.runs.run import write_text_atomically
+from training.runs.run_files import Certificate
 from training.subject.kohya_lint import lint_kohya
 
-CERTIFICATE = "certificate.json"
 STOCK_PROGRAM = Path(__file__).parent / "stock_check.py"
 LEVELS = 255
 # Of an 8-bit image, where both sides compute in float32.
@@ -62,34 +61,6 @@ class StockModel:
     scheduler: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Certificate:
-    """What the check found; differences in levels of 255.
-
-    Args:
-        passed: whether all of it holds.
-        largest_difference, mean_difference: for each file, between stock diffusers' images and the trained pipeline's.
-        effect, mean_effect: the largest and the mean change that the adapter makes to the base model's images.
-        kohya_findings: what A1111 or ComfyUI would misread.
-        problems: all that failed, in words.
-        prompts, sampling, dtype, device: what was drawn, and how.
-        converted: files that diffusers reads only in part, and that were put into its own form before it read them.
-    """
-
-    passed: bool
-    largest_difference: dict[str, float]
-    mean_difference: dict[str, float]
-    effect: float
-    mean_effect: float
-    kohya_findings: list[str]
-    problems: list[str]
-    prompts: list[str]
-    sampling: dict[str, Any]
-    dtype: str
-    device: str
-    converted: list[str] = field(default_factory=list)
-
-
 def certify(
     pipeline: StableDiffusionXLPipeline,
     folder: Path,
@@ -119,10 +90,11 @@ def certify(
         stock, dtype, device = _drawn_by_stock(pipeline, model, drawn, prompts, seeds, settings)
     certificate = _judge(native, stock, lint_kohya(files["kohya"]), list(prompts), settings, dtype, device)
     certificate = replace(certificate, converted=converted)
-    write_text_atomically(folder / CERTIFICATE, json.dumps(asdict(certificate), indent=2) + "\n")
+    certificate.write(folder)
     if not certificate.passed:
         raise CertificateError(
-            f"The exported adapter is not what was trained: {'; '.join(certificate.problems)}. See {str(folder / CERTIFICATE)!r}."
+            f"The exported adapter is not what was trained: {'; '.join(certificate.problems)}. "
+            f"See {str(folder / Certificate.NAME)!r}."
         )
     return certificate
 

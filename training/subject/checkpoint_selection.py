@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 
-# Of the correlation of thumbnails: redrawn scenes of one and the same subject stay below, mildly changed copies lie about it.
-COPY_THRESHOLD = 0.9
+from training.runs.run_files import Point, StepScores, Suggestion
+
 # Of the whole fall of the held-out loss: what counts as equally good, and from where a rise is worth a warning; that also of
 # how far the loss on training images has fallen meanwhile.
 TOLERANCE, TURN = 0.02, 0.10
@@ -16,66 +15,7 @@ KEPT = 0.5
 ALIKE, UNHEARD = 0.05, 0.10
 
 
-@dataclass(frozen=True)
-class Point:
-    """The loss after `step` steps, with fixed noise: on the held-out image and on images that are trained on."""
-
-    step: int
-    heldout: float
-    seen: float | None = None
-
-
-@dataclass(frozen=True)
-class StepScores:
-    """Of the samples of one step.
-
-    Args:
-        subject, prompt: the means of likeness to the training images and of following the prompt.
-        copy: the highest correlation of a sample's thumbnail with a training image's.
-        nearest: the highest likeness of a sample to a single training image.
-        nearest_limit: what that stays below where nothing is copied.
-    """
-
-    subject: float
-    prompt: float
-    copy: float
-    nearest: float
-    nearest_limit: float
-
-    @property
-    def is_copy(self) -> bool:
-        """Whether a sample is nearly a training image, by either figure: each finds some that escape the other."""
-        return self.copy >= COPY_THRESHOLD or self.nearest >= self.nearest_limit
-
-    @property
-    def of_copying(self) -> str:
-        """The two figures and their limits, in words."""
-        of_likeness = f"likeness to the nearest training image {self.nearest:.2f} of {self.nearest_limit:.2f}"
-        return f"{of_likeness}, correlation of thumbnails {self.copy:.2f} of {COPY_THRESHOLD:.2f}"
-
-
 Scored = Mapping[int, StepScores]
-
-
-@dataclass(frozen=True)
-class Suggestion:
-    """Which step to use.
-
-    Args:
-        step: the suggested one.
-        last: the last step of the training.
-        why: the reason, in words.
-        warnings: of overfitting and the like, in words.
-        curve: the held-out loss by which it was judged.
-        scores: of the samples, by step, 0 being the base model.
-    """
-
-    step: int
-    last: int
-    why: str
-    warnings: list[str]
-    curve: list[Point]
-    scores: dict[int, StepScores] = field(default_factory=dict)
 
 
 def suggest(curve: Sequence[Point], last: int, scores: Scored | None = None) -> Suggestion:
@@ -104,11 +44,11 @@ def suggest(curve: Sequence[Point], last: int, scores: Scored | None = None) -> 
         scores: of the samples that were drawn, by step, the base model's at 0.
     """
     scores = scores or {}
-    step, why, warnings = _by_loss(curve, last)
+    step, reasons, warnings = _by_loss(curve, last)
     compared = in_question(curve, [each for each in scores if each > 0])
     if len(compared) > 1 and 0 in scores and (_falls_on(curve) or _best(curve).step in compared):
-        step, why = _by_samples(curve, scores, compared)
-    return Suggestion(step, last, why, warnings + _copying(scores), list(curve), dict(scores))
+        step, reasons = _by_samples(curve, scores, compared)
+    return Suggestion(step, last, reasons, warnings + _copying(scores), list(curve), dict(scores))
 
 
 def in_question(curve: Sequence[Point], steps: Collection[int]) -> list[int]:
@@ -154,7 +94,7 @@ def _falls_on(curve: Sequence[Point]) -> bool:
     return not curve or (_best(curve) is curve[-1] and curve[-1].heldout < curve[0].heldout)
 
 
-def _by_loss(curve: Sequence[Point], last: int) -> tuple[int, str, list[str]]:
+def _by_loss(curve: Sequence[Point], last: int) -> tuple[int, list[str], list[str]]:
     """The step to use by the held-out loss alone, the reason, and warnings.
 
     The earliest step that is as good as the best one, within `TOLERANCE` of the whole fall: what was trained less has
@@ -162,30 +102,30 @@ def _by_loss(curve: Sequence[Point], last: int) -> tuple[int, str, list[str]]:
     training images went on falling.
     """
     if not curve:
-        why = "No image was held out, so that nothing speaks for a step before the last."
-        return last, why, ["Nothing was measured on an image that was not trained on."]
+        reason = "No image was held out, so the last step is used."
+        return last, [reason], ["Nothing was measured on an image that was not trained on."]
     base, best, end = curve[0], _best(curve), curve[-1]
     fall = base.heldout - best.heldout
     if fall <= 0:
-        why = f"The held-out loss is never below the base model's {base.heldout:.4f}; step {best.step} comes nearest to it."
-        warning = "Training made the model no better on the held-out image. Lower the learning rate, or use more images."
-        return best.step, why, [warning, *([] if base.seen is None else _overfitting(base, end, 0.0))]
+        reason = f"The held-out loss never falls below the base model's {base.heldout:.4f}; step {best.step} comes closest."
+        warning = "Training did not improve the loss on the held-out image. Lower the learning rate, or use more images."
+        return best.step, [reason], [warning, *([] if base.seen is None else _overfitting(base, end, 0.0))]
     if best is end and end.step < last:
-        why = f"The held-out loss fell to the end of its curve, step {end.step}; nothing speaks for a step before the last."
-        return last, why, []
+        reason = f"The held-out loss was still falling at its last measurement, step {end.step}, so the last step is used."
+        return last, [reason], []
     chosen = next(point for point in curve[1:] if point.heldout <= best.heldout + TOLERANCE * fall)
-    why = f"The held-out loss falls from {base.heldout:.4f} to {chosen.heldout:.4f} at step {chosen.step}"
-    why += ", the least of all." if chosen is best else f", as good as the least, {best.heldout:.4f} at step {best.step}."
-    return chosen.step, why, _overfitting(best, end, fall)
+    lowest = "the lowest value" if chosen is best else f"as good as the lowest value, {best.heldout:.4f} at step {best.step}"
+    reason = f"The held-out loss falls from {base.heldout:.4f} to {chosen.heldout:.4f} at step {chosen.step}, {lowest}."
+    return chosen.step, [reason], _overfitting(best, end, fall)
 
 
-def _by_samples(curve: Sequence[Point], scores: Scored, compared: Sequence[int]) -> tuple[int, str]:
+def _by_samples(curve: Sequence[Point], scores: Scored, compared: Sequence[int]) -> tuple[int, list[str]]:
     """Of the steps `compared`, the one that `suggest` describes under 2 to 4, and the reason."""
     free = [step for step in compared if not _copies(scores, step)]
     if not free:
         step = min(compared, key=lambda step: (scores[step].copy, step))
-        why = f"All {len(compared)} steps compared draw near copies of training images; those of step {step} are the least so"
-        return step, f"{why}: {scores[step].of_copying}."
+        reason = f"All {len(compared)} compared steps generate near copies of training images; step {step} copies least."
+        return step, [reason, f"Step {step}: {scores[step].copy_summary}."]
     heard = max(free, key=lambda step: scores[step].prompt)
     least = scores[heard].prompt - UNHEARD * abs(scores[heard].prompt)
     follow = [step for step in free if scores[step].prompt >= least]
@@ -197,28 +137,29 @@ def _by_samples(curve: Sequence[Point], scores: Scored, compared: Sequence[int])
     step = min(alike, key=lambda step: (heldout.get(step, min(heldout.values(), default=0.0)), step))
     own, most = scores[step], scores[best].subject
     figures = [
-        f"Likeness to the subject {own.subject:.3f}, {most:.3f} at most (step {best}), {scores[0].subject:.3f} of the base model",
-        f"following of the prompts {own.prompt:.3f}, {scores[heard].prompt:.3f} at most (step {heard})",
-        own.of_copying,
+        f"Similarity to the subject {own.subject:.3f} (highest {most:.3f}, step {best}; base model {scores[0].subject:.3f})",
+        f"similarity to the prompts {own.prompt:.3f} (highest {scores[heard].prompt:.3f}, step {heard})",
+        own.copy_summary,
     ]
-    left_out = {"near copies": set(compared) - set(free), "not following their prompts": set(free) - set(follow)}
+    left_out = {"near copies": set(compared) - set(free), "low similarity to their prompts": set(free) - set(follow)}
     sentences = [_how_it_was_chosen(curve, step), f"{'; '.join(figures)}.", f"Compared: steps {_listed(compared)}."]
-    sentences += [f"Left out for {reason}: {_listed(steps)}." for reason, steps in left_out.items() if steps]
-    return step, " ".join(sentences)
+    sentences += [f"Excluded for {reason}: {_listed(steps)}." for reason, steps in left_out.items() if steps]
+    return step, sentences
 
 
 def _how_it_was_chosen(curve: Sequence[Point], step: int) -> str:
     """The rule's last two decisions, in words."""
     known = {point.step: point.heldout for point in curve}
     if not curve:
-        return f"No image was held out: by its samples alone, step {step} is the earliest that is as like the subject as any."
+        return f"No image was held out: step {step} is the earliest whose samples are as similar to the subject as any."
     if step not in known:
-        return f"Step {step} is the earliest that is as like the subject as any; the held-out loss fell to the end of its curve."
+        most_similar = f"Step {step} is the earliest that is as similar to the subject as any"
+        return f"{most_similar}; the held-out loss was still falling at its last measurement."
     best = _best(curve)
-    of_all = "the least of all" if best.step == step else f"the least of all {best.heldout:.4f} at step {best.step}"
+    lowest = "the lowest of all" if best.step == step else f"the lowest of all is {best.heldout:.4f} at step {best.step}"
     return (
-        f"Of the steps as like the subject as any, step {step} has the least held-out loss: {known[step]:.4f}, {of_all}, "
-        f"the base model's {curve[0].heldout:.4f}."
+        f"Among the steps that are equally similar to the subject, step {step} has the lowest held-out loss: {known[step]:.4f} "
+        f"({lowest}; base model {curve[0].heldout:.4f})."
     )
 
 
@@ -236,7 +177,7 @@ def _copying(scores: Scored) -> list[str]:
     last = max(scores, default=0)
     if last == 0 or not _copies(scores, last):
         return []
-    return [f"A sample of step {last} is nearly a copy of a training image: {scores[last].of_copying}. Train for fewer steps."]
+    return [f"A sample of step {last} is nearly a copy of a training image: {scores[last].copy_summary}. Train for fewer steps."]
 
 
 def _overfitting(best: Point, end: Point, fall: float) -> list[str]:
@@ -250,4 +191,4 @@ def _overfitting(best: Point, end: Point, fall: float) -> list[str]:
     if end.seen >= best.seen:
         return [f"Training became unstable: {rise}, and the loss on the training images rises too. Lower the learning rate."]
     seen = f"while that on the training images falls on, from {best.seen:.4f} to {end.seen:.4f}"
-    return [f"Overfitting: {rise}, {seen}. Train for fewer steps, or use the suggested adapter."]
+    return [f"Overfitting: {rise}, {seen}. Train for fewer steps, or use the recommended adapter."]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +15,7 @@ from pipelines.subject.loss import DenoisingLoss
 from training.engine.loop import LoopOptions, Periodic, Trainable, train
 from training.engine.sharding import assign, whole
 from training.runs.run import RunDirectory
-from training.subject.measured import FOLDS
+from training.runs.run_files import CROSS_VALIDATION, FOLDS
 from training.subject.validation import measured_losses
 
 logger = get_logger(__name__)
@@ -28,7 +28,7 @@ def leave_one_out(
     accelerator: Accelerator,
     run: RunDirectory,
     loss: DenoisingLoss,
-    folds: Iterable[Fold],
+    folds: Sequence[Fold],
     prepare: Callable[[CachedLatents], Trainable],
     options: LoopOptions,
     every: int,
@@ -48,11 +48,11 @@ def leave_one_out(
     """
     start = {name: parameter.detach().clone() for name, parameter in loss.named_parameters() if parameter.requires_grad}
     short = dataclasses.replace(options, max_train_steps=fold_steps(options.max_train_steps))
-    for place, (seen, heldout) in enumerate(folds):
-        part = RunDirectory.create(run.path / FOLDS / str(place), {"left_out": place}, run.writes)
+    for index, (seen, heldout) in enumerate(folds):
+        part = RunDirectory.create(run.path / FOLDS / str(index), {"left_out": index}, run.writes)
         if _is_finished(part, short.max_train_steps):
             continue
-        run.update_status(phase=f"leaving out image {place + 1}")
+        run.update_status(phase=CROSS_VALIDATION, fold=index + 1, folds=len(folds))
         trainable = prepare(seen)
         with whole(loss):
             measure = _measure(part, loss, seen, heldout, batch_size)

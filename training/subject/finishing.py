@@ -23,8 +23,9 @@ from pipelines.subject.scores import ImageScorer
 from training.options import SubjectOptions
 from training.runs.card_text import CARD
 from training.runs.run import RunDirectory
+from training.runs.run_files import Suggestion
 from training.subject.certificate import StockModel, certify
-from training.subject.checkpoint_selection import Suggestion, to_draw
+from training.subject.checkpoint_selection import to_draw
 from training.subject.image_scoring import suggest_for, write_suggestion
 from training.subject.measured import adapter_at, heldout_curve, kept_steps, sample_scores
 from training.subject.model_card import GRID, write_model_card
@@ -84,7 +85,9 @@ def finish(run: RunDirectory, trained: Trained, options: SubjectOptions) -> None
         run.update_status(phase="certifying")
         certify_run(run, trained, options)
     numbers = sum(parameter.numel() for parameter in trained_parameters(trained.components))
-    run.update_status(trained_numbers=numbers, suggested_step=suggestion.step, seconds=round(time.monotonic() - trained.began, 1))
+    run.update_status(
+        num_trainable_parameters=numbers, suggested_step=suggestion.step, seconds=round(time.monotonic() - trained.began, 1)
+    )
     write_model_card(run, options, trained.images)
     logger.info(f"{numbers:,} trained numbers, in {(time.monotonic() - trained.began) / 60:.1f} min. Look at {run.path / GRID}.")
     logger.info(f"The adapter is in {run.path / 'diffusers'} and {run.path / 'kohya'}; all else is told by {run.path / CARD}.")

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from dataclasses import asdict
+from dataclasses import replace
 
 from torch import nn
 
 from pipelines.subject.adapters import save_small
-from training.runs.run import RunDirectory, write_text_atomically
-from training.subject.checkpoint_selection import Suggestion, suggest
+from training.runs.run import RunDirectory
+from training.runs.run_files import Suggestion
+from training.subject.checkpoint_selection import suggest
 from training.subject.measured import adapter_at, heldout_curve, sample_scores
-
-SUGGESTION = "suggestion.json"
 
 
 def keep_adapter(run: RunDirectory, step: int, components: dict[str, nn.Module]) -> None:
@@ -32,8 +30,6 @@ def suggest_for(run: RunDirectory, last: int) -> Suggestion:
 
 
 def write_suggestion(run: RunDirectory, suggestion: Suggestion) -> None:
-    """Write suggestion.json, with the folder of the suggested adapter where it was kept."""
-    kept = adapter_at(run, suggestion.step)
-    adapter = str(kept.relative_to(run.path)) if kept.is_dir() else None
-    fields = {**asdict(suggestion), "adapter": adapter}
-    write_text_atomically(run.path / SUGGESTION, json.dumps(fields, indent=2) + "\n")
+    """Write suggestion.json, with the folder of the recommended adapter if it was saved."""
+    folder = adapter_at(run, suggestion.step)
+    replace(suggestion, adapter=str(folder.relative_to(run.path)) if folder.is_dir() else None).write(run.path)

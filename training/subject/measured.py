@@ -9,20 +9,17 @@ from pathlib import Path
 from statistics import fmean
 
 from training.runs.record import RunRecord
-from training.subject.checkpoint_selection import Point, StepScores
-
-ADAPTERS, FOLDS = "adapters", "folds"
-KEPT_AT = "step-"
+from training.runs.run_files import ADAPTERS, FOLDS, STEP, Point, StepScores, step_name, step_of
 
 
 def adapter_at(run: RunRecord, step: int) -> Path:
     """The folder of the adapter as it was after `step` steps."""
-    return run.path / ADAPTERS / f"{KEPT_AT}{step:07d}"
+    return run.path / ADAPTERS / step_name(step)
 
 
 def kept_steps(run: RunRecord) -> list[int]:
     """The steps whose adapters were kept, in order."""
-    return sorted(int(path.name.removeprefix(KEPT_AT)) for path in (run.path / ADAPTERS).glob(f"{KEPT_AT}*"))
+    return sorted(step_of(path) for path in (run.path / ADAPTERS).glob(f"{STEP}*"))
 
 
 def heldout_curve(run: RunRecord) -> list[Point]:

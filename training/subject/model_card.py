@@ -18,7 +18,7 @@ from training.options import NEW_SCENES, SubjectOptions
 from training.runs.card_text import CARD, as_text, portable_name
 from training.runs.durable import write_text_atomically
 from training.runs.run import RunDirectory
-from training.subject.checkpoint_selection import COPY_THRESHOLD
+from training.runs.run_files import COPY_THRESHOLD, Certificate, Suggestion
 
 GRID = "before_after.png"
 EXPORTED = ("adapter", "diffusers", "kohya", "suggested")
@@ -79,7 +79,7 @@ def model_card(run: RunDirectory, options: SubjectOptions, images: int, private:
         batch=how.train_batch_size * how.gradient_accumulation_steps,
         images=images,
         rate=f"{how.learning_rate:g}",
-        trained=status["trained_numbers"],
+        trained=status["num_trainable_parameters"],
         seconds=status["seconds"],
         options="" if private else " The resolved options are in options.json.",
         alt=f"the base model's images and the adapted model's, for the same prompts and seeds{shown}",
@@ -139,31 +139,31 @@ def _findings(run: RunDirectory, judge: str) -> list[str]:
     if losses:
         before, after = losses[0], losses[-1]
         found.append(f"Mean denoising loss in the middle of the held-out image: {before:.4f} before, {after:.4f} after.")
-    if suggestion := _read(run.path / "suggestion.json"):
+    if suggestion := Suggestion.read(run.path):
         found += _suggested(suggestion, judge)
-    if certificate := _read(run.path / "certificate.json"):
+    if certificate := Certificate.read(run.path):
         found.append(_certified(certificate))
     return found
 
 
-def _suggested(suggestion: dict[str, Any], judge: str) -> list[str]:
+def _suggested(suggestion: Suggestion, judge: str) -> list[str]:
     """The suggested step, its warnings and the scores."""
     found = []
-    if suggestion["curve"] or suggestion["scores"]:
-        found.append(f"**Suggested: step {suggestion['step']} of {suggestion['last']}.** {suggestion['why']}")
-        found += [f"> **Warning.** {warning}" for warning in suggestion["warnings"]]
-    if suggestion["scores"]:
+    if suggestion.curve or suggestion.scores:
+        found.append(f"**Suggested: step {suggestion.step} of {suggestion.last}.** {suggestion.why}")
+        found += [f"> **Warning.** {warning}" for warning in suggestion.warnings]
+    if suggestion.scores:
         found.append(_scores_table(suggestion, judge))
     return found
 
 
-def _certified(certificate: dict[str, Any]) -> str:
+def _certified(certificate: Certificate) -> str:
     """What stock diffusers made of the exported files."""
-    converted = " The kohya file was put into diffusers' form first." if certificate.get("converted") else ""
-    largest = max(certificate["largest_difference"].values())
+    converted = " The kohya file was put into diffusers' form first." if certificate.converted else ""
+    largest = max(certificate.largest_difference.values())
     return (
         "Certified: stock diffusers, without this project, draws the same images from the diffusers and the kohya file, at "
-        f"most {largest:.2f} of 255 levels apart. The adapter changes the base model's by up to {certificate['effect']:.0f}."
+        f"most {largest:.2f} of 255 levels apart. The adapter changes the base model's by up to {certificate.effect:.0f}."
         f"{converted}"
     )
 
@@ -174,22 +174,18 @@ def _compatibility(options: SubjectOptions) -> list[str]:
     return [] if note is None else [note]
 
 
-def _scores_table(suggestion: dict[str, Any], judge: str) -> str:
+def _scores_table(suggestion: Suggestion, judge: str) -> str:
     """The scores of the samples of each step beside its held-out loss, as Markdown."""
-    scores = {int(step): of_step for step, of_step in suggestion["scores"].items()}
-    heldout = {point["step"]: f"{point['heldout']:.4f}" for point in suggestion["curve"]}
-    names = {0: "base model", suggestion["step"]: f"**{suggestion['step']}, suggested**"}
+    scores = suggestion.scores
+    heldout = {point.step: f"{point.heldout:.4f}" for point in suggestion.curve}
+    names = {0: "base model", suggestion.step: f"**{suggestion.step}, suggested**"}
     rows = [
-        f"| {names.get(step, step)} | {each['subject']:.3f} | {each['prompt']:.3f} | {each['nearest']:.3f} | {each['copy']:.2f} "
+        f"| {names.get(step, step)} | {each.subject:.3f} | {each.prompt:.3f} | {each.nearest:.3f} | {each.copy:.2f} "
         f"| {heldout.get(step, '')} |"
         for step, each in sorted(scores.items())
     ]
-    limit = next(iter(scores.values()))["nearest_limit"]
+    limit = next(iter(scores.values())).nearest_limit
     return SCORES.format(judge=judge, limit=limit, threshold=COPY_THRESHOLD, rows="\n".join(rows))
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def _exported_files(run: RunDirectory) -> list[tuple[str, int]]:

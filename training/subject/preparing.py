@@ -26,8 +26,8 @@ from pipelines.subject.prior import ClassImages, in_sizes
 from pipelines.subject.prompt_length import LongPrompt, long_prompts
 from training.options import SubjectOptions
 from training.options.data import DataOptions
-from training.runs.record import PHOTOS
 from training.runs.run import RunDirectory, write_text_atomically
+from training.runs.run_files import IMAGE_CHECKS
 from training.subject.cross_validation import say_cost
 
 PRIOR_DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -189,7 +189,7 @@ def record_report(report: ImageCheckReport, resolution: int, run: RunDirectory) 
     if complete != report:
         logger.warning("What the photo doctor found for a training at %d pixels:\n%s", resolution, complete.summary())
     if run.writes:
-        write_text_atomically(run.path / PHOTOS, json.dumps(complete.to_dict(), indent=2) + "\n")
+        write_text_atomically(run.path / IMAGE_CHECKS, json.dumps(complete.to_dict(), indent=2) + "\n")
 
 
 def framing_for(pipeline: StableDiffusionXLPipeline, options: DataOptions, resolution: int, seed: int) -> CropConfig:

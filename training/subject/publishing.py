@@ -21,10 +21,9 @@ from training.options import SubjectOptions
 from training.options.validation import ValidationOptions
 from training.runs.card_text import CARD
 from training.runs.durable import write_text_atomically
-from training.runs.provenance import PROVENANCE, without_secrets
+from training.runs.provenance import without_secrets
 from training.runs.run import RunDirectory
-from training.subject.certificate import CERTIFICATE
-from training.subject.image_scoring import SUGGESTION
+from training.runs.run_files import PROVENANCE, Certificate, Suggestion
 from training.subject.model_card import EXPORTED, GRID, model_card
 
 PUBLISHED = "published"
@@ -58,7 +57,7 @@ def assemble(run: RunDirectory, options: SubjectOptions, images: int, grid: Imag
             shutil.copytree(run.path / name, folder / name, copy_function=_link_or_copy)
     grid.save(folder / GRID)
     write_text_atomically(folder / CARD, model_card(run, options, images, private))
-    for name, strip in ((CERTIFICATE, _without_prompts), (PROVENANCE, without_secrets), (SUGGESTION, dict)):
+    for name, strip in ((Certificate.NAME, _without_prompts), (PROVENANCE, without_secrets), (Suggestion.NAME, dict)):
         if (run.path / name).exists():
             record = json.loads((run.path / name).read_text(encoding="utf-8"))
             write_text_atomically(folder / name, json.dumps(strip(record) if private else record, indent=2) + "\n")

@@ -14,7 +14,7 @@ from pipelines.subject.evaluation import mean_denoising_loss
 from pipelines.subject.loss import DenoisingLoss
 from pipelines.subject.scores import ImageScorer
 from training.runs.run import RunDirectory
-from training.subject.checkpoint_selection import StepScores
+from training.runs.run_files import StepScores
 from training.subject.image_scoring import keep_adapter
 from training.subject.measured import logged
 from training.subject.samples import ValidationSampler, save_subject

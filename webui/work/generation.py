@@ -17,9 +17,10 @@ from pipelines.errors import InputError
 from pipelines.subject.adapters import save_everywhere
 from pipelines.subject.generate import Sampling
 from training.runs.record import RunRecord
+from training.runs.run_files import Suggestion
 from training.subject.finishing import SUGGESTED
 from training.subject.measured import adapter_at
-from webui.adapters import SUGGESTION, adapter_called, last_step, reference_of
+from webui.adapters import adapter_called, last_step, reference_of
 from webui.files import LAYOUTS, Layout
 from webui.generated_images import GeneratedImages
 from webui.generation_requests import GenerationRequest
@@ -105,7 +106,8 @@ def file_of(workspace: Workspace, run_id: str, step: int, layout: Layout) -> Ite
 def _on_disk(record: RunRecord, step: int, layout: Layout) -> Path | None:
     if step == last_step(record):
         return _in(record.path, layout)
-    if step == record.read_json(SUGGESTION).get("step") and (record.path / SUGGESTED).is_dir():
+    suggestion = Suggestion.read(record.path)
+    if suggestion is not None and step == suggestion.step and (record.path / SUGGESTED).is_dir():
         return _in(record.path / SUGGESTED, layout)
     exported = adapter_at(record, step) / layout
     return exported if exported.is_dir() else None

@@ -1,0 +1,343 @@
+"""The files of a run directory: their names, and a dataclass with a version for each JSON file.
+
+Only the standard library is imported, so that readers such as the web app stay light.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pipelines.errors import InputError
+from training.runs.durable import write_text_atomically
+
+OPTIONS, METRICS, IMAGE_CHECKS, PROVENANCE = "options.json", "metrics.jsonl", "photos.json", "provenance.json"
+SAMPLES, CHECKPOINTS, ADAPTERS, FOLDS = "samples", "checkpoints", "adapters", "folds"
+STEP = "step-"
+VERSION = "version"
+CROSS_VALIDATION = "cross_validation"
+GB = 1e9
+# A sample counts as a copy if its thumbnail correlates this much with a training image's. Newly generated scenes of the same
+# subject stay below; slightly changed copies reach about this value.
+COPY_THRESHOLD = 0.9
+
+
+def step_name(step: int) -> str:
+    """The name of the file or folder that belongs to `step`."""
+    return f"{STEP}{step:07d}"
+
+
+def step_of(path: Path) -> int:
+    """The step in a name made by `step_name`."""
+    return int(path.name.removeprefix(STEP).partition(".")[0])
+
+
+@dataclass(frozen=True)
+class RunFile:
+    """A JSON file of a run directory.
+
+    Subclasses set `NAME`, the file's name; `FILE_VERSION`, raised when keys change; and `RENAMED`, the keys of earlier versions
+    with their present names. Files without a version are of version 1.
+    """
+
+    NAME: ClassVar[str]
+    FILE_VERSION: ClassVar[int] = 1
+    RENAMED: ClassVar[Mapping[str, str]] = {}
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain values, with the version."""
+        return {VERSION: self.FILE_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Read the fields of this or an earlier version; unknown keys are ignored.
+
+        Raises: InputError if the file is of a newer version or lacks a field.
+        """
+        version = values.get(VERSION, 1)
+        if not isinstance(version, int) or version > cls.FILE_VERSION:
+            raise InputError(
+                f"{cls.NAME} has version {version!r}; this version of NoRA Vision reads versions up to {cls.FILE_VERSION}. "
+                "Update NoRA Vision."
+            )
+        names = {each.name for each in fields(cls)}
+        try:
+            current = cls.upgrade({cls.RENAMED.get(name, name): value for name, value in values.items()}, version)
+            return cls(**{name: value for name, value in current.items() if name in names})
+        except (TypeError, AttributeError, KeyError, ValueError) as error:
+            raise InputError(f"{cls.NAME} cannot be read: {error}. Restore the file that the run wrote.") from error
+
+    @classmethod
+    def upgrade(cls, values: dict[str, Any], version: int) -> dict[str, Any]:
+        """`values` of a file of `version`, already under their present names, in the form of the present version."""
+        return values
+
+    @classmethod
+    def read(cls, folder: Path) -> Self | None:
+        """The file in `folder`; None if there is none.
+
+        Raises: InputError if it cannot be read.
+        """
+        try:
+            values = json.loads((folder / cls.NAME).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise InputError(f"{str(folder / cls.NAME)!r} is not JSON ({error}). Restore the file that the run wrote.") from error
+        return cls.from_json(values if isinstance(values, Mapping) else cls.table_of(values))
+
+    @classmethod
+    def table_of(cls, values: Any) -> Mapping[str, Any]:
+        """The table in the place of a file that holds something else.
+
+        Raises: InputError, unless earlier versions of the file had another form.
+        """
+        raise InputError(f"{cls.NAME} must hold a table, got {type(values).__name__}. Restore the file that the run wrote.")
+
+    def write(self, folder: Path) -> None:
+        """Write the file into `folder`; a reader sees the old file or the new one."""
+        write_text_atomically(folder / self.NAME, json.dumps(self.to_json(), indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class RunStatus(RunFile):
+    """The state of a run and its process.
+
+    Args:
+        state: "queued", "starting", "running", "done", "stopped" or "failed".
+        phase: what it is doing, such as "training".
+        step, total: of the training, or of a few-shot run's trials.
+        seconds_left: an estimate.
+        fold, folds: with the phase "cross_validation": the fold that is trained, from 1, and how many there are.
+        pid, pid_started, heartbeat: the process that wrote the status last: id, start time and time of writing.
+        processes: how many processes train.
+        error: why it failed or stopped.
+        resolution: side of the images in pixels.
+        num_trainable_parameters, suggested_step, seconds, published: of a finished run.
+        member, method, shots, seed: the trial that a few-shot run is working on: its folder, adapter method, images per class
+            and seed.
+    """
+
+    NAME: ClassVar[str] = "status.json"
+    FILE_VERSION: ClassVar[int] = 2
+    RENAMED: ClassVar[Mapping[str, str]] = {"trained_numbers": "num_trainable_parameters"}
+
+    state: str | None = None
+    phase: str | None = None
+    step: int | None = None
+    total: int | None = None
+    seconds_left: float | None = None
+    fold: int | None = None
+    folds: int | None = None
+    pid: int | None = None
+    pid_started: float | None = None
+    heartbeat: float | None = None
+    processes: int | None = None
+    error: str | None = None
+    resolution: int | None = None
+    num_trainable_parameters: int | None = None
+    suggested_step: int | None = None
+    seconds: float | None = None
+    published: str | None = None
+    member: str | None = None
+    method: str | None = None
+    shots: int | None = None
+    seed: int | None = None
+
+    @classmethod
+    def upgrade(cls, values: dict[str, Any], version: int) -> dict[str, Any]:
+        """Version 1 named the fold within its phase."""
+        named = re.fullmatch(r"leaving out (?:image|picture) (\d+)", str(values.get("phase")))
+        return values | {"phase": CROSS_VALIDATION, "fold": int(named[1])} if version == 1 and named else values
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that are set, and the error."""
+        return {name: value for name, value in super().to_json().items() if value is not None or name == "error"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """The loss after `step` steps, with fixed noise: on the held-out image and on images that are trained on."""
+
+    step: int
+    heldout: float
+    seen: float | None = None
+
+
+@dataclass(frozen=True)
+class StepScores:
+    """Scores of the samples of one step.
+
+    Args:
+        subject, prompt: mean similarity to the training images and to the prompts.
+        copy: the highest correlation of a sample's thumbnail with a training image's.
+        nearest: the highest similarity of a sample to a single training image.
+        nearest_limit: the value of `nearest` from which a sample counts as a copy.
+    """
+
+    subject: float
+    prompt: float
+    copy: float
+    nearest: float
+    nearest_limit: float
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether a sample is nearly a training image, by either measure: each detects copies that the other misses."""
+        return self.copy >= COPY_THRESHOLD or self.nearest >= self.nearest_limit
+
+    @property
+    def copy_summary(self) -> str:
+        """The two measures of copying and their limits, for people."""
+        nearest = f"similarity to the nearest training image {self.nearest:.2f} of {self.nearest_limit:.2f}"
+        return f"{nearest}, correlation of thumbnails {self.copy:.2f} of {COPY_THRESHOLD:.2f}"
+
+
+@dataclass(frozen=True)
+class Suggestion(RunFile):
+    """The recommended step.
+
+    Args:
+        step: the recommended step.
+        last: the last step of the training.
+        reasons: the reason as sentences, the most important one first, then the figures behind it.
+        warnings: sentences about overfitting and the like.
+        curve: the held-out loss.
+        scores: of the samples, by step, 0 being the base model.
+        adapter: folder of the recommended step's adapter within the run; None if it was not saved.
+    """
+
+    NAME: ClassVar[str] = "suggestion.json"
+    FILE_VERSION: ClassVar[int] = 2
+
+    step: int
+    last: int
+    reasons: list[str]
+    warnings: list[str]
+    curve: list[Point] = field(default_factory=list)
+    scores: dict[int, StepScores] = field(default_factory=dict)
+    adapter: str | None = None
+
+    @property
+    def why(self) -> str:
+        """All reasons as one text."""
+        return " ".join(self.reasons)
+
+    @classmethod
+    def upgrade(cls, values: dict[str, Any], version: int) -> dict[str, Any]:
+        """Version 1 had one text, `why`, in place of `reasons`."""
+        if version == 1 and "why" in values:
+            values = values | {"reasons": [values["why"]]}
+        points = [Point(**point) for point in values.get("curve", [])]
+        scores = {int(step): StepScores(**each) for step, each in values.get("scores", {}).items()}
+        return values | {"curve": points, "scores": scores}
+
+
+@dataclass(frozen=True)
+class Certificate(RunFile):
+    """The comparison with stock diffusers; differences in levels of 255.
+
+    Args:
+        passed: whether all of it holds.
+        largest_difference, mean_difference: for each file, between stock diffusers' images and the trained pipeline's.
+        effect, mean_effect: the largest and the mean change that the adapter makes to the base model's images.
+        kohya_findings: what A1111 or ComfyUI would misread.
+        problems: a sentence for each failure.
+        prompts, sampling, dtype, device: how the images were generated.
+        converted: files that diffusers reads only in part, and that were converted to its format before it read them.
+    """
+
+    NAME: ClassVar[str] = "certificate.json"
+
+    passed: bool
+    largest_difference: dict[str, float]
+    mean_difference: dict[str, float]
+    effect: float
+    mean_effect: float
+    kohya_findings: list[str]
+    problems: list[str]
+    prompts: list[str]
+    sampling: dict[str, Any]
+    dtype: str
+    device: str
+    converted: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class DryRunReport(RunFile):
+    """Time, memory and disk space measured by a dry run.
+
+    Args:
+        num_trainable_parameters: of the adapter.
+        seconds_per_step: the median of the steps after the first.
+        seconds: estimate for all steps.
+        peak_memory: bytes, calibration included; on a GPU those of tensors, on the CPU those of the process.
+        checkpoint: bytes of one checkpoint.
+        disk: bytes of all checkpoints that exist at once, at most.
+        disk_free: bytes.
+        memory_limit: bytes that `peak_memory` may reach; None without a limit.
+    """
+
+    NAME: ClassVar[str] = "dry_run.json"
+    FILE_VERSION: ClassVar[int] = 2
+    RENAMED: ClassVar[Mapping[str, str]] = {"trained_numbers": "num_trainable_parameters"}
+
+    num_trainable_parameters: int
+    seconds_per_step: float
+    seconds: float
+    peak_memory: int
+    checkpoint: int
+    disk: int
+    disk_free: int
+    memory_limit: int | None
+
+    def summary(self) -> str:
+        """Two lines for people."""
+        return (
+            f"Dry run: {self.num_trainable_parameters:,} trainable parameters, {self.seconds_per_step:.3g} s per step, about "
+            f"{self.seconds / 60:.1f} min for all steps.\nPeak memory {self.peak_memory / GB:.2f} GB; checkpoints need up to "
+            f"{self.disk / GB:.3f} GB, {self.disk_free / GB:.1f} GB are free."
+        )
+
+
+@dataclass(frozen=True)
+class FallbackStep:
+    """Settings that were tried to make a run fit in memory.
+
+    Args:
+        flags: the settings by name, besides the flags given.
+        fits: whether the dry run with them fitted.
+        peak_memory: bytes; None if the dry run did not finish.
+        seconds_per_step: likewise.
+        reason: the error, if it does not fit.
+    """
+
+    flags: dict[str, Any]
+    fits: bool
+    peak_memory: int | None = None
+    seconds_per_step: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class MemoryFallback(RunFile):
+    """The settings tried, in order; the last one fits, if any does."""
+
+    NAME: ClassVar[str] = "ladder.json"
+    FILE_VERSION: ClassVar[int] = 2
+
+    attempts: list[FallbackStep]
+
+    @classmethod
+    def table_of(cls, values: Any) -> Mapping[str, Any]:
+        """Version 1 was the list of attempts itself."""
+        return {"attempts": values} if isinstance(values, list) else super().table_of(values)
+
+    @classmethod
+    def upgrade(cls, values: dict[str, Any], version: int) -> dict[str, Any]:
+        """Make the attempts objects."""
+        return values | {"attempts": [FallbackStep(**attempt) for attempt in values["attempts"]]}
