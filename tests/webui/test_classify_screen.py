@@ -208,6 +208,7 @@ def test_every_part_fits_a_phone(server, workspace, new_page, tmp_path, screensh
     to_classify(page)
     for part in ("1 Images", "2 Train", "3 Result", "4 Use"):
         page.locator("#classify-steps").get_by_role("tab", name=part, exact=True).click()
+        quiet(page)
         if part == "3 Result":
             page.locator("#classify-confusion td.wrong button").first.click(timeout=SOON)
             expect(page.locator("#classify-cell img").first).to_be_visible(timeout=SOON)
