@@ -117,7 +117,7 @@ def test_uploads_are_shown_with_their_verdicts_moved_removed_and_kept_over_a_rel
     expect(page.locator(".photo-card")).to_have_count(3, timeout=PATIENCE)
     expect_examined(page, ["front.png", "side.jpg", "back.png"])
     page.locator("#photos-example").click()
-    expect(page.locator("#photos-about")).to_contain_text("An example", timeout=PATIENCE)
+    expect(page.locator("#photos-about")).to_contain_text("Example subject", timeout=PATIENCE)
     page.locator("#photos-own").click()
     expect(page.locator(".photo-card")).to_have_count(3, timeout=PATIENCE)
 
