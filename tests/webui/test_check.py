@@ -45,7 +45,7 @@ def opened(new_page, server, **how):
 
 def examined(page):
     """Wait until all photos are looked at."""
-    expect(page.locator(".photo-card .chip", has_text="being looked at")).to_have_count(0, timeout=PATIENCE)
+    expect(page.locator(".photo-card .chip", has_text="checking")).to_have_count(0, timeout=PATIENCE)
 
 
 def expect_examined(page, names):
