@@ -52,8 +52,10 @@ NOT_RUN = {
     "pip install -r requirements.txt": RUN_BY_CI,
     "ruff check .": RUN_BY_CI,
     "ruff format --check .": RUN_BY_CI,
+    "mypy": RUN_BY_CI,
     "mkdocs build --strict": RUN_BY_CI,
     "mkdocs serve": "it serves until it is interrupted; `mkdocs build --strict` builds the same site",
+    "pre-commit install": "it writes into the repository's hooks; they run what CI runs",
     "python -m training.runs.waiting": "the web app starts it with arguments; tests/training/test_waiting.py runs it",
 }
 RUNS = ("RUN", "CLASSIFIER")
