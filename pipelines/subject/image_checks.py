@@ -77,7 +77,7 @@ class Diagnosis:
     @property
     def verdict(self) -> str:
         """ "left out", "look again" or "good"."""
-        return "left out" if not self.usable else "image again" if self.findings else "good"
+        return "left out" if not self.usable else "look again" if self.findings else "good"
 
 
 @dataclass(frozen=True)
