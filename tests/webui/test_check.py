@@ -102,7 +102,7 @@ def test_uploads_are_shown_with_their_verdicts_moved_removed_and_kept_over_a_rel
     page = with_uploads(new_page, server, uploads)
     expect(page.locator("#photos-message")).to_contain_text("letter.png is not a JPEG, PNG, WebP")
     expect_examined(page, ["front.png", "side.jpg", "dim.png", "back.png"])
-    expect(page.locator(".photo-card", has_text="dim.png")).to_contain_text("use a sharper one")
+    expect(page.locator(".photo-card", has_text="dim.png")).to_contain_text("Use a sharper image")
     screenshot(page, "photos-uploads")
 
     page.get_by_label("Put back.png one place earlier").click()
