@@ -16,7 +16,7 @@ from torch import nn
 from .config import NoraConfig
 from .files import AdapterFileError, read_header, read_tensors, tensor_bytes, write_tensors
 from .layer import NoraLayer
-from .layer_types import find_layer_class
+from .layer_types import find_layer_class, layer_class_for
 
 # Key of the header's metadata that holds the fingerprints of the layers' weights.
 STATISTICS = "nora_activation_statistics"
@@ -94,7 +94,7 @@ def calibrate(
     Raises: ValueError if nothing was calibrated, an input was not finite, or an adapter is merged.
     """
     layers = _layers_to_calibrate(model, target_modules)
-    totals = {name: _Total(_base(module)) for name, module in layers.items()}
+    totals = {name: _Total(_base(module), name) for name, module in layers.items()}
     with ExitStack() as stack:
         stack.enter_context(_adapters_off(layers))
         for name, module in layers.items():
@@ -151,8 +151,8 @@ def _base(module: nn.Module) -> nn.Module:
 class _Total:
     """Running sum of squares at the input of one layer."""
 
-    def __init__(self, base_layer: nn.Module) -> None:
-        self.layer_class, self.base_layer = find_layer_class(base_layer), base_layer
+    def __init__(self, base_layer: nn.Module, layer_name: str) -> None:
+        self.layer_class, self.base_layer = layer_class_for(base_layer, layer_name), base_layer
         device = base_layer.weight.device
         # MPS knows no float64.
         self.dtype = torch.float32 if device.type == "mps" else torch.float64

@@ -116,9 +116,9 @@ def check_weights(adapters: Sequence[str], weights: Sequence[float], present: Ma
             raise ValueError(f"Adapter {name!r} does not exist; there are {sorted(present)}.")
         if not math.isfinite(weight):
             raise ValueError(f"The weight of adapter {name!r} must be a finite number, got {weight!r}.")
-        if present[name].modules_to_save:
+        if modules := present[name].modules_to_save:
             raise ValueError(
-                f"Adapter {name!r} holds modules trained in full, {sorted(present[name].modules_to_save)}. "
+                f"Adapter {name!r} holds modules trained in full, {sorted(modules)}. "
                 "add_weighted_adapter does not support modules_to_save; merge the adapter instead."
             )
 

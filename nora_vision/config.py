@@ -38,11 +38,11 @@ class NoraConfig(PeftConfig):
     r: int = field(default=64, metadata={"help": "Outer rank: how many directions of each weight are open to change."})
     inner_r: int = field(default=16, metadata={"help": "Inner rank, 1 <= inner_r <= r: the rank of the trained change."})
     alpha: float = field(default=16.0, metadata={"help": "Numerator of the scaling s = alpha / inner_r."})
-    target_modules: list[str] | str | None = field(
+    target_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata={"help": "Name endings of the layers to adapt, a regular expression over full names, or 'all-linear'."},
     )
-    exclude_modules: list[str] | str | None = field(
+    exclude_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Name endings, or a regular expression, of layers to leave alone."}
     )
     modules_to_save: list[str] | None = field(

@@ -203,7 +203,8 @@ def _check_combination(combination_type: str, svd_rank: int | None, options: dic
 
 def _adaptable_names(model: nn.Module) -> list[str]:
     """Names of all modules but the root and what lies inside adapter layers."""
-    names, inside = [], ()
+    names: list[str] = []
+    inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if name and not name.startswith(inside or "\0"):
             names.append(name)

@@ -1,10 +1,15 @@
-"""The models that come with this project: their names, and where SDXL's lies. Imports no model library."""
+"""The models that come with this project: their names and folders. Imports no model library."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-ASSETS = Path(__file__).parents[1] / "assets"
+ROOT = Path(__file__).parents[1]
+# What assets/ of a checkout is called in a wheel: see setup.py.
+ASSETS_IN_WHEEL = ROOT / "nora_vision_assets"
+IS_CHECKOUT = not ASSETS_IN_WHEEL.is_dir()
+ASSETS = ROOT / "assets" if IS_CHECKOUT else ASSETS_IN_WHEEL
 BUILT_IN_MODEL = ASSETS / "mini-sdxl"
 # What runs record, since the model's folder differs from checkout to checkout.
 BUILT_IN = BUILT_IN_MODEL.name
@@ -12,12 +17,23 @@ BUILT_IN = BUILT_IN_MODEL.name
 BUILT_IN_CLIP_NAME = "mini"
 
 
+def import_path() -> dict[str, str]:
+    """What to add to the environment of a process that imports this project, so that it finds a checkout as well.
+
+    Start it with `python -P`: a folder `training` in the working directory would otherwise be imported in place of this one.
+    """
+    if not IS_CHECKOUT:
+        return {}
+    return {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
 def is_built_in(name_or_path: str) -> bool:
     """Whether `name_or_path` is the model that comes with this project: its name, its folder, or that of a checkout now gone."""
     path = Path(name_or_path)
     if name_or_path == BUILT_IN or path.resolve() == BUILT_IN_MODEL.resolve():
         return True
-    return path.parts[-2:] == BUILT_IN_MODEL.parts[-2:] and not path.exists()
+    folders = {f"{assets}/{BUILT_IN}" for assets in ("assets", ASSETS_IN_WHEEL.name)}
+    return "/".join(path.parts[-2:]) in folders and not path.exists()
 
 
 def recorded_name(name_or_path: str) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from pipelines.errors import InputError
 from pipelines.text_files import read_text
 from training.runs.durable import write_text_atomically
+from webui.settings import app_command
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}")
 MIN_PASSWORD, MAX_PASSWORD = 8, 200
@@ -53,7 +54,7 @@ class Accounts:
         """Raise InputError if the file is missing, malformed or empty."""
         if not self.all():
             raise InputError(
-                f"{str(self.path)!r} holds no account. Make one with 'python app.py --accounts {self.path} --add_account NAME'."
+                f"{str(self.path)!r} holds no account. Make one with '{app_command()} --accounts {self.path} --add_account NAME'."
             )
 
     def all(self) -> dict[str, str]:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from pipelines.built_in import ASSETS
 from webui.image_datasets import Entry, changing, read_set, remove_image, reorder
 from webui.workspace import Workspace
 
-EXAMPLE = Path(__file__).parents[1] / "assets" / "sample-subject"
+EXAMPLE = ASSETS / "sample-subject"
 # Marks a dataset that a run was started with; the run may still be queued, or be resumed.
 SEALED = ".sealed"
 THUMBNAIL = 320

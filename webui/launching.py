@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 
+from pipelines.built_in import IS_CHECKOUT, ROOT, import_path
 from pipelines.errors import InputError
 from training.runs import run_requests
 from training.runs.durable import write_text_atomically
@@ -35,8 +36,11 @@ from webui.workspace import LAUNCH, Workspace
 
 __all__ = ["ask", "command", "delete", "duplicate", "log_tail", "resume", "shown_command", "start", "start_dry_run", "stop"]
 
-ROOT = Path(__file__).parents[1]
-RECIPES = {"subject": "training/dreambooth_nora.py", "classify": "training/fewshot_nora.py"}
+# Commands are given in the root of a checkout. An installed package has none, and its recipes are named by their whole path.
+RECIPES = {
+    task: path if IS_CHECKOUT else str(ROOT / path)
+    for task, path in {"subject": "training/dreambooth_nora.py", "classify": "training/fewshot_nora.py"}.items()
+}
 LAUNCHER = "accelerate"
 RESUMING = ["--resume_from_checkpoint", "latest"]
 LAUNCHING, DELETED = ".launching", ".deleted-"
@@ -68,7 +72,7 @@ def start(workspace: Workspace, task: str, options: Values) -> str:
     words = command(task, values, path)
     launch = {"task": task, "command": words, "created": time.time(), "options": values}
     write_text_atomically(path / LAUNCH, json.dumps(launch, indent=2) + "\n")
-    _spawn(workspace, path, words, ROOT)
+    _spawn(workspace, path, words, _launch_folder(workspace))
     return path.name
 
 
@@ -85,7 +89,7 @@ def start_dry_run(workspace: Workspace, task: str, options: Values, path: Path) 
     page_options.built(task, values)
     words = [*command(task, values, path.absolute()), "--dry_run"]
     path.mkdir(parents=True)
-    _spawn(workspace, path.absolute(), words, ROOT)
+    _spawn(workspace, path.absolute(), words, _launch_folder(workspace))
 
 
 def command(task: str, options: Values, output_dir: Path) -> list[str]:
@@ -181,7 +185,7 @@ def _resuming(workspace: Workspace, view: RunView) -> tuple[list[str], Path]:
         from webui.work import options as page_options
 
         page_options.build(workspace, view.task, view.launch["options"])
-        return [*command(view.task, view.launch["options"], path), *RESUMING], ROOT
+        return [*command(view.task, view.launch["options"], path), *RESUMING], _launch_folder(workspace)
     if not view.options:
         raise InputError("This run ended before it recorded its options. Start it again the way it was started.")
     processes = view.status.get("processes", 1)
@@ -190,6 +194,11 @@ def _resuming(workspace: Workspace, view: RunView) -> tuple[list[str], Path]:
     # Paths given in a terminal are relative to its working directory, where runs/ is by default.
     words = [LAUNCHER, "launch", *several, str(ROOT / RECIPES[view.task]), *options, *RESUMING]
     return words, workspace.all_runs.absolute().parent
+
+
+def _launch_folder(workspace: Workspace) -> Path:
+    """Where commands of the page are given."""
+    return ROOT if IS_CHECKOUT else workspace.all_runs.absolute().parent
 
 
 def _allowing(record: RunRecord, action: str) -> RunView:
@@ -223,8 +232,8 @@ def _spawn(workspace: Workspace, path: Path, words: Sequence[str], folder: Path)
     """Start a process that waits in the queue and then runs the command; return once it has written the run's status."""
     _release_gpu()
     queue = workspace.all_runs.absolute() / QUEUE
-    waiter = [sys.executable, "-m", "training.runs.waiting", str(path), "--queue", str(queue), "--", *_with_launcher(words)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    waiter = [sys.executable, "-P", "-m", "training.runs.waiting", str(path), "--queue", str(queue), "--", *_with_launcher(words)]
+    environment = os.environ | import_path()
     with (path / LOG).open("a", encoding="utf-8") as log:
         log.write(f"{START}{shown_command(words)}\n")
         log.flush()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.errors import InputError
 from webui.accounts import Accounts, LoginGate, Sessions, add_account
-from webui.settings import Settings, is_loopback
+from webui.settings import Settings, app_command, is_loopback
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -43,8 +43,8 @@ KEPT_VARIABLES = frozenset({"GRADIO_ROOT_PATH"})
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options of `python app.py`."""
-    options = argparse.ArgumentParser("app.py", description="Open the web app.", allow_abbrev=False)
+    """The options of `python app.py` and `nora-vision app`."""
+    options = argparse.ArgumentParser(description="Open the web app.", allow_abbrev=False)
     options.add_argument("--host", default="127.0.0.1", help="address to listen on; another than this machine needs --accounts")
     options.add_argument("--port", type=int, help=f"port; the first free one from {FIRST_PORT} on by default")
     options.add_argument("--runs_dir", type=Path, default=Path("runs"), help="folder of the runs")
@@ -82,7 +82,7 @@ def checked_settings(options: argparse.Namespace) -> Settings:
         opened = "--share" if options.share else f"--host {options.host}"
         raise InputError(
             f"{opened} lets others in, and nobody must sign in. Make an account with "
-            "'python app.py --accounts accounts.txt --add_account NAME', and add '--accounts accounts.txt'."
+            f"'{app_command()} --accounts accounts.txt --add_account NAME', and add '--accounts accounts.txt'."
         )
     if options.accounts is not None:
         Accounts(options.accounts).check()

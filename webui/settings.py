@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,6 +51,11 @@ class Settings:
         if not user or not ID.fullmatch(user):
             raise InputError("You are not signed in. Reload the page and sign in.")
         return Workspace(self.runs_dir / user, self.sets_dir / user, user, self.is_local, self.base_models)
+
+
+def app_command() -> str:
+    """The command that starts the app, as the user of this process types it."""
+    return "nora-vision app" if sys.argv[0] == "nora-vision app" else "python app.py"
 
 
 def is_loopback(host: str) -> bool:

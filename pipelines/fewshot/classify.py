@@ -143,9 +143,7 @@ def run(run_path: str, given: Sequence[str], options: ClassifyOptions) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     """What the command line asks for; returns the exit code."""
-    parser = HfArgumentParser(
-        ClassifyOptions, prog="python -m pipelines.fewshot.classify", description=__doc__, allow_abbrev=False
-    )
+    parser = HfArgumentParser(ClassifyOptions, description=__doc__, allow_abbrev=False)
     parser.add_argument("run", help="A run's directory, or the folder of one fitted method in it.")
     parser.add_argument("images", nargs="+", help="Images, or folders of them.")
     try:

@@ -17,12 +17,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils.memory import should_reduce_batch_size
 
+from pipelines.built_in import import_path
 from pipelines.errors import InputError
 from training.engine.dry_run import DoesNotFitError
 from training.runs.run import RunDirectory
 from training.runs.run_files import GB, DryRunReport, FallbackStep, MemoryFallback
 
-ROOT = Path(__file__).parents[2]
 SMALLER_RESOLUTIONS = (0.75, 0.5)
 # Sides that UNets can halve often enough.
 LARGE, LARGE_STEP, SMALL_STEP = 512, 64, 8
@@ -105,7 +105,7 @@ def attempt(recipe: str, options: Options, setting: dict[str, Any], folder: Path
     known = _flat(copy.deepcopy(options))
     values = known | setting | {"output_dir": str(folder), "dry_run": True, "memory_fallback": False, "report_to": "none"}
     values |= {"resume_from_checkpoint": None, "push_to_hub": False, "hub_model_id": None, "hub_token": None}
-    command = [sys.executable, "-m", recipe, *as_flags({name: value for name, value in values.items() if name in known})]
+    command = [sys.executable, "-P", "-m", recipe, *as_flags({name: value for name, value in values.items() if name in known})]
     finished = subprocess.run(command, env=_own_environment(), capture_output=True, text=True, check=False)
     lines = finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"]
     reason = None if finished.returncode == 0 else lines[-1]
@@ -117,8 +117,7 @@ def attempt(recipe: str, options: Options, setting: dict[str, Any], folder: Path
 def _own_environment() -> dict[str, str]:
     """The environment of a process alone, with this project to import from."""
     own = {name: value for name, value in os.environ.items() if name not in DISTRIBUTED and not name.startswith("TORCHELASTIC")}
-    own["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return own
+    return own | import_path()
 
 
 def _ran_out(message: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +14,7 @@ from pipelines.errors import InputError
 from pipelines.output_paths import check_output_folder
 from training.engine.resuming import check_can_resume
 from training.options.output import LATEST, RunOptions
-from training.runs.provenance import command_line
+from training.runs.provenance import command_line, typed_words
 from training.runs.record import newest_step
 from training.runs.run import RunDirectory, write_text_atomically
 from training.runs.run_files import OPTIONS
@@ -64,7 +63,7 @@ def open_run(options: RecipeOptions, title: str, accelerator: Accelerator) -> Ru
     accelerator.wait_for_everyone()
     run = RunDirectory.create(path, options.to_dict(), accelerator.is_main_process)
     if run.writes:
-        write_text_atomically(path / "command", command_line(["accelerate", "launch", *sys.argv]) + "\n")
+        write_text_atomically(path / "command", command_line(typed_words(["accelerate", "launch"])) + "\n")
         run.update_status(processes=accelerator.num_processes)
     logger.info(f"Everything goes to {path}.")
     run.trackers.extend(start_tracker(output.report_to, path, newest_step(run.checkpoints), run.writes))

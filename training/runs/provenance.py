@@ -25,6 +25,7 @@ from training.runs.run_files import PROVENANCE, VERSION
 
 PROVENANCE_VERSION = 1
 ROOT = Path(__file__).parents[2]
+CONSOLE_COMMAND = "nora-vision"
 PACKAGES = ("nora_vision", "pipelines", "training")
 LIBRARIES = (
     "torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy", "pillow", "bitsandbytes",
@@ -97,6 +98,15 @@ def command_line(arguments: Sequence[str]) -> str:
     return shlex.join(shown)
 
 
+def typed_words(launcher: Sequence[str] = ()) -> list[str]:
+    """The command that started this process: `nora-vision train` and its flags, or a script and its flags after `launcher`."""
+    program, *arguments = sys.argv
+    words = program.split()
+    if words[:1] == [CONSOLE_COMMAND]:
+        return [*words, *arguments]
+    return [*launcher, program, *arguments]
+
+
 def device_identity(device: torch.device) -> dict[str, Any]:
     """The machine's processor, and the accelerator where one is used."""
     found: dict[str, Any] = {"type": device.type, "processor": platform.processor() or platform.machine(), "name": None}
@@ -145,7 +155,7 @@ def write_provenance(
         "code": code_identity(),
         "versions": library_versions(),
         "seed": seed,
-        "command": command_line(sys.argv),
+        "command": command_line(typed_words()),
         "device": device_identity(device),
         "options": options,
     }
