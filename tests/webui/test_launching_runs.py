@@ -283,7 +283,7 @@ def test_a_run_whose_images_are_gone_does_not_go_on(workspace):
     launching.stop(guest, run_id)
     wait_for(lambda: state(guest, run_id) == "stopped")
     own.rmdir()
-    with pytest.raises(InputError, match="no longer there"):
+    with pytest.raises(InputError, match="These images no longer exist"):
         launching.resume(guest, run_id)
     assert state(guest, run_id) == "stopped"
 
