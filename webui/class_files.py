@@ -27,16 +27,16 @@ RUNNERS_UP = 3
 
 def downloads(result: Result) -> dict[str, Path]:
     """The downloadable files of a result, by the keys of `TITLES`; cached until the run changes."""
-    return dict(_made(result.record.path.absolute(), result.trial["folder"], result.folder.stat().st_mtime_ns))
+    return dict(_made(result.record.path.absolute(), result.trial.folder, result.folder.stat().st_mtime_ns))
 
 
 @lru_cache(maxsize=64)
 def _made(run: Path, trial: str, changed: int) -> tuple[tuple[str, Path], ...]:
     result = result_of(RunRecord(run), trial)
-    stem = f"{run.name}-{result.trial['method']}"
+    stem = f"{run.name}-{result.trial.method}"
     folder = Path(tempfile.mkdtemp(prefix="nora-vision-", dir=_folder()))
     files: dict[str, Path] = {}
-    exported = run / "export" / "lora" if result.trial["folder"] == result.report["classifier"] else None
+    exported = run / "export" / "lora" if result.trial.folder == result.report.classifier else None
     adapter = result.folder / "adapter"
     for name, source in ((COMPACT, adapter / COMPACT), (FULL, adapter / FULL), (LORA, exported)):
         if source is not None and source.is_dir():

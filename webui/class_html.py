@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from pipelines.methods import method_names, title_of
-from webui.class_results import CONTROL, ZERO_SHOT, Result, TestImage, source_of
+from training.runs.fewshot_files import ImagePrediction, TrialResult
+from webui.class_results import CONTROL, ZERO_SHOT, Result, source_of
 from webui.curves import Series, plot
 from webui.labelled_classes import LabelledClasses
 from webui.thumbnails import image, images
@@ -47,12 +47,12 @@ def share(value: float) -> str:
 
 def result_summary(result: Result) -> str:
     """The test accuracy with its confidence interval, compared with the baselines, and warnings."""
-    tested = result.trial["test"]
-    count, value = tested["count"], share(tested["top1"]["value"])
-    right = round(tested["top1"]["value"] * count)
+    tested = result.trial.test
+    count, value = tested.count, share(tested.top1.value)
+    right = round(tested.top1.value * count)
     lead = (
         f'<p class="lead"><b class="figure">{value}</b>test accuracy: {right} of {count} test images are classified correctly '
-        f"(95% interval: {share(tested['top1']['low'])} to {share(tested['top1']['high'])}). They were not used for training.</p>"
+        f"(95% interval: {share(tested.top1.low)} to {share(tested.top1.high)}). They were not used for training.</p>"
     )
     return lead + f"<p>{' '.join(_beside(result))}</p>" + "".join(_notes(result))
 
@@ -61,8 +61,8 @@ def _beside(result: Result) -> list[str]:
     sentences = []
     for method, words in ((ZERO_SHOT, "zero-shot (no training)"), (CONTROL, "raw pixels (no model)")):
         other = result.beside(method)
-        if other is not None and result.trial["method"] != method:
-            sentences.append(f"{words} {share(other['test']['top1']['value'])}")
+        if other is not None and result.trial.method != method:
+            sentences.append(f"{words} {share(other.test.top1.value)}")
     chance = f"random guessing {share(1 / len(result.classes))}"
     return [f"On the same images: {'; '.join([*sentences, chance])}."]
 
@@ -70,22 +70,22 @@ def _beside(result: Result) -> list[str]:
 def _notes(result: Result) -> list[str]:
     """Warnings: reasons to doubt the accuracy, and methods that are significantly better."""
     trial, notes = result.trial, []
-    better = [one for one in result.same_split() if one["test"]["top1"]["low"] > trial["test"]["top1"]["high"]]
-    if trial["guard"]:
-        notes.append(f"The adapter's scale was lowered because training reduced the accuracy. {html.escape(trial['guard'])}")
-    if trial["method"] not in (CONTROL, ZERO_SHOT):
+    better = [one for one in result.same_split() if one.test.top1.low > trial.test.top1.high]
+    if trial.scale_reason:
+        notes.append(f"The adapter's scale was lowered because training reduced the accuracy. {html.escape(trial.scale_reason)}")
+    if trial.method not in (CONTROL, ZERO_SHOT):
         notes += _beside_control(result, better)
     if untested := result.untested():
         what = ", ".join(map(html.escape, untested))
         notes.append(f"No test images for {what}, so the accuracy says nothing about it.")
     if better:
-        names = " and ".join(html.escape(_short(one["method"])) for one in better)
+        names = " and ".join(html.escape(_short(one.method)) for one in better)
         verb, which = ("is", "it") if len(better) == 1 else ("are", "one of them")
         notes.append(f"{names} {verb} significantly better on these images. Choose {which} above.")
     return [f'<p class="warning">{note}</p>' for note in notes]
 
 
-def _beside_control(result: Result, better: Sequence[dict[str, Any]]) -> list[str]:
+def _beside_control(result: Result, better: Sequence[TrialResult]) -> list[str]:
     """Warnings from comparing the method with the raw-pixel control.
 
     Args:
@@ -94,7 +94,7 @@ def _beside_control(result: Result, better: Sequence[dict[str, Any]]) -> list[st
     control = result.beside(CONTROL)
     if control is None:
         return ["The raw-pixel control was not run, so it is unknown whether these images need a model at all."]
-    if result.trial["test"]["top1"]["low"] > control["test"]["top1"]["high"]:
+    if result.trial.test.top1.low > control.test.top1.high:
         return []
     compared = "better" if control in better else "about as good"
     return [
@@ -106,19 +106,19 @@ def _beside_control(result: Result, better: Sequence[dict[str, Any]]) -> list[st
 def methods_table(result: Result) -> str:
     """All methods of the run side by side, averaged over its splits."""
     rows = []
-    for row in result.report["summary"]:
-        if row["shots"] != result.trial["shots"]:
+    for row in result.report.summary:
+        if row.shots != result.trial.shots:
             continue
-        top1 = row["top1"]
-        low, high = max(0.0, top1["low"]), min(1.0, top1["high"])
-        chosen = ' class="chosen"' if row["method"] == result.trial["method"] else ""
+        top1 = row.top1
+        low, high = max(0.0, top1.low), min(1.0, top1.high)
+        chosen = ' class="chosen"' if row.method == result.trial.method else ""
         rows.append(
-            f"<tr{chosen}><th scope='row'>{html.escape(method_title(row['method']))}</th>"
-            f"<td class='number'>{share(top1['value'])}</td><td class='number'>{share(low)} to {share(high)}</td>"
-            f"<td class='number'>{row['trained_numbers']:,.0f}</td><td class='number'>{_size(row['stored_bytes'])}</td>"
-            f"<td class='number'>{row['seconds']:.0f} s</td></tr>"
+            f"<tr{chosen}><th scope='row'>{html.escape(method_title(row.method))}</th>"
+            f"<td class='number'>{share(top1.value)}</td><td class='number'>{share(low)} to {share(high)}</td>"
+            f"<td class='number'>{row.num_trainable_parameters:,.0f}</td><td class='number'>{_size(row.stored_bytes)}</td>"
+            f"<td class='number'>{row.seconds:.0f} s</td></tr>"
         )
-    splits = len(result.report["seeds"])
+    splits = len(result.report.seeds)
     heads = ("accuracy", "95% interval", "trainable parameters", "file size", "training time")
     head = "".join(f"<th scope='col' class='number'>{one}</th>" for one in heads)
     note = f"Means over {splits} splits." if splits > 1 else "From one split."
@@ -139,8 +139,8 @@ def _size(count: float) -> str:
 
 def per_class(result: Result) -> str:
     """Accuracy of each class, lowest first."""
-    accuracies = {name: value for name, value in result.trial["test"]["per_class"].items() if value is not None}
-    counts = dict(zip(result.trial["test"]["per_class"], map(sum, result.trial["test"]["confusion"]), strict=True))
+    accuracies = {name: value for name, value in result.trial.test.per_class.items() if value is not None}
+    counts = dict(zip(result.trial.test.per_class, map(sum, result.trial.test.confusion), strict=True))
     rows = [(name, value, f"{name} ({counts[name]})") for name, value in sorted(accuracies.items(), key=lambda one: one[1])]
     untested = "".join(f"<p class='warning'>{html.escape(name)} (0): no test images.</p>" for name in result.untested())
     shares = bars([(label, value) for _, value, label in rows])
@@ -167,7 +167,7 @@ def bars(rows: Sequence[tuple[str, float]], first_only: bool = False) -> str:
 
 def confusion(result: Result) -> str:
     """The confusion matrix, one row for each true class. Cells that count images are buttons."""
-    counts, names = result.trial["test"]["confusion"], result.classes
+    counts, names = result.trial.test.confusion, result.classes
     labels = _in_matrix(counts)
     head = "".join(f"<th scope='col'>{html.escape(names[label])}</th>" for label in labels)
     rows = [
@@ -212,7 +212,7 @@ def cell_words(names: Sequence[str], true: int, predicted: int, count: int) -> s
 def cell_images(result: Result, true: int, predicted: int) -> str:
     """The images of one cell of the confusion matrix."""
     matches = result.in_cell(true, predicted)
-    heading = html.escape(cell_words(result.classes, true, predicted, result.trial["test"]["confusion"][true][predicted]))
+    heading = html.escape(cell_words(result.classes, true, predicted, result.trial.test.confusion[true][predicted]))
     if not matches:
         return f"<h4>{heading}</h4><p class='quiet'>This run is from an earlier version, which recorded no predictions.</p>"
     more = f"<p class='quiet'>And {len(matches) - MOST_IN_CELL} more.</p>" if len(matches) > MOST_IN_CELL else ""
@@ -231,7 +231,7 @@ def worst_mistakes(result: Result) -> str:
     )
 
 
-def _tested(result: Result, matches: Sequence[TestImage]) -> str:
+def _tested(result: Result, matches: Sequence[ImagePrediction]) -> str:
     names = result.classes
     figures = []
     for one in matches:
@@ -243,12 +243,12 @@ def _tested(result: Result, matches: Sequence[TestImage]) -> str:
 
 def calibration(result: Result) -> str:
     """Expected calibration error before and after temperature scaling, as a sentence."""
-    before, after = (result.trial[part]["calibration_error"] for part in ("test", "calibrated"))
+    before, after = result.trial.test.calibration_error, result.trial.calibrated.calibration_error
     believed = "are well calibrated" if after <= CALIBRATED else "are only a rough guide"
     return (
         f"<p>Expected calibration error, the mean gap between confidence and accuracy: {100 * before:.1f} percentage points as "
         f"trained, {100 * after:.1f} after temperature scaling on validation images (temperature "
-        f"{result.trial['temperature']:.2f}). The probabilities on this page are the scaled ones; they {believed}. A dot below "
+        f"{result.trial.temperature:.2f}). The probabilities on this page are the scaled ones; they {believed}. A dot below "
         "the line means overconfidence.</p>"
     )
 
@@ -256,9 +256,12 @@ def calibration(result: Result) -> str:
 def reliability(result: Result) -> str:
     """Reliability diagram: accuracy against confidence."""
     series = [Series("perfect calibration", [(0.0, 0.0), (1.0, 1.0)], "line", 3)]
-    for part, name, colour in (("test", "as trained", 2), ("calibrated", "after temperature scaling", 1)):
-        calibration_bins = result.trial[part]["reliability"]
-        bins = zip(calibration_bins["confidence"], calibration_bins["accuracy"], calibration_bins["counts"], strict=True)
+    for metrics, name, colour in (
+        (result.trial.test, "as trained", 2),
+        (result.trial.calibrated, "after temperature scaling", 1),
+    ):
+        calibration_bins = metrics.reliability
+        bins = zip(calibration_bins.confidence, calibration_bins.accuracy, calibration_bins.counts, strict=True)
         series.append(Series(name, [(confidence, accuracy) for confidence, accuracy, count in bins if count], "marks", colour))
     return plot("Accuracy by confidence", series, (0.0, 1.0))
 

@@ -4,46 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from pipelines.errors import InputError
 from pipelines.fewshot.sources import DatasetSource, ImageFile
+from training.runs.fewshot_files import REPORT, TEST, FewShotReport, ImagePrediction, PredictionFile, TrialResult
 from training.runs.record import RunRecord
 
-REPORT, TESTED = "report.json", "test.json"
 ZERO_SHOT, CONTROL = "zeroshot", "pixels"
-
-
-@dataclass(frozen=True)
-class TestImage:
-    """The prediction for one test image.
-
-    Args:
-        name: its path within the dataset.
-        sha256: the hash of its file at test time.
-        true, predicted: indices of the true and the predicted class.
-        confidence: probability of the predicted class, in [0, 1].
-        top: pairs of class index and probability, most likely first.
-    """
-
-    name: str
-    sha256: str
-    true: int
-    predicted: int
-    confidence: float
-    top: list[list[float]]
-
-    # Keeps pytest from collecting this class.
-    __test__ = False
-
-    @property
-    def is_right(self) -> bool:
-        """Whether the prediction is correct."""
-        return self.true == self.predicted
 
 
 @dataclass(frozen=True)
@@ -57,44 +28,42 @@ class Result:
     """
 
     record: RunRecord
-    report: dict[str, Any]
-    trial: dict[str, Any]
+    report: FewShotReport
+    trial: TrialResult
 
     @property
-    def classes(self) -> list[str]:
+    def classes(self) -> Sequence[str]:
         """The class names; escape them before they go into HTML."""
-        return self.report["set"]["classes"]
+        return self.report.dataset.classes
 
     @property
     def folder(self) -> Path:
         """The folder of the method's files."""
-        return self.record.path / self.trial["folder"]
+        return self.record.path / self.trial.folder
 
-    def beside(self, method: str) -> dict[str, Any] | None:
-        """The entry of another method on the same split; None if it was not run."""
-        wanted = (method, self.trial["shots"], self.trial["seed"])
-        return next((one for one in self.report["members"] if (one["method"], one["shots"], one["seed"]) == wanted), None)
+    def beside(self, method: str) -> TrialResult | None:
+        """The trial of another method on the same split; None if it was not run."""
+        return self.report.on_same_split(self.trial, method)
 
-    def same_split(self) -> Iterator[dict[str, Any]]:
-        """The entries of all methods on the same split."""
-        wanted = (self.trial["shots"], self.trial["seed"])
-        return (one for one in self.report["members"] if (one["shots"], one["seed"]) == wanted)
+    def same_split(self) -> Iterator[TrialResult]:
+        """All trials on the same split."""
+        return self.report.same_split(self.trial)
 
-    def tested(self) -> list[TestImage]:
+    def tested(self) -> Sequence[ImagePrediction]:
         """The predictions for all test images; empty for runs of earlier versions, which did not record them."""
-        path = self.folder / TESTED
+        path = self.folder / TEST
         return _tested(path, path.stat().st_mtime_ns) if path.is_file() else []
 
-    def mistakes(self) -> list[TestImage]:
+    def mistakes(self) -> list[ImagePrediction]:
         """The wrong predictions, highest confidence first."""
         return sorted((one for one in self.tested() if not one.is_right), key=lambda one: -one.confidence)
 
     def untested(self) -> list[str]:
         """The classes without test images."""
-        counts = map(sum, self.trial["test"]["confusion"])
+        counts = map(sum, self.trial.test.confusion)
         return [name for name, count in zip(self.classes, counts, strict=True) if not count]
 
-    def in_cell(self, true: int, predicted: int) -> list[TestImage]:
+    def in_cell(self, true: int, predicted: int) -> list[ImagePrediction]:
         """The test images of class `true` predicted as `predicted`, highest confidence first."""
         matches = (one for one in self.tested() if (one.true, one.predicted) == (true, predicted))
         return sorted(matches, key=lambda one: -one.confidence)
@@ -111,17 +80,14 @@ def result_of(record: RunRecord, trial: str | None = None) -> Result | None:
     if not path.is_file():
         return None
     report = _report(path, path.stat().st_mtime_ns)
-    trials = {one["folder"]: one for one in report.get("members", [])}
-    chosen = trials.get(trial) or trials.get(report.get("classifier"))
-    if chosen is None:
-        raise InputError("The report of this run lists no trial. Run it again.")
-    folder = (record.path / chosen["folder"]).resolve()
+    chosen = report.trial_in(trial) or report.representative
+    folder = (record.path / chosen.folder).resolve()
     if not folder.is_relative_to(record.path.resolve()):
         raise InputError("The report of this run names files outside of its folder. Run it again.")
     return Result(record, report, chosen)
 
 
-def source_of(record: RunRecord, image: TestImage) -> DatasetSource | None:
+def source_of(record: RunRecord, image: ImagePrediction) -> DatasetSource | None:
     """The file of a test image; None if it is gone or has changed since the test."""
     try:
         source = named_source(record, image.name)
@@ -149,10 +115,10 @@ def named_source(record: RunRecord, name: str) -> DatasetSource | None:
 
 
 @lru_cache(maxsize=16)
-def _report(path: Path, changed: int) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+def _report(path: Path, changed: int) -> FewShotReport:
+    return FewShotReport.from_json(json.loads(path.read_text(encoding="utf-8")))
 
 
 @lru_cache(maxsize=16)
-def _tested(path: Path, changed: int) -> list[TestImage]:
-    return [TestImage(**one) for one in json.loads(path.read_text(encoding="utf-8"))["pictures"]]
+def _tested(path: Path, changed: int) -> Sequence[ImagePrediction]:
+    return PredictionFile.from_json(json.loads(path.read_text(encoding="utf-8"))).images

@@ -210,7 +210,7 @@ def copied_set(workspace: Workspace, record: RunRecord) -> Path:
 def _classifier_split(record: RunRecord) -> tuple[dict[str, list[list[Any]]], dict[str, str]]:
     """The split of the trial that was chosen as the run's classifier, and the class names by their keys."""
     result = result_of(record)
-    shots, seed = result.trial["shots"], result.trial["seed"]
+    shots, seed = result.trial.shots, result.trial.seed
     split = record.read_json(f"splits/{shots}-shots-seed-{seed}.json")
     return split, dict(zip(split["keys"], result.classes, strict=False))
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from training.runs.fewshot_files import trials_folder
 from training.runs.record import RunRecord
 from training.runs.run_files import CROSS_VALIDATION, FOLDS, STEP, DryRunReport, step_of
 from training.subject.checkpoint_selection import Point as Measured
@@ -41,7 +42,7 @@ def part_at_work(view: RunView) -> RunRecord:
     """The record of the current training: the run itself, a fold of cross-validation, or a trial of the experiment."""
     if view.status.get("phase") == CROSS_VALIDATION and "fold" in view.status:
         return RunRecord(view.record.path / FOLDS / str(view.status["fold"] - 1))
-    trial = _inside(view.record.path, view.status.get("member"))
+    trial = _inside(view.record.path, view.status.get("trial", view.status.get("member")))
     return view.record if trial is None else RunRecord(trial)
 
 
@@ -50,7 +51,11 @@ def _plotted(view: RunView) -> RunRecord:
     record = part_at_work(view)
     if view.task == "subject" or record != view.record:
         return record
-    newest = max(view.record.path.glob("members/*/*/*/metrics.jsonl"), key=lambda path: path.stat().st_mtime, default=None)
+    newest = max(
+        view.record.path.glob(f"{trials_folder(view.record.path)}/*/*/*/metrics.jsonl"),
+        key=lambda path: path.stat().st_mtime,
+        default=None,
+    )
     return record if newest is None else RunRecord(newest.parent)
 
 

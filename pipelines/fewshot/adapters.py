@@ -1,4 +1,4 @@
-"""Adapters on a CLIP model: which layers get one, its start, its strength and loading.
+"""Adapters on a CLIP model: attaching, initialising, scaling and loading.
 
 Methods come from `pipelines.methods`. An adapter lives on the image encoder, the text encoder, or both.
 """
@@ -28,10 +28,10 @@ BATCH = 64
 
 
 def attach(clip: Clip, options: AdapterOptions, targets: TargetLayers) -> dict[str, nn.Module]:
-    """Separate the attention of `clip` and add the adapter that `options` describe to its chosen layers.
+    """Split the attention of `clip` into single projections and add the adapter of `options` to the target layers.
 
     Returns: the adapted encoders by name, "image" and "text".
-    Raises: InputError naming the encoder, and the layer or option that does not fit it.
+    Raises: InputError naming the encoder and the layer or option that do not fit.
     """
     try:
         separate(clip.model)
@@ -50,7 +50,7 @@ def attach(clip: Clip, options: AdapterOptions, targets: TargetLayers) -> dict[s
 
 
 def encoder(clip: Clip, name: str) -> nn.Module:
-    """The module that holds all attention of the encoder called `name`, "image" or "text"."""
+    """The module with all attention layers of the encoder `name`, "image" or "text"."""
     return clip.model.visual if name == IMAGE else getattr(clip.text_tower, "transformer", clip.text_tower)
 
 
@@ -58,7 +58,7 @@ def _layer_names(clip: Clip, name: str, targets: TargetLayers, projections: Sequ
     layers = attention_layers(encoder(clip, name))
     if not layers:
         raise InputError(
-            f"The {name} encoder of {clip.name} has no attention that can be adapted. Adapt the other encoder alone."
+            f"The {name} encoder of {clip.name} has no attention layers that can be adapted. Set --encoders to the other encoder."
         )
     return [layers[index][projection] for index in targets.indices(len(layers)) for projection in projections]
 
@@ -73,16 +73,16 @@ def start(
     seed: int,
     losses: Losses = no_losses,
 ) -> None:
-    """Start the adapter just attached to `components`.
+    """Initialise the adapter that was just attached to `components`.
 
-    The method sees the base model, in evaluation mode, on these images and prompts.
+    The method runs the base model, in evaluation mode, on these images and prompts.
 
     Args:
         pixels: batches (n, 3, h, w) of the training images without augmentation.
         tokens: (n, t), every prompt of every class.
         cache: the folder for activation statistics.
-        seed: of all that is random in the start.
-        losses: `losses(count)` yields the training losses of `count` batches, for methods that start from gradients.
+        seed: of the random initialisation.
+        losses: `losses(count)` yields the training losses of `count` batches, for methods that are initialised from gradients.
     """
     runs = {IMAGE: partial(_run_images, clip, pixels), TEXT: partial(run_prompts, clip, tokens)}
     method, losses = options.create(), base_losses(losses, components.values())
@@ -103,9 +103,9 @@ def _run_images(clip: Clip, pixels: Iterable[torch.Tensor]) -> None:
 
 
 def run_prompts(clip: Clip, tokens: torch.Tensor) -> None:
-    """Encode `tokens` (n, t), those of one length together, so that no layer sees padding or what is behind an end token.
+    """Encode `tokens` (n, t), grouped by length, so that no layer sees padding.
 
-    Text encoders whose feature is that of another token than the end token see all tokens: to them padding counts.
+    Text encoders that read their feature from another token than the end token get all tokens: for them padding matters.
     """
     if not clip.reads_up_to_the_end_token:
         groups = [tokens]
@@ -117,25 +117,25 @@ def run_prompts(clip: Clip, tokens: torch.Tensor) -> None:
             clip.encode_texts(batch)
 
 
-def allows_any_strength(components: dict[str, nn.Module]) -> bool:
-    """Whether the adapter's change of weight can be scaled."""
+def allows_any_scale(components: dict[str, nn.Module]) -> bool:
+    """Whether the adapter's weight change can have any scale, not only 0 and 1."""
     return all(method_of(config).allows_any_scale(config) for config in _configs(components).values())
 
 
-def set_strength(components: dict[str, nn.Module], strength: float) -> None:
-    """Scale the adapter's change of every weight by `strength`: 1 as trained, 0 the base model exactly.
+def set_scale(components: dict[str, nn.Module], scale: float) -> None:
+    """Multiply the adapter's weight change by `scale`: 1 as trained, 0 exactly the base model.
 
-    Raises: InputError if it is no such number, or between 0 and 1 where the method's change cannot be scaled.
+    Raises: InputError if `scale` is not in [0, 1], or is between 0 and 1 and the method does not allow that.
     """
-    if not 0 <= strength <= 1:
-        raise InputError(f"strength must be in [0, 1], got {strength}.")
-    if strength not in (0, 1) and not allows_any_strength(components):
-        raise InputError(f"This adapter's change of a weight cannot be scaled: strength must be 0 or 1, got {strength}.")
+    if not 0 <= scale <= 1:
+        raise InputError(f"scale must be in [0, 1], got {scale}.")
+    if scale not in (0, 1) and not allows_any_scale(components):
+        raise InputError(f"The weight change of this adapter cannot be scaled: scale must be 0 or 1, got {scale}.")
     for name, config in _configs(components).items():
         for layer in tuner_layers(components[name]).values():
-            if layer.disable_adapters != (strength == 0):
-                layer.enable_adapters(strength != 0)
-        method_of(config).set_scale(components[name], ADAPTER_NAME, strength if strength else 1.0)
+            if layer.disable_adapters != (scale == 0):
+                layer.enable_adapters(scale != 0)
+        method_of(config).set_scale(components[name], ADAPTER_NAME, scale if scale else 1.0)
 
 
 def _configs(components: dict[str, nn.Module]) -> dict[str, PeftConfig]:
@@ -143,10 +143,13 @@ def _configs(components: dict[str, nn.Module]) -> dict[str, PeftConfig]:
 
 
 def load(clip: Clip, path: str | Path) -> dict[str, nn.Module]:
-    """Separate the attention of `clip` and add the adapter that was saved at `path`, or a run's.
+    """Split the attention of `clip` into single projections and add the adapter saved at `path`.
+
+    Args:
+        path: a native adapter folder or a run's directory.
 
     Returns: the adapted encoders by name.
-    Raises: InputError or AdapterFileError naming the file, and what of it does not fit the model.
+    Raises: InputError or AdapterFileError naming the file and the entry that do not fit the model.
     """
     folder = native_folder(Path(path), (IMAGE, TEXT))
     if folder is None:
@@ -159,7 +162,7 @@ def load(clip: Clip, path: str | Path) -> dict[str, nn.Module]:
         try:
             adapter_files.load({name: model}, folder)
         except FileNotFoundError as error:
-            raise InputError(f"{folder / name} is not whole: {error}. Copy or train it again.") from error
+            raise InputError(f"{folder / name} is incomplete: {error}. Copy it again, or repeat the training.") from error
         except (RuntimeError, KeyError) as error:
             raise InputError(f"{folder / name} does not fit the {name} encoder of {clip.name}: {error}") from error
     return components

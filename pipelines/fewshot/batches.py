@@ -18,83 +18,83 @@ from pipelines.clip import Clip
 from pipelines.fewshot.data import LabelledImage, read
 from pipelines.randomness import RandomStream, keyed_generator
 
-# Decoded images are kept up to this many bytes, each no larger than crops of it need.
-KEPT_BYTES = 2**29
+# Size of the cache of decoded images, each stored no larger than its crops need.
+CACHE_BYTES = 2**29
 CHANNELS = 3
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How training images are altered, each time they are seen.
+    """Random augmentation of training images.
 
     Args:
-        crop_scale: the share of an image's area that a random crop takes, at least and at most.
-        random_flip: mirror every other image.
+        crop_scale: least and largest share of the image's area in a random crop.
+        random_flip: mirror images with probability 1/2.
     """
 
     crop_scale: tuple[float, float] = (0.5, 1.0)
     random_flip: bool = False
 
     def transform(self, clip: Clip) -> Callable[[Image.Image], torch.Tensor]:
-        """A PIL image to pixels (3, h, w) of a random crop, otherwise as `clip.preprocess`; draws from torch's generator."""
+        """A PIL image to pixels (3, h, w) of a random crop, otherwise as `clip.preprocess`; uses torch's global generator."""
         settings = PreprocessCfg(**get_model_preprocess_cfg(clip.model))
         cropped = image_transform_v2(settings, is_train=True, aug_cfg={"scale": self.crop_scale})
         return Compose([RandomHorizontalFlip(), cropped]) if self.random_flip else cropped
 
 
-class AlteredImages:
-    """Images, altered at random, as a model takes them.
+class AugmentedImages:
+    """Images with random augmentation, as inputs of a model.
 
     Args:
-        images: what is learned from.
-        augmentation: what is done to them.
-        clip: the model that takes them.
+        images: the training images.
+        augmentation: applied to each image.
+        clip: the model that defines resolution and normalisation.
     """
 
     def __init__(self, images: Sequence[LabelledImage], augmentation: Augmentation, clip: Clip) -> None:
         self.images, self.transform = tuple(images), augmentation.transform(clip)
         size = PreprocessCfg(**get_model_preprocess_cfg(clip.model)).size
-        # A crop of the least area still has as many pixels as the model takes.
+        # The smallest crop still has the resolution of the model.
         self.side = round((size if isinstance(size, int) else max(size)) / augmentation.crop_scale[0] ** 0.5)
-        self._read = lru_cache(maxsize=max(1, KEPT_BYTES // (2 * CHANNELS * self.side**2)))(self._shrunk)
+        self._read = lru_cache(maxsize=max(1, CACHE_BYTES // (2 * CHANNELS * self.side**2)))(self._shrunk)
 
-    def _shrunk(self, place: int) -> Image.Image:
-        image = read(self.images[place])
+    def _shrunk(self, index: int) -> Image.Image:
+        image = read(self.images[index])
         factor = self.side / min(image.size)
         if factor >= 1:
             return image
         width, height = (max(self.side, round(factor * length)) for length in image.size)
         return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3)
 
-    def drawn(self, places: Sequence[int], generator: torch.Generator) -> torch.Tensor:
-        """The images at `places`, altered as `generator`'s seed decides: (n, 3, h, w)."""
+    def sample(self, indices: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+        """The images at `indices`, augmented with the seed of `generator`: (n, 3, h, w)."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator.initial_seed())
-            return torch.stack([self.transform(self._read(place)) for place in places])
+            return torch.stack([self.transform(self._read(index)) for index in indices])
 
 
-class AlteredView(Dataset):
-    """One altered view of every image, for encoding: (pixels (3, h, w), label).
+class AugmentedView(Dataset):
+    """One augmented view of every image: (pixels (3, h, w), label).
 
     Args:
-        images: that are altered.
-        seed, view: decide how.
+        images: the images.
+        seed, view: determine the augmentation.
     """
 
-    def __init__(self, images: AlteredImages, seed: int, view: int) -> None:
-        self.altered, self.key = images, (seed, RandomStream.VIEWS, view)
+    def __init__(self, images: AugmentedImages, seed: int, view: int) -> None:
+        self.augmented, self.key = images, (seed, RandomStream.VIEWS, view)
 
     def __len__(self) -> int:
-        return len(self.altered.images)
+        return len(self.augmented.images)
 
-    def __getitem__(self, place: int) -> tuple[torch.Tensor, int]:
-        pixels = self.altered.drawn([place], keyed_generator(*self.key, place))
-        return pixels[0], self.altered.images[place].label
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        pixels = self.augmented.sample([index], keyed_generator(*self.key, index))
+        return pixels[0], self.augmented.images[index].label
 
 
 @dataclass(frozen=True)
-class DrawnViews:
-    """Features of images, computed once, for an image encoder that is frozen; each in one of its views.
+class SampledViews:
+    """Features of a frozen image encoder, computed once; each image is returned in a random one of its views.
 
     Args:
         views: (v, n, d), features of length 1 of v views of n images, such as `Examples.all_views` gives.
@@ -102,23 +102,23 @@ class DrawnViews:
 
     views: torch.Tensor
 
-    def drawn(self, places: Sequence[int], generator: torch.Generator) -> torch.Tensor:
-        """The features of the images at `places`, (n, d)."""
-        return self.views[torch.randint(len(self.views), (len(places),), generator=generator), list(places)]
+    def sample(self, indices: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+        """The features of the images at `indices`, (n, d)."""
+        return self.views[torch.randint(len(self.views), (len(indices),), generator=generator), list(indices)]
 
 
 @dataclass(frozen=True)
 class LabelledBatches:
-    """Every image comes once in every round of all of them, in a new order each time.
+    """Batches in which every image occurs once per epoch, reshuffled each epoch.
 
     Args:
-        images: what a batch is drawn from.
-        labels: (n,) int64, of its images.
+        images: the images, or their features.
+        labels: (n,) int64.
         batch_size: images in a batch, over all processes.
-        seed: of the order and of what is drawn.
+        seed: of the order and the augmentation.
     """
 
-    images: AlteredImages | DrawnViews
+    images: AugmentedImages | SampledViews
     labels: torch.Tensor
     batch_size: int
     seed: int
@@ -129,5 +129,5 @@ class LabelledBatches:
 
     def __call__(self, index: int) -> dict[str, torch.Tensor]:
         """The `index`-th batch, as keyword arguments of `ClassificationLoss`."""
-        places, generator = self._order.chosen(0, index), keyed_generator(self.seed, RandomStream.CROPS, index)
-        return {"images": self.images.drawn(places, generator), "labels": self.labels[places]}
+        indices, generator = self._order.chosen(0, index), keyed_generator(self.seed, RandomStream.CROPS, index)
+        return {"images": self.images.sample(indices, generator), "labels": self.labels[indices]}

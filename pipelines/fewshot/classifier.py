@@ -1,6 +1,6 @@
-"""A fitted classifier in files, and loaded from them: safetensors and JSON, and nothing else.
+"""Saving and loading fitted classifiers, as safetensors and JSON.
 
-A classifier's folder holds classifier.json, and an adapter of the towers, a predictor of their features, or neither.
+A classifier's folder holds classifier.json and either an adapter of the encoders, a predictor on their features, or neither.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pipelines.fewshot.split_files import read_json
 from pipelines.methods import method_names
 
 CLASSIFIER, REPORT, PREDICTOR, ADAPTER = "classifier.json", "report.json", "predictor.safetensors", "adapter"
-FORMAT, ZERO_SHOT = 1, "zeroshot"
+FORMAT, ZERO_SHOT = 2, "zeroshot"
 BATCH = 64
 SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -44,7 +44,7 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-# What each field of classifier.json may be, in words and as a check.
+# The allowed values of each field of classifier.json, as text and as a check.
 ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "method": (
         f"one of {', '.join((*method_names(), *BASELINES))}",
@@ -57,26 +57,26 @@ ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "keys": ("a list of names", _are_words),
     "templates": ("a list of prompt templates", _are_words),
     "temperature": ("a number above 0", lambda value: _is_number(value) and value > 0),
-    "strength": ("a number in [0, 1]", lambda value: _is_number(value) and 0 <= value <= 1),
-    "format": (f"{FORMAT}, all that this version reads", lambda value: type(value) is int and value == FORMAT),
+    "scale": ("a number in [0, 1]", lambda value: _is_number(value) and 0 <= value <= 1),
+    "format": (f"{FORMAT}, the format that this version reads", lambda value: type(value) is int and value == FORMAT),
 }
 
 
 @dataclass(frozen=True)
 class ClassifierFile:
-    """What classifier.json says.
+    """The content of classifier.json.
 
     Args:
         method: a baseline's name, or an adapter method's.
         model, pretrained: the base model, as `load_clip` takes it.
-        base_sha256: of its weights, as `module_digest` tells it.
-        classes: the classes' names, as prompts speak of them.
-        keys: what the classes are called where they were found; as many.
-        templates: of the prompts, with {} where the class's name goes.
-        temperature: that logits are divided by, fitted on validation.
-        strength: of an adapter, in [0, 1]; 1 for all else.
+        base_sha256: of its weights, by `module_digest`.
+        classes: the classes' names, as the prompts use them.
+        keys: the classes' names in the dataset, as many.
+        templates: of the prompts, with {} for the class's name.
+        temperature: divisor of the logits, fitted on the validation images.
+        scale: of the adapter, in [0, 1]; 1 for other methods.
         format: of the file.
-    Raises: InputError naming the field, what it may be, and what it is.
+    Raises: InputError naming the field, its allowed values and its value.
     """
 
     method: str
@@ -87,7 +87,7 @@ class ClassifierFile:
     keys: tuple[str, ...]
     templates: tuple[str, ...]
     temperature: float = 1.0
-    strength: float = 1.0
+    scale: float = 1.0
     format: int = FORMAT
 
     def __post_init__(self) -> None:
@@ -98,8 +98,8 @@ class ClassifierFile:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.keys) != len(self.classes):
             raise InputError(f"keys must be as many as the {len(self.classes)} classes, got {len(self.keys)}.")
-        if self.strength != 1 and not self.adapted:
-            raise InputError(f"strength must be 1 for the method {self.method!r}, which has no adapter, got {self.strength}.")
+        if self.scale != 1 and not self.adapted:
+            raise InputError(f"scale must be 1 for the method {self.method!r}, which has no adapter, got {self.scale}.")
         self.prompts()
 
     @property
@@ -112,58 +112,63 @@ class ClassifierFile:
         return Prompts(self.classes, self.templates)
 
     def write(self, path: Path) -> None:
-        """Write the file, which `read` takes."""
+        """Write the file, which `read` reads."""
         write_json(path, asdict(self))
 
     @classmethod
     def read(cls, path: Path) -> ClassifierFile:
-        """What `write` wrote.
+        """The file that `write` wrote, or one of format 1, which has `strength` instead of `scale`.
 
-        Raises: InputError naming the file, and the field that is missing, unknown, or not what it may be.
+        Raises: InputError naming the file and the field that is missing, unknown or has a value that is not allowed.
         """
-        told = read_json(path.read_bytes(), repr(str(path)))
+        content = read_json(path.read_bytes(), repr(str(path)))
+        if content.get("format") == 1 and "strength" in content:
+            content = {**content, "format": FORMAT, "scale": content["strength"]}
+            del content["strength"]
         names = {field.name for field in fields(cls)}
-        if set(told) != names:
-            missing, unknown = sorted(names - set(told)), sorted(set(told) - names)
+        if set(content) != names:
+            missing, unknown = sorted(names - set(content)), sorted(set(content) - names)
             raise InputError(
                 f"{str(path)!r} must have the fields {', '.join(sorted(names))}; missing: {', '.join(missing) or 'none'}, "
                 f"unknown: {', '.join(unknown) or 'none'}. Fit the classifier again."
             )
         try:
-            return cls(**told)
+            return cls(**content)
         except InputError as error:
-            raise InputError(f"{str(path)!r} cannot be used: {error} Mend it, or fit the classifier again.") from error
+            raise InputError(f"{str(path)!r} cannot be used: {error} Correct it, or fit the classifier again.") from error
 
 
 def save_classifier(
     folder: Path,
-    told: ClassifierFile,
+    metadata: ClassifierFile,
     adapter: dict[str, nn.Module] | None = None,
     predictor: Predictor | None = None,
 ) -> None:
     """Write a classifier's folder, classifier.json last.
 
     Args:
-        adapter: the adapted encoders, for a method that is an adapter's.
-        predictor: for every other method but zeroshot, which may do without.
-    Raises: ValueError if the method and what is given do not belong together.
+        adapter: the adapted encoders, for adapter methods.
+        predictor: for all other methods; optional for zeroshot.
+    Raises: ValueError if the method needs the other of the two, or got both.
     """
-    fits = (adapter is not None) == told.adapted and (predictor is not None) != told.adapted
-    if not fits and not (told.method == ZERO_SHOT and adapter is None):
-        given = [name for name, own in (("adapter", adapter), ("predictor", predictor)) if own is not None]
-        needed = "an adapter" if told.adapted else "a predictor"
-        raise ValueError(f"The method {told.method!r} is saved with {needed} alone, got {' and '.join(given) or 'neither'}.")
+    fits = (adapter is not None) == metadata.adapted and (predictor is not None) != metadata.adapted
+    if not fits and not (metadata.method == ZERO_SHOT and adapter is None):
+        given = [name for name, part in (("adapter", adapter), ("predictor", predictor)) if part is not None]
+        needed = "an adapter" if metadata.adapted else "a predictor"
+        raise ValueError(
+            f"The method {metadata.method!r} must be saved with {needed} only, got {' and '.join(given) or 'neither'}."
+        )
     if adapter is not None:
         adapter_files.save(adapter, folder / ADAPTER)
     if predictor is not None:
         save_predictor(predictor, folder / PREDICTOR)
-    told.write(folder / CLASSIFIER)
+    metadata.write(folder / CLASSIFIER)
 
 
 def classifier_folder(path: str | Path) -> Path:
-    """The classifier's folder at `path`: itself, or the one that the report of the run at `path` names.
+    """The folder of the classifier at `path`, a classifier's folder or a run's directory.
 
-    Raises: InputError if there is none, or the report names a folder outside the run.
+    Raises: InputError if there is no classifier, or the run's report names a folder outside of the run.
     """
     path = Path(path)
     if (path / CLASSIFIER).is_file():
@@ -172,28 +177,30 @@ def classifier_folder(path: str | Path) -> Path:
     if not report.is_file():
         raise InputError(
             f"There is no classifier at {str(path)!r}, neither {CLASSIFIER} nor {REPORT}. Give the directory of a finished "
-            "run, or one of the folders RUN/members/SHOTS/SEED/METHOD."
+            "run, or one of the folders RUN/trials/SHOTS/SEED/METHOD."
         )
     named = read_json(report.read_bytes(), repr(str(report))).get("classifier")
     folder = (path / named).resolve() if isinstance(named, str) else None
     if folder is None or Path(named).is_absolute() or not folder.is_relative_to(path.resolve()):
         raise InputError(
             f"classifier in {str(report)!r} must name a folder within the run, got {named!r}. Give one of the folders "
-            "RUN/members/SHOTS/SEED/METHOD instead."
+            "RUN/trials/SHOTS/SEED/METHOD instead."
         )
     if not (folder / CLASSIFIER).is_file():
-        raise InputError(f"{str(report)!r} names {named!r}, where there is no {CLASSIFIER}. Put it back, or give another.")
+        raise InputError(
+            f"{str(report)!r} names {named!r}, which has no {CLASSIFIER}. Restore it, or give the folder of another trial."
+        )
     return path / named
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a classifier makes of images.
+    """The predictions of a classifier for images.
 
     Args:
         probabilities: (n, classes) float32, on the CPU.
         classes: their names.
-        names: what each image is called: its path, or its place.
+        names: of the images: paths, or indices such as "images[2]".
     """
 
     probabilities: torch.Tensor
@@ -203,34 +210,34 @@ class Predictions:
     @property
     def labels(self) -> tuple[str, ...]:
         """The most likely class of each image."""
-        return tuple(self.classes[place] for place in self.probabilities.argmax(dim=1).tolist())
+        return tuple(self.classes[index] for index in self.probabilities.argmax(dim=1).tolist())
 
     def top(self, count: int) -> list[list[tuple[str, float]]]:
-        """The `count` most likely classes of each image and their probabilities, the most likely first."""
-        values, places = self.probabilities.topk(min(count, len(self.classes)), dim=1)
+        """The `count` most likely classes of each image with their probabilities, most likely first."""
+        values, indices = self.probabilities.topk(min(count, len(self.classes)), dim=1)
         return [
-            [(self.classes[place], value) for place, value in zip(own_places, own_values, strict=True)]
-            for own_places, own_values in zip(places.tolist(), values.tolist(), strict=True)
+            [(self.classes[index], value) for index, value in zip(row, likely, strict=True)]
+            for row, likely in zip(indices.tolist(), values.tolist(), strict=True)
         ]
 
     def table(self) -> list[list[str]]:
-        """Rows for a CSV: a header, then each image's name, class, its probability, and the probability of every class."""
+        """Rows of a CSV: a header, then for each image its name, class and probability, and the probabilities of all classes."""
         rows = [["picture", "class", "probability", *self.classes]]
-        for name, label, own in zip(self.names, self.labels, self.probabilities.tolist(), strict=True):
-            rows.append([name, label, *(f"{value:.6g}" for value in (max(own), *own))])
+        for name, label, row in zip(self.names, self.labels, self.probabilities.tolist(), strict=True):
+            rows.append([name, label, *(f"{value:.6g}" for value in (max(row), *row))])
         return rows
 
 
 @dataclass(frozen=True)
 class FewShotClassifier:
-    """A classifier of images into the classes that it has learned, and others that are named.
+    """An image classifier for its trained classes, and for further ones given by name.
 
         probabilities = softmax(logits / temperature),    for an adapter  logits = scale cos(image, prompts)
 
     Args:
         clip: the base model, with the adapter if there is one.
-        predictor: what makes logits of features, or of raw pixels.
-        prompts: about the classes, in the predictor's order.
+        predictor: computes logits from features or raw pixels.
+        prompts: of the classes, in the predictor's order.
         temperature: above 0.
     """
 
@@ -247,34 +254,34 @@ class FewShotClassifier:
         pretrained: str | None = None,
         device: str | torch.device = "cpu",
     ) -> FewShotClassifier:
-        """The classifier of a run, or of one of its members' folders.
+        """The classifier of a run, or of one of its trials.
 
         Args:
             path: a run's directory, or a folder that `save_classifier` wrote.
-            model, pretrained: the base model as `load_clip` takes it, where it lies elsewhere than when the run was made. A
-                model alone is taken with its own weights; weights alone are those of the run's model.
+            model, pretrained: the base model as `load_clip` takes it, if it has moved since the run. A model alone is loaded
+                with its own weights; weights alone are loaded into the run's model.
         Raises: InputError or AdapterFileError naming the file or the base model that cannot be used.
         """
         folder = classifier_folder(path)
-        told = ClassifierFile.read(folder / CLASSIFIER)
+        metadata = ClassifierFile.read(folder / CLASSIFIER)
         if model is None and pretrained is None:
-            _check_base(told, folder)
-        weights = told.pretrained if model is None and pretrained is None else pretrained
-        clip = _loaded(told, folder, model, weights, _usable(device))
-        if (found := module_digest(clip.model)) != told.base_sha256:
+            _check_base(metadata, folder)
+        weights = metadata.pretrained if model is None and pretrained is None else pretrained
+        clip = _loaded(metadata, folder, model, weights, _usable(device))
+        if (digest := module_digest(clip.model)) != metadata.base_sha256:
             raise InputError(
                 f"The weights of {clip.name} are not those that {str(folder)!r} was fitted on: their sha256 must be "
-                f"{told.base_sha256}, got {found}. Name the same model and weights as then."
+                f"{metadata.base_sha256}, got {digest}. Give the same model and weights."
             )
-        if told.adapted:
-            adapters.set_strength(adapters.load(clip, folder / ADAPTER), told.strength)
+        if metadata.adapted:
+            adapters.set_scale(adapters.load(clip, folder / ADAPTER), metadata.scale)
             clip.model.eval().requires_grad_(False)
         stored = folder / PREDICTOR
-        if told.adapted or (told.method == ZERO_SHOT and not stored.is_file()):
-            predictor = _of_prompts(clip, told.prompts())
+        if metadata.adapted or (metadata.method == ZERO_SHOT and not stored.is_file()):
+            predictor = _of_prompts(clip, metadata.prompts())
         else:
-            predictor = _stored_predictor(stored, clip, told)
-        return cls(clip, predictor, told.prompts(), told.temperature)
+            predictor = _stored_predictor(stored, clip, metadata)
+        return cls(clip, predictor, metadata.prompts(), metadata.temperature)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -287,7 +294,7 @@ class FewShotClassifier:
         Args:
             images: one image or several, each a PIL image, the path of a file, or a tensor (3, h, w), uint8 or floating
                 point in [0, 1]; several may be one tensor (n, 3, h, w).
-            batch_size: images that are read and encoded at a time.
+            batch_size: number of images encoded at once.
         Raises: InputError naming the image that cannot be used.
         """
         if batch_size < 1:
@@ -295,18 +302,18 @@ class FewShotClassifier:
         of_pixels = self.predictor.reads == "pixels"
         given = GivenImageSet(images, raw_pixels if of_pixels else self.clip.preprocess)
         if of_pixels:
-            inputs = torch.stack([given[place][0] for place in range(len(given))])
+            inputs = torch.stack([given[index][0] for index in range(len(given))])
         else:
             inputs, _ = image_features(self.clip, given, batch_size)
         probabilities = (self.predictor.logits(inputs) / self.temperature).softmax(dim=1).cpu()
         return Predictions(probabilities, self.classes, given.names)
 
     def with_classes(self, *names: str) -> FewShotClassifier:
-        """The same classifier with more classes, which come last and are known by their prompts alone.
+        """The classifier with further classes, appended and represented by their prompts alone.
 
-        The logits of the other classes stay as they are.
+        The logits of the other classes do not change.
 
-        Raises: InputError for a name that is there already, or a method that needs images of every class.
+        Raises: InputError for the name of an existing class, or a method that needs images of every class.
         """
         if not names:
             return self
@@ -319,25 +326,29 @@ def _usable(device: str | torch.device) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device must be one that PyTorch can use here, such as cpu, got {str(device)!r}: {error}") from error
+        raise InputError(
+            f"device must be available to PyTorch on this machine, such as cpu, got {str(device)!r}: {error}"
+        ) from error
 
 
-def _loaded(told: ClassifierFile, folder: Path, model: str | None, pretrained: str | None, device: str | torch.device) -> Clip:
-    """The base model given, else the one that the classifier was fitted on, which an error says."""
+def _loaded(
+    metadata: ClassifierFile, folder: Path, model: str | None, pretrained: str | None, device: str | torch.device
+) -> Clip:
+    """The given base model, or the one that the classifier was fitted on."""
     try:
-        return load_clip(model or told.model, pretrained, device)
+        return load_clip(model or metadata.model, pretrained, device)
     except InputError as error:
         if model is not None:
             raise
         raise InputError(
-            f"The base model that {str(folder)!r} was fitted on cannot be loaded: {error} If it lies elsewhere now, give "
+            f"The base model that {str(folder)!r} was fitted on cannot be loaded: {error} If it has moved, give "
             "--model, and --pretrained for its weights."
         ) from error
 
 
-def _check_base(told: ClassifierFile, folder: Path) -> None:
-    """Refuse a classifier whose base model was a path that is gone."""
-    model, weights = told.model, told.pretrained or ""
+def _check_base(metadata: ClassifierFile, folder: Path) -> None:
+    """Raise InputError if the base model was given as a path that no longer exists."""
+    model, weights = metadata.model, metadata.pretrained or ""
     given = (
         ("model", "--model", model, Path(model).is_absolute()),
         ("weights", "--pretrained", weights, weights.endswith(".safetensors")),
@@ -345,29 +356,31 @@ def _check_base(told: ClassifierFile, folder: Path) -> None:
     for role, option, path, is_path in given:
         if is_path and not Path(path).exists():
             raise InputError(
-                f"The classifier {str(folder)!r} was fitted on the {role} {path!r}, which is no longer there. Give {option} with "
-                "the path where it lies now."
+                f"The classifier {str(folder)!r} was fitted on the {role} {path!r}, which no longer exists. Give {option} with "
+                "its new path."
             )
 
 
 def _of_prompts(clip: Clip, prompts: Prompts) -> Predictor:
     """logits = scale T x, with the unit features T of the classes' prompts, computed once."""
     weight = float(clip.logit_scale) * prompt_features(clip, prompts)
-    return Predictor(LinearHead.unbiased(weight), trained_numbers=0, open_vocabulary=True)
+    return Predictor(LinearHead.unbiased(weight), num_trainable_parameters=0, open_vocabulary=True)
 
 
-def _stored_predictor(path: Path, clip: Clip, told: ClassifierFile) -> Predictor:
-    """The predictor at `path`, checked against the classes and the features that it is to have."""
+def _stored_predictor(path: Path, clip: Clip, metadata: ClassifierFile) -> Predictor:
+    """The predictor at `path`, whose numbers of classes and features are checked."""
     if not path.is_file():
-        raise InputError(f"There is no {str(path)!r}, which the method {told.method!r} needs. Put it back, or fit it again.")
+        raise InputError(f"The method {metadata.method!r} needs {str(path)!r}, which is missing. Restore it, or fit it again.")
     predictor = load_predictor(path)
     count, width = predictor.head.get_buffer("weight").shape
-    if count != len(told.classes):
-        raise InputError(f"{str(path)!r} must be of {len(told.classes)} classes as {CLASSIFIER} is, got {count}. Fit it again.")
-    given = width if predictor.reads == "pixels" else prompt_features(clip, Prompts(told.classes[:1])).shape[1]
+    if count != len(metadata.classes):
+        raise InputError(
+            f"{str(path)!r} must have {len(metadata.classes)} classes, as {CLASSIFIER} has, got {count}. Fit it again."
+        )
+    given = width if predictor.reads == "pixels" else prompt_features(clip, Prompts(metadata.classes[:1])).shape[1]
     if width != given:
         raise InputError(
-            f"{str(path)!r} was fitted on features {width} wide, those of {clip.name} are {given}. Give the model that it was "
-            "fitted on."
+            f"{str(path)!r} was fitted on features of width {width}, but those of {clip.name} have width {given}. Give the model "
+            "that it was fitted on."
         )
     return predictor

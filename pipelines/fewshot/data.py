@@ -166,7 +166,7 @@ def base_and_new(labelled: LabelledSet) -> tuple[LabelledSet, LabelledSet]:
 
 
 @dataclass(frozen=True)
-class Copies:
+class DuplicateImages:
     """Images whose files hold the same bytes.
 
     Args:
@@ -187,7 +187,7 @@ class Copies:
         return f"The same image is {len(self.names)} times {where}: {listed(self.names)}."
 
 
-def find_copies(labelled: LabelledSet) -> list[Copies]:
+def find_duplicates(labelled: LabelledSet) -> list[DuplicateImages]:
     """Images that a set holds more than once, by their files' SHA-256; those in two classes come first.
 
     Only images whose files are of one size are read.
@@ -200,14 +200,14 @@ def find_copies(labelled: LabelledSet) -> list[Copies]:
         for image in images if len(images) > 1 else ():
             by_content[size, hashlib.sha256(image.source.content()).hexdigest()].append(image)
     found = [
-        Copies(tuple(same.name for same in group), tuple(dict.fromkeys(same.class_name for same in group)))
+        DuplicateImages(tuple(same.name for same in group), tuple(dict.fromkeys(same.class_name for same in group)))
         for group in by_content.values()
         if len(group) > 1
     ]
     return sorted(found, key=lambda copies: (not copies.conflicting, copies.names))
 
 
-def without_copies(labelled: LabelledSet, copies: Iterable[Copies]) -> LabelledSet:
+def without_duplicates(labelled: LabelledSet, copies: Iterable[DuplicateImages]) -> LabelledSet:
     """The set with one of each image: the first of copies in one class; none of copies in several, whose class nobody knows.
 
     So no image is both learned from and tested on.

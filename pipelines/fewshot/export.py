@@ -1,6 +1,6 @@
 """An adapted CLIP model in files that need none of this code: merged weights, plain LoRA, torch.export and ONNX.
 
-Everything is written at the adapter's present strength.
+Everything is written at the adapter's present scale.
 """
 
 from __future__ import annotations
@@ -59,39 +59,38 @@ def merged(clip: Clip, packed: bool = True) -> Clip:
 def save_merged(clip: Clip, path: str | os.PathLike) -> None:
     """Write the merged weights as an open_clip checkpoint, a .safetensors file with the keys of the base model.
 
-    `load_clip(model, path)` finds the activation and the preprocessing in it; open_clip itself must be told of them.
+    `load_clip(model, path)` finds the activation and the preprocessing in it; open_clip itself needs them as arguments.
     """
     model = merged(clip).model
     write_tensors(path, model.state_dict(), checkpoint_metadata(model))
 
 
-def save_lora(components: dict[str, nn.Module], folder: Path, strength: float = 1.0) -> None:
+def save_lora(components: dict[str, nn.Module], folder: Path, scale: float = 1.0) -> None:
     """Write the adapter as plain LoRA in PEFT's layout, one folder for each encoder; nothing is approximated.
 
     `PeftModel.from_pretrained` reads a folder onto the encoder's module, once `separate` has given it q, k, v and out.
 
     Args:
-        strength: what the change of every weight is scaled by.
-    Raises: InputError for a change that no LoRA file can say; DoRA at strength 0 is one, as rows would get other lengths.
+        scale: factor of every weight change.
+    Raises: InputError for a weight change that LoRA cannot represent, such as DoRA's at scale 0.
     """
     for name, model in components.items():
-        factors = {layer: _factors(module, layer, strength) for layer, module in tuner_layers(model).items()}
+        factors = {layer: _factors(module, layer, scale) for layer, module in tuner_layers(model).items()}
         config, tensors = as_lora(factors)
         config.save_pretrained(str(folder / name))
         write_tensors(folder / name / WEIGHTS, tensors)
 
 
-def _factors(layer: BaseTunerLayer, name: str, strength: float) -> Factors:
+def _factors(layer: BaseTunerLayer, name: str, scale: float) -> Factors:
     try:
         factors = low_rank_factors(layer, ADAPTER_NAME)
     except ValueError as error:
         raise InputError(f"{name} {error}") from error
-    if factors.magnitude is not None and strength != 1:
+    if factors.magnitude is not None and scale != 1:
         raise InputError(
-            f"At strength {strength:g} there is no LoRA file: {name} has lengths of rows, which are there in full or not at all. "
-            "Use strength 1."
+            f"An adapter with magnitudes can be exported as LoRA only at scale 1, got {scale:g} ({name}). Use scale 1."
         )
-    return factors._replace(up=strength * factors.up)
+    return factors._replace(up=scale * factors.up)
 
 
 class ImageTower(nn.Module):
@@ -144,14 +143,14 @@ def export_towers(clip: Clip, tokens: torch.Tensor) -> dict[str, ExportedProgram
 
 
 def save_exported(clip: Clip, folder: Path, tokens: torch.Tensor, format: Literal["torch", "onnx"] = "onnx") -> dict[str, Path]:
-    """Write both encoders of the merged model and check what the files compute against PyTorch.
+    """Write both encoders of the merged model and compare the features of the files with PyTorch's.
 
     Inputs are `pixels` (n, 3, h, w) and `tokens` (n, t) int64 for any n, outputs `features` (n, d) float32 of length 1.
 
     Args:
         tokens: (n, t) token ids of at least two texts, an example.
         format: "torch" writes torch.export's .pt2, "onnx" .onnx.
-    Raises: InputError if a package is missing; ValueError if a file computes something else.
+    Raises: InputError if a package is missing; ValueError if the features differ.
     """
     if format not in ("torch", "onnx"):
         raise InputError(f"format must be torch or onnx, got {format!r}.")
@@ -161,18 +160,21 @@ def save_exported(clip: Clip, folder: Path, tokens: torch.Tensor, format: Litera
         files[name] = folder / f"{name}.{'pt2' if format == 'torch' else 'onnx'}"
         _write(program, files[name], format)
         example = program.example_inputs[0][0]
-        # Other rows and another number of them than the example that was traced.
-        shown = torch.cat([example.flip(0), example[:1]])
+        # Other values and another batch size than in the traced example.
+        other = torch.cat([example.flip(0), example[:1]])
         with torch.no_grad():
-            expected = program.module()(shown)
-        difference = (run_exported(files[name], shown) - expected).abs().max().item()
+            expected = program.module()(other)
+        difference = (run_exported(files[name], other) - expected).abs().max().item()
         if not difference <= TOLERANCE:
-            raise ValueError(f"{files[name]} computes other features than PyTorch: they differ by {difference:.1e}.")
+            raise ValueError(
+                f"The features of {files[name]} must match PyTorch's within {TOLERANCE:.0e}, but differ by {difference:.1e}. "
+                "Export to the other format."
+            )
     return files
 
 
 def run_exported(file: Path, inputs: torch.Tensor) -> torch.Tensor:
-    """What an encoder's .pt2 or .onnx file makes of `inputs`, pixels (n, 3, h, w) or tokens (n, t): (n, d) float32."""
+    """The features (n, d) float32 that an encoder's .pt2 or .onnx file computes from pixels (n, 3, h, w) or tokens (n, t)."""
     if file.suffix == ".pt2":
         with torch.no_grad():
             return torch.export.load(file).module()(inputs)
@@ -182,7 +184,7 @@ def run_exported(file: Path, inputs: torch.Tensor) -> torch.Tensor:
 
 
 def _towers(model: nn.Module, tokens: torch.Tensor) -> Mapping[str, tuple[nn.Module, torch.Tensor]]:
-    """Each encoder as a module of its own with example inputs."""
+    """Each encoder as a separate module, with example inputs."""
     generator = torch.Generator().manual_seed(0)
     size = model.visual.image_size
     height, width = size if isinstance(size, tuple) else (size, size)

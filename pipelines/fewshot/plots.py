@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pipelines.fewshot.metrics import Interval, Reliability
+from pipelines.fewshot.metric_values import Interval, Reliability
 
 # More classes than this have no room for numbers, or for names.
 MOST_NUMBERED, MOST_NAMED, LONGEST_NAME = 20, 60, 24

@@ -283,7 +283,7 @@ def test_strength_scales_the_change_of_every_weight(method, tmp_path):
     x = torch.randn(3, layer.in_features)
     with torch.no_grad():
         full = layer(x) - layer.get_base_layer()(x)
-        adapters.set_strength(components, 0.25)
+        adapters.set_scale(components, 0.25)
         torch.testing.assert_close(layer(x) - layer.get_base_layer()(x), 0.25 * full, atol=1e-6, rtol=1e-5)
 
 
@@ -292,11 +292,11 @@ def test_strength_zero_is_the_base_model_and_one_what_was_trained(method, tmp_pa
     clip, components = started(tmp_path, small(method))
     disturb(components)
     trained, count = outputs(clip), len(trained_parameters(components))
-    adapters.set_strength(components, 0.0)
+    adapters.set_scale(components, 0.0)
     base = clip_of()
     separate(base.model)
     assert torch.equal(outputs(clip), outputs(base))
-    adapters.set_strength(components, 1.0)
+    adapters.set_scale(components, 1.0)
     assert torch.equal(outputs(clip), trained)
     assert (trained - outputs(base)).abs().max() > 1e-2
     assert len(trained_parameters(components)) == count
@@ -305,10 +305,10 @@ def test_strength_zero_is_the_base_model_and_one_what_was_trained(method, tmp_pa
 def test_strengths_that_mean_nothing_are_refused(tmp_path):
     _, components = started(tmp_path, small("dora"))
     with pytest.raises(InputError, match=r"change of a weight cannot be scaled.*got 0.5"):
-        adapters.set_strength(components, 0.5)
+        adapters.set_scale(components, 0.5)
     with pytest.raises(InputError, match=r"strength must be in \[0, 1\], got 1.5"):
-        adapters.set_strength(components, 1.5)
-    assert not adapters.allows_any_strength(components)
+        adapters.set_scale(components, 1.5)
+    assert not adapters.allows_any_scale(components)
 
 
 # Files

@@ -84,7 +84,7 @@ def test_every_baseline_counts_what_it_trains_and_gives_finite_logits(fitted, na
     logits = predictor.logits(inputs_of(predictor, task.validation))
     assert logits.shape == (len(task.validation), len(CLASSES))
     assert torch.isfinite(logits).all()
-    assert predictor.trained_numbers == TRAINED[name]
+    assert predictor.num_trainable_parameters == TRAINED[name]
     assert predictor.stored_numbers == sum(value.numel() for value in predictor.head.state_dict().values())
 
 
@@ -267,7 +267,7 @@ def test_clap_trusts_zero_shot_by_the_probability_of_the_right_class():
 def test_claps_penalty_holds_the_classes_near_their_prompts(monkeypatch):
     monkeypatch.setattr(clap, "EPOCHS", 100)
     task = toy_task(noise=2.0)
-    fits = [clap.held_probe(task, 0, strength, learning_rate=1e-3) for strength in (0.0, 10.0, 100.0)]
+    fits = [clap.constrained_probe(task, 0, weight, learning_rate=1e-3) for weight in (0.0, 10.0, 100.0)]
     distances = [float((one.head.weight / task.logit_scale - task.class_features).norm()) for one in fits]
     assert distances[0] > distances[1] > distances[2] > 0
 

@@ -34,9 +34,7 @@ PIXELS[1], PIXELS[2, :32], PIXELS[3, :, :, 0] = 0, 255, 0
 IMAGES = [Image.fromarray(own.numpy()) for own in PIXELS]
 
 # DoRA is there in full or not at all.
-STRENGTHS = [
-    (method, strength) for method in method_names() for strength in (0.0, 0.5, 1.0) if (method, strength) != ("dora", 0.5)
-]
+SCALES = [(method, scale) for method in method_names() for scale in (0.0, 0.5, 1.0) if (method, scale) != ("dora", 0.5)]
 
 
 def told(random_clip, method="zeroshot", **changes):
@@ -115,17 +113,17 @@ def test_an_ensemble_of_templates_is_a_mean_direction(random_clip, tmp_path):
     torch.testing.assert_close(found, expected.softmax(dim=1), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("method", "strength"), STRENGTHS)
-def test_an_adapter_is_loaded_at_its_strength_and_at_0_is_zero_shot(random_clip, zero_shot, tmp_path, method, strength):
+@pytest.mark.parametrize(("method", "scale"), SCALES)
+def test_an_adapter_is_loaded_at_its_strength_and_at_0_is_zero_shot(random_clip, zero_shot, tmp_path, method, scale):
     clip, components = fitted(random_clip, tmp_path, method)
-    adapters.set_strength(components, strength)
-    # The files hold the adapter as trained, whatever its strength is just now.
-    save_classifier(tmp_path / "own", told(random_clip, method, strength=strength), components)
+    adapters.set_scale(components, scale)
+    # The files hold the adapter as trained, whatever its scale is just now.
+    save_classifier(tmp_path / "own", told(random_clip, method, scale=scale), components)
     found = FewShotClassifier.from_run(tmp_path / "own").predict(IMAGES).probabilities
     expected = stock_logits(clip.model, clip, [f"a photo of a {name}." for name in ("red star", "cat", "grey dog")])
     torch.testing.assert_close(found, expected.softmax(dim=1), atol=1e-5, rtol=0)
     base = FewShotClassifier.from_run(zero_shot).predict(IMAGES).probabilities
-    assert ((found - base).abs().max() < 1e-6) == (strength == 0)
+    assert ((found - base).abs().max() < 1e-6) == (scale == 0)
 
 
 def test_the_text_encoder_runs_once_and_no_weight_is_left_to_train(random_clip, tmp_path):
@@ -238,10 +236,10 @@ def test_classes_that_cannot_be_added_are_named(random_clip, zero_shot, tmp_path
 
 @pytest.fixture
 def run(random_clip, tmp_path):
-    """A run's directory with two members, of which the report names the second."""
+    """A run's directory with two trials, of which the report names the second."""
     for name, classes in (("zeroshot", CLASSES), ("nora", ("one", "two", "three"))):
-        save_classifier(tmp_path / "run" / "members" / name, told(random_clip, classes=classes))
-    report_of(tmp_path / "run", "members/nora")
+        save_classifier(tmp_path / "run" / "trials" / name, told(random_clip, classes=classes))
+    report_of(tmp_path / "run", "trials/nora")
     return tmp_path / "run"
 
 
@@ -251,10 +249,10 @@ def report_of(run, named):
 
 def test_a_run_gives_the_member_that_its_report_names_and_a_members_folder_itself(run):
     assert FewShotClassifier.from_run(run).classes == ("one", "two", "three")
-    assert FewShotClassifier.from_run(str(run / "members" / "zeroshot")).classes == CLASSES
+    assert FewShotClassifier.from_run(str(run / "trials" / "zeroshot")).classes == CLASSES
 
 
-@pytest.mark.parametrize("named", ["../outside", "members/../../outside", "{outside}", "link", 3, None, ["members/nora"]])
+@pytest.mark.parametrize("named", ["../outside", "trials/../../outside", "{outside}", "link", 3, None, ["trials/nora"]])
 def test_a_report_that_names_a_folder_outside_its_run_is_refused(run, random_clip, named):
     outside = run.parent / "outside"
     save_classifier(outside, told(random_clip))
@@ -265,10 +263,10 @@ def test_a_report_that_names_a_folder_outside_its_run_is_refused(run, random_cli
 
 
 def test_what_is_missing_is_named(run, random_clip, tmp_path):
-    with pytest.raises(InputError, match=r"no classifier at '.*members', neither classifier\.json nor report\.json"):
-        FewShotClassifier.from_run(run / "members")
-    report_of(run, "members/lora")
-    with pytest.raises(InputError, match=r"names 'members/lora', where there is no classifier\.json"):
+    with pytest.raises(InputError, match=r"no classifier at '.*trials', neither classifier\.json nor report\.json"):
+        FewShotClassifier.from_run(run / "trials")
+    report_of(run, "trials/lora")
+    with pytest.raises(InputError, match=r"names 'trials/lora', where there is no classifier\.json"):
         FewShotClassifier.from_run(run)
     told(random_clip, "gda").write(tmp_path / "gda" / "classifier.json")
     with pytest.raises(InputError, match=r"no '.*predictor\.safetensors', which the method 'gda' needs"):
@@ -339,7 +337,7 @@ def test_a_batch_holds_a_image(zero_shot, batch_size):
 
 
 def test_the_file_gives_back_what_was_written(random_clip, tmp_path):
-    written = told(random_clip, "nora", pretrained="x.safetensors", strength=0.25, temperature=1.5)
+    written = told(random_clip, "nora", pretrained="x.safetensors", scale=0.25, temperature=1.5)
     written.write(tmp_path / "classifier.json")
     assert ClassifierFile.read(tmp_path / "classifier.json") == written
 
@@ -358,9 +356,9 @@ def test_the_file_gives_back_what_was_written(random_clip, tmp_path):
         ({"keys": ["a"]}, "keys must be as many as the 3 classes, got 1"),
         ({"templates": ["a photo"]}, "A prompt template must hold {} once"),
         ({"templates": []}, "prompt templates must be one or more, got none"),
-        ({"strength": 1.5}, r"strength must be a number in \[0, 1\], got 1.5"),
-        ({"strength": True}, r"strength must be a number in \[0, 1\], got True"),
-        ({"method": "gda", "strength": 0.5}, "strength must be 1 for the method 'gda', which has no adapter, got 0.5"),
+        ({"scale": 1.5}, r"scale must be a number in \[0, 1\], got 1.5"),
+        ({"scale": True}, r"scale must be a number in \[0, 1\], got True"),
+        ({"method": "gda", "scale": 0.5}, "scale must be 1 for the method 'gda', which has no adapter, got 0.5"),
         ({"temperature": 0}, "temperature must be a number above 0, got 0"),
         ({"temperature": float("nan")}, "temperature must be a number above 0, got nan"),
         ({"extra": 1}, "missing: none, unknown: extra"),
@@ -395,3 +393,12 @@ def test_a_method_is_saved_with_what_it_predicts_with(random_clip, tmp_path):
         with pytest.raises(ValueError, match=message):
             save_classifier(tmp_path / "own", told(random_clip, method), **given)
     assert not (tmp_path / "own").exists()
+
+
+def test_a_classifier_file_of_format_1_is_read(random_clip, tmp_path):
+    written = told(random_clip, "nora", scale=0.25)
+    written.write(tmp_path / "classifier.json")
+    content = json.loads((tmp_path / "classifier.json").read_text()) | {"format": 1}
+    content["strength"] = content.pop("scale")
+    (tmp_path / "classifier.json").write_text(json.dumps(content))
+    assert ClassifierFile.read(tmp_path / "classifier.json") == written

@@ -13,17 +13,17 @@ from torchvision.transforms.functional import to_tensor
 
 from pipelines.errors import InputError
 from pipelines.fewshot.data import (
-    Copies,
+    DuplicateImages,
     LabelledImage,
     LabelledImageDataset,
     LabelledSet,
     base_and_new,
     check_readable,
-    find_copies,
+    find_duplicates,
     read,
     rename,
     subset,
-    without_copies,
+    without_duplicates,
 )
 from pipelines.fewshot.loading import load_images
 from pipelines.fewshot.sources import ImageBytes
@@ -245,7 +245,7 @@ def test_a_dataset_gives_transformed_images_and_labels_also_from_workers(tmp_pat
 
 def test_the_same_image_in_two_classes_is_reported_and_in_neither_afterwards():
     labelled = in_memory([b"one", b"two", b"two"], [b"one", b"three"], [b"one"], [b"four"])
-    found = find_copies(labelled)
+    found = find_duplicates(labelled)
     assert [(copies.names, copies.conflicting) for copies in found] == [
         (("0/0.png", "1/0.png", "2/0.png"), True),
         (("0/1.png", "0/2.png"), False),
@@ -254,8 +254,8 @@ def test_the_same_image_in_two_classes_is_reported_and_in_neither_afterwards():
         "The same image is 3 times in the classes 'class 0', 'class 1', 'class 2': '0/0.png', '1/0.png', '2/0.png'."
     )
     with pytest.raises(InputError, match="Class 'class 2' of the set holds no image"):
-        without_copies(labelled, found)
-    kept = without_copies(labelled, [*found[1:], Copies(("0/0.png", "1/0.png"), ("class 0", "class 1"))])
+        without_duplicates(labelled, found)
+    kept = without_duplicates(labelled, [*found[1:], DuplicateImages(("0/0.png", "1/0.png"), ("class 0", "class 1"))])
     assert [image.name for image in kept.images] == ["0/1.png", "1/1.png", "2/0.png", "3/0.png"]
 
 

@@ -94,7 +94,7 @@ def test_merging_leaves_the_adapted_model_and_every_other_weight_alone(tmp_path)
 def test_merging_takes_the_present_strength(strength, tmp_path):
     clip, components = adapted(tmp_path)
     base, full = tiny_clip().state_dict(), export.merged(clip).model.state_dict()
-    adapters.set_strength(components, strength)
+    adapters.set_scale(components, strength)
     for name, weight in export.merged(clip).model.state_dict().items():
         torch.testing.assert_close(weight, base[name] + strength * (full[name] - base[name]), atol=1e-6, rtol=0)
         assert strength or torch.equal(weight, base[name])
@@ -169,7 +169,7 @@ def test_plain_lora_is_loaded_by_peft_and_computes_the_same(method, changes, str
     if method == "dora" and strength < 1:
         pytest.skip("DoRA has no strength between 0 and 1")
     clip, components = adapted(tmp_path, method, **changes)
-    adapters.set_strength(components, strength)
+    adapters.set_scale(components, strength)
     export.save_lora(components, tmp_path / "lora", strength)
     model = tiny_clip()
     separate(model)
@@ -192,12 +192,12 @@ def test_plain_lora_of_one_encoder_and_some_layers_touches_no_others(tmp_path):
 def test_plain_lora_at_strength_zero_changes_nothing_and_dora_has_none(tmp_path):
     for method in ("nora", "lora"):
         _, components = adapted(tmp_path / method, method)
-        adapters.set_strength(components, 0.0)
+        adapters.set_scale(components, 0.0)
         export.save_lora(components, tmp_path / method, 0.0)
         tensors = load_file(tmp_path / method / "image" / "adapter_model.safetensors")
         assert not any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
     _, components = adapted(tmp_path / "dora", "dora")
-    adapters.set_strength(components, 0.0)
+    adapters.set_scale(components, 0.0)
     with pytest.raises(InputError, match=r"At strength 0 there is no LoRA file: .*q_proj has lengths of rows"):
         export.save_lora(components, tmp_path / "dora", 0.0)
 

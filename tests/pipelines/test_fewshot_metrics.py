@@ -43,7 +43,7 @@ def test_scores_are_scikit_learns():
     assert tuple(found.per_class) == CLASSES
     assert found.confusion == confusion_matrix(labels, predicted).tolist()
     assert math.isclose(found.negative_log_likelihood, log_loss(labels, probabilities), rel_tol=1e-9)
-    assert json.loads(json.dumps(found.as_dict()))["top1"]["value"] == found.top1.value
+    assert json.loads(json.dumps(found.to_json()))["top1"]["value"] == found.top1.value
 
 
 def test_a_class_without_images_has_no_accuracy_and_keeps_its_row():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.fewshot.metrics import Interval, Reliability
+from pipelines.fewshot.metric_values import Interval, Reliability
 from pipelines.fewshot.plots import comparison_figure, confusion_figure, per_class_figure, reliability_figure, save_figure
 
 ODD_NAMES = ["$x$", "$\\frac{", "<b>bold</b>"]

@@ -6,7 +6,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-from pipelines.fewshot.data import find_copies, read
+from pipelines.fewshot.data import find_duplicates, read
 from pipelines.fewshot.samples import sample_set
 from pipelines.fewshot.shots import sample_split
 
@@ -29,7 +29,7 @@ def test_digits_are_scikit_learns_dark_on_white_and_the_same_every_time():
 
 def test_a_few_shots_tell_most_digits_apart_and_none_is_there_twice():
     labelled = sample_set()
-    assert not find_copies(labelled)
+    assert not find_duplicates(labelled)
     split = sample_split(labelled, 16, seed=0)
     train, test = (split.images(labelled, part) for part in ("train", "test"))
     probe = LogisticRegression(max_iter=200).fit(pixels_of(train) / 255, [image.label for image in train])

@@ -19,16 +19,18 @@ from pipelines.errors import InputError
 from pipelines.fewshot.classifier import FewShotClassifier
 from pipelines.fewshot.data import LabelledImage, LabelledImageDataset
 from pipelines.fewshot.loading import load_images
+from pipelines.fewshot.metric_values import ClassificationMetrics, Interval, Reliability
 from pipelines.fewshot.metrics import interval_over_seeds
 from pipelines.fewshot.prompts import make_prompts
 from pipelines.fewshot.sources import ImageBytes
 from pipelines.scenes import render, sample_scene
+from training.fewshot.prediction_file import prediction_file
 from training.fewshot.report import seconds_left
-from training.fewshot.tested import told_of_test
 from training.fewshot.trials import Trial, largest_within_error
 from training.fewshot_nora import main
 from training.options.fewshot import ClipOptions, FewShotOptions, parse_fewshot_options
 from training.runs.card_text import as_text
+from training.runs.fewshot_files import TrialResult, ValidationResult
 
 COUNTS = {"cats": 12, "dogs": 12, "red_birds": 12, "fish": 12}
 FOUR = ("--shots", "2", "--seeds", "0", "1", "--method", "zeroshot", "pixels", "lora", "nora", "--rank", "4", "--inner_r", "2")
@@ -59,26 +61,26 @@ def report_in(run):
     return json.loads((run / "report.json").read_text())
 
 
-def member(run, method, seed=0):
-    (found,) = (one for one in report_in(run)["members"] if (one["method"], one["seed"]) == (method, seed))
-    return found
+def trial(run, method, seed=0):
+    (result,) = (one for one in report_in(run)["trials"] if (one["method"], one["seed"]) == (method, seed))
+    return result
 
 
-def test_all_methods_stand_side_by_side(finished):
+def test_the_summary_lists_every_method(finished):
     report = report_in(finished)
-    assert [(row["shots"], row["method"], row["runs"]) for row in report["summary"]] == [
+    assert [(row["shots"], row["method"], row["num_seeds"]) for row in report["summary"]] == [
         (2, method, 2) for method in ("zeroshot", "pixels", "lora", "nora")
     ]
     for row in report["summary"]:
-        values = [member(finished, row["method"], seed)["test"]["top1"]["value"] for seed in (0, 1)]
+        values = [trial(finished, row["method"], seed)["test"]["top1"]["value"] for seed in (0, 1)]
         expected = interval_over_seeds(values)
         assert row["top1"] == pytest.approx({"value": expected.value, "low": expected.low, "high": expected.high})
-    assert report["classifier"] == "members/2-shots/seed-0/nora"
-    assert report["set"]["classes"] == ["cats", "dogs", "fish", "red_birds"]
+    assert report["classifier"] == "trials/2-shots/seed-0/nora"
+    assert report["dataset"]["classes"] == ["cats", "dogs", "fish", "red_birds"]
 
 
 def test_every_method_of_a_seed_sees_the_same_images(finished):
-    hashes = {seed: {one["split_sha256"] for one in report_in(finished)["members"] if one["seed"] == seed} for seed in (0, 1)}
+    hashes = {seed: {one["split_sha256"] for one in report_in(finished)["trials"] if one["seed"] == seed} for seed in (0, 1)}
     assert len(hashes[0]) == len(hashes[1]) == 1
     assert hashes[0] != hashes[1]
     saved = json.loads((finished / "splits" / "2-shots-seed-0.json").read_text())
@@ -89,14 +91,14 @@ def test_every_method_of_a_seed_sees_the_same_images(finished):
 
 
 def test_the_confusion_matrix_counts_the_test_images(finished):
-    tested = member(finished, "nora")["test"]
+    tested = trial(finished, "nora")["test"]
     counts = torch.tensor(tested["confusion"])
     # Three tenths of twelve, rounded.
     assert counts.sum(dim=1).tolist() == [4, 4, 4, 4]
     assert tested["top1"]["value"] == pytest.approx(float(counts.diag().sum()) / 16)
 
 
-def test_the_zero_shot_figure_is_plain_open_clips(finished, class_folders, random_clip):
+def test_the_zero_shot_accuracy_is_that_of_open_clip(finished, class_folders, random_clip):
     clip, labelled = load_clip(str(random_clip)), load_images(class_folders)
     names = {name for name, *_ in json.loads((finished / "splits" / "2-shots-seed-0.json").read_text())["test"]}
     tested = LabelledImageDataset([image for image in labelled.images if image.name in names], clip.preprocess)
@@ -106,7 +108,7 @@ def test_the_zero_shot_figure_is_plain_open_clips(finished, class_folders, rando
         images = clip.model.encode_image(pixels, normalize=True)
         texts = clip.model.encode_text(clip.tokenizer(prompts), normalize=True)
     right = ((images @ texts.T).argmax(dim=1) == tested.labels).double().mean()
-    assert member(finished, "zeroshot")["test"]["top1"]["value"] == pytest.approx(float(right))
+    assert trial(finished, "zeroshot")["test"]["top1"]["value"] == pytest.approx(float(right))
 
 
 def test_the_run_classifies_as_it_reported(finished, class_folders):
@@ -115,79 +117,100 @@ def test_the_run_classifies_as_it_reported(finished, class_folders):
     names = [name for name, *_ in json.loads((finished / "splits" / "2-shots-seed-0.json").read_text())["test"]]
     found = classifier.predict([class_folders / name for name in names])
     right = (found.probabilities.argmax(dim=1) == torch.tensor([labelled[name] for name in names])).double().mean()
-    assert float(right) == pytest.approx(member(finished, "nora")["test"]["top1"]["value"])
+    assert float(right) == pytest.approx(trial(finished, "nora")["test"]["top1"]["value"])
     assert (finished / "export" / "lora").is_dir()
 
 
-def test_every_members_test_images_add_up_to_its_confusion_matrix(finished, class_folders):
-    for one in report_in(finished)["members"]:
+def test_the_predictions_of_a_trial_add_up_to_its_confusion_matrix(finished, class_folders):
+    for one in report_in(finished)["trials"]:
         told = json.loads((finished / one["folder"] / "test.json").read_text())
         counts = torch.zeros(4, 4, dtype=torch.int64)
-        for image in told["pictures"]:
+        for image in told["images"]:
             counts[image["true"], image["predicted"]] += 1
             assert hashlib.sha256((class_folders / image["name"]).read_bytes()).hexdigest() == image["sha256"]
         assert counts.tolist() == one["test"]["confusion"]
-        assert told["classes"] == report_in(finished)["set"]["classes"]
+        assert told["classes"] == report_in(finished)["dataset"]["classes"]
         assert told["temperature"] == one["temperature"]
 
 
-def test_the_confidence_of_a_test_image_is_the_classifiers_own(finished, class_folders):
-    told = json.loads((finished / "members/2-shots/seed-0/nora/test.json").read_text())["pictures"]
+def test_the_confidence_of_a_prediction_is_that_of_the_classifier(finished, class_folders):
+    told = json.loads((finished / "trials/2-shots/seed-0/nora/test.json").read_text())["images"]
     found = FewShotClassifier.from_run(finished).predict([class_folders / one["name"] for one in told])
     for one, own in zip(told, found.probabilities.tolist(), strict=True):
         assert one["confidence"] == pytest.approx(max(own), abs=1e-5)
         assert dict(map(tuple, one["top"])) == pytest.approx(dict(enumerate(own)), abs=1e-5)
 
 
-def test_of_many_classes_the_ten_most_likely_are_told():
+def test_predictions_hold_the_ten_most_likely_classes():
     logits = torch.randn(3, 30, generator=torch.Generator().manual_seed(0))
     images = [LabelledImage(ImageBytes(f"a/{place}.png", b""), place, "a") for place in range(3)]
-    told = told_of_test(images, logits, 2.0, [f"class {place}" for place in range(30)], dict.fromkeys(one.name for one in images))
+    classes, digests = [f"class {label}" for label in range(30)], dict.fromkeys(image.name for image in images)
+    predictions = prediction_file(images, logits, 2.0, classes, digests)
     expected = (logits.double() / 2).softmax(dim=1).sort(dim=1, descending=True)
-    for place, one in enumerate(told["pictures"]):
-        assert [own for own, _ in one["top"]] == expected.indices[place, :10].tolist()
-        assert [value for _, value in one["top"]] == pytest.approx(expected.values[place, :10].tolist(), abs=1e-6)
+    for place, one in enumerate(predictions.images):
+        assert [label for label, _ in one.top] == expected.indices[place, :10].tolist()
+        assert [value for _, value in one.top] == pytest.approx(expected.values[place, :10].tolist(), abs=1e-6)
 
 
-def test_the_time_left_is_told_once_every_method_has_been_fitted():
-    took = [{"method": "zeroshot", "shots": 2, "seconds": 1.0}, {"method": "nora", "shots": 2, "seconds": 8.0}]
+def duration(method, seconds):
+    """A finished trial of 2 shots that took so long to fit."""
+    interval = Interval(1.0, 1.0, 1.0)
+    metrics = ClassificationMetrics(1, interval, {}, {}, 0.0, 0.0, 1.0, [[1]], Reliability((1.0,), (1.0,), (1,)))
+    cost = {"num_trainable_parameters": 0, "stored_bytes": 0, "seconds": seconds, "peak_memory": 0}
+    labels = {"shots": 2, "seed": 0, "method": method, "folder": "", "split_sha256": "", "setting": {}}
+    validation = ValidationResult(1.0, 1.0, 1)
+    return TrialResult(
+        **labels,
+        scale=1.0,
+        scale_reason=None,
+        **cost,
+        temperature=1.0,
+        validation=validation,
+        test=metrics,
+        calibrated=metrics,
+        new_classes=None,
+    )
+
+
+def test_the_time_left_is_estimated_once_every_method_has_been_fitted():
+    finished = [duration("zeroshot", 1.0), duration("nora", 8.0)]
     to_come = [Trial(2, 1, "zeroshot"), Trial(2, 1, "nora")]
-    assert seconds_left(took[:1], to_come) is None
-    assert seconds_left(took, to_come) == 9.0
-    assert seconds_left([*took, {"method": "nora", "shots": 2, "seconds": 10.0}], to_come[1:]) == 9.0
-    assert seconds_left(took, [Trial(4, 0, "nora")]) is None
+    assert seconds_left(finished[:1], to_come) is None
+    assert seconds_left(finished, to_come) == 9.0
+    assert seconds_left([*finished, duration("nora", 10.0)], to_come[1:]) == 9.0
+    assert seconds_left(finished, [Trial(4, 0, "nora")]) is None
 
 
 def test_a_finished_run_has_done_all_its_steps(finished):
     status = json.loads((finished / "status.json").read_text())
-    assert (status["state"], status["step"], status["total"], status["member"]) == ("done", 8, 8, None)
+    assert (status["state"], status["step"], status["total"], status["trial"]) == ("done", 8, 8, None)
 
 
-def test_nora_trains_fewer_numbers_than_lora_and_all_are_counted(finished):
-    numbers = {method: member(finished, method)["trained_numbers"] for method in ("zeroshot", "nora", "lora")}
+def test_nora_trains_fewer_parameters_than_lora_and_all_are_counted(finished):
+    numbers = {method: trial(finished, method)["num_trainable_parameters"] for method in ("zeroshot", "nora", "lora")}
     # Three image layers, 160 wide, and two text layers, 128 wide: NoRA 2 r r' in v, LoRA 2 r width in q, k and v.
     assert numbers == {"zeroshot": 0, "nora": 5 * 2 * 4 * 2, "lora": 9 * 2 * 2 * 160 + 6 * 2 * 2 * 128}
 
 
-def test_a_run_goes_on_where_it_was_left(finished, class_folders, random_clip, tmp_path):
+def test_a_run_resumes_where_it_stopped(finished, class_folders, random_clip, tmp_path):
     left = shutil.copytree(finished, tmp_path / "left")
     (left / "report.json").unlink()
-    (left / "members/2-shots/seed-1/nora/result.json").unlink()
-    shutil.rmtree(left / "members/2-shots/seed-1/nora/checkpoints")
-    before = (left / "members/2-shots/seed-0/nora/result.json").read_bytes()
+    (left / "trials/2-shots/seed-1/nora/result.json").unlink()
+    shutil.rmtree(left / "trials/2-shots/seed-1/nora/checkpoints")
+    before = (left / "trials/2-shots/seed-0/nora/result.json").read_bytes()
     main(options_for(random_clip, class_folders, left, *FOUR, "--resume_from_checkpoint", "latest"))
-    assert (left / "members/2-shots/seed-0/nora/result.json").read_bytes() == before
-    again, first = member(left, "nora", seed=1), member(finished, "nora", seed=1)
+    assert (left / "trials/2-shots/seed-0/nora/result.json").read_bytes() == before
+    again, first = trial(left, "nora", seed=1), trial(finished, "nora", seed=1)
     assert {**again, "seconds": 0, "peak_memory": 0} == {**first, "seconds": 0, "peak_memory": 0}
 
 
-def test_held_out_classes_are_named_by_their_prompts_alone(random_clip, class_folders, tmp_path):
+def test_held_out_classes_are_classified_by_their_prompts_alone(random_clip, class_folders, tmp_path):
     flags = ["--shots", "1", "--seeds", "0", "--method", "linear_probe", "nora", "--rank", "4", "--inner_r", "1", "--base_to_new"]
     main(options_for(random_clip, class_folders, tmp_path / "run", *flags))
     report = report_in(tmp_path / "run")
-    assert (report["set"]["classes"], report["set"]["new_classes"]) == (["cats", "dogs"], ["fish", "red_birds"])
-    assert member(tmp_path / "run", "linear_probe")["new_classes"] is None
-    found = member(tmp_path / "run", "nora")
+    assert (report["dataset"]["classes"], report["dataset"]["new_classes"]) == (["cats", "dogs"], ["fish", "red_birds"])
+    assert trial(tmp_path / "run", "linear_probe")["new_classes"] is None
+    found = trial(tmp_path / "run", "nora")
     base, new = found["test"]["top1"]["value"], found["new_classes"]["top1"]["value"]
     assert found["new_classes"]["count"] == 8
     assert found["new_classes"]["harmonic_mean"] == pytest.approx(2 * base * new / (base + new))
@@ -197,7 +220,7 @@ def test_held_out_classes_are_named_by_their_prompts_alone(random_clip, class_fo
 def test_one_encoder_alone_is_adapted_and_the_other_computed_once(encoder, random_clip, class_folders, tmp_path):
     flags = ["--shots", "2", "--seeds", "0", "--method", "nora", "--rank", "4", "--inner_r", "2", "--encoders", encoder]
     main(options_for(random_clip, class_folders, tmp_path / "run", *flags))
-    folder = tmp_path / "run" / "members/2-shots/seed-0/nora"
+    folder = tmp_path / "run" / "trials/2-shots/seed-0/nora"
     assert [path.name for path in (folder / "adapter" / "full").iterdir()] == [encoder]
 
 
@@ -235,7 +258,7 @@ def test_half_precision_and_accumulation_train_too(random_clip, class_folders, t
     ]
     main(options_for(random_clip, class_folders, tmp_path / "run", *flags))
     AcceleratorState._reset_state(reset_partial_state=True)
-    lines = (tmp_path / "run" / "members/2-shots/seed-0/lora/metrics.jsonl").read_text().splitlines()
+    lines = (tmp_path / "run" / "trials/2-shots/seed-0/lora/metrics.jsonl").read_text().splitlines()
     assert len(lines) == 3
     assert all(np.isfinite(json.loads(line)["loss"]) for line in lines)
 
@@ -249,7 +272,7 @@ def test_a_class_with_too_few_images_is_named_before_anything_is_written(random_
     assert not (tmp_path / "run").exists()
 
 
-def test_a_image_that_cannot_be_read_is_named_with_its_class(random_clip, class_folders, tmp_path):
+def test_an_image_that_cannot_be_read_is_named_with_its_class(random_clip, class_folders, tmp_path):
     damaged = shutil.copytree(class_folders, tmp_path / "damaged")
     for image in (damaged / "cats").iterdir():
         image.write_bytes(image.read_bytes()[:40] + image.name.encode())
@@ -257,11 +280,11 @@ def test_a_image_that_cannot_be_read_is_named_with_its_class(random_clip, class_
         main(options_for(random_clip, damaged, tmp_path / "run", "--shots", "1", "--seeds", "0"))
 
 
-def test_copies_are_reported_and_never_tested_on(random_clip, class_folders, tmp_path):
+def test_duplicates_are_reported_and_never_tested_on(random_clip, class_folders, tmp_path):
     doubled = shutil.copytree(class_folders, tmp_path / "doubled")
     shutil.copy(doubled / "cats" / "0.png", doubled / "dogs" / "copy.png")
     main(options_for(random_clip, doubled, tmp_path / "run", "--shots", "1", "--seeds", "0", "--method", "zeroshot"))
-    (copy,) = report_in(tmp_path / "run")["set"]["copies"]
+    (copy,) = report_in(tmp_path / "run")["dataset"]["duplicates"]
     assert "cats/0.png" in copy
     assert "dogs/copy.png" in copy
     split = (tmp_path / "run" / "splits" / "1-shots-seed-0.json").read_text()
@@ -269,20 +292,20 @@ def test_copies_are_reported_and_never_tested_on(random_clip, class_folders, tmp
     assert "dogs/copy.png" not in split
 
 
-def test_a_sets_own_split_is_kept_to_and_what_it_lacks_stands_in_the_report(random_clip, tmp_path):
+def test_the_split_of_a_dataset_is_used_and_its_gaps_are_reported(random_clip, tmp_path):
     files = class_files({"Train/cat": 3, "Train/dog": 3, "Train/fish": 3, "Test/cat": 2, "Test/dog": 2}) | {
         "Train/cat/a.txt": b""
     }
     output = tmp_path / "run"
     flags = ["--shots", "1", "--seeds", "0", "--method", "zeroshot"]
     main(options_for(random_clip, write_files(tmp_path / "set", files), output, *flags))
-    report, tested = report_in(output), json.loads((output / "members/1-shots/seed-0/zeroshot/test.json").read_text())
-    assert [one["name"] for one in tested["pictures"]] == [name for name in files if name.startswith("Test/")]
-    assert member(output, "zeroshot")["test"]["class_counts"] == {"cat": 2, "dog": 2, "fish": 0}
-    assert member(output, "zeroshot")["test"]["per_class"]["fish"] is None
-    assert "1 file with the suffix .txt is not used: 1 in class 'cat'." in report["set"]["notes"]
-    assert "'fish' has 0 images to test on: nothing is measured of it." in report["set"]["notes"]
-    assert "**Without test images: fish.**" in (output / "README.md").read_text()
+    report, tested = report_in(output), json.loads((output / "trials/1-shots/seed-0/zeroshot/test.json").read_text())
+    assert [one["name"] for one in tested["images"]] == [name for name in files if name.startswith("Test/")]
+    assert trial(output, "zeroshot")["test"]["class_counts"] == {"cat": 2, "dog": 2, "fish": 0}
+    assert trial(output, "zeroshot")["test"]["per_class"]["fish"] is None
+    assert "1 file with the suffix .txt is not used: 1 in class 'cat'." in report["dataset"]["notes"]
+    assert "'fish' has 0 images to test on: nothing is measured of it." in report["dataset"]["notes"]
+    assert "**Classes without test images: fish.**" in (output / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -307,7 +330,7 @@ def test_a_wrong_option_ends_with_a_message(flags, words, capsys):
     assert re.search(words, " ".join(capsys.readouterr().err.split()))
 
 
-def test_the_guard_takes_the_largest_strength_that_validation_cannot_tell_from_the_best():
+def test_the_largest_scale_within_one_standard_error_of_the_best_is_chosen():
     # A standard error of 0.6 on 24 images is 0.1.
     assert largest_within_error({1.0: 0.51, 0.5: 0.6, 0.0: 0.3}, 24) == 1.0
     assert largest_within_error({1.0: 0.49, 0.5: 0.6, 0.0: 0.3}, 24) == 0.5
@@ -317,16 +340,16 @@ def test_the_guard_takes_the_largest_strength_that_validation_cannot_tell_from_t
 
 def scene_files(colour, count, seed):
     """Files of `count` rendered scenes of things of that colour."""
-    rng, found = random.Random(seed), []
-    while len(found) < count:
+    rng, files = random.Random(seed), []
+    while len(files) < count:
         scene = replace(sample_scene(rng), background="plain", colour=colour, pattern="plain", size="large")
         stored = io.BytesIO()
         render(scene, 64, rng).save(stored, "PNG")
-        found.append(stored.getvalue())
-    return found
+        files.append(stored.getvalue())
+    return files
 
 
-def test_an_adapter_that_learned_what_is_wrong_falls_back_to_zero_shot_and_says_so(tmp_path):
+def test_an_adapter_trained_on_wrong_labels_is_scaled_down_with_a_reason(tmp_path):
     other = {"red": "blue", "blue": "red"}
     for part in ("train", "val", "test"):
         for name in other:
@@ -334,21 +357,21 @@ def test_an_adapter_that_learned_what_is_wrong_falls_back_to_zero_shot_and_says_
             write_files(tmp_path / "classes" / part / name, {f"{place}.png": file for place, file in enumerate(shown)})
     flags = ["--shots", "4", "--seeds", "0", "--method", "zeroshot", "nora", "--templates", "a {} thing"]
     main(options_for("mini", tmp_path / "classes", tmp_path / "run", *flags, "--min_train_steps", "60"))
-    zero_shot, adapted = (member(tmp_path / "run", method) for method in ("zeroshot", "nora"))
+    zero_shot, adapted = (trial(tmp_path / "run", method) for method in ("zeroshot", "nora"))
     assert zero_shot["validation"]["top1"] > 0.75
-    assert adapted["strength"] < 1
+    assert adapted["scale"] < 1
     assert adapted["validation"]["top1"] > 0.75
-    assert "at full strength" in adapted["guard"]
-    assert as_text(adapted["guard"]) in (tmp_path / "run" / "README.md").read_text()
+    assert "at scale 1" in adapted["scale_reason"]
+    assert as_text(adapted["scale_reason"]) in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_iterations_scale_with_shots():
-    how = FewShotOptions().optimisation
-    assert how.steps(16) == 16 * how.iterations_per_shot
-    assert how.steps(1) == how.min_train_steps
+    optimisation = FewShotOptions().optimisation
+    assert optimisation.steps(16) == 16 * optimisation.iterations_per_shot
+    assert optimisation.steps(1) == optimisation.min_train_steps
 
 
-def test_nora_has_at_most_a_tenth_of_loras_numbers_by_default():
+def test_nora_has_at_most_a_tenth_of_loras_parameters_by_default():
     options = FewShotOptions()
     lora, nora = options.method.adapter("lora"), options.method.adapter("nora")
     # The built-in model: three image layers 160 wide, two text layers 128 wide; q, k and v of each, or v alone.

@@ -92,9 +92,9 @@ def test_two_processes_learn_what_one_does_at_the_same_global_batch(subject_flag
     AcceleratorState._reset_state(reset_partial_state=True)
     fewshot_nora.main(parse_fewshot_options(classes["one"]))
     runs = [RunDirectory(tmp_path / f"classes-{name}") for name in classes]
-    members = [RunDirectory(run.path / "members" / "2-shots" / "seed-0" / "nora") for run in runs]
-    assert_close(*map(parameters, members), atol=1e-5)
-    reports = [json.loads((run.path / "report.json").read_text())["members"] for run in runs]
+    trials = [RunDirectory(run.path / "trials" / "2-shots" / "seed-0" / "nora") for run in runs]
+    assert_close(*map(parameters, trials), atol=1e-5)
+    reports = [json.loads((run.path / "report.json").read_text())["trials"] for run in runs]
     assert [one["test"]["confusion"] for one in reports[0]] == [one["test"]["confusion"] for one in reports[1]]
 
 

@@ -12,7 +12,9 @@ from PIL import Image
 from pipelines.fewshot.data import LabelledImage
 from pipelines.fewshot.metrics import score
 from pipelines.fewshot.sources import ImageFile
-from training.fewshot.tested import told_of_test, write_tested
+from training.fewshot.prediction_file import prediction_file
+from training.fewshot.report import summary_of
+from training.runs.fewshot_files import REPORT, TEST, DatasetSummary, FewShotReport, TrialResult, ValidationResult
 from training.runs.record import RunRecord
 from training.runs.run_files import OPTIONS, RunStatus
 from webui.class_sets import update_split
@@ -59,24 +61,33 @@ def colour_set(workspace, scratch, each=6, names=COLOURS):
     return folder
 
 
-def member_in(run, folder, method, images, logits, classes, temperature=0.5):
-    """A fitted method's entry of the report; its test.json is written."""
+def trial_in(run, method, images, logits, classes, temperature=0.5):
+    """The result of a trial; its test.json is written."""
     labels = torch.tensor([image.label for image in images])
-    member = {
-        "shots": 2,
-        "seed": 0,
-        "method": method,
-        "folder": f"members/2-shots/seed-0/{method}",
-        "guard": None,
-        "strength": 1.0,
-    }
-    own = run / member["folder"]
-    own.mkdir(parents=True)
+    folder = f"trials/2-shots/seed-0/{method}"
+    (run / folder).mkdir(parents=True)
     digests = {image.name: hashlib.sha256(image.source.content()).hexdigest() for image in images}
-    write_tested(own, told_of_test(images, logits, temperature, classes, digests))
-    scores = [score(logits, labels, classes, value).as_dict() for value in (1.0, temperature)]
-    found = {"temperature": temperature, "test": scores[0], "calibrated": scores[1], "trained_numbers": 10}
-    return member | found | {"stored_bytes": 8000, "seconds": 3.0}
+    prediction_file(images, logits, temperature, classes, digests).write(run / folder / TEST)
+    test, calibrated = (score(logits, labels, classes, value) for value in (1.0, temperature))
+    return TrialResult(
+        shots=2,
+        seed=0,
+        method=method,
+        folder=folder,
+        split_sha256="0" * 64,
+        setting={},
+        scale=1.0,
+        scale_reason=None,
+        num_trainable_parameters=10,
+        stored_bytes=8000,
+        seconds=3.0,
+        peak_memory=2**20,
+        temperature=temperature,
+        validation=ValidationResult(0.5, 0.5, 8),
+        test=test,
+        calibrated=calibrated,
+        new_classes=None,
+    )
 
 
 def finished_classifier(workspace, data_dir, names, wrong=2, right_of_pixels=None):
@@ -99,14 +110,20 @@ def finished_classifier(workspace, data_dir, names, wrong=2, right_of_pixels=Non
     run = workspace.new_run()
     of_pixels = adapted if right_of_pixels is None else (logits if right_of_pixels else lost)
     methods = {"zeroshot": lost, "pixels": of_pixels, "nora": adapted}
-    members = [member_in(run, data_dir, method, images, own, classes) for method, own in methods.items()]
-    summary = [
-        {name: one[name] for name in ("shots", "method", "trained_numbers", "stored_bytes", "seconds")}
-        | {"top1": one["test"]["top1"]}
-        for one in members
-    ]
-    report = {"set": {"classes": classes}, "members": members, "summary": summary, "seeds": [0], "shots": [2]}
-    (run / "report.json").write_text(json.dumps(report | {"classifier": "members/2-shots/seed-0/nora"}))
+    trials = [trial_in(run, method, images, one, classes) for method, one in methods.items()]
+    report = FewShotReport(
+        dataset=DatasetSummary("colours", classes, [], len(images), []),
+        model="mini",
+        pretrained=None,
+        templates=["a photo of a {}."],
+        shots=[2],
+        seeds=[0],
+        methods=list(methods),
+        trials=trials,
+        summary=[summary_of([trial]) for trial in trials],
+        classifier="trials/2-shots/seed-0/nora",
+    )
+    (run / REPORT).write_text(json.dumps(report.to_json()))
     listed = [[image.name, image.label, list(names)[image.label]] for image in images]
     (run / "splits").mkdir()
     (run / "splits" / "2-shots-seed-0.json").write_text(json.dumps({"keys": list(names), "train": [], "val": [], "test": listed}))

@@ -52,7 +52,7 @@ def untrained_classifier(workspace, data_dir, names):
     digest = module_digest(built_in().model)
     told = ClassifierFile("zeroshot", "mini", None, digest, tuple(names), tuple(names.values()), ("a photo of a {}.",))
     for method in ("nora", "zeroshot"):
-        save_classifier(run.path / "members/2-shots/seed-0" / method, told)
+        save_classifier(run.path / "trials/2-shots/seed-0" / method, told)
     return run
 
 

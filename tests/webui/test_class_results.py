@@ -3,6 +3,7 @@
 import csv
 import re
 import zipfile
+from dataclasses import replace
 
 import pytest
 from class_folders import COLOURS, colour_folder, finished_classifier
@@ -37,9 +38,9 @@ def record(workspace, images):
 def test_the_summary_states_the_accuracy_its_interval_and_the_baselines(record):
     result = result_of(record)
     told = re.sub("<[^>]+>", "", class_html.result_summary(result))
-    top1 = result.trial["test"]["top1"]
+    top1 = result.trial.test.top1
     assert "92%test accuracy: 22 of 24 test images are classified correctly" in told
-    assert f"(95% interval: {top1['low']:.0%} to {top1['high']:.0%})" in told
+    assert f"(95% interval: {top1.low:.0%} to {top1.high:.0%})" in told
     assert "zero-shot (no training) 0%" in told
     assert "random guessing 33%" in told
 
@@ -68,7 +69,7 @@ def test_the_cells_of_the_confusion_matrix_are_labelled_buttons(record):
 
 def test_a_cell_opens_the_images_that_it_counts(record):
     result = result_of(record)
-    counts = result.trial["test"]["confusion"]
+    counts = result.trial.test.confusion
     for true in range(3):
         for predicted in range(3):
             assert len(result.in_cell(true, predicted)) == counts[true][predicted]
@@ -129,7 +130,7 @@ def test_the_table_of_predictions_lists_every_test_image_and_no_formula(workspac
 
 def test_only_existing_files_can_be_downloaded(record):
     assert set(class_files.downloads(result_of(record))) == {class_files.TABLE}
-    own = record.path / "members/2-shots/seed-0/nora/adapter/compact"
+    own = record.path / "trials/2-shots/seed-0/nora/adapter/compact"
     own.mkdir(parents=True)
     (own / "adapter_config.json").write_text("{}")
     (record.path / "README.md").write_text("card")
@@ -140,14 +141,14 @@ def test_only_existing_files_can_be_downloaded(record):
 
 
 def test_a_trial_of_the_run_is_chosen_by_its_folder_and_no_other_folder_is_read(record):
-    assert result_of(record, "members/2-shots/seed-0/pixels").trial["method"] == "pixels"
+    assert result_of(record, "trials/2-shots/seed-0/pixels").trial.method == "pixels"
     for strange in (None, "..", "../other", "/etc"):
-        assert result_of(record, strange).trial["method"] == "nora"
+        assert result_of(record, strange).trial.method == "nora"
 
 
 def test_a_report_that_names_files_outside_of_its_run_is_refused(record):
     path = record.path / "report.json"
-    path.write_text(path.read_text().replace("members/2-shots/seed-0/nora", "../elsewhere"))
+    path.write_text(path.read_text().replace("trials/2-shots/seed-0/nora", "../elsewhere"))
     with pytest.raises(InputError, match="outside of its folder"):
         result_of(record)
 
@@ -163,8 +164,9 @@ def test_with_many_classes_the_confusion_matrix_shows_those_with_the_most_mistak
     count = class_html.MOST_IN_MATRIX + 5
     counts = [[5 * (row == column) for column in range(count)] for row in range(count)]
     counts[2][count - 1] = 3
-    result.trial["test"] |= {"confusion": counts}
-    result.report["set"]["classes"] = [f"class {place}" for place in range(count)]
+    trial = replace(result.trial, test=replace(result.trial.test, confusion=counts))
+    dataset = replace(result.report.dataset, classes=[f"class {label}" for label in range(count)])
+    result = replace(result, trial=trial, report=replace(result.report, dataset=dataset))
     shown = class_html.confusion(result)
     assert f"3 images of class 2 predicted as class {count - 1}" in shown
     assert "The 5 classes with the fewest mistakes are not shown" in shown
@@ -175,8 +177,8 @@ def test_a_class_without_test_images_is_named(record):
     result = result_of(record)
     assert result.untested() == []
     assert "no test images" not in class_html.result_summary(result)
-    result.trial["test"]["confusion"][1] = [0, 0, 0]
-    result.trial["test"]["per_class"][result.classes[1]] = None
+    result.trial.test.confusion[1] = [0, 0, 0]
+    result.trial.test.per_class[result.classes[1]] = None
     assert result.untested() == [result.classes[1]]
     assert f"{result.classes[1]} (0): no test images." in class_html.per_class(result)
     assert f"No test images for {result.classes[1]}, so the accuracy" in class_html.result_summary(result)

@@ -93,14 +93,14 @@ def test_from_a_zip_to_a_classifier_that_is_trained_again_with_a_correction(serv
 
     result = result_of(run)
     assert result.classes == ["<b>green</b> = leaf", "ruby", "sea"]
-    assert len(result.tested()) == result.trial["test"]["count"] == 6
+    assert len(result.tested()) == result.trial.test.count == 6
     assert all(source_of(run, one) is not None for one in result.tested())
     assert set(class_files.downloads(result)) == set(class_files.TITLES)
 
     page.locator("#classify-see-result").click()
     expect(page.locator("#classify-words")).to_contain_text("that it was not shown", timeout=SOON)
     report = run.read_json("report.json")
-    counts = next(one for one in report["members"] if one["folder"] == report["classifier"])["test"]["confusion"]
+    counts = next(one for one in report["trials"] if one["folder"] == report["classifier"])["test"]["confusion"]
     cell = page.locator("#classify-confusion button").last
     expected = counts[int(cell.get_attribute("data-true"))][int(cell.get_attribute("data-predicted"))]
     cell.focus()

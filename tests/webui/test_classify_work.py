@@ -81,13 +81,13 @@ def test_rows_list_the_most_likely_classes_and_name_unusable_files(record, image
 def test_a_classifier_stays_loaded_until_its_run_changes(record):
     first = work.classifier_of(record)
     assert work.classifier_of(record) is first
-    told = record.path / "members/2-shots/seed-0/nora/classifier.json"
+    told = record.path / "trials/2-shots/seed-0/nora/classifier.json"
     told.write_text(told.read_text().replace('"temperature": 1.0', '"temperature": 2.0'))
     assert work.classifier_of(record).temperature == 2.0
 
 
 def test_a_method_of_the_run_is_chosen_by_its_folder_and_no_other_is_read(record):
-    assert work.classifier_of(record, "members/2-shots/seed-0/zeroshot").classes == tuple(COLOURS)
+    assert work.classifier_of(record, "trials/2-shots/seed-0/zeroshot").classes == tuple(COLOURS)
     with pytest.raises(InputError, match="no such method"):
         work.classifier_of(record, "../../elsewhere")
 

@@ -79,10 +79,10 @@ def test_a_short_training_of_leave_one_out_is_followed_in_its_own_folder(workspa
 
 
 def test_a_classifier_counts_its_fits_and_draws_the_one_at_work(workspace):
-    member = "members/16-shots/seed-1/nora"
-    run = run_in(workspace.runs / "a", phase="fitting nora, 16 shots, seed 1", step=3, total=4, member=member)
+    trial = "trials/16-shots/seed-1/nora"
+    run = run_in(workspace.runs / "a", phase="fitting nora, 16 shots, seed 1", step=3, total=4, trial=trial)
     (run.path / "options.json").write_text(json.dumps({"target_layers": {}}))
-    run_in(run.path / member, steps=10, total=20)
+    run_in(run.path / trial, steps=10, total=20)
     found = parts(view(run))
     assert "Training nora, 16 shots, split 2" in found["head"].key
     assert "width:87.5%" in found["bar"].key
@@ -90,10 +90,10 @@ def test_a_classifier_counts_its_fits_and_draws_the_one_at_work(workspace):
     assert found["next"].key[1] == "See the classifier"
 
 
-@pytest.mark.parametrize("member", ["../../other", "/etc", 3, "members/none"])
-def test_a_status_that_points_outside_is_not_followed(workspace, member):
+@pytest.mark.parametrize("trial", ["../../other", "/etc", 3, "trials/none"])
+def test_a_status_that_points_outside_is_not_followed(workspace, trial):
     run_in(workspace.runs / "other", steps=3)
-    look = view(run_in(workspace.runs / "a" / "b", member=member))
+    look = view(run_in(workspace.runs / "a" / "b", trial=trial))
     assert progress.part_at_work(look) == look.record
 
 

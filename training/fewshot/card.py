@@ -1,53 +1,52 @@
-"""The model card of a few-shot run: the methods side by side, how far each can be trusted, and how to use the classifier."""
+"""The model card of a few-shot run: the methods compared, the limits of the results, and how to use the classifier."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from huggingface_hub import ModelCardData
 
 from pipelines.clip import BUILT_IN
-from pipelines.fewshot.metrics import Interval
 from pipelines.fewshot.plots import save_figure
 from pipelines.fewshot.target_layers import TargetLayers
 from pipelines.methods import method_names
-from training.fewshot.figures import ZERO_SHOT, Report, card_figures, loaded_member, shots_in_words
+from training.fewshot.figures import ZERO_SHOT, card_figures, shots_text
 from training.runs.card_text import CARD, as_text, portable_name
 from training.runs.durable import write_text_atomically
+from training.runs.fewshot_files import FewShotReport, TrialResult
 
 CONTROL = "pixels"
-FIGURES, MOST_LISTED, MEBIBYTE = "figures", 20, 2**20
+FIGURES, MAX_LISTED, MEBIBYTE = "figures", 20, 2**20
 TAGS = ("open_clip", "clip", "few-shot")
 ACCURACY = "top-1 (95% interval)"
 CAPTIONS = {
-    "confusion": "How often each true class is taken for each class",
-    "reliability": "How often predictions of each confidence are right",
-    "per_class": "Accuracy by class, zero-shot and of the classifier",
-    "comparison": "Accuracy of all methods by the images of each class",
+    "confusion": "Confusion matrix: true and predicted classes",
+    "reliability": "Reliability diagram: accuracy by confidence",
+    "per_class": "Accuracy by class, zero-shot and with the classifier",
+    "comparison": "Accuracy of all methods by number of training images per class",
 }
 
-OPENING = """# A classifier of {count} classes from a few images of each
+OPENING = """# Few-shot image classifier with {count} classes
 
-The CLIP model {base} on {set_name}, {images:,} images. Classes: {classes}. Learned from {shots} of each class, with the
-seeds {seeds}, each of which draws other images. Prompts: {templates}
+The CLIP model {base} on {dataset}, {images:,} images. Classes: {classes}. Trained on {shots} per class; the seeds {seeds} each
+give another split. Prompts: {templates}
 
-Loading this run gives **{method}**, {own_shots}, seed {seed}: {trained:,} trained numbers, {stored:,} bytes, {seconds:.0f}
-seconds.{target_layers} Its settings were chosen on {validation:,} other images; {test:,} more were tested on, once, at the end.
-Accuracy: {top1}.{untested}"""
+Loading this run gives **{method}**, {trial_shots}, seed {seed}: {parameters:,} trainable parameters, {stored:,} bytes,
+{seconds:.0f} seconds to fit.{target_layers} Its hyperparameters were chosen on {validation:,} validation images; it was evaluated
+once, at the end, on {test:,} test images. Accuracy: {top1}.{untested}"""
 
-TABLE_NOTES = """{interval} ECE is the expected calibration error, as trained and with the temperature that validation chose;
-seconds and MiB, the peak of memory, are of fitting alone."""
-SEVERAL_SEEDS = "Means over {count} seeds; Student's interval speaks of other draws of the images that are learned from."
-ONE_SEED = "One seed; Wilson's interval speaks of other test images, not of other draws to learn from."
+TABLE_NOTES = """{interval} ECE is the expected calibration error, before and after calibration with the temperature fitted on the
+validation images. Seconds and MiB (peak memory) are those of fitting alone."""
+SEVERAL_SEEDS = "Means over {count} seeds with Student's interval, which covers other splits of the same images."
+ONE_SEED = "One seed with Wilson's interval, which covers other test images but no other training images."
 
-NO_CONTROL = f"""The control `{CONTROL}`, a logistic regression on raw pixels, was not run: nothing here says whether these
-images need CLIP at all. Add it with `--method {CONTROL}`."""
-ABOVE_CONTROL = "With {shots}, above the control `{control}`, {value}, with the whole interval: {methods}."
-NOT_ABOVE_CONTROL = """> **With {shots} no adapted method's interval lies above that of the control.** A logistic regression on
-> raw pixels has {value}; {methods}. Nothing here shows that CLIP helps with these images."""
+NO_CONTROL = f"""The control `{CONTROL}`, a logistic regression on raw pixels, was not run, so these results do not show whether
+the images need CLIP at all. Add it with `--method {CONTROL}`."""
+ABOVE_CONTROL = "With {shots}, the intervals of these methods lie above that of the control `{control}`, {value}: {methods}."
+NOT_ABOVE_CONTROL = """> **With {shots}, no adapter's interval lies above that of the control.** Logistic regression on raw pixels
+> reaches {value}; {methods}. These results do not show that CLIP helps on these images."""
 
 USE = """## Use
 
@@ -62,118 +61,116 @@ print(predictions.labels, predictions.probabilities)
 ```
 
 ```bash
-python -m pipelines.fewshot.classify RUN PICTURE_OR_FOLDER --output predictions.csv
+python -m pipelines.fewshot.classify RUN IMAGE_OR_FOLDER --output predictions.csv
 ```
 
-Where the base model lies elsewhere, `from_run` takes `model` and `pretrained`, the command `--model` and `--pretrained`."""
-USE_OPEN = """Classes that were never shown can be added, by `classifier.with_classes("a class of your own")` or `--add_class`:
-they are known by their prompts alone, and the logits of the others stay as they are."""
+If the base model has moved, pass `model` and `pretrained` to `from_run`, or `--model` and `--pretrained` to the command."""
+USE_OPEN = """Classes without training images can be added with `classifier.with_classes("a new class")` or `--add_class`: they
+are represented by their prompts alone, and the logits of the other classes do not change."""
 
 LIMITS = """## Limits
 
-- {test:,} test images, {fewest}: one more that is right is {one_of_all:.1%} of all, and
-  {one_of_class:.0%} of that class. Smaller differences say nothing.{untested}
-- The test images come from where the training images come from. Others may be harder.
-- An image of none of the classes is given one of them all the same."""
-FEWEST = "{fewest:,} of the class that has fewest"
-FEWEST_OF_OTHERS = "0 of the class that has fewest, and {fewest:,} of the class that has fewest of the others"
+- {test:,} test images, {fewest}: one more correct image is {one_of_all:.1%} of the accuracy and {one_of_class:.0%} of that
+  class's. Smaller differences are not significant.{untested}
+- The test images come from the same source as the training images. Accuracy on other images may be lower.
+- An image of none of the classes is assigned to one of them."""
+FEWEST = "{fewest:,} in the smallest class"
+FEWEST_OF_OTHERS = "0 in the smallest class and {fewest:,} in the smallest of the others"
 UNTESTED = """
-- **Without test images: {classes}.** Nothing here says how well such a class is recognised: its row of the confusion matrix
-  is empty, it has no accuracy of its own, and the accuracy of all speaks of the other classes alone."""
-BUILT_IN_LIMITS = """- The built-in model sees 64 x 64 pixels. **ImageNet's terms go with its weights: non-commercial research
+- **Classes without test images: {classes}.** Their accuracy is unknown: their rows of the confusion matrix are empty, and the
+  overall accuracy covers the other classes only."""
+BUILT_IN_LIMITS = """- The built-in model sees 64 x 64 pixels. **ImageNet's terms apply to its weights: non-commercial research
   and education only.**"""
 
 
-def write_card(run_path: Path, report: Report, options: Mapping[str, Any] | None = None) -> None:
+def write_card(run_path: Path, report: FewShotReport, target_layers: TargetLayers | None = None) -> None:
     """Write README.md and its figures into the directory of a finished run.
 
     Args:
-        report: what report.json says.
-        options: the run's resolved options by group, which say where adapters were put.
+        target_layers: the adapted layers, which the card then names.
     """
     figures = card_figures(report)
     for name, figure in figures.items():
         save_figure(figure, run_path / FIGURES / f"{name}.png")
-    write_text_atomically(run_path / CARD, card(report, options, list(figures)))
+    write_text_atomically(run_path / CARD, card(report, target_layers, list(figures)))
 
 
-def card(report: Report, options: Mapping[str, Any] | None, figures: Sequence[str]) -> str:
-    """The card as Markdown behind a YAML header.
+def card(report: FewShotReport, target_layers: TargetLayers | None, figures: Sequence[str]) -> str:
+    """The card as Markdown with a YAML header.
 
     Args:
-        figures: the names of those in `figures/`.
+        figures: names of the files in `figures/`, without suffix.
     """
     sections = (
         f"---\n{card_header(report).to_yaml().strip()}\n---",
-        _opening(report, options),
-        _side_by_side(report),
-        *_against_control(report),
-        _guards(report),
+        _opening(report, target_layers),
+        _results(report),
+        *_control_comparison(report),
+        _scales(report),
         _classifier(report, figures),
-        _held_out_classes(report),
-        _copies(report),
+        _new_classes(report),
+        _duplicates(report),
         _notes(report),
-        _use(report),
+        f"{USE}\n\n{USE_OPEN}" if _is_open(report) else USE,
         _limits(report),
     )
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def card_header(report: Report) -> ModelCardData:
-    """What the hub reads of a card."""
+def card_header(report: FewShotReport) -> ModelCardData:
+    """The metadata for the hub."""
     task = "zero-shot-image-classification" if _is_open(report) else "image-classification"
-    return ModelCardData(library_name="open_clip", pipeline_tag=task, tags=[*TAGS, *report["methods"]])
+    return ModelCardData(library_name="open_clip", pipeline_tag=task, tags=[*TAGS, *report.methods])
 
 
-def _is_open(report: Report) -> bool:
-    """Whether the classifier compares images with the prompts of any classes."""
-    return loaded_member(report)["method"] in (ZERO_SHOT, *method_names())
+def _is_open(report: FewShotReport) -> bool:
+    """Whether classes can be added to the classifier by their prompts."""
+    return report.representative.method in (ZERO_SHOT, *method_names())
 
 
-def _opening(report: Report, options: Mapping[str, Any] | None) -> str:
-    """What was learned, from what, and what loading it gives."""
-    own, labelled = loaded_member(report), report["set"]
-    weights = f" ({portable_name(report['pretrained'])})" if report["pretrained"] else ""
+def _opening(report: FewShotReport, target_layers: TargetLayers | None) -> str:
+    """The title, the data, and the classifier that loading the run gives."""
+    trial, dataset = report.representative, report.dataset
+    weights = f" ({portable_name(report.pretrained)})" if report.pretrained else ""
+    untested = _untested(report)
+    is_adapter = trial.method in method_names()
     return OPENING.format(
-        count=len(labelled["classes"]),
-        base=as_text(portable_name(report["model"]) + weights),
-        set_name=_set_name(labelled["name"]),
-        images=labelled["pictures"],
-        classes=_listed(labelled["classes"]),
-        shots=" and ".join(map(shots_in_words, report["shots"])),
-        seeds=", ".join(map(str, report["seeds"])),
-        templates=_listed(report["templates"]),
-        method=own["method"],
-        own_shots=shots_in_words(own["shots"]),
-        seed=own["seed"],
-        trained=own["trained_numbers"],
-        stored=own["stored_bytes"],
-        seconds=own["seconds"],
-        target_layers=_target_layers(options, own["method"]) if own["method"] in method_names() else "",
-        validation=own["validation"]["count"],
-        test=own["test"]["count"],
-        top1=Interval(**own["test"]["top1"]).as_share(),
-        untested=f" Classes without test images: {_listed(without)}." if (without := _untested(report)) else "",
+        count=len(dataset.classes),
+        base=as_text(portable_name(report.model) + weights),
+        dataset=_dataset_name(dataset.name),
+        images=dataset.images,
+        classes=_listed(dataset.classes),
+        shots=" and ".join(map(shots_text, report.shots)),
+        seeds=", ".join(map(str, report.seeds)),
+        templates=_listed(report.templates),
+        method=trial.method,
+        trial_shots=shots_text(trial.shots),
+        seed=trial.seed,
+        parameters=trial.num_trainable_parameters,
+        stored=trial.stored_bytes,
+        seconds=trial.seconds,
+        target_layers=_target_layers(target_layers, trial.method) if target_layers is not None and is_adapter else "",
+        validation=trial.validation.count,
+        test=trial.test.count,
+        top1=trial.test.top1.as_share(),
+        untested=f" Classes without test images: {_listed(untested)}." if untested else "",
     )
 
 
-def _target_layers(options: Mapping[str, Any] | None, method: str) -> str:
+def _target_layers(targets: TargetLayers, method: str) -> str:
     """A sentence that names the adapted layers."""
-    if options is None:
-        return ""
-    targets = TargetLayers(**options["target_layers"])
     encoders = "both encoders" if targets.encoders == "both" else f"the {targets.encoders} encoder"
     return f" It adapts {', '.join(targets.projections_of(method))} of {encoders}, layers: {targets.layers}."
 
 
-def _set_name(name: str) -> str:
-    """The set's name; of images of one's own, which errors call by a quoted path, without where they lie."""
+def _dataset_name(name: str) -> str:
+    """The dataset's name; a quoted path is shortened to its last part."""
     return as_text(Path(name[1:-1]).resolve().name if name[:1] in ("'", '"') else name)
 
 
 def _listed(words: Sequence[str]) -> str:
-    more = f" and {len(words) - MOST_LISTED} more" if len(words) > MOST_LISTED else ""
-    return ", ".join(map(as_text, words[:MOST_LISTED])) + more
+    more = f" and {len(words) - MAX_LISTED} more" if len(words) > MAX_LISTED else ""
+    return ", ".join(map(as_text, words[:MAX_LISTED])) + more
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -181,121 +178,130 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _side_by_side(report: Report) -> str:
-    """All methods by shots, and what their intervals are of."""
-    columns = ("shots", "method", ACCURACY, "ECE", "ECE with temperature", "trained numbers", "bytes", "seconds", "MiB")
+def _results(report: FewShotReport) -> str:
+    """All methods by number of shots, with a note on the intervals."""
+    columns = ("shots", "method", ACCURACY, "ECE", "calibrated ECE", "trainable parameters", "bytes", "seconds", "MiB")
     rows = [
         (
-            str(row["shots"]),
-            row["method"],
-            Interval(**row["top1"]).as_share(),
-            f"{row['calibration_error']:.3f}",
-            f"{row['calibrated_calibration_error']:.3f}",
-            f"{row['trained_numbers']:,.0f}",
-            f"{row['stored_bytes']:,.0f}",
-            f"{row['seconds']:.1f}",
-            f"{row['peak_memory'] / MEBIBYTE:,.0f}",
+            str(row.shots),
+            row.method,
+            row.top1.as_share(),
+            f"{row.calibration_error:.3f}",
+            f"{row.calibrated_calibration_error:.3f}",
+            f"{row.num_trainable_parameters:,.0f}",
+            f"{row.stored_bytes:,.0f}",
+            f"{row.seconds:.1f}",
+            f"{row.peak_memory / MEBIBYTE:,.0f}",
         )
-        for row in report["summary"]
+        for row in report.summary
     ]
-    count = len(report["seeds"])
+    count = len(report.seeds)
     notes = TABLE_NOTES.format(interval=SEVERAL_SEEDS.format(count=count) if count > 1 else ONE_SEED)
-    return f"## Side by side\n\n{_table(columns, rows)}\n\n{notes}"
+    return f"## Results\n\n{_table(columns, rows)}\n\n{notes}"
 
 
-def _against_control(report: Report) -> Iterator[str]:
-    """For each number of shots whether an adapted method lies above raw pixels, in plain words."""
-    adapted = [method for method in report["methods"] if method in method_names()]
-    if not adapted:
+def _control_comparison(report: FewShotReport) -> Iterator[str]:
+    """For each number of shots, whether the adapters beat logistic regression on raw pixels."""
+    adapters = [method for method in report.methods if method in method_names()]
+    if not adapters:
         return
-    if CONTROL not in report["methods"]:
+    if CONTROL not in report.methods:
         yield NO_CONTROL
         return
-    for shots in report["shots"]:
-        found = {row["method"]: Interval(**row["top1"]) for row in report["summary"] if row["shots"] == shots}
-        above = [method for method in adapted if found[method].low > found[CONTROL].high]
+    for shots in report.shots:
+        accuracy = {row.method: row.top1 for row in report.summary if row.shots == shots}
+        above = [method for method in adapters if accuracy[method].low > accuracy[CONTROL].high]
         yield (ABOVE_CONTROL if above else NOT_ABOVE_CONTROL).format(
-            shots=shots_in_words(shots),
+            shots=shots_text(shots),
             control=CONTROL,
-            value=found[CONTROL].as_share(),
-            methods=", ".join(f"{method} {found[method].as_share()}" for method in above or adapted),
+            value=accuracy[CONTROL].as_share(),
+            methods=", ".join(f"{method} {accuracy[method].as_share()}" for method in above or adapters),
         )
 
 
-def _guards(report: Report) -> str:
-    """Where validation said that adaptation hurts."""
+def _scales(report: FewShotReport) -> str:
+    """The adapters that are used at a scale below 1."""
     lines = [
-        f"- {member['method']}, {shots_in_words(member['shots'])}, seed {member['seed']}: {as_text(member['guard'])}"
-        for member in report["members"]
-        if member["guard"]
+        f"- {trial.method}, {shots_text(trial.shots)}, seed {trial.seed}: {as_text(trial.scale_reason)}"
+        for trial in report.trials
+        if trial.scale_reason
     ]
-    return "\n".join(("## Where the adapter is not used in full\n", *lines)) if lines else ""
+    return "\n".join(("## Adapters with a scale below 1\n", *lines)) if lines else ""
 
 
-def _classifier(report: Report, figures: Sequence[str]) -> str:
-    """What the temperature does to the classifier that is loaded, and the figures."""
-    own = loaded_member(report)
-    before, after = (own[part]["calibration_error"] for part in ("test", "calibrated"))
-    told = (
-        f"Its logits are divided by {own['temperature']:.3g}, which validation chose. That changes no class, but the "
-        f"probabilities: the calibration error was {before:.3f} and is {after:.3f}."
+def _classifier(report: FewShotReport, figures: Sequence[str]) -> str:
+    """The calibration of the classifier that represents the run, and the figures."""
+    trial = report.representative
+    before, after = trial.test.calibration_error, trial.calibrated.calibration_error
+    calibration = (
+        f"Its logits are divided by the temperature {trial.temperature:.3g}, which was fitted on the validation images. This "
+        f"changes the probabilities but not the predicted classes: the calibration error is {before:.3f} before and {after:.3f} "
+        "after."
     )
-    return "\n\n".join(("## The classifier", told, *(f"![{CAPTIONS[name]}]({FIGURES}/{name}.png)" for name in figures)))
+    images = (f"![{CAPTIONS[name]}]({FIGURES}/{name}.png)" for name in figures)
+    return "\n\n".join(("## The classifier", calibration, *images))
 
 
-def _held_out_classes(report: Report) -> str:
-    """How well classes are told apart that were never shown."""
-    new = report["set"]["new_classes"]
+def _new_classes(report: FewShotReport) -> str:
+    """The accuracy on the held-out classes."""
+    new = report.dataset.new_classes
     if not new:
         return ""
     rows = []
-    for row in report["summary"]:
-        own = [one for one in report["members"] if (one["shots"], one["method"]) == (row["shots"], row["method"])]
-        if row["new_classes"] is not None:
-            zero_shot = fmean(one["new_classes"]["zero_shot_top1"] for one in own)
-            accuracy = Interval(**row["new_classes"]).as_share()
-            rows.append((str(row["shots"]), row["method"], accuracy, f"{zero_shot:.1%}", f"{row['harmonic_mean']:.1%}"))
-    columns = ("shots", "method", ACCURACY, "zero-shot", "harmonic mean with the accuracy on classes learned")
-    told = _table(columns, rows) if rows else "No method of this run can tell classes apart that it was not shown."
-    heading = f"## Classes held out of training\n\n{len(new)} classes, told apart among themselves by their names alone:"
-    return f"{heading} {_listed(new)}.\n\n{told}"
+    for row in report.summary:
+        if row.new_classes is not None:
+            zero_shot = fmean(_new_zero_shot(report, row.shots, row.method))
+            rows.append((str(row.shots), row.method, row.new_classes.as_share(), f"{zero_shot:.1%}", f"{row.harmonic_mean:.1%}"))
+    columns = ("shots", "method", ACCURACY, "zero-shot", "harmonic mean with the accuracy on trained classes")
+    results = _table(columns, rows) if rows else "No method of this run can classify held-out classes."
+    heading = f"## Held-out classes\n\n{len(new)} classes, classified among themselves by their prompts alone:"
+    return f"{heading} {_listed(new)}.\n\n{results}"
 
 
-def _copies(report: Report) -> str:
-    """Images that the set held more than once."""
-    copies = report["set"]["copies"]
-    if not copies:
+def _new_zero_shot(report: FewShotReport, shots: int | str, method: str) -> Iterator[float]:
+    """The zero-shot accuracies on the held-out classes, one for each seed."""
+    for trial in report.trials:
+        if (trial.shots, trial.method) == (shots, method) and trial.new_classes is not None:
+            yield trial.new_classes.zero_shot_top1
+
+
+def _duplicates(report: FewShotReport) -> str:
+    """The identical images in the dataset."""
+    duplicates = report.dataset.duplicates
+    if not duplicates:
         return ""
-    lines = [f"- {as_text(one)}" for one in copies[:MOST_LISTED]]
-    lines += [f"- And {len(copies) - MOST_LISTED} more."] if len(copies) > MOST_LISTED else []
-    return "\n".join(("## Copies\n", "One of each was used; none of those that are in two classes.\n", *lines))
+    lines = [f"- {as_text(sentence)}" for sentence in duplicates[:MAX_LISTED]]
+    lines += [f"- And {len(duplicates) - MAX_LISTED} more."] if len(duplicates) > MAX_LISTED else []
+    rule = "Of identical images in one class, one was used; of identical images in several classes, none.\n"
+    return "\n".join(("## Duplicates\n", rule, *lines))
 
 
-def _notes(report: Report) -> str:
-    """How the set was read, and what of it was not used; runs from before these were written down have none."""
-    notes = report["set"].get("notes")
-    return "\n".join(("## What was read, and what was not\n", *(f"- {as_text(note)}" for note in notes))) if notes else ""
+def _notes(report: FewShotReport) -> str:
+    """How the dataset was read, and the files that were not used."""
+    notes = [f"- {as_text(note)}" for note in report.dataset.notes]
+    return "\n".join(("## How the dataset was read\n", *notes)) if notes else ""
 
 
-def _use(report: Report) -> str:
-    return f"{USE}\n\n{USE_OPEN}" if _is_open(report) else USE
+def _class_counts(trial: TrialResult) -> list[int]:
+    """The number of test images of each class."""
+    return [sum(row) for row in trial.test.confusion]
 
 
-def _untested(report: Report) -> list[str]:
+def _untested(report: FewShotReport) -> list[str]:
     """The classes without test images."""
-    counts = map(sum, loaded_member(report)["test"]["confusion"])
-    return [name for name, count in zip(report["set"]["classes"], counts, strict=True) if not count]
+    counts = _class_counts(report.representative)
+    return [name for name, count in zip(report.dataset.classes, counts, strict=True) if not count]
 
 
-def _limits(report: Report) -> str:
-    """What the figures do not say."""
-    own, without = loaded_member(report)["test"], _untested(report)
-    test, fewest = own["count"], min(filter(None, map(sum, own["confusion"])))
+def _limits(report: FewShotReport) -> str:
+    """The limits of the results."""
+    trial, untested = report.representative, _untested(report)
+    test, fewest = trial.test.count, min(filter(None, _class_counts(trial)))
     limits = LIMITS.format(
         test=test,
-        fewest=(FEWEST_OF_OTHERS if without else FEWEST).format(fewest=fewest),
+        fewest=(FEWEST_OF_OTHERS if untested else FEWEST).format(fewest=fewest),
         one_of_all=1 / test,
         one_of_class=1 / fewest,
-        untested=UNTESTED.format(classes=_listed(without)) if without else "",
+        untested=UNTESTED.format(classes=_listed(untested)) if untested else "",
     )
-    return f"{limits}\n{BUILT_IN_LIMITS}" if report["model"] == BUILT_IN else limits
+    return f"{limits}\n{BUILT_IN_LIMITS}" if report.model == BUILT_IN else limits

@@ -1,4 +1,4 @@
-"""What all methods of a few-shot run share: the model, the labelled images, and what is drawn of them."""
+"""What all trials of a few-shot run share: the model, the labelled images and their splits."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from pipelines.cache import TensorCache, module_digest
 from pipelines.clip import Clip
 from pipelines.errors import InputError
 from pipelines.fewshot.baselines.task import Examples, FewShotTask
-from pipelines.fewshot.batches import AlteredImages, AlteredView, Augmentation
+from pipelines.fewshot.batches import Augmentation, AugmentedImages, AugmentedView
 from pipelines.fewshot.data import (
-    Copies,
+    DuplicateImages,
     LabelledImage,
     LabelledImageDataset,
     LabelledSet,
     base_and_new,
     check_readable,
-    find_copies,
+    find_duplicates,
     read,
     rename,
-    without_copies,
+    without_duplicates,
 )
 from pipelines.fewshot.features import image_features, prompt_features, raw_pixels
 from pipelines.fewshot.loading import load_images
@@ -40,48 +40,47 @@ from training.options.fewshot import LabelledDataOptions
 logger = get_logger(__name__)
 SPLITS = "splits"
 Key = tuple[Shots, int]
-PictureSet = Dataset[tuple[torch.Tensor, int]]
+ImageSet = Dataset[tuple[torch.Tensor, int]]
 
 
-def labelled_set(options: LabelledDataOptions) -> tuple[LabelledSet, list[Copies]]:
-    """The labelled images, and which of them were there more than once.
+def labelled_set(options: LabelledDataOptions) -> tuple[LabelledSet, list[DuplicateImages]]:
+    """The labelled images, and the duplicates that were removed from them.
 
-    One of each copied image is kept; none whose copies are in two classes. Sets of the CoOp protocol stay as they are.
+    Of identical images in one class the first is used, of identical images in several classes none. The datasets of the CoOp
+    protocol are not changed. Files that are not used, and the split of the dataset, are logged and listed in its notes.
 
-    What of the set is not used, and how it is split, is logged and stands in its notes.
-
-    Raises: InputError naming what cannot be used.
+    Raises: InputError naming the file or option that cannot be used.
     """
     if options.data_dir is not None and not Path(options.data_dir).exists():
-        raise InputError(f"There is no folder or file {options.data_dir!r}. Give --data_dir with the path where the images lie.")
+        raise InputError(f"--data_dir must be an existing folder or file, got {options.data_dir!r}. Check the path.")
     if options.dataset is not None:
         return rename(load_set(options.data_dir, options.dataset), options.names_by_key()), []
     names = options.names_by_key()
-    found = rename(sample_set(), names) if options.data_dir is None else load_images(options.data_dir, names)
-    copies = find_copies(found)
-    for one in copies:
-        logger.warning(f"{one} {'None of them is' if one.conflicting else 'One of them is'} used.")
-    used = without_copies(found, copies)
-    missing = split_notes(used)
-    for note in used.notes:
+    dataset = rename(sample_set(), names) if options.data_dir is None else load_images(options.data_dir, names)
+    duplicates = find_duplicates(dataset)
+    for group in duplicates:
+        logger.warning(f"{group} {'None' if group.conflicting else 'One'} of them is used.")
+    dataset = without_duplicates(dataset, duplicates)
+    warnings = split_notes(dataset)
+    for note in dataset.notes:
         logger.info(note)
-    for note in missing:
+    for note in warnings:
         logger.warning(note)
-    return replace(used, notes=(*used.notes, *missing)), copies
+    return replace(dataset, notes=(*dataset.notes, *warnings)), duplicates
 
 
-def check_drawable(labelled: LabelledSet, options: LabelledDataOptions) -> None:
-    """Check, before anything is loaded or written, that there are images for all shots, and that they can be read.
+def check_can_split(dataset: LabelledSet, options: LabelledDataOptions) -> None:
+    """Check, before anything is loaded or written, that every class has enough images and that they can be read.
 
-    Raises: InputError naming the class that has too few, or the images.
+    Raises: InputError naming the class with too few images, or the unreadable images.
     """
-    splits = [sample_split(labelled, *key, options.test_share) for key in keys(options)]
+    splits = [sample_split(dataset, *key, options.test_share) for key in split_keys(options)]
     used = {name for split in splits for part in split.names.values() for name, _ in part}
-    check_readable([image for image in labelled.images if image.name in used])
+    check_readable([image for image in dataset.images if image.name in used])
 
 
-def keys(options: LabelledDataOptions) -> list[Key]:
-    """Shots and seed of every draw."""
+def split_keys(options: LabelledDataOptions) -> list[Key]:
+    """Shots and seed of every split."""
     return [(shots, seed) for shots in options.all_shots() for seed in options.seeds]
 
 
@@ -90,44 +89,43 @@ class Experiment:
     """The model and the images of a run.
 
     Args:
-        clip: the base model, on its device, which no method changes.
-        labelled: all classes; the first `len(prompts.classes)` of them are learned.
-        prompts: of the classes that are learned.
-        new_prompts: of those that are held out; None if none is.
+        clip: the base model, on its device; no trial changes it.
+        dataset: all classes; the first `len(prompts.classes)` are trained.
+        prompts: of the trained classes.
+        new_prompts: of the held-out classes; None without them.
         options: of the data.
-        folder: the run's directory, which keeps splits and features.
+        folder: the run's directory, which stores splits and features.
     """
 
     clip: Clip
-    labelled: LabelledSet
+    dataset: LabelledSet
     prompts: Prompts
     new_prompts: Prompts | None
     options: LabelledDataOptions
     folder: Path
-    _seen: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    _features: dict[tuple[str, ...], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     _digests: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, clip: Clip, labelled: LabelledSet, options: LabelledDataOptions, folder: Path) -> Experiment:
-        """A study of `labelled`, half of its classes held out where the options say so.
+    def create(cls, clip: Clip, dataset: LabelledSet, options: LabelledDataOptions, folder: Path) -> Experiment:
+        """An experiment on `dataset`, with half of its classes held out if `options.base_to_new` is set.
 
         Raises: InputError for templates without {}, or too few classes to hold any out.
         """
-        given = options.templates
-        templates = given[0] if len(given) == 1 else given
+        templates = options.templates[0] if len(options.templates) == 1 else options.templates
         if not options.base_to_new:
-            return cls(clip, labelled, make_prompts(labelled.classes, templates), None, options, folder)
-        prompts, new = (make_prompts(part.classes, templates) for part in base_and_new(labelled))
-        return cls(clip, labelled, prompts, new, options, folder)
+            return cls(clip, dataset, make_prompts(dataset.classes, templates), None, options, folder)
+        prompts, new = (make_prompts(part.classes, templates) for part in base_and_new(dataset))
+        return cls(clip, dataset, prompts, new, options, folder)
 
     @property
     def cache(self) -> TensorCache:
-        """Where features of the base model are kept."""
+        """The cache of the base model's features."""
         return TensorCache(self.folder / "cache")
 
     @cached_property
     def base_sha256(self) -> str:
-        """Of the base model's weights."""
+        """SHA-256 of the base model's weights."""
         return module_digest(self.clip.model)
 
     @cached_property
@@ -140,14 +138,14 @@ class Experiment:
         """(new classes, d) of length 1, by the base model."""
         return prompt_features(self.clip, self.new_prompts, cache=self.cache)
 
-    def drawn(self, key: Key) -> SplitImages:
-        """The images of one draw, which is saved for whoever comes next."""
+    def split_images(self, key: Key) -> SplitImages:
+        """The images of one split, which is saved to the run's directory."""
         shots, seed = key
         path = self.folder / SPLITS / f"{shots}-shots-seed-{seed}.json"
-        return SplitImages(self, saved_split(path, self.labelled, shots, seed, self.options.test_share))
+        return SplitImages(self, saved_split(path, self.dataset, shots, seed, self.options.test_share))
 
     def digests(self, images: Sequence[LabelledImage]) -> dict[str, str]:
-        """The sha256 of the file of each of `images`, by their names; each file is read once."""
+        """SHA-256 of the file of each image, by name; each file is read once."""
         for image in images:
             if image.name not in self._digests:
                 self._digests[image.name] = hashlib.sha256(image.source.content()).hexdigest()
@@ -156,23 +154,23 @@ class Experiment:
     def features(self, images: Sequence[LabelledImage], clip: Clip | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Features (n, d) of length 1 and labels (n,) of `images`, by the base model or by `clip`."""
         names = tuple(image.name for image in images)
-        if clip is None and names in self._seen:
-            return self._seen[names]
-        found = self.encoded(LabelledImageDataset(images, self.clip.preprocess), clip)
+        if clip is None and names in self._features:
+            return self._features[names]
+        encoded = self.encode(LabelledImageDataset(images, self.clip.preprocess), clip)
         if clip is None:
-            self._seen[names] = found
-        return found
+            self._features[names] = encoded
+        return encoded
 
-    def encoded(self, images: PictureSet, clip: Clip | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features (n, d) of length 1 and labels (n,) of a dataset's pixels and labels."""
+    def encode(self, images: ImageSet, clip: Clip | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features (n, d) of length 1 and labels (n,) of a dataset of pixels and labels."""
         return image_features(clip or self.clip, images, workers=self.options.dataloader_num_workers, cache=self.cache)
 
 
 @dataclass(frozen=True)
 class SplitImages:
-    """The images of one draw: what is learned from, chosen on and tested on."""
+    """The images of one split: training, validation and test images."""
 
-    study: Experiment
+    experiment: Experiment
     split: FewShotSplit
 
     @property
@@ -182,61 +180,65 @@ class SplitImages:
 
     @cached_property
     def train(self) -> tuple[LabelledImage, ...]:
-        """What is learned from."""
+        """The training images."""
         return self._of("train")
 
     @cached_property
     def validation(self) -> tuple[LabelledImage, ...]:
-        """What every setting is chosen on."""
+        """The images that all hyperparameters are chosen on."""
         return self._of("val")
 
     @cached_property
     def test(self) -> tuple[LabelledImage, ...]:
-        """What is looked at once, when everything is chosen."""
+        """The images of the final evaluation."""
         return self._of("test")
 
     @cached_property
     def new_test(self) -> tuple[LabelledImage, ...]:
-        """Test images of the classes that are held out."""
-        known = len(self.study.prompts.classes)
-        return tuple(image for image in self.split.images(self.study.labelled, "test") if image.label >= known)
+        """Test images of the held-out classes."""
+        count = len(self.experiment.prompts.classes)
+        return tuple(image for image in self.split.images(self.experiment.dataset, "test") if image.label >= count)
 
     def _of(self, part: str) -> tuple[LabelledImage, ...]:
-        known = len(self.study.prompts.classes)
-        return tuple(image for image in self.split.images(self.study.labelled, part) if image.label < known)
+        count = len(self.experiment.prompts.classes)
+        return tuple(image for image in self.split.images(self.experiment.dataset, part) if image.label < count)
 
     @property
     def shots(self) -> int:
-        """The training images of the class that has fewest."""
+        """Number of training images of the smallest class."""
         labels = torch.tensor([image.label for image in self.train])
-        return int(torch.bincount(labels, minlength=len(self.study.prompts.classes)).min())
+        return int(torch.bincount(labels, minlength=len(self.experiment.prompts.classes)).min())
 
-    def altered(self) -> AlteredImages:
-        """The training images, altered at random."""
-        options = self.study.options
+    def augmented(self) -> AugmentedImages:
+        """The training images with random augmentation."""
+        options = self.experiment.options
         scale = (options.crop_scale[0], options.crop_scale[1])
-        return AlteredImages(self.train, Augmentation(scale, options.random_flip), self.study.clip)
+        return AugmentedImages(self.train, Augmentation(scale, options.random_flip), self.experiment.clip)
 
     @cached_property
     def training_examples(self) -> Examples:
-        """What frozen towers make of the training images and of altered views of them."""
-        study, altered = self.study, self.altered()
-        features, labels = study.features(self.train)
-        views = [study.encoded(AlteredView(altered, self.split.seed, view))[0] for view in range(study.options.views)]
+        """Features of the frozen encoders for the training images and for augmented views of them."""
+        experiment, augmented = self.experiment, self.augmented()
+        features, labels = experiment.features(self.train)
+        views = [
+            experiment.encode(AugmentedView(augmented, self.split.seed, view))[0] for view in range(experiment.options.views)
+        ]
         return Examples(features, labels, self._pixels(self.train), torch.stack(views) if views else None)
 
     @cached_property
     def task(self) -> FewShotTask:
-        """What methods on frozen features are given."""
-        study = self.study
-        features, labels = study.features(self.validation)
+        """The task for methods on frozen features."""
+        experiment = self.experiment
+        features, labels = experiment.features(self.validation)
         validation = Examples(features, labels, self._pixels(self.validation))
-        scale = float(study.clip.logit_scale)
-        return FewShotTask(study.prompts.classes, study.class_features, scale, self.training_examples, validation, study.clip)
+        scale = float(experiment.clip.logit_scale)
+        return FewShotTask(
+            experiment.prompts.classes, experiment.class_features, scale, self.training_examples, validation, experiment.clip
+        )
 
     def _pixels(self, images: Sequence[LabelledImage]) -> torch.Tensor:
         return torch.stack([raw_pixels(read(image)) for image in images])
 
     def inputs(self, images: Sequence[LabelledImage], reads: str) -> torch.Tensor:
-        """What a predictor that `reads` features or pixels is given of `images`: (n, width)."""
-        return self._pixels(images) if reads == "pixels" else self.study.features(images)[0]
+        """The input (n, width) of a predictor that `reads` features or pixels."""
+        return self._pixels(images) if reads == "pixels" else self.experiment.features(images)[0]

@@ -1,70 +1,55 @@
-"""The figures of a few-shot run's card, from its report alone."""
+"""The figures of a few-shot run's model card, made from its report."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
 
 from matplotlib.figure import Figure
 
 from pipelines.fewshot.classifier import ZERO_SHOT
-from pipelines.fewshot.metrics import Interval, Reliability
+from pipelines.fewshot.metric_values import Interval
 from pipelines.fewshot.plots import comparison_figure, confusion_figure, per_class_figure, reliability_figure
 from training.options.fewshot import ALL
-
-Report = Mapping[str, Any]
-
-
-def loaded_member(report: Report) -> dict[str, Any]:
-    """The member that loading the run gives."""
-    return next(member for member in report["members"] if member["folder"] == report["classifier"])
+from training.runs.fewshot_files import FewShotReport
 
 
-def shots_in_words(shots: int | str) -> str:
+def shots_text(shots: int | str) -> str:
     """Such as "16 shots"."""
     if shots == ALL:
         return "all images"
     return "1 shot" if shots == 1 else f"{shots} shots"
 
 
-def card_figures(report: Report) -> dict[str, Figure]:
+def card_figures(report: FewShotReport) -> dict[str, Figure]:
     """The figures by name.
 
-    `confusion` and `reliability` are of the classifier that is loaded; `per_class` has zero-shot beside it, where that was run;
-    `comparison` has all methods by shots, where there are several numbers of them.
+    `confusion` and `reliability` show the trial that represents the run, `per_class` compares it with zero-shot on the same
+    split if that was run, and `comparison` shows all methods by number of shots if there are several.
     """
-    own = loaded_member(report)
-    title = f"{own['method']}, {shots_in_words(own['shots'])}, seed {own['seed']}"
+    trial = report.representative
+    title = f"{trial.method}, {shots_text(trial.shots)}, seed {trial.seed}"
     curves = {
-        "as trained": Reliability(**own["test"]["reliability"]),
-        f"with the temperature {own['temperature']:.2f}": Reliability(**own["calibrated"]["reliability"]),
+        "uncalibrated": trial.test.reliability,
+        f"calibrated (temperature {trial.temperature:.2f})": trial.calibrated.reliability,
     }
-    found = {
-        "confusion": confusion_figure(own["test"]["confusion"], report["set"]["classes"], title),
+    figures = {
+        "confusion": confusion_figure(trial.test.confusion, report.dataset.classes, title),
         "reliability": reliability_figure(curves, title),
     }
-    if base := _zero_shot_beside(report, own):
-        accuracies = {ZERO_SHOT: base["test"]["per_class"], own["method"]: own["test"]["per_class"]}
-        found["per_class"] = per_class_figure(accuracies, title)
+    zero_shot = report.on_same_split(trial, ZERO_SHOT)
+    if zero_shot is not None and zero_shot is not trial:
+        accuracies = {ZERO_SHOT: zero_shot.test.per_class, trial.method: trial.test.per_class}
+        figures["per_class"] = per_class_figure(accuracies, title)
     if by_shots := _by_shots(report):
-        found["comparison"] = comparison_figure(by_shots, "95% intervals")
-    return found
+        figures["comparison"] = comparison_figure(by_shots, "95% intervals")
+    return figures
 
 
-def _zero_shot_beside(report: Report, own: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Zero-shot on the draw of `own`, another method's."""
-    wanted = (ZERO_SHOT, own["shots"], own["seed"])
-    others = (member for member in report["members"] if member is not own)
-    return next((member for member in others if (member["method"], member["shots"], member["seed"]) == wanted), None)
-
-
-def _by_shots(report: Report) -> dict[str, dict[int, Interval]]:
-    """Accuracy by method, then by shots; nothing where they are not several."""
-    numbers = [shots for shots in report["shots"] if shots != ALL]
+def _by_shots(report: FewShotReport) -> dict[str, dict[int, Interval]]:
+    """Accuracy by method and number of shots; empty unless there are several numbers."""
+    numbers = [shots for shots in report.shots if shots != ALL]
     if len(numbers) < 2:
         return {}
-    curves: dict[str, dict[int, Interval]] = {method: {} for method in report["methods"]}
-    for row in report["summary"]:
-        if row["shots"] in numbers:
-            curves[row["method"]][row["shots"]] = Interval(**row["top1"])
+    curves: dict[str, dict[int, Interval]] = {method: {} for method in report.methods}
+    for row in report.summary:
+        if row.shots in numbers:
+            curves[row.method][row.shots] = row.top1
     return curves

@@ -1,128 +1,119 @@
-"""The report of a few-shot run: every member, and the methods side by side with their intervals."""
+"""The report of a few-shot run: every trial, and a summary of the methods with confidence intervals."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from statistics import fmean
-from typing import Any
 
-from pipelines.fewshot.metrics import Interval, interval_over_seeds
+from pipelines.fewshot.metric_values import Interval
+from pipelines.fewshot.metrics import interval_over_seeds
 from pipelines.fewshot.shots import Shots
 from pipelines.methods import DEFAULT
-from training.fewshot.experiment import Experiment, keys
+from training.fewshot.experiment import Experiment, split_keys
 from training.fewshot.trials import Trial
 from training.options.fewshot import ALL, FewShotOptions
+from training.runs.fewshot_files import DatasetSummary, FewShotReport, MethodSummary, TrialResult
 
-RESULT = "result.json"
-FORMAT = 1
-AVERAGED = ("trained_numbers", "stored_bytes", "seconds", "peak_memory")
-
-
-def members_of(options: FewShotOptions) -> list[Trial]:
-    """All that a run fits, draw by draw."""
-    return [Trial(*key, method) for key in keys(options.data) for method in options.method.method]
+AVERAGED = ("num_trainable_parameters", "stored_bytes", "seconds", "peak_memory")
 
 
-def shown_member(options: FewShotOptions) -> Trial:
-    """The one that stands for the run, of most shots and the first seed: the default method's, else the first adapter's, else the
-    last method's.
+def trials_of(options: FewShotOptions) -> list[Trial]:
+    """All trials of a run, split by split."""
+    return [Trial(*key, method) for key in split_keys(options.data) for method in options.method.method]
+
+
+def representative_trial(options: FewShotOptions) -> Trial:
+    """The trial that represents the run: most shots, first seed, and the default method, else the first adapter, else the last
+    method.
     """
     adapters, methods = options.method.adapters(), options.method.method
     method = DEFAULT if DEFAULT in adapters else (adapters or methods[-1:])[0]
-    shots = max(options.data.all_shots(), key=lambda own: float("inf") if own == ALL else own)
+    shots = max(options.data.all_shots(), key=lambda number: float("inf") if number == ALL else number)
     return Trial(shots, options.data.seeds[0], method)
 
 
-def seconds_left(results: Sequence[dict[str, Any]], members: Sequence[Trial]) -> float | None:
-    """How long fitting `members` will take, by what the same methods took; None while one of them has not been fitted yet.
+def seconds_left(results: Sequence[TrialResult], trials: Sequence[Trial]) -> float | None:
+    """Estimated seconds to fit `trials`; None while one of their methods has not been fitted yet.
 
     Args:
-        results: of those that are fitted.
+        results: of the finished trials.
     """
-    took: dict[tuple[str, Shots], list[float]] = {}
-    for one in results:
-        took.setdefault((one["method"], one["shots"]), []).append(one["seconds"])
-    known = [took.get((member.method, member.shots)) for member in members]
-    return round(sum(map(fmean, known)), 1) if all(known) else None
+    durations: dict[tuple[str, Shots], list[float]] = {}
+    for result in results:
+        durations.setdefault((result.method, result.shots), []).append(result.seconds)
+    estimates = [durations.get((trial.method, trial.shots)) for trial in trials]
+    return round(sum(map(fmean, estimates)), 1) if all(estimates) else None
 
 
 def report_of(
-    study: Experiment, options: FewShotOptions, copies: Sequence[str], results: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
-    """The report, as plain values.
+    experiment: Experiment, options: FewShotOptions, duplicates: Sequence[str], results: Sequence[TrialResult]
+) -> FewShotReport:
+    """The report.
 
     Args:
-        copies: what was found of images that were there more than once.
-        results: of all members.
+        duplicates: a sentence for each group of identical images.
+        results: of all trials, the representative one included.
     """
-    new = study.new_prompts
-    return {
-        "format": FORMAT,
-        "set": {
-            "name": study.labelled.name,
-            "classes": list(study.prompts.classes),
-            "new_classes": [] if new is None else list(new.classes),
-            "pictures": len(study.labelled.images),
-            "copies": list(copies),
-            "notes": list(study.labelled.notes),
-        },
-        "model": options.model.model,
-        "pretrained": options.model.pretrained,
-        "templates": list(study.prompts.templates),
-        "shots": options.data.all_shots(),
-        "seeds": options.data.seeds,
-        "methods": options.method.method,
-        "members": list(results),
-        "summary": [
-            summary_of([one for one in results if (one["shots"], one["method"]) == (shots, method)])
+    dataset, new = experiment.dataset, experiment.new_prompts
+    trial = representative_trial(options)
+    (classifier,) = (
+        one.folder for one in results if (one.shots, one.seed, one.method) == (trial.shots, trial.seed, trial.method)
+    )
+    return FewShotReport(
+        dataset=DatasetSummary(
+            name=dataset.name,
+            classes=list(experiment.prompts.classes),
+            new_classes=[] if new is None else list(new.classes),
+            images=len(dataset.images),
+            duplicates=list(duplicates),
+            notes=list(dataset.notes),
+        ),
+        model=options.model.model,
+        pretrained=options.model.pretrained,
+        templates=list(experiment.prompts.templates),
+        shots=options.data.all_shots(),
+        seeds=options.data.seeds,
+        methods=options.method.method,
+        trials=list(results),
+        summary=[
+            summary_of([result for result in results if (result.shots, result.method) == (shots, method)])
             for shots in options.data.all_shots()
             for method in options.method.method
         ],
-        "classifier": shown_member(options).folder.as_posix(),
-    }
+        classifier=classifier,
+    )
 
 
-def summary_of(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One method at one number of shots, over its seeds."""
-    first, tests = results[0], [one["test"] for one in results]
-    return {
-        "shots": first["shots"],
-        "method": first["method"],
-        "runs": len(results),
-        "top1": over_seeds([test["top1"] for test in tests]),
-        "calibration_error": fmean(test["calibration_error"] for test in tests),
-        "calibrated_calibration_error": fmean(one["calibrated"]["calibration_error"] for one in results),
-        **{name: fmean(one[name] for one in results) for name in AVERAGED},
-        **_of_new_classes([one for one in results if one["new_classes"] is not None]),
-    }
+def summary_of(results: Sequence[TrialResult]) -> MethodSummary:
+    """The means over `results`: one method at one number of shots, all its seeds."""
+    new = [result.new_classes for result in results if result.new_classes is not None]
+    return MethodSummary(
+        shots=results[0].shots,
+        method=results[0].method,
+        num_seeds=len(results),
+        top1=over_seeds([result.test.top1 for result in results]),
+        calibration_error=fmean(result.test.calibration_error for result in results),
+        calibrated_calibration_error=fmean(result.calibrated.calibration_error for result in results),
+        **{name: fmean(getattr(result, name) for result in results) for name in AVERAGED},
+        new_classes=over_seeds([one.top1 for one in new]) if new else None,
+        harmonic_mean=fmean(one.harmonic_mean for one in new) if new else None,
+    )
 
 
-def _of_new_classes(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What is told of classes that were not learned; None where there were none."""
-    if not results:
-        return {"new_classes": None, "harmonic_mean": None}
-    return {
-        "new_classes": over_seeds([one["new_classes"]["top1"] for one in results]),
-        "harmonic_mean": fmean(one["new_classes"]["harmonic_mean"] for one in results),
-    }
+def over_seeds(intervals: Sequence[Interval]) -> Interval:
+    """Student's interval over seeds; a single interval is returned unchanged."""
+    return intervals[0] if len(intervals) == 1 else interval_over_seeds([interval.value for interval in intervals])
 
 
-def over_seeds(found: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Student's interval over runs; of one run alone its own."""
-    return dict(found[0]) if len(found) == 1 else asdict(interval_over_seeds([one["value"] for one in found]))
-
-
-def table(report: dict[str, Any]) -> str:
-    """The methods side by side, for a terminal."""
+def table(report: FewShotReport) -> str:
+    """The summary as a table for a terminal."""
     lines = [
-        f"{'shots':>5}  {'method':<14}{'top-1, 95% interval':>24}{'ECE':>8}{'calibrated':>12}{'trained':>10}{'bytes':>10}{'s':>8}"
+        f"{'shots':>5}  {'method':<14}{'top-1, 95% interval':>24}{'ECE':>8}{'calibrated':>12}{'params':>10}{'bytes':>10}{'s':>8}"
     ]
-    for row in report["summary"]:
-        top1 = Interval(**row["top1"])
+    for row in report.summary:
         lines.append(
-            f"{row['shots']!s:>5}  {row['method']:<14}{top1.as_share():>24}{row['calibration_error']:>8.3f}"
-            f"{row['calibrated_calibration_error']:>12.3f}{row['trained_numbers']:>10,.0f}{row['stored_bytes']:>10,.0f}"
-            f"{row['seconds']:>8.1f}"
+            f"{row.shots!s:>5}  {row.method:<14}{row.top1.as_share():>24}{row.calibration_error:>8.3f}"
+            f"{row.calibrated_calibration_error:>12.3f}{row.num_trainable_parameters:>10,.0f}{row.stored_bytes:>10,.0f}"
+            f"{row.seconds:>8.1f}"
         )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""One method, fitted to one draw of images: everything is chosen on validation, then the test is looked at once."""
+"""A trial: one method, fitted to one split. Hyperparameters are chosen on validation images, then tested once."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import copy
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -23,11 +23,12 @@ from pipelines.clip import Clip
 from pipelines.fewshot import adapters, baselines
 from pipelines.fewshot.baselines.predictors import Predictor
 from pipelines.fewshot.baselines.vocabulary import with_classes
-from pipelines.fewshot.batches import DrawnViews, LabelledBatches
+from pipelines.fewshot.batches import LabelledBatches, SampledViews
 from pipelines.fewshot.classifier import ClassifierFile, save_classifier
 from pipelines.fewshot.data import LabelledImage, LabelledImageDataset
 from pipelines.fewshot.features import prompt_features
 from pipelines.fewshot.loss import ClassificationLoss
+from pipelines.fewshot.metric_values import ClassificationMetrics
 from pipelines.fewshot.metrics import fit_temperature, harmonic_mean, score, top1, wilson_interval
 from pipelines.fewshot.prompts import Prompts
 from pipelines.fewshot.shots import Shots
@@ -35,80 +36,87 @@ from pipelines.optimizers import Adam, Rates, parameter_groups
 from training.engine.dry_run import PeakMemory
 from training.engine.loop import LoopOptions, Trainable, train, training_losses
 from training.fewshot.experiment import Experiment, SplitImages
-from training.fewshot.tested import told_of_test, write_tested
+from training.fewshot.prediction_file import prediction_file
 from training.options.fewshot import FewShotOptimisationOptions, FewShotOptions
+from training.runs.fewshot_files import (
+    TEST,
+    NewClassesResult,
+    PredictionFile,
+    TrialResult,
+    ValidationResult,
+    trials_folder,
+)
 from training.runs.run import RunDirectory
 
-# From as trained to the base model.
-STRENGTHS = (1.0, 0.75, 0.5, 0.25, 0.0)
+# Candidate scales of the adapter, from as trained to the base model.
+SCALES = (1.0, 0.75, 0.5, 0.25, 0.0)
 WARMUP_SHARE = 0.05
-# Of images at once, where the batches of the training are no smaller.
+# Batch size of the calibration; a smaller training batch size lowers it.
 CALIBRATION_BATCH = 64
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A method and the draw it is fitted to."""
+    """A method and the split that it is fitted to."""
 
     shots: Shots
     seed: int
     method: str
 
-    @property
-    def folder(self) -> Path:
-        """Below the run's directory."""
-        return Path("members") / f"{self.shots}-shots" / f"seed-{self.seed}" / self.method
+    def folder_in(self, run_path: Path) -> str:
+        """The trial's folder, relative to the run's directory `run_path`."""
+        return f"{trials_folder(run_path)}/{self.shots}-shots/seed-{self.seed}/{self.method}"
 
     def __str__(self) -> str:
         return f"{self.method}, {self.shots} shots, seed {self.seed}"
 
 
-class Fitted(Protocol):
-    """A method that has learned and chosen all it will."""
+class FittedMethod(Protocol):
+    """A fitted method, with all hyperparameters chosen."""
 
-    trained_numbers: int
+    num_trainable_parameters: int
     setting: dict[str, float]
-    strength: float
-    guard: str | None
+    scale: float
+    scale_reason: str | None
 
     def logits(self, images: Sequence[LabelledImage]) -> torch.Tensor:
         """(n, classes) float32 on the CPU."""
 
     def new_logits(self, images: Sequence[LabelledImage]) -> torch.Tensor | None:
-        """(n, new classes) of images of the classes held out; None for methods that know only what they were shown."""
+        """(n, new classes) for images of the held-out classes; None for methods that cannot add classes."""
 
-    def save(self, folder: Path, told: ClassifierFile) -> None:
-        """Write the classifier's files."""
+    def save(self, folder: Path, metadata: ClassifierFile) -> None:
+        """Write the classifier's folder."""
 
 
 class FittedBaseline:
     """A method on frozen features."""
 
-    strength, guard = 1.0, None
+    scale, scale_reason = 1.0, None
 
-    def __init__(self, drawn: SplitImages, predictor: Predictor) -> None:
-        self.drawn, self.predictor = drawn, predictor
-        self.trained_numbers, self.setting = predictor.trained_numbers, dict(predictor.setting)
+    def __init__(self, split_images: SplitImages, predictor: Predictor) -> None:
+        self.split_images, self.predictor = split_images, predictor
+        self.num_trainable_parameters, self.setting = predictor.num_trainable_parameters, dict(predictor.setting)
 
     def logits(self, images: Sequence[LabelledImage]) -> torch.Tensor:
-        """See `Fitted`."""
-        return self.predictor.logits(self.drawn.inputs(images, self.predictor.reads)).cpu()
+        """See `FittedMethod`."""
+        return self.predictor.logits(self.split_images.inputs(images, self.predictor.reads)).cpu()
 
     def new_logits(self, images: Sequence[LabelledImage]) -> torch.Tensor | None:
-        """See `Fitted`."""
+        """See `FittedMethod`."""
         if not self.predictor.open_vocabulary:
             return None
-        study = self.drawn.study
-        wider = with_classes(self.predictor, study.clip, study.new_prompts)
-        return wider.logits(self.drawn.inputs(images, wider.reads)).cpu()[:, len(study.prompts.classes) :]
+        experiment = self.split_images.experiment
+        extended = with_classes(self.predictor, experiment.clip, experiment.new_prompts)
+        return extended.logits(self.split_images.inputs(images, extended.reads)).cpu()[:, len(experiment.prompts.classes) :]
 
-    def save(self, folder: Path, told: ClassifierFile) -> None:
-        """See `Fitted`."""
-        save_classifier(folder, told, predictor=self.predictor)
+    def save(self, folder: Path, metadata: ClassifierFile) -> None:
+        """See `FittedMethod`."""
+        save_classifier(folder, metadata, predictor=self.predictor)
 
 
 class FittedAdapter:
-    """Towers that an adapter was trained on, at the strength that validation chose.
+    """Encoders with a trained adapter, at the scale chosen on the validation images.
 
     Args:
         clip: a copy of the base model, with the adapter.
@@ -117,106 +125,108 @@ class FittedAdapter:
 
     def __init__(
         self,
-        drawn: SplitImages,
+        split_images: SplitImages,
         clip: Clip,
         components: dict[str, nn.Module],
         setting: dict[str, float],
     ) -> None:
-        self.drawn, self.clip, self.components, self.setting = drawn, clip, components, setting
-        self.trained_numbers = sum(parameter.numel() for parameter in trained_parameters(components))
-        self.strength, self.guard = self._guarded()
+        self.split_images, self.clip, self.components, self.setting = split_images, clip, components, setting
+        self.num_trainable_parameters = sum(parameter.numel() for parameter in trained_parameters(components))
+        self.scale, self.scale_reason = self._choose_scale()
 
-    def _guarded(self) -> tuple[float, str | None]:
-        """The strength that validation allows, set; and, where it is not the full one, what there was to choose from.
+    def _choose_scale(self) -> tuple[float, str | None]:
+        """Set the scale chosen on the validation images; returns it and, if it is below 1, the reason.
 
-        Interpolates towards zero-shot, h = W x + strength dW x, as WiSE-FT does [Wortsman et al. 2022, eq. 1]. The largest
-        strength whose accuracy is within one standard error of the best is taken [Breiman et al. 1984, section 3.4.3]: a few
-        validation images alone tell no smaller difference.
+        Interpolates towards zero-shot, h = W x + scale dW x, as WiSE-FT does [Wortsman et al. 2022, eq. 1]. Takes the largest
+        scale whose accuracy is within one standard error of the best [Breiman et al. 1984, section 3.4.3]: smaller
+        differences are not significant on a few validation images.
         """
-        images = self.drawn.validation
+        images = self.split_images.validation
         labels = torch.tensor([image.label for image in images])
-        allowed = STRENGTHS if adapters.allows_any_strength(self.components) else (STRENGTHS[0], STRENGTHS[-1])
-        right = {}
-        for strength in allowed:
-            adapters.set_strength(self.components, strength)
-            right[strength] = top1(self.logits(images), labels)
-        chosen = largest_within_error(right, len(images))
-        adapters.set_strength(self.components, chosen)
-        return chosen, None if chosen == STRENGTHS[0] else told_of_guard(right, chosen, len(images))
+        scales = SCALES if adapters.allows_any_scale(self.components) else (SCALES[0], SCALES[-1])
+        accuracies = {}
+        for scale in scales:
+            adapters.set_scale(self.components, scale)
+            accuracies[scale] = top1(self.logits(images), labels)
+        chosen = largest_within_error(accuracies, len(images))
+        adapters.set_scale(self.components, chosen)
+        return chosen, None if chosen == SCALES[0] else scale_reason(accuracies, chosen, len(images))
 
     def logits(self, images: Sequence[LabelledImage], prompts: Prompts | None = None) -> torch.Tensor:
-        """See `Fitted`; of the classes of `prompts`, those that were learned unless said."""
-        study = self.drawn.study
-        features, _ = study.features(images, self.clip)
-        classes = prompt_features(self.clip, prompts or study.prompts, cache=study.cache)
+        """See `FittedMethod`.
+
+        Args:
+            prompts: of the classes; by default those of the trained ones.
+        """
+        experiment = self.split_images.experiment
+        features, _ = experiment.features(images, self.clip)
+        classes = prompt_features(self.clip, prompts or experiment.prompts, cache=experiment.cache)
         return float(self.clip.logit_scale) * features @ classes.T
 
     def new_logits(self, images: Sequence[LabelledImage]) -> torch.Tensor | None:
-        """See `Fitted`."""
-        return self.logits(images, self.drawn.study.new_prompts)
+        """See `FittedMethod`."""
+        return self.logits(images, self.split_images.experiment.new_prompts)
 
-    def save(self, folder: Path, told: ClassifierFile) -> None:
-        """See `Fitted`."""
-        save_classifier(folder, told, adapter=self.components)
+    def save(self, folder: Path, metadata: ClassifierFile) -> None:
+        """See `FittedMethod`."""
+        save_classifier(folder, metadata, adapter=self.components)
 
 
 def largest_within_error(accuracies: Mapping[float, float], count: int) -> float:
-    """The largest strength whose accuracy on `count` images is within one binomial standard error of the best one's.
+    """The largest scale whose accuracy on `count` images is within one binomial standard error of the best accuracy.
 
     Args:
-        accuracies: by strength, in [0, 1].
+        accuracies: by scale, in [0, 1].
     """
     best = max(accuracies.values())
     error = math.sqrt(best * (1 - best) / count)
-    return max(strength for strength, accuracy in accuracies.items() if accuracy >= best - error)
+    return max(scale for scale, accuracy in accuracies.items() if accuracy >= best - error)
 
 
-def told_of_guard(accuracies: Mapping[float, float], chosen: float, count: int) -> str:
-    """One sentence on why the strength `chosen`, which is not the full one, is used."""
-    result = "falls back to zero-shot" if chosen == 0 else f"uses {chosen:g} of the adapter's strength"
+def scale_reason(accuracies: Mapping[float, float], chosen: float, count: int) -> str:
+    """Why the adapter is used at the scale `chosen`, which is below 1."""
+    result = "classifies zero-shot, without the adapter" if chosen == 0 else f"uses the adapter at scale {chosen:g}"
+    at_chosen = f"{accuracies[chosen]:.0%} at scale {chosen:g} and " if chosen else ""
     return (
-        f"On {count} validation images {accuracies[1.0]:.0%} are right at full strength, {accuracies[chosen]:.0%} at "
-        f"{chosen:g}, {accuracies[0.0]:.0%} without the adapter: the result {result}."
+        f"Accuracy on {count} validation images: {accuracies[1.0]:.0%} at scale 1, {at_chosen}{accuracies[0.0]:.0%} without the "
+        f"adapter. The classifier {result}."
     )
 
 
 def calibration_batches(inputs: LabelledImageDataset, train_batch_size: int, has_bar: bool) -> Iterator[torch.Tensor]:
-    """All images as a model takes them, in batches (n, 3, h, w).
-
-    None is larger than those of the training, so that calibration takes less memory than a step.
-    """
+    """All images in batches (n, 3, h, w), no larger than those of the training, so that they need less memory than a step."""
     loader = torch.utils.data.DataLoader(inputs, min(CALIBRATION_BATCH, train_batch_size))
     for pixels, _ in tqdm(loader, desc="calibrating", leave=False, delay=5, disable=not has_bar):
         yield pixels
 
 
 def fit_adapter(
-    accelerator: Accelerator, run: RunDirectory, drawn: SplitImages, member: Trial, options: FewShotOptions
+    accelerator: Accelerator, run: RunDirectory, images: SplitImages, trial: Trial, options: FewShotOptions
 ) -> FittedAdapter:
-    """Train an adapter in the member's own directory, going on from its newest checkpoint where there is one."""
-    study, how, adapter = drawn.study, options.optimisation, options.method.adapter(member.method)
-    clip = replace(study.clip, model=copy.deepcopy(study.clip.model))
+    """Train an adapter in the trial's directory, resuming from its newest checkpoint if there is one."""
+    experiment, optimisation, adapter = images.experiment, options.optimisation, options.method.adapter(trial.method)
+    clip = replace(experiment.clip, model=copy.deepcopy(experiment.clip.model))
     components = adapters.attach(clip, adapter, options.target_layers)
-    calibration = study.folder / "calibration" / f"{member.shots}-shots-seed-{member.seed}"
+    calibration = experiment.folder / "calibration" / f"{trial.shots}-shots-seed-{trial.seed}"
     pixels = calibration_batches(
-        LabelledImageDataset(drawn.train, clip.preprocess), how.train_batch_size, accelerator.is_main_process
+        LabelledImageDataset(images.train, clip.preprocess), optimisation.train_batch_size, accelerator.is_main_process
     )
-    tokens = clip.tokenizer(study.prompts.texts())
-    loss, batches = learned_from(drawn, clip, components, how.train_batch_size, accelerator.num_processes)
+    tokens = clip.tokenizer(experiment.prompts.texts())
+    loss, batches = loss_and_batches(images, clip, components, optimisation.train_batch_size, accelerator.num_processes)
     losses = partial(training_losses, loss, batches, accelerator)
-    # All processes at once: the statistics of activations are summed over them.
-    adapters.start(clip, adapter, components, pixels, tokens, calibration, member.seed, losses)
-    steps, rate = how.steps(drawn.shots), options.learning_rate(member.method)
-    trainable = to_train(loss, batches, components, adapter, how, steps, rate)
-    own = RunDirectory.create(run.path / member.folder, options.to_dict(), run.writes)
-    with own.recording():
-        train(accelerator, own, trainable, loop_options(options, steps, member.seed))
+    # On all processes: the activation statistics are summed over them.
+    adapters.start(clip, adapter, components, pixels, tokens, calibration, trial.seed, losses)
+    steps, rate = optimisation.steps(images.shots), options.learning_rate(trial.method)
+    trainable = to_train(loss, batches, components, adapter, optimisation, steps, rate)
+    directory = RunDirectory.create(run.path / trial.folder_in(run.path), options.to_dict(), run.writes)
+    with directory.recording():
+        train(accelerator, directory, trainable, loop_options(options, steps, trial.seed))
     trainable.module.eval()
-    return FittedAdapter(drawn, clip, components, {"learning_rate": rate, "steps": steps})
+    return FittedAdapter(images, clip, components, {"learning_rate": rate, "steps": steps})
 
 
 def loop_options(options: FewShotOptions, steps: int, seed: int) -> LoopOptions:
-    """What of the options the loop needs, to train for `steps`."""
+    """The options of the training loop."""
     return LoopOptions(
         steps,
         seed=seed,
@@ -228,21 +238,18 @@ def loop_options(options: FewShotOptions, steps: int, seed: int) -> LoopOptions:
     )
 
 
-def learned_from(
-    drawn: SplitImages, clip: Clip, components: dict[str, nn.Module], train_batch_size: int, processes: int
+def loss_and_batches(
+    images: SplitImages, clip: Clip, components: dict[str, nn.Module], train_batch_size: int, processes: int
 ) -> tuple[ClassificationLoss, LabelledBatches]:
-    """The loss and its batches.
-
-    Where one tower alone is adapted, what the other makes of images or prompts is computed once.
-    """
-    study = drawn.study
+    """The loss and its batches; the features of an encoder that is not adapted are computed once."""
+    experiment = images.experiment
     reads_features = adapters.IMAGE not in components
-    class_features = None if adapters.TEXT in components else study.class_features
-    loss = ClassificationLoss(clip, study.prompts, class_features, reads_features)
-    labels = torch.tensor([image.label for image in drawn.train])
+    class_features = None if adapters.TEXT in components else experiment.class_features
+    loss = ClassificationLoss(clip, experiment.prompts, class_features, reads_features)
+    labels = torch.tensor([image.label for image in images.train])
     size = processes * min(train_batch_size, math.ceil(len(labels) / processes))
-    images = DrawnViews(drawn.training_examples.all_views()) if reads_features else drawn.altered()
-    return loss, LabelledBatches(images, labels, size, drawn.split.seed)
+    inputs = SampledViews(images.training_examples.all_views()) if reads_features else images.augmented()
+    return loss, LabelledBatches(inputs, labels, size, images.split.seed)
 
 
 def to_train(
@@ -250,60 +257,64 @@ def to_train(
     batches: LabelledBatches,
     components: dict[str, nn.Module],
     adapter: AdapterOptions,
-    how: FewShotOptimisationOptions,
+    optimisation: FewShotOptimisationOptions,
     steps: int,
     learning_rate: float,
 ) -> Trainable:
-    """AdamW over the adapter's parameters, a cosine that falls to zero, and what the method does within the training."""
+    """The loss with AdamW over the adapter's parameters, a cosine schedule to zero, and the method's hooks in the training."""
     method = adapter.create()
-    optimizer = Adam(weight_decay=how.adam_weight_decay).optimizer(
+    optimizer = Adam(weight_decay=optimisation.adam_weight_decay).optimizer(
         parameter_groups(loss, Rates(learning_rate, factor=method.learning_rate_factor))
     )
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=round(WARMUP_SHARE * steps), num_training_steps=steps)
     return Trainable(loss, batches, optimizer, schedule, method=method.training(list(components.values()), steps))
 
 
-def judged(fitted: Fitted, drawn: SplitImages) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a report says of a method, and what it made of each test image: first its temperature, on validation, then the
-    test.
-    """
-    study = drawn.study
-    labels = {part: torch.tensor([one.label for one in getattr(drawn, part)]) for part in ("validation", "test")}
-    chosen_on = fitted.logits(drawn.validation)
-    temperature = fit_temperature(chosen_on, labels["validation"])
-    zero_shot = float(study.clip.logit_scale) * study.features(drawn.validation)[0] @ study.class_features.T
-    tested = fitted.logits(drawn.test)
-    classes = study.prompts.classes
-    plain, calibrated = (score(tested, labels["test"], classes, value) for value in (1.0, temperature))
-    found = {
-        "temperature": temperature,
-        "validation": {
-            "top1": top1(chosen_on, labels["validation"]),
-            "zero_shot_top1": top1(zero_shot, labels["validation"]),
-            "count": len(drawn.validation),
-        },
-        "test": plain.as_dict(),
-        "calibrated": calibrated.as_dict(),
-        "new_classes": judged_on_new(fitted, drawn, plain.top1.value) if study.new_prompts else None,
-    }
-    return found, told_of_test(drawn.test, tested, temperature, classes, study.digests(drawn.test))
+@dataclass(frozen=True)
+class Evaluation:
+    """The metrics of a fitted method, as of `TrialResult`, and its predictions for the test images."""
+
+    temperature: float
+    validation: ValidationResult
+    test: ClassificationMetrics
+    calibrated: ClassificationMetrics
+    new_classes: NewClassesResult | None
+    predictions: PredictionFile
 
 
-def judged_on_new(fitted: Fitted, drawn: SplitImages, base_top1: float) -> dict[str, Any] | None:
-    """How well a method names classes that it was never shown, among themselves; None where it cannot."""
-    study, images = drawn.study, drawn.new_test
-    logits = fitted.new_logits(images)
+def evaluate(fitted: FittedMethod, images: SplitImages) -> Evaluation:
+    """Fit the temperature on the validation images, then evaluate on the test images."""
+    experiment, classes = images.experiment, images.experiment.prompts.classes
+    validation_labels, test_labels = (torch.tensor([one.label for one in part]) for part in (images.validation, images.test))
+    validation_logits = fitted.logits(images.validation)
+    temperature = fit_temperature(validation_logits, validation_labels)
+    zero_shot = float(experiment.clip.logit_scale) * experiment.features(images.validation)[0] @ experiment.class_features.T
+    logits = fitted.logits(images.test)
+    test, calibrated = (score(logits, test_labels, classes, value) for value in (1.0, temperature))
+    return Evaluation(
+        temperature=temperature,
+        validation=ValidationResult(
+            top1=top1(validation_logits, validation_labels),
+            zero_shot_top1=top1(zero_shot, validation_labels),
+            count=len(images.validation),
+        ),
+        test=test,
+        calibrated=calibrated,
+        new_classes=evaluate_new_classes(fitted, images, test.top1.value) if experiment.new_prompts else None,
+        predictions=prediction_file(images.test, logits, temperature, classes, experiment.digests(images.test)),
+    )
+
+
+def evaluate_new_classes(fitted: FittedMethod, images: SplitImages, base_top1: float) -> NewClassesResult | None:
+    """Accuracy on the held-out classes, among themselves; None if the method cannot add classes."""
+    experiment, test = images.experiment, images.new_test
+    logits = fitted.new_logits(test)
     if logits is None:
         return None
-    labels = torch.tensor([image.label for image in images]) - len(study.prompts.classes)
-    zero_shot = float(study.clip.logit_scale) * study.features(images)[0] @ study.new_class_features.T
-    found = wilson_interval(int((logits.argmax(dim=1) == labels).sum()), len(labels))
-    return {
-        "top1": asdict(found),
-        "zero_shot_top1": top1(zero_shot, labels),
-        "harmonic_mean": harmonic_mean(base_top1, found.value),
-        "count": len(labels),
-    }
+    labels = torch.tensor([image.label for image in test]) - len(experiment.prompts.classes)
+    zero_shot = float(experiment.clip.logit_scale) * experiment.features(test)[0] @ experiment.new_class_features.T
+    accuracy = wilson_interval(int((logits.argmax(dim=1) == labels).sum()), len(labels))
+    return NewClassesResult(accuracy, top1(zero_shot, labels), harmonic_mean(base_top1, accuracy.value), len(labels))
 
 
 def stored_bytes(folder: Path) -> int:
@@ -313,58 +324,62 @@ def stored_bytes(folder: Path) -> int:
     return min(sum(file.stat().st_size for file in layout.glob(pattern)) for layout in layouts)
 
 
-def fit_member(
-    accelerator: Accelerator, run: RunDirectory, drawn: SplitImages, member: Trial, options: FewShotOptions
-) -> tuple[Fitted, dict[str, Any]] | None:
-    """Fit a method, judge it and save it; on other processes than the main one, train along and return None.
+def fit_trial(
+    accelerator: Accelerator, run: RunDirectory, images: SplitImages, trial: Trial, options: FewShotOptions
+) -> tuple[FittedMethod, TrialResult] | None:
+    """Fit a method, evaluate it and save it; processes other than the main one take part in the training and return None.
 
-    Returns: what was fitted, and the member's entry of the report. Its seconds and its peak memory are those of fitting; what
-    frozen towers make of the images is there by then.
+    The result's seconds and peak memory are those of fitting alone: the features of the frozen encoders are computed before.
     """
-    if member.method in baselines.BASELINES:
-        if not accelerator.is_main_process:
-            return None
-        task = drawn.task
-        began, memory = time.monotonic(), PeakMemory(accelerator.device)
-        fitted: Fitted = FittedBaseline(drawn, baselines.fit(member.method, task, member.seed))
+    is_baseline = trial.method in baselines.BASELINES
+    if is_baseline and not accelerator.is_main_process:
+        return None
+    task = images.task if is_baseline else None
+    began, memory = time.monotonic(), PeakMemory(accelerator.device)
+    fitted: FittedMethod
+    if task is not None:
+        fitted = FittedBaseline(images, baselines.fit(trial.method, task, trial.seed))
     else:
-        began, memory = time.monotonic(), PeakMemory(accelerator.device)
-        fitted = fit_adapter(accelerator, run, drawn, member, options)
+        fitted = fit_adapter(accelerator, run, images, trial, options)
         if not accelerator.is_main_process:
             return None
     cost = {"seconds": round(time.monotonic() - began, 2), "peak_memory": memory.read()}
-    (found, tested), folder = judged(fitted, drawn), run.path / member.folder
-    fitted.save(folder, classifier_file(drawn.study, member, fitted, found["temperature"], options))
-    write_tested(folder, tested)
-    return fitted, {
-        "shots": member.shots,
-        "seed": member.seed,
-        "method": member.method,
-        "folder": member.folder.as_posix(),
-        "split_sha256": drawn.split.sha256,
-        "setting": fitted.setting,
-        "strength": fitted.strength,
-        "guard": fitted.guard,
-        "trained_numbers": fitted.trained_numbers,
-        "stored_bytes": stored_bytes(folder),
+    evaluation, folder = evaluate(fitted, images), trial.folder_in(run.path)
+    fitted.save(run.path / folder, classifier_file(images.experiment, trial, fitted, evaluation.temperature, options))
+    evaluation.predictions.write(run.path / folder / TEST)
+    return fitted, TrialResult(
+        shots=trial.shots,
+        seed=trial.seed,
+        method=trial.method,
+        folder=folder,
+        split_sha256=images.split.sha256,
+        setting=fitted.setting,
+        scale=fitted.scale,
+        scale_reason=fitted.scale_reason,
+        num_trainable_parameters=fitted.num_trainable_parameters,
+        stored_bytes=stored_bytes(run.path / folder),
         **cost,
-        **found,
-    }
+        temperature=evaluation.temperature,
+        validation=evaluation.validation,
+        test=evaluation.test,
+        calibrated=evaluation.calibrated,
+        new_classes=evaluation.new_classes,
+    )
 
 
 def classifier_file(
-    study: Experiment, member: Trial, fitted: Fitted, temperature: float, options: FewShotOptions
+    experiment: Experiment, trial: Trial, fitted: FittedMethod, temperature: float, options: FewShotOptions
 ) -> ClassifierFile:
-    """What the classifier's folder says of it."""
-    classes = study.prompts.classes
+    """The content of the trial's classifier.json."""
+    classes = experiment.prompts.classes
     return ClassifierFile(
-        method=member.method,
+        method=trial.method,
         model=options.model.model,
         pretrained=options.model.pretrained,
-        base_sha256=study.base_sha256,
+        base_sha256=experiment.base_sha256,
         classes=classes,
-        keys=study.labelled.keys[: len(classes)],
-        templates=study.prompts.templates,
-        strength=fitted.strength,
+        keys=experiment.dataset.keys[: len(classes)],
+        templates=experiment.prompts.templates,
+        scale=fitted.scale,
         temperature=temperature,
     )

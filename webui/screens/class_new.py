@@ -160,8 +160,8 @@ def _card(row: dict[str, Any]) -> str:
 
 def _methods(result: Result) -> gr.Dropdown:
     """The methods of the split whose trial was chosen as the classifier."""
-    choices = [(class_html.method_title(one["method"]), one["folder"]) for one in result.same_split()]
-    return gr.Dropdown(choices, value=result.trial["folder"])
+    choices = [(class_html.method_title(one.method), one.folder) for one in result.same_split()]
+    return gr.Dropdown(choices, value=result.trial.folder)
 
 
 def _table(rows: list[dict[str, Any]]) -> list[list[str]]:

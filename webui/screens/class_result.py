@@ -72,7 +72,7 @@ def _wire(context: ClassifyContext, parts: dict[str, Any]) -> None:
     @in_plain_words
     def refresh(run_id: str | None, trial: str | None, before: Any, request: gr.Request) -> list[Any]:
         view, result = load(run_id, trial, request)
-        now = None if view is None else (view.id, view.state, result is not None and result.trial["folder"])
+        now = None if view is None else (view.id, view.state, result is not None and result.trial.folder)
         if now == before and now is not None:
             return [gr.skip()] * (len(outputs) + 1)
         if result is None:
@@ -105,12 +105,12 @@ def _cell(result: Result | None, event: gr.EventData) -> str:
 
 def _methods(result: Result) -> gr.Dropdown:
     """A dropdown of the methods of all splits."""
-    several = len(result.report["seeds"]) > 1 or len(result.report["shots"]) > 1
+    several = len(result.report.seeds) > 1 or len(result.report.shots) > 1
     choices = []
-    for one in result.report["members"]:
-        split = f" ({one['shots']} images per class, seed {one['seed']})" if several else ""
-        choices.append((class_html.method_title(one["method"]) + split, one["folder"]))
-    return gr.Dropdown(choices, value=result.trial["folder"])
+    for one in result.report.trials:
+        split = f" ({one.shots} images per class, seed {one.seed})" if several else ""
+        choices.append((class_html.method_title(one.method) + split, one.folder))
+    return gr.Dropdown(choices, value=result.trial.folder)
 
 
 def _result_updates(result: Result) -> list[Any]:

@@ -23,6 +23,7 @@ from pipelines.fewshot.features import image_features, prompt_features
 from pipelines.fewshot.prompts import make_prompts
 from pipelines.fewshot.sources import DatasetSource
 from pipelines.images import read_image
+from training.runs.fewshot_files import REPORT, FewShotReport
 from training.runs.record import RunRecord
 from webui.incoming import display_name, read_upload
 from webui.labelled_classes import EXAMPLE, LabelledClasses
@@ -106,7 +107,7 @@ def classifier_of(record: RunRecord, trial: str | None = None) -> FewShotClassif
     Raises: InputError if it is not there yet, or cannot be used.
     """
     path = record.path if trial is None else member_folder(record, trial)
-    if trial is None and not (record.path / "report.json").is_file():
+    if trial is None and not (record.path / REPORT).is_file():
         raise InputError("This run has no classifier yet. Wait until it is done, or choose another run.")
     folder = classifier_folder(path)
     return _loaded(folder.absolute(), (folder / CLASSIFIER).stat().st_mtime_ns)
@@ -122,7 +123,8 @@ def member_folder(record: RunRecord, trial: str) -> Path:
 
     Raises: InputError if the report names none such.
     """
-    if trial not in [one["folder"] for one in record.read_json("report.json").get("members", ())]:
+    report = record.read_json(REPORT)
+    if not report or FewShotReport.from_json(report).trial_in(trial) is None:
         raise InputError("This run has no such method. Choose one from the list.")
     return record.path / trial
 

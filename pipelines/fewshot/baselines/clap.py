@@ -16,32 +16,32 @@ from pipelines.fewshot.baselines.task import FewShotTask
 from pipelines.fewshot.baselines.training import Schedule, sgd, train
 from pipelines.randomness import keyed_generator
 
-# The authors train prototypes of about ten times this length with a rate of 0.1; cosines are the same at a hundredth of it.
+# The authors' prototypes are about ten times as long, trained with a rate of 0.1: a hundredth of it gives the same cosines.
 LEARNING_RATES = (1e-3, 1e-2)
-# What the penalty is multiplied by: squared lengths that the authors' prototypes may have.
-STRENGTHS = (100.0, 10.0, 1.0)
+# Squared lengths that the authors' prototypes may have.
+PENALTY_WEIGHTS = (100.0, 10.0, 1.0)
 EPOCHS = 300
 
 
 def multipliers(task: FewShotTask) -> torch.Tensor:
-    """How well zero-shot knows each class: the mean probability that it gives the class's own images, (classes,)."""
+    """Mean zero-shot probability of the true class over the images of each class, (classes,)."""
     views = task.train.all_views()
     probabilities = (views @ task.zero_shot_weight().T).softmax(dim=-1).mean(dim=0)
-    own = probabilities.gather(1, task.train.labels[:, None])[:, 0]
-    return torch.zeros(len(task.classes)).to(own).index_add_(0, task.train.labels, own) / task.counts()
+    true_class = probabilities.gather(1, task.train.labels[:, None])[:, 0]
+    return torch.zeros(len(task.classes)).to(true_class).index_add_(0, task.train.labels, true_class) / task.counts()
 
 
 def fit(task: FewShotTask, seed: int) -> Predictor:
-    """min over W of  mean -log softmax(scale cos(x, w))[y] + strength mean_c lambda_c |w_c - t_c|^2,  from W = T.
+    """min over W of  mean -log softmax(scale cos(x, w))[y] + penalty_weight mean_c lambda_c |w_c - t_c|^2,  from W = T.
 
     The multipliers lambda stay at their start, as in the authors' runs. The authors do without validation; on features of
-    length 1 the weight of the penalty depends on the tower, so `strength` and the learning rate are chosen there.
+    length 1 the weight of the penalty depends on the tower, so `penalty_weight` and the learning rate are chosen there.
     """
-    settings = list(product(STRENGTHS, LEARNING_RATES))
-    return choose_predictor((held_probe(task, seed, *one) for one in settings), len(settings), task.validation)
+    settings = list(product(PENALTY_WEIGHTS, LEARNING_RATES))
+    return choose_predictor((constrained_probe(task, seed, *one) for one in settings), len(settings), task.validation)
 
 
-def held_probe(task: FewShotTask, seed: int, strength: float, learning_rate: float) -> Predictor:
+def constrained_probe(task: FewShotTask, seed: int, penalty_weight: float, learning_rate: float) -> Predictor:
     """The predictor of one setting."""
     start, weights = task.class_features, multipliers(task)
     prototypes = start.clone().requires_grad_()
@@ -50,9 +50,9 @@ def held_probe(task: FewShotTask, seed: int, strength: float, learning_rate: flo
         """The mean loss of features (batch, d) and labels (batch,)."""
         logits = task.logit_scale * features @ F.normalize(prototypes, dim=-1).T
         penalty = (weights * (prototypes - start).square().sum(dim=-1)).mean()
-        return F.cross_entropy(logits, labels) + strength * penalty
+        return F.cross_entropy(logits, labels) + penalty_weight * penalty
 
     train([prototypes], loss_of, task.train, Schedule(sgd(learning_rate), EPOCHS), keyed_generator(seed))
     weight = task.logit_scale * F.normalize(prototypes.detach(), dim=-1)
-    setting = {"strength": strength, "learning_rate": learning_rate}
+    setting = {"penalty_weight": penalty_weight, "learning_rate": learning_rate}
     return Predictor(LinearHead.unbiased(weight), prototypes.numel(), setting, open_vocabulary=True)

@@ -55,4 +55,4 @@ def fit(task: FewShotTask, seed: int) -> Predictor:
 
     features = task.validation.features
     alpha = choose(((alpha, head(alpha)(features)) for alpha in ALPHAS), task.validation.labels)
-    return Predictor(head(alpha), trained_numbers=0, setting={"alpha": alpha})
+    return Predictor(head(alpha), num_trainable_parameters=0, setting={"alpha": alpha})

@@ -129,7 +129,13 @@ def adapted(features: torch.Tensor, down: torch.Tensor, up: torch.Tensor, ratio:
 
 
 READABLE: dict[str, Literal["features", "pixels"]] = {"features": "features", "pixels": "pixels"}
-HEADS: dict[str, type[Head]] = {kind.__name__: kind for kind in (LinearHead, Prompted, KeyValueCache, Bottleneck)}
+# By their names in files.
+HEADS: dict[str, type[Head]] = {
+    "Linear": LinearHead,
+    "Prompted": Prompted,
+    "KeyValueCache": KeyValueCache,
+    "Bottleneck": Bottleneck,
+}
 
 
 @dataclass(frozen=True)
@@ -138,14 +144,14 @@ class Predictor:
 
     Args:
         head: computes the logits.
-        trained_numbers: how many numbers a gradient or a solver has set; what is counted or copied is not among them.
-        setting: what validation chose.
-        reads: what `logits` takes: unit features of images, or what `raw_pixels` gives.
-        open_vocabulary: whether it compares images with prompts, so that prompts alone can add classes.
+        num_trainable_parameters: number of parameters set by a gradient or a solver; counts and copies are not included.
+        setting: hyperparameters chosen on the validation images.
+        reads: the input of `logits`: unit features of images, or the output of `raw_pixels`.
+        open_vocabulary: whether it compares images with prompts, so that a prompt is enough to add a class.
     """
 
     head: Head
-    trained_numbers: int
+    num_trainable_parameters: int
     setting: dict[str, float] = field(default_factory=dict)
     reads: Literal["features", "pixels"] = "features"
     open_vocabulary: bool = False
@@ -156,34 +162,37 @@ class Predictor:
         return torch.cat([self.head(part.to(next(self.head.buffers()))) for part in inputs.split(BATCH)])
 
     @property
-    def stored_numbers(self) -> int:
-        """How many numbers the file holds, trained or not."""
+    def num_stored_parameters(self) -> int:
+        """Number of values in the file, trained or not."""
         return sum(buffer.numel() for buffer in self.head.buffers())
 
 
 def save_predictor(predictor: Predictor, path: Path) -> None:
     """Write `predictor` as a safetensors file."""
-    told = {
-        "head": type(predictor.head).__name__,
-        "trained_numbers": predictor.trained_numbers,
+    metadata = {
+        "head": next(name for name, kind in HEADS.items() if type(predictor.head) is kind),
+        "num_trainable_parameters": predictor.num_trainable_parameters,
         "setting": predictor.setting,
         "reads": predictor.reads,
         "open_vocabulary": predictor.open_vocabulary,
     }
-    write_tensors(path, predictor.head.state_dict(), {PREDICTOR: json.dumps(told)}, digest=True)
+    write_tensors(path, predictor.head.state_dict(), {PREDICTOR: json.dumps(metadata)}, digest=True)
 
 
 def load_predictor(path: Path) -> Predictor:
     """The predictor that `save_predictor` wrote, on the CPU.
 
-    Raises: AdapterFileError if it is no sound safetensors file; InputError if it holds something else.
+    Raises: AdapterFileError if it is not a valid safetensors file; InputError if it holds no predictor.
     """
-    metadata = read_header(path).metadata
     try:
-        told = json.loads(metadata[PREDICTOR])
-        kind, reads = HEADS[told["head"]], READABLE[told["reads"]]
-        trained_numbers, setting = int(told["trained_numbers"]), dict(told["setting"])
-        open_vocabulary = bool(told["open_vocabulary"])
+        metadata = json.loads(read_header(path).metadata[PREDICTOR])
+        kind, reads = HEADS[metadata["head"]], READABLE[metadata["reads"]]
+        # Earlier versions wrote "trained_numbers".
+        count = metadata["num_trainable_parameters" if "num_trainable_parameters" in metadata else "trained_numbers"]
+        num_trainable_parameters, setting = int(count), dict(metadata["setting"])
+        open_vocabulary = bool(metadata["open_vocabulary"])
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{str(path)!r} does not say what it predicts with ({error}). Name a baseline's file.") from error
-    return Predictor(kind(**read_tensors(path)), trained_numbers, setting, reads, open_vocabulary)
+        raise InputError(
+            f"The metadata of {str(path)!r} describe no predictor ({error}). Give the file of a baseline."
+        ) from error
+    return Predictor(kind(**read_tensors(path)), num_trainable_parameters, setting, reads, open_vocabulary)

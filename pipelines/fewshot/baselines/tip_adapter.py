@@ -35,7 +35,7 @@ def cache_of(task: FewShotTask) -> tuple[torch.Tensor, torch.Tensor]:
 def fit(task: FewShotTask, seed: int) -> Predictor:
     """logits = scale T x + alpha exp(-beta (1 - K x)) V,  alpha and beta chosen on validation. Nothing is trained."""
     keys, values = cache_of(task)
-    return _predictor(task, keys, values, *search(task, keys, values), trained_numbers=0)
+    return _predictor(task, keys, values, *search(task, keys, values), num_trainable_parameters=0)
 
 
 def fit_keys(task: FewShotTask, seed: int) -> Predictor:
@@ -76,7 +76,9 @@ def _trained(task: FewShotTask, seed: int) -> Iterator[Predictor]:
         schedule = Schedule(partial(torch.optim.AdamW, lr=rate, eps=1e-4), epochs, BATCH_SIZE)
         train([keys], loss_of, task.train, schedule, keyed_generator(seed))
         found = keys.detach()
-        yield _predictor(task, found, values, *search(task, found, values), trained_numbers=keys.numel(), learning_rate=rate)
+        yield _predictor(
+            task, found, values, *search(task, found, values), num_trainable_parameters=keys.numel(), learning_rate=rate
+        )
 
 
 def _predictor(
@@ -85,10 +87,10 @@ def _predictor(
     values: torch.Tensor,
     alpha: float,
     beta: float,
-    trained_numbers: int,
+    num_trainable_parameters: int,
     **setting: float,
 ) -> Predictor:
     head = KeyValueCache(
         weight=task.zero_shot_weight(), keys=keys, values=values, alpha=torch.tensor(alpha), beta=torch.tensor(beta)
     )
-    return Predictor(head, trained_numbers, {"alpha": alpha, "beta": beta, **setting}, open_vocabulary=True)
+    return Predictor(head, num_trainable_parameters, {"alpha": alpha, "beta": beta, **setting}, open_vocabulary=True)

@@ -8,4 +8,4 @@ from pipelines.fewshot.baselines.task import FewShotTask
 
 def fit(task: FewShotTask, seed: int) -> Predictor:
     """logits = scale T x, with the unit features T of the classes' prompts. Nothing is learned."""
-    return Predictor(LinearHead.unbiased(task.zero_shot_weight()), trained_numbers=0, open_vocabulary=True)
+    return Predictor(LinearHead.unbiased(task.zero_shot_weight()), num_trainable_parameters=0, open_vocabulary=True)

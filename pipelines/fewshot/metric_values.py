@@ -1,0 +1,78 @@
+"""The metrics that a few-shot run reports, as values: they are read from JSON without any numerical library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its 95% confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def as_share(self) -> str:
+        """The estimate as percentages, clipped to [0, 1]: "90.0% (85.1% to 100.0%)"."""
+        return f"{self.value:.1%} ({max(0.0, self.low):.1%} to {min(1.0, self.high):.1%})"
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """A reliability diagram; bins without predictions hold zeros.
+
+    Args:
+        confidence: (bins,) mean confidence of each bin's predictions.
+        accuracy: (bins,) share of them that is right.
+        counts: (bins,) their number.
+    """
+
+    confidence: tuple[float, ...]
+    accuracy: tuple[float, ...]
+    counts: tuple[int, ...]
+
+    @property
+    def expected_calibration_error(self) -> float:
+        """sum over bins of  count / n |accuracy - confidence|  [Guo et al. 2017, eq. 3]."""
+        bins = zip(self.confidence, self.accuracy, self.counts, strict=True)
+        return sum(count * abs(accuracy - confidence) for confidence, accuracy, count in bins) / sum(self.counts)
+
+
+@dataclass(frozen=True)
+class ClassificationMetrics:
+    """The metrics of one classifier on one part of a split.
+
+    Args:
+        count: number of images.
+        top1: accuracy, with Wilson's interval.
+        per_class: accuracy of each class; None for classes without images.
+        class_counts: number of images of each class; no metric covers a class with 0.
+        calibration_error: expected calibration error over 15 bins.
+        negative_log_likelihood: mean, in nats.
+        temperature: divisor of the logits.
+        confusion: (classes, classes) counts; rows are true classes, columns predicted ones.
+        reliability: the bins of the calibration error.
+    """
+
+    count: int
+    top1: Interval
+    per_class: dict[str, float | None]
+    class_counts: dict[str, int]
+    calibration_error: float
+    negative_log_likelihood: float
+    temperature: float
+    confusion: list[list[int]]
+    reliability: Reliability
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, which `from_json` reads."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> ClassificationMetrics:
+        """The metrics that `to_json` wrote."""
+        nested = {"top1": Interval(**content["top1"]), "reliability": Reliability(**content["reliability"])}
+        return cls(**{**content, **nested})
