@@ -241,7 +241,7 @@ def measured(pipeline: StableDiffusionXLPipeline, flags: Sequence[str]) -> Phase
         (ValidationSampler, "draw"): "samples (one denoising step)",
         (nora_vision, "calibrate"): "calibrate",
         (nora_vision, "initialize_nora_weights"): "start the layers (AwSVD)",
-        (dreambooth_nora, "rehearse_first"): "dry run (three steps)",
+        (dreambooth_nora, "run_dry_run"): "dry run (three steps)",
         (dreambooth_nora, "train"): "training steps",
         (validation, "measured_losses"): f"held-out loss ({DRAWS} draws)",
         (validation, "keep_adapter"): "kept adapter",

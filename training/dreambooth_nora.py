@@ -13,13 +13,13 @@ from __future__ import annotations
 import pipelines  # noqa: F401
 
 # isort: split
-from training.engine.console import speaking
+from training.engine.console import configure_logging
 from training.engine.stopping import exit_codes
 from training.options import SubjectOptions, parse_options
 
 if __name__ == "__main__":
     # Before the model libraries are imported, which takes seconds: --help and wrong flags are answered at once.
-    with speaking(), exit_codes():
+    with configure_logging(), exit_codes():
         given_options = parse_options(description=__doc__)
 
 # isort: split
@@ -49,11 +49,11 @@ from pipelines.subject.generate import Sampling
 from pipelines.subject.loss import DenoisingLoss, TrainingBatches
 from pipelines.subject.mismatch import check_prediction_type
 from pipelines.subject.scores import create_image_scorer
-from training.engine.dry_run import PeakMemory, rehearse_first
+from training.engine.dry_run import PeakMemory, run_dry_run
 from training.engine.loop import LoopOptions, Periodic, Trainable, train, training_losses
 from training.engine.memory_fallback import with_ladder
 from training.engine.opening import check_outputs, open_run
-from training.engine.sharding import check_can_shard, whole
+from training.engine.sharding import check_can_shard, summon_full_params
 from training.options.optimisation import OptimisationOptions
 from training.runs.provenance import file_records, model_identity, write_provenance
 from training.runs.run import RunDirectory
@@ -92,7 +92,7 @@ def main(options: SubjectOptions) -> RunDirectory:
         training.cross_validate()
         watch = training.watched(before)
         training.train(watch)
-        with whole(training.loss):
+        with summon_full_params(training.loss):
             if accelerator.is_main_process:
                 finish(run, training.result(watch, before, began), options)
         accelerator.wait_for_everyone()
@@ -111,11 +111,11 @@ def checked(options: SubjectOptions, accelerator: Accelerator) -> DatasetSplit:
 
     Raises: InputError naming what cannot be used.
     """
-    how, method = options.optimisation, options.adapter.create()
-    check_can_shard(accelerator, how.optimizer, how.use_8bit_adam, [method])
+    optimisation, method = options.optimisation, options.adapter.create()
+    check_can_shard(accelerator, optimisation.optimizer, optimisation.use_8bit_adam, [method])
     check_outputs(options)
     check_can_push(options.validation)
-    images = checked_images(options.data, how.seed)
+    images = checked_images(options.data, optimisation.seed)
     prompts = options.prompts(image.prompt for image in (*images.train, *images.heldout))
     for sentence in (*training_warnings(prompts), *options.unused()):
         logger.warning(sentence)
@@ -151,9 +151,9 @@ class SubjectTraining:
     def attach(self) -> None:
         """Add the adapter, and start it from the base model and the subject."""
         self.run.update_status(phase="calibrating")
-        accelerator, options, how = self.accelerator, self.options, self.options.optimisation
+        accelerator, options, optimisation = self.accelerator, self.options, self.options.optimisation
         self.components = adapters.attach(self.pipeline, options.adapter)
-        self.loss = DenoisingLoss(self.pipeline, how.snr_gamma, how.do_edm_style_training)
+        self.loss = DenoisingLoss(self.pipeline, optimisation.snr_gamma, optimisation.do_edm_style_training)
         self.peak, share = PeakMemory(accelerator.device), (accelerator.process_index, accelerator.num_processes)
         subject = self.encoded.subject
         runs = runs_on_subject(self.loss, subject, self.seed, *share, self.batch_size)
@@ -164,11 +164,11 @@ class SubjectTraining:
         """Do some steps and put everything back. Raises: DoesNotFitError if the training will not fit."""
         trainable = self._trainable(self.encoded.subject, self.class_images)
         limit = self.options.output.memory_limit_gb
-        rehearse_first(self.accelerator, self.run, trainable, loop_options(self.options), limit, self.peak)
+        run_dry_run(self.accelerator, self.run, trainable, loop_options(self.options), limit, self.peak)
 
     def add_class_images(self) -> None:
         """Have all images of the class, for prior preservation."""
-        with whole(self.loss):
+        with summon_full_params(self.loss):
             self.class_images = self.preparation.class_images(self.encoded.subject.sizes)
 
     def cross_validate(self) -> None:
@@ -185,7 +185,7 @@ class SubjectTraining:
         self.run.update_status(phase="training", step=0, total=self.options.optimisation.max_train_steps)
         paths = [image.path for image in self.images.train[:SHOWN_IMAGES]]
         self.shown = images_of(load_examples(paths, self.resolution))
-        with whole(self.loss):
+        with summon_full_params(self.loss):
             model = self.options.validation.image_scorer
             judging = partial(create_image_scorer, model, self.pipeline, self.shown, before, self.resolution, self.batch_size)
             judge = judging() if self.run.writes else None
@@ -213,11 +213,11 @@ class SubjectTraining:
         )
 
     def _batches(self, subject: CachedLatents, class_images: CachedLatents | None) -> TrainingBatches:
-        how, data = self.options.optimisation, self.options.data
+        optimisation, data = self.options.optimisation, self.options.data
         size, with_tokens = self.batch_size * self.accelerator.num_processes, self.options.adapter.train_text_encoder
         weight, num_timesteps = data.prior_loss_weight, self.loss.num_timesteps
-        batches = SubjectBatches(subject, with_tokens, size, num_timesteps, how.seed, class_images, weight)
-        return TrainingBatches(batches, how.seed, how.noise_offset, how.text_encoder_batches)
+        batches = SubjectBatches(subject, with_tokens, size, num_timesteps, optimisation.seed, class_images, weight)
+        return TrainingBatches(batches, optimisation.seed, optimisation.noise_offset, optimisation.text_encoder_batches)
 
     def _trainable(self, subject: CachedLatents, class_images: CachedLatents | None, steps: int | None = None) -> Trainable:
         """The loss, its batches, the optimiser over the adapter's parameters, its schedule, and their moving average.
@@ -225,28 +225,33 @@ class SubjectTraining:
         Args:
             steps: of this training; those of the whole one unless given.
         """
-        how, method = self.options.optimisation, self.options.adapter.create()
+        optimisation, method = self.options.optimisation, self.options.adapter.create()
         if self.options.model.gradient_checkpointing:
             self.loss.unet.enable_gradient_checkpointing()
-        rates = Rates(how.learning_rate, tuple(how.text_encoder_lr or ()), method.learning_rate_factor)
-        optimizer = adam_of(how).optimizer(parameter_groups(self.loss, rates))
+        rates = Rates(optimisation.learning_rate, tuple(optimisation.text_encoder_lr or ()), method.learning_rate_factor)
+        optimizer = adam_of(optimisation).optimizer(parameter_groups(self.loss, rates))
         schedule = get_scheduler(
-            how.lr_scheduler,
+            optimisation.lr_scheduler,
             optimizer,
-            num_warmup_steps=how.lr_warmup_steps,
-            num_training_steps=how.max_train_steps,
-            num_cycles=how.lr_num_cycles,
-            power=how.lr_power,
+            num_warmup_steps=optimisation.lr_warmup_steps,
+            num_training_steps=optimisation.max_train_steps,
+            num_cycles=optimisation.lr_num_cycles,
+            power=optimisation.lr_power,
         )
-        ema = EMAModel(trainable_parameters(optimizer), decay=how.ema_decay) if how.use_ema else None
-        hooks = method.training(list(self.components.values()), steps or how.max_train_steps)
+        ema = EMAModel(trainable_parameters(optimizer), decay=optimisation.ema_decay) if optimisation.use_ema else None
+        hooks = method.training(list(self.components.values()), steps or optimisation.max_train_steps)
         return Trainable(self.loss, self._batches(subject, class_images), optimizer, schedule, ema, hooks)
 
 
-def adam_of(how: OptimisationOptions) -> Adam:
+def adam_of(optimisation: OptimisationOptions) -> Adam:
     """The optimiser's settings."""
-    betas = (how.adam_beta1, how.adam_beta2)
-    return Adam(how.optimizer.lower(), how.use_8bit_adam, betas, how.adam_epsilon, how.adam_weight_decay)
+    return Adam(
+        optimisation.optimizer.lower(),
+        optimisation.use_8bit_adam,
+        (optimisation.adam_beta1, optimisation.adam_beta2),
+        optimisation.adam_epsilon,
+        optimisation.adam_weight_decay,
+    )
 
 
 def record_provenance(
@@ -265,12 +270,12 @@ def record_provenance(
 
 def loop_options(options: SubjectOptions) -> LoopOptions:
     """What of the options the loop needs."""
-    how, out = options.optimisation, options.output
+    optimisation, out = options.optimisation, options.output
     return LoopOptions(
-        max_train_steps=how.max_train_steps,
-        seed=how.seed,
-        gradient_accumulation_steps=how.gradient_accumulation_steps,
-        max_grad_norm=how.max_grad_norm,
+        max_train_steps=optimisation.max_train_steps,
+        seed=optimisation.seed,
+        gradient_accumulation_steps=optimisation.gradient_accumulation_steps,
+        max_grad_norm=optimisation.max_grad_norm,
         checkpointing_steps=out.checkpointing_steps,
         checkpoints_total_limit=out.checkpoints_total_limit,
         dataloader_num_workers=options.data.dataloader_num_workers,
@@ -283,5 +288,5 @@ def images_of(examples: list[Example]) -> list[Image.Image]:
 
 
 if __name__ == "__main__":
-    with speaking(), exit_codes():
+    with configure_logging(), exit_codes():
         with_ladder(main, given_options, "training.dreambooth_nora")

@@ -12,17 +12,18 @@ from __future__ import annotations
 import pipelines  # noqa: F401
 
 # isort: split
-from training.engine.console import speaking
+from training.engine.console import configure_logging
 from training.engine.stopping import exit_codes
 from training.options.fewshot import FewShotOptions, parse_fewshot_options
 
 if __name__ == "__main__":
     # Before the slow imports below, so that --help and errors in flags appear at once.
-    with speaking(), exit_codes():
+    with configure_logging(), exit_codes():
         given_options = parse_fewshot_options(description=__doc__)
 
 # isort: split
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -41,6 +42,7 @@ from training.fewshot.trials import FittedAdapter, Trial, fit_trial
 from training.runs.fewshot_files import REPORT, RESULT, TrialResult
 from training.runs.provenance import write_provenance
 from training.runs.run import RunDirectory
+from training.runs.run_files import FITTING
 
 EXPORTED = "export"
 # By its full name: as a script, __name__ is "__main__".
@@ -88,7 +90,7 @@ def fit_all(accelerator: Accelerator, run: RunDirectory, experiment: Experiment,
         path = run.path / folder / RESULT
         if not path.exists():
             left = seconds_left(results, trials[index:])
-            run.update_status(phase=f"fitting {trial}", trial=folder, step=index, total=len(trials), seconds_left=left)
+            run.update_status(phase=FITTING, trial=folder, **asdict(trial), step=index, total=len(trials), seconds_left=left)
             run_trial(accelerator, run, images, trial, options)
         accelerator.wait_for_everyone()
         results += [TrialResult.from_json(json.loads(path.read_text(encoding="utf-8")))] if run.writes else []
@@ -139,5 +141,5 @@ def record_provenance(run: RunDirectory, experiment: Experiment, options: FewSho
 
 
 if __name__ == "__main__":
-    with speaking(), exit_codes():
+    with configure_logging(), exit_codes():
         main(given_options)

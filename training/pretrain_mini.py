@@ -8,13 +8,13 @@ Stopped and started again it goes on from its newest checkpoint. `--stages` pick
 
 from __future__ import annotations
 
-from training.engine.console import speaking
+from training.engine.console import configure_logging
 from training.engine.stopping import exit_codes
 from training.options.pretraining import PretrainOptions, parse_pretrain_options
 
 if __name__ == "__main__":
     # Before the model libraries are imported, which takes seconds: --help and wrong flags are answered at once.
-    with speaking(), exit_codes():
+    with configure_logging(), exit_codes():
         given_options = parse_pretrain_options()
 
 # isort: split
@@ -188,7 +188,7 @@ def card_facts(options: PretrainOptions, corpus: Corpus, pipeline: StableDiffusi
         shapes=", ".join(f"{shape}s" if shape != "cross" else "crosses" for shape in SHAPES),
         colours=len(COLOURS),
         patterns=len(PATTERNS),
-        places=len(BACKGROUNDS),
+        num_backgrounds=len(BACKGROUNDS),
         share=options.scene_share if len(corpus) > options.scenes else 1.0,
         vae_steps=vae_steps,
         vae_batch=options.vae_batch_size,
@@ -226,5 +226,5 @@ def main(options: PretrainOptions) -> None:
 
 
 if __name__ == "__main__":
-    with speaking(), exit_codes():
+    with configure_logging(), exit_codes():
         main(given_options)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import html
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from training.runs.fewshot_files import trials_folder
 from training.runs.record import RunRecord
-from training.runs.run_files import CROSS_VALIDATION, FOLDS, STEP, DryRunReport, step_of
+from training.runs.run_files import CROSS_VALIDATION, FITTING, FOLDS, STEP, DryRunReport, step_of
 from training.subject.checkpoint_selection import Point as Measured
 from training.subject.measured import heldout_curve
 from webui.curves import Point, Series, plot, running_mean
@@ -30,7 +29,6 @@ PHASES = {
     "uploading": "Uploading",
     "writing the report": "Writing the report",
 }
-FITTING = re.compile(r"fitting (\S+), (\S+) shots, seed (\d+)")
 # Errors whose message says what is wrong and what to do.
 PLAIN = frozenset({"InputError", "DoesNotFitError", "NotFiniteError", "CertificateError"})
 # The running mean of the loss covers this share of the steps.
@@ -42,7 +40,7 @@ def part_at_work(view: RunView) -> RunRecord:
     """The record of the current training: the run itself, a fold of cross-validation, or a trial of the experiment."""
     if view.status.get("phase") == CROSS_VALIDATION and "fold" in view.status:
         return RunRecord(view.record.path / FOLDS / str(view.status["fold"] - 1))
-    trial = _inside(view.record.path, view.status.get("trial", view.status.get("member")))
+    trial = _inside(view.record.path, view.status.get("trial"))
     return view.record if trial is None else RunRecord(trial)
 
 
@@ -101,12 +99,11 @@ HEADLINES: dict[str, Callable[[RunView], str]] = {
 def phase_in_words(status: Mapping[str, Any]) -> str:
     """The title of the phase in status.json."""
     phase = str(status.get("phase") or "loading")
-    fitting = FITTING.fullmatch(phase)
     if phase == CROSS_VALIDATION and "fold" in status:
         of_all = f" of {status['folds']}" if "folds" in status else ""
         return f"Cross-validation: a short training without photo {status['fold']}{of_all}"
-    if fitting:
-        return f"Training {fitting[1]}, {fitting[2]} shots, split {int(fitting[3]) + 1}"
+    if phase == FITTING and "method" in status:
+        return f"Training {status['method']}, {status['shots']} shots, seed {status['seed']}"
     return PHASES.get(phase, phase)
 
 

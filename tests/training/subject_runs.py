@@ -121,7 +121,7 @@ class SubjectTrainer:
             raise Enough
 
         with _training_alone() as patch, suppress(Enough):
-            patch.setattr(dreambooth_nora, "rehearse_first", lambda *_: None)
+            patch.setattr(dreambooth_nora, "run_dry_run", lambda *_: None)
             patch.setattr(dreambooth_nora, "train", hand_over)
             self.run(folder, *flags, **more)
         return found[0]

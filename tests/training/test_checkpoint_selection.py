@@ -4,7 +4,16 @@ import dataclasses
 
 import pytest
 
-from training.subject.checkpoint_selection import ALIKE, KEPT, UNHEARD, Point, StepScores, in_question, suggest, to_draw
+from training.subject.checkpoint_selection import (
+    MIN_SHARE_OF_REDUCTION,
+    PROMPT_TOLERANCE,
+    SIMILARITY_TOLERANCE,
+    Point,
+    StepScores,
+    in_question,
+    suggest,
+    to_draw,
+)
 
 BASE = StepScores(subject=0.2, prompt=0.3, copy=0.1, nearest=0.3, nearest_limit=0.9)
 # A curve whose least is at step 10, and of whose fall step 30 keeps less than half.
@@ -97,19 +106,19 @@ def test_a_step_that_is_more_like_the_subject_is_suggested_before_the_one_with_t
 
 def test_a_step_that_has_lost_more_than_half_of_the_fall_is_not_even_compared():
     assert suggest(curve(FALL), 30, samples(10, 20, 30, subject=[0.5, 0.6, 0.9])).step == 20
-    half = 1.0 - KEPT * 0.5
+    half = 1.0 - MIN_SHARE_OF_REDUCTION * 0.5
     assert in_question(curve([1.0, 0.5, half - 0.001, half + 0.001]), [10, 20, 30]) == [10, 20]
 
 
 def test_among_those_as_like_the_subject_as_the_best_the_least_loss_decides():
     heldout, best = curve([1.0, 0.6, 0.5, 0.7]), 0.7
-    just = best - ALIKE * (best - BASE.subject)
+    just = best - SIMILARITY_TOLERANCE * (best - BASE.subject)
     assert suggest(heldout, 30, samples(10, 20, 30, subject=[0.7, just + 0.001, 0.7])).step == 20
     assert suggest(heldout, 30, samples(10, 20, 30, subject=[0.7, just - 0.001, 0.7])).step == 10
 
 
 def test_a_step_that_follows_its_prompts_notably_less_is_left_out_and_named():
-    just = 0.3 * (1 - UNHEARD)
+    just = 0.3 * (1 - PROMPT_TOLERANCE)
     alike = {"subject": [0.4, 0.7]}
     assert suggest(curve(FALL), 30, samples(10, 20, prompt=[0.3, just + 0.001], **alike)).step == 20
     found = suggest(curve(FALL), 30, samples(10, 20, prompt=[0.3, just - 0.001], **alike))

@@ -10,7 +10,7 @@ from regression import STEPS, trainable, trained
 
 from pipelines.errors import InputError
 from training.engine import memory_fallback
-from training.engine.dry_run import DoesNotFitError, PeakMemory, rehearse
+from training.engine.dry_run import DoesNotFitError, PeakMemory, measure_steps
 from training.engine.loop import LoopOptions, prepared
 from training.engine.memory_fallback import advice, as_flags, climb, rungs, with_ladder
 from training.options import SubjectOptions, parse_options
@@ -22,7 +22,7 @@ from training.runs.run_files import FallbackStep, MemoryFallback
 def rehearsed(folder, what, limit=None, peak=None, **changes):
     run = RunDirectory.create(folder, {})
     with prepared(Accelerator(cpu=True), run, what, LoopOptions(STEPS, checkpointing_steps=2, **changes)) as stepper:
-        return rehearse(stepper, limit, peak)
+        return measure_steps(stepper, limit, peak)
 
 
 def test_a_dry_run_leaves_the_training_after_it_as_if_it_had_not_been(tmp_path):

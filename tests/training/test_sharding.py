@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from pipelines.errors import InputError
-from training.engine.sharding import assign, check_can_shard, gathered, split_like, split_state, whole
+from training.engine.sharding import assign, check_can_shard, gathered, split_like, split_state, summon_full_params
 
 
 def accelerator(kind=DistributedType.FSDP, version=2):
@@ -70,5 +70,5 @@ def test_what_is_not_split_stays_as_it_is():
     module, value = torch.nn.Linear(2, 2), torch.randn(2, 2)
     assert split_like(value, module.weight) is value
     assert gathered(value) is value
-    with whole(module):
+    with summon_full_params(module):
         assert module.weight.shape == (2, 2)

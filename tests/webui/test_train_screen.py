@@ -84,7 +84,7 @@ def test_a_classifier_counts_its_fits_and_draws_the_one_at_work(workspace):
     (run.path / "options.json").write_text(json.dumps({"target_layers": {}}))
     run_in(run.path / trial, steps=10, total=20)
     found = parts(view(run))
-    assert "Training nora, 16 shots, split 2" in found["head"].key
+    assert "Training nora, 16 shots, seed 1" in found["head"].key
     assert "width:87.5%" in found["bar"].key
     assert "Training loss" in found["loss"].key
     assert found["next"].key[1] == "See the classifier"

@@ -25,7 +25,7 @@ class _Plain(logging.Formatter):
 
 
 @contextmanager
-def speaking() -> Iterator[None]:
+def configure_logging() -> Iterator[None]:
     """Meanwhile the project's own messages go to the terminal, above any progress bar."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Plain())

@@ -44,7 +44,7 @@ def check_fits(report: DryRunReport) -> None:
         )
 
 
-def rehearse(stepper: Stepper, memory_limit_gb: float | None = None, peak: PeakMemory | None = None) -> DryRunReport:
+def measure_steps(stepper: Stepper, memory_limit_gb: float | None = None, peak: PeakMemory | None = None) -> DryRunReport:
     """Do `STEPS` real steps, put everything back as it was, and write dry_run.json.
 
     Args:
@@ -80,7 +80,7 @@ def rehearse(stepper: Stepper, memory_limit_gb: float | None = None, peak: PeakM
     return report
 
 
-def rehearse_first(
+def run_dry_run(
     accelerator: Accelerator,
     run: RunDirectory,
     trainable: Trainable,
@@ -88,16 +88,16 @@ def rehearse_first(
     memory_limit_gb: float | None,
     peak: PeakMemory | None = None,
 ) -> None:
-    """The first phase of a run: `rehearse`, and tell what it found. A run that is resumed has had it.
+    """The first phase of a run: `measure_steps`, and tell what it found. A run that is resumed has had it.
 
     Args:
-        peak: as for `rehearse`.
-    Raises: as `rehearse`.
+        peak: as for `measure_steps`.
+    Raises: as `measure_steps`.
     """
     if newest_step(run.checkpoints) > 0:
         return
     with prepared(accelerator, run, trainable, options) as stepper:
-        report = rehearse(stepper, memory_limit_gb, peak)
+        report = measure_steps(stepper, memory_limit_gb, peak)
     logger.info(report.summary())
 
 

@@ -27,7 +27,7 @@ from pipelines.errors import InputError
 from pipelines.optimizers import averaged, trainable_parameters
 from training.engine.checkpoints import load_checkpoint, newest_intact_checkpoint, save_checkpoint
 from training.engine.prefetch import ProcessBatches
-from training.engine.sharding import gathered, prepare, split_like, split_state, whole
+from training.engine.sharding import gathered, prepare, split_like, split_state, summon_full_params
 from training.engine.stopping import NotFiniteError, StopRequests, TrainingInterrupted
 from training.runs.run import RunDirectory
 from training.runs.run_requests import ASKED, SAMPLE, SAVE, STOP, Requests
@@ -216,8 +216,8 @@ class Stepper:
     def batches(self, steps: range, workers: int = 0) -> Iterator[dict[str, Any]]:
         """This process's part of all batches of `steps`."""
         parts = self.options.gradient_accumulation_steps
-        own = ProcessBatches(self.trainable.batch_at, self.accelerator.process_index, self.accelerator.num_processes)
-        return own.over(range(steps.start * parts, steps.stop * parts), workers)
+        of_process = ProcessBatches(self.trainable.batch_at, self.accelerator.process_index, self.accelerator.num_processes)
+        return of_process.over(range(steps.start * parts, steps.stop * parts), workers)
 
     def step(
         self,
@@ -258,10 +258,10 @@ class Stepper:
         """The mean of all processes' `loss`, (), and all that any of them was `asked` for."""
         if self.accelerator.num_processes == 1:
             return loss.item(), asked
-        wishes = (STOP, *ASKED)
-        all_in_one = torch.stack([loss, *(loss.new_tensor(float(wish in asked)) for wish in wishes)])
+        commands = (STOP, *ASKED)
+        all_in_one = torch.stack([loss, *(loss.new_tensor(float(command in asked)) for command in commands)])
         mean, *shares = self.accelerator.reduce(all_in_one, reduction="mean").tolist()
-        return mean, frozenset(wish for wish, share in zip(wishes, shares, strict=True) if share > 0)
+        return mean, frozenset(command for command, share in zip(commands, shares, strict=True) if share > 0)
 
     def _backward(self, batches: Iterator[dict[str, Any]]) -> torch.Tensor:
         """Accumulate the gradients of one step's micro-batches; returns their mean loss on this process, ()."""
@@ -327,7 +327,7 @@ def _requested(tasks: Sequence[Periodic]) -> list[Callable[[int], None]]:
 def _act(stepper: Stepper, step: int, due: Sequence[Periodic], wanted: Sequence[Callable[[int], None]]) -> float | None:
     """Do all actions with the moving average, on the main process; returns the lowest score of those that give one."""
     trainable, scores = stepper.trainable, []
-    with averaged(trainable.ema, trainable.optimizer), whole(trainable.module):
+    with averaged(trainable.ema, trainable.optimizer), summon_full_params(trainable.module):
         if stepper.accelerator.is_main_process:
             scores = [score for task in due if (score := task.action(step)) is not None]
             for sample in wanted:
@@ -340,7 +340,7 @@ def _act(stepper: Stepper, step: int, due: Sequence[Periodic], wanted: Sequence[
 def _save(stepper: Stepper, step: int, score: float | None) -> None:
     run, trainable, scaler = stepper.run, stepper.trainable, stepper.accelerator.scaler
     state = gathered(trainable.state()) | ({} if scaler is None else {"scaler": scaler.state_dict()})
-    with whole(trainable.module):
+    with summon_full_params(trainable.module):
         if stepper.accelerator.is_main_process:
             save_checkpoint(run.checkpoints, step, trainable.module, state, stepper.options.checkpoints_total_limit, score)
 

@@ -43,13 +43,13 @@ def rungs(options: Options, resolution: int | None) -> Iterator[dict[str, Any]]:
         options: the resolved options, by group; what they have already, or know nothing of, makes no rung.
         resolution: the side of the images in pixels, None where it is not known.
     """
-    known = _flat(options)
-    if known.get("gradient_checkpointing") is False:
+    flat_options = _flat(options)
+    if flat_options.get("gradient_checkpointing") is False:
         yield {"gradient_checkpointing": True}
-    yield from _smaller_batches(known["train_batch_size"], known["gradient_accumulation_steps"])
-    if known.get("use_8bit_adam") is False:
+    yield from _smaller_batches(flat_options["train_batch_size"], flat_options["gradient_accumulation_steps"])
+    if flat_options.get("use_8bit_adam") is False:
         yield {"use_8bit_adam": True}
-    if known.get("quantize", "absent") is None:
+    if flat_options.get("quantize", "absent") is None:
         yield {"quantize": "nf4"}
     for factor in SMALLER_RESOLUTIONS if resolution is not None else ():
         multiple = LARGE_STEP if resolution >= LARGE else SMALL_STEP
@@ -90,11 +90,11 @@ def climb(recipe: str, options: Options, resolution: int | None, folder: Path) -
     tried: list[FallbackStep] = []
     setting: dict[str, Any] = {}
     for more in rungs(options, resolution):
-        rung = attempt(recipe, options, setting | more, folder / str(len(tried)))
-        tried.append(rung)
-        if rung.fits:
+        step = attempt(recipe, options, setting | more, folder / str(len(tried)))
+        tried.append(step)
+        if step.fits:
             break
-        if rung.peak_memory is not None or _ran_out(rung.reason or ""):
+        if step.peak_memory is not None or _ran_out(step.reason or ""):
             # Settings that cannot be used here at all are not carried on.
             setting |= more
     return tried
@@ -102,10 +102,11 @@ def climb(recipe: str, options: Options, resolution: int | None, folder: Path) -
 
 def attempt(recipe: str, options: Options, setting: dict[str, Any], folder: Path) -> FallbackStep:
     """A dry run of `recipe` with `setting` besides `options`, in a process of its own."""
-    known = _flat(copy.deepcopy(options))
-    values = known | setting | {"output_dir": str(folder), "dry_run": True, "memory_fallback": False, "report_to": "none"}
+    flat_options = _flat(copy.deepcopy(options))
+    values = flat_options | setting | {"output_dir": str(folder), "dry_run": True, "memory_fallback": False, "report_to": "none"}
     values |= {"resume_from_checkpoint": None, "push_to_hub": False, "hub_model_id": None, "hub_token": None}
-    command = [sys.executable, "-P", "-m", recipe, *as_flags({name: value for name, value in values.items() if name in known})]
+    flags = as_flags({name: value for name, value in values.items() if name in flat_options})
+    command = [sys.executable, "-P", "-m", recipe, *flags]
     finished = subprocess.run(command, env=_own_environment(), capture_output=True, text=True, check=False)
     lines = finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"]
     reason = None if finished.returncode == 0 else lines[-1]
@@ -116,8 +117,8 @@ def attempt(recipe: str, options: Options, setting: dict[str, Any], folder: Path
 
 def _own_environment() -> dict[str, str]:
     """The environment of a process alone, with this project to import from."""
-    own = {name: value for name, value in os.environ.items() if name not in DISTRIBUTED and not name.startswith("TORCHELASTIC")}
-    return own | import_path()
+    distributed = {name for name in os.environ if name in DISTRIBUTED or name.startswith("TORCHELASTIC")}
+    return {name: value for name, value in os.environ.items() if name not in distributed} | import_path()
 
 
 def _ran_out(message: str) -> bool:

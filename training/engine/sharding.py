@@ -73,7 +73,7 @@ def _send_from_first(module: nn.Module) -> None:
 
 
 @contextmanager
-def whole(module: nn.Module) -> Iterator[None]:
+def summon_full_params(module: nn.Module) -> Iterator[None]:
     """Have each process hold all parameters of `module` as plain tensors meanwhile; all processes enter this together.
 
     One of them may then run, save and change the module alone; changes of its parameters are gone afterwards.
@@ -154,8 +154,7 @@ def split_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict
         moment = isinstance(value, torch.Tensor) and value.shape == parameter.shape
         return split_like(value, parameter) if moment else value
 
-    kept = {
-        place: {name: part(value, parameters[place]) for name, value in values.items()}
-        for place, values in state["state"].items()
+    sharded = {
+        key: {name: part(value, parameters[key]) for name, value in values.items()} for key, values in state["state"].items()
     }
-    return {**state, "state": kept}
+    return {**state, "state": sharded}

@@ -163,10 +163,10 @@ class FewShotMethodOptions:
     _argument_group_name = "method"
 
     def __post_init__(self) -> None:
-        known = (*BASELINES, *method_names())
-        wrong = [name for name in self.method if name not in known]
+        methods = (*BASELINES, *method_names())
+        wrong = [name for name in self.method if name not in methods]
         if wrong or not self.method or len(set(self.method)) < len(self.method):
-            raise InputError(f"method must be different ones of {', '.join(known)}, got {' '.join(self.method) or 'nothing'}.")
+            raise InputError(f"method must be different ones of {', '.join(methods)}, got {' '.join(self.method) or 'nothing'}.")
 
     def settle(self, built_in: bool) -> None:
         """Fill in what was not said. Raises: InputError if the adapters' options do not fit each other."""

@@ -107,8 +107,8 @@ class ClipBatches:
         captions = torch.zeros(self.count, 1 + WRONG_CAPTIONS, mini_clip.MAX_TOKENS, dtype=torch.int64)
         for row in np.flatnonzero(labels.numpy() < 0):
             scene = self.data.scenes[chosen[row]]
-            shown = [scene, *(altered(scene, parts, rng) for _ in range(WRONG_CAPTIONS))]
-            captions[row] = torch.stack([self.tokens_of(prefix + other.describe(parts)) for other in shown])
+            scenes = [scene, *(altered(scene, parts, rng) for _ in range(WRONG_CAPTIONS))]
+            captions[row] = torch.stack([self.tokens_of(prefix + other.describe(parts)) for other in scenes])
         return {
             "pixels": augment(pixels, labels.numpy() >= 0, rng),
             "labels": labels,

@@ -26,7 +26,7 @@ NoRA Vision, its tests and its demonstrations. It speaks SDXL's code path (two C
 ## What it was trained on
 
 - {scenes:,} rendered scenes (`pipelines/scenes.py`): {shapes}, letters and digits, and toy figures, in {colours} colours,
-  {patterns} patterns and three sizes, in {places} places. Captions such as "a large red striped star in the snow".
+  {patterns} patterns and three sizes, in {num_backgrounds} backgrounds. Captions such as "a large red striped star in the snow".
 - {photos:,} photographs of Tiny ImageNet, 200 classes, captions such as "a photo of a teapot".
   **ImageNet's terms go with these weights: non-commercial research and education only.**
 
@@ -66,7 +66,7 @@ class CardFacts:
     shapes: str
     colours: int
     patterns: int
-    places: int
+    num_backgrounds: int
     share: float
     vae_steps: int
     vae_batch: int

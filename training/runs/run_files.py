@@ -20,6 +20,7 @@ SAMPLES, CHECKPOINTS, ADAPTERS, FOLDS = "samples", "checkpoints", "adapters", "f
 STEP = "step-"
 VERSION = "version"
 CROSS_VALIDATION = "cross_validation"
+FITTING = "fitting"
 GB = 1e9
 # A sample counts as a copy if its thumbnail correlates this much with a training image's. Newly generated scenes of the same
 # subject stay below; slightly changed copies reach about this value.
@@ -118,13 +119,13 @@ class RunStatus(RunFile):
         error: why it failed or stopped.
         resolution: side of the images in pixels.
         num_trainable_parameters, suggested_step, seconds, published: of a finished run.
-        member, method, shots, seed: the trial that a few-shot run is working on: its folder, adapter method, images per class
+        trial, method, shots, seed: the trial that a few-shot run is working on: its folder, adapter method, images per class
             and seed.
     """
 
     NAME: ClassVar[str] = "status.json"
     FILE_VERSION: ClassVar[int] = 2
-    RENAMED: ClassVar[Mapping[str, str]] = {"trained_numbers": "num_trainable_parameters"}
+    RENAMED: ClassVar[Mapping[str, str]] = {"trained_numbers": "num_trainable_parameters", "member": "trial"}
 
     state: str | None = None
     phase: str | None = None
@@ -143,16 +144,22 @@ class RunStatus(RunFile):
     suggested_step: int | None = None
     seconds: float | None = None
     published: str | None = None
-    member: str | None = None
+    trial: str | None = None
     method: str | None = None
-    shots: int | None = None
+    shots: int | str | None = None
     seed: int | None = None
 
     @classmethod
     def upgrade(cls, values: dict[str, Any], version: int) -> dict[str, Any]:
-        """Version 1 named the fold within its phase."""
-        named = re.fullmatch(r"leaving out (?:image|picture) (\d+)", str(values.get("phase")))
-        return values | {"phase": CROSS_VALIDATION, "fold": int(named[1])} if version == 1 and named else values
+        """Version 1 named the fold, and the trial of a few-shot run, within its phase."""
+        if version > 1:
+            return values
+        phase = str(values.get("phase"))
+        if fold := re.fullmatch(r"leaving out (?:image|picture) (\d+)", phase):
+            return values | {"phase": CROSS_VALIDATION, "fold": int(fold[1])}
+        if trial := re.fullmatch(r"fitting (\S+), (\S+) shots, seed (\d+)", phase):
+            return values | {"phase": FITTING, "method": trial[1], "shots": trial[2], "seed": int(trial[3])}
+        return values
 
     def to_json(self) -> dict[str, Any]:
         """The fields that are set, and the error."""

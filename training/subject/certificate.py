@@ -83,11 +83,11 @@ def certify(
     seeds = list(range(seed, seed + len(prompts)))
     native = _draw(pipeline, prompts, seeds, settings)
     with tempfile.TemporaryDirectory() as temporary:
-        drawn = {
+        images = {
             name: str(_in_diffusers_form(pipeline, file, Path(temporary) / name) if name in converted else file)
             for name, file in files.items()
         }
-        stock, dtype, device = _drawn_by_stock(pipeline, model, drawn, prompts, seeds, settings)
+        stock, dtype, device = _drawn_by_stock(pipeline, model, images, prompts, seeds, settings)
     certificate = _judge(native, stock, lint_kohya(files["kohya"]), list(prompts), settings, dtype, device)
     certificate = replace(certificate, converted=converted)
     certificate.write(folder)
@@ -162,11 +162,11 @@ def _draw(
     """Images (prompts, height, width, 3) in [0, 1], one at a time, as the stock process draws them."""
     for component in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
         component.eval()
-    drawn = [
+    images = [
         pipeline(prompt, generator=torch.Generator().manual_seed(seed), output_type="np", **settings).images[0]
         for prompt, seed in zip(prompts, seeds, strict=True)
     ]
-    return torch.stack([torch.from_numpy(image).float() for image in drawn])
+    return torch.stack([torch.from_numpy(image).float() for image in images])
 
 
 def _stock_images(request: dict[str, Any]) -> dict[str, torch.Tensor]:

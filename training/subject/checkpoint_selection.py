@@ -6,13 +6,14 @@ from collections.abc import Collection, Mapping, Sequence
 
 from training.runs.run_files import Point, StepScores, Suggestion
 
-# Of the whole fall of the held-out loss: what counts as equally good, and from where a rise is worth a warning; that also of
-# how far the loss on training images has fallen meanwhile.
-TOLERANCE, TURN = 0.02, 0.10
-# Of the same fall: what a step must have kept for its samples to be compared.
-KEPT = 0.5
-# Of the rise of likeness over the base model: what the eye does not miss. Of the best following of prompts: what it may lose.
-ALIKE, UNHEARD = 0.05, 0.10
+# Shares of the total reduction in held-out loss: losses this close are equally good, and a rise this large is reported as
+# overfitting.
+TOLERANCE, OVERFITTING_RISE = 0.02, 0.10
+# The least share of that reduction that a step must keep to be a candidate.
+MIN_SHARE_OF_REDUCTION = 0.5
+# Similarity to the subject may be lower by this share of its gain over the base model, similarity to the prompts by this
+# share of its best value.
+SIMILARITY_TOLERANCE, PROMPT_TOLERANCE = 0.05, 0.10
 
 
 Scored = Mapping[int, StepScores]
@@ -21,22 +22,19 @@ Scored = Mapping[int, StepScores]
 def suggest(curve: Sequence[Point], last: int, scores: Scored | None = None) -> Suggestion:
     """The step to use, by the held-out loss and the samples together.
 
-    The held-out loss is least where the adapter knows best what it was not shown, and that is early: what makes the subject
-    sharp in images comes later, while the loss turns. On the bundled toy the least loss comes with less than nine tenths of
-    the likeness there is to gain, and all of that with three quarters of the fall of the loss. Nor does the loss know itself
-    how far to trust it: with timesteps and noise fixed its standard error is a thirtieth of the fall, which says nothing of
-    another image held out. So the loss only rules out, and likeness chooses:
+    The held-out loss reaches its minimum early, before the subject is sharp in generated images. On the bundled toy the minimum
+    comes with less than 90% of the possible gain in similarity, and the full gain with 75% of the reduction in loss. The loss
+    of a single held-out image is also uncertain. So the loss only excludes steps, and similarity selects one:
 
-    1. Steps come into question that keep at least `KEPT` of the fall of the held-out loss (see `in_question`).
-    2. Out go those with a sample that is nearly a training image, and those that follow their prompts worse than the best
-       of them by more than `UNHEARD` of its score.
-    3. Of the others, those count as equally like the subject that come within `ALIKE` of the rise in likeness, from the base
-       model to the best of them. The differences are fractions, since judges have no common scale.
-    4. Of these the one with the least held-out loss is suggested; where that is not known, the earliest: what was trained
-       less has forgotten less.
+    1. Candidates keep at least `MIN_SHARE_OF_REDUCTION` of the total reduction in held-out loss (see `in_question`).
+    2. Excluded are candidates with a sample that nearly copies a training image, and those whose similarity to the prompts is
+       more than `PROMPT_TOLERANCE` below the best.
+    3. The remaining candidates within `SIMILARITY_TOLERANCE` of the best gain in similarity to the subject count as equal. The
+       tolerances are fractions, because image scorers have no common scale.
+    4. Among these the step with the lowest held-out loss is recommended, or the earliest if no loss was measured.
 
-    Without samples of the step with the least held-out loss there is nothing to weigh it against, and the loss alone decides
-    (see `_by_loss`). Without a held-out image the samples alone do.
+    Without samples of the step with the lowest held-out loss the loss alone decides (see `_by_loss`). Without a held-out image
+    the samples alone decide.
 
     Args:
         curve: oldest first, the base model being its first point; empty where nothing was held out.
@@ -61,12 +59,12 @@ def in_question(curve: Sequence[Point], steps: Collection[int]) -> list[int]:
         return sorted(steps)
     base, best, end = curve[0].heldout, _best(curve), curve[-1]
     # The least itself keeps all of the fall, whatever is lost in rounding.
-    most = max(best.heldout, base - KEPT * (base - best.heldout))
-    kept = {point.step for point in curve[1:] if point.heldout <= most} if best.heldout < base else {best.step}
-    return [step for step in sorted(steps) if step in kept or (_falls_on(curve) and step > end.step)]
+    most = max(best.heldout, base - MIN_SHARE_OF_REDUCTION * (base - best.heldout))
+    candidates = {point.step for point in curve[1:] if point.heldout <= most} if best.heldout < base else {best.step}
+    return [step for step in sorted(steps) if step in candidates or (_falls_on(curve) and step > end.step)]
 
 
-def to_draw(curve: Sequence[Point], kept: Collection[int], scored: Collection[int], count: int) -> list[int]:
+def to_draw(curve: Sequence[Point], candidates: Collection[int], scored: Collection[int], count: int) -> list[int]:
     """Which adapters are to draw samples after training, so that their steps can be compared.
 
     The `count` steps in question with the least held-out loss; evenly spread ones, the last among them, where the loss of
@@ -75,12 +73,12 @@ def to_draw(curve: Sequence[Point], kept: Collection[int], scored: Collection[in
     Args:
         kept, scored: the steps whose adapters were kept, and those whose samples are scored already.
     """
-    possible, heldout = in_question(curve, kept), {point.step: point.heldout for point in curve}
+    possible, heldout = in_question(curve, candidates), {point.step: point.heldout for point in curve}
     count = min(count, len(possible))
     if all(step in heldout for step in possible):
         chosen = sorted(possible, key=lambda step: (heldout[step], step))[:count]
     else:
-        chosen = [possible[(place + 1) * len(possible) // count - 1] for place in range(count)]
+        chosen = [possible[(index + 1) * len(possible) // count - 1] for index in range(count)]
     return sorted(set(chosen) - set(scored))
 
 
@@ -98,8 +96,8 @@ def _by_loss(curve: Sequence[Point], last: int) -> tuple[int, list[str], list[st
     """The step to use by the held-out loss alone, the reason, and warnings.
 
     The earliest step that is as good as the best one, within `TOLERANCE` of the whole fall: what was trained less has
-    forgotten less. Overfitting is a held-out loss that has turned, by more than `TURN` of its fall, while the loss on the
-    training images went on falling.
+    forgotten less. Overfitting is a rise of the held-out loss by more than `OVERFITTING_RISE` of its reduction while the loss on
+    the training images keeps falling.
     """
     if not curve:
         reason = "No image was held out, so the last step is used."
@@ -127,19 +125,19 @@ def _by_samples(curve: Sequence[Point], scores: Scored, compared: Sequence[int])
         reason = f"All {len(compared)} compared steps generate near copies of training images; step {step} copies least."
         return step, [reason, f"Step {step}: {scores[step].copy_summary}."]
     heard = max(free, key=lambda step: scores[step].prompt)
-    least = scores[heard].prompt - UNHEARD * abs(scores[heard].prompt)
+    least = scores[heard].prompt - PROMPT_TOLERANCE * abs(scores[heard].prompt)
     follow = [step for step in free if scores[step].prompt >= least]
     best = max(follow, key=lambda step: scores[step].subject)
     rise = max(0.0, scores[best].subject - scores[0].subject)
-    alike = [step for step in follow if scores[step].subject >= scores[best].subject - ALIKE * rise]
+    similar = [step for step in follow if scores[step].subject >= scores[best].subject - SIMILARITY_TOLERANCE * rise]
     heldout = {point.step: point.heldout for point in curve}
     # Steps behind a curve that falls on count as good as its end.
-    step = min(alike, key=lambda step: (heldout.get(step, min(heldout.values(), default=0.0)), step))
-    own, most = scores[step], scores[best].subject
+    step = min(similar, key=lambda step: (heldout.get(step, min(heldout.values(), default=0.0)), step))
+    of_step, most = scores[step], scores[best].subject
     figures = [
-        f"Similarity to the subject {own.subject:.3f} (highest {most:.3f}, step {best}; base model {scores[0].subject:.3f})",
-        f"similarity to the prompts {own.prompt:.3f} (highest {scores[heard].prompt:.3f}, step {heard})",
-        own.copy_summary,
+        f"Similarity to the subject {of_step.subject:.3f} (highest {most:.3f}, step {best}; base model {scores[0].subject:.3f})",
+        f"similarity to the prompts {of_step.prompt:.3f} (highest {scores[heard].prompt:.3f}, step {heard})",
+        of_step.copy_summary,
     ]
     left_out = {"near copies": set(compared) - set(free), "low similarity to their prompts": set(free) - set(follow)}
     sentences = [_how_it_was_chosen(curve, step), f"{'; '.join(figures)}.", f"Compared: steps {_listed(compared)}."]
@@ -149,16 +147,16 @@ def _by_samples(curve: Sequence[Point], scores: Scored, compared: Sequence[int])
 
 def _how_it_was_chosen(curve: Sequence[Point], step: int) -> str:
     """The rule's last two decisions, in words."""
-    known = {point.step: point.heldout for point in curve}
+    losses = {point.step: point.heldout for point in curve}
     if not curve:
         return f"No image was held out: step {step} is the earliest whose samples are as similar to the subject as any."
-    if step not in known:
+    if step not in losses:
         most_similar = f"Step {step} is the earliest that is as similar to the subject as any"
         return f"{most_similar}; the held-out loss was still falling at its last measurement."
     best = _best(curve)
     lowest = "the lowest of all" if best.step == step else f"the lowest of all is {best.heldout:.4f} at step {best.step}"
     return (
-        f"Among the steps that are equally similar to the subject, step {step} has the lowest held-out loss: {known[step]:.4f} "
+        f"Among the steps that are equally similar to the subject, step {step} has the lowest held-out loss: {losses[step]:.4f} "
         f"({lowest}; base model {curve[0].heldout:.4f})."
     )
 
@@ -182,11 +180,11 @@ def _copying(scores: Scored) -> list[str]:
 
 def _overfitting(best: Point, end: Point, fall: float) -> list[str]:
     """A warning where the held-out loss has turned at `best` while the loss on training images fell on."""
-    known = best.seen is not None and end.seen is not None
-    if end.heldout - best.heldout <= TURN * max(fall, best.seen - end.seen if known else 0.0):
+    has_seen_loss = best.seen is not None and end.seen is not None
+    if end.heldout - best.heldout <= OVERFITTING_RISE * max(fall, best.seen - end.seen if has_seen_loss else 0.0):
         return []
     rise = f"the held-out loss rises from {best.heldout:.4f} at step {best.step} to {end.heldout:.4f} at step {end.step}"
-    if not known:
+    if not has_seen_loss:
         return [f"Overfitting: {rise}."]
     if end.seen >= best.seen:
         return [f"Training became unstable: {rise}, and the loss on the training images rises too. Lower the learning rate."]

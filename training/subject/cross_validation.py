@@ -13,7 +13,7 @@ from accelerate.logging import get_logger
 from pipelines.subject.encoding import CachedLatents
 from pipelines.subject.loss import DenoisingLoss
 from training.engine.loop import LoopOptions, Periodic, Trainable, train
-from training.engine.sharding import assign, whole
+from training.engine.sharding import assign, summon_full_params
 from training.runs.run import RunDirectory
 from training.runs.run_files import CROSS_VALIDATION, FOLDS
 from training.subject.validation import measured_losses
@@ -54,7 +54,7 @@ def leave_one_out(
             continue
         run.update_status(phase=CROSS_VALIDATION, fold=index + 1, folds=len(folds))
         trainable = prepare(seen)
-        with whole(loss):
+        with summon_full_params(loss):
             measure = _measure(part, loss, seen, heldout, batch_size)
         train(accelerator, part, trainable, short, [Periodic(every, measure)])
         _restore(loss, start)

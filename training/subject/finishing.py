@@ -57,7 +57,7 @@ class Trained:
     components: dict[str, nn.Module]
     sampler: ValidationSampler
     judge: ImageScorer
-    shown: Sequence[Image.Image]
+    subject_images: Sequence[Image.Image]
     before: Sequence[Image.Image]
     resolution: int
     images: int
@@ -71,15 +71,15 @@ def finish(run: RunDirectory, trained: Trained, options: SubjectOptions) -> None
     """
     run.update_status(phase="exporting")
     adapters.save_everywhere(trained.pipeline, trained.components, run.path, title_of(run, options))
-    subject = trained.shown[: len(trained.before)]
+    subject = trained.subject_images[: len(trained.before)]
     rows = [("the subject", subject), ("before", trained.before), (f"after, {options.adapter.method}", trained.sampler.draw())]
-    drawn = draw_candidates(run, trained, options)
+    images_by_step = draw_candidates(run, trained, options)
     suggestion = suggest_for(run, options.optimisation.max_train_steps)
     write_suggestion(run, suggestion)
     logger.info(f"Suggested: step {suggestion.step} of {suggestion.last}. {suggestion.why}")
     for warning in suggestion.warnings:
         logger.warning(warning)
-    rows += suggested_rows(run, trained, options, suggestion, drawn.get(suggestion.step))
+    rows += suggested_rows(run, trained, options, suggestion, images_by_step.get(suggestion.step))
     labelled_grid(rows, options.output.validation_prompt).save(run.path / GRID)
     if options.validation.certify:
         run.update_status(phase="certifying")
@@ -108,19 +108,19 @@ def public_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], options: Subj
     prompts = options.output.validation_prompt
     if not options.validation.private:
         return labelled_grid(rows, prompts)
-    return labelled_grid(rows[1:], [str(place + 1) for place in range(len(prompts))])
+    return labelled_grid(rows[1:], [str(index + 1) for index in range(len(prompts))])
 
 
 def draw_candidates(run: RunDirectory, trained: Trained, options: SubjectOptions) -> dict[int, list[Image.Image]]:
     """Draw samples with the adapters of the steps to be compared that have none, and score them; returns them by step."""
-    prompts, drawn = options.output.validation_prompt, {}
+    prompts, images_by_step = options.output.validation_prompt, {}
     for step in to_draw(heldout_curve(run), kept_steps(run), sample_scores(run), options.validation.num_candidate_images):
         run.update_status(phase="comparing")
         with kept_adapter(trained.pipeline, adapter_at(run, step)):
-            drawn[step] = trained.sampler.draw()
-        trained.sampler.save(run, step, drawn[step])
-        log_scores(run, step, trained.judge, drawn[step], prompts)
-    return drawn
+            images_by_step[step] = trained.sampler.draw()
+        trained.sampler.save(run, step, images_by_step[step])
+        log_scores(run, step, trained.judge, images_by_step[step], prompts)
+    return images_by_step
 
 
 @contextmanager
@@ -140,16 +140,16 @@ def suggested_rows(
     trained: Trained,
     options: SubjectOptions,
     suggestion: Suggestion,
-    drawn: list[Image.Image] | None = None,
+    images: list[Image.Image] | None = None,
 ) -> list[tuple[str, list[Image.Image]]]:
-    """Export the suggested adapter to `suggested/`, unless it is the last one, and have its images: those `drawn`, or now."""
-    kept = adapter_at(run, suggestion.step)
-    if suggestion.step == suggestion.last or not kept.is_dir():
+    """Export the suggested adapter to `suggested/`, unless it is the last one; its images are `images` if given."""
+    adapter_folder = adapter_at(run, suggestion.step)
+    if suggestion.step == suggestion.last or not adapter_folder.is_dir():
         return []
     title = f"{title_of(run, options)}-step-{suggestion.step}"
-    with kept_adapter(trained.pipeline, kept):
+    with kept_adapter(trained.pipeline, adapter_folder):
         adapters.save_everywhere(trained.pipeline, trained.components, run.path / SUGGESTED, title, SUGGESTED)
-        images = drawn or trained.sampler.draw()
+        images = images or trained.sampler.draw()
     return [(f"suggested, step {suggestion.step}", images)]
 
 

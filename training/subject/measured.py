@@ -28,9 +28,9 @@ def heldout_curve(run: RunRecord) -> list[Point]:
 
     Its first point is the base model; with that alone it is empty too.
     """
-    own = _curve_of(run)
-    if len(own) > 1:
-        return own
+    curve = _curve_of(run)
+    if len(curve) > 1:
+        return curve
     folds = [_curve_of(RunRecord(path)) for path in sorted((run.path / FOLDS).glob("*")) if path.is_dir()]
     # Whoever looks on sees folds that are still at work.
     by_step = zip(*folds, strict=False) if folds else ()
@@ -56,8 +56,8 @@ def sample_scores(run: RunRecord) -> dict[int, StepScores]:
     """
     names = [each.name for each in fields(StepScores)]
     lines = [line for line in run.metrics() if all(logged(name) in line for name in names)]
-    found = {int(line["step"]): StepScores(*(line[logged(name)] for name in names)) for line in lines}
-    return {step: each for step, each in found.items() if isclose(each.nearest_limit, lines[-1][logged("nearest_limit")])}
+    scores = {int(line["step"]): StepScores(*(line[logged(name)] for name in names)) for line in lines}
+    return {step: each for step, each in scores.items() if isclose(each.nearest_limit, lines[-1][logged("nearest_limit")])}
 
 
 def logged(name: str) -> str:

@@ -66,23 +66,23 @@ def model_card(run: RunDirectory, options: SubjectOptions, images: int, private:
     Args:
         private: without the words of prompts and the names of local files.
     """
-    status, how = run.status(), options.optimisation
+    status, optimisation = run.status(), options.optimisation
     model = portable_name(options.model.pretrained_model_name_or_path, private)
     prompt = "the subject" if private else options.data.subject_prompts()[0]
-    shown = "" if private else ", the subject above them"
+    subject_note = "" if private else ", the subject above them"
     return BODY.format(
         header=card_header(options, private).to_yaml().strip(),
         title="An adapter for one subject" if private else as_text(prompt),
         method=options.adapter.method,
         model=as_text(model) if "`" in model else model,
-        steps=how.max_train_steps,
-        batch=how.train_batch_size * how.gradient_accumulation_steps,
+        steps=optimisation.max_train_steps,
+        batch=optimisation.train_batch_size * optimisation.gradient_accumulation_steps,
         images=images,
-        rate=f"{how.learning_rate:g}",
+        rate=f"{optimisation.learning_rate:g}",
         trained=status["num_trainable_parameters"],
         seconds=status["seconds"],
         options="" if private else " The resolved options are in options.json.",
-        alt=f"the base model's images and the adapted model's, for the same prompts and seeds{shown}",
+        alt=f"the base model's images and the adapted model's, for the same prompts and seeds{subject_note}",
         grid=GRID,
         findings="".join(
             f"\n{finding}\n"
@@ -134,27 +134,27 @@ def judge_in_words(name: str, private: bool = False) -> str:
 
 def _findings(run: RunDirectory, judge: str) -> list[str]:
     """What the run found out of itself: held-out losses, the suggestion, its warnings, scores by `judge`, the certificate."""
-    found = []
+    lines = []
     losses = [line["heldout_loss"] for line in run.metrics() if "heldout_loss" in line]
     if losses:
         before, after = losses[0], losses[-1]
-        found.append(f"Mean denoising loss in the middle of the held-out image: {before:.4f} before, {after:.4f} after.")
+        lines.append(f"Mean denoising loss in the middle of the held-out image: {before:.4f} before, {after:.4f} after.")
     if suggestion := Suggestion.read(run.path):
-        found += _suggested(suggestion, judge)
+        lines += _suggested(suggestion, judge)
     if certificate := Certificate.read(run.path):
-        found.append(_certified(certificate))
-    return found
+        lines.append(_certified(certificate))
+    return lines
 
 
 def _suggested(suggestion: Suggestion, judge: str) -> list[str]:
     """The suggested step, its warnings and the scores."""
-    found = []
+    lines = []
     if suggestion.curve or suggestion.scores:
-        found.append(f"**Suggested: step {suggestion.step} of {suggestion.last}.** {suggestion.why}")
-        found += [f"> **Warning.** {warning}" for warning in suggestion.warnings]
+        lines.append(f"**Suggested: step {suggestion.step} of {suggestion.last}.** {suggestion.why}")
+        lines += [f"> **Warning.** {warning}" for warning in suggestion.warnings]
     if suggestion.scores:
-        found.append(_scores_table(suggestion, judge))
-    return found
+        lines.append(_scores_table(suggestion, judge))
+    return lines
 
 
 def _certified(certificate: Certificate) -> str:

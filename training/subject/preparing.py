@@ -63,13 +63,13 @@ def checked_images(options: DataOptions, seed: int) -> DatasetSplit:
             classes = ClassImages(Path(class_folder), prompts, options.num_class_images, model="")
             report = replace(report, class_folder=classes.account())
     _log(report)
-    found = [image for image in captioned if image.path in report.usable]
-    names = [image.path.relative_to(options.instance_data_dir).as_posix() for image in found]
+    usable = [image for image in captioned if image.path in report.usable]
+    names = [image.path.relative_to(options.instance_data_dir).as_posix() for image in usable]
     chosen = choose_heldout(names, options.heldout_image, seed)
     if chosen.folds:
         say_cost(len(chosen.folds))
-    train_on = [image for place, image in enumerate(found) if place != chosen.index]
-    heldout = [] if chosen.index is None else [found[chosen.index]]
+    train_on = [image for index, image in enumerate(usable) if index != chosen.index]
+    heldout = [] if chosen.index is None else [usable[chosen.index]]
     return DatasetSplit(train_on, heldout, report, chosen.folds)
 
 
@@ -90,11 +90,11 @@ class Encoded:
     subject: CachedLatents
     heldout: CachedLatents | None
 
-    def folds(self, places: tuple[int, ...]) -> Iterator[tuple[CachedLatents, CachedLatents]]:
-        """For each of `places` all images of the subject but that one, and that one."""
-        for place in places:
-            rest = [other for other in range(len(self.subject)) if other != place]
-            yield self.subject.only(rest), self.subject.only([place])
+    def folds(self, indices: tuple[int, ...]) -> Iterator[tuple[CachedLatents, CachedLatents]]:
+        """For each of `indices` all images of the subject but that one, and that one."""
+        for index in indices:
+            rest = [other for other in range(len(self.subject)) if other != index]
+            yield self.subject.only(rest), self.subject.only([index])
 
 
 class Preparation:
@@ -163,10 +163,10 @@ class Preparation:
         prompts = class_prompts(data.instance_data_dir, data.class_prompt, data.class_data_dir)
         count = min(count or data.num_class_images, data.num_class_images)
         with without_adapters(self.pipeline):
-            found = self._drawn(ClassImages(folder, prompts, count, self.model, self.share))
+            images = self._drawn(ClassImages(folder, prompts, count, self.model, self.share))
             self.run.update_status(phase="encoding")
-            shown, shown_sizes = in_sizes(found, sorted(set(sizes)))
-            return self.encoder.encode(shown, self.framing, shown_sizes)
+            used, shown_sizes = in_sizes(images, sorted(set(sizes)))
+            return self.encoder.encode(used, self.framing, shown_sizes)
 
     def _drawn(self, wanted: ClassImages) -> list[TrainingImage]:
         """The class images; those that are missing are made first, by all processes together."""
@@ -175,9 +175,9 @@ class Preparation:
         if missing:
             self.run.update_status(phase="drawing class images")
             precision = self.options.prior_generation_precision
-            drawing = self.pipeline if precision is None else self.load(PRIOR_DTYPES[precision])
-            draw = partial(generate, drawing, sampling=self.sampling, batch_size=self.options.sample_batch_size)
-            settings = asdict(self.sampling) | {"sampler": type(drawing.scheduler).__name__.removesuffix("Scheduler")}
+            pipeline = self.pipeline if precision is None else self.load(PRIOR_DTYPES[precision])
+            draw = partial(generate, pipeline, sampling=self.sampling, batch_size=self.options.sample_batch_size)
+            settings = asdict(self.sampling) | {"sampler": type(pipeline.scheduler).__name__.removesuffix("Scheduler")}
             wanted.make(missing, draw, settings)
         self.accelerator.wait_for_everyone()
         return wanted.images()

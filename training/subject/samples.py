@@ -46,7 +46,7 @@ class ValidationSampler:
         with torch.no_grad():
             return list(generate(self.pipeline, self.prompts, self.seeds, self.sampling, self.batch_size))
 
-    def save(self, run: RunDirectory, step: int, drawn: Sequence[Image.Image]) -> None:
+    def save(self, run: RunDirectory, step: int, images: Sequence[Image.Image]) -> None:
         """Keep what was drawn after `step` steps: samples/step-<step>/<place>.png with their settings, and all on one sheet."""
         if not run.writes:
             return
@@ -54,19 +54,19 @@ class ValidationSampler:
         aside = folder.with_name(f".writing-{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
         common = {**asdict(self.sampling), "sampler": self._name(), "model": self.model, "step": step}
-        for place, (image, prompt, seed) in enumerate(zip(drawn, self.prompts, self.seeds, strict=True)):
-            save_image(image, aside / f"{place}.png", {"prompt": prompt, "seed": seed, **common})
+        for index, (image, prompt, seed) in enumerate(zip(images, self.prompts, self.seeds, strict=True)):
+            save_image(image, aside / f"{index}.png", {"prompt": prompt, "seed": seed, **common})
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
         title = f"step {step}" if step else "base model"
-        run.save_image(step, labelled_grid([(title, drawn)], self.prompts))
+        run.save_image(step, labelled_grid([(title, images)], self.prompts))
 
     def _name(self) -> str:
         return type(self.pipeline.scheduler).__name__.removesuffix("Scheduler")
 
 
-def save_subject(run: RunDirectory, shown: Sequence[Image.Image]) -> None:
-    """Keep the training images `shown`, to compare samples with, as samples/subject/<place>.png."""
+def save_subject(run: RunDirectory, images: Sequence[Image.Image]) -> None:
+    """Keep the training images `images`, to compare samples with, as samples/subject/<place>.png."""
     run.subject.mkdir(exist_ok=True)
-    for place, image in enumerate(shown):
-        image.save(run.subject / f"{place}.png")
+    for index, image in enumerate(images):
+        image.save(run.subject / f"{index}.png")

@@ -47,8 +47,8 @@ def draw(pipeline: StableDiffusionXLPipeline, request: dict[str, Any]) -> torch.
     """The request's images: (prompts, height, width, 3) float32 in [0, 1]."""
     images = []
     for prompt, seed in zip(request["prompts"], request["seeds"], strict=True):
-        drawn = pipeline(prompt, generator=torch.Generator().manual_seed(seed), output_type="np", **request["sampling"])
-        images.append(torch.from_numpy(drawn.images[0]).float())
+        image = pipeline(prompt, generator=torch.Generator().manual_seed(seed), output_type="np", **request["sampling"])
+        images.append(torch.from_numpy(image.images[0]).float())
     return torch.stack(images)
 
 

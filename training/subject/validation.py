@@ -48,11 +48,11 @@ def measured_at_once(images: CachedLatents, batch_size: int) -> int:
     return min(MEASURED_BATCH, max(batch_size, SMALL_PIXELS // largest))
 
 
-def log_scores(run: RunDirectory, step: int, judge: ImageScorer, drawn: Sequence[Image.Image], prompts: Sequence[str]) -> None:
-    """Log the scores of the images `drawn` from `prompts` after `step` steps: means of likeness and following, the worst of
+def log_scores(run: RunDirectory, step: int, judge: ImageScorer, images: Sequence[Image.Image], prompts: Sequence[str]) -> None:
+    """Log the scores of the images `images` from `prompts` after `step` steps: means of likeness and following, the worst of
     copying.
     """
-    scores = judge.scores(drawn, prompts)
+    scores = judge.scores(images, prompts)
     of_step = StepScores(
         subject=fmean(each.subject for each in scores),
         prompt=fmean(each.prompt for each in scores),
@@ -86,13 +86,13 @@ class ValidationCallback:
     judge: ImageScorer | None = None
     batch_size: int = MEASURED_BATCH
 
-    def begin(self, before: Sequence[Image.Image], shown: Sequence[Image.Image]) -> None:
-        """Measure the base model, once a run, and keep and score what it drew; keep the images `shown` beside it."""
+    def begin(self, before: Sequence[Image.Image], subject_images: Sequence[Image.Image]) -> None:
+        """Measure the base model, once a run, and keep and score what it drew; keep the images `subject_images` beside it."""
         if not self.run.writes or self.run.metrics():
             return
         if self.heldout is not None:
             self.run.log(0, **measured_losses(self.loss, self.heldout, self.seen, self.batch_size))
-        save_subject(self.run, shown)
+        save_subject(self.run, subject_images)
         self.sampler.save(self.run, 0, before)
         self._score(0, before)
 
@@ -108,14 +108,14 @@ class ValidationCallback:
     def show(self, step: int) -> None:
         """Draw the validation prompts, and score the images."""
         keep_adapter(self.run, step, self.components)
-        drawn = self.sampler.draw()
-        self.sampler.save(self.run, step, drawn)
-        self._score(step, drawn)
+        images = self.sampler.draw()
+        self.sampler.save(self.run, step, images)
+        self._score(step, images)
 
     def sample(self, step: int) -> None:
         """Draw the validation prompts for people alone: a step that was asked for changes nothing of what is suggested."""
         self.sampler.save(self.run, step, self.sampler.draw())
 
-    def _score(self, step: int, drawn: Sequence[Image.Image]) -> None:
+    def _score(self, step: int, images: Sequence[Image.Image]) -> None:
         if self.judge is not None:
-            log_scores(self.run, step, self.judge, drawn, self.sampler.prompts)
+            log_scores(self.run, step, self.judge, images, self.sampler.prompts)
