@@ -68,7 +68,8 @@ def main(options: FewShotOptions) -> RunDirectory:
         results = fit_all(accelerator, run, experiment, options)
         record_provenance(run, experiment, options)
         if run.writes:
-            run.update_status(phase="writing the report", trial=None, step=len(results), seconds_left=None)
+            no_trial = dict.fromkeys(("trial", "method", "shots", "seed"))
+            run.update_status(phase="writing the report", **no_trial, step=len(results), seconds_left=None)
             report = report_of(experiment, options, list(map(str, duplicates)), results)
             write_json(run.path / REPORT, report.to_json())
             write_card(run.path, report, options.target_layers)

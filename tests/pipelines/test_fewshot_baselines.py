@@ -1,5 +1,6 @@
 """Every baseline through the one door: what it computes, what it chooses by, what its file holds."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -85,7 +86,7 @@ def test_every_baseline_counts_what_it_trains_and_gives_finite_logits(fitted, na
     assert logits.shape == (len(task.validation), len(CLASSES))
     assert torch.isfinite(logits).all()
     assert predictor.num_trainable_parameters == TRAINED[name]
-    assert predictor.stored_numbers == sum(value.numel() for value in predictor.head.state_dict().values())
+    assert predictor.num_stored_parameters == sum(value.numel() for value in predictor.head.state_dict().values())
 
 
 @pytest.mark.parametrize("name", sorted(set(baselines.BASELINES) - {"zeroshot", "coop", "pixels"}))
@@ -318,6 +319,14 @@ def test_the_choice_is_by_accuracy_then_cross_entropy_then_order_and_never_what_
         choose([("not finite", logits["not finite"])], labels)
 
 
+def test_a_predictor_of_an_earlier_version_is_read(tmp_path):
+    metadata = {"head": "Linear", "reads": "features", "trained_numbers": 5, "setting": {}, "open_vocabulary": False}
+    tensors = {"weight": torch.zeros(3, WIDTH), "bias": torch.zeros(3)}
+    write_tensors(tmp_path / "old.safetensors", tensors, {"predictor": json.dumps(metadata)})
+    predictor = load_predictor(tmp_path / "old.safetensors")
+    assert (type(predictor.head), predictor.num_trainable_parameters) == (LinearHead, 5)
+
+
 @pytest.mark.parametrize(
     "told",
     [
@@ -330,9 +339,9 @@ def test_the_choice_is_by_accuracy_then_cross_entropy_then_order_and_never_what_
         {"predictor": '{"head": "Linear", "reads": "features", "trained_numbers": 0, "setting": "C", "open_vocabulary": true}'},
     ],
 )
-def test_a_file_that_does_not_say_what_it_is_is_refused(tmp_path, told):
+def test_a_file_without_the_metadata_of_a_predictor_is_refused(tmp_path, told):
     write_tensors(tmp_path / "other.safetensors", {"weight": torch.zeros(3, WIDTH), "bias": torch.zeros(3)}, told)
-    with pytest.raises(InputError, match=r"other.safetensors' does not say what it predicts with"):
+    with pytest.raises(InputError, match=r"The metadata of '.*other.safetensors' describe no predictor"):
         load_predictor(tmp_path / "other.safetensors")
 
 

@@ -114,7 +114,7 @@ def test_an_ensemble_of_templates_is_a_mean_direction(random_clip, tmp_path):
 
 
 @pytest.mark.parametrize(("method", "scale"), SCALES)
-def test_an_adapter_is_loaded_at_its_strength_and_at_0_is_zero_shot(random_clip, zero_shot, tmp_path, method, scale):
+def test_an_adapter_is_loaded_at_its_scale_and_at_0_is_zero_shot(random_clip, zero_shot, tmp_path, method, scale):
     clip, components = fitted(random_clip, tmp_path, method)
     adapters.set_scale(components, scale)
     # The files hold the adapter as trained, whatever its scale is just now.
@@ -269,7 +269,7 @@ def test_what_is_missing_is_named(run, random_clip, tmp_path):
     with pytest.raises(InputError, match=r"names 'trials/lora', where there is no classifier\.json"):
         FewShotClassifier.from_run(run)
     told(random_clip, "gda").write(tmp_path / "gda" / "classifier.json")
-    with pytest.raises(InputError, match=r"no '.*predictor\.safetensors', which the method 'gda' needs"):
+    with pytest.raises(InputError, match=r"The method 'gda' needs '.*predictor\.safetensors', which is missing"):
         FewShotClassifier.from_run(tmp_path / "gda")
 
 
@@ -292,7 +292,10 @@ def test_a_pickle_is_never_opened(random_clip, tmp_path):
 
 @pytest.mark.parametrize(
     ("shape", "message"),
-    [((4, WIDTH), "must be of 3 classes as classifier.json is, got 4"), ((3, 24), "features 24 wide, those of .* are 192")],
+    [
+        ((4, WIDTH), "must have 3 classes, as classifier.json has, got 4"),
+        ((3, 24), "features of width 24, but those of .* have width 192"),
+    ],
 )
 def test_a_predictor_of_something_else_is_refused(random_clip, tmp_path, shape, message):
     predictor = Predictor(LinearHead.unbiased(torch.ones(shape)), 7)
@@ -303,7 +306,7 @@ def test_a_predictor_of_something_else_is_refused(random_clip, tmp_path, shape, 
 
 def test_a_base_model_that_was_moved_is_named_anew(random_clip, tmp_path):
     save_classifier(tmp_path / "own", told(random_clip, model=str(tmp_path / "gone")))
-    with pytest.raises(InputError, match=r"was fitted on the model '.*gone', which is no longer there\. Give --model"):
+    with pytest.raises(InputError, match=r"was fitted on the model '.*gone', which no longer exists\. Give --model"):
         FewShotClassifier.from_run(tmp_path / "own")
     expected = FewShotClassifier.from_run(tmp_path / "own", model=str(random_clip)).predict(IMAGES)
     save_classifier(tmp_path / "own", told(random_clip, pretrained=str(tmp_path / "gone.safetensors")))
@@ -326,7 +329,7 @@ def test_other_weights_of_the_same_shape_are_refused(random_clip, zero_shot, tmp
 
 
 def test_a_device_that_is_not_there_is_named(zero_shot):
-    with pytest.raises(InputError, match="device must be one that PyTorch can use here, such as cpu, got 'gpu'"):
+    with pytest.raises(InputError, match="device must be available to PyTorch on this machine, such as cpu, got 'gpu'"):
         FewShotClassifier.from_run(zero_shot, device="gpu")
 
 
@@ -384,11 +387,11 @@ def test_a_method_is_saved_with_what_it_predicts_with(random_clip, tmp_path):
     predictor = Predictor(heads()["linear_probe"], 7)
     adapter = {"image": torch.nn.Identity()}
     for method, given, message in (
-        ("nora", {}, "'nora' is saved with an adapter alone, got neither"),
-        ("nora", {"predictor": predictor}, "'nora' is saved with an adapter alone, got predictor"),
-        ("gda", {}, "'gda' is saved with a predictor alone, got neither"),
+        ("nora", {}, "'nora' must be saved with an adapter only, got neither"),
+        ("nora", {"predictor": predictor}, "'nora' must be saved with an adapter only, got predictor"),
+        ("gda", {}, "'gda' must be saved with a predictor only, got neither"),
         ("gda", {"adapter": adapter, "predictor": predictor}, "got adapter and predictor"),
-        ("zeroshot", {"adapter": adapter}, "'zeroshot' is saved with a predictor alone, got adapter"),
+        ("zeroshot", {"adapter": adapter}, "'zeroshot' must be saved with a predictor only, got adapter"),
     ):
         with pytest.raises(ValueError, match=message):
             save_classifier(tmp_path / "own", told(random_clip, method), **given)

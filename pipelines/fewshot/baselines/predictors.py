@@ -184,8 +184,9 @@ def load_predictor(path: Path) -> Predictor:
 
     Raises: AdapterFileError if it is not a valid safetensors file; InputError if it holds no predictor.
     """
+    header = read_header(path)
     try:
-        metadata = json.loads(read_header(path).metadata[PREDICTOR])
+        metadata = json.loads(header.metadata[PREDICTOR])
         kind, reads = HEADS[metadata["head"]], READABLE[metadata["reads"]]
         # Earlier versions wrote "trained_numbers".
         count = metadata["num_trainable_parameters" if "num_trainable_parameters" in metadata else "trained_numbers"]
