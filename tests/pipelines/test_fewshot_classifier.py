@@ -266,7 +266,7 @@ def test_what_is_missing_is_named(run, random_clip, tmp_path):
     with pytest.raises(InputError, match=r"no classifier at '.*trials', neither classifier\.json nor report\.json"):
         FewShotClassifier.from_run(run / "trials")
     report_of(run, "trials/lora")
-    with pytest.raises(InputError, match=r"names 'trials/lora', where there is no classifier\.json"):
+    with pytest.raises(InputError, match=r"names 'trials/lora', which has no classifier\.json"):
         FewShotClassifier.from_run(run)
     told(random_clip, "gda").write(tmp_path / "gda" / "classifier.json")
     with pytest.raises(InputError, match=r"The method 'gda' needs '.*predictor\.safetensors', which is missing"):
@@ -348,7 +348,7 @@ def test_the_file_gives_back_what_was_written(random_clip, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"format": 2}, "format must be 1, all that this version reads, got 2"),
+        ({"format": 3}, "format must be 2, the format that this version reads, got 3"),
         ({"method": "os.system"}, "method must be one of .*nora.*zeroshot.*, got 'os.system'"),
         ({"model": ""}, "model must be the name or folder of a CLIP model, got ''"),
         ({"base_sha256": "0" * 63}, "base_sha256 must be 64 hexadecimal digits, got '000"),

@@ -232,7 +232,7 @@ def test_exported_encoders_compute_the_adapted_features_for_any_number_of_inputs
 
 def test_a_file_that_computes_something_else_is_an_error(clip, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "run_exported", lambda file, inputs: torch.zeros(len(inputs), 24))
-    with pytest.raises(ValueError, match=r"image\.pt2 computes other features than PyTorch"):
+    with pytest.raises(ValueError, match=r"image\.pt2 must match PyTorch's within"):
         export.save_exported(clip, tmp_path, TOKENS[:2], "torch")
 
 
