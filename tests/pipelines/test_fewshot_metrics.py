@@ -157,11 +157,11 @@ def test_the_harmonic_mean_is_between_and_nought_where_either_is():
         (lambda: score(torch.zeros(3, 4), torch.zeros(2, dtype=torch.int64), CLASSES), r"labels \(n,\).* got .*3, 4.*2"),
         (lambda: score(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), CLASSES), r"n >= 1"),
         (lambda: score(torch.zeros(1, 3), torch.zeros(1, dtype=torch.int64), CLASSES), r"each of 4 classes, got 3"),
-        (lambda: top1(torch.full((1, 4), torch.nan), torch.zeros(1, dtype=torch.int64)), r"finite, got 4 that are not"),
+        (lambda: top1(torch.full((1, 4), torch.nan), torch.zeros(1, dtype=torch.int64)), r"finite, got 4 non-finite values"),
         (lambda: fit_temperature(torch.full((1, 4), torch.inf), torch.zeros(1, dtype=torch.int64)), r"finite, got 4"),
         (lambda: wilson_interval(0, 0), r"got 0 of 0"),
         (lambda: wilson_interval(3, 2), r"got 3 of 2"),
-        (lambda: interval_over_seeds([0.5]), r"two runs or more, got 1"),
+        (lambda: interval_over_seeds([0.5]), r"at least two runs, got 1"),
     ],
 )
 def test_what_has_no_score_is_named(call, message):
