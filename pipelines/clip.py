@@ -161,10 +161,10 @@ def load_clip(
     elif model in open_clip.list_models():
         clip = _from_open_clip(model, pretrained)
     else:
-        known = ", ".join(name for name in open_clip.list_models() if name.startswith("ViT-B"))
+        model_names = ", ".join(name for name in open_clip.list_models() if name.startswith("ViT-B"))
         raise InputError(
             f"model must be {BUILT_IN!r}, a folder with {mini_clip.CONFIG_FILE}, '{HUB}OWNER/NAME' on the hub, or a name that "
-            f"open_clip knows, such as {known}; got {model!r}."
+            f"open_clip knows, such as {model_names}; got {model!r}."
         )
     clip.model.to(device, dtype).eval().requires_grad_(False)
     return clip
@@ -215,7 +215,7 @@ def _from_open_clip(name: str, pretrained: str | None) -> Clip:
         weights = None
     elif pretrained is not None and (Path(pretrained).is_file() or Path(pretrained).suffix):
         weights = _checked_weights(Path(pretrained))
-        settings = _told_by(weights)
+        settings = _settings_in(weights)
     else:
         raise InputError(
             f"pretrained must be one of the tags {', '.join(tags)} of {name}, a .safetensors file, or {RANDOM!r}; "
@@ -233,23 +233,23 @@ def _from_open_clip(name: str, pretrained: str | None) -> Clip:
     return Clip(model, _preprocess(model, settings), _tokenizer(name, text), f"{name} ({pretrained})")
 
 
-def _told_by(weights: Path) -> dict[str, Any]:
+def _settings_in(weights: Path) -> dict[str, Any]:
     """What `checkpoint_metadata` wrote into a checkpoint, as settings of a tag; nothing where it is another's."""
     with safe_open(weights, framework="pt") as file:
         metadata = file.metadata() or {}
     try:
-        told = {name: json.loads(metadata[name]) for name in ("quick_gelu", "preprocess_cfg") if name in metadata}
+        stored = {name: json.loads(metadata[name]) for name in ("quick_gelu", "preprocess_cfg") if name in metadata}
     except json.JSONDecodeError as error:
         raise InputError(f"{weights} has malformed metadata: {error}. Write the checkpoint again.") from error
-    return {**told.get("preprocess_cfg", {}), "quick_gelu": told.get("quick_gelu", False)}
+    return {**stored.get("preprocess_cfg", {}), "quick_gelu": stored.get("quick_gelu", False)}
 
 
 def _preprocess(model: nn.Module, settings: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
     """What makes pixels of an image as `settings` say, among them those of a tag; noted on the model, as open_clip does."""
-    own = merge_preprocess_dict(PreprocessCfg(), open_clip.get_model_preprocess_cfg(model))
-    own = merge_preprocess_dict(own, {**settings, "size": model.visual.image_size})
-    set_model_preprocess_cfg(model, own)
-    return image_transform_v2(PreprocessCfg(**own), is_train=False)
+    preprocess_cfg = merge_preprocess_dict(PreprocessCfg(), open_clip.get_model_preprocess_cfg(model))
+    preprocess_cfg = merge_preprocess_dict(preprocess_cfg, {**settings, "size": model.visual.image_size})
+    set_model_preprocess_cfg(model, preprocess_cfg)
+    return image_transform_v2(PreprocessCfg(**preprocess_cfg), is_train=False)
 
 
 def _downloaded(name: str, tag: str, settings: dict[str, Any]) -> Path:

@@ -65,17 +65,17 @@ def repack(model: nn.Module) -> int:
     Returns: how many were swapped.
     Raises: ValueError naming a layer that still has adapters; nothing is swapped then.
     """
-    found = [(name, m) for name, m in model.named_modules() if isinstance(m, (SeparateAttention, SeparateProjection))]
-    for name, module in found:
+    separate = [(name, m) for name, m in model.named_modules() if isinstance(m, (SeparateAttention, SeparateProjection))]
+    for name, module in separate:
         for layer, child in module.named_children():
             if isinstance(child, BaseTunerLayer):
                 raise ValueError(f"Cannot repack {name}.{layer}: it has adapters. Merge them into the weights first.")
-    for name, module in found:
+    for name, module in separate:
         if isinstance(module, SeparateProjection):
             module.give_back(model.get_submodule(name.rpartition(".")[0]))
         else:
             _replace(model, name, module.packed())
-    return len(found)
+    return len(separate)
 
 
 def attention_layers(tower: nn.Module) -> list[dict[str, str]]:

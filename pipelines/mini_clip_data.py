@@ -52,11 +52,11 @@ def augment(pixels: torch.Tensor, photos: np.ndarray, rng: np.random.Generator) 
     count = len(pixels)
     zoom = np.where(photos, rng.uniform(0.75, 1.05, count), 1.0)
     stretch = np.where(photos, np.exp(rng.uniform(-0.1, 0.1, count)), 1.0)
-    turn = np.where(photos, rng.uniform(-math.pi / 36, math.pi / 36, count), 0.0)
+    angle = np.where(photos, rng.uniform(-math.pi / 36, math.pi / 36, count), 0.0)
     # A zoomed image may show any part of the whole; beyond its edge it is mirrored.
     reach = np.where(photos, np.abs(1 - zoom) + 0.1, 0.1)
     shift = rng.uniform(-1, 1, (2, count)) * reach
-    cos, sin = zoom * np.cos(turn), zoom * np.sin(turn)
+    cos, sin = zoom * np.cos(angle), zoom * np.sin(angle)
     rows = [[cos * stretch, -sin / stretch, shift[0]], [sin * stretch, cos / stretch, shift[1]]]
     grid = F.affine_grid(torch.from_numpy(np.asarray(rows)).float().permute(2, 0, 1), list(pixels.shape), align_corners=False)
     moved = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)

@@ -47,13 +47,13 @@ class ClassNameLoss(nn.Module):
             wrong: (batch, count, tokens) int64, captions that contradict the scene; those of photographs are not read.
         """
         scenes = labels < 0
-        present, places = labels[~scenes].unique(return_inverse=True)
+        present, class_positions = labels[~scenes].unique(return_inverse=True)
         names, said = self.names[template[0], present], torch.cat([captions[scenes], wrong[scenes].flatten(0, 1)])
         images = self.model.encode_image(pixels.contiguous(memory_format=torch.channels_last), normalize=True)
         # Apart, because the names are shorter.
         texts = torch.cat([encode_texts(self.model, part) for part in (names, said) if len(part)])
         right = torch.zeros(len(labels), len(texts), device=labels.device)
-        right[~scenes, : len(names)] = torch.eye(len(names), device=labels.device)[places]
+        right[~scenes, : len(names)] = torch.eye(len(names), device=labels.device)[class_positions]
         equal = (captions[scenes, None] == said[None]).all(dim=-1).float()
         right[scenes, len(names) :] = equal / equal.sum(dim=-1, keepdim=True)
         with torch.autocast(pixels.device.type, enabled=False):
@@ -62,6 +62,6 @@ class ClassNameLoss(nn.Module):
             loss = F.cross_entropy(scale * images @ texts.T, right, label_smoothing=self.smoothing)
             if len(present):
                 anchors = scale * F.normalize(self.anchors, dim=-1)
-                for features, own in ((images[~scenes], labels[~scenes]), (texts[: len(names)], present)):
-                    loss = loss + F.cross_entropy(features @ anchors.T, own, label_smoothing=self.smoothing)
+                for features, class_labels in ((images[~scenes], labels[~scenes]), (texts[: len(names)], present)):
+                    loss = loss + F.cross_entropy(features @ anchors.T, class_labels, label_smoothing=self.smoothing)
             return loss

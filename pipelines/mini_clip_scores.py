@@ -44,8 +44,8 @@ def zero_shot_labels(model: CLIP, pixels: torch.Tensor, names: torch.Tensor) -> 
 def held_out_accuracy(model: CLIP, photos: Corpus, labels: np.ndarray, names: torch.Tensor) -> float:
     """The share of `photos` whose best class is that of `labels` (count,)."""
     chunks = [photos.images[start : start + CHUNK] for start in range(0, len(photos), CHUNK)]
-    found = torch.cat([zero_shot_labels(model, to_pixels(chunk), names) for chunk in chunks])
-    return float((found.numpy() == labels).mean())
+    predicted = torch.cat([zero_shot_labels(model, to_pixels(chunk), names) for chunk in chunks])
+    return float((predicted.numpy() == labels).mean())
 
 
 def scene_questions() -> dict[str, dict[str, str]]:
@@ -53,7 +53,7 @@ def scene_questions() -> dict[str, dict[str, str]]:
     return {
         "kind": {kind: with_article(kind) for kind in KINDS},
         "colour": {colour: f"{with_article(colour)} thing" for colour in COLOURS},
-        "background": {name: f"a thing {place.phrase}".strip() for name, place in BACKGROUNDS.items()},
+        "background": {name: f"a thing {background.phrase}".strip() for name, background in BACKGROUNDS.items()},
     }
 
 
@@ -68,7 +68,7 @@ def scene_accuracies(
     """
     scores = {}
     for field, words in scene_questions().items():
-        found = zero_shot_labels(model, pixels, class_tokens(tokenizer, list(words.values())))
+        predicted = zero_shot_labels(model, pixels, class_tokens(tokenizer, list(words.values())))
         right = [list(words).index(getattr(scene, field)) for scene in scenes]
-        scores[field] = ZeroShotScores(float((found.numpy() == np.asarray(right)).mean()), len(words))
+        scores[field] = ZeroShotScores(float((predicted.numpy() == np.asarray(right)).mean()), len(words))
     return scores

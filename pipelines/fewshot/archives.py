@@ -97,13 +97,13 @@ def read_zip(path: Path, limits: ZipLimits) -> ZipContent:
         raise InputError(f"{str(path)!r} must hold at most {limits.members:,} files. Split it, or unpack it and give the folder.")
     members = _opened(path).infolist()
     _check_whole(path, members, limits)
-    for member in members:
-        _check_member(path, member, limits)
-    seen = [member for member in members if is_shown(member.filename)]
-    names = sorted(member.filename for member in seen if not member.is_dir())
+    for entry in members:
+        _check_member(path, entry, limits)
+    seen = [entry for entry in members if is_shown(entry.filename)]
+    names = sorted(entry.filename for entry in seen if not entry.is_dir())
     files = tuple(ZippedFile(name, path, limits.member_bytes, limits.pixels) for name in names)
-    hidden = sorted(member.filename for member in members if not is_shown(member.filename) and not member.is_dir())
-    return ZipContent(files, tuple(sorted({folder for member in seen for folder in _folders(member)})), tuple(hidden))
+    hidden = sorted(entry.filename for entry in members if not is_shown(entry.filename) and not entry.is_dir())
+    return ZipContent(files, tuple(sorted({folder for entry in seen for folder in _folders(entry)})), tuple(hidden))
 
 
 def is_shown(name: str) -> bool:
@@ -111,20 +111,20 @@ def is_shown(name: str) -> bool:
     return not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
-def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path, max_bytes: int) -> bytes:
+def read_member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path, max_bytes: int) -> bytes:
     """The content of one member of the zip at `path`, of which no more is unpacked than it may have.
 
     Raises: InputError naming the member if it is damaged or longer than it says or may be.
     """
-    where = f"{member.filename!r} in {str(path)!r}"
+    where = f"{entry.filename!r} in {str(path)!r}"
     try:
-        with archive.open(member) as stream:
+        with archive.open(entry) as stream:
             content = stream.read(max_bytes + 1)
     except (*UNREADABLE_ZIP, zlib.error, RuntimeError) as error:
         raise InputError(f"{where} cannot be unpacked ({error}). Pack the zip again.") from error
-    if len(content) > max_bytes or len(content) != member.file_size:
+    if len(content) > max_bytes or len(content) != entry.file_size:
         raise InputError(
-            f"{where} says that it has {member.file_size:,} bytes, of at most {max_bytes:,}, but unpacks to {len(content):,}. "
+            f"{where} says that it has {entry.file_size:,} bytes, of at most {max_bytes:,}, but unpacks to {len(content):,}. "
             "Pack the zip again."
         )
     return content
@@ -133,11 +133,11 @@ def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path, m
 def _directory_records(path: Path) -> int:
     """At least as many as zipfile would make objects of, counted without making any."""
     overlap = len(DIRECTORY_SIGNATURE) - 1
-    count, kept = 0, b""
+    count, tail = 0, b""
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
-            count += (kept + chunk).count(DIRECTORY_SIGNATURE)
-            kept = (kept + chunk)[-overlap:]
+            count += (tail + chunk).count(DIRECTORY_SIGNATURE)
+            tail = (tail + chunk)[-overlap:]
     return count
 
 
@@ -156,45 +156,45 @@ def _opened_as(path: Path, changed: int, size: int, process: int) -> zipfile.Zip
 
 
 def _check_whole(path: Path, members: Sequence[zipfile.ZipInfo], limits: ZipLimits) -> None:
-    total = sum(member.file_size for member in members)
+    total = sum(entry.file_size for entry in members)
     if total > limits.total_bytes:
         raise InputError(
             f"{str(path)!r} must unpack to at most {limits.total_bytes:,} bytes, got {total:,}. Unpack it and give the folder."
         )
-    name, times = Counter(member.filename for member in members).most_common(1)[0] if members else ("", 0)
+    name, times = Counter(entry.filename for entry in members).most_common(1)[0] if members else ("", 0)
     if times > 1:
         raise InputError(f"{str(path)!r} holds {name!r} {times} times. Pack it again.")
-    placed = sorted(members, key=lambda member: member.header_offset)
-    ends = [*(member.header_offset for member in placed[1:]), path.stat().st_size]
-    for member, end in zip(placed, ends, strict=False):
-        if member.header_offset + HEADER_LENGTH + member.compress_size > end:
-            raise InputError(f"{member.filename!r} in {str(path)!r} lies over what follows it. Pack the zip again.")
+    placed = sorted(members, key=lambda entry: entry.header_offset)
+    ends = [*(entry.header_offset for entry in placed[1:]), path.stat().st_size]
+    for entry, end in zip(placed, ends, strict=False):
+        if entry.header_offset + HEADER_LENGTH + entry.compress_size > end:
+            raise InputError(f"{entry.filename!r} in {str(path)!r} lies over what follows it. Pack the zip again.")
 
 
-def _check_member(path: Path, member: zipfile.ZipInfo, limits: ZipLimits) -> None:
-    name, where = member.filename, f"{member.orig_filename!r} in {str(path)!r}"
-    if not member.orig_filename.isprintable() or {"", ".", ".."} & set(_parts(member)) or "\\" in name or name[1:2] == ":":
+def _check_member(path: Path, entry: zipfile.ZipInfo, limits: ZipLimits) -> None:
+    name, where = entry.filename, f"{entry.orig_filename!r} in {str(path)!r}"
+    if not entry.orig_filename.isprintable() or {"", ".", ".."} & set(_parts(entry)) or "\\" in name or name[1:2] == ":":
         raise InputError(f"{where} must be a plain path within the zip: neither absolute nor with '..'. Pack it again.")
-    if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+    if stat.S_IFMT(entry.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
         raise InputError(f"{where} is neither a file nor a folder, but a link or a device. Pack the zip without it.")
-    if member.flag_bits & ENCRYPTED:
+    if entry.flag_bits & ENCRYPTED:
         raise InputError(f"{where} is encrypted. Pack the zip without a password.")
-    if member.compress_type not in METHODS:
-        raise InputError(f"{where} must be stored or deflated, got method {member.compress_type}. Pack the zip again.")
-    if member.file_size > limits.member_bytes:
-        raise InputError(f"{where} must have at most {limits.member_bytes:,} bytes, got {member.file_size:,}. Shrink the image.")
-    if member.file_size > limits.ratio * max(member.compress_size, 1):
+    if entry.compress_type not in METHODS:
+        raise InputError(f"{where} must be stored or deflated, got method {entry.compress_type}. Pack the zip again.")
+    if entry.file_size > limits.member_bytes:
+        raise InputError(f"{where} must have at most {limits.member_bytes:,} bytes, got {entry.file_size:,}. Shrink the image.")
+    if entry.file_size > limits.ratio * max(entry.compress_size, 1):
         raise InputError(
-            f"{where} must unpack to at most {limits.ratio:g} times its packed size, got {member.file_size:,} bytes from "
-            f"{member.compress_size:,}. Save the image as JPEG, PNG or WebP."
+            f"{where} must unpack to at most {limits.ratio:g} times its packed size, got {entry.file_size:,} bytes from "
+            f"{entry.compress_size:,}. Save the image as JPEG, PNG or WebP."
         )
 
 
-def _parts(member: zipfile.ZipInfo) -> list[str]:
-    return member.filename.removesuffix("/").split("/")
+def _parts(entry: zipfile.ZipInfo) -> list[str]:
+    return entry.filename.removesuffix("/").split("/")
 
 
-def _folders(member: zipfile.ZipInfo) -> list[str]:
+def _folders(entry: zipfile.ZipInfo) -> list[str]:
     """The folders that a member says are there: those on its path, and itself if it is one."""
-    parts = _parts(member)
-    return ["/".join(parts[:depth]) for depth in range(1, len(parts) + member.is_dir())]
+    parts = _parts(entry)
+    return ["/".join(parts[:depth]) for depth in range(1, len(parts) + entry.is_dir())]

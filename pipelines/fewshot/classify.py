@@ -58,18 +58,18 @@ def find_files(given: Sequence[str]) -> list[Path]:
 
     Raises: InputError for a path where there is nothing, and a folder without images.
     """
-    found: dict[Path, None] = {}
+    files: dict[Path, None] = {}
     for path in map(Path, given):
         if path.is_dir():
             content = walk(path)
-            own = [path / name for name in (*content.files, *content.broken) if has_image_name(name)]
+            matches = [path / name for name in (*content.files, *content.broken) if has_image_name(name)]
         else:
-            own = [path] if path.is_file() else []
-        if not own:
+            matches = [path] if path.is_file() else []
+        if not matches:
             what = "no image in the folder" if path.is_dir() else "no file or folder"
             raise InputError(f"There is {what} {str(path)!r}. Name images, or folders of images.")
-        found |= dict.fromkeys(own)
-    return list(found)
+        files |= dict.fromkeys(matches)
+    return list(files)
 
 
 def classify(classifier: FewShotClassifier, files: Sequence[Path], batch_size: int) -> tuple[Predictions | None, list[str]]:
@@ -96,7 +96,7 @@ def classify(classifier: FewShotClassifier, files: Sequence[Path], batch_size: i
     return (Predictions(torch.cat(parts), classifier.classes, tuple(names)) if parts else None), damaged
 
 
-def in_words(predictions: Predictions, top: int) -> str:
+def as_table(predictions: Predictions, top: int) -> str:
     """A line for each image: its name, its class, how likely that is, and the runners-up."""
     rows = [("picture", "class", "probability", "or else" if top > 1 else "")]
     for name, (best, *others) in zip(predictions.names, predictions.top(top), strict=True):
@@ -134,7 +134,7 @@ def run(run_path: str, given: Sequence[str], options: ClassifyOptions) -> int:
     classifier = FewShotClassifier.from_run(run_path, options.model, options.pretrained, options.device)
     predictions, damaged = classify(classifier.with_classes(*options.add_class), files, options.batch_size)
     if predictions is not None:
-        sys.stdout.write(in_words(predictions, options.top) + "\n")
+        sys.stdout.write(as_table(predictions, options.top) + "\n")
         if options.output is not None:
             write_csv(predictions, Path(options.output))
     sys.stderr.writelines(f"{sentence}\n" for sentence in damaged)

@@ -85,8 +85,8 @@ def _notes(rows: list[Row], column: str | None, unused: list[str]) -> list[str]:
     notes = []
     if column is not None:
         counts = Counter(row.part for row in rows)
-        told = ", ".join(f"{part} {counted(counts[part])}" for part in PARTS if counts[part])
-        notes.append(f"It is split by its column {column!r}: {told}.")
+        counted_parts = ", ".join(f"{part} {counted(counts[part])}" for part in PARTS if counts[part])
+        notes.append(f"It is split by its column {column!r}: {counted_parts}.")
     if unused:
         word, verb = ("column", "is") if len(unused) == 1 else ("columns", "are")
         notes.append(f"Its {word} {listed(unused)} {verb} not used.")

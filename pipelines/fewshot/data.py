@@ -66,8 +66,8 @@ class LabelledSet:
 
     def __post_init__(self) -> None:
         if len(self.classes) < 2:
-            found = f"only {self.classes[0]!r}" if self.classes else "none"
-            raise InputError(f"{self.name} must hold two classes or more, got {found}. Add a folder for each other class.")
+            present = f"only {self.classes[0]!r}" if self.classes else "none"
+            raise InputError(f"{self.name} must hold two classes or more, got {present}. Add a folder for each other class.")
         counts = Counter(image.label for image in self.images)
         for label, key in enumerate(self.keys):
             if not counts[label]:
@@ -105,8 +105,8 @@ class LabelledImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, place: int) -> tuple[Any, int]:
-        image = self.images[place]
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = self.images[index]
         return self.transform(read(image)), image.label
 
     @property
@@ -139,7 +139,7 @@ def rename(labelled: LabelledSet, class_names: Mapping[str, str]) -> LabelledSet
 
 def subset(labelled: LabelledSet, labels: Sequence[int]) -> LabelledSet:
     """The classes of `labels` alone, in this order, labelled from 0."""
-    place_of = {label: place for place, label in enumerate(labels)}
+    place_of = {label: position for position, label in enumerate(labels)}
     images = tuple(replace(image, label=place_of[image.label]) for image in labelled.images if image.label in place_of)
     names = {image.name for image in images}
     return replace(
@@ -199,12 +199,12 @@ def find_duplicates(labelled: LabelledSet) -> list[DuplicateImages]:
     for size, images in by_size.items():
         for image in images if len(images) > 1 else ():
             by_content[size, hashlib.sha256(image.source.content()).hexdigest()].append(image)
-    found = [
+    duplicates = [
         DuplicateImages(tuple(same.name for same in group), tuple(dict.fromkeys(same.class_name for same in group)))
         for group in by_content.values()
         if len(group) > 1
     ]
-    return sorted(found, key=lambda copies: (not copies.conflicting, copies.names))
+    return sorted(duplicates, key=lambda copies: (not copies.conflicting, copies.names))
 
 
 def without_duplicates(labelled: LabelledSet, copies: Iterable[DuplicateImages]) -> LabelledSet:
@@ -214,7 +214,7 @@ def without_duplicates(labelled: LabelledSet, copies: Iterable[DuplicateImages])
 
     Raises: InputError if a class has none left.
     """
-    left_out = {name for found in copies for name in (found.names if found.conflicting else found.names[1:])}
+    left_out = {name for duplicate in copies for name in (duplicate.names if duplicate.conflicting else duplicate.names[1:])}
     images = tuple(image for image in labelled.images if image.name not in left_out)
     return replace(labelled, images=images)
 
@@ -225,8 +225,8 @@ def check_readable(images: Sequence[LabelledImage], threads: int = 4) -> None:
     Raises: InputError naming the first images that cannot be read, and their classes.
     """
     with ThreadPoolExecutor(threads) as pool:
-        shown = tqdm(pool.map(_why_unreadable, images), total=len(images), desc="checking images", unit="", leave=False)
-        damaged = [reason for reason in shown if reason]
+        bar = tqdm(pool.map(_why_unreadable, images), total=len(images), desc="checking images", unit="", leave=False)
+        damaged = [reason for reason in bar if reason]
     if damaged:
         more = f" And {len(damaged) - LISTED} more." if len(damaged) > LISTED else ""
         raise InputError(" ".join(damaged[:LISTED]) + more)

@@ -39,13 +39,13 @@ def image_features(
         workers: processes that read and resize them.
     Returns: (n, d) float32, (n,) int64.
     """
-    kept = _Kept(cache, clip.model, images=True)
+    feature_cache = _Kept(cache, clip.model, images=True)
     features, labels = [], []
     batches = DataLoader(images, batch_size=batch_size, num_workers=workers)
     with evaluating(clip.model):
-        for pixels, own in tqdm(batches, desc="encoding images", leave=False, delay=5):
-            features.append(kept.encoded(pixels, clip.encode_images))
-            labels.append(own)
+        for pixels, batch_labels in tqdm(batches, desc="encoding images", leave=False, delay=5):
+            features.append(feature_cache.encoded(pixels, clip.encode_images))
+            labels.append(batch_labels)
     return torch.cat(features), torch.cat(labels)
 
 
@@ -54,10 +54,11 @@ def prompt_features(clip: Clip, prompts: Prompts, batch_size: int = BATCH, cache
 
     Returns: (classes, d) float32 on the CPU.
     """
-    kept = _Kept(cache, clip.model, images=False)
+    feature_cache = _Kept(cache, clip.model, images=False)
     tokens = clip.tokenizer(prompts.texts())
     with evaluating(clip.model):
-        return prompts.class_features(torch.cat([kept.encoded(part, clip.encode_texts) for part in tokens.split(batch_size)]))
+        features = [feature_cache.encoded(part, clip.encode_texts) for part in tokens.split(batch_size)]
+    return prompts.class_features(torch.cat(features))
 
 
 def raw_pixels(image: Image.Image, side: int = 32) -> torch.Tensor:
@@ -70,13 +71,13 @@ class _Kept:
     """Features of single rows on disk; none, for a tower that an adapter changes."""
 
     def __init__(self, cache: TensorCache | None, model: nn.Module, images: bool) -> None:
-        def own(name: str) -> bool:
+        def belongs(name: str) -> bool:
             """Whether `name` is of the tower."""
             return name.startswith(IMAGE_TOWER) == images
 
-        adapted = any(own(name) and isinstance(module, BaseTunerLayer) for name, module in model.named_modules())
+        adapted = any(belongs(name) and isinstance(module, BaseTunerLayer) for name, module in model.named_modules())
         self.cache = None if adapted else cache
-        self.tower = digest_of({name: value for name, value in model.state_dict().items() if own(name)}) if self.cache else ""
+        self.tower = digest_of({name: value for name, value in model.state_dict().items() if belongs(name)}) if self.cache else ""
         self.device = next(model.parameters()).device
 
     def encoded(self, rows: torch.Tensor, encode: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -84,13 +85,13 @@ class _Kept:
         if self.cache is None:
             return self._fresh(rows, encode)
         keys = [key_of(libraries=LIBRARIES, tower=self.tower, row=digest_of({"row": row})) for row in rows]
-        found = [self.cache.read(key) for key in keys]
-        missing = [place for place, one in enumerate(found) if one is None]
+        rows_read = [self.cache.read(key) for key in keys]
+        missing = [index for index, one in enumerate(rows_read) if one is None]
         if missing:
-            for place, feature in zip(missing, self._fresh(rows[missing], encode), strict=True):
-                found[place] = {FEATURES: feature}
-                self.cache.write(keys[place], found[place])
-        return torch.stack([one[FEATURES] for one in found])
+            for index, feature in zip(missing, self._fresh(rows[missing], encode), strict=True):
+                rows_read[index] = {FEATURES: feature}
+                self.cache.write(keys[index], rows_read[index])
+        return torch.stack([one[FEATURES] for one in rows_read])
 
     def _fresh(self, rows: torch.Tensor, encode: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         return encode(rows.to(self.device)).float().cpu()

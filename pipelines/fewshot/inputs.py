@@ -39,14 +39,14 @@ class GivenImageSet(Dataset):
     def names(self) -> tuple[str, ...]:
         """What each image is called: its path, or its place such as "images[2]"."""
         return tuple(
-            str(image) if isinstance(image, str | os.PathLike) else f"images[{place}]" for place, image in enumerate(self.images)
+            str(image) if isinstance(image, str | os.PathLike) else f"images[{index}]" for index, image in enumerate(self.images)
         )
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, place: int) -> tuple[Any, int]:
-        return self.transform(as_image(self.images[place], f"images[{place}]")), place
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.transform(as_image(self.images[index], f"images[{index}]")), index
 
 
 def as_image(given: GivenImage, name: str) -> Image.Image:

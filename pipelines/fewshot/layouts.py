@@ -130,17 +130,17 @@ def _are_split_folders(where: str, inside: Mapping[str, Path], words: Mapping[st
 
 def _by_split_folders(where: str, inside: Mapping[str, Path], below: Sequence[Path], words: Mapping[str, Part]) -> FolderLayout:
     """Class folders in the folders of a split, perhaps with one folder more in every part."""
-    own = {name: path for name, path in inside.items() if len(path) > 2}
-    if len(own) < len(inside):
-        raise InputError(_without_class(where, [name for name in inside if name not in own]))
-    tops = {path[0]: words[path[0]] for path in own.values()}
+    nested = {name: path for name, path in inside.items() if len(path) > 2}
+    if len(nested) < len(inside):
+        raise InputError(_without_class(where, [name for name in inside if name not in nested]))
+    tops = {path[0]: words[path[0]] for path in nested.values()}
     check_one_word_each(tops, f"The folders of {where}")
-    above = _folders_above(own, tops)
+    above = _folders_above(nested, tops)
     depth = len(next(iter(above.values())))
-    classes = {name: path[depth] for name, path in own.items()}
+    classes = {name: path[depth] for name, path in nested.items()}
     empty = {path[depth] for path in below if len(path) > depth and above.get(path[0]) == path[:depth]}
-    parts = {name: tops[path[0]] for name, path in own.items()}
-    notes = (_on_parts(tops, Counter(path[0] for path in own.values())),)
+    parts = {name: tops[path[0]] for name, path in nested.items()}
+    notes = (_on_parts(tops, Counter(path[0] for path in nested.values())),)
     return FolderLayout("", tuple(sorted(empty | set(classes.values()))), classes, parts, notes, depth, depth + 1)
 
 
@@ -150,18 +150,18 @@ def _on_parts(tops: Mapping[str, Part], counts: Mapping[str, int]) -> str:
     return f"It is split by its folders: {', '.join(f'{top!r} is {tops[top]} ({counted(counts[top])})' for top in order)}."
 
 
-def _folders_above(own: Mapping[str, Path], tops: Collection[str]) -> dict[str, Path]:
+def _folders_above(nested: Mapping[str, Path], tops: Collection[str]) -> dict[str, Path]:
     """The folders above the class folders of each part, as many in every part: the part's own, and those that hold all of it."""
     above = {top: [top] for top in tops}
-    while all(len(path) > len(above[path[0]]) + 2 for path in own.values()) and (inner := _only_folders(own, above)):
+    while all(len(path) > len(above[path[0]]) + 2 for path in nested.values()) and (inner := _only_folders(nested, above)):
         above = {top: [*path, inner[top]] for top, path in above.items()}
     return above
 
 
-def _only_folders(own: Mapping[str, Path], above: Mapping[str, Path]) -> dict[str, str] | None:
+def _only_folders(nested: Mapping[str, Path], above: Mapping[str, Path]) -> dict[str, str] | None:
     """The one folder in each part that holds all images of the part; None where a part has several."""
     held: dict[str, set[str]] = defaultdict(set)
-    for path in own.values():
+    for path in nested.values():
         held[path[0]].add(path[len(above[path[0]])])
     return {top: names.pop() for top, names in held.items()} if all(len(names) == 1 for names in held.values()) else None
 
@@ -183,11 +183,11 @@ def _parts_within(where: str, inside: Mapping[str, Path]) -> dict[str, Part]:
     for path in inside.values():
         held[path[0]].add(path[1] if len(path) > 2 else "")
     words = {top: parts_of_folders(names) for top, names in held.items()}
-    if not any(len(set(own.values())) > 1 for own in words.values()):
+    if not any(len(set(split_words.values())) > 1 for split_words in words.values()):
         return {}
     _check_all_in_parts(where, held, words)
-    for top, own in words.items():
-        check_one_word_each(own, f"The folders of class {top!r} of {where}")
+    for top, split_words in words.items():
+        check_one_word_each(split_words, f"The folders of class {top!r} of {where}")
     return {name: words[path[0]][path[1]] for name, path in inside.items()}
 
 
@@ -195,7 +195,7 @@ def _check_all_in_parts(where: str, held: Mapping[str, set[str]], words: Mapping
     """Raise InputError if, of the folders that `held` names by class, some are parts of a split and some are not."""
     others = sorted(f"{top}/{name}" for top, names in held.items() for name in names - words[top].keys())
     if others:
-        called = sorted(f"{top}/{name}" for top, own in words.items() for name in own)
+        called = sorted(f"{top}/{name}" for top, split_words in words.items() for name in split_words)
         raise InputError(
             f"Some folders within the classes of {where} are called like the parts of a split, {listed(called)}, but not all "
             f"images lie in such: {listed(others)}. Move those into parts too, or rename the folders that are no parts."
@@ -217,8 +217,10 @@ def check_spellings(where: str, classes: Mapping[str, str], parts: Mapping[str, 
         spellings[re.sub(r"[\s_-]+", " ", key).strip().casefold()].append(key)
     for same in spellings.values():
         if any(parts_of[key] != parts_of[same[0]] for key in same):
-            told = ", ".join(f"{key!r} is in {' and '.join(part for part in PARTS if part in parts_of[key])}" for key in same)
-            raise InputError(f"Class names differ between the parts of {where}: {told}. Give the class one name in all of them.")
+            listed = [f"{key!r} is in {' and '.join(part for part in PARTS if part in parts_of[key])}" for key in same]
+            raise InputError(
+                f"Class names differ between the parts of {where}: {', '.join(listed)}. Give the class one name in all of them."
+            )
 
 
 def _without_class(where: str, names: Sequence[str]) -> str:

@@ -49,14 +49,14 @@ def load_images(path: str | Path, class_names: Mapping[str, str] | None = None, 
     """
     path, names = Path(path), class_names or {}
     if path.is_dir():
-        found = load_folder(path, names)
+        labelled = load_folder(path, names)
     elif path.suffix.lower() == ".zip" and path.is_file():
-        found = load_zip(path, limits, names)
+        labelled = load_zip(path, limits, names)
     elif path.suffix.lower() == ".csv" and path.is_file():
-        found = load_csv(path)
+        labelled = load_csv(path)
     else:
         raise InputError(f"{str(path)!r} must be a folder of class folders, a .zip of one, or a .csv of path and label.")
-    return rename(found, names)
+    return rename(labelled, names)
 
 
 def load_folder(folder: str | Path, classes: Collection[str] = ()) -> LabelledSet:

@@ -27,8 +27,8 @@ def confusion_figure(confusion: Sequence[Sequence[int]], classes: Sequence[str],
     shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     side = min(12.0, 3.5 + 0.35 * len(classes))
     figure, axes = _figure(side + 1, side, title)
-    shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(shown, ax=axes, label="share of the true class", fraction=0.046)
+    heatmap = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(heatmap, ax=axes, label="share of the true class", fraction=0.046)
     axes.set(xlabel="predicted", ylabel="true")
     if len(classes) <= MOST_NUMBERED:
         for (row, column), count in np.ndenumerate(counts):
@@ -51,12 +51,12 @@ def reliability_figure(curves: Mapping[str, Reliability], title: str = "") -> Fi
     figure, axes = _figure(5, 4.6, title)
     axes.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1)
     rare = axes.twinx()
-    for name, found in curves.items():
-        filled = np.asarray(found.counts) > 0
-        confidence, accuracy, counts = (np.asarray(values)[filled] for values in (found.confidence, found.accuracy, found.counts))
-        error = found.expected_calibration_error
+    for name, bins in curves.items():
+        filled = np.asarray(bins.counts) > 0
+        confidence, accuracy, counts = (np.asarray(values)[filled] for values in (bins.confidence, bins.accuracy, bins.counts))
+        error = bins.expected_calibration_error
         (line,) = axes.plot(confidence, accuracy, marker="o", label=f"{name}, ECE {error:.3f}")
-        width = 0.8 / len(found.counts)
+        width = 0.8 / len(bins.counts)
         rare.bar(confidence, counts / counts.sum(), width=width, color=line.get_color(), alpha=0.2)
     # The bars keep to the lowest quarter.
     rare.set(ylim=(0, 4), yticks=[])
@@ -73,10 +73,10 @@ def per_class_figure(accuracies: Mapping[str, Mapping[str, float | None]], title
             are left out.
     """
     last = list(accuracies.values())[-1]
-    classes = sorted((name for name, own in last.items() if own is not None), key=last.__getitem__)
+    classes = sorted((name for name, accuracy in last.items() if accuracy is not None), key=last.__getitem__)
     figure, axes = _figure(6, min(14.0, 1.6 + 0.22 * len(classes)), title)
-    for name, own in accuracies.items():
-        axes.plot([own[one] for one in classes], range(len(classes)), marker="o", markersize=4, linestyle="", label=name)
+    for name, accuracy in accuracies.items():
+        axes.plot([accuracy[one] for one in classes], range(len(classes)), marker="o", markersize=4, linestyle="", label=name)
     if len(classes) <= MOST_NAMED:
         axes.set_yticks(range(len(classes)), list(map(_shortened, classes)), fontsize=8, parse_math=False)
     axes.set(xlabel="accuracy", xlim=(-0.02, 1.02))
@@ -92,13 +92,13 @@ def comparison_figure(curves: Mapping[str, Mapping[int, Interval]], title: str =
         curves: by method, then by shots.
     """
     figure, axes = _figure(6, 4.4, title)
-    shots = sorted({own for curve in curves.values() for own in curve})
+    shots = sorted({count for curve in curves.values() for count in curve})
     for order, (name, curve) in enumerate(curves.items()):
-        found = [curve[own] for own in sorted(curve)]
+        intervals = [curve[count] for count in sorted(curve)]
         # Side by side, since intervals on one place hide one another.
-        places = [own * BESIDE ** (order - (len(curves) - 1) / 2) for own in sorted(curve)]
-        ends = [[one.value - one.low for one in found], [one.high - one.value for one in found]]
-        axes.errorbar(places, [one.value for one in found], yerr=ends, marker="o", markersize=4, capsize=3, label=name)
+        positions = [count * BESIDE ** (order - (len(curves) - 1) / 2) for count in sorted(curve)]
+        ends = [[one.value - one.low for one in intervals], [one.high - one.value for one in intervals]]
+        axes.errorbar(positions, [one.value for one in intervals], yerr=ends, marker="o", markersize=4, capsize=3, label=name)
     axes.set_xscale("log", base=2)
     axes.set_xticks(shots, list(map(str, shots)))
     axes.set(xlabel="images of each class", ylabel="accuracy")
@@ -110,9 +110,9 @@ def _shortened(name: str) -> str:
     return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
 
 
-def _plain_legend(axes: Axes, place: str) -> None:
+def _plain_legend(axes: Axes, location: str) -> None:
     """A legend whose words are no formulas."""
-    for text in axes.legend(loc=place, fontsize=8).get_texts():
+    for text in axes.legend(loc=location, fontsize=8).get_texts():
         text.set_parse_math(False)
 
 

@@ -77,7 +77,7 @@ class Prompts:
 
     def texts(self) -> list[str]:
         """All prompts, class after class."""
-        return [text for own in self.of_each_class() for text in own]
+        return [text for class_prompts in self.of_each_class() for text in class_prompts]
 
     def class_features(self, features: torch.Tensor) -> torch.Tensor:
         """The mean over each class's prompts, made of length 1 again.  [Radford et al. 2021, section 3.1.4]
@@ -86,19 +86,19 @@ class Prompts:
             features: (classes * templates, d) of `texts()`, in their order.
         Returns: (classes, d) of length 1.
         """
-        own = F.normalize(features, dim=-1).unflatten(0, (len(self.classes), len(self.templates)))
-        return F.normalize(own.mean(dim=1), dim=-1)
+        by_class = F.normalize(features, dim=-1).unflatten(0, (len(self.classes), len(self.templates)))
+        return F.normalize(by_class.mean(dim=1), dim=-1)
 
     def with_classes(self, *more: str) -> Prompts:
         """The same templates about more classes, which come last.
 
         Raises: InputError for a class that is there already.
         """
-        known = {clean_name(name) for name in self.classes}
+        names_before = {clean_name(name) for name in self.classes}
         for name in more:
-            if clean_name(name) in known or not clean_name(name):
+            if clean_name(name) in names_before or not clean_name(name):
                 raise InputError(f"A new class needs a name of its own, got {name!r}. Choose another.")
-            known.add(clean_name(name))
+            names_before.add(clean_name(name))
         return replace(self, classes=(*self.classes, *more))
 
 

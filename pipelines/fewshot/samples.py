@@ -22,8 +22,8 @@ def sample_set() -> LabelledSet:
     digits = load_digits()
     keys = tuple(str(name) for name in digits.target_names)
     images = tuple(
-        LabelledImage(ImageBytes(f"{keys[label]}/{place:04d}.png", _as_png(ink)), int(label), keys[label])
-        for place, (ink, label) in enumerate(zip(digits.images, digits.target, strict=True))
+        LabelledImage(ImageBytes(f"{keys[label]}/{index:04d}.png", _as_png(ink)), int(label), keys[label])
+        for index, (ink, label) in enumerate(zip(digits.images, digits.target, strict=True))
     )
     return LabelledSet("scikit-learn's digits", keys, keys, images)
 

@@ -118,9 +118,13 @@ def _from_split_file(folder: Path, layout: SetLayout) -> list[Listed]:
     return listed
 
 
+def _is_relative(path: PurePosixPath) -> bool:
+    return ".." not in path.parts and not path.is_absolute()
+
+
 def _entry(entry: Any, part: Part, what: str) -> Listed:
     match entry:
-        case [str(path), int(label), str(key)] if ".." not in (places := PurePosixPath(path)).parts and not places.is_absolute():
+        case [str(path), int(label), str(key)] if _is_relative(PurePosixPath(path)):
             return path, label, key, part
     raise InputError(f"{what} must list [path below the set's folder, label, class] in {part!r}, got {entry!r}.")
 

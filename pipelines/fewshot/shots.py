@@ -57,8 +57,8 @@ class FewShotSplit:
 
     def images(self, labelled: LabelledSet, part: Part) -> tuple[LabelledImage, ...]:
         """The images of `part`, from the set that the split was drawn from."""
-        found = {image.name: image for image in labelled.images}
-        return tuple(found[name] for name, _ in self.names[part])
+        by_name = {image.name: image for image in labelled.images}
+        return tuple(by_name[name] for name, _ in self.names[part])
 
 
 def _digest(content: Mapping[str, Any]) -> str:
@@ -83,10 +83,10 @@ def sample_split(labelled: LabelledSet, shots: Shots, seed: int, test_share: flo
     _check_sizes(labelled, shots, test_share)
     _check_learnable(labelled)
     names: dict[Part, list[tuple[str, int]]] = {part: [] for part in PARTS}
-    for label, own in _by_class(labelled):
-        drawn = _drawn(labelled, label, own, shots, seed, test_share)
+    for label, class_names in _by_class(labelled):
+        class_parts = _drawn(labelled, label, class_names, shots, seed, test_share)
         for part in PARTS:
-            names[part] += [(name, label) for name in drawn[part]]
+            names[part] += [(name, label) for name in class_parts[part]]
     if not names["test"]:
         raise InputError(f"{labelled.name} has no image to test on: its own split is train alone. Add a part test.")
     share = None if labelled.parts else test_share
@@ -133,18 +133,18 @@ def _check_learnable(labelled: LabelledSet) -> None:
 
 
 def _by_class(labelled: LabelledSet) -> Iterator[tuple[int, list[str]]]:
-    own: list[list[str]] = [[] for _ in labelled.keys]
+    by_label: list[list[str]] = [[] for _ in labelled.keys]
     for image in labelled.images:
-        own[image.label].append(image.name)
-    return enumerate(map(sorted, own))
+        by_label[image.label].append(image.name)
+    return enumerate(map(sorted, by_label))
 
 
 def _drawn(
-    labelled: LabelledSet, label: int, own: list[str], shots: Shots, seed: int, test_share: float
+    labelled: LabelledSet, label: int, names: list[str], shots: Shots, seed: int, test_share: float
 ) -> dict[Part, list[str]]:
-    """Names of one class's images in each part; `own` are all that it has."""
+    """Names of one class's images in each part; `names` are all that it has."""
     key = labelled.keys[label]
-    held = _held(labelled, key, own, test_share)
+    held = _held(labelled, key, names, test_share)
     validating = MOST_VALIDATION if shots == "all" else min(shots, MOST_VALIDATION)
     pool = _shuffled(held["train"], SHOT_STREAM, key, seed)
     if "val" in labelled.parts.values():
@@ -170,12 +170,12 @@ def _other_remedy(labelled: LabelledSet, shots: Shots) -> str:
     return "leave the class out" if labelled.parts else "leave the class out, or lower --test_share"
 
 
-def _held(labelled: LabelledSet, key: str, own: list[str], test_share: float) -> dict[Part, list[str]]:
+def _held(labelled: LabelledSet, key: str, names: list[str], test_share: float) -> dict[Part, list[str]]:
     """One class's images in the set's own parts; without such, the test's share and the rest."""
     if labelled.parts:
-        return {part: [name for name in own if labelled.parts.get(name) == part] for part in PARTS}
-    shuffled = _shuffled(own, TEST_STREAM, key, 0)
-    tested = max(1, round(test_share * len(own)))
+        return {part: [name for name in names if labelled.parts.get(name) == part] for part in PARTS}
+    shuffled = _shuffled(names, TEST_STREAM, key, 0)
+    tested = max(1, round(test_share * len(names)))
     return {"train": sorted(shuffled[tested:]), "val": [], "test": sorted(shuffled[:tested])}
 
 
@@ -183,7 +183,7 @@ def _shuffled(names: Sequence[str], stream: int, key: str, seed: int) -> list[st
     """`names` in an order that depends on the key, the seed, the stream and the names alone."""
     of_key = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
     order = torch.randperm(len(names), generator=keyed_generator(stream, of_key, seed))
-    return [names[place] for place in order.tolist()]
+    return [names[index] for index in order.tolist()]
 
 
 def save_split(split: FewShotSplit, path: Path) -> None:
@@ -228,9 +228,9 @@ def saved_split(path: Path, labelled: LabelledSet, shots: Shots, seed: int, test
         save_split(sample_split(labelled, shots, seed, test_share), path)
     split = load_split(path, labelled)
     asked = (shots, seed, None if labelled.parts else test_share)
-    drawn = (split.shots, split.seed, split.test_share)
-    if drawn != asked:
+    settings = (split.shots, split.seed, split.test_share)
+    if settings != asked:
         raise InputError(
-            f"{str(path)!r} was drawn with shots, seed and test_share {drawn}, but {asked} are asked for. Name another file."
+            f"{str(path)!r} was drawn with shots, seed and test_share {settings}, but {asked} are asked for. Name another file."
         )
     return split

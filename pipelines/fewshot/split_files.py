@@ -15,7 +15,7 @@ from pipelines.text_files import decode_text
 AnySource = TypeVar("AnySource", bound=DatasetSource)
 SPLIT_FILE = "split.json"
 # A list of all images, which is no split.
-WHOLE = "all"
+ALL_PARTS = "all"
 # A split.json of a million images stays below it.
 MAX_SPLIT_BYTES = 2**28
 
@@ -89,7 +89,7 @@ def _names_in(entries: Any, key: str, where: str, class_of: Mapping[str, str], o
 
 def _on_no_part(where: str, keys: list[str]) -> list[str]:
     """What a file without any part says. Raises: InputError unless it lists all images alone, or nothing."""
-    if set(keys) - {WHOLE}:
+    if set(keys) - {ALL_PARTS}:
         raise InputError(
             f"{SPLIT_FILE} of {where} must list the images of {', '.join(PARTS)}, but none of its keys is a word for a part: "
             f"{listed(keys)}. {table_of_words()}. Rename the keys, or remove the {SPLIT_FILE}."

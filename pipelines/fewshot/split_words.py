@@ -100,7 +100,7 @@ def check_one_word_each(parts: Mapping[str, Part], what: str) -> None:
         what: is named so, such as "Folders".
     """
     for part in PARTS:
-        same = [name for name, own in parts.items() if own == part]
+        same = [name for name, same_part in parts.items() if same_part == part]
         if len(same) > 1:
             names = " and ".join(map(repr, same))
             raise InputError(
@@ -170,7 +170,7 @@ def _rest_and_part(name: str) -> list[tuple[str, Part]]:
     """For each word of `name` that means a part, the name with a blank in its place, and the part."""
     tokens = re.findall(r"[^\W\d_]+|[\W\d_]+", CAPITAL.sub("_", name).casefold())
     return [
-        ("".join((*tokens[:place], "{}", *tokens[place + 1 :])), PART_OF_WORD[token])
-        for place, token in enumerate(tokens)
+        ("".join((*tokens[:index], "{}", *tokens[index + 1 :])), PART_OF_WORD[token])
+        for index, token in enumerate(tokens)
         if token in PART_OF_WORD and len(tokens) > 1
     ]

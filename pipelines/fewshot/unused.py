@@ -74,7 +74,7 @@ def _on_suffixes(within: Mapping[str, Counter[str]]) -> list[str]:
 def _on_suffix(suffix: str, counts: Counter[str]) -> str:
     count, first = counts.total(), dict(sorted(counts.items())[:LISTED])
     called = f"with the suffix {suffix if suffix.isprintable() else repr(suffix)}" if suffix else "without a suffix"
-    classes = ", ".join(f"{own} in class {key!r}" for key, own in first.items())
+    classes = ", ".join(f"{suffix_names} in class {key!r}" for key, suffix_names in first.items())
     more = f" and {count - sum(first.values())} in others" if len(counts) > LISTED else ""
     return f"{counted(count, 'file')} {called} {_is_not_used(count)}: {classes}{more}.{_remedy(suffix, count)}"
 

@@ -33,8 +33,8 @@ def choose(candidates: Iterable[tuple[Candidate, torch.Tensor]], labels: torch.T
         tried += 1
         if not bool(torch.isfinite(logits).all()):
             continue
-        own = labels.to(logits.device)
-        score = (int((logits.argmax(dim=-1) == own).sum()), -float(F.cross_entropy(logits, own)))
+        targets = labels.to(logits.device)
+        score = (int((logits.argmax(dim=-1) == targets).sum()), -float(F.cross_entropy(logits, targets)))
         if best is None or score > best:
             best, chosen = score, [candidate]
     if not chosen:
@@ -44,8 +44,8 @@ def choose(candidates: Iterable[tuple[Candidate, torch.Tensor]], labels: torch.T
 
 def choose_predictor(predictors: Iterable[Predictor], total: int, validation: Examples) -> Predictor:
     """The one of `total` predictors, fitted as they are asked for, that `choose` chooses on `validation`."""
-    shown = tqdm(predictors, total=total, desc="fitting settings", leave=False, delay=5)
-    return choose(((one, one.logits(inputs_of(one, validation))) for one in shown), validation.labels)
+    bar = tqdm(predictors, total=total, desc="fitting settings", leave=False, delay=5)
+    return choose(((one, one.logits(inputs_of(one, validation))) for one in bar), validation.labels)
 
 
 def inputs_of(predictor: Predictor, examples: Examples) -> torch.Tensor:

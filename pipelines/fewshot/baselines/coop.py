@@ -51,8 +51,8 @@ class ContextPrompts:
         """The unit features of the classes after `context` (length, token width): (classes, d); gradients pass."""
         ends = self.clip.end_places(self.tokens)
         embedded = self.embedding(self.tokens[:, : int(ends.max()) + 1])
-        own = context.to(embedded.dtype).expand(len(embedded), -1, -1)
-        embedded = torch.cat([embedded[:, :1], own, embedded[:, 1 + self.length :]], dim=1)
+        expanded = context.to(embedded.dtype).expand(len(embedded), -1, -1)
+        embedded = torch.cat([embedded[:, :1], expanded, embedded[:, 1 + self.length :]], dim=1)
         return self.clip.encode_embedded_texts(embedded, ends)
 
 
@@ -91,15 +91,15 @@ def fit(task: FewShotTask, seed: int) -> Predictor:
     if not task.clip.reads_up_to_the_end_token:
         raise InputError(f"coop needs a text tower that reads up to its end token, as CLIP's does; {task.clip.name}'s does not.")
     prompts = prompts_with_context(task.clip, task.classes)
-    found = (learned(task, prompts, seed, rate) for rate in LEARNING_RATES)
-    return choose_predictor(found, len(LEARNING_RATES), task.validation)
+    predictors = (learned(task, prompts, seed, rate) for rate in LEARNING_RATES)
+    return choose_predictor(predictors, len(LEARNING_RATES), task.validation)
 
 
 def learned(task: FewShotTask, prompts: ContextPrompts, seed: int, learning_rate: float) -> Predictor:
     """The predictor of one learning rate."""
     generator, embedded = keyed_generator(seed), prompts.embedding.weight
-    drawn = SPREAD * torch.randn(prompts.length, embedded.shape[1], generator=generator)
-    context = drawn.to(embedded.device).requires_grad_()
+    initial_context = SPREAD * torch.randn(prompts.length, embedded.shape[1], generator=generator)
+    context = initial_context.to(embedded.device).requires_grad_()
 
     def loss_of(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The mean loss of features (batch, d) and labels (batch,)."""

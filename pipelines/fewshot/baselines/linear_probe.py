@@ -15,5 +15,5 @@ def fit(task: FewShotTask, seed: int) -> Predictor:
     tower. The solver draws nothing: `seed` changes nothing.
     """
     path = regularisation_path(task.train.features, task.train.labels)
-    found = (Predictor(head, head.weight.numel() + head.bias.numel(), {"C": C}) for C, head in path)
-    return choose_predictor(found, len(INVERSE_PENALTIES), task.validation)
+    predictors = (Predictor(head, head.weight.numel() + head.bias.numel(), {"C": C}) for C, head in path)
+    return choose_predictor(predictors, len(INVERSE_PENALTIES), task.validation)

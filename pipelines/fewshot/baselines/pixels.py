@@ -14,5 +14,5 @@ def fit(task: FewShotTask, seed: int) -> Predictor:
     Raises: InputError if the task's examples have no pixels.
     """
     path = regularisation_path(pixels_of(task.train), task.train.labels)
-    found = (Predictor(head, head.weight.numel() + head.bias.numel(), {"C": C}, reads="pixels") for C, head in path)
-    return choose_predictor(found, len(INVERSE_PENALTIES), task.validation)
+    predictors = (Predictor(head, head.weight.numel() + head.bias.numel(), {"C": C}, reads="pixels") for C, head in path)
+    return choose_predictor(predictors, len(INVERSE_PENALTIES), task.validation)

@@ -46,15 +46,15 @@ class Head(nn.Module):
 
     def with_rows(self, rows: torch.Tensor) -> Head:
         """The same with more classes, which come last: of its weight `rows` (more, width), of all else about classes zeros."""
-        found = {}
+        buffers = {}
         for name, words in self.shapes.items():
-            found[name] = own = self.get_buffer(name)
+            buffers[name] = buffer = self.get_buffer(name)
             if "classes" in words:
-                place = words.index("classes")
-                sizes = [len(rows) if word == "classes" else size for word, size in zip(words, own.shape, strict=True)]
-                more = rows.to(own) if name == "weight" else own.new_zeros(sizes)
-                found[name] = torch.cat([own, more], dim=place)
-        return type(self)(**found)
+                axis = words.index("classes")
+                sizes = [len(rows) if word == "classes" else size for word, size in zip(words, buffer.shape, strict=True)]
+                more = rows.to(buffer) if name == "weight" else buffer.new_zeros(sizes)
+                buffers[name] = torch.cat([buffer, more], dim=axis)
+        return type(self)(**buffers)
 
 
 class LinearHead(Head):

@@ -37,8 +37,8 @@ class Examples:
         if self.views is not None:
             shapes["views"] = self.views.shape[1:2]
         if len(set(shapes.values())) > 1:
-            told = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
-            raise InputError(f"features, labels, pixels and views must be of the same images, got {told}.")
+            described = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
+            raise InputError(f"features, labels, pixels and views must be of the same images, got {described}.")
         lengths = self.all_views().norm(dim=-1)
         # A comparison that is false for NaN too.
         if not bool(((lengths - 1).abs() < LENGTH_TOLERANCE).all()):

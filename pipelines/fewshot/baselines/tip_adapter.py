@@ -69,15 +69,15 @@ def _trained(task: FewShotTask, seed: int) -> Iterator[Predictor]:
     for rate in LEARNING_RATES:
         keys = start.clone().requires_grad_()
 
-        def loss_of(features: torch.Tensor, labels: torch.Tensor, own: torch.Tensor = keys) -> torch.Tensor:
+        def loss_of(features: torch.Tensor, labels: torch.Tensor, cache_keys: torch.Tensor = keys) -> torch.Tensor:
             """The mean loss of features (batch, d) and labels (batch,)."""
-            return F.cross_entropy(features @ weight.T + alpha * key_value_logits(features, own, values, beta), labels)
+            return F.cross_entropy(features @ weight.T + alpha * key_value_logits(features, cache_keys, values, beta), labels)
 
         schedule = Schedule(partial(torch.optim.AdamW, lr=rate, eps=1e-4), epochs, BATCH_SIZE)
         train([keys], loss_of, task.train, schedule, keyed_generator(seed))
-        found = keys.detach()
+        best_keys = keys.detach()
         yield _predictor(
-            task, found, values, *search(task, found, values), num_trainable_parameters=keys.numel(), learning_rate=rate
+            task, best_keys, values, *search(task, best_keys, values), num_trainable_parameters=keys.numel(), learning_rate=rate
         )
 
 
