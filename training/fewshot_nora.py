@@ -47,6 +47,8 @@ from training.runs.run_files import FITTING
 EXPORTED = "export"
 # By its full name: as a script, __name__ is "__main__".
 logger = get_logger("training.fewshot_nora")
+# The status fields of the current trial, once there is none.
+NO_TRIAL = {"trial": None, "method": None, "shots": None, "seed": None}
 
 
 def main(options: FewShotOptions) -> RunDirectory:
@@ -68,8 +70,7 @@ def main(options: FewShotOptions) -> RunDirectory:
         results = fit_all(accelerator, run, experiment, options)
         record_provenance(run, experiment, options)
         if run.writes:
-            no_trial = dict.fromkeys(("trial", "method", "shots", "seed"))
-            run.update_status(phase="writing the report", **no_trial, step=len(results), seconds_left=None)
+            run.update_status(phase="writing the report", **NO_TRIAL, step=len(results), seconds_left=None)
             report = report_of(experiment, options, list(map(str, duplicates)), results)
             write_json(run.path / REPORT, report.to_json())
             write_card(run.path, report, options.target_layers)

@@ -119,7 +119,7 @@ def denoising_batches(options: PretrainOptions, corpus: Corpus, tokens: torch.Te
             "noise": torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32)),
             "timesteps": torch.from_numpy(timesteps.astype(np.int64)),
             "tokens": tokens[chosen, as_photo.astype(np.int64)],
-            "kept": torch.from_numpy((rng.random(count) >= 0.1).astype(np.float32)),
+            "keep_caption": torch.from_numpy((rng.random(count) >= 0.1).astype(np.float32)),
         }
 
     return batch_at

@@ -276,7 +276,7 @@ def test_the_same_seed_starts_from_the_same_numbers(method, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["nora", "lora"])
-def test_the_scale_multiplies_every_weight_change(method, tmp_path):
+def test_strength_scales_the_change_of_every_weight(method, tmp_path):
     _, components = started(tmp_path, small(method))
     disturb(components)
     layer = next(iter(adapter_layers(components).values()))
@@ -288,7 +288,7 @@ def test_the_scale_multiplies_every_weight_change(method, tmp_path):
 
 
 @methods
-def test_scale_zero_is_the_base_model_and_one_is_as_trained(method, tmp_path):
+def test_strength_zero_is_the_base_model_and_one_what_was_trained(method, tmp_path):
     clip, components = started(tmp_path, small(method))
     disturb(components)
     trained, count = outputs(clip), len(trained_parameters(components))
@@ -302,9 +302,9 @@ def test_scale_zero_is_the_base_model_and_one_is_as_trained(method, tmp_path):
     assert len(trained_parameters(components)) == count
 
 
-def test_scales_that_are_not_allowed_are_refused(tmp_path):
+def test_strengths_that_mean_nothing_are_refused(tmp_path):
     _, components = started(tmp_path, small("dora"))
-    with pytest.raises(InputError, match=r"weight change of this adapter cannot be scaled.*got 0.5"):
+    with pytest.raises(InputError, match=r"weight change of this adapter cannot be scaled: .*got 0.5"):
         adapters.set_scale(components, 0.5)
     with pytest.raises(InputError, match=r"scale must be in \[0, 1\], got 1.5"):
         adapters.set_scale(components, 1.5)

@@ -114,7 +114,7 @@ def test_an_ensemble_of_templates_is_a_mean_direction(random_clip, tmp_path):
 
 
 @pytest.mark.parametrize(("method", "scale"), SCALES)
-def test_an_adapter_is_loaded_at_its_scale_and_at_0_is_zero_shot(random_clip, zero_shot, tmp_path, method, scale):
+def test_an_adapter_is_loaded_at_its_strength_and_at_0_is_zero_shot(random_clip, zero_shot, tmp_path, method, scale):
     clip, components = fitted(random_clip, tmp_path, method)
     adapters.set_scale(components, scale)
     # The files hold the adapter as trained, whatever its scale is just now.
@@ -269,7 +269,7 @@ def test_what_is_missing_is_named(run, random_clip, tmp_path):
     with pytest.raises(InputError, match=r"names 'trials/lora', which has no classifier\.json"):
         FewShotClassifier.from_run(run)
     told(random_clip, "gda").write(tmp_path / "gda" / "classifier.json")
-    with pytest.raises(InputError, match=r"The method 'gda' needs '.*predictor\.safetensors', which is missing"):
+    with pytest.raises(InputError, match=r"method 'gda' needs '.*predictor\.safetensors', which is missing"):
         FewShotClassifier.from_run(tmp_path / "gda")
 
 

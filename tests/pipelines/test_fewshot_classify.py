@@ -128,7 +128,7 @@ def test_the_base_model_can_be_named_anew(random_clip, images, tmp_path):
         (["run", "photos", "empty"], "There is no image in the folder 'empty'"),
         (["run", "photos", "--top", "0"], "top must be at least 1, got 0"),
         (["run", "photos", "--batch_size", "-1"], "batch_size must be at least 1, got -1"),
-        (["run", "photos", "--device", "gpu"], "device must be available to PyTorch"),
+        (["run", "photos", "--device", "gpu"], "device must be available to PyTorch on this machine"),
         (["run", "photos", "--model", "ViT-Q"], "model must be 'mini'"),
         (["run", "photos", "--add_class", "cat"], "A new class needs a name of its own, got 'cat'"),
         (["probe", "photos", "--add_class", "boat"], "'boat' cannot be added"),

@@ -123,7 +123,7 @@ def test_the_few_shot_trainers_folder_is_checked_before_a_model_is_loaded(tmp_pa
 
 def test_a_set_that_has_moved_is_named_with_its_option(tmp_path):
     options = parse_fewshot_options(["--data_dir", str(tmp_path / "gone"), "--output_dir", str(tmp_path / "run")])
-    with pytest.raises(InputError, match=r"There is no folder or file '.*gone'\. Give --data_dir"):
+    with pytest.raises(InputError, match=r"--data_dir must be an existing folder or file, got '.*gone'"):
         fewshot_nora.main(options)
 
 

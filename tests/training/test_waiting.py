@@ -187,7 +187,7 @@ def test_what_a_run_had_said_of_its_last_process_is_forgotten_and_how_far_it_was
     update_status(RunRecord(run), state="failed", error="ValueError: no", step=3, total=8, seconds_left=2.0, phase="training")
     queue.start("b")
     status = RunRecord(run).status()
-    assert [status[name] for name in ("state", "error", "phase", "seconds_left", "step", "total")] == [
+    assert [status.get(name) for name in ("state", "error", "phase", "seconds_left", "step", "total")] == [
         "queued", None, None, None, 3, 8,
     ]  # fmt: skip
 
