@@ -98,7 +98,7 @@ def test_from_a_zip_to_a_classifier_that_is_trained_again_with_a_correction(serv
     assert set(class_files.downloads(result)) == set(class_files.TITLES)
 
     page.locator("#classify-see-result").click()
-    expect(page.locator("#classify-words")).to_contain_text("that it was not shown", timeout=SOON)
+    expect(page.locator("#classify-words")).to_contain_text("They were not used for training", timeout=SOON)
     report = run.read_json("report.json")
     counts = next(one for one in report["trials"] if one["folder"] == report["classifier"])["test"]["confusion"]
     cell = page.locator("#classify-confusion button").last

@@ -93,7 +93,7 @@ def test_a_classifier_s_run_is_stopped_and_resumed_to_its_end_and_a_wrong_one_fa
     run_id = launching.start(workspace, "classify", options)
     wrong = launching.start(workspace, "subject", {"data": {"heldout_image": "missing.png"}})
     assert RunView(workspace.run(wrong)).state == "queued"
-    wait_for(workspace, run_id, lambda view: "lora" in str(view.status.get("phase")))
+    wait_for(workspace, run_id, lambda view: view.status.get("method") == "lora")
     launching.stop(workspace, run_id)
     wait_for(workspace, run_id, lambda view: view.state == "stopped")
     wait_for(workspace, wrong, lambda view: view.state == "failed")

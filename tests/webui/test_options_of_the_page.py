@@ -197,7 +197,7 @@ def test_guests_train_on_their_own_uploaded_images_and_the_base_models_offered(g
     link = guest.sets / "link"
     link.symlink_to(tmp_path)
     for wrong in (guest.sets, own / "..", own / "deeper", guest.sets / "none", link, "/etc"):
-        with pytest.raises(InputError, match=r"uploaded here|no longer there"):
+        with pytest.raises(InputError, match=r"uploaded here|no longer exist"):
             build(guest, "subject", {"data": {"instance_data_dir": str(wrong), **words}})
     assert build(guest, "subject", {"model": {"pretrained_model_name_or_path": "owner/model"}})
     with pytest.raises(InputError, match="does not offer the base model 'other/model'; it offers owner/model"):

@@ -179,7 +179,7 @@ def test_the_doctor_speaks_of_photos_by_the_users_names(photos):
     assert [by_name[name].verdict for name in ("front.png", "side.jpg", "dim.png")] == ["good", "good", "look again"]
     blurred = " ".join(by_name["dim.png"].sentences)
     assert "It is blurred" in blurred
-    assert "use a sharper one" in blurred
+    assert "Use a sharper image" in blurred
     assert "“front.png”" in blurred
 
 

@@ -114,7 +114,7 @@ def test_from_the_example_to_images_in_new_places(new_page, server, workspace, s
     assert first.status()["state"] == "done"
     assert (first.path / "before_after.png").exists()
     # Every run measures first what it will take; the page reads of it what a dry run writes.
-    assert "54,272 trained parameters" in costs.cost_summary(first, costs.Plan(STEPS, 5, "auto"))
+    assert "54,272 trainable parameters" in costs.cost_summary(first, costs.Plan(STEPS, 5, "auto"))
 
     expect(page.locator("#judge-slider img").first).to_be_visible(timeout=PATIENCE)
     expect(page.locator("#judge-suggestion")).to_contain_text(f"Step {first.status()['suggested_step']}", timeout=PATIENCE)

@@ -143,13 +143,13 @@ def draft_like(workspace: Workspace, options: dict[str, dict[str, Any]]) -> dict
 
 def class_draft_like(workspace: Workspace, options: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The draft of another classifier with a run's options."""
-    from webui.class_runs import EMPTY_DRAFT, OF_ITS_IMAGES
+    from webui.class_runs import DATASET_OPTIONS, EMPTY_DRAFT
 
     folder = options.get("data", {}).get("data_dir")
     set_id = _set_of(workspace, folder)
     if folder is not None and set_id is None:
         gr.Warning(ELSEWHERE)
-    data = {name: value for name, value in options.get("data", {}).items() if name not in OF_ITS_IMAGES}
+    data = {name: value for name, value in options.get("data", {}).items() if name not in DATASET_OPTIONS}
     options_by_group = {group: fields for group, fields in {**options, "data": data}.items() if fields}
     return EMPTY_DRAFT | {"set": set_id, "options": options_by_group}
 

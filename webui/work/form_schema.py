@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pipelines.adapter_options import MethodOption
 from pipelines.errors import InputError
-from pipelines.methods import method_names
+from pipelines.methods import method_names, title_of
 from pipelines.optimizers import OPTIMIZERS
 from training.options.command_line import groups_of
 from training.options.optimisation import SCHEDULES
@@ -30,10 +30,10 @@ CHOICES: dict[Task, dict[str, tuple[str, ...]]] = {
 
 LABEL_WORDS = {
     "8bit": "8-bit", "adam": "Adam", "beta1": "beta 1", "beta2": "beta 2", "dir": "folder", "edm": "EDM", "ema": "EMA",
-    "gb": "(GB)", "grad": "gradient", "hub": "Hub", "id": "ID", "init": "initialisation", "lora": "LoRA", "lr": "learning rate",
+    "gb": "(GB)", "grad": "gradient", "hub": "Hub", "id": "ID", "init": "initialisation", "lr": "learning rate",
     "max": "maximum", "min": "minimum", "num": "number of", "orth": "orthogonality", "reg": "regularisation", "rslora": "rsLoRA",
-    "snr": "SNR", "train": "training", "vae": "VAE", "vera": "VeRA",
-}  # fmt: skip
+    "snr": "SNR", "train": "training", "vae": "VAE",
+} | {name: title_of(name) for name in method_names()}  # fmt: skip
 LABELS = {
     "adam_epsilon": "Adam epsilon",
     "dataloader_num_workers": "Data loader workers",
@@ -41,7 +41,6 @@ LABELS = {
     "heldout_steps": "Validation loss every N steps",
     "init_r": "Initial rank",
     "inner_r": "Inner rank",
-    "lora_plus_ratio": "LoRA+ ratio",
     "lr_num_cycles": "Learning rate cycles",
     "lr_warmup_steps": "Warm-up steps",
     "num_class_images": "Number of class images",
