@@ -17,7 +17,6 @@ from webui import uploads
 from webui.views import RunView, views
 from webui.workspace import Workspace
 
-# As in training.subject.image_scoring, which loads torch.
 FILE = "file"
 GONE = "This adapter is no longer there. Choose another one."
 

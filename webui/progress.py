@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from training.runs.fewshot_files import trials_folder
-from training.runs.record import RunRecord
-from training.runs.run_files import CROSS_VALIDATION, FITTING, FOLDS, STEP, DryRunReport, step_of
+from training.runs.record import RunRecord, newest_step
+from training.runs.run_files import CROSS_VALIDATION, FITTING, FOLDS, GB, DryRunReport
 from training.subject.checkpoint_selection import Point as Measured
 from training.subject.measured import heldout_curve
 from webui.curves import Point, Series, plot, running_mean
@@ -109,7 +109,7 @@ def phase_in_words(status: Mapping[str, Any]) -> str:
 
 def _below(view: RunView) -> str:
     """Why it ended and what to do, or what happens next."""
-    saved = newest_checkpoint(view.record)
+    saved = newest_step(view.record.checkpoints)
     checkpoint_text = f"Everything up to step {saved} is saved." if saved else "No checkpoint was saved."
     effect = "continues from there" if saved else "starts again with the same settings"
     if view.state in ("interrupted", "stopped"):
@@ -127,11 +127,6 @@ def _note(text: str) -> str:
 
 def _quiet(text: str) -> str:
     return f'<p class="quiet">{text}</p>'
-
-
-def newest_checkpoint(record: RunRecord) -> int:
-    """The step from which a run resumes; 0 without a checkpoint."""
-    return max((step_of(path) for path in record.checkpoints.glob(f"{STEP}*")), default=0)
 
 
 def plain_error(error: str | None) -> str:
@@ -215,7 +210,7 @@ def cost(record: RunRecord) -> str:
         return ""
     facts = {
         "time": f"about {duration(report.seconds)} of training, {report.seconds_per_step:.2g} s a step",
-        "memory": f"{report.peak_memory / 1e9:.1f} GB peak",
+        "memory": f"{report.peak_memory / GB:.1f} GB peak",
         "disk": f"up to {report.disk / 1e6:,.0f} MB while training",
         "parameters": f"{report.num_trainable_parameters:,} trained",
     }
