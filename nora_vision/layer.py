@@ -219,7 +219,10 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         return self.nora_B[adapter_name].float() @ up.float(), down.float() @ self.nora_A[adapter_name].float()
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """The change s B B' A' A in the shape of the base layer's weight, float32: what merging adds."""
+        """The weight change s B B' A' A, or s B (B' A' - B'_0 A'_0) A with `preserve_output`: what merging adds.
+
+        Returns: in the shape of the base layer's weight, float32.
+        """
         up, down = self.low_rank_factors(adapter_name)
         return self._as_weight(up @ down)
 
