@@ -1,4 +1,4 @@
-"""Accounts: a file of names and hashed passwords, a gate that slows guessing down, and sessions that end."""
+"""Accounts: a file of user names and hashed passwords, a login with a limit on wrong passwords, and sessions that expire."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from webui.settings import app_command
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}")
 MIN_PASSWORD, MAX_PASSWORD = 8, 200
-# 32 MiB and about a tenth of a second a guess.
+# scrypt's n, r and p: hashing a password takes 32 MiB and about a tenth of a second.
 COST, BLOCK, PARALLEL = 2**15, 8, 1
 SCRYPT_BYTES = 64 * 2**20
-# So many wrong passwords within so many seconds, of one client or for one name, and both wait as long.
-ATTEMPTS, SECONDS = 5, 60.0
-# Passwords that are hashed at once, and that may wait for it; 32 MiB each, and the cores are training's.
-AT_ONCE, WAITING = 2, 16
+# Wrong passwords that a client, or a name, may have within `WINDOW_SECONDS`.
+MAX_ATTEMPTS, WINDOW_SECONDS = 5, 60.0
+# Passwords that are hashed at the same time, and that may wait. Each takes memory, and training needs the cores.
+MAX_HASHING, MAX_WAITING = 2, 16
 SESSION_SECONDS = 7 * 86400
 MAX_TRACKED = 10_000
 
-# Who asks, set by webui.guard for each request; gradio tells its gate the name and the password alone.
+# Set by webui.guard for each request, because Gradio passes only the name and the password to the login check.
 client_address: ContextVar[str] = ContextVar("client_address", default="")
 
 
 class Accounts:
-    """The file of accounts, a line `name:scrypt$cost$block$parallel$salt$hash` each; read anew when it has changed.
+    """The accounts file: one line `name:scrypt$cost$block$parallel$salt$hash` per account; read again when it changes.
 
     Args:
         path: the file.
@@ -47,20 +47,20 @@ class Accounts:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._read: tuple[tuple[int, int], dict[str, str]] = ((0, 0), {})
-        # Nobody's: an unknown name takes as long as a known one.
+        # Checked for unknown names, so that they take as long as existing ones.
         self._decoy = hashed(secrets.token_hex(16))
 
     def check(self) -> None:
         """Raise InputError if the file is missing, malformed or empty."""
         if not self.all():
             raise InputError(
-                f"{str(self.path)!r} holds no account. Make one with '{app_command()} --accounts {self.path} --add_account NAME'."
+                f"{str(self.path)!r} contains no account. Create one with '{app_command()} --accounts {self.path} --add_account NAME'."
             )
 
     def all(self) -> dict[str, str]:
-        """The hashed passwords by name; none where there is no file.
+        """The hashed passwords by name; empty if the file does not exist.
 
-        Raises: InputError naming a line that is none.
+        Raises: InputError naming a malformed line.
         """
         try:
             state = self.path.stat()
@@ -71,7 +71,7 @@ class Accounts:
         return self._read[1]
 
     def accepts(self, name: str, password: str) -> bool:
-        """Whether `password` is that of `name`; takes as long for names that there are not."""
+        """Whether `password` is the password of `name`. Takes as long for unknown names as for existing ones."""
         stored = self.all().get(name)
         is_right = matches(password, stored or self._decoy)
         return is_right and stored is not None
@@ -80,25 +80,25 @@ class Accounts:
         for number, line in enumerate(read_text(self.path).splitlines(), 1):
             name, _, stored = line.partition(":")
             if line and (not NAME.fullmatch(name) or len(stored.split("$")) != 6):
-                raise InputError(f"Line {number} of {str(self.path)!r} is no account. Remove it, and use --add_account.")
+                raise InputError(f"Line {number} of {str(self.path)!r} is not an account. Remove it and use --add_account.")
             if line:
                 yield name, stored
 
 
 def add_account(path: Path, name: str, password: str) -> None:
-    """Write an account to the file at `path`, which only its owner can read; an account of that name is replaced.
+    """Write an account to the file at `path`, which only its owner can read; replaces an account of the same name.
 
-    Raises: InputError if the name or the password cannot be one.
+    Raises: InputError if the name or the password is invalid.
     """
     if not NAME.fullmatch(name):
         raise InputError(
-            f"A name must be up to 40 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit, got {name!r}."
+            f"A name must have at most 40 of a-z, 0-9, '.', '_' and '-' and begin with a letter or digit, got {name!r}."
         )
     if not MIN_PASSWORD <= len(password) <= MAX_PASSWORD:
-        raise InputError(f"A password must have {MIN_PASSWORD} to {MAX_PASSWORD} letters, this one has {len(password)}.")
+        raise InputError(f"A password must have {MIN_PASSWORD} to {MAX_PASSWORD} characters, got {len(password)}.")
     accounts = Accounts(path).all() | {name: hashed(password)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Made before it is written, so that it is never readable to others.
+    # Set before the file is created, so that other users can never read it.
     before = os.umask(0o077)
     try:
         write_text_atomically(path, "".join(f"{user}:{stored}\n" for user, stored in sorted(accounts.items())))
@@ -107,13 +107,13 @@ def add_account(path: Path, name: str, password: str) -> None:
 
 
 def hashed(password: str) -> str:
-    """`password` with a new salt, as accounts are stored."""
+    """`password` hashed with a new salt, in the format of the accounts file."""
     salt = secrets.token_bytes(16)
     return f"scrypt${COST}${BLOCK}${PARALLEL}${salt.hex()}${_scrypt(password, salt, COST, BLOCK, PARALLEL).hex()}"
 
 
 def matches(password: str, stored: str) -> bool:
-    """Whether `stored` was made from `password`, told in the same time either way."""
+    """Whether `stored` is a hash of `password`, compared in constant time."""
     _, cost, block, parallel, salt, digest = stored.split("$")
     made = _scrypt(password, bytes.fromhex(salt), int(cost), int(block), int(parallel))
     return hmac.compare_digest(made, bytes.fromhex(digest))
@@ -124,10 +124,10 @@ def _scrypt(password: str, salt: bytes, cost: int, block: int, parallel: int) ->
 
 
 class Throttle:
-    """Counts attempts of clients and for names.
+    """Limits the login attempts per client and per name.
 
-    An attempt counts as wrong until it was right, so that many at once do not slip by. Behind a tunnel or a proxy all clients
-    have one address, and wait together.
+    An attempt counts as wrong until it succeeds, so that parallel attempts do not bypass the limit. Behind a tunnel or a proxy all
+    clients have one address and share one limit.
     """
 
     def __init__(self) -> None:
@@ -135,29 +135,29 @@ class Throttle:
         self._lock = threading.Lock()
 
     def begin(self, client: str, name: str) -> float:
-        """Count an attempt; returns the seconds to wait instead, which is then not counted."""
+        """Count an attempt and return 0, or return the seconds to wait if the limit is reached."""
         now = time.monotonic()
         with self._lock:
             self._forget(now)
             recent = [self._attempts[key] for key in _keys(client, name)]
-            wait = max((attempts[0] + SECONDS - now for attempts in recent if len(attempts) >= ATTEMPTS), default=0.0)
+            wait = max((attempts[0] + WINDOW_SECONDS - now for attempts in recent if len(attempts) >= MAX_ATTEMPTS), default=0.0)
             if wait <= 0:
                 for attempts in recent:
                     attempts.append(now)
             return max(wait, 0.0)
 
     def succeed(self, client: str, name: str) -> None:
-        """Forget the attempts that led to the right password."""
+        """Forget the attempts of this client and for this name after a correct password."""
         with self._lock:
             for key in _keys(client, name):
                 self._attempts.pop(key, None)
 
     def _forget(self, now: float) -> None:
         for key in list(self._attempts) if len(self._attempts) > MAX_TRACKED else []:
-            if self._attempts[key][-1] < now - SECONDS:
+            if self._attempts[key][-1] < now - WINDOW_SECONDS:
                 del self._attempts[key]
         for attempts in self._attempts.values():
-            while attempts and attempts[0] <= now - SECONDS:
+            while attempts and attempts[0] <= now - WINDOW_SECONDS:
                 attempts.popleft()
 
 
@@ -166,23 +166,25 @@ def _keys(client: str, name: str) -> tuple[str, str]:
 
 
 class LoginGate:
-    """What gradio asks whether a name and a password belong together.
+    """The login check that Gradio calls.
 
-    Hashing happens in two threads of its own, so that guesses hold up neither the page nor a run; more than a few that wait for
-    it are sent away.
+    Passwords are hashed in two threads of its own, so that guessing slows down neither the page nor a run. Beyond `MAX_WAITING`
+    waiting attempts, further ones are refused.
 
     Args:
-        accounts: who may come in.
+        accounts: the accounts that may sign in.
     """
 
     def __init__(self, accounts: Accounts) -> None:
         self._accounts = accounts
         self._throttle = Throttle()
-        self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="password")
+        self._threads = ThreadPoolExecutor(MAX_HASHING, thread_name_prefix="password")
         self._waiting = 0
 
     async def admits(self, name: str, password: str) -> bool:
-        """Whether they do. Gradio awaits a method, but would take the unawaited answer of a called object for a yes.
+        """Whether `password` is correct.
+
+        Pass this method to Gradio, not the object: Gradio does not await a callable object, and its coroutine would count as true.
 
         Raises: HTTPException 429 with the seconds to wait.
         """
@@ -190,8 +192,8 @@ class LoginGate:
         wait = self._throttle.begin(client, account)
         if wait > 0:
             raise _too_many(f"Too many wrong passwords. Wait {wait + 1:.0f} seconds and try again.", wait)
-        if self._waiting >= WAITING:
-            raise _too_many("Too many people sign in at once. Try again in a few seconds.", 5)
+        if self._waiting >= MAX_WAITING:
+            raise _too_many("Too many people are signing in. Try again in a few seconds.", 5)
         self._waiting += 1
         try:
             loop = asyncio.get_running_loop()
@@ -204,37 +206,38 @@ class LoginGate:
 
 
 class Sessions(dict[str, str]):
-    """Who is signed in, by token, in the place of gradio's dictionary, whose sessions last as long as the server.
+    """The signed-in users by token. Replaces Gradio's dictionary, whose sessions last as long as the server.
 
-    A session ends after a week, when its user signs out, when the account goes or gets another password, and with the server.
+    A session ends after a week, when its user signs out, when the account is removed or its password changes, and when the server
+    stops.
 
     Args:
-        accounts: who may come in.
+        accounts: the accounts that may sign in.
     """
 
     def __init__(self, accounts: Accounts) -> None:
         super().__init__()
         self._accounts = accounts
-        self._given: dict[str, tuple[float, str]] = {}
+        self._issued: dict[str, tuple[float, str]] = {}
 
     def __setitem__(self, token: str, name: str) -> None:
-        for address in [address for address in self if self.get(address) is None]:
-            self.pop(address, None)
-            self._given.pop(address, None)
-        self._given[token] = time.monotonic() + SESSION_SECONDS, self._accounts.all().get(name, "")
+        for ended in [each for each in self if self.get(each) is None]:
+            self.pop(ended, None)
+            self._issued.pop(ended, None)
+        self._issued[token] = time.monotonic() + SESSION_SECONDS, self._accounts.all().get(name, "")
         super().__setitem__(token, name)
 
     def get(self, token: str | None, default: str | None = None) -> str | None:
-        """Whose session it is, if it has not ended."""
+        """The user of the session `token`; `default` if it has ended."""
         name = super().get(token)
-        if name is None or token not in self._given:
+        if name is None or token not in self._issued:
             return default
-        until, stored = self._given[token]
+        until, stored = self._issued[token]
         return name if time.monotonic() < until and self._accounts.all().get(name) == stored else default
 
 
 def _too_many(sentence: str, wait: float) -> Exception:
-    # Here, since the options are checked without it.
+    # Imported here, because the server's options are checked before FastAPI is loaded.
     from fastapi import HTTPException
 
     return HTTPException(429, sentence, headers={"Retry-After": str(int(wait) + 1)})

@@ -1,8 +1,8 @@
-"""What stands before gradio: who may ask for what, and what browsers are told to refuse.
+"""Security middleware in front of Gradio: which requests are refused, and the security headers of every response.
 
-Gradio answers anyone at some of its endpoints, other websites on any host but localhost, and gives a cached file to whoever
-knows its path. Here nothing but the sign-in page answers strangers, other websites are refused, and a file, an event or a
-session answers those alone to whom it was given.
+Some of Gradio's endpoints answer without a login. On any host but localhost it accepts requests from other websites, and it
+serves a cached file to anyone who knows its path. This middleware leaves only the sign-in page public, refuses requests from
+other websites, and limits files, events and sessions to the users they belong to.
 """
 
 from __future__ import annotations
@@ -25,28 +25,29 @@ from webui.accounts import client_address
 from webui.settings import Settings, is_loopback
 
 FILE, UPLOAD, EVENTS = "/gradio_api/file=", "/gradio_api/upload", "/gradio_api/queue/data"
-# What a browser needs to show the page that asks for the password.
-FOR_STRANGERS = re.compile(
+# The paths that a browser needs to show the sign-in page.
+PUBLIC_PATHS = re.compile(
     r"/|/login/?|/logout|/favicon\.ico|/robots\.txt|/manifest\.json|(/gradio_api)?/theme\.css|/(static|assets)/.*"
     r"|/gradio_api/(startup-events|login_check|app_id|user)/?"
 )
-# Of gradio's own: a proxy, a code editor, a reloader, dashboards, recordings, and the cookie read out to scripts.
-CLOSED = re.compile(
+# Gradio's proxy, code editor, reloader, dashboards and recordings, and the endpoint that gives the session cookie to scripts.
+DISABLED_PATHS = re.compile(
     r"/gradio_api/(proxy=|file/|file=\w+:|vibe|undo-vibe|dev/|token|profiling|runs|run-history|process_recording).*"
     r"|/gradio_api/deep_link.*|/monitoring.*|/svelte/.*"
 )
-# What gives out handles, and what takes a session's name.
-ANSWERS = re.compile(r"/gradio_api/(queue/data|upload|component_server|queue/join|(call|run|api)/.*)/?")
-ASKS = re.compile(r"/gradio_api/(queue/join|cancel|reset|component_server|(call|run|api)/.*)/?")
+# Paths whose responses contain handles.
+ISSUES_HANDLES = re.compile(r"/gradio_api/(queue/data|upload|component_server|queue/join|(call|run|api)/.*)/?")
+# Paths whose request bodies name a session.
+NAMES_SESSION = re.compile(r"/gradio_api/(queue/join|cancel|reset|component_server|(call|run|api)/.*)/?")
 SESSION_IN_PATH = re.compile(r"/gradio_api/(?:heartbeat|stream)/([^/]+).*")
-# Of events and of cached files, long enough not to be guessed.
+# An event's id, or the hash in a cached file's path: too long to be guessed.
 HANDLE = re.compile(rb"(?<![0-9a-f])(?:[0-9a-f]{64}|[0-9a-f]{32})(?![0-9a-f])")
 MAX_TRACKED = 200_000
 MAX_BODY = 32 * 2**20
-# Kept free for runs and for the machine.
+# Disk space that uploads must leave free.
 FREE_BYTES = 2 * 2**30
-# Scripts come from here, or carry the number that the page was sent with: what a name or a prompt smuggles into the page does
-# not run, were it not escaped somewhere. Gradio itself makes functions of strings.
+# Only scripts of this server or with the page's nonce run, so a script in a name or a prompt would not run even if it was not
+# escaped. Gradio needs 'unsafe-eval', because it makes functions from strings.
 PAGE_POLICY = (
     "default-src 'self'; script-src 'self' 'nonce-{nonce}' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; "
@@ -63,41 +64,34 @@ HEADERS = {
 }
 
 
-class Visits:
-    """Whether anybody has the page before them yet."""
-
-    def __init__(self) -> None:
-        self.first = threading.Event()
-
-
 class Owners:
-    """To whom something was given, for as many things as fit."""
+    """The users who own a file, an event or a session; the oldest are forgotten beyond `MAX_TRACKED`."""
 
     def __init__(self) -> None:
         self._users: OrderedDict[str, set[str]] = OrderedDict()
 
-    def give(self, thing: str, user: str) -> None:
-        """Remember that `user` has it."""
-        self._users.setdefault(thing, set()).add(user)
-        self._users.move_to_end(thing)
+    def add(self, handle: str, user: str) -> None:
+        """Add `user` to the owners of `handle`."""
+        self._users.setdefault(handle, set()).add(user)
+        self._users.move_to_end(handle)
         while len(self._users) > MAX_TRACKED:
             self._users.popitem(last=False)
 
-    def has(self, thing: str, user: str) -> bool:
-        """Whether `user` has it."""
-        return user in self._users.get(thing, ())
+    def has(self, handle: str, user: str) -> bool:
+        """Whether `user` is one of the owners of `handle`."""
+        return user in self._users.get(handle, ())
 
-    def is_known(self, thing: str) -> bool:
-        """Whether anybody has it."""
-        return thing in self._users
+    def is_known(self, handle: str) -> bool:
+        """Whether `handle` has an owner."""
+        return handle in self._users
 
 
 class Refusal(Exception):
-    """A request that is not passed on.
+    """A request is refused.
 
     Args:
-        status: of the answer.
-        sentence: why, in words.
+        status: the HTTP status of the response.
+        sentence: the reason and the remedy, for the user.
     """
 
     def __init__(self, status: int, sentence: str) -> None:
@@ -106,20 +100,20 @@ class Refusal(Exception):
 
 
 class Guard:
-    """Passes a request on to gradio, or refuses it in a sentence.
+    """The middleware: passes a request to Gradio or refuses it.
 
     Args:
-        app: gradio.
-        settings: what the server was started with.
-        cache: gradio's folder of cached files.
-        visits: told of the first page that was filled.
+        app: Gradio's app.
+        settings: the settings of the server.
+        cache: Gradio's folder of cached files.
+        page_loaded: set when the first page has loaded its data.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, cache: Path, visits: Visits) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, cache: Path, page_loaded: threading.Event) -> None:
         self._app = app
         self._settings = settings
         self._cache = cache
-        self._visits = visits
+        self._page_loaded = page_loaded
         self._owners = Owners()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -141,23 +135,23 @@ class Guard:
         client_address.set(scope["client"][0] if scope.get("client") else "")
         await self._app(scope, receive, send)
         if path == EVENTS:
-            self._visits.first.set()
+            self._page_loaded.set()
 
     async def _checked(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> tuple[Receive, Send]:
-        """The request's channels, those of its user alone where there are accounts.
+        """The request's channels, with the handles in its response recorded for its user.
 
-        Raises: Refusal.
+        Raises: Refusal if the request is not allowed.
         """
         path = scope["path"]
         _check_site(scope, headers, self._settings.is_local)
-        if CLOSED.fullmatch(path):
-            raise Refusal(404, "There is nothing here.")
+        if DISABLED_PATHS.fullmatch(path):
+            raise Refusal(404, "Not found.")
         if self._settings.accounts is not None:
             receive, send = await self._for_one_user(scope, headers, receive, send)
         if path.startswith(UPLOAD):
             self._check_disk(headers)
         if path.startswith(FILE) and not self._is_cached(path):
-            raise Refusal(403, "This file is not served.")
+            raise Refusal(403, "Only uploaded and generated files are served.")
         return receive, send
 
     def _check_disk(self, headers: Headers) -> None:
@@ -169,65 +163,65 @@ class Guard:
         return Path(os.path.abspath(path.removeprefix(FILE))).is_relative_to(self._cache)
 
     async def _for_one_user(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> tuple[Receive, Send]:
-        """`receive` and `send`, for a request of someone who is signed in and names nothing that is another's."""
+        """As `_checked`, when accounts are in use: the user must be signed in and own every handle and session in the request."""
         path, user = scope["path"], _user(scope, headers)
         if user is None:
-            if FOR_STRANGERS.fullmatch(path):
+            if PUBLIC_PATHS.fullmatch(path):
                 return receive, send
             raise Refusal(401, "You are not signed in. Reload the page and sign in.")
         named = f"{path}?{scope['query_string'].decode('latin-1')}".encode()
         sessions = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [])
         sessions += SESSION_IN_PATH.findall(path)
-        if scope["method"] == "POST" and ASKS.fullmatch(path):
+        if scope["method"] == "POST" and NAMES_SESSION.fullmatch(path):
             body = await _body(receive)
             named, sessions = named + body, sessions + _sessions_in(body)
             receive = _replayed(body, receive)
         self._check_handles(path, named, user)
         for session in sessions:
             self._bind(f"session {session}", user)
-        return receive, self._noting(send, user) if ANSWERS.fullmatch(path) else send
+        return receive, self._recording(send, user) if ISSUES_HANDLES.fullmatch(path) else send
 
     def _check_handles(self, path: str, named: bytes, user: str) -> None:
-        """Refuse a request that names what was given to others, or a file that was not given to `user`."""
+        """Refuse a request for a file that `user` does not own, or that names a handle of another user."""
         handles = {handle.decode() for handle in HANDLE.findall(named)}
         if path.startswith(FILE) and not any(self._owners.has(handle, user) for handle in handles):
-            raise Refusal(403, "This file is not yours, or the server was started anew. Reload the page.")
+            raise Refusal(403, "This file belongs to another user, or the server was restarted. Reload the page.")
         if any(self._owners.is_known(handle) and not self._owners.has(handle, user) for handle in handles):
-            raise Refusal(403, "This belongs to somebody else. Reload the page.")
+            raise Refusal(403, "This request names a file or an event of another user. Reload the page.")
 
     def _bind(self, session: str, user: str) -> None:
-        """Give a session to the first who names it, and refuse others."""
+        """Bind a session to the first user who names it, and refuse other users."""
         if self._owners.is_known(session) and not self._owners.has(session, user):
-            raise Refusal(403, "This page belongs to somebody else. Reload it.")
-        self._owners.give(session, user)
+            raise Refusal(403, "This session belongs to another user. Reload the page.")
+        self._owners.add(session, user)
 
-    def _noting(self, send: Send, user: str) -> Send:
-        """`send` that gives `user` what the answer names."""
+    def _recording(self, send: Send, user: str) -> Send:
+        """`send` that records `user` as an owner of the handles in the response."""
 
         async def sent(message: Message) -> None:
             if message["type"] == "http.response.body":
                 for handle in HANDLE.findall(message.get("body", b"")):
-                    self._owners.give(handle.decode(), user)
+                    self._owners.add(handle.decode(), user)
             await send(message)
 
         return sent
 
 
 def _check_site(scope: Scope, headers: Headers, is_local: bool) -> None:
-    """Refuse what another website has a browser do: by what the browser says of it, else by the origin."""
+    """Refuse requests from other websites, by the browser's Sec-Fetch-Site header, else by the Origin header."""
     host = headers.get("host", "")
     if is_local and not is_loopback(urlsplit(f"//{host}").hostname or ""):
-        # A name of somebody else's that leads here.
-        raise Refusal(403, "This app answers at its own address alone. Open the address that it printed at its start.")
+        # DNS rebinding: another website's name that resolves to this machine.
+        raise Refusal(403, "The app answers only at its own address. Open the address that it printed when it started.")
     is_opened = scope["path"] == "/" and scope["method"] in ("GET", "HEAD") and headers.get("sec-fetch-mode") == "navigate"
     site, origin = headers.get("sec-fetch-site"), headers.get("origin")
     from_elsewhere = site not in ("same-origin", "none") if site else bool(origin) and urlsplit(origin).netloc != host
     if from_elsewhere and not is_opened:
-        raise Refusal(403, "Another website asked for this, and the app answers its own page alone.")
+        raise Refusal(403, "This request came from another website. The app answers only requests from its own page.")
 
 
 def _user(scope: Scope, headers: Headers) -> str | None:
-    """Who is signed in, as gradio tells it."""
+    """The signed-in user, from Gradio's session cookie; None if nobody is signed in."""
     app = scope["app"]
     cookies = dict(part.strip().split("=", 1) for part in headers.get("cookie", "").split(";") if "=" in part)
     token = cookies.get(f"access-token-{app.cookie_id}") or cookies.get(f"access-token-unsecure-{app.cookie_id}")
@@ -240,13 +234,15 @@ async def _body(receive: Receive) -> bytes:
         message = await receive()
         content += message.get("body", b"")
         if len(content) > MAX_BODY:
-            raise Refusal(413, f"This is more than {MAX_BODY >> 20} MB. Send files as files.")
+            raise Refusal(
+                413, f"The request is larger than {MAX_BODY >> 20} MB. Upload files instead of sending them in the request."
+            )
         if message["type"] == "http.disconnect" or not message.get("more_body"):
             return content
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """`receive` that begins with a body that was read already."""
+    """`receive` that returns `body`, which was read already, first."""
     waiting = [body]
 
     async def again() -> Message:
@@ -276,7 +272,7 @@ def _with_headers(send: Send, policy: str) -> Send:
 
 
 def _with_nonce(send: Send, nonce: str) -> Send:
-    """`send` for gradio's page, whose scripts get `nonce`; without quotes, so that it may stand within a script's strings too."""
+    """`send` that adds `nonce` to the page's script tags; without quotes, because some tags are inside strings of a script."""
     held: list[Message] = []
 
     async def sent(message: Message) -> None:

@@ -1,4 +1,4 @@
-"""What the server was started with, and whose workspace a request may see."""
+"""The settings of the server, and the workspace of each request."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Settings:
-    """How the app runs.
+    """The settings of the server.
 
     Args:
-        runs_dir: the folder of runs; with accounts, of one folder of runs an account.
-        sets_dir: the same for uploaded images.
-        host: where it listens.
-        port: the same; None for the first that is free.
-        accounts: the file of names and hashed passwords; None without passwords.
-        base_models: what runs may start from besides the built-in models, when others than the machine's own user are there.
+        runs_dir: the folder of runs; with accounts, it has a subfolder per account.
+        sets_dir: the folder of uploaded images; with accounts, it has a subfolder per account.
+        host: the address to listen on.
+        port: the port to listen on; None for the first free one.
+        accounts: the file of names and hashed passwords; None if nobody has to sign in.
+        base_models: the models that guests may use besides the built-in ones.
     """
 
     runs_dir: Path = Path("runs")
@@ -37,13 +37,13 @@ class Settings:
 
     @property
     def is_local(self) -> bool:
-        """Whether only the machine's own user can be there: then folders and models of the machine may be named."""
+        """Whether only the user of this machine can reach the app, and may therefore use its folders and models."""
         return self.accounts is None and is_loopback(self.host)
 
     def workspace(self, request: gr.Request | None) -> Workspace:
-        """The workspace of whoever sent `request`.
+        """The workspace of the user who sent `request`.
 
-        Raises: InputError if accounts are in use and the request is nobody's.
+        Raises: InputError if accounts are in use and the user is not signed in.
         """
         if self.accounts is None:
             return Workspace(self.runs_dir, self.sets_dir, None, self.is_local, self.base_models)
@@ -54,12 +54,12 @@ class Settings:
 
 
 def app_command() -> str:
-    """The command that starts the app, as the user of this process types it."""
+    """The command that starts the app, as the user typed it."""
     return "nora-vision app" if sys.argv[0] == "nora-vision app" else "python app.py"
 
 
 def is_loopback(host: str) -> bool:
-    """Whether nothing but this machine reaches `host`, a name or an address with or without brackets."""
+    """Whether `host`, a name or an address with or without brackets, can be reached only from this machine."""
     if host == "localhost":
         return True
     try:

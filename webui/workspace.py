@@ -1,4 +1,4 @@
-"""Where one user's runs and images lie. Paths come from the ids made here, never from a user's words."""
+"""The folders of one user's runs and images. Paths are made from checked ids only, never from other user input."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from pipelines.errors import InputError
 from training.runs.record import RunRecord
 from training.runs.run_files import RunStatus
 
-# What we make, and what a terminal names runs; no separator, nothing hidden, never "..".
+# An id of a run or dataset, made here or in a terminal: no separator, no leading dot.
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 LAUNCH = "launch.json"
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """One user's runs and image sets; no other user's can be reached through it.
+    """One user's runs and datasets. Those of other users cannot be reached through it.
 
     Args:
-        runs: the folder of runs, one folder each.
-        sets: the folder of uploaded images, one folder each.
-        user: the account's name; None where there are no accounts.
-        is_local: whether folders and models of the machine may be named.
-        base_models: what runs may start from besides the built-in models where they may not.
+        runs: the folder with a folder per run.
+        sets: the folder with a folder per dataset.
+        user: the name of the account; None without accounts.
+        is_local: whether the user may use the folders and models of this machine.
+        base_models: the models that other users may use besides the built-in ones.
     """
 
     runs: Path
@@ -37,30 +37,30 @@ class Workspace:
 
     @property
     def all_runs(self) -> Path:
-        """The folder of all users' runs, or of their folders of runs: what shares the machine's devices."""
+        """The folder of all users' runs, which wait in one queue because they share the machine's devices."""
         return self.runs if self.user is None else self.runs.parent
 
     def run_ids(self) -> list[str]:
-        """The ids of all runs, whoever started them, newest first."""
+        """The ids of all runs, newest first, including those started in a terminal."""
         if not self.runs.is_dir():
             return []
         folders = [path for path in self.runs.iterdir() if _is_run(path)]
         return [path.name for path in sorted(folders, key=lambda path: (began(path), path.name), reverse=True)]
 
     def run(self, run_id: str) -> RunRecord:
-        """The run called `run_id`.
+        """The run with the id `run_id`.
 
-        Raises: InputError if there is none, or the id is no id.
+        Raises: InputError if it does not exist or the id is invalid.
         """
         path = _below(self.runs, run_id)
         if path is None or not _is_run(path):
-            raise InputError("There is no such run. Choose one from the list.")
+            raise InputError("This run does not exist. Choose one from the list.")
         return RunRecord(path)
 
     def image_set(self, set_id: str) -> Path:
-        """The folder of the image set called `set_id`.
+        """The folder of the dataset with the id `set_id`.
 
-        Raises: InputError if there is none, or the id is no id.
+        Raises: InputError if it does not exist or the id is invalid.
         """
         path = _below(self.sets, set_id)
         if path is None or path.is_symlink() or not path.is_dir():
@@ -72,12 +72,12 @@ class Workspace:
         return _new(self.runs)
 
     def new_image_set(self) -> Path:
-        """An empty folder for images."""
+        """An empty folder for a new dataset."""
         return _new(self.sets)
 
 
 def began(run: Path) -> float:
-    """When the folder of a run was begun, seconds since the epoch: the age of the oldest file that is written once."""
+    """When a run was started, in seconds since the epoch, from a file that is written only at the start."""
     for name in (LAUNCH, "command"):
         if (run / name).exists():
             return (run / name).stat().st_mtime

@@ -176,7 +176,7 @@ def test_all_runs_are_listed_newest_first(client, started):
 @pytest.mark.parametrize("run", ["../runs", "/etc", "..", "nobody", "a/b", ".", "", "x" * 300])
 def test_no_id_reaches_outside(client, run):
     for name, more in (("/status", ()), ("/stop", ()), ("/generate", ("a star",)), ("/classify", ([],))):
-        refused(client, "There is no such run. Choose one from the list", run, *more, api_name=name)
+        refused(client, "This run does not exist. Choose one from the list", run, *more, api_name=name)
 
 
 def test_an_invalid_request_is_refused_with_a_message(client, started, tiny_model):

@@ -325,7 +325,7 @@ def test_deleting_refuses_what_is_at_work_and_what_is_not_the_user_s_run(workspa
     (workspace.runs / "link").symlink_to(other)
     wrong = ("..", ".", "", "/", str(other), f"../other/{other.name}", "link", run_id + "/..", "none", ".queue", None, "a\0")
     for name in wrong:
-        with pytest.raises(InputError, match="There is no such run"):
+        with pytest.raises(InputError, match="This run does not exist"):
             launching.delete(workspace, name)
     assert other.exists()
     assert state(workspace, run_id) == "running"

@@ -92,8 +92,8 @@ def test_classifiers_are_compared_by_their_accuracies_with_intervals(workspace):
         (["a", "a"], "Choose 2 to 4 runs to compare, got 1"),
         (["a", "b", "c", "d", "e"], "got 5"),
         (["a", "digits"], "runs of the same kind"),
-        (["a", "../b"], "There is no such run"),
-        (["a", None], "There is no such run"),
+        (["a", "../b"], "This run does not exist"),
+        (["a", None], "This run does not exist"),
     ],
 )
 def test_what_cannot_be_compared_is_said(workspace, ids, message):

@@ -1,4 +1,4 @@
-"""The server under attack, over HTTP as strangers reach it."""
+"""Attacks on the server over HTTP, without and with accounts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PAGE = {"sec-fetch-site": "same-origin"}
 
 @pytest.fixture(scope="module")
 def server(app_server):
-    """One without accounts, as on one's own machine."""
+    """A server without accounts, as on the user's own machine."""
     return app_server()
 
 
@@ -36,13 +36,13 @@ def accounts_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def guarded(app_server, accounts_file):
-    """One with accounts."""
+    """A server with accounts."""
     return app_server("--accounts", str(accounts_file))
 
 
 @pytest.fixture(scope="module")
 def besieged(app_server, accounts_file):
-    """Another one with accounts, whose sign-in is locked by the test that attacks it."""
+    """Another server with accounts, whose sign-in the test of the password limit locks."""
     return app_server("--accounts", str(accounts_file))
 
 
@@ -80,7 +80,7 @@ def own(server):
         ("a.pdf", b"%PDF-1.4"),
     ],
 )
-def test_what_could_run_in_a_browser_is_only_handed_out_as_a_download(own, name, content):
+def test_files_that_a_browser_could_run_are_served_as_downloads(own, name, content):
     answer = served(own, uploaded(own, name, content))
     assert answer.status_code == 200
     assert answer.headers["content-disposition"].startswith("attachment")
@@ -89,13 +89,13 @@ def test_what_could_run_in_a_browser_is_only_handed_out_as_a_download(own, name,
     assert answer.headers["x-content-type-options"] == "nosniff"
 
 
-def test_html_with_a_image_s_name_is_served_as_a_image_that_browsers_do_not_sniff(own):
+def test_html_named_as_an_image_is_served_as_an_image_without_sniffing(own):
     answer = served(own, uploaded(own, "a.png", b"<script>alert(1)</script>"))
     assert answer.headers["content-type"] == "image/png"
     assert answer.headers["x-content-type-options"] == "nosniff"
 
 
-def test_a_file_name_from_outside_never_leaves_the_cache(server, own):
+def test_an_uploaded_file_name_never_leaves_the_cache(server, own):
     for name in ("../../../../evil.png", "/etc/evil.png", "..\\..\\evil.png", "a\x00b.png", "$(touch evil).png", ".bashrc"):
         path = Path(uploaded(own, name, png_bytes()))
         assert path.is_relative_to(server.uploads / ".cache")
@@ -153,11 +153,11 @@ def test_no_file_outside_the_cache_is_served(server, own, tmp_path):
         "/redoc",
     ],
 )
-def test_what_gradio_has_beside_the_app_is_closed(own, path):
+def test_endpoints_of_gradio_that_the_app_does_not_need_are_disabled(own, path):
     assert own.get(path).status_code == 404
 
 
-def test_every_answer_tells_browsers_what_to_refuse(own):
+def test_every_response_has_the_security_headers(own):
     for path in ("/", "/config", "/gradio_api/info", "/nowhere", "/gradio_api/file=/etc/passwd", "/theme.css"):
         headers = own.get(path).headers
         assert headers["x-content-type-options"] == "nosniff"
@@ -166,7 +166,7 @@ def test_every_answer_tells_browsers_what_to_refuse(own):
         assert "frame-ancestors 'none'" in headers["content-security-policy"]
 
 
-def test_scripts_carry_a_number_that_is_new_in_each_answer(own):
+def test_scripts_carry_a_nonce_that_is_new_in_each_response(own):
     answers = [own.get("/") for _ in range(2)]
     numbers = [re.search(r"'nonce-(\w+)'", answer.headers["content-security-policy"])[1] for answer in answers]
     assert numbers[0] != numbers[1]
@@ -190,18 +190,18 @@ def test_scripts_carry_a_number_that_is_new_in_each_answer(own):
         ({"host": "127.0.0.1.evil.example:7860"}, 403),
     ],
 )
-def test_other_websites_cannot_ask_for_anything(own, headers, status):
+def test_requests_from_other_websites_are_refused(own, headers, status):
     assert own.get("/config", headers=headers).status_code == status
 
 
-def test_a_link_elsewhere_may_open_the_page_but_no_more(own):
+def test_a_link_on_another_website_may_only_open_the_page(own):
     followed = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
     assert own.get("/", headers=followed).status_code == 200
     assert own.get("/config", headers=followed).status_code == 403
     assert own.post("/", headers=followed).status_code == 403
 
 
-def test_more_than_the_limit_is_not_taken_in(server, own):
+def test_an_upload_above_the_limit_is_refused(server, own):
     def endless():
         yield b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.bin"\r\n\r\n'
         for _ in range(600):
@@ -237,7 +237,7 @@ def test_more_than_the_limit_is_not_taken_in(server, own):
     ],
     ids=" ".join,
 )
-def test_strangers_get_nothing_but_the_page_that_asks_for_a_password(guarded, request_):
+def test_without_signing_in_only_the_sign_in_page_answers(guarded, request_):
     method, path = request_
     with httpx.Client(base_url=guarded.url, timeout=120) as stranger:
         assert stranger.request(method, path, json={} if method == "POST" else None).status_code == 401
@@ -245,13 +245,13 @@ def test_strangers_get_nothing_but_the_page_that_asks_for_a_password(guarded, re
         assert stranger.request(method, path, json={} if method == "POST" else None).status_code == 401
 
 
-def test_the_page_before_the_password_tells_nothing_of_the_app(guarded):
+def test_the_sign_in_page_shows_nothing_of_the_app(guarded):
     page = httpx.get(guarded.url).text
     assert '"auth_required": true' in page.replace('":true', '": true')
     assert "photos-upload" not in page
 
 
-def test_a_wrong_password_does_not_open_the_door(guarded):
+def test_a_wrong_password_is_refused(guarded):
     with httpx.Client(base_url=guarded.url, timeout=120) as client:
         for name, password in (("ada", PASSWORDS["bob"]), ("", ""), ("ADA", PASSWORDS["ada"])):
             assert client.post("/login", data={"username": name, "password": password}).status_code in (400, 422)
@@ -261,21 +261,21 @@ def test_a_wrong_password_does_not_open_the_door(guarded):
         assert client.get("/config").status_code == 200
 
 
-def test_a_file_answers_those_alone_to_whom_it_was_given(guarded):
+def test_a_file_is_served_only_to_the_users_who_uploaded_it(guarded):
     with signed_in(guarded, "ada") as ada, signed_in(guarded, "bob") as bob, httpx.Client(base_url=guarded.url) as stranger:
         path = uploaded(ada, "a.png", png_bytes(1))
         assert served(ada, path).content == png_bytes(1)
         assert served(bob, path).status_code == 403
         assert served(stranger, path).status_code == 401
-        # Not even as somebody else's argument.
+        # Nor as the argument of another user's event.
         asked = {"fn_index": 0, "session_hash": "bobs", "data": [{"path": path, "meta": {"_type": "gradio.FileData"}}]}
         assert bob.post("/gradio_api/queue/join", json=asked).status_code == 403
-        # Who has the same image may see it.
+        # A user who uploads the same image may load it.
         assert uploaded(bob, "a.png", png_bytes(1)) == path
         assert served(bob, path).status_code == 200
 
 
-def test_a_page_s_events_answer_its_user_alone(guarded):
+def test_the_events_of_a_session_answer_only_its_user(guarded):
     with signed_in(guarded, "ada") as ada, signed_in(guarded, "bob") as bob:
         load = next(each["id"] for each in ada.get("/config").json()["dependencies"] if not each["inputs"])
         joined = ada.post("/gradio_api/queue/join", json={"fn_index": load, "session_hash": "adas", "data": []})
@@ -296,7 +296,7 @@ def test_signing_out_ends_every_session_of_the_user(guarded):
         assert [client.get("/config").status_code for client in (here, there, bob)] == [401, 401, 200]
 
 
-def test_fifty_wrong_passwords_in_a_second_are_stopped_and_the_page_goes_on_answering(besieged):
+def test_fifty_wrong_passwords_in_a_second_are_limited_and_the_page_still_answers(besieged):
     process = psutil.Process(besieged.process.pid)
 
     async def guess(client, number):

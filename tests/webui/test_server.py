@@ -1,4 +1,4 @@
-"""The server as a person starts it: what it refuses, what it loads, and how it ends."""
+"""The server as a user starts it: what it refuses, what it loads, and how it stops."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def server(app_server):
     ],
     ids=" ".join,
 )
-def test_a_server_that_strangers_could_enter_is_not_started(options, tmp_path):
+def test_the_server_does_not_start_if_others_could_use_it_without_a_password(options, tmp_path):
     ended = refused("--runs_dir", str(tmp_path / "runs"), "--uploads_dir", str(tmp_path / "uploads"), *options)
     assert ended.returncode == 2
     assert len(ended.stderr.strip().splitlines()) == 1
@@ -62,7 +62,7 @@ def test_a_server_that_strangers_could_enter_is_not_started(options, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_variables_of_gradio_open_no_door(app_server):
+def test_environment_variables_of_gradio_do_not_weaken_the_server(app_server):
     variables = {
         "GRADIO_SHARE": "True",
         "GRADIO_SERVER_NAME": "0.0.0.0",
@@ -82,7 +82,7 @@ def test_variables_of_gradio_open_no_door(app_server):
     assert httpx.get(f"{server.url}gradio_api/mcp/", timeout=60).status_code == 404
 
 
-def test_a_port_that_is_taken_is_said_in_a_sentence(tmp_path):
+def test_a_port_that_is_taken_is_reported_in_one_sentence(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -100,7 +100,7 @@ def test_an_account_is_added_on_the_command_line_without_showing_the_password(tm
     if child == 0:
         os.chdir(REPOSITORY)
         os.execv(sys.executable, [sys.executable, "app.py", "--accounts", str(path), "--add_account", "ada"])
-    for prompt in (b"Password for ada: ", b"The same again: "):
+    for prompt in (b"Password for ada: ", b"Repeat the password: "):
         while not shown.endswith(prompt):
             shown += os.read(terminal, 1024)
         os.write(terminal, b"correct horse\n")
@@ -128,13 +128,13 @@ def test_without_a_port_it_takes_the_first_free_one(app_server):
     assert FIRST_PORT < int(server.url.rstrip("/").rpartition(":")[2]) < FIRST_PORT + 100
 
 
-def test_ctrl_c_ends_the_server_and_leaves_runs_alone(app_server):
+def test_ctrl_c_stops_the_server_without_a_traceback(app_server):
     server = app_server()
     assert server.interrupt() == 0
     assert "Traceback" not in server.log.read_text()
 
 
-def test_a_server_that_was_killed_comes_back_at_its_address(app_server):
+def test_a_killed_server_can_be_restarted_at_the_same_address(app_server):
     server = app_server()
     before = server.url
     server.restart()
@@ -149,7 +149,7 @@ def test_the_page_opens_without_an_error_in_the_console(server, new_page):
 
 
 @pytest.mark.slow(30)
-def test_names_that_are_html_or_shell_are_shown_as_they_are(server, new_page, tmp_path):
+def test_names_that_contain_html_or_shell_code_are_shown_as_text(server, new_page, tmp_path):
     run = server.runs / "20260101-000000-abcdef"
     run.mkdir(parents=True, exist_ok=True)
     (run / "status.json").write_text(json.dumps({"state": "failed", "phase": HOSTILE, "step": 1, "total": 2, "error": HOSTILE}))
@@ -164,7 +164,7 @@ def test_names_that_are_html_or_shell_are_shown_as_they_are(server, new_page, tm
     page = new_page(server.url)
     page.set_input_files("#photos-upload input[type=file]", [photo, bad])
     page.get_by_text("x-hostile").first.wait_for(timeout=120_000)
-    # All that the first look brings is there.
+    # The first refresh is complete.
     page.wait_for_function("document.querySelector('#run input')?.value", timeout=120_000)
     for screen in SCREENS:
         go_to(page, screen)
