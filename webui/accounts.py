@@ -54,7 +54,8 @@ class Accounts:
         """Raise InputError if the file is missing, malformed or empty."""
         if not self.all():
             raise InputError(
-                f"{str(self.path)!r} contains no account. Create one with '{app_command()} --accounts {self.path} --add_account NAME'."
+                f"{str(self.path)!r} contains no account. "
+                f"Create one with '{app_command()} --accounts {self.path} --add_account NAME'."
             )
 
     def all(self) -> dict[str, str]:
@@ -126,8 +127,8 @@ def _scrypt(password: str, salt: bytes, cost: int, block: int, parallel: int) ->
 class Throttle:
     """Limits the login attempts per client and per name.
 
-    An attempt counts as wrong until it succeeds, so that parallel attempts do not bypass the limit. Behind a tunnel or a proxy all
-    clients have one address and share one limit.
+    An attempt counts as wrong until it succeeds, so that parallel attempts do not bypass the limit. Behind a tunnel or a proxy
+    all clients have one address and share one limit.
     """
 
     def __init__(self) -> None:
@@ -184,7 +185,7 @@ class LoginGate:
     async def admits(self, name: str, password: str) -> bool:
         """Whether `password` is correct.
 
-        Pass this method to Gradio, not the object: Gradio does not await a callable object, and its coroutine would count as true.
+        Pass this method to Gradio, not the object: Gradio does not await a callable object, and a coroutine counts as true.
 
         Raises: HTTPException 429 with the seconds to wait.
         """

@@ -18,7 +18,7 @@ from webui.views import RunView, views
 from webui.workspace import Workspace
 
 FILE = "file"
-GONE = "This adapter is no longer there. Choose another one."
+GONE = "This adapter no longer exists. Choose another one."
 
 
 @dataclass(frozen=True)

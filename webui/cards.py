@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from webui.image_dataset import SubjectDataset, thumbnail
 
 if TYPE_CHECKING:
-    from webui.work.photos import Opinion
+    from webui.work.photos import CheckedImage
 
 CHIPS = {"good": "good", "look again": "warn", "left out": "bad"}
 STYLE = """
@@ -55,7 +55,7 @@ watch('value', () => {
 });
 """
 EMPTY = """<div class="empty" id="photos-empty"><b>No photos yet.</b><br>
-Drop three to ten photos of one subject above: sharp, from several sides, in several places, with nothing else like it in them.
+Drop three to ten photos of one subject above: sharp, from several sides, in different places, without similar objects.
 </div>"""
 
 
@@ -64,11 +64,11 @@ def escaped(text: str) -> str:
     return html.escape(text).replace("{", "&#123;").replace("}", "&#125;").replace("$", "&#36;").replace("`", "&#96;")
 
 
-def cards(photos: SubjectDataset, opinions: Mapping[str, Opinion] | None, together: Sequence[str] = ()) -> str:
+def cards(photos: SubjectDataset, checked: Mapping[str, CheckedImage] | None, together: Sequence[str] = ()) -> str:
     """All photos as cards in their order, below the findings about the whole set.
 
     Args:
-        opinions: the results of the image checks by file; None while they run.
+        checked: the results of the image checks by file; None while they run.
         together: findings about the whole set.
     """
     entries = photos.entries()
@@ -77,22 +77,21 @@ def cards(photos: SubjectDataset, opinions: Mapping[str, Opinion] | None, togeth
     set_findings = "".join(f"<p>{escaped(sentence)}</p>" for sentence in together)
     items = []
     for index, entry in enumerate(entries):
-        opinion = None if opinions is None else opinions.get(entry.file)
+        image_check = None if checked is None else checked.get(entry.file)
         buttons = "" if photos.is_example else _buttons(entry.file, entry.name, index == 0, index == len(entries) - 1)
-        sentences = "" if opinion is None else "".join(f"<p>{escaped(sentence)}</p>" for sentence in opinion.sentences)
-        title = f'<div class="title"><b title="{escaped(entry.name)}">{escaped(entry.name)}</b>{_verdict(opinion)}</div>'
-        sentences = _caption(entry.caption) + sentences
-        words = f'<div class="words">{title}{sentences}</div>'
+        findings = "" if image_check is None else "".join(f"<p>{escaped(sentence)}</p>" for sentence in image_check.sentences)
+        title = f'<div class="title"><b title="{escaped(entry.name)}">{escaped(entry.name)}</b>{_verdict(image_check)}</div>'
+        words = f'<div class="words">{title}{_caption(entry.caption)}{findings}</div>'
         image = f'<img src="{thumbnail(photos.folder / entry.file)}" alt="Photo {index + 1}: {escaped(entry.name)}">'
         items.append(f'<li class="photo-card" data-file="{entry.file}">{image}{words}{buttons}</li>')
-    findings = f'<div class="photo-findings warning" role="status">{set_findings}</div>' if set_findings else ""
-    return f'{findings}<ol class="photo-cards">{"".join(items)}</ol>'
+    above = f'<div class="photo-findings warning" role="status">{set_findings}</div>' if set_findings else ""
+    return f'{above}<ol class="photo-cards">{"".join(items)}</ol>'
 
 
-def _verdict(opinion: Opinion | None) -> str:
-    if opinion is None:
+def _verdict(image_check: CheckedImage | None) -> str:
+    if image_check is None:
         return '<span class="chip">checking</span>'
-    return f'<span class="chip {CHIPS[opinion.verdict]}">{opinion.verdict}</span>'
+    return f'<span class="chip {CHIPS[image_check.verdict]}">{image_check.verdict}</span>'
 
 
 def _caption(caption: str) -> str:
@@ -108,14 +107,14 @@ def _buttons(file: str, name: str, is_first: bool, is_last: bool) -> str:
 
     return (
         '<div class="photo-actions">'
-        + button("earlier", "Earlier", f"Put {name} one place earlier", is_first)
-        + button("later", "Later", f"Put {name} one place later", is_last)
+        + button("earlier", "Earlier", f"Move {name} one position earlier", is_first)
+        + button("later", "Later", f"Move {name} one position later", is_last)
         + button("remove", "Remove", f"Remove {name}")
         + "</div>"
     )
 
 
 def sentences(refused: Sequence[str]) -> str:
-    """The refused files and why, as a list; empty if there are none."""
+    """The sentences about refused files as HTML; empty if there are none."""
     listed = "".join(f"<p>{escaped(sentence)}</p>" for sentence in refused)
     return f'<div class="warning" role="alert">{listed}</div>' if listed else ""

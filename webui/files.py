@@ -1,4 +1,4 @@
-"""The files of an adapter: which program each is for, and how large it is."""
+"""The file formats of an adapter: the programs that read each, and its size."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from webui.adapters import last_step
 
 Layout = Literal["compact", "full", "diffusers", "kohya"]
 LAYOUTS: dict[Layout, tuple[str, str]] = {
-    "compact": ("Compact", "For this app and for Python with NoRA Vision, on the very same base model. The smallest."),
-    "full": ("Full", "For Python with the PEFT library; for NoRA with NoRA Vision too. Everything is inside."),
-    "diffusers": ("For diffusers", "An ordinary LoRA file for Python with the diffusers library, and programs built on it."),
-    "kohya": ("For ComfyUI and A1111", "An ordinary LoRA file for ComfyUI, AUTOMATIC1111, Forge and kohya's scripts."),
+    "compact": ("Compact", "The smallest: for this app and the NoRA Vision library, with exactly the same base model."),
+    "full": ("Full", "Self-contained, for the PEFT library. NoRA adapters also need the NoRA Vision library."),
+    "diffusers": ("For diffusers", "A standard LoRA file for the diffusers library and programs that use it."),
+    "kohya": ("For ComfyUI and A1111", "A standard LoRA file for ComfyUI, AUTOMATIC1111, Forge and kohya's scripts."),
 }
 
 
 def layouts_of(record: RunRecord) -> dict[Layout, int | None]:
-    """The layouts that the run's adapters can be had in, and the bytes of each; None where that is not known yet."""
+    """The layouts in which the run's adapters can be downloaded, and the size of each in bytes; None if not yet known."""
     sizes: dict[Layout, int | None] = {}
     for layout in LAYOUTS:
         size = _size(record, layout)
-        # A method without a compact form keeps the full one of every step.
-        if layout != "compact" or size is not None or not _keeps(record, "full"):
+        # A method without a compact layout saves every step in the full one.
+        if layout != "compact" or size is not None or not _saves(record, "full"):
             sizes[layout] = size
     return sizes
 
 
-def _keeps(record: RunRecord, layout: Layout) -> bool:
-    """Whether the run keeps the adapters of its steps in `layout`."""
+def _saves(record: RunRecord, layout: Layout) -> bool:
+    """Whether the run saves the adapters of its steps in `layout`."""
     steps = kept_steps(record)
     folders = [record.path / "adapter", *(adapter_at(record, step) for step in steps[-1:])]
     return any((folder / layout).is_dir() for folder in folders)
@@ -49,7 +49,7 @@ def _bytes_in(folder: Path) -> int | None:
 
 
 def size_text(size: int | None) -> str:
-    """A size for people."""
+    """A file size as text."""
     if size is None:
-        return "made when asked for"
+        return "created when downloaded"
     return f"{size / 2**20:.1f} MB" if size >= 2**20 else f"{max(1, round(size / 1024))} KB"

@@ -14,12 +14,12 @@ from webui.images import CRISP_SIDE, in_cache
 from webui.workspace import Workspace
 
 GALLERY_SIZE = 48
-HINT = "<p class='quiet'>Choose an image to see how it was made. Each file carries that too.</p>"
-NO_IMAGES = """<div class="empty"><p>Images appear here, the newest first. They stay when you close the page.</p></div>"""
+HINT = "<p class='quiet'>Click an image to see its settings. They are also stored in its file.</p>"
+NO_IMAGES = """<div class="empty"><p>Generated images appear here, newest first. They stay when you close the page.</p></div>"""
 
 
 def gallery_of(workspace: Workspace) -> list[Any]:
-    """All images that the user has generated, newest first, each with its settings in a line; and what to do with them."""
+    """Updates of the gallery, with the user's newest images and their settings as captions, and of the hint below it."""
     items = [_cached(path, path.stat().st_mtime_ns) for path in GeneratedImages.of(workspace).newest()[:GALLERY_SIZE]]
     if any(not Path(cached).exists() for cached, *_ in items):
         _cached.cache_clear()
@@ -32,7 +32,7 @@ def gallery_of(workspace: Workspace) -> list[Any]:
 
 @functools.lru_cache(maxsize=4096)
 def _cached(path: Path, changed: int) -> tuple[str, str, int]:
-    """Where the page loads an image from, its settings in a line, and its side."""
+    """The cached copy of an image, its settings in one line, and its width in pixels."""
     settings, side = settings_of(path)
     return in_cache(path), one_line(settings), side
 
@@ -51,11 +51,11 @@ def details_of(settings: dict[str, Any]) -> str:
     """An image's settings as a list."""
     used = settings.get("adapters") or []
     rows = {
-        "Words": settings["prompt"],
-        "Keep away from": settings["negative_prompt"],
-        "Adapters": ", ".join(f"{each['name']} at {each['scale']:g}" for each in used) or "none, the base model alone",
+        "Prompt": settings["prompt"],
+        "Negative prompt": settings["negative_prompt"],
+        "Adapters": ", ".join(f"{each['name']} at {each['scale']:g}" for each in used) or "none (base model)",
         "Seed": settings["seed"],
-        "Steps, guidance": f"{settings['num_inference_steps']}, {settings['guidance_scale']:g}",
+        "Steps, guidance scale": f"{settings['num_inference_steps']}, {settings['guidance_scale']:g}",
         "Model, sampler": f"{settings['model']}, {settings['sampler']}",
     }
     listed = "".join(f"<dt>{name}</dt><dd>{html.escape(str(value))}</dd>" for name, value in rows.items() if value != "")

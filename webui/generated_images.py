@@ -1,4 +1,4 @@
-"""A user's generated images: PNG files with their settings inside; the newest are kept."""
+"""A user's generated images: PNG files that contain their settings. Only the newest are kept."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipelines.images import read_settings, save_image
 from webui.workspace import Workspace
 
 MAX_IMAGES_KEPT = 200
-# No image set is called so: their ids begin with a letter or a digit.
+# The leading dot keeps it from being the id of a dataset.
 FOLDER = ".drawn"
 NAME = re.compile(r"\d{19}-[0-9a-f]{6}\.png")
 
@@ -37,7 +37,7 @@ class GeneratedImages:
         return cls(workspace.sets / FOLDER)
 
     def add(self, image: Image.Image, settings: dict[str, Any]) -> Path:
-        """Keep an image, with its settings inside the file; returns the file. Beyond `MAX_IMAGES_KEPT` the oldest go."""
+        """Save an image with its settings; returns the file. Deletes the oldest images beyond `MAX_IMAGES_KEPT`."""
         path = self.folder / f"{time.time_ns():019d}-{secrets.token_hex(3)}.png"
         save_image(image, path, settings)
         for old in self.newest()[MAX_IMAGES_KEPT:]:
@@ -51,13 +51,13 @@ class GeneratedImages:
         return sorted((path for path in self.folder.iterdir() if NAME.fullmatch(path.name)), reverse=True)
 
     def called(self, name: str) -> Path:
-        """The image in the file called `name`.
+        """The image with the file name `name`.
 
-        Raises: InputError if there is none.
+        Raises: InputError if it does not exist.
         """
         path = self.folder / name if isinstance(name, str) and NAME.fullmatch(name) else None
         if path is None or not path.is_file():
-            raise InputError(f"This image is no longer there; the newest {MAX_IMAGES_KEPT} are kept. Generate it again.")
+            raise InputError(f"This image no longer exists: only the newest {MAX_IMAGES_KEPT} are kept. Generate it again.")
         return path
 
 
@@ -68,6 +68,6 @@ def one_line(settings: dict[str, Any]) -> str:
 
 
 def settings_of(path: Path) -> tuple[dict[str, Any], int]:
-    """The settings inside an image (see `pipelines.images.read_settings`), and its width in pixels."""
+    """The settings in an image's file (see `pipelines.images.read_settings`), and its width in pixels."""
     with Image.open(path, formats=("PNG",)) as image:
         return read_settings(path), image.width

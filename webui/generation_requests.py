@@ -1,4 +1,4 @@
-"""Generation requests as the page and the API make them, before they are checked against models."""
+"""Generation requests of the page and the API, before the adapters and values are checked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from pipelines.errors import InputError
 from webui.adapters import FILE, reference_of
 
-# How many further adapters the page has rows for.
+# The number of further adapters that the page has fields for.
 MIXED = 3
 STEPS, GUIDANCE_SCALE = 25, 4.0
 
@@ -20,7 +20,7 @@ class GenerationRequest:
     """Images to generate.
 
     Args:
-        run_id, step, scale: the adapter of a run and its scale; without a run the base model alone.
+        run_id, step, scale: the run and the step of its adapter, and the adapter's scale; None for the base model alone.
         mixed: references of further adapters and their scales.
         prompt, negative_prompt: as in diffusers.
         count, seed: the number of images, and the seed of the first; each further image adds 1.
@@ -42,7 +42,7 @@ class GenerationRequest:
 
     @classmethod
     def from_page(cls, values: Sequence[Any]) -> GenerationRequest:
-        """From the values of the page's fields in the order of this class, the rows of `mixed` last.
+        """From the values of the page's fields: in the order of this class, but the references and scales of `mixed` last.
 
         Raises: InputError if a numeric field is empty or not a number.
         """
@@ -91,7 +91,7 @@ def integer(name: str, value: Any) -> int:
 
 
 def run_in(settings: dict[str, Any]) -> tuple[str | None, int | None, float, list[tuple[str, float]]]:
-    """The run, step and scale for the page from an image's settings, and the further adapters."""
+    """The run, step and scale, and the further adapters, from an image's settings."""
     used = [(str(each["reference"]), float(each["scale"])) for each in settings.get("adapters", [])]
     run_id, step, scale = None, None, 0.0
     if used and not used[0][0].startswith(f"{FILE}@"):

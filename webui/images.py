@@ -18,7 +18,7 @@ from pipelines.images import SETTINGS_KEY
 from training.runs.record import RunRecord
 from training.runs.run_files import STEP
 
-# A cell of a table of samples, on a screen with two pixels for one.
+# For a table cell of samples on a screen with two device pixels per CSS pixel.
 SMALL_SIDE = 384
 LARGE_SIDE = 512
 # Images up to this side are upscaled with nearest-neighbour interpolation.
@@ -53,7 +53,7 @@ def sampled_steps(record: RunRecord) -> list[int]:
 
 
 def samples(record: RunRecord, step: int) -> list[Sample]:
-    """The sample images of `step`, one a prompt."""
+    """The sample images of `step`, one per prompt."""
     paths = sorted(record.samples_at(step).glob("*.png"), key=lambda path: int(path.stem))
     return [_sample(path, path.stat().st_mtime_ns) for path in paths]
 
@@ -65,27 +65,27 @@ def subject(record: RunRecord) -> list[Sample]:
 
 
 def newest_sheet(record: RunRecord) -> Path | None:
-    """The newest labelled sheet of samples, which runs of other recipes have alone."""
+    """The newest contact sheet of samples; some recipes write no single samples. None if there is none."""
     return max(record.samples.glob(f"{STEP}*.png"), default=None)
 
 
 def in_cache(path: Path) -> str:
-    """The copy of an image that the page may load, made where there is none; its name is the hash of its content."""
+    """The copy of an image in Gradio's cache, from which the page may load it; its path contains the hash of its content."""
     return save_file_to_cache(path, get_upload_folder())
 
 
 def thumbnail(path: Path, side: int = SMALL_SIDE) -> str:
-    """The same of an image at most `side` wide and high."""
-    return _kept(_thumbnail, path, side)
+    """The cached copy of an image, downscaled to at most `side` pixels."""
+    return _cached(_thumbnail, path, side)
 
 
 def enlarged(path: Path, side: int = LARGE_SIDE) -> str:
-    """The same of an image for a large place, where small images keep their hard edges."""
-    return _kept(_enlarged, path, side)
+    """The cached copy of an image for a large place; small images are enlarged without smoothing."""
+    return _cached(_enlarged, path, side)
 
 
-def _kept(make: Callable[[Path, int, int], str], path: Path, side: int) -> str:
-    """What `make` made once of an image, made again where gradio has deleted it, as it does what was not used for long."""
+def _cached(make: Callable[[Path, int, int], str], path: Path, side: int) -> str:
+    """The cached result of `make`; made again if Gradio has deleted it because it was not used for a day."""
     made = make(path, path.stat().st_mtime_ns, side)
     if not Path(made).exists():
         make.cache_clear()
@@ -95,15 +95,15 @@ def _kept(make: Callable[[Path, int, int], str], path: Path, side: int) -> str:
 
 
 def address(cached: str) -> str:
-    """Where the page loads from what `in_cache` or `thumbnail` gave, relative to itself."""
+    """The URL of a cached copy, relative to the page."""
     return f"gradio_api/file={quote(cached)}"
 
 
 @lru_cache(maxsize=4096)
 def _sample(path: Path, changed: int) -> Sample:
     with Image.open(path, formats=("PNG",)) as image:
-        said = json.loads(image.text.get(SETTINGS_KEY, "{}"))
-        return Sample(path, str(said.get("prompt", "")), int(said.get("seed", 0)), image.width)
+        settings = json.loads(image.text.get(SETTINGS_KEY, "{}"))
+        return Sample(path, str(settings.get("prompt", "")), int(settings.get("seed", 0)), image.width)
 
 
 @lru_cache(maxsize=256)

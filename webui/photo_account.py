@@ -1,4 +1,4 @@
-"""What a run made of the folder of photos that it was given: everything in it that it does not use, and why."""
+"""The files in a run's image folders that it did not use, and why."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from webui.views import RunView
 
 
 def photo_account(view: RunView) -> str:
-    """What is not used of a run's folders, and prompts that are cut, as HTML; empty where there is nothing to say."""
+    """The unused files in a run's folders, and the prompts that were truncated, as HTML; empty if there are none."""
     report = view.read(IMAGE_CHECKS)
     sentences = []
     for name in ("folder", "class_folder"):
@@ -19,11 +19,11 @@ def photo_account(view: RunView) -> str:
         sentences += [] if account is None else [*account.warnings(), *account.infos()]
     sentences += [each["summary"] for each in _dicts(report.get("long_prompts")) if isinstance(each.get("summary"), str)]
     listed = "".join(f"<li>{escaped(sentence)}</li>" for sentence in sentences)
-    return f'<h3>In the folder of photos</h3><ul class="account">{listed}</ul>' if listed else ""
+    return f'<h3>Notes on the photos</h3><ul class="account">{listed}</ul>' if listed else ""
 
 
 def _account(values: Any) -> FolderAccount | None:
-    """The account in photos.json; None where a run of another version, or somebody else, has written something else."""
+    """The folder account in the report; None if it is missing or of another version."""
     try:
         return FolderAccount.from_json(values)
     except (KeyError, TypeError, AttributeError):

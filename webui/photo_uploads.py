@@ -1,7 +1,7 @@
-"""Photos of a subject as they are dropped on the page: images with their captions, or a zip of them.
+"""Uploads of photos of a subject: images with captions, or a zip of them.
 
-What is dropped is laid out in a folder for a moment and scanned as a folder on the command line is, so that masks, captions and
-kohya's folder names mean the same here and there.
+The files are put into a temporary folder and scanned like a folder on the command line, so that masks, captions and kohya's
+folder names have the same meaning.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from webui.image_datasets import read_set, set_caption
 from webui.incoming import display_name
 from webui.uploads import ZIP_LIMITS, Added, add_images, summarised
 
-# What the scan says of these is said to the user; of any other file the upload itself says what it is.
+# Files of these kinds are reported with the scan's reason; all others with the upload's.
 NAMED_BY_SCAN = frozenset(
     {"mask", "condition", "caption_without_image", "foreign_caption", "other_caption", "same_caption", "latents_cache"}
 )
@@ -32,12 +32,12 @@ TEXT_SUFFIXES = frozenset({".txt", ".caption", ".csv", ".jsonl", ".json"})
 
 @dataclass
 class _Layout:
-    """Uploaded files, laid out in a folder under the names that the user gave them.
+    """Uploaded files in a temporary folder, under the names that the user gave them.
 
     Args:
-        folder: the folder.
-        files: where they lie in it.
-        present: images that the set had before, which captions may belong to, with their files in the set.
+        folder: the temporary folder.
+        files: the uploaded files in it.
+        present: the images that are already in the dataset, to which captions may belong, and their file names there.
     """
 
     folder: Path
@@ -45,7 +45,7 @@ class _Layout:
     present: dict[Path, str] = field(default_factory=dict)
 
     def link(self, name: str, target: Path) -> Path:
-        """Lay `target` out as `name`, or as another name where there is one already."""
+        """Link `target` as `name`, with a number if the name is taken; returns the link."""
         path, number = self.folder / name, 1
         while path.is_symlink():
             number += 1
@@ -54,7 +54,7 @@ class _Layout:
         return path
 
     def unpack(self, file: Path) -> None:
-        """Lay out what is in a zip. Raises: InputError as `read_zip`; OSError if it cannot be written."""
+        """Unpack a zip into the folder. Raises: InputError as `read_zip`; OSError if a file cannot be written."""
         self.folder.mkdir()
         for entry in read_zip(file, ZIP_LIMITS).files:
             path = self.folder / entry.name
@@ -64,12 +64,12 @@ class _Layout:
 
 
 def add_photos(folder: Path, files: Sequence[str | Path]) -> Added:
-    """Add photos to the set in `folder`, with the captions that were dropped with them or belong to earlier ones.
+    """Add photos and captions to the dataset in `folder`; captions may also belong to photos that are already there.
 
     Args:
-        files: uploaded files: images, text files and metadata with captions, zips.
-    Returns: what became of them; what is not used is named among `refused` with the reason.
-    Raises: InputError if the set is gone.
+        files: uploaded images, caption files (text or metadata) and zips.
+    Returns: the result; `refused` has the reason for every file that was not used.
+    Raises: InputError if the dataset no longer exists.
     """
     zips = [file for file in map(Path, files) if zipfile.is_zipfile(file)]
     loose = [file for file in map(Path, files) if file not in zips]
@@ -94,7 +94,7 @@ def _add_loose(folder: Path, files: Sequence[Path]) -> Added:
 
 
 def _add_zip(folder: Path, file: Path) -> Added:
-    """Add the photos in a zip: of one subject, in one folder or none."""
+    """Add the photos in a zip, which must be of one subject."""
     name = display_name(file)
     with tempfile.TemporaryDirectory() as temporary:
         layout = _Layout(Path(temporary) / (stem_of(name).strip(".") or "zip"))
@@ -107,12 +107,12 @@ def _add_zip(folder: Path, file: Path) -> Added:
             return Added(refused=[f"{name} cannot be unpacked ({error.strerror}). Pack the zip again."])
         if len(subjects) > 1:
             names = listed([subject.name for subject in subjects], limit=5)
-            return Added(refused=[f"{name} holds several subjects ({names}). Add the photos of one of them."])
+            return Added(refused=[f"{name} contains several subjects ({names}). Add the photos of one subject."])
         return _add(folder, layout)
 
 
 def _add(folder: Path, layout: _Layout) -> Added:
-    """Add what is laid out: images, then their captions; the scan says what is not used."""
+    """Add the images in the layout, then their captions, and report the files that are not used."""
     try:
         scan = scan_folder(layout.folder)
     except InputError:
@@ -125,31 +125,31 @@ def _add(folder: Path, layout: _Layout) -> Added:
     visible = tuple(entry for entry in entries if entry.kind in NAMED_BY_SCAN or entry.path.is_dir())
     refused = [*FolderAccount(layout.folder, visible).warnings(), *problems]
     if any(entry.use == "class_prompt" for entry in entries):
-        refused.append(f"{CLASS_PROMPT} is left out. Say under Check what the photos show.")
+        refused.append(f"{CLASS_PROMPT} was left out. Enter the class word under Check instead.")
     notes = FolderAccount(layout.folder, notes=captions.account.notes).warnings()
-    said = Added([], *([_without_paths(words, layout.folder) for words in each] for each in (refused, notes)))
-    return _merged(added, said)
+    report = Added([], *([_without_paths(words, layout.folder) for words in each] for each in (refused, notes)))
+    return _merged(added, report)
 
 
 def _add_by_content(folder: Path, layout: _Layout) -> Added:
-    """Add files of which none is called as an image: the upload tells images by their content."""
+    """Add files none of which has the name of an image; the upload recognises images by their content."""
     texts = [path for path in layout.files if suffix_of(path.name) in TEXT_SUFFIXES]
     added = add_images(folder, [path for path in layout.files if path not in texts])
     if texts:
-        added.refused.append(f"There is no photo that {listed(texts, layout.folder)} could belong to. Add photos first.")
+        added.refused.append(f"There is no photo for the captions in {listed(texts, layout.folder)}. Add photos first.")
     return added
 
 
 def _captions(scan: FolderScan, folder: Path) -> tuple[Captions, list[str]]:
-    """The captions of what is laid out in `folder`; none, and why, where a file of captions cannot be read."""
+    """The captions in `folder`; if a caption file cannot be read, no captions and the reason."""
     try:
         return read_captions(scan), []
     except InputError as error:
-        return Captions({}, scan.account), [f"Captions are left out. {error}"]
+        return Captions({}, scan.account), [f"The captions were left out. {error}"]
 
 
 def _set_captions(folder: Path, layout: _Layout, captions: Captions, added: Added) -> list[str]:
-    """Give photos their captions, those in `added` and those that were there before; returns why some cannot have theirs."""
+    """Set the captions of new and earlier photos; returns the reasons for those that cannot be set."""
     texts = {path: caption.text for path, caption in captions.by_image.items()}
     by_name = {path.name: text for path, text in texts.items() if path in layout.files}
     by_file = {entry.file: by_name.get(entry.name) for entry in read_set(folder).images if entry.file in added.names}
@@ -159,12 +159,12 @@ def _set_captions(folder: Path, layout: _Layout, captions: Captions, added: Adde
 
 
 def _may_be_image(entry: FolderEntry) -> bool:
-    """Whether the upload is to look at the content of a file."""
+    """Whether the upload must check the content of a file."""
     return entry.use in ("image", "unused") and entry.kind not in NAMED_BY_SCAN | {"system"}
 
 
 def _caption(folder: Path, file: str, text: str) -> str | None:
-    """Give the photo `file` a caption; returns why not, if it cannot have it."""
+    """Set the caption of the photo `file`; returns the reason if it cannot be set, else None."""
     try:
         set_caption(folder, file, text)
     except InputError as error:
@@ -177,5 +177,5 @@ def _merged(added: Added, more: Added) -> Added:
 
 
 def _without_paths(words: str, folder: Path) -> str:
-    """`words` without where the server keeps uploads."""
+    """`words` without the path of the temporary folder."""
     return words.replace(f"{folder}/", "").replace(str(folder), folder.name)

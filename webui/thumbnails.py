@@ -1,4 +1,4 @@
-"""Small copies of labelled images, wherever they come from, as the page loads them: from gradio's own cache alone."""
+"""Thumbnails of labelled images from any source, in Gradio's cache, the only folder that the server exposes."""
 
 from __future__ import annotations
 
@@ -21,32 +21,33 @@ SIDE, MAX_PIXELS = 128, 40_000_000
 
 
 def image(source: DatasetSource | None, alt: str) -> str:
-    """An image's small copy as HTML; a note where it is not there any more.
+    """The thumbnail of an image as HTML, or a note if the image no longer exists.
 
     Args:
-        alt: what it shows, in users' words.
+        alt: the alternative text; escaped here.
     """
     cached = None if source is None else small(source)
     if cached is None:
-        return '<div class="gone">no longer there</div>'
+        return '<div class="gone">no longer exists</div>'
     path, tiny = cached
     css = ' class="tiny"' if tiny else ""
     return f'<img src="{html.escape(address(path))}" alt="{html.escape(alt)}" loading="lazy"{css}>'
 
 
 def images(figures: Iterable[tuple[str, str]], css: str = "") -> str:
-    """Images side by side, each with what is said below it.
+    """Images side by side.
 
     Args:
-        figures: HTML of `image`, and HTML of what is said.
+        figures: the HTML of `image` and the HTML of the caption, for each image.
     """
-    cells = "".join(f"<figure>{tile}{f'<figcaption>{said}</figcaption>' if said else ''}</figure>" for tile, said in figures)
+    cells = "".join(f"<figure>{tile}{f'<figcaption>{text}</figcaption>' if text else ''}</figure>" for tile, text in figures)
     return f'<div class="thumbs {css}">{cells}</div>'
 
 
 def small(source: DatasetSource) -> tuple[str, bool] | None:
-    """The small copy of an image in gradio's cache, and whether the image itself has no more pixels than are shown; None for
-    one that is gone or cannot be read.
+    """The thumbnail of an image in Gradio's cache, and whether the image is smaller than its place on the page.
+
+    Returns: None if the image no longer exists or cannot be read.
     """
     try:
         if isinstance(source, ImageFile):
@@ -54,7 +55,7 @@ def small(source: DatasetSource) -> tuple[str, bool] | None:
             thumbnail = _of_file(source, state.st_mtime_ns, state.st_size)
         else:
             thumbnail = _of_bytes(source.content())
-        # Gradio forgets copies after a day.
+        # Gradio deletes cached files after a day.
         return thumbnail if Path(thumbnail[0]).exists() else _made(source.content())
     except (OSError, InputError):
         return None
@@ -71,8 +72,8 @@ def _of_bytes(content: bytes) -> tuple[str, bool]:
 
 
 def _made(content: bytes) -> tuple[str, bool]:
-    # Whoever reads it for training says what is to be known about it.
-    picture_file = read_image_with_notes(io.BytesIO(content), "The image", MAX_PIXELS).image
-    tiny = max(picture_file.size) < SIDE
-    picture_file.thumbnail((2 * SIDE, 2 * SIDE), Image.Resampling.LANCZOS)
-    return save_pil_to_cache(picture_file, get_upload_folder(), format="webp"), tiny
+    # The notes are dropped: training reports them.
+    opened = read_image_with_notes(io.BytesIO(content), "The image", MAX_PIXELS).image
+    tiny = max(opened.size) < SIDE
+    opened.thumbnail((2 * SIDE, 2 * SIDE), Image.Resampling.LANCZOS)
+    return save_pil_to_cache(opened, get_upload_folder(), format="webp"), tiny

@@ -105,9 +105,9 @@ def test_uploads_are_shown_with_their_verdicts_moved_removed_and_kept_over_a_rel
     expect(page.locator(".photo-card", has_text="dim.png")).to_contain_text("Use a sharper image")
     screenshot(page, "photos-uploads")
 
-    page.get_by_label("Put back.png one place earlier").click()
+    page.get_by_label("Move back.png one position earlier").click()
     expect(page.locator(".photo-card").nth(2)).to_contain_text("back.png", timeout=PATIENCE)
-    expect(page.get_by_label("Put back.png one place earlier")).to_be_focused()
+    expect(page.get_by_label("Move back.png one position earlier")).to_be_focused()
     page.get_by_label("Remove dim.png").click()
     expect(page.locator(".photo-card")).to_have_count(3, timeout=PATIENCE)
     quiet(page)

@@ -93,7 +93,7 @@ def test_an_image_that_changed_after_the_test_is_not_shown(record, images):
     assert source_of(record, image) is None
     (images / image.name).unlink()
     assert source_of(record, image) is None
-    assert "no longer there" in class_html.cell_images(result_of(record), 0, 1)
+    assert "no longer exists" in class_html.cell_images(result_of(record), 0, 1)
 
 
 def test_a_test_image_outside_of_the_dataset_is_not_read(record):

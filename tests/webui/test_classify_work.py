@@ -88,7 +88,7 @@ def test_a_classifier_stays_loaded_until_its_run_changes(record):
 
 def test_a_method_of_the_run_is_chosen_by_its_folder_and_no_other_is_read(record):
     assert work.classifier_of(record, "trials/2-shots/seed-0/zeroshot").classes == tuple(COLOURS)
-    with pytest.raises(InputError, match="no such method"):
+    with pytest.raises(InputError, match="did not train this method"):
         work.classifier_of(record, "../../elsewhere")
 
 

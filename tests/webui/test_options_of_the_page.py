@@ -122,7 +122,7 @@ def test_all_fields_at_once_are_the_same_options(local):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"optimization": {}}, "no group of options called 'optimization'"),
+        ({"optimization": {}}, "The options have no group 'optimization'"),
         ({"optimisation": {"max_train_step": 3}}, "no option 'max_train_step'. Did you mean 'max_train_steps'"),
         ({"optimisation": {"max_train_steps": "3"}}, "max_train_steps must be a whole number"),
         ({"optimisation": {"max_train_steps": 3.5}}, "max_train_steps must be a whole number"),
@@ -145,9 +145,9 @@ def test_all_fields_at_once_are_the_same_options(local):
         ({"adapter": {"inner_r": 64, "rank": 4}}, "inner_r"),
         ({"adapter": 3}, "'adapter' must be a table"),
         ([], "The options must be a table"),
-        ({"output": {"output_dir": "/elsewhere"}}, "output_dir is not set here"),
-        ({"output": {"resume_from_checkpoint": "latest"}}, "resume_from_checkpoint is not set here"),
-        ({"validation": {"push_to_hub": True, "hub_token": "secret"}}, "hub_token is not set here"),
+        ({"output": {"output_dir": "/elsewhere"}}, "output_dir cannot be set: the app"),
+        ({"output": {"resume_from_checkpoint": "latest"}}, "resume_from_checkpoint cannot be set: the app"),
+        ({"validation": {"push_to_hub": True, "hub_token": "secret"}}, "hub_token cannot be set: the app"),
     ],
 )
 def test_what_is_wrong_is_named(values, message, local):
@@ -200,7 +200,7 @@ def test_guests_train_on_their_own_uploaded_images_and_the_base_models_offered(g
         with pytest.raises(InputError, match=r"uploaded here|no longer exist"):
             build(guest, "subject", {"data": {"instance_data_dir": str(wrong), **words}})
     assert build(guest, "subject", {"model": {"pretrained_model_name_or_path": "owner/model"}})
-    with pytest.raises(InputError, match="does not offer the base model 'other/model'; it offers owner/model"):
+    with pytest.raises(InputError, match=r"model 'other/model'\. It offers the built-in model, owner/model"):
         build(guest, "subject", {"model": {"pretrained_model_name_or_path": "other/model"}})
     clip = dataclasses.replace(guest, base_models=("open_clip:ViT-B-16/openai",))
     assert build(clip, "classify", {"model": {"model": "ViT-B-16", "pretrained": "openai"}})

@@ -94,7 +94,7 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_added(folder, tmp_path):
 
 def test_captions_alone_and_too_long_ones_are_refused_in_a_sentence(folder, tmp_path):
     image, text = dropped(tmp_path, {"dog.png": stored_image(0), "dog.txt": b"x" * 501})
-    assert add_photos(folder, [text]).refused == ["There is no photo that 'dog.txt' could belong to. Add photos first."]
+    assert add_photos(folder, [text]).refused == ["There is no photo for the captions in 'dog.txt'. Add photos first."]
     assert "at most 500 characters" in add_photos(folder, [image, text]).refused[0]
 
 
@@ -109,7 +109,7 @@ def test_a_zip_of_kohyas_folders_gives_its_subject_and_names_the_rest(folder, tm
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["red hat/0.png", "blue mug/1.png"], "holds several subjects"),
+        (["red hat/0.png", "blue mug/1.png"], "contains several subjects"),
         (["cover.png", "blue mug/1.png"], "beside folders of images"),
         (["a/b/1.png"], "holds no image"),
         (["../1.png"], "1.png"),

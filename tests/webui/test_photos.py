@@ -18,7 +18,7 @@ from webui.draft import Draft, check_words, merged, without
 from webui.image_dataset import EXAMPLE, SubjectDataset
 from webui.image_datasets import set_caption
 from webui.uploads import add_images
-from webui.work.photos import long_prompts_of, opinions
+from webui.work.photos import checked_images, long_prompts_of
 from webui.workspace import Workspace
 
 
@@ -174,7 +174,7 @@ def test_the_example_is_never_changed(workspace):
 
 
 def test_the_doctor_speaks_of_photos_by_the_users_names(photos):
-    found = opinions(photos)
+    found = checked_images(photos)
     by_name = {entry.name: found.images[entry.file] for entry in photos.entries()}
     assert [by_name[name].verdict for name in ("front.png", "side.jpg", "dim.png")] == ["good", "good", "look again"]
     blurred = " ".join(by_name["dim.png"].sentences)
@@ -199,7 +199,7 @@ def test_prompts_and_captions_that_the_model_cuts_are_named_before_training(phot
 def test_what_is_said_of_all_photos_names_no_folder(workspace, uploads):
     photos = SubjectDataset(workspace.new_image_set())
     add_images(photos.folder, uploads[:1])
-    (said,) = opinions(photos).together
+    (said,) = checked_images(photos).together
     assert said.startswith("There is 1 image of your subject.")
     assert photos.folder.name not in said
 

@@ -267,5 +267,5 @@ def test_drawn_images_carry_their_settings_and_the_newest_are_kept(cache, worksp
     assert len(kept.newest()) == MAX_IMAGES_KEPT
     assert path not in kept.newest()
     for name in ("../x.png", path.name, "", None):
-        with pytest.raises(InputError, match=r"no longer there"):
+        with pytest.raises(InputError, match=r"no longer exists"):
             kept.called(name)

@@ -186,8 +186,8 @@ def _examined(photos: SubjectDataset) -> str:
         return cards(photos, None)
     from webui.work import photos as work_photos
 
-    opinions = work_photos.opinions(photos)
-    return cards(photos, opinions.images, opinions.together)
+    checked = work_photos.checked_images(photos)
+    return cards(photos, checked.images, checked.together)
 
 
 def _view(photos: SubjectDataset, draft: Draft, checked: str | None = None) -> tuple[Any, ...]:

@@ -1,8 +1,8 @@
-"""What the screens do with models and images. Only these modules import torch; the page is up before they are loaded.
+"""The work that needs model libraries. Only these modules import torch, so that the page opens before it is loaded.
 
-Handlers ask for a module as an attribute, `from webui.work import options`, and never for what is in it: the libraries import
-each other in circles, which fails where two threads begin at different ends, so that the first to ask loads all of them while
-the others wait.
+Handlers import a module from this package, `from webui.work import options`, never a name from a module. The first import loads
+all libraries while other threads wait: the libraries import each other in cycles, which fails if two threads enter a cycle at
+different modules.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from types import ModuleType
 
 LIBRARIES = ("pipelines.subject.generate", "training.options", "training.options.fewshot", "pipelines.fewshot.classifier")
 MODULES = frozenset(module.name for module in pkgutil.iter_modules(__path__))
-# Not one of the import system's own: whoever holds those makes threads that a library starts wait forever.
+# A separate lock: if an import lock were held, threads that a library starts while it is imported would deadlock.
 _loading = threading.Lock()
 
 
 def __getattr__(name: str) -> ModuleType:
-    """The module `name` of this package, once the libraries are there."""
+    """The module `name` of this package; loads the libraries first."""
     if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     with _loading:

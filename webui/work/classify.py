@@ -1,4 +1,4 @@
-"""What the page and the API have classified: a set by the built-in CLIP before any training, and images by a run."""
+"""Classification for the page and the API: zero-shot with the built-in CLIP, and with the classifier of a run."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from training.runs.record import RunRecord
 from webui.incoming import display_name, read_upload
 from webui.labelled_classes import EXAMPLE, LabelledClasses
 
-# "At once" is a few seconds.
+# The zero-shot accuracy uses at most MOST_ZERO_SHOT images, but FEWEST_OF_CLASS of every class, to take a few seconds.
 MOST_ZERO_SHOT, FEWEST_OF_CLASS, MOST_FEATURES = 200, 2, 20_000
-KEPT_CLASSIFIERS = 2
+MAX_CLASSIFIERS = 2
 MOST_FILES, TOP = 200, 3
 
-# One forward pass at a time: more would only share the same cores.
+# One forward pass at a time, because parallel ones would share the same cores.
 _one_at_a_time = threading.Lock()
 _features: OrderedDict[bytes, torch.Tensor] = OrderedDict()
 
 
 @dataclass(frozen=True)
-class ZeroShotClassifier:
-    """How well the built-in CLIP names images by the classes' names alone.
+class ZeroShotAccuracy:
+    """The accuracy of the built-in CLIP from the class names alone.
 
     Args:
-        right, count: images, of all classes.
-        by_class: the same of each class, by its key.
+        right, count: the numbers of correctly classified images and of all images.
+        by_class: the same numbers for each class, by its key.
     """
 
     right: int
@@ -54,18 +54,18 @@ class ZeroShotClassifier:
 
 @lru_cache(maxsize=1)
 def built_in() -> Clip:
-    """The built-in CLIP, loaded once and kept."""
+    """The built-in CLIP, loaded once."""
     return load_clip(BUILT_IN)
 
 
-def zero_shot(classes: LabelledClasses) -> ZeroShotClassifier:
+def zero_shot(classes: LabelledClasses) -> ZeroShotAccuracy:
     """Zero-shot accuracy of the built-in CLIP on some images of each class.
 
     Raises: InputError if there are fewer than two classes with images, or an image cannot be read.
     """
     with_images = [one for one in classes.classes if one.images]
     if len(with_images) < 2:
-        raise InputError("Two classes with images are needed to tell them apart.")
+        raise InputError("Zero-shot accuracy needs at least two classes with images. Add images to another class.")
     template = "digits" if classes.id == EXAMPLE else "photo"
     each = max(FEWEST_OF_CLASS, MOST_ZERO_SHOT // len(with_images))
     chosen = [_some(one.images, each) for one in with_images]
@@ -76,17 +76,17 @@ def zero_shot(classes: LabelledClasses) -> ZeroShotClassifier:
     predicted = iter((features @ prompts.T).argmax(dim=1).tolist())
     right = [list(islice(predicted, len(files))).count(label) for label, files in enumerate(chosen)]
     by_class = {one.key: (right[label], len(chosen[label])) for label, one in enumerate(with_images)}
-    return ZeroShotClassifier(sum(right), sum(map(len, chosen)), by_class)
+    return ZeroShotAccuracy(sum(right), sum(map(len, chosen)), by_class)
 
 
 def _some(images: Sequence[DatasetSource], most: int) -> list[DatasetSource]:
-    """At most so many images, spread over all."""
+    """At most `most` of the images, evenly spaced."""
     stride = max(1, len(images) // most)
     return list(images[::stride])[:most]
 
 
 def _features_of(sources: Sequence[DatasetSource], clip: Clip) -> torch.Tensor:
-    """(n, d): of images seen before what was found then."""
+    """(n, d) image features; those of images seen before come from a cache."""
     digests = [hashlib.sha256(source.content()).digest() for source in sources]
     fresh = {digest: source for digest, source in zip(digests, sources, strict=True) if digest not in _features}
     if fresh:
@@ -100,49 +100,49 @@ def _features_of(sources: Sequence[DatasetSource], clip: Clip) -> torch.Tensor:
 
 
 def classifier_of(record: RunRecord, trial: str | None = None) -> FewShotClassifier:
-    """The classifier of a run, kept loaded while it is one of the few used last.
+    """The classifier of a run; the `MAX_CLASSIFIERS` used last stay loaded.
 
     Args:
-        trial: the folder of one fitted method below the run's; None for the one that stands for the run.
-    Raises: InputError if it is not there yet, or cannot be used.
+        trial: the folder of a trial of the run; None for the trial that was chosen as the classifier.
+    Raises: InputError if the run is not done, or the classifier cannot be used.
     """
-    path = record.path if trial is None else member_folder(record, trial)
+    path = record.path if trial is None else trial_folder(record, trial)
     if trial is None and not (record.path / REPORT).is_file():
         raise InputError("This run has no classifier yet. Wait until it is done, or choose another run.")
     folder = classifier_folder(path)
     return _loaded(folder.absolute(), (folder / CLASSIFIER).stat().st_mtime_ns)
 
 
-@lru_cache(maxsize=KEPT_CLASSIFIERS)
+@lru_cache(maxsize=MAX_CLASSIFIERS)
 def _loaded(folder: Path, changed: int) -> FewShotClassifier:
     return FewShotClassifier.from_run(folder)
 
 
-def member_folder(record: RunRecord, trial: str) -> Path:
-    """The folder of the fitted method that the report of a run calls `trial`.
+def trial_folder(record: RunRecord, trial: str) -> Path:
+    """The folder of `trial`, one of the trials in the report of a run.
 
-    Raises: InputError if the report names none such.
+    Raises: InputError if the report has no such trial.
     """
     report = record.read_json(REPORT)
     if not report or FewShotReport.from_json(report).trial_in(trial) is None:
-        raise InputError("This run has no such method. Choose one from the list.")
+        raise InputError("This run did not train this method. Choose one from the list.")
     return record.path / trial
 
 
 def classify(record: RunRecord, files: Sequence[str | Path], trial: str | None = None, top: int = TOP) -> list[dict[str, Any]]:
-    """Classify images by a run's classifier.
+    """Classify images with the classifier of a run.
 
     Args:
-        files: images of whatever origin; each is checked as an upload is.
-        trial: as of `classifier_of`.
-        top: how many classes are told of each image.
-    Returns: a row for each file: {"picture": its name, "class", "probability", "top": [[class, probability], ...]}, and
-        "notes" where something is to be known about how it was read, or
-        {"picture", "error": a sentence} for one that cannot be used. Names and sentences hold users' words.
-    Raises: InputError if there is no file, or too many, or the run has no classifier.
+        files: uploaded files; each is checked like any upload.
+        trial: as in `classifier_of`.
+        top: the number of classes to return per image.
+    Returns: a row for each file: {"picture": its name, "class", "probability", "top": [[class, probability], ...]}, with "notes"
+        if there are sentences on how it was read; {"picture", "error"} for a file that cannot be used. Names and sentences
+        contain user input.
+    Raises: InputError if there is no file, there are too many, or the run has no classifier.
     """
     if not 1 <= len(files) <= MOST_FILES:
-        raise InputError(f"One to {MOST_FILES} images can be classified at a time, got {len(files)}.")
+        raise InputError(f"1 to {MOST_FILES} images can be classified at once, got {len(files)}.")
     rows: list[dict[str, Any]] = []
     readable = []
     for file in map(Path, files):

@@ -1,4 +1,4 @@
-"""Labelled images that come with scikit-learn, or lie in a folder of this machine."""
+"""The labelled datasets that are not uploads: scikit-learn's digits, and local folders."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def example() -> LabelledClasses:
 
 
 def pointed_to(set_id: str, path: Path, names: Mapping[str, str]) -> LabelledClasses:
-    """The class folders in `path`, with other names for some.
+    """The class folders in `path`, with the classes in `names` renamed.
 
-    Raises: InputError if they cannot be used, or two classes would be called the same.
+    Raises: InputError if the folder cannot be used, or two classes would have the same name.
     """
     dataset = load_folder(path)
     class_names = {key: name for key, name in names.items() if key in dataset.keys}
@@ -51,9 +51,9 @@ def _classes(set_id: str, kind: Kind, path: Path | None, dataset: LabelledSet) -
 
 @lru_cache(maxsize=4)
 def sources(path: str | None, dataset: str | None) -> dict[str, DatasetSource]:
-    """The images of a set by their names, of whatever kind the recipe takes.
+    """The images of a dataset by name, in any format that the recipe reads.
 
-    Raises: InputError if it is not there or cannot be read.
+    Raises: InputError if the dataset is missing or cannot be read.
     """
     if path is None:
         return {image.name: image.source for image in sample_set().images}

@@ -1,6 +1,6 @@
-"""A run's options as the page has them: only what differs from the defaults, by group and field, checked before anything starts.
+"""The options of a run as the page stores them: the values that differ from the defaults, by group and field.
 
-The same values are a recipe's options, the flags of its command, and what the page shows.
+They are checked before a run starts. The same values become the recipe's options, the flags of its command, and the form.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Options = SubjectOptions | FewShotOptions
 Values = dict[str, dict[str, Any]]
 KINDS: dict[Task, type[Options]] = {"subject": SubjectOptions, "classify": FewShotOptions}
 
-# What names files, models or services of the machine, or publishes: nothing for those who are only guests on it.
+# Options that refer to files, models or services of the machine, or publish something; guests may not set them.
 IMAGES = frozenset({"instance_data_dir", "data_dir"})
 BASE_MODELS = frozenset({"pretrained_model_name_or_path", "model", "pretrained"})
 MACHINE_FIELDS = frozenset(
@@ -38,26 +38,26 @@ MACHINE_FIELDS = frozenset(
         "image_scorer", "push_to_hub", "hub_model_id", "hub_token",
     }
 )  # fmt: skip
-# Set by the app; and a token has no place in a command that is shown.
+# Options that the app sets, and the token, which must not appear in a command on the page.
 NEVER = frozenset({"output_dir", "resume_from_checkpoint", "hub_token"})
-# Options that were of another group once.
+# Options that belonged to another group in an earlier version.
 MOVED = {("optimisation", "lora_plus_ratio"): "adapter"}
 FOLDERS = frozenset({*IMAGES, "class_data_dir", "cache_dir"})
 LARGEST, LONGEST, MOST = 2**31 - 1, 4000, 5000
 
 
 def build(workspace: Workspace, task: Task, values: Mapping[str, Any]) -> Options:
-    """The options of `task` with `values`, by group and field, besides the defaults.
+    """The options of `task` with `values`, by group and field, in place of the defaults.
 
-    Raises: InputError naming what is unknown, wrong, or not for whoever works in `workspace`.
+    Raises: InputError for a value that is unknown, invalid, or not allowed for the user of `workspace`.
     """
     return built(task, cleaned(workspace, task, values))
 
 
 def built(task: Task, values: Values) -> Options:
-    """The options of `task` with values that are `cleaned`.
+    """The options of `task` with values from `cleaned`.
 
-    Raises: InputError naming a value that cannot be used.
+    Raises: InputError for an invalid value.
     """
     kind = kind_of(task)
     groups = groups_of(kind)
@@ -66,14 +66,14 @@ def built(task: Task, values: Values) -> Options:
     except InputError:
         raise
     except ValueError as error:
-        # What a library refuses in its own words.
+        # Raised by a library rather than by our checks.
         raise InputError(str(error)) from error
 
 
 def kind_of(task: str) -> type[Options]:
-    """The options of `task`.
+    """The class of the options of `task`.
 
-    Raises: InputError if there is no such task.
+    Raises: InputError if the task does not exist.
     """
     if task not in KINDS:
         raise InputError(f"The task must be one of {', '.join(KINDS)}, got {task!r}.")
@@ -81,30 +81,30 @@ def kind_of(task: str) -> type[Options]:
 
 
 def cleaned(workspace: Workspace, task: Task, values: Mapping[str, Any]) -> Values:
-    """What of `values` differs from the defaults, with the types of the fields and whole paths.
+    """The entries of `values` that differ from the defaults, converted to the fields' types, with absolute paths.
 
-    Raises: InputError naming what is unknown, of a wrong type, or not for whoever works in `workspace`.
+    Raises: InputError for a value that is unknown, of the wrong type, or not allowed for the user of `workspace`.
     """
     groups = groups_of(kind_of(task))
     cleaned_values: Values = {}
-    for group, fields in _in_todays_groups(_table(values, "The options")).items():
+    for group, fields in _in_current_groups(_table(values, "The options")).items():
         if group not in groups:
-            raise InputError(f"There is no group of options called {group!r}. There are {', '.join(groups)}.")
+            raise InputError(f"The options have no group {group!r}. The groups are {', '.join(groups)}.")
         group_fields = fields_of(groups[group])
         for name, value in _table(fields, f"The group {group!r}").items():
             if name not in group_fields:
                 near = difflib.get_close_matches(str(name), group_fields, n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
                 raise InputError(f"The group {group!r} has no option {name!r}.{hint}")
-            typed = _whole_path(workspace, name, _typed(name, group_fields[name], value))
+            typed = _absolute(workspace, name, _typed(name, group_fields[name], value))
             if typed != default_of(group_fields[name]):
                 cleaned_values.setdefault(group, {})[name] = typed
     _check_access(workspace, cleaned_values)
     return cleaned_values
 
 
-def _in_todays_groups(values: dict[str, Any]) -> dict[str, Any]:
-    """The options of a run or a draft from before some moved, each in its group of today."""
+def _in_current_groups(values: dict[str, Any]) -> dict[str, Any]:
+    """The options of a run or a draft of an earlier version, moved to their current groups."""
     groups = {
         group: dict(fields) if isinstance(fields, Mapping) else fields for group, fields in with_current_names(values).items()
     }
@@ -125,14 +125,14 @@ def fields_of(group: type) -> dict[str, dataclasses.Field]:
 
 
 def default_of(field: dataclasses.Field) -> Any:
-    """What a field is unless something is given."""
+    """The default value of a field."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def flags(task: Task, values: Values) -> list[str]:
-    """Values that are `cleaned` as flags of the recipe's command, which reads the same options from them.
+    """The flags of the recipe's command for values from `cleaned`.
 
-    Raises: InputError for one that a command line cannot say.
+    Raises: InputError for a value that cannot be written on a command line.
     """
     groups = groups_of(kind_of(task))
     words: list[str] = []
@@ -147,9 +147,9 @@ def flags(task: Task, values: Values) -> list[str]:
 
 
 def changed(task: Task, resolved: Mapping[str, Any]) -> Values:
-    """What a run's resolved options, as options.json has them, say other than the defaults do, to start another run from.
+    """The resolved options of a run (options.json) that differ from the defaults, to start another run from.
 
-    What belongs to that run alone is left out, and so is what its base model and its images decide by themselves.
+    Options that belong to that run only, and values that the recipe derives from the base model or the images, are left out.
     """
     kind = kind_of(task)
     groups = groups_of(kind)
@@ -159,11 +159,11 @@ def changed(task: Task, resolved: Mapping[str, Any]) -> Values:
         for name in group_fields.keys() & fields.keys() - NEVER:
             if fields[name] is not None and fields[name] != default_of(group_fields[name]):
                 given.setdefault(group, {})[name] = fields[name]
-    return _without_the_decided(task, given)
+    return _without_derived(task, given)
 
 
-def _without_the_decided(task: Task, given: Values) -> Values:
-    """`given` without each value that is there anyway when it is not said."""
+def _without_derived(task: Task, given: Values) -> Values:
+    """`given` without the values that the recipe would choose if they were not given."""
     complete = built(task, given).to_dict()
     for group, name in [(group, name) for group, fields in given.items() for name in fields]:
         fewer = {key: {k: v for k, v in fields.items() if (key, k) != (group, name)} for key, fields in given.items()}
@@ -172,7 +172,7 @@ def _without_the_decided(task: Task, given: Values) -> Values:
         except InputError:
             continue
         if same:
-            return _without_the_decided(task, {key: fields for key, fields in fewer.items() if fields})
+            return _without_derived(task, {key: fields for key, fields in fewer.items() if fields})
     return given
 
 
@@ -184,12 +184,12 @@ def _flag(name: str, value: Any) -> list[str]:
     items = [_word(item) for item in value]
     if len(items) > 1 and any(item.startswith("-") for item in items):
         wrong = next(item for item in items if item.startswith("-"))
-        raise InputError(f"What is listed in {name} must not begin with a minus, got {wrong!r}. Begin it with a letter.")
+        raise InputError(f"A value of {name} must not begin with a hyphen, got {wrong!r}. Begin it with a letter.")
     return _pair(name, items[0]) if len(items) == 1 else [f"--{name}", *items]
 
 
 def _pair(name: str, word: str) -> list[str]:
-    # With a space, a word that begins with a minus would be a flag.
+    # As an argument of its own, a value that begins with a hyphen would be read as a flag.
     return [f"--{name}={word}"] if word.startswith("-") or not word else [f"--{name}", word]
 
 
@@ -199,14 +199,14 @@ def _word(value: Any) -> str:
 
 def _table(value: Any, what: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise InputError(f"{what} must be a table of values by name, got {value!r:.100}.")
+        raise InputError(f"{what} must be a mapping of names to values, got {value!r:.100}.")
     return value
 
 
 def _typed(name: str, field: dataclasses.Field, value: Any) -> Any:
-    """`value` as the field's type.
+    """`value` converted to the field's type.
 
-    Raises: InputError naming the field and what it takes.
+    Raises: InputError naming the field and the expected type.
     """
     kind = field.type
     arguments = typing.get_args(kind)
@@ -226,8 +226,8 @@ def _typed(name: str, field: dataclasses.Field, value: Any) -> Any:
 
 def _listed(name: str, kind: type, value: Any) -> list[Any]:
     if not isinstance(value, list | tuple) or not 1 <= len(value) <= MOST:
-        raise InputError(f"{name} must be a list of one to {MOST} values, got {value!r:.100}. Leave it out for the usual ones.")
-    # Numbers of images are written as texts, since one of them may be "all".
+        raise InputError(f"{name} must be a list of 1 to {MOST} values, got {value!r:.100}. Leave it out for the default.")
+    # A list of strings, such as shots, may contain integers, because an item may also be "all".
     texts = kind is str
     return [READERS[kind](name, str(one) if texts and isinstance(one, int) and one is not True else one) for one in value]
 
@@ -254,17 +254,17 @@ def _number(name: str, value: Any) -> float:
 
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, str) or len(value) > LONGEST:
-        raise InputError(f"{name} must be a text of at most {LONGEST} characters, got {value!r:.100}.")
+        raise InputError(f"{name} must be a string of at most {LONGEST} characters, got {value!r:.100}.")
     if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in value):
-        raise InputError(f"{name} holds a character that cannot be written down. Type it again.")
+        raise InputError(f"{name} contains an invalid character (a null character or a lone surrogate). Type it again.")
     return value
 
 
 READERS = {bool: _truth, int: _whole_number, float: _number, str: _text}
 
 
-def _whole_path(workspace: Workspace, name: str, value: Any) -> Any:
-    """A folder as the run, which starts elsewhere, finds it."""
+def _absolute(workspace: Workspace, name: str, value: Any) -> Any:
+    """`value` as an absolute path if it is a folder, because the run may start in another working directory."""
     if name == "pretrained_model_name_or_path" and value is not None and is_built_in(value):
         return recorded_name(value)
     if value is None or not (name in FOLDERS or (name in BASE_MODELS and workspace.is_local and Path(value).exists())):
@@ -273,32 +273,32 @@ def _whole_path(workspace: Workspace, name: str, value: Any) -> Any:
 
 
 def _check_access(workspace: Workspace, values: Values) -> None:
-    """Raises: InputError for what the app alone sets, and for what is not for guests on the machine."""
+    """Raises: InputError for an option that only the app sets, or that guests may not set."""
     given = {name: value for fields in values.values() for name, value in fields.items()}
     for name in given.keys() & NEVER:
-        raise InputError(f"{name} is not set here: the app decides it for each run. Leave it out.")
+        raise InputError(f"{name} cannot be set: the app sets it for each run. Leave it out.")
     if given.get("data_dir") is not None and not Path(given["data_dir"]).is_dir():
-        # A table of paths would have the run read any file.
-        raise InputError(f"data_dir must be a folder with a folder of images for each class, got {given['data_dir']!r}.")
+        # A CSV file of paths could make the run read any file.
+        raise InputError(f"data_dir must be a folder with one subfolder of images per class, got {given['data_dir']!r}.")
     if not workspace.is_local:
         _check_guest(workspace, given)
 
 
 def _check_guest(workspace: Workspace, given: Mapping[str, Any]) -> None:
-    """Raises: InputError for what is not for guests on the machine."""
+    """Raises: InputError for an option that guests may not set."""
     for name in sorted(given.keys() & MACHINE_FIELDS):
         if name in IMAGES:
             _check_own_images(workspace, name, Path(given[name]))
         elif name not in BASE_MODELS:
-            raise InputError(f"{name} cannot be changed on this server: it names what belongs to its machine. Leave it out.")
+            raise InputError(f"{name} cannot be set on this server, because it refers to the server's machine. Leave it out.")
     named = given.get("pretrained_model_name_or_path") or _clip_name(given)
     if named is not None and named not in workspace.base_models:
-        offered = ", ".join(workspace.base_models) or "the built-in one alone"
-        raise InputError(f"This server does not offer the base model {named!r:.100}; it offers {offered}.")
+        offered = ", ".join(["the built-in model", *workspace.base_models])
+        raise InputError(f"This server does not offer the base model {named!r:.100}. It offers {offered}.")
 
 
 def _clip_name(given: Mapping[str, Any]) -> str | None:
-    """A CLIP and its weights as the server's list of base models has them."""
+    """The name of a CLIP model and its weights in the server's list of base models; None for the built-in one."""
     if given.keys().isdisjoint({"model", "pretrained"}):
         return None
     return f"open_clip:{given.get('model')}/{given.get('pretrained')}"
@@ -306,4 +306,4 @@ def _clip_name(given: Mapping[str, Any]) -> str | None:
 
 def _check_own_images(workspace: Workspace, name: str, path: Path) -> None:
     if path.parent != workspace.sets.absolute() or workspace.image_set(path.name).absolute() != path:
-        raise InputError(f"{name} must be images that you have uploaded here. Add them, and start again.")
+        raise InputError(f"{name} must be a dataset that you uploaded here. Upload the images and start again.")

@@ -1,4 +1,4 @@
-"""The image check's findings about a set of images, and how the model will see them."""
+"""The results of the image checks, and the images as the model sees them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from pipelines.built_in import model_path
 from pipelines.images import read_image_with_notes
 from pipelines.subject.data import image_size, preprocess
 from pipelines.subject.encoding import CropConfig
-from pipelines.subject.image_checks import Finding, ImageCheckReport, check_images
+from pipelines.subject.image_checks import Finding, check_images
 from pipelines.subject.prompt_length import long_prompts
 from training.options import SubjectOptions
 from webui.image_dataset import SubjectDataset, as_address
 from webui.image_datasets import Entry
 
-# SDXL's own, for models that are not on this machine.
+# Assumed for models that are not on this machine.
 SDXL_RESOLUTION, SDXL_MULTIPLE = 1024, 32
-# What the doctor says to people with a command line.
+# Advice for users of the page, by the kind of finding; all other advice is that of the command line.
 ADVICE = {
     "extreme_shape": "Crop it to the subject, or set aspect ratio buckets in the expert settings under Check.",
     "small": "Use a larger one, or a lower resolution in the expert settings under Check.",
@@ -32,55 +32,52 @@ ADVICE = {
 
 
 @dataclass(frozen=True)
-class Opinion:
-    """The findings about one image, or of all: a verdict of two words, and sentences."""
+class CheckedImage:
+    """The result of the checks of one image: a verdict, one of `webui.cards.CHIPS`, and a sentence per finding."""
 
     verdict: str
     sentences: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Opinions:
-    """The image check's findings for each image, by its file, and of all together."""
+class CheckedImages:
+    """The results of the image checks by file, and sentences about the whole dataset."""
 
-    images: dict[str, Opinion]
+    images: dict[str, CheckedImage]
     together: tuple[str, ...]
 
 
-def opinions(images: SubjectDataset) -> Opinions:
-    """The image check's findings; remembered until an image changes.
+def checked_images(images: SubjectDataset) -> CheckedImages:
+    """The results of the image checks, cached until an image changes.
 
     Raises: InputError if no image can be used.
     """
-    return _opinions(images, tuple(sorted(images.signature())))
+    return _checked_images(images, tuple(sorted(images.signature())))
 
 
 @functools.lru_cache(maxsize=64)
-def _opinions(images: SubjectDataset, signature: tuple[str, ...]) -> Opinions:
+def _checked_images(images: SubjectDataset, signature: tuple[str, ...]) -> CheckedImages:
     report, names = check_images(images.folder), _Names(images.folder, images.entries())
     findings = {
-        diagnosis.path.name: Opinion(diagnosis.verdict, tuple(map(names.say, diagnosis.findings))) for diagnosis in report.images
+        diagnosis.path.name: CheckedImage(diagnosis.verdict, tuple(map(names.sentence, diagnosis.findings)))
+        for diagnosis in report.images
     }
-    return Opinions(findings, _together(report, names))
-
-
-def _together(report: ImageCheckReport, names: _Names) -> tuple[str, ...]:
-    return (*map(names.say, report.findings), *report.warnings())
+    return CheckedImages(findings, (*map(names.sentence, report.findings), *report.warnings()))
 
 
 @dataclass(frozen=True)
 class _Names:
-    """Puts the user's names into the findings about our files.
+    """Replaces the generated file names in findings by the user's names.
 
     Args:
-        folder: the set's.
+        folder: the folder of the dataset.
         entries: its images.
     """
 
     folder: Path
     entries: list[Entry]
 
-    def say(self, finding: Finding) -> str:
+    def sentence(self, finding: Finding) -> str:
         words = finding.words.replace(repr(self.folder.name.replace("_", " ")), "your subject")
         for entry in self.entries:
             words = words.replace(repr(entry.file), f"“{entry.name}”")
@@ -89,12 +86,12 @@ class _Names:
 
 @dataclass(frozen=True)
 class Crop:
-    """One image as the model sees it: its first variant, and how many there are.
+    """An image as the model sees it.
 
     Args:
-        address: of an <img>.
-        size: height and width in pixels.
-        variants: crops and mirror images of this image.
+        address: the first variant as a data URL.
+        size: the height and width that the model sees, in pixels.
+        variants: the number of crops and mirror images of this image.
     """
 
     address: str
@@ -103,16 +100,16 @@ class Crop:
 
 
 def crops(images: SubjectDataset, options: SubjectOptions) -> list[Crop]:
-    """Each image as training with `options` will show it to the model.
+    """Each image as the model sees it in training with `options`.
 
     Raises: InputError if an image or a size cannot be used.
     """
-    crop_config = _framing(options)
+    crop_config = _crop_config(options)
     return [_crop(path, path.stat().st_mtime_ns, position, crop_config) for position, path in enumerate(images.files())]
 
 
 def long_prompts_of(images: SubjectDataset, options: SubjectOptions) -> list[str]:
-    """A sentence for each prompt and caption that the model's tokenizers cut; none where they are not on this machine."""
+    """A sentence for each prompt or caption that is truncated; none if the model's tokenizers are not on this machine."""
     data = options.data
     prompts = dict.fromkeys(options.output.validation_prompt, "validation prompt")
     if data.with_prior_preservation and data.class_prompt:
@@ -125,7 +122,7 @@ def long_prompts_of(images: SubjectDataset, options: SubjectOptions) -> list[str
 
 @functools.lru_cache(maxsize=8)
 def _tokenizers(name_or_path: str) -> tuple[CLIPTokenizer, ...]:
-    """The tokenizers of a model in a folder or in the hub's cache; none for any other."""
+    """The tokenizers of a model in a folder or in the Hub's cache; empty for any other model."""
     if Path(name_or_path).is_file():
         return ()
     folders = ("tokenizer", "tokenizer_2")
@@ -135,14 +132,11 @@ def _tokenizers(name_or_path: str) -> tuple[CLIPTokenizer, ...]:
         return ()
 
 
-def resolution_of(options: SubjectOptions) -> int:
-    """The side in pixels at which is trained; SDXL's own where the model is not on this machine to say."""
-    return options.data.resolution or _of_model(options.model.pretrained_model_name_or_path)[0]
-
-
-def _framing(options: SubjectOptions) -> CropConfig:
-    data, resolution = options.data, resolution_of(options)
-    multiple, sizes = _of_model(options.model.pretrained_model_name_or_path)[1], ((resolution, resolution),)
+def _crop_config(options: SubjectOptions) -> CropConfig:
+    data = options.data
+    resolution, multiple = _resolution_of_model(options.model.pretrained_model_name_or_path)
+    resolution = data.resolution or resolution
+    sizes: tuple[tuple[int, int], ...] = ((resolution, resolution),)
     if data.aspect_ratio_buckets is not None:
         text = data.aspect_ratio_buckets.strip()
         sizes = automatic_buckets(resolution, multiple) if text == AUTOMATIC else parse_buckets(text, multiple)
@@ -150,8 +144,8 @@ def _framing(options: SubjectOptions) -> CropConfig:
     return CropConfig(sizes, crops, data.random_flip, data.size_conditioning, options.optimisation.seed)
 
 
-def _of_model(name_or_path: str) -> tuple[int, int]:
-    """The side of a model's images in pixels, and what sides must be multiples of, by its configuration."""
+def _resolution_of_model(name_or_path: str) -> tuple[int, int]:
+    """The resolution of a model in pixels, and the number of which an image's sides must be multiples."""
     files = [Path(model_path(name_or_path)) / part / "config.json" for part in ("unet", "vae")]
     if not all(path.is_file() for path in files):
         return SDXL_RESOLUTION, SDXL_MULTIPLE
