@@ -7,7 +7,7 @@
 No `from __future__ import annotations` here: Gradio reads the annotations for the schema of the endpoints.
 """
 
-from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ def build_api(context: AppContext) -> None:
     """Add the endpoints to the page that is being built."""
     for name, make in (("start", _start), ("status", _status_of), ("stop", _stop), ("list", _list_runs)):
         gr.api(in_plain_words(make(context)), api_name=name)
-    # These run a model: one call at a time, the others wait.
+    # These run a model, so one call at a time is served and the others wait.
     for name, make in (("generate", _generate), ("classify", _classify)):
         gr.api(in_plain_words(make(context)), api_name=name, concurrency_limit=1, concurrency_id="device")
 
@@ -49,7 +49,7 @@ def _start(context: AppContext) -> Any:
 
         Args:
             task: "subject" trains an adapter on one subject; "classify" trains a classifier.
-            options: what differs from the defaults, by group and name, as in options.json of a run:
+            options: the values that differ from the defaults, by group and name, as in options.json of a run:
                 {"data": {"instance_prompt": "a photo of sks dog"}, "optimisation": {"max_train_steps": 200}}.
             images: uploaded files, `[handle_file("a.jpg"), ...]`: photos of the subject, or one zip with a folder of images
                 for each class; empty for the bundled example.
@@ -80,11 +80,11 @@ def _status_of(context: AppContext) -> Any:
 
 def _stop(context: AppContext) -> Any:
     def stop(run: str, request: gr.Request) -> str:
-        """Stop a run: a queued run never begins, a training run writes a checkpoint first.
+        """Stop a run. A queued run never starts; a training run saves a checkpoint first.
 
         Args:
             run: its id.
-        Returns: the state that it was in.
+        Returns: the state of the run before.
         """
         workspace = context.settings.workspace(request)
         state = RunView(workspace.run(run)).state
@@ -121,52 +121,50 @@ def _generate(context: AppContext) -> Any:
             run: its id.
             prompt: the prompt.
             seed: the same seed gives the same image.
-            scale: of the adapter, 1 by default; 0 is the base model.
-            step: which of its adapters, one of "steps" of `status`; None for the recommended one.
+            scale: the adapter's scale, 1 by default; 0 is the base model.
+            step: the step of the adapter, one of "steps" of `status`; None for the recommended one.
             negative_prompt: what the image should not show.
             steps: denoising steps.
             guidance: guidance scale.
             strength: deprecated; use scale.
-        Returns: the image, a PNG file that carries its settings.
+        Returns: the image, a PNG file that contains its settings.
         """
-        from webui.work import generation
-
-        workspace = context.settings.workspace(request)
-        selected = _step(RunView(workspace.run(run)), step)
-        _check_texts(prompt, negative_prompt)
-        generation_request = GenerationRequest(
-            run_id=run,
-            step=selected,
-            scale=number("scale", _renamed(scale, strength, 1.0)),
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            seed=integer("seed", seed),
-            steps=integer("steps", steps),
-            guidance_scale=number("guidance", guidance),
-        )
-        return _generated_file(generation.generate_images(workspace, generation_request))
+        scale = _renamed(scale, strength, 1.0)
+        given = GenerationRequest(run, step, scale, prompt, (), negative_prompt, seed=seed, steps=steps, guidance_scale=guidance)
+        return _generated_file(context.settings.workspace(request), given)
 
     return generate
 
 
 def _renamed(value: Any, deprecated: Any, default: Any) -> Any:
-    """The value of a parameter that has a deprecated name too."""
+    """The value of a parameter that also has a deprecated name."""
     return next((given for given in (value, deprecated) if given is not None), default)
 
 
-def _check_texts(*texts: Any) -> None:
-    if not all(isinstance(text, str) for text in texts):
-        raise InputError("The prompt must be a string. Describe the image.")
+def _generated_file(workspace: Workspace, given: GenerationRequest) -> dict:
+    """The image of a request whose values are not checked yet, as Gradio serves it.
 
+    Raises: InputError if the run, its step or a value cannot be used.
+    """
+    from webui.work import generation
 
-def _generated_file(events: Iterable[Any]) -> dict:
-    """The one generated image, as Gradio serves it."""
-    (path,) = (event for event in events if isinstance(event, Path))
+    step = _step(RunView(workspace.run(given.run_id)), given.step)
+    if not isinstance(given.prompt, str) or not isinstance(given.negative_prompt, str):
+        raise InputError("The prompt and the negative prompt must be strings. Describe the image in words.")
+    generation_request = replace(
+        given,
+        step=step,
+        scale=number("scale", given.scale),
+        seed=integer("seed", given.seed),
+        steps=integer("steps", given.steps),
+        guidance_scale=number("guidance", given.guidance_scale),
+    )
+    (path,) = (event for event in generation.generate_images(workspace, generation_request) if isinstance(event, Path))
     return gr.FileData(path=save_file_to_cache(path, get_upload_folder()), orig_name=path.name).model_dump()
 
 
 def _step(view: RunView, step: Any) -> int:
-    """The step whose adapter is used: `step`, else the recommended one.
+    """The step whose adapter is used: `step`, or the recommended one for None.
 
     Raises: InputError if the run has no saved adapter.
     """
@@ -219,10 +217,10 @@ def _options(options: Any) -> dict[str, dict[str, Any]]:
 def _files(given: Any) -> list[Path]:
     """The paths of uploaded files.
 
-    Raises: InputError for anything else, such as another path on the server.
+    Raises: InputError for any other value, such as the path of another file on the server.
     """
     if not isinstance(given, list) or len(given) > MAX_FILES:
-        raise InputError(f"Images must be a list of at most {MAX_FILES} uploaded files.")
+        raise InputError(f"Images must be a list of at most {MAX_FILES} uploaded files. Pass fewer images.")
     folder, files = Path(get_upload_folder()).resolve(), []
     for each in given:
         path = Path(str(each.get("path"))).resolve() if isinstance(each, dict) else None
@@ -257,7 +255,7 @@ def _with_classes(workspace: Workspace, options: dict[str, dict[str, Any]], file
     from webui import class_presets, class_sets
 
     if len(files) != 1:
-        raise InputError(f"Classes must be one zip with a folder of images for each class, got {len(files)} files.")
+        raise InputError(f"Images for a classifier must be one zip with a folder per class, got {len(files)} files.")
     folder = workspace.new_image_set()
     added = uploads.add_zip(folder, files[0])
     if added.refused:

@@ -16,7 +16,7 @@ COMPARED = [*BASELINES, DEFAULT_METHOD]
 MOST_COMPARED = [*BASELINES, "tip_adapter_f", REFERENCE, DEFAULT_METHOD]
 BESIDE = f"{title_of(DEFAULT_METHOD)} and three baselines: zero-shot, raw pixels and a linear probe."
 MOST_VALIDATION = 4
-# The recipe's steps per training image with the built-in model, and the most steps that a preset takes.
+# The recipe's default steps per training image with the built-in model, and the most steps of a preset.
 BUILT_IN_STEPS, MOST_STEPS = 10, 400
 DEFAULT = "Fast"
 EVERY_IMAGE = "All images that are not in the test or validation split. More images help more than any other setting."
@@ -27,17 +27,17 @@ CLASSIFY = (
     Preset(
         "Fast",
         "a minute or two with the built-in model",
-        "A first look: can the classes be told apart, and does training help?",
+        "For a quick test: can the classes be distinguished, and does training help?",
         (
-            Value("data", "shots", ["16"], "16 training images per class (16-shot): quick, and enough to see whether it works."),
+            Value("data", "shots", ["16"], "16 training images per class (16-shot), which is fast and enough for a test."),
             Value("data", "seeds", [0], "One random split."),
             Value("method", "method", COMPARED, BESIDE),
         ),
     ),
     Preset(
         "Balanced",
-        "about three times the time of Fast",
-        "A classifier to use: it trains on all images outside of the test and validation splits.",
+        "about three times as long as Fast",
+        "For a classifier that you want to use. Trains on all images outside of the test and validation splits.",
         (
             Value("data", "shots", ["all"], EVERY_IMAGE),
             Value("data", "seeds", [0], "With all images, another seed would select the same training images."),
@@ -46,17 +46,17 @@ CLASSIFY = (
     ),
     Preset(
         "Best",
-        "about twice the time of Balanced",
+        "about twice as long as Balanced",
         "Trains more methods on all images; choose the most accurate one afterwards.",
         (
             Value("data", "shots", ["all"], EVERY_IMAGE),
             Value("data", "seeds", [0], "With all images, another seed would select the same training images."),
-            Value("method", "method", MOST_COMPARED, "Two more methods."),
+            Value("method", "method", MOST_COMPARED, f"Also Tip-Adapter-F and {title_of(REFERENCE)}."),
             Value(
                 "optimisation",
                 "min_train_steps",
                 200,
-                "At least 200 steps, which is twice the default when there are few images.",
+                "At least 200 steps, twice the default minimum. This matters for few images.",
             ),
         ),
     ),

@@ -26,7 +26,8 @@ from webui.uploads import Added, add_images
 from webui.workspace import Workspace
 
 POINTER, SPLIT = "folder.json", "split.json"
-# At least one image each for training, validation and test; below FEW the accuracy is rough; UNEVEN is a ratio of class sizes.
+# A class needs at least one image each for training, validation and test; with fewer than FEW the accuracy is a rough estimate.
+# UNEVEN is a ratio of class sizes.
 FEWEST, FEW, UNEVEN = 3, 10, 5
 
 
@@ -196,13 +197,13 @@ def warnings(classes: LabelledClasses) -> list[str]:
     counts = {one.name: len(one.images) for one in classes.classes}
     if not counts:
         return ["There are no classes yet. Add a zip of class folders, or name a class and add its images."]
-    alone = ["There is only one class. A classifier needs at least two: add another."] if len(counts) == 1 else []
+    alone = ["There is only one class. A classifier needs at least two. Add another."] if len(counts) == 1 else []
     return [*alone, *_too_few(counts), *_only_test_images(classes), *_few(counts), *_uneven(counts)]
 
 
 def _too_few(counts: Mapping[str, int]) -> list[str]:
     return [
-        f"{name} has {_images(count)}. Training needs at least {FEWEST} per class: add more."
+        f"{name} has {_images(count)}. Training needs at least {FEWEST} per class. Add more."
         for name, count in counts.items()
         if count < FEWEST
     ]
@@ -220,7 +221,7 @@ def _few(counts: Mapping[str, int]) -> list[str]:
     verb = "has" if len(names) == 1 else "have"
     return [
         f"{_listed(names)} {verb} fewer than {FEW} images. Training works, but 30% of them are test images, so the measured "
-        "accuracy will be rough."
+        "accuracy is only a rough estimate."
     ]
 
 

@@ -1,4 +1,4 @@
-"""Runs side by side: the same prompts from the same noise, the options that differ, their losses, scores or accuracies."""
+"""Runs side by side: samples with the same prompts and seeds, options that differ, losses, and scores or accuracies."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from webui.figures import SCORES, accuracies, in_percent, method_name, series
 from webui.views import RunView
 from webui.workspace import Workspace
 
-# Curves have four colours.
+# The style sheet has four colours for curves.
 MIN_RUNS, MAX_RUNS = 2, 4
 SMOOTHED = 1 / 16
 LONGEST_VALUE = 120
@@ -55,7 +55,7 @@ class Compared:
 
     @property
     def task(self) -> str:
-        """The task of all of them."""
+        """The task of the runs."""
         return self.views[0].task
 
     def in_html(self) -> str:
@@ -105,7 +105,7 @@ class Compared:
         rows = {}
         for key in keys:
             method, shots = key
-            rows[f"{method_name(method)}, {shots} images a class"] = [
+            rows[f"{method_name(method)}, {shots} images per class"] = [
                 in_percent(each[key]) if key in each else "" for each in accuracy
             ]
         note = '<p class="quiet">Accuracy on the test images with its 95% confidence interval.</p>'

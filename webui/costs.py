@@ -8,19 +8,21 @@ from typing import Any
 
 from training.runs.record import RunRecord
 from training.runs.run_files import GB, DryRunReport
+from webui.progress import duration, phase_in_words
 
-FEWEST_TO_SPARE_ONE = 5
-UNKNOWN = """<p class="quiet">Not measured yet. Every run measures this first, on three real steps, and says so before it goes on;
-the button does that now, in half a minute, without training anything.</p>"""
+# With fewer photos, `auto` cross-validates instead of holding out one of them.
+MIN_PHOTOS_TO_HOLD_OUT = 5
+UNKNOWN = """<p class="quiet">Not measured yet. Every run begins with a dry run of three training steps. The button starts a
+dry run alone, which takes about half a minute.</p>"""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What of the options decides how often the measured step is done.
+    """The options that determine the number of training steps.
 
     Args:
-        steps: of the training.
-        photos: how many there are.
+        steps: the steps of the training.
+        photos: the number of photos.
         heldout: the option heldout_image.
     """
 
@@ -30,9 +32,9 @@ class Plan:
 
     @property
     def folds(self) -> int:
-        """Short trainings that come before, each of half the steps and without one of the photos."""
-        one_by_one = self.heldout == "leave_one_out" or (self.heldout == "auto" and 2 <= self.photos < FEWEST_TO_SPARE_ONE)
-        return self.photos if one_by_one else 0
+        """The number of cross-validation folds: short trainings with half the steps, each without one photo."""
+        automatic = self.heldout == "auto" and 2 <= self.photos < MIN_PHOTOS_TO_HOLD_OUT
+        return self.photos if automatic or self.heldout == "leave_one_out" else 0
 
 
 def is_measured(record: RunRecord) -> bool:
@@ -60,24 +62,18 @@ def cost_summary(record: RunRecord, plan: Plan) -> str:
 
 def _progress(status: dict[str, Any]) -> str:
     if status.get("state") == "queued":
-        return "Another run is at work; this is measured when it has ended."
-    phase = status.get("phase")
-    return f"Three real steps are being timed: {phase}." if phase else "Three real steps are being timed: starting."
+        return "Another run is active. The dry run starts when it is done."
+    return phase_in_words(status)
 
 
 def _measured(report: DryRunReport, plan: Plan) -> str:
     seconds = report.seconds_per_step * plan.steps
     rows = [("Training", f"about {duration(seconds)} for {plan.steps:,} steps")]
     if plan.folds:
-        extra = report.seconds_per_step * (plan.steps // 2) * plan.folds
-        why = f"with fewer than {FEWEST_TO_SPARE_ONE} photos, each is left out once in a short training"
-        sentence = f"about {duration(extra)} more: {why}"
-        rows.append(("Finding the best step", sentence))
+        extra = duration(report.seconds_per_step * (plan.steps // 2) * plan.folds)
+        rows.append(("Cross-validation", f"about {extra} for {plan.folds} short trainings, each without one of the photos"))
     rows += [
-        (
-            "Around it",
-            "loading, sample images, comparing steps, writing files: about two minutes with the built-in model",
-        ),
+        ("Other work", "about two minutes with the built-in model: loading, sample images, scoring the checkpoints, export"),
         ("Memory", f"{report.peak_memory / GB:.1f} GB at most"),
         ("Disk", f"up to {_size(report.disk)} for checkpoints; {_size(report.disk_free)} are free"),
         ("Adapter", f"{report.num_trainable_parameters:,} trainable parameters"),
@@ -89,16 +85,8 @@ def _measured(report: DryRunReport, plan: Plan) -> str:
 def _failure(record: RunRecord, status: dict[str, Any]) -> str:
     error = status.get("error")
     if error:
-        return f"It could not be measured: {error}"
-    return "The measuring was interrupted. Measure again."
-
-
-def duration(seconds: float) -> str:
-    """A duration, rounded for display."""
-    if seconds < 90:
-        return f"{max(5, round(seconds / 5) * 5)} seconds"
-    minutes = seconds / 60
-    return f"{minutes:.0f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
+        return f"The dry run failed: {error}"
+    return "The dry run was interrupted. Measure again."
 
 
 def _size(count: int) -> str:

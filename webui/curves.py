@@ -16,7 +16,7 @@ WIDTH, HEIGHT = 1000, 400
 # More points than a screen resolves.
 MOST_POINTS, ROWS = 240, 12
 EDGE = 0.012
-# One in so many dots of a cloud may lie above the range, and as many below.
+# Of a cloud's points, 1 / FAR_OUT may lie above the y axis's range, and as many below.
 FAR_OUT = 50
 STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 
@@ -28,8 +28,8 @@ class Series:
     Args:
         name: its label in the legend.
         points: (x, y), by x.
-        kind: pale dots, a line, a line through plain dots, or a broken line.
-        colour: the number of its colour in the style sheet, 1 to 4.
+        kind: pale dots, a line, a line with dots, or a dashed line.
+        colour: the number of the colour in the style sheet, 1 to 4.
     """
 
     name: str
@@ -44,7 +44,7 @@ def plot(
     """The plot as HTML: axes, SVG, legend, and a table for screen readers.
 
     Args:
-        title: of the plot.
+        title: the title of the plot.
         x_range: the range of the x axis in training steps.
         marked: an x to mark, and its label.
         css: CSS classes of the figure.
@@ -95,7 +95,7 @@ def running_mean(points: Sequence[Point], over: int) -> list[Point]:
 
 @dataclass(frozen=True)
 class _Frame:
-    """Where values lie in the drawing."""
+    """The range of the axes; converts values to SVG coordinates."""
 
     left: float
     right: float
@@ -112,7 +112,7 @@ class _Frame:
 def _path_of(series: Series, frame: _Frame) -> str:
     points = [(frame.x(x), frame.y(y)) for x, y in _thinned(series.points)]
     line = "M" + "L".join(f"{x:.0f} {y:.1f}" for x, y in points)
-    # A line of no length has a round end on both sides: a dot, that no stretching makes an ellipse.
+    # A line of zero length with round caps is a dot that stays round when the SVG is stretched.
     dots = "".join(f"M{x:.0f} {y:.1f}h0" for x, y in points)
     paths = {"cloud": [dots], "marks": [dots, line]}.get(series.kind, [line])
     kinds = (series.kind, "line")
@@ -120,20 +120,20 @@ def _path_of(series: Series, frame: _Frame) -> str:
 
 
 def _thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
-    """At most about `most` of the points, evenly spread, the last among them."""
+    """About `most` of the points at most, evenly spaced, including the last."""
     stride = math.ceil(len(points) / most)
     return [point for index, point in enumerate(points) if (len(points) - 1 - index) % stride == 0]
 
 
 def _bounds(series: Series) -> list[float]:
-    """The values that the axis must hold: of a cloud all but a few far out."""
+    """The values that the y axis must include: all of them, except for the outliers of a cloud."""
     values = sorted(y for _, y in series.points)
     out = len(values) // FAR_OUT if series.kind == "cloud" else 0
     return values[out : len(values) - out]
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
-    """From below the least to above the most; a constant lies in the middle."""
+    """The range of the y axis: the values and a margin; a constant is centred."""
     low, high = min(values), max(values)
     margin = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
     return (0.0 if low >= 0 > low - margin else low - margin), high + margin

@@ -1,4 +1,4 @@
-"""The settings of the next run. The browser stores them, so a reload restores them, and they are never trusted."""
+"""The settings of the next run. The browser stores them, so that a reload restores them; they are checked before use."""
 
 from __future__ import annotations
 
@@ -143,8 +143,8 @@ class Draft:
         chosen = without(options, SET_BY_THE_PAGE["subject"])
         if chosen.get("data", {}).get("with_prior_preservation"):
             data["class_prompt"] = f"a photo of {_article(self.kind)} {self.kind.strip()}"
-        said = {"data": data, "output": output}
-        return merged(chosen, {group: fields for group, fields in said.items() if fields})
+        set_here = {"data": data, "output": output}
+        return merged(chosen, {group: fields for group, fields in set_here.items() if fields})
 
 
 def check_words(trigger: str, kind: str) -> None:

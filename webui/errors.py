@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def in_plain_words(handler: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Wrap an event's handler, a function, a generator or a coroutine, so that whatever it raises is shown as one sentence.
+    """Wrap an event handler (a function, generator or coroutine), so that the page shows its errors as one sentence.
 
     An InputError is an error of the user and names the remedy. Any other error is logged under a short number that the page
     shows. A generator that is closed, for example by a cancelled event, ends as it would without the wrapper.
@@ -29,28 +29,28 @@ def in_plain_words(handler: Callable[Arguments, Result]) -> Callable[Arguments, 
 
         @functools.wraps(handler)
         def wrapped(*arguments: Arguments.args, **named: Arguments.kwargs) -> Generator:
-            with _said_plainly():
+            with _plain_errors():
                 return (yield from handler(*arguments, **named))
 
     elif inspect.iscoroutinefunction(handler):
 
         @functools.wraps(handler)
         async def wrapped(*arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
-            with _said_plainly():
+            with _plain_errors():
                 return await handler(*arguments, **named)
 
     else:
 
         @functools.wraps(handler)
         def wrapped(*arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
-            with _said_plainly():
+            with _plain_errors():
                 return handler(*arguments, **named)
 
     return wrapped
 
 
 @contextmanager
-def _said_plainly() -> Iterator[None]:
+def _plain_errors() -> Iterator[None]:
     try:
         yield
     except InputError as error:
@@ -61,5 +61,5 @@ def _said_plainly() -> Iterator[None]:
         # The browser must not see a traceback.
         number = secrets.token_hex(3)
         logger.exception("error %s", number)
-        sentence = f"Something went wrong in the app itself; nothing of yours is lost. Its log has the reason under {number}."
+        sentence = f"The app failed; your runs and images are not affected. The server's log has the details under {number}."
         raise gr.Error(sentence, title="Error", print_exception=False) from error

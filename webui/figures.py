@@ -17,7 +17,8 @@ from webui.curves import Point
 from webui.views import RunView
 
 REPORT = "report.json"
-SUMMED = 16
+# The number of last steps over which the training loss is averaged.
+LAST_STEPS = 16
 SCORES = {"subject_score": "Similarity to your photos", "prompt_score": "Prompt adherence"}
 
 
@@ -42,7 +43,7 @@ def method_name(method: object) -> str:
 
 def _of_subject(view: RunView) -> list[tuple[str, str]]:
     by_name = series(view)
-    losses = [value for _, value in by_name.get("loss", [])][-SUMMED:]
+    losses = [value for _, value in by_name.get("loss", [])][-LAST_STEPS:]
     heldout = [value for step, value in by_name.get("heldout_loss", []) if step > 0]
     done, total = view.status.get("step"), view.status.get("total")
     return [
@@ -57,7 +58,7 @@ def _of_subject(view: RunView) -> list[tuple[str, str]]:
 def _of_classifier(view: RunView) -> list[tuple[str, str]]:
     best = [(row["method"], row["top1"]) for row in accuracies(view)]
     done, total = view.status.get("step"), view.status.get("total")
-    started = [("Methods", method_of(view)), ("Fitted", f"{done} of {total}" if total else "")]
+    started = [("Methods", method_of(view)), ("Trainings", f"{done} of {total}" if total else "")]
     return [(method_name(method), in_percent(top1)) for method, top1 in best] or started
 
 
@@ -80,7 +81,7 @@ def in_percent(interval: dict[str, float]) -> str:
 
 
 def series(view: RunView) -> dict[str, list[Point]]:
-    """All logged metrics by name, as (step, value) in order. Of a repeated step the last value counts."""
+    """All logged metrics by name, as (step, value) in order. If a step was logged twice, the last value counts."""
     path = view.record.path / METRICS
     try:
         stat = path.stat()

@@ -1,4 +1,4 @@
-"""The photos of a subject: the user's upload or the bundled example, in order, with thumbnails."""
+"""The photos of a subject, uploaded or the bundled example, in order and with thumbnails."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from webui.image_datasets import Entry, changing, read_set, remove_image, reorde
 from webui.workspace import Workspace
 
 EXAMPLE = ASSETS / "sample-subject"
-# Marks a dataset that a run was started with; the run may still be queued, or be resumed.
+# Marks a dataset with which a run was started. It must not change, because the run may still be queued or be resumed.
 SEALED = ".sealed"
 THUMBNAIL = 320
 
@@ -51,7 +51,7 @@ class SubjectDataset:
         return self.folder == EXAMPLE
 
     def entries(self) -> list[Entry]:
-        """The images in order, without those whose file is gone."""
+        """The images in order, without those whose file is missing."""
         if self.is_example:
             return [Entry(path.name, path.name) for path in sorted(EXAMPLE.glob("*.jpg"))]
         return [entry for entry in read_set(self.folder).images if (self.folder / entry.file).is_file()]
@@ -136,7 +136,7 @@ def _thumbnail(path: Path, changed: int) -> str:
 
 
 def as_address(image: Image.Image, kind: str = "PNG", **options: int) -> str:
-    """`image` as a data URL, so that the server keeps no file that others could load."""
+    """`image` as a data URL, so that the server stores no file that other users could load."""
     stream = io.BytesIO()
     image.save(stream, kind, **options)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"

@@ -1,7 +1,7 @@
 """A dataset of uploaded images on disk: files with generated names, and set.json with the user's names.
 
-A dataset holds images, or classes of images. Every change holds the lock of the user, so that two tabs, or two servers on one
-folder, do not overwrite each other; reading needs no lock.
+A dataset has images, or classes of images. Every change holds the user's lock, so that two tabs, or two servers with the same
+folder, do not overwrite each other's changes; reading needs no lock.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class LabelledClass:
 
 @dataclass(frozen=True)
 class LabelledClasses:
-    """The current classes of one dataset, whether or not they can be trained on.
+    """The classes of a dataset, which may be too small for training.
 
     Args:
         id: `EXAMPLE`, or the id of the dataset.

@@ -31,12 +31,12 @@ from training.runs.record import RunRecord
 from training.runs.run_files import OPTIONS
 from training.runs.waiting import QUEUE
 from webui.run_log import LOG, START, log_tail
-from webui.views import STATE_TEXTS, RunView
+from webui.views import RunView
 from webui.workspace import LAUNCH, Workspace
 
 __all__ = ["ask", "command", "delete", "duplicate", "log_tail", "resume", "shown_command", "start", "start_dry_run", "stop"]
 
-# Commands are given in the root of a checkout. An installed package has none, and its recipes are named by their whole path.
+# The working directory is the root of a checkout. An installed package has none, so its recipes have absolute paths.
 RECIPES = {
     task: path if IS_CHECKOUT else str(ROOT / path)
     for task, path in {"subject": "training/dreambooth_nora.py", "classify": "training/fewshot_nora.py"}.items()
@@ -44,7 +44,7 @@ RECIPES = {
 LAUNCHER = "accelerate"
 RESUMING = ["--resume_from_checkpoint", "latest"]
 LAUNCHING, DELETED = ".launching", ".deleted-"
-PATIENCE_SECONDS = 15.0
+MAX_WAIT_SECONDS = 15.0
 NOT_NOW: dict[str, str] = {
     "resume": "Only an interrupted, stopped or failed run can be resumed.",
     "stop": "The run is not active.",
@@ -103,7 +103,7 @@ def command(task: str, options: Values, output_dir: Path) -> list[str]:
 
 
 def shown_command(words: Sequence[str]) -> str:
-    """A command as it is typed into a shell."""
+    """A command as text for a shell."""
     return shlex.join(words)
 
 
@@ -121,7 +121,7 @@ def resume(workspace: Workspace, run_id: str) -> None:
 
 
 def stop(workspace: Workspace, run_id: str) -> None:
-    """Stop a run: a queued run never begins, a training run writes a checkpoint first.
+    """Stop a run. A queued run never starts; a training run saves a checkpoint first.
 
     Raises: InputError if it is not active.
     """
@@ -142,7 +142,7 @@ def ask(workspace: Workspace, run_id: str, what: str) -> None:
     Raises: InputError if it is not training.
     """
     if what not in run_requests.ASKED:
-        raise InputError(f"A run can be asked to {' or '.join(run_requests.ASKED)}, got {what!r}.")
+        raise InputError(f"The request must be one of {', '.join(run_requests.ASKED)}, got {what!r}.")
     record = workspace.run(run_id)
     _allowing(record, what)
     run_requests.ask(record, what)
@@ -197,7 +197,7 @@ def _resuming(workspace: Workspace, view: RunView) -> tuple[list[str], Path]:
 
 
 def _launch_folder(workspace: Workspace) -> Path:
-    """Where commands of the page are given."""
+    """The working directory of the page's commands."""
     return ROOT if IS_CHECKOUT else workspace.all_runs.absolute().parent
 
 
@@ -208,13 +208,13 @@ def _allowing(record: RunRecord, action: str) -> RunView:
     """
     view = RunView(record)
     if action not in view.actions:
-        raise InputError(f"{NOT_NOW[action]} The run is {STATE_TEXTS[view.state]}.")
+        raise InputError(f"{NOT_NOW[action]} The run is {view.state}.")
     return view
 
 
 @contextmanager
 def _locked(record: RunRecord) -> Iterator[None]:
-    """A lock against resuming or deleting the run twice at a time.
+    """A lock against two simultaneous requests to resume or delete the run.
 
     Raises: InputError if another request holds it.
     """
@@ -244,7 +244,7 @@ def _spawn(workspace: Workspace, path: Path, words: Sequence[str], folder: Path)
     threading.Thread(target=process.wait, daemon=True).start()
     record, began = RunRecord(path), time.monotonic()
     while record.status().get("pid") != process.pid and process.poll() is None:
-        if time.monotonic() - began > PATIENCE_SECONDS:
+        if time.monotonic() - began > MAX_WAIT_SECONDS:
             return
         time.sleep(0.02)
 

@@ -1,8 +1,7 @@
 """The expert panel: every option of a task as a widget, made from the same dataclasses as the flags of its command.
 
-The draft in the browser holds a value only where it differs from the preset's, or from the default where the
-preset has none. On blur, a widget's text goes into the draft's "typed" in the browser, so that a button pressed right afterwards
-uses it.
+The draft in the browser holds only values that differ from the preset's, or from the default if the preset has none. On blur, a
+widget's text goes into the draft's "typed" in the browser, so that a button that is pressed right afterwards uses it.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ TITLES = {
     "judging": "Validation",
     "validation": "Validation",
 }
-TYPE_AT_ONCE = """(draft, shown) => {
+STORE_TYPED = """(draft, value) => {
   const [group, field] = %s, known = (draft ?? {}).typed ?? {};
-  return {...draft, typed: {...known, [group]: {...known[group], [field]: shown}}};
+  return {...draft, typed: {...known, [group]: {...known[group], [field]: value}}};
 }"""
 Complete = Callable[[Workspace, dict[str, Any], Options], Options]
 
@@ -73,7 +72,25 @@ class FieldSource:
 
         Raises: InputError for an invalid value; the draft is unchanged.
         """
-        return settled(self, workspace, draft)
+        from webui.work import form_schema as work_fields
+        from webui.work import options as checked
+
+        typed = draft.get(TYPED) or {}
+        if not typed:
+            return draft
+        fields = {
+            (field.group, field.name): field
+            for group in work_fields.panel_fields(self.task, workspace.is_local).values()
+            for field in group
+        }
+        preset, chosen = self.preset(draft).options(), {group: dict(values) for group, values in draft.get("options", {}).items()}
+        for group, typed_values in typed.items():
+            for name in typed_values:
+                if (group, name) not in fields:
+                    raise InputError(f"The option {name!r} does not exist. Reload the page.")
+                _put(chosen, preset, fields[group, name], fields[group, name].read(typed_values[name]))
+        checked.build(workspace, self.task, self.complete(workspace, draft, merged(preset, chosen)))
+        return {**draft, "options": {group: values for group, values in chosen.items() if values}, TYPED: {}}
 
 
 def build(source: FieldSource) -> gr.Accordion:
@@ -113,29 +130,6 @@ def build(source: FieldSource) -> gr.Accordion:
     source.draft_changed.change(recreate, [draft, properties], [rendered, properties, back], **QUIET)
     back.click(reset, [draft], [draft], **QUIET)
     return panel
-
-
-def settled(source: FieldSource, workspace: Workspace, draft: dict[str, Any]) -> dict[str, Any]:
-    """See `FieldSource.settled`."""
-    from webui.work import form_schema as work_fields
-    from webui.work import options as checked
-
-    typed = draft.get(TYPED) or {}
-    if not typed:
-        return draft
-    fields = {
-        (field.group, field.name): field
-        for group in work_fields.panel_fields(source.task, workspace.is_local).values()
-        for field in group
-    }
-    preset, chosen = source.preset(draft).options(), {group: dict(values) for group, values in draft.get("options", {}).items()}
-    for group, typed_values in typed.items():
-        for name in typed_values:
-            if (group, name) not in fields:
-                raise InputError(f"There is no option {name!r}. Reload the page.")
-            _put(chosen, preset, fields[group, name], fields[group, name].read(typed_values[name]))
-    checked.build(workspace, source.task, source.complete(workspace, draft, merged(preset, chosen)))
-    return {**draft, "options": {group: values for group, values in chosen.items() if values}, TYPED: {}}
 
 
 def _put(chosen: Options, preset: Options, field: Any, value: Any) -> None:
@@ -210,8 +204,8 @@ class _EffectiveValues:
         why = self.preset.reason(field.group, field.name)
         if field.name in self.chosen.get(field.group, {}):
             base = self.preset.options().get(field.group, {}).get(field.name, field.default)
-            base_text = "nothing set" if base in (None, []) else field.show(base)
-            return f"{field.help} Changed; {self.preset.name if why else 'the default'} has {base_text}."
+            base_text = "not set" if base in (None, []) else field.show(base)
+            return f"{field.help} Changed ({self.preset.name if why else 'default'}: {base_text})."
         return f"{field.help} Preset {self.preset.name}: {why}" if why else f"{field.help} Default."
 
     def properties(self, field: Any) -> dict[str, Any]:
@@ -263,17 +257,17 @@ def _listen(source: FieldSource, field: Any, widget: gr.components.Component, pr
     def settle(draft: dict[str, Any], request: gr.Request) -> tuple[Any, Any, Any, Any]:
         workspace = source.context.settings.workspace(request)
         try:
-            draft = settled(source, workspace, draft)
+            draft = source.settled(workspace, draft)
         except InputError as error:
             gr.Warning(html.escape(str(error)), title="Not changed")
             draft = {**draft, TYPED: {}}
         effective = _EffectiveValues.of(source, workspace, draft)
         back_to = gr.Button(interactive=bool(draft.get("options")))
-        # Another method has other options, so the panel is recreated.
+        # Another method has other options, so the panel must be recreated.
         displayed = METHOD_CHANGED if field.name == "method" else _signature(draft)
         return draft, type(widget)(**effective.properties(field)), displayed, back_to
 
-    at_once = TYPE_AT_ONCE % json.dumps([field.group, field.name])
+    store = STORE_TYPED % json.dumps([field.group, field.name])
     events = [widget.input] if field.kind in ("bool", "choice") else [widget.blur, widget.submit]
-    typed = gr.on(events, None, [source.draft, widget], [source.draft], js=at_once, api_visibility="private")
+    typed = gr.on(events, None, [source.draft, widget], [source.draft], js=store, api_visibility="private")
     typed.then(settle, [source.draft], [source.draft, widget, properties, back], api_visibility="private", show_progress="hidden")

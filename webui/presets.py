@@ -53,29 +53,29 @@ class Preset:
         return next((each.why for each in self.values if (each.group, each.field) == (group, field)), None)
 
 
-# Measured on five photographs of a toy robot, one of them held out, with the built-in model on one core. A step takes 0.23 s,
-# measuring the loss 3.6 s, a set of sample images 6 s, checking the exported files in a second program 26 s, all else 44 s.
+# Measured on five photographs of a toy robot, one of them held out, with the built-in model on one core. A step takes 0.23 s, a
+# validation loss 3.6 s, a set of sample images 6 s, the check of the exported files 26 s, and everything else 44 s.
 # Similarity to the subject and validation loss of the recommended checkpoint (base model: 0.176, 1.000), and processor time:
 #   Balanced 0.273, 0.944 in 153 to 185 s;  Fast 0.277, 0.938 in 107 s;
 #   800 steps at half the rate 0.267, 0.938 in 217 s, no better for more time, and 400 at a third of it with min-SNR weights
 #   0.240, 0.953; crop variants do not change photos that are square already.
-# On the rendered toy the similarity peaks at step 200 of 400 (0.693; 0.668 at 120), so the steps that Fast leaves out matter.
+# On the rendered toy the similarity peaks at step 200 of 400 (0.693; 0.668 at 120), so Fast may stop too early.
 # Best therefore trains like Balanced and evaluates more checkpoints. Complete runs on the example, one after the other on two
 # idle cores: Fast 85 s, Balanced 171 s, Best 218 s.
 SUBJECT = (
     Preset(
         "Fast",
-        "a little over half the time of Balanced",
-        "A first look: does the model learn the subject, and are the photos good enough?",
+        "a little more than half as long as Balanced",
+        "For a quick test: does the model learn the subject, and are the photos good enough?",
         (
             Value("optimisation", "max_train_steps", 160, "Colours and large parts are learned early, details later."),
             Value("validation", "heldout_steps", 40, "The validation loss is measured every 40 steps, as in Balanced."),
-            Value("output", "validation_steps", 80, "Validation images halfway and at the end."),
+            Value("output", "validation_steps", 80, "Sample images are generated halfway and at the end."),
             Value(
                 "validation",
                 "num_candidate_images",
                 1,
-                "The checkpoint is selected by validation loss; images are generated for one more candidate.",
+                "Only the checkpoint with the lowest validation loss is scored by its images.",
             ),
             Value(
                 "validation",
@@ -87,20 +87,20 @@ SUBJECT = (
     ),
     Preset(
         "Balanced",
-        "three minutes with the built-in model",
+        "about three minutes with the built-in model",
         "The trainer's defaults; the right choice in most cases.",
         (
             Value(
                 "optimisation",
                 "max_train_steps",
                 400,
-                "Enough for most subjects. If it overfits, an earlier checkpoint is recommended.",
+                "Enough for most subjects. If the model overfits, an earlier checkpoint is recommended.",
             ),
         ),
     ),
     Preset(
         "Best",
-        "about a third more time than Balanced",
+        "about a third longer than Balanced",
         "The same training, with more checkpoints to select from. Longer training and lower learning rates were tried and "
         "gave no better results.",
         (
@@ -114,7 +114,7 @@ SUBJECT = (
                 "validation",
                 "num_candidate_images",
                 10,
-                "Images of ten candidate checkpoints are generated and compared, instead of two or four.",
+                "The images of ten checkpoints are compared, instead of four (two with other base models).",
             ),
         ),
     ),

@@ -13,7 +13,7 @@ from training.runs.run_files import CROSS_VALIDATION, FITTING, FOLDS, GB, DryRun
 from training.subject.checkpoint_selection import Point as Measured
 from training.subject.measured import heldout_curve
 from webui.curves import Point, Series, plot, running_mean
-from webui.views import STATE_TEXTS, RunView
+from webui.views import RunView
 
 PHASES = {
     "loading": "Loading the model",
@@ -29,7 +29,7 @@ PHASES = {
     "uploading": "Uploading",
     "writing the report": "Writing the report",
 }
-# Errors whose message says what is wrong and what to do.
+# Errors whose messages are written for users.
 PLAIN = frozenset({"InputError", "DoesNotFitError", "NotFiniteError", "CertificateError"})
 # The running mean of the loss covers this share of the steps.
 SMOOTHED = 1 / 16
@@ -65,7 +65,7 @@ def _inside(folder: Path, below: object) -> Path | None:
 
 def head(view: RunView) -> str:
     """The state and a sentence about it."""
-    chip = f'<span class="chip {view.state}">{STATE_TEXTS[view.state]}</span>'
+    chip = f'<span class="chip {view.state}">{view.state}</span>'
     return f'<p class="phase">{chip} <b>{_headline(view)}</b></p>{_below(view)}'
 
 
@@ -85,12 +85,12 @@ def _headline_of_done(view: RunView) -> str:
 
 def _headline_of_ended(view: RunView) -> str:
     done, total = view.status.get("step"), view.status.get("total")
-    return f"{done} of {total} steps were done" if done and total and view.task == "subject" else "Nothing was trained yet"
+    return f"{done} of {total} steps were done" if done and total and view.task == "subject" else "No training step was done"
 
 
 HEADLINES: dict[str, Callable[[RunView], str]] = {
     "queued": _headline_of_queued,
-    "starting": lambda view: "Starting: loading the libraries takes some seconds",
+    "starting": lambda view: "Starting: loading the libraries takes a few seconds",
     "running": lambda view: html.escape(phase_in_words(view.status)),
     "done": _headline_of_done,
 }
@@ -108,7 +108,7 @@ def phase_in_words(status: Mapping[str, Any]) -> str:
 
 
 def _below(view: RunView) -> str:
-    """Why it ended and what to do, or what happens next."""
+    """Why the run ended and what to do, or what happens next."""
     saved = newest_step(view.record.checkpoints)
     checkpoint_text = f"Everything up to step {saved} is saved." if saved else "No checkpoint was saved."
     effect = "continues from there" if saved else "starts again with the same settings"
@@ -135,7 +135,7 @@ def plain_error(error: str | None) -> str:
     if kind == "DiskFullError":
         return "The disk is full. Free some space, then press Resume."
     if "out of memory" in message.lower() or kind in ("OutOfMemoryError", "MemoryError"):
-        return "Out of memory. On the screen Check choose the preset Fast or a smaller batch size, and start again."
+        return "Out of memory. Lower the batch size or the resolution in the expert settings, and start again."
     if kind in PLAIN:
         return message
     sentence = f"Error: {kind} {message[:LONGEST_ERROR]}".strip() if error else "The run ended without an error message"
@@ -179,7 +179,7 @@ def _share_of_parts(view: RunView, part: float, words: str) -> tuple[float, str]
     step, total, left = (view.status.get(name) for name in ("step", "total", "seconds_left"))
     if view.task == "classify" and total:
         left_words = f", {duration(left)} left" if left else ""
-        return (step + part) / total, f"{step} of {total} trainings done, the next is at {words or 'its start'}{left_words}"
+        return (step + part) / total, f"{step} of {total} trainings done; the next one: {words or 'starting'}{left_words}"
     return part, words if view.is_active else ""
 
 
@@ -212,7 +212,7 @@ def cost(record: RunRecord) -> str:
         "time": f"about {duration(report.seconds)} of training, {report.seconds_per_step:.2g} s a step",
         "memory": f"{report.peak_memory / GB:.1f} GB peak",
         "disk": f"up to {report.disk / 1e6:,.0f} MB while training",
-        "parameters": f"{report.num_trainable_parameters:,} trained",
+        "parameters": f"{report.num_trainable_parameters:,} trainable",
     }
     rows = "".join(f"<dt>{name}</dt><dd>{words}</dd>" for name, words in facts.items())
     return f'<h3>Cost</h3><dl class="facts">{rows}</dl>'

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from webui import images
 from webui.figures import figures
-from webui.progress import phase_in_words
-from webui.views import STATE_TEXTS, RunView
+from webui.progress import duration, phase_in_words
+from webui.views import RunView
 
 EMPTY = """<div class="empty"><p><b>There are no runs yet.</b></p>
 <p>Train on your photos under Photos, or on classes of images under Classify. Runs started in a terminal appear here
@@ -38,7 +38,7 @@ def _card(view: RunView, is_chosen: bool) -> str:
     return (
         f'<button type="button" class="run" data-run="{html.escape(view.id)}" aria-pressed="{str(is_chosen).lower()}">'
         f'{_image(view)}<span class="words"><span class="top"><b>{html.escape(view.name)}</b>'
-        f'<span class="chip {view.state}">{STATE_TEXTS[view.state]}</span></span>'
+        f'<span class="chip {view.state}">{view.state}</span></span>'
         f'<span class="quiet">{KINDS[view.task]}, {_when(view)}</span>{_state_detail(view)}{_figures(view)}</span></button>'
     )
 
@@ -46,14 +46,8 @@ def _card(view: RunView, is_chosen: bool) -> str:
 def _when(view: RunView) -> str:
     began = time.strftime("%d %b %Y %H:%M", time.localtime(view.created))
     seconds = None if view.ended is None else view.ended - view.created
-    took = f", ended after {_duration(seconds)}" if seconds is not None and seconds > 0 else ""
+    took = f", ended after {duration(seconds)}" if seconds is not None and seconds > 0 else ""
     return f"started {began}{took}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
 def _state_detail(view: RunView) -> str:

@@ -1,4 +1,4 @@
-"""How the page looks: Gradio's own theme variables, and a style sheet for what they do not reach."""
+"""The look of the page: Gradio's theme variables, and a style sheet for everything else."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 import gradio as gr
 
 STYLE = Path(__file__).with_name("style.css")
-# The reader's own: nothing is fetched from elsewhere.
+# System fonts, so that nothing is loaded from other servers.
 SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
 
 def theme() -> gr.themes.Base:
-    """The theme: one accent, quiet surfaces, the same contrast by day and by night."""
+    """The theme: one accent colour, plain surfaces, the same contrast in light and dark mode."""
     return gr.themes.Base(
         primary_hue=gr.themes.colors.teal,
         secondary_hue=gr.themes.colors.slate,
@@ -25,11 +25,11 @@ def theme() -> gr.themes.Base:
     ).set(
         body_background_fill="*neutral_50",
         body_background_fill_dark="*neutral_950",
-        # Behind the sign-in page too, to which no style sheet is sent.
+        # Also the background of the sign-in page, which has no style sheet.
         background_fill_primary="*neutral_50",
         background_fill_primary_dark="*neutral_950",
         background_fill_secondary_dark="*neutral_950",
-        # 4.5 to 1 on the page, as people with weak eyes need.
+        # A contrast of at least 4.5 to 1, as WCAG AA requires.
         body_text_color_subdued="*neutral_500",
         body_text_color_subdued_dark="*neutral_400",
         block_background_fill="white",

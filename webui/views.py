@@ -32,24 +32,15 @@ ACTIONS: dict[State, tuple[Action, ...]] = {
     "failed": ("resume", "duplicate", "delete"),
     "done": ("duplicate", "delete"),
 }
-STATE_TEXTS: dict[State, str] = {
-    "queued": "queued",
-    "starting": "starting",
-    "running": "running",
-    "interrupted": "interrupted",
-    "stopped": "stopped",
-    "failed": "failed",
-    "done": "done",
-}
 TRAINING = "training"
 File = TypeVar("File", bound=RunFile)
-# From the creation of the folder until its process has written a status.
+# The longest time from the creation of a run's folder to the first status of its process.
 BEGINNING_SECONDS = 20.0
 LONGEST_NAME, NAMED_CLASSES = 48, 3
 SAMPLE_CLASSES = "handwritten digits"
 INTERRUPTED = {
-    "SIGKILL": "Its process was killed from outside, as the system does when memory runs out.",
-    None: "Its process ended without reporting an error, as when the machine is switched off.",
+    "SIGKILL": "Its process was killed, probably by the system because memory ran out.",
+    None: "Its process ended without reporting an error. Perhaps the machine was switched off.",
 }
 
 
@@ -81,7 +72,7 @@ class RunView:
 
     @cached_property
     def launch(self) -> dict[str, Any]:
-        """How the page started it (see `webui.launching`); empty for runs from a terminal."""
+        """The start of the run by the page (see `webui.launching`); empty for runs from a terminal."""
         return self.read(LAUNCH)
 
     def read_file(self, kind: type[File]) -> File | None:
@@ -101,12 +92,12 @@ class RunView:
 
     @cached_property
     def task(self) -> Task:
-        """Which of the two tasks it is."""
+        """The task of its recipe."""
         return self.launch.get("task") or ("classify" if "target_layers" in self.options else "subject")
 
     @cached_property
     def state(self) -> State:
-        """Its state; a run whose process is gone without reporting an end was stopped, has failed or was interrupted."""
+        """Its state. A run whose process ended without reporting it was stopped, has failed or was interrupted."""
         reported = self.status.get("state", "starting")
         if reported not in ACTIVE or self._has_process:
             return reported if reported in ACTIONS else "interrupted"
@@ -205,7 +196,7 @@ class RunView:
         """Its title in lists."""
         when = time.strftime("%d %b %H:%M:%S", time.localtime(self.created))
         method = title_of(self.chosen("adapter", "method") or DEFAULT) if self.task == "subject" else ""
-        return f"{self.name}, {method}{', ' if method else ''}{when} ({STATE_TEXTS[self.state]})"
+        return f"{self.name}, {method}{', ' if method else ''}{when} ({self.state})"
 
 
 def without_kind(error: str) -> str:

@@ -139,7 +139,7 @@ def test_the_command_says_what_preset_panel_and_words_have_changed(new_page, ser
     expect(steps).to_contain_text("Preset Fast: ")
     type_into(page, "#subject-optimisation-max_train_steps", "9")
     command(page, "--max_train_steps 9 ")
-    expect(steps).to_contain_text("Changed; Fast has")
+    expect(steps).to_contain_text("Changed (Fast: ")
     quiet(page)
     type_into(page, "#subject-optimisation-max_train_steps", "0")
     expect(page.locator(".toast-body")).to_contain_text("max_train_steps must be at least 1, got 0", timeout=PATIENCE)
@@ -189,7 +189,7 @@ def test_photos_without_a_class_word_ask_for_it_first(new_page, server, uploads)
 
 
 @pytest.mark.slow(15)
-def test_the_cost_is_measured_once_and_train_starts_the_command_that_was_shown(new_page, server, screenshot):
+def test_the_cost_is_measured_once_and_train_starts_the_displayed_command(new_page, server, screenshot):
     page = opened(new_page, server)
     examined(page)
     page.locator("#photos-check").click()
@@ -197,8 +197,8 @@ def test_the_cost_is_measured_once_and_train_starts_the_command_that_was_shown(n
     expect(page.locator("#check-cost")).to_contain_text("Not measured yet")
     page.locator("#check-measure").click()
     expect(page.locator("#check-cost .chip")).to_have_text("measuring", timeout=PATIENCE)
-    (rehearsed,) = (server.runs / DRY_RUNS).iterdir()
-    (rehearsed / UNTIL).write_text(str(TOTAL))
+    (dry_run,) = (server.runs / DRY_RUNS).iterdir()
+    (dry_run / UNTIL).write_text(str(TOTAL))
     expect(page.locator("#check-cost")).to_contain_text("for 400 steps", timeout=PATIENCE)
     expect(page.locator("#check-cost")).to_contain_text("54,272 trainable parameters")
     expect(page.locator("#check-measure")).to_be_disabled()
@@ -238,21 +238,16 @@ def test_nothing_is_wider_than_a_phone(new_page, server, uploads, screenshot):
     ("photos", "heldout", "folds"),
     [(5, "auto", 0), (4, "auto", 4), (2, "auto", 2), (1, "auto", 0), (4, "none", 0), (6, "leave_one_out", 6)],
 )
-def test_short_trainings_are_counted_as_the_trainer_does_them(photos, heldout, folds):
+def test_the_estimate_counts_the_folds_of_cross_validation_as_the_trainer_does(photos, heldout, folds):
     from pipelines.subject.evaluation import choose_heldout
 
     names = [f"{place}.png" for place in range(photos)]
     assert Plan(400, photos, heldout).folds == folds == len(choose_heldout(names, heldout, 0).folds)
 
 
-def test_the_cost_is_told_in_words_from_the_dry_run():
-    told = costs._measured(DRY_RUN, Plan(400, 4, "auto"))
-    assert "about 2 minutes for 400 steps" in told
-    assert "about 4 minutes more" in told
-    assert "1.1 GB at most" in told
-    assert "up to 3.2 MB for checkpoints; 58.2 GB are free" in told
-
-
-@pytest.mark.parametrize(("seconds", "words"), [(1, "5 seconds"), (63, "65 seconds"), (150, "2 minutes"), (7200, "2.0 hours")])
-def test_times_are_told_as_one_says_them(seconds, words):
-    assert costs.duration(seconds) == words
+def test_the_cost_is_estimated_from_the_dry_run():
+    text = costs._measured(DRY_RUN, Plan(400, 4, "auto"))
+    assert "about 2 minutes for 400 steps" in text
+    assert "about 4 minutes for 4 short trainings" in text
+    assert "1.1 GB at most" in text
+    assert "up to 3.2 MB for checkpoints; 58.2 GB are free" in text

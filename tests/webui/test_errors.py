@@ -36,21 +36,21 @@ def awaiting(error):
 
 
 @pytest.mark.parametrize("kind", [returning, yielding, awaiting])
-def test_what_the_user_can_mend_is_said_with_names_escaped(kind):
+def test_an_input_error_is_shown_with_names_escaped(kind):
     with pytest.raises(gr.Error, match=r"&lt;b&gt; is too large\. Shrink it\."):
         kind(InputError("<b> is too large. Shrink it."))()
 
 
 @pytest.mark.parametrize("kind", [returning, yielding, awaiting])
-def test_anything_else_is_a_number_in_the_log(kind, caplog):
-    with pytest.raises(gr.Error, match=r"the app itself.*under [0-9a-f]{6}") as raised:
+def test_any_other_error_is_shown_as_a_number_of_the_log(kind, caplog):
+    with pytest.raises(gr.Error, match=r"The app failed.*under [0-9a-f]{6}") as raised:
         kind(ValueError("/secret/path"))()
     assert "secret" not in str(raised.value)
     assert "/secret/path" in caplog.text
 
 
 @pytest.mark.parametrize("kind", [returning, yielding, awaiting])
-def test_an_error_meant_for_the_page_stays_as_it_is(kind):
+def test_an_error_for_the_page_is_not_changed(kind):
     with pytest.raises(gr.Error, match="as it is"):
         kind(gr.Error("as it is"))()
 

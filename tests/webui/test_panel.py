@@ -84,8 +84,8 @@ def test_a_value_is_compared_with_the_active_preset(source, workspace):
         ("adapter", "inner_r", "64", "inner_r"),
         ("adapter", "method", "qlora", "method must be one of"),
         ("optimisation", "max_train_steps", "", "must not be empty"),
-        ("output", "output_dir", "/etc", "There is no option 'output_dir'"),
-        ("output", "__class__", "x", "There is no option"),
+        ("output", "output_dir", "/etc", "option 'output_dir' does not exist"),
+        ("output", "__class__", "x", "does not exist"),
     ],
 )
 def test_a_wrong_value_is_refused_in_a_sentence(source, workspace, group, field, shown, message):
@@ -112,7 +112,7 @@ def test_every_kind_of_widget_is_read(source, workspace, group, field, shown, va
 def test_a_field_says_from_where_its_value_comes(source, workspace):
     fields = {field.name: field for group in panel_fields("subject", True).values() for field in group}
     effective = panel._EffectiveValues.of(source, workspace, {"preset": "Fast", "options": {"adapter": {"rank": 16}}})
-    assert "Changed; the default has nothing set." in effective.info(fields["rank"])
+    assert "Changed (default: not set)." in effective.info(fields["rank"])
     assert "Preset Fast: " in effective.info(fields["max_train_steps"])
     assert effective.info(fields["random_flip"]).endswith(" Default.")
     assert effective.placeholder(fields["learning_rate"]) == "0.003 by default"

@@ -78,7 +78,7 @@ def test_classifiers_are_compared_by_their_accuracies_with_intervals(workspace):
     shown = Compared.of(workspace, ["a", "b"]).in_html()
     assert "80% (70% to 90%)" in shown
     assert "55% (45% to 65%)" in shown
-    assert "NoRA, 4 images a class" in shown
+    assert "NoRA, 4 images per class" in shown
     assert "method: method" in shown
     (workspace.runs / "a" / "report.json").unlink()
     (workspace.runs / "b" / "report.json").unlink()

@@ -44,7 +44,7 @@ def test_the_buttons_are_those_that_the_state_allows(workspace, state):
     found = parts(look)
     assert shown(found) == set(look.actions) & set(BUTTONS)
     assert found["next"].key == (state == "done", "Judge the result")
-    assert progress.STATE_TEXTS[state] in found["head"].key
+    assert state in found["head"].key
 
 
 def test_without_a_run_and_after_its_deletion_the_screen_says_what_to_do(workspace):
@@ -112,7 +112,7 @@ def test_an_ended_run_says_why_and_from_where_it_goes_on(workspace):
         ("InputError: The folder is empty. Add photos.", "The folder is empty. Add photos."),
         ("NotFiniteError: The loss of step 3 is nan.", "The loss of step 3 is nan."),
         ("DiskFullError: The disk of 'x' is full; use --resume_from_checkpoint", "The disk is full. Free some space"),
-        ("OutOfMemoryError: CUDA out of memory. Tried", "Out of memory. On the screen Check choose"),
+        ("OutOfMemoryError: CUDA out of memory. Tried", "Out of memory. Lower the batch size"),
         ("RuntimeError: CUDA error: out of memory", "Out of memory."),
         ("KeyError: 'x'", "Error: KeyError 'x'. Press Resume to try again"),
         (None, "The run ended without an error message. Press Resume"),
@@ -174,7 +174,7 @@ def test_figures_are_those_of_the_files(workspace):
     report |= {"checkpoint": 1e6, "disk_free": 1e9, "memory_limit": None}
     (run.path / "dry_run.json").write_text(json.dumps(report))
     found = parts(view(run))
-    assert all(words in found["cost"].key for words in ("about 2 minutes", "0.25 s a step", "2.5 GB", "3 MB", "54,272 trained"))
+    assert all(words in found["cost"].key for words in ("about 2 minutes", "0.25 s a step", "2.5 GB", "3 MB", "54,272 trainable"))
     (table,) = [part for part in found["loss"].key.split("<table")[1:] if "<th>validation loss" in part]
     assert "<td>40</td><td>1</td>" in table, "the least of the curve"
 

@@ -51,9 +51,9 @@ def test_a_process_that_is_gone_without_a_word_was_interrupted_or_had_been_asked
     status = {**run.status(), "state": told}
     (run.path / "status.json").write_text(json.dumps(status))
     assert view(run).state == "interrupted"
-    assert view(run).reason == "Its process ended without reporting an error, as when the machine is switched off."
+    assert view(run).reason == "Its process ended without reporting an error. Perhaps the machine was switched off."
     (run.path / LOG).write_text(f"$ accelerate launch\n{KILLED}")
-    assert view(run).reason == "Its process was killed from outside, as the system does when memory runs out."
+    assert view(run).reason == "Its process was killed, probably by the system because memory ran out."
     run_requests.ask(run, run_requests.STOP)
     assert (view(run).state, view(run).reason) == ("stopped", "You stopped it.")
 
@@ -171,7 +171,7 @@ def test_what_the_list_says_is_what_the_files_say(workspace):
 def test_a_classifier_shows_its_accuracies_with_their_intervals_once_there_are_any(workspace):
     run = run_in(workspace.runs / "a", "running", step=1, total=3)
     (run.path / "options.json").write_text(json.dumps({"target_layers": {}, "method": {"method": ["zeroshot", "nora"]}}))
-    assert figures(view(run)) == [("Methods", "Zero-shot, NoRA"), ("Fitted", "1 of 3")]
+    assert figures(view(run)) == [("Methods", "Zero-shot, NoRA"), ("Trainings", "1 of 3")]
     row = {"shots": 4, "method": "nora", "top1": {"value": 0.5, "low": -0.01, "high": 0.61}}
     (run.path / "report.json").write_text(json.dumps({"summary": [row]}))
     assert ("NoRA", "50% (0% to 61%)") in figures(view(run))

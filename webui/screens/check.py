@@ -34,21 +34,21 @@ STYLE = """
 .preset p { margin: 0 0 .5rem; } .preset ul { margin: 0; padding-left: 1.2rem; } .preset li { margin: .2rem 0; }
 @media (max-width: 480px) { .costs div { grid-template-columns: 1fr; gap: 0; } .crops img { width: 96px; height: 96px; } }
 """
-# Input goes into the draft while typing, and again on blur, which covers pasting; in the browser, so that Train starts with the
-# current values. Values that are the default are not written. A draft that the form changed is marked, so that a late answer of
-# the server does not overwrite newer input.
+# The browser stores input in the draft while the user types, and again on blur, which covers pasting, so that Train starts with
+# the current values. Default values are not stored. A draft that the form changed is marked, so that a late response of the
+# server does not overwrite newer input.
 CHANGED_BY_FORM = "by_the_boxes"
-SAY_TRIGGER = "(draft, said) => said === (draft.trigger ?? 'sks') ? draft : {...draft, trigger: said, by_the_boxes: true}"
-SAY_KIND = """(draft, said) => said === (draft.class_word ?? (draft.set ? '' : 'toy')) ? draft
-  : {...draft, class_word: said, by_the_boxes: true}"""
-SAY_SCENES = """(draft, said) => {
-  const scenes = said.split('\\n').map(line => line.trim()).filter(line => line), known = draft.scenes ?? USUAL;
+STORE_TRIGGER = "(draft, value) => value === (draft.trigger ?? 'sks') ? draft : {...draft, trigger: value, by_the_boxes: true}"
+STORE_KIND = """(draft, value) => value === (draft.class_word ?? (draft.set ? '' : 'toy')) ? draft
+  : {...draft, class_word: value, by_the_boxes: true}"""
+STORE_SCENES = """(draft, value) => {
+  const scenes = value.split('\\n').map(line => line.trim()).filter(line => line), known = draft.scenes ?? DEFAULT;
   return JSON.stringify(scenes) === JSON.stringify(known) ? draft : {...draft, scenes, by_the_boxes: true};
-}""".replace("USUAL", json.dumps(SCENES))
-SAY_PRESET = "(draft, said) => ({...draft, preset: said, by_the_boxes: true})"
-# Two text boxes are placed side by side if each has so many pixels.
+}""".replace("DEFAULT", json.dumps(SCENES))
+STORE_PRESET = "(draft, value) => ({...draft, preset: value, by_the_boxes: true})"
+# Two text boxes are side by side if each has at least this many pixels.
 MIN_BOX_WIDTH = 240
-TRIGGER_HINT = "A rare word that stands for your subject. A common word would bring its usual meaning along."
+TRIGGER_HINT = "A rare word that stands for your subject. A common word already has a meaning for the model."
 
 
 def build(context: AppContext) -> None:
@@ -94,7 +94,7 @@ def _trigger_and_class() -> tuple[gr.Textbox, gr.Textbox]:
     )
     kind = gr.Textbox(
         label="Class word",
-        info="The kind of subject in plain words. Training starts from what the model knows about it.",
+        info="What the subject is. Training builds on what the model knows about this kind of thing.",
         placeholder="dog, toy, coffee mug",
         max_lines=1,
         min_width=MIN_BOX_WIDTH,
@@ -103,26 +103,26 @@ def _trigger_and_class() -> tuple[gr.Textbox, gr.Textbox]:
     return trigger, kind
 
 
-def _wire(context: AppContext, parts: dict[str, Any], said: dict[str, Any], train: gr.Button) -> None:
+def _wire(context: AppContext, parts: dict[str, Any], fields: dict[str, Any], train: gr.Button) -> None:
     """Attach the event listeners."""
-    does, draft = _Handlers(context), context.draft
+    handlers, draft = _Handlers(context), context.draft
     clock = gr.Timer(POLL_SECONDS, active=False)
-    words = [said["trigger"], said["kind"], said["scenes"], said["preset"]]
+    values = [fields[name] for name in ("trigger", "kind", "scenes", "preset")]
 
     of_cost = [parts["cost"], parts["measure"], clock]
-    for event, fill in ((context.page.load, does.fill), (context.draft_changed.change, does.follow)):
-        event(fill, [draft, *words], words, **QUIET)
-        event(does.describe, [draft], [parts["prompt"], parts["reasons"]], **QUIET)
-    # Not while the page loads: it needs the model's libraries.
+    for event, fill in ((context.page.load, handlers.fill), (context.draft_changed.change, handlers.follow)):
+        event(fill, [draft, *values], values, **QUIET)
+        event(handlers.describe, [draft], [parts["prompt"], parts["reasons"]], **QUIET)
+    # Not on page load, because it needs the model libraries.
     for event in (context.active_tab.change, context.draft_changed.change):
-        event(does.work_out, [context.active_tab, draft], [parts["command"], parts["crops"], *of_cost], **QUIET)
-    for name, script in (("trigger", SAY_TRIGGER), ("kind", SAY_KIND), ("scenes", SAY_SCENES)):
-        typed = [said[name].input, said[name].blur, said[name].submit]
-        gr.on(typed, None, [draft, said[name]], [draft], js=script, api_visibility="private")
-    said["preset"].input(None, [draft, said["preset"]], [draft], js=SAY_PRESET, api_visibility="private")
-    parts["measure"].click(does.dry_run, [draft], of_cost, api_visibility="private")
-    clock.tick(does.tick, [draft], of_cost, **QUIET)
-    train.click(does.start, [draft], [draft, *context.outputs], api_visibility="private")
+        event(handlers.compute, [context.active_tab, draft], [parts["command"], parts["crops"], *of_cost], **QUIET)
+    for name, script in (("trigger", STORE_TRIGGER), ("kind", STORE_KIND), ("scenes", STORE_SCENES)):
+        typed = [fields[name].input, fields[name].blur, fields[name].submit]
+        gr.on(typed, None, [draft, fields[name]], [draft], js=script, api_visibility="private")
+    fields["preset"].input(None, [draft, fields["preset"]], [draft], js=STORE_PRESET, api_visibility="private")
+    parts["measure"].click(handlers.dry_run, [draft], of_cost, api_visibility="private")
+    clock.tick(handlers.tick, [draft], of_cost, **QUIET)
+    train.click(handlers.start, [draft], [draft, *context.outputs], api_visibility="private")
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,8 @@ class _Handlers:
         return _prompt(now), _reasons(presets.preset_named(presets.SUBJECT, now.preset))
 
     @in_plain_words
-    def work_out(self, active_tab: str, stored: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
-        """The command, the crops and the cost, or an error in place of each. Nothing unless the screen is open."""
+    def compute(self, active_tab: str, stored: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
+        """The command, the crops and the cost, or an error in place of each. Skipped unless the screen is open."""
         if active_tab != "check":
             return (gr.skip(),) * 5
         about = (self.context, self.context.settings.workspace(request), stored)
@@ -230,11 +230,11 @@ def _crops(context: AppContext, workspace: Workspace, stored: dict[str, Any]) ->
     if not photos.entries():
         return '<div class="empty">No photos yet. Add some under Photos.</div>'
     options = checked.build(workspace, "subject", subject_runs.values_of(context, workspace, stored)[1])
-    cut = "".join(f'<p class="warning">{escaped(words)}</p>' for words in work_photos.long_prompts_of(photos, options))
+    truncated = "".join(f'<p class="warning">{escaped(words)}</p>' for words in work_photos.long_prompts_of(photos, options))
     crops, names = work_photos.crops(photos, options), [entry.name for entry in photos.entries()]
     sizes = {f"{crop.size[1]} x {crop.size[0]}" for crop in crops}
-    many = crops[0].variants
-    more = f" Training uses {many} crops or mirror images of each; this is the first." if many > 1 else ""
+    variants = crops[0].variants
+    more = f" Training uses {variants} crops or mirror images of each; this is the first." if variants > 1 else ""
     listed = "".join(
         f'<li><img class="{"pixel" if max(crop.size) <= CRISP_SIDE else ""}" src="{crop.address}" '
         f'alt="{escaped(name)} as the model sees it"></li>'
@@ -242,7 +242,7 @@ def _crops(context: AppContext, workspace: Workspace, stored: dict[str, Any]) ->
     )
     words = f"Each photo is resized and cropped to {' or '.join(sorted(sizes))} pixels, the resolution of this model."
     advice = "Your subject should be fully visible and near the centre."
-    return f'{cut}<p>{words}{more} {advice}</p><ul class="crops">{listed}</ul>'
+    return f'{truncated}<p>{words}{more} {advice}</p><ul class="crops">{listed}</ul>'
 
 
 def _cost(context: AppContext, workspace: Workspace, stored: dict[str, Any]) -> tuple[Any, Any, Any]:

@@ -31,7 +31,7 @@ EXAMPLE_NOTE = (
 )
 OWN_NOTE = "<p class='quiet'>To start another dataset, choose the example above and add images.</p>"
 FOLDER_NOTE = (
-    "<p class='quiet'>These images stay in their folder on this machine, and nothing in it is changed. Images that you add "
+    "<p class='quiet'>These images stay in their folder on this machine, which the app never changes. Images that you add "
     "become a dataset of their own.</p>"
 )
 
@@ -200,7 +200,7 @@ def _wire_adding(context: ClassifyContext, parts: dict[str, Any]) -> None:
     @in_plain_words
     def add(name: str, files: list[str] | None, draft: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         if not files:
-            raise InputError("No images chosen. Drop some into the field above.")
+            raise InputError("No images were chosen. Drop some into the field above.")
         with _upload_folder(settings.workspace(request), draft) as folder:
             added = add_images(folder, files, add_class(folder, name))
         class_sets.update_split(folder)

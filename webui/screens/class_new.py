@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,11 @@ def _wire(context: ClassifyContext, parts: dict[str, Any]) -> None:
     def refresh(run_id: str | None, before: Any, request: gr.Request) -> list[Any]:
         view = class_runs.view_of(settings.workspace(request), run_id)
         result = None if view is None else result_of(view.record)
-        now = None if result is None else view.id
+        now, hidden = None if result is None else view.id, gr.DownloadButton(visible=False)
         if now == before and now is not None:
             return [gr.skip()] * 6
         if result is None:
-            return [gr.HTML(visible=True), gr.Column(visible=False), gr.skip(), [], gr.DownloadButton(visible=False), now]
-        hidden = gr.DownloadButton(visible=False)
+            return [gr.HTML(visible=True), gr.Column(visible=False), gr.skip(), [], hidden, now]
         return [gr.HTML(visible=False), gr.Column(visible=True), _methods(result), [], hidden, now]
 
     @in_plain_words
@@ -96,55 +96,58 @@ def _wire(context: ClassifyContext, parts: dict[str, Any]) -> None:
 
 def _check_count(files: list[str]) -> None:
     if len(files) > MOST:
-        raise InputError(f"At most {MOST} images can be classified at once, got {len(files)}. Drop fewer.")
+        raise InputError(f"At most {MOST} images can be classified at once, got {len(files)}. Choose fewer.")
 
 
 def _cards(context: ClassifyContext, predictions: gr.State) -> None:
     """A card for each image with its predictions and a field for the true class; rendered again when they change."""
-    app, settings = context.app, context.app.settings
 
     @gr.render(inputs=[predictions, context.run], triggers=[predictions.change], show_progress="hidden")
     def render_cards(rows: list[dict[str, Any]], run_id: str | None, request: gr.Request) -> None:
         if not rows:
             return
-        classes = result_of(settings.workspace(request).run(run_id)).classes
+        classes = result_of(context.app.settings.workspace(request).run(run_id)).classes
         answers: list[gr.Dropdown] = []
         with gr.Row(equal_height=False, elem_id="classify-found"):
             for row in rows:
                 with gr.Column(min_width=240, elem_classes="found-card"):
                     gr.HTML(_card(row))
                     if "class" in row:
-                        choices = [
-                            (f"correct: {row['class']}", RIGHT),
-                            *((name, name) for name in classes if name != row["class"]),
-                        ]
-                        name = f"classify-correct-{len(answers)}"
-                        answers.append(gr.Dropdown(choices, value=RIGHT, label="True class", interactive=True, elem_id=name))
-        if not answers:
-            return
-        gr.HTML(AGAIN)
-        again = gr.Button("Add the corrected images and train again", variant="primary", elem_id="classify-again")
+                        answers.append(_true_class(row["class"], classes, f"classify-correct-{len(answers)}"))
+        if answers:
+            gr.HTML(AGAIN)
+            _train_again_button(context, predictions, answers)
 
-        @in_plain_words
-        def train_again(
-            run_id: str, draft: dict[str, Any], rows: list[dict[str, Any]], request: gr.Request, *answered: str
-        ) -> list[Any]:
-            workspace = settings.workspace(request)
-            corrected: dict[str, list[Path]] = {}
-            for row, name in zip((row for row in rows if "class" in row), answered, strict=True):
-                if name != RIGHT:
-                    corrected.setdefault(name, []).append(Path(row["file"]))
-            set_id, new = class_runs.train_again(workspace, workspace.run(run_id), corrected)
-            return [{**draft, "set": set_id}, gr.Tabs(selected="train"), *app.show(workspace, new)]
 
-        outputs = [context.draft, context.steps, *app.outputs]
-        again.click(
-            train_again,
-            [context.run, context.draft, predictions, *answers],
-            outputs,
-            api_visibility="private",
-            concurrency_limit=1,
-        )
+def _true_class(predicted: str, classes: Sequence[str], elem_id: str) -> gr.Dropdown:
+    """A field for the true class of an image; by default the prediction is correct."""
+    choices = [(f"correct: {predicted}", RIGHT), *((name, name) for name in classes if name != predicted)]
+    return gr.Dropdown(choices, value=RIGHT, label="True class", interactive=True, elem_id=elem_id)
+
+
+def _train_again_button(context: ClassifyContext, predictions: gr.State, answers: list[gr.Dropdown]) -> None:
+    """A button that adds the corrected images to the training images and starts a run.
+
+    Args:
+        answers: the fields for the true classes of the images that were classified.
+    """
+    app = context.app
+    again = gr.Button("Add the corrected images and train again", variant="primary", elem_id="classify-again")
+
+    @in_plain_words
+    def train_again(
+        run_id: str, draft: dict[str, Any], rows: list[dict[str, Any]], request: gr.Request, *answered: str
+    ) -> list[Any]:
+        workspace = app.settings.workspace(request)
+        corrected: dict[str, list[Path]] = {}
+        for row, name in zip((row for row in rows if "class" in row), answered, strict=True):
+            if name != RIGHT:
+                corrected.setdefault(name, []).append(Path(row["file"]))
+        set_id, new = class_runs.train_again(workspace, workspace.run(run_id), corrected)
+        return [{**draft, "set": set_id}, gr.Tabs(selected="train"), *app.show(workspace, new)]
+
+    inputs, outputs = [context.run, context.draft, predictions, *answers], [context.draft, context.steps, *app.outputs]
+    again.click(train_again, inputs, outputs, api_visibility="private", concurrency_limit=1)
 
 
 def _card(row: dict[str, Any]) -> str:

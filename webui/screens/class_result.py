@@ -12,7 +12,7 @@ from webui.app_context import QUIET
 from webui.class_results import Result, result_of
 from webui.class_runs import ClassifyContext
 from webui.errors import in_plain_words
-from webui.views import STATE_TEXTS, RunView
+from webui.views import RunView
 
 EMPTY = "<p class='empty'>No classifier yet. Train one first.</p>"
 WAITING = "<p class='empty'>This classifier is {state}. Its result appears here when it is done.</p>"
@@ -91,7 +91,7 @@ def _wire(context: ClassifyContext, parts: dict[str, Any]) -> None:
 
 
 def _waiting(view: RunView | None) -> str:
-    return EMPTY if view is None else WAITING.format(state=STATE_TEXTS[view.state])
+    return EMPTY if view is None else WAITING.format(state=view.state)
 
 
 def _cell(result: Result | None, event: gr.EventData) -> str:

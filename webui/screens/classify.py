@@ -43,7 +43,7 @@ def build(app: AppContext) -> None:
 
 
 def _wire(context: ClassifyContext) -> None:
-    """Keep the list of classifiers in step with the disk, and follow the run that is selected on other screens."""
+    """Keep the list of classifiers up to date, and follow the run that is selected on other screens."""
     app, settings = context.app, context.app.settings
 
     @in_plain_words

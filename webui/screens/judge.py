@@ -87,13 +87,13 @@ def parts(view: RunView | None, step: int | None, prompt_index: int | None, anew
     record, look = view.record, look_at(view, step, prompt_index, anew)
     changed = tuple((each, record.samples_at(each).stat().st_mtime_ns) for each in sampled_steps(record))
     suggested = verdict.suggested_step(record)
-    closely = None if look.step is None else (look.step, look.prompt_index)
+    selected = None if look.step is None else (look.step, look.prompt_index)
     card = verdict.card(record)
     return {
         "empty": text(""),
         "suggestion": text(verdict.suggestion(view)),
-        "table": lazy_text((record.path, *changed, suggested, closely), lambda: verdict.sample_table(record, closely)),
-        **_closely(view, look, suggested),
+        "table": lazy_text((record.path, *changed, suggested, selected), lambda: verdict.sample_table(record, selected)),
+        **_comparison(view, look, suggested),
         "curves": text(verdict.curves(record)),
         "figures": text(verdict.figures(record)),
         "details": frame(bool(card)),
@@ -109,7 +109,7 @@ def _nothing_to_judge(why: str) -> dict[str, LazyUpdate]:
     return {**outputs, **hidden, **framed, "empty": text(why)}
 
 
-def _closely(view: RunView, look: Look, suggested: int | None) -> dict[str, LazyUpdate]:
+def _comparison(view: RunView, look: Look, suggested: int | None) -> dict[str, LazyUpdate]:
     """The updates of the comparison."""
     usable = look.step is not None and look.step in kept_steps(view.record)
     newest = samples(view.record, look.step) if look.step is not None else []

@@ -21,7 +21,7 @@ from webui.image_dataset import SubjectDataset
 from webui.workspace import Workspace
 
 EXAMPLE_INTRO = """<h2>Example subject</h2>
-<p>These five images of a toy come with the app. <b>Train</b> fits an adapter to them in about three minutes on an ordinary
+<p>These five images of a toy come with the app. <b>Train</b> trains an adapter on them in about three minutes on an ordinary
 computer; the adapted model then generates images of the toy in new scenes. To train on your own subject, drop your photos
 below.</p>"""
 UPLOAD_INTRO = """<h2>Your photos</h2>
@@ -30,7 +30,7 @@ checked for common problems. The checks never change a photo.</p>"""
 GONE = "Your photos no longer exist, so the example is shown. Add your photos again."
 # The initial signature: nothing was sent to the page yet.
 NOTHING_SHOWN: list[Any] = []
-# How many updates `_view` makes.
+# The number of updates of `_view`.
 PARTS = 7
 
 
@@ -181,7 +181,7 @@ def _existing(workspace: Workspace, set_id: str | None) -> str | None:
 
 
 def _examined(photos: SubjectDataset) -> str:
-    """The cards with the image check's findings; the first time this loads libraries."""
+    """The cards with the results of the image checks. The first call loads the model libraries."""
     if not photos.entries():
         return cards(photos, None)
     from webui.work import photos as work_photos
@@ -191,7 +191,11 @@ def _examined(photos: SubjectDataset) -> str:
 
 
 def _view(photos: SubjectDataset, draft: Draft, checked: str | None = None) -> tuple[Any, ...]:
-    """Updates of what the screen shows: `signature`, or the cards before the image check has run."""
+    """The updates of the `PARTS` components that show the photos.
+
+    Args:
+        checked: the cards with the results of the image checks; None if the checks have not run.
+    """
     has_photos = bool(photos.entries())
     label = "Back to your photos" if draft.previous_set else "Use your own photos"
     return (

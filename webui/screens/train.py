@@ -153,11 +153,11 @@ def _wire_buttons(context: AppContext, buttons: dict[str, Any], look: dict[str, 
     buttons["resume"].click(resume, context.run, context.outputs, api_visibility="private").then(**look)
 
     @in_plain_words
-    def go_on(run_id: str, request: gr.Request) -> gr.Tabs:
+    def open_results(run_id: str, request: gr.Request) -> gr.Tabs:
         view = view_of(context.settings.workspace(request), run_id)
         return gr.Tabs(selected="classify" if view is not None and view.task == "classify" else "judge")
 
-    buttons["next"].click(go_on, context.run, context.tabs, api_visibility="private")
+    buttons["next"].click(open_results, context.run, context.tabs, api_visibility="private")
 
 
 def _layout() -> dict[str, Any]:

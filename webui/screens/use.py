@@ -25,6 +25,7 @@ from webui.gallery import bar_of, details_of, gallery_of
 from webui.generated_images import GeneratedImages, settings_of
 from webui.generation_requests import GUIDANCE_SCALE, MIXED, STEPS, GenerationRequest, run_in
 from webui.screens import use_files
+from webui.screens.train import view_of
 from webui.views import RunView
 from webui.workspace import Workspace
 
@@ -120,7 +121,7 @@ def _controls(context: AppContext, prompt: gr.Textbox) -> tuple[Controls, gr.Upl
         steps = gr.Slider(
             1, 100, STEPS, step=1, label="Steps", info="More steps add detail and take longer.", elem_id="use-steps"
         )
-        hint = "How closely to follow the prompt."
+        hint = "How closely the image follows the prompt."
         guidance_scale = gr.Slider(0, 15, GUIDANCE_SCALE, step=0.5, label="Guidance scale", info=hint, elem_id="use-guidance")
     controls = Controls(scale, prompt, negative, count, seed, with_base, steps, guidance_scale, mixed, scales)
     return controls, upload, dice
@@ -190,7 +191,7 @@ class _Look:
             seen: the key of what the page shows, the first value that this returned last time.
             chosen: the run and the step that the user selected; used while the run has that step.
         """
-        view = _view(workspace, run_id)
+        view = view_of(workspace, run_id)
         steps = steps_of(view.record) if view is not None and view.task == "subject" else None
         key = [run_id, None if view is None else view.task, None if steps is None else [steps.choices, steps.chosen]]
         if key == seen:
@@ -207,7 +208,7 @@ class _Look:
     def _of_run(self, workspace: Workspace, view: RunView) -> list[Any]:
         """The prompt, the example prompts and the further adapters, for a newly selected run."""
         prompts, choices = prompts_of(view), [("none", ""), *others(workspace, view.id)]
-        words = [_in_the_snow(view, prompts), gr.Dataset(samples=[[each] for each in prompts])]
+        words = [_example_prompt(view, prompts), gr.Dataset(samples=[[each] for each in prompts])]
         return [*words, *(gr.Dropdown(choices=choices, value="") for _ in self.controls.mixed)]
 
 
@@ -222,20 +223,13 @@ def _showed(seen: list[Any] | None, run_id: str | None) -> bool:
     return seen is not None and seen[0] == run_id and seen[2] is not None and bool(seen[2][0])
 
 
-def _view(workspace: Workspace, run_id: str | None) -> RunView | None:
-    try:
-        return RunView(workspace.run(run_id)) if run_id else None
-    except InputError:
-        return None
-
-
 def prompts_of(view: RunView) -> list[str]:
     """The prompts of the run's validation images."""
     prompts = view.options.get("output", {}).get("validation_prompt")
     return [str(each) for each in prompts] if isinstance(prompts, list) else []
 
 
-def _in_the_snow(view: RunView, prompts: list[str]) -> str:
+def _example_prompt(view: RunView, prompts: list[str]) -> str:
     prompt = view.chosen("data", "instance_prompt")
     return f"{prompt} in the snow" if prompt else next(iter(prompts), "")
 
@@ -243,13 +237,9 @@ def _in_the_snow(view: RunView, prompts: list[str]) -> str:
 def _wire_generation(
     context: AppContext, controls: Controls, buttons: tuple[gr.Button, gr.Button, gr.HTML], outputs: ImageOutputs
 ) -> None:
+    """Attach the buttons Generate and Cancel, and show earlier images when the page loads."""
     generate, cancel, bar = buttons
     token = gr.State(0)
-
-    @in_plain_words
-    def begin(request: gr.Request) -> list[Any]:
-        began = CANCELLATIONS.begin(str(request.session_hash))
-        return [began, gr.Button(interactive=False), gr.Button(visible=True), bar_of("Waiting for the device", 0, 1)]
 
     @in_plain_words
     def generate_images(request: gr.Request, token: int, *values: Any) -> Iterator[list[Any]]:
@@ -258,17 +248,11 @@ def _wire_generation(
         )
 
     @in_plain_words
-    def idle(token: int, request: gr.Request) -> list[Any]:
-        cancelled = CANCELLATIONS.is_cancelled(str(request.session_hash), token)
-        return [*_idle(), CANCELLED if cancelled else gr.skip()]
-
-    @in_plain_words
-    def stop(request: gr.Request) -> str:
-        CANCELLATIONS.cancel(str(request.session_hash))
-        return CANCELLED
+    def show_gallery(request: gr.Request) -> list[Any]:
+        return gallery_of(context.settings.workspace(request))
 
     at_once = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-    started = generate.click(begin, outputs=[token, generate, cancel, bar], **at_once)
+    started = generate.click(_begin, outputs=[token, generate, cancel, bar], **at_once)
     generating = started.then(
         generate_images,
         inputs=[token, *controls.inputs(context)],
@@ -279,10 +263,28 @@ def _wire_generation(
         concurrency_id="device",
         api_visibility="private",
     )
-    generating.success(idle, inputs=[token], outputs=[generate, cancel, bar], **at_once)
+    generating.success(_end, inputs=[token], outputs=[generate, cancel, bar], **at_once)
     generating.failure(lambda: [*_idle(), ""], outputs=[generate, cancel, bar], **at_once)
-    cancel.click(stop, outputs=[bar], **at_once)
-    _wire_gallery(context, outputs)
+    cancel.click(_cancel, outputs=[bar], **at_once)
+    context.page.load(show_gallery, outputs=[outputs.gallery, outputs.details], show_progress="hidden", api_visibility="private")
+
+
+@in_plain_words
+def _begin(request: gr.Request) -> list[Any]:
+    token = CANCELLATIONS.begin(str(request.session_hash))
+    return [token, gr.Button(interactive=False), gr.Button(visible=True), bar_of("Waiting for the device", 0, 1)]
+
+
+@in_plain_words
+def _end(token: int, request: gr.Request) -> list[Any]:
+    cancelled = CANCELLATIONS.is_cancelled(str(request.session_hash), token)
+    return [*_idle(), CANCELLED if cancelled else gr.skip()]
+
+
+@in_plain_words
+def _cancel(request: gr.Request) -> str:
+    CANCELLATIONS.cancel(str(request.session_hash))
+    return CANCELLED
 
 
 def _generate(workspace: Workspace, generation_request: GenerationRequest, session: str, token: int) -> Iterator[list[Any]]:
@@ -303,25 +305,11 @@ def _generate(workspace: Workspace, generation_request: GenerationRequest, sessi
     yield [f"{notice}<p class='quiet'>Done in {time.monotonic() - began:.1f} s.</p>", gr.skip(), gr.skip()]
 
 
-def _wire_gallery(context: AppContext, outputs: ImageOutputs) -> None:
-    """Show earlier images when the page loads."""
-
-    @in_plain_words
-    def come_back(request: gr.Request) -> list[Any]:
-        return gallery_of(context.settings.workspace(request))
-
-    context.page.load(come_back, outputs=[outputs.gallery, outputs.details], show_progress="hidden", api_visibility="private")
-
-
 def _of_syntax(generation_request: GenerationRequest) -> str:
     """Warnings about A1111 prompt syntax, which is read as plain text, and what to use instead."""
     remedy = "choose it above as the step or under Combine with other adapters, with its weight"
     warnings = page_warnings([generation_request.prompt, generation_request.negative_prompt], remedy)
     return "".join(f'<div class="warning" role="status">{escaped(each)}</div>' for each in warnings)
-
-
-def _first(sample: list[str]) -> str:
-    return sample[0]
 
 
 def _idle() -> list[Any]:
@@ -370,7 +358,7 @@ def _with_reference(choices: list[tuple[str, str]], reference: str) -> gr.Dropdo
 
 
 def _with_step(workspace: Workspace, run_id: str | None, step: int | None) -> Any:
-    view = _view(workspace, run_id)
+    view = view_of(workspace, run_id)
     if view is None:
         raise InputError("The run of this image was deleted. Choose another run.")
     steps = steps_of(view.record)
@@ -382,7 +370,7 @@ def _with_step(workspace: Workspace, run_id: str | None, step: int | None) -> An
 def _wire_small(
     context: AppContext, controls: Controls, suggestions: gr.Dataset, upload: gr.UploadButton, dice: gr.Button
 ) -> None:
-    suggestions.click(_first, inputs=[suggestions], outputs=[controls.prompt], api_visibility="private")
+    suggestions.click(lambda sample: sample[0], inputs=[suggestions], outputs=[controls.prompt], api_visibility="private")
     dice.click(lambda: secrets.randbelow(2**31), outputs=[controls.seed], show_progress="hidden", api_visibility="private")
 
     @in_plain_words

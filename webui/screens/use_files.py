@@ -16,7 +16,7 @@ from webui.files import LAYOUTS, Layout, layouts_of, size_text
 from webui.generation_requests import GenerationRequest
 from webui.views import RunView
 
-# By then the button has its new file.
+# With a delay, until the button has its new file.
 SAVE = "() => { setTimeout(() => document.querySelector('#use-file').click(), 200); }"
 
 
@@ -71,7 +71,7 @@ def _of_layout(layout: Layout, size: int | None) -> str:
 
 
 def wire(context: AppContext, files: Files, inputs: list[Any]) -> None:
-    """Make a file when its button is pressed, and have the browser save it.
+    """Create a file when its button is pressed, and let the browser download it.
 
     Args:
         inputs: the inputs of `GenerationRequest.from_page`.
