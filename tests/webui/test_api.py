@@ -108,7 +108,7 @@ def test_only_the_named_endpoints_can_be_called(client):
     assert [each["parameter_name"] for each in api["named_endpoints"]["/generate"]["parameters"]][:3] == ["run", "prompt", "seed"]
 
 
-def test_a_run_that_waits_is_stopped_before_it_begins(stopped, server, started):
+def test_a_queued_run_is_stopped_before_it_starts(stopped, server, started):
     before, told = stopped
     assert before in ("queued", "starting")
     assert (told["state"], told["step"]) == ("stopped", None)
@@ -126,7 +126,7 @@ def test_a_run_is_followed_to_its_end(client, server, started, stopped):
     assert len(list(Path(words[words.index("--instance_data_dir") + 1]).glob("*.png"))) == 3
 
 
-def test_the_zip_of_a_classifier_s_images_is_what_it_is_started_with(client, server, started, stopped):
+def test_a_classifier_is_started_with_the_uploaded_zip(client, server, started, stopped):
     (server.runs / started[0] / UNTIL).write_text(str(TOTAL))
     words = wait_for(lambda: began(server.runs / started[1])).split()
     folders = [path for path in Path(words[words.index("--data_dir") + 1]).iterdir() if path.is_dir()]
@@ -144,7 +144,7 @@ def test_images_are_generated_with_a_run(client, drawer):
     assert [(each["reference"], each["scale"]) for each in said["adapters"]] == [(f"{drawer}@4", 0.5)]
 
 
-def test_a_classifier_tells_images_apart(client, classifier, tmp_path):
+def test_images_are_classified_with_a_run(client, classifier, tmp_path):
     images = [tmp_path / "unseen.png", tmp_path / "broken.png"]
     images[0].write_bytes(coloured("sea", 99))
     images[1].write_bytes(b"no image")
@@ -174,7 +174,7 @@ def test_all_runs_are_listed_newest_first(client, started):
 
 
 @pytest.mark.parametrize("run", ["../runs", "/etc", "..", "nobody", "a/b", ".", "", "x" * 300])
-def test_no_id_reaches_outside(client, run):
+def test_no_run_id_leads_out_of_the_workspace(client, run):
     for name, more in (("/status", ()), ("/stop", ()), ("/generate", ("a star",)), ("/classify", ([],))):
         refused(client, "This run does not exist. Choose one from the list", run, *more, api_name=name)
 

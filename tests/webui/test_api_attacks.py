@@ -129,7 +129,7 @@ def snapshot(server):
     return {path: path.read_bytes() if path.is_file() else None for root in roots for path in sorted(root.rglob("*"))}
 
 
-def test_the_endpoints_under_attack_are_those_of_the_app_alone(endpoints):
+def test_only_the_endpoints_of_the_app_are_public(endpoints):
     assert {"/start", "/status", "/stop", "/generate", "/classify", "/list"} == set(endpoints)
 
 
@@ -141,7 +141,7 @@ def attacks(server, parameter):
 
 
 @pytest.mark.slow(12)
-def test_no_argument_of_any_endpoint_leads_out_of_the_own_folder(server, bob, endpoints):
+def test_no_argument_of_any_endpoint_leads_out_of_the_users_folders(server, bob, endpoints):
     before, runs, asked = snapshot(server), sorted(os.listdir(server.runs / "bob")), 0
     for endpoint, parameters in endpoints.items():
         for place, parameter in enumerate(parameters):
@@ -158,14 +158,14 @@ def test_no_argument_of_any_endpoint_leads_out_of_the_own_folder(server, bob, en
     assert sorted(os.listdir(server.runs / "bob")) == runs
 
 
-def test_everyone_lists_their_own_runs_alone(server):
+def test_each_user_lists_only_their_own_runs(server):
     for name, password in PASSWORDS.items():
         client = Client(server.url, verbose=False, auth=(name, password), download_files=False)
         assert [run["run"] for run in client.predict(api_name="/list")] == [f"{RUN}-{name}"]
         assert client.predict(f"{RUN}-{name}", api_name="/status")["state"] == "done"
 
 
-def test_an_answer_can_be_fetched_by_its_asker_alone(server, bob):
+def test_only_the_user_who_called_an_endpoint_can_fetch_its_result(server, bob):
     event = bob.post("/gradio_api/call/list", json={"data": []}).json()["event_id"]
     with httpx.Client(base_url=server.url, timeout=120) as ada:
         ada.post("/login", data={"username": "ada", "password": PASSWORDS["ada"]})

@@ -25,14 +25,14 @@ def page(workspace):
     return build_page(Settings(runs_dir=workspace.runs, sets_dir=workspace.sets))
 
 
-def test_gradio_warns_of_nothing_in_the_page(workspace):
+def test_building_the_page_causes_no_warning_of_gradio(workspace):
     """As of what lies between tabs and is counted as one: then the tab in front is there twice."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         build_page(Settings(runs_dir=workspace.runs, sets_dir=workspace.sets))
 
 
-def test_no_event_has_two_listeners_that_are_to_have_the_last_word(page):
+def test_no_event_has_two_listeners_in_the_mode_always_last(page):
     """Gradio's browser side would call them in turn without end (see `webui.app_context.followed`)."""
     last = Counter(
         target for fn in page.fns.values() if fn.trigger_mode == "always_last" for target in fn.targets if fn.fn is not None
@@ -51,7 +51,7 @@ def beating(updates):
     return [name for name, update in zip(SCREENS, updates, strict=True) if update != gr.skip()]
 
 
-def test_a_tick_asks_the_server_once_and_only_the_screen_in_front_looks(page, workspace):
+def test_a_tick_sends_one_request_and_refreshes_only_the_open_screen(page, workspace):
     ticking = [fn for fn in page.fns.values() if any(event == "tick" for _, event in fn.targets) and fn.name == "refresh"]
     assert len(ticking) == 1
     run_in(workspace.runs / "a")
@@ -70,7 +70,7 @@ def test_the_clock_stops_one_tick_after_the_last_run_has_ended(page, workspace):
 
 
 @pytest.mark.parametrize(("state", "goes"), [("queued", True), ("running", True), ("interrupted", False), ("done", False)])
-def test_opening_a_screen_looks_at_it_and_starts_the_clock_for_what_others_started(page, workspace, state, goes):
+def test_opening_a_screen_refreshes_it_and_starts_the_clock_if_a_run_is_active(page, workspace, state, goes):
     run_in(workspace.runs / "a", state)
     now, clock, *refresh_triggers = listener(page, "refresh_opened").fn("runs", None)
     assert now == [["a", state]]
@@ -78,7 +78,7 @@ def test_opening_a_screen_looks_at_it_and_starts_the_clock_for_what_others_start
     assert (clock != gr.skip() and clock.active) is goes
 
 
-def test_the_run_at_work_is_in_view_when_the_page_is_opened_else_the_newest(page, workspace):
+def test_the_page_opens_with_the_active_run_else_the_newest(page, workspace):
     come_back = listener(page, "on_load", of="build_page")
     assert come_back.fn(None)[0].value is None
     run_in(workspace.runs / "a", "running")

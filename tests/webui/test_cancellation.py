@@ -5,7 +5,7 @@ from webui.cancellation import MAX_SESSIONS, CancellationTokens
 from webui.generation_requests import run_in
 
 
-def test_a_cancel_is_of_this_tabs_drawings_so_far():
+def test_cancel_affects_only_the_generations_that_this_tab_has_started():
     turns = CancellationTokens()
     first, waiting = turns.begin("a"), turns.begin("a")
     other = turns.begin("b")
@@ -15,7 +15,7 @@ def test_a_cancel_is_of_this_tabs_drawings_so_far():
     assert not turns.is_cancelled("b", other)
 
 
-def test_tabs_of_long_ago_are_forgotten():
+def test_the_number_of_remembered_tabs_is_limited():
     turns = CancellationTokens()
     for place in range(MAX_SESSIONS + 5):
         turns.begin(str(place))
@@ -23,7 +23,7 @@ def test_tabs_of_long_ago_are_forgotten():
     assert len(turns._last) == len(turns._cancelled) == MAX_SESSIONS
 
 
-def test_a_images_settings_are_put_back_where_they_were():
+def test_the_settings_of_an_image_become_run_step_scale_and_further_adapters():
     used = [{"name": "a", "reference": "run@30", "scale": 0.5}, {"name": "b", "reference": f"{FILE}@x", "scale": 1.2}]
     assert run_in({"adapters": used}) == ("run", 30, 0.5, [(f"{FILE}@x", 1.2)])
     assert run_in({"adapters": used[1:]}) == (None, None, 0.0, [(f"{FILE}@x", 1.2)])

@@ -82,7 +82,7 @@ def open_panel(page, group):
     quiet(page)
 
 
-def test_the_example_is_shown_and_said_to_be_one_and_without_photos_the_page_says_what_to_do(new_page, server, screenshot):
+def test_the_example_is_labelled_as_one_and_without_photos_the_page_says_what_to_do(new_page, server, screenshot):
     page = opened(new_page, server)
     expect(page.locator("#photos-about")).to_contain_text("Example subject")
     expect_examined(page, ["00.jpg", "01.jpg", "02.jpg", "03.jpg", "04.jpg"])
@@ -98,7 +98,7 @@ def test_the_example_is_shown_and_said_to_be_one_and_without_photos_the_page_say
 
 
 @pytest.mark.slow(11)
-def test_uploads_are_shown_with_their_verdicts_moved_removed_and_kept_over_a_reload(new_page, server, uploads, screenshot):
+def test_uploads_have_verdicts_can_be_moved_and_removed_and_survive_a_reload(new_page, server, uploads, screenshot):
     page = with_uploads(new_page, server, uploads)
     expect(page.locator("#photos-message")).to_contain_text("letter.png is not a JPEG, PNG, WebP")
     expect_examined(page, ["front.png", "side.jpg", "dim.png", "back.png"])
@@ -123,7 +123,7 @@ def test_uploads_are_shown_with_their_verdicts_moved_removed_and_kept_over_a_rel
 
 
 @pytest.mark.slow(23)
-def test_the_command_says_what_preset_panel_and_words_have_changed(new_page, server, screenshot):
+def test_the_command_contains_the_changes_of_preset_panel_and_prompts(new_page, server, screenshot):
     page = opened(new_page, server)
     examined(page)
     page.locator("#photos-check").click()
@@ -161,7 +161,7 @@ def test_the_command_says_what_preset_panel_and_words_have_changed(new_page, ser
 
 
 @pytest.mark.slow(15)
-def test_what_is_typed_fast_stays_as_it_was_typed(new_page, server):
+def test_fast_typing_is_not_overwritten_by_late_responses(new_page, server):
     page = opened(new_page, server)
     examined(page)
     page.locator("#photos-check").click()
@@ -219,7 +219,7 @@ def test_the_cost_is_measured_once_and_train_starts_the_displayed_command(new_pa
 
 
 @pytest.mark.slow(12)
-def test_nothing_is_wider_than_a_phone(new_page, server, uploads, screenshot):
+def test_photos_and_check_fit_a_phone(new_page, server, uploads, screenshot):
     page = with_uploads(new_page, server, uploads, size="phone", dark=True)
     examined(page)
     for screen in ("photos", "check"):

@@ -117,7 +117,7 @@ def test_class_names_are_escaped_everywhere(workspace, images):
         assert "a & b" not in part
 
 
-def test_the_table_of_predictions_lists_every_test_image_and_no_formula(workspace, images):
+def test_the_table_of_predictions_lists_every_test_image_and_contains_no_formula(workspace, images):
     result = result_of(finished_classifier(workspace, images, HOSTILE))
     path = class_files.downloads(result)[class_files.TABLE]
     rows = list(csv.DictReader(path.open(newline="")))
@@ -140,7 +140,7 @@ def test_only_existing_files_can_be_downloaded(record):
     assert name.endswith("-nora-compact/adapter_config.json")
 
 
-def test_a_trial_of_the_run_is_chosen_by_its_folder_and_no_other_folder_is_read(record):
+def test_a_trial_is_selected_by_its_folder_and_no_other_folder_is_read(record):
     assert result_of(record, "trials/2-shots/seed-0/pixels").trial.method == "pixels"
     for strange in (None, "..", "../other", "/etc"):
         assert result_of(record, strange).trial.method == "nora"

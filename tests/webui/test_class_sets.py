@@ -75,7 +75,7 @@ def test_corrections_are_training_images_and_never_test_images(folder, tmp_path)
     assert not set(added.names) & class_sets.read_split(folder)["test"]
 
 
-def test_after_images_are_removed_or_moved_the_recipe_still_reads_the_set(folder):
+def test_the_recipe_reads_a_dataset_after_images_are_removed_or_moved(folder):
     tested = sorted(class_sets.read_split(folder)["test"])[0]
     remove_image(folder, tested)
     moved = move_image(folder, read_set(folder).classes[1].images[0].file, "c02")
@@ -85,7 +85,7 @@ def test_after_images_are_removed_or_moved_the_recipe_still_reads_the_set(folder
     assert moved in parts
 
 
-def test_names_go_to_the_recipe_by_the_folders(folder, workspace):
+def test_the_recipe_gets_class_names_by_folder(folder, workspace):
     rename_class(folder, "c01", "green leaf")
     options = class_sets.find(workspace, folder.name).data_options()
     assert options["data_dir"] == str(folder.absolute())
@@ -221,7 +221,7 @@ def test_the_title_of_a_dataset_lists_its_classes(folder, workspace):
     assert class_sets.title(workspace, folder.name) == f"{', '.join(COLOURS)} (18 images)"
 
 
-def test_what_is_typed_into_the_expert_panel_is_started(folder, workspace):
+def test_a_run_starts_with_the_pending_input_of_the_expert_panel(folder, workspace):
     about = panel.FieldSource(None, "classify", CLASSIFY, None, None, class_runs.complete)
     draft = {"set": folder.name, "preset": "Fast", "options": {}, "typed": {"optimisation": {"min_train_steps": "4"}}}
     settled = about.settled(workspace, draft)
@@ -243,7 +243,7 @@ def split_zip(path, folders, name="ruby", each=3, more=None):
 
 
 @pytest.mark.parametrize("how", ["folders", "split.json"])
-def test_the_split_that_a_zip_comes_with_is_kept(workspace, tmp_path, how):
+def test_the_split_in_a_zip_is_kept(workspace, tmp_path, how):
     folder, keys = workspace.new_image_set(), ("ruby", "leaf")
     if how == "folders":
         path = split_zip(tmp_path / "a.zip", [f"set/{word}/{key}" for word in ("Training", "Test_Set") for key in keys])
@@ -276,7 +276,7 @@ def test_the_split_that_a_zip_comes_with_is_kept(workspace, tmp_path, how):
         (["Train/ruby", "Train/leaf", "Test/ruby", "extra/ruby"], "'Test', 'Train' are, 'extra' are not"),
     ],
 )
-def test_a_zip_that_may_or_may_not_be_split_is_refused(workspace, tmp_path, folders, message):
+def test_a_zip_with_an_ambiguous_split_is_refused(workspace, tmp_path, folders, message):
     folder = workspace.new_image_set()
     with pytest.raises(InputError, match=message):
         add_zip(folder, split_zip(tmp_path / "a.zip", folders))
@@ -295,7 +295,7 @@ def test_unused_files_of_a_folder_and_classes_without_test_images_are_shown(work
     assert {one.key: one.learnable for one in found.classes} == {"ruby": 4, "leaf": 4, "sea": 4}
 
 
-def test_a_class_that_is_only_tested_on_cannot_be_trained(workspace, tmp_path):
+def test_a_class_with_only_test_images_cannot_be_trained(workspace, tmp_path):
     mine = colour_folder(tmp_path / "mine" / "Train", 4, ("ruby", "leaf")).parent
     colour_folder(mine / "Test", 4, ("ruby", "leaf", "sea"))
     found = class_sets.find(workspace, class_sets.point_to(workspace, str(mine)))

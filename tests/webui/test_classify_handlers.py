@@ -92,7 +92,7 @@ def test_a_cell_opens_its_images_and_an_unknown_cell_is_refused(page, record):
             opened(record.path.name, None, gr.EventData(None, strange), None)
 
 
-def test_a_missing_run_is_no_error_on_the_page(page):
+def test_a_missing_run_causes_no_error_on_the_page(page):
     for part, given in (("class_result", (None, None)), ("class_new", (None,)), ("class_train", (None,))):
         listener(page, part, "refresh")("no-such-run", *given, None)
 
@@ -109,7 +109,7 @@ def test_new_images_are_classified_with_a_table_to_download(page, record, tmp_pa
     assert path.read_text().splitlines()[1].startswith("'=1.png,sea,0.7")
 
 
-def test_the_list_of_classifiers_follows_the_run_that_is_looked_at(page, record):
+def test_the_list_of_classifiers_follows_the_selected_run(page, record):
     assert listener(page, "classify", "follow")(record.path.name, None, None).value == record.path.name
     titles = listener(page, "classify", "keep")([], None)
     assert len(titles) == len(listener(page, "classify", "renew")(None, None).choices)

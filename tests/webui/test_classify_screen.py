@@ -165,7 +165,7 @@ def part_of(run, *parts):
 
 
 @pytest.mark.slow(12)
-def test_a_class_is_made_from_a_name_and_images_and_other_files_are_refused(server, new_page, tmp_path):
+def test_a_class_is_created_from_a_name_and_images_and_other_files_are_refused(server, new_page, tmp_path):
     page = opened(new_page, server)
     to_classify(page)
     expect(page.locator("#classify-classes .class-card").first).to_be_visible(timeout=TRAINED)

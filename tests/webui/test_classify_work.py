@@ -61,7 +61,7 @@ def test_renaming_a_class_changes_the_zero_shot_result(workspace, tmp_path):
 
 
 def test_zero_shot_needs_two_classes(workspace, tmp_path):
-    with pytest.raises(InputError, match="Two classes"):
+    with pytest.raises(InputError, match="at least two classes"):
         work.zero_shot(class_sets.uploaded_set(colour_set(workspace, tmp_path / "given", names=("ruby",))))
 
 
@@ -86,7 +86,7 @@ def test_a_classifier_stays_loaded_until_its_run_changes(record):
     assert work.classifier_of(record).temperature == 2.0
 
 
-def test_a_method_of_the_run_is_chosen_by_its_folder_and_no_other_is_read(record):
+def test_a_method_is_selected_by_its_folder_and_no_other_folder_is_read(record):
     assert work.classifier_of(record, "trials/2-shots/seed-0/zeroshot").classes == tuple(COLOURS)
     with pytest.raises(InputError, match="did not train this method"):
         work.classifier_of(record, "../../elsewhere")
@@ -101,7 +101,7 @@ def test_an_unfinished_run_cannot_classify(workspace, images):
 
 @pytest.mark.parametrize("count", [0, work.MOST_FILES + 1])
 def test_the_number_of_images_per_request_is_limited(record, images, count):
-    with pytest.raises(InputError, match=f"One to {work.MOST_FILES} images"):
+    with pytest.raises(InputError, match=f"1 to {work.MOST_FILES} images"):
         work.classify(record, [images / "sea" / "1.png"] * count)
 
 

@@ -55,7 +55,7 @@ def test_an_error_for_the_page_is_not_changed(kind):
         kind(gr.Error("as it is"))()
 
 
-def test_closing_a_generator_closes_the_handler_and_raises_nothing():
+def test_closing_a_wrapped_generator_closes_the_handler_without_an_error():
     closed = []
 
     @in_plain_words

@@ -62,7 +62,7 @@ def test_samples_of_all_steps_are_side_by_side_with_the_base_model_first_and_the
     assert 'class="scroll"' in shown
 
 
-def test_the_reason_and_the_warning_are_those_of_the_run(finished):
+def test_the_reasons_and_warnings_of_the_run_are_shown(finished):
     said = json.loads((finished.path / "suggestion.json").read_text())
     said |= {"version": 2, "warnings": ["Overfitting: <i>it</i> rises."], "reasons": ["Step 40 is best.", "Figures follow."]}
     (finished.path / "suggestion.json").write_text(json.dumps(said))
@@ -73,7 +73,7 @@ def test_the_reason_and_the_warning_are_those_of_the_run(finished):
     assert '<p class="warning overfit">Overfitting: &lt;i&gt;it&lt;/i&gt; rises.</p>' in shown
 
 
-def test_curves_show_validation_loss_and_scores_with_the_recommended_step_and_how_to_read_them(finished):
+def test_curves_show_loss_and_scores_with_the_recommended_step_and_an_explanation(finished):
     shown = look(finished)["curves"].key
     titles = re.findall("<figcaption>(.*?)</figcaption>", shown)
     assert titles == [
@@ -87,7 +87,7 @@ def test_curves_show_validation_loss_and_scores_with_the_recommended_step_and_ho
     assert "limit 0.90" in shown
 
 
-def test_the_table_of_figures_has_what_was_logged(finished):
+def test_the_table_of_measurements_has_the_logged_values(finished):
     rows = re.findall(r'<tr><th scope="row">(.*?)</th>(.*?)</tr>', look(finished)["figures"].key)
     measured, scored = {point.step: point for point in curve()}, scores()
     assert len(rows) == len(measured)
@@ -110,7 +110,7 @@ def test_the_recommended_step_is_selected_until_the_user_selects_another(finishe
     assert len(re.findall('<button[^>]* class="shown"', table(finished, 100, 2, False))) == 1
 
 
-def test_the_slider_has_the_base_models_image_and_the_steps_of_the_same_prompt_enlarged(finished, tmp_path):
+def test_the_slider_enlarges_the_images_of_the_base_model_and_of_the_step_for_one_prompt(finished, tmp_path):
     made = look(finished, 60, 1, False)["slider"]
     assert made.key[:2] == (finished.samples_at(0) / "1.png", finished.samples_at(60) / "1.png")
     images = [Image.open(each["path"] if isinstance(each, dict) else each.path) for each in made.make().value]
@@ -120,13 +120,13 @@ def test_the_slider_has_the_base_models_image_and_the_steps_of_the_same_prompt_e
     assert look(finished, 60, 0, False)["slider"].key != made.key
 
 
-def test_a_step_can_be_used_where_its_adapter_was_kept(finished):
+def test_a_step_can_be_used_only_if_its_adapter_is_saved(finished):
     assert look(finished, 40, 0, False)["use"].key == (True, "Use step 40")
     adapter_at(finished, 40).rmdir()
     assert look(finished, 40, 0, False)["use"].key[0] is False
 
 
-def test_while_it_trains_what_there_is_is_shown_and_what_will_be_is_said(workspace):
+def test_during_training_the_results_so_far_are_shown_and_later_ones_announced(workspace):
     run = run_in(workspace.runs / "a", steps=50)
     found = look(run)
     assert "recommended when training is done" in found["suggestion"].key
@@ -149,7 +149,7 @@ def test_no_step_is_recommended_for_a_run_that_ended_early(workspace):
     assert "did not finish, so no step is recommended.</b></p><p>Nothing was measured" in look(run)["suggestion"].key
 
 
-def test_without_a_held_out_photo_the_scores_stand_alone(workspace):
+def test_without_a_held_out_photo_only_the_scores_are_plotted(workspace):
     run = run_in(workspace.runs / "a", steps=50)
     for step, each in scores().items():
         run.log(step, **{f"{name}_score" if name != "nearest_limit" else name: value for name, value in vars(each).items()})
@@ -158,7 +158,7 @@ def test_without_a_held_out_photo_the_scores_stand_alone(workspace):
     assert shown.count("<figure") == 3
 
 
-def test_no_run_and_a_classifier_are_told_apart(workspace):
+def test_without_a_subject_run_the_screen_says_why_it_is_empty(workspace):
     assert "no results yet" in parts(None, None, None, True)["empty"].key
     run = run_in(workspace.runs / "a", "done")
     (run.path / "options.json").write_text(json.dumps({"target_layers": {}}))
@@ -167,7 +167,7 @@ def test_no_run_and_a_classifier_are_told_apart(workspace):
     assert found["table"].key == ""
 
 
-def test_the_card_is_shown_without_its_header_and_the_certificate_in_words(finished):
+def test_the_model_card_is_shown_without_its_header_and_the_certificate_as_a_sentence(finished):
     assert look(finished)["details"].key is False
     (finished.path / "README.md").write_text("---\ntags: [a]\n---\n# sks toy\n\n![it](before_after.png)\n\nNoRA\n\n---\nend\n")
     (finished.path / "certificate.json").write_text(
@@ -182,7 +182,7 @@ def test_the_card_is_shown_without_its_header_and_the_certificate_in_words(finis
     assert "differ from the trained adapter: &lt;b&gt; differs." in look(finished)["papers"].key
 
 
-def test_a_look_sends_nothing_that_is_there_already(finished, tmp_path):
+def test_a_refresh_sends_only_what_has_changed(finished, tmp_path):
     for step in range(101, 501):
         finished.log(step, loss=1.0, lr=1e-3)
     page = build_page(Settings(runs_dir=tmp_path / "runs", sets_dir=tmp_path / "sets"))

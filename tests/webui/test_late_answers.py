@@ -30,7 +30,7 @@ def workspace(settings):
     return settings.workspace(None)
 
 
-def test_the_doctor_s_word_on_the_photos_before_does_not_stand_for_those_that_are_shown(page, workspace, tmp_path):
+def test_late_image_checks_of_other_photos_are_replaced_by_those_of_the_current_photos(page, workspace, tmp_path):
     photos = workspace.new_image_set()
     sample_images()[0].save(tmp_path / "mine.png")
     add_images(photos, [str(tmp_path / "mine.png")])
@@ -46,7 +46,7 @@ def test_the_doctor_s_word_on_the_photos_before_does_not_stand_for_those_that_ar
     assert examine(own, shown, examined, None) == (gr.skip(), gr.skip())
 
 
-def test_a_question_that_was_asked_meanwhile_stays_and_one_about_another_run_goes(page):
+def test_a_confirmation_is_hidden_only_when_another_run_is_selected(page):
     close = listener(page, "runs", "_only_about")
     assert close(None, "a") == (gr.skip(), gr.skip())
     assert close("a", "a") == (gr.skip(), gr.skip())
@@ -55,7 +55,7 @@ def test_a_question_that_was_asked_meanwhile_stays_and_one_about_another_run_goe
     assert confirm.visible is False
 
 
-def test_what_was_measured_of_the_set_before_is_taken_away_from_one_that_cannot_be_measured(page, workspace, tmp_path):
+def test_the_zero_shot_accuracy_of_the_previous_dataset_is_removed(page, workspace, tmp_path):
     only = next(iter(COLOURS))
     folder = colour_set(workspace, tmp_path / "given", names=[only])
     summary, cards = listener(page, "class_images", "measure")({"set": folder.name}, None)

@@ -51,7 +51,7 @@ def sampled(record):
 
 
 @pytest.mark.slow(40)
-def test_a_subject_s_run_is_killed_resumed_and_asked_to_its_end(workspace, tiny_model, images_dir):
+def test_a_killed_subject_run_is_resumed_and_handles_requests_until_it_is_done(workspace, tiny_model, images_dir):
     options = {
         "model": {"pretrained_model_name_or_path": str(tiny_model)},
         "data": {"instance_data_dir": str(images_dir), "instance_prompt": "sks", "heldout_image": "none"},
@@ -80,7 +80,7 @@ def test_a_subject_s_run_is_killed_resumed_and_asked_to_its_end(workspace, tiny_
 
 
 @pytest.mark.slow(40)
-def test_a_classifier_s_run_is_stopped_and_resumed_to_its_end_and_a_wrong_one_fails_with_a_sentence(
+def test_a_stopped_classifier_run_is_resumed_until_it_is_done_and_an_invalid_one_fails_with_a_sentence(
     workspace, random_clip, tmp_path
 ):
     options = {

@@ -53,7 +53,7 @@ def end(workspace, run_id):
     wait_for(lambda: state(workspace, run_id) == "done")
 
 
-def test_what_is_started_is_the_command_that_is_shown(workspace):
+def test_a_run_starts_the_displayed_command(workspace):
     run_id = launching.start(workspace, "subject", QUICK)
     trains(workspace, run_id)
     path = workspace.run(run_id).path
@@ -67,7 +67,7 @@ def test_what_is_started_is_the_command_that_is_shown(workspace):
     end(workspace, run_id)
 
 
-def test_nothing_is_written_of_a_run_that_cannot_be_started(workspace):
+def test_a_run_that_cannot_start_leaves_no_files(workspace):
     wrong = [{"adapter": {"rank": 0}}, {"output": {"validation_prompt": ["a", "--output_dir=x"]}}, {"data": {"folder": "x"}}]
     for options in wrong:
         with pytest.raises(InputError):
@@ -85,7 +85,7 @@ def test_the_command_uses_the_launcher_of_this_environment(monkeypatch, tmp_path
 
 
 @pytest.mark.parametrize("has_gpu", [True, False])
-def test_models_that_only_draw_leave_an_accelerator_to_the_run(workspace, monkeypatch, has_gpu):
+def test_starting_a_run_releases_the_models_for_generation_from_the_gpu(workspace, monkeypatch, has_gpu):
     released = []
     cache = SimpleNamespace(PIPELINE_CACHE=SimpleNamespace(release=lambda: released.append(True)))
     monkeypatch.setitem(sys.modules, "webui.work.pipeline_cache", cache)
@@ -95,7 +95,7 @@ def test_models_that_only_draw_leave_an_accelerator_to_the_run(workspace, monkey
     assert released == [True] * has_gpu
 
 
-def test_what_has_ended_leaves_no_zombie(workspace):
+def test_an_ended_run_leaves_no_zombie(workspace):
     # A browser may have been started by a test before.
     before = set(psutil.Process().children())
     run_id = launching.start(workspace, "subject", QUICK)
@@ -106,7 +106,7 @@ def test_what_has_ended_leaves_no_zombie(workspace):
 
 
 @pytest.mark.slow(8)
-def test_a_run_outlives_the_server_that_is_killed(workspace, tmp_path):
+def test_a_run_survives_a_killed_server(workspace, tmp_path):
     code = (
         "import sys, time, pathlib; sys.path.insert(0, sys.argv[1]); from processes import standing_for_accelerate\n"
         "from webui import launching; from webui.workspace import Workspace\n"
@@ -128,7 +128,7 @@ def test_a_run_outlives_the_server_that_is_killed(workspace, tmp_path):
     end(workspace, second)
 
 
-def test_runs_wait_for_each_other_and_say_for_how_many(workspace):
+def test_runs_wait_in_a_queue_and_report_their_position(workspace):
     ids = [launching.start(workspace, "subject", QUICK) for _ in range(3)]
     trains(workspace, ids[0])
     assert [view(workspace, run_id).runs_before for run_id in ids] == [None, 1, 2]
@@ -144,7 +144,7 @@ def test_runs_wait_for_each_other_and_say_for_how_many(workspace):
     trains(workspace, ids[1])
 
 
-def test_a_run_that_trains_is_asked_to_stop_and_can_go_on(workspace):
+def test_a_training_run_stops_on_request_and_can_be_resumed(workspace):
     run_id = launching.start(workspace, "subject", QUICK)
     trains(workspace, run_id)
     launching.stop(workspace, run_id)
@@ -160,7 +160,7 @@ def test_a_run_that_trains_is_asked_to_stop_and_can_go_on(workspace):
     end(workspace, run_id)
 
 
-def test_a_run_that_is_stopped_while_it_loads_leaves_nothing_at_work(workspace, monkeypatch):
+def test_a_run_that_is_stopped_while_it_loads_leaves_no_process(workspace, monkeypatch):
     monkeypatch.setenv("LOADS", "600")
     run_id = launching.start(workspace, "subject", QUICK)
     wait_for((workspace.run(run_id).path / "began").exists)
@@ -173,7 +173,7 @@ def test_a_run_that_is_stopped_while_it_loads_leaves_nothing_at_work(workspace, 
     wait_for(lambda: state(workspace, run_id) == "stopped")
 
 
-def test_a_killed_run_is_interrupted_and_goes_on(workspace):
+def test_a_killed_run_is_interrupted_and_can_be_resumed(workspace):
     run_id = launching.start(workspace, "subject", QUICK)
     trains(workspace, run_id)
     workspace.run(run_id).process().kill()
@@ -184,7 +184,7 @@ def test_a_killed_run_is_interrupted_and_goes_on(workspace):
     end(workspace, run_id)
 
 
-def test_a_killed_waiter_is_interrupted_and_can_wait_again(workspace):
+def test_a_killed_queued_run_is_interrupted_and_can_be_queued_again(workspace):
     first, second = (launching.start(workspace, "subject", QUICK) for _ in range(2))
     trains(workspace, first)
     workspace.run(second).process().kill()
@@ -193,7 +193,7 @@ def test_a_killed_waiter_is_interrupted_and_can_wait_again(workspace):
     assert state(workspace, second) == "queued"
 
 
-def test_a_run_that_fails_before_its_directory_is_opened_has_failed_with_the_log_s_sentence(workspace, monkeypatch):
+def test_a_run_that_fails_before_it_writes_a_status_has_the_error_of_the_log(workspace, monkeypatch):
     monkeypatch.setenv("FAILS", "1")
     run_id = launching.start(workspace, "subject", QUICK)
     wait_for(lambda: state(workspace, run_id) == "failed")
@@ -208,7 +208,7 @@ def test_a_run_that_fails_before_its_directory_is_opened_has_failed_with_the_log
     wait_for(lambda: state(workspace, run_id) == "interrupted")
 
 
-def test_a_stranger_with_the_run_s_process_id_is_left_alone(workspace):
+def test_another_process_with_the_run_s_process_id_is_not_stopped(workspace):
     stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     path = workspace.new_run()
     status = {"state": "running", "pid": stranger.pid, "pid_started": psutil.Process(stranger.pid).create_time() - 100}
@@ -221,19 +221,19 @@ def test_a_stranger_with_the_run_s_process_id_is_left_alone(workspace):
     stranger.wait()
 
 
-def test_what_is_asked_of_a_run_that_trains_is_a_file_in_its_directory(workspace):
+def test_requests_to_a_training_run_are_files_in_its_directory(workspace):
     run_id = launching.start(workspace, "subject", QUICK)
     trains(workspace, run_id)
     launching.ask(workspace, run_id, "sample")
     assert run_requests.was_asked(workspace.run(run_id), "sample")
-    with pytest.raises(InputError, match=r"can be asked to sample or save, got '\.\./x'"):
+    with pytest.raises(InputError, match=r"must be one of sample, save, got '\.\./x'"):
         launching.ask(workspace, run_id, "../x")
     end(workspace, run_id)
     with pytest.raises(InputError, match=r"while a run trains. The run is done"):
         launching.ask(workspace, run_id, "save")
 
 
-def test_a_classifier_s_training_can_only_be_stopped(workspace):
+def test_a_training_classifier_accepts_only_a_stop_request(workspace):
     run_id = launching.start(workspace, "classify", {"data": {"seeds": [0]}})
     trains(workspace, run_id)
     assert view(workspace, run_id).actions == ("stop",)
@@ -249,7 +249,7 @@ def test_a_duplicate_starts_from_the_options_without_the_directory(workspace):
     assert again != run_id
 
 
-def test_a_run_from_a_terminal_is_duplicated_and_resumed_from_its_own_options(workspace):
+def test_a_run_from_a_terminal_is_duplicated_and_resumed_from_its_recorded_options(workspace):
     from webui.work.options import build
 
     path = workspace.new_run()
@@ -265,7 +265,7 @@ def test_a_run_from_a_terminal_is_duplicated_and_resumed_from_its_own_options(wo
     assert not (path / LAUNCH).exists()
 
 
-def test_what_ended_before_its_options_were_known_and_was_not_started_here_is_said_so(workspace):
+def test_a_terminal_run_without_recorded_options_cannot_be_resumed_or_duplicated(workspace):
     path = workspace.new_run()
     (path / "status.json").write_text(json.dumps({"state": "failed"}))
     with pytest.raises(InputError, match="before it recorded its options"):
@@ -274,7 +274,7 @@ def test_what_ended_before_its_options_were_known_and_was_not_started_here_is_sa
         launching.duplicate(workspace, path.name)
 
 
-def test_a_run_whose_images_are_gone_does_not_go_on(workspace):
+def test_a_run_whose_images_are_missing_cannot_be_resumed(workspace):
     guest = Workspace(workspace.runs, workspace.sets, None, is_local=False)
     own = guest.new_image_set()
     data = {"instance_data_dir": str(own), "instance_prompt": "a photo of sks dog"}
@@ -288,7 +288,7 @@ def test_a_run_whose_images_are_gone_does_not_go_on(workspace):
     assert state(guest, run_id) == "stopped"
 
 
-def test_two_at_once_resume_a_run_once(workspace):
+def test_two_simultaneous_requests_resume_a_run_once(workspace):
     path = workspace.new_run()
     (path / LAUNCH).write_text(json.dumps({"task": "subject", "command": [], "created": 0.0, "options": QUICK}))
     record = workspace.run(path.name)
@@ -299,7 +299,7 @@ def test_two_at_once_resume_a_run_once(workspace):
         launching.resume(workspace, path.name)
 
 
-def test_deleting_takes_the_run_alone_and_not_what_its_links_lead_to(workspace, tmp_path):
+def test_deleting_a_run_leaves_the_targets_of_its_links_alone(workspace, tmp_path):
     kept = tmp_path / "elsewhere"
     kept.mkdir()
     (kept / "photo.png").write_text("x")
@@ -314,7 +314,7 @@ def test_deleting_takes_the_run_alone_and_not_what_its_links_lead_to(workspace, 
     assert (kept / "photo.png").exists()
 
 
-def test_deleting_refuses_what_is_at_work_and_what_is_not_the_user_s_run(workspace, tmp_path):
+def test_active_runs_and_other_users_runs_cannot_be_deleted(workspace, tmp_path):
     run_id = launching.start(workspace, "subject", QUICK)
     trains(workspace, run_id)
     with pytest.raises(InputError, match="active run cannot be deleted"):

@@ -27,7 +27,7 @@ sys.exit("; ".join(failed) or 0)
 
 
 @pytest.mark.slow(11)
-def test_modules_that_several_threads_ask_for_at_once_are_whole():
+def test_modules_are_complete_when_several_threads_import_them_at_once():
     told = subprocess.run([sys.executable, "-c", AT_ONCE], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert told.returncode == 0, told.stderr
 
@@ -41,7 +41,7 @@ def names_of_modules_asked_within(tree):
             yield from names_of_modules_asked_within(node)
 
 
-def test_handlers_ask_for_modules_and_not_for_what_is_in_them():
+def test_handlers_import_modules_of_work_and_no_names_from_them():
     """What is in one is imported under the import system's own locks, where waiting for libraries would never end."""
     asking = [path for path in (REPOSITORY / "webui").rglob("*.py") if path.parent.name != "work"]
     found = {name for path in asking for name in names_of_modules_asked_within(ast.parse(path.read_text()))}
@@ -49,7 +49,7 @@ def test_handlers_ask_for_modules_and_not_for_what_is_in_them():
     assert not [name for name in found if name.startswith("webui.work.")]
 
 
-def test_the_package_itself_loads_none_of_them():
+def test_importing_the_package_loads_no_library():
     heavy = "import sys, webui.work; sys.exit(', '.join({'torch', 'diffusers', 'peft'} & set(sys.modules)) or 0)"
     told = subprocess.run([sys.executable, "-c", heavy], cwd=REPOSITORY, capture_output=True, text=True)
     assert told.returncode == 0, told.stderr

@@ -24,15 +24,15 @@ def has(options, *methods):
 
 
 @pytest.mark.parametrize("method", method_names())
-def test_a_chosen_method_has_its_own_fields(method):
+def test_the_panel_has_the_options_of_the_chosen_method(method):
     assert shown("subject", "adapter", {"method": method}) == has(AdapterOptions, method)
     assert shown("classify", "method", {"method": ["zeroshot", method]}) == has(FewShotMethodOptions, method)
 
 
-def test_unless_one_is_chosen_the_fields_are_those_of_the_methods_that_would_be_trained():
+def test_without_a_choice_the_panel_has_the_options_of_the_default_methods():
     assert shown("subject", "adapter", {}) == has(AdapterOptions, DEFAULT)
     assert shown("classify", "method", {}) == has(FewShotMethodOptions, DEFAULT, REFERENCE)
 
 
-def test_no_adapter_method_chosen_has_no_fields():
+def test_without_an_adapter_method_the_panel_has_no_method_options():
     assert shown("classify", "method", {"method": ["zeroshot"]}) == set()

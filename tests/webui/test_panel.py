@@ -31,7 +31,7 @@ def typed(group, field, shown, **kept):
 
 
 @pytest.mark.parametrize("task", KINDS)
-def test_the_panel_shows_every_option_but_those_that_the_page_sets(task):
+def test_the_panel_has_every_option_that_the_page_does_not_set(task):
     shown = {(field.group, field.name) for fields in panel_fields(task, True).values() for field in fields}
     every = {(group, name) for group, kind in groups_of(KINDS[task]).items() for name in fields_of(kind)}
     by_the_page = {(group, name) for group, names in SET_BY_THE_PAGE[task].items() for name in names}
@@ -40,7 +40,7 @@ def test_the_panel_shows_every_option_but_those_that_the_page_sets(task):
 
 
 @pytest.mark.parametrize("task", KINDS)
-def test_guests_are_shown_nothing_that_names_the_machines_files(task):
+def test_guests_see_no_option_that_refers_to_the_machine(task):
     shown = {field.name for fields in panel_fields(task, False).values() for field in fields}
     assert not shown & MACHINE_FIELDS
     assert "max_train_steps" in shown | {"max_train_steps"}
@@ -48,7 +48,7 @@ def test_guests_are_shown_nothing_that_names_the_machines_files(task):
 
 
 @pytest.mark.parametrize("task", KINDS)
-def test_every_default_is_shown_and_read_back_as_it_is(task):
+def test_every_default_survives_display_and_reading(task):
     groups = groups_of(KINDS[task])
     for fields in panel_fields(task, True).values():
         for field in fields:
@@ -59,7 +59,7 @@ def test_every_default_is_shown_and_read_back_as_it_is(task):
             assert field.read(field.show(default)) == (None if default in ([], None) else default)
 
 
-def test_a_value_is_kept_and_vanishes_when_it_is_the_default_again(source, workspace):
+def test_a_value_is_stored_and_removed_when_it_is_the_default_again(source, workspace):
     kept = source.settled(workspace, typed("optimisation", "max_train_steps", "80"))
     assert kept["options"] == {"optimisation": {"max_train_steps": 80}}
     assert not kept["typed"]
@@ -109,7 +109,7 @@ def test_every_kind_of_widget_is_read(source, workspace, group, field, shown, va
     assert source.settled(workspace, typed(group, field, shown))["options"] == {group: {field: value}}
 
 
-def test_a_field_says_from_where_its_value_comes(source, workspace):
+def test_the_info_of_a_field_names_the_source_of_its_value(source, workspace):
     fields = {field.name: field for group in panel_fields("subject", True).values() for field in group}
     effective = panel._EffectiveValues.of(source, workspace, {"preset": "Fast", "options": {"adapter": {"rank": 16}}})
     assert "Changed (default: not set)." in effective.info(fields["rank"])

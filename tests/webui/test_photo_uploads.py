@@ -51,7 +51,7 @@ def zipped(path, files):
     ],
 )
 @pytest.mark.parametrize("later", [False, True])
-def test_captions_that_are_dropped_with_photos_or_after_them_reach_the_training(folder, tmp_path, name, content, later):
+def test_captions_uploaded_with_photos_or_later_reach_the_training(folder, tmp_path, name, content, later):
     photo, text = dropped(tmp_path, {"dog.png": stored_image(0), name: content})
     for files in [[photo], [text]] if later else [[text, photo]]:
         assert add_photos(folder, files).refused == []
@@ -60,21 +60,21 @@ def test_captions_that_are_dropped_with_photos_or_after_them_reach_the_training(
     assert "Caption: a sks dog" in cards(SubjectDataset(folder), None)
 
 
-def test_photos_keep_the_order_in_which_they_were_dropped_and_their_names(folder, tmp_path):
+def test_photos_keep_their_upload_order_and_names(folder, tmp_path):
     first, second = ({name: stored_image(place) for place, name in enumerate(names)} for names in (["b.png", "a.png"], ["b.png"]))
     add_photos(folder, [*dropped(tmp_path, first), *dropped(tmp_path / "again", second)])
     assert [entry.name for entry in read_set(folder).images] == ["b.png", "a.png", "b (2).png"]
 
 
 @pytest.mark.parametrize("mask", ["dog-masklabel.png", "dog.mask.png", "dog_mask.png"])
-def test_masks_that_are_dropped_are_named_and_no_photos(folder, tmp_path, mask):
+def test_masks_are_reported_and_not_added_as_photos(folder, tmp_path, mask):
     added = add_photos(folder, dropped(tmp_path, {"dog.png": stored_image(0), mask: stored_image(1)}))
     assert list(captions(folder)) == ["dog.png"]
     (sentence,) = added.refused
     assert f"'{mask}'. They are masks" in sentence
 
 
-def test_what_cannot_be_used_is_named_and_the_rest_is_added(folder, tmp_path):
+def test_unusable_files_are_reported_and_the_others_added(folder, tmp_path):
     files = {
         "dog.png": stored_image(0),
         "cat.txt": b"no cat",
@@ -92,13 +92,13 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_added(folder, tmp_path):
     assert str(tmp_path) not in words
 
 
-def test_captions_alone_and_too_long_ones_are_refused_in_a_sentence(folder, tmp_path):
+def test_captions_without_photos_and_too_long_captions_are_refused(folder, tmp_path):
     image, text = dropped(tmp_path, {"dog.png": stored_image(0), "dog.txt": b"x" * 501})
     assert add_photos(folder, [text]).refused == ["There is no photo for the captions in 'dog.txt'. Add photos first."]
     assert "at most 500 characters" in add_photos(folder, [image, text]).refused[0]
 
 
-def test_a_zip_of_kohyas_folders_gives_its_subject_and_names_the_rest(folder, tmp_path):
+def test_a_zip_in_kohya_s_layout_adds_its_subject_and_reports_the_other_files(folder, tmp_path):
     files = {"10_sks toy/0.png": stored_image(0), "10_sks toy/0.txt": b"a toy", "1_toy/3.png": stored_image(1)}
     added = add_photos(folder, [zipped(tmp_path / "set.zip", files)])
     assert captions(folder) == {"0.png": "a toy"}
@@ -115,7 +115,7 @@ def test_a_zip_of_kohyas_folders_gives_its_subject_and_names_the_rest(folder, tm
         (["../1.png"], "1.png"),
     ],
 )
-def test_a_zip_without_photos_of_one_subject_is_refused_in_a_sentence(folder, tmp_path, files, message):
+def test_a_zip_without_photos_of_one_subject_is_refused(folder, tmp_path, files, message):
     path = zipped(tmp_path / "set.zip", {name: stored_image(place) for place, name in enumerate(files)})
     added = add_photos(folder, [path])
     assert not added.names
@@ -124,19 +124,19 @@ def test_a_zip_without_photos_of_one_subject_is_refused_in_a_sentence(folder, tm
     assert str(tmp_path) not in sentence
 
 
-def test_the_reported_masks_and_captions_are_told_apart_on_the_page_too(folder):
+def test_the_page_distinguishes_masks_and_captions_as_the_scan_does(folder):
     added = add_photos(folder, sorted((case_folder("photos-masks") / "masks_beside").iterdir()))
     assert list(captions(folder)) == ["00.png", "01.png", "02.png"]
     assert "'00-masklabel.png'" in added.refused[0]
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"folder": 3, "long_prompts": [3]}', '{"folder": {"files": []}}'])
-def test_a_run_with_another_report_shows_none(tmp_path, content):
+def test_a_report_of_another_form_is_ignored(tmp_path, content):
     (tmp_path / "photos.json").write_text(content)
     assert photo_account(RunView(RunRecord(tmp_path))) == ""
 
 
-def test_a_run_names_what_it_does_not_use_of_its_folder(tmp_path):
+def test_the_unused_files_of_a_run_s_folder_are_listed(tmp_path):
     # Written as training writes it; the words stand for the user's own.
     entry = {"path": "/x/<b>.mp4", "use": "unused", "kind": "video", "subject": "", "image": None, "detail": "", "reason": ""}
     note = {"kind": "repeats_ignored", "words": "Repeats are not honoured.", "is_warning": True}

@@ -48,7 +48,7 @@ def names(photos):
     return [entry.name for entry in photos.entries()]
 
 
-def test_what_the_page_shows_by_default_is_what_the_trainer_does_by_default():
+def test_the_default_draft_has_the_trainer_s_defaults():
     assert drafts.SCENES == NEW_SCENES
     assert drafts.SAMPLE_PROMPT == TRAINERS_PROMPT
     assert EXAMPLE == SAMPLE_SUBJECT
@@ -56,7 +56,7 @@ def test_what_the_page_shows_by_default_is_what_the_trainer_does_by_default():
 
 
 @pytest.mark.parametrize("kept", [None, "draft", 3, [], {"set": 3, "options": "all", "scenes": [1], "trigger": None}])
-def test_a_draft_that_the_browser_garbled_is_an_empty_one(kept):
+def test_an_invalid_draft_of_the_browser_becomes_the_default_draft(kept):
     assert Draft.from_browser(kept) == Draft()
 
 
@@ -64,12 +64,12 @@ def test_the_previous_dataset_of_a_draft_stored_by_an_earlier_version_is_read():
     assert Draft.from_browser({"set": None, "own": "an-upload"}) == Draft(previous_set="an-upload")
 
 
-def test_a_draft_comes_back_from_the_browser_as_it_went():
+def test_a_draft_survives_the_round_trip_through_the_browser():
     draft = Draft("some-set", "other", "Fast", {"adapter": {"rank": 4}}, "zxq", "dog", ["at sea"])
     assert Draft.from_browser(json.loads(json.dumps(draft.to_browser()))) == draft
 
 
-def test_a_scene_is_put_after_the_prompt_unless_it_holds_the_rare_word_itself():
+def test_a_scene_is_appended_to_the_prompt_unless_it_contains_the_trigger_word():
     draft = Draft("set", trigger="zxq", class_word="dog", scenes=["at sea", "a painting of zxq dog", "with zxqs"])
     prompt = "a photo of zxq dog"
     assert draft.prompts == [prompt, f"{prompt} at sea", "a painting of zxq dog", f"{prompt} with zxqs"]
@@ -83,7 +83,7 @@ def test_a_draft_like_a_run_starts_the_same_run(tmp_path):
     assert again.values(tmp_path, again.options) == values
 
 
-def test_class_images_are_asked_for_with_the_class_word(tmp_path):
+def test_the_class_prompt_contains_the_class_word(tmp_path):
     prior = {"data": {"with_prior_preservation": True}}
     draft = Draft("set", class_word="owl", options=prior)
     assert draft.values(tmp_path, prior)["data"]["class_prompt"] == "a photo of an owl"
@@ -101,7 +101,7 @@ def test_class_images_are_asked_for_with_the_class_word(tmp_path):
         ("dog", "big dog", "are both 'dog'"),
     ],
 )
-def test_words_that_cannot_be_used_are_refused_in_a_sentence(trigger, kind, message):
+def test_invalid_trigger_and_class_words_are_refused(trigger, kind, message):
     with pytest.raises(InputError, match=message):
         check_words(trigger, kind)
 
@@ -114,12 +114,12 @@ def test_words_that_cannot_be_used_are_refused_in_a_sentence(trigger, kind, mess
         (["--seed=1 at sea"], "not begin with a hyphen"),
     ],
 )
-def test_scenes_that_cannot_be_used_are_refused_in_a_sentence(scenes, message):
+def test_invalid_scenes_are_refused(scenes, message):
     with pytest.raises(InputError, match=message):
         replace(Draft(), scenes=scenes).check()
 
 
-def test_options_are_merged_and_taken_out_by_group():
+def test_options_are_merged_and_removed_by_group():
     options = merged({"data": {"seed": 1, "a": 1}}, {"data": {"a": 2}, "output": {"b": 3}})
     assert options == {"data": {"seed": 1, "a": 2}, "output": {"b": 3}}
     assert without(options, {"output": ("b",), "data": ("seed",)}) == {"data": {"a": 2}}
@@ -137,14 +137,14 @@ def test_photos_are_moved_and_removed(photos):
 
 
 @pytest.mark.parametrize("file", ["0099.png", "../0001.png", "/etc/passwd", ""])
-def test_a_file_that_is_none_of_the_set_is_refused(photos, file):
+def test_a_file_outside_of_the_dataset_is_refused(photos, file):
     with pytest.raises(InputError, match="no longer exist"):
         photos.move(file, 1)
     with pytest.raises(InputError, match="no longer exist"):
         photos.remove(file)
 
 
-def test_a_run_finds_the_photos_in_the_order_of_the_page(photos):
+def test_a_run_reads_the_photos_in_the_order_of_the_page(photos):
     photos.move(photos.entries()[2].file, -2)
     first = photos.files()[0].read_bytes()
     photos.seal()
@@ -153,7 +153,7 @@ def test_a_run_finds_the_photos_in_the_order_of_the_page(photos):
     assert [entry.file for entry in photos.entries()] == sorted(entry.file for entry in photos.entries())
 
 
-def test_what_a_run_was_started_with_stays_and_changes_go_to_a_copy(workspace, photos, uploads):
+def test_the_photos_of_a_started_run_do_not_change_and_edits_go_to_a_copy(workspace, photos, uploads):
     assert photos.editable(workspace) == photos
     photos.seal()
     copy = photos.editable(workspace)
@@ -173,7 +173,7 @@ def test_the_example_is_never_changed(workspace):
     assert not example.editable(workspace).is_example
 
 
-def test_the_doctor_speaks_of_photos_by_the_users_names(photos):
+def test_the_image_checks_use_the_users_file_names(photos):
     found = checked_images(photos)
     by_name = {entry.name: found.images[entry.file] for entry in photos.entries()}
     assert [by_name[name].verdict for name in ("front.png", "side.jpg", "dim.png")] == ["good", "good", "look again"]
@@ -183,7 +183,7 @@ def test_the_doctor_speaks_of_photos_by_the_users_names(photos):
     assert "“front.png”" in blurred
 
 
-def test_prompts_and_captions_that_the_model_cuts_are_named_before_training(photos):
+def test_truncated_prompts_and_captions_are_reported_before_training(photos):
     file = photos.entries()[1].file
     set_caption(photos.folder, file, "sks toy " * 60)
     data = DataOptions(str(photos.folder), "a photo of sks toy", with_prior_preservation=True, class_prompt="a toy " * 40)
@@ -196,7 +196,7 @@ def test_prompts_and_captions_that_the_model_cuts_are_named_before_training(phot
     assert long_prompts_of(photos, SubjectOptions(data=data, model=elsewhere)) == []
 
 
-def test_what_is_said_of_all_photos_names_no_folder(workspace, uploads):
+def test_findings_about_all_photos_name_no_folder(workspace, uploads):
     photos = SubjectDataset(workspace.new_image_set())
     add_images(photos.folder, uploads[:1])
     (said,) = checked_images(photos).together
@@ -204,7 +204,7 @@ def test_what_is_said_of_all_photos_names_no_folder(workspace, uploads):
     assert photos.folder.name not in said
 
 
-def test_a_card_shows_what_a_user_wrote_as_it_stands(workspace, tmp_path):
+def test_a_card_shows_user_input_as_text(workspace, tmp_path):
     photos = SubjectDataset(workspace.new_image_set())
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "x.png")
     hostile = tmp_path / "<img src=x onerror=alert(1)> {{value}} ${1+1} \"'.png"
@@ -218,5 +218,5 @@ def test_a_card_shows_what_a_user_wrote_as_it_stands(workspace, tmp_path):
     assert "<script>" not in sentences(["<script>"])
 
 
-def test_no_photos_say_what_to_do(workspace):
+def test_without_photos_the_page_says_what_to_do(workspace):
     assert "Drop three to ten photos" in cards(SubjectDataset(workspace.new_image_set()), None)

@@ -76,14 +76,14 @@ def commanded(tiny_model, tmp_path, adapter_paths, scales, **changes):
 
 
 @pytest.mark.parametrize("references", [["first@4"], ["second-nora@4"], ["first@2"], ["first@4", "second-nora@2"]])
-def test_the_command_line_draws_the_same_pixels(cache, workspace, tiny_model, tmp_path, references):
+def test_the_command_line_generates_the_same_pixels(cache, workspace, tiny_model, tmp_path, references):
     scales = [0.7, 0.4][: len(references)]
     wanted = job(workspace, *references, scales=scales)
     paths = [each.adapter.path for each in wanted.adapters]
     assert apart(one(cache, wanted), commanded(tiny_model, tmp_path, paths, scales)) == 0
 
 
-def test_a_seed_gives_the_same_image_whatever_was_drawn_before_and_beside_it(cache, workspace):
+def test_a_seed_gives_the_same_image_whatever_else_is_generated(cache, workspace):
     alone = one(cache, job(workspace, "first@4"))
     drawn(cache, job(workspace, "second-nora@4", scales=[0.3]))
     among = drawn(cache, job(workspace, "first@4", seeds=(4, 5, 6)))
@@ -109,7 +109,7 @@ def test_progress_counts_every_step_to_the_end(cache, workspace):
 
 
 @pytest.mark.parametrize("step", [0, 1, 3])
-def test_closing_stops_within_a_step_and_the_next_image_is_as_ever(cache, workspace, monkeypatch, step):
+def test_closing_cancels_within_a_step_and_does_not_change_the_next_image(cache, workspace, monkeypatch, step):
     expected = one(cache, job(workspace, "first@4"))
     done = []
     unet = next(iter(cache._models.values())).pipeline.unet
@@ -198,7 +198,7 @@ def test_a_file_for_another_model_is_refused_and_the_cache_stays_usable(cache, w
     assert apart(one(cache, job(workspace, "first@4")), expected) == 0
 
 
-def test_a_run_that_has_changed_is_loaded_anew(cache, workspace, tiny_model, tmp_path):
+def test_an_adapter_whose_file_changed_is_loaded_again(cache, workspace, tiny_model, tmp_path):
     changing = Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True)
     small_run(changing.runs, tiny_model, "same")
     before = one(cache, job(changing, "same@4"))
@@ -207,7 +207,7 @@ def test_a_run_that_has_changed_is_loaded_anew(cache, workspace, tiny_model, tmp
     assert apart(one(cache, job(changing, "same@4")), before) > 1
 
 
-def test_few_models_stay_loaded(workspace, tiny_model, tmp_path):
+def test_the_number_of_loaded_models_is_limited(workspace, tiny_model, tmp_path):
     cache = PipelineCache()
     for name in ("a", "b", "c"):
         shutil.copytree(tiny_model, tmp_path / name)
@@ -249,12 +249,12 @@ def test_the_recommended_step_is_the_default_and_every_saved_one_can_be_chosen(w
 
 
 @pytest.mark.parametrize("reference", ["first@99", "first@../..", "../first@2", "nobody@2", "file@../../x", "first", None, "@"])
-def test_no_reference_reaches_what_is_not_there(workspace, reference):
+def test_an_unknown_reference_is_refused(workspace, reference):
     with pytest.raises(InputError):
         adapter_called(workspace, reference)
 
 
-def test_drawn_images_carry_their_settings_and_the_newest_are_kept(cache, workspace, tmp_path):
+def test_generated_images_contain_their_settings_and_only_the_newest_are_kept(cache, workspace, tmp_path):
     kept = GeneratedImages(tmp_path / "drawn")
     made = drawn(cache, job(workspace, "first@2", scales=[0.5]))[0]
     path = kept.add(made.image, made.settings)

@@ -12,7 +12,7 @@ def default(group, field):
 
 
 @pytest.mark.parametrize("preset", SUBJECT, ids=lambda preset: preset.name)
-def test_a_preset_sets_options_that_exist_and_says_why(preset):
+def test_a_preset_sets_existing_options_with_reasons(preset):
     groups = groups_of(SubjectOptions)
     for value in preset.values:
         assert value.field in fields_of(groups[value.group])
@@ -22,19 +22,19 @@ def test_a_preset_sets_options_that_exist_and_says_why(preset):
 
 
 @pytest.mark.parametrize("preset", SUBJECT, ids=lambda preset: preset.name)
-def test_the_values_of_a_preset_fit_together(preset):
+def test_the_values_of_a_preset_are_valid_together(preset):
     groups = groups_of(SubjectOptions)
     SubjectOptions(**{group: groups[group](**fields) for group, fields in preset.options().items()})
 
 
-def test_the_balanced_preset_is_the_trainers_own_way():
+def test_the_balanced_preset_has_the_trainer_s_defaults():
     assert all(value.value == default(value.group, value.field) for value in preset_named(SUBJECT, BALANCED).values)
 
 
 @pytest.mark.parametrize("preset", [preset for preset in SUBJECT if preset.name != BALANCED], ids=lambda preset: preset.name)
-def test_the_others_differ_from_it_in_each_of_their_values(preset):
+def test_every_value_of_the_other_presets_differs_from_the_balanced_preset(preset):
     assert all(value.value != default(value.group, value.field) for value in preset.values)
 
 
-def test_a_name_that_is_none_means_the_balanced_preset():
+def test_an_unknown_name_means_the_balanced_preset():
     assert preset_named(SUBJECT, "Fastest").name == BALANCED

@@ -5,7 +5,7 @@ from webui.generation_requests import GenerationRequest
 from webui.screens import check, use
 
 
-def test_the_scenes_of_a_draft_are_looked_through():
+def test_the_page_warns_of_a1111_syntax_in_scenes():
     plain, _ = check._Handlers(None).describe(Draft().to_browser())
     assert "A1111" not in plain
     said, _ = check._Handlers(None).describe(Draft(scenes=["at night <lora:toy:0.8>", "(snow:1.4)"]).to_browser())
@@ -14,7 +14,7 @@ def test_the_scenes_of_a_draft_are_looked_through():
     assert "choose it under Use" in said
 
 
-def test_the_words_of_a_wish_are_looked_through():
+def test_the_page_warns_of_a1111_syntax_in_generation_requests():
     assert use._of_syntax(GenerationRequest(None, None, 1.0, "a star")) == ""
     said = use._of_syntax(GenerationRequest(None, None, 1.0, "a star <lora:toy:0.8>", negative_prompt="(fog:1.2)"))
     assert said.count('class="warning"') == 2

@@ -58,7 +58,7 @@ def test_runs_are_compared_by_images_of_the_same_prompt_and_seed_and_by_options_
     assert all(f"{letter}: training loss" in curves for letter in "AB")
 
 
-def test_runs_that_drew_other_prompts_say_so_and_offer_to_draw(workspace):
+def test_runs_with_different_prompts_offer_to_generate_the_same_one(workspace):
     for name, prompts in (("a", ("one",)), ("b", ("two",))):
         add_samples(run_in(workspace.runs / name, "done"), 100, prompts=prompts)
     run_in(workspace.runs / "c", "done")
@@ -66,7 +66,7 @@ def test_runs_that_drew_other_prompts_say_so_and_offer_to_draw(workspace):
     assert OTHER_IMAGES in Compared.of(workspace, ["a", "c"]).images()
 
 
-def test_runs_with_the_same_options_say_that(workspace):
+def test_runs_with_the_same_options_have_no_differences(workspace):
     for name in "ab":
         finished_run(workspace.runs / name)
     assert "None. The runs have the same options." in Compared.of(workspace, ["a", "b"]).differences()
@@ -96,7 +96,7 @@ def test_classifiers_are_compared_by_their_accuracies_with_intervals(workspace):
         (["a", None], "This run does not exist"),
     ],
 )
-def test_what_cannot_be_compared_is_said(workspace, ids, message):
+def test_runs_that_cannot_be_compared_are_refused(workspace, ids, message):
     for name in "abcde":
         run_in(workspace.runs / name, "done")
     classifier(workspace.runs / "digits")
@@ -104,7 +104,7 @@ def test_what_cannot_be_compared_is_said(workspace, ids, message):
         Compared.of(workspace, ids)
 
 
-def test_nothing_that_a_user_wrote_is_markup_in_the_comparison(workspace):
+def test_user_input_is_escaped_in_the_comparison(workspace):
     for name in "ab":
         run = with_options(finished_run(workspace.runs / name), data={"instance_prompt": NASTY + name, NASTY: NASTY + name})
         add_samples(run, 60, prompts=(NASTY,))
@@ -115,7 +115,7 @@ def test_nothing_that_a_user_wrote_is_markup_in_the_comparison(workspace):
     assert "&lt;script&gt;" in shown
 
 
-def test_a_duplicate_has_the_run_s_photos_where_they_are_the_user_s_own(workspace, tmp_path, monkeypatch):
+def test_a_duplicate_has_the_run_s_photos_if_they_were_uploaded_by_the_user(workspace, tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(gr, "Warning", said.append)
     own = workspace.new_image_set().absolute()
@@ -131,7 +131,7 @@ def test_a_duplicate_has_the_run_s_photos_where_they_are_the_user_s_own(workspac
     assert (classes["set"], classes["options"]) == (own.name, {"data": {"views": 2}})
 
 
-def test_a_prompt_is_drawn_with_the_adapter_of_each_run_that_has_one(workspace, monkeypatch, tmp_path):
+def test_a_prompt_is_generated_with_the_adapter_of_each_run_that_has_one(workspace, monkeypatch, tmp_path):
     finished_run(workspace.runs / "a")
     run_in(workspace.runs / "b", "done")
     image, requests = workspace.runs / "a" / "samples" / "step-0000100" / "0.png", []
@@ -154,7 +154,7 @@ def test_before_the_first_run_the_list_says_what_to_do():
     assert "There are no runs yet" in run_cards.cards([], None)
 
 
-def test_the_run_in_view_is_marked_and_says_why_it_ended(workspace):
+def test_the_selected_run_is_marked_with_the_reason_why_it_ended(workspace):
     run_in(workspace.runs / "a", "interrupted")
     shown = run_cards.cards([RunView(workspace.run("a"))], "a")
     assert 'aria-pressed="true"' in shown
@@ -192,7 +192,7 @@ def pick(page, *names):
     page.keyboard.press("Escape")
 
 
-def test_a_run_is_chosen_compared_and_deleted_after_it_was_asked_whether_really(server, new_page, screenshot):
+def test_a_run_is_selected_compared_and_deleted_after_a_confirmation(server, new_page, screenshot):
     page = new_page(server.url)
     open_runs(page)
     assert page.locator("button.run").count() == 4
@@ -212,7 +212,7 @@ def test_a_run_is_chosen_compared_and_deleted_after_it_was_asked_whether_really(
     assert page.locator("button.run").count() == 3
 
 
-def test_two_runs_are_shown_side_by_side_and_a_duplicate_goes_to_the_check(server, new_page, screenshot):
+def test_two_runs_are_compared_and_a_duplicate_opens_check(server, new_page, screenshot):
     page = new_page(server.url, dark=True)
     open_runs(page)
     pick(page, re.compile("LoRA.*done"), re.compile("NoRA.*done"))
@@ -226,7 +226,7 @@ def test_two_runs_are_shown_side_by_side_and_a_duplicate_goes_to_the_check(serve
     page.wait_for_selector("#screen-check", state="visible")
 
 
-def test_on_a_phone_nothing_is_wider_than_the_screen(server, new_page, screenshot):
+def test_runs_fits_a_phone(server, new_page, screenshot):
     page = new_page(server.url, size="phone")
     open_runs(page)
     screenshot(page, "runs-phone")

@@ -64,7 +64,7 @@ def says(page, words, place="#train-phase"):
 
 
 @pytest.mark.slow(25)
-def test_a_run_is_followed_stopped_resumed_reloaded_and_judged(new_page, server, started, screenshot):
+def test_a_run_is_followed_stopped_resumed_and_judged(new_page, server, started, screenshot):
     record = started
     page = opened(new_page, server)
     trains_to(page, record, 20)
@@ -102,7 +102,7 @@ def test_a_run_is_followed_stopped_resumed_reloaded_and_judged(new_page, server,
 
 
 @pytest.mark.slow(25)
-def test_a_killed_process_is_told_and_resume_goes_on_and_a_killed_server_loses_nothing(new_page, server, started):
+def test_a_killed_run_is_reported_and_resumed_and_a_killed_server_loses_nothing(new_page, server, started):
     record = started
     page = opened(new_page, server)
     trains_to(page, record, 20)

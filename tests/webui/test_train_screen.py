@@ -39,7 +39,7 @@ def shown(found):
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_the_buttons_are_those_that_the_state_allows(workspace, state):
+def test_the_buttons_depend_on_the_state(workspace, state):
     look = view(run_in(workspace.runs / "a", state, steps=5, error="ValueError: no" if state == "failed" else None))
     found = parts(look)
     assert shown(found) == set(look.actions) & set(BUTTONS)
@@ -56,20 +56,20 @@ def test_without_a_run_and_after_its_deletion_the_screen_says_what_to_do(workspa
     assert shown(found) == set()
 
 
-def test_training_is_told_in_steps_time_and_a_bar(workspace):
+def test_training_shows_steps_remaining_time_and_a_progress_bar(workspace):
     bar = parts(view(run_in(workspace.runs / "a", steps=25, total=100)))["bar"].key
     assert 'aria-valuenow="25"' in bar
     assert "width:25.0%" in bar
     assert "25 of 100 steps, 40 seconds left" in bar
 
 
-def test_a_phase_whose_end_nobody_knows_has_a_bar_without_a_figure(workspace):
+def test_a_phase_of_unknown_length_has_a_progress_bar_without_a_value(workspace):
     found = parts(view(run_in(workspace.runs / "a", phase="calibrating", total=None)))
     assert "aria-valuenow" not in found["bar"].key
     assert "Calibrating: measuring" in found["head"].key
 
 
-def test_a_short_training_of_leave_one_out_is_followed_in_its_own_folder(workspace):
+def test_the_progress_of_a_cross_validation_fold_is_read_from_its_folder(workspace):
     run = run_in(workspace.runs / "a", phase="cross_validation", fold=2, total=None)
     part = run_in(run.path / "folds" / "1", steps=30, total=60)
     found = parts(view(run))
@@ -78,7 +78,7 @@ def test_a_short_training_of_leave_one_out_is_followed_in_its_own_folder(workspa
     assert found["loss"].key == progress.losses(view(part)) != ""
 
 
-def test_a_classifier_counts_its_fits_and_draws_the_one_at_work(workspace):
+def test_a_classifier_shows_its_trainings_and_plots_the_current_one(workspace):
     trial = "trials/16-shots/seed-1/nora"
     run = run_in(workspace.runs / "a", phase="fitting nora, 16 shots, seed 1", step=3, total=4, trial=trial)
     (run.path / "options.json").write_text(json.dumps({"target_layers": {}}))
@@ -91,19 +91,19 @@ def test_a_classifier_counts_its_fits_and_draws_the_one_at_work(workspace):
 
 
 @pytest.mark.parametrize("trial", ["../../other", "/etc", 3, "trials/none"])
-def test_a_status_that_points_outside_is_not_followed(workspace, trial):
+def test_a_trial_outside_of_the_run_s_folder_is_not_read(workspace, trial):
     run_in(workspace.runs / "other", steps=3)
     look = view(run_in(workspace.runs / "a" / "b", trial=trial))
     assert progress.part_at_work(look) == look.record
 
 
-def test_an_ended_run_says_why_and_from_where_it_goes_on(workspace):
+def test_an_ended_run_shows_the_reason_and_where_resume_continues(workspace):
     run = run_in(workspace.runs / "a", "interrupted", steps=70)
     assert "No checkpoint was saved. Resume starts again" in parts(view(run))["head"].key
     add_checkpoint(run, 50)
     head = parts(view(run))["head"].key
     assert "70 of 100 steps were done" in head
-    assert "as when the machine is switched off. Everything up to step 50 is saved. Resume continues from there." in head
+    assert "Perhaps the machine was switched off. Everything up to step 50 is saved. Resume continues from there." in head
 
 
 @pytest.mark.parametrize(
@@ -118,12 +118,12 @@ def test_an_ended_run_says_why_and_from_where_it_goes_on(workspace):
         (None, "The run ended without an error message. Press Resume"),
     ],
 )
-def test_errors_are_one_plain_sentence_with_what_to_do(error, told):
+def test_errors_are_shown_with_the_remedy_and_without_flags(error, told):
     assert plain_error(error).startswith(told)
     assert "--" not in plain_error(error)
 
 
-def test_words_of_users_and_errors_are_shown_as_words(workspace):
+def test_user_input_and_errors_are_escaped(workspace):
     run = run_in(workspace.runs / "a", "failed", steps=3, error="InputError: <script>alert(1)</script>")
     add_samples(run, 0)
     (run.path / LOG).write_text("<img src=x onerror=alert(1)>\n")
@@ -135,7 +135,7 @@ def test_words_of_users_and_errors_are_shown_as_words(workspace):
     assert "&lt;b&gt;in the snow" in page
 
 
-def test_samples_are_there_from_the_first_the_newest_first_and_are_copies_that_gradio_may_serve(workspace, tmp_path):
+def test_samples_are_shown_newest_first_as_copies_in_the_cache(workspace, tmp_path):
     run = run_in(workspace.runs / "a", steps=60)
     assert "Sample images appear here" in parts(view(run))["samples"].make().value
     for step in (0, 20, 40):
@@ -148,7 +148,7 @@ def test_samples_are_there_from_the_first_the_newest_first_and_are_copies_that_g
     assert made.count(f"gradio_api/file={tmp_path / 'cache'}") == made.count("<img")
 
 
-def test_small_images_keep_their_hard_edges_and_large_ones_are_sent_small(workspace):
+def test_small_images_are_not_smoothed_and_large_ones_are_downscaled(workspace):
     run = run_in(workspace.runs / "a", steps=60)
     add_samples(run, 20, side=64)
     add_samples(run, 40, side=1024)
@@ -157,7 +157,7 @@ def test_small_images_keep_their_hard_edges_and_large_ones_are_sent_small(worksp
     assert made.count(".webp") == len(PROMPTS) + 1
 
 
-def test_what_gradio_has_deleted_from_its_cache_is_made_again(workspace, tmp_path):
+def test_images_that_gradio_deleted_from_its_cache_are_copied_again(workspace, tmp_path):
     run = run_in(workspace.runs / "a", steps=60)
     add_samples(run, 20)
     first = parts(view(run))["samples"].make().value
@@ -167,7 +167,7 @@ def test_what_gradio_has_deleted_from_its_cache_is_made_again(workspace, tmp_pat
     assert list((tmp_path / "cache").rglob("*.png"))
 
 
-def test_figures_are_those_of_the_files(workspace):
+def test_costs_and_curves_have_the_values_of_the_files(workspace):
     run = run_in(workspace.runs / "a", steps=40)
     measure(run)
     report = {"seconds_per_step": 0.25, "seconds": 100.0, "peak_memory": 2.5e9, "disk": 3e6, "trained_numbers": 54_272}
@@ -180,7 +180,7 @@ def test_figures_are_those_of_the_files(workspace):
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(3, "5 seconds"), (42, "40 seconds"), (61, "1 minute"), (9000, "2.5 hours")])
-def test_times_are_told_in_words(seconds, words):
+def test_durations_are_rounded(seconds, words):
     assert duration(seconds) == words
 
 
@@ -193,7 +193,7 @@ def handler(tmp_path):
     return found
 
 
-def test_a_look_at_500_points_sends_little_and_nothing_that_is_there_already(workspace, tmp_path):
+def test_a_refresh_with_500_points_sends_only_the_changed_curves(workspace, tmp_path):
     run = run_in(workspace.runs / "a", steps=500, total=1000)
     measure(run)
     for step in (0, 100, 200, 300):
@@ -211,14 +211,14 @@ def test_a_look_at_500_points_sends_little_and_nothing_that_is_there_already(wor
     assert all(each == gr.skip() for each in sent)
 
 
-def test_the_log_is_sent_only_where_somebody_looks_at_it(workspace):
+def test_the_log_is_sent_only_if_it_is_open(workspace):
     run = run_in(workspace.runs / "a", steps=5)
     (run.path / LOG).write_text("one\ntwo\n")
     assert parts(view(run))["log"].key == ""
     assert "one\ntwo" in parts(view(run), log_open=True)["log"].key
 
 
-def test_looking_writes_nothing_into_the_run(workspace):
+def test_showing_a_run_writes_nothing_to_its_directory(workspace):
     run = finished_run(workspace.runs / "a")
     before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
     for part in parts(view(run), log_open=True).values():
@@ -226,7 +226,7 @@ def test_looking_writes_nothing_into_the_run(workspace):
     assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
 
 
-def test_a_part_is_made_only_where_its_key_has_changed():
+def test_an_update_is_made_only_if_its_key_changed():
     def fails():
         raise AssertionError
 
@@ -236,7 +236,7 @@ def test_a_part_is_made_only_where_its_key_has_changed():
     assert updates(unmade, same, found) == [gr.skip()] * len(found)
 
 
-def test_the_newest_sheet_stands_in_where_there_are_no_single_images(workspace):
+def test_the_newest_contact_sheet_is_shown_if_there_are_no_single_samples(workspace):
     run = run_in(workspace.runs / "a", steps=5)
     add_samples(run, 1)
     sheet = next(run.samples_at(1).glob("*.png"))

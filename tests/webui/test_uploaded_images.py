@@ -118,7 +118,7 @@ def test_a_heic_without_its_decoder_is_named_with_the_remedy(tmp_path, folder, m
     image_formats._register_heif.cache_clear()
 
 
-def test_the_formats_that_the_page_lists_are_those_that_it_takes(tmp_path, folder):
+def test_the_page_lists_the_formats_that_it_accepts(tmp_path, folder):
     words = listed(UPLOAD_FORMATS)
     assert words.startswith("JPEG, PNG, WebP, GIF, TIFF")
     assert "BMP" not in words
@@ -127,7 +127,7 @@ def test_the_formats_that_the_page_lists_are_those_that_it_takes(tmp_path, folde
     assert {".jfif", ".tiff", ".gif", ".heic"} < set(image_formats.UPLOAD_SUFFIXES)
 
 
-def test_a_name_that_is_not_utf_8_is_shown_and_written(tmp_path, folder):
+def test_a_name_that_is_not_valid_utf_8_can_be_displayed_and_written(tmp_path, folder):
     path = tmp_path / os.fsdecode(b"\xffmug.png")
     try:
         path.write_bytes(content("PNG"))

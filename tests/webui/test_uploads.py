@@ -85,7 +85,7 @@ def test_a_file_that_is_not_an_image_is_refused_whatever_its_suffix(tmp_path, fo
     assert added.refused == [f"mug.png is not a {listed(UPLOAD_FORMATS)} image. Save it in one of these formats."]
 
 
-def test_a_bitmap_is_refused_though_pillow_reads_it(tmp_path, folder):
+def test_a_bitmap_is_refused_although_pillow_reads_it(tmp_path, folder):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", "BMP")
     assert "is not a JPEG" in uploads.add_images(folder, [tmp_path / "a.png"]).refused[0]
 
@@ -176,7 +176,7 @@ def test_a_jpeg_that_carries_further_images_counts_as_jpeg(tmp_path, folder):
     assert uploads.add_images(folder, [tmp_path / "a.jpg"]).refused == []
 
 
-def test_a_damaged_colour_profile_harms_nothing(tmp_path, folder):
+def test_a_damaged_colour_profile_is_ignored(tmp_path, folder):
     good = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     Image.new("RGB", (8, 8), "red").save(tmp_path / "good.png", icc_profile=good)
     Image.new("RGB", (8, 8), "red").save(tmp_path / "bad.png", icc_profile=b"no profile" * 40)
@@ -184,7 +184,7 @@ def test_a_damaged_colour_profile_harms_nothing(tmp_path, folder):
     assert [opened(folder, name).getpixel((0, 0)) for name in names] == [(255, 0, 0), (255, 0, 0)]
 
 
-def test_names_stay_in_set_json_and_are_one_line(tmp_path, folder):
+def test_names_are_stored_in_set_json_as_one_line(tmp_path, folder):
     name = "<img src=x onerror=alert(1)>; rm -rf $(pwd) `id`.png"
     path = written(tmp_path / name, png_bytes())
     assert uploads.add_images(folder, [path]).names == ["0001.png"]
@@ -195,7 +195,7 @@ def test_names_stay_in_set_json_and_are_one_line(tmp_path, folder):
 
 
 @pytest.mark.parametrize("kind", list(hostile_zips()))
-def test_a_hostile_zip_is_refused_whole(tmp_path, folder, kind):
+def test_a_hostile_zip_is_refused_completely(tmp_path, folder, kind):
     make, sentence = hostile_zips()[kind]
     path = make(tmp_path / "upload.zip")
     before = sorted(tmp_path.parent.rglob("*"))
@@ -271,7 +271,7 @@ def test_images_are_removed_reordered_moved_and_captioned_by_their_generated_nam
 
 
 @pytest.mark.parametrize("file", ["../../secret.txt", "/etc/passwd", "c00/../../x", "set.json", "", "0001.png\x00"])
-def test_no_path_from_outside_is_followed(tmp_path, folder, file):
+def test_no_path_given_by_a_user_is_followed(tmp_path, folder, file):
     uploads.add_images(folder, [written(tmp_path / "a.png", png_bytes())])
     before = sorted(tmp_path.rglob("*"))
     for change in (
@@ -291,7 +291,7 @@ def test_no_path_from_outside_is_followed(tmp_path, folder, file):
     ]
 
 
-def test_two_tabs_at_once_lose_no_image(tmp_path, folder):
+def test_two_simultaneous_uploads_lose_no_image(tmp_path, folder):
     files = [written(tmp_path / f"{place}.png", png_bytes(place)) for place in range(8)]
     tabs = [threading.Thread(target=lambda file=file: [uploads.add_images(folder, [file]) for _ in range(5)]) for file in files]
     for tab in tabs:
@@ -344,13 +344,13 @@ def test_tensors_that_are_no_adapter_or_not_finite_are_refused(tmp_path, workspa
         ({"unet.x.lora_A.weight": torch.ones(2, 2), "control_model.x.weight": torch.ones(2)}, r"^a\.safetensors is a ControlNet"),
     ],
 )
-def test_a_file_that_is_not_a_lora_for_sdxl_is_named_for_what_it_is(tmp_path, workspace, tensors, sentence):
+def test_a_file_that_is_not_a_lora_for_sdxl_is_refused_with_its_kind(tmp_path, workspace, tensors, sentence):
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(InputError, match=sentence):
         uploads.add_adapter(workspace, tmp_path / "a.safetensors")
 
 
-def test_alphas_of_whole_numbers_are_taken_and_what_is_left_out_is_said(tmp_path, workspace):
+def test_integer_alphas_are_accepted_and_ignored_tensors_reported(tmp_path, workspace):
     layer = "lora_unet_input_blocks_4_1_proj_in"
     tensors = {f"{layer}.lora_down.weight": torch.ones(2, 4), f"{layer}.alpha": torch.tensor(2)}
     tensors |= {"bundle_emb.blue mug.clip_l": torch.ones(1, 4), "step": torch.tensor(9)}
@@ -361,7 +361,7 @@ def test_alphas_of_whole_numbers_are_taken_and_what_is_left_out_is_said(tmp_path
     assert "also holds 'step'" in said[1]
 
 
-def test_two_uploaded_adapters_have_references_of_their_own(tmp_path, workspace):
+def test_two_uploaded_adapters_have_different_references(tmp_path, workspace):
     copies = {}
     for name in ("first.safetensors", "second.safetensors"):
         save_file({"unet.x.lora_A.weight": torch.ones(2, 2)}, tmp_path / name)
@@ -372,13 +372,13 @@ def test_two_uploaded_adapters_have_references_of_their_own(tmp_path, workspace)
         assert adapter_called(workspace, references[name]).path == copy
 
 
-def test_a_header_that_announces_more_than_it_may_is_refused(tmp_path):
+def test_a_header_larger_than_the_limit_is_refused(tmp_path):
     path = written(tmp_path / "a.safetensors", struct.pack("<Q", 2**40) + b"{}")
     with pytest.raises(InputError, match="header of 1099511627776 bytes"):
         uploads.check_adapter(path)
 
 
-def test_too_large_an_adapter_is_refused_unread(tmp_path):
+def test_an_adapter_above_the_size_limit_is_refused_unread(tmp_path):
     path = tmp_path / "a.safetensors"
     with path.open("wb") as file:
         file.truncate(600 * 2**20)

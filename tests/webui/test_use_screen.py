@@ -77,7 +77,7 @@ def pixels(path):
 
 
 @pytest.mark.slow(12)
-def test_a_image_is_the_same_each_time_and_carries_its_settings(server, new_page, screenshot):
+def test_an_image_is_reproducible_and_contains_its_settings(server, new_page, screenshot):
     page = opened(new_page, server)
     assert page.locator("#use-prompt textarea").input_value() == "a star in the snow"
     page.locator("#use-suggestions button", has_text="a star at night").click()
@@ -98,7 +98,7 @@ def test_a_image_is_the_same_each_time_and_carries_its_settings(server, new_page
 
 
 @pytest.mark.slow(8)
-def test_cancel_ends_the_drawing_and_the_next_image_is_drawn(server, new_page):
+def test_cancel_stops_the_generation_and_the_next_one_works(server, new_page):
     page = opened(new_page, server)
     with_steps(page, 100)
     set_number(page, "use-count", 8)
@@ -119,7 +119,7 @@ def test_cancel_ends_the_drawing_and_the_next_image_is_drawn(server, new_page):
 
 
 @pytest.mark.slow(16)
-def test_a_closed_tab_stops_its_drawing_and_images_stay(server, new_page):
+def test_closing_the_tab_stops_the_generation_and_keeps_the_images(server, new_page):
     page = opened(new_page, server)
     with_steps(page, 3)
     generated(page)
@@ -137,7 +137,7 @@ def test_a_closed_tab_stops_its_drawing_and_images_stay(server, new_page):
 
 
 @pytest.mark.slow(8)
-def test_strength_zero_is_the_base_model(server, new_page):
+def test_weight_zero_is_the_base_model(server, new_page):
     page = opened(new_page, server)
     with_steps(page, 3)
     set_number(page, "use-strength", 0)
@@ -153,7 +153,7 @@ def test_strength_zero_is_the_base_model(server, new_page):
 
 
 @pytest.mark.slow(14)
-def test_a_mix_is_drawn_used_again_and_baked_into_a_file_for_stock_diffusers(server, new_page, tmp_path):
+def test_combined_adapters_generate_are_reused_and_merged_for_stock_diffusers(server, new_page, tmp_path):
     page = opened(new_page, server)
     with_steps(page, 3)
     set_number(page, "use-strength", 0.5)
@@ -189,7 +189,7 @@ def test_a_mix_is_drawn_used_again_and_baked_into_a_file_for_stock_diffusers(ser
 
 
 @pytest.mark.slow(7)
-def test_every_form_of_the_adapter_is_downloaded_under_a_name_of_ours(server, new_page, tmp_path):
+def test_every_layout_of_the_adapter_can_be_downloaded(server, new_page, tmp_path):
     page = opened(new_page, server)
     names = []
     for layout in ("full", "diffusers", "kohya"):

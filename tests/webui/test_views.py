@@ -38,7 +38,7 @@ def view(run):
 
 
 @pytest.mark.parametrize("told", ["queued", "starting", "running", "stopped", "failed", "done"])
-def test_the_state_is_what_the_run_says_while_its_process_lives_or_has_said_how_it_ended(workspace, told):
+def test_the_state_is_that_of_the_status_if_the_process_is_alive_or_reported_its_end(workspace, told):
     run = run_in(workspace.runs / "a", told, error="ValueError: no" if told == "failed" else None)
     assert view(run).state == told
     assert view(run).is_active == (told in ("queued", "starting", "running"))
@@ -46,7 +46,7 @@ def test_the_state_is_what_the_run_says_while_its_process_lives_or_has_said_how_
 
 
 @pytest.mark.parametrize("told", ["queued", "starting", "running"])
-def test_a_process_that_is_gone_without_a_word_was_interrupted_or_had_been_asked_to_stop(workspace, told):
+def test_a_run_whose_process_ended_silently_was_interrupted_or_stopped_on_request(workspace, told):
     run = run_in(workspace.runs / "a", "interrupted")
     status = {**run.status(), "state": told}
     (run.path / "status.json").write_text(json.dumps(status))
@@ -58,13 +58,13 @@ def test_a_process_that_is_gone_without_a_word_was_interrupted_or_had_been_asked
     assert (view(run).state, view(run).reason) == ("stopped", "You stopped it.")
 
 
-def test_another_process_with_the_run_s_id_is_not_its_process(workspace):
+def test_another_process_with_the_same_id_is_not_the_run_s_process(workspace):
     run = run_in(workspace.runs / "a", "running")
     (run.path / "status.json").write_text(json.dumps({**run.status(), "pid_started": 12.5}))
     assert view(run).state == "interrupted"
 
 
-def test_a_zombie_is_no_live_process(workspace):
+def test_a_zombie_does_not_count_as_alive(workspace):
     run = run_in(workspace.runs / "a", "interrupted")
     child = subprocess.Popen([sys.executable, "-c", ""])
     started = psutil.Process(child.pid).create_time()
@@ -75,7 +75,7 @@ def test_a_zombie_is_no_live_process(workspace):
     child.wait()
 
 
-def test_a_run_is_starting_until_its_process_has_had_the_time_to_speak(workspace):
+def test_a_run_without_a_status_is_starting_for_some_seconds(workspace):
     path = workspace.new_run()
     (path / LAUNCH).write_text(json.dumps({"task": "subject", "created": time.time()}))
     assert RunView(workspace.run(path.name)).state == "starting"
@@ -92,7 +92,7 @@ def test_a_run_is_starting_until_its_process_has_had_the_time_to_speak(workspace
         ("torch.OutOfMemoryError: CUDA\ntorch.distributed.elastic.x.ChildFailedError: y\n", "torch.OutOfMemoryError: CUDA"),
     ],
 )
-def test_a_run_that_fails_before_its_directory_is_opened_says_why(workspace, log, error):
+def test_a_run_that_fails_before_it_opens_its_directory_has_the_error_of_the_log(workspace, log, error):
     run = run_in(workspace.runs / "a", "interrupted")
     (run.path / "status.json").write_text(json.dumps({"state": "starting", **process_of("done")}))
     (run.path / LOG).write_text(f"$ accelerate\nerror: of the start before\n$ accelerate\n{log}")
@@ -101,14 +101,14 @@ def test_a_run_that_fails_before_its_directory_is_opened_says_why(workspace, log
     assert last_error(run) == error
 
 
-def test_a_start_that_said_nothing_of_an_error_was_interrupted(workspace):
+def test_a_start_without_an_error_in_the_log_was_interrupted(workspace):
     run = run_in(workspace.runs / "a", "interrupted")
     (run.path / "status.json").write_text(json.dumps({"state": "starting", **process_of("done")}))
     (run.path / LOG).write_text(f"$ accelerate\nerror: of the start before\n$ accelerate\nloading\n{KILLED}")
     assert (view(run).state, ended_by(run)) == ("interrupted", "SIGKILL")
 
 
-def test_only_a_subject_s_training_can_be_asked_for_samples_and_checkpoints(workspace):
+def test_samples_and_checkpoints_can_be_requested_only_from_a_training_subject_run(workspace):
     assert view(run_in(workspace.runs / "a", "running")).actions == ("stop", "sample", "save")
     assert view(run_in(workspace.runs / "b", "running", phase="loading")).actions == ("stop",)
     run = run_in(workspace.runs / "c", "running")
@@ -116,7 +116,7 @@ def test_only_a_subject_s_training_can_be_asked_for_samples_and_checkpoints(work
     assert (view(run).task, view(run).actions) == ("classify", ("stop",))
 
 
-def test_a_run_that_waits_says_how_many_are_before_it_whoever_s_they_are(tmp_path):
+def test_a_queued_run_counts_the_runs_of_all_users_ahead_of_it(tmp_path):
     root = tmp_path / "runs"
     workspace = Workspace(root / "ben", tmp_path / "sets" / "ben", "ben")
     run = run_in(workspace.runs / "a", "queued")
@@ -128,7 +128,7 @@ def test_a_run_that_waits_says_how_many_are_before_it_whoever_s_they_are(tmp_pat
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"state": "strange"}', "\ud800"])
-def test_a_file_that_is_not_what_it_should_be_hides_no_other_run(workspace, text):
+def test_a_run_with_malformed_files_does_not_hide_others(workspace, text):
     run = run_in(workspace.runs / "a", "done")
     other = run_in(workspace.runs / "b", "done")
     for name in ("status.json", "options.json", LAUNCH, "suggestion.json", "report.json", "metrics.jsonl"):
@@ -139,7 +139,7 @@ def test_a_file_that_is_not_what_it_should_be_hides_no_other_run(workspace, text
     assert 'data-run="b" aria-pressed="true"' in shown
 
 
-def test_a_run_is_called_by_what_it_learns(workspace):
+def test_a_run_is_named_after_its_prompt_or_classes(workspace):
     run = run_in(workspace.runs / "a", "done")
     assert view(run).name == PROMPTS[0]
     (run.path / "options.json").write_text(
@@ -158,7 +158,7 @@ def test_a_run_is_called_by_what_it_learns(workspace):
     assert view(run).title.endswith("(done)")
 
 
-def test_what_the_list_says_is_what_the_files_say(workspace):
+def test_the_list_shows_the_values_of_the_files(workspace):
     run = finished_run(workspace.runs / "a")
     step = json.loads((run.path / "suggestion.json").read_text())["step"]
     found = dict(figures(view(run)))
@@ -168,7 +168,7 @@ def test_what_the_list_says_is_what_the_files_say(workspace):
     assert view(run).share_done == 1.0
 
 
-def test_a_classifier_shows_its_accuracies_with_their_intervals_once_there_are_any(workspace):
+def test_a_classifier_shows_its_accuracies_once_there_is_a_report(workspace):
     run = run_in(workspace.runs / "a", "running", step=1, total=3)
     (run.path / "options.json").write_text(json.dumps({"target_layers": {}, "method": {"method": ["zeroshot", "nora"]}}))
     assert figures(view(run)) == [("Methods", "Zero-shot, NoRA"), ("Trainings", "1 of 3")]
@@ -177,7 +177,7 @@ def test_a_classifier_shows_its_accuracies_with_their_intervals_once_there_are_a
     assert ("NoRA", "50% (0% to 61%)") in figures(view(run))
 
 
-def test_a_step_that_was_done_again_counts_once_and_a_line_cut_short_not_at_all(workspace):
+def test_a_repeated_step_counts_once_and_a_truncated_line_not_at_all(workspace):
     run = run_in(workspace.runs / "a", "running")
     run.log(1, loss=1.0)
     run.log(2, loss=2.0)
@@ -187,14 +187,14 @@ def test_a_step_that_was_done_again_counts_once_and_a_line_cut_short_not_at_all(
     assert series(view(run)) == {"loss": [(1, 1.0), (2, 3.0)]}
 
 
-def test_a_run_that_is_deleted_while_it_is_read_is_a_run_without_files(workspace, tmp_path):
+def test_a_run_that_is_deleted_while_it_is_read_has_no_values(workspace, tmp_path):
     run = run_in(workspace.runs / "a", "done")
     read = view(run)
     run.path.rename(tmp_path / "gone")
     assert (read.status, read.options, series(read)) == ({}, {}, {})
 
 
-def test_everything_a_user_wrote_is_escaped(workspace):
+def test_user_input_is_escaped_in_the_list(workspace):
     nasty = "<img src=x onerror=alert(1)>\"'&"
     run = run_in(workspace.runs / "a", "failed", error=f"InputError: {nasty}")
     (run.path / "options.json").write_text(json.dumps({"data": {"instance_prompt": nasty}, "adapter": {"method": nasty}}))
@@ -203,7 +203,7 @@ def test_everything_a_user_wrote_is_escaped(workspace):
     assert "&lt;img src=x onerror=alert(1)&gt;" in shown
 
 
-def test_a_look_at_a_run_of_500_logged_points_takes_well_under_100_ms(workspace):
+def test_showing_a_run_with_500_logged_points_takes_less_than_50_ms(workspace):
     run = run_in(workspace.runs / "a", "running", steps=500, total=800)
     measure(run)
     for step in (0, 40, 100):

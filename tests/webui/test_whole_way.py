@@ -71,7 +71,7 @@ def newest(workspace, known=()):
 
 
 @pytest.mark.slow(90)
-def test_from_the_example_to_images_in_new_places(new_page, server, workspace, screenshot):
+def test_from_the_example_to_images_in_new_scenes(new_page, server, workspace, screenshot):
     page = opened(new_page, server)
     screenshot(page, "photos", TALLEST)
     go_to(page, "check")

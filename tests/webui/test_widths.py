@@ -22,7 +22,7 @@ def server(app_server, tmp_path_factory):
 
 @pytest.mark.parametrize(("size", "dark"), [("phone", True), ("desk", False)])
 @pytest.mark.slow(20)
-def test_no_screen_is_wider_than_the_page(server, new_page, size, dark):
+def test_every_screen_fits_a_phone_and_a_desk(server, new_page, size, dark):
     page = new_page(server.url, size=size, dark=dark)
     for screen in SCREENS:
         go_to(page, screen)
