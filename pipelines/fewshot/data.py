@@ -1,4 +1,4 @@
-"""Labelled images: classes and where their images lie; read, renamed, checked for copies and damage."""
+"""Datasets of labelled images: reading images, renaming classes, finding duplicates and damaged files."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class LabelledImage:
     """An image of a class.
 
     Args:
-        source: where its bytes come from.
-        label: its class's place among the set's classes.
-        class_name: that class, for errors.
+        source: the file.
+        label: index of the class.
+        class_name: name of the class, for error messages.
     """
 
     source: DatasetSource
@@ -40,21 +40,21 @@ class LabelledImage:
 
     @property
     def name(self) -> str:
-        """Its path within its set."""
+        """The path within the dataset."""
         return self.source.name
 
 
 @dataclass(frozen=True)
 class LabelledSet:
-    """Classes and their images.
+    """A dataset of labelled images.
 
     Args:
-        name: what errors call the set.
-        classes: the classes' names, as prompts speak of them.
-        keys: what the classes are called where they were found, such as their folders; renaming a class leaves its key.
+        name: of the dataset, for messages.
+        classes: names of the classes, as used in prompts.
+        keys: names of the classes in the source, such as folder names; renaming a class does not change its key.
         images: of all classes.
-        parts: of images' names, where whoever made the set has split it; otherwise empty.
-        notes: sentences on how the set was read, and on what of it is not used.
+        parts: part of the split by image name; empty if the dataset defines no split.
+        notes: sentences on how the dataset was read and which files are not used.
     """
 
     name: str
@@ -67,22 +67,22 @@ class LabelledSet:
     def __post_init__(self) -> None:
         if len(self.classes) < 2:
             present = f"only {self.classes[0]!r}" if self.classes else "none"
-            raise InputError(f"{self.name} must hold two classes or more, got {present}. Add a folder for each other class.")
+            raise InputError(f"{self.name} must have at least two classes, got {present}. Add a folder for each further class.")
         counts = Counter(image.label for image in self.images)
         for label, key in enumerate(self.keys):
             if not counts[label]:
                 raise InputError(
-                    f"Class {key!r} of {self.name} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}). Add images to it, "
+                    f"Class {key!r} of {self.name} has no image ({', '.join(sorted(IMAGE_SUFFIXES))}). Add images to it, "
                     "or remove the class."
                 )
 
     def of_part(self, part: Part) -> tuple[LabelledImage, ...]:
-        """The images that are in `part`."""
+        """The images of `part`."""
         return tuple(image for image in self.images if self.parts.get(image.name) == part)
 
 
 def read(image: LabelledImage) -> Image.Image:
-    """The image as RGB, upright, transparent parts white.
+    """The image in upright RGB, with transparent pixels in white.
 
     Raises: InputError naming the image and its class if it cannot be read.
     """
@@ -92,11 +92,11 @@ def read(image: LabelledImage) -> Image.Image:
 
 
 class LabelledImageDataset(Dataset):
-    """Images as a model takes them, for a DataLoader's worker processes: (transformed, label).
+    """Dataset of (transformed image, label).
 
     Args:
-        images: labelled ones.
-        transform: what is made of an image as `read` gives it, such as a model's `preprocess`.
+        images: the labelled images.
+        transform: applied to each image that `read` returns, such as `Clip.preprocess`.
     """
 
     def __init__(self, images: Sequence[LabelledImage], transform: Callable[[Image.Image], Any]) -> None:
@@ -111,36 +111,36 @@ class LabelledImageDataset(Dataset):
 
     @property
     def labels(self) -> torch.Tensor:
-        """(count,) int64."""
+        """(n,) int64."""
         return torch.tensor([image.label for image in self.images], dtype=torch.int64)
 
 
 def rename(labelled: LabelledSet, class_names: Mapping[str, str]) -> LabelledSet:
-    """The same images with other names for classes.
+    """The dataset with other class names.
 
     Args:
-        class_names: by the classes' keys; classes that it leaves out keep their names.
-    Raises: InputError for keys of no class, empty names, and names of two classes.
+        class_names: new names by class key; other classes keep their names.
+    Raises: InputError for an unknown key, an empty name, or a name of several classes.
     """
     unknown = sorted(set(class_names) - set(labelled.keys))
     if unknown:
         raise InputError(f"{labelled.name} has no class {unknown[0]!r} to rename. Its classes are {listed(labelled.keys)}.")
-    now = tuple(class_names.get(key, name).strip() for key, name in zip(labelled.keys, labelled.classes, strict=True))
-    for key, name in zip(labelled.keys, now, strict=True):
+    new_names = tuple(class_names.get(key, name).strip() for key, name in zip(labelled.keys, labelled.classes, strict=True))
+    for key, name in zip(labelled.keys, new_names, strict=True):
         if not clean_name(name) or not name.isprintable():
             raise InputError(f"The name of class {key!r} must be one line of text, got {name!r}.")
-        sharing = [other for other, its in zip(labelled.keys, now, strict=True) if clean_name(its) == clean_name(name)]
+        called = clean_name(name)
+        sharing = [other for other, new in zip(labelled.keys, new_names, strict=True) if clean_name(new) == called]
         if len(sharing) > 1:
-            called = clean_name(name)
-            raise InputError(f"Each class needs a name of its own, but {listed(sharing)} are all called {called!r}. Rename one.")
-    images = tuple(replace(image, class_name=now[image.label]) for image in labelled.images)
-    return replace(labelled, classes=now, images=images)
+            raise InputError(f"Class names must be unique, but {listed(sharing)} are all called {called!r}. Rename one.")
+    images = tuple(replace(image, class_name=new_names[image.label]) for image in labelled.images)
+    return replace(labelled, classes=new_names, images=images)
 
 
 def subset(labelled: LabelledSet, labels: Sequence[int]) -> LabelledSet:
-    """The classes of `labels` alone, in this order, labelled from 0."""
-    place_of = {label: position for position, label in enumerate(labels)}
-    images = tuple(replace(image, label=place_of[image.label]) for image in labelled.images if image.label in place_of)
+    """The dataset with only the classes `labels`, relabelled from 0 in this order."""
+    index_of = {label: position for position, label in enumerate(labels)}
+    images = tuple(replace(image, label=index_of[image.label]) for image in labelled.images if image.label in index_of)
     names = {image.name for image in images}
     return replace(
         labelled,
@@ -152,26 +152,28 @@ def subset(labelled: LabelledSet, labels: Sequence[int]) -> LabelledSet:
 
 
 def base_and_new(labelled: LabelledSet) -> tuple[LabelledSet, LabelledSet]:
-    """The first half of the classes, to train on, and the others, held out; the first has one more where the number is odd.
+    """The first half of the classes, to train on, and the second half, held out.  [Zhou et al. 2022, CoCoOp, section 4.1]
 
-    This is the split of CoOp's base-to-new protocol.  [Zhou et al. 2022, CoCoOp, section 4.1]
+    If the number of classes is odd, the first half has one more.
 
     Raises: InputError if there are fewer than four classes.
     """
     count = len(labelled.classes)
     if count < 4:
-        raise InputError(f"Holding out half of the classes needs at least 4 of them, but {labelled.name} has {count}.")
+        raise InputError(
+            f"Holding out half of the classes needs at least 4 classes, but {labelled.name} has {count}. Add classes."
+        )
     middle = (count + 1) // 2
     return subset(labelled, range(middle)), subset(labelled, range(middle, count))
 
 
 @dataclass(frozen=True)
 class DuplicateImages:
-    """Images whose files hold the same bytes.
+    """Images with identical files.
 
     Args:
-        names: two or more images' names.
-        classes: the classes that they are in, each once.
+        names: of the images, two or more.
+        classes: names of their classes, each once.
     """
 
     names: tuple[str, ...]
@@ -179,18 +181,18 @@ class DuplicateImages:
 
     @property
     def conflicting(self) -> bool:
-        """Whether they are in different classes, so that all but one of their labels are wrong."""
+        """Whether the images are in different classes, so that at most one label is correct."""
         return len(self.classes) > 1
 
     def __str__(self) -> str:
         where = f"in the classes {listed(self.classes)}" if self.conflicting else f"in class {self.classes[0]!r}"
-        return f"The same image is {len(self.names)} times {where}: {listed(self.names)}."
+        return f"The same image occurs {len(self.names)} times {where}: {listed(self.names)}."
 
 
 def find_duplicates(labelled: LabelledSet) -> list[DuplicateImages]:
-    """Images that a set holds more than once, by their files' SHA-256; those in two classes come first.
+    """Groups of images with the same SHA-256; groups in several classes come first.
 
-    Only images whose files are of one size are read.
+    Only files that share their size with another are read.
     """
     by_size: dict[int, list[LabelledImage]] = defaultdict(list)
     for image in labelled.images:
@@ -208,11 +210,12 @@ def find_duplicates(labelled: LabelledSet) -> list[DuplicateImages]:
 
 
 def without_duplicates(labelled: LabelledSet, copies: Iterable[DuplicateImages]) -> LabelledSet:
-    """The set with one of each image: the first of copies in one class; none of copies in several, whose class nobody knows.
+    """The dataset without duplicates, so that no image is both a training and a test image.
 
-    So no image is both learned from and tested on.
+    Of identical images in one class the first stays; identical images in several classes are all removed, since their label is
+    unknown.
 
-    Raises: InputError if a class has none left.
+    Raises: InputError if a class has no images left.
     """
     left_out = {name for duplicate in copies for name in (duplicate.names if duplicate.conflicting else duplicate.names[1:])}
     images = tuple(image for image in labelled.images if image.name not in left_out)
@@ -222,7 +225,7 @@ def without_duplicates(labelled: LabelledSet, copies: Iterable[DuplicateImages])
 def check_readable(images: Sequence[LabelledImage], threads: int = 4) -> None:
     """Decode every image once.
 
-    Raises: InputError naming the first images that cannot be read, and their classes.
+    Raises: InputError naming the first unreadable images and their classes.
     """
     with ThreadPoolExecutor(threads) as pool:
         bar = tqdm(pool.map(_why_unreadable, images), total=len(images), desc="checking images", unit="", leave=False)

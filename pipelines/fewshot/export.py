@@ -1,6 +1,6 @@
-"""An adapted CLIP model in files that need none of this code: merged weights, plain LoRA, torch.export and ONNX.
+"""Export an adapted CLIP model for use without this package: merged weights, plain LoRA, torch.export and ONNX.
 
-Everything is written at the adapter's present scale.
+Everything is exported at the adapter's current scale.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from pipelines.clip_attention import repack, separate
 from pipelines.errors import InputError
 from pipelines.packages import installed
 
-# Between PyTorch and another runtime in single precision, on features of length 1.
+# Largest difference between PyTorch and another runtime in single precision, on features of length 1.
 TOLERANCE = 1e-4
 
 
 def merged(clip: Clip, packed: bool = True) -> Clip:
-    """A copy of `clip` without adapters, their changes added to its weights.
+    """A copy of `clip` with its adapters merged into the weights.
 
     Args:
-        packed: gives attention its original classes back, and so the state dict its original keys.
-    Raises: ValueError naming the layer if a sum is not finite.
+        packed: restores the original attention classes, and with them the original state-dict keys.
+    Raises: ValueError naming the layer if a merged weight is not finite.
     """
     model = copy.deepcopy(clip.model)
     for name, layer in list(model.named_modules()):
@@ -59,16 +59,17 @@ def merged(clip: Clip, packed: bool = True) -> Clip:
 def save_merged(clip: Clip, path: str | os.PathLike) -> None:
     """Write the merged weights as an open_clip checkpoint, a .safetensors file with the keys of the base model.
 
-    `load_clip(model, path)` finds the activation and the preprocessing in it; open_clip itself needs them as arguments.
+    Its metadata hold the activation and the preprocessing, which `load_clip(model, path)` reads; open_clip itself takes them as
+    arguments.
     """
     model = merged(clip).model
     write_tensors(path, model.state_dict(), checkpoint_metadata(model))
 
 
 def save_lora(components: dict[str, nn.Module], folder: Path, scale: float = 1.0) -> None:
-    """Write the adapter as plain LoRA in PEFT's layout, one folder for each encoder; nothing is approximated.
+    """Write the adapter as plain LoRA in PEFT's layout, one folder per encoder, without approximation.
 
-    `PeftModel.from_pretrained` reads a folder onto the encoder's module, once `separate` has given it q, k, v and out.
+    `PeftModel.from_pretrained` loads a folder onto the encoder after `separate` has split its attention.
 
     Args:
         scale: factor of every weight change.
@@ -118,20 +119,20 @@ class TextTower(nn.Module):
 
 
 def _part(model: nn.Module, wanted: Callable[[str], bool]) -> nn.Module:
-    """A shallow copy of open_clip's model, which holds both encoders' code, with the `wanted` ones of its modules."""
+    """A shallow copy of open_clip's model, which holds the code of both encoders, with only the `wanted` modules."""
     part = copy.copy(model)
     part._modules = {name: module for name, module in model._modules.items() if wanted(name)}
     return part
 
 
 def export_towers(clip: Clip, tokens: torch.Tensor) -> dict[str, ExportedProgram]:
-    """Both encoders of the merged model, by torch.export, for any number of images or texts.
+    """Export both encoders of the merged model with torch.export, for any batch size.
 
     Args:
-        tokens: (n, t) token ids of at least two texts, an example.
-    Returns: programs "image" and "text", on the CPU in single precision.
+        tokens: (n, t), token ids of at least two example texts.
+    Returns: the programs "image" and "text", on the CPU in single precision.
     """
-    # Packed attention takes a fast path in evaluation mode that other runtimes do not know.
+    # Packed attention takes a fast path in evaluation mode that other runtimes do not support.
     model = merged(clip, packed=False).model.cpu().float().eval()
     separate(model)
     batch = Dim("batch")
@@ -145,10 +146,10 @@ def export_towers(clip: Clip, tokens: torch.Tensor) -> dict[str, ExportedProgram
 def save_exported(clip: Clip, folder: Path, tokens: torch.Tensor, format: Literal["torch", "onnx"] = "onnx") -> dict[str, Path]:
     """Write both encoders of the merged model and compare the features of the files with PyTorch's.
 
-    Inputs are `pixels` (n, 3, h, w) and `tokens` (n, t) int64 for any n, outputs `features` (n, d) float32 of length 1.
+    The inputs are `pixels` (n, 3, h, w) and `tokens` (n, t) int64 for any n, the outputs `features` (n, d) float32 of length 1.
 
     Args:
-        tokens: (n, t) token ids of at least two texts, an example.
+        tokens: (n, t), token ids of at least two example texts.
         format: "torch" writes torch.export's .pt2, "onnx" .onnx.
     Raises: InputError if a package is missing; ValueError if the features differ.
     """

@@ -1,4 +1,4 @@
-"""What frozen towers make of images and of class prompts, computed once and kept on disk; and raw pixels, the control."""
+"""Features of images and class prompts by frozen encoders, cached on disk; and raw pixels, for the control."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipelines.cache import TensorCache, digest_of, key_of
 from pipelines.clip import Clip, evaluating
 from pipelines.fewshot.prompts import Prompts
 
-FEATURES, IMAGE_TOWER = "features", "visual."
+FEATURES, IMAGE_ENCODER = "features", "visual."
 LIBRARIES = {name: importlib.metadata.version(name) for name in ("open_clip_torch", "timm")}
 BATCH = 64
 
@@ -29,17 +29,17 @@ def image_features(
     workers: int = 0,
     cache: TensorCache | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The unit features and the labels of `images`, in their order, in evaluation mode, single precision, and on the CPU.
+    """Features of length 1 and labels of `images`, computed in evaluation mode and single precision, on the CPU.
 
-    An image's file in the cache is named by its pixels and the tower's weights, so that splits, shots and seeds share it.
-    What an adapter does to a tower its weights do not tell: with one attached, nothing is read or kept.
+    The key of an image in the cache is a hash of its pixels and the encoder's weights, so splits, shots and seeds share features.
+    An encoder with an adapter is not cached, because its weights do not determine the scale of the adapter.
 
     Args:
-        images: each its pixels (3, h, w), as the tower takes them, and its label.
-        workers: processes that read and resize them.
-    Returns: (n, d) float32, (n,) int64.
+        images: pixels (3, h, w), as the encoder takes them, and the label of each image.
+        workers: number of processes that read and preprocess images.
+    Returns: features (n, d) float32, labels (n,) int64.
     """
-    feature_cache = _Kept(cache, clip.model, images=True)
+    feature_cache = _FeatureCache(cache, clip.model, images=True)
     features, labels = [], []
     batches = DataLoader(images, batch_size=batch_size, num_workers=workers)
     with evaluating(clip.model):
@@ -50,11 +50,11 @@ def image_features(
 
 
 def prompt_features(clip: Clip, prompts: Prompts, batch_size: int = BATCH, cache: TensorCache | None = None) -> torch.Tensor:
-    """The unit features of the classes that `prompts` are about, computed and kept as those of images.
+    """The class features of `prompts`, computed and cached like those of images.
 
-    Returns: (classes, d) float32 on the CPU.
+    Returns: (classes, d) float32 of length 1, on the CPU.
     """
-    feature_cache = _Kept(cache, clip.model, images=False)
+    feature_cache = _FeatureCache(cache, clip.model, images=False)
     tokens = clip.tokenizer(prompts.texts())
     with evaluating(clip.model):
         features = [feature_cache.encoded(part, clip.encode_texts) for part in tokens.split(batch_size)]
@@ -62,36 +62,38 @@ def prompt_features(clip: Clip, prompts: Prompts, batch_size: int = BATCH, cache
 
 
 def raw_pixels(image: Image.Image, side: int = 32) -> torch.Tensor:
-    """The whole image at `side` x `side`, in [0, 1]: (3 side side,) float32."""
+    """The whole image resized to `side` x `side`, in [0, 1]: (3 * side * side,) float32."""
     small = image.convert("RGB").resize((side, side), Image.Resampling.BOX)
     return torch.from_numpy(np.asarray(small, dtype=np.float32) / 255).permute(2, 0, 1).flatten()
 
 
-class _Kept:
-    """Features of single rows on disk; none, for a tower that an adapter changes."""
+class _FeatureCache:
+    """Cached features of single images or prompts; disabled for an encoder with an adapter."""
 
     def __init__(self, cache: TensorCache | None, model: nn.Module, images: bool) -> None:
         def belongs(name: str) -> bool:
-            """Whether `name` is of the tower."""
-            return name.startswith(IMAGE_TOWER) == images
+            """Whether the module or parameter `name` is part of the encoder."""
+            return name.startswith(IMAGE_ENCODER) == images
 
         adapted = any(belongs(name) and isinstance(module, BaseTunerLayer) for name, module in model.named_modules())
         self.cache = None if adapted else cache
-        self.tower = digest_of({name: value for name, value in model.state_dict().items() if belongs(name)}) if self.cache else ""
+        self.encoder = (
+            digest_of({name: value for name, value in model.state_dict().items() if belongs(name)}) if self.cache else ""
+        )
         self.device = next(model.parameters()).device
 
     def encoded(self, rows: torch.Tensor, encode: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """The features of `rows` (n, ...), of which only those that are not kept are encoded: (n, d) float32."""
+        """Features (n, d) float32 of `rows` (n, ...); only rows that are not in the cache are encoded."""
         if self.cache is None:
-            return self._fresh(rows, encode)
-        keys = [key_of(libraries=LIBRARIES, tower=self.tower, row=digest_of({"row": row})) for row in rows]
-        rows_read = [self.cache.read(key) for key in keys]
-        missing = [index for index, one in enumerate(rows_read) if one is None]
+            return self._encode(rows, encode)
+        keys = [key_of(libraries=LIBRARIES, tower=self.encoder, row=digest_of({"row": row})) for row in rows]
+        entries = [self.cache.read(key) for key in keys]
+        missing = [index for index, entry in enumerate(entries) if entry is None]
         if missing:
-            for index, feature in zip(missing, self._fresh(rows[missing], encode), strict=True):
-                rows_read[index] = {FEATURES: feature}
-                self.cache.write(keys[index], rows_read[index])
-        return torch.stack([one[FEATURES] for one in rows_read])
+            for index, feature in zip(missing, self._encode(rows[missing], encode), strict=True):
+                entries[index] = {FEATURES: feature}
+                self.cache.write(keys[index], entries[index])
+        return torch.stack([entry[FEATURES] for entry in entries])
 
-    def _fresh(self, rows: torch.Tensor, encode: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def _encode(self, rows: torch.Tensor, encode: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         return encode(rows.to(self.device)).float().cpu()

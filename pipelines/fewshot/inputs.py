@@ -1,4 +1,4 @@
-"""Images as a classifier is given them: files, PIL images or tensors, one or several."""
+"""The input images of a classifier: files, PIL images or tensors, one or several."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ GivenImages = GivenImage | Sequence[GivenImage]
 
 
 class GivenImageSet(Dataset):
-    """Given images as a model takes them: (transformed, place).
+    """Dataset of (transformed image, index).
 
     Args:
         given: one image or several, each a PIL image, the path of a file, or a tensor (3, h, w), uint8 or floating point in
             [0, 1]; several may be one tensor (n, 3, h, w).
-        transform: what is made of each image, upright and RGB, such as a model's `preprocess`.
-    Raises: InputError if there is none; on access, naming the image that cannot be used.
+        transform: applied to each image in upright RGB, such as `Clip.preprocess`.
+    Raises: InputError if there are no images; on access, naming the image that cannot be used.
     """
 
     def __init__(self, given: GivenImages, transform: Callable[[Image.Image], Any]) -> None:
@@ -33,11 +33,11 @@ class GivenImageSet(Dataset):
         self.images = [given] if single else list(given)
         self.transform = transform
         if not self.images:
-            raise InputError("images must be one image or more, got none.")
+            raise InputError("images must contain at least one image, got none.")
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What each image is called: its path, or its place such as "images[2]"."""
+        """The name of each image: its path, or its index such as "images[2]"."""
         return tuple(
             str(image) if isinstance(image, str | os.PathLike) else f"images[{index}]" for index, image in enumerate(self.images)
         )
@@ -50,9 +50,9 @@ class GivenImageSet(Dataset):
 
 
 def as_image(given: GivenImage, name: str) -> Image.Image:
-    """`given` as an upright RGB image; errors call it `name`, or by its path.
+    """`given` as an upright RGB image; error messages use its path or `name`.
 
-    Raises: InputError if it is nothing of the kind, or cannot be decoded.
+    Raises: InputError if it has another type, or cannot be decoded.
     """
     if isinstance(given, str | os.PathLike):
         return read_image(Path(given))
@@ -60,8 +60,8 @@ def as_image(given: GivenImage, name: str) -> Image.Image:
         return _from_tensor(given, name)
     if not isinstance(given, Image.Image):
         raise InputError(
-            f"{name} must be a PIL image, the path of a file, or a tensor (3, h, w), got {type(given).__name__}. Convert it, "
-            "an array with PIL.Image.fromarray."
+            f"{name} must be a PIL image, the path of a file, or a tensor (3, h, w), got {type(given).__name__}. Convert an "
+            "array with PIL.Image.fromarray."
         )
     try:
         return upright_rgb(given, name)
@@ -74,7 +74,7 @@ def _from_tensor(given: torch.Tensor, name: str) -> Image.Image:
         raise InputError(f"{name} must be a tensor of shape (3, h, w), got {tuple(given.shape)}. Permute or expand it.")
     if given.is_floating_point():
         low, high = given.aminmax()
-        # A comparison that is false for NaN too.
+        # Also refuses NaN.
         if not (low >= 0 and high <= 1):
             raise InputError(
                 f"{name} must hold values in [0, 1], got {low:.3g} to {high:.3g}. Undo any normalisation, or give uint8."

@@ -1,4 +1,4 @@
-"""What a few-shot adapter is trained by: images against the prompts of all classes."""
+"""The training loss of few-shot adapters: images against the prompts of all classes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class ClassificationLoss(nn.Module):
 
         logits = exp(t) f(image) . g(class);   g(class): the mean over the class's prompts, of length 1  [Radford et al. 2021]
 
-    Everything frozen stays in evaluation mode while it is trained: batch normalisation keeps its statistics. Only what
-    adapters hold, such as their dropout, is in training mode.
+    Frozen modules stay in evaluation mode during training, so batch normalisation keeps its statistics. Only the modules of
+    adapters, such as dropout, are in training mode.
 
     Args:
-        clip: with an adapter on one of its encoders or both.
+        clip: with an adapter on one or both encoders.
         prompts: of all classes.
-        class_features: (classes, d) of length 1, where the text encoder is frozen; None where it is trained.
-        images_are_features: whether `forward` is given features (n, d) of length 1, where the image encoder is frozen.
+        class_features: (classes, d) of length 1 if the text encoder is frozen; None if it is trained.
+        images_are_features: whether `forward` takes features (n, d) of length 1, computed by a frozen image encoder.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class ClassificationLoss(nn.Module):
         self.to(clip.device)
 
     def train(self, mode: bool = True) -> ClassificationLoss:
-        """Put the adapters' layers alone in training mode."""
+        """Put only the modules of adapters in training mode."""
         super().train(False)
         self.training = mode
         for module in self.modules():
@@ -48,7 +48,7 @@ class ClassificationLoss(nn.Module):
         return self
 
     def logits(self, images: torch.Tensor) -> torch.Tensor:
-        """(n, classes) float32 of `images` (n, 3, h, w), or of their features (n, d)."""
+        """Logits (n, classes) float32 of `images` (n, 3, h, w), or of their features (n, d)."""
         features = images if self.images_are_features else self.clip.encode_images(images)
         classes = self.class_features
         if classes is None:
@@ -56,5 +56,5 @@ class ClassificationLoss(nn.Module):
         return self.clip.logit_scale * features.float() @ classes.float().T
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The mean loss of a batch, a scalar; labels (n,) int64."""
+        """The mean loss () of a batch; `images` as in `logits`, `labels` (n,) int64."""
         return F.cross_entropy(self.logits(images), labels)

@@ -1,4 +1,4 @@
-"""The metrics that a few-shot run reports, as values: they are read from JSON without any numerical library."""
+"""The metrics in the report of a few-shot run, as dataclasses that are read from JSON without numerical libraries."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Reliability:
 
     Args:
         confidence: (bins,) mean confidence of each bin's predictions.
-        accuracy: (bins,) share of them that is right.
+        accuracy: (bins,) accuracy of each bin's predictions.
         counts: (bins,) their number.
     """
 

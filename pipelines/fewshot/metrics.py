@@ -16,7 +16,7 @@ from pipelines.fewshot.metric_values import ClassificationMetrics, Interval, Rel
 
 BINS = 15
 LEVEL = 0.95
-# Temperatures are searched in this range, first on a grid of equal ratios.
+# Range of the temperature, and the number of points of a logarithmic grid over it.
 TEMPERATURES, GRID = (0.05, 20.0), 61
 
 
@@ -27,7 +27,7 @@ def score(logits: torch.Tensor, labels: torch.Tensor, classes: Sequence[str], te
         logits: (n, classes).
         labels: (n,) int64.
         temperature: divisor of the logits, fitted on other images.
-    Raises: ValueError if the shapes do not fit, n is 0, or a logit is no finite number.
+    Raises: ValueError if the shapes do not fit, n is 0, or a logit is not finite.
     """
     _check(logits, labels)
     if logits.shape[1] != len(classes):
@@ -115,7 +115,7 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 def wilson_interval(correct: int, total: int, level: float = LEVEL) -> Interval:
-    """A share with Wilson's score interval, for one run.
+    """The proportion `correct / total` with Wilson's score interval, for a single run.
 
     The bounds solve  |correct / total - p| = z sqrt(p (1 - p) / total).  [Wilson 1927]
 

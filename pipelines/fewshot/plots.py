@@ -1,4 +1,4 @@
-"""Figures of a report, drawn without a screen and without pyplot's global state."""
+"""Figures of a few-shot report, rendered without a display and without pyplot's global state."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from matplotlib.figure import Figure
 
 from pipelines.fewshot.metric_values import Interval, Reliability
 
-# More classes than this have no room for numbers, or for names.
+# With more classes than this, counts or class names are left out.
 MOST_NUMBERED, MOST_NAMED, LONGEST_NAME = 20, 60, 24
-DOTS_PER_INCH, BESIDE = 120, 1.05
+DOTS_PER_INCH = 120
+# Ratio of the x positions of two methods at the same number of shots.
+X_OFFSET = 1.05
 
 
 def confusion_figure(confusion: Sequence[Sequence[int]], classes: Sequence[str], title: str = "") -> Figure:
@@ -36,41 +38,40 @@ def confusion_figure(confusion: Sequence[Sequence[int]], classes: Sequence[str],
             axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=8)
     if len(classes) <= MOST_NAMED:
         names = list(map(_shortened, classes))
-        # A class may be called "$x$", which is no formula.
+        # A class name such as "$x$" must not be rendered as a formula.
         axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8, parse_math=False)
         axes.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
     return figure
 
 
 def reliability_figure(curves: Mapping[str, Reliability], title: str = "") -> Figure:
-    """Accuracy against confidence, a curve for each classifier, above how often each confidence occurs.
+    """Accuracy by confidence, one curve per classifier, above a histogram of the confidences.
 
     Args:
-        curves: by what the legend calls them, such as "as trained" and "with the temperature".
+        curves: by label, such as "uncalibrated" and "calibrated".
     """
     figure, axes = _figure(5, 4.6, title)
     axes.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1)
-    rare = axes.twinx()
+    histogram = axes.twinx()
     for name, bins in curves.items():
         filled = np.asarray(bins.counts) > 0
         confidence, accuracy, counts = (np.asarray(values)[filled] for values in (bins.confidence, bins.accuracy, bins.counts))
         error = bins.expected_calibration_error
         (line,) = axes.plot(confidence, accuracy, marker="o", label=f"{name}, ECE {error:.3f}")
         width = 0.8 / len(bins.counts)
-        rare.bar(confidence, counts / counts.sum(), width=width, color=line.get_color(), alpha=0.2)
-    # The bars keep to the lowest quarter.
-    rare.set(ylim=(0, 4), yticks=[])
+        histogram.bar(confidence, counts / counts.sum(), width=width, color=line.get_color(), alpha=0.2)
+    # The histogram takes the lowest quarter of the figure.
+    histogram.set(ylim=(0, 4), yticks=[])
     axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
     _plain_legend(axes, "upper left")
     return figure
 
 
 def per_class_figure(accuracies: Mapping[str, Mapping[str, float | None]], title: str = "") -> Figure:
-    """The accuracy on each class of several classifiers, a row of dots for each class, sorted by the last classifier.
+    """The accuracy by class of several classifiers, one row of dots per class, sorted by the last classifier.
 
     Args:
-        accuracies: by classifier, such as "zero-shot" and "adapted", then by class; None for classes without images, which
-            are left out.
+        accuracies: by classifier, such as "zero-shot" and "adapted", then by class; classes with None (no images) are left out.
     """
     last = list(accuracies.values())[-1]
     classes = sorted((name for name, accuracy in last.items() if accuracy is not None), key=last.__getitem__)
@@ -86,22 +87,22 @@ def per_class_figure(accuracies: Mapping[str, Mapping[str, float | None]], title
 
 
 def comparison_figure(curves: Mapping[str, Mapping[int, Interval]], title: str = "") -> Figure:
-    """The accuracy of several methods by shots, with its intervals.
+    """The accuracy of several methods by number of shots, with confidence intervals.
 
     Args:
-        curves: by method, then by shots.
+        curves: by method, then by number of shots.
     """
     figure, axes = _figure(6, 4.4, title)
     shots = sorted({count for curve in curves.values() for count in curve})
     for order, (name, curve) in enumerate(curves.items()):
         intervals = [curve[count] for count in sorted(curve)]
-        # Side by side, since intervals on one place hide one another.
-        positions = [count * BESIDE ** (order - (len(curves) - 1) / 2) for count in sorted(curve)]
+        # Side by side, since intervals at the same position would hide each other.
+        positions = [count * X_OFFSET ** (order - (len(curves) - 1) / 2) for count in sorted(curve)]
         ends = [[one.value - one.low for one in intervals], [one.high - one.value for one in intervals]]
         axes.errorbar(positions, [one.value for one in intervals], yerr=ends, marker="o", markersize=4, capsize=3, label=name)
     axes.set_xscale("log", base=2)
     axes.set_xticks(shots, list(map(str, shots)))
-    axes.set(xlabel="images of each class", ylabel="accuracy")
+    axes.set(xlabel="training images per class", ylabel="accuracy")
     _plain_legend(axes, "best")
     return figure
 
@@ -111,7 +112,7 @@ def _shortened(name: str) -> str:
 
 
 def _plain_legend(axes: Axes, location: str) -> None:
-    """A legend whose words are no formulas."""
+    """Add a legend whose labels are not rendered as formulas."""
     for text in axes.legend(loc=location, fontsize=8).get_texts():
         text.set_parse_math(False)
 

@@ -1,4 +1,4 @@
-"""What the text encoder is told of each class: the same in training and in evaluation."""
+"""The prompts of the classes, the same in training and evaluation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipelines.errors import InputError
 
 BLANK = "{}"
 PHOTO = "a photo of a {}."
-# By name; those of the eleven sets are CoOp's.  [Zhou et al. 2022, table 5]
+# Templates by name; those of the eleven datasets are CoOp's.  [Zhou et al. 2022, table 5]
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "photo": (PHOTO,),
     "imagenet": (PHOTO,),
@@ -28,34 +28,34 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "ucf101": ("a photo of a person doing {}.",),
     "digits": ('a photo of the number: "{}".',),
 }
-# By name: ensembles, and what open_clip calls them.
+# Ensembles by name, with their names in open_clip.
 ENSEMBLES = {"ensemble": "SIMPLE_IMAGENET_TEMPLATES", "ensemble80": "OPENAI_IMAGENET_TEMPLATES"}
 TEMPLATE_NAMES = ("photo", *ENSEMBLES, *(name for name in TEMPLATES if name != "photo"))
 
 
 def templates_named(name: str) -> tuple[str, ...]:
-    """The template or the ensemble of one of `TEMPLATE_NAMES`."""
+    """The templates called `name`, one of `TEMPLATE_NAMES`."""
     if name in TEMPLATES:
         return TEMPLATES[name]
-    # Here, as it takes seconds to import and --help needs the names alone.
+    # Imported here: open_clip takes seconds to import, and --help needs only the names.
     import open_clip
 
     return tuple(template(BLANK) for template in getattr(open_clip, ENSEMBLES[name]))
 
 
 def clean_name(name: str) -> str:
-    """A class's name as a prompt says it: folders' underscores are spaces."""
+    """A class name as used in prompts: underscores become spaces."""
     return " ".join(name.replace("_", " ").split())
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of every class: each template about each class.
+    """The prompts of all classes: every template with every class name.
 
     Args:
-        classes: the classes' names.
-        templates: with {} where the class's name goes, such as "a photo of a {}.".
-    Raises: InputError for templates without {} or with several.
+        classes: names of the classes.
+        templates: with {} in place of the class name, such as "a photo of a {}.".
+    Raises: InputError for a template without {} or with several.
     """
 
     classes: tuple[str, ...]
@@ -63,41 +63,41 @@ class Prompts:
 
     def __post_init__(self) -> None:
         if not self.templates:
-            raise InputError("prompt templates must be one or more, got none. Give one such as 'a photo of a {}.'")
+            raise InputError("templates must contain at least one prompt template, got none. Use one such as 'a photo of a {}.'")
         for template in self.templates:
             if template.count(BLANK) != 1:
                 raise InputError(
-                    f"A prompt template must hold {BLANK} once, where the class's name goes, got {template!r}. Write it like "
-                    f"{PHOTO!r}, or name one of {', '.join(TEMPLATE_NAMES)}."
+                    f"A prompt template must contain {BLANK} once, in place of the class name, got {template!r}. Write it like "
+                    f"{PHOTO!r}, or use one of the names {', '.join(TEMPLATE_NAMES)}."
                 )
 
     def of_each_class(self) -> tuple[tuple[str, ...], ...]:
-        """The prompts of each class, in the templates' order."""
+        """The prompts of each class, in the order of the templates."""
         return tuple(tuple(template.replace(BLANK, clean_name(name)) for template in self.templates) for name in self.classes)
 
     def texts(self) -> list[str]:
-        """All prompts, class after class."""
+        """All prompts, class by class."""
         return [text for class_prompts in self.of_each_class() for text in class_prompts]
 
     def class_features(self, features: torch.Tensor) -> torch.Tensor:
-        """The mean over each class's prompts, made of length 1 again.  [Radford et al. 2021, section 3.1.4]
+        """The mean over the prompts of each class, normalised to length 1.  [Radford et al. 2021, section 3.1.4]
 
         Args:
-            features: (classes * templates, d) of `texts()`, in their order.
+            features: (classes * templates, d), of `texts()`.
         Returns: (classes, d) of length 1.
         """
         by_class = F.normalize(features, dim=-1).unflatten(0, (len(self.classes), len(self.templates)))
         return F.normalize(by_class.mean(dim=1), dim=-1)
 
     def with_classes(self, *more: str) -> Prompts:
-        """The same templates about more classes, which come last.
+        """The prompts with further classes appended.
 
-        Raises: InputError for a class that is there already.
+        Raises: InputError for an empty name, or the name of an existing class.
         """
         names_before = {clean_name(name) for name in self.classes}
         for name in more:
             if clean_name(name) in names_before or not clean_name(name):
-                raise InputError(f"A new class needs a name of its own, got {name!r}. Choose another.")
+                raise InputError(f"The name of a new class must not be empty or in use, got {name!r}. Choose another.")
             names_before.add(clean_name(name))
         return replace(self, classes=(*self.classes, *more))
 
@@ -107,7 +107,7 @@ def make_prompts(classes: Sequence[str], templates: str | Sequence[str] = "photo
 
     Args:
         templates: one of `TEMPLATE_NAMES`, one template, or several.
-    Raises: InputError for a template without {}, or a name that is none.
+    Raises: InputError for an unknown name or a template without {}.
     """
     if isinstance(templates, str):
         templates = templates_named(templates) if templates in TEMPLATE_NAMES else (templates,)

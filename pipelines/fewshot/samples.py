@@ -1,4 +1,4 @@
-"""The sample set: scikit-learn's handwritten digits, which are installed with it."""
+"""The sample dataset: handwritten digits, which are installed with scikit-learn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIDE, MARGIN, MOST_INK = 64, 8, 16
 
 
 def sample_set() -> LabelledSet:
-    """1,797 handwritten digits of ten classes, dark on white, enlarged from 8 x 8 to 48 x 48 pixels, on pages of 64 x 64.
+    """1,797 handwritten digits of ten classes, dark on white, enlarged from 8 x 8 to 48 x 48 pixels with a margin of 8.
 
     They are the test part of "Optical Recognition of Handwritten Digits".  [Alpaydin & Kaynak 1998, CC BY 4.0]
     """
@@ -29,7 +29,7 @@ def sample_set() -> LabelledSet:
 
 
 def _as_png(ink: np.ndarray) -> bytes:
-    """(8, 8) from 0, paper, to 16."""
+    """The PNG file of `ink` (8, 8), from 0 (white) to 16 (black)."""
     paper = Image.fromarray((255 * (1 - ink / MOST_INK)).round().astype(np.uint8))
     page = ImageOps.expand(paper.resize((SIDE - 2 * MARGIN,) * 2, Image.Resampling.BICUBIC), MARGIN, fill=255)
     stored = io.BytesIO()

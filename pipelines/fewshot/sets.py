@@ -1,6 +1,6 @@
-"""The eleven sets of the CoOp protocol, read as they lie on disk: one folder each below a root, CoOp's split files inside.
+"""Load the eleven datasets of the CoOp protocol: one folder each below a root folder, with CoOp's split files.
 
-The layout is that of CoOp's own instructions, DATASETS.md of github.com/KaiyangZhou/CoOp, which CLIP-LoRA and most others share.
+The layout is that of DATASETS.md in github.com/KaiyangZhou/CoOp, which CLIP-LoRA and most other methods use too.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from pipelines.fewshot.split_files import read_json
 from pipelines.images import has_image_name
 from pipelines.text_files import read_text
 
-INSTRUCTIONS = "Lay it out as DATASETS.md of github.com/KaiyangZhou/CoOp says"
-# Name, label and class of an image, and its part.
+INSTRUCTIONS = "Arrange its files as in DATASETS.md of github.com/KaiyangZhou/CoOp"
+# Path, label, class and part of an image.
 Listed = tuple[str, int, str, Part]
 
 
 @dataclass(frozen=True)
 class SetLayout:
-    """Where a set lies.
+    """The files of a dataset.
 
     Args:
-        title: its name in papers.
-        folder: below the root; upper and lower case are the same.
-        images: folder that its split's paths start from, below `folder`.
-        split: its split file, in `folder`; None for sets that are split otherwise.
+        title: name of the dataset in papers.
+        folder: its folder below the root; case-insensitive.
+        images: folder below `folder` that the paths in the split are relative to.
+        split: split file in `folder`; None for datasets with another kind of split.
     """
 
     title: str
@@ -55,18 +55,18 @@ SETS: Mapping[str, SetLayout] = {
 
 
 def load_set(root: str | Path, name: str) -> LabelledSet:
-    """One of the eleven sets, with the parts of its split file.
+    """Load one of the eleven datasets with the parts of its split file.
 
-    ImageNet's validation folder is its test, as in CoOp; CoOp also validates on it, here nothing is chosen by it: it has no
-    part for validation, so that one is drawn from the training images.
+    As in CoOp, ImageNet's validation folder is the test part. CoOp also validates on it; here ImageNet has no validation part,
+    so validation images are sampled from the training images.
 
     Args:
-        root: the folder that holds the sets' folders.
+        root: the folder that contains the folders of the datasets.
         name: a key of `SETS`.
     Raises: InputError naming the file that is missing or cannot be used.
     """
     if name not in SETS:
-        raise InputError(f"The set must be one of {', '.join(SETS)}, got {name!r}. A folder of class folders needs no name.")
+        raise InputError(f"dataset must be one of {', '.join(SETS)}, got {name!r}. Leave it out for a folder of class folders.")
     layout = SETS[name]
     folder = _folder_of(Path(root), layout)
     read: Callable[[Path, SetLayout], list[Listed]] = READERS.get(name, _from_split_file)
@@ -75,7 +75,9 @@ def load_set(root: str | Path, name: str) -> LabelledSet:
     image_folder = folder / layout.images
     labels = sorted(class_of)
     if labels != list(range(len(labels))):
-        raise InputError(f"The labels of {layout.title} must be 0 to {len(labels) - 1}, got {labels[0]} to {labels[-1]}.")
+        raise InputError(
+            f"The labels of {layout.title} must be 0 to {len(labels) - 1}, got {labels[0]} to {labels[-1]}. {INSTRUCTIONS}."
+        )
     images = tuple(LabelledImage(ImageFile(path, image_folder), label, key) for path, label, key, _ in listed)
     keys = tuple(class_of[label] for label in labels)
     parts = {path: part for path, _, _, part in listed}
@@ -89,19 +91,22 @@ def _folder_of(root: Path, layout: SetLayout) -> Path:
         for folder in sorted(root.iterdir()):
             if folder.name.casefold() == layout.folder.casefold() and folder.is_dir():
                 return folder
-    raise InputError(f"{layout.title} must lie in {str(root / layout.folder)!r}, but there is no such folder. {INSTRUCTIONS}.")
+    raise InputError(f"{layout.title} must be in {str(root / layout.folder)!r}, but there is no such folder. {INSTRUCTIONS}.")
 
 
 def _classes(listed: list[Listed], layout: SetLayout) -> dict[int, str]:
     class_of: dict[int, str] = {}
     for path, label, key, _ in listed:
         if class_of.setdefault(label, key) != key:
-            raise InputError(f"{layout.title} calls the class of {path!r} {key!r}, but class {label} is {class_of[label]!r}.")
+            raise InputError(
+                f"Label {label} of {layout.title} must be one class, but is {key!r} for {path!r} and {class_of[label]!r} before. "
+                f"{INSTRUCTIONS}."
+            )
     return class_of
 
 
 def _from_split_file(folder: Path, layout: SetLayout) -> list[Listed]:
-    """CoOp's file: {"train": [[path below the images' folder, label, class], ...], "val": [...], "test": [...]}."""
+    """Read CoOp's file: {"train": [[path below the image folder, label, class], ...], "val": [...], "test": [...]}."""
     split = _needed(folder / layout.split, layout)
     what = f"{str(split)!r}"
     content = read_json(split.read_bytes(), what)
@@ -126,18 +131,18 @@ def _entry(entry: Any, part: Part, what: str) -> Listed:
     match entry:
         case [str(path), int(label), str(key)] if _is_relative(PurePosixPath(path)):
             return path, label, key, part
-    raise InputError(f"{what} must list [path below the set's folder, label, class] in {part!r}, got {entry!r}.")
+    raise InputError(f"{what} must list [path below the image folder, label, class] in {part!r}, got {entry!r}. {INSTRUCTIONS}.")
 
 
 def _from_imagenet(folder: Path, layout: SetLayout) -> list[Listed]:
-    """images/train/<wordnet id>/... and images/val/<wordnet id>/...; classnames.txt has a line "<wordnet id> <name>" each."""
+    """Read images/train/<wordnet id>/... and images/val/<wordnet id>/...; lines of classnames.txt are "<wordnet id> <name>"."""
     images = folder / layout.images
     train = sorted(path.name for path in _needed(images / "train", layout).iterdir() if path.is_dir())
     val = sorted(path.name for path in _needed(images / "val", layout).iterdir() if path.is_dir())
     if train != val:
         odd = sorted(set(train) ^ set(val))[0]
         raise InputError(
-            f"{str(images)!r} must hold the same classes in train and val, but {odd!r} is in one alone. {INSTRUCTIONS}."
+            f"{str(images)!r} must have the same classes in train and val, but {odd!r} is in only one of them. {INSTRUCTIONS}."
         )
     names = _imagenet_names(folder / "classnames.txt", train, layout)
     parts: tuple[tuple[str, Part], ...] = (("train", "train"), ("val", "test"))
@@ -151,7 +156,7 @@ def _from_imagenet(folder: Path, layout: SetLayout) -> list[Listed]:
 
 
 def _imagenet_names(path: Path, idents: list[str], layout: SetLayout) -> dict[str, str]:
-    # Here, as open_clip takes seconds to import and --help needs the sets' names alone.
+    # Imported here: open_clip takes seconds to import, and --help needs only the names of the datasets.
     from open_clip import IMAGENET_CLASSNAMES
 
     if not path.is_file() and len(idents) == len(IMAGENET_CLASSNAMES):
@@ -160,12 +165,12 @@ def _imagenet_names(path: Path, idents: list[str], layout: SetLayout) -> dict[st
     names = {line[0]: line[-1].strip() for line in lines}
     unnamed = [ident for ident in idents if ident not in names]
     if unnamed:
-        raise InputError(f"{str(path)!r} must name every class, but not {unnamed[0]!r}. Add a line '{unnamed[0]} <its name>'.")
+        raise InputError(f"{str(path)!r} must name every class, but lacks {unnamed[0]!r}. Add a line '{unnamed[0]} <name>'.")
     return names
 
 
 def _from_aircraft(folder: Path, layout: SetLayout) -> list[Listed]:
-    """variants.txt has the classes; images_variant_<part>.txt a line "<picture without .jpg> <class>" for each image."""
+    """Read the classes from variants.txt, and lines "<image name without .jpg> <class>" from images_variant_<part>.txt."""
     variants = read_text(_needed(folder / "variants.txt", layout)).splitlines()
     label_of = {variant.strip(): label for label, variant in enumerate(variants) if variant.strip()}
     listed: list[Listed] = []
@@ -174,7 +179,7 @@ def _from_aircraft(folder: Path, layout: SetLayout) -> list[Listed]:
         for line in filter(None, map(str.strip, read_text(table).splitlines())):
             image, _, key = line.partition(" ")
             if key not in label_of or not (folder / layout.images / f"{image}.jpg").is_file():
-                raise InputError(f"{str(table)!r} lists {line!r}, of which the image or the class is missing. {INSTRUCTIONS}.")
+                raise InputError(f"{str(table)!r} lists {line!r}, but its image or class is missing. {INSTRUCTIONS}.")
             listed.append((f"{image}.jpg", label_of[key], key, part))
     return listed
 

@@ -1,13 +1,12 @@
-"""The few images of each class that are learned from, those that settings are chosen on, and those that are tested on.
+"""Sample a few-shot split of a dataset into training, validation and test images.
 
-A split is drawn once, saved with its hash, and reused by every method.
+A split is sampled once, saved with its hash, and reused by every method.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,26 +16,26 @@ import torch
 
 from pipelines.errors import InputError
 from pipelines.fewshot.data import PARTS, LabelledImage, LabelledSet, Part
-from pipelines.fewshot.layouts import LISTED, listed
+from pipelines.fewshot.layouts import LISTED, counted, listed
 from pipelines.fewshot.split_files import read_json
 from pipelines.randomness import keyed_generator
 
 Shots = int | Literal["all"]
-# As many images of a class validate at most.  [Zhou et al. 2022, CoOp's code]
+# Largest number of validation images per class.  [Zhou et al. 2022, CoOp's code]
 MOST_VALIDATION = 4
 TEST_STREAM, SHOT_STREAM = 0, 1
 
 
 @dataclass(frozen=True)
 class FewShotSplit:
-    """Which images are learned from, chosen on and tested on.
+    """The training, validation and test images of a few-shot split.
 
     Args:
-        shots: images of each class to learn from, or "all".
-        seed: of the draw.
-        test_share: of the images, where the set was not split already; else None.
-        keys: the set's classes, as `LabelledSet.keys`.
-        names: of each part's images, class after class, with their labels.
+        shots: number of training images per class, or "all".
+        seed: of the sampling.
+        test_share: share of the images used as test images; None if the dataset defines a split.
+        keys: of the classes, as `LabelledSet.keys`.
+        names: names and labels of the images of each part, class by class.
     """
 
     shots: Shots
@@ -46,17 +45,17 @@ class FewShotSplit:
     names: Mapping[Part, tuple[tuple[str, int], ...]]
 
     def content(self) -> dict[str, Any]:
-        """As it is saved, without the hash; each part's entries are [name, label, class key], as in CoOp's split files."""
+        """The saved content without the hash; the entries of each part are [name, label, class key], as in CoOp's split files."""
         parts = {part: [[name, label, self.keys[label]] for name, label in self.names[part]] for part in PARTS}
         return {"shots": self.shots, "seed": self.seed, "test_share": self.test_share, "keys": list(self.keys)} | parts
 
     @property
     def sha256(self) -> str:
-        """Of the content as JSON with sorted keys and without spaces."""
+        """The hash of the content as JSON with sorted keys and without spaces."""
         return _digest(self.content())
 
     def images(self, labelled: LabelledSet, part: Part) -> tuple[LabelledImage, ...]:
-        """The images of `part`, from the set that the split was drawn from."""
+        """The images of `part` in the dataset that the split was sampled from."""
         by_name = {image.name: image for image in labelled.images}
         return tuple(by_name[name] for name, _ in self.names[part])
 
@@ -67,28 +66,28 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def sample_split(labelled: LabelledSet, shots: Shots, seed: int, test_share: float = 0.3) -> FewShotSplit:
-    """Draw `shots` images of each class to learn from and min(shots, 4) to validate on.
+    """Sample `shots` training images and at most min(shots, 4) validation images of each class.
 
-    A set that is split already keeps its parts, and what it has of fewer than min(shots, 4) validates whole; without a
-    part for validation, that is drawn from what is not learned from. A set that is not split gives `test_share` of each
-    class to the test first, the same images whatever the seed. What is drawn of a class depends on its key and its
-    images alone, and fewer shots are a part of more.
+    If the dataset defines a split, images are sampled within its parts; without a validation part, validation images are sampled
+    from the training part. Otherwise `test_share` of each class are test images, which do not depend on the seed.
+
+    The sample of a class depends only on its key, its images and the seed. The training images of fewer shots are a subset of
+    those of more.
 
     Args:
         shots: at least 1, or "all".
         test_share: between 0 and 1.
-    Raises: InputError naming the classes that the set's own split gives nothing to learn from, or the class that has fewer
-        images than are needed.
+    Raises: InputError naming the classes without training images, or the class with too few images.
     """
     _check_sizes(labelled, shots, test_share)
     _check_learnable(labelled)
     names: dict[Part, list[tuple[str, int]]] = {part: [] for part in PARTS}
     for label, class_names in _by_class(labelled):
-        class_parts = _drawn(labelled, label, class_names, shots, seed, test_share)
+        class_parts = _sample_class(labelled, label, class_names, shots, seed, test_share)
         for part in PARTS:
             names[part] += [(name, label) for name in class_parts[part]]
     if not names["test"]:
-        raise InputError(f"{labelled.name} has no image to test on: its own split is train alone. Add a part test.")
+        raise InputError(f"{labelled.name} has no test images: its split has only training images. Add a part test.")
     share = None if labelled.parts else test_share
     return FewShotSplit(shots, seed, share, labelled.keys, {part: tuple(listed) for part, listed in names.items()})
 
@@ -101,19 +100,17 @@ def _check_sizes(labelled: LabelledSet, shots: Shots, test_share: float) -> None
 
 
 def split_notes(labelled: LabelledSet) -> list[str]:
-    """Sentences on the classes that the set's own split leaves without images to test on, or to choose settings on."""
+    """Notes on classes without test or validation images in the split that the dataset defines."""
     notes = []
-    for part, purpose in (("test", "to test on: nothing is measured of"), ("val", "to choose settings on from")):
+    for part, images in (("test", "test images, so their accuracy is unknown"), ("val", "validation images")):
         without = classes_without(labelled, part)
         if part in labelled.parts.values() and without:
-            them = "it" if len(without) == 1 else "them"
-            have = "has" if len(without) == 1 else "have"
-            notes.append(f"{listed(without)} {have} 0 images {purpose} {them}.")
+            notes.append(f"Some classes have no {images}: {listed(without)}.")
     return notes
 
 
 def classes_without(labelled: LabelledSet, part: Part) -> list[str]:
-    """The keys of the classes that the set's own split gives no images of `part`; none where it is not split."""
+    """The keys of the classes without images of `part`; empty if the dataset defines no split."""
     having = {image.label for image in labelled.images if labelled.parts.get(image.name) == part}
     return [key for label, key in enumerate(labelled.keys) if labelled.parts and label not in having]
 
@@ -122,13 +119,13 @@ def _check_learnable(labelled: LabelledSet) -> None:
     without = classes_without(labelled, "train")
     if without:
         where = ", ".join(
-            f"{key!r} ({' and '.join(part for part in PARTS if key not in classes_without(labelled, part))} alone)"
+            f"{key!r} ({' and '.join(part for part in PARTS if key not in classes_without(labelled, part))} only)"
             for key in without[:LISTED]
         )
         more = f" and {len(without) - LISTED} more" if len(without) > LISTED else ""
         raise InputError(
-            f"The split of {labelled.name} gives no image to learn from to {where}{more}. Add images of each class to the part "
-            "train, or remove the class. A class must be called alike in all parts."
+            f"Every class needs training images, but the split of {labelled.name} has none of {where}{more}. Add images of these "
+            "classes to the part train, or remove the classes. A class must have the same name in all parts."
         )
 
 
@@ -139,48 +136,49 @@ def _by_class(labelled: LabelledSet) -> Iterator[tuple[int, list[str]]]:
     return enumerate(map(sorted, by_label))
 
 
-def _drawn(
+def _sample_class(
     labelled: LabelledSet, label: int, names: list[str], shots: Shots, seed: int, test_share: float
 ) -> dict[Part, list[str]]:
-    """Names of one class's images in each part; `names` are all that it has."""
+    """The names of one class's images in each part, sampled from all its `names`."""
     key = labelled.keys[label]
-    held = _held(labelled, key, names, test_share)
-    validating = MOST_VALIDATION if shots == "all" else min(shots, MOST_VALIDATION)
-    pool = _shuffled(held["train"], SHOT_STREAM, key, seed)
+    by_part = _class_by_part(labelled, key, names, test_share)
+    wanted = MOST_VALIDATION if shots == "all" else min(shots, MOST_VALIDATION)
+    pool = _shuffled(by_part["train"], SHOT_STREAM, key, seed)
     if "val" in labelled.parts.values():
-        from_pool, validation = 0, _shuffled(held["val"], SHOT_STREAM, key, seed)[:validating]
+        from_pool, validation = 0, _shuffled(by_part["val"], SHOT_STREAM, key, seed)[:wanted]
     else:
-        from_pool = min(validating, max(1, len(pool) // 2)) if shots == "all" else validating
-        # From the end, so that more shots learn from what fewer learn from.
+        from_pool = min(wanted, max(1, len(pool) // 2)) if shots == "all" else wanted
+        # From the end, so that the training images of fewer shots are a subset of those of more.
         validation = pool[-from_pool:]
-    learned = max(1, len(pool) - from_pool) if shots == "all" else shots
-    if len(pool) < learned + from_pool:
-        why = "as its own split says" if labelled.parts else f"since {len(held['test'])} are held out for the test"
+    trained = max(1, len(pool) - from_pool) if shots == "all" else shots
+    if len(pool) < trained + from_pool:
+        needed = f"{trained} training and {from_pool} validation images" if from_pool else f"{trained} training images"
+        present = f"{counted(len(pool))} {'in the part train' if labelled.parts else 'besides the test images'}"
         raise InputError(
-            f"Class {key!r} of {labelled.name} must have {learned + from_pool} images to learn from {learned} and choose on "
-            f"{from_pool or len(validation)}, got {len(pool)}, {why}. Add images to it, or {_other_remedy(labelled, shots)}."
+            f"Class {key!r} of {labelled.name} must have {needed}, got {present}. Add images to it, or "
+            f"{_other_remedy(labelled, shots)}."
         )
-    return {"train": pool[:learned], "val": validation, "test": held["test"]}
+    return {"train": pool[:trained], "val": validation, "test": by_part["test"]}
 
 
 def _other_remedy(labelled: LabelledSet, shots: Shots) -> str:
-    """What helps besides more images, where a class has too few for `shots`."""
+    """The remedy, besides more images, for a class with too few images for `shots`."""
     if shots != "all" and shots > 1:
-        return "take fewer shots"
-    return "leave the class out" if labelled.parts else "leave the class out, or lower --test_share"
+        return "use fewer shots"
+    return "remove the class" if labelled.parts else "remove the class, or lower --test_share"
 
 
-def _held(labelled: LabelledSet, key: str, names: list[str], test_share: float) -> dict[Part, list[str]]:
-    """One class's images in the set's own parts; without such, the test's share and the rest."""
+def _class_by_part(labelled: LabelledSet, key: str, names: list[str], test_share: float) -> dict[Part, list[str]]:
+    """One class's images by part of the split that the dataset defines; otherwise test images and the rest."""
     if labelled.parts:
         return {part: [name for name in names if labelled.parts.get(name) == part] for part in PARTS}
     shuffled = _shuffled(names, TEST_STREAM, key, 0)
-    tested = max(1, round(test_share * len(names)))
-    return {"train": sorted(shuffled[tested:]), "val": [], "test": sorted(shuffled[:tested])}
+    count = max(1, round(test_share * len(names)))
+    return {"train": sorted(shuffled[count:]), "val": [], "test": sorted(shuffled[:count])}
 
 
 def _shuffled(names: Sequence[str], stream: int, key: str, seed: int) -> list[str]:
-    """`names` in an order that depends on the key, the seed, the stream and the names alone."""
+    """`names` in an order that depends only on the key, the seed, the stream and the names."""
     of_key = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
     order = torch.randperm(len(names), generator=keyed_generator(stream, of_key, seed))
     return [names[index] for index in order.tolist()]
@@ -188,24 +186,25 @@ def _shuffled(names: Sequence[str], stream: int, key: str, seed: int) -> list[st
 
 def save_split(split: FewShotSplit, path: Path) -> None:
     """Write the split as JSON with its SHA-256."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    beside.write_text(json.dumps(split.content() | {"sha256": split.sha256}, indent=1) + "\n", encoding="utf-8")
-    beside.replace(path)
+    # Imported here: it imports peft, which takes seconds, and --help does not need it.
+    from nora_vision.files import replacing
+
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(split.content() | {"sha256": split.sha256}, indent=1) + "\n", encoding="utf-8")
 
 
 def load_split(path: Path, labelled: LabelledSet) -> FewShotSplit:
-    """Read a split that was drawn from `labelled`.
+    """Read a split that was sampled from `labelled`.
 
-    Raises: InputError if the file has been changed since it was written, or does not belong to the set.
+    Raises: InputError if the file was changed after it was written, or does not fit the dataset.
     """
     what = repr(str(path))
     content = read_json(path.read_bytes(), what)
     stated = content.pop("sha256", None)
     if _digest(content) != stated:
-        raise InputError(f"{what} was changed since it was written: its SHA-256 does not fit. Delete it to draw anew.")
+        raise InputError(f"{what} was changed after it was written: its SHA-256 does not match. Delete it to sample a new split.")
     if tuple(content["keys"]) != labelled.keys:
-        raise InputError(f"{what} was drawn from other classes than {labelled.name} has. Delete it to draw anew.")
+        raise InputError(f"{what} was sampled from other classes than {labelled.name} has. Delete it to sample a new split.")
     label_of = {image.name: image.label for image in labelled.images}
     names = {part: tuple((name, label) for name, label, _ in content[part]) for part in PARTS}
     for part in PARTS:
@@ -213,24 +212,24 @@ def load_split(path: Path, labelled: LabelledSet) -> FewShotSplit:
             if label_of.get(name) != label:
                 key = labelled.keys[label]
                 raise InputError(
-                    f"{what} has {name!r} of class {key!r}, but {labelled.name} has no such image. Put it back, or delete the "
-                    "file to draw anew."
+                    f"{what} lists {name!r} of class {key!r}, but {labelled.name} has no such image. Restore the image, or "
+                    "delete the file to sample a new split."
                 )
     return FewShotSplit(content["shots"], content["seed"], content["test_share"], labelled.keys, names)
 
 
 def saved_split(path: Path, labelled: LabelledSet, shots: Shots, seed: int, test_share: float = 0.3) -> FewShotSplit:
-    """The split at `path`; where there is none, one is drawn and saved there, for all methods that follow.
+    """The split saved at `path`; if there is none, one is sampled and saved first.
 
-    Raises: InputError if the saved one was drawn with other settings.
+    Raises: InputError if the saved split was sampled with other settings.
     """
     if not path.exists():
         save_split(sample_split(labelled, shots, seed, test_share), path)
     split = load_split(path, labelled)
-    asked = (shots, seed, None if labelled.parts else test_share)
+    requested = (shots, seed, None if labelled.parts else test_share)
     settings = (split.shots, split.seed, split.test_share)
-    if settings != asked:
+    if settings != requested:
         raise InputError(
-            f"{str(path)!r} was drawn with shots, seed and test_share {settings}, but {asked} are asked for. Name another file."
+            f"shots, seed and test_share must be {settings} as in the split {str(path)!r}, got {requested}. Use another file."
         )
     return split

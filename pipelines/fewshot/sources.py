@@ -1,4 +1,4 @@
-"""Where a labelled image's bytes come from: a file, memory, or (pipelines.fewshot.archives) a zip."""
+"""Sources of image files: a file on disk, memory, or a member of a zip (`pipelines.fewshot.archives`)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pipelines.errors import InputError
 
 
 class DatasetSource(Protocol):
-    """An image that was found, not decoded yet; sources can be pickled, so that worker processes read them.
+    """An image file that is not decoded yet. Sources can be pickled, so that worker processes can read them.
 
     Args:
-        name: its path within its set, with "/" between the parts; unique there, and the same on every machine.
-        max_pixels: more are refused before they are decoded; None for Pillow's own limit.
+        name: path within the dataset, with "/" as separator: unique, and the same on every machine.
+        max_pixels: larger images are refused before they are decoded; None for Pillow's limit.
     """
 
     @property
@@ -24,15 +24,15 @@ class DatasetSource(Protocol):
     def max_pixels(self) -> int | None: ...
 
     def size(self) -> int:
-        """Bytes of the image's file, without reading it."""
+        """Size in bytes, without reading the file."""
 
     def content(self) -> bytes:
-        """The image's file."""
+        """The bytes of the file."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """An image in a file of its own, `name` below `folder`."""
+    """An image file on disk, `name` below `folder`."""
 
     name: str
     folder: Path
@@ -40,22 +40,22 @@ class ImageFile:
 
     @property
     def path(self) -> Path:
-        """The file."""
+        """The path of the file."""
         return self.folder / self.name
 
     def size(self) -> int:
-        """Bytes of the file. Raises: InputError if there is none."""
+        """Size in bytes. Raises: InputError if the file does not exist."""
         self._check()
         return self.path.stat().st_size
 
     def content(self) -> bytes:
-        """The file. Raises: InputError if there is none."""
+        """The bytes of the file. Raises: InputError if it does not exist."""
         self._check()
         return self.path.read_bytes()
 
     def _check(self) -> None:
         if not self.path.is_file():
-            raise InputError(f"There is no file {str(self.path)!r}, which the set names {self.name!r}. Put it back.")
+            raise InputError(f"The file {str(self.path)!r} of the dataset does not exist. Restore it.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +67,9 @@ class ImageBytes:
     max_pixels: int | None = None
 
     def size(self) -> int:
-        """Bytes of the file."""
+        """Size in bytes."""
         return len(self.stored)
 
     def content(self) -> bytes:
-        """The file."""
+        """The bytes of the file."""
         return self.stored

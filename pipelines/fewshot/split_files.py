@@ -1,4 +1,4 @@
-"""A split.json beside class folders: which images are in which part of a split."""
+"""Read a split.json, a file beside class folders that lists the images of each part of a split."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from pipelines.text_files import decode_text
 
 AnySource = TypeVar("AnySource", bound=DatasetSource)
 SPLIT_FILE = "split.json"
-# A list of all images, which is no split.
+# Key of a list of all images, which is not a part.
 ALL_PARTS = "all"
-# A split.json of a million images stays below it.
+# Enough for a million images.
 MAX_SPLIT_BYTES = 2**28
 
 
 def split_file(files: Iterable[AnySource], layout: FolderLayout) -> AnySource | None:
-    """The split.json of a set, which lies beside its outermost class folders; None if there is none."""
+    """The split.json of a dataset, beside its outermost class folders; None if there is none."""
     wanted = (layout.outer + SPLIT_FILE).casefold()
     return next((file for file in files if file.name.casefold() == wanted), None)
 
 
 def parts_of_set(where: str, layout: FolderLayout, split: DatasetSource | None) -> tuple[Mapping[str, Part], list[str]]:
-    """The parts that the folders of a set or its split.json say, by the images' names, and sentences on what was read.
+    """The parts that folders or a split.json define, by image name, and notes on the split.json.
 
-    Raises: InputError as `listed_parts`, or if folders and file say something else of an image.
+    Raises: InputError as `listed_parts`, or if folders and file put an image into different parts.
     """
     if split is None:
         return layout.parts, []
@@ -37,80 +37,82 @@ def parts_of_set(where: str, layout: FolderLayout, split: DatasetSource | None) 
     other = next((name for name, part in parts.items() if layout.parts and layout.parts[name] != part), None)
     if other is not None:
         raise InputError(
-            f"{where} is split by its folders and by its {split.name}, but {other!r} is {layout.parts[other]} by the folders and "
-            f"{parts[other]} by the file. Remove the file, or move the images."
+            f"The folders of {where} and its {split.name} must define the same split, but {other!r} is {layout.parts[other]} by "
+            f"folder and {parts[other]} by file. Remove the file, or move the images."
         )
     return parts or layout.parts, notes
 
 
 def listed_parts(split: bytes, where: str, class_of: Mapping[str, str], outer: str) -> tuple[dict[str, Part], list[str]]:
-    """The parts that a split.json lists.
+    """The parts that a split.json defines.
 
-    Each part holds the paths of its images, or lists that begin with the path, as CoOp's do:
+    Each part lists the paths of its images, or lists that start with the path, as in CoOp's files:
     {"train": [["cat/1.jpg", 0, "cat"], ...], "test": ["cat/2.jpg", ...]}.
 
     Args:
-        split: the file's content.
-        where: the set, for errors.
-        class_of: the classes of all images' names.
-        outer: what the names begin with before what the file lists.
-    Returns: the parts of all images' names, none where the file lists all images only; and sentences on what was read.
+        split: the content of the file.
+        where: the dataset, for error messages.
+        class_of: class by image name.
+        outer: prefix of the image names, which the paths in the file leave out.
+    Returns: part by image name, empty if the file only lists all images; and notes on how the file was read.
     Raises: InputError naming the entry, the image or the key that cannot be used.
     """
     content = read_json(split, f"{SPLIT_FILE} of {where}")
     called = {key: part for key in content if (part := part_written(key)) is not None}
     others = [key for key in content if key not in called]
     if not called:
-        return {}, _on_no_part(where, others)
+        return {}, _note_without_parts(where, others)
     check_one_word_each(called, f"{SPLIT_FILE} of {where}")
     parts: dict[str, Part] = {}
     for key, part in called.items():
         for name in _names_in(content[key], key, where, class_of, outer):
             if name in parts:
-                raise InputError(f"{SPLIT_FILE} of {where} lists {name!r} twice. Remove one.")
+                raise InputError(f"{SPLIT_FILE} of {where} lists {name!r} twice. Remove one entry.")
             parts[name] = part
     _check_all_listed(where, parts, class_of)
     counts = ", ".join(f"{key!r} is {part} ({counted(len(content[key]))})" for key, part in called.items())
-    notes = [f"It is split by its {SPLIT_FILE}: {counts}."]
-    return parts, notes + ([f"The keys {listed(others)} of its {SPLIT_FILE} are not used."] if others else [])
+    notes = [f"Split by {SPLIT_FILE}: {counts}."]
+    return parts, notes + ([f"The keys {listed(others)} of {SPLIT_FILE} are not used."] if others else [])
 
 
 def _names_in(entries: Any, key: str, where: str, class_of: Mapping[str, str], outer: str) -> Iterator[str]:
-    """The images that the list under `key` names: each by its path, or by a list that begins with it."""
+    """The names of the images in the list under `key`, whose entries are paths or lists that start with a path."""
     if not isinstance(entries, list):
-        raise InputError(f"{SPLIT_FILE} of {where} must hold a list in {key!r}, got {type(entries).__name__}.")
+        raise InputError(f"{SPLIT_FILE} of {where} must have a list of images in {key!r}, got {type(entries).__name__}.")
     for entry in entries:
         path = entry[0] if isinstance(entry, list) and entry else entry
         name = outer + path if isinstance(path, str) else None
         if name not in class_of:
-            raise InputError(f"{SPLIT_FILE} of {where} lists {entry!r} in {key!r}, which is no image of the set. Remove it.")
+            raise InputError(
+                f"{SPLIT_FILE} of {where} lists {entry!r} in {key!r}, which is not an image of the dataset. Remove it."
+            )
         yield name
 
 
-def _on_no_part(where: str, keys: list[str]) -> list[str]:
-    """What a file without any part says. Raises: InputError unless it lists all images alone, or nothing."""
+def _note_without_parts(where: str, keys: list[str]) -> list[str]:
+    """The note on a file without parts. Raises: InputError if it has keys other than `all`."""
     if set(keys) - {ALL_PARTS}:
         raise InputError(
-            f"{SPLIT_FILE} of {where} must list the images of {', '.join(PARTS)}, but none of its keys is a word for a part: "
-            f"{listed(keys)}. {table_of_words()}. Rename the keys, or remove the {SPLIT_FILE}."
+            f"The keys of {SPLIT_FILE} of {where} must be words for the parts {', '.join(PARTS)}, got {listed(keys)}. "
+            f"{table_of_words()}. Rename the keys, or remove {SPLIT_FILE}."
         )
-    return [f"Its {SPLIT_FILE} lists no part of a split and is not used."]
+    return [f"{SPLIT_FILE} defines no split and is not used."]
 
 
 def _check_all_listed(where: str, parts: Mapping[str, Part], class_of: Mapping[str, str]) -> None:
     unlisted = [name for name in class_of if name not in parts]
     if unlisted:
-        more = f", nor {len(unlisted) - 1} more" if len(unlisted) > 1 else ""
+        more = f" and {len(unlisted) - 1} more" if len(unlisted) > 1 else ""
         raise InputError(
-            f"{SPLIT_FILE} of {where} does not list {unlisted[0]!r} of class {class_of[unlisted[0]]!r}{more}. Add every image to "
-            f"a part, or remove the {SPLIT_FILE}."
+            f"{SPLIT_FILE} of {where} must list every image, but lacks {unlisted[0]!r} of class {class_of[unlisted[0]]!r}{more}. "
+            f"Add every image to a part, or remove {SPLIT_FILE}."
         )
 
 
 def read_json(content: bytes, what: str) -> dict[str, Any]:
     """The JSON object in `content`.
 
-    Raises: InputError naming `what` if it is none, or no UTF-8.
+    Raises: InputError naming `what` if the content is not a JSON object in UTF-8, or too long.
     """
     if len(content) > MAX_SPLIT_BYTES:
         raise InputError(f"{what} must have at most {MAX_SPLIT_BYTES:,} bytes, got {len(content):,}.")
@@ -118,7 +120,7 @@ def read_json(content: bytes, what: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{what} is not JSON ({error}). Mend or remove it.") from error
+        raise InputError(f"{what} is not valid JSON ({error}). Correct or remove it.") from error
     if not isinstance(value, dict):
-        raise InputError(f"{what} must hold an object, got {type(value).__name__}.")
+        raise InputError(f"{what} must be a JSON object, got {type(value).__name__}. Correct or remove it.")
     return value

@@ -31,7 +31,7 @@ class TargetLayers:
     _argument_group_name = "target_layers"
 
     def __post_init__(self) -> None:
-        # Here, as open_clip takes a second to import and --help does without it.
+        # Imported here: open_clip takes a second to import, and --help does not need it.
         from pipelines.clip_attention import LAYERS
 
         if self.encoders not in ENCODERS:

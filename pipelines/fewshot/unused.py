@@ -1,4 +1,4 @@
-"""What of a set's files is not used, in sentences: nothing is passed over in silence."""
+"""Notes on the files of a dataset that are not used, so that no file is ignored silently."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 
-from pipelines.fewshot.layouts import LISTED, FolderLayout, counted, listed
+from pipelines.fewshot.layouts import LISTED, FolderLayout, counted, is_or_are, listed
 from pipelines.fewshot.split_words import part_named
 
-# Written by systems beside every folder that is looked at.
+# Files that operating systems add to folders.
 SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini", "ehthumbs.db"})
-# What the web app writes into its sets.
+# Files that the web app adds to its datasets.
 APP_FILES = frozenset({"set.json"})
-# Formats of images; those that are read never come here.
+# Suffixes of image formats that are not supported.
 OTHER_IMAGES = frozenset(
     {".heic", ".heif", ".avif", ".tif", ".tiff", ".gif", ".jfif", ".jpe", ".jp2", ".jxl", ".ppm", ".pgm", ".tga", ".psd", ".svg"}
     | {".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2"}
@@ -22,12 +22,12 @@ MOST_SUFFIXES = 10
 
 
 def notes_on_unused(files: Iterable[str], used: Collection[str], layout: FolderLayout) -> list[str]:
-    """Sentences on the files that are not used, those of a suffix together.
+    """Notes on the files that are not used, one for each suffix.
 
     Args:
-        files: paths within the set.
-        used: those of them that are.
-        layout: which files lie in the folders of which classes.
+        files: paths within the dataset.
+        used: the files that are used.
+        layout: the class folders.
     """
     used = set(used)
     system, outside = [], []
@@ -42,32 +42,31 @@ def notes_on_unused(files: Iterable[str], used: Collection[str], layout: FolderL
             outside.append(name)
         else:
             within[path.suffix.lower()][key] += 1
-    return [*_on_suffixes(within), *_on_outside(outside), *notes_on(system, "file of the system", "files of the system")]
+    return [*_on_suffixes(within), *_on_outside(outside), *notes_on(system, "system file", "system files")]
 
 
 def notes_on(names: Sequence[str], one: str, several: str) -> list[str]:
-    """A sentence on files that are not used, all for one reason; none where there are none.
+    """A note on files that are not used for the same reason; empty if there are no files.
 
     Args:
-        one, several: what one and what several of them are called.
+        one, several: the noun for the files, singular and plural.
     """
     if not names:
         return []
-    return [f"{len(names)} {one if len(names) == 1 else several} {_is_not_used(len(names))}: {listed(sorted(names))}."]
-
-
-def _is_not_used(count: int) -> str:
-    return "is not used" if count == 1 else "are not used"
+    count = len(names)
+    return [f"{count} {one if count == 1 else several} {is_or_are(count)} not used: {listed(sorted(names))}."]
 
 
 def _on_suffixes(within: Mapping[str, Counter[str]]) -> list[str]:
-    """Files in class folders, a sentence for each suffix, the most frequent first."""
+    """Notes on files in class folders, one for each suffix, most frequent first."""
     order = sorted(within, key=lambda suffix: (-within[suffix].total(), suffix))
     notes = [_on_suffix(suffix, within[suffix]) for suffix in order[:MOST_SUFFIXES]]
     rest = order[MOST_SUFFIXES:]
     if rest:
         count = sum(within[suffix].total() for suffix in rest)
-        notes.append(f"{counted(count, 'file')} in class folders with other suffixes {_is_not_used(count)}: {listed(rest)}.")
+        notes.append(
+            f"{counted(count, 'file')} in class folders with other suffixes {is_or_are(count)} not used: {listed(rest)}."
+        )
     return notes
 
 
@@ -76,25 +75,25 @@ def _on_suffix(suffix: str, counts: Counter[str]) -> str:
     called = f"with the suffix {suffix if suffix.isprintable() else repr(suffix)}" if suffix else "without a suffix"
     classes = ", ".join(f"{suffix_names} in class {key!r}" for key, suffix_names in first.items())
     more = f" and {count - sum(first.values())} in others" if len(counts) > LISTED else ""
-    return f"{counted(count, 'file')} {called} {_is_not_used(count)}: {classes}{more}.{_remedy(suffix, count)}"
+    return f"{counted(count, 'file')} {called} {is_or_are(count)} not used: {classes}{more}.{_remedy(suffix, count)}"
 
 
 def _remedy(suffix: str, count: int) -> str:
-    """What can be done about files with a suffix that may be images."""
+    """The remedy for unused files that may be images."""
     if not suffix:
-        return " It is not called like an image." if count == 1 else " They are not called like an image."
+        return f" Add a suffix such as .jpg if {'it is an image' if count == 1 else 'they are images'}."
     if suffix in OTHER_IMAGES:
-        return f" This format is not read: save {'it' if count == 1 else 'them'} as JPEG or PNG."
+        return f" This format is not supported: save {'it' if count == 1 else 'them'} as JPEG or PNG."
     return ""
 
 
 def _on_outside(names: Sequence[str]) -> list[str]:
     lists = sorted(name for name in names if part_named(PurePosixPath(name).stem))
     others = [name for name in names if name not in lists]
-    notes = notes_on(others, "file outside of the class folders", "files outside of the class folders")
+    notes = notes_on(others, "file outside the class folders", "files outside the class folders")
     if lists:
         notes.append(
-            f"{listed(lists)} {'is' if len(lists) == 1 else 'are'} called like the lists of a split, but not read. Write the "
-            "split as folders, as a split.json, or as a CSV with the columns path, label and split."
+            f"{listed(lists)} {is_or_are(len(lists))} named like a part of a split, but not used. Define the split with folders, "
+            "a split.json, or a CSV with the columns path, label and split."
         )
     return notes

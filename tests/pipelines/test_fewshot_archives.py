@@ -66,7 +66,7 @@ def test_links_and_devices_are_refused(tmp_path, kind):
 def test_a_name_that_is_there_twice_is_refused(tmp_path):
     path = write_zip(tmp_path / "a.zip", GOOD | {"cats/8.png": b"another"})
     path.write_bytes(path.read_bytes().replace(b"cats/8.png", b"cats/0.png"))
-    refused(path, r"holds 'cats/0\.png' 2 times")
+    refused(path, r"contains 'cats/0\.png' 2 times")
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
@@ -130,7 +130,7 @@ def test_members_that_share_their_bytes_are_refused(tmp_path):
     places = [place for place in range(len(content)) if content[place : place + 4] == archives.DIRECTORY_SIGNATURE]
     content[places[2] + 42 : places[2] + 46] = content[places[1] + 42 : places[1] + 46]
     path.write_bytes(content)
-    refused(path, "lies over what follows it")
+    refused(path, "overlaps the data that follows it")
 
 
 def test_a_directory_of_too_many_records_is_counted_before_any_is_made_an_object(tmp_path, monkeypatch):
@@ -193,7 +193,7 @@ def test_a_zip_that_has_changed_is_read_anew_and_a_lost_member_named(tmp_path):
     write_zip(path, {"cats/0.png": b"other", "x": b""})
     assert first.content() == b"other"
     write_zip(path, {"x": b""})
-    with pytest.raises(InputError, match=r"a\.zip.* no longer holds 'cats/0\.png'"):
+    with pytest.raises(InputError, match=r"a\.zip.* no longer contains 'cats/0\.png'"):
         first.content()
 
 

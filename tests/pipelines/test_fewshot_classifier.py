@@ -226,7 +226,7 @@ def test_named_classes_are_those_of_their_prompts_and_the_others_keep_their_logi
 
 def test_classes_that_cannot_be_added_are_named(random_clip, zero_shot, tmp_path):
     classifier = FewShotClassifier.from_run(zero_shot)
-    with pytest.raises(InputError, match="A new class needs a name of its own, got 'red star'"):
+    with pytest.raises(InputError, match="The name of a new class must not be empty or in use, got 'red star'"):
         classifier.with_classes("red star")
     assert classifier.with_classes() is classifier
     save_classifier(tmp_path / "probe", told(random_clip, "linear_probe"), predictor=Predictor(heads()["linear_probe"], 7))
@@ -357,8 +357,8 @@ def test_the_file_gives_back_what_was_written(random_clip, tmp_path):
         ({"classes": "cat"}, "classes must be a list of two names or more, got 'cat'"),
         ({"keys": ["a", " ", "c"]}, "keys must be a list of names"),
         ({"keys": ["a"]}, "keys must be as many as the 3 classes, got 1"),
-        ({"templates": ["a photo"]}, "A prompt template must hold {} once"),
-        ({"templates": []}, "prompt templates must be one or more, got none"),
+        ({"templates": ["a photo"]}, "A prompt template must contain {} once"),
+        ({"templates": []}, "templates must contain at least one prompt template, got none"),
         ({"scale": 1.5}, r"scale must be a number in \[0, 1\], got 1.5"),
         ({"scale": True}, r"scale must be a number in \[0, 1\], got True"),
         ({"method": "gda", "scale": 0.5}, "scale must be 1 for the method 'gda', which has no adapter, got 0.5"),

@@ -130,7 +130,7 @@ def test_the_base_model_can_be_named_anew(random_clip, images, tmp_path):
         (["run", "photos", "--batch_size", "-1"], "batch_size must be at least 1, got -1"),
         (["run", "photos", "--device", "gpu"], "device must be available to PyTorch on this machine"),
         (["run", "photos", "--model", "ViT-Q"], "model must be 'mini'"),
-        (["run", "photos", "--add_class", "cat"], "A new class needs a name of its own, got 'cat'"),
+        (["run", "photos", "--add_class", "cat"], "The name of a new class must not be empty or in use, got 'cat'"),
         (["probe", "photos", "--add_class", "boat"], "'boat' cannot be added"),
         (["run", "photos", "--output", "empty.csv"], "--output must be a file, but 'empty.csv' is a folder"),
         (["run", "photos", "--output", "all.xlsx"], "--output must be a .csv file, got 'all.xlsx'"),

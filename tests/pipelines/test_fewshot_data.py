@@ -139,17 +139,17 @@ def test_a_csv_may_have_parts_other_columns_quotes_and_a_byte_order_mark(tmp_pat
     [
         ("file,label\ncats/0.png,cats", r"must name the columns path and label, got 'file,label'"),
         ("path,label\ncats/0.png,cats\ncats/9.png,cats", r"Line 3 of .*a\.csv.*'cats/9\.png' of class 'cats'.*no such file"),
-        ("path,label\ncats/0.png", r"Line 2 of .*a\.csv.* must hold a path and a label"),
-        ("path,label\ncats/0.png,cats,x", r"Line 2 of .*a\.csv.* must hold a path and a label"),
+        ("path,label\ncats/0.png", r"Line 2 of .*a\.csv.* must have a path and a label"),
+        ("path,label\ncats/0.png,cats,x", r"Line 2 of .*a\.csv.* must have a path and a label"),
         ("path,label\ncats/0.png,cats\ncats/0.png,dogs", r"Line 3 .*'cats/0\.png' of class 'dogs' again, after line 2"),
-        ("path,label\na.csv,cats", r"Line 2 .*'a\.csv' of class 'cats'.* not called like an image"),
+        ("path,label\na.csv,cats", r"Line 2 .*'a\.csv' of class 'cats'.* its suffix is not that of an image"),
         ("path,label,part\ncats/0.png,cats,practice", r"Line 2 .*train, val, test, got 'practice'"),
-        ("path,label,part\ncats/0.png,cats,train\ndogs/0.png,dogs,", r"Line 3 .* has no part, others have"),
-        ("path,label\ncats/0.png,cats", r"two classes or more, got only 'cats'"),
-        ("path,label\n" + "x" * 200_000 + ",cats", r"follows line 1 of .*a\.csv.* cannot be read \(field larger"),
+        ("path,label,part\ncats/0.png,cats,train\ndogs/0.png,dogs,", r"Line 3 .* has no value for 'part', but other lines have"),
+        ("path,label\ncats/0.png,cats", r"at least two classes, got only 'cats'"),
+        ("path,label\n" + "x" * 200_000 + ",cats", r"a\.csv.* cannot be read after line 1 \(field larger"),
         ("path,label\ncats/0.png\0,cats", r"a\.csv.* has a NUL byte in line 2"),
-        ('path,label\ncats/0.png,"cats\n\ncats/1.png,dogs', r"two classes or more, got only"),
-        ("path,label", r"two classes or more, got none"),
+        ('path,label\ncats/0.png,"cats\n\ncats/1.png,dogs', r"at least two classes, got only"),
+        ("path,label", r"at least two classes, got none"),
     ],
 )
 def test_a_csv_that_cannot_be_used_is_named_with_the_line(tmp_path, table, message):
@@ -169,11 +169,14 @@ def test_a_csv_in_another_encoding_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (class_files({"a": 1}), r"two classes or more, got only 'a'"),
-        ({"notes.txt": b""}, r"two classes or more, got none"),
-        (class_files({"a": 1, "b": 1}) | {"c/notes.txt": b""}, r"Class 'c' of .* holds no image .*\.jpg"),
-        (class_files({"a": 1, "b": 1}) | {"x.png": stored_image(9)}, r"'x\.png' of .* lies in no class's folder"),
-        (class_files({"train/a": 1, "train/b": 1, "test/a": 1}) | {"test/x.png": b""}, r"'test/x\.png' of .* in no class's"),
+        (class_files({"a": 1}), r"at least two classes, got only 'a'"),
+        ({"notes.txt": b""}, r"at least two classes, got none"),
+        (class_files({"a": 1, "b": 1}) | {"c/notes.txt": b""}, r"Class 'c' of .* has no image .*\.jpg"),
+        (class_files({"a": 1, "b": 1}) | {"x.png": stored_image(9)}, r"'x\.png' of .* is not in a class folder"),
+        (
+            class_files({"train/a": 1, "train/b": 1, "test/a": 1}) | {"test/x.png": b""},
+            r"'test/x\.png' of .* is not in a class folder",
+        ),
     ],
 )
 def test_folders_that_cannot_be_used_are_named(tmp_path, files, message, zipped):
@@ -185,14 +188,14 @@ def test_folders_that_cannot_be_used_are_named(tmp_path, files, message, zipped)
 @pytest.mark.parametrize(
     ("split", "message"),
     [
-        (b"{", "is not JSON"),
-        (b"[" * 100_000, "is not JSON"),
-        (b"[]", "must hold an object, got list"),
-        (json.dumps({"train": [["a/9.png"]]}).encode(), r"lists \['a/9\.png'\] in 'train', which is no image"),
-        (json.dumps({"train": [["../a/0.png"]]}).encode(), r"lists \['\.\./a/0\.png'\] in 'train', which is no image"),
-        (json.dumps({"train": [[7]]}).encode(), r"lists \[7\] in 'train', which is no image"),
+        (b"{", "is not valid JSON"),
+        (b"[" * 100_000, "is not valid JSON"),
+        (b"[]", "must be a JSON object, got list"),
+        (json.dumps({"train": [["a/9.png"]]}).encode(), r"lists \['a/9\.png'\] in 'train', which is not an image"),
+        (json.dumps({"train": [["../a/0.png"]]}).encode(), r"lists \['\.\./a/0\.png'\] in 'train', which is not an image"),
+        (json.dumps({"train": [[7]]}).encode(), r"lists \[7\] in 'train', which is not an image"),
         (json.dumps({"train": [["a/0.png"], ["a/0.png"]]}).encode(), r"lists 'a/0\.png' twice"),
-        (json.dumps({"train": [["a/0.png"]]}).encode(), r"does not list 'b/0\.png' of class 'b'"),
+        (json.dumps({"train": [["a/0.png"]]}).encode(), r"must list every image, but lacks 'b/0\.png' of class 'b'"),
     ],
 )
 def test_a_split_file_that_cannot_be_used_is_named(tmp_path, split, message):
@@ -217,11 +220,11 @@ def test_an_unreadable_image_is_named_with_its_class(tmp_path):
         check_readable(found.images)
 
 
-def test_a_image_that_is_gone_is_named(tmp_path):
+def test_a_missing_image_is_named(tmp_path):
     found = load_images(write_files(tmp_path, class_files(COUNTS)))
     (tmp_path / found.images[0].name).unlink()
     for look in (read, lambda image: image.source.size()):
-        with pytest.raises(InputError, match=r"no file .*big_birds/0\.png"):
+        with pytest.raises(InputError, match=r"big_birds/0\.png' of the dataset does not exist"):
             look(found.images[0])
 
 
@@ -251,9 +254,9 @@ def test_the_same_image_in_two_classes_is_reported_and_in_neither_afterwards():
         (("0/1.png", "0/2.png"), False),
     ]
     assert str(found[0]) == (
-        "The same image is 3 times in the classes 'class 0', 'class 1', 'class 2': '0/0.png', '1/0.png', '2/0.png'."
+        "The same image occurs 3 times in the classes 'class 0', 'class 1', 'class 2': '0/0.png', '1/0.png', '2/0.png'."
     )
-    with pytest.raises(InputError, match="Class 'class 2' of the set holds no image"):
+    with pytest.raises(InputError, match="Class 'class 2' of the set has no image"):
         without_duplicates(labelled, found)
     kept = without_duplicates(labelled, [*found[1:], DuplicateImages(("0/0.png", "1/0.png"), ("class 0", "class 1"))])
     assert [image.name for image in kept.images] == ["0/1.png", "1/1.png", "2/0.png", "3/0.png"]
@@ -289,5 +292,5 @@ def test_half_of_the_classes_are_held_out_and_labelled_from_zero():
     assert [image.label for image in base.images] == [0, 1, 2]
     assert [image.label for image in new.images] == [0, 1]
     assert subset(labelled, [3, 0]).images[0].label == 1
-    with pytest.raises(InputError, match="at least 4 of them, but the set has 3"):
+    with pytest.raises(InputError, match="at least 4 classes, but the set has 3"):
         base_and_new(base)

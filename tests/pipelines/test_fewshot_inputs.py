@@ -63,7 +63,7 @@ def test_images_are_turned_upright_and_transparent_parts_white(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([], "images must be one image or more, got none"),
+        ([], "images must contain at least one image, got none"),
         ([PIXELS[0], torch.zeros(1, 8, 8)], r"images\[1\] must be a tensor of shape \(3, h, w\), got \(1, 8, 8\)"),
         (torch.zeros(8, 8), r"images\[0\] must be a tensor of shape \(3, h, w\), got \(8, 8\)"),
         (torch.zeros(3, 0, 8), r"images\[0\] must be a tensor of shape \(3, h, w\), got \(3, 0, 8\)"),

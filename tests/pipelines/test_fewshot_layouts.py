@@ -60,7 +60,7 @@ def test_parts_within_class_folders_are_parts(tmp_path):
     found = loaded(tmp_path, class_files({f"{key}/{word}": 2 for key in ("cat", "dog") for word in ("Train", "test")}))
     assert found.classes == ("cat", "dog")
     assert parts_by_folder(found, 1) == {"Train": "train", "test": "test"}
-    with pytest.raises(InputError, match=r"'cat/Train', 'cat/test', .* not all images lie in such: 'dog/old'"):
+    with pytest.raises(InputError, match=r"'cat/Train', 'cat/test', .* but not 'dog/old'"):
         loaded(tmp_path / "mixed", class_files({"cat/Train": 1, "cat/test": 1, "dog/train": 1, "dog/old": 1}))
 
 
@@ -68,12 +68,12 @@ def test_parts_within_class_folders_are_parts(tmp_path):
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ({"Train/a": 1, "Train/b": 1, "Test/a": 1, "extra/a": 1}, r"Only some .*: 'Test', 'Train' are, 'extra' are not\."),
-        ({"train/a": 1, "train/b": 1, "cat": 1, "dog": 1}, r"Only some .*: 'train' are, 'cat', 'dog' are not\."),
-        ({"cat": 1, "dog": 1, "test": 1}, r"'test' are, 'cat', 'dog' are not\. .*--class_names 'test'=NAME"),
-        ({"Train": 1, "Test": 1, "extra": 1}, r"Only some .*: 'Test', 'Train' are, 'extra' are not\."),
-        ({"train": 2, "test": 2}, r"'test', 'train' .* hold images and no class folders\. .*path, label and split"),
-        ({"cats_train": 1, "cats_test": 1, "dogs_train": 1, "dogs_test": 1}, r"hold images and no class folders"),
+        ({"Train/a": 1, "Train/b": 1, "Test/a": 1, "extra/a": 1}, r"Only some .*: 'Test', 'Train', but not 'extra'\."),
+        ({"train/a": 1, "train/b": 1, "cat": 1, "dog": 1}, r"Only some .*: 'train', but not 'cat', 'dog'\."),
+        ({"cat": 1, "dog": 1, "test": 1}, r"'test', but not 'cat', 'dog'\. .*--class_names 'test'=NAME"),
+        ({"Train": 1, "Test": 1, "extra": 1}, r"Only some .*: 'Test', 'Train', but not 'extra'\."),
+        ({"train": 2, "test": 2}, r"'test', 'train' .* contain images and no class folders\. .*path, label and split"),
+        ({"cats_train": 1, "cats_test": 1, "dogs_train": 1, "dogs_test": 1}, r"contain images and no class folders"),
         ({"train/a": 1, "train/b": 1, "val/a": 1, "dev/a": 1}, r"'dev' and 'val' all mean val|'val' and 'dev' all mean val"),
         ({"train/cat": 1, "train/dog": 1, "test/Cat": 1, "test/dog": 1}, r"names differ .*'Cat' is in test, 'cat' is in train"),
         ({"train/red_mug": 1, "train/dog": 1, "test/red mug": 1, "test/dog": 1}, r"'red mug' is in test, 'red_mug' is in train"),
@@ -89,7 +89,7 @@ def test_a_class_that_is_called_like_a_part_holds_images_and_is_a_class(tmp_path
     found = loaded(tmp_path, class_files(counts))
     assert found.classes == tuple(sorted(key.split("/")[0] for key in counts))
     assert not found.parts
-    assert any("taken for a class" in note for note in found.notes)
+    assert any("so it is a class" in note for note in found.notes)
 
 
 def test_a_class_train_within_a_split_is_a_class(tmp_path):
@@ -107,10 +107,10 @@ def test_a_folder_that_is_given_a_name_is_a_class_whatever_it_is_called(tmp_path
 def test_one_part_alone_is_no_split_and_validation_alone_is_the_test_and_both_are_said(tmp_path):
     alone = loaded(tmp_path / "alone", class_files({"train/a": 1, "train/b": 1}))
     assert not alone.parts
-    assert any("'train'; no other part of a split is there" in note for note in alone.notes)
+    assert any("'train' without another part of a split" in note for note in alone.notes)
     without = loaded(tmp_path / "without", class_files({f"{word}/{key}": 1 for word in ("Train", "Dev") for key in "ab"}))
     assert parts_by_folder(without) == {"Train": "train", "Dev": "test"}
-    assert any("validation images are tested on" in note for note in without.notes)
+    assert any("validation images are used as test images" in note for note in without.notes)
 
 
 @pytest.mark.parametrize("entry", [lambda name: [name, 0, name[0]], lambda name: [name], lambda name: name])
@@ -123,7 +123,7 @@ def test_the_keys_of_a_split_file_are_read_in_any_spelling(tmp_path, words, entr
     found = loaded(tmp_path, files | {"split.json": json.dumps(lists | {"seed": 3}).encode("utf-8-sig")})
     expected = ("train", "test") if len(words) == 2 else ("train", "val", "test")
     assert [found.parts[f"b/{place}.png"] for place in range(len(words))] == list(expected)
-    assert any("The keys 'seed' of its split.json are not used" in note for note in found.notes)
+    assert any("The keys 'seed' of split.json are not used" in note for note in found.notes)
 
 
 @pytest.mark.parametrize(
@@ -131,11 +131,11 @@ def test_the_keys_of_a_split_file_are_read_in_any_spelling(tmp_path, words, entr
     [
         (
             {"learn": [["a/0.png"]], "judge": [["b/0.png"]]},
-            r"none of its keys is a word for a part: 'learn', 'judge'\. .*holdout",
+            r"got 'learn', 'judge'\. .*holdout",
         ),
-        ({"split": {"train": []}}, r"none of its keys is a word for a part: 'split'"),
+        ({"split": {"train": []}}, r"must be words for the parts train, val, test, got 'split'"),
         ({"train": [["a/0.png"]], "Train": [["b/0.png"]]}, r"'train' and 'Train' all mean train"),
-        ({"Train": {"a": ["0.png"]}}, r"must hold a list in 'Train', got dict"),
+        ({"Train": {"a": ["0.png"]}}, r"must have a list of images in 'Train', got dict"),
     ],
 )
 def test_a_split_file_that_could_be_read_in_two_ways_is_refused(tmp_path, split, message):
@@ -155,9 +155,7 @@ def test_folders_and_a_split_file_must_say_the_same(tmp_path):
     same = {word: [name for name in files if name.startswith(word)] for word in ("train", "test")}
     assert loaded(tmp_path / "same", files | {"split.json": json.dumps(same).encode()}).classes == ("a", "b")
     other = {"train": same["test"], "test": same["train"]}
-    with pytest.raises(
-        InputError, match=r"split by its folders and by its split\.json, but 'test/a/0\.png' is test .* train by the file"
-    ):
+    with pytest.raises(InputError, match=r"must define the same split, but 'test/a/0\.png' is test by folder and train by file"):
         loaded(tmp_path / "other", files | {"split.json": json.dumps(other).encode()})
 
 
@@ -169,8 +167,8 @@ def test_the_column_of_a_csv_that_splits_it_is_read_in_any_spelling(tmp_path, co
     write_files(tmp_path, files | {"a.csv": "\n".join([f"Path,LABEL,{column},width,,", *rows]).encode()})
     found = load_images(tmp_path / "a.csv")
     assert {name: found.parts[name] for name in files} == {name: ("train", "val", "test")[int(name[2])] for name in files}
-    assert any(f"split by its column {column!r}" in note for note in found.notes)
-    assert "Its column 'width' is not used." in found.notes
+    assert any(f"Split by the column {column!r}" in note for note in found.notes)
+    assert "The column 'width' is not used." in found.notes
 
 
 @pytest.mark.parametrize(
@@ -198,15 +196,15 @@ def test_what_is_not_used_is_named_by_suffix_and_class(tmp_path, zipped, place):
     for expected in (
         "13 files with the suffix .txt are not used: 12 in class 'cat', 1 in class 'dog'.",
         "1 file with the suffix .mp4 is not used: 1 in class 'cat'.",
-        "1 file without a suffix is not used: 1 in class 'cat'. It is not called like an image.",
-        f"1 file of the system is not used: '{place}dog/Thumbs.db'.",
-        "1 file outside of the class folders is not used: 'README.md'.",
+        "1 file without a suffix is not used: 1 in class 'cat'. Add a suffix such as .jpg if it is an image.",
+        f"1 system file is not used: '{place}dog/Thumbs.db'.",
+        "1 file outside the class folders is not used: 'README.md'.",
     ):
         assert expected in notes
     assert any(".psd is not used: 1 in class 'cat'." in note for note in notes)
-    assert any(note.startswith("'train.txt' is called like the lists of a split, but not read.") for note in notes)
+    assert any(note.startswith("'train.txt' is named like a part of a split, but not used.") for note in notes)
     assert any(note.startswith("2 hidden files or folders are not used: ") for note in notes)
-    assert any("used for the class, such as " in note for note in notes)
+    assert any("subfolders of class folders" in note for note in notes)
 
 
 def test_broken_links_and_folders_without_images_are_named(tmp_path):
@@ -225,17 +223,17 @@ def test_a_plain_set_has_nothing_to_say(tmp_path):
 
 
 def test_images_beside_class_folders_are_refused(tmp_path):
-    with pytest.raises(InputError, match=r"'set/x\.png' of .* lies in no class's folder, nor do 1 more"):
+    with pytest.raises(InputError, match=r"'set/x\.png' and 1 more of .* are not in a class folder"):
         loaded(tmp_path, class_files({"set/a": 1, "set/b": 1}) | {"set/x.png": b"", "set/y.png": b""})
 
 
 def test_a_class_without_training_images_is_refused_and_one_without_test_images_named(tmp_path):
     counts = {"Train/a": 4, "Train/b": 4, "Train/c": 4, "Test/a": 2, "Test/b": 2}
     found = loaded(tmp_path / "named", class_files(counts))
-    assert split_notes(found) == ["'c' has 0 images to test on: nothing is measured of it."]
+    assert split_notes(found) == ["Some classes have no test images, so their accuracy is unknown: 'c'."]
     assert Counter(label for _, label in sample_split(found, 1, 0).names["test"]) == {0: 2, 1: 2}
     found = loaded(tmp_path / "refused", class_files(counts | {"Test/d": 1, "Test/e": 1}))
-    with pytest.raises(InputError, match=r"no image to learn from to 'd' \(test alone\), 'e' \(test alone\)\. Add images"):
+    with pytest.raises(InputError, match=r"has none of 'd' \(test only\), 'e' \(test only\)\. Add images"):
         sample_split(found, 1, 0)
 
 

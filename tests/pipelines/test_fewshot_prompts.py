@@ -46,12 +46,12 @@ def test_a_class_is_called_what_it_is_called_whatever_it_looks_like(names):
 
 @pytest.mark.parametrize("template", ["a photo", "{} and {}", "{0}", "{name}", "ensemble 80"])
 def test_a_template_needs_one_place_for_the_class(template):
-    with pytest.raises(InputError, match=r"must hold \{\} once.*ensemble80"):
+    with pytest.raises(InputError, match=r"must contain \{\} once.*ensemble80"):
         make_prompts(CLASSES, template)
 
 
 def test_no_template_at_all_is_refused():
-    with pytest.raises(InputError, match="one or more, got none"):
+    with pytest.raises(InputError, match="at least one prompt template, got none"):
         make_prompts(CLASSES, ())
 
 
@@ -72,7 +72,7 @@ def test_new_classes_come_last_and_need_names_of_their_own():
     assert prompts.classes == (*CLASSES, "pug", "owl")
     assert prompts.texts()[2:] == ["pug texture.", "owl texture."]
     for taken in ("Siamese_cat", " ", "owl"):
-        with pytest.raises(InputError, match=f"name of its own, got {taken!r}"):
+        with pytest.raises(InputError, match=f"must not be empty or in use, got {taken!r}"):
             prompts.with_classes(taken)
     with pytest.raises(InputError, match="got 'fox'"):
         prompts.with_classes("fox", "fox")

@@ -88,11 +88,11 @@ def test_aircraft_are_read_from_their_own_tables(tmp_path):
     ("split", "message"),
     [
         (SPLIT | {"val": None}, r"must list the images of 'val'"),
-        (SPLIT | {"val": [["../x.jpg", 0, "a dog"]]}, r"\[path below the set's folder, label, class\] in 'val'"),
-        (SPLIT | {"val": [["/x.jpg", 0, "a dog"]]}, r"\[path below the set's folder, label, class\] in 'val'"),
+        (SPLIT | {"val": [["../x.jpg", 0, "a dog"]]}, r"\[path below the image folder, label, class\] in 'val'"),
+        (SPLIT | {"val": [["/x.jpg", 0, "a dog"]]}, r"\[path below the image folder, label, class\] in 'val'"),
         (SPLIT | {"val": [["x.jpg", "0", "a dog"]]}, r"in 'val', got \['x\.jpg', '0', 'a dog'\]"),
         (SPLIT | {"val": [["b/2.jpg", 0, "a dog"]]}, r"DTD lists an image twice"),
-        (SPLIT | {"val": [["a/2.jpg", 0, "a_cat"]]}, r"calls the class of 'a/2\.jpg' 'a_cat', but class 0 is 'a dog'"),
+        (SPLIT | {"val": [["a/2.jpg", 0, "a_cat"]]}, r"must be one class, but is 'a_cat' for 'a/2\.jpg' and 'a dog' before"),
         (SPLIT | {"val": [["a/2.jpg", 3, "a bird"]]}, r"labels of DTD must be 0 to 2, got 0 to 3"),
     ],
 )
@@ -112,14 +112,14 @@ def test_a_image_that_is_listed_and_not_there_is_named_with_its_class(tmp_path):
     ("name", "prepare", "message"),
     [
         ("mnist", None, r"must be one of imagenet, caltech101.*, got 'mnist'"),
-        ("dtd", None, r"DTD must lie in .*dtd.*no such folder.*DATASETS\.md"),
+        ("dtd", None, r"DTD must be in .*dtd.*no such folder.*DATASETS\.md"),
         ("dtd", lambda root: (root / "dtd").mkdir(), r"DTD needs .*split_zhou_DescribableTextures\.json.*missing"),
         ("imagenet", lambda root: (root / "imagenet").mkdir(), r"ImageNet needs .*train.*missing"),
         ("imagenet", lambda root: lay_out_imagenet(root, val=["n01"]), r"same classes in train and val, but 'n02'"),
         ("imagenet", lambda root: lay_out_imagenet(root, names=None), r"ImageNet needs .*classnames\.txt.*missing"),
-        ("imagenet", lambda root: lay_out_imagenet(root, names=b"n01 a"), r"must name every class, but not 'n02'"),
-        ("fgvc_aircraft", lambda root: lay_out_aircraft(root, b"003 An-13"), r"lists '003 An-13', of which the image or the"),
-        ("fgvc_aircraft", lambda root: lay_out_aircraft(root, b"009 An-12"), r"lists '009 An-12', of which the image or the"),
+        ("imagenet", lambda root: lay_out_imagenet(root, names=b"n01 a"), r"must name every class, but lacks 'n02'"),
+        ("fgvc_aircraft", lambda root: lay_out_aircraft(root, b"003 An-13"), r"lists '003 An-13', but its image or class is"),
+        ("fgvc_aircraft", lambda root: lay_out_aircraft(root, b"009 An-12"), r"lists '009 An-12', but its image or class is"),
     ],
 )
 def test_what_is_missing_is_named(tmp_path, name, prepare, message):

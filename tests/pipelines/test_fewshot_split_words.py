@@ -45,7 +45,7 @@ def test_a_word_within_a_name_counts_where_a_sister_differs_in_that_word_alone(n
 
 
 def test_two_words_for_one_part_are_refused():
-    with pytest.raises(InputError, match=r"'val' and 'dev' all mean val\. Join them, or rename one\. .*train: train, training"):
+    with pytest.raises(InputError, match=r"'val' and 'dev' all mean val\. Merge them, or rename one\. .*train: train, training"):
         check_one_word_each({"train": "train", "val": "val", "dev": "val"}, "The folders of X")
 
 
@@ -66,13 +66,13 @@ def test_other_columns_are_no_split_unless_all_that_they_hold_are_words_for_part
 
 @pytest.mark.parametrize("columns", [("split", "set"), ("Split", "phase")])
 def test_two_columns_that_could_both_be_the_split_are_refused(columns):
-    with pytest.raises(InputError, match=rf"'{columns[0]}' and '{columns[1]}' both could\. Remove or rename all but one"):
+    with pytest.raises(InputError, match=rf"'{columns[0]}' and '{columns[1]}' both could be it\. Remove or rename all but one"):
         split_column(columns, {column: ["train", "test"] for column in columns}, "a.csv")
 
 
 @pytest.mark.parametrize("column", ["is_train", "isTest", "train", "is_training_image"])
 def test_a_column_of_yes_and_no_about_a_part_is_refused_rather_than_passed_over(column):
-    with pytest.raises(InputError, match=rf"'{column}', which speaks of a split .* column 'split'"):
+    with pytest.raises(InputError, match=rf"'{column}', which suggests a split .* column 'split'"):
         split_column([column], {column: ["0", "1"]}, "a.csv")
 
 

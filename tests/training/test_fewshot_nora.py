@@ -304,7 +304,7 @@ def test_the_split_of_a_dataset_is_used_and_its_gaps_are_reported(random_clip, t
     assert trial(output, "zeroshot")["test"]["class_counts"] == {"cat": 2, "dog": 2, "fish": 0}
     assert trial(output, "zeroshot")["test"]["per_class"]["fish"] is None
     assert "1 file with the suffix .txt is not used: 1 in class 'cat'." in report["dataset"]["notes"]
-    assert "'fish' has 0 images to test on: nothing is measured of it." in report["dataset"]["notes"]
+    assert "Some classes have no test images, so their accuracy is unknown: 'fish'." in report["dataset"]["notes"]
     assert "**Classes without test images: fish.**" in (output / "README.md").read_text()
 
 

@@ -266,14 +266,14 @@ def test_the_split_in_a_zip_is_kept(workspace, tmp_path, how):
     assert tested == expected
     class_sets.update_split(folder)
     assert {names[file] for file in class_sets.read_split(folder)["test"]} == expected
-    assert "It is split by its" in class_images._upload_summary(added)
+    assert "Split by " in class_images._upload_summary(added)
 
 
 @pytest.mark.parametrize(
     ("folders", "message"),
     [
-        (["Train", "Test"], "hold images and no class folders"),
-        (["Train/ruby", "Train/leaf", "Test/ruby", "extra/ruby"], "'Test', 'Train' are, 'extra' are not"),
+        (["Train", "Test"], "contain images and no class folders"),
+        (["Train/ruby", "Train/leaf", "Test/ruby", "extra/ruby"], "'Test', 'Train', but not 'extra'"),
     ],
 )
 def test_a_zip_with_an_ambiguous_split_is_refused(workspace, tmp_path, folders, message):
@@ -289,9 +289,9 @@ def test_unused_files_of_a_folder_and_classes_without_test_images_are_shown(work
     (mine / "Train" / "sea" / "<b>.txt").touch()
     found = class_sets.find(workspace, class_sets.point_to(workspace, str(mine)))
     shown = class_images._summary(found, None)
-    assert "It is split by its folders: &#x27;Train&#x27; is train (12 images)" in shown
+    assert "Split by folders: &#x27;Train&#x27; is train (12 images)" in shown
     assert "1 file with the suffix .txt is not used: 1 in class &#x27;sea&#x27;." in shown
-    assert "&#x27;sea&#x27; has 0 images to test on" in shown
+    assert "no test images, so their accuracy is unknown: &#x27;sea&#x27;." in shown
     assert {one.key: one.learnable for one in found.classes} == {"ruby": 4, "leaf": 4, "sea": 4}
 
 
