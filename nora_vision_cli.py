@@ -36,7 +36,7 @@ SUBCOMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int | None:
-    """Run the subcommand that `arguments` name, with the rest of them as its own; returns 2 if there is no such subcommand."""
+    """Run the subcommand named by the first of `arguments` with the other ones; returns 2 if it does not exist."""
     name, *rest = [*(sys.argv[1:] if arguments is None else arguments)] or ["--help"]
     if name in ("-h", "--help"):
         sys.stdout.write(usage())

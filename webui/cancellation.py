@@ -1,4 +1,4 @@
-"""Which generations of a browser tab were cancelled. Gradio's own cancelling shows an error in the tab and may come late."""
+"""The cancelled generations of each browser tab. Gradio's own cancelling shows an error in the tab and may come late."""
 
 from __future__ import annotations
 

@@ -65,11 +65,11 @@ def escaped(text: str) -> str:
 
 
 def cards(photos: SubjectDataset, checked: Mapping[str, CheckedImage] | None, together: Sequence[str] = ()) -> str:
-    """All photos as cards in their order, below the findings about the whole set.
+    """All photos as cards in their order, below the findings about the whole dataset.
 
     Args:
         checked: the results of the image checks by file; None while they run.
-        together: findings about the whole set.
+        together: findings about the whole dataset.
     """
     entries = photos.entries()
     if not entries:

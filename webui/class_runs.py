@@ -173,7 +173,7 @@ def train_again(workspace: Workspace, record: RunRecord, files: Mapping[str, Seq
 
 
 def _folder_to_correct(workspace: Workspace, record: RunRecord) -> Path:
-    """The folder of the uploaded dataset that the run used, or a new one with copies of the images of another."""
+    """The folder of the uploaded dataset that the run used; for any other dataset, a new folder with copies of its images."""
     set_id = class_sets.set_of_run(workspace, record)
     is_own = set_id not in (None, EXAMPLE) and class_sets.read_pointer(workspace.image_set(set_id)) is None
     return workspace.image_set(set_id) if is_own else copied_set(workspace, record)

@@ -61,5 +61,5 @@ def _plain_errors() -> Iterator[None]:
         # The browser must not see a traceback.
         number = secrets.token_hex(3)
         logger.exception("error %s", number)
-        sentence = f"The app failed; your runs and images are not affected. The server's log has the details under {number}."
+        sentence = f"Internal error {number}. Your runs and images are not affected. The server's log has the details."
         raise gr.Error(sentence, title="Error", print_exception=False) from error

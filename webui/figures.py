@@ -17,7 +17,7 @@ from webui.curves import Point
 from webui.views import RunView
 
 REPORT = "report.json"
-# The number of last steps over which the training loss is averaged.
+# The displayed training loss is the mean over this many steps.
 LAST_STEPS = 16
 SCORES = {"subject_score": "Similarity to your photos", "prompt_score": "Prompt adherence"}
 

@@ -157,7 +157,7 @@ def duplicate(workspace: Workspace, run_id: str) -> Values:
     if "options" in view.launch:
         return view.launch["options"]
     if not view.options:
-        raise InputError("The options of this run were not recorded. Set up a new run on the first screen.")
+        raise InputError("The options of this run were not recorded. Set up a new run instead.")
     from webui.work import options as page_options
 
     return page_options.changed(view.task, view.options)
@@ -187,7 +187,7 @@ def _resuming(workspace: Workspace, view: RunView) -> tuple[list[str], Path]:
         page_options.build(workspace, view.task, view.launch["options"])
         return [*command(view.task, view.launch["options"], path), *RESUMING], _launch_folder(workspace)
     if not view.options:
-        raise InputError("This run ended before it recorded its options. Start it again the way it was started.")
+        raise InputError("This run ended before it recorded its options. Start it again with its original command.")
     processes = view.status.get("processes", 1)
     several = ["--num_processes", str(processes)] if processes > 1 else []
     options = ["--options_file", str(path / OPTIONS), "--output_dir", str(path)]

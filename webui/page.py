@@ -1,4 +1,4 @@
-"""The page: a header, and a tab for each screen. Building it loads no model library, so it is up in seconds."""
+"""The page: a header, and a tab for each screen. Building it loads no model library, so it opens within seconds."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def build_page(settings: Settings) -> gr.Blocks:
     with gr.Blocks(title="NoRA Vision", analytics_enabled=False, fill_width=False, delete_cache=(3600, 86400)) as page:
         gr.HTML(HEADER)
         context = _context(page, settings)
-        # The API first: otherwise a handler of the same name on a screen would take the endpoint's name. And outside the tabs,
-        # which count their children.
+        # Before the screens, because a handler of the same name would take the endpoint's name, and outside of the tabs, which
+        # count their children.
         build_api(context)
         opened = {}
         with context.tabs:

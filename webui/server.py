@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="further base models for users other than the one of this machine",
+        help="base models that guests may use besides the built-in ones",
     )
     options.add_argument("--share", action="store_true", help="also open a public link through Gradio's servers")
     options.add_argument("--inbrowser", action="store_true", help="open the page in a browser")

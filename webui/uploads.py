@@ -38,7 +38,7 @@ BATCH = 8
 MAX_ADAPTER_BYTES = 512 * 2**20
 # The leading dot keeps it from being the id of a dataset.
 ADAPTERS = ".adapters"
-# At most so many sentences; the rest is summarised in one.
+# The maximum number of sentences; the others are summarised in one.
 SENTENCES = 20
 
 
@@ -117,7 +117,9 @@ def check_adapter(file: str | Path) -> Path:
     path, name = Path(file), display_name(file)
     size = path.stat().st_size
     if size > MAX_ADAPTER_BYTES:
-        raise InputError(f"{name} is {size / 2**20:.0f} MB; an adapter may be at most {MAX_ADAPTER_BYTES // 2**20} MB.")
+        raise InputError(
+            f"{name} is {size / 2**20:.0f} MB; an adapter may be at most {MAX_ADAPTER_BYTES // 2**20} MB. Choose a smaller one."
+        )
     adapter_files.check_tensors(path, name)
     return path
 

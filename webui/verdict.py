@@ -16,7 +16,9 @@ READ_LOSS = (
     "Validation loss is measured on a photo that is not trained on. If it rises while the training loss keeps falling, the model "
     "overfits: it memorises your photos."
 )
-READ_SUBJECT = "Similarity of the samples to your photos. Higher is better. Training longer gains nothing once the curve is flat."
+READ_SUBJECT = (
+    "Similarity of the samples to your photos. Higher is better. Once the curve is flat, longer training does not help."
+)
 READ_PROMPT = "Similarity of the samples to their prompts. Higher is better. It falls when the model overfits to the subject."
 READ_COPY = (
     "Similarity of each sample to the closest single photo, by content and by outlines. Above the limit a sample is close to a "
@@ -54,7 +56,7 @@ def _not_yet(view: RunView) -> str:
         state = results if measured else "Images and scores of each step appear here, side by side."
     else:
         lead = "Training did not finish, so no step is recommended."
-        state = "The results until then are below." if measured else "Nothing was measured before it ended."
+        state = "The results up to that point are below." if measured else "Nothing was measured before it ended."
     return f'<div class="empty"><p><b>{lead}</b></p><p>{state}</p></div>'
 
 

@@ -1,16 +1,16 @@
-"""How a person finds a screen, waits for answers, and loads the page anew."""
+"""Helpers for browser tests: open a screen, wait for pending requests, reload the page."""
 
 import time
 
 from webui.page import SCREENS
 
-# What the browser says of requests that it cuts off when its page goes.
+# The error of a request that the browser aborts when the page is closed.
 CUT_OFF = ("BodyStreamBuffer was aborted", "Connection errored out")
 
 
 def go_to(page, screen, patience=180_000):
-    """Open a screen, however narrow the page is: what does not fit is behind the three dots."""
-    # Until the page has found its width, each tab is there twice, or not to be seen.
+    """Open a screen; on a narrow page, tabs that do not fit are in the overflow menu."""
+    # Until the page has been laid out, a tab may exist twice or be invisible.
     page.wait_for_function("document.querySelectorAll('#screen-photos-button').length === 1", timeout=patience)
     more = page.locator("#screens > .tab-wrapper .overflow-menu")
     tab = page.locator(f"#screen-{screen}-button")
@@ -23,7 +23,7 @@ def go_to(page, screen, patience=180_000):
 
 
 def watch_answers(page):
-    """Keep in `page.streams` the requests that are being answered, and in `page.asked` how many there have been."""
+    """Record the pending requests in `page.streams`, and the number of all requests in `page.asked`."""
     page.streams, page.asked = set(), 0
 
     def begin(request):
@@ -37,7 +37,7 @@ def watch_answers(page):
 
 
 def quiet(page, patience=60, silence=20):
-    """Wait until everything has been answered, and no answer has asked for more.
+    """Wait until no request is pending and no response has caused another one.
 
     Now and then Gradio leaves a stream open that has nothing more to say: one is not waited for where nothing is asked for
     `silence` seconds.
@@ -53,7 +53,7 @@ def quiet(page, patience=60, silence=20):
 
 
 def reload(page):
-    """Load the page anew in the middle of whatever it asks: that it was cut off is no error of the page that comes."""
+    """Reload the page while requests are pending; the errors of aborted requests are ignored."""
     before = len(page.errors)
     page.reload()
     page.wait_for_selector("#screens", timeout=180_000)

@@ -1,4 +1,4 @@
-"""Small classes of images that differ by colour, and the directory of a finished run on them, made without training."""
+"""Small classes of images that differ by colour, and the directory of a finished run on them, written without training."""
 
 import hashlib
 import io
@@ -25,7 +25,7 @@ COLOURS = {"ruby": (200, 40, 40), "leaf": (40, 180, 60), "sea": (40, 70, 200)}
 
 
 def coloured(name, place, side=24):
-    """The file of an image of that colour, another for each place."""
+    """The PNG content of an image of the colour; it differs for each index."""
     rng = np.random.default_rng([place, *name.encode()])
     pixels = np.clip(np.array(COLOURS[name]) + rng.integers(-40, 40, (side, side, 3)), 0, 255).astype(np.uint8)
     stored = io.BytesIO()
@@ -34,7 +34,7 @@ def coloured(name, place, side=24):
 
 
 def colour_zip(path, each=12, names=COLOURS):
-    """A zip of class folders at `path`, which is returned."""
+    """Write a zip of class folders to `path`; returns `path`."""
     with zipfile.ZipFile(path, "w") as archive:
         for name in names:
             for place in range(each):
@@ -43,7 +43,7 @@ def colour_zip(path, each=12, names=COLOURS):
 
 
 def colour_folder(folder, each=12, names=COLOURS):
-    """Class folders below `folder`, which is returned."""
+    """Write class folders into `folder`; returns `folder`."""
     for name in names:
         (folder / name).mkdir(parents=True)
         for place in range(each):
@@ -52,7 +52,7 @@ def colour_folder(folder, each=12, names=COLOURS):
 
 
 def colour_set(workspace, scratch, each=6, names=COLOURS):
-    """A set of the user's own with these classes; returns its folder."""
+    """Upload a dataset with these classes; returns its folder."""
     folder = workspace.new_image_set()
     given = colour_folder(scratch, each, names)
     for name in names:
@@ -62,7 +62,7 @@ def colour_set(workspace, scratch, each=6, names=COLOURS):
 
 
 def trial_in(run, method, images, logits, classes, temperature=0.5):
-    """The result of a trial; its test.json is written."""
+    """The result of a trial, whose test.json is written."""
     labels = torch.tensor([image.label for image in images])
     folder = f"trials/2-shots/seed-0/{method}"
     (run / folder).mkdir(parents=True)
@@ -91,7 +91,7 @@ def trial_in(run, method, images, logits, classes, temperature=0.5):
 
 
 def finished_classifier(workspace, data_dir, names, wrong=2, right_of_pixels=None):
-    """The directory of a run that is done: NoRA, which gets `wrong` of the first class's images wrong, zero-shot and pixels.
+    """The directory of a finished run with NoRA, which misclassifies `wrong` images of the first class, zero-shot and pixels.
 
     Args:
         names: of the classes, by their folders in `data_dir`.

@@ -1,4 +1,4 @@
-"""Files such as no honest user has."""
+"""Malicious and damaged files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BOMB_SIDE = 12_000
 
 
 def png_bytes(shade: int = 0, side: int = 16) -> bytes:
-    """A small honest image."""
+    """The content of a small valid PNG."""
     stream = io.BytesIO()
     Image.new("RGB", (side, side), (shade * 20 % 256, 100, 50)).save(stream, "PNG")
     return stream.getvalue()
@@ -65,7 +65,7 @@ def pickled(trace: Path) -> list[bytes]:
 
 
 def hostile_zips() -> dict[str, tuple[Callable[[Path], Path], str]]:
-    """Zips by what is wrong with them: what writes each to a path, and what its refusal says."""
+    """Malicious zips by name: a function that writes the zip to a path, and part of the error message."""
     return {
         "parent": (_with("cat/../../../../out.png"), "neither absolute nor"),
         "absolute": (_with("/tmp/out/cat.png"), "neither absolute nor"),
@@ -89,7 +89,7 @@ def _with(name: str, content: bytes | None = None, mode: int = stat.S_IFREG | 0o
             archive.writestr("cat/honest.png", png_bytes())
             archive.writestr(info, png_bytes() if content is None else content)
         if "\\" in name:
-            # zipfile itself would write "/".
+            # zipfile would write "/" instead of the backslash.
             path.write_bytes(path.read_bytes().replace(info.filename.encode(), name.encode()))
         return path
 

@@ -1,4 +1,4 @@
-"""The page's listeners, called as gradio calls them, without a browser."""
+"""The event listeners of the page, called without a browser."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import gradio as gr
 
 
 def listener(page: gr.Blocks, part: str, name: str) -> Callable[..., Any]:
-    """The listener called `name` of the module `webui.screens.part`, which gives as many values as it has outputs."""
+    """The listener `name` of the module `webui.screens.part`; its result must have a value per output."""
     module = f"webui.screens.{part}"
     own = [one for one in page.fns.values() if getattr(one.fn, "__module__", "") == module and one.fn.__name__ == name]
     assert own

@@ -1,4 +1,4 @@
-"""Runs that are started as the page starts them, with a command that stands for the training."""
+"""Starts runs like the page, with a stand-in for the training command."""
 
 import asyncio
 import sys
@@ -9,7 +9,7 @@ from contextlib import suppress
 import psutil
 
 PATIENCE = 90
-# As the trainer does: says that it trains, ends when it is told to, and notes a signal.
+# Like a trainer: reports that it trains, ends on request, and records signals.
 RECIPE = """
 import os, pathlib, signal, sys, time
 from training.runs.record import RunRecord, update_status
@@ -28,7 +28,7 @@ while not (run.path / "end").exists():
     time.sleep(0.02)
 update_status(run, state="done", phase="done", step=4)
 """
-# As accelerate does: a process of its own that waits for the recipe's.
+# Like accelerate: a process that waits for the process of the recipe.
 LAUNCHER = f"""
 import subprocess, sys
 child = subprocess.Popen([sys.executable, "-c", {RECIPE!r}, *sys.argv[1:]])
@@ -38,7 +38,7 @@ if child.wait() != 0:
 
 
 def standing_for_accelerate(words):
-    """The words of a command with `LAUNCHER` in the place of accelerate."""
+    """The arguments of a command with `LAUNCHER` in place of accelerate."""
     return [sys.executable, "-c", LAUNCHER, *words[1:]]
 
 
@@ -52,7 +52,7 @@ def wait_for(what):
 
 
 def kill_all(process):
-    """Kill a process and all that it has started, some of which may end by themselves meanwhile."""
+    """Kill a process and its children, some of which may have ended by themselves."""
     with suppress(psutil.NoSuchProcess):
         for one in (*process.children(recursive=True), process):
             with suppress(psutil.NoSuchProcess):
@@ -60,18 +60,18 @@ def kill_all(process):
 
 
 def kill_all_naming(folder):
-    """Kill every process whose command names `folder` or what is in it, and those that it starts before it is dead."""
+    """Kill every process whose command contains `folder`, and its children."""
     while matches := [one for one in psutil.process_iter(["cmdline"]) if names(one, folder)]:
         for process in matches:
             kill_all(process)
 
 
 def names(process, folder):
-    """Whether the command of a process that has not ended names `folder`."""
+    """Whether the process is alive and its command contains `folder`."""
     return any(str(folder) in word for word in process.info["cmdline"] or [])
 
 
 def apart(coroutine):
-    """What a coroutine returns; in a thread of its own, since a browser's loop may run in this one."""
+    """The result of a coroutine, run in a separate thread because a browser's event loop may run in this one."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, coroutine).result()

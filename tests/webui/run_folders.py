@@ -1,4 +1,4 @@
-"""Run directories in every state, made without loading a model library."""
+"""Run directories in every state, written without a model library."""
 
 import json
 import math
@@ -22,16 +22,16 @@ GIVEN = {"data": {"instance_prompt": PROMPTS[0]}, "output": {"validation_prompt"
 
 
 class WrittenRun(RunRecord):
-    """A run's directory that a test writes."""
+    """A run directory that a test writes."""
 
     def log(self, step, **values):
-        """As a run logs."""
+        """Append to metrics.jsonl as a run does."""
         with (self.path / METRICS).open("a") as lines:
             lines.write(json.dumps({"step": step, "time": 0.0, **values}) + "\n")
 
 
 def process_of(state):
-    """A process that lives or one that does not, as the status of a run has it."""
+    """The status fields of a process that is alive or has ended."""
     if state in ("running", "starting", "queued"):
         sleeping = subprocess.Popen(["sleep", "600"])
         return {"pid": sleeping.pid, "pid_started": psutil.Process(sleeping.pid).create_time()}
@@ -39,7 +39,7 @@ def process_of(state):
 
 
 def end_processes():
-    """End what `process_of` has started."""
+    """Kill the processes that `process_of` started."""
     for child in psutil.Process().children():
         if child.name() == "sleep":
             child.kill()
@@ -47,10 +47,10 @@ def end_processes():
 
 
 def run_in(folder: Path, state="running", steps=0, total=100, **status) -> WrittenRun:
-    """A run of the first task: `steps` of `total` logged, with a falling loss that turns on the photo held out.
+    """A subject run with `steps` of `total` logged, a falling training loss and a validation loss with a minimum.
 
     Args:
-        state: as status.json is to have it; "interrupted" is a running one whose process is gone.
+        state: the state in status.json; "interrupted" is a running one whose process has ended.
     """
     run = WrittenRun(folder)
     run.samples.mkdir(parents=True)
@@ -65,12 +65,12 @@ def run_in(folder: Path, state="running", steps=0, total=100, **status) -> Writt
 
 
 def add_checkpoint(run, step):
-    """Something to resume from, as far as names say."""
+    """Create an empty checkpoint folder."""
     (run.checkpoints / f"step-{step:07d}").mkdir(parents=True)
 
 
 def add_samples(run, step, side=16, prompts=PROMPTS):
-    """Sample images of a step, of a colour that tells it."""
+    """Write sample images of a step, whose colour depends on the step."""
     for place, prompt in enumerate(prompts):
         image = Image.new("RGB", (side, side), (step % 256, 60 * place, 128))
         save_image(image, run.samples_at(step) / f"{place}.png", {"prompt": prompt, "seed": place, "step": step, **SETTINGS})
@@ -79,17 +79,17 @@ def add_samples(run, step, side=16, prompts=PROMPTS):
 
 
 def curve(steps=CURVE_STEPS, turn=40):
-    """A held-out curve with its least at `turn`, and one of the seen photos that falls on."""
+    """A validation loss with its minimum at `turn`, and a training loss that keeps falling."""
     return [Point(step, 1.0 + 0.004 * abs(step - turn), 1.2 - 0.004 * step) for step in steps]
 
 
 def scores(steps=SAMPLE_STEPS):
-    """Scores of samples that grow more alike and lose the prompt slowly."""
+    """Scores of samples whose similarity rises and whose prompt adherence slowly falls."""
     return {step: StepScores(0.2 + 0.005 * step, 0.4 - 0.0002 * step, 0.3 + 0.002 * step, 0.4, 0.9) for step in steps}
 
 
 def measure(run, points=None, scored=None):
-    """Log what a run measures now and then, and keep an adapter at each of these steps."""
+    """Log losses and scores, and save an adapter at each of their steps."""
     points, scored = points or curve(), scored or scores()
     for point in points:
         run.log(point.step, heldout_loss=point.heldout, seen_loss=point.seen)
@@ -100,7 +100,7 @@ def measure(run, points=None, scored=None):
 
 
 def finished_run(folder: Path, **status) -> WrittenRun:
-    """A run that is done, with all that is written for it to be judged."""
+    """A finished run with all files that Judge reads."""
     run = run_in(folder, "done", steps=100, phase="done", seconds_left=0.0, seconds=170.0, **status)
     for step in SAMPLE_STEPS:
         add_samples(run, step)
@@ -109,7 +109,7 @@ def finished_run(folder: Path, **status) -> WrittenRun:
 
 
 def judge(run):
-    """Measure a run that is at its end, and suggest a step of it."""
+    """Write the measurements and the suggestion of a finished run."""
     points, scored = measure(run)
     found = suggest(points, 100, scored)
     told = {**vars(found), "curve": [vars(point) for point in found.curve]}

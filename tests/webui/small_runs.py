@@ -1,4 +1,4 @@
-"""Finished runs made without training, laid out as the trainers leave them: adapters of a model that draws, and a classifier."""
+"""Finished runs written without training: adapters for generation, and a classifier."""
 
 import json
 import time
@@ -18,7 +18,7 @@ from webui.work.classify import built_in
 
 
 def small_run(runs, model, run_id="example", method="lora", strength=0.5, steps=(2, 4), suggested=2, pipe=None):
-    """The directory of a run whose adapter grows by `strength` a kept step, random but the same each time.
+    """The directory of a run whose random adapter, with a fixed seed, grows by `strength` with each saved step.
 
     Args:
         pipe: of `model`, loaded; the tiny one where it is None.
@@ -43,7 +43,7 @@ def small_run(runs, model, run_id="example", method="lora", strength=0.5, steps=
 
 
 def untrained_classifier(workspace, data_dir, names):
-    """The directory of a finished run whose classifier is the built-in model without any training.
+    """The directory of a finished run whose classifier is the built-in model without training.
 
     Args:
         names: of the classes, by their folders in `data_dir`.

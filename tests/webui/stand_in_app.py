@@ -1,4 +1,4 @@
-"""The app, whose runs are stand-ins that learn nothing: python tests/webui/stand_in_app.py, with the options of app.py."""
+"""The app with a stand-in for the trainers: python tests/webui/stand_in_app.py, with the options of app.py."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ TRAINER = Path(__file__).with_name("stand_in_trainer.py")
 
 
 def standing_for_training(words):
-    """The words of a command with the stand-in in the place of accelerate."""
+    """The arguments of a command with the stand-in in place of accelerate."""
     return [sys.executable, str(TRAINER), *words[1:]]
 
 

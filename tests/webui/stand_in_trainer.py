@@ -1,6 +1,6 @@
-"""Writes a run's directory as the recipes do, step by step, without learning anything or loading a model library.
+"""Writes a run directory step by step as the recipes do, without training or loading a model library.
 
-It goes as far as the file `UNTIL` in the directory says, and waits there, so that nothing that a test does hangs on its speed.
+It waits at the step in the file `UNTIL` of the directory, so that no test depends on its speed.
 """
 
 import json
@@ -15,7 +15,7 @@ from training.runs.record import update_status
 from training.runs.run_files import OPTIONS, DryRunReport
 
 TOTAL, FIRST_STOP, UNTIL, BEGAN = 100, 20, "until", "began"
-# What a dry run finds out.
+# The report of a dry run.
 DRY_RUN = DryRunReport(
     num_trainable_parameters=54272, seconds_per_step=0.3, seconds=120.0, peak_memory=1_120_000_000,
     checkpoint=800_000, disk=3_200_000, disk_free=58_200_000_000, memory_limit=None,
@@ -23,7 +23,7 @@ DRY_RUN = DryRunReport(
 
 
 def main():
-    """Train the run of `--output_dir` from where it is."""
+    """Continue the run of `--output_dir` from its last step."""
     run = WrittenRun(Path(sys.argv[sys.argv.index("--output_dir") + 1]))
     signal.signal(signal.SIGTERM, lambda *_: stop(run))
     (run.path / OPTIONS).write_text(json.dumps(GIVEN))
@@ -44,7 +44,7 @@ def main():
 
 
 def reach(run, step):
-    """Make what a recipe makes at some steps: sample images, and a checkpoint."""
+    """Write sample images and a checkpoint at some steps, as a recipe does."""
     if step in SAMPLE_STEPS:
         add_samples(run, step)
     if step in CURVE_STEPS and step:
@@ -59,7 +59,7 @@ def wait_beyond(run, step):
 
 
 def stop(run):
-    """End as a recipe does when it gets a signal."""
+    """Stop like a recipe that receives a signal."""
     update_status(run, state="stopped", error="Stopped: stopped by SIGTERM")
     sys.exit(143)
 

@@ -1,4 +1,4 @@
-"""A program does what the page does, through a real server: start, follow, stop, list, generate, classify.
+"""The API through a real server: start, follow, stop and list runs, generate and classify images.
 
 A stand-in trains; what is drawn with is a run that was made here.
 """
@@ -57,7 +57,7 @@ def zipped(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def started(client, tiny_model, images_dir, zipped):
-    """Three runs: one that draws, one that tells classes apart, and one that waits behind them."""
+    """Three runs: an adapter for generation, a classifier, and a queued run."""
     photos = [handle_file(path) for path in sorted(images_dir.iterdir())]
     subject = client.predict("subject", quick(tiny_model), photos, api_name="/start")
     classes = client.predict("classify", CLASSIFY, [handle_file(zipped)], api_name="/start")
@@ -67,13 +67,13 @@ def started(client, tiny_model, images_dir, zipped):
 
 @pytest.fixture(scope="module")
 def drawer(server, tiny_model):
-    """A finished run that images can be drawn with."""
+    """A finished run with an adapter for generation."""
     return small_run(server.runs, tiny_model, "20260101-000001-drawer").path.name
 
 
 @pytest.fixture(scope="module")
 def classifier(server, tmp_path_factory):
-    """A finished run whose classifier is the built-in model without any training."""
+    """A finished run whose classifier is the built-in model without training."""
     workspace = Workspace(server.runs, server.uploads, is_local=True)
     images = colour_folder(tmp_path_factory.mktemp("pictures"), 4)
     return untrained_classifier(workspace, images, {name: name for name in COLOURS}).path.name
@@ -81,18 +81,18 @@ def classifier(server, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(client, started):
-    """The third run, stopped while it waits."""
+    """The third run, stopped while it is queued."""
     return client.predict(started[2], api_name="/stop"), client.predict(started[2], api_name="/status")
 
 
 def has_ended(client, run):
-    """The status of the run once it has ended; None before that."""
+    """The status of the run when it has ended; None before."""
     status = client.predict(run, api_name="/status")
     return None if status["state"] in ("queued", "starting", "running") else status
 
 
 def began(run):
-    """What the stand-in in a run's directory was started with; None before that."""
+    """The arguments of the stand-in in a run's directory; None before it starts."""
     return (run / BEGAN).read_text() if (run / BEGAN).exists() else None
 
 

@@ -1,4 +1,4 @@
-"""Every public endpoint, whatever it is called, attacked through each of its arguments by somebody with an account."""
+"""Attacks on every public endpoint through each of its arguments, by a user with an account."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RUN = "20260101-000000-abcdef"
 
 @pytest.fixture(scope="module")
 def server(app_server, tmp_path_factory):
-    """A server with two accounts, a run of each, and things beside them that are nobody's business."""
+    """A server with two accounts, a run of each, and files that nobody may read."""
     accounts = tmp_path_factory.mktemp("accounts") / "accounts.txt"
     for name, password in PASSWORDS.items():
         add_account(accounts, name, password)
@@ -50,12 +50,12 @@ def bob(server):
 
 @pytest.fixture(scope="module")
 def endpoints(bob):
-    """The arguments of each public endpoint, as gradio lists them."""
+    """The arguments of each public endpoint, from Gradio's API info."""
     return {name: told["parameters"] for name, told in bob.get("/gradio_api/info").json()["named_endpoints"].items()}
 
 
 def called(client, endpoint, arguments):
-    """The events with which the endpoint answers, or the refusal."""
+    """The events of the endpoint's response, or the refusal."""
     asked = client.post(f"/gradio_api/call{endpoint}", json={"data": arguments})
     if asked.status_code != 200:
         return f"refused {asked.status_code}: {asked.text}"
@@ -63,7 +63,7 @@ def called(client, endpoint, arguments):
 
 
 def honest(parameter):
-    """An argument with which nothing is wrong."""
+    """A valid value of an argument."""
     if parameter.get("parameter_has_default"):
         return parameter["parameter_default"]
     named = {"run": f"{RUN}-bob", "task": "subject", "options": {}, "pictures": [], "prompt": "a star"}
@@ -71,7 +71,7 @@ def honest(parameter):
 
 
 def paths(server):
-    """Ways out of one's own folder."""
+    """Paths that lead out of the user's folder."""
     return [
         "../ada/" + f"{RUN}-ada",
         f"{RUN}-ada",
@@ -93,7 +93,7 @@ def paths(server):
 
 
 def files(server):
-    """Files that nobody uploaded."""
+    """References to files that were not uploaded."""
     named = [server.outside / "photos" / "1.png", server.theirs / "0001.png", server.accounts, "/etc/passwd"]
     given = [str(path) for path in named] + [
         f"{server.uploads}/.cache/../ada/{server.theirs.name}/0001.png",
@@ -103,7 +103,7 @@ def files(server):
 
 
 def options(server):
-    """Doors into the machine: folders, models and programs that are not the guest's."""
+    """Options that refer to folders, models and programs of the machine."""
     theirs = f"{server.uploads}/bob/../ada/{server.theirs.name}"
     folders = [str(server.outside / "photos"), str(server.theirs), "/etc", "../../ada", theirs]
     fields = {
@@ -124,7 +124,7 @@ def options(server):
 
 
 def snapshot(server):
-    """All that bob must neither see nor change."""
+    """Everything that bob must neither see nor change."""
     roots = (server.outside, server.runs / "ada", server.theirs)
     return {path: path.read_bytes() if path.is_file() else None for root in roots for path in sorted(root.rglob("*"))}
 
@@ -134,7 +134,7 @@ def test_only_the_endpoints_of_the_app_are_public(endpoints):
 
 
 def attacks(server, parameter):
-    """What an argument is attacked with: all ways where it means a run, files or options, a few where it is a number or words."""
+    """The attacks on an argument: all of them for a run, files or options, a few for a number or text."""
     listed = [[each] for each in files(server)]
     by_name = {"run": paths(server), "pictures": [*listed, *files(server)[:2]], "options": options(server), "prompt": []}
     return by_name.get(parameter["parameter_name"], [paths(server)[0], files(server)[0]])

@@ -1,4 +1,4 @@
-"""The frame: which screen looks when, and that nothing asks the server when nothing is at work."""
+"""The app context: when each screen is refreshed, and that no requests are sent while no run is active."""
 
 import warnings
 from collections import Counter
@@ -14,26 +14,26 @@ from webui.workspace import Workspace
 
 @pytest.fixture
 def workspace(tmp_path):
-    """An empty one; processes that stand for runs are killed at the end."""
+    """An empty workspace; the processes of its runs are killed at the end."""
     yield Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True)
     end_processes()
 
 
 @pytest.fixture
 def page(workspace):
-    """The page on it."""
+    """The page of the workspace."""
     return build_page(Settings(runs_dir=workspace.runs, sets_dir=workspace.sets))
 
 
 def test_building_the_page_causes_no_warning_of_gradio(workspace):
-    """As of what lies between tabs and is counted as one: then the tab in front is there twice."""
+    """For example, a component between tabs counts as a tab, and the active tab then exists twice."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         build_page(Settings(runs_dir=workspace.runs, sets_dir=workspace.sets))
 
 
 def test_no_event_has_two_listeners_in_the_mode_always_last(page):
-    """Gradio's browser side would call them in turn without end (see `webui.app_context.followed`)."""
+    """Gradio would call them in turn endlessly (see `webui.app_context.followed`)."""
     last = Counter(
         target for fn in page.fns.values() if fn.trigger_mode == "always_last" for target in fn.targets if fn.fn is not None
     )
@@ -47,7 +47,7 @@ def listener(page, name, of="AppContext.keep_time"):
 
 
 def beating(updates):
-    """The screens that are told to look."""
+    """The screens whose refresh trigger changed."""
     return [name for name, update in zip(SCREENS, updates, strict=True) if update != gr.skip()]
 
 

@@ -1,4 +1,4 @@
-"""A tab's cancel stops what it has begun, and nothing that it or another begins later."""
+"""Cancel affects the generations that a tab has started, and no later or other ones."""
 
 from webui.adapters import FILE
 from webui.cancellation import MAX_SESSIONS, CancellationTokens

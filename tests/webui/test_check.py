@@ -1,4 +1,4 @@
-"""Photos and Check in a real browser: from the example, or a handful of uploads, to a run that is started."""
+"""Photos and Check in a real browser: from the example or uploads to the start of a run."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from webui import costs
 from webui.costs import Plan
 from webui.subject_runs import DRY_RUNS
 
-# Loading the libraries takes a while where several tests share two cores.
+# Loading the libraries takes a while when several tests share two cores.
 PATIENCE = 120_000
 
 
@@ -27,7 +27,7 @@ def server(app_server):
 
 @pytest.fixture(scope="module")
 def uploads(tmp_path_factory):
-    """Sharp images of the toy, a blurred one, and a text that calls itself an image."""
+    """Sharp images of the toy, a blurred one, and a text file with the name of an image."""
     folder = tmp_path_factory.mktemp("uploads")
     images = sample_images()
     for name, image in (("front.png", images[0]), ("side.jpg", images[1]), ("back.png", images[2])):
@@ -44,12 +44,12 @@ def opened(new_page, server, **how):
 
 
 def examined(page):
-    """Wait until all photos are looked at."""
+    """Wait until all photos are checked."""
     expect(page.locator(".photo-card .chip", has_text="checking")).to_have_count(0, timeout=PATIENCE)
 
 
 def expect_examined(page, names):
-    """Wait until the photos called `names` are there, and all are looked at."""
+    """Wait until the page shows the photos `names`, and all are checked."""
     expect(page.locator(".photo-card .title b")).to_have_text(names, timeout=PATIENCE)
     examined(page)
 
@@ -58,13 +58,13 @@ def with_uploads(new_page, server, uploads, **how):
     page = opened(new_page, server, **how)
     page.set_input_files("#photos-upload input[type=file]", uploads)
     expect(page.locator("#photos-message p")).to_have_count(1, timeout=PATIENCE)
-    # Those of the example have none.
+    # The photos of the example have no buttons.
     expect(page.locator(".photo-card button").first).to_be_visible(timeout=PATIENCE)
     return page
 
 
 def command(page, wanted):
-    """The command on Check, once it has the words that are `wanted`."""
+    """The command on Check, once it contains `wanted`."""
     expect(page.locator("#check-command")).to_contain_text(re.compile(wanted), timeout=PATIENCE)
     return page.locator("#check-command .cm-content").inner_text()
 
@@ -78,7 +78,7 @@ def type_into(page, box, text):
 def open_panel(page, group):
     page.locator("#subject-panel > button").click()
     page.locator(f"#subject-panel-{group} > button").click(timeout=PATIENCE)
-    # What was drawn listens once the answer has come to its end.
+    # New components have listeners only after the response has ended.
     quiet(page)
 
 
@@ -113,7 +113,7 @@ def test_uploads_have_verdicts_can_be_moved_and_removed_and_survive_a_reload(new
     quiet(page)
 
     reload(page)
-    # A page shows the example until it knows what was uploaded in this browser.
+    # The page shows the example until it has read the draft of this browser.
     expect(page.locator(".photo-card")).to_have_count(3, timeout=PATIENCE)
     expect_examined(page, ["front.png", "side.jpg", "back.png"])
     page.locator("#photos-example").click()
@@ -145,7 +145,7 @@ def test_the_command_contains_the_changes_of_preset_panel_and_prompts(new_page, 
     expect(page.locator(".toast-body")).to_contain_text("max_train_steps must be at least 1, got 0", timeout=PATIENCE)
     expect(steps.locator("input")).to_have_value("9", timeout=PATIENCE)
     screenshot(page, "check-panel")
-    # The panel is drawn anew: what one of its old widgets still asked would find nobody to answer.
+    # The panel is created again, and pending requests of its old widgets would fail.
     quiet(page)
     page.locator("#subject-panel-reset").click()
     expect(page.locator("#check-command")).not_to_contain_text("--max_train_steps 9 ", timeout=PATIENCE)
@@ -169,7 +169,7 @@ def test_fast_typing_is_not_overwritten_by_late_responses(new_page, server):
     box, words = page.locator("#check-scenes textarea"), "on a mountain at dawn, behind it the sea and a ship with sails"
     box.fill("")
     box.press_sequentially(words, delay=15)
-    # The answers to every keystroke come in meanwhile.
+    # Responses to every keystroke arrive in the meantime.
     expect(page.locator("#check-prompt")).to_contain_text(words, timeout=PATIENCE)
     quiet(page)
     assert box.input_value() == words

@@ -1,4 +1,4 @@
-"""What the page says of a finished classifier: the run's figures, the images that were tested, and every word escaped."""
+"""The result of a classifier on the page: the measurements, the test images, and that user input is escaped."""
 
 import csv
 import re
@@ -19,7 +19,7 @@ HOSTILE = {"ruby": "<img src=x onerror=alert(1)>", "leaf": "a & b", "sea": "=1+1
 
 @pytest.fixture
 def workspace(tmp_path):
-    """An empty one."""
+    """An empty workspace."""
     return Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True)
 
 
@@ -31,7 +31,7 @@ def images(tmp_path):
 
 @pytest.fixture
 def record(workspace, images):
-    """A run whose NoRA classifies two rubies as leaves."""
+    """A run whose NoRA adapter classifies two rubies as leaves."""
     return finished_classifier(workspace, images, NAMES)
 
 

@@ -1,4 +1,4 @@
-"""The user's classes: which images are tested on for good, what is warned of, and what the presets make of them."""
+"""Labelled datasets: their fixed test split, the warnings, and the options that the presets choose for them."""
 
 import json
 import subprocess
@@ -25,18 +25,18 @@ from webui.workspace import Workspace
 
 @pytest.fixture
 def workspace(tmp_path):
-    """An empty one."""
+    """An empty workspace."""
     return Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True)
 
 
 @pytest.fixture
 def folder(workspace, tmp_path):
-    """A set of three classes of six images."""
+    """A dataset of three classes with six images each."""
     return colour_set(workspace, tmp_path / "given")
 
 
 def more(folder, key, name, places, scratch):
-    """Add further images to a class; returns what they are called."""
+    """Add further images to a class; returns their file names."""
     scratch.mkdir()
     for place in places:
         (scratch / f"{place}.png").write_bytes(coloured(name, place))
@@ -58,7 +58,7 @@ def test_images_added_later_fill_up_the_test_split_and_move_none_out_of_it(folde
     after = class_sets.read_split(folder)
     assert before["test"] < after["test"]
     assert before["train"] < after["train"]
-    # Three in ten of sixteen are five, of which two were there.
+    # 30% of sixteen images are five test images, two of which existed before.
     assert len(set(added) & after["test"]) == 3
 
 
@@ -160,7 +160,7 @@ def test_the_example_is_a_set_of_ten_digits(workspace):
 
 def test_the_shots_are_limited_by_the_smallest_class(folder, workspace, tmp_path):
     classes = class_sets.find(workspace, folder.name)
-    # Four of six are left: two to learn from and two to choose on.
+    # Four of six images are not test images: two for training and two for validation.
     assert class_presets.fitting_shots(classes, ["2"]) == ["2"]
     assert class_presets.fitting_shots(classes, ["16"]) == ["all"]
     split = sample_split(load_folder(folder), 2, 0)
@@ -232,7 +232,7 @@ def test_a_run_starts_with_the_pending_input_of_the_expert_panel(folder, workspa
 
 
 def split_zip(path, folders, name="ruby", each=3, more=None):
-    """A zip at `path`, which is returned, with images in these folders."""
+    """Write a zip with images in these folders to `path`; returns `path`."""
     with zipfile.ZipFile(path, "w") as archive:
         for place, folder in enumerate(folders):
             for number in range(each):
@@ -257,7 +257,7 @@ def test_the_split_in_a_zip_is_kept(workspace, tmp_path, how):
     assert [one.name for one in read_set(folder).classes] == ["leaf", "ruby"] if how == "folders" else ["ruby", "leaf"]
     names = {entry.file: entry.name for entry in read_set(folder).entries()}
     tested = {names[file] for file in class_sets.read_split(folder)["test"]}
-    # In folders, the third and fourth hold the test; else the third and fourth image of each class are listed so.
+    # The third and fourth image are test images, by their folder or by split.json.
     expected = (
         {"20.png", "21.png", "22.png", "30.png", "31.png", "32.png"}
         if how == "folders"

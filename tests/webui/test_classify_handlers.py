@@ -1,4 +1,4 @@
-"""What the listeners of the screen Classify give, called as gradio calls them, without a browser."""
+"""The event listeners of the screen Classify, without a browser."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ NAMES = {name: name for name in COLOURS}
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    """Of a server with folders of its own."""
+    """The settings of a server with its own folders."""
     home = tmp_path_factory.mktemp("server")
     return Settings(home / "runs", home / "sets")
 
@@ -31,7 +31,7 @@ def page(settings):
 
 @pytest.fixture
 def workspace(settings):
-    """Its only user's."""
+    """The workspace of the only user."""
     return settings.workspace(None)
 
 

@@ -1,4 +1,4 @@
-"""Classify in a real browser: from a zip of three classes to a classifier, its mistakes, and the next that learned from them."""
+"""Classify in a real browser: from a zip of three classes to a classifier, corrections, and the next classifier."""
 
 import csv
 import json
@@ -20,21 +20,21 @@ STEPS = 2
 
 
 def opened(new_page, server, **named):
-    """A page that waits as long as a loaded machine takes."""
+    """A page with a long timeout, for a machine under load."""
     page = new_page(server.url, **named)
     page.set_default_timeout(TRAINED)
     return page
 
 
 def to_classify(page, part=None):
-    """Go to the screen, and to a part of it."""
+    """Open a part of the screen Classify."""
     go_to(page, "classify")
     if part is not None:
         page.locator("#classify-steps").get_by_role("tab", name=part, exact=True).click()
 
 
 def choose(page, dropdown, option):
-    """Choose an option of a dropdown by its words."""
+    """Choose an option of a dropdown by its text."""
     page.locator(f"{dropdown} input").first.click()
     page.get_by_role("option", name=option).first.click()
 
@@ -51,7 +51,7 @@ def server(app_server):
 
 @pytest.fixture(scope="module")
 def workspace(server):
-    """Its user's runs and sets."""
+    """The workspace of the server's user."""
     return Workspace(server.runs, server.uploads, is_local=True)
 
 
@@ -144,7 +144,7 @@ def test_from_a_zip_to_a_classifier_that_is_trained_again_with_a_correction(serv
 
 
 def shorten(page):
-    """Few steps, set where an expert sets them."""
+    """Set a few steps in the expert panel."""
     page.locator("#classify-panel > button").click()
     page.locator("#classify-panel-optimisation > button").click(timeout=SOON)
     quiet(page)
@@ -153,12 +153,12 @@ def shorten(page):
         box.fill(str(number))
         box.blur()
         expect(page.locator("#classify-command")).to_contain_text(f"--{name} {number}", timeout=SOON)
-        # What is typed while the last answer still comes in is set back by it.
+        # A pending response would overwrite what is typed.
         quiet(page)
 
 
 def part_of(run, *parts):
-    """The images that a run drew for these parts."""
+    """The names of the images in these parts of a run's split."""
     (path,) = (run.path / "splits").glob("*.json")
     split = json.loads(path.read_text())
     return {name for part in parts for name, *_ in split[part]}

@@ -1,4 +1,4 @@
-"""Images classified for the page: by the built-in model before any training, and by a run's classifier."""
+"""Classification for the page: zero-shot with the built-in model, and with the classifier of a run."""
 
 import pytest
 from class_folders import COLOURS, colour_folder, colour_set, coloured, finished_classifier
@@ -19,7 +19,7 @@ NAMES = {name: name for name in COLOURS}
 
 @pytest.fixture
 def workspace(tmp_path):
-    """An empty one."""
+    """An empty workspace."""
     return Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True)
 
 
@@ -107,7 +107,7 @@ def test_the_number_of_images_per_request_is_limited(record, images, count):
 
 @pytest.fixture
 def started(monkeypatch):
-    """What would have been started."""
+    """The runs that would have been started."""
     from webui import launching
 
     calls = []

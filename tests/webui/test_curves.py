@@ -1,4 +1,4 @@
-"""Curves as HTML: what is drawn lies where its figures say, is read out as a table, and stays small."""
+"""Curves as HTML: points agree with the axes, screen readers get a table, and plots stay small."""
 
 import re
 
@@ -10,13 +10,13 @@ FALLING = [(step, 2.0 - step / 100) for step in range(0, 101)]
 
 
 def dots(drawing, kind):
-    """The places of all dots of a kind."""
+    """The positions of all dots of a kind."""
     (path,) = re.findall(rf'class="c\d {kind}" d="([^"]+)"', drawing)
     return [(float(x), float(y)) for x, y in re.findall(r"M(\S+) (\S+?)h0", path)]
 
 
 def numbers(drawing, box):
-    """Where the numbers of an axis lie, and what they are."""
+    """The positions and the values of an axis's labels."""
     (inside,) = re.findall(rf'<div class="{box}"[^>]*>(.*?)</div>', drawing)
     return [(float(place), float(number)) for place, number in re.findall(r'style="\w+:([\d.]+)%">([^<]+)<', inside)]
 

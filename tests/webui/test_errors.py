@@ -1,4 +1,4 @@
-"""What a handler raises is one sentence on the page, whether it returns, yields or awaits."""
+"""An error of a handler is one sentence on the page, whether the handler returns, yields or awaits."""
 
 import asyncio
 
@@ -43,7 +43,7 @@ def test_an_input_error_is_shown_with_names_escaped(kind):
 
 @pytest.mark.parametrize("kind", [returning, yielding, awaiting])
 def test_any_other_error_is_shown_as_a_number_of_the_log(kind, caplog):
-    with pytest.raises(gr.Error, match=r"The app failed.*under [0-9a-f]{6}") as raised:
+    with pytest.raises(gr.Error, match=r"Internal error [0-9a-f]{6}") as raised:
         kind(ValueError("/secret/path"))()
     assert "secret" not in str(raised.value)
     assert "/secret/path" in caplog.text

@@ -1,4 +1,4 @@
-"""The screen Judge: images, curves and scores of every step, and the step that the run suggests, as its files have them."""
+"""The screen Judge: images, curves and scores of every step, and the recommended step, from the run's files."""
 
 import json
 import re
@@ -23,7 +23,7 @@ CERTIFICATE = Certificate(True, {}, {}, 1.0, 1.0, [], [], [], {}, "float32", "cp
 
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
-    """An empty one; processes that stand for runs are killed at the end."""
+    """An empty workspace; the processes of its runs are killed at the end."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "cache"))
     yield Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True)
     end_processes()
@@ -43,7 +43,7 @@ def table(run, *chosen):
 
 @pytest.fixture
 def finished(workspace):
-    """A run that is done; the curve turns at step 40, which is suggested or near it."""
+    """A finished run whose validation loss is lowest at step 40."""
     return finished_run(workspace.runs / "a")
 
 

@@ -1,4 +1,4 @@
-"""Answers that come late, after the user has gone on: what is shown in the end is of what was done last."""
+"""Late responses do not replace the result of the user's last action."""
 
 import gradio as gr
 import pytest
@@ -14,7 +14,7 @@ from webui.uploads import add_images
 
 @pytest.fixture
 def settings(tmp_path):
-    """Of a server with folders of its own."""
+    """The settings of a server with its own folders."""
     return Settings(tmp_path / "runs", tmp_path / "sets")
 
 
@@ -26,7 +26,7 @@ def page(settings):
 
 @pytest.fixture
 def workspace(settings):
-    """Its only user's."""
+    """The workspace of the only user."""
     return settings.workspace(None)
 
 
@@ -37,7 +37,7 @@ def test_late_image_checks_of_other_photos_are_replaced_by_those_of_the_current_
     example = Draft(previous_set=photos.name).to_browser()
     examine = listener(page, "photos", "examine")
     own, *_, shown = listener(page, "photos", "change_to")(example, "own", None)
-    # The example was chosen and left again: the doctor is asked with the draft of then, and the photos that are shown since.
+    # The example was selected and left again: the checks run with the old draft and the signature of the current photos.
     late, examined = examine(example, shown, shown, None)
     cards, examined = examine(own, shown, examined, None)
     assert "00.jpg" in late

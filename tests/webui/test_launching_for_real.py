@@ -1,4 +1,4 @@
-"""The buttons with the real trainers: killed or stopped, resumed and asked for images, a run ends as done."""
+"""The buttons of Train with the real trainers: runs are killed, stopped, resumed and asked for samples, and finish."""
 
 import os
 import time
@@ -19,9 +19,9 @@ STEPS = 120
 
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
-    """One whose runs take one thread; what is still at work at the end is killed."""
+    """A workspace whose runs use one thread; runs that are still active at the end are killed."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    # The server's own folder is nobody's business.
+    # Not a folder of a user.
     monkeypatch.chdir(tmp_path)
     workspace = Workspace(Path("runs"), Path("sets"), is_local=True)
     yield workspace
@@ -32,7 +32,7 @@ def workspace(tmp_path, monkeypatch):
 
 
 def wait_for(workspace, run_id, what):
-    """Wait until `what(view)` is true of the run."""
+    """Wait until `what(view)` is true for the run."""
     began = time.monotonic()
     while not what(view := RunView(workspace.run(run_id))):
         assert time.monotonic() - began < PATIENCE, (view.state, view.status, log_tail(view.record))
@@ -41,12 +41,12 @@ def wait_for(workspace, run_id, what):
 
 
 def trains_from(workspace, run_id, step):
-    """Wait until the run has trained further than `step`."""
+    """Wait until the run is past `step`."""
     wait_for(workspace, run_id, lambda view: view.actions == ("stop", "sample", "save") and view.status["step"] > step)
 
 
 def sampled(record):
-    """The steps that samples were drawn at."""
+    """The steps with sample images."""
     return {int(path.stem.removeprefix("step-")) for path in record.samples.glob("step-*.png")}
 
 

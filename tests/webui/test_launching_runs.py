@@ -1,4 +1,4 @@
-"""The buttons: what they start outlives the server, what they stop is the run's own, what they delete is the user's own."""
+"""Starting, stopping, resuming and deleting runs: runs outlive the server, and only the user's runs are affected."""
 
 import json
 import os
@@ -27,7 +27,7 @@ QUICK = {"optimisation": {"max_train_steps": 8}, "adapter": {"rank": 4, "inner_r
 
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
-    """One whose runs are not really trained; what is still at work at the end is killed."""
+    """A workspace with a stand-in for training; runs that are still active at the end are killed."""
     monkeypatch.setattr(launching, "_with_launcher", standing_for_accelerate)
     workspace = Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True)
     yield workspace
@@ -43,12 +43,12 @@ def state(workspace, run_id):
 
 
 def trains(workspace, run_id):
-    """Wait until the run trains."""
+    """Wait until the run is training."""
     wait_for(lambda: state(workspace, run_id) == "running")
 
 
 def end(workspace, run_id):
-    """Have the run come to its end."""
+    """Let the run finish."""
     (workspace.run(run_id).path / "end").touch()
     wait_for(lambda: state(workspace, run_id) == "done")
 
@@ -96,7 +96,7 @@ def test_starting_a_run_releases_the_models_for_generation_from_the_gpu(workspac
 
 
 def test_an_ended_run_leaves_no_zombie(workspace):
-    # A browser may have been started by a test before.
+    # An earlier test may have started a browser.
     before = set(psutil.Process().children())
     run_id = launching.start(workspace, "subject", QUICK)
     trains(workspace, run_id)

@@ -1,4 +1,4 @@
-"""The page needs no library; the screens' first handlers need all of them, at once."""
+"""The page loads without model libraries; the first handlers import all of them at once."""
 
 import ast
 import subprocess
@@ -33,7 +33,7 @@ def test_modules_are_complete_when_several_threads_import_them_at_once():
 
 
 def names_of_modules_asked_within(tree):
-    """The modules that `from ... import` asks for when the code runs, not when types are checked."""
+    """The modules that `from ... import` imports at run time, not only for type checking."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.ImportFrom):
             yield node.module or ""
@@ -42,7 +42,7 @@ def names_of_modules_asked_within(tree):
 
 
 def test_handlers_import_modules_of_work_and_no_names_from_them():
-    """What is in one is imported under the import system's own locks, where waiting for libraries would never end."""
+    """A name from a module is imported under an import lock, where waiting for the libraries would deadlock."""
     asking = [path for path in (REPOSITORY / "webui").rglob("*.py") if path.parent.name != "work"]
     found = {name for path in asking for name in names_of_modules_asked_within(ast.parse(path.read_text()))}
     assert "webui.work" in found

@@ -1,4 +1,4 @@
-"""The expert panel shows the options of the methods that a run would train, and no others."""
+"""The expert panel has the options of the methods that a run would train, and no others."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Options as the page has them: the same as on the command line, checked one by one, and no door into the machine."""
+"""Options of the page: the same as on the command line, checked one by one, without access to the machine for guests."""
 
 import dataclasses
 import typing
@@ -15,7 +15,7 @@ from webui.work.options import KINDS, MACHINE_FIELDS, build, built, changed, cle
 from webui.workspace import Workspace
 
 PARSERS = {"subject": parse_options, "classify": parse_fewshot_options}
-# Where a value of the field's type is not enough, and what must be given with it.
+# Valid values where not every value of the type is valid; NEEDED has the options that must be set with them.
 FITTING = {
     "instance_prompt": "a photo of -sks \"dog\"'s; $HOME\n*", "class_prompt": "-a dog", "validation_prompt": ["a b", "", "c=d"],
     "rank": 12, "resolution": 64, "aspect_ratio_buckets": "64,64", "size_conditioning": "image",
@@ -45,7 +45,7 @@ def every_field():
 
 
 def another(task, field, folder):
-    """A value of the field that is not its default."""
+    """A value of the field other than its default."""
     if field.name in FOLDERS:
         return str(folder)
     if field.name == "method" and task == "classify":

@@ -1,4 +1,4 @@
-"""The expert panel: a widget for every option, and a draft that holds only what differs from what is in force anyway."""
+"""The expert panel: a widget for every option, and a draft with only the values that the user changed."""
 
 import gradio as gr
 import pytest
@@ -55,7 +55,7 @@ def test_every_default_survives_display_and_reading(task):
             default = default_of(fields_of(groups[field.group])[field.name])
             assert field.help
             assert "_" not in field.label
-            # A list that may not be empty stays unsaid where its box is.
+            # An empty field of a list that must not be empty means the default.
             assert field.read(field.show(default)) == (None if default in ([], None) else default)
 
 

@@ -1,4 +1,4 @@
-"""Photos as they are dropped on the page: their captions, masks and zips mean what they mean in a folder."""
+"""Uploaded photos: captions, masks and zips have the same meaning as in a folder."""
 
 import json
 import zipfile
@@ -24,7 +24,7 @@ def folder(tmp_path):
 
 
 def dropped(tmp_path, files):
-    """Each file in a folder of its own, as uploads are."""
+    """Write each file to its own folder, as Gradio stores uploads."""
     return [write_files(tmp_path / str(place), {name: content}) / name for place, (name, content) in enumerate(files.items())]
 
 
@@ -137,7 +137,7 @@ def test_a_report_of_another_form_is_ignored(tmp_path, content):
 
 
 def test_the_unused_files_of_a_run_s_folder_are_listed(tmp_path):
-    # Written as training writes it; the words stand for the user's own.
+    # In the form that training writes.
     entry = {"path": "/x/<b>.mp4", "use": "unused", "kind": "video", "subject": "", "image": None, "detail": "", "reason": ""}
     note = {"kind": "repeats_ignored", "words": "Repeats are not honoured.", "is_warning": True}
     report = {"folder": {"folder": "/x", "files": [entry], "notes": [note]}, "long_prompts": [{"summary": "It is cut."}]}

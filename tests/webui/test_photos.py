@@ -1,4 +1,4 @@
-"""The draft of a run, its photos in their order, what the doctor says of them, and their cards."""
+"""The draft of a run, the order of its photos, their image checks, and their cards."""
 
 import json
 from dataclasses import replace
@@ -29,7 +29,7 @@ def workspace(tmp_path):
 
 @pytest.fixture
 def uploads(tmp_path):
-    """Files as they are uploaded: two sharp images of the toy, and the first of them blurred."""
+    """Uploaded files: two sharp images of the toy, and a blurred copy of the first."""
     first, second, *_ = sample_images()
     blurred = first.filter(ImageFilter.GaussianBlur(8))
     for name, image in (("front.png", first), ("side.jpg", second), ("dim.png", blurred)):

@@ -45,7 +45,7 @@ def cache():
 
 
 def job(workspace, *references, scales=None, **changes):
-    """A job with the adapters called so."""
+    """A job with the adapters of these references."""
     scales = scales or [1.0] * len(references)
     adapters = [WeightedAdapter(adapter_called(workspace, name), scale) for name, scale in zip(references, scales, strict=True)]
     return GenerationJob(**{"prompt": "a star", "adapters": tuple(adapters), "seeds": (5,), "sampling": SAMPLING, **changes})

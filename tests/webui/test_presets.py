@@ -1,4 +1,4 @@
-"""Presets hold options that exist and fit, each with its reason; the balanced one is the trainer's own way."""
+"""Presets have valid options, each with a reason; the balanced one has the trainer's defaults."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A1111's syntax where prompts are typed: the page says what it is here, and that it does nothing."""
+"""A1111 syntax in prompts: the page warns that it has no effect and says what to use instead."""
 
 from webui.draft import Draft
 from webui.generation_requests import GenerationRequest

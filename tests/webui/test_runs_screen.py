@@ -1,4 +1,4 @@
-"""The screen Runs: what can be done with a run, and runs side by side, as a person with a browser does it."""
+"""The screen Runs: the actions on a run, and the comparison of runs, with and without a browser."""
 
 import json
 import re
@@ -27,14 +27,14 @@ def workspace(tmp_path):
 
 
 def with_options(run, **groups):
-    """The run with other options."""
+    """Change the options of a run; returns the run."""
     found = json.loads((run.path / "options.json").read_text())
     (run.path / "options.json").write_text(json.dumps({**found, **groups}))
     return run
 
 
 def classifier(folder, name="nora", value=0.8, shots=4):
-    """A classifier's run that is done."""
+    """A finished run of a classifier."""
     run = with_options(run_in(folder, "done"), target_layers={}, data={"data_dir": None, "seeds": [0]}, method={"method": [name]})
     top1 = {"value": value, "low": value - 0.1, "high": value + 0.1}
     (run.path / "report.json").write_text(json.dumps({"summary": [{"method": name, "shots": shots, "top1": top1}]}))
@@ -174,7 +174,7 @@ def server(app_server):
 
 
 def open_runs(page):
-    """Show the screen, however narrow the page is."""
+    """Open the screen, on a narrow page too."""
     page.set_default_timeout(PATIENCE)
     go_to(page, "runs")
     page.wait_for_selector("#runs-list button.run")
@@ -185,7 +185,7 @@ def card(page, name):
 
 
 def pick(page, *names):
-    """Choose runs to compare."""
+    """Select runs to compare."""
     for name in names:
         page.locator("#runs-compare input").click()
         page.locator("#runs-compare [role=option]", has_text=name).first.click()

@@ -1,4 +1,4 @@
-"""A run followed in a real browser: watched, stopped, resumed, reloaded, killed and judged. A stand-in is what trains."""
+"""A run with a stand-in trainer in a real browser: followed, stopped, resumed, reloaded, killed and judged."""
 
 import re
 
@@ -23,14 +23,14 @@ AT_WORK = ("stop", "sample", "save")
 
 @pytest.fixture(scope="module")
 def server(app_server):
-    """One server for all of these tests."""
+    """One server for all tests of this module."""
     return app_server(script="tests/webui/stand_in_app.py")
 
 
 @pytest.fixture
 def started(server, images_dir, monkeypatch):
-    """The record of a run that was started as the page does, and waits after its first steps."""
-    # Started from here as the server starts what is resumed.
+    """The record of a run that was started as by the page, and waits after its first steps."""
+    # Started by the test as the server resumes a run.
     monkeypatch.setattr(launching, "_with_launcher", standing_for_training)
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     workspace = Workspace(server.runs, server.uploads, is_local=True)
@@ -48,13 +48,13 @@ def opened(new_page, server):
 
 
 def trains_to(page, record, step):
-    """Let the run go on to `step`, and wait until the page says that it is there."""
+    """Let the run continue to `step`, and wait until the page shows the step."""
     (record.path / UNTIL).write_text(str(step))
     expect(page.locator("#train-bar")).to_contain_text(f"{step} of {TOTAL} steps", timeout=PATIENCE)
 
 
 def shows(page, *names):
-    """Wait until these buttons of the screen are there, and no others."""
+    """Wait until the screen shows exactly these buttons."""
     for name in BUTTONS:
         expect(page.locator(f"#train-{name}")).to_be_visible(visible=name in names, timeout=PATIENCE)
 
@@ -118,7 +118,7 @@ def test_a_killed_run_is_reported_and_resumed_and_a_killed_server_loses_nothing(
     assert RunView(RunRecord(record.path)).state == "running"
     page.context.close()
     server.start()
-    # What the page says to the dead server is no error of the page.
+    # Failed requests to the killed server are not errors of the page.
     page.errors.clear()
     again = opened(new_page, server)
     trains_to(again, record, 40)

@@ -1,4 +1,4 @@
-"""The screen Train: what it says of a run is what the run's files say, in every state, and looking costs little."""
+"""The screen Train: it shows the content of the run's files in every state, and a refresh is cheap."""
 
 import json
 import os
@@ -23,7 +23,7 @@ STATES = ["queued", "starting", "running", "interrupted", "stopped", "failed", "
 
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
-    """An empty one; processes that stand for runs are killed at the end."""
+    """An empty workspace; the processes of its runs are killed at the end."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "cache"))
     yield Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True)
     end_processes()
@@ -34,7 +34,7 @@ def view(run):
 
 
 def shown(found):
-    """The names of the buttons that are there."""
+    """The names of the visible buttons."""
     return {name for name in BUTTONS if found[name].key[0]}
 
 
@@ -185,7 +185,7 @@ def test_durations_are_rounded(seconds, words):
 
 
 def handler(tmp_path):
-    """The refresh of the screen, as the page calls it, and the names of its outputs' elements."""
+    """The listener that refreshes the screen."""
     page = build_page(Settings(runs_dir=tmp_path / "runs", sets_dir=tmp_path / "sets"))
     (found, *_) = [
         fn for fn in page.fns.values() if "train-phase" in [output.elem_id for output in fn.outputs if hasattr(output, "elem_id")]

@@ -1,4 +1,4 @@
-"""What the page makes of images of every format: sRGB pixels without a profile, and notes where it took less than there was."""
+"""Uploaded images of every format: stored as sRGB pixels without a profile, with notes on what was not used."""
 
 import io
 import os
@@ -35,7 +35,7 @@ def content(kind, image=None, **how):
 
 
 def expected(stored):
-    """The sRGB pixels by littlecms, of what the file decodes to."""
+    """The sRGB pixels of the decoded file, converted by littlecms."""
     opened = Image.open(io.BytesIO(stored))
     image = opened.convert("RGB")
     if "icc_profile" not in opened.info:

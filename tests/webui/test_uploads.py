@@ -1,4 +1,4 @@
-"""What gets in of what is handed in, and what does not."""
+"""Uploads: which files are accepted, and how they are stored."""
 
 from __future__ import annotations
 

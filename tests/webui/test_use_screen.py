@@ -1,4 +1,4 @@
-"""The screen Use in a real browser: images from the built-in model, cancelled, mixed, used again, taken away."""
+"""The screen Use in a real browser: generate, cancel, combine adapters, reuse settings and download."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,7 @@ PATIENCE = 180_000
 
 @pytest.fixture(scope="module")
 def server(app_server):
-    """A server with two finished runs of the built-in model, as a training leaves them."""
+    """A server with two finished runs on the built-in model."""
     server = app_server()
     for run_id in ("older", "newer"):
         pipe = load_base_model(str(BUILT_IN_MODEL))
@@ -29,7 +29,7 @@ def server(app_server):
 
 
 def opened(new_page, server, **named):
-    """The page at its screen Use; the newest run is in view."""
+    """The screen Use with the newest run selected."""
     page = new_page(server.url, **named)
     page.set_default_timeout(PATIENCE)
     go_to(page, "use")
@@ -51,7 +51,7 @@ def set_number(page, field, value):
 def with_steps(page, steps):
     if not page.locator("#use-steps").is_visible():
         page.locator("#use-more button").first.click()
-        # What is typed within milliseconds, while its fields are being made, is set back by gradio to what they begin with.
+        # Gradio resets what is typed while the fields are being created.
         page.locator("#use-steps input[type=number]").wait_for()
         quiet(page)
     set_number(page, "use-steps", steps)
@@ -59,7 +59,7 @@ def with_steps(page, steps):
 
 
 def generated(page):
-    """Generate, and wait until the image is there."""
+    """Generate, and wait for the image."""
     page.locator("#use-generate").click()
     page.wait_for_selector("#use-cancel")
     page.wait_for_selector("#use-cancel", state="detached")
@@ -68,7 +68,7 @@ def generated(page):
 
 
 def drawn(server):
-    """The kept images, newest first."""
+    """The saved images, newest first."""
     return sorted((server.uploads / ".drawn").glob("*.png"), reverse=True)
 
 
@@ -200,7 +200,7 @@ def test_every_layout_of_the_adapter_can_be_downloaded(server, new_page, tmp_pat
     run = names[0].partition("-step")[0]
     step = re.search(r"step-(\d+)", names[0])[1]
     assert names == [f"{run}-step-{step}-{end}" for end in ("full.zip", "diffusers.safetensors", "kohya.safetensors")]
-    # A LoRA is as small as it can be.
+    # A LoRA has no smaller form.
     assert page.locator("#use-download-compact").is_hidden()
     assert "KB" in page.locator("#use-size-full").inner_text()
 

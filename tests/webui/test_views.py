@@ -1,4 +1,4 @@
-"""A run as the page shows it: always what its files say, whatever has happened to its process, and cheap to read."""
+"""RunView: derived from the run's files, whatever happened to its process, and cheap to read."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ KILLED = "subprocess.CalledProcessError: Command '[...]' died with <Signals.SIGK
 
 @pytest.fixture
 def workspace(tmp_path):
-    """An empty one; processes that stand for runs are killed at the end."""
+    """An empty workspace; the processes of its runs are killed at the end."""
     yield Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True)
     for child in psutil.Process().children():
         if child.name() == "sleep":

@@ -1,8 +1,7 @@
-"""From the example to images of it in new places, on the built-in model, as a person goes: a run, another in a second browser
-that waits behind it, Judge and Use.
+"""The whole way of a user with the built-in model: train on the example, queue a run from a second browser, Judge and Use.
 
-ONE_CLICK=1 leaves all as it is and only presses Train, here and on Classify, and shows both runs side by side. SCREENSHOTS=DIR
-keeps the images: those of the README, and in DIR/each one of every screen by day and by night, on a desk and on a phone.
+ONE_CLICK=1 trains with the defaults, here and on Classify, and compares both runs. SCREENSHOTS=DIR saves the images of the
+README, and in DIR/each every screen in light and dark mode, on a desk and on a phone.
 """
 
 import os
@@ -20,10 +19,10 @@ from webui import costs
 from webui.workspace import Workspace
 
 PATIENCE = 600_000
-# As few as show every part of a run.
+# The fewest steps with which a run has every part.
 STEPS = 6
 ONE_CLICK, SCREENSHOTS = bool(os.environ.get("ONE_CLICK")), bool(os.environ.get("SCREENSHOTS"))
-# Of the images in the README.
+# The height of the images in the README, in pixels.
 TALLEST = 1400
 SCREENS = ("photos", "check", "train", "judge", "use", "classify", "runs")
 
@@ -35,7 +34,7 @@ def server(app_server):
 
 @pytest.fixture(scope="module")
 def workspace(server):
-    """The server's, seen from here."""
+    """The workspace of the server."""
     return Workspace(server.runs, server.uploads, is_local=True)
 
 
@@ -47,7 +46,7 @@ def opened(new_page, server, **how):
 
 
 def shorten(page):
-    """As little of everything as there can be, set where an expert sets it."""
+    """Set the smallest possible values in the expert panel."""
     go_to(page, "check")
     page.locator("#check-preset").get_by_text("Fast").click()
     scenes = page.locator("#check-scenes textarea")
@@ -57,7 +56,7 @@ def shorten(page):
     expect(page.locator("#check-command")).not_to_contain_text("at night", timeout=PATIENCE)
     page.locator("#subject-panel > button").click()
     page.locator("#subject-panel-optimisation > button").click(timeout=PATIENCE)
-    # What was drawn listens once the answer has come to its end.
+    # New components have listeners only after the response has ended.
     quiet(page)
     box = page.locator("#subject-optimisation-max_train_steps input")
     box.fill(str(STEPS))
@@ -88,7 +87,7 @@ def test_from_the_example_to_images_in_new_scenes(new_page, server, workspace, s
     started_with = (first.path / "launch.json").read_text()
     assert "--output_dir" in started_with
 
-    # Meanwhile another browser comes to the same run, and starts one more.
+    # Meanwhile another browser selects the same run and starts a second one.
     other = opened(new_page, server)
     go_to(other, "train")
     expect(other.locator("#train-phase")).to_be_visible(timeout=PATIENCE)
@@ -113,7 +112,7 @@ def test_from_the_example_to_images_in_new_scenes(new_page, server, workspace, s
     page.locator("#train-next").click(timeout=PATIENCE)
     assert first.status()["state"] == "done"
     assert (first.path / "before_after.png").exists()
-    # Every run measures first what it will take; the page reads of it what a dry run writes.
+    # Every run begins with a dry run; the page shows its report.
     assert "54,272 trainable parameters" in costs.cost_summary(first, costs.Plan(STEPS, 5, "auto"))
 
     expect(page.locator("#judge-slider img").first).to_be_visible(timeout=PATIENCE)
@@ -132,7 +131,7 @@ def test_from_the_example_to_images_in_new_scenes(new_page, server, workspace, s
 
 
 def generate(page, prompt, server, screenshot):
-    """Draw one image of `prompt` on Use; it carries what it was made with."""
+    """Generate an image of `prompt` on Use and check the settings in its file."""
     box = page.locator("#use-prompt textarea")
     expect(box).to_be_visible(timeout=PATIENCE)
     box.fill(prompt)
@@ -147,7 +146,7 @@ def generate(page, prompt, server, screenshot):
 
 
 def compared(page, records: list[RunRecord], screenshot):
-    """Both runs beside each other, by the same prompts from the same noise."""
+    """Compare both runs by samples with the same prompts and seeds."""
     go_to(page, "runs")
     page.click("#runs-refresh")
     expect(page.locator("button.run")).to_have_count(len(records), timeout=PATIENCE)
@@ -162,7 +161,7 @@ def compared(page, records: list[RunRecord], screenshot):
 
 
 def classified(page, screenshot):
-    """The example of Classify, trained as it stands."""
+    """Train on the example of Classify with the defaults."""
     go_to(page, "classify")
     page.locator("#classify-go-train").click(timeout=PATIENCE)
     page.locator("#classify-start").click()
@@ -173,7 +172,7 @@ def classified(page, screenshot):
 
 
 def each_screen(new_page, server, screenshot):
-    """An image of every screen."""
+    """Take a screenshot of every screen."""
     for size, dark in product(("desk", "phone"), (False, True)):
         page = opened(new_page, server, size=size, dark=dark)
         for screen in SCREENS:

@@ -234,7 +234,7 @@ def _crops(context: AppContext, workspace: Workspace, stored: dict[str, Any]) ->
     crops, names = work_photos.crops(photos, options), [entry.name for entry in photos.entries()]
     sizes = {f"{crop.size[1]} x {crop.size[0]}" for crop in crops}
     variants = crops[0].variants
-    more = f" Training uses {variants} crops or mirror images of each; this is the first." if variants > 1 else ""
+    more = f" Training uses {variants} crops or mirror images of each; the first is shown." if variants > 1 else ""
     listed = "".join(
         f'<li><img class="{"pixel" if max(crop.size) <= CRISP_SIDE else ""}" src="{crop.address}" '
         f'alt="{escaped(name)} as the model sees it"></li>'

@@ -155,7 +155,7 @@ def class_draft_like(workspace: Workspace, options: dict[str, dict[str, Any]]) -
 
 
 def _set_of(workspace: Workspace, folder: str | None) -> str | None:
-    """The id of the image set in `folder`; None if it is not one of the user's sets."""
+    """The id of the dataset in `folder`; None if it is not one of the user's datasets."""
     if folder is None or Path(folder).parent != workspace.sets.absolute():
         return None
     try:

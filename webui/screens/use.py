@@ -378,7 +378,7 @@ def _wire_small(
         workspace = context.settings.workspace(request)
         added = uploads.add_adapter(workspace, file)
         for sentence in uploads.left_out(file):
-            gr.Warning(html.escape(sentence), title="Added in part")
+            gr.Warning(html.escape(sentence), title="Partly added")
         choices, free = [("none", ""), *others(workspace, run_id)], next((p for p, each in enumerate(values) if not each), 0)
         chosen = [reference_of_file(added) if index == free else each for index, each in enumerate(values)]
         return [gr.Dropdown(choices=choices, value=each) for each in chosen]

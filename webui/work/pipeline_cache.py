@@ -1,4 +1,4 @@
-"""Generates images: keeps base models and adapters loaded, reports each denoising step, and can be cancelled between two."""
+"""Image generation: keeps base models and adapters loaded, reports each denoising step, and can be cancelled between steps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 MAX_MODELS, MAX_ADAPTERS = 2, 6
 MAX_IMAGES, MAX_STEPS, MAX_GUIDANCE, MAX_SCALE, MAX_PROMPT, MAX_SEED = 16, 150, 30.0, 2.0, 2000, 2**32 - 1
 MODEL_NAME = "pretrained_model_name_or_path"
-# What diffusers and PEFT raise for a file in another format or for another model.
+# Errors of diffusers and PEFT for a file in another format or for another model.
 UNFIT = (ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError)
 
 
@@ -72,7 +72,10 @@ class GenerationJob:
             if not 0 <= seed <= MAX_SEED:
                 raise InputError(f"The seed must be in [0, {MAX_SEED}], got {seed}.")
         if self.sampling.num_inference_steps > MAX_STEPS or not self.sampling.guidance_scale <= MAX_GUIDANCE:
-            raise InputError(f"Use at most {MAX_STEPS} steps and a guidance scale of at most {MAX_GUIDANCE:g}. Lower them.")
+            raise InputError(
+                f"Use at most {MAX_STEPS} steps and a guidance scale of at most {MAX_GUIDANCE:g}, got "
+                f"{self.sampling.num_inference_steps} and {self.sampling.guidance_scale:g}. Lower them."
+            )
         self._check_adapters()
 
     def _check_adapters(self) -> None:
@@ -202,12 +205,12 @@ class PipelineCache:
     ) -> Generator[GenerationProgress, None, Image.Image]:
         words, before, total = at
 
-        def draw(on_step: Callable[[int], None]) -> Image.Image:
+        def generate_one(on_step: Callable[[int], None]) -> Image.Image:
             plain = without_adapters(model.pipeline) if model.names and not (adapted and job.adapters) else nullcontext()
             with plain, threads_for(model.pipeline):
                 return next(generate(model.pipeline, [job.prompt], [seed], job.sampling, on_step=on_step))
 
-        with _in_steps(draw) as (steps, result):
+        with _in_steps(generate_one) as (steps, result):
             for step in steps:
                 yield GenerationProgress(words, before + min(step, job.sampling.num_inference_steps), total)
             return result()
