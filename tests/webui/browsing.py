@@ -39,8 +39,7 @@ def watch_answers(page):
 def quiet(page, patience=60, silence=20):
     """Wait until no request is pending and no response has caused another one.
 
-    Now and then Gradio leaves a stream open that has nothing more to say: one is not waited for where nothing is asked for
-    `silence` seconds.
+    Gradio sometimes leaves an event stream open, so one open stream is ignored after `silence` seconds without a request.
     """
     looks, asked, since, end = 0, page.asked, time.monotonic(), time.monotonic() + patience
     while looks < 4:

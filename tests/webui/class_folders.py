@@ -94,8 +94,8 @@ def finished_classifier(workspace, data_dir, names, wrong=2, right_of_pixels=Non
     """The directory of a finished run with NoRA, which misclassifies `wrong` images of the first class, zero-shot and pixels.
 
     Args:
-        names: of the classes, by their folders in `data_dir`.
-        right_of_pixels: whether raw pixels get all right; as NoRA unless said.
+        names: the class names by folder in `data_dir`.
+        right_of_pixels: True if raw pixels classify every image correctly, False for none, None for the same as NoRA.
     """
     classes = list(names.values())
     images = [

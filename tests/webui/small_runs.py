@@ -21,7 +21,7 @@ def small_run(runs, model, run_id="example", method="lora", strength=0.5, steps=
     """The directory of a run whose random adapter, with a fixed seed, grows by `strength` with each saved step.
 
     Args:
-        pipe: of `model`, loaded; the tiny one where it is None.
+        pipe: the loaded pipeline of `model`; None for the tiny one.
     """
     pipe, options = pipe or tiny_pipeline(), AdapterOptions(method=method, rank=4, inner_r=2)
     components = adapters.attach(pipe, options)
@@ -46,7 +46,7 @@ def untrained_classifier(workspace, data_dir, names):
     """The directory of a finished run whose classifier is the built-in model without training.
 
     Args:
-        names: of the classes, by their folders in `data_dir`.
+        names: the class names by folder in `data_dir`.
     """
     run = finished_classifier(workspace, data_dir, names)
     digest = module_digest(built_in().model)

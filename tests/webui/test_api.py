@@ -1,6 +1,6 @@
 """The API through a real server: start, follow, stop and list runs, generate and classify images.
 
-A stand-in trains; what is drawn with is a run that was made here.
+The runs have a stand-in trainer; the adapter for generation is written by the test.
 """
 
 import zipfile
