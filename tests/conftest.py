@@ -20,7 +20,7 @@ SIZES = ((40, 30), (30, 40), (33, 33))
 # Test processes share the cores out, with all that they start: threads that are more than the cores wait for each other.
 THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
-torch.set_num_threads(THREADS)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def pytest_collection_modifyitems(items):

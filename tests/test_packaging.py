@@ -162,7 +162,8 @@ def test_an_installed_wheel_trains_generates_and_opens_from_a_folder_without_a_c
         (installed.folder / package).mkdir()
         (installed.folder / package / "__init__.py").write_text(TRAP)
 
-    installed.run("nora-vision", "train", *SHORT.split())
+    # CI certifies in tests/training/test_dreambooth_nora.py; to import the libraries in one more process takes long.
+    installed.run("nora-vision", "train", "--no_certify", *SHORT.split())
     (run,) = (installed.folder / "runs").glob("[!.]*")
     assert (run / "adapter" / "full" / "unet" / "adapter_model.safetensors").is_file()
     assert (run / "command").read_text().startswith("nora-vision train --max_train_steps 2 ")
@@ -170,6 +171,3 @@ def test_an_installed_wheel_trains_generates_and_opens_from_a_folder_without_a_c
     installed.run("nora-vision", "generate", "--adapter", run, "--prompt", "sks toy", "--output_dir", "images")
     assert list((installed.folder / "images").glob("*.png"))
     assert "usage: nora-vision app " in installed.run("nora-vision", "app", "--help")
-    assert "usage: nora-vision classify " in installed.run("nora-vision", "classify", "--help")
-    report = installed.run("nora-vision", "check-images", Path(files[-1]) / "sample-subject")
-    assert report.count("good: ") == 5

@@ -7,11 +7,13 @@ import pytest
 
 
 def exit_status(module, *arguments):
-    """What `python -m module arguments` ends with, where it ends with a status of its own."""
+    """The exit status of `python -m module arguments`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [module, *arguments])
         patch.delitem(sys.modules, module, raising=False)
-        with pytest.raises(SystemExit) as ended:
+        try:
             # Annotations are looked up in `sys.modules["__main__"]`.
             runpy.run_module(module, run_name="__main__", alter_sys=True)
-    return ended.value.code
+        except SystemExit as ended:
+            return ended.code
+    return 0

@@ -36,7 +36,7 @@ def rewritten(path, change, **said):
 
 
 @pytest.mark.slow(20)
-def test_a_fresh_process_without_this_package_certifies_both_files_and_names_what_it_cannot_load(tiny_model, tmp_path):
+def test_a_fresh_process_without_this_package_certifies_both_files(tiny_model, tmp_path):
     pipe = exported(tmp_path)
     found = certify(pipe, tmp_path, StockModel(str(tiny_model)), PROMPTS, FAST)
     assert found.passed
@@ -45,8 +45,14 @@ def test_a_fresh_process_without_this_package_certifies_both_files_and_names_wha
     assert found.effect > 8
     said = json.loads((tmp_path / "certificate.json").read_text())
     assert (said["passed"], said["prompts"], said["kohya_findings"]) == (True, list(PROMPTS), [])
+
+
+def test_what_a_process_of_stock_diffusers_cannot_use_is_named(tiny_model, tmp_path, monkeypatch):
+    program = tmp_path / "program.py"
+    program.write_text("raise OSError('there is no model in gone')")
+    monkeypatch.setattr(certificate, "STOCK_PROGRAM", program)
     with pytest.raises(CertificateError, match=r"cannot use the exported files: .*gone"):
-        certify(pipe, tmp_path, StockModel(str(tmp_path / "gone")), PROMPTS, FAST)
+        certify(exported(tmp_path), tmp_path, StockModel("gone"), PROMPTS[:1], FAST)
 
 
 def test_both_files_of_a_dora_are_certified(tiny_model, tmp_path, certified_here):

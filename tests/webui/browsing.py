@@ -36,7 +36,7 @@ def watch_answers(page):
         page.on(ended, lambda request: page.streams.discard(request))
 
 
-def quiet(page, patience=60, silence=20):
+def quiet(page, patience=60, silence=5):
     """Wait until no request is pending and no response has caused another one.
 
     Gradio sometimes leaves an event stream open, so one open stream is ignored after `silence` seconds without a request.

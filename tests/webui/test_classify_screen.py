@@ -9,6 +9,7 @@ import pytest
 from browsing import go_to, quiet, reload
 from class_folders import COLOURS, colour_folder, colour_zip, coloured, finished_classifier
 from playwright.sync_api import expect
+from processes import wait_for
 
 from webui import class_files
 from webui.class_results import result_of, source_of
@@ -131,16 +132,18 @@ def test_from_a_zip_to_a_classifier_that_is_trained_again_with_a_correction(serv
     expect(page.locator("#classify-stop")).to_be_visible(timeout=SOON)
     folder = workspace.image_set(json.loads((run.path / "options.json").read_text())["data"]["data_dir"].rsplit("/", 1)[1])
     tested = read_split(folder)["test"]
-    expect(page.locator("#classify-see-result")).to_be_visible(timeout=TRAINED)
     newest, *_ = workspace.run_ids()
     assert newest != run_id
     again = workspace.run(newest)
+    wait_for(lambda: list(again.path.glob("splits/*.json")))
     assert part_of(again, "test") == part_of(run, "test") == tested
     learned = list(part_of(again, "train", "val") - part_of(run, "train", "val"))
     assert len(learned) == 1
     assert again.options()["optimisation"]["min_train_steps"] == STEPS
     names = dict(pair.split("=", 1) for pair in again.options()["data"]["class_names"])
     assert names[learned[0].split("/")[0]] == re.sub("^correct: ", "", said)
+    page.locator("#classify-stop").click()
+    expect(page.locator("#classify-resume")).to_be_visible(timeout=SOON)
 
 
 def shorten(page):

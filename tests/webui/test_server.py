@@ -72,7 +72,7 @@ def test_environment_variables_of_gradio_do_not_weaken_the_server(app_server):
         "GRADIO_VIBE_MODE": "1",
         "GRADIO_TEMP_DIR": "/tmp/elsewhere",
     }
-    server = app_server(environment=variables)
+    server = app_server(environment=variables, forked=False)
     assert server.url.startswith("http://127.0.0.1:")
     assert {each.laddr.ip for each in psutil.Process(server.process.pid).net_connections() if each.status == "LISTEN"} == {
         "127.0.0.1"
@@ -111,12 +111,20 @@ def test_an_account_is_added_on_the_command_line_without_showing_the_password(tm
     assert path.read_text().startswith("ada:scrypt$")
 
 
-def test_the_page_is_usable_without_a_model_library(app_server):
-    server = app_server()
+def test_it_serves_without_model_libraries_restarts_after_a_kill_at_the_same_address_and_stops_at_ctrl_c(app_server):
+    server = app_server(forked=False)
     page = httpx.get(server.url, timeout=120)
     assert page.status_code == 200
     assert "photos-upload" in page.text
     assert not loads_torch(server)
+
+    before = server.url
+    server.restart()
+    assert server.url == before
+    assert httpx.get(server.url, timeout=120).status_code == 200
+
+    assert server.interrupt() == 0
+    assert "Traceback" not in server.log.read_text()
 
 
 def test_without_a_port_it_takes_the_first_free_one(app_server):
@@ -124,22 +132,8 @@ def test_without_a_port_it_takes_the_first_free_one(app_server):
         with contextlib.suppress(OSError):
             taken.bind(("127.0.0.1", FIRST_PORT))
             taken.listen()
-        server = app_server(own_port=False)
+        server = app_server(own_port=False, forked=False)
     assert FIRST_PORT < int(server.url.rstrip("/").rpartition(":")[2]) < FIRST_PORT + 100
-
-
-def test_ctrl_c_stops_the_server_without_a_traceback(app_server):
-    server = app_server()
-    assert server.interrupt() == 0
-    assert "Traceback" not in server.log.read_text()
-
-
-def test_a_killed_server_can_be_restarted_at_the_same_address(app_server):
-    server = app_server()
-    before = server.url
-    server.restart()
-    assert server.url == before
-    assert httpx.get(server.url, timeout=120).status_code == 200
 
 
 def test_the_page_opens_without_an_error_in_the_console(server, new_page):
