@@ -48,6 +48,9 @@ SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 OPENAI_CLIP = "timm/vit_base_patch16_clip_224.openai"
 # Which documented commands no test here runs, and why. A command of CI stands in .ci/run.
 RUN_BY_CI = "CI runs it"
+NEEDS_ENGINE = (
+    "it needs a container engine; tests/test_container.py checks its flags, and builds and starts the image where it can"
+)
 NOT_RUN = {
     "pip install -r requirements.txt": RUN_BY_CI,
     "ruff check .": RUN_BY_CI,
@@ -56,6 +59,15 @@ NOT_RUN = {
     "mkdocs build --strict": RUN_BY_CI,
     "mkdocs serve": "it serves until it is interrupted; `mkdocs build --strict` builds the same site",
     "pre-commit install": "it writes into the repository's hooks; they run what CI runs",
+    "docker build --tag nora-vision .": NEEDS_ENGINE,
+    "docker build --tag nora-vision:cuda --build-arg BASE=nvidia/cuda:13.0.2-base-ubuntu24.04 "
+    "--build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .": NEEDS_ENGINE,
+    "docker run --rm --interactive --tty --volume nora-vision:/data nora-vision app "
+    "--accounts /data/accounts.txt --add_account ada": NEEDS_ENGINE,
+    "docker run --init --publish 127.0.0.1:7860:7860 --volume nora-vision:/data nora-vision": NEEDS_ENGINE,
+    "docker run --gpus all --init --publish 127.0.0.1:7860:7860 --volume nora-vision:/data nora-vision:cuda": NEEDS_ENGINE,
+    "docker run --rm --user 1000 --volume .:/data nora-vision train --instance_data_dir PHOTOS "
+    "--instance_prompt 'a photo of sks dog'": NEEDS_ENGINE,
     "python -m training.runs.waiting": "the web app starts it with arguments; tests/training/test_waiting.py runs it",
 }
 RUNS = ("RUN", "CLASSIFIER")
