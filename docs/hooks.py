@@ -1,7 +1,8 @@
 """What the site needs besides its pages: files of the repository that pages link to, and tables of flags made from the parsers.
 
-A page links to a file outside of docs/ as it would on a code host, `../LICENSE` or `../../assets/before-after.png`. Images are
-copied into the site, and the Markdown files of `PAGES` become pages of it, so that no link needs to know where the repository is.
+A page links to a file outside of docs/ as it would on a code host, `../LICENSE` or `../../assets/before-after.png`. Images and
+notebooks are copied into the site, and the Markdown files of `PAGES` become pages of it, so that no link needs to know where the
+repository is.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ PAGES = {
     "assets/mini-sdxl/README.md": "models/mini-sdxl.md",
     "assets/mini-clip/README.md": "models/mini-clip.md",
 }
-IMAGES = ("assets/*.png", "assets/screens/*.png")
+# Files that pages link to.
+COPIED = ("assets/*.png", "assets/screens/*.png", "examples/*.ipynb")
 LINK = re.compile(r"(?<=\]\()([^)\s#]+)(#[^)\s]*)?(?=\))")
 FLAGS = re.compile(r"<!-- flags: (\w+) -->")
 FIELDS = re.compile(r"<!-- fields: ([\w.]+):(\w+) -->")
@@ -41,8 +43,8 @@ FENCED = re.compile(r"^(```|~~~).*?^\1", re.DOTALL | re.MULTILINE)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the images, and the files that become pages."""
-    for pattern in IMAGES:
+    """Add images and notebooks, and the files that become pages."""
+    for pattern in COPIED:
         for path in sorted(ROOT.glob(pattern)):
             files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
     for source, target in PAGES.items():

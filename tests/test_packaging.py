@@ -107,7 +107,8 @@ def test_the_licences_are_in_the_metadata():
     patterns = project()["project"]["license-files"]
     files = {path.relative_to(ROOT).as_posix() for pattern in patterns for path in ROOT.glob(pattern)}
     assert files == {"LICENSE", "assets/mini-sdxl/LICENSE.md", "assets/mini-clip/LICENSE.md"}
-    assert project()["project"]["license"] == "Apache-2.0"
+    # Of the code, and of the built-in models' weights.
+    assert project()["project"]["license"] == "Apache-2.0 AND LicenseRef-ImageNet-Non-Commercial"
 
 
 class Installed:
@@ -151,12 +152,24 @@ WHERE = (
     "import nora_vision, training, pipelines.built_in; print(nora_vision.__file__, training.__file__, pipelines.built_in.ASSETS)"
 )
 
+LICENCES = """
+from importlib.metadata import distribution
+installed = distribution("nora-vision")
+print(installed.metadata["License-Expression"])
+for name in installed.metadata.get_all("License-File"):
+    assert installed.read_text(f"licenses/{name}"), name
+    print(name)
+"""
+
 
 @pytest.mark.slow(60)
 def test_an_installed_wheel_trains_generates_and_opens_from_a_folder_without_a_checkout(installed):
     files = installed.run("python", "-c", WHERE).split()
     assert all(Path(file).is_relative_to(installed.programs.parent) for file in files)
     assert installed.wheel.stat().st_size < 32 * 2**20
+    license_, *license_files = installed.run("python", "-c", LICENCES).splitlines()
+    assert license_ == project()["project"]["license"]
+    assert sorted(license_files) == ["LICENSE", "assets/mini-clip/LICENSE.md", "assets/mini-sdxl/LICENSE.md"]
     # A project of the user's with packages of the same names.
     for package in ("training", "pipelines", "webui"):
         (installed.folder / package).mkdir()

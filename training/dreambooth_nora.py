@@ -1,7 +1,7 @@
 """Train an adapter of SDXL on a handful of images of one subject.
 
     accelerate launch training/dreambooth_nora.py
-    accelerate launch training/dreambooth_nora.py --instance_data_dir PICTURES --instance_prompt "a photo of sks dog"
+    accelerate launch training/dreambooth_nora.py --instance_data_dir PHOTOS --instance_prompt "a photo of sks dog"
 
 Everything it makes goes into one run directory: images before and after, metrics, checkpoints, and the adapter in its own
 format, for diffusers, and for A1111, ComfyUI and sd-scripts.
@@ -263,7 +263,7 @@ def record_provenance(
         options.to_dict(),
         model_identity(options.model.pretrained_model_name_or_path, pipeline),
         pipeline.device,
-        {"pictures": file_records(p.path for p in images.train), "heldout": file_records(p.path for p in images.heldout)},
+        {"images": file_records(p.path for p in images.train), "heldout": file_records(p.path for p in images.heldout)},
         seed=options.optimisation.seed,
     )
 

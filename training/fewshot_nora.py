@@ -139,7 +139,7 @@ def record_provenance(run: RunDirectory, experiment: Experiment, options: FewSho
         used |= {image.name: image for image in (*images.train, *images.validation)}
     model = {"name": experiment.clip.name, "weights_sha256": experiment.base_sha256}
     records = [{"file": name, "sha256": digest} for name, digest in experiment.digests(list(used.values())).items()]
-    write_provenance(run, options.to_dict(), model, experiment.clip.device, {"pictures": records}, options.data.seeds)
+    write_provenance(run, options.to_dict(), model, experiment.clip.device, {"images": records}, options.data.seeds)
 
 
 if __name__ == "__main__":

@@ -222,7 +222,7 @@ class Predictions:
 
     def table(self) -> list[list[str]]:
         """Rows of a CSV: a header, then for each image its name, class and probability, and the probabilities of all classes."""
-        rows = [["picture", "class", "probability", *self.classes]]
+        rows = [["image", "class", "probability", *self.classes]]
         for name, label, row in zip(self.names, self.labels, self.probabilities.tolist(), strict=True):
             rows.append([name, label, *(f"{value:.6g}" for value in (max(row), *row))])
         return rows

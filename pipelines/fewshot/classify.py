@@ -1,6 +1,6 @@
 """Classify images with a finished run: what each shows, how likely that is, and what else it might be.
 
-    python -m pipelines.fewshot.classify RUN PICTURE_OR_FOLDER... --top 3 --output predictions.csv
+    python -m pipelines.fewshot.classify RUN IMAGE_OR_FOLDER... --top 3 --output predictions.csv
 
 Exit codes: 0, every image was classified; 1, some could not be read and are named; 2, nothing could be done.
 """
@@ -98,7 +98,7 @@ def classify(classifier: FewShotClassifier, files: Sequence[Path], batch_size: i
 
 def as_table(predictions: Predictions, top: int) -> str:
     """A line for each image: its name, its class, how likely that is, and the runners-up."""
-    rows = [("picture", "class", "probability", "or else" if top > 1 else "")]
+    rows = [("image", "class", "probability", "or else" if top > 1 else "")]
     for name, (best, *others) in zip(predictions.names, predictions.top(top), strict=True):
         rows.append((name, best[0], f"{best[1]:.1%}", ", ".join(f"{other} {share:.1%}" for other, share in others)))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]

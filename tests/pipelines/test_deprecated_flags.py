@@ -1,11 +1,13 @@
 """Renamed options: every old flag and every old name in a saved file is read under its present name."""
 
 import json
+import re
 from argparse import ArgumentParser
 
 import pytest
+from documented import ROOT
 
-from pipelines.deprecated_flags import RENAMED_GROUPS, RENAMED_OPTIONS, current_arguments, with_current_names
+from pipelines.deprecated_flags import RENAMED_GROUPS, RENAMED_OPTIONS, RENAMED_VALUES, current_arguments, with_current_names
 from pipelines.run_options import run_options
 
 SWITCHES = {"memory_fallback"}
@@ -29,6 +31,15 @@ def test_a_deprecated_flag_is_read_as_the_new_one_and_logs_one_line(old, new, ca
     parser = parser_of(*RENAMED_OPTIONS.values())
     assert current_arguments([old, "3", f"{old}=4"], parser) == [new, "3", f"{new}=4"]
     assert [record.getMessage() for record in caplog.records] == [f"{old} is deprecated; use {new}."]
+
+
+def test_the_changelog_lists_the_deprecated_flags():
+    deprecated = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8").partition("### Deprecated")[2].partition("\n### ")[0]
+    listed = []
+    for row in re.findall(r"^\| (`.*) \| (`.*) \|$", deprecated, re.MULTILINE):
+        listed += zip(*(re.findall(r"`(--[^`]*)`", cell) for cell in row), strict=True)
+    values = [(f"--{name} {old}", f"--{name} {new}") for name, pairs in RENAMED_VALUES.items() for old, new in pairs.items()]
+    assert sorted(listed) == sorted(ALIASES + values)
 
 
 def test_present_flags_and_flags_of_other_programs_pass_unchanged(caplog):

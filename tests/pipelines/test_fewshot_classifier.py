@@ -199,7 +199,7 @@ def test_predictions_are_told_by_class_and_in_order(zero_shot, tmp_path):
         assert own == sorted(expected.items(), key=lambda pair: -pair[1])[:2]
     assert [len(own) for own in found.top(99)] == [3, 3]
     header, *rows = found.table()
-    assert header == ["picture", "class", "probability", *CLASSES]
+    assert header == ["image", "class", "probability", *CLASSES]
     assert [row[0] for row in rows] == [str(tmp_path / "0.png"), "images[1]"]
     for row, expected in zip(rows, by_class, strict=True):
         assert row[1] == max(expected, key=expected.get)

@@ -52,12 +52,12 @@ def test_what_is_printed_and_written_is_what_is_predicted(run, images, tmp_path,
     assert main([run, "photos", "--output", "out/all.csv", "--top", "2", "--batch_size", batch_size]) == 0
     expected = FewShotClassifier.from_run(run).predict(images)
     header, *rows = rows_of(tmp_path / "out" / "all.csv")
-    assert header == ["picture", "class", "probability", *CLASSES]
+    assert header == ["image", "class", "probability", *CLASSES]
     assert [row[:2] for row in rows] == [list(pair) for pair in zip(images, expected.labels, strict=True)]
     found = torch.tensor([list(map(float, row[3:])) for row in rows])
     torch.testing.assert_close(found, expected.probabilities, atol=1e-5, rtol=0)
     printed = capsys.readouterr().out.splitlines()
-    assert re.split("  +", printed[0]) == ["picture", "class", "probability", "or else"]
+    assert re.split("  +", printed[0]) == ["image", "class", "probability", "or else"]
     for line, name, (best, other) in zip(printed[1:], images, expected.top(2), strict=True):
         assert re.split("  +", line) == [name, best[0], f"{best[1]:.1%}", f"{other[0]} {other[1]:.1%}"]
 

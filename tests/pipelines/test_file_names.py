@@ -72,7 +72,7 @@ def test_a_training_takes_such_names_and_its_records_are_utf_8(photos, tmp_path)
     run = RunDirectory.create(tmp_path / "run", {})
     record_report(found.report, 64, run)
     records = file_records(image.path for image in found.train)
-    write_provenance(run, {}, {"name": "any"}, torch.device("cpu"), {"pictures": records}, 0)
+    write_provenance(run, {}, {"name": "any"}, torch.device("cpu"), {"images": records}, 0)
     for name in ("photos.json", "provenance.json"):
         text = json.dumps(json.loads((run.path / name).read_bytes().decode("utf-8")), ensure_ascii=False)
         assert json.dumps(SPELLED)[1:-1] in text

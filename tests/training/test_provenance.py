@@ -106,15 +106,17 @@ def test_the_record_holds_all_and_its_published_form_no_names(tiny_model, images
     options = parse_options(
         ["--instance_data_dir", str(images_dir), "--instance_prompt", "zwx", "--pretrained_model_name_or_path", str(tiny_model)]
     )
-    parts = {"pictures": file_records(paths[1:]), "heldout": file_records(paths[:1])}
+    parts = {"images": file_records(paths[1:]), "heldout": file_records(paths[:1])}
     base = model_identity(str(tiny_model), tiny_pipeline())
     write_provenance(run, options.to_dict(), base, torch.device("cpu"), parts, seed=0)
     record = json.loads((run.path / "provenance.json").read_text())
-    assert [image["sha256"] for image in record["pictures"]] == [file_digest(path) for path in paths[1:]]
+    assert [image["sha256"] for image in record["images"]] == [file_digest(path) for path in paths[1:]]
     assert record["heldout"][0]["file"] == str(paths[0])
     assert record["options"]["data"]["instance_prompt"] == "zwx"
     assert record["device"]["type"] == "cpu"
     public = json.dumps(without_secrets(record))
     assert not any(secret in public for secret in ("zwx", images_dir.name, tiny_model.name, ".png"))
     assert record["code"]["sources_sha256"] in public
-    assert all(image["sha256"] in public for image in record["pictures"])
+    assert all(image["sha256"] in public for image in record["images"])
+    of_version_1 = {"pictures" if name == "images" else name: value for name, value in record.items()}
+    assert without_secrets(of_version_1) == without_secrets(record)

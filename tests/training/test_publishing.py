@@ -49,7 +49,7 @@ def test_a_private_run_publishes_no_caption_path_or_name_in_any_byte(published, 
         ]
         assert not leaked, f"{path.name} holds {leaked}"
     record = json.loads((run.path / "published" / "provenance.json").read_text())
-    assert len(record["pictures"]) == 2
+    assert len(record["images"]) == 2
     assert hub_server.repositories["me/adapter"].private
     assert uploaded(hub_server, "me/adapter") == {
         path.relative_to(run.path / "published").as_posix(): path.read_bytes() for path in files

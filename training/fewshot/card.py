@@ -50,7 +50,7 @@ NOT_ABOVE_CONTROL = """> **With {shots}, no adapter's interval lies above that o
 
 USE = """## Use
 
-From the root of a checkout of NoRA Vision, with RUN for the directory of this card:
+With NoRA Vision installed, and RUN for the directory of this card:
 
 ```python
 from pipelines.fewshot.classifier import FewShotClassifier

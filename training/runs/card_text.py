@@ -6,16 +6,16 @@ import html
 import re
 from pathlib import Path
 
-from pipelines.built_in import BUILT_IN_MODEL, is_built_in
+from pipelines.built_in import BUILT_IN, is_built_in
 
 CARD = "README.md"
 MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+|~-])")
 
 
 def portable_name(model: str, private: bool = False) -> str:
-    """A local model's own name, without where it lies, the built-in one's place in the project; a hub name as it is."""
+    """The name of a local model without its folder; a hub name, or the name of the built-in model, as it is."""
     if is_built_in(model):
-        return f"assets/{BUILT_IN_MODEL.name}"
+        return BUILT_IN
     if not Path(model).exists():
         return model
     return "BASE_MODEL" if private else Path(model).resolve().name

@@ -23,7 +23,7 @@ from training.runs.durable import write_text_atomically
 from training.runs.run import RunDirectory
 from training.runs.run_files import PROVENANCE, VERSION
 
-PROVENANCE_VERSION = 1
+PROVENANCE_VERSION = 2
 ROOT = Path(__file__).parents[2]
 CONSOLE_COMMAND = "nora-vision"
 PACKAGES = ("nora_vision", "pipelines", "training")
@@ -166,12 +166,14 @@ def write_provenance(
 def without_secrets(record: dict[str, Any]) -> dict[str, Any]:
     """The record as it may be published by someone who keeps captions, paths and names: hashes, versions and numbers."""
     model = record["base_model"]
+    # Version 1 wrote "pictures".
+    images = record["images"] if "images" in record else record["pictures"]
     return {
         "base_model": {
             "name": model["name"] if model["public"] else None,
             "files": model["files"] if model["public"] else sorted(model["files"].values()),
         },
-        "pictures": [{"sha256": image["sha256"]} for image in record["pictures"]],
+        "images": [{"sha256": image["sha256"]} for image in images],
         "heldout": [{"sha256": image["sha256"]} for image in record["heldout"]],
         **{name: record[name] for name in ("code", "versions", "seed", "device")},
     }

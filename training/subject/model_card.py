@@ -47,8 +47,8 @@ A {method} adapter of `{model}`: {steps} steps of {batch} images on {images} ima
 
 ```python
 from diffusers import StableDiffusionXLPipeline
-
-pipe = StableDiffusionXLPipeline.{loader}({model_literal})
+{imports}
+pipe = StableDiffusionXLPipeline.{loader}({model_argument})
 {scheduler}pipe.load_lora_weights("diffusers")
 pipe({prompt_literal}).images[0]
 ```
@@ -67,6 +67,7 @@ def model_card(run: RunDirectory, options: SubjectOptions, images: int, private:
         private: without the words of prompts and the names of local files.
     """
     status, optimisation = run.status(), options.optimisation
+    built_in = is_built_in(options.model.pretrained_model_name_or_path)
     model = portable_name(options.model.pretrained_model_name_or_path, private)
     prompt = "the subject" if private else options.data.subject_prompts()[0]
     subject_note = "" if private else ", the subject above them"
@@ -90,7 +91,8 @@ def model_card(run: RunDirectory, options: SubjectOptions, images: int, private:
         ),
         files="\n".join(f"| {as_text(name)} | {size:,} |" for name, size in _exported_files(run)),
         loader="from_single_file" if model.endswith(".safetensors") else "from_pretrained",
-        model_literal=json.dumps(model),
+        imports="from pipelines.built_in import model_path\n" if built_in else "",
+        model_argument=f"model_path({json.dumps(model)})" if built_in else json.dumps(model),
         scheduler=_scheduler_lines(options.model.prediction()),
         prompt_literal=json.dumps(f"{prompt} {NEW_SCENES[0]}", ensure_ascii=False),
     )
