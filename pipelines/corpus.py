@@ -111,7 +111,7 @@ def photo_corpus(folder: Path, size: int) -> Corpus:
     zips = sorted(folder.glob("*.zip"))
     if not zips:
         raise FileNotFoundError(
-            f"No .zip with photographs in {str(folder)!r}: expected zips of <class id>/<picture> beside classes.json."
+            f"No .zip with photographs in {str(folder)!r}: expected zips of <class id>/<image> beside classes.json."
         )
     pairs = [pair for path in tqdm(zips, desc="reading photographs", unit="zip") for pair in _zipped_photos(path, size)]
     captions = [f"a photo of {with_article(names[key])}" for key, _ in pairs]

@@ -55,10 +55,10 @@ def test_the_model_card_states_data_terms_scores_and_the_command(trained):
     card = (trained / "mini-clip" / "README.md").read_text()
     for words in (
         "27 photographs of 3 classes",
-        "ImageNet's terms go with these weights",
+        "ImageNet's terms apply to these weights",
         "4 steps of 6 images (24 images seen)",
         "class of 3 held-out photographs",
-        "what a rendered scene shows, of scenes never seen",
+        "object in a rendered scene, in scenes not trained on",
         "--stages clip export_clip --clip_steps 4",
         "Of nothing else.",
     ):

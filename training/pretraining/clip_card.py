@@ -17,10 +17,10 @@ license_link: https://www.image-net.org/download.php
 
 # mini-clip
 
-A real open_clip model of 64 x 64 pixel images, trained from nothing, small enough for a CPU: the default model of NoRA Vision's
-classifier, its tests and its demonstrations. {parameters:,} parameters, of which {image_parameters:,} are the image tower's:
-timm's MaxViT with convolutions down to 8 x 8 places and three layers of attention over these. The tokenizer is CLIP's,
-reduced to {vocabulary:,} tokens; it spells any word.
+A real open_clip model for images of 64 x 64 pixels, trained from scratch and small enough for a CPU. It is the default model of NoRA
+Vision's classifier, its tests and its demonstrations. It has {parameters:,} parameters, {image_parameters:,} of them in the image tower: timm's
+MaxViT with convolutions down to 8 x 8 positions and three attention layers. The tokenizer is CLIP's, reduced to {vocabulary:,}
+tokens, and can still encode any word.
 
 Plain open_clip loads it, from the root of a checkout:
 
@@ -31,18 +31,18 @@ tokenizer = open_clip.get_tokenizer("local-dir:assets/mini-clip")
 
 ## What it was trained on
 
-- {photos:,} photographs of {classes} classes of Tiny ImageNet, against the names of all classes in several templates.
-  **ImageNet's terms go with these weights: non-commercial research and education only.**
-- {scenes:,} rendered scenes (`pipelines/scenes.py`), against captions that speak of a part of them, such as "a red star" or "a
-  thing in the snow", and captions that are wrong in one word. {share:.0%} of each batch are scenes.
+- {photos:,} photographs of {classes} classes of Tiny ImageNet, contrasted with the names of all classes in several templates.
+  **ImageNet's terms apply to these weights: non-commercial research and education only.**
+- {scenes:,} rendered scenes (`pipelines/scenes.py`), contrasted with captions that describe a part of them, such as "a red star"
+  or "a thing in the snow", and with captions in which one word is wrong. {share:.0%} of each batch are scenes.
 {note}
 ## How long
 
-{steps:,} steps of {batch} images ({images:,} images seen), AdamW with a peak rate of {rate:g} that falls to zero in the
-last steps, label smoothing 0.1, photographs zoomed, shifted, turned, mirrored and lit otherwise, {precision}.
+{steps:,} steps of {batch} images ({images:,} images seen), AdamW with a peak learning rate of {rate:g} that falls to zero in the
+last steps, label smoothing 0.1, photographs augmented by zoom, shift, rotation, mirroring and brightness, {precision}.
 
-The command, which trains it on other images as well: `PHOTOS` holds zips of `<class id>/<picture>` and a classes.json that
-names the classes.
+The command also trains it on other images: `IMAGES` is a folder with zips of `<class id>/<image>` and a `classes.json` that names the
+classes.
 
 ```bash
 {command}
@@ -50,9 +50,9 @@ names the classes.
 
 ## How well
 
-Measured on the weights as they lie here, in half precision.
+Measured on the weights in this folder, in half precision.
 
-| what | right | chance |
+| what | accuracy | chance |
 |---|---|---|
 | class of {held_out_photos:,} held-out photographs, a tenth of every class | {held_out:.1%} | {held_out_chance:.1%} |
 {zero_shot}
@@ -60,11 +60,11 @@ Measured on the weights as they lie here, in half precision.
 ## What it cannot do
 
 - Anything that needs more than 64 x 64 pixels.
-- Words beyond its class names and scenes: they are spelled in pieces whose meaning it never learned. Classes of your own are
-  learned from images, not named out of the blue.
+- Words other than its class names and those of its scenes: they are split into tokens that it was hardly trained on. Your own classes
+  need training images; their names are not enough.
 """
 
-ASKED = {"kind": "what a rendered scene shows", "colour": "its colour", "background": "its place"}
+ASKED = {"kind": "object in a rendered scene", "colour": "colour of the object", "background": "background of the scene"}
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class ClipFacts:
     def placeholders(self) -> dict[str, object]:
         """What fills `CARD`."""
         rows = [
-            f"| {ASKED[part]}, of scenes never seen | {one.accuracy:.1%} | {one.chance:.1%} |"
+            f"| {ASKED[part]}, in scenes not trained on | {one.accuracy:.1%} | {one.chance:.1%} |"
             for part, one in self.zero_shot.items()
         ]
         command = (

@@ -15,9 +15,9 @@ license_link: https://www.image-net.org/download.php
 
 # mini-sdxl
 
-A real `StableDiffusionXLPipeline` of 64 x 64 pixel images, trained from nothing, small enough for a CPU: the default model of
-NoRA Vision, its tests and its demonstrations. It speaks SDXL's code path (two CLIP text encoders, `text_time` conditioning,
-`AutoencoderKL`), so that what works here works with SDXL by another `--pretrained_model_name_or_path`.
+A real `StableDiffusionXLPipeline` for images of 64 x 64 pixels, trained from scratch and small enough for a CPU. It is the default
+model of NoRA Vision, its tests and its demonstrations. It has SDXL's parts (two CLIP text encoders, `text_time` conditioning,
+`AutoencoderKL`) and uses the same code, so a command for it works with SDXL after changing `--pretrained_model_name_or_path`.
 
 | part | parameters |
 |---|---|
@@ -28,17 +28,17 @@ NoRA Vision, its tests and its demonstrations. It speaks SDXL's code path (two C
 - {scenes:,} rendered scenes (`pipelines/scenes.py`): {shapes}, letters and digits, and toy figures, in {colours} colours,
   {patterns} patterns and three sizes, in {num_backgrounds} backgrounds. Captions such as "a large red striped star in the snow".
 - {photos:,} photographs of Tiny ImageNet, 200 classes, captions such as "a photo of a teapot".
-  **ImageNet's terms go with these weights: non-commercial research and education only.**
+  **ImageNet's terms apply to these weights: non-commercial research and education only.**
 
 {share:.0%} of each batch are scenes, at most half for the autoencoder. One caption in ten is dropped.
 {note}
 
 ## How long
 
-- Autoencoder: {vae_steps:,} steps of {vae_batch} images. Its latent space is a closed form, the first 8 principal components
-  of 4 x 4 patches (`PatchBasis`); the encoder learns it, the decoder learns to restore images from it.
+- Autoencoder: {vae_steps:,} steps of {vae_batch} images. Its latent space is fixed: the first 8 principal components of
+  4 x 4 patches (`PatchBasis`). The encoder learns to compute them, and the decoder to restore images from them.
 - UNet and text encoders together: {unet_steps:,} steps of {unet_batch} images ({unet_images:,} images seen), AdamW with a
-  peak rate of {rate:g} that falls to zero in the last steps, v-prediction down to zero signal, min-SNR weighting, {precision}.
+  peak learning rate of {rate:g} that falls to zero in the last steps, v-prediction down to zero signal, min-SNR weighting, {precision}.
 
 The command:
 
@@ -49,9 +49,10 @@ The command:
 ## What it cannot do
 
 - Anything larger than 64 x 64 pixels.
-- Photographs: class names of Tiny ImageNet give the right colours and textures, seldom the form. That is enough of a prior to
-  learn a photographed subject by, not to draw one unasked.
-- Words outside its scenes and classes: they are spelled in pieces it has never seen. Counting, and two things side by side.
+- Photographs: class names of Tiny ImageNet give the right colours and textures, but seldom the right shape. This is enough to learn
+  a photographed subject, but not to generate one without an adapter.
+- Words outside its scenes and classes: they are split into tokens that it was not trained on.
+- Counting, and two objects side by side.
 - A prompt is cut after {tokens} tokens.
 """
 
