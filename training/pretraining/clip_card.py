@@ -17,10 +17,10 @@ license_link: https://www.image-net.org/download.php
 
 # mini-clip
 
-A real open_clip model for images of 64 x 64 pixels, trained from scratch and small enough for a CPU. It is the default model of NoRA
-Vision's classifier, its tests and its demonstrations. It has {parameters:,} parameters, {image_parameters:,} of them in the image tower: timm's
-MaxViT with convolutions down to 8 x 8 positions and three attention layers. The tokenizer is CLIP's, reduced to {vocabulary:,}
-tokens, and can still encode any word.
+A real open_clip model for images of 64 x 64 pixels, trained from scratch and small enough for a CPU. It is the default
+model of NoRA Vision's classifier, its tests and its demonstrations. It has {parameters:,} parameters,
+{image_parameters:,} of them in the image tower: timm's MaxViT with convolutions down to 8 x 8 positions and three
+attention layers. The tokenizer is CLIP's, reduced to {vocabulary:,} tokens, and can still encode any word.
 
 Plain open_clip loads it, from the root of a checkout:
 
@@ -41,8 +41,8 @@ tokenizer = open_clip.get_tokenizer("local-dir:assets/mini-clip")
 {steps:,} steps of {batch} images ({images:,} images seen), AdamW with a peak learning rate of {rate:g} that falls to zero in the
 last steps, label smoothing 0.1, photographs augmented by zoom, shift, rotation, mirroring and brightness, {precision}.
 
-The command also trains it on other images: `IMAGES` is a folder with zips of `<class id>/<image>` and a `classes.json` that names the
-classes.
+The command also trains it on other images: `IMAGES` is a folder with zips of `<class id>/<image>` and a `classes.json`
+that names the classes.
 
 ```bash
 {command}
@@ -60,8 +60,8 @@ Measured on the weights in this folder, in half precision.
 ## What it cannot do
 
 - Anything that needs more than 64 x 64 pixels.
-- Words other than its class names and those of its scenes: they are split into tokens that it was hardly trained on. Your own classes
-  need training images; their names are not enough.
+- Words other than its class names and those of its scenes: they are split into tokens that it was hardly trained on.
+  Your own classes need training images; their names are not enough.
 """
 
 ASKED = {"kind": "object in a rendered scene", "colour": "colour of the object", "background": "background of the scene"}

@@ -15,9 +15,10 @@ license_link: https://www.image-net.org/download.php
 
 # mini-sdxl
 
-A real `StableDiffusionXLPipeline` for images of 64 x 64 pixels, trained from scratch and small enough for a CPU. It is the default
-model of NoRA Vision, its tests and its demonstrations. It has SDXL's parts (two CLIP text encoders, `text_time` conditioning,
-`AutoencoderKL`) and uses the same code, so a command for it works with SDXL after changing `--pretrained_model_name_or_path`.
+A real `StableDiffusionXLPipeline` for images of 64 x 64 pixels, trained from scratch and small enough for a CPU. It is
+the default model of NoRA Vision, its tests and its demonstrations. It has SDXL's parts (two CLIP text encoders,
+`text_time` conditioning, `AutoencoderKL`) and uses the same code, so a command for it works with SDXL after changing
+`--pretrained_model_name_or_path`.
 
 | part | parameters |
 |---|---|
@@ -37,8 +38,9 @@ model of NoRA Vision, its tests and its demonstrations. It has SDXL's parts (two
 
 - Autoencoder: {vae_steps:,} steps of {vae_batch} images. Its latent space is fixed: the first 8 principal components of
   4 x 4 patches (`PatchBasis`). The encoder learns to compute them, and the decoder to restore images from them.
-- UNet and text encoders together: {unet_steps:,} steps of {unet_batch} images ({unet_images:,} images seen), AdamW with a
-  peak learning rate of {rate:g} that falls to zero in the last steps, v-prediction down to zero signal, min-SNR weighting, {precision}.
+- UNet and text encoders together: {unet_steps:,} steps of {unet_batch} images ({unet_images:,} images seen), AdamW with
+  a peak learning rate of {rate:g} that falls to zero in the last steps, v-prediction down to zero signal, min-SNR
+  weighting, {precision}.
 
 The command:
 
@@ -49,8 +51,8 @@ The command:
 ## What it cannot do
 
 - Anything larger than 64 x 64 pixels.
-- Photographs: class names of Tiny ImageNet give the right colours and textures, but seldom the right shape. This is enough to learn
-  a photographed subject, but not to generate one without an adapter.
+- Photographs: class names of Tiny ImageNet give the right colours and textures, but seldom the right shape. This is
+  enough to learn a photographed subject, but not to generate one without an adapter.
 - Words outside its scenes and classes: they are split into tokens that it was not trained on.
 - Counting, and two objects side by side.
 - A prompt is cut after {tokens} tokens.
