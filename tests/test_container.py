@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 from app_process import free_port
-from documented import ROOT, code_blocks
+from documented import ROOT, code_blocks, pages
 
 import nora_vision_cli
 from pipelines.errors import InputError
@@ -172,11 +172,13 @@ def test_the_requirements_are_those_of_the_package_in_the_tested_versions(tmp_pa
     assert all("==" in pin for pin in pins)
 
 
-def test_without_accounts_the_container_stops_and_says_how_to_make_one(tmp_path, monkeypatch):
+def test_without_accounts_the_container_stops_with_the_documented_message(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["nora-vision app"])
     settings = server.parser().parse_args(app_flags(tmp_path))
-    with pytest.raises(InputError, match=r"holds no account\. Make one with 'nora-vision app --accounts .* --add_account NAME'"):
+    with pytest.raises(InputError, match="contains no account") as refused:
         server.checked_settings(settings)
+    (volume,) = texts("VOLUME")
+    assert str(refused.value).replace(str(tmp_path), volume) in pages()["docs/guides/docker.md"]
 
 
 def test_with_an_account_the_app_starts_and_is_healthy(tmp_path):
@@ -210,7 +212,7 @@ def test_the_image_is_built_and_serves_the_app():
     mounted = ["--volume", f"{volume}:/data"]
     try:
         refused = subprocess.run([engine, "run", "--rm", *mounted, image], capture_output=True, text=True, check=False)
-        assert (refused.returncode, "holds no account" in refused.stderr) == (2, True), refused.stderr
+        assert (refused.returncode, "contains no account" in refused.stderr) == (2, True), refused.stderr
         subprocess.run([engine, "run", "--rm", *mounted, "--entrypoint", "python", image, "-c", MAKE_ACCOUNT], check=True)
         options = ["--detach", "--init", "--publish", f"127.0.0.1:{port}:7860", "--name", volume]
         subprocess.run([engine, "run", *options, *mounted, image], check=True)

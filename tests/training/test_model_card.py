@@ -166,7 +166,7 @@ def test_a_hub_model_is_named_in_the_header_and_a_local_one_by_its_own_name_only
 @pytest.mark.parametrize(
     ("model", "call"),
     [
-        (str(BUILT_IN_MODEL), 'from_pretrained(model_path("mini-sdxl"))'),
+        (str(BUILT_IN_MODEL), 'from_pretrained(model_path("mini-sdxl"), torch_dtype=torch.float32)'),
         ("owner/model", 'from_pretrained("owner/model")'),
         ("my.safetensors", 'from_single_file("my.safetensors")'),
     ],

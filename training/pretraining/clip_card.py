@@ -39,7 +39,8 @@ tokenizer = open_clip.get_tokenizer("local-dir:assets/mini-clip")
 ## How long
 
 {steps:,} steps of {batch} images ({images:,} images seen), AdamW with a peak learning rate of {rate:g} that falls to zero in the
-last steps, label smoothing 0.1, photographs augmented by zoom, shift, rotation, mirroring and brightness, {precision}.
+last steps, label smoothing 0.1, {precision}. Images are shifted, and photographs also zoomed, rotated and
+changed in brightness and colour.
 
 The command also trains it on other images: `IMAGES` is a folder with zips of `<class id>/<image>` and a `classes.json`
 that names the classes.

@@ -30,7 +30,8 @@ copy from {threshold:.2f} on). Compare within this table only.
 | step | subject | prompt | nearest image | thumbnail | held-out loss |
 |---|---|---|---|---|---|
 {rows}"""
-# Read in the sources of these programs.
+IMPORTS = "from diffusers import StableDiffusionXLPipeline"
+BUILT_IN_IMPORTS = f"import torch\n{IMPORTS}\n\nfrom pipelines.built_in import model_path"
 BODY = """---
 {header}
 ---
@@ -46,9 +47,9 @@ A {method} adapter of `{model}`: {steps} steps of {batch} images on {images} ima
 {files}
 
 ```python
-from diffusers import StableDiffusionXLPipeline
 {imports}
-pipe = StableDiffusionXLPipeline.{loader}({model_argument})
+
+pipe = StableDiffusionXLPipeline.{loader}({arguments})
 {scheduler}pipe.load_lora_weights("diffusers")
 pipe({prompt_literal}).images[0]
 ```
@@ -91,8 +92,9 @@ def model_card(run: RunDirectory, options: SubjectOptions, images: int, private:
         ),
         files="\n".join(f"| {as_text(name)} | {size:,} |" for name, size in _exported_files(run)),
         loader="from_single_file" if model.endswith(".safetensors") else "from_pretrained",
-        imports="from pipelines.built_in import model_path\n" if built_in else "",
-        model_argument=f"model_path({json.dumps(model)})" if built_in else json.dumps(model),
+        imports=BUILT_IN_IMPORTS if built_in else IMPORTS,
+        # The built-in weights are stored in half precision, and the adapter in single precision.
+        arguments=f"model_path({json.dumps(model)}), torch_dtype=torch.float32" if built_in else json.dumps(model),
         scheduler=_scheduler_lines(options.model.prediction()),
         prompt_literal=json.dumps(f"{prompt} {NEW_SCENES[0]}", ensure_ascii=False),
     )
