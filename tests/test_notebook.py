@@ -18,8 +18,9 @@ from training.options import parse_options
 NOTEBOOK = ROOT / "examples" / "nora_vision.ipynb"
 # Assigned after the notebook's own parameters.
 FEWER_STEPS = """
-STEPS = SHOTS = 2
-MORE_FLAGS = (
+STEPS = SHOTS = INFERENCE_STEPS = 2
+FEWSHOT_FLAGS = "--test_share 0.03 --min_train_steps 1 --iterations_per_shot 1 --report_to none"
+TRAIN_FLAGS = (
     "--rank 4 --inner_r 2 --lr_warmup_steps 0 --validation_steps 2 --heldout_image none --num_candidate_images 0 --no_certify "
     "--report_to none --validation_prompt 'a photo of sks toy'"
 )
@@ -60,7 +61,7 @@ def test_the_trainer_accepts_the_flags_of_the_notebook(notebook, use_sdxl):
     assert options.model.pretrained_model_name_or_path.startswith("stabilityai/" if use_sdxl else "mini-sdxl")
 
 
-@pytest.mark.slow(40)
+@pytest.mark.slow(25)
 def test_the_notebook_trains_loads_and_classifies(notebook, tmp_path, monkeypatch):
     parameters = cell_tagged(notebook, "parameters")
     parameters.source += FEWER_STEPS
