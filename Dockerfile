@@ -32,6 +32,6 @@ USER nora
 WORKDIR /data
 VOLUME /data
 EXPOSE 7860
-HEALTHCHECK --start-period=60s CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:7860', timeout=5)"]
+HEALTHCHECK --start-period=60s CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:7860')"]
 ENTRYPOINT ["nora-vision"]
 CMD ["app", "--host", "0.0.0.0", "--port", "7860", "--accounts", "/data/accounts.txt", "--runs_dir", "/data/runs", "--uploads_dir", "/data/uploads"]
