@@ -1,4 +1,4 @@
-"""The native files of an adapter: each is written and read by its method."""
+"""Saving and loading an adapter's native files, which its method writes and reads."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pipelines.methods import method_named, method_of
 
 
 def save(components: Mapping[str, nn.Module], folder: Path, adapter_name: str = ADAPTER_NAME) -> None:
-    """Write the adapter's native files, at scale 1, in every layout of its method: `folder/<layout>/<component>`."""
+    """Write the adapter's native files at scale 1, in every layout of its method, to `folder/<layout>/<component>`."""
     config = next(iter(components.values())).peft_config[adapter_name]
     method_of(config).save(components, folder, adapter_name)
 
 
 def load(components: Mapping[str, nn.Module], folder: Path, adapter_name: str = ADAPTER_NAME) -> None:
-    """Add the adapter that `save` wrote in the layout `folder` to each of `components`.
+    """Load the adapter that `save` wrote to the layout `folder` onto each of `components`.
 
-    Raises: InputError or AdapterFileError naming the file, and what of it does not fit.
+    Raises: InputError or AdapterFileError naming the file and what is wrong with it.
     """
     for name, model in components.items():
         method = str(read_json(folder / name / CONFIG).get("peft_type")).lower()
@@ -29,10 +29,12 @@ def load(components: Mapping[str, nn.Module], folder: Path, adapter_name: str = 
 
 
 def native_folder(path: Path, components: Iterable[str]) -> Path | None:
-    """The native adapter at `path`: itself, or the full one of a run's directory, or the compact one where it is alone.
+    """The folder of the native adapter at `path`, a layout's folder or a run directory; None if there is none.
+
+    The full layout is preferred to the compact one.
 
     Args:
-        components: the names of what may be adapted.
+        components: names of the pipeline's components that may have an adapter.
     """
     components = tuple(components)
     for folder in (path, path / FULL, path / "adapter" / FULL, path / COMPACT, path / "adapter" / COMPACT):

@@ -1,7 +1,7 @@
-"""What an adapter method is: the one class that a file of `pipelines.methods` defines, and what all of them share.
+"""The base class of adapter methods, and the functions that they share.
 
-Every command reads its flags from the methods' options, and importing PEFT takes seconds: it is imported in functions, here and
-in the methods, so that `--help` does without it.
+Every command reads its flags from the methods' options, and PEFT takes seconds to import. So it is imported inside functions,
+here and in the methods, and `--help` does not load it.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ Losses = Callable[[int], Iterator[torch.Tensor]]
 
 
 def no_losses(count: int) -> Iterator[torch.Tensor]:
-    """Raises: ValueError, as there is no training whose losses could be differentiated."""
-    raise ValueError("This method starts from gradients of the training's losses, and none were given.")
+    """A `Losses` without losses. Raises: ValueError."""
+    raise ValueError("This method is initialised from gradients of the training loss, but no losses were given.")
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a method may find out of the base model and the data before training.
+    """Access to the base model and the training data, for methods that are initialised from them.
 
     Args:
-        forward: runs the model that is adapted on the data, for activations.
-        losses: `losses(count)` yields the base model's training losses on this process's part of `count` batches, scalars to
-            differentiate: adapters are off meanwhile, those that were started before too.
-        generator: draws all that is random.
-        cache: a .safetensors file for whatever is worth keeping for a later start from the same data.
+        forward: runs the adapted model on the data, to record activations.
+        losses: `losses(count)` yields the base model's training losses, scalars to differentiate, on this process's share of
+            `count` batches. All adapters are disabled meanwhile.
+        generator: the source of all randomness.
+        cache: a .safetensors file for results that a later initialisation from the same data can reuse.
     """
 
     forward: Callable[[], None]
@@ -58,12 +58,12 @@ class Probe:
 
 @dataclass(frozen=True)
 class TaskDefaults:
-    """What a method is by default on one task and base model.
+    """A method's defaults on one task and base model.
 
     Args:
         learning_rate: the peak learning rate on models of full width; recipes raise it for the narrow built-in ones.
-        options: values of the method's options that have no default of their own, by field.
-        target_layers: name endings of the layers to adapt; None for the task's own.
+        options: defaults of the options whose default in `Options` is None, by field name.
+        target_layers: name endings of the layers to adapt; None for the task's default.
     """
 
     learning_rate: float
@@ -72,7 +72,7 @@ class TaskDefaults:
 
 
 class NativeFiles(NamedTuple):
-    """PEFT's two files of one component: the configuration, the tensors, and the metadata of their header."""
+    """The content of one component's PEFT files: the configuration, the tensors, and the metadata in the tensors' header."""
 
     config: PeftConfig
     tensors: dict[str, torch.Tensor]
@@ -80,25 +80,25 @@ class NativeFiles(NamedTuple):
 
 
 class MethodTraining:
-    """What a method does within one training. Made anew for each, so that none begins with what another left.
+    """A method's state and hooks during one training run; each run creates its own.
 
     Args:
         models: the adapted models.
-        total_steps: optimisation steps in all.
+        total_steps: optimisation steps of the run.
     """
 
     def __init__(self, models: Sequence[nn.Module], total_steps: int) -> None:
         self.models, self.total_steps = models, total_steps
 
     def regularizer(self) -> torch.Tensor | None:
-        """A scalar that is added to every batch's loss; None for nothing."""
+        """A scalar that is added to the loss of every batch; None for none."""
         return None
 
     def after_step(self, step: int) -> None:
-        """Called between `optimizer.step` and `zero_grad` of step `step`, counted from 1: gradients are still there."""
+        """Called after `optimizer.step` and before `zero_grad`, so that gradients are available; `step` counts from 1."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of this, plain values and tensors: training goes on from it to the last bit."""
+        """Plain values and tensors for a checkpoint, from which training resumes bit for bit."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -107,40 +107,40 @@ class MethodTraining:
 
 @dataclass
 class LowRankOptions:
-    """Options that most methods have; None is filled in from `TaskDefaults`."""
+    """Options that most methods share; None is replaced by the value in `TaskDefaults`."""
 
     rank: int | None = field(default=None, metadata={"help": "rank", "few-shot": "lora_rank"})
     alpha: float | None = field(
-        default=None, metadata={"help": "numerator of the scaling alpha / rank; the scaling is 1 unless given"}
+        default=None, metadata={"help": "numerator of the scaling alpha / rank; by default the scaling is 1"}
     )
-    dropout: float = field(default=0.0, metadata={"help": "dropout within the adapter"})
+    dropout: float = field(default=0.0, metadata={"help": "dropout probability within the adapter"})
 
     def __post_init__(self) -> None:
         at_least(self, 1, "rank")
 
 
 class AdapterMethod:
-    """An adapter method. A subclass sets the class attributes, and overrides what differs.
+    """An adapter method. A subclass sets the class attributes and overrides what differs.
+
+    Each field of the dataclass `Options` is a flag and a form field. Its metadata holds the `help` and, optionally, the `label`
+    in the form, the `choices`, and under a task's name the name of its flag on that task.
 
     Args:
-        options: an instance of `Options`, complete.
-
-    `Options` is a dataclass whose fields are flags and form fields; a field's metadata holds its `help`, its `choices` where it
-    has some, and under a task's name the flag's name there where that is another.
+        options: an instance of `Options` with every value set.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     reference: ClassVar[str]
     Options: ClassVar[type] = LowRankOptions
-    # Whether an adapter that was started but not trained leaves the model as it was.
+    # Whether an initialised, untrained adapter leaves the model's output unchanged.
     starts_at_base: ClassVar[bool] = True
-    # What it can be put on.
+    # Which layers it can adapt besides linear ones in full precision.
     adapts_convolutions: ClassVar[bool] = True
     adapts_quantized_layers: ClassVar[bool] = True
-    # What other programs make of the exported files, as Markdown, where that is not what it was trained as.
+    # Markdown on how other programs read the exported files, if their results differ.
     export_note: ClassVar[str | None] = None
-    # Whether FSDP may split its parameters between processes.
+    # Whether FSDP may shard its parameters.
     can_be_sharded: ClassVar[bool] = True
 
     def __init__(self, options: Any) -> None:
@@ -148,11 +148,11 @@ class AdapterMethod:
 
     @classmethod
     def defaults(cls, task: Task, built_in: bool) -> TaskDefaults:
-        """What it is by default on `task`, on the built-in model or another."""
+        """The method's defaults on `task`, for the built-in model or another one."""
         raise NotImplementedError
 
     def config(self, target_modules: list[str], exclude_modules: str | None = None) -> PeftConfig:
-        """PEFT's configuration of the adapter that the options describe."""
+        """The PEFT configuration for the options."""
         raise NotImplementedError
 
     def attach(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
@@ -167,31 +167,31 @@ class AdapterMethod:
         raise NotImplementedError
 
     def learning_rate_factor(self, parameter_name: str) -> float:
-        """What the learning rate of the parameter called so is multiplied by."""
+        """The factor on the learning rate of the parameter with this name."""
         return 1.0
 
     def training(self, models: Sequence[nn.Module], total_steps: int) -> MethodTraining:
-        """What the method does within a training of `total_steps` steps that begins now."""
+        """The method's state and hooks for a training run of `total_steps` steps."""
         return MethodTraining(models, total_steps)
 
-    # What holds for every adapter of a PEFT type, whatever it was trained with.
+    # The class methods below apply to every adapter of the method's PEFT type, whatever its options were.
 
     @classmethod
     def allows_any_scale(cls, config: PeftConfig) -> bool:
-        """Whether the change of weight can be scaled: otherwise it is there in full or not at all."""
+        """Whether the adapter can be used at any scale; otherwise only at 0 and 1."""
         return True
 
     @classmethod
     def set_scale(cls, model: nn.Module, adapter_name: str, scale: float) -> None:
-        """Scale the change of every weight of `model` by `scale`, 1 as trained."""
+        """Scale the change of every weight of `model` by `scale`; 1 is the trained adapter."""
         for layer in tuner_layers(model).values():
             layer.set_scale(adapter_name, scale)
 
     @classmethod
     def save(cls, components: Mapping[str, nn.Module], folder: Path, adapter_name: str) -> None:
-        """Write the adapter's native files, at scale 1: `folder/<layout>/<component>`, of which the layout "full" loads anywhere.
+        """Write the adapter's native files at scale 1 to `folder/<layout>/<component>`; the layout "full" is self-contained.
 
-        By default PEFT's adapter_config.json and adapter_model.safetensors under `full`.
+        By default, PEFT's adapter_config.json and adapter_model.safetensors are written to `full`.
         """
         from peft import get_peft_model_state_dict
 
@@ -204,11 +204,13 @@ class AdapterMethod:
 
     @classmethod
     def load(cls, components: Mapping[str, nn.Module], folder: Path, adapter_name: str) -> None:
-        """Add the adapter in each subfolder of a layout's `folder` to the component of that name, for use, not for training.
+        """Load the adapter in `folder/<component>` onto each of `components`, for inference.
 
+        Args:
+            folder: the folder of one layout.
         Raises:
-            InputError: a file has other tensors than an adapter of its configuration has on this model.
-            AdapterFileError: a file was changed since it was saved.
+            InputError: a file's tensors are not those of its configuration on this model.
+            AdapterFileError: a file was changed after it was saved.
         """
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -216,21 +218,21 @@ class AdapterMethod:
 
         for name, model in components.items():
             config, tensors, _ = read_native(folder / name)
-            # Files were once written without the prefix, which PEFT's own loader needs.
+            # Earlier versions wrote no prefix; PEFT's own loader needs one.
             state = {key.removeprefix(PEFT_PREFIX): value for key, value in tensors.items()}
             add_adapter(model, config, adapter_name)
-            # PEFT itself passes over targets that the model lacks, and over tensors that no target takes.
-            strange = sorted(state.keys() ^ get_peft_model_state_dict(model, adapter_name=adapter_name).keys())
-            if strange:
+            # PEFT ignores targets that the model lacks, and tensors that match no target.
+            unmatched = sorted(state.keys() ^ get_peft_model_state_dict(model, adapter_name=adapter_name).keys())
+            if unmatched:
                 raise InputError(
-                    f"{folder / name / WEIGHTS} does not fit this {name} model: {strange[0]!r} and {len(strange) - 1} more are "
-                    "in one of the two alone. Load it onto the model that it was trained on."
+                    f"{folder / name / WEIGHTS} does not fit this {name} model: only one of the two has {unmatched[0]!r} "
+                    f"({len(unmatched)} such tensors in all). Load it onto the model that it was trained on."
                 )
             set_peft_model_state_dict(model, state, adapter_name)
 
 
 def add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-    """Add an adapter to `model`, its own way where it has one (diffusers, transformers), else PEFT's.
+    """Add an adapter to `model` by its own `add_adapter` (diffusers, transformers), or else by PEFT.
 
     Raises: ValueError if the configuration does not fit the model.
     """
@@ -245,7 +247,7 @@ def add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str) -> None
 def write_native(
     folder: Path, config: PeftConfig, tensors: dict[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write PEFT's two files into `folder`, with digests of the tensors and of the configuration, and with `metadata`."""
+    """Write PEFT's two files to `folder`, with `metadata` and digests of the tensors and the configuration in the header."""
     from nora_vision.files import CONFIGURATION, configuration_digest, read_json, write_tensors
 
     config.save_pretrained(str(folder))
@@ -254,9 +256,9 @@ def write_native(
 
 
 def read_native(folder: Path) -> NativeFiles:
-    """What `write_native` wrote.
+    """Read what `write_native` wrote.
 
-    Raises: AdapterFileError if a file was changed since.
+    Raises: AdapterFileError if a file was changed after it was saved.
     """
     from peft import PeftConfig
 
@@ -268,10 +270,10 @@ def read_native(folder: Path) -> NativeFiles:
 
 
 def as_lora(factors: Mapping[str, Factors]) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    """The plain LoRA, or DoRA, that has exactly these changes: its configuration and PEFT's tensors.
+    """The plain LoRA (or DoRA) with exactly these weight changes: its PEFT configuration and tensors.
 
     Args:
-        factors: by the layer's name.
+        factors: by layer name.
     """
     from peft import LoraConfig
 
@@ -297,12 +299,12 @@ def as_lora(factors: Mapping[str, Factors]) -> tuple[LoraConfig, dict[str, torch
 
 
 def add_as_lora(model: nn.Module, factors: Mapping[str, Factors], adapter_name: str, source: Path) -> None:
-    """Add the plain LoRA that has exactly these changes: diffusers scales, fuses and deletes it as any LoRA.
+    """Add the plain LoRA with exactly these weight changes, which diffusers scales, fuses and deletes like any LoRA.
 
     Args:
-        factors: by the layer's name, of its weight as a matrix.
-        source: what they were read from, for errors.
-    Raises: InputError naming a layer that the model does not have, or not in this size.
+        factors: by layer name, of the weight as a matrix.
+        source: the file or folder of the adapter, for error messages.
+    Raises: InputError naming a layer that the model lacks or has in another size.
     """
     from peft import set_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -318,8 +320,9 @@ def add_as_lora(model: nn.Module, factors: Mapping[str, Factors], adapter_name: 
         size = _matrix_size(layer)
         if size != (len(each.up), each.down.shape[1]):
             raise InputError(
-                f"{source} does not fit this model: it changes {name!r} of {len(each.up)} x {each.down.shape[1]}, and the "
-                f"model has {size or 'no such layer'}. Load it onto the model that it was trained on."
+                f"{source} does not fit this model: it changes the layer {name!r} of size {len(each.up)} x {each.down.shape[1]}, "
+                f"but the model has {'no such layer' if size is None else f'one of {size[0]} x {size[1]}'}. Load it onto the "
+                "model that it was trained on."
             )
         shaped[name] = in_weight_shape(layer, each)
     config, tensors = as_lora(shaped)
@@ -328,14 +331,14 @@ def add_as_lora(model: nn.Module, factors: Mapping[str, Factors], adapter_name: 
 
 
 def _matrix_size(layer: nn.Module | None) -> tuple[int, int] | None:
-    """(out, in) of a layer's weight as a matrix, whatever it is stored as; None where there is no such layer."""
+    """(out, in) of a layer's weight as a matrix, also of a quantised one; None if there is no such layer."""
     if isinstance(layer, nn.Conv2d):
         return layer.out_channels, layer.weight[0].numel()
     return (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else None
 
 
 def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
-    """Every adapted layer of `model`, by its name."""
+    """The adapted layers of `model` by name."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
@@ -343,7 +346,7 @@ def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
 
 @contextmanager
 def adapters_off(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Have every adapted layer of `models` compute its base layer alone meanwhile. What is trained stays trainable."""
+    """Disable all adapters of `models` within the context, without changing `requires_grad`."""
     before = {layer: layer.disable_adapters for model in models for layer in tuner_layers(model).values()}
     for layer in before:
         layer._disable_adapters = True
@@ -355,7 +358,7 @@ def adapters_off(models: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def base_losses(losses: Losses, models: Iterable[nn.Module]) -> Losses:
-    """`losses`, with the adapters of `models` off from the first loss until the last has been differentiated."""
+    """`losses` with the adapters of `models` disabled until the last loss has been differentiated."""
 
     def of_base_model(count: int) -> Iterator[torch.Tensor]:
         with adapters_off(models):
@@ -365,5 +368,5 @@ def base_losses(losses: Losses, models: Iterable[nn.Module]) -> Losses:
 
 
 def trained_parameters(components: Mapping[str, nn.Module]) -> list[nn.Parameter]:
-    """The parameters that are trained."""
+    """The trainable parameters of all components."""
     return [parameter for model in components.values() for parameter in model.parameters() if parameter.requires_grad]

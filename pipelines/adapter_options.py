@@ -1,4 +1,4 @@
-"""The options of all adapter methods as the flags of one command: made from the methods' own options, named by none here."""
+"""The flags of all adapter methods, built from the methods' own options; no method is named here."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ Group = TypeVar("Group", bound=type)
 
 
 def flag_of(option: dataclasses.Field, task: Task) -> str:
-    """What the flag of a method's option is called on `task`."""
+    """The name of an option's flag on `task`."""
     return option.metadata.get(task, option.name)
 
 
 def with_method_options(task: Task) -> Callable[[Group], Group]:
-    """A class decorator that adds the options of all methods to a dataclass of options, as `task` has them.
+    """A class decorator that adds the options of all methods to a dataclass of flags for `task`.
 
-    An option that several methods have is one field. Where the default depends on the method or the base model it is None, to be
-    filled in by `fill_in`. The class gets `method_options`, which tells whose each of these options is.
+    Options of the same name become one field. If its default depends on the method or the base model, the field is None until
+    `fill_in` sets it. The class attribute `method_options` holds the `MethodOption` of each of these fields.
     """
 
     def decorate(group: Group) -> Group:
@@ -46,21 +46,24 @@ Users = list[tuple[type[AdapterMethod], dataclasses.Field, Any]]
 
 @dataclass(frozen=True)
 class MethodOption:
-    """Whose an option is.
+    """An option of one or several methods.
 
     Args:
         methods: the names of the methods that have it.
-        choices: the words that it may be; empty where it is no such word.
+        choices: the allowed values; empty for any value.
+        label: its label in a form; empty for one made from its name.
     """
 
     methods: tuple[str, ...]
     choices: tuple[str, ...]
+    label: str = ""
 
     @classmethod
     def of(cls, users: Users) -> MethodOption:
-        """The option of `users`."""
+        """The option as `users` declare it; the first label counts."""
         choices = dict.fromkeys(choice for _, option, _ in users for choice in option.metadata.get("choices", ()))
-        return cls(tuple(method.name for method, *_ in users), tuple(choices))
+        label = next((option.metadata["label"] for _, option, _ in users if "label" in option.metadata), "")
+        return cls(tuple(method.name for method, *_ in users), tuple(choices), label)
 
 
 def _typed_fields(kind: type) -> list[tuple[dataclasses.Field, Any]]:
@@ -69,7 +72,7 @@ def _typed_fields(kind: type) -> list[tuple[dataclasses.Field, Any]]:
 
 
 def _users_by_flag(task: Task) -> dict[str, Users]:
-    """By flag: each method that has it, its option, and the option's type."""
+    """For each flag, the methods that have it, with their option and its type."""
     users: dict[str, Users] = {}
     for name in (DEFAULT, *(name for name in method_names() if name != DEFAULT)):
         method = method_named(name)
@@ -79,9 +82,9 @@ def _users_by_flag(task: Task) -> dict[str, Users]:
 
 
 def _flag(task: Task, name: str, users: Users) -> tuple[str, Any, Any]:
-    """The field that stands for an option of all its users.
+    """The dataclass field for an option of `users`.
 
-    Raises: TypeError if they have it with different types, which is a fault of a method's file.
+    Raises: TypeError if they declare it with different types.
     """
     hints = {hint for _, _, hint in users}
     if len(hints) > 1:
@@ -89,10 +92,10 @@ def _flag(task: Task, name: str, users: Users) -> tuple[str, Any, Any]:
             f"The option {name!r} has different types in the methods {', '.join(m.name for m, *_ in users)}: {hints}."
         )
     defaults = {_default(option) for _, option, _ in users}
-    decided = any(option.name in _decided(method, task) for method, option, _ in users)
+    depends_on_task = any(option.name in _task_defaults(method, task) for method, option, _ in users)
     metadata = {"help": _help(task, users)}
     hint = hints.pop()
-    if len(defaults) > 1 or decided:
+    if len(defaults) > 1 or depends_on_task:
         return name, hint | None, field(default=None, metadata=metadata)
     return name, hint, field(default=defaults.pop(), metadata=metadata)
 
@@ -101,38 +104,39 @@ def _default(option: dataclasses.Field) -> Any:
     return option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
 
 
-def _decided(method: type[AdapterMethod], task: Task) -> dict[str, Any]:
+def _task_defaults(method: type[AdapterMethod], task: Task) -> dict[str, Any]:
+    """The defaults of a method on `task`; those for full-width models replace those for the built-in one."""
     return {**method.defaults(task, True).options, **method.defaults(task, False).options}
 
 
 def _help(task: Task, users: Users) -> str:
-    """Each different help of the users, with the titles of those that have it and what it is by default."""
+    """The help texts of `users`, each with its default and the titles of the methods that have it."""
     titles: dict[str, list[str]] = {}
     for method, option, _ in users:
-        decided = _decided(method, task).get(option.name)
-        unless = "" if decided is None else f" ({decided} unless given)"
-        titles.setdefault(f"{option.metadata['help']}{unless}", []).append(title_of(method.name))
+        value = _task_defaults(method, task).get(option.name)
+        default = "" if value is None else f" (default: {value})"
+        titles.setdefault(f"{option.metadata['help']}{default}", []).append(title_of(method.name))
     return "; ".join(f"{', '.join(names)}: {text}" for text, names in titles.items()) + "."
 
 
 def fill_in(options: Any, task: Task, built_in: bool, methods: Iterable[str]) -> None:
-    """Fill in what was not given of the options that `methods` have, from their defaults on `task`."""
+    """Set the options of `methods` that were not given to their defaults on `task`."""
     for name in methods:
         method = method_named(name)
-        decided = method.defaults(task, built_in).options
+        defaults = method.defaults(task, built_in).options
         for option in dataclasses.fields(method.Options):
             flag = flag_of(option, task)
             if getattr(options, flag) is None:
-                setattr(options, flag, decided.get(option.name, _default(option)))
+                setattr(options, flag, defaults.get(option.name, _default(option)))
 
 
 def options_of(options: Any, task: Task, method: str) -> dict[str, Any]:
-    """The values of the options that `method` has, by its own names for them."""
+    """The values of the options of `method`, by their names in its `Options`."""
     return {option.name: getattr(options, flag_of(option, task)) for option in dataclasses.fields(method_named(method).Options)}
 
 
 def unused_options(options: Any, task: Task, methods: Iterable[str]) -> list[str]:
-    """A sentence for each option that was given, other than by default, and that none of `methods` has."""
+    """A sentence for each option with another value than its default that none of `methods` has."""
     chosen = frozenset(methods)
     sentences = []
     for name, option in options.method_options.items():
@@ -140,13 +144,13 @@ def unused_options(options: Any, task: Task, methods: Iterable[str]) -> list[str
         if not chosen & set(option.methods) and value not in _defaults_of(name, option, task):
             users, trained = (", ".join(map(title_of, sorted(names))) for names in (option.methods, chosen))
             sentences.append(
-                f"--{name} {value} is not used: it is an option of {users}, and this trains {trained or 'no adapter'}."
+                f"--{name} {value} is not used: it is an option of {users}, and this run trains {trained or 'no adapter'}."
             )
     return sentences
 
 
 def _defaults_of(flag: str, option: MethodOption, task: Task) -> list[Any]:
-    """What a flag may be without having been given: None, or what any of its methods has by default."""
+    """The values of a flag that was not given: None, or the default of one of its methods."""
     values = [None]
     for method in map(method_named, option.methods):
         (option_field,) = (each for each in dataclasses.fields(method.Options) if flag_of(each, task) == flag)
@@ -160,27 +164,27 @@ def _defaults_of(flag: str, option: MethodOption, task: Task) -> list[Any]:
 @with_method_options("subject")
 @dataclass
 class AdapterOptions:
-    """The adapter: its method, its size, and what it is put on."""
+    """The adapter: its method, the method's options, and the layers that it changes."""
 
     method: str = field(default=DEFAULT, metadata={"help": f"Adapter method: {', '.join(method_names())}."})
     target_modules: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Name endings of the UNet's layers to adapt: its attention unless said, and on the built-in model, whose "
-            "finest level has none, its convolutions too, where the method can adapt them."
+            "help": "Name endings of the UNet's layers to adapt. Default: the attention layers; on the built-in model all linear "
+            "layers, and convolutions if the method supports them."
         },
     )
-    train_text_encoder: bool = field(default=False, metadata={"help": "Adapt the attention of both text encoders too."})
+    train_text_encoder: bool = field(default=False, metadata={"help": "Also adapt the attention layers of both text encoders."})
 
     _argument_group_name = "adapter"
 
     def __post_init__(self) -> None:
-        # Refuses an unknown method.
+        # Raises an error for an unknown method.
         method_named(self.method)
         fill_in(self, "subject", False, [self.method])
         if self.target_modules == []:
             raise InputError("target_modules must name at least one layer, got none.")
-        # The configuration checks every other option, before any model is loaded.
+        # Building the configuration checks all other options before any model is loaded.
         self.create().config(self.target_modules or [])
 
     def create(self) -> AdapterMethod:

@@ -1,4 +1,4 @@
-"""Backgrounds of the rendered scenes: for each a phrase of the caption and a function that renders it."""
+"""Backgrounds of rendered scenes, each with its caption phrase and the function that renders it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _noise(canvas: int, cells: int, rng: random.Random, cells_across: int | None
 
 
 def _shade(colour: tuple[float, float, float], strength: np.ndarray, amount: float) -> np.ndarray:
-    """`colour` made lighter and darker by `amount` where `strength` is 1 and -1: (canvas, canvas, 3)."""
+    """(canvas, canvas, 3): `colour` made lighter by `amount` where `strength` is 1, and darker where it is -1."""
     return np.asarray(colour, dtype=np.float32) * (1 + amount * strength[..., None])
 
 

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: the sizes that images are brought to, and the order of batches that hold one size each."""
+"""Aspect-ratio buckets: the sizes that images are resized and cropped to, and the order of batches of one size each."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Size = tuple[int, int]
 
 
 def size_multiple(pipeline: StableDiffusionXLPipeline) -> int:
-    """What heights and widths in pixels must be multiples of, so that every level of VAE and UNet halves evenly."""
+    """Heights and widths in pixels must be multiples of this, so that every level of VAE and UNet halves them evenly."""
     return pipeline.vae_scale_factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
 
 
 def automatic_buckets(resolution: int, multiple: int) -> tuple[Size, ...]:
-    """Heights and widths that are multiples of `multiple` and together show at most as much as a square of `resolution`.
+    """(height, width) buckets of at most `resolution`^2 pixels, with sides that are multiples of `multiple`.
 
-    The square itself, and for every other height the widest size; none is more than twice as long as wide.
+    These are the square and, for every other height, the largest width. One side is at most twice the other.
     """
     area = resolution**2
     buckets = {(resolution, resolution)}
@@ -39,7 +39,7 @@ def automatic_buckets(resolution: int, multiple: int) -> tuple[Size, ...]:
 def parse_buckets(text: str, multiple: int) -> tuple[Size, ...]:
     """The sizes in `text`, as "height,width;height,width".
 
-    Raises: InputError naming the part that is no size, or not of multiples of `multiple`.
+    Raises: InputError if `text` holds no size, or a side that is not a multiple of `multiple`.
     """
     parts = filter(None, (part.strip() for part in text.split(";")))
     buckets = dict.fromkeys(_parse_size(part, multiple) for part in parts)
@@ -61,7 +61,7 @@ def _parse_size(text: str, multiple: int) -> Size:
 
 
 def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Size:
-    """The bucket whose shape is nearest to that of an image of height and width `size`; of equal ones the largest."""
+    """The bucket whose aspect ratio is nearest to that of `size`, (height, width); among equally near ones the largest."""
 
     def distance(bucket: Size) -> tuple[float, int]:
         return abs(math.log(bucket[0] * size[1] / (bucket[1] * size[0]))), -bucket[0] * bucket[1]
@@ -71,17 +71,17 @@ def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Size:
 
 @dataclass(frozen=True)
 class BucketOrder:
-    """Which images each batch holds, all of one bucket: a function of the seed and the batch's index alone.
+    """The images of each batch, all from one bucket, as a function of the seed and the batch's index.
 
-    In a cycle of as many batches as there are images, in a new order each time, every bucket has as many batches as it
-    has images. Within a bucket every image comes once in every round of all its images, in a new order each time.
-    So each image comes equally often, whatever its bucket.
+    An epoch has as many batches as there are images, and each bucket has as many of them as it has images, in shuffled order.
+    Within a bucket, the images are shuffled, and all are used once before any is used again. So all images are used equally
+    often, whatever their bucket.
 
     Args:
-        buckets: for each bucket the places of its images.
+        buckets: the indices of the images in each bucket.
         batch_size: images in a batch.
-        seed: of the orders.
-        stream: the random stream of the order; another stream gives another order for the same seed.
+        seed: of the shuffling.
+        stream: the random stream of the shuffling; another stream gives another order for the same seed.
     """
 
     buckets: tuple[tuple[int, ...], ...]
@@ -90,7 +90,7 @@ class BucketOrder:
     stream: RandomStream = RandomStream.ORDER
 
     def of_batch(self, index: int) -> tuple[int, int]:
-        """The bucket of the `index`-th batch, and how many batches before it were of that bucket."""
+        """The bucket of the `index`-th batch, and the number of earlier batches from that bucket."""
         counts = torch.tensor([len(members) for members in self.buckets])
         if len(counts) == 1:
             return 0, index
@@ -103,11 +103,11 @@ class BucketOrder:
         return bucket, epoch * int(counts[bucket]) + int((order[:position] == bucket).sum())
 
     def chosen(self, bucket: int, before: int) -> list[int]:
-        """The places of the images in a bucket's batch that `before` batches of that bucket precede."""
+        """The indices of the images in a bucket's batch, after `before` earlier batches from that bucket."""
         members = self.buckets[bucket]
         wanted = range(before * self.batch_size, (before + 1) * self.batch_size)
-        rounds = {
+        orders = {
             epoch: torch.randperm(len(members), generator=keyed_generator(self.seed, self.stream, epoch, bucket)).tolist()
             for epoch in {position // len(members) for position in wanted}
         }
-        return [members[rounds[position // len(members)][position % len(members)]] for position in wanted]
+        return [members[orders[position // len(members)][position % len(members)]] for position in wanted]

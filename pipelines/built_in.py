@@ -1,4 +1,4 @@
-"""The models that come with this project: their names and folders. Imports no model library."""
+"""The built-in models: their names and folders. Imports no model library."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import os
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# What assets/ of a checkout is called in a wheel: see setup.py.
+# The name of the folder assets/ in a wheel; see setup.py.
 ASSETS_IN_WHEEL = ROOT / "nora_vision_assets"
 IS_CHECKOUT = not ASSETS_IN_WHEEL.is_dir()
 ASSETS = ROOT / "assets" if IS_CHECKOUT else ASSETS_IN_WHEEL
 BUILT_IN_MODEL = ASSETS / "mini-sdxl"
-# What runs record, since the model's folder differs from checkout to checkout.
+# Runs record this name, as the model's folder differs between checkouts.
 BUILT_IN = BUILT_IN_MODEL.name
-# What options call the built-in CLIP.
+# The name of the built-in CLIP in options.
 BUILT_IN_CLIP_NAME = "mini"
 
 
 def import_path() -> dict[str, str]:
-    """What to add to the environment of a process that imports this project, so that it finds a checkout as well.
+    """Environment variables with which a subprocess can import this project; empty for an installed wheel.
 
-    Start it with `python -P`: a folder `training` in the working directory would otherwise be imported in place of this one.
+    Start the subprocess with `python -P`. Otherwise, a folder `training` in its working directory would be imported instead.
     """
     if not IS_CHECKOUT:
         return {}
@@ -28,7 +28,7 @@ def import_path() -> dict[str, str]:
 
 
 def is_built_in(name_or_path: str) -> bool:
-    """Whether `name_or_path` is the model that comes with this project: its name, its folder, or that of a checkout now gone."""
+    """Whether `name_or_path` is the built-in model: its name, its folder, or its folder in a checkout that no longer exists."""
     path = Path(name_or_path)
     if name_or_path == BUILT_IN or path.resolve() == BUILT_IN_MODEL.resolve():
         return True
@@ -37,10 +37,10 @@ def is_built_in(name_or_path: str) -> bool:
 
 
 def recorded_name(name_or_path: str) -> str:
-    """What records call a model: `BUILT_IN` for the built-in one wherever it lies, else `name_or_path`."""
+    """The name of a model in records: `BUILT_IN` for the built-in one, else `name_or_path`."""
     return BUILT_IN if is_built_in(name_or_path) else name_or_path
 
 
 def model_path(name_or_path: str) -> str:
-    """The hub name or path that libraries load a model by: the built-in one's folder, else `name_or_path`."""
+    """The hub name or path from which libraries load a model: the folder of the built-in one, else `name_or_path`."""
     return str(BUILT_IN_MODEL) if is_built_in(name_or_path) else name_or_path

@@ -1,4 +1,4 @@
-"""Tensors on disk that are computed once, each in a file named by the hash of all that they depend on."""
+"""An on-disk cache of tensors. Each file is named by a hash of everything that its tensors depend on."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-# To be raised when the same inputs are to give other tensors than before.
+# Increase this when the code computes other tensors from the same inputs.
 CODE_VERSION = 1
 LIBRARIES = [module.__version__ for module in (torch, diffusers, transformers, PIL)]
 
 
 def key_of(**parts: object) -> str:
-    """The hash of `parts` (plain values), of this code's version and of the libraries'."""
+    """A hash of `parts` (plain values), `CODE_VERSION` and the versions of the libraries."""
     text = json.dumps([CODE_VERSION, LIBRARIES, parts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
-    """The sha256 of tensors with their names, types and shapes."""
+    """The sha256 of tensors of any shape, with their names, dtypes and shapes."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
@@ -46,10 +46,10 @@ def module_digest(module: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class TensorCache:
-    """A folder of tensors by key. A file that is damaged, or holds another key, is computed anew.
+    """A folder of tensors by key. Files that are damaged or hold another key count as missing.
 
     Args:
-        folder: made when first written to; several processes may use it at once.
+        folder: created on the first write; several processes may use it at the same time.
     """
 
     folder: Path
@@ -63,15 +63,15 @@ class TensorCache:
             with safe_open(path, framework="pt") as opened:
                 metadata, tensors = opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            warnings.warn(f"{str(path)!r} is damaged ({error}) and is computed anew.", stacklevel=2)
+            warnings.warn(f"The cached file {str(path)!r} is damaged ({error}); it is computed again.", stacklevel=2)
             return None
         if metadata.get("key") != key or metadata.get("sha256") != digest_of(tensors):
-            warnings.warn(f"{str(path)!r} does not hold what it was written with, and is computed anew.", stacklevel=2)
+            warnings.warn(f"The cached file {str(path)!r} does not match its digest; it is computed again.", stacklevel=2)
             return None
         return tensors
 
     def write(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Keep `tensors` under `key`; a reader sees all of them or nothing."""
+        """Store `tensors` under `key`; the file is replaced atomically."""
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -80,7 +80,7 @@ class TensorCache:
         os.replace(beside, path)
 
     def read_or_make(self, key: str, make: Callable[[], Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """The tensors of `key`; if they are not in the cache, they are computed and stored."""
+        """The tensors of `key`; if they are missing, `make` computes them and they are stored."""
         tensors = self.read(key)
         if tensors is None:
             tensors = {name: value.detach().cpu() for name, value in make().items()}

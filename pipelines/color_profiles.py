@@ -1,7 +1,7 @@
-"""Embedded ICC profiles: what an image's numbers mean, converted to sRGB, which is what the models were trained on.
+"""Conversion of images with embedded ICC profiles to sRGB, the colour space of the models' training images.
 
-Conversions are littlecms's, through Pillow, with the perceptual intent (the default of ImageCms and of browsers; for the
-matrix profiles of cameras and screens all intents but the absolute one are the same).
+LittleCMS converts them, through Pillow, with the perceptual intent, which is the default of ImageCms and of browsers. For the
+matrix profiles of cameras and screens, all intents but the absolute one give the same result.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageCms
 
-# A profile that changes no colour by more than this is sRGB, written by another program: pixels stay as they are.
-SAME = 1
+# A profile that changes no value by more than this counts as sRGB, and the pixels are not converted.
+SRGB_TOLERANCE = 1
 _GRID = np.linspace(0, 255, 17).round().astype(np.uint8)
 _WITHOUT_ALPHA = {"RGBA": "RGB", "LA": "L"}
 # The profile's colour space for an image's mode.
@@ -25,22 +25,22 @@ class ProfileError(ValueError):
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """`image` in sRGB, as its ICC `profile` means it; transparency is left as it is.
+    """Convert `image` from its ICC `profile` to sRGB; transparency is unchanged.
 
     Args:
         image: of any mode with 8 bits a channel.
         profile: the ICC profile's bytes.
-    Returns: the image itself for an sRGB profile.
+    Returns: the image itself if the profile is sRGB.
     Raises: ProfileError if the profile cannot be used.
     """
-    image = _in_whole_channels(image)
+    image = _with_plain_channels(image)
     mode = _WITHOUT_ALPHA.get(image.mode, image.mode)
     space = _space_of(profile)
     if mode == "L" and space == "RGB":
         image = image.convert("RGB" if image.mode == "L" else "RGBA")
         mode = "RGB"
     if _SPACES.get(mode) != space:
-        raise ProfileError(f"it is for {space} images, and this one is {mode}")
+        raise ProfileError(f"it is for {space} images, but this one is {mode}")
     transform = _transform(profile, mode)
     if transform is None:
         return image
@@ -52,12 +52,12 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
 
 
 def lab_to_srgb(image: Image.Image) -> Image.Image:
-    """A CIE Lab image in sRGB, without any profile, since Lab means the same everywhere."""
+    """Convert a CIE Lab image to sRGB; Lab is device-independent and needs no profile."""
     return ImageCms.profileToProfile(image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB")
 
 
-def _in_whole_channels(image: Image.Image) -> Image.Image:
-    """`image` with its colours in channels, rather than in a palette, in two values, or multiplied by its alpha."""
+def _with_plain_channels(image: Image.Image) -> Image.Image:
+    """Convert palette, bilevel, premultiplied, YCbCr and HSV images to L, LA, RGB or RGBA."""
     if image.mode in ("P", "PA"):
         return image.convert("RGBA" if image.mode == "PA" or "transparency" in image.info else "RGB")
     plain = {"1": "L", "La": "LA", "RGBa": "RGBA", "RGBX": "RGB", "YCbCr": "RGB", "HSV": "RGB"}
@@ -76,7 +76,7 @@ def _space_of(profile: bytes) -> str:
 
 @lru_cache(maxsize=32)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """What converts images of `mode` from `profile` to sRGB in RGB; None where it would change nothing."""
+    """The transform from `profile` to sRGB for images of `mode`; None if it would change nothing."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
@@ -87,11 +87,11 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     samples = _samples(mode)
     before = np.asarray(samples.convert("RGB"), dtype=np.int16)
     after = np.asarray(ImageCms.applyTransform(samples, transform), dtype=np.int16)
-    return transform if np.abs(after - before).max() > SAME else None
+    return transform if np.abs(after - before).max() > SRGB_TOLERANCE else None
 
 
 def _samples(mode: str) -> Image.Image:
-    """Every grey, or a grid of colours."""
+    """An image of all grey levels, or of a grid of RGB colours."""
     if mode == "L":
         return Image.fromarray(np.arange(256, dtype=np.uint8)[None])
     grid = np.stack(np.meshgrid(_GRID, _GRID, _GRID, indexing="ij"), axis=-1)

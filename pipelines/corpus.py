@@ -1,4 +1,4 @@
-"""Captioned images in memory: rendered scenes and real photographs, as the built-in models are pretrained on them."""
+"""In-memory datasets of captioned images, rendered scenes and photographs, for pretraining the built-in models."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Corpus:
     Args:
         images: (count, size, size, 3) uint8.
         captions: `count` captions.
-        mirrorable: (count,) bool, whether the caption holds as well for the mirror image (of letters and crescents it does not).
+        mirrorable: (count,) bool, whether the caption also fits the mirror image, which it does not for letters and crescents.
     """
 
     images: np.ndarray
@@ -61,7 +61,7 @@ def join(*corpora: Corpus) -> Corpus:
 
 
 def _chunks(count: int, seed: int) -> tuple[list[int], list[int]]:
-    """The seeds and the sizes of the chunks in which `count` scenes are drawn."""
+    """The seeds and the sizes of the chunks in which `count` scenes are sampled."""
     sizes = [min(CHUNK, count - start) for start in range(0, count, CHUNK)]
     return [seed * 1_000_003 + chunk for chunk in range(len(sizes))], sizes
 
@@ -71,7 +71,7 @@ def _chunk_scenes(rng: random.Random, count: int) -> list[Scene]:
 
 
 def corpus_scenes(count: int, seed: int) -> list[Scene]:
-    """What the images of `rendered_corpus(count, size, seed)` show."""
+    """The scenes of `rendered_corpus(count, size, seed)`, without rendering them."""
     return [
         scene for start, size in zip(*_chunks(count, seed), strict=True) for scene in _chunk_scenes(random.Random(start), size)
     ]
@@ -86,7 +86,7 @@ def _render_chunk(seed: int, count: int, size: int) -> Corpus:
 
 
 def rendered_corpus(count: int, size: int, seed: int, workers: int = 1) -> Corpus:
-    """`count` rendered scenes of `size` x `size` pixels; the same seed gives the same images whatever `workers`."""
+    """`count` rendered scenes of `size` x `size` pixels, which depend on `seed` but not on the number of `workers`."""
     seeds, counts = _chunks(count, seed)
     with ProcessPoolExecutor(workers) as pool:
         chunks = pool.map(_render_chunk, seeds, counts, [size] * len(counts))
@@ -103,7 +103,7 @@ def _zipped_photos(path: Path, size: int) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def photo_corpus(folder: Path, size: int) -> Corpus:
-    """Photographs of `folder`: zips of `<class id>/<n>.webp` beside a classes.json that names the classes.
+    """The photographs in `folder`, in zips of `<class id>/<n>.webp`; classes.json holds the names of the classes.
 
     Raises: FileNotFoundError if `folder` holds no classes.json or no zip.
     """
@@ -111,7 +111,7 @@ def photo_corpus(folder: Path, size: int) -> Corpus:
     zips = sorted(folder.glob("*.zip"))
     if not zips:
         raise FileNotFoundError(
-            f"No .zip with photographs in {str(folder)!r}: expected zips of <class id>/<image> beside classes.json."
+            f"{str(folder)!r} holds no .zip with photographs. Put zips of <class id>/<image> beside classes.json."
         )
     pairs = [pair for path in tqdm(zips, desc="reading photographs", unit="zip") for pair in _zipped_photos(path, size)]
     captions = [f"a photo of {with_article(names[key])}" for key, _ in pairs]
@@ -119,7 +119,7 @@ def photo_corpus(folder: Path, size: int) -> Corpus:
 
 
 def split_held_out(captions: list[str], share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Places of the images to train on and of those held out, `share` of every caption's images, drawn by `seed`."""
+    """Indices of the training images and of the held-out ones: `share` of each caption's images, sampled with `seed`."""
     rng = np.random.default_rng(seed)
     by_caption = np.unique(captions, return_inverse=True)[1]
     held_out = np.zeros(len(captions), dtype=bool)

@@ -1,4 +1,4 @@
-"""Renamed options: old flags, options files and saved options.json are read under the present names."""
+"""Renamed options: old names in flags, options files and a run's options.json are replaced by the current ones."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ logger = logging.getLogger(__name__)
 
 
 def current_arguments(arguments: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
-    """`arguments` with deprecated flags and values of `parser` replaced; each flag logs one line that names the new one."""
+    """`arguments` with the deprecated flags and values of `parser` replaced; a warning names the new flag for each."""
     flags = dict(_deprecated_flags(parser))
     current, flag, logged = [], "", set()
     for argument in arguments:
-        # What follows a flag is its value.
+        # Arguments after a flag are its values.
         is_flag = argument.startswith("--")
         name, separator, value = argument.partition("=") if is_flag else (flag, "", argument)
         if is_flag:
@@ -47,7 +47,7 @@ def _deprecated_flags(parser: argparse.ArgumentParser) -> Iterator[tuple[str, st
 
 
 def with_current_names(options: Mapping[str, Any]) -> dict[str, Any]:
-    """`options`, in groups or without, with the groups, names and values of earlier versions replaced."""
+    """`options`, grouped or not, with the groups, names and values of earlier versions replaced."""
     current: dict[str, Any] = {}
     for name, value in options.items():
         if isinstance(value, Mapping):

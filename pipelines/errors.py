@@ -1,10 +1,10 @@
-"""The error for what a user gave and what cannot be used."""
+"""The error for wrong input of the user."""
 
 
 class InputError(ValueError):
     """An image, folder, file or option cannot be used; the message names it, what is allowed, and the remedy.
 
-    What of the message is not UTF-8, such as part of a file's name, is escaped, so that it can be written anywhere.
+    Characters that cannot be written as UTF-8, such as parts of a file's name, are escaped in the message.
     """
 
     def __init__(self, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Names of files as text: on Linux a file's name may hold bytes that are no UTF-8, which no UTF-8 output takes."""
+"""File names as text: on Linux, a name may have bytes that are not UTF-8 and cannot be written to UTF-8 output."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import os
 
 
 def display_path(path: str | os.PathLike[str]) -> str:
-    r"""`path` as text that every UTF-8 output takes: a byte that is not UTF-8, which Python keeps as a lone surrogate (PEP 383),
-    is spelled `\udcff`, as `repr` and stderr spell it.
+    r"""`path` as text that can be written as UTF-8.
 
-    Different names stay different. The file itself is found by its true name alone.
+    A byte that is not UTF-8, which Python keeps as a lone surrogate (PEP 383), becomes `\udcff`, as in `repr` and on stderr.
+    Different names stay different, but only the original name opens the file.
     """
     return os.fspath(path).encode("utf-8", "backslashreplace").decode("utf-8")

@@ -31,13 +31,13 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from pipelines.errors import InputError
 
 logger = logging.getLogger(__name__)
-# What a look-up raises where it fails, and what a transfer does; hf_xet raises RuntimeError.
+# Errors of a look-up and of a download; hf_xet raises RuntimeError.
 _LOOKUP_ERRORS = (OSError, httpx.HTTPError, json.JSONDecodeError)
 _TRANSFER_ERRORS = (OSError, httpx.HTTPError, RuntimeError)
 
 
 class HubError(InputError):
-    """A model cannot be had from the hub; the message says why, and the remedy."""
+    """A model cannot be fetched from the hub; the message gives the reason and the remedy."""
 
 
 class Failure(Enum):
@@ -60,7 +60,7 @@ class Failure(Enum):
     NOT_A_HUB = auto()
 
 
-# The first that fits counts: a gated repository's error is also one of a missing repository.
+# The first match counts: GatedRepoError is a subclass of RepositoryNotFoundError.
 _BY_CLASS: tuple[tuple[type[BaseException], Failure], ...] = (
     (GatedRepoError, Failure.GATED),
     (RepositoryNotFoundError, Failure.NO_REPOSITORY),
@@ -83,47 +83,47 @@ _BY_ERRNO = {
     errno.EPERM: Failure.NOT_WRITABLE,
     errno.EROFS: Failure.NOT_WRITABLE,
 }
-# Of these the cache's copy of a model is as good as the hub's; a revision that does not exist is not in the cache either.
+# After these failures, a copy of the model in the cache is used. A missing revision is not in the cache either.
 _USE_CACHE = frozenset(Failure) - {Failure.NO_REVISION, Failure.DISK_FULL, Failure.NOT_WRITABLE}
 
 
-# Behind "The model NAME could not be fetched: ".
+# Each follows "The model NAME could not be fetched: ".
 _TEXTS = {
     Failure.GATED: "it is gated, and {account}. Accept its licence on {page}, then log in with `hf auth login`.",
-    Failure.NO_REPOSITORY: "there is no such folder, and the hub has no model of this name that you may see. Check the name on "
+    Failure.NO_REPOSITORY: "there is no such folder, and no such model on the hub that you have access to. Check the name on "
     "{page}; if the model is private, log in with `hf auth login`.",
     Failure.NO_REVISION: "it has no revision {revision!r}. Give --revision one of the branches, tags and commits on "
     "{page}/tree/main, or leave it out.",
-    Failure.NO_FILE: "it has no file {file!r}. Look at {page}/tree/main, or take another model.",
-    Failure.DISABLED: "the hub has disabled it, see {page}. Take another model.",
+    Failure.NO_FILE: "it has no file {file!r}. See {page}/tree/main, or use another model.",
+    Failure.DISABLED: "the hub has disabled it, see {page}. Use another model.",
     Failure.UNAUTHORIZED: "the hub does not accept the access token (401). Log in again with `hf auth login`, or unset HF_TOKEN.",
-    Failure.FORBIDDEN: "the access token may not read it (403). Log in with `hf auth login` and a token that may, or change "
-    "its rights on {hub}/settings/tokens.",
-    Failure.RATE_LIMITED: "the hub has had too many requests from this address (429). Wait some minutes, or log in with "
+    Failure.FORBIDDEN: "the access token has no permission to read it (403). Log in with `hf auth login` and a token that has, "
+    "or change the permissions on {hub}/settings/tokens.",
+    Failure.RATE_LIMITED: "the hub has received too many requests from this address (429). Wait a few minutes, or log in with "
     "`hf auth login` for a higher limit.",
-    Failure.SERVER_ERROR: "the hub has an error of its own ({status}), and the cache {cache} has no complete copy. Try again "
+    Failure.SERVER_ERROR: "the hub returned a server error ({status}), and the cache {cache} has no complete copy. Try again "
     "later, or {local}.",
-    Failure.OFFLINE: "HF_HUB_OFFLINE forbids asking the hub, and the cache {cache} has no complete copy. {elsewhere}",
+    Failure.OFFLINE: "HF_HUB_OFFLINE is set, and the cache {cache} has no complete copy. {elsewhere}",
     Failure.UNREACHABLE: "the hub {hub} cannot be reached ({cause}), and the cache {cache} has no complete copy. {elsewhere}",
-    Failure.INTERRUPTED: "the transfer broke off ({cause}). Run the command again: what has arrived complete is not fetched "
+    Failure.INTERRUPTED: "the download was interrupted ({cause}). Run the command again; complete files are not downloaded "
     "again.",
-    Failure.DISK_FULL: "the disk with the cache {cache} is full. Make room, or set HF_HOME to a folder on another disk.",
-    Failure.NOT_WRITABLE: "the cache {cache} cannot be written ({cause}). Set HF_HOME to a folder that can.",
-    Failure.NOT_A_HUB: "{hub} does not answer as a hub does. Check HF_ENDPOINT, and whether a proxy or a login page of the "
-    "network stands in between.",
+    Failure.DISK_FULL: "the disk with the cache {cache} is full. Free some space, or set HF_HOME to a folder on another disk.",
+    Failure.NOT_WRITABLE: "the cache {cache} cannot be written ({cause}). Set HF_HOME to a writable folder.",
+    Failure.NOT_A_HUB: "{hub} does not answer like the Hugging Face hub. Check HF_ENDPOINT, and whether a proxy or a login page "
+    "of the network intercepts the request.",
 }
 
 
 @dataclass(frozen=True)
 class HubModel:
-    """A model that was asked for by its name on the hub.
+    """A model on the hub.
 
     Args:
-        name: as OWNER/NAME.
+        name: OWNER/NAME.
         revision: branch, tag or commit; None for the main branch.
         variant: of the files, such as "fp16".
-        role: what it is to the user, such as "model" or "autoencoder".
-        local: what to give in its place without a hub, such as "give --pretrained_vae_model_name_or_path a folder".
+        role: its role in messages, such as "model" or "autoencoder".
+        local: the alternative without a hub in messages, such as "give --pretrained_vae_model_name_or_path a folder".
     """
 
     name: str
@@ -134,12 +134,12 @@ class HubModel:
 
     @property
     def page(self) -> str:
-        """The address of its page."""
+        """The URL of its page."""
         return f"{constants.ENDPOINT}/{self.name}"
 
     @property
     def download_command(self) -> str:
-        """The command that fetches it into the cache."""
+        """The command that downloads it into the cache."""
         command = f"hf download {self.name}"
         if self.revision is not None:
             command += f" --revision {self.revision}"
@@ -150,11 +150,11 @@ class HubModel:
 
 @dataclass(frozen=True)
 class Lookup:
-    """What the hub, or the cache in its place, holds of a model.
+    """The files of a model on the hub, or in the cache if the hub failed.
 
     Args:
         files: names relative to the repository.
-        unavailable: where the hub could not be asked, the error that this is if the cache's copy does not suffice.
+        unavailable: if the hub failed, the error to raise if the copy in the cache lacks a file.
     """
 
     files: frozenset[str]
@@ -162,7 +162,7 @@ class Lookup:
 
     @property
     def from_cache(self) -> bool:
-        """Whether the cache is all there is."""
+        """Whether these are the files in the cache."""
         return self.unavailable is not None
 
 
@@ -178,7 +178,7 @@ def is_hub_name(text: str) -> bool:
 
 
 def failure_of(error: BaseException) -> tuple[Failure, BaseException] | None:
-    """Why the hub failed, and the error in the chain of causes that tells; None where none is about the hub.
+    """The failure of the hub, and the error in the chain of causes that shows it; None if no error is about the hub.
 
     diffusers, transformers and open_clip wrap the clients' errors into an OSError with a long text.
     """
@@ -195,7 +195,7 @@ def failure_of(error: BaseException) -> tuple[Failure, BaseException] | None:
 
 
 def _own_failure(error: BaseException) -> Failure | None:
-    """Why the hub failed, by one error alone."""
+    """The failure that an error shows, regardless of its causes."""
     for kind, failure in _BY_CLASS:
         if isinstance(error, kind):
             return failure
@@ -211,7 +211,7 @@ def brief(error: BaseException) -> str:
 
 
 def _sentences(model: HubModel, failure: Failure, error: BaseException) -> str:
-    """Why `model` could not be had, and the remedy."""
+    """Why `model` could not be fetched, and the remedy."""
     elsewhere = f"Download it once where there is a network, with `{model.download_command}`, or {model.local}."
     return _TEXTS[failure].format(
         page=model.page,
@@ -228,24 +228,24 @@ def _sentences(model: HubModel, failure: Failure, error: BaseException) -> str:
 
 
 def _file_of(error: BaseException) -> str:
-    """The file that a request was about."""
+    """The file that a request asked for; empty if unknown."""
     return str(error.response.url).rsplit("/", 1)[-1] if isinstance(error, HfHubHTTPError) else ""
 
 
 def _status_of(error: BaseException) -> str:
-    """The HTTP status of an answer."""
+    """The HTTP status of a response; empty if unknown."""
     return str(error.response.status_code) if isinstance(error, HfHubHTTPError) else ""
 
 
 def _hub_error(model: HubModel, error: BaseException) -> HubError:
-    """The error for the user; what is no other `Failure` comes from a transfer, such as a file of a wrong length."""
+    """The error for the user. Unknown errors come from downloads, such as a file of the wrong length."""
     failure, cause = failure_of(error) or (Failure.INTERRUPTED, error)
     return HubError(f"The {model.role} {model.name!r} could not be fetched: {_sentences(model, failure, cause)}")
 
 
 @contextmanager
 def fetching(model: HubModel, lookup: Lookup) -> Iterator[None]:
-    """While files of `model` are fetched, or taken from the cache: failures become a `HubError`.
+    """A context for downloading files of `model` or reading them from the cache; failures become a `HubError`.
 
     Raises: HubError with the reason and the remedy.
     """
@@ -256,11 +256,11 @@ def fetching(model: HubModel, lookup: Lookup) -> Iterator[None]:
 
 
 def look_up(model: HubModel, index: str) -> Lookup:
-    """Ask the hub for the files of `model`, or the cache where the hub cannot be asked; takes no longer than the hub's timeout.
+    """List the files of `model` on the hub, with its timeout, or in the cache if the hub fails.
 
     Args:
-        index: a file that any copy in the cache must hold.
-    Raises: HubError where neither has it.
+        index: a file without which a copy in the cache does not count.
+    Raises: HubError if neither has the model.
     """
     try:
         info = HfApi().model_info(model.name, revision=model.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
@@ -272,7 +272,7 @@ def look_up(model: HubModel, index: str) -> Lookup:
         if folder is None:
             raise unavailable from error
     if failure is not Failure.OFFLINE:
-        logger.warning(f"The {model.role} {model.name!r} is taken from the cache as it is: the hub failed ({brief(cause)}).")
+        logger.warning(f"The {model.role} {model.name!r} is loaded from the cache, as the hub failed ({brief(cause)}).")
     return Lookup(files_below(folder), unavailable)
 
 
@@ -291,9 +291,9 @@ def files_below(folder: Path) -> frozenset[str]:
 
 
 def fetch(model: HubModel, patterns: Sequence[str], lookup: Lookup) -> Path:
-    """The folder in the cache with the files of `model` that match `patterns`; those that are missing are downloaded.
+    """Download the files of `model` that match `patterns`, if the cache lacks them; returns their folder in the cache.
 
-    Raises: HubError if a file cannot be had.
+    Raises: HubError if a file cannot be fetched.
     """
     with fetching(model, lookup):
         folder = snapshot_download(
@@ -303,15 +303,15 @@ def fetch(model: HubModel, patterns: Sequence[str], lookup: Lookup) -> Path:
 
 
 def fetch_file(model: HubModel, file: str, lookup: Lookup) -> Path:
-    """One file of `model` in the cache; see `fetch`."""
+    """Download one file of `model`, if the cache lacks it; returns its path in the cache."""
     with fetching(model, lookup):
         return Path(hf_hub_download(model.name, file, revision=model.revision, local_files_only=lookup.from_cache))
 
 
 def account(token: str) -> dict[str, Any]:
-    """What the hub says of the owner of an access token, and of the token.
+    """The hub's description of an access token and its owner (`whoami`).
 
-    Raises: OSError or httpx.HTTPError if it is not valid, or the hub cannot be asked; see `failure_of`.
+    Raises: OSError or httpx.HTTPError if the token is not valid or the hub fails; see `failure_of`.
     """
     headers, timeout = build_hf_headers(token=token), constants.HF_HUB_ETAG_TIMEOUT
     response = get_session().get(f"{constants.ENDPOINT}/api/whoami-v2", headers=headers, timeout=timeout)
@@ -320,5 +320,5 @@ def account(token: str) -> dict[str, Any]:
 
 
 def offline_environment() -> dict[str, str]:
-    """The environment for a program that is to find all models in the cache, without asking the hub."""
+    """Environment variables for a subprocess that must load all models from the cache."""
     return {**os.environ, "HF_HUB_OFFLINE": "1"}

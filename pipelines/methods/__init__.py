@@ -1,8 +1,8 @@
-"""The adapter methods: a method is one file here, named as `--method` names it, that defines `METHOD`, an `AdapterMethod`.
+"""The adapter methods, one file each.
 
-Its docstring begins with its title and a colon. Packages installed beside this one add methods by the entry-point group
-`nora_vision.methods`: the entry's name is the method's, its object the class. Nothing here imports a model library before a
-method is asked for.
+The file's name is the value of `--method`, its docstring begins with the method's title and a colon, and it defines `METHOD`, a
+subclass of `AdapterMethod`. Other packages add methods by the entry-point group `nora_vision.methods`: `name = "module:Class"`.
+Model libraries are imported only when a method is requested.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pipelines.adapter_method import AdapterMethod
 
 ENTRY_POINTS = "nora_vision.methods"
-# What a run trains unless a method is given, and what it is compared with.
+# The default method, and the one that methods are compared with.
 DEFAULT, REFERENCE = "nora", "lora"
 
 
@@ -34,7 +34,7 @@ def _own_files() -> dict[str, Path]:
 
 @cache
 def _installed() -> dict[str, EntryPoint]:
-    """The methods of other packages. A method of this package is never replaced by one of the same name."""
+    """The methods of other packages, which cannot replace a method of this package."""
     return {point.name: point for point in entry_points(group=ENTRY_POINTS) if point.name not in _own_files()}
 
 
@@ -47,7 +47,7 @@ def method_names() -> list[str]:
 def method_named(name: str) -> type[AdapterMethod]:
     """The method called `name`.
 
-    Raises: InputError if there is none, or a package's entry cannot be imported.
+    Raises: InputError if there is none, or a package's entry point cannot be imported.
     """
     if name in _own_files():
         return importlib.import_module(f"{__name__}.{name}").METHOD
@@ -58,18 +58,18 @@ def method_named(name: str) -> type[AdapterMethod]:
         return point.load()
     except (ImportError, AttributeError) as error:
         raise InputError(
-            f"The method {name!r} of the package {point.dist.name!r} cannot be imported: {error}. Mend or uninstall the package."
+            f"The method {name!r} of the package {point.dist.name!r} cannot be imported: {error}. Fix or uninstall the package."
         ) from error
 
 
 @cache
 def title_of(name: str) -> str:
-    """The title of the method called `name`, such as a page shows it; `name` itself where there is no such method."""
+    """The title of the method called `name`, as shown to users; `name` itself if there is no such method."""
     if name in _own_files():
         return ast.get_docstring(ast.parse(_own_files()[name].read_text(encoding="utf-8"))).partition(":")[0]
     return method_named(name).title if name in _installed() else name
 
 
 def method_of(config: PeftConfig) -> type[AdapterMethod]:
-    """The method that reads, writes and scales adapters of PEFT's type `config.peft_type`, which has its name in lower case."""
+    """The method that reads, writes and scales adapters of `config.peft_type`, which in lower case is the method's name."""
     return method_named(config.peft_type.value.lower())

@@ -1,4 +1,4 @@
-"""AdaLoRA: by PEFT,  h = W x + s B diag(e) A x,  its ranks allocated to layers while it trains  [Zhang et al. 2023]."""
+"""AdaLoRA: h = W x + s B diag(e) A x,  with ranks allocated to layers during training; PEFT's  [Zhang et al. 2023]."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from nora_vision.factors import Factors
 
-# What PEFT adds to the rank that it divides by.
+# PEFT adds this to the rank before dividing by it.
 EPSILON = 1e-5
 CONVOLUTION = ("groups", "kernel_size", "stride", "padding", "dilation")
 MOMENTS = ("exp_avg_ipt", "exp_avg_unc")
@@ -42,25 +42,56 @@ MOMENTS = ("exp_avg_ipt", "exp_avg_unc")
 
 @dataclass
 class AdaLoraOptions:
-    """AdaLoRA's own."""
+    """Options of AdaLoRA."""
 
-    init_r: int | None = field(default=None, metadata={"help": "rank of every layer before ranks are allocated"})
-    target_r: int | None = field(default=None, metadata={"help": "mean rank of the layers in the end, below init_r"})
-    tinit_ratio: float = field(default=0.1, metadata={"help": "share of the steps before the first rank is taken away"})
-    tfinal_ratio: float = field(default=0.3, metadata={"help": "share of the steps after the last rank is taken away"})
-    delta_t: int = field(default=1, metadata={"help": "steps between two allocations"})
-    beta1: float = field(default=0.85, metadata={"help": "decay of the mean sensitivity"})
-    beta2: float = field(default=0.85, metadata={"help": "decay of the sensitivity's mean uncertainty"})
-    orth_reg_weight: float = field(default=0.1, metadata={"help": "weight of the term that keeps A and B orthogonal"})
-    alpha: float | None = field(
-        default=None, metadata={"help": "numerator of the scaling alpha / init_r; the scaling is 1 unless given"}
+    init_r: int | None = field(
+        default=None, metadata={"help": "initial rank of every layer", "label": "AdaLoRA init_r (initial rank)"}
     )
-    dropout: float = field(default=0.0, metadata={"help": "dropout within the adapter"})
+    target_r: int | None = field(
+        default=None,
+        metadata={
+            "help": "average rank of the layers after allocation, below init_r",
+            "label": "AdaLoRA target_r (final average rank)",
+        },
+    )
+    tinit_ratio: float = field(
+        default=0.1,
+        metadata={
+            "help": "share of the steps before ranks are first reduced",
+            "label": "AdaLoRA tinit (share of steps at full rank)",
+        },
+    )
+    tfinal_ratio: float = field(
+        default=0.3,
+        metadata={
+            "help": "share of the steps trained at the final ranks",
+            "label": "AdaLoRA tfinal (share of steps at final ranks)",
+        },
+    )
+    delta_t: int = field(
+        default=1, metadata={"help": "steps between rank updates", "label": "AdaLoRA delta_t (steps between rank updates)"}
+    )
+    beta1: float = field(
+        default=0.85, metadata={"help": "EMA decay of the sensitivity", "label": "AdaLoRA beta1 (EMA of the sensitivity)"}
+    )
+    beta2: float = field(
+        default=0.85, metadata={"help": "EMA decay of the uncertainty", "label": "AdaLoRA beta2 (EMA of the uncertainty)"}
+    )
+    orth_reg_weight: float = field(
+        default=0.1,
+        metadata={"help": "weight of the orthogonality regularisation", "label": "AdaLoRA orthogonality regularisation weight"},
+    )
+    alpha: float | None = field(
+        default=None, metadata={"help": "numerator of the scaling alpha / init_r; by default the scaling is 1"}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "dropout probability within the adapter"})
 
     def __post_init__(self) -> None:
         self._check_schedule()
         if self.target_r is not None and not 1 <= self.target_r < self.init_r:
-            raise InputError(f"target_r must be in [1, init_r - 1 = {self.init_r - 1}], got {self.target_r}. Raise init_r.")
+            raise InputError(
+                f"target_r must be in [1, init_r - 1 = {self.init_r - 1}], got {self.target_r}. Lower target_r or raise init_r."
+            )
         for name in ("beta1", "beta2"):
             if not 0 < getattr(self, name) < 1:
                 raise InputError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
@@ -75,31 +106,31 @@ class AdaLoraOptions:
                 raise InputError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
         if self.tinit_ratio + self.tfinal_ratio >= 1:
             raise InputError(
-                f"tinit_ratio + tfinal_ratio must be below 1, so that there are steps in which ranks are allocated, got "
+                f"tinit_ratio + tfinal_ratio must be below 1 to leave steps for rank allocation, got "
                 f"{self.tinit_ratio + self.tfinal_ratio:g}. Lower one of them."
             )
         at_least(self, 1, "delta_t")
 
 
 class AdaLora(AdapterMethod):
-    """AdaLoRA; the rank that a layer gets is what its triplets of e, a row of A and a column of B have earned."""
+    """AdaLoRA, which prunes the least important triplets (an entry of e, a row of A, a column of B) over all layers."""
 
     name = "adalora"
     title = "AdaLoRA"
     reference = "Zhang et al. 2023, Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning"
     Options = AdaLoraOptions
-    # Whole rows of parameters are compared and set to zero.
+    # Allocation needs whole rows of parameters, which FSDP would split.
     can_be_sharded = False
 
     @classmethod
     def defaults(cls, task: Task, built_in: bool) -> TaskDefaults:
-        """LoRA's ranks in the end, and half as much again before; e starts at zero, which takes larger rates."""
+        """LoRA's rank as the target, and 1.5 times that as the initial rank; as e starts at zero, learning rates are higher."""
         if task == "subject":
             return TaskDefaults(3e-4, {"init_r": 6, "target_r": 4})
         return TaskDefaults(1e-3, {"init_r": 3, "target_r": 2})
 
     def config(self, target_modules: list[str], exclude_modules: str | None = None) -> PeftConfig:
-        """PEFT's configuration; its schedule is that of no training yet."""
+        """PEFT's configuration; `training` sets its schedule."""
         from peft import AdaLoraConfig
 
         options = self.options
@@ -118,7 +149,7 @@ class AdaLora(AdapterMethod):
         )
 
     def attach(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        """As every method, and with the right scale: PEFT's layers divide by the rank as they run, not in their scaling."""
+        """Add the adapter, and correct `lora_alpha`: PEFT's layers divide by the rank in `forward`, not in `scaling`."""
         from peft.tuners.adalora import AdaLoraLayer
 
         from nora_vision.factors import low_rank_factors
@@ -126,15 +157,15 @@ class AdaLora(AdapterMethod):
         low_rank_factors.register(AdaLoraLayer, adalora_factors)
         super().attach(model, config, adapter_name)
         for layer in tuner_layers(model).values():
-            # LoraLayer sets the scaling back to lora_alpha / r.
+            # LoraLayer.set_scale multiplies by lora_alpha / r.
             layer.lora_alpha[adapter_name] = layer.scaling[adapter_name] * layer.r[adapter_name]
             base = layer.get_base_layer()
             if isinstance(base, nn.Conv2d):
-                # What a LoRA asks that is loaded on top of the layer, to compare adapters.
+                # A LoRA that is loaded on top of this layer, to compare adapters, reads these attributes.
                 vars(layer).update({name: getattr(base, name) for name in CONVOLUTION})
 
     def start(self, model: nn.Module, probe: Probe, adapter_name: str) -> None:
-        """Sample A and B from the probe's generator; e is zero."""
+        """Sample A and B from the probe's generator; e stays zero."""
         from diffusers.training_utils import cast_training_params
 
         cast_training_params(model, dtype=torch.float32)
@@ -144,12 +175,12 @@ class AdaLora(AdapterMethod):
                     parameter.copy_(0.02 * torch.randn(parameter.shape, generator=probe.generator))
 
     def training(self, models: Sequence[nn.Module], total_steps: int) -> AdaLoraTraining:
-        """The allocation over `total_steps`, and the term that keeps A and B orthogonal."""
+        """Rank allocation over `total_steps`, and the orthogonality regularisation."""
         return AdaLoraTraining(self.options, models, total_steps)
 
     @classmethod
     def save(cls, components: Mapping[str, nn.Module], folder: Path, adapter_name: str) -> None:
-        """PEFT's two files under `full`, without the triplets that are zero."""
+        """Write PEFT's two files to `full`, without pruned triplets."""
         from nora_vision.calibration import base_name
         from nora_vision.saving import PEFT_PREFIX
 
@@ -167,87 +198,87 @@ class AdaLora(AdapterMethod):
 
     @classmethod
     def load(cls, components: Mapping[str, nn.Module], folder: Path, adapter_name: str) -> None:
-        """Add the plain LoRA that each subfolder's adapter equals.
+        """Load each component's adapter as the plain LoRA that equals it.
 
-        Raises: InputError if it does not fit the model; AdapterFileError if a file was changed.
+        Raises: InputError if it does not fit the model; AdapterFileError if a file was changed after it was saved.
         """
         for name, model in components.items():
             add_as_lora(model, factors_in(read_native(folder / name)), adapter_name, folder / name)
 
 
 class AdaLoraTraining(MethodTraining):
-    """The allocation of ranks within one training, by PEFT's allocator for each model.
+    """Rank allocation during one training run, with PEFT's `RankAllocator` for each model.
 
-    What PEFT's AdaLoraModel.update_and_allocate does, but for one thing: the last allocation is made at the first step from
-    `tfinal` steps before the end that is done, also if a gradient scaler left out the very one, or nothing was compared yet.
+    It does what PEFT's `AdaLoraModel.update_and_allocate` does, with one difference: PEFT makes the final allocation exactly
+    `tfinal` steps before the end, and misses it if a gradient scaler skips that step. Here, the next step makes it.
     """
 
     def __init__(self, options: AdaLoraOptions, models: Sequence[nn.Module], total_steps: int) -> None:
         super().__init__(models, total_steps)
         self.weight = options.orth_reg_weight
-        self.first_of_last = total_steps - int(options.tfinal_ratio * total_steps)
+        self.final_allocation_step = total_steps - int(options.tfinal_ratio * total_steps)
         for model in models:
             config = model.peft_config[ADAPTER_NAME]
             config.total_step, config.tinit = total_steps, int(options.tinit_ratio * total_steps)
-            config.tfinal = total_steps - self.first_of_last
+            config.tfinal = total_steps - self.final_allocation_step
         self.load_state_dict({})
 
     def regularizer(self) -> torch.Tensor | None:
-        """orth_reg_weight times the mean over all A and B of ||A A^T - I||_F and ||B^T B - I||_F  [eq. 4, as PEFT has it]."""
+        """orth_reg_weight times the mean over all A and B of ||A A^T - I||_F and ||B^T B - I||_F  [eq. 4, as in PEFT]."""
         if not self.weight:
             return None
         return self.weight * torch.stack([distance for model in self.models for distance in _distances(model)]).mean()
 
     def after_step(self, step: int) -> None:
-        """Update the importance of all triplets, and set those to zero that are beyond the step's budget."""
+        """Update the importance of all triplets, and zero those that exceed the rank budget of the step."""
         for index, (model, allocator) in enumerate(zip(self.models, self.allocators, strict=True)):
             if self.kept[index] is not None:
-                # The optimiser's momentum moves triplets that are zero.
+                # The optimiser's momentum moves pruned triplets away from zero.
                 allocator.mask_using_rank_pattern(model, self.kept[index])
             elif any(parameter.grad is None for parameter in model.parameters() if parameter.requires_grad):
-                # A text encoder that is trained no more.
+                # This text encoder is no longer trained.
                 continue
-            elif step < self.first_of_last:
+            elif step < self.final_allocation_step:
                 allocator.update_and_allocate(model, step)
             else:
                 self.kept[index] = _last_allocation(model, allocator)
 
     def state_dict(self) -> dict[str, Any]:
-        """The running means of each model's allocator, by parameter, and which triplets are left in the end."""
+        """For each model, the allocator's moving averages by parameter, and the triplets that the final allocation kept."""
         return {
             str(index): {"kept": self.kept[index], **{name: dict(getattr(allocator, name)) for name in MOMENTS}}
             for index, allocator in enumerate(self.allocators)
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned; without it, begin anew."""
+        """Restore what `state_dict` returned; an empty state resets all."""
         from peft.tuners.adalora import RankAllocator
 
         self.allocators: list[RankAllocator] = []
         self.kept: list[dict[str, list[bool]] | None] = []
         for index, model in enumerate(self.models):
             of_model = state.get(str(index), {})
-            # A copy of the configuration, as another training sets that of the model anew.
+            # A copy, as another training run changes the model's configuration.
             config = copy.copy(model.peft_config[ADAPTER_NAME])
             allocator, device = RankAllocator(model, config, ADAPTER_NAME), next(model.parameters()).device
             for name in MOMENTS:
                 moments = {key: value.to(device) for key, value in of_model.get(name, {}).items()}
                 setattr(allocator, name, moments)
-                # Computed anew before it is read; a name that is missing would set the means to zero.
+                # Overwritten before it is read; the allocator resets the averages of names that are missing here.
                 allocator.ipt = {key: torch.zeros_like(value) for key, value in moments.items()}
             self.allocators.append(allocator)
             self.kept.append(of_model.get("kept"))
 
 
 def _last_allocation(model: nn.Module, allocator: RankAllocator) -> dict[str, list[bool]]:
-    """Allocate the final budget; returns which triplets are left, by the name of e."""
+    """Allocate the final budget; returns which triplets are kept, by the name of e."""
     if not allocator.ipt:
         allocator.update_ipt(model)
     return allocator.mask_to_budget(model, allocator.target_bgt)
 
 
 def _distances(model: nn.Module) -> list[torch.Tensor]:
-    """How far each A and B of `model` is from orthonormal rows or columns, in the Frobenius norm."""
+    """||A A^T - I||_F and ||B^T B - I||_F for each layer of `model`, as scalars."""
     distances = []
     for layer in tuner_layers(model).values():
         A, B = layer.lora_A[ADAPTER_NAME], layer.lora_B[ADAPTER_NAME]
@@ -257,7 +288,7 @@ def _distances(model: nn.Module) -> list[torch.Tensor]:
 
 
 def kept_triplets(layer: AdaLoraLayer, adapter_name: str) -> torch.Tensor:
-    """Which triplets of a layer are not zero, (init_r,) bool; the first where all are, as no file holds a rank of 0."""
+    """Which triplets of a layer are not zero, (init_r,) bool. If all are, the first one is kept, as files need a rank of 1."""
     keep = layer.lora_E[adapter_name].detach().flatten() != 0
     if not keep.any():
         keep[0] = True
@@ -265,7 +296,7 @@ def kept_triplets(layer: AdaLoraLayer, adapter_name: str) -> torch.Tensor:
 
 
 def adalora_factors(layer: AdaLoraLayer, adapter_name: str) -> Factors | None:
-    """s B diag(e) A = (s B) (diag(e) A), of the triplets that are not zero."""
+    """The weight change as up = s B (out, k) and down = diag(e) A (k, in), where k counts the triplets that are not zero."""
     from nora_vision.factors import Factors
 
     if adapter_name not in layer.lora_A:
@@ -277,7 +308,7 @@ def adalora_factors(layer: AdaLoraLayer, adapter_name: str) -> Factors | None:
 
 
 def factors_in(files: NativeFiles) -> dict[str, Factors]:
-    """The same of a file's tensors, by the layer's name."""
+    """The factors of `adalora_factors` from a file's tensors, by layer name."""
     from nora_vision.factors import Factors
     from nora_vision.saving import PEFT_PREFIX
 

@@ -1,4 +1,4 @@
-"""DoRA: by PEFT,  h = m (W + s B A) x / ||W + s B A||,  norms by row  [Liu et al. 2024]."""
+"""DoRA: h = m (W + s B A) x / ||W + s B A||,  with row norms and a trained m; PEFT's implementation  [Liu et al. 2024]."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pipelines.methods.lora import Lora
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-EXPORT_NOTE = """The kohya file holds `dora_scale`, the length of each row of every changed weight, as LyCORIS with `wd_on_output`
-writes it. Stock diffusers and sd-scripts leave it out, A1111 takes it for the lengths of columns, and ComfyUI and Forge divide by
-the base model's lengths: their images differ. The diffusers file is the adapter as it was trained."""
+EXPORT_NOTE = """The kohya file holds `dora_scale`, the norm of each row of every adapted weight, as LyCORIS writes it with
+`wd_on_output`. Other programs read it differently, so their images differ: stock diffusers and sd-scripts ignore it, A1111 takes
+it for column norms, and ComfyUI and Forge divide by the norms of the base model. The diffusers file is the adapter as trained."""
 
 
 class Dora(Lora):
-    """LoRA that trains the length of every row of the weight too; its files are LoRA's with that length in them."""
+    """LoRA that also trains the norm of every row of the weight, which is added to LoRA's files."""
 
     name = "dora"
     title = "DoRA"

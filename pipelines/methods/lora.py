@@ -1,4 +1,4 @@
-"""LoRA: by PEFT,  h = W x + s B A x,  s = alpha / r, or alpha / sqrt(r) with rsLoRA  [Hu et al. 2021; Kalajdzievski 2023]."""
+"""LoRA: h = W x + s B A x,  s = alpha / r, or alpha / sqrt(r) with rsLoRA; PEFT's  [Hu et al. 2021; Kalajdzievski 2023]."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class LoraOptions(LowRankOptions):
-    """LoRA's own."""
+    """Options of LoRA."""
 
     use_rslora: bool = field(
-        default=False, metadata={"help": "scale by alpha / sqrt(rank) rather than alpha / rank; alpha is the rank unless given"}
+        default=False, metadata={"help": "scale by alpha / sqrt(rank) instead of alpha / rank; alpha is the rank by default"}
     )
     lora_plus_ratio: float = field(
-        default=1.0, metadata={"help": "LoRA+: how many times faster B-like factors are trained than A-like ones"}
+        default=1.0, metadata={"help": "LoRA+: learning rate of B divided by that of A", "label": "LoRA+ ratio"}
     )
 
     def __post_init__(self) -> None:
@@ -33,7 +33,7 @@ class LoraOptions(LowRankOptions):
 
 
 class Lora(AdapterMethod):
-    """LoRA with a Gaussian A and a zero B; with rates of LoRA+  [Hayou et al. 2024] where they are asked for."""
+    """LoRA with a Gaussian A and a zero B, optionally with the learning rates of LoRA+  [Hayou et al. 2024]."""
 
     name = "lora"
     title = "LoRA"
@@ -42,12 +42,12 @@ class Lora(AdapterMethod):
 
     @classmethod
     def defaults(cls, task: Task, built_in: bool) -> TaskDefaults:
-        """The usual rank and rate of DreamBooth on SDXL, and CLIP-LoRA's for classification."""
+        """The usual rank and learning rate of DreamBooth on SDXL, and those of CLIP-LoRA for classification."""
         return TaskDefaults(1e-4, {"rank": 4}) if task == "subject" else TaskDefaults(2e-4, {"rank": 2})
 
     def config(self, target_modules: list[str], exclude_modules: str | None = None) -> PeftConfig:
         """PEFT's configuration; the scaling is 1 unless alpha is given."""
-        # Libraries are imported where they are used: the options above are all that --help needs.
+        # Imported here, as `--help` needs only the options above.
         from peft import LoraConfig
 
         options = self.options
@@ -73,12 +73,12 @@ class Lora(AdapterMethod):
                     parameter.copy_(torch.randn(parameter.shape, generator=probe.generator) / rank)
 
     def learning_rate_factor(self, parameter_name: str) -> float:
-        """B is trained `lora_plus_ratio` times faster than A."""
+        """`lora_plus_ratio` for B, 1 for A."""
         return self.options.lora_plus_ratio if ".lora_B." in parameter_name else 1.0
 
     @classmethod
     def allows_any_scale(cls, config: PeftConfig) -> bool:
-        """Not where rows have lengths of their own: these are there in full or not at all."""
+        """True for LoRA. False for DoRA, whose row norms PEFT cannot scale."""
         return not config.use_dora
 
 

@@ -3,8 +3,8 @@
     G: mean gradient of the loss at the pretrained W over a few batches;  -G = U diag(sigma) V^T
     B_0 = U_r diag(sqrt sigma) / sqrt(sigma_1 gamma),  A_0 = diag(sqrt sigma) V_r^T / sqrt(sigma_1 gamma)
 
-so that s B_0 A_0 = (s / gamma) [-G]_r / ||G||_2: training begins one step of gradient descent away from the base model, with
-factors that lie along the gradient. W itself stays as it is, and the files are plain LoRA's.
+so that s B_0 A_0 = (s / gamma) [-G]_r / ||G||_2: training starts one gradient step away from the base model. W is unchanged, and
+the files are those of plain LoRA.
 """
 
 from __future__ import annotations
@@ -32,20 +32,27 @@ if TYPE_CHECKING:
 
     from nora_vision.factors import Factors
 
-# In the header of a file of factors: what they were made from.
+# Metadata key of the cached factors: a hash of what they were computed from.
 ORIGIN = "lora_one_origin"
-# A power of two, so that scaling is exact: in float16 the gradient of a mean over an image would fall to zero.
+# Prevents underflow of float16 gradients; a power of two, so that scaling is exact.
 LOSS_SCALE = 1024.0
 
 
 @dataclass
 class LoraOneOptions(LowRankOptions):
-    """LoRA-One's own."""
+    """Options of LoRA-One."""
 
     alpha: float | None = field(default=None, metadata={"help": "numerator of the scaling alpha / sqrt(rank)"})
-    gradient_batches: int = field(default=8, metadata={"help": "batches whose mean gradient the adapter starts from"})
+    gradient_batches: int = field(
+        default=8,
+        metadata={"help": "batches for the mean gradient of the initialisation", "label": "LoRA-One gradient batches"},
+    )
     gamma: float = field(
-        default=128.0, metadata={"help": "divides the start, whose largest singular value is the scaling / gamma in every layer"}
+        default=128.0,
+        metadata={
+            "help": "divisor of the initial weight change, whose largest singular value is scaling / gamma in every layer",
+            "label": "LoRA-One gamma (divisor of the initial change)",
+        },
     )
 
     def __post_init__(self) -> None:
@@ -55,19 +62,19 @@ class LoraOneOptions(LowRankOptions):
 
 
 class LoraOne(Lora):
-    """LoRA that starts along the gradient of the training's loss."""
+    """LoRA that is initialised along the gradient of the training loss."""
 
     name = "lora_one"
     title = "LoRA-One"
     reference = "Zhang et al. 2025, LoRA-One: One-Step Full Gradient Could Suffice for Fine-Tuning Large Language Models"
     Options = LoraOneOptions
     starts_at_base = False
-    # Their weights are whole numbers, which have no gradient.
+    # Quantised weights are integers, which have no gradient.
     adapts_quantized_layers = False
 
     @classmethod
     def defaults(cls, task: Task, built_in: bool) -> TaskDefaults:
-        """LoRA's ranks, and the paper's alpha."""
+        """The ranks of LoRA and the paper's alpha."""
         overrides = {"alpha": 16.0}
         return TaskDefaults(1e-4, {"rank": 4, **overrides}) if task == "subject" else TaskDefaults(2e-4, {"rank": 2, **overrides})
 
@@ -87,12 +94,12 @@ class LoraOne(Lora):
         )
 
     def start(self, model: nn.Module, probe: Probe, adapter_name: str) -> None:
-        """A and B from the gradients of the probe's losses, or from its cache.
+        """Initialise A and B from the gradients of the probe's losses, or from its cache.
 
-        Where a gradient has a rank below r, or is zero, the rest of A and B starts as LoRA's.
+        If a gradient has a rank below r, or is zero, the other rows of A and columns of B are initialised as in LoRA.
 
         Raises:
-            InputError: a layer cannot be adapted; no loss was computed yet.
+            InputError: a layer cannot be adapted; no loss is computed then.
             ValueError: a gradient is not finite.
         """
         from accelerate.logging import get_logger
@@ -104,7 +111,7 @@ class LoraOne(Lora):
         check_layers(layers)
         super().start(model, probe, adapter_name)
         weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
-        # Beside what other methods keep of the same data.
+        # A separate file, as other methods cache other tensors for the same data.
         cache = probe.cache.with_name(f"{probe.cache.stem}-{self.name}.safetensors")
         origin = self._origin(weights)
         factors = cached_factors(cache, origin)
@@ -120,15 +127,16 @@ class LoraOne(Lora):
         without = [name for name in layers if name not in factors]
         if without:
             get_logger(__name__).warning(
-                f"The gradient of {len(without)} of {len(layers)} layers is zero, and they start as LoRA's: {', '.join(without)}."
+                f"The gradient of {len(without)} of {len(layers)} layers is zero; they are initialised as in LoRA: "
+                f"{', '.join(without)}."
             )
 
     def learning_rate_factor(self, parameter_name: str) -> float:
-        """A and B start alike and are trained alike."""
+        """1 for both, as A and B are initialised at the same size."""
         return 1.0
 
     def _origin(self, weights: Mapping[str, torch.Tensor]) -> str:
-        """The hash of all that decides the factors, but for the data: weights of each layer, and the options."""
+        """A hash of the layers' weights and the options, which determine the factors together with the data."""
         from nora_vision.calibration import fingerprint
 
         options = self.options
@@ -136,7 +144,7 @@ class LoraOne(Lora):
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def _factors(self, gradients: dict[str, torch.Tensor]) -> dict[str, Factors]:
-        """B_0 and A_0 of every layer whose gradient is not zero; `gradients` is emptied meanwhile, to free each at once."""
+        """B_0 and A_0 of every layer whose gradient is not zero; `gradients` is emptied to free memory."""
         factors = {}
         for name in list(gradients):
             gradient = gradients.pop(name)
@@ -156,7 +164,7 @@ def starting_factors(gradient: torch.Tensor, rank: int, gamma: float) -> Factors
     from nora_vision.decomposition import awsvd
     from nora_vision.factors import Factors
 
-    # With activations of one scale this is the plain singular value decomposition.
+    # With an activation scale of 1, this is the plain singular value decomposition.
     weighted, rows = awsvd(-gradient, torch.ones_like(gradient[0]), min(rank, *gradient.shape))
     sigma = weighted.norm(dim=0)
     above_rounding = sigma > max(gradient.shape) * torch.finfo(sigma.dtype).eps * sigma[0]
@@ -166,11 +174,15 @@ def starting_factors(gradient: torch.Tensor, rank: int, gamma: float) -> Factors
 
 
 def mean_gradients(weights: Mapping[str, nn.Parameter], losses: Losses, count: int) -> dict[str, torch.Tensor]:
-    """The mean gradient of `count` losses by each of `weights`, over all processes: (out, in or in * kh * kw) float32.
+    """The mean gradient of `count` losses with respect to each of `weights`, over all processes.
 
-    Beside the sums no more than the gradient of one weight is held. `weights` require gradients as little as before, and
-    have none, also after an error.
+    Apart from the sums, only one weight's gradient is in memory at a time. Afterwards, even after an error, the weights have no
+    gradient and their former `requires_grad`.
 
+    Args:
+        weights: by layer name, (out, in) or (out, in, kh, kw).
+        losses: yields scalars.
+    Returns: by layer name, (out, in) or (out, in * kh * kw) float32.
     Raises: ValueError naming a weight whose gradient is not finite.
     """
     from accelerate.utils import reduce
@@ -196,7 +208,7 @@ def mean_gradients(weights: Mapping[str, nn.Parameter], losses: Losses, count: i
 
 
 def adding_to(total: torch.Tensor) -> Callable[[torch.Tensor], None]:
-    """A hook that adds a parameter's gradient to `total` and frees it."""
+    """A hook that adds a parameter's gradient to `total`, of the parameter's shape, and frees it."""
 
     def add(parameter: torch.Tensor) -> None:
         total.add_(parameter.grad)
@@ -206,7 +218,7 @@ def adding_to(total: torch.Tensor) -> Callable[[torch.Tensor], None]:
 
 
 def check_layers(layers: Mapping[str, LoraLayer]) -> None:
-    """Check that each layer's weight has a gradient whose factors have the shapes of A and B.
+    """Check that every layer can be initialised from the gradient of its weight.
 
     Raises: InputError naming the first layer whose weight is quantised, or whose convolution has groups.
     """
@@ -214,17 +226,17 @@ def check_layers(layers: Mapping[str, LoraLayer]) -> None:
         base = layer.get_base_layer()
         if not base.weight.is_floating_point():
             raise InputError(
-                f"LoRA-One starts from the gradient of every weight, and {name!r} is quantised: {base.weight.dtype} has none. "
-                "Load the model without quantising it, or use a method that starts without gradients."
+                f"LoRA-One is initialised from the gradient of every weight, but {name!r} is quantised to {base.weight.dtype} "
+                "and has none. Load the model without quantisation, or use a method that needs no gradients."
             )
         if getattr(base, "groups", 1) != 1:
             raise InputError(
-                f"LoRA-One cannot adapt {name!r}, a convolution of {base.groups} groups. Leave it out of the targets."
+                f"LoRA-One cannot adapt {name!r}, a convolution with {base.groups} groups. Remove it from the target modules."
             )
 
 
 def cached_factors(file: Path, origin: str) -> dict[str, Factors] | None:
-    """The factors that `file` holds; None if there is none, or they were made from other weights or options than `origin`.
+    """The factors in `file`; None if it does not exist, or its factors come from other weights or options than `origin`.
 
     Raises: AdapterFileError if the file is damaged.
     """
@@ -240,7 +252,7 @@ def cached_factors(file: Path, origin: str) -> dict[str, Factors] | None:
 
 @torch.no_grad()
 def put(factors: Factors, layer: LoraLayer, adapter_name: str) -> None:
-    """Have the first rows of A and columns of B be the factors; the others stay."""
+    """Copy the factors into the first rows of A and columns of B; the others are unchanged."""
     A, B = layer.lora_A[adapter_name].weight.flatten(1), layer.lora_B[adapter_name].weight.flatten(1)
     count = len(factors.down)
     A[:count] = factors.down.to(A)

@@ -20,22 +20,37 @@ if TYPE_CHECKING:
 
 @dataclass
 class NoraOptions:
-    """NoRA's own."""
+    """Options of NoRA."""
 
     rank: int | None = field(default=None, metadata={"help": "outer rank"})
-    inner_r: int = field(default=8, metadata={"help": "inner rank, at most the outer: 2 rank inner_r parameters a layer"})
-    alpha: float | None = field(
-        default=None, metadata={"help": "numerator of the scaling alpha / inner_r; the scaling is 1 unless given"}
+    inner_r: int = field(
+        default=8,
+        metadata={
+            "help": "inner rank, at most the outer rank; a layer has 2 * rank * inner_r trained parameters",
+            "label": "NoRA inner_r (inner rank)",
+        },
     )
-    dropout: float = field(default=0.0, metadata={"help": "dropout within the adapter"})
+    alpha: float | None = field(
+        default=None, metadata={"help": "numerator of the scaling alpha / inner_r; by default the scaling is 1"}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "dropout probability within the adapter"})
     inner_init: str = field(
-        default="zero", metadata={"help": "start of the inner factors, zero or gaussian", "choices": ("zero", "gaussian")}
+        default="zero",
+        metadata={
+            "help": "initialisation of the inner factors, zero or gaussian",
+            "choices": ("zero", "gaussian"),
+            "label": "NoRA inner_init (initialisation of the inner factors)",
+        },
     )
     preserve_output: bool = field(
-        default=False, metadata={"help": "subtract the frozen start, so that a gaussian start is the base model too"}
+        default=False,
+        metadata={
+            "help": "subtract the initial weight change, so that training starts at the base model with inner_init gaussian too",
+            "label": "NoRA preserve_output (start at the base model)",
+        },
     )
     lora_plus_ratio: float = field(
-        default=1.0, metadata={"help": "LoRA+: how many times faster B-like factors are trained than A-like ones"}
+        default=1.0, metadata={"help": "LoRA+: learning rate of B divided by that of A", "label": "LoRA+ ratio"}
     )
 
     def __post_init__(self) -> None:
@@ -44,7 +59,7 @@ class NoraOptions:
 
 
 class Nora(AdapterMethod):
-    """NoRA, started from the activations of the base model on the data."""
+    """NoRA, initialised from the base model's activations on the training data."""
 
     name = "nora"
     title = "NoRA"
@@ -53,15 +68,17 @@ class Nora(AdapterMethod):
 
     @classmethod
     def defaults(cls, task: Task, built_in: bool) -> TaskDefaults:
-        """For classification a tenth of LoRA's parameters at rank 2, on v alone: NoRA's parameters do not grow with a layer's
-        width, so that a few of them go furthest in the layers that matter most."""
+        """For classification, only v is adapted, with a tenth of the parameters of LoRA at rank 2.
+
+        NoRA's parameters do not grow with a layer's width, so few of them are best spent on the most important layers.
+        """
         if task == "subject":
             return TaskDefaults(3e-4, {"rank": 32})
         return TaskDefaults(1e-3, {"rank": 22, "inner_r": 4} if built_in else {"rank": 48, "inner_r": 8}, ["v"])
 
     def config(self, target_modules: list[str], exclude_modules: str | None = None) -> PeftConfig:
-        """The configuration; the scaling is 1 unless alpha is given. The outer factors wait for `start`."""
-        # The library is imported where it is used: the options above are all that --help needs.
+        """The configuration; the scaling is 1 unless alpha is given. `start` computes the outer factors."""
+        # Imported here, as `--help` needs only the options above.
         from nora_vision import NoraConfig
 
         options = self.options
@@ -78,7 +95,7 @@ class Nora(AdapterMethod):
         )
 
     def start(self, model: nn.Module, probe: Probe, adapter_name: str) -> None:
-        """Outer factors from the base model's activations (kept in the cache), inner factors from the generator."""
+        """Compute the outer factors from the base model's activations, which are cached, and sample the inner factors."""
         from nora_vision import ActivationStatistics, calibrate, initialize_nora_weights
 
         if probe.cache.exists():
@@ -86,22 +103,22 @@ class Nora(AdapterMethod):
         else:
             statistics = calibrate(model, probe.forward)
             statistics.save(probe.cache)
-        with tqdm(desc="starting NoRA layers", leave=False) as bar:
+        with tqdm(desc="initialising NoRA layers", leave=False) as bar:
 
             def progress(done: int, total: int) -> None:
-                """Show how many layers are started."""
+                """Show how many layers are initialised."""
                 bar.total = total
                 bar.update(done - bar.n)
 
             initialize_nora_weights(model, statistics, adapter_name, generator=probe.generator, progress=progress)
 
     def learning_rate_factor(self, parameter_name: str) -> float:
-        """B' is trained `lora_plus_ratio` times faster than A'."""
+        """`lora_plus_ratio` for B', 1 for A'."""
         return self.options.lora_plus_ratio if ".nora_inner_B." in parameter_name else 1.0
 
     @classmethod
     def save(cls, components: Mapping[str, nn.Module], folder: Path, adapter_name: str) -> None:
-        """Write `full` (loads anywhere PEFT does) and `compact` (needs the very same base weights)."""
+        """Write the layouts `full`, which is self-contained, and `compact`, which needs exactly the same base weights."""
         from nora_vision.saving import save_adapter
 
         for layout in (FULL, COMPACT):
@@ -110,7 +127,7 @@ class Nora(AdapterMethod):
 
     @classmethod
     def load(cls, components: Mapping[str, nn.Module], folder: Path, adapter_name: str) -> None:
-        """Add the adapter in each subfolder, full or compact, to the component of that name."""
+        """Load the adapter in `folder/<component>`, full or compact, onto each of `components`."""
         from nora_vision.loading import load_adapter
 
         for name, model in components.items():

@@ -1,4 +1,4 @@
-"""VeRA: by PEFT,  h = W x + diag(b) B diag(d) A x,  A and B random, frozen and shared by all layers  [Kopiczko et al. 2024]."""
+"""VeRA: h = W x + diag(b) B diag(d) A x,  with random A and B that all layers share; PEFT's  [Kopiczko et al. 2024]."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from nora_vision.factors import Factors
 
-# In the header of a file: of A and B, which are not in it.
+# Metadata keys: the digest and the sizes of A and B, which are not in the file.
 PROJECTIONS, SIZES = "vera_projections_sha256", "vera_largest_in_and_out"
 LARGEST_KEY = 2**31
 LAMBDA_B, LAMBDA_D = "vera_lambda_b", "vera_lambda_d"
@@ -42,22 +42,24 @@ LAMBDA_B, LAMBDA_D = "vera_lambda_b", "vera_lambda_d"
 
 @dataclass
 class VeraOptions:
-    """VeRA's own."""
+    """Options of VeRA."""
 
     rank: int | None = field(default=None, metadata={"help": "rank of the shared random matrices", "few-shot": "vera_rank"})
-    dropout: float = field(default=0.0, metadata={"help": "dropout within the adapter"})
-    d_initial: float = field(default=0.1, metadata={"help": "what all numbers of the vector d start from"})
+    dropout: float = field(default=0.0, metadata={"help": "dropout probability within the adapter"})
+    d_initial: float = field(
+        default=0.1, metadata={"help": "initial value of the vector d", "label": "VeRA d_initial (initial value of the vector d)"}
+    )
 
     def __post_init__(self) -> None:
         at_least(self, 1, "rank")
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout must be in [0, 1), got {self.dropout}.")
         if self.d_initial == 0:
-            raise InputError("d_initial must not be 0: nothing would get a gradient. PEFT's default is 0.1.")
+            raise InputError("d_initial must not be 0: no parameter would get a gradient. PEFT's default is 0.1.")
 
 
 class Vera(AdapterMethod):
-    """VeRA; A and B follow from a key, so that a file holds the vectors alone, and a digest of A and B."""
+    """VeRA. A and B are generated from a PRNG key, so that a file holds only the vectors b and d and a digest of A and B."""
 
     name = "vera"
     title = "VeRA"
@@ -67,7 +69,7 @@ class Vera(AdapterMethod):
 
     @classmethod
     def defaults(cls, task: Task, built_in: bool) -> TaskDefaults:
-        """The paper's rank for vision; vectors take larger rates than matrices."""
+        """The paper's rank for vision; vectors need higher learning rates than matrices."""
         rank = {"rank": 64 if built_in else 256}
         return TaskDefaults(3e-3 if task == "subject" else 1e-3, rank)
 
@@ -77,7 +79,7 @@ class Vera(AdapterMethod):
 
         options = self.options
         with warnings.catch_warnings():
-            # That A and B may not come out of the key everywhere: their digest is checked.
+            # PEFT warns that other machines may generate other A and B; their digest is checked on loading.
             warnings.simplefilter("ignore")
             config = VeraConfig(
                 r=options.rank,
@@ -86,24 +88,22 @@ class Vera(AdapterMethod):
                 target_modules=target_modules,
                 save_projection=False,
             )
-        # No field of VeRA's, but read by PEFT all the same.
+        # VeraConfig has no such field, but PEFT reads it.
         config.exclude_modules = exclude_modules
         return config
 
     def attach(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        """By PEFT's tuner itself: it holds what layers share, so that `add_adapter` refuses it."""
+        """Add the adapter with PEFT's tuner, which holds the shared A and B; `add_adapter` does not support that."""
         try:
             scalable_model()(model, config, adapter_name)
         except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"{error} Its Linear layers are what can be adapted, got {sorted(config.target_modules)}."
-            ) from error
-        # In place of what cannot be saved in a configuration of VeRA.
+            raise ValueError(f"{error} VeRA adapts Linear layers only, got {sorted(config.target_modules)}.") from error
+        # A VeraConfig cannot save `exclude_modules`, so the targets are listed by name.
         config.target_modules, config.exclude_modules = set(vera_layers(model)), None
         model._hf_peft_config_loaded = True
 
     def start(self, model: nn.Module, probe: Probe, adapter_name: str) -> None:
-        """Random A and B by a key that the probe's generator gives."""
+        """Generate A and B from a key that is sampled from the probe's generator."""
         from diffusers.training_utils import cast_training_params
 
         cast_training_params(model, dtype=torch.float32)
@@ -115,7 +115,7 @@ class Vera(AdapterMethod):
 
     @classmethod
     def save(cls, components: Mapping[str, nn.Module], folder: Path, adapter_name: str) -> None:
-        """PEFT's two files under `full`, and the digest of A and B in the header."""
+        """Write PEFT's two files to `full`, with the digest of A and B in the header."""
         from peft import get_peft_model_state_dict
 
         from nora_vision.calibration import base_name
@@ -132,11 +132,11 @@ class Vera(AdapterMethod):
 
     @classmethod
     def load(cls, components: Mapping[str, nn.Module], folder: Path, adapter_name: str) -> None:
-        """Add the plain LoRA that each subfolder's adapter equals.
+        """Load each component's adapter as the plain LoRA that equals it.
 
         Raises:
             InputError: the adapter does not fit the model.
-            AdapterFileError: a file was changed, or A and B do not come out as they were when it was saved.
+            AdapterFileError: a file was changed after it was saved, or the key gives other A and B here.
         """
         for name, model in components.items():
             factors = factors_in(read_native(folder / name), model, folder / name)
@@ -144,7 +144,7 @@ class Vera(AdapterMethod):
 
 
 def vera_layers(model: nn.Module) -> dict[str, VeraLayer]:
-    """Every VeRA layer, by its name."""
+    """The VeRA layers of `model` by name."""
     from peft.tuners.vera import VeraLayer
 
     return {name: layer for name, layer in tuner_layers(model).items() if isinstance(layer, VeraLayer)}
@@ -156,7 +156,7 @@ def shared_projections(layers: Sequence[VeraLayer], adapter_name: str) -> dict[s
 
 
 def random_projections(config: VeraConfig, largest_in: int, largest_out: int) -> dict[str, torch.Tensor]:
-    """A (r, largest in) and B (largest out, r) by the configuration's key, as PEFT has them."""
+    """A (r, largest in) and B (largest out, r) from the configuration's key, as PEFT generates them."""
     from peft.tuners.vera.model import _kaiming_init
 
     generator = torch.Generator().manual_seed(config.projection_prng_key)
@@ -164,14 +164,14 @@ def random_projections(config: VeraConfig, largest_in: int, largest_out: int) ->
 
 
 def sizes_of(shared: Mapping[str, torch.Tensor]) -> str:
-    """How many numbers the widest layers take and give."""
+    """The largest in_features and out_features of the adapted layers, by A (r, largest in) and B (largest out, r)."""
     return f"{shared['A'].shape[1]} and {shared['B'].shape[0]}"
 
 
 def factors_in(files: NativeFiles, model: nn.Module, source: Path) -> dict[str, Factors]:
-    """The factors of each layer's change: up = diag(b) B, down = diag(d) A.
+    """The factors of each layer's weight change: up = diag(b) B (out, r), down = diag(d) A (r, in).
 
-    Raises: InputError for a layer that the model does not have; AdapterFileError if A and B are not as when it was saved.
+    Raises: InputError for a layer that the model lacks; AdapterFileError if the key gives other A and B here.
     """
     from nora_vision.calibration import base_name
     from nora_vision.factors import Factors
@@ -179,7 +179,9 @@ def factors_in(files: NativeFiles, model: nn.Module, source: Path) -> dict[str, 
     b, d = (vectors_in(files.tensors, part) for part in (LAMBDA_B, LAMBDA_D))
     inputs = {base_name(name): module.in_features for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if absent := sorted(b.keys() - inputs.keys()):
-        raise InputError(f"{source} does not fit this model, which has no {absent[0]!r}. Load it onto the one it was trained on.")
+        raise InputError(
+            f"{source} does not fit this model, which has no layer {absent[0]!r}. Load it onto the model that it was trained on."
+        )
     shared = random_projections(files.config, max(inputs[name] for name in b), max(map(len, b.values())))
     check_projections(shared, files, source)
     return {
@@ -189,7 +191,7 @@ def factors_in(files: NativeFiles, model: nn.Module, source: Path) -> dict[str, 
 
 
 def vectors_in(tensors: Mapping[str, torch.Tensor], part: str) -> dict[str, torch.Tensor]:
-    """The vectors called `part`, by the layer's name."""
+    """The vectors called `part` by layer name: d (r,) or b (out_features,)."""
     from nora_vision.saving import PEFT_PREFIX
 
     ending = f".{part}"
@@ -199,24 +201,27 @@ def vectors_in(tensors: Mapping[str, torch.Tensor], part: str) -> dict[str, torc
 
 
 def check_projections(shared: Mapping[str, torch.Tensor], files: NativeFiles, source: Path) -> None:
-    """Raises: InputError if A and B are of another size than the adapter's, AdapterFileError if of other numbers."""
+    """Check A (r, largest in) and B (largest out, r) against the metadata of `files`.
+
+    Raises: InputError if their sizes differ; AdapterFileError if their values differ.
+    """
     from nora_vision.files import AdapterFileError
     from pipelines.cache import digest_of
 
     if sizes_of(shared) != files.metadata.get(SIZES):
         raise InputError(
-            f"{source} does not fit this model: its widest layers take and give {files.metadata.get(SIZES)} numbers, this "
-            f"model's {sizes_of(shared)}. Load it onto the one it was trained on."
+            f"{source} does not fit this model: the largest in_features and out_features of the adapted layers were "
+            f"{files.metadata.get(SIZES)}, and are {sizes_of(shared)} here. Load it onto the model that it was trained on."
         )
     if digest_of(shared) != files.metadata.get(PROJECTIONS):
         raise AdapterFileError(
-            f"{source}: the shared random matrices do not come out of the key {files.config.projection_prng_key} as they did "
-            "where the adapter was saved. Use the file exported for diffusers, which holds all of the change."
+            f"{source}: the key {files.config.projection_prng_key} gives other shared random matrices here than where the "
+            "adapter was saved. Use the file exported for diffusers, which contains the full weight change."
         )
 
 
 class Scalable:
-    """What PEFT's layer has not: a scale of the change, which diffusers sets. To be inherited from before that layer."""
+    """A mixin that adds a scale, which diffusers sets, to PEFT's VeRA layer; it must precede that layer in the bases."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -232,16 +237,16 @@ class Scalable:
             self.scale[name] = scale * self.scale.get(name, 1.0)
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Undo `scale_layer`; all of it without `scale`."""
+        """Undo `scale_layer`; without `scale`, set the scale to 1."""
         for name in self.active_adapters:
             self.scale[name] = 1.0 if scale is None else self.scale.get(name, 1.0) / scale
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """The change of weight (out, in), scaled."""
+        """The scaled weight change, (out_features, in_features)."""
         return self.scale.get(adapter, 1.0) * super().get_delta_weight(adapter)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """h = W x + scale diag(b) B diag(d) A x."""
+        """h = W x + scale diag(b) B diag(d) A x;  x: (..., in_features), h: (..., out_features)."""
         if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         result = self.base_layer(x, *args, **kwargs)
@@ -256,9 +261,9 @@ class Scalable:
 
 @cache
 def scalable_model() -> type[VeraModel]:
-    """PEFT's tuner, with layers whose change can be scaled; `low_rank_factors` knows them from now on.
+    """PEFT's tuner with layers that have a scale; it also registers them with `low_rank_factors`.
 
-    Made on the first call, as its base classes take seconds to import, and the flags of every command come from this file.
+    The classes are defined on the first call: their bases take seconds to import, and `--help` of every command reads this file.
     """
     from peft.tuners.vera import Linear as VeraLinear
     from peft.tuners.vera import VeraLayer, VeraModel
@@ -277,7 +282,7 @@ def scalable_model() -> type[VeraModel]:
         def _create_new_module(
             vera_config: VeraConfig, vera_A: Any, vera_B: Any, adapter_name: str, target: nn.Module, **kwargs: Any
         ):
-            # Refuses what is no Linear layer.
+            # Raises an error for other than Linear layers.
             VeraModel._create_new_module(vera_config, vera_A, vera_B, adapter_name, target, **kwargs)
             return ScalableLinear(target, vera_A, vera_B, adapter_name, config=vera_config, **kwargs)
 
@@ -285,7 +290,7 @@ def scalable_model() -> type[VeraModel]:
 
 
 def vera_factors(layer: VeraLayer, adapter_name: str) -> Factors | None:
-    """diag(b) B diag(d) A = (diag(b) B) (diag(d) A)."""
+    """The weight change as up = diag(b) B (out_features, r) and down = diag(d) A (r, in_features)."""
     from nora_vision.factors import Factors
 
     if adapter_name not in layer.vera_lambda_b:

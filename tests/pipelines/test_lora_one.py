@@ -237,21 +237,21 @@ def test_a_quantised_weight_is_refused_before_any_pass(tmp_path):
     model = small_model()
     model.linear = Linear4bit(5, 7)
     model.linear.weight.data = torch.zeros(18, 1, dtype=torch.uint8)
-    with pytest.raises(InputError, match=r"'linear' is quantised: torch.uint8 has none.*without quantising"):
+    with pytest.raises(InputError, match=r"'linear' is quantised to torch.uint8 and has none.*without quantisation"):
         started(tmp_path, model, not_again)
 
 
 def test_a_convolution_of_groups_is_refused(tmp_path):
     model = small_model()
     model.conv = nn.Conv2d(4, 8, 3, groups=2)
-    with pytest.raises(InputError, match=r"'conv', a convolution of 2 groups"):
+    with pytest.raises(InputError, match=r"'conv', a convolution with 2 groups"):
         started(tmp_path, model, not_again)
 
 
 def test_a_method_without_losses_says_so(pipe, tmp_path):
     options = AdapterOptions("lora_one")
     components = adapters.attach(pipe, options)
-    with pytest.raises(ValueError, match="starts from gradients"):
+    with pytest.raises(ValueError, match="initialised from gradients"):
         adapters.start(options, components, {"unet": None}, tmp_path, 0, no_losses)
 
 

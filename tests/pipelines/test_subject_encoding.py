@@ -165,7 +165,7 @@ def test_a_file_that_is_damaged_or_another_ones_is_computed_anew(pipe, images_di
     for file in cache.folder.rglob("*.safetensors"):
         spoil(file, how)
     made.clear()
-    with pytest.warns(UserWarning, match="computed anew"):
+    with pytest.warns(UserWarning, match="computed again"):
         second = LatentEncoder(pipe, cache).encode(images, SQUARE)
     assert len(made) == 6
     equal(first, second)

@@ -21,7 +21,7 @@ def test_a_model_is_downloaded_once_and_trained_and_certified_again_without_a_ne
     hub_server.stop()
     hub_server.requests.clear()
     second = trainer.run(tmp_path / "second", *FLAGS, "--certify")
-    assert "is taken from the cache as it is: the hub failed" in caplog.text
+    assert "is loaded from the cache, as the hub failed" in caplog.text
     assert hub_server.requests == []
     assert [run.status()["state"] for run in (first, second)] == ["done", "done"]
     files = [(run.path / "diffusers" / "pytorch_lora_weights.safetensors").read_bytes() for run in (first, second)]

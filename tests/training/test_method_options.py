@@ -39,7 +39,7 @@ def test_in_a_comparison_each_kind_of_method_has_its_own_rank():
 
 def test_an_option_that_no_chosen_method_has_is_named_with_those_that_have_it():
     (sentence,) = parse_options(["--method", "lora", "--inner_init", "gaussian", "--rank", "3"]).unused()
-    assert sentence == "--inner_init gaussian is not used: it is an option of NoRA, and this trains LoRA."
+    assert sentence == "--inner_init gaussian is not used: it is an option of NoRA, and this run trains LoRA."
     assert parse_options(["--method", "nora", "--inner_init", "gaussian"]).unused() == []
     (sentence,) = parse_fewshot_options(["--method", "zeroshot", "lora", "--vera_rank", "7"]).method.unused()
     assert sentence.startswith("--vera_rank 7 is not used: it is an option of VeRA")

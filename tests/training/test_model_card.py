@@ -102,7 +102,7 @@ def test_the_card_of_a_dora_alone_says_which_programs_leave_its_row_lengths_out(
     }
     (run.path / "certificate.json").write_text(json.dumps(said))
     card = model_card(run, options_for("dog", tmp_path, "--method", method), images=3)
-    for words in ("Stock diffusers and sd-scripts leave it out, A1111 takes", "kohya file was put into diffusers' form first"):
+    for words in ("stock diffusers and sd-scripts ignore it, A1111 takes", "kohya file was put into diffusers' form first"):
         assert (words in card) == (method == "dora")
 
 

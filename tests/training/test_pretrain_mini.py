@@ -107,5 +107,5 @@ def test_an_unknown_stage_is_refused_by_name(tmp_path):
 
 def test_a_folder_without_photographs_is_refused_by_name(tmp_path):
     (tmp_path / "classes.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match=r"No \.zip with photographs"):
+    with pytest.raises(FileNotFoundError, match=r"holds no \.zip with photographs"):
         photo_corpus(tmp_path, 64)

@@ -39,8 +39,6 @@ LABELS = {
     "dataloader_num_workers": "Data loader workers",
     "heldout_image": "Held-out image",
     "heldout_steps": "Validation loss every N steps",
-    "init_r": "Initial rank",
-    "inner_r": "Inner rank",
     "lr_num_cycles": "Learning rate cycles",
     "lr_warmup_steps": "Warm-up steps",
     "num_class_images": "Number of class images",
@@ -48,9 +46,6 @@ LABELS = {
     "pretrained_vae_model_name_or_path": "VAE",
     "report_to": "Tracker",
     "snr_gamma": "Min-SNR gamma",
-    "target_r": "Target rank",
-    "tfinal_ratio": "Final steps ratio",
-    "tinit_ratio": "Warm-up steps ratio",
     "train_batch_size": "Batch size",
     "train_text_encoder": "Train text encoder",
     "validation_steps": "Sample images every N steps",
@@ -71,6 +66,7 @@ class Field:
         default: its default value.
         help: the help of its flag.
         methods: the adapter methods that have it; empty for an option of every run.
+        method_label: the label that these methods give it; empty for one made from its name.
     """
 
     group: str
@@ -82,12 +78,13 @@ class Field:
     default: Any
     help: str
     methods: tuple[str, ...] = ()
+    method_label: str = ""
 
     @property
     def label(self) -> str:
         """Its name for people."""
         words = [LABEL_WORDS.get(word, word) for word in self.name.split("_")]
-        return LABELS.get(self.name) or " ".join([words[0][:1].upper() + words[0][1:], *words[1:]])
+        return self.method_label or LABELS.get(self.name) or " ".join([words[0][:1].upper() + words[0][1:], *words[1:]])
 
     def read(self, value: Any) -> Any:
         """The option's value from the widget's `value`; None if empty.
@@ -148,9 +145,9 @@ def _field(task: Task, group: str, field: dataclasses.Field, of_methods: MethodO
     kind, optional = _without_none(field.type)
     offered = CHOICES[task].get(field.name, ()) if of_methods is None else of_methods.choices
     widget, item, choices = _widget(kind, optional, offered if kind is str else ())
-    methods = () if of_methods is None else of_methods.methods
+    methods, label = ((), "") if of_methods is None else (of_methods.methods, of_methods.label)
     words = str(field.metadata.get("help", ""))
-    return Field(group, field.name, widget, item, choices, optional, default_of(field), words, methods)
+    return Field(group, field.name, widget, item, choices, optional, default_of(field), words, methods, label)
 
 
 def _without_none(kind: Any) -> tuple[Any, bool]:
