@@ -1,4 +1,4 @@
-"""What is made of an opened image file: RGB in sRGB with 8 bits a channel, upright, on white, and notes on how it was read."""
+"""Decoding an opened image to 8-bit sRGB, upright and with transparency on white, with notes on how it was read."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from PIL import ExifTags, Image, ImageOps
 
 from pipelines.color_profiles import ProfileError, lab_to_srgb, to_srgb
 
-# What Pillow calls a JPEG that carries further images, such as a phone's depth map.
+# Pillow's format name for a JPEG with further images in it, such as a phone's depth map.
 SEVERAL_JPEGS = "MPO"
-# Where the code points of a PNG's cICP chunk stand in `Image.info`.
+# The key in `Image.info` for the code points of a PNG's cICP chunk.
 CODE_POINTS = "cicp"
 TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 # EXIF orientations from here on swap height and width; 1 is upright.
@@ -42,30 +42,30 @@ class ReadingNote:
 
 @dataclass(frozen=True)
 class ReadImage:
-    """An image as RGB, upright and in sRGB, without metadata; and what is to be known about how it was read."""
+    """An image as upright sRGB without metadata, and notes on how it was read."""
 
     image: Image.Image
     notes: tuple[ReadingNote, ...] = ()
 
 
-TURNED = ReadingNote(
-    "turned", "It lies turned in its file, and is turned upright as its EXIF orientation says.", "Nothing to do."
-)
+TURNED = ReadingNote("turned", "It is stored rotated, and is rotated upright by its EXIF orientation.", "Nothing to do.")
 FIRST_FRAME = ReadingNote(
-    "first_frame", "It holds several frames or pages, of which the first is used.", "Save another one as a file of its own."
+    "first_frame", "It has several frames or pages; the first one is used.", "To use another one, save it as a separate file."
 )
 EXIF_IGNORED = ReadingNote(
-    "exif_ignored", "Its EXIF data are damaged, so that its orientation is not known.", "If it lies on its side, save it anew."
+    "exif_ignored",
+    "Its EXIF data are damaged, so its orientation is unknown.",
+    "If it is shown on its side, rotate it and save it again.",
 )
 
 
 def decode(opened: Image.Image) -> ReadImage:
     """Decode an opened image.
 
-    An embedded ICC profile is converted to sRGB; of an animation or of several pages the current frame is taken, which is the
-    first of a file just opened; 16 bits a channel become 8; transparent parts become white.
+    An embedded ICC profile is converted to sRGB, 16 bits a channel become 8, and transparent parts become white. Of several
+    frames or pages, the current one is used: the first one of a newly opened file.
 
-    Raises: what Pillow raises for damaged files, and ValueError for pixels without a fixed range.
+    Raises: Pillow's exceptions for damaged files, and ValueError for pixels without a fixed range.
     """
     notes = [FIRST_FRAME] if _has_more_frames(opened) else []
     orientation = _orientation(opened)
@@ -80,7 +80,7 @@ def decode(opened: Image.Image) -> ReadImage:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
-    # What the pixels were, not what they are now: a profile would be applied twice.
+    # It describes the original pixels; a profile left there would be applied again.
     image.info = {}
     return ReadImage(image, tuple(notes))
 
@@ -88,7 +88,7 @@ def decode(opened: Image.Image) -> ReadImage:
 def upright_size(opened: Image.Image) -> tuple[int, int]:
     """Height and width of an opened image, upright, without decoding it."""
     width, height = opened.size
-    # Of a TIFF, Pillow tells the upright size at once.
+    # For a TIFF, Pillow already gives the upright size.
     turned = opened.format != "TIFF" and (_orientation(opened) or 1) >= FIRST_ON_ITS_SIDE
     return (width, height) if turned else (height, width)
 
@@ -98,7 +98,7 @@ def _has_more_frames(opened: Image.Image) -> bool:
 
 
 def _orientation(opened: Image.Image) -> int | None:
-    """The EXIF orientation, 1 where none is given; None where the EXIF data cannot be read."""
+    """The EXIF orientation, 1 if there is none; None if the EXIF data cannot be read."""
     try:
         value = opened.getexif().get(ExifTags.Base.Orientation, 1)
     except (SyntaxError, ValueError, TypeError, KeyError, IndexError, OSError, EOFError):
@@ -119,7 +119,7 @@ def _with_eight_bits(image: Image.Image, opened: Image.Image) -> Image.Image:
         grey = ImageOps.invert(grey)
     grey.info = {name: value for name, value in image.info.items() if name != "transparency"}
     if "transparency" in image.info:
-        # One of the 65,536 greys, which several of 256 would stand for.
+        # The transparent grey is one of 65,536; compared after the reduction to 256, it would match others too.
         grey.putalpha(Image.fromarray(np.asarray(image) != image.info["transparency"]).convert("L"))
     return grey
 
@@ -136,7 +136,7 @@ def _in_srgb(image: Image.Image) -> tuple[Image.Image, tuple[ReadingNote, ...]]:
 
 
 def _unused_colors(opened: Image.Image) -> Iterator[ReadingNote]:
-    """What an image says of its colours without an ICC profile, and what is not followed."""
+    """Notes on colour information other than ICC profiles, which is not used."""
     info = opened.info
     if CODE_POINTS in info and tuple(info[CODE_POINTS][:2]) not in SRGB_CODE_POINTS:
         yield _unused(f"Its colours are read as sRGB, though its cICP chunk says {info[CODE_POINTS][:2]}.")

@@ -1,7 +1,6 @@
-"""The image formats that are read, each with its suffixes, and how a file's format is recognised by its content.
+"""The supported image formats with their suffixes, and recognition of a file's format by its content.
 
-This table is the one source of what folder readers take for an image, of what uploads may be, and of every list of formats
-in messages and on the page.
+Folder readers, uploads, and the lists of formats in messages and on the page all use this table.
 """
 
 from __future__ import annotations
@@ -17,23 +16,23 @@ from pipelines.errors import InputError
 
 
 class UnsupportedFormatError(InputError):
-    """A file is in a format that is not read; the message names the format and the remedy."""
+    """A file is in an unsupported format; the message names the format and the remedy."""
 
 
 class DecoderMissingError(UnsupportedFormatError):
-    """A file is in a format that is read where a decoder is installed; the message says how to get it."""
+    """A file's format needs a decoder that is not installed; the message says how to install it."""
 
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """A format that is read, at least where its decoder is installed.
+    """A supported format.
 
     Args:
-        name: what people call it.
-        pillow: what Pillow calls it.
+        name: its name for people.
+        pillow: its name in Pillow.
         suffixes: of its files, in lower case.
-        upload: whether the page takes it.
-        remedy: how to get its decoder; "" for one that Pillow always has.
+        upload: whether the web app accepts it.
+        remedy: how to install its decoder; empty if Pillow always has one.
     """
 
     name: str
@@ -56,7 +55,7 @@ FORMATS = (JPEG, PNG, WEBP, GIF, TIFF, AVIF, HEIC, BMP)
 IMAGE_SUFFIXES = frozenset(suffix for each in FORMATS for suffix in each.suffixes)
 UPLOAD_FORMATS = tuple(each for each in FORMATS if each.upload)
 UPLOAD_SUFFIXES = tuple(suffix for each in UPLOAD_FORMATS for suffix in each.suffixes)
-# So many bytes of a file tell its format.
+# The first bytes of a file, as many as are needed to recognise its format.
 HEAD_BYTES = 512
 
 _SIGNATURES = (
@@ -88,13 +87,13 @@ _OTHER_SIGNATURES = (
     (b"IIRS", "a camera's raw file"),
     (b"IIU\0", "a camera's raw file"),
     (b"FUJIFILMCCD-RAW", "a camera's raw file"),
-    (b"version https://git-lfs", "a Git LFS pointer in place of the file that git lfs pull brings"),
+    (b"version https://git-lfs", "a Git LFS pointer; `git lfs pull` downloads the file itself"),
 )
 _MARKUP = re.compile(rb"\A(?:\xef\xbb\xbf)?\s*<(?:\?xml|!--|!doctype|html|head|body|svg)", re.IGNORECASE)
 
 
 def sniff(head: bytes) -> ImageFormat | None:
-    """The format of a file that begins with `head` (`HEAD_BYTES`, or all there is); None for any that is not read."""
+    """The format of a file by its first `HEAD_BYTES` bytes; None if it is not supported."""
     if head[_CR2_MARK] == b"CR" and head.startswith(b"II*\0"):
         return None
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
@@ -113,7 +112,7 @@ def _of_brands(head: bytes) -> ImageFormat | None:
 
 
 def other_kind(head: bytes) -> str | None:
-    """What a file that begins with `head` is, in words, if it is of a kind that is not read; None if that is unknown."""
+    """An unsupported kind of file, in words, by its first bytes; None if they are unknown."""
     if _MARKUP.match(head):
         return "an SVG drawing" if b"<svg" in head.lower() else "a web page or XML text"
     if head[4:12] == b"ftypcrx " or (head[_CR2_MARK] == b"CR" and head.startswith(b"II*\0")):
@@ -124,13 +123,13 @@ def other_kind(head: bytes) -> str | None:
 
 
 def format_of(head: bytes, suffix: str, name: str) -> ImageFormat:
-    """The format of a file by its content, which this machine can decode.
+    """The format of a file by its content.
 
     Args:
-        head: how the file begins, as in `sniff`.
-        suffix: of its name, which only helps to say what is missing.
-        name: what errors call the file.
-    Raises: UnsupportedFormatError naming what the file is; UnidentifiedImageError if that is unknown.
+        head: the file's first bytes, as in `sniff`.
+        suffix: of its name, for better error messages.
+        name: the file's name in error messages.
+    Raises: UnsupportedFormatError naming the format if this machine cannot decode it; UnidentifiedImageError if it is unknown.
     """
     if (sniffed := sniff(head)) is not None:
         if not is_available(sniffed):
@@ -145,7 +144,7 @@ def format_of(head: bytes, suffix: str, name: str) -> ImageFormat:
         raise UnsupportedFormatError(
             f"{name} cannot be read as an image: it is not {called.name}, though its name says so. Save it as JPEG or PNG."
         )
-    raise UnidentifiedImageError("it is of no image format" if head else "it is empty")
+    raise UnidentifiedImageError("it is in no known image format" if head else "it is empty")
 
 
 def _decoder_missing(image_format: ImageFormat, name: str) -> DecoderMissingError:
@@ -154,7 +153,7 @@ def _decoder_missing(image_format: ImageFormat, name: str) -> DecoderMissingErro
 
 
 def is_available(image_format: ImageFormat) -> bool:
-    """Whether the format can be decoded on this machine; makes Pillow know it if so."""
+    """Whether the format can be decoded on this machine; if so, its decoder is registered with Pillow."""
     if image_format is HEIC:
         return _register_heif()
     return image_format is not AVIF or bool(features.check("avif"))
@@ -171,6 +170,6 @@ def _register_heif() -> bool:
 
 
 def listed(formats: Sequence[ImageFormat] = FORMATS) -> str:
-    """The names of those of `formats` that can be decoded here: "JPEG, PNG or WebP"."""
+    """The names of the `formats` that can be decoded here, such as "JPEG, PNG or WebP"."""
     *first, last = [each.name for each in formats if is_available(each)]
     return f"{', '.join(first)} or {last}" if first else last

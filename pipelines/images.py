@@ -1,4 +1,4 @@
-"""Images on disk: reading them, PNG files that carry their settings, and grids of images."""
+"""Reading images, PNG files with their generation settings, and grids of images."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from pipelines.image_formats import (
 )
 from pipelines.png_chunks import PngParts, split_png
 
-# To be raised when the same files are to give other pixels than before: what was computed from them is then not reused.
+# Increase this when the code reads other pixels from the same files, so that cached results are not reused.
 READING_VERSION = 2
-# All that Pillow raises for damaged files.
+# Every exception that Pillow raises for damaged files.
 UNREADABLE = (
     UnidentifiedImageError,
     Image.DecompressionBombError,
@@ -46,35 +46,35 @@ UNREADABLE = (
     struct.error,
     zlib.error,
 )
-# TIFF tags of files whose first page is no full image: a camera's raw file.
+# TIFF tags of a camera's raw file, whose first page is only a preview.
 TIFF_SUBFILE_TYPE, REDUCED, DNG_VERSION = 254, 1, 50706
 SETTINGS_KEY, A1111_KEY = "nora_vision", "parameters"
 MIN_CELL, MARGIN, LABEL_LINES, LABEL_SIZE = 192, 6, 3, 14
 
 
 def has_image_name(name: str) -> bool:
-    """Whether a file of this name is taken for an image: its suffix is an image's, and it is not hidden."""
+    """Whether a file's name is that of an image: it has an image's suffix and is not hidden."""
     base = Path(name)
     return base.suffix.lower() in IMAGE_SUFFIXES and not base.name.startswith(".")
 
 
 def is_image(path: Path) -> bool:
-    """Whether `path` is a file with an image's suffix; hidden files are none."""
+    """Whether `path` is a file with an image's suffix that is not hidden."""
     return has_image_name(path.name) and path.is_file()
 
 
 @contextmanager
 def open_image(source: Path | BinaryIO, name: str, formats: Collection[ImageFormat] = FORMATS) -> Iterator[Image.Image]:
-    """An image, opened but not decoded, in the format that its content is in, whatever its name says.
+    """Open an image without decoding it. Its format is recognised by its content, not by its name.
 
-    No text of a PNG is unpacked; those that are not needed are left out.
+    Texts in a PNG are not decompressed, and those that are not needed are removed.
 
     Args:
         source: a file, or its content.
-        name: what errors call it.
+        name: the image's name in error messages.
         formats: the allowed ones.
-    Raises: UnsupportedFormatError for a file in another format, or in one that this machine cannot decode; any of
-        `UNREADABLE` for one that is damaged or no image.
+    Raises: UnsupportedFormatError for another format, or one that this machine cannot decode; any of `UNREADABLE` for a
+        damaged file or one that is not an image.
     """
     is_file = isinstance(source, Path)
     with source.open("rb") if is_file else nullcontext(source) as stream:
@@ -100,17 +100,17 @@ def _opened_as(image_format: ImageFormat, content: BinaryIO) -> Image.Image:
     try:
         return Image.open(content, formats=(image_format.pillow,))
     except UnidentifiedImageError as error:
-        # Pillow's own words name the Python object that it read from.
+        # Pillow's message names the Python object that it read from.
         raise UnidentifiedImageError(f"it begins like {image_format.name}, but its header is damaged") from error
 
 
 @contextmanager
 def opened_image(source: Path | BinaryIO, name: str | None = None) -> Iterator[Image.Image]:
-    """An image, opened but not decoded.
+    """Open an image without decoding it.
 
     Args:
         source, name: as in `read_image`.
-    Raises: InputError naming the image if it cannot be read, here or while it is decoded.
+    Raises: InputError naming the image if it cannot be read, also while it is decoded within the context.
     """
     name = repr(str(source)) if name is None else name
     try:
@@ -123,7 +123,7 @@ def opened_image(source: Path | BinaryIO, name: str | None = None) -> Iterator[I
 
 
 def read_image_with_notes(source: Path | BinaryIO, name: str | None = None, max_pixels: int | None = None) -> ReadImage:
-    """Read an image as RGB in sRGB, upright as its EXIF orientation says, transparent parts white; with notes on it.
+    """Read an image as sRGB, upright by its EXIF orientation and with transparent parts white, with notes on how it was read.
 
     Args:
         source, name, max_pixels: as in `read_image`.
@@ -138,12 +138,12 @@ def read_image_with_notes(source: Path | BinaryIO, name: str | None = None, max_
 
 
 def read_image(source: Path | BinaryIO, name: str | None = None, max_pixels: int | None = None) -> Image.Image:
-    """The image of `read_image_with_notes`; what its notes say, but for its orientation, becomes a warning that names it.
+    """Read an image as `read_image_with_notes` does; every note except that on its orientation becomes a warning.
 
     Args:
         source: a file, or its content.
-        name: what errors call it; None for the file's path.
-        max_pixels: more are refused before they are decoded; None for Pillow's own limit.
+        name: the image's name in messages; None for the file's path.
+        max_pixels: images with more pixels are refused before decoding; None for Pillow's own limit.
     Raises: InputError naming the image if it cannot be read.
     """
     name = repr(str(source)) if name is None else name
@@ -153,7 +153,7 @@ def read_image(source: Path | BinaryIO, name: str | None = None, max_pixels: int
 
 
 def upright_rgb(opened: Image.Image, name: str = "The image") -> Image.Image:
-    """`opened` as `read_image` gives an image, with its warnings."""
+    """Decode an opened image as `read_image` does, with the same warnings."""
     decoded = decode(opened)
     _warn(decoded, name)
     return decoded.image
@@ -166,10 +166,8 @@ def _warn(decoded: ReadImage, name: str) -> None:
 
 
 def as_grid(images: list[Image.Image], columns: int) -> Image.Image:
-    """The images in rows of `columns`; the places left over in the last row are black."""
-    # It brings a model library, which nothing else here needs: the web app reads images before it loads one.
-
-    # Here, since it loads torch, which reading an image does not need.
+    """A grid of images with `columns` columns; unused cells in the last row are black."""
+    # Imported here, as it imports torch, which the web app does not need to read images.
     from diffusers.utils import make_image_grid
 
     rows = -(-len(images) // columns)
@@ -178,7 +176,7 @@ def as_grid(images: list[Image.Image], columns: int) -> Image.Image:
 
 
 def save_image(image: Image.Image, path: Path, settings: dict[str, object]) -> None:
-    """Write a PNG that carries `settings` as JSON, and in the text format of A1111 that other programs read.
+    """Write a PNG with its `settings` as JSON and in A1111's text format, which other programs read.
 
     Args:
         settings: at least prompt, negative_prompt, seed, num_inference_steps, guidance_scale, sampler and model.
@@ -193,12 +191,12 @@ def save_image(image: Image.Image, path: Path, settings: dict[str, object]) -> N
 def read_settings(path: Path) -> dict[str, object]:
     """The settings that `save_image` wrote into a PNG; keys of earlier versions become the current ones.
 
-    Raises: InputError naming the file if it carries none.
+    Raises: InputError naming the file if it has none.
     """
     with opened_image(path) as image:
         text = image.info.get(SETTINGS_KEY)
     if text is None:
-        raise InputError(f"{str(path)!r} carries no settings. Choose an image that was generated here.")
+        raise InputError(f"{str(path)!r} holds no generation settings. Choose an image that was generated here.")
     settings = json.loads(text)
     if settings.get("adapters"):
         settings["adapters"] = [

@@ -1,18 +1,18 @@
-"""Warnings of libraries that say nothing about what is done here, left out of the terminal. All others are shown."""
+"""Filters for warnings of libraries that do not apply here. All other warnings are shown."""
 
 from __future__ import annotations
 
 import logging
 import re
 
-# By the logger that gives them. Each is left out for its words alone: the same logger's other warnings stay.
+# By logger. Only messages that match the pattern are dropped.
 POINTLESS = {
-    # Given for an empty list too, whenever a model of diffusers is moved to another precision.
+    # Logged even for an empty list, whenever a diffusers model is moved to another dtype.
     "diffusers.models.modeling_utils": re.compile(r"should be kept in float32: \[\]"),
-    # On import; a kernel for 4-bit weights on some CPUs, without which they are multiplied another way.
+    # Logged on import. The kernel is optional: without it, the products of 4-bit weights are computed another way.
     "bitsandbytes.backends.cpu.ops": re.compile(r"^Failed to load CPU gemm_4bit_forward from kernels-community"),
-    # A LoRA that changes some layers of a kind alone: PEFT adds the others too, where they change nothing. A report that says
-    # more than that is shown.
+    # Logged for a LoRA that changes only some layers of a kind: PEFT also adds the others, which change nothing. Reports of
+    # other problems are shown.
     "transformers.integrations.peft": re.compile(
         r"(?s)\A(?!.*\b(?:UNEXPECTED|MISMATCH|CONVERSION)\b).*newly initialized because missing from the checkpoint"
     ),
@@ -32,7 +32,7 @@ class _LeaveOut(logging.Filter):
 
 
 def leave_out_pointless_warnings() -> None:
-    """Have the loggers of `POINTLESS` leave out what its patterns match, from now on; a second call changes nothing."""
+    """Drop the messages that match `POINTLESS` from now on; a second call has no effect."""
     for name, pattern in POINTLESS.items():
         logger = logging.getLogger(name)
         if not any(isinstance(one, _LeaveOut) for one in logger.filters):

@@ -1,4 +1,4 @@
-"""What the built-in SDXL is pretrained by: its latent space, and the losses of its autoencoder and of its UNet."""
+"""Pretraining of the built-in SDXL: its latent space, and the losses of its autoencoder and its UNet."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from pipelines import mini_sdxl
 
 @dataclass(frozen=True)
 class PatchBasis:
-    """The latent space: principal components of the images' 4 x 4 patches, the strong ones damped.
+    """The latent space: principal components of the images' 4 x 4 patches, with reduced variance of the strong ones.
 
         z_k = v_k . (patch - mean) / (g sqrt(std_k))
 
-    A closed form makes the autoencoder and the UNet independent of one another, so that they train side by side; and
-    coordinates of falling variance let the UNet learn coarse things first.
+    As it has a closed form, the autoencoder and the UNet can be trained at the same time. Components of decreasing variance
+    let the UNet learn coarse structures first.
 
     Args:
-        analysis: (LATENT_CHANNELS, 3, 4, 4), a convolution from pixels in [-1, 1] to latents of deviation 1 overall.
-        offset: (LATENT_CHANNELS,), minus the mean patch's latents.
+        analysis: (LATENT_CHANNELS, 3, 4, 4), a convolution from pixels in [-1, 1] to latents of overall standard deviation 1.
+        offset: (LATENT_CHANNELS,), the negative latents of the mean patch.
     """
 
     analysis: torch.Tensor
@@ -50,10 +50,10 @@ class PatchBasis:
 
 
 class AutoencoderLoss(nn.Module):
-    """The encoder learns the coordinates of a `PatchBasis`, the decoder to restore images from them.
+    """The loss of an autoencoder whose encoder learns a `PatchBasis` and whose decoder reconstructs images from it.
 
-    Restoring is judged on pixels and on their differences, so that edges stay sharp; some noise on the latents prepares the
-    decoder for those that a UNet makes.
+    The reconstruction loss compares pixels and their differences, so that edges stay sharp. Noise on the latents makes the
+    decoder robust to errors of the UNet.
     """
 
     def __init__(self, vae: AutoencoderKL, basis: PatchBasis, latent_noise: float = 0.05) -> None:
@@ -64,7 +64,7 @@ class AutoencoderLoss(nn.Module):
         """The loss of `pixels` (batch, 3, height, width) in [-1, 1], a scalar."""
         target = self.basis.encode(pixels)
         posterior = self.vae.encode(pixels).latent_dist
-        # The posterior's spread is the deviation that the decoder was prepared for.
+        # The posterior's standard deviation learns to be that of the noise that the decoder is trained with.
         spread = (posterior.logvar - 2 * math.log(self.latent_noise)).square().mean()
         decoded = self.vae.decode(target + self.latent_noise * torch.randn_like(target)).sample
         restored = F.l1_loss(decoded, pixels) + F.mse_loss(decoded, pixels)

@@ -122,7 +122,7 @@ def _text_config(width: int, tokenizer: CLIPTokenizer, activation: str) -> CLIPT
 
 
 def new_text_encoders(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
-    """SDXL's two text encoders, untrained: 64 and 96 wide, of which the last but one layer is read."""
+    """SDXL's two text encoders, untrained, 64 and 96 wide; their penultimate hidden states are used."""
     narrow, wide = TEXT_WIDTHS
     return CLIPTextModel(_text_config(narrow, tokenizer, "quick_gelu")), CLIPTextModelWithProjection(
         _text_config(wide, tokenizer, "gelu")
@@ -130,7 +130,7 @@ def new_text_encoders(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, CLIPText
 
 
 def new_scheduler() -> DDIMScheduler:
-    """v-prediction down to zero signal: night stays dark and snow bright, which noise prediction washes out on few latents."""
+    """v-prediction with zero terminal SNR: with few latents, noise prediction would wash out dark and bright images."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -149,7 +149,7 @@ def assemble(
     text_encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection],
     tokenizer: CLIPTokenizer,
 ) -> StableDiffusionXLPipeline:
-    """The parts as a StableDiffusionXLPipeline; both encoders share the tokenizer."""
+    """Assemble a StableDiffusionXLPipeline; both text encoders share the tokenizer."""
     return StableDiffusionXLPipeline(
         vae=vae,
         unet=unet,

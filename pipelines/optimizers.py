@@ -1,4 +1,4 @@
-"""What trains an adapter: optimisers, a learning rate for each kind of parameter, and a moving average."""
+"""Optimisers for adapters, with a learning rate for each kind of parameter, and their moving average (EMA)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
 
 OPTIMIZERS = ("adamw", "prodigy")
-# Prodigy finds the size of its steps itself; its rate is a factor on that.
+# Prodigy estimates its step size; the learning rate is a factor on the estimate.
 PRODIGY_LEARNING_RATE = 1.0
 
 
@@ -26,8 +26,8 @@ class Rates:
 
     Args:
         unet: of the UNet's adapter.
-        text_encoders: of the text encoders' adapters: of each, or of both; the UNet's where there is none.
-        factor: what the rate of the parameter of a name is multiplied by; `AdapterMethod.learning_rate_factor`.
+        text_encoders: of the text encoders' adapters: one for each or one for both; empty for that of the UNet.
+        factor: `factor(name)` multiplies the rate of the parameter `name`; see `AdapterMethod.learning_rate_factor`.
     """
 
     unet: float
@@ -35,7 +35,7 @@ class Rates:
     factor: Callable[[str], float] = lambda name: 1.0
 
     def of(self, name: str) -> float:
-        """The rate of the parameter called `name`, of the UNet unless that begins with `text_encoders.`."""
+        """The rate of the parameter `name`: of a text encoder if it begins with `text_encoders.`, else of the UNet."""
         rate = self.unet
         if name.startswith("text_encoders.") and self.text_encoders:
             index = int(name.split(".")[1])
@@ -44,7 +44,7 @@ class Rates:
 
 
 def parameter_groups(module: nn.Module, rates: Rates) -> list[dict[str, Any]]:
-    """The trained parameters of `module`, in one group for each learning rate; the first is the UNet's."""
+    """The trainable parameters of `module`, in one group for each learning rate; that of the UNet comes first."""
     groups: dict[float, list[nn.Parameter]] = {rates.unet: []}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
@@ -54,13 +54,13 @@ def parameter_groups(module: nn.Module, rates: Rates) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Adam:
-    """The settings of Adam and of its relatives; the defaults are diffusers' own.
+    """The settings of AdamW or Prodigy; the defaults are those of diffusers' training scripts.
 
     Args:
         kind: "adamw" or "prodigy"  [Mishchenko and Defazio 2023].
-        eight_bit: keep AdamW's moments in 8 bits a number, where a parameter has 4,096 numbers or more.
-        betas: decay of the gradient's mean and of its square.
-        epsilon: added to the root of the mean square.
+        eight_bit: store AdamW's moments in 8 bits, for parameters of 4,096 entries or more.
+        betas: decay rates of the first and the second moment of the gradient.
+        epsilon: added to the denominator.
         weight_decay: decoupled.
     """
 
@@ -71,9 +71,9 @@ class Adam:
     weight_decay: float = 1e-4
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The optimiser over parameter groups that name their learning rates.
+        """The optimiser for parameter groups with their learning rates.
 
-        Raises: InputError naming the package to install where it is missing.
+        Raises: InputError naming the package to install if it is missing.
         """
         shared = {"lr": groups[0]["lr"], "betas": self.betas, "eps": self.epsilon, "weight_decay": self.weight_decay}
         if self.kind == "prodigy":
@@ -81,19 +81,19 @@ class Adam:
             return prodigy(groups, decouple=True, use_bias_correction=True, safeguard_warmup=True, **shared)
         if self.eight_bit:
             return installed("bitsandbytes", "--use_8bit_adam").optim.AdamW8bit(groups, **shared)
-        # On the CPU torch would go through the parameters one by one, in Python, unless told otherwise; a GPU needs no telling.
+        # On the CPU, torch's default loops over the parameters in Python; on a GPU, the default is fast.
         on_cpu = all(parameter.device.type == "cpu" for group in groups for parameter in group["params"])
         return torch.optim.AdamW(groups, fused=on_cpu or None, **shared)
 
 
 def trainable_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """The parameters of an optimiser, in its order, which is that of the moving average."""
+    """The parameters of an optimiser in its order, which is also that of the moving average."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 @contextmanager
 def averaged(ema: EMAModel | None, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Have the trained parameters hold their moving average meanwhile; nothing changes where there is none."""
+    """Replace the trained parameters by their moving average within the context; None changes nothing."""
     if ema is None:
         yield
         return

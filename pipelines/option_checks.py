@@ -1,4 +1,4 @@
-"""Checks that options share."""
+"""Range checks for the fields of options."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pipelines.errors import InputError
 
 
 def at_least(options: object, least: float, *names: str) -> None:
-    """Refuse a named field of `options` below `least`; None passes."""
+    """Raise InputError if one of the fields `names` of `options` is below `least`; None is allowed."""
     for name in names:
         value = getattr(options, name)
         if value is not None and not value >= least:
@@ -14,7 +14,7 @@ def at_least(options: object, least: float, *names: str) -> None:
 
 
 def above_zero(options: object, *names: str) -> None:
-    """Refuse a named field of `options` that is not above 0; None passes."""
+    """Raise InputError if one of the fields `names` of `options` is not above 0; None is allowed."""
     for name in names:
         value = getattr(options, name)
         if value is not None and not value > 0:

@@ -1,4 +1,4 @@
-"""Whether results can be written where they are to go, checked before anything long starts; nothing is left behind."""
+"""Checks that output paths can be written, to be made before long work starts; they leave no files behind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def check_output_folder(path: str | Path, option: str) -> None:
     """Check that `path` is a folder in which files can be written, or can become one.
 
     Args:
-        option: that names the folder, for error messages.
+        option: the option that gives the folder, for error messages.
     Raises: InputError naming the option, the path and what is wrong.
     """
     try:
@@ -29,13 +29,13 @@ def check_output_folder(path: str | Path, option: str) -> None:
 
 
 def check_output_file(path: str | Path, option: str, suffixes: Sequence[str]) -> None:
-    """Check that `path` can be written as a file of one of the kinds `suffixes`, such as ".csv", in any case.
+    """Check that `path` can be written and has one of the `suffixes`, such as ".csv", in upper or lower case.
 
     Raises: InputError naming the option, the path and what is wrong.
     """
     path = Path(path)
     if path.suffix.lower() not in suffixes:
-        raise InputError(f"{option} must be a {_listed(suffixes)} file, got {str(path)!r}. Name it with such a suffix.")
+        raise InputError(f"{option} must be a {_listed(suffixes)} file, got {str(path)!r}. Give a name with this suffix.")
     try:
         if path.is_dir():
             raise InputError(f"{option} must be a file, but {str(path)!r} is a folder. Name a file in it.")

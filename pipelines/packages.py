@@ -1,4 +1,4 @@
-"""Packages that only some options need."""
+"""Optional packages, which only some flags need."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pipelines.errors import InputError
 
 
 def installed(package: str, flag: str) -> ModuleType:
-    """The module `package`, which `flag` needs.
+    """Import `package`, which `flag` needs.
 
-    Raises: InputError saying how to install it where it is missing.
+    Raises: InputError with the command that installs it, if it is missing.
     """
     if importlib.util.find_spec(package) is None:
         raise InputError(f"{flag} needs the package {package}, which is not installed. Install it: pip install {package}")

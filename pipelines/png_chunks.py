@@ -1,8 +1,8 @@
-"""PNG files without the texts that programs write into them.
+"""Removal of text chunks from PNG files.
 
-ComfyUI and others keep megabytes of text in a PNG, which Pillow refuses as a whole, since compressed text may expand
-without bound. The image needs none of it, so text chunks are left out before Pillow sees the file; colour profiles are
-unpacked here, where their size is bounded.
+ComfyUI and other programs write megabytes of text into PNG files. Pillow refuses such files, as compressed text can expand
+without limit. The image does not need the text, so it is removed before Pillow reads the file. Colour profiles are decompressed
+here, with a limit on their size.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# The chunks that are looked into: texts and colours.
+# The chunks that are examined: texts and colours.
 EXAMINED = frozenset({b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"cICP"})
-# What tells the orientation where there is no eXIf chunk.
+# Texts that hold the orientation if there is no eXIf chunk.
 ORIENTATION_KEYWORDS = frozenset({"Raw profile type exif", "XML:com.adobe.xmp"})
-# No kept text may be longer; Pillow's own limit.
+# Longer texts are removed; this is Pillow's own limit.
 MAX_TEXT = 2**20
-# The largest profiles of printers have a few megabytes.
+# Profiles of printers have up to a few megabytes.
 MAX_PROFILE = 2**24
 _LENGTH_TYPE, _CHECKSUM = 8, 4
 
 
 @dataclass
 class PngParts:
-    """What a PNG holds beside its pixels.
+    """A PNG file without texts, and its colour information.
 
     Args:
-        content: the file without its texts and its colour profile, as Pillow is to read it; the file itself if it has none.
-        profile: the ICC profile, unpacked; b"" for one that is damaged, None for none.
-        code_points: of the cICP chunk: primaries, transfer, matrix, range; None for none.
-        texts: the keywords of those that were left in.
+        content: the file without its texts and its colour profile, for Pillow; the original file if it has neither.
+        profile: the decompressed ICC profile; b"" if it is damaged, None if there is none.
+        code_points: the cICP chunk's primaries, transfer, matrix and range; None if there is none.
+        texts: the keywords of the texts that were kept.
     """
 
     content: BinaryIO
@@ -43,11 +43,11 @@ class PngParts:
 
 
 def split_png(source: BinaryIO, keywords: Collection[str] = ()) -> PngParts:
-    """Read the chunks of the PNG at `source` that are not pixels, without unpacking more than is needed.
+    """Remove the texts from a PNG and extract its colour information, without decompressing more than is needed.
 
     Args:
-        source: the file, which can be sought in.
-        keywords: texts to leave in, where they are at most `MAX_TEXT` long; orientations stay in any case.
+        source: the file, which must be seekable.
+        keywords: of the texts to keep beside those with the orientation, if they have at most `MAX_TEXT` bytes.
     """
     parts, keywords = PngParts(source), {*keywords, *ORIENTATION_KEYWORDS}
     end, offset, ranges = source.seek(0, io.SEEK_END), len(SIGNATURE), [(0, len(SIGNATURE))]
@@ -56,7 +56,7 @@ def split_png(source: BinaryIO, keywords: Collection[str] = ()) -> PngParts:
         source.seek(offset)
         head = source.read(_LENGTH_TYPE)
         length, kind = int.from_bytes(head[:4], "big"), head[4:]
-        # A file that is cut short goes on to Pillow as it is.
+        # A truncated file is passed on to Pillow as it is.
         after = min(offset + _LENGTH_TYPE + length + _CHECKSUM, end)
         if kind not in EXAMINED or _is_kept(parts, kind, source.read(min(length, MAX_PROFILE)), keywords):
             ranges.append((offset, after - offset))
@@ -86,7 +86,7 @@ def _is_kept(parts: PngParts, kind: bytes, data: bytes, keywords: Collection[str
 
 
 def _is_short(kind: bytes, data: bytes) -> bool:
-    """Whether a text has at most `MAX_TEXT` bytes, unpacked, and can be unpacked at all."""
+    """Whether a text can be decompressed and has at most `MAX_TEXT` bytes then."""
     if len(data) > MAX_TEXT:
         return False
     rest = data.partition(b"\0")[2]
@@ -101,13 +101,13 @@ def _is_short(kind: bytes, data: bytes) -> bool:
 
 
 def _profile(data: bytes) -> bytes:
-    """The ICC profile in an iCCP chunk: name, zero byte, compression method 0, zlib stream; b"" for one that is damaged."""
+    """The ICC profile in an iCCP chunk (name, zero byte, compression method 0, zlib stream); b"" if it is damaged."""
     rest = data.partition(b"\0")[2]
     return (_unpacked(rest[1:], MAX_PROFILE) or b"") if rest[:1] == b"\0" else b""
 
 
 def _unpacked(packed: bytes, limit: int) -> bytes | None:
-    """The unpacked bytes; None if they are damaged or more than `limit`."""
+    """The decompressed bytes; None if they are damaged or more than `limit`."""
     stream = zlib.decompressobj()
     try:
         content = stream.decompress(packed, limit)

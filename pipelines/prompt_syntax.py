@@ -1,4 +1,4 @@
-"""Syntax of other programs in prompts, which is plain text here: A1111's LoRA tags and word weights."""
+"""Detection of A1111's prompt syntax, LoRA tags and word weights, which is read as plain text here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Kind = Literal["lora", "weight"]
 LORA_TAG = re.compile(
     r"<\s*(?:lora|lyco|hypernet)\s*:\s*(?P<name>[^:<>]+?)\s*(?::\s*(?P<scale>[^:<>]*?)\s*)?(?::[^<>]*)?>", re.IGNORECASE
 )
-# "(word:1.4)", but neither "(16:9)" nor brackets that A1111 takes as they are, after a backslash; and "((word))".
+# "(word:1.4)" and "((word))", but not "(16:9)", and no brackets after a backslash.
 WEIGHT = re.compile(r"(?<!\\)\((?![\d\s]*:)[^()]*?[^()\\\s]\s*:\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*\)|(?<!\\)\(\([^()]+\)\)")
 NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)")
 LONGEST = 60
@@ -19,12 +19,12 @@ LONGEST = 60
 
 @dataclass(frozen=True)
 class ForeignSyntax:
-    """A part of a prompt that other programs read as a command.
+    """A part of a prompt that A1111 interprets.
 
     Args:
-        kind: a LoRA's tag, or a weight of words.
-        text: the part.
-        name, scale: of a LoRA; None where the tag has no number.
+        kind: a LoRA tag, or a weight of words.
+        text: the part of the prompt.
+        name, scale: of a LoRA tag; `scale` is None if the tag has no number.
     """
 
     kind: Kind
@@ -34,7 +34,7 @@ class ForeignSyntax:
 
 
 def foreign_syntax(prompt: str) -> list[ForeignSyntax]:
-    """The parts of `prompt` that A1111 would not read as text, in their order, LoRA tags first."""
+    """The parts of `prompt` that A1111 interprets: LoRA tags first, then weights, each in order."""
     tags = [
         ForeignSyntax("lora", match[0], match["name"], match["scale"] if NUMBER.fullmatch(match["scale"] or "") else None)
         for match in LORA_TAG.finditer(prompt)
@@ -43,7 +43,7 @@ def foreign_syntax(prompt: str) -> list[ForeignSyntax]:
 
 
 def command_line_warnings(prompts: Iterable[str]) -> list[str]:
-    """A sentence for each foreign part of prompts to generate images from, each once, with the options that do the same."""
+    """One warning for each distinct A1111 part of prompts to generate images from, with the options that do the same."""
 
     def lora(part: ForeignSyntax) -> str:
         scale = "" if part.scale is None else f" --scale {part.scale}"
@@ -53,22 +53,22 @@ def command_line_warnings(prompts: Iterable[str]) -> list[str]:
 
 
 def training_warnings(prompts: Iterable[str]) -> list[str]:
-    """A sentence for each foreign part of prompts to train and validate with, each once."""
+    """One warning for each distinct A1111 part of prompts to train and validate with."""
     return _warnings(prompts, lambda part: "Leave it out: training starts from the base model alone.")
 
 
 def page_warnings(prompts: Iterable[str], remedy: str = "choose it under Use, with its scale") -> list[str]:
-    """A sentence for each foreign part of prompts typed on the page, each once.
+    """One warning for each distinct A1111 part of prompts that were typed on the page.
 
     Args:
-        remedy: where an adapter is chosen there.
+        remedy: how to choose an adapter there.
     """
     return _warnings(prompts, lambda part: f"To use a LoRA, {remedy}.")
 
 
 def _warnings(prompts: Iterable[str], lora_remedy: Callable[[ForeignSyntax], str]) -> list[str]:
     parts = dict.fromkeys(part for prompt in prompts for part in foreign_syntax(prompt))
-    remedies = {"lora": lora_remedy, "weight": lambda part: "Weights have no effect: leave them out, and say it in words."}
+    remedies = {"lora": lora_remedy, "weight": lambda part: "Weights have no effect: remove them, and use words for emphasis."}
     return [
         f"{_shortened(part.text)!r} in a prompt is A1111's syntax and is read here as plain text. {remedies[part.kind](part)}"
         for part in parts

@@ -9,7 +9,7 @@ import torch
 
 
 class RandomStream(IntEnum):
-    """Second number of a key, after the seed: each purpose has a generator of its own."""
+    """The second number of a key, after the seed: each use of random numbers has a separate generator."""
 
     ORDER = 0
     BATCH = 1

@@ -133,9 +133,9 @@ class Scene:
             "kind": f"letter {self.glyph}" if self.kind == "letter" else self.kind,
             "background": BACKGROUNDS[self.background].phrase,
         }
-        said = {part: word if part in parts else "" for part, word in words.items()}
-        said["kind"] = said["kind"] or "thing"
-        return with_article(" ".join(word for word in said.values() if word))
+        included = {part: word if part in parts else "" for part, word in words.items()}
+        included["kind"] = included["kind"] or "thing"
+        return with_article(" ".join(filter(None, included.values())))
 
 
 def sample_scene(rng: random.Random) -> Scene:
@@ -219,7 +219,7 @@ def _letter_mask(glyph: str, canvas: int, centre: tuple[float, float], radius: f
 def _pattern(
     pattern: str, colour: Colour, canvas: int, centre: tuple[float, float], radius: float, rng: random.Random
 ) -> Image.Image:
-    """A sheet of paint: `colour`, its pattern about `centre` in a much lighter or much darker tone."""
+    """An image filled with `colour`, and with the pattern about `centre` in a much lighter or much darker tone."""
     base = np.array(colour, dtype=np.float32) * rng.uniform(0.92, 1.06)
     other = base * 0.35 if base.mean() > 150 else base * 0.35 + 165
     row, column = np.mgrid[0:canvas, 0:canvas].astype(np.float32)

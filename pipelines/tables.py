@@ -1,11 +1,11 @@
-"""Tables that a spreadsheet opens."""
+"""Table cells that are safe to open in a spreadsheet."""
 
 from __future__ import annotations
 
-# What makes a spreadsheet take a cell for a formula.
+# Spreadsheets read a cell that begins with one of these as a formula.
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
 def harmless(cell: str) -> str:
-    """A cell that is no formula to a spreadsheet."""
+    """`cell`, prefixed with an apostrophe if a spreadsheet would read it as a formula."""
     return f"'{cell}" if cell.startswith(FORMULA_STARTS) else cell

@@ -32,10 +32,10 @@ def read_text(path: str | Path) -> str:
 
 
 def decode_text(content: bytes, name: str) -> str:
-    """The text in `content`, as `read_text` has it.
+    """Decode `content` as `read_text` does.
 
     Args:
-        name: of the file in error messages.
+        name: the file's name in error messages.
     Raises: InputError if `content` is not UTF-8.
     """
     encoding = next((encoding for mark, encoding in BYTE_ORDER_MARKS.items() if content.startswith(mark)), None)

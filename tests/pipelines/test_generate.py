@@ -187,7 +187,7 @@ def test_an_empty_file_of_prompts_is_refused(tmp_path):
 
 def test_an_image_without_settings_is_refused(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "plain.png")
-    with pytest.raises(InputError, match=r"plain\.png' carries no settings"):
+    with pytest.raises(InputError, match=r"plain\.png' holds no generation settings"):
         read_settings(tmp_path / "plain.png")
 
 

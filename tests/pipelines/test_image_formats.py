@@ -76,7 +76,7 @@ def _several(kind):
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("JPEG", "BMP")])
 def test_of_several_frames_or_pages_the_first_is_taken_and_that_is_said(tmp_path, kind):
     (tmp_path / "a.gif").write_bytes(_several(kind))
-    with pytest.warns(UserWarning, match=r"a\.gif'.*the first is used"):
+    with pytest.warns(UserWarning, match=r"a\.gif'.*the first one is used"):
         found = read_image(tmp_path / "a.gif")
     assert np.abs(np.asarray(found).astype(int) - (255, 0, 0)).max() <= (3 if kind == "AVIF" else 0)
     assert "first_frame" in [finding.kind for finding in check_images(tmp_path).images[0].findings]

@@ -44,7 +44,7 @@ def test_a_folder_that_nothing_can_be_written_to_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("x.foo", r"--grid must be a \.png, .* or \.tiff file, got '.*x\.foo'\. Name it with such a suffix"),
+        ("x.foo", r"--grid must be a \.png, .* or \.tiff file, got '.*x\.foo'\. Give a name with this suffix"),
         ("x", r"--grid must be a \.png"),
         ("folder.png", r"--grid must be a file, but '.*folder\.png' is a folder"),
         ("file/x.png", r"the folder of --grid must be a folder, but '.*file' is a file"),

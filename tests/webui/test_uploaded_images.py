@@ -66,7 +66,7 @@ def test_the_first_frame_of_an_animation_is_stored_with_a_note(tmp_path, folder)
     added = uploads.add_images(folder, [tmp_path / "a.gif"])
     assert added.refused == []
     assert len(added.notes) == 1
-    assert added.notes[0].startswith("a.gif: It holds several frames or pages, of which the first is used.")
+    assert added.notes[0].startswith("a.gif: It has several frames or pages; the first one is used.")
     assert Image.open(folder / added.names[0]).getpixel((0, 0)) == (255, 0, 0)
 
 
