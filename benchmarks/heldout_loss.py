@@ -19,7 +19,7 @@ from transformers import HfArgumentParser
 
 from pipelines.built_in import BUILT_IN_MODEL
 from pipelines.errors import InputError
-from pipelines.subject.data import find_images
+from pipelines.subject.folder_scan import scan_folder
 from training.dreambooth_nora import main as train_subject
 from training.options import parse_options
 from training.runs.run import RunDirectory
@@ -63,7 +63,7 @@ def run_subject(folder: Path, method: str, options: BenchmarkOptions) -> Result:
             *("--method", method, "--instance_data_dir", str(folder), "--output_dir", str(run.path)),
             *("--instance_prompt", f"a photo of sks {CLASS_WORDS.get(folder.name, folder.name)}"),
             *("--pretrained_model_name_or_path", options.pretrained_model_name_or_path),
-            *("--heldout_image", find_images(folder)[-1].name),
+            *("--heldout_image", scan_folder(folder).subjects[0].images[-1].name),
             *shlex.split(options.flags),
             *shlex.split(getattr(options, f"{method}_flags")),
         ]

@@ -1,4 +1,4 @@
-"""The options.json of a run, for the code that uses the run's results: its task and its base model."""
+"""The options.json of a run, for code that uses the run's results, and the names of other files that such code reads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipelines.deprecated_flags import with_current_names
 from pipelines.errors import InputError
 from pipelines.text_files import read_text
 
-OPTIONS = "options.json"
+OPTIONS, STATUS, PROVENANCE = "options.json", "status.json", "provenance.json"
 Task = Literal["subject", "few-shot"]
 # How to use each task's runs.
 COMMANDS: dict[Task, str] = {
@@ -20,10 +20,15 @@ COMMANDS: dict[Task, str] = {
 }
 
 
-def run_options(folder: str | Path) -> dict[str, Any] | None:
-    """The options by group of the run in `folder`; None where there is no options.json.
+def is_run(folder: Path) -> bool:
+    """Whether `folder` is a run directory."""
+    return (folder / STATUS).is_file() and (folder / OPTIONS).is_file()
 
-    Raises: InputError naming the file if it is not a table of options.
+
+def run_options(folder: str | Path) -> dict[str, Any] | None:
+    """The options by group of the run in `folder`; None if it has no options.json.
+
+    Raises: InputError naming the file if it does not hold options by group.
     """
     path = Path(folder) / OPTIONS
     if not path.is_file():
@@ -31,9 +36,9 @@ def run_options(folder: str | Path) -> dict[str, Any] | None:
     try:
         options = json.loads(read_text(path))
     except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{str(path)!r} is not JSON ({error}). Put the run's own file back.") from error
+        raise InputError(f"{str(path)!r} is not JSON ({error}). Restore the file that the run wrote.") from error
     if not isinstance(options, dict) or not all(isinstance(group, dict) for group in options.values()):
-        raise InputError(f"{str(path)!r} must hold a run's options by group. Put the run's own file back.")
+        raise InputError(f"{str(path)!r} must hold a run's options by group. Restore the file that the run wrote.")
     return with_current_names(options)
 
 
@@ -45,9 +50,9 @@ def task_of(options: Mapping[str, Mapping[str, Any]]) -> Task | None:
 
 
 def check_task(folder: str | Path, task: Task) -> dict[str, Any] | None:
-    """The options of the run in `folder`, which must be of `task`; None where there are none.
+    """The options of the run in `folder`, which must be of `task`; None if it has no options.json.
 
-    Raises: InputError for a run of the other task, with the command that takes it.
+    Raises: InputError for a run of the other task, with the command for it.
     """
     options = run_options(folder)
     other = task_of(options) if options is not None else None

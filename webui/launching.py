@@ -25,10 +25,10 @@ import psutil
 
 from pipelines.built_in import IS_CHECKOUT, ROOT, import_path
 from pipelines.errors import InputError
+from pipelines.run_options import OPTIONS
 from training.runs import run_requests
 from training.runs.durable import write_text_atomically
 from training.runs.record import RunRecord
-from training.runs.run_files import OPTIONS
 from training.runs.waiting import QUEUE
 from webui.run_log import LOG, START, log_tail
 from webui.views import RunView

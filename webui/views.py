@@ -11,9 +11,10 @@ from typing import Any, Literal, TypeVar
 from pipelines.deprecated_flags import with_current_names
 from pipelines.errors import InputError
 from pipelines.methods import DEFAULT, title_of
+from pipelines.run_options import OPTIONS
 from training.runs import run_requests
 from training.runs.record import RunRecord, live_process
-from training.runs.run_files import OPTIONS, RunFile, RunStatus
+from training.runs.run_files import RunFile, RunStatus
 from training.runs.waiting import QUEUE, runs_before
 from webui.draft import SAMPLE_PROMPT
 from webui.run_log import ended_by, last_error

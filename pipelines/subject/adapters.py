@@ -1,6 +1,6 @@
-"""Adapters on an SDXL pipeline: putting one on, starting it, saving, exporting and loading it.
+"""Adapters of an SDXL pipeline: attaching, initialising, saving, exporting and loading them.
 
-Methods come from `pipelines.methods`.
+The methods come from `pipelines.methods`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from pipelines.subject.target_layers import ATTENTION, TEXT_TARGETS
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 NO_ADAPTER = (
-    "There is no adapter at {path!r}. Give a run's directory, a native adapter folder, a folder of PEFT or diffusers, or a "
-    ".safetensors file of LoRA weights."
+    "There is no adapter at {path!r}. Give a run directory, a native adapter folder, a folder saved by PEFT or diffusers, or a "
+    ".safetensors file with LoRA weights."
 )
 
 
@@ -40,7 +40,7 @@ def attach(pipeline: StableDiffusionXLPipeline, options: AdapterOptions) -> dict
     configs = {"unet": method.config(options.target_modules or ATTENTION)}
     if options.train_text_encoder:
         for name, encoder in zip(COMPONENTS[1:], text_encoders_of(pipeline), strict=True):
-            configs[name] = method.config(TEXT_TARGETS, _unread_layers(encoder))
+            configs[name] = method.config(TEXT_TARGETS, _unused_layers(encoder))
     components = {name: getattr(pipeline, name) for name in configs}
     for name, config in configs.items():
         try:
@@ -50,8 +50,11 @@ def attach(pipeline: StableDiffusionXLPipeline, options: AdapterOptions) -> dict
     return components
 
 
-def _unread_layers(encoder: nn.Module) -> str | None:
-    """What to leave out of a text encoder: SDXL reads its last but one hidden states; only the second's last layer counts."""
+def _unused_layers(encoder: nn.Module) -> str | None:
+    """A pattern of the layers that SDXL does not use: the last one of the first text encoder; None for the second.
+
+    SDXL conditions on the penultimate hidden states of both, and on the pooled output of the second.
+    """
     if hasattr(encoder, "text_projection"):
         return None
     return rf".*layers\.{encoder.config.num_hidden_layers - 1}\..*"
@@ -65,13 +68,13 @@ def start(
     seed: int,
     losses: Losses = no_losses,
 ) -> None:
-    """Start the adapter just attached to each component.
+    """Initialise the adapter that was just attached to each component.
 
     Args:
-        run_model: for each component, runs the base model on the subject.
+        run_model: for each component, a function that runs the base model on the subject.
         cache: the folder for activation statistics.
-        seed: of all that is random in the start.
-        losses: `losses(count)` yields the training losses of `count` batches, for methods that start from gradients.
+        seed: of the initialisation.
+        losses: `losses(count)` yields the training losses of `count` batches, for methods that are initialised from gradients.
     """
     method, losses = options.create(), base_losses(losses, components.values())
     for index, (name, model) in enumerate(components.items()):
@@ -81,7 +84,7 @@ def start(
 
 @contextmanager
 def without_adapters(pipeline: StableDiffusionXLPipeline) -> Iterator[None]:
-    """Have the pipeline be its base model meanwhile, in evaluation mode."""
+    """Disable the adapters of the pipeline and switch to evaluation mode within the context."""
     parts = [part for part in (pipeline.unet, *text_encoders_of(pipeline)) if getattr(part, "peft_config", None)]
     modes = {part: part.training for part in (pipeline.unet, *text_encoders_of(pipeline))}
     trained = [parameter for part in parts for parameter in part.parameters() if parameter.requires_grad]
@@ -107,24 +110,25 @@ def save_everywhere(
     title: str,
     adapter_name: str = ADAPTER_NAME,
 ) -> None:
-    """Write the adapter under `folder` in its native layouts (`adapter/`), for diffusers and in kohya's format."""
+    """Write the adapter to `folder` in its native layouts (`adapter/`), in diffusers' format and in kohya's."""
     adapter_files.save(components, folder / "adapter", adapter_name)
     export_lora(pipeline, folder / "diffusers", adapter_name, format="diffusers")
     export_lora(pipeline, folder / "kohya" / f"{title}.safetensors", adapter_name, format="kohya")
 
 
 def save_small(components: dict[str, nn.Module], folder: Path) -> None:
-    """Write the adapter's smallest native layout under `folder`, alone: compact where the method has that, else full."""
+    """Write only the smallest native layout of the adapter to `folder`: compact if the method has it, else full."""
     adapter_files.save(components, folder)
     if (folder / COMPACT).is_dir():
         shutil.rmtree(folder / FULL)
 
 
 def load_adapter(pipeline: StableDiffusionXLPipeline, path: str | Path, adapter_name: str) -> list[str]:
-    """Load an adapter: a run's directory, a native folder, a folder of PEFT or diffusers, or a LoRA file of any program.
+    """Load an adapter: a run directory, a native folder, a folder saved by PEFT or diffusers, or a LoRA file of any program.
 
-    Returns: what of a file was left out, in sentences.
-    Raises: InputError naming the path if there is no adapter, or none of this model; AdapterFileError if it must not be used.
+    Returns: sentences about the parts of a file that were ignored.
+    Raises: InputError naming the path if there is no adapter or it does not fit the model; AdapterFileError if it is damaged or
+        not safe to load.
     """
     path = Path(path)
     native = native_folder(path, COMPONENTS)

@@ -18,7 +18,7 @@ from pipelines.subject.model_files import autoencoder_folder, configuration_fold
 from pipelines.subject.prediction import prediction_of
 from pipelines.subject.quantization import quantize_linear_layers
 
-# Of the UNet, both text encoders and the autoencoder in one file, as Stability's own code names them.
+# Tensor name prefixes of the UNet, both text encoders and the autoencoder in a single file, as in Stability's code.
 SDXL_PREFIXES = ("model.diffusion_model.", "conditioner.embedders.0.", "conditioner.embedders.1.", "first_stage_model.")
 
 
@@ -27,7 +27,7 @@ class PromptEmbeddings:
     """The prompt conditioning of SDXL's UNet for a batch.
 
     Args:
-        hidden: (batch, tokens, width): the last but one hidden states of both text encoders, side by side.
+        hidden: (batch, tokens, width): the concatenated penultimate hidden states of both text encoders.
         pooled: (batch, width of the second encoder's projection).
     """
 
@@ -53,12 +53,12 @@ def load_base_model(
         variant: as in `diffusers`, such as "fp16" for a folder of files named `*.fp16.safetensors`.
         revision: branch, tag or commit of a hub name.
         vae: hub name or folder of another autoencoder.
-        single_file_config: for one file, hub name or folder of a model with the same configuration and tokenizers; SDXL's own
-            on the hub where None.
-        quantize: "nf4" to keep the UNet's linear layers in 4 bits a number  [QLoRA, Dettmers et al. 2023].
-        prediction_type: what the UNet predicts, "epsilon" or "v_prediction"; as the model says where None.
-        rescale_betas_zero_snr: whether its noise ends without any signal; as the model says where None.
-    Raises: InputError naming the model if it cannot be found or is no SDXL, or what does not go with it.
+        single_file_config: for a single file, hub name or folder of a model with the same configuration and tokenizers; None
+            for that of SDXL on the hub.
+        quantize: "nf4" to quantise the UNet's linear layers to 4 bits  [QLoRA, Dettmers et al. 2023].
+        prediction_type: of the UNet, "epsilon" or "v_prediction"; None for the model's own setting.
+        rescale_betas_zero_snr: whether the noise schedule has zero terminal SNR; None for the model's own setting.
+    Raises: InputError naming the model if it cannot be loaded or is not SDXL, or an argument that does not fit it.
     """
     name_or_path = model_path(name_or_path)
     parts = {} if vae is None else {"vae": load_autoencoder(vae, dtype)}
@@ -66,9 +66,7 @@ def load_base_model(
         if Path(name_or_path).is_file():
             pipeline = _from_file(name_or_path, dtype, single_file_config, **parts)
         else:
-            folder = pipeline_folder(name_or_path, revision, variant, **parts)
-            weights = {"dtype": dtype, "use_safetensors": True, "variant": variant}
-            pipeline = StableDiffusionXLPipeline.from_pretrained(folder, **weights, **parts)
+            pipeline = _from_folder(name_or_path, dtype, variant, revision, **parts)
     except OSError as error:
         raise InputError(f"The model {name_or_path!r} could not be loaded: {error}") from error
     pipeline.scheduler = prediction_of(name_or_path, prediction_type, rescale_betas_zero_snr).apply(pipeline.scheduler)
@@ -81,17 +79,25 @@ def load_base_model(
     return pipeline
 
 
+def _from_folder(
+    name_or_path: str, dtype: torch.dtype, variant: str | None, revision: str | None, **parts: AutoencoderKL
+) -> StableDiffusionXLPipeline:
+    """The pipeline in a folder or on the hub; arguments as in `load_base_model`."""
+    folder = pipeline_folder(name_or_path, revision, variant, **parts)
+    return StableDiffusionXLPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, variant=variant, **parts)
+
+
 def _from_file(file: str, dtype: torch.dtype, config: str | None, **parts: AutoencoderKL) -> StableDiffusionXLPipeline:
-    """The pipeline in one file; `config` as the `single_file_config` of `load_base_model`."""
+    """The pipeline in a single file; `config` is the `single_file_config` of `load_base_model`."""
     _check_single_file(Path(file))
     folder = str(configuration_folder(Path(file), config))
     return StableDiffusionXLPipeline.from_single_file(file, torch_dtype=dtype, config=folder, **parts)
 
 
 def load_autoencoder(name_or_path: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
-    """Load an autoencoder from a hub name or a folder of its own; safetensors only.
+    """Load an autoencoder from a hub name or a folder; safetensors only.
 
-    Raises: InputError naming it if there is none.
+    Raises: InputError naming it if it cannot be loaded.
     """
     try:
         return AutoencoderKL.from_pretrained(autoencoder_folder(name_or_path), torch_dtype=dtype, use_safetensors=True)
@@ -102,7 +108,7 @@ def load_autoencoder(name_or_path: str, dtype: torch.dtype = torch.float32) -> A
 
 
 def _check_single_file(path: Path) -> None:
-    """Check that `path` is a whole SDXL in one file, by the names of its tensors; nothing is unpickled."""
+    """Check that `path` is a complete SDXL checkpoint, by the names of its tensors; nothing is unpickled."""
     if path.suffix != ".safetensors":
         raise InputError(
             f"{str(path)!r} must be a .safetensors file: others, such as .ckpt, can run programs when they are read. Convert it, "
@@ -112,12 +118,12 @@ def _check_single_file(path: Path) -> None:
         with safe_open(path, "pt") as tensors:
             names = tuple(tensors.keys())
     except SafetensorError as error:
-        raise InputError(f"{str(path)!r} is no .safetensors file, or a damaged one: {error}. Get it again.") from error
+        raise InputError(f"{str(path)!r} is not a valid .safetensors file: {error}. Download it again.") from error
     missing = [prefix for prefix in SDXL_PREFIXES if not any(name.startswith(prefix) for name in names)]
     if missing:
         raise InputError(
-            f"{str(path)!r} is no whole SDXL: it holds no tensor of {', '.join(missing)}. Only SDXL models are adapted here, and "
-            "a LoRA file is none."
+            f"{str(path)!r} is not a complete SDXL checkpoint: it has no tensors of {', '.join(missing)}. Only SDXL models can "
+            "be adapted, and a LoRA file is not a model."
         )
 
 
@@ -143,14 +149,14 @@ def tokenize(tokenizers: Sequence[PreTrainedTokenizerBase], prompts: Sequence[st
 
 
 def encode_tokens(text_encoders: Sequence[nn.Module], tokens: torch.Tensor) -> PromptEmbeddings:
-    """Encode token ids (encoders, batch, tokens) as SDXL does: last but one hidden states, pooled output of the second."""
+    """Encode token ids (encoders, batch, tokens) as SDXL does: penultimate hidden states, and the second's pooled output."""
     outputs = [encoder(ids, output_hidden_states=True) for encoder, ids in zip(text_encoders, tokens, strict=True)]
     return PromptEmbeddings(torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[-1].text_embeds)
 
 
 @torch.no_grad()
 def encode_prompts(pipeline: StableDiffusionXLPipeline, prompts: Sequence[str]) -> PromptEmbeddings:
-    """Encode prompts; an empty one becomes zeros where the model was trained so."""
+    """Encode prompts; empty prompts become zeros if the model was trained that way."""
     tokens = tokenize((pipeline.tokenizer, pipeline.tokenizer_2), prompts).to(pipeline.text_encoder.device)
     embeddings = encode_tokens(text_encoders_of(pipeline), tokens)
     if not pipeline.config.force_zeros_for_empty_prompt:
@@ -161,11 +167,11 @@ def encode_prompts(pipeline: StableDiffusionXLPipeline, prompts: Sequence[str]) 
 
 @torch.no_grad()
 def encode_images(pipeline: StableDiffusionXLPipeline, pixels: torch.Tensor, batch_size: int = 8) -> torch.Tensor:
-    """The latents' distribution for images (batch, 3, height, width) in [-1, 1].
+    """The distribution of the latents of images (batch, 3, height, width) in [-1, 1].
 
-    Computed in float32, since SDXL's autoencoder overflows in half precision.
+    It is computed in float32, as SDXL's autoencoder overflows in half precision.
 
-    Returns: (batch, 2, channels, height, width) float32: its mean as the UNet takes it, and its deviation at the same scale.
+    Returns: (batch, 2, channels, height, width) float32: the mean and the standard deviation, scaled as the UNet expects them.
     """
     vae, stored = pipeline.vae, pipeline.vae.dtype
     if stored != torch.float32:

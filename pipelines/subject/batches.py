@@ -1,4 +1,4 @@
-"""Training batches of a subject: batch k is a function of the seed and k alone."""
+"""Training batches of a subject; batch k is a function of the seed and k."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from pipelines.subject.encoding import CachedLatents
 class SubjectBatches:
     """Samples batches of images of one size, noise and timesteps, all on the CPU.
 
-    With images of the subject's class, for prior preservation, a batch holds one of them after each of the subject's, so
-    that every process gets pairs; the mean of the weighted losses is then the mean over the subject's images plus
-    `prior_loss_weight` times the mean over those of its class.  [Ruiz et al. 2023, eq. 2]
+    With `class_images` (prior preservation), each image of the subject is followed by a class image, so that every process gets
+    pairs. The mean of the weighted losses is then the mean over the subject's images plus `prior_loss_weight` times the mean over
+    the class images.  [Ruiz et al. 2023, eq. 2]
 
     Args:
-        images: of the subject, or of several.
-        encode_in_loss: hand out tokens rather than encoded prompts, for text encoders that are trained.
+        images: of one subject or several.
+        encode_in_loss: return tokens instead of prompt embeddings, for text encoders that are trained.
         batch_size: images of the subject in a batch, over all processes.
         num_timesteps: of the model's noise schedule.
-        seed: of all that is drawn.
-        class_images: images of the class, some in each size that the subject's have; None for no prior preservation.
-        prior_loss_weight: how much they count.
+        seed: of all sampling.
+        class_images: images of the class, with some in every size of `images`; None for no prior preservation.
+        prior_loss_weight: the weight of the loss on class images.
     """
 
     images: CachedLatents
@@ -49,22 +49,22 @@ class SubjectBatches:
         return BucketOrder(buckets, self.batch_size, self.seed, RandomStream.CLASS_ORDER)
 
     def chosen(self, index: int) -> list[int]:
-        """Which images of the subject the `index`-th batch holds."""
+        """The indices of the subject's images in the `index`-th batch."""
         return self._order.chosen(*self._order.of_batch(index))
 
     def __call__(self, index: int) -> dict[str, torch.Tensor]:
         """The `index`-th batch, as keyword arguments of `DenoisingLoss`."""
         generator = keyed_generator(self.seed, RandomStream.BATCH, index)
         bucket, before = self._order.of_batch(index)
-        batch = self._drawn(self.images, self._order.chosen(bucket, before), generator)
+        batch = self._sampled(self.images, self._order.chosen(bucket, before), generator)
         if self.class_images is None:
             return batch
-        others = self._drawn(self.class_images, self._class_order.chosen(bucket, before), generator)
+        others = self._sampled(self.class_images, self._class_order.chosen(bucket, before), generator)
         pairs = {name: torch.stack([values, others[name]], dim=1).flatten(0, 1) for name, values in batch.items()}
-        # Twice, since the mean is over twice as many losses.
+        # Doubled, as the mean is over twice as many losses.
         return pairs | {"weights": torch.tensor([2.0, 2.0 * self.prior_loss_weight]).repeat(self.batch_size)}
 
-    def _drawn(self, images: CachedLatents, indices: Sequence[int], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def _sampled(self, images: CachedLatents, indices: Sequence[int], generator: torch.Generator) -> dict[str, torch.Tensor]:
         variants = torch.randint(images.variants, (len(indices),), generator=generator)
         variants_read = [images.read(index, variant) for index, variant in zip(indices, variants.tolist(), strict=True)]
         mean, deviation = torch.stack([moments for moments, _ in variants_read]).unbind(1)
@@ -82,6 +82,6 @@ class SubjectBatches:
 
 
 def stratified_timesteps(count: int, num_timesteps: int, generator: torch.Generator) -> torch.Tensor:
-    """One timestep from each of `count` equal parts of the schedule, in random order: (count,) int64; each is uniform."""
+    """(count,) int64: one timestep from each of `count` equal parts of the schedule, in random order; each is uniform."""
     parts = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)
     return (parts * num_timesteps / count).long().clamp(max=num_timesteps - 1)

@@ -1,4 +1,4 @@
-"""Running the base model on the subject, for adapters that start from its activations."""
+"""Running the base model on the subject, for adapters that are initialised from its activations."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ def runs_on_subject(
 ) -> dict[str, Callable[[], None]]:
     """For each component, a function that runs it on the subject.
 
-    The UNet sees every image at `TIMESTEPS_PER_IMAGE` noise levels, the text encoders its prompts. Noise and levels depend
-    on `seed` and the image alone.
+    The UNet gets every image at `TIMESTEPS_PER_IMAGE` noise levels, the text encoders its prompts. Noise and noise levels depend
+    only on `seed` and the image.
 
     Args:
         loss: holds the components.
         seed: of the noise.
-        process, processes: which of how many; statistics are summed over all of them, so that each runs its share of images.
-        batch_size: noise levels at once, at the most: with the batch size of the training, this takes less memory than a step.
+        process, processes: rank of this process and number of processes; each runs its share of the images, and statistics are
+            summed over all.
+        batch_size: maximum number of noise levels at once; at the training batch size, this needs less memory than a step.
     """
     indices, device = range(process, len(images), processes), loss.unet.device
     bar = partial(tqdm, leave=False, delay=5, disable=process > 0)
@@ -51,7 +52,7 @@ def runs_on_subject(
             loss.predict(**{name: values.to(device) for name, values in batch.items()}, prompts=repeated)
 
     def run_text_encoder(encoder: int) -> None:
-        # One by one: sums over processes are then those of one process to the last bit.
+        # One at a time, so that sums over several processes equal those of one process bit for bit.
         for index in bar(indices, desc=f"calibrating text encoder {encoder + 1}"):
             loss.text_encoders[encoder](images.tokens[images.prompt_of[index], encoder][None].to(device))
 
@@ -59,7 +60,7 @@ def runs_on_subject(
 
 
 def _repeated(prompts: PromptEmbeddings, prompt: int, count: int, device: torch.device) -> PromptEmbeddings:
-    """One of `prompts`, `count` times."""
+    """The prompt with index `prompt`, `count` times."""
     parts = (prompts.hidden, prompts.pooled)
     return PromptEmbeddings(*(values[prompt].expand(count, *values.shape[1:]).to(device) for values in parts))
 
@@ -67,7 +68,7 @@ def _repeated(prompts: PromptEmbeddings, prompt: int, count: int, device: torch.
 def _noise_levels(
     images: CachedLatents, index: int, num_timesteps: int, seed: int, batch_size: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """The image at `index` with its noise and timesteps, `batch_size` of them at once, and the index of its prompt, ()."""
+    """Batches of the image at `index` at up to `batch_size` noise levels, with the index of its prompt, ()."""
     generator = keyed_generator(seed, RandomStream.CALIBRATION, index)
     mean, time_ids = images.mean(index), images.time_ids(index)
     timesteps = stratified_timesteps(TIMESTEPS_PER_IMAGE, num_timesteps, generator)

@@ -1,7 +1,7 @@
-"""Captions from files, with what is used where several files have one for the same image.
+"""Captions from files, and their precedence if several files have a caption for the same image.
 
-The order, first one first: the metadata files of the subject's folder (metadata.jsonl, metadata.csv, metadata.json, sd-scripts'
-meta_*.json), those of the folder above it, then NAME.txt, NAME.caption, NAME.jpg.txt, NAME.jpg.caption beside NAME.jpg.
+The order of precedence: the metadata files of the subject's folder (metadata.jsonl, metadata.csv, metadata.json, sd-scripts'
+meta_*.json), those of the folder above it, then NAME.txt, NAME.caption, NAME.jpg.txt and NAME.jpg.caption beside NAME.jpg.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Captions:
     """The captions of a folder's images.
 
     Args:
-        by_image: the one that is used; images without one are left out.
-        account: the scan's, with what was learned by reading the caption files.
+        by_image: the caption of each image that has one.
+        account: the account of the scan, updated with which caption files are used.
     """
 
     by_image: dict[Path, Caption]
@@ -43,7 +43,7 @@ class Captions:
 def read_captions(scan: FolderScan) -> Captions:
     """Read all captions of the images in `scan`.
 
-    Raises: InputError naming a caption file that cannot be read, a line of metadata that is wrong, or an empty caption.
+    Raises: InputError naming a caption file that cannot be read, an invalid line of metadata, or an empty caption.
     """
     files = (*scan.metadata, *(file for subject in scan.subjects for file in subject.metadata))
     metadata = {file: read_metadata(file) for file in files}
@@ -60,30 +60,30 @@ def read_captions(scan: FolderScan) -> Captions:
 
 
 def _first(captions: list[Caption], image: Path) -> Caption:
-    """The caption that is used. Raises: InputError if it is empty."""
+    """The caption that takes precedence. Raises: InputError if it is empty."""
     if not captions[0].text:
         raise InputError(f"{str(captions[0].source)!r} is empty. Write the caption of {image.name!r} into it, or remove it.")
     return captions[0]
 
 
 def _account(scan: FolderScan, metadata: dict[Path, MetadataFile], given: dict[Path, list[Caption]]) -> FolderAccount:
-    """The account of `scan`, with files of captions that are not used, and what is to be known of the others."""
+    """The account of `scan`, updated with unused caption files and with notes on the captions."""
     first = {image: captions[0] for image, captions in given.items()}
     sources = {caption.source for caption in first.values()}
     differing = {c.source for captions in given.values() for c in captions[1:] if c.text != captions[0].text}
-    reread = partial(_reread, metadata=metadata, differing=differing)
-    entries = (entry if entry.path in sources else reread(entry) for entry in scan.account.entries)
+    as_unused = partial(_unused_entry, metadata=metadata, differing=differing)
+    entries = (entry if entry.path in sources else as_unused(entry) for entry in scan.account.entries)
     images = {location(image) for image, _ in images_of(scan)}
     notes = [*scan.account.notes, *_origins(scan, first), *_conflicts(scan.account.folder, given)]
     notes += [note for file in metadata.values() for note in file.notes(images)]
     return FolderAccount(scan.account.folder, tuple(entries), tuple(notes))
 
 
-def _reread(entry: FolderEntry, metadata: Mapping[Path, MetadataFile], differing: Collection[Path]) -> FolderEntry:
-    """The entry of a file that no caption is used of: why, for files of captions.
+def _unused_entry(entry: FolderEntry, metadata: Mapping[Path, MetadataFile], differing: Collection[Path]) -> FolderEntry:
+    """The entry of a file that gives no caption; for caption files, with the reason.
 
     Args:
-        differing: files that say of an image something else than is used.
+        differing: files with another caption for an image than the one that is used.
     """
     if entry.path in metadata:
         return _unused_metadata(entry, metadata[entry.path], entry.path in differing)
@@ -97,24 +97,24 @@ def _unused_metadata(entry: FolderEntry, file: MetadataFile, differs: bool) -> F
         return replace(entry, use="unused", kind="foreign_caption", detail=file.problem)
     if file.captions:
         return replace(entry, use="unused", kind="other_caption" if differs else "same_caption")
-    return replace(entry, use="unused", kind="foreign_caption", detail=f"{entry.path.name} has no caption of any image here.")
+    return replace(entry, use="unused", kind="foreign_caption", detail=f"{entry.path.name} has no caption for any image here.")
 
 
 def _origins(scan: FolderScan, first: dict[Path, Caption]) -> list[FolderNote]:
-    """How many captions come from where."""
+    """A note with the number of captions from each source."""
     if not first:
         return []
     root = scan.account.folder
     counts = Counter(_label(caption.source, image, root) for image, caption in first.items())
     parts = [f"{count} from {label}" for label, count in counts.items()]
     without = [image for image, _ in images_of(scan) if image not in first]
-    rest = f" No caption of their own: {listed(without, root)}." if without else ""
+    rest = f" Without a caption: {listed(without, root)}." if without else ""
     words = f"Captions of {len(first)} of {len(first) + len(without)} images: {', '.join(parts)}.{rest}"
     return [FolderNote("captions", words, is_warning=False)]
 
 
 def _conflicts(root: Path, given: dict[Path, list[Caption]]) -> list[FolderNote]:
-    """One sentence for each two sources that say different things of an image."""
+    """A note for each pair of sources that have different captions for an image."""
     groups: dict[tuple[str, str], list[Path]] = {}
     for image, captions in given.items():
         winner = _label(captions[0].source, image, root)
@@ -122,13 +122,13 @@ def _conflicts(root: Path, given: dict[Path, list[Caption]]) -> list[FolderNote]
             if caption.text not in ("", captions[0].text):
                 groups.setdefault((winner, _label(caption.source, image, root)), []).append(image)
     return [
-        FolderNote("caption_conflict", f"{winner} and {loser} differ, and {winner} is used: {listed(images, root)}.")
+        FolderNote("caption_conflict", f"{winner} and {loser} differ; {winner} is used for {listed(images, root)}.")
         for (winner, loser), images in groups.items()
     ]
 
 
 def _label(source: Path, image: Path, root: Path) -> str:
-    """What a source of captions is called: a metadata file by its path, a text file by its pattern."""
+    """The name of a source of captions: a metadata file's path, or a text file's pattern such as NAME.txt."""
     for pattern, base in (("NAME", image.stem), (f"NAME{image.suffix}", image.name)):
         if source.parent == image.parent and source.stem == base:
             return f"{pattern}{source.suffix}"

@@ -1,6 +1,6 @@
-"""What each image of one or several subjects shows: captions from files, else the instance prompt.
+"""The prompt of each training image: its caption from a file, or else the instance prompt.
 
-Which files are read, and which comes first, is said in `caption_files`. In a folder of folders each folder is a subject.
+See `caption_files` for the files and their precedence. In a folder of folders, each folder is a subject.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SUBJECT_FIELD = "{subject}"
 
 
 def subject_folders(folder: str | Path, class_data_dir: str | Path | None = None) -> list[Path]:
-    """The folders that hold one subject each: `folder` itself if images lie directly in it, else its folders with images.
+    """The folders of the subjects: `folder` itself if it contains images, else its folders that do.
 
     Args:
         class_data_dir: as in `scan_folder`.
@@ -28,7 +28,7 @@ def subject_folders(folder: str | Path, class_data_dir: str | Path | None = None
 
 
 def subject_name(folder: Path) -> str:
-    """What the subject in `folder` is called: as the folder, with spaces for underscores and without kohya's repeats."""
+    """The name of the subject in `folder`: the folder's, with spaces for underscores and without kohya's repeats."""
     return name_of_subject(folder_name(folder))
 
 
@@ -40,7 +40,7 @@ def find_captioned(
     Args:
         instance_prompt: of the images without a caption; `{subject}` in it becomes the name of the subject's folder.
         class_data_dir: as in `scan_folder`.
-    Raises: InputError naming the folder or file that cannot be used, or an image left without any prompt.
+    Raises: InputError naming a folder or file that cannot be used, or an image without a prompt.
     """
     scan = scan_folder(folder, class_data_dir)
     captions = read_captions(scan).by_image
@@ -57,7 +57,7 @@ def find_captioned(
 
 
 def class_prompts(folder: str | Path, class_prompt: str | None, class_data_dir: str | Path | None = None) -> dict[str, str]:
-    """For each subject in `folder` the prompt of its class: its folder's class_prompt.txt, else `class_prompt`.
+    """The class prompt of each subject in `folder`: its folder's class_prompt.txt, or else `class_prompt`.
 
     Args:
         class_data_dir: as in `scan_folder`.

@@ -1,4 +1,4 @@
-"""Images of a subject: finding, reading and cropping them, and their size conditioning."""
+"""Images of a subject: reading and cropping them, and their size conditioning."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from pipelines.errors import InputError
 from pipelines.image_decoding import upright_size
-from pipelines.images import IMAGE_SUFFIXES, is_image, opened_image, read_image
+from pipelines.images import opened_image, read_image
 
 SizeConditioning = Literal["image", "target"]
 
@@ -64,22 +63,6 @@ class Example:
     path: Path
     pixels: torch.Tensor
     time_ids: torch.Tensor
-
-
-def find_images(folder: str | Path) -> list[Path]:
-    """The image files directly in `folder`, sorted by name.
-
-    Raises: InputError if there is no such folder or no image in it.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"There is no folder {str(folder)!r}. Give --instance_data_dir a folder with images of the subject.")
-    images = sorted(filter(is_image, folder.iterdir()))
-    if not images:
-        raise InputError(
-            f"{str(folder)!r} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}). Put three to ten images of the subject there."
-        )
-    return images
 
 
 def image_size(path: Path) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Features of images and texts by a model that is named: an open_clip CLIP, or a CLIP or DINOv2 of transformers."""
+"""Features of images and texts from a CLIP of open_clip, or a CLIP or DINOv2 of transformers."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from pipelines.clip import BUILT_IN, Clip, load_clip
 from pipelines.errors import InputError
 from pipelines.hub import HubError, HubModel, fetch, is_hub_name, look_up
 
-# Before a model that open_clip knows by name, and its weights behind a slash: "open_clip:ViT-B-16/openai".
+# Prefix of a model and its weights in open_clip: "open_clip:ViT-B-16/openai".
 OPEN_CLIP = "open_clip:"
 TRANSFORMERS_WEIGHTS = re.compile(r"model(?:-\d{5}-of-\d{5})?\.safetensors")
 
 
 class Embedder(Protocol):
-    """Makes features of length 1 whose inner products are similarities."""
+    """Computes features of length 1 whose inner products are similarities."""
 
     @property
     def reads_text(self) -> bool:
@@ -40,13 +40,13 @@ class Embedder(Protocol):
 
 @dataclass(frozen=True)
 class OpenClipEmbedder:
-    """Embeds by a CLIP of open_clip."""
+    """Features from a CLIP of open_clip."""
 
     clip: Clip
 
     @property
     def reads_text(self) -> bool:
-        """Whether it embeds texts too: any CLIP does."""
+        """True, as every CLIP embeds texts too."""
         return True
 
     @torch.no_grad()
@@ -61,7 +61,7 @@ class OpenClipEmbedder:
 
 
 class TransformersEmbedder:
-    """Embeds by a CLIP or DINOv2 model of transformers; the latter reads no text."""
+    """Features from a CLIP or DINOv2 of transformers; DINOv2 embeds no texts."""
 
     def __init__(self, name_or_path: str) -> None:
         """Load the model, safetensors only.
@@ -93,9 +93,9 @@ class TransformersEmbedder:
 
 
 def _transformers_folder(name: str) -> Path:
-    """The folder in the cache with the files of a transformers model on the hub; what is missing is fetched.
+    """Download a transformers model from the hub, if the cache lacks it; returns its folder in the cache.
 
-    Raises: InputError if the model cannot be had or has no .safetensors weights.
+    Raises: InputError if the model cannot be fetched or has no .safetensors weights.
     """
     if Path(name).is_dir():
         return Path(name)
@@ -112,17 +112,17 @@ def _transformers_folder(name: str) -> Path:
 
 
 def _pooled(features: torch.Tensor | nn.Module) -> torch.Tensor:
-    """transformers 5 wraps CLIP's features in an output of which they are the pooled part, as DINOv2's are."""
+    """The features (batch, width): the output itself, or its `pooler_output` for DINOv2 and for CLIP in transformers 5."""
     return features if isinstance(features, torch.Tensor) else features.pooler_output
 
 
 def load_embedder(name: str) -> Embedder:
-    """The model called `name`, on the CPU: the few images of a run take it a second, and the GPU's memory stays the training's.
+    """Load the embedder `name` on the CPU: it takes a second for a run's few images, and GPU memory stays free for training.
 
     Args:
         name: "mini", the built-in CLIP; "open_clip:MODEL/WEIGHTS", weights being a tag or a .safetensors file; a folder with an
             open_clip_config.json; or a hub name or a folder of transformers.
-    Raises: InputError if it cannot be loaded, naming what can be given.
+    Raises: InputError if it cannot be loaded, with the allowed values.
     """
     try:
         if name.startswith(OPEN_CLIP):
@@ -141,5 +141,5 @@ def load_embedder(name: str) -> Embedder:
 
 
 def _is_of_open_clip(folder: Path) -> bool:
-    """Whether only open_clip can read a folder; of those on the hub that both can, it reads no other weights than pickles."""
+    """Whether only open_clip can load a folder. A folder that transformers can load too often has only pickles for open_clip."""
     return (folder / mini_clip.CONFIG_FILE).is_file() and not (folder / "config.json").is_file()

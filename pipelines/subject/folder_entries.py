@@ -1,4 +1,4 @@
-"""The account of an image folder: what each file and folder in it is used for, or why it is not used."""
+"""The account of an image folder: the use of each file and folder in it, or the reason why it is not used."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ Use = Literal["image", "caption", "mask", "class_prompt", "metadata", "subject",
 LISTED_NAMES = 3
 # Why a file or folder is not used, by kind, in sentences that follow its name.
 REASONS = {
-    "broken_link": "These links point to nothing. Restore what they point to, or remove them.",
+    "broken_link": "Their targets do not exist. Restore the targets, or remove the links.",
     "unreadable": "There is no permission to read them. Change their permissions, or remove them.",
     "not_a_file": "They are neither files nor folders.",
     "mask": "They are masks of images, and training does not use masks yet.",
     "mask_folder": "It holds masks of images, and training does not use masks yet.",
-    "condition": "They are conditioning images of another trainer, which are not used.",
-    "class_data": "The folder looks like regularisation (class) images, which are never trained as a subject.",
-    "image_too_deep": "Images are looked for in the folder itself or in one folder for each subject, not "
-    "further down. Move them up, or give the folder that they lie in.",
-    "no_images": "No image lies in these folders.",
-    "link_to_itself": "The link points to the folder that it lies in.",
+    "condition": "They are conditioning images for another trainer.",
+    "class_data": "The folder seems to hold regularisation (class) images, which are not trained as a subject.",
+    "image_too_deep": "Images are read from the folder itself or from one folder for each subject, but not from deeper folders. "
+    "Move them up, or give the folder that contains them.",
+    "no_images": "These folders contain no images.",
+    "link_to_itself": "The link points to the folder that contains it.",
     "run": "It is the output of a run.",
-    "kohya_sibling": "In a kohya project only the folder img holds the subject's images.",
-    "caption_without_image": "No image has their name. A caption is called as its image: 00.txt or 00.jpg.txt for 00.jpg.",
-    "foreign_caption": "No captions are read from them. Write captions into text files beside images, or into metadata.jsonl.",
-    "latents_cache": "They are what another trainer computed from the images, and are computed anew.",
+    "kohya_sibling": "In a kohya project, only the folder img holds the subject's images.",
+    "caption_without_image": "No image has their name. A caption file is named after its image: 00.txt or 00.jpg.txt for 00.jpg.",
+    "foreign_caption": "Captions are not read from them. Write captions to text files beside the images, or to metadata.jsonl.",
+    "latents_cache": "They are the cache of another trainer. Latents are computed again.",
     "model_file": "They are model files. Give a base model with --pretrained_model_name_or_path.",
     "archive": "Archives are not opened. Unpack them, and give the folder with the images.",
     "video": "Videos are not read. Save single frames as JPEG or PNG.",
-    "unknown": "Files of these kinds are not read.",
-    "other_caption": "Another source of captions comes first.",
-    "same_caption": "It says the same as the source of captions that comes first.",
+    "unknown": "Files of this type are not read.",
+    "other_caption": "Another source of captions takes precedence.",
+    "same_caption": "It has the same captions as the source that takes precedence.",
     "other_format": "Images of this format are not read. Save them as JPEG or PNG.",
-    "class_caption": "Class images all have the class prompt; captions beside them are not read.",
-    "class_folder": "Class images lie directly in the folder of their class; folders below it are not read.",
-    "class_elsewhere": "With several classes, class images lie in one folder for each class.",
+    "class_caption": "All class images have the class prompt; their captions are not read.",
+    "class_folder": "Class images are read from the folder of their class, but not from folders in it.",
+    "class_elsewhere": "With several classes, class images are read from one folder for each class.",
     "spare": "There are more class images than --num_class_images asks for.",
-    "system": "It is hidden, or a file of the system or of the web app.",
+    "system": "It is hidden, or belongs to the operating system or the web app.",
 }
-# In photos.json alone: nobody has to do anything about these, or another message names them.
+# Listed only in photos.json: they need no action, or another message names them.
 QUIET = frozenset({"system", "other_caption", "same_caption", "other_format", "spare"})
 
-# In one sentence whatever the detail, of which the first is an example.
+# All entries of these kinds make one sentence, with the first one's detail as an example.
 SUMMARIZED = frozenset({"image_too_deep"})
 
 
@@ -54,12 +54,12 @@ class FolderEntry:
     """One file or folder of an image folder.
 
     Args:
-        path: where it lies.
+        path: of the file or folder.
         use: what it is used for.
-        kind: why it is not used, a key of `REASONS`; empty for what is used.
-        subject: whose image, caption or folder it is.
+        kind: why it is not used, a key of `REASONS`; empty if it is used.
+        subject: the name of the subject that it belongs to.
         image: the image whose caption or mask it is.
-        detail: what `REASONS` cannot say of its kind, such as where images lie.
+        detail: details for this entry beside the text in `REASONS`, such as where images are.
     """
 
     path: Path
@@ -71,7 +71,7 @@ class FolderEntry:
 
     @property
     def reason(self) -> str:
-        """Why it is not used; empty for what is used."""
+        """Why it is not used; empty if it is used."""
         return " ".join(part for part in (REASONS.get(self.kind, ""), self.detail) if part)
 
     def to_json(self) -> dict[str, Any]:
@@ -89,12 +89,12 @@ class FolderEntry:
 
 @dataclass(frozen=True)
 class FolderNote:
-    """Something to know of a folder as a whole.
+    """A remark on a whole folder.
 
     Args:
-        kind: for machines.
-        words: for people.
-        is_warning: whether it may not be what the user meant.
+        kind: its identifier.
+        words: its text.
+        is_warning: whether the user may have intended something else.
     """
 
     kind: str
@@ -108,8 +108,8 @@ class FolderAccount:
 
     Args:
         folder: the folder.
-        entries: its files and folders; those below a folder that is not used are not listed.
-        notes: what is to be known of it as a whole.
+        entries: its files and folders; the content of unused folders is not listed.
+        notes: remarks on the whole folder.
     """
 
     folder: Path
@@ -117,11 +117,11 @@ class FolderAccount:
     notes: tuple[FolderNote, ...] = ()
 
     def of_kind(self, kind: str) -> list[Path]:
-        """What is not used for the reason `kind`."""
+        """The files and folders that are not used for the reason `kind`."""
         return [entry.path for entry in self.entries if entry.kind == kind]
 
     def warnings(self) -> list[str]:
-        """What is not used and why, one sentence for each reason, and the notes that are warnings."""
+        """One sentence on unused files and folders for each reason, and the notes that are warnings."""
         groups: dict[tuple[str, str], list[FolderEntry]] = {}
         for entry in self.entries:
             if entry.kind and entry.kind not in QUIET:
@@ -134,7 +134,7 @@ class FolderAccount:
         return [*lines, *(note.words for note in self.notes if note.is_warning)]
 
     def infos(self) -> list[str]:
-        """The notes that are no warnings."""
+        """The notes that are not warnings."""
         return [note.words for note in self.notes if not note.is_warning]
 
     def to_json(self) -> dict[str, Any]:
@@ -150,7 +150,7 @@ class FolderAccount:
 
 
 def listed(paths: Iterable[Path | str], folder: Path | None = None, limit: int = LISTED_NAMES) -> str:
-    """The first `limit` of `paths` in quotes, below `folder` where they lie in it, and how many more there are."""
+    """The first `limit` of `paths` in quotes, relative to `folder` if they are in it, and the number of the others."""
     names = [repr(_below(path, folder)) for path in paths]
     more = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")

@@ -1,4 +1,4 @@
-"""What lies directly in one folder: images, masks, folders, other files, and what cannot be read."""
+"""The direct content of one folder: images, masks, folders, other files, and unreadable entries."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from pipelines.images import has_image_name
 from pipelines.subject.folder_entries import FolderEntry
 from pipelines.subject.folder_names import is_system_name, mask_or_condition
 
-# Folders that are looked through for images that lie too deep.
+# The maximum number of folders that are searched for images in deeper folders.
 MAX_WALKED = 2000
 
 
 @dataclass(frozen=True)
 class FolderListing:
-    """What lies directly in a folder, by name.
+    """The direct content of a folder, sorted by name.
 
     Args:
         path: the folder.
-        images: image files that are no masks.
-        masks: for each mask or conditioning image its kind and its image.
+        images: image files that are not masks.
+        masks: the kind and the image of each mask or conditioning image.
         folders: folders that are not hidden.
         files: other files.
-        unusable: what is hidden or cannot be read.
+        unusable: entries that are hidden or cannot be read.
     """
 
     path: Path
@@ -55,14 +55,14 @@ def check_folder(folder: str | Path, option: str = "--instance_data_dir") -> Pat
     except OSError as error:
         raise InputError(f"The folder {str(path)!r} cannot be read ({error.strerror}). Change its permissions.") from error
     if exists and not is_folder:
-        raise InputError(f"{str(path)!r} is a file. {option} takes a folder with images: give the one that holds them.")
+        raise InputError(f"{option} must be a folder with images, but {str(path)!r} is a file. Give the folder that contains it.")
     if not is_folder:
         raise InputError(f"There is no folder {str(path)!r}. Give {option} a folder with images of the subject.")
     return path
 
 
 def list_folder(folder: Path) -> FolderListing:
-    """What lies directly in `folder`, sorted by name.
+    """List the direct content of `folder`.
 
     Raises: OSError if it cannot be read.
     """
@@ -84,7 +84,7 @@ def list_folder(folder: Path) -> FolderListing:
 
 
 def first_image_below(folder: Path) -> Path | None:
-    """An image somewhere below `folder`; None where none lies in its first `MAX_WALKED` folders."""
+    """An image anywhere below `folder`; None if the first `MAX_WALKED` folders hold none."""
     for path, folders, files in islice(os.walk(folder), MAX_WALKED):
         folders[:] = sorted(name for name in folders if not is_system_name(name))
         image = min(filter(has_image_name, files), default=None)
@@ -94,7 +94,7 @@ def first_image_below(folder: Path) -> Path | None:
 
 
 def _kind_of(path: Path) -> str:
-    """ "folder", "file", or why it can be neither, as a key of `folder_entries.REASONS`."""
+    """ "folder", "file", or the reason why it is neither, as a key of `folder_entries.REASONS`."""
     try:
         mode = path.stat().st_mode
     except OSError as error:

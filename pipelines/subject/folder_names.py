@@ -1,4 +1,4 @@
-"""What the names in an image folder mean: masks, captions, kohya's folders, and files that are not read."""
+"""The meaning of names in an image folder: masks, captions, kohya's folders, and files that are not read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json")
 SD_SCRIPTS_METADATA = re.compile(r"meta_\w+\.json", re.IGNORECASE)
 SYSTEM_NAMES = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "lost+found"})
-# What the web app keeps beside the images of a set.
+# Files of the web app in an image dataset.
 WEB_APP_NAMES = frozenset({"set.json"})
 SUFFIX_KINDS = {
     "other_format": ".heic .heif .hif .gif .tif .tiff .avif .jxl .jp2 .j2k .svg .psd .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf "
@@ -43,10 +43,10 @@ CLASS_FOLDERS = frozenset(
 
 @dataclass(frozen=True)
 class KohyaName:
-    """What kohya's folder name `REPEATS_WORDS` says.
+    """The parts of a folder name in kohya's convention, `REPEATS_WORDS`.
 
     Args:
-        repeats: how often sd-scripts shows each image in an epoch.
+        repeats: how often sd-scripts uses each image in an epoch.
         words: what the folder's images show.
     """
 
@@ -66,27 +66,27 @@ def suffix_of(name: str) -> str:
 
 
 def folder_name(folder: Path) -> str:
-    """What a folder is called where it is named, also for `.`; of a link its own name, not that of its target."""
+    """The name of a folder, also for `.`; for a link its own name, not that of its target."""
     return os.path.basename(os.path.abspath(folder))
 
 
 def kohya_name(folder_name: str) -> KohyaName | None:
-    """What a folder's name says by kohya's convention; None for any other name."""
+    """Parse a folder's name by kohya's convention; None for any other name."""
     match = KOHYA_FOLDER.fullmatch(folder_name)
     return None if match is None else KohyaName(int(match[1]), _spaced(match[2]))
 
 
 def name_of_subject(folder_name: str) -> str:
-    """What the subject in a folder is called: spaces for underscores, without kohya's repeats."""
+    """The name of the subject in a folder: the folder's, with spaces for underscores and without kohya's repeats."""
     kohya = kohya_name(folder_name)
     return _spaced(folder_name) if kohya is None else kohya.words
 
 
 def class_words(folder_name: str, others: Sequence[str]) -> str | None:
-    """The class that a kohya regularisation folder shows; None for a folder that may be a subject.
+    """The class of a kohya regularisation folder; None for a folder that may be a subject.
 
-    "1_toy" shows the class of "10_sks toy": its words end the other's. So does a folder "1_person" of one word beside folders
-    of several words that are all repeated.
+    "1_toy" is the regularisation folder of "10_sks toy", as its words end the other's. So is a folder of one word and one repeat,
+    such as "1_person", if all folders beside it have several words and more than one repeat.
 
     Args:
         others: names of the folders beside it.
@@ -103,7 +103,7 @@ def class_words(folder_name: str, others: Sequence[str]) -> str | None:
 
 
 def _is_repeated_phrase(folder_name: str) -> bool:
-    """Whether a folder is called as kohya's folders of a subject usually are: repeated, a rare word and a class."""
+    """Whether a folder is named like kohya's folders of a subject: more than one repeat, and a rare word with a class."""
     kohya = kohya_name(folder_name)
     return kohya is not None and kohya.repeats > 1 and len(kohya.words.split()) > 1
 
@@ -114,7 +114,7 @@ def with_article(words: str) -> str:
 
 
 def paired_image(pattern: re.Pattern[str], name: str, images: Iterable[str]) -> str | None:
-    """The image that `name` names by `pattern` around its name, with or without its suffix; None if there is none."""
+    """The image whose name, with or without its suffix, is the group of `pattern` in `name`; None if there is none."""
     match = pattern.fullmatch(stem_of(name))
     if match is None:
         return None
@@ -125,7 +125,7 @@ def paired_image(pattern: re.Pattern[str], name: str, images: Iterable[str]) -> 
 def mask_or_condition(name: str, images: Sequence[str]) -> tuple[str, str] | None:
     """Whether an image file is a mask or a conditioning image of one of `images`.
 
-    Returns: "mask" or "condition", and the image; None where it pairs with no image, and is one itself.
+    Returns: "mask" or "condition", and the image; None if no image matches, so that `name` is an image itself.
     """
     for kind, pattern in (("mask", MASK_SUFFIX), ("mask", MASK_PREFIX), ("condition", CONDITION)):
         image = paired_image(pattern, name, images)
@@ -135,16 +135,16 @@ def mask_or_condition(name: str, images: Sequence[str]) -> tuple[str, str] | Non
 
 
 def is_mask_in_folder(mask: str, images: Iterable[str]) -> bool:
-    """Whether an image in a folder of masks is called as one of `images`, or as a mask of it."""
+    """Whether an image in a folder of masks is named like one of `images`, or like a mask of it."""
     names = list(images)
     stems = {stem_of(image).casefold() for image in names}
     return stem_of(mask).casefold() in stems or paired_image(MASK_SUFFIX, mask, names) is not None
 
 
 def caption_names(image: str, files: Iterable[str]) -> list[str]:
-    """Those of `files` that hold the caption of `image`, the one that is used first.
+    """Those of `files` that hold the caption of `image`, in order of precedence.
 
-    For 00.jpg these are 00.txt, 00.caption, 00.jpg.txt and 00.jpg.caption, with suffixes in any case.
+    For 00.jpg these are 00.txt, 00.caption, 00.jpg.txt and 00.jpg.caption, with suffixes in upper or lower case.
     """
     order = [(base, suffix) for base in (stem_of(image), image) for suffix in CAPTION_SUFFIXES]
     ranked = [(order.index(key), name) for name in files if (key := (stem_of(name), suffix_of(name))) in order]
@@ -153,14 +153,14 @@ def caption_names(image: str, files: Iterable[str]) -> list[str]:
 
 
 def metadata_rank(name: str) -> int | None:
-    """Which of several metadata files comes first; None for a file that is none."""
+    """The precedence of a metadata file, of which the lowest is used first; None for other files."""
     if name.lower() in METADATA:
         return METADATA.index(name.lower())
     return len(METADATA) if SD_SCRIPTS_METADATA.fullmatch(name) else None
 
 
 def is_system_name(name: str) -> bool:
-    """Whether a file or folder is hidden, or one that a system or the web app keeps for itself."""
+    """Whether a file or folder is hidden, or belongs to the operating system or the web app."""
     return name.startswith(".") or name.casefold() in SYSTEM_NAMES | WEB_APP_NAMES
 
 

@@ -1,4 +1,4 @@
-"""Base weights in four bits a number, under an adapter in full precision  [QLoRA, Dettmers et al. 2023]."""
+"""4-bit base weights under an adapter in full precision  [QLoRA, Dettmers et al. 2023]."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ KINDS = ("nf4",)
 
 
 def quantize_linear_layers(model: nn.Module, kind: str, compute_dtype: torch.dtype) -> None:
-    """Put bitsandbytes' 4-bit layers in the place of all linear layers of `model`, on any device, the CPU included.
+    """Replace all linear layers of `model` by bitsandbytes' 4-bit layers, on any device including the CPU.
 
-    diffusers' own loading does the same where there is a GPU, and refuses where there is none.
+    Quantised loading in diffusers does the same, but requires a GPU.
 
     Args:
         kind: "nf4".
-        compute_dtype: of the products; the weights are dequantised to it for each.
+        compute_dtype: of the matrix products, for which the weights are dequantised.
     Raises: InputError for another kind, or if bitsandbytes is not installed.
     """
     if kind not in KINDS:
@@ -33,8 +33,8 @@ def quantize_linear_layers(model: nn.Module, kind: str, compute_dtype: torch.dty
         )
         quantized.weight = layers.Params4bit(layer.weight.data, requires_grad=False, quant_type=kind, module=quantized)
         quantized.bias = layer.bias
-        # On some CPUs it would repack its weight for inference, in a form that has lost digits and that adapters cannot read.
+        # Otherwise, some CPUs repack the weight for inference into a lossy form that adapters cannot read.
         quantized.support_avx512bf16_for_cpu = False
         parent, _, child = name.rpartition(".")
-        # Moving a layer to its device is what quantises it.
+        # Moving the layer to its device quantises it.
         setattr(model.get_submodule(parent), child, quantized.to(device))

@@ -1,4 +1,4 @@
-"""Which layers of SDXL an adapter is put on unless others are given."""
+"""The layers of SDXL that an adapter changes by default."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
 def default_targets(method: str, built_in: bool) -> list[str]:
-    """Name endings of the UNet's layers that `method` adapts unless others are given.
+    """Name endings of the UNet's layers that `method` adapts by default.
 
-    The built-in model's finest level has no attention: there all layers that the method can adapt are.
+    On the built-in model these are all layers that the method can adapt, as its highest resolution has no attention.
     """
     chosen = method_named(method)
     layers = chosen.defaults("subject", built_in).target_layers

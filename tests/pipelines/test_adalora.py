@@ -179,7 +179,7 @@ def test_a_layer_without_any_triplet_left_is_saved_and_loaded(pipe, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"target_r": 6}, r"target_r must be in \[1, init_r - 1 = 5\], got 6. Raise init_r"),
+        ({"target_r": 6}, r"target_r must be in \[1, init_r - 1 = 5\], got 6. Lower target_r or raise init_r"),
         ({"target_r": 0}, r"target_r must be in .* got 0"),
         ({"tinit_ratio": 0.6, "tfinal_ratio": 0.5}, r"tinit_ratio \+ tfinal_ratio must be below 1.*got 1.1"),
         ({"tinit_ratio": -0.1}, r"tinit_ratio must be in \[0, 1\), got -0.1"),

@@ -51,7 +51,7 @@ def test_a_text_file_of_the_images_name_is_its_caption(album, name):
     assert captions(album) == {"00.jpg": "sks toy"}
     assert use(album)[name] == ("caption", "")
     assert notes(album)["captions"].startswith("Captions of 1 of 2 images: 1 from NAME")
-    assert notes(album)["captions"].endswith("No caption of their own: '01.jpg'.")
+    assert notes(album)["captions"].endswith("Without a caption: '01.jpg'.")
 
 
 METADATA = {
@@ -180,7 +180,7 @@ def test_where_two_sources_differ_the_first_is_used_and_the_other_named(album, f
     assert captions(album) == {"00.jpg": f"by {first}"}
     assert use(album)[second] == ("unused", "other_caption")
     labels = [name.replace("00", "NAME", 1) if name.startswith("00") else name for name in (first, second)]
-    assert notes(album)["caption_conflict"] == f"{labels[0]} and {labels[1]} differ, and {labels[0]} is used: '00.jpg'."
+    assert notes(album)["caption_conflict"] == f"{labels[0]} and {labels[1]} differ; {labels[0]} is used for '00.jpg'."
 
 
 def test_sources_that_agree_raise_no_warning(album):

@@ -68,7 +68,7 @@ def kinds(folder, **more):
 def test_images_beside_folders_of_images_are_refused_with_both_lists(tmp_path, files, images, folders):
     write(tmp_path, *files)
     for scan in (subject_folders, check_images, lambda folder: find_captioned(folder, "sks toy")):
-        with pytest.raises(InputError, match=r"holds images .* beside folders of images .*move or remove") as refused:
+        with pytest.raises(InputError, match=r"holds images .* beside folders of images .*Move or remove") as refused:
             scan(tmp_path)
         assert all(repr(name) in str(refused.value) for name in [*images, *folders])
 
@@ -148,7 +148,9 @@ def test_the_report_names_what_is_not_used(tmp_path):
     assert files["b.mp4"]["reason"] == REASONS["video"]
 
 
-@pytest.mark.parametrize(("name", "message"), [("a.png", "is a file. --instance_data_dir takes a folder"), ("no", "no folder")])
+@pytest.mark.parametrize(
+    ("name", "message"), [("a.png", "--instance_data_dir must be a folder with images, but .* is a file"), ("no", "no folder")]
+)
 def test_what_is_no_folder_is_named(tmp_path, name, message):
     write(tmp_path, "a.png")
     with pytest.raises(InputError, match=message):
@@ -280,7 +282,7 @@ def test_kohyas_folders_give_subjects_and_offer_class_images(tmp_path, with_phot
     words = " ".join(account(folder).warnings())
     assert f'--class_data_dir "{folder / "1_toy"}" --class_prompt "a photo of a toy"' in words
     assert "'10_sks toy' holds 'sks toy', repeats 10" in words
-    assert "Repeats are not honoured" in words
+    assert "Repeats are ignored" in words
     assert "sks toy" in class_prompts(folder, "a photo of a toy")
 
 

@@ -15,7 +15,8 @@ from pipelines.errors import InputError
 from pipelines.fewshot.data import LabelledImage, check_readable
 from pipelines.fewshot.sources import ImageBytes
 from pipelines.images import IMAGE_SUFFIXES, has_image_name, read_image, read_image_with_notes
-from pipelines.subject.data import find_images, image_size
+from pipelines.subject.data import image_size
+from pipelines.subject.folder_scan import scan_folder
 from pipelines.subject.image_checks import check_images
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (30, 44, 3), dtype=np.uint8)
@@ -41,15 +42,16 @@ def without_heif(monkeypatch):
 @pytest.mark.parametrize("kind", ["only", "mixed"])
 def test_jpegs_called_jfif_and_jpe_are_photos(kind):
     folder = case_folder("photos-jfif") / f"jfif_{kind}"
-    assert len(find_images(folder)) == 5
+    assert len(scan_folder(folder).subjects[0].images) == 5
     assert len(check_images(folder).usable) == 5
 
 
 def test_every_suffix_of_a_jpeg_counts_in_either_case(tmp_path):
     for place, suffix in enumerate(JPEG_SUFFIXES):
         (tmp_path / f"{place}{suffix}").write_bytes(content("JPEG"))
-    assert [path.suffix for path in find_images(tmp_path)] == JPEG_SUFFIXES
-    assert {read_image(path).size for path in find_images(tmp_path)} == {(44, 30)}
+    (subject,) = scan_folder(tmp_path).subjects
+    assert [path.suffix for path in subject.images] == JPEG_SUFFIXES
+    assert {read_image(path).size for path in subject.images} == {(44, 30)}
 
 
 def test_names_of_all_readable_formats_are_images_in_either_case_and_hidden_ones_are_not():

@@ -119,10 +119,12 @@ def test_a_file_that_could_run_programs_is_refused_unread(tmp_path):
 
 def test_a_file_with_something_else_in_it_is_refused_with_what_is_missing(tmp_path):
     save_file({"lora_unet_input_blocks.lora_down.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
-    with pytest.raises(InputError, match=r"lora\.safetensors' is no whole SDXL.*model\.diffusion_model\..*a LoRA file is none"):
+    with pytest.raises(
+        InputError, match=r"lora\.safetensors' is not a complete SDXL checkpoint.*model\.diffusion_model\..*a LoRA file is not"
+    ):
         load_base_model(str(tmp_path / "lora.safetensors"))
     (tmp_path / "damaged.safetensors").write_bytes(b"12345678901")
-    with pytest.raises(InputError, match=r"damaged\.safetensors' is no \.safetensors file, or a damaged one"):
+    with pytest.raises(InputError, match=r"damaged\.safetensors' is not a valid \.safetensors file"):
         load_base_model(str(tmp_path / "damaged.safetensors"))
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from pipelines.errors import InputError
 from pipelines.images import read_image
-from pipelines.subject.data import CropVariant, find_images, image_size, load_examples, preprocess
+from pipelines.subject.data import CropVariant, image_size, load_examples, preprocess
 
 ORIENTATION = 0x0112
 TURNED_RIGHT = 6
@@ -116,22 +116,6 @@ def test_the_size_is_known_without_decoding(tmp_path, orientation):
 def test_transparent_parts_become_white(tmp_path):
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "a.png")
     assert read_image(tmp_path / "a.png").getpixel((4, 4)) == (255, 255, 255)
-
-
-def test_images_are_found_by_suffix_and_sorted(tmp_path):
-    for name in ("b.JPG", "a.png", "notes.txt"):
-        (tmp_path / name).touch()
-    assert [path.name for path in find_images(tmp_path)] == ["a.png", "b.JPG"]
-
-
-def test_a_missing_folder_is_named_with_the_flag_to_set(tmp_path):
-    with pytest.raises(InputError, match=r"no folder .*missing.*--instance_data_dir"):
-        find_images(tmp_path / "missing")
-
-
-def test_a_folder_without_images_is_named_with_what_it_should_hold(tmp_path):
-    with pytest.raises(InputError, match=r"holds no image .*\.jpg.*three to ten"):
-        find_images(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"no image at all", b"", b"\x89PNG\r\n\x1a\n"])

@@ -177,7 +177,7 @@ def test_a_folder_given_as_an_argument_is_not_called_by_the_trainers_option(tmp_
     (tmp_path / "subject").mkdir()
     for name in ("cover.png", "subject/0.png"):
         Image.new("RGB", (64, 64)).save(tmp_path / name)
-    with pytest.raises(InputError, match=r"or give one of the folders alone") as refused:
+    with pytest.raises(InputError, match=r"or give one of the folders") as refused:
         main(ImageCheckOptions(str(tmp_path)))
     assert "--instance_data_dir" not in str(refused.value)
     with pytest.raises(InputError, match=r"--json must be a \.json file, got 'report\.txt'"):

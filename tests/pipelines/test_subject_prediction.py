@@ -21,7 +21,7 @@ from torch import nn
 from pipelines.built_in import BUILT_IN
 from pipelines.errors import InputError
 from pipelines.subject.base_model import encode_images, encode_prompts, load_base_model, model_resolution
-from pipelines.subject.data import find_images, load_examples
+from pipelines.subject.data import load_examples
 from pipelines.subject.encoding import CachedLatents
 from pipelines.subject.loss import DenoisingLoss
 from pipelines.subject.mismatch import check_prediction_type, target_losses
@@ -231,7 +231,7 @@ def built_in():
 def test_the_built_in_model_is_refused_under_the_wrong_target(built_in, said, refused):
     pipe, own = built_in, built_in.scheduler
     pipe.scheduler = Prediction(said, False if said == EPSILON else None).apply(own)
-    examples = load_examples(find_images(SAMPLE_SUBJECT)[:2], model_resolution(pipe))
+    examples = load_examples(sorted(SAMPLE_SUBJECT.glob("*.jpg"))[:2], model_resolution(pipe))
     latents = encode_images(pipe, torch.stack([example.pixels for example in examples]))
     time_ids, tokens = torch.stack([example.time_ids for example in examples]), torch.zeros((2, 2, 4), dtype=torch.int64)
     images = CachedLatents.in_memory(latents[:, None], time_ids, tokens, encode_prompts(pipe, ["a photo of a toy"] * 2))

@@ -240,7 +240,7 @@ def test_a_run_names_what_it_does_not_use_and_what_is_cut(pipe, images_dir, tmp_
     assert set(cut) == {"caption", "class prompt", "validation prompt"}
     assert cut["caption"]["images"] == ["1.png"]
     sentences = [each["summary"] for each in cut.values()]
-    for words in ("'0-masklabel.png'. They are masks", "Repeats are not honoured", "1 from NAME.caption", *sentences):
+    for words in ("'0-masklabel.png'. They are masks", "Repeats are ignored", "1 from NAME.caption", *sentences):
         assert words in caplog.text
 
 

@@ -12,11 +12,12 @@ from PIL import Image
 from pipelines.fewshot.data import LabelledImage
 from pipelines.fewshot.metrics import score
 from pipelines.fewshot.sources import ImageFile
+from pipelines.run_options import OPTIONS
 from training.fewshot.prediction_file import prediction_file
 from training.fewshot.report import summary_of
 from training.runs.fewshot_files import REPORT, TEST, DatasetSummary, FewShotReport, TrialResult, ValidationResult
 from training.runs.record import RunRecord
-from training.runs.run_files import OPTIONS, RunStatus
+from training.runs.run_files import RunStatus
 from webui.class_sets import update_split
 from webui.image_datasets import add_class
 from webui.uploads import add_images

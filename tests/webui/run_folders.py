@@ -10,8 +10,9 @@ import psutil
 from PIL import Image
 
 from pipelines.images import save_image
+from pipelines.run_options import OPTIONS
 from training.runs.record import RunRecord
-from training.runs.run_files import METRICS, OPTIONS, RunStatus
+from training.runs.run_files import METRICS, RunStatus
 from training.subject.checkpoint_selection import Point, StepScores, suggest
 from training.subject.measured import adapter_at, logged
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from run_folders import CURVE_STEPS, GIVEN, SAMPLE_STEPS, WrittenRun, add_checkpoint, add_samples, judge
 
+from pipelines.run_options import OPTIONS
 from training.runs.record import update_status
-from training.runs.run_files import OPTIONS, DryRunReport
+from training.runs.run_files import DryRunReport
 
 TOTAL, FIRST_STOP, UNTIL, BEGAN = 100, 20, "until", "began"
 # The report of a dry run.

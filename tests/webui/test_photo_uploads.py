@@ -103,7 +103,7 @@ def test_a_zip_in_kohya_s_layout_adds_its_subject_and_reports_the_other_files(fo
     added = add_photos(folder, [zipped(tmp_path / "set.zip", files)])
     assert captions(folder) == {"0.png": "a toy"}
     assert "Not used: '1_toy'" in added.refused[0]
-    assert "Repeats are not honoured" in added.notes[0]
+    assert "Repeats are ignored" in added.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -139,10 +139,10 @@ def test_a_report_of_another_form_is_ignored(tmp_path, content):
 def test_the_unused_files_of_a_run_s_folder_are_listed(tmp_path):
     # In the form that training writes.
     entry = {"path": "/x/<b>.mp4", "use": "unused", "kind": "video", "subject": "", "image": None, "detail": "", "reason": ""}
-    note = {"kind": "repeats_ignored", "words": "Repeats are not honoured.", "is_warning": True}
+    note = {"kind": "repeats_ignored", "words": "Repeats are ignored.", "is_warning": True}
     report = {"folder": {"folder": "/x", "files": [entry], "notes": [note]}, "long_prompts": [{"summary": "It is cut."}]}
     (tmp_path / "photos.json").write_text(json.dumps(report))
     shown = photo_account(RunView(RunRecord(tmp_path)))
     assert "Not used: &#x27;&lt;b&gt;.mp4&#x27;. Videos are not read." in shown
-    assert "Repeats are not honoured." in shown
+    assert "Repeats are ignored." in shown
     assert "It is cut." in shown

@@ -12,12 +12,12 @@ from accelerate.utils import broadcast_object_list
 
 from pipelines.errors import InputError
 from pipelines.output_paths import check_output_folder
+from pipelines.run_options import OPTIONS
 from training.engine.resuming import check_can_resume
 from training.options.output import LATEST, RunOptions
 from training.runs.provenance import command_line, typed_words
 from training.runs.record import newest_step
 from training.runs.run import RunDirectory, write_text_atomically
-from training.runs.run_files import OPTIONS
 from training.runs.tracking import start_tracker
 
 logger = get_logger(__name__)

@@ -13,9 +13,8 @@ import yaml
 
 from pipelines.deprecated_flags import with_current_names
 from pipelines.errors import InputError
-from pipelines.run_options import task_of
+from pipelines.run_options import OPTIONS, task_of
 from pipelines.text_files import read_text
-from training.runs.run_files import OPTIONS, RunStatus
 
 # What belongs to the run that wrote its options, and not to one that repeats it.
 OF_ONE_RUN = ("output_dir", "resume_from_checkpoint")
@@ -87,7 +86,7 @@ def _fields_of(path: Path, groups: Collection[str]) -> dict[str, Any]:
     _check_script(path, values, groups)
     for name, value in values.items():
         fields |= value if name in groups and isinstance(value, dict) else {name: value}
-    if path.name == OPTIONS and (path.parent / RunStatus.NAME).exists():
+    if path.name == OPTIONS and is_run(path.parent):
         return {name: value for name, value in fields.items() if name not in OF_ONE_RUN}
     return fields
 

@@ -19,9 +19,10 @@ from diffusers import StableDiffusionXLPipeline
 from pipelines.built_in import is_built_in, model_path
 from pipelines.digests import file_digest
 from pipelines.file_names import display_path
+from pipelines.run_options import PROVENANCE
 from training.runs.durable import write_text_atomically
 from training.runs.run import RunDirectory
-from training.runs.run_files import PROVENANCE, VERSION
+from training.runs.run_files import VERSION
 
 PROVENANCE_VERSION = 2
 ROOT = Path(__file__).parents[2]

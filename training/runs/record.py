@@ -12,7 +12,8 @@ from typing import Any
 import psutil
 
 from pipelines.deprecated_flags import with_current_names
-from training.runs.run_files import CHECKPOINTS, METRICS, OPTIONS, SAMPLES, STEP, RunStatus, step_name, step_of
+from pipelines.run_options import OPTIONS
+from training.runs.run_files import CHECKPOINTS, METRICS, SAMPLES, STEP, RunStatus, step_name, step_of
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from typing import Any
 from accelerate.tracking import GeneralTracker
 from PIL import Image
 
+from pipelines.run_options import OPTIONS
 from training.runs.durable import DiskFullError, free_bytes, is_disk_full, write_text_atomically
 from training.runs.record import RunRecord, list_checkpoints, update_status
-from training.runs.run_files import METRICS, OPTIONS, step_name
+from training.runs.run_files import METRICS, step_name
 from training.runs.tracking import log_image
 
 RESERVE, RESERVED_BYTES = ".reserve", 1 << 16

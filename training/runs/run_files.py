@@ -1,6 +1,6 @@
 """The files of a run directory: their names, and a dataclass with a version for each JSON file.
 
-Only the standard library is imported, so that readers such as the web app stay light.
+Nothing outside the standard library is imported, so that readers such as the web app stay light.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from pipelines.errors import InputError
+from pipelines.run_options import STATUS
 from training.runs.durable import write_text_atomically
 
-OPTIONS, METRICS, IMAGE_CHECKS, PROVENANCE = "options.json", "metrics.jsonl", "photos.json", "provenance.json"
+METRICS, IMAGE_CHECKS = "metrics.jsonl", "photos.json"
 SAMPLES, CHECKPOINTS, ADAPTERS, FOLDS = "samples", "checkpoints", "adapters", "folds"
 STEP = "step-"
 VERSION = "version"
@@ -123,7 +124,7 @@ class RunStatus(RunFile):
             and seed.
     """
 
-    NAME: ClassVar[str] = "status.json"
+    NAME: ClassVar[str] = STATUS
     FILE_VERSION: ClassVar[int] = 2
     RENAMED: ClassVar[Mapping[str, str]] = {"trained_numbers": "num_trainable_parameters", "member": "trial"}
 

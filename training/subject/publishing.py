@@ -17,13 +17,14 @@ from PIL import Image
 
 from pipelines.errors import InputError
 from pipelines.hub import Failure, account, brief, failure_of
+from pipelines.run_options import PROVENANCE
 from training.options import SubjectOptions
 from training.options.validation import ValidationOptions
 from training.runs.card_text import CARD
 from training.runs.durable import write_text_atomically
 from training.runs.provenance import without_secrets
 from training.runs.run import RunDirectory
-from training.runs.run_files import PROVENANCE, Certificate, Suggestion
+from training.runs.run_files import Certificate, Suggestion
 from training.subject.model_card import EXPORTED, GRID, model_card
 
 PUBLISHED = "published"
