@@ -16,18 +16,18 @@ from pipelines.subject.noising import noising_for
 
 
 class DenoisingLoss(nn.Module):
-    """Squared error of what the UNet predicts for noisy latents: noise, velocity or image, as the model's scheduler says.
+    """Squared error of the UNet's prediction for noisy latents: noise, velocity or image, by the scheduler's prediction type.
 
     Args:
         snr_gamma: each image is weighted by min(SNR, gamma) / SNR, or / (SNR + 1) for velocity  [Hang et al. 2023].
-        edm_style: take the error of the denoised latents instead  [Karras et al. 2022]; models trained as EDM always do.
-    Raises: InputError if the model predicts something else, or for `snr_gamma` with EDM's errors.
+        edm_style: use the error of the denoised latents instead  [Karras et al. 2022]; always used for models trained as EDM.
+    Raises: InputError for an unknown prediction type, or for `snr_gamma` with EDM's loss.
     """
 
     def __init__(self, pipeline: StableDiffusionXLPipeline, snr_gamma: float | None = None, edm_style: bool = False) -> None:
         super().__init__()
         self.unet = pipeline.unet
-        # Noted here, since a UNet that is asked looks through all its parameters, which takes longer than noise and loss do.
+        # Stored, as `unet.dtype` iterates over all parameters, which takes longer than the loss itself.
         self.unet_dtype = pipeline.unet.dtype
         self.text_encoders = nn.ModuleList(text_encoders_of(pipeline))
         self.noising = noising_for(pipeline.scheduler, edm_style, snr_gamma)
@@ -35,7 +35,7 @@ class DenoisingLoss(nn.Module):
 
     @property
     def num_timesteps(self) -> int:
-        """How many noise levels there are."""
+        """The number of noise levels."""
         return self.noising.num_timesteps
 
     def forward(
@@ -57,10 +57,10 @@ class DenoisingLoss(nn.Module):
             noise: like `latents`.
             timesteps: (batch,) int64.
             time_ids: (batch, 6), as in `Example`.
-            hidden, pooled: the prompts encoded, as in `PromptEmbeddings`, or
-            tokens: (batch, encoders, tokens) int64, for the text encoders to encode here, or
-            fixed_tokens: the same, where the text encoders are as they are and get no gradient.
-            weights: (batch,), what each image's loss is multiplied by before the mean; one each unless given.
+            hidden, pooled: the prompt embeddings, as in `PromptEmbeddings`, or
+            tokens: (batch, encoders, tokens) int64, which are encoded here, or
+            fixed_tokens: like `tokens`, but encoded without gradients.
+            weights: (batch,), factors on the losses before the mean; None for 1.
         """
         if tokens is not None:
             prompts = encode_tokens(self.text_encoders, tokens.transpose(0, 1))
@@ -83,8 +83,8 @@ class DenoisingLoss(nn.Module):
         prompts: PromptEmbeddings,
     ) -> torch.Tensor:
         """The mean squared error of each image, without `snr_gamma`: (batch,), float32; arguments as in `forward`."""
-        answer = self.predict(latents, noise, timesteps, time_ids, prompts)
-        return self.noising.errors(answer, latents, noise, timesteps)
+        prediction = self.predict(latents, noise, timesteps, time_ids, prompts)
+        return self.noising.errors(prediction, latents, noise, timesteps)
 
     def predict(
         self,
@@ -94,7 +94,7 @@ class DenoisingLoss(nn.Module):
         time_ids: torch.Tensor,
         prompts: PromptEmbeddings,
     ) -> torch.Tensor:
-        """What the UNet answers for `latents` with `noise`, like `latents`; arguments as in `forward`."""
+        """The UNet's prediction for `latents` with `noise`, of the shape of `latents`; arguments as in `forward`."""
         noisy, levels = self.noising.inputs(latents, noise, timesteps)
         dtype = self.unet_dtype
         conditions = {"text_embeds": prompts.pooled.to(dtype), "time_ids": time_ids}
@@ -103,14 +103,14 @@ class DenoisingLoss(nn.Module):
 
 @dataclass(frozen=True)
 class TrainingBatches:
-    """Batches as training takes them: with an offset of the noise, and text encoders that are trained no longer than asked.
+    """Training batches with offset noise, and with frozen text encoders after a number of batches.
 
     Args:
         batches: `batches(index)` gives the arguments of `DenoisingLoss` for the `index`-th batch.
         seed: of the offsets.
-        noise_offset: deviation of what is added to all the noise of a channel, so that very dark and very bright images
-            can be learned; 0 for none.
-        text_encoder_batches: from this batch on the text encoders are left as they are; None for never.
+        noise_offset: standard deviation of an offset that is added to the noise of each channel, so that very dark and very
+            bright images can be learned; 0 for none.
+        text_encoder_batches: the number of batches after which the text encoders are not trained; None for no limit.
     """
 
     batches: Callable[[int], dict[str, Any]]
@@ -119,7 +119,7 @@ class TrainingBatches:
     text_encoder_batches: int | None = None
 
     def __call__(self, index: int) -> dict[str, Any]:
-        """The `index`-th batch, a function of the seed and the index alone."""
+        """The `index`-th batch, a function of the seed and the index."""
         batch = dict(self.batches(index))
         if self.noise_offset:
             noise = batch["noise"]

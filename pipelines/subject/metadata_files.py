@@ -1,7 +1,7 @@
-"""Metadata files: captions of many images in one file.
+"""Metadata files, which hold the captions of many images.
 
-metadata.jsonl and metadata.csv are those of `datasets`' imagefolder (columns file_name and text). metadata.json holds the same
-objects in one list, or, like meta_*.json, sd-scripts' {image: {"caption": ..., "tags": ...}}.
+metadata.jsonl and metadata.csv have the format of `datasets`' imagefolder (columns file_name and text). metadata.json has the
+same objects in a list or, like meta_*.json, sd-scripts' format: {image: {"caption": ..., "tags": ...}}.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from pipelines.text_files import read_text
 FILE_COLUMNS = ("file_name", "filename", "file", "image_file", "image_path", "image", "path")
 TEXT_COLUMNS = ("text", "caption", "prompt")
 DELIMITERS = ",;\t"
-# sd-scripts joins caption and tags so.
+# sd-scripts puts this between caption and tags.
 SEPARATOR = ", "
 REMEDIES = {
     ".jsonl": 'Write one object a line, such as {"file_name": "00.jpg", "text": "a photo of sks dog"}.',
     ".csv": "Write the columns file_name and text, and one image a row, or remove the file.",
 }
-# Nested too deep, or numbers with too many digits, are no JSONDecodeError.
+# RecursionError for deep nesting, and a plain ValueError for numbers with too many digits.
 UNREADABLE_JSON = (ValueError, RecursionError)
 
 
 @dataclass
 class MetadataFile:
-    """What a metadata file says.
+    """The content of a metadata file.
 
     Args:
         path: the file.
         captions: by `location` of the image.
-        targets: the same by what the image is a link to in the end; None where two images are links to one file.
+        targets: captions by the resolved path of the image; None if links to one file have different captions.
         ignored: columns that are not read.
-        missing: images that it names and that are not there, where that is no error.
-        repeated: images that it names more than once, with different captions.
-        problem: why none of it can be read; empty where it can.
+        missing: names of images that do not exist, in formats where that is not an error.
+        repeated: names of images with several different captions.
+        problem: why the file cannot be read; empty if it can.
     """
 
     path: Path
@@ -56,7 +56,7 @@ class MetadataFile:
     problem: str = ""
 
     def add(self, image: Path, caption: str) -> None:
-        """Note the caption of `image`."""
+        """Add the caption of `image`."""
         where, target = location(image), image.resolve()
         if self.captions.get(where, caption) != caption:
             self.repeated.append(image.name)
@@ -64,22 +64,22 @@ class MetadataFile:
         self.targets[target] = caption if self.targets.get(target, caption) == caption else None
 
     def caption_of(self, image: Path) -> tuple[str, Path] | None:
-        """The caption of `image` and this file; None where it has none."""
+        """The caption of `image`, with this file's path; None if it has none."""
         caption = self.captions.get(location(image)) or self.targets.get(image.resolve())
         return None if caption is None else (caption, self.path)
 
     def notes(self, images: set[Path]) -> Iterator[FolderNote]:
-        """What is to be known of it.
+        """Notes on unused, missing and repeated images and on ignored columns.
 
         Args:
             images: locations of all images that are used.
         """
         targets = {image.resolve() for image in images}
-        strange = [path.name for path in self.captions if path not in images and path.resolve() not in targets]
+        unused = [path.name for path in self.captions if path not in images and path.resolve() not in targets]
         for kind, names, words in (
-            ("captions_unused", strange, "has captions of files that are not used as images"),
-            ("captions_missing", self.missing, "has captions of images that are not there"),
-            ("captions_repeated", self.repeated, "names images more than once; the last caption is used"),
+            ("captions_unused", unused, "has captions for files that are not used as images"),
+            ("captions_missing", self.missing, "has captions for images that do not exist"),
+            ("captions_repeated", self.repeated, "has several captions for an image, of which the last one is used"),
         ):
             if names:
                 yield FolderNote(kind, f"{self.path.name} {words}: {listed(names)}.")
@@ -89,7 +89,7 @@ class MetadataFile:
 
 
 def location(path: Path) -> Path:
-    """`path` with its folder resolved: the same for `./a.png`, an absolute path and one through a linked folder."""
+    """`path` with its folder resolved, so that relative and absolute paths and those through linked folders are equal."""
     return path.parent.resolve() / path.name
 
 
@@ -107,14 +107,14 @@ def read_metadata(file: Path) -> MetadataFile:
         name, caption = _columns(row, where, REMEDIES[file.suffix.lower()], metadata)
         image = _located(file.parent, name)
         if image is None:
-            raise InputError(f"{where} names {name!r}, which is not there. Mend or remove the line.")
+            raise InputError(f"{where} names {name!r}, which does not exist. Correct or remove the line.")
         metadata.add(image, caption)
     return metadata
 
 
 def _jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    """For each line what errors call it, and what it holds."""
-    # By "\n" alone: other separators may stand in a caption.
+    """The name of each line in error messages, and its value."""
+    # Split at "\n" only: captions may contain other line separators.
     for number, line in enumerate(read_text(file).split("\n"), start=1):
         where = f"Line {number} of {str(file)!r}"
         if line.strip():
@@ -125,7 +125,7 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _csv_rows(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """For each row what errors call it, and its cells by column."""
+    """The name of each row in error messages, and its cells by column."""
     text = read_text(file)
     header = text.partition("\n")[0]
     reader = csv.DictReader(io.StringIO(text), delimiter=max(DELIMITERS, key=header.count), strict=True)
@@ -133,7 +133,7 @@ def _csv_rows(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
         for row in reader:
             where = f"Line {reader.line_num} of {str(file)!r}"
             if None in row:
-                raise InputError(f"{where} has more cells than the first line has columns. Put captions with commas into quotes.")
+                raise InputError(f"{where} has more cells than the first line. Put captions that contain commas into quotes.")
             if any(value and value.strip() for value in row.values()):
                 yield where, row
     except csv.Error as error:
@@ -141,7 +141,7 @@ def _csv_rows(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def _columns(row: Any, where: str, remedy: str, metadata: MetadataFile) -> tuple[str, str]:
-    """The image's name and its caption in `row`. Raises: InputError if either is missing or empty."""
+    """The name and the caption of the image in `row`. Raises: InputError if either is missing or empty."""
     if not isinstance(row, dict):
         raise InputError(f"{where} must be an object, got {json.dumps(row)[:40]!r}. {remedy}")
     names = {str(name).strip().lower(): name for name in row}
@@ -159,13 +159,13 @@ def _columns(row: Any, where: str, remedy: str, metadata: MetadataFile) -> tuple
 
 
 def _located(folder: Path, name: str) -> Path | None:
-    """The file that a metadata file in `folder` names, in either system's separators; None if it is not there."""
-    # Unlike Path.is_file it takes a name that no file can have.
+    """The file that a metadata file in `folder` names, with either path separator; None if it does not exist."""
+    # Unlike Path.is_file, os.path.isfile accepts names that no file can have.
     return next((path for path in (folder / name, folder / name.replace("\\", "/")) if os.path.isfile(path)), None)
 
 
 def _read_json(metadata: MetadataFile) -> None:
-    """Read metadata.json or meta_*.json; what cannot be read becomes its `problem`, since any program may write such a file."""
+    """Read metadata.json or meta_*.json. An unknown format sets `problem` only, as other programs write files of these names."""
     try:
         values = json.loads(read_text(metadata.path))
     except UNREADABLE_JSON as error:
@@ -184,7 +184,7 @@ def _read_json(metadata: MetadataFile) -> None:
 
 
 def _json_entries(values: Any) -> list[tuple[str, str]] | None:
-    """Names and captions in `values`; None where it has another structure. Images without a caption are left out."""
+    """The names and captions in `values`; None for an unknown structure. Images without a caption are left out."""
     if isinstance(values, list) and _all_are(dict, values):
         pairs = [(_value(value, FILE_COLUMNS), _value(value, TEXT_COLUMNS)) for value in values]
     elif isinstance(values, dict) and _all_are(dict, values.values()):
@@ -206,7 +206,7 @@ def _value(row: Mapping[str, Any], columns: tuple[str, ...]) -> str:
 
 
 def _sd_scripts_caption(entry: Mapping[str, Any]) -> str:
-    """The caption that sd-scripts makes of an entry: its caption, then its tags."""
+    """The caption of an entry in sd-scripts: its caption, then its tags."""
     tags = entry.get("tags")
     tags = SEPARATOR.join(map(str, tags)) if isinstance(tags, list) else tags
     parts = [_value(entry, ("caption",)) or _value(entry, TEXT_COLUMNS), tags.strip() if isinstance(tags, str) else ""]
@@ -214,7 +214,7 @@ def _sd_scripts_caption(entry: Mapping[str, Any]) -> str:
 
 
 def _images_called(folder: Path, name: str) -> list[Path]:
-    """The files that sd-scripts' key `name` means: a path, also one of another machine, with or without its suffix."""
+    """The files of sd-scripts' key `name`: a path, possibly from another machine, with or without a suffix."""
     image = _located(folder, name) or _located(folder, name.replace("\\", "/").rpartition("/")[2])
     if image is not None:
         return [image]

@@ -1,4 +1,4 @@
-"""Whether a base model predicts what it is said to predict, by one batch of the images to be trained on."""
+"""A check that a base model predicts what its scheduler declares, on one batch of the training images."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from pipelines.subject.loss import DenoisingLoss
 from pipelines.subject.noising import DiscreteNoising, mean_square
 from pipelines.subject.prediction import EPSILON, V_PREDICTION
 
-# Shares of signal in the input, alphas_cumprod. With next to none, the input is nearly the noise itself, and a model that
-# predicts epsilon has to give little else than its input; v is known by inputs of about as much signal as noise.
+# Shares of signal in the input, alphas_cumprod. With almost no signal, a model that predicts epsilon nearly returns its input;
+# v-prediction shows at inputs with about as much signal as noise.
 EPSILON_SHARES, V_SHARES = (0.05,), (0.5, 0.3)
 MOST_IMAGES = 2
-# A trained model of epsilon has at most 0.25 there; one of v at least (1 - sqrt(0.05))^2 = 0.6, however well it knows images.
+# At the first share, a trained epsilon model has a loss of at most 0.25, and any v model one of at least
+# (1 - sqrt(0.05))^2 = 0.6, as shares of the target's mean square.
 IS_EPSILON, IS_NOT_EPSILON = 0.4, 0.5
-# Weights that know nothing have 1 and more of both.
+# Untrained weights have losses of 1 or more for both targets.
 IS_V = 0.75
 
 
@@ -31,8 +32,8 @@ class TargetLosses:
     """Mean squared errors of a UNet's outputs against both targets, as shares of the targets' own mean squares.
 
     Args:
-        epsilon: where the input is nearly all noise.
-        v_prediction: where signal and noise are about equal.
+        epsilon: at inputs of almost only noise.
+        v_prediction: at inputs with about as much signal as noise.
     """
 
     epsilon: float
@@ -50,7 +51,7 @@ def target_losses(loss: DenoisingLoss, images: CachedLatents, seed: int = 0) -> 
     """The base model's losses on the first images, one pass for each noise level, with noise from `seed`.
 
     Args:
-        loss: of a model of discrete noise levels; its UNet has no adapter, or one that changes nothing.
+        loss: of a model with discrete noise levels and no adapter, or one that changes nothing.
     """
     shares = {EPSILON: EPSILON_SHARES, V_PREDICTION: V_SHARES}
     return TargetLosses(**{name: _share_of_error(loss, images, seed, name, levels) for name, levels in shares.items()})
@@ -69,9 +70,9 @@ def _share_of_error(loss: DenoisingLoss, images: CachedLatents, seed: int, targe
         noise = torch.randn(latents.shape, generator=keyed_generator(seed, RandomStream.PREDICTION_TYPE, index)).to(device)
         for share in shares:
             timesteps = (scheduler.alphas_cumprod - share).abs().argmin()[None].to(device)
-            answer = loss.predict(latents, noise, timesteps, time_ids, prompts).float()
+            prediction = loss.predict(latents, noise, timesteps, time_ids, prompts).float()
             expected = noise if target == EPSILON else scheduler.get_velocity(latents, noise, timesteps)
-            error += mean_square(answer - expected.float()).item()
+            error += mean_square(prediction - expected.float()).item()
             square += mean_square(expected.float()).item()
     return error / square
 
@@ -83,22 +84,22 @@ def check_prediction_type(pipeline: StableDiffusionXLPipeline, images: CachedLat
 
     Args:
         pipeline: the base model, without an adapter.
-        images: to be trained on.
+        images: the training images.
     Raises: InputError with both losses and the option that corrects it.
     """
     loss = DenoisingLoss(pipeline)
-    said = pipeline.scheduler.config.prediction_type
-    if not isinstance(loss.noising, DiscreteNoising) or said not in (EPSILON, V_PREDICTION):
+    declared = pipeline.scheduler.config.prediction_type
+    if not isinstance(loss.noising, DiscreteNoising) or declared not in (EPSILON, V_PREDICTION):
         return
     losses = target_losses(loss, images, seed)
-    if not losses.contradicts(said):
+    if not losses.contradicts(declared):
         return
-    other = V_PREDICTION if said == EPSILON else EPSILON
+    other = V_PREDICTION if declared == EPSILON else EPSILON
     rescaled = pipeline.scheduler.config.get("rescale_betas_zero_snr")
     snr = " --rescale_betas_zero_snr False" if other == EPSILON and rescaled else ""
     raise InputError(
-        f"The base model predicts {other}, not {said}: on one batch of your images its loss is {losses.epsilon:.2f} for epsilon "
-        f"and {losses.v_prediction:.2f} for v_prediction, as shares of the targets' mean squares; a model that predicts epsilon "
-        f"has less than {IS_EPSILON} for it, one that predicts v less than {IS_V} for v alone. "
+        f"The base model predicts {other}, not {declared}: on one batch of your images, its loss relative to the target's mean "
+        f"square is {losses.epsilon:.2f} for epsilon and {losses.v_prediction:.2f} for v_prediction. A model that predicts "
+        f"epsilon is below {IS_EPSILON} for epsilon; one that predicts v is below {IS_V} for v_prediction only. "
         f"Give --prediction_type {other}{snr}."
     )

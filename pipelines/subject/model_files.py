@@ -1,4 +1,4 @@
-"""Where the files of an SDXL model are: a folder, or the hub's cache after what is missing there has been fetched."""
+"""The files of an SDXL model: a folder, or the hub's cache, to which missing files are downloaded."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ PIPELINE_CLASS = "StableDiffusionXLPipeline"
 INDEX = "model_index.json"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
-# As diffusers and transformers name them, in one file or in numbered parts; the variant stands before or behind the number.
+# Weight files of diffusers and transformers, sharded or not; the variant is before or after the number of the shard.
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(\w+))?(?:-\d{5}-of-\d{5})?(?:\.(\w+))?\.safetensors")
 CONFIGURATIONS = ("*.json", "*.txt", "*.model")
 
 
 def pipeline_folder(name_or_path: str, revision: str | None, variant: str | None, **parts: Any) -> Path:
-    """The folder of an SDXL model in several files, by a folder or a hub name; of the latter all files are fetched.
+    """The folder of an SDXL model in diffusers' layout; a model on the hub is downloaded.
 
     Args:
         variant: of the weights, such as "fp16".
-        parts: components that are not taken from it.
+        parts: components that are loaded from elsewhere.
     Raises: InputError naming what is missing, and the remedy.
     """
     folder, wanted = Path(name_or_path), [name for name in MODELS if name not in parts]
@@ -53,24 +53,24 @@ def pipeline_folder(name_or_path: str, revision: str | None, variant: str | None
 
 
 def _checked_lookup(model: HubModel, wanted: Iterable[str]) -> Lookup:
-    """What the hub has of a model, which is checked to be one of diffusers with the weights of the components `wanted`."""
+    """Look up a model on the hub, and check that it is an SDXL model of diffusers with weights for the components `wanted`."""
     lookup = look_up(model, INDEX)
     if INDEX not in lookup.files:
         raise InputError(
-            f"{model.name!r} is no diffusers model: it has no {INDEX}. Give the hub name of one, such as "
+            f"{model.name!r} is not a diffusers model: it has no {INDEX}. Give the hub name of one, such as "
             "'stabilityai/stable-diffusion-xl-base-1.0'."
         )
     _check_index(fetch_file(model, INDEX, lookup).parent, model.name)
     try:
         _check_weights(model.name, lookup.files, wanted, model.variant)
     except InputError as error:
-        # What is not in the cache may be on the hub.
+        # The hub may have files that the cache lacks.
         raise lookup.unavailable or error from None
     return lookup
 
 
 def autoencoder_folder(name_or_path: str) -> Path:
-    """The folder of an autoencoder, by a folder or a hub name.
+    """The folder of an autoencoder; one on the hub is downloaded.
 
     Raises: InputError naming it if there is none.
     """
@@ -97,8 +97,8 @@ def configuration_folder(file: Path, name_or_path: str | None) -> Path:
     """The folder with the configuration and the tokenizers for a model in one file.
 
     Args:
-        name_or_path: folder or hub name; by the file's tensors where None, as diffusers does.
-    Raises: InputError if it cannot be had.
+        name_or_path: folder or hub name; None to choose it by the file's tensors, as diffusers does.
+    Raises: InputError if it cannot be fetched.
     """
     option = "--single_file_config"
     if name_or_path is None:
@@ -117,23 +117,23 @@ def configuration_folder(file: Path, name_or_path: str | None) -> Path:
 
 
 def _default_configuration(file: Path) -> str:
-    """The hub name of the configuration that diffusers takes for a single file of SDXL, by its tensors."""
+    """The hub name of diffusers' configuration for a single SDXL file, by its tensors."""
     inferred = fetch_diffusers_config(load_single_file_checkpoint(str(file)))
-    # What it does not recognise it takes for Stable Diffusion 1.5, which this file is not: it has SDXL's text encoders.
+    # diffusers takes unknown files for Stable Diffusion 1.5, but this file has SDXL's text encoders.
     defaults = DIFFUSERS_DEFAULT_PIPELINE_PATHS
     return (defaults["xl_base"] if inferred == defaults["v1"] else inferred)["pretrained_model_name_or_path"]
 
 
 def _check_index(folder: Path, name: str) -> None:
-    """Check that `folder`, which the user knows as `name`, is that of an SDXL pipeline."""
+    """Check that `folder`, called `name` in messages, holds an SDXL pipeline."""
     index = folder / INDEX
     if not index.is_file():
         raise InputError(
-            f"{name!r} is no diffusers model: it has no {INDEX}. Give the folder that holds unet/, vae/ and the others."
+            f"{name!r} is not a diffusers model: it has no {INDEX}. Give the folder that holds unet/, vae/ and the others."
         )
     pipeline = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
     if pipeline != PIPELINE_CLASS:
-        raise InputError(f"{name!r} must hold a {PIPELINE_CLASS}, got {pipeline}. Only SDXL models are adapted here.")
+        raise InputError(f"{name!r} must hold a {PIPELINE_CLASS}, got {pipeline}. Only SDXL models can be adapted.")
 
 
 def _variant_of(file: str) -> str | None:
@@ -145,7 +145,7 @@ def _variant_of(file: str) -> str | None:
 def _check_weights(name: str, files: Iterable[str], models: Iterable[str], variant: str | None) -> None:
     """Check that each of `models` has .safetensors weights, and that at least one has them in the variant.
 
-    Raises: InputError naming the variants that there are.
+    Raises: InputError naming the available variants.
     """
     by_model: dict[str, list[str]] = {model: [] for model in models}
     for file in files:
@@ -157,22 +157,21 @@ def _check_weights(name: str, files: Iterable[str], models: Iterable[str], varia
     if empty is not None:
         raise InputError(
             f"The model {name!r} could not be loaded: {empty}/ has no .safetensors weights{_pickles_among(by_model[empty])}. "
-            "Take a model that has them, or convert this one with diffusers' save_pretrained."
+            "Use a model that has them, or convert this one with diffusers' save_pretrained."
         )
     _check_variant(name, variants, variant)
 
 
 def _check_variant(name: str, variants: Mapping[str, set[str | None]], variant: str | None) -> None:
-    """Check that at least one model has weights in the variant, and each other one has them plain."""
+    """Check that at least one model has weights in the variant, and that the others have weights without a variant."""
     available = set().union(*variants.values())
     if variant is not None and variant not in available:
-        plain = "leave --variant out" if None in available else "give another"
-        others = _variant_flags(available) or "no variant"
-        raise InputError(f"The model {name!r} has no files of the variant {variant!r}: it has {others}. Give that, or {plain}.")
+        choices = filter(None, (_variant_flags(available), "no --variant" if None in available else ""))
+        raise InputError(f"The model {name!r} has no files of the variant {variant!r}. Give {' or '.join(choices)}.")
     lacking = next((model for model, each in variants.items() if not each & {variant, None}), None)
     if lacking is not None:
         others = _variant_flags(variants[lacking])
-        raise InputError(f"The model {name!r} could not be loaded: {lacking}/ has its weights in variants alone. Give {others}.")
+        raise InputError(f"The model {name!r} could not be loaded: {lacking}/ has weights only in variants. Give {others}.")
 
 
 def _variant_flags(variants: Iterable[str | None]) -> str:
@@ -180,6 +179,6 @@ def _variant_flags(variants: Iterable[str | None]) -> str:
 
 
 def _pickles_among(files: Iterable[str]) -> str:
-    """A clause that names pickled weights, which are not opened; empty where there are none."""
+    """A clause that names pickled weights, which are not opened; empty if there are none."""
     pickles = sorted(file for file in files if file.endswith(PICKLES))
     return f", only pickles such as {pickles[0]}, which can run programs when they are read" if pickles else ""

@@ -1,4 +1,4 @@
-"""Which base model to generate with: the one given, or the one that an adapter's run was trained on."""
+"""The base model to generate with: the one given, or the one that an adapter's run was trained on."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from typing import TYPE_CHECKING, Any
 from pipelines.built_in import BUILT_IN, BUILT_IN_MODEL, is_built_in, recorded_name
 from pipelines.digests import file_digest
 from pipelines.errors import InputError
-from pipelines.run_options import check_task
+from pipelines.run_options import PROVENANCE, check_task
 from pipelines.text_files import read_text
 
 if TYPE_CHECKING:
     import torch
     from diffusers import StableDiffusionXLPipeline
 
-PROVENANCE, NAME = "provenance.json", "pretrained_model_name_or_path"
-# What an adapter was trained for, wherever its base model lies.
+NAME = "pretrained_model_name_or_path"
+# Settings of the training that also apply if the base model is given by another path.
 OF_THE_TRAINING = ("prediction_type", "rescale_betas_zero_snr")
+# Options whose values may be local paths.
 LOCAL_PARTS = (NAME, "pretrained_vae_model_name_or_path", "single_file_config")
 FIELDS = (*LOCAL_PARTS, "revision", "variant", *OF_THE_TRAINING)
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a base model's parts come from, as a run's options name them, and what it predicts; see `load_base_model`.
+    """The parts of a base model and its prediction type, named as in a run's options; see `load_base_model`.
 
     Args:
-        run: the run that says so, for error messages; None where the user does.
+        run: the run that recorded them, for error messages; None if the user gave them.
     """
 
     pretrained_model_name_or_path: str = BUILT_IN
@@ -44,14 +45,14 @@ class ModelSource:
 
     @classmethod
     def from_options(cls, model: Mapping[str, Any]) -> ModelSource:
-        """The base model of a run, by the group `model` of its options; what old runs do not have is None."""
+        """The base model of a run, from the group `model` of its options; options that old runs lack are None."""
         given = {name: model.get(name) for name in FIELDS}
         return cls(**given | {NAME: recorded_name(str(given[NAME] or BUILT_IN))})
 
     def load(self, dtype: torch.dtype, device: torch.device | str) -> StableDiffusionXLPipeline:
         """The pipeline; see `load_base_model`.
 
-        Raises: InputError naming the part that cannot be loaded, and for a run's model the option that says where it lies now.
+        Raises: InputError naming the part that cannot be loaded and, for a run's model, the option for its new path.
         """
         try:
             return self._load(dtype, device)
@@ -59,11 +60,11 @@ class ModelSource:
             if self.run is None:
                 raise
             raise InputError(
-                f"The base model of the run {self.run!r} cannot be loaded: {error} If it lies elsewhere now, give --{NAME}."
+                f"The base model of the run {self.run!r} cannot be loaded: {error} If it was moved, give --{NAME} its new path."
             ) from error
 
     def _load(self, dtype: torch.dtype, device: torch.device | str) -> StableDiffusionXLPipeline:
-        # Here, as `generate --help` reads this file and importing diffusers takes seconds.
+        # Imported here, as `generate --help` reads this file, and diffusers takes seconds to import.
         from pipelines.subject.base_model import load_base_model
 
         return load_base_model(
@@ -83,32 +84,31 @@ def source_of(adapters: Sequence[str], given: Mapping[str, Any]) -> ModelSource:
     """The base model to generate with.
 
     Args:
-        adapters: paths; where the first is a run's directory, its base model is taken, and its prediction type for a base model
-            that is given.
-        given: what the user says, by the names of `FIELDS`; None for what they do not say.
-    Raises: InputError for a run of another task, or one whose base model is not where it was.
+        adapters: paths. If the first one is a run directory, its base model is the default, and its prediction type applies to
+            another base model too.
+        given: the user's values, by the names of `FIELDS`; None for values that were not given.
+    Raises: InputError for a run of another task, or one whose base model was moved.
     """
     recorded = [check_task(adapter, "subject") for adapter in adapters]
-    said = {name: value for name, value in given.items() if value is not None}
+    values = {name: value for name, value in given.items() if value is not None}
     source = ModelSource()
     if recorded and recorded[0] is not None and "model" in recorded[0]:
         source = replace(ModelSource.from_options(recorded[0]["model"]), run=str(adapters[0]))
-    if NAME in said:
+    if NAME in values:
         source = ModelSource(**{name: getattr(source, name) for name in OF_THE_TRAINING})
-    source = replace(source, **said)
+    source = replace(source, **values)
     if source.run is not None:
-        _check_parts(source, said)
+        _check_parts(source, values)
     return source
 
 
-def _check_parts(source: ModelSource, said: Mapping[str, Any]) -> None:
-    """Refuse a run whose base model has moved or is another version of the built-in one."""
-    for name in (name for name in LOCAL_PARTS if name not in said):
+def _check_parts(source: ModelSource, given: Mapping[str, Any]) -> None:
+    """Raise InputError if a run's base model was moved, or is another version of the built-in one."""
+    for name in (name for name in LOCAL_PARTS if name not in given):
         value = getattr(source, name)
         if value is not None and Path(value).is_absolute() and not Path(value).exists():
             raise InputError(
-                f"The run {source.run!r} was trained with {name} {value!r}, which is no longer there. Give --{name} with the "
-                "path where it lies now."
+                f"The run {source.run!r} was trained with {name} {value!r}, which no longer exists. Give --{name} its new path."
             )
     path = Path(source.run) / PROVENANCE
     if is_built_in(source.pretrained_model_name_or_path) and path.is_file():
@@ -116,14 +116,16 @@ def _check_parts(source: ModelSource, said: Mapping[str, Any]) -> None:
 
 
 def _check_version(source: ModelSource, path: Path) -> None:
-    """Refuse a run, with its provenance at `path`, that was trained on another version of the built-in model."""
+    """Raise InputError if a run was trained on another version of the built-in model, by its provenance at `path`."""
     try:
         files = json.loads(read_text(path))["base_model"]["files"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{str(path)!r} cannot be read as a run's provenance ({error}). Put the run's own file back.") from error
+        raise InputError(
+            f"{str(path)!r} cannot be read as a run's provenance ({error}). Restore the file that the run wrote."
+        ) from error
     here = {name: file_digest(file) for name in files if (file := BUILT_IN_MODEL / name).is_file()}
     if here != files:
         raise InputError(
-            f"The run {source.run!r} was trained on another version of the built-in model: its files have other sha256. Give "
-            f"--{NAME} with assets/{BUILT_IN} of the checkout that it was trained in, or train again."
+            f"The run {source.run!r} was trained on another version of the built-in model: the SHA-256 of its files differ. Give "
+            f"--{NAME} the folder assets/{BUILT_IN} of the checkout in which it was trained, or train again."
         )

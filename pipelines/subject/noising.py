@@ -1,4 +1,4 @@
-"""How latents are made noisy, what the UNet hears of it, and how far its answer is from right."""
+"""Noise schedules of training: the noisy latents, the UNet's inputs, and the error of its prediction."""
 
 from __future__ import annotations
 
@@ -18,26 +18,28 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 class Noising(Protocol):
     """A family of noise levels, numbered 0 to `num_timesteps` - 1 from little noise to much.
 
-    Everywhere `latents`, `noise` and the UNet's `answer` are (batch, channels, height, width) and `timesteps` (batch,) int64.
+    Everywhere `latents`, `noise` and the UNet's `prediction` are (batch, channels, height, width) and `timesteps` (batch,) int64.
     """
 
     num_timesteps: int
 
     def inputs(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the UNet is given: noisy latents like `latents`, and the noise levels as it knows them, (batch,)."""
+        """The inputs of the UNet: noisy latents like `latents`, and the noise levels as it expects them, (batch,)."""
 
-    def errors(self, answer: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """The mean squared error of each image's answer: (batch,) float32."""
+    def errors(
+        self, prediction: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """The mean squared error of each image's prediction: (batch,) float32."""
 
     def snr_weights(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
         """The min-SNR weights of the errors: (batch,)."""
 
 
 def noising_for(scheduler: SchedulerMixin, edm_style: bool = False, snr_gamma: float | None = None) -> Noising:
-    """The noise levels that the model of `scheduler` was trained on, or with `edm_style` the same with EDM's errors.
+    """The noise levels that the model of `scheduler` was trained on; with `edm_style`, the same with EDM's loss.
 
-    Raises: InputError for a prediction type that is unknown, for epsilon with zero terminal SNR, and for min-SNR with EDM's
-        errors, which are weighted already.
+    Raises: InputError for an unknown prediction type, for epsilon with zero terminal SNR, and for min-SNR with EDM's loss, which
+        has its own weights.
     """
     prediction_type = scheduler.config.prediction_type
     if prediction_type not in PREDICTION_TYPES:
@@ -48,7 +50,7 @@ def noising_for(scheduler: SchedulerMixin, edm_style: bool = False, snr_gamma: f
     check_terminal_snr(scheduler)
     is_edm = "EDM" in type(scheduler).__name__
     if (is_edm or edm_style) and snr_gamma is not None:
-        raise InputError("snr_gamma is not for EDM-style training, whose errors have weights of their own. Leave it out.")
+        raise InputError("snr_gamma cannot be used with EDM-style training, whose loss has its own weights. Remove snr_gamma.")
     if is_edm:
         return EdmNoising(EDMEulerScheduler.from_config(scheduler.config))
     if edm_style:
@@ -57,7 +59,7 @@ def noising_for(scheduler: SchedulerMixin, edm_style: bool = False, snr_gamma: f
 
 
 class DiscreteNoising:
-    """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) n; the UNet answers n, the velocity sqrt(a_t) n - sqrt(1 - a_t) x_0, or x_0."""
+    """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) n; the UNet predicts n, the velocity sqrt(a_t) n - sqrt(1 - a_t) x_0, or x_0."""
 
     def __init__(self, scheduler: DDPMScheduler) -> None:
         self.scheduler = scheduler
@@ -67,17 +69,19 @@ class DiscreteNoising:
         """x_t and t."""
         return self.scheduler.add_noise(latents, noise, timesteps), timesteps
 
-    def errors(self, answer: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """The distance from what was to be answered."""
+    def errors(
+        self, prediction: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """(batch,) float32: the mean squared error against the target of the model's prediction type."""
         targets = {
             "epsilon": lambda: noise,
             "v_prediction": lambda: self.scheduler.get_velocity(latents, noise, timesteps),
             "sample": lambda: latents,
         }
-        return mean_square(answer.float() - targets[self.scheduler.config.prediction_type]().float())
+        return mean_square(prediction.float() - targets[self.scheduler.config.prediction_type]().float())
 
     def snr_weights(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
-        """min(SNR, gamma) as a weight of x_0's error, written for the error of the answer  [Hang et al. 2023]."""
+        """(batch,): min(SNR, gamma) as a weight on the error of x_0, converted for the predicted target  [Hang et al. 2023]."""
         snr = compute_snr(self.scheduler, timesteps)
         divisors = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
         return snr.clamp(max=gamma) / divisors[self.scheduler.config.prediction_type]
@@ -89,20 +93,20 @@ class _SigmaNoising:
     def __init__(self, scheduler: EulerDiscreteScheduler | EDMEulerScheduler) -> None:
         self.scheduler = scheduler
         self.num_timesteps: int = scheduler.config.num_train_timesteps
-        # The scheduler's own go from much noise to none.
+        # The scheduler's sigmas are in descending order and end with 0.
         self.sigmas = scheduler.sigmas[:-1].flip(0)[-self.num_timesteps :].float()
 
     def sigma(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """(batch, 1, 1, 1)"""
+        """The noise levels of `timesteps`, (batch, 1, 1, 1)."""
         return self.sigmas.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
 
     def snr_weights(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
-        """Never asked for."""
-        raise NotImplementedError("EDM's errors have weights of their own.")
+        """Not defined for EDM. Raises: NotImplementedError."""
+        raise NotImplementedError("EDM's loss has its own weights.")
 
 
 class EdmStyleNoising(_SigmaNoising):
-    """A model of discrete noise levels, trained on the error of x_0 weighted by 1 / sigma^2, as diffusers does it."""
+    """A model with discrete noise levels, trained on the error of x_0 weighted by 1 / sigma^2, as in diffusers' scripts."""
 
     def __init__(self, scheduler: EulerDiscreteScheduler, prediction_type: str) -> None:
         super().__init__(scheduler)
@@ -113,20 +117,22 @@ class EdmStyleNoising(_SigmaNoising):
         sigma = self.sigma(timesteps)
         return (latents + sigma * noise) / (sigma**2 + 1).sqrt(), timesteps
 
-    def errors(self, answer: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """The weighted distance from x_0."""
-        sigma, answer = self.sigma(timesteps), answer.float()
+    def errors(
+        self, prediction: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """(batch,) float32: the mean squared error of the denoised latents against x_0, weighted by 1 / sigma^2."""
+        sigma, prediction = self.sigma(timesteps), prediction.float()
         noisy = latents + sigma * noise
         denoised = {
-            "epsilon": lambda: noisy - sigma * answer,
-            "v_prediction": lambda: noisy / (sigma**2 + 1) - answer * sigma / (sigma**2 + 1).sqrt(),
-            "sample": lambda: answer,
+            "epsilon": lambda: noisy - sigma * prediction,
+            "v_prediction": lambda: noisy / (sigma**2 + 1) - prediction * sigma / (sigma**2 + 1).sqrt(),
+            "sample": lambda: prediction,
         }
         return mean_square((denoised[self.prediction_type]() - latents) / sigma)
 
 
 class EdmNoising(_SigmaNoising):
-    """A model that was trained as EDM, with its own scaling of inputs, answers and noise levels."""
+    """A model that was trained as EDM, with EDM's scaling of inputs, outputs and noise levels."""
 
     def inputs(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """c_in x and c_noise."""
@@ -134,10 +140,15 @@ class EdmNoising(_SigmaNoising):
         noisy = self.scheduler.precondition_inputs(latents + sigma * noise, sigma)
         return noisy, self.scheduler.precondition_noise(sigma).flatten()
 
-    def errors(self, answer: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """The distance of c_skip x + c_out F from x_0, without EDM's weights, which are large where there is little noise."""
+    def errors(
+        self, prediction: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """(batch,) float32: the mean squared error of c_skip x + c_out F against x_0.
+
+        EDM's weights are left out, as they are large at low noise.
+        """
         sigma = self.sigma(timesteps)
-        denoised = self.scheduler.precondition_outputs(latents + sigma * noise, answer.float(), sigma)
+        denoised = self.scheduler.precondition_outputs(latents + sigma * noise, prediction.float(), sigma)
         return mean_square(denoised - latents)
 
 

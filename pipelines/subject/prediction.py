@@ -1,7 +1,7 @@
-"""What a model's UNet predicts and how its noise schedule ends: as its file says, or the user.
+"""The prediction type and the terminal SNR of a model, from its file or from the user.
 
-Checkpoints in one file say it by tensors without a weight, as ComfyUI and A1111 read them: `v_pred`, `ztsnr`, and
-`edm_vpred.sigma_max` for EDM's noise levels; or by `modelspec.prediction_type` in their header. diffusers reads none of these.
+Single-file checkpoints mark them by tensors that ComfyUI and A1111 read, `v_pred`, `ztsnr`, and `edm_vpred.sigma_max` for EDM's
+noise levels, or by `modelspec.prediction_type` in the header. diffusers reads none of these.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ EPSILON, V_PREDICTION = "epsilon", "v_prediction"
 V_PRED_KEY, ZTSNR_KEY, SIGMA_MAX_KEY, SIGMA_MIN_KEY = "v_pred", "ztsnr", "edm_vpred.sigma_max", "edm_vpred.sigma_min"
 KEYS = (V_PRED_KEY, ZTSNR_KEY, SIGMA_MAX_KEY, SIGMA_MIN_KEY)
 METADATA_KEY = "modelspec.prediction_type"
-# As modelspec, sd-scripts and model editors write them.
+# The spellings of modelspec, sd-scripts and model editors.
 SPELLINGS = {
     **dict.fromkeys(("epsilon", "eps", "noise"), EPSILON),
     **dict.fromkeys(("v", "v_prediction", "vprediction", "v_pred", "vpred", "velocity", "v_parameterization"), V_PREDICTION),
@@ -35,12 +35,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prediction:
-    """What is said of a model's prediction beside its scheduler's configuration; None where nothing is.
+    """Changes to the configuration of a model's scheduler; None for no change.
 
     Args:
         prediction_type: "epsilon" or "v_prediction".
         rescale_betas_zero_snr: whether the last noise level has no signal at all  [Lin et al. 2023].
-        edm_sigmas: smallest and largest noise level of a v-predicting model of EDM's noise levels, such as CosXL.
+        edm_sigmas: smallest and largest noise level of a v-prediction model with EDM's noise levels, such as CosXL.
     """
 
     prediction_type: str | None = None
@@ -49,11 +49,11 @@ class Prediction:
 
     @property
     def scheduler_class(self) -> str | None:
-        """Name of the diffusers scheduler that is needed in place of the model's own; None for its own."""
+        """The name of the diffusers scheduler that replaces the model's own; None to keep it."""
         return None if self.edm_sigmas is None else "EDMEulerScheduler"
 
     def scheduler_arguments(self) -> dict[str, Any]:
-        """What the scheduler is given beside its configuration; "trailing", so that sampling starts at the last level."""
+        """The changed arguments of the scheduler; spacing is "trailing", so that sampling starts at the last noise level."""
         arguments: dict[str, Any] = {}
         if self.edm_sigmas is not None:
             arguments = {"sigma_min": self.edm_sigmas[0], "sigma_max": self.edm_sigmas[1], "sigma_data": 1.0}
@@ -67,20 +67,20 @@ class Prediction:
         return arguments
 
     def apply(self, scheduler: SchedulerMixin) -> SchedulerMixin:
-        """`scheduler` with what is said here, or as it is where nothing is.
+        """`scheduler` with these changes.
 
-        Raises: InputError for zero terminal SNR with a scheduler that has none, or with a model that predicts epsilon.
+        Raises: InputError for zero terminal SNR with a scheduler that does not support it, or a model that predicts epsilon.
         """
         arguments = self.scheduler_arguments()
         if self.rescale_betas_zero_snr and (self.edm_sigmas or not _can_rescale(scheduler)):
             name = self.scheduler_class or type(scheduler).__name__
             raise InputError(
-                f"rescale_betas_zero_snr is not for a model with {name}, which has no such setting. Leave it out, or use a model "
-                "folder with a DDIMScheduler or EulerDiscreteScheduler."
+                f"rescale_betas_zero_snr is not supported by this model's {name}. Remove it, or use a model folder with a "
+                "DDIMScheduler or EulerDiscreteScheduler."
             )
         if self.edm_sigmas is not None:
             arguments.pop("rescale_betas_zero_snr", None)
-            # Here, as the options of a command need this file, and importing diffusers takes seconds.
+            # Imported here, as the options of a command need this file, and diffusers takes seconds to import.
             from diffusers import EDMEulerScheduler
 
             scheduler = EDMEulerScheduler(**arguments)
@@ -95,15 +95,15 @@ def _can_rescale(scheduler: ConfigMixin) -> bool:
 
 
 def check_terminal_snr(scheduler: SchedulerMixin) -> None:
-    """Refuse zero terminal SNR with a model that predicts epsilon: noise in noise says nothing of the image."""
+    """Check that a scheduler does not combine epsilon with zero terminal SNR; see `check_combination`."""
     config = scheduler.config
     check_combination(config.prediction_type, config.get("rescale_betas_zero_snr"))
 
 
 def check_combination(prediction_type: str | None, rescale_betas_zero_snr: bool | None) -> None:
-    """Refuse epsilon with zero terminal SNR.
+    """Check that epsilon is not combined with zero terminal SNR, where it says nothing about the image.
 
-    Raises: InputError.
+    Raises: InputError if it is.
     """
     if prediction_type == EPSILON and rescale_betas_zero_snr:
         raise InputError(
@@ -116,9 +116,9 @@ def check_combination(prediction_type: str | None, rescale_betas_zero_snr: bool 
 def prediction_of(
     name_or_path: str, prediction_type: str | None = None, rescale_betas_zero_snr: bool | None = None
 ) -> Prediction:
-    """What the file of a model says, where it is one file, and what was given, which wins.
+    """The given settings, or else those in the model's file if it is a single file.
 
-    Raises: InputError for a prediction type in the file that is unknown, unless one is given.
+    Raises: InputError for an unknown prediction type in the file, unless one is given.
     """
     path = Path(name_or_path)
     stated = read_prediction(path, prediction_type is None) if path.is_file() else Prediction()
@@ -130,14 +130,14 @@ def prediction_of(
 
 
 def read_prediction(path: Path, strict: bool = True) -> Prediction:
-    """What a .safetensors file says of its model's prediction, by names of tensors, else by its header.
+    """The settings in a .safetensors file, by names of tensors or else by its header.
 
     Args:
-        strict: whether a prediction type in the header that is unknown is an error.
-    Raises: InputError for such a one.
+        strict: whether an unknown prediction type in the header is an error.
+    Raises: InputError for an unknown prediction type, if `strict`.
     """
     with safe_open(path, "pt") as file:
-        # Some files have them below the prefix of the UNet.
+        # Some files put them under the prefix of the UNet.
         tensors = file.keys()
         names = {next((key for key in KEYS if name.endswith(f".{key}")), name): name for name in tensors}
         metadata, sigmas = file.metadata() or {}, _edm_sigmas(file, names)
@@ -149,16 +149,16 @@ def read_prediction(path: Path, strict: bool = True) -> Prediction:
 
 
 def _warn_of_header(path: Path, in_header: str | None) -> None:
-    """Warn of a header that says otherwise than the names of the tensors, which predict v."""
+    """Warn if the header contradicts the names of the tensors, which say v-prediction."""
     if in_header not in (None, V_PREDICTION):
         logger.warning(
-            f"{str(path)!r} has the tensor {V_PRED_KEY!r}, but its header says {METADATA_KEY} {in_header!r}. It is taken as "
-            f"{V_PREDICTION}; --prediction_type says otherwise."
+            f"{str(path)!r} has the tensor {V_PRED_KEY!r}, but its header says {METADATA_KEY} {in_header!r}. It is loaded as "
+            f"{V_PREDICTION}; --prediction_type overrides this."
         )
 
 
 def _edm_sigmas(file: safe_open, names: Mapping[str, str]) -> tuple[float, float] | None:
-    """The smallest and the largest noise level that the file's tensors say; None where they say none."""
+    """The smallest and the largest noise level in the file's tensors; None if there are none."""
     if SIGMA_MAX_KEY not in names:
         return None
     smallest = file.get_tensor(names[SIGMA_MIN_KEY]).item() if SIGMA_MIN_KEY in names else EDM_SIGMA_MIN

@@ -17,15 +17,15 @@ SHOWN_START, SHOWN_LENGTH = 40, 120
 
 @dataclass(frozen=True)
 class LongPrompt:
-    """A prompt that is cut.
+    """A prompt that is truncated.
 
     Args:
-        role: what it is: "caption", "instance prompt", "class prompt" or "validation prompt".
+        role: "caption", "instance prompt", "class prompt" or "validation prompt".
         text: the prompt.
-        num_tokens: how many tokens it has, the start and end tokens included.
-        max_tokens: how many the tokenizer takes, these two included.
-        cut: the end of `text` that is not read.
-        images: whose caption it is.
+        num_tokens: its number of tokens, including the start and end tokens.
+        max_tokens: the tokenizer's limit, including these two.
+        cut: the end of `text` that is cut off.
+        images: the images whose caption it is.
     """
 
     role: str
@@ -41,19 +41,19 @@ class LongPrompt:
         name = f"caption of {listed(self.images)}" if self.role == CAPTION else f"{self.role} {start!r}"
         cut = self.cut if len(self.cut) <= SHOWN_LENGTH else f"{self.cut[:SHOWN_LENGTH]}..."
         return (
-            f"The {name} has {self.num_tokens} tokens, and the tokenizer takes {self.max_tokens} with start and end: it is cut, "
-            f"and {cut!r} is not read. Shorten it."
+            f"The {name} has {self.num_tokens} tokens, but the tokenizer's limit is {self.max_tokens}, including the start and "
+            f"end tokens: {cut!r} is cut off. Shorten it."
         )
 
 
 def long_prompts(
     tokenizers: Sequence[PreTrainedTokenizerBase], prompts: Mapping[str, str], captions: Iterable[tuple[Path, str]] = ()
 ) -> list[LongPrompt]:
-    """The prompts that are longer than one of `tokenizers` takes.
+    """The prompts that exceed the limit of one of `tokenizers`.
 
     Args:
         prompts: prompts other than captions, with the role of each.
-        captions: images with their captions; those that are among `prompts` count as these.
+        captions: images with their captions; a caption that is also in `prompts` has its role there.
     """
     images: dict[str, list[str]] = {}
     for path, text in captions:
@@ -68,14 +68,14 @@ def long_prompts(
 
 
 def _cut(tokenizers: Sequence[PreTrainedTokenizerBase], text: str) -> tuple[int, int, str] | None:
-    """The tokens of `text`, how many are taken, and what is cut, by the tokenizer that cuts most; None where none cuts."""
+    """The number of tokens of `text`, the limit, and the text cut off by the tokenizer that cuts most; None if none does."""
     cuts = [cut for tokenizer in tokenizers if (cut := _cut_by(tokenizer, text)) is not None]
     return max(cuts, key=lambda cut: len(cut[2]), default=None)
 
 
 def _cut_by(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, int, str] | None:
     limit, special = tokenizer.model_max_length, tokenizer.num_special_tokens_to_add()
-    # Without `verbose` it warns of the length that is asked for here.
+    # With `verbose`, the tokenizer would warn about the length itself.
     ids = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=tokenizer.is_fast)
     count = len(ids["input_ids"]) + special
     if count <= limit:

@@ -30,7 +30,7 @@ GRID = 8
 FEATURE_TIMESTEP = 20
 CLASSIFIER_SAMPLES = 8
 THUMBNAIL = 16
-# Sides of a cropped copy as a share of the image's.
+# The sides of a cropped copy as a share of the image's sides.
 CROPPED = 0.9
 # Given in place of a model's name, it selects scoring by the base model.
 BASE = "base"
@@ -140,16 +140,16 @@ class BaseModelScorer:
             self.mean = reference_features.mean(dim=(0, 2), keepdim=True)
             self.references = _unit(reference_features[:count] - self.mean)
             copies = self._latents([cropped(image) for image in references])
-            self.nearest_limit = nearest_limit(self._likeness(latents[:count]), self._likeness(copies))
+            self.nearest_limit = nearest_limit(self._similarities(latents[:count]), self._similarities(copies))
 
     @torch.no_grad()
     def scores(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> list[ImageScores]:
         """The scores of each image; `prompts` holds the prompt of each."""
         with without_adapters(self.pipeline):
             latents = self._latents(images)
-            likeness = self._likeness(latents)
-            prompt = self._following(latents, prompts)
-        return _scores(likeness, prompt, copy_scores(images, self.images))
+            similarities = self._similarities(latents)
+            prompt = self._prompt_margins(latents, prompts)
+        return _scores(similarities, prompt, copy_scores(images, self.images))
 
     def _latents(self, images: Sequence[Image.Image]) -> torch.Tensor:
         pixels = as_pixels(images, (self.resolution, self.resolution))
@@ -158,26 +158,29 @@ class BaseModelScorer:
     @torch.no_grad()
     def _features(self, latents: torch.Tensor) -> torch.Tensor:
         """Features of the UNet's first block for latents with little noise: (images, channels, positions)."""
-        seen: list[torch.Tensor] = []
-        hook = self.pipeline.unet.down_blocks[0].register_forward_hook(lambda *call: seen.append(call[-1][0].float()))
-        nothing = encode_prompts(self.pipeline, [""])
+        outputs: list[torch.Tensor] = []
+        hook = self.pipeline.unet.down_blocks[0].register_forward_hook(lambda *call: outputs.append(call[-1][0].float()))
+        empty_prompt = encode_prompts(self.pipeline, [""])
         noise = self._noise(1, latents)
         timesteps = torch.tensor([FEATURE_TIMESTEP], device=latents.device)
         try:
             for image in latents:
-                self.loss.predict(image[None], noise, timesteps, self._time_ids(1, latents), nothing)
+                self.loss.predict(image[None], noise, timesteps, self._time_ids(1, latents), empty_prompt)
         finally:
             hook.remove()
-        return middle_of(functional.adaptive_avg_pool2d(torch.cat(seen), GRID)).flatten(2)
+        return middle_of(functional.adaptive_avg_pool2d(torch.cat(outputs), GRID)).flatten(2)
 
-    def _likeness(self, latents: torch.Tensor) -> torch.Tensor:
+    def _similarities(self, latents: torch.Tensor) -> torch.Tensor:
         """Mean similarity of positions to their best matches in each reference, both ways: (images, references), at most 1."""
         generated = _unit(self._features(latents) - self.mean)
         similarities = torch.einsum("acx,bcy->abxy", generated, self.references)
         return (similarities.amax(dim=3).mean(dim=2) + similarities.amax(dim=2).mean(dim=2)) / 2
 
-    def _following(self, latents: torch.Tensor, prompts: Sequence[str]) -> list[float]:
-        """How far the loss of an image's prompt lies below the others', as a share of the mean loss; the noise is the same."""
+    def _prompt_margins(self, latents: torch.Tensor, prompts: Sequence[str]) -> list[float]:
+        """For each image, the mean loss with the other prompts minus that with its own, relative to the mean of all.
+
+        The noise is the same for all prompts.
+        """
         distinct = list(dict.fromkeys(prompts))
         distinct += [""] if len(distinct) == 1 else []
         embeddings = encode_prompts(self.pipeline, distinct)
@@ -192,8 +195,8 @@ class BaseModelScorer:
                 losses.append(self._losses(image, noise, timesteps, prompt_embeddings))
             # Relative to the mean at each noise level, or the highest level would outweigh all others.
             relative = (torch.stack(losses) / torch.stack(losses).mean(dim=0)).mean(dim=1)
-            direction = relative[distinct.index(prompt)]
-            margins.append(((relative.sum() - direction) / (len(distinct) - 1) - direction).item())
+            loss = relative[distinct.index(prompt)]
+            margins.append(((relative.sum() - loss) / (len(distinct) - 1) - loss).item())
         return margins
 
     def _losses(
@@ -240,9 +243,9 @@ class EmbeddingScorer:
         return _scores(embedded @ self.references.T, prompt, copy_scores(images, self.images))
 
 
-def _scores(likeness: torch.Tensor, prompt: Sequence[float], copies: Sequence[float]) -> list[ImageScores]:
-    """The scores of each image from `likeness` (images, references), prompt scores and copy scores."""
-    columns = (likeness.mean(dim=1).tolist(), prompt, copies, likeness.amax(dim=1).tolist())
+def _scores(similarities: torch.Tensor, prompt: Sequence[float], copies: Sequence[float]) -> list[ImageScores]:
+    """The scores of each image from `similarities` (images, references), prompt scores and copy scores."""
+    columns = (similarities.mean(dim=1).tolist(), prompt, copies, similarities.amax(dim=1).tolist())
     return [ImageScores(*each) for each in zip(*columns, strict=True)]
 
 

@@ -87,10 +87,10 @@ def test_sd_scripts_tags_follow_the_caption(album):
     [
         ("file_name,words\n00.jpg,a\n", r"Line 2 of .*metadata\.csv' must have a 'text'.* The columns are 'file_name', 'words'"),
         ("file_name,text\n00.jpg,\n", "Line 2 .*must have a 'text' that is not empty, got ''"),
-        ("file_name,text\n00.jpg,a,b\n", "Line 2 .*more cells than the first line has columns"),
-        ("file_name,text\n99.jpg,a\n", r"Line 2 .*names '99\.jpg', which is not there"),
+        ("file_name,text\n00.jpg,a,b\n", "Line 2 .*more cells than the first line"),
+        ("file_name,text\n99.jpg,a\n", r"Line 2 .*names '99\.jpg', which does not exist"),
         ('file_name,text\n00.jpg,"a\n', "is not CSV"),
-        (f"file_name,text\n{'0' * 300}.jpg,a\n", "which is not there"),
+        (f"file_name,text\n{'0' * 300}.jpg,a\n", "which does not exist"),
     ],
 )
 def test_a_wrong_row_is_named_with_its_number(album, text, message):

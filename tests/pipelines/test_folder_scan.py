@@ -160,7 +160,7 @@ def test_what_is_no_folder_is_named(tmp_path, name, message):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["x/y/0.png"], r"holds no image .*further down.*The first is .*x/y/0\.png"),
+        (["x/y/0.png"], r"holds no image .*not from deeper folders.*The first is .*x/y/0\.png"),
         (["0.cr2"], r"holds no image .*formats are not read: '0\.cr2'"),
         (["notes.md"], r"holds no image .*Not used: 'notes\.md'"),
     ],
@@ -340,7 +340,7 @@ def test_a_folder_of_class_images_is_accounted_for_too(tmp_path):
 
 def test_class_images_further_down_are_refused_with_the_folder_to_give(tmp_path):
     write(tmp_path, "1_toy/0.png")
-    with pytest.raises(InputError, match=r"Give --class_data_dir the folder that holds them, as in '.*1_toy'"):
+    with pytest.raises(InputError, match=r"Give --class_data_dir the folder that contains them, such as '.*1_toy'"):
         class_account(tmp_path)
     with pytest.raises(InputError, match=r"is a file\. --class_data_dir"):
         class_account(tmp_path / "1_toy" / "0.png")

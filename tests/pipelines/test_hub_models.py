@@ -89,10 +89,10 @@ def test_a_new_commit_on_the_branch_is_fetched(hub_server, tiny_model, other_mod
         (
             (None, "fp16"),
             "fp32",
-            r"no files of the variant 'fp32': it has --variant fp16\. Give that, or leave --variant out",
+            r"no files of the variant 'fp32'\. Give --variant fp16 or no --variant",
         ),
-        ((None,), "fp16", r"has no files of the variant 'fp16': it has no variant\. Give that, or leave --variant out"),
-        (("fp16",), None, r"has its weights in variants alone\. Give --variant fp16"),
+        ((None,), "fp16", r"has no files of the variant 'fp16'\. Give no --variant"),
+        (("fp16",), None, r"has weights only in variants\. Give --variant fp16"),
     ],
 )
 def test_a_variant_that_is_missing_is_named_with_those_there_are(hub_server, tiny_model, served, asked, message):
@@ -113,7 +113,7 @@ def test_a_model_of_another_kind_is_refused_before_its_weights_are_downloaded(hu
     hub_server.add("stabilityai/sd3", files)
     assert "'stabilityai/sd3' must hold a StableDiffusionXLPipeline, got StableDiffusion3Pipeline" in refused("stabilityai/sd3")
     hub_server.add("me/lora", {"pytorch_lora_weights.safetensors": b""})
-    assert "'me/lora' is no diffusers model: it has no model_index.json" in refused("me/lora")
+    assert "'me/lora' is not a diffusers model: it has no model_index.json" in refused("me/lora")
     assert not [name for name in hub_server.downloads() if name.endswith(".safetensors")]
 
 

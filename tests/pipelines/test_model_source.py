@@ -77,7 +77,7 @@ def test_a_run_of_another_version_of_the_built_in_model_names_the_option(tmp_pat
 @pytest.mark.parametrize("part", ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "single_file_config"])
 def test_a_part_that_has_moved_is_named_with_its_option(tmp_path, part):
     run = run_of(tmp_path / "run", **{"pretrained_model_name_or_path": "owner/model", part: str(tmp_path / "gone")})
-    with pytest.raises(InputError, match=rf"was trained with {part} '.*gone', which is no longer there\. Give --{part}"):
+    with pytest.raises(InputError, match=rf"was trained with {part} '.*gone', which no longer exists\. Give --{part}"):
         source(run)
     assert getattr(source(run, **{part: "owner/other"}), part) == "owner/other"
 

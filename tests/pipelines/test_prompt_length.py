@@ -40,8 +40,8 @@ def test_the_limit_is_the_tokenizers_own_and_counts_start_and_end(tokenizer):
     (prompt,) = long_prompts((tokenizer,), {cut: "class prompt"})
     assert (prompt.num_tokens, prompt.max_tokens, prompt.cut) == (room + 3, room + 2, words[0])
     assert prompt.summary() == (
-        f"The class prompt {cut[:40] + '...'!r} has {room + 3} tokens, and the tokenizer takes {room + 2} with start and end: "
-        f"it is cut, and {words[0]!r} is not read. Shorten it."
+        f"The class prompt {cut[:40] + '...'!r} has {room + 3} tokens, but the tokenizer's limit is {room + 2}, including the "
+        f"start and end tokens: {words[0]!r} is cut off. Shorten it."
     )
 
 

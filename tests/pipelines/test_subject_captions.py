@@ -80,7 +80,7 @@ def test_a_caption_in_any_script_and_with_a_byte_order_mark_is_read(tmp_path):
         ([1], r"Line 2 .*must be an object"),
         ({"text": "a"}, r"must have a 'file_name' that is not empty, got None"),
         ({"file_name": "a.png", "text": " "}, r"must have a 'text' that is not empty, got ' '"),
-        ({"file_name": "z.png", "text": "a"}, r"names 'z\.png', which is not there"),
+        ({"file_name": "z.png", "text": "a"}, r"names 'z\.png', which does not exist"),
     ],
 )
 def test_a_wrong_line_is_named_with_its_number(tmp_path, line, message):

@@ -117,7 +117,7 @@ def test_the_answer_of_an_edm_model_that_denoises_to_the_image_costs_nothing(pip
 @pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler(), EDMEulerScheduler()])
 def test_min_snr_is_refused_where_errors_have_weights_of_their_own(pipe, scheduler):
     pipe.scheduler = scheduler
-    with pytest.raises(InputError, match=r"snr_gamma is not for EDM-style training"):
+    with pytest.raises(InputError, match=r"snr_gamma cannot be used with EDM-style training"):
         DenoisingLoss(pipe, snr_gamma=5.0, edm_style=True)
 
 

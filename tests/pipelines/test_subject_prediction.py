@@ -111,8 +111,8 @@ def test_sigmas_in_a_file_are_those_of_edm(tmp_path):
         (Prediction(EPSILON, True), EulerDiscreteScheduler(), r"needs a model that predicts v.*--prediction_type v_prediction"),
         (Prediction(None, True), EulerDiscreteScheduler(), r"prediction_type 'epsilon'.*--rescale_betas_zero_snr False"),
         (Prediction(EPSILON), DDIMScheduler(rescale_betas_zero_snr=True, prediction_type=V), r"needs a model that predicts v"),
-        (Prediction(V, True), HeunDiscreteScheduler(), r"not for a model with HeunDiscreteScheduler"),
-        (Prediction(V, True, (0.002, 120.0)), EulerDiscreteScheduler(), r"not for a model with EDMEulerScheduler"),
+        (Prediction(V, True), HeunDiscreteScheduler(), r"not supported by this model's HeunDiscreteScheduler"),
+        (Prediction(V, True, (0.002, 120.0)), EulerDiscreteScheduler(), r"not supported by this model's EDMEulerScheduler"),
     ],
 )
 def test_zero_terminal_snr_is_refused_where_it_cannot_be(prediction, scheduler, message):

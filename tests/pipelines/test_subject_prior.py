@@ -72,7 +72,9 @@ def test_no_more_are_used_than_asked_for(tmp_path):
 @pytest.mark.parametrize("change", [{"prompts": {"sks cat": "a photo of a cat"}}, {"model": "owner/other"}])
 def test_images_of_another_class_or_model_are_refused(tmp_path, change):
     make(wanted(tmp_path))
-    with pytest.raises(InputError, match=r"00000\.png' is a class image of 'a photo of a dog' by 'owner/model', not of"):
+    with pytest.raises(
+        InputError, match=r"00000\.png' was generated from the prompt 'a photo of a dog' by 'owner/model', not of"
+    ):
         wanted(tmp_path, **change).missing()
 
 

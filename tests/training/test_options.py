@@ -125,7 +125,10 @@ def test_resolved_options_are_plain_values():
             ),
             r"Prodigy finds one rate for all",
         ),
-        (lambda: OptimisationOptions(do_edm_style_training=True, snr_gamma=5.0), r"snr_gamma is not for EDM-style training"),
+        (
+            lambda: OptimisationOptions(do_edm_style_training=True, snr_gamma=5.0),
+            r"snr_gamma cannot be used with EDM-style training",
+        ),
         (lambda: OptimisationOptions(seed=-1), r"seed must be at least 0, got -1"),
         (lambda: OutputOptions(validation_steps=0), r"validation_steps must be at least 1, got 0"),
         (lambda: ValidationOptions(num_candidate_images=-1), r"num_candidate_images must be at least 0, got -1"),

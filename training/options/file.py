@@ -13,7 +13,7 @@ import yaml
 
 from pipelines.deprecated_flags import with_current_names
 from pipelines.errors import InputError
-from pipelines.run_options import OPTIONS, task_of
+from pipelines.run_options import OPTIONS, is_run, task_of
 from pipelines.text_files import read_text
 
 # What belongs to the run that wrote its options, and not to one that repeats it.

@@ -83,7 +83,9 @@ class OptimisationOptions:
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
         if self.do_edm_style_training and self.snr_gamma is not None:
-            raise InputError("snr_gamma is not for EDM-style training, whose errors have weights of their own. Leave one out.")
+            raise InputError(
+                "snr_gamma cannot be used with EDM-style training, whose loss has its own weights. Remove one of them."
+            )
         self._check_text_encoder_lr()
         self._check_optimizer()
 
