@@ -228,4 +228,4 @@ def test_the_command_draws_with_a_file_whose_names_hold_an_adapters_name(tmp_pat
     first, second = (torch.tensor(list(image.get_flattened_data())).float() for image in drawn)
     assert first.std() > 5
     assert (first - second).abs().max() <= 1
-    assert "also holds 'step', which is of no layer and is left out" in caplog.text
+    assert "also holds 'step'. No layer uses this, and it is left out" in caplog.text

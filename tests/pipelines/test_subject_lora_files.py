@@ -43,7 +43,7 @@ def test_a_good_file_is_loaded(exported):
     ],
 )
 def test_a_configuration_that_wants_more_than_a_lora_is_refused(exported, tmp_path, configuration):
-    with pytest.raises(AdapterFileError, match=r"is not one of a LoRA"):
+    with pytest.raises(AdapterFileError, match=r"has a value that is not supported"):
         load_adapter(tiny_pipeline(), rewritten(exported[0], tmp_path / "bad.safetensors", **configuration), "bad")
 
 
@@ -51,7 +51,7 @@ def test_a_name_that_is_an_expression_is_refused(exported, tmp_path):
     bad = rewritten(
         exported[0], tmp_path / "bad.safetensors", lambda tensors: {**tensors, "unet.(a+)+b.lora_A.weight": torch.ones(1, 1)}
     )
-    with pytest.raises(AdapterFileError, match=r"which is no layer's name"):
+    with pytest.raises(AdapterFileError, match=r"whose name cannot be that of a layer"):
         load_adapter(tiny_pipeline(), bad, "bad")
 
 
@@ -66,7 +66,7 @@ def test_a_name_that_is_an_expression_is_refused(exported, tmp_path):
 def test_a_file_of_another_model_leaves_the_pipeline_as_it_was(exported, tmp_path, change):
     stock = tiny_pipeline()
     before = image(stock)
-    with pytest.raises(InputError, match=r"does not fit|fits \d+ of the \d+ layers"):
+    with pytest.raises(InputError, match=r"does not fit"):
         load_adapter(stock, rewritten(exported[0], tmp_path / "bad.safetensors", change), "bad")
     load_adapter(stock, exported[0], "good")
     torch.testing.assert_close(image(stock), exported[1], atol=1 / 255, rtol=0)

@@ -357,7 +357,7 @@ def test_integer_alphas_are_accepted_and_ignored_tensors_reported(tmp_path, work
     save_file(tensors, tmp_path / "<b>.SAFETENSORS")
     assert uploads.add_adapter(workspace, tmp_path / "<b>.SAFETENSORS").suffix == ".safetensors"
     said = uploads.left_out(tmp_path / "<b>.SAFETENSORS")
-    assert said[0].startswith("<b>.SAFETENSORS also holds embeddings of words ('blue mug')")
+    assert said[0].startswith("<b>.SAFETENSORS also holds a textual inversion ('blue mug')")
     assert "also holds 'step'" in said[1]
 
 

@@ -1,8 +1,8 @@
-"""LoRA files of any program: recognised by their tensors' names, put into PEFT's form exactly, and checked after loading.
+"""Loading of LoRA files from any program: recognised by tensor names, converted to PEFT exactly, and verified after loading.
 
-names: tensor names of all dialects, as layers of this model. kinds: what a file is that cannot be loaded.
-configuration: PEFT's settings beside the tensors. factors: each layer's change of weight as LoRA or DoRA.
-offsets: changes of biases and norms. loading: onto a pipeline, and the checks afterwards.
+names: tensor names of all programs, mapped to the model's layers. kinds: recognition of files that cannot be loaded.
+configuration: PEFT's configuration of the file. factors: each layer's weight change as a LoRA or DoRA.
+offsets: changes of biases and norms. loading: onto a pipeline, with the verification.
 """
 
 from pipelines.subject.lora_files.loading import check_file, left_out, load_lora_file, resolve, verify

@@ -1,4 +1,4 @@
-"""What a file is that cannot be loaded, or not here: told by its tensors' names and by what it says of itself."""
+"""Recognition of files that are not a LoRA of SDXL, by tensor names, shapes and metadata."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from nora_vision.files import SafetensorsHeader
 from pipelines.subject.lora_files.names import PEFT_PREFIX, split_name
 
-READ = "LoRA, DoRA, LoCon, LoHa, LoKr, weight differences and norms of SDXL are read"
-ADAPTER_REMEDY = f"{READ}. Choose such a file, or have it converted by the program that made it."
-# Files that are no LoRA: what they are called and the remedy, by a name that only they have. The first that matches counts.
+READ = "LoRA, DoRA, LoCon, LoHa, LoKr, weight differences and norms of SDXL can be loaded"
+ADAPTER_REMEDY = f"{READ}. Choose such a file, or convert this one with the program that wrote it."
+# Files that are not a LoRA: a pattern of their tensor names, their name, and the remedy. The first match counts.
 OTHER_KINDS = (
-    (r"\bnora_|^nora\.", "a part of a NoRA adapter", "Give its diffusers or kohya file, or the folder that it lies in"),
+    (r"\bnora_|^nora\.", "a part of a NoRA adapter", "Give its diffusers or kohya file, or the folder that contains it"),
     (r"^lora_controlnet$|^control_model\.|controlnet_|zero_convs|^input_hint_block", "a ControlNet", None),
     (r"^ip_adapter\.|^image_proj\.|to_[kv]_ip\.", "an IP-adapter", None),
     (r"^adapter\.(body|conv_in)\.", "a T2I-Adapter", None),
@@ -37,7 +37,7 @@ OTHER_KINDS = (
 )
 EMBEDDINGS = re.compile(r"(bundle_emb\.[^\x00-\x1f]{1,100}\.)?(clip_[lgh]|emb_params|string_to_param\.\*|t5|t5xxl)(_out)?")
 NOT_LORA = f"Only LoRA files can be used here: {READ}."
-# Other models than SDXL, by names that only their files have.
+# Base models other than SDXL, by tensor names that only their files have.
 ARCHITECTURE_NAMES = (
     (r"double_blocks|single_blocks|single_transformer_blocks", "Flux"),
     (
@@ -49,7 +49,7 @@ ARCHITECTURE_NAMES = (
 TRANSFORMER = re.compile(
     r"^(lora_transformer_|transformer\.)|^(diffusion_model\.|lora_unet_)?(blocks|layers|transformer_blocks)[._]\d+"
 )
-# What a header says, in lower case and without punctuation.
+# Base models by the metadata, in lower case and without punctuation.
 ARCHITECTURE_WORDS = (
     (r"sdxl|stablediffusionxl", "SDXL"),
     (r"flux", "Flux"),
@@ -59,56 +59,53 @@ ARCHITECTURE_WORDS = (
     (r"cascade", "Stable Cascade"),
     (r"wan|hunyuan|qwen|lumina|hidream|auraflow|chroma|pixart|ltx|zimage|anima", "another diffusion transformer"),
 )
-# The width of the text that cross-attention reads.
+# Base models by the width of the text embeddings in cross-attention.
 TEXT_WIDTHS = {768: "Stable Diffusion 1.5", 1024: "Stable Diffusion 2", 1280: "the SDXL refiner", 2048: "SDXL"}
 TEXT_LAYER = re.compile(r"attn2[._](processor\.)?to_[kv]")
-# SDXL's finest level has no attention.
+# SDXL has no attention at its highest resolution.
 FINEST_ATTENTION = re.compile(r"down_blocks[._]0[._]attentions|input_blocks[._][12][._]1[._]")
 
 
 def is_embedding(name: str) -> bool:
-    """Whether a tensor's name is that of a textual inversion, alone or bundled with a LoRA."""
+    """Whether a tensor's name is that of a textual inversion, by itself or bundled with a LoRA."""
     return EMBEDDINGS.fullmatch(name) is not None
 
 
 def refuse_other_kinds(header: SafetensorsHeader, path: Path) -> str | None:
-    """What a file is that is no LoRA and what to do, as one message about `path`; None where it has a LoRA's tensors."""
+    """The message about a file at `path` that is not a LoRA, with the remedy; None if it has the tensors of a LoRA."""
     names = header.tensors
     if not names:
-        return f"{path} holds no tensors, so no adapter. Download it again, or choose another file."
+        return f"{path} holds no tensors and so no adapter. Download it again, or choose another file."
     if all(map(is_embedding, names)) or _is_one_embedding(header):
-        return (
-            f"{path} is a textual inversion (an embedding of a word) and not a LoRA: it holds no adapter, but other tensors. "
-            f"{NOT_LORA}"
-        )
-    # A LoRA of every layer has names like a checkpoint's, with a part behind them.
-    strange = [name for name in names if split_name(name) is None]
+        return f"{path} is a textual inversion (an embedding of a word) and not a LoRA. {NOT_LORA}"
+    # Tensors of a LoRA can begin like those of a checkpoint, but end in the name of a part.
+    others = [name for name in names if split_name(name) is None]
     for pattern, kind, remedy in OTHER_KINDS:
-        match = next((name for name in strange if re.search(pattern, name)), None)
+        match = next((name for name in others if re.search(pattern, name)), None)
         if match is not None:
             advice = NOT_LORA if remedy is None else f"{remedy.rstrip('.')}."
             return f"{path} is {kind} ({match!r:.100}). {advice}"
-    if len(strange) == len(names):
-        return f"{path} holds no adapter, but other tensors such as {strange[0]!r:.100}. {NOT_LORA}"
+    if len(others) == len(names):
+        return f"{path} holds no adapter, but other tensors such as {others[0]!r:.100}. {NOT_LORA}"
     return None
 
 
 def _is_one_embedding(header: SafetensorsHeader) -> bool:
-    """Whether all that the file holds is one table of a few short rows, as diffusers saves a learned token."""
+    """Whether the file holds a single embedding table, as diffusers saves a textual inversion."""
     shapes = [entry.shape for entry in header.tensors.values()]
     return len(shapes) == 1 and shapes[0][-1:] in [(768,), (1024,), (1280,)] and not any(map(split_name, header.tensors))
 
 
 def architecture(header: SafetensorsHeader) -> str | None:
-    """The base model that a LoRA was made for, by its tensors' names and shapes, else by what its header says."""
+    """The base model that a LoRA was trained on, by tensor names and shapes or else by the metadata; None if unknown."""
     names = [name.removeprefix(PEFT_PREFIX) for name in header.tensors if split_name(name)]
     by_name = next((model for pattern, model in ARCHITECTURE_NAMES if _any_has(pattern, names)), None)
     if by_name is not None:
         return by_name
-    said = _said(header.metadata)
-    if said in (None, "SDXL") and _any_has(TRANSFORMER, names):
+    by_metadata = _by_metadata(header.metadata)
+    if by_metadata in (None, "SDXL") and _any_has(TRANSFORMER, names):
         return "a diffusion transformer such as SD3, Flux, Wan or Qwen-Image"
-    return _by_text_width(header) or said or _before_sdxl(names)
+    return _by_text_width(header) or by_metadata or _before_sdxl(names)
 
 
 def _any_has(pattern: str | re.Pattern[str], names: Iterable[str]) -> bool:
@@ -130,23 +127,23 @@ def _reads_text(name: str) -> bool:
     return split is not None and split[1] == "down" and TEXT_LAYER.search(split[0]) is not None
 
 
-def _said(metadata: Mapping[str, str]) -> str | None:
+def _by_metadata(metadata: Mapping[str, str]) -> str | None:
     for key in ("modelspec.architecture", "ss_base_model_version", "ss_base_model", "base_model"):
-        said = re.sub(r"[^a-z0-9]", "", metadata.get(key, "").lower())
+        value = re.sub(r"[^a-z0-9]", "", metadata.get(key, "").lower())
         for pattern, model in ARCHITECTURE_WORDS:
-            if re.search(pattern, said):
+            if re.search(pattern, value):
                 return model
     return None
 
 
 def misfit(path: Path, header: SafetensorsHeader, reason: str) -> str:
-    """Why a LoRA does not fit the model that it is loaded onto, with the model that it was made for where that can be told."""
+    """The message about a LoRA that does not fit the base model, with the model that it was trained on if that is known."""
     model = architecture(header)
     if model is None:
         return f"{path} does not fit this base model: {reason}. Load it onto the base model that it was trained on."
     if model == "SDXL":
         return (
-            f"{path} is a LoRA of SDXL, and does not fit this base model: {reason}. Use it with SDXL, or the model made from "
-            "it that it was trained on, as the base model (--pretrained_model_name_or_path)."
+            f"{path} is a LoRA of SDXL that does not fit this base model: {reason}. Use it with SDXL, or with the SDXL finetune "
+            "that it was trained on, as the base model (--pretrained_model_name_or_path)."
         )
-    return f"{path} is a LoRA of {model}, and does not fit this base model: {reason}. Choose a LoRA that was trained on SDXL."
+    return f"{path} is a LoRA of {model} and does not fit this base model: {reason}. Choose a LoRA that was trained on SDXL."

@@ -1,4 +1,4 @@
-"""Loading a LoRA file onto a pipeline: all of it is read and checked against the model first, and verified afterwards."""
+"""Loading a LoRA file onto a pipeline: the whole file is checked against the model before, and verified after loading."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 PEFT_CONFIG, PEFT_FILE = "adapter_config.json", "adapter_model.safetensors"
 NORMS = (nn.GroupNorm, nn.LayerNorm)
 Changes = dict[Layer, Change]
-# More are counted.
+# The number of names in messages; further ones are counted.
 LISTED = 3
 
 
 def resolve(path: Path) -> tuple[Path, Path | None] | None:
-    """The LoRA file that `path` stands for, and PEFT's configuration beside it; None for a folder that holds none.
+    """The LoRA file at `path`, and PEFT's configuration beside it if there is one; None for a folder without a LoRA file.
 
     Args:
         path: a file, a folder that PEFT or diffusers saved, or a folder with one .safetensors file.
-    Raises: AdapterFileError for a folder with weights that are only a pickle, or with several files.
+    Raises: AdapterFileError for a folder with only pickled weights, or with several files.
     """
     if path.is_file():
         beside = path.with_name(PEFT_CONFIG)
@@ -64,7 +64,7 @@ def resolve(path: Path) -> tuple[Path, Path | None] | None:
 
 
 def _only_file(folder: Path) -> Path | None:
-    """The one .safetensors file of a folder; None where there is none."""
+    """The only .safetensors file of a folder; None if there is none."""
     entries = sorted(folder.iterdir())
     files = [entry for entry in entries if entry.suffix.lower() == ".safetensors" and entry.is_file()]
     if len(files) > 1:
@@ -72,40 +72,40 @@ def _only_file(folder: Path) -> Path | None:
     pickles = [entry.name for entry in entries if entry.suffix.lower() in PICKLE_SUFFIXES]
     if not files and pickles:
         raise AdapterFileError(
-            f"{folder} holds {pickles[0]!r}, a pickle, which can run code when opened. Only .safetensors is read."
+            f"{folder} holds the pickle {pickles[0]!r}, which can run code when opened. Only .safetensors files are read."
         )
     return files[0] if files else None
 
 
 def check_file(path: Path) -> None:
-    """Check all of a LoRA file that can be checked without its model.
+    """Check a LoRA file as far as possible without its model.
 
-    Raises: AdapterFileError or InputError saying what is wrong with it.
+    Raises: AdapterFileError or InputError with the problem.
     """
     header = read_header(path, FOREIGN_DTYPES)
     _refuse(header, path)
     settings_of_metadata(header.metadata, path)
     read_tensors(path, dtypes=FOREIGN_DTYPES)
-    # What a header says of the base model is often wrong; the model itself decides where the names leave it open.
+    # Metadata on the base model are often wrong. If the tensor names are ambiguous, the file is checked when it is loaded.
     model = kinds.architecture(replace(header, metadata={}))
     if model not in (None, "SDXL"):
         raise InputError(f"{path} is a LoRA of {model}. Choose a LoRA that was trained on SDXL.")
 
 
 def left_out(path: Path) -> list[str]:
-    """What of a LoRA file that passes `check_file` changes no layer and is left out, in sentences."""
+    """Sentences about tensors that do not change any layer and are ignored, for a file that passes `check_file`."""
     return _left_out(read_header(path, FOREIGN_DTYPES), path)
 
 
 def load_lora_file(pipeline: StableDiffusionXLPipeline, path: Path, adapter_name: str, config: Path | None = None) -> list[str]:
-    """Load the LoRA of any program as `adapter_name`, active and at strength 1.
+    """Load a LoRA file of any program as `adapter_name`, active and at scale 1.
 
     Args:
         config: PEFT's adapter_config.json beside the file.
-    Returns: what of the file was left out, in sentences.
+    Returns: sentences about tensors that were ignored.
     Raises:
-        AdapterFileError: the file must not be used.
-        InputError: it is no LoRA of this model; the pipeline has no such adapter then.
+        AdapterFileError: the file is damaged or not safe to load.
+        InputError: it is not a LoRA of this model; the pipeline is unchanged then.
     """
     header = read_header(path, FOREIGN_DTYPES)
     _refuse(header, path)
@@ -120,7 +120,7 @@ def load_lora_file(pipeline: StableDiffusionXLPipeline, path: Path, adapter_name
         except MisfitError as error:
             misfits.append(f"in {next(iter(names.values()))!r:.120} {error}")
     if misfits:
-        reason = f"it fits {len(grouped) - len(misfits)} of the {len(grouped)} layers that it changes; {misfits[0]}"
+        reason = f"{len(grouped) - len(misfits)} of its {len(grouped)} layers fit; {misfits[0]}"
         raise InputError(kinds.misfit(path, header, reason))
     apply(pipeline, changes, adapter_name)
     verify(pipeline, adapter_name, path, changes)
@@ -128,14 +128,14 @@ def load_lora_file(pipeline: StableDiffusionXLPipeline, path: Path, adapter_name
 
 
 def apply(pipeline: StableDiffusionXLPipeline, changes: Changes, adapter_name: str) -> None:
-    """Put changes onto the layers of a pipeline as one PEFT adapter; the pipeline is without it if that fails."""
+    """Add the changes to the layers of a pipeline as one PEFT adapter; an error leaves the pipeline without it."""
     if any(adapter_name in adapters for adapters in adapters_by_component(pipeline).values()):
         raise InputError(f"The pipeline already has an adapter {adapter_name!r}. Delete it first or choose another name.")
     with ExitStack() as on_failure:
         on_failure.callback(pipeline.delete_adapters, [adapter_name])
-        # PEFT draws a start for each factor, which is overwritten: it must not move the user's random numbers.
+        # PEFT initialises each factor at random before it is overwritten; the user's generator must not advance.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            # Of a second adapter on a model, which is what was asked for.
+            # A second adapter on a model is intended here.
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             for component in COMPONENTS:
                 component_changes = {layer.name: change for layer, change in changes.items() if layer.component == component}
@@ -145,32 +145,32 @@ def apply(pipeline: StableDiffusionXLPipeline, changes: Changes, adapter_name: s
 
 
 def verify(pipeline: StableDiffusionXLPipeline, adapter_name: str, path: Path, expected: Collection[Layer] | None = None) -> None:
-    """Check that an adapter that was just loaded is there: no parameter on the meta device, no layer without its change.
+    """Check that an adapter was loaded completely: no parameter is on the meta device, and no layer lacks its change.
 
     Args:
-        expected: the layers that must have it; at least one, whichever it is, where it is None.
-    Raises: InputError naming the first parameter or layer that is not right; the adapter is taken off then.
+        expected: the layers that must have a change; None for at least one layer.
+    Raises: InputError naming the first faulty parameter or layer; the adapter is removed then.
     """
     problem = _problem_of(pipeline, adapter_name, expected)
     if problem is not None:
         if any(adapter_name in adapters for adapters in adapters_by_component(pipeline).values()):
             pipeline.delete_adapters([adapter_name])
-        raise InputError(f"{path} was not loaded as a whole: {problem}. Load it onto the base model that it was trained on.")
+        raise InputError(f"{path} was not loaded completely: {problem}. Load it onto the base model that it was trained on.")
 
 
 def _problem_of(pipeline: StableDiffusionXLPipeline, adapter_name: str, expected: Collection[Layer] | None) -> str | None:
-    """The first thing that is not right of an adapter that was just loaded; None where all is."""
+    """The first problem of an adapter that was just loaded; None if there is none."""
     reached, empty = set(), []
     for layer, module in _layers_of(pipeline):
-        held = _held(module, adapter_name)
-        reached |= {layer} if held else set()
-        empty += [f"{layer}.{part}" for part, tensors in held.items() if any(tensor.is_meta for tensor in tensors)]
+        parts = _adapter_tensors(module, adapter_name)
+        reached |= {layer} if parts else set()
+        empty += [f"{layer}.{part}" for part, tensors in parts.items() if any(tensor.is_meta for tensor in tensors)]
     if not reached and not expected:
-        return "no layer of the model got anything"
+        return "no layer of the model was changed"
     if empty:
         return f"{empty[0]} has no values (it is on the meta device)"
     absent = sorted(set(expected or ()) - reached)
-    return f"{absent[0]} got nothing" if absent else None
+    return f"{absent[0]} was not changed" if absent else None
 
 
 def _layers_of(pipeline: StableDiffusionXLPipeline) -> Iterator[tuple[Layer, nn.Module]]:
@@ -179,8 +179,8 @@ def _layers_of(pipeline: StableDiffusionXLPipeline) -> Iterator[tuple[Layer, nn.
             yield Layer(component, base_name(name)), module
 
 
-def _held(module: nn.Module, adapter_name: str) -> dict[str, list[torch.Tensor]]:
-    """The tensors, of any shape, that a tuner's layer holds of an adapter, by the names of its parts."""
+def _adapter_tensors(module: nn.Module, adapter_name: str) -> dict[str, list[torch.Tensor]]:
+    """The tensors of an adapter in a PEFT layer, by part."""
     if not isinstance(module, BaseTunerLayer):
         return {}
     parts = {part: getattr(module, part) for part in module.adapter_layer_names if adapter_name in getattr(module, part)}
@@ -189,11 +189,13 @@ def _held(module: nn.Module, adapter_name: str) -> dict[str, list[torch.Tensor]]
 
 
 def _refuse(header: SafetensorsHeader, path: Path) -> None:
-    """Refuse names that are no layers', and files that are no LoRA."""
-    strange = next((name for name in header.tensors if not PLAIN_NAME.fullmatch(name) and not kinds.is_embedding(name)), None)
-    # Older diffusers has these in one other file: a textual inversion whose word is the tensor's name.
-    if strange is not None and len(header.tensors) > 1:
-        raise AdapterFileError(f"{path} has a tensor called {strange!r:.100}, which is no layer's name. It is not used.")
+    """Raise an error for tensor names that cannot be those of layers, and for files that are not a LoRA."""
+    unsafe = next((name for name in header.tensors if not PLAIN_NAME.fullmatch(name) and not kinds.is_embedding(name)), None)
+    # A textual inversion of older diffusers has a single tensor that is named after its word.
+    if unsafe is not None and len(header.tensors) > 1:
+        raise AdapterFileError(
+            f"{path} has a tensor {unsafe!r:.100}, whose name cannot be that of a layer. The file is not used."
+        )
     other = kinds.refuse_other_kinds(header, path)
     if other is not None:
         raise InputError(other)
@@ -205,8 +207,8 @@ def _settings(header: SafetensorsHeader, path: Path, config: Path | None) -> dic
         return settings
     fields = read_json(config)
     if str(fields.get("peft_type")).upper() == "NORA":
-        raise InputError(f"{config.parent} is a part of a NoRA adapter. Give the folder above it.")
-    # Which layers are changed is told by the tensors; PEFT's own folders may say it with an expression, which is not run.
+        raise InputError(f"{config.parent} is one component of a NoRA adapter. Give the folder that contains it.")
+    # The tensors determine the changed layers. PEFT may name them by a regular expression, which is not evaluated.
     fields = {name: value for name, value in fields.items() if name not in ("target_modules", "exclude_modules")}
     return {**settings, "": checked(fields, config)}
 
@@ -214,9 +216,9 @@ def _settings(header: SafetensorsHeader, path: Path, config: Path | None) -> dic
 def _grouped(
     header: SafetensorsHeader, path: Path, pipeline: StableDiffusionXLPipeline, layers: Mapping[Layer, nn.Module]
 ) -> dict[Layer, dict[str, str]]:
-    """The tensors' names by layer and part.
+    """The names of the tensors by layer and part.
 
-    Raises: InputError where a tensor is of no layer of this model.
+    Raises: InputError if a tensor belongs to no layer of this model.
     """
     table = spellings(layers, pipeline.unet.config.layers_per_block)
     grouped: dict[Layer, dict[str, str]] = {}
@@ -234,15 +236,15 @@ def _grouped(
 
 
 def _unused_names(header: SafetensorsHeader, unknown: Sequence[str], fitting: int) -> str:
-    """How many layers fit, and which tensors nothing uses."""
+    """The number of layers that fit, and the tensors that no layer uses."""
     layers = {split[0] for split in map(split_name, header.tensors) if split}
     listed = ", ".join(f"{name!r:.120}" for name in unknown[:LISTED])
     more = f" and {len(unknown) - LISTED} more" if len(unknown) > LISTED else ""
-    return f"it fits {fitting} of the {len(layers)} layers that it changes, and nothing uses {listed}{more}"
+    return f"{fitting} of its {len(layers)} layers are in the model, and no layer uses {listed}{more}"
 
 
 def _bare_text_layer(name: str, shape: tuple[int, ...], layers: Mapping[Layer, nn.Module]) -> Layer | None:
-    """The text encoder's layer of a file that PEFT made of one text encoder alone, which does not say of which: by its sizes."""
+    """The layer, by its size, of a file in which PEFT saved a single text encoder without naming it; None if none fits."""
     for component in COMPONENTS[1:]:
         for spelling in (name, name.removeprefix("text_model."), f"text_model.{name}"):
             module = layers.get(Layer(component, spelling))
@@ -256,18 +258,18 @@ def _is_left_out(header: SafetensorsHeader, name: str) -> bool:
 
 
 def _left_out(header: SafetensorsHeader, path: Path) -> list[str]:
-    """Sentences about the tensors that change no layer and are left out."""
+    """Sentences about tensors that do not change any layer and are ignored."""
     embeddings = sorted({name.rpartition(".")[0] or name for name in header.tensors if kinds.is_embedding(name)})
     others = [name for name in header.tensors if split_name(name) is None and not kinds.is_embedding(name)]
     sentences = []
     if embeddings:
         words = ", ".join(repr(name.removeprefix("bundle_emb.")) for name in embeddings[:LISTED])
         sentences.append(
-            f"{path} also holds embeddings of words ({words}), a textual inversion, which are left out: only its LoRA is used, "
-            "and those words mean in a prompt what they mean to the base model."
+            f"{path} also holds a textual inversion ({words}), which is left out. Only the LoRA is loaded, and these words keep "
+            "the base model's meaning in prompts."
         )
     if others:
-        sentences.append(f"{path} also holds {', '.join(map(repr, others[:LISTED]))}, which is of no layer and is left out.")
+        sentences.append(f"{path} also holds {', '.join(map(repr, others[:LISTED]))}. No layer uses this, and it is left out.")
     return sentences
 
 
@@ -276,16 +278,17 @@ def _change(layer: Layer, module: nn.Module, parts: Mapping[str, torch.Tensor], 
         return change_of(module, layer.name, parts, settings.get(layer.component, settings.get("")))
     unused = parts.keys() - {"diff", "diff_b", "alpha"}
     if unused:
-        raise MisfitError(f"{', '.join(sorted(unused))} is of a norm, which only differences change")
+        raise MisfitError(f"{', '.join(sorted(unused))} cannot be applied to a norm; only diff and diff_b can")
     values = {part: tensor.float().flatten() for part, tensor in parts.items() if part != "alpha"}
     for part, tensor in values.items():
         if module.weight is None or tensor.shape != module.weight.shape:
-            raise MisfitError(f"{part} has {tensor.numel()} numbers, the model's norm another count")
+            size = "no weight" if module.weight is None else f"{module.weight.numel()}"
+            raise MisfitError(f"{part} has {tensor.numel()} entries, but the model's norm has {size}")
     return Change(up=values.get("diff"), bias=values.get("diff_b"))
 
 
 def _apply(model: nn.Module, changes: Mapping[str, Change], adapter_name: str) -> None:
-    """Put changes of layers, by their names, onto one component."""
+    """Add changes, by layer name, to one component."""
     modules = {base_name(name): module for name, module in model.named_modules() if not name.endswith(".base_layer")}
     norms = {name for name in changes if isinstance(_base(modules[name]), NORMS)}
     low_rank = {name: change for name, change in changes.items() if name not in norms and change.up is not None}
@@ -302,13 +305,13 @@ def _apply(model: nn.Module, changes: Mapping[str, Change], adapter_name: str) -
 
 
 def _fill(model: nn.Module, changes: Mapping[str, Change], config: LoraConfig, adapter_name: str) -> None:
-    """Give each layer of a new adapter the rank, the scaling and the factors of its own change."""
+    """Set the rank, the scaling and the factors of each layer of a new adapter."""
     for name, layer in list(model.named_modules()):
         change = changes.get(base_name(name))
         if change is None or not isinstance(layer, LoraLayer) or adapter_name not in layer.r:
             continue
         rank = len(change.down)
-        # A LoRA that is one layer's DoRA and another's not is more than one configuration can say.
+        # One configuration cannot say that only some layers are DoRA.
         decomposed = change.magnitude is not None
         layer_config = replace(config, r=rank, use_dora=decomposed) if decomposed else config
         layer.update_layer(adapter_name, rank, lora_alpha=change.scale * rank, config=layer_config)
@@ -324,13 +327,13 @@ def _fill(model: nn.Module, changes: Mapping[str, Change], config: LoraConfig, a
 
 
 def _register(model: nn.Module, config: LoraConfig, adapter_name: str) -> None:
-    """Have a component know an adapter that has no low-rank part, as PEFT's `add_adapter` does."""
+    """Register an adapter without a low-rank part with a component, as `add_adapter` does for others."""
     model.peft_config = {**(getattr(model, "peft_config", None) or {}), adapter_name: config}
     model._hf_peft_config_loaded = True
 
 
 def _offset_layer(model: nn.Module, name: str) -> OffsetLayer:
-    """The layer around the one called `name` that holds its offsets; put there if there is none."""
+    """The `OffsetLayer` around the layer called `name`, which is added if there is none."""
     parent, _, child = name.rpartition(".")
     holder = model.get_submodule(parent)
     outer = layer = getattr(holder, child)

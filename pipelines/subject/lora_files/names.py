@@ -1,8 +1,8 @@
-"""The tensor names of all programs that write LoRA files, as the layers of one pipeline.
+"""Mapping of the tensor names in LoRA files of all programs to the layers of a pipeline.
 
-A name is a layer's, in one of many dialects, and a part's: `lora_unet_input_blocks_4_1_proj_in` and `lora_down.weight`. Layers
-are looked up in a table of all spellings that this model's own layers can have, so that no name of a file is ever run as an
-expression.
+A tensor's name consists of the layer's name, which differs between programs, and the part: `lora_unet_input_blocks_4_1_proj_in`
+and `lora_down.weight`. Layers are looked up in a table of all names that the model's layers can have, so that no name in a file
+is used as a regular expression.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from torch import nn
 from nora_vision.components import COMPONENTS
 from nora_vision.kohya import stability_name
 
-# Of diffusers and PEFT, of Stability's own code, and of OneTrainer; each before a dotted name.
+# Prefixes of names with dots, in diffusers and PEFT, in Stability's code and in OneTrainer.
 DOTTED = {
     "unet": ("unet.", "", "lora_unet.", "diffusion_model.", "model.diffusion_model."),
     "text_encoder": ("text_encoder.", "clip_l.", "lora_te1.", "lora_te.", "text_encoders.clip_l.transformer."),
     "text_encoder_2": ("text_encoder_2.", "clip_g.", "lora_te2.", "text_encoders.clip_g.transformer."),
 }
-# Of kohya, before a name with underscores.
+# Prefixes of names with underscores, in kohya's format.
 UNDERSCORED = {
     "unet": ("lora_unet_",),
     "text_encoder": ("lora_te1_", "lora_te_"),
     "text_encoder_2": ("lora_te2_",),
 }
 PEFT_PREFIX = "base_model.model."
-# PEFT gives a tensor the adapter's name: lora_A.default.weight.
+# PEFT can put the adapter's name into that of a tensor: lora_A.default.weight.
 ADAPTER = r"(?:\.[A-Za-z0-9_-]+)?"
 PART_PATTERNS = {
     "down": rf"\.lora_A{ADAPTER}\.weight|\.lora_down\.weight|[._]lora\.down\.weight|\.lora_linear_layer\.down\.weight",
@@ -55,7 +55,7 @@ LAYER_TYPES = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
 
 
 class Layer(NamedTuple):
-    """A layer of a pipeline: its component, and its name there without adapters around it."""
+    """A layer of a pipeline: its component, and its name in that component without adapters."""
 
     component: str
     name: str
@@ -65,14 +65,14 @@ class Layer(NamedTuple):
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """What a tensor's name says of its layer, and which part of its change the tensor is; None where it is no such part."""
+    """Split a tensor's name into the layer's name and the part; None if it ends in no known part."""
     name = name.removeprefix(PEFT_PREFIX)
     match = PART.search(name)
     return None if match is None else (name[: match.start()], str(match.lastgroup))
 
 
 def base_layers(pipeline: StableDiffusionXLPipeline) -> dict[Layer, nn.Module]:
-    """All layers that a LoRA file may change, as they are without adapters."""
+    """All layers that a LoRA file can change, without the adapters around them."""
     layers = {}
     for component in COMPONENTS:
         for name, module in _base_modules(getattr(pipeline, component)):
@@ -82,10 +82,10 @@ def base_layers(pipeline: StableDiffusionXLPipeline) -> dict[Layer, nn.Module]:
 
 
 def spellings(layers: Iterable[Layer], layers_per_block: int) -> dict[str, Layer]:
-    """Every name that a file may give to each of the layers.
+    """The layers by every name that a file can use for them.
 
     Args:
-        layers_per_block: of the UNet's configuration, which the names of Stability's code depend on.
+        layers_per_block: of the UNet's configuration; names in Stability's code depend on it.
     """
     table: dict[str, Layer] = {}
     for layer in layers:
@@ -98,25 +98,25 @@ def spellings(layers: Iterable[Layer], layers_per_block: int) -> dict[str, Layer
 
 
 def _unet_names(name: str, layers_per_block: int) -> list[str]:
-    """diffusers' name of a UNet's layer, its older ones, and the one of Stability's code where there is one."""
+    """The names of a UNet layer in diffusers, in older versions of it, and in Stability's code if it has one there."""
     older = re.sub(r"\.to_out\.0$", ".to_out", name)
     names = [name, older, *(re.sub(r"\.(attn[12])\.", r".\1.processor.", each) for each in (name, older))]
     try:
         return [*names, stability_name(name, layers_per_block)]
     except ValueError:
-        # A layer that SDXL has not.
+        # A layer that SDXL does not have.
         return names
 
 
 def _text_names(name: str) -> list[str]:
-    """A text encoder's layer with and without the level that transformers 5 took away, and diffusers' older attention names."""
+    """A text encoder layer's names with and without `text_model.`, which transformers 5 removed, and diffusers' older ones."""
     core = name.removeprefix("text_model.")
     older = re.sub(r"self_attn\.([qkv])_proj$", r"self_attn.to_\1", core).replace("self_attn.out_proj", "self_attn.to_out")
     return [spelling for each in dict.fromkeys((core, older)) for spelling in (each, f"text_model.{each}")]
 
 
 def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of the model as it was before adapters wrapped any."""
+    """The modules of the model without adapters, by name."""
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if name.startswith(inside or "\0"):
