@@ -119,7 +119,7 @@ class ClassImages:
         below = [] if listing.images else [path for path in listing.folders if first_image_below(path)]
         if below:
             raise InputError(
-                f"{str(listing.path)!r} holds no class images itself, but {listed(below, listing.path)} in it does. Give "
+                f"{str(listing.path)!r} holds no class images itself; they are in {listed(below, listing.path)}. Give "
                 f"--class_data_dir the folder that contains them, such as {str(below[0])!r}."
             )
         return listing

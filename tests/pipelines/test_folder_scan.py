@@ -342,7 +342,7 @@ def test_class_images_further_down_are_refused_with_the_folder_to_give(tmp_path)
     write(tmp_path, "1_toy/0.png")
     with pytest.raises(InputError, match=r"Give --class_data_dir the folder that contains them, such as '.*1_toy'"):
         class_account(tmp_path)
-    with pytest.raises(InputError, match=r"is a file\. --class_data_dir"):
+    with pytest.raises(InputError, match=r"--class_data_dir must be a folder with images, but .* is a file"):
         class_account(tmp_path / "1_toy" / "0.png")
 
 

@@ -75,7 +75,7 @@ OTHERS = {
     "the refiner": ({OLD: (2, 1280)}, r"is a LoRA of the SDXL refiner"),
     "SDXL itself": (
         {"lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k.lora_down.weight": (2, 2048)},
-        r"is a LoRA of SDXL that does not fit this base model.*--pretrained_model_name_or_path",
+        r"is a LoRA of SDXL and does not fit this base model.*--pretrained_model_name_or_path",
     ),
     "OFT": ({"lora_unet_mid_block_attentions_0_proj_in.oft_blocks": (2, 4, 4)}, r"is an OFT or BOFT adapter .*LoHa, LoKr"),
     "GLoRA": ({"lora_unet_mid_block_attentions_0_proj_in.a1.weight": (2, 4)}, r"is a GLoRA adapter"),
@@ -121,7 +121,7 @@ DAMAGED = {
     "an unknown layer": (lambda t: {**t, "unet.mid_block.x.lora_A.weight": torch.ones(2, 2)}, r"no layer uses 'unet.mid_block.x"),
     "half a layer": (lambda t: dict([*t.items()][:1]), r"(up|down) is missing"),
     "two names of one layer": (lambda t: {**t, f"{LINEAR}.lora_A.weight": torch.ones(2, 24)}, r"no layer uses"),
-    "ranks that differ": (lambda t: {**t, f"{kohya(LINEAR)}.lora_up.weight": torch.ones(24, 3)}, r"ranks 3 and 2"),
+    "ranks that differ": (lambda t: {**t, f"{kohya(LINEAR)}.lora_up.weight": torch.ones(24, 3)}, r"different ranks, 3 and 2"),
     "another width": (lambda t: good(width=25), r"changes a weight of size 25 x 25, but the model's is 24 x 24"),
     "two alphas": (lambda t: {**t, f"{kohya(LINEAR)}.alpha": torch.ones(2)}, r"alpha must be one number"),
     "whole numbers": (lambda t: {name: tensor.long() for name, tensor in t.items()}, r"must be floating-point"),

@@ -73,7 +73,7 @@ def test_no_more_are_used_than_asked_for(tmp_path):
 def test_images_of_another_class_or_model_are_refused(tmp_path, change):
     make(wanted(tmp_path))
     with pytest.raises(
-        InputError, match=r"00000\.png' was generated from the prompt 'a photo of a dog' by 'owner/model', not of"
+        InputError, match=r"00000\.png' was generated from the prompt 'a photo of a dog' by 'owner/model', not from"
     ):
         wanted(tmp_path, **change).missing()
 

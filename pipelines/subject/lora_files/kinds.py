@@ -143,7 +143,7 @@ def misfit(path: Path, header: SafetensorsHeader, reason: str) -> str:
         return f"{path} does not fit this base model: {reason}. Load it onto the base model that it was trained on."
     if model == "SDXL":
         return (
-            f"{path} is a LoRA of SDXL that does not fit this base model: {reason}. Use it with SDXL, or with the SDXL finetune "
+            f"{path} is a LoRA of SDXL and does not fit this base model: {reason}. Use it with SDXL, or with the SDXL finetune "
             "that it was trained on, as the base model (--pretrained_model_name_or_path)."
         )
     return f"{path} is a LoRA of {model} and does not fit this base model: {reason}. Choose a LoRA that was trained on SDXL."
