@@ -58,7 +58,7 @@ class Result:
 def run_subject(folder: Path, method: str, options: BenchmarkOptions) -> Result:
     """Train on all images of `folder` but the last, unless that was done before, and read off the result."""
     run = RunDirectory(Path(options.output_dir) / f"{folder.name}-{method}")
-    if run.status().get("state") != "done":
+    if run.status().state != "done":
         flags = [
             *("--method", method, "--instance_data_dir", str(folder), "--output_dir", str(run.path)),
             *("--instance_prompt", f"a photo of sks {CLASS_WORDS.get(folder.name, folder.name)}"),
@@ -68,10 +68,10 @@ def run_subject(folder: Path, method: str, options: BenchmarkOptions) -> Result:
             *shlex.split(getattr(options, f"{method}_flags")),
         ]
         train_subject(parse_options(flags))
-    losses = [line["heldout_loss"] for line in run.metrics() if "heldout_loss" in line]
+    losses = [logged.values["heldout_loss"] for logged in run.metrics() if "heldout_loss" in logged.values]
     sizes = {name: sum(file.stat().st_size for file in (run.path / path).rglob("*.safetensors")) for name, path in FILES.items()}
     status = run.status()
-    return Result(losses[0], losses[-1], status["num_trainable_parameters"], sizes, status["seconds"])
+    return Result(losses[0], losses[-1], status.num_trainable_parameters, sizes, status.seconds)
 
 
 def table(results: dict[str, dict[str, Result]]) -> str:

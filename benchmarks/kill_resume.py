@@ -25,7 +25,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -113,7 +112,7 @@ class Tally:
 
     def count(self, run: RunDirectory) -> None:
         """Note what a kill has left."""
-        phase = run.status().get("phase", "starting")
+        phase = run.status().phase or "starting"
         self.phases[phase] = self.phases.get(phase, 0) + 1
         self.writing += any(run.checkpoints.glob(f"{WRITING}*"))
 
@@ -160,9 +159,9 @@ def _bytes_of(file: Path) -> bytes | None:
     return file.read_bytes() if file.exists() else None
 
 
-def _curves(run: Path) -> list[dict[str, Any]]:
-    """What a run has logged, without when."""
-    return [{name: value for name, value in line.items() if name != "time"} for line in RunDirectory(run).metrics()]
+def _curves(run: Path) -> list[tuple[int, dict[str, float]]]:
+    """The logged metrics of a run by step, without the times."""
+    return [(logged.step, logged.values) for logged in RunDirectory(run).metrics()]
 
 
 def torment(flags: list[str], folder: Path, seconds: float, kills: int, rng: random.Random) -> Tally:

@@ -1,17 +1,15 @@
-"""The options.json of a run, for code that uses the run's results, and the names of other files that such code reads."""
+"""The options of a run, for code that uses the run's results: its task and its base model."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines.deprecated_flags import with_current_names
 from pipelines.errors import InputError
-from pipelines.text_files import read_text
+from pipelines.run_file import RESTORE, ResolvedOptions
 
-OPTIONS, STATUS, PROVENANCE = "options.json", "status.json", "provenance.json"
+STATUS = "status.json"
 Task = Literal["subject", "few-shot"]
 # How to use each task's runs.
 COMMANDS: dict[Task, str] = {
@@ -22,7 +20,7 @@ COMMANDS: dict[Task, str] = {
 
 def is_run(folder: Path) -> bool:
     """Whether `folder` is a run directory."""
-    return (folder / STATUS).is_file() and (folder / OPTIONS).is_file()
+    return (folder / STATUS).is_file() and (folder / ResolvedOptions.NAME).is_file()
 
 
 def run_options(folder: str | Path) -> dict[str, Any] | None:
@@ -30,16 +28,12 @@ def run_options(folder: str | Path) -> dict[str, Any] | None:
 
     Raises: InputError naming the file if it does not hold options by group.
     """
-    path = Path(folder) / OPTIONS
-    if not path.is_file():
+    options = ResolvedOptions.read(Path(folder))
+    if options is None:
         return None
-    try:
-        options = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{str(path)!r} is not JSON ({error}). Restore the file that the run wrote.") from error
-    if not isinstance(options, dict) or not all(isinstance(group, dict) for group in options.values()):
-        raise InputError(f"{str(path)!r} must hold a run's options by group. Restore the file that the run wrote.")
-    return with_current_names(options)
+    if not all(isinstance(group, dict) for group in options.groups.values()):
+        raise InputError(f"{str(Path(folder) / options.NAME)!r} must hold the options of a run by group. {RESTORE}")
+    return options.groups
 
 
 def task_of(options: Mapping[str, Mapping[str, Any]]) -> Task | None:

@@ -1,8 +1,9 @@
-"""Reading text files that a user gives: UTF-8, with or without a byte order mark."""
+"""Text files: reading those of the user, which may have a byte order mark, and writing our own."""
 
 from __future__ import annotations
 
 import codecs
+import os
 from pathlib import Path
 
 from pipelines.errors import InputError
@@ -56,6 +57,19 @@ def decode_text(content: bytes, name: str) -> str:
             f"convert it: {_conversion('UTF-16LE')}."
         )
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write beside `path` and rename, so that a reader sees the old file or the new one.
+
+    Characters that UTF-8 cannot encode, as in some file names, are escaped, so that the file is written all the same.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _conversion(encoding: str) -> str:

@@ -22,14 +22,12 @@ if __name__ == "__main__":
         given_options = parse_fewshot_options(description=__doc__)
 
 # isort: split
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
-from nora_vision.files import write_json
 from pipelines.clip import load_clip
 from pipelines.fewshot.data import LabelledImage
 from pipelines.fewshot.export import save_exported, save_lora, save_merged
@@ -39,7 +37,7 @@ from training.fewshot.card import write_card
 from training.fewshot.experiment import Experiment, SplitImages, check_can_split, labelled_set, split_keys
 from training.fewshot.report import report_of, representative_trial, seconds_left, table, trials_of
 from training.fewshot.trials import FittedAdapter, Trial, fit_trial
-from training.runs.fewshot_files import REPORT, RESULT, TrialResult
+from training.runs.fewshot_files import TrialResult
 from training.runs.provenance import write_provenance
 from training.runs.run import RunDirectory
 from training.runs.run_files import FITTING
@@ -72,7 +70,7 @@ def main(options: FewShotOptions) -> RunDirectory:
         if run.writes:
             run.update_status(phase="writing the report", **NO_TRIAL, step=len(results), seconds_left=None)
             report = report_of(experiment, options, list(map(str, duplicates)), results)
-            write_json(run.path / REPORT, report.to_json())
+            report.write(run.path)
             write_card(run.path, report, options.target_layers)
             logger.info(table(report))
             logger.info(f"Report: {run.path / 'README.md'}. Classifier: {run.path / report.classifier}.")
@@ -89,13 +87,12 @@ def fit_all(accelerator: Accelerator, run: RunDirectory, experiment: Experiment,
             with accelerator.main_process_first():
                 images = experiment.split_images((trial.shots, trial.seed))
         folder = trial.folder_in(run.path)
-        path = run.path / folder / RESULT
-        if not path.exists():
+        if not (run.path / folder / TrialResult.NAME).exists():
             left = seconds_left(results, trials[index:])
             run.update_status(phase=FITTING, trial=folder, **asdict(trial), step=index, total=len(trials), seconds_left=left)
             run_trial(accelerator, run, images, trial, options)
         accelerator.wait_for_everyone()
-        results += [TrialResult.from_json(json.loads(path.read_text(encoding="utf-8")))] if run.writes else []
+        results += [TrialResult.read(run.path / folder)] if run.writes else []
     return results
 
 
@@ -107,7 +104,7 @@ def run_trial(accelerator: Accelerator, run: RunDirectory, images: SplitImages, 
     fitted, result = fitted_and_result
     if trial == representative_trial(options) and isinstance(fitted, FittedAdapter):
         export(fitted, run.path / EXPORTED, options.output.export)
-    write_json(run.path / result.folder / RESULT, result.to_json())
+    result.write(run.path / result.folder)
     logger.info(log_line(trial, result))
 
 

@@ -17,8 +17,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from pipelines.errors import InputError
-from pipelines.text_files import read_text
-from training.runs.durable import write_text_atomically
+from pipelines.text_files import read_text, write_text_atomically
 from webui.settings import app_command
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}")

@@ -53,10 +53,11 @@ class Steps:
 
 def steps_of(record: RunRecord) -> Steps:
     """All adapters of a run: those saved while training, and the final one."""
-    suggestion, last = Suggestion.read(record.path), last_step(record)
+    suggestion = RunView(record).read_file(Suggestion)
+    last = _last_step(record, suggestion)
     steps = sorted({*kept_steps(record), *([] if last is None else [last])})
     suggested = None if suggestion is None else suggestion.step
-    total = record.status().get("total")
+    total = record.status().total
     notes = {step: " (last)" for step in steps if step == last} | {step: " (recommended)" for step in steps if step == suggested}
     choices = [(f"Step {step}{f' of {total}' if total else ''}{notes.get(step, '')}", step) for step in steps]
     return Steps(choices, suggested if suggested in steps else next(reversed(steps), None))
@@ -64,8 +65,11 @@ def steps_of(record: RunRecord) -> Steps:
 
 def last_step(record: RunRecord) -> int | None:
     """The last step, whose adapter was exported in all formats; None before the run is done."""
-    suggestion = Suggestion.read(record.path) if (record.path / "adapter").is_dir() else None
-    return None if suggestion is None else suggestion.last
+    return _last_step(record, RunView(record).read_file(Suggestion))
+
+
+def _last_step(record: RunRecord, suggestion: Suggestion | None) -> int | None:
+    return suggestion.last if suggestion is not None and (record.path / "adapter").is_dir() else None
 
 
 def others(workspace: Workspace, run_id: str | None) -> list[tuple[str, str]]:

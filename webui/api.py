@@ -202,7 +202,7 @@ def _classify(context: AppContext) -> Any:
 
 
 def _status(view: RunView) -> dict[str, Any]:
-    fields = {name: view.status.get(name) for name in STATUS_FIELDS}
+    fields = {name: getattr(view.status, name) for name in STATUS_FIELDS}
     steps = [step for _, step in steps_of(view.record).choices] if view.task == "subject" else []
     summary = {"run": view.id, "name": view.name, "task": view.task, "state": view.state, "reason": view.reason}
     return {**summary, **fields, "steps": steps, "actions": list(view.actions)}

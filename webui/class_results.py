@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from pipelines.errors import InputError
 from pipelines.fewshot.sources import DatasetSource, ImageFile
-from training.runs.fewshot_files import REPORT, TEST, FewShotReport, ImagePrediction, PredictionFile, TrialResult
+from training.runs.fewshot_files import FewShotReport, ImagePrediction, PredictionFile, TrialResult
 from training.runs.record import RunRecord
+from webui.views import read_cached
 
 ZERO_SHOT, CONTROL = "zeroshot", "pixels"
 
@@ -51,8 +50,8 @@ class Result:
 
     def tested(self) -> Sequence[ImagePrediction]:
         """The predictions for all test images; empty for runs of earlier versions, which did not record them."""
-        path = self.folder / TEST
-        return _tested(path, path.stat().st_mtime_ns) if path.is_file() else []
+        predictions = read_cached(PredictionFile, self.folder)
+        return [] if predictions is None else predictions.images
 
     def mistakes(self) -> list[ImagePrediction]:
         """The wrong predictions, highest confidence first."""
@@ -76,10 +75,9 @@ def result_of(record: RunRecord, trial: str | None = None) -> Result | None:
         trial: the folder of a trial in the report; any other value means the trial that was chosen as the classifier.
     Raises: InputError if the report names no trial, or files outside of the run.
     """
-    path = record.path / REPORT
-    if not path.is_file():
+    report = read_cached(FewShotReport, record.path)
+    if report is None:
         return None
-    report = _report(path, path.stat().st_mtime_ns)
     chosen = report.trial_in(trial) or report.representative
     folder = (record.path / chosen.folder).resolve()
     if not folder.is_relative_to(record.path.resolve()):
@@ -112,13 +110,3 @@ def named_source(record: RunRecord, name: str) -> DatasetSource | None:
     from webui.work import labelled
 
     return labelled.sources(given, data["dataset"]).get(name)
-
-
-@lru_cache(maxsize=16)
-def _report(path: Path, changed: int) -> FewShotReport:
-    return FewShotReport.from_json(json.loads(path.read_text(encoding="utf-8")))
-
-
-@lru_cache(maxsize=16)
-def _tested(path: Path, changed: int) -> Sequence[ImagePrediction]:
-    return PredictionFile.from_json(json.loads(path.read_text(encoding="utf-8"))).images

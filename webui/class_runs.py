@@ -13,7 +13,7 @@ from typing import Any
 import gradio as gr
 
 from pipelines.errors import InputError
-from training.runs.durable import write_text_atomically
+from pipelines.text_files import write_text_atomically
 from training.runs.record import RunRecord
 from webui import class_presets, class_sets, panel
 from webui.app_context import AppContext
@@ -137,7 +137,7 @@ def check_free(workspace: Workspace, folder: Path) -> None:
     """Raises: InputError if a queued or active run trains on the images in `folder`."""
     given = str(folder.absolute())
     for view in views(workspace):
-        if view.is_active and view.launch.get("options", {}).get("data", {}).get("data_dir") == given:
+        if view.is_active and view.launch_options.get("data", {}).get("data_dir") == given:
             raise InputError("A run is training on these images. Wait until it is done, or stop it first.")
 
 
@@ -211,7 +211,7 @@ def _classifier_split(record: RunRecord) -> tuple[dict[str, list[list[Any]]], di
     """The split of the trial that was chosen as the run's classifier, and the class names by their keys."""
     result = result_of(record)
     shots, seed = result.trial.shots, result.trial.seed
-    split = record.read_json(f"splits/{shots}-shots-seed-{seed}.json")
+    split = json.loads((record.path / "splits" / f"{shots}-shots-seed-{seed}.json").read_text(encoding="utf-8"))
     return split, dict(zip(split["keys"], result.classes, strict=False))
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pipelines.errors import InputError
 from pipelines.fewshot.sources import DatasetSource, ImageFile
-from training.runs.durable import write_text_atomically
+from pipelines.text_files import write_text_atomically
 from training.runs.record import RunRecord
 from webui.image_datasets import SET, changing, read_set
 from webui.labelled_classes import EXAMPLE, LabelledClass, LabelledClasses, held_out_of

@@ -98,7 +98,7 @@ class Compared:
 
     def table(self) -> str:
         """The test accuracy of each method and number of shots, with its 95% confidence interval."""
-        accuracy = [{(row["method"], row["shots"]): row["top1"] for row in accuracies(view)} for view in self.views]
+        accuracy = [{(row.method, row.shots): row.top1 for row in accuracies(view)} for view in self.views]
         keys = sorted({key for each in accuracy for key in each}, key=str)
         if not keys:
             return f'<p class="warning">{NO_ACCURACY}</p>'
@@ -114,7 +114,7 @@ class Compared:
 
     def differences(self) -> str:
         """The options that differ between the runs."""
-        flat = [_flat(view.options or view.launch.get("options", {})) for view in self.views]
+        flat = [_flat(view.options or view.launch_options) for view in self.views]
         names = list(dict.fromkeys(name for each in flat for name in each))
         rows = {
             name: [_value(each.get(name)) for each in flat]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import html
 from dataclasses import dataclass
-from typing import Any
 
 from training.runs.record import RunRecord
-from training.runs.run_files import GB, DryRunReport
+from training.runs.run_files import GB, DryRunReport, RunStatus
 from webui.progress import duration, phase_in_words
 
 # With fewer photos, `auto` cross-validates instead of holding out one of them.
@@ -39,12 +38,12 @@ class Plan:
 
 def is_measured(record: RunRecord) -> bool:
     """Whether a dry run has finished with a report."""
-    return (record.path / DryRunReport.NAME).exists() and record.status().get("state") == "done"
+    return (record.path / DryRunReport.NAME).exists() and record.status().state == "done"
 
 
 def is_measuring(record: RunRecord) -> bool:
     """Whether a dry run is active or queued."""
-    return record.status().get("state") in ("queued", "starting", "running") and record.has_live_process()
+    return record.status().state in ("queued", "starting", "running") and record.has_live_process()
 
 
 def cost_summary(record: RunRecord, plan: Plan) -> str:
@@ -55,13 +54,13 @@ def cost_summary(record: RunRecord, plan: Plan) -> str:
         report = DryRunReport.read(record.path)
         return UNKNOWN if report is None else _measured(report, plan)
     status = record.status()
-    if status.get("state") in ("failed", "interrupted", "stopped", "running", "starting", "queued"):
+    if status.state in ("failed", "interrupted", "stopped", "running", "starting", "queued"):
         return f'<div class="warning">{html.escape(_failure(record, status))}</div>'
     return UNKNOWN
 
 
-def _progress(status: dict[str, Any]) -> str:
-    if status.get("state") == "queued":
+def _progress(status: RunStatus) -> str:
+    if status.state == "queued":
         return "Another run is active. The dry run starts when it is done."
     return phase_in_words(status)
 
@@ -82,8 +81,8 @@ def _measured(report: DryRunReport, plan: Plan) -> str:
     return f'<dl class="costs">{cells}</dl>'
 
 
-def _failure(record: RunRecord, status: dict[str, Any]) -> str:
-    error = status.get("error")
+def _failure(record: RunRecord, status: RunStatus) -> str:
+    error = status.error
     if error:
         return f"The dry run failed: {error}"
     return "The dry run was interrupted. Measure again."

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
 
+from pipelines.fewshot.metric_values import Interval
 from pipelines.methods import DEFAULT
-from training.runs.run_files import METRICS, Suggestion
+from training.runs.fewshot_files import FewShotReport, MethodSummary
+from training.runs.run_files import Suggestion
 from webui import class_html
 from webui.curves import Point
 from webui.views import RunView
 
-REPORT = "report.json"
 # The displayed training loss is the mean over this many steps.
 LAST_STEPS = 16
 SCORES = {"subject_score": "Similarity to your photos", "prompt_score": "Prompt adherence"}
@@ -45,7 +43,7 @@ def _of_subject(view: RunView) -> list[tuple[str, str]]:
     by_name = series(view)
     losses = [value for _, value in by_name.get("loss", [])][-LAST_STEPS:]
     heldout = [value for step, value in by_name.get("heldout_loss", []) if step > 0]
-    done, total = view.status.get("step"), view.status.get("total")
+    done, total = view.status.step, view.status.total
     return [
         ("Method", method_of(view)),
         ("Steps", f"{done} of {total}" if total else ""),
@@ -56,8 +54,8 @@ def _of_subject(view: RunView) -> list[tuple[str, str]]:
 
 
 def _of_classifier(view: RunView) -> list[tuple[str, str]]:
-    best = [(row["method"], row["top1"]) for row in accuracies(view)]
-    done, total = view.status.get("step"), view.status.get("total")
+    best = [(row.method, row.top1) for row in accuracies(view)]
+    done, total = view.status.step, view.status.total
     started = [("Methods", method_of(view)), ("Trainings", f"{done} of {total}" if total else "")]
     return [(method_name(method), in_percent(top1)) for method, top1 in best] or started
 
@@ -68,46 +66,21 @@ def suggested_step(view: RunView) -> str:
     return "" if suggestion is None else str(suggestion.step)
 
 
-def accuracies(view: RunView) -> list[dict[str, Any]]:
+def accuracies(view: RunView) -> Sequence[MethodSummary]:
     """The summary rows of a classifier's report, one per method and number of shots; empty before the report exists."""
-    rows = view.read(REPORT).get("summary", [])
-    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("top1"), dict)]
+    report = view.read_file(FewShotReport)
+    return [] if report is None else report.summary
 
 
-def in_percent(interval: dict[str, float]) -> str:
+def in_percent(interval: Interval) -> str:
     """A proportion with its 95% confidence interval, in percent."""
-    value, low, high = (interval[name] for name in ("value", "low", "high"))
-    return f"{value:.0%} ({max(0.0, low):.0%} to {min(1.0, high):.0%})"
+    return f"{interval.value:.0%} ({max(0.0, interval.low):.0%} to {min(1.0, interval.high):.0%})"
 
 
 def series(view: RunView) -> dict[str, list[Point]]:
     """All logged metrics by name, as (step, value) in order. If a step was logged twice, the last value counts."""
-    path = view.record.path / METRICS
-    try:
-        stat = path.stat()
-    except FileNotFoundError:
-        return {}
-    return _series(path, stat.st_mtime_ns, stat.st_size)
-
-
-@lru_cache(maxsize=256)
-def _series(path: Path, changed: int, size: int) -> dict[str, list[Point]]:
-    series: dict[str, dict[float, float]] = defaultdict(dict)
-    for line in _lines(path):
-        for name, value in line.items():
-            if name not in ("step", "time") and isinstance(value, int | float):
-                series[name][line["step"]] = value
-    return {name: sorted(points.items()) for name, points in series.items()}
-
-
-def _lines(path: Path) -> list[dict[str, float]]:
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            # Still being written, or truncated by a crash.
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
+    by_name: dict[str, dict[float, float]] = defaultdict(dict)
+    for logged in view.metrics:
+        for name, value in logged.values.items():
+            by_name[name][logged.step] = value
+    return {name: sorted(points.items()) for name, points in by_name.items()}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import InputError
-from training.runs.durable import write_text_atomically
+from pipelines.text_files import write_text_atomically
 from webui.incoming import printable_name
 
 SET, LOCK = "set.json", ".lock"

@@ -7,7 +7,6 @@ starts it and reads the run's directory, so either can end without the other.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import secrets
 import shlex
@@ -25,14 +24,14 @@ import psutil
 
 from pipelines.built_in import IS_CHECKOUT, ROOT, import_path
 from pipelines.errors import InputError
-from pipelines.run_options import OPTIONS
+from pipelines.run_file import ResolvedOptions
 from training.runs import run_requests
-from training.runs.durable import write_text_atomically
 from training.runs.record import RunRecord
+from training.runs.run_files import Launch
 from training.runs.waiting import QUEUE
 from webui.run_log import LOG, START, log_tail
 from webui.views import RunView
-from webui.workspace import LAUNCH, Workspace
+from webui.workspace import Workspace
 
 __all__ = ["ask", "command", "delete", "duplicate", "log_tail", "resume", "shown_command", "start", "start_dry_run", "stop"]
 
@@ -70,8 +69,7 @@ def start(workspace: Workspace, task: str, options: Values) -> str:
     page_options.flags(task, values)
     path = workspace.new_run().absolute()
     words = command(task, values, path)
-    launch = {"task": task, "command": words, "created": time.time(), "options": values}
-    write_text_atomically(path / LAUNCH, json.dumps(launch, indent=2) + "\n")
+    Launch(task, words, time.time(), values).write(path)
     _spawn(workspace, path, words, _launch_folder(workspace))
     return path.name
 
@@ -154,8 +152,8 @@ def duplicate(workspace: Workspace, run_id: str) -> Values:
     Raises: InputError if the run has none.
     """
     view = RunView(workspace.run(run_id))
-    if "options" in view.launch:
-        return view.launch["options"]
+    if view.launch.options is not None:
+        return view.launch.options
     if not view.options:
         raise InputError("The options of this run were not recorded. Set up a new run instead.")
     from webui.work import options as page_options
@@ -181,16 +179,16 @@ def delete(workspace: Workspace, run_id: str) -> None:
 def _resuming(workspace: Workspace, view: RunView) -> tuple[list[str], Path]:
     """The command that resumes a run, and the working directory for it."""
     path = view.record.path.absolute()
-    if "options" in view.launch:
+    if view.launch.options is not None:
         from webui.work import options as page_options
 
-        page_options.build(workspace, view.task, view.launch["options"])
-        return [*command(view.task, view.launch["options"], path), *RESUMING], _launch_folder(workspace)
+        page_options.build(workspace, view.task, view.launch.options)
+        return [*command(view.task, view.launch.options, path), *RESUMING], _launch_folder(workspace)
     if not view.options:
         raise InputError("This run ended before it recorded its options. Start it again with its original command.")
-    processes = view.status.get("processes", 1)
+    processes = view.status.processes or 1
     several = ["--num_processes", str(processes)] if processes > 1 else []
-    options = ["--options_file", str(path / OPTIONS), "--output_dir", str(path)]
+    options = ["--options_file", str(path / ResolvedOptions.NAME), "--output_dir", str(path)]
     # Paths given in a terminal are relative to its working directory, where runs/ is by default.
     words = [LAUNCHER, "launch", *several, str(ROOT / RECIPES[view.task]), *options, *RESUMING]
     return words, workspace.all_runs.absolute().parent
@@ -243,7 +241,7 @@ def _spawn(workspace: Workspace, path: Path, words: Sequence[str], folder: Path)
     # The parent must wait for a child process, or it stays as a zombie.
     threading.Thread(target=process.wait, daemon=True).start()
     record, began = RunRecord(path), time.monotonic()
-    while record.status().get("pid") != process.pid and process.poll() is None:
+    while record.status().pid != process.pid and process.poll() is None:
         if time.monotonic() - began > MAX_WAIT_SECONDS:
             return
         time.sleep(0.02)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from training.runs.fewshot_files import trials_folder
 from training.runs.record import RunRecord, newest_step
-from training.runs.run_files import CROSS_VALIDATION, FITTING, FOLDS, GB, DryRunReport
+from training.runs.run_files import CROSS_VALIDATION, FITTING, FOLDS, GB, DryRunReport, RunStatus
 from training.subject.checkpoint_selection import Point as Measured
 from training.subject.measured import heldout_curve
 from webui.curves import Point, Series, plot, running_mean
@@ -38,9 +37,9 @@ LONGEST_ERROR = 400
 
 def part_at_work(view: RunView) -> RunRecord:
     """The record of the current training: the run itself, a fold of cross-validation, or a trial of the experiment."""
-    if view.status.get("phase") == CROSS_VALIDATION and "fold" in view.status:
-        return RunRecord(view.record.path / FOLDS / str(view.status["fold"] - 1))
-    trial = _inside(view.record.path, view.status.get("trial"))
+    if view.status.phase == CROSS_VALIDATION and view.status.fold is not None:
+        return RunRecord(view.record.path / FOLDS / str(view.status.fold - 1))
+    trial = _inside(view.record.path, view.status.trial)
     return view.record if trial is None else RunRecord(trial)
 
 
@@ -64,9 +63,10 @@ def _inside(folder: Path, below: object) -> Path | None:
 
 
 def head(view: RunView) -> str:
-    """The state and a sentence about it."""
+    """The state, a sentence about it, and the files of the run that cannot be read."""
+    errors = "".join(_note(html.escape(error)) for error in view.file_errors)
     chip = f'<span class="chip {view.state}">{view.state}</span>'
-    return f'<p class="phase">{chip} <b>{_headline(view)}</b></p>{_below(view)}'
+    return f'<p class="phase">{chip} <b>{_headline(view)}</b></p>{_below(view)}{errors}'
 
 
 def _headline(view: RunView) -> str:
@@ -79,12 +79,12 @@ def _headline_of_queued(view: RunView) -> str:
 
 
 def _headline_of_done(view: RunView) -> str:
-    seconds = view.status.get("seconds")
+    seconds = view.status.seconds
     return "Done" if seconds is None else f"Done in {duration(seconds)}"
 
 
 def _headline_of_ended(view: RunView) -> str:
-    done, total = view.status.get("step"), view.status.get("total")
+    done, total = view.status.step, view.status.total
     return f"{done} of {total} steps were done" if done and total and view.task == "subject" else "No training step was done"
 
 
@@ -96,14 +96,14 @@ HEADLINES: dict[str, Callable[[RunView], str]] = {
 }
 
 
-def phase_in_words(status: Mapping[str, Any]) -> str:
+def phase_in_words(status: RunStatus) -> str:
     """The title of the phase in status.json."""
-    phase = str(status.get("phase") or "loading")
-    if phase == CROSS_VALIDATION and "fold" in status:
-        of_all = f" of {status['folds']}" if "folds" in status else ""
-        return f"Cross-validation: a short training without photo {status['fold']}{of_all}"
-    if phase == FITTING and "method" in status:
-        return f"Training {status['method']}, {status['shots']} shots, seed {status['seed']}"
+    phase = str(status.phase or "loading")
+    if phase == CROSS_VALIDATION and status.fold is not None:
+        of_all = "" if status.folds is None else f" of {status.folds}"
+        return f"Cross-validation: a short training without photo {status.fold}{of_all}"
+    if phase == FITTING and status.method is not None:
+        return f"Training {status.method}, {status.shots} shots, seed {status.seed}"
     return PHASES.get(phase, phase)
 
 
@@ -113,7 +113,7 @@ def _below(view: RunView) -> str:
     checkpoint_text = f"Everything up to step {saved} is saved." if saved else "No checkpoint was saved."
     effect = "continues from there" if saved else "starts again with the same settings"
     if view.state in ("interrupted", "stopped"):
-        return _note(f"{view.reason} {checkpoint_text} Resume {effect}.")
+        return _note(html.escape(f"{view.reason} {checkpoint_text} Resume {effect}."))
     if view.state == "failed":
         return _note(html.escape(f"{plain_error(view.error)} {checkpoint_text}"))
     if view.state == "queued":
@@ -161,7 +161,7 @@ def _share(view: RunView) -> tuple[float | None, str]:
     inner = part_at_work(view)
     if inner is not view.record:
         return _share_of_parts(view, *_share_of_part(inner.status()))
-    step, total = view.status.get("step"), view.status.get("total")
+    step, total = view.status.step, view.status.total
     if view.state == "done":
         return 1.0, f"{total} of {total} steps" if total and view.task == "subject" else ""
     if not total or _is_before_training(view):
@@ -170,27 +170,27 @@ def _share(view: RunView) -> tuple[float | None, str]:
 
 
 def _left_to_train(view: RunView) -> str:
-    left = view.status.get("seconds_left")
+    left = view.status.seconds_left
     return f", {duration(left)} left, then the adapter is exported and scored" if left and view.state == "running" else ""
 
 
 def _share_of_parts(view: RunView, part: float, words: str) -> tuple[float, str]:
     """As `_share`, for a run of several trainings, from the share and the text of the current one."""
-    step, total, left = (view.status.get(name) for name in ("step", "total", "seconds_left"))
+    step, total, left = view.status.step, view.status.total, view.status.seconds_left
     if view.task == "classify" and total:
         left_words = f", {duration(left)} left" if left else ""
         return (step + part) / total, f"{step} of {total} trainings done; the next one: {words or 'starting'}{left_words}"
     return part, words if view.is_active else ""
 
 
-def _share_of_part(status: Mapping[str, Any]) -> tuple[float, str]:
+def _share_of_part(status: RunStatus) -> tuple[float, str]:
     """As `_share`, for the current training; an empty text if its number of steps is unknown."""
-    step, total = status.get("step", 0), status.get("total")
+    step, total = status.step or 0, status.total
     return (step / total, f"step {step} of {total}") if total else (0.0, "")
 
 
 def _is_before_training(view: RunView) -> bool:
-    return view.state == "running" and view.status.get("phase") != "training" and view.task == "subject"
+    return view.state == "running" and view.status.phase != "training" and view.task == "subject"
 
 
 def duration(seconds: float) -> str:
@@ -221,15 +221,15 @@ def cost(record: RunRecord) -> str:
 def losses(view: RunView) -> str:
     """Plots of the training loss with its running mean, the validation loss, and the learning rate."""
     record = _plotted(view)
-    lines = [line for line in record.metrics() if "loss" in line]
+    lines = [line for line in RunView(record).metrics if "loss" in line.values]
     heldout = heldout_curve(record)
     if not lines and not heldout:
         return ""
-    extent = (0.0, float(record.status().get("total") or lines[-1]["step"]))
-    points: list[Point] = [(line["step"], line["loss"]) for line in lines]
+    extent = (0.0, float(record.status().total or lines[-1].step))
+    points: list[Point] = [(line.step, line.values["loss"]) for line in lines]
     smooth = running_mean(points, max(5, round(len(points) * SMOOTHED)))
     learning = [Series("each step", points, "cloud", 1), Series("running mean", smooth, "line", 1)]
-    rates = [Series("learning rate", [(line["step"], line["lr"]) for line in lines if "lr" in line], "line", 3)]
+    rates = [Series("learning rate", [(line.step, line.values["lr"]) for line in lines if "lr" in line.values], "line", 3)]
     return (
         plot("Training loss (lower is better)", learning, extent)
         + plot("Validation loss (lower is better)", _heldout(heldout), extent, css="half")

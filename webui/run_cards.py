@@ -59,6 +59,7 @@ def _state_detail(view: RunView) -> str:
         detail = phase_in_words(view.status)
     elif view.reason:
         detail = view.reason
+    detail = " ".join([detail, *view.file_errors]).strip()
     bar = ""
     if view.state == "running" and view.share_done is not None:
         bar = f'<span class="bar running"><span style="width:{view.share_done:.0%}"></span></span>'

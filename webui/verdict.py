@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 
+from pipelines.run_file import RunFile
 from training.runs.record import RunRecord
 from training.runs.run_files import COPY_THRESHOLD, Certificate, Point, StepScores, Suggestion
 from training.subject.measured import heldout_curve, sample_scores
@@ -38,7 +39,7 @@ def suggestion(view: RunView) -> str:
     """The recommended step, the reasons and the warnings."""
     recommended = view.read_file(Suggestion)
     if recommended is None:
-        return _not_yet(view)
+        return _error(view, Suggestion) or _not_yet(view)
     reason, figures = recommended.reasons[0], " ".join(recommended.reasons[1:])
     more = f"<details><summary>All measurements</summary><p>{html.escape(figures)}</p></details>" if figures else ""
     warnings = "".join(f'<p class="warning overfit">{html.escape(each)}</p>' for each in recommended.warnings)
@@ -47,6 +48,12 @@ def suggestion(view: RunView) -> str:
         f"<b>Step {recommended.step} of {recommended.last}</b></p>"
         f"<p>{html.escape(reason)}</p>{more}{warnings}"
     )
+
+
+def _error(view: RunView, kind: type[RunFile]) -> str:
+    """Why a file of the run cannot be read; empty if it can be read or is missing."""
+    error = view.file_error(kind)
+    return "" if error is None else f'<p class="warning">{html.escape(error)}</p>'
 
 
 def _not_yet(view: RunView) -> str:
@@ -111,7 +118,7 @@ def _image(sample: Sample, words: str) -> str:
 def curves(record: RunRecord) -> str:
     """Validation loss and scores by step, each with a sentence on how to read it."""
     points, scores = heldout_curve(record), sample_scores(record)
-    steps = [0, *(point.step for point in points), *scores, int(record.status().get("total") or 0)]
+    steps = [0, *(point.step for point in points), *scores, record.status().total or 0]
     across, suggested = (0.0, float(max(steps))), suggested_step(record)
     mark = None if suggested is None else (float(suggested), f"recommended: step {suggested}")
     plots = [_loss_curve(points, across, mark) if points else f'<p class="quiet">{NO_LOSS}</p>' if scores else ""]
@@ -180,7 +187,10 @@ def _cells(by_step: Mapping[int, object], steps: Sequence[int], name: str, digit
 
 def certificate(record: RunRecord) -> str:
     """The result of the check of the exported files, in a sentence or two."""
-    result = RunView(record).read_file(Certificate)
+    view = RunView(record)
+    result = view.read_file(Certificate)
+    if error := _error(view, Certificate):
+        return error
     if result is None:
         return '<p class="quiet">The exported files have not been checked with plain diffusers.</p>'
     if not result.passed:

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pipelines.deprecated_flags import with_current_names
 from pipelines.errors import InputError
 from pipelines.methods import DEFAULT, title_of
-from pipelines.run_options import OPTIONS
+from pipelines.run_file import ResolvedOptions, RunFile
 from training.runs import run_requests
-from training.runs.record import RunRecord, live_process
-from training.runs.run_files import RunFile, RunStatus
+from training.runs.fewshot_files import FewShotReport
+from training.runs.record import RunRecord, process_of
+from training.runs.run_files import (
+    METRICS,
+    Certificate,
+    DryRunReport,
+    ImageChecks,
+    Launch,
+    LoggedMetrics,
+    RunStatus,
+    Suggestion,
+    read_metrics,
+)
 from training.runs.waiting import QUEUE, runs_before
 from webui.draft import SAMPLE_PROMPT
 from webui.run_log import ended_by, last_error
-from webui.workspace import LAUNCH, Workspace, began
+from webui.workspace import Workspace, began
 
 Task = Literal["subject", "classify"]
 State = Literal["queued", "starting", "running", "interrupted", "stopped", "failed", "done"]
@@ -35,6 +45,11 @@ ACTIONS: dict[State, tuple[Action, ...]] = {
 }
 TRAINING = "training"
 File = TypeVar("File", bound=RunFile)
+Revision = tuple[int, int, int]
+# The files that the page shows, besides the status.
+SHOWN_FILES: tuple[type[RunFile], ...] = (
+    ResolvedOptions, Launch, ImageChecks, DryRunReport, Suggestion, Certificate, FewShotReport,
+)  # fmt: skip
 # The longest time from the creation of a run's folder to the first status of its process.
 BEGINNING_SECONDS = 20.0
 LONGEST_NAME, NAMED_CLASSES = 48, 3
@@ -61,48 +76,74 @@ class RunView:
         return self.record.path.name
 
     @cached_property
-    def status(self) -> dict[str, Any]:
-        """The fields of status.json that are set."""
-        status = self.read_file(RunStatus)
-        return {} if status is None else status.to_json()
+    def status(self) -> RunStatus:
+        """The status; without any field set if there is none or it cannot be read."""
+        return self.read_file(RunStatus) or RunStatus()
 
     @cached_property
     def options(self) -> dict[str, Any]:
         """The resolved options by group; empty before the run has begun."""
-        return with_current_names(self.read(OPTIONS))
+        return (self.read_file(ResolvedOptions) or ResolvedOptions()).groups
 
     @cached_property
-    def launch(self) -> dict[str, Any]:
-        """The start of the run by the page (see `webui.launching`); empty for runs from a terminal."""
-        return self.read(LAUNCH)
+    def launch(self) -> Launch:
+        """How the page started it; without any field set for runs from a terminal."""
+        return self.read_file(Launch) or Launch()
+
+    @property
+    def launch_options(self) -> dict[str, Any]:
+        """The options that it was started with on the page; empty for runs from a terminal."""
+        return self.launch.options or {}
 
     def read_file(self, kind: type[File]) -> File | None:
-        """A file of the run; None if it is missing, cannot be read, or is of a newer version."""
+        """A file of the run; None if it is missing or cannot be read, for which `file_error` has the reason."""
         try:
-            return kind.read(self.record.path)
+            return read_cached(kind, self.record.path)
         except InputError:
             return None
 
-    def read(self, name: str) -> dict[str, Any]:
-        """A JSON object from a file of the run; empty if it is missing or not a JSON object."""
+    def file_error(self, kind: type[RunFile]) -> str | None:
+        """Why a file of the run cannot be read and what to do; None if it can be read or is missing."""
         try:
-            content = self.record.read_json(name)
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            return {}
-        return content if isinstance(content, dict) else {}
+            read_cached(kind, self.record.path)
+        except InputError as error:
+            return str(error)
+        return None
+
+    @cached_property
+    def file_errors(self) -> list[str]:
+        """The errors of all files that the page shows; that of the status is in `reason`."""
+        errors = [error for kind in SHOWN_FILES if (error := self.file_error(kind)) is not None]
+        try:
+            self._metrics()
+        except InputError as error:
+            errors.append(str(error))
+        return errors
+
+    @cached_property
+    def metrics(self) -> list[LoggedMetrics]:
+        """The logged metrics; empty if metrics.jsonl is missing or cannot be read."""
+        try:
+            return self._metrics()
+        except InputError:
+            return []
+
+    def _metrics(self) -> list[LoggedMetrics]:
+        revision = _revision(self.record.path / METRICS)
+        return [] if revision is None else _read_metrics(self.record.path, revision)
 
     @cached_property
     def task(self) -> Task:
         """The task of its recipe."""
-        return self.launch.get("task") or ("classify" if "target_layers" in self.options else "subject")
+        return self.launch.task or ("classify" if "target_layers" in self.options else "subject")
 
     @cached_property
     def state(self) -> State:
         """Its state. A run whose process ended without reporting it was stopped, has failed or was interrupted."""
-        reported = self.status.get("state", "starting")
+        reported = self.status.state or "starting"
         if reported not in ACTIVE or self._has_process:
             return reported if reported in ACTIONS else "interrupted"
-        if not self.status and time.time() - self.created < BEGINNING_SECONDS:
+        if not (self.record.path / RunStatus.NAME).exists() and time.time() - self.created < BEGINNING_SECONDS:
             return "starting"
         if run_requests.was_asked(self.record, run_requests.STOP):
             return "stopped"
@@ -111,8 +152,7 @@ class RunView:
     @property
     def _has_process(self) -> bool:
         """Whether the process that wrote the last status is alive."""
-        pid, started = self.status.get("pid"), self.status.get("pid_started")
-        return isinstance(pid, int) and isinstance(started, float) and live_process(pid, started) is not None
+        return process_of(self.status) is not None
 
     @property
     def is_active(self) -> bool:
@@ -123,7 +163,7 @@ class RunView:
     def actions(self) -> tuple[Action, ...]:
         """The actions that its state allows."""
         allowed = ACTIONS[self.state]
-        trains = self.task == "subject" and self.status.get("phase") == TRAINING
+        trains = self.task == "subject" and self.status.phase == TRAINING
         return allowed if trains else tuple(action for action in allowed if action not in run_requests.ASKED)
 
     @cached_property
@@ -141,13 +181,13 @@ class RunView:
         """The error as "Kind: message"; None unless the run has failed."""
         if self.state != "failed":
             return None
-        return str(self.status.get("error") or last_error(self.record) or "It ended without an error message.")
+        return str(self.status.error or last_error(self.record) or "It ended without an error message.")
 
     @cached_property
     def reason(self) -> str | None:
         """Why it was interrupted, stopped or has failed, as a sentence; None for other states."""
         if self.state == "interrupted":
-            return INTERRUPTED.get(ended_by(self.record), INTERRUPTED[None])
+            return self.file_error(RunStatus) or INTERRUPTED.get(ended_by(self.record), INTERRUPTED[None])
         if self.state == "stopped":
             return "You stopped it."
         return None if self.error is None else without_kind(self.error)
@@ -155,23 +195,23 @@ class RunView:
     @property
     def created(self) -> float:
         """When it was started, seconds since the epoch."""
-        created_at = self.launch.get("created")
+        created_at = self.launch.created
         return created_at if isinstance(created_at, int | float) else began(self.record.path)
 
     @property
     def ended(self) -> float | None:
         """The last heartbeat, seconds since the epoch; None while it is active."""
-        return None if self.is_active else self.status.get("heartbeat")
+        return None if self.is_active else self.status.heartbeat
 
     @property
     def share_done(self) -> float | None:
         """The progress of its current phase in [0, 1]; None if unknown."""
-        step, total = self.status.get("step"), self.status.get("total")
+        step, total = self.status.step, self.status.total
         return min(1.0, step / total) if isinstance(step, int) and isinstance(total, int) and total > 0 else None
 
     def chosen(self, group: str, name: str) -> Any:
         """An option of the run: the resolved value, else the value set on the page; None if neither is set."""
-        for options in (self.options, self.launch.get("options", {})):
+        for options in (self.options, self.launch_options):
             fields = options.get(group)
             if isinstance(fields, dict) and fields.get(name) is not None:
                 return fields[name]
@@ -198,6 +238,34 @@ class RunView:
         when = time.strftime("%d %b %H:%M:%S", time.localtime(self.created))
         method = title_of(self.chosen("adapter", "method") or DEFAULT) if self.task == "subject" else ""
         return f"{self.name}, {method}{', ' if method else ''}{when} ({self.state})"
+
+
+def read_cached(kind: type[File], folder: Path) -> File | None:
+    """A file of a run, read again only if it has changed; None if it is missing.
+
+    Raises: InputError if it cannot be read.
+    """
+    revision = _revision(folder / kind.NAME)
+    return None if revision is None else _read(kind, folder, revision)
+
+
+@lru_cache(maxsize=1024)
+def _read(kind: type[File], folder: Path, revision: Revision) -> File | None:
+    return kind.read(folder)
+
+
+@lru_cache(maxsize=256)
+def _read_metrics(folder: Path, revision: Revision) -> list[LoggedMetrics]:
+    return read_metrics(folder)
+
+
+def _revision(path: Path) -> Revision | None:
+    """Values that change with each version of a file; None if there is no file."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_mtime_ns, stat.st_ino, stat.st_size
 
 
 def without_kind(error: str) -> str:

@@ -10,11 +10,10 @@ from pathlib import Path
 
 from pipelines.errors import InputError
 from training.runs.record import RunRecord
-from training.runs.run_files import RunStatus
+from training.runs.run_files import Launch, RunStatus
 
 # An id of a run or dataset, made here or in a terminal: no separator, no leading dot.
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
-LAUNCH = "launch.json"
 
 
 @dataclass(frozen=True)
@@ -78,14 +77,14 @@ class Workspace:
 
 def began(run: Path) -> float:
     """When a run was started, in seconds since the epoch, from a file that is written only at the start."""
-    for name in (LAUNCH, "command"):
+    for name in (Launch.NAME, "command"):
         if (run / name).exists():
             return (run / name).stat().st_mtime
     return run.stat().st_mtime
 
 
 def _is_run(path: Path) -> bool:
-    marks = (RunStatus.NAME, LAUNCH)
+    marks = (RunStatus.NAME, Launch.NAME)
     return bool(ID.fullmatch(path.name)) and path.is_dir() and not path.is_symlink() and any((path / n).exists() for n in marks)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from pipelines.built_in import BUILT_IN, BUILT_IN_MODEL, is_built_in, recorded_name
 from pipelines.digests import file_digest
 from pipelines.errors import InputError
-from pipelines.run_options import PROVENANCE, check_task
-from pipelines.text_files import read_text
+from pipelines.run_file import Provenance
+from pipelines.run_options import check_task
 
 if TYPE_CHECKING:
     import torch
@@ -110,19 +109,13 @@ def _check_parts(source: ModelSource, given: Mapping[str, Any]) -> None:
             raise InputError(
                 f"The run {source.run!r} was trained with {name} {value!r}, which no longer exists. Give --{name} its new path."
             )
-    path = Path(source.run) / PROVENANCE
-    if is_built_in(source.pretrained_model_name_or_path) and path.is_file():
-        _check_version(source, path)
+    provenance = Provenance.read(Path(source.run))
+    if is_built_in(source.pretrained_model_name_or_path) and provenance is not None:
+        _check_version(source, provenance.base_model.get("files", {}))
 
 
-def _check_version(source: ModelSource, path: Path) -> None:
-    """Raise InputError if a run was trained on another version of the built-in model, by its provenance at `path`."""
-    try:
-        files = json.loads(read_text(path))["base_model"]["files"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{str(path)!r} cannot be read as a run's provenance ({error}). Restore the file that the run wrote."
-        ) from error
+def _check_version(source: ModelSource, files: Mapping[str, str]) -> None:
+    """Raise InputError if a run was trained on another version of the built-in model, by the hashes of its `files`."""
     here = {name: file_digest(file) for name in files if (file := BUILT_IN_MODEL / name).is_file()}
     if here != files:
         raise InputError(

@@ -60,7 +60,7 @@ def test_where_all_are_damaged_training_starts_anew(tmp_path):
     for path in list_checkpoints(tmp_path / "checkpoints"):
         flip_a_bit(path / STATE)
     assert torch.equal(trained(tmp_path, trainable()), expected)
-    assert [line["step"] for line in RunDirectory(tmp_path).metrics()] == [1, 2, 3, 4, 5, 6]
+    assert [line.step for line in RunDirectory(tmp_path).metrics()] == [1, 2, 3, 4, 5, 6]
 
 
 class Killed(BaseException):
@@ -152,10 +152,10 @@ def in_run(folder, what, steps):
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_says_how_to_go_on(tmp_path, small_disk):
     expected = in_run(tmp_path / "whole", wide(), 4)
-    with pytest.raises(DiskFullError, match=r"is full.*step-0000003 is safe.*--resume_from_checkpoint latest"):
+    with pytest.raises(DiskFullError, match=r"is full.*step-0000003 is complete.*--resume_from_checkpoint latest"):
         in_run(small_disk, wide(), 4)
-    assert RunDirectory(small_disk).status()["state"] == "failed"
-    assert "is full" in RunDirectory(small_disk).status()["error"]
+    assert RunDirectory(small_disk).status().state == "failed"
+    assert "is full" in RunDirectory(small_disk).status().error
     assert names(small_disk)[-1] == "step-0000003"
     assert not list((small_disk / "checkpoints").glob(".*"))
     for old in list_checkpoints(small_disk / "checkpoints")[:-1]:
@@ -171,9 +171,9 @@ def test_a_disk_filled_up_to_the_last_byte_by_others_still_gets_the_status(small
             while file.write(bytes(1 << 12)):
                 pass
 
-    with pytest.raises(DiskFullError, match=r"no checkpoint yet"), run.recording():
+    with pytest.raises(DiskFullError, match=r"No checkpoint was saved yet"), run.recording():
         fill()
-    assert run.status()["state"] == "failed"
+    assert run.status().state == "failed"
 
 
 def test_what_a_checkpoint_holds_is_read_back(tmp_path):

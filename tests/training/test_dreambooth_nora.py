@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,17 +41,17 @@ def test_a_run_directory_holds_everything_and_says_how_it_went(everything, lora_
     assert expected <= files
     assert ("adapter/compact/unet/adapter_model.safetensors" in files) == (method == "nora")
     status = run.status()
-    assert (status["state"], status["phase"], status["step"], status["total"]) == ("done", "done", 4, 4)
-    assert [line["step"] for line in run.metrics() if "loss" in line] == [1, 2, 3, 4]
-    assert [line["step"] for line in run.metrics() if "heldout_loss" in line] == ([0, 2, 4] if method == "lora" else [])
+    assert (status.state, status.phase, status.step, status.total) == ("done", "done", 4, 4)
+    assert [line.step for line in run.metrics() if "loss" in line.values] == [1, 2, 3, 4]
+    assert [line.step for line in run.metrics() if "heldout_loss" in line.values] == ([0, 2, 4] if method == "lora" else [])
     assert json.loads((run.path / "options.json").read_text())["adapter"]["method"] == method
     assert "before_after.png" in (run.path / "README.md").read_text()
 
 
 def test_samples_are_scored_at_every_step_that_draws_them(lora_run):
-    scored = [line for line in lora_run.metrics() if "subject_score" in line]
-    assert [line["step"] for line in scored] == [0, 2, 4]
-    assert all({"prompt_score", "copy_score", "nearest_score", "nearest_limit"} <= line.keys() for line in scored)
+    scored = [line for line in lora_run.metrics() if "subject_score" in line.values]
+    assert [line.step for line in scored] == [0, 2, 4]
+    assert all({"prompt_score", "copy_score", "nearest_score", "nearest_limit"} <= line.values.keys() for line in scored)
 
 
 def test_every_sample_is_kept_with_its_settings_beside_what_the_base_model_drew_and_the_subject(everything):
@@ -83,7 +84,7 @@ def test_the_options_that_a_run_records_make_the_same_run_again_whatever_is_aske
     assert len(files[0]) > len(EXPORTED)
     assert files[0] == files[1]
     assert (first.path / "before_after.png").read_bytes() == (second.path / "before_after.png").read_bytes()
-    metrics = [[{**line, "time": 0} for line in run.metrics()] for run in (first, second)]
+    metrics = [[replace(line, time=0) for line in run.metrics()] for run in (first, second)]
     assert metrics[0] == metrics[1]
     assert (first.path / "suggestion.json").read_bytes() == (second.path / "suggestion.json").read_bytes()
     assert [[path.name for path in list_checkpoints(run.checkpoints)] for run in (first, second)] == [
@@ -143,8 +144,8 @@ def test_bad_input_is_named_before_training_and_where_there_is_a_run_in_its_stat
     run = RunDirectory(tmp_path / "run", writes=False)
     assert not list_checkpoints(run.checkpoints)
     if run.path.exists():
-        assert run.status()["state"] == "failed"
-        assert re.search(message, run.status()["error"])
+        assert run.status().state == "failed"
+        assert re.search(message, run.status().error)
 
 
 def test_a_bad_image_is_left_out_and_named_in_the_run(trainer, plain, images_dir, tmp_path):
@@ -201,7 +202,7 @@ def test_the_readmes_first_command_learns_the_sample_subject_certifies_it_and_re
     finished = subprocess.run(program, cwd=tmp_path, env=own, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     (run,) = (RunDirectory(path, writes=False) for path in (tmp_path / "runs").iterdir())
-    losses = [line["heldout_loss"] for line in run.metrics() if "heldout_loss" in line]
+    losses = [line.values["heldout_loss"] for line in run.metrics() if "heldout_loss" in line.values]
     assert losses[-1] < losses[0]
     stock = StableDiffusionXLPipeline.from_pretrained(BUILT_IN_MODEL, dtype=torch.float32)
     stock.load_lora_weights(run.path / "diffusers")
@@ -222,7 +223,7 @@ def test_real_photos_of_any_shape_are_trained_on(trainer, tmp_path):
 
 def test_a_dry_run_stops_after_its_report(trainer, tmp_path):
     run = trainer.run(tmp_path / "run", "--dry_run")
-    assert run.status()["state"] == "done"
+    assert run.status().state == "done"
     assert json.loads((run.path / "dry_run.json").read_text())["num_trainable_parameters"] > 0
     assert not run.metrics()
     assert not list_checkpoints(run.checkpoints)

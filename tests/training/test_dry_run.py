@@ -191,7 +191,7 @@ def test_out_of_memory_anywhere_climbs_the_ladder_and_says_what_to_set(tmp_path,
     with pytest.raises(InputError, match=r"does not fit: CUDA out of memory.*This fits: --resolution 32 "):
         with_ladder(out_of_memory, options_in(tmp_path), "recipe")
     assert json.loads((tmp_path / MemoryFallback.NAME).read_text())["attempts"][0]["fits"]
-    assert "--resolution 32" in RunDirectory(tmp_path).status()["error"]
+    assert "--resolution 32" in RunDirectory(tmp_path).status().error
 
 
 def test_a_rung_does_not_climb_a_ladder_of_its_own(tmp_path, monkeypatch):

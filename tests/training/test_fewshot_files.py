@@ -9,10 +9,8 @@ from pipelines.fewshot.metric_values import ClassificationMetrics, Interval, Rel
 from training.runs.fewshot_files import (
     DatasetSummary,
     FewShotReport,
-    ImagePrediction,
     MethodSummary,
     NewClassesResult,
-    PredictionFile,
     TrialResult,
     ValidationResult,
     trials_folder,
@@ -88,20 +86,12 @@ def test_a_report_of_any_version_is_read(of_version):
     assert report.on_same_split(report.representative, "zeroshot") is None
 
 
-@pytest.mark.parametrize("of_version", [dict, as_version_1])
-def test_predictions_of_any_version_are_read(of_version, tmp_path):
-    written = PredictionFile(["cat", "dog"], 0.5, [ImagePrediction("a.png", "0" * 64, 0, 1, 0.75, [[1, 0.75], [0, 0.25]])])
-    written.write(tmp_path / "test.json")
-    read = PredictionFile.from_json(of_version(json.loads((tmp_path / "test.json").read_text())))
-    assert (read.classes, read.temperature, list(read.images)) == (written.classes, written.temperature, written.images)
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([], "FewShotReport must be a JSON object, got list"),
-        ({"version": 3}, "version of FewShotReport must be at most 2, got 3"),
-        ({"version": 2, "model": "mini"}, "FewShotReport lacks the fields dataset, pretrained"),
+        ([], r"report\.json must hold a JSON object, got list"),
+        ({"version": 2, "model": "mini"}, r"report\.json lacks 'dataset'"),
+        ({"version": 2, "dataset": {}}, "DatasetSummary lacks 'name', 'classes'"),
     ],
 )
 def test_a_file_that_is_no_report_is_refused(content, message):

@@ -30,7 +30,7 @@ def test_leave_one_out_measures_each_image_and_does_not_change_what_is_learned(t
     assert folds == ["0", "1", "2"]
     for name in folds:
         lines = RunDirectory(folded.path / "folds" / name).metrics()
-        assert [line["step"] for line in lines if "heldout_loss" in line] == [0, 1, 2]
+        assert [line.step for line in lines if "heldout_loss" in line.values] == [0, 1, 2]
     assert [point.step for point in heldout_curve(folded)] == [0, 1, 2]
 
 
@@ -54,7 +54,7 @@ def test_training_far_too_long_suggests_an_earlier_adapter_exports_it_and_warns(
     said = json.loads((run.path / "suggestion.json").read_text())
     assert (said["step"], said["last"], said["adapter"]) == (1, 4, "adapters/step-0000001")
     assert "Overfitting" in said["warnings"][0]
-    assert run.status()["suggested_step"] == 1
+    assert run.status().suggested_step == 1
     suggested = load_file(run.path / "suggested" / "diffusers" / "pytorch_lora_weights.safetensors")
     last = load_file(run.path / "diffusers" / "pytorch_lora_weights.safetensors")
     assert suggested.keys() == last.keys()
@@ -90,11 +90,11 @@ def test_a_step_without_samples_draws_them_after_training_and_the_most_alike_is_
     certified = []
     monkeypatch.setattr(finishing, "certify", lambda pipeline, *_: certified.append((pipeline, pipeline.get_active_adapters())))
     run = trainer.run(tmp_path / "run", *MEASURED, "--certify", "true")
-    assert [line["step"] for line in run.metrics() if "subject_score" in line] == [0, 2, 4, 1]
+    assert [line.step for line in run.metrics() if "subject_score" in line.values] == [0, 2, 4, 1]
     said = json.loads((run.path / "suggestion.json").read_text())
     assert (said["step"], said["adapter"]) == (2, "adapters/step-0000002")
     assert said["scores"]["1"]["subject"] == 0.3
-    assert run.status()["suggested_step"] == 2
+    assert run.status().suggested_step == 2
     assert "| **2, suggested** | 0.500 | 0.300 | 0.200 | 0.10 | 0.6000 |" in (run.path / "README.md").read_text()
     # The certificate speaks of the trained adapter, which is on the model again, alone.
     ((pipeline, active),) = certified
@@ -106,5 +106,5 @@ def test_the_suggested_steps_images_are_drawn_once(trainer, tmp_path, overfittin
     drawn, draw = [], samples.generate
     monkeypatch.setattr(samples, "generate", lambda *given: drawn.append(given) or draw(*given))
     run = trainer.run(tmp_path / "run", *MEASURED)
-    assert run.status()["suggested_step"] == 1
+    assert run.status().suggested_step == 1
     assert len(drawn) == len(["before", "step 2", "step 4", "after", "step 1"])

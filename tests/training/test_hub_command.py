@@ -23,7 +23,7 @@ def test_a_model_is_downloaded_once_and_trained_and_certified_again_without_a_ne
     second = trainer.run(tmp_path / "second", *FLAGS, "--certify")
     assert "is loaded from the cache, as the hub failed" in caplog.text
     assert hub_server.requests == []
-    assert [run.status()["state"] for run in (first, second)] == ["done", "done"]
+    assert [run.status().state for run in (first, second)] == ["done", "done"]
     files = [(run.path / "diffusers" / "pytorch_lora_weights.safetensors").read_bytes() for run in (first, second)]
     assert files[0] == files[1]
     assert json.loads((second.path / "certificate.json").read_text())["passed"]

@@ -11,7 +11,7 @@ from pipelines.subject import adapters
 from training.runs.run import RunDirectory
 from training.subject.checkpoint_selection import Point, StepScores, suggest
 from training.subject.image_scoring import keep_adapter, suggest_for, write_suggestion
-from training.subject.measured import adapter_at, heldout_curve, kept_steps, logged, sample_scores
+from training.subject.measured import adapter_at, heldout_curve, kept_steps, metric_name, sample_scores
 
 SCORES = {"subject": 0.5, "prompt": 0.1, "copy": 0.5, "nearest": 0.6, "nearest_limit": 0.9}
 
@@ -66,7 +66,7 @@ def test_the_suggestion_on_disk_names_the_folder_of_the_kept_adapter(tmp_path):
 
 
 def log(run, step, **values):
-    run.log(step, **{logged(name): value for name, value in {**SCORES, **values}.items()})
+    run.log(step, **{metric_name(name): value for name, value in {**SCORES, **values}.items()})
 
 
 def test_the_suggestion_goes_by_the_scores_that_the_run_logged(tmp_path):

@@ -79,7 +79,7 @@ def test_two_processes_learn_what_one_does_at_the_same_global_batch(subject_flag
     }
     launched("multi_gpu.yaml", tmp_path, ["subject", *subject_flags(tmp_path / "two")], ["fewshot", *classes["two"]])
     two, one = RunDirectory(tmp_path / "two"), alone(subject_flags(tmp_path / "one", batch=4))
-    assert (two.status()["processes"], one.status()["processes"]) == (2, 1)
+    assert (two.status().processes, one.status().processes) == (2, 1)
     statistics = [load_file(run.path / "calibration" / "unet.safetensors") for run in (one, two)]
     for name, value in statistics[0].items():
         # A forward pass of another batch size rounds differently.
@@ -146,7 +146,7 @@ def assert_same_run(split, one):
         states = [torch.load(list_checkpoints(run.checkpoints)[checkpoint] / "state.pt") for run in (split, one)]
         torch.testing.assert_close(*states, rtol=0, atol=1e-4)
     for name in ("loss", "heldout_loss", "seen_loss", "subject_score"):
-        curves = [[line[name] for line in run.metrics() if name in line] for run in (split, one)]
+        curves = [[line.values[name] for line in run.metrics() if name in line.values] for run in (split, one)]
         assert curves[0] == pytest.approx(curves[1], abs=1e-4)
     files = [{str(path.relative_to(run.path)) for path in run.path.rglob("*") if path.suffix != ".png"} for run in (split, one)]
     assert {

@@ -45,7 +45,7 @@ def test_metrics_of_a_resumed_run_have_every_step_once(tmp_path):
     state = torch.load(last.with_name("step-0000003") / "state.pt", weights_only=True)
     torch.save(state | {"step": 3}, last.with_name("step-0000003") / "state.pt")
     trained(tmp_path, trainable(), steps=5)
-    assert [line["step"] for line in RunDirectory(tmp_path).metrics()] == [1, 2, 3, 4, 5]
+    assert [line.step for line in RunDirectory(tmp_path).metrics()] == [1, 2, 3, 4, 5]
 
 
 def test_accumulating_two_batches_is_one_step_on_both(tmp_path):
@@ -177,7 +177,7 @@ def test_more_steps_go_on_along_the_new_schedule(tmp_path):
 
     trained(tmp_path, lasting(4), steps=4)
     trained(tmp_path, lasting(8), steps=8)
-    rates = [line["lr"] for line in RunDirectory(tmp_path).metrics()]
+    rates = [line.values["lr"] for line in RunDirectory(tmp_path).metrics()]
     assert rates == pytest.approx([0.05 * (1 - step / 4) for step in range(4)] + [0.05 * (1 - step / 8) for step in range(4, 8)])
 
 
@@ -190,12 +190,12 @@ def test_fewer_steps_than_are_done_are_refused(tmp_path):
 def test_progress_and_time_left_are_in_the_status(tmp_path):
     trained(tmp_path, trainable(), steps=10)
     status = RunDirectory(tmp_path).status()
-    assert (status["phase"], status["step"], status["total"], status["seconds_left"]) == ("training", 10, 10, 0.0)
+    assert (status.phase, status.step, status.total, status.seconds_left) == ("training", 10, 10, 0.0)
 
 
 def test_the_learning_rate_logged_is_the_one_used(tmp_path):
     trained(tmp_path, trainable(), steps=3)
-    rates = [line["lr"] for line in RunDirectory(tmp_path).metrics()]
+    rates = [line.values["lr"] for line in RunDirectory(tmp_path).metrics()]
     assert rates == pytest.approx([0.05 * (1 - step / 20) for step in range(3)])
 
 
@@ -226,7 +226,7 @@ def test_two_processes_train_as_one_does_on_the_same_global_batch_and_do_what_th
     assert checkpoints(tmp_path / "two") == [5, STEPS]
     resumed = trained(tmp_path / "two", trainable(dropout=0.0))
     torch.testing.assert_close(resumed, expected, atol=1e-5, rtol=1e-5)
-    losses = [[line["loss"] for line in RunDirectory(tmp_path / name).metrics()] for name in ("one", "two")]
+    losses = [[line.values["loss"] for line in RunDirectory(tmp_path / name).metrics()] for name in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -250,15 +250,15 @@ def test_status_says_how_a_run_ended(tmp_path):
     run = RunDirectory.create(tmp_path, {"seed": 3})
     assert json.loads((tmp_path / "options.json").read_text()) == {"seed": 3}
     with run.recording():
-        assert run.status()["state"] == "running"
-    assert run.status()["state"] == "done"
+        assert run.status().state == "running"
+    assert run.status().state == "done"
     with pytest.raises(KeyboardInterrupt), run.recording():
         raise KeyboardInterrupt
-    assert run.status()["state"] == "stopped"
+    assert run.status().state == "stopped"
     with pytest.raises(OSError, match="broken"), run.recording():
         raise OSError("broken")
-    assert run.status()["state"] == "failed"
-    assert run.status()["error"] == "OSError: broken"
+    assert run.status().state == "failed"
+    assert run.status().error == "OSError: broken"
 
 
 def test_a_run_that_is_not_the_main_processs_writes_nothing(tmp_path):
@@ -274,4 +274,4 @@ def test_a_line_of_metrics_cut_short_is_left_out(tmp_path):
     run.log(1, loss=0.5)
     with (tmp_path / "metrics.jsonl").open("a") as lines:
         lines.write('{"step": 2, "lo')
-    assert [line["step"] for line in run.metrics()] == [1]
+    assert [line.step for line in run.metrics()] == [1]

@@ -170,7 +170,7 @@ def test_a_run_with_every_kind_of_loss_and_optimiser_learns_and_resumes_exactly(
 def test_half_precision_trains_numbers_of_single_precision_that_stay_finite(trainer, tmp_path, precision, method):
     flags = f"--max_train_steps 2 --lr_warmup_steps 0 --method {method} --mixed_precision {precision}"
     run = trainer.run(tmp_path / "run", *flags.split())
-    assert run.status()["state"] == "done"
+    assert run.status().state == "done"
     trained = parameters(run)
     for values in trained.values():
         assert values.dtype == torch.float32
@@ -182,7 +182,7 @@ def test_half_precision_trains_numbers_of_single_precision_that_stay_finite(trai
 def test_an_adapter_is_trained_on_a_base_model_in_4_bits_and_loads_on_the_plain_one(trainer, tiny_model, tmp_path):
     flags = "--max_train_steps 2 --lr_warmup_steps 0 --learning_rate 0.1 --quantize nf4"
     run = trainer.run(tmp_path / "run", *flags.split())
-    assert run.status()["state"] == "done"
+    assert run.status().state == "done"
     pipe = load_base_model(str(tiny_model))
     before = image(pipe)
     pipe.load_lora_weights(run.path / "diffusers")

@@ -64,8 +64,8 @@ def test_the_file_of_a_run_starts_another_run(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("options.json", '{"rnak": 3}', r"has an option 'rnak', which there is not. Did you mean 'rank'?"),
-        ("options.json", '{"adapter": {"learning": 3}}', "has an option 'learning', which there is not."),
+        ("options.json", '{"rnak": 3}', r"has an option 'rnak', which does not exist. Did you mean 'rank'?"),
+        ("options.json", '{"adapter": {"learning": 3}}', "has an option 'learning', which does not exist."),
         ("options.json", '{"rank": ', "cannot be read"),
         ("options.yaml", "rank: [", "cannot be read"),
         ("options.json", "[1]", "must hold options by name, got list"),
@@ -90,6 +90,16 @@ def test_a_file_that_is_not_there_is_named(tmp_path, capsys):
     assert "none.json' cannot be read" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["options.json", "options.yaml"])
+def test_a_file_of_a_newer_version_is_refused(tmp_path, capsys, name):
+    (tmp_path / name).write_text('{"version": 1, "adapter": {"rank": 9}}')
+    assert parse_options(["--options_file", str(tmp_path / name)]).adapter.rank == 9
+    (tmp_path / name).write_text('{"version": 2, "adapter": {"rank": 9}}')
+    with pytest.raises(SystemExit, match="2"):
+        parse_options(["--options_file", str(tmp_path / name)])
+    assert "options.json has version 2; this version of NoRA Vision reads versions up to 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "cp1252"])
 @pytest.mark.parametrize("name", ["options.json", "options.yaml", "OPTIONS.JSON"])
 def test_a_file_is_utf_8_with_or_without_a_mark_and_another_encoding_is_named(tmp_path, capsys, encoding, name):
@@ -110,7 +120,7 @@ def test_the_options_of_another_tasks_run_name_its_script(tmp_path, capsys):
     ):
         with pytest.raises(SystemExit):
             parse(written(tmp_path, values))
-        assert f"Start it with training/{script}" in " ".join(capsys.readouterr().err.split())
+        assert f"Use it with training/{script}" in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_built_in_model_of_a_checkout_that_is_gone_is_the_built_in_one(tmp_path):

@@ -66,7 +66,9 @@ def test_the_model_card_states_data_terms_scores_and_the_command(trained):
 
 
 def test_held_out_photographs_are_scored_while_training(trained):
-    scores = {line["step"]: line["held_out"] for line in RunDirectory(trained / "clip").metrics() if "held_out" in line}
+    scores = {
+        line.step: line.values["held_out"] for line in RunDirectory(trained / "clip").metrics() if "held_out" in line.values
+    }
     assert set(scores) == {2, 4}
 
 

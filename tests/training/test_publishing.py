@@ -54,7 +54,7 @@ def test_a_private_run_publishes_no_caption_path_or_name_in_any_byte(published, 
     assert uploaded(hub_server, "me/adapter") == {
         path.relative_to(run.path / "published").as_posix(): path.read_bytes() for path in files
     }
-    assert run.status()["published"] == f"{hub_server.endpoint}/me/adapter"
+    assert run.status().published == f"{hub_server.endpoint}/me/adapter"
 
 
 def test_without_being_asked_nothing_is_gathered_or_uploaded(lora_run, hub_server):

@@ -36,12 +36,12 @@ def test_when_the_launcher_is_killed_the_run_saves_and_stops(tiny_model, images_
     with (tmp_path / "log").open("w") as log:
         started = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": str(ROOT)})
     run = RunDirectory(tmp_path / "run", writes=False)
-    wait_for(lambda: started.poll() is not None or run.status().get("step", 0) > 0)
+    wait_for(lambda: started.poll() is not None or (run.status().step or 0) > 0)
     assert started.poll() is None, (tmp_path / "log").read_text()
     started.kill()
     started.wait()
     wait_for(lambda: not run.is_at_work())
-    assert run.status()["state"] == "stopped"
+    assert run.status().state == "stopped"
     assert newest_step(run.checkpoints) > 0
 
 

@@ -46,10 +46,10 @@ class Queue:
     def has_place(self, run, pid):
         """Whether the process has taken its place in the queue, or is past that."""
         status = RunRecord(run).status()
-        return status.get("pid") == pid and (status["state"] == "starting" or runs_before(self.runs / QUEUE, run) is not None)
+        return status.pid == pid and (status.state == "starting" or runs_before(self.runs / QUEUE, run) is not None)
 
     def state(self, run):
-        return RunRecord(run).status()["state"]
+        return RunRecord(run).status().state
 
 
 @pytest.fixture
@@ -69,14 +69,14 @@ def begins(run, after=None):
 
 def waits(run):
     """Whether it is its turn to wait; that it did not begin meanwhile, `begins` checks afterwards."""
-    return RunRecord(run).status()["state"] == "queued" and not (run / "began").exists()
+    return RunRecord(run).status().state == "queued" and not (run / "began").exists()
 
 
 def test_a_run_that_nothing_is_before_begins_at_once_as_the_very_process_that_waited(queue):
     run, process = queue.start("a")
     begins(run)
     status = RunRecord(run).status()
-    assert (status["state"], status["pid"]) == ("starting", process.pid)
+    assert (status.state, status.pid) == ("starting", process.pid)
     assert RunRecord(run).has_live_process()
     assert tickets(queue.runs / QUEUE / "cpu") == []
     (run / "end").touch()
@@ -175,8 +175,8 @@ def test_a_command_that_is_not_there_is_a_failure_that_is_told_and_makes_room(qu
     run, process = queue.start("a", ["no-such-command"])
     assert process.wait(PATIENCE) == 1
     status = RunRecord(run).status()
-    assert status["state"] == "failed"
-    assert "No such file" in status["error"]
+    assert status.state == "failed"
+    assert "No such file" in status.error
     begins(queue.start("b")[0])
 
 
@@ -187,7 +187,7 @@ def test_what_a_run_had_said_of_its_last_process_is_forgotten_and_how_far_it_was
     update_status(RunRecord(run), state="failed", error="ValueError: no", step=3, total=8, seconds_left=2.0, phase="training")
     queue.start("b")
     status = RunRecord(run).status()
-    assert [status.get(name) for name in ("state", "error", "phase", "seconds_left", "step", "total")] == [
+    assert [getattr(status, name) for name in ("state", "error", "phase", "seconds_left", "step", "total")] == [
         "queued", None, None, None, 3, 8,
     ]  # fmt: skip
 
@@ -203,7 +203,7 @@ def test_without_a_command_there_is_nothing_to_wait_for(tmp_path):
     words = [sys.executable, "-m", "training.runs.waiting", str(tmp_path)]
     finished = subprocess.run(words, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
     assert finished.returncode == 2
-    assert "give the command to wait for" in finished.stderr
+    assert "the command is missing" in finished.stderr
 
 
 def test_waiting_loads_no_model_library():

@@ -12,10 +12,10 @@ from PIL import Image
 from pipelines.fewshot.data import LabelledImage
 from pipelines.fewshot.metrics import score
 from pipelines.fewshot.sources import ImageFile
-from pipelines.run_options import OPTIONS
+from pipelines.run_file import ResolvedOptions
 from training.fewshot.prediction_file import prediction_file
 from training.fewshot.report import summary_of
-from training.runs.fewshot_files import REPORT, TEST, DatasetSummary, FewShotReport, TrialResult, ValidationResult
+from training.runs.fewshot_files import DatasetSummary, FewShotReport, TrialResult, ValidationResult
 from training.runs.record import RunRecord
 from training.runs.run_files import RunStatus
 from webui.class_sets import update_split
@@ -68,7 +68,7 @@ def trial_in(run, method, images, logits, classes, temperature=0.5):
     folder = f"trials/2-shots/seed-0/{method}"
     (run / folder).mkdir(parents=True)
     digests = {image.name: hashlib.sha256(image.source.content()).hexdigest() for image in images}
-    prediction_file(images, logits, temperature, classes, digests).write(run / folder / TEST)
+    prediction_file(images, logits, temperature, classes, digests).write(run / folder)
     test, calibrated = (score(logits, labels, classes, value) for value in (1.0, temperature))
     return TrialResult(
         shots=2,
@@ -124,10 +124,10 @@ def finished_classifier(workspace, data_dir, names, wrong=2, right_of_pixels=Non
         summary=[summary_of([trial]) for trial in trials],
         classifier="trials/2-shots/seed-0/nora",
     )
-    (run / REPORT).write_text(json.dumps(report.to_json()))
+    report.write(run)
     listed = [[image.name, image.label, list(names)[image.label]] for image in images]
     (run / "splits").mkdir()
     (run / "splits" / "2-shots-seed-0.json").write_text(json.dumps({"keys": list(names), "train": [], "val": [], "test": listed}))
-    (run / OPTIONS).write_text(json.dumps({"target_layers": {}, "data": {"data_dir": str(data_dir.absolute()), "dataset": None}}))
+    ResolvedOptions({"target_layers": {}, "data": {"data_dir": str(data_dir.absolute()), "dataset": None}}).write(run)
     (run / RunStatus.NAME).write_text(json.dumps({"state": "done", "phase": "done", "step": 3, "total": 3, "error": None}))
     return RunRecord(run)

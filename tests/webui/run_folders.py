@@ -9,13 +9,16 @@ from pathlib import Path
 import psutil
 from PIL import Image
 
+from pipelines.fewshot.metric_values import Interval
 from pipelines.images import save_image
-from pipelines.run_options import OPTIONS
+from pipelines.run_file import ResolvedOptions
+from training.runs.fewshot_files import DatasetSummary, FewShotReport, MethodSummary
 from training.runs.record import RunRecord
-from training.runs.run_files import METRICS, RunStatus
+from training.runs.run_files import METRICS, LoggedMetrics, RunStatus
 from training.subject.checkpoint_selection import Point, StepScores, suggest
-from training.subject.measured import adapter_at, logged
+from training.subject.measured import adapter_at, metric_name
 
+HALF = Interval(0.5, 0.4, 0.6)
 PROMPTS = ("a photo of sks toy", "sks toy <b>in the snow</b>", "sks toy at night")
 SETTINGS = {"negative_prompt": "", "num_inference_steps": 2, "guidance_scale": 4.0, "sampler": "Euler", "model": "mini"}
 CURVE_STEPS, SAMPLE_STEPS = (0, 20, 40, 60, 80, 100), (0, 40, 60, 100)
@@ -28,7 +31,7 @@ class WrittenRun(RunRecord):
     def log(self, step, **values):
         """Append to metrics.jsonl as a run does."""
         with (self.path / METRICS).open("a") as lines:
-            lines.write(json.dumps({"step": step, "time": 0.0, **values}) + "\n")
+            lines.write(LoggedMetrics(step, 0.0, values).line())
 
 
 def process_of(state):
@@ -55,7 +58,7 @@ def run_in(folder: Path, state="running", steps=0, total=100, **status) -> Writt
     """
     run = WrittenRun(folder)
     run.samples.mkdir(parents=True)
-    (folder / OPTIONS).write_text(json.dumps(GIVEN))
+    ResolvedOptions(GIVEN).write(folder)
     rng = random.Random(0)
     for step in range(1, steps + 1):
         run.log(step, loss=1 + math.exp(-4 * step / total) + 0.3 * rng.random(), lr=1e-3 * min(1.0, step / 20))
@@ -63,6 +66,13 @@ def run_in(folder: Path, state="running", steps=0, total=100, **status) -> Writt
     fields = {"state": told, "phase": "training", "step": steps, "total": total, "seconds_left": 42.0, "error": None, **status}
     (folder / RunStatus.NAME).write_text(json.dumps({**fields, **process_of(state)}))
     return run
+
+
+def add_report(run, method="nora", top1=HALF, shots=4):
+    """The report of a few-shot run with one method, as far as lists and comparisons read it."""
+    summary = MethodSummary(shots, method, 1, top1, 0.1, 0.1, 12.0, 34.0, 5.5, 6.0)
+    dataset = DatasetSummary("pets", ["cat", "dog"], [], 8, [])
+    FewShotReport(dataset, "mini", None, ["a {}"], [shots], [0], [method], [], [summary], "").write(run.path)
 
 
 def add_checkpoint(run, step):
@@ -96,7 +106,7 @@ def measure(run, points=None, scored=None):
         run.log(point.step, heldout_loss=point.heldout, seen_loss=point.seen)
         adapter_at(run, point.step).mkdir(parents=True, exist_ok=True)
     for step, each in scored.items():
-        run.log(step, **{logged(name): value for name, value in vars(each).items()})
+        run.log(step, **{metric_name(name): value for name, value in vars(each).items()})
     return points, scored
 
 

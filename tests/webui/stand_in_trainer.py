@@ -3,7 +3,6 @@
 It waits at the step in the file `UNTIL` of the directory, so that no test depends on its speed.
 """
 
-import json
 import signal
 import sys
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from run_folders import CURVE_STEPS, GIVEN, SAMPLE_STEPS, WrittenRun, add_checkpoint, add_samples, judge
 
-from pipelines.run_options import OPTIONS
+from pipelines.run_file import ResolvedOptions
 from training.runs.record import update_status
 from training.runs.run_files import DryRunReport
 
@@ -27,9 +26,9 @@ def main():
     """Continue the run of `--output_dir` from its last step."""
     run = WrittenRun(Path(sys.argv[sys.argv.index("--output_dir") + 1]))
     signal.signal(signal.SIGTERM, lambda *_: stop(run))
-    (run.path / OPTIONS).write_text(json.dumps(GIVEN))
+    ResolvedOptions(GIVEN).write(run.path)
     (run.path / BEGAN).write_text(" ".join(sys.argv[1:]))
-    step = run.status().get("step") or 0
+    step = run.status().step or 0
     if not step:
         reach(run, 0)
     while step < TOTAL:

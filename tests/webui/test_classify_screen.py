@@ -11,6 +11,7 @@ from class_folders import COLOURS, colour_folder, colour_zip, coloured, finished
 from playwright.sync_api import expect
 from processes import wait_for
 
+from training.runs.run_files import Launch
 from webui import class_files
 from webui.class_results import result_of, source_of
 from webui.class_sets import read_split
@@ -88,7 +89,7 @@ def test_from_a_zip_to_a_classifier_that_is_trained_again_with_a_correction(serv
     expect(page.locator("#classify-see-result")).to_be_visible(timeout=TRAINED)
     (run_id,) = workspace.run_ids()
     run = workspace.run(run_id)
-    started = run.read_json("launch.json")["command"]
+    started = Launch.read(run.path).command
     assert all(word in words for word in started[:-1] if "/" not in word and " " not in word)
     assert [word for word in started if word.endswith("=<b>green</b> = leaf")]
 
@@ -100,8 +101,7 @@ def test_from_a_zip_to_a_classifier_that_is_trained_again_with_a_correction(serv
 
     page.locator("#classify-see-result").click()
     expect(page.locator("#classify-words")).to_contain_text("They were not used for training", timeout=SOON)
-    report = run.read_json("report.json")
-    counts = next(one for one in report["trials"] if one["folder"] == report["classifier"])["test"]["confusion"]
+    counts = result.report.representative.test.confusion
     cell = page.locator("#classify-confusion button").last
     expected = counts[int(cell.get_attribute("data-true"))][int(cell.get_attribute("data-predicted"))]
     cell.focus()

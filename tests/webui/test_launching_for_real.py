@@ -41,7 +41,7 @@ def wait_for(workspace, run_id, what):
 
 def trains_from(workspace, run_id, step):
     """Wait until the run is past `step`."""
-    wait_for(workspace, run_id, lambda view: view.actions == ("stop", "sample", "save") and view.status["step"] > step)
+    wait_for(workspace, run_id, lambda view: view.actions == ("stop", "sample", "save") and view.status.step > step)
 
 
 def sampled(record):
@@ -72,7 +72,7 @@ def test_a_killed_subject_run_is_resumed_and_handles_requests_until_it_is_done(w
     launching.ask(workspace, run_id, "sample")
     wait_for(workspace, run_id, lambda view: view.state == "done")
     assert sampled(record) - {0, STEPS}
-    steps = [line["step"] for line in record.metrics() if "loss" in line]
+    steps = [line.step for line in record.metrics() if "loss" in line.values]
     assert steps == list(range(1, STEPS + 1))
     assert (record.path / "before_after.png").exists()
     assert RunView(record).actions == ("duplicate", "delete")

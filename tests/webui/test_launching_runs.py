@@ -16,10 +16,11 @@ from processes import kill_all_naming, standing_for_accelerate, wait_for
 from pipelines.errors import InputError
 from training.runs import run_requests
 from training.runs.record import RunRecord, update_status
+from training.runs.run_files import Launch
 from webui import launching
 from webui.run_log import LOG, last_error
 from webui.views import RunView
-from webui.workspace import LAUNCH, Workspace
+from webui.workspace import Workspace
 
 ROOT = Path(__file__).parents[2]
 QUICK = {"optimisation": {"max_train_steps": 8}, "adapter": {"rank": 4, "inner_r": 2}}
@@ -57,12 +58,12 @@ def test_a_run_starts_the_displayed_command(workspace):
     run_id = launching.start(workspace, "subject", QUICK)
     trains(workspace, run_id)
     path = workspace.run(run_id).path
-    launch = json.loads((path / LAUNCH).read_text())
+    launch = Launch.read(path)
     words = f"accelerate launch training/dreambooth_nora.py --max_train_steps 8 --rank 4 --inner_r 2 --output_dir {path}"
-    assert launching.shown_command(launch["command"]) == words
+    assert launching.shown_command(launch.command) == words
     assert shlex.split(words) == launching.command("subject", QUICK, path)
     assert (path / "began").read_text() == words.removeprefix("accelerate ")
-    assert (launch["task"], launch["options"]) == ("subject", QUICK)
+    assert (launch.task, launch.options) == ("subject", QUICK)
     assert (path / LOG).read_text().startswith(f"$ {words}\n")
     end(workspace, run_id)
 
@@ -262,7 +263,7 @@ def test_a_run_from_a_terminal_is_duplicated_and_resumed_from_its_recorded_optio
     trains(workspace, path.name)
     recipe = f"{ROOT}/training/dreambooth_nora.py --options_file {path}/options.json --output_dir {path}"
     assert (path / "began").read_text() == f"launch --num_processes 2 {recipe} --resume_from_checkpoint latest"
-    assert not (path / LAUNCH).exists()
+    assert not (path / Launch.NAME).exists()
 
 
 def test_a_terminal_run_without_recorded_options_cannot_be_resumed_or_duplicated(workspace):
@@ -290,7 +291,7 @@ def test_a_run_whose_images_are_missing_cannot_be_resumed(workspace):
 
 def test_two_simultaneous_requests_resume_a_run_once(workspace):
     path = workspace.new_run()
-    (path / LAUNCH).write_text(json.dumps({"task": "subject", "command": [], "created": 0.0, "options": QUICK}))
+    Launch("subject", [], 0.0, QUICK).write(path)
     record = workspace.run(path.name)
     with launching._locked(record), pytest.raises(InputError, match="starting or deleting this run"):
         launching.resume(workspace, path.name)

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import gradio as gr
 import pytest
 from browsing import go_to
-from run_folders import add_samples, finished_run, run_in
+from run_folders import add_report, add_samples, finished_run, run_in
 
 from pipelines.errors import InputError
+from pipelines.fewshot.metric_values import Interval
 from webui import run_cards, work
 from webui.compare import OTHER_IMAGES, Compared
 from webui.screens.runs import class_draft_like, draft_like
@@ -36,8 +37,7 @@ def with_options(run, **groups):
 def classifier(folder, name="nora", value=0.8, shots=4):
     """A finished run of a classifier."""
     run = with_options(run_in(folder, "done"), target_layers={}, data={"data_dir": None, "seeds": [0]}, method={"method": [name]})
-    top1 = {"value": value, "low": value - 0.1, "high": value + 0.1}
-    (run.path / "report.json").write_text(json.dumps({"summary": [{"method": name, "shots": shots, "top1": top1}]}))
+    add_report(run, name, Interval(value, value - 0.1, value + 0.1), shots)
     return run
 
 

@@ -12,6 +12,7 @@ from stand_in_app import standing_for_training
 from stand_in_trainer import TOTAL, UNTIL
 
 from training.runs.record import RunRecord
+from training.runs.run_files import Suggestion
 from webui import launching
 from webui.views import RunView
 from webui.workspace import Workspace
@@ -77,7 +78,7 @@ def test_a_run_is_followed_stopped_resumed_and_judged(new_page, server, started,
     page.locator("#train-stop").click()
     says(page, "You stopped it.")
     shows(page, "resume")
-    assert record.status()["step"] == 20
+    assert record.status().step == 20
 
     page.locator("#train-resume").click()
     trains_to(page, record, 30)
@@ -90,7 +91,7 @@ def test_a_run_is_followed_stopped_resumed_and_judged(new_page, server, started,
     screenshot(page, "each/train-done")
 
     page.locator("#train-next").click()
-    says(page, f"Step {record.read_json('suggestion.json')['step']} of {TOTAL}", "#judge-suggestion")
+    says(page, f"Step {Suggestion.read(record.path).step} of {TOTAL}", "#judge-suggestion")
     expect(page.locator("#judge-slider img").first).to_be_visible(timeout=PATIENCE)
     expect(page.locator("#judge-curves figure")).to_have_count(4, timeout=PATIENCE)
     expect(page.locator("#judge-samples thead th")).to_have_count(len(list(record.samples.glob("step-*"))), timeout=PATIENCE)
@@ -106,7 +107,7 @@ def test_a_killed_run_is_reported_and_resumed_and_a_killed_server_loses_nothing(
     record = started
     page = opened(new_page, server)
     trains_to(page, record, 20)
-    psutil.Process(record.status()["pid"]).kill()
+    psutil.Process(record.status().pid).kill()
     says(page, "Resume continues from there.")
     expect(page.locator("#train-phase .chip.interrupted")).to_be_visible(timeout=PATIENCE)
     shows(page, "resume")
@@ -114,7 +115,7 @@ def test_a_killed_run_is_reported_and_resumed_and_a_killed_server_loses_nothing(
     trains_to(page, record, 30)
 
     server.kill()
-    process = record.status()["pid"]
+    process = record.status().pid
     assert RunView(RunRecord(record.path)).state == "running"
     page.context.close()
     server.start()
@@ -122,7 +123,7 @@ def test_a_killed_run_is_reported_and_resumed_and_a_killed_server_loses_nothing(
     page.errors.clear()
     again = opened(new_page, server)
     trains_to(again, record, 40)
-    assert record.status()["pid"] == process
+    assert record.status().pid == process
     (record.path / UNTIL).write_text(str(TOTAL))
     says(again, "Done in")
-    wait_for(lambda: [line["step"] for line in record.metrics() if "loss" in line] == list(range(1, TOTAL + 1)))
+    wait_for(lambda: [line.step for line in record.metrics() if "loss" in line.values] == list(range(1, TOTAL + 1)))

@@ -4,21 +4,26 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from statistics import median
 
 import psutil
 import pytest
-from run_folders import PROMPTS, add_samples, finished_run, measure, process_of, run_in
+from run_folders import PROMPTS, add_report, add_samples, finished_run, measure, process_of, run_in
 
+from pipelines.fewshot.metric_values import Interval
 from training.runs import run_requests
 from training.runs.record import RunRecord
+from training.runs.run_files import Launch, RunStatus
 from training.runs.waiting import QUEUE, Ticket
+from webui import verdict
 from webui.figures import figures, series
+from webui.progress import head
 from webui.run_cards import cards, image_of
 from webui.run_log import LOG, ended_by, last_error
 from webui.screens.runs import parts
 from webui.views import ACTIONS, RunView, views
-from webui.workspace import LAUNCH, Workspace
+from webui.workspace import Workspace
 
 KILLED = "subprocess.CalledProcessError: Command '[...]' died with <Signals.SIGKILL: 9>.\n"
 
@@ -48,8 +53,7 @@ def test_the_state_is_that_of_the_status_if_the_process_is_alive_or_reported_its
 @pytest.mark.parametrize("told", ["queued", "starting", "running"])
 def test_a_run_whose_process_ended_silently_was_interrupted_or_stopped_on_request(workspace, told):
     run = run_in(workspace.runs / "a", "interrupted")
-    status = {**run.status(), "state": told}
-    (run.path / "status.json").write_text(json.dumps(status))
+    replace(run.status(), state=told).write(run.path)
     assert view(run).state == "interrupted"
     assert view(run).reason == "Its process ended without reporting an error. Perhaps the machine was switched off."
     (run.path / LOG).write_text(f"$ accelerate launch\n{KILLED}")
@@ -60,7 +64,7 @@ def test_a_run_whose_process_ended_silently_was_interrupted_or_stopped_on_reques
 
 def test_another_process_with_the_same_id_is_not_the_run_s_process(workspace):
     run = run_in(workspace.runs / "a", "running")
-    (run.path / "status.json").write_text(json.dumps({**run.status(), "pid_started": 12.5}))
+    replace(run.status(), pid_started=12.5).write(run.path)
     assert view(run).state == "interrupted"
 
 
@@ -77,9 +81,9 @@ def test_a_zombie_does_not_count_as_alive(workspace):
 
 def test_a_run_without_a_status_is_starting_for_some_seconds(workspace):
     path = workspace.new_run()
-    (path / LAUNCH).write_text(json.dumps({"task": "subject", "created": time.time()}))
+    Launch("subject", created=time.time()).write(path)
     assert RunView(workspace.run(path.name)).state == "starting"
-    (path / LAUNCH).write_text(json.dumps({"task": "subject", "created": time.time() - 60}))
+    Launch("subject", created=time.time() - 60).write(path)
     assert RunView(workspace.run(path.name)).state == "interrupted"
 
 
@@ -131,7 +135,7 @@ def test_a_queued_run_counts_the_runs_of_all_users_ahead_of_it(tmp_path):
 def test_a_run_with_malformed_files_does_not_hide_others(workspace, text):
     run = run_in(workspace.runs / "a", "done")
     other = run_in(workspace.runs / "b", "done")
-    for name in ("status.json", "options.json", LAUNCH, "suggestion.json", "report.json", "metrics.jsonl"):
+    for name in ("status.json", "options.json", "launch.json", "suggestion.json", "report.json", "metrics.jsonl"):
         (run.path / name).write_bytes(text.encode(errors="surrogatepass"))
     assert {each.id: each.state for each in views(workspace)}["b"] == "done"
     shown = cards(views(workspace), other.path.name)
@@ -152,7 +156,7 @@ def test_a_run_is_named_after_its_prompt_or_classes(workspace):
     assert view(run).name == "handwritten digits"
     (run.path / "options.json").unlink()
     assert view(run).name == "a photo of sks toy"
-    (run.path / LAUNCH).write_text(json.dumps({"task": "subject", "options": {"data": {"instance_prompt": "a" * 99}}}))
+    Launch("subject", options={"data": {"instance_prompt": "a" * 99}}).write(run.path)
     assert len(view(run).name) == 48
     assert ", NoRA, " in view(run).title
     assert view(run).title.endswith("(done)")
@@ -172,8 +176,7 @@ def test_a_classifier_shows_its_accuracies_once_there_is_a_report(workspace):
     run = run_in(workspace.runs / "a", "running", step=1, total=3)
     (run.path / "options.json").write_text(json.dumps({"target_layers": {}, "method": {"method": ["zeroshot", "nora"]}}))
     assert figures(view(run)) == [("Methods", "Zero-shot, NoRA"), ("Trainings", "1 of 3")]
-    row = {"shots": 4, "method": "nora", "top1": {"value": 0.5, "low": -0.01, "high": 0.61}}
-    (run.path / "report.json").write_text(json.dumps({"summary": [row]}))
+    add_report(run, "nora", Interval(0.5, -0.01, 0.61))
     assert ("NoRA", "50% (0% to 61%)") in figures(view(run))
 
 
@@ -191,7 +194,7 @@ def test_a_run_that_is_deleted_while_it_is_read_has_no_values(workspace, tmp_pat
     run = run_in(workspace.runs / "a", "done")
     read = view(run)
     run.path.rename(tmp_path / "gone")
-    assert (read.status, read.options, series(read)) == ({}, {}, {})
+    assert (read.status, read.options, series(read)) == (RunStatus(), {}, {})
 
 
 def test_user_input_is_escaped_in_the_list(workspace):
@@ -217,3 +220,27 @@ def test_showing_a_run_with_500_logged_points_takes_less_than_50_ms(workspace):
         parts(workspace, "a")
         seconds.append(time.process_time() - began)
     assert median(seconds) < 0.05
+
+
+def test_the_page_says_that_files_were_written_by_a_newer_version(workspace):
+    run = finished_run(workspace.runs / "a")
+    for name in ("suggestion.json", "certificate.json", "launch.json"):
+        (run.path / name).write_text(json.dumps({"version": 9}))
+    with (run.path / "metrics.jsonl").open("a") as lines:
+        lines.write("damaged\n")
+    listed, shown = cards([view(run)], None), head(view(run))
+    for name in ("suggestion.json", "launch.json"):
+        message = f"{name} has version 9; this version of NoRA Vision reads versions up to "
+        assert message in listed
+        assert message in shown
+    assert "metrics.jsonl has a line that cannot be read" in shown
+    assert "suggestion.json has version 9" in verdict.suggestion(view(run))
+    assert "certificate.json has version 9" in verdict.certificate(run)
+
+
+def test_a_status_of_a_newer_version_is_the_reason_why_the_state_of_a_run_is_unknown(workspace):
+    run = run_in(workspace.runs / "a", "running")
+    (run.path / "status.json").write_text(json.dumps({"version": 9, "state": "running"}))
+    assert view(run).state == "interrupted"
+    assert view(run).reason.startswith("status.json has version 9")
+    assert "status.json has version 9" in head(view(run))

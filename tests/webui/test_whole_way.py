@@ -99,7 +99,7 @@ def test_from_the_example_to_images_in_new_scenes(new_page, server, workspace, s
     other.click("#check-start")
     expect(other.locator("#train-phase")).to_contain_text(re.compile("queue"), timeout=PATIENCE)
     second = newest(workspace, [first.path.name])
-    assert second.status()["state"] == "queued"
+    assert second.status().state == "queued"
     if not ONE_CLICK:
         other.click("#train-stop")
         expect(other.locator("#train-phase")).to_contain_text("You stopped it.", timeout=PATIENCE)
@@ -110,7 +110,7 @@ def test_from_the_example_to_images_in_new_scenes(new_page, server, workspace, s
         expect(page.locator("#train-samples")).to_contain_text("After step", timeout=PATIENCE)
     screenshot(page, "train", TALLEST)
     page.locator("#train-next").click(timeout=PATIENCE)
-    assert first.status()["state"] == "done"
+    assert first.status().state == "done"
     assert (first.path / "before_after.png").exists()
     # Every run begins with a dry run; the page shows its report.
     assert "54,272 trainable parameters" in costs.cost_summary(first, costs.Plan(STEPS, 5, "auto"))

@@ -160,7 +160,7 @@ def with_ladder(work: Callable[[Any], RunDirectory], options: Any, recipe: str) 
     run = RunDirectory(Path(options.output.output_dir))
     run.update_status(phase="looking for settings that fit")
     with tempfile.TemporaryDirectory() as folder:
-        tried = climb(recipe, options.to_dict(), run.status().get("resolution"), Path(folder))
+        tried = climb(recipe, options.to_dict(), run.status().resolution, Path(folder))
     MemoryFallback(tried).write(run.path)
     message = f"It does not fit: {reason} {advice(tried)}"
     run.update_status(error=message)

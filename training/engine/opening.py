@@ -12,12 +12,13 @@ from accelerate.utils import broadcast_object_list
 
 from pipelines.errors import InputError
 from pipelines.output_paths import check_output_folder
-from pipelines.run_options import OPTIONS
+from pipelines.run_file import ResolvedOptions
+from pipelines.text_files import write_text_atomically
 from training.engine.resuming import check_can_resume
 from training.options.output import LATEST, RunOptions
 from training.runs.provenance import command_line, typed_words
 from training.runs.record import newest_step
-from training.runs.run import RunDirectory, write_text_atomically
+from training.runs.run import RunDirectory
 from training.runs.tracking import start_tracker
 
 logger = get_logger(__name__)
@@ -58,7 +59,7 @@ def open_run(options: RecipeOptions, title: str, accelerator: Accelerator) -> Ru
     output.output_dir = str(path)
     if output.resume_from_checkpoint == LATEST:
         check_can_resume(path, options.to_dict(), accelerator.num_processes)
-    elif (path / OPTIONS).exists():
+    elif (path / ResolvedOptions.NAME).exists():
         raise InputError(f"{str(path)!r} holds a run. Give another --output_dir, or go on with --resume_from_checkpoint latest.")
     accelerator.wait_for_everyone()
     run = RunDirectory.create(path, options.to_dict(), accelerator.is_main_process)

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipelines.built_in import recorded_name
 from pipelines.errors import InputError
-from pipelines.run_options import OPTIONS, run_options, task_of
+from pipelines.run_options import run_options, task_of
 from training.runs.record import RunRecord
 
 # What is written and shown, how long to train, and who makes the batches.
@@ -26,18 +26,19 @@ def check_can_resume(path: Path, options: dict[str, Any], processes: int) -> Non
     Raises: InputError showing each difference, or naming the process that is still at work on the run.
     """
     run = RunRecord(path)
-    if not (path / OPTIONS).exists():
+    before = run_options(path)
+    if before is None:
         return
+    status = run.status()
     if run.is_at_work():
         raise InputError(
-            f"The process {run.status()['pid']} is at work on {str(path)!r}. Stop it first (kill {run.status()['pid']} saves "
-            "and stops), or wait until it has ended."
+            f"The process {status.pid} is at work on {str(path)!r}. Stop it first (kill {status.pid} saves and stops), or wait "
+            "until it has ended."
         )
-    before = run_options(path)
     if (task := task_of(before)) not in (None, task_of(options)):
         raise InputError(f"{str(path)!r} holds a {task} run, which another script trains. Give another --output_dir.")
-    differences = list(changed_options(before, json.loads(json.dumps(options, default=str))))
-    started_with = run.status().get("processes", processes)
+    differences = list(changed_options(before, json.loads(json.dumps(options))))
+    started_with = status.processes or processes
     if started_with != processes:
         differences.append(f"processes: {started_with} then, {processes} now")
     if differences:

@@ -12,9 +12,9 @@ from pipelines.clip import BUILT_IN
 from pipelines.fewshot.plots import save_figure
 from pipelines.fewshot.target_layers import TargetLayers
 from pipelines.methods import method_names
+from pipelines.text_files import write_text_atomically
 from training.fewshot.figures import ZERO_SHOT, card_figures, shots_text
 from training.runs.card_text import CARD, as_text, portable_name
-from training.runs.durable import write_text_atomically
 from training.runs.fewshot_files import FewShotReport, TrialResult
 
 CONTROL = "pixels"

@@ -39,7 +39,6 @@ from training.fewshot.experiment import Experiment, SplitImages
 from training.fewshot.prediction_file import prediction_file
 from training.options.fewshot import FewShotOptimisationOptions, FewShotOptions
 from training.runs.fewshot_files import (
-    TEST,
     NewClassesResult,
     PredictionFile,
     TrialResult,
@@ -346,7 +345,7 @@ def fit_trial(
     cost = {"seconds": round(time.monotonic() - began, 2), "peak_memory": memory.read()}
     evaluation, folder = evaluate(fitted, images), trial.folder_in(run.path)
     fitted.save(run.path / folder, classifier_file(images.experiment, trial, fitted, evaluation.temperature, options))
-    evaluation.predictions.write(run.path / folder / TEST)
+    evaluation.predictions.write(run.path / folder)
     return fitted, TrialResult(
         shots=trial.shots,
         seed=trial.seed,

@@ -1,4 +1,4 @@
-"""Options from a file: a run's own options.json, or a .json or .yaml file written by hand."""
+"""Options from a file: the options.json of a run, or a .json or .yaml file written by hand."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 
 import yaml
 
-from pipelines.deprecated_flags import with_current_names
 from pipelines.errors import InputError
-from pipelines.run_options import OPTIONS, is_run, task_of
+from pipelines.run_file import VERSION, ResolvedOptions
+from pipelines.run_options import is_run, task_of
 from pipelines.text_files import read_text
 
-# What belongs to the run that wrote its options, and not to one that repeats it.
+# Options that a run with the same options must not take over.
 OF_ONE_RUN = ("output_dir", "resume_from_checkpoint")
 SCRIPTS = {"subject": "dreambooth_nora.py", "few-shot": "fewshot_nora.py"}
 
 
 def read_options_file(path: Path) -> dict[str, Any]:
-    """The fields in a file, each a text, a list of texts, a table or None; nothing but plain values is ever made of it.
+    """The options in a file as plain values: texts, lists of texts, tables and None.
 
-    Raises: InputError naming the file if it cannot be read or is no table of options.
+    Raises: InputError naming the file if it cannot be read or does not hold options by name.
     """
     readers = {".json": _read_json, ".yaml": _read_yaml, ".yml": _read_yaml}
     if path.suffix.lower() not in readers:
@@ -39,22 +39,22 @@ def read_options_file(path: Path) -> dict[str, Any]:
 
 
 def _read_json(text: str) -> Any:
-    # Numbers stay as they are written: the flags' own types read them.
+    # Numbers stay as they are written, because the types of the flags parse them.
     return json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
 
 
 def _read_yaml(text: str) -> Any:
-    # Texts all of them, so that `no` is a word and 1e-4 a number.
+    # All values stay texts, so that `no` is not read as a boolean and the types of the flags parse 1e-4.
     return yaml.load(text, Loader=yaml.BaseLoader)
 
 
 def as_flags(path: Path, parser: argparse.ArgumentParser, groups: Collection[str]) -> list[str]:
-    """The file's options as flags for `parser`; those that are lists become its defaults.
+    """The options of the file as flags for `parser`; lists become defaults of `parser`.
 
-    Fields may stand alone or within tables named as `groups`; null is what is not said. A run's own options.json starts
-    another run: the directory and the resuming of that run are left out.
+    Options may stand alone or within tables named as `groups`; an option that is null keeps its default. The options.json of a
+    run starts another run, so its directory and whether it was resumed are left out.
 
-    Raises: InputError naming a field that is none, or the file if it cannot be read.
+    Raises: InputError naming an option that does not exist, or the file if it cannot be read.
     """
     actions = {action.dest: action for action in parser._actions}
     flags = []
@@ -65,14 +65,14 @@ def as_flags(path: Path, parser: argparse.ArgumentParser, groups: Collection[str
         if actions[name].nargs == "+" and not isinstance(value, dict):
             parser.set_defaults(**{name: _typed_list(path, actions[name], value if isinstance(value, list) else [value])})
         elif isinstance(value, dict | list):
-            raise InputError(f"The option {name!r} in {str(path)!r} must be one value, got {value!r}.")
+            raise InputError(f"The option {name!r} in {str(path)!r} must be a single value, got {value!r}.")
         else:
             flags.append(f"--{name}={value}")
     return flags
 
 
 def _typed_list(path: Path, action: argparse.Action, values: list[Any]) -> list[Any]:
-    """The values of an option that takes several, in the flag's type: argparse converts no list that is a default."""
+    """The values of an option that takes several, converted to the flag's type: argparse does not convert a default list."""
     try:
         return [(action.type or str)(str(value)) for value in values]
     except ValueError as error:
@@ -80,13 +80,16 @@ def _typed_list(path: Path, action: argparse.Action, values: list[Any]) -> list[
 
 
 def _fields_of(path: Path, groups: Collection[str]) -> dict[str, Any]:
-    """The file's fields, those within tables too, without what belongs to the run that wrote them."""
+    """The options of the file without their groups, and without those of `OF_ONE_RUN` if a run wrote the file."""
     fields: dict[str, Any] = {}
-    values = with_current_names(read_options_file(path))
+    values = read_options_file(path)
+    if str(values.get(VERSION)).isdecimal():
+        values[VERSION] = int(values[VERSION])
+    values = ResolvedOptions.from_json(values).groups
     _check_script(path, values, groups)
     for name, value in values.items():
         fields |= value if name in groups and isinstance(value, dict) else {name: value}
-    if path.name == OPTIONS and is_run(path.parent):
+    if path.name == ResolvedOptions.NAME and is_run(path.parent):
         return {name: value for name, value in fields.items() if name not in OF_ONE_RUN}
     return fields
 
@@ -95,15 +98,15 @@ def _check_name(path: Path, name: str, names: Collection[str]) -> None:
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise InputError(f"The options_file {str(path)!r} has an option {name!r}, which there is not.{hint}")
+        raise InputError(f"The options_file {str(path)!r} has an option {name!r}, which does not exist.{hint}")
 
 
 def _check_script(path: Path, values: dict[str, Any], groups: Collection[str]) -> None:
-    """Refuse the options of another task's run, which this script would find full of unknown names."""
+    """Refuse the options of the other task, of which this script knows few."""
     task = task_of({name: group for name, group in values.items() if isinstance(group, dict)})
     expected = "few-shot" if "target_layers" in groups else "subject"
     if task not in (None, expected):
         raise InputError(
-            f"The options_file {str(path)!r} is of a {task} run, and this script trains {expected} runs. Start it with "
+            f"The options_file {str(path)!r} belongs to a {task} run, but this script trains {expected} runs. Use it with "
             f"training/{SCRIPTS[task]}."
         )

@@ -38,19 +38,6 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write beside `path` and rename, so that a reader sees the old file or the new one.
-
-    What is not UTF-8, such as part of a file's name, is escaped: a report is not lost for a name in it.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def free_bytes(folder: Path) -> int:
     """What is free on the disk that `folder` is on."""
     return shutil.disk_usage(folder).free

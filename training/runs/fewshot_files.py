@@ -1,22 +1,21 @@
 """The files of a few-shot run: report.json, and the result.json and test.json of each trial.
 
-`from_json` also reads version 1, which had other names for some fields and kept the trials in the folder `members`.
+Version 1 had other names for some fields, and the folder `members` for `trials`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from pipelines.errors import InputError
 from pipelines.fewshot.metric_values import ClassificationMetrics, Interval
-from training.runs.durable import write_text_atomically
+from pipelines.run_file import VERSION, RunFile, fields_of
 
-VERSION = 2
-REPORT, RESULT, TEST = "report.json", "result.json", "test.json"
+T = TypeVar("T")
 TRIALS, TRIALS_OF_VERSION_1 = "trials", "members"
 # Present names of the fields of version 1.
 RENAMED = {
@@ -36,24 +35,15 @@ def trials_folder(run_path: Path) -> str:
     return TRIALS_OF_VERSION_1 if (run_path / TRIALS_OF_VERSION_1).is_dir() else TRIALS
 
 
-def _values(kind: type, content: object) -> dict[str, Any]:
-    """The fields of `kind` in `content` under their present names; unknown fields are ignored.
+def _nested(kind: type[T], content: Mapping[str, Any], **changes: Any) -> T:
+    """The `kind` in `content`, which may have the names of version 1.
 
-    Raises: InputError if `content` has a later version, is no table, or lacks a field.
+    Args:
+        changes: fields in place of those in `content`.
+    Raises: InputError if a field is missing.
     """
-    if not isinstance(content, Mapping):
-        raise InputError(f"{kind.__name__} must be a JSON object, got {type(content).__name__}.")
-    if content.get("version", VERSION) != VERSION:
-        raise InputError(
-            f"The version of {kind.__name__} must be at most {VERSION}, got {content['version']!r}. Update this program."
-        )
-    renamed = {RENAMED.get(name, name): value for name, value in content.items()}
-    names = [one.name for one in fields(kind)]
-    missing = [one.name for one in fields(kind) if one.default is MISSING and one.default_factory is MISSING]
-    missing = [name for name in missing if name not in renamed]
-    if missing:
-        raise InputError(f"{kind.__name__} lacks the fields {', '.join(missing)}. Repeat the run.")
-    return {name: renamed[name] for name in names if name in renamed and name != "version"}
+    values = {RENAMED.get(name, name): value for name, value in content.items()} | changes
+    return kind(**fields_of(kind, values, kind.__name__))
 
 
 @dataclass(frozen=True)
@@ -89,8 +79,8 @@ class NewClassesResult:
 
 
 @dataclass(frozen=True)
-class TrialResult:
-    """result.json of a trial: one method, fitted to one split.
+class TrialResult(RunFile):
+    """The result of a trial: one method, fitted to one split.
 
     Args:
         shots: training images per class, or "all".
@@ -111,6 +101,10 @@ class TrialResult:
         new_classes: accuracy on held-out classes; None without held-out classes, or if the method cannot add classes.
     """
 
+    NAME: ClassVar[str] = "result.json"
+    FILE_VERSION: ClassVar[int] = 2
+    RENAMED: ClassVar[Mapping[str, str]] = RENAMED
+
     shots: int | str
     seed: int
     method: str
@@ -128,29 +122,22 @@ class TrialResult:
     test: ClassificationMetrics
     calibrated: ClassificationMetrics
     new_classes: NewClassesResult | None
-    version: int = VERSION
 
     @property
     def split_key(self) -> tuple[int | str, int]:
         """Shots and seed: trials with equal keys share one split."""
         return self.shots, self.seed
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, which `from_json` reads."""
-        return asdict(self)
-
     @classmethod
-    def from_json(cls, content: object) -> TrialResult:
-        """The result in `content`, of any version.
-
-        Raises: InputError if a field is missing.
-        """
-        values = _values(cls, content)
-        values["validation"] = ValidationResult(**values["validation"])
-        values["test"], values["calibrated"] = (ClassificationMetrics.from_json(values[name]) for name in ("test", "calibrated"))
-        if new := values["new_classes"]:
-            values["new_classes"] = NewClassesResult(**{**new, "top1": Interval(**new["top1"])})
-        return cls(**values)
+    def upgrade(cls, values: dict[str, Any], version: int) -> dict[str, Any]:
+        """Make the nested values objects."""
+        new = values["new_classes"]
+        return values | {
+            "validation": ValidationResult(**values["validation"]),
+            "test": ClassificationMetrics.from_json(values["test"]),
+            "calibrated": ClassificationMetrics.from_json(values["calibrated"]),
+            "new_classes": NewClassesResult(**{**new, "top1": Interval(**new["top1"])}) if new else None,
+        }
 
 
 @dataclass(frozen=True)
@@ -182,16 +169,13 @@ class MethodSummary:
     harmonic_mean: float | None = None
 
     @classmethod
-    def from_json(cls, content: object) -> MethodSummary:
+    def from_json(cls, content: Mapping[str, Any]) -> MethodSummary:
         """The summary in `content`, of any version.
 
         Raises: InputError if a field is missing.
         """
-        values = _values(cls, content)
-        values["top1"] = Interval(**values["top1"])
-        if values.get("new_classes"):
-            values["new_classes"] = Interval(**values["new_classes"])
-        return cls(**values)
+        new = content.get("new_classes")
+        return _nested(cls, content, top1=Interval(**content["top1"]), new_classes=Interval(**new) if new else None)
 
 
 @dataclass(frozen=True)
@@ -216,8 +200,8 @@ class DatasetSummary:
 
 
 @dataclass(frozen=True)
-class FewShotReport:
-    """report.json of a run.
+class FewShotReport(RunFile):
+    """The results of a run.
 
     Args:
         dataset: the labelled images.
@@ -229,6 +213,10 @@ class FewShotReport:
         classifier: folder of the trial that represents the run, relative to the run's directory.
     """
 
+    NAME: ClassVar[str] = "report.json"
+    FILE_VERSION: ClassVar[int] = 2
+    RENAMED: ClassVar[Mapping[str, str]] = RENAMED
+
     dataset: DatasetSummary
     model: str
     pretrained: str | None
@@ -239,7 +227,6 @@ class FewShotReport:
     trials: Sequence[TrialResult]
     summary: Sequence[MethodSummary]
     classifier: str
-    version: int = VERSION
 
     @property
     def representative(self) -> TrialResult:
@@ -265,20 +252,17 @@ class FewShotReport:
         return next((other for other in self.same_split(trial) if other.method == method), None)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, which `from_json` reads."""
-        return asdict(self)
+        """The fields as plain values; each trial has its version, as in its own file."""
+        return super().to_json() | {"trials": [trial.to_json() for trial in self.trials]}
 
     @classmethod
-    def from_json(cls, content: object) -> FewShotReport:
-        """The report in `content`, of any version.
-
-        Raises: InputError if a field is missing.
-        """
-        values = _values(cls, content)
-        values["dataset"] = DatasetSummary(**_values(DatasetSummary, values["dataset"]))
-        values["trials"] = tuple(map(TrialResult.from_json, values["trials"]))
-        values["summary"] = tuple(map(MethodSummary.from_json, values["summary"]))
-        return cls(**values)
+    def upgrade(cls, values: dict[str, Any], version: int) -> dict[str, Any]:
+        """Make the nested values objects."""
+        return values | {
+            "dataset": _nested(DatasetSummary, values["dataset"]),
+            "trials": tuple(map(TrialResult.from_json, values["trials"])),
+            "summary": tuple(map(MethodSummary.from_json, values["summary"])),
+        }
 
 
 @dataclass(frozen=True)
@@ -307,8 +291,8 @@ class ImagePrediction:
 
 
 @dataclass(frozen=True)
-class PredictionFile:
-    """test.json of a trial: the prediction for every test image.
+class PredictionFile(RunFile):
+    """The predictions of a trial for all test images.
 
     Args:
         classes: names of the classes.
@@ -316,22 +300,21 @@ class PredictionFile:
         images: the predictions.
     """
 
+    NAME: ClassVar[str] = "test.json"
+    FILE_VERSION: ClassVar[int] = 2
+    RENAMED: ClassVar[Mapping[str, str]] = RENAMED
+
     classes: Sequence[str]
     temperature: float
     images: Sequence[ImagePrediction] = field(default_factory=tuple)
-    version: int = VERSION
 
     @classmethod
-    def from_json(cls, content: object) -> PredictionFile:
-        """The predictions in `content`, of any version.
+    def upgrade(cls, values: dict[str, Any], version: int) -> dict[str, Any]:
+        """Make the predictions objects."""
+        return values | {"images": tuple(ImagePrediction(**image) for image in values.get("images", ()))}
 
-        Raises: InputError if a field is missing.
-        """
-        values = _values(cls, content)
-        return cls(**{**values, "images": tuple(ImagePrediction(**image) for image in values.get("images", ()))})
-
-    def write(self, path: Path) -> None:
-        """Write the file atomically, with one line for each image."""
+    def text(self) -> str:
+        """The content of the file, with one line for each image."""
         images = ",\n".join(json.dumps(asdict(image)) for image in self.images)
-        rest = json.dumps({"version": self.version, "classes": list(self.classes), "temperature": self.temperature})
-        write_text_atomically(path, f'{rest[:-1]}, "images": [\n{images}\n]}}\n')
+        rest = json.dumps({VERSION: self.FILE_VERSION, "classes": list(self.classes), "temperature": self.temperature})
+        return f'{rest[:-1]}, "images": [\n{images}\n]}}\n'

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 import shlex
 import subprocess
@@ -19,12 +18,9 @@ from diffusers import StableDiffusionXLPipeline
 from pipelines.built_in import is_built_in, model_path
 from pipelines.digests import file_digest
 from pipelines.file_names import display_path
-from pipelines.run_options import PROVENANCE
-from training.runs.durable import write_text_atomically
+from pipelines.run_file import Provenance
 from training.runs.run import RunDirectory
-from training.runs.run_files import VERSION
 
-PROVENANCE_VERSION = 2
 ROOT = Path(__file__).parents[2]
 CONSOLE_COMMAND = "nora-vision"
 PACKAGES = ("nora_vision", "pipelines", "training")
@@ -146,35 +142,18 @@ def write_provenance(
     Args:
         options: resolved, by group.
         base_model: its name and the hashes of its weights.
-        images: name and hash of each, by what was done with them: learned from, left out and measured on.
-        seed: of everything drawn, or one for each repetition.
+        images: name and hash of each image, by the field of `Provenance`: "images" are trained on, "heldout" are not.
+        seed: of all random choices, or one for each repetition.
     """
-    record = {
-        VERSION: PROVENANCE_VERSION,
+    if not run.writes:
+        return
+    Provenance(
+        base_model,
         **images,
-        "base_model": base_model,
-        "code": code_identity(),
-        "versions": library_versions(),
-        "seed": seed,
-        "command": command_line(typed_words()),
-        "device": device_identity(device),
-        "options": options,
-    }
-    if run.writes:
-        write_text_atomically(run.path / PROVENANCE, json.dumps(record, indent=2, default=str) + "\n")
-
-
-def without_secrets(record: dict[str, Any]) -> dict[str, Any]:
-    """The record as it may be published by someone who keeps captions, paths and names: hashes, versions and numbers."""
-    model = record["base_model"]
-    # Version 1 wrote "pictures".
-    images = record["images"] if "images" in record else record["pictures"]
-    return {
-        "base_model": {
-            "name": model["name"] if model["public"] else None,
-            "files": model["files"] if model["public"] else sorted(model["files"].values()),
-        },
-        "images": [{"sha256": image["sha256"]} for image in images],
-        "heldout": [{"sha256": image["sha256"]} for image in record["heldout"]],
-        **{name: record[name] for name in ("code", "versions", "seed", "device")},
-    }
+        code=code_identity(),
+        versions=library_versions(),
+        seed=seed,
+        command=command_line(typed_words()),
+        device=device_identity(device),
+        options=options,
+    ).write(run.path)

@@ -1,8 +1,7 @@
-"""What a run's directory says, read without loading any model library: status, metrics, images, and whether it is at work."""
+"""A run's directory, read without loading a model library: options, status, metrics, and whether its process runs."""
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import dataclass, replace
@@ -11,14 +10,13 @@ from typing import Any
 
 import psutil
 
-from pipelines.deprecated_flags import with_current_names
-from pipelines.run_options import OPTIONS
-from training.runs.run_files import CHECKPOINTS, METRICS, SAMPLES, STEP, RunStatus, step_name, step_of
+from pipelines.run_file import ResolvedOptions
+from training.runs.run_files import CHECKPOINTS, SAMPLES, STEP, LoggedMetrics, RunStatus, read_metrics, step_name, step_of
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The directory of one run, to read.
+    """The directory of a run, for reading.
 
     Args:
         path: the directory.
@@ -28,16 +26,16 @@ class RunRecord:
 
     @property
     def samples(self) -> Path:
-        """Images made while training."""
+        """Images generated during training."""
         return self.path / SAMPLES
 
     @property
     def subject(self) -> Path:
-        """Some of the images that are trained on, as the model sees them."""
+        """Some training images as the model sees them."""
         return self.samples / "subject"
 
     def samples_at(self, step: int) -> Path:
-        """The folder of the images made after `step` steps, one a prompt; 0 is the base model."""
+        """The folder of the images generated after `step` steps, one for each prompt; step 0 is the base model."""
         return self.samples / step_name(step)
 
     @property
@@ -45,64 +43,55 @@ class RunRecord:
         """Training states to resume from."""
         return self.path / CHECKPOINTS
 
-    def status(self) -> dict[str, Any]:
-        """The fields of status.json that are set; empty before the first update."""
-        status = RunStatus.read(self.path)
-        return {} if status is None else status.to_json()
+    def status(self) -> RunStatus:
+        """The status; without any field set before the first update."""
+        return RunStatus.read(self.path) or RunStatus()
 
     def options(self) -> dict[str, Any]:
-        """The resolved options by group, of options.json; empty before they are written."""
-        return with_current_names(self.read_json(OPTIONS))
+        """The resolved options by group; empty before they are written."""
+        options = ResolvedOptions.read(self.path)
+        return {} if options is None else options.groups
 
-    def metrics(self) -> list[dict[str, float]]:
-        """The lines of metrics.jsonl, oldest first; a last line cut short by a crash is left out."""
-        text = self._read(METRICS)
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    def metrics(self) -> list[LoggedMetrics]:
+        """The logged metrics, oldest first; see `read_metrics`."""
+        return read_metrics(self.path)
 
     def has_live_process(self) -> bool:
-        """Whether the process that wrote the status last still runs; not if that is this one."""
+        """Whether the process that wrote the status last still runs and is not this one."""
         process = self.process()
         return process is not None and process.pid != os.getpid()
 
     def process(self) -> psutil.Process | None:
-        """The process that wrote the status last, if it still runs."""
-        status = self.status()
-        return live_process(status["pid"], status["pid_started"]) if "pid" in status else None
+        """The process that wrote the status last; None if it has ended."""
+        return process_of(self.status())
 
     def is_at_work(self) -> bool:
-        """Whether it is running, and its process still there."""
-        return self.status().get("state") == "running" and self.has_live_process()
+        """Whether its state is "running" and its process still runs."""
+        return self.status().state == "running" and self.has_live_process()
 
-    def read_json(self, name: str) -> dict[str, Any]:
-        """The JSON file `name` of the directory; empty where there is none."""
-        text = self._read(name)
-        return json.loads(text) if text else {}
 
-    def _read(self, name: str) -> str:
-        """The file `name`; empty where there is none."""
-        try:
-            return (self.path / name).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return ""
+def process_of(status: RunStatus) -> psutil.Process | None:
+    """The process that wrote `status`; None if it has ended."""
+    pid, started = status.pid, status.pid_started
+    return live_process(pid, started) if isinstance(pid, int) and isinstance(started, float) else None
 
 
 def live_process(pid: int, started: float) -> psutil.Process | None:
-    """The process `pid` that was started at `started`, if it still runs."""
+    """The process `pid` that was started at `started`; None if it has ended."""
     try:
         process = psutil.Process(pid)
-        # Ids are given again; start times are not. One that has ended waits for its parent as a zombie.
-        is_it = process.create_time() == started and process.status() != psutil.STATUS_ZOMBIE
+        # The system reuses ids, so the start time is compared as well. A process that has ended may remain as a zombie.
+        is_same = process.create_time() == started and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return None
-    return process if is_it else None
+    return process if is_same else None
 
 
 def update_status(record: RunRecord, **fields: Any) -> None:
     """Merge `fields` into status.json, with this process's id, its start time and a heartbeat (seconds since the epoch)."""
     process = psutil.Process()
-    status = RunStatus.read(record.path) or RunStatus()
     writer = {"pid": process.pid, "pid_started": process.create_time(), "heartbeat": time.time()}
-    replace(status, **fields, **writer).write(record.path)
+    replace(record.status(), **fields, **writer).write(record.path)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -111,5 +100,5 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_step(folder: Path) -> int:
-    """The step of the newest checkpoint under `folder`, 0 where there is none."""
+    """The step of the newest checkpoint under `folder`; 0 if there is none."""
     return step_of(list_checkpoints(folder)[-1]) if list_checkpoints(folder) else 0

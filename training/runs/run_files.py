@@ -1,6 +1,7 @@
 """The files of a run directory: their names, and a dataclass with a version for each JSON file.
 
-Nothing outside the standard library is imported, so that readers such as the web app stay light.
+`ResolvedOptions` and `Provenance` are in `pipelines.run_file`, and the files of few-shot runs in `training.runs.fewshot_files`.
+No model library is imported, so that readers such as the web app stay light.
 """
 
 from __future__ import annotations
@@ -8,18 +9,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from pipelines.errors import InputError
+from pipelines.run_file import RESTORE, RunFile
 from pipelines.run_options import STATUS
-from training.runs.durable import write_text_atomically
+from pipelines.subject.folder_entries import FolderAccount
 
-METRICS, IMAGE_CHECKS = "metrics.jsonl", "photos.json"
+METRICS = "metrics.jsonl"
 SAMPLES, CHECKPOINTS, ADAPTERS, FOLDS = "samples", "checkpoints", "adapters", "folds"
 STEP = "step-"
-VERSION = "version"
 CROSS_VALIDATION = "cross_validation"
 FITTING = "fitting"
 GB = 1e9
@@ -36,73 +37,6 @@ def step_name(step: int) -> str:
 def step_of(path: Path) -> int:
     """The step in a name made by `step_name`."""
     return int(path.name.removeprefix(STEP).partition(".")[0])
-
-
-@dataclass(frozen=True)
-class RunFile:
-    """A JSON file of a run directory.
-
-    Subclasses set `NAME`, the file's name; `FILE_VERSION`, raised when keys change; and `RENAMED`, the keys of earlier versions
-    with their present names. Files without a version are of version 1.
-    """
-
-    NAME: ClassVar[str]
-    FILE_VERSION: ClassVar[int] = 1
-    RENAMED: ClassVar[Mapping[str, str]] = {}
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as plain values, with the version."""
-        return {VERSION: self.FILE_VERSION, **asdict(self)}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """Read the fields of this or an earlier version; unknown keys are ignored.
-
-        Raises: InputError if the file is of a newer version or lacks a field.
-        """
-        version = values.get(VERSION, 1)
-        if not isinstance(version, int) or version > cls.FILE_VERSION:
-            raise InputError(
-                f"{cls.NAME} has version {version!r}; this version of NoRA Vision reads versions up to {cls.FILE_VERSION}. "
-                "Update NoRA Vision."
-            )
-        names = {each.name for each in fields(cls)}
-        try:
-            current = cls.upgrade({cls.RENAMED.get(name, name): value for name, value in values.items()}, version)
-            return cls(**{name: value for name, value in current.items() if name in names})
-        except (TypeError, AttributeError, KeyError, ValueError) as error:
-            raise InputError(f"{cls.NAME} cannot be read: {error}. Restore the file that the run wrote.") from error
-
-    @classmethod
-    def upgrade(cls, values: dict[str, Any], version: int) -> dict[str, Any]:
-        """`values` of a file of `version`, already under their present names, in the form of the present version."""
-        return values
-
-    @classmethod
-    def read(cls, folder: Path) -> Self | None:
-        """The file in `folder`; None if there is none.
-
-        Raises: InputError if it cannot be read.
-        """
-        try:
-            values = json.loads((folder / cls.NAME).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            raise InputError(f"{str(folder / cls.NAME)!r} is not JSON ({error}). Restore the file that the run wrote.") from error
-        return cls.from_json(values if isinstance(values, Mapping) else cls.table_of(values))
-
-    @classmethod
-    def table_of(cls, values: Any) -> Mapping[str, Any]:
-        """The table in the place of a file that holds something else.
-
-        Raises: InputError, unless earlier versions of the file had another form.
-        """
-        raise InputError(f"{cls.NAME} must hold a table, got {type(values).__name__}. Restore the file that the run wrote.")
-
-    def write(self, folder: Path) -> None:
-        """Write the file into `folder`; a reader sees the old file or the new one."""
-        write_text_atomically(folder / self.NAME, json.dumps(self.to_json(), indent=2) + "\n")
 
 
 @dataclass(frozen=True)
@@ -341,11 +275,104 @@ class MemoryFallback(RunFile):
     attempts: list[FallbackStep]
 
     @classmethod
-    def table_of(cls, values: Any) -> Mapping[str, Any]:
+    def object_of(cls, content: Any) -> Mapping[str, Any]:
         """Version 1 was the list of attempts itself."""
-        return {"attempts": values} if isinstance(values, list) else super().table_of(values)
+        return {"attempts": content} if isinstance(content, list) else super().object_of(content)
 
     @classmethod
     def upgrade(cls, values: dict[str, Any], version: int) -> dict[str, Any]:
         """Make the attempts objects."""
         return values | {"attempts": [FallbackStep(**attempt) for attempt in values["attempts"]]}
+
+
+@dataclass(frozen=True)
+class ImageChecks(RunFile):
+    """What was found in the images of a run and in its folders; see `pipelines.subject.image_checks.ImageCheckReport`.
+
+    Args:
+        pictures: path, size, findings and verdict of each image.
+        findings: on the images as a set.
+        folder, class_folder: every file of the folders with its use; None without a folder.
+        long_prompts: prompts that the tokenizers cut.
+    """
+
+    NAME: ClassVar[str] = "photos.json"
+
+    pictures: list[dict[str, Any]] = field(default_factory=list)
+    findings: list[dict[str, Any]] = field(default_factory=list)
+    folder: FolderAccount | None = None
+    class_folder: FolderAccount | None = None
+    long_prompts: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def upgrade(cls, values: dict[str, Any], version: int) -> dict[str, Any]:
+        """Make the accounts of the folders objects."""
+        folders = {name: values.get(name) for name in ("folder", "class_folder")}
+        return values | {name: content and FolderAccount.from_json(content) for name, content in folders.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain values."""
+        folders = {"folder": self.folder, "class_folder": self.class_folder}
+        return super().to_json() | {name: account and account.to_json() for name, account in folders.items()}
+
+
+@dataclass(frozen=True)
+class Launch(RunFile):
+    """How the web app started a run.
+
+    Args:
+        task: "subject" or "classify".
+        command: the words of the command.
+        created: when, in seconds since the epoch.
+        options: those that differ from the defaults, by group.
+    """
+
+    NAME: ClassVar[str] = "launch.json"
+
+    task: str | None = None
+    command: list[str] = field(default_factory=list)
+    created: float | None = None
+    options: dict[str, dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class LoggedMetrics:
+    """One line of metrics.jsonl; in the file, the values stand beside step and time.
+
+    Args:
+        step: of the training.
+        time: when it was written, in seconds since the epoch.
+        values: of the metrics, by name.
+    """
+
+    step: int
+    time: float
+    values: dict[str, float]
+
+    def line(self) -> str:
+        """The line with its line break."""
+        return json.dumps({"step": self.step, "time": self.time, **self.values}) + "\n"
+
+    @classmethod
+    def from_line(cls, line: str) -> LoggedMetrics:
+        """Read a line.
+
+        Raises: InputError if it is not an object with a step.
+        """
+        try:
+            values = json.loads(line)
+            return cls(values.pop("step"), values.pop("time", 0.0), values)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{METRICS} has a line that cannot be read: {line.strip()[:80]!r} ({error}). {RESTORE}") from error
+
+
+def read_metrics(folder: Path) -> list[LoggedMetrics]:
+    """The lines of metrics.jsonl in `folder`, oldest first, without a last line that a crash cut short.
+
+    Raises: InputError if a line cannot be read.
+    """
+    try:
+        text = (folder / METRICS).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    return [LoggedMetrics.from_line(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]

@@ -1,15 +1,16 @@
-"""Wait for a run's turn, then become its command: one run at a time on a device, whoever started it, first come first served.
+"""Wait in the queue of a device, then become the command of the run.
+
+A device runs one training at a time, first come first served.
 
     python -m training.runs.waiting RUN_DIR --queue DIR -- accelerate launch training/dreambooth_nora.py ...
 
-No scheduler is needed, and nothing is left to mend when a process is killed: a lock on a file, which the command inherits,
-ends with the command, and tickets of processes that are gone are skipped.
+There is no scheduler, and a killed process needs no repair: the command inherits a file lock, which ends with it, and tickets of
+processes that have ended are skipped.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import re
 import signal
@@ -17,78 +18,82 @@ import sys
 import time
 from argparse import ArgumentParser
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
+from typing import Any, ClassVar
 
 import psutil
 
-from training.runs.durable import write_text_atomically
+from pipelines.run_file import RunFile
 from training.runs.record import RunRecord, live_process, update_status
 from training.runs.run_files import RunStatus
 
-QUEUE, LOCK, TICKET = ".queue", "lock", ".ticket"
+QUEUE, LOCK = ".queue", "lock"
 DEVICES, CPU = "CUDA_VISIBLE_DEVICES", "cpu"
 POLL_SECONDS = 0.25
-# What a run that goes on had said of its last process.
-FORGOTTEN = {"error": None, "phase": None, "seconds_left": None}
+# Fields that the last process of a resumed run has written.
+CLEARED = {"error": None, "phase": None, "seconds_left": None}
 
 
 class Cancelled(Exception):
-    """The run was asked to stop while it waited."""
+    """The run was stopped while it waited."""
 
 
 def device_key(environment: dict[str, str]) -> str:
-    """What runs that must not run at once have in common, as a folder's name."""
+    """The name of the queue's folder: runs with the same name must not run at the same time."""
     return re.sub(r"[^A-Za-z0-9]+", "-", environment.get(DEVICES, "")).strip("-") or CPU
 
 
 @dataclass(frozen=True)
-class Ticket:
-    """A place in the queue.
+class Ticket(RunFile):
+    """A position in the queue, as a file of the queue's folder.
 
     Args:
-        path: its file; names are in the order in which places were taken.
         run: the directory of the run that waits.
         pid, pid_started: the process that waits.
+        path: of the file; not stored in it. Sorted names are in the order of the queue.
     """
 
-    path: Path
+    NAME: ClassVar[str] = ".ticket"
+
     run: str
     pid: int
     pid_started: float
+    path: Path = Path()
 
     @classmethod
     def take(cls, queue: Path, run: Path) -> Ticket:
-        """Take the last place in `queue`, for this process."""
+        """Add this process to the end of `queue`."""
         queue.mkdir(parents=True, exist_ok=True)
         process = psutil.Process()
-        ticket = cls(queue / f"{time.time_ns():020d}-{process.pid}{TICKET}", str(run), process.pid, process.create_time())
-        values = {name: value for name, value in asdict(ticket).items() if name != "path"}
-        write_text_atomically(ticket.path, json.dumps(values) + "\n")
+        path = queue / f"{time.time_ns():020d}-{process.pid}{cls.NAME}"
+        ticket = cls(str(run), process.pid, process.create_time(), path)
+        ticket.write(queue, path.name)
         return ticket
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields but the path."""
+        return {name: value for name, value in super().to_json().items() if name != "path"}
 
     @property
     def is_live(self) -> bool:
-        """Whether the process still waits."""
+        """Whether the process still runs."""
         return live_process(self.pid, self.pid_started) is not None
 
 
 def tickets(queue: Path) -> list[Ticket]:
-    """All places of `queue`, the first first, also of processes that are gone."""
-    found = []
-    for path in sorted(queue.glob(f"[!.]*{TICKET}")):
-        with suppress(FileNotFoundError):
-            found.append(Ticket(path, **json.loads(path.read_text(encoding="utf-8"))))
-    return found
+    """All tickets of `queue` in order, those of processes that have ended included."""
+    paths = sorted(queue.glob(f"[!.]*{Ticket.NAME}"))
+    return [replace(ticket, path=path) for path in paths if (ticket := Ticket.read(queue, path.name)) is not None]
 
 
 def runs_before(root: Path, run: Path) -> int | None:
-    """How many runs have their turn before `run`, the one at work included; None where it does not wait.
+    """The number of runs ahead of `run`, including the active one; None if it does not wait.
 
     Args:
-        root: the folder of all devices' queues.
+        root: the folder of the queues of all devices.
     """
     for queue in root.glob("*"):
         live = [ticket.run for ticket in tickets(queue) if ticket.is_live]
@@ -98,9 +103,10 @@ def runs_before(root: Path, run: Path) -> int | None:
 
 
 def at_work(runs: Path, device: str) -> list[RunRecord]:
-    """The runs in `runs`, or in the folders of its accounts, that hold `device` without having queued for it.
+    """The active runs on `device` in `runs` and in its folders of accounts.
 
-    A run that queued has a launcher that holds the lock; one whose launcher was killed still saves for a while.
+    The queue's lock does not cover them all: runs started in a terminal do not queue, and a run whose launcher was killed still
+    saves a checkpoint after the lock has ended.
     """
     records = [
         RunRecord(path.parent) for pattern in (f"*/{RunStatus.NAME}", f"*/*/{RunStatus.NAME}") for path in runs.glob(pattern)
@@ -115,13 +121,13 @@ def _device_of(record: RunRecord) -> str | None:
     except psutil.NoSuchProcess:
         return None
     except psutil.AccessDenied:
-        # Another user's: with one device, which most machines have, it is that.
+        # The environment of another user's process cannot be read: assume this device, as most machines have one.
         return device_key(dict(os.environ))
 
 
 @contextmanager
 def cancellable() -> Iterator[None]:
-    """Meanwhile SIGTERM and SIGINT raise `Cancelled`."""
+    """A context in which SIGTERM and SIGINT raise `Cancelled`."""
 
     def cancel(number: int, frame: FrameType | None) -> None:
         raise Cancelled(signal.Signals(number).name)
@@ -135,11 +141,11 @@ def cancellable() -> Iterator[None]:
 
 
 def wait_for_turn(run: Path, root: Path, device: str) -> None:
-    """Return when nothing else is at work on `device`, holding its lock for as long as this process and what it becomes live."""
+    """Return when no other run is active on `device`, with its lock held until this process, or the command it becomes, ends."""
     queue = root / device
     ticket = Ticket.take(queue, run)
     try:
-        while _anyone_before(ticket):
+        while _is_behind_another(ticket):
             time.sleep(POLL_SECONDS)
         descriptor = os.open(queue / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         os.set_inheritable(descriptor, True)
@@ -150,10 +156,10 @@ def wait_for_turn(run: Path, root: Path, device: str) -> None:
         ticket.path.unlink(missing_ok=True)
 
 
-def _anyone_before(own: Ticket) -> bool:
-    """Whether another process was there first; places of those that are gone are cleared away."""
-    for ticket in tickets(own.path.parent):
-        if ticket.path == own.path:
+def _is_behind_another(last: Ticket) -> bool:
+    """Whether a live process is ahead of `last`; tickets of processes that have ended are deleted."""
+    for ticket in tickets(last.path.parent):
+        if ticket.path == last.path:
             return False
         if ticket.is_live:
             return True
@@ -170,33 +176,33 @@ def _locked(descriptor: int) -> bool:
 
 
 def main(run: Path, root: Path, command: list[str]) -> None:
-    """Wait until it is the turn of `run`, then become `command`; the run's status.json says which.
+    """Wait for the turn of `run`, then become `command`; the state in status.json follows.
 
-    Raises: SystemExit if it was asked to stop meanwhile.
+    Raises: SystemExit if it is stopped while it waits.
     """
     record = RunRecord(run)
     try:
         with cancellable():
-            update_status(record, state="queued", **FORGOTTEN)
+            update_status(record, state="queued", **CLEARED)
             wait_for_turn(run, root, device_key(dict(os.environ)))
             os.execvp(command[0], command)
-    except Cancelled as asked:
-        update_status(record, state="stopped", error=f"Stopped: stopped by {asked} before its turn")
-        raise SystemExit(128 + signal.Signals[str(asked)]) from None
+    except Cancelled as signalled:
+        update_status(record, state="stopped", error=f"Stopped: stopped by {signalled} before its turn")
+        raise SystemExit(128 + signal.Signals[str(signalled)]) from None
     except OSError as error:
         update_status(record, state="failed", error=f"{type(error).__name__}: {error}")
         raise
 
 
 def _parse(arguments: list[str]) -> tuple[Path, Path, list[str]]:
-    place = arguments.index("--") if "--" in arguments else len(arguments)
-    own, command = arguments[:place], arguments[place + 1 :]
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    command = arguments[end + 1 :]
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="The run's directory, which must be there.")
-    parser.add_argument("--queue", type=Path, help="The folder of the queue; .queue beside the run unless said.")
-    options = parser.parse_args(own)
+    parser.add_argument("run", type=Path, help="The directory of the run, which must exist.")
+    parser.add_argument("--queue", type=Path, help="The folder of the queue. Default: .queue beside the directory of the run.")
+    options = parser.parse_args(arguments[:end])
     if not command:
-        parser.error("give the command to wait for after --")
+        parser.error("the command is missing: give it after --")
     return options.run, options.queue or options.run.parent / QUEUE, command
 
 

@@ -77,7 +77,7 @@ def say_cost(folds: int) -> None:
 
 
 def _is_finished(part: RunDirectory, steps: int) -> bool:
-    return any(line["step"] == steps and "heldout_loss" in line for line in part.metrics())
+    return any(logged.step == steps and "heldout_loss" in logged.values for logged in part.metrics())
 
 
 def _measure(

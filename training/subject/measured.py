@@ -39,7 +39,7 @@ def heldout_curve(run: RunRecord) -> list[Point]:
 
 def _curve_of(run: RunRecord) -> list[Point]:
     # A step measured again after a resume counts once.
-    lines = {int(line["step"]): line for line in run.metrics() if "heldout_loss" in line}
+    lines = {logged.step: logged.values for logged in run.metrics() if "heldout_loss" in logged.values}
     return [Point(step, lines[step]["heldout_loss"], lines[step].get("seen_loss")) for step in sorted(lines)]
 
 
@@ -55,11 +55,12 @@ def sample_scores(run: RunRecord) -> dict[int, StepScores]:
     measures for itself, those that the newest did not give are told apart and left out.
     """
     names = [each.name for each in fields(StepScores)]
-    lines = [line for line in run.metrics() if all(logged(name) in line for name in names)]
-    scores = {int(line["step"]): StepScores(*(line[logged(name)] for name in names)) for line in lines}
-    return {step: each for step, each in scores.items() if isclose(each.nearest_limit, lines[-1][logged("nearest_limit")])}
+    lines = [line for line in run.metrics() if all(metric_name(name) in line.values for name in names)]
+    scores = {line.step: StepScores(*(line.values[metric_name(name)] for name in names)) for line in lines}
+    newest = scores[lines[-1].step].nearest_limit if lines else 0.0
+    return {step: each for step, each in scores.items() if isclose(each.nearest_limit, newest)}
 
 
-def logged(name: str) -> str:
-    """What a field of `StepScores` is called among the metrics."""
-    return f"{name}_score" if name != "nearest_limit" else name
+def metric_name(field: str) -> str:
+    """The name of a field of `StepScores` in metrics.jsonl."""
+    return f"{field}_score" if field != "nearest_limit" else field

@@ -14,9 +14,9 @@ from pipelines.methods import method_named
 from pipelines.subject.embedders import OPEN_CLIP
 from pipelines.subject.prediction import Prediction
 from pipelines.subject.scores import BASE
+from pipelines.text_files import write_text_atomically
 from training.options import NEW_SCENES, SubjectOptions
 from training.runs.card_text import CARD, as_text, portable_name
-from training.runs.durable import write_text_atomically
 from training.runs.run import RunDirectory
 from training.runs.run_files import COPY_THRESHOLD, Certificate, Suggestion
 
@@ -81,8 +81,8 @@ def model_card(run: RunDirectory, options: SubjectOptions, images: int, private:
         batch=optimisation.train_batch_size * optimisation.gradient_accumulation_steps,
         images=images,
         rate=f"{optimisation.learning_rate:g}",
-        trained=status["num_trainable_parameters"],
-        seconds=status["seconds"],
+        trained=status.num_trainable_parameters,
+        seconds=status.seconds,
         options="" if private else " The resolved options are in options.json.",
         alt=f"the base model's images and the adapted model's, for the same prompts and seeds{subject_note}",
         grid=GRID,
@@ -139,7 +139,7 @@ def judge_in_words(name: str, private: bool = False) -> str:
 def _findings(run: RunDirectory, judge: str) -> list[str]:
     """What the run found out of itself: held-out losses, the suggestion, its warnings, scores by `judge`, the certificate."""
     lines = []
-    losses = [line["heldout_loss"] for line in run.metrics() if "heldout_loss" in line]
+    losses = [logged.values["heldout_loss"] for logged in run.metrics() if "heldout_loss" in logged.values]
     if losses:
         before, after = losses[0], losses[-1]
         lines.append(f"Mean denoising loss in the middle of the held-out image: {before:.4f} before, {after:.4f} after.")

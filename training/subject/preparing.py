@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -26,8 +25,8 @@ from pipelines.subject.prior import ClassImages, in_sizes
 from pipelines.subject.prompt_length import LongPrompt, long_prompts
 from training.options import SubjectOptions
 from training.options.data import DataOptions
-from training.runs.run import RunDirectory, write_text_atomically
-from training.runs.run_files import IMAGE_CHECKS
+from training.runs.run import RunDirectory
+from training.runs.run_files import ImageChecks
 from training.subject.cross_validation import say_cost
 
 PRIOR_DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -184,12 +183,12 @@ class Preparation:
 
 
 def record_report(report: ImageCheckReport, resolution: int, run: RunDirectory) -> None:
-    """Keep the photo doctor's report, now that the resolution is known, and say which images would be enlarged."""
+    """Write the image checks, now that the resolution is known, and log the report if some images are too small for it."""
     complete = report.for_resolution(resolution)
     if complete != report:
-        logger.warning("What the photo doctor found for a training at %d pixels:\n%s", resolution, complete.summary())
+        logger.warning("Image checks for training at %d pixels:\n%s", resolution, complete.summary())
     if run.writes:
-        write_text_atomically(run.path / IMAGE_CHECKS, json.dumps(complete.to_dict(), indent=2) + "\n")
+        ImageChecks.from_json(complete.to_dict()).write(run.path)
 
 
 def framing_for(pipeline: StableDiffusionXLPipeline, options: DataOptions, resolution: int, seed: int) -> CropConfig:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from accelerate.logging import get_logger
 from huggingface_hub import HfApi, constants, get_token
@@ -17,12 +16,11 @@ from PIL import Image
 
 from pipelines.errors import InputError
 from pipelines.hub import Failure, account, brief, failure_of
-from pipelines.run_options import PROVENANCE
+from pipelines.run_file import Provenance, RunFile
+from pipelines.text_files import write_text_atomically
 from training.options import SubjectOptions
 from training.options.validation import ValidationOptions
 from training.runs.card_text import CARD
-from training.runs.durable import write_text_atomically
-from training.runs.provenance import without_secrets
 from training.runs.run import RunDirectory
 from training.runs.run_files import Certificate, Suggestion
 from training.subject.model_card import EXPORTED, GRID, model_card
@@ -58,10 +56,10 @@ def assemble(run: RunDirectory, options: SubjectOptions, images: int, grid: Imag
             shutil.copytree(run.path / name, folder / name, copy_function=_link_or_copy)
     grid.save(folder / GRID)
     write_text_atomically(folder / CARD, model_card(run, options, images, private))
-    for name, strip in ((Certificate.NAME, _without_prompts), (PROVENANCE, without_secrets), (Suggestion.NAME, dict)):
-        if (run.path / name).exists():
-            record = json.loads((run.path / name).read_text(encoding="utf-8"))
-            write_text_atomically(folder / name, json.dumps(strip(record) if private else record, indent=2) + "\n")
+    for kind in (Certificate, Provenance, Suggestion):
+        file = kind.read(run.path)
+        if file is not None:
+            (_without_names(file) if private else file).write(folder)
     return folder
 
 
@@ -73,8 +71,11 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _without_prompts(certificate: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in certificate.items() if name != "prompts"}
+def _without_names(file: RunFile) -> RunFile:
+    """The file without captions, paths and names."""
+    if isinstance(file, Certificate):
+        return replace(file, prompts=[])
+    return file.without_names() if isinstance(file, Provenance) else file
 
 
 def check_can_push(options: ValidationOptions) -> None:

@@ -16,7 +16,7 @@ from pipelines.subject.scores import ImageScorer
 from training.runs.run import RunDirectory
 from training.runs.run_files import StepScores
 from training.subject.image_scoring import keep_adapter
-from training.subject.measured import logged
+from training.subject.measured import metric_name
 from training.subject.samples import ValidationSampler, save_subject
 
 # Of the training images, for the loss that the held-out one is compared with.
@@ -60,7 +60,7 @@ def log_scores(run: RunDirectory, step: int, judge: ImageScorer, images: Sequenc
         nearest=max(each.nearest for each in scores),
         nearest_limit=judge.nearest_limit,
     )
-    run.log(step, **{logged(name): value for name, value in asdict(of_step).items()})
+    run.log(step, **{metric_name(name): value for name, value in asdict(of_step).items()})
 
 
 @dataclass(frozen=True)

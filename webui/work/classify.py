@@ -23,10 +23,11 @@ from pipelines.fewshot.features import image_features, prompt_features
 from pipelines.fewshot.prompts import make_prompts
 from pipelines.fewshot.sources import DatasetSource
 from pipelines.images import read_image
-from training.runs.fewshot_files import REPORT, FewShotReport
+from training.runs.fewshot_files import FewShotReport
 from training.runs.record import RunRecord
 from webui.incoming import display_name, read_upload
 from webui.labelled_classes import EXAMPLE, LabelledClasses
+from webui.views import read_cached
 
 # The zero-shot accuracy uses at most MOST_ZERO_SHOT images, but FEWEST_OF_CLASS of every class, to take a few seconds.
 MOST_ZERO_SHOT, FEWEST_OF_CLASS, MOST_FEATURES = 200, 2, 20_000
@@ -107,7 +108,7 @@ def classifier_of(record: RunRecord, trial: str | None = None) -> FewShotClassif
     Raises: InputError if the run is not done, or the classifier cannot be used.
     """
     path = record.path if trial is None else trial_folder(record, trial)
-    if trial is None and not (record.path / REPORT).is_file():
+    if trial is None and not (record.path / FewShotReport.NAME).is_file():
         raise InputError("This run has no classifier yet. Wait until it is done, or choose another run.")
     folder = classifier_folder(path)
     return _loaded(folder.absolute(), (folder / CLASSIFIER).stat().st_mtime_ns)
@@ -123,8 +124,8 @@ def trial_folder(record: RunRecord, trial: str) -> Path:
 
     Raises: InputError if the report has no such trial.
     """
-    report = record.read_json(REPORT)
-    if not report or FewShotReport.from_json(report).trial_in(trial) is None:
+    report = read_cached(FewShotReport, record.path)
+    if report is None or report.trial_in(trial) is None:
         raise InputError("This run did not train this method. Choose one from the list.")
     return record.path / trial
 

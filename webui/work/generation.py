@@ -24,7 +24,7 @@ from webui.adapters import adapter_called, last_step, reference_of
 from webui.files import LAYOUTS, Layout
 from webui.generated_images import GeneratedImages
 from webui.generation_requests import GenerationRequest
-from webui.views import RunView
+from webui.views import RunView, read_cached
 from webui.work.pipeline_cache import (
     MAX_IMAGES,
     PIPELINE_CACHE,
@@ -106,7 +106,7 @@ def file_of(workspace: Workspace, run_id: str, step: int, layout: Layout) -> Ite
 def _on_disk(record: RunRecord, step: int, layout: Layout) -> Path | None:
     if step == last_step(record):
         return _in(record.path, layout)
-    suggestion = Suggestion.read(record.path)
+    suggestion = read_cached(Suggestion, record.path)
     if suggestion is not None and step == suggestion.step and (record.path / SUGGESTED).is_dir():
         return _in(record.path / SUGGESTED, layout)
     exported = adapter_at(record, step) / layout
