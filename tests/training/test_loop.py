@@ -1,6 +1,5 @@
 """The one loop: exact resume, accumulation, processes, and what is left behind when it stops."""
 
-import json
 import os
 import signal
 
@@ -248,7 +247,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 
 def test_status_says_how_a_run_ended(tmp_path):
     run = RunDirectory.create(tmp_path, {"seed": 3})
-    assert json.loads((tmp_path / "options.json").read_text()) == {"seed": 3}
+    assert run.options() == {"seed": 3}
     with run.recording():
         assert run.status().state == "running"
     assert run.status().state == "done"

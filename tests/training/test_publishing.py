@@ -61,7 +61,7 @@ def test_without_being_asked_nothing_is_gathered_or_uploaded(lora_run, hub_serve
     publishing.check_can_push(ValidationOptions())
     assert hub_server.requests == []
     assert not (lora_run.path / "published").exists()
-    assert "published" not in lora_run.status()
+    assert lora_run.status().published is None
 
 
 def test_a_network_that_fails_after_the_training_loses_nothing_and_all_can_be_uploaded_later(

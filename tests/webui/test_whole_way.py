@@ -116,7 +116,7 @@ def test_from_the_example_to_images_in_new_scenes(new_page, server, workspace, s
     assert "54,272 trainable parameters" in costs.cost_summary(first, costs.Plan(STEPS, 5, "auto"))
 
     expect(page.locator("#judge-slider img").first).to_be_visible(timeout=PATIENCE)
-    expect(page.locator("#judge-suggestion")).to_contain_text(f"Step {first.status()['suggested_step']}", timeout=PATIENCE)
+    expect(page.locator("#judge-suggestion")).to_contain_text(f"Step {first.status().suggested_step}", timeout=PATIENCE)
     page.locator("#judge-samples img").last.scroll_into_view_if_needed()
     screenshot(page, "judge", TALLEST)
     page.click("#judge-use")
