@@ -115,8 +115,8 @@ def hashed(password: str) -> str:
 def matches(password: str, stored: str) -> bool:
     """Whether `stored` is a hash of `password`, compared in constant time."""
     _, cost, block, parallel, salt, digest = stored.split("$")
-    made = _scrypt(password, bytes.fromhex(salt), int(cost), int(block), int(parallel))
-    return hmac.compare_digest(made, bytes.fromhex(digest))
+    computed = _scrypt(password, bytes.fromhex(salt), int(cost), int(block), int(parallel))
+    return hmac.compare_digest(computed, bytes.fromhex(digest))
 
 
 def _scrypt(password: str, salt: bytes, cost: int, block: int, parallel: int) -> bytes:

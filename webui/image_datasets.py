@@ -81,9 +81,9 @@ class ImageDataset:
 
         Raises: InputError if it is not listed, so that no path from a user is ever opened.
         """
-        for home in (self, *self.classes):
-            if any(entry.file == file for entry in home.images):
-                return home
+        for container in (self, *self.classes):
+            if any(entry.file == file for entry in container.images):
+                return container
         raise InputError("This image no longer exists. Reload the page.")
 
     def entry(self, file: str) -> Entry:
@@ -108,10 +108,10 @@ class ImageDataset:
                 return each
         if len(self.classes) >= MAX_CLASSES:
             raise InputError(f"A dataset may have at most {MAX_CLASSES} classes. Remove one, or start another dataset.")
-        made = ClassEntry(f"c{self.next_class:02d}", name)
+        added = ClassEntry(f"c{self.next_class:02d}", name)
         self.next_class += 1
-        self.classes.append(made)
-        return made
+        self.classes.append(added)
+        return added
 
 
 def read_set(folder: Path) -> ImageDataset:
@@ -144,8 +144,8 @@ def changing(folder: Path) -> Iterator[ImageDataset]:
 def remove_image(folder: Path, file: str) -> None:
     """Remove and delete the image `file`. Raises: InputError if there is none."""
     with changing(folder) as images:
-        home = images.container_of(file)
-        home.images = [entry for entry in home.images if entry.file != file]
+        container = images.container_of(file)
+        container.images = [entry for entry in container.images if entry.file != file]
         _delete(folder / file)
 
 
@@ -171,11 +171,11 @@ def set_caption(folder: Path, file: str, caption: str) -> None:
         raise InputError(f"A caption may have at most {CAPTION_LENGTH} characters, got {len(caption)}. Shorten it.")
     with changing(folder) as images:
         images.entry(file).caption = caption
-        beside = (folder / file).with_suffix(".txt")
+        caption_file = (folder / file).with_suffix(".txt")
         if caption:
-            write_text_atomically(beside, caption)
+            write_text_atomically(caption_file, caption)
         else:
-            beside.unlink(missing_ok=True)
+            caption_file.unlink(missing_ok=True)
 
 
 def add_class(folder: Path, name: str) -> str:
@@ -184,9 +184,9 @@ def add_class(folder: Path, name: str) -> str:
     Raises: InputError if the name is empty or the dataset has `MAX_CLASSES` classes.
     """
     with changing(folder) as images:
-        made = images.new_class(name)
-        (folder / made.folder).mkdir(exist_ok=True)
-        return made.folder
+        added = images.new_class(name)
+        (folder / added.folder).mkdir(exist_ok=True)
+        return added.folder
 
 
 def rename_class(folder: Path, class_folder: str, name: str) -> None:
@@ -232,11 +232,11 @@ def delete_set(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def next_path(folder: Path, home: ImageDataset | ClassEntry, suffix: str) -> Path:
-    """The path of the next image of `home` in the dataset at `folder`; increments its counter."""
-    below = folder / home.folder if isinstance(home, ClassEntry) else folder
+def next_path(folder: Path, container: ImageDataset | ClassEntry, suffix: str) -> Path:
+    """The path of the next image of `container` in the dataset at `folder`; increments its counter."""
+    below = folder / container.folder if isinstance(container, ClassEntry) else folder
     below.mkdir(exist_ok=True)
-    number, home.next = home.next, home.next + 1
+    number, container.next = container.next, container.next + 1
     return below / f"{number:04d}{suffix}"
 
 

@@ -86,12 +86,12 @@ def enlarged(path: Path, side: int = LARGE_SIDE) -> str:
 
 def _cached(make: Callable[[Path, int, int], str], path: Path, side: int) -> str:
     """The cached result of `make`; made again if Gradio has deleted it because it was not used for a day."""
-    made = make(path, path.stat().st_mtime_ns, side)
-    if not Path(made).exists():
+    cached = make(path, path.stat().st_mtime_ns, side)
+    if not Path(cached).exists():
         make.cache_clear()
-        made = make(path, path.stat().st_mtime_ns, side)
-    os.utime(made)
-    return made
+        cached = make(path, path.stat().st_mtime_ns, side)
+    os.utime(cached)
+    return cached
 
 
 def address(cached: str) -> str:

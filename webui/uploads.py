@@ -141,13 +141,13 @@ def add_adapter(workspace: Workspace, file: str | Path) -> Path:
     folder = workspace.sets / ADAPTERS
     folder.mkdir(parents=True, exist_ok=True)
     copy = folder / f"{secrets.token_hex(8)}.safetensors"
-    beside = copy.with_suffix(".part")
+    temporary = copy.with_suffix(".part")
     try:
-        shutil.copyfile(checked, beside)
+        shutil.copyfile(checked, temporary)
         copy.with_suffix(".txt").write_text(display_name(file), encoding="utf-8")
-        beside.replace(copy)
+        temporary.replace(copy)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return copy
 
 
@@ -161,15 +161,15 @@ def _add(folder: Path, images: Iterator[tuple[str, UploadedImage]], class_folder
     """Write images to a dataset in batches; the lock is released between batches."""
     while batch := list(islice(images, BATCH)):
         with changing(folder) as content:
-            home = content if class_folder is None else content.class_in(class_folder)
+            container = content if class_folder is None else content.class_in(class_folder)
             _check_room(folder.parent, len(batch), sum(len(image.content) for _, image in batch))
             for name, image in batch:
-                path = next_path(folder, home, image.suffix)
-                beside = path.with_name(f".{path.name}")
-                beside.write_bytes(image.content)
-                os.replace(beside, path)
-                home.images.append(Entry(path.relative_to(folder).as_posix(), display_name(name)))
-                added.names.append(home.images[-1].file)
+                path = next_path(folder, container, image.suffix)
+                temporary = path.with_name(f".{path.name}")
+                temporary.write_bytes(image.content)
+                os.replace(temporary, path)
+                container.images.append(Entry(path.relative_to(folder).as_posix(), display_name(name)))
+                added.names.append(container.images[-1].file)
                 added.notes += image.notes
 
 

@@ -127,7 +127,7 @@ def test_a_local_folder_is_not_changed(workspace, tmp_path):
     assert class_sets.class_sets(workspace) == [set_id]
 
 
-@pytest.mark.parametrize(("name", "words"), [("leaf", "name of its own"), ("  ", "one line of text")])
+@pytest.mark.parametrize(("name", "words"), [("leaf", "must be unique"), ("  ", "one line of text")])
 def test_a_class_of_a_local_folder_rejects_names_that_training_would_refuse(workspace, tmp_path, name, words):
     folder = workspace.image_set(class_sets.point_to(workspace, str(colour_folder(tmp_path / "mine", 4))))
     with pytest.raises(InputError, match=words):

@@ -13,7 +13,7 @@ from training.runs.run_files import Certificate
 from training.subject.measured import adapter_at
 from webui import verdict
 from webui.page import build_page
-from webui.screens.judge import look_at, parts
+from webui.screens.judge import parts, selection_of
 from webui.settings import Settings
 from webui.views import RunView
 from webui.workspace import Workspace
@@ -33,8 +33,8 @@ def view(run):
     return RunView(RunRecord(run.path))
 
 
-def look(run, step=None, place=None, anew=True):
-    return parts(view(run), step, place, anew)
+def look(run, step=None, place=None, outdated=True):
+    return parts(view(run), step, place, outdated)
 
 
 def table(run, *chosen):
@@ -100,11 +100,11 @@ def test_the_table_of_measurements_has_the_logged_values(finished):
 
 def test_the_recommended_step_is_selected_until_the_user_selects_another(finished):
     suggested = verdict.suggested_step(finished)
-    first = look_at(view(finished), 100, 0, anew=True)
+    first = selection_of(view(finished), 100, 0, outdated=True)
     assert (first.step, first.forced) == (suggested, True)
-    chosen = look_at(view(finished), 100, 2, anew=False)
+    chosen = selection_of(view(finished), 100, 2, outdated=False)
     assert (chosen.step, chosen.prompt_index, chosen.forced) == (100, 2, False)
-    gone = look_at(view(finished), 7, 0, anew=False)
+    gone = selection_of(view(finished), 7, 0, outdated=False)
     assert (gone.step, gone.forced) == (suggested, True)
     assert 'data-step="100" data-place="2" aria-label' in table(finished, 100, 2, False)
     assert len(re.findall('<button[^>]* class="shown"', table(finished, 100, 2, False))) == 1

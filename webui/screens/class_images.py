@@ -134,7 +134,7 @@ def _wire_dataset(context: ClassifyContext, parts: dict[str, Any]) -> None:
         return gr.Dropdown(_choices(workspace), value=set_of(workspace, draft))
 
     @in_plain_words
-    def look(draft: dict[str, Any], request: gr.Request) -> list[Any]:
+    def show_dataset(draft: dict[str, Any], request: gr.Request) -> list[Any]:
         workspace = settings.workspace(request)
         set_id = set_of(workspace, draft)
         return [gr.Dropdown(_choices(workspace), value=set_id), *_dataset_updates(_dataset_or_empty(workspace, set_id))]
@@ -149,9 +149,9 @@ def _wire_dataset(context: ClassifyContext, parts: dict[str, Any]) -> None:
         return {**draft, "set": set_id}
 
     def redraw(event: Any) -> None:
-        looked = parts["show_class"](event.then(look, [context.draft], widgets, **QUIET))
+        updated = parts["show_class"](event.then(show_dataset, [context.draft], widgets, **QUIET))
         outputs = [parts["summary"], parts["cards"]]
-        looked.then(measure, [context.draft], outputs, concurrency_id="device", concurrency_limit=1, **QUIET)
+        updated.then(measure, [context.draft], outputs, concurrency_id="device", concurrency_limit=1, **QUIET)
 
     parts["redraw"] = redraw
     context.app.page.load(list_sets, [context.draft], [parts["set"]], **QUIET)

@@ -49,7 +49,7 @@ NAMES = (
 
 
 @dataclass(frozen=True)
-class Look:
+class Selection:
     """The step and the prompt shown in the comparison.
 
     Args:
@@ -64,36 +64,36 @@ class Look:
     forced: bool
 
 
-def look_at(view: RunView, step: int | None, prompt_index: int | None, anew: bool) -> Look:
+def selection_of(view: RunView, step: int | None, prompt_index: int | None, outdated: bool) -> Selection:
     """The page's selection, else the recommended step, else the newest.
 
     Args:
-        anew: whether the page's selection was made for another run or recommendation.
+        outdated: whether the page's selection is for another run or recommendation.
     """
     steps = tuple(each for each in sampled_steps(view.record) if each > 0)
     if not steps:
-        return Look((), None, None, anew)
+        return Selection((), None, None, outdated)
     suggested, count = verdict.suggested_step(view.record), len(samples(view.record, steps[-1]))
-    forced = anew or step not in steps or not isinstance(prompt_index, int) or not 0 <= prompt_index < count
+    forced = outdated or step not in steps or not isinstance(prompt_index, int) or not 0 <= prompt_index < count
     if forced:
         step, prompt_index = (suggested if suggested in steps else steps[-1]), min(1, count - 1)
-    return Look(steps, step, prompt_index, forced)
+    return Selection(steps, step, prompt_index, forced)
 
 
-def parts(view: RunView | None, step: int | None, prompt_index: int | None, anew: bool) -> dict[str, LazyUpdate]:
+def parts(view: RunView | None, step: int | None, prompt_index: int | None, outdated: bool) -> dict[str, LazyUpdate]:
     """The current content of the screen by the names of its outputs."""
     if view is None or view.task == "classify":
         return _nothing_to_judge(EMPTY if view is None else CLASSIFIER)
-    record, look = view.record, look_at(view, step, prompt_index, anew)
+    record, selection = view.record, selection_of(view, step, prompt_index, outdated)
     changed = tuple((each, record.samples_at(each).stat().st_mtime_ns) for each in sampled_steps(record))
     suggested = verdict.suggested_step(record)
-    selected = None if look.step is None else (look.step, look.prompt_index)
+    selected = None if selection.step is None else (selection.step, selection.prompt_index)
     card = verdict.card(record)
     return {
         "empty": text(""),
         "suggestion": text(verdict.suggestion(view)),
         "table": lazy_text((record.path, *changed, suggested, selected), lambda: verdict.sample_table(record, selected)),
-        **_comparison(view, look, suggested),
+        **_comparison(view, selection, suggested),
         "curves": text(verdict.curves(record)),
         "figures": text(verdict.figures(record)),
         "details": frame(bool(card)),
@@ -109,19 +109,21 @@ def _nothing_to_judge(why: str) -> dict[str, LazyUpdate]:
     return {**outputs, **hidden, **framed, "empty": text(why)}
 
 
-def _comparison(view: RunView, look: Look, suggested: int | None) -> dict[str, LazyUpdate]:
+def _comparison(view: RunView, selection: Selection, suggested: int | None) -> dict[str, LazyUpdate]:
     """The updates of the comparison."""
-    usable = look.step is not None and look.step in kept_steps(view.record)
-    newest = samples(view.record, look.step) if look.step is not None else []
-    steps = [(f"step {each} (recommended)" if each == suggested else f"step {each}", each) for each in look.steps]
+    usable = selection.step is not None and selection.step in kept_steps(view.record)
+    newest = samples(view.record, selection.step) if selection.step is not None else []
+    steps = [(f"step {each} (recommended)" if each == suggested else f"step {each}", each) for each in selection.steps]
     return {
-        "frame": _group(look.step is not None),
-        "step": _dropdown(steps, look.step, look.forced),
+        "frame": _group(selection.step is not None),
+        "step": _dropdown(steps, selection.step, selection.forced),
         "place": _dropdown(
-            [(each.prompt or "image", prompt_index) for prompt_index, each in enumerate(newest)], look.prompt_index, look.forced
+            [(each.prompt or "image", prompt_index) for prompt_index, each in enumerate(newest)],
+            selection.prompt_index,
+            selection.forced,
         ),
-        "slider": _slider(view, look),
-        "use": button(usable, f"Use step {look.step}"),
+        "slider": _slider(view, selection),
+        "use": button(usable, f"Use step {selection.step}"),
     }
 
 
@@ -139,11 +141,11 @@ def _markdown(value: str) -> LazyUpdate:
     return LazyUpdate(value, lambda: gr.Markdown(value))
 
 
-def _slider(view: RunView | None, look: Look | None) -> LazyUpdate:
+def _slider(view: RunView | None, selection: Selection | None) -> LazyUpdate:
     """The images of the base model and of the selected step with the same prompt and seed."""
-    if view is None or look is None or look.step is None:
+    if view is None or selection is None or selection.step is None:
         return LazyUpdate(None, lambda: gr.ImageSlider(value=None))
-    both = [samples(view.record, step)[look.prompt_index :][:1] for step in (0, look.step)]
+    both = [samples(view.record, step)[selection.prompt_index :][:1] for step in (0, selection.step)]
     if not all(both):
         return LazyUpdate(None, lambda: gr.ImageSlider(value=None))
     paths = [images[0].path for images in both]
@@ -195,24 +197,24 @@ def build(context: AppContext) -> None:
 
 def _layout() -> dict[str, Any]:
     """The screen's components by name."""
-    made: dict[str, Any] = {"empty": gr.HTML(EMPTY, elem_id="judge-empty")}
-    made["suggestion"] = gr.HTML(visible=False, elem_id="judge-suggestion")
-    with gr.Column(visible=False, elem_id="judge-compare") as made["frame"]:
+    components: dict[str, Any] = {"empty": gr.HTML(EMPTY, elem_id="judge-empty")}
+    components["suggestion"] = gr.HTML(visible=False, elem_id="judge-suggestion")
+    with gr.Column(visible=False, elem_id="judge-compare") as components["frame"]:
         gr.HTML(COMPARE)
         with gr.Row():
             with gr.Column(min_width=280):
-                made["step"] = gr.Dropdown(label="Step", elem_id="judge-step", interactive=True)
-                made["place"] = gr.Dropdown(label="Prompt", elem_id="judge-place", interactive=True)
-                made["use"] = gr.Button("Use this step", variant="primary", visible=False, elem_id="judge-use")
+                components["step"] = gr.Dropdown(label="Step", elem_id="judge-step", interactive=True)
+                components["place"] = gr.Dropdown(label="Prompt", elem_id="judge-place", interactive=True)
+                components["use"] = gr.Button("Use this step", variant="primary", visible=False, elem_id="judge-use")
             with gr.Column(min_width=280, scale=2):
-                made["slider"] = gr.ImageSlider(
+                components["slider"] = gr.ImageSlider(
                     elem_id="judge-slider", interactive=False, show_label=False, buttons=[], max_height=420
                 )
-    made["table"] = gr.HTML(visible=False, elem_id="judge-samples", js_on_load=CHOOSING)
-    made["curves"] = gr.HTML(visible=False, elem_id="judge-curves")
-    made["figures"] = gr.HTML(visible=False, elem_id="judge-figures")
-    made["details"] = gr.Accordion("Model card and certificate", open=False, visible=False, elem_id="judge-card")
-    with made["details"]:
-        made["papers"] = gr.HTML(visible=False)
-        made["card"] = gr.Markdown()
-    return {name: made[name] for name in NAMES}
+    components["table"] = gr.HTML(visible=False, elem_id="judge-samples", js_on_load=CHOOSING)
+    components["curves"] = gr.HTML(visible=False, elem_id="judge-curves")
+    components["figures"] = gr.HTML(visible=False, elem_id="judge-figures")
+    components["details"] = gr.Accordion("Model card and certificate", open=False, visible=False, elem_id="judge-card")
+    with components["details"]:
+        components["papers"] = gr.HTML(visible=False)
+        components["card"] = gr.Markdown()
+    return {name: components[name] for name in NAMES}

@@ -64,7 +64,7 @@ def _wire(
     check_images = {"fn": handlers.examine, "inputs": [draft, signature, examined], "outputs": [cards, examined], **QUIET}
     gone = gr.State(0.0)
     for begun in (context.page.load, context.draft_changed.change):
-        begun(handlers.look, [draft, signature], [gone, *view], **QUIET).then(**check_images)
+        begun(handlers.show, [draft, signature], [gone, *view], **QUIET).then(**check_images)
     # A separate event: Gradio would loop if the draft were an output of its own change event.
     gone.change(handlers.forget, [draft], [draft], **QUIET)
     upload.upload(handlers.add, [draft, upload], [draft, upload, message, *view], api_visibility="private").then(**check_images)
@@ -83,7 +83,7 @@ class _Handlers:
     context: AppContext
 
     @in_plain_words
-    def look(self, stored: dict[str, Any], names: list[str], request: gr.Request) -> tuple[Any, ...]:
+    def show(self, stored: dict[str, Any], names: list[str], request: gr.Request) -> tuple[Any, ...]:
         """The current photos, before the image checks are done."""
         workspace, draft = self.context.settings.workspace(request), Draft.from_browser(stored)
         try:

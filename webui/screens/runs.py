@@ -32,7 +32,7 @@ ELSEWHERE = "The photos of this run are in another folder. Add them again; all o
 
 def build(context: AppContext) -> None:
     """Put the screen into the open tab."""
-    made = _layout()
+    components = _layout()
     # The run that the confirmation is about, even if another one is selected meanwhile.
     asked = gr.State(None)
     seen = gr.State({})
@@ -40,17 +40,17 @@ def build(context: AppContext) -> None:
     @in_plain_words
     def refresh(run_id: str | None, seen: dict[str, Any], request: gr.Request) -> list[Any]:
         now = parts(context.settings.workspace(request), run_id)
-        return [*updates(now, seen, [name for name in made if name in now]), keys(now)]
+        return [*updates(now, seen, [name for name in components if name in now]), keys(now)]
 
-    widgets = [made[name] for name in ("list", "chosen", *LABELS)]
-    look = {"fn": refresh, "inputs": [context.run, seen], "outputs": [*widgets, seen], **QUIET}
-    context.refresh_triggers["runs"].change(trigger_mode="always_last", **look)
+    widgets = [components[name] for name in ("list", "chosen", *LABELS)]
+    refreshing = {"fn": refresh, "inputs": [context.run, seen], "outputs": [*widgets, seen], **QUIET}
+    context.refresh_triggers["runs"].change(trigger_mode="always_last", **refreshing)
 
     @in_plain_words
     def reload_runs(run_id: str | None, request: gr.Request) -> list[Any]:
         return context.show(context.settings.workspace(request), run_id)
 
-    made["refresh"].click(reload_runs, context.run, context.outputs, api_visibility="private").then(**look)
+    components["refresh"].click(reload_runs, context.run, context.outputs, api_visibility="private").then(**refreshing)
 
     @in_plain_words
     def choose(event: gr.EventData, request: gr.Request) -> list[Any]:
@@ -59,11 +59,11 @@ def build(context: AppContext) -> None:
         workspace.run(run_id)
         return context.show(workspace, run_id)
 
-    made["list"].select(choose, None, context.outputs, **QUIET).then(**look)
+    components["list"].select(choose, None, context.outputs, **QUIET).then(**refreshing)
     for action, handler in _handlers(context).items():
         outputs = [*context.outputs, context.draft, context.class_draft]
-        made[action].click(handler, context.run, outputs, api_visibility="private").then(**look)
-    _wire_deleting(context, made, asked, look)
+        components[action].click(handler, context.run, outputs, api_visibility="private").then(**refreshing)
+    _wire_deleting(context, components, asked, refreshing)
     runs_compare.build(context)
 
 
@@ -71,20 +71,20 @@ def _layout() -> dict[str, Any]:
     """The screen's components by name."""
     gr.HTML(INTRODUCTION)
     with gr.Row(elem_classes="buttons"):
-        made: dict[str, Any] = {"refresh": gr.Button("Refresh", size="sm", elem_id="runs-refresh", scale=0, min_width=140)}
-    made["list"] = gr.HTML(js_on_load=run_cards.SCRIPT, elem_id="runs-list")
-    made["chosen"] = gr.HTML(visible=False, elem_id="runs-chosen")
+        components: dict[str, Any] = {"refresh": gr.Button("Refresh", size="sm", elem_id="runs-refresh", scale=0, min_width=140)}
+    components["list"] = gr.HTML(js_on_load=run_cards.SCRIPT, elem_id="runs-list")
+    components["chosen"] = gr.HTML(visible=False, elem_id="runs-chosen")
     with gr.Row(elem_classes="buttons"):
         for name, label in LABELS.items():
             width = 200 if name == "duplicate" else 140
             variant = {"open": "primary", "delete": "stop"}.get(name, "secondary")
-            made[name] = gr.Button(label, variant=variant, visible=False, elem_id=f"runs-{name}", scale=0, min_width=width)
-    with gr.Group(visible=False, elem_id="runs-confirm") as made["confirm"]:
-        made["question"] = gr.HTML(padding=True)
+            components[name] = gr.Button(label, variant=variant, visible=False, elem_id=f"runs-{name}", scale=0, min_width=width)
+    with gr.Group(visible=False, elem_id="runs-confirm") as components["confirm"]:
+        components["question"] = gr.HTML(padding=True)
         with gr.Row(elem_classes="buttons"):
-            made["yes"] = gr.Button("Delete permanently", variant="stop", elem_id="runs-delete-yes", scale=0, min_width=160)
-            made["no"] = gr.Button("Cancel", elem_id="runs-delete-no", scale=0, min_width=140)
-    return made
+            components["yes"] = gr.Button("Delete permanently", variant="stop", elem_id="runs-delete-yes", scale=0, min_width=160)
+            components["no"] = gr.Button("Cancel", elem_id="runs-delete-no", scale=0, min_width=140)
+    return components
 
 
 def parts(workspace: Workspace, run_id: str | None) -> dict[str, LazyUpdate]:
@@ -164,8 +164,8 @@ def _set_of(workspace: Workspace, folder: str | None) -> str | None:
         return None
 
 
-def _wire_deleting(context: AppContext, made: dict[str, Any], asked: gr.State, look: dict[str, Any]) -> None:
-    confirm, question = made["confirm"], made["question"]
+def _wire_deleting(context: AppContext, components: dict[str, Any], asked: gr.State, refreshing: dict[str, Any]) -> None:
+    confirm, question = components["confirm"], components["question"]
 
     @in_plain_words
     def ask_first(run_id: str, request: gr.Request) -> tuple[Any, ...]:
@@ -178,9 +178,9 @@ def _wire_deleting(context: AppContext, made: dict[str, Any], asked: gr.State, l
         launching.delete(workspace, run_id)
         return (None, gr.Group(visible=False), *context.show(workspace))
 
-    made["delete"].click(ask_first, context.run, [asked, confirm, question], api_visibility="private")
-    made["yes"].click(delete, asked, [asked, confirm, *context.outputs], api_visibility="private").then(**look)
-    made["no"].click(lambda: (None, gr.Group(visible=False)), None, [asked, confirm], **QUIET)
+    components["delete"].click(ask_first, context.run, [asked, confirm, question], api_visibility="private")
+    components["yes"].click(delete, asked, [asked, confirm, *context.outputs], api_visibility="private").then(**refreshing)
+    components["no"].click(lambda: (None, gr.Group(visible=False)), None, [asked, confirm], **QUIET)
     context.picked.change(_only_about, [asked, context.run], [asked, confirm], **QUIET)
 
 

@@ -19,8 +19,8 @@ NO_ADAPTER = "no saved adapter yet"
 
 def build(context: AppContext) -> None:
     """Put this part into the open tab."""
-    settings, made = context.settings, _layout()
-    chosen, seen = made["chosen"], gr.State(None)
+    settings, components = context.settings, _layout()
+    chosen, seen = components["chosen"], gr.State(None)
 
     @in_plain_words
     def choices(before: Any, request: gr.Request) -> list[Any]:
@@ -37,8 +37,8 @@ def build(context: AppContext) -> None:
         comparison = gr.HTML(value=compared.in_html(), visible=True)
         return [comparison, gr.Accordion(visible=is_subject), gr.Textbox(value=first), gr.HTML(value="", visible=False)]
 
-    outputs = [made[name] for name in ("comparison", "form", "prompt", "images")]
-    made["show"].click(compare, chosen, outputs, api_visibility="private")
+    outputs = [components[name] for name in ("comparison", "form", "prompt", "images")]
+    components["show"].click(compare, chosen, outputs, api_visibility="private")
 
     @in_plain_words
     def generate_all(ids: list[str] | None, prompt: str, seed: float | None, request: gr.Request) -> Iterator[Any]:
@@ -47,15 +47,17 @@ def build(context: AppContext) -> None:
             yield gr.HTML(value=words, visible=True)
 
     device = {"concurrency_id": "device", "concurrency_limit": 1, "api_visibility": "private"}
-    started = made["draw"].click(generate_all, [chosen, made["prompt"], made["seed"]], made["images"], **device)
-    made["cancel"].click(None, cancels=[started], api_visibility="private")
+    started = components["draw"].click(
+        generate_all, [chosen, components["prompt"], components["seed"]], components["images"], **device
+    )
+    components["cancel"].click(None, cancels=[started], api_visibility="private")
 
 
 def _layout() -> dict[str, Any]:
-    """The elements by name."""
+    """The components by name."""
     gr.HTML("<h2>Side by side</h2>")
-    made: dict[str, Any] = {}
-    made["chosen"] = gr.Dropdown(
+    components: dict[str, Any] = {}
+    components["chosen"] = gr.Dropdown(
         label="Runs to compare",
         info=f"Two to {MAX_RUNS} of the same kind: images, losses, scores and the options that differ.",
         multiselect=True,
@@ -63,20 +65,22 @@ def _layout() -> dict[str, Any]:
         elem_id="runs-compare",
     )
     with gr.Row(elem_classes="buttons"):
-        made["show"] = gr.Button("Compare", variant="primary", elem_id="runs-compare-show", scale=0, min_width=140)
-    made["comparison"] = gr.HTML(visible=False, elem_id="runs-compared")
-    made["form"] = gr.Accordion("Generate one prompt with all of them", open=False, visible=False, elem_id="runs-compare-drawing")
-    with made["form"]:
+        components["show"] = gr.Button("Compare", variant="primary", elem_id="runs-compare-show", scale=0, min_width=140)
+    components["comparison"] = gr.HTML(visible=False, elem_id="runs-compared")
+    components["form"] = gr.Accordion(
+        "Generate one prompt with all of them", open=False, visible=False, elem_id="runs-compare-drawing"
+    )
+    with components["form"]:
         with gr.Row(equal_height=True):
-            made["prompt"] = gr.Textbox(label="Prompt", elem_id="runs-compare-prompt", scale=4)
-            made["seed"] = gr.Number(
+            components["prompt"] = gr.Textbox(label="Prompt", elem_id="runs-compare-prompt", scale=4)
+            components["seed"] = gr.Number(
                 label="Seed", value=0, precision=0, minimum=0, elem_id="runs-compare-seed", scale=1, min_width=100
             )
         with gr.Row(elem_classes="buttons"):
-            made["draw"] = gr.Button("Generate", variant="primary", elem_id="runs-compare-draw", scale=0, min_width=140)
-            made["cancel"] = gr.Button("Cancel", elem_id="runs-compare-cancel", scale=0, min_width=140)
-        made["images"] = gr.HTML(visible=False, elem_id="runs-compare-drawn")
-    return made
+            components["draw"] = gr.Button("Generate", variant="primary", elem_id="runs-compare-draw", scale=0, min_width=140)
+            components["cancel"] = gr.Button("Cancel", elem_id="runs-compare-cancel", scale=0, min_width=140)
+        components["images"] = gr.HTML(visible=False, elem_id="runs-compare-drawn")
+    return components
 
 
 def generated_with_all(workspace: Workspace, compared: Compared, prompt: str, seed: int) -> Iterator[str]:

@@ -121,28 +121,28 @@ def build(context: AppContext) -> None:
         now = parts(view, log_open)
         return [*updates(now, seen, outputs), keys(now)]
 
-    look = {
+    refreshing = {
         "fn": refresh,
         "inputs": [context.run, seen, log_open],
         "outputs": [*outputs.values(), seen],
         "show_progress": "hidden",
         "api_visibility": "private",
     }
-    context.refresh_triggers["train"].change(trigger_mode="always_last", **look)
-    outputs["log_frame"].expand(lambda: True, outputs=log_open, api_visibility="private").then(**look)
+    context.refresh_triggers["train"].change(trigger_mode="always_last", **refreshing)
+    outputs["log_frame"].expand(lambda: True, outputs=log_open, api_visibility="private").then(**refreshing)
     outputs["log_frame"].collapse(lambda: False, outputs=log_open, api_visibility="private")
-    _wire_buttons(context, outputs, look)
+    _wire_buttons(context, outputs, refreshing)
 
 
-def _wire_buttons(context: AppContext, buttons: dict[str, Any], look: dict[str, Any]) -> None:
+def _wire_buttons(context: AppContext, buttons: dict[str, Any], refreshing: dict[str, Any]) -> None:
     """Attach the buttons; each refreshes the screen afterwards.
 
     Args:
         buttons: the screen's components by name.
-        look: the arguments of the listener that refreshes.
+        refreshing: the arguments of the listener that refreshes.
     """
     for action in ("stop", "sample", "save"):
-        buttons[action].click(_asking(context, action), context.run, api_visibility="private").then(**look)
+        buttons[action].click(_asking(context, action), context.run, api_visibility="private").then(**refreshing)
 
     @in_plain_words
     def resume(run_id: str, request: gr.Request) -> list[dict[str, object]]:
@@ -150,7 +150,7 @@ def _wire_buttons(context: AppContext, buttons: dict[str, Any], look: dict[str, 
         launching.resume(workspace, run_id)
         return context.show(workspace, run_id)
 
-    buttons["resume"].click(resume, context.run, context.outputs, api_visibility="private").then(**look)
+    buttons["resume"].click(resume, context.run, context.outputs, api_visibility="private").then(**refreshing)
 
     @in_plain_words
     def open_results(run_id: str, request: gr.Request) -> gr.Tabs:
@@ -162,25 +162,25 @@ def _wire_buttons(context: AppContext, buttons: dict[str, Any], look: dict[str, 
 
 def _layout() -> dict[str, Any]:
     """The screen's components by name."""
-    made: dict[str, Any] = {"empty": gr.HTML(EMPTY, elem_id="train-empty")}
-    made["head"] = gr.HTML(visible=False, elem_id="train-phase")
-    made["bar"] = gr.HTML(visible=False, elem_id="train-bar")
+    components: dict[str, Any] = {"empty": gr.HTML(EMPTY, elem_id="train-empty")}
+    components["head"] = gr.HTML(visible=False, elem_id="train-phase")
+    components["bar"] = gr.HTML(visible=False, elem_id="train-bar")
     with gr.Row(elem_classes="buttons"):
         for name, label in BUTTONS.items():
             variant = {"stop": "stop", "resume": "primary"}.get(name, "secondary")
-            made[name] = gr.Button(label, variant=variant, visible=False, elem_id=f"train-{name}", min_width=140, scale=0)
-        made["next"] = gr.Button(JUDGE, variant="primary", visible=False, elem_id="train-next", min_width=160, scale=0)
+            components[name] = gr.Button(label, variant=variant, visible=False, elem_id=f"train-{name}", min_width=140, scale=0)
+        components["next"] = gr.Button(JUDGE, variant="primary", visible=False, elem_id="train-next", min_width=160, scale=0)
     with gr.Row():
         with gr.Column(min_width=320):
-            made["loss"] = gr.HTML(visible=False, elem_id="train-loss")
-            made["cost"] = gr.HTML(visible=False, elem_id="train-cost")
-            made["photos"] = gr.HTML(visible=False, elem_id="train-photos")
+            components["loss"] = gr.HTML(visible=False, elem_id="train-loss")
+            components["cost"] = gr.HTML(visible=False, elem_id="train-cost")
+            components["photos"] = gr.HTML(visible=False, elem_id="train-photos")
         with gr.Column(min_width=320):
-            made["samples"] = gr.HTML(visible=False, elem_id="train-samples")
-    made["log_frame"] = gr.Accordion("Log", open=False, visible=False, elem_id="train-log")
-    with made["log_frame"]:
-        made["log"] = gr.HTML(visible=False)
-    return made
+            components["samples"] = gr.HTML(visible=False, elem_id="train-samples")
+    components["log_frame"] = gr.Accordion("Log", open=False, visible=False, elem_id="train-log")
+    with components["log_frame"]:
+        components["log"] = gr.HTML(visible=False)
+    return components
 
 
 def _asking(context: AppContext, action: str) -> Callable[[str, gr.Request], None]:

@@ -92,10 +92,10 @@ def build(context: AppContext) -> None:
                 outputs = _images()
         files = use_files.build()
     seen = gr.State(None)
-    look = _Look(context, controls, suggestions, seen, empty, form, files)
-    look.wire()
+    display = _RunDisplay(context, controls, suggestions, seen, empty, form, files)
+    display.wire()
     _wire_generation(context, controls, (generate, cancel, bar), outputs)
-    _wire_again(look, outputs)
+    _wire_again(display, outputs)
     use_files.wire(context, files, controls.inputs(context))
     _wire_small(context, controls, suggestions, upload, dice)
 
@@ -154,7 +154,7 @@ def _images() -> ImageOutputs:
 
 
 @dataclass(frozen=True)
-class _Look:
+class _RunDisplay:
     """What the screen shows of the selected run; updated only when the run or its adapters have changed."""
 
     context: AppContext
@@ -316,8 +316,8 @@ def _idle() -> list[Any]:
     return [gr.Button(interactive=True), gr.Button(visible=False)]
 
 
-def _wire_again(look: _Look, image_outputs: ImageOutputs) -> None:
-    context, controls = look.context, look.controls
+def _wire_again(display: _RunDisplay, image_outputs: ImageOutputs) -> None:
+    context, controls = display.context, display.controls
     private = {"show_progress": "hidden", "api_visibility": "private"}
 
     @in_plain_words
@@ -335,8 +335,8 @@ def _wire_again(look: _Look, image_outputs: ImageOutputs) -> None:
         settings, _ = settings_of(GeneratedImages.of(workspace).called(name))
         adapter, step, scale, mixed = run_in(settings)
         run_id = adapter or run_id
-        updates = look.updates(workspace, run_id, None, None)
-        positions = {id(each): at for at, each in enumerate(look.outputs)}
+        updates = display.updates(workspace, run_id, None, None)
+        positions = {id(each): at for at, each in enumerate(display.outputs)}
         updates[positions[id(context.step)]] = _with_step(workspace, run_id, step)
         updates[positions[id(controls.prompt)]] = settings["prompt"]
         mixed = [*mixed, *[("", 1.0)] * MIXED][:MIXED]
@@ -347,7 +347,7 @@ def _wire_again(look: _Look, image_outputs: ImageOutputs) -> None:
         values = [scale, settings["negative_prompt"], 1, settings["seed"], False, *sampling, *(weight for _, weight in mixed)]
         return [run_id, None if step is None else [run_id, step], *updates, *values]
 
-    outputs = [context.run, context.chosen, *look.outputs, *fields]
+    outputs = [context.run, context.chosen, *display.outputs, *fields]
     image_outputs.again.click(again, inputs=[image_outputs.chosen, context.run], outputs=outputs, **private)
 
 

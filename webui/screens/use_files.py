@@ -81,23 +81,23 @@ def wire(context: AppContext, files: Files, inputs: list[Any]) -> None:
     def merge(request: gr.Request, layout: str, *values: Any) -> gr.DownloadButton:
         from webui.work import generation
 
-        with generation.merged(context.settings.workspace(request), GenerationRequest.from_page(values), layout) as made:
-            return gr.DownloadButton(value=save_file_to_cache(made, get_upload_folder()))
+        with generation.merged(context.settings.workspace(request), GenerationRequest.from_page(values), layout) as path:
+            return gr.DownloadButton(value=save_file_to_cache(path, get_upload_folder()))
 
     on_device = {"concurrency_limit": 1, "concurrency_id": "device", "api_visibility": "private"}
     for layout, button in files.buttons.items():
-        made = button.click(
+        created = button.click(
             _download(context, layout),
             inputs=[context.run, context.step],
             outputs=[files.file],
             show_progress_on=[button],
             **on_device,
         )
-        made.success(None, js=SAVE, api_visibility="private")
-    made = files.merge.click(
+        created.success(None, js=SAVE, api_visibility="private")
+    created = files.merge.click(
         merge, inputs=[files.layout, *inputs], outputs=[files.file], show_progress_on=[files.merge], **on_device
     )
-    made.success(None, js=SAVE, api_visibility="private")
+    created.success(None, js=SAVE, api_visibility="private")
 
 
 def _download(context: AppContext, layout: Layout) -> Callable[..., gr.DownloadButton]:
@@ -105,7 +105,7 @@ def _download(context: AppContext, layout: Layout) -> Callable[..., gr.DownloadB
     def download(run_id: str, step: int, request: gr.Request) -> gr.DownloadButton:
         from webui.work import generation
 
-        with generation.file_of(context.settings.workspace(request), run_id, step, layout) as made:
-            return gr.DownloadButton(value=save_file_to_cache(made, get_upload_folder()))
+        with generation.file_of(context.settings.workspace(request), run_id, step, layout) as path:
+            return gr.DownloadButton(value=save_file_to_cache(path, get_upload_folder()))
 
     return download
