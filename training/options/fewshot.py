@@ -34,16 +34,19 @@ class ClipOptions:
     model: str = field(
         default=BUILT_IN_CLIP_NAME,
         metadata={
-            "help": "A model that open_clip knows, such as ViT-B-16, a folder with an open_clip_config.json, or "
-            "hf-hub:OWNER/NAME, the same on the hub. The built-in one unless said."
+            "help": "A model of open_clip, such as ViT-B-16, a folder with an open_clip_config.json, or hf-hub:OWNER/NAME for "
+            "such a folder on the hub. Default: the built-in model."
         },
     )
     pretrained: str | None = field(
         default=None,
-        metadata={"help": "Its weights: a tag of open_clip's such as openai, or a .safetensors checkpoint; random for none."},
+        metadata={
+            "help": "Weights of the model: one of open_clip's tags, such as openai, or a .safetensors checkpoint. "
+            "Default: random weights, or the built-in model's."
+        },
     )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
-        default=None, metadata={"help": "Precision of the training steps; what accelerate is configured for unless said."}
+        default=None, metadata={"help": "Precision of the training steps. Default: that of the accelerate configuration."}
     )
 
     _argument_group_name = "model"
@@ -56,57 +59,55 @@ class ClipOptions:
 
 @dataclass
 class LabelledDataOptions:
-    """The labelled images, what is drawn of them, and the words for their classes."""
+    """The labelled images, their splits, and the names of their classes."""
 
     data_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Folder of class folders, a .zip of one, or a .csv of path and label; folders for the parts of a split, a "
-            "split.json or a column of the .csv are kept to. scikit-learn's handwritten digits unless said."
+            "help": "Folder of class folders, a .zip of one, or a .csv with the columns path and label. A split that is defined "
+            "by folders, a split.json or a column of the .csv is used. Default: scikit-learn's handwritten digits."
         },
     )
     dataset: str | None = field(
         default=None,
-        metadata={"help": f"One of the CoOp protocol's eleven sets, in its folder below --data_dir: {', '.join(SETS)}."},
+        metadata={"help": f"One of the eleven datasets of the CoOp protocol, in its folder below --data_dir: {', '.join(SETS)}."},
     )
     class_names: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Other names for classes, each as folder=name; the folders' names unless said. A folder that is named here "
-            "is a class, also where it is called like a part of a split."
+            "help": "Names of classes, each as folder=name. Default: the names of the folders. A folder named here is a class, "
+            "even if it has the name of a part of a split."
         },
     )
     templates: list[str] | None = field(
         default=None,
         metadata={
             "help": "Prompts with {} for the class's name, in training and evaluation: one, several for an ensemble, or a name: "
-            f"{', '.join(TEMPLATE_NAMES)}. The set's own, else {PHOTO!r}, unless said."
+            f"{', '.join(TEMPLATE_NAMES)}. Default: those of the dataset, or {PHOTO!r}."
         },
     )
-    shots: list[str] = field(
-        default_factory=lambda: ["16"], metadata={"help": "Images of each class to learn from: numbers, or all."}
-    )
+    shots: list[str] = field(default_factory=lambda: ["16"], metadata={"help": "Training images per class: numbers, or all."})
     seeds: list[int] = field(
-        default_factory=lambda: list(range(DEFAULT_SEEDS)), metadata={"help": "Each draws other images and starts otherwise."}
+        default_factory=lambda: list(range(DEFAULT_SEEDS)),
+        metadata={"help": "Random seeds. Each gives another split and another initialisation."},
     )
     test_share: float = field(
-        default=0.3, metadata={"help": "Share of each class held out for the test, where the set is not split already."}
+        default=0.3, metadata={"help": "Share of each class held out for testing, unless the dataset has a split."}
     )
     base_to_new: bool = field(
         default=False,
-        metadata={"help": "Train on the first half of the classes, and test on the other half by their names alone too."},
+        metadata={"help": "Train on the first half of the classes, and also test on the second half by their names alone."},
     )
     crop_scale: list[float] = field(
         default_factory=lambda: [0.5, 1.0],
-        metadata={"help": "Least and largest share of a training image's area that a random crop takes."},
+        metadata={"help": "Smallest and largest share of a training image's area in a random crop."},
     )
     random_flip: bool = field(
-        default=False, metadata={"help": "Mirror training images at random. Not for writing, or where left is not right."}
+        default=False,
+        metadata={"help": "Flip training images horizontally at random. Not for asymmetric objects or objects with text."},
     )
-    views: int = field(
-        default=4, metadata={"help": "Altered views of each training image that methods on frozen features learn from."}
-    )
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read images ahead."})
+    views: int = field(default=4, metadata={"help": "Augmented views of each training image for methods on frozen features."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode images; 0 uses the main process."})
 
     _argument_group_name = "data"
 
@@ -192,14 +193,13 @@ class FewShotOptimisationOptions:
     """How adapters are trained."""
 
     iterations_per_shot: int | None = field(
-        default=None, metadata={"help": "Optimisation steps for each image of a class: 500, and 10 on the built-in model."}
+        default=None,
+        metadata={"help": "Optimisation steps per training image of a class. Default: 500, or 10 on the built-in model."},
     )
-    min_train_steps: int = field(default=100, metadata={"help": "Optimisation steps at the least."})
+    min_train_steps: int = field(default=100, metadata={"help": "Smallest number of optimisation steps."})
     train_batch_size: int = field(default=32, metadata={"help": "Images a batch on each process."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches an optimisation step."})
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate; each adapter method's own unless said."}
-    )
+    learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate. Default: depends on the method."})
     adam_weight_decay: float = field(default=1e-2, metadata={"help": "AdamW's weight decay."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
 
@@ -221,9 +221,7 @@ class FewShotOutputOptions(RunOptions):
 
     export: list[str] = field(
         default_factory=lambda: ["lora"],
-        metadata={
-            "help": f"Files of the adapted model that need none of this code: {', '.join(EXPORTS)}. Small ones alone unless said."
-        },
+        metadata={"help": f"Exports for other programs: {', '.join(EXPORTS)}. Default: lora, the smallest."},
     )
 
     _argument_group_name = "output"

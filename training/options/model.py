@@ -17,7 +17,7 @@ class ModelOptions:
     pretrained_model_name_or_path: str = field(
         default=BUILT_IN,
         metadata={
-            "help": f"SDXL base model: a hub name, a folder or a .safetensors file. The built-in one, {BUILT_IN}, unless said."
+            "help": f"SDXL base model: a hub name, a folder or a .safetensors file. Default: the built-in model, {BUILT_IN}."
         },
     )
     pretrained_vae_model_name_or_path: str | None = field(
@@ -28,28 +28,30 @@ class ModelOptions:
     single_file_config: str | None = field(
         default=None,
         metadata={
-            "help": "For a base model in one file: hub name or folder of a model with the same configuration and tokenizers; "
-            "SDXL's own on the hub unless said."
+            "help": "For a base model in one file: hub name or folder of a model with the same configuration and tokenizers. "
+            "Default: SDXL on the hub."
         },
     )
     quantize: Literal["nf4"] | None = field(
         default=None,
-        metadata={"help": "nf4 keeps the UNet's linear layers in 4 bits a number (pip install bitsandbytes), as QLoRA does."},
+        metadata={
+            "help": "nf4 keeps the UNet's linear layers in 4 bits per parameter, as QLoRA does (pip install bitsandbytes)."
+        },
     )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
-        default=None, metadata={"help": "Precision of the frozen weights; what accelerate is configured for unless said."}
+        default=None, metadata={"help": "Precision of the frozen weights. Default: that of the accelerate configuration."}
     )
     prediction_type: Literal["epsilon", "v_prediction"] | None = field(
         default=None,
-        metadata={"help": "What the base model predicts: epsilon or v_prediction. As the model's files say unless said."},
+        metadata={"help": "What the base model predicts. Default: as in the model's files."},
     )
     rescale_betas_zero_snr: bool | None = field(
         default=None,
         metadata={
             "nargs": "?",
             "const": True,
-            "help": "Whether the base model was trained with zero terminal SNR, where the last noise level has no signal. As the "
-            "model's files say unless said.",
+            "help": "Whether the base model was trained with zero terminal SNR, where the last noise level has no signal. "
+            "Default: as in the model's files.",
         },
     )
     gradient_checkpointing: bool = field(

@@ -24,18 +24,18 @@ class OptimisationOptions:
     """How the adapter is trained."""
 
     max_train_steps: int = field(default=400, metadata={"help": "Optimisation steps."})
-    train_batch_size: int = field(default=4, metadata={"help": "Images a batch on each process."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches an optimisation step."})
+    train_batch_size: int = field(default=4, metadata={"help": "Images per batch on each process."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per optimisation step."})
     learning_rate: float | None = field(
         default=None,
-        metadata={"help": f"Peak learning rate; on SDXL {default_rates()} unless said, 1 for Prodigy."},
+        metadata={"help": f"Peak learning rate. Default on SDXL: {default_rates()}; with Prodigy: 1."},
     )
     text_encoder_lr: list[float] | None = field(
         default=None,
-        metadata={"help": "Peak learning rate of the text encoders, or of each of the two; --learning_rate unless said."},
+        metadata={"help": "Peak learning rate of the text encoders: one value, or one for each. Default: --learning_rate."},
     )
     stop_text_encoder_training: int | None = field(
-        default=None, metadata={"help": "Step after which the text encoders are trained no more; never unless said."}
+        default=None, metadata={"help": "Step after which the text encoders are no longer trained. Default: the last."}
     )
     lr_scheduler: str = field(default="cosine", metadata={"help": f"Schedule of the learning rate: {', '.join(SCHEDULES)}."})
     lr_warmup_steps: int = field(default=10, metadata={"help": "Steps over which the learning rate rises to its peak."})
@@ -43,31 +43,35 @@ class OptimisationOptions:
     lr_power: float = field(default=1.0, metadata={"help": "Power of the schedule polynomial."})
     optimizer: str = field(
         default="AdamW",
-        metadata={"help": "AdamW, or Prodigy (pip install prodigyopt), which finds the size of its steps itself."},
+        metadata={"help": "AdamW, or Prodigy (pip install prodigyopt), which chooses its step size itself."},
     )
     use_8bit_adam: bool = field(
-        default=False, metadata={"help": "AdamW with moments of 8 bits (pip install bitsandbytes): less memory."}
+        default=False, metadata={"help": "AdamW with 8-bit moments, which need less memory (pip install bitsandbytes)."}
     )
-    adam_beta1: float = field(default=0.9, metadata={"help": "The optimiser's decay of the gradient's mean."})
-    adam_beta2: float = field(default=0.999, metadata={"help": "The optimiser's decay of the gradient's square."})
+    adam_beta1: float = field(default=0.9, metadata={"help": "Decay of the optimiser's first moment."})
+    adam_beta2: float = field(default=0.999, metadata={"help": "Decay of the optimiser's second moment."})
     adam_weight_decay: float = field(default=1e-4, metadata={"help": "The optimiser's weight decay."})
     adam_epsilon: float = field(default=1e-8, metadata={"help": "The optimiser's epsilon."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
     use_ema: bool = field(
-        default=False, metadata={"help": "Keep a moving average of the adapter, and show, measure and export that."}
+        default=False, metadata={"help": "Sample, measure and export an exponential moving average of the adapter."}
     )
     ema_decay: float = field(
-        default=0.999, metadata={"help": "Decay of the moving average at its largest; at step k it is at most k / (9 + k)."}
+        default=0.999, metadata={"help": "Largest decay of the moving average; at step k it is at most k / (9 + k)."}
     )
-    snr_gamma: float | None = field(default=None, metadata={"help": "Gamma of min-SNR weighting, such as 5; none unless said."})
+    snr_gamma: float | None = field(
+        default=None, metadata={"help": "Gamma of min-SNR weighting, such as 5. Default: no weighting."}
+    )
     noise_offset: float = field(
         default=0.0,
-        metadata={"help": "Deviation of an offset of each channel's noise, such as 0.05, for very dark or bright images."},
+        metadata={
+            "help": "Standard deviation of a random offset of each channel's noise, such as 0.05, for very dark or bright images."
+        },
     )
     do_edm_style_training: bool = field(
-        default=False, metadata={"help": "Train on the error of the denoised image, as EDM does; models made as EDM always do."}
+        default=False, metadata={"help": "Compute the loss on the denoised image, as EDM does. Always on for EDM models."}
     )
-    seed: int = field(default=0, metadata={"help": "Seed of everything that is drawn."})
+    seed: int = field(default=0, metadata={"help": "Seed of all random numbers."})
 
     _argument_group_name = "optimisation"
 
