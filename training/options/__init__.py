@@ -1,6 +1,6 @@
 """The options of the subject trainer, by concern. Each field is a command-line flag; its help is the flag's.
 
-Where a flag means what it means in diffusers' train_dreambooth_lora_sdxl.py it has that script's name.
+A flag with the meaning of a flag of diffusers' train_dreambooth_lora_sdxl.py has the same name.
 """
 
 from __future__ import annotations
@@ -80,18 +80,18 @@ class SubjectOptions:
         return factor * method_named(self.adapter.method).defaults("subject", built_in).learning_rate
 
     def prompts(self, captions: Iterable[str] = ()) -> list[str]:
-        """All prompts of the run: `captions` of its images, and those of class and sample images."""
+        """All prompts of the run: `captions` of its images, the class prompt and the validation prompts."""
         data = self.data
         of_class = [data.class_prompt] if data.with_prior_preservation and data.class_prompt else []
         return [*captions, *of_class, *self.output.validation_prompt]
 
     def to_dict(self) -> dict[str, Any]:
-        """The resolved options as plain values, by group; the hub's token stays out."""
+        """The resolved options as plain values, by group, without the hub token."""
         values = dataclasses.asdict(self)
         values["validation"]["hub_token"] = None
         return values
 
 
 def parse_options(arguments: Sequence[str] | None = None, description: str | None = None) -> SubjectOptions:
-    """The options on the command line; a wrong one ends the program with a message and exit code 2."""
+    """Parse the command line; an invalid option ends the program with a message and exit code 2."""
     return parse_groups(SubjectOptions, arguments, description)

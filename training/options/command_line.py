@@ -24,13 +24,13 @@ def groups_of(kind: type) -> dict[str, type]:
 
 
 def parse_groups(kind: type[Options], arguments: Sequence[str] | None = None, description: str | None = None) -> Options:
-    """The options on the command line; a wrong one ends the program with a message and exit code 2."""
+    """Parse the command line; an invalid option ends the program with a message and exit code 2."""
     groups = groups_of(kind)
     parser = HfArgumentParser(tuple(groups.values()), description=description, allow_abbrev=False)
     parser.add_argument(
         "--options_file",
-        help="A .json or .yaml file of options, such as a run's options.json, which starts a run like it; flags given beside it "
-        "win.",
+        help="A .json or .yaml file of options, such as the options.json of a run to be repeated. Flags on the command line take "
+        "precedence.",
     )
     given = current_arguments(sys.argv[1:] if arguments is None else arguments, parser)
     try:

@@ -116,7 +116,7 @@ class DataOptions:
             raise InputError(f"resolution must be a multiple of 8, got {self.resolution}.")
 
     def subject_prompts(self) -> list[str]:
-        """The instance prompt, with the name of each subject in its place if it has one."""
+        """The instance prompt, for each subject if it contains {subject}."""
         if SUBJECT_FIELD not in self.instance_prompt:
             return [self.instance_prompt]
         names = map(subject_name, subject_folders(self.instance_data_dir, self.class_data_dir))
@@ -124,7 +124,7 @@ class DataOptions:
 
 
 def _first_caption(folder: str, class_data_dir: str | None) -> str:
-    """The caption of the first image in `folder`, for images that all have one."""
+    """The caption of the first image in `folder`, in which every image has one."""
     try:
         return find_captioned(folder, None, class_data_dir)[0].prompt
     except InputError as error:

@@ -41,8 +41,8 @@ class ClipOptions:
     pretrained: str | None = field(
         default=None,
         metadata={
-            "help": "Weights of the model: one of open_clip's tags, such as openai, or a .safetensors checkpoint. "
-            "Default: random weights, or the built-in model's."
+            "help": "Weights of the model: one of open_clip's tags, such as openai, a .safetensors checkpoint, or random. The "
+            "built-in model and folders have weights of their own."
         },
     )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
@@ -53,7 +53,7 @@ class ClipOptions:
 
     @property
     def is_built_in(self) -> bool:
-        """Whether it is the model that comes with the project."""
+        """Whether it is the built-in model."""
         return self.model == BUILT_IN_CLIP_NAME
 
 
@@ -131,9 +131,9 @@ class LabelledDataOptions:
             raise InputError("dataset needs --data_dir, the folder that holds the sets' folders.")
 
     def all_shots(self) -> list[Shots]:
-        """The numbers of shots, checked.
+        """The numbers of shots.
 
-        Raises: InputError for what is neither a number from 1 nor "all", or is there twice.
+        Raises: InputError for a duplicate, or a value that is neither a positive number nor "all".
         """
         wrong = [given for given in self.shots if given != ALL and not (given.isdecimal() and int(given) >= 1)]
         if wrong or not self.shots or len(set(self.shots)) < len(self.shots):
@@ -141,9 +141,9 @@ class LabelledDataOptions:
         return [ALL if given == ALL else int(given) for given in self.shots]
 
     def names_by_key(self) -> dict[str, str]:
-        """The names that classes are given, by their folders'.
+        """The given class names, by the name of the folder.
 
-        Raises: InputError for one that is not written as folder=name.
+        Raises: InputError for a value that does not have the form folder=name.
         """
         pairs = [given.partition("=") for given in self.class_names or ()]
         if wrong := ["".join(pair) for pair in pairs if not (pair[0] and pair[1] and pair[2].strip())]:
@@ -169,18 +169,18 @@ class FewShotMethodOptions:
         if wrong or not self.method or len(set(self.method)) < len(self.method):
             raise InputError(f"method must be different ones of {', '.join(methods)}, got {' '.join(self.method) or 'nothing'}.")
 
-    def settle(self, built_in: bool) -> None:
-        """Fill in what was not said. Raises: InputError if the adapters' options do not fit each other."""
+    def fill_in(self, built_in: bool) -> None:
+        """Fill in the defaults. Raises: InputError if the adapters' options do not fit each other."""
         fill_in(self, "few-shot", built_in, method_names())
         for name in self.adapters():
             self.adapter(name)
 
     def adapters(self) -> list[str]:
-        """Those of the methods that adapt the towers."""
+        """The chosen methods that adapt the encoders."""
         return [name for name in self.method if name not in BASELINES]
 
     def adapter(self, method: str) -> AdapterOptions:
-        """The adapter that `method` is."""
+        """The adapter options of `method`."""
         return AdapterOptions(method, **options_of(self, "few-shot", method))
 
     def unused(self) -> list[str]:
@@ -197,8 +197,8 @@ class FewShotOptimisationOptions:
         metadata={"help": "Optimisation steps per training image of a class. Default: 500, or 10 on the built-in model."},
     )
     min_train_steps: int = field(default=100, metadata={"help": "Smallest number of optimisation steps."})
-    train_batch_size: int = field(default=32, metadata={"help": "Images a batch on each process."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches an optimisation step."})
+    train_batch_size: int = field(default=32, metadata={"help": "Images per batch on each process."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per optimisation step."})
     learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate. Default: depends on the method."})
     adam_weight_decay: float = field(default=1e-2, metadata={"help": "AdamW's weight decay."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
@@ -211,13 +211,13 @@ class FewShotOptimisationOptions:
         above_zero(self, "learning_rate", "max_grad_norm")
 
     def steps(self, shots: int) -> int:
-        """Optimisation steps for so many images of a class."""
+        """Optimisation steps for `shots` training images per class."""
         return max(self.min_train_steps, self.iterations_per_shot * shots)
 
 
 @dataclass
 class FewShotOutputOptions(RunOptions):
-    """What is written."""
+    """The run directory and the exports."""
 
     export: list[str] = field(
         default_factory=lambda: ["lora"],
@@ -250,7 +250,7 @@ class FewShotOptions:
 
     def __post_init__(self) -> None:
         built_in = self.model.is_built_in
-        self.method.settle(built_in)
+        self.method.fill_in(built_in)
         if self.optimisation.iterations_per_shot is None:
             self.optimisation.iterations_per_shot = 10 if built_in else 500
         if self.data.templates is None:
@@ -265,7 +265,7 @@ class FewShotOptions:
         return rate * (BUILT_IN_RATE_FACTOR if self.model.is_built_in else 1)
 
     def title(self) -> str:
-        """What the run's directory is called after."""
+        """The part of the run directory's name that follows the time."""
         return self.data.dataset or ("digits" if self.data.data_dir is None else Path(self.data.data_dir).resolve().stem)
 
     def to_dict(self) -> dict[str, Any]:
@@ -274,5 +274,5 @@ class FewShotOptions:
 
 
 def parse_fewshot_options(arguments: Sequence[str] | None = None, description: str | None = None) -> FewShotOptions:
-    """The options on the command line; a wrong one ends the program with a message and exit code 2."""
+    """Parse the command line; an invalid option ends the program with a message and exit code 2."""
     return parse_groups(FewShotOptions, arguments, description)

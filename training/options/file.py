@@ -102,7 +102,7 @@ def _check_name(path: Path, name: str, names: Collection[str]) -> None:
 
 
 def _check_script(path: Path, values: dict[str, Any], groups: Collection[str]) -> None:
-    """Refuse the options of the other task, of which this script knows few."""
+    """Refuse the options of the other task."""
     task = task_of({name: group for name, group in values.items() if isinstance(group, dict)})
     expected = "few-shot" if "target_layers" in groups else "subject"
     if task not in (None, expected):

@@ -12,7 +12,7 @@ from pipelines.subject.prediction import Prediction, check_combination, predicti
 
 @dataclass
 class ModelOptions:
-    """The base model and how it is computed."""
+    """The base model, its precision and its noise schedule."""
 
     pretrained_model_name_or_path: str = field(
         default=BUILT_IN,
@@ -67,12 +67,12 @@ class ModelOptions:
         check_combination(self.prediction_type, self.rescale_betas_zero_snr)
 
     def prediction(self) -> Prediction:
-        """What the model's file or these options say of its prediction beside the scheduler's configuration."""
+        """The prediction type and terminal SNR, by these options or else by the model's file."""
         return prediction_of(self.pretrained_model_name_or_path, self.prediction_type, self.rescale_betas_zero_snr)
 
     @property
     def source(self) -> dict[str, str | bool | None]:
-        """Where the model's parts come from and how they are kept: arguments of `load_base_model` beside its name."""
+        """The arguments of `load_base_model` besides the name."""
         return {
             "variant": self.variant,
             "revision": self.revision,

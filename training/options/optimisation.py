@@ -11,7 +11,7 @@ from pipelines.option_checks import above_zero, at_least
 
 
 def default_rates() -> str:
-    """The rates of all methods on SDXL, in words."""
+    """The default learning rates of all methods on SDXL, as text."""
     rates = {title_of(name): method_named(name).defaults("subject", False).learning_rate for name in method_names()}
     return ", ".join(f"{rate:g} for {title}" for title, rate in rates.items())
 
@@ -111,11 +111,11 @@ class OptimisationOptions:
 
     @property
     def is_prodigy(self) -> bool:
-        """Whether the optimiser finds the size of its steps itself."""
+        """Whether the optimiser is Prodigy, which chooses its step size itself."""
         return self.optimizer.lower() == "prodigy"
 
     @property
     def text_encoder_batches(self) -> int | None:
-        """How many batches the text encoders are trained on; None for all."""
+        """Number of batches on which the text encoders are trained; None for all."""
         stop = self.stop_text_encoder_training
         return None if stop is None else stop * self.gradient_accumulation_steps

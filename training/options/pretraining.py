@@ -15,7 +15,7 @@ STAGE_NAMES = ("basis", "vae", "unet", "export", "clip", "export_clip")
 
 @dataclass
 class PretrainOptions:
-    """How the built-in model is trained from nothing."""
+    """The pretraining of the built-in models from scratch."""
 
     output_dir: str = field(metadata={"help": "Where the runs of the stages, the cached corpus and the finished model go."})
     images_dir: str | None = field(
@@ -31,24 +31,22 @@ class PretrainOptions:
     scenes: int = field(default=24_000, metadata={"help": "Rendered scenes in the corpus."})
     scene_share: float = field(default=0.8, metadata={"help": "Share of rendered scenes in a batch."})
     vae_steps: int = field(default=3000, metadata={"help": "Optimisation steps of the autoencoder."})
-    vae_batch_size: int = field(default=8, metadata={"help": "Images a step of the autoencoder."})
+    vae_batch_size: int = field(default=8, metadata={"help": "Images per step of the autoencoder."})
     vae_learning_rate: float = field(default=1.5e-3, metadata={"help": "Peak learning rate of the autoencoder."})
     unet_steps: int = field(default=10_000, metadata={"help": "Optimisation steps of the UNet and text encoders."})
-    unet_batch_size: int = field(default=32, metadata={"help": "Images a step of the UNet."})
+    unet_batch_size: int = field(default=32, metadata={"help": "Images per step of the UNet."})
     unet_learning_rate: float = field(default=7e-4, metadata={"help": "Peak learning rate of the UNet and text encoders."})
     sample_steps: int = field(default=500, metadata={"help": "Steps between two contact sheets of the UNet in training."})
     clip_steps: int = field(default=10_000, metadata={"help": "Optimisation steps of the built-in CLIP."})
-    clip_batch_size: int = field(default=48, metadata={"help": "Images a step of the built-in CLIP."})
+    clip_batch_size: int = field(default=48, metadata={"help": "Images per step of the built-in CLIP."})
     clip_learning_rate: float = field(default=1.5e-3, metadata={"help": "Peak learning rate of the built-in CLIP."})
     clip_scene_share: float = field(default=0.15, metadata={"help": "Share of rendered scenes in a batch of the built-in CLIP."})
     score_steps: int = field(default=500, metadata={"help": "Steps between two scores of the built-in CLIP on held-out images."})
     mixed_precision: str = field(
-        default="no", metadata={"help": "'no' or 'bf16': bf16 is 1.6 times as fast on CPUs that have it."}
+        default="no", metadata={"help": "'no' or 'bf16', which is 1.6 times as fast on CPUs that support it."}
     )
-    card_note: str = field(
-        default="", metadata={"help": "A sentence for the model card, such as what earlier legs of the training saw."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the scenes and of all that training draws."})
+    card_note: str = field(default="", metadata={"help": "A sentence for the model card, for example about earlier training."})
+    seed: int = field(default=0, metadata={"help": "Seed of the scenes and of the training."})
 
     def __post_init__(self) -> None:
         unknown = set(self.stages) - set(STAGE_NAMES)
@@ -60,7 +58,7 @@ class PretrainOptions:
 
 
 def parse_pretrain_options(arguments: Sequence[str] | None = None) -> PretrainOptions:
-    """The options on the command line; a wrong flag ends the program with a message and exit code 2."""
+    """Parse the command line; an invalid flag ends the program with a message and exit code 2."""
     parser = HfArgumentParser(PretrainOptions)
     given = current_arguments(sys.argv[1:] if arguments is None else arguments, parser)
     return parser.parse_args_into_dataclasses(given)[0]
