@@ -17,7 +17,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from pipelines.images import read_image
-from pipelines.scenes import Scene, render, sample_scene, with_article
+from pipelines.scenes import Scene, render, sample_scene
+from pipelines.wording import with_article
 
 CHUNK = 256
 ONE_WAY = ("letter", "crescent")

@@ -13,6 +13,7 @@ from functools import cache
 from PIL import UnidentifiedImageError, features
 
 from pipelines.errors import InputError
+from pipelines.wording import alternatives
 
 
 class UnsupportedFormatError(InputError):
@@ -171,5 +172,4 @@ def _register_heif() -> bool:
 
 def listed(formats: Sequence[ImageFormat] = FORMATS) -> str:
     """The names of the `formats` that can be decoded here, such as "JPEG, PNG or WebP"."""
-    *first, last = [each.name for each in formats if is_available(each)]
-    return f"{', '.join(first)} or {last}" if first else last
+    return alternatives([each.name for each in formats if is_available(each)])

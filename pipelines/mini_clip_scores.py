@@ -13,7 +13,8 @@ from pipelines.backgrounds import BACKGROUNDS
 from pipelines.corpus import Corpus, to_pixels
 from pipelines.mini_clip import class_tokens, image_features, zero_shot_weights
 from pipelines.mini_clip_data import KINDS
-from pipelines.scenes import COLOURS, Scene, with_article
+from pipelines.scenes import COLOURS, Scene
+from pipelines.wording import with_article
 
 CHUNK = 500
 

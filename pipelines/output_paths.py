@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.errors import InputError
+from pipelines.wording import alternatives
 
 OUTPUT_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -35,7 +36,7 @@ def check_output_file(path: str | Path, option: str, suffixes: Sequence[str]) ->
     """
     path = Path(path)
     if path.suffix.lower() not in suffixes:
-        raise InputError(f"{option} must be a {_listed(suffixes)} file, got {str(path)!r}. Give a name with this suffix.")
+        raise InputError(f"{option} must be a {alternatives(suffixes)} file, got {str(path)!r}. Give a name with this suffix.")
     try:
         if path.is_dir():
             raise InputError(f"{option} must be a file, but {str(path)!r} is a folder. Name a file in it.")
@@ -49,7 +50,3 @@ def check_output_file(path: str | Path, option: str, suffixes: Sequence[str]) ->
 
 def _nearest_existing(path: Path) -> Path:
     return next((folder for folder in (path, *path.parents) if folder.exists()), Path())
-
-
-def _listed(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from pipelines.backgrounds import BACKGROUNDS, PLAIN
+from pipelines.wording import with_article
 
 Colour = tuple[int, int, int]
 
@@ -78,11 +79,6 @@ POLYGONS: dict[str, list[tuple[float, float]]] = {
     "ring": [],
 }  # fmt: skip
 SHAPES = tuple(POLYGONS)
-
-
-def with_article(noun: str) -> str:
-    """`noun` behind "a" or "an", by its first letter."""
-    return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
 
 
 @dataclass(frozen=True)

@@ -78,22 +78,6 @@ class CachedLatents:
     tokens: torch.Tensor
     prompts: PromptEmbeddings
 
-    @classmethod
-    def in_memory(
-        cls, latents: torch.Tensor, time_ids: torch.Tensor, tokens: torch.Tensor, prompts: PromptEmbeddings
-    ) -> CachedLatents:
-        """Images of one size, each with a separate prompt.
-
-        Args:
-            latents: (images, variants, 2, channels, height, width).
-            time_ids: (images, 6), the same for all variants.
-            tokens: (images, encoders, tokens) int64.
-            prompts: the embeddings of `tokens`.
-        """
-        count, variants = latents.shape[:2]
-        size = (latents.shape[-2], latents.shape[-1])
-        return cls((size,) * count, variants, _InMemory(latents, time_ids), torch.arange(count), tokens, prompts)
-
     def __len__(self) -> int:
         return len(self.sizes)
 
@@ -114,15 +98,6 @@ class CachedLatents:
         """The subset of images at `indices`."""
         sizes = tuple(self.sizes[index] for index in indices)
         return replace(self, sizes=sizes, read=_At(self.read, tuple(indices)), prompt_of=self.prompt_of[list(indices)])
-
-
-@dataclass(frozen=True)
-class _InMemory:
-    latents: torch.Tensor
-    time_ids: torch.Tensor
-
-    def __call__(self, index: int, variant: int) -> MomentsAndTimeIds:
-        return self.latents[index, variant], self.time_ids[index]
 
 
 @dataclass(frozen=True)

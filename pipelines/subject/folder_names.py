@@ -108,11 +108,6 @@ def _is_repeated_phrase(folder_name: str) -> bool:
     return kohya is not None and kohya.repeats > 1 and len(kohya.words.split()) > 1
 
 
-def with_article(words: str) -> str:
-    """`words` with "a" or "an" before them."""
-    return f"{'an' if words[:1].lower() in tuple('aeiou') else 'a'} {words}"
-
-
 def paired_image(pattern: re.Pattern[str], name: str, images: Iterable[str]) -> str | None:
     """The image whose name, with or without its suffix, is the group of `pattern` in `name`; None if there is none."""
     match = pattern.fullmatch(stem_of(name))

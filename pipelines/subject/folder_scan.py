@@ -31,8 +31,8 @@ from pipelines.subject.folder_names import (
     metadata_rank,
     name_of_subject,
     unused_kind,
-    with_article,
 )
+from pipelines.wording import with_article
 
 # Masks are grey: the maximum difference between two channels of a pixel, which allows for JPEG compression.
 GREY_TOLERANCE = 24

@@ -1,4 +1,4 @@
-"""What the tests of LoRA files share: a tiny model on which they load and delete."""
+"""Fixtures for the tests of LoRA files: a tiny model onto which they are loaded."""
 
 import pytest
 import torch
@@ -11,14 +11,14 @@ from pipelines.subject.adapters import load_adapter
 
 @pytest.fixture(scope="module")
 def model():
-    """The tiny model, on which every test loads and deletes."""
+    """A tiny model, onto which every test loads adapters and deletes them again."""
     torch.manual_seed(0)
     return tiny_pipeline()
 
 
 @pytest.fixture
 def loaded(model, tmp_path):
-    """Loads tensors as a file, and leaves the model as it was."""
+    """A function that loads tensors from a file; the adapter is deleted afterwards."""
     torch.manual_seed(0)
 
     def load(tensors, metadata=None, name="some.safetensors"):

@@ -1,4 +1,4 @@
-"""LoRA files as other programs write them, and the weight that each makes, by the algebra of its own program."""
+"""LoRA files in the formats of other programs, and the weights that they give by the equations of these programs."""
 
 import torch
 from torch.func import functional_call

@@ -1,4 +1,4 @@
-"""AdaLoRA: its equation, the allocation that PEFT's own tuner makes, the orthogonality term, and its files in PEFT."""
+"""AdaLoRA: its equation, PEFT's rank allocation, the orthogonality regularisation, and its files in PEFT."""
 
 import copy
 import json
@@ -55,7 +55,7 @@ def test_a_layer_adds_s_B_e_A_x_and_scales_it_as_diffusers_does(pipe, tmp_path):
         assert len(factors.down) == INIT_R - INIT_R // 2
 
 
-def test_a_layer_trains_rank_times_in_and_out_and_one(pipe, tmp_path):
+def test_a_layer_has_rank_times_in_plus_out_plus_one_trained_parameters(pipe, tmp_path):
     components, _ = adapted(pipe, tmp_path)
     expected = sum(INIT_R * (layer.in_features + layer.out_features + 1) for layer in tuner_layers(components["unet"]).values())
     assert sum(parameter.numel() for parameter in trained_parameters(components)) == expected
@@ -73,7 +73,7 @@ class Projections(nn.Module):
         return self.second(self.first(x))
 
 
-def test_every_step_allocates_what_pefts_own_tuner_allocates():
+def test_every_step_allocates_the_same_ranks_as_pefts_tuner():
     config = {"tinit": 2, "tfinal": 3, "deltaT": 2, "total_step": STEPS, "init_r": INIT_R, "target_r": TARGET_R}
     names = {"target_modules": ["first", "second"], "lora_alpha": INIT_R, "orth_reg_weight": 0.5}
     torch.manual_seed(1)
@@ -114,12 +114,12 @@ def test_the_regulariser_is_the_term_that_pefts_tuner_adds_to_the_loss(tmp_path)
     torch.testing.assert_close(method.training([model], STEPS).regularizer(), added, atol=1e-4, rtol=1e-4)
 
 
-def test_without_a_weight_there_is_no_regulariser(pipe, tmp_path):
+def test_weight_zero_disables_the_regulariser(pipe, tmp_path):
     components, options = adapted(pipe, tmp_path, orth_reg_weight=0.0)
     assert options.create().training(list(components.values()), STEPS).regularizer() is None
 
 
-def test_another_training_begins_with_every_rank_and_no_memory(pipe, tmp_path):
+def test_a_second_training_starts_with_full_ranks_and_fresh_statistics(pipe, tmp_path):
     components, options = adapted(pipe, tmp_path)
     models, method = list(components.values()), options.create()
     first = method.training(models, STEPS)
@@ -141,7 +141,7 @@ def test_another_training_begins_with_every_rank_and_no_memory(pipe, tmp_path):
 
 
 @pytest.mark.parametrize(("steps", "done"), [(1, [1]), (10, [1, 9]), (10, [9])], ids=["one step", "left out", "nothing compared"])
-def test_the_last_allocation_is_made_however_few_steps_were_done(pipe, tmp_path, steps, done):
+def test_the_final_allocation_is_made_even_if_steps_were_skipped(pipe, tmp_path, steps, done):
     components, options = adapted(pipe, tmp_path, delta_t=5)
     disturb(components)
     training = options.create().training(list(components.values()), steps)
@@ -153,7 +153,7 @@ def test_the_last_allocation_is_made_however_few_steps_were_done(pipe, tmp_path,
     assert sum(left) == TARGET_R * len(left)
 
 
-def test_peft_itself_reads_the_file_which_holds_the_triplets_that_are_left(pipe, tmp_path):
+def test_peft_loads_the_file_which_holds_only_the_kept_triplets(pipe, tmp_path):
     components, _ = adapted(pipe, tmp_path, target_modules=[*adapters.ATTENTION, "conv1"])
     disturb(components, zero_every=2)
     adapter_files.save(components, tmp_path)
@@ -164,7 +164,7 @@ def test_peft_itself_reads_the_file_which_holds_the_triplets_that_are_left(pipe,
     torch.testing.assert_close(image(stock), expected, atol=1 / 255, rtol=0)
 
 
-def test_a_layer_without_any_triplet_left_is_saved_and_loaded(pipe, tmp_path):
+def test_a_layer_whose_triplets_are_all_pruned_is_saved_and_loaded(pipe, tmp_path):
     components, _ = adapted(pipe, tmp_path)
     disturb(components)
     with torch.no_grad():

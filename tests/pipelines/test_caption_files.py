@@ -1,4 +1,4 @@
-"""Captions from files of several programs: which are read, which comes first, and what is said of the others."""
+"""Captions in the formats of several programs: which are read, their precedence, and notes on the others."""
 
 import json
 from itertools import pairwise
@@ -46,7 +46,7 @@ def lines(*values):
 
 
 @pytest.mark.parametrize("name", ["00.txt", "00.TXT", "00.caption", "00.Caption", "00.jpg.txt", "00.jpg.CAPTION"])
-def test_a_text_file_of_the_images_name_is_its_caption(album, name):
+def test_a_text_file_with_the_images_name_is_its_caption(album, name):
     (album / name).write_bytes(b"\xef\xbb\xbfsks toy \r\n")
     assert captions(album) == {"00.jpg": "sks toy"}
     assert use(album)[name] == ("caption", "")
@@ -72,7 +72,7 @@ def test_captions_are_read_from_metadata(album, name):
     assert notes(album)["captions"] == f"Captions of 2 of 2 images: 2 from {name}."
 
 
-def test_a_csv_keeps_commas_quotes_and_lines_of_quoted_captions(album):
+def test_quoted_captions_in_a_csv_keep_commas_quotes_and_line_breaks(album):
     (album / "metadata.csv").write_text('file_name,text\n00.jpg,"a ""sks"" toy, on\na sofa"\n')
     assert captions(album) == {"00.jpg": 'a "sks" toy, on\na sofa'}
 
@@ -93,14 +93,14 @@ def test_sd_scripts_tags_follow_the_caption(album):
         (f"file_name,text\n{'0' * 300}.jpg,a\n", "which does not exist"),
     ],
 )
-def test_a_wrong_row_is_named_with_its_number(album, text, message):
+def test_an_invalid_row_is_reported_with_its_number(album, text, message):
     (album / "metadata.csv").write_text(text)
     with pytest.raises(InputError, match=message):
         captions(album)
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "cp1252"])
-def test_metadata_in_another_encoding_is_named_with_the_remedy(album, encoding):
+def test_metadata_in_another_encoding_is_reported_with_the_remedy(album, encoding):
     (album / "metadata.csv").write_bytes("file_name,text\n00.jpg,café\n".encode(encoding))
     with pytest.raises(InputError, match=r"metadata\.csv' .*Save it as UTF-8"):
         captions(album)
@@ -121,7 +121,7 @@ def test_metadata_in_another_encoding_is_named_with_the_remedy(album, encoding):
     ],
 )
 @pytest.mark.parametrize("name", ["metadata.json", "meta_dd.json"])
-def test_metadata_of_another_program_that_cannot_be_read_is_named(album, name, text):
+def test_unreadable_metadata_of_another_program_is_reported(album, name, text):
     (album / name).write_text(text)
     assert captions(album) == {}
     assert use(album)[name] == ("unused", "foreign_caption")
@@ -157,7 +157,7 @@ def test_two_links_to_one_image_keep_their_own_captions(album):
 
 @pytest.mark.parametrize("separator", ["/", "\\"])
 @pytest.mark.parametrize("form", ["metadata.jsonl", "metadata.csv"])
-def test_a_metadata_file_above_speaks_of_images_in_subjects_folders(album, tmp_path, separator, form):
+def test_a_metadata_file_in_the_parent_folder_has_captions_of_subjects_images(album, tmp_path, separator, form):
     album.rename(tmp_path / "red_hat")
     rows = {"metadata.jsonl": lines({"file_name": f"red_hat{separator}00.jpg", "text": "zero"})}
     rows["metadata.csv"] = f"file_name,text\nred_hat{separator}00.jpg,zero\n"
@@ -169,7 +169,7 @@ ORDER = ["metadata.jsonl", "metadata.csv", "metadata.json", "meta_cap.json", "00
 
 
 @pytest.mark.parametrize(("first", "second"), list(pairwise(ORDER)))
-def test_where_two_sources_differ_the_first_is_used_and_the_other_named(album, first, second):
+def test_if_two_sources_differ_the_first_is_used_and_the_other_reported(album, first, second):
     texts = {
         ".jsonl": '{"file_name": "00.jpg", "text": "by WHO"}',
         ".csv": "file_name,text\n00.jpg,by WHO\n",
@@ -190,7 +190,7 @@ def test_sources_that_agree_raise_no_warning(album):
     assert account(album).warnings() == []
 
 
-def test_captions_of_what_is_no_image_or_twice_are_named(album):
+def test_captions_of_other_files_and_repeated_captions_are_reported(album):
     Image.new("L", (8, 8)).save(album / "00_mask.png")
     rows = [("00.jpg", "a"), ("00.jpg", "b"), ("00_mask.png", "m")]
     (album / "metadata.jsonl").write_text(lines(*({"file_name": name, "text": text} for name, text in rows)))

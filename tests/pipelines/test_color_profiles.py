@@ -1,4 +1,4 @@
-"""Embedded colour profiles: pixels come out in sRGB, as algebra and littlecms say; a profile that cannot be used is named."""
+"""Embedded colour profiles: conversion to sRGB against algebra and LittleCMS, and reports of unusable profiles."""
 
 import io
 import warnings
@@ -80,7 +80,7 @@ def test_a_cmyk_jpeg_is_converted_by_its_profile():
 
 
 @pytest.mark.parametrize("bits", [8, 16])
-def test_greys_follow_their_profile(bits):
+def test_grey_images_are_converted_by_their_profile(bits):
     grey = np.arange(256, dtype=np.uint8)[None].repeat(2, axis=0)
     image = Image.fromarray(grey if bits == 8 else grey.astype(np.uint16) * 257)
     found = values(read_image(file_of(image, "png", icc_profile=grey_profile(1.8)), "a"))
@@ -88,7 +88,7 @@ def test_greys_follow_their_profile(bits):
     assert np.abs(found - expected[..., None]).max() <= 2
 
 
-def test_an_srgb_profile_changes_no_bit_whoever_wrote_it():
+def test_an_srgb_profile_of_any_program_changes_no_pixel():
     for profile in (ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), rgb_profile(SRGB)):
         found = read_image(file_of(Image.fromarray(PIXELS), "png", icc_profile=profile), "a")
         assert (np.asarray(found) == PIXELS).all()
@@ -99,7 +99,7 @@ def test_an_srgb_profile_changes_no_bit_whoever_wrote_it():
         ).all()
 
 
-def test_transparency_is_laid_on_white_after_the_conversion():
+def test_transparency_becomes_white_after_the_conversion():
     alpha = np.random.default_rng(2).integers(0, 256, PIXELS.shape[:2], dtype=np.uint8)
     image = Image.fromarray(np.dstack([PIXELS, alpha]), "RGBA")
     found = values(read_image(file_of(image, "png", icc_profile=P3), "a"))
@@ -118,14 +118,14 @@ def test_every_kind_of_image_is_converted(mode):
         assert np.abs(values(found) - expected).max() <= 2
 
 
-def test_the_image_that_was_read_carries_no_profile_so_that_it_is_applied_once(tmp_path):
+def test_a_converted_image_has_no_profile_so_that_it_is_not_applied_twice(tmp_path):
     found = read_image(file_of(Image.fromarray(PIXELS), "png", icc_profile=P3), "a")
     found.save(tmp_path / "again.png")
     assert not found.info
     assert read_image(tmp_path / "again.png").tobytes() == found.tobytes()
 
 
-def test_both_tasks_and_given_pil_images_read_alike(tmp_path):
+def test_both_tasks_and_pil_images_are_converted_alike(tmp_path):
     stream = file_of(Image.fromarray(PIXELS), "png", icc_profile=P3)
     expected = read_image(stream, "a").tobytes()
     (tmp_path / "a.png").write_bytes(stream.getvalue())
@@ -141,7 +141,7 @@ def test_both_tasks_and_given_pil_images_read_alike(tmp_path):
     [(b"no profile" * 40, "damaged"), (P3[:200], "damaged|converted"), (cmyk_profile(), "CMYK"), (grey_profile(2.2), "GRAY")],
     ids=["words", "cut", "cmyk", "grey"],
 )
-def test_a_profile_that_cannot_be_used_is_named_and_the_numbers_stay(tmp_path, profile, words):
+def test_an_unusable_profile_is_reported_and_the_pixels_are_unchanged(tmp_path, profile, words):
     for suffix in ("png", "tif"):
         path = tmp_path / f"a.{suffix}"
         path.write_bytes(file_of(Image.fromarray(PIXELS), suffix, icc_profile=profile).getvalue())
@@ -150,7 +150,7 @@ def test_a_profile_that_cannot_be_used_is_named_and_the_numbers_stay(tmp_path, p
     assert [finding.kind for finding in check_images(tmp_path).images[0].findings].count("color_profile") == 1
 
 
-def test_a_damaged_or_endless_profile_chunk_of_a_png_is_named():
+def test_a_damaged_or_oversized_profile_chunk_of_a_png_is_reported():
     whole = file_of(Image.fromarray(PIXELS), "png").getvalue()
     for packed in (b"\0no zlib", b"\1" + zlib.compress(P3), b"\0" + zlib.compress(bytes(2**25))):
         body = b"iCCP" + b"name\0" + packed
@@ -160,7 +160,7 @@ def test_a_damaged_or_endless_profile_chunk_of_a_png_is_named():
         assert (np.asarray(found) == PIXELS).all()
 
 
-def test_a_jpeg_that_lost_a_part_of_its_profile_is_named():
+def test_a_jpeg_with_a_part_of_its_profile_missing_is_reported():
     content = file_of(Image.fromarray(PIXELS), "jpg", icc_profile=P3).getvalue()
     broken = content.replace(b"ICC_PROFILE\0\1\1", b"ICC_PROFILE\0\1\2")
     assert [note.kind for note in read_image_with_notes(io.BytesIO(broken), "a").notes] == ["color_profile"]
@@ -187,7 +187,7 @@ def _with_chunk(kind, data):
     ],
     ids=["exif", "gamma", "cicp"],
 )
-def test_what_else_says_of_colours_is_not_followed_and_named(stream, words):
+def test_other_colour_information_is_ignored_and_reported(stream, words):
     with pytest.warns(UserWarning, match=words):
         read_image(stream, "a")
 
@@ -195,13 +195,13 @@ def test_what_else_says_of_colours_is_not_followed_and_named(stream, words):
 @pytest.mark.parametrize(
     "stream", [_with_chunk(b"gAMA", (45455).to_bytes(4, "big")), _with_chunk(b"cICP", b"\1\x0d\0\1")], ids=["gamma", "cicp"]
 )
-def test_what_says_srgb_is_not_worth_a_word(stream):
+def test_other_colour_information_that_says_srgb_is_not_reported(stream):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read_image(stream, "a")
 
 
-def test_what_was_cached_of_files_read_otherwise_is_not_reused(monkeypatch):
+def test_the_cache_of_another_reading_version_is_not_reused(monkeypatch):
     encoder = SimpleNamespace(vae={})
     before = LatentEncoder._key(encoder, "digest", CropVariant((16, 16)), "image")
     monkeypatch.setattr(encoding, "READING_VERSION", 1)

@@ -1,4 +1,4 @@
-"""Renamed options: every old flag and every old name in a saved file is read under its present name."""
+"""Renamed options: old flags and old names in saved files are read under the current names."""
 
 import json
 import re
@@ -42,7 +42,7 @@ def test_the_changelog_lists_the_deprecated_flags():
     assert sorted(listed) == sorted(ALIASES + values)
 
 
-def test_present_flags_and_flags_of_other_programs_pass_unchanged(caplog):
+def test_current_flags_and_unknown_flags_are_unchanged(caplog):
     arguments = ["--scale", "picture", "--photos_dir", "strength", "ladder"]
     assert current_arguments(arguments, parser_of("scale")) == arguments
     assert not caplog.records
@@ -54,7 +54,7 @@ def test_a_renamed_value_is_replaced(given):
     assert current_arguments(given, parser_of("size_conditioning")) == expected
 
 
-def test_names_of_saved_options_are_replaced_within_groups_and_without():
+def test_names_of_saved_options_are_replaced_in_groups_and_at_the_top_level():
     old = {"size_conditioning": "picture", **dict.fromkeys(RENAMED_OPTIONS, 2)}
     new = {"size_conditioning": "image", **dict.fromkeys(RENAMED_OPTIONS.values(), 2)}
     assert with_current_names(old) == new == with_current_names(new)

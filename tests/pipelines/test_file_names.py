@@ -1,4 +1,4 @@
-r"""Names of files that are not UTF-8: commands print, write and go on; such a byte is spelled as Python spells it, \udcff."""
+r"""File names that are not UTF-8: commands print and write them, with such a byte as \udcff like Python."""
 
 import io
 import json
@@ -50,12 +50,12 @@ def strict_stdout(monkeypatch):
     return lambda: stdout.buffer.getvalue().decode("utf-8")
 
 
-def test_a_name_is_spelled_so_that_utf_8_takes_it_and_names_stay_different():
+def test_display_names_can_be_written_as_utf_8_and_stay_different():
     names = [os.fsdecode(name) for name in (b"\xff.jpg", b"\xfe.jpg", "ä b.jpg".encode())]
     assert [display_path(name) for name in names] == [r"\udcff.jpg", r"\udcfe.jpg", "ä b.jpg"]
 
 
-def test_the_doctor_prints_and_writes_such_names(photos, tmp_path, monkeypatch):
+def test_the_image_checks_print_and_write_such_names(photos, tmp_path, monkeypatch):
     printed = strict_stdout(monkeypatch)
     report = main(ImageCheckOptions(str(photos), json=str(tmp_path / "report.json")))
     assert len(report.usable) == 3
@@ -66,7 +66,7 @@ def test_the_doctor_prints_and_writes_such_names(photos, tmp_path, monkeypatch):
     json.dumps(written, ensure_ascii=False).encode("utf-8")
 
 
-def test_a_training_takes_such_names_and_its_records_are_utf_8(photos, tmp_path):
+def test_training_accepts_such_names_and_its_records_are_utf_8(photos, tmp_path):
     found = checked_images(DataOptions(instance_data_dir=str(photos), instance_prompt="a dog", heldout_image="none"), seed=0)
     assert len(found.train) == 3
     run = RunDirectory.create(tmp_path / "run", {})
@@ -79,12 +79,12 @@ def test_a_training_takes_such_names_and_its_records_are_utf_8(photos, tmp_path)
         text.encode("utf-8")
 
 
-def test_a_folder_with_such_a_name_makes_a_prompt_that_a_tokenizer_takes(photos):
+def test_a_folder_with_such_a_name_gives_a_prompt_that_can_be_tokenized(photos):
     raw = photos.rename(photos.with_name(os.fsdecode(b"\xffdog")))
     assert find_captioned(raw, "a photo of {subject}")[0].prompt == r"a photo of \udcffdog"
 
 
-def test_the_few_shot_reader_takes_such_names_and_names_damaged_images(photos, tmp_path):
+def test_the_few_shot_reader_accepts_such_names_and_reports_damaged_images(photos, tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "set" / name).mkdir(parents=True)
     for place, path in enumerate(photos.iterdir()):

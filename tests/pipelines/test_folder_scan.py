@@ -1,4 +1,4 @@
-"""Which files of a folder are a subject's images, and an account of everything else that lies there."""
+"""The scan of an image folder: the images of each subject, and an account of everything else."""
 
 import json
 import os
@@ -74,13 +74,13 @@ def test_images_beside_folders_of_images_are_refused_with_both_lists(tmp_path, f
 
 
 @pytest.mark.parametrize("name", ["stray_cover", "nested_top_and_sub"])
-def test_the_reported_mixtures_are_refused(name):
+def test_mixed_folders_from_bug_reports_are_refused(name):
     with pytest.raises(InputError, match="beside folders of images"):
         check_images(case_folder("photos-stray-on-top") / name)
 
 
 @pytest.mark.parametrize("inside", ["empty/", "notes/readme.md", ".hidden/0.png", "run/status.json run/options.json run/a.png"])
-def test_a_folder_without_a_subject_beside_images_is_named_and_not_refused(tmp_path, inside):
+def test_a_folder_without_a_subject_beside_images_is_reported_and_not_refused(tmp_path, inside):
     write(tmp_path, "0.png", *(name for name in inside.split() if not name.endswith("/")))
     folder = tmp_path / inside.split("/")[0]
     folder.mkdir(exist_ok=True)
@@ -91,7 +91,7 @@ def test_a_folder_without_a_subject_beside_images_is_named_and_not_refused(tmp_p
 # --- everything is accounted for ---------------------------------------------------------------------------------------------
 
 
-def test_every_file_and_folder_is_used_or_named_with_the_reason(tmp_path):
+def test_every_file_and_folder_is_used_or_reported_with_the_reason(tmp_path):
     reasons = {
         "00.jpg.caption": "same_caption",
         "99.txt": "caption_without_image",
@@ -131,13 +131,13 @@ def test_every_file_and_folder_is_used_or_named_with_the_reason(tmp_path):
     assert FolderAccount.from_json(json.loads(json.dumps(account(tmp_path).to_json()))) == account(tmp_path)
 
 
-def test_many_files_of_one_reason_become_one_line(tmp_path):
+def test_files_with_the_same_reason_share_one_line(tmp_path):
     write(tmp_path, "a.png", *(f"{number}.npz" for number in range(9)))
     (line,) = account(tmp_path).warnings()
     assert line == f"Not used: '0.npz', '1.npz', '2.npz' and 6 more. {REASONS['latents_cache']}"
 
 
-def test_the_report_names_what_is_not_used(tmp_path):
+def test_the_report_lists_unused_files(tmp_path):
     write(tmp_path, "a.png", "b.mp4")
     (tmp_path / "c.heic").write_bytes(b"any")
     report = check_images(tmp_path)
@@ -151,7 +151,7 @@ def test_the_report_names_what_is_not_used(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"), [("a.png", "--instance_data_dir must be a folder with images, but .* is a file"), ("no", "no folder")]
 )
-def test_what_is_no_folder_is_named(tmp_path, name, message):
+def test_a_path_that_is_not_a_folder_is_refused(tmp_path, name, message):
     write(tmp_path, "a.png")
     with pytest.raises(InputError, match=message):
         scan_folder(tmp_path / name)
@@ -171,7 +171,7 @@ def test_a_folder_without_images_says_what_it_holds_instead(tmp_path, files, mes
         scan_folder(tmp_path)
 
 
-def test_folders_that_may_not_be_read_are_named(tmp_path, monkeypatch):
+def test_folders_without_read_permission_are_reported(tmp_path, monkeypatch):
     write(tmp_path, "0.png", "secret/1.png")
     real = Path.iterdir
 
@@ -207,12 +207,12 @@ def test_a_mask_of_an_image_is_never_an_image(tmp_path, mask):
 
 
 @pytest.mark.parametrize("name", ["foo_mask.png", "carnival.mask.png", "mask.png", "maskara.png", "02-masklabel.png"])
-def test_an_image_that_is_called_a_mask_and_pairs_with_none_is_an_image(tmp_path, name):
+def test_an_image_named_like_a_mask_that_matches_no_image_is_an_image(tmp_path, name):
     write(tmp_path, "00.jpg", name)
     assert list(used(tmp_path).values()) == [sorted(["00.jpg", name])]
 
 
-def test_the_reported_masks_are_left_out():
+def test_masks_from_bug_reports_are_left_out():
     folder = case_folder("photos-masks") / "masks_beside"
     assert list(used(folder).values()) == [["00.png", "01.png", "02.png"]]
     assert [image.path.name for image in find_captioned(folder, "sks toy")] == ["00.png", "01.png", "02.png"]
@@ -229,12 +229,12 @@ def test_a_folder_of_masks_is_no_subject(tmp_path, images, masks, mask):
     assert kinds(tmp_path) == {masks: "mask_folder"}
 
 
-def test_a_subject_that_is_a_mask_is_trained(tmp_path):
+def test_a_mask_can_be_the_subject(tmp_path):
     colour(tmp_path, "mask/00.png", "hat/00.png")
     assert used(tmp_path) == {"hat": ["00.png"], "mask": ["00.png"]}
 
 
-def test_masks_inside_a_subjects_folder_are_named(tmp_path):
+def test_masks_in_a_subjects_folder_are_reported(tmp_path):
     colour(tmp_path, "hat/00.png", "mug/00.png")
     write(tmp_path, "hat/masks/00.png", "mug/more/01.png")
     assert used(tmp_path) == {"hat": ["00.png"], "mug": ["00.png"]}
@@ -267,12 +267,12 @@ def test_kohyas_folder_names_are_read(name, words):
         ("1_toy", [], None),
     ],
 )
-def test_a_class_is_told_from_a_second_subject(name, others, words):
+def test_a_class_folder_is_distinguished_from_a_second_subject(name, others, words):
     assert class_words(name, others) == words
 
 
 @pytest.mark.parametrize("with_photos", [True, False])
-def test_kohyas_folders_give_subjects_and_offer_class_images(tmp_path, with_photos):
+def test_kohya_folders_give_subjects_and_suggest_class_images(tmp_path, with_photos):
     folder = case_folder("photos-kohya-folders") / "kohya_img" if with_photos else tmp_path
     if not with_photos:
         write(tmp_path, "10_sks toy/0.png", "1_toy/3.png", "20_zxq dog/0.png")
@@ -286,7 +286,7 @@ def test_kohyas_folders_give_subjects_and_offer_class_images(tmp_path, with_phot
     assert "sks toy" in class_prompts(folder, "a photo of a toy")
 
 
-def test_one_of_kohyas_folders_given_by_itself_is_read_by_its_name(tmp_path):
+def test_a_single_kohya_folder_is_read_by_its_name(tmp_path):
     write(tmp_path, "10_sks toy/0.png")
     assert used(tmp_path / "10_sks toy") == {"sks toy": ["0.png"]}
     assert "repeats 10" in account(tmp_path / "10_sks toy").warnings()[0]
@@ -302,13 +302,13 @@ def test_a_kohya_project_is_read_from_its_folder_img(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["reg", "regularization_images", "class", "Class_Images"])
-def test_a_folder_of_class_images_beside_the_subject_is_offered(tmp_path, name):
+def test_a_folder_of_class_images_beside_the_subject_is_suggested(tmp_path, name):
     write(tmp_path, "0.png", f"{name}/0.png")
     assert kinds(tmp_path) == {name: "class_data"}
     assert f'--class_data_dir "{tmp_path / name}"' in " ".join(account(tmp_path).warnings())
 
 
-def test_a_folder_that_is_given_as_class_images_is_no_subject_and_no_mixture(tmp_path):
+def test_the_folder_given_for_class_images_is_not_a_subject(tmp_path):
     write(tmp_path, "0.png", "dogs/0.png")
     assert list(used(tmp_path, class_data_dir=tmp_path / "dogs").values()) == [["0.png"]]
     (entry,) = (entry for entry in account(tmp_path, class_data_dir=tmp_path / "dogs").entries if entry.path.is_dir())
@@ -338,7 +338,7 @@ def test_a_folder_of_class_images_is_accounted_for_too(tmp_path):
     }
 
 
-def test_class_images_further_down_are_refused_with_the_folder_to_give(tmp_path):
+def test_class_images_in_deeper_folders_are_refused_with_the_folder_to_give(tmp_path):
     write(tmp_path, "1_toy/0.png")
     with pytest.raises(InputError, match=r"Give --class_data_dir the folder that contains them, such as '.*1_toy'"):
         class_account(tmp_path)
@@ -346,7 +346,7 @@ def test_class_images_further_down_are_refused_with_the_folder_to_give(tmp_path)
         class_account(tmp_path / "1_toy" / "0.png")
 
 
-def test_each_of_several_classes_has_its_folder_and_others_are_named(tmp_path):
+def test_each_of_several_classes_has_a_folder_and_others_are_reported(tmp_path):
     write(tmp_path, "0.png", "a-photo-of-a-dog/0.png", "a-photo-of-a-cat/0.png", "fish/0.png")
     entries = class_account(tmp_path, prompts={"rex": "a photo of a dog", "tom": "a photo of a cat"}).entries
     strange = {entry.path.name: entry.kind for entry in entries if entry.kind}
@@ -362,11 +362,11 @@ def test_masks_are_not_counted_as_class_images(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "kind"), [("a.JSON", "foreign_caption"), ("a", "unknown"), ("a.b.ZIP", "archive")])
-def test_suffixes_count_in_any_case(name, kind):
+def test_suffixes_are_case_insensitive(name, kind):
     assert unused_kind(name, ["b.png"]) == kind
 
 
-def test_linked_images_and_folders_are_used_like_others(tmp_path):
+def test_linked_images_and_folders_are_used(tmp_path):
     write(tmp_path / "store", "x.png")
     (tmp_path / "album").mkdir()
     (tmp_path / "album" / "a.png").symlink_to(tmp_path / "store" / "x.png")
@@ -377,7 +377,7 @@ def test_linked_images_and_folders_are_used_like_others(tmp_path):
     assert not list_folder(tmp_path / "album").unusable
 
 
-def test_names_that_are_not_utf8_end_nowhere_in_a_traceback(tmp_path):
+def test_names_that_are_not_utf8_cause_no_traceback(tmp_path):
     folder = tmp_path / os.fsdecode(b"10_h\xfct")
     write(folder, os.fsdecode(b"\xe9.jpg"), os.fsdecode(b"\xe9_mask.png"), os.fsdecode(b"\xe8.mp4"), "0.png")
     image = find_captioned(folder, "a photo of {subject}")[-1]

@@ -1,4 +1,4 @@
-"""LoRA files of every kind make of each layer what their own programs' algebra says, alone and mixed."""
+"""LoRA files of every kind give the weights of their own equations, alone and combined."""
 
 import foreign_lora as foreign
 import pytest
@@ -39,7 +39,7 @@ KINDS = [(LINEAR, kind) for kind in foreign.FOR_LINEAR] + [
 
 @pytest.mark.parametrize("lengths", [None, foreign.by_rows, foreign.by_columns], ids=["plain", "rows", "columns"])
 @pytest.mark.parametrize(("layer", "kind"), KINDS, ids=[f"{kind.__name__}-{layer[-5:]}" for layer, kind in KINDS])
-def test_every_kind_makes_the_weight_that_its_own_algebra_says(model, loaded, layer, kind, lengths):
+def test_every_kind_gives_the_weight_of_its_own_equation(model, loaded, layer, kind, lengths):
     weight = weight_of(model, layer)
     parts, change = kind(weight)
     expected = weight + change
@@ -72,7 +72,7 @@ def test_one_file_may_hold_every_kind_and_a_dora_beside_a_lora(model, loaded):
 
 @pytest.mark.parametrize("words", [("diff", "diff_b"), ("w_norm", "b_norm")])
 @pytest.mark.parametrize("layer", [NORM, GROUP_NORM])
-def test_norms_are_changed_at_any_strength(model, loaded, layer, words):
+def test_norms_are_changed_at_any_scale(model, loaded, layer, words):
     norm = module_of(model, layer)
     base = norm.get_base_layer() if hasattr(norm, "get_base_layer") else norm
     changes = [foreign.randn(*base.weight.shape), foreign.randn(*base.bias.shape)]
@@ -96,7 +96,7 @@ def test_a_bias_is_changed_beside_the_weight_and_alone(model, loaded, layer):
     assert_is(module_of(model, layer), weight, bias + of_bias)
 
 
-def test_kinds_mix_at_their_strengths_and_are_deleted_alone(tmp_path):
+def test_kinds_are_combined_at_their_scales_and_deleted_separately(tmp_path):
     pipe = tiny_pipeline()
     before, expected = output_of(pipe.unet), {}
     add_nora(pipe, components=("unet",), target_modules=[LINEAR.removeprefix("unet.")])
@@ -197,7 +197,7 @@ def expected_parameters(base, parts):
 
 
 @pytest.mark.parametrize(("case", "name"), [(case, name) for case, names in CASES.items() for name in names])
-def test_a_file_from_a_bug_report_makes_the_weights_that_it_says(built_in, case, name):
+def test_files_from_bug_reports_give_the_expected_weights(built_in, case, name):
     path = case_folder(case) / f"{name}.safetensors"
     grouped = parts_by_layer(built_in, load_file(path))
     assert grouped
@@ -210,12 +210,12 @@ def test_a_file_from_a_bug_report_makes_the_weights_that_it_says(built_in, case,
     built_in.delete_adapters(["x"])
 
 
-def test_a_textual_inversion_from_a_bug_report_is_called_one(built_in):
+def test_a_textual_inversion_from_a_bug_report_is_recognised(built_in):
     with pytest.raises(InputError, match=r"textual_inversion.safetensors is a textual inversion .*LoRA, DoRA, LoCon"):
         load_adapter(built_in, case_folder("lora-other-kinds") / "textual_inversion.safetensors", "x")
 
 
-def test_the_command_draws_with_a_file_whose_names_hold_an_adapters_name(tmp_path, caplog):
+def test_the_command_generates_with_a_file_that_has_an_adapters_name_in_tensor_names(tmp_path, caplog):
     folder = case_folder("lora-default-in-names")
     plain = {
         name.replace(".default", ""): tensor.float() for name, tensor in load_file(next(folder.glob("*.safetensors"))).items()

@@ -1,4 +1,4 @@
-"""LoRA files are read whatever their program calls its layers, in files and folders."""
+"""LoRA files with the layer names of every program, as files and in folders."""
 
 import shutil
 
@@ -125,7 +125,7 @@ PEFT_CONFIGS = {
 
 
 @pytest.mark.parametrize("name", PEFT_CONFIGS)
-def test_a_folder_of_peft_is_what_peft_makes_of_it(model, tmp_path, name):
+def test_a_folder_saved_by_peft_gives_the_same_model_as_in_peft(model, tmp_path, name):
     expected = peft_folder(tmp_path, tiny_pipeline().unet, PEFT_CONFIGS[name])
     load_adapter(model, tmp_path, "x")
     theirs, ours = output_of(expected), output_of(model.unet)
@@ -153,7 +153,7 @@ def test_a_folder_of_diffusers_is_read_and_one_of_a_single_file(model, tmp_path)
 
 
 @pytest.mark.parametrize("format", ["diffusers", "kohya"])
-def test_our_own_exports_of_a_dora_come_back_as_they_were(model, tmp_path, format):
+def test_exported_doras_are_loaded_unchanged(model, tmp_path, format):
     pipe = tiny_pipeline()
     pipe.unet.add_adapter(LoraConfig(r=3, lora_alpha=1.5, target_modules=TARGETS["unet"], use_dora=True), "default")
     for name, parameter in pipe.unet.named_parameters():

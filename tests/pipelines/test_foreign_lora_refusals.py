@@ -1,4 +1,4 @@
-"""Files that are no LoRA of this model are called what they are, and what nothing uses is an error."""
+"""Files that are not a LoRA of this model are recognised, and unused tensors are errors."""
 
 import json
 
@@ -52,7 +52,7 @@ def test_settings_that_would_change_something_are_refused_by_name(loaded, config
         loaded(good(), {"lora_adapter_metadata": json.dumps(configuration)})
 
 
-def test_what_no_layer_takes_is_left_out_by_name(model, loaded):
+def test_tensors_that_no_layer_uses_are_left_out_and_reported(model, loaded):
     embeddings = {"bundle_emb.blue mug.clip_l": torch.ones(3, 16), "bundle_emb.blue mug.clip_g": torch.ones(3, 24)}
     said = loaded({**good(), **embeddings, "step": torch.tensor(7)})
     assert len(said) == 2
@@ -95,7 +95,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_what_is_no_lora_of_this_model_is_called_what_it_is(loaded, kind):
+def test_a_file_that_is_not_a_lora_of_this_model_is_recognised(loaded, kind):
     shapes, message = OTHERS[kind]
     with pytest.raises(InputError, match=message):
         loaded({name: torch.ones(shape) for name, shape in shapes.items()})
@@ -111,7 +111,7 @@ def test_what_is_no_lora_of_this_model_is_called_what_it_is(loaded, kind):
         ({"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}, "SDXL"),
     ],
 )
-def test_a_header_says_which_model_a_file_that_does_not_fit_was_made_for(loaded, said, trained_on):
+def test_the_metadata_give_the_base_model_of_a_file_that_does_not_fit(loaded, said, trained_on):
     with pytest.raises(InputError, match=rf"is a LoRA of {trained_on} and does not fit"):
         loaded({"lora_unet_mid_block_attentions_9_proj_in.lora_down.weight": torch.ones(2, 2)}, said)
 
@@ -141,7 +141,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
-def test_a_tensor_that_nothing_uses_and_a_layer_that_gets_nothing_are_errors(model, loaded, damage):
+def test_unused_tensors_and_incomplete_layers_are_errors(model, loaded, damage):
     change, message = DAMAGED[damage]
     with pytest.raises(InputError, match=message):
         loaded(change(good()))
@@ -170,7 +170,7 @@ def test_a_parameter_on_the_meta_device_is_an_error_naming_it(model, loaded, tmp
         (b"", r"is empty \(0 bytes\)\. Download it again"),
     ],
 )
-def test_what_a_failed_download_leaves_is_named(model, tmp_path, content, message):
+def test_the_result_of_a_failed_download_is_recognised(model, tmp_path, content, message):
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(AdapterFileError, match=message):
         load_adapter(model, tmp_path / "x.safetensors", "x")

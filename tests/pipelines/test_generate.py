@@ -1,4 +1,4 @@
-"""Images from prompts: the same settings give the same bytes, and the files say what the settings were."""
+"""Images from prompts: equal settings give equal bytes, and the files contain the settings."""
 
 import dataclasses
 from contextlib import nullcontext
@@ -53,14 +53,14 @@ def test_the_same_settings_give_the_same_bytes(tiny_model, tmp_path):
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_an_image_is_the_same_alone_and_among_others(pipe):
+def test_an_image_does_not_depend_on_the_others_in_its_batch(pipe):
     sampling = Sampling(num_inference_steps=2)
     alone = next(generate(pipe, ["snow"], [8], sampling))
     among = list(generate(pipe, ["a star", "snow", "sea"], [7, 8, 9], sampling))[1]
     assert np.abs(np.asarray(alone).astype(int) - np.asarray(among)).max() <= 1
 
 
-def test_an_image_carries_the_settings_that_make_it_again(tiny_model, lora_dir, tmp_path):
+def test_an_image_can_be_reproduced_from_its_settings(tiny_model, lora_dir, tmp_path):
     file = main(options(tiny_model, tmp_path / "a", adapter=[str(lora_dir)], scale=[0.7], negative_prompt="fog", seed=5))[0]
     settings = read_settings(file)
     assert settings["sampler"] == "EulerDiscrete"
@@ -79,7 +79,7 @@ def test_an_image_carries_the_settings_that_make_it_again(tiny_model, lora_dir, 
     assert main(again)[0].read_bytes() == file.read_bytes()
 
 
-def test_an_image_carries_its_settings_in_the_words_other_programs_read(tiny_model, tmp_path):
+def test_an_image_has_its_settings_in_a1111s_format(tiny_model, tmp_path):
     file = main(options(tiny_model, tmp_path, negative_prompt="fog", seed=5))[0]
     lines = Image.open(file).info["parameters"].splitlines()
     assert lines[:2] == ["a star", "Negative prompt: fog"]
@@ -108,7 +108,7 @@ def test_a_negative_prompt_changes_the_image(tiny_model, tmp_path):
     )
 
 
-def test_prompts_come_from_a_file_one_a_line_and_go_into_a_grid(tiny_model, tmp_path):
+def test_prompts_are_read_from_a_file_and_images_put_into_a_grid(tiny_model, tmp_path):
     (tmp_path / "prompts.txt").write_text("a star\n\nsnow\n  sea  \n")
     sheet = tmp_path / "sheets" / "grid.png"
     files = main(
@@ -119,7 +119,7 @@ def test_prompts_come_from_a_file_one_a_line_and_go_into_a_grid(tiny_model, tmp_
     assert Image.open(sheet).size == (32, 32)
 
 
-def test_prompts_of_a_file_with_a_byte_order_mark_have_none(tmp_path):
+def test_the_byte_order_mark_of_a_prompts_file_is_removed(tmp_path):
     (tmp_path / "prompts.txt").write_text("a café\na star\n", encoding="utf-8-sig")
     assert GenerationOptions(prompts_file=str(tmp_path / "prompts.txt")).prompts() == ["a café", "a star"]
 
@@ -131,7 +131,7 @@ def test_prompts_in_another_encoding_are_refused_with_the_remedy(name, said):
         assert not any("\ufeff" in prompt for prompt in given.prompts())
 
 
-def test_a_prompt_in_a1111s_syntax_is_drawn_as_text_with_a_warning(tiny_model, tmp_path, caplog):
+def test_a_prompt_in_a1111s_syntax_is_used_as_text_with_a_warning(tiny_model, tmp_path, caplog):
     file = main(options(tiny_model, tmp_path, prompt=["a star <lora:toy:0.8>"], negative_prompt="(fog:1.4)"))[0]
     assert read_settings(file)["prompt"] == "a star <lora:toy:0.8>"
     assert "--adapter PATH/toy.safetensors --scale 0.8" in caplog.text
@@ -149,12 +149,12 @@ def test_guidance_is_rescaled_as_stock_diffusers_does(pipe):
     assert not np.array_equal(ours, plain)
 
 
-def test_without_a_prompt_the_sheet_of_the_built_in_model_is_drawn(pipe):
+def test_without_a_prompt_the_built_in_models_prompts_are_used(pipe):
     assert GenerationOptions().prompts() == list(SHEET_PROMPTS)
     assert contact_sheet(pipe, SHEET_PROMPTS, steps=1).size == (64, 64)
 
 
-def test_several_images_of_a_prompt_have_seeds_of_their_own(tiny_model, tmp_path):
+def test_images_of_the_same_prompt_have_different_seeds(tiny_model, tmp_path):
     files = main(options(tiny_model, tmp_path, num_images_per_prompt=2))
     assert [read_settings(file)["seed"] for file in files] == [0, 1]
     assert files[0].read_bytes() != files[1].read_bytes()

@@ -1,4 +1,4 @@
-"""Base models from the hub: what is downloaded, what comes from the cache, and what each failure says."""
+"""Base models from the hub: downloads, the cache, and the message of each failure."""
 
 import errno
 import re
@@ -48,7 +48,7 @@ def refused(name=SDXL, **options):
     return message
 
 
-def test_a_variant_is_downloaded_alone_and_once(sdxl):
+def test_only_the_files_of_a_variant_are_downloaded_and_only_once(sdxl):
     pipeline = load_base_model(SDXL, variant="fp16")
     torch.testing.assert_close(weights_of(pipeline), weights_of(tiny_pipeline()))
     weights = [name for name in sdxl.downloads() if name.endswith(".safetensors")]
@@ -95,13 +95,13 @@ def test_a_new_commit_on_the_branch_is_fetched(hub_server, tiny_model, other_mod
         (("fp16",), None, r"has weights only in variants\. Give --variant fp16"),
     ],
 )
-def test_a_variant_that_is_missing_is_named_with_those_there_are(hub_server, tiny_model, served, asked, message):
+def test_a_missing_variant_is_reported_with_the_available_ones(hub_server, tiny_model, served, asked, message):
     hub_server.add(SDXL, model_files(tiny_model, *served))
     assert re.search(message, refused(variant=asked))
     assert not [name for name in hub_server.downloads() if name.endswith(".safetensors")]
 
 
-def test_a_model_of_pickles_alone_is_refused_before_any_is_downloaded(hub_server, tiny_model):
+def test_a_model_with_only_pickles_is_refused_before_the_download(hub_server, tiny_model):
     files = {name.replace(".safetensors", ".bin"): content for name, content in model_files(tiny_model).items()}
     hub_server.add(SDXL, files)
     assert re.search(r"unet/ has no \.safetensors weights, only pickles such as diffusion_pytorch_model\.bin", refused())
@@ -127,7 +127,7 @@ def test_a_gated_model_names_the_page_of_its_licence_and_the_login(sdxl, monkeyp
 
 
 @pytest.mark.parametrize("token", [None, TOKEN])
-def test_a_model_that_is_not_there_is_named_with_its_page_and_the_login(hub_server, monkeypatch, token):
+def test_a_missing_model_is_reported_with_its_page_and_the_login(hub_server, monkeypatch, token):
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
     message = rf"'me/nothing' .*no such model on the hub.*Check the name on {hub_server.endpoint}/me/nothing; if.*`hf auth login`"
@@ -141,7 +141,7 @@ def test_a_private_model_loads_with_a_token_that_no_other_host_gets(sdxl, monkey
     load_base_model(SDXL)
 
 
-def test_a_token_that_is_not_valid_is_named(sdxl, monkeypatch):
+def test_an_invalid_token_is_reported(sdxl, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_stale")
     assert re.search(r"not accept the access token \(401\)\. Log in again with `hf auth login`, or unset HF_TOKEN", refused())
 
@@ -155,7 +155,7 @@ def test_a_token_that_is_not_valid_is_named(sdxl, monkeypatch):
         (503, r"server error \(503\).*Try again later"),
     ],
 )
-def test_an_answer_that_refuses_is_named_with_what_to_do_unless_the_model_is_cached(sdxl, caplog, status, message):
+def test_an_error_status_is_reported_with_the_remedy_unless_the_model_is_cached(sdxl, caplog, status, message):
     sdxl.status = status
     assert re.search(message, refused())
     sdxl.status = None
@@ -165,12 +165,12 @@ def test_an_answer_that_refuses_is_named_with_what_to_do_unless_the_model_is_cac
     assert f"{SDXL!r} is loaded from the cache, as the hub failed" in caplog.text
 
 
-def test_a_connection_that_is_cut_goes_on_where_it_was_cut(sdxl):
+def test_an_interrupted_download_is_resumed(sdxl):
     sdxl.cut_after = {"diffusion_pytorch_model.safetensors": [1000]}
     assert torch.equal(weights_of(load_base_model(SDXL)), weights_of(tiny_pipeline()))
 
 
-def test_a_file_of_a_wrong_length_is_named_and_the_next_try_fetches_that_alone(sdxl):
+def test_a_file_of_the_wrong_length_is_reported_and_downloaded_again_by_the_next_try(sdxl):
     sdxl.wrong_length = {"diffusion_pytorch_model.safetensors"}
     assert re.search(r"the download was interrupted \(Consistency check failed: .*\)\. Run the command again", refused())
     sdxl.wrong_length = set()
@@ -180,7 +180,7 @@ def test_a_file_of_a_wrong_length_is_named_and_the_next_try_fetches_that_alone(s
 
 
 @pytest.mark.parametrize("offline", [False, True])
-def test_without_a_network_a_cached_model_loads_and_another_names_how_to_get_it(sdxl, monkeypatch, offline):
+def test_offline_a_cached_model_loads_and_the_error_for_another_has_the_remedy(sdxl, monkeypatch, offline):
     load_base_model(SDXL, variant="fp16")
     if offline:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -200,13 +200,13 @@ def test_without_a_network_a_cached_model_loads_and_another_names_how_to_get_it(
     assert sdxl.requests == []
 
 
-def test_what_the_message_says_to_download_is_enough_without_a_network(sdxl):
+def test_the_download_command_of_the_message_suffices_offline(sdxl):
     snapshot_download(SDXL, allow_patterns=["*.json", "*.txt", "*.fp16*.safetensors"])
     sdxl.stop()
     load_base_model(SDXL, variant="fp16")
 
 
-def test_an_address_that_is_no_hub_is_named(sdxl):
+def test_a_server_that_is_not_a_hub_is_recognised(sdxl):
     sdxl.login_page = True
     assert re.search(r"does not answer like the Hugging Face hub\. Check HF_ENDPOINT, and whether a proxy", refused())
 
@@ -215,7 +215,7 @@ def test_an_address_that_is_no_hub_is_named(sdxl):
     ("number", "message"),
     [(errno.ENOSPC, r"is full\. Free some space, or set HF_HOME"), (errno.EACCES, r"cannot be written \(.*\)\. Set HF_HOME")],
 )
-def test_a_cache_that_takes_no_more_is_named(sdxl, monkeypatch, number, message):
+def test_a_full_or_read_only_cache_is_reported(sdxl, monkeypatch, number, message):
     def fail(*_, **__):
         raise OSError(number, "the reason")
 
@@ -223,7 +223,7 @@ def test_a_cache_that_takes_no_more_is_named(sdxl, monkeypatch, number, message)
     assert re.search(message, refused())
 
 
-def test_a_failure_is_recognised_behind_other_libraries_errors():
+def test_a_failure_is_recognised_in_the_causes_of_other_errors():
     error = OSError("We couldn't connect, and a long text")
     error.__cause__ = OSError(errno.ENOSPC, "full")
     assert failure_of(error) == (Failure.DISK_FULL, error.__cause__)
@@ -250,7 +250,7 @@ def test_an_autoencoder_and_a_configuration_come_from_the_hub(hub_server, tiny_m
     StableDiffusionXLPipeline.from_single_file(str(tmp_path / "model.safetensors"), config=SDXL, vae=vae)
 
 
-def test_an_autoencoder_or_a_configuration_that_cannot_be_had_names_its_own_option(hub_server, tiny_model, tmp_path):
+def test_an_unavailable_autoencoder_or_configuration_is_reported_with_its_option(hub_server, tiny_model, tmp_path):
     save_single_file(tiny_pipeline(), tmp_path / "model.safetensors")
     file = str(tmp_path / "model.safetensors")
     hub_server.add("me/pickled", {"config.json": b"{}", "diffusion_pytorch_model.bin": b""})

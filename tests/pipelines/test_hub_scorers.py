@@ -1,4 +1,4 @@
-"""CLIP and DINOv2 models from the hub, by open_clip and by transformers: downloads, the cache, and what failures say."""
+"""CLIP and DINOv2 models from the hub, with open_clip and transformers: downloads, the cache, and failures."""
 
 import json
 import re
@@ -101,7 +101,7 @@ def test_a_tags_weights_are_downloaded_once_and_never_a_pickle(open_clip_hub):
 
 
 @pytest.mark.parametrize("offline", [False, True])
-def test_without_a_network_a_cached_tag_loads_and_another_names_how_to_get_it(open_clip_hub, monkeypatch, offline):
+def test_offline_a_cached_tag_loads_and_the_error_for_another_has_the_remedy(open_clip_hub, monkeypatch, offline):
     load_clip("tiny-hub", "hub")
     cut_off(open_clip_hub, offline, monkeypatch)
     assert loads_the_tiny_model("tiny-hub", "hub")

@@ -1,4 +1,4 @@
-"""Formats: the content decides, whatever a file is called; what is not read is named with the remedy."""
+"""Image formats are recognised by content, and unsupported files are reported with the remedy."""
 
 import io
 import sys
@@ -40,13 +40,13 @@ def without_heif(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["only", "mixed"])
-def test_jpegs_called_jfif_and_jpe_are_photos(kind):
+def test_jpegs_with_the_suffixes_jfif_and_jpe_are_images(kind):
     folder = case_folder("photos-jfif") / f"jfif_{kind}"
     assert len(scan_folder(folder).subjects[0].images) == 5
     assert len(check_images(folder).usable) == 5
 
 
-def test_every_suffix_of_a_jpeg_counts_in_either_case(tmp_path):
+def test_every_jpeg_suffix_is_recognised_in_upper_and_lower_case(tmp_path):
     for place, suffix in enumerate(JPEG_SUFFIXES):
         (tmp_path / f"{place}{suffix}").write_bytes(content("JPEG"))
     (subject,) = scan_folder(tmp_path).subjects
@@ -76,7 +76,7 @@ def _several(kind):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("JPEG", "BMP")])
-def test_of_several_frames_or_pages_the_first_is_taken_and_that_is_said(tmp_path, kind):
+def test_the_first_of_several_frames_or_pages_is_used_with_a_note(tmp_path, kind):
     (tmp_path / "a.gif").write_bytes(_several(kind))
     with pytest.warns(UserWarning, match=r"a\.gif'.*the first one is used"):
         found = read_image(tmp_path / "a.gif")
@@ -85,7 +85,7 @@ def test_of_several_frames_or_pages_the_first_is_taken_and_that_is_said(tmp_path
 
 
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "WEBP", "PNG", "MPO"])
-def test_a_single_image_is_not_worth_a_word(kind):
+def test_a_single_frame_gives_no_note(kind):
     how = {"save_all": True, "append_images": [Image.new("RGB", (44, 30))]} if kind == "MPO" else {}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -100,7 +100,7 @@ def test_transparent_parts_of_a_gif_are_white():
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("GIF", "BMP")])
 @pytest.mark.parametrize("orientation", [1, 3, TURNED_RIGHT])
-def test_the_size_that_is_told_is_that_of_the_upright_image(tmp_path, kind, orientation):
+def test_the_reported_size_is_that_of_the_upright_image(tmp_path, kind, orientation):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     (tmp_path / "a.jpg").write_bytes(content(kind, exif=exif))
@@ -133,7 +133,7 @@ def test_pixels_without_a_fixed_range_are_refused_rather_than_clipped():
 
 
 @pytest.mark.parametrize("tags", [{254: 1}, {50706: b"\1\4\0\0"}], ids=["reduced", "dng"])
-def test_the_small_preview_in_a_raw_file_is_not_taken_for_the_photo(tags):
+def test_the_preview_in_a_raw_file_is_not_used_as_the_image(tags):
     stream = io.BytesIO(content("TIFF", tiffinfo=tags))
     with pytest.raises(InputError, match=r"the photo cannot be read .*a camera's raw file. Save it as JPEG or PNG"):
         read_image(stream, "the photo")
@@ -147,7 +147,7 @@ def ftyp(*brands):
 @pytest.mark.parametrize(
     "start", [ftyp(b"heic", b"mif1", b"heic"), ftyp(b"mif1", b"heic"), b"any"], ids=["heic", "mif1", "words"]
 )
-def test_without_pillow_heif_a_heic_is_named_with_the_remedy(tmp_path, without_heif, start):
+def test_without_pillow_heif_a_heic_is_reported_with_the_remedy(tmp_path, without_heif, start):
     for name in ("photo.HEIC", "1.jpg", "2.jpg"):
         (tmp_path / name).write_bytes(start if name == "photo.HEIC" else content("JPEG"))
     with pytest.raises(InputError, match=r"photo\.HEIC'.*HEIC.*pip install pillow-heif"):
@@ -157,7 +157,7 @@ def test_without_pillow_heif_a_heic_is_named_with_the_remedy(tmp_path, without_h
     assert {path.name for path in report.usable} == {"1.jpg", "2.jpg"}
 
 
-def test_without_avif_in_pillow_an_avif_is_named_with_the_remedy(monkeypatch):
+def test_without_avif_in_pillow_an_avif_is_reported_with_the_remedy(monkeypatch):
     monkeypatch.setattr(image_formats.features, "check", lambda name: False)
     with pytest.raises(InputError, match=r"the photo .*AVIF.*upgrade Pillow"):
         read_image(io.BytesIO(ftyp(b"mif1", b"avif")), "the photo")
@@ -195,14 +195,14 @@ def test_with_pillow_heif_a_heic_is_read_upright_and_in_srgb(tmp_path):
         (b"PK\x03\x04", "zip"),
     ],
 )
-def test_what_is_no_image_is_called_what_it_is(tmp_path, start, words):
+def test_a_file_that_is_not_an_image_is_recognised(tmp_path, start, words):
     (tmp_path / "a.jpg").write_bytes(start + bytes(100))
     with pytest.raises(InputError, match=rf"a\.jpg' cannot be read as an image: it is .*{words}"):
         read_image(tmp_path / "a.jpg")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_damage_is_named_by_the_file_never_by_a_python_object(tmp_path, kind):
+def test_messages_about_damage_name_the_file_and_no_python_object(tmp_path, kind):
     whole = content(kind)
     for cut in (0, 1, 8, 14, 40, len(whole) // 2, len(whole) * 9 // 10):
         path = tmp_path / "cut.jpg"
@@ -217,7 +217,7 @@ def _labelled(stored):
     return LabelledImage(ImageBytes("cat/cut.jpg", stored), 0, "cat")
 
 
-def test_a_folder_called_like_a_image_is_named(tmp_path):
+def test_a_folder_named_like_an_image_is_reported(tmp_path):
     (tmp_path / "x.jpg").mkdir()
     with pytest.raises(InputError, match=r"x\.jpg' cannot be read"):
         read_image(tmp_path / "x.jpg")

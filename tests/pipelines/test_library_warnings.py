@@ -1,4 +1,4 @@
-"""Of the warnings of libraries, those that say nothing are left out, and no others."""
+"""Only the warnings of libraries that do not apply here are dropped."""
 
 import ast
 import logging
@@ -30,7 +30,7 @@ def terminal():
         logger.removeHandler(handler)
 
 
-def test_an_empty_list_of_modules_to_keep_in_float32_is_left_out(terminal, monkeypatch):
+def test_the_warning_about_an_empty_list_of_float32_modules_is_dropped(terminal, monkeypatch):
     model = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2)
     model.to(torch.bfloat16)
     assert terminal == []
@@ -40,7 +40,7 @@ def test_an_empty_list_of_modules_to_keep_in_float32_is_left_out(terminal, monke
     assert "should be kept in float32: ['quant_conv']" in terminal[0]
 
 
-def test_a_kernel_that_is_not_there_is_left_out_and_what_else_bitsandbytes_says_is_not(terminal):
+def test_the_warning_about_a_missing_kernel_is_dropped_but_no_other_of_bitsandbytes(terminal):
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please make sure you", "No module")
     logger.warning("The weights are damaged.")
@@ -62,7 +62,7 @@ def lora_state(rank, layers):
         ("strange names", 4, "UNEXPECTED"),
     ],
 )
-def test_a_lora_of_some_layers_loads_without_a_report_and_one_that_does_not_fit_with_one(terminal, layers, rank, shown):
+def test_only_a_lora_that_does_not_fit_is_reported(terminal, layers, rank, shown):
     encoder = tiny_pipeline().text_encoder
     state = {name: value for name, value in lora_state(rank, ["q_proj", "v_proj"]).items() if ".layers.0." in name}
     if layers == "strange names":
@@ -82,7 +82,7 @@ def test_a_second_call_adds_nothing():
 
 
 @pytest.mark.parametrize("recipe", ["dreambooth_nora.py", "fewshot_nora.py"])
-def test_a_recipe_imports_what_leaves_them_out_before_any_library(recipe):
+def test_a_recipe_installs_the_filters_before_it_imports_a_library(recipe):
     statements = ast.parse((ROOT / "training" / recipe).read_text()).body
     imports = [node for node in statements if isinstance(node, ast.Import | ast.ImportFrom)]
     assert isinstance(imports[1], ast.Import)

@@ -89,7 +89,7 @@ def check_start(layer, gradient, alpha=16.0, rank=RANK, gamma=GAMMA):
     torch.testing.assert_close(A @ A.T, torch.diag(S[:count] / S[0] / gamma), atol=1e-6, rtol=1e-3)
 
 
-def test_the_start_is_the_best_approximation_of_minus_the_gradient_shared_evenly_by_a_and_b(tmp_path):
+def test_the_initial_change_is_the_best_approximation_of_the_negative_gradient(tmp_path):
     model, plain = started(tmp_path), small_model()
     gradients = gradients_of(plain, losses_of(plain, BATCHES), ["conv", "linear"])
     for name, gradient in gradients.items():
@@ -113,7 +113,7 @@ def test_the_base_weights_stay_and_only_the_adapter_is_trained(tmp_path):
     assert all("lora_" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
-def test_a_layer_without_a_gradient_starts_as_lora_and_is_named(tmp_path, caplog):
+def test_a_layer_without_a_gradient_starts_as_in_lora_and_is_reported(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         layer = started(tmp_path).unread
     assert "gradient of 1 of 3 layers is zero" in caplog.text
@@ -122,7 +122,7 @@ def test_a_layer_without_a_gradient_starts_as_lora_and_is_named(tmp_path, caplog
     assert layer.lora_A[ADAPTER_NAME].weight.any(dim=1).all()
 
 
-def test_directions_that_the_gradient_has_not_start_as_loras(tmp_path):
+def test_directions_beyond_the_gradients_rank_start_as_in_lora(tmp_path):
     def one_image(model, count):
         for _ in range(count):
             yield model.linear(torch.ones(5)).square().mean()
@@ -157,7 +157,7 @@ def test_the_same_seed_and_data_give_the_same_bytes(tmp_path):
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_the_start_and_a_step_along_it_lower_the_loss(tmp_path):
+def test_the_initial_change_and_a_step_along_it_lower_the_loss(tmp_path):
     model, plain = started(tmp_path), small_model()
     before = torch.stack(list(losses_of(plain, BATCHES))).mean()
     at_start = torch.stack(list(losses_of(model, BATCHES))).mean()
@@ -174,7 +174,7 @@ def not_again(model, count):
     raise AssertionError("differentiated again")
 
 
-def test_factors_are_kept_and_started_from_again_without_another_pass(tmp_path):
+def test_factors_are_cached_and_reused_without_another_pass(tmp_path):
     first = started(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["small-lora_one.safetensors"]
     again = started(tmp_path, losses=not_again)
@@ -182,7 +182,7 @@ def test_factors_are_kept_and_started_from_again_without_another_pass(tmp_path):
         assert torch.equal(ours, theirs)
 
 
-def test_factors_of_other_options_or_weights_are_not_started_from(tmp_path):
+def test_cached_factors_of_other_options_or_weights_are_not_reused(tmp_path):
     started(tmp_path)
     other = small_model()
     other.linear.weight.mul_(2)
@@ -224,7 +224,7 @@ def test_an_error_in_the_pass_leaves_the_weights_frozen_and_the_losses_closed(tm
         assert not weight._post_accumulate_grad_hooks
 
 
-def test_a_gradient_that_is_not_finite_names_its_layer(tmp_path):
+def test_a_non_finite_gradient_is_reported_with_its_layer(tmp_path):
     def infinite(model, count):
         yield model.linear(torch.full((5,), torch.inf)).sum()
 
@@ -241,14 +241,14 @@ def test_a_quantised_weight_is_refused_before_any_pass(tmp_path):
         started(tmp_path, model, not_again)
 
 
-def test_a_convolution_of_groups_is_refused(tmp_path):
+def test_a_grouped_convolution_is_refused(tmp_path):
     model = small_model()
     model.conv = nn.Conv2d(4, 8, 3, groups=2)
     with pytest.raises(InputError, match=r"'conv', a convolution with 2 groups"):
         started(tmp_path, model, not_again)
 
 
-def test_a_method_without_losses_says_so(pipe, tmp_path):
+def test_missing_losses_are_an_error(pipe, tmp_path):
     options = AdapterOptions("lora_one")
     components = adapters.attach(pipe, options)
     with pytest.raises(ValueError, match="initialised from gradients"):
@@ -271,7 +271,7 @@ def test_wrong_options_are_refused(changes, message):
 # Precision and processes
 
 
-def test_a_gradient_too_small_for_float16_is_found_all_the_same():
+def test_loss_scaling_keeps_gradients_too_small_for_float16():
     weight = nn.Parameter(torch.ones(3, 4, dtype=torch.float16), requires_grad=False)
 
     def tiny(count):
@@ -288,7 +288,7 @@ def half_of_batch(model, process, count):
         yield (model(batch(index).chunk(2)[process]) - 1).square().mean()
 
 
-def test_processes_start_from_the_mean_over_their_parts_of_each_batch(monkeypatch):
+def test_several_processes_start_from_the_mean_of_their_gradients(monkeypatch):
     model, names, of_first = small_model(), ("conv", "linear"), []
 
     def noted(own, reduction):
@@ -327,7 +327,7 @@ def subject_batch(index):
     return {"latents": latents, "noise": noise, "timesteps": timesteps, "time_ids": time_ids, "tokens": tokens}
 
 
-def test_all_parts_of_sdxl_start_from_the_gradient_of_the_untouched_pipeline(pipe, tmp_path):
+def test_all_components_of_sdxl_start_from_the_gradient_of_the_base_model(pipe, tmp_path):
     options = AdapterOptions("lora_one", rank=RANK, gradient_batches=2, train_text_encoder=True)
     components = adapters.attach(pipe, options)
     losses = partial(training_losses, DenoisingLoss(pipe), subject_batch, Accelerator(cpu=True))
@@ -356,7 +356,7 @@ def class_batch(clip, encoders, index):
 
 
 @pytest.mark.parametrize("encoders", ["image", "text", "both"])
-def test_encoders_of_clip_start_from_the_gradient_of_the_untouched_model_with_the_other_one_frozen(encoders, tmp_path):
+def test_each_encoder_of_clip_starts_from_the_gradient_of_the_base_model(encoders, tmp_path):
     options, clip, plain = AdapterOptions("lora_one", rank=RANK), toy_clip(), toy_clip()
     separate(plain.model)
     components = few_shot.attach(clip, options, few_shot.TargetLayers(encoders))
@@ -368,7 +368,7 @@ def test_encoders_of_clip_start_from_the_gradient_of_the_untouched_model_with_th
     check_components(components, parts, lambda: (loss(**batch_at(index)) for index in range(BATCHES)))
 
 
-def test_files_are_plain_lora_that_peft_itself_reads(pipe, tmp_path):
+def test_files_are_plain_lora_that_peft_loads(pipe, tmp_path):
     options = AdapterOptions("lora_one", rank=RANK, gradient_batches=1)
     components = adapters.attach(pipe, options)
     losses = partial(training_losses, DenoisingLoss(pipe), subject_batch, Accelerator(cpu=True))

@@ -1,4 +1,4 @@
-"""Every adapter method through the one door: start, train, save, load."""
+"""Every adapter method through the common interface: start, train, save, load."""
 
 import json
 from functools import partial
@@ -61,7 +61,7 @@ def disturb(components):
             parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
 
 
-def test_nora_lora_and_dora_are_there():
+def test_nora_lora_and_dora_are_available():
     assert {"nora", "lora", "dora"} <= set(method_names())
 
 
@@ -123,7 +123,7 @@ def test_every_file_of_a_trained_adapter_gives_the_same_images(trained, file):
 
 
 @methods
-def test_a_kept_adapter_is_used_beside_the_one_in_training_and_taken_off_again(method, images_dir, tmp_path):
+def test_a_saved_adapter_is_loaded_beside_the_one_in_training_and_removed_again(method, images_dir, tmp_path):
     pipe = tiny_pipeline()
     options = small(method, train_text_encoder=True, target_modules=default_targets(method, built_in=True))
     components = attached(pipe, options, images_dir, tmp_path / "cache")
@@ -142,7 +142,7 @@ def test_a_kept_adapter_is_used_beside_the_one_in_training_and_taken_off_again(m
     torch.testing.assert_close(image(fresh), kept, atol=1 / 255, rtol=0)
 
 
-def test_pefts_own_loader_reads_the_full_files_and_makes_the_same_image(trained):
+def test_pefts_loader_reads_the_full_files_and_gives_the_same_image(trained):
     _, folder, expected = trained
     fresh = tiny_pipeline()
     for component in sorted((folder / "adapter" / "full").iterdir()):
@@ -150,7 +150,7 @@ def test_pefts_own_loader_reads_the_full_files_and_makes_the_same_image(trained)
     torch.testing.assert_close(image(fresh), expected, atol=1 / 255, rtol=0)
 
 
-def test_files_from_before_names_had_pefts_prefix_still_load(images_dir, tmp_path):
+def test_files_of_earlier_versions_without_pefts_prefix_still_load(images_dir, tmp_path):
     pipe = tiny_pipeline()
     components = attached(pipe, small("lora"), images_dir, tmp_path / "cache")
     disturb(components)
@@ -164,7 +164,7 @@ def test_files_from_before_names_had_pefts_prefix_still_load(images_dir, tmp_pat
     torch.testing.assert_close(image(fresh), image(pipe), atol=1 / 255, rtol=0)
 
 
-def test_nora_keeps_its_statistics_and_starts_from_them_again(images_dir, tmp_path):
+def test_nora_caches_its_statistics_and_reuses_them(images_dir, tmp_path):
     first = attached(tiny_pipeline(), small("nora"), images_dir, tmp_path)
     cached = (tmp_path / "unet.safetensors").read_bytes()
     pipe = tiny_pipeline()
@@ -196,13 +196,13 @@ def test_the_losses_that_a_start_differentiates_are_the_base_models_whatever_was
     assert not any(layer.disable_adapters for model in components.values() for layer in tuner_layers(model).values())
 
 
-def test_an_unknown_method_is_refused_with_the_known_ones():
+def test_an_unknown_method_is_refused_with_a_list_of_methods():
     with pytest.raises(InputError, match=r"method must be one of .*lora.*nora.*, got 'dreamfusion'"):
         AdapterOptions(method="dreamfusion")
 
 
 @methods
-def test_options_default_to_the_methods_own(method):
+def test_options_default_to_those_of_the_method(method):
     decided = method_named(method).defaults("subject", False).options
     assert decided.items() <= vars(AdapterOptions(method=method)).items()
 
@@ -223,14 +223,14 @@ def test_a_wrong_option_is_refused_before_a_model_is_loaded(changes, message):
         AdapterOptions(**changes)
 
 
-def test_a_rank_above_a_layers_is_refused_with_the_layers_name(pipe):
+def test_a_rank_above_a_layers_size_is_refused_with_the_layers_name(pipe):
     with pytest.raises(InputError, match=r"does not fit unet: r must be in \[1, 16\] for '.*to_q'.*got 64"):
         adapters.attach(pipe, AdapterOptions(rank=64))
     assert not hasattr(pipe.unet, "peft_config") or not pipe.unet.peft_config
 
 
 @methods
-def test_a_target_that_is_not_there_is_refused(pipe, method):
+def test_a_target_that_does_not_exist_is_refused(pipe, method):
     with pytest.raises(InputError, match=r"does not fit unet: .*to_z"):
         adapters.attach(pipe, small(method, target_modules=["to_z"]))
 

@@ -21,7 +21,7 @@ def test_the_reduced_tokenizer_splits_its_words_as_clip_does(tokenizer, text):
 
 
 @pytest.mark.parametrize("text", ["zebra", "unseen words", "café", "3 robots!"])
-def test_any_other_word_is_spelled_and_comes_back(tokenizer, text):
+def test_any_other_word_is_encoded_and_decoded(tokenizer, text):
     tokens = tokenizer(text)["input_ids"]
     assert tokenizer.unk_token_id not in tokens[1:-1]
     assert tokenizer.decode(tokens, skip_special_tokens=True).strip() == text.replace("!", " !").strip()
@@ -33,7 +33,7 @@ def test_the_reduced_tokenizer_survives_saving(tokenizer, tmp_path):
     assert [again(text)["input_ids"] for text in TEXTS] == [tokenizer(text)["input_ids"] for text in TEXTS]
 
 
-def test_the_autoencoder_shrinks_by_four():
+def test_the_autoencoder_downsamples_by_four():
     vae = mini_sdxl.new_vae().eval()
     with torch.no_grad():
         latents = vae.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mean
@@ -41,7 +41,7 @@ def test_the_autoencoder_shrinks_by_four():
         assert vae.decode(latents).sample.shape == (1, 3, 64, 64)
 
 
-def test_assembled_parts_make_a_image_of_the_models_resolution(tokenizer):
+def test_the_assembled_pipeline_generates_at_the_models_resolution(tokenizer):
     torch.manual_seed(0)
     pipeline = mini_sdxl.assemble(mini_sdxl.new_vae(), mini_sdxl.new_unet(), mini_sdxl.new_text_encoders(tokenizer), tokenizer)
     pipeline.set_progress_bar_config(disable=True)

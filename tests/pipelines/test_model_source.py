@@ -1,4 +1,4 @@
-"""Which base model images are generated with, and what is said of runs that cannot say it."""
+"""The base model that images are generated with, and errors about runs whose base model is unknown."""
 
 import json
 
@@ -28,7 +28,7 @@ def source(run, **given):
 
 
 @pytest.mark.parametrize("name", [BUILT_IN, str(BUILT_IN_MODEL), GONE])
-def test_the_built_in_model_is_called_by_a_word_wherever_it_lies(name):
+def test_the_built_in_model_has_one_name_in_every_folder(name):
     assert is_built_in(name)
     assert recorded_name(name) == BUILT_IN
     assert model_path(name) == str(BUILT_IN_MODEL)
@@ -42,7 +42,7 @@ def test_another_folder_of_that_name_is_another_model(tmp_path):
     assert recorded_name("owner/model") == "owner/model"
 
 
-def test_a_run_says_all_of_its_base_model_and_what_is_given_wins(tmp_path):
+def test_a_runs_base_model_is_used_and_given_values_take_precedence(tmp_path):
     said = {"revision": "v2", "variant": "fp16", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     run = run_of(tmp_path / "run", pretrained_model_name_or_path="owner/model", quantize="nf4", **said)
     assert source(run) == ModelSource("owner/model", **said)
@@ -53,11 +53,11 @@ def test_a_run_says_all_of_its_base_model_and_what_is_given_wins(tmp_path):
     assert source(run, rescale_betas_zero_snr=False, prediction_type="epsilon").prediction_type == "epsilon"
 
 
-def test_without_a_run_it_is_the_built_in_model(tmp_path):
+def test_without_a_run_the_built_in_model_is_used(tmp_path):
     assert GenerationOptions().source() == source(str(tmp_path)) == ModelSource(BUILT_IN)
 
 
-def test_an_old_run_of_the_built_in_model_of_a_checkout_that_is_gone_still_works(tmp_path):
+def test_a_run_of_the_built_in_model_in_a_deleted_checkout_still_works(tmp_path):
     assert source(run_of(tmp_path / "run", pretrained_model_name_or_path=GONE)) == ModelSource(BUILT_IN)
 
 
@@ -75,20 +75,20 @@ def test_a_run_of_another_version_of_the_built_in_model_names_the_option(tmp_pat
 
 
 @pytest.mark.parametrize("part", ["pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "single_file_config"])
-def test_a_part_that_has_moved_is_named_with_its_option(tmp_path, part):
+def test_a_moved_part_is_reported_with_its_option(tmp_path, part):
     run = run_of(tmp_path / "run", **{"pretrained_model_name_or_path": "owner/model", part: str(tmp_path / "gone")})
     with pytest.raises(InputError, match=rf"was trained with {part} '.*gone', which no longer exists\. Give --{part}"):
         source(run)
     assert getattr(source(run, **{part: "owner/other"}), part) == "owner/other"
 
 
-def test_a_model_that_cannot_be_loaded_is_named_with_the_run_and_the_option(tmp_path):
+def test_a_model_that_cannot_be_loaded_is_reported_with_the_run_and_the_option(tmp_path):
     run = run_of(tmp_path / "run", pretrained_model_name_or_path="./models/gone.safetensors")
     with pytest.raises(InputError, match=r"of the run '.*run' cannot be loaded: .*gone.*--pretrained_model_name_or_path"):
         main(GenerationOptions(adapter=[run], prompt=["a star"], output_dir=str(tmp_path)))
 
 
-def test_tasks_are_known_by_their_options():
+def test_a_runs_task_is_recognised_by_its_options():
     assert task_of(SubjectOptions().to_dict()) == "subject"
     assert task_of(FewShotOptions().to_dict()) == "few-shot"
     assert task_of({}) is None
@@ -104,7 +104,7 @@ def test_a_run_of_the_other_task_names_the_command_that_takes_it(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"model": 3}'])
-def test_options_that_are_none_are_named(tmp_path, text):
+def test_invalid_options_files_are_refused(tmp_path, text):
     (tmp_path / "options.json").write_text(text)
     with pytest.raises(InputError, match=r"options\.json.* .*Restore the file that the run wrote"):
         run_options(tmp_path)
@@ -119,7 +119,7 @@ def test_options_that_are_none_are_named(tmp_path, text):
         ({"guidance_rescale": 1.5}, r"guidance_rescale must be in \[0, 1\], got 1\.5"),
     ],
 )
-def test_what_cannot_be_written_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, given, message):
+def test_unwritable_outputs_are_refused_before_a_model_is_loaded(tmp_path, monkeypatch, given, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ModelSource, "load", None)
     (tmp_path / "file").write_text("")

@@ -1,4 +1,4 @@
-"""Places for results are checked before the work starts, and nothing is left there by the check."""
+"""Output paths are checked before work starts, and the check leaves no files."""
 
 import os
 
@@ -8,7 +8,7 @@ from pipelines.errors import InputError
 from pipelines.output_paths import OUTPUT_SUFFIXES, check_output_file, check_output_folder
 
 
-def test_what_can_be_written_passes_and_leaves_nothing_behind(tmp_path):
+def test_writable_paths_pass_and_no_file_is_left(tmp_path):
     check_output_folder(tmp_path / "a" / "b", "--output_dir")
     check_output_folder(tmp_path, "--output_dir")
     check_output_file(tmp_path / "c" / "GRID.PNG", "--grid", OUTPUT_SUFFIXES)
@@ -26,14 +26,14 @@ def test_what_can_be_written_passes_and_leaves_nothing_behind(tmp_path):
         ("a" * 300, r"(?s)Nothing can be written to --output_dir 'a.*: File name too long"),
     ],
 )
-def test_a_folder_that_cannot_be_one_is_refused(tmp_path, monkeypatch, name, message):
+def test_a_path_that_cannot_be_a_folder_is_refused(tmp_path, monkeypatch, name, message):
     (tmp_path / "file").write_text("")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=message):
         check_output_folder(name, "--output_dir")
 
 
-def test_a_folder_that_nothing_can_be_written_to_is_refused(tmp_path):
+def test_a_read_only_folder_is_refused(tmp_path):
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o555)
     target = locked if os.geteuid() else "/proc/self"

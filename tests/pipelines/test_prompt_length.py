@@ -1,4 +1,4 @@
-"""Prompts that the tokenizers cut: how many tokens, the limit, and the very words that the model does not read."""
+"""Prompts that the tokenizers truncate: the number of tokens, the limit, and the text that is cut off."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def tokens(tokenizer, text, **more):
 
 
 @pytest.mark.parametrize("words", ["a Red star,  ", "zxqwv ", "une étoile à côté ", "星 "])
-def test_what_is_read_and_what_is_cut_are_the_prompt(tokenizer, words):
+def test_the_kept_and_the_cut_part_make_up_the_prompt(tokenizer, words):
     text = "a photo of " + words * 40
     (prompt,) = long_prompts((tokenizer, tokenizer), {text: "validation prompt"})
     assert prompt.num_tokens == len(tokens(tokenizer, text)) > prompt.max_tokens == tokenizer.model_max_length
@@ -32,7 +32,7 @@ def test_what_is_read_and_what_is_cut_are_the_prompt(tokenizer, words):
     assert len(tokens(tokenizer, read)) == pytest.approx(len(truncated), abs=2)
 
 
-def test_the_limit_is_the_tokenizers_own_and_counts_start_and_end(tokenizer):
+def test_the_limit_is_that_of_the_tokenizer_including_start_and_end(tokenizer):
     room = tokenizer.model_max_length - 2
     words = [word for word in ("red", "star") if len(tokens(tokenizer, word)) == 3]
     fits, cut = " ".join(words[:1] * room), " ".join(words[:1] * (room + 1))
@@ -45,13 +45,13 @@ def test_the_limit_is_the_tokenizers_own_and_counts_start_and_end(tokenizer):
     )
 
 
-def test_the_tokenizer_that_cuts_more_counts(tokenizer):
+def test_the_tokenizer_that_cuts_more_is_reported(tokenizer):
     short = CLIPTokenizer.from_pretrained(BUILT_IN_MODEL, subfolder="tokenizer", model_max_length=8)
     (prompt,) = long_prompts((tokenizer, short), {"a red star " * 4: "validation prompt"})
     assert prompt.max_tokens == 8
 
 
-def test_images_of_one_caption_share_a_sentence_and_the_instance_prompt_is_no_caption(tokenizer):
+def test_images_with_the_same_caption_share_a_sentence(tokenizer):
     long, prompt = "a red star " * 40, "a blue ring " * 40
     images = [(Path("a/0.png"), long), (Path("a/1.png"), long), (Path("a/2.png"), "short"), (Path("a/3.png"), prompt)]
     by_role = {each.role: each for each in long_prompts((tokenizer,), {prompt: "instance prompt"}, images)}

@@ -1,4 +1,4 @@
-"""A1111's syntax in prompts is plain text here, and whoever writes it is told what does the same."""
+"""A1111's prompt syntax is read as plain text, with a warning that names the alternative."""
 
 import pytest
 
@@ -26,7 +26,7 @@ def test_tags_and_weights_are_found_and_ordinary_brackets_are_not(prompt, parts)
     assert [(each.kind, each.text, each.name, each.scale) for each in foreign_syntax(prompt)] == parts
 
 
-def test_each_is_told_once_with_what_to_use_instead():
+def test_each_part_is_reported_once_with_the_alternative():
     prompts = ["a <lora:toy:0.8> (star:1.4)", "b <lora:toy:0.8>", "c"]
     lora, weight = command_line_warnings(prompts)
     assert "'<lora:toy:0.8>' in a prompt is A1111's syntax and is read here as plain text." in lora

@@ -1,4 +1,4 @@
-"""The rendered world shows what its captions say."""
+"""Rendered scenes show what their captions say."""
 
 import random
 from collections import Counter
@@ -67,7 +67,7 @@ def test_a_larger_size_covers_more_of_the_image():
     assert areas[0] < areas[1] < areas[2]
 
 
-def test_places_look_different_from_one_another():
+def test_backgrounds_look_different_from_one_another():
     means = {
         name: np.asarray(background.render(96, random.Random(0)), dtype=float).mean((0, 1))
         for name, background in BACKGROUNDS.items()

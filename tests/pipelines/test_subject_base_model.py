@@ -1,4 +1,4 @@
-"""Base models and their conditioning: what the stock pipeline computes is the oracle."""
+"""Base models and their conditioning; the stock pipeline is the oracle."""
 
 import json
 import shutil
@@ -24,14 +24,14 @@ def test_prompts_are_encoded_as_the_stock_pipeline_does(pipe):
     torch.testing.assert_close(encoded.pooled, pooled * kept[:, None])
 
 
-def test_an_empty_prompt_is_what_the_stock_pipeline_guides_away_from(pipe):
+def test_an_empty_prompt_is_the_unconditional_one_of_the_stock_pipeline(pipe):
     _, negative, _, negative_pooled = pipe.encode_prompt("a red star", device="cpu", do_classifier_free_guidance=True)
     empty = encode_prompts(pipe, [""])
     assert torch.equal(empty.hidden, negative)
     assert torch.equal(empty.pooled, negative_pooled)
 
 
-def test_an_empty_prompt_is_encoded_where_the_model_was_not_trained_on_zeros(pipe):
+def test_an_empty_prompt_is_encoded_if_the_model_was_not_trained_on_zeros(pipe):
     pipe.register_to_config(force_zeros_for_empty_prompt=False)
     assert encode_prompts(pipe, [""]).hidden.abs().max() > 0
 
@@ -63,7 +63,7 @@ def test_images_are_encoded_in_float32_and_the_autoencoder_keeps_its_precision(p
     torch.testing.assert_close(coarse, exact, atol=0.02, rtol=0.05)
 
 
-def test_a_model_loads_frozen_in_evaluation_mode_and_in_the_dtype_asked_for(tiny_model):
+def test_a_model_loads_frozen_in_evaluation_mode_and_in_the_given_dtype(tiny_model):
     pipe = load_base_model(str(tiny_model), torch.bfloat16)
     assert pipe.unet.dtype == torch.bfloat16
     assert not pipe.unet.training
@@ -83,7 +83,7 @@ def test_a_missing_folder_is_named():
         load_base_model("./nowhere")
 
 
-def test_a_folder_that_is_no_model_is_named(tmp_path):
+def test_a_folder_that_is_not_a_model_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"no diffusers model.*unet/"):
         load_base_model(str(tmp_path))
 
@@ -97,7 +97,7 @@ def test_a_model_of_another_kind_is_refused_with_its_kind(tiny_model, tmp_path):
         load_base_model(str(other))
 
 
-def test_a_model_with_files_missing_is_named(tiny_model, tmp_path):
+def test_a_model_with_missing_files_is_refused(tiny_model, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(tiny_model, broken)
     (broken / "unet" / "diffusion_pytorch_model.safetensors").unlink()
@@ -111,13 +111,13 @@ def test_a_model_in_one_file_makes_the_images_of_its_folder(tiny_model, tmp_path
     torch.testing.assert_close(image(pipe), image(tiny_pipeline()))
 
 
-def test_a_file_that_could_run_programs_is_refused_unread(tmp_path):
+def test_a_pickle_is_refused_without_being_read(tmp_path):
     (tmp_path / "model.ckpt").write_bytes(b"")
     with pytest.raises(InputError, match=r"model\.ckpt' must be a \.safetensors file.*run programs"):
         load_base_model(str(tmp_path / "model.ckpt"))
 
 
-def test_a_file_with_something_else_in_it_is_refused_with_what_is_missing(tmp_path):
+def test_a_file_of_another_kind_is_refused_with_the_missing_components(tmp_path):
     save_file({"lora_unet_input_blocks.lora_down.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
     with pytest.raises(
         InputError, match=r"lora\.safetensors' is not a complete SDXL checkpoint.*model\.diffusion_model\..*a LoRA file is not"
@@ -129,7 +129,7 @@ def test_a_file_with_something_else_in_it_is_refused_with_what_is_missing(tmp_pa
 
 
 @pytest.mark.parametrize("single_file", [False, True])
-def test_another_autoencoder_takes_the_place_of_the_models_own(tiny_model, tmp_path, single_file):
+def test_another_autoencoder_replaces_that_of_the_model(tiny_model, tmp_path, single_file):
     other = tiny_pipeline(seed=1).vae
     other.save_pretrained(tmp_path / "vae")
     save_single_file(tiny_pipeline(), tmp_path / "model.safetensors")
@@ -140,7 +140,7 @@ def test_another_autoencoder_takes_the_place_of_the_models_own(tiny_model, tmp_p
     assert torch.equal(pipe.unet.conv_in.weight, tiny_pipeline().unet.conv_in.weight.bfloat16())
 
 
-def test_an_autoencoder_that_is_not_there_is_named(tiny_model, tmp_path):
+def test_a_missing_autoencoder_is_reported(tiny_model, tmp_path):
     with pytest.raises(InputError, match=r"(?s)autoencoder '.*nowhere' could not be loaded.*AutoencoderKL"):
         load_base_model(str(tiny_model), vae=str(tmp_path / "nowhere"))
 

@@ -1,13 +1,13 @@
-"""Training batches: functions of the seed and their index alone."""
+"""Training batches are functions of the seed and their index."""
 
 import dataclasses
 
 import pytest
 import torch
+from cached_latents import cached_latents
 
 from pipelines.subject.base_model import PromptEmbeddings
 from pipelines.subject.batches import SubjectBatches
-from pipelines.subject.encoding import CachedLatents
 from pipelines.subject.loss import DenoisingLoss
 
 COUNT = 5
@@ -21,7 +21,7 @@ def images(variants=1, count=COUNT, first=1):
     numbers = torch.arange(first, first + count).float()
     prompts = PromptEmbeddings(numbers.view(-1, 1, 1), numbers.view(-1, 1))
     tokens = numbers.long().view(-1, 1, 1)
-    return CachedLatents.in_memory(moments, numbers.view(-1, 1).expand(count, 6), tokens, prompts)
+    return cached_latents(moments, numbers.view(-1, 1).expand(count, 6), tokens, prompts)
 
 
 def of_sizes(*sizes):
@@ -44,7 +44,7 @@ def numbers_in(batch):
     return batch["latents"][:, 0, 0, 0].long().tolist()
 
 
-def test_a_batch_is_the_same_whatever_was_drawn_before():
+def test_a_batch_does_not_depend_on_earlier_batches():
     fresh, used = batches(), batches()
     for index in range(7):
         used(index)
@@ -52,20 +52,20 @@ def test_a_batch_is_the_same_whatever_was_drawn_before():
         assert torch.equal(values, used(7)[name])
 
 
-def test_another_seed_or_index_draws_another_batch():
+def test_another_seed_or_index_gives_another_batch():
     first = batches()(0)["noise"]
     assert not torch.equal(first, batches()(1)["noise"])
     assert not torch.equal(first, batches(seed=1)(0)["noise"])
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 7])
-def test_every_image_comes_once_in_every_round(batch_size):
+def test_every_image_is_used_once_in_an_epoch(batch_size):
     drawn = torch.tensor([batches(batch_size).chosen(index) for index in range(4 * COUNT)]).flatten()
     for turn in drawn[: len(drawn) // COUNT * COUNT].view(-1, COUNT):
         assert turn.sort().values.tolist() == list(range(COUNT))
 
 
-def test_a_image_never_meets_anothers_size_or_prompt():
+def test_an_image_keeps_its_size_and_prompt():
     for encode_in_loss in (False, True):
         batch = batches(batch_size=4, encode_in_loss=encode_in_loss)(3)
         numbers = batch["latents"][:, 0, 0, 0]
@@ -74,7 +74,7 @@ def test_a_image_never_meets_anothers_size_or_prompt():
             assert torch.equal(values.flatten(1)[:, 0].float(), numbers)
 
 
-def test_the_deviation_of_the_latents_is_drawn_anew_each_time():
+def test_latents_are_sampled_from_their_distribution_in_every_batch():
     drawn = batches()
     drawn.images.read.latents[:, :, 1] = 1.0
     means = [torch.tensor(drawn.chosen(k)) + 1.0 for k in range(60)]
@@ -83,14 +83,14 @@ def test_the_deviation_of_the_latents_is_drawn_anew_each_time():
     assert residuals.std() == pytest.approx(1.0, abs=0.1)
 
 
-def test_mirrored_images_come_half_of_the_time():
+def test_half_of_the_images_are_mirrored():
     drawn = batches(batch_size=10, variants=2)
     signs = torch.cat([drawn(k)["latents"][:, 0, 0, 0].sign() for k in range(40)])
     assert set(signs.tolist()) == {-1.0, 1.0}
     assert signs.mean().abs() < 0.25
 
 
-def test_a_batch_holds_one_size_and_every_image_comes_equally_often():
+def test_a_batch_has_one_size_and_images_are_used_equally_often():
     sizes = ((4, 4), (4, 8), (4, 4), (8, 4), (4, 8), (4, 8))
     drawn = SubjectBatches(of_sizes(*sizes), False, 2, 1000, seed=0)
     counts = dict.fromkeys(range(1, len(sizes) + 1), 0)
@@ -108,7 +108,7 @@ def test_a_batch_holds_one_size_and_every_image_comes_equally_often():
     assert seen[:6] != seen[6:12]
 
 
-def test_batches_of_several_sizes_are_the_same_whatever_was_drawn_before():
+def test_batches_of_several_sizes_do_not_depend_on_earlier_batches():
     def make():
         return SubjectBatches(of_sizes((4, 4), (4, 8), (8, 4)), False, 2, 1000, seed=3)
 
@@ -123,7 +123,7 @@ def with_class(batch_size=3, weight=0.5, encode_in_loss=False):
     return batches(batch_size, encode_in_loss=encode_in_loss, class_images=images(count=7, first=101), prior_loss_weight=weight)
 
 
-def test_after_each_image_of_the_subject_comes_one_of_its_class():
+def test_each_image_of_the_subject_is_followed_by_a_class_image():
     for encode_in_loss in (False, True):
         numbers = numbers_in(with_class(encode_in_loss=encode_in_loss)(4))
         assert numbers[::2] == numbers_in(batches()(4))
@@ -133,7 +133,7 @@ def test_after_each_image_of_the_subject_comes_one_of_its_class():
         assert words == numbers == batch["time_ids"][:, 0].long().tolist()
 
 
-def test_every_class_image_comes_once_in_every_round():
+def test_every_class_image_is_used_once_in_an_epoch():
     drawn = [number for index in range(7) for number in numbers_in(with_class()(index))[1::2]]
     assert sorted(drawn) == sorted(3 * list(range(101, 108)))
 
@@ -144,7 +144,7 @@ def test_class_images_have_the_size_of_the_batch():
     assert {tuple(drawn(index)["latents"].shape) for index in range(8)} == {(4, 4, 2, 2), (4, 4, 2, 4)}
 
 
-def test_the_loss_is_the_subjects_mean_and_so_many_times_the_classs(pipe):
+def test_the_loss_is_the_subjects_mean_plus_the_weighted_mean_of_the_class(pipe):
     subject, others = (mean_images(pipe, seed) for seed in (1, 2))
     batch = SubjectBatches(subject, False, 2, 1000, 0, others, prior_loss_weight=0.3)(5)
     loss = DenoisingLoss(pipe)
@@ -163,4 +163,4 @@ def mean_images(pipe, seed, count=3):
     latents = torch.randn(count, 1, 2, 4, 8, 8, generator=generator)
     prompts = PromptEmbeddings(torch.randn(count, 16, 40, generator=generator), torch.randn(count, 24, generator=generator))
     tokens = torch.zeros(count, 2, 16, dtype=torch.int64)
-    return CachedLatents.in_memory(latents, torch.full((count, 6), 16.0), tokens, prompts)
+    return cached_latents(latents, torch.full((count, 6), 16.0), tokens, prompts)

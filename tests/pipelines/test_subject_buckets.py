@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: sizes that fit the model, and the nearest shape for each image."""
+"""Aspect-ratio buckets: sizes that fit the model, and the nearest aspect ratio for each image."""
 
 import math
 
@@ -21,7 +21,7 @@ def test_automatic_buckets_fit_the_model_and_the_squares_area(resolution, multip
         assert height * (width + multiple) > resolution**2
 
 
-def test_sizes_are_read_in_diffusers_form_of_height_and_width():
+def test_sizes_are_parsed_as_height_and_width_like_in_diffusers():
     assert parse_buckets(" 64,96; 96,64;64,64;64,96;", 16) == ((64, 96), (96, 64), (64, 64))
 
 
@@ -35,12 +35,12 @@ def test_sizes_are_read_in_diffusers_form_of_height_and_width():
         (" ; ", r"or hold a size such as '1024,1024', got ' ; '"),
     ],
 )
-def test_sizes_that_cannot_be_used_are_named(text, message):
+def test_invalid_sizes_are_refused(text, message):
     with pytest.raises(InputError, match=message):
         parse_buckets(text, 16)
 
 
-def test_a_image_gets_the_bucket_that_crops_least():
+def test_an_image_gets_the_bucket_that_crops_least():
     buckets = automatic_buckets(64, 16)
 
     def left_after_crop(size, bucket):
@@ -52,11 +52,11 @@ def test_a_image_gets_the_bucket_that_crops_least():
         assert kept == pytest.approx(max(left_after_crop(size, bucket) for bucket in buckets))
 
 
-def test_of_equal_shapes_the_largest_is_taken():
+def test_the_largest_of_equal_shapes_is_used():
     assert nearest_bucket((100, 100), ((32, 32), (64, 64), (48, 48))) == (64, 64)
 
 
-def test_every_level_of_the_model_halves_evenly(pipe):
+def test_every_level_of_the_model_halves_sizes_evenly(pipe):
     multiple = size_multiple(pipe)
     halvings = len(pipe.unet.down_blocks) - 1 + int(math.log2(pipe.vae_scale_factor))
     assert multiple == 2**halvings

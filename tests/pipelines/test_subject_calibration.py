@@ -1,4 +1,4 @@
-"""Running the base model on the subject: in batches of any size the statistics are the same."""
+"""Running the base model on the subject: the statistics do not depend on the batch size."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_the_statistics_do_not_depend_on_the_batch_size(subject, batch_size):
         torch.testing.assert_close(parts[name], scale, rtol=1e-5, atol=0)
 
 
-def test_processes_together_see_what_one_sees(subject):
+def test_several_processes_calibrate_on_the_same_data_as_one(subject):
     loss, images = subject
     whole = calibrate(loss.unet, runs_on_subject(loss, images, 7)["unet"], ATTENTION)
     shares = [calibrate(loss.unet, runs_on_subject(loss, images, 7, rank, 2, 2)["unet"], ATTENTION) for rank in (0, 1)]
@@ -67,7 +67,7 @@ def test_processes_together_see_what_one_sees(subject):
         torch.testing.assert_close(together, scale, rtol=1e-5, atol=0)
 
 
-def test_a_bar_counts_the_batches_on_the_first_process_alone(subject, monkeypatch):
+def test_only_the_first_process_shows_a_progress_bar(subject, monkeypatch):
     loss, images = subject
     bars = []
 

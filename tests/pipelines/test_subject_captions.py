@@ -1,4 +1,4 @@
-"""Captions: each image's own words, by file, and several subjects by folder."""
+"""The prompt of each image, and several subjects in folders."""
 
 import json
 
@@ -23,7 +23,7 @@ def prompts(folder, prompt="a photo of sks dog"):
     return {found.path.name: found.prompt for found in find_captioned(folder, prompt)}
 
 
-def test_metadata_comes_before_a_text_file_and_that_before_the_prompt(tmp_path):
+def test_metadata_takes_precedence_over_a_text_file_and_that_over_the_prompt(tmp_path):
     for name in "abc":
         image(tmp_path / f"{name}.png")
     for name in "ab":
@@ -32,7 +32,7 @@ def test_metadata_comes_before_a_text_file_and_that_before_the_prompt(tmp_path):
     assert prompts(tmp_path) == {"a.png": "line of a", "b.png": "file of b", "c.png": "a photo of sks dog"}
 
 
-def test_each_folder_is_a_subject_and_its_name_enters_the_prompt(tmp_path):
+def test_each_folder_is_a_subject_and_its_name_is_put_into_the_prompt(tmp_path):
     for place in ("red_dog/0.png", "red_dog/1.png", "cat/0.png", ".hidden/0.png"):
         image(tmp_path / place)
     (tmp_path / "notes").mkdir()
@@ -45,7 +45,7 @@ def test_each_folder_is_a_subject_and_its_name_enters_the_prompt(tmp_path):
     assert {item.kind for item in found} == {"instance"}
 
 
-def test_images_of_one_name_in_two_folders_keep_their_own_captions(tmp_path):
+def test_images_with_the_same_name_in_two_folders_have_separate_captions(tmp_path):
     for subject in ("cat", "dog", "owl"):
         image(tmp_path / subject / "0.png")
     (tmp_path / "cat" / "0.txt").write_text("a cat by its text")
@@ -55,13 +55,13 @@ def test_images_of_one_name_in_two_folders_keep_their_own_captions(tmp_path):
     assert found == {"cat": "a cat by its text", "dog": "a dog by the outer list", "owl": "an owl by its own list"}
 
 
-def test_folders_beside_images_are_no_subjects(tmp_path):
+def test_folders_beside_images_are_not_subjects(tmp_path):
     image(tmp_path / "0.png")
     image(tmp_path / "class" / "0.png")
     assert [item.path for item in find_captioned(tmp_path, "dog")] == [tmp_path / "0.png"]
 
 
-def test_hidden_files_are_no_images(tmp_path):
+def test_hidden_files_are_not_images(tmp_path):
     image(tmp_path / "0.png")
     (tmp_path / "._0.png").write_bytes(b"what another system leaves")
     assert list(prompts(tmp_path)) == ["0.png"]
@@ -83,7 +83,7 @@ def test_a_caption_in_any_script_and_with_a_byte_order_mark_is_read(tmp_path):
         ({"file_name": "z.png", "text": "a"}, r"names 'z\.png', which does not exist"),
     ],
 )
-def test_a_wrong_line_is_named_with_its_number(tmp_path, line, message):
+def test_an_invalid_line_is_reported_with_its_number(tmp_path, line, message):
     image(tmp_path / "a.png")
     metadata(tmp_path, {"file_name": "a.png", "text": "a"}, line)
     with pytest.raises(InputError, match=message):
@@ -91,14 +91,14 @@ def test_a_wrong_line_is_named_with_its_number(tmp_path, line, message):
 
 
 @pytest.mark.parametrize(("content", "message"), [(b" \n", r"a\.txt' is empty"), (b"\xff\xfe\xff", r"a\.txt' is UTF-16 text")])
-def test_a_text_file_that_says_nothing_is_named(tmp_path, content, message):
+def test_an_empty_text_file_is_refused(tmp_path, content, message):
     image(tmp_path / "a.png")
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(InputError, match=message):
         prompts(tmp_path)
 
 
-def test_a_image_without_any_words_is_named(tmp_path):
+def test_an_image_without_a_prompt_is_refused(tmp_path):
     image(tmp_path / "a.png")
     with pytest.raises(InputError, match=r"a\.png' has no caption.*--instance_prompt.*a\.txt"):
         prompts(tmp_path, None)
@@ -115,7 +115,7 @@ def test_a_folder_without_images_is_named_with_what_it_should_hold(tmp_path):
         find_captioned(tmp_path, "dog")
 
 
-def test_a_subject_has_the_class_of_its_folder_or_else_the_common_one(tmp_path):
+def test_a_subjects_class_prompt_is_that_of_its_folder_or_else_the_common_one(tmp_path):
     for subject in ("cat", "dog"):
         image(tmp_path / subject / "0.png")
     (tmp_path / "cat" / "class_prompt.txt").write_text("a photo of a cat\n")

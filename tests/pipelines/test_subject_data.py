@@ -1,4 +1,4 @@
-"""Images of a subject: found, upright, cropped, and said to be of the size they are."""
+"""Images of a subject: orientation, crops, and size conditioning."""
 
 import contextlib
 import io
@@ -29,7 +29,7 @@ def turned_exif():
     return exif
 
 
-def test_a_image_is_read_upright_and_its_size_is_the_upright_one(tmp_path):
+def test_an_image_is_read_upright_and_its_size_is_the_upright_one(tmp_path):
     halves(60, 40).save(tmp_path / "a.png", exif=turned_exif())
     upright = read_image(tmp_path / "a.png")
     assert upright.size == (40, 60)
@@ -53,7 +53,7 @@ def test_the_crop_is_the_middle_and_pixels_lie_in_minus_one_to_one(tmp_path):
     torch.testing.assert_close(pixels[:, 10, 19], torch.tensor([-1.0, -1.0, 1.0]))
 
 
-def test_a_model_that_knows_one_size_is_told_that_size(tmp_path):
+def test_target_conditioning_gives_the_target_size_only(tmp_path):
     halves(80, 40).save(tmp_path / "a.png")
     example = load_examples([tmp_path / "a.png"], 20, "target")[0]
     assert example.time_ids.tolist() == [20, 20, 0, 0, 20, 20]
@@ -75,7 +75,7 @@ def shown(shot, image, **more):
 
 @pytest.mark.parametrize("crop", [None, (0.0, 0.0), (0.0, 0.999), (0.0, 0.4)])
 @pytest.mark.parametrize("width", [30, 31])
-def test_a_mirrored_images_crop_is_counted_on_the_mirrored_image(crop, width):
+def test_the_crop_of_a_mirrored_image_is_that_in_the_mirrored_image(crop, width):
     image = bars(width, 20)
     columns, _, time_ids = shown(CropVariant((20, 20), crop, mirrored=True), image)
     left = int(time_ids[3])
@@ -85,7 +85,7 @@ def test_a_mirrored_images_crop_is_counted_on_the_mirrored_image(crop, width):
 
 
 @pytest.mark.parametrize("size", [(20, 30), (30, 20), (20, 20)])
-def test_a_bucket_is_covered_and_cropped_along_one_side_and_told_as_the_target(size):
+def test_a_bucket_is_covered_cropped_along_one_side_and_is_the_target_size(size):
     columns, rows, time_ids = shown(CropVariant(size, (0.5, 0.5)), bars(40, 40) if size == (20, 20) else bars(30, 30))
     assert (len(rows), len(columns)) == size
     assert time_ids[4:] == list(size)
@@ -93,19 +93,19 @@ def test_a_bucket_is_covered_and_cropped_along_one_side_and_told_as_the_target(s
     assert (time_ids[3] == 0) == (size[1] >= size[0])
 
 
-def test_time_ids_of_a_random_crop_say_where_it_lies():
+def test_time_ids_have_the_position_of_a_random_crop():
     columns, rows, time_ids = shown(CropVariant((20, 20), (0.3, 0.7)), bars(20, 36))
     assert time_ids[:4] == [36, 20, int(0.3 * 17), 0]
     assert rows == list(range(int(time_ids[2]), int(time_ids[2]) + 20))
     assert columns == list(range(20))
 
 
-def test_a_model_that_knows_no_sizes_is_told_the_bucket_alone():
+def test_target_conditioning_gives_the_bucket_only():
     assert shown(CropVariant((20, 30), (0.0, 0.9), True), bars(60, 40), size_conditioning="target")[2] == [20, 30, 0, 0, 20, 30]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_the_size_is_known_without_decoding(tmp_path, orientation):
+def test_the_size_is_read_without_decoding(tmp_path, orientation):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     halves(60, 40).save(tmp_path / "a.jpg", exif=exif)
@@ -126,7 +126,7 @@ def test_an_unreadable_image_is_named(tmp_path, content):
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "BMP"])
-def test_damaged_images_are_read_or_named_and_nothing_else_is_raised(form):
+def test_damaged_images_are_read_or_raise_an_input_error(form):
     rng = np.random.default_rng(0)
     whole = io.BytesIO()
     halves(20, 24).convert("L" if form == "BMP" else "RGB").save(whole, form, exif=b"" if form == "BMP" else turned_exif())
@@ -138,7 +138,7 @@ def test_damaged_images_are_read_or_named_and_nothing_else_is_raised(form):
             assert read_image(io.BytesIO(damaged), "the damaged one").mode == "RGB"
 
 
-def test_a_format_that_pillow_hands_to_another_program_is_not_opened_whatever_its_suffix(tmp_path):
+def test_a_format_that_pillow_passes_to_another_program_is_never_opened(tmp_path):
     halves(20, 20).save(tmp_path / "a.eps")
     (tmp_path / "a.eps").rename(tmp_path / "a.jpg")
     with pytest.raises(InputError, match=r"a\.jpg.* cannot be read as an image"):

@@ -1,4 +1,4 @@
-"""Encoding once: the cache on disk gives what the model gives, and never what belongs to something else."""
+"""The cache of latents and prompt embeddings gives the model's values, and never those of another image or model."""
 
 import shutil
 
@@ -50,7 +50,7 @@ def equal(first, second):
         assert torch.equal(getattr(first.prompts, name)[first.prompt_of], getattr(second.prompts, name)[second.prompt_of])
 
 
-def test_what_is_read_is_what_the_model_makes_of_each_variant(pipe, images_dir, cache):
+def test_cached_latents_are_those_of_the_model_for_each_variant(pipe, images_dir, cache):
     images = images_in(images_dir)
     framing = CropConfig(((16, 24), (24, 16), (16, 16)), random_crops=2, mirror=True, seed=1)
     encoded = LatentEncoder(pipe, cache).encode(images, framing)
@@ -70,7 +70,7 @@ def test_what_is_read_is_what_the_model_makes_of_each_variant(pipe, images_dir, 
         torch.testing.assert_close(encoded.prompts.pooled[prompt], stock.pooled[0])
 
 
-def test_what_was_encoded_once_is_not_encoded_again(pipe, images_dir, cache, made):
+def test_cached_images_are_not_encoded_again(pipe, images_dir, cache, made):
     first = LatentEncoder(pipe, cache).encode(images_in(images_dir), SQUARE)
     assert len(made) == 6
     made.clear()
@@ -79,14 +79,14 @@ def test_what_was_encoded_once_is_not_encoded_again(pipe, images_dir, cache, mad
     equal(first, second)
 
 
-def test_where_the_model_lies_does_not_matter(tiny_model, images_dir, cache, made, tmp_path):
+def test_the_cache_does_not_depend_on_the_models_folder(tiny_model, images_dir, cache, made, tmp_path):
     for folder in (tiny_model, shutil.copytree(tiny_model, tmp_path / "copy")):
         made.clear()
         LatentEncoder(load_base_model(str(folder)), cache).encode(images_in(images_dir), SQUARE)
     assert made == []
 
 
-def test_a_mirrored_variant_is_added_to_what_is_there(pipe, images_dir, cache, made):
+def test_mirrored_variants_are_added_to_the_cache(pipe, images_dir, cache, made):
     LatentEncoder(pipe, cache).encode(images_in(images_dir), SQUARE)
     made.clear()
     LatentEncoder(pipe, cache).encode(images_in(images_dir), CropConfig(((16, 16),), mirror=True))
@@ -100,7 +100,7 @@ def changed_bytes(images, folder):
 
 
 @pytest.mark.parametrize("what", ["size", "crop", "mirror", "conditioning", "picture", "vae"])
-def test_anything_that_changes_a_image_gives_it_another_place(pipe, images_dir, cache, tmp_path, made, what):
+def test_anything_that_changes_an_image_changes_its_cache_key(pipe, images_dir, cache, tmp_path, made, what):
     images = images_in(images_dir)[:1]
     LatentEncoder(pipe, cache).encode(images, SQUARE)
     made.clear()
@@ -119,7 +119,7 @@ def test_anything_that_changes_a_image_gives_it_another_place(pipe, images_dir, 
 
 
 @pytest.mark.parametrize("what", ["prompt", "text_encoder", "text_encoder_2"])
-def test_anything_that_changes_a_prompt_gives_it_another_place(pipe, images_dir, cache, made, what):
+def test_anything_that_changes_a_prompt_changes_its_cache_key(pipe, images_dir, cache, made, what):
     images = images_in(images_dir)[:1]
     LatentEncoder(pipe, cache).encode(images, SQUARE)
     made.clear()
@@ -131,7 +131,7 @@ def test_anything_that_changes_a_prompt_gives_it_another_place(pipe, images_dir,
     assert made == [images[0].prompt]
 
 
-def test_images_of_one_name_and_equal_images_with_other_captions_stay_apart(pipe, images_dir, cache, tmp_path):
+def test_images_with_equal_names_and_equal_images_with_other_captions_are_distinct(pipe, images_dir, cache, tmp_path):
     for place, folder in enumerate("ab"):
         (tmp_path / folder).mkdir()
         shutil.copy(images_dir / f"{place}.png", tmp_path / folder / "0.png")
@@ -159,7 +159,7 @@ def spoil(path, how):
 
 
 @pytest.mark.parametrize("how", ["cut", "flipped bit", "another's"])
-def test_a_file_that_is_damaged_or_another_ones_is_computed_anew(pipe, images_dir, cache, made, how):
+def test_a_damaged_or_swapped_cache_file_is_computed_again(pipe, images_dir, cache, made, how):
     images = images_in(images_dir)
     first = LatentEncoder(pipe, cache).encode(images, SQUARE)
     for file in cache.folder.rglob("*.safetensors"):
@@ -171,20 +171,20 @@ def test_a_file_that_is_damaged_or_another_ones_is_computed_anew(pipe, images_di
     equal(first, second)
 
 
-def test_an_image_lost_while_training_is_an_error_with_the_remedy(pipe, images_dir, cache):
+def test_a_cache_file_lost_during_training_is_an_error_with_the_remedy(pipe, images_dir, cache):
     encoded = LatentEncoder(pipe, cache).encode(images_in(images_dir), SQUARE)
     shutil.rmtree(cache.folder)
     with pytest.raises(InputError, match=r"removed or damaged.*--resume_from_checkpoint latest"):
         encoded.read(0, 0)
 
 
-def test_workers_decode_the_same(pipe, images_dir, cache, tmp_path):
+def test_workers_give_the_same_latents(pipe, images_dir, cache, tmp_path):
     alone = LatentEncoder(pipe, cache).encode(images_in(images_dir), SQUARE)
     helped = LatentEncoder(pipe, TensorCache(tmp_path / "other"), workers=2).encode(images_in(images_dir), SQUARE)
     equal(alone, helped)
 
 
-def test_processes_share_the_work_and_end_with_all_of_it(pipe, images_dir, cache, made):
+def test_processes_share_the_encoding_and_all_have_the_result(pipe, images_dir, cache, made):
     images = images_in(images_dir, "one prompt for all")
     counts = []
 
@@ -207,7 +207,7 @@ def jobs_of(encoder, images):
     return [encoding._Job(image.path, {encoder._key(file_digest(image.path), shot, "image"): shot}, "image") for image in images]
 
 
-def test_only_so_many_images_stay_in_memory(cache):
+def test_a_limited_number_of_images_stays_in_memory(cache):
     keys = [(key_of(number=number),) for number in range(5)]
     for number, (key,) in enumerate(keys):
         cache.write(key, {"moments": torch.full((2, 1, 1, 1), float(number)), "time_ids": torch.zeros(6)})
@@ -227,7 +227,7 @@ def test_images_are_decoded_one_after_the_other(pipe, images_dir, cache, monkeyp
     assert order == ["decode", "encode"] * 3
 
 
-def test_the_hash_of_a_model_sees_every_weight_and_its_type(pipe):
+def test_the_hash_of_a_model_covers_every_weight_and_its_dtype(pipe):
     first = module_digest(pipe.vae)
     assert first == module_digest(tiny_pipeline().vae)
     assert first != module_digest(tiny_pipeline().vae.to(torch.bfloat16))
@@ -235,7 +235,7 @@ def test_the_hash_of_a_model_sees_every_weight_and_its_type(pipe):
     assert first != module_digest(pipe.vae)
 
 
-def test_crops_are_drawn_for_each_image_from_the_seed_alone():
+def test_crops_depend_only_on_the_seed_and_the_image():
     framing = CropConfig(((16, 16),), random_crops=3, seed=5)
     crops = [[shot.crop for shot in framing.crop_variants(place, (16, 16))] for place in (0, 1, 0)]
     assert crops[0] == crops[2] != crops[1]

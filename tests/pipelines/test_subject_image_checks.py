@@ -63,7 +63,7 @@ def test_a_bad_image_is_left_out_with_its_reason(album, name, content, kind):
     assert f"left out: {album / name}" in report.summary()
 
 
-def test_a_image_named_after_another_readable_format_is_used(album):
+def test_an_image_with_the_suffix_of_another_readable_format_is_used(album):
     photo(3).save(album / "3.png", "JPEG")
     assert kinds(check_images(album))["3.png"] == []
 
@@ -97,7 +97,7 @@ def test_the_same_image_in_other_bytes_is_a_near_duplicate(album, change):
     assert "'1.png'" in report.images[-1].findings[0].words
 
 
-def test_a_image_turned_in_its_file_is_said_to_be_upright(album):
+def test_an_image_that_is_stored_rotated_is_reported(album):
     exif = Image.Exif()
     exif[ORIENTATION] = TURNED_RIGHT
     photo(3).crop((0, 0, 500, 400)).save(album / "3.png", exif=exif)
@@ -106,7 +106,7 @@ def test_a_image_turned_in_its_file_is_said_to_be_upright(album):
     assert report.images[-1].size == (400, 500)
 
 
-def test_images_much_alike_and_few_images_are_reported_as_a_whole(tmp_path):
+def test_similar_images_and_too_few_images_are_reported_for_the_set(tmp_path):
     alike, single = tmp_path / "alike", tmp_path / "single"
     alike.mkdir()
     single.mkdir()
@@ -118,20 +118,20 @@ def test_images_much_alike_and_few_images_are_reported_as_a_whole(tmp_path):
     assert "is 1 image of 'single'" in findings["few_pictures"]
 
 
-def test_images_smaller_than_the_training_resolution_are_named(album):
+def test_images_smaller_than_the_training_resolution_are_reported(album):
     assert list(kinds(check_images(album, resolution=1024)).values()) == [["small"]] * 3
     assert list(kinds(check_images(album).for_resolution(1024)).values()) == [["small"]] * 3
     assert list(kinds(check_images(album, resolution=512)).values()) == [[]] * 3
 
 
-def test_no_usable_image_is_an_error_that_names_each(tmp_path):
+def test_a_folder_without_usable_images_is_an_error_that_lists_them(tmp_path):
     for name in ("a.png", "b.jpg"):
         (tmp_path / name).write_bytes(b"broken")
     with pytest.raises(InputError, match=r"(?s)no image that can be used.*a\.png.*b\.jpg"):
         check_images(tmp_path)
 
 
-def test_nothing_is_changed_and_workers_see_the_same(album):
+def test_no_file_is_changed_and_workers_give_the_same_report(album):
     (album / "broken.png").write_bytes(b"broken")
 
     def digests():
@@ -159,18 +159,18 @@ def test_sharpness_is_the_variance_of_the_laplacian():
     assert sharpness(Image.fromarray(grey)) == pytest.approx(laplacian[1:-1, 1:-1].var())
 
 
-def test_the_hash_does_not_see_brightness_and_sees_a_turn():
+def test_the_hash_ignores_brightness_but_not_rotation():
     bright = photo().point(lambda value: value // 2 + 60)
     assert (perceptual_hash(bright) != perceptual_hash(photo())).sum() <= 6
     assert (perceptual_hash(ImageOps.flip(photo())) != perceptual_hash(photo())).sum() > 30
 
 
-def test_the_command_ends_with_one_line_where_there_is_nothing(tmp_path, capsys):
+def test_the_command_ends_with_one_line_for_a_missing_folder(tmp_path, capsys):
     assert exit_status("pipelines.subject.image_checks", str(tmp_path / "none")) == 2
     assert "does not exist" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_folder_given_as_an_argument_is_not_called_by_the_trainers_option(tmp_path):
+def test_the_commands_error_does_not_name_the_trainers_option(tmp_path):
     with pytest.raises(InputError, match=r"The folder '.*gone' does not exist") as refused:
         main(ImageCheckOptions(str(tmp_path / "gone")))
     assert "--instance_data_dir" not in str(refused.value)

@@ -1,4 +1,4 @@
-"""LoRA files from strangers: none runs anything, and none is half loaded."""
+"""Untrusted LoRA files: no code is run, and no file is loaded partially."""
 
 import json
 
@@ -42,12 +42,12 @@ def test_a_good_file_is_loaded(exported):
         {"unet.layers_pattern": "x"},
     ],
 )
-def test_a_configuration_that_wants_more_than_a_lora_is_refused(exported, tmp_path, configuration):
+def test_a_configuration_of_more_than_a_lora_is_refused(exported, tmp_path, configuration):
     with pytest.raises(AdapterFileError, match=r"has a value that is not supported"):
         load_adapter(tiny_pipeline(), rewritten(exported[0], tmp_path / "bad.safetensors", **configuration), "bad")
 
 
-def test_a_name_that_is_an_expression_is_refused(exported, tmp_path):
+def test_a_tensor_name_that_is_a_regular_expression_is_refused(exported, tmp_path):
     bad = rewritten(
         exported[0], tmp_path / "bad.safetensors", lambda tensors: {**tensors, "unet.(a+)+b.lora_A.weight": torch.ones(1, 1)}
     )
@@ -63,7 +63,7 @@ def test_a_name_that_is_an_expression_is_refused(exported, tmp_path):
         lambda tensors: {f"other.{name}": tensor for name, tensor in tensors.items()},
     ],
 )
-def test_a_file_of_another_model_leaves_the_pipeline_as_it_was(exported, tmp_path, change):
+def test_a_file_of_another_model_does_not_change_the_pipeline(exported, tmp_path, change):
     stock = tiny_pipeline()
     before = image(stock)
     with pytest.raises(InputError, match=r"does not fit"):

@@ -1,7 +1,8 @@
-"""The denoising loss, its targets and weights, against the algebra of diffusion."""
+"""The denoising loss, its targets and weights, against the equations of diffusion."""
 
 import pytest
 import torch
+from cached_latents import cached_latents
 from diffusers import DDPMScheduler, EDMEulerScheduler, EulerDiscreteScheduler
 from torch import nn
 
@@ -9,7 +10,6 @@ from pipelines.errors import InputError
 from pipelines.randomness import keyed_generator
 from pipelines.subject.base_model import encode_prompts, tokenize
 from pipelines.subject.batches import stratified_timesteps
-from pipelines.subject.encoding import CachedLatents
 from pipelines.subject.evaluation import mean_denoising_loss
 from pipelines.subject.loss import DenoisingLoss, TrainingBatches
 
@@ -66,7 +66,7 @@ def answers(loss, batch):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_edm_style_errors_are_those_of_the_answer_times_the_slope_of_the_image_in_it(pipe, batch, prediction_type):
+def test_edm_style_errors_are_prediction_errors_times_the_squared_derivative_of_the_image(pipe, batch, prediction_type):
     pipe.scheduler = EulerDiscreteScheduler(prediction_type=prediction_type)
     (edm_style, _), (plain, _) = (answers(DenoisingLoss(pipe, edm_style=style), batch) for style in (True, False))
     alpha = plain.noising.scheduler.alphas_cumprod[TIMESTEPS].double()
@@ -77,7 +77,7 @@ def test_edm_style_errors_are_those_of_the_answer_times_the_slope_of_the_image_i
     torch.testing.assert_close(edm_style.per_image(*arguments, None), expected.float(), rtol=1e-3, atol=0)
 
 
-def test_edm_style_training_shows_the_unet_what_it_was_trained_on(pipe, batch):
+def test_edm_style_training_gives_the_unet_the_inputs_that_it_was_trained_on(pipe, batch):
     shown = []
     for edm_style in (False, True):
         loss = DenoisingLoss(pipe, edm_style=edm_style)
@@ -88,7 +88,7 @@ def test_edm_style_training_shows_the_unet_what_it_was_trained_on(pipe, batch):
     assert torch.equal(shown[1][1], shown[0][1])
 
 
-def test_a_model_trained_as_edm_hears_of_noise_as_in_its_own_sampling(pipe, batch):
+def test_a_model_trained_as_edm_gets_the_inputs_of_its_sampler(pipe, batch):
     pipe.scheduler = EDMEulerScheduler(sigma_data=0.5)
     noising = DenoisingLoss(pipe).noising
     assert noising.num_timesteps == 1000
@@ -103,7 +103,7 @@ def test_a_model_trained_as_edm_hears_of_noise_as_in_its_own_sampling(pipe, batc
     torch.testing.assert_close(noisy, stock / scale)
 
 
-def test_the_answer_of_an_edm_model_that_denoises_to_the_image_costs_nothing(pipe, batch):
+def test_perfect_denoising_by_an_edm_model_has_loss_zero(pipe, batch):
     pipe.scheduler = EDMEulerScheduler(sigma_data=0.5)
     loss = DenoisingLoss(pipe)
     sigma = loss.noising.sigma(TIMESTEPS)
@@ -115,7 +115,7 @@ def test_the_answer_of_an_edm_model_that_denoises_to_the_image_costs_nothing(pip
 
 
 @pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler(), EDMEulerScheduler()])
-def test_min_snr_is_refused_where_errors_have_weights_of_their_own(pipe, scheduler):
+def test_min_snr_is_refused_with_edm(pipe, scheduler):
     pipe.scheduler = scheduler
     with pytest.raises(InputError, match=r"snr_gamma cannot be used with EDM-style training"):
         DenoisingLoss(pipe, snr_gamma=5.0, edm_style=True)
@@ -141,13 +141,13 @@ def test_each_images_loss_is_multiplied_by_its_weight(pipe, batch, snr_gamma):
     torch.testing.assert_close(loss(**batch, weights=weights), (weights * torch.stack(alone)).mean())
 
 
-def test_no_signal_at_all_leaves_the_weighted_loss_finite(pipe, batch):
+def test_zero_terminal_snr_leaves_the_weighted_loss_finite(pipe, batch):
     pipe.scheduler = DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
     batch["timesteps"] = torch.full((3,), 999)
     assert torch.isfinite(DenoisingLoss(pipe, snr_gamma=5.0)(**batch))
 
 
-def test_tokens_encoded_in_the_loss_give_the_same_as_prompts_encoded_before(pipe, batch):
+def test_tokens_encoded_in_the_loss_give_the_same_as_prompt_embeddings(pipe, batch):
     tokens = tokenize((pipe.tokenizer, pipe.tokenizer_2), ["a star"] * 3).transpose(0, 1)
     unencoded = {name: value for name, value in batch.items() if name not in ("hidden", "pooled")}
     loss = DenoisingLoss(pipe)
@@ -165,7 +165,7 @@ def test_fixed_tokens_give_the_same_loss_and_no_gradient_to_the_text_encoders(pi
     assert all(parameter.grad is not None for parameter in loss.unet.parameters())
 
 
-def test_a_noise_offset_adds_to_each_channel_one_number_of_its_deviation():
+def test_a_noise_offset_adds_one_random_value_to_each_channel():
     plain = {"noise": torch.zeros(500, 4, 2, 2), "latents": torch.zeros(500, 4, 2, 2)}
     first, again, other = (TrainingBatches(lambda _: plain, 0, noise_offset=0.1)(index) for index in (3, 3, 4))
     offset = first["noise"][:, :, :1, :1]
@@ -176,14 +176,14 @@ def test_a_noise_offset_adds_to_each_channel_one_number_of_its_deviation():
     assert not plain["noise"].any()
 
 
-def test_text_encoders_are_fixed_from_their_last_batch_on():
+def test_text_encoders_are_frozen_after_their_last_batch():
     batches = TrainingBatches(lambda index: {"tokens": index}, 0, text_encoder_batches=2)
     assert [set(batches(index)) for index in range(4)] == [{"tokens"}, {"tokens"}, {"fixed_tokens"}, {"fixed_tokens"}]
     assert batches(3)["fixed_tokens"] == 3
     assert set(TrainingBatches(lambda _: {"hidden": 0}, 0, text_encoder_batches=0)(5)) == {"hidden"}
 
 
-def test_the_unet_is_told_what_the_stock_pipeline_tells_it(pipe, batch):
+def test_the_unet_gets_the_inputs_of_the_stock_pipeline(pipe, batch):
     heard = {}
     loss = DenoisingLoss(pipe)
     loss.unet.register_forward_pre_hook(lambda module, args, kwargs: heard.update(kwargs, args=args), with_kwargs=True)
@@ -200,7 +200,7 @@ def encoded(pipe, count=2):
     latents = torch.randn(count, 1, 2, 4, 8, 8, generator=generator)
     tokens = tokenize((pipe.tokenizer, pipe.tokenizer_2), ["a star"] * count).transpose(0, 1)
     time_ids = torch.tensor([16.0, 16, 0, 0, 16, 16]).expand(count, 6)
-    return CachedLatents.in_memory(latents, time_ids, tokens, encode_prompts(pipe, ["a star"] * count))
+    return cached_latents(latents, time_ids, tokens, encode_prompts(pipe, ["a star"] * count))
 
 
 def test_the_mean_loss_is_the_same_every_time_and_in_batches_of_any_size(pipe):
@@ -211,7 +211,7 @@ def test_the_mean_loss_is_the_same_every_time_and_in_batches_of_any_size(pipe):
     assert first != mean_denoising_loss(loss, images, num_timesteps=6, seed=1)
 
 
-def test_the_mean_loss_leaves_the_mode_of_the_model_as_it_was(pipe):
+def test_the_mean_loss_restores_the_training_mode(pipe):
     loss = DenoisingLoss(pipe).train()
     mean_denoising_loss(loss, encoded(pipe), num_timesteps=2)
     assert loss.training
@@ -226,7 +226,7 @@ class Zero(nn.Module):
         return type("Output", (), {"sample": torch.zeros_like(noisy)})
 
 
-def test_a_model_that_predicts_nothing_loses_the_variance_of_the_noise(pipe):
+def test_predicting_zero_has_the_variance_of_the_noise_as_loss(pipe):
     loss = DenoisingLoss(pipe)
     loss.unet = Zero()
     assert mean_denoising_loss(loss, encoded(pipe), num_timesteps=64) == pytest.approx(1.0, abs=0.05)
@@ -246,10 +246,10 @@ class RightInTheMiddle(Zero):
         return type("Output", (), {"sample": answer})
 
 
-def test_what_surrounds_the_middle_of_a_held_out_image_does_not_count(pipe):
+def test_only_the_middle_of_a_held_out_image_counts(pipe):
     loss, images = DenoisingLoss(pipe), encoded(pipe)
     loss.unet = RightInTheMiddle(loss.noising.scheduler)
-    black = CachedLatents.in_memory(torch.zeros(2, 1, 2, 4, 8, 8), torch.zeros(2, 6), images.tokens, images.prompts)
+    black = cached_latents(torch.zeros(2, 1, 2, 4, 8, 8), torch.zeros(2, 6), images.tokens, images.prompts)
     assert mean_denoising_loss(loss, black, num_timesteps=8) == pytest.approx(0.0, abs=1e-10)
     assert mean_denoising_loss(loss, images, num_timesteps=8) > 1e-3
 

@@ -33,7 +33,7 @@ def faster(method, ratio):
     return options_of(method, lora_plus_ratio=ratio).create().learning_rate_factor
 
 
-def test_lora_plus_gives_each_factor_the_rate_that_peft_gives_it(pipe):
+def test_lora_plus_gives_the_learning_rates_of_peft(pipe):
     loss = adapted(pipe, "lora")
     ours = parameter_groups(loss, Rates(1e-3, factor=faster("lora", 16.0)))
     peft = create_loraplus_optimizer(loss, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0)
@@ -41,7 +41,7 @@ def test_lora_plus_gives_each_factor_the_rate_that_peft_gives_it(pipe):
 
 
 @pytest.mark.parametrize("method", AdapterOptions.method_options["lora_plus_ratio"].methods)
-def test_of_every_method_with_lora_plus_the_factors_that_start_at_zero_are_the_b_like_ones(pipe, method):
+def test_lora_plus_raises_the_rate_of_the_factors_that_start_at_zero(pipe, method):
     components = adapters.attach(pipe, AdapterOptions(method=method, rank=4, inner_r=2))
     rates = Rates(1.0, factor=faster(method, 2.0))
     names = [name for name, parameter in components["unet"].named_parameters() if parameter.requires_grad]
@@ -49,7 +49,7 @@ def test_of_every_method_with_lora_plus_the_factors_that_start_at_zero_are_the_b
     assert {name for name in names if rates.of(name) == 2.0} == at_zero
 
 
-def test_text_encoders_have_a_rate_of_their_own_in_groups_that_hold_every_parameter_once(pipe):
+def test_text_encoders_have_separate_rates_and_every_parameter_is_in_one_group(pipe):
     loss = adapted(pipe, "nora")
     groups = parameter_groups(loss, Rates(1e-3, (1e-5,), faster("nora", 4.0)))
     rates = rates_by_parameter(groups)
@@ -61,7 +61,7 @@ def test_text_encoders_have_a_rate_of_their_own_in_groups_that_hold_every_parame
     assert groups[0]["lr"] == 1e-3
 
 
-def test_one_rate_for_all_is_one_group(pipe):
+def test_a_single_rate_makes_a_single_group(pipe):
     assert len(parameter_groups(adapted(pipe, "nora"), Rates(1e-3))) == 1
 
 
@@ -85,7 +85,7 @@ def test_adamw_is_torchs():
     torch.testing.assert_close(ours, theirs)
 
 
-def test_eight_bit_adamw_goes_where_adamw_goes_and_keeps_its_moments_in_bytes():
+def test_eight_bit_adamw_follows_adamw_with_moments_in_bytes():
     pytest.importorskip("bitsandbytes")
     start = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     exact, coarse = nn.Parameter(start.clone()), nn.Parameter(start.clone())
@@ -104,7 +104,7 @@ def test_prodigy_finds_the_size_of_its_steps():
 
 
 @pytest.mark.parametrize(("adam", "package"), [(Adam("prodigy"), "prodigyopt"), (Adam(eight_bit=True), "bitsandbytes")])
-def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it(adam, package, monkeypatch):
+def test_a_missing_package_is_reported_with_the_command_that_installs_it(adam, package, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.delitem(sys.modules, package, raising=False)
     with pytest.raises(InputError, match=rf"needs the package {package}.*pip install {package}"):
@@ -121,7 +121,7 @@ def test_a_parameter_without_gradient_is_neither_moved_nor_decayed():
         assert torch.equal(left, torch.ones(3))
 
 
-def test_parameters_hold_their_average_within_and_themselves_after():
+def test_parameters_hold_their_average_within_the_context_only():
     parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3))]
     optimizer = Adam().optimizer([{"params": parameters[:1], "lr": 1.0}, {"params": parameters[1:], "lr": 2.0}])
     ema = EMAModel(trainable_parameters(optimizer), decay=0.5)
@@ -138,7 +138,7 @@ def test_parameters_hold_their_average_within_and_themselves_after():
     assert all(torch.equal(parameter, torch.full_like(parameter, 5.0)) for parameter in parameters)
 
 
-def test_without_an_average_parameters_stay_as_they_are():
+def test_without_an_average_parameters_are_unchanged():
     parameter = nn.Parameter(torch.ones(2))
     with averaged(None, Adam().optimizer([{"params": [parameter], "lr": 1.0}])):
         assert torch.equal(parameter, torch.ones(2))

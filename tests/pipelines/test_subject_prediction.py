@@ -1,10 +1,11 @@
-"""What a model predicts: read from its file or given, set on its scheduler, and checked against what its UNet does."""
+"""The prediction type: read from a file or given, set on the scheduler, and checked against the UNet's output."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+from cached_latents import cached_latents
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -22,7 +23,6 @@ from pipelines.built_in import BUILT_IN
 from pipelines.errors import InputError
 from pipelines.subject.base_model import encode_images, encode_prompts, load_base_model, model_resolution
 from pipelines.subject.data import load_examples
-from pipelines.subject.encoding import CachedLatents
 from pipelines.subject.loss import DenoisingLoss
 from pipelines.subject.mismatch import check_prediction_type, target_losses
 from pipelines.subject.noising import noising_for
@@ -55,11 +55,11 @@ def with_keys(path, *names, metadata=None, **values):
         (("v_pred",), {"modelspec.prediction_type": "flow"}, Prediction(V)),
     ],
 )
-def test_a_file_says_what_its_model_predicts_by_keys_or_by_its_header(tmp_path, names, metadata, expected):
+def test_the_prediction_type_is_read_from_tensor_names_or_the_header(tmp_path, names, metadata, expected):
     assert read_prediction(with_keys(tmp_path / "model.safetensors", *names, metadata=metadata)) == expected
 
 
-def test_a_header_that_contradicts_the_keys_is_named(tmp_path, caplog):
+def test_a_header_that_contradicts_the_tensor_names_is_reported(tmp_path, caplog):
     read_prediction(with_keys(tmp_path / "m.safetensors", "v_pred", metadata={"modelspec.prediction_type": "epsilon"}))
     assert "m.safetensors" in caplog.text
     assert "--prediction_type" in caplog.text
@@ -72,14 +72,14 @@ def test_an_unknown_type_in_the_header_is_refused_unless_one_is_given(tmp_path):
     assert prediction_of(str(file), EPSILON) == Prediction(EPSILON)
 
 
-def test_what_is_given_wins_over_the_file(tmp_path):
+def test_given_settings_take_precedence_over_the_file(tmp_path):
     file = str(with_keys(tmp_path / "model.safetensors", "v_pred", "ztsnr"))
     assert prediction_of(file, EPSILON, False) == Prediction(EPSILON, False)
     assert prediction_of(file, None, False) == Prediction(V, False)
     assert prediction_of("owner/model", V, True) == Prediction(V, True)
 
 
-def test_nothing_said_leaves_the_scheduler_as_it_is():
+def test_without_settings_the_scheduler_is_unchanged():
     scheduler = EulerDiscreteScheduler()
     assert Prediction().apply(scheduler) is scheduler
 
@@ -115,17 +115,17 @@ def test_sigmas_in_a_file_are_those_of_edm(tmp_path):
         (Prediction(V, True, (0.002, 120.0)), EulerDiscreteScheduler(), r"not supported by this model's EDMEulerScheduler"),
     ],
 )
-def test_zero_terminal_snr_is_refused_where_it_cannot_be(prediction, scheduler, message):
+def test_zero_terminal_snr_is_refused_if_the_scheduler_does_not_support_it(prediction, scheduler, message):
     with pytest.raises(InputError, match=message):
         prediction.apply(scheduler)
 
 
-def test_a_training_on_epsilon_with_zero_terminal_snr_is_refused_whoever_made_the_scheduler():
+def test_training_on_epsilon_with_zero_terminal_snr_is_refused():
     with pytest.raises(InputError, match=r"needs a model that predicts v"):
         noising_for(DDIMScheduler(rescale_betas_zero_snr=True))
 
 
-def test_min_snr_weights_are_finite_where_there_is_no_signal():
+def test_min_snr_weights_are_finite_without_signal():
     noising = noising_for(Prediction(V, True).apply(EulerDiscreteScheduler()))
     timesteps = torch.tensor([0, 500, 999])
     signal = noising.scheduler.alphas_cumprod[timesteps].double()
@@ -154,7 +154,7 @@ def test_a_file_with_keys_makes_the_images_of_stock_diffusers_with_that_schedule
     assert (image(pipe) - image(tiny_pipeline())).abs().max() > 0.01
 
 
-def test_what_is_given_reaches_a_folders_scheduler(tiny_model):
+def test_given_settings_apply_to_the_scheduler_of_a_folder(tiny_model):
     pipe = load_base_model(str(tiny_model), prediction_type=V, rescale_betas_zero_snr=True)
     config = pipe.scheduler.config
     assert (config.prediction_type, config.rescale_betas_zero_snr, config.timestep_spacing) == (V, True, "trailing")
@@ -183,13 +183,13 @@ def encoded(pipe, latents):
     """One image with these latents (1, channels, height, width)."""
     moments = torch.stack([latents, torch.zeros_like(latents)], dim=1)[:, None]
     tokens = torch.zeros((1, 2, 4), dtype=torch.int64)
-    return CachedLatents.in_memory(moments, torch.zeros(1, 6), tokens, encode_prompts(pipe, ["a star"]))
+    return cached_latents(moments, torch.zeros(1, 6), tokens, encode_prompts(pipe, ["a star"]))
 
 
 @pytest.mark.parametrize("rescaled", [False, True])
 @pytest.mark.parametrize("answer", [EPSILON, V])
 @pytest.mark.parametrize("size", [0.05, 1.0, 2.0])
-def test_a_model_that_answers_exactly_is_known_by_its_losses(pipe, answer, rescaled, size):
+def test_a_perfect_model_is_recognised_by_its_losses(pipe, answer, rescaled, size):
     pipe.scheduler = DDPMScheduler(prediction_type=V, rescale_betas_zero_snr=rescaled)
     latents = size * torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
     pipe.register_modules(unet=ExactUNet(answer, latents, pipe.scheduler))
@@ -206,7 +206,7 @@ def test_a_model_that_answers_exactly_is_known_by_its_losses(pipe, answer, resca
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_random_weights_have_no_preference_and_are_taken(seed):
+def test_random_weights_contradict_no_prediction_type(seed):
     pipe = tiny_pipeline(seed)
     for size in (0.05, 1.0, 4.0):
         latents = size * torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(seed))
@@ -215,7 +215,7 @@ def test_random_weights_have_no_preference_and_are_taken(seed):
         assert not losses.contradicts(V)
 
 
-def test_models_of_other_targets_are_taken_as_they_are(pipe):
+def test_models_with_other_targets_are_not_checked(pipe):
     for scheduler in (DDPMScheduler(prediction_type="sample"), EDMEulerScheduler()):
         pipe.scheduler = scheduler
         check_prediction_type(pipe, None)
@@ -228,13 +228,13 @@ def built_in():
 
 
 @pytest.mark.parametrize(("said", "refused"), [(None, False), (V, False), (EPSILON, True)])
-def test_the_built_in_model_is_refused_under_the_wrong_target(built_in, said, refused):
+def test_the_built_in_model_is_refused_with_the_wrong_prediction_type(built_in, said, refused):
     pipe, own = built_in, built_in.scheduler
     pipe.scheduler = Prediction(said, False if said == EPSILON else None).apply(own)
     examples = load_examples(sorted(SAMPLE_SUBJECT.glob("*.jpg"))[:2], model_resolution(pipe))
     latents = encode_images(pipe, torch.stack([example.pixels for example in examples]))
     time_ids, tokens = torch.stack([example.time_ids for example in examples]), torch.zeros((2, 2, 4), dtype=torch.int64)
-    images = CachedLatents.in_memory(latents[:, None], time_ids, tokens, encode_prompts(pipe, ["a photo of a toy"] * 2))
+    images = cached_latents(latents[:, None], time_ids, tokens, encode_prompts(pipe, ["a photo of a toy"] * 2))
     try:
         with pytest.raises(InputError, match=r"predicts v_prediction, not epsilon") if refused else nullcontext():
             check_prediction_type(pipe, images)

@@ -1,4 +1,4 @@
-"""Class images: made once, missing ones added, used again, and never those of another class."""
+"""Class images: generated once, completed when images are missing, and never those of another class."""
 
 import os
 
@@ -31,7 +31,7 @@ def make(classes, missing=None):
     return drawn
 
 
-def test_images_are_made_once_and_carry_their_settings(tmp_path):
+def test_class_images_are_generated_once_with_their_settings(tmp_path):
     drawn = make(wanted(tmp_path / "class"))
     assert len(drawn) == len(set(drawn)) == 3
     assert make(wanted(tmp_path / "class")) == []
@@ -42,7 +42,7 @@ def test_images_are_made_once_and_carry_their_settings(tmp_path):
     assert [read_settings(image.path)["seed"] for image in found] == [seed for _, seed in drawn]
 
 
-def test_missing_ones_are_added_as_if_they_had_never_been_gone(tmp_path):
+def test_missing_images_are_generated_with_the_same_result(tmp_path):
     make(wanted(tmp_path))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     (tmp_path / "00001.png").unlink()
@@ -51,19 +51,19 @@ def test_missing_ones_are_added_as_if_they_had_never_been_gone(tmp_path):
     assert len(make(wanted(tmp_path, count=5))) == 2
 
 
-def test_images_of_ones_own_count_and_are_kept(tmp_path):
+def test_the_users_class_images_count_and_are_kept(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "my dog.jpg")
     assert len(make(wanted(tmp_path))) == 2
     assert {p.path.name for p in wanted(tmp_path).images()} == {"00000.png", "00001.png", "my dog.jpg"}
 
 
-def test_one_that_cannot_be_read_is_named_before_any_is_made(tmp_path):
+def test_an_unreadable_image_is_reported_before_any_is_generated(tmp_path):
     (tmp_path / "my dog.jpg").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"my dog.jpg' cannot be read as an image .*Remove it"):
         wanted(tmp_path).missing()
 
 
-def test_no_more_are_used_than_asked_for(tmp_path):
+def test_no_more_images_are_used_than_requested(tmp_path):
     make(wanted(tmp_path, count=5))
     assert len(wanted(tmp_path, count=2).images()) == 2
     assert make(wanted(tmp_path, count=2)) == []
@@ -92,7 +92,7 @@ def test_each_class_has_its_own_folder_and_subjects_of_one_class_share_it(tmp_pa
     assert {image.path.parent.name for image in found[2:]} == {"a-photo-of-a-cat"}
 
 
-def test_processes_share_the_images_and_make_what_one_would_have_made(tmp_path):
+def test_processes_share_the_generation_with_the_same_result(tmp_path):
     make(wanted(tmp_path / "alone", count=5))
     parts = [wanted(tmp_path / "together", count=5, share=(place, 2)) for place in range(2)]
     missing = parts[0].missing()
@@ -103,7 +103,7 @@ def test_processes_share_the_images_and_make_what_one_would_have_made(tmp_path):
         assert (tmp_path / "together" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_a_image_cut_short_while_it_was_written_is_made_again(tmp_path, monkeypatch):
+def test_an_image_whose_writing_was_interrupted_is_generated_again(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         make(wanted(tmp_path))

@@ -1,4 +1,4 @@
-"""A base model in 4 bits a number, and adapters on it: the dequantised weights are the oracle."""
+"""A base model in 4 bits and adapters on it; the dequantised weights are the oracle."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def disturb(components):
             parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
 
 
-def test_every_linear_layer_holds_half_a_byte_a_number_and_the_rest_stays():
+def test_only_linear_layers_are_stored_in_4_bits():
     pipe, plain = quantized(), tiny_pipeline()
     for name, layer in plain.unet.named_modules():
         other = pipe.unet.get_submodule(name)
@@ -68,11 +68,11 @@ def test_every_linear_layer_holds_half_a_byte_a_number_and_the_rest_stays():
             assert torch.equal(other.weight, layer.weight)
 
 
-def test_the_model_computes_with_what_its_weights_stand_for():
+def test_the_model_computes_with_the_dequantised_weights():
     torch.testing.assert_close(image(quantized()), image(rounded()))
 
 
-def test_images_and_training_leave_the_weights_as_they_are():
+def test_generation_and_training_do_not_change_the_weights():
     pipe = quantized()
     before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
     image(pipe)
@@ -80,7 +80,7 @@ def test_images_and_training_leave_the_weights_as_they_are():
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
-def test_calibration_sees_what_it_sees_on_the_dequantised_weights():
+def test_calibration_gives_the_statistics_of_the_dequantised_weights():
     pipe, plain = quantized(), rounded()
     ours, theirs = (calibrate(p.unet, lambda p=p: run(p), [*LINEAR, *CONVOLUTIONS]) for p in (pipe, plain))
     assert set(ours) == set(theirs)
@@ -101,7 +101,7 @@ def test_the_outer_factors_are_those_of_the_dequantised_weights(tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_fresh_adapter_starts_as_its_method_says_and_every_number_of_it_gets_a_gradient(method, tmp_path):
+def test_a_new_adapter_starts_at_the_base_model_if_its_method_does_and_gets_gradients(method, tmp_path):
     pipe = quantized()
     before = image(pipe)
     components = adapted(pipe, method, tmp_path)
@@ -126,7 +126,7 @@ def trained(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("file", ["adapter/full", "diffusers/pytorch_lora_weights.safetensors", "kohya/subject.safetensors"])
-def test_files_of_an_adapter_made_in_4_bits_load_on_the_plain_model(trained, file):
+def test_an_adapter_trained_in_4_bits_loads_onto_the_full_precision_model(trained, file):
     method, folder, expected = trained
     if method_named(method).export_note and file.startswith("kohya"):
         pytest.skip("stock diffusers leaves dora_scale out")
@@ -153,7 +153,7 @@ def test_another_kind_is_refused(pipe):
         quantize_linear_layers(pipe.unet, "int3", torch.float32)
 
 
-def test_without_bitsandbytes_the_command_that_installs_it_is_named(pipe, monkeypatch):
+def test_without_bitsandbytes_the_error_has_the_command_that_installs_it(pipe, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"--quantize nf4 needs the package bitsandbytes.*pip install bitsandbytes"):
         quantize_linear_layers(pipe.unet, "nf4", torch.float32)

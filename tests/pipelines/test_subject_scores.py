@@ -1,4 +1,4 @@
-"""Scores of images: what is fixed by algebra, and on the built-in model that each separates good from bad."""
+"""Scores of images: identities, and on the built-in model the separation of good images from bad ones."""
 
 import json
 import random
@@ -38,7 +38,7 @@ def noise(seed, side=32):
     return Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
 
 
-def test_a_copy_scores_one_mirrored_or_brightened_and_another_image_does_not():
+def test_mirrored_and_brightened_copies_score_one_and_other_images_do_not():
     references = [noise(0), noise(1)]
     mirrored = references[1].transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     paler = Image.eval(references[0], lambda value: value // 2 + 60)
@@ -49,7 +49,7 @@ def test_a_copy_scores_one_mirrored_or_brightened_and_another_image_does_not():
     assert found[3] < 0.5
 
 
-def test_a_training_image_is_most_like_the_subject_and_its_own_copy():
+def test_a_training_image_scores_highest_as_subject_and_as_copy():
     references = [noise(seed) for seed in range(2)]
     judge = BaseModelScorer(tiny_pipeline(), references[:1], [noise(9)], 16)
     same, other = judge.scores([references[0], noise(7)], ["a", "b"])
@@ -59,7 +59,7 @@ def test_a_training_image_is_most_like_the_subject_and_its_own_copy():
     assert same.nearest == pytest.approx(1, abs=1e-4)
 
 
-def test_likeness_is_the_mean_over_the_training_images_and_nearest_the_most_of_them():
+def test_subject_is_the_mean_and_nearest_the_maximum_over_the_training_images():
     references, sample = [noise(seed) for seed in range(3)], [noise(7)]
     pipe = tiny_pipeline()
     # The others only centre the features: with the same ones in all, each judge of one reference knows a part of the whole.
@@ -73,14 +73,14 @@ def test_likeness_is_the_mean_over_the_training_images_and_nearest_the_most_of_t
     assert found.nearest == pytest.approx(max(alone), abs=1e-4)
 
 
-def test_the_limit_of_nearness_is_where_cropped_copies_lie_but_not_below_two_training_images():
+def test_the_nearest_limit_is_that_of_cropped_copies_but_at_least_that_of_training_images():
     of_cropped = torch.tensor([[0.9, 1.0], [1.0, 0.8]])
     assert nearest_limit(torch.tensor([[1.0, 0.3], [0.3, 1.0]]), of_cropped) == pytest.approx(0.85)
     assert nearest_limit(torch.tensor([[1.0, 0.95], [0.95, 1.0]]), of_cropped) == pytest.approx(0.95)
     assert nearest_limit(torch.ones(1, 1), of_cropped[:1, :1]) == pytest.approx(0.9)
 
 
-def test_a_cropped_copy_is_the_middle_at_the_size_of_the_whole():
+def test_a_cropped_copy_is_the_middle_at_the_images_size():
     image = Image.new("RGB", (40, 20), "red")
     image.paste("blue", (2, 1, 38, 19))
     found = cropped(image)
@@ -88,7 +88,7 @@ def test_a_cropped_copy_is_the_middle_at_the_size_of_the_whole():
     assert np.abs(np.asarray(found).astype(int) - (0, 0, 255)).max() <= 1
 
 
-def test_scores_are_the_base_models_whatever_adapter_is_on_it_and_leave_it_as_it_was():
+def test_scores_do_not_depend_on_the_adapter_and_restore_it():
     plain, adapted = tiny_pipeline(), tiny_pipeline()
     add_nora(adapted)
     adapted.unet.train()
@@ -101,7 +101,7 @@ def test_scores_are_the_base_models_whatever_adapter_is_on_it_and_leave_it_as_it
     assert adapted.unet.training
 
 
-def test_without_adapters_ends_even_where_something_fails():
+def test_adapters_are_enabled_again_after_an_error():
     pipe = tiny_pipeline()
     add_nora(pipe, components=("unet",))
     with pytest.raises(ZeroDivisionError), without_adapters(pipe):
@@ -145,7 +145,7 @@ def unit(values):
     return torch.nn.functional.normalize(values, dim=-1)
 
 
-def test_a_clip_model_of_transformers_judges_by_the_cosines_that_it_is_trained_on(clip_folder):
+def test_a_clip_of_transformers_scores_by_its_cosine_similarities(clip_folder):
     images, prompts = [noise(0), noise(1), cropped(noise(0))], ["a red star", "snow", "night"]
     judge = create_image_scorer(str(clip_folder), None, images[:1], [], 16)
     model = CLIPModel.from_pretrained(clip_folder).eval()
@@ -167,7 +167,7 @@ def mini_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("named", ["mini", "folder"])
-def test_the_built_in_clip_judges_by_what_plain_open_clip_computes(mini_folder, monkeypatch, named):
+def test_the_built_in_clip_scores_as_plain_open_clip(mini_folder, monkeypatch, named):
     images = [noise(0, 64), noise(1, 64), cropped(noise(0, 64))]
     prompts = ["a photo of sks toy", "snow", "night"]
     judge = create_image_scorer("mini" if named == "mini" else str(mini_folder), None, images[:1], [], 64)
@@ -180,7 +180,7 @@ def test_the_built_in_clip_judges_by_what_plain_open_clip_computes(mini_folder, 
     assert_judges_by(judge.scores(images, prompts), judge, image_features, texts)
 
 
-def test_a_model_that_open_clip_knows_is_named_with_its_weights(tmp_path):
+def test_an_open_clip_model_is_given_with_its_weights(tmp_path):
     (tmp_path / "judging-clip.json").write_text(json.dumps(CONFIG))
     open_clip.add_model_config(tmp_path / "judging-clip.json")
     save_file(tiny_clip().state_dict(), tmp_path / "weights.safetensors")
@@ -190,7 +190,7 @@ def test_a_model_that_open_clip_knows_is_named_with_its_weights(tmp_path):
         assert torch.equal(embedder.clip.model.state_dict()[name], value)
 
 
-def test_a_dino_model_judges_the_subject_and_the_base_model_the_prompt(tmp_path):
+def test_dino_scores_the_subject_and_the_base_model_scores_the_prompt(tmp_path):
     config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=14, patch_size=7)
     Dinov2Model(config).save_pretrained(tmp_path)
     BitImageProcessor(size={"shortest_edge": 14}, crop_size={"height": 14, "width": 14}).save_pretrained(tmp_path)
@@ -214,7 +214,7 @@ def test_a_dino_model_judges_the_subject_and_the_base_model_the_prompt(tmp_path)
         ("open_clip:ViT-B-16/weights.pt", r"is a pickle by its name"),
     ],
 )
-def test_a_judge_that_cannot_be_loaded_is_named(tmp_path, name, message):
+def test_an_image_scorer_that_cannot_be_loaded_is_refused(tmp_path, name, message):
     with pytest.raises(InputError, match=f"(?s){message}"):
         load_embedder(name.format(folder=tmp_path))
 

@@ -1,4 +1,4 @@
-"""One reader for every text file that a user gives."""
+"""Reading of text files that a user gives."""
 
 import pytest
 from shared_cases import case_folder
@@ -13,7 +13,7 @@ TEXT = "a café at night\na red star\n"
     "content",
     [TEXT.encode(), TEXT.encode("utf-8-sig"), TEXT.replace("\n", "\r\n").encode(), TEXT.replace("\n", "\r").encode("utf-8-sig")],
 )
-def test_utf8_is_read_with_and_without_a_mark_whatever_ends_its_lines(tmp_path, content):
+def test_utf8_is_read_with_any_line_endings_with_and_without_a_byte_order_mark(tmp_path, content):
     (tmp_path / "file.txt").write_bytes(content)
 
     assert read_text(tmp_path / "file.txt") == TEXT
@@ -32,7 +32,7 @@ def test_utf8_is_read_with_and_without_a_mark_whatever_ends_its_lines(tmp_path, 
         ("é".encode()[:1], "must be UTF-8 text"),
     ],
 )
-def test_another_encoding_is_refused_in_words_with_the_remedy(tmp_path, content, message):
+def test_another_encoding_is_refused_with_the_remedy(tmp_path, content, message):
     (tmp_path / "file.txt").write_bytes(content)
 
     with pytest.raises(InputError, match=message) as refused:

@@ -1,4 +1,4 @@
-"""VeRA: its equation, its parameters, its random matrices by key, and its files in PEFT."""
+"""VeRA: its equation, its parameters, its random matrices from a key, and its files in PEFT."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_a_layer_adds_b_B_d_A_x_and_scales_it(pipe, tmp_path):
         torch.testing.assert_close(factors.up @ factors.down, change, atol=1e-5, rtol=1e-4)
 
 
-def test_scaling_the_active_adapter_up_and_down_is_undone(pipe, tmp_path):
+def test_scale_layer_is_undone_by_unscale_layer(pipe, tmp_path):
     layer = next(iter(vera_layers(adapted(pipe, tmp_path)["unet"]).values()))
     trained = layer.get_delta_weight(ADAPTER_NAME).clone()
     layer.scale_layer(0.5)
@@ -58,7 +58,7 @@ def test_scaling_the_active_adapter_up_and_down_is_undone(pipe, tmp_path):
     torch.testing.assert_close(layer.get_delta_weight(ADAPTER_NAME), trained)
 
 
-def test_a_layer_trains_as_many_numbers_as_it_gives_and_the_rank(pipe, tmp_path):
+def test_a_layer_has_out_features_plus_rank_trained_parameters(pipe, tmp_path):
     components = adapted(pipe, tmp_path, train_text_encoder=True)
     expected = sum(layer.out_features + RANK for model in components.values() for layer in vera_layers(model).values())
     assert sum(parameter.numel() for parameter in trained_parameters(components)) == expected
@@ -72,7 +72,7 @@ def test_all_layers_share_one_pair_of_random_matrices_that_the_seed_chooses(pipe
     assert not torch.equal(layers[0].vera_A[ADAPTER_NAME], next(iter(other.values())).vera_A[ADAPTER_NAME])
 
 
-def test_peft_itself_reads_the_file_which_holds_the_vectors_alone(pipe, tmp_path):
+def test_peft_loads_the_file_which_holds_only_the_vectors(pipe, tmp_path):
     adapter_files.save(adapted(pipe, tmp_path), tmp_path)
     tensors = load_file(tmp_path / "full" / "unet" / "adapter_model.safetensors")
     assert {name.rpartition(".")[2] for name in tensors} == {"vera_lambda_b", "vera_lambda_d"}
@@ -81,14 +81,14 @@ def test_peft_itself_reads_the_file_which_holds_the_vectors_alone(pipe, tmp_path
     torch.testing.assert_close(image(stock), expected, atol=1 / 255, rtol=0)
 
 
-def test_other_random_matrices_than_those_of_the_training_are_refused(pipe, tmp_path, monkeypatch):
+def test_random_matrices_that_differ_from_those_in_training_are_refused(pipe, tmp_path, monkeypatch):
     adapter_files.save(adapted(pipe, tmp_path), tmp_path)
     monkeypatch.setattr("peft.tuners.vera.model._kaiming_init", lambda shape, generator: torch.ones(shape))
     with pytest.raises(AdapterFileError, match=r"the key \d+ gives other shared random matrices.*file exported for diffusers"):
         adapters.load_adapter(tiny_pipeline(), tmp_path / "full", "loaded")
 
 
-def test_the_files_of_a_model_with_wider_layers_are_refused(pipe, tmp_path):
+def test_files_of_a_model_with_larger_layers_are_refused(pipe, tmp_path):
     adapter_files.save(adapted(pipe, tmp_path), tmp_path)
     other = tiny_pipeline()
     layer = other.unet.get_submodule(next(iter(vera_layers(pipe.unet))))
@@ -99,7 +99,7 @@ def test_the_files_of_a_model_with_wider_layers_are_refused(pipe, tmp_path):
         adapters.load_adapter(other, tmp_path / "full", "loaded")
 
 
-def test_convolutions_are_left_out_of_the_defaults_and_refused():
+def test_convolutions_are_not_default_targets_and_are_refused():
     assert not set(CONVOLUTIONS) & set(default_targets("vera", built_in=True))
     for targets in (["conv1"], ["conv1", "to_q"]):
         with pytest.raises(InputError, match=r"does not fit unet: .*VeRA adapts Linear layers only, got \['conv1'"):

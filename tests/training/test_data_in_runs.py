@@ -248,7 +248,7 @@ def test_class_images_that_are_given_are_accounted_for(tmp_path, images_dir):
     shutil.copytree(images_dir, tmp_path / "reg" / "1_toy")
     (tmp_path / "reg" / "1_toy" / "0.txt").write_text("a toy")
     options = DataOptions(str(images_dir), "sks toy", with_prior_preservation=True, class_prompt="a toy", num_class_images=2)
-    for name, check in (("reg", pytest.raises(InputError, match=r"as in '.*1_toy'")), ("reg/1_toy", nullcontext())):
+    for name, check in (("reg", pytest.raises(InputError, match=r"such as '.*1_toy'")), ("reg/1_toy", nullcontext())):
         options.class_data_dir = str(tmp_path / name)
         with check:
             report = checked_images(options, seed=0).report
