@@ -13,11 +13,11 @@ from pipelines.subject.loss import DenoisingLoss
 COUNT = 5
 
 
-def images(variants=1, count=COUNT, first=1):
-    """Every image's latents are its number, without deviation; mirrored ones its negative."""
+def images(variants=1, count=COUNT, first=1, deviation=0.0):
+    """Every image's latents have its number as their mean; mirrored ones its negative."""
     mean = torch.arange(first, first + count).float().view(count, 1, 1, 1, 1).expand(count, variants, 4, 2, 2).clone()
     mean[:, 1:] *= -1
-    moments = torch.stack([mean, torch.zeros_like(mean)], dim=2)
+    moments = torch.stack([mean, torch.full_like(mean, deviation)], dim=2)
     numbers = torch.arange(first, first + count).float()
     prompts = PromptEmbeddings(numbers.view(-1, 1, 1), numbers.view(-1, 1))
     tokens = numbers.long().view(-1, 1, 1)
@@ -75,8 +75,7 @@ def test_an_image_keeps_its_size_and_prompt():
 
 
 def test_latents_are_sampled_from_their_distribution_in_every_batch():
-    drawn = batches()
-    drawn.images.read.latents[:, :, 1] = 1.0
+    drawn = SubjectBatches(images(deviation=1.0), False, 3, num_timesteps=1000, seed=0)
     means = [torch.tensor(drawn.chosen(k)) + 1.0 for k in range(60)]
     residuals = torch.cat([(drawn(k)["latents"] - mean.view(-1, 1, 1, 1)).flatten() for k, mean in enumerate(means)])
     assert residuals.mean().abs() < 0.1
