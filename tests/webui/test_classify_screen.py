@@ -198,7 +198,7 @@ def test_a_local_folder_is_used_in_place(server, new_page, tmp_path):
     page.locator("#classify-folder input, #classify-folder textarea").first.fill(str(given))
     page.locator("#classify-use-folder").click()
     expect(page.locator("#classify-classes .class-card")).to_have_count(3, timeout=TRAINED)
-    expect(page.locator("#classify-summary")).to_contain_text("nothing in it is changed")
+    expect(page.locator("#classify-summary")).to_contain_text("which the app never changes")
     page.locator("#classify-go-train").click()
     expect(page.locator("#classify-about")).to_contain_text("6 of its 15 images are test images", timeout=SOON)
 
