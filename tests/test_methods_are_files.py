@@ -72,18 +72,12 @@ class WarmLora(Lora):
     name, title, reference = "warm_lora", "Warm LoRA", "Nobody 2026"
     Options = Options
 """
-PROJECT = """
-[build-system]
-requires = ["setuptools"]
-build-backend = "setuptools.build_meta"
-[project]
-name = "warm-lora"
-version = "1"
-[project.entry-points."nora_vision.methods"]
-warm_lora = "warm_lora:WarmLora"
-[tool.setuptools]
-py-modules = ["warm_lora"]
-"""
+# What an installer writes for [project.entry-points."nora_vision.methods"].
+INSTALLED = {
+    "warm_lora.py": METHOD,
+    "warm_lora-1.dist-info/METADATA": "Metadata-Version: 2.1\nName: warm-lora\nVersion: 1\n",
+    "warm_lora-1.dist-info/entry_points.txt": "[nora_vision.methods]\nwarm_lora = warm_lora:WarmLora\n",
+}
 USE = """
 from pipelines.methods import method_names, title_of
 from training.options import SubjectOptions, parse_options
@@ -101,12 +95,9 @@ print("used")
 
 @pytest.mark.slow(8)
 def test_a_package_that_is_installed_adds_its_method(tmp_path):
-    source, target = tmp_path / "source", tmp_path / "installed"
-    source.mkdir()
-    (source / "warm_lora.py").write_text(METHOD)
-    (source / "pyproject.toml").write_text(PROJECT)
-    install = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", target, source]
-    subprocess.run([sys.executable, "-m", "pip", *install], check=True, capture_output=True, text=True)
-    env = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(target)))}
+    (tmp_path / "warm_lora-1.dist-info").mkdir()
+    for name, content in INSTALLED.items():
+        (tmp_path / name).write_text(content)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(tmp_path)))}
     used = subprocess.run([sys.executable, "-c", USE], env=env, capture_output=True, text=True, check=False)
     assert used.stdout.strip().endswith("used"), used.stderr

@@ -176,7 +176,7 @@ def test_an_installed_wheel_trains_generates_and_opens_from_a_folder_without_a_c
         (installed.folder / package / "__init__.py").write_text(TRAP)
 
     # CI certifies in tests/training/test_dreambooth_nora.py; to import the libraries in one more process takes long.
-    installed.run("nora-vision", "train", *SHORT.split(), "--no_certify")
+    installed.run("nora-vision", "train", "--no_certify", *SHORT.split())
     (run,) = (installed.folder / "runs").glob("[!.]*")
     assert (run / "adapter" / "full" / "unet" / "adapter_model.safetensors").is_file()
     assert (run / "command").read_text().startswith(f"nora-vision train --no_certify {SHORT}")

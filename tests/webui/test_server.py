@@ -162,6 +162,6 @@ def test_names_that_contain_html_or_shell_code_are_shown_as_text(server, new_pag
     page.wait_for_function("document.querySelector('#run input')?.value", timeout=120_000)
     for screen in SCREENS:
         go_to(page, screen)
-        page.wait_for_timeout(1500)
+        page.wait_for_timeout(500)
         assert page.locator("[src='x-hostile'], [src$='/x-hostile']").count() == 0, screen
         assert page.evaluate("window.hacked === undefined"), screen
