@@ -5,6 +5,7 @@ The methods come from `pipelines.methods`.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from pipelines.subject.base_model import text_encoders_of
 from pipelines.subject.lora_files import load_lora_file, resolve, verify
 from pipelines.subject.target_layers import ATTENTION, TEXT_TARGETS
 
+logger = logging.getLogger(__name__)
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 NO_ADAPTER = (
     "There is no adapter at {path!r}. Give a run directory, a native adapter folder, a folder saved by PEFT or diffusers, or a "
@@ -110,10 +112,16 @@ def save_everywhere(
     title: str,
     adapter_name: str = ADAPTER_NAME,
 ) -> None:
-    """Write the adapter to `folder` in its native layouts (`adapter/`), in diffusers' format and in kohya's."""
+    """Write the adapter to `folder` in its native layouts (`adapter/`), in diffusers' format and in kohya's.
+
+    A kohya file of another title is removed: it is an earlier export of a run directory that has been renamed since.
+    """
     adapter_files.save(components, folder / "adapter", adapter_name)
     export_lora(pipeline, folder / "diffusers", adapter_name, format="diffusers")
-    export_lora(pipeline, folder / "kohya" / f"{title}.safetensors", adapter_name, format="kohya")
+    kohya = export_lora(pipeline, folder / "kohya" / f"{title}.safetensors", adapter_name, format="kohya")
+    for earlier in set(kohya.parent.glob("*.safetensors")) - {kohya}:
+        logger.info(f"Removing {earlier}, which {kohya.name} replaces.")
+        earlier.unlink()
 
 
 def save_small(components: dict[str, nn.Module], folder: Path) -> None:

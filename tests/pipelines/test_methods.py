@@ -122,6 +122,14 @@ def test_every_file_of_a_trained_adapter_gives_the_same_images(trained, file):
     torch.testing.assert_close(image(fresh), expected, atol=1 / 255, rtol=0)
 
 
+def test_the_kohya_file_of_a_renamed_run_is_replaced(images_dir, tmp_path):
+    pipe = tiny_pipeline()
+    components = attached(pipe, small("lora"), images_dir, tmp_path / "cache")
+    for title in ("before", "after"):
+        adapters.save_everywhere(pipe, components, tmp_path / "run", title)
+    assert [path.name for path in (tmp_path / "run" / "kohya").iterdir()] == ["after.safetensors"]
+
+
 @methods
 def test_a_saved_adapter_is_loaded_beside_the_one_in_training_and_removed_again(method, images_dir, tmp_path):
     pipe = tiny_pipeline()
