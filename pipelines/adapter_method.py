@@ -111,7 +111,7 @@ class LowRankOptions:
 
     rank: int | None = field(default=None, metadata={"help": "rank", "few-shot": "lora_rank"})
     alpha: float | None = field(
-        default=None, metadata={"help": "numerator of the scaling alpha / rank; by default the scaling is 1"}
+        default=None, metadata={"help": "numerator of the scaling alpha / rank (default: the scaling is 1)"}
     )
     dropout: float = field(default=0.0, metadata={"help": "dropout probability within the adapter"})
 

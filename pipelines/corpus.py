@@ -120,7 +120,7 @@ def photo_corpus(folder: Path, size: int) -> Corpus:
 
 
 def split_held_out(captions: list[str], share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the training images and of the held-out ones: `share` of each caption's images, sampled with `seed`."""
+    """Indices (n,) of the training images and of the held-out ones, which are `share` of each caption's images."""
     rng = np.random.default_rng(seed)
     by_caption = np.unique(captions, return_inverse=True)[1]
     held_out = np.zeros(len(captions), dtype=bool)

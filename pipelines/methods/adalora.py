@@ -1,4 +1,4 @@
-"""AdaLoRA: h = W x + s B diag(e) A x,  with ranks allocated to layers during training; PEFT's  [Zhang et al. 2023]."""
+"""AdaLoRA: h = W x + s B diag(e) A x,  with ranks allocated to layers during training, by PEFT  [Zhang et al. 2023]."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class AdaLoraOptions:
         metadata={"help": "weight of the orthogonality regularisation", "label": "AdaLoRA orthogonality regularisation weight"},
     )
     alpha: float | None = field(
-        default=None, metadata={"help": "numerator of the scaling alpha / init_r; by default the scaling is 1"}
+        default=None, metadata={"help": "numerator of the scaling alpha / init_r (default: the scaling is 1)"}
     )
     dropout: float = field(default=0.0, metadata={"help": "dropout probability within the adapter"})
 
@@ -224,7 +224,7 @@ class AdaLoraTraining(MethodTraining):
         self.load_state_dict({})
 
     def regularizer(self) -> torch.Tensor | None:
-        """orth_reg_weight times the mean over all A and B of ||A A^T - I||_F and ||B^T B - I||_F  [eq. 4, as in PEFT]."""
+        """A scalar: orth_reg_weight times the mean of ||A A^T - I||_F and ||B^T B - I||_F over all layers  [eq. 4 in PEFT]."""
         if not self.weight:
             return None
         return self.weight * torch.stack([distance for model in self.models for distance in _distances(model)]).mean()

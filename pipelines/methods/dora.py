@@ -1,4 +1,4 @@
-"""DoRA: h = m (W + s B A) x / ||W + s B A||,  with row norms and a trained m; PEFT's implementation  [Liu et al. 2024]."""
+"""DoRA: h = m (W + s B A) x / ||W + s B A||,  with row norms and a trained m, by PEFT  [Liu et al. 2024]."""
 
 from __future__ import annotations
 

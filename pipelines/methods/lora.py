@@ -1,4 +1,4 @@
-"""LoRA: h = W x + s B A x,  s = alpha / r, or alpha / sqrt(r) with rsLoRA; PEFT's  [Hu et al. 2021; Kalajdzievski 2023]."""
+"""LoRA: h = W x + s B A x,  s = alpha / r, or alpha / sqrt(r) with rsLoRA, by PEFT  [Hu et al. 2021; Kalajdzievski 2023]."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class LoraOptions(LowRankOptions):
     """Options of LoRA."""
 
     use_rslora: bool = field(
-        default=False, metadata={"help": "scale by alpha / sqrt(rank) instead of alpha / rank; alpha is the rank by default"}
+        default=False, metadata={"help": "scale by alpha / sqrt(rank) instead of alpha / rank, with alpha = rank by default"}
     )
     lora_plus_ratio: float = field(
-        default=1.0, metadata={"help": "LoRA+: learning rate of B divided by that of A", "label": "LoRA+ ratio"}
+        default=1.0, metadata={"help": "LoRA+ ratio of the learning rates of B and A", "label": "LoRA+ ratio"}
     )
 
     def __post_init__(self) -> None:

@@ -26,12 +26,12 @@ class NoraOptions:
     inner_r: int = field(
         default=8,
         metadata={
-            "help": "inner rank, at most the outer rank; a layer has 2 * rank * inner_r trained parameters",
+            "help": "inner rank, at most the outer rank, for 2 * rank * inner_r trained parameters a layer",
             "label": "NoRA inner_r (inner rank)",
         },
     )
     alpha: float | None = field(
-        default=None, metadata={"help": "numerator of the scaling alpha / inner_r; by default the scaling is 1"}
+        default=None, metadata={"help": "numerator of the scaling alpha / inner_r (default: the scaling is 1)"}
     )
     dropout: float = field(default=0.0, metadata={"help": "dropout probability within the adapter"})
     inner_init: str = field(
@@ -50,7 +50,7 @@ class NoraOptions:
         },
     )
     lora_plus_ratio: float = field(
-        default=1.0, metadata={"help": "LoRA+: learning rate of B divided by that of A", "label": "LoRA+ ratio"}
+        default=1.0, metadata={"help": "LoRA+ ratio of the learning rates of B and A", "label": "LoRA+ ratio"}
     )
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""VeRA: h = W x + diag(b) B diag(d) A x,  with random A and B that all layers share; PEFT's  [Kopiczko et al. 2024]."""
+"""VeRA: h = W x + diag(b) B diag(d) A x,  with random A and B that all layers share, by PEFT  [Kopiczko et al. 2024]."""
 
 from __future__ import annotations
 

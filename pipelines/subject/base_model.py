@@ -53,11 +53,9 @@ def load_base_model(
         variant: as in `diffusers`, such as "fp16" for a folder of files named `*.fp16.safetensors`.
         revision: branch, tag or commit of a hub name.
         vae: hub name or folder of another autoencoder.
-        single_file_config: for a single file, hub name or folder of a model with the same configuration and tokenizers; None
-            for that of SDXL on the hub.
+        single_file_config: for a single file, hub name or folder of a model with the same configuration; None for SDXL's.
         quantize: "nf4" to quantise the UNet's linear layers to 4 bits  [QLoRA, Dettmers et al. 2023].
-        prediction_type: of the UNet, "epsilon" or "v_prediction"; None for the model's own setting.
-        rescale_betas_zero_snr: whether the noise schedule has zero terminal SNR; None for the model's own setting.
+        prediction_type, rescale_betas_zero_snr: as in `Prediction`; None for the model's own settings.
     Raises: InputError naming the model if it cannot be loaded or is not SDXL, or an argument that does not fit it.
     """
     name_or_path = model_path(name_or_path)

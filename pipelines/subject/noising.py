@@ -66,7 +66,7 @@ class DiscreteNoising:
         self.num_timesteps: int = scheduler.config.num_train_timesteps
 
     def inputs(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x_t and t."""
+        """x_t like `latents`, and t (batch,)."""
         return self.scheduler.add_noise(latents, noise, timesteps), timesteps
 
     def errors(
@@ -113,7 +113,7 @@ class EdmStyleNoising(_SigmaNoising):
         self.prediction_type = prediction_type
 
     def inputs(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x / sqrt(sigma^2 + 1), which is x_t, and t."""
+        """x / sqrt(sigma^2 + 1) like `latents`, which is x_t, and t (batch,)."""
         sigma = self.sigma(timesteps)
         return (latents + sigma * noise) / (sigma**2 + 1).sqrt(), timesteps
 
@@ -135,7 +135,7 @@ class EdmNoising(_SigmaNoising):
     """A model that was trained as EDM, with EDM's scaling of inputs, outputs and noise levels."""
 
     def inputs(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """c_in x and c_noise."""
+        """c_in x like `latents`, and c_noise (batch,)."""
         sigma = self.sigma(timesteps)
         noisy = self.scheduler.precondition_inputs(latents + sigma * noise, sigma)
         return noisy, self.scheduler.precondition_noise(sigma).flatten()
