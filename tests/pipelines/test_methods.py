@@ -244,7 +244,7 @@ def test_a_target_that_does_not_exist_is_refused(pipe, method):
 
 
 def test_a_path_without_an_adapter_is_refused_with_what_to_give(pipe, tmp_path):
-    with pytest.raises(InputError, match=r"no adapter at .*run's directory"):
+    with pytest.raises(InputError, match=r"no adapter at .*run directory"):
         adapters.load_adapter(pipe, tmp_path, "x")
 
 

@@ -84,7 +84,7 @@ def test_a_missing_folder_is_named():
 
 
 def test_a_folder_that_is_not_a_model_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"no diffusers model.*unet/"):
+    with pytest.raises(InputError, match=r"not a diffusers model.*unet/"):
         load_base_model(str(tmp_path))
 
 
