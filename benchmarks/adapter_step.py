@@ -1,12 +1,12 @@
-"""What one NoRA step costs beside PEFT LoRA at equal inner rank: bytes saved for backward, and time of a training step.
+"""Compare NoRA with PEFT's LoRA at equal inner rank: bytes saved for backward, and time of a training step.
 
     python benchmarks/adapter_step.py
 
-The layer is one adapted nn.Linear after a LayerNorm, the step forward and backward of one adapted transformer block of SDXL.
-Both adapters are measured in turns in one process, so that whatever else the machine does hits both.
+Bytes are those of one adapted nn.Linear after a LayerNorm. A step is forward and backward of one adapted transformer block of
+SDXL; both adapters take turns in one process, so that other load affects both alike.
 """
 
-# ruff: noqa: T201 - what a benchmark prints is its result
+# ruff: noqa: T201 - a benchmark prints its results
 import argparse
 import statistics
 import time
@@ -27,18 +27,18 @@ def adapter_configs(r: int, inner_r: int, target_modules: list[str]) -> dict[str
     """LoRA of rank `inner_r` and NoRA of ranks `r`, `inner_r`."""
     return {
         "LoRA": LoraConfig(r=inner_r, lora_alpha=inner_r, target_modules=target_modules),
-        # Random factors: what they hold changes neither bytes nor time.
+        # Random factors: their values change neither bytes nor time.
         "NoRA": NoraConfig(r=r, inner_r=inner_r, alpha=inner_r, target_modules=target_modules, init_weights=False),
     }
 
 
 def saved_bytes(layer: nn.Module, x: torch.Tensor) -> int:
-    """Bytes that `layer` saves for backward at input `x` (tokens, width), besides its own parameters and buffers."""
+    """Bytes that `layer` saves for backward at input `x` (tokens, width), without its parameters and buffers."""
     parameter_storage = {tensor.untyped_storage().data_ptr() for tensor in (*layer.parameters(), *layer.buffers())}
     saved: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        """Note the storage of a tensor that autograd saves."""
+        """Record the storage of a tensor that autograd saves."""
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameter_storage:
             saved[storage.data_ptr()] = storage
@@ -65,7 +65,7 @@ def training_step(config: PeftConfig, tokens: int, device: str, dtype: torch.dty
     torch.manual_seed(0)
     block = BasicTransformerBlock(WIDTH, 20, 64, cross_attention_dim=2048).to(device, dtype).requires_grad_(False)
     inject_adapter_in_model(config, block)
-    # Inside a UNet the block's input depends on trained factors before it.
+    # The block's input needs gradients, as inside a UNet with adapters in earlier blocks.
     x = torch.randn(1, tokens, WIDTH, device=device, dtype=dtype, requires_grad=True)
     context = torch.randn(1, 77, 2048, device=device, dtype=dtype)
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -103,7 +103,7 @@ def main() -> None:
     steps = {n: training_step(c, options.tokens, options.device, getattr(torch, options.dtype)) for n, c in configs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(options.steps + 2):
-        # In alternating order, so that neither always runs on the other's warm caches.
+        # In alternating order, so that neither always benefits from the other's warm caches.
         for name in sorted(steps, reverse=bool(repeat % 2)):
             elapsed = steps[name]()
             if repeat >= 2:

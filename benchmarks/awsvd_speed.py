@@ -1,13 +1,13 @@
-"""How fast NoRA starts: randomised AwSVD beside the full SVD, on one matrix and on all of SDXL.
+"""Time of NoRA's initialisation: randomised AwSVD compared with the full SVD, on one matrix and on all of SDXL.
 
     python benchmarks/awsvd_speed.py
 
-The second part gives random weights to every attention projection of the true-size SDXL UNet (560 nn.Linear layers, one at a
-time, so that a laptop holds them). It is timed as a start computes it, in float64, so that compact files come out the same
-everywhere, and in float32. The full SVD, in float32, is measured on one layer of each shape and multiplied by their number.
+The second part uses random weights for every attention projection of the true-size SDXL UNet (560 nn.Linear layers, one at a
+time, so that they fit into the memory of a laptop). AwSVD is timed in float64, as in the initialisation, where it makes compact
+files reproducible, and in float32. The full SVD, in float32, is measured on one layer of each shape and multiplied.
 """
 
-# ruff: noqa: T201 - what a benchmark prints is its result
+# ruff: noqa: T201 - a benchmark prints its results
 import argparse
 import time
 from collections import Counter
@@ -24,7 +24,7 @@ PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def sdxl_attention_shapes() -> Counter[tuple[int, int]]:
-    """How many attention projections of SDXL's UNet have each weight shape (out, in); no weight is allocated."""
+    """The number of attention projections of SDXL's UNet by weight shape (out, in); no weight is allocated."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(
             sample_size=128,
@@ -61,7 +61,7 @@ def decaying_weight(size: int, device: str) -> torch.Tensor:
 
 
 def compare_on_one_matrix(size: int, rank: int, device: str) -> None:
-    """Print error over the optimal one, and time, of the randomised method on a slowly decaying spectrum."""
+    """Print the error, relative to the optimal one, and the time of the randomised method on a slowly decaying spectrum."""
     weight = decaying_weight(size, device)
     scale = 0.5 + torch.rand(size, generator=torch.Generator().manual_seed(1)).to(device)
     awsvd(weight, scale, rank, method="randomized")
@@ -76,14 +76,14 @@ def compare_on_one_matrix(size: int, rank: int, device: str) -> None:
 
 
 def compare_on_sdxl(rank: int, device: str) -> None:
-    """Print the time to find the outer factors of every attention projection of SDXL's UNet, and that of the full SVD."""
+    """Print the time of AwSVD, and of the full SVD, for every attention projection of SDXL's UNet."""
     shapes = sdxl_attention_shapes()
     start_total = float32_total = full_total = 0.0
     for (out_features, in_features), count in sorted(shapes.items()):
         scale = 0.5 + torch.rand(in_features).to(device)
         for index in range(count):
             weight = torch.randn(out_features, in_features).to(device) / in_features**0.5
-            # ruff: disable[B023] - called at once
+            # ruff: disable[B023] - called immediately
             start_total += seconds(lambda: reproducible_awsvd(weight, scale, rank), device)
             float32_total += seconds(lambda: awsvd(weight, scale, rank), device)
             if index == 0:

@@ -1,13 +1,13 @@
-"""A true-size CLIP with random weights, there and back: one adapted training step, merged, repacked, exported, loaded again;
-and what a step of NoRA costs beside one of LoRA, as the trainer has them, in turns in one process.
+"""Check all exports of an adapted true-size CLIP with random weights, and compare a training step of NoRA with one of LoRA.
 
     python benchmarks/clip_step.py
 
-LoRA has rank 2 on q, k and v of both encoders, as CLIP-LoRA has; NoRA a tenth of its numbers, on v. Ends with an error where a
-file computes something else than the adapted model.
+After one training step the model is merged, repacked, exported and loaded again; the benchmark fails if an export computes other
+features than the adapted model. LoRA has rank 2 on q, k and v of both encoders, as in CLIP-LoRA; NoRA, on v, has a tenth of its
+parameters. Both take turns in one process.
 """
 
-# ruff: noqa: T201 - what a benchmark prints is its result
+# ruff: noqa: T201 - a benchmark prints its results
 import argparse
 import copy
 import statistics
@@ -26,7 +26,7 @@ from pipelines.clip import Clip, load_clip
 from pipelines.fewshot import adapters, export
 from pipelines.fewshot.target_layers import TargetLayers
 
-# Of features of length 1, in single precision.
+# Largest difference of features of length 1, in single precision.
 TOLERANCE = 1e-5
 CLASSES = (
     "cat",
@@ -44,7 +44,7 @@ WARM_UP = 2
 
 
 class Task:
-    """One adapter on a copy of the model, and what a training step needs."""
+    """A training task: one adapter on a copy of the model, with its data and optimizer."""
 
     def __init__(self, clip: Clip, options: AdapterOptions, pixels: torch.Tensor, labels: torch.Tensor, cache: Path) -> None:
         self.clip = Clip(copy.deepcopy(clip.model), clip.preprocess, clip.tokenizer, clip.name)
@@ -53,16 +53,16 @@ class Task:
         self.components = adapters.attach(self.clip, options, TargetLayers())
         began = time.perf_counter()
         adapters.start(self.clip, options, self.components, [pixels], self.tokens, cache, seed=0)
-        self.seconds_to_start = time.perf_counter() - began
+        self.initialisation_seconds = time.perf_counter() - began
         self.optimizer = torch.optim.AdamW(trained_parameters(self.components), lr=1e-3)
 
     @property
-    def trained_numbers(self) -> int:
-        """How many numbers the adapter trains."""
+    def num_trainable_parameters(self) -> int:
+        """The number of trainable parameters of the adapter."""
         return sum(parameter.numel() for parameter in trained_parameters(self.components))
 
     def loss(self) -> torch.Tensor:
-        """Cross entropy of the images among the class prompts: ()."""
+        """The cross-entropy of the images over the class prompts: ()."""
         logits = self.clip.logit_scale * self.clip.encode_images(self.pixels) @ self.clip.encode_texts(self.tokens).T
         return nn.functional.cross_entropy(logits, self.labels)
 
@@ -79,17 +79,17 @@ class Task:
 
     @torch.no_grad()
     def features(self, clip: Clip) -> torch.Tensor:
-        """What `clip` makes of the images and prompts: (images + classes, d)."""
+        """The features of the images and prompts by `clip`: (images + classes, d)."""
         return torch.cat([clip.encode_images(self.pixels), clip.encode_texts(self.tokens)]).cpu()
 
 
 def saved_bytes(model: nn.Module, run: Callable[[], torch.Tensor]) -> int:
-    """Bytes that `run()` saves for backward, besides the parameters and buffers of `model`."""
+    """Bytes that `run()` saves for backward, without the parameters and buffers of `model`."""
     parameter_storage = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     saved: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        """Note the storage of a tensor that autograd saves."""
+        """Record the storage of a tensor that autograd saves."""
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameter_storage:
             saved[storage.data_ptr()] = storage
@@ -101,9 +101,9 @@ def saved_bytes(model: nn.Module, run: Callable[[], torch.Tensor]) -> int:
 
 
 def round_trip(task: Task, base: Clip, options: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """The largest difference of a feature from the adapted model's, by the form that the model was given.
+    """The largest difference of a feature from that of the adapted model, by export.
 
-    Raises: ValueError naming the form that differs, or whose state dict has other keys.
+    Raises: ValueError naming the export that differs, or whose state dict has other keys.
     """
     expected, name = task.features(task.clip), "merged.safetensors"
     merged = export.merged(task.clip)
@@ -118,7 +118,7 @@ def round_trip(task: Task, base: Clip, options: argparse.Namespace, folder: Path
     }
     differences = {form: (task.features(clip) - expected).abs().max().item() for form, clip in forms.items()}
     if list(merged.model.state_dict()) != list(base.model.state_dict()):
-        raise ValueError("The merged state dict has other keys than that of the base model.")
+        raise ValueError("The merged state dict must have the keys of the base model, but has others.")
     differences["weights of the checkpoint"] = _largest_difference(forms["checkpoint"].model, merged.model)
     for format in options.formats:
         files = export.save_exported(task.clip, folder, task.tokens[:2], format)
@@ -127,7 +127,9 @@ def round_trip(task: Task, base: Clip, options: argparse.Namespace, folder: Path
         differences[f"exported to {format}"] = (exported - expected).abs().max().item()
     wrong = [form for form, difference in differences.items() if not difference <= TOLERANCE]
     if wrong:
-        raise ValueError(f"These differ from the adapted model by more than {TOLERANCE}: {', '.join(wrong)}: {differences}.")
+        raise ValueError(
+            f"Features must differ by at most {TOLERANCE} from the adapted model; {', '.join(wrong)} differ more: {differences}."
+        )
     return differences
 
 
@@ -137,7 +139,7 @@ def _largest_difference(first: nn.Module, second: nn.Module) -> float:
 
 
 def compare(tasks: dict[str, Task], steps: int) -> dict[str, tuple[float, int]]:
-    """Median seconds of a step and bytes saved for backward, by adapter; in turns, so that other load hits both."""
+    """Median seconds of a step and bytes saved for backward, by adapter; both take turns, so that other load affects both."""
     bytes_of = {name: saved_bytes(task.clip.model, task.loss) for name, task in tasks.items()}
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for repeat in range(steps + WARM_UP):
@@ -149,7 +151,7 @@ def compare(tasks: dict[str, Task], steps: int) -> dict[str, tuple[float, int]]:
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options of the command line."""
+    """The command-line options."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="ViT-B-16", help="a name that open_clip knows; its weights are random")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -163,7 +165,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the way there and back, and the comparison."""
+    """Print the differences of the exports and the comparison of the steps."""
     options = parsed(arguments)
     torch.manual_seed(0)
     base = load_clip(options.model, "random", options.device)
@@ -185,14 +187,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     setting = f"{options.batch_size} images, {len(CLASSES)} prompts, {options.device}, medians of {options.steps}"
     print(f"A training step ({setting}):")
     for name, (seconds, saved) in results.items():
-        numbers, start = tasks[name].trained_numbers, tasks[name].seconds_to_start
+        numbers, start = tasks[name].num_trainable_parameters, tasks[name].initialisation_seconds
         print(
-            f"  {name}: {numbers} trained numbers, {seconds * 1e3:.0f} ms, {saved / 2**20:.1f} MiB saved for backward, "
-            f"started in {start:.1f} s"
+            f"  {name}: {numbers} trainable parameters, {seconds * 1e3:.0f} ms, {saved / 2**20:.1f} MiB saved for backward, "
+            f"initialised in {start:.1f} s"
         )
     (nora, nora_bytes), (lora, lora_bytes) = results["NoRA"], results["LoRA"]
-    trained = tasks["LoRA"].trained_numbers / tasks["NoRA"].trained_numbers
-    print(f"  NoRA trains {trained:.1f} times less; time {nora / lora:.3f} and memory {nora_bytes / lora_bytes:.3f} of LoRA's")
+    trained = tasks["LoRA"].num_trainable_parameters / tasks["NoRA"].num_trainable_parameters
+    print(
+        f"  NoRA has {trained:.1f} times fewer trainable parameters; time {nora / lora:.3f} and memory {nora_bytes / lora_bytes:.3f} of LoRA's"
+    )
 
 
 if __name__ == "__main__":

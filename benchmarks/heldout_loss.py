@@ -1,10 +1,10 @@
-"""Held-out denoising loss of each subject: the base model, LoRA and NoRA side by side.
+"""Compare the held-out denoising loss of the base model, LoRA and NoRA on several subjects.
 
     python benchmarks/heldout_loss.py --subjects_dir SUBJECTS --output_dir OUT
 
-`SUBJECTS` holds a folder of images for each subject. All images but the last are trained on; the middle of that one is
-measured with fixed noise and timesteps before and after. Each method is trained by the trainer's own recipe, but more gently: its
-defaults are chosen for likeness, and learn the places of four images along with the subject.
+`SUBJECTS` contains a folder of images for each subject. All images but the last are training images. The loss of a centre crop of
+the last one is measured before and after training, with fixed noise and timesteps. Both methods use the trainer's recipe with lower
+learning rates: its defaults optimise likeness and also learn the backgrounds of four training images.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ FILES = {"compact": "adapter/compact", "full": "adapter/full", "diffusers": "dif
 
 @dataclass
 class BenchmarkOptions:
-    """What to train on, and how."""
+    """The options of the benchmark."""
 
     subjects_dir: str = field(metadata={"help": "A folder of images for each subject."})
     pretrained_model_name_or_path: str = field(default=str(BUILT_IN_MODEL), metadata={"help": "SDXL base model."})
-    output_dir: str = field(default="runs/heldout_loss", metadata={"help": "Where the runs go; finished ones are not repeated."})
+    output_dir: str = field(
+        default="runs/heldout_loss", metadata={"help": "Folder for the runs; finished runs are not repeated."}
+    )
     flags: str = field(
         default="--max_train_steps 200 --snr_gamma 5 --random_flip --heldout_steps 200 --no_certify",
         metadata={"help": "Flags for every run, in one string."},
@@ -46,7 +48,7 @@ class BenchmarkOptions:
 
 @dataclass(frozen=True)
 class Result:
-    """What one run gave: losses before and after, trained numbers, bytes of each kind of file, seconds."""
+    """The result of one run: loss before and after, trainable parameters, bytes by kind of file, seconds."""
 
     before: float
     after: float
@@ -56,7 +58,7 @@ class Result:
 
 
 def run_subject(folder: Path, method: str, options: BenchmarkOptions) -> Result:
-    """Train on all images of `folder` but the last, unless that was done before, and read off the result."""
+    """Train on all images of `folder` but the last, unless the run is finished already, and return the result."""
     run = RunDirectory(Path(options.output_dir) / f"{folder.name}-{method}")
     if run.status().state != "done":
         flags = [
@@ -75,7 +77,7 @@ def run_subject(folder: Path, method: str, options: BenchmarkOptions) -> Result:
 
 
 def table(results: dict[str, dict[str, Result]]) -> str:
-    """The results as Markdown: losses and seconds of each subject, then numbers and bytes of each method."""
+    """The results as Markdown: losses and seconds by subject, then parameters and bytes by method."""
     lines = ["| subject | base | LoRA | NoRA | LoRA seconds | NoRA seconds |", "|---|---|---|---|---|---|"]
     for name, each in results.items():
         lora, nora = each["lora"], each["nora"]
@@ -86,7 +88,7 @@ def table(results: dict[str, dict[str, Result]]) -> str:
         *([each[m].after for each in results.values()] for m in METHODS),
     )
     lines += ["| mean | " + " | ".join(f"{fmean(column):.4f}" for column in columns) + " | | |", ""]
-    lines += ["| method | trained numbers | " + " | ".join(f"{name} bytes" for name in FILES) + " |"]
+    lines += ["| method | trainable parameters | " + " | ".join(f"{name} bytes" for name in FILES) + " |"]
     lines += ["|---|---|" + "---|" * len(FILES)]
     for method, result in next(iter(results.values())).items():
         lines.append(f"| {method} | {result.trained:,} | " + " | ".join(f"{result.sizes[name]:,}" for name in FILES) + " |")
@@ -101,7 +103,7 @@ def main(options: BenchmarkOptions) -> None:
     folder = Path(options.subjects_dir)
     subjects = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     if not subjects:
-        raise InputError(f"subjects_dir must be a folder of folders of images, got {options.subjects_dir!r}.")
+        raise InputError(f"subjects_dir must contain a folder of images for each subject, got {options.subjects_dir!r}.")
     results = {path.name: {method: run_subject(path, method, options) for method in METHODS} for path in subjects}
     sys.stdout.write(table(results) + "\n")
 

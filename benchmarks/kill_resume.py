@@ -1,11 +1,10 @@
-"""Kill a training with SIGKILL again and again, resume it each time, and compare what it ends in with a run never interrupted.
+"""Kill a training run with SIGKILL many times, resume it each time, and compare its files with those of an uninterrupted run.
 
     python benchmarks/kill_resume.py --kills 50 --seed 0
 
-A third of the kills come while a checkpoint is being written, the others at a random moment of the run, its start and its
-export included. Killed processes are forked from one that has imported everything, which costs a kill seconds instead of
-minutes and makes it no softer. The run is small, on random weights: every mechanism of the trainer takes part, the sizes are
-what matters least. Ends with exit code 1 if any file of any finished run differs.
+A third of the kills come while a checkpoint is being written, the others at a random time, including start and export. Runs
+are forked from a process that has imported everything, which saves minutes per kill without changing its effect. The model is
+small and random, since the test is about the mechanisms of the trainer. The exit code is 1 if any file of a finished run differs.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ def prepare(folder: Path) -> list[str]:
 
 
 def start(flags: Sequence[str], log: Path) -> int:
-    """Run the trainer in a process of its own, in a group of its own; returns its id."""
+    """Fork a process in a new process group that runs the trainer; returns its id."""
     child = os.fork()
     if child:
         os.setpgid(child, child)
@@ -78,7 +77,7 @@ def start(flags: Sequence[str], log: Path) -> int:
         with log.open("a") as file:
             for stream in (1, 2):
                 os.dup2(file.fileno(), stream)
-        # Random weights draw no better in 25 steps.
+        # More inference steps do not help random weights.
         dreambooth_nora.Sampling = partial(Sampling, num_inference_steps=2)
         dreambooth_nora.main(parse_options(flags))
         code = 0
@@ -91,12 +90,12 @@ def start(flags: Sequence[str], log: Path) -> int:
 
 @dataclass
 class Tally:
-    """What has happened so far.
+    """The results so far.
 
     Args:
-        phases: how many kills came in each phase of the run.
-        writing: how many came while a checkpoint was being written.
-        finished: how many runs reached their end after kills.
+        phases: number of kills by phase of the run.
+        writing: number of kills while a checkpoint was being written.
+        finished: number of runs that finished after kills.
         different: files that differed.
     """
 
@@ -107,26 +106,26 @@ class Tally:
 
     @property
     def kills(self) -> int:
-        """All kills."""
+        """The number of kills."""
         return sum(self.phases.values())
 
     def count(self, run: RunDirectory) -> None:
-        """Note what a kill has left."""
+        """Count a kill by the state that it left behind."""
         phase = run.status().phase or "starting"
         self.phases[phase] = self.phases.get(phase, 0) + 1
         self.writing += any(run.checkpoints.glob(f"{WRITING}*"))
 
 
 def ended(child: int) -> int | None:
-    """The exit code of a process that has ended, None for one that has not."""
+    """The exit code of `child`; None while it runs."""
     done, status = os.waitpid(child, os.WNOHANG)
     return os.waitstatus_to_exitcode(status) if done else None
 
 
 def killed(child: int, run: RunDirectory, after: float, in_write: bool) -> bool:
-    """Kill `child` once `after` seconds have passed and, if `in_write`, a checkpoint is being written; False if it ended before.
+    """Kill `child` after `after` seconds and, if `in_write`, while a checkpoint is being written; False if it ended before.
 
-    Raises: RuntimeError if it failed by itself, or hangs.
+    Raises: RuntimeError if it fails by itself, or hangs.
     """
     began = time.monotonic()
     while time.monotonic() - began < PATIENCE:
@@ -144,7 +143,7 @@ def killed(child: int, run: RunDirectory, after: float, in_write: bool) -> bool:
 
 
 def differences(expected: Path, actual: Path) -> list[str]:
-    """The files of two runs whose bytes differ, and "metrics" if any logged value does."""
+    """The files of two runs whose bytes differ, and "metrics.jsonl" if any logged value differs."""
     files = {
         file.relative_to(folder)
         for folder in (expected, actual)
@@ -164,8 +163,8 @@ def _curves(run: Path) -> list[tuple[int, dict[str, float]]]:
     return [(logged.step, logged.values) for logged in RunDirectory(run).metrics()]
 
 
-def torment(flags: list[str], folder: Path, seconds: float, kills: int, rng: random.Random) -> Tally:
-    """Kill runs of `flags` until there have been `kills` kills and the last run has reached its end."""
+def kill_repeatedly(flags: list[str], folder: Path, seconds: float, kills: int, rng: random.Random) -> Tally:
+    """Start and kill runs with `flags` until there are `kills` kills and the last run has finished."""
     tally = Tally()
     while tally.kills < kills:
         run = RunDirectory(folder / f"run-{tally.finished}", writes=False)
@@ -177,13 +176,13 @@ def torment(flags: list[str], folder: Path, seconds: float, kills: int, rng: ran
                 alive = killed(child, run, PATIENCE, False)
                 break
             in_write = rng.random() < 1 / 3
-            # A run that has come far has less left to be killed in.
+            # Less time remains for a run that has made progress.
             left = seconds * (1 - 0.5 * done / STEPS)
             alive = killed(child, run, rng.uniform(0, left * (0.4 if in_write else 1.05)), in_write)
             if alive:
                 tally.count(run)
             elif done == 0:
-                # The machine may have become less busy: kills must not come after the end.
+                # The run may be faster than before, and kills must not come after its end.
                 seconds = min(seconds, time.monotonic() - began)
         tally.finished += 1
         tally.different += differences(folder / "whole", run.path)
@@ -193,11 +192,11 @@ def torment(flags: list[str], folder: Path, seconds: float, kills: int, rng: ran
 
 
 def main() -> None:
-    """Run the uninterrupted run, then those that are killed; print and return what was found."""
+    """Run the uninterrupted run, then the killed runs, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="how many times to kill")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--flags", default="", help="more of the trainer's flags")
+    parser.add_argument("--kills", type=int, default=50, help="number of kills")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the times of the kills")
+    parser.add_argument("--flags", default="", help="further flags of the trainer")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -208,7 +207,7 @@ def main() -> None:
         ):
             raise RuntimeError("The uninterrupted run did not end.")
         seconds = time.monotonic() - began
-        tally = torment(flags, folder, seconds, options.kills, random.Random(options.seed))
+        tally = kill_repeatedly(flags, folder, seconds, options.kills, random.Random(options.seed))
     result = {
         "kills": tally.kills,
         "while writing a checkpoint": tally.writing,

@@ -1,9 +1,9 @@
-"""How much the built-in CLIP knows: held-out photographs, scenes it never saw, and a probe of its features on other images.
+"""Accuracy of the built-in CLIP: zero-shot on held-out photographs and new scenes, and a linear probe on other images.
 
     python benchmarks/mini_clip.py --photos_dir PHOTOS --classes_dir CLASSES
 
-`PHOTOS` is the folder it was pretrained on, of which a tenth was held out; `CLASSES` holds a folder of images for each class.
-The probe is a logistic regression on a few images of each class, judged on all others; on raw pixels it is the same.
+`PHOTOS` is the folder of its pretraining, of which a tenth was held out; `CLASSES` contains a folder of images for each class. The
+probe is a logistic regression on a few images per class, on features and on raw pixels, evaluated on all other images.
 """
 
 from __future__ import annotations
@@ -37,19 +37,21 @@ PENALTIES = {"logisticregression__C": [1e-4, 1e-3, 1e-2, 1e-1, 1.0]}
 
 @dataclass
 class BenchmarkOptions:
-    """What to measure, and on what."""
+    """The options of the benchmark."""
 
     model: str = field(default=str(BUILT_IN_CLIP), metadata={"help": "Folder of the model."})
     photos_dir: str | None = field(default=None, metadata={"help": "Folder of zipped photographs with classes.json."})
     classes_dir: str | None = field(default=None, metadata={"help": "A folder of images for each class."})
-    scenes: int = field(default=1000, metadata={"help": "Rendered scenes to name."})
-    shots: int = field(default=16, metadata={"help": "Images of each class that the probe learns from."})
-    draws: int = field(default=5, metadata={"help": "How often these images are drawn; the mean is shown."})
-    seed: int = field(default=0, metadata={"help": "Seed of the pretraining, which says what was held out, and of the draws."})
+    scenes: int = field(default=1000, metadata={"help": "Number of rendered scenes."})
+    shots: int = field(default=16, metadata={"help": "Training images per class for the probe."})
+    draws: int = field(default=5, metadata={"help": "Number of random samples of these images; the mean is printed."})
+    seed: int = field(
+        default=0, metadata={"help": "Seed of the pretraining, which determines the held-out images, and of the samples."}
+    )
 
 
 def held_out_row(options: BenchmarkOptions, model: CLIP, tokenizer: CLIPTokenizer) -> str:
-    """The held-out photographs' row of the table."""
+    """The row of the held-out photographs."""
     photos = photo_corpus(Path(options.photos_dir), RESOLUTION)
     captions, labels = np.unique(photos.captions, return_inverse=True)
     _, held_out = split_held_out(photos.captions, HELD_OUT_SHARE, options.seed)
@@ -59,7 +61,7 @@ def held_out_row(options: BenchmarkOptions, model: CLIP, tokenizer: CLIPTokenize
 
 
 def scene_rows(options: BenchmarkOptions, model: CLIP, tokenizer: CLIPTokenizer) -> list[str]:
-    """The rows of scenes never seen: those of the seed after pretraining's."""
+    """The rows of the new scenes, which use the seed after that of the pretraining."""
     pixels = to_pixels(rendered_corpus(options.scenes, RESOLUTION, options.seed + 1).images)
     scores = scene_accuracies(model, pixels, corpus_scenes(options.scenes, options.seed + 1), tokenizer)
     return [
@@ -75,7 +77,7 @@ def read_classes(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """
     classes = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     if len(classes) < 2:
-        raise InputError(f"classes_dir must hold a folder of images for each of two classes or more, got {str(folder)!r}.")
+        raise InputError(f"classes_dir must contain a folder of images for each of at least two classes, got {str(folder)!r}.")
     files = [(file, label) for label, path in enumerate(classes) for file in sorted(path.iterdir())]
     return np.stack([read_square(file) for file, _ in files]), np.asarray([label for _, label in files])
 
@@ -90,9 +92,9 @@ def read_square(file: Path) -> np.ndarray:
 
 
 def probe_accuracy(features: np.ndarray, labels: np.ndarray, shots: int, seed: int) -> float:
-    """The share of images that a logistic regression on `shots` of each class names rightly, of all the others.
+    """The accuracy of a logistic regression on `shots` images per class, on all other images.
 
-    Its penalty is chosen by cross-validation among the images it learns from.
+    Its penalty is chosen by cross-validation on the training images.
 
     Args:
         features: (count, width).
@@ -129,9 +131,9 @@ def probe_rows(options: BenchmarkOptions, model: CLIP) -> list[str]:
 
 
 def rows(options: BenchmarkOptions) -> Sequence[str]:
-    """The lines of the table, as far as there are images for them."""
+    """The lines of the table for which images are given."""
     model, tokenizer = load_model(Path(options.model)), CLIPTokenizer.from_pretrained(options.model)
-    lines = ["| what | right | chance |", "|---|---|---|"]
+    lines = ["| what | accuracy | chance |", "|---|---|---|"]
     if options.photos_dir:
         lines.append(held_out_row(options, model, tokenizer))
     lines += scene_rows(options, model, tokenizer)

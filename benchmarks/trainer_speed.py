@@ -1,11 +1,10 @@
-"""This trainer against diffusers' own SDXL LoRA DreamBooth script: steps a second at equal work, and where the time goes.
+"""Compare this trainer with diffusers' SDXL LoRA DreamBooth script: steps per second at equal work, and time by phase.
 
     python benchmarks/trainer_speed.py --diffusers_script train_dreambooth_lora_sdxl.py
 
-Both train LoRA of one rank on the UNet's attention of one model, from the same images at the same resolution and batch size,
-with AdamW in float32, each in a process of its own under the same stopwatch. They take turns step by step, one waiting while the
-other works, so that whatever else the machine does slows both alike. The script is the user's copy, from diffusers'
-`examples/dreambooth`, of the version that is installed.
+Both train LoRA of the same rank on the UNet's attention of the same model, with the same images, resolution and batch size, and
+AdamW in float32. Each runs in a separate process with the same stopwatch, and they take turns after every step, so that other load
+slows both alike. The script is your copy from diffusers' `examples/dreambooth`, of the installed version.
 """
 
 from __future__ import annotations
@@ -40,23 +39,23 @@ from training.options.data import SAMPLE_PROMPT, SAMPLE_SUBJECT
 STOPWATCH = "--under_stopwatch"
 ROOT = Path(__file__).parents[1]
 OURS = ROOT / "training" / "dreambooth_nora.py"
-# Of the steps, those that are not counted: caches fill, and threads start.
+# Number of steps that are not counted, while caches fill and threads start.
 WARM_UP = 5
 NEVER = "1000000"
 
 
 @dataclass
 class BenchmarkOptions:
-    """What both trainers do."""
+    """The options of the benchmark."""
 
     diffusers_script: str = field(metadata={"help": "Your copy of diffusers' train_dreambooth_lora_sdxl.py."})
     pretrained_model_name_or_path: str = field(default=str(BUILT_IN_MODEL), metadata={"help": "SDXL base model."})
     instance_data_dir: str = field(default=str(SAMPLE_SUBJECT), metadata={"help": "Folder of images."})
     resolution: int = field(default=64, metadata={"help": "Side of the images in pixels."})
-    train_batch_size: int = field(default=4, metadata={"help": "Images a step."})
+    train_batch_size: int = field(default=4, metadata={"help": "Images per step."})
     rank: int = field(default=4, metadata={"help": "Rank of LoRA."})
     max_train_steps: int = field(default=60, metadata={"help": f"Steps of each run; the first {WARM_UP} are not counted."})
-    repeats: int = field(default=3, metadata={"help": "Runs of both sides."})
+    repeats: int = field(default=3, metadata={"help": "Runs of each trainer."})
     script_flags: str = field(default="", metadata={"help": "Further flags for diffusers' script, in one string."})
     own_flags: str = field(default="", metadata={"help": "Further flags for this trainer, in one string."})
 
@@ -72,11 +71,11 @@ class BenchmarkOptions:
 
 @dataclass(frozen=True)
 class AlternatingRuns:
-    """Takes turns with another process, over two pipes.
+    """Alternation with another process, over two pipes.
 
     Args:
-        reads, writes: the end of each that is this side's, as descriptors.
-        begins: whether this side goes first, once both have come so far.
+        reads, writes: file descriptors of this process's ends of the pipes.
+        begins: whether this process has the first turn.
     """
 
     reads: int
@@ -84,22 +83,22 @@ class AlternatingRuns:
     begins: bool
 
     def give(self) -> None:
-        """Let the other side go on, unless it has ended."""
+        """Give the turn to the other process, unless it has ended."""
         with suppress(BrokenPipeError):
             os.write(self.writes, b".")
 
     def wait(self) -> None:
-        """Wait until it is this side's turn, or the other has ended."""
+        """Wait for the turn, or for the end of the other process."""
         os.read(self.reads, 1)
 
 
 @dataclass
 class Stopwatch:
-    """When each optimisation step began and ended, and when each timed call did; all in seconds.
+    """Start and end of each optimisation step and of each timed call, in seconds.
 
     Args:
-        before: optimisation steps that come before the training's own, such as those of a dry run.
-        alternating: used at the end of the training's own steps; None for a trainer that runs alone.
+        before: number of optimisation steps before the training, such as those of a dry run.
+        alternating: used after every training step; None for a trainer that runs alone.
     """
 
     before: int = 0
@@ -114,6 +113,7 @@ class Stopwatch:
         original: Callable = getattr(owner, name)
 
         def timed(*arguments: object, **named: object) -> object:
+            """The result of the call."""
             began = time.perf_counter()
             try:
                 return original(*arguments, **named)
@@ -123,7 +123,7 @@ class Stopwatch:
         setattr(owner, name, timed)
 
     def start(self) -> None:
-        """Time what a trainer spends its steps on."""
+        """Install the timers."""
         self.time_calls(UNet2DConditionModel, "forward", "UNet forward")
         self.time_calls(AutoencoderKL, "encode", "autoencoder")
         self.time_calls(torch.Tensor, "backward", "backward")
@@ -134,6 +134,7 @@ class Stopwatch:
         register_optimizer_step_pre_hook(lambda *_: began.append(time.perf_counter()))
 
         def end(*_: object) -> None:
+            """Record the end of an optimisation step."""
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             now = time.perf_counter()
@@ -143,7 +144,7 @@ class Stopwatch:
         register_optimizer_step_post_hook(end)
 
     def end_step(self, now: float) -> None:
-        """Note that a step has ended at `now`, and let the other side do one."""
+        """Record that a step has ended at `now`, and give the turn to the other process."""
         self.ended += 1
         if self.ended > self.before + 1:
             self.steps.append((self.began, now))
@@ -154,9 +155,9 @@ class Stopwatch:
         self.began = time.perf_counter()
 
     def result(self) -> dict[str, object]:
-        """Steps a second, and milliseconds a step of each phase: of the training's own steps but the first `WARM_UP`, the median.
+        """Medians of steps per second, and of milliseconds per step by phase, without the first `WARM_UP` training steps.
 
-        A mean would tell of the one step during which the disk was busy.
+        The mean would depend on single slow steps, for example while the disk is busy.
         """
         counted = [self._milliseconds(began, ended) for began, ended in self.steps[WARM_UP - 1 :]]
         phases = dict.fromkeys(phase for step in counted for phase in step)
@@ -164,7 +165,7 @@ class Stopwatch:
         return {"steps_per_second": 1000 / median(sum(step.values()) for step in counted), "milliseconds": milliseconds}
 
     def _milliseconds(self, began: float, ended: float) -> dict[str, float]:
-        """What each phase takes of the step from `began` to `ended`."""
+        """Milliseconds by phase of the step from `began` to `ended`."""
         phases: dict[str, float] = defaultdict(float)
         for phase, first, last in self.calls:
             if began <= first and last <= ended:
@@ -174,7 +175,7 @@ class Stopwatch:
 
 
 def under_stopwatch(settings: dict, command: list[str]) -> None:
-    """Run a trainer's program here, as if it were started by itself, and write what the stopwatch found, as `Side.start` asks."""
+    """Run a trainer's script in this process with the stopwatch and write the result, as configured by `Side.start`."""
     watch = Stopwatch(settings["before"], AlternatingRuns(**settings["alternating"]))
     watch.start()
     sys.argv = command
@@ -187,16 +188,16 @@ class Side:
     """One of the two trainers.
 
     Args:
-        command: its program and flags.
-        before: optimisation steps that it does before the training's own.
+        command: script and flags.
+        before: number of optimisation steps before the training.
     """
 
     command: list[str]
     before: int = 0
 
     def start(self, log: Path, alternating: AlternatingRuns) -> subprocess.Popen:
-        """Start it under the stopwatch in a process of its own; what it says goes to `log`."""
-        # This very checkout, whatever is installed.
+        """Start the trainer with the stopwatch in a new process, with its output in `log`."""
+        # Use this checkout even if the package is installed.
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         settings = json.dumps(
             {"target": str(log.with_suffix(".json")), "before": self.before, "alternating": asdict(alternating)}
@@ -208,9 +209,9 @@ class Side:
 
 
 def measured(trainers: dict[str, Side], folder: Path) -> dict[str, dict]:
-    """What the stopwatch finds in two trainers that take turns, by their names.
+    """The results of two trainers that take turns, by name.
 
-    Raises: RuntimeError with the last lines of its log if one fails.
+    Raises: RuntimeError with the last lines of the log if one fails.
     """
     (first_reads, second_writes), (second_reads, first_writes) = os.pipe(), os.pipe()
     both = (AlternatingRuns(first_reads, first_writes, True), AlternatingRuns(second_reads, second_writes, False))
@@ -229,7 +230,7 @@ def measured(trainers: dict[str, Side], folder: Path) -> dict[str, dict]:
 
 
 def sides(options: BenchmarkOptions, folder: Path) -> dict[str, Side]:
-    """Both trainers; each writes into its own folder under `folder`."""
+    """Both trainers, each with a separate output folder below `folder`."""
     common = [
         *("--pretrained_model_name_or_path", options.pretrained_model_name_or_path, "--instance_prompt", SAMPLE_PROMPT),
         *("--instance_data_dir", options.instance_data_dir, "--resolution", str(options.resolution), "--seed", "0"),
@@ -237,7 +238,7 @@ def sides(options: BenchmarkOptions, folder: Path) -> dict[str, Side]:
         *("--max_train_steps", str(options.max_train_steps), "--lr_scheduler", "constant", "--lr_warmup_steps", "0"),
         *("--checkpointing_steps", NEVER, "--mixed_precision", "no", "--report_to", "tensorboard"),
     ]
-    # The script ends each round of the images with what is left of them: so nothing is, and all its batches are full.
+    # With --repeats a multiple of the batch size, all batches of diffusers' script are full.
     theirs = ["--repeats", str(options.train_batch_size), "--output_dir", str(folder / "theirs")]
     ours = ["--method", "lora", "--target_modules", *ATTENTION, "--heldout_image", "none", "--heldout_steps", NEVER]
     ours += ["--validation_steps", NEVER, "--validation_prompt", SAMPLE_PROMPT, "--no_certify"]
@@ -249,18 +250,18 @@ def sides(options: BenchmarkOptions, folder: Path) -> dict[str, Side]:
 
 
 def table(results: list[dict[str, dict]]) -> str:
-    """Steps a second, milliseconds a step by phase, and the ratio, as Markdown; of each run what `measured` returns."""
+    """Steps per second, milliseconds per step by phase, and the ratio, as Markdown, from results of `measured`."""
     runs = {name: [result[name] for result in results] for name in results[0]}
     rates = {name: [run["steps_per_second"] for run in measured_runs] for name, measured_runs in runs.items()}
     phases = dict.fromkeys(chain.from_iterable(run["milliseconds"] for run in chain(*runs.values())))
-    lines = [_row(" ", runs), "|---|" + "---|" * len(runs), _row(" steps a second, median ", map(_spread, rates.values()))]
+    lines = [_row(" ", runs), "|---|" + "---|" * len(runs), _row(" steps per second, median ", map(_spread, rates.values()))]
     lines += [
-        _row(f" {phase}, ms a step ", (_milliseconds(measured_runs, phase) for measured_runs in runs.values()))
+        _row(f" {phase}, ms per step ", (_milliseconds(measured_runs, phase) for measured_runs in runs.values()))
         for phase in phases
     ]
     ratios = [ours / theirs for ours, theirs in zip(rates["ours"], rates["diffusers"], strict=True)]
     each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-    return "\n".join([*lines, "", f"Ours does {median(ratios):.2f} times the steps of diffusers' script a second ({each})."])
+    return "\n".join([*lines, "", f"Ours does {median(ratios):.2f} times the steps per second of diffusers' script ({each})."])
 
 
 def _row(head: str, cells: Iterable[str]) -> str:
@@ -272,12 +273,12 @@ def _spread(values: list[float]) -> str:
 
 
 def _milliseconds(runs: list[dict], phase: str) -> str:
-    """The mean over `runs` of what a phase takes."""
+    """The mean time of a phase over `runs`."""
     return f"{fmean(run['milliseconds'].get(phase, 0) for run in runs):.1f}"
 
 
 def main(options: BenchmarkOptions) -> None:
-    """Measure both sides, as often as asked, and print the table."""
+    """Measure both trainers `repeats` times and print the table."""
     results = []
     for _ in range(options.repeats):
         with tempfile.TemporaryDirectory() as folder:

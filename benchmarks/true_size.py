@@ -1,13 +1,13 @@
-"""What the subject recipe costs at SDXL's true size: seconds, decompositions and peak memory by phase.
+"""Cost of the subject recipe at SDXL's true size: seconds, decompositions and peak memory by phase.
 
     python benchmarks/true_size.py
 
 The model has SDXL's shapes (a UNet of 2.57 billion parameters, both text encoders, the autoencoder) and random weights. The
-recipe itself runs on it, on the CPU, with tiny images, few steps, and few draws of noise for the held-out loss: the time of a
-phase then comes from the model's size. The certificate is left out, since it loads the base model from disk once more.
+recipe runs on the CPU with tiny images, few steps, and few noise samples for the held-out loss, so that the time of a phase
+depends on the size of the model. The certificate is left out, since it loads the base model from disk again.
 """
 
-# ruff: noqa: T201 - what a benchmark prints is its result
+# ruff: noqa: T201 - a benchmark prints its results
 from __future__ import annotations
 
 import argparse
@@ -75,11 +75,13 @@ AUTOENCODER = {
 
 @dataclass
 class Phase:
-    """What one phase of the run took in all, without the phases inside it.
+    """The total cost of one phase of the run, without the phases inside it.
 
     Args:
-        calls: how often it ran.
-        peak_memory: the most bytes that the process held during it.
+        calls: number of calls.
+        seconds: total time.
+        decompositions: number of singular value decompositions.
+        peak_memory: peak memory of the process, in bytes.
     """
 
     calls: int = 0
@@ -104,7 +106,7 @@ class Phases:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """What runs inside belongs to the phase `name`."""
+        """Attribute the block to the phase `name`."""
         self._switch()
         self._running.append(name)
         self.current.calls += 1
@@ -115,7 +117,7 @@ class Phases:
             self._running.pop()
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function` as the phase `name`."""
+        """`function`, with its calls attributed to the phase `name`."""
 
         @wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -126,7 +128,7 @@ class Phases:
         return run
 
     def counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, each call of which is one decomposition."""
+        """`function`, with each call counted as one decomposition."""
 
         @wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -138,11 +140,11 @@ class Phases:
 
     @contextmanager
     def watching_memory(self) -> Iterator[None]:
-        """Meanwhile the memory of this process is sampled."""
+        """Sample the memory of this process during the block."""
         ended = threading.Event()
 
         def sample() -> None:
-            """Look now and then."""
+            """Record the memory at intervals."""
             while not ended.wait(SAMPLING_INTERVAL_S):
                 self._note_memory()
 
@@ -166,7 +168,7 @@ class Phases:
         phase.peak_memory = max(phase.peak_memory, self._process.memory_info().rss)
 
     def table(self) -> str:
-        """All phases in Markdown, in the order in which they began."""
+        """The phases as a Markdown table, in order of their first call."""
         rows = ["| phase | calls | seconds | decompositions | peak memory, GB |", "|---|---|---|---|---|"]
         named = {name: phase for name, phase in self.totals.items() if name != BETWEEN}
         total = Phase(
@@ -185,7 +187,7 @@ class Phases:
 
 @torch.no_grad()
 def random_model(make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
-    """What `make` makes, of `dtype`, with random weights that keep the scale of activations; made in place."""
+    """The model that `make` returns, in `dtype`, with random weights that preserve the scale of activations."""
     with torch.device("meta"):
         model = make()
     model = model.to(dtype).to_empty(device="cpu").eval().requires_grad_(False)
@@ -199,13 +201,13 @@ def random_model(make: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module
             module.weight.fill_(1.0)
     for name, buffer in model.named_buffers():
         if not name.endswith("position_ids"):
-            raise ValueError(f"Only position_ids have no random start here, got the buffer {name!r}.")
+            raise ValueError(f"The only supported buffers are position_ids, got {name!r}.")
         buffer.copy_(torch.arange(buffer.shape[-1]).expand(buffer.shape))
     return model
 
 
 def true_size_pipeline(dtype: torch.dtype) -> StableDiffusionXLPipeline:
-    """A pipeline of SDXL's shapes with random weights and the tokenizers of the built-in model."""
+    """A pipeline with SDXL's shapes, random weights and the tokenizers of the built-in model."""
     torch.manual_seed(0)
     tokenizers = [CLIPTokenizer.from_pretrained(BUILT_IN_MODEL / name) for name in ("tokenizer", "tokenizer_2")]
     classes = (CLIPTextModel, CLIPTextModelWithProjection)
@@ -228,13 +230,13 @@ def true_size_pipeline(dtype: torch.dtype) -> StableDiffusionXLPipeline:
 
 
 def text_config(shape: dict[str, int], tokenizer: CLIPTokenizer) -> CLIPTextConfig:
-    """The configuration of a text encoder of `shape` that reads what `tokenizer` writes."""
+    """The configuration of a text encoder of `shape` for the tokens of `tokenizer`."""
     marks = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     return CLIPTextConfig(vocab_size=VOCABULARY, max_position_embeddings=tokenizer.model_max_length, **shape, **marks)
 
 
 def measured(pipeline: StableDiffusionXLPipeline, flags: Sequence[str]) -> Phases:
-    """Run the subject recipe on `pipeline` with `flags` and return what its phases took."""
+    """Run the subject recipe on `pipeline` with `flags` and return the costs of its phases."""
     phases = Phases()
     timed = {
         (dreambooth_nora.Preparation, "encode"): "encode images and prompts",
@@ -261,7 +263,7 @@ def measured(pipeline: StableDiffusionXLPipeline, flags: Sequence[str]) -> Phase
 
 
 def few_draws(measure: Callable[..., float]) -> Callable[..., float]:
-    """`measure`, a mean over draws of noise, over `DRAWS` of them at the most."""
+    """`measure`, a mean over samples of noise, with at most `DRAWS` samples."""
 
     def run(loss: nn.Module, images: Any, draws: int = DRAWS, **more: Any) -> float:
         """The mean."""
@@ -278,12 +280,12 @@ def main() -> None:
     parser.add_argument("--inner_r", type=int, default=16)
     parser.add_argument("--resolution", type=int, default=32)
     parser.add_argument("--train_batch_size", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=2, help="training steps; the adapter is kept after the last")
+    parser.add_argument("--steps", type=int, default=2, help="training steps; the adapter is saved after the last")
     options = parser.parse_args()
     os.environ["ACCELERATE_USE_CPU"] = "true"
     began = time.perf_counter()
     pipeline = true_size_pipeline(dreambooth_nora.WEIGHT_DTYPES[options.dtype])
-    print(f"Made the model in {time.perf_counter() - began:.0f} s.", flush=True)
+    print(f"Created the model in {time.perf_counter() - began:.0f} s.", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         flags = {
             "pretrained_model_name_or_path": "random/true-size-sdxl",

@@ -1,4 +1,4 @@
-"""Activation statistics: how strongly each input of each layer is used, over calibration inputs."""
+"""Activation statistics: the magnitude of each input of each layer over calibration inputs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from .files import AdapterFileError, read_header, read_tensors, tensor_bytes, wr
 from .layer import NoraLayer
 from .layer_types import find_layer_class, layer_class_for
 
-# Key of the header's metadata that holds the fingerprints of the layers' weights.
+# Key of the header's metadata for the fingerprints of the layers' weights.
 STATISTICS = "nora_activation_statistics"
 
 
 class ActivationStatistics(Mapping[str, torch.Tensor]):
-    """S = sqrt(diag(X^T X)) of every calibrated layer, by layer name: (in,) float32, in as `NoraLayer` counts it.
+    """S = sqrt(diag(X^T X)) of every calibrated layer, by layer name: (in,) float32, with `in` as in `NoraLayer`.
 
-    Statistics do not depend on any rank. Each layer's weight is fingerprinted, and they are refused for another weight.
+    Statistics do not depend on the rank of an adapter. They store a fingerprint of each layer's weight and are refused for other
+    weights.
     """
 
     def __init__(self, scales: Mapping[str, torch.Tensor], fingerprints: Mapping[str, str]) -> None:
@@ -42,12 +43,12 @@ class ActivationStatistics(Mapping[str, torch.Tensor]):
         return len(self._scales)
 
     def check_layer(self, name: str, base_layer: nn.Module) -> None:
-        """Check that these statistics were taken at `base_layer`, the layer called `name`.
+        """Check that these statistics were collected at `base_layer`, the layer called `name`.
 
-        Raises: ValueError naming the layer if it was not calibrated or if its weight is another one.
+        Raises: ValueError naming the layer if it was not calibrated or has another weight.
         """
         if name not in self:
-            raise ValueError(f"The activation statistics hold nothing for {name!r}. Call calibrate with inputs that reach it.")
+            raise ValueError(f"There are no activation statistics of {name!r}. Call calibrate with inputs that reach this layer.")
         if self.fingerprints[name] != fingerprint(base_layer.weight):
             raise ValueError(
                 f"The activation statistics belong to another model: the weight of {name!r} differs from the one calibrated. "
@@ -60,13 +61,13 @@ class ActivationStatistics(Mapping[str, torch.Tensor]):
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> ActivationStatistics:
-        """Read what `save` wrote.
+        """Read the file that `save` wrote.
 
-        Raises: AdapterFileError naming the file if it is damaged or holds something else.
+        Raises: AdapterFileError naming the file if it is damaged or contains something else.
         """
         stored = read_header(path).metadata.get(STATISTICS, "")
         scales = read_tensors(path)
-        refusal = AdapterFileError(f"{path} holds no activation statistics. Write them with ActivationStatistics.save.")
+        refusal = AdapterFileError(f"{path} does not contain activation statistics. Write them with ActivationStatistics.save.")
         try:
             fingerprints = json.loads(stored)
         except (ValueError, RecursionError) as error:
@@ -84,12 +85,12 @@ def calibrate(
 ) -> ActivationStatistics:
     """Collect S = sqrt(diag(X^T X)) at the input of each layer while `run_model()` calls `model`.
 
-    X stacks every token (or output position) of every call; sums are float64, and summed over all ranks where
-    torch.distributed is initialised. The base model is measured: NoRA adapters that are present are off meanwhile.
+    X stacks every token (or output position) of every call. Sums are float64 and are reduced over all ranks if torch.distributed
+    is initialised. NoRA adapters are disabled during calibration, so that the base model is measured.
 
     Args:
-        model: before or after adapters are injected; its NoRA layers, or where it has none all supported layers.
-        run_model: called once without arguments, under no_grad, to run `model` on as many inputs as wanted.
+        model: with or without adapters. Its NoRA layers are calibrated or, if it has none, all supported layers.
+        run_model: called once without arguments, under no_grad, to run `model` on the calibration inputs.
         target_modules: restricts the layers of a model without adapters, as in `NoraConfig`.
     Raises: ValueError if nothing was calibrated, an input was not finite, or an adapter is merged.
     """
@@ -104,7 +105,7 @@ def calibrate(
     _sum_over_ranks(list(totals.values()))
     scales = {name: total.squares.sqrt().float().cpu() for name, total in totals.items() if total.calls > 0}
     if not scales:
-        raise ValueError(f"run_model called none of the {len(layers)} layers to calibrate. It must run the model given.")
+        raise ValueError(f"run_model called none of the {len(layers)} layers to calibrate. It must run `model`.")
     for name, scale in scales.items():
         if not torch.isfinite(scale).all():
             raise ValueError(f"The inputs of {name!r} must be finite, got NaN or infinite values during calibration.")
@@ -119,7 +120,7 @@ def fingerprint(weight: torch.Tensor) -> str:
 
 
 def base_name(name: str) -> str:
-    """A module's name as it was before adapters wrapped it."""
+    """The name of a module before adapters wrapped it."""
     return name.replace(".base_layer", "")
 
 
@@ -154,10 +155,10 @@ class _Total:
     def __init__(self, base_layer: nn.Module, layer_name: str) -> None:
         self.layer_class, self.base_layer = layer_class_for(base_layer, layer_name), base_layer
         device = base_layer.weight.device
-        # MPS knows no float64.
+        # MPS has no float64.
         self.dtype = torch.float32 if device.type == "mps" else torch.float64
         in_features = self.layer_class.matrix_shape(base_layer)[1]
-        # The last entry counts calls: a layer that never ran is not one that saw zeros.
+        # The last entry counts calls, to distinguish a layer that never ran from one with inputs of zero.
         self.sums = torch.zeros(in_features + 1, dtype=self.dtype, device=device)
 
     @property
@@ -186,7 +187,7 @@ def _sum_over_ranks(totals: list[_Total]) -> None:
 
 @contextmanager
 def _adapters_off(layers: dict[str, nn.Module]) -> Iterator[None]:
-    """Have NoRA layers among `layers` compute their base layer alone meanwhile."""
+    """Disable the adapters of the NoRA layers among `layers`."""
     adapted = {name: layer for name, layer in layers.items() if isinstance(layer, NoraLayer)}
     for name, layer in adapted.items():
         if layer.merged:

@@ -2,7 +2,8 @@
 
     sum_i w_i B_i C_i A_i = [B_1 ... B_n] diag(w_1 C_1, ..., w_n C_n) [A_1; ...; A_n],    C_i = s_i B'_i A'_i.
 
-Adapters that share their outer factors, as two of one start do, share them in the sum: their inner factors are concatenated.
+Adapters with equal outer factors, such as two with the same initialisation, share them in the sum, where only their inner factors
+are concatenated.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ import torch
 from .config import NoraConfig
 from .layer import NoraLayer
 
-# Of PEFT's combination types: NoRA gives the exact sum for each of them.
+# PEFT's combination types for which NoRA computes the exact sum.
 EXACT_TYPES = ("linear", "svd", "cat")
 
 
 class Factors(NamedTuple):
-    """One layer's change of weight B up down A, scaling included.
+    """The weight change B up down A of one layer, including the scaling.
 
     Args:
         B, A: outer factors, (out, r) and (r, in), in the base layer's dtype.
         up, down: inner factors, (r, k) and (k, r), with k at most r.
-        activation_scale: (in,), what the outer factors were computed from beside the weight; ones where they are of several.
+        activation_scale: (in,), from which the outer factors were computed with the weight; ones for a sum of several.
     """
 
     B: torch.Tensor
@@ -39,16 +40,16 @@ class Factors(NamedTuple):
 
 @torch.no_grad()
 def weighted_sum(layer: NoraLayer, weights: Sequence[tuple[str, float]], max_rank: int | None = None) -> Factors:
-    """The change sum_i w_i D_i of the adapters' changes D_i of one layer, each at its present scaling.
+    """The weighted sum sum_i w_i D_i of the adapters' weight changes D_i of one layer, each at its current scaling.
 
-    The outer ranks add up, and so do the inner ranks. Where the outer ranks exceed the layer's width, or the inner ranks
-    `max_rank`, the outer factors are computed anew: B and A orthonormal, in the base layer's dtype.
+    Outer ranks add up, and so do inner ranks. If the outer rank exceeds the layer's width, or the inner rank `max_rank`, the
+    factors are recomputed with B and A orthonormal, in the base layer's dtype.
 
     Args:
         layer: has every adapter that `weights` names.
-        weights: adapter names and their weights w_i.
-        max_rank: the sum is replaced by its best approximation of this rank; None for the sum itself.
-    Raises: ValueError if an adapter still waits for its outer factors.
+        weights: names of adapters and their weights w_i.
+        max_rank: rank of the best approximation that replaces the sum; None for the exact sum.
+    Raises: ValueError if the outer factors of an adapter are not set.
     """
     parts = [_within_outer_rank(part) for part in _by_basis(layer, weights)]
     total = parts[0] if len(parts) == 1 else _concatenated(parts)
@@ -60,7 +61,7 @@ def weighted_sum(layer: NoraLayer, weights: Sequence[tuple[str, float]], max_ran
 
 
 def _by_basis(layer: NoraLayer, weights: Sequence[tuple[str, float]]) -> list[Factors]:
-    """The weighted factors of each adapter; those of adapters with the same outer factors side by side as one."""
+    """The weighted factors of each adapter; adapters with equal outer factors are concatenated."""
     parts: list[Factors] = []
     for name, weight in weights:
         up, down = layer._inner_factors(name, weight * layer.scaling[name])
@@ -87,7 +88,7 @@ def combined_config(config: NoraConfig, sums: Mapping[str, Factors]) -> NoraConf
         exclude_modules=None,
         inner_init="zero",
         preserve_output=False,
-        # Waits for the outer factors that `set_factors` gives it, and computes none.
+        # Computes no outer factors: `set_factors` sets them.
         outer_init="awsvd",
         init_weights=True,
         rank_pattern={f"^{name}": rank for name, (rank, _) in ranks.items() if rank != r},
@@ -97,7 +98,7 @@ def combined_config(config: NoraConfig, sums: Mapping[str, Factors]) -> NoraConf
 
 @torch.no_grad()
 def set_factors(layer: NoraLayer, adapter_name: str, factors: Factors) -> None:
-    """Make `factors` the change of the layer's adapter, which has their ranks, and freeze it."""
+    """Set the weight change of the layer's adapter, which has the ranks of `factors`, and freeze it."""
     layer.nora_activation_scale[adapter_name].copy_(factors.activation_scale)
     layer.set_outer_factors(adapter_name, factors.B, factors.A)
     layer.nora_inner_B[adapter_name].copy_(factors.up / layer.scaling[adapter_name]).requires_grad_(False)
@@ -105,9 +106,9 @@ def set_factors(layer: NoraLayer, adapter_name: str, factors: Factors) -> None:
 
 
 def check_weights(adapters: Sequence[str], weights: Sequence[float], present: Mapping[str, NoraConfig]) -> None:
-    """Check that every adapter is one of `present`, has one finite weight, and holds nothing that has no weighted sum.
+    """Check that every adapter is in `present`, has one finite weight, and has no modules_to_save.
 
-    Raises: ValueError naming what does not fit.
+    Raises: ValueError naming the adapter.
     """
     if not adapters or len(adapters) != len(weights):
         raise ValueError(f"There must be at least one adapter and one weight for each, got {len(adapters)} and {len(weights)}.")
@@ -118,13 +119,13 @@ def check_weights(adapters: Sequence[str], weights: Sequence[float], present: Ma
             raise ValueError(f"The weight of adapter {name!r} must be a finite number, got {weight!r}.")
         if modules := present[name].modules_to_save:
             raise ValueError(
-                f"Adapter {name!r} holds modules trained in full, {sorted(modules)}. "
+                f"Adapter {name!r} has modules that are trained in full, {sorted(modules)}. "
                 "add_weighted_adapter does not support modules_to_save; merge the adapter instead."
             )
 
 
 def _within_outer_rank(part: Factors) -> Factors:
-    """The same with at most r inner ranks: the product itself and the identity where there are more."""
+    """Equal factors with an inner rank of at most r: for a larger one, the product and the identity."""
     if part.up.shape[1] <= part.up.shape[0]:
         return part
     return part._replace(up=part.up @ part.down, down=torch.eye(part.up.shape[0], device=part.up.device))
@@ -141,7 +142,7 @@ def _concatenated(parts: Sequence[Factors]) -> Factors:
 
 
 def _recomputed(factors: Factors, rank: int) -> Factors:
-    """The best approximation of rank `rank` by the singular value decomposition of the change, U sqrt(S) sqrt(S) V^T."""
+    """The best approximation of rank `rank`, by the singular value decomposition U sqrt(S) sqrt(S) V^T."""
     # Apple's GPUs have no float64.
     dtype = torch.float32 if factors.B.device.type == "mps" else torch.float64
     left, left_triangle = torch.linalg.qr(factors.B.to(dtype) @ factors.up.to(dtype))

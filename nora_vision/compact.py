@@ -1,7 +1,7 @@
-"""Compact adapters: the outer factors are left out of the file, and computed again from the base weights on loading.
+"""Compact adapters: files without the outer factors, which are recomputed from the base weights on loading.
 
-What the weights alone do not determine, the activation scale, is in the file; so is a probe of every layer's change of
-weight, without which a basis from other weights, or turned by rounding, would make a wrong adapter and say nothing.
+The file contains the activation scale, which the weights do not determine, and a probe of every layer's weight change. The probe
+detects outer factors that differ because of other base weights or rounding; otherwise the adapter would be wrong silently.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from .layer import NoraLayer
 from .reproducible import adapter_of_same_source, is_reproducible, record_reproducible
 
 PROJECTIONS = 8
-# Of the Frobenius norm of the change. Rounding alone stays far below, other weights far above.
+# Relative to the Frobenius norm of the weight change. Rounding errors are far below, other base weights far above.
 TOLERANCE = 1e-3
 
 
 @torch.no_grad()
 def weight_change_probe(layer: NoraLayer, adapter_name: str, B: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-    """The norm of the layer's change of weight D, and some u^T D v for fixed vectors of signs: (1 + PROJECTIONS,) float32.
+    """The norm of the layer's weight change D, and u^T D v for fixed sign vectors u, v: (1 + PROJECTIONS,) float32.
 
     For independent random signs (u^T E v)^2 has the mean ||E||_F^2: the projections of two changes differ in root mean
     square by about the Frobenius norm of their difference.
@@ -43,7 +43,7 @@ def weight_change_probe(layer: NoraLayer, adapter_name: str, B: torch.Tensor, A:
 
 
 def check_probe(probe: torch.Tensor, expected: torch.Tensor, where: str) -> None:
-    """Compare two probes (1 + PROJECTIONS,) of a layer's change of weight.
+    """Compare two probes (1 + PROJECTIONS,) of a layer's weight change.
 
     Raises: AdapterFileError naming `where` if the changes differ by more than about a thousandth of their norm.
     """
@@ -53,17 +53,17 @@ def check_probe(probe: torch.Tensor, expected: torch.Tensor, where: str) -> None
     if difference > TOLERANCE * norm:
         relative = difference / norm if norm else math.inf
         raise AdapterFileError(
-            f"{where}: the outer factors computed from the base weights change the weight by something else than the adapter "
-            f"does (relative difference {relative:.1e}, at most {TOLERANCE:.0e}). These are other base weights, or the same in "
-            "another precision or with an adapter fused, or the adapter is combined of several or started at random. Load the "
-            "base model as it was when the adapter was made, or use the full adapter."
+            f"{where}: the weight change recomputed from the base weights must be that of the adapter, but differs by "
+            f"{relative:.1e} of its norm (at most {TOLERANCE:.0e}). The base model has other weights, another precision or a "
+            "fused adapter, or the adapter is a combination of several or has a random start. Load the base model that the "
+            "adapter was saved with, or use the full adapter."
         )
 
 
 def recomputed_outer_factors(layer: NoraLayer, adapter_name: str, where: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """B (out, r) and A (r, in) as the adapter's start computed them, from the base weight and the activation scale.
+    """B (out, r) and A (r, in) as in the adapter's initialisation, from the base weight and the activation scale.
 
-    Where another adapter of the layer is known to have come from the same, they are copied from it.
+    They are copied from another adapter of the layer if it is known to have the same base weight and activation scale.
     """
     other = adapter_of_same_source(layer, adapter_name)
     if other is not None:
@@ -73,12 +73,12 @@ def recomputed_outer_factors(layer: NoraLayer, adapter_name: str, where: str) ->
 
 
 def reproducible_probe(layer: NoraLayer, adapter_name: str, where: str) -> torch.Tensor:
-    """The layer's probe (1 + PROJECTIONS,), once it is shown that its outer factors follow from its base weight.
+    """The layer's probe (1 + PROJECTIONS,), after checking that its outer factors can be recomputed from its base weight.
 
-    They are computed again only where that is not known yet. A later call relies on it only if they came out the same to the
-    bit: two changes of weight may be alike, such as those of inner factors that are still zero, where the factors are not.
+    The factors are recomputed unless a record says that this gives the same bits. Equal weight changes are not recorded: they do
+    not imply equal outer factors, for example while the inner factors are zero.
 
-    Raises: AdapterFileError naming `where` if they do not follow.
+    Raises: AdapterFileError naming `where` if they cannot be recomputed.
     """
     B, A = layer.nora_B[adapter_name], layer.nora_A[adapter_name]
     probe = weight_change_probe(layer, adapter_name, B, A)
@@ -91,7 +91,7 @@ def reproducible_probe(layer: NoraLayer, adapter_name: str, where: str) -> torch
 
 
 def narrowed(scale: torch.Tensor) -> torch.Tensor:
-    """`scale` in bfloat16 where that loses nothing, as it is otherwise."""
+    """`scale` (in,) in bfloat16 if that is exact, otherwise unchanged."""
     narrow = scale.bfloat16()
     return narrow if torch.equal(narrow.to(scale.dtype), scale) else scale
 

@@ -1,4 +1,4 @@
-"""The parts of an SDXL pipeline that adapters live on."""
+"""The components of an SDXL pipeline that can have adapters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 
 
 def adapters_by_component(pipe: StableDiffusionXLPipeline) -> dict[str, list[str]]:
-    """The names of the adapters on each of the pipeline's components; a component that is absent has none."""
+    """The names of the adapters on each component of the pipeline; none for absent components."""
     return {name: list(getattr(getattr(pipe, name, None), "peft_config", None) or {}) for name in COMPONENTS}
 
 
@@ -25,5 +25,5 @@ def adapted_components(pipe: StableDiffusionXLPipeline, adapter_name: str) -> di
     present = adapters_by_component(pipe)
     adapted = {name: getattr(pipe, name) for name, adapters in present.items() if adapter_name in adapters}
     if not adapted:
-        raise ValueError(f"No component of the pipeline has an adapter {adapter_name!r}; there are {present}.")
+        raise ValueError(f"No component of the pipeline has an adapter {adapter_name!r}; its adapters are {present}.")
     return adapted

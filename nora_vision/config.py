@@ -16,7 +16,7 @@ OuterInit = Literal["svd", "awsvd"]
 
 
 class NoraPeftType(str, Enum):  # noqa: UP042 - PEFT expects str() to give "NoraPeftType.NORA", as of its own type
-    """NoRA's entry among PEFT's types, which are an enum that cannot be extended."""
+    """NoRA's adapter type; PEFT's own enum of types cannot be extended."""
 
     NORA = "NORA"
 
@@ -26,17 +26,17 @@ class NoraConfig(PeftConfig):
     """Configuration of NoRA:  h = W x + s B B' A' A x,  s = alpha / inner_r.
 
     The outer factors A (r, in) and B (out, r) are a weighted SVD of W and stay frozen; the inner factors
-    A' (inner_r, r) and B' (r, inner_r) are trained: 2 r inner_r numbers a layer.
+    A' (inner_r, r) and B' (r, inner_r) are trained: 2 r inner_r parameters per layer.
 
-    The default start is `inner_init="zero"` without `preserve_output`, LoRA's habit: step 0 is the base model
-    exactly, the merged change has rank inner_r, and a file carries no second pair of inner factors.
-    Gaussian A' and B' move the base model at step 0 unless `preserve_output` subtracts their frozen start.
+    By default (`inner_init="zero"` without `preserve_output`) training starts exactly at the base model, as in LoRA, the
+    weight change has rank inner_r, and files need no second pair of inner factors. Gaussian A' and B' change the output
+    at step 0 unless `preserve_output` subtracts their frozen start.
 
-    Raises: ValueError where a field is out of its range.
+    Raises: ValueError if a field is out of range.
     """
 
-    r: int = field(default=64, metadata={"help": "Outer rank: how many directions of each weight are open to change."})
-    inner_r: int = field(default=16, metadata={"help": "Inner rank, 1 <= inner_r <= r: the rank of the trained change."})
+    r: int = field(default=64, metadata={"help": "Outer rank: the number of directions of each weight that can change."})
+    inner_r: int = field(default=16, metadata={"help": "Inner rank, 1 <= inner_r <= r: the rank of the weight change."})
     alpha: float = field(default=16.0, metadata={"help": "Numerator of the scaling s = alpha / inner_r."})
     target_modules: list[str] | set[str] | str | None = field(
         default=None,
@@ -60,17 +60,19 @@ class NoraConfig(PeftConfig):
     )
     preserve_output: bool = field(
         default=False,
-        metadata={"help": "Subtract the frozen start, B'A' - B'_0 A'_0: step 0 is the base model; the merged rank is 2 inner_r."},
+        metadata={
+            "help": "Subtract the frozen start, B'A' - B'_0 A'_0: step 0 is the base model, the weight change has rank 2 inner_r."
+        },
     )
     outer_init: OuterInit = field(
         default="svd",
         metadata={
-            "help": "Where the outer factors come from: 'svd' of the weights alone, at once, or 'awsvd', which waits for "
+            "help": "Origin of the outer factors: 'svd' of the weights on injection, or 'awsvd', set later by "
             "initialize_nora_weights(model, calibrate(model, run_model))."
         },
     )
     init_weights: bool = field(
-        default=True, metadata={"help": "False draws every factor at random: a fast start that is not the identity."}
+        default=True, metadata={"help": "False samples all factors at random: fast, but step 0 is not the base model."}
     )
     rank_pattern: dict[str, int] = field(
         default_factory=dict,
@@ -121,7 +123,7 @@ class NoraConfig(PeftConfig):
     def ranks_for(self, layer_name: str) -> tuple[int, int]:
         """The outer and inner rank of the layer called `layer_name`.
 
-        Raises: ValueError where the inner rank exceeds the outer.
+        Raises: ValueError if the inner rank exceeds the outer rank.
         """
         r = self.rank_pattern.get(get_pattern_key(self.rank_pattern, layer_name), self.r)
         inner_r = self.inner_rank_pattern.get(get_pattern_key(self.inner_rank_pattern, layer_name), self.inner_r)
@@ -130,7 +132,7 @@ class NoraConfig(PeftConfig):
         return r, inner_r
 
     def check_modules(self, names: Collection[str], model_name: str) -> None:
-        """Check that target_modules and modules_to_save match something among the modules called `names`.
+        """Check that every entry of target_modules and modules_to_save matches one of the module names `names`.
 
         Raises: ValueError naming those that do not.
         """
@@ -143,7 +145,7 @@ class NoraConfig(PeftConfig):
         missing = sorted(s for s in self.modules_to_save or () if not any(n.endswith(s) for n in names))
         # With a task type PEFT adds the usual names of a classifier head, whether the model has them or not.
         if missing and self.task_type is None:
-            raise ValueError(f"modules_to_save {missing} match no module of {model_name}.")
+            raise ValueError(f"modules_to_save {missing} match no module of {model_name}. Remove them or correct the spelling.")
 
     def check_patterns(self, layer_names: Collection[str], model_name: str) -> None:
         """Check that every key of rank_pattern and inner_rank_pattern matches one of the adapted layers `layer_names`.
@@ -161,5 +163,5 @@ class NoraConfig(PeftConfig):
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values, sets sorted, so that equal configurations are saved as equal bytes."""
+        """The fields as plain values with sorted sets, so that equal configurations are saved as equal bytes."""
         return {key: sorted(value) if isinstance(value, set) else value for key, value in asdict(self).items()}

@@ -1,4 +1,4 @@
-"""Activation-weighted singular value decomposition: where NoRA's frozen outer factors come from."""
+"""Activation-weighted singular value decomposition, which gives NoRA's frozen outer factors."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def awsvd(
         activation_scale: (in_features,), strictly positive.
         rank: number of singular triples kept.
         method: "exact" decomposes in full, "randomized" by subspace iteration [Halko, Martinsson, Tropp 2011, alg. 4.4];
-            "auto" takes the randomised method where it is the cheaper one.
-        generator: draws the randomised method's start, on the CPU; a fixed seed where it is None.
-    Returns: B (out_features, rank), A (rank, in_features), float32 (float64 for a float64 weight). Each column of U has
-        its sign chosen so that the entry of V of largest magnitude is positive.
+            "auto" uses the randomised method if it is cheaper.
+        generator: for the initial subspace of the randomised method, on the CPU; a fixed seed if None.
+    Returns: B (out_features, rank), A (rank, in_features), float32 (float64 for a float64 weight). The sign of
+        each singular vector is chosen so that the entry of V of largest magnitude is positive.
     Raises: ValueError if `rank` exceeds min(weight.shape), a shape does not fit, or a value is not finite or not positive.
     """
     _check(weight, activation_scale, rank, method)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     scale = activation_scale.to(weight.device, dtype)
     weighted = weight.to(dtype) * scale
-    # With half of the rank on top, two power iterations stay within about 1% of the optimal error even on a flat spectrum.
+    # Oversampling by half of the rank: with two power iterations the error is within about 1% of optimal even on a flat spectrum.
     block = min(rank + max(rank // 2, 16), *weight.shape)
     if method == "auto":
         method = "randomized" if 3 * block <= min(weight.shape) else "exact"
@@ -54,10 +54,10 @@ def awsvd(
 def reproducible_awsvd(
     weight: torch.Tensor, activation_scale: torch.Tensor | None, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`awsvd` in float64: the same factors on every machine, which compact files leave out and compute again.
+    """`awsvd` in float64, which gives the same factors on every machine: compact files leave them out and recompute them.
 
-    In float32 another thread count turns the singular vectors by some 1e-4, and may choose another sign for one of them
-    whose largest entries tie; in float64 by 1e-13.
+    In float32, another number of threads rotates the singular vectors by about 1e-4 and may flip the sign of one whose largest
+    entries tie; in float64 the rotation is about 1e-13.
 
     Args:
         weight: (out_features, in_features), of any dtype.
@@ -74,14 +74,14 @@ def _randomized_svd(
     matrix: torch.Tensor, block: int, generator: torch.Generator | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """U (m, block), S (block,), V^T (block, n) of `matrix` (m, n), close to its leading singular triples."""
-    # Drawn on the CPU, so that every device starts from the same subspace.
+    # Sampled on the CPU, so that every device starts from the same subspace.
     generator = generator or torch.Generator().manual_seed(0)
     start = torch.randn(matrix.shape[1], block, generator=generator, dtype=matrix.dtype).to(matrix.device)
     basis = torch.linalg.qr(matrix @ start).Q
     for _ in range(POWER_ITERATIONS):
         basis = torch.linalg.qr(matrix.T @ basis).Q
         basis = torch.linalg.qr(matrix @ basis).Q
-    # Tall rather than wide: twice as fast.
+    # The SVD of the tall matrix is twice as fast as that of the wide one.
     V, S, Uh = torch.linalg.svd(matrix.T @ basis, full_matrices=False)
     return basis @ Uh.T, S, V.T
 

@@ -1,6 +1,6 @@
-"""Export of an adapter as an ordinary LoRA file, which diffusers, A1111, ComfyUI and sd-scripts load without this package.
+"""Export an adapter as a standard LoRA file, which diffusers, A1111, ComfyUI and sd-scripts load without this package.
 
-The change of a NoRA layer, s B B' A' A, is a product of two low-rank factors, so that nothing is approximated.
+The weight change of a NoRA layer, s B B' A' A, is a product of two low-rank factors, so the export is exact.
 """
 
 from __future__ import annotations
@@ -37,37 +37,37 @@ def export_lora(
     adapter_name: str | Mapping[str, float] = "default",
     format: ExportFormat = "diffusers",
 ) -> Path:
-    """Write the adapter, NoRA or PEFT's LoRA or DoRA, at strength 1 as one LoRA file and return the file's path.
+    """Write an adapter (NoRA, or PEFT's LoRA or DoRA) at scale 1 as one LoRA file and return the file's path.
 
-    Several adapters, each with its strength, become one: their changes add up, and so do their ranks, exactly:
+    Several adapters with their scales become one, exactly; their ranks add up:
     `sum_i w_i up_i down_i = [w_1 up_1 ... w_n up_n] [down_1; ...; down_n]`.
 
     diffusers: lora_B = s B B', lora_A = A' A and no alpha, which a loader reads as alpha = rank.
-    kohya: lora_up, lora_down and one alpha for all layers, since diffusers misreads alphas that differ.
-    DoRA adds the lengths of rows: lora_magnitude_vector, or kohya's dora_scale (LyCORIS with `wd_on_output`). Programs differ in
-    what they make of a dora_scale, and diffusers drops it from a kohya file; the diffusers file is the one that loads right.
+    kohya: lora_up, lora_down and the same alpha for all layers, since diffusers misreads different alphas.
+    DoRA adds the norms of rows: lora_magnitude_vector, or kohya's dora_scale (LyCORIS with `wd_on_output`). Programs differ in
+    how they use dora_scale, and diffusers drops it from a kohya file; only the diffusers file is reliable.
 
     Args:
-        pipe: with the adapter on its UNet, its text encoders, or any of them.
-        path: the file to write (named .safetensors), or the folder to write it in.
-        adapter_name: the adapter's name, or the names and strengths of several.
-    Raises: ValueError if no component has the adapter or if a part of it is no low-rank change of a known layer;
+        pipe: with the adapter on its UNet, its text encoders, or both.
+        path: the .safetensors file to write, or the folder to write it in.
+        adapter_name: name of the adapter, or names and scales of several.
+    Raises: ValueError if no component has the adapter, or a part of it is not a low-rank change of a known layer;
         nothing is written then.
     """
     if format not in get_args(ExportFormat):
         raise ValueError(f"format must be one of {get_args(ExportFormat)}, got {format!r}.")
-    strengths = {adapter_name: 1.0} if isinstance(adapter_name, str) else dict(adapter_name)
-    if not strengths:
+    scales = {adapter_name: 1.0} if isinstance(adapter_name, str) else dict(adapter_name)
+    if not scales:
         raise ValueError("There must be at least one adapter to export, got none.")
-    of_each = [(_changes_by_component(pipe, name), strength) for name, strength in strengths.items()]
+    of_each = [(_changes_by_component(pipe, name), scale) for name, scale in scales.items()]
     changes = of_each[0][0] if isinstance(adapter_name, str) else _sum_of(of_each)
     path = Path(path)
     if format == "diffusers":
         path = path if path.suffix == ".safetensors" else path / "pytorch_lora_weights.safetensors"
         write_tensors(path, _diffusers_tensors(changes))
     else:
-        path = path if path.suffix == ".safetensors" else path / f"{'-'.join(Path(name).name for name in strengths)}.safetensors"
-        _write_kohya(pipe, path, changes, list(strengths))
+        path = path if path.suffix == ".safetensors" else path / f"{'-'.join(Path(name).name for name in scales)}.safetensors"
+        _write_kohya(pipe, path, changes, list(scales))
     return path
 
 
@@ -78,7 +78,6 @@ def _write_kohya(pipe: StableDiffusionXLPipeline, path: Path, changes: Changes, 
         tensors,
         title=path.stem,
         rank=rank,
-        alpha=float(rank),
         network_args={"method": "+".join(sorted({_method(pipe, name) for name in adapter_names}))},
         prediction_type=pipe.scheduler.config.prediction_type,
         zero_terminal_snr=bool(pipe.scheduler.config.get("rescale_betas_zero_snr")),
@@ -97,18 +96,20 @@ def _changes_by_component(pipe: StableDiffusionXLPipeline, adapter_name: str) ->
 
 
 def _sum_of(of_each: Sequence[tuple[Changes, float]]) -> Changes:
-    """The changes of several adapters, each times its strength, as one change for each layer.
+    """The sum of the changes of several adapters, each times its scale, by layer.
 
-    Raises: ValueError if one of them is a DoRA's: those scale the rows of the changed weight, and do not add up.
+    Raises: ValueError for a DoRA, which scales the rows of the changed weight, so that changes do not add up.
     """
     total: Changes = {}
-    for changes, strength in of_each:
+    for changes, scale in of_each:
         for component, factors in changes.items():
             layers = total.setdefault(component, {})
             for name, change in factors.items():
                 if change.magnitude is not None:
-                    raise ValueError(f"{component}.{name} is a DoRA's, which cannot be added to others. Leave the DoRA out.")
-                up = strength * change.up
+                    raise ValueError(
+                        f"{component}.{name} has a DoRA, which cannot be added to other adapters. Leave the DoRA out."
+                    )
+                up = scale * change.up
                 previous = layers.get(name)
                 layers[name] = Factors(
                     up if previous is None else torch.cat([previous.up, up], dim=1),
@@ -118,17 +119,18 @@ def _sum_of(of_each: Sequence[tuple[Changes, float]]) -> Changes:
 
 
 def low_rank_changes(model: nn.Module, component: str, adapter_name: str) -> dict[str, Factors]:
-    """Both factors of every adapted layer's change at strength 1, by the layer's name.
+    """The factors of every adapted layer's change at scale 1, by layer name.
 
     Linear: up (out, k), down (k, in). Conv2d: up (out, k, 1, 1), down (k, in, kh, kw). Names in a text encoder start with
     `text_model.`, whether or not this version of transformers has that level.
-    Raises: ValueError for a part of the adapter that is no such change or that stock loaders drop.
+
+    Raises: ValueError for a part of the adapter that is not such a change, or that stock loaders drop.
     """
     changes = {}
     for name, layer in unwrapped(model).named_modules():
         name = base_name(name)
         if isinstance(layer, AuxiliaryTrainingWrapper) and adapter_name in getattr(layer, "modules_to_save", {}):
-            raise ValueError(f"{component}.{name} was trained in full (modules_to_save), which a LoRA file cannot hold.")
+            raise ValueError(f"{component}.{name} was trained in full (modules_to_save), which a LoRA file cannot contain.")
         factors = _layer_factors(layer, f"{component}.{name}", adapter_name)
         if factors is None:
             continue
@@ -149,17 +151,17 @@ def _layer_factors(layer: nn.Module, name: str, adapter_name: str) -> Factors | 
 
 
 def _with_attention_output(text_encoder: nn.Module, changes: dict[str, Factors]) -> dict[str, Factors]:
-    """`changes`, with a change of zero on one attention output where there is none.
+    """`changes`, with a zero change of one attention output if there is none.
 
-    diffusers tells the dialects of text encoder keys apart by those of the attention outputs, and fails without any.
+    diffusers detects the format of text encoder keys by the attention outputs, and fails without any.
     """
     if any(name.endswith("out_proj") for name in changes):
         return changes
     name, layer = next((name, layer) for name, layer in text_encoder.named_modules() if name.endswith("out_proj"))
     first = next(iter(changes.values()))
     rank = len(first.down)
-    lengths = None if first.magnitude is None else layer.weight.detach().float().norm(dim=1)
-    zeros = Factors(torch.zeros(layer.out_features, rank), torch.zeros(rank, layer.in_features), lengths)
+    norms = None if first.magnitude is None else layer.weight.detach().float().norm(dim=1)
+    zeros = Factors(torch.zeros(layer.out_features, rank), torch.zeros(rank, layer.in_features), norms)
     return {**changes, f"text_model.{name.removeprefix('text_model.')}": zeros}
 
 
@@ -170,9 +172,9 @@ def _diffusers_tensors(changes: Changes) -> dict[str, torch.Tensor]:
             tensors[f"{component}.{name}.lora_B.weight"] = change.up
             tensors[f"{component}.{name}.lora_A.weight"] = change.down
             if change.magnitude is not None:
-                # PEFT keeps a convolution's as (1, out, 1, 1).
-                lengths = change.magnitude if change.up.ndim == 2 else change.magnitude[None, :, None, None]
-                tensors[f"{component}.{name}.lora_magnitude_vector.weight"] = lengths
+                # In PEFT a convolution has (1, out, 1, 1).
+                norms = change.magnitude if change.up.ndim == 2 else change.magnitude[None, :, None, None]
+                tensors[f"{component}.{name}.lora_magnitude_vector.weight"] = norms
     return tensors
 
 

@@ -1,6 +1,6 @@
-"""The exact low-rank factors of one layer's change of weight, which all exports are made from.
+"""The exact low-rank factors of one layer's weight change, which all exports use.
 
-A kind of layer that is not NoRA's or PEFT's LoRA registers how it is factored: `low_rank_factors.register(LayerClass)`.
+Layers other than NoRA's and PEFT's LoRA are supported by a registered function: `low_rank_factors.register(LayerClass)`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .layer import NoraLayer
 
 
 class Factors(NamedTuple):
-    """A change of weight `up` (out, k) times `down` (k, in), and for DoRA the length (out,) that each row then gets."""
+    """A weight change `up` (out, k) times `down` (k, in), and for DoRA the norms (out,) of the rows of the changed weight."""
 
     up: torch.Tensor
     down: torch.Tensor
@@ -26,13 +26,13 @@ class Factors(NamedTuple):
 
 @singledispatch
 def low_rank_factors(layer: nn.Module, adapter_name: str) -> Factors | None:
-    """The factors of the layer's change at scale 1, in float32; None where the layer has no such adapter.
+    """The factors of the layer's weight change at scale 1, in float32; None if the layer does not have the adapter.
 
-    Raises: ValueError saying why the change is no product of two low-rank factors.
+    Raises: ValueError if the change is not a product of two low-rank factors.
     """
     if isinstance(layer, BaseTunerLayer) and any(adapter_name in getattr(layer, part) for part in layer.adapter_layer_names):
         kind = type(layer).__name__
-        raise ValueError(f"has a change of weight ({kind}) that is no product of two low-rank factors. Leave this adapter out.")
+        raise ValueError(f"has a weight change ({kind}) that is not a product of two low-rank factors. Leave this adapter out.")
     return None
 
 
@@ -60,7 +60,7 @@ def _(layer: LoraLayer, adapter_name: str) -> Factors | None:
 
 
 def in_weight_shape(base_layer: nn.Module, factors: Factors) -> Factors:
-    """The factors as LoRA's layers hold them: of a Conv2d up (out, k, 1, 1), down (k, in, kh, kw)."""
+    """The factors in the shapes of LoRA's layers: for a Conv2d up (out, k, 1, 1), down (k, in, kh, kw)."""
     if not isinstance(base_layer, nn.Conv2d):
         return factors
     down = factors.down.reshape(len(factors.down), *base_layer.weight.shape[1:])

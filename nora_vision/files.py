@@ -1,8 +1,7 @@
-"""Reading and writing adapter files: safetensors and JSON only, checked before use, replaced as a whole.
+"""Read and write adapter files: safetensors and JSON only, checked before use and replaced atomically.
 
-Nothing here ever unpickles. A file is refused, with its name and what is wrong in the message, before any of its
-bytes becomes a tensor: by its suffix, by its first bytes, by its header, and by the values themselves. A digest in the
-header, where there is one, finds every other change. It protects against damage, not against forgery.
+Nothing is ever unpickled. Suffix, first bytes, header and values of a file are checked, and the error names the file and the
+problem. An optional digest in the header detects all other damage; it does not protect against forgery.
 """
 
 import contextlib
@@ -25,13 +24,13 @@ MAX_JSON_BYTES = 2**20
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 # A torch.save archive is a zip file; an older one, or a bare pickle, opens with protocol 2 or later.
 PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-# Names with dots, and the ^ that save_nora writes: PEFT matches names as regular expressions, and an untrusted one can
-# take exponential time.
+# Names with dots, and the ^ that save_nora writes. PEFT uses names as regular expressions, and untrusted ones could take
+# exponential time.
 PLAIN_NAME = re.compile(r"\^?[\w.-]+")
-# Keys of the header's metadata: the digest of the file's content, and that of the adapter_config.json beside it.
+# Keys of the header's metadata for the digests of the file's content and of the adapter_config.json beside it.
 DIGEST, CONFIGURATION = "nora_digest", "nora_configuration"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# What the files of other programs hold besides: whole-number alphas, fp8 weights, counters.
+# Further dtypes in files of other programs: integer alphas, fp8 weights, counters.
 FOREIGN_DTYPES = DTYPES | {
     "F64": torch.float64,
     "F8_E4M3": torch.float8_e4m3fn,
@@ -50,12 +49,12 @@ AGAIN = "Download it again."
 
 
 class AdapterFileError(ValueError):
-    """An adapter file that must not be used; the message names the file and what is wrong with it."""
+    """An adapter file that must not be used; the message names the file and the problem."""
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """What a safetensors header says about one tensor."""
+    """The entry of one tensor in a safetensors header."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -70,15 +69,15 @@ class SafetensorsHeader:
 
 
 def read_header(path: str | os.PathLike, dtypes: Mapping[str, torch.dtype] = DTYPES) -> SafetensorsHeader:
-    """Header of a safetensors file, checked against the size of the file; no tensor is read.
+    """The header of a safetensors file, checked against the size of the file; no tensor is read.
 
     Args:
         path: a file whose name ends in `.safetensors`, in any case.
-        dtypes: those that its tensors may have, by their names in a header.
+        dtypes: the allowed dtypes, by their names in a header.
     Raises:
         FileNotFoundError: there is no such file.
         AdapterFileError: the file is a pickle, a Git LFS pointer or a web page, empty or truncated, has an oversized or
-            malformed header, a tensor of another dtype, or bytes that no tensor owns.
+            malformed header, a tensor of another dtype, or bytes that belong to no tensor.
     """
     path = Path(path)
     _refuse_other_formats(path)
@@ -88,7 +87,7 @@ def read_header(path: str | os.PathLike, dtypes: Mapping[str, torch.dtype] = DTY
         if length > MAX_HEADER_BYTES:
             raise AdapterFileError(
                 f"{path} announces a header of {length} bytes; at most {MAX_HEADER_BYTES} are read. "
-                f"It is no safetensors file, or damaged. {AGAIN}"
+                f"It is not a safetensors file, or damaged. {AGAIN}"
             )
         if size < 8 + length:
             raise AdapterFileError(f"{path} is truncated: its header needs {8 + length} bytes, the file has {size}. {AGAIN}")
@@ -107,13 +106,13 @@ def read_header(path: str | os.PathLike, dtypes: Mapping[str, torch.dtype] = DTY
 def read_tensors(
     path: str | os.PathLike, device: str | torch.device = "cpu", dtypes: Mapping[str, torch.dtype] = DTYPES
 ) -> dict[str, torch.Tensor]:
-    """Every tensor of a safetensors file, checked as `read_header` does, against its digest and for finite values.
+    """All tensors of a safetensors file, checked like `read_header`, against the digest and for finite values.
 
     Args:
-        dtypes: as in `read_header`. 8-bit floats are returned as float32, in which they are exact.
+        dtypes: as in `read_header`. 8-bit floats are returned as float32, which is exact.
     Raises:
-        AdapterFileError: as `read_header`, or the content is not what the header's digest says, or a tensor holds a value
-            that is not finite. A file without a digest is read too.
+        AdapterFileError: as `read_header`, or the content does not match the digest in the header (if there is one), or a
+            tensor has a value that is not finite.
     """
     header = read_header(path, dtypes)
     try:
@@ -134,7 +133,7 @@ def check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
     """Raise AdapterFileError naming `where` and the first of the tensors, of any shape, with a value that is not finite."""
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise AdapterFileError(f"{where}: {name!r} holds values that are not finite.")
+            raise AdapterFileError(f"{where}: {name!r} has values that are not finite.")
 
 
 def write_tensors(
@@ -148,17 +147,17 @@ def write_tensors(
     The same tensors and metadata give the same bytes.
 
     Args:
-        digest: put a digest of tensors and metadata into the header, which `read_tensors` checks. Programs that edit the
-            metadata of a file would break it: it is for files that only this package writes.
+        digest: add a digest of tensors and metadata to the header, which `read_tensors` checks. Only for files that no other
+            program edits, since changed metadata invalidate it.
     Raises:
-        AdapterFileError: a tensor holds a value that is not finite; nothing is written.
+        AdapterFileError: a tensor has a value that is not finite; nothing is written.
     """
     check_finite(tensors, f"{path} is not written")
     length, body = _serialise(tensors)
     metadata = {"format": "pt", **(metadata or {})}
     if digest:
         metadata[DIGEST] = content_digest(tensors, metadata)
-    # Written here because safetensors itself orders metadata anew in every process.
+    # Not by safetensors, which orders metadata differently in every process.
     ordered = {"__metadata__": dict(sorted(metadata.items())), **json.loads(body[:length])}
     header = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
@@ -175,7 +174,7 @@ def tensor_hash(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def content_digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256, in hexadecimal, of the names, dtypes, shapes and bytes of `tensors` and of `metadata` but for a digest in it."""
+    """SHA-256, in hexadecimal, of the names, dtypes, shapes and bytes of `tensors`, and of `metadata` without a digest."""
     entries = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
     described = [{key: value for key, value in metadata.items() if key != DIGEST}, entries]
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
@@ -185,19 +184,19 @@ def content_digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, s
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor's values, of a copy: what numpy has seen can no longer be resized, as FSDP does to parameters."""
+    """The bytes of a copy of `tensor`: FSDP cannot resize the storage of a parameter that numpy refers to."""
     return tensor.detach().to("cpu", copy=True).contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def configuration_digest(fields: Mapping[str, Any]) -> str:
-    """SHA-256, in hexadecimal, of the fields of an adapter_config.json: the tensors beside it keep it as their metadata."""
+    """SHA-256, in hexadecimal, of the fields of an adapter_config.json, stored in the metadata of the tensors beside it."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def check_configuration(metadata: Mapping[str, str], fields: Mapping[str, Any], folder: Path) -> None:
-    """Check that the tensors in `folder`, if their `metadata` says so at all, were saved with a configuration of these fields.
+    """Check that the tensors in `folder` were saved with a configuration of these `fields`, if their `metadata` have its digest.
 
-    A crash between writing the two files must not pair one adapter's tensors with another's configuration.
+    After a crash between writing the two files, the tensors and the configuration may be of different adapters.
 
     Raises: AdapterFileError naming the folder.
     """
@@ -208,7 +207,7 @@ def check_configuration(metadata: Mapping[str, str], fields: Mapping[str, Any], 
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:
-    """A JSON file that holds one object.
+    """Read a JSON file with one object.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -229,7 +228,7 @@ def write_json(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Give a path beside `path` to write to, renamed over `path` if the block succeeds and removed if it does not."""
+    """Yield a temporary path beside `path`, which is renamed to `path` if the block succeeds and removed otherwise."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -241,7 +240,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def _serialise(tensors: Mapping[str, torch.Tensor]) -> tuple[int, bytes]:
-    """Length of a safetensors header without metadata, and the file's bytes from that header on."""
+    """The length of a safetensors header without metadata, and the bytes of the file from that header on."""
     blob = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     return int.from_bytes(blob[:8], "little"), blob[8:]
 
@@ -250,19 +249,19 @@ def _refuse_other_formats(path: Path) -> None:
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise AdapterFileError(f"{path} is a pickle by its name, which can run code when opened. Only .safetensors is read.")
     if path.suffix.lower() != ".safetensors":
-        raise AdapterFileError(f"{path} is not named .safetensors, and nothing else is read.")
+        raise AdapterFileError(f"{path} must have the suffix .safetensors. Other files are not read.")
     with path.open("rb") as file:
         start = file.read(64)
     _refuse_failed_downloads(path, start)
     if start.startswith(PICKLE_MAGIC):
-        # A genuine header of 0x..80 bytes also starts so, but its JSON object then opens at the ninth byte.
+        # A header of 0x..80 bytes also starts like this, but its JSON object starts at the ninth byte.
         with path.open("rb") as file:
             if not file.read(9).endswith(b"{"):
                 raise AdapterFileError(f"{path} is a pickle or zip archive under a .safetensors name. It is not opened.")
 
 
 def _refuse_failed_downloads(path: Path, start: bytes) -> None:
-    """Refuse what a download leaves in place of a file, by its first bytes."""
+    """Refuse the results of failed downloads by their first bytes."""
     if not start:
         raise AdapterFileError(f"{path} is truncated: the file is empty (0 bytes). {AGAIN}")
     if start.startswith(LFS_POINTER):
@@ -276,7 +275,7 @@ def _refuse_failed_downloads(path: Path, start: bytes) -> None:
             f"{path} is a web page (HTML) and not the file: the site may have asked for a login or an agreement. Open its "
             "address in a browser and download the file itself."
         )
-    # A header's length in its first eight bytes is never all letters: that would be more than is read.
+    # The first eight bytes are the length of the header, which would exceed the limit if they were all letters.
     if len(start) > 8 and start[:8].isascii() and start[:8].decode().isprintable():
         raise AdapterFileError(f"{path} is text and not a safetensors file: it begins with {start[:40]!r}. {AGAIN}")
 
@@ -287,7 +286,7 @@ def _parse_json(content: bytes, path: Path) -> dict[str, Any]:
             content.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_float=_finite, parse_constant=_finite
         )
     except (ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{path} is not valid JSON where it must be: {error}.") from error
+        raise AdapterFileError(f"{path} is not valid JSON where JSON is expected: {error}.") from error
     if not isinstance(parsed, dict):
         raise AdapterFileError(f"{path} must hold a JSON object, got {type(parsed).__name__}.")
     return parsed
@@ -308,7 +307,7 @@ def _finite(literal: str) -> float:
 
 
 def _check_layout(header: Mapping[str, Any], path: Path, dtypes: Mapping[str, torch.dtype]) -> int:
-    """Check dtype, shape and offsets of every tensor and that they follow each other without a gap; return their end."""
+    """Check that the bytes of all tensors are contiguous, and return their end."""
     spans = [_checked_span(name, entry, path, dtypes) for name, entry in header.items()]
     end = 0
     for start, stop in sorted(spans):
@@ -319,12 +318,12 @@ def _check_layout(header: Mapping[str, Any], path: Path, dtypes: Mapping[str, to
 
 
 def _checked_span(name: str, entry: Any, path: Path, dtypes: Mapping[str, torch.dtype]) -> tuple[int, int]:
-    """Where a tensor's bytes begin and end, by its entry in the header, which is checked."""
+    """The first and last offset of a tensor's bytes, after checking its entry in the header."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise AdapterFileError(f"{path}: the header entry of {name!r} must have dtype, shape and data_offsets.")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in dtypes:
-        raise AdapterFileError(f"{path}: {name!r} has dtype {dtype!r}; adapters hold {', '.join(dtypes)}.")
+        raise AdapterFileError(f"{path}: {name!r} has dtype {dtype!r}; allowed are {', '.join(dtypes)}.")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise AdapterFileError(f"{path}: {name!r} has shape {shape} and data_offsets {offsets}, which are not sizes.")
     if offsets[1] - offsets[0] != math.prod(shape) * dtypes[dtype].itemsize:

@@ -1,4 +1,4 @@
-"""The data-driven start: outer factors by AwSVD from activation statistics."""
+"""Data-driven initialisation: outer factors by AwSVD from activation statistics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .decomposition import reproducible_awsvd
 from .layer import NoraLayer, nora_layers
 from .reproducible import record_reproducible
 
-# Inputs that calibration hardly saw would otherwise get factors as large as their scale is small.
+# Without a floor, inputs with tiny activations in the calibration would get huge factors.
 SCALE_FLOOR = 1e-3
 
 
@@ -25,16 +25,16 @@ def initialize_nora_weights(
     generator: torch.Generator | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Start the adapter afresh: outer factors by AwSVD of each base weight, inner factors as its configuration says.
+    """Initialise the adapter: outer factors by AwSVD of each base weight, inner factors according to its configuration.
 
-    Without statistics the outer factors come from the plain SVD, with a warning. All layers are checked before any is changed.
+    Without statistics the outer factors are those of the plain SVD, with a warning. All layers are checked before any is changed.
 
     Args:
-        model: holds the adapter, in whatever way it was added.
-        stats: what `calibrate` returned for this model.
-        generator: draws the inner factors, on the CPU; the outer factors depend on weights and statistics alone.
-        progress: called with the number of layers done and their total after each layer.
-    Raises: ValueError if there is no such adapter, it is merged, or the statistics are not of this model.
+        model: with the adapter, added in any way.
+        stats: the result of `calibrate` for this model.
+        generator: of the inner factors, on the CPU; the outer factors depend only on weights and statistics.
+        progress: called after each layer with the number of finished layers and their total.
+    Raises: ValueError if there is no such adapter, it is merged, or the statistics are of another model.
     """
     layers = {base_name(name): layer for name, layer in nora_layers(unwrapped(model)).items() if adapter_name in layer.r}
     if not layers:
@@ -70,10 +70,10 @@ def _check_can_start(layer: NoraLayer, name: str, stats: ActivationStatistics | 
 def outer_factors(
     layer: NoraLayer, layer_name: str, rank: int, activation_scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """B (out, rank) and A (rank, in) for `layer`, functions of its base weight and `activation_scale` (in,) alone.
+    """B (out, rank) and A (rank, in) for `layer`, which depend only on its base weight and `activation_scale` (in,).
 
-    The scale is floored at a fraction of its mean and divided by its mean, which leaves B A as it is and keeps both factors
-    in the range of half precision. Where all of it is the same, and where the layer saw only zeros, this is the plain SVD.
+    The scale is divided by its mean, which does not change B A and keeps both factors in the range of half precision, and
+    floored. For a constant scale, and for a layer that saw only zeros, this is the plain SVD.
     """
     weight = layer.finite_weight_matrix(layer_name)
     if not activation_scale.any():
@@ -83,9 +83,9 @@ def outer_factors(
 
 
 def relative_scale(activation_scale: torch.Tensor) -> torch.Tensor:
-    """`activation_scale` (in,) relative to its largest entry, in steps of bfloat16: what the layer keeps of it.
+    """`activation_scale` (in,) relative to its largest entry, rounded to bfloat16, as the layer stores it.
 
-    Two bytes an entry hold it in a compact file, from which the outer factors must come out as they were.
+    A compact file stores it in two bytes per entry, and the outer factors are recomputed from it exactly.
     """
     largest = activation_scale.max()
     return activation_scale if largest == 0 else (activation_scale / largest).bfloat16().to(activation_scale.dtype)

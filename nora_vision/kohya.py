@@ -1,6 +1,6 @@
 """Layer names and header of kohya's LoRA files for SDXL, as sd-scripts, A1111, ComfyUI and diffusers read them.
 
-All four know the UNet by the layer names of Stability's own code (`input_blocks_4_1_...`); sd-scripts knows no other.
+All four support the layer names of Stability's code for the UNet (`input_blocks_4_1_...`); sd-scripts supports no others.
 """
 
 import json
@@ -47,9 +47,9 @@ def kohya_name(component: str, module_name: str, layers_per_block: int) -> str:
 
 
 def stability_name(module_name: str, layers_per_block: int) -> str:
-    """The name that Stability's code gives to a layer of a UNet2DConditionModel.
+    """The name in Stability's code of a layer of a UNet2DConditionModel.
 
-    Raises: ValueError for a layer that it has no name for.
+    Raises: ValueError for a layer without such a name.
     """
     if module_name in OUTER_LAYERS:
         return OUTER_LAYERS[module_name]
@@ -67,7 +67,7 @@ def stability_name(module_name: str, layers_per_block: int) -> str:
         return f"input_blocks.{first + layers_per_block + 1}.0.op"
     if kind == "upsamplers":
         return f"output_blocks.{first + layers_per_block}.2.{layer}"
-    # input_blocks.0 is conv_in, and each block counts one more for its downsampler.
+    # input_blocks.0 is conv_in, and the downsampler of each block has an index too.
     start, part = (first + 1, "input_blocks") if side == "down_blocks" else (first, "output_blocks")
     return f"{part}.{start + index}.{1 if kind == 'attentions' else 0}.{layer}"
 
@@ -77,21 +77,20 @@ def kohya_header(
     *,
     title: str,
     rank: int,
-    alpha: float,
     network_args: Mapping[str, Any],
     prediction_type: str,
     zero_terminal_snr: bool,
     resolution: int,
 ) -> dict[str, str]:
-    """What a kohya file says about itself; without `ss_base_model_version` A1111 files it under SD 1.
+    """The metadata of a kohya file; without `ss_base_model_version` A1111 lists it under SD 1.
 
     Args:
-        tensors: all that the file will hold, of any shape, for its hash.
-        title: shown by the programs that list LoRAs.
-        rank, alpha: of the network; layers of another rank say so by their shapes.
-        network_args: what else made the network.
+        tensors: all tensors of the file, of any shape, for its hash.
+        title: name of the LoRA in other programs.
+        rank: of the network, and its alpha; the shapes of a layer show another rank.
+        network_args: further settings of the network.
         prediction_type: of the scheduler, "epsilon" or "v_prediction".
-        zero_terminal_snr: whether the noise of the base model's training ends without any signal.
+        zero_terminal_snr: whether the base model was trained with zero terminal signal-to-noise ratio.
         resolution: side of the images in pixels.
     """
     digest = tensor_hash(tensors)
@@ -99,7 +98,7 @@ def kohya_header(
         "ss_base_model_version": "sdxl_base_v1-0",
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
-        "ss_network_alpha": str(alpha),
+        "ss_network_alpha": str(float(rank)),
         "ss_network_args": json.dumps(network_args, sort_keys=True),
         "ss_v2": "False",
         "ss_zero_terminal_snr": str(zero_terminal_snr),

@@ -1,4 +1,4 @@
-"""NoRA layers: a frozen layer, frozen outer factors, and the small inner factors that are trained."""
+"""NoRA layers: a frozen base layer, frozen outer factors, and small trained inner factors."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .decomposition import reproducible_awsvd
 
 
 class NoraLayer(nn.Module, BaseTunerLayer):
-    """What every NoRA layer shares; a subclass says how its base layer reads as one matrix and how products apply to its input.
+    """Base class of NoRA layers. Subclasses define the base layer's weight as a matrix, and products with its input.
 
         h = W x + s B B' A' A x                               [serial NoRA]
         h = W x + s B (B' A' - B'_0 A'_0) A x                 [with preserve_output]
 
     State, by adapter name: `nora_A` (r, in) and `nora_B` (out, r) frozen, in the base layer's dtype; `nora_inner_A` A'
     (inner_r, r) and `nora_inner_B` B' (r, inner_r) trained, in float32; with preserve_output their frozen start in
-    `nora_inner_A0`, `nora_inner_B0`. `nora_activation_scale` (in,) is what A and B were computed from beside the weight, ones
-    for the plain SVD. `in` counts every input of one output value: in_channels * kh * kw for a convolution.
+    `nora_inner_A0`, `nora_inner_B0`. A and B were computed from the weight and `nora_activation_scale` (in,), which is all ones
+    for the plain SVD. `in` is the number of inputs of one output value: in_channels * kh * kw for a convolution.
     """
 
     adapter_layer_names = ("nora_inner_A", "nora_inner_B")
@@ -53,13 +53,13 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._merged_scaling: dict[str, float] = {}
         self._without_outer_factors: set[str] = set()
-        # Digests of what outer factors were computed from, and of the factors; see `nora_vision.reproducible`.
+        # Digests of the source of the outer factors, and of the factors; see `nora_vision.reproducible`.
         self.reproducible: dict[str, tuple[str, str]] = {}
         self.out_features, self.in_features = self.matrix_shape(self.get_base_layer())
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, layer_name)
 
-    # What differs from one kind of base layer to the next
+    # Defined by subclasses
 
     @staticmethod
     def matrix_shape(base_layer: nn.Module) -> tuple[int, int]:
@@ -68,11 +68,11 @@ class NoraLayer(nn.Module, BaseTunerLayer):
 
     @staticmethod
     def input_squares(base_layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """(in,): the square of every input of one output value of the base layer, summed over all tokens of `x`."""
+        """(in,): squares of the inputs of the base layer's output values, summed over all tokens of `x` (..., in)."""
         return x.flatten(0, -2).square().sum(dim=0)
 
     def _as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        """The base layer's weight as (out, in)."""
+        """The base layer's weight as a matrix (out, in)."""
         return weight
 
     def _as_weight(self, matrix: torch.Tensor) -> torch.Tensor:
@@ -80,7 +80,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         return matrix
 
     def _project_input(self, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-        """A x, where `x` is what the base layer takes and `A` is (r, in)."""
+        """A x for an input `x` of the base layer and `A` (r, in)."""
         return F.linear(x, A)
 
     def _multiply(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
@@ -90,7 +90,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
     # Adding an adapter
 
     def update_layer(self, adapter_name: str, config: NoraConfig, layer_name: str) -> None:
-        """Add the adapter `adapter_name` to this layer and start it as `config` says.
+        """Add the adapter `adapter_name` to this layer and initialise it according to `config`.
 
         Raises: ValueError if a rank does not fit the layer `layer_name`.
         """
@@ -100,7 +100,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         self.alpha[adapter_name] = config.alpha
         self.scaling[adapter_name] = config.alpha / inner_r
         self.nora_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        # Trained in float32 whatever the base layer holds: half precision loses small updates.
+        # Trained in float32 for every dtype of the base layer: half precision loses small updates.
         self.nora_inner_A[adapter_name] = nn.Parameter(torch.zeros(inner_r, r))
         self.nora_inner_B[adapter_name] = nn.Parameter(torch.zeros(r, inner_r))
         # PEFT's low_cpu_mem_usage moves parameters to the meta device as they are registered, but not buffers.
@@ -114,20 +114,20 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         self._without_outer_factors.add(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         if device.type != "meta" and self.get_base_layer().weight.device.type != "meta":
-            self._start(adapter_name, config, layer_name)
+            self._initialise(adapter_name, config, layer_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _start(self, adapter_name: str, config: NoraConfig, layer_name: str) -> None:
+    def _initialise(self, adapter_name: str, config: NoraConfig, layer_name: str) -> None:
         if not config.init_weights:
-            self._start_at_random(adapter_name)
+            self._initialise_at_random(adapter_name)
             return
         self.reset_inner_factors(adapter_name, config)
-        # An adapter added for inference is one whose weights are about to be loaded.
+        # The weights of an adapter added for inference are about to be loaded.
         if config.outer_init == "svd" and not config.inference_mode:
             weight = self.finite_weight_matrix(layer_name)
             self.set_outer_factors(adapter_name, *reproducible_awsvd(weight, None, self.r[adapter_name]))
 
-    def _start_at_random(self, adapter_name: str) -> None:
+    def _initialise_at_random(self, adapter_name: str) -> None:
         A, B = self.nora_A[adapter_name], self.nora_B[adapter_name]
         self.set_outer_factors(adapter_name, torch.randn_like(B), torch.randn_like(A) / math.sqrt(self.in_features))
         nn.init.normal_(self.nora_inner_A[adapter_name], std=self.r[adapter_name] ** -0.5)
@@ -135,10 +135,10 @@ class NoraLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def reset_inner_factors(self, adapter_name: str, config: NoraConfig, generator: torch.Generator | None = None) -> None:
-        """Draw the inner factors as `config.inner_init` says and, with preserve_output, keep their start."""
+        """Initialise the inner factors according to `config` and, with preserve_output, store their start."""
         r, inner_r = self.r[adapter_name], self.inner_r[adapter_name]
         inner_A, inner_B = self.nora_inner_A[adapter_name], self.nora_inner_B[adapter_name]
-        # Drawn on the CPU, so that every device starts from the same numbers.
+        # Sampled on the CPU, so that every device starts from the same values.
         inner_A.copy_(r**-0.5 * torch.randn(inner_r, r, generator=generator))
         if config.inner_init == "gaussian":
             inner_B.copy_(config.inner_std * torch.randn(r, inner_r, generator=generator))
@@ -150,13 +150,13 @@ class NoraLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def set_outer_factors(self, adapter_name: str, B: torch.Tensor, A: torch.Tensor) -> None:
-        """Set the frozen factors `B` (out, r) and `A` (r, in), in the order that `awsvd` returns them."""
+        """Set the frozen factors `B` (out, r) and `A` (r, in), as `awsvd` returns them."""
         self.nora_B[adapter_name].copy_(B)
         self.nora_A[adapter_name].copy_(A)
         self._without_outer_factors.discard(adapter_name)
 
     def finite_weight_matrix(self, layer_name: str) -> torch.Tensor:
-        """The base layer's weight as a matrix (out, in), at least float32, dequantised where it is quantised.
+        """The base layer's weight as a matrix (out, in), dequantised and at least float32.
 
         Raises: ValueError naming the layer if it is not finite.
         """
@@ -186,14 +186,14 @@ class NoraLayer(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove the adapter from this layer.
 
-        Raises: ValueError while it is merged, since its change could not be taken out again.
+        Raises: ValueError while it is merged, since it could not be unmerged afterwards.
         """
         if adapter_name in self.merged_adapters:
             raise ValueError(f"Cannot delete adapter {adapter_name!r} while it is merged. Unmerge it first.")
         super().delete_adapter(adapter_name)
         self._without_outer_factors.discard(adapter_name)
 
-    # The change of the weight, and its scale
+    # The weight change and its scale
 
     def _inner_factors(self, adapter_name: str, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
         """`up` (r, k) and `down` (k, r) with up @ down = s B' A', less the frozen start; k is inner_r, or 2 inner_r."""
@@ -210,7 +210,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         return scaling * up, down
 
     def low_rank_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """`up` (out, k) and `down` (k, in), float32, whose product is the change of the weight matrix, scaling included."""
+        """`up` (out, k) and `down` (k, in), float32, whose product is the change of the weight matrix, including the scaling."""
         return self._low_rank_factors(adapter_name, self.scaling[adapter_name])
 
     @torch.no_grad()
@@ -219,7 +219,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         return self.nora_B[adapter_name].float() @ up.float(), down.float() @ self.nora_A[adapter_name].float()
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """The weight change s B B' A' A, or s B (B' A' - B'_0 A'_0) A with `preserve_output`: what merging adds.
+        """The weight change s B B' A' A, or s B (B' A' - B'_0 A'_0) A with `preserve_output`, which merging adds.
 
         Returns: in the shape of the base layer's weight, float32.
         """
@@ -237,7 +237,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
             self.scaling[adapter_name] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scaling of every active adapter by `scale`, or reset it where `scale` is None."""
+        """Divide the scaling of every active adapter by `scale`, or reset it if `scale` is None."""
         for adapter_name in self._own_active_adapters():
             if scale is None:
                 self.set_scale(adapter_name, 1.0)
@@ -250,9 +250,9 @@ class NoraLayer(nn.Module, BaseTunerLayer):
     # Merging
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the change of each adapter (default: the active ones) to the base layer's weight.
+        """Add the weight change of each adapter (default: the active ones) to the base layer's weight.
 
-        Raises: ValueError under `safe_merge` if the sum is not finite; nothing is changed then.
+        Raises: ValueError with `safe_merge` if the sum is not finite; the weight is not changed then.
         """
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if adapter_name not in self.nora_inner_A:
@@ -266,7 +266,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
             self._merged_scaling[adapter_name] = scaling
 
     def unmerge(self) -> None:
-        """Subtract every merged change again, each at the scaling it was merged with."""
+        """Subtract all merged weight changes, each at the scaling it was merged with."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
@@ -276,21 +276,25 @@ class NoraLayer(nn.Module, BaseTunerLayer):
     def _weight_plus_change(self, adapter_name: str, scaling: float) -> torch.Tensor:
         weight = self.get_base_layer().weight.data
         if not weight.is_floating_point():
-            raise ValueError(f"Merging needs floating point weights, got {weight.dtype}. Load the base model unquantised.")
+            raise ValueError(
+                f"Merging needs floating point weights, got {weight.dtype}. Load the base model without quantisation."
+            )
         up, down = self._low_rank_factors(adapter_name, scaling)
         # Summed in float32 or better: half precision would round the change away.
         return (self._as_weight(up @ down) + weight).to(weight.dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """True: the change of the weight is a product of two low-rank factors."""
+        """True, since the weight change is a product of two low-rank factors."""
         return True
 
     # Forward
 
     def forward(self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> torch.Tensor:
-        """The base layer's output plus s B B' A' A x for every active adapter, in the base layer's output dtype.
+        """The base layer's output plus s B B' A' A x for every active adapter, in the shape and dtype of the base layer's output.
 
-        `adapter_names` gives one adapter (or "__base__") for each sample of the batch instead.
+        Args:
+            x: the input of the base layer.
+            adapter_names: one adapter (or "__base__") for each sample of the batch, instead of the active adapters.
         """
         if self.disable_adapters:
             if self.merged:
@@ -307,13 +311,13 @@ class NoraLayer(nn.Module, BaseTunerLayer):
     def _change_of_output(self, x: torch.Tensor, adapter_name: str, dtype: torch.dtype) -> torch.Tensor:
         A, B = self.nora_A[adapter_name], self.nora_B[adapter_name]
         up, down = self._inner_factors(adapter_name, self.scaling[adapter_name])
-        # A is frozen, so autograd keeps A x (r features) and never x itself; dropout comes after A for the same reason.
-        # Autocast picks the dtype of every product itself; a cast before it would only be copied again.
+        # A is frozen, so autograd saves A x (r features) instead of x; for the same reason dropout comes after A.
+        # Autocast casts the factors of every product itself.
         if not torch.is_autocast_enabled(x.device.type):
             x, B = self._cast_input_dtype(x, A.dtype), B.to(up.dtype)
         hidden = self.nora_dropout[adapter_name](self._project_input(x, A))
         hidden = self._multiply(hidden.to(down.dtype), down)
-        # B up is (out, k): folding it costs a product of weights, and spares the tokens the product with all of B.
+        # B up (out, k) costs a product of weights, but saves a product of all tokens with B.
         return self._multiply(hidden.to(dtype), (B @ up).to(dtype))
 
     def _forward_mixed_batch(self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -329,12 +333,12 @@ class NoraLayer(nn.Module, BaseTunerLayer):
 
 
 def nora_layers(model: nn.Module) -> dict[str, NoraLayer]:
-    """Every NoRA layer of `model` by its name."""
+    """All NoRA layers of `model` by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, NoraLayer)}
 
 
 def check_rank(shape: tuple[int, int], config: NoraConfig, layer_name: str) -> None:
-    """Check that the ranks that `config` gives the layer `layer_name` fit its weight, a matrix of shape (out, in).
+    """Check that the ranks in `config` for the layer `layer_name` fit its weight of shape (out, in).
 
     Raises: ValueError naming the layer if a rank is out of range.
     """
@@ -342,5 +346,5 @@ def check_rank(shape: tuple[int, int], config: NoraConfig, layer_name: str) -> N
     if r > min(shape):
         raise ValueError(
             f"r must be in [1, {min(shape)}] for {layer_name!r}, whose weight is {shape[0]} x {shape[1]}, got {r}. "
-            "Lower r, give this layer its own in rank_pattern, or add it to exclude_modules."
+            "Lower r, set a rank for this layer in rank_pattern, or add it to exclude_modules."
         )

@@ -1,4 +1,4 @@
-"""The kinds of layer that NoRA adapts, and which class adapts which."""
+"""The NoRA layer classes and the layers that they adapt."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Conv1D(NoraLayer):
 
 
 class Conv2d(NoraLayer):
-    """NoRA on `nn.Conv2d` without groups: the matrix is (out_channels, in_channels * kh * kw), the kernel flattened."""
+    """NoRA on `nn.Conv2d` without groups. The matrix is the flattened kernel (out_channels, in_channels * kh * kw)."""
 
-    # PEFT's LoRA asks for this when it is put around a layer that is adapted already.
+    # Read by PEFT's LoRA if it wraps this layer.
     groups = 1
 
     @staticmethod
@@ -57,18 +57,18 @@ class Conv2d(NoraLayer):
 
     @staticmethod
     def input_squares(base_layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """(in_channels * kh * kw,): squares of `x` (batch, in_channels, h, w) summed over every position of the kernel."""
+        """(in_channels * kh * kw,): squares of `x` (batch, in_channels, h, w) summed over all positions of the kernel."""
         squares = x.square().sum(dim=0, keepdim=True)
         mode = "constant" if base_layer.padding_mode == "zeros" else base_layer.padding_mode
         squares = F.pad(squares, base_layer._reversed_padding_repeated_twice, mode)
-        # One position of the kernel after the other: all at once take as many times the memory of an input.
+        # One kernel offset at a time: all at once would need kh * kw times the memory of an input.
         geometry = (squares.shape[2:], base_layer.kernel_size, base_layer.dilation, base_layer.stride)
         rows, columns = (_kernel_slices(*sizes) for sizes in zip(*geometry, strict=True))
         sums = [squares[0, :, row, column].sum(dim=(1, 2)) for row in rows for column in columns]
         return torch.stack(sums, dim=1).flatten()
 
     def _project_input(self, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-        # The base layer's own convolution knows its stride, dilation and padding mode.
+        # Uses the stride, dilation and padding mode of the base layer.
         return self.get_base_layer()._conv_forward(x, self._as_weight(A), None)
 
     def _multiply(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
@@ -76,7 +76,7 @@ class Conv2d(NoraLayer):
 
 
 def _kernel_slices(side: int, kernel: int, dilation: int, stride: int) -> list[slice]:
-    """For each position of a kernel along one axis of a padded input, what it sees of the `side` places there."""
+    """For each offset in a kernel along one axis, the slice of a padded input of length `side` that it is applied to."""
     covered = side - dilation * (kernel - 1)
     return [slice(first, first + covered, stride) for first in range(0, dilation * kernel, dilation)]
 

@@ -1,4 +1,4 @@
-"""Loading native adapters: everything is checked before anything is applied, and a failure leaves the model as it was."""
+"""Load native adapters. Files are checked before anything is applied, and an error leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -31,17 +31,16 @@ if TYPE_CHECKING:
 def load_nora(pipe: StableDiffusionXLPipeline, path: str | os.PathLike, adapter_name: str | None = None) -> str:
     """Load a full or compact NoRA adapter into the pipeline, make it the active one, and return its name.
 
-    `set_adapters`, `fuse_lora`, `unfuse_lora`, `disable_lora`, `enable_lora` and `delete_adapters` then treat it as LoRA.
+    `set_adapters`, `fuse_lora`, `unfuse_lora`, `disable_lora`, `enable_lora` and `delete_adapters` then work as for LoRA.
 
     Args:
         path: the folder that `save_nora` wrote.
-        adapter_name: what to call it; "default_0", "default_1", ... where it is None.
+        adapter_name: name of the adapter; by default the first free of "default_0", "default_1", ...
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: the name is taken or cannot be one, or the weights are offloaded layer by layer.
-        AdapterFileError: a file must not be used (pickle, damaged, changed since it was saved, not finite) or does not fit
-            this model; the message names the file and the layer or value. The pipeline is as it was before in each of these
-            cases.
+        ValueError: the name is in use or not valid, or the weights are offloaded layer by layer.
+        AdapterFileError: a file must not be used (pickle, damaged, changed after it was saved, not finite) or does not fit
+            this model; the message names the file and the layer or value. The pipeline stays unchanged in all of these cases.
     """
     path = Path(path)
     adapter_name = _free_name(pipe, adapter_name)
@@ -68,15 +67,15 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
 
 
 def apply_adapter(model: nn.Module, adapter: AdapterFile, adapter_name: str) -> Callable[[], None]:
-    """Add a checked adapter to `model` and return what takes it off again.
+    """Add a checked adapter to `model` and return a function that removes it.
 
-    Raises: AdapterFileError if the base weights do not give a compact adapter's outer factors; the model is as before then.
+    Raises: AdapterFileError if the outer factors of a compact adapter cannot be recomputed; the model stays unchanged then.
     """
     undo = _restoring(model, adapter_name)
     with ExitStack() as on_failure:
         on_failure.callback(undo)
         device = next(model.parameters()).device
-        # The start that injection draws is overwritten at once: it must not move the user's random numbers.
+        # The initial factors that injection samples are overwritten, so sampling must not change the user's random state.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             inject_adapter_in_model(adapter.config, model, adapter_name)
         model._hf_peft_config_loaded = True
@@ -92,7 +91,7 @@ def apply_adapter(model: nn.Module, adapter: AdapterFile, adapter_name: str) -> 
 
 
 def _complete(layer: NoraLayer, adapter_name: str, probe: torch.Tensor, where: str) -> None:
-    """Give a layer of a compact adapter its outer factors, if they are the right ones."""
+    """Set the outer factors of a layer of a compact adapter after checking them against the probe."""
     B, A = recomputed_outer_factors(layer, adapter_name, where)
     check_probe(weight_change_probe(layer, adapter_name, B, A), probe, where)
     layer.set_outer_factors(adapter_name, B, A)
@@ -100,11 +99,11 @@ def _complete(layer: NoraLayer, adapter_name: str, probe: torch.Tensor, where: s
 
 
 def _restoring(model: nn.Module, adapter_name: str) -> Callable[[], None]:
-    """What brings `model` back to how it is now once the adapter, or a part of it, has been added."""
+    """A function that restores the current state of `model` after the adapter, or a part of it, was added."""
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     modules = set(model.modules())
     active = {layer: layer.active_adapters[:] for layer in modules if isinstance(layer, BaseTunerLayer)}
-    # Adding an adapter takes fused ones out of the weights. NoRA puts another tensor there and leaves this one alone.
+    # Adding an adapter unmerges fused ones, for which NoRA replaces the weight and does not change this tensor.
     fused = {
         layer: (layer.get_base_layer().weight.data, layer.merged_adapters[:], dict(layer._merged_scaling))
         for layer in modules
@@ -113,7 +112,7 @@ def _restoring(model: nn.Module, adapter_name: str) -> Callable[[], None]:
     had_adapters = getattr(model, "_hf_peft_config_loaded", False)
 
     def restore() -> None:
-        """Take the adapter off and put everything else back."""
+        """Remove the adapter and restore everything else."""
         configs = getattr(model, "peft_config", {})
         configs.pop(adapter_name, None)
         delete_adapter(model, adapter_name, prefix="nora_", layer_cls=NoraLayer)
@@ -132,7 +131,7 @@ def _restoring(model: nn.Module, adapter_name: str) -> Callable[[], None]:
 
 
 def _unwrap_all_but(model: nn.Module, modules: Collection[nn.Module]) -> None:
-    """Put the modules that PEFT has wrapped back in place of their wrappers, except for wrappers among `modules`."""
+    """Replace PEFT's wrappers by the modules that they wrap, except for wrappers in `modules`."""
     for name, module in list(model.named_modules()):
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) and module not in modules:
             parent, _, child = name.rpartition(".")

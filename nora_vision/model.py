@@ -1,4 +1,4 @@
-"""The NoRA tuner: finds the layers to adapt and puts NoRA layers in their place."""
+"""The NoRA tuner, which replaces the layers to adapt by NoRA layers."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from .config import NoraConfig
 from .layer import NoraLayer, nora_layers
 from .layer_types import check_layer, layer_class_for
 
-# Arguments of PEFT's add_weighted_adapter that choose how, not what, it computes; the last is for types that NoRA refuses.
+# Arguments of PEFT's add_weighted_adapter that do not change an exact sum; the last is for types that NoRA refuses.
 SVD_ROUTINES = frozenset({"svd_full_matrices", "svd_driver", "majority_sign_method"})
 
 
 class NoraModel(BaseTuner):
     """Adapts `model` in place with NoRA layers; use `get_peft_model`, `inject_adapter_in_model` or `add_adapter`.
 
-    An injection that fails leaves the model as it was.
+    A failed injection leaves the model unchanged.
     """
 
     prefix: str = "nora_"
@@ -40,7 +40,7 @@ class NoraModel(BaseTuner):
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Put the adapter's layers into `model`, or raise and leave it as it was."""
+        """Inject the adapter's layers into `model`; an error leaves it unchanged."""
         self._from_state_dict = kwargs.get("state_dict") is not None
         requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
         with ExitStack() as on_failure:
@@ -56,7 +56,7 @@ class NoraModel(BaseTuner):
             )
 
     def _remove_traces(self, model: nn.Module, adapter_name: str, requires_grad: dict[nn.Parameter, bool]) -> None:
-        """Undo a failed injection: layers, configuration, and the flag that diffusers and transformers set beforehand."""
+        """Undo a failed injection: layers, configuration, and the flag that diffusers and transformers set before it."""
         for name, layer in nora_layers(model).items():
             if adapter_name in layer.r:
                 layer.delete_adapter(adapter_name)
@@ -80,7 +80,7 @@ class NoraModel(BaseTuner):
         for name in targets:
             module = model.get_submodule(name)
             check_layer(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, peft_config, name)
-        # Where a state dict decides what is adapted, it gives the ranks too. PEFT itself refuses an adapter of no layer.
+        # A state dict that determines the adapted layers also determines the ranks. PEFT refuses adapters without layers.
         if targets and not self._from_state_dict:
             peft_config.check_patterns(targets, type(model).__name__)
 
@@ -104,14 +104,14 @@ class NoraModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # A NoRA layer puts itself on its base layer's device, and its buffers may be on the meta device, which PEFT's
-        # version of this does not expect.
+        # A NoRA layer is already on the device of its base layer, and PEFT's method does not support buffers on the meta
+        # device.
         setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Leave the frozen outer factors in the base layer's dtype; trained factors are float32 already.
+        """Keep the frozen outer factors in the base layer's dtype; the trained factors are float32 already.
 
-        With `autocast_adapter_dtype=False` the trained factors take the base layer's dtype too, as PEFT promises.
+        With `autocast_adapter_dtype=False` the trained factors are cast to the base layer's dtype too, as PEFT documents.
         """
         if autocast_adapter_dtype:
             return
@@ -129,17 +129,17 @@ class NoraModel(BaseTuner):
         svd_rank: int | None = None,
         **options: Any,
     ) -> None:
-        """Add the adapter `adapter_name` whose change of every weight is the weighted sum of the changes of `adapters`.
+        """Add the adapter `adapter_name` whose weight changes are the weighted sums of those of `adapters`.
 
-        The sum is exact for each of the types "linear", "svd" and "cat": outer and inner factors are concatenated, and so the
-        ranks add up. Adapters of other ranks, of other layers and with preserve_output are summed too.
+        The sum is exact for the types "linear", "svd" and "cat": outer and inner factors are concatenated, so the ranks add up.
+        The adapters may have different ranks, layers and values of preserve_output.
 
         Args:
-            adapters, weights: each adapter, at its present scaling, and its weight, which may be negative.
-            combination_type: "ties", "dare_linear" and the like, which drop entries of the changes, are not supported.
-            svd_rank: with "svd", the best approximation of this inner rank instead of the sum.
-            options: PEFT's choices of an SVD routine (svd_full_matrices, svd_driver), which do not change the sum.
-        Raises: ValueError for an adapter that does not exist, a name in use, or what is not supported; the model is as before.
+            adapters, weights: names of the adapters, each at its current scaling, and their weights, which may be negative.
+            combination_type: types that drop entries of the changes, such as "ties" and "dare_linear", are not supported.
+            svd_rank: with "svd", the inner rank of the best approximation that replaces the sum.
+            options: PEFT's options of the SVD (svd_full_matrices, svd_driver), which have no effect.
+        Raises: ValueError for an unknown adapter, a name in use, or unsupported options; the model stays unchanged.
         """
         _check_combination(combination_type, svd_rank, options)
         if adapter_name in self.peft_config or not adapter_name or "." in adapter_name:
@@ -151,7 +151,7 @@ class NoraModel(BaseTuner):
             if present:
                 sums[name] = weighted_sum(layer, present, svd_rank)
         config = self.peft_config[adapter_name] = combined_config(self.peft_config[adapters[0]], sums)
-        # The inner factors that injection draws are overwritten at once: they must not move the user's random numbers.
+        # The inner factors that injection samples are overwritten, so sampling must not change the user's random state.
         with torch.random.fork_rng(devices=[]):
             self.inject_adapter(self.model, adapter_name)
         for name, factors in sums.items():
@@ -160,7 +160,7 @@ class NoraModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand `adapter_names`, one for each sample of the batch, to every layer for one forward pass."""
+        """Pass `adapter_names`, one for each sample of the batch, to every layer in a forward pass."""
         adapter_names = kwargs.get("adapter_names")
         if adapter_names is None:
             yield
@@ -185,24 +185,24 @@ def _add_adapter_names(
 
 
 def _check_combination(combination_type: str, svd_rank: int | None, options: dict[str, Any]) -> None:
-    """Check what `add_weighted_adapter` was asked for.
+    """Check the arguments of `add_weighted_adapter`.
 
-    Raises: ValueError naming what is not supported.
+    Raises: ValueError naming an argument that is not supported.
     """
     if combination_type not in EXACT_TYPES:
         raise ValueError(
             f"combination_type must be one of {EXACT_TYPES} for NoRA, which all give the exact weighted sum, got "
-            f"{combination_type!r}. Export the adapters as LoRA (export_lora) for PEFT's other types."
+            f"{combination_type!r}. For PEFT's other types export the adapters as LoRA (export_lora)."
         )
     if svd_rank is not None and (combination_type != "svd" or svd_rank < 1):
-        raise ValueError(f"svd_rank must be at least 1 and goes with combination_type='svd', got {svd_rank}.")
+        raise ValueError(f"svd_rank must be at least 1 and needs combination_type='svd', got {svd_rank}.")
     unsupported = {name: value for name, value in options.items() if name not in SVD_ROUTINES and value is not None}
     if unsupported:
         raise ValueError(f"add_weighted_adapter of NoRA does not support {unsupported}. Leave them out.")
 
 
 def _adaptable_names(model: nn.Module) -> list[str]:
-    """Names of all modules but the root and what lies inside adapter layers."""
+    """Names of all modules except the root and those inside adapter layers."""
     names: list[str] = []
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():

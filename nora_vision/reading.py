@@ -1,4 +1,4 @@
-"""Reading native adapter files: all of a file is checked, against the model too, before any of it is used."""
+"""Read native adapter files, which are completely checked, also against the model, before they are used."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """A checked adapter of one model: its configuration, its tensors by name, and its folder for messages."""
+    """A checked adapter of one model: its configuration, its tensors by name, and its folder, for messages."""
 
     config: NoraConfig
     tensors: dict[str, torch.Tensor]
@@ -38,7 +38,7 @@ class AdapterFile:
 
 
 def read_adapter(model: nn.Module, folder: Path) -> AdapterFile:
-    """Read the adapter in `folder` and check all of it against `model`, which stays untouched.
+    """Read the adapter in `folder` and check it against `model`, which is not changed.
 
     Raises: AdapterFileError as `load_nora` does.
     """
@@ -63,28 +63,28 @@ def read_adapter(model: nn.Module, folder: Path) -> AdapterFile:
 
 def _check_files(folder: Path) -> None:
     if not (folder / CONFIG_NAME).is_file():
-        raise AdapterFileError(f"{folder} has no {CONFIG_NAME}: it is not an adapter.")
+        raise AdapterFileError(f"{folder} has no {CONFIG_NAME}, so it is not an adapter.")
     if not (folder / WEIGHTS_NAME).is_file():
         others = sorted(file.name for file in folder.iterdir() if file.name != CONFIG_NAME)
-        raise AdapterFileError(f"{folder} has no {WEIGHTS_NAME}, only {others}. Nothing else is read; a .bin is a pickle.")
+        raise AdapterFileError(f"{folder} has no {WEIGHTS_NAME}, only {others}. Other files are not read; a .bin is a pickle.")
 
 
 def component_folders(path: Path, components: tuple[str, ...]) -> dict[str, Path]:
-    """The sub-folders of an adapter's folder that are there, by component.
+    """The folders of an adapter by component.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        AdapterFileError: it is a file, or has none of the sub-folders.
+        AdapterFileError: the path is a file, or there is no folder of a component.
     """
     if path.is_file():
         raise AdapterFileError(
-            f"{path} is a file; load_nora takes the folder that save_nora wrote. LoRA: pipe.load_lora_weights."
+            f"{path} is a file; load_nora takes the folder that save_nora wrote. Load LoRA with pipe.load_lora_weights."
         )
     if not path.is_dir():
         raise FileNotFoundError(f"There is no adapter folder {path}.")
     folders = {name: path / name for name in components if (path / name / CONFIG_NAME).is_file() or _weights_in(path / name)}
     if not folders:
-        raise AdapterFileError(f"{path} holds no adapter: it has none of the folders {', '.join(components)} with one in it.")
+        raise AdapterFileError(f"{path} does not contain an adapter in any of the folders {', '.join(components)}.")
     return folders
 
 
@@ -93,7 +93,7 @@ def _weights_in(folder: Path) -> bool:
 
 
 def _read_config(fields: Mapping[str, Any], path: Path) -> tuple[NoraConfig, bool]:
-    """The configuration, for inference, and whether the file says that it is compact."""
+    """The configuration, in inference mode, and whether the adapter is compact."""
     compact = fields.get("compact", False)
     fields = {name: value for name, value in fields.items() if name != "compact"}
     if fields.get("peft_type") != NoraPeftType.NORA:
@@ -114,7 +114,7 @@ def _read_config(fields: Mapping[str, Any], path: Path) -> tuple[NoraConfig, boo
 
 
 def _check_names(value: Any, field: str, path: Path) -> None:
-    """Refuse regular expressions: a file that someone else made must not choose what is run."""
+    """Refuse regular expressions: an untrusted file must not determine what is executed."""
     if value is None:
         return
     names = value if isinstance(value, (list, dict)) else [None]
@@ -124,7 +124,7 @@ def _check_names(value: Any, field: str, path: Path) -> None:
 
 
 def _check_all_match(model: nn.Module, config: NoraConfig, path: Path) -> None:
-    """Refuse names and patterns of a configuration that match nothing here, as an injection would."""
+    """Refuse names and patterns that match no layer of `model`, as an injection would."""
     names = [name for name, _ in _base_modules(model)]
     layers = [name for name in names if check_target_module_exists(config, name)]
     try:

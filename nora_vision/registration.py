@@ -1,4 +1,4 @@
-"""NoRA's entry in PEFT's tables, made on `import nora_vision`: PEFT's own registration refuses a type it does not know."""
+"""Register NoRA in PEFT's mappings on `import nora_vision`; PEFT's own function refuses types outside of its enum."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .model import NoraModel
 
 
 def register() -> None:
-    """Make `get_peft_model`, `inject_adapter_in_model` and `PeftModel.from_pretrained` know `NoraConfig`."""
+    """Make `get_peft_model`, `inject_adapter_in_model` and `PeftModel.from_pretrained` accept `NoraConfig`."""
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING[NoraPeftType.NORA] = NoraConfig
     mapping.PEFT_TYPE_TO_TUNER_MAPPING[NoraPeftType.NORA] = NoraModel
     mapping.PEFT_TYPE_TO_PREFIX_MAPPING[NoraPeftType.NORA] = NoraModel.prefix

@@ -1,8 +1,8 @@
-"""Which layers' outer factors are known to follow from base weight and activation scale, so that none is decomposed twice.
+"""Record which outer factors are exactly reproducible from base weight and activation scale, to avoid a second decomposition.
 
-A record holds digests of everything it depends on and is compared with the layer as it is now. It therefore survives a move
-to another device or a gathered FSDP shard, and it is void as soon as the base weight (a merge, a cast, a change in place), the
-activation scale, the rank or an outer factor has changed.
+A record consists of digests and is compared with the current state of the layer. So it stays valid on another device or after
+gathering FSDP shards, and becomes invalid when the base weight (by a merge, a cast or a change in place), the activation scale,
+the rank or an outer factor changes.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from .layer import NoraLayer
 
 
 def record_reproducible(layer: NoraLayer, adapter_name: str) -> None:
-    """Record that computing the adapter's outer factors from their source gives the factors that the layer holds now.
+    """Record that the layer's current outer factors are those computed from their source.
 
-    To be called where they were just computed so, or where computing them again gave the same.
+    Call it after computing them, or after checking that recomputing gives the same bits.
     """
     layer.reproducible[adapter_name] = (source_digest(layer, adapter_name), factors_digest(layer, adapter_name))
 
 
 def is_reproducible(layer: NoraLayer, adapter_name: str) -> bool:
-    """Whether that is recorded and still holds."""
+    """Whether a valid record says that the adapter's outer factors can be recomputed."""
     recorded = layer.reproducible.get(adapter_name)
     return recorded is not None and recorded == (source_digest(layer, adapter_name), factors_digest(layer, adapter_name))
 
 
 def adapter_of_same_source(layer: NoraLayer, adapter_name: str) -> str | None:
-    """An adapter of the layer whose outer factors are known to be what `adapter_name`'s source gives; None if there is none.
+    """Another adapter of the layer with recorded outer factors of the same source as `adapter_name`; None if there is none.
 
-    The kept adapters of a run all have the source of the adapter in training.
+    All adapters of a run share the source, for example.
     """
     if not layer.reproducible:
         return None
@@ -45,10 +45,10 @@ def adapter_of_same_source(layer: NoraLayer, adapter_name: str) -> str | None:
 
 
 def source_digest(layer: NoraLayer, adapter_name: str) -> str:
-    """The hash of everything that outer factors are computed from: base weight (dequantised), activation scale, rank, dtype."""
+    """The hash of the source of outer factors: base weight (dequantised), activation scale, rank and dtype."""
     weight = dequantize_module_weight(layer.get_base_layer()).detach()
-    kept_in = layer.nora_B[adapter_name].dtype
-    return _digest(weight, layer.nora_activation_scale[adapter_name], rank=layer.r[adapter_name], dtype=str(kept_in))
+    dtype = layer.nora_B[adapter_name].dtype
+    return _digest(weight, layer.nora_activation_scale[adapter_name], rank=layer.r[adapter_name], dtype=str(dtype))
 
 
 def factors_digest(layer: NoraLayer, adapter_name: str) -> str:

@@ -1,4 +1,4 @@
-"""Native adapter files: a folder per component with PEFT's `adapter_config.json` and `adapter_model.safetensors`."""
+"""Save native adapters: a folder per component with PEFT's `adapter_config.json` and `adapter_model.safetensors`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-# PeftModel looks for names as they are inside it; load_nora takes them with and without.
+# The prefix of names inside PeftModel; load_nora accepts names with and without it.
 PEFT_PREFIX = "base_model.model."
 OUTER_FACTORS = (".nora_A", ".nora_B")
 SCALE = "nora_activation_scale"
@@ -39,15 +39,15 @@ Part = tuple[dict[str, torch.Tensor], dict[str, str], dict[str, Any]]
 def save_nora(
     pipe: StableDiffusionXLPipeline, path: str | os.PathLike, adapter_name: str = "default", compact: bool = False
 ) -> Path:
-    """Save the adapter of every component that has it, at strength 1, into the folder `path` and return that.
+    """Save the adapter of every component that has it, at scale 1, into the folder `path`, which is returned.
 
-    Full folders hold all factors and are PEFT's own format: `PeftModel.from_pretrained(unet, path / "unet")` reads them, without
-    checking the digest of the tensors and of the configuration that `load_nora` checks.
-    Compact ones hold the inner factors, the activation scales and a probe, and need the very base weights again.
+    Full adapters contain all factors in PEFT's format: `PeftModel.from_pretrained(unet, path / "unet")` reads them, without
+    checking the digests of tensors and configuration as `load_nora` does.
+    Compact adapters contain the inner factors, the activation scales and a probe, and need the same base weights on loading.
 
     Raises:
-        ValueError: no component has the adapter, or it is no NoRA adapter, or it still waits for its outer factors.
-        AdapterFileError: a value is not finite, or `compact` and a layer's outer factors do not follow from its weights.
+        ValueError: no component has the adapter, it is not a NoRA adapter, or its outer factors are not set.
+        AdapterFileError: a value is not finite, or `compact` is set and outer factors cannot be recomputed from the weights.
             Nothing is written in any of these cases.
     """
     path = Path(path)
@@ -56,7 +56,7 @@ def save_nora(
         if component in parts:
             _write(path / component, parts[component])
         else:
-            # Of an adapter saved here before: it must not be loaded together with this one.
+            # Files of an earlier adapter in this folder must not be loaded with this one.
             for name in (CONFIG_NAME, WEIGHTS_NAME):
                 (path / component / name).unlink(missing_ok=True)
     return path
@@ -69,9 +69,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
 
 
 def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
-    """Everything the adapter stores in `model`, by names without the adapter's name: `<layer>.nora_A` and so on.
+    """All tensors of the adapter in `model`, by names without the adapter's name, such as `<layer>.nora_A`.
 
-    Shapes are those of `NoraLayer`; modules that were trained in full are there as they are.
+    Shapes are those of `NoraLayer`; modules that are trained in full are included.
     """
     tensors = {}
     for name, module in unwrapped(model).named_modules():
@@ -117,7 +117,7 @@ def _write(folder: Path, part: Part) -> None:
 
 
 def _portable_fields(config: NoraConfig, layers: dict[str, NoraLayer], adapter_name: str) -> dict[str, Any]:
-    """The configuration with every regular expression replaced by the names it matched: a reader runs none from a file."""
+    """The configuration with regular expressions replaced by the names that they match, since readers refuse them."""
     fields = config.to_dict() | {"inference_mode": True, "base_model_name_or_path": None}
     if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str):
         fields |= {"target_modules": sorted(layers), "exclude_modules": None}
@@ -128,9 +128,9 @@ def _portable_fields(config: NoraConfig, layers: dict[str, NoraLayer], adapter_n
 
 
 def _share_scales(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-    """Keep one of each activation scale, in `tensors` itself; return which layer uses the scale of which other.
+    """Remove duplicate activation scales from `tensors`; returns the layer whose scale each other layer uses.
 
-    The query, key and value layers of an attention, and all layers that see the text, have one input and so one scale.
+    The query, key and value layers of an attention have the same input and so the same scale, and so do all layers on the text.
     """
     owners: dict[str, str] = {}
     shared = {}

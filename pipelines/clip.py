@@ -35,7 +35,7 @@ TEXT_FILES = ("*.json", "*.txt", "*.model")
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without gradients, autocast and dropout; every module's mode is restored."""
+    """Run `model` in evaluation mode without gradients and autocast; afterwards the mode of every module is restored."""
     training = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device.type
     model.eval()
@@ -49,13 +49,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @dataclass
 class Clip:
-    """An open_clip model with what it needs to read images and texts.
+    """An open_clip model with its preprocessing and tokenizer.
 
     Args:
-        model: open_clip's CLIP or CustomTextCLIP, in evaluation mode, all its weights frozen.
-        preprocess: a PIL image to pixels (3, h, w), without augmentation.
-        tokenizer: n texts to token ids (n, t) int64.
-        name: the model and its weights, for people.
+        model: open_clip's CLIP or CustomTextCLIP, in evaluation mode, with all weights frozen.
+        preprocess: maps a PIL image to pixels (3, h, w), without augmentation.
+        tokenizer: maps n texts to token ids (n, t) int64.
+        name: of the model and its weights, for messages.
     """
 
     model: nn.Module
@@ -65,27 +65,27 @@ class Clip:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return self.model.logit_scale.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision of its weights."""
+        """The dtype of the weights."""
         return self.model.logit_scale.dtype
 
     @property
     def logit_scale(self) -> torch.Tensor:
-        """What cosine similarities are multiplied by to be logits: () float32."""
+        """The factor from cosine similarities to logits: () float32."""
         return self.model.logit_scale.float().exp().reshape(())
 
     @property
     def text_tower(self) -> nn.Module:
-        """What holds the token embedding and the rest of the text encoder; some models hold them themselves."""
+        """The module with the token embedding and the text transformer, which for some models is the model itself."""
         return getattr(self.model, "text", self.model)
 
     @property
     def reads_up_to_the_end_token(self) -> bool:
-        """Whether nothing behind a text's end token counts: attention is causal and the feature is the end token's."""
+        """Whether tokens after the end token have no effect: attention is causal and pools at the end token."""
         text = self.text_tower
         return (
             getattr(text, "attn_mask", None) is not None
@@ -100,16 +100,16 @@ class Clip:
     def encode_texts(self, tokens: torch.Tensor) -> torch.Tensor:
         """Features (n, d) float32 of length 1 of token ids `tokens` (n, t).
 
-        Where nothing behind the end token counts, no more tokens are computed than the longest text has.
+        If tokens after the end token have no effect, only as many are computed as the longest text has.
         """
         tokens = tokens.to(self.device)
         if not self.reads_up_to_the_end_token:
             return F.normalize(self.model.encode_text(tokens).float(), dim=-1)
-        ends = self.end_places(tokens)
+        ends = self.end_positions(tokens)
         return self.encode_embedded_texts(self.text_tower.token_embedding(tokens[:, : int(ends.max()) + 1]), ends)
 
-    def end_places(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The place (n,) of the end token in each row of `tokens` (n, t), as the model itself finds it."""
+    def end_positions(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The position (n,) of the end token in each row of `tokens` (n, t), as the model determines it."""
         text = self.text_tower
         if _pooling(text) == "argmax":
             return tokens.argmax(dim=-1)
@@ -117,17 +117,18 @@ class Clip:
         return (tokens == end).int().argmax(dim=-1)
 
     def encode_embedded_texts(self, embedded: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """Features (n, d) float32 of length 1 of texts whose tokens are embedded already, as learned contexts are.
+        """Features (n, d) float32 of length 1 of texts given as token embeddings, such as learned contexts.
 
         Args:
-            embedded: (n, t, width), without positions; t may be any length up to the model's context.
-            ends: (n,), the place of each end token.
-        Raises: InputError if the model's text encoder is of another kind (see `reads_up_to_the_end_token`).
+            embedded: (n, t, width), without position embeddings; t is at most the context length of the model.
+            ends: (n,), position of each end token.
+        Raises: InputError if tokens after the end token have an effect (see `reads_up_to_the_end_token`).
         """
         text = self.text_tower
         if not self.reads_up_to_the_end_token:
             raise InputError(
-                f"Learned contexts need a text encoder that reads up to its end token; that of {self.name} does not."
+                f"Learned contexts need a causal text encoder that pools at the end token, as in CLIP, unlike that of "
+                f"{self.name}. Use another model."
             )
         length, dtype = embedded.shape[1], self.dtype
         hidden = embedded.to(dtype) + text.positional_embedding[:length].to(dtype)
@@ -151,8 +152,8 @@ def load_clip(
         model: "mini", the built-in model; a folder with an open_clip_config.json; "hf-hub:OWNER/NAME", the same on the hub; or a
             name that open_clip knows.
         pretrained: for a name that open_clip knows, one of its tags such as "openai", a .safetensors checkpoint in
-            open_clip's layout, or "random" for weights that know nothing; for a folder a checkpoint in place of its own.
-    Raises: InputError naming what cannot be loaded, what can, and the remedy.
+            open_clip's layout, or "random" for untrained weights; for a folder a checkpoint in place of its own.
+    Raises: InputError if the model or its weights cannot be loaded.
     """
     if model == BUILT_IN or Path(model).is_dir():
         clip = _from_folder(mini_clip.BUILT_IN_CLIP if model == BUILT_IN else Path(model), model, pretrained)
@@ -171,7 +172,7 @@ def load_clip(
 
 
 def checkpoint_metadata(model: nn.Module) -> dict[str, str]:
-    """What a checkpoint must say beside the weights, which the name of the model does not: activation and preprocessing."""
+    """The activation and the preprocessing, which neither the weights nor the name of the model determine."""
     return {
         "quick_gelu": json.dumps(any(isinstance(module, QuickGELU) for module in model.modules())),
         "preprocess_cfg": json.dumps(open_clip.get_model_preprocess_cfg(model)),
@@ -179,17 +180,17 @@ def checkpoint_metadata(model: nn.Module) -> dict[str, str]:
 
 
 def _from_folder(folder: Path, name: str, pretrained: str | None) -> Clip:
-    """The model of a folder as `training/pretrain_mini.py` and open_clip's own export write it."""
+    """Load a model from a folder that `training/pretrain_mini.py` or open_clip wrote."""
     for file in (mini_clip.CONFIG_FILE, mini_clip.WEIGHTS_FILE):
         if not (folder / file).is_file():
             raise InputError(
-                f"There is no {file} in {str(folder)!r}, which a CLIP model's folder must hold. Name another folder, or train "
-                "one with training/pretrain_mini.py."
+                f"The folder of a CLIP model must contain {file}, but {str(folder)!r} does not. Use another folder, or train a "
+                "model with training/pretrain_mini.py."
             )
     weights = _checked_weights(folder / mini_clip.WEIGHTS_FILE)
     other = None if pretrained is None else _checked_weights(Path(pretrained))
     configuration = read_json(folder / mini_clip.CONFIG_FILE)
-    # Its tokenizer is in the folder itself.
+    # The tokenizer is in the folder itself.
     text = {**configuration.get("model_cfg", {}).get("text_cfg", {}), "hf_tokenizer_name": None}
     tower = {"text_cfg": _with_text_files(text)} if text.get("hf_model_name") else {}
     with _weights_that_fit(weights, name):
@@ -206,7 +207,7 @@ def _from_folder(folder: Path, name: str, pretrained: str | None) -> Clip:
 
 
 def _from_open_clip(name: str, pretrained: str | None) -> Clip:
-    """The model that open_clip calls `name`, with the weights of a tag, a file or none."""
+    """Load the open_clip model `name` with the weights of a tag or a file, or with random weights."""
     tags = open_clip.list_pretrained_tags_by_model(name)
     settings = dict(open_clip_pretrained.get_pretrained_cfg(name, pretrained)) if pretrained in tags else {}
     if settings:
@@ -226,7 +227,7 @@ def _from_open_clip(name: str, pretrained: str | None) -> Clip:
         model = open_clip.create_model(
             name,
             pretrained=None if weights is None else str(weights),
-            # Weights may want another activation than the model's configuration has; of tags, open_clip only warns of that.
+            # Weights may need another activation than the model's configuration; for tags, open_clip only warns.
             force_quick_gelu=bool(settings.get("quick_gelu", False)),
             **({"text_cfg": text} if text.get("hf_model_name") else {}),
         )
@@ -234,7 +235,7 @@ def _from_open_clip(name: str, pretrained: str | None) -> Clip:
 
 
 def _settings_in(weights: Path) -> dict[str, Any]:
-    """What `checkpoint_metadata` wrote into a checkpoint, as settings of a tag; nothing where it is another's."""
+    """The settings that `checkpoint_metadata` wrote into a checkpoint, in the form of a tag's; defaults for other checkpoints."""
     with safe_open(weights, framework="pt") as file:
         metadata = file.metadata() or {}
     try:
@@ -245,7 +246,7 @@ def _settings_in(weights: Path) -> dict[str, Any]:
 
 
 def _preprocess(model: nn.Module, settings: dict[str, Any]) -> Callable[[Image.Image], torch.Tensor]:
-    """What makes pixels of an image as `settings` say, among them those of a tag; noted on the model, as open_clip does."""
+    """The preprocessing with `settings`, such as those of a tag; also stored on the model, as open_clip does."""
     preprocess_cfg = merge_preprocess_dict(PreprocessCfg(), open_clip.get_model_preprocess_cfg(model))
     preprocess_cfg = merge_preprocess_dict(preprocess_cfg, {**settings, "size": model.visual.image_size})
     set_model_preprocess_cfg(model, preprocess_cfg)
@@ -255,7 +256,7 @@ def _preprocess(model: nn.Module, settings: dict[str, Any]) -> Callable[[Image.I
 def _downloaded(name: str, tag: str, settings: dict[str, Any]) -> Path:
     """The safetensors file of a tag's weights, from the hub or its cache.
 
-    Raises: InputError if they cannot be had, or exist as a pickle alone.
+    Raises: InputError if they are unavailable, or exist only as a pickle.
     """
     instead = f"another tag of {name}, or --model {BUILT_IN}"
     if settings.get("file"):
@@ -263,44 +264,45 @@ def _downloaded(name: str, tag: str, settings: dict[str, Any]) -> Path:
     repository, _, file = settings.get("hf_hub", "").rpartition("/")
     if not repository:
         raise InputError(
-            f"The weights {tag!r} of {name} exist as a pickle alone, which is not opened. Give a .safetensors checkpoint as "
+            f"The weights {tag!r} of {name} exist only as a pickle, which is not opened. Give a .safetensors checkpoint as "
             f"--pretrained, {instead}."
         )
-    # What has another name is the same weights in another format, as open_clip itself has it.
+    # As in open_clip, a file with another suffix holds the same weights in another format.
     file = f"{Path(file).stem}.safetensors" if file else mini_clip.WEIGHTS_FILE
     role, local = f"{tag!r} weights of {name} at", f"give --pretrained a .safetensors checkpoint, {instead}"
     model = HubModel(repository, role=role, local=local)
     lookup = look_up(model, file)
     if file not in lookup.files:
         raise InputError(
-            f"The weights {tag!r} of {name} exist as a pickle alone, which is not opened: {repository!r} has no {file}. Give a "
+            f"The weights {tag!r} of {name} exist only as a pickle, which is not opened: {repository!r} has no {file}. Give a "
             f".safetensors checkpoint as --pretrained, {instead}."
         )
     return _checked_weights(fetch_file(model, file, lookup))
 
 
 def _hub_folder(name: str) -> Path:
-    """The folder in the hub's cache of a model in open_clip's layout; what is missing is fetched.
+    """The folder in the hub's cache of a model in open_clip's layout; missing files are downloaded.
 
-    Raises: InputError if it cannot be had, or has no .safetensors weights.
+    Raises: InputError if the model is unavailable, or has no .safetensors weights.
     """
     model = HubModel(name, role="CLIP model", local=f"give --model a folder with {mini_clip.CONFIG_FILE}, or {BUILT_IN!r}")
     lookup = look_up(model, mini_clip.CONFIG_FILE)
     for file in (mini_clip.CONFIG_FILE, mini_clip.WEIGHTS_FILE):
         if file not in lookup.files:
             raise lookup.unavailable or InputError(
-                f"The CLIP model {name!r} has no {file}, which is what is read of open_clip's models on the hub. Give --model a "
-                f"name that open_clip knows, such as ViT-B-16, or {BUILT_IN!r}."
+                f"The CLIP model {name!r} on the hub must have {file}, but does not. Give --model a name that open_clip knows, "
+                f"such as ViT-B-16, or {BUILT_IN!r}."
             )
     return fetch(model, [*TEXT_FILES, mini_clip.WEIGHTS_FILE], lookup)
 
 
 def _with_text_files(configuration: dict[str, Any]) -> dict[str, Any]:
-    """A model's configuration of its text encoder, with folders in the cache in place of the hub names in it.
+    """`configuration` of a text encoder with the names of hub repositories replaced by folders in the cache.
 
-    Where the text encoder is one of transformers it names its configuration and its tokenizer so. Its weights are part of the
-    model's own; they are not loaded from there, where they may be pickles.
-    Raises: InputError if they cannot be had.
+    Text encoders from transformers name the repositories of their configuration and tokenizer. Their weights are part of the CLIP
+    checkpoint and are not loaded from these repositories, where they may be pickles.
+
+    Raises: InputError if the files are unavailable.
     """
     local = dict(configuration)
     for key, index in (("hf_model_name", "config.json"), ("hf_tokenizer_name", "tokenizer_config.json")):
@@ -312,7 +314,7 @@ def _with_text_files(configuration: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tokenizer(name: str, text: Mapping[str, Any]) -> Callable[[Sequence[str]], torch.Tensor]:
-    """What open_clip's `get_tokenizer` makes for the model `name`, from the folder that `text` names where that is on the hub."""
+    """open_clip's tokenizer for the model `name`, or the tokenizer in the folder that `text` names."""
     folder = text.get("hf_tokenizer_name")
     if not folder:
         return open_clip.get_tokenizer(name)
@@ -321,34 +323,34 @@ def _tokenizer(name: str, text: Mapping[str, Any]) -> Callable[[Sequence[str]], 
 
 
 def _checked_weights(path: Path) -> Path:
-    """`path`, if it is a sound safetensors file.
+    """`path`, after checking that it is a valid safetensors file.
 
-    Raises: InputError if there is none, it is a pickle, or it is damaged.
+    Raises: InputError if it does not exist, is a pickle, or is damaged.
     """
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise InputError(
-            f"{path} is a pickle by its name, which can run code when opened. Only .safetensors is read. Where you trust the "
+            f"{path} is a pickle by its name, which can run code when opened. Only .safetensors is read. If you trust the "
             "file, convert it: safetensors.torch.save_file(open_clip.factory.load_state_dict(path), 'weights.safetensors')."
         )
     if not path.is_file():
-        raise InputError(f"There is no checkpoint {str(path)!r}. Name a .safetensors file.")
+        raise InputError(f"There is no checkpoint {str(path)!r}. Give the path of a .safetensors file.")
     try:
-        # Checks the header against the file; weights may hold integers, which adapter files may not.
+        # This checks the header. Not `read_header`, which refuses integer tensors.
         with safe_open(path, framework="pt"):
             return path
     except SafetensorError as error:
-        raise InputError(f"{path} is no sound safetensors file: {error}. Fetch or write it again.") from error
+        raise InputError(f"{path} is not a valid safetensors file: {error}. Download or write it again.") from error
 
 
 @contextmanager
 def _weights_that_fit(weights: Path | None, name: str) -> Iterator[None]:
-    """While the model `name` is loaded from the file `weights`: an error that names both, where they do not fit."""
+    """Turn an error while the model `name` is loaded from `weights` into one that names both."""
     try:
         yield
     except RuntimeError as error:
-        raise InputError(f"{weights} does not hold the weights of {name}: {error}") from error
+        raise InputError(f"{weights} does not contain the weights of {name}: {error}") from error
 
 
 def _pooling(text: nn.Module) -> str | None:
-    """How the text encoder finds a text's feature among its tokens."""
+    """How the text encoder pools the features of its tokens."""
     return getattr(text, "text_pool_type", None) or getattr(text, "pool_type", None)

@@ -1,7 +1,8 @@
-"""Attention with one nn.Linear each for query, key, value and output, in place of the packed attention of a CLIP model.
+"""Replace the packed attention of a CLIP model by attention with one nn.Linear each for query, key, value and output.
 
-open_clip keeps the three input projections in one parameter that it multiplies itself, timm in one Linear. An adapter needs a
-layer for each that is called. `separate` swaps them in place, `repack` swaps them back: outputs and state-dict keys stay.
+open_clip stores the three input projections in one parameter that no module multiplies by, timm in one Linear. Adapters need a
+Linear for each projection. `separate` replaces the modules in place and `repack` undoes it, with the same outputs and state-dict
+keys as before.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import nn
 from torch.nn import functional as F
 
-# Those that call `qkv` and read its output as all queries, all keys, all values (or so for each head, with `head_first`).
+# Classes that call `qkv` and split its output into queries, keys and values (for each head, with `head_first`).
 TIMM_CLASSES = (
     TimmAttention,
     AttentionRope,
@@ -42,8 +43,8 @@ LAYERS = (*INPUTS, "out")
 def separate(model: nn.Module) -> int:
     """Give every packed attention of `model` separate `q_proj`, `k_proj`, `v_proj` and output Linears, in place.
 
-    Returns: how many were swapped; those that are separate already are left alone.
-    Raises: ValueError naming an attention whose kind cannot be separated.
+    Returns: the number of replaced modules; separate ones are skipped.
+    Raises: ValueError naming an attention that cannot be separated.
     """
     swapped = 0
     for name, module in list(model.named_modules()):
@@ -60,10 +61,10 @@ def separate(model: nn.Module) -> int:
 
 
 def repack(model: nn.Module) -> int:
-    """Undo `separate` with the weights as they are now, in place: the classes and state-dict keys of before.
+    """Undo `separate` in place with the current weights: restores the original classes and state-dict keys.
 
-    Returns: how many were swapped.
-    Raises: ValueError naming a layer that still has adapters; nothing is swapped then.
+    Returns: the number of replaced modules.
+    Raises: ValueError naming a layer that still has adapters; nothing is replaced then.
     """
     separate = [(name, m) for name, m in model.named_modules() if isinstance(m, (SeparateAttention, SeparateProjection))]
     for name, module in separate:
@@ -79,23 +80,23 @@ def repack(model: nn.Module) -> int:
 
 
 def attention_layers(tower: nn.Module) -> list[dict[str, str]]:
-    """The names of the "q", "k", "v" and "out" Linears of each separate attention of `tower`, first to last."""
+    """The names of the "q", "k", "v" and "out" Linears of each separate attention of `tower`, in order."""
     layers = []
     for name, module in tower.named_modules():
         prefix = f"{name}." if name else ""
         if isinstance(module, SeparateAttention):
             layers.append({layer: f"{prefix}{layer}_proj" for layer in LAYERS})
         elif isinstance(module, TIMM_CLASSES):
-            # Some of timm's are separate from the start.
+            # Some attentions of timm are separate from the start.
             inside = f"{prefix}qkv." if isinstance(module.qkv, SeparateProjection) else prefix
             layers.append({**{layer: f"{inside}{layer}_proj" for layer in INPUTS}, "out": f"{prefix}proj"})
     return layers
 
 
 class SeparateAttention(nn.Module):
-    """What stands in for an attention that multiplies its packed input projection itself.
+    """Base class of replacements for attention whose packed input projection is a parameter.
 
-    The packed module is kept aside without its weights, and gets them back in `packed`.
+    Keeps the packed module without its weights, which `packed` gives back.
     """
 
     def __init__(self, packed: nn.Module) -> None:
@@ -108,15 +109,15 @@ class SeparateAttention(nn.Module):
             setattr(self, f"{layer}_proj", _linear(weight, bias, packed.out_proj.weight.requires_grad))
             if not self._in_one:
                 setattr(packed, f"{layer}_proj_weight", None)
-        # nn.MultiheadAttention has a subclass of nn.Linear here that adapters must not take for one.
+        # nn.MultiheadAttention has a subclass of nn.Linear here that adapters refuse.
         self.out_proj = _linear(packed.out_proj.weight, packed.out_proj.bias, packed.out_proj.weight.requires_grad)
         packed.in_proj_weight = packed.in_proj_bias = packed.out_proj.weight = packed.out_proj.bias = None
-        # In a tuple, so that it is no submodule.
+        # In a tuple, so that it is not registered as a submodule.
         self._aside = (packed,)
         self.train(packed.training)
 
     def packed(self) -> nn.Module:
-        """The module of before with the weights of now."""
+        """The original module with the current weights."""
         (packed,) = self._aside
         projections = [getattr(self, f"{layer}_proj") for layer in INPUTS]
         if self._in_one:
@@ -144,9 +145,9 @@ class SeparateAttention(nn.Module):
 
 
 class SeparateMultiheadAttention(SeparateAttention):
-    """Stands in for nn.MultiheadAttention, called as open_clip calls it.
+    """Replaces nn.MultiheadAttention, for the arguments that open_clip passes.
 
-    Raises: ValueError naming the attention if it adds keys of its own, which no open_clip model does.
+    Raises: ValueError naming the attention if it has bias_k or add_zero_attn, which no open_clip model has.
     """
 
     def __init__(self, packed: nn.MultiheadAttention, name: str) -> None:
@@ -163,11 +164,13 @@ class SeparateMultiheadAttention(SeparateAttention):
         need_weights: bool = True,
         attn_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, None]:
-        """nn.MultiheadAttention without the attention weights; a boolean mask is True where a key is hidden.
+        """nn.MultiheadAttention without the attention weights.
 
         Args:
             query, key, value: (n, tokens, width), or (tokens, n, width) without batch_first.
-        Raises: ValueError if the weights are asked for.
+            attn_mask: (queries, keys) or (n * heads, queries, keys), added to the scores, or boolean and True for hidden keys.
+        Returns: like `query`, and None.
+        Raises: ValueError if `need_weights` is true.
         """
         if need_weights:
             raise ValueError("Separate attention returns no attention weights. Pass need_weights=False.")
@@ -180,11 +183,11 @@ class SeparateMultiheadAttention(SeparateAttention):
 
 
 class SeparateOpenClipAttention(SeparateAttention):
-    """Stands in for open_clip's own Attention, both the one of release 3 and the one after it, which takes k_x and v_x too."""
+    """Replaces open_clip's Attention, that of release 3 and the later one, which also takes k_x and v_x."""
 
     def __init__(self, packed: nn.Module) -> None:
         super().__init__(packed)
-        # Before it took keys and values of its own, True in a boolean mask hid a key; since then it shows it.
+        # Without k_x and v_x, True in a boolean mask hides a key; in the later version it shows the key.
         self._true_is_seen = "k_x" in inspect.signature(packed.forward).parameters
         self.logit_scale_max = packed.logit_scale_max
         for name in ("ln_q", "ln_k", "ln_inner", "attn_drop", "out_drop", "logit_scale", "head_scale"):
@@ -201,7 +204,10 @@ class SeparateOpenClipAttention(SeparateAttention):
         """open_clip's Attention.
 
         Args:
-            x: (n, tokens, width), for keys and values too unless `k_x` and `v_x` (n, keys, width) are given.
+            x: (n, tokens, width), also the keys and values without `k_x` and `v_x`.
+            k_x, v_x: (n, keys, width).
+            attn_mask: (tokens, keys) or (n * heads, tokens, keys).
+        Returns: like `x`.
         """
         q = self._heads(self.q_proj(x))
         k = self._heads(self.k_proj(x if k_x is None else k_x))
@@ -221,7 +227,7 @@ class SeparateOpenClipAttention(SeparateAttention):
 
 
 class SeparateProjection(nn.Module):
-    """Stands in for the `qkv` Linear of one of timm's attentions, whose own code goes on computing all the rest."""
+    """Replaces the `qkv` Linear of an attention of timm, whose forward otherwise stays the same."""
 
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()
@@ -231,7 +237,7 @@ class SeparateProjection(nn.Module):
         biases = (None,) * 3 if packed.bias is None else self._split(packed.bias)
         for layer, weight, bias in zip(INPUTS, self._split(packed.weight), biases, strict=True):
             setattr(self, f"{layer}_proj", _linear(weight, bias, packed.weight.requires_grad))
-        # Where the biases are kept beside the Linear, its weight is read without calling it unless they are added apart.
+        # If the biases are stored outside of the Linear, timm calls the Linear only with qkv_bias_separate.
         self._bias_apart = getattr(attention, "qkv_bias_separate", None)
         if self._bias_apart is not None:
             attention.qkv_bias_separate = True
@@ -250,7 +256,7 @@ class SeparateProjection(nn.Module):
         return self._joined([self.q_proj(x), self.k_proj(x), self.v_proj(x)])
 
     def give_back(self, attention: nn.Module) -> None:
-        """Put one packed Linear with the weights of now into `attention`."""
+        """Put one packed Linear with the current weights into `attention`."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         weight = self._joined([projection.weight.T for projection in projections]).T.contiguous()
         bias = None if self.q_proj.bias is None else self._joined([projection.bias for projection in projections])
@@ -260,7 +266,7 @@ class SeparateProjection(nn.Module):
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None, requires_grad: bool) -> nn.Linear:
-    """An nn.Linear that holds `weight` (out, in) and `bias` (out,), themselves where they are parameters."""
+    """An nn.Linear with `weight` (out, in) and `bias` (out,); parameters are used without a copy."""
     layer = nn.Linear(1, 1, bias=bias is not None, device="meta")
     layer.out_features, layer.in_features = weight.shape
     layer.weight = _parameter(weight, requires_grad)

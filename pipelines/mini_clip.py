@@ -1,7 +1,7 @@
-"""The built-in CLIP: a real open_clip model, small enough for a CPU. Its configuration, its files and its features.
+"""The built-in CLIP, an open_clip model small enough for a CPU: its configuration, files and features.
 
-Its image tower is timm's MaxViT: inverted bottleneck convolutions down to 8 x 8 places, then such convolutions and attention
-over all places in turn. It is made small by its configuration alone, so that plain open_clip loads the folder.
+The image encoder is timm's MaxViT: inverted bottleneck convolutions down to 8 x 8, then alternating convolutions and global
+attention. Only its configuration is changed, so stock open_clip loads the folder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pipelines.text_files import read_text
 CONFIG_FILE, WEIGHTS_FILE, VISION_FOLDER = "open_clip_config.json", "open_clip_model.safetensors", "vision"
 BUILT_IN_CLIP = ASSETS / "mini-clip"
 EMBED_DIM, TEXT_WIDTH, TEXT_LAYERS = 192, 128, 2
-# timm resolves a folder against the working directory: this is the one of a checkout.
+# timm resolves a folder against the working directory: this path is right in a checkout.
 SHIPPED_VISION = f"local-dir:assets/mini-clip/{VISION_FOLDER}"
 TEMPLATES = ("a photo of {}", "{}", "an image of {}", "a blurry photo of {}", "a close photo of {}")
 
@@ -38,7 +38,7 @@ VISION_CONFIG: dict[str, Any] = {
         "block_type": ["C", "M"],
         "conv_expand_ratio": 3.0,
         "conv_stride_mode": "pool",
-        # One window over the whole 8 x 8 map, so that attention is global; q, k and v packed in the order of other towers.
+        # One window over the whole 8 x 8 map, so that attention is global; q, k and v are packed as in other encoders.
         "transformer_window_size": [8, 8],
         "transformer_no_block_attn": True,
         "transformer_head_first": False,
@@ -75,7 +75,7 @@ def model_config(vocabulary: int) -> dict[str, Any]:
 
 
 def write_configuration(folder: Path, tokenizer: CLIPTokenizer) -> None:
-    """Write everything of the model's folder but its weights."""
+    """Write all files of the model's folder except the weights."""
     (folder / VISION_FOLDER).mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).write_text(json.dumps(model_config(len(tokenizer)), indent=2) + "\n", encoding="utf-8")
     (folder / VISION_FOLDER / "config.json").write_text(json.dumps(VISION_CONFIG, indent=2) + "\n", encoding="utf-8")
@@ -83,7 +83,7 @@ def write_configuration(folder: Path, tokenizer: CLIPTokenizer) -> None:
 
 
 def new_model(folder: Path) -> CLIP:
-    """The untrained model that the files in `folder` describe, wherever the working directory is."""
+    """The untrained model that the files in `folder` describe, independent of the working directory."""
     config = json.loads(read_text(folder / CONFIG_FILE))["model_cfg"]
     config["vision_cfg"]["timm_model_name"] = f"local-dir:{(folder / VISION_FOLDER).resolve()}"
     return CLIP(**config)
@@ -97,9 +97,9 @@ def load_model(folder: Path) -> CLIP:
 
 
 def encode_texts(model: CLIP, tokens: torch.Tensor) -> torch.Tensor:
-    """`model.encode_text(tokens, normalize=True)`, computed no further than the longest text.
+    """`model.encode_text(tokens, normalize=True)`, computed only up to the longest text.
 
-    Attention is causal and the features are those at the end token, so that nothing behind it counts.
+    Attention is causal and pools at the end token, so later tokens have no effect.
 
     Args:
         tokens: (count, MAX_TOKENS) int64, the end token repeated as padding.
@@ -113,12 +113,12 @@ def encode_texts(model: CLIP, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> torch.Tensor:
-    """(count, MAX_TOKENS) int64."""
+    """Token ids (count, MAX_TOKENS) int64 of `texts`."""
     return tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
 def class_tokens(tokenizer: CLIPTokenizer, names: Sequence[str]) -> torch.Tensor:
-    """(templates, classes, MAX_TOKENS): every name, such as "a teapot", in every template."""
+    """Token ids (templates, classes, MAX_TOKENS) of every name, such as "a teapot", in every template."""
     return torch.stack([tokenize(tokenizer, [template.format(name) for name in names]) for template in TEMPLATES])
 
 

@@ -1,4 +1,4 @@
-"""What the built-in CLIP is pretrained on: augmented images, and captions of scenes beside captions that are wrong."""
+"""Pretraining data of the built-in CLIP: augmentation of images, and wrong captions of scenes."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ from torch.nn import functional as F
 from pipelines.backgrounds import BACKGROUNDS
 from pipelines.scenes import COLOURS, GLYPHS, PARTS, PATTERNS, SHAPES, SIZES, Scene
 
-# How often a batch's captions speak of a part of its scenes.
-SAID = {"size": 0.4, "colour": 0.7, "pattern": 0.6, "kind": 0.85, "background": 0.6}
+# Probability that the captions of a batch mention a part of its scenes.
+MENTION_PROBABILITY = {"size": 0.4, "colour": 0.7, "pattern": 0.6, "kind": 0.85, "background": 0.6}
 KINDS = (*SHAPES, "toy", "letter")
 VALUES = {"size": tuple(SIZES), "colour": tuple(COLOURS), "pattern": PATTERNS, "kind": KINDS, "background": tuple(BACKGROUNDS)}
 
 
-def draw_parts(rng: np.random.Generator) -> tuple[str, ...]:
-    """The parts that all captions of one batch speak of, at least one."""
-    said = tuple(part for part in PARTS if rng.random() < SAID[part])
-    return said or ("kind",)
+def sample_parts(rng: np.random.Generator) -> tuple[str, ...]:
+    """Sample the parts that all captions of a batch mention, at least one."""
+    return tuple(part for part in PARTS if rng.random() < MENTION_PROBABILITY[part]) or ("kind",)
 
 
 def altered(scene: Scene, parts: tuple[str, ...], rng: np.random.Generator) -> Scene:
-    """`scene` with another value for one of `parts`: a caption that its image contradicts."""
+    """`scene` with another value for one of `parts`, whose caption contradicts the image of `scene`."""
     part = parts[rng.integers(len(parts))]
     if part == "kind" and scene.kind == "letter" and rng.random() < 0.5:
         return replace(scene, glyph=_other(GLYPHS, scene.glyph, rng))
@@ -41,19 +40,20 @@ def _other(values: tuple[str, ...] | str, value: str, rng: np.random.Generator) 
 
 
 def augment(pixels: torch.Tensor, photos: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
-    """Shifted images, and photographs also zoomed, turned, lit and coloured otherwise.
+    """Shift images, and change zoom, angle, brightness, contrast and saturation of photographs.
 
-    Scenes keep their scale and colours: their captions speak of both.
+    Scenes keep their scale and colours, which their captions mention.
 
     Args:
         pixels: (count, 3, size, size) in [-1, 1].
-        photos: (count,) bool, which of them are photographs.
+        photos: (count,) bool, True for photographs.
+    Returns: like `pixels`.
     """
     count = len(pixels)
     zoom = np.where(photos, rng.uniform(0.75, 1.05, count), 1.0)
     stretch = np.where(photos, np.exp(rng.uniform(-0.1, 0.1, count)), 1.0)
     angle = np.where(photos, rng.uniform(-math.pi / 36, math.pi / 36, count), 0.0)
-    # A zoomed image may show any part of the whole; beyond its edge it is mirrored.
+    # A zoomed image may show any part of the original; it is mirrored beyond the edges.
     reach = np.where(photos, np.abs(1 - zoom) + 0.1, 0.1)
     shift = rng.uniform(-1, 1, (2, count)) * reach
     cos, sin = zoom * np.cos(angle), zoom * np.sin(angle)

@@ -1,4 +1,4 @@
-"""What the built-in CLIP is pretrained by: photographs against all class names, scenes against right and wrong captions."""
+"""The pretraining loss of the built-in CLIP: photographs against class names, scenes against right and wrong captions."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ MAX_LOGIT_SCALE = 100.0
 
 
 class ClassNameLoss(nn.Module):
-    """Cross-entropy of every image over the texts of its batch, and of photographs and names over one anchor for each class.
+    """Cross-entropy of images over the texts of their batch, and of photographs and class names over one anchor per class.
 
-        logits = exp(t) f(image) . g(text);   texts: the names of the batch's classes, its scenes' captions, wrong captions
+        logits = exp(t) f(image) . g(text);   texts: names of the batch's classes, captions of its scenes, wrong captions
 
-    Photographs are to choose the name of their class, scenes their caption (equal captions share it). The anchors are free
-    vectors for all classes, which both towers can follow from the first step: without them names were still alike (mean cosine
-    0.91) after a whole epoch, and taught little.
+    The target of a photograph is the name of its class, and that of a scene its caption; equal captions share the target. The
+    anchors are free vectors, one per class, which both encoders can follow from the first step: without them the features of
+    names were still similar after an epoch (mean cosine 0.91) and gave little signal.
 
     Args:
-        model: trained, both towers.
+        model: both encoders are trained.
         names: (templates, classes, tokens) int64, the name of every class in every template.
-        smoothing: the share of the target that all texts, or all anchors, share.
+        smoothing: label smoothing over all texts, or all anchors.
     """
 
     def __init__(self, model: CLIP, names: torch.Tensor, smoothing: float = 0.1) -> None:
@@ -42,24 +42,24 @@ class ClassNameLoss(nn.Module):
         Args:
             pixels: (batch, 3, size, size) in [-1, 1].
             labels: (batch,) int64, the class of a photograph, -1 for a scene.
-            template: (batch,) int64, all equal: the template of the classes' names.
-            captions: (batch, tokens) int64; those of photographs are not read.
-            wrong: (batch, count, tokens) int64, captions that contradict the scene; those of photographs are not read.
+            template: (batch,) int64, all equal: index of the template of the class names.
+            captions: (batch, tokens) int64; those of photographs are ignored.
+            wrong: (batch, count, tokens) int64, captions that contradict the scene; those of photographs are ignored.
         """
         scenes = labels < 0
         present, class_positions = labels[~scenes].unique(return_inverse=True)
-        names, said = self.names[template[0], present], torch.cat([captions[scenes], wrong[scenes].flatten(0, 1)])
+        names, scene_captions = self.names[template[0], present], torch.cat([captions[scenes], wrong[scenes].flatten(0, 1)])
         images = self.model.encode_image(pixels.contiguous(memory_format=torch.channels_last), normalize=True)
-        # Apart, because the names are shorter.
-        texts = torch.cat([encode_texts(self.model, part) for part in (names, said) if len(part)])
-        right = torch.zeros(len(labels), len(texts), device=labels.device)
-        right[~scenes, : len(names)] = torch.eye(len(names), device=labels.device)[class_positions]
-        equal = (captions[scenes, None] == said[None]).all(dim=-1).float()
-        right[scenes, len(names) :] = equal / equal.sum(dim=-1, keepdim=True)
+        # Encoded separately, because names are shorter than captions.
+        texts = torch.cat([encode_texts(self.model, part) for part in (names, scene_captions) if len(part)])
+        target = torch.zeros(len(labels), len(texts), device=labels.device)
+        target[~scenes, : len(names)] = torch.eye(len(names), device=labels.device)[class_positions]
+        equal = (captions[scenes, None] == scene_captions[None]).all(dim=-1).float()
+        target[scenes, len(names) :] = equal / equal.sum(dim=-1, keepdim=True)
         with torch.autocast(pixels.device.type, enabled=False):
             images, texts = images.float(), texts.float()
             scale = self.model.logit_scale.exp().clamp(max=MAX_LOGIT_SCALE)
-            loss = F.cross_entropy(scale * images @ texts.T, right, label_smoothing=self.smoothing)
+            loss = F.cross_entropy(scale * images @ texts.T, target, label_smoothing=self.smoothing)
             if len(present):
                 anchors = scale * F.normalize(self.anchors, dim=-1)
                 for features, class_labels in ((images[~scenes], labels[~scenes]), (texts[: len(names)], present)):

@@ -1,4 +1,4 @@
-"""How well the built-in CLIP names images: held-out photographs, and scenes that it never saw."""
+"""Zero-shot accuracy of the built-in CLIP on held-out photographs and new scenes."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ CHUNK = 500
 
 @dataclass(frozen=True)
 class ZeroShotScores:
-    """The share of images that got their own of `classes` names."""
+    """Zero-shot accuracy among `classes` names."""
 
     accuracy: float
     classes: int
 
     @property
     def chance(self) -> float:
-        """The share that guessing gets."""
+        """The accuracy of guessing."""
         return 1 / self.classes
 
 
 def zero_shot_labels(model: CLIP, pixels: torch.Tensor, names: torch.Tensor) -> torch.Tensor:
-    """The best class of every image, (count,) int64.
+    """The predicted class of every image: (count,) int64.
 
     Args:
         pixels: (count, 3, size, size) in [-1, 1].
@@ -43,14 +43,14 @@ def zero_shot_labels(model: CLIP, pixels: torch.Tensor, names: torch.Tensor) -> 
 
 
 def held_out_accuracy(model: CLIP, photos: Corpus, labels: np.ndarray, names: torch.Tensor) -> float:
-    """The share of `photos` whose best class is that of `labels` (count,)."""
+    """Zero-shot accuracy on `photos` with the classes `labels` (count,); `names` is (templates, classes, tokens)."""
     chunks = [photos.images[start : start + CHUNK] for start in range(0, len(photos), CHUNK)]
     predicted = torch.cat([zero_shot_labels(model, to_pixels(chunk), names) for chunk in chunks])
     return float((predicted.numpy() == labels).mean())
 
 
 def scene_questions() -> dict[str, dict[str, str]]:
-    """For every part of a scene that is asked for, the name of each of its values in words."""
+    """For every evaluated part of a scene, the name of each of its values for the prompts."""
     return {
         "kind": {kind: with_article(kind) for kind in KINDS},
         "colour": {colour: f"{with_article(colour)} thing" for colour in COLOURS},
@@ -61,11 +61,11 @@ def scene_questions() -> dict[str, dict[str, str]]:
 def scene_accuracies(
     model: CLIP, pixels: torch.Tensor, scenes: list[Scene], tokenizer: CLIPTokenizer
 ) -> dict[str, ZeroShotScores]:
-    """How often the model names the kind, the colour and the place of scenes.
+    """Zero-shot accuracy on the kind, the colour and the background of scenes.
 
     Args:
         pixels: (count, 3, size, size) in [-1, 1].
-        scenes: what each of them shows.
+        scenes: the scene of each image.
     """
     scores = {}
     for field, words in scene_questions().items():

@@ -110,7 +110,7 @@ def run_prompts(clip: Clip, tokens: torch.Tensor) -> None:
     if not clip.reads_up_to_the_end_token:
         groups = [tokens]
     else:
-        ends = clip.end_places(tokens)
+        ends = clip.end_positions(tokens)
         groups = [tokens[ends == end] for end in ends.unique()]
     for group in groups:
         for batch in group.split(BATCH):

@@ -71,7 +71,7 @@ class ClassifierFile:
         model, pretrained: the base model, as `load_clip` takes it.
         base_sha256: of its weights, by `module_digest`.
         classes: the classes' names, as the prompts use them.
-        keys: the classes' names in the dataset, as many.
+        keys: the classes' names in the dataset, in the same order.
         templates: of the prompts, with {} for the class's name.
         temperature: divisor of the logits, fitted on the validation images.
         scale: of the adapter, in [0, 1]; 1 for other methods.
@@ -97,14 +97,14 @@ class ClassifierFile:
         for name in ("classes", "keys", "templates"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.keys) != len(self.classes):
-            raise InputError(f"keys must be as many as the {len(self.classes)} classes, got {len(self.keys)}.")
+            raise InputError(f"keys must have one entry for each of the {len(self.classes)} classes, got {len(self.keys)}.")
         if self.scale != 1 and not self.adapted:
             raise InputError(f"scale must be 1 for the method {self.method!r}, which has no adapter, got {self.scale}.")
         self.prompts()
 
     @property
     def adapted(self) -> bool:
-        """Whether an adapter changes the towers."""
+        """Whether the method adapts the encoders."""
         return self.method in method_names()
 
     def prompts(self) -> Prompts:
@@ -258,8 +258,8 @@ class FewShotClassifier:
 
         Args:
             path: a run's directory, or a folder that `save_classifier` wrote.
-            model, pretrained: the base model as `load_clip` takes it, if it has moved since the run. A model alone is loaded
-                with its own weights; weights alone are loaded into the run's model.
+            model, pretrained: the base model as `load_clip` takes it, if it has moved since the run. `model` alone is loaded
+                with its own weights; `pretrained` alone is loaded into the model of the run.
         Raises: InputError or AdapterFileError naming the file or the base model that cannot be used.
         """
         folder = classifier_folder(path)
@@ -285,7 +285,7 @@ class FewShotClassifier:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The classes' names."""
+        """The names of the classes."""
         return self.prompts.classes
 
     def predict(self, images: GivenImages, batch_size: int = BATCH) -> Predictions:

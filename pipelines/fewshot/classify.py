@@ -1,8 +1,8 @@
-"""Classify images with a finished run: what each shows, how likely that is, and what else it might be.
+"""Classify images with a finished few-shot run and print the most likely classes of each image.
 
     python -m pipelines.fewshot.classify RUN IMAGE_OR_FOLDER... --top 3 --output predictions.csv
 
-Exit codes: 0, every image was classified; 1, some could not be read and are named; 2, nothing could be done.
+Exit codes: 0 if all images were classified, 1 if some could not be read, 2 for all other errors.
 """
 
 from __future__ import annotations
@@ -33,18 +33,20 @@ if TYPE_CHECKING:
 
 @dataclass
 class ClassifyOptions:
-    """How images are classified, and what is told of them."""
+    """The options of the command."""
 
     add_class: list[str] = field(
         default_factory=list,
-        metadata={"help": "More classes, known by their names alone, if the run's method compares with prompts."},
+        metadata={"help": "Names of further classes. The method of the run must compare images with prompts."},
     )
-    top: int = field(default=3, metadata={"help": "How many classes to name for each image, the most likely first."})
-    output: str | None = field(default=None, metadata={"help": "Also write every probability to this CSV file."})
-    model: str | None = field(default=None, metadata={"help": "The base model, where it lies elsewhere than in training."})
-    pretrained: str | None = field(default=None, metadata={"help": "Its weights, where they lie elsewhere than in training."})
-    device: str | None = field(default=None, metadata={"help": "Such as cpu or cuda; a GPU where there is one unless said."})
-    batch_size: int = field(default=64, metadata={"help": "Images that are read and encoded at a time."})
+    top: int = field(default=3, metadata={"help": "Number of classes to print for each image, most likely first."})
+    output: str | None = field(default=None, metadata={"help": "CSV file for the probabilities of all classes."})
+    model: str | None = field(default=None, metadata={"help": "The base model, if it has moved since training."})
+    pretrained: str | None = field(
+        default=None, metadata={"help": "The weights of the base model, if they have moved since training."}
+    )
+    device: str | None = field(default=None, metadata={"help": "Device such as cpu or cuda. Default: a GPU if there is one."})
+    batch_size: int = field(default=64, metadata={"help": "Number of images that are read and encoded at once."})
 
     def __post_init__(self) -> None:
         for name in ("top", "batch_size"):
@@ -54,9 +56,9 @@ class ClassifyOptions:
 
 
 def find_files(given: Sequence[str]) -> list[Path]:
-    """The files of `given`, each once: those named themselves, and all images below the folders named.
+    """The files in `given`, and all images below the folders in it, each once.
 
-    Raises: InputError for a path where there is nothing, and a folder without images.
+    Raises: InputError for a path that does not exist, or a folder without images.
     """
     files: dict[Path, None] = {}
     for path in map(Path, given):
@@ -67,15 +69,15 @@ def find_files(given: Sequence[str]) -> list[Path]:
             matches = [path] if path.is_file() else []
         if not matches:
             what = "no image in the folder" if path.is_dir() else "no file or folder"
-            raise InputError(f"There is {what} {str(path)!r}. Name images, or folders of images.")
+            raise InputError(f"There is {what} {str(path)!r}. Give images, or folders of images.")
         files |= dict.fromkeys(matches)
     return list(files)
 
 
 def classify(classifier: FewShotClassifier, files: Sequence[Path], batch_size: int) -> tuple[Predictions | None, list[str]]:
-    """Classify the images in `files`, and say of those that cannot be read why.
+    """Classify the images in `files`.
 
-    Returns: the predictions of those that can, in their order, None if there are none; and a sentence for each other.
+    Returns: the predictions for all readable images, in order, or None if there are none; and an error message for each other.
     """
     from pipelines.fewshot.classifier import Predictions
 
@@ -97,8 +99,8 @@ def classify(classifier: FewShotClassifier, files: Sequence[Path], batch_size: i
 
 
 def as_table(predictions: Predictions, top: int) -> str:
-    """A line for each image: its name, its class, how likely that is, and the runners-up."""
-    rows = [("image", "class", "probability", "or else" if top > 1 else "")]
+    """A text table of the name, the class, its probability, and the next most likely classes of each image."""
+    rows = [("image", "class", "probability", "alternatives" if top > 1 else "")]
     for name, (best, *others) in zip(predictions.names, predictions.top(top), strict=True):
         rows.append((name, best[0], f"{best[1]:.1%}", ", ".join(f"{other} {share:.1%}" for other, share in others)))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
@@ -106,7 +108,7 @@ def as_table(predictions: Predictions, top: int) -> str:
 
 
 def write_csv(predictions: Predictions, path: Path) -> None:
-    """Write `predictions.table()` as CSV in which no cell is a formula to a spreadsheet.
+    """Write `predictions.table()` as CSV; cells that a spreadsheet would evaluate as formulas are escaped.
 
     Raises: InputError if the file cannot be written.
     """
@@ -116,11 +118,11 @@ def write_csv(predictions: Predictions, path: Path) -> None:
         with replacing(path) as beside, beside.open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([map(harmless, row) for row in predictions.table()])
     except OSError as error:
-        raise InputError(f"output {str(path)!r} cannot be written ({error}). Name another file.") from error
+        raise InputError(f"output {str(path)!r} cannot be written ({error}). Use another file.") from error
 
 
 def run(run_path: str, given: Sequence[str], options: ClassifyOptions) -> int:
-    """Classify what is given with the run at `run_path`, and tell it; returns the exit code, 0 or 1.
+    """Classify `given` with the run at `run_path` and print the predictions; returns the exit code, 0 or 1.
 
     Raises: InputError or AdapterFileError if nothing can be classified.
     """
@@ -128,7 +130,7 @@ def run(run_path: str, given: Sequence[str], options: ClassifyOptions) -> int:
         check_output_file(options.output, "--output", (".csv",))
     check_task(run_path, "few-shot")
     files = find_files(given)
-    # Here, as --help and wrong paths need no model library, which takes seconds to import.
+    # Imported here: it takes seconds, and --help and wrong paths do not need it.
     from pipelines.fewshot.classifier import FewShotClassifier
 
     classifier = FewShotClassifier.from_run(run_path, options.model, options.pretrained, options.device)
@@ -137,15 +139,15 @@ def run(run_path: str, given: Sequence[str], options: ClassifyOptions) -> int:
         sys.stdout.write(as_table(predictions, options.top) + "\n")
         if options.output is not None:
             write_csv(predictions, Path(options.output))
-    sys.stderr.writelines(f"{sentence}\n" for sentence in damaged)
+    sys.stderr.writelines(f"{message}\n" for message in damaged)
     return 1 if damaged else 0
 
 
 def main(arguments: Sequence[str]) -> int:
-    """What the command line asks for; returns the exit code."""
+    """Run the command line; returns the exit code."""
     parser = HfArgumentParser(ClassifyOptions, description=__doc__, allow_abbrev=False)
-    parser.add_argument("run", help="A run's directory, or the folder of one fitted method in it.")
-    parser.add_argument("images", nargs="+", help="Images, or folders of them.")
+    parser.add_argument("run", help="Directory of a run, or folder of one trial in it.")
+    parser.add_argument("images", nargs="+", help="Images, or folders of images.")
     try:
         options, given, unknown = parser.parse_args_into_dataclasses(
             arguments, return_remaining_strings=True, look_for_args_file=False

@@ -122,10 +122,10 @@ def test_the_same_statistics_are_saved_as_the_same_bytes(tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "metadata", "message"),
     [
-        ({"first": torch.ones(20)}, {}, "stats.safetensors holds no activation statistics"),
-        ({"first": torch.ones(20)}, {"nora_activation_statistics": "[]"}, "holds no activation statistics"),
-        ({"first": torch.ones(20)}, {"nora_activation_statistics": "{"}, "holds no activation statistics"),
-        ({"first": torch.ones(20)}, {"nora_activation_statistics": '{"second": "0"}'}, "holds no activation statistics"),
+        ({"first": torch.ones(20)}, {}, "stats.safetensors does not contain activation statistics"),
+        ({"first": torch.ones(20)}, {"nora_activation_statistics": "[]"}, "does not contain activation statistics"),
+        ({"first": torch.ones(20)}, {"nora_activation_statistics": "{"}, "does not contain activation statistics"),
+        ({"first": torch.ones(20)}, {"nora_activation_statistics": '{"second": "0"}'}, "does not contain activation statistics"),
         ({"first": -torch.ones(20)}, {"nora_activation_statistics": '{"first": "0"}'}, "'first' must be one vector"),
         ({"first": torch.ones(2, 2)}, {"nora_activation_statistics": '{"first": "0"}'}, "'first' must be one vector"),
     ],
@@ -153,7 +153,7 @@ def test_statistics_without_a_layer_are_refused_by_its_name():
     model, (x,), targets = mlp()
     stats = calibrate(model, lambda: model(x), target_modules=["first"])
     inject_adapter_in_model(config_for(targets), model)
-    with pytest.raises(ValueError, match="hold nothing for 'second'"):
+    with pytest.raises(ValueError, match="no activation statistics of 'second'"):
         initialize_nora_weights(model, stats)
 
 

@@ -247,7 +247,7 @@ def test_what_no_lora_file_can_hold_is_refused_and_nothing_is_written(tmp_path):
     refused(pipe, tmp_path, "at least one adapter to export, got none", adapter_name={})
     add_nora(pipe, components=("unet",), target_modules=["to_q"])
     refused(pipe, tmp_path, r"format must be one of \('diffusers', 'kohya'\), got 'a1111'", format="a1111")
-    refused(pipe, tmp_path, "has an adapter 'other'; there are .*'unet': .'default'", adapter_name="other")
+    refused(pipe, tmp_path, "has an adapter 'other'; its adapters are .*'unet': .'default'", adapter_name="other")
     add_nora(pipe, "head", components=("unet",), target_modules=["to_q"], modules_to_save=["conv_out"])
     refused(pipe, tmp_path, r"unet\.conv_out was trained in full", adapter_name="head")
     add_nora(pipe, "projection", components=("text_encoder_2",), target_modules=["text_projection"])
@@ -276,7 +276,7 @@ def test_a_dora_is_not_added_to_other_adapters(tmp_path):
     pipe = tiny_pipeline()
     add_dora(pipe)
     add_nora(pipe, "other")
-    refused(pipe, tmp_path, "a DoRA's, which cannot be added to others", adapter_name={"other": 1.0, "default": 1.0})
+    refused(pipe, tmp_path, "has a DoRA, which cannot be added to other adapters", adapter_name={"other": 1.0, "default": 1.0})
 
 
 @pytest.mark.parametrize("targets", [TARGETS, {**TARGETS, "text_encoder": ["fc1"], "text_encoder_2": ["fc2"]}])

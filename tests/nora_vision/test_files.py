@@ -127,7 +127,7 @@ def test_a_pickle_is_refused_by_its_content(tmp_path, protocol):
 
 
 def test_another_suffix_is_refused(tmp_path):
-    with pytest.raises(AdapterFileError, match=r"not named \.safetensors"):
+    with pytest.raises(AdapterFileError, match=r"must have the suffix \.safetensors"):
         read_tensors(raw_file(tmp_path / "x.json", {}))
 
 
@@ -193,11 +193,11 @@ def test_a_malformed_header_is_refused(tmp_path, header, message):
 def test_values_that_are_not_finite_are_neither_read_nor_written(tmp_path, value):
     path = tmp_path / "x.safetensors"
     tensors = {"good": torch.ones(2), "bad": torch.tensor([1.0, value])}
-    with pytest.raises(AdapterFileError, match="'bad' holds values that are not finite"):
+    with pytest.raises(AdapterFileError, match="'bad' has values that are not finite"):
         write_tensors(path, tensors)
     assert list(tmp_path.iterdir()) == []
     safetensors.torch.save_file(tensors, path)
-    with pytest.raises(AdapterFileError, match=r"x\.safetensors: 'bad' holds values that are not finite"):
+    with pytest.raises(AdapterFileError, match=r"x\.safetensors: 'bad' has values that are not finite"):
         read_tensors(path)
 
 

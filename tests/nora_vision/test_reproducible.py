@@ -15,7 +15,7 @@ from nora_vision.loading import load_adapter
 from nora_vision.reproducible import is_reproducible
 from nora_vision.saving import save_adapter
 
-REFUSED = "something else than the adapter does"
+REFUSED = "must be that of the adapter"
 
 
 @pytest.fixture

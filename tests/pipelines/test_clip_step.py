@@ -29,8 +29,8 @@ def test_the_way_there_and_back_is_exact_and_both_adapters_are_measured(name, ca
     printed = capsys.readouterr().out
     assert all(float(value) < clip_step.TOLERANCE for value in re.findall(r": ([\d.]+e[-+]\d+)", printed))
     # 2 r r' for v in 5 blocks; rank 2 in and out of q, k, v, widths 32 (3 blocks) and 16 (2 blocks).
-    assert f"NoRA: {2 * 4 * 1 * 5} trained numbers" in printed
-    assert f"LoRA: {2 * 2 * 3 * (3 * 32 + 2 * 16)} trained numbers" in printed
+    assert f"NoRA: {2 * 4 * 1 * 5} trainable parameters" in printed
+    assert f"LoRA: {2 * 2 * 3 * (3 * 32 + 2 * 16)} trainable parameters" in printed
 
 
 def test_a_form_that_differs_is_an_error(name, monkeypatch):

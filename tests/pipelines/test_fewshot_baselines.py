@@ -341,7 +341,7 @@ def test_a_predictor_of_an_earlier_version_is_read(tmp_path):
 )
 def test_a_file_without_the_metadata_of_a_predictor_is_refused(tmp_path, told):
     write_tensors(tmp_path / "other.safetensors", {"weight": torch.zeros(3, WIDTH), "bias": torch.zeros(3)}, told)
-    with pytest.raises(InputError, match=r"The metadata of '.*other.safetensors' describe no predictor"):
+    with pytest.raises(InputError, match=r"The metadata of '.*other.safetensors' do not describe a predictor"):
         load_predictor(tmp_path / "other.safetensors")
 
 
@@ -362,10 +362,10 @@ def test_what_cannot_be_fitted_is_said():
     task = toy_task()
     with pytest.raises(InputError, match=r"method must be one of zeroshot, .*, got 'zero_shot'"):
         baselines.fit("zero_shot", task, seed=0)
-    with pytest.raises(InputError, match="Give FewShotTask its clip"):
+    with pytest.raises(InputError, match="Set clip of FewShotTask"):
         baselines.fit("coop", task, seed=0)
     bare = Examples(task.train.features, task.train.labels)
-    with pytest.raises(InputError, match="Give Examples its pixels"):
+    with pytest.raises(InputError, match="Set pixels of Examples"):
         baselines.fit("pixels", FewShotTask(CLASSES, task.class_features, 1.0, bare, bare), seed=0)
 
 
@@ -378,11 +378,11 @@ def test_a_task_that_does_not_fit_together_is_refused():
         Examples(features * math.nan, labels)
     with pytest.raises(InputError, match=r"of the same images, got features \(3,\), labels \(2,\)"):
         Examples(features, labels[:2])
-    with pytest.raises(InputError, match="there is none of 'teapot'"):
+    with pytest.raises(InputError, match="there are none of 'teapot'"):
         FewShotTask(CLASSES, features, 1.0, Examples(features[:2], labels[:2]), good)
     with pytest.raises(InputError, match=r"validation labels must be in \[0, 2\], got \[0, 3\]"):
         FewShotTask(CLASSES, features, 1.0, good, Examples(features[:2], torch.tensor([0, 3])))
     with pytest.raises(InputError, match="validation must hold at least one image"):
         FewShotTask(CLASSES, features, 1.0, good, Examples(features[:0], labels[:0]))
-    with pytest.raises(InputError, match="classes must be at least two, with a feature each"):
+    with pytest.raises(InputError, match="classes must be at least two, with one feature each"):
         FewShotTask(CLASSES[:2], features, 1.0, good, good)

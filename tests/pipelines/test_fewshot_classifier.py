@@ -230,7 +230,7 @@ def test_classes_that_cannot_be_added_are_named(random_clip, zero_shot, tmp_path
         classifier.with_classes("red star")
     assert classifier.with_classes() is classifier
     save_classifier(tmp_path / "probe", told(random_clip, "linear_probe"), predictor=Predictor(heads()["linear_probe"], 7))
-    with pytest.raises(InputError, match="'boat' cannot be added: this predictor's method needs images of every class"):
+    with pytest.raises(InputError, match="'boat' cannot be added: the method of this predictor needs images of every class"):
         FewShotClassifier.from_run(tmp_path / "probe").with_classes("boat")
 
 
@@ -356,7 +356,7 @@ def test_the_file_gives_back_what_was_written(random_clip, tmp_path):
         ({"classes": ["cat"]}, r"classes must be a list of two names or more, got \['cat'\]"),
         ({"classes": "cat"}, "classes must be a list of two names or more, got 'cat'"),
         ({"keys": ["a", " ", "c"]}, "keys must be a list of names"),
-        ({"keys": ["a"]}, "keys must be as many as the 3 classes, got 1"),
+        ({"keys": ["a"]}, "keys must have one entry for each of the 3 classes, got 1"),
         ({"templates": ["a photo"]}, "A prompt template must contain {} once"),
         ({"templates": []}, "templates must contain at least one prompt template, got none"),
         ({"scale": 1.5}, r"scale must be a number in \[0, 1\], got 1.5"),

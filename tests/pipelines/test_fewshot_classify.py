@@ -57,7 +57,7 @@ def test_what_is_printed_and_written_is_what_is_predicted(run, images, tmp_path,
     found = torch.tensor([list(map(float, row[3:])) for row in rows])
     torch.testing.assert_close(found, expected.probabilities, atol=1e-5, rtol=0)
     printed = capsys.readouterr().out.splitlines()
-    assert re.split("  +", printed[0]) == ["image", "class", "probability", "or else"]
+    assert re.split("  +", printed[0]) == ["image", "class", "probability", "alternatives"]
     for line, name, (best, other) in zip(printed[1:], images, expected.top(2), strict=True):
         assert re.split("  +", line) == [name, best[0], f"{best[1]:.1%}", f"{other[0]} {other[1]:.1%}"]
 

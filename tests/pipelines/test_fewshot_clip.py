@@ -64,7 +64,7 @@ def test_texts_whose_end_token_is_not_the_largest_id_are_read_to_their_own():
     tokens = prompts(4, 9).masked_fill(prompts(4, 9) == 7, 8)
     tokens = torch.where(tokens == END, 7, tokens)
     torch.testing.assert_close(clip_of(model).encode_texts(tokens), model.encode_text(tokens, normalize=True))
-    assert clip_of(model).end_places(tokens).tolist() == [3, 8]
+    assert clip_of(model).end_positions(tokens).tolist() == [3, 8]
 
 
 @torch.no_grad()
@@ -142,14 +142,14 @@ def test_a_pickle_is_refused_by_its_name_with_the_remedy(tiny_name, tmp_path, su
 def test_a_pickle_under_another_name_is_refused(tiny_name, tmp_path):
     file = tmp_path / "weights.safetensors"
     torch.save(tiny_clip().state_dict(), file)
-    with pytest.raises(InputError, match="no sound safetensors file"):
+    with pytest.raises(InputError, match="not a valid safetensors file"):
         load_clip(tiny_name, str(file))
 
 
 def test_weights_of_another_model_are_refused_by_file_and_model(tiny_name, tmp_path):
     file = tmp_path / "other.safetensors"
     save_file(tiny_clip(vision_cfg={"layers": 2}).state_dict(), file)
-    with pytest.raises(InputError, match=r"other\.safetensors does not hold the weights of tiny-clip"):
+    with pytest.raises(InputError, match=r"other\.safetensors does not contain the weights of tiny-clip"):
         load_clip(tiny_name, str(file))
 
 

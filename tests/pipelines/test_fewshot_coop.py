@@ -68,16 +68,16 @@ def test_coop_trains_the_context_alone_and_fits_the_images():
     assert all(parameter.grad is None for parameter in clip.model.parameters())
 
 
-def test_a_text_tower_without_an_end_token_is_refused():
+def test_a_text_encoder_that_does_not_pool_at_the_end_token_is_refused():
     model = tiny_clip(custom_text=True, text_cfg={"no_causal_mask": True, "pool_type": "last"})
     clip = Clip(model, preprocess=None, tokenizer=None, name="other")
     shown = Examples(torch.eye(3, 24), torch.arange(3))
-    with pytest.raises(InputError, match="reads up to its end token, as CLIP's does; other's does not"):
+    with pytest.raises(InputError, match="pools at the end token, as in CLIP, unlike that of other"):
         coop.fit(FewShotTask(CLASSES, torch.eye(3, 24), 1.0, shown, shown, clip), seed=0)
 
 
-def test_a_tokenizer_that_spells_the_placeholder_is_refused():
+def test_a_tokenizer_that_splits_the_placeholder_is_refused():
     clip = toy_clip(context=24)
     spelled = Clip(clip.model, None, lambda texts: clip.tokenizer([text.replace("X", "a grey") for text in texts]), "spelling")
-    with pytest.raises(InputError, match="one token for 'X', not spelling's"):
+    with pytest.raises(InputError, match="one token for 'X', unlike that of spelling"):
         coop.prompts_with_context(spelled, CLASSES, lengths=(4,))

@@ -124,7 +124,7 @@ def test_each_failure_of_a_tag_says_what_to_do(open_clip_hub, monkeypatch, weigh
     del open_clip_hub.repositories[TINY]
     assert f"Check the name on {open_clip_hub.endpoint}/{TINY}" in refused(load_clip, "tiny-hub", "hub")
     open_clip_hub.add(TINY, {"open_clip_pytorch_model.bin": b"a pickle"})
-    assert "exist as a pickle alone, which is not opened" in refused(load_clip, "tiny-hub", "hub")
+    assert "exist only as a pickle, which is not opened" in refused(load_clip, "tiny-hub", "hub")
     open_clip_hub.status = 502
     assert "server error (502)" in refused(load_clip, "tiny-hub", "hub")
     assert "open_clip_pytorch_model.bin" not in open_clip_hub.downloads()
@@ -138,7 +138,7 @@ def test_a_model_of_open_clip_loads_by_its_hub_name_and_then_without_a_network(h
     assert loads_the_tiny_model(f"hf-hub:{TINY}")
     assert "open_clip_pytorch_model.bin" not in hub_server.downloads()
     hub_server.add("someone/pickled", {CONFIG_FILE: configuration, "open_clip_pytorch_model.bin": b"a pickle"})
-    assert f"'someone/pickled' has no {WEIGHTS_FILE}" in refused(load_clip, "hf-hub:someone/pickled")
+    assert f"'someone/pickled' on the hub must have {WEIGHTS_FILE}" in refused(load_clip, "hf-hub:someone/pickled")
     cut_off(hub_server, offline, monkeypatch)
     assert loads_the_tiny_model(f"hf-hub:{TINY}")
     assert "or give --model a folder with open_clip_config.json, or 'mini'." in refused(load_clip, "hf-hub:someone/else")

@@ -9,7 +9,7 @@ from torch import nn
 
 from pipelines.corpus import corpus_scenes, rendered_corpus, split_held_out
 from pipelines.mini_clip import encode_texts, new_model, tokenize, write_configuration
-from pipelines.mini_clip_data import altered, augment, draw_parts
+from pipelines.mini_clip_data import altered, augment, sample_parts
 from pipelines.mini_clip_loss import ClassNameLoss
 from pipelines.mini_sdxl import PROMPT_WORDS, reduced_tokenizer
 from pipelines.scenes import PARTS, Scene, sample_scene
@@ -88,7 +88,7 @@ def test_equal_captions_share_the_target(loss, tokenizer):
 def test_a_wrong_caption_differs_from_the_right_one_in_one_part_that_is_spoken_of():
     rng, scenes = np.random.default_rng(0), random.Random(0)
     for _ in range(300):
-        scene, parts = sample_scene(scenes), draw_parts(rng)
+        scene, parts = sample_scene(scenes), sample_parts(rng)
         other = altered(scene, parts, rng)
         different = [part for part in PARTS if getattr(scene, part) != getattr(other, part)]
         assert len(different) == 1 or (not different and scene.glyph != other.glyph)

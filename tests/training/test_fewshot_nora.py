@@ -311,7 +311,7 @@ def test_the_split_of_a_dataset_is_used_and_its_gaps_are_reported(random_clip, t
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--shots", "0"], "shots must be different numbers from 1, or all, got 0"),
+        (["--shots", "0"], "shots must be different numbers of at least 1, or all, got 0"),
         (["--shots", "few"], "got few"),
         (["--method", "nora", "magic"], "method must be .*magic"),
         (["--seeds", "1", "1"], "seeds must be .*different"),
@@ -319,7 +319,7 @@ def test_the_split_of_a_dataset_is_used_and_its_gaps_are_reported(random_clip, t
         (["--crop_scale", "0.9", "0.2"], "crop_scale must be two shares"),
         (["--class_names", "cats"], "written as folder=name, got 'cats'"),
         (["--inner_r", "40"], "inner_r"),
-        (["--export", "pickle"], "export must be some of"),
+        (["--export", "pickle"], "export must be any of"),
         (["--test_share", "1"], "test_share must lie between 0 and 1"),
     ],
 )

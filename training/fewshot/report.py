@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from statistics import fmean
 
 from pipelines.fewshot.metric_values import Interval
@@ -14,7 +15,15 @@ from training.fewshot.trials import Trial
 from training.options.fewshot import ALL, FewShotOptions
 from training.runs.fewshot_files import DatasetSummary, FewShotReport, MethodSummary, TrialResult
 
-AVERAGED = ("num_trainable_parameters", "stored_bytes", "seconds", "peak_memory")
+# The fields of a summary that are means over seeds, as attributes of a result.
+MEANS = {
+    "calibration_error": "test.calibration_error",
+    "calibrated_calibration_error": "calibrated.calibration_error",
+    "num_trainable_parameters": "num_trainable_parameters",
+    "stored_bytes": "stored_bytes",
+    "seconds": "seconds",
+    "peak_memory": "peak_memory",
+}
 
 
 def trials_of(options: FewShotOptions) -> list[Trial]:
@@ -92,9 +101,7 @@ def summary_of(results: Sequence[TrialResult]) -> MethodSummary:
         method=results[0].method,
         num_seeds=len(results),
         top1=over_seeds([result.test.top1 for result in results]),
-        calibration_error=fmean(result.test.calibration_error for result in results),
-        calibrated_calibration_error=fmean(result.calibrated.calibration_error for result in results),
-        **{name: fmean(getattr(result, name) for result in results) for name in AVERAGED},
+        **{name: fmean(map(attrgetter(attribute), results)) for name, attribute in MEANS.items()},
         new_classes=over_seeds([one.top1 for one in new]) if new else None,
         harmonic_mean=fmean(one.harmonic_mean for one in new) if new else None,
     )

@@ -340,8 +340,8 @@ def fit_trial(
         fitted = FittedBaseline(images, baselines.fit(trial.method, task, trial.seed))
     else:
         fitted = fit_adapter(accelerator, run, images, trial, options)
-        if not accelerator.is_main_process:
-            return None
+    if not accelerator.is_main_process:
+        return None
     cost = {"seconds": round(time.monotonic() - began, 2), "peak_memory": memory.read()}
     evaluation, folder = evaluate(fitted, images), trial.folder_in(run.path)
     fitted.save(run.path / folder, classifier_file(images.experiment, trial, fitted, evaluation.temperature, options))

@@ -118,9 +118,9 @@ class LabelledDataOptions:
             raise InputError(f"test_share must lie between 0 and 1, got {self.test_share}.")
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             given = " ".join(map(str, self.crop_scale))
-            raise InputError(f"crop_scale must be two shares, 0 < least <= largest <= 1, got {given}.")
+            raise InputError(f"crop_scale must be two shares with 0 < smallest <= largest <= 1, got {given}.")
         if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
-            raise InputError(f"seeds must be one or more different numbers, none below 0, got {self.seeds}.")
+            raise InputError(f"seeds must be different numbers of at least 0, got {self.seeds}.")
         self.all_shots()
         self.names_by_key()
 
@@ -128,7 +128,7 @@ class LabelledDataOptions:
         if self.dataset is not None and self.dataset not in SETS:
             raise InputError(f"dataset must be one of {', '.join(SETS)}, got {self.dataset!r}.")
         if self.dataset is not None and self.data_dir is None:
-            raise InputError("dataset needs --data_dir, the folder that holds the sets' folders.")
+            raise InputError("dataset needs --data_dir, the folder that contains the folders of the datasets.")
 
     def all_shots(self) -> list[Shots]:
         """The numbers of shots.
@@ -137,7 +137,7 @@ class LabelledDataOptions:
         """
         wrong = [given for given in self.shots if given != ALL and not (given.isdecimal() and int(given) >= 1)]
         if wrong or not self.shots or len(set(self.shots)) < len(self.shots):
-            raise InputError(f"shots must be different numbers from 1, or all, got {' '.join(self.shots) or 'nothing'}.")
+            raise InputError(f"shots must be different numbers of at least 1, or all, got {' '.join(self.shots) or 'nothing'}.")
         return [ALL if given == ALL else int(given) for given in self.shots]
 
     def names_by_key(self) -> dict[str, str]:
@@ -154,11 +154,11 @@ class LabelledDataOptions:
 @with_method_options("few-shot")
 @dataclass
 class FewShotMethodOptions:
-    """The methods, and the size of the adapters."""
+    """The methods, and the options of the adapter methods."""
 
     method: list[str] = field(
         default_factory=lambda: list(DEFAULT_METHODS),
-        metadata={"help": f"One method, or several to compare: {', '.join(BASELINES)}, {', '.join(method_names())}."},
+        metadata={"help": f"Methods to train and compare: {', '.join(BASELINES)}, {', '.join(method_names())}."},
     )
 
     _argument_group_name = "method"
@@ -167,7 +167,9 @@ class FewShotMethodOptions:
         methods = (*BASELINES, *method_names())
         wrong = [name for name in self.method if name not in methods]
         if wrong or not self.method or len(set(self.method)) < len(self.method):
-            raise InputError(f"method must be different ones of {', '.join(methods)}, got {' '.join(self.method) or 'nothing'}.")
+            raise InputError(
+                f"method must be one or more of {', '.join(methods)}, each once, got {' '.join(self.method) or 'nothing'}."
+            )
 
     def fill_in(self, built_in: bool) -> None:
         """Fill in the defaults. Raises: InputError if the adapters' options do not fit each other."""
@@ -184,7 +186,7 @@ class FewShotMethodOptions:
         return AdapterOptions(method, **options_of(self, "few-shot", method))
 
     def unused(self) -> list[str]:
-        """A sentence for each option that was given and has no effect."""
+        """A warning for each given option that has no effect."""
         return unused_options(self, "few-shot", self.adapters())
 
 
@@ -201,7 +203,7 @@ class FewShotOptimisationOptions:
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per optimisation step."})
     learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate. Default: depends on the method."})
     adam_weight_decay: float = field(default=1e-2, metadata={"help": "AdamW's weight decay."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Maximum norm of the gradients, which are clipped to it."})
 
     _argument_group_name = "optimisation"
 
@@ -230,10 +232,10 @@ class FewShotOutputOptions(RunOptions):
         super().__post_init__()
         wrong = [name for name in self.export if name not in EXPORTS]
         if wrong:
-            raise InputError(f"export must be some of {', '.join(EXPORTS)}, got {wrong[0]!r}.")
+            raise InputError(f"export must be any of {', '.join(EXPORTS)}, got {wrong[0]!r}.")
 
 
-# How many times faster the built-in model's narrow layers are trained.
+# Factor of the learning rates for the narrow layers of the built-in model.
 BUILT_IN_RATE_FACTOR = 50
 
 

@@ -17,7 +17,7 @@ from transformers import CLIPTokenizer
 
 from pipelines import mini_clip
 from pipelines.corpus import Corpus, corpus_scenes, join, part, rendered_corpus, split_held_out, to_pixels
-from pipelines.mini_clip_data import altered, augment, draw_parts
+from pipelines.mini_clip_data import altered, augment, sample_parts
 from pipelines.mini_clip_loss import ClassNameLoss
 from pipelines.mini_clip_scores import held_out_accuracy, scene_accuracies
 from pipelines.mini_sdxl import PROMPT_WORDS, RESOLUTION, reduced_tokenizer
@@ -102,7 +102,7 @@ class ClipBatches:
         """The keyword arguments of `ClassNameLoss` for the `index`-th batch."""
         pixels, chosen, rng = self.sampler.draw(index, self.count)
         labels = torch.from_numpy(self.data.labels[chosen])
-        parts = draw_parts(rng)
+        parts = sample_parts(rng)
         prefix = A_PHOTO if rng.random() < 0.5 else ""
         captions = torch.zeros(self.count, 1 + WRONG_CAPTIONS, mini_clip.MAX_TOKENS, dtype=torch.int64)
         for row in np.flatnonzero(labels.numpy() < 0):

@@ -1,7 +1,7 @@
-"""The door for baselines: `fit(name, task, seed)` gives a predictor, whatever the method. A new one is one line here.
+"""Baselines on frozen features: `fit(name, task, seed)` fits any of them. A new one needs one line in `BASELINES`.
 
-All see the same few images through the same frozen towers, and choose their settings on validation alone. Predictors go to
-files in `predictors`; `vocabulary` adds classes by their prompts.
+All baselines use the same images and frozen encoders, and choose their hyperparameters only on the validation images.
+`predictors` saves and loads them; `vocabulary` adds classes by their prompts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pipelines.fewshot.baselines.predictors import Predictor
     from pipelines.fewshot.baselines.task import FewShotTask
 
-# Where each one's function lies: a file is imported when its baseline is fitted, so that --help imports no scikit-learn.
+# Module and function of each baseline, imported when it is fitted, so that --help does not import scikit-learn.
 BASELINES = {
     "zeroshot": "zeroshot:fit",
     "linear_probe": "linear_probe:fit",
@@ -31,9 +31,9 @@ BASELINES = {
 
 
 def fit(name: str, task: FewShotTask, seed: int) -> Predictor:
-    """Fit the baseline called `name`; everything random is drawn from `seed`.
+    """Fit the baseline `name`; `seed` determines all random numbers.
 
-    Raises: InputError if there is none of that name, or the task lacks what it reads.
+    Raises: InputError for an unknown name, or a task without the data that the baseline needs.
     """
     if name not in BASELINES:
         raise InputError(f"method must be one of {', '.join(BASELINES)}, got {name!r}.")

@@ -1,4 +1,4 @@
-"""The one way in which baselines choose: on the few validation images, and on nothing else."""
+"""The choice of hyperparameters on the validation images, shared by all baselines."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Candidate = TypeVar("Candidate")
 
 
 def choose(candidates: Iterable[tuple[Candidate, torch.Tensor]], labels: torch.Tensor) -> Candidate:
-    """The candidate that names most images rightly; of equals that with the lowest cross-entropy, then the first.
+    """The candidate with the highest accuracy; ties are broken by the lowest cross-entropy, then by order.
 
-    Few images give few different accuracies, hence the cross-entropy. A candidate with logits that are not finite is out.
+    Ties are common, since a few images allow only a few accuracies. Candidates with non-finite logits are skipped.
 
     Args:
-        candidates: each with its logits on the validation images, (n, classes).
+        candidates: each with its logits (n, classes) on the validation images.
         labels: (n,) int64.
     Raises: InputError if there is no candidate, or none with finite logits.
     """
@@ -38,18 +38,18 @@ def choose(candidates: Iterable[tuple[Candidate, torch.Tensor]], labels: torch.T
         if best is None or score > best:
             best, chosen = score, [candidate]
     if not chosen:
-        raise InputError(f"None of {tried} settings gives finite logits on the validation images. Lower the learning rates.")
+        raise InputError(f"None of the {tried} settings gives finite logits on the validation images. Lower the learning rates.")
     return chosen[0]
 
 
 def choose_predictor(predictors: Iterable[Predictor], total: int, validation: Examples) -> Predictor:
-    """The one of `total` predictors, fitted as they are asked for, that `choose` chooses on `validation`."""
+    """Fit `total` predictors one by one and return the one that `choose` selects on `validation`."""
     bar = tqdm(predictors, total=total, desc="fitting settings", leave=False, delay=5)
     return choose(((one, one.logits(inputs_of(one, validation))) for one in bar), validation.labels)
 
 
 def inputs_of(predictor: Predictor, examples: Examples) -> torch.Tensor:
-    """What `predictor` reads of `examples`: (n, width)."""
+    """The input (n, width) of `predictor` for `examples`."""
     return examples.features if predictor.reads == "features" else pixels_of(examples)
 
 
@@ -59,5 +59,5 @@ def pixels_of(examples: Examples) -> torch.Tensor:
     Raises: InputError if there are none.
     """
     if examples.pixels is None:
-        raise InputError("The method 'pixels' needs the images' raw pixels, got features only. Give Examples its pixels.")
+        raise InputError("The method 'pixels' needs raw pixels, got features only. Set pixels of Examples.")
     return examples.pixels

@@ -1,4 +1,4 @@
-"""CLAP: a linear probe held near the classes' prompts, most where those are right  [Silva-Rodriguez et al. 2024].
+"""CLAP: a linear probe with a penalty on its distance from the class prompts  [Silva-Rodriguez et al. 2024].
 
 "A closer look at the few-shot adaptation of large vision-language models", arXiv 2312.12730.
 """
@@ -16,15 +16,15 @@ from pipelines.fewshot.baselines.task import FewShotTask
 from pipelines.fewshot.baselines.training import Schedule, sgd, train
 from pipelines.randomness import keyed_generator
 
-# The authors' prototypes are about ten times as long, trained with a rate of 0.1: a hundredth of it gives the same cosines.
+# The authors train prototypes of about ten times the length at a rate of 0.1; a hundredth of it changes the cosines equally.
 LEARNING_RATES = (1e-3, 1e-2)
-# Squared lengths that the authors' prototypes may have.
+# The range of squared lengths of the authors' prototypes.
 PENALTY_WEIGHTS = (100.0, 10.0, 1.0)
 EPOCHS = 300
 
 
 def multipliers(task: FewShotTask) -> torch.Tensor:
-    """Mean zero-shot probability of the true class over the images of each class, (classes,)."""
+    """Mean zero-shot probability of the true class over the training images of each class: (classes,)."""
     views = task.train.all_views()
     probabilities = (views @ task.zero_shot_weight().T).softmax(dim=-1).mean(dim=0)
     true_class = probabilities.gather(1, task.train.labels[:, None])[:, 0]
@@ -34,15 +34,15 @@ def multipliers(task: FewShotTask) -> torch.Tensor:
 def fit(task: FewShotTask, seed: int) -> Predictor:
     """min over W of  mean -log softmax(scale cos(x, w))[y] + penalty_weight mean_c lambda_c |w_c - t_c|^2,  from W = T.
 
-    The multipliers lambda stay at their start, as in the authors' runs. The authors do without validation; on features of
-    length 1 the weight of the penalty depends on the tower, so `penalty_weight` and the learning rate are chosen there.
+    The multipliers lambda stay at their initial values, as in the authors' experiments. Unlike there, `penalty_weight` and the
+    learning rate are chosen on the validation images: with features of length 1 the best penalty depends on the encoder.
     """
     settings = list(product(PENALTY_WEIGHTS, LEARNING_RATES))
     return choose_predictor((constrained_probe(task, seed, *one) for one in settings), len(settings), task.validation)
 
 
 def constrained_probe(task: FewShotTask, seed: int, penalty_weight: float, learning_rate: float) -> Predictor:
-    """The predictor of one setting."""
+    """Train the predictor of one setting."""
     start, weights = task.class_features, multipliers(task)
     prototypes = start.clone().requires_grad_()
 

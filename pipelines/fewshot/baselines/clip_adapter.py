@@ -1,4 +1,4 @@
-"""CLIP-Adapter: a bottleneck beside the image features, mixed with them  [Gao et al. 2021].
+"""CLIP-Adapter: image features mixed with the output of a bottleneck on them  [Gao et al. 2021].
 
 "CLIP-Adapter: better vision-language models with feature adapters", arXiv 2110.04544.
 """
@@ -24,15 +24,15 @@ LEARNING_RATES = (1e-3, 1e-2, 1e-1)
 def fit(task: FewShotTask, seed: int) -> Predictor:
     """min over D, U of  mean -log softmax(scale cos(ratio relu(U relu(D x)) + (1 - ratio) x, T))[y].
 
-    Without biases the bottleneck of c x is c times that of x, so that unit features serve as well as the tower's own. The
-    ratio and the learning rate are chosen on validation, from the grid of Silva-Rodriguez et al. 2024.
+    Without biases the bottleneck is positively homogeneous, so features of length 1 are as good as the encoder's. The ratio
+    and the learning rate are chosen on the validation images, from the grid of Silva-Rodriguez et al. 2024.
     """
     settings = list(product(LEARNING_RATES, RATIOS))
     return choose_predictor((bottleneck(task, seed, *one) for one in settings), len(settings), task.validation)
 
 
 def bottleneck(task: FewShotTask, seed: int, learning_rate: float, ratio: float) -> Predictor:
-    """The predictor of one setting."""
+    """Train the predictor of one setting."""
     generator, width = keyed_generator(seed), task.class_features.shape[1]
     hidden = max(1, width // REDUCTION)
     down = _start(hidden, width, generator).to(task.class_features).requires_grad_()
@@ -49,5 +49,5 @@ def bottleneck(task: FewShotTask, seed: int, learning_rate: float, ratio: float)
 
 
 def _start(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
-    """As nn.Linear starts: uniform in +-1 / sqrt(columns), (rows, columns)."""
+    """The initial weight (rows, columns) of nn.Linear: uniform in +-1 / sqrt(columns)."""
     return (2 * torch.rand(rows, columns, generator=generator) - 1) / columns**0.5

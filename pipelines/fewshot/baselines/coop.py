@@ -1,4 +1,4 @@
-"""CoOp: words before the class's name that no one can read, learned through the text tower  [Zhou et al. 2022].
+"""CoOp: learned context vectors before the class name in the prompts  [Zhou et al. 2022].
 
 "Learning to prompt for vision-language models", arXiv 2109.01134.
 """
@@ -21,21 +21,21 @@ from pipelines.fewshot.baselines.training import Schedule, sgd, train
 from pipelines.fewshot.prompts import clean_name
 from pipelines.randomness import keyed_generator
 
-# Words of the context: as many as the longest name leaves room for.
+# Context lengths in tokens; the first that leaves room for the longest class name is used.
 LENGTHS = (16, 8, 4)
 PLACEHOLDER, SPREAD, BATCH_SIZE = "X", 0.02, 32
-# The authors' rate comes first; towers that are less sure than theirs need more.
+# The authors' rate first; less confident models need higher rates.
 LEARNING_RATES = (2e-3, 2e-2, 2e-1)
 
 
 @dataclass(frozen=True)
 class ContextPrompts:
-    """The classes' prompts, with room for a context after the start token.
+    """The prompts of the classes, with room for a context after the start token.
 
     Args:
-        clip: whose text tower reads them.
-        tokens: (classes, tokens) int64, placeholders where the context goes.
-        length: of the context, in tokens.
+        clip: the model.
+        tokens: (classes, tokens) int64, with placeholders for the context.
+        length: length of the context in tokens.
     """
 
     clip: Clip
@@ -44,12 +44,12 @@ class ContextPrompts:
 
     @property
     def embedding(self) -> nn.Embedding:
-        """The text tower's embedding of tokens."""
+        """The token embedding of the text encoder."""
         return self.clip.text_tower.token_embedding
 
     def features(self, context: torch.Tensor) -> torch.Tensor:
-        """The unit features of the classes after `context` (length, token width): (classes, d); gradients pass."""
-        ends = self.clip.end_places(self.tokens)
+        """Class features (classes, d) of length 1 with `context` (length, token width), differentiable."""
+        ends = self.clip.end_positions(self.tokens)
         embedded = self.embedding(self.tokens[:, : int(ends.max()) + 1])
         expanded = context.to(embedded.dtype).expand(len(embedded), -1, -1)
         embedded = torch.cat([embedded[:, :1], expanded, embedded[:, 1 + self.length :]], dim=1)
@@ -57,46 +57,52 @@ class ContextPrompts:
 
 
 def prompts_with_context(clip: Clip, classes: Sequence[str], lengths: Sequence[int] = LENGTHS) -> ContextPrompts:
-    """The prompts "X X ... name.", with the first of `lengths` that leaves every name whole.
+    """The prompts "X X ... name." with the first of `lengths` that leaves room for every name.
 
-    Raises: InputError if none does, or the tokenizer has no single token for a placeholder.
+    Raises: InputError if none does, or the tokenizer does not encode the placeholder as one token.
     """
     names = [clean_name(name) + "." for name in classes]
-    ends = clip.end_places(clip.tokenizer(names))
+    ends = clip.end_positions(clip.tokenizer(names))
     for length in lengths:
         tokens = clip.tokenizer([" ".join([PLACEHOLDER] * length) + " " + name for name in names])
         if int(ends.max()) + length >= tokens.shape[1]:
             continue
-        if not torch.equal(clip.end_places(tokens), ends + length) or len(tokens[:, 1 : 1 + length].unique()) != 1:
-            raise InputError(f"coop needs a tokenizer with a start token and one token for {PLACEHOLDER!r}, not {clip.name}'s.")
+        if not torch.equal(clip.end_positions(tokens), ends + length) or len(tokens[:, 1 : 1 + length].unique()) != 1:
+            raise InputError(
+                f"coop needs a tokenizer with a start token and one token for {PLACEHOLDER!r}, unlike that of {clip.name}. "
+                "Use another model."
+            )
         return ContextPrompts(clip, tokens.to(clip.device), length)
     raise InputError(
-        f"coop needs room for {min(lengths)} tokens before every class's name; {classes[int(ends.argmax())]!r} leaves none. "
-        "Shorten that name."
+        f"coop needs room for {min(lengths)} tokens before every class name, but {classes[int(ends.argmax())]!r} is too long. "
+        "Shorten this name."
     )
 
 
 def fit(task: FewShotTask, seed: int) -> Predictor:
     """min over v of  mean -log softmax(scale cos(x, g([v_1] ... [v_M] name)))[y],  v drawn from N(0, 0.02^2).
 
-    One context for all classes, the name at the end. The learning rate is chosen on validation. The context is all that is
-    trained; it is kept with the classifier that it gives.
+    All classes share one context, followed by the class name. Only the context is trained; it is saved with the classifier.
+    The learning rate is chosen on the validation images.
 
-    Raises: InputError if the task has no `clip`, its text tower is no CLIP's, or a name leaves no room for a context.
+    Raises: InputError if the task has no `clip`, its text encoder is not supported, or a class name is too long.
     """
     if task.clip is None:
         raise InputError(
-            "The method 'coop' trains through the text tower, got a task of features only. Give FewShotTask its clip."
+            "The method 'coop' trains through the text encoder, got a task without a model. Set clip of FewShotTask."
         )
     if not task.clip.reads_up_to_the_end_token:
-        raise InputError(f"coop needs a text tower that reads up to its end token, as CLIP's does; {task.clip.name}'s does not.")
+        raise InputError(
+            f"coop needs a causal text encoder that pools at the end token, as in CLIP, unlike that of {task.clip.name}. "
+            "Use another model."
+        )
     prompts = prompts_with_context(task.clip, task.classes)
     predictors = (learned(task, prompts, seed, rate) for rate in LEARNING_RATES)
     return choose_predictor(predictors, len(LEARNING_RATES), task.validation)
 
 
 def learned(task: FewShotTask, prompts: ContextPrompts, seed: int, learning_rate: float) -> Predictor:
-    """The predictor of one learning rate."""
+    """Train the predictor of one learning rate."""
     generator, embedded = keyed_generator(seed), prompts.embedding.weight
     initial_context = SPREAD * torch.randn(prompts.length, embedded.shape[1], generator=generator)
     context = initial_context.to(embedded.device).requires_grad_()
@@ -115,7 +121,7 @@ def learned(task: FewShotTask, prompts: ContextPrompts, seed: int, learning_rate
 
 
 def epochs_for(shots: int) -> int:
-    """The authors' epochs for so many images a class."""
+    """The authors' number of epochs for `shots` images per class."""
     if shots == 1:
         return 50
     return 100 if shots <= 4 else 200

@@ -1,4 +1,4 @@
-"""Gaussian discriminant analysis beside the prompts, without training  [Wang et al. 2024].
+"""Gaussian discriminant analysis added to zero-shot classification, without training  [Wang et al. 2024].
 
 "A hard-to-beat baseline for training-free CLIP-based adaptation", arXiv 2402.04087.
 """
@@ -13,7 +13,7 @@ from pipelines.fewshot.baselines.choosing import choose
 from pipelines.fewshot.baselines.predictors import LinearHead, Predictor
 from pipelines.fewshot.baselines.task import FewShotTask
 
-# Mean squared distance from the class's mean, of unit features: what rounding leaves is none.
+# Smaller mean squared distances of unit features from their class means are rounding errors.
 LEAST_SPREAD = 1e-12
 ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 
@@ -22,9 +22,9 @@ def gaussian_classifier(features: torch.Tensor, labels: torch.Tensor, classes: i
     """The classifier of Gaussian classes with one covariance and equal priors, in double precision.
 
         w_c = P m_c;   b_c = log(1 / classes) - m_c P m_c / 2
-        P = d ((N - 1) S + tr(S) I)^-1,  the precision's ridge-like estimate of Kubokawa and Srivastava
+        P = d ((N - 1) S + tr(S) I)^-1,  the ridge-like estimate of the precision by Kubokawa and Srivastava
 
-    with the means m, and S the covariance (over N - 1) about them. Without any spread, as of one image a class, P = I.
+    with the class means m and the covariance S about them, over N - 1. Without any spread, P = I.
 
     Args:
         features: (N, d); labels: (N,) int64, every class at least once.
@@ -44,13 +44,13 @@ def gaussian_classifier(features: torch.Tensor, labels: torch.Tensor, classes: i
 
 
 def fit(task: FewShotTask, seed: int) -> Predictor:
-    """logits = scale T x + alpha (W x + b),  alpha chosen on validation. Every view of an image counts as an image."""
+    """logits = scale T x + alpha (W x + b),  alpha chosen on the validation images. Every view counts as an image."""
     views = task.train.all_views()
     weight, bias = gaussian_classifier(views.flatten(0, 1), task.train.labels.repeat(len(views)), len(task.classes))
     weight, bias, zero_shot = weight.float(), bias.float(), task.zero_shot_weight()
 
     def head(alpha: float) -> LinearHead:
-        """Both classifiers in one."""
+        """The sum of both classifiers."""
         return LinearHead(weight=zero_shot + alpha * weight, bias=alpha * bias)
 
     features = task.validation.features

@@ -1,4 +1,4 @@
-"""A linear probe: logistic regression on the image tower's features, prompts unused  [Radford et al. 2021, A.3]."""
+"""Linear probe: logistic regression on image features, without prompts  [Radford et al. 2021, A.3]."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pipelines.fewshot.baselines.task import FewShotTask
 
 
 def fit(task: FewShotTask, seed: int) -> Predictor:
-    """min over W, b of  sum -log softmax(W x + b)[y] + |W|^2 / 2 C,  C chosen on validation.
+    """min over W, b of  sum -log softmax(W x + b)[y] + |W|^2 / 2 C,  C chosen on the validation images.
 
-    x is counted from the images' mean in units of their root mean square distance from it, so that the same C serve every
-    tower. The solver draws nothing: `seed` changes nothing.
+    x is centred on the mean of the images and divided by their root mean square distance from it, so that the same values of C
+    suit every encoder. The solver is deterministic: `seed` has no effect.
     """
     path = regularisation_path(task.train.features, task.train.labels)
     predictors = (Predictor(head, head.weight.numel() + head.bias.numel(), {"C": C}) for C, head in path)

@@ -1,4 +1,4 @@
-"""Logistic regression, by scikit-learn, its penalty chosen on validation."""
+"""Logistic regression by scikit-learn for a range of penalties."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from sklearn.linear_model import LogisticRegression
 
 from pipelines.fewshot.baselines.predictors import LinearHead
 
-# Inverse penalties, from the most cautious, for inputs of root mean square length 1 about their mean.
+# Inverse penalties, strongest penalty first, for centred inputs of root mean square length 1.
 INVERSE_PENALTIES = tuple(float(value) for value in np.logspace(-2, 4, 13))
 MAX_ITERATIONS = 1000
 
 
 @dataclass(frozen=True)
 class Span:
-    """Inputs in coordinates of their own span, where a penalised fit is the same and as small as there are images.
+    """Coordinates in the span of the inputs, in which a penalised fit has the same solution and at most n dimensions.
 
-        z = (x - mean) V / length        the minimum of  sum loss(c . z) + |c|^2 / 2 C  has no part outside the span
+        z = (x - mean) V / length        the minimum of  sum loss(c . z) + |c|^2 / 2 C  lies in the span
 
     Args:
-        mean: (width,); axes V: (width, rank), orthonormal; length: the root mean square distance from the mean.
+        mean: (width,).
+        axes: V (width, rank), orthonormal.
+        length: root mean square distance from the mean.
     """
 
     mean: np.ndarray
@@ -34,18 +36,18 @@ class Span:
 
     @classmethod
     def of(cls, inputs: np.ndarray) -> Span:
-        """The span of `inputs`, (n, width)."""
+        """The span of `inputs` (n, width)."""
         mean = inputs.mean(axis=0)
         centred = inputs - mean
         length = float(np.sqrt(np.square(centred).sum(axis=1).mean())) or 1.0
         return cls(mean, np.linalg.svd(centred, full_matrices=False)[2].T, length)
 
     def coordinates(self, inputs: np.ndarray) -> np.ndarray:
-        """(n, width) to (n, rank)."""
+        """The coordinates (n, rank) of `inputs` (n, width)."""
         return (inputs - self.mean) @ self.axes / self.length
 
     def head(self, coefficients: np.ndarray, intercepts: np.ndarray) -> LinearHead:
-        """The classifier of inputs that a fit (classes, rank), (classes,) of their coordinates is."""
+        """The classifier of inputs for a fit of their coordinates: coefficients (classes, rank), intercepts (classes,)."""
         weight = coefficients @ self.axes.T / self.length
         bias = intercepts - weight @ self.mean
         return LinearHead(weight=torch.from_numpy(weight), bias=torch.from_numpy(bias))
@@ -54,7 +56,7 @@ class Span:
 def regularisation_path(
     inputs: torch.Tensor, labels: torch.Tensor, inverse_penalties: tuple[float, ...] = INVERSE_PENALTIES
 ) -> Iterator[tuple[float, LinearHead]]:
-    """Every C of `inverse_penalties` with the multinomial logistic regression that it gives.
+    """Fit multinomial logistic regression for each C of `inverse_penalties`.
 
     Args:
         inputs: (n, width).
@@ -63,7 +65,7 @@ def regularisation_path(
     values, classes = inputs.double().cpu().numpy(), labels.cpu().numpy()
     span = Span.of(values)
     coordinates = span.coordinates(values)
-    # Warm: each fit starts where the one with a stronger penalty ended.
+    # With warm_start each fit starts from the solution with the previous, stronger penalty.
     model = LogisticRegression(max_iter=MAX_ITERATIONS, warm_start=True)
     for inverse_penalty in inverse_penalties:
         model.set_params(C=inverse_penalty)
@@ -72,6 +74,6 @@ def regularisation_path(
             model.fit(coordinates, classes)
         coefficients, intercepts = model.coef_, model.intercept_
         if len(coefficients) == 1:
-            # Of two classes scikit-learn keeps the second alone, against zero.
+            # For two classes scikit-learn stores only the second, relative to zero.
             coefficients, intercepts = np.vstack([0 * coefficients, coefficients]), np.append(0.0, intercepts)
         yield inverse_penalty, span.head(coefficients, intercepts)

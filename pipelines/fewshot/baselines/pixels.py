@@ -1,4 +1,4 @@
-"""The control: logistic regression on raw pixels. What does not beat it has learned nothing from CLIP."""
+"""The control: logistic regression on raw pixels. A method that does not beat it gains nothing from CLIP."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipelines.fewshot.baselines.task import FewShotTask
 
 
 def fit(task: FewShotTask, seed: int) -> Predictor:
-    """As `linear_probe`, of the images' raw pixels (see `raw_pixels`); its `logits` takes those too.
+    """Like `linear_probe`, but on raw pixels (see `raw_pixels`), which are also the input of the predictor.
 
     Raises: InputError if the task's examples have no pixels.
     """

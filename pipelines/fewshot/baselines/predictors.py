@@ -1,4 +1,4 @@
-"""What a baseline has learned, in a form that names images and that a file holds: tensors, their names, and nothing else."""
+"""Fitted baselines: classifiers whose state is only named tensors, and their files."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from torch.nn import functional as F
 from nora_vision.files import read_header, read_tensors, write_tensors
 from pipelines.errors import InputError
 
-# Single numbers are kept as tensors of this shape.
+# Shape of scalars, which are stored as tensors.
 SCALAR: tuple[str, ...] = ()
-# Inputs at a time: a cache compares each with all its keys.
+# Inputs per batch, since a key-value cache compares each with all its keys.
 BATCH = 1024
 PREDICTOR = "predictor"
 
 
 class Head(nn.Module):
-    """A classifier of unit features, or of raw pixels.
+    """A classifier on features of length 1, or on raw pixels.
 
     Args:
-        tensors: those that `shapes` names, with sizes that agree wherever its words do.
-    Raises: InputError if they are others.
+        tensors: one for each entry of `shapes`; equal words in the shapes mean equal sizes.
+    Raises: InputError for missing or further tensors, or other shapes.
     """
 
     shapes: ClassVar[dict[str, tuple[str, ...]]]
@@ -45,7 +45,7 @@ class Head(nn.Module):
             self.register_buffer(name, tensors[name].detach().float())
 
     def with_rows(self, rows: torch.Tensor) -> Head:
-        """The same with more classes, which come last: of its weight `rows` (more, width), of all else about classes zeros."""
+        """The head with classes appended: `rows` (more, width) for the weight, zeros for all other tensors."""
         buffers = {}
         for name, words in self.shapes.items():
             buffers[name] = buffer = self.get_buffer(name)
@@ -64,7 +64,7 @@ class LinearHead(Head):
 
     @classmethod
     def unbiased(cls, weight: torch.Tensor) -> LinearHead:
-        """With a bias of zero; `weight` is (classes, width)."""
+        """The head with `weight` (classes, width) and zero bias."""
         return cls(weight=weight, bias=torch.zeros_like(weight[:, 0]))
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -73,7 +73,7 @@ class LinearHead(Head):
 
 
 class Prompted(LinearHead):
-    """A linear classifier whose weight is that of prompts after a learned context, which is kept."""
+    """A linear classifier computed from prompts with a learned context, which is stored too."""
 
     shapes: ClassVar = {**LinearHead.shapes, "context": ("tokens", "token width")}
 
@@ -112,10 +112,11 @@ class Bottleneck(Head):
 def key_value_logits(
     features: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, beta: float | torch.Tensor
 ) -> torch.Tensor:
-    """exp(-beta (1 - K x)) V: how near each class's images are.
+    """exp(-beta (1 - K x)) V: the similarity to the training images of each class.
 
     Args:
-        features: (n, d); keys: (images, d), both of length 1.
+        features: (n, d), of length 1.
+        keys: (images, d), of length 1.
         values: (images, classes), one-hot.
     Returns: (n, classes).
     """
@@ -123,9 +124,9 @@ def key_value_logits(
 
 
 def adapted(features: torch.Tensor, down: torch.Tensor, up: torch.Tensor, ratio: float | torch.Tensor) -> torch.Tensor:
-    """Features (n, d) after a bottleneck beside them, down (hidden, d) and up (d, hidden); of length 1."""
-    beside = F.linear(F.linear(features, down).relu(), up).relu()
-    return F.normalize(ratio * beside + (1 - ratio) * features, dim=-1)
+    """Features (n, d) of length 1, mixed with their bottleneck: down (hidden, d), up (d, hidden)."""
+    bottleneck = F.linear(F.linear(features, down).relu(), up).relu()
+    return F.normalize(ratio * bottleneck + (1 - ratio) * features, dim=-1)
 
 
 READABLE: dict[str, Literal["features", "pixels"]] = {"features": "features", "pixels": "pixels"}
@@ -147,7 +148,7 @@ class Predictor:
         num_trainable_parameters: number of parameters set by a gradient or a solver; counts and copies are not included.
         setting: hyperparameters chosen on the validation images.
         reads: the input of `logits`: unit features of images, or the output of `raw_pixels`.
-        open_vocabulary: whether it compares images with prompts, so that a prompt is enough to add a class.
+        open_vocabulary: whether classes can be added by their prompts alone.
     """
 
     head: Head
@@ -158,7 +159,7 @@ class Predictor:
 
     @torch.no_grad()
     def logits(self, inputs: torch.Tensor) -> torch.Tensor:
-        """(n, width) to (n, classes) float32, where the head is."""
+        """(n, width) to (n, classes) float32, on the device of the head."""
         return torch.cat([self.head(part.to(next(self.head.buffers()))) for part in inputs.split(BATCH)])
 
     @property
@@ -194,6 +195,6 @@ def load_predictor(path: Path) -> Predictor:
         open_vocabulary = bool(metadata["open_vocabulary"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"The metadata of {str(path)!r} describe no predictor ({error}). Give the file of a baseline."
+            f"The metadata of {str(path)!r} do not describe a predictor ({error}). Use the file of a baseline."
         ) from error
     return Predictor(kind(**read_tensors(path)), num_trainable_parameters, setting, reads, open_vocabulary)

@@ -1,4 +1,4 @@
-"""What every baseline is given: the few images of each class, seen through frozen towers. It holds no test image."""
+"""The input of every baseline: features of the training and validation images by the frozen encoders, no test images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from pipelines.clip import Clip
 from pipelines.errors import InputError
 
-# Of a unit feature's length, in half precision.
+# Largest error of a feature's length in half precision.
 LENGTH_TOLERANCE = 1e-2
 
 
@@ -19,8 +19,8 @@ class Examples:
 
     Args:
         features: (n, d), of length 1.
-        labels: (n,) int64, places in the task's classes.
-        pixels: (n, p), what `raw_pixels` gives; only the method `pixels` reads them.
+        labels: (n,) int64, indices of the task's classes.
+        pixels: (n, p), from `raw_pixels`; only used by the method `pixels`.
         views: (v, n, d), features of length 1 of augmented views of the same images; None for no augmentation.
     Raises: InputError if the sizes differ, or a feature is not finite and of length 1.
     """
@@ -40,11 +40,11 @@ class Examples:
             described = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
             raise InputError(f"features, labels, pixels and views must be of the same images, got {described}.")
         lengths = self.all_views().norm(dim=-1)
-        # A comparison that is false for NaN too.
+        # Also refuses NaN.
         if not bool(((lengths - 1).abs() < LENGTH_TOLERANCE).all()):
             raise InputError(
                 f"features must be finite and of length 1, got lengths from {float(lengths.min())} to {float(lengths.max())}. "
-                "Normalise what the tower gives."
+                "Normalise the output of the encoder."
             )
 
     def __len__(self) -> int:
@@ -58,16 +58,16 @@ class Examples:
 
 @dataclass(frozen=True)
 class FewShotTask:
-    """A few labelled images of each class, and what the towers make of the classes' prompts.
+    """A few labelled images of each class, and the features of the class prompts.
 
     Args:
-        classes: names, as prompts have them.
+        classes: names of the classes, as used in prompts.
         class_features: (classes, d), of length 1.
-        logit_scale: what CLIP multiplies cosines by: the exponential of the model's parameter, such as 100.
-        train: what is learned from.
-        validation: what every setting is chosen on.
-        clip: the model itself, for methods that train through its text tower.
-    Raises: InputError if the parts do not fit each other, or a class has no training image.
+        logit_scale: CLIP's factor of the cosine similarities: the exponential of the model's parameter, such as 100.
+        train: the training images.
+        validation: the images to choose hyperparameters on.
+        clip: the model, for methods that train through its text encoder.
+    Raises: InputError if the fields do not fit each other, or a class has no training image.
     """
 
     classes: tuple[str, ...]
@@ -80,27 +80,29 @@ class FewShotTask:
     def __post_init__(self) -> None:
         count, width = self.class_features.shape
         if len(self.classes) != count or count < 2:
-            raise InputError(f"classes must be at least two, with a feature each, got {len(self.classes)} and {count} features.")
+            raise InputError(
+                f"classes must be at least two, with one feature each, got {len(self.classes)} and {count} features."
+            )
         for name, part in (("train", self.train), ("validation", self.validation)):
             if len(part) == 0:
                 raise InputError(f"{name} must hold at least one image, got none.")
             if part.features.shape[1] != width:
-                raise InputError(f"{name} features must be {width} wide as the classes', got {part.features.shape[1]}.")
+                raise InputError(f"{name} features must have the width {width} of class_features, got {part.features.shape[1]}.")
             if not 0 <= int(part.labels.min()) <= int(part.labels.max()) < count:
                 raise InputError(f"{name} labels must be in [0, {count - 1}], got {sorted(set(part.labels.tolist()))}.")
         missing = [self.classes[label] for label, images in enumerate(self.counts().tolist()) if images == 0]
         if missing:
-            raise InputError(f"Every class needs a training image; there is none of {', '.join(map(repr, missing))}.")
+            raise InputError(f"Every class needs a training image, but there are none of {', '.join(map(repr, missing))}.")
 
     def counts(self) -> torch.Tensor:
-        """(classes,) int64, the training images of each."""
+        """The number of training images of each class: (classes,) int64."""
         return torch.bincount(self.train.labels, minlength=len(self.classes))
 
     @property
     def shots(self) -> int:
-        """The training images of the class that has fewest."""
+        """The number of training images of the smallest class."""
         return int(self.counts().min())
 
     def zero_shot_weight(self) -> torch.Tensor:
-        """The classifier that prompts alone give, (classes, d): its logits are those of CLIP."""
+        """The weight (classes, d) of zero-shot classification: its logits are CLIP's."""
         return self.logit_scale * self.class_features

@@ -1,4 +1,4 @@
-"""TaskRes: the classes' prompt features, each moved by a learned residual  [Yu et al. 2023].
+"""TaskRes: a learned residual added to each class feature  [Yu et al. 2023].
 
 "Task residual for tuning vision-language models", arXiv 2211.10277.
 """
@@ -17,23 +17,23 @@ from pipelines.fewshot.baselines.task import FewShotTask
 from pipelines.fewshot.baselines.training import Schedule, train
 from pipelines.randomness import keyed_generator
 
-# The authors' two of each; the smallest rate comes first.
+# The authors' two values of each, and a smaller learning rate.
 ALPHAS = (0.5, 1.0)
 LEARNING_RATES = (2e-5, 2e-4, 2e-3)
 FEW_SHOTS, FEW_EPOCHS, MANY_EPOCHS = 4, 100, 200
 
 
 def fit(task: FewShotTask, seed: int) -> Predictor:
-    """min over R of  mean -log softmax(scale cos(x, t + alpha r))[y],  from R = 0, where it is zero-shot.
+    """min over R of  mean -log softmax(scale cos(x, t + alpha r))[y],  from R = 0 (zero-shot).
 
-    alpha and the learning rate are chosen on validation.
+    alpha and the learning rate are chosen on the validation images.
     """
     settings = list(product(LEARNING_RATES, ALPHAS))
     return choose_predictor((residual(task, seed, *one) for one in settings), len(settings), task.validation)
 
 
 def residual(task: FewShotTask, seed: int, learning_rate: float, alpha: float) -> Predictor:
-    """The predictor of one setting."""
+    """Train the predictor of one setting."""
     residuals = torch.zeros_like(task.class_features, requires_grad=True)
 
     def weight() -> torch.Tensor:

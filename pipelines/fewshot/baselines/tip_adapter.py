@@ -1,4 +1,4 @@
-"""Tip-Adapter: a cache of the few images beside the prompts, as it is or with trained keys  [Zhang et al. 2022].
+"""Tip-Adapter: a key-value cache of the training images added to zero-shot, with fixed or trained keys  [Zhang et al. 2022].
 
 "Tip-Adapter: training-free adaption of CLIP for few-shot classification", arXiv 2207.09519.
 """
@@ -22,41 +22,41 @@ from pipelines.randomness import keyed_generator
 ALPHAS = tuple(float(value) for value in np.logspace(-1, 2, 16))
 BETAS = tuple(float(value) for value in np.logspace(-0.5, 2, 16))
 LEARNING_RATES = (1e-3, 1e-2)
-# The authors' epochs; where there are few images an epoch is a single step, and these are at least to be made.
+# The authors' epochs, but at least LEAST_STEPS steps: with few images an epoch is a single step.
 EPOCHS, LEAST_STEPS, BATCH_SIZE = 20, 100, 256
 
 
 def cache_of(task: FewShotTask) -> tuple[torch.Tensor, torch.Tensor]:
-    """The cache: keys (n, d), each the direction of the mean over an image's views, and one-hot values (n, classes)."""
+    """The cache: keys (n, d), the normalised means over the views of each image, and one-hot values (n, classes)."""
     keys = F.normalize(task.train.all_views().mean(dim=0), dim=-1)
     return keys, F.one_hot(task.train.labels, len(task.classes)).to(keys)
 
 
 def fit(task: FewShotTask, seed: int) -> Predictor:
-    """logits = scale T x + alpha exp(-beta (1 - K x)) V,  alpha and beta chosen on validation. Nothing is trained."""
+    """logits = scale T x + alpha exp(-beta (1 - K x)) V,  alpha and beta chosen on the validation images. Nothing is trained."""
     keys, values = cache_of(task)
     return _predictor(task, keys, values, *search(task, keys, values), num_trainable_parameters=0)
 
 
 def fit_keys(task: FewShotTask, seed: int) -> Predictor:
-    """Tip-Adapter-F: the same with K trained from there by cross-entropy, then alpha and beta chosen anew.
+    """Tip-Adapter-F: K is trained by cross-entropy from the values of Tip-Adapter, then alpha and beta are chosen again.
 
-    Where the authors keep the epoch that is best on the test images, the last is kept; the learning rate is chosen on
-    validation.
+    The authors use the epoch that is best on the test images; here the last epoch is used. The learning rate is chosen on the
+    validation images.
     """
     return choose_predictor(_trained(task, seed), len(LEARNING_RATES), task.validation)
 
 
 def search(task: FewShotTask, keys: torch.Tensor, values: torch.Tensor) -> tuple[float, float]:
-    """The alpha and the beta that validation prefers for `keys` (n, d) and `values` (n, classes)."""
+    """The best alpha and beta on the validation images for `keys` (n, d) and `values` (n, classes)."""
     features = task.validation.features
     zero_shot = features @ task.zero_shot_weight().T
 
     def candidates() -> Iterator[tuple[tuple[float, float], torch.Tensor]]:
-        """Every alpha and beta with its logits."""
+        """Every pair of alpha and beta with its logits."""
         for beta in BETAS:
-            near = key_value_logits(features, keys, values, beta)
-            yield from (((alpha, beta), zero_shot + alpha * near) for alpha in ALPHAS)
+            similarity = key_value_logits(features, keys, values, beta)
+            yield from (((alpha, beta), zero_shot + alpha * similarity) for alpha in ALPHAS)
 
     return choose(candidates(), task.validation.labels)
 
@@ -75,9 +75,14 @@ def _trained(task: FewShotTask, seed: int) -> Iterator[Predictor]:
 
         schedule = Schedule(partial(torch.optim.AdamW, lr=rate, eps=1e-4), epochs, BATCH_SIZE)
         train([keys], loss_of, task.train, schedule, keyed_generator(seed))
-        best_keys = keys.detach()
+        trained_keys = keys.detach()
         yield _predictor(
-            task, best_keys, values, *search(task, best_keys, values), num_trainable_parameters=keys.numel(), learning_rate=rate
+            task,
+            trained_keys,
+            values,
+            *search(task, trained_keys, values),
+            num_trainable_parameters=keys.numel(),
+            learning_rate=rate,
         )
 
 

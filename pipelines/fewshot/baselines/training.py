@@ -1,4 +1,4 @@
-"""The one loop of the baselines that train on frozen features: a few numbers, a few seconds."""
+"""The training loop of the baselines that are trained on frozen features."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pipelines.fewshot.baselines.task import Examples
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast: the learning rate falls to zero on a cosine, step by step.
+    """The length of the training and its optimizer; the learning rate decays to zero on a cosine.
 
     Args:
-        optimizer: makes the optimiser of the trained tensors; its learning rate is the peak.
-        epochs: passes over the images.
-        batch_size: images a step.
+        optimizer: creates the optimizer of the trained tensors, with the peak learning rate.
+        epochs: number of passes over the images.
+        batch_size: images per step.
     """
 
     optimizer: Callable[[list[torch.Tensor]], torch.optim.Optimizer]
@@ -39,22 +39,22 @@ def train(
     schedule: Schedule,
     generator: torch.Generator,
 ) -> None:
-    """Minimise `loss_of` over `parameters`, in place. Each image is shown in one of its views, drawn anew in every epoch.
+    """Minimise `loss_of` over `parameters`, in place. Every epoch uses a random view of each image.
 
     Args:
-        loss_of: features (batch, d) and labels (batch,) to a scalar.
-        generator: draws the order and the views.
+        loss_of: the loss () of features (batch, d) and labels (batch,).
+        generator: of the order and the views.
     """
     parameters, views = list(parameters), examples.all_views()
     optimizer = schedule.optimizer(parameters)
     steps = schedule.epochs * math.ceil(len(examples) / schedule.batch_size)
-    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in tqdm(range(schedule.epochs), desc="training on features", leave=False, delay=5):
         for chosen in torch.randperm(len(examples), generator=generator).split(schedule.batch_size):
             view = torch.randint(len(views), chosen.shape, generator=generator)
             loss = loss_of(views[view, chosen], examples.labels[chosen])
-            # Of these alone: a tower that the loss passes through keeps no gradients.
+            # Only of these: the text encoder that CoOp's loss passes through must not accumulate gradients.
             for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
                 parameter.grad = gradient
             optimizer.step()
-            falling.step()
+            scheduler.step()

@@ -1,4 +1,4 @@
-"""Classes that no image was seen of: named after training, by their prompts alone."""
+"""Add classes to a fitted predictor by their prompts, without training images."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pipelines.fewshot.prompts import Prompts
 
 @torch.no_grad()
 def with_classes(predictor: Predictor, clip: Clip, prompts: Prompts) -> Predictor:
-    """`predictor` with the classes that `prompts` are about as well, after those that it knows.
+    """`predictor` with the classes of `prompts` appended.
 
-    Their logits are  scale g(prompt) x,  in what the method makes of x; after CoOp's context its names stand in place of
-    the templates. A cache of images has none of them.
+    Their logits are  scale g(prompt) x,  with x as the method transforms it. CoOp replaces the templates by its learned context.
+    A key-value cache has no images of the new classes.
 
     Args:
         clip: the model that the predictor was fitted on.
@@ -27,8 +27,8 @@ def with_classes(predictor: Predictor, clip: Clip, prompts: Prompts) -> Predicto
     """
     if not predictor.open_vocabulary:
         raise InputError(
-            f"{', '.join(map(repr, prompts.classes))} cannot be added: this predictor's method needs images of every class. "
-            "Fit it with them, or choose one that compares images with prompts, such as zeroshot or coop."
+            f"{', '.join(map(repr, prompts.classes))} cannot be added: the method of this predictor needs images of every "
+            "class. Train with such images, or use a method that compares images with prompts, such as zeroshot or coop."
         )
     head = predictor.head
     if isinstance(head, Prompted):
