@@ -193,10 +193,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"initialised in {start:.1f} s"
         )
     (nora, nora_bytes), (lora, lora_bytes) = results["NoRA"], results["LoRA"]
-    trained = tasks["LoRA"].num_trainable_parameters / tasks["NoRA"].num_trainable_parameters
-    print(
-        f"  NoRA has {trained:.1f} times fewer trainable parameters; time {nora / lora:.3f} and memory {nora_bytes / lora_bytes:.3f} of LoRA's"
-    )
+    ratio = tasks["LoRA"].num_trainable_parameters / tasks["NoRA"].num_trainable_parameters
+    costs = f"time {nora / lora:.3f} and memory {nora_bytes / lora_bytes:.3f} of LoRA's"
+    print(f"  NoRA trains {ratio:.1f} times fewer parameters; {costs}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python benchmarks/heldout_loss.py --subjects_dir SUBJECTS --output_dir OUT
 
 `SUBJECTS` contains a folder of images for each subject. All images but the last are training images. The loss of a centre crop of
-the last one is measured before and after training, with fixed noise and timesteps. Both methods use the trainer's recipe with lower
-learning rates: its defaults optimise likeness and also learn the backgrounds of four training images.
+the last one is measured before and after training, with fixed noise and timesteps. Both methods use the trainer's recipe with
+lower learning rates: its defaults optimise likeness and also learn the backgrounds of four training images.
 """
 
 from __future__ import annotations

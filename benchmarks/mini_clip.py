@@ -2,8 +2,8 @@
 
     python benchmarks/mini_clip.py --photos_dir PHOTOS --classes_dir CLASSES
 
-`PHOTOS` is the folder of its pretraining, of which a tenth was held out; `CLASSES` contains a folder of images for each class. The
-probe is a logistic regression on a few images per class, on features and on raw pixels, evaluated on all other images.
+`PHOTOS` is the folder of its pretraining, of which a tenth was held out; `CLASSES` contains a folder of images for each class.
+The probe is a logistic regression on a few images per class, on features and on raw pixels, evaluated on all other images.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python benchmarks/trainer_speed.py --diffusers_script train_dreambooth_lora_sdxl.py
 
 Both train LoRA of the same rank on the UNet's attention of the same model, with the same images, resolution and batch size, and
-AdamW in float32. Each runs in a separate process with the same stopwatch, and they take turns after every step, so that other load
-slows both alike. The script is your copy from diffusers' `examples/dreambooth`, of the installed version.
+AdamW in float32. Each runs in a separate process with the same stopwatch. They take turns after every step, so that other
+load slows both alike. The script is your copy from diffusers' `examples/dreambooth`, of the installed version.
 """
 
 from __future__ import annotations

@@ -148,8 +148,8 @@ def test_the_table_compares_the_two_sides_of_each_run(benchmark):
     theirs = [run(1, a=3), run(2, a=5), run(9, a=1)]
     ours = [run(1.5, b=1), run(4, b=1), run(9, b=1)]
     text = benchmark.table([{"diffusers": one, "ours": other} for one, other in zip(theirs, ours, strict=True)])
-    assert "| steps a second, median | 2.00 (1.00 to 9.00) | 4.00 (1.50 to 9.00) |" in text
-    assert "| a, ms a step | 3.0 | 0.0 |" in text
+    assert "| steps per second, median | 2.00 (1.00 to 9.00) | 4.00 (1.50 to 9.00) |" in text
+    assert "| a, ms per step | 3.0 | 0.0 |" in text
     assert "Ours does 1.50 times" in text
     assert "(1.50, 2.00, 1.00)" in text
 
