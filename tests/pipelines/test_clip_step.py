@@ -42,7 +42,7 @@ def test_a_form_that_differs_is_an_error(name, monkeypatch):
         return plain
 
     monkeypatch.setattr(export, "merged", disturbed)
-    with pytest.raises(ValueError, match="more than 1e-05: merged and repacked, checkpoint:"):
+    with pytest.raises(ValueError, match="at most 1e-05 from the adapted model; merged and repacked, checkpoint differ more"):
         clip_step.main(["--model", name, *OPTIONS])
 
 

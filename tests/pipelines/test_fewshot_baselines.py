@@ -315,7 +315,7 @@ def test_the_choice_is_by_accuracy_then_cross_entropy_then_order_and_never_what_
         "the same": torch.tensor([[2.0, 0], [0, 2]]),
     }
     assert choose(logits.items(), labels) == "right and sure"
-    with pytest.raises(InputError, match="None of 1 settings gives finite logits"):
+    with pytest.raises(InputError, match="None of the 1 settings gives finite logits"):
         choose([("not finite", logits["not finite"])], labels)
 
 

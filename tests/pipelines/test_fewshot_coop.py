@@ -48,7 +48,7 @@ def test_coop_that_starts_from_words_is_zero_shot_with_real_tokenizers(built_in,
 
 
 def test_a_name_that_leaves_no_room_is_named():
-    with pytest.raises(InputError, match="'grey_dog' leaves none"):
+    with pytest.raises(InputError, match="'grey_dog' is too long"):
         coop.prompts_with_context(toy_clip(context=7), CLASSES)
 
 
