@@ -20,12 +20,12 @@ def randn(*shape):
 
 
 def by_rows(weight):
-    """The length of each row, shaped as LyCORIS stores it with `wd_on_output`."""
+    """The norm of each row, in the shape that LyCORIS stores with `wd_on_output`."""
     return weight.flatten(1).norm(dim=1).reshape(-1, *[1] * (weight.ndim - 1))
 
 
 def by_columns(weight):
-    """The length of each column, shaped as LyCORIS and OneTrainer store it."""
+    """The norm of each column, in the shape that LyCORIS and OneTrainer store."""
     swapped = weight.transpose(0, 1)
     return by_rows(swapped).transpose(0, 1)
 
@@ -78,7 +78,7 @@ def kron(first, second, weight):
 def lokr(weight):
     out, into, *kernel = weight.shape
     w1, w2 = randn(2, 4), randn(out // 2, into // 4, *kernel)
-    # With both sides whole, LyCORIS ignores alpha.
+    # If neither side is factorised, LyCORIS ignores alpha.
     return {"lokr_w1": w1, "lokr_w2": w2, "alpha": torch.tensor(7.0)}, kron(w1, w2, weight)
 
 
@@ -112,20 +112,20 @@ FOR_CONVOLUTION = (*FOR_LINEAR, tucker, loha_tucker, lokr_tucker)
 
 
 def decomposed(weight, change, lengths):
-    """A DoRA's `dora_scale` and weight, with other lengths than the base model's, by rows or by columns."""
+    """A DoRA's `dora_scale` and weight, with row or column norms that differ from the base model's."""
     scale = lengths(weight) * (1 + 0.3 * torch.rand(lengths(weight).shape))
     return scale, scale * (weight + change) / lengths(weight + change)
 
 
 def module_of(pipe, layer):
-    """A layer by component and name, whatever level of names its text encoder has."""
+    """A layer by component and name, with or without `text_model.` in a text encoder."""
     component, _, name = layer.partition(".")
     model = getattr(pipe, component)
     return dict(model.named_modules()).get(name) or model.get_submodule(name.removeprefix("text_model."))
 
 
 def assert_is(module, weight=None, bias=None):
-    """Check that a layer, with what is around it, computes what its base layer would with these parameters."""
+    """Check that a layer with its adapters computes what its base layer would with these parameters."""
     base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
     inputs = {torch.nn.Linear: (3, getattr(base, "in_features", 0)), torch.nn.Conv2d: (2, getattr(base, "in_channels", 0), 6, 6)}
     inputs |= {torch.nn.GroupNorm: (2, getattr(base, "num_channels", 0), 4, 4)}
@@ -147,7 +147,7 @@ def weight_of(pipe, layer):
 
 @torch.no_grad()
 def output_of(unet):
-    """What a UNet makes of fixed inputs, (1, 4, 8, 8)."""
+    """The output of a UNet for fixed inputs, (1, 4, 8, 8)."""
     generator = torch.Generator().manual_seed(0)
     width, pooled = unet.config.cross_attention_dim, unet.config.projection_class_embeddings_input_dim - 48
     noisy, text, embeds = (torch.randn(1, *shape, generator=generator) for shape in ((4, 8, 8), (3, width), (pooled,)))

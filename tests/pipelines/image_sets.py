@@ -8,7 +8,7 @@ from PIL import Image
 
 
 def stored_image(seed, side=8, form="PNG"):
-    """The file of a random image, other for every seed."""
+    """The file of a random image, which depends on the seed."""
     stored = io.BytesIO()
     pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(stored, form)
@@ -16,13 +16,13 @@ def stored_image(seed, side=8, form="PNG"):
 
 
 def class_files(counts, prefix=""):
-    """Images by name, `counts` of each class: {"cats/0.png": its file, ...}."""
+    """The files of images by name, `counts` of each class: {"cats/0.png": ..., ...}."""
     names = [f"{prefix}{key}/{place}.png" for key, count in counts.items() for place in range(count)]
     return {name: stored_image(seed) for seed, name in enumerate(names)}
 
 
 def write_files(folder, files):
-    """`files` below `folder`, which is returned."""
+    """Write `files` to `folder` and return it."""
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
@@ -30,7 +30,7 @@ def write_files(folder, files):
 
 
 def write_zip(path, files, method=zipfile.ZIP_DEFLATED):
-    """A zip at `path`, which is returned, of `files`, by name or by ZipInfo."""
+    """Write a zip of `files`, by name or ZipInfo, to `path` and return it."""
     with zipfile.ZipFile(path, "w", method) as archive:
         for name, content in files.items():
             archive.writestr(name, content, method)

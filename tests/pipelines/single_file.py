@@ -36,7 +36,7 @@ VAE = (
 
 
 def unet_tensors(unet):
-    """The UNet's weights by Stability's names."""
+    """The UNet's weights, with Stability's names."""
     tensors = {}
     for name, value in unet.state_dict().items():
         module, _, kind = name.rpartition(".")
@@ -52,7 +52,7 @@ def unet_tensors(unet):
 
 
 def autoencoder_tensors(vae):
-    """The autoencoder's weights by Stability's names, whose up blocks are counted from the other end."""
+    """The autoencoder's weights, with Stability's names, which number the up blocks in reverse."""
     tensors, last = {}, len(vae.config.up_block_types) - 1
     for name, value in vae.state_dict().items():
         for pattern, replacement in VAE:
@@ -65,7 +65,7 @@ def autoencoder_tensors(vae):
 
 
 def open_clip_tensors(encoder):
-    """The second text encoder's weights as open_clip packs them."""
+    """The second text encoder's weights, packed as in open_clip."""
     state = {name.removeprefix("text_model."): value for name, value in encoder.state_dict().items()}
     tensors = {"text_projection": state.pop("text_projection.weight").T}
     for name, value in state.items():
@@ -82,7 +82,7 @@ def open_clip_tensors(encoder):
 
 
 def save_single_file(pipe, path):
-    """Write the whole pipeline's weights to `path`."""
+    """Write the weights of the whole pipeline to `path`."""
     first = {name.removeprefix("text_model."): value for name, value in pipe.text_encoder.state_dict().items()}
     clip = {f"conditioner.embedders.0.transformer.text_model.{name}": value for name, value in first.items()}
     tensors = unet_tensors(pipe.unet) | autoencoder_tensors(pipe.vae) | open_clip_tensors(pipe.text_encoder_2) | clip

@@ -20,7 +20,7 @@ INIT_R, TARGET_R, STEPS = 6, 3, 10
 
 
 def adapted(pipe, folder, **changes):
-    """The UNet's AdaLoRA, started; its components and its options."""
+    """Attach and start AdaLoRA on the UNet; returns the components and the options."""
     options = AdapterOptions("adalora", init_r=INIT_R, target_r=TARGET_R, **changes)
     components = adapters.attach(pipe, options)
     for model in components.values():
@@ -29,7 +29,7 @@ def adapted(pipe, folder, **changes):
 
 
 def disturb(components, zero_every=0):
-    """Move every trained number; then set every `zero_every`-th e to zero."""
+    """Change every trained parameter, then prune half of the triplets of each layer if `zero_every` is set."""
     with torch.no_grad():
         for index, parameter in enumerate(trained_parameters(components)):
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))

@@ -47,7 +47,7 @@ def values(image):
 
 
 def in_srgb(pixels, primaries, linear):
-    """By algebra: `linear` light of the primaries, through XYZ, with sRGB's curve."""
+    """`linear` light of the primaries, converted by matrices through XYZ, with the transfer curve of sRGB."""
     light = linear(pixels / 255) @ (np.linalg.inv(to_xyz(SRGB)) @ to_xyz(primaries)).T
     return 255 * linear_to_srgb(light)
 

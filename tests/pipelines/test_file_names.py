@@ -26,7 +26,7 @@ RAW, SPELLED = b"\xffphoto.png", r"\udcffphoto.png"
 
 @pytest.fixture
 def photos(tmp_path):
-    """A folder with a sound and a damaged image whose names are not UTF-8, and two others."""
+    """A folder with an intact and a damaged image whose names are not UTF-8, and two others."""
     folder = tmp_path / "photos"
     folder.mkdir()
     files = {RAW: stored_image(0), b"\xfedamaged.png": b"no image", b"b.png": stored_image(1), b"c.png": stored_image(2)}
@@ -44,7 +44,7 @@ def _write(path, content):
 
 
 def strict_stdout(monkeypatch):
-    """From now on what is printed goes to a stdout that takes nothing but UTF-8; returns what gives it."""
+    """Replace stdout by one that accepts only UTF-8; returns a function that gives its content."""
     stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict", write_through=True)
     monkeypatch.setattr(sys, "stdout", stdout)
     return lambda: stdout.buffer.getvalue().decode("utf-8")

@@ -20,7 +20,7 @@ from pipelines.subject.prior import ClassImages
 
 
 def write(folder, *names):
-    """Files below `folder`: grey images for names of images, else a word. Returns `folder`."""
+    """Write files to `folder`, grey images for names of images and text for others; returns `folder`."""
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,7 +32,7 @@ def write(folder, *names):
 
 
 def colour(folder, *names):
-    """Images that are no masks, since they have a colour."""
+    """Write coloured images, which are not masks."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), "red").save(folder / name)
@@ -49,12 +49,12 @@ def used(folder, **more):
 
 
 def kinds(folder, **more):
-    """Why each file or folder is not used."""
+    """The reason of each file and folder that is not used."""
     entries = account(folder, **more).entries
     return {entry.path.relative_to(folder).as_posix(): entry.kind for entry in entries if entry.kind}
 
 
-# --- mixtures ---------------------------------------------------------------------------------------------------------------
+# --- images beside folders --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_a_folder_without_a_subject_beside_images_is_reported_and_not_refused(tm
     assert kinds(tmp_path)[folder.name] in ("no_images", "system", "run")
 
 
-# --- everything is accounted for ---------------------------------------------------------------------------------------------
+# --- the account ------------------------------------------------------------------------------------------------------------
 
 
 def test_every_file_and_folder_is_used_or_reported_with_the_reason(tmp_path):

@@ -156,7 +156,7 @@ def built_in():
 
 
 def parts_by_layer(pipe, tensors):
-    """The tensors of a case by the UNet's layer that they are of, told by each of the names that a layer may have."""
+    """The tensors of a case by layer of the UNet, recognised by any of the layer's names."""
     table = {}
     for name, module in pipe.unet.named_modules():
         module = module.get_base_layer() if hasattr(module, "get_base_layer") else module
@@ -176,7 +176,7 @@ def parts_by_layer(pipe, tensors):
 
 
 def expected_parameters(base, parts):
-    """Weight and bias that a layer's tensors make, by the algebra of each kind."""
+    """The weight and bias that result from a layer's tensors, by the equation of each kind."""
     change = torch.zeros_like(base.weight)
     if "lora_mid.weight" in parts:
         up, mid, down = (parts[f"lora_{part}.weight"] for part in ("up", "mid", "down"))

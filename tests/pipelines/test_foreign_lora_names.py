@@ -99,7 +99,7 @@ def test_weights_may_have_eight_bits_or_sixty_four(model, loaded, dtype):
 
 
 def peft_folder(tmp_path, unet, config):
-    """What PEFT's save_pretrained writes of an adapter with random factors, and the state of that adapter's model."""
+    """A folder that PEFT's save_pretrained wrote for an adapter with random factors, and that adapter's model."""
     adapted = get_peft_model(unet, config)
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad:

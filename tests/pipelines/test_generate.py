@@ -23,7 +23,7 @@ from pipelines.subject.generate import SHEET_PROMPTS, GenerationOptions, Samplin
 
 @pytest.fixture(scope="module")
 def lora_dir(tmp_path_factory):
-    """A run's directory with a LoRA that changes images visibly."""
+    """A run directory with a LoRA that changes images visibly."""
     folder = tmp_path_factory.mktemp("run")
     pipe, options = tiny_pipeline(), AdapterOptions(method="lora")
     components = adapters.attach(pipe, options)

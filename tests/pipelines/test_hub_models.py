@@ -20,7 +20,7 @@ SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 
 @pytest.fixture(scope="module")
 def other_model(tmp_path_factory):
-    """The folder of a tiny SDXL model with other weights than `tiny_model`."""
+    """The folder of a tiny SDXL model with weights that differ from those of `tiny_model`."""
     folder = tmp_path_factory.mktemp("models") / "other"
     tiny_pipeline(seed=1).save_pretrained(folder)
     return folder
@@ -28,7 +28,7 @@ def other_model(tmp_path_factory):
 
 @pytest.fixture
 def sdxl(hub_server, tiny_model):
-    """The stand-in hub with the tiny model under SDXL's name, whole and as fp16."""
+    """The stand-in hub with the tiny model under SDXL's name, in full precision and as fp16."""
     hub_server.add(SDXL, model_files(tiny_model, None, "fp16"))
     return hub_server
 
@@ -38,7 +38,7 @@ def weights_of(pipeline):
 
 
 def refused(name=SDXL, **options):
-    """The message of the error that loading ends in: one or two sentences, on one line."""
+    """The message of the error that loading raises, on one line."""
     with pytest.raises(InputError) as caught:
         load_base_model(name, **options)
     message = str(caught.value)
@@ -240,11 +240,11 @@ def test_an_autoencoder_and_a_configuration_come_from_the_hub(hub_server, tiny_m
             pipeline = load_base_model(str(tmp_path / "model.safetensors"), vae="me/vae", single_file_config=config)
             assert torch.equal(weights_of(pipeline), weights_of(tiny_pipeline()))
             assert torch.equal(pipeline.vae.quant_conv.weight, tiny_pipeline(seed=1).vae.quant_conv.weight)
-        # Again, from the cache alone.
+        # Again, from the cache only.
         hub_server.stop()
     weights = [name for name in hub_server.downloads() if name.endswith((".safetensors", ".bin"))]
     assert set(weights) == {"diffusion_pytorch_model.safetensors"}
-    # Stock diffusers, which the certificate starts without a network, finds all of it in the cache too.
+    # Stock diffusers, which the certificate runs offline, also loads everything from the cache.
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     vae = AutoencoderKL.from_pretrained("me/vae", use_safetensors=True)
     StableDiffusionXLPipeline.from_single_file(str(tmp_path / "model.safetensors"), config=SDXL, vae=vae)

@@ -62,7 +62,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture
 def open_clip_hub(hub_server, weights, tmp_path, monkeypatch):
-    """The stand-in hub with `weights`, that open_clip knows as a tag of a model called tiny-hub."""
+    """The stand-in hub with `weights`, which are a tag of the model tiny-hub in open_clip."""
     (tmp_path / "tiny-hub.json").write_text(json.dumps(CONFIG))
     open_clip.add_model_config(tmp_path / "tiny-hub.json")
     tags = {"hub": {"hf_hub": f"{TINY}/"}, "named": {"hf_hub": f"{TINY}/other.bin"}}
@@ -72,7 +72,7 @@ def open_clip_hub(hub_server, weights, tmp_path, monkeypatch):
 
 
 def refused(load, *arguments):
-    """The message of the error that loading ends in: one line."""
+    """The message of the error that loading raises, on one line."""
     with pytest.raises(InputError) as caught:
         load(*arguments)
     assert "\n" not in str(caught.value)
@@ -80,7 +80,7 @@ def refused(load, *arguments):
 
 
 def cut_off(hub, offline, monkeypatch):
-    """Take the network away, or forbid its use."""
+    """Stop the hub, or set HF_HUB_OFFLINE."""
     if offline:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     else:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def terminal():
-    """What the loggers of these libraries write, as text."""
+    """The output of these libraries' loggers as text."""
     lines = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -48,7 +48,7 @@ def test_the_warning_about_a_missing_kernel_is_dropped_but_no_other_of_bitsandby
 
 
 def lora_state(rank, layers):
-    """A LoRA of some layers of a tiny text encoder, as transformers loads it."""
+    """Load a LoRA of some layers onto a tiny text encoder with transformers."""
     encoder = tiny_pipeline().text_encoder
     encoder.add_adapter(LoraConfig(r=rank, target_modules=layers))
     return get_peft_model_state_dict(encoder, adapter_name="default")

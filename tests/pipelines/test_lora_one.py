@@ -33,7 +33,7 @@ RANK, BATCHES, GAMMA = 4, 8, 128.0
 
 
 class Small(nn.Module):
-    """A convolution and two linear layers, of which one never counts."""
+    """A convolution and two linear layers, one of which does not affect the loss."""
 
     def __init__(self):
         super().__init__()
@@ -53,13 +53,13 @@ def batch(index):
 
 
 def losses_of(model, count):
-    """The distance of the outputs to one, batch by batch; the layer that does not count is called all the same."""
+    """The distance of the outputs from one for each batch; the layer without effect is called too."""
     for index in range(count):
         yield (model(batch(index)) - 1).square().mean() + 0 * model.unread(torch.ones(5)).sum()
 
 
 def started(folder, model=None, losses=losses_of, seed=1, **options):
-    """The small model with an adapter on all its layers."""
+    """The small model with an adapter on every layer."""
     model = model or small_model()
     method = LoraOne(LoraOneOptions(**{"rank": RANK, "alpha": 16.0, **options}))
     method.attach(model, method.config(["conv", "linear", "unread"]), ADAPTER_NAME)
@@ -69,19 +69,19 @@ def started(folder, model=None, losses=losses_of, seed=1, **options):
 
 
 def gradients_of(model, losses, names):
-    """Of the mean loss by the weights called so, by autograd: (out, in or in * kh * kw)."""
+    """The gradient of the mean loss with respect to a weight, by autograd: (out, in or in * kh * kw)."""
     weights = [model.get_submodule(name).weight.requires_grad_(True) for name in names]
     found = torch.autograd.grad(torch.stack(list(losses)).mean(), weights)
     return {name: gradient.flatten(1) for name, gradient in zip(names, found, strict=True)}
 
 
 def check_start(layer, gradient, alpha=16.0, rank=RANK, gamma=GAMMA):
-    """Check that the layer's change is s / gamma times the best approximation of -G of that rank, of length 1."""
+    """Check that the layer's change is s / gamma times the best rank-r approximation of -G / ||G||_2."""
     U, S, Vh = torch.linalg.svd(-gradient)
     best = U[:, :rank] @ torch.diag(S[:rank]) @ Vh[:rank]
     expected = alpha / rank**0.5 / gamma * best / S[0]
     torch.testing.assert_close(layer.get_delta_weight(ADAPTER_NAME).flatten(1), expected, atol=1e-6, rtol=1e-3)
-    # What the gradient has no direction for stays as LoRA starts it.
+    # Directions beyond the rank of the gradient start as in LoRA.
     count = min(rank, int(torch.linalg.matrix_rank(gradient)))
     A, B = layer.lora_A[ADAPTER_NAME].weight.flatten(1)[:count], layer.lora_B[ADAPTER_NAME].weight.flatten(1)
     assert not B[:, count:].any()
@@ -343,7 +343,7 @@ PROMPTS = Prompts(("cat", "grey_dog", "teapot"), ("a {}.",))
 
 
 def class_loss(clip, encoders):
-    """The loss of a training of `encoders`: with features in place of what stays frozen."""
+    """The training loss of `encoders`, with features in place of the frozen one."""
     with torch.no_grad():
         features = PROMPTS.class_features(clip.encode_texts(clip.tokenizer(PROMPTS.texts())))
     return ClassificationLoss(clip, PROMPTS, features if encoders == "image" else None, encoders == "text")

@@ -54,7 +54,7 @@ def adapter_state(model):
 
 
 def disturb(components):
-    """Stand in for training: move every trained number."""
+    """Change every trained parameter, in place of training."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in trained_parameters(components):

@@ -17,7 +17,7 @@ GONE = "/another/checkout/assets/mini-sdxl"
 
 
 def run_of(folder, **model):
-    """A run whose options say this of its base model."""
+    """A run with these options for its base model."""
     folder.mkdir(exist_ok=True)
     (folder / "options.json").write_text(json.dumps({"model": model}))
     return str(folder)
@@ -47,7 +47,7 @@ def test_a_runs_base_model_is_used_and_given_values_take_precedence(tmp_path):
     run = run_of(tmp_path / "run", pretrained_model_name_or_path="owner/model", quantize="nf4", **said)
     assert source(run) == ModelSource("owner/model", **said)
     assert source(run, variant="bf16").variant == "bf16"
-    # Another model is loaded as is said of it; what the adapter was trained for still holds.
+    # Another model is loaded with its given options, but with the prediction type that the adapter was trained for.
     of_training = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     assert source(run, pretrained_model_name_or_path="other/model") == ModelSource("other/model", **of_training)
     assert source(run, rescale_betas_zero_snr=False, prediction_type="epsilon").prediction_type == "epsilon"

@@ -27,7 +27,7 @@ def test_the_kept_and_the_cut_part_make_up_the_prompt(tokenizer, words):
     truncated = tokens(tokenizer, text, truncation=True)
     assert prompt.cut
     assert text.rstrip().endswith(prompt.cut)
-    # A word that spans the limit is cut in its middle, where its pieces have other tokens.
+    # A word across the limit is cut in the middle, and its pieces have other tokens.
     assert tokens(tokenizer, read)[:-2] == truncated[: len(tokens(tokenizer, read)) - 2]
     assert len(tokens(tokenizer, read)) == pytest.approx(len(truncated), abs=2)
 

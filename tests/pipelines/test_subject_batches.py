@@ -25,7 +25,7 @@ def images(variants=1, count=COUNT, first=1, deviation=0.0):
 
 
 def of_sizes(*sizes):
-    """The same, of different sizes: the height of the latents is half that of the image."""
+    """The same images in different sizes; the latents are half as high as the image."""
     plain = images(count=len(sizes))
 
     def read(place, variant):

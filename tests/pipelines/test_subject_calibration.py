@@ -24,7 +24,7 @@ def subject(images_dir, tmp_path_factory):
 
 
 def inputs_of(run, loss, monkeypatch):
-    """All that the UNet is asked while `run` runs: a list of keyword arguments."""
+    """The keyword arguments of all calls of the UNet while `run` runs."""
     asked = []
     monkeypatch.setattr(loss, "predict", lambda **given: asked.append(given))
     run()

@@ -67,7 +67,7 @@ def bars(width, height):
 
 
 def shown(shot, image, **more):
-    """What `shot` shows of an image that is not resized: columns and rows of the original, and time_ids."""
+    """The columns and rows of the original that a crop shows without resizing, and its time_ids."""
     example = preprocess("a.png", image, shot, **more)
     values = ((example.pixels + 1) * 127.5).round().int()
     return values[0, 0].tolist(), values[1, :, 0].tolist(), example.time_ids.tolist()

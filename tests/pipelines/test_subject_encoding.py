@@ -33,7 +33,7 @@ def images_in(folder, prompt="a star"):
 
 @pytest.fixture
 def made(monkeypatch):
-    """What the model was asked to encode: the paths of images, and prompts."""
+    """The images and prompts that the model has encoded."""
     asked = []
     moments, embeddings = LatentEncoder._moments, LatentEncoder._embeddings
     monkeypatch.setattr(LatentEncoder, "_moments", lambda self, example: asked.append(example.path) or moments(self, example))
@@ -189,7 +189,7 @@ def test_processes_share_the_encoding_and_all_have_the_result(pipe, images_dir, 
     counts = []
 
     def first_then_second():
-        # Stands in for the other process, which encodes its part while this one waits.
+        # Plays the other process, which encodes its part while this one waits.
         counts.append(sum(path in {image.path for image in images} for path in made))
         LatentEncoder(pipe, cache, share=(1, 2))._encode_missing(jobs[0][1::2])
 

@@ -21,7 +21,7 @@ def exported(tmp_path_factory):
 
 
 def rewritten(file, path, change=lambda tensors: tensors, **configuration):
-    """The file with other tensors, or with a configuration in its header, at `path`."""
+    """Write the file with changed tensors, or with a configuration in its header, to `path`."""
     metadata = {"lora_adapter_metadata": json.dumps(configuration)} if configuration else None
     write_tensors(path, change(read_tensors(file)), metadata)
     return path

@@ -31,7 +31,7 @@ def batch(pipe):
 
 
 def predicting(loss, answer):
-    """Have the loss's UNet predict `answer`."""
+    """Make the UNet of the loss predict `answer`."""
     loss.predict = lambda *_: answer
     return loss
 
@@ -60,7 +60,7 @@ def test_another_prediction_type_is_refused(pipe):
 
 
 def answers(loss, batch):
-    """A random answer of the UNet to `batch`, as the loss will hear it too."""
+    """A random prediction of the UNet for `batch`, which the loss gets too."""
     answer = torch.randn(batch["latents"].shape, generator=torch.Generator().manual_seed(5))
     return predicting(loss, answer), answer
 
@@ -218,7 +218,7 @@ def test_the_mean_loss_restores_the_training_mode(pipe):
 
 
 class Zero(nn.Module):
-    """Predicts nothing."""
+    """Predicts zero."""
 
     dtype, device = torch.float32, torch.device("cpu")
 

@@ -29,7 +29,7 @@ def adapted(pipe, method, **changes):
 
 
 def faster(method, ratio):
-    """The method's own factor of the learning rate, with LoRA+."""
+    """The method's factor on the learning rate, with LoRA+."""
     return options_of(method, lora_plus_ratio=ratio).create().learning_rate_factor
 
 

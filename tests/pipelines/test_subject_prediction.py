@@ -137,7 +137,7 @@ def test_min_snr_weights_are_finite_without_signal():
 
 @pytest.fixture(scope="module")
 def v_pred_file(tmp_path_factory):
-    """The tiny model in one file that says that it predicts v with zero terminal SNR."""
+    """The tiny model in a single file that declares v-prediction with zero terminal SNR."""
     path = tmp_path_factory.mktemp("models") / "v.safetensors"
     save_single_file(tiny_pipeline(), path)
     save_file(load_file(path) | {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}, path)
@@ -163,7 +163,7 @@ def test_given_settings_apply_to_the_scheduler_of_a_folder(tiny_model):
 
 
 class ExactUNet(nn.Module):
-    """A UNet that knows the image: its answer is exactly the noise, or the velocity, by algebra."""
+    """A UNet that knows the image and predicts exactly its noise, or velocity."""
 
     def __init__(self, answer, latents, scheduler):
         super().__init__()

@@ -19,7 +19,7 @@ def wanted(folder, count=3, prompts=None, model="owner/model", **more):
 
 
 def make(classes, missing=None):
-    """Make what is missing; an image's shade is its seed."""
+    """Generate the missing images, whose shade is their seed."""
     drawn = []
 
     def draw(prompts, seeds):

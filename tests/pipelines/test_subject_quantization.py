@@ -27,7 +27,7 @@ def quantized():
 
 
 def rounded():
-    """The plain pipeline whose weights are what the quantised ones stand for."""
+    """The full-precision pipeline with the dequantised weights."""
     pipe, source = tiny_pipeline(), quantized()
     with torch.no_grad():
         for name, layer in source.unet.named_modules():
@@ -37,7 +37,7 @@ def rounded():
 
 
 def run(pipe):
-    """What calibration runs."""
+    """The function that calibration runs."""
     image(pipe)
 
 

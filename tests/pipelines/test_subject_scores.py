@@ -62,7 +62,7 @@ def test_a_training_image_scores_highest_as_subject_and_as_copy():
 def test_subject_is_the_mean_and_nearest_the_maximum_over_the_training_images():
     references, sample = [noise(seed) for seed in range(3)], [noise(7)]
     pipe = tiny_pipeline()
-    # The others only centre the features: with the same ones in all, each judge of one reference knows a part of the whole.
+    # The other images only centre the features; with the same ones everywhere, the scores of single references can be averaged.
     everything = [*references, noise(9)]
     alone = []
     for reference in references:
@@ -129,7 +129,7 @@ def clip_folder(tmp_path):
 
 
 def assert_judges_by(found, judge, images, texts):
-    """The scores `found` are the cosines of these features, of which the first image's are those of the one training image.
+    """Check that the scores are the cosines of these features; the first image is the only training image.
 
     The last image is its cropped copy.
     """
@@ -157,7 +157,7 @@ def test_a_clip_of_transformers_scores_by_its_cosine_similarities(clip_folder):
 
 @pytest.fixture
 def mini_folder(tmp_path, monkeypatch):
-    """The built-in CLIP's folder in a root of its own, with untrained weights."""
+    """A folder like that of the built-in CLIP, with untrained weights."""
     folder = tmp_path / "assets" / "mini-clip"
     mini_clip.write_configuration(folder, reduced_tokenizer([PROMPT_WORDS]))
     torch.manual_seed(0)
@@ -220,7 +220,7 @@ def test_an_image_scorer_that_cannot_be_loaded_is_refused(tmp_path, name, messag
 
 
 def toy_image(toy: Toy, colour: str, background: str, rng: random.Random) -> Image.Image:
-    """The toy somewhere about the middle of a 64 x 64 image."""
+    """The toy near the middle of a 64 x 64 image."""
     canvas = 192
     image = BACKGROUNDS[background].render(canvas, rng)
     radius = canvas / 2 * rng.uniform(0.5, 0.75)
@@ -230,12 +230,12 @@ def toy_image(toy: Toy, colour: str, background: str, rng: random.Random) -> Ima
 
 
 def auc(good, bad):
-    """How often a good one scores above a bad one."""
+    """How often a good image scores above a bad one."""
     return float(np.mean([[g > b for b in bad] for g in good]))
 
 
 def five_toys():
-    """Five toys, each drawn in the same five places, and the prompts of these."""
+    """Five toys, each on the same five backgrounds, and the prompts of these."""
     rng, places = random.Random(0), list(BACKGROUNDS)[:5]
     toys = [(sample_toy(colour, rng), colour) for colour in rng.sample(list(COLOURS), 5)]
     prompts = [f"a photo of sks toy {BACKGROUNDS[place].phrase}" for place in places]

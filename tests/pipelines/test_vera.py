@@ -20,7 +20,7 @@ RANK = 6
 
 
 def adapted(pipe, folder, **changes):
-    """The UNet's VeRA, started and with other vectors than those of the start."""
+    """VeRA on the UNet, with vectors that differ from the initial ones."""
     options = AdapterOptions("vera", rank=RANK, **changes)
     components = adapters.attach(pipe, options)
     for model in components.values():
