@@ -94,7 +94,7 @@ def reference_of_file(path: Path) -> str:
     return f"{FILE}@{path.stem}"
 
 
-def adapter_called(workspace: Workspace, reference: str) -> AdapterEntry:
+def find_adapter(workspace: Workspace, reference: str) -> AdapterEntry:
     """The adapter with this reference.
 
     Raises: InputError if this workspace has none.

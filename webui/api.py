@@ -19,7 +19,7 @@ from pipelines.errors import InputError
 from webui import launching, photo_uploads, uploads
 from webui.adapters import steps_of
 from webui.app_context import AppContext
-from webui.errors import in_plain_words
+from webui.errors import show_errors
 from webui.generation_requests import GUIDANCE_SCALE, STEPS, GenerationRequest, integer, number
 from webui.views import RunView, views
 from webui.workspace import Workspace
@@ -31,10 +31,10 @@ MAX_FILES = 500
 def build_api(context: AppContext) -> None:
     """Add the endpoints to the page that is being built."""
     for name, make in (("start", _start), ("status", _status_of), ("stop", _stop), ("list", _list_runs)):
-        gr.api(in_plain_words(make(context)), api_name=name)
+        gr.api(show_errors(make(context)), api_name=name)
     # These run a model, so one call at a time is served and the others wait.
     for name, make in (("generate", _generate), ("classify", _classify)):
-        gr.api(in_plain_words(make(context)), api_name=name, concurrency_limit=1, concurrency_id="device")
+        gr.api(show_errors(make(context)), api_name=name, concurrency_limit=1, concurrency_id="device")
 
 
 def _start(context: AppContext) -> Any:

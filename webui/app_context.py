@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from webui.errors import in_plain_words
+from webui.errors import show_errors
 from webui.settings import Settings
 from webui.views import ACTIVE, RunView, views
 from webui.workspace import Workspace
@@ -85,7 +85,7 @@ class AppContext:
         opened = gr.skip() if tab is None else gr.Tabs(selected=tab)
         return [gr.Dropdown(choices=_choices(runs), value=run_id), opened, gr.Timer(active=bool(active))]
 
-    def keep_time(self, opened: Mapping[str, gr.Tab]) -> None:
+    def attach_refreshes(self, opened: Mapping[str, gr.Tab]) -> None:
         """Refresh the open screen when it opens, when another run is selected, and at every tick.
 
         Only the open screen is refreshed, so a tick costs one request whatever the number of screens.
@@ -96,19 +96,19 @@ class AppContext:
         known_runs = gr.State([])
         refresh_triggers = list(self.refresh_triggers.values())
 
-        @in_plain_words
+        @show_errors
         def refresh(active_tab: str, before: list[list[str]], request: gr.Request) -> list[Any]:
             now = self._states(request)
             # One tick after the last run has ended, so that the page shows its final state.
             clock = gr.Timer(active=False) if now == before and not _any_active(now) else gr.skip()
             return [now, clock, *self._refresh_triggers_of(active_tab)]
 
-        @in_plain_words
+        @show_errors
         def refresh_opened(name: str, request: gr.Request) -> list[Any]:
             now = self._states(request)
             return [now, gr.Timer(active=True) if _any_active(now) else gr.skip(), *self._refresh_triggers_of(name)]
 
-        @in_plain_words
+        @show_errors
         def update_choices(request: gr.Request) -> gr.Dropdown:
             return gr.Dropdown(choices=_choices(views(self.settings.workspace(request))))
 

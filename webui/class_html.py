@@ -197,13 +197,13 @@ def _cell(counts: Sequence[Sequence[int]], names: Sequence[str], true: int, pred
     if not count:
         return "<td>·</td>"
     kind = "right" if true == predicted else "wrong"
-    words = html.escape(cell_words(names, true, predicted, count))
+    words = html.escape(cell_label(names, true, predicted, count))
     opens = f"data-true='{true}' data-predicted='{predicted}' aria-label='{words}. Show images.' title='{words}'"
     shade = f"--share: {15 + 50 * count / total:.0f}%"
     return f"<td class='{kind}' style='{shade}'><button type='button' {opens}>{count}</button></td>"
 
 
-def cell_words(names: Sequence[str], true: int, predicted: int, count: int) -> str:
+def cell_label(names: Sequence[str], true: int, predicted: int, count: int) -> str:
     """A cell's label, such as "2 images of glass predicted as metal"; not escaped."""
     what = "1 image" if count == 1 else f"{count} images"
     return f"{what} of {names[true]} {'classified correctly' if true == predicted else f'predicted as {names[predicted]}'}"
@@ -212,7 +212,7 @@ def cell_words(names: Sequence[str], true: int, predicted: int, count: int) -> s
 def cell_images(result: Result, true: int, predicted: int) -> str:
     """The images of one cell of the confusion matrix."""
     matches = result.in_cell(true, predicted)
-    heading = html.escape(cell_words(result.classes, true, predicted, result.trial.test.confusion[true][predicted]))
+    heading = html.escape(cell_label(result.classes, true, predicted, result.trial.test.confusion[true][predicted]))
     if not matches:
         return f"<h4>{heading}</h4><p class='quiet'>This run is from an earlier version, which recorded no predictions.</p>"
     more = f"<p class='quiet'>And {len(matches) - MOST_IN_CELL} more.</p>" if len(matches) > MOST_IN_CELL else ""

@@ -100,7 +100,7 @@ def values_of(context: ClassifyContext, workspace: Workspace, draft: dict[str, A
     Raises: InputError if an option is invalid.
     """
     about = context.source()
-    draft = about.settled(workspace, draft)
+    draft = about.with_pending_input(workspace, draft)
     options = merged(about.preset(draft).options(), draft.get("options") or {})
     return draft, complete(workspace, draft, options)
 

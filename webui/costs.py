@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from training.runs.record import RunRecord
 from training.runs.run_files import GB, DryRunReport, RunStatus
-from webui.progress import duration, phase_in_words
+from webui.progress import duration, phase_title
 
 # With fewer photos, `auto` cross-validates instead of holding out one of them.
 MIN_PHOTOS_TO_HOLD_OUT = 5
@@ -62,7 +62,7 @@ def cost_summary(record: RunRecord, plan: Plan) -> str:
 def _progress(status: RunStatus) -> str:
     if status.state == "queued":
         return "Another run is active. The dry run starts when it is done."
-    return phase_in_words(status)
+    return phase_title(status)
 
 
 def _measured(report: DryRunReport, plan: Plan) -> str:

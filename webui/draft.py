@@ -109,7 +109,7 @@ class Draft:
         return [self.prompt, *(scene if word.search(scene) else f"{self.prompt} {scene}" for scene in scenes)]
 
     @property
-    def scenes_in_lines(self) -> str:
+    def scene_lines(self) -> str:
         """The scenes as text, one per line."""
         return "\n".join(SCENES if self.scenes is None else self.scenes)
 

@@ -19,7 +19,7 @@ Arguments, Result = ParamSpec("Arguments"), TypeVar("Result")
 logger = logging.getLogger(__name__)
 
 
-def in_plain_words(handler: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+def show_errors(handler: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Wrap an event handler (a function, generator or coroutine), so that the page shows its errors as one sentence.
 
     An InputError is an error of the user and names the remedy. Any other error is logged under a short number that the page

@@ -50,7 +50,7 @@ class GeneratedImages:
             return []
         return sorted((path for path in self.folder.iterdir() if NAME.fullmatch(path.name)), reverse=True)
 
-    def called(self, name: str) -> Path:
+    def find(self, name: str) -> Path:
         """The image with the file name `name`.
 
         Raises: InputError if it does not exist.

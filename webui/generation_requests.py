@@ -90,7 +90,7 @@ def integer(name: str, value: Any) -> int:
     return int(value)
 
 
-def run_in(settings: dict[str, Any]) -> tuple[str | None, int | None, float, list[tuple[str, float]]]:
+def adapter_fields(settings: dict[str, Any]) -> tuple[str | None, int | None, float, list[tuple[str, float]]]:
     """The run, step and scale, and the further adapters, from an image's settings."""
     used = [(str(each["reference"]), float(each["scale"])) for each in settings.get("adapters", [])]
     run_id, step, scale = None, None, 0.0

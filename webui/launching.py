@@ -44,7 +44,7 @@ LAUNCHER = "accelerate"
 RESUMING = ["--resume_from_checkpoint", "latest"]
 LAUNCHING, DELETED = ".launching", ".deleted-"
 MAX_WAIT_SECONDS = 15.0
-NOT_NOW: dict[str, str] = {
+REFUSALS: dict[str, str] = {
     "resume": "Only an interrupted, stopped or failed run can be resumed.",
     "stop": "The run is not active.",
     "sample": "Sample images can be requested while a run trains.",
@@ -112,7 +112,7 @@ def resume(workspace: Workspace, run_id: str) -> None:
     """
     record = workspace.run(run_id)
     with _locked(record):
-        view = _allowing(record, "resume")
+        view = _view_that_allows(record, "resume")
         words, folder = _resuming(workspace, view)
         run_requests.forget(record)
         _spawn(workspace, record.path.absolute(), words, folder)
@@ -124,7 +124,7 @@ def stop(workspace: Workspace, run_id: str) -> None:
     Raises: InputError if it is not active.
     """
     record = workspace.run(run_id)
-    view = _allowing(record, "stop")
+    view = _view_that_allows(record, "stop")
     run_requests.ask(record, run_requests.STOP)
     process = record.process()
     with suppress(psutil.NoSuchProcess):
@@ -142,7 +142,7 @@ def ask(workspace: Workspace, run_id: str, what: str) -> None:
     if what not in run_requests.ASKED:
         raise InputError(f"The request must be one of {', '.join(run_requests.ASKED)}, got {what!r}.")
     record = workspace.run(run_id)
-    _allowing(record, what)
+    _view_that_allows(record, what)
     run_requests.ask(record, what)
 
 
@@ -168,7 +168,7 @@ def delete(workspace: Workspace, run_id: str) -> None:
     """
     record = workspace.run(run_id)
     with _locked(record):
-        _allowing(record, "delete")
+        _view_that_allows(record, "delete")
         # Renamed first, so that no other process sees a partly deleted run.
         record.path.rename(record.path.with_name(f"{DELETED}{record.path.name}-{secrets.token_hex(3)}"))
     for folder in workspace.runs.glob(f"{DELETED}*"):
@@ -199,14 +199,14 @@ def _launch_folder(workspace: Workspace) -> Path:
     return ROOT if IS_CHECKOUT else workspace.all_runs.absolute().parent
 
 
-def _allowing(record: RunRecord, action: str) -> RunView:
+def _view_that_allows(record: RunRecord, action: str) -> RunView:
     """The current view of the run.
 
     Raises: InputError if its state does not allow `action`.
     """
     view = RunView(record)
     if action not in view.actions:
-        raise InputError(f"{NOT_NOW[action]} The run is {view.state}.")
+        raise InputError(f"{REFUSALS[action]} The run is {view.state}.")
     return view
 
 

@@ -9,7 +9,7 @@ import gradio as gr
 from webui.api import build_api
 from webui.app_context import EMPTY_DRAFT, POLL_SECONDS, AppContext, followed
 from webui.class_runs import EMPTY_DRAFT as EMPTY_CLASS_DRAFT
-from webui.errors import in_plain_words
+from webui.errors import show_errors
 from webui.screens import check, classify, judge, photos, runs, train, use
 from webui.settings import Settings
 
@@ -38,9 +38,9 @@ def build_page(settings: Settings) -> gr.Blocks:
             for name, (title, screen) in SCREENS.items():
                 with gr.Tab(title, id=name, elem_id=f"screen-{name}") as opened[name]:
                     screen.build(context)
-        context.keep_time(opened)
+        context.attach_refreshes(opened)
 
-        @in_plain_words
+        @show_errors
         def on_load(request: gr.Request) -> list[dict[str, object]]:
             return context.show(settings.workspace(request))
 

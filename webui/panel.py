@@ -19,7 +19,7 @@ import gradio as gr
 from pipelines.errors import InputError
 from webui.app_context import QUIET, AppContext
 from webui.draft import Options, merged
-from webui.errors import in_plain_words
+from webui.errors import show_errors
 from webui.presets import Preset, preset_named
 from webui.workspace import Workspace
 
@@ -67,7 +67,7 @@ class FieldSource:
         """The active preset."""
         return preset_named(self.presets, str(draft.get("preset")))
 
-    def settled(self, workspace: Workspace, draft: dict[str, Any]) -> dict[str, Any]:
+    def with_pending_input(self, workspace: Workspace, draft: dict[str, Any]) -> dict[str, Any]:
         """The draft with pending input merged into its options, without values equal to the preset's or default.
 
         Raises: InputError for an invalid value; the draft is unchanged.
@@ -105,12 +105,12 @@ def build(source: FieldSource) -> gr.Accordion:
         rendered, properties = gr.State(None), gr.State(None)
 
         @gr.render(inputs=[rendered], triggers=[rendered.change], show_progress="hidden")
-        @in_plain_words
+        @show_errors
         def create(state: dict[str, Any] | None, request: gr.Request) -> None:
             if state is not None:
                 _create(source, state["draft"], properties, back, context.settings.workspace(request))
 
-    @in_plain_words
+    @show_errors
     def recreate(stored: dict[str, Any], typed: Any) -> tuple[Any, Any, Any]:
         """Recreate the widgets if the preset or the options differ from those on the page."""
         now = _signature(stored)
@@ -118,11 +118,11 @@ def build(source: FieldSource) -> gr.Accordion:
             return gr.skip(), gr.skip(), gr.Button(interactive=bool(stored.get("options")))
         return {"draft": stored, "at": time.monotonic_ns()}, now, gr.Button(interactive=bool(stored.get("options")))
 
-    @in_plain_words
+    @show_errors
     def open_panel(stored: dict[str, Any], typed: Any) -> tuple[Any, Any, Any]:
         return recreate(stored, typed or "closed")
 
-    @in_plain_words
+    @show_errors
     def reset(stored: dict[str, Any]) -> dict[str, Any]:
         return {**stored, "options": {}, TYPED: {}}
 
@@ -253,11 +253,11 @@ def _widget(source: FieldSource, field: Any, effective: _EffectiveValues) -> gr.
 def _listen(source: FieldSource, field: Any, widget: gr.components.Component, properties: gr.State, back: gr.Button) -> None:
     """Validate and store a widget's change, and update its info."""
 
-    @in_plain_words
+    @show_errors
     def settle(draft: dict[str, Any], request: gr.Request) -> tuple[Any, Any, Any, Any]:
         workspace = source.context.settings.workspace(request)
         try:
-            draft = source.settled(workspace, draft)
+            draft = source.with_pending_input(workspace, draft)
         except InputError as error:
             gr.Warning(html.escape(str(error)), title="Not changed")
             draft = {**draft, TYPED: {}}

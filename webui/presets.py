@@ -16,13 +16,13 @@ class Value:
     Args:
         group, field: the option.
         value: the value of the option.
-        why: the reason, one sentence.
+        reason: the reason, one sentence.
     """
 
     group: str
     field: str
     value: Any
-    why: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class Preset:
 
     Args:
         name: the display name.
-        costs: the training time compared with Balanced.
-        gives: the purpose.
+        duration: the training time, compared with Balanced.
+        purpose: when to use it.
         values: its option values; all others are the trainer's defaults.
     """
 
     name: str
-    costs: str
-    gives: str
+    duration: str
+    purpose: str
     values: tuple[Value, ...]
 
     def options(self) -> Options:
@@ -50,7 +50,7 @@ class Preset:
 
     def reason(self, group: str, field: str) -> str | None:
         """The reason for an option's value; None if the preset does not set it."""
-        return next((each.why for each in self.values if (each.group, each.field) == (group, field)), None)
+        return next((each.reason for each in self.values if (each.group, each.field) == (group, field)), None)
 
 
 # Measured on five photographs of a toy robot, one of them held out, with the built-in model on one core. A step takes 0.23 s, a

@@ -35,7 +35,7 @@ SMOOTHED = 1 / 16
 LONGEST_ERROR = 400
 
 
-def part_at_work(view: RunView) -> RunRecord:
+def current_part(view: RunView) -> RunRecord:
     """The record of the current training: the run itself, a fold of cross-validation, or a trial of the experiment."""
     if view.status.phase == CROSS_VALIDATION and view.status.fold is not None:
         return RunRecord(view.record.path / FOLDS / str(view.status.fold - 1))
@@ -45,7 +45,7 @@ def part_at_work(view: RunView) -> RunRecord:
 
 def _plotted(view: RunView) -> RunRecord:
     """The record whose losses are plotted: of the current training, else of the last one."""
-    record = part_at_work(view)
+    record = current_part(view)
     if view.task == "subject" or record != view.record:
         return record
     newest = max(
@@ -91,12 +91,12 @@ def _headline_of_ended(view: RunView) -> str:
 HEADLINES: dict[str, Callable[[RunView], str]] = {
     "queued": _headline_of_queued,
     "starting": lambda view: "Starting: loading the libraries takes a few seconds",
-    "running": lambda view: html.escape(phase_in_words(view.status)),
+    "running": lambda view: html.escape(phase_title(view.status)),
     "done": _headline_of_done,
 }
 
 
-def phase_in_words(status: RunStatus) -> str:
+def phase_title(status: RunStatus) -> str:
     """The title of the phase in status.json."""
     phase = str(status.phase or "loading")
     if phase == CROSS_VALIDATION and status.fold is not None:
@@ -158,7 +158,7 @@ def bar(view: RunView) -> str:
 
 def _share(view: RunView) -> tuple[float | None, str]:
     """The share that is done, None if unknown, and a text with the steps."""
-    inner = part_at_work(view)
+    inner = current_part(view)
     if inner is not view.record:
         return _share_of_parts(view, *_share_of_part(inner.status()))
     step, total = view.status.step, view.status.total

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from webui import images
 from webui.figures import figures
-from webui.progress import duration, phase_in_words
+from webui.progress import duration, phase_title
 from webui.views import RunView
 
 EMPTY = """<div class="empty"><p><b>There are no runs yet.</b></p>
@@ -56,7 +56,7 @@ def _state_detail(view: RunView) -> str:
     if view.runs_before:
         detail = f"{view.runs_before} {'run' if view.runs_before == 1 else 'runs'} ahead in the queue"
     elif view.state == "running":
-        detail = phase_in_words(view.status)
+        detail = phase_title(view.status)
     elif view.reason:
         detail = view.reason
     detail = " ".join([detail, *view.file_errors]).strip()

@@ -37,7 +37,7 @@ def values_of(context: AppContext, workspace: Workspace, stored: dict[str, Any])
     Raises: InputError for an invalid option.
     """
     about = source(context)
-    stored = about.settled(workspace, stored)
+    stored = about.with_pending_input(workspace, stored)
     options = merged(about.preset(stored).options(), stored.get("options") or {})
     return stored, complete(workspace, stored, options)
 

@@ -41,7 +41,7 @@ def test_no_event_has_two_listeners_in_the_mode_always_last(page):
     assert several == {(gr.State, "change")}
 
 
-def listener(page, name, of="AppContext.keep_time"):
+def listener(page, name, of="AppContext.attach_refreshes"):
     found, *_ = [fn for fn in page.fns.values() if getattr(fn.fn, "__qualname__", "") == f"{of}.<locals>.{name}"]
     return found
 

@@ -2,7 +2,7 @@
 
 from webui.adapters import FILE
 from webui.cancellation import MAX_SESSIONS, CancellationTokens
-from webui.generation_requests import run_in
+from webui.generation_requests import adapter_fields
 
 
 def test_cancel_affects_only_the_generations_that_this_tab_has_started():
@@ -25,6 +25,6 @@ def test_the_number_of_remembered_tabs_is_limited():
 
 def test_the_settings_of_an_image_become_run_step_scale_and_further_adapters():
     used = [{"name": "a", "reference": "run@30", "scale": 0.5}, {"name": "b", "reference": f"{FILE}@x", "scale": 1.2}]
-    assert run_in({"adapters": used}) == ("run", 30, 0.5, [(f"{FILE}@x", 1.2)])
-    assert run_in({"adapters": used[1:]}) == (None, None, 0.0, [(f"{FILE}@x", 1.2)])
-    assert run_in({"adapters": []}) == (None, None, 0.0, [])
+    assert adapter_fields({"adapters": used}) == ("run", 30, 0.5, [(f"{FILE}@x", 1.2)])
+    assert adapter_fields({"adapters": used[1:]}) == (None, None, 0.0, [(f"{FILE}@x", 1.2)])
+    assert adapter_fields({"adapters": []}) == (None, None, 0.0, [])

@@ -224,7 +224,7 @@ def test_the_title_of_a_dataset_lists_its_classes(folder, workspace):
 def test_a_run_starts_with_the_pending_input_of_the_expert_panel(folder, workspace):
     about = panel.FieldSource(None, "classify", CLASSIFY, None, None, class_runs.complete)
     draft = {"set": folder.name, "preset": "Fast", "options": {}, "typed": {"optimisation": {"min_train_steps": "4"}}}
-    settled = about.settled(workspace, draft)
+    settled = about.with_pending_input(workspace, draft)
     assert settled["options"] == {"optimisation": {"min_train_steps": 4}}
     values = class_runs.complete(workspace, settled, merged(about.preset(settled).options(), settled["options"]))
     assert values["optimisation"] == {"min_train_steps": 4}

@@ -7,14 +7,14 @@ import pytest
 from processes import apart
 
 from pipelines.errors import InputError
-from webui.errors import in_plain_words
+from webui.errors import show_errors
 
 
 def returning(error):
     def handler():
         raise error
 
-    return in_plain_words(handler)
+    return show_errors(handler)
 
 
 def yielding(error):
@@ -22,7 +22,7 @@ def yielding(error):
         yield 1
         raise error
 
-    wrapped = in_plain_words(handler)
+    wrapped = show_errors(handler)
     return lambda: list(wrapped())
 
 
@@ -31,7 +31,7 @@ def awaiting(error):
         await asyncio.sleep(0)
         raise error
 
-    wrapped = in_plain_words(handler)
+    wrapped = show_errors(handler)
     return lambda: apart(wrapped())
 
 
@@ -58,7 +58,7 @@ def test_an_error_for_the_page_is_not_changed(kind):
 def test_closing_a_wrapped_generator_closes_the_handler_without_an_error():
     closed = []
 
-    @in_plain_words
+    @show_errors
     def handler():
         try:
             yield 1

@@ -61,18 +61,18 @@ def test_every_default_survives_display_and_reading(task):
 
 
 def test_a_value_is_stored_and_removed_when_it_is_the_default_again(source, workspace):
-    kept = source.settled(workspace, typed("optimisation", "max_train_steps", "80"))
+    kept = source.with_pending_input(workspace, typed("optimisation", "max_train_steps", "80"))
     assert kept["options"] == {"optimisation": {"max_train_steps": 80}}
     assert not kept["typed"]
-    kept = source.settled(workspace, typed("optimisation", "max_train_steps", "400", options=kept["options"]))
+    kept = source.with_pending_input(workspace, typed("optimisation", "max_train_steps", "400", options=kept["options"]))
     assert kept["options"] == {}
 
 
 def test_a_value_is_compared_with_the_active_preset(source, workspace):
     steps = presets.preset_named(presets.SUBJECT, "Fast").options()["optimisation"]["max_train_steps"]
-    kept = source.settled(workspace, typed("optimisation", "max_train_steps", str(steps), preset="Fast"))
+    kept = source.with_pending_input(workspace, typed("optimisation", "max_train_steps", str(steps), preset="Fast"))
     assert kept["options"] == {}
-    kept = source.settled(workspace, typed("optimisation", "max_train_steps", "400", preset="Fast"))
+    kept = source.with_pending_input(workspace, typed("optimisation", "max_train_steps", "400", preset="Fast"))
     assert kept["options"] == {"optimisation": {"max_train_steps": 400}}
 
 
@@ -92,7 +92,7 @@ def test_a_value_is_compared_with_the_active_preset(source, workspace):
 def test_a_wrong_value_is_refused_in_a_sentence(source, workspace, group, field, shown, message):
     before = typed(group, field, shown, options={"adapter": {"rank": 16}})
     with pytest.raises(InputError, match=message):
-        source.settled(workspace, before)
+        source.with_pending_input(workspace, before)
     assert before["options"] == {"adapter": {"rank": 16}}
 
 
@@ -107,7 +107,7 @@ def test_a_wrong_value_is_refused_in_a_sentence(source, workspace, group, field,
     ],
 )
 def test_every_kind_of_widget_is_read(source, workspace, group, field, shown, value):
-    assert source.settled(workspace, typed(group, field, shown))["options"] == {group: {field: value}}
+    assert source.with_pending_input(workspace, typed(group, field, shown))["options"] == {group: {field: value}}
 
 
 def test_the_info_of_a_field_names_the_source_of_its_value(source, workspace):

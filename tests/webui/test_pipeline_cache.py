@@ -16,7 +16,7 @@ from pipelines.errors import InputError
 from pipelines.images import read_settings
 from pipelines.subject.generate import GenerationOptions, Sampling, main
 from webui import adapters
-from webui.adapters import adapter_called, others, steps_of
+from webui.adapters import find_adapter, others, steps_of
 from webui.generated_images import MAX_IMAGES_KEPT, GeneratedImages
 from webui.work.pipeline_cache import (
     MAX_MODELS,
@@ -47,7 +47,7 @@ def cache():
 def job(workspace, *references, scales=None, **changes):
     """A job with the adapters of these references."""
     scales = scales or [1.0] * len(references)
-    adapters = [WeightedAdapter(adapter_called(workspace, name), scale) for name, scale in zip(references, scales, strict=True)]
+    adapters = [WeightedAdapter(find_adapter(workspace, name), scale) for name, scale in zip(references, scales, strict=True)]
     return GenerationJob(**{"prompt": "a star", "adapters": tuple(adapters), "seeds": (5,), "sampling": SAMPLING, **changes})
 
 
@@ -176,7 +176,7 @@ def test_a_file_with_norms_can_be_used_and_combined_but_not_merged(cache, worksp
 
 
 def test_adapters_of_two_base_models_are_not_mixed(workspace):
-    first, second = (adapter_called(workspace, name) for name in ("first@4", "second-nora@4"))
+    first, second = (find_adapter(workspace, name) for name in ("first@4", "second-nora@4"))
     other = dataclasses.replace(second, model={"pretrained_model_name_or_path": "stabilityai/sdxl"})
     with pytest.raises(
         InputError, match=r"a star, step 4 \(of tiny\) and a star, step 4 \(of stabilityai/sdxl\).*different base models"
@@ -251,7 +251,7 @@ def test_the_recommended_step_is_the_default_and_every_saved_one_can_be_chosen(w
 @pytest.mark.parametrize("reference", ["first@99", "first@../..", "../first@2", "nobody@2", "file@../../x", "first", None, "@"])
 def test_an_unknown_reference_is_refused(workspace, reference):
     with pytest.raises(InputError):
-        adapter_called(workspace, reference)
+        find_adapter(workspace, reference)
 
 
 def test_generated_images_contain_their_settings_and_only_the_newest_are_kept(cache, workspace, tmp_path):
@@ -268,4 +268,4 @@ def test_generated_images_contain_their_settings_and_only_the_newest_are_kept(ca
     assert path not in kept.newest()
     for name in ("../x.png", path.name, "", None):
         with pytest.raises(InputError, match=r"no longer exists"):
-            kept.called(name)
+            kept.find(name)

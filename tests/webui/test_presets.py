@@ -16,9 +16,9 @@ def test_a_preset_sets_existing_options_with_reasons(preset):
     groups = groups_of(SubjectOptions)
     for value in preset.values:
         assert value.field in fields_of(groups[value.group])
-        assert value.why.endswith(".")
-        assert len(value.why) < 160
-        assert preset.reason(value.group, value.field) == value.why
+        assert value.reason.endswith(".")
+        assert len(value.reason) < 160
+        assert preset.reason(value.group, value.field) == value.reason
 
 
 @pytest.mark.parametrize("preset", SUBJECT, ids=lambda preset: preset.name)

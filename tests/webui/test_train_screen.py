@@ -94,7 +94,7 @@ def test_a_classifier_shows_its_trainings_and_plots_the_current_one(workspace):
 def test_a_trial_outside_of_the_run_s_folder_is_not_read(workspace, trial):
     run_in(workspace.runs / "other", steps=3)
     look = view(run_in(workspace.runs / "a" / "b", trial=trial))
-    assert progress.part_at_work(look) == look.record
+    assert progress.current_part(look) == look.record
 
 
 def test_an_ended_run_shows_the_reason_and_where_resume_continues(workspace):

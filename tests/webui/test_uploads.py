@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from pipelines.errors import InputError
 from pipelines.image_formats import UPLOAD_FORMATS, listed
 from webui import incoming, uploads
-from webui.adapters import adapter_called, others
+from webui.adapters import find_adapter, others
 from webui.image_datasets import (
     add_class,
     delete_set,
@@ -369,7 +369,7 @@ def test_two_uploaded_adapters_have_different_references(tmp_path, workspace):
     references = dict(others(workspace, None))
     assert set(references) == set(copies)
     for name, copy in copies.items():
-        assert adapter_called(workspace, references[name]).path == copy
+        assert find_adapter(workspace, references[name]).path == copy
 
 
 def test_a_header_larger_than_the_limit_is_refused(tmp_path):

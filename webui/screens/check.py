@@ -16,7 +16,7 @@ from webui import costs, panel, presets, subject_runs
 from webui.app_context import QUIET, AppContext
 from webui.cards import escaped
 from webui.draft import SCENES, TRIGGER, Draft
-from webui.errors import in_plain_words
+from webui.errors import show_errors
 from webui.image_dataset import SubjectDataset
 from webui.workspace import Workspace
 
@@ -67,7 +67,7 @@ def build(context: AppContext) -> None:
         elem_id="check-scenes",
     )
     gr.HTML("<h2>Training settings</h2>")
-    choices = [(f"{preset.name}: {preset.costs}", preset.name) for preset in presets.SUBJECT]
+    choices = [(f"{preset.name}: {preset.duration}", preset.name) for preset in presets.SUBJECT]
     preset = gr.Radio(choices, value=presets.BALANCED, label="Preset", elem_id="check-preset")
     reasons = gr.HTML(css_template=STYLE, elem_id="check-reasons")
     panel.build(subject_runs.source(context))
@@ -131,26 +131,26 @@ class _Handlers:
 
     context: AppContext
 
-    @in_plain_words
+    @show_errors
     def fill(self, stored: dict[str, Any], *typed: str) -> tuple[Any, ...]:
         """Fill the form from the draft, except for fields that have the value already."""
         now = Draft.from_browser(stored)
-        values = [now.trigger, now.kind, now.scenes_in_lines, presets.preset_named(presets.SUBJECT, now.preset).name]
+        values = [now.trigger, now.kind, now.scene_lines, presets.preset_named(presets.SUBJECT, now.preset).name]
         unchanged = [typed[0] == values[0], typed[1] == values[1], _lines(typed[2]) == _lines(values[2]), typed[3] == values[3]]
         return tuple(gr.skip() if same else value for same, value in zip(unchanged, values, strict=True))
 
-    @in_plain_words
+    @show_errors
     def follow(self, stored: dict[str, Any], *typed: str) -> tuple[Any, ...]:
         """Fill the form if another screen has changed the draft."""
         return (gr.skip(),) * len(typed) if stored.get(CHANGED_BY_FORM) else self.fill(stored, *typed)
 
-    @in_plain_words
+    @show_errors
     def describe(self, stored: dict[str, Any]) -> tuple[str, str]:
         """The prompt and the preset, which need no model library."""
         now = Draft.from_browser(stored)
         return _prompt(now), _reasons(presets.preset_named(presets.SUBJECT, now.preset))
 
-    @in_plain_words
+    @show_errors
     def compute(self, active_tab: str, stored: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         """The command, the crops and the cost, or an error in place of each. Skipped unless the screen is open."""
         if active_tab != "check":
@@ -163,18 +163,18 @@ class _Handlers:
             cost = (_warning(cost), gr.Button(interactive=False), gr.Timer(active=False))
         return command, _warning(crops) if isinstance(crops, InputError) else crops, *cost
 
-    @in_plain_words
+    @show_errors
     def dry_run(self, stored: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         """Start a dry run, unless one is running or finished."""
         workspace = self.context.settings.workspace(request)
         subject_runs.start_dry_run(self.context, workspace, stored)
         return _cost(self.context, workspace, stored)
 
-    @in_plain_words
+    @show_errors
     def tick(self, stored: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         return _cost(self.context, self.context.settings.workspace(request), stored)
 
-    @in_plain_words
+    @show_errors
     def start(self, stored: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         workspace = self.context.settings.workspace(request)
         stored, run_id = subject_runs.start(self.context, workspace, stored)
@@ -211,11 +211,9 @@ def _prompt(draft: Draft) -> str:
 
 
 def _reasons(preset: presets.Preset) -> str:
-    listed = "".join(
-        f"<li><b>{html.escape(each.field.replace('_', ' '))} {html.escape(_value(each.value))}</b>: {html.escape(each.why)}</li>"
-        for each in preset.values
-    )
-    return f'<div class="preset"><p>{html.escape(preset.gives)}</p><ul>{listed}</ul></div>'
+    values = [(f"{each.field.replace('_', ' ')} {_value(each.value)}", each.reason) for each in preset.values]
+    listed = "".join(f"<li><b>{html.escape(setting)}</b>: {html.escape(reason)}</li>" for setting, reason in values)
+    return f'<div class="preset"><p>{html.escape(preset.purpose)}</p><ul>{listed}</ul></div>'
 
 
 def _value(value: Any) -> str:

@@ -16,7 +16,7 @@ from webui import class_sets
 from webui.app_context import QUIET
 from webui.class_html import class_cards, share
 from webui.class_runs import ClassifyContext, check_free, set_of
-from webui.errors import in_plain_words
+from webui.errors import show_errors
 from webui.image_datasets import add_class, delete_set, move_image, remove_class, remove_image, rename_class
 from webui.labelled_classes import EXAMPLE, LabelledClasses
 from webui.settings import Settings
@@ -128,23 +128,23 @@ def _wire_dataset(context: ClassifyContext, parts: dict[str, Any]) -> None:
     settings = context.app.settings
     widgets = [parts[name] for name in ("set", "delete", "sure", "summary", "cards", "class", "mend", "go")]
 
-    @in_plain_words
+    @show_errors
     def list_sets(draft: dict[str, Any], request: gr.Request) -> gr.Dropdown:
         workspace = settings.workspace(request)
         return gr.Dropdown(_choices(workspace), value=set_of(workspace, draft))
 
-    @in_plain_words
+    @show_errors
     def show_dataset(draft: dict[str, Any], request: gr.Request) -> list[Any]:
         workspace = settings.workspace(request)
         set_id = set_of(workspace, draft)
         return [gr.Dropdown(_choices(workspace), value=set_id), *_dataset_updates(_dataset_or_empty(workspace, set_id))]
 
-    @in_plain_words
+    @show_errors
     def measure(draft: dict[str, Any], request: gr.Request) -> tuple[Any, Any]:
         workspace = settings.workspace(request)
         return _measured(_dataset_or_empty(workspace, set_of(workspace, draft)))
 
-    @in_plain_words
+    @show_errors
     def choose(set_id: str, draft: dict[str, Any]) -> dict[str, Any]:
         return {**draft, "set": set_id}
 
@@ -188,7 +188,7 @@ def _dataset_updates(classes: LabelledClasses) -> list[Any]:
 def _wire_adding(context: ClassifyContext, parts: dict[str, Any]) -> None:
     settings, redraw = context.app.settings, parts["redraw"]
 
-    @in_plain_words
+    @show_errors
     def take_zip(file: str | None, draft: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         if file is None:
             return gr.skip(), gr.skip(), gr.skip()
@@ -197,7 +197,7 @@ def _wire_adding(context: ClassifyContext, parts: dict[str, Any]) -> None:
         class_sets.update_split_after_upload(folder, added)
         return {**draft, "set": folder.name}, _upload_summary(added), None
 
-    @in_plain_words
+    @show_errors
     def add(name: str, files: list[str] | None, draft: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         if not files:
             raise InputError("No images were chosen. Drop some into the field above.")
@@ -206,7 +206,7 @@ def _wire_adding(context: ClassifyContext, parts: dict[str, Any]) -> None:
         class_sets.update_split(folder)
         return {**draft, "set": folder.name}, _upload_summary(added), "", None
 
-    @in_plain_words
+    @show_errors
     def point(path: str, draft: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         return {**draft, "set": class_sets.point_to(settings.workspace(request), path)}, "", ""
 
@@ -238,14 +238,14 @@ def _wire_class(context: ClassifyContext, parts: dict[str, Any]) -> None:
     outputs = [parts[name] for name in ("name", "gallery", "chosen", "one", "target", "rename", "remove_class")]
     opened = gr.State(False)
 
-    @in_plain_words
+    @show_errors
     def show(key: str | None, draft: dict[str, Any], is_open: bool, request: gr.Request) -> list[Any]:
         if not is_open:
             return [gr.skip()] * len(outputs)
         workspace = settings.workspace(request)
         return _class_updates(_dataset_or_empty(workspace, set_of(workspace, draft)), key)
 
-    @in_plain_words
+    @show_errors
     def choose(key: str, draft: dict[str, Any], event: gr.SelectData, request: gr.Request) -> tuple[Any, Any]:
         workspace = settings.workspace(request)
         classes = class_sets.find(workspace, set_of(workspace, draft))
@@ -283,7 +283,7 @@ def _wire_editing(context: ClassifyContext, parts: dict[str, Any]) -> None:
     """Rename or remove a class, move or remove one of its images."""
     settings, redraw = context.app.settings, parts["redraw"]
 
-    @in_plain_words
+    @show_errors
     def rename(key: str, name: str, draft: dict[str, Any], request: gr.Request) -> str:
         workspace = settings.workspace(request)
         folder = workspace.image_set(set_of(workspace, draft))
@@ -313,7 +313,7 @@ def _changing(settings: Settings, change: Callable[[Path, str, str | None, str |
         change: called with the dataset's folder, the class, the chosen image and the class to move it to.
     """
 
-    @in_plain_words
+    @show_errors
     def changed(key: str, chosen: str | None, target: str | None, draft: dict[str, Any], request: gr.Request) -> str:
         workspace = settings.workspace(request)
         folder = workspace.image_set(set_of(workspace, draft))
@@ -328,7 +328,7 @@ def _changing(settings: Settings, change: Callable[[Path, str, str | None, str |
 def _wire_deleting(context: ClassifyContext, parts: dict[str, Any]) -> None:
     settings = context.app.settings
 
-    @in_plain_words
+    @show_errors
     def delete(draft: dict[str, Any], request: gr.Request) -> dict[str, Any]:
         workspace = settings.workspace(request)
         folder = workspace.image_set(set_of(workspace, draft))

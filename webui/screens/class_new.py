@@ -16,7 +16,7 @@ from webui import class_files, class_html, class_runs
 from webui.app_context import QUIET
 from webui.class_results import Result, result_of
 from webui.class_runs import ClassifyContext
-from webui.errors import in_plain_words
+from webui.errors import show_errors
 from webui.thumbnails import image
 
 MOST = 100
@@ -56,7 +56,7 @@ def _wire(context: ClassifyContext, parts: dict[str, Any]) -> None:
     settings = context.app.settings
     seen = gr.State(None)
 
-    @in_plain_words
+    @show_errors
     def refresh(run_id: str | None, before: Any, request: gr.Request) -> list[Any]:
         view = class_runs.view_of(settings.workspace(request), run_id)
         result = None if view is None else result_of(view.record)
@@ -67,7 +67,7 @@ def _wire(context: ClassifyContext, parts: dict[str, Any]) -> None:
             return [gr.HTML(visible=True), gr.Column(visible=False), gr.skip(), [], hidden, now]
         return [gr.HTML(visible=False), gr.Column(visible=True), _methods(result), [], hidden, now]
 
-    @in_plain_words
+    @show_errors
     def classify(run_id: str, trial: str | None, files: list[str] | None, request: gr.Request) -> tuple[Any, ...]:
         if not files:
             return [], gr.DownloadButton(visible=False)
@@ -134,7 +134,7 @@ def _train_again_button(context: ClassifyContext, predictions: gr.State, answers
     app = context.app
     again = gr.Button("Add the corrected images and train again", variant="primary", elem_id="classify-again")
 
-    @in_plain_words
+    @show_errors
     def train_again(
         run_id: str, draft: dict[str, Any], rows: list[dict[str, Any]], request: gr.Request, *answered: str
     ) -> list[Any]:

@@ -11,7 +11,7 @@ from webui import class_files, class_html, class_runs
 from webui.app_context import QUIET
 from webui.class_results import Result, result_of
 from webui.class_runs import ClassifyContext
-from webui.errors import in_plain_words
+from webui.errors import show_errors
 from webui.views import RunView
 
 EMPTY = "<p class='empty'>No classifier yet. Train one first.</p>"
@@ -69,7 +69,7 @@ def _wire(context: ClassifyContext, parts: dict[str, Any]) -> None:
         view = class_runs.view_of(settings.workspace(request), run_id)
         return view, None if view is None else result_of(view.record, trial)
 
-    @in_plain_words
+    @show_errors
     def refresh(run_id: str | None, trial: str | None, before: Any, request: gr.Request) -> list[Any]:
         view, result = load(run_id, trial, request)
         now = None if view is None else (view.id, view.state, result is not None and result.trial.folder)
@@ -79,7 +79,7 @@ def _wire(context: ClassifyContext, parts: dict[str, Any]) -> None:
             return [gr.HTML(_waiting(view), visible=True), gr.Column(visible=False), *[gr.skip()] * (len(names) + 1), now]
         return [gr.HTML(visible=False), gr.Column(visible=True), _methods(result), *_result_updates(result), now]
 
-    @in_plain_words
+    @show_errors
     def open_cell(run_id: str, trial: str | None, event: gr.EventData, request: gr.Request) -> str:
         return _cell(load(run_id, trial, request)[1], event)
 

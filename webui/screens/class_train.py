@@ -11,7 +11,7 @@ from pipelines.errors import InputError
 from webui import class_presets, class_runs, class_sets, panel, progress
 from webui.app_context import QUIET
 from webui.class_runs import ClassifyContext, set_of
-from webui.errors import in_plain_words
+from webui.errors import show_errors
 from webui.labelled_classes import LabelledClasses
 from webui.presets import Preset, preset_named
 from webui.views import RunView
@@ -29,7 +29,7 @@ def build(context: ClassifyContext) -> None:
 
 def _layout(context: ClassifyContext) -> dict[str, Any]:
     parts: dict[str, Any] = {"about": gr.HTML(elem_id="classify-about")}
-    choices = [(f"{preset.name}: {preset.costs}", preset.name) for preset in class_presets.CLASSIFY]
+    choices = [(f"{preset.name}: {preset.duration}", preset.name) for preset in class_presets.CLASSIFY]
     parts["preset"] = gr.Radio(choices, value=class_presets.DEFAULT, label="Preset", elem_id="classify-preset")
     parts["why"] = gr.HTML(elem_id="classify-why")
     panel.build(context.source())
@@ -60,7 +60,7 @@ def _layout(context: ClassifyContext) -> dict[str, Any]:
 def _wire_settings(context: ClassifyContext, parts: dict[str, Any]) -> None:
     settings = context.app.settings
 
-    @in_plain_words
+    @show_errors
     def describe(active_tab: str, draft: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         """The dataset, preset and command of the next run; skipped unless the tab is open, because it loads the option checks."""
         if active_tab != "classify":
@@ -75,7 +75,7 @@ def _wire_settings(context: ClassifyContext, parts: dict[str, Any]) -> None:
             about, words = f"<p class='warning'>{html.escape(str(error))}</p>", f"# {' '.join(str(error).split())}"
         return about, preset.name, _why(preset), words
 
-    @in_plain_words
+    @show_errors
     def choose(name: str, draft: dict[str, Any]) -> dict[str, Any]:
         return {**draft, "preset": name}
 
@@ -90,7 +90,7 @@ def _wire_runs(context: ClassifyContext, parts: dict[str, Any]) -> None:
     outputs = [parts[name] for name in ("head", "bar", "stop", "resume", "result", "curve")]
     seen = gr.State(None)
 
-    @in_plain_words
+    @show_errors
     def refresh(run_id: str | None, before: Any, request: gr.Request) -> list[Any]:
         view = class_runs.view_of(settings.workspace(request), run_id)
         values = _run_updates(view)
@@ -100,7 +100,7 @@ def _wire_runs(context: ClassifyContext, parts: dict[str, Any]) -> None:
         buttons = [gr.Button(visible=name in actions) for name in ("stop", "resume", "result")]
         return [head, bar, *buttons, curve, values]
 
-    @in_plain_words
+    @show_errors
     def start(draft: dict[str, Any], request: gr.Request) -> list[Any]:
         workspace = settings.workspace(request)
         draft, run_id = class_runs.start(context, workspace, draft)
@@ -117,7 +117,7 @@ def _wire_buttons(context: ClassifyContext, parts: dict[str, Any]) -> None:
     """Stop or resume the selected run."""
     app, settings = context.app, context.app.settings
 
-    @in_plain_words
+    @show_errors
     def stop(run_id: str, request: gr.Request) -> list[Any]:
         from webui import launching
 
@@ -125,7 +125,7 @@ def _wire_buttons(context: ClassifyContext, parts: dict[str, Any]) -> None:
         launching.stop(workspace, run_id)
         return app.show(workspace, run_id)
 
-    @in_plain_words
+    @show_errors
     def resume(run_id: str, request: gr.Request) -> list[Any]:
         from webui import launching
 
@@ -159,5 +159,5 @@ def _about(workspace: Workspace, classes: LabelledClasses) -> str:
 
 
 def _why(preset: Preset) -> str:
-    reasons = "".join(f"<li>{html.escape(value.why)}</li>" for value in preset.values)
-    return f"<p>{html.escape(preset.gives)}</p><ul>{reasons}</ul>"
+    reasons = "".join(f"<li>{html.escape(value.reason)}</li>" for value in preset.values)
+    return f"<p>{html.escape(preset.purpose)}</p><ul>{reasons}</ul>"

@@ -10,7 +10,7 @@ import gradio as gr
 from webui import class_runs
 from webui.app_context import QUIET, AppContext, followed
 from webui.class_runs import ClassifyContext
-from webui.errors import in_plain_words
+from webui.errors import show_errors
 from webui.screens import class_images, class_new, class_result, class_train
 from webui.views import RunView
 
@@ -46,16 +46,16 @@ def _wire(context: ClassifyContext) -> None:
     """Keep the list of classifiers up to date, and follow the run that is selected on other screens."""
     app, settings = context.app, context.app.settings
 
-    @in_plain_words
+    @show_errors
     def keep(before: list[str], request: gr.Request) -> Any:
         now = [view.title for view in class_runs.classifiers(settings.workspace(request))]
         return gr.skip() if now == before else now
 
-    @in_plain_words
+    @show_errors
     def renew(chosen: str | None, request: gr.Request) -> gr.Dropdown:
         return _listed(class_runs.classifiers(settings.workspace(request)), chosen)
 
-    @in_plain_words
+    @show_errors
     def follow(elsewhere: str | None, chosen: str | None, request: gr.Request) -> gr.Dropdown:
         runs = class_runs.classifiers(settings.workspace(request))
         return _listed(runs, elsewhere if elsewhere in [view.id for view in runs] else chosen)

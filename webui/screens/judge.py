@@ -12,7 +12,7 @@ from training.subject.measured import kept_steps
 from webui import verdict
 from webui.adapters import steps_of
 from webui.app_context import AppContext
-from webui.errors import in_plain_words
+from webui.errors import show_errors
 from webui.images import enlarged, sampled_steps, samples
 from webui.lazy_updates import LazyUpdate, button, frame, keys, lazy_text, text, updates
 from webui.screens.train import view_of
@@ -158,7 +158,7 @@ def build(context: AppContext) -> None:
     outputs = _layout()
     seen = gr.State({})
 
-    @in_plain_words
+    @show_errors
     def refresh(
         run_id: str | None, step: int | None, prompt_index: int | None, seen: dict[str, Hashable], request: gr.Request
     ) -> list[Any]:
@@ -177,7 +177,7 @@ def build(context: AppContext) -> None:
         api_visibility="private",
     )
 
-    @in_plain_words
+    @show_errors
     def choose(event: gr.EventData) -> list[Any]:
         # The base model is always on the left.
         step = gr.skip() if event.step == 0 else int(event.step)
@@ -185,7 +185,7 @@ def build(context: AppContext) -> None:
 
     outputs["table"].click(choose, outputs=[outputs["step"], outputs["place"]], show_progress="hidden", api_visibility="private")
 
-    @in_plain_words
+    @show_errors
     def use(run_id: str, step: int, request: gr.Request) -> list[Any]:
         steps = steps_of(context.settings.workspace(request).run(run_id))
         # Use may not have been refreshed since the step was saved, and Gradio refuses a value that is not among the choices.

@@ -16,7 +16,7 @@ from webui import subject_runs
 from webui.app_context import QUIET, AppContext
 from webui.cards import SCRIPT, STYLE, cards, sentences
 from webui.draft import Draft
-from webui.errors import in_plain_words
+from webui.errors import show_errors
 from webui.image_dataset import SubjectDataset
 from webui.workspace import Workspace
 
@@ -82,7 +82,7 @@ class _Handlers:
 
     context: AppContext
 
-    @in_plain_words
+    @show_errors
     def show(self, stored: dict[str, Any], names: list[str], request: gr.Request) -> tuple[Any, ...]:
         """The current photos, before the image checks are done."""
         workspace, draft = self.context.settings.workspace(request), Draft.from_browser(stored)
@@ -95,12 +95,12 @@ class _Handlers:
             return (gr.skip(),) * (1 + PARTS)
         return gr.skip(), *_view(photos, draft)
 
-    @in_plain_words
+    @show_errors
     def forget(self, stored: dict[str, Any]) -> dict[str, Any]:
         """The draft without photos that no longer exist."""
         return replace(Draft.from_browser(stored), set=None, previous_set=None).to_browser()
 
-    @in_plain_words
+    @show_errors
     def examine(self, stored: dict[str, Any], names: list[str], before: list[str], request: gr.Request) -> tuple[Any, Any]:
         """The cards with the results of the image checks; skipped if they are on the page already.
 
@@ -114,7 +114,7 @@ class _Handlers:
             return gr.skip(), gr.skip()
         return _examined(photos), now
 
-    @in_plain_words
+    @show_errors
     def add(self, stored: dict[str, Any], files: list[str] | None, request: gr.Request) -> tuple[Any, ...]:
         """Add the dropped files; unusable ones are refused with a reason."""
         from webui.photo_uploads import add_photos
@@ -124,7 +124,7 @@ class _Handlers:
             added = add_photos(photos.folder, files or [])
         return draft.to_browser(), None, _message([*added.refused, *added.notes]), *_view(photos, draft)
 
-    @in_plain_words
+    @show_errors
     def act(self, stored: dict[str, Any], event: gr.EventData, request: gr.Request) -> tuple[Any, ...]:
         """Move or remove the photo whose button was clicked."""
         action, file = str(event.action), str(event.file)
@@ -135,7 +135,7 @@ class _Handlers:
                 photos.move(file, {"earlier": -1, "later": 1}[action])
         return draft.to_browser(), _message([]), *_view(photos, draft, _examined(photos))
 
-    @in_plain_words
+    @show_errors
     def change_to(self, stored: dict[str, Any], wanted: str, request: gr.Request) -> tuple[Any, ...]:
         """Switch between the user's photos and the example."""
         workspace, draft = self.context.settings.workspace(request), Draft.from_browser(stored)
@@ -145,7 +145,7 @@ class _Handlers:
             draft = replace(draft, set=_existing(workspace, draft.previous_set) or workspace.new_image_set().name)
         return draft.to_browser(), _message([]), *_view(SubjectDataset.of(workspace, draft.set), draft)
 
-    @in_plain_words
+    @show_errors
     def start(self, stored: dict[str, Any], request: gr.Request) -> tuple[Any, ...]:
         """Start the run, or ask for the class word if it is missing."""
         workspace, draft = self.context.settings.workspace(request), Draft.from_browser(stored)

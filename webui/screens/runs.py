@@ -12,7 +12,7 @@ from pipelines.errors import InputError
 from webui import launching, run_cards
 from webui.app_context import QUIET, AppContext
 from webui.draft import Draft
-from webui.errors import in_plain_words
+from webui.errors import show_errors
 from webui.lazy_updates import LazyUpdate, button, keys, text, updates
 from webui.screens import runs_compare
 from webui.views import Action, RunView, views
@@ -37,7 +37,7 @@ def build(context: AppContext) -> None:
     asked = gr.State(None)
     seen = gr.State({})
 
-    @in_plain_words
+    @show_errors
     def refresh(run_id: str | None, seen: dict[str, Any], request: gr.Request) -> list[Any]:
         now = parts(context.settings.workspace(request), run_id)
         return [*updates(now, seen, [name for name in components if name in now]), keys(now)]
@@ -46,13 +46,13 @@ def build(context: AppContext) -> None:
     refreshing = {"fn": refresh, "inputs": [context.run, seen], "outputs": [*widgets, seen], **QUIET}
     context.refresh_triggers["runs"].change(trigger_mode="always_last", **refreshing)
 
-    @in_plain_words
+    @show_errors
     def reload_runs(run_id: str | None, request: gr.Request) -> list[Any]:
         return context.show(context.settings.workspace(request), run_id)
 
     components["refresh"].click(reload_runs, context.run, context.outputs, api_visibility="private").then(**refreshing)
 
-    @in_plain_words
+    @show_errors
     def choose(event: gr.EventData, request: gr.Request) -> list[Any]:
         workspace = context.settings.workspace(request)
         run_id = event._data.get("run")
@@ -100,27 +100,27 @@ def _handlers(context: AppContext) -> dict[str, Callable[..., list[Any]]]:
     """The handlers of all buttons but Delete; each returns updates of the context's outputs and of both drafts."""
     drafts = [gr.skip(), gr.skip()]
 
-    @in_plain_words
+    @show_errors
     def open_it(run_id: str, request: gr.Request) -> list[Any]:
         workspace = context.settings.workspace(request)
         view = RunView(workspace.run(run_id))
         subject = "judge" if view.state == "done" else "train"
         return [*context.show(workspace, run_id, "classify" if view.task == "classify" else subject), *drafts]
 
-    @in_plain_words
+    @show_errors
     def resume(run_id: str, request: gr.Request) -> list[Any]:
         workspace = context.settings.workspace(request)
         launching.resume(workspace, run_id)
         return [*context.show(workspace, run_id), *drafts]
 
-    @in_plain_words
+    @show_errors
     def stop(run_id: str, request: gr.Request) -> list[Any]:
         workspace = context.settings.workspace(request)
         launching.stop(workspace, run_id)
         gr.Info("The run stops after the current step and saves a checkpoint.")
         return [*context.show(workspace, run_id), *drafts]
 
-    @in_plain_words
+    @show_errors
     def duplicate(run_id: str, request: gr.Request) -> list[Any]:
         workspace = context.settings.workspace(request)
         task = RunView(workspace.run(run_id)).task
@@ -167,12 +167,12 @@ def _set_of(workspace: Workspace, folder: str | None) -> str | None:
 def _wire_deleting(context: AppContext, components: dict[str, Any], asked: gr.State, refreshing: dict[str, Any]) -> None:
     confirm, question = components["confirm"], components["question"]
 
-    @in_plain_words
+    @show_errors
     def ask_first(run_id: str, request: gr.Request) -> tuple[Any, ...]:
         view = RunView(context.settings.workspace(request).run(run_id))
         return view.id, gr.Group(visible=True), run_cards.question(view)
 
-    @in_plain_words
+    @show_errors
     def delete(run_id: str | None, request: gr.Request) -> tuple[Any, ...]:
         workspace = context.settings.workspace(request)
         launching.delete(workspace, run_id)

@@ -10,7 +10,7 @@ import gradio as gr
 
 from webui.app_context import QUIET, AppContext
 from webui.compare import MAX_RUNS, Compared, letter, sample_html, side_by_side
-from webui.errors import in_plain_words
+from webui.errors import show_errors
 from webui.views import RunView, views
 from webui.workspace import Workspace
 
@@ -22,14 +22,14 @@ def build(context: AppContext) -> None:
     settings, components = context.settings, _layout()
     chosen, seen = components["chosen"], gr.State(None)
 
-    @in_plain_words
+    @show_errors
     def choices(before: Any, request: gr.Request) -> list[Any]:
         now = [(view.title, view.id) for view in views(settings.workspace(request))]
         return [gr.skip() if now == before else gr.Dropdown(choices=now), now]
 
     context.refresh_triggers["runs"].change(choices, seen, [chosen, seen], trigger_mode="always_last", **QUIET)
 
-    @in_plain_words
+    @show_errors
     def compare(ids: list[str] | None, request: gr.Request) -> list[Any]:
         compared = Compared.of(settings.workspace(request), ids or [])
         is_subject = compared.task == "subject"
@@ -40,7 +40,7 @@ def build(context: AppContext) -> None:
     outputs = [components[name] for name in ("comparison", "form", "prompt", "images")]
     components["show"].click(compare, chosen, outputs, api_visibility="private")
 
-    @in_plain_words
+    @show_errors
     def generate_all(ids: list[str] | None, prompt: str, seed: float | None, request: gr.Request) -> Iterator[Any]:
         workspace = settings.workspace(request)
         for words in generated_with_all(workspace, Compared.of(workspace, ids or []), prompt, int(seed or 0)):

@@ -11,7 +11,7 @@ import gradio as gr
 from pipelines.errors import InputError
 from webui import launching, progress
 from webui.app_context import AppContext
-from webui.errors import in_plain_words
+from webui.errors import show_errors
 from webui.images import Sample, address, newest_sheet, sampled_steps, samples, subject, thumbnail
 from webui.lazy_updates import LazyUpdate, button, frame, keys, lazy_text, text, updates
 from webui.photo_account import photo_account
@@ -115,7 +115,7 @@ def build(context: AppContext) -> None:
     outputs = _layout()
     seen, log_open = gr.State({}), gr.State(False)
 
-    @in_plain_words
+    @show_errors
     def refresh(run_id: str | None, seen: dict[str, Hashable], log_open: bool, request: gr.Request) -> list[Any]:
         view = view_of(context.settings.workspace(request), run_id)
         now = parts(view, log_open)
@@ -144,7 +144,7 @@ def _wire_buttons(context: AppContext, buttons: dict[str, Any], refreshing: dict
     for action in ("stop", "sample", "save"):
         buttons[action].click(_asking(context, action), context.run, api_visibility="private").then(**refreshing)
 
-    @in_plain_words
+    @show_errors
     def resume(run_id: str, request: gr.Request) -> list[dict[str, object]]:
         workspace = context.settings.workspace(request)
         launching.resume(workspace, run_id)
@@ -152,7 +152,7 @@ def _wire_buttons(context: AppContext, buttons: dict[str, Any], refreshing: dict
 
     buttons["resume"].click(resume, context.run, context.outputs, api_visibility="private").then(**refreshing)
 
-    @in_plain_words
+    @show_errors
     def open_results(run_id: str, request: gr.Request) -> gr.Tabs:
         view = view_of(context.settings.workspace(request), run_id)
         return gr.Tabs(selected="classify" if view is not None and view.task == "classify" else "judge")
@@ -186,7 +186,7 @@ def _layout() -> dict[str, Any]:
 def _asking(context: AppContext, action: str) -> Callable[[str, gr.Request], None]:
     """The handler of a button that sends the run a request."""
 
-    @in_plain_words
+    @show_errors
     def ask(run_id: str, request: gr.Request) -> None:
         workspace = context.settings.workspace(request)
         if action == "stop":

@@ -20,10 +20,10 @@ from webui.adapters import others, reference_of_file, steps_of
 from webui.app_context import QUIET, AppContext
 from webui.cancellation import CANCELLATIONS
 from webui.cards import escaped
-from webui.errors import in_plain_words
+from webui.errors import show_errors
 from webui.gallery import bar_of, details_of, gallery_of
 from webui.generated_images import GeneratedImages, settings_of
-from webui.generation_requests import GUIDANCE_SCALE, MIXED, STEPS, GenerationRequest, run_in
+from webui.generation_requests import GUIDANCE_SCALE, MIXED, STEPS, GenerationRequest, adapter_fields
 from webui.screens import use_files
 from webui.screens.train import view_of
 from webui.views import RunView
@@ -175,7 +175,7 @@ class _RunDisplay:
         """Refresh when the page loads, when another run is chosen, and while a run is active."""
         context = self.context
 
-        @in_plain_words
+        @show_errors
         def refresh(run_id: str | None, seen: list[Any] | None, chosen: list[Any] | None, request: gr.Request) -> list[Any]:
             return self.updates(context.settings.workspace(request), run_id, seen, chosen)
 
@@ -241,13 +241,13 @@ def _wire_generation(
     generate, cancel, bar = buttons
     token = gr.State(0)
 
-    @in_plain_words
+    @show_errors
     def generate_images(request: gr.Request, token: int, *values: Any) -> Iterator[list[Any]]:
         yield from _generate(
             context.settings.workspace(request), GenerationRequest.from_page(values), str(request.session_hash), token
         )
 
-    @in_plain_words
+    @show_errors
     def show_gallery(request: gr.Request) -> list[Any]:
         return gallery_of(context.settings.workspace(request))
 
@@ -269,19 +269,19 @@ def _wire_generation(
     context.page.load(show_gallery, outputs=[outputs.gallery, outputs.details], show_progress="hidden", api_visibility="private")
 
 
-@in_plain_words
+@show_errors
 def _begin(request: gr.Request) -> list[Any]:
     token = CANCELLATIONS.begin(str(request.session_hash))
     return [token, gr.Button(interactive=False), gr.Button(visible=True), bar_of("Waiting for the device", 0, 1)]
 
 
-@in_plain_words
+@show_errors
 def _end(token: int, request: gr.Request) -> list[Any]:
     cancelled = CANCELLATIONS.is_cancelled(str(request.session_hash), token)
     return [*_idle(), CANCELLED if cancelled else gr.skip()]
 
 
-@in_plain_words
+@show_errors
 def _cancel(request: gr.Request) -> str:
     CANCELLATIONS.cancel(str(request.session_hash))
     return CANCELLED
@@ -320,20 +320,20 @@ def _wire_again(display: _RunDisplay, image_outputs: ImageOutputs) -> None:
     context, controls = display.context, display.controls
     private = {"show_progress": "hidden", "api_visibility": "private"}
 
-    @in_plain_words
+    @show_errors
     def choose(event: gr.SelectData, request: gr.Request) -> list[Any]:
-        path = GeneratedImages.of(context.settings.workspace(request)).called(Path(str(event.value["image"]["path"])).name)
+        path = GeneratedImages.of(context.settings.workspace(request)).find(Path(str(event.value["image"]["path"])).name)
         return [path.name, details_of(settings_of(path)[0]), gr.Button(visible=True)]
 
     image_outputs.gallery.select(choose, outputs=[image_outputs.chosen, image_outputs.details, image_outputs.again], **private)
     fields = [controls.scale, controls.negative, controls.count, controls.seed, controls.with_base, controls.steps]
     fields += [controls.guidance_scale, *controls.scales]
 
-    @in_plain_words
+    @show_errors
     def again(name: str, run_id: str | None, request: gr.Request) -> list[Any]:
         workspace = context.settings.workspace(request)
-        settings, _ = settings_of(GeneratedImages.of(workspace).called(name))
-        adapter, step, scale, mixed = run_in(settings)
+        settings, _ = settings_of(GeneratedImages.of(workspace).find(name))
+        adapter, step, scale, mixed = adapter_fields(settings)
         run_id = adapter or run_id
         updates = display.updates(workspace, run_id, None, None)
         positions = {id(each): at for at, each in enumerate(display.outputs)}
@@ -373,7 +373,7 @@ def _wire_small(
     suggestions.click(lambda sample: sample[0], inputs=[suggestions], outputs=[controls.prompt], api_visibility="private")
     dice.click(lambda: secrets.randbelow(2**31), outputs=[controls.seed], show_progress="hidden", api_visibility="private")
 
-    @in_plain_words
+    @show_errors
     def add(request: gr.Request, file: str, run_id: str | None, *values: Any) -> list[Any]:
         workspace = context.settings.workspace(request)
         added = uploads.add_adapter(workspace, file)

@@ -11,7 +11,7 @@ from gradio.processing_utils import save_file_to_cache
 from gradio.utils import get_upload_folder
 
 from webui.app_context import AppContext
-from webui.errors import in_plain_words
+from webui.errors import show_errors
 from webui.files import LAYOUTS, Layout, layouts_of, size_text
 from webui.generation_requests import GenerationRequest
 from webui.views import RunView
@@ -77,7 +77,7 @@ def wire(context: AppContext, files: Files, inputs: list[Any]) -> None:
         inputs: the inputs of `GenerationRequest.from_page`.
     """
 
-    @in_plain_words
+    @show_errors
     def merge(request: gr.Request, layout: str, *values: Any) -> gr.DownloadButton:
         from webui.work import generation
 
@@ -101,7 +101,7 @@ def wire(context: AppContext, files: Files, inputs: list[Any]) -> None:
 
 
 def _download(context: AppContext, layout: Layout) -> Callable[..., gr.DownloadButton]:
-    @in_plain_words
+    @show_errors
     def download(run_id: str, step: int, request: gr.Request) -> gr.DownloadButton:
         from webui.work import generation
 

@@ -20,7 +20,7 @@ from training.runs.record import RunRecord
 from training.runs.run_files import Suggestion
 from training.subject.finishing import SUGGESTED
 from training.subject.measured import adapter_at
-from webui.adapters import adapter_called, last_step, reference_of
+from webui.adapters import find_adapter, last_step, reference_of
 from webui.files import LAYOUTS, Layout
 from webui.generated_images import GeneratedImages
 from webui.generation_requests import GenerationRequest
@@ -41,7 +41,7 @@ def job_for(workspace: Workspace, request: GenerationRequest) -> GenerationJob:
 
     Raises: InputError if an adapter is missing or a value is out of range.
     """
-    adapters = tuple(WeightedAdapter(adapter_called(workspace, reference), scale) for reference, scale in request.references)
+    adapters = tuple(WeightedAdapter(find_adapter(workspace, reference), scale) for reference, scale in request.references)
     if not 1 <= request.count <= MAX_IMAGES:
         raise InputError(f"The number of images must be in [1, {MAX_IMAGES}], got {request.count}.")
     resolution = None
@@ -86,7 +86,7 @@ def file_of(workspace: Workspace, run_id: str, step: int, layout: Layout) -> Ite
     """
     if layout not in LAYOUTS:
         raise InputError(f"The layout must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
-    adapter = adapter_called(workspace, reference_of(run_id, step))
+    adapter = find_adapter(workspace, reference_of(run_id, step))
     record = workspace.run(run_id)
     with tempfile.TemporaryDirectory() as folder:
         path = _on_disk(record, step, layout)
