@@ -68,9 +68,9 @@ def new_page(chromium: object) -> Iterator[Callable[..., object]]:
 
     def open_page(url: str | None = None, size: str = "desk", dark: bool = False, **named: object) -> object:
         width, height = SIZES[size]
-        context = chromium.new_context(
-            viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light", **named
-        )
+        # Animations take much of the processor, drawn without a graphics card.
+        still = {"color_scheme": "dark" if dark else "light", "reduced_motion": "reduce"}
+        context = chromium.new_context(viewport={"width": width, "height": height}, **still, **named)
         contexts.append(context)
         page = context.new_page()
         page.errors = []
