@@ -273,7 +273,7 @@ def as_lora(factors: Mapping[str, Factors]) -> tuple[LoraConfig, dict[str, torch
     """The plain LoRA (or DoRA) with exactly these weight changes: its PEFT configuration and tensors.
 
     Args:
-        factors: by layer name.
+        factors: by layer name: up (out, k) and down (k, in), or (out, k, 1, 1) and (k, in, kh, kw) for a convolution.
     """
     from peft import LoraConfig
 
@@ -302,7 +302,7 @@ def add_as_lora(model: nn.Module, factors: Mapping[str, Factors], adapter_name: 
     """Add the plain LoRA with exactly these weight changes, which diffusers scales, fuses and deletes like any LoRA.
 
     Args:
-        factors: by layer name, of the weight as a matrix.
+        factors: by layer name: up (out, k) and down (k, in), or (k, in * kh * kw) for a convolution.
         source: the file or folder of the adapter, for error messages.
     Raises: InputError naming a layer that the model lacks or has in another size.
     """

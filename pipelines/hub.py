@@ -213,6 +213,7 @@ def brief(error: BaseException) -> str:
 def _sentences(model: HubModel, failure: Failure, error: BaseException) -> str:
     """Why `model` could not be fetched, and the remedy."""
     elsewhere = f"Download it once where there is a network, with `{model.download_command}`, or {model.local}."
+    response = error.response if isinstance(error, HfHubHTTPError) else None
     return _TEXTS[failure].format(
         page=model.page,
         revision=model.revision or constants.DEFAULT_REVISION,
@@ -221,20 +222,10 @@ def _sentences(model: HubModel, failure: Failure, error: BaseException) -> str:
         hub=constants.ENDPOINT,
         cache=constants.HF_HUB_CACHE,
         account="the account that is logged in has no access to it" if get_token() else "you are not logged in",
-        file=_file_of(error),
-        status=_status_of(error),
+        file="" if response is None else str(response.url).rsplit("/", 1)[-1],
+        status="" if response is None else response.status_code,
         cause=brief(error),
     )
-
-
-def _file_of(error: BaseException) -> str:
-    """The file that a request asked for; empty if unknown."""
-    return str(error.response.url).rsplit("/", 1)[-1] if isinstance(error, HfHubHTTPError) else ""
-
-
-def _status_of(error: BaseException) -> str:
-    """The HTTP status of a response; empty if unknown."""
-    return str(error.response.status_code) if isinstance(error, HfHubHTTPError) else ""
 
 
 def _hub_error(model: HubModel, error: BaseException) -> HubError:

@@ -224,7 +224,7 @@ class AdaLoraTraining(MethodTraining):
         self.load_state_dict({})
 
     def regularizer(self) -> torch.Tensor | None:
-        """A scalar: orth_reg_weight times the mean of ||A A^T - I||_F and ||B^T B - I||_F over all layers  [eq. 4 in PEFT]."""
+        """A scalar: orth_reg_weight times the mean of ||A A^T - I||_F and ||B^T B - I||_F  [eq. 4, as in PEFT]."""
         if not self.weight:
             return None
         return self.weight * torch.stack([distance for model in self.models for distance in _distances(model)]).mean()

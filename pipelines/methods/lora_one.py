@@ -123,7 +123,7 @@ class LoraOne(Lora):
             write_tensors(cache, tensors, {ORIGIN: origin}, digest=True)
         for name, layer in layers.items():
             if name in factors:
-                put(factors[name], layer, adapter_name)
+                copy_factors(factors[name], layer, adapter_name)
         without = [name for name in layers if name not in factors]
         if without:
             get_logger(__name__).warning(
@@ -251,7 +251,7 @@ def cached_factors(file: Path, origin: str) -> dict[str, Factors] | None:
 
 
 @torch.no_grad()
-def put(factors: Factors, layer: LoraLayer, adapter_name: str) -> None:
+def copy_factors(factors: Factors, layer: LoraLayer, adapter_name: str) -> None:
     """Copy the factors into the first rows of A and columns of B; the others are unchanged."""
     A, B = layer.lora_A[adapter_name].weight.flatten(1), layer.lora_B[adapter_name].weight.flatten(1)
     count = len(factors.down)
