@@ -33,14 +33,14 @@ from pipelines.subject.folder_scan import images_of, scan_folder
 from pipelines.subject.prompt_length import LongPrompt
 
 MIN_SIDE, MAX_ASPECT_RATIO, MIN_IMAGES = 64, 3.0, 3
-# Seen on 25 photos and renderings with a shorter side of 256: sharp ones have 840 and more; blurred by a Gaussian of one
-# pixel 50 to 180, of two pixels at most 22.
+# Measured on 25 photos and renderings with a shorter side of 256: sharp ones have 840 or more, with a Gaussian blur of one
+# pixel 50 to 180, and of two pixels at most 22.
 SHARPNESS_SIDE, MIN_SHARPNESS = 256, 40.0
-# Of 128 bits, different images of one subject differ in 27 and more, an image and its JPEG of quality 30 in at most 5.
+# Different images of one subject differ in at least 27 of the 128 bits, an image and its JPEG of quality 30 in at most 5.
 HASH_SIDE, MAX_DUPLICATE_BITS = 8, 16
-# Mean difference of 8 x 8 thumbnails: 0.13 and more for sets of real photos, 0.05 for crops of one photo.
+# Mean difference of 8 x 8 thumbnails: at least 0.13 for sets of real photos, 0.05 for crops of one photo.
 MIN_VARIETY = 0.06
-# A brighter copy differs by 0.09; flat images have the same bits, so that their colours have to distinguish them.
+# A brighter copy differs by 0.09. Flat images have equal bits and are distinguished by their colours.
 MAX_DUPLICATE_DIFFERENCE = 0.12
 
 

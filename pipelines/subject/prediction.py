@@ -101,7 +101,7 @@ def check_terminal_snr(scheduler: SchedulerMixin) -> None:
 
 
 def check_combination(prediction_type: str | None, rescale_betas_zero_snr: bool | None) -> None:
-    """Check that epsilon is not combined with zero terminal SNR, where it says nothing about the image.
+    """Check that epsilon is not combined with zero terminal SNR, where the noise says nothing about the image.
 
     Raises: InputError if it is.
     """

@@ -104,7 +104,8 @@ class ClassImages:
         prompts = {folder: prompt for prompt, folder in self.folders().items()}
         top = list_folder(self.folder)
         if self.folder in prompts:
-            return FolderAccount(self.folder, tuple(self._entries(self._with_images(top), prompts[self.folder])))
+            _check_depth(top)
+            return FolderAccount(self.folder, tuple(self._entries(top, prompts[self.folder])))
         entries = [*top.unusable, *(FolderEntry(path, "unused", "class_elsewhere") for path in top.images)]
         entries += [FolderEntry(path, "unused", unused_kind(path.name, ())) for path in top.files]
         for path in top.folders:
@@ -113,16 +114,6 @@ class ClassImages:
             else:
                 entries.append(_unused_folder(path))
         return FolderAccount(self.folder, tuple(entries))
-
-    def _with_images(self, listing: FolderListing) -> FolderListing:
-        """`listing`. Raises: InputError if all its images are in deeper folders, which are not read."""
-        below = [] if listing.images else [path for path in listing.folders if first_image_below(path)]
-        if below:
-            raise InputError(
-                f"{str(listing.path)!r} holds no class images itself; they are in {listed(below, listing.path)}. Give "
-                f"--class_data_dir the folder that contains them, such as {str(below[0])!r}."
-            )
-        return listing
 
     def _entries(self, listing: FolderListing, prompt: str) -> list[FolderEntry]:
         """The entries of everything in the folder of the class with `prompt`."""
@@ -133,6 +124,16 @@ class ClassImages:
         entries += [*listing.unusable, *map(_unused_folder, listing.folders)]
         names = [path.name for path in listing.images]
         return entries + [FolderEntry(path, "unused", _class_file_kind(path, names), prompt) for path in listing.files]
+
+
+def _check_depth(listing: FolderListing) -> None:
+    """Raise InputError if all images of a folder are in deeper folders, which are not read."""
+    below = [] if listing.images else [path for path in listing.folders if first_image_below(path)]
+    if below:
+        raise InputError(
+            f"{str(listing.path)!r} holds no class images itself; they are in {listed(below, listing.path)}. Give "
+            f"--class_data_dir the folder that contains them, such as {str(below[0])!r}."
+        )
 
 
 def _class_file_kind(path: Path, images: Sequence[str]) -> str:

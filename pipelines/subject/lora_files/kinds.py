@@ -71,7 +71,7 @@ def is_embedding(name: str) -> bool:
     return EMBEDDINGS.fullmatch(name) is not None
 
 
-def refuse_other_kinds(header: SafetensorsHeader, path: Path) -> str | None:
+def other_kind_message(header: SafetensorsHeader, path: Path) -> str | None:
     """The message about a file at `path` that is not a LoRA, with the remedy; None if it has the tensors of a LoRA."""
     names = header.tensors
     if not names:
@@ -136,7 +136,7 @@ def _by_metadata(metadata: Mapping[str, str]) -> str | None:
     return None
 
 
-def misfit(path: Path, header: SafetensorsHeader, reason: str) -> str:
+def misfit_message(path: Path, header: SafetensorsHeader, reason: str) -> str:
     """The message about a LoRA that does not fit the base model, with the model that it was trained on if that is known."""
     model = architecture(header)
     if model is None:

@@ -121,7 +121,7 @@ def load_lora_file(pipeline: StableDiffusionXLPipeline, path: Path, adapter_name
             misfits.append(f"in {next(iter(names.values()))!r:.120} {error}")
     if misfits:
         reason = f"{len(grouped) - len(misfits)} of its {len(grouped)} layers fit; {misfits[0]}"
-        raise InputError(kinds.misfit(path, header, reason))
+        raise InputError(kinds.misfit_message(path, header, reason))
     apply(pipeline, changes, adapter_name)
     verify(pipeline, adapter_name, path, changes)
     return _left_out(header, path)
@@ -196,7 +196,7 @@ def _refuse(header: SafetensorsHeader, path: Path) -> None:
         raise AdapterFileError(
             f"{path} has a tensor {unsafe!r:.100}, whose name cannot be that of a layer. The file is not used."
         )
-    other = kinds.refuse_other_kinds(header, path)
+    other = kinds.other_kind_message(header, path)
     if other is not None:
         raise InputError(other)
 
@@ -231,7 +231,7 @@ def _grouped(
         elif split is not None or not _is_left_out(header, name):
             unknown.append(name)
     if unknown:
-        raise InputError(kinds.misfit(path, header, _unused_names(header, unknown, len(grouped))))
+        raise InputError(kinds.misfit_message(path, header, _unused_names(header, unknown, len(grouped))))
     return grouped
 
 
