@@ -192,7 +192,7 @@ def alone(component: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("entry", range(9))
-def test_every_entry_of_a_probe_counts(tmp_path, saved, entry):
+def test_every_entry_of_a_probe_is_checked(tmp_path, saved, entry):
     path = alone(saved / "compact" / "text_encoder", tmp_path / "adapter") / "adapter_model.safetensors"
     tensors = load_file(path)
     name = "base_model.model.encoder.layers.1.mlp.fc1.nora_probe"
@@ -215,7 +215,7 @@ def test_scales_shared_with_no_such_layer_are_refused(tmp_path, saved, shared):
         load_nora(tiny_pipeline(), tmp_path / "adapter")
 
 
-def test_a_failure_in_the_last_component_takes_the_others_off(saved, monkeypatch):
+def test_a_failure_in_the_last_component_removes_the_adapter_from_the_others(saved, monkeypatch):
     inject, calls = loading.inject_adapter_in_model, []
 
     def fail_at_third(*args, **kwargs):
@@ -250,7 +250,7 @@ def test_another_architecture_is_refused_by_the_layer_that_does_not_fit(saved):
         load_nora(pipe, saved / "full")
 
 
-def test_what_is_no_adapter_folder_is_refused(tmp_path, saved):
+def test_other_paths_than_adapter_folders_are_refused(tmp_path, saved):
     pipe = tiny_pipeline()
     offloaded = tiny_pipeline()
     offloaded.unet.to("meta")
@@ -264,7 +264,7 @@ def test_what_is_no_adapter_folder_is_refused(tmp_path, saved):
         load_nora(pipe, saved / "full" / "unet" / "adapter_model.safetensors")
 
 
-def test_names_that_are_taken_or_impossible_are_refused(saved):
+def test_names_that_are_in_use_or_invalid_are_refused(saved):
     pipe = tiny_pipeline()
     assert [load_nora(pipe, saved / "full") for _ in range(2)] == ["default_0", "default_1"]
     with pytest.raises(ValueError, match="already has an adapter 'default_0'"):
@@ -274,7 +274,7 @@ def test_names_that_are_taken_or_impossible_are_refused(saved):
             load_nora(pipe, saved / "full", name)
 
 
-def test_what_cannot_be_saved_is_refused_and_nothing_is_written(tmp_path):
+def test_adapters_that_cannot_be_saved_are_refused_and_nothing_is_written(tmp_path):
     pipe = tiny_pipeline()
     with pytest.raises(ValueError, match="No component of the pipeline has an adapter 'default'"):
         save_nora(pipe, tmp_path / "out")

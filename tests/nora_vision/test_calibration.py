@@ -30,7 +30,7 @@ def test_the_statistics_of_a_convolution_are_those_of_its_unfolded_input(padding
     torch.testing.assert_close(calibrate(model, lambda: model(x))["0"], patches.square().sum(dim=(0, 2)).sqrt())
 
 
-def test_every_token_of_every_batch_counts_alike():
+def test_every_token_of_every_batch_has_the_same_weight():
     model, _, _ = mlp()
     x = torch.randn(12, 20)
     at_once = calibrate(model, lambda: model(x))
@@ -39,7 +39,7 @@ def test_every_token_of_every_batch_counts_alike():
         torch.testing.assert_close(in_parts[name], at_once[name])
 
 
-def test_statistics_do_not_drown_in_half_precision():
+def test_statistics_are_accurate_for_half_precision():
     model = nn.Sequential(nn.Linear(4, 4)).to(torch.float16)
     x = torch.full((3000, 4), 100.0, dtype=torch.float16)
     torch.testing.assert_close(calibrate(model, lambda: model(x))["0"], torch.full((4,), 100.0 * 3000**0.5))
@@ -66,7 +66,7 @@ def hooks(model):
     return sum(len(module._forward_pre_hooks) for module in model.modules())
 
 
-def test_hooks_are_removed_and_adapters_come_back_even_if_the_run_fails():
+def test_hooks_are_removed_and_adapters_enabled_again_even_if_the_run_fails():
     model, (x,), targets = mlp()
     inject_adapter_in_model(config_for(targets), model)
     adapted = output(model, (x,))
@@ -130,7 +130,7 @@ def test_the_same_statistics_are_saved_as_the_same_bytes(tmp_path):
         ({"first": torch.ones(2, 2)}, {"nora_activation_statistics": '{"first": "0"}'}, "'first' must be one vector"),
     ],
 )
-def test_files_that_hold_something_else_are_refused(tmp_path, tensors, metadata, message):
+def test_files_with_other_content_are_refused(tmp_path, tensors, metadata, message):
     write_tensors(tmp_path / "stats.safetensors", tensors, metadata)
     with pytest.raises(AdapterFileError, match=message):
         ActivationStatistics.load(tmp_path / "stats.safetensors")
@@ -195,7 +195,7 @@ def rank_statistics(rank, x, path):
     torch.distributed.destroy_process_group()
 
 
-def test_all_ranks_end_with_the_statistics_of_all_inputs(tmp_path):
+def test_all_ranks_get_the_statistics_of_all_inputs(tmp_path):
     model, (x,), _ = mlp()
     # Forked, since a spawned process would import everything again.
     torch.multiprocessing.start_processes(rank_statistics, (x, str(tmp_path)), nprocs=2, start_method="fork")

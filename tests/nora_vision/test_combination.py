@@ -76,7 +76,7 @@ def test_the_change_of_a_combination_is_the_weighted_sum_of_the_changes(kind, co
     torch.testing.assert_close(output(model, inputs), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_outer_factors_of_one_start_are_shared_and_the_sum_is_compact(kind, tmp_path):
+def test_equal_outer_factors_are_shared_and_the_sum_is_compact(kind, tmp_path):
     start = {"r": 4, "inner_r": 3, "init_weights": True}
     model, _ = with_adapters(kind, a=start, b=start | {"inner_r": 2})
     model.add_weighted_adapter(["a", "b"], [0.3, -0.6], "sum")
@@ -136,7 +136,7 @@ def test_svd_rank_gives_the_best_approximation_of_that_rank():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_sums_hold_the_outer_factors_to_the_bit(dtype):
+def test_half_precision_sums_keep_the_exact_outer_factors(dtype):
     model, _ = with_adapters("conv2d", dtype)
     model.add_weighted_adapter(["a", "b"], [0.5, -1], "sum")
     for layer in nora_layers(model).values():
@@ -159,7 +159,7 @@ def test_adapters_of_other_layers_and_of_ranks_by_layer_are_summed(tmp_path):
     assert changes(fresh, "x").keys() == changes(model.base_model.model, "sum").keys() == {"first", "second", "head"}
 
 
-def test_a_combination_leaves_all_else_as_it_was():
+def test_a_combination_changes_nothing_else():
     model, inputs = with_adapters()
     model.base_model.set_adapter("a")
     expected, rng = output(model, inputs), torch.get_rng_state()
@@ -171,7 +171,7 @@ def test_a_combination_leaves_all_else_as_it_was():
     assert model.active_adapters == ["a"]
 
 
-def test_the_present_scaling_of_an_adapter_counts():
+def test_the_current_scaling_of_an_adapter_is_used():
     model, _ = with_adapters()
     for layer in nora_layers(model).values():
         layer.set_scale("a", 0.25)
@@ -206,7 +206,7 @@ def test_what_is_not_supported_is_refused_and_changes_nothing(case):
     assert list(model.state_dict()) == names
 
 
-def test_modules_trained_in_full_and_adapters_that_wait_are_refused():
+def test_modules_to_save_and_adapters_without_outer_factors_are_refused():
     model, _ = with_adapters(a={}, b={"modules_to_save": ["head"]}, c={"init_weights": True, "outer_init": "awsvd"})
     with pytest.raises(
         ValueError, match=r"'b' has modules that are trained in full, \['head'\].* does not support modules_to_save"

@@ -39,7 +39,7 @@ def test_equal_configurations_are_saved_as_equal_bytes(tmp_path):
     assert (tmp_path / "1" / "adapter_config.json").read_bytes() == (tmp_path / "2" / "adapter_config.json").read_bytes()
 
 
-def test_patterns_give_layers_ranks_of_their_own():
+def test_patterns_set_the_ranks_of_layers():
     config = NoraConfig(r=32, inner_r=8, rank_pattern={"to_q": 16}, inner_rank_pattern={r"mid\..*": 4})
     assert config.ranks_for("down.to_k") == (32, 8)
     assert config.ranks_for("down.to_q") == (16, 8)

@@ -127,7 +127,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_the_digest_is_of_all_bytes_and_all_metadata(tmp_path, damage):
+def test_the_digest_covers_all_bytes_and_all_metadata(tmp_path, damage):
     change, message = DAMAGE[damage]
     model = saved("linear", False, tmp_path)
     rewrite(tmp_path / WEIGHTS, change)
@@ -135,7 +135,7 @@ def test_the_digest_is_of_all_bytes_and_all_metadata(tmp_path, damage):
         read_adapter(model, tmp_path)
 
 
-def test_tensors_of_one_shape_that_are_exchanged_are_refused(tmp_path):
+def test_exchanged_tensors_of_the_same_shape_are_refused(tmp_path):
     model = saved("conv1d", False, tmp_path)
     names = [f"base_model.model.h.{block}.attn.c_attn.nora_inner_B" for block in range(2)]
 
@@ -156,7 +156,7 @@ def test_a_change_below_the_tolerance_of_a_probe_is_refused(tmp_path):
         read_adapter(model, tmp_path)
 
 
-def test_a_configuration_in_other_words_is_the_same(tmp_path):
+def test_an_equivalent_spelling_of_a_configuration_is_accepted(tmp_path):
     model = saved("linear", False, tmp_path)
     expected = loaded(model, tmp_path)
     fields = json.loads((tmp_path / CONFIG).read_text())

@@ -87,7 +87,7 @@ def test_the_randomized_method_is_within_one_percent_of_optimal():
     assert ((weight - B @ A) * scale).norm() <= 1.01 * S[64:].norm()
 
 
-def test_the_randomized_method_depends_on_its_generator_alone_and_leaves_the_global_one_untouched(weight, scale):
+def test_the_randomized_method_uses_only_its_generator(weight, scale):
     weight, scale = decaying_weight(200), torch.ones(200)
     state = torch.get_rng_state()
     B, A = awsvd(weight, scale, 8, method="randomized")

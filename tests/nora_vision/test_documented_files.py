@@ -93,7 +93,7 @@ def test_the_digests_are_those_that_the_page_describes(saved):
         assert file.configuration_digest() == file.metadata["nora_configuration"]
 
 
-def test_a_full_file_gives_the_change_of_weight(saved):
+def test_a_full_file_gives_the_weight_change(saved):
     layers, full, _ = saved
     for name, layer in layers.items():
         change = full.tensor(name, "nora_B") @ full.core(name) @ full.tensor(name, "nora_A")
@@ -101,7 +101,7 @@ def test_a_full_file_gives_the_change_of_weight(saved):
         np.testing.assert_allclose(change, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-def test_a_compact_file_gives_it_with_the_base_weight_and_its_probe_agrees(saved):
+def test_a_compact_file_and_the_base_weight_give_the_weight_change_and_its_probe(saved):
     layers, _, compact = saved
     for name, layer in layers.items():
         B, A = compact.outer_factors(name, layer.get_base_layer().weight.flatten(1).detach().double().numpy())

@@ -69,7 +69,7 @@ def test_stock_diffusers_makes_the_same_images_from_each_file(tmp_path):
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("case", ["all", "varied", "lora"])
-def test_stock_loaders_get_every_change_of_weight_exactly(tmp_path, format, case):
+def test_stock_loaders_get_every_weight_change_exactly(tmp_path, format, case):
     pipe, stock = adapted(case), tiny_pipeline()
     stock.load_lora_weights(export_lora(pipe, tmp_path, format=format), adapter_name="loaded")
     expected, loaded = weight_changes(pipe), weight_changes(stock, "loaded")
@@ -91,7 +91,7 @@ def test_every_linear_layer_and_convolution_of_the_unet_can_be_exported(tmp_path
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_the_strength_in_use_and_fusing_do_not_change_the_file(tmp_path, format):
+def test_the_current_scale_and_fusing_do_not_change_the_file(tmp_path, format):
     pipe = tiny_pipeline()
     add_nora(pipe)
     before = export_lora(pipe, tmp_path / "before.safetensors", format=format)
@@ -129,7 +129,7 @@ def test_the_diffusers_file_has_no_alpha_and_text_model_in_every_text_encoder_ke
     assert all(key.startswith(("unet.", "text_encoder.text_model.", "text_encoder_2.text_model.")) for key in keys)
 
 
-def test_the_kohya_file_says_what_it_is_and_has_one_alpha(tmp_path):
+def test_the_kohya_file_has_its_metadata_and_one_alpha(tmp_path):
     pipe = tiny_pipeline()
     add_nora(pipe, "toy", **VARIED)
     path = export_lora(pipe, tmp_path, "toy", format="kohya")
@@ -241,7 +241,7 @@ def refused(pipe, tmp_path: Path, match: str, **arguments) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_what_no_lora_file_can_hold_is_refused_and_nothing_is_written(tmp_path):
+def test_adapters_that_a_lora_file_cannot_contain_are_refused_and_nothing_is_written(tmp_path):
     pipe = tiny_pipeline()
     refused(pipe, tmp_path, "No component of the pipeline has an adapter 'default'")
     refused(pipe, tmp_path, "at least one adapter to export, got none", adapter_name={})
@@ -292,7 +292,7 @@ def test_stock_diffusers_makes_the_same_images_from_the_file_of_a_dora(targets, 
     torch.testing.assert_close(image(stock), expected, atol=1 / 255, rtol=0)
 
 
-def test_the_kohya_file_of_a_dora_holds_the_length_that_each_row_of_the_weight_gets(tmp_path):
+def test_the_kohya_file_of_a_dora_contains_the_norm_of_each_changed_row(tmp_path):
     pipe = tiny_pipeline()
     add_dora(pipe)
     tensors = read_tensors(export_lora(pipe, tmp_path / "x.safetensors", format="kohya"))
@@ -311,7 +311,7 @@ def test_the_kohya_file_of_a_dora_holds_the_length_that_each_row_of_the_weight_g
             torch.testing.assert_close(lengths, layer.lora_magnitude_vector["default"].weight.flatten())
 
 
-def test_diffusers_renames_a_dora_scale_to_the_lengths_that_peft_trains(tmp_path):
+def test_diffusers_converts_a_dora_scale_to_the_magnitudes_of_peft(tmp_path):
     pipe = tiny_pipeline()
     add_dora(pipe)
     tensors = read_tensors(export_lora(pipe, tmp_path / "x.safetensors", format="kohya"))

@@ -61,14 +61,14 @@ def test_same_tensors_same_bytes(tmp_path):
     assert (tmp_path / "x.safetensors").read_bytes() == (tmp_path / "y.safetensors").read_bytes()
 
 
-def test_the_hash_is_of_the_bytes_after_the_header(tmp_path):
+def test_the_hash_covers_the_bytes_after_the_header(tmp_path):
     path, tensors = tmp_path / "x.safetensors", {"b": torch.ones(2), "a": torch.zeros(3).half()}
     write_tensors(path, tensors, {"k": "v"})
     content = path.read_bytes()
     assert tensor_hash(tensors) == hashlib.sha256(content[8 + struct.unpack("<Q", content[:8])[0] :]).hexdigest()
 
 
-def test_the_digest_is_of_names_dtypes_shapes_bytes_and_metadata():
+def test_the_digest_covers_names_dtypes_shapes_bytes_and_metadata():
     tensors, metadata = {"a": torch.tensor([[1.0, 2.0]]), "b": torch.zeros(2).half()}, {"key": "value"}
     digest = content_digest(tensors, metadata)
     assert content_digest(dict(reversed(tensors.items())), metadata | {DIGEST: "any"}) == digest
@@ -147,7 +147,7 @@ def test_a_truncated_file_is_refused(tmp_path, kept):
         read_tensors(path)
 
 
-def test_bytes_that_no_tensor_owns_are_refused(tmp_path):
+def test_bytes_that_belong_to_no_tensor_are_refused(tmp_path):
     path = tmp_path / "x.safetensors"
     write_tensors(path, {"a": torch.ones(4)})
     path.write_bytes(path.read_bytes() + b"more")

@@ -81,7 +81,7 @@ def test_a_lower_rank_keeps_the_leading_triples_of_a_higher_one():
     torch.testing.assert_close(factors[8][:4], factors[4])
 
 
-def test_without_statistics_the_plain_svd_is_taken_and_announced(kind):
+def test_without_statistics_the_plain_svd_is_used_with_a_warning(kind):
     model, _, targets = MODELS[kind]()
     inject_adapter_in_model(config_for(targets), model)
     with pytest.warns(UserWarning, match="No activation statistics: NoRA adapter 'default' starts from the plain SVD"):
@@ -101,7 +101,7 @@ def test_a_layer_that_saw_only_zeros_gets_the_plain_svd():
     torch.testing.assert_close(error, torch.linalg.svdvals(weight)[8:].norm(), rtol=1e-3, atol=1e-4)
 
 
-def test_initializing_starts_a_trained_adapter_afresh():
+def test_initializing_resets_a_trained_adapter():
     model, inputs, stats = started("linear", preserve_output=True, inner_init="gaussian")
     change_weights(model)
     assert not torch.allclose(output(model, inputs), output(mlp()[0], inputs))
@@ -122,7 +122,7 @@ def test_the_same_generator_gives_the_same_bytes_and_another_one_other_inner_fac
         assert torch.equal(other[name], tensor) == ("inner" not in name)
 
 
-def test_inner_factors_have_the_spread_the_configuration_asks_for():
+def test_inner_factors_have_the_configured_standard_deviation():
     model = nn.Sequential(nn.Linear(300, 300))
     inject_adapter_in_model(
         config_for(["0"], r=256, inner_r=128, init_weights=True, inner_init="gaussian", inner_std=0.05), model
@@ -141,7 +141,7 @@ def test_the_configuration_records_where_the_outer_factors_came_from():
     assert model.peft_config["default"].outer_init == "awsvd"
 
 
-def test_one_adapter_of_several_is_initialized_and_progress_is_told():
+def test_one_adapter_of_several_is_initialized_and_progress_is_reported():
     model, (x,), targets = mlp()
     model = get_peft_model(model, config_for(targets), "first")
     model.add_adapter("second", config_for(targets))

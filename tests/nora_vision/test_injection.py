@@ -156,7 +156,7 @@ def test_a_transformers_model_takes_an_adapter_after_it_refused_one():
     assert output(model, inputs).isfinite().all()
 
 
-def test_a_plain_svd_start_is_announced_and_other_starts_are_not(recwarn):
+def test_only_a_plain_svd_start_warns(recwarn):
     get_peft_model(Mlp(), config_for(["first"], init_weights=True))
     assert "starts from the plain SVD" in str(recwarn.pop(UserWarning).message)
     get_peft_model(Mlp(), config_for(["first"], init_weights=True, outer_init="awsvd"))
@@ -165,7 +165,7 @@ def test_a_plain_svd_start_is_announced_and_other_starts_are_not(recwarn):
     assert not [w for w in recwarn if "plain SVD" in str(w.message)]
 
 
-def test_nora_goes_over_layers_that_carry_another_peft_method():
+def test_nora_wraps_layers_with_another_peft_method():
     model, inputs, targets = mlp()
     inject_adapter_in_model(LoraConfig(r=4, target_modules=targets, init_lora_weights=False), model, "lora")
     with_lora = output(model, inputs)

@@ -110,7 +110,7 @@ def test_plain_svd_factors_approximate_the_weight(layer_and_input):
     torch.testing.assert_close(error, torch.linalg.svdvals(weight)[8:].norm(), rtol=1e-4, atol=1e-5)
 
 
-def test_only_two_r_inner_r_numbers_are_trained_in_a_layer(layer_and_input):
+def test_only_two_r_inner_r_parameters_are_trained_in_a_layer(layer_and_input):
     layer = adapted(layer_and_input[0])
     layer.base_layer.requires_grad_(False)
     assert sum(p.numel() for p in layer.parameters() if p.requires_grad) == 2 * 8 * 4
@@ -216,7 +216,7 @@ def test_set_scale_and_scale_layer_multiply_the_change():
     assert "absent" not in layer.scaling
 
 
-def test_unmerge_subtracts_what_was_merged_even_if_the_scale_changed_since():
+def test_unmerge_subtracts_the_merged_change_even_if_the_scale_has_changed():
     layer = adapted(nn.Linear(20, 30))
     before = layer.base_layer.weight.clone()
     layer.merge()
@@ -225,7 +225,7 @@ def test_unmerge_subtracts_what_was_merged_even_if_the_scale_changed_since():
     torch.testing.assert_close(layer.base_layer.weight, before)
 
 
-def test_outer_factors_that_are_not_set_are_an_error_and_not_a_silent_zero():
+def test_missing_outer_factors_are_an_error_and_not_a_silent_zero():
     layer = adapted(nn.Linear(20, 30), init_weights=True, outer_init="awsvd")
     for use in (lambda: layer(torch.randn(4, 20)), lambda: layer.get_delta_weight("default"), layer.merge):
         with pytest.raises(ValueError, match=r"outer factors of NoRA adapter 'default' are not set. Call initialize_nora"):
@@ -260,7 +260,7 @@ def test_the_default_targets_of_known_transformers_are_used():
     assert {name.rsplit(".", 1)[1] for name in nora_layers(model)} == {"c_attn"}
 
 
-def test_patterns_give_layers_ranks_of_their_own():
+def test_patterns_set_the_ranks_of_layers():
     model, inputs, targets = MODELS["linear"]()
     config = NoraConfig(r=8, inner_r=4, alpha=4.0, target_modules=targets, init_weights=False,
                         rank_pattern={"second": 6}, inner_rank_pattern={"second": 2})  # fmt: skip

@@ -72,7 +72,7 @@ def test_a_saved_adapter_comes_back_exactly(tmp_path, start, compact):
     assert not any(parameter.requires_grad for parameter in other.unet.parameters())
 
 
-def test_a_compact_file_holds_no_outer_factor_and_each_scale_once(tmp_path):
+def test_a_compact_file_contains_no_outer_factors_and_each_scale_once(tmp_path):
     pipe = adapted("awsvd")
     save_nora(pipe, tmp_path / "full")
     save_nora(pipe, tmp_path / "compact", compact=True)
@@ -116,7 +116,7 @@ def test_peft_reads_a_full_folder_and_refuses_to_run_a_compact_one(tmp_path):
         model(torch.zeros(1, 4, dtype=torch.long))
 
 
-def test_what_peft_saves_load_nora_reads(tmp_path):
+def test_load_nora_reads_adapters_saved_by_peft(tmp_path):
     pipe, other = tiny_pipeline(), tiny_pipeline()
     add_nora(pipe, components=("text_encoder",))
     pipe.text_encoder.save_pretrained(tmp_path / "text_encoder")
@@ -137,7 +137,7 @@ def test_regular_expressions_are_saved_as_the_names_they_matched(tmp_path, compa
 
 
 @LAYOUTS
-def test_modules_trained_in_full_come_along(tmp_path, compact):
+def test_modules_to_save_are_saved_and_loaded_with_the_adapter(tmp_path, compact):
     pipe, other = tiny_pipeline(), tiny_pipeline()
     add_nora(pipe, components=("unet",), target_modules=["to_q"], modules_to_save=["conv_out"])
     pipe.unet.conv_out.modules_to_save["default"].weight.data.mul_(3)
@@ -180,7 +180,7 @@ def test_half_precision_pipelines_keep_their_adapter(tmp_path, compact):
 # What a pipeline does with it
 
 
-def test_a_pipeline_treats_it_as_lora(tmp_path):
+def test_a_pipeline_treats_nora_as_lora(tmp_path):
     """The same calls on a pipeline with two NoRA adapters and on one with the LoRA files of both."""
     native, stock = tiny_pipeline(), tiny_pipeline()
     for seed, name in enumerate(("a", "b")):
@@ -269,7 +269,7 @@ def test_weights_add_the_changes_and_fusing_writes_the_sum(tmp_path):
         torch.testing.assert_close(layer.get_base_layer().weight, plain[f"{name}.weight"], rtol=1e-5, atol=1e-6)
 
 
-def test_saving_over_an_adapter_of_more_components_leaves_none_of_them(tmp_path):
+def test_saving_over_an_adapter_of_more_components_removes_them(tmp_path):
     other = tiny_pipeline()
     add_nora(other, components=("unet",), seed=1)
     save_nora(adapted("svd"), tmp_path)

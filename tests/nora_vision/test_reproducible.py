@@ -41,7 +41,7 @@ def first_layer(model):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_one_decomposition_a_layer_serves_the_start_and_every_save_after_it(kind, decompositions, tmp_path):
+def test_one_decomposition_per_layer_is_enough_for_initialisation_and_all_saves(kind, decompositions, tmp_path):
     model = started(kind)
     assert len(decompositions) == len(nora_layers(model))
     for step in range(3):
@@ -51,7 +51,7 @@ def test_one_decomposition_a_layer_serves_the_start_and_every_save_after_it(kind
     assert len(decompositions) == len(nora_layers(model))
 
 
-def test_an_adapter_that_was_loaded_in_full_is_decomposed_at_its_first_compact_save_alone(decompositions, tmp_path):
+def test_a_loaded_full_adapter_is_decomposed_only_at_its_first_compact_save(decompositions, tmp_path):
     save_adapter(started(), tmp_path / "full")
     base, _, _ = mlp()
     load_adapter(base, tmp_path / "full")
@@ -61,7 +61,7 @@ def test_an_adapter_that_was_loaded_in_full_is_decomposed_at_its_first_compact_s
     assert len(decompositions) == len(nora_layers(base))
 
 
-def test_an_adapter_that_was_loaded_from_a_compact_file_is_known_already(decompositions, tmp_path):
+def test_a_loaded_compact_adapter_is_not_decomposed_again(decompositions, tmp_path):
     save_adapter(started(), tmp_path / "first", compact=True)
     base, _, _ = mlp()
     decompositions.clear()
@@ -72,7 +72,7 @@ def test_an_adapter_that_was_loaded_from_a_compact_file_is_known_already(decompo
     assert first == second
 
 
-def test_a_kept_adapter_beside_the_one_in_training_takes_its_outer_factors_from_there(decompositions, tmp_path):
+def test_a_loaded_checkpoint_copies_the_outer_factors_of_the_adapter_in_training(decompositions, tmp_path):
     model = started().base_model.model
     save_adapter(model, tmp_path / "kept", compact=True)
     change_weights(model)
@@ -87,7 +87,7 @@ def test_a_kept_adapter_beside_the_one_in_training_takes_its_outer_factors_from_
 
 
 @pytest.mark.parametrize("difference", ["rank", "scale", "changed factors"])
-def test_an_adapter_of_another_source_is_decomposed_for_itself(difference, decompositions, tmp_path):
+def test_an_adapter_of_another_source_is_decomposed(difference, decompositions, tmp_path):
     other = started(r=6) if difference == "rank" else started()
     if difference == "scale":
         inputs = torch.randn(7, 20) * torch.linspace(0.1, 3.0, 20)
@@ -149,7 +149,7 @@ CHANGES += [factors_set, factors_loaded, factor_changed_in_place, scale_changed]
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_weight_scale_or_factor_is_noticed_and_refused_however_it_was_changed(change, decompositions, tmp_path):
+def test_a_changed_weight_scale_or_factor_is_detected_and_refused(change, decompositions, tmp_path):
     torch.manual_seed(0)
     model = started()
     save_adapter(model, tmp_path / "first", compact=True)
@@ -161,7 +161,7 @@ def test_a_changed_weight_scale_or_factor_is_noticed_and_refused_however_it_was_
     assert not (tmp_path / "second").exists()
 
 
-def test_what_was_refused_is_saved_once_everything_is_as_it_was(decompositions, tmp_path):
+def test_a_refused_adapter_is_saved_after_the_change_is_undone(decompositions, tmp_path):
     model = started()
     layer = first_layer(model)
     before = layer.get_base_layer().weight.detach().clone()
@@ -178,7 +178,7 @@ def test_what_was_refused_is_saved_once_everything_is_as_it_was(decompositions, 
 
 
 @pytest.mark.parametrize("moved", ["new parameter", "copied model", "other strides"])
-def test_the_same_numbers_elsewhere_are_still_known(moved, decompositions, tmp_path):
+def test_records_stay_valid_if_values_are_moved(moved, decompositions, tmp_path):
     model = started()
     decompositions.clear()
     model = copy.deepcopy(model) if moved == "copied model" else model
@@ -201,7 +201,7 @@ def test_a_cast_base_weight_is_another_weight(decompositions, tmp_path):
     assert decompositions
 
 
-def test_factors_whose_change_is_still_zero_are_not_taken_for_proven(tmp_path):
+def test_factors_with_a_zero_weight_change_are_not_recorded(tmp_path):
     base, _, targets = mlp()
     model = get_peft_model(base, config_for(targets, init_weights=True, outer_init="svd", inner_init="zero"))
     layer = first_layer(model)
@@ -220,7 +220,7 @@ def test_a_deleted_adapter_leaves_nothing_behind(tmp_path):
     assert not layer.reproducible
 
 
-def test_a_weight_can_be_resized_after_it_was_compared_as_fsdp_does_where_it_splits_it_again():
+def test_a_compared_weight_can_be_resized_as_fsdp_does():
     layer = first_layer(started())
     weight = layer.get_base_layer().weight
     weight.data = weight.data.clone()

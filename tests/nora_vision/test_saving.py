@@ -95,7 +95,7 @@ def test_a_state_dict_is_injected_into_a_plain_model(kind, start, low_cpu_mem_us
     assert torch.equal(output(plain, inputs), expected)
 
 
-def test_the_keys_of_a_state_dict_alone_decide_what_is_adapted(kind):
+def test_the_keys_of_a_state_dict_determine_the_adapted_layers(kind):
     model, inputs, expected = trained(kind)
     state_dict = {key.removeprefix("base_model.model."): value for key, value in get_peft_model_state_dict(model).items()}
     plain, _, _ = MODELS[kind]()

@@ -75,7 +75,7 @@ def test_gradient_checkpointing_of_transformers_and_diffusers_gives_the_same_gra
         torch.testing.assert_close(run(model), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_training_fits_a_target_that_lies_in_the_adapters_reach():
+def test_training_fits_a_target_that_the_adapter_can_represent():
     teacher, inputs, targets = mlp()
     teacher = get_peft_model(teacher, config_for(targets))
     with torch.no_grad():

@@ -24,7 +24,7 @@ def name(tmp_path_factory):
     return file.stem
 
 
-def test_the_way_there_and_back_is_exact_and_both_adapters_are_measured(name, capsys):
+def test_the_exports_are_exact_and_both_adapters_are_measured(name, capsys):
     clip_step.main(["--model", name, *OPTIONS])
     printed = capsys.readouterr().out
     assert all(float(value) < clip_step.TOLERANCE for value in re.findall(r": ([\d.]+e[-+]\d+)", printed))
@@ -33,7 +33,7 @@ def test_the_way_there_and_back_is_exact_and_both_adapters_are_measured(name, ca
     assert f"LoRA: {2 * 2 * 3 * (3 * 32 + 2 * 16)} trainable parameters" in printed
 
 
-def test_a_form_that_differs_is_an_error(name, monkeypatch):
+def test_an_export_that_differs_is_an_error(name, monkeypatch):
     merged = export.merged
 
     def disturbed(clip, packed=True):

@@ -75,14 +75,14 @@ def outputs(clip):
 
 
 @methods
-def test_a_fresh_adapter_leaves_the_features_as_they_were_unless_its_method_says_otherwise(method, tmp_path):
+def test_a_new_adapter_does_not_change_the_features_unless_its_method_does(method, tmp_path):
     clip, _ = started(tmp_path, small(method))
     unchanged = torch.allclose(outputs(clip), outputs(clip_of()), atol=1e-6, rtol=0)
     assert unchanged == method_named(method).starts_at_base
 
 
 @methods
-def test_only_the_adapter_is_trained_and_every_number_of_it_gets_a_gradient(method, tmp_path):
+def test_only_the_adapter_is_trained_and_all_its_parameters_get_gradients(method, tmp_path):
     clip, components = started(tmp_path, small(method))
     disturb(components)
     logits = clip.logit_scale * clip.encode_images(images(3)) @ clip.encode_texts(TOKENS).T
@@ -104,7 +104,7 @@ def gradients(clip, components):
 
 @methods
 @pytest.mark.parametrize("autocast", [False, True])
-def test_half_precision_trains_the_same_numbers_in_single_precision(method, autocast, tmp_path):
+def test_half_precision_trains_the_same_parameters_in_single_precision(method, autocast, tmp_path):
     clip, components = started(tmp_path, small(method))
     disturb(components)
     expected = gradients(clip, components)
@@ -186,7 +186,7 @@ def test_a_wrong_target_layer_is_refused_before_a_model_is_loaded(targets, messa
 
 
 @pytest.mark.parametrize("layers", ["last-3", "1-2", "1-0"])
-def test_layers_that_an_encoder_does_not_have_are_refused_with_their_number(layers):
+def test_layers_that_an_encoder_does_not_have_are_refused_by_number(layers):
     with pytest.raises(InputError, match=rf"0-1, the 2 attention layers of the encoder, got '{layers}'"):
         adapters.attach(clip_of(), small(), TargetLayers("text", layers=layers))
 
@@ -221,7 +221,7 @@ def test_q_k_and_v_of_a_block_share_one_scale(tmp_path):
     assert len(nora_layers(components["text"])) == 8
 
 
-def test_statistics_are_those_of_every_token_up_to_the_end_token_alone(tmp_path):
+def test_statistics_cover_every_token_up_to_the_end_token(tmp_path):
     """The oracle computes the sum of squares at the first block's queries by hand."""
     started(tmp_path)
     model, total = tiny_clip(), torch.zeros(16, dtype=torch.float64)
@@ -232,7 +232,7 @@ def test_statistics_are_those_of_every_token_up_to_the_end_token_alone(tmp_path)
     torch.testing.assert_close(statistics(tmp_path)["resblocks.0.attn.q_proj"], total.sqrt().float())
 
 
-def test_what_lies_behind_the_end_token_leaves_no_trace(tmp_path):
+def test_tokens_after_the_end_token_do_not_change_the_statistics(tmp_path):
     places = torch.arange(TOKENS.shape[1])
     other = torch.where(places > TOKENS.argmax(dim=-1, keepdim=True), 7, TOKENS)
     assert not torch.equal(other, TOKENS)
@@ -262,7 +262,7 @@ def test_calibration_runs_in_evaluation_mode_and_restores_the_mode(tmp_path):
 
 
 @methods
-def test_the_same_seed_starts_from_the_same_numbers(method, tmp_path):
+def test_the_same_seed_gives_the_same_initial_parameters(method, tmp_path):
     starts = []
     for place, seed in enumerate((0, 0, 1)):
         _, components = started(tmp_path / str(place), small(method), seed=seed)
@@ -276,7 +276,7 @@ def test_the_same_seed_starts_from_the_same_numbers(method, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["nora", "lora"])
-def test_strength_scales_the_change_of_every_weight(method, tmp_path):
+def test_scale_multiplies_every_weight_change(method, tmp_path):
     _, components = started(tmp_path, small(method))
     disturb(components)
     layer = next(iter(adapter_layers(components).values()))
@@ -288,7 +288,7 @@ def test_strength_scales_the_change_of_every_weight(method, tmp_path):
 
 
 @methods
-def test_strength_zero_is_the_base_model_and_one_what_was_trained(method, tmp_path):
+def test_scale_0_is_the_base_model_and_scale_1_the_trained_adapter(method, tmp_path):
     clip, components = started(tmp_path, small(method))
     disturb(components)
     trained, count = outputs(clip), len(trained_parameters(components))
@@ -302,7 +302,7 @@ def test_strength_zero_is_the_base_model_and_one_what_was_trained(method, tmp_pa
     assert len(trained_parameters(components)) == count
 
 
-def test_strengths_that_mean_nothing_are_refused(tmp_path):
+def test_invalid_scales_are_refused(tmp_path):
     _, components = started(tmp_path, small("dora"))
     with pytest.raises(InputError, match=r"weight change of this adapter cannot be scaled: .*got 0.5"):
         adapters.set_scale(components, 0.5)
@@ -416,7 +416,7 @@ def test_lora_on_separate_layers_adds_the_change_of_the_output_once_and_peft_on_
     torch.testing.assert_close(packed, twice(torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(2))))
 
 
-def test_adapters_sit_on_the_attention_of_the_next_release_too(monkeypatch, tmp_path):
+def test_adapters_fit_the_attention_of_the_next_release(monkeypatch, tmp_path):
     model = tiny_clip()
     for block in (*model.transformer.resblocks, *model.visual.transformer.resblocks):
         old, block.attn = block.attn, NextAttention(block.attn.embed_dim, block.attn.num_heads)

@@ -47,11 +47,11 @@ def refused(path, message, limits=None):
         "cats/a\x1b[2J.png",
     ],
 )
-def test_names_that_lead_out_of_the_zip_or_are_no_plain_ones_are_refused(tmp_path, name):
+def test_names_that_leave_the_zip_or_are_not_plain_paths_are_refused(tmp_path, name):
     refused(write_zip(tmp_path / "a.zip", GOOD | {named(name): b"x"}), "must be a plain path within the zip")
 
 
-def test_a_name_with_a_null_byte_is_refused_though_python_cuts_it_there(tmp_path):
+def test_a_name_with_a_null_byte_is_refused_although_python_truncates_it(tmp_path):
     path = write_zip(tmp_path / "a.zip", GOOD | {"cats/safe.pngQ..": b"x"})
     path.write_bytes(path.read_bytes().replace(b"safe.pngQ", b"safe.png\0"))
     assert "cats/safe.png" in zipfile.ZipFile(path).namelist()
@@ -63,14 +63,14 @@ def test_links_and_devices_are_refused(tmp_path, kind):
     refused(write_zip(tmp_path / "a.zip", GOOD | {named("cats/9.png", kind | 0o777): b"/etc/passwd"}), "a link or a device")
 
 
-def test_a_name_that_is_there_twice_is_refused(tmp_path):
+def test_a_duplicate_name_is_refused(tmp_path):
     path = write_zip(tmp_path / "a.zip", GOOD | {"cats/8.png": b"another"})
     path.write_bytes(path.read_bytes().replace(b"cats/8.png", b"cats/0.png"))
     refused(path, r"contains 'cats/0\.png' 2 times")
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_methods_that_python_unpacks_without_a_bound_are_refused(tmp_path, method):
+def test_compression_methods_with_unbounded_memory_are_refused(tmp_path, method):
     refused(write_zip(tmp_path / "a.zip", GOOD, method), "must be stored or deflated")
 
 
@@ -83,7 +83,7 @@ def test_an_encrypted_member_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_limits_refuse_what_exceeds_them_and_nothing_that_reaches_them(tmp_path, method):
+def test_limits_refuse_larger_values_and_allow_equal_ones(tmp_path, method):
     path = write_zip(tmp_path / "a.zip", GOOD, method)
     sizes = [len(content) for content in GOOD.values()]
     read_zip(path, ZipLimits(len(sizes), max(sizes), sum(sizes), 1.0 if method == zipfile.ZIP_STORED else 2.0))
@@ -114,7 +114,7 @@ def with_size(path, size):
 @pytest.mark.parametrize(
     ("says", "method"), [(10, zipfile.ZIP_DEFLATED), (10**6, zipfile.ZIP_DEFLATED), (10**6, zipfile.ZIP_STORED)]
 )
-def test_a_member_that_lies_about_its_size_is_named_and_not_unpacked_further(tmp_path, says, method):
+def test_a_member_with_a_wrong_size_is_named_and_not_unpacked_further(tmp_path, says, method):
     files = {"a/0.png": bytes(range(256)) * 2000, "b/0.png": b"x"}
     path = with_size(write_zip(tmp_path / "a.zip", files, method), says)
     found = read_zip(path, ZipLimits(ratio=1000)).files[0]
@@ -133,7 +133,7 @@ def test_members_that_share_their_bytes_are_refused(tmp_path):
     refused(path, "overlaps the data that follows it")
 
 
-def test_a_directory_of_too_many_records_is_counted_before_any_is_made_an_object(tmp_path, monkeypatch):
+def test_too_many_records_are_refused_before_objects_are_created(tmp_path, monkeypatch):
     path = write_zip(tmp_path / "a.zip", {f"a/{place}": b"" for place in range(50)})
     content = path.read_bytes()
     end = content.index(b"PK\x05\x06")
@@ -143,19 +143,19 @@ def test_a_directory_of_too_many_records_is_counted_before_any_is_made_an_object
 
 
 @pytest.mark.parametrize("chunk", [4, 5, 7, 64])
-def test_records_are_counted_across_the_chunks_that_they_are_read_in(tmp_path, monkeypatch, chunk):
+def test_records_across_chunk_boundaries_are_counted(tmp_path, monkeypatch, chunk):
     path = write_zip(tmp_path / "a.zip", {f"a/{place}": b"" for place in range(50)})
     monkeypatch.setattr(archives, "CHUNK", chunk)
     assert archives._directory_records(path) == 50
 
 
 @pytest.mark.parametrize("content", [b"", b"no zip at all", b"PK\x05\x06" + bytes(17), bytes(10**5)])
-def test_what_is_no_zip_is_named(tmp_path, content):
+def test_a_file_that_is_not_a_zip_is_named(tmp_path, content):
     (tmp_path / "a.zip").write_bytes(content)
     refused(tmp_path / "a.zip", r"a\.zip.* cannot be read as a zip")
 
 
-def test_damaged_zips_are_read_or_named_and_nothing_else_is_raised(tmp_path):
+def test_damaged_zips_are_read_or_raise_an_input_error(tmp_path):
     rng = np.random.default_rng(0)
     whole = write_zip(tmp_path / "whole.zip", class_files({"a": 2, "b": 1})).read_bytes()
     directory = whole.index(archives.DIRECTORY_SIGNATURE)
@@ -176,7 +176,7 @@ def test_damaged_zips_are_read_or_named_and_nothing_else_is_raised(tmp_path):
     assert outcomes == {"read", "unpacked", "refused"}
 
 
-def test_nothing_is_written_anywhere(tmp_path, monkeypatch):
+def test_reading_a_zip_writes_nothing(tmp_path, monkeypatch):
     path = write_zip(tmp_path / "a.zip", GOOD)
     inner = tmp_path / "empty"
     inner.mkdir()
@@ -187,7 +187,7 @@ def test_nothing_is_written_anywhere(tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir() if entry != inner] == ["a.zip"]
 
 
-def test_a_zip_that_has_changed_is_read_anew_and_a_lost_member_named(tmp_path):
+def test_a_changed_zip_is_read_again_and_a_missing_member_is_named(tmp_path):
     path = write_zip(tmp_path / "a.zip", GOOD)
     first = read_zip(path, ZipLimits()).files[0]
     write_zip(path, {"cats/0.png": b"other", "x": b""})
@@ -205,7 +205,7 @@ def _contents_and_whether_reopened(files):
     return contents, archives._opened(files[0].archive) is not OPENED[0]
 
 
-def test_forked_processes_do_not_move_each_others_place(tmp_path, monkeypatch):
+def test_forked_processes_do_not_share_a_file_position(tmp_path, monkeypatch):
     files = read_zip(write_zip(tmp_path / "a.zip", class_files({"a": 20})), ZipLimits()).files
     monkeypatch.setitem(globals(), "OPENED", [archives._opened(tmp_path / "a.zip")])
     contents, reopened = _contents_and_whether_reopened(files)

@@ -42,7 +42,7 @@ def assert_same_state(model, before):
 
 @torch.no_grad()
 @pytest.mark.parametrize("custom_text", [False, True])
-def test_both_towers_of_a_clip_compute_the_same_and_repack_to_the_same_state(custom_text):
+def test_both_encoders_compute_the_same_and_repack_to_the_same_state(custom_text):
     model = tiny_clip(custom_text=custom_text)
     state = copy.deepcopy(model.state_dict())
     pixels, tokens = images(2), prompts(3, 7, 12)
@@ -83,7 +83,7 @@ def test_gradients_and_flags_are_those_of_the_packed_attention():
 @torch.no_grad()
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("mask", ["none", "float", "hidden", "of every head"])
-def test_multihead_attention_is_matched_whatever_the_mask_and_the_order_of_dimensions(batch_first, mask):
+def test_multihead_attention_is_matched_for_every_mask_and_order_of_dimensions(batch_first, mask):
     packed = filled(nn.MultiheadAttention(16, 2, batch_first=batch_first))
     model = nn.Sequential(copy.deepcopy(packed))
     separate(model)
@@ -209,7 +209,7 @@ def test_timms_packed_linears_are_matched(kind):
     assert torch.equal(packed(x), expected)
 
 
-def test_the_query_layer_of_timms_attention_makes_queries_alone():
+def test_the_query_layer_of_timms_attention_computes_only_queries():
     """With its query weights at zero every key gets the same attention; with the key weights instead likewise."""
     for layer in ("q", "k"):
         packed = filled(nn.Sequential(AttentionCl(16, dim_head=8, head_first=True)))
@@ -227,13 +227,13 @@ def test_timms_attention_that_is_separate_from_the_start_is_listed():
     assert attention_layers(model) == [{"q": "0.q_proj", "k": "0.k_proj", "v": "0.v_proj", "out": "0.proj"}]
 
 
-def test_layers_are_listed_first_to_last():
+def test_layers_are_listed_in_order():
     model = tiny_clip()
     separate(model)
     assert [names["out"] for names in attention_layers(model.transformer)] == [f"resblocks.{i}.attn.out_proj" for i in range(2)]
 
 
-def test_repacking_refuses_layers_with_adapters_and_leaves_all_as_it_is():
+def test_repacking_refuses_layers_with_adapters_and_changes_nothing():
     model = tiny_clip()
     separate(model)
     inject_adapter_in_model(LoraConfig(target_modules=["resblocks.1.attn.v_proj"]), model.transformer)
@@ -242,14 +242,14 @@ def test_repacking_refuses_layers_with_adapters_and_leaves_all_as_it_is():
     assert len(attention_layers(model.visual)) == 3
 
 
-def test_attention_weights_are_not_promised():
+def test_attention_weights_are_refused():
     model = nn.Sequential(nn.MultiheadAttention(16, 2))
     separate(model)
     with pytest.raises(ValueError, match="need_weights=False"):
         model[0](*[torch.randn(2, 3, 16)] * 3)
 
 
-def test_attention_with_keys_of_its_own_is_refused_by_name():
+def test_attention_with_bias_keys_is_refused_by_name():
     model = nn.Sequential(nn.Identity(), nn.MultiheadAttention(16, 2, add_bias_kv=True))
     with pytest.raises(ValueError, match="Cannot separate '1'"):
         separate(model)

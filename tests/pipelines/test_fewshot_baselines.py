@@ -90,7 +90,7 @@ def test_every_baseline_counts_what_it_trains_and_gives_finite_logits(fitted, na
 
 
 @pytest.mark.parametrize("name", sorted(set(baselines.BASELINES) - {"zeroshot", "coop", "pixels"}))
-def test_images_help_where_prompts_mislead(name, monkeypatch):
+def test_images_help_if_prompts_are_wrong(name, monkeypatch):
     monkeypatch.setattr(clip_adapter, "RATIOS", (0.8,))
     turned = directions(len(CLASSES), WIDTH, seed=0).roll(1, dims=0) + 0.5 * directions(len(CLASSES), WIDTH, seed=0)
     task = toy_task(class_features=F.normalize(turned, dim=-1))
@@ -104,7 +104,7 @@ def test_images_help_where_prompts_mislead(name, monkeypatch):
 
 
 @every
-def test_a_file_gives_back_the_predictor(fitted, name, tmp_path):
+def test_a_saved_predictor_is_loaded_unchanged(fitted, name, tmp_path):
     predictor = fitted(name)
     save_predictor(predictor, tmp_path / "baseline.safetensors")
     back = load_predictor(tmp_path / "baseline.safetensors")
@@ -147,7 +147,7 @@ def test_the_linear_probe_is_scikit_learns(classes):
     torch.testing.assert_close(head(task.validation.features).softmax(dim=-1), expected, atol=2e-3, rtol=0)
 
 
-def test_the_linear_probes_penalty_is_the_one_best_on_validation(fitted):
+def test_the_linear_probe_uses_the_best_penalty_on_validation(fitted):
     task = toy_task()
     chosen = fitted("linear_probe")
     losses = {
@@ -179,7 +179,7 @@ def test_pixels_are_probed_like_features():
     assert control.reads == "pixels"
 
 
-def test_raw_pixels_of_the_sample_set_are_a_control_worth_beating():
+def test_raw_pixels_classify_most_images_of_the_sample_dataset():
     digits = sample_set()
     split = sample_split(digits, shots=16, seed=0)
 
@@ -208,7 +208,7 @@ def test_tip_adapter_tends_to_the_nearest_neighbour():
     assert head(queries).argmax(dim=-1).tolist() == nearest.tolist()
 
 
-def test_tip_adapter_without_sharpness_counts_images(monkeypatch):
+def test_tip_adapter_with_beta_zero_counts_images(monkeypatch):
     monkeypatch.setattr(tip_adapter, "BETAS", (0.0,))
     monkeypatch.setattr(tip_adapter, "ALPHAS", (2.0,))
     task = toy_task(shots=5)
@@ -216,7 +216,7 @@ def test_tip_adapter_without_sharpness_counts_images(monkeypatch):
     torch.testing.assert_close(found, baselines.fit("zeroshot", task, 0).logits(task.validation.features) + 2.0 * 5)
 
 
-def test_tip_adapter_keeps_the_mean_direction_of_a_images_views():
+def test_tip_adapter_keys_are_the_mean_directions_of_the_views():
     task = toy_task(views=2)
     keys, values = tip_adapter.cache_of(task)
     shown = task.train.all_views()
@@ -250,12 +250,12 @@ def test_clip_adapter_with_ratio_zero_is_zero_shot():
     torch.testing.assert_close(found, baselines.fit("zeroshot", task, 0).logits(features))
 
 
-def test_clip_adapters_bottleneck_does_not_see_a_features_length():
+def test_clip_adapters_bottleneck_is_independent_of_a_features_length():
     features, down, up = directions(5, WIDTH, seed=0), torch.randn(6, WIDTH), torch.randn(WIDTH, 6)
     torch.testing.assert_close(adapted(7 * features, down, up, 0.4), adapted(features, down, up, 0.4))
 
 
-def test_clap_trusts_zero_shot_by_the_probability_of_the_right_class():
+def test_claps_multipliers_are_the_zero_shot_probabilities_of_the_true_class():
     task = toy_task()
     shown = task.train.all_views()
     found = clap.multipliers(task)
@@ -265,7 +265,7 @@ def test_clap_trusts_zero_shot_by_the_probability_of_the_right_class():
         torch.testing.assert_close(found[label], probabilities.mean())
 
 
-def test_claps_penalty_holds_the_classes_near_their_prompts(monkeypatch):
+def test_claps_penalty_keeps_the_prototypes_near_the_prompts(monkeypatch):
     monkeypatch.setattr(clap, "EPOCHS", 100)
     task = toy_task(noise=2.0)
     fits = [clap.constrained_probe(task, 0, weight, learning_rate=1e-3) for weight in (0.0, 10.0, 100.0)]
@@ -290,7 +290,7 @@ def test_gda_is_linear_discriminant_analysis_with_that_shrinkage(shots):
     torch.testing.assert_close(found.log_softmax(dim=-1), expected.log_softmax(dim=-1), rtol=1e-6, atol=1e-6)
 
 
-def test_gda_of_one_image_a_class_takes_the_nearest():
+def test_gda_with_one_image_per_class_is_nearest_neighbour():
     task = toy_task(shots=1, views=0)
     weight, bias = gda.gaussian_classifier(task.train.features, task.train.labels, len(CLASSES))
     queries, _ = held_out(task)
@@ -298,14 +298,14 @@ def test_gda_of_one_image_a_class_takes_the_nearest():
     assert (queries.double() @ weight.T + bias).argmax(dim=-1).tolist() == task.train.labels[nearest].tolist()
 
 
-def test_gda_trusts_the_prompts_where_images_mislead():
+def test_gda_uses_the_prompts_if_images_are_wrong():
     task = toy_task()
     wrong = Examples(task.train.features, task.train.labels.roll(1), task.train.pixels, task.train.views)
     misled = gda.fit(FewShotTask(CLASSES, task.class_features, task.logit_scale, wrong, task.validation), 0)
     assert misled.setting["alpha"] == gda.ALPHAS[0]
 
 
-def test_the_choice_is_by_accuracy_then_cross_entropy_then_order_and_never_what_is_not_finite():
+def test_the_choice_is_by_accuracy_then_cross_entropy_then_order_among_finite_candidates():
     labels = torch.tensor([0, 1])
     logits = {
         "wrong but sure": torch.tensor([[9.0, 0], [9, 0]]),
@@ -315,7 +315,7 @@ def test_the_choice_is_by_accuracy_then_cross_entropy_then_order_and_never_what_
         "the same": torch.tensor([[2.0, 0], [0, 2]]),
     }
     assert choose(logits.items(), labels) == "right and sure"
-    with pytest.raises(InputError, match="None of the 1 settings gives finite logits"):
+    with pytest.raises(InputError, match="None of 1 settings gives finite logits"):
         choose([("not finite", logits["not finite"])], labels)
 
 
@@ -352,13 +352,13 @@ def test_tensors_that_do_not_fit_each_other_are_refused():
         LinearHead(weight=torch.zeros(3, WIDTH))
 
 
-def test_many_inputs_are_those_one_by_one(fitted):
+def test_many_inputs_give_the_logits_of_single_inputs(fitted):
     many = directions(2500, WIDTH, seed=8)
     head = fitted("tip_adapter").head
     torch.testing.assert_close(fitted("tip_adapter").logits(many), head(many))
 
 
-def test_what_cannot_be_fitted_is_said():
+def test_a_task_that_a_method_cannot_fit_is_refused():
     task = toy_task()
     with pytest.raises(InputError, match=r"method must be one of zeroshot, .*, got 'zero_shot'"):
         baselines.fit("zero_shot", task, seed=0)
@@ -369,7 +369,7 @@ def test_what_cannot_be_fitted_is_said():
         baselines.fit("pixels", FewShotTask(CLASSES, task.class_features, 1.0, bare, bare), seed=0)
 
 
-def test_a_task_that_does_not_fit_together_is_refused():
+def test_an_inconsistent_task_is_refused():
     features, labels = directions(3, WIDTH, seed=0), torch.arange(3)
     good = Examples(features, labels)
     with pytest.raises(InputError, match="must be finite and of length 1"):

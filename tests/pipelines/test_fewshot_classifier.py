@@ -114,7 +114,7 @@ def test_an_ensemble_of_templates_is_a_mean_direction(random_clip, tmp_path):
 
 
 @pytest.mark.parametrize(("method", "scale"), SCALES)
-def test_an_adapter_is_loaded_at_its_strength_and_at_0_is_zero_shot(random_clip, zero_shot, tmp_path, method, scale):
+def test_an_adapter_is_loaded_at_its_scale_and_at_0_is_zero_shot(random_clip, zero_shot, tmp_path, method, scale):
     clip, components = fitted(random_clip, tmp_path, method)
     adapters.set_scale(components, scale)
     # The files hold the adapter as trained, whatever its scale is just now.
@@ -154,7 +154,7 @@ def heads():
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", sorted(heads()))
-def test_a_predictor_reads_the_features_of_the_frozen_tower(random_clip, tmp_path, method):
+def test_a_predictor_reads_the_features_of_the_frozen_encoder(random_clip, tmp_path, method):
     head = heads()[method]
     save_classifier(tmp_path / "own", told(random_clip, method, temperature=3.0), predictor=Predictor(head, 7))
     found = FewShotClassifier.from_run(tmp_path / "own").predict(IMAGES, batch_size=2).probabilities
@@ -183,13 +183,13 @@ def test_files_images_and_tensors_are_classified_alike(zero_shot, tmp_path, batc
         torch.testing.assert_close(classifier.predict(single).probabilities, expected[2:3], atol=1e-6, rtol=0)
 
 
-def test_a_image_that_cannot_be_read_is_named(zero_shot, tmp_path):
+def test_an_image_that_cannot_be_read_is_named(zero_shot, tmp_path):
     (tmp_path / "cut.png").write_bytes(stored_image(0, side=64)[:-500])
     with pytest.raises(InputError, match=r"cut\.png' cannot be read as an image"):
         FewShotClassifier.from_run(zero_shot).predict([IMAGES[0], tmp_path / "cut.png"])
 
 
-def test_predictions_are_told_by_class_and_in_order(zero_shot, tmp_path):
+def test_predictions_have_labels_and_sorted_top_classes(zero_shot, tmp_path):
     IMAGES[0].save(tmp_path / "0.png")
     found = FewShotClassifier.from_run(zero_shot).predict([tmp_path / "0.png", IMAGES[1]])
     assert found.probabilities.dtype == torch.float32
@@ -208,7 +208,7 @@ def test_predictions_are_told_by_class_and_in_order(zero_shot, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["zeroshot", "nora"])
-def test_named_classes_are_those_of_their_prompts_and_the_others_keep_their_logits(random_clip, tmp_path, method):
+def test_added_classes_have_the_logits_of_their_prompts_and_the_others_keep_theirs(random_clip, tmp_path, method):
     adapter = fitted(random_clip, tmp_path, method)[1] if method == "nora" else None
     few = told(random_clip, method, temperature=2.0, templates=("{}", "one {} on grass"))
     save_classifier(tmp_path / "few", few, adapter)
@@ -247,7 +247,7 @@ def report_of(run, named):
     (run / "report.json").write_text(json.dumps({"format": 1, "classifier": named}))
 
 
-def test_a_run_gives_the_member_that_its_report_names_and_a_members_folder_itself(run):
+def test_a_run_loads_the_trial_in_its_report_and_a_trials_folder_itself(run):
     assert FewShotClassifier.from_run(run).classes == ("one", "two", "three")
     assert FewShotClassifier.from_run(str(run / "trials" / "zeroshot")).classes == CLASSES
 
@@ -262,7 +262,7 @@ def test_a_report_that_names_a_folder_outside_its_run_is_refused(run, random_cli
         FewShotClassifier.from_run(run)
 
 
-def test_what_is_missing_is_named(run, random_clip, tmp_path):
+def test_missing_files_are_named(run, random_clip, tmp_path):
     with pytest.raises(InputError, match=r"no classifier at '.*trials', neither classifier\.json nor report\.json"):
         FewShotClassifier.from_run(run / "trials")
     report_of(run, "trials/lora")
@@ -304,7 +304,7 @@ def test_a_predictor_of_something_else_is_refused(random_clip, tmp_path, shape, 
         FewShotClassifier.from_run(tmp_path)
 
 
-def test_a_base_model_that_was_moved_is_named_anew(random_clip, tmp_path):
+def test_a_moved_base_model_can_be_given(random_clip, tmp_path):
     save_classifier(tmp_path / "own", told(random_clip, model=str(tmp_path / "gone")))
     with pytest.raises(InputError, match=r"was fitted on the model '.*gone', which no longer exists\. Give --model"):
         FewShotClassifier.from_run(tmp_path / "own")
@@ -328,18 +328,18 @@ def test_other_weights_of_the_same_shape_are_refused(random_clip, zero_shot, tmp
         FewShotClassifier.from_run(zero_shot, pretrained=str(tmp_path / "o.safetensors"))
 
 
-def test_a_device_that_is_not_there_is_named(zero_shot):
+def test_an_unavailable_device_is_named(zero_shot):
     with pytest.raises(InputError, match="device must be available to PyTorch on this machine, such as cpu, got 'gpu'"):
         FewShotClassifier.from_run(zero_shot, device="gpu")
 
 
 @pytest.mark.parametrize("batch_size", [0, -1])
-def test_a_batch_holds_a_image(zero_shot, batch_size):
+def test_a_batch_size_of_zero_is_refused(zero_shot, batch_size):
     with pytest.raises(InputError, match=f"batch_size must be at least 1, got {batch_size}"):
         FewShotClassifier.from_run(zero_shot).predict(IMAGES, batch_size)
 
 
-def test_the_file_gives_back_what_was_written(random_clip, tmp_path):
+def test_a_classifier_file_is_read_as_written(random_clip, tmp_path):
     written = told(random_clip, "nora", pretrained="x.safetensors", scale=0.25, temperature=1.5)
     written.write(tmp_path / "classifier.json")
     assert ClassifierFile.read(tmp_path / "classifier.json") == written
@@ -367,7 +367,7 @@ def test_the_file_gives_back_what_was_written(random_clip, tmp_path):
         ({"extra": 1}, "missing: none, unknown: extra"),
     ],
 )
-def test_a_file_that_was_tampered_with_is_refused_by_field(random_clip, tmp_path, changed, message):
+def test_a_file_with_an_invalid_field_is_refused_by_field(random_clip, tmp_path, changed, message):
     path = tmp_path / "classifier.json"
     told(random_clip, "nora").write(path)
     path.write_text(json.dumps(json.loads(path.read_text()) | changed))
@@ -383,7 +383,7 @@ def test_a_file_without_a_field_is_refused(random_clip, tmp_path):
         ClassifierFile.read(path)
 
 
-def test_a_method_is_saved_with_what_it_predicts_with(random_clip, tmp_path):
+def test_a_method_is_saved_with_its_adapter_or_predictor_only(random_clip, tmp_path):
     predictor = Predictor(heads()["linear_probe"], 7)
     adapter = {"image": torch.nn.Identity()}
     for method, given, message in (

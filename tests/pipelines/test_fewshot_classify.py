@@ -48,7 +48,7 @@ def rows_of(path):
 
 
 @pytest.mark.parametrize("batch_size", ["1", "2", "64"])
-def test_what_is_printed_and_written_is_what_is_predicted(run, images, tmp_path, capsys, batch_size):
+def test_predictions_are_printed_and_written(run, images, tmp_path, capsys, batch_size):
     assert main([run, "photos", "--output", "out/all.csv", "--top", "2", "--batch_size", batch_size]) == 0
     expected = FewShotClassifier.from_run(run).predict(images)
     header, *rows = rows_of(tmp_path / "out" / "all.csv")
@@ -62,7 +62,7 @@ def test_what_is_printed_and_written_is_what_is_predicted(run, images, tmp_path,
         assert re.split("  +", line) == [name, best[0], f"{best[1]:.1%}", f"{other[0]} {other[1]:.1%}"]
 
 
-def test_a_file_given_twice_is_classified_once_whatever_it_is_called(run, images, tmp_path, capsys):
+def test_a_file_given_twice_is_classified_once(run, images, tmp_path, capsys):
     (tmp_path / "picture").write_bytes(stored_image(9, side=64))
     assert main([run, "picture", "photos/b.png", "photos", "--top", "1"]) == 0
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
@@ -70,7 +70,7 @@ def test_a_file_given_twice_is_classified_once_whatever_it_is_called(run, images
 
 
 @pytest.mark.parametrize("batch_size", ["1", "2", "64"])
-def test_what_cannot_be_read_is_named_and_the_others_are_classified(run, images, tmp_path, capsys, batch_size):
+def test_unreadable_images_are_named_and_the_others_classified(run, images, tmp_path, capsys, batch_size):
     (tmp_path / "photos" / "a" / "d.JPG").write_bytes(stored_image(1, side=64)[:-500])
     assert main([run, *images, "--output", "all.csv", "--batch_size", batch_size]) == 1
     expected = FewShotClassifier.from_run(run).predict([images[0], images[2]])
@@ -81,7 +81,7 @@ def test_what_cannot_be_read_is_named_and_the_others_are_classified(run, images,
     assert said[0].startswith("'photos/a/d.JPG' cannot be read as an image")
 
 
-def test_where_nothing_can_be_read_nothing_is_written(run, tmp_path, capsys):
+def test_without_readable_images_nothing_is_written(run, tmp_path, capsys):
     write_files(tmp_path, {"bad/a.png": b"no image", "bad/b.png": b"no image either"})
     assert main([run, "bad", "--output", "all.csv"]) == 1
     assert not (tmp_path / "all.csv").exists()
@@ -113,7 +113,7 @@ def test_classes_can_be_added_by_name(run, images, tmp_path, capsys):
         assert all(name in line for name in expected.classes)
 
 
-def test_the_base_model_can_be_named_anew(random_clip, images, tmp_path):
+def test_another_path_of_the_base_model_can_be_given(random_clip, images, tmp_path):
     save_classifier(
         tmp_path / "moved", ClassifierFile("zeroshot", "gone", None, base_sha256(random_clip), CLASSES, CLASSES, ("a {}.",))
     )
@@ -140,7 +140,7 @@ def test_the_base_model_can_be_named_anew(random_clip, images, tmp_path):
         (["broken", "photos"], "is a pickle or zip archive"),
     ],
 )
-def test_bad_input_ends_in_one_sentence_and_exit_code_2(run, random_clip, images, tmp_path, capsys, arguments, message):
+def test_bad_input_ends_with_a_message_and_exit_code_2(run, random_clip, images, tmp_path, capsys, arguments, message):
     for name in ("empty", "empty.csv", "subject"):
         (tmp_path / name).mkdir()
     (tmp_path / "subject" / "options.json").write_text('{"model": {"pretrained_model_name_or_path": "owner/model"}}')

@@ -50,7 +50,7 @@ def test_features_are_open_clips_of_length_one(custom_text):
 
 
 @torch.no_grad()
-def test_what_lies_behind_the_end_token_is_not_computed():
+def test_tokens_after_the_end_token_are_not_computed():
     model = tiny_clip()
     clip, tokens, lengths = clip_of(model), prompts(3, 5), []
     model.transformer.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
@@ -59,7 +59,7 @@ def test_what_lies_behind_the_end_token_is_not_computed():
 
 
 @torch.no_grad()
-def test_texts_whose_end_token_is_not_the_largest_id_are_read_to_their_own():
+def test_texts_whose_end_token_is_not_the_largest_id_are_supported():
     model = tiny_clip(text_cfg={"pool_type": "eos", "eos_id": 7})
     tokens = prompts(4, 9).masked_fill(prompts(4, 9) == 7, 8)
     tokens = torch.where(tokens == END, 7, tokens)
@@ -68,7 +68,7 @@ def test_texts_whose_end_token_is_not_the_largest_id_are_read_to_their_own():
 
 
 @torch.no_grad()
-def test_a_text_encoder_that_sees_both_ways_gets_all_tokens():
+def test_a_bidirectional_text_encoder_gets_all_tokens():
     model = tiny_clip(custom_text=True, text_cfg={"no_causal_mask": True, "pool_type": "last"})
     clip = clip_of(model)
     assert not clip.reads_up_to_the_end_token
@@ -113,7 +113,7 @@ def test_half_precision_gives_single_precision_features(tiny_name, checkpoint):
 
 
 @torch.no_grad()
-def test_a_tags_weights_get_the_activation_they_were_trained_with(tiny_name, checkpoint, monkeypatch):
+def test_the_weights_of_a_tag_get_their_activation(tiny_name, checkpoint, monkeypatch):
     settings = {"file": str(checkpoint), "quick_gelu": True, "mean": (0.1,) * 3, "std": (0.2,) * 3}
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, tiny_name, {"original": settings})
     clip = load_clip(tiny_name, "original")
@@ -162,7 +162,7 @@ def test_weights_of_another_model_are_refused_by_file_and_model(tiny_name, tmp_p
         ("ViT-B-16", "gone.safetensors", r"no checkpoint 'gone\.safetensors'"),
     ],
 )
-def test_what_cannot_be_loaded_is_named(model, pretrained, message):
+def test_models_and_weights_that_cannot_be_loaded_are_named(model, pretrained, message):
     with pytest.raises(InputError, match=message):
         load_clip(model, pretrained)
 
@@ -195,7 +195,7 @@ def test_the_built_in_model_is_a_folder(mini_folder, monkeypatch):
 
 
 @torch.no_grad()
-def test_a_folder_that_plain_open_clip_wrote_is_loaded(tmp_path):
+def test_a_folder_written_by_open_clip_is_loaded(tmp_path):
     config = {"model_cfg": CONFIG, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
     (tmp_path / mini_clip.CONFIG_FILE).write_text(json.dumps(config))
     save_file(tiny_clip().state_dict(), tmp_path / mini_clip.WEIGHTS_FILE)

@@ -16,7 +16,7 @@ from pipelines.mini_sdxl import MAX_TOKENS, PROMPT_WORDS, reduced_tokenizer
 
 
 @torch.no_grad()
-def test_coops_context_stands_where_the_words_stood():
+def test_coops_context_replaces_the_placeholders():
     clip = toy_clip()
     prompts = coop.prompts_with_context(clip, CLASSES)
     words = [f"a X X grey teapot. a a X {name}" for name in ("cat.", "grey dog.", "teapot.")]
@@ -25,7 +25,7 @@ def test_coops_context_stands_where_the_words_stood():
 
 
 @pytest.mark.parametrize(("context", "length"), [(24, 16), (20, 16), (19, 8), (8, 4)])
-def test_coops_context_is_as_long_as_the_longest_name_allows(context, length):
+def test_coops_context_leaves_room_for_the_longest_name(context, length):
     prompts = coop.prompts_with_context(toy_clip(context), CLASSES)
     assert prompts.length == length
     assert prompts.tokens[:, 0].tolist() == [START] * 3
@@ -33,7 +33,7 @@ def test_coops_context_is_as_long_as_the_longest_name_allows(context, length):
 
 @torch.no_grad()
 @pytest.mark.parametrize("built_in", [False, True])
-def test_coop_that_starts_from_words_is_zero_shot_with_real_tokenizers(built_in, tmp_path):
+def test_coop_initialised_from_words_is_zero_shot_with_real_tokenizers(built_in, tmp_path):
     if built_in:
         mini_clip.write_configuration(tmp_path, reduced_tokenizer([PROMPT_WORDS]))
         tokenizer, vocabulary, length = open_clip.get_tokenizer(f"local-dir:{tmp_path}"), 4000, MAX_TOKENS
@@ -47,12 +47,12 @@ def test_coop_that_starts_from_words_is_zero_shot_with_real_tokenizers(built_in,
     torch.testing.assert_close(prompts.features(context), model.encode_text(texts, normalize=True))
 
 
-def test_a_name_that_leaves_no_room_is_named():
+def test_a_class_name_without_room_for_the_context_is_named():
     with pytest.raises(InputError, match="'grey_dog' is too long"):
         coop.prompts_with_context(toy_clip(context=7), CLASSES)
 
 
-def test_coop_trains_the_context_alone_and_fits_the_images():
+def test_coop_trains_only_the_context_and_fits_the_images():
     clip = toy_clip()
     clip.model.requires_grad_(True)
     before = {name: value.clone() for name, value in clip.model.state_dict().items()}

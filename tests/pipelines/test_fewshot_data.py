@@ -54,7 +54,7 @@ def in_memory(*classes):
     return LabelledSet("the set", keys, keys, tuple(images))
 
 
-def test_a_folder_a_zip_and_a_csv_of_the_same_images_are_the_same_set(tmp_path):
+def test_a_folder_a_zip_and_a_csv_of_the_same_images_give_the_same_dataset(tmp_path):
     files = class_files(COUNTS)
     folder = load_images(write_files(tmp_path / "folder", files))
     zipped = load_images(write_zip(tmp_path / "a.zip", files))
@@ -78,12 +78,12 @@ def test_one_outer_folder_hidden_files_and_other_files_change_nothing(tmp_path, 
     assert [image.label for image in found.images] == [0, 1, 1, 1, 2, 2]
 
 
-def test_images_deep_in_a_class_folder_are_of_that_class(tmp_path):
+def test_images_in_subfolders_belong_to_their_class_folder(tmp_path):
     found = load_images(write_files(tmp_path, class_files({"cats": 1, "dogs/2021": 1, "dogs/2022/may": 1})))
     assert [image.class_name for image in found.images] == ["cats", "dogs", "dogs"]
 
 
-def test_a_link_that_leads_back_up_is_followed_once(tmp_path):
+def test_a_link_to_a_parent_folder_is_followed_once(tmp_path):
     write_files(tmp_path, class_files(COUNTS))
     (tmp_path / "cats" / "again").symlink_to(tmp_path)
     assert len(load_images(tmp_path).images) == sum(COUNTS.values())
@@ -92,7 +92,7 @@ def test_a_link_that_leads_back_up_is_followed_once(tmp_path):
 @pytest.mark.parametrize("zipped", [False, True])
 @pytest.mark.parametrize("outer", ["", "outer/"])
 @pytest.mark.parametrize("how", ["folders", "split.json"])
-def test_a_set_that_is_split_already_says_so(tmp_path, zipped, outer, how):
+def test_a_split_in_the_dataset_is_used_and_noted(tmp_path, zipped, outer, how):
     parts = ("train", "val", "test")
     if how == "folders":
         files = class_files({f"{part}/{key}": 1 for part in parts for key in ("a", "b")}, outer)
@@ -108,13 +108,13 @@ def test_a_set_that_is_split_already_says_so(tmp_path, zipped, outer, how):
     assert {image.name for image in found.of_part("val")} == {name for name, part in expected.items() if part == "val"}
 
 
-def test_a_split_file_that_lists_no_parts_splits_nothing(tmp_path):
+def test_a_split_file_without_parts_defines_no_split(tmp_path):
     files = class_files({"a": 2, "b": 2})
     files["split.json"] = json.dumps({"all": [[name, name[0], "x"] for name in files]}).encode()
     assert not load_images(write_files(tmp_path, files)).parts
 
 
-def test_validation_without_test_is_the_test(tmp_path):
+def test_validation_without_a_test_part_is_the_test(tmp_path):
     found = load_images(write_files(tmp_path, class_files({f"{part}/{key}": 1 for part in ("train", "val") for key in "ab"})))
     assert set(found.parts.values()) == {"train", "test"}
 
@@ -204,7 +204,7 @@ def test_a_split_file_that_cannot_be_used_is_named(tmp_path, split, message):
 
 
 @pytest.mark.parametrize("name", ["nothing", "a.tar"])
-def test_what_is_neither_folder_nor_zip_nor_csv_is_named(tmp_path, name):
+def test_other_paths_than_folder_zip_and_csv_are_refused(tmp_path, name):
     (tmp_path / "a.tar").touch()
     with pytest.raises(InputError, match=rf"{name}.* must be a folder of class folders, a \.zip of one, or a \.csv"):
         load_images(tmp_path / name)
@@ -246,7 +246,7 @@ def test_a_dataset_gives_transformed_images_and_labels_also_from_workers(tmp_pat
     torch.testing.assert_close(torch.cat(pixels), torch.stack([to_tensor(read(image)) for image in found.images]))
 
 
-def test_the_same_image_in_two_classes_is_reported_and_in_neither_afterwards():
+def test_an_image_in_two_classes_is_reported_and_removed_from_both():
     labelled = in_memory([b"one", b"two", b"two"], [b"one", b"three"], [b"one"], [b"four"])
     found = find_duplicates(labelled)
     assert [(copies.names, copies.conflicting) for copies in found] == [
@@ -280,12 +280,12 @@ def test_classes_are_renamed_by_their_folders_and_keep_their_keys():
         ({"class 0": "class_1"}, "'class 0', 'class 1' are all called 'class 1'"),
     ],
 )
-def test_names_that_cannot_be_used_are_named(names, message):
+def test_invalid_class_names_are_refused(names, message):
     with pytest.raises(InputError, match=re.escape(message)):
         rename(in_memory([b"0"], [b"1"]), names)
 
 
-def test_half_of_the_classes_are_held_out_and_labelled_from_zero():
+def test_half_of_the_classes_is_held_out_and_relabelled_from_zero():
     labelled = in_memory(*[[bytes([label])] for label in range(5)])
     base, new = base_and_new(labelled)
     assert base.classes + new.classes == labelled.classes

@@ -91,7 +91,7 @@ def test_merging_leaves_the_adapted_model_and_every_other_weight_alone(tmp_path)
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.5])
-def test_merging_takes_the_present_strength(strength, tmp_path):
+def test_merging_uses_the_current_scale(strength, tmp_path):
     clip, components = adapted(tmp_path)
     base, full = tiny_clip().state_dict(), export.merged(clip).model.state_dict()
     adapters.set_scale(components, strength)
@@ -178,7 +178,7 @@ def test_plain_lora_is_loaded_by_peft_and_computes_the_same(method, changes, str
     torch.testing.assert_close(features(model), features(clip.model), atol=1e-6, rtol=0)
 
 
-def test_plain_lora_of_one_encoder_and_some_layers_touches_no_others(tmp_path):
+def test_plain_lora_of_one_encoder_and_some_layers_changes_no_others(tmp_path):
     clip, components = adapted(tmp_path, targets=TargetLayers("text", ["q", "out"], "0-0"))
     export.save_lora(components, tmp_path / "lora")
     assert [folder.name for folder in (tmp_path / "lora").iterdir()] == ["text"]
@@ -189,7 +189,7 @@ def test_plain_lora_of_one_encoder_and_some_layers_touches_no_others(tmp_path):
     torch.testing.assert_close(features(model), features(clip.model), atol=1e-6, rtol=0)
 
 
-def test_plain_lora_at_strength_zero_changes_nothing_and_dora_has_none(tmp_path):
+def test_plain_lora_at_scale_0_changes_nothing_and_is_refused_for_dora(tmp_path):
     for method in ("nora", "lora"):
         _, components = adapted(tmp_path / method, method)
         adapters.set_scale(components, 0.0)
@@ -230,7 +230,7 @@ def test_exported_encoders_compute_the_adapted_features_for_any_number_of_inputs
     torch.testing.assert_close(export.run_exported(files["text"], text), found[:1], atol=1e-6, rtol=0)
 
 
-def test_a_file_that_computes_something_else_is_an_error(clip, tmp_path, monkeypatch):
+def test_an_export_with_other_features_is_refused(clip, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "run_exported", lambda file, inputs: torch.zeros(len(inputs), 24))
     with pytest.raises(ValueError, match=r"image\.pt2 must match PyTorch's"):
         export.save_exported(clip, tmp_path, TOKENS[:2], "torch")

@@ -38,7 +38,7 @@ def labelled(*places):
 
 
 @torch.no_grad()
-def test_features_are_open_clips_in_the_images_order_whatever_the_batches(clip):
+def test_features_are_open_clips_in_order_for_every_batch_size(clip):
     features, labels = image_features(clip, labelled(), batch_size=2)
     torch.testing.assert_close(features, clip.model.encode_image(images(COUNT), normalize=True))
     assert labels.tolist() == list(range(COUNT))
@@ -51,7 +51,7 @@ def test_a_class_is_the_mean_direction_of_its_prompts(clip):
     torch.testing.assert_close(features, F.normalize(torch.stack([texts[1] + texts[11 % 4], texts[2] + texts[12 % 4]]), dim=-1))
 
 
-def test_what_is_kept_is_not_computed_again_and_only_that(clip, runs, tmp_path):
+def test_only_features_that_are_not_cached_are_computed(clip, runs, tmp_path):
     cache = TensorCache(tmp_path)
     first, _ = image_features(clip, labelled(0, 1, 2), cache=cache)
     again, labels = image_features(clip, labelled(3, 2, 0), cache=cache)
@@ -61,7 +61,7 @@ def test_what_is_kept_is_not_computed_again_and_only_that(clip, runs, tmp_path):
     torch.testing.assert_close(again[0], image_features(clip, labelled(3))[0][0])
 
 
-def test_prompts_are_kept_too(clip, runs, tmp_path):
+def test_features_of_prompts_are_cached(clip, runs, tmp_path):
     cache = TensorCache(tmp_path)
     first = prompt_features(clip, Prompts(("0", "1", "2"), ("{}",)), cache=cache)
     assert torch.equal(prompt_features(clip, Prompts(("0", "1", "2"), ("{}",)), cache=cache), first)
@@ -69,7 +69,7 @@ def test_prompts_are_kept_too(clip, runs, tmp_path):
 
 
 @pytest.mark.parametrize(("changed", "expected"), [("visual.proj", [COUNT, COUNT]), ("text_projection", [COUNT])])
-def test_only_the_weights_of_the_own_tower_call_for_other_features(clip, runs, tmp_path, changed, expected):
+def test_only_weights_of_the_same_encoder_invalidate_features(clip, runs, tmp_path, changed, expected):
     cache = TensorCache(tmp_path)
     image_features(clip, labelled(), cache=cache)
     clip.model.get_parameter(changed).data.mul_(-1)
@@ -79,7 +79,7 @@ def test_only_the_weights_of_the_own_tower_call_for_other_features(clip, runs, t
 
 
 @pytest.mark.parametrize(("tower", "expected"), [("visual", [COUNT, COUNT]), ("transformer", [COUNT])])
-def test_nothing_is_kept_of_a_tower_with_an_adapter(clip, runs, tmp_path, tower, expected):
+def test_features_of_an_encoder_with_an_adapter_are_not_cached(clip, runs, tmp_path, tower, expected):
     config = peft.LoraConfig(target_modules=rf"{tower}\..*c_fc")
     peft.inject_adapter_in_model(config, clip.model)
     for _ in range(2):
@@ -87,7 +87,7 @@ def test_nothing_is_kept_of_a_tower_with_an_adapter(clip, runs, tmp_path, tower,
     assert runs["pictures"] == expected
 
 
-def test_features_are_those_of_evaluation_and_the_mode_is_restored(clip):
+def test_features_are_computed_in_evaluation_mode_and_the_mode_is_restored(clip):
     clip.model.visual.patch_dropout = torch.nn.Dropout(0.5)
     expected, _ = image_features(clip, labelled())
     clip.model.visual.train()

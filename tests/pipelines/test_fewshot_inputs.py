@@ -29,17 +29,17 @@ def arrays(given):
     [IMAGES, tuple(IMAGES), PIXELS, list(PIXELS), PIXELS / 255, (PIXELS / 255).half(), (PIXELS.double() / 255)],
     ids=["pictures", "tuple", "one tensor", "tensors", "single", "half", "double"],
 )
-def test_all_forms_of_a_image_are_the_same_image(given):
+def test_files_pil_images_and_tensors_give_the_same_image(given):
     np.testing.assert_array_equal(np.stack(arrays(given)), PIXELS.permute(0, 2, 3, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_levels_are_rounded_and_not_cut(dtype):
+def test_pixel_values_are_rounded_and_not_truncated(dtype):
     (found,) = arrays((LEVELS.double() / 255).to(dtype))
     np.testing.assert_array_equal(found, LEVELS.permute(1, 2, 0))
 
 
-def test_files_are_called_by_their_paths_and_all_else_by_its_place(tmp_path):
+def test_images_are_named_by_path_or_index(tmp_path):
     IMAGES[0].save(tmp_path / "0.png")
     given = [tmp_path / "0.png", str(tmp_path / "0.png"), IMAGES[1], PIXELS[2]]
     np.testing.assert_array_equal(arrays(given)[:2], [IMAGES[0], IMAGES[0]])
@@ -74,7 +74,7 @@ def test_images_are_turned_upright_and_transparent_parts_white(tmp_path):
         (["nowhere/cat.png"], r"'nowhere/cat\.png' cannot be read as an image"),
     ],
 )
-def test_what_is_no_image_is_refused_with_its_place(given, message):
+def test_inputs_that_are_not_images_are_refused_by_index(given, message):
     with pytest.raises(InputError, match=message):
         arrays(given)
 

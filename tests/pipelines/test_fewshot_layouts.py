@@ -47,7 +47,7 @@ def test_the_folders_of_a_split_are_its_parts_in_any_spelling(tmp_path, words, o
 
 
 @pytest.mark.parametrize("inner", [("images", "images"), ("seg_train", "seg_test"), ("a/b", "a/b")])
-def test_one_folder_more_in_every_part_is_no_class(tmp_path, inner):
+def test_a_further_folder_in_every_part_is_not_a_class(tmp_path, inner):
     words = ("Train", "Test")
     found = loaded(
         tmp_path, class_files({f"{word}/{own}/{key}": 1 for word, own in zip(words, inner, strict=True) for key in "ab"})
@@ -79,13 +79,13 @@ def test_parts_within_class_folders_are_parts(tmp_path):
         ({"train/red_mug": 1, "train/dog": 1, "test/red mug": 1, "test/dog": 1}, r"'red mug' is in test, 'red_mug' is in train"),
     ],
 )
-def test_folders_that_could_be_read_in_two_ways_are_refused_and_listed(tmp_path, counts, message, zipped):
+def test_ambiguous_folders_are_refused_and_listed(tmp_path, counts, message, zipped):
     with pytest.raises(InputError, match=message):
         loaded(tmp_path, class_files(counts), zipped)
 
 
 @pytest.mark.parametrize("counts", [{"train": 2, "bus": 2}, {"Train": 1, "bus/2021": 1}, {"valid": 1, "invalid": 1}])
-def test_a_class_that_is_called_like_a_part_holds_images_and_is_a_class(tmp_path, counts):
+def test_a_folder_of_images_named_like_a_part_is_a_class(tmp_path, counts):
     found = loaded(tmp_path, class_files(counts))
     assert found.classes == tuple(sorted(key.split("/")[0] for key in counts))
     assert not found.parts
@@ -98,13 +98,13 @@ def test_a_class_train_within_a_split_is_a_class(tmp_path):
     assert Counter(found.parts.values()) == {"train": 2, "test": 2}
 
 
-def test_a_folder_that_is_given_a_name_is_a_class_whatever_it_is_called(tmp_path):
+def test_a_renamed_folder_is_a_class_even_if_it_is_named_like_a_part(tmp_path):
     found = loaded(tmp_path, class_files({"train": 1, "test": 1}), names={"train": "a train", "test": "a test"})
     assert found.classes == ("a test", "a train")
     assert not found.parts
 
 
-def test_one_part_alone_is_no_split_and_validation_alone_is_the_test_and_both_are_said(tmp_path):
+def test_a_single_part_is_no_split_and_validation_replaces_a_missing_test_with_a_note(tmp_path):
     alone = loaded(tmp_path / "alone", class_files({"train/a": 1, "train/b": 1}))
     assert not alone.parts
     assert any("'train' without another part of a split" in note for note in alone.notes)
@@ -138,7 +138,7 @@ def test_the_keys_of_a_split_file_are_read_in_any_spelling(tmp_path, words, entr
         ({"Train": {"a": ["0.png"]}}, r"must have a list of images in 'Train', got dict"),
     ],
 )
-def test_a_split_file_that_could_be_read_in_two_ways_is_refused(tmp_path, split, message):
+def test_an_ambiguous_split_file_is_refused(tmp_path, split, message):
     with pytest.raises(InputError, match=r"split\.json of .*" + message):
         loaded(tmp_path, class_files({"a": 1, "b": 1}) | {"split.json": json.dumps(split).encode()})
 
@@ -150,7 +150,7 @@ def test_a_split_file_in_another_encoding_is_named(tmp_path, encoding):
         loaded(tmp_path, class_files({"a": 1, "b": 1}) | {"split.json": content})
 
 
-def test_folders_and_a_split_file_must_say_the_same(tmp_path):
+def test_folders_and_split_file_must_agree(tmp_path):
     files = class_files({f"{word}/{key}": 1 for word in ("train", "test") for key in "ab"})
     same = {word: [name for name in files if name.startswith(word)] for word in ("train", "test")}
     assert loaded(tmp_path / "same", files | {"split.json": json.dumps(same).encode()}).classes == ("a", "b")
@@ -160,7 +160,7 @@ def test_folders_and_a_split_file_must_say_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("column", ["split", "Subset", "SET", "part", "Usage", "phase"])
-def test_the_column_of_a_csv_that_splits_it_is_read_in_any_spelling(tmp_path, column):
+def test_the_split_column_of_a_csv_is_read_in_any_spelling(tmp_path, column):
     files = class_files({"a": 3, "b": 3})
     values = {"0": "Training", "1": "PublicTest", "2": "PrivateTest"}
     rows = [f"{name},{name[0]},{values[name[2]]},0,," for name in files]
@@ -187,7 +187,7 @@ def test_a_csv_with_two_split_columns_is_refused(tmp_path, header, message):
 
 @pytest.mark.parametrize("zipped", [False, True])
 @pytest.mark.parametrize("place", ["", "train/"])
-def test_what_is_not_used_is_named_by_suffix_and_class(tmp_path, zipped, place):
+def test_unused_files_are_named_by_suffix_and_class(tmp_path, zipped, place):
     files = class_files({f"{place}cat": 2, f"{place}dog/deep": 1} | ({"test/cat": 1, "test/dog/deep": 1} if place else {}))
     files |= {f"{place}cat/{number}.txt": b"x" for number in range(12)} | {f"{place}dog/deep/a.TXT": b"x"}
     files |= {f"{place}cat/1.psd": b"x", f"{place}cat/2.mp4": b"x", f"{place}cat/IMG_1": b"x", f"{place}dog/Thumbs.db": b"x"}
@@ -218,7 +218,7 @@ def test_broken_links_and_folders_without_images_are_named(tmp_path):
     assert "Folders without images are not used: 'Train/a/masks', 'Val'." in notes
 
 
-def test_a_plain_set_has_nothing_to_say(tmp_path):
+def test_a_dataset_without_split_and_unused_files_has_no_notes(tmp_path):
     assert loaded(tmp_path, class_files({"cats": 2, "dogs": 2})).notes == ()
 
 
@@ -247,7 +247,7 @@ def test_a_class_without_training_images_is_refused_and_one_without_test_images_
         ("fewshot-csv-split-column/csv/subset_column.csv", None, None),
     ],
 )
-def test_rebuilt_sets_are_learned_from_and_tested_on_as_their_own_split_says(path, train, test):
+def test_public_datasets_are_split_as_they_define(path, train, test):
     case, _, inside = path.partition("/")
     labelled, copies = labelled_set(LabelledDataOptions(data_dir=str(case_folder(case) / inside), shots=["1"]))
     assert labelled.classes == ("cardboard", "glass", "metal")

@@ -53,7 +53,7 @@ def test_a_class_without_images_has_no_accuracy_and_keeps_its_row():
     assert found.confusion == [[1, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0], [0, 0, 0, 1]]
 
 
-def test_classes_of_one_name_are_told_apart():
+def test_classes_with_the_same_name_are_numbered():
     found = score(torch.eye(3), torch.arange(3), ["missile", "dog", "missile"])
     assert found.per_class == {"missile (0)": 1.0, "dog": 1.0, "missile (2)": 1.0}
 
@@ -81,7 +81,7 @@ def test_the_calibration_error_of_equal_confidences_is_their_distance_from_the_a
 
 
 @pytest.mark.parametrize("confidence", [1 / 15, 7 / 15, 1.0])
-def test_a_confidence_on_an_edge_lies_in_the_bin_below(confidence):
+def test_a_confidence_on_an_edge_is_in_the_lower_bin(confidence):
     row = torch.zeros(1, 30, dtype=torch.float64)
     row[0, 0] = confidence
     counts = reliability(row, torch.tensor([0])).counts
@@ -89,7 +89,7 @@ def test_a_confidence_on_an_edge_lies_in_the_bin_below(confidence):
 
 
 @pytest.mark.parametrize("stretch", [0.2, 1.0, 3.0])
-def test_the_temperature_undoes_what_stretched_calibrated_logits(stretch):
+def test_the_temperature_is_the_factor_of_scaled_calibrated_logits(stretch):
     logits, labels = drawn(count=20_000, seed=1)
     fitted = fit_temperature(logits * stretch, labels)
     assert math.isclose(fitted, stretch, rel_tol=0.05)
@@ -97,7 +97,7 @@ def test_the_temperature_undoes_what_stretched_calibrated_logits(stretch):
 
 
 @pytest.mark.parametrize("sharpness", [0.3, 1.0, 10.0])
-def test_at_the_temperature_the_objective_has_no_slope(sharpness):
+def test_the_objective_has_zero_slope_at_the_temperature(sharpness):
     """With beta = 1 / T its slope in log T is  log T - beta sum(E[logit under the model] - logit of the label)."""
     logits, labels = drawn(count=80, seed=2)
     logits = logits * sharpness
@@ -112,13 +112,13 @@ def test_at_the_temperature_the_objective_has_no_slope(sharpness):
     assert all(objective(fitted * factor) > objective(fitted) for factor in (0.3, 0.9, 1.1, 3))
 
 
-def test_where_all_is_right_the_temperature_falls_with_the_evidence_and_not_without_end():
+def test_with_all_images_right_the_temperature_falls_with_their_number_but_is_bounded():
     few, many = (fit_temperature(torch.eye(4).repeat(times, 1) * 3, torch.arange(4).repeat(times)) for times in (1, 50))
     assert 2 * TEMPERATURES[0] < many < few < 1
     assert math.isclose(fit_temperature(torch.eye(4) * 300, torch.arange(4)), 1, abs_tol=1e-3)
 
 
-def test_where_all_is_wrong_the_temperature_rises():
+def test_with_all_images_wrong_the_temperature_rises():
     assert fit_temperature(torch.eye(4).repeat(9, 1) * 9, torch.arange(4).roll(1).repeat(9)) > 3
 
 
@@ -128,7 +128,7 @@ def test_a_temperature_changes_no_prediction():
 
 
 @pytest.mark.parametrize(("correct", "total"), [(0, 10), (3, 7), (10, 10), (700, 1000)])
-def test_wilsons_ends_solve_their_equation(correct, total):
+def test_the_bounds_of_wilsons_interval_solve_its_equation(correct, total):
     found = wilson_interval(correct, total)
     z = stats.norm.ppf(0.975)
     for end in (found.low, found.high):
@@ -136,7 +136,7 @@ def test_wilsons_ends_solve_their_equation(correct, total):
     assert 0 <= found.low <= found.value == correct / total <= found.high <= 1
 
 
-def test_the_interval_over_seeds_is_students_and_holds_the_mean_in_95_of_100_cases():
+def test_the_interval_over_seeds_is_students_and_covers_the_mean_in_95_of_100_cases():
     values = [0.61, 0.64, 0.58, 0.66, 0.60]
     found = interval_over_seeds(values)
     reference = stats.ttest_1samp(values, 0).confidence_interval(0.95)
@@ -146,7 +146,7 @@ def test_the_interval_over_seeds_is_students_and_holds_the_mean_in_95_of_100_cas
     assert abs(np.mean(held) - 0.95) < 0.015
 
 
-def test_the_harmonic_mean_is_between_and_nought_where_either_is():
+def test_the_harmonic_mean_is_between_both_values_and_zero_if_either_is():
     assert math.isclose(harmonic_mean(0.8, 0.4), 2 * 0.8 * 0.4 / 1.2)
     assert harmonic_mean(0.8, 0.0) == 0
 
@@ -164,12 +164,12 @@ def test_the_harmonic_mean_is_between_and_nought_where_either_is():
         (lambda: interval_over_seeds([0.5]), r"at least two runs, got 1"),
     ],
 )
-def test_what_has_no_score_is_named(call, message):
+def test_invalid_logits_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
 
-def test_an_interval_of_shares_is_told_within_what_shares_can_be():
+def test_an_interval_is_printed_within_0_and_100_percent():
     assert Interval(0.5, 0.25, 0.75).as_share() == "50.0% (25.0% to 75.0%)"
     assert Interval(0.9, 0.7, 1.1).as_share() == "90.0% (70.0% to 100.0%)"
     assert Interval(0.1, -0.1, 0.3).as_share() == "10.0% (0.0% to 30.0%)"

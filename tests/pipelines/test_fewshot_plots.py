@@ -35,7 +35,7 @@ def test_a_confusion_matrix_shows_its_counts_and_the_shares_of_each_row(tmp_path
 
 
 @pytest.mark.parametrize(("classes", "numbered", "named"), [(20, True, True), (21, False, True), (61, False, False)])
-def test_many_classes_have_no_numbers_and_then_no_names(tmp_path, classes, numbered, named):
+def test_many_classes_are_shown_without_counts_and_more_without_names(tmp_path, classes, numbered, named):
     figure = confusion_figure(np.eye(classes, dtype=int), ["a long name of a class " * 2] * classes)
     assert bool(words(figure)) == numbered
     shown = [label.get_text() for label in figure.axes[0].get_xticklabels()]

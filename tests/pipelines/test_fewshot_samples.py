@@ -27,7 +27,7 @@ def test_digits_are_scikit_learns_dark_on_white_and_the_same_every_time():
     assert np.corrcoef(ink.ravel(), digits.images[0].ravel())[0, 1] > 0.95
 
 
-def test_a_few_shots_tell_most_digits_apart_and_none_is_there_twice():
+def test_a_few_shots_classify_most_digits_and_none_is_a_duplicate():
     labelled = sample_set()
     assert not find_duplicates(labelled)
     split = sample_split(labelled, 16, seed=0)

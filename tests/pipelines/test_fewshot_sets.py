@@ -41,13 +41,13 @@ def lay_out_aircraft(root, test=b"003 An-12\n"):
     return write_files(root, files | {"fgvc_aircraft/variants.txt": b"707-320 B\nAn-12\n"})
 
 
-def test_there_are_eleven():
+def test_there_are_eleven_datasets():
     assert len(SETS) == 11
     assert len(WITH_SPLIT_FILES) == 9
 
 
 @pytest.mark.parametrize("name", WITH_SPLIT_FILES)
-def test_a_split_file_is_read_as_it_is(tmp_path, name):
+def test_a_split_file_is_read_unchanged(tmp_path, name):
     found = load_set(lay_out(tmp_path, name, SPLIT), name)
     assert found.classes == ("a dog", "a_cat")
     listed = {part: [[p.name, p.label, p.class_name] for p in found.of_part(part)] for part in ("train", "val", "test")}
@@ -55,7 +55,7 @@ def test_a_split_file_is_read_as_it_is(tmp_path, name):
     assert read(found.images[0]).size == (8, 8)
 
 
-def test_the_folder_may_be_written_otherwise_and_be_a_link(tmp_path):
+def test_the_folder_may_differ_in_case_and_be_a_link(tmp_path):
     lay_out(tmp_path / "elsewhere", "ucf101", SPLIT)
     (tmp_path / "UCF101").symlink_to(tmp_path / "elsewhere" / "ucf101")
     assert len(load_set(tmp_path, "ucf101").images) == 4
@@ -103,7 +103,7 @@ def test_a_split_file_that_cannot_be_used_is_named(tmp_path, split, message):
         load_set(root, "dtd")
 
 
-def test_a_image_that_is_listed_and_not_there_is_named_with_its_class(tmp_path):
+def test_a_listed_image_that_does_not_exist_is_named_with_its_class(tmp_path):
     with pytest.raises(InputError, match=r"lists 'a/2\.jpg' of class 'a_cat', but there is no such file.*DATASETS\.md"):
         load_set(lay_out(tmp_path, "dtd", SPLIT, missing=["a/2.jpg"]), "dtd")
 
@@ -122,7 +122,7 @@ def test_a_image_that_is_listed_and_not_there_is_named_with_its_class(tmp_path):
         ("fgvc_aircraft", lambda root: lay_out_aircraft(root, b"009 An-12"), r"lists '009 An-12', but its image or class is"),
     ],
 )
-def test_what_is_missing_is_named(tmp_path, name, prepare, message):
+def test_missing_files_are_named(tmp_path, name, prepare, message):
     if prepare:
         prepare(tmp_path)
     with pytest.raises(InputError, match=message):

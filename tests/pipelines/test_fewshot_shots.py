@@ -34,7 +34,7 @@ WITHOUT_VAL = make_set({"a": 40, "b": 40}, ["train"] * 28 + ["test"] * 12)
 
 
 @pytest.mark.parametrize("shots", [1, 2, 4, 8, 16])
-def test_each_class_gives_its_shots_and_the_smaller_of_them_and_four_to_validation(shots):
+def test_each_class_has_its_shots_and_at_most_four_validation_images(shots):
     for labelled, test in ((PLAIN, [12, 9, 30]), (OFFICIAL, [12, 12]), (WITHOUT_VAL, [12, 12])):
         counts = counts_of(sample_split(labelled, shots, seed=1))
         assert set(counts["train"]) == {shots}
@@ -46,7 +46,7 @@ def test_each_class_gives_its_shots_and_the_smaller_of_them_and_four_to_validati
     ("labelled", "train"),
     [(PLAIN, [24, 17, 66]), (OFFICIAL, [20, 20]), (WITHOUT_VAL, [24, 24]), (make_set({"a": 3, "b": 9}), [1, 3])],
 )
-def test_all_shots_are_all_that_neither_test_nor_validate(labelled, train):
+def test_all_shots_are_all_images_outside_of_test_and_validation(labelled, train):
     split = sample_split(labelled, "all", seed=0)
     assert counts_of(split)["train"] == train
     if labelled is not OFFICIAL:
@@ -55,7 +55,7 @@ def test_all_shots_are_all_that_neither_test_nor_validate(labelled, train):
 
 @pytest.mark.parametrize("shots", [1, 16, "all"])
 @pytest.mark.parametrize("labelled", [PLAIN, OFFICIAL, WITHOUT_VAL])
-def test_no_image_is_in_two_parts_and_a_set_keeps_its_own(labelled, shots):
+def test_no_image_is_in_two_parts_and_a_defined_split_is_kept(labelled, shots):
     split = sample_split(labelled, shots, seed=3)
     names = [name for part in PARTS for name, _ in split.names[part]]
     assert len(set(names)) == len(names)
@@ -66,14 +66,14 @@ def test_no_image_is_in_two_parts_and_a_set_keeps_its_own(labelled, shots):
             assert (image.name, image.label) in split.names[part]
 
 
-def test_the_seed_draws_other_shots_and_never_another_test():
+def test_the_seed_changes_the_shots_but_not_the_test_images():
     draws = [sample_split(PLAIN, 4, seed) for seed in range(6)]
     assert len({draw.names["train"] for draw in draws}) == len({draw.sha256 for draw in draws}) == 6
     assert len({draw.names["test"] for draw in draws}) == 1
     assert draws[2] == sample_split(PLAIN, 4, 2)
 
 
-def test_shots_are_drawn_evenly():
+def test_shots_are_sampled_uniformly():
     drawn = Counter(name for seed in range(300) for name, _ in sample_split(PLAIN, 4, seed).names["train"] if name[0] == "b")
     assert len(drawn) == 21
     assert min(drawn.values()) > 0.5 * 300 * 4 / 21
@@ -81,21 +81,21 @@ def test_shots_are_drawn_evenly():
 
 
 @pytest.mark.parametrize("labelled", [PLAIN, OFFICIAL, WITHOUT_VAL])
-def test_fewer_shots_are_a_part_of_more(labelled):
+def test_fewer_shots_are_a_subset_of_more(labelled):
     draws = [sample_split(labelled, shots, seed=5) for shots in (1, 2, 4, 8, 16)]
     for fewer, more in pairwise(draws):
         assert set(fewer.names["train"]) < set(more.names["train"])
         assert set(fewer.names["val"]) <= set(more.names["val"])
 
 
-def test_classes_are_drawn_independently():
+def test_classes_are_sampled_independently():
     split = sample_split(make_set({"a": 40, "b": 40}), 16, seed=1)
     for part in PARTS:
         places = [{name.split("/")[1] for name, label in split.names[part] if label == own} for own in (0, 1)]
         assert places[0] != places[1]
 
 
-def test_a_class_is_drawn_the_same_whatever_the_others_and_whatever_its_name():
+def test_the_sample_of_a_class_depends_neither_on_other_classes_nor_on_its_name():
     alone = sample_split(make_set({"c": 100, "x": 9}), 2, seed=1)
     for labelled in (PLAIN, rename(PLAIN, {"c": "something else"})):
         split = sample_split(labelled, 2, seed=1)
@@ -103,7 +103,7 @@ def test_a_class_is_drawn_the_same_whatever_the_others_and_whatever_its_name():
             assert [name for name, _ in split.names[part] if name[0] == "c"] == [n for n, _ in alone.names[part] if n[0] == "c"]
 
 
-def test_held_out_classes_are_tested_on_the_images_that_all_classes_are():
+def test_held_out_classes_have_the_same_test_images_as_among_all_classes():
     labelled = make_set(dict.fromkeys("abcd", 20))
     parts = [sample_split(half, 2, seed=1).images(half, "test") for half in base_and_new(labelled)]
     assert [p.name for half in parts for p in half] == [name for name, _ in sample_split(labelled, 2, seed=1).names["test"]]
@@ -130,18 +130,18 @@ def test_held_out_classes_are_tested_on_the_images_that_all_classes_are():
         (PLAIN, 0, r"shots must be 1 or more, or all, got 0"),
     ],
 )
-def test_fewer_images_than_shots_are_named_with_their_class(labelled, shots, message):
+def test_a_class_with_too_few_images_for_the_shots_is_named(labelled, shots, message):
     with pytest.raises(InputError, match=message):
         sample_split(labelled, shots, seed=0)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -1.0])
-def test_the_tests_share_lies_between_none_and_all(share):
+def test_the_test_share_is_between_0_and_1(share):
     with pytest.raises(InputError, match=f"between 0 and 1, got {share}"):
         sample_split(PLAIN, 1, 0, share)
 
 
-def test_a_split_is_drawn_once_and_read_back_by_all_that_follow(tmp_path):
+def test_a_split_is_sampled_once_and_then_read(tmp_path):
     first = saved_split(tmp_path / "deep" / "split.json", PLAIN, 4, seed=1)
     content = (tmp_path / "deep" / "split.json").read_bytes()
     assert saved_split(tmp_path / "deep" / "split.json", PLAIN, 4, seed=1) == first == sample_split(PLAIN, 4, 1)
@@ -156,7 +156,7 @@ def test_a_split_is_drawn_once_and_read_back_by_all_that_follow(tmp_path):
 
 
 @pytest.mark.parametrize("shots", [2, "all"])
-def test_all_that_a_split_says_survives_the_file(tmp_path, shots):
+def test_a_split_is_saved_and_loaded_unchanged(tmp_path, shots):
     for labelled in (PLAIN, OFFICIAL):
         split = sample_split(labelled, shots, seed=9, test_share=0.25)
         save_split(split, tmp_path / "a.json")
@@ -175,7 +175,7 @@ def test_a_split_that_was_changed_is_refused(tmp_path):
     load_split(tmp_path / "a.json", PLAIN)
 
 
-def test_a_split_of_another_set_is_refused(tmp_path):
+def test_a_split_of_another_dataset_is_refused(tmp_path):
     save_split(sample_split(PLAIN, 4, 1), tmp_path / "a.json")
     with pytest.raises(InputError, match=r"other classes than the set has"):
         load_split(tmp_path / "a.json", OFFICIAL)

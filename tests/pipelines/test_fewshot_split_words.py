@@ -26,7 +26,7 @@ def test_every_spelling_of_a_word_means_its_part_and_no_other_word_does(part, wo
     assert {word: part_named(word.replace("+", " ")) for word in words.split()} == dict.fromkeys(words.split(), part)
 
 
-def test_short_words_count_where_nothing_else_is_expected():
+def test_abbreviations_count_where_only_parts_are_expected():
     assert [part_written(word) for word in ("tr", "VA", "te")] == ["train", "val", "test"]
 
 
@@ -40,7 +40,7 @@ def test_short_words_count_where_nothing_else_is_expected():
         (("Train", "dogs"), {"Train": "train"}),
     ],
 )
-def test_a_word_within_a_name_counts_where_a_sister_differs_in_that_word_alone(names, parts):
+def test_a_word_in_a_longer_name_counts_if_a_sibling_differs_only_in_it(names, parts):
     assert parts_of_folders(names) == parts
 
 
@@ -58,7 +58,7 @@ def test_a_split_columns_name_is_read_in_any_spelling(column):
 
 
 @pytest.mark.parametrize("column", ["label2", "dataset", "parts_of_speech", "note"])
-def test_other_columns_are_no_split_unless_all_that_they_hold_are_words_for_parts(column):
+def test_other_columns_are_a_split_only_if_all_values_are_words_for_parts(column):
     assert split_column([column], {column: ["train", "red"]}, "a.csv") is None
     assert split_column([column], {column: ["Train", "Testing"]}, "a.csv") == column
     assert split_column([column], {column: ["train", "train"]}, "a.csv") is None
@@ -71,7 +71,7 @@ def test_two_columns_that_could_both_be_the_split_are_refused(columns):
 
 
 @pytest.mark.parametrize("column", ["is_train", "isTest", "train", "is_training_image"])
-def test_a_column_of_yes_and_no_about_a_part_is_refused_rather_than_passed_over(column):
+def test_a_flag_column_for_a_part_is_refused_and_not_ignored(column):
     with pytest.raises(InputError, match=rf"'{column}', which suggests a split .* column 'split'"):
         split_column([column], {column: ["0", "1"]}, "a.csv")
 

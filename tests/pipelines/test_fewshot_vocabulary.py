@@ -38,7 +38,7 @@ def test_zero_shot_of_more_classes_is_zero_shot_of_all():
 
 
 @pytest.mark.parametrize("name", sorted(set(baselines.BASELINES) - set(CLOSED)))
-def test_known_classes_keep_their_logits_and_new_ones_get_those_of_their_prompts(briefly, name, tmp_path):
+def test_existing_classes_keep_their_logits_and_new_ones_get_those_of_their_prompts(briefly, name, tmp_path):
     clip = toy_clip()
     fitted = baselines.fit(name, toy_task(clip=clip), seed=0)
     save_predictor(fitted, tmp_path / "fitted.safetensors")

@@ -38,7 +38,7 @@ def model(checkout):
 
 
 @torch.no_grad()
-def test_plain_open_clip_loads_the_folder_from_the_root_of_a_checkout(checkout, model, tokenizer, monkeypatch):
+def test_stock_open_clip_loads_the_folder_from_the_root_of_a_checkout(checkout, model, tokenizer, monkeypatch):
     monkeypatch.chdir(checkout)
     stock, _, _ = open_clip.create_model_and_transforms("local-dir:assets/mini-clip")
     tokens = open_clip.get_tokenizer("local-dir:assets/mini-clip")(TEXTS)
@@ -63,7 +63,7 @@ def test_texts_are_encoded_as_open_clip_does_without_the_padding(model, tokenize
     torch.testing.assert_close(mini_clip.encode_texts(model, tokens), model.encode_text(tokens, normalize=True))
 
 
-def test_attention_is_over_all_64_places_with_packed_linears(model):
+def test_attention_is_over_all_64_positions_with_packed_linears(model):
     seen = []
     hooks = [
         layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(1, -2).shape[1:]))
@@ -81,7 +81,7 @@ def test_the_weights_take_less_than_ten_mebibytes(checkout):
 
 
 @torch.no_grad()
-def test_a_class_is_weighed_by_the_mean_of_its_templates(model, tokenizer):
+def test_zero_shot_weights_are_means_over_templates(model, tokenizer):
     names = mini_clip.class_tokens(tokenizer, ["a cat", "a teapot"])
     weights = mini_clip.zero_shot_weights(model, names)
     texts = [template.format("a teapot") for template in mini_clip.TEMPLATES]

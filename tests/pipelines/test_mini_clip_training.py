@@ -59,7 +59,7 @@ def by_anchor(loss, pixels, labels):
 
 
 @torch.no_grad()
-def test_photographs_alone_are_judged_by_smoothed_cross_entropy_over_the_names_of_their_classes(loss, tokenizer):
+def test_the_loss_of_photographs_is_smoothed_cross_entropy_over_their_class_names(loss, tokenizer):
     inputs = batch(tokenizer, [2, 0, 2], ["unread"] * 3)
     logits = logits_over(loss, inputs["pixels"], loss.names[0, [0, 2]])
     expected = nn.CrossEntropyLoss(label_smoothing=0.1)(logits, torch.tensor([1, 0, 1]))
@@ -67,7 +67,7 @@ def test_photographs_alone_are_judged_by_smoothed_cross_entropy_over_the_names_o
 
 
 @torch.no_grad()
-def test_scenes_are_judged_against_names_captions_and_wrong_captions(loss, tokenizer):
+def test_the_loss_of_scenes_covers_names_captions_and_wrong_captions(loss, tokenizer):
     inputs = batch(tokenizer, [1, -1, -1], ["unread", "a red star", "a blue star"], ["a green star"])
     captions = tokenize(tokenizer, ["a red star", "a blue star", "a green star", "a green star"])
     texts = torch.cat([loss.names[0, [1]], captions])
@@ -85,7 +85,7 @@ def test_equal_captions_share_the_target(loss, tokenizer):
     torch.testing.assert_close(loss(**inputs), expected)
 
 
-def test_a_wrong_caption_differs_from_the_right_one_in_one_part_that_is_spoken_of():
+def test_a_wrong_caption_differs_in_one_mentioned_part():
     rng, scenes = np.random.default_rng(0), random.Random(0)
     for _ in range(300):
         scene, parts = sample_scene(scenes), sample_parts(rng)
@@ -105,7 +105,7 @@ def test_a_wrong_caption_differs_from_the_right_one_in_one_part_that_is_spoken_o
         (("colour", "size"), "a large red thing"),
     ],
 )
-def test_a_scene_is_described_by_the_parts_asked_for(parts, words):
+def test_a_scene_is_described_by_the_given_parts(parts, words):
     assert Scene("star", "red", "striped", "large", "snow").describe(parts) == words
 
 
@@ -126,7 +126,7 @@ def test_augmentation_changes_a_photograph_every_time_and_stays_in_range():
     assert all((changed[0] - other).abs().mean() > 0.05 for other in changed[1:])
 
 
-def test_the_scenes_of_a_corpus_are_those_its_captions_speak_of():
+def test_the_scenes_of_a_corpus_match_its_captions():
     corpus = rendered_corpus(300, 16, seed=3)
     assert [scene.caption for scene in corpus_scenes(300, seed=3)] == corpus.captions
 

@@ -217,14 +217,14 @@ def test_held_out_classes_are_classified_by_their_prompts_alone(random_clip, cla
 
 
 @pytest.mark.parametrize("encoder", ["image", "text"])
-def test_one_encoder_alone_is_adapted_and_the_other_computed_once(encoder, random_clip, class_folders, tmp_path):
+def test_only_one_encoder_is_adapted_and_the_other_computed_once(encoder, random_clip, class_folders, tmp_path):
     flags = ["--shots", "2", "--seeds", "0", "--method", "nora", "--rank", "4", "--inner_r", "2", "--encoders", encoder]
     main(options_for(random_clip, class_folders, tmp_path / "run", *flags))
     folder = tmp_path / "run" / "trials/2-shots/seed-0/nora"
     assert [path.name for path in (folder / "adapter" / "full").iterdir()] == [encoder]
 
 
-def test_a_set_of_the_coop_protocol_is_read_with_its_split_and_its_prompt(random_clip, tmp_path):
+def test_a_dataset_of_the_coop_protocol_is_read_with_its_split_and_its_prompt(random_clip, tmp_path):
     names = class_files({"Forest": 6, "River": 6})
     write_files(tmp_path / "sets" / "eurosat" / "2750", names)
     parts = {"train": (0, 1, 2), "val": (3,), "test": (4, 5)}

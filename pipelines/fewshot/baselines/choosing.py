@@ -38,7 +38,7 @@ def choose(candidates: Iterable[tuple[Candidate, torch.Tensor]], labels: torch.T
         if best is None or score > best:
             best, chosen = score, [candidate]
     if not chosen:
-        raise InputError(f"None of the {tried} settings gives finite logits on the validation images. Lower the learning rates.")
+        raise InputError(f"None of {tried} settings gives finite logits on the validation images. Lower the learning rates.")
     return chosen[0]
 
 
