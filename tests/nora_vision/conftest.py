@@ -1,4 +1,4 @@
 import torch
 
-# Threads that share tiny tensors spend their time waiting for each other, most of all on busy machines.
+# Threads only slow down tiny tensors, especially on busy machines.
 torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Damage to an adapter's two files, drawn from a seeded generator: what disks, transfers and editors do, and worse."""
+"""Random damage to an adapter's two files, as by disks, transfers and editors, and worse."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def edited(change: Callable[[Random, dict, list[str]], object]) -> Mutation:
 
 @edited
 def swap_tensors(random: Random, header: dict, names: list[str]) -> None:
-    """Exchange the names of two tensors, of one shape where there are such."""
+    """Exchange the names of two tensors, of equal shape if possible."""
     first = random.choice(names)
     alike = [name for name in names if name != first and header[name]["shape"] == header[first]["shape"]]
     second = random.choice(alike or names)
@@ -140,7 +140,7 @@ def other_metadata(random: Random, header: dict, names: list[str]) -> None:
 
 
 def other_spelling(random: Random, content: bytes) -> bytes:
-    """Write a part of the header another way: the same to some readers of JSON, an error to others."""
+    """Write a part of the header in another spelling, which some JSON readers accept and others refuse."""
     length, _, data = parts(content)
     text = content[8 : 8 + length]
     old, new = random.choice(

@@ -21,7 +21,7 @@ class Mlp(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """Two adapted convolutions, one with stride, dilation and a padding mode of its own."""
+    """Two adapted convolutions, one with stride, dilation and another padding mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ def output(model, inputs):
 
 
 def change_weights(model, seed=1):
-    """Move every trained parameter away from its start."""
+    """Change every trained parameter."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -15,7 +15,7 @@ from nora_vision.layer import nora_layers
 
 
 def state_of(pipe) -> dict[str, object]:
-    """Everything that a failed load must leave alone."""
+    """The state that a failed load must not change."""
     state: dict[str, object] = {"adapters": pipe.get_list_adapters(), "active": pipe.get_active_adapters()}
     for component in COMPONENTS:
         model = getattr(pipe, component)
@@ -132,7 +132,7 @@ def saved(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def pipes(saved) -> dict[str, object]:
-    """A pipeline without an adapter and one with, each with the state it must keep."""
+    """A pipeline without an adapter and one with an adapter, each with its state."""
     fresh, adapted = tiny_pipeline(), tiny_pipeline()
     load_nora(adapted, saved / "full", "first")
     fresh.unet.requires_grad_(True)
@@ -154,7 +154,7 @@ def test_a_damaged_file_is_named_and_leaves_every_pipeline_as_it_was(tmp_path, s
 def test_a_compact_adapter_on_other_base_weights_is_refused_by_layer(saved):
     pipe = tiny_pipeline()
     load_nora(pipe, saved / "full", "first")
-    # The unet and the first text encoder fit: they are taken off again.
+    # The adapters of the UNet and the first text encoder fit and are removed again.
     pipe.text_encoder_2.text_model.encoder.layers[1].mlp.fc2.base_layer.weight.data.mul_(1.01)
     before = state_of(pipe)
     message = r"text_encoder_2, layer text_model\.encoder\.layers\.1\.mlp\.fc2: .*has other weights"
@@ -187,7 +187,7 @@ def test_a_failed_load_leaves_a_fused_pipeline_fused(saved):
 
 
 def alone(component: Path, folder: Path) -> Path:
-    """A copy of one component's adapter as all that `folder` holds."""
+    """Copy the adapter of one component to `folder`, which contains nothing else."""
     return shutil.copytree(component, folder / component.name)
 
 
@@ -198,7 +198,7 @@ def test_every_entry_of_a_probe_is_checked(tmp_path, saved, entry):
     name = "base_model.model.encoder.layers.1.mlp.fc1.nora_probe"
     norm = tensors[name][0].item()
     tensors[name][entry] = tensors[name][entry] + 0.1 * norm if entry else 0.0
-    # Without the digest, which would notice the change before the probe is compared.
+    # Without the digest, which would detect the change before the probe is compared.
     save_file(tensors, path, {key: value for key, value in read_header(path).metadata.items() if key != DIGEST})
     with pytest.raises(AdapterFileError, match=r"text_encoder, layer encoder\.layers\.1\.mlp\.fc1"):
         load_nora(tiny_pipeline(), tmp_path / "adapter")

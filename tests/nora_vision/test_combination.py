@@ -11,7 +11,7 @@ from nora_vision import AdapterFileError, load_adapter, save_adapter
 from nora_vision.layer import nora_layers
 
 EXACT = {"rtol": 1e-5, "atol": 1e-6}
-# Small beside the layers, of other ranks, and with frozen starts that are subtracted.
+# Smaller than the layers, with different ranks and preserve_output.
 OPTIONS = {"a": {"r": 4, "inner_r": 2}, "b": {"r": 3, "inner_r": 3, "alpha": 1.5, "preserve_output": True}}
 
 
@@ -38,13 +38,13 @@ def with_adapters(kind="linear", dtype=torch.float32, **of_each):
 
 
 def changes(model, name):
-    """The adapter's change of every weight, by layer."""
+    """The adapter's weight changes, by layer."""
     layers = nora_layers(model).items()
     return {layer: module.get_delta_weight(name).detach() for layer, module in layers if name in module.r}
 
 
 def weighted(model, weights):
-    """sum_i w_i D_i of the changes D_i of every weight."""
+    """sum_i w_i D_i of the weight changes D_i, by layer."""
     total = {}
     for name, weight in weights.items():
         for layer, change in changes(model, name).items():

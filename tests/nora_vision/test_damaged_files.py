@@ -1,4 +1,4 @@
-"""No damage to an adapter's files makes another adapter of it: they are refused, or what they load is the same."""
+"""Damaged adapter files are refused or load the same adapter, never another one."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from nora_vision.saving import adapter_tensors
 
 MUTATIONS = 50
 VARIED = {"r": 6, "inner_r": 3, "init_weights": True, "preserve_output": True, "inner_init": "gaussian"}
-# Models, and where an adapter goes on them: linear layers, convolutions, transposed weights, and modules trained in full.
+# Models and their target layers: linear layers, convolutions, transposed weights, and modules_to_save.
 KINDS = {
     "linear": {"modules_to_save": ["head"]},
     "conv2d": {"rank_pattern": {"second": 5}, "inner_rank_pattern": {"first": 2}},
@@ -31,7 +31,7 @@ KINDS = {
 
 
 def saved(kind: str, compact: bool, folder: Path) -> torch.nn.Module:
-    """Save a trained adapter of the model `kind` in `folder`, and give a model like it without one."""
+    """Save a trained adapter of the model `kind` in `folder`; returns an equal model without an adapter."""
     model, _, targets = MODELS[kind]()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -42,7 +42,7 @@ def saved(kind: str, compact: bool, folder: Path) -> torch.nn.Module:
 
 
 def loaded(model: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
-    """All that the adapter in `folder` puts on `model`, which is as before afterwards."""
+    """The tensors of the adapter in `folder` on `model`, which is restored afterwards."""
     take_off = apply_adapter(model, read_adapter(model, folder), "default")
     tensors = {name: tensor.clone() for name, tensor in adapter_tensors(model, "default").items()}
     scalings = {

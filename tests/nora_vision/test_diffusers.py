@@ -1,4 +1,4 @@
-"""diffusers drives a NoRA adapter as it drives LoRA: the oracle is a LoRA adapter with the same change of the weights."""
+"""diffusers handles NoRA like LoRA: the oracle is a LoRA adapter with the same weight changes."""
 
 import copy
 
@@ -48,7 +48,7 @@ def original_pair():
 
 @pytest.fixture
 def pair(original_pair):
-    """A copy of the pair that the test may change."""
+    """A copy of the pair, which the test may change."""
     return copy.deepcopy(original_pair)
 
 

@@ -1,4 +1,4 @@
-"""A reader of native files that was written from docs/file-formats.md alone, with numpy, gives the adapter's change of weight."""
+"""A reader of native files that was written from docs/file-formats.md alone, with numpy, gives the adapter's weight change."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ DTYPES = {"F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat1
 
 
 class DocumentedFile:
-    """The two files of one component, read as the page says."""
+    """The two files of one component, read as documented."""
 
     def __init__(self, folder):
         content = (folder / "adapter_model.safetensors").read_bytes()

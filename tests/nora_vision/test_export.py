@@ -47,14 +47,14 @@ CASES = {
 
 @functools.cache
 def adapted(case):
-    """A pipeline with the adapter of a case, which no test may change."""
+    """A pipeline with the adapter of a case; tests must not change it."""
     pipe = tiny_pipeline()
     CASES[case](pipe)
     return pipe
 
 
 def test_stock_diffusers_makes_the_same_images_from_each_file(tmp_path):
-    """In this process; tests/training/test_certificate.py has one that cannot import this package."""
+    """In this process; tests/training/test_certificate.py uses one that cannot import this package."""
     stock = tiny_pipeline()
     plain = image(stock)
     for case in CASES:
@@ -258,7 +258,7 @@ def test_adapters_that_a_lora_file_cannot_contain_are_refused_and_nothing_is_wri
 
 
 def add_dora(pipe, targets=TARGETS):
-    """PEFT's own DoRA, with random factors and rows of other lengths than the base model's."""
+    """PEFT's own DoRA, with random factors and other row norms than the base model's."""
     generator = torch.Generator().manual_seed(0)
     for component in COMPONENTS:
         config = LoraConfig(r=3, lora_alpha=1.5, target_modules=targets[component], use_dora=True)

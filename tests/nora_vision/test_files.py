@@ -26,7 +26,7 @@ from nora_vision.files import (
 
 
 def raw_file(path: Path, header: object, data: bytes = b"", header_length: int | None = None) -> Path:
-    """A file in the safetensors layout with any header, right or wrong."""
+    """A file in the safetensors layout with any header, valid or not."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text) if header_length is None else header_length) + text + data)
     return path
@@ -37,7 +37,7 @@ def entry(**changes: object) -> dict[str, object]:
 
 
 class RunsCode:
-    """Unpickling an instance raises: the proof that nobody did."""
+    """Raises on unpickling, which proves that it was not unpickled."""
 
     def __reduce__(self) -> tuple:
         return (pytest.fail, ("a pickle was opened",))

@@ -14,7 +14,7 @@ def kind(request):
 
 
 def started(kind, **fields):
-    """A model whose adapter waited for statistics and got them, its inputs and the statistics."""
+    """A model whose adapter was initialised from statistics, its inputs and the statistics."""
     model, inputs, targets = MODELS[kind]()
     model = inject_adapter_in_model(config_for(targets, init_weights=True, outer_init="awsvd", **fields), model)
     stats = calibrate(model, lambda: model(*inputs))

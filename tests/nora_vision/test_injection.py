@@ -1,4 +1,4 @@
-"""Bad configurations are refused, naming layer and value, and leave the model as it was."""
+"""Invalid configurations are refused by layer and value, and leave the model unchanged."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from nora_vision.layer import nora_layers
 
 
 def snapshot(model):
-    """Everything about a model that a refused adapter might have touched."""
+    """The state of a model that a refused adapter might change."""
     return (
         [(name, type(module)) for name, module in model.named_modules()],
         [(name, parameter.requires_grad, parameter.dtype) for name, parameter in model.named_parameters()],

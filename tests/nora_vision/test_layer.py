@@ -11,7 +11,7 @@ from nora_vision.layer import nora_layers
 
 
 def adapted(layer, **fields):
-    """The NoRA layer around `layer`, with random factors unless told otherwise."""
+    """The NoRA layer around `layer`, with random factors by default."""
     model = inject_adapter_in_model(config_for(["0"], **fields), nn.Sequential(layer))
     return model[0]
 
@@ -38,7 +38,7 @@ def layer_and_input(request):
 
 
 def with_weight(base, weight, x):
-    """The base layer's output with `weight` in place of its own."""
+    """The base layer's output with another `weight`."""
     return torch.func.functional_call(base, {"weight": weight}, (x,))
 
 
@@ -117,7 +117,7 @@ def test_only_two_r_inner_r_parameters_are_trained_in_a_layer(layer_and_input):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the most elements that any tensor made meanwhile has."""
+    """Records the number of elements of the largest tensor created."""
 
     elements = 0
 
@@ -139,7 +139,7 @@ def test_forward_and_backward_never_form_a_matrix_of_the_weights_size():
 
 
 def saved_bytes(layer, x):
-    """Bytes that `layer` after a LayerNorm saves for backward, besides its own parameters and buffers."""
+    """Bytes that `layer` after a LayerNorm saves for backward, without its parameters and buffers."""
     norm = nn.LayerNorm(x.shape[-1])
     own = {tensor.untyped_storage().data_ptr() for tensor in (*layer.parameters(), *layer.buffers())}
     hidden = norm(x.requires_grad_())

@@ -33,7 +33,7 @@ LAYOUTS = pytest.mark.parametrize("compact", [False, True], ids=["full", "compac
 
 
 def calibrated(pipe, adapter_name="default"):
-    """A start from activation statistics, then trained."""
+    """An adapter initialised from activation statistics, then trained."""
     for component in COMPONENTS:
         config = NoraConfig(r=6, inner_r=3, outer_init="awsvd", target_modules=TARGETS[component])
         model = getattr(pipe, component)
@@ -47,7 +47,7 @@ STARTS = {"svd": add_nora, "varied": lambda pipe: add_nora(pipe, **VARIED), "aws
 
 @functools.cache
 def adapted(start):
-    """A pipeline with an adapter, which no test may change."""
+    """A pipeline with an adapter; tests must not change it."""
     pipe = tiny_pipeline()
     STARTS[start](pipe)
     return pipe
@@ -80,7 +80,7 @@ def test_a_compact_file_contains_no_outer_factors_and_each_scale_once(tmp_path):
     assert not any(name.endswith(("nora_A", "nora_B")) for name in compact)
     scales = [name for name in compact if name.endswith("nora_activation_scale")]
     assert {compact[name].dtype for name in scales} == {torch.bfloat16}
-    # Query, key and value of one self-attention see one input; every cross-attention sees the one text.
+    # Query, key and value of a self-attention have the same input, and all cross-attentions have the same text.
     every = {name: tensor.numpy().tobytes() for name, tensor in full.items() if name.endswith("nora_activation_scale")}
     assert len(scales) == len(set(every.values())) < len(every)
     assert len([name for name in scales if ".attn2.to_k." in name or ".attn2.to_v." in name]) == 1
@@ -177,7 +177,7 @@ def test_half_precision_pipelines_keep_their_adapter(tmp_path, compact):
     assert {layer.nora_inner_A["x"].dtype for layer in nora_layers(other.unet).values()} == {torch.float32}
 
 
-# What a pipeline does with it
+# In a pipeline
 
 
 def test_a_pipeline_treats_nora_as_lora(tmp_path):

@@ -1,4 +1,4 @@
-"""Outer factors are decomposed once: what is known of them is used again, and never for anything but what it is known of."""
+"""Outer factors are decomposed once: records avoid a second decomposition, and are used only while valid."""
 
 import copy
 
@@ -20,7 +20,7 @@ REFUSED = "must be that of the adapter"
 
 @pytest.fixture
 def decompositions(monkeypatch):
-    """A list that grows with each decomposition."""
+    """A list with one entry per decomposition."""
     calls = []
     once = decomposition.awsvd
     monkeypatch.setattr(decomposition, "awsvd", lambda *given, **more: (calls.append(1), once(*given, **more))[1])
@@ -28,7 +28,7 @@ def decompositions(monkeypatch):
 
 
 def started(kind="linear", **fields):
-    """A model with a NoRA adapter that was started from activations and has moved since."""
+    """A model with a NoRA adapter, initialised from activations and then changed."""
     model, inputs, targets = MODELS[kind]()
     model = get_peft_model(model, config_for(targets, **{"init_weights": True, "outer_init": "awsvd"} | fields))
     initialize_nora_weights(model, calibrate(model, lambda: model(*inputs)))

@@ -1,4 +1,4 @@
-"""What PEFT saves of an adapter, and every way PEFT loads it again."""
+"""Adapters saved by PEFT, and all ways in which PEFT loads them."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def start(request):
 
 
 def trained(kind, adapter_name="default", **fields):
-    """A PEFT model whose adapter has moved from its start, its inputs and its output."""
+    """A PEFT model with a changed adapter, its inputs and its output."""
     model, inputs, targets = MODELS[kind]()
     model = get_peft_model(model, config_for(targets, **fields), adapter_name).eval()
     change_weights(model)

@@ -1,4 +1,4 @@
-"""NoRA under what training does to a model: compilation, checkpointing, replication, an optimiser."""
+"""NoRA in training: compilation, gradient checkpointing, copies, and an optimizer."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""What PEFT's own tests ask of a tuner, on every kind of layer. Files are in test_saving.py, refusals in test_injection.py."""
+"""The requirements of PEFT's own tests for tuners, on every kind of layer. See also test_saving.py and test_injection.py."""
 
 import pytest
 import torch

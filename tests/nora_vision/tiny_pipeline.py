@@ -1,4 +1,4 @@
-"""A StableDiffusionXLPipeline of the real classes with random weights, small enough to run in a fraction of a second."""
+"""A StableDiffusionXLPipeline of the real classes with random weights, which runs in a fraction of a second."""
 
 import warnings
 
@@ -12,7 +12,7 @@ from nora_vision import NoraConfig, NoraLayer
 
 MAX_LENGTH = 16
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
-# Linear layers and convolutions, and in each text encoder another choice.
+# Linear layers and convolutions, with different choices in the text encoders.
 TARGETS = {
     "unet": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "conv1", "conv_shortcut", "time_emb_proj"],
     "text_encoder": ["q_proj", "v_proj", "out_proj", "fc1"],
@@ -43,7 +43,7 @@ def _text_config(hidden_size: int, tokenizer: CLIPTokenizer) -> CLIPTextConfig:
 
 
 def tiny_unet(cross_attention_dim: int = 40, pooled_dim: int = 24) -> UNet2DConditionModel:
-    """UNet with SDXL's layout in little: a plain block, then blocks with transformers, text_time conditioning."""
+    """A small UNet with SDXL's layout: a plain block, then blocks with transformers, text_time conditioning."""
     return UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16, 24),
@@ -97,7 +97,7 @@ def add_nora(
     components: tuple[str, ...] = COMPONENTS,
     **options: object,
 ) -> None:
-    """Add a NoRA adapter with random inner factors that change the images plainly; `options` go to NoraConfig."""
+    """Add a NoRA adapter with random inner factors that change the images clearly; `options` go to NoraConfig."""
     generator = torch.Generator().manual_seed(seed)
     for component in components:
         model = getattr(pipe, component)
@@ -110,7 +110,7 @@ def add_nora(
 
 @torch.no_grad()
 def randomise_inner_factors(model: torch.nn.Module, adapter_name: str, generator: torch.Generator, std: float) -> None:
-    """What training would leave: inner factors that are neither zero nor where they started."""
+    """Randomise the inner factors, as after training."""
     for layer in model.modules():
         if isinstance(layer, NoraLayer) and adapter_name in layer.r:
             for factors in (layer.nora_inner_A[adapter_name], layer.nora_inner_B[adapter_name]):
@@ -118,7 +118,7 @@ def randomise_inner_factors(model: torch.nn.Module, adapter_name: str, generator
 
 
 def weight_changes(pipe: StableDiffusionXLPipeline, adapter_name: str = "default") -> dict[str, torch.Tensor]:
-    """The adapter's change of every weight it changes, by component and layer; for NoRA and for LoRA."""
+    """The adapter's weight changes by component and layer, for NoRA and LoRA."""
     return {
         f"{component}.{name}": layer.get_delta_weight(adapter_name).detach()
         for component in COMPONENTS

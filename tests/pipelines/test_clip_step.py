@@ -17,7 +17,7 @@ OPTIONS = ["--device", "cpu", "--steps", "2", "--rank", "4", "--inner_r", "1", "
 
 @pytest.fixture(scope="module")
 def name(tmp_path_factory):
-    """A tiny model under a name of open_clip's, with the vocabulary of its own tokenizer."""
+    """The name in open_clip of a tiny model, with the vocabulary of its tokenizer."""
     file = tmp_path_factory.mktemp("configs") / "tiny-benchmark.json"
     file.write_text(json.dumps({**CONFIG, "text_cfg": {**CONFIG["text_cfg"], "vocab_size": 49408}}))
     open_clip.add_model_config(file)

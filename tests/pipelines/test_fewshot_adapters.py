@@ -1,4 +1,4 @@
-"""Every adapter method on the encoders of a CLIP model: where it goes, how it starts, what its files give back."""
+"""Every adapter method on the encoders of a CLIP model: target layers, initialisation, and files."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ methods = pytest.mark.parametrize("method", method_names())
 
 
 def adapter_layers(components):
-    """Every adapted layer, by its encoder's name and its own."""
+    """Every adapted layer, by encoder and name."""
     return {f"{name}.{layer}": module for name, model in components.items() for layer, module in tuner_layers(model).items()}
 
 
@@ -62,7 +62,7 @@ def started(folder, options=None, targets=None, clip=None, tokens=TOKENS, seed=0
 
 
 def disturb(components):
-    """Stand in for training: move every trained number."""
+    """Change every trainable parameter, as training does."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in trained_parameters(components):
@@ -94,7 +94,7 @@ def test_only_the_adapter_is_trained_and_all_its_parameters_get_gradients(method
 
 
 def gradients(clip, components):
-    """The gradient of every trained number, in one row."""
+    """The gradients of all trainable parameters as one vector."""
     logits = clip.logit_scale * clip.encode_images(images(3)) @ clip.encode_texts(TOKENS).T
     nn.functional.cross_entropy(logits, torch.tensor([0, 1, 3])).backward()
     grads = [parameter.grad for parameter in trained_parameters(components)]
@@ -272,7 +272,7 @@ def test_the_same_seed_gives_the_same_initial_parameters(method, tmp_path):
     assert not torch.equal(starts[0], starts[2])
 
 
-# Strength
+# Scale
 
 
 @pytest.mark.parametrize("method", ["nora", "lora"])
@@ -372,7 +372,7 @@ def test_an_adapter_file_of_an_unknown_method_is_refused(tmp_path):
         adapters.load(clip_of(), tmp_path)
 
 
-# What PEFT does to packed attention, and why baselines run on separate layers
+# PEFT on packed attention, and why attention is separated
 
 
 class Block(nn.Module):

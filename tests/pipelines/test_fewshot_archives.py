@@ -1,4 +1,4 @@
-"""Zips are refused for what they could do, and what they say of themselves is checked against what is there."""
+"""Dangerous zips are refused, and what a zip states about its members is checked."""
 
 import stat
 import struct
@@ -18,7 +18,7 @@ GOOD = class_files({"cats": 2, "dogs": 2})
 
 
 def named(name, mode=stat.S_IFREG | 0o644):
-    """A member of this name, as no careful program would write it."""
+    """A member with this unsafe name."""
     member = zipfile.ZipInfo("x")
     member.filename, member.external_attr = name, mode << 16
     return member
@@ -103,7 +103,7 @@ def test_more_pixels_than_allowed_are_refused_when_the_image_is_read(tmp_path):
 
 
 def with_size(path, size):
-    """The zip at `path`, whose first member says in both its headers that it has `size` bytes."""
+    """The zip at `path`, whose first member states `size` bytes in both headers."""
     content = bytearray(path.read_bytes())
     struct.pack_into("<I", content, 22, size)
     struct.pack_into("<I", content, content.index(archives.DIRECTORY_SIGNATURE) + 24, size)
@@ -124,7 +124,7 @@ def test_a_member_with_a_wrong_size_is_named_and_not_unpacked_further(tmp_path, 
 
 
 def test_members_that_share_their_bytes_are_refused(tmp_path):
-    """The bomb that needs no nesting: many members over one block of bytes. [Fifield 2019]"""
+    """A zip bomb without nesting: many members share one block of bytes. [Fifield 2019]"""
     path = write_zip(tmp_path / "a.zip", {f"a/{place}.png": stored_image(0) for place in range(3)}, zipfile.ZIP_STORED)
     content = bytearray(path.read_bytes())
     places = [place for place in range(len(content)) if content[place : place + 4] == archives.DIRECTORY_SIGNATURE]

@@ -1,4 +1,4 @@
-"""Separate attention computes what the packed one does, and goes back into the very same state dict."""
+"""Separate attention computes the same as packed attention, and repacks to the same state dict."""
 
 import copy
 
@@ -25,7 +25,7 @@ TOLERANCE = {"atol": 1e-6, "rtol": 0.0}
 
 
 def filled(module):
-    """`module` with weights that no start leaves at zero."""
+    """`module` with random weights and biases."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -147,7 +147,7 @@ def test_open_clips_attention_of_the_next_release_is_matched(kdim, monkeypatch):
 
 @torch.no_grad()
 def test_a_whole_model_of_the_next_release_is_matched(monkeypatch):
-    """Its blocks call the attention with k_x and v_x and take one tensor back."""
+    """Its blocks call the attention with k_x and v_x, and it returns one tensor."""
     model = tiny_clip()
     expected = model.encode_text(prompts(4, 9))
     for block in (*model.transformer.resblocks, *model.visual.transformer.resblocks):
@@ -163,7 +163,7 @@ def test_a_whole_model_of_the_next_release_is_matched(monkeypatch):
 
 
 def test_cosine_attention_multiplies_normalised_queries_and_keys():
-    """The packed one of release 3 fails on its own matrix product; the oracle is the definition."""
+    """The packed attention of release 3 fails here, so the oracle is the definition."""
     packed = filled(nn.Sequential(Attention(16, 2, scaled_cosine=True)))
     x = torch.randn(3, 5, 16)
     q, k, v = (
@@ -210,7 +210,7 @@ def test_timms_packed_linears_are_matched(kind):
 
 
 def test_the_query_layer_of_timms_attention_computes_only_queries():
-    """With its query weights at zero every key gets the same attention; with the key weights instead likewise."""
+    """With query weights of zero every key gets the same attention, and likewise with key weights of zero."""
     for layer in ("q", "k"):
         packed = filled(nn.Sequential(AttentionCl(16, dim_head=8, head_first=True)))
         separate(packed)

@@ -1,4 +1,4 @@
-"""Every baseline through the one door: what it computes, what it chooses by, what its file holds."""
+"""Every baseline through `fit`: its predictions, its hyperparameters, and its file."""
 
 import json
 import math
@@ -32,7 +32,7 @@ TRAINED = {
     "clap": len(CLASSES) * WIDTH,
     "tip_adapter": 0,
     "tip_adapter_f": 6 * len(CLASSES) * WIDTH,
-    # Four of the twelve places are taken by the start, the longest name and the end: eight are free.
+    # Four of the twelve positions are the start, the longest name and the end: eight are free.
     "coop": 8 * 16,
     "clip_adapter": 2 * WIDTH * WIDTH // 4,
     "taskres": len(CLASSES) * WIDTH,
@@ -42,7 +42,7 @@ TRAINED = {
 
 
 def fit_briefly(name, task, seed):
-    """Fit with a twentieth of the epochs or less."""
+    """Fit with at most a twentieth of the epochs."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (clap, clip_adapter):
             patch.setattr(module, "EPOCHS", 10)
@@ -53,7 +53,7 @@ def fit_briefly(name, task, seed):
 
 @pytest.fixture(scope="module")
 def fitted():
-    """Every baseline, fitted once where the test images are known."""
+    """Every baseline, fitted once."""
     kept = {}
 
     def fit(name):
@@ -72,7 +72,7 @@ def same(one, other):
 @every
 def test_nothing_is_fitted_or_chosen_on_test_images_and_the_same_seed_gives_the_same_bytes(fitted, name):
     task = toy_task(clip=toy_clip(), poisoned=True)
-    # Whatever was drawn before, which making a model sets.
+    # Creating a model seeds the global generator.
     torch.manual_seed(99)
     blind = fit_briefly(name, task, seed=3)
     assert same(fitted(name), blind)
@@ -284,7 +284,7 @@ def test_gda_is_linear_discriminant_analysis_with_that_shrinkage(shots):
     multiple = count * (count - 1 + WIDTH) / (WIDTH * (count - 1))
     analysis = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage, priors=[1 / len(CLASSES)] * len(CLASSES))
     queries = task.validation.features.double()
-    # Of logits, since most posteriors are 0 or 1; what all classes share is no part of the posterior.
+    # Compare logits, since most posteriors are 0 or 1; a constant over all classes does not change the posterior.
     expected = torch.from_numpy(analysis.fit(features.numpy(), labels.numpy()).decision_function(queries.numpy()))
     found = multiple * (queries @ weight.T + bias)
     torch.testing.assert_close(found.log_softmax(dim=-1), expected.log_softmax(dim=-1), rtol=1e-6, atol=1e-6)

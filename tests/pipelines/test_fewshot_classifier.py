@@ -1,4 +1,4 @@
-"""A classifier in files: what is loaded predicts what was fitted, and nothing is taken on trust."""
+"""Classifier files: a loaded classifier predicts like the saved one, and every file is checked."""
 
 import json
 import shutil
@@ -29,11 +29,11 @@ from pipelines.methods import method_names
 CLASSES, MORE = ("red_star", "cat", "grey dog"), ("teapot", "boat")
 SIDE, WIDTH = 64, mini_clip.EMBED_DIM
 PIXELS = torch.randint(0, 256, (5, SIDE, SIDE, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-# Noise alone looks the same everywhere.
+# Pure noise would look the same in every image.
 PIXELS[1], PIXELS[2, :32], PIXELS[3, :, :, 0] = 0, 255, 0
 IMAGES = [Image.fromarray(own.numpy()) for own in PIXELS]
 
-# DoRA is there in full or not at all.
+# DoRA has only scale 0 and 1.
 SCALES = [(method, scale) for method in method_names() for scale in (0.0, 0.5, 1.0) if (method, scale) != ("dora", 0.5)]
 
 
@@ -58,7 +58,7 @@ def random(*shape, seed=1):
 
 @pytest.fixture
 def zero_shot(random_clip, tmp_path):
-    """The folder of a classifier by prompts alone."""
+    """The folder of a zero-shot classifier."""
     save_classifier(tmp_path / "zeroshot", told(random_clip))
     return tmp_path / "zeroshot"
 
@@ -70,7 +70,7 @@ def loss_on(clip, pixels, tokens, count):
 
 
 def fitted(random_clip, folder, method, names=("q", "v")):
-    """A CLIP with an adapter whose every trained number was moved, and the adapted encoders."""
+    """A CLIP with an adapter whose parameters were all changed, and the adapted encoders."""
     clip, options = load_clip(str(random_clip)), AdapterOptions(method=method, rank=4, inner_r=2)
     components = adapters.attach(clip, options, TargetLayers(projections=list(names), layers="last-1"))
     tokens = clip.tokenizer(["a photo of a cat."])
@@ -85,7 +85,7 @@ def fitted(random_clip, folder, method, names=("q", "v")):
 
 @torch.no_grad()
 def stock_logits(model, clip, texts):
-    """What open_clip makes of the images and texts."""
+    """The logits of the images and texts by open_clip."""
     logits, _ = model.get_logits(to_pixels(PIXELS.numpy()), clip.tokenizer(texts))
     return logits
 
@@ -117,7 +117,7 @@ def test_an_ensemble_of_templates_is_a_mean_direction(random_clip, tmp_path):
 def test_an_adapter_is_loaded_at_its_scale_and_at_0_is_zero_shot(random_clip, zero_shot, tmp_path, method, scale):
     clip, components = fitted(random_clip, tmp_path, method)
     adapters.set_scale(components, scale)
-    # The files hold the adapter as trained, whatever its scale is just now.
+    # The files contain the adapter as trained, independent of its current scale.
     save_classifier(tmp_path / "own", told(random_clip, method, scale=scale), components)
     found = FewShotClassifier.from_run(tmp_path / "own").predict(IMAGES).probabilities
     expected = stock_logits(clip.model, clip, [f"a photo of a {name}." for name in ("red star", "cat", "grey dog")])
@@ -139,7 +139,7 @@ def test_the_text_encoder_runs_once_and_no_weight_is_left_to_train(random_clip, 
 
 
 def heads():
-    """A head of each kind, for features of the tower."""
+    """A head of each kind, for features of the encoder."""
     weight = random(3, WIDTH)
     keys = torch.nn.functional.normalize(random(6, WIDTH, seed=2), dim=1)
     return {
@@ -236,7 +236,7 @@ def test_classes_that_cannot_be_added_are_named(random_clip, zero_shot, tmp_path
 
 @pytest.fixture
 def run(random_clip, tmp_path):
-    """A run's directory with two trials, of which the report names the second."""
+    """The directory of a run with two trials, whose report names the second."""
     for name, classes in (("zeroshot", CLASSES), ("nora", ("one", "two", "three"))):
         save_classifier(tmp_path / "run" / "trials" / name, told(random_clip, classes=classes))
     report_of(tmp_path / "run", "trials/nora")

@@ -1,4 +1,4 @@
-"""Classifying on the command line: what is printed and written is what the classifier predicts."""
+"""Classification on the command line: prints and writes the predictions of the classifier."""
 
 import csv
 import io
@@ -22,7 +22,7 @@ CLASSES = ("red star", "cat", "grey dog")
 
 @pytest.fixture(autouse=True)
 def _here(tmp_path, monkeypatch):
-    """Names are relative to a folder of the test's own."""
+    """Run in a temporary folder, which names are relative to."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -35,7 +35,7 @@ def run(random_clip, tmp_path):
 
 @pytest.fixture
 def images(tmp_path):
-    """Three images, two in folders, beside files that are none."""
+    """Three images, two of them in folders, beside other files."""
     names = ["photos/b.png", "photos/a/c.png", "photos/a/d.JPG"]
     files = {name: stored_image(place, side=64) for place, name in enumerate(names)}
     write_files(tmp_path, files | {"photos/notes.txt": b"no image", "photos/.hidden/e.png": b"no image"})

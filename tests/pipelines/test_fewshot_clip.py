@@ -23,7 +23,7 @@ def clip_of(model):
 
 @pytest.fixture(scope="module")
 def tiny_name(tmp_path_factory):
-    """The name under which open_clip knows the tiny model."""
+    """The name of the tiny model in open_clip."""
     file = tmp_path_factory.mktemp("configs") / "tiny-clip.json"
     file.write_text(json.dumps(CONFIG))
     open_clip.add_model_config(file)

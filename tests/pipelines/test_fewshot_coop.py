@@ -1,4 +1,4 @@
-"""CoOp: the learned context stands in the prompts where words would, and nothing else is trained."""
+"""CoOp: the learned context replaces words in the prompts, and nothing else is trained."""
 
 import open_clip
 import pytest
@@ -57,7 +57,7 @@ def test_coop_trains_only_the_context_and_fits_the_images():
     clip.model.requires_grad_(True)
     before = {name: value.clone() for name, value in clip.model.state_dict().items()}
     prompts = coop.prompts_with_context(clip, CLASSES)
-    # Images that lie where some other context would put the classes.
+    # Images at the class features of another context.
     shown = prompts.features(torch.randn(8, 16, generator=torch.Generator().manual_seed(1))).detach()
     examples = Examples(shown.repeat(4, 1), torch.arange(3).repeat(4))
     task = FewShotTask(CLASSES, prompts.features(torch.zeros(8, 16)).detach(), 300.0, examples, examples, clip)

@@ -1,4 +1,4 @@
-"""Labelled images: found in folders, zips and CSVs with the same result, and named where they cannot be used."""
+"""Labelled images: folders, zips and CSVs give the same dataset, and errors name the file."""
 
 import io
 import json
@@ -39,12 +39,12 @@ def as_table(files, path, header="path,label", rows=lambda name: f"{name},{name.
 
 
 def seen(labelled):
-    """What a set holds, whatever the order it was found in: class and content of every image."""
+    """Class and content of every image of a dataset, independent of the order."""
     return sorted((image.class_name, image.label, image.source.content()) for image in labelled.images)
 
 
 def in_memory(*classes):
-    """A set with a class for each argument, of images with these contents."""
+    """A dataset with a class for each argument, of images with these contents."""
     images = [
         LabelledImage(ImageBytes(f"{label}/{place}.png", content), label, f"class {label}")
         for label, contents in enumerate(classes)

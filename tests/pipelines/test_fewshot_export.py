@@ -1,4 +1,4 @@
-"""An adapted CLIP model leaves as merged weights, plain LoRA, torch.export and ONNX, and computes the same everywhere."""
+"""An adapted CLIP model exported as merged weights, plain LoRA, torch.export and ONNX computes the same."""
 
 import copy
 import json
@@ -31,7 +31,7 @@ methods = pytest.mark.parametrize("method", method_names())
 
 
 def adapter_layers(components):
-    """Every adapted layer, by its encoder's name and its own."""
+    """Every adapted layer, by encoder and name."""
     return {f"{name}.{layer}": module for name, model in components.items() for layer, module in tuner_layers(model).items()}
 
 
@@ -42,7 +42,7 @@ def loss_on(clip, pixels, tokens, count):
 
 
 def adapted(folder, method="nora", clip=None, tokens=TOKENS, pixels=None, targets=EVERYWHERE, **changes):
-    """A tiny model whose adapter's numbers are all moved from their start, as training does."""
+    """A tiny model whose adapter's parameters are all changed, as training does."""
     clip = clip or Clip(tiny_clip(), None, None, "tiny")
     options = AdapterOptions(method=method, rank=4, inner_r=2, **changes)
     components = adapters.attach(clip, options, targets)
@@ -154,7 +154,7 @@ def test_the_built_in_models_packed_linears_are_merged_repacked_and_exported(tmp
     }
     assert any(name.endswith("qkv.weight") for name in changed)
     torch.testing.assert_close(Clip(plain, None, None, "").encode_images(pixels), clip.encode_images(pixels), atol=1e-6, rtol=0)
-    # Its windows are cut by the size of the batch, which an exported program must leave open.
+    # Its windows depend on the batch size, which must be dynamic in an exported program.
     image = export.export_towers(clip, tokens)["image"].module()
     torch.testing.assert_close(image(pixels[:1]), clip.encode_images(pixels[:1]), atol=1e-6, rtol=0)
 
@@ -218,7 +218,7 @@ def test_exported_encoders_compute_the_adapted_features_for_any_number_of_inputs
     for count in (1, 3):
         pixels = images(count, seed=5)
         torch.testing.assert_close(export.run_exported(files["image"], pixels), clip.encode_images(pixels), atol=1e-5, rtol=0)
-    # The file itself finds the end token: what lies behind it counts for nothing, where it stands for much.
+    # The file itself finds the end token: later tokens have no effect, but its position does.
     text, places = prompts(4), torch.arange(len(prompts(4)[0]))
     behind = torch.where(places > 3, 7, text)
     moved = torch.where(places == 4, END, torch.where(places == 3, 7, text))

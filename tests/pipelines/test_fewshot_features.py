@@ -1,4 +1,4 @@
-"""Features of frozen towers: those of open_clip, computed once, and never those of another tower."""
+"""Features of frozen encoders are those of open_clip, computed once, and not shared between encoders."""
 
 import peft
 import pytest
@@ -24,7 +24,7 @@ def clip():
 
 @pytest.fixture
 def runs(clip):
-    """How many images and texts each call of a tower gets, in the order of the calls."""
+    """The number of images or texts in each call of an encoder, in order."""
     counts = {"pictures": [], "texts": []}
     clip.model.visual.register_forward_pre_hook(lambda _, inputs: counts["pictures"].append(len(inputs[0])))
     clip.model.transformer.register_forward_pre_hook(lambda _, inputs: counts["texts"].append(len(inputs[0])))
@@ -32,7 +32,7 @@ def runs(clip):
 
 
 def labelled(*places):
-    """Some of the COUNT images, each with its place as its label."""
+    """Some of the COUNT images, each with its index as label."""
     pixels = images(COUNT)
     return [(pixels[place], place) for place in places or range(COUNT)]
 

@@ -1,4 +1,4 @@
-"""Images as a classifier is given them: files, PIL images and tensors are the same image, and what is none is named."""
+"""Input images of a classifier: files, PIL images and tensors are equivalent, and errors name the image."""
 
 import io
 
@@ -13,12 +13,12 @@ from pipelines.fewshot.inputs import GivenImageSet
 
 PIXELS = torch.randint(0, 256, (3, 3, 6, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 IMAGES = [Image.fromarray(own.permute(1, 2, 0).numpy()) for own in PIXELS]
-# Every level that a byte has.
+# All values of a byte.
 LEVELS = torch.arange(256, dtype=torch.uint8).expand(3, 2, 256)
 
 
 def arrays(given):
-    """What a model would be given, as arrays (h, w, 3)."""
+    """The inputs of the model as arrays (h, w, 3)."""
     found = GivenImageSet(given, np.asarray)
     assert [found[place][1] for place in range(len(found))] == list(range(len(found)))
     return [found[place][0] for place in range(len(found))]

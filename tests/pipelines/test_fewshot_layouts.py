@@ -1,4 +1,4 @@
-"""How folders of labelled images are read: a split in any spelling and at any depth; refused where there are two ways."""
+"""Layouts of labelled folders: splits in any spelling and at any depth are read, ambiguous ones refused."""
 
 import json
 import os
@@ -16,13 +16,13 @@ from training.options.fewshot import LabelledDataOptions
 
 
 def loaded(tmp_path, files, zipped=False, names=None):
-    """The set of these files, from a folder or from a zip."""
+    """The dataset of these files, from a folder or a zip."""
     path = write_zip(tmp_path / "set.zip", files) if zipped else write_files(tmp_path / "set", files)
     return load_images(path, names)
 
 
 def parts_by_folder(labelled, place=0):
-    """Which part the images of each folder are in."""
+    """The part of the images of each folder."""
     return {image.name.split("/")[place]: labelled.parts.get(image.name) for image in labelled.images}
 
 

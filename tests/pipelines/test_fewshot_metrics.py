@@ -59,7 +59,7 @@ def test_classes_with_the_same_name_are_numbered():
 
 
 def test_the_calibration_curve_is_scikit_learns():
-    """It knows of two classes alone: whether the prediction is right, by its confidence."""
+    """scikit-learn supports two classes: whether the prediction is right, by confidence."""
     logits, labels = drawn()
     probabilities = logits.softmax(dim=1)
     confidence, predicted = probabilities.max(dim=1)

@@ -1,4 +1,4 @@
-"""Figures show the numbers that they are given, whatever the classes are called."""
+"""Figures show the given numbers, for any class names."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""What the text encoder is told of each class."""
+"""The prompts of the classes."""
 
 import open_clip
 import pytest

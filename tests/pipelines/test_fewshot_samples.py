@@ -1,4 +1,4 @@
-"""The sample set is scikit-learn's, and can be told apart."""
+"""The sample dataset is scikit-learn's digits, and a few shots classify it."""
 
 from collections import Counter
 

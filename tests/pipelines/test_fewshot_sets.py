@@ -1,4 +1,4 @@
-"""The eleven sets, as CoOp lays them out and splits them."""
+"""The eleven datasets in CoOp's layout with CoOp's splits."""
 
 import json
 
@@ -20,7 +20,7 @@ IDENTS = ("n01", "n02")
 
 
 def lay_out(root, name, split, missing=()):
-    """A set with a split file, and the images that it lists."""
+    """A dataset with a split file and the listed images."""
     layout = SETS[name]
     images = f"{layout.folder}/{layout.images}/"
     listed = [entry[0] for entries in split.values() for entry in entries if entry[0] not in missing]

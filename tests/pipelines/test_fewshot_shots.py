@@ -1,4 +1,4 @@
-"""Who is learned from, chosen on and tested on: counts, independence, and the one draw that every method reuses."""
+"""Few-shot splits: counts, independence, and the saved split that every method reuses."""
 
 import json
 from collections import Counter
@@ -13,7 +13,7 @@ from pipelines.fewshot.sources import ImageBytes
 
 
 def make_set(counts, parts=None):
-    """A set of images "<class>/<place>"; `parts` gives for each place of every class its part."""
+    """A dataset of images "<class>/<index>"; `parts` are the parts by index, for every class."""
     keys = tuple(counts)
     images = tuple(
         LabelledImage(ImageBytes(f"{key}/{place:03d}", b""), label, key)

@@ -1,4 +1,4 @@
-"""Classes that are named after training."""
+"""Classes that are added after training."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ CLOSED = ("linear_probe", "gda", "pixels")
 
 @pytest.fixture
 def briefly(monkeypatch):
-    """A few epochs are enough."""
+    """Train for a few epochs only."""
     for module, name in ((clap, "EPOCHS"), (clip_adapter, "EPOCHS"), (taskres, "MANY_EPOCHS")):
         monkeypatch.setattr(module, name, 5)
     monkeypatch.setattr(coop, "epochs_for", lambda shots: 5)

@@ -1,4 +1,4 @@
-"""The built-in CLIP's folder: plain open_clip loads it, and what it computes is what open_clip computes."""
+"""The folder of the built-in CLIP: stock open_clip loads it and computes the same."""
 
 import open_clip
 import pytest
@@ -21,7 +21,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def checkout(tokenizer, tmp_path_factory):
-    """A folder with untrained weights where a checkout has them."""
+    """A checkout's folder of the model, with untrained weights."""
     root = tmp_path_factory.mktemp("checkout")
     folder = root / "assets" / "mini-clip"
     mini_clip.write_configuration(folder, tokenizer)

@@ -1,4 +1,4 @@
-"""What the built-in CLIP is pretrained on and by: captions right and wrong, augmented images, the loss."""
+"""Pretraining of the built-in CLIP: right and wrong captions, augmentation, and the loss."""
 
 import random
 
@@ -24,7 +24,7 @@ def tokenizer():
 
 @pytest.fixture
 def loss(tokenizer, tmp_path):
-    """The loss over three classes in one template, without dropout or batch statistics, so that it is a function."""
+    """The loss over three classes in one template, without dropout or batch statistics, so that it is deterministic."""
     write_configuration(tmp_path, tokenizer)
     torch.manual_seed(0)
     return ClassNameLoss(new_model(tmp_path), tokenize(tokenizer, NAMES)[None]).eval()

@@ -72,7 +72,7 @@ def row_of(trials):
 
 
 def report_with(right=None, classes=CLASSES, shots=(4,), seeds=(0, 1), methods=METHODS, representative="nora"):
-    """A report of runs in which so many of 24 test images are classified right, by method and seed."""
+    """A report of runs with the given number of 24 test images classified right, by method and seed."""
     right = {"zeroshot": (8, 10), "pixels": (12, 14), "nora": (22, 23)} | (right or {})
     trials = [
         trial_of(method, count, seed, classes, right[method][index])

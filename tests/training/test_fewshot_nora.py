@@ -1,4 +1,4 @@
-"""The few-shot trainer: from class folders to a report, resumed, guarded, and refused where the input is bad."""
+"""The few-shot trainer: from class folders to a report, resumed, with checks of the input and of the adapter's scale."""
 
 import hashlib
 import io
@@ -153,7 +153,7 @@ def test_predictions_hold_the_ten_most_likely_classes():
 
 
 def duration(method, seconds):
-    """A finished trial of 2 shots that took so long to fit."""
+    """A finished trial of 2 shots with this fitting time."""
     interval = Interval(1.0, 1.0, 1.0)
     metrics = ClassificationMetrics(1, interval, {}, {}, 0.0, 0.0, 1.0, [[1]], Reliability((1.0,), (1.0,), (1,)))
     cost = {"num_trainable_parameters": 0, "stored_bytes": 0, "seconds": seconds, "peak_memory": 0}
@@ -339,7 +339,7 @@ def test_the_largest_scale_within_one_standard_error_of_the_best_is_chosen():
 
 
 def scene_files(colour, count, seed):
-    """Files of `count` rendered scenes of things of that colour."""
+    """Files of `count` rendered scenes of objects in a colour."""
     rng, files = random.Random(seed), []
     while len(files) < count:
         scene = replace(sample_scene(rng), background="plain", colour=colour, pattern="plain", size="large")
