@@ -240,7 +240,7 @@ def measured(pipeline: StableDiffusionXLPipeline, flags: Sequence[str]) -> Phase
     phases = Phases()
     timed = {
         (dreambooth_nora.Preparation, "encode"): "encode images and prompts",
-        (ValidationSampler, "draw"): "samples (one denoising step)",
+        (ValidationSampler, "generate"): "samples (one denoising step)",
         (nora_vision, "calibrate"): "calibrate",
         (nora_vision, "initialize_nora_weights"): "start the layers (AwSVD)",
         (dreambooth_nora, "run_dry_run"): "dry run (three steps)",
@@ -248,7 +248,7 @@ def measured(pipeline: StableDiffusionXLPipeline, flags: Sequence[str]) -> Phase
         (validation, "measured_losses"): f"held-out loss ({DRAWS} draws)",
         (validation, "keep_adapter"): "kept adapter",
         (adapters, "save_everywhere"): "export",
-        (finishing, "draw_candidates"): "compare kept adapters",
+        (finishing, "sample_candidates"): "compare kept adapters",
     }
     with ExitStack() as stack:
         for (owner, attribute), name in timed.items():

@@ -3,13 +3,13 @@
     accelerate launch training/dreambooth_nora.py
     accelerate launch training/dreambooth_nora.py --instance_data_dir PHOTOS --instance_prompt "a photo of sks dog"
 
-Everything it makes goes into one run directory: images before and after, metrics, checkpoints, and the adapter in its own
-format, for diffusers, and for A1111, ComfyUI and sd-scripts.
+All output goes into one run directory: images before and after training, metrics, checkpoints, and the adapter in PEFT's format,
+for diffusers, and for A1111, ComfyUI and sd-scripts.
 """
 
 from __future__ import annotations
 
-# First: it leaves out warnings that libraries give while they are imported.
+# First: it filters warnings that libraries emit while they are imported.
 import pipelines  # noqa: F401
 
 # isort: split
@@ -18,7 +18,7 @@ from training.engine.stopping import exit_codes
 from training.options import SubjectOptions, parse_options
 
 if __name__ == "__main__":
-    # Before the model libraries are imported, which takes seconds: --help and wrong flags are answered at once.
+    # Before the slow imports of model libraries, so that --help and wrong flags are answered at once.
     with configure_logging(), exit_codes():
         given_options = parse_options(description=__doc__)
 
@@ -51,7 +51,7 @@ from pipelines.subject.mismatch import check_prediction_type
 from pipelines.subject.scores import create_image_scorer
 from training.engine.dry_run import PeakMemory, run_dry_run
 from training.engine.loop import LoopOptions, Periodic, Trainable, train, training_losses
-from training.engine.memory_fallback import with_ladder
+from training.engine.memory_fallback import with_memory_fallback
 from training.engine.opening import check_outputs, open_run
 from training.engine.sharding import check_can_shard, summon_full_params
 from training.options.optimisation import OptimisationOptions
@@ -64,16 +64,16 @@ from training.subject.publishing import check_can_push
 from training.subject.samples import ValidationSampler
 from training.subject.validation import ValidationCallback
 
-SHOWN_IMAGES = 8
-# Its own name where it is run is __main__.
+DISPLAYED_IMAGES = 8
+# As a script its __name__ is __main__.
 logger = get_logger("training.dreambooth_nora")
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def main(options: SubjectOptions) -> RunDirectory:
-    """Load, attach, train, export; returns the run's directory.
+    """Load the base model, attach the adapter, train it and export it; returns the run's directory.
 
-    Raises: InputError where something given cannot be used, before any long work starts.
+    Raises: InputError for wrong input, before any long work starts.
     """
     began = time.monotonic()
     accelerator = accelerator_for(options)
@@ -82,7 +82,7 @@ def main(options: SubjectOptions) -> RunDirectory:
     run = open_run(options, f"{subject}-{options.adapter.method}", accelerator)
     with run.recording():
         training = SubjectTraining(accelerator, run, options, images)
-        before = [] if options.output.dry_run else training.sampler.draw()
+        before = [] if options.output.dry_run else training.sampler.generate()
         training.attach()
         training.dry_run()
         if options.output.dry_run:
@@ -90,26 +90,26 @@ def main(options: SubjectOptions) -> RunDirectory:
         training.add_class_images()
         record_provenance(run, options, training.pipeline, images)
         training.cross_validate()
-        watch = training.watched(before)
-        training.train(watch)
+        validation = training.start_validation(before)
+        training.train(validation)
         with summon_full_params(training.loss):
             if accelerator.is_main_process:
-                finish(run, training.result(watch, before, began), options)
+                finish(run, training.result(validation, before, began), options)
         accelerator.wait_for_everyone()
     return run
 
 
 def accelerator_for(options: SubjectOptions) -> Accelerator:
-    """What runs the steps, as accelerate was configured."""
-    # Text encoders that are trained no more are parameters that no gradient reaches.
+    """The accelerator, as accelerate was configured."""
+    # Text encoders whose training has stopped get no gradients.
     ddp = DistributedDataParallelKwargs(find_unused_parameters=options.optimisation.stop_text_encoder_training is not None)
     return Accelerator(mixed_precision=options.model.mixed_precision, kwargs_handlers=[ddp])
 
 
 def checked(options: SubjectOptions, accelerator: Accelerator) -> DatasetSplit:
-    """The images, after everything that can be checked before anything is loaded.
+    """The images, after all checks that do not need the model.
 
-    Raises: InputError naming what cannot be used.
+    Raises: InputError naming the option or file that cannot be used.
     """
     optimisation, method = options.optimisation, options.adapter.create()
     check_can_shard(accelerator, optimisation.optimizer, optimisation.use_8bit_adam, [method])
@@ -123,10 +123,7 @@ def checked(options: SubjectOptions, accelerator: Accelerator) -> DatasetSplit:
 
 
 class SubjectTraining:
-    """One training of an adapter on one subject: the steps of the recipe, in their order.
-
-    Made, it has the base model loaded and the images encoded.
-    """
+    """The steps of the recipe, in order. The constructor loads the base model and encodes the images."""
 
     def __init__(self, accelerator: Accelerator, run: RunDirectory, options: SubjectOptions, images: DatasetSplit) -> None:
         self.accelerator, self.run, self.options, self.images = accelerator, run, options, images
@@ -140,7 +137,7 @@ class SubjectTraining:
         self.preparation = Preparation(self.pipeline, load, options, sampling, run, accelerator)
         self.encoded = self.preparation.encode(images)
         check_prediction_type(self.pipeline, self.encoded.subject, self.seed)
-        # As many as one batch holds: whether the training fits is told before the others are made.
+        # Enough for the dry run; the other class images are generated after it.
         self.batch_size = options.optimisation.train_batch_size
         self.class_images = self.preparation.class_images(self.encoded.subject.sizes, self.batch_size)
         name = model.pretrained_model_name_or_path
@@ -149,7 +146,7 @@ class SubjectTraining:
         )
 
     def attach(self) -> None:
-        """Add the adapter, and start it from the base model and the subject."""
+        """Add the adapter, and initialise it from the base model and the subject."""
         self.run.update_status(phase="calibrating")
         accelerator, options, optimisation = self.accelerator, self.options, self.options.optimisation
         self.components = adapters.attach(self.pipeline, options.adapter)
@@ -161,18 +158,18 @@ class SubjectTraining:
         adapters.start(options.adapter, self.components, runs, self.run.path / "calibration", self.seed, losses)
 
     def dry_run(self) -> None:
-        """Do some steps and put everything back. Raises: DoesNotFitError if the training will not fit."""
+        """Measure some steps and restore everything. Raises: DoesNotFitError if the training does not fit."""
         trainable = self._trainable(self.encoded.subject, self.class_images)
         limit = self.options.output.memory_limit_gb
         run_dry_run(self.accelerator, self.run, trainable, loop_options(self.options), limit, self.peak)
 
     def add_class_images(self) -> None:
-        """Have all images of the class, for prior preservation."""
+        """Generate the missing class images, for prior preservation, and encode all of them."""
         with summon_full_params(self.loss):
             self.class_images = self.preparation.class_images(self.encoded.subject.sizes)
 
     def cross_validate(self) -> None:
-        """Train without one of the images, each in turn, where there are too few to hold one out."""
+        """Cross-validate if there are too few images to hold one out."""
         if self.images.folds:
             folds = tuple(self.encoded.folds(self.images.folds))
             steps = self.options.optimisation.max_train_steps
@@ -180,36 +177,37 @@ class SubjectTraining:
             every = self.options.validation.measured_every(steps)
             leave_one_out(self.accelerator, self.run, self.loss, folds, on, loop_options(self.options), every, self.batch_size)
 
-    def watched(self, before: Sequence[Image.Image]) -> ValidationCallback:
-        """What measures and samples now and then, begun with the samples of the base model, `before`."""
+    def start_validation(self, before: Sequence[Image.Image]) -> ValidationCallback:
+        """The validation during training, started with the samples `before` of the base model."""
         self.run.update_status(phase="training", step=0, total=self.options.optimisation.max_train_steps)
-        paths = [image.path for image in self.images.train[:SHOWN_IMAGES]]
-        self.shown = images_of(load_examples(paths, self.resolution))
+        paths = [image.path for image in self.images.train[:DISPLAYED_IMAGES]]
+        self.displayed = images_of(load_examples(paths, self.resolution))
         with summon_full_params(self.loss):
             model = self.options.validation.image_scorer
-            judging = partial(create_image_scorer, model, self.pipeline, self.shown, before, self.resolution, self.batch_size)
-            judge = judging() if self.run.writes else None
+            scorer = None
+            if self.run.writes:
+                scorer = create_image_scorer(model, self.pipeline, self.displayed, before, self.resolution, self.batch_size)
             subject, heldout = self.encoded.subject, self.encoded.heldout
-            watch = ValidationCallback(
-                self.run, self.loss, subject, heldout, self.sampler, self.components, judge, self.batch_size
+            validation = ValidationCallback(
+                self.run, self.loss, subject, heldout, self.sampler, self.components, scorer, self.batch_size
             )
-            watch.begin(before, self.shown)
-        return watch
+            validation.begin(before, self.displayed)
+        return validation
 
-    def train(self, watch: ValidationCallback) -> None:
-        """Train to the end; the adapter is its moving average then, where there is one."""
+    def train(self, validation: ValidationCallback) -> None:
+        """Train to the end; the adapter then holds its moving average if there is one."""
         trainable = self._trainable(self.encoded.subject, self.class_images)
         every = self.options.validation.measured_every(self.options.optimisation.max_train_steps)
-        samples = Periodic(self.options.output.validation_steps, watch.show, watch.sample)
-        train(self.accelerator, self.run, trainable, loop_options(self.options), [Periodic(every, watch.measure), samples])
+        samples = Periodic(self.options.output.validation_steps, validation.show, validation.sample)
+        train(self.accelerator, self.run, trainable, loop_options(self.options), [Periodic(every, validation.measure), samples])
         if trainable.ema is not None:
             trainable.ema.copy_to(trainable_parameters(trainable.optimizer))
 
-    def result(self, watch: ValidationCallback, before: Sequence[Image.Image], began: float) -> Trained:
-        """What is exported, compared and certified."""
+    def result(self, validation: ValidationCallback, before: Sequence[Image.Image], began: float) -> Trained:
+        """The trained pipeline, for export and certification."""
         count = len(self.encoded.subject)
         return Trained(
-            self.pipeline, self.components, self.sampler, watch.judge, self.shown, before, self.resolution, count, began
+            self.pipeline, self.components, self.sampler, validation.judge, self.displayed, before, self.resolution, count, began
         )
 
     def _batches(self, subject: CachedLatents, class_images: CachedLatents | None) -> TrainingBatches:
@@ -223,7 +221,7 @@ class SubjectTraining:
         """The loss, its batches, the optimiser over the adapter's parameters, its schedule, and their moving average.
 
         Args:
-            steps: of this training; those of the whole one unless given.
+            steps: of this training; by default `max_train_steps`.
         """
         optimisation, method = self.options.optimisation, self.options.adapter.create()
         if self.options.model.gradient_checkpointing:
@@ -244,7 +242,7 @@ class SubjectTraining:
 
 
 def adam_of(optimisation: OptimisationOptions) -> Adam:
-    """The optimiser's settings."""
+    """The settings of the optimiser."""
     return Adam(
         optimisation.optimizer.lower(),
         optimisation.use_8bit_adam,
@@ -257,7 +255,7 @@ def adam_of(optimisation: OptimisationOptions) -> Adam:
 def record_provenance(
     run: RunDirectory, options: SubjectOptions, pipeline: StableDiffusionXLPipeline, images: DatasetSplit
 ) -> None:
-    """Write down what the run is made of; see `write_provenance`."""
+    """Write provenance.json; see `write_provenance`."""
     write_provenance(
         run,
         options.to_dict(),
@@ -269,7 +267,7 @@ def record_provenance(
 
 
 def loop_options(options: SubjectOptions) -> LoopOptions:
-    """What of the options the loop needs."""
+    """The options of the training loop."""
     optimisation, out = options.optimisation, options.output
     return LoopOptions(
         max_train_steps=optimisation.max_train_steps,
@@ -289,4 +287,4 @@ def images_of(examples: list[Example]) -> list[Image.Image]:
 
 if __name__ == "__main__":
     with configure_logging(), exit_codes():
-        with_ladder(main, given_options, "training.dreambooth_nora")
+        with_memory_fallback(main, given_options, "training.dreambooth_nora")

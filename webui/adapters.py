@@ -12,7 +12,7 @@ from typing import Any
 from pipelines.errors import InputError
 from training.runs.record import RunRecord
 from training.runs.run_files import Suggestion
-from training.subject.measured import adapter_at, kept_steps
+from training.subject.measured import adapter_at, saved_steps
 from webui import uploads
 from webui.views import RunView, views
 from webui.workspace import Workspace
@@ -55,7 +55,7 @@ def steps_of(record: RunRecord) -> Steps:
     """All adapters of a run: those saved while training, and the final one."""
     suggestion = RunView(record).read_file(Suggestion)
     last = _last_step(record, suggestion)
-    steps = sorted({*kept_steps(record), *([] if last is None else [last])})
+    steps = sorted({*saved_steps(record), *([] if last is None else [last])})
     suggested = None if suggestion is None else suggestion.step
     total = record.status().total
     notes = {step: " (last)" for step in steps if step == last} | {step: " (recommended)" for step in steps if step == suggested}
@@ -110,7 +110,7 @@ def find_adapter(workspace: Workspace, reference: str) -> AdapterEntry:
     name = f"{view.name}, step {step}"
     if step is not None and step == last_step(view.record):
         return AdapterEntry(reference, name, view.record.path, model)
-    if step in kept_steps(view.record):
+    if step in saved_steps(view.record):
         return AdapterEntry(reference, name, adapter_at(view.record, step), model)
     raise InputError(GONE)
 

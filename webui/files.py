@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from training.runs.record import RunRecord
-from training.subject.measured import adapter_at, kept_steps
+from training.subject.measured import adapter_at, saved_steps
 from webui.adapters import last_step
 
 Layout = Literal["compact", "full", "diffusers", "kohya"]
@@ -31,7 +31,7 @@ def layouts_of(record: RunRecord) -> dict[Layout, int | None]:
 
 def _saves(record: RunRecord, layout: Layout) -> bool:
     """Whether the run saves the adapters of its steps in `layout`."""
-    steps = kept_steps(record)
+    steps = saved_steps(record)
     folders = [record.path / "adapter", *(adapter_at(record, step) for step in steps[-1:])]
     return any((folder / layout).is_dir() for folder in folders)
 
@@ -39,7 +39,7 @@ def _saves(record: RunRecord, layout: Layout) -> bool:
 def _size(record: RunRecord, layout: Layout) -> int | None:
     folder = record.path / "adapter" / layout if layout in ("compact", "full") else record.path / layout
     if last_step(record) is None:
-        steps = kept_steps(record)
+        steps = saved_steps(record)
         folder = adapter_at(record, steps[-1]) / layout if steps else folder
     return _bytes_in(folder)
 

@@ -270,4 +270,4 @@ def _listen(source: FieldSource, field: Any, widget: gr.components.Component, pr
     store = STORE_TYPED % json.dumps([field.group, field.name])
     events = [widget.input] if field.kind in ("bool", "choice") else [widget.blur, widget.submit]
     typed = gr.on(events, None, [source.draft, widget], [source.draft], js=store, api_visibility="private")
-    typed.then(settle, [source.draft], [source.draft, widget, properties, back], api_visibility="private", show_progress="hidden")
+    typed.then(merge, [source.draft], [source.draft, widget, properties, back], api_visibility="private", show_progress="hidden")

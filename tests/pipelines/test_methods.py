@@ -24,7 +24,7 @@ from pipelines.subject.encoding import CropConfig, LatentEncoder
 from pipelines.subject.loss import DenoisingLoss
 from pipelines.subject.target_layers import default_targets
 from training.engine.loop import training_losses
-from training.subject.finishing import SUGGESTED, kept_adapter
+from training.subject.finishing import SUGGESTED, using_adapter
 
 PROMPT = "a red star"
 methods = pytest.mark.parametrize("method", method_names())
@@ -141,7 +141,7 @@ def test_a_saved_adapter_is_loaded_beside_the_one_in_training_and_removed_again(
     disturb(components)
     trained = image(pipe)
     assert (trained - kept).abs().max() > 1 / 255
-    with kept_adapter(pipe, tmp_path / "kept"):
+    with using_adapter(pipe, tmp_path / "kept"):
         torch.testing.assert_close(image(pipe), kept, atol=1 / 255, rtol=0)
         adapters.save_everywhere(pipe, components, tmp_path / "suggested", "subject", SUGGESTED)
     torch.testing.assert_close(image(pipe), trained, atol=1e-4, rtol=0)

@@ -10,9 +10,9 @@ from training.subject.checkpoint_selection import (
     SIMILARITY_TOLERANCE,
     Point,
     StepScores,
-    in_question,
+    candidate_steps,
+    steps_to_sample,
     suggest,
-    to_draw,
 )
 
 BASE = StepScores(subject=0.2, prompt=0.3, copy=0.1, nearest=0.3, nearest_limit=0.9)
@@ -107,7 +107,7 @@ def test_a_step_that_is_more_like_the_subject_is_suggested_before_the_one_with_t
 def test_a_step_that_has_lost_more_than_half_of_the_fall_is_not_even_compared():
     assert suggest(curve(FALL), 30, samples(10, 20, 30, subject=[0.5, 0.6, 0.9])).step == 20
     half = 1.0 - MIN_SHARE_OF_REDUCTION * 0.5
-    assert in_question(curve([1.0, 0.5, half - 0.001, half + 0.001]), [10, 20, 30]) == [10, 20]
+    assert candidate_steps(curve([1.0, 0.5, half - 0.001, half + 0.001]), [10, 20, 30]) == [10, 20]
 
 
 def test_among_those_as_like_the_subject_as_the_best_the_least_loss_decides():
@@ -177,17 +177,17 @@ def test_behind_a_curve_that_falls_to_its_end_the_samples_decide():
 
 def test_the_steps_with_the_least_loss_draw_unless_they_have():
     heldout = curve([1.0, 0.55, 0.5, 0.6, 0.7, 0.9])
-    assert to_draw(heldout, [10, 20, 30, 40, 50], [0, 10, 50], count=3) == [20, 30]
-    assert to_draw(heldout, [10, 20, 30, 40, 50], [0], count=9) == [10, 20, 30, 40]
-    assert to_draw(heldout, [10, 20, 30, 40, 50], [0], count=0) == []
-    assert to_draw(curve([1.0, 1.2, 1.1]), [10, 20], [0], count=2) == [20]
+    assert steps_to_sample(heldout, [10, 20, 30, 40, 50], [0, 10, 50], count=3) == [20, 30]
+    assert steps_to_sample(heldout, [10, 20, 30, 40, 50], [0], count=9) == [10, 20, 30, 40]
+    assert steps_to_sample(heldout, [10, 20, 30, 40, 50], [0], count=0) == []
+    assert steps_to_sample(curve([1.0, 1.2, 1.1]), [10, 20], [0], count=2) == [20]
 
 
 def test_steps_without_a_loss_draw_evenly_spread_with_the_last():
-    assert to_draw([], [10, 20, 30, 40, 50, 60], [0], count=3) == [20, 40, 60]
-    assert to_draw([], [10, 20, 30, 40, 50, 60], [40, 60], count=3) == [20]
-    assert to_draw([], [10, 20], [], count=5) == [10, 20]
-    assert to_draw(curve([1.0, 0.8, 0.6]), [10, 20, 30, 40], [], count=2) == [20, 40]
+    assert steps_to_sample([], [10, 20, 30, 40, 50, 60], [0], count=3) == [20, 40, 60]
+    assert steps_to_sample([], [10, 20, 30, 40, 50, 60], [40, 60], count=3) == [20]
+    assert steps_to_sample([], [10, 20], [], count=5) == [10, 20]
+    assert steps_to_sample(curve([1.0, 0.8, 0.6]), [10, 20, 30, 40], [], count=2) == [20, 40]
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def test_a_bad_image_is_left_out_and_named_in_the_run(trainer, plain, images_dir
 
 
 def test_a_run_is_never_overwritten(trainer, lora_run):
-    with pytest.raises(InputError, match=r"holds a run.*another --output_dir.*--resume_from_checkpoint latest"):
+    with pytest.raises(InputError, match=r"contains a run.*another --output_dir.*--resume_from_checkpoint latest"):
         trainer.run(lora_run.path, "--method", "lora")
 
 
@@ -211,7 +211,11 @@ def test_the_readmes_first_command_learns_the_sample_subject_certifies_it_and_re
     assert certificate["effect"] > 0
     recorded = shlex.split((run.path / "command").read_text())
     assert [recorded[:2], recorded[3:]] == [["accelerate", "launch"], FEWER_STEPS]
-    for said in ("Dry run: ", "\nSuggested: step ", f"Look at {Path('runs') / run.path.name / 'before_after.png'}"):
+    for said in (
+        "Dry run: ",
+        "\nRecommended: step ",
+        f"Images before and after: {Path('runs') / run.path.name / 'before_after.png'}",
+    ):
         assert said in finished.stderr
 
 

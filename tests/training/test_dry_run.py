@@ -12,7 +12,7 @@ from pipelines.errors import InputError
 from training.engine import memory_fallback
 from training.engine.dry_run import DoesNotFitError, PeakMemory, measure_steps
 from training.engine.loop import LoopOptions, prepared
-from training.engine.memory_fallback import advice, as_flags, climb, rungs, with_ladder
+from training.engine.memory_fallback import advice, as_flags, fallback_settings, find_fitting, with_memory_fallback
 from training.options import SubjectOptions, parse_options
 from training.runs.record import list_checkpoints
 from training.runs.run import RunDirectory
@@ -72,7 +72,7 @@ def test_memory_that_came_before_the_steps_counts_too_where_it_was_measured(tmp_
 
 
 def test_more_memory_than_allowed_does_not_fit(tmp_path):
-    with pytest.raises(DoesNotFitError, match=r"needs \d+\.\d+ GB of memory, and memory_limit_gb is 0\.001"):
+    with pytest.raises(DoesNotFitError, match=r"needs \d+\.\d+ GB of memory, but memory_limit_gb is 0\.001"):
         rehearsed(tmp_path, trainable(), limit=0.001)
 
 
@@ -89,8 +89,8 @@ OPTIONS = {
 }
 
 
-def test_the_ladder_goes_from_what_costs_time_to_what_costs_quality():
-    assert list(rungs(OPTIONS, 1024)) == [
+def test_settings_that_cost_time_are_tried_before_settings_that_cost_quality():
+    assert list(fallback_settings(OPTIONS, 1024)) == [
         {"gradient_checkpointing": True},
         {"train_batch_size": 3, "gradient_accumulation_steps": 2},
         {"train_batch_size": 1, "gradient_accumulation_steps": 6},
@@ -101,15 +101,15 @@ def test_the_ladder_goes_from_what_costs_time_to_what_costs_quality():
     ]
 
 
-def test_what_is_set_already_or_unknown_makes_no_rung():
+def test_settings_that_the_run_has_already_or_does_not_know_are_not_tried():
     options = {
         "model": {"gradient_checkpointing": True},
         "optimisation": {"train_batch_size": 1, "gradient_accumulation_steps": 4},
     }
-    assert list(rungs(options, None)) == []
+    assert list(fallback_settings(options, None)) == []
 
 
-def test_options_and_the_flags_made_of_them_are_the_same():
+def test_flags_made_from_options_parse_to_the_same_options():
     flags = ["--method", "lora", "--rank", "8", "--random_flip", "--validation_prompt", "a b", "c", "--memory_fallback", "false"]
     options = parse_options(flags)
     values = {name: value for group in options.to_dict().values() for name, value in group.items()}
@@ -152,23 +152,23 @@ def recipe(tmp_path, monkeypatch):
     return of
 
 
-def test_the_first_rung_that_fits_is_found_each_with_the_flags_of_those_before(recipe, tmp_path):
-    tried = climb(recipe(300), OPTIONS, None, tmp_path)
-    assert [(rung.flags, rung.fits, rung.peak_memory) for rung in tried] == [
+def test_settings_are_added_until_the_run_fits(recipe, tmp_path):
+    tried = find_fitting(recipe(300), OPTIONS, None, tmp_path)
+    assert [(step.flags, step.fits, step.peak_memory) for step in tried] == [
         ({"gradient_checkpointing": True}, False, 550),
         ({"gradient_checkpointing": True, "train_batch_size": 3, "gradient_accumulation_steps": 2}, True, 250),
     ]
     assert "--gradient_checkpointing True --train_batch_size 3 --gradient_accumulation_steps 2" in advice(tried)
 
 
-def test_out_of_memory_climbs_on_and_what_is_not_installed_is_left_out(recipe, tmp_path):
+def test_settings_that_fail_for_another_reason_than_memory_are_left_out_of_later_attempts(recipe, tmp_path):
     options = {**OPTIONS, "optimisation": OPTIONS["optimisation"] | {"train_batch_size": 8, "quantize": None}}
-    tried = climb(recipe(10), options, None, tmp_path)
-    assert [rung.peak_memory for rung in tried] == [None, 350, 150, 50, None, None]
+    tried = find_fitting(recipe(10), options, None, tmp_path)
+    assert [step.peak_memory for step in tried] == [None, 350, 150, 50, None, None]
     assert "use_8bit_adam" in tried[-2].flags
     assert "bitsandbytes is not installed" in tried[-2].reason
     assert "use_8bit_adam" not in tried[-1].flags
-    assert "No setting of the ladder fits" in advice(tried)
+    assert "None of the settings of the memory fallback fits" in advice(tried)
 
 
 def options_in(folder, **changes):
@@ -182,27 +182,27 @@ def out_of_memory(options):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
 
-def test_out_of_memory_anywhere_climbs_the_ladder_and_says_what_to_set(tmp_path, monkeypatch):
+def test_running_out_of_memory_starts_the_fallback_and_the_error_names_the_flags(tmp_path, monkeypatch):
     monkeypatch.setattr(
         memory_fallback,
-        "climb",
+        "find_fitting",
         lambda recipe, options, resolution, folder: [FallbackStep({"resolution": resolution // 2}, True, 1, 2)],
     )
-    with pytest.raises(InputError, match=r"does not fit: CUDA out of memory.*This fits: --resolution 32 "):
-        with_ladder(out_of_memory, options_in(tmp_path), "recipe")
+    with pytest.raises(InputError, match=r"does not fit into memory: CUDA out of memory.*These flags fit: --resolution 32 "):
+        with_memory_fallback(out_of_memory, options_in(tmp_path), "recipe")
     assert json.loads((tmp_path / MemoryFallback.NAME).read_text())["attempts"][0]["fits"]
     assert "--resolution 32" in RunDirectory(tmp_path).status().error
 
 
-def test_a_rung_does_not_climb_a_ladder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory_fallback, "climb", lambda *_: pytest.fail("climbed"))
-    with pytest.raises(InputError, match=r"does not fit: CUDA out of memory"):
-        with_ladder(out_of_memory, options_in(tmp_path, memory_fallback=False), "recipe")
+def test_without_memory_fallback_no_settings_are_tried(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory_fallback, "find_fitting", lambda *_: pytest.fail("tried settings"))
+    with pytest.raises(InputError, match=r"does not fit into memory: CUDA out of memory"):
+        with_memory_fallback(out_of_memory, options_in(tmp_path, memory_fallback=False), "recipe")
 
 
-def test_other_errors_are_left_alone(tmp_path):
+def test_other_errors_do_not_start_the_fallback(tmp_path):
     def broken(options):
         raise RuntimeError("shapes differ")
 
     with pytest.raises(RuntimeError, match="shapes differ"):
-        with_ladder(broken, options_in(tmp_path), "recipe")
+        with_memory_fallback(broken, options_in(tmp_path), "recipe")

@@ -95,7 +95,7 @@ def test_a_step_without_samples_draws_them_after_training_and_the_most_alike_is_
     assert (said["step"], said["adapter"]) == (2, "adapters/step-0000002")
     assert said["scores"]["1"]["subject"] == 0.3
     assert run.status().suggested_step == 2
-    assert "| **2, suggested** | 0.500 | 0.300 | 0.200 | 0.10 | 0.6000 |" in (run.path / "README.md").read_text()
+    assert "| **2, recommended** | 0.500 | 0.300 | 0.200 | 0.10 | 0.6000 |" in (run.path / "README.md").read_text()
     # The certificate speaks of the trained adapter, which is on the model again, alone.
     ((pipeline, active),) = certified
     assert active == list(pipeline.unet.peft_config) == ["default"]

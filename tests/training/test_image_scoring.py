@@ -11,7 +11,7 @@ from pipelines.subject import adapters
 from training.runs.run import RunDirectory
 from training.subject.checkpoint_selection import Point, StepScores, suggest
 from training.subject.image_scoring import keep_adapter, suggest_for, write_suggestion
-from training.subject.measured import adapter_at, heldout_curve, kept_steps, metric_name, sample_scores
+from training.subject.measured import adapter_at, heldout_curve, metric_name, sample_scores, saved_steps
 
 SCORES = {"subject": 0.5, "prompt": 0.1, "copy": 0.5, "nearest": 0.6, "nearest_limit": 0.9}
 
@@ -45,7 +45,7 @@ def test_a_kept_adapter_is_small_and_loads_as_the_one_that_was_trained(tmp_path,
     run = RunDirectory.create(tmp_path / "run", {})
     keep_adapter(run, 7, {"unet": pipe.unet})
     keep_adapter(run, 7, {"unet": pipe.unet})
-    assert kept_steps(run) == [7]
+    assert saved_steps(run) == [7]
     assert {path.name for path in adapter_at(run, 7).iterdir()} == {"compact" if method == "nora" else "full"}
     adapters.load_adapter(other, adapter_at(run, 7), "kept")
     kept = weight_changes(other, "kept")

@@ -11,7 +11,7 @@ from regression import STEPS, asking, batch_at, checkpoints, trainable, trained
 
 from pipelines.errors import InputError
 from training.engine.loop import LoopOptions, Periodic, train
-from training.engine.prefetch import ProcessBatches, own_part
+from training.engine.prefetch import ProcessBatches, part_of_process
 from training.engine.stopping import NotFiniteError, StopRequests, TrainingInterrupted, exit_codes
 from training.runs.durable import DiskFullError
 from training.runs.record import list_checkpoints
@@ -182,7 +182,7 @@ def test_more_steps_go_on_along_the_new_schedule(tmp_path):
 
 def test_fewer_steps_than_are_done_are_refused(tmp_path):
     trained(tmp_path, trainable())
-    with pytest.raises(InputError, match=rf"max_train_steps must be at least {STEPS}, the steps that .* has done, got 3"):
+    with pytest.raises(InputError, match=rf"max_train_steps must be at least {STEPS}, the number .* already trained, got 3"):
         trained(tmp_path, trainable(), steps=3)
 
 
@@ -200,14 +200,14 @@ def test_the_learning_rate_logged_is_the_one_used(tmp_path):
 
 def test_processes_share_a_batch_without_overlap():
     batch = batch_at(0, size=6)
-    parts = [own_part(batch, process, 3) for process in range(3)]
+    parts = [part_of_process(batch, process, 3) for process in range(3)]
     for name, values in batch.items():
         assert torch.equal(torch.cat([part[name] for part in parts]), values)
 
 
 def test_a_batch_that_does_not_divide_among_processes_is_refused():
     with pytest.raises(ValueError, match=r"multiple of 3 processes, got 4 examples"):
-        own_part(batch_at(0), 0, 3)
+        part_of_process(batch_at(0), 0, 3)
 
 
 def in_two_processes(folder):
@@ -241,7 +241,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     trained(tmp_path, trainable())
     other = trainable()
     other.module.linear.bias.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"of another model or adapter.*linear\.bias"):
+    with pytest.raises(ValueError, match=r"belongs to another model or adapter.*linear\.bias"):
         trained(tmp_path, other, steps=STEPS + 1)
 
 

@@ -14,7 +14,7 @@ from training.options import parse_options
 from training.runs.card_text import as_text
 from training.runs.run import RunDirectory
 from training.runs.run_files import Certificate
-from training.subject.model_card import judge_in_words, model_card
+from training.subject.model_card import model_card, scorer_name
 
 PROMPTS = [
     "a photo of sks dog",
@@ -80,12 +80,12 @@ def test_the_card_says_what_the_run_found_out(tmp_path):
     (run.path / "certificate.json").write_text(json.dumps({**CERTIFICATE, "largest_difference": {"kohya": 0.25}, "effect": 40.2}))
     card = model_card(run, options_for("dog", tmp_path), images=3)
     for expected in (
-        "0.5000 before, 0.2500 after",
-        "**Suggested: step 2 of 4.** Because.",
+        "0.5000 before training, 0.2500 after",
+        "**Recommended: step 2 of 4.** Because.",
         "> **Warning.** Overfitting: yes.",
         "at most 0.25 of 255 levels",
         "(before_after.png)",
-        "1,234 trained numbers",
+        "1,234 trainable parameters",
         r"| diffusers/pytorch\_lora\_weights.safetensors | 5 |",
     ):
         assert expected in card
@@ -102,7 +102,7 @@ def test_the_card_of_a_dora_alone_says_which_programs_leave_its_row_lengths_out(
     }
     (run.path / "certificate.json").write_text(json.dumps(said))
     card = model_card(run, options_for("dog", tmp_path, "--method", method), images=3)
-    for words in ("stock diffusers and sd-scripts ignore it, A1111 takes", "kohya file was put into diffusers' form first"):
+    for words in ("stock diffusers and sd-scripts ignore it, A1111 takes", "kohya file was converted to diffusers' format first"):
         assert (words in card) == (method == "dora")
 
 
@@ -122,16 +122,16 @@ def test_the_card_shows_the_scores_of_every_step_beside_its_loss_and_who_gave_th
     table = [line for line in card.splitlines() if line.startswith("| ") and "0.125" in line]
     assert table == [
         "| base model | 0.250 | 0.125 | 0.750 | 0.50 | 0.5000 |",
-        "| **2, suggested** | 0.375 | 0.125 | 0.750 | 0.50 | 0.3750 |",
+        "| **2, recommended** | 0.375 | 0.125 | 0.750 | 0.50 | 0.3750 |",
         "| 10 | 0.500 | 0.125 | 0.750 | 0.50 |  |",
     ]
-    assert "scored by the base model itself" in card
+    assert "by the base model itself" in card
     assert "(a copy from 0.900 on)" in card
 
 
 def test_a_suggestion_by_samples_alone_is_in_the_card_too(tmp_path):
     card = model_card(scored(tmp_path, []), options_for("dog", tmp_path), images=3)
-    assert "**Suggested: step 2 of 4.** Because." in card
+    assert "**Recommended: step 2 of 4.** Because." in card
     assert "> **Warning.** Alas." in card
 
 
@@ -149,7 +149,7 @@ def test_a_suggestion_by_samples_alone_is_in_the_card_too(tmp_path):
 def test_a_judge_is_named_without_where_it_lies(tmp_path, given, private, said):
     (tmp_path / "secret").mkdir()
     (tmp_path / "weights.safetensors").touch()
-    assert judge_in_words(given.format(folder=tmp_path), private) == said
+    assert scorer_name(given.format(folder=tmp_path), private) == said
 
 
 def test_a_hub_model_is_named_in_the_header_and_a_local_one_by_its_own_name_only(tmp_path):

@@ -98,7 +98,7 @@ def test_resolved_options_are_plain_values():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ModelOptions(""), r"hub name or a folder, got nothing"),
+        (lambda: ModelOptions(""), r"hub name or a folder, got an empty text"),
         (lambda: DataOptions("elsewhere"), r"need --instance_prompt"),
         (lambda: DataOptions(instance_prompt=" "), r"instance_prompt must not be empty"),
         (lambda: DataOptions(resolution=60), r"resolution must be a multiple of 8, got 60"),
@@ -114,16 +114,19 @@ def test_resolved_options_are_plain_values():
         (lambda: OptimisationOptions(noise_offset=-0.1), r"noise_offset must be at least 0, got -0.1"),
         (lambda: AdapterOptions(lora_plus_ratio=0.0), r"lora_plus_ratio must be above 0, got 0.0"),
         (lambda: OptimisationOptions(stop_text_encoder_training=0), r"stop_text_encoder_training must be at least 1, got 0"),
-        (lambda: OptimisationOptions(text_encoder_lr=[1e-4, 0.0]), r"one or two rates above 0, got 0.0001 0.0"),
-        (lambda: OptimisationOptions(text_encoder_lr=[1e-4, 1e-4, 1e-4]), r"one or two rates above 0, got 0.0001 0.0001"),
+        (lambda: OptimisationOptions(text_encoder_lr=[1e-4, 0.0]), r"one or two learning rates above 0, got 0.0001 0.0"),
+        (
+            lambda: OptimisationOptions(text_encoder_lr=[1e-4, 1e-4, 1e-4]),
+            r"one or two learning rates above 0, got 0.0001 0.0001",
+        ),
         (lambda: OptimisationOptions(optimizer="sgd"), r"optimizer must be one of AdamW, Prodigy, got 'sgd'"),
-        (lambda: OptimisationOptions(optimizer="Prodigy", use_8bit_adam=True), r"use_8bit_adam is for --optimizer AdamW"),
-        (lambda: OptimisationOptions(optimizer="Prodigy", text_encoder_lr=[1e-4]), r"Prodigy finds one rate for all"),
+        (lambda: OptimisationOptions(optimizer="Prodigy", use_8bit_adam=True), r"use_8bit_adam needs --optimizer AdamW"),
+        (lambda: OptimisationOptions(optimizer="Prodigy", text_encoder_lr=[1e-4]), r"Prodigy adapts one learning rate"),
         (
             lambda: SubjectOptions(
                 adapter=AdapterOptions(lora_plus_ratio=4.0), optimisation=OptimisationOptions(optimizer="Prodigy")
             ),
-            r"Prodigy finds one rate for all",
+            r"Prodigy adapts one learning rate",
         ),
         (
             lambda: OptimisationOptions(do_edm_style_training=True, snr_gamma=5.0),
@@ -132,7 +135,7 @@ def test_resolved_options_are_plain_values():
         (lambda: OptimisationOptions(seed=-1), r"seed must be at least 0, got -1"),
         (lambda: OutputOptions(validation_steps=0), r"validation_steps must be at least 1, got 0"),
         (lambda: ValidationOptions(num_candidate_images=-1), r"num_candidate_images must be at least 0, got -1"),
-        (lambda: ValidationOptions(image_scorer=" "), r"image_scorer must be 'mini', 'base', .*got nothing"),
+        (lambda: ValidationOptions(image_scorer=" "), r"image_scorer must be 'mini', 'base', .*got an empty text"),
         (lambda: OutputOptions(resume_from_checkpoint="latest"), r"needs --output_dir"),
     ],
 )

@@ -11,7 +11,7 @@ from pipelines.corpus import join, photo_corpus, rendered_corpus, to_pixels
 from pipelines.mini_losses import PatchBasis
 from training import pretrain_mini
 from training.options.pretraining import PretrainOptions
-from training.pretraining.stages import PretrainingSampler
+from training.pretraining.stages import PretrainingSampler, load_corpus
 from training.runs.record import list_checkpoints
 
 
@@ -35,6 +35,12 @@ def trained(corpus, tmp_path_factory):
         for stage in ("basis", "vae", "unet", "export"):
             pretrain_mini.STAGES[stage](options(folder, card_note="Of nothing else."), corpus)
     return folder
+
+
+def test_the_cached_scenes_are_those_that_were_rendered(tmp_path):
+    rendered, cached = (load_corpus(options(tmp_path, scenes=4)) for _ in range(2))
+    assert (cached.images == rendered.images).all()
+    assert cached.captions == rendered.captions
 
 
 def test_the_stages_end_in_a_stock_pipeline_of_half_precision_safetensors(trained):

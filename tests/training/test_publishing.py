@@ -73,10 +73,10 @@ def test_a_network_that_fails_after_the_training_loses_nothing_and_all_can_be_up
 
     monkeypatch.setattr(finishing, "assemble", assemble_without_a_network)
     asked = ("--push_to_hub", "--hub_model_id", "me/toy", "--hub_token", TOKEN)
-    with pytest.raises(InputError, match=r"took no upload: .*refused\; the run is complete") as caught:
+    with pytest.raises(InputError, match=r"upload to the hub failed: .*refused\. The run is complete") as caught:
         published(*asked)
     run, folder = tmp_path / "secretfolder-run", tmp_path / "secretfolder-run" / "published"
-    assert f"Later, upload it with `hf upload me/toy {folder}`." in str(caught.value)
+    assert f"Later, upload them with `hf upload me/toy {folder}`." in str(caught.value)
     assert (run / "adapter").is_dir()
     for file in ("options.json", "command", "provenance.json", "published/provenance.json", "status.json"):
         assert TOKEN not in (run / file).read_text()
@@ -93,24 +93,32 @@ def test_a_network_that_fails_after_the_training_loses_nothing_and_all_can_be_up
 @pytest.mark.parametrize(
     ("token", "name", "message"),
     [
-        (None, "me/toy", r"does not accept the access token \(401\).*Log in with `hf auth login` and a token that may write"),
-        ("hf_stale", "me/toy", r"does not accept the access token \(401\).*Log in with `hf auth login`"),
-        (READ_ONLY_TOKEN, "me/toy", r"the access token may not write there \(403\).*Log in with `hf auth login`"),
-        (TOKEN, "other/toy", r"the access token may not write there \(403\).*`hf upload other/toy"),
+        (
+            None,
+            "me/toy",
+            r"the access token was not accepted \(401\).*Log in with `hf auth login` and a token with write permission",
+        ),
+        ("hf_stale", "me/toy", r"the access token was not accepted \(401\).*Log in with `hf auth login`"),
+        (
+            READ_ONLY_TOKEN,
+            "me/toy",
+            r"the access token has no write permission for the repository \(403\).*Log in with `hf auth login`",
+        ),
+        (TOKEN, "other/toy", r"the access token has no write permission for the repository \(403\).*`hf upload other/toy"),
     ],
 )
 def test_an_upload_that_is_refused_names_the_remedy(hub_server, tmp_path, token, name, message):
     (tmp_path / "README.md").write_text("A card")
-    with pytest.raises(InputError, match=f"The hub took no upload: .*{message}") as caught:
+    with pytest.raises(InputError, match=f"The upload to the hub failed: .*{message}") as caught:
         publishing.push_to_hub(tmp_path, ValidationOptions(push_to_hub=True, hub_model_id=name, hub_token=token), "x")
     assert "\n" not in str(caught.value)
-    assert f"what was to be published is in {str(tmp_path)!r}" in str(caught.value)
+    assert f"the files to publish are in {str(tmp_path)!r}" in str(caught.value)
 
 
 @pytest.mark.parametrize("status", [500, 503])
 def test_a_hub_that_fails_during_an_upload_is_named(hub_server, tmp_path, status):
     hub_server.status = status
-    with pytest.raises(InputError, match=rf"took no upload: .*{status}.*Later, upload it with `hf upload me/toy"):
+    with pytest.raises(InputError, match=rf"upload to the hub failed: .*{status}.*Later, upload them with `hf upload me/toy"):
         publishing.push_to_hub(tmp_path, ValidationOptions(push_to_hub=True, hub_model_id="me/toy", hub_token=TOKEN), "x")
 
 
@@ -118,8 +126,8 @@ def test_a_hub_that_fails_during_an_upload_is_named(hub_server, tmp_path, status
     ("options", "message"),
     [
         ({}, r"needs an access token\. Log in with `hf auth login`, or give --hub_token"),
-        ({"hub_token": "hf_stale"}, r"does not accept the access token \(401\)\. Log in with"),
-        ({"hub_token": READ_ONLY_TOKEN}, r"may only read\. Log in with `hf auth login` and a token that may write"),
+        ({"hub_token": "hf_stale"}, r"the access token was not accepted \(401\)\. Log in with"),
+        ({"hub_token": READ_ONLY_TOKEN}, r"can only read\. Log in with `hf auth login` and a token with write permission"),
         ({"hub_token": TOKEN, "hub_model_id": "me/toy/deep"}, r"hub_model_id must have the form OWNER/NAME, got 'me/toy/deep'"),
     ],
 )
@@ -132,9 +140,9 @@ def test_an_upload_without_a_network_is_refused_where_that_is_meant_and_else_tri
     asked = ValidationOptions(push_to_hub=True, hub_token=TOKEN)
     hub_server.stop()
     publishing.check_can_push(asked)
-    assert "whether it takes the upload shows after the training" in caplog.text
+    assert "so permission for the upload is checked after the training" in caplog.text
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match=r"HF_HUB_OFFLINE forbids to ask\. Unset it, or leave --push_to_hub out"):
+    with pytest.raises(InputError, match=r"HF_HUB_OFFLINE is set\. Unset it, or leave --push_to_hub out"):
         publishing.check_can_push(asked)
 
 

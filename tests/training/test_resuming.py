@@ -26,12 +26,12 @@ def run(tmp_path):
 
 
 def test_a_changed_option_is_refused_with_both_values(run):
-    with pytest.raises(InputError, match=r"other options.*learning_rate: 0\.001 then, 0\.002 now.*another --output_dir"):
+    with pytest.raises(InputError, match=r"other options.*learning_rate: 0\.001 before, 0\.002 now.*another --output_dir"):
         check_can_resume(run.path, changed(learning_rate=2e-3), 1)
 
 
 def test_every_difference_is_shown(run):
-    with pytest.raises(InputError, match=r"instance_prompt: 'a photo of sks dog' then, 'x' now; seed: 0 then, 1 now"):
+    with pytest.raises(InputError, match=r"instance_prompt: 'a photo of sks dog' before, 'x' now; seed: 0 before, 1 now"):
         check_can_resume(run.path, changed(instance_prompt="x", seed=1), 1)
 
 
@@ -51,7 +51,7 @@ def test_options_of_a_later_version_are_no_difference(run):
 
 def test_another_number_of_processes_is_refused(run):
     run.update_status(processes=2)
-    with pytest.raises(InputError, match=r"processes: 2 then, 1 now"):
+    with pytest.raises(InputError, match=r"processes: 2 before, 1 now"):
         check_can_resume(run.path, OPTIONS, 1)
 
 
@@ -60,7 +60,7 @@ def test_a_run_that_is_at_work_is_not_joined(run, monkeypatch):
     status = json.loads((run.path / "status.json").read_text())
     (run.path / "status.json").write_text(json.dumps(status))
     monkeypatch.setattr(os, "getpid", lambda: -1)
-    with pytest.raises(InputError, match=rf"process {status['pid']} is at work on"):
+    with pytest.raises(InputError, match=rf"process {status['pid']} is still training"):
         check_can_resume(run.path, OPTIONS, 1)
 
 
@@ -82,11 +82,11 @@ def test_a_run_of_the_built_in_model_goes_on_in_another_checkout(tmp_path):
 
     RunDirectory.create(tmp_path, options("/gone/assets/mini-sdxl"))
     check_can_resume(tmp_path, options("mini-sdxl"), 1)
-    with pytest.raises(InputError, match=r"pretrained_model_name_or_path: '/gone/assets/mini-sdxl' then, 'owner/model' now"):
+    with pytest.raises(InputError, match=r"pretrained_model_name_or_path: '/gone/assets/mini-sdxl' before, 'owner/model' now"):
         check_can_resume(tmp_path, options("owner/model"), 1)
 
 
 def test_a_run_of_the_other_task_is_refused(tmp_path):
     RunDirectory.create(tmp_path, {"target_layers": {"rank": 2}})
-    with pytest.raises(InputError, match=r"holds a few-shot run, which another script trains\. Give another --output_dir"):
+    with pytest.raises(InputError, match=r"is a few-shot run, which another script trains\. Give another --output_dir"):
         check_can_resume(tmp_path, {"model": {"pretrained_model_name_or_path": "mini-sdxl"}}, 1)

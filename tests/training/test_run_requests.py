@@ -13,13 +13,13 @@ from training.runs.run_requests import FOLDER, SAMPLE, SAVE, STOP, Requests, ask
 def test_what_is_asked_for_is_taken_once(tmp_path):
     record = RunRecord(tmp_path)
     requests = Requests.of(record, looks=True)
-    assert requests.taken() == frozenset()
+    assert requests.take() == frozenset()
     ask(record, SAMPLE)
     ask(record, SAMPLE)
-    assert requests.taken() == {SAMPLE}
-    assert requests.taken() == frozenset()
+    assert requests.take() == {SAMPLE}
+    assert requests.take() == frozenset()
     ask(record, STOP)
-    assert requests.taken() == frozenset()
+    assert requests.take() == frozenset()
     assert was_asked(record, STOP)
     forget(record)
     assert not was_asked(record, STOP)
@@ -28,16 +28,16 @@ def test_what_is_asked_for_is_taken_once(tmp_path):
 def test_what_was_left_over_is_forgotten_and_only_one_process_looks(tmp_path):
     record = RunRecord(tmp_path)
     ask(record, SAVE)
-    assert Requests.of(record, looks=False).taken() == frozenset()
+    assert Requests.of(record, looks=False).take() == frozenset()
     assert was_asked(record, SAVE)
-    assert Requests.of(record, looks=True).taken() == frozenset()
+    assert Requests.of(record, looks=True).take() == frozenset()
     assert not was_asked(record, SAVE)
 
 
 def test_a_step_without_requests_looks_at_the_disk_once(tmp_path, monkeypatch):
     requests, looks, exists = Requests.of(RunRecord(tmp_path), looks=True), [], Path.exists
     monkeypatch.setattr(Path, "exists", lambda path, **more: looks.append(path) or exists(path, **more))
-    requests.taken()
+    requests.take()
     assert looks == [tmp_path / FOLDER]
 
 

@@ -18,7 +18,7 @@ from pipelines.subject.generate import Sampling, generate
 from pipelines.subject.loss import DenoisingLoss
 from training import dreambooth_nora
 from training.engine import memory_fallback
-from training.engine.memory_fallback import with_ladder
+from training.engine.memory_fallback import with_memory_fallback
 from training.fewshot.trials import calibration_batches
 from training.options import parse_options
 from training.runs.run_files import FallbackStep
@@ -110,7 +110,7 @@ def test_before_and_between_the_steps_no_batch_is_larger_than_the_trainings(flag
     ],
 )
 def test_of_small_images_more_are_measured_at_once(sizes, batch_size, expected):
-    assert validation.measured_at_once(SimpleNamespace(sizes=sizes), batch_size) == expected
+    assert validation.measurement_batch(SimpleNamespace(sizes=sizes), batch_size) == expected
 
 
 def test_calibration_that_runs_out_of_memory_leads_to_settings_that_fit(flags, monkeypatch):
@@ -119,11 +119,11 @@ def test_calibration_that_runs_out_of_memory_leads_to_settings_that_fit(flags, m
 
     monkeypatch.setattr(dreambooth_nora.adapters, "start", runs_out)
     fitting = FallbackStep({"train_batch_size": 1, "gradient_accumulation_steps": 4}, True, 10**9, 0.5)
-    monkeypatch.setattr(memory_fallback, "climb", lambda *_: [fitting])
+    monkeypatch.setattr(memory_fallback, "find_fitting", lambda *_: [fitting])
     with pytest.raises(
-        InputError, match=r"does not fit: CUDA out of memory.*--train_batch_size 1 --gradient_accumulation_steps 4"
+        InputError, match=r"does not fit into memory: CUDA out of memory.*--train_batch_size 1 --gradient_accumulation_steps 4"
     ):
-        with_ladder(dreambooth_nora.main, parse_options(flags), "training.dreambooth_nora")
+        with_memory_fallback(dreambooth_nora.main, parse_options(flags), "training.dreambooth_nora")
 
 
 class Images(Dataset):

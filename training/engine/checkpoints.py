@@ -1,4 +1,4 @@
-"""Training checkpoints: one directory a step, written aside, hashed and renamed; nothing in them is ever unpickled."""
+"""Training checkpoints: a directory for each step, with hashes of its files. Nothing in them is unpickled."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = get_logger(__name__)
 
 
 def trained_state_dict(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters of `module` that are trained, by name, contiguous."""
+    """The trainable parameters of `module` by name, contiguous."""
     return {name: parameter.detach().contiguous() for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
@@ -35,13 +35,13 @@ def save_checkpoint(
 ) -> Path:
     """Write `step-<step>` under `folder` and delete all but the newest `keep` checkpoints and the best one.
 
-    A reader sees the whole checkpoint or none: the files are written aside and flushed, their sha256 go into
-    manifest.json, and the directory is renamed. Where that fails nothing is left of it, and no older one is deleted.
+    A reader sees a complete checkpoint or none: the files are written to a temporary directory and flushed, manifest.json gets
+    their sha256, and the directory is renamed. If writing fails, the temporary directory is deleted; older checkpoints stay.
 
     Args:
-        module: its trained parameters are saved as safetensors.
-        state: whatever `torch.load(weights_only=True)` reads back: optimiser, schedule and EMA states.
-        score: a loss measured at this step, lower is better; the checkpoint with the lowest is kept.
+        module: its trainable parameters are saved as safetensors.
+        state: of optimiser, schedule and moving average; must be readable with `torch.load(weights_only=True)`.
+        score: a loss measured at this step; the checkpoint with the lowest is kept.
     """
     target = folder / step_name(step)
     aside = folder / f"{WRITING}{target.name}"
@@ -49,7 +49,7 @@ def save_checkpoint(
     try:
         aside.mkdir(parents=True)
         _write(aside, step, module, state, score)
-        # A checkpoint of this step can only be one that was passed over, or that a shorter run ended with.
+        # An existing checkpoint of this step is damaged, or the last one of a shorter run.
         shutil.rmtree(target, ignore_errors=True)
         os.replace(aside, target)
     finally:
@@ -71,22 +71,22 @@ def _write(aside: Path, step: int, module: nn.Module, state: dict[str, object], 
 
 
 def _superfluous(checkpoints: list[Path], keep: int) -> list[Path]:
-    """What the limit leaves no place for: all but the newest `keep` and the best."""
+    """The checkpoints to delete: all but the newest `keep` and the best."""
     best = best_checkpoint(checkpoints)
     return [path for path in checkpoints[:-keep] if path != best]
 
 
 def best_checkpoint(checkpoints: list[Path]) -> Path | None:
-    """The one with the lowest score, the earliest of equals; None where none has a score."""
+    """The checkpoint with the lowest score, the earliest of equals; None if none has a score."""
     scores = {path: _manifest(path).get("score") for path in checkpoints}
     scored = {path: score for path, score in scores.items() if score is not None}
     return min(scored, key=scored.__getitem__, default=None)
 
 
 def newest_intact_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint under `folder` whose files have their hashes; None where there is none.
+    """The newest checkpoint under `folder` whose files match their hashes; None if there is none.
 
-    Damaged ones are renamed to `damaged-step-<step>` with a warning, and what an interrupted writing left is removed.
+    Damaged checkpoints are renamed to `damaged-step-<step>` with a warning, and incomplete ones are deleted.
     """
     for leftover in folder.glob(f"{WRITING}*"):
         shutil.rmtree(leftover)
@@ -98,13 +98,13 @@ def newest_intact_checkpoint(folder: Path) -> Path | None:
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
         logger.warning(
-            f"Checkpoint {str(path)!r} is damaged ({damage}). It is kept as {aside.name!r}; going on from the one before it."
+            f"The checkpoint {str(path)!r} is damaged ({damage}). It was renamed to {aside.name!r}; the one before it is used."
         )
     return None
 
 
 def damage_of(path: Path) -> str | None:
-    """What is wrong with the files of a checkpoint; None for an intact one."""
+    """What is wrong with the files of a checkpoint; None if it is intact."""
     missing = {WEIGHTS, STATE, MANIFEST} - {file.name for file in path.iterdir()}
     if missing:
         return f"{min(missing)} is missing"
@@ -116,7 +116,7 @@ def damage_of(path: Path) -> str | None:
 
 
 def _manifest(path: Path) -> dict[str, object]:
-    """The fields of a checkpoint's manifest; none where there is no manifest, or none that can be read."""
+    """The fields of a checkpoint's manifest; empty if it is missing or cannot be read."""
     file = path / MANIFEST
     try:
         fields = json.loads(file.read_bytes()) if file.exists() else {}
@@ -126,16 +126,17 @@ def _manifest(path: Path) -> dict[str, object]:
 
 
 def load_checkpoint(path: Path, module: nn.Module) -> dict[str, object]:
-    """Load the trained parameters of `module` from `path` and return the other states.
+    """Load the trainable parameters of `module` from `path`; returns the other states.
 
-    Raises: ValueError if the checkpoint's parameters are not those that `module` trains.
+    Raises: ValueError if the checkpoint has other parameters.
     """
     saved, trained = load_file(path / WEIGHTS), dict(module.named_parameters())
     expected = {name for name, parameter in trained.items() if parameter.requires_grad}
     if expected != set(saved):
-        strange = sorted(expected ^ set(saved))[:3]
+        different = sorted(expected ^ set(saved))[:3]
         raise ValueError(
-            f"Checkpoint {str(path)!r} is of another model or adapter: parameters differ, such as {', '.join(strange)}."
+            f"The checkpoint {str(path)!r} belongs to another model or adapter: parameters such as {', '.join(different)} are in "
+            "only one of them. Give the options that the run was started with."
         )
     for name, value in saved.items():
         assign(trained[name], value)

@@ -1,4 +1,4 @@
-"""What a run says on the terminal."""
+"""Log messages of a run on the terminal."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from contextlib import contextmanager
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-OWN_LOGGERS = ("training", "pipelines", "nora_vision")
+PROJECT_LOGGERS = ("training", "pipelines", "nora_vision")
 RANK = re.compile(r"^\[RANK 0\] ")
-# An adapter beside the trained one is meant, wherever a run has two.
-MEANT = (r"Already found a `peft_config` attribute", r"Adapter .* was active which is now deleted")
+# Warnings about several adapters in one model, which are intended.
+IGNORED_WARNINGS = (r"Already found a `peft_config` attribute", r"Adapter .* was active which is now deleted")
 
 
 class _Plain(logging.Formatter):
-    """The message alone: accelerate names the main process in each, which only says something of the others."""
+    """The message, with the level of warnings and errors, and without accelerate's prefix for the main process."""
 
     def format(self, record: logging.LogRecord) -> str:
-        words = RANK.sub("", super().format(record))
-        return words if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {words}"
+        message = RANK.sub("", super().format(record))
+        return message if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {message}"
 
 
 @contextmanager
 def configure_logging() -> Iterator[None]:
-    """Meanwhile the project's own messages go to the terminal, above any progress bar."""
+    """A context in which the project's log messages go to the terminal, above progress bars."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Plain())
-    loggers = [logging.getLogger(name) for name in OWN_LOGGERS]
+    loggers = [logging.getLogger(name) for name in PROJECT_LOGGERS]
     before = [(logger.level, logger.propagate) for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.INFO)
@@ -37,7 +37,7 @@ def configure_logging() -> Iterator[None]:
         logger.propagate = False
     try:
         with logging_redirect_tqdm(loggers), warnings.catch_warnings():
-            for message in MEANT:
+            for message in IGNORED_WARNINGS:
                 warnings.filterwarnings("ignore", message=message)
             yield
     finally:

@@ -1,4 +1,4 @@
-"""A dry run: three real steps, what they cost, and everything put back; and whether the rest of the run will fit."""
+"""A dry run: three training steps to measure time, memory and disk space, after which everything is restored."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ logger = get_logger(__name__)
 
 
 class DoesNotFitError(InputError):
-    """The run needs more memory than there is, or than it may take."""
+    """The run needs more memory than the device has or `memory_limit_gb` allows."""
 
 
 def check_fits(report: DryRunReport) -> None:
     """Raises: DoesNotFitError if the run does not fit in memory, InputError if it does not fit on the disk."""
     if report.memory_limit is not None and report.peak_memory > report.memory_limit:
         raise DoesNotFitError(
-            f"Training needs {report.peak_memory / GB:.3f} GB of memory, and memory_limit_gb is {report.memory_limit / GB:.3f}."
+            f"Training needs {report.peak_memory / GB:.3f} GB of memory, but memory_limit_gb is {report.memory_limit / GB:.3f}."
         )
     if report.disk > report.disk_free:
         raise InputError(
-            f"Checkpoints need {report.disk / GB:.3f} GB of disk space, and {report.disk_free / GB:.3f} GB are free. Free some "
+            f"Checkpoints need {report.disk / GB:.3f} GB of disk space, but {report.disk_free / GB:.3f} GB are free. Free some "
             "space, lower --checkpoints_total_limit, or give another --output_dir."
         )
 
 
 def measure_steps(stepper: Stepper, memory_limit_gb: float | None = None, peak: PeakMemory | None = None) -> DryRunReport:
-    """Do `STEPS` real steps, put everything back as it was, and write dry_run.json.
+    """Train `STEPS` steps, restore everything, and write dry_run.json.
 
     Args:
-        peak: the memory that came before the steps and counts too; only that of the steps counts unless given.
-    Raises: DoesNotFitError if the whole run will not fit in memory, InputError if it will not on the disk.
+        peak: a measurement that began before the steps. By default, only the steps are measured.
+    Raises: DoesNotFitError if the run does not fit in memory, InputError if it does not fit on the disk.
     """
     options, run = stepper.options, stepper.run
     run.update_status(phase="dry run")
@@ -69,7 +69,7 @@ def measure_steps(stepper: Stepper, memory_limit_gb: float | None = None, peak: 
         seconds=median(seconds[1:]) * options.max_train_steps,
         peak_memory=peak.read(),
         checkpoint=checkpoint,
-        # One is being written, and one may be the best.
+        # Besides the limit, the best checkpoint and the one being written.
         disk=checkpoint * (options.checkpoints_total_limit + 2),
         disk_free=free_bytes(run.path),
         memory_limit=None if memory_limit_gb is None else round(memory_limit_gb * GB),
@@ -88,7 +88,7 @@ def run_dry_run(
     memory_limit_gb: float | None,
     peak: PeakMemory | None = None,
 ) -> None:
-    """The first phase of a run: `measure_steps`, and tell what it found. A run that is resumed has had it.
+    """Run `measure_steps` and log the report, unless the run is resumed.
 
     Args:
         peak: as for `measure_steps`.
@@ -103,7 +103,7 @@ def run_dry_run(
 
 @contextmanager
 def restored(stepper: Stepper) -> Iterator[None]:
-    """Put parameters, optimiser, schedule, moving average and gradient scaler back as they were, exactly."""
+    """A context that restores parameters, optimiser, schedule, moving average and gradient scaler exactly when it ends."""
     trainable, scaler = stepper.trainable, stepper.accelerator.scaler
     parameters = [parameter.detach().clone() for parameter in trainable_parameters(stepper.optimizer)]
     state = copy.deepcopy(trainable.state())
@@ -129,7 +129,7 @@ def nested_bytes(state: object) -> int:
 
 
 class PeakMemory:
-    """The most memory taken since this was made: by tensors on a GPU, by the process on the CPU."""
+    """The peak of memory use since this object was created: of tensors on a GPU, of the process on the CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -139,7 +139,7 @@ class PeakMemory:
             clear.write_text(CLEAR_PEAK)
 
     def read(self) -> int:
-        """In bytes."""
+        """The peak in bytes."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         status = Path("/proc/self/status")

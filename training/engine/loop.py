@@ -1,7 +1,7 @@
-"""The one training loop, for every recipe.
+"""The training loop of all recipes.
 
-Randomness is stateless: everything that step k draws comes from generators seeded with (seed, k), so that a resumed run
-repeats what an uninterrupted one would have done, and the order of images needs no state of its own.
+Randomness is stateless: step k seeds its generators with (seed, k). A resumed run therefore computes the same as an uninterrupted
+one, and the order of images needs no saved state.
 """
 
 from __future__ import annotations
@@ -40,13 +40,16 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Periodic:
-    """Something done after every `every` optimisation steps, and after the last: `action(step)`, on the main process.
+    """An action after every `every` optimisation steps and after the last one, on the main process.
 
-    The trained parameters hold their moving average meanwhile, where there is one.
-    What it returns, if anything, is a loss that scores the step, such as that of held-out images: the checkpoint of the
-    step with the lowest is kept whatever the limit.
-    Where people may ask for samples between two of its times, `on_request(step)` is done for that alone, and must change
-    nothing of what the run ends in.
+    During the action, the trained parameters hold their moving average if there is one.
+
+    Args:
+        every: optimisation steps between two calls.
+        action: called with the step. It may return a loss that scores the step, such as the validation loss; the checkpoint
+            with the lowest score is always kept.
+        on_request: called with the step in place of `action` if a user requests samples at another step. It must not change the
+            result of the run. None if users cannot request it.
     """
 
     every: int
@@ -56,7 +59,7 @@ class Periodic:
 
 @dataclass
 class Trainable:
-    """What a recipe hands to the loop.
+    """What a recipe trains.
 
     Args:
         module: called as `module(**batch)`, returns the mean loss of the batch (a scalar); its parameters that require grad
@@ -65,7 +68,7 @@ class Trainable:
             processes: tensors whose first dimension counts examples. Each process takes an equal part of them.
         optimizer, lr_scheduler: over the trained parameters; the scheduler counts optimisation steps.
         ema: a moving average of the trained parameters, or None.
-        method: what the adapter method does within this training.
+        method: the adapter method's part in this training.
     """
 
     module: nn.Module
@@ -76,38 +79,38 @@ class Trainable:
     method: MethodTraining = field(default_factory=lambda: MethodTraining((), 0))
 
     def state(self) -> dict[str, Any]:
-        """The state of everything that steps but the parameters."""
+        """The state of optimiser, schedule, moving average and method, for a checkpoint."""
         parts = {"optimizer": self.optimizer, "lr_scheduler": self.lr_scheduler, "ema": self.ema, "method": self.method}
         return {name: part.state_dict() for name, part in parts.items() if part is not None}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restore what `state` returned."""
+        """Restore a state returned by `state`."""
         self.optimizer.load_state_dict(split_state(state["optimizer"], self.optimizer))
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        # Checkpoints from before methods had a state have none.
+        # Checkpoints of earlier versions have no state of the method.
         self.method.load_state_dict(state.get("method", {}))
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
             self.place_average()
 
     def place_average(self) -> None:
-        """Have the moving average lie where the trained parameters do."""
+        """Move the moving average to the device of the trained parameters, and shard it like them."""
         pairs = zip(self.ema.shadow_params, trainable_parameters(self.optimizer), strict=True)
         self.ema.shadow_params = [split_like(average.to(parameter.device), parameter) for average, parameter in pairs]
 
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """How long and how carefully to train.
+    """The options of the training loop.
 
     Args:
-        max_train_steps: optimisation steps in all.
-        seed: of everything that training draws.
-        gradient_accumulation_steps: batches an optimisation step.
+        max_train_steps: the total number of optimisation steps.
+        seed: of all random choices in training.
+        gradient_accumulation_steps: batches per optimisation step.
         max_grad_norm: gradients are clipped to this norm.
         checkpointing_steps: optimisation steps between two checkpoints.
-        checkpoints_total_limit: how many checkpoints are kept, besides the best.
-        dataloader_num_workers: processes that make batches ahead; none makes them when they are needed.
+        checkpoints_total_limit: the number of checkpoints that are kept, besides the best one.
+        dataloader_num_workers: processes that prepare batches in advance; with 0, the training process prepares each batch.
     """
 
     max_train_steps: int
@@ -127,7 +130,7 @@ class LoopOptions:
 def training_losses(
     module: nn.Module, batch_at: Callable[[int], dict[str, Any]], accelerator: Accelerator, count: int
 ) -> Iterator[torch.Tensor]:
-    """The losses of this process's part of the first `count` batches, to be differentiated; `module` is in evaluation mode."""
+    """The losses of this process's part of the first `count` batches, for differentiation; `module` is in evaluation mode."""
     batches = ProcessBatches(batch_at, accelerator.process_index, accelerator.num_processes).over(range(count), 0)
     was_training = module.training
     module.eval()
@@ -135,7 +138,7 @@ def training_losses(
         for batch in batches:
             with accelerator.autocast():
                 loss = module(**send_to_device(batch, accelerator.device))
-            # Out here, so that autocast is off while it is differentiated.
+            # Outside of autocast, which must be off during the backward pass.
             yield loss
     finally:
         module.train(was_training)
@@ -148,22 +151,22 @@ def train(
     options: LoopOptions,
     periodic: Sequence[Periodic] = (),
 ) -> None:
-    """Train to `options.max_train_steps`, resuming from the run's newest intact checkpoint where there is one.
+    """Train to `options.max_train_steps`, from the run's newest intact checkpoint if there is one.
 
-    SIGTERM and SIGINT let the step in progress end, and a checkpoint is written. So do files among the run's requests, for
-    samples or a checkpoint (see `training.runs.run_requests`), and training goes on.
+    After SIGTERM or SIGINT, training finishes the current step, saves a checkpoint and stops. Requests for samples or a
+    checkpoint (see `training.runs.run_requests`) are also answered at the end of a step.
 
     Raises:
-        NotFiniteError: the loss or the gradient is not finite; nothing of that step is saved.
-        Stopped: a signal asked for it.
+        NotFiniteError: the loss or the gradient is not finite; the step is not saved.
+        TrainingInterrupted: a signal has stopped the training.
     """
     with prepared(accelerator, run, trainable, options) as stepper:
-        # Only now is it known which part of a parameter is here.
+        # Resume after `prepare`, which decides how parameters are sharded.
         _train_from(_resume(accelerator, run, trainable, options), stepper, periodic)
 
 
 def _train_from(first: int, stepper: Stepper, periodic: Sequence[Periodic]) -> None:
-    """All steps after the first `first`."""
+    """Train, with `first` steps already done."""
     run, options, trainable = stepper.run, stepper.options, stepper.trainable
     requests = Requests.of(run, looks=run.writes)
     with StopRequests() as signals, _progress_bar(first, options, stepper.accelerator) as bar:
@@ -171,13 +174,13 @@ def _train_from(first: int, stepper: Stepper, periodic: Sequence[Periodic]) -> N
         progress = TrainingProgress(run, first, options.max_train_steps)
         for step in range(first, options.max_train_steps):
             rate = trainable.lr_scheduler.get_last_lr()[0]
-            loss, asked = stepper.step(step, batches, signals, requests)
+            loss, requested = stepper.step(step, batches, signals, requests)
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             bar.update()
             run.log(step + 1, loss=loss, lr=rate)
             progress.report(step + 1)
-            _act_and_save(stepper, step + 1, periodic, asked)
-            if STOP in asked:
+            _finish_step(stepper, step + 1, periodic, requested)
+            if STOP in requested:
                 raise TrainingInterrupted(signals.noted or signal.SIGTERM)
 
 
@@ -187,23 +190,23 @@ def _progress_bar(first: int, options: LoopOptions, accelerator: Accelerator) ->
 
 @contextmanager
 def prepared(accelerator: Accelerator, run: RunDirectory, trainable: Trainable, options: LoopOptions) -> Iterator[Stepper]:
-    """What does optimisation steps of `trainable`, as long as this is entered; its module is in training mode then."""
+    """A context with a `Stepper` for `trainable`, whose module is in training mode."""
     module, optimizer = prepare(accelerator, trainable.module.train(), trainable.optimizer)
     if trainable.ema is not None:
         trainable.place_average()
     try:
         yield Stepper(accelerator, run, trainable, options, module, optimizer)
     finally:
-        # An accelerator unscales the gradients of every optimiser that it still knows, and more than once if it has several.
+        # The accelerator would also unscale the gradients of optimisers of earlier trainings.
         accelerator.free_memory()
 
 
 @dataclass(frozen=True)
 class Stepper:
-    """Does optimisation steps.
+    """Performs optimisation steps.
 
     Args:
-        module, optimizer: those of `trainable`, prepared by `accelerator`.
+        module, optimizer: of `trainable`, prepared by `accelerator`.
     """
 
     accelerator: Accelerator
@@ -214,7 +217,7 @@ class Stepper:
     optimizer: torch.optim.Optimizer
 
     def batches(self, steps: range, workers: int = 0) -> Iterator[dict[str, Any]]:
-        """This process's part of all batches of `steps`."""
+        """This process's part of the batches of `steps`."""
         parts = self.options.gradient_accumulation_steps
         of_process = ProcessBatches(self.trainable.batch_at, self.accelerator.process_index, self.accelerator.num_processes)
         return of_process.over(range(steps.start * parts, steps.stop * parts), workers)
@@ -228,19 +231,21 @@ class Stepper:
     ) -> tuple[float, frozenset[str]]:
         """One optimisation step over the next micro-batches.
 
-        Returns: their mean loss over all processes, without the method's regulariser, and what any of them has been asked for,
-        all processes the same: STOP, SAMPLE, SAVE.
-        Raises: NotFiniteError before anything is changed, if the loss is not finite or, in full precision, the gradient.
+        Returns: their mean loss over all processes, without the method's regulariser, and the requests (STOP, SAMPLE, SAVE) that
+            any process has received, which are the same on all processes.
+        Raises: NotFiniteError, before any parameter changes, if the loss or, without a gradient scaler, the gradient is not
+            finite.
         """
         accelerator, trainable = self.accelerator, self.trainable
         torch.manual_seed(self.options.seed * STEP_STRIDE + step)
         total = self._backward(batches)
-        asked = frozenset() if requests is None else requests.taken()
-        stopping = {STOP} if signals is not None and signals.noted > 0 else set()
-        loss, asked = self._agreed(total, asked | stopping)
+        requested = frozenset() if requests is None else requests.take()
+        if signals is not None and signals.noted > 0:
+            requested |= {STOP}
+        loss, requested = self._reduce(total, requested)
         trained = trainable_parameters(self.optimizer)
         norm = accelerator.clip_grad_norm_(trained, self.options.max_grad_norm)
-        # With a gradient scaler an overflow is expected now and then: it leaves the step out.
+        # With a gradient scaler, a gradient may overflow; the scaler then skips the step.
         gradient = 0.0 if accelerator.scaler is not None else float(gathered(norm))
         for name, value in (("loss", loss), ("gradient's norm", gradient)):
             if not math.isfinite(value):
@@ -252,16 +257,16 @@ class Stepper:
         trainable.lr_scheduler.step()
         if trainable.ema is not None:
             trainable.ema.step(trained)
-        return loss, asked
+        return loss, requested
 
-    def _agreed(self, loss: torch.Tensor, asked: frozenset[str]) -> tuple[float, frozenset[str]]:
-        """The mean of all processes' `loss`, (), and all that any of them was `asked` for."""
+    def _reduce(self, loss: torch.Tensor, requested: frozenset[str]) -> tuple[float, frozenset[str]]:
+        """The mean of `loss`, (), and the union of `requested` over all processes, in one collective call."""
         if self.accelerator.num_processes == 1:
-            return loss.item(), asked
-        commands = (STOP, *ASKED)
-        all_in_one = torch.stack([loss, *(loss.new_tensor(float(command in asked)) for command in commands)])
-        mean, *shares = self.accelerator.reduce(all_in_one, reduction="mean").tolist()
-        return mean, frozenset(command for command, share in zip(commands, shares, strict=True) if share > 0)
+            return loss.item(), requested
+        kinds = (STOP, *ASKED)
+        values = torch.stack([loss, *(loss.new_tensor(float(kind in requested)) for kind in kinds)])
+        mean, *shares = self.accelerator.reduce(values, reduction="mean").tolist()
+        return mean, frozenset(kind for kind, share in zip(kinds, shares, strict=True) if share > 0)
 
     def _backward(self, batches: Iterator[dict[str, Any]]) -> torch.Tensor:
         """Accumulate the gradients of one step's micro-batches; returns their mean loss on this process, ()."""
@@ -279,20 +284,20 @@ class Stepper:
 
     def _not_finite(self, name: str, value: float, step: int) -> str:
         return (
-            f"The {name} of step {step + 1} is {value}; nothing of that step was saved. Lower the learning rate and start "
-            f"again, or go on from the last good of the checkpoints in {str(self.run.checkpoints)!r}."
+            f"The {name} of step {step + 1} is {value} and must be finite; the step was not saved. Lower the learning rate and "
+            f"start again, or resume from a checkpoint in {str(self.run.checkpoints)!r}."
         )
 
 
 class TrainingProgress:
-    """Says in status.json, about once a second, how far training is."""
+    """Writes the progress of training to status.json about once a second."""
 
     def __init__(self, run: RunDirectory, first: int, total: int) -> None:
         self.run, self.first, self.total = run, first, total
         self.began, self.reported = time.monotonic(), -math.inf
 
     def report(self, step: int) -> None:
-        """Report that `step` steps are done."""
+        """Report `step` completed steps."""
         now = time.monotonic()
         if now - self.reported < STATUS_SECONDS and step < self.total:
             return
@@ -301,38 +306,38 @@ class TrainingProgress:
         self.run.update_status(phase="training", step=step, total=self.total, seconds_left=round(left, 1))
 
 
-def _act_and_save(stepper: Stepper, step: int, periodic: Sequence[Periodic], asked: frozenset[str]) -> None:
-    """What is due or `asked` for after `step` steps.
+def _finish_step(stepper: Stepper, step: int, periodic: Sequence[Periodic], requested: frozenset[str]) -> None:
+    """Run the actions that are due or requested after `step` steps, then save a checkpoint if one is.
 
-    The checkpoint comes last: what a resumed run goes on from has had its actions.
+    The checkpoint is last: a run that resumes from it does not repeat the actions.
     """
     options = stepper.options
-    last = step == options.max_train_steps
-    due = [task for task in periodic if last or step % task.every == 0]
-    wanted = _requested([task for task in periodic if task not in due]) if SAMPLE in asked else []
-    save = last or step % options.checkpointing_steps == 0 or not asked.isdisjoint({SAVE, STOP})
-    acts = bool(due or wanted)
-    score = _act(stepper, step, due, wanted) if acts else None
+    is_last = step == options.max_train_steps
+    actions = list(_actions(periodic, step, is_last, SAMPLE in requested))
+    score = _act(stepper, step, actions) if actions else None
+    save = is_last or step % options.checkpointing_steps == 0 or bool(requested & {SAVE, STOP})
     if save:
         _save(stepper, step, score)
-    if acts or save:
+    if actions or save:
         stepper.accelerator.wait_for_everyone()
 
 
-def _requested(tasks: Sequence[Periodic]) -> list[Callable[[int], None]]:
-    """What `tasks` do for people who ask between two of their times."""
-    return [task.on_request for task in tasks if task.on_request is not None]
+def _actions(periodic: Sequence[Periodic], step: int, is_last: bool, samples: bool) -> Iterator[Callable[[int], float | None]]:
+    """The actions that are due after `step` steps and, if `samples` are requested, those for requests."""
+    for task in periodic:
+        if is_last or step % task.every == 0:
+            yield task.action
+        elif samples and task.on_request is not None:
+            yield task.on_request
 
 
-def _act(stepper: Stepper, step: int, due: Sequence[Periodic], wanted: Sequence[Callable[[int], None]]) -> float | None:
-    """Do all actions with the moving average, on the main process; returns the lowest score of those that give one."""
+def _act(stepper: Stepper, step: int, actions: Sequence[Callable[[int], float | None]]) -> float | None:
+    """Run `actions` with the moving average on the main process; returns the lowest score, None if there is none."""
     trainable, scores = stepper.trainable, []
     with averaged(trainable.ema, trainable.optimizer), summon_full_params(trainable.module):
         if stepper.accelerator.is_main_process:
-            scores = [score for task in due if (score := task.action(step)) is not None]
-            for sample in wanted:
-                sample(step)
-    # Measuring and sampling leave what they use in evaluation mode.
+            scores = [score for action in actions if (score := action(step)) is not None]
+    # Actions may leave modules in evaluation mode.
     stepper.module.train()
     return min(scores, default=None)
 
@@ -347,7 +352,7 @@ def _save(stepper: Stepper, step: int, score: float | None) -> None:
 
 def _resume(accelerator: Accelerator, run: RunDirectory, trainable: Trainable, options: LoopOptions) -> int:
     """Restore the run's newest intact checkpoint into `trainable`; returns the number of steps already done."""
-    # One process decides: the others must neither judge for themselves nor see it half set aside.
+    # Only the main process looks for it, because it renames damaged checkpoints.
     chosen = [newest_intact_checkpoint(run.checkpoints) if accelerator.is_main_process else None]
     checkpoint = broadcast_object_list(chosen)[0]
     if checkpoint is None:
@@ -361,14 +366,15 @@ def _resume(accelerator: Accelerator, run: RunDirectory, trainable: Trainable, o
     step = int(state["step"])
     if step > options.max_train_steps:
         raise InputError(
-            f"max_train_steps must be at least {step}, the steps that {str(run.path)!r} has done, got {options.max_train_steps}."
+            f"max_train_steps must be at least {step}, the number of steps that {str(run.path)!r} has already trained, got "
+            f"{options.max_train_steps}."
         )
     run.forget_metrics_after(step)
     return step
 
 
 def _follow_schedule(scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:
-    """Have the next step use the rate of the schedule as it is now: with more steps in all, that is not the one saved."""
+    """Set the learning rate by the current schedule; it differs from the saved one if the number of steps has changed."""
     if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
         return
     saved = scheduler.get_last_lr()
@@ -378,5 +384,6 @@ def _follow_schedule(scheduler: torch.optim.lr_scheduler.LRScheduler) -> None:
     scheduler._last_lr = rates
     if not math.isclose(saved[0], rates[0]):
         logger.warning(
-            f"The schedule has changed with the number of steps: the learning rate goes on at {rates[0]:.3g}, not {saved[0]:.3g}."
+            "The schedule has changed with the number of steps: "
+            f"the learning rate is now {rates[0]:.3g} instead of {saved[0]:.3g}."
         )

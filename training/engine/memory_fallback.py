@@ -1,4 +1,4 @@
-"""Where a run does not fit: the first settings that do, each tried by a dry run in a process of its own."""
+"""Memory fallback: the first settings with which a run fits into memory, found by dry runs in separate processes."""
 
 from __future__ import annotations
 
@@ -24,24 +24,25 @@ from training.runs.run import RunDirectory
 from training.runs.run_files import GB, DryRunReport, FallbackStep, MemoryFallback
 
 SMALLER_RESOLUTIONS = (0.75, 0.5)
-# Sides that UNets can halve often enough.
+# Resolutions are multiples of these, so that UNets can halve them repeatedly.
 LARGE, LARGE_STEP, SMALL_STEP = 512, 64, 8
-# A process alone must not look for the others of the run that does not fit.
+# Removed from the environment: a dry run is a single process and must not join the group of the run.
 DISTRIBUTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 Options = dict[str, dict[str, Any]]
 
 
 def command_line(step: FallbackStep) -> str:
-    """The flags of `step` as typed in a shell."""
+    """The flags of `step` as they are typed into a shell."""
     return shlex.join(as_flags(step.flags))
 
 
-def rungs(options: Options, resolution: int | None) -> Iterator[dict[str, Any]]:
-    """What to set, one rung after the other: recompute, accumulate, 8-bit moments, 4-bit weights, smaller images.
+def fallback_settings(options: Options, resolution: int | None) -> Iterator[dict[str, Any]]:
+    """The settings to try, in order, each in addition to those before: gradient checkpointing, smaller batches with gradient
+    accumulation, 8-bit optimiser, 4-bit weights, lower resolution.
 
     Args:
-        options: the resolved options, by group; what they have already, or know nothing of, makes no rung.
-        resolution: the side of the images in pixels, None where it is not known.
+        options: the resolved options, by group; settings that they already have, or do not know, are left out.
+        resolution: the side of the images in pixels; None if unknown.
     """
     flat_options = _flat(options)
     if flat_options.get("gradient_checkpointing") is False:
@@ -62,7 +63,7 @@ def _flat(options: Options) -> dict[str, Any]:
 
 
 def _smaller_batches(size: int, parts: int) -> Iterator[dict[str, Any]]:
-    """The images of an optimisation step stay as many: the batch is divided by its smallest divisor, again and again."""
+    """Smaller batches with the same number of images per optimisation step; each divides the size by its smallest divisor."""
     while size > 1:
         divisor = next(d for d in range(2, size + 1) if size % d == 0)
         size, parts = size // divisor, parts * divisor
@@ -70,44 +71,44 @@ def _smaller_batches(size: int, parts: int) -> Iterator[dict[str, Any]]:
 
 
 def as_flags(values: dict[str, Any]) -> list[str]:
-    """Command-line flags that set `values`; None is left out."""
+    """The command-line flags for `values`; options that are None are left out."""
     flags: list[str] = []
     for name, value in values.items():
         if value is not None and value != []:
-            many = value if isinstance(value, list | tuple) else [value]
-            flags += [f"--{name}", *(str(one) for one in many)]
+            values_of_flag = value if isinstance(value, list | tuple) else [value]
+            flags += [f"--{name}", *map(str, values_of_flag)]
     return flags
 
 
-def climb(recipe: str, options: Options, resolution: int | None, folder: Path) -> list[FallbackStep]:
-    """Try one rung after the other until one fits.
+def find_fitting(recipe: str, options: Options, resolution: int | None, folder: Path) -> list[FallbackStep]:
+    """Try the settings in order until one fits.
 
     Args:
-        recipe: the module that is run.
+        recipe: the module that `python -m` runs.
         options: the resolved options, by group.
-        folder: where the dry runs go.
+        folder: for the dry runs.
     """
     tried: list[FallbackStep] = []
     setting: dict[str, Any] = {}
-    for more in rungs(options, resolution):
+    for more in fallback_settings(options, resolution):
         step = attempt(recipe, options, setting | more, folder / str(len(tried)))
         tried.append(step)
         if step.fits:
             break
         if step.peak_memory is not None or _ran_out(step.reason or ""):
-            # Settings that cannot be used here at all are not carried on.
+            # Settings that failed for another reason than memory are not kept.
             setting |= more
     return tried
 
 
 def attempt(recipe: str, options: Options, setting: dict[str, Any], folder: Path) -> FallbackStep:
-    """A dry run of `recipe` with `setting` besides `options`, in a process of its own."""
+    """The result of a dry run of `recipe` with `options` and `setting`, in a separate process."""
     flat_options = _flat(copy.deepcopy(options))
     values = flat_options | setting | {"output_dir": str(folder), "dry_run": True, "memory_fallback": False, "report_to": "none"}
     values |= {"resume_from_checkpoint": None, "push_to_hub": False, "hub_model_id": None, "hub_token": None}
     flags = as_flags({name: value for name, value in values.items() if name in flat_options})
     command = [sys.executable, "-P", "-m", recipe, *flags]
-    finished = subprocess.run(command, env=_own_environment(), capture_output=True, text=True, check=False)
+    finished = subprocess.run(command, env=_single_process_environment(), capture_output=True, text=True, check=False)
     lines = finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"]
     reason = None if finished.returncode == 0 else lines[-1]
     report = DryRunReport.read(folder)
@@ -115,8 +116,8 @@ def attempt(recipe: str, options: Options, setting: dict[str, Any], folder: Path
     return FallbackStep(setting, finished.returncode == 0, *measured, reason)
 
 
-def _own_environment() -> dict[str, str]:
-    """The environment of a process alone, with this project to import from."""
+def _single_process_environment() -> dict[str, str]:
+    """The environment without the variables of distributed training, with this project on the import path."""
     distributed = {name for name in os.environ if name in DISTRIBUTED or name.startswith("TORCHELASTIC")}
     return {name: value for name, value in os.environ.items() if name not in distributed} | import_path()
 
@@ -126,23 +127,23 @@ def _ran_out(message: str) -> bool:
 
 
 def advice(tried: list[FallbackStep]) -> str:
-    """What to do, in words."""
+    """What the user can do, as a sentence."""
     if tried and tried[-1].fits:
         best = tried[-1]
         return (
-            f"This fits: {command_line(best)} ({(best.peak_memory or 0) / GB:.3f} GB, {best.seconds_per_step:.3g} s a step). "
-            "Add it to the command."
+            f"These flags fit: {command_line(best)} ({(best.peak_memory or 0) / GB:.3f} GB, {best.seconds_per_step:.3g} s per "
+            "step). Add them to the command."
         )
-    return "No setting of the ladder fits either: use a smaller base model, a lower --resolution or a larger device."
+    return "None of the settings of the memory fallback fits. Use a smaller base model, a lower --resolution or a larger device."
 
 
-def with_ladder(work: Callable[[Any], RunDirectory], options: Any, recipe: str) -> RunDirectory:
-    """`work(options)`; where it does not fit in memory, look for settings that do.
+def with_memory_fallback(work: Callable[[Any], RunDirectory], options: Any, recipe: str) -> RunDirectory:
+    """Run `work(options)`; if it does not fit into memory, look for settings that fit.
 
     Args:
         work: the recipe.
         options: its options, with `to_dict()`, and `output.memory_fallback`.
-        recipe: the module that `python -m` runs; its status has the side of its images as `resolution`.
+        recipe: the module that `python -m` runs; it must write `resolution` to the status.
     Raises: InputError with the flags to set.
     """
     try:
@@ -151,17 +152,17 @@ def with_ladder(work: Callable[[Any], RunDirectory], options: Any, recipe: str) 
         if not isinstance(error, DoesNotFitError) and not should_reduce_batch_size(error):
             raise
         reason = str(error)
-    # Only here, where the frames of the error are gone, can the model go.
+    # Outside of `except`, because the error's traceback keeps the model in memory.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if not options.output.memory_fallback or not PartialState().is_main_process:
-        raise InputError(f"It does not fit: {reason}")
+        raise InputError(f"The training does not fit into memory: {reason}")
     run = RunDirectory(Path(options.output.output_dir))
     run.update_status(phase="looking for settings that fit")
     with tempfile.TemporaryDirectory() as folder:
-        tried = climb(recipe, options.to_dict(), run.status().resolution, Path(folder))
+        tried = find_fitting(recipe, options.to_dict(), run.status().resolution, Path(folder))
     MemoryFallback(tried).write(run.path)
-    message = f"It does not fit: {reason} {advice(tried)}"
-    run.update_status(error=message)
+    message = f"The training does not fit into memory: {reason} {advice(tried)}"
+    run.update_status(error=f"{InputError.__name__}: {message}")
     raise InputError(message)

@@ -1,4 +1,4 @@
-"""The start of every recipe: its run's directory."""
+"""Open the run directory at the start of a recipe."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class RecipeOptions(Protocol):
     data: object
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, by group."""
+        """The options as plain values, by group."""
 
 
 def check_outputs(options: RecipeOptions) -> None:
-    """Check the folders that the recipe writes to, before anything is loaded.
+    """Check the folders that the recipe writes to.
 
-    Raises: InputError naming the option of one that cannot be written to.
+    Raises: InputError naming the option of a folder that cannot be written to.
     """
     check_output_folder(options.output.output_dir or RUNS, "--output_dir")
     data = options.data
@@ -49,9 +49,9 @@ def check_outputs(options: RecipeOptions) -> None:
 
 
 def open_run(options: RecipeOptions, title: str, accelerator: Accelerator) -> RunDirectory:
-    """The run's directory: the one given, or a new one called after the time and `title` that all processes agree on.
+    """The given run directory, or a new one named by time and `title`; it is the same on all processes.
 
-    Raises: InputError if it holds another run, or one with other options.
+    Raises: InputError if it contains another run, or the options of a resumed run have changed.
     """
     output = options.output
     fresh = Path(RUNS) / f"{time.strftime('%Y%m%d-%H%M%S')}-{title}"
@@ -60,12 +60,12 @@ def open_run(options: RecipeOptions, title: str, accelerator: Accelerator) -> Ru
     if output.resume_from_checkpoint == LATEST:
         check_can_resume(path, options.to_dict(), accelerator.num_processes)
     elif (path / ResolvedOptions.NAME).exists():
-        raise InputError(f"{str(path)!r} holds a run. Give another --output_dir, or go on with --resume_from_checkpoint latest.")
+        raise InputError(f"{str(path)!r} contains a run. Give another --output_dir, or add --resume_from_checkpoint latest.")
     accelerator.wait_for_everyone()
     run = RunDirectory.create(path, options.to_dict(), accelerator.is_main_process)
     if run.writes:
         write_text_atomically(path / "command", command_line(typed_words(["accelerate", "launch"])) + "\n")
         run.update_status(processes=accelerator.num_processes)
-    logger.info(f"Everything goes to {path}.")
+    logger.info(f"Run directory: {path}.")
     run.trackers.extend(start_tracker(output.report_to, path, newest_step(run.checkpoints), run.writes))
     return run

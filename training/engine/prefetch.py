@@ -1,4 +1,4 @@
-"""Batches by index, made ahead in worker processes where asked."""
+"""Batches by index, optionally prepared in advance by worker processes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class ProcessBatches(Dataset):
     """The part of every global batch that belongs to one process, by index.
 
     Args:
-        batch_at: `Trainable.batch_at`; with workers it runs in them, so that what it returns must lie on the CPU.
-        process, processes: which of how many.
+        batch_at: `Trainable.batch_at`; if it runs in workers, its tensors must be on the CPU.
+        process, processes: index of this process and their number.
     """
 
     batch_at: Callable[[int], dict[str, Any]]
@@ -23,17 +23,17 @@ class ProcessBatches(Dataset):
     processes: int = 1
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return own_part(self.batch_at(index), self.process, self.processes)
+        return part_of_process(self.batch_at(index), self.process, self.processes)
 
     def over(self, indices: range, workers: int = 0) -> Iterator[dict[str, Any]]:
-        """The batches of `indices`, in their order, made ahead by `workers` processes."""
+        """The batches of `indices` in order, prepared in advance by `workers` processes."""
         if workers == 0:
             return (self[index] for index in indices)
         return iter(DataLoader(self, batch_size=None, sampler=indices, num_workers=workers))
 
 
-def own_part(batch: dict[str, Any], process: int, processes: int) -> dict[str, Any]:
-    """The equal part of a global batch's tensors, split along their first dimension, that belongs to `process`.
+def part_of_process(batch: dict[str, Any], process: int, processes: int) -> dict[str, Any]:
+    """The part of a global batch that belongs to `process`; the tensors are split evenly along their first dimension.
 
     Raises: ValueError if the examples do not divide evenly.
     """

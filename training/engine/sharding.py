@@ -1,6 +1,6 @@
-"""FSDP: parameters that lie in parts on all processes, and having them whole where one process works alone.
+"""FSDP: parameters that are sharded over all processes, and access to full parameters on one process.
 
-accelerate splits a module in place, once, and for good; nothing here does anything to a module that is not split.
+accelerate shards a module once and in place. All functions also accept modules that are not sharded.
 """
 
 from __future__ import annotations
@@ -24,83 +24,83 @@ from pipelines.optimizers import trainable_parameters
 
 
 def check_can_shard(accelerator: Accelerator, optimizer: str, eight_bit: bool, methods: Sequence[AdapterMethod] = ()) -> None:
-    """Check that training can be split as `accelerator` was configured; nothing is asked of one that splits nothing.
+    """Check that the training supports FSDP, if `accelerator` uses it.
 
     Args:
         optimizer: its name, as `Adam.kind`.
-        eight_bit: whether it keeps its moments in 8 bits.
+        eight_bit: whether its moments have 8 bits.
         methods: of the adapters.
-    Raises: InputError for version 1 of FSDP, a PyTorch that is too old, and optimisers that need whole parameters.
+    Raises: InputError for version 1 of FSDP, a PyTorch that is too old, and optimisers or methods that need full parameters.
     """
     if accelerator.distributed_type != DistributedType.FSDP:
         return
     if not accelerator.is_fsdp2:
-        raise InputError("fsdp_version must be 2, as in training/configs/fsdp.yaml: version 1 trains no parts of a layer.")
+        raise InputError("fsdp_version must be 2, as in training/configs/fsdp.yaml: version 1 cannot train adapters alone.")
     if not hasattr(FSDPModule, "reset_iter_state"):
-        raise InputError(f"FSDP needs the PyTorch of requirements.txt or a newer one, got {torch.__version__}. Install that.")
+        raise InputError(f"FSDP needs the PyTorch of requirements.txt or a newer one, got {torch.__version__}. Update PyTorch.")
     if optimizer.lower() != "adamw" or eight_bit:
         raise InputError(
-            "With FSDP each process holds parts of parameters, which only --optimizer AdamW without --use_8bit_adam can train. "
-            "Leave these out, or use training/configs/multi_gpu.yaml."
+            "FSDP shards parameters, which only --optimizer AdamW without --use_8bit_adam can train. Use AdamW without "
+            "--use_8bit_adam, or training/configs/multi_gpu.yaml."
         )
     for method in methods:
         if not method.can_be_sharded:
             raise InputError(
-                f"With FSDP each process holds parts of parameters, and {method.title} needs them whole. Use "
-                "training/configs/multi_gpu.yaml, or another method."
+                f"FSDP shards parameters, but {method.title} needs full ones. Use training/configs/multi_gpu.yaml, or another "
+                "method."
             )
 
 
 def prepare(
     accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """`accelerator.prepare` for a module that may be split already; the optimiser has no state yet where it splits it."""
+    """`accelerator.prepare` for a module that may be sharded already. If it is not, `optimizer` must not have a state yet."""
     if isinstance(module, FSDPModule):
-        # accelerate tells parameters apart by their addresses, and the empty parts of small ones have none.
+        # accelerate identifies parameters by their addresses, and empty shards of small parameters have none.
         return module, accelerator.prepare_optimizer(optimizer)
     if accelerator.distributed_type == DistributedType.FSDP:
         _send_from_first(module)
-        # Numbers as without FSDP: the loop's autocast chooses the precision of each operation, the loss stays in float32.
+        # As without FSDP, the loop's autocast chooses the precision of each operation, and the loss is in float32.
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     return accelerator.prepare(module, optimizer)
 
 
 @torch.no_grad()
 def _send_from_first(module: nn.Module) -> None:
-    """Give all processes the first one's tensors, as DDP does: each keeps a part of its own."""
+    """Broadcast the tensors of the first process to all others, as DDP does."""
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.copy_(broadcast(tensor.contiguous()))
 
 
 @contextmanager
 def summon_full_params(module: nn.Module) -> Iterator[None]:
-    """Have each process hold all parameters of `module` as plain tensors meanwhile; all processes enter this together.
+    """A context in which each process has all parameters of `module` as plain tensors; all processes must enter it together.
 
-    One of them may then run, save and change the module alone; changes of its parameters are gone afterwards.
+    Within it, one process can run, save and change the module alone. Changes of its parameters are lost afterwards.
     """
     parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
     if not parts:
         yield
         return
-    # Whichever part is called first takes itself for the root, which here may be the UNet.
+    # Without this, the part that is called first becomes FSDP's root module, which may be the UNet.
     module._get_fsdp_state()._lazy_init()
     for part in parts:
         part.unshard()
     module.set_reshard_after_forward(False)
     try:
-        with _state_dicts_of_whole_parameters(parts):
+        with _without_state_dict_hooks(parts):
             yield
     finally:
         module.set_reshard_after_forward(AcceleratorState().fsdp_plugin.reshard_after_forward)
         for part in parts:
             part.reshard()
-        # What one process alone has run must not tell it to fetch parameters that the others do not send.
+        # Otherwise a process that ran the module alone would wait for parameters that the others do not send.
         module.reset_iter_state()
 
 
 @contextmanager
-def _state_dicts_of_whole_parameters(parts: Sequence[FSDPModule]) -> Iterator[None]:
-    """Leave out FSDP's hooks, which split parameters again before and after a state dict is read or loaded."""
+def _without_state_dict_hooks(parts: Sequence[FSDPModule]) -> Iterator[None]:
+    """A context without FSDP's hooks, which shard parameters again when a state dict is read or loaded."""
     groups = [group for part in parts for group in part._get_fsdp_state()._fsdp_param_groups]
     for group in groups:
         for handles in (group._module_to_pre_save_state_dict_hook_handle, group._module_to_pre_load_state_dict_hook_handle):
@@ -120,12 +120,12 @@ def _state_dicts_of_whole_parameters(parts: Sequence[FSDPModule]) -> Iterator[No
 
 
 def _reset_after_load(parameter: Any, module: nn.Module, incompatible_keys: object) -> None:
-    """What FSDP does after a state dict was loaded."""
+    """FSDP's hook after a state dict was loaded."""
     parameter.reset_sharded_param()
 
 
 def gathered(value: Any) -> Any:
-    """`value`, with all split tensors in nested dictionaries and lists made whole; all processes call this together."""
+    """`value` with the full tensors of all sharded ones in nested dictionaries and lists; all processes must call it together."""
     if isinstance(value, DTensor):
         return value.full_tensor()
     if isinstance(value, dict):
@@ -134,7 +134,7 @@ def gathered(value: Any) -> Any:
 
 
 def split_like(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This process's part of `value`, which all processes hold, where `like`, of the same shape, is split; else `value`."""
+    """This process's shard of the full tensor `value` if `like`, of the same shape, is sharded; else `value`."""
     if not isinstance(like, DTensor) or isinstance(value, DTensor):
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
@@ -142,12 +142,12 @@ def split_like(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def assign(parameter: torch.Tensor, value: torch.Tensor) -> None:
-    """Copy `value`, whole or split, into `parameter`, of the same shape, whole or split."""
+    """Copy `value` into `parameter`, of the same shape; either may be sharded."""
     parameter.copy_(split_like(value, parameter))
 
 
 def split_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What `optimizer.state_dict()` returned, whole, split as the optimiser's parameters are now."""
+    """A full `optimizer.state_dict()`, sharded like the optimiser's parameters."""
     parameters = trainable_parameters(optimizer)
 
     def part(value: Any, parameter: torch.Tensor) -> Any:

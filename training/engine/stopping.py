@@ -1,4 +1,4 @@
-"""How a run ends before its end: asked to by a signal, at the end of a step; and the exit code of each ending."""
+"""Stopping a run by a signal at the end of a step, and the exit codes of a recipe."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """The run was asked to stop by a signal.
+    """A signal has stopped the run.
 
     Args:
         signal_number: of the signal.
@@ -40,16 +40,16 @@ def launcher() -> int | None:
     try:
         words = [] if parent is None else parent.cmdline()
     except psutil.Error:
-        # It has gone meanwhile, or is another user's.
+        # It has ended, or belongs to another user.
         return None
     return parent.pid if any("accelerate" in Path(word).name for word in words[:3]) else None
 
 
 class StopRequests:
-    """While entered, SIGTERM and SIGINT are noted rather than acted on; the second SIGINT interrupts at once.
+    """A context that records SIGTERM and SIGINT in `noted`; a second SIGINT interrupts at once.
 
-    `accelerate launch` does not pass signals on: when it has gone, that counts as SIGTERM. Only a process's main thread can
-    be told of signals: elsewhere none is ever noted.
+    `accelerate launch` does not forward signals, so its end counts as SIGTERM. Python handles signals in the main thread only; in
+    other threads nothing is recorded.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class StopRequests:
 
     @property
     def noted(self) -> int:
-        """The signal that asks for the end; 0 for none."""
+        """The signal that was received; 0 if there was none."""
         if self._noted == 0 and self._launcher is not None and os.getppid() != self._launcher:
             self._noted = signal.SIGTERM
         return self._noted
@@ -81,7 +81,7 @@ class StopRequests:
 
 @contextmanager
 def stopping_at_once() -> Iterator[None]:
-    """While entered, SIGTERM raises `TrainingInterrupted` as Ctrl-C does, so that the run's status says how it ended."""
+    """A context in which SIGTERM and SIGINT raise `TrainingInterrupted`, so that the status records how the run ended."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise TrainingInterrupted(number)
@@ -99,7 +99,7 @@ def stopping_at_once() -> Iterator[None]:
 
 @contextmanager
 def exit_codes() -> Iterator[None]:
-    """For a recipe's last lines: errors that are the user's to mend end in one line and exit code 1, signals in 128 + signal."""
+    """A context for recipes: errors that the user can fix exit with one line and code 1, signals with 128 + signal."""
     try:
         with stopping_at_once():
             yield

@@ -24,7 +24,7 @@ from training.options.output import OutputOptions
 from training.options.validation import ValidationOptions
 
 NEW_SCENES = ("in the snow", "in the forest", "at night", "in the water")
-# Adam's steps are of one size whatever the layer's width: narrow layers need larger ones.
+# Adam's step size does not depend on the width of a layer, and the narrow layers of the built-in model need larger steps.
 BUILT_IN_RATE_FACTOR = 10
 
 
@@ -62,15 +62,17 @@ class SubjectOptions:
 
     def _check_rates(self) -> None:
         if self.optimisation.is_prodigy and self.adapter.lora_plus_ratio != 1:
-            raise InputError("Prodigy finds one rate for all: lora_plus_ratio is for --optimizer AdamW. Leave it out.")
+            raise InputError(
+                "Prodigy adapts one learning rate for all parameters, so lora_plus_ratio needs --optimizer AdamW. Leave it out."
+            )
 
     def _check_quantization(self) -> None:
         method = method_named(self.adapter.method)
         if self.model.quantize is not None and not method.adapts_quantized_layers:
-            raise InputError(f"{method.title} cannot be put on quantized layers. Leave out --quantize, or use another method.")
+            raise InputError(f"{method.title} does not support quantized layers. Leave out --quantize, or use another method.")
 
     def unused(self) -> list[str]:
-        """A sentence for each option that was given and has no effect."""
+        """A sentence for each given option that has no effect."""
         return unused_options(self.adapter, "subject", [self.adapter.method])
 
     def _default_learning_rate(self, built_in: bool) -> float:

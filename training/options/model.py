@@ -62,7 +62,7 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         if not self.pretrained_model_name_or_path:
-            raise InputError("pretrained_model_name_or_path must be a hub name or a folder, got nothing.")
+            raise InputError("pretrained_model_name_or_path must be a hub name or a folder, got an empty text.")
         self.pretrained_model_name_or_path = recorded_name(self.pretrained_model_name_or_path)
         check_combination(self.prediction_type, self.rescale_betas_zero_snr)
 

@@ -21,7 +21,7 @@ SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant
 
 @dataclass
 class OptimisationOptions:
-    """How the adapter is trained."""
+    """Optimiser, schedule and loss."""
 
     max_train_steps: int = field(default=400, metadata={"help": "Optimisation steps."})
     train_batch_size: int = field(default=4, metadata={"help": "Images per batch on each process."})
@@ -97,7 +97,7 @@ class OptimisationOptions:
         rates = self.text_encoder_lr
         if rates is not None and not (len(rates) in (1, 2) and all(rate > 0 for rate in rates)):
             given = " ".join(map(str, rates)) or "nothing"
-            raise InputError(f"text_encoder_lr must be one or two rates above 0, got {given}.")
+            raise InputError(f"text_encoder_lr must be one or two learning rates above 0, got {given}.")
 
     def _check_optimizer(self) -> None:
         if self.optimizer.lower() not in OPTIMIZERS:
@@ -105,9 +105,11 @@ class OptimisationOptions:
         if not self.is_prodigy:
             return
         if self.use_8bit_adam:
-            raise InputError("use_8bit_adam is for --optimizer AdamW, got Prodigy. Leave one out.")
+            raise InputError("use_8bit_adam needs --optimizer AdamW, got Prodigy. Leave one of them out.")
         if self.text_encoder_lr is not None:
-            raise InputError("Prodigy finds one rate for all: text_encoder_lr is for --optimizer AdamW. Leave it out.")
+            raise InputError(
+                "Prodigy adapts one learning rate for all parameters, so text_encoder_lr needs --optimizer AdamW. Leave it out."
+            )
 
     @property
     def is_prodigy(self) -> bool:

@@ -20,7 +20,9 @@ class RunOptions:
         default=None, metadata={"help": "'latest' resumes from the newest checkpoint in --output_dir."}
     )
     checkpointing_steps: int = field(default=100, metadata={"help": "Steps between two checkpoints."})
-    checkpoints_total_limit: int = field(default=2, metadata={"help": "How many checkpoints are kept."})
+    checkpoints_total_limit: int = field(
+        default=2, metadata={"help": "Number of checkpoints to keep, besides the one with the lowest held-out loss."}
+    )
     report_to: Literal["tensorboard", "wandb", "none"] = field(
         default="tensorboard", metadata={"help": "Tracker that also gets the metrics and images."}
     )
@@ -54,9 +56,7 @@ class OutputOptions(RunOptions):
     )
     memory_fallback: bool = field(
         default=True,
-        metadata={
-            "help": "If training does not fit in memory, look for settings that fit, each tested by a dry run in its own process."
-        },
+        metadata={"help": "If training does not fit into memory, find settings that fit, by dry runs in separate processes."},
     )
 
     _argument_group_name = "output"

@@ -17,7 +17,7 @@ STAGE_NAMES = ("basis", "vae", "unet", "export", "clip", "export_clip")
 class PretrainOptions:
     """The pretraining of the built-in models from scratch."""
 
-    output_dir: str = field(metadata={"help": "Where the runs of the stages, the cached corpus and the finished model go."})
+    output_dir: str = field(metadata={"help": "Folder for the runs of the stages, the cached corpus and the finished model."})
     images_dir: str | None = field(
         default=None,
         metadata={"help": "Folder of zipped photographs with classes.json. Without it, only rendered scenes are used."},

@@ -61,13 +61,13 @@ class ValidationOptions:
         at_least(self, 0, "num_candidate_images")
         if self.image_scorer is not None and not self.image_scorer.strip():
             raise InputError(
-                "image_scorer must be 'mini', 'base', 'open_clip:MODEL/WEIGHTS', a hub name or a folder, got nothing."
+                "image_scorer must be 'mini', 'base', 'open_clip:MODEL/WEIGHTS', a hub name or a folder, got an empty text."
             )
         if not self.push_to_hub and (self.hub_model_id is not None or self.hub_token is not None):
             raise InputError("hub_model_id and hub_token need --push_to_hub: nothing is uploaded without it.")
 
     def fill_in(self, built_in: bool) -> None:
-        """Fill in the defaults that depend on whether the base model is `built_in`.
+        """Set the defaults that depend on whether the base model is `built_in`.
 
         The built-in CLIP was trained on 64-pixel images like those of the built-in base model. Other base models generate
         images unlike its training data, and a better CLIP is not downloaded unasked, so the base model itself scores them.

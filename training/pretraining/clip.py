@@ -41,15 +41,15 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class ClipData:
-    """The corpus as CLIP is trained and judged on it.
+    """The images and captions that CLIP is trained and evaluated on.
 
     Args:
-        scenes: what the first `len(scenes)` images of `training` show.
+        scenes: of the first `len(scenes)` images of `training`.
         training: rendered scenes, then photographs.
         labels: (len(training),) the class of each image, -1 for scenes.
         held_out, held_out_labels: a tenth of every class's photographs.
         names: of the classes, such as "a teapot".
-        tokenizer: spells all captions.
+        tokenizer: covers all captions.
     """
 
     scenes: list[Scene]
@@ -64,7 +64,7 @@ class ClipData:
 def clip_data(options: PretrainOptions, corpus: Corpus) -> ClipData:
     """Split the photographs of `corpus` and label them by their captions.
 
-    Raises: ValueError if there are no photographs, or the scenes were drawn by other code.
+    Raises: ValueError if there are no photographs, or other code rendered the cached scenes.
     """
     scenes = corpus_scenes(options.scenes, options.seed)
     if [scene.caption for scene in scenes] != corpus.captions[: options.scenes]:
@@ -88,7 +88,7 @@ def clip_data(options: PretrainOptions, corpus: Corpus) -> ClipData:
 
 
 class ClipBatches:
-    """Batch k of the training, a function of the seed and k alone."""
+    """The batches of the training; batch k depends only on the seed and k."""
 
     def __init__(self, options: PretrainOptions, data: ClipData) -> None:
         self.data, self.count = data, options.clip_batch_size
@@ -119,12 +119,12 @@ class ClipBatches:
 
 
 def model_folder(options: PretrainOptions) -> Path:
-    """Where the finished model goes, and its configuration before that."""
+    """The folder of the finished model; its configuration is written before training."""
     return Path(options.output_dir) / "mini-clip"
 
 
 def new_loss(options: PretrainOptions, data: ClipData) -> ClassNameLoss:
-    """The untrained model, as it is trained; its configuration is written on the way."""
+    """Write the configuration; returns the loss with the untrained model."""
     with PartialState().main_process_first():
         mini_clip.write_configuration(model_folder(options), data.tokenizer)
     torch.manual_seed(options.seed)
@@ -132,7 +132,7 @@ def new_loss(options: PretrainOptions, data: ClipData) -> ClassNameLoss:
 
 
 def decayed_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Weights of matrices and kernels, which decay, and all others, which do not."""
+    """Parameter groups: matrices and kernels with weight decay, all others without."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
@@ -163,7 +163,7 @@ def train_clip(options: PretrainOptions, corpus: Corpus) -> None:
 
 @torch.no_grad()
 def estimate_normalisation(module: nn.Module, batches: list[torch.Tensor]) -> None:
-    """Measure the statistics of all batch normalisations over `batches` of images, which no checkpoint holds."""
+    """Measure the statistics of all batch normalisations over `batches` of images; checkpoints do not contain them."""
     normalisations = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
     momenta = [layer.momentum for layer in normalisations]
     for layer in normalisations:
@@ -178,7 +178,7 @@ def estimate_normalisation(module: nn.Module, batches: list[torch.Tensor]) -> No
 
 
 def trained_clip(options: PretrainOptions, data: ClipData) -> ClassNameLoss:
-    """The model of the newest checkpoint, with statistics of the images it was trained on."""
+    """The model of the newest checkpoint, with batch statistics of training images."""
     loss = new_loss(options, data)
     load_checkpoint(list_checkpoints(Path(options.output_dir) / "clip" / CHECKPOINTS)[-1], loss)
     sampler = PretrainingSampler(data.training, options.scenes, options.clip_scene_share, options.seed)
@@ -187,7 +187,7 @@ def trained_clip(options: PretrainOptions, data: ClipData) -> ClassNameLoss:
 
 
 def export_clip(options: PretrainOptions, corpus: Corpus) -> None:
-    """Write the weights of the newest checkpoint in fp16 to `mini-clip`, and score them for the card as they were written."""
+    """Write the weights of the newest checkpoint in fp16 to `mini-clip`, evaluate the written model, and write its card."""
     data, folder = clip_data(options, corpus), model_folder(options)
     loss = trained_clip(options, data)
     weights = {name: value.contiguous() for name, value in loss.model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""What the stages of pretraining share: batches of scenes and photographs, schedule and precision."""
+"""Batches, schedule and precision for all stages of pretraining."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from training.runs.run_files import CHECKPOINTS, step_of
 
 
 class PretrainingSampler:
-    """Draws batches from rendered scenes and photographs; batch k is a function of the seed and k alone."""
+    """Samples batches of rendered scenes and photographs; batch k depends only on the seed and k."""
 
     def __init__(self, corpus: Corpus, scenes: int, scene_share: float, seed: int) -> None:
         self.corpus, self.scenes, self.seed = corpus, scenes, seed
         self.scene_share = scene_share if scenes < len(corpus) else 1.0
 
     def draw(self, index: int, count: int) -> tuple[torch.Tensor, np.ndarray, np.random.Generator]:
-        """Pixels (count, 3, height, width) in [-1, 1], half of them mirrored, their places (count,), and the generator."""
+        """Pixels (count, 3, height, width) in [-1, 1], half of them mirrored; their indices (count,); and the generator."""
         rng = np.random.default_rng((self.seed, index))
         from_scenes = rng.random(count) < self.scene_share
         photo = rng.integers(0, max(1, len(self.corpus) - self.scenes), count)
@@ -48,18 +48,18 @@ def load_corpus(options: PretrainOptions) -> Corpus:
     else:
         scenes = rendered_corpus(options.scenes, RESOLUTION, options.seed)
         cache.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(cache, images=scenes.images, captions=np.asarray(scenes.captions), mirrorable=scenes.mirrorable)
+        np.savez(cache, pictures=scenes.images, captions=np.asarray(scenes.captions), mirrorable=scenes.mirrorable)
     return join(scenes, photo_corpus(Path(options.images_dir), RESOLUTION)) if options.images_dir else scenes
 
 
 def train_here(
     options: PretrainOptions, run: RunDirectory, trainable: Trainable, loop: LoopOptions, periodic: Sequence[Periodic] = ()
 ) -> None:
-    """Train with the precision asked for, and with the attention kernel that is fastest where there is no GPU."""
-    # SDXL reads the last but one layer of its first text encoder, so that the last one never gets a gradient.
+    """Train with the precision in `options`; on the CPU, with the fastest attention kernel."""
+    # SDXL uses the second-to-last layer of its first text encoder, so the last layer gets no gradient.
     unread = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(mixed_precision=options.mixed_precision, kwargs_handlers=[unread])
-    # PyTorch's fused attention on the CPU takes a quarter of a bf16 step on this few tokens; plain products take a tenth of that.
+    # With so few tokens, PyTorch's fused attention on the CPU takes a quarter of a bf16 step, and plain products a tenth of that.
     kernel = sdpa_kernel(SDPBackend.MATH) if accelerator.device.type == "cpu" else nullcontext()
     with kernel:
         train(accelerator, run, trainable, loop, periodic)

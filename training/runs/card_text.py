@@ -1,4 +1,4 @@
-"""What every model card needs: its file, and names and words as Markdown text."""
+"""The file name of model cards, and names and text as Markdown."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ def portable_name(model: str, private: bool = False) -> str:
 
 
 def as_text(words: str) -> str:
-    """`words` as one line of Markdown that shows just them, whatever they hold."""
+    """`words` as one line of Markdown, with all markup escaped."""
     return MARKDOWN.sub(r"\\\1", html.escape(" ".join(words.split()), quote=False))

@@ -1,4 +1,4 @@
-"""Files that survive a power cut: written beside, flushed to the disk and renamed; and what to say when the disk is full."""
+"""Writing files that survive a power failure, and detecting a full disk."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class DiskFullError(OSError):
-    """The disk is full; the message says what is safe and how to go on."""
+    """The disk is full; the message names the newest checkpoint and how to resume."""
 
 
 def is_disk_full(error: OSError) -> bool:
-    """Whether `error` says that the disk, or the quota on it, is full."""
+    """Whether the disk or its quota is full."""
     return error.errno in FULL
 
 
@@ -30,7 +30,7 @@ def write_durably(path: Path, data: bytes) -> str:
 
 
 def flush_folder(folder: Path) -> None:
-    """Flush to the disk which files `folder` holds."""
+    """Flush the entries of `folder` to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -39,5 +39,5 @@ def flush_folder(folder: Path) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """What is free on the disk that `folder` is on."""
+    """The number of free bytes on the disk of `folder`."""
     return shutil.disk_usage(folder).free

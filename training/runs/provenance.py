@@ -1,4 +1,4 @@
-"""Where a run comes from: hashes of images, base model and code, versions, seeds, command and device."""
+"""The provenance of a run: hashes of images, base model and code, versions, seed, command and device."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LIBRARIES = (
 
 
 def files_hash(root: Path, files: Iterable[Path]) -> str:
-    """SHA-256 over the names, relative to `root`, and the bytes of `files`, whatever order they come in."""
+    """SHA-256 over the names, relative to `root`, and the bytes of `files` in sorted order."""
     digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(f"{path.relative_to(root).as_posix()}\0{file_digest(path)}\n".encode())
@@ -39,17 +39,17 @@ def files_hash(root: Path, files: Iterable[Path]) -> str:
 
 
 def code_identity(root: Path = ROOT) -> dict[str, Any]:
-    """The hash of this project's sources and, in a git checkout, its commit and whether files differ from that."""
+    """The hash of this project's sources; in a git checkout also the commit, and whether tracked files have changed."""
     sources = [path for package in PACKAGES for path in (root / package).rglob("*.py")]
-    found: dict[str, Any] = {"sources_sha256": files_hash(root, sources), "commit": None, "changed": None}
+    identity: dict[str, Any] = {"sources_sha256": files_hash(root, sources), "commit": None, "changed": None}
     if (root / ".git").exists():
-        found["commit"] = _git(root, "rev-parse", "HEAD")
-        found["changed"] = bool(_git(root, "status", "--porcelain", "--untracked-files=no", "--", *PACKAGES))
-    return found
+        identity["commit"] = _git(root, "rev-parse", "HEAD")
+        identity["changed"] = bool(_git(root, "status", "--porcelain", "--untracked-files=no", "--", *PACKAGES))
+    return identity
 
 
 def _git(root: Path, *arguments: str) -> str | None:
-    """What git answers, or None where it cannot."""
+    """The output of a git command; None if it fails or git is not installed."""
     try:
         finished = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
     except FileNotFoundError:
@@ -58,9 +58,9 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 
 def model_identity(name_or_path: str, pipeline: StableDiffusionXLPipeline) -> dict[str, Any]:
-    """The base model's name, whether others know it by that, the hash of each of its weight files, and what it predicts.
+    """The base model's name, whether that name is public, the hash of each weight file, and its prediction type.
 
-    Those of a hub name are the files in the hub's cache that the pipeline was loaded from.
+    For a hub name, these are the files in the hub's cache that the pipeline was loaded from.
     """
     path = Path(model_path(name_or_path))
     config = pipeline.scheduler.config
@@ -79,20 +79,20 @@ def model_identity(name_or_path: str, pipeline: StableDiffusionXLPipeline) -> di
 
 
 def _cached_folder(pipeline: StableDiffusionXLPipeline) -> Path | None:
-    """The snapshot in the hub's cache that holds the UNet, or None where there is none."""
+    """The folder in the hub's cache that the UNet was loaded from; None if there is none."""
     loaded_from = Path(str(pipeline.unet.config.get("_name_or_path", "")))
     return loaded_from.parent if loaded_from.is_dir() else None
 
 
 def command_line(arguments: Sequence[str]) -> str:
-    """The command as it is written down: without the hub's token."""
-    shown, hidden = [], False
+    """The command as a line for a shell, with the hub token hidden."""
+    words, hidden = [], False
     for argument in arguments:
         name, given, _ = argument.partition("=")
         is_token = name == "--hub_token"
-        shown.append("HIDDEN" if hidden else f"{name}=HIDDEN" if is_token and given else argument)
+        words.append("HIDDEN" if hidden else f"{name}=HIDDEN" if is_token and given else argument)
         hidden = is_token and not given
-    return shlex.join(shown)
+    return shlex.join(words)
 
 
 def typed_words(launcher: Sequence[str] = ()) -> list[str]:
@@ -105,27 +105,27 @@ def typed_words(launcher: Sequence[str] = ()) -> list[str]:
 
 
 def device_identity(device: torch.device) -> dict[str, Any]:
-    """The machine's processor, and the accelerator where one is used."""
-    found: dict[str, Any] = {"type": device.type, "processor": platform.processor() or platform.machine(), "name": None}
-    found["threads"] = torch.get_num_threads()
+    """The processor of the machine, and the name of the GPU if one is used."""
+    identity: dict[str, Any] = {"type": device.type, "processor": platform.processor() or platform.machine(), "name": None}
+    identity["threads"] = torch.get_num_threads()
     if device.type == "cuda":
-        found["name"] = torch.cuda.get_device_name(device)
-    return found
+        identity["name"] = torch.cuda.get_device_name(device)
+    return identity
 
 
 def library_versions() -> dict[str, str | None]:
-    """The versions of Python and of the libraries that numbers depend on; None for one that is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    """The versions of Python and of the libraries that results depend on; None for libraries that are not installed."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
     for library in LIBRARIES:
         try:
-            found[library] = version(library)
+            versions[library] = version(library)
         except PackageNotFoundError:
-            found[library] = None
-    return found
+            versions[library] = None
+    return versions
 
 
 def file_records(paths: Iterable[Path]) -> list[dict[str, str]]:
-    """Name and hash of each file."""
+    """The name and hash of each file."""
     return [{"file": display_path(path), "sha256": file_digest(path)} for path in paths]
 
 

@@ -1,4 +1,4 @@
-"""Trackers: where a run's metrics and images go besides its own directory. They are accelerate's."""
+"""Trackers of accelerate that also get the metrics and images of a run."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ PROJECT = "nora-vision"
 
 
 def start_tracker(name: str, run: Path, first_step: int, writes: bool = True) -> list[GeneralTracker]:
-    """The tracker called `name`, started, or nothing for "none" and where `writes` is false.
+    """Start the tracker called `name`; empty for "none" or if `writes` is false.
 
     Args:
-        run: the run's directory. TensorBoard's files go to its `tensorboard` folder; wandb's run has its name.
-        first_step: the steps already done; what TensorBoard has of later ones is hidden.
+        run: the run's directory. TensorBoard writes to its folder `tensorboard`; the wandb run gets its name.
+        first_step: the number of steps already trained; TensorBoard hides values of later steps.
     Raises: InputError if the tracker's package is not installed.
     """
     if name == NONE or not writes:
@@ -36,8 +36,8 @@ def start_tracker(name: str, run: Path, first_step: int, writes: bool = True) ->
 
 
 def log_image(tracker: GeneralTracker, name: str, image: Image.Image, step: int) -> None:
-    """Hand one image to a tracker."""
+    """Log an image to a tracker."""
     pixels = np.asarray(image.convert("RGB"))
-    # TensorBoard takes channels first unless told; wandb takes them last.
-    more = {"dataformats": "NHWC"} if tracker.name == TENSORBOARD else {}
-    tracker.log_images({name: pixels[None]}, step=step, **more)
+    # By default, TensorBoard expects channels first and wandb expects them last.
+    layout = {"dataformats": "NHWC"} if tracker.name == TENSORBOARD else {}
+    tracker.log_images({name: pixels[None]}, step=step, **layout)

@@ -1,4 +1,4 @@
-"""The compatibility certificate: stock diffusers, in a process without this project, draws what the trained model draws."""
+"""The compatibility certificate: stock diffusers, in a process without this project, generates the same images."""
 
 from __future__ import annotations
 
@@ -25,31 +25,30 @@ from training.subject.kohya_lint import lint_kohya
 
 STOCK_PROGRAM = Path(__file__).parent / "stock_check.py"
 LEVELS = 255
-# Of an 8-bit image, where both sides compute in float32.
+# In float32: the largest difference of 8-bit images, in levels.
 LARGEST_DIFFERENCE = 1.0
-# In half precision both sides round differently: their mean difference against the adapter's own mean effect.
+# In half precision, where both sides round differently: the mean difference as a share of the adapter's mean effect.
 LARGEST_SHARE = 0.25
 
-
-# The adapter that a kohya file is loaded as.
+# The name under which a kohya file is loaded.
 CONVERTED = "kohya_file"
 
 
 class CertificateError(RuntimeError):
-    """The exported files do not do what the trained adapter does."""
+    """The exported files differ from the trained adapter."""
 
 
 @dataclass(frozen=True)
 class StockModel:
-    """The base model as stock diffusers is to load it.
+    """How stock diffusers loads the base model.
 
     Args:
         name: a hub name, a folder or a single .safetensors file.
         variant, revision: as in `from_pretrained`.
         vae: name or folder of another VAE.
         config: folder with the configurations of a single file.
-        scheduler_class: name of the diffusers scheduler in place of the model's own; None for its own.
-        scheduler: arguments that the scheduler is given beside its configuration.
+        scheduler_class: name of a diffusers scheduler that replaces the model's; None to keep it.
+        scheduler: arguments of the scheduler besides its configuration.
     """
 
     name: str
@@ -69,37 +68,37 @@ def certify(
     sampling: Sampling,
     seed: int = 0,
 ) -> Certificate:
-    """Compare `pipeline`, which holds the trained adapter, with a stock one that loads `folder`'s diffusers and kohya files.
+    """Compare `pipeline`, with the trained adapter, with a stock pipeline that loads the diffusers and kohya files in `folder`.
 
-    The result goes to certificate.json in `folder`, good or bad. diffusers leaves the lengths of rows out of a DoRA's kohya file
-    (`dora_scale`): that file is loaded as any other program's, and what was loaded is what diffusers draws with.
+    The result is written to certificate.json in `folder` in any case. diffusers ignores `dora_scale` in the kohya file of a DoRA,
+    so such a file is first loaded by this project and converted to diffusers' format.
 
-    Raises: CertificateError naming what failed: images that differ, an adapter without any effect, a file that stock
-        diffusers cannot load, or a kohya file that A1111 or ComfyUI would misread.
+    Raises: CertificateError naming what failed: images that differ, an adapter without effect, a file that stock diffusers
+        cannot load, or a kohya file that A1111 or ComfyUI would misread.
     """
     files = {format: exported_file(folder / format) for format in ("diffusers", "kohya")}
     converted = [name for name, file in files.items() if not _is_read_by_diffusers(file)]
     settings = _call_arguments(sampling)
     seeds = list(range(seed, seed + len(prompts)))
-    native = _draw(pipeline, prompts, seeds, settings)
+    native = _generate(pipeline, prompts, seeds, settings)
     with tempfile.TemporaryDirectory() as temporary:
         images = {
             name: str(_in_diffusers_form(pipeline, file, Path(temporary) / name) if name in converted else file)
             for name, file in files.items()
         }
-        stock, dtype, device = _drawn_by_stock(pipeline, model, images, prompts, seeds, settings)
+        stock, dtype, device = _generate_with_stock(pipeline, model, images, prompts, seeds, settings)
     certificate = _judge(native, stock, lint_kohya(files["kohya"]), list(prompts), settings, dtype, device)
     certificate = replace(certificate, converted=converted)
     certificate.write(folder)
     if not certificate.passed:
         raise CertificateError(
-            f"The exported adapter is not what was trained: {'; '.join(certificate.problems)}. "
+            f"The exported files differ from the trained adapter: {'; '.join(certificate.problems)}. "
             f"See {str(folder / Certificate.NAME)!r}."
         )
     return certificate
 
 
-def _drawn_by_stock(
+def _generate_with_stock(
     pipeline: StableDiffusionXLPipeline,
     model: StockModel,
     files: dict[str, str],
@@ -107,10 +106,10 @@ def _drawn_by_stock(
     seeds: Sequence[int],
     settings: dict[str, Any],
 ) -> tuple[dict[str, torch.Tensor], str, str]:
-    """Stock diffusers' images (prompts, height, width, 3) by "base" and file, and the dtype and device of `pipeline`."""
+    """Stock diffusers' images (prompts, height, width, 3) of "base" and each file, and the dtype and device of `pipeline`."""
     dtype, device = str(pipeline.unet.dtype).removeprefix("torch."), str(pipeline.device)
     if pipeline.device.type != "cpu":
-        # Two SDXL models side by side fit few GPUs, and the trained one has drawn its last image.
+        # Few GPUs have memory for two SDXL models, and the trained one is no longer needed.
         pipeline.to("cpu")
         torch.cuda.empty_cache()
     request = {"model": asdict(model), "dtype": dtype, "device": device, "prompts": list(prompts), "seeds": list(seeds)}
@@ -118,7 +117,7 @@ def _drawn_by_stock(
 
 
 def _in_diffusers_form(pipeline: StableDiffusionXLPipeline, file: Path, folder: Path) -> Path:
-    """What a kohya file makes of the model, written for diffusers; the pipeline draws with the adapters that it had, after."""
+    """Convert a kohya file to diffusers' format; the pipeline keeps its active adapters."""
     active = pipeline.get_active_adapters()
     load_lora_file(pipeline, file, CONVERTED)
     try:
@@ -129,18 +128,20 @@ def _in_diffusers_form(pipeline: StableDiffusionXLPipeline, file: Path, folder: 
 
 
 def exported_file(folder: Path) -> Path:
-    """The one .safetensors file in `folder`.
+    """The only .safetensors file in `folder`.
 
-    Raises: CertificateError if there is none, or several.
+    Raises: CertificateError if there is none, or more than one.
     """
     files = sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
-        raise CertificateError(f"{str(folder)!r} must hold one exported .safetensors file, holds {len(files)}.")
+        raise CertificateError(
+            f"{str(folder)!r} must hold one exported .safetensors file, got {len(files)}. Export the adapter again."
+        )
     return files[0]
 
 
 def _is_read_by_diffusers(file: Path) -> bool:
-    """Whether stock diffusers reads all of `file`: it drops the lengths of rows of a DoRA in kohya's format."""
+    """Whether stock diffusers reads all of `file`: it ignores `dora_scale` in kohya's format."""
     return not any(name.endswith(".dora_scale") for name in read_header(file).tensors)
 
 
@@ -156,10 +157,10 @@ def _call_arguments(sampling: Sampling) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _draw(
+def _generate(
     pipeline: StableDiffusionXLPipeline, prompts: Sequence[str], seeds: Sequence[int], settings: dict[str, Any]
 ) -> torch.Tensor:
-    """Images (prompts, height, width, 3) in [0, 1], one at a time, as the stock process draws them."""
+    """Images (prompts, height, width, 3) in [0, 1], generated one at a time, as in the stock process."""
     for component in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
         component.eval()
     images = [
@@ -170,13 +171,12 @@ def _draw(
 
 
 def _stock_images(request: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """What the stock program draws for `request`: images by "base", "diffusers" and "kohya"."""
+    """The images of the stock program for `request`, by "base", "diffusers" and "kohya"."""
     with tempfile.TemporaryDirectory() as folder:
-        target, asked = Path(folder) / "images.safetensors", Path(folder) / "request.json"
-        asked.write_text(json.dumps({**request, "images": str(target)}), encoding="utf-8")
-        # The base model is in the cache, and the hub need not answer any more.
-        # -P: the program's own folder, which is this package's, is no place to import from.
-        command = [sys.executable, "-P", str(STOCK_PROGRAM), str(asked)]
+        target, request_file = Path(folder) / "images.safetensors", Path(folder) / "request.json"
+        request_file.write_text(json.dumps({**request, "images": str(target)}), encoding="utf-8")
+        # Offline, because the base model is in the cache. -P keeps the program's folder off the import path.
+        command = [sys.executable, "-P", str(STOCK_PROGRAM), str(request_file)]
         finished = subprocess.run(command, capture_output=True, text=True, check=False, env=offline_environment())
         if finished.returncode:
             last = finished.stderr.strip().splitlines()[-1:] or ["no message"]
@@ -193,19 +193,19 @@ def _judge(
     dtype: str,
     device: str,
 ) -> Certificate:
-    """Compare the trained pipeline's images (prompts, height, width, 3) with the stock one's."""
+    """Compare the images of the trained pipeline, (prompts, height, width, 3), with those of the stock one."""
     changes = LEVELS * (stock["diffusers"] - stock["base"]).abs()
     effect, mean_effect = changes.max().item(), changes.mean().item()
-    apart = {name: LEVELS * (images - native).abs() for name, images in stock.items() if name != "base"}
+    differences = {name: LEVELS * (images - native).abs() for name, images in stock.items() if name != "base"}
     problems = [f"the kohya file: {finding}" for finding in findings]
     if effect == 0:
-        problems.append("the adapter changes no image at all")
-    for name, difference in apart.items():
-        problems += _too_far_apart(name, difference, mean_effect, dtype)
+        problems.append("the adapter changes no image")
+    for name, difference in differences.items():
+        problems += _difference_problems(name, difference, mean_effect, dtype)
     return Certificate(
         passed=not problems,
-        largest_difference={name: difference.max().item() for name, difference in apart.items()},
-        mean_difference={name: difference.mean().item() for name, difference in apart.items()},
+        largest_difference={name: difference.max().item() for name, difference in differences.items()},
+        mean_difference={name: difference.mean().item() for name, difference in differences.items()},
         effect=effect,
         mean_effect=mean_effect,
         kohya_findings=findings,
@@ -217,11 +217,11 @@ def _judge(
     )
 
 
-def _too_far_apart(name: str, difference: torch.Tensor, mean_effect: float, dtype: str) -> list[str]:
-    """What is wrong with images that are `difference` (prompts, height, width, 3) apart: a sentence, or none."""
+def _difference_problems(name: str, difference: torch.Tensor, mean_effect: float, dtype: str) -> list[str]:
+    """The problem if `difference`, (prompts, height, width, 3), is too large; else empty."""
     largest, share = difference.max().item(), difference.mean().item() / max(mean_effect, 1e-12)
     if dtype == "float32" and not largest <= LARGEST_DIFFERENCE:
-        return [f"the {name} file's images are up to {largest:.1f} levels of 255 off, 1 is allowed"]
+        return [f"images from the {name} file differ by up to {largest:.1f} of 255 levels; 1 is allowed"]
     if dtype != "float32" and not share <= LARGEST_SHARE:
-        return [f"the {name} file's images are off by {share:.0%} of the adapter's effect, 25% is allowed"]
+        return [f"images from the {name} file differ by {share:.0%} of the adapter's mean effect; 25% is allowed"]
     return []

@@ -1,4 +1,4 @@
-"""Which step of a run to use: the rule over the held-out curve and the scores of samples, its reason and its warnings."""
+"""Recommend a step of a run by the held-out loss and the scores of samples, with the reason and warnings."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Scored = Mapping[int, StepScores]
 
 
 def suggest(curve: Sequence[Point], last: int, scores: Scored | None = None) -> Suggestion:
-    """The step to use, by the held-out loss and the samples together.
+    """Recommend a step by the held-out loss and the samples together.
 
     The held-out loss reaches its minimum early, before the subject is sharp in generated images. On the bundled toy the minimum
     comes with less than 90% of the possible gain in similarity, and the full gain with 75% of the reduction in loss. The loss
     of a single held-out image is also uncertain. So the loss only excludes steps, and similarity selects one:
 
-    1. Candidates keep at least `MIN_SHARE_OF_REDUCTION` of the total reduction in held-out loss (see `in_question`).
+    1. Candidates keep at least `MIN_SHARE_OF_REDUCTION` of the total reduction in held-out loss (see `candidate_steps`).
     2. Excluded are candidates with a sample that nearly copies a training image, and those whose similarity to the prompts is
        more than `PROMPT_TOLERANCE` below the best.
     3. The remaining candidates within `SIMILARITY_TOLERANCE` of the best gain in similarity to the subject count as equal. The
@@ -37,43 +37,43 @@ def suggest(curve: Sequence[Point], last: int, scores: Scored | None = None) -> 
     the samples alone decide.
 
     Args:
-        curve: oldest first, the base model being its first point; empty where nothing was held out.
+        curve: the held-out loss by step, the base model first; empty without a held-out image.
         last: the last step of the training.
-        scores: of the samples that were drawn, by step, the base model's at 0.
+        scores: of the samples by step, the base model's at 0.
     """
     scores = scores or {}
     step, reasons, warnings = _by_loss(curve, last)
-    compared = in_question(curve, [each for each in scores if each > 0])
+    compared = candidate_steps(curve, [each for each in scores if each > 0])
     if len(compared) > 1 and 0 in scores and (_falls_on(curve) or _best(curve).step in compared):
         step, reasons = _by_samples(curve, scores, compared)
     return Suggestion(step, last, reasons, warnings + _copying(scores), list(curve), dict(scores))
 
 
-def in_question(curve: Sequence[Point], steps: Collection[int]) -> list[int]:
-    """Those of `steps` that the held-out loss does not rule out, in order.
+def candidate_steps(curve: Sequence[Point], steps: Collection[int]) -> list[int]:
+    """Those of `steps` that the held-out loss does not exclude, in order.
 
-    That is all of them where nothing was held out; the one nearest to the base model where the loss has never fallen below
-    its; and steps behind the end of a curve that falls to its end, as the short trainings of leave-one-out may.
+    Without a held-out image, none is excluded. If the loss never falls below the base model's, only its lowest step remains. If
+    the curve falls to its end, later steps remain too: the short trainings of cross-validation end earlier.
     """
     if not curve:
         return sorted(steps)
     base, best, end = curve[0].heldout, _best(curve), curve[-1]
-    # The least itself keeps all of the fall, whatever is lost in rounding.
+    # At least the lowest loss, which rounding must not exclude.
     most = max(best.heldout, base - MIN_SHARE_OF_REDUCTION * (base - best.heldout))
     candidates = {point.step for point in curve[1:] if point.heldout <= most} if best.heldout < base else {best.step}
     return [step for step in sorted(steps) if step in candidates or (_falls_on(curve) and step > end.step)]
 
 
-def to_draw(curve: Sequence[Point], candidates: Collection[int], scored: Collection[int], count: int) -> list[int]:
-    """Which adapters are to draw samples after training, so that their steps can be compared.
+def steps_to_sample(curve: Sequence[Point], candidates: Collection[int], scored: Collection[int], count: int) -> list[int]:
+    """The steps to generate samples for after training, so that they can be compared.
 
-    The `count` steps in question with the least held-out loss; evenly spread ones, the last among them, where the loss of
-    some is not known. Of these, those without samples so far.
+    These are the `count` candidates with the lowest held-out loss, without those that have scored samples. If the loss of some
+    candidates is unknown, they are evenly spaced and include the last one.
 
     Args:
-        kept, scored: the steps whose adapters were kept, and those whose samples are scored already.
+        candidates, scored: the steps with a saved adapter, and those with scored samples.
     """
-    possible, heldout = in_question(curve, candidates), {point.step: point.heldout for point in curve}
+    possible, heldout = candidate_steps(curve, candidates), {point.step: point.heldout for point in curve}
     count = min(count, len(possible))
     if all(step in heldout for step in possible):
         chosen = sorted(possible, key=lambda step: (heldout[step], step))[:count]
@@ -83,20 +83,20 @@ def to_draw(curve: Sequence[Point], candidates: Collection[int], scored: Collect
 
 
 def _best(curve: Sequence[Point]) -> Point:
-    """The trained step with the least held-out loss."""
+    """The point with the lowest held-out loss, without the base model."""
     return min(curve[1:], key=lambda point: point.heldout)
 
 
 def _falls_on(curve: Sequence[Point]) -> bool:
-    """Whether nothing speaks against steps behind the curve: it is empty, or falls to its end."""
+    """Whether the curve is empty or falls to its end, so that steps after it may be as good."""
     return not curve or (_best(curve) is curve[-1] and curve[-1].heldout < curve[0].heldout)
 
 
 def _by_loss(curve: Sequence[Point], last: int) -> tuple[int, list[str], list[str]]:
-    """The step to use by the held-out loss alone, the reason, and warnings.
+    """The recommended step by the held-out loss alone, the reason, and warnings.
 
-    The earliest step that is as good as the best one, within `TOLERANCE` of the whole fall: what was trained less has
-    forgotten less. Overfitting is a rise of the held-out loss by more than `OVERFITTING_RISE` of its reduction while the loss on
+    It is the earliest step whose loss is within `TOLERANCE` of the total reduction from the lowest: less training forgets less.
+    Overfitting is a rise of the held-out loss by more than `OVERFITTING_RISE` of its reduction while the loss on
     the training images keeps falling.
     """
     if not curve:
@@ -118,40 +118,40 @@ def _by_loss(curve: Sequence[Point], last: int) -> tuple[int, list[str], list[st
 
 
 def _by_samples(curve: Sequence[Point], scores: Scored, compared: Sequence[int]) -> tuple[int, list[str]]:
-    """Of the steps `compared`, the one that `suggest` describes under 2 to 4, and the reason."""
+    """The step among `compared` by rules 2 to 4 of `suggest`, and the reason."""
     free = [step for step in compared if not _copies(scores, step)]
     if not free:
         step = min(compared, key=lambda step: (scores[step].copy, step))
         reason = f"All {len(compared)} compared steps generate near copies of training images; step {step} copies least."
         return step, [reason, f"Step {step}: {scores[step].copy_summary}."]
-    heard = max(free, key=lambda step: scores[step].prompt)
-    least = scores[heard].prompt - PROMPT_TOLERANCE * abs(scores[heard].prompt)
+    most_faithful = max(free, key=lambda step: scores[step].prompt)
+    least = scores[most_faithful].prompt - PROMPT_TOLERANCE * abs(scores[most_faithful].prompt)
     follow = [step for step in free if scores[step].prompt >= least]
     best = max(follow, key=lambda step: scores[step].subject)
     rise = max(0.0, scores[best].subject - scores[0].subject)
     similar = [step for step in follow if scores[step].subject >= scores[best].subject - SIMILARITY_TOLERANCE * rise]
     heldout = {point.step: point.heldout for point in curve}
-    # Steps behind a curve that falls on count as good as its end.
+    # Steps after the end of a falling curve count as equal to its end.
     step = min(similar, key=lambda step: (heldout.get(step, min(heldout.values(), default=0.0)), step))
     of_step, most = scores[step], scores[best].subject
     figures = [
         f"Similarity to the subject {of_step.subject:.3f} (highest {most:.3f}, step {best}; base model {scores[0].subject:.3f})",
-        f"similarity to the prompts {of_step.prompt:.3f} (highest {scores[heard].prompt:.3f}, step {heard})",
+        f"similarity to the prompts {of_step.prompt:.3f} (highest {scores[most_faithful].prompt:.3f}, step {most_faithful})",
         of_step.copy_summary,
     ]
     left_out = {"near copies": set(compared) - set(free), "low similarity to their prompts": set(free) - set(follow)}
-    sentences = [_how_it_was_chosen(curve, step), f"{'; '.join(figures)}.", f"Compared: steps {_listed(compared)}."]
+    sentences = [_reason(curve, step), f"{'; '.join(figures)}.", f"Compared: steps {_listed(compared)}."]
     sentences += [f"Excluded for {reason}: {_listed(steps)}." for reason, steps in left_out.items() if steps]
     return step, sentences
 
 
-def _how_it_was_chosen(curve: Sequence[Point], step: int) -> str:
-    """The rule's last two decisions, in words."""
+def _reason(curve: Sequence[Point], step: int) -> str:
+    """Rules 3 and 4 for this step, as a sentence."""
     losses = {point.step: point.heldout for point in curve}
     if not curve:
-        return f"No image was held out: step {step} is the earliest whose samples are as similar to the subject as any."
+        return f"No image was held out: step {step} is the earliest of those with the most similar samples."
     if step not in losses:
-        most_similar = f"Step {step} is the earliest that is as similar to the subject as any"
+        most_similar = f"Step {step} is the earliest of those with the samples most similar to the subject"
         return f"{most_similar}; the held-out loss was still falling at its last measurement."
     best = _best(curve)
     lowest = "the lowest of all" if best.step == step else f"the lowest of all is {best.heldout:.4f} at step {best.step}"
@@ -166,12 +166,12 @@ def _listed(steps: Collection[int]) -> str:
 
 
 def _copies(scores: Scored, step: int) -> bool:
-    """Whether the samples of a step hold near copies, and those of the base model do not."""
+    """Whether the samples of a step contain near copies and those of the base model do not."""
     return scores[step].is_copy and not (0 in scores and scores[0].is_copy)
 
 
 def _copying(scores: Scored) -> list[str]:
-    """A warning where samples of the last step are nearly training images, and those of the base model are not."""
+    """A warning if the last step copies training images and the base model does not."""
     last = max(scores, default=0)
     if last == 0 or not _copies(scores, last):
         return []
@@ -179,7 +179,7 @@ def _copying(scores: Scored) -> list[str]:
 
 
 def _overfitting(best: Point, end: Point, fall: float) -> list[str]:
-    """A warning where the held-out loss has turned at `best` while the loss on training images fell on."""
+    """A warning if the held-out loss rises after `best` while the training loss keeps falling."""
     has_seen_loss = best.seen is not None and end.seen is not None
     if end.heldout - best.heldout <= OVERFITTING_RISE * max(fall, best.seen - end.seen if has_seen_loss else 0.0):
         return []
@@ -188,5 +188,5 @@ def _overfitting(best: Point, end: Point, fall: float) -> list[str]:
         return [f"Overfitting: {rise}."]
     if end.seen >= best.seen:
         return [f"Training became unstable: {rise}, and the loss on the training images rises too. Lower the learning rate."]
-    seen = f"while that on the training images falls on, from {best.seen:.4f} to {end.seen:.4f}"
+    seen = f"while the loss on the training images keeps falling, from {best.seen:.4f} to {end.seen:.4f}"
     return [f"Overfitting: {rise}, {seen}. Train for fewer steps, or use the recommended adapter."]

@@ -1,4 +1,4 @@
-"""Leave-one-out: short trainings before the real one, each without one of the images, measured on that one."""
+"""Leave-one-out cross-validation: short trainings, each without one image and with the validation loss on that image."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from training.runs.run_files import CROSS_VALIDATION, FOLDS
 from training.subject.validation import measured_losses
 
 logger = get_logger(__name__)
-# Of the whole training, for each fold.
+# The steps of a fold, as a share of those of the training.
 FOLD_SHARE = 0.5
 Fold = tuple[CachedLatents, CachedLatents]
 
@@ -34,15 +34,15 @@ def leave_one_out(
     every: int,
     batch_size: int,
 ) -> None:
-    """Train each fold for `FOLD_SHARE` of the steps from the adapter's start, and leave the adapter at its start.
+    """Train each fold for `FOLD_SHARE` of the steps, each from the adapter's initial parameters, and restore these.
 
-    A fold is a run of its own under `folds/`, so that one that was interrupted goes on where it was, and a finished one is
-    not repeated. NoRA's frozen factors come from the activations on all images; what is trained sees only the fold's.
+    Each fold is a run under `folds/`: an interrupted fold resumes, and a finished one is not repeated. NoRA's frozen factors are
+    computed from the activations on all images; only the trainable factors depend on the fold.
 
     Args:
-        folds: what is trained on and what is left out, encoded.
-        prepare: the optimiser and all else for a training on the images given.
-        options: of the whole training.
+        folds: the training images and the held-out image of each, encoded.
+        prepare: makes what the loop trains, for training on the given images.
+        options: of the complete training.
         every: steps between two measurements.
         batch_size: of the training.
     """
@@ -64,15 +64,16 @@ def leave_one_out(
 
 
 def fold_steps(max_train_steps: int) -> int:
-    """Steps of one fold."""
+    """The number of steps of one fold."""
     return max(1, round(FOLD_SHARE * max_train_steps))
 
 
-def say_cost(folds: int) -> None:
-    """Tell what leave-one-out costs, and how to go without."""
+def log_cost(folds: int) -> None:
+    """Log what cross-validation costs and how to avoid it."""
     logger.warning(
-        f"Each of so few images is left out in turn: {folds} short trainings come first, which take about as long as "
-        f"{folds * FOLD_SHARE:g} whole ones. --heldout_image none goes without, an image's name measures on that one alone."
+        f"There are too few images to hold one out, so cross-validation runs {folds} short trainings first, each without one "
+        f"image. They take about as long as {folds * FOLD_SHARE:g} complete ones. --heldout_image none skips them; the name of "
+        "an image holds out that image alone."
     )
 
 
@@ -83,7 +84,7 @@ def _is_finished(part: RunDirectory, steps: int) -> bool:
 def _measure(
     part: RunDirectory, loss: DenoisingLoss, seen: CachedLatents, heldout: CachedLatents, batch_size: int
 ) -> Callable[[int], float]:
-    """A function that logs the fold's losses; the first line, of the base model, is written now."""
+    """A function that logs the losses of the fold; those of the base model are logged at once."""
 
     def measure(step: int) -> float:
         losses = measured_losses(loss, heldout, seen, batch_size)

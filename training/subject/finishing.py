@@ -1,4 +1,4 @@
-"""What comes after training: export, suggestion, certificate, images side by side, model card."""
+"""The steps after training: export, recommendation, certificate, images side by side, model card."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from training.runs.card_text import CARD
 from training.runs.run import RunDirectory
 from training.runs.run_files import Suggestion
 from training.subject.certificate import StockModel, certify
-from training.subject.checkpoint_selection import to_draw
+from training.subject.checkpoint_selection import steps_to_sample
 from training.subject.image_scoring import suggest_for, write_suggestion
-from training.subject.measured import adapter_at, heldout_curve, kept_steps, sample_scores
+from training.subject.measured import adapter_at, heldout_curve, sample_scores, saved_steps
 from training.subject.model_card import GRID, write_model_card
 from training.subject.publishing import assemble, push_to_hub
 from training.subject.samples import ValidationSampler
@@ -35,22 +35,23 @@ from training.subject.validation import log_scores
 
 logger = get_logger(__name__)
 SUGGESTED = "suggested"
-# Few, since a certificate compares numbers and not beauty.
+# Few prompts and steps are enough to compare pixels.
 CERTIFIED_PROMPTS, CERTIFIED_STEPS = 2, 8
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A pipeline whose adapter has been trained.
+    """A pipeline with a trained adapter.
 
     Args:
-        components: what of the pipeline is adapted.
-        sampler: draws an image for each validation prompt with the pipeline as it is.
-        judge: scores those images.
-        shown, before: training images, of which as many are shown as there are of the others: what the base model drew.
+        components: the adapted modules.
+        sampler: generates an image for each validation prompt.
+        judge: scores these images.
+        subject_images: training images as the model sees them.
+        before: the base model's images for the validation prompts.
         resolution: side of the images in pixels.
-        images: how many were trained on.
-        began: by the monotonic clock, in seconds.
+        images: the number of training images.
+        began: when the run started, by the monotonic clock, in seconds.
     """
 
     pipeline: StableDiffusionXLPipeline
@@ -65,18 +66,22 @@ class Trained:
 
 
 def finish(run: RunDirectory, trained: Trained, options: SubjectOptions) -> None:
-    """Export everything, suggest a step, certify, and write the model card; on the main process only.
+    """Export the adapter, recommend a step, certify, and write the model card; on the main process only.
 
-    Raises: CertificateError if stock diffusers does not draw what the trained model draws.
+    Raises: CertificateError if stock diffusers generates other images than the trained pipeline.
     """
     run.update_status(phase="exporting")
     adapters.save_everywhere(trained.pipeline, trained.components, run.path, title_of(run, options))
     subject = trained.subject_images[: len(trained.before)]
-    rows = [("the subject", subject), ("before", trained.before), (f"after, {options.adapter.method}", trained.sampler.draw())]
-    images_by_step = draw_candidates(run, trained, options)
+    rows = [
+        ("the subject", subject),
+        ("before", trained.before),
+        (f"after, {options.adapter.method}", trained.sampler.generate()),
+    ]
+    images_by_step = sample_candidates(run, trained, options)
     suggestion = suggest_for(run, options.optimisation.max_train_steps)
     write_suggestion(run, suggestion)
-    logger.info(f"Suggested: step {suggestion.step} of {suggestion.last}. {suggestion.why}")
+    logger.info(f"Recommended: step {suggestion.step} of {suggestion.last}. {suggestion.why}")
     for warning in suggestion.warnings:
         logger.warning(warning)
     rows += suggested_rows(run, trained, options, suggestion, images_by_step.get(suggestion.step))
@@ -84,13 +89,7 @@ def finish(run: RunDirectory, trained: Trained, options: SubjectOptions) -> None
     if options.validation.certify:
         run.update_status(phase="certifying")
         certify_run(run, trained, options)
-    numbers = sum(parameter.numel() for parameter in trained_parameters(trained.components))
-    run.update_status(
-        num_trainable_parameters=numbers, suggested_step=suggestion.step, seconds=round(time.monotonic() - trained.began, 1)
-    )
-    write_model_card(run, options, trained.images)
-    logger.info(f"{numbers:,} trained numbers, in {(time.monotonic() - trained.began) / 60:.1f} min. Look at {run.path / GRID}.")
-    logger.info(f"The adapter is in {run.path / 'diffusers'} and {run.path / 'kohya'}; all else is told by {run.path / CARD}.")
+    summarise(run, trained, options, suggestion)
     if options.validation.private or options.validation.push_to_hub:
         folder = assemble(run, options, trained.images, public_grid(rows, options))
         if options.validation.push_to_hub:
@@ -98,34 +97,46 @@ def finish(run: RunDirectory, trained: Trained, options: SubjectOptions) -> None
             run.update_status(published=push_to_hub(folder, options.validation, title_of(run, options)))
 
 
+def summarise(run: RunDirectory, trained: Trained, options: SubjectOptions, suggestion: Suggestion) -> None:
+    """Write the final figures to the status, and the model card; log where the results are."""
+    count = sum(parameter.numel() for parameter in trained_parameters(trained.components))
+    seconds = round(time.monotonic() - trained.began, 1)
+    run.update_status(num_trainable_parameters=count, suggested_step=suggestion.step, seconds=seconds)
+    write_model_card(run, options, trained.images)
+    logger.info(f"Trained {count:,} parameters in {seconds / 60:.1f} min. Images before and after: {run.path / GRID}.")
+    logger.info(f"The adapter is in {run.path / 'diffusers'} and {run.path / 'kohya'}. Details are in {run.path / CARD}.")
+
+
 def title_of(run: RunDirectory, options: SubjectOptions) -> str:
-    """What the exported files are called: as the run, whose name may hold the subject's."""
+    """The title of the exported files: the name of the run, or "adapter" if that must not be published."""
     return "adapter" if options.validation.private else run.path.name
 
 
 def public_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], options: SubjectOptions) -> Image.Image:
-    """The images for the published card: all, or without the subject's own and the words."""
+    """The grid of images for the published card; with `--private`, without training images and prompts."""
     prompts = options.output.validation_prompt
     if not options.validation.private:
         return labelled_grid(rows, prompts)
     return labelled_grid(rows[1:], [str(index + 1) for index in range(len(prompts))])
 
 
-def draw_candidates(run: RunDirectory, trained: Trained, options: SubjectOptions) -> dict[int, list[Image.Image]]:
-    """Draw samples with the adapters of the steps to be compared that have none, and score them; returns them by step."""
+def sample_candidates(run: RunDirectory, trained: Trained, options: SubjectOptions) -> dict[int, list[Image.Image]]:
+    """Generate and score the missing samples of the steps to be compared; returns them by step."""
     prompts, images_by_step = options.output.validation_prompt, {}
-    for step in to_draw(heldout_curve(run), kept_steps(run), sample_scores(run), options.validation.num_candidate_images):
+    for step in steps_to_sample(
+        heldout_curve(run), saved_steps(run), sample_scores(run), options.validation.num_candidate_images
+    ):
         run.update_status(phase="comparing")
-        with kept_adapter(trained.pipeline, adapter_at(run, step)):
-            images_by_step[step] = trained.sampler.draw()
+        with using_adapter(trained.pipeline, adapter_at(run, step)):
+            images_by_step[step] = trained.sampler.generate()
         trained.sampler.save(run, step, images_by_step[step])
         log_scores(run, step, trained.judge, images_by_step[step], prompts)
     return images_by_step
 
 
 @contextmanager
-def kept_adapter(pipeline: StableDiffusionXLPipeline, path: Path) -> Iterator[None]:
-    """Have the pipeline draw with the adapter at `path`, called `SUGGESTED`, in place of the trained one meanwhile."""
+def using_adapter(pipeline: StableDiffusionXLPipeline, path: Path) -> Iterator[None]:
+    """A context in which the pipeline uses the adapter at `path`, named `SUGGESTED`, in place of the trained one."""
     adapters.load_adapter(pipeline, path, SUGGESTED)
     pipeline.set_adapters([SUGGESTED])
     try:
@@ -142,26 +153,30 @@ def suggested_rows(
     suggestion: Suggestion,
     images: list[Image.Image] | None = None,
 ) -> list[tuple[str, list[Image.Image]]]:
-    """Export the suggested adapter to `suggested/`, unless it is the last one; its images are `images` if given."""
+    """Export the recommended adapter to `suggested/` unless it is the last one; returns its row of the grid.
+
+    Args:
+        images: its samples, if they were generated before.
+    """
     adapter_folder = adapter_at(run, suggestion.step)
     if suggestion.step == suggestion.last or not adapter_folder.is_dir():
         return []
     title = f"{title_of(run, options)}-step-{suggestion.step}"
-    with kept_adapter(trained.pipeline, adapter_folder):
+    with using_adapter(trained.pipeline, adapter_folder):
         adapters.save_everywhere(trained.pipeline, trained.components, run.path / SUGGESTED, title, SUGGESTED)
-        images = images or trained.sampler.draw()
-    return [(f"suggested, step {suggestion.step}", images)]
+        images = images or trained.sampler.generate()
+    return [(f"recommended, step {suggestion.step}", images)]
 
 
 def certify_run(run: RunDirectory, trained: Trained, options: SubjectOptions) -> None:
-    """Write the run's certificate.
+    """Write the certificate.
 
-    A quantised model is not what others load: there the native adapter on the plain base model is what files must equal.
+    After training on a quantised model, the reference is the native adapter on the unquantised one, which others load.
     """
     given, pipeline = options.model, trained.pipeline
     name, vae = model_path(given.pretrained_model_name_or_path), given.pretrained_vae_model_name_or_path
-    said = given.prediction()
-    scheduler = (said.scheduler_class, said.scheduler_arguments())
+    prediction = given.prediction()
+    scheduler = (prediction.scheduler_class, prediction.scheduler_arguments())
     model = StockModel(name, given.variant, given.revision, vae, given.single_file_config, *scheduler)
     if given.quantize is not None:
         plain = {**given.source, "quantize": None}

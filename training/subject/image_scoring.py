@@ -1,4 +1,4 @@
-"""What a run keeps of its steps, and what it suggests by all that it measured."""
+"""The saved adapters of a run, and the recommended step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from training.subject.measured import adapter_at, heldout_curve, sample_scores
 
 
 def keep_adapter(run: RunDirectory, step: int, components: dict[str, nn.Module]) -> None:
-    """Save the adapter as it is now, in its smallest native layout, so that it can be used and exported at once."""
+    """Save the adapter at `step` in its smallest native layout."""
     target = adapter_at(run, step)
     aside = target.with_name(f".writing-{target.name}")
     shutil.rmtree(aside, ignore_errors=True)
@@ -25,7 +25,7 @@ def keep_adapter(run: RunDirectory, step: int, components: dict[str, nn.Module])
 
 
 def suggest_for(run: RunDirectory, last: int) -> Suggestion:
-    """What the run suggests by all that it measured; `last` is its last step."""
+    """The recommended step by the losses and scores of the run, whose last step is `last`."""
     return suggest(heldout_curve(run), last, sample_scores(run))
 
 

@@ -1,4 +1,4 @@
-"""What A1111 and ComfyUI need to read in a kohya LoRA file of SDXL, checked."""
+"""Check that A1111 and ComfyUI can read a kohya LoRA file for SDXL."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ TEXT_LAYER = re.compile(r"text_model_encoder_layers_\d+_(self_attn_(q|k|v|out)_p
 
 
 def lint_kohya(path: Path) -> list[str]:
-    """What A1111 or ComfyUI would misread in the file at `path`, in words; empty where nothing is wrong.
+    """What A1111 or ComfyUI would misread in the file at `path`, a sentence each; empty if nothing is wrong.
 
-    A1111 tells SDXL from SD 1 by `ss_base_model_version`, and both find layers by their names in Stability's own code; a name
-    that they do not know is left out without a word.
+    A1111 recognises SDXL by `ss_base_model_version`. Both programs identify layers by their names in Stability's code, and ignore
+    unknown names silently.
     """
     try:
         header, tensors = read_header(path), read_tensors(path)
@@ -39,9 +39,9 @@ def lint_kohya(path: Path) -> list[str]:
 
 
 def _of_header(
-    said: Mapping[str, str], layers: Mapping[str, Mapping[str, torch.Tensor]], tensors: Mapping[str, torch.Tensor]
+    metadata: Mapping[str, str], layers: Mapping[str, Mapping[str, torch.Tensor]], tensors: Mapping[str, torch.Tensor]
 ) -> list[str]:
-    """Findings in what the file says of itself."""
+    """Findings in the metadata of the file."""
     ranks = Counter(len(parts["lora_down.weight"]) for parts in layers.values() if "lora_down.weight" in parts)
     rank = str(ranks.most_common(1)[0][0]) if ranks else "none"
     digest = tensor_hash(tensors)
@@ -54,23 +54,29 @@ def _of_header(
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
         "modelspec.hash_sha256": f"0x{digest}",
     }
-    findings = [f"{key} must be {value!r}, is {said.get(key)!r}" for key, value in expected.items() if said.get(key) != value]
-    if not said.get("ss_base_model_version", "").startswith("sdxl_"):
-        findings.append(f"ss_base_model_version must start with 'sdxl_', is {said.get('ss_base_model_version')!r}")
-    findings += [f"{key} is missing" for key in ("ss_network_alpha", "ss_output_name", "modelspec.title") if not said.get(key)]
-    return findings if layers else [*findings, "no layer"]
+    findings = [
+        f"{key} must be {value!r}, got {metadata.get(key)!r}" for key, value in expected.items() if metadata.get(key) != value
+    ]
+    if not metadata.get("ss_base_model_version", "").startswith("sdxl_"):
+        findings.append(f"ss_base_model_version must start with 'sdxl_', got {metadata.get('ss_base_model_version')!r}")
+    findings += [
+        f"{key} is missing" for key in ("ss_network_alpha", "ss_output_name", "modelspec.title") if not metadata.get(key)
+    ]
+    return findings if layers else [*findings, "the file has no layer"]
 
 
 def _of_layer(name: str, parts: Mapping[str, torch.Tensor]) -> list[str]:
-    """Findings in one layer's tensors, by what follows its name."""
+    """Findings in the tensors of one layer, by the part of their names after the layer's."""
     prefix = next((prefix for prefix in PREFIXES.values() if name.startswith(prefix)), None)
     if prefix is None:
         return [f"{name!r} must start with one of {', '.join(PREFIXES.values())}"]
     pattern = UNET_LAYER if prefix == PREFIXES["unet"] else TEXT_LAYER
-    findings = [] if pattern.fullmatch(name.removeprefix(prefix)) else [f"{name!r} is no layer that A1111 and ComfyUI know"]
+    findings = (
+        [] if pattern.fullmatch(name.removeprefix(prefix)) else [f"{name!r} is not the name of a layer in A1111 and ComfyUI"]
+    )
     findings += [f"{name!r} has no {part}" for part in PARTS if part not in parts]
     findings += [f"{name!r} has an unknown {part}" for part in parts if part not in (*PARTS, *OPTIONAL_PARTS)]
     if len(findings) or parts["lora_up.weight"].shape[1] == parts["lora_down.weight"].shape[0]:
         return findings
     shapes = ", ".join(f"{part} {tuple(parts[part].shape)}" for part in PARTS[:2])
-    return [f"{name!r} has factors that do not fit: {shapes}"]
+    return [f"{name!r} has factors of different ranks: {shapes}"]

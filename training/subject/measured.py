@@ -1,4 +1,4 @@
-"""What a run knows of its steps, read from its directory: the held-out curve, the scores of samples, the adapter kept at each."""
+"""The measurements of a run by step, read from its directory: validation losses, scores of samples, and saved adapters."""
 
 from __future__ import annotations
 
@@ -13,32 +13,31 @@ from training.runs.run_files import ADAPTERS, FOLDS, STEP, Point, StepScores, st
 
 
 def adapter_at(run: RunRecord, step: int) -> Path:
-    """The folder of the adapter as it was after `step` steps."""
+    """The folder of the adapter after `step` steps."""
     return run.path / ADAPTERS / step_name(step)
 
 
-def kept_steps(run: RunRecord) -> list[int]:
-    """The steps whose adapters were kept, in order."""
+def saved_steps(run: RunRecord) -> list[int]:
+    """The steps whose adapters were saved, in order."""
     return sorted(step_of(path) for path in (run.path / ADAPTERS).glob(f"{STEP}*"))
 
 
 def heldout_curve(run: RunRecord) -> list[Point]:
-    """The run's held-out curve, oldest first: its own, else the mean over the folds of a leave-one-out, as far as all
-    of them have come; empty without either.
+    """The validation loss by step, the base model first; empty if no trained step was measured.
 
-    Its first point is the base model; with that alone it is empty too.
+    With cross-validation, it is the mean over the folds, up to the last step that all of them have measured.
     """
     curve = _curve_of(run)
     if len(curve) > 1:
         return curve
     folds = [_curve_of(RunRecord(path)) for path in sorted((run.path / FOLDS).glob("*")) if path.is_dir()]
-    # Whoever looks on sees folds that are still at work.
+    # Folds that are still training have fewer points.
     by_step = zip(*folds, strict=False) if folds else ()
     return [Point(points[0].step, fmean(p.heldout for p in points), _mean_seen(points)) for points in by_step]
 
 
 def _curve_of(run: RunRecord) -> list[Point]:
-    # A step measured again after a resume counts once.
+    # A resumed run may measure a step again; the last measurement counts.
     lines = {logged.step: logged.values for logged in run.metrics() if "heldout_loss" in logged.values}
     return [Point(step, lines[step]["heldout_loss"], lines[step].get("seen_loss")) for step in sorted(lines)]
 
@@ -49,10 +48,10 @@ def _mean_seen(points: Sequence[Point]) -> float | None:
 
 
 def sample_scores(run: RunRecord) -> dict[int, StepScores]:
-    """The scores of the samples drawn at each step, the base model's at 0; the newest where a step was scored twice.
+    """The scores of the samples by step, the base model's at 0; if a step was scored twice, the last scores count.
 
-    A resumed run may have another judge, whose scores have another scale. By their limit of nearness, which every judge
-    measures for itself, those that the newest did not give are told apart and left out.
+    A resumed run may have another image scorer, with another scale. Each scorer computes its own `nearest_limit`, so scores with
+    another limit than the last ones are left out.
     """
     names = [each.name for each in fields(StepScores)]
     lines = [line for line in run.metrics() if all(metric_name(name) in line.values for name in names)]

@@ -1,4 +1,4 @@
-"""The model card of a run: what was trained, on what, with what result, and how to use it."""
+"""The model card of a run: the training, its results, and how to use the adapter."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from training.runs.run_files import COPY_THRESHOLD, Certificate, Suggestion
 GRID = "before_after.png"
 EXPORTED = ("adapter", "diffusers", "kohya", "suggested")
 TAGS = ("stable-diffusion-xl", "stable-diffusion-xl-diffusers", "text-to-image", "diffusers", "lora", "dreambooth")
-SCORES = """Samples, scored by {judge}: means of their likeness to the training images and of following their prompts, the most
-of their likeness to a single training image (a copy from {limit:.3f} on) and of their thumbnails' correlation with one (a
-copy from {threshold:.2f} on). Compare within this table only.
+SCORES = """Scores of the samples by {judge}: the mean similarity to the training images and to the prompts, the highest
+similarity to a single training image (a copy from {limit:.3f} on), and the highest correlation of a thumbnail with one (a copy
+from {threshold:.2f} on). They can be compared within this table only.
 
 | step | subject | prompt | nearest image | thumbnail | held-out loss |
 |---|---|---|---|---|---|
@@ -38,7 +38,7 @@ BODY = """---
 # {title}
 
 A {method} adapter of `{model}`: {steps} steps of {batch} images on {images} images of the subject, learning rate {rate},
-{trained:,} trained numbers, {seconds:.0f} seconds.{options}
+{trained:,} trainable parameters, {seconds:.0f} seconds.{options}
 
 ![{alt}]({grid})
 {findings}
@@ -62,10 +62,10 @@ def write_model_card(run: RunDirectory, options: SubjectOptions, images: int) ->
 
 
 def model_card(run: RunDirectory, options: SubjectOptions, images: int, private: bool = False) -> str:
-    """The card as Markdown behind a YAML header.
+    """The card as Markdown with a YAML header.
 
     Args:
-        private: without the words of prompts and the names of local files.
+        private: without prompts and names of local files.
     """
     status, optimisation = run.status(), options.optimisation
     built_in = is_built_in(options.model.pretrained_model_name_or_path)
@@ -84,11 +84,11 @@ def model_card(run: RunDirectory, options: SubjectOptions, images: int, private:
         trained=status.num_trainable_parameters,
         seconds=status.seconds,
         options="" if private else " The resolved options are in options.json.",
-        alt=f"the base model's images and the adapted model's, for the same prompts and seeds{subject_note}",
+        alt=f"images from the base model and from the adapted model, for the same prompts and seeds{subject_note}",
         grid=GRID,
         findings="".join(
             f"\n{finding}\n"
-            for finding in _findings(run, judge_in_words(options.validation.image_scorer, private)) + _compatibility(options)
+            for finding in _findings(run, scorer_name(options.validation.image_scorer, private)) + _compatibility(options)
         ),
         files="\n".join(f"| {as_text(name)} | {size:,} |" for name, size in _exported_files(run)),
         loader="from_single_file" if model.endswith(".safetensors") else "from_pretrained",
@@ -101,7 +101,7 @@ def model_card(run: RunDirectory, options: SubjectOptions, images: int, private:
 
 
 def _scheduler_lines(prediction: Prediction) -> str:
-    """The code that has diffusers sample by `prediction`; none where its own loader does."""
+    """The code that sets the scheduler for `prediction`; empty if diffusers' loader sets it."""
     given = prediction.scheduler_arguments()
     written = {name: json.dumps(value) if isinstance(value, str) else value for name, value in given.items()}
     arguments = ", ".join(f"{name}={value}" for name, value in written.items())
@@ -113,7 +113,7 @@ def _scheduler_lines(prediction: Prediction) -> str:
 
 
 def card_header(options: SubjectOptions, private: bool = False) -> ModelCardData:
-    """What the hub reads of a card; huggingface_hub quotes whatever words a prompt has."""
+    """The metadata of the card for the hub; huggingface_hub escapes prompts."""
     fields: dict[str, Any] = {"tags": [*TAGS, options.adapter.method], "library_name": "diffusers"}
     fields |= {"pipeline_tag": "text-to-image"}
     model = options.model.pretrained_model_name_or_path
@@ -126,8 +126,8 @@ def card_header(options: SubjectOptions, private: bool = False) -> ModelCardData
     return ModelCardData(**fields)
 
 
-def judge_in_words(name: str, private: bool = False) -> str:
-    """What scored the samples, without where it lies, and without its name where that may say whose it is."""
+def scorer_name(name: str, private: bool = False) -> str:
+    """The image scorer, without its path and, if `private`, without its name."""
     if name in (BASE, BUILT_IN):
         return "the base model itself" if name == BASE else "the built-in CLIP"
     if private:
@@ -137,24 +137,26 @@ def judge_in_words(name: str, private: bool = False) -> str:
 
 
 def _findings(run: RunDirectory, judge: str) -> list[str]:
-    """What the run found out of itself: held-out losses, the suggestion, its warnings, scores by `judge`, the certificate."""
+    """The results of the run: held-out losses, recommended step, warnings, scores by `judge`, certificate."""
     lines = []
     losses = [logged.values["heldout_loss"] for logged in run.metrics() if "heldout_loss" in logged.values]
     if losses:
         before, after = losses[0], losses[-1]
-        lines.append(f"Mean denoising loss in the middle of the held-out image: {before:.4f} before, {after:.4f} after.")
+        lines.append(
+            f"Mean denoising loss on the centre crop of the held-out image: {before:.4f} before training, {after:.4f} after."
+        )
     if suggestion := Suggestion.read(run.path):
-        lines += _suggested(suggestion, judge)
+        lines += _recommendation(suggestion, judge)
     if certificate := Certificate.read(run.path):
         lines.append(_certified(certificate))
     return lines
 
 
-def _suggested(suggestion: Suggestion, judge: str) -> list[str]:
-    """The suggested step, its warnings and the scores."""
+def _recommendation(suggestion: Suggestion, judge: str) -> list[str]:
+    """The recommended step, warnings and scores."""
     lines = []
     if suggestion.curve or suggestion.scores:
-        lines.append(f"**Suggested: step {suggestion.step} of {suggestion.last}.** {suggestion.why}")
+        lines.append(f"**Recommended: step {suggestion.step} of {suggestion.last}.** {suggestion.why}")
         lines += [f"> **Warning.** {warning}" for warning in suggestion.warnings]
     if suggestion.scores:
         lines.append(_scores_table(suggestion, judge))
@@ -162,27 +164,27 @@ def _suggested(suggestion: Suggestion, judge: str) -> list[str]:
 
 
 def _certified(certificate: Certificate) -> str:
-    """What stock diffusers made of the exported files."""
-    converted = " The kohya file was put into diffusers' form first." if certificate.converted else ""
+    """The result of the certificate as a sentence."""
+    converted = " The kohya file was converted to diffusers' format first." if certificate.converted else ""
     largest = max(certificate.largest_difference.values())
     return (
-        "Certified: stock diffusers, without this project, draws the same images from the diffusers and the kohya file, at "
-        f"most {largest:.2f} of 255 levels apart. The adapter changes the base model's by up to {certificate.effect:.0f}."
+        "Certified: stock diffusers, without this project, generates the same images from the diffusers and the kohya file, with "
+        f"differences of at most {largest:.2f} of 255 levels. The adapter changes images by up to {certificate.effect:.0f}."
         f"{converted}"
     )
 
 
 def _compatibility(options: SubjectOptions) -> list[str]:
-    """What other programs are known to make of the exported files."""
+    """The method's note on how other programs read the exported files."""
     note = method_named(options.adapter.method).export_note
     return [] if note is None else [note]
 
 
 def _scores_table(suggestion: Suggestion, judge: str) -> str:
-    """The scores of the samples of each step beside its held-out loss, as Markdown."""
+    """The scores of the samples and the held-out loss by step, as a Markdown table."""
     scores = suggestion.scores
     heldout = {point.step: f"{point.heldout:.4f}" for point in suggestion.curve}
-    names = {0: "base model", suggestion.step: f"**{suggestion.step}, suggested**"}
+    names = {0: "base model", suggestion.step: f"**{suggestion.step}, recommended**"}
     rows = [
         f"| {names.get(step, step)} | {each.subject:.3f} | {each.prompt:.3f} | {each.nearest:.3f} | {each.copy:.2f} "
         f"| {heldout.get(step, '')} |"

@@ -1,4 +1,4 @@
-"""What a subject's training needs before it can start: images examined, divided and encoded, those of the class made."""
+"""Before a subject's training: check, split and encode its images, and generate class images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from training.options import SubjectOptions
 from training.options.data import DataOptions
 from training.runs.run import RunDirectory
 from training.runs.run_files import ImageChecks
-from training.subject.cross_validation import say_cost
+from training.subject.cross_validation import log_cost
 
 PRIOR_DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CACHE, CLASS_IMAGES = "cache", "class_pictures"
@@ -36,10 +36,10 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class DatasetSplit:
-    """The images to train on, those to measure on, and what the photo doctor found in all of them.
+    """The training images, the held-out images, and the checks of all of them.
 
     Args:
-        folds: places among `train` of those that are left out in turn, in short trainings before the real one.
+        folds: indices in `train` of the images that cross-validation leaves out.
     """
 
     train: list[TrainingImage]
@@ -49,9 +49,9 @@ class DatasetSplit:
 
 
 def checked_images(options: DataOptions, seed: int) -> DatasetSplit:
-    """Find the images and have each examined, so that what is wrong is known before anything is loaded.
+    """Find, check and split the images.
 
-    Raises: InputError naming the folder or file, or a class prompt that is missing.
+    Raises: InputError naming the folder or file, or a missing class prompt.
     """
     folder, class_folder = options.instance_data_dir, options.class_data_dir
     report = check_images(folder, options.resolution, options.dataloader_num_workers, class_folder)
@@ -66,16 +66,16 @@ def checked_images(options: DataOptions, seed: int) -> DatasetSplit:
     names = [image.path.relative_to(options.instance_data_dir).as_posix() for image in usable]
     chosen = choose_heldout(names, options.heldout_image, seed)
     if chosen.folds:
-        say_cost(len(chosen.folds))
+        log_cost(len(chosen.folds))
     train_on = [image for index, image in enumerate(usable) if index != chosen.index]
     heldout = [] if chosen.index is None else [usable[chosen.index]]
     return DatasetSplit(train_on, heldout, report, chosen.folds)
 
 
 def _log(report: ImageCheckReport) -> None:
-    """Say what was found: all of it where anything is to be seen to, else where captions come from."""
+    """Log the report if it has warnings, else only where captions come from."""
     if report.has_warnings:
-        logger.warning("What the photo doctor found:\n%s", report.summary())
+        logger.warning("Image checks:\n%s", report.summary())
         return
     for account in report.accounts:
         for words in account.infos():
@@ -84,26 +84,26 @@ def _log(report: ImageCheckReport) -> None:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The images as the UNet takes them: the subject's, and those held out, where there are any."""
+    """The encoded training images, and the held-out images; None without these."""
 
     subject: CachedLatents
     heldout: CachedLatents | None
 
     def folds(self, indices: tuple[int, ...]) -> Iterator[tuple[CachedLatents, CachedLatents]]:
-        """For each of `indices` all images of the subject but that one, and that one."""
+        """For each of `indices`, all other training images, and the one at that index."""
         for index in indices:
             rest = [other for other in range(len(self.subject)) if other != index]
             yield self.subject.only(rest), self.subject.only([index])
 
 
 class Preparation:
-    """Makes what a training needs with the base model, each thing once, and in its own time.
+    """Encodes images and generates class images with the base model.
 
     Args:
-        pipeline: the base model, before there is an adapter.
+        pipeline: the base model without an adapter.
         load: loads it again in another precision.
-        sampling: how class images are drawn; its resolution is also that of the training.
-    Raises: InputError if sizes do not fit the model.
+        sampling: for class images; its resolution is also that of the training.
+    Raises: InputError if the sizes of buckets do not fit the model.
     """
 
     def __init__(
@@ -119,25 +119,25 @@ class Preparation:
         self.model, self.run, self.accelerator = options.model.pretrained_model_name_or_path, run, accelerator
         self.validation_prompts = options.output.validation_prompt
         self.share = (accelerator.process_index, accelerator.num_processes)
-        self.framing = framing_for(pipeline, options.data, sampling.resolution, options.optimisation.seed)
+        self.crop_config = crop_config_for(pipeline, options.data, sampling.resolution, options.optimisation.seed)
         cache = TensorCache(Path(options.data.cache_dir or run.path / CACHE))
         self.encoder = LatentEncoder(
             pipeline, cache, options.data.dataloader_num_workers, self.share, accelerator.wait_for_everyone
         )
 
     def encode(self, images: DatasetSplit) -> Encoded:
-        """Encode the images and prompts, once for the whole training."""
+        """Encode the images and prompts."""
         report = replace(images.report, long_prompts=tuple(self._long_prompts([*images.train, *images.heldout])))
         for prompt in report.long_prompts:
             logger.warning(prompt.summary())
         record_report(report, self.sampling.resolution, self.run)
         self.run.update_status(phase="encoding")
-        subject = self.encoder.encode(images.train, self.framing)
-        central = CropConfig(self.framing.sizes, size_conditioning=self.framing.size_conditioning)
+        subject = self.encoder.encode(images.train, self.crop_config)
+        central = CropConfig(self.crop_config.sizes, size_conditioning=self.crop_config.size_conditioning)
         return Encoded(subject, self.encoder.encode(images.heldout, central) if images.heldout else None)
 
     def _long_prompts(self, images: Sequence[TrainingImage]) -> list[LongPrompt]:
-        """The prompts and captions of this training that the model's tokenizers cut."""
+        """The prompts and captions that the model's tokenizers truncate."""
         data = self.options
         prompts = dict.fromkeys(self.validation_prompts, "validation prompt")
         if data.with_prior_preservation:
@@ -148,12 +148,12 @@ class Preparation:
         return long_prompts((self.pipeline.tokenizer, self.pipeline.tokenizer_2), prompts, captions)
 
     def class_images(self, sizes: Collection[Size], count: int | None = None) -> CachedLatents | None:
-        """Encode the class images, drawing those that are missing; None without prior preservation.
+        """Encode the class images after generating missing ones; None without prior preservation.
 
         Args:
-            sizes: those that the subject's images have.
-            count: how many of each class; as many as the options say, at the most.
-        Raises: InputError if those that are there are of another prompt or model.
+            sizes: of the training images.
+            count: images of each class, up to `num_class_images`; by default all.
+        Raises: InputError if existing class images were generated from another prompt or model.
         """
         data = self.options
         if not data.with_prior_preservation:
@@ -162,22 +162,22 @@ class Preparation:
         prompts = class_prompts(data.instance_data_dir, data.class_prompt, data.class_data_dir)
         count = min(count or data.num_class_images, data.num_class_images)
         with without_adapters(self.pipeline):
-            images = self._drawn(ClassImages(folder, prompts, count, self.model, self.share))
+            images = self._generated(ClassImages(folder, prompts, count, self.model, self.share))
             self.run.update_status(phase="encoding")
-            used, shown_sizes = in_sizes(images, sorted(set(sizes)))
-            return self.encoder.encode(used, self.framing, shown_sizes)
+            used, crop_sizes = in_sizes(images, sorted(set(sizes)))
+            return self.encoder.encode(used, self.crop_config, crop_sizes)
 
-    def _drawn(self, wanted: ClassImages) -> list[TrainingImage]:
-        """The class images; those that are missing are made first, by all processes together."""
+    def _generated(self, wanted: ClassImages) -> list[TrainingImage]:
+        """The class images, after all processes together have generated the missing ones."""
         missing = wanted.missing()
         self.accelerator.wait_for_everyone()
         if missing:
             self.run.update_status(phase="drawing class images")
             precision = self.options.prior_generation_precision
             pipeline = self.pipeline if precision is None else self.load(PRIOR_DTYPES[precision])
-            draw = partial(generate, pipeline, sampling=self.sampling, batch_size=self.options.sample_batch_size)
+            make = partial(generate, pipeline, sampling=self.sampling, batch_size=self.options.sample_batch_size)
             settings = asdict(self.sampling) | {"sampler": type(pipeline.scheduler).__name__.removesuffix("Scheduler")}
-            wanted.make(missing, draw, settings)
+            wanted.make(missing, make, settings)
         self.accelerator.wait_for_everyone()
         return wanted.images()
 
@@ -191,8 +191,8 @@ def record_report(report: ImageCheckReport, resolution: int, run: RunDirectory) 
         ImageChecks.from_json(complete.to_dict()).write(run.path)
 
 
-def framing_for(pipeline: StableDiffusionXLPipeline, options: DataOptions, resolution: int, seed: int) -> CropConfig:
-    """How images are brought to size.
+def crop_config_for(pipeline: StableDiffusionXLPipeline, options: DataOptions, resolution: int, seed: int) -> CropConfig:
+    """The crops of images.
 
     Raises: InputError if the sizes given do not fit the model.
     """

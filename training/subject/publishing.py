@@ -1,4 +1,4 @@
-"""What of a run is meant to be published, in a folder of its own, and its upload to the hub."""
+"""The folder with the files of a run to publish, and its upload to the hub."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from training.runs.run_files import Certificate, Suggestion
 from training.subject.model_card import EXPORTED, GRID, model_card
 
 PUBLISHED = "published"
-# ValueError: what the hub finds wrong with a card or a file.
+# The hub client raises ValueError for invalid cards and files.
 UPLOAD_ERRORS = (OSError, httpx.HTTPError, RuntimeError, ValueError)
 _REASONS = {
-    Failure.UNAUTHORIZED: "it does not accept the access token (401)",
-    Failure.NO_REPOSITORY: "it does not know the repository, or the access token may not see it",
-    Failure.FORBIDDEN: "the access token may not write there (403)",
-    Failure.OFFLINE: "HF_HUB_OFFLINE forbids to ask it",
+    Failure.UNAUTHORIZED: "the access token was not accepted (401)",
+    Failure.NO_REPOSITORY: "the repository does not exist, or the access token may not see it",
+    Failure.FORBIDDEN: "the access token has no write permission for the repository (403)",
+    Failure.OFFLINE: "HF_HUB_OFFLINE is set",
 }
 _OF_THE_TOKEN = (Failure.UNAUTHORIZED, Failure.NO_REPOSITORY, Failure.FORBIDDEN)
-_NEW_TOKEN = "Log in with `hf auth login` and a token that may write there, or give --hub_token"
+_NEW_TOKEN = "Log in with `hf auth login` and a token with write permission, or give --hub_token"
 logger = get_logger(__name__)
 
 
 def assemble(run: RunDirectory, options: SubjectOptions, images: int, grid: Image.Image) -> Path:
-    """Make the folder `published/`: weights, model card, images, certificate and provenance, and nothing else.
+    """Make the folder `published/` with weights, model card, image grid, certificate, provenance and recommendation.
 
-    With `--private` neither captions nor paths nor names are in any of its files.
+    With `--private`, its files contain no captions, paths or names.
 
     Args:
-        images: how many were trained on.
-        grid: the images that the card shows.
+        images: the number of training images.
+        grid: the images of the card.
     """
     private, folder = options.validation.private, run.path / PUBLISHED
     shutil.rmtree(folder, ignore_errors=True)
@@ -64,7 +64,7 @@ def assemble(run: RunDirectory, options: SubjectOptions, images: int, grid: Imag
 
 
 def _link_or_copy(source: str, target: str) -> None:
-    """A hard link, which takes no room, or a copy where the file system has none."""
+    """Make a hard link, which needs no disk space, or a copy if the file system has no links."""
     try:
         os.link(source, target)
     except OSError:
@@ -79,21 +79,21 @@ def _without_names(file: RunFile) -> RunFile:
 
 
 def check_can_push(options: ValidationOptions) -> None:
-    """Check before the training that the upload after it is allowed, as far as the hub can be asked now.
+    """Check before the training, as far as the hub can be reached, that the upload afterwards is allowed.
 
-    Raises: InputError, with what to do, if there is no access token or it may not write.
+    Raises: InputError if there is no access token, or it has no write permission.
     """
     if not options.push_to_hub:
         return
     if constants.is_offline_mode():
-        raise InputError("push_to_hub needs the hub, which HF_HUB_OFFLINE forbids to ask. Unset it, or leave --push_to_hub out.")
+        raise InputError("push_to_hub needs the hub, but HF_HUB_OFFLINE is set. Unset it, or leave --push_to_hub out.")
     token = options.hub_token or get_token()
     if token is None:
         raise InputError("push_to_hub needs an access token. Log in with `hf auth login`, or give --hub_token.")
     if options.hub_model_id is not None:
         _check_name(options.hub_model_id)
     if _role_of(token) == "read":
-        raise InputError(f"push_to_hub needs an access token that may write, and this one may only read. {_NEW_TOKEN}.")
+        raise InputError(f"push_to_hub needs an access token with write permission, but this one can only read. {_NEW_TOKEN}.")
 
 
 def _check_name(name: str) -> None:
@@ -104,23 +104,23 @@ def _check_name(name: str) -> None:
 
 
 def _role_of(token: str) -> str | None:
-    """What the hub lets `token` do; None, with a warning, where it cannot be asked now."""
+    """The role of `token` on the hub; None, with a warning, if the hub cannot be reached."""
     try:
         return account(token).get("auth", {}).get("accessToken", {}).get("role")
     except UPLOAD_ERRORS as error:
         failure, cause = failure_of(error) or (None, error)
         if failure is Failure.UNAUTHORIZED:
-            raise InputError(f"push_to_hub cannot work: {_REASONS[failure]}. {_NEW_TOKEN}.") from error
-        logger.warning(f"The hub cannot be asked now ({brief(cause)}): whether it takes the upload shows after the training.")
+            raise InputError(f"push_to_hub is not possible: {_REASONS[failure]}. {_NEW_TOKEN}.") from error
+        logger.warning(f"The hub cannot be reached ({brief(cause)}), so permission for the upload is checked after the training.")
         return None
 
 
 def push_to_hub(folder: Path, options: ValidationOptions, fallback_name: str) -> str:
-    """Upload `folder` to the repository asked for, made where there is none; returns its address.
+    """Upload `folder` to the repository, which is created if it does not exist; returns its address.
 
     Args:
-        fallback_name: of the repository, where none is named.
-    Raises: InputError, with what to do, if the hub refuses; the folder stays as it is.
+        fallback_name: of the repository, without `hub_model_id`.
+    Raises: InputError if the upload fails; the folder remains.
     """
     api, name = HfApi(token=options.hub_token), options.hub_model_id or fallback_name
     try:
@@ -129,11 +129,11 @@ def push_to_hub(folder: Path, options: ValidationOptions, fallback_name: str) ->
     except UPLOAD_ERRORS as error:
         failure, cause = failure_of(error) or (None, error)
         reason = _REASONS.get(failure, brief(cause))
-        remedy = "Log in with `hf auth login` and a token that may write there, then" if failure in _OF_THE_TOKEN else "Later,"
+        remedy = "Log in with `hf auth login` and a token with write permission, then" if failure in _OF_THE_TOKEN else "Later,"
         command = f"hf upload {name} {shlex.quote(str(folder))}" + (" --private" if options.private else "")
         raise InputError(
-            f"The hub took no upload: {reason}; the run is complete, and what was to be published is in {str(folder)!r}. "
-            f"{remedy} upload it with `{command}`."
+            f"The upload to the hub failed: {reason}. The run is complete, and the files to publish are in {str(folder)!r}. "
+            f"{remedy} upload them with `{command}`."
         ) from error
     logger.info(f"Uploaded to {repository}")
     return str(repository)

@@ -1,4 +1,4 @@
-"""The sample images of a run: drawn from the same noise each time, kept one by one and as a labelled sheet."""
+"""The sample images of a run: generated from the same noise at each step, saved one by one and as a labelled sheet."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from training.runs.run import RunDirectory
 
 @dataclass(frozen=True)
 class ValidationSampler:
-    """Draws an image for each of a run's validation prompts, the same noise each time.
+    """Generates an image for each validation prompt, from the same noise each time.
 
     Args:
-        pipeline: draws as it is, whatever adapter it has.
-        prompts: what is drawn.
-        seed: of the first image; each further one adds 1.
-        model: what the images' files call the base model.
-        batch_size: images at once, at the most.
+        pipeline: with its active adapters.
+        prompts: the validation prompts.
+        seed: of the first image; each further image adds 1.
+        model: the name of the base model in the settings of the image files.
+        batch_size: the largest number of images at once.
     """
 
     pipeline: StableDiffusionXLPipeline
@@ -36,18 +36,18 @@ class ValidationSampler:
 
     @property
     def seeds(self) -> range:
-        """One for each prompt."""
+        """A seed for each prompt."""
         return range(self.seed, self.seed + len(self.prompts))
 
-    def draw(self) -> list[Image.Image]:
-        """One image for each prompt."""
+    def generate(self) -> list[Image.Image]:
+        """An image for each prompt."""
         for component in (self.pipeline.unet, self.pipeline.text_encoder, self.pipeline.text_encoder_2):
             component.eval()
         with torch.no_grad():
             return list(generate(self.pipeline, self.prompts, self.seeds, self.sampling, self.batch_size))
 
     def save(self, run: RunDirectory, step: int, images: Sequence[Image.Image]) -> None:
-        """Keep what was drawn after `step` steps: samples/step-<step>/<place>.png with their settings, and all on one sheet."""
+        """Save the images of `step`: samples/step-<step>/<index>.png with their settings, and a sheet of all."""
         if not run.writes:
             return
         folder = run.samples_at(step)
@@ -66,7 +66,7 @@ class ValidationSampler:
 
 
 def save_subject(run: RunDirectory, images: Sequence[Image.Image]) -> None:
-    """Keep the training images `images`, to compare samples with, as samples/subject/<place>.png."""
+    """Save training images as samples/subject/<index>.png, for comparison with samples."""
     run.subject.mkdir(exist_ok=True)
     for index, image in enumerate(images):
         image.save(run.subject / f"{index}.png")

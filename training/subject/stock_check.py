@@ -1,8 +1,8 @@
-"""Draws images as a stranger to this project would: stock diffusers, the exported files, nothing else.
+"""Generate images with stock diffusers and the exported files only, as a user without this project does.
 
     python stock_check.py REQUEST.json
 
-A program of its own, never imported: it blocks this project's packages, so that an adapter that needs them fails here.
+A separate program that is never imported. It blocks the packages of this project, so an adapter that needs them fails here.
 `training.subject.certificate` writes the request and reads the images.
 """
 
@@ -24,17 +24,17 @@ from safetensors.torch import save_file  # noqa: E402
 
 
 def load(request: dict[str, Any]) -> StableDiffusionXLPipeline:
-    """The base model of the request, by diffusers alone."""
+    """Load the base model of the request with diffusers."""
     model, dtype = request["model"], getattr(torch, request["dtype"])
-    given = {"add_watermarker": False}
+    arguments = {"add_watermarker": False}
     if model["vae"] is not None:
-        given["vae"] = AutoencoderKL.from_pretrained(model["vae"], torch_dtype=dtype, use_safetensors=True)
+        arguments["vae"] = AutoencoderKL.from_pretrained(model["vae"], torch_dtype=dtype, use_safetensors=True)
     if Path(model["name"]).is_file():
-        given |= {} if model["config"] is None else {"config": model["config"]}
-        pipeline = StableDiffusionXLPipeline.from_single_file(model["name"], torch_dtype=dtype, **given)
+        arguments |= {} if model["config"] is None else {"config": model["config"]}
+        pipeline = StableDiffusionXLPipeline.from_single_file(model["name"], torch_dtype=dtype, **arguments)
     else:
-        given |= {"use_safetensors": True, "variant": model["variant"], "revision": model["revision"]}
-        pipeline = StableDiffusionXLPipeline.from_pretrained(model["name"], torch_dtype=dtype, **given)
+        arguments |= {"use_safetensors": True, "variant": model["variant"], "revision": model["revision"]}
+        pipeline = StableDiffusionXLPipeline.from_pretrained(model["name"], torch_dtype=dtype, **arguments)
     if model["scheduler_class"] is not None:
         pipeline.scheduler = getattr(diffusers, model["scheduler_class"])(**model["scheduler"])
     elif model["scheduler"]:
@@ -43,8 +43,8 @@ def load(request: dict[str, Any]) -> StableDiffusionXLPipeline:
     return pipeline.to(request["device"])
 
 
-def draw(pipeline: StableDiffusionXLPipeline, request: dict[str, Any]) -> torch.Tensor:
-    """The request's images: (prompts, height, width, 3) float32 in [0, 1]."""
+def generate(pipeline: StableDiffusionXLPipeline, request: dict[str, Any]) -> torch.Tensor:
+    """The images of the request: (prompts, height, width, 3) float32 in [0, 1]."""
     images = []
     for prompt, seed in zip(request["prompts"], request["seeds"], strict=True):
         image = pipeline(prompt, generator=torch.Generator().manual_seed(seed), output_type="np", **request["sampling"])
@@ -53,12 +53,12 @@ def draw(pipeline: StableDiffusionXLPipeline, request: dict[str, Any]) -> torch.
 
 
 def main(request: dict[str, Any]) -> None:
-    """Draw with the base model, then with each file, and write all images to the file that the request names."""
+    """Generate with the base model and with each file; write all images to the file named in the request."""
     pipeline = load(request)
-    images = {"base": draw(pipeline, request)}
+    images = {"base": generate(pipeline, request)}
     for name, file in request["files"].items():
         pipeline.load_lora_weights(str(Path(file).parent), weight_name=Path(file).name)
-        images[name] = draw(pipeline, request)
+        images[name] = generate(pipeline, request)
         pipeline.unload_lora_weights()
     save_file(images, request["images"])
 

@@ -1,4 +1,4 @@
-"""What a subject's training is watched by: the losses with fixed noise, kept adapters, and sample images."""
+"""Validation during a subject's training: losses with fixed noise, saved adapters, and sample images with scores."""
 
 from __future__ import annotations
 
@@ -19,39 +19,37 @@ from training.subject.image_scoring import keep_adapter
 from training.subject.measured import metric_name
 from training.subject.samples import ValidationSampler, save_subject
 
-# Of the training images, for the loss that the held-out one is compared with.
+# Training images, and draws of noise for each, of the training loss that the validation loss is compared with.
 SEEN_IMAGES, SEEN_DRAWS = 4, 16
-# At once: the most, and the pixels that take little memory beside the model even where it trains on fewer.
+# The largest batch of a measurement, and a number of pixels per batch that needs little memory compared with the model.
 MEASURED_BATCH, SMALL_PIXELS = 16, 512 * 512
 
 
 def measured_losses(
     loss: DenoisingLoss, heldout: CachedLatents, seen: CachedLatents, batch_size: int = MEASURED_BATCH
 ) -> dict[str, float]:
-    """The loss with fixed noise on what is held out, and on some of the images that are trained on.
+    """The loss with fixed noise on the held-out images and on some training images.
 
     Args:
         batch_size: of the training.
     """
-    at_once = [measured_at_once(images, batch_size) for images in (heldout, seen)]
+    heldout_batch, seen_batch = (measurement_batch(images, batch_size) for images in (heldout, seen))
     return {
-        "heldout_loss": mean_denoising_loss(loss, heldout, batch_size=at_once[0]),
-        "seen_loss": mean_denoising_loss(loss, seen, SEEN_DRAWS, batch_size=at_once[1], limit=SEEN_IMAGES),
+        "heldout_loss": mean_denoising_loss(loss, heldout, batch_size=heldout_batch),
+        "seen_loss": mean_denoising_loss(loss, seen, SEEN_DRAWS, batch_size=seen_batch, limit=SEEN_IMAGES),
     }
 
 
-def measured_at_once(images: CachedLatents, batch_size: int) -> int:
-    """How many draws of noise are measured at once: as many as a batch of the training has images, so that measuring takes less
-    memory than a step; more of images so small that `SMALL_PIXELS` are not reached.
+def measurement_batch(images: CachedLatents, batch_size: int) -> int:
+    """The batch size of a measurement: that of the training, so that it needs less memory than a training step, or more for
+    small images, up to `SMALL_PIXELS` in total.
     """
     largest = max(height * width for height, width in images.sizes)
     return min(MEASURED_BATCH, max(batch_size, SMALL_PIXELS // largest))
 
 
 def log_scores(run: RunDirectory, step: int, judge: ImageScorer, images: Sequence[Image.Image], prompts: Sequence[str]) -> None:
-    """Log the scores of the images `images` from `prompts` after `step` steps: means of likeness and following, the worst of
-    copying.
-    """
+    """Log the scores of the `images` of `prompts` at `step`: the mean similarities, and the highest measures of copying."""
     scores = judge.scores(images, prompts)
     of_step = StepScores(
         subject=fmean(each.subject for each in scores),
@@ -65,15 +63,15 @@ def log_scores(run: RunDirectory, step: int, judge: ImageScorer, images: Sequenc
 
 @dataclass(frozen=True)
 class ValidationCallback:
-    """Watches one training.
+    """Validates the model during training.
 
     Args:
-        run: where everything goes.
+        run: gets the losses, scores, images and adapters.
         loss: of the model in training.
-        seen, heldout: what is trained on, and what is not; None where all is trained on.
-        sampler: draws the sample images.
-        components: what the adapter is on.
-        judge: scores the images that are drawn, or None.
+        seen, heldout: the training images and the held-out images; None without held-out images.
+        sampler: generates the sample images.
+        components: the adapted modules.
+        judge: scores the sample images; None for no scores.
         batch_size: of the training.
     """
 
@@ -87,7 +85,7 @@ class ValidationCallback:
     batch_size: int = MEASURED_BATCH
 
     def begin(self, before: Sequence[Image.Image], subject_images: Sequence[Image.Image]) -> None:
-        """Measure the base model, once a run, and keep and score what it drew; keep the images `subject_images` beside it."""
+        """Measure the base model and save its samples `before` and the training images, unless a resumed run has done so."""
         if not self.run.writes or self.run.metrics():
             return
         if self.heldout is not None:
@@ -97,7 +95,7 @@ class ValidationCallback:
         self._score(0, before)
 
     def measure(self, step: int) -> float | None:
-        """Keep the adapter and log the losses; returns that of the held-out image."""
+        """Save the adapter and log the losses; returns the validation loss, None without held-out images."""
         keep_adapter(self.run, step, self.components)
         if self.heldout is None:
             return None
@@ -106,15 +104,15 @@ class ValidationCallback:
         return losses["heldout_loss"]
 
     def show(self, step: int) -> None:
-        """Draw the validation prompts, and score the images."""
+        """Save the adapter, and generate, save and score the sample images."""
         keep_adapter(self.run, step, self.components)
-        images = self.sampler.draw()
+        images = self.sampler.generate()
         self.sampler.save(self.run, step, images)
         self._score(step, images)
 
     def sample(self, step: int) -> None:
-        """Draw the validation prompts for people alone: a step that was asked for changes nothing of what is suggested."""
-        self.sampler.save(self.run, step, self.sampler.draw())
+        """Generate and save the sample images on request. They are not scored, so that a request does not change the result."""
+        self.sampler.save(self.run, step, self.sampler.generate())
 
     def _score(self, step: int, images: Sequence[Image.Image]) -> None:
         if self.judge is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from training.subject.measured import kept_steps
+from training.subject.measured import saved_steps
 from webui import verdict
 from webui.adapters import steps_of
 from webui.app_context import AppContext
@@ -111,7 +111,7 @@ def _nothing_to_judge(why: str) -> dict[str, LazyUpdate]:
 
 def _comparison(view: RunView, selection: Selection, suggested: int | None) -> dict[str, LazyUpdate]:
     """The updates of the comparison."""
-    usable = selection.step is not None and selection.step in kept_steps(view.record)
+    usable = selection.step is not None and selection.step in saved_steps(view.record)
     newest = samples(view.record, selection.step) if selection.step is not None else []
     steps = [(f"step {each} (recommended)" if each == suggested else f"step {each}", each) for each in selection.steps]
     return {
