@@ -254,7 +254,7 @@ def _listen(source: FieldSource, field: Any, widget: gr.components.Component, pr
     """Validate and store a widget's change, and update its info."""
 
     @show_errors
-    def settle(draft: dict[str, Any], request: gr.Request) -> tuple[Any, Any, Any, Any]:
+    def store_input(draft: dict[str, Any], request: gr.Request) -> tuple[Any, Any, Any, Any]:
         workspace = source.context.settings.workspace(request)
         try:
             draft = source.with_pending_input(workspace, draft)
@@ -270,4 +270,6 @@ def _listen(source: FieldSource, field: Any, widget: gr.components.Component, pr
     store = STORE_TYPED % json.dumps([field.group, field.name])
     events = [widget.input] if field.kind in ("bool", "choice") else [widget.blur, widget.submit]
     typed = gr.on(events, None, [source.draft, widget], [source.draft], js=store, api_visibility="private")
-    typed.then(merge, [source.draft], [source.draft, widget, properties, back], api_visibility="private", show_progress="hidden")
+    typed.then(
+        store_input, [source.draft], [source.draft, widget, properties, back], api_visibility="private", show_progress="hidden"
+    )
