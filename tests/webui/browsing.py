@@ -2,10 +2,15 @@
 
 import time
 
+import numpy as np
+from PIL import Image
+
 from webui.page import SCREENS
 
 # The error of a request that the browser aborts when the page is closed.
 CUT_OFF = ("BodyStreamBuffer was aborted", "Connection errored out")
+# Rows of background pixels: between two blocks of a page at least, and below the last one.
+GAP, MARGIN = 5, 24
 
 
 def go_to(page, screen, patience=180_000):
@@ -57,3 +62,17 @@ def reload(page):
     page.reload()
     page.wait_for_selector("#screens", timeout=180_000)
     page.errors[before:] = [error for error in page.errors[before:] if not any(words in error for words in CUT_OFF)]
+
+
+def cropped(image, tallest=None):
+    """The top of a screenshot: up to a gap between two blocks if it is taller than `tallest` pixels, without the empty rest."""
+    pixels = np.asarray(image.convert("RGB"))
+    is_empty = (pixels == pixels[0, 0]).all(axis=(1, 2))
+    end = min(image.height, tallest or image.height)
+    if end < image.height:
+        end = next((row for row in range(end, GAP, -1) if is_empty[row - GAP : row].all()), end)
+    used = np.flatnonzero(~is_empty[:end])
+    bottom = min(image.height, used[-1] + 1 + MARGIN) if len(used) else end
+    page = Image.new("RGB", (image.width, bottom), tuple(pixels[0, 0].tolist()))
+    page.paste(image.crop((0, 0, image.width, min(end, bottom))))
+    return page

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from app_process import AppProcess
-from browsing import watch_answers
+from browsing import cropped, watch_answers
 from PIL import Image
 
 CHROMIUM_FLAGS = [
@@ -100,7 +100,7 @@ def page(new_page: Callable[..., object]) -> object:
 def screenshot() -> Callable[..., None]:
     """Writes an image of a page, `screenshot(page, name)`, into the folder that $SCREENSHOTS names; nothing if it is unset.
 
-    `tallest` cuts it off after so many pixels.
+    It is cropped to about `tallest` pixels, between two blocks of the page.
     """
 
     def take(page: object, name: str, tallest: int | None = None) -> None:
@@ -108,7 +108,6 @@ def screenshot() -> Callable[..., None]:
             path = Path(folder) / f"{name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             with Image.open(io.BytesIO(page.screenshot(full_page=True))) as image:
-                box = (0, 0, image.width, min(image.height, tallest or image.height))
-                image.convert("RGB").crop(box).quantize(256).save(path, optimize=True)
+                cropped(image, tallest).quantize(256).save(path, optimize=True)
 
     return take
