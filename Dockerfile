@@ -27,7 +27,7 @@ RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels pip install --no-
 
 # Any user ID can be given to `docker run --user`: nothing outside of /data is written.
 RUN useradd --uid 10001 --no-create-home --home-dir /data nora && install --directory --owner nora /data
-ENV HOME=/data HF_HOME=/data/huggingface
+ENV HOME=/data HF_HOME=/data/huggingface MPLCONFIGDIR=/tmp/matplotlib
 USER nora
 WORKDIR /data
 VOLUME /data
