@@ -34,6 +34,14 @@ class PromptEmbeddings:
     hidden: torch.Tensor
     pooled: torch.Tensor
 
+    def repeat(self, index: int, count: int) -> PromptEmbeddings:
+        """The prompt at `index`, `count` times: hidden (count, tokens, width), pooled (count, width)."""
+        return PromptEmbeddings(*(values[index].expand(count, *values.shape[1:]) for values in (self.hidden, self.pooled)))
+
+    def to(self, device: torch.device) -> PromptEmbeddings:
+        """The same embeddings on `device`."""
+        return PromptEmbeddings(self.hidden.to(device), self.pooled.to(device))
+
 
 def load_base_model(
     name_or_path: str,

@@ -10,7 +10,6 @@ import torch
 from tqdm.auto import tqdm
 
 from pipelines.randomness import RandomStream, keyed_generator
-from pipelines.subject.base_model import PromptEmbeddings
 from pipelines.subject.batches import stratified_timesteps
 from pipelines.subject.encoding import CachedLatents
 from pipelines.subject.loss import DenoisingLoss
@@ -48,8 +47,8 @@ def runs_on_subject(
     def run_unet() -> None:
         total = len(indices) * math.ceil(TIMESTEPS_PER_IMAGE / batch_size)
         for batch in bar(batches(), desc="calibrating", total=total):
-            repeated = _repeated(images.prompts, int(batch.pop("prompt")), len(batch["timesteps"]), device)
-            loss.predict(**{name: values.to(device) for name, values in batch.items()}, prompts=repeated)
+            prompts = images.prompts.repeat(int(batch.pop("prompt")), len(batch["timesteps"])).to(device)
+            loss.predict(**{name: values.to(device) for name, values in batch.items()}, prompts=prompts)
 
     def run_text_encoder(encoder: int) -> None:
         # One at a time, so that sums over several processes equal those of one process bit for bit.
@@ -57,12 +56,6 @@ def runs_on_subject(
             loss.text_encoders[encoder](images.tokens[images.prompt_of[index], encoder][None].to(device))
 
     return {"unet": run_unet, "text_encoder": partial(run_text_encoder, 0), "text_encoder_2": partial(run_text_encoder, 1)}
-
-
-def _repeated(prompts: PromptEmbeddings, prompt: int, count: int, device: torch.device) -> PromptEmbeddings:
-    """The prompt with index `prompt`, `count` times."""
-    parts = (prompts.hidden, prompts.pooled)
-    return PromptEmbeddings(*(values[prompt].expand(count, *values.shape[1:]).to(device) for values in parts))
 
 
 def _noise_levels(

@@ -9,7 +9,7 @@ import torch
 
 from pipelines.errors import InputError
 from pipelines.randomness import RandomStream, keyed_generator
-from pipelines.subject.base_model import PromptEmbeddings, encode_tokens
+from pipelines.subject.base_model import encode_tokens
 from pipelines.subject.encoding import CachedLatents
 from pipelines.subject.loss import DenoisingLoss
 
@@ -96,13 +96,9 @@ def mean_denoising_loss(
         latents, prompt = images.mean(index), int(images.prompt_of[index])
         noise = torch.randn((num_timesteps, *latents.shape), generator=keyed_generator(seed))
         for part in torch.arange(num_timesteps).split(batch_size):
-            count = len(part)
-            repeated = PromptEmbeddings(
-                *(values[prompt].expand(count, *values.shape[1:]) for values in (prompts.hidden, prompts.pooled))
-            )
             pixels = (latents.expand(noise[part].shape).to(device), noise[part].to(device))
-            levels = timesteps[part].to(device)
-            prediction = loss.predict(*pixels, levels, images.time_ids(index).expand(count, 6).to(device), repeated)
+            levels, time_ids = timesteps[part].to(device), images.time_ids(index).expand(len(part), 6).to(device)
+            prediction = loss.predict(*pixels, levels, time_ids, prompts.repeat(prompt, len(part)))
             total += loss.noising.errors(*(middle_of(values) for values in (prediction, *pixels)), levels).sum().item()
     loss.train(was_training)
     return total / (num_timesteps * len(measured))

@@ -10,7 +10,6 @@ from diffusers import StableDiffusionXLPipeline
 
 from pipelines.errors import InputError
 from pipelines.randomness import RandomStream, keyed_generator
-from pipelines.subject.base_model import PromptEmbeddings
 from pipelines.subject.encoding import CachedLatents
 from pipelines.subject.loss import DenoisingLoss
 from pipelines.subject.noising import DiscreteNoising, mean_square
@@ -62,10 +61,8 @@ def _share_of_error(loss: DenoisingLoss, images: CachedLatents, seed: int, targe
     scheduler, device = loss.noising.scheduler, loss.unet.device
     error = square = 0.0
     for index in range(min(MOST_IMAGES, len(images))):
-        latents, prompt = images.mean(index)[None].to(device), int(images.prompt_of[index])
-        prompts = PromptEmbeddings(
-            *(values[prompt][None].to(device) for values in (images.prompts.hidden, images.prompts.pooled))
-        )
+        latents = images.mean(index)[None].to(device)
+        prompts = images.prompts.repeat(int(images.prompt_of[index]), 1).to(device)
         time_ids = images.time_ids(index)[None].to(device)
         noise = torch.randn(latents.shape, generator=keyed_generator(seed, RandomStream.PREDICTION_TYPE, index)).to(device)
         for share in shares:

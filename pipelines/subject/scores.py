@@ -75,7 +75,7 @@ def copy_scores(images: Sequence[Image.Image], references: Sequence[Image.Image]
     """For each image, the correlation of its thumbnail with that of the most similar reference or its mirror image."""
     generated, given = (_centred_thumbnails(part) for part in (images, references))
     either = torch.cat([given, given.flip(-1)])
-    return (_unit(generated.flatten(1)) @ _unit(either.flatten(1)).T).amax(dim=1).tolist()
+    return (functional.normalize(generated.flatten(1)) @ functional.normalize(either.flatten(1)).T).amax(dim=1).tolist()
 
 
 def _centred_thumbnails(images: Sequence[Image.Image]) -> torch.Tensor:
@@ -108,12 +108,8 @@ def nearest_limit(among: torch.Tensor, of_cropped: torch.Tensor) -> float:
     return max([of_cropped.diagonal().mean().item(), *different.tolist()])
 
 
-def _unit(values: torch.Tensor) -> torch.Tensor:
-    return functional.normalize(values, dim=1)
-
-
 class BaseModelScorer:
-    """Scores images with the base model alone; adapters are disabled meanwhile."""
+    """Scores images with the base model, with its adapters disabled."""
 
     def __init__(
         self,
@@ -138,7 +134,7 @@ class BaseModelScorer:
             latents = self._latents([*references, *others])
             reference_features, count = self._features(latents), len(references)
             self.mean = reference_features.mean(dim=(0, 2), keepdim=True)
-            self.references = _unit(reference_features[:count] - self.mean)
+            self.references = functional.normalize(reference_features[:count] - self.mean)
             copies = self._latents([cropped(image) for image in references])
             self.nearest_limit = nearest_limit(self._similarities(latents[:count]), self._similarities(copies))
 
@@ -172,7 +168,7 @@ class BaseModelScorer:
 
     def _similarities(self, latents: torch.Tensor) -> torch.Tensor:
         """Mean similarity of positions to their best matches in each reference, both ways: (images, references), at most 1."""
-        generated = _unit(self._features(latents) - self.mean)
+        generated = functional.normalize(self._features(latents) - self.mean)
         similarities = torch.einsum("acx,bcy->abxy", generated, self.references)
         return (similarities.amax(dim=3).mean(dim=2) + similarities.amax(dim=2).mean(dim=2)) / 2
 
@@ -189,25 +185,21 @@ class BaseModelScorer:
         timesteps = torch.linspace(0.1 * last, 0.9 * last, count).long().to(latents.device)
         margins = []
         for image, prompt in zip(latents, prompts, strict=True):
-            losses = []
-            for index in range(len(distinct)):
-                prompt_embeddings = PromptEmbeddings(embeddings.hidden[index], embeddings.pooled[index])
-                losses.append(self._losses(image, noise, timesteps, prompt_embeddings))
+            losses = torch.stack([self._losses(image, noise, timesteps, embeddings, index) for index in range(len(distinct))])
             # Relative to the mean at each noise level, or the highest level would outweigh all others.
-            relative = (torch.stack(losses) / torch.stack(losses).mean(dim=0)).mean(dim=1)
+            relative = (losses / losses.mean(dim=0)).mean(dim=1)
             loss = relative[distinct.index(prompt)]
             margins.append(((relative.sum() - loss) / (len(distinct) - 1) - loss).item())
         return margins
 
     def _losses(
-        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, prompt: PromptEmbeddings
+        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, prompts: PromptEmbeddings, index: int
     ) -> torch.Tensor:
-        """The losses (samples,) of `latents` (channels, height, width) with each of `noise` (samples, ...), in batches."""
+        """The losses (samples,) of `latents` (channels, height, width) with each of `noise` (samples, ...) and one prompt."""
         losses = []
         for part, levels in zip(noise.split(self.batch_size), timesteps.split(self.batch_size), strict=True):
-            count = len(part)
-            same = PromptEmbeddings(*(values.expand(count, *values.shape) for values in (prompt.hidden, prompt.pooled)))
-            losses.append(self.loss.per_image(latents.expand(part.shape), part, levels, self._time_ids(count, latents), same))
+            time_ids, prompt = self._time_ids(len(part), latents), prompts.repeat(index, len(part))
+            losses.append(self.loss.per_image(latents.expand(part.shape), part, levels, time_ids, prompt))
         return torch.cat(losses)
 
     def _noise(self, count: int, latents: torch.Tensor) -> torch.Tensor:
