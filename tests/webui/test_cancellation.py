@@ -6,21 +6,21 @@ from webui.generation_requests import adapter_fields
 
 
 def test_cancel_affects_only_the_generations_that_this_tab_has_started():
-    turns = CancellationTokens()
-    first, waiting = turns.begin("a"), turns.begin("a")
-    other = turns.begin("b")
-    turns.cancel("a")
-    later = turns.begin("a")
-    assert [turns.is_cancelled("a", turn) for turn in (first, waiting, later)] == [True, True, False]
-    assert not turns.is_cancelled("b", other)
+    tokens = CancellationTokens()
+    first, waiting = tokens.begin("a"), tokens.begin("a")
+    other = tokens.begin("b")
+    tokens.cancel("a")
+    later = tokens.begin("a")
+    assert [tokens.is_cancelled("a", token) for token in (first, waiting, later)] == [True, True, False]
+    assert not tokens.is_cancelled("b", other)
 
 
 def test_the_number_of_remembered_tabs_is_limited():
-    turns = CancellationTokens()
+    tokens = CancellationTokens()
     for place in range(MAX_SESSIONS + 5):
-        turns.begin(str(place))
-        turns.cancel(str(place))
-    assert len(turns._last) == len(turns._cancelled) == MAX_SESSIONS
+        tokens.begin(str(place))
+        tokens.cancel(str(place))
+    assert len(tokens._last) == len(tokens._cancelled) == MAX_SESSIONS
 
 
 def test_the_settings_of_an_image_become_run_step_scale_and_further_adapters():

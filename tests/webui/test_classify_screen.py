@@ -65,11 +65,11 @@ def test_from_a_zip_to_a_classifier_that_is_trained_again_with_a_correction(serv
 
     page.set_input_files("#classify-zip input[type=file]", colour_zip(tmp_path / "colours.zip", 6))
     expect(page.locator("#classify-classes .class-card")).to_have_count(3, timeout=SOON)
-    expect(page.locator("#classify-said")).to_contain_text("18 images added")
+    expect(page.locator("#classify-message")).to_contain_text("18 images added")
     expect(page.locator("#classify-summary")).to_contain_text("Zero-shot accuracy", timeout=SOON)
-    page.locator("#classify-mend > button").click()
+    page.locator("#classify-edit > button").click()
     choose(page, "#classify-class", "leaf")
-    expect(page.locator("#classify-class-pictures img")).to_have_count(6, timeout=SOON)
+    expect(page.locator("#classify-class-images img")).to_have_count(6, timeout=SOON)
     page.locator("#classify-rename-to textarea, #classify-rename-to input").first.fill("<b>green</b> = leaf")
     page.locator("#classify-rename").click()
     expect(page.locator("#classify-classes")).to_contain_text("<b>green</b> = leaf", timeout=SOON)
@@ -121,7 +121,7 @@ def test_from_a_zip_to_a_classifier_that_is_trained_again_with_a_correction(serv
     for place, name in enumerate(("sea", "ruby")):
         (tmp_path / f"new-{place}.png").write_bytes(coloured(name, 50 + place))
     page.set_input_files("#classify-new-files input[type=file]", [tmp_path / "new-0.png", tmp_path / "new-1.png"])
-    expect(page.locator("#classify-found .shares")).to_have_count(2, timeout=SOON)
+    expect(page.locator("#classify-predictions .shares")).to_have_count(2, timeout=SOON)
     page.locator("#classify-correct-0 input").click()
     # The first option is the predicted class.
     corrected = page.get_by_role("option").nth(1)
@@ -184,8 +184,8 @@ def test_a_class_is_created_from_a_name_and_images_and_other_files_are_refused(s
     expect(page.locator("#classify-class-files")).to_contain_text("page", timeout=SOON)
     page.locator("#classify-add").click()
     expect(page.locator("#classify-classes .class-card")).to_have_count(1, timeout=SOON)
-    expect(page.locator("#classify-said")).to_contain_text("2 images added")
-    expect(page.locator("#classify-said")).to_contain_text("page.png is not a JPEG, PNG, WebP")
+    expect(page.locator("#classify-message")).to_contain_text("2 images added")
+    expect(page.locator("#classify-message")).to_contain_text("page.png is not a JPEG, PNG, WebP")
     expect(page.locator("#classify-summary")).to_contain_text("only one class")
     expect(page.locator("#classify-go-train")).to_be_disabled()
 

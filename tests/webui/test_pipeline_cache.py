@@ -51,7 +51,7 @@ def job(workspace, *references, scales=None, **changes):
     return GenerationJob(**{"prompt": "a star", "adapters": tuple(adapters), "seeds": (5,), "sampling": SAMPLING, **changes})
 
 
-def drawn(cache, wanted):
+def generated(cache, wanted):
     return [event for event in cache.generate(wanted) if isinstance(event, GeneratedImage)]
 
 
@@ -60,7 +60,7 @@ def pixels(image):
 
 
 def one(cache, wanted):
-    return pixels(drawn(cache, wanted)[0].image)
+    return pixels(generated(cache, wanted)[0].image)
 
 
 def apart(first, second):
@@ -85,8 +85,8 @@ def test_the_command_line_generates_the_same_pixels(cache, workspace, tiny_model
 
 def test_a_seed_gives_the_same_image_whatever_else_is_generated(cache, workspace):
     alone = one(cache, job(workspace, "first@4"))
-    drawn(cache, job(workspace, "second-nora@4", scales=[0.3]))
-    among = drawn(cache, job(workspace, "first@4", seeds=(4, 5, 6)))
+    generated(cache, job(workspace, "second-nora@4", scales=[0.3]))
+    among = generated(cache, job(workspace, "first@4", seeds=(4, 5, 6)))
     assert apart(alone, pixels(among[1].image)) == 0
     assert [each.settings["seed"] for each in among] == [4, 5, 6]
 
@@ -94,10 +94,10 @@ def test_a_seed_gives_the_same_image_whatever_else_is_generated(cache, workspace
 def test_scale_zero_and_no_adapter_are_the_base_model(cache, workspace, tiny_model, tmp_path):
     base = commanded(tiny_model, tmp_path, [], [1.0])
     of_run = job(workspace, "first@4", scales=[0.0], with_base=True)
-    adapted, beside = drawn(cache, of_run)
+    adapted, beside = generated(cache, of_run)
     assert apart(base, pixels(adapted.image)) == apart(base, pixels(beside.image)) == 0
     assert beside.settings["adapters"] == []
-    full = drawn(cache, job(workspace, "first@4", with_base=True))
+    full = generated(cache, job(workspace, "first@4", with_base=True))
     assert apart(base, pixels(full[1].image)) == 0
     assert apart(base, pixels(full[0].image)) > 1
 
@@ -213,7 +213,7 @@ def test_the_number_of_loaded_models_is_limited(workspace, tiny_model, tmp_path)
         shutil.copytree(tiny_model, tmp_path / name)
         small_run(tmp_path / "runs", tmp_path / name, f"run-{name}")
         own = Workspace(tmp_path / "runs", tmp_path / "sets", is_local=True)
-        drawn(cache, job(own, f"run-{name}@4", sampling=Sampling(num_inference_steps=1)))
+        generated(cache, job(own, f"run-{name}@4", sampling=Sampling(num_inference_steps=1)))
     assert len(cache._models) == MAX_MODELS
     cache.release()
     assert not cache._models
@@ -256,7 +256,7 @@ def test_an_unknown_reference_is_refused(workspace, reference):
 
 def test_generated_images_contain_their_settings_and_only_the_newest_are_kept(cache, workspace, tmp_path):
     kept = GeneratedImages(tmp_path / "drawn")
-    made = drawn(cache, job(workspace, "first@2", scales=[0.5]))[0]
+    made = generated(cache, job(workspace, "first@2", scales=[0.5]))[0]
     path = kept.add(made.image, made.settings)
     settings = read_settings(path)
     assert (settings["prompt"], settings["seed"], settings["num_inference_steps"]) == ("a star", 5, 4)

@@ -67,7 +67,7 @@ def generated(page):
     page.wait_for_selector("#use-generate:not([disabled])")
 
 
-def drawn(server):
+def saved_images(server):
     """The saved images, newest first."""
     return sorted((server.uploads / ".drawn").glob("*.png"), reverse=True)
 
@@ -85,7 +85,7 @@ def test_an_image_is_reproducible_and_contains_its_settings(server, new_page, sc
     with_steps(page, 3)
     generated(page)
     generated(page)
-    first, second, *_ = drawn(server)
+    first, second, *_ = saved_images(server)
     assert first.read_bytes() == second.read_bytes()
     said = read_settings(first)
     assert (said["prompt"], said["seed"], said["adapters"][0]["scale"]) == ("a star at night", 0, 1.0)
@@ -102,7 +102,7 @@ def test_cancel_stops_the_generation_and_the_next_one_works(server, new_page):
     page = opened(new_page, server)
     with_steps(page, 100)
     set_number(page, "use-count", 8)
-    kept = len(drawn(server))
+    kept = len(saved_images(server))
     page.locator("#use-generate").click()
     page.wait_for_function("/step [1-9]/.test(document.querySelector('#use-progress').innerText)")
     assert page.locator("#use-generate").is_disabled()
@@ -110,12 +110,12 @@ def test_cancel_stops_the_generation_and_the_next_one_works(server, new_page):
     page.wait_for_selector("#use-cancel", state="detached")
     page.wait_for_selector("#use-generate:not([disabled])")
     assert "Cancelled" in told(page)
-    finished = len(drawn(server))
+    finished = len(saved_images(server))
     assert finished < kept + 8
     with_steps(page, 3)
     set_number(page, "use-count", 1)
     generated(page)
-    assert len(drawn(server)) == finished + 1
+    assert len(saved_images(server)) == finished + 1
 
 
 @pytest.mark.slow(16)
@@ -123,7 +123,7 @@ def test_closing_the_tab_stops_the_generation_and_keeps_the_images(server, new_p
     page = opened(new_page, server)
     with_steps(page, 3)
     generated(page)
-    kept = len(drawn(server))
+    kept = len(saved_images(server))
     with_steps(page, 100)
     set_number(page, "use-count", 8)
     page.locator("#use-generate").click()
@@ -133,22 +133,22 @@ def test_closing_the_tab_stops_the_generation_and_keeps_the_images(server, new_p
     again.wait_for_selector("#use-gallery .thumbnail-lg")
     with_steps(again, 3)
     generated(again)
-    assert len(drawn(server)) < kept + 8
+    assert len(saved_images(server)) < kept + 8
 
 
 @pytest.mark.slow(8)
 def test_weight_zero_is_the_base_model(server, new_page):
     page = opened(new_page, server)
     with_steps(page, 3)
-    set_number(page, "use-strength", 0)
+    set_number(page, "use-weight", 0)
     page.locator("#use-base input").check()
     generated(page)
-    base, adapted = drawn(server)[:2]
+    base, adapted = saved_images(server)[:2]
     assert read_settings(base)["adapters"] == []
     assert np.array_equal(pixels(base), pixels(adapted))
-    set_number(page, "use-strength", 1)
+    set_number(page, "use-weight", 1)
     generated(page)
-    base, adapted = drawn(server)[:2]
+    base, adapted = saved_images(server)[:2]
     assert not np.array_equal(pixels(base), pixels(adapted))
 
 
@@ -156,20 +156,20 @@ def test_weight_zero_is_the_base_model(server, new_page):
 def test_combined_adapters_generate_are_reused_and_merged_for_stock_diffusers(server, new_page, tmp_path):
     page = opened(new_page, server)
     with_steps(page, 3)
-    set_number(page, "use-strength", 0.5)
+    set_number(page, "use-weight", 0.5)
     set_number(page, "use-seed", 7)
-    page.locator("#use-mix button").first.click()
+    page.locator("#use-combine button").first.click()
     page.locator("#use-mixed-0 input").click()
     page.get_by_role("option").nth(1).click()
-    set_number(page, "use-mixed-strength-0", 0.7)
+    set_number(page, "use-mixed-weight-0", 0.7)
     generated(page)
-    mixed = drawn(server)[0]
+    mixed = saved_images(server)[0]
     settings = read_settings(mixed)
     assert [each["scale"] for each in settings["adapters"]] == [0.5, 0.7]
     assert (settings["seed"], settings["num_inference_steps"]) == (7, 3)
-    page.locator("#use-bake-layout input[value=diffusers]").check()
+    page.locator("#use-merge-layout input[value=diffusers]").check()
     with page.expect_download() as download:
-        page.locator("#use-bake").click()
+        page.locator("#use-merge").click()
     file = tmp_path / download.value.suggested_filename
     download.value.save_as(file)
     stock = StableDiffusionXLPipeline.from_pretrained(BUILT_IN_MODEL, dtype=torch.float32, add_watermarker=False)
@@ -185,7 +185,7 @@ def test_combined_adapters_generate_are_reused_and_merged_for_stock_diffusers(se
     page.wait_for_function("document.querySelector('#use-seed input').value === '7'")
     quiet(page)
     generated(page)
-    assert drawn(server)[0].read_bytes() == mixed.read_bytes()
+    assert saved_images(server)[0].read_bytes() == mixed.read_bytes()
 
 
 @pytest.mark.slow(7)

@@ -37,15 +37,15 @@ STYLE = """
 # The browser stores input in the draft while the user types, and again on blur, which covers pasting, so that Train starts with
 # the current values. Default values are not stored. A draft that the form changed is marked, so that a late response of the
 # server does not overwrite newer input.
-CHANGED_BY_FORM = "by_the_boxes"
-STORE_TRIGGER = "(draft, value) => value === (draft.trigger ?? 'sks') ? draft : {...draft, trigger: value, by_the_boxes: true}"
+CHANGED_BY_FORM = "changed_by_form"
+STORE_TRIGGER = "(draft, value) => value === (draft.trigger ?? 'sks') ? draft : {...draft, trigger: value, changed_by_form: true}"
 STORE_KIND = """(draft, value) => value === (draft.class_word ?? (draft.set ? '' : 'toy')) ? draft
-  : {...draft, class_word: value, by_the_boxes: true}"""
+  : {...draft, class_word: value, changed_by_form: true}"""
 STORE_SCENES = """(draft, value) => {
   const scenes = value.split('\\n').map(line => line.trim()).filter(line => line), known = draft.scenes ?? DEFAULT;
-  return JSON.stringify(scenes) === JSON.stringify(known) ? draft : {...draft, scenes, by_the_boxes: true};
+  return JSON.stringify(scenes) === JSON.stringify(known) ? draft : {...draft, scenes, changed_by_form: true};
 }""".replace("DEFAULT", json.dumps(SCENES))
-STORE_PRESET = "(draft, value) => ({...draft, preset: value, by_the_boxes: true})"
+STORE_PRESET = "(draft, value) => ({...draft, preset: value, changed_by_form: true})"
 # Two text boxes are side by side if each has at least this many pixels.
 MIN_BOX_WIDTH = 240
 TRIGGER_HINT = "A rare word that stands for your subject. A common word already has a meaning for the model."

@@ -58,11 +58,11 @@ def _layout(context: ClassifyContext) -> dict[str, Any]:
     parts["summary"] = gr.HTML(elem_id="classify-summary")
     parts["cards"] = gr.HTML(elem_id="classify-classes")
     _lay_out_adding(parts, context.app.settings.is_local)
-    parts["said"] = gr.HTML(elem_id="classify-said")
+    parts["message"] = gr.HTML(elem_id="classify-message")
     _lay_out_editing(parts)
     with gr.Row(elem_classes="buttons"):
         parts["delete"] = gr.Button("Delete this dataset", size="sm", elem_id="classify-delete-set", visible=False)
-    with gr.Row(visible=False) as parts["sure"]:
+    with gr.Row(visible=False) as parts["confirm"]:
         parts["yes"] = gr.Button("Delete it and all its images", variant="stop", elem_id="classify-delete-yes")
         parts["no"] = gr.Button("Keep it", elem_id="classify-delete-no")
     parts["go"] = gr.Button("Continue to Train", variant="primary", elem_id="classify-go-train")
@@ -99,7 +99,7 @@ def _lay_out_adding(parts: dict[str, Any], is_local: bool) -> None:
 
 
 def _lay_out_editing(parts: dict[str, Any]) -> None:
-    with gr.Accordion("View and edit a class", open=False, elem_id="classify-mend") as parts["mend"]:
+    with gr.Accordion("View and edit a class", open=False, elem_id="classify-edit") as parts["edit"]:
         with gr.Row():
             parts["class"] = gr.Dropdown(label="Class", elem_id="classify-class", interactive=True)
             parts["name"] = gr.Textbox(label="New name", max_lines=1, elem_id="classify-rename-to")
@@ -113,7 +113,7 @@ def _lay_out_editing(parts: dict[str, Any]) -> None:
             height=280,
             object_fit="cover",
             allow_preview=False,
-            elem_id="classify-class-pictures",
+            elem_id="classify-class-images",
         )
         parts["chosen"] = gr.State(None)
         with gr.Column(visible=False) as parts["one"]:
@@ -126,7 +126,7 @@ def _lay_out_editing(parts: dict[str, Any]) -> None:
 def _wire_dataset(context: ClassifyContext, parts: dict[str, Any]) -> None:
     """Show the draft's dataset, then its zero-shot accuracy."""
     settings = context.app.settings
-    widgets = [parts[name] for name in ("set", "delete", "sure", "summary", "cards", "class", "mend", "go")]
+    widgets = [parts[name] for name in ("set", "delete", "confirm", "summary", "cards", "class", "edit", "go")]
 
     @show_errors
     def list_sets(draft: dict[str, Any], request: gr.Request) -> gr.Dropdown:
@@ -211,11 +211,11 @@ def _wire_adding(context: ClassifyContext, parts: dict[str, Any]) -> None:
         return {**draft, "set": class_sets.point_to(settings.workspace(request), path)}, "", ""
 
     quiet = {"api_visibility": "private", "show_progress": "minimal"}
-    redraw(parts["zip"].upload(take_zip, [parts["zip"], context.draft], [context.draft, parts["said"], parts["zip"]], **quiet))
+    redraw(parts["zip"].upload(take_zip, [parts["zip"], context.draft], [context.draft, parts["message"], parts["zip"]], **quiet))
     given = [parts["new_name"], parts["files"], context.draft]
-    redraw(parts["add"].click(add, given, [context.draft, parts["said"], parts["new_name"], parts["files"]], **quiet))
+    redraw(parts["add"].click(add, given, [context.draft, parts["message"], parts["new_name"], parts["files"]], **quiet))
     if "point" in parts:
-        inputs, outputs = [parts["path"], context.draft], [context.draft, parts["said"], parts["path"]]
+        inputs, outputs = [parts["path"], context.draft], [context.draft, parts["message"], parts["path"]]
         redraw(gr.on([parts["point"].click, parts["path"].submit], point, inputs, outputs, **quiet))
 
 
@@ -254,8 +254,8 @@ def _wire_class(context: ClassifyContext, parts: dict[str, Any]) -> None:
         return (readable[event.index].name if is_there else None), gr.Column(visible=is_there)
 
     parts["class"].change(show, [*of_class, opened], outputs, **QUIET)
-    parts["mend"].expand(lambda: True, None, [opened], **QUIET).then(show, [*of_class, opened], outputs, **QUIET)
-    parts["mend"].collapse(lambda: False, None, [opened], **QUIET)
+    parts["edit"].expand(lambda: True, None, [opened], **QUIET).then(show, [*of_class, opened], outputs, **QUIET)
+    parts["edit"].collapse(lambda: False, None, [opened], **QUIET)
     parts["gallery"].select(choose, of_class, [parts["chosen"], parts["one"]], **QUIET)
     # After the list of classes was updated, so that the chosen class is one of them.
     parts["show_class"] = lambda event: event.then(show, [*of_class, opened], outputs, **QUIET)
@@ -294,7 +294,7 @@ def _wire_editing(context: ClassifyContext, parts: dict[str, Any]) -> None:
         return ""
 
     given = [parts["class"], parts["name"], context.draft]
-    redraw(gr.on([parts["rename"].click, parts["name"].submit], rename, given, [parts["said"]], **QUIET))
+    redraw(gr.on([parts["rename"].click, parts["name"].submit], rename, given, [parts["message"]], **QUIET))
     given = [parts["class"], parts["chosen"], parts["target"], context.draft]
     changes = {
         "remove_class": lambda folder, key, chosen, target: remove_class(folder, key),
@@ -302,7 +302,7 @@ def _wire_editing(context: ClassifyContext, parts: dict[str, Any]) -> None:
         "move": lambda folder, key, chosen, target: move_image(folder, chosen, target),
     }
     for name, change in changes.items():
-        redraw(parts[name].click(_changing(settings, change), given, [parts["said"]], **QUIET))
+        redraw(parts[name].click(_changing(settings, change), given, [parts["message"]], **QUIET))
     _wire_deleting(context, parts)
 
 
@@ -336,8 +336,8 @@ def _wire_deleting(context: ClassifyContext, parts: dict[str, Any]) -> None:
         delete_set(folder)
         return {**draft, "set": None}
 
-    parts["delete"].click(lambda: gr.Row(visible=True), None, [parts["sure"]], **QUIET)
-    parts["no"].click(lambda: gr.Row(visible=False), None, [parts["sure"]], **QUIET)
+    parts["delete"].click(lambda: gr.Row(visible=True), None, [parts["confirm"]], **QUIET)
+    parts["no"].click(lambda: gr.Row(visible=False), None, [parts["confirm"]], **QUIET)
     parts["redraw"](parts["yes"].click(delete, [context.draft], [context.draft], **QUIET))
 
 

@@ -108,7 +108,7 @@ def _cards(context: ClassifyContext, predictions: gr.State) -> None:
             return
         classes = result_of(context.app.settings.workspace(request).run(run_id)).classes
         answers: list[gr.Dropdown] = []
-        with gr.Row(equal_height=False, elem_id="classify-found"):
+        with gr.Row(equal_height=False, elem_id="classify-predictions"):
             for row in rows:
                 with gr.Column(min_width=240, elem_classes="found-card"):
                     gr.HTML(_card(row))

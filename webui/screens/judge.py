@@ -204,7 +204,7 @@ def _layout() -> dict[str, Any]:
         with gr.Row():
             with gr.Column(min_width=280):
                 components["step"] = gr.Dropdown(label="Step", elem_id="judge-step", interactive=True)
-                components["place"] = gr.Dropdown(label="Prompt", elem_id="judge-place", interactive=True)
+                components["place"] = gr.Dropdown(label="Prompt", elem_id="judge-prompt", interactive=True)
                 components["use"] = gr.Button("Use this step", variant="primary", visible=False, elem_id="judge-use")
             with gr.Column(min_width=280, scale=2):
                 components["slider"] = gr.ImageSlider(

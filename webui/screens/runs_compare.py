@@ -68,7 +68,7 @@ def _layout() -> dict[str, Any]:
         components["show"] = gr.Button("Compare", variant="primary", elem_id="runs-compare-show", scale=0, min_width=140)
     components["comparison"] = gr.HTML(visible=False, elem_id="runs-compared")
     components["form"] = gr.Accordion(
-        "Generate one prompt with all of them", open=False, visible=False, elem_id="runs-compare-drawing"
+        "Generate one prompt with all of them", open=False, visible=False, elem_id="runs-compare-form"
     )
     with components["form"]:
         with gr.Row(equal_height=True):
@@ -77,9 +77,9 @@ def _layout() -> dict[str, Any]:
                 label="Seed", value=0, precision=0, minimum=0, elem_id="runs-compare-seed", scale=1, min_width=100
             )
         with gr.Row(elem_classes="buttons"):
-            components["draw"] = gr.Button("Generate", variant="primary", elem_id="runs-compare-draw", scale=0, min_width=140)
+            components["draw"] = gr.Button("Generate", variant="primary", elem_id="runs-compare-generate", scale=0, min_width=140)
             components["cancel"] = gr.Button("Cancel", elem_id="runs-compare-cancel", scale=0, min_width=140)
-        components["images"] = gr.HTML(visible=False, elem_id="runs-compare-drawn")
+        components["images"] = gr.HTML(visible=False, elem_id="runs-compare-images")
     return components
 
 

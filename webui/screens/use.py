@@ -102,19 +102,19 @@ def build(context: AppContext) -> None:
 
 def _controls(context: AppContext, prompt: gr.Textbox) -> tuple[Controls, gr.UploadButton, gr.Button]:
     context.step.render()
-    scale = gr.Slider(0, 1.5, 1, step=0.05, label="Adapter weight", info="0 is the base model.", elem_id="use-strength")
+    scale = gr.Slider(0, 1.5, 1, step=0.05, label="Adapter weight", info="0 is the base model.", elem_id="use-weight")
     with gr.Row():
         count = gr.Slider(1, 8, 1, step=1, label="Images", elem_id="use-count", min_width=150)
         seed = gr.Number(0, precision=0, minimum=0, label="Seed", elem_id="use-seed", min_width=110)
         dice = gr.Button("New seed", size="sm", elem_id="use-dice", min_width=90)
     with_base = gr.Checkbox(label="Also generate each image with the base model", elem_id="use-base")
-    with gr.Accordion("Combine with other adapters", open=False, elem_id="use-mix"):
+    with gr.Accordion("Combine with other adapters", open=False, elem_id="use-combine"):
         gr.Markdown("Their weight changes are added. All must be for the same base model.")
         mixed, scales = [], []
         for index in range(MIXED):
             with gr.Row():
                 mixed.append(gr.Dropdown([("none", "")], value="", label="Adapter", elem_id=f"use-mixed-{index}"))
-                scales.append(gr.Slider(0, 1.5, 1, step=0.05, label="Adapter weight", elem_id=f"use-mixed-strength-{index}"))
+                scales.append(gr.Slider(0, 1.5, 1, step=0.05, label="Adapter weight", elem_id=f"use-mixed-weight-{index}"))
         upload = gr.UploadButton("Add a LoRA file", file_types=[".safetensors"], size="sm", elem_id="use-upload")
     with gr.Accordion("Sampling settings", open=False, elem_id="use-more"):
         negative = gr.Textbox(label="Negative prompt", info="What the image should not show.", elem_id="use-negative")

@@ -34,7 +34,7 @@ class Files:
 
 def build() -> Files:
     """Put the lower part of the screen Use into the open column."""
-    gr.Markdown("### Download\nThe adapter at the selected step.", elem_id="use-take")
+    gr.Markdown("### Download\nThe adapter at the selected step.", elem_id="use-download")
     rows, buttons, sizes = {}, {}, {}
     for layout, (name, _) in LAYOUTS.items():
         with gr.Row(elem_classes=["use-file"]) as rows[layout]:
@@ -47,9 +47,9 @@ def build() -> Files:
             value="kohya",
             show_label=False,
             container=False,
-            elem_id="use-bake-layout",
+            elem_id="use-merge-layout",
         )
-        merge = gr.Button("Merge into one file", size="sm", scale=0, min_width=220, elem_id="use-bake")
+        merge = gr.Button("Merge into one file", size="sm", scale=0, min_width=220, elem_id="use-merge")
     file = gr.DownloadButton("Download", elem_id="use-file", elem_classes=["unseen"])
     return Files(rows, sizes, buttons, layout, merge, file)
 
