@@ -207,7 +207,7 @@ class SubjectTraining:
         """The trained pipeline, for export and certification."""
         count = len(self.encoded.subject)
         return Trained(
-            self.pipeline, self.components, self.sampler, validation.judge, self.displayed, before, self.resolution, count, began
+            self.pipeline, self.components, self.sampler, validation.scorer, self.displayed, before, self.resolution, count, began
         )
 
     def _batches(self, subject: CachedLatents, class_images: CachedLatents | None) -> TrainingBatches:

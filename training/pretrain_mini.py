@@ -1,9 +1,9 @@
-"""Pretrain the built-in models from nothing: SDXL's autoencoder, its UNet and both text encoders together; and CLIP.
+"""Pretrain the built-in models from scratch: SDXL's autoencoder, then its UNet with both text encoders; and CLIP.
 
     accelerate launch training/pretrain_mini.py --images_dir IMAGES --output_dir OUT
     accelerate launch training/pretrain_mini.py --images_dir IMAGES --output_dir OUT --stages clip export_clip
 
-Stopped and started again it goes on from its newest checkpoint. `--stages` picks the stages to run.
+A run that was stopped resumes from its newest checkpoint when it is started again. `--stages` selects the stages.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from training.engine.stopping import exit_codes
 from training.options.pretraining import PretrainOptions, parse_pretrain_options
 
 if __name__ == "__main__":
-    # Before the model libraries are imported, which takes seconds: --help and wrong flags are answered at once.
+    # Before the slow imports of model libraries, so that --help and wrong flags are answered at once.
     with configure_logging(), exit_codes():
         given_options = parse_pretrain_options()
 
@@ -55,7 +55,7 @@ BASIS_FILE = "patch-basis.safetensors"
 
 
 def fit_basis(options: PretrainOptions, corpus: Corpus) -> None:
-    """Fit the latent space to scenes and photographs and save it."""
+    """Fit the latent space to scenes and photographs, and save it."""
     scenes, photos = corpus.images[: options.scenes], corpus.images[options.scenes :]
     chosen = [part[:: max(1, len(part) // 2000)] for part in (scenes, photos) if len(part)]
     basis = PatchBasis.fit(to_pixels(np.concatenate(chosen)))
@@ -64,12 +64,12 @@ def fit_basis(options: PretrainOptions, corpus: Corpus) -> None:
 
 
 def load_basis(options: PretrainOptions) -> PatchBasis:
-    """The latent space that `fit_basis` saved."""
+    """Load the latent space that `fit_basis` saved."""
     return PatchBasis(**load_file(Path(options.output_dir) / BASIS_FILE))
 
 
 def train_vae(options: PretrainOptions, corpus: Corpus) -> None:
-    """Train the autoencoder; `trained_vae` reads it back."""
+    """Train the autoencoder; `trained_vae` loads it."""
     run = RunDirectory.create(Path(options.output_dir) / "vae", dataclasses.asdict(options), PartialState().is_main_process)
     torch.manual_seed(options.seed)
     vae = mini_sdxl.new_vae()
@@ -91,7 +91,7 @@ def train_vae(options: PretrainOptions, corpus: Corpus) -> None:
 
 
 def trained_vae(options: PretrainOptions) -> AutoencoderKL:
-    """The autoencoder of the newest checkpoint, also while its training still goes on beside."""
+    """The autoencoder of the newest checkpoint; its training may still be in progress."""
     module = AutoencoderLoss(mini_sdxl.new_vae(), load_basis(options))
     load_checkpoint(list_checkpoints(Path(options.output_dir) / "vae" / CHECKPOINTS)[-1], module)
     return module.vae.eval()
@@ -105,7 +105,7 @@ def caption_tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tenso
 
 
 def denoising_batches(options: PretrainOptions, corpus: Corpus, tokens: torch.Tensor) -> Callable[[int], dict[str, torch.Tensor]]:
-    """The batches of the UNet's training: latents, stratified timesteps, captions of which one in ten is dropped."""
+    """The batches of the UNet's training: latents, stratified timesteps, and captions, a tenth of which are dropped."""
     sampler = PretrainingSampler(corpus, options.scenes, options.scene_share, options.seed)
     count, basis = options.unet_batch_size, load_basis(options)
 
@@ -126,7 +126,7 @@ def denoising_batches(options: PretrainOptions, corpus: Corpus, tokens: torch.Te
 
 
 def build_tokenizer(corpus: Corpus) -> CLIPTokenizer:
-    """The reduced tokenizer over every word of the corpus and of the usual prompts."""
+    """The reduced tokenizer for all words of the corpus and of common prompts."""
     return mini_sdxl.reduced_tokenizer([mini_sdxl.PROMPT_WORDS, *corpus.captions])
 
 
@@ -135,7 +135,8 @@ def new_denoiser(options: PretrainOptions, tokenizer: CLIPTokenizer) -> Pretrain
     torch.manual_seed(options.seed)
     module = PretrainingDenoisingLoss(tokenizer)
     for encoder in (module.text_encoder, module.text_encoder_2):
-        # CLIP's 0.02 leaves a shallow encoder's hidden states near zero, and cross-attention blind for thousands of steps.
+        # With CLIP's 0.02, the hidden states of a shallow encoder stay near zero, so cross-attention learns nothing for thousands
+        # of steps.
         nn.init.normal_(encoder.get_input_embeddings().weight, std=0.5)
     return module
 
@@ -143,7 +144,7 @@ def new_denoiser(options: PretrainOptions, tokenizer: CLIPTokenizer) -> Pretrain
 def as_pipeline(
     options: PretrainOptions, module: PretrainingDenoisingLoss, tokenizer: CLIPTokenizer
 ) -> StableDiffusionXLPipeline:
-    """The UNet and text encoders in `module` with the newest autoencoder."""
+    """A pipeline of the UNet and text encoders in `module` and the newest autoencoder."""
     return mini_sdxl.assemble(trained_vae(options), module.unet, (module.text_encoder, module.text_encoder_2), tokenizer)
 
 
@@ -154,7 +155,7 @@ def train_unet(options: PretrainOptions, corpus: Corpus) -> None:
     module = new_denoiser(options, tokenizer)
     optimizer = torch.optim.AdamW(module.parameters(), lr=options.unet_learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
     batch_at = denoising_batches(options, corpus, caption_tokens(tokenizer, corpus.captions))
-    # No moving average: beside a rate that falls to zero it lags (checks and dots came out worse with 0.9995).
+    # No moving average: it lags behind while the learning rate falls to zero (checks and dots were worse with a decay of 0.9995).
     trainable = Trainable(module, batch_at, optimizer, warmup_stable_decay(optimizer, options.unet_steps))
 
     def sample(step: int) -> None:
@@ -177,7 +178,7 @@ def export(options: PretrainOptions, corpus: Corpus) -> None:
 
 
 def card_facts(options: PretrainOptions, corpus: Corpus, pipeline: StableDiffusionXLPipeline) -> CardFacts:
-    """What the model card says: the steps are those of the newest checkpoints, not those asked for."""
+    """The facts of the model card; the numbers of steps are those of the newest checkpoints."""
     vae_steps, unet_steps = (newest_step(Path(options.output_dir) / stage) for stage in ("vae", "unet"))
     parts = [(name, part) for name, part in pipeline.components.items() if isinstance(part, nn.Module)]
     command = "accelerate launch training/pretrain_mini.py --images_dir IMAGES --output_dir OUT"
@@ -215,7 +216,7 @@ ALONE = ("basis", "export", "export_clip")
 
 
 def main(options: PretrainOptions) -> None:
-    """Run the stages asked for, in their order."""
+    """Run the stages of the options in order."""
     state = PartialState()
     with state.main_process_first():
         corpus = load_corpus(options)

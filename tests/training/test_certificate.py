@@ -36,7 +36,7 @@ def rewritten(path, change, **said):
 
 
 @pytest.mark.slow(20)
-def test_a_fresh_process_without_this_package_certifies_both_files(tiny_model, tmp_path):
+def test_a_process_without_this_project_certifies_both_files(tiny_model, tmp_path):
     pipe = exported(tmp_path)
     found = certify(pipe, tmp_path, StockModel(str(tiny_model)), PROMPTS, FAST)
     assert found.passed
@@ -47,7 +47,7 @@ def test_a_fresh_process_without_this_package_certifies_both_files(tiny_model, t
     assert (said["passed"], said["prompts"], said["kohya_findings"]) == (True, list(PROMPTS), [])
 
 
-def test_what_a_process_of_stock_diffusers_cannot_use_is_named(tiny_model, tmp_path, monkeypatch):
+def test_a_file_that_stock_diffusers_cannot_load_is_named(tiny_model, tmp_path, monkeypatch):
     program = tmp_path / "program.py"
     program.write_text("raise OSError('there is no model in gone')")
     monkeypatch.setattr(certificate, "STOCK_PROGRAM", program)
@@ -98,7 +98,7 @@ def test_an_adapter_without_any_effect_is_an_error(tiny_model, tmp_path, certifi
         certify(pipe, tmp_path, StockModel(str(tiny_model)), PROMPTS, FAST)
 
 
-def test_a_file_of_which_stock_diffusers_uses_nothing_is_an_error(tiny_model, tmp_path, certified_here):
+def test_a_file_that_stock_diffusers_ignores_completely_is_an_error(tiny_model, tmp_path, certified_here):
     pipe = exported(tmp_path)
     path = tmp_path / "diffusers" / "pytorch_lora_weights.safetensors"
     write_tensors(path, {f"no_such_part.{name}": tensor for name, tensor in read_tensors(path).items()})
@@ -121,12 +121,12 @@ def test_the_stock_program_cannot_import_this_project(stock_check):
     ("dtype", "offset", "passed"),
     [("float32", 0.9, True), ("float32", 1.1, False), ("bfloat16", 2.4, True), ("bfloat16", 2.6, False)],
 )
-def test_differences_are_judged_in_levels_and_in_half_precision_against_the_effect(dtype, offset, passed):
+def test_differences_are_limited_in_levels_and_in_half_precision_relative_to_the_effect(dtype, offset, passed):
     base = torch.zeros(1, 4, 4, 3)
     adapted = base + 10 / 255
     native = adapted + offset / 255
     stock = {"base": base, "diffusers": adapted, "kohya": adapted}
-    found = certificate._judge(native, stock, [], ["x"], {}, dtype, "cpu")
+    found = certificate._compare(native, stock, [], ["x"], {}, dtype, "cpu")
     assert found.passed == passed
     assert found.effect == pytest.approx(10, rel=1e-3)
     assert found.largest_difference["kohya"] == pytest.approx(offset, rel=1e-2)
@@ -135,7 +135,7 @@ def test_differences_are_judged_in_levels_and_in_half_precision_against_the_effe
 def test_a_certificate_fails_on_every_finding_in_the_kohya_file():
     base = torch.zeros(1, 4, 4, 3)
     stock = {"base": base, "diffusers": base + 1, "kohya": base + 1}
-    assert certificate._judge(base + 1, stock, ["odd"], ["x"], {}, "float32", "cpu").problems == ["the kohya file: odd"]
+    assert certificate._compare(base + 1, stock, ["odd"], ["x"], {}, "float32", "cpu").problems == ["the kohya file: odd"]
 
 
 def without(part):
@@ -189,7 +189,7 @@ def test_a_header_that_other_programs_would_misread_is_found(tmp_path, said, fin
     assert finding in found[0]
 
 
-def test_a_kohya_file_cut_short_is_a_finding(tmp_path):
+def test_a_truncated_kohya_file_is_a_finding(tmp_path):
     exported(tmp_path)
     path = tmp_path / "kohya" / "toy.safetensors"
     path.write_bytes(path.read_bytes()[:-4])

@@ -26,25 +26,25 @@ def curve(heldout, seen=None):
     return [Point(10 * place, loss, other) for place, (loss, other) in enumerate(zip(heldout, seen, strict=True))]
 
 
-def test_the_least_heldout_loss_is_suggested_and_the_reason_names_it():
+def test_the_step_with_the_lowest_heldout_loss_is_recommended_and_the_reason_names_it():
     found = suggest(curve([1.0, 0.8, 0.5, 0.7]), last=30)
     assert (found.step, found.last) == (20, 30)
     assert "0.5000 at step 20" in found.why
 
 
-def test_a_loss_that_falls_to_the_end_suggests_the_last_step_without_a_warning():
+def test_a_loss_that_falls_to_the_end_recommends_the_last_step_without_a_warning():
     found = suggest(curve([1.0, 0.8, 0.6, 0.4], [1.0, 0.7, 0.5, 0.3]), last=30)
     assert (found.step, found.warnings) == (30, [])
 
 
-def test_the_earliest_of_equally_good_steps_is_suggested():
+def test_the_earliest_of_equally_good_steps_is_recommended():
     found = suggest(curve([1.0, 0.8, 0.505, 0.502, 0.5]), last=40)
     assert found.step == 20
     assert "as good as the lowest value" in found.why
     assert suggest(curve([1.0, 0.8, 0.52, 0.502, 0.5]), last=40).step == 30
 
 
-def test_overfitting_is_a_turn_of_the_heldout_loss_while_the_other_falls_on():
+def test_overfitting_is_a_rise_of_the_heldout_loss_while_the_training_loss_falls():
     (warning,) = suggest(curve([1.0, 0.5, 0.56], [1.0, 0.5, 0.4]), last=20).warnings
     assert warning.startswith("Overfitting: the held-out loss rises from 0.5000 at step 10 to 0.5600 at step 20")
     assert "from 0.5000 to 0.4000" in warning
@@ -57,31 +57,31 @@ def test_a_rise_of_both_losses_is_no_overfitting():
     assert "Overfitting" not in warning
 
 
-def test_training_that_never_helps_is_said_so():
+def test_training_that_never_lowers_the_heldout_loss_is_warned_of():
     found = suggest(curve([1.0, 1.1, 1.2]), last=20)
     assert found.step == 10
     assert "did not improve the loss on the held-out image" in found.warnings[0]
 
 
-def test_training_that_only_learns_the_training_images_is_overfitting_from_its_start():
+def test_training_that_lowers_only_the_training_loss_is_overfitting_from_the_start():
     warnings = suggest(curve([1.0, 1.1, 1.2], [1.0, 0.9, 0.8]), last=20).warnings
     assert "did not improve the loss on the held-out image" in warnings[0]
     assert warnings[1].startswith("Overfitting: the held-out loss rises from 1.0000 at step 0 to 1.2000 at step 20")
     assert len(suggest(curve([1.0, 1.001, 1.01], [1.0, 0.9, 0.8]), last=20).warnings) == 1
 
 
-def test_a_rise_that_is_small_beside_what_was_learned_is_no_overfitting():
+def test_a_rise_that_is_small_compared_with_the_reduction_is_no_overfitting():
     assert suggest(curve([1.0, 0.99, 1.0], [1.0, 0.9, 0.6]), last=20).warnings == []
     assert suggest(curve([1.0, 0.99, 1.04], [1.0, 0.9, 0.6]), last=20).warnings != []
 
 
-def test_without_a_heldout_image_the_last_step_is_suggested_and_the_gap_named():
+def test_without_a_heldout_image_the_last_step_is_recommended_with_a_warning():
     found = suggest([], last=20)
     assert found.step == 20
     assert "not trained on" in found.warnings[0]
 
 
-def test_folds_shorter_than_the_training_speak_only_of_a_turn_within_them():
+def test_folds_shorter_than_the_training_show_overfitting_only_within_their_steps():
     assert suggest(curve([1.0, 0.8, 0.6]), last=90).step == 90
     assert suggest(curve([1.0, 0.5, 0.6], [1.0, 0.5, 0.4]), last=90).step == 10
 
@@ -92,7 +92,7 @@ def samples(*steps, **columns):
     return {0: BASE, **{step: dataclasses.replace(BASE, **each) for step, each in zip(steps, changed, strict=True)}}
 
 
-def test_a_step_that_is_more_like_the_subject_is_suggested_before_the_one_with_the_least_loss():
+def test_a_step_with_more_similar_samples_is_preferred_to_the_one_with_the_lowest_loss():
     found = suggest(curve(FALL), 30, samples(10, 20, subject=[0.5, 0.7]))
     assert (found.step, found.warnings[0][:12]) == (20, "Overfitting:")
     for said in (
@@ -104,20 +104,20 @@ def test_a_step_that_is_more_like_the_subject_is_suggested_before_the_one_with_t
         assert said in found.why
 
 
-def test_a_step_that_has_lost_more_than_half_of_the_fall_is_not_even_compared():
+def test_a_step_that_keeps_less_than_half_of_the_reduction_is_not_compared():
     assert suggest(curve(FALL), 30, samples(10, 20, 30, subject=[0.5, 0.6, 0.9])).step == 20
     half = 1.0 - MIN_SHARE_OF_REDUCTION * 0.5
     assert candidate_steps(curve([1.0, 0.5, half - 0.001, half + 0.001]), [10, 20, 30]) == [10, 20]
 
 
-def test_among_those_as_like_the_subject_as_the_best_the_least_loss_decides():
+def test_among_equally_similar_steps_the_lowest_loss_decides():
     heldout, best = curve([1.0, 0.6, 0.5, 0.7]), 0.7
     just = best - SIMILARITY_TOLERANCE * (best - BASE.subject)
     assert suggest(heldout, 30, samples(10, 20, 30, subject=[0.7, just + 0.001, 0.7])).step == 20
     assert suggest(heldout, 30, samples(10, 20, 30, subject=[0.7, just - 0.001, 0.7])).step == 10
 
 
-def test_a_step_that_follows_its_prompts_notably_less_is_left_out_and_named():
+def test_a_step_with_low_similarity_to_its_prompts_is_excluded_and_named():
     just = 0.3 * (1 - PROMPT_TOLERANCE)
     alike = {"subject": [0.4, 0.7]}
     assert suggest(curve(FALL), 30, samples(10, 20, prompt=[0.3, just + 0.001], **alike)).step == 20
@@ -129,7 +129,7 @@ def test_a_step_that_follows_its_prompts_notably_less_is_left_out_and_named():
 
 
 @pytest.mark.parametrize("figure", ["copy", "nearest"])
-def test_a_step_that_draws_copies_is_left_out_and_named_unless_the_base_model_does_too(figure):
+def test_a_step_with_near_copies_is_excluded_and_named_unless_the_base_model_copies_too(figure):
     scores = samples(10, 20, subject=[0.4, 0.7], **{figure: [0.5, 0.95]})
     found = suggest(curve(FALL), 30, scores)
     assert found.step == 10
@@ -138,7 +138,7 @@ def test_a_step_that_draws_copies_is_left_out_and_named_unless_the_base_model_do
     assert suggest(curve(FALL), 30, scores).step == 20
 
 
-def test_where_all_steps_draw_copies_the_least_so_is_suggested_and_that_is_said():
+def test_if_all_steps_generate_copies_the_one_that_copies_least_is_recommended_and_named():
     found = suggest(curve(FALL), 30, samples(10, 20, copy=[0.97, 0.95]))
     assert found.step == 20
     assert found.why.startswith("All 2 compared steps generate near copies of training images; step 20 copies least")
@@ -155,27 +155,27 @@ def test_without_samples_of_the_step_with_the_least_loss_the_loss_alone_decides(
     assert suggest(curve(FALL), 30, unknown_base).step == 10
 
 
-def test_samples_do_not_speak_for_a_training_that_never_helped():
+def test_samples_do_not_decide_if_the_heldout_loss_never_fell():
     found = suggest(curve([1.0, 1.2, 1.1]), 20, samples(10, 20, subject=[0.9, 0.3]))
     assert found.step == 20
     assert "comes closest" in found.why
 
 
-def test_without_a_heldout_image_the_earliest_that_is_as_like_the_subject_as_any_is_suggested():
+def test_without_a_heldout_image_the_earliest_of_the_most_similar_steps_is_recommended():
     found = suggest([], 30, samples(10, 20, 30, subject=[0.5, 0.698, 0.7]))
     assert found.step == 20
     assert found.why.startswith("No image was held out: step 20 is the earliest")
     assert "not trained on" in found.warnings[0]
 
 
-def test_behind_a_curve_that_falls_to_its_end_the_samples_decide():
+def test_after_a_curve_that_falls_to_its_end_the_samples_decide():
     found = suggest(curve([1.0, 0.8, 0.6]), 90, samples(20, 50, 90, subject=[0.5, 0.699, 0.7]))
     assert found.step == 50
     assert "the held-out loss was still falling at its last measurement" in found.why
     assert suggest(curve([1.0, 0.5, 0.8]), 90, samples(10, 20, 90, subject=[0.5, 0.5, 0.9])).step == 10
 
 
-def test_the_steps_with_the_least_loss_draw_unless_they_have():
+def test_the_steps_with_the_lowest_loss_are_sampled_unless_they_have_samples():
     heldout = curve([1.0, 0.55, 0.5, 0.6, 0.7, 0.9])
     assert steps_to_sample(heldout, [10, 20, 30, 40, 50], [0, 10, 50], count=3) == [20, 30]
     assert steps_to_sample(heldout, [10, 20, 30, 40, 50], [0], count=9) == [10, 20, 30, 40]
@@ -183,7 +183,7 @@ def test_the_steps_with_the_least_loss_draw_unless_they_have():
     assert steps_to_sample(curve([1.0, 1.2, 1.1]), [10, 20], [0], count=2) == [20]
 
 
-def test_steps_without_a_loss_draw_evenly_spread_with_the_last():
+def test_without_losses_evenly_spaced_steps_and_the_last_one_are_sampled():
     assert steps_to_sample([], [10, 20, 30, 40, 50, 60], [0], count=3) == [20, 40, 60]
     assert steps_to_sample([], [10, 20, 30, 40, 50, 60], [40, 60], count=3) == [20]
     assert steps_to_sample([], [10, 20], [], count=5) == [10, 20]
@@ -199,7 +199,7 @@ def test_steps_without_a_loss_draw_evenly_spread_with_the_last():
         ({}, {"nearest": 0.9}, True),
     ],
 )
-def test_samples_that_became_copies_of_training_images_are_warned_of(base, last, warned):
+def test_copies_of_training_images_in_the_last_samples_are_warned_of(base, last, warned):
     scores = {0: dataclasses.replace(BASE, **base), 5: BASE, 10: dataclasses.replace(BASE, **last)}
     warnings = suggest([], 10, scores).warnings
     assert any("A sample of step 10 is nearly a copy of a training image: similarity to the" in w for w in warnings) == warned

@@ -46,7 +46,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(tmp_path, 
     assert (tmp_path / "checkpoints" / "damaged-step-0000006").is_dir()
 
 
-def test_a_manifest_that_cannot_be_read_or_is_not_there_is_damage(tmp_path):
+def test_an_unreadable_or_missing_manifest_is_damage(tmp_path):
     trained(tmp_path, trainable())
     last = list_checkpoints(tmp_path / "checkpoints")[-1]
     (last / MANIFEST).write_text('{"step": 6, "sha')
@@ -55,7 +55,7 @@ def test_a_manifest_that_cannot_be_read_or_is_not_there_is_damage(tmp_path):
     assert damage_of(last) == "manifest.json is missing"
 
 
-def test_where_all_are_damaged_training_starts_anew(tmp_path):
+def test_if_all_checkpoints_are_damaged_training_starts_again(tmp_path):
     expected = trained(tmp_path, trainable())
     for path in list_checkpoints(tmp_path / "checkpoints"):
         flip_a_bit(path / STATE)
@@ -68,7 +68,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("at", range(5))
-def test_a_write_cut_short_anywhere_leaves_the_checkpoint_before_it(tmp_path, at, monkeypatch):
+def test_a_write_that_is_interrupted_anywhere_leaves_the_checkpoint_before_it(tmp_path, at, monkeypatch):
     """Each write, flush and rename of a checkpoint, in turn, is the last thing that happens."""
     trained(tmp_path, trainable(), steps=2)
     calls = []
@@ -97,7 +97,7 @@ def test_a_write_cut_short_anywhere_leaves_the_checkpoint_before_it(tmp_path, at
     assert not any(path.exists() for path in left)
 
 
-def test_the_limit_keeps_the_newest_and_the_best(tmp_path):
+def test_the_newest_checkpoints_and_the_best_one_are_kept(tmp_path):
     losses = {2: 0.5, 4: 0.1, 6: 0.3, 8: 0.4, 10: 0.6}
     trained(tmp_path, trainable(), steps=10, periodic=[Periodic(2, losses.get)])
     assert names(tmp_path) == ["step-0000004", "step-0000008", "step-0000010"]
@@ -105,7 +105,7 @@ def test_the_limit_keeps_the_newest_and_the_best(tmp_path):
     assert best["score"] == 0.1
 
 
-def test_a_checkpoint_has_the_score_of_its_own_step_alone(tmp_path):
+def test_a_checkpoint_has_the_score_of_its_own_step(tmp_path):
     trained(tmp_path, trainable(), steps=4, periodic=[Periodic(4, lambda step: 0.25)])
     scores = [json.loads((path / MANIFEST).read_text())["score"] for path in list_checkpoints(tmp_path / "checkpoints")]
     assert scores == [None, 0.25]
@@ -150,7 +150,7 @@ def in_run(folder, what, steps):
     return torch.cat([parameter.detach().flatten().clone() for parameter in what.module.parameters()])
 
 
-def test_a_full_disk_keeps_the_last_checkpoint_and_says_how_to_go_on(tmp_path, small_disk):
+def test_a_full_disk_keeps_the_last_checkpoint_and_the_error_says_how_to_resume(tmp_path, small_disk):
     expected = in_run(tmp_path / "whole", wide(), 4)
     with pytest.raises(DiskFullError, match=r"is full.*step-0000003 is complete.*--resume_from_checkpoint latest"):
         in_run(small_disk, wide(), 4)
@@ -163,7 +163,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_how_to_go_on(tmp_path, s
     assert torch.equal(in_run(small_disk, wide(), 4), expected)
 
 
-def test_a_disk_filled_up_to_the_last_byte_by_others_still_gets_the_status(small_disk):
+def test_the_status_is_written_even_if_other_programs_fill_the_disk(small_disk):
     run = RunDirectory.create(small_disk, {})
 
     def fill():
@@ -176,7 +176,7 @@ def test_a_disk_filled_up_to_the_last_byte_by_others_still_gets_the_status(small
     assert run.status().state == "failed"
 
 
-def test_what_a_checkpoint_holds_is_read_back(tmp_path):
+def test_a_checkpoint_loads_what_was_saved(tmp_path):
     what = trainable()
     path = save_checkpoint(tmp_path, 7, what.module, {"more": 1}, keep=1)
     other = trainable()

@@ -16,7 +16,7 @@ def logger():
     return get_logger(NAME)
 
 
-def test_own_messages_are_said_plainly_and_warnings_named(logger, capsys):
+def test_messages_of_the_project_are_plain_and_warnings_have_their_level(logger, capsys):
     with configure_logging():
         logger.info("All is well.")
         logger.warning("Too little %s.", "light")
@@ -24,7 +24,7 @@ def test_own_messages_are_said_plainly_and_warnings_named(logger, capsys):
     assert capsys.readouterr().err == "All is well.\nwarning: Too little light.\n"
 
 
-def test_afterwards_everything_is_as_it_was(logger, capsys):
+def test_logging_is_restored_afterwards(logger, capsys):
     own = logging.getLogger("training")
     before = (own.level, own.propagate, list(own.handlers), list(warnings.filters))
     with pytest.raises(ZeroDivisionError), configure_logging():
@@ -34,7 +34,7 @@ def test_afterwards_everything_is_as_it_was(logger, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_of_two_adapters_on_one_model_only_what_is_meant_is_left_unsaid(recwarn):
+def test_intended_warnings_about_two_adapters_are_hidden_and_others_are_not(recwarn):
     with configure_logging():
         warnings.warn("Already found a `peft_config` attribute in the model.", stacklevel=1)
         warnings.warn("another", stacklevel=1)

@@ -36,7 +36,7 @@ def captioned(images_dir, tmp_path):
     return folder
 
 
-def test_each_image_meets_its_own_caption_and_size_in_every_batch(trainer, captioned, tmp_path):
+def test_each_image_has_its_own_caption_and_size_in_every_batch(trainer, captioned, tmp_path):
     prepared = trainer.prepare(tmp_path / "run", images=captioned, prompt=None)
     pipe = load_base_model(str(trainer.model))
     # By original height: 40 x 30, 30 x 40 and 33 x 33 pixels, in the order of the files.
@@ -88,7 +88,7 @@ def test_images_smaller_than_the_models_own_resolution_are_named_in_the_run(tmp_
         ("--resolution 32 --aspect_ratio_buckets auto", {(24, 40), (40, 24), (32, 32)}),
     ],
 )
-def test_batches_have_the_sizes_that_the_flags_say(trainer, plain, tmp_path, flags, sizes):
+def test_batches_have_the_sizes_of_the_flags(trainer, plain, tmp_path, flags, sizes):
     prepared = trainer.prepare(tmp_path / "run", *flags.split()) if flags else plain
     # The tiny model's autoencoder halves images once.
     found = {tuple(2 * side for side in batch["latents"].shape[2:]) for batch in prepared.batches(12)}
@@ -101,7 +101,7 @@ def crops(prepared):
     return {height: sum(row[0] == height for row in rows) for height in {row[0] for row in rows}}
 
 
-def test_crops_are_central_or_as_many_as_the_flags_say(trainer, plain, tmp_path):
+def test_crops_are_central_or_as_many_as_the_flag_sets(trainer, plain, tmp_path):
     assert set(crops(plain).values()) == {1}
     several = trainer.prepare(tmp_path / "several", "--no_center_crop", "--crops_per_image", "2")
     # The square image is not cropped, and those of one shape may be drawn at one place twice.
@@ -110,14 +110,14 @@ def test_crops_are_central_or_as_many_as_the_flags_say(trainer, plain, tmp_path)
     assert max(counts.values()) == 2
 
 
-def test_size_conditioning_tells_the_truth_or_the_target_alone(trainer, plain, tmp_path):
+def test_size_conditioning_is_the_original_size_or_the_target_size(trainer, plain, tmp_path):
     target = trainer.prepare(tmp_path / "run", "--size_conditioning", "target")
     told = [{tuple(row.int().tolist()) for batch in each.batches() for row in batch["time_ids"]} for each in (plain, target)]
     assert {row[:2] for row in told[0]} == {(30, 40), (40, 30), (33, 33)}
     assert told[1] == {(16, 16, 0, 0, 16, 16)}
 
 
-def test_images_are_mirrored_at_random_where_that_is_asked_for(trainer, plain, tmp_path):
+def test_random_flip_mirrors_images_at_random(trainer, plain, tmp_path):
     flipped = trainer.prepare(tmp_path / "run", "--random_flip")
     changed = [
         not torch.equal(*rows)
@@ -133,7 +133,7 @@ def test_a_held_out_image_is_in_no_batch(trainer, plain, tmp_path):
     assert heights == [{30, 40, 33}, {30, 40}]
 
 
-def test_class_images_stand_beside_the_subjects_with_the_weight_given(trainer, tmp_path):
+def test_class_images_are_trained_on_with_the_prior_loss_weight(trainer, tmp_path):
     prepared = trainer.prepare(tmp_path / "run", *PRIOR, "--prior_loss_weight", "0.25")
     for batch in prepared.batches(4):
         assert batch["weights"].tolist() == [2.0, 0.5, 2.0, 0.5]
@@ -141,7 +141,7 @@ def test_class_images_stand_beside_the_subjects_with_the_weight_given(trainer, t
         assert batch["time_ids"][1::2].int().tolist() == [[16, 16, 0, 0, 16, 16]] * 2
 
 
-def test_workers_change_nothing(trainer, tmp_path):
+def test_the_number_of_workers_does_not_change_the_adapter(trainer, tmp_path):
     alone, helped = (
         trainer.prepare(
             tmp_path / count, *EVERYTHING, "--class_data_dir", str(tmp_path / "class"), "--dataloader_num_workers", count
@@ -152,7 +152,7 @@ def test_workers_change_nothing(trainer, tmp_path):
         assert are_equal(expected, found)
 
 
-def test_runs_share_a_cache_and_learn_the_same_from_it(trainer, plain, tmp_path, monkeypatch):
+def test_runs_that_share_a_cache_train_the_same_adapter(trainer, plain, tmp_path, monkeypatch):
     first = trainer.prepare(tmp_path / "first", "--cache_dir", str(tmp_path / "shared"))
     assert not (first.run.path / "cache").exists()
     assert (plain.run.path / "cache").exists()
@@ -166,7 +166,7 @@ def test_runs_share_a_cache_and_learn_the_same_from_it(trainer, plain, tmp_path,
     assert all(are_equal(*pair) for pair in zip(first.batches(), second.batches(), strict=True))
 
 
-def test_class_images_are_made_once_and_used_by_the_next_run(trainer, tmp_path):
+def test_class_images_are_generated_once_and_used_by_the_next_run(trainer, tmp_path):
     folder = tmp_path / "class"
     first = trainer.prepare(tmp_path / "first", *PRIOR, "--class_data_dir", str(folder))
     made = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
@@ -191,7 +191,7 @@ def test_class_images_are_those_of_the_stock_pipeline(trainer, tiny_model, tmp_p
         assert image.tobytes() == Image.open(tmp_path / "class" / name).tobytes()
 
 
-def test_whether_it_fits_is_told_before_all_class_images_are_drawn(trainer, tmp_path):
+def test_the_dry_run_comes_before_most_class_images_are_generated(trainer, tmp_path):
     with pytest.raises(DoesNotFitError):
         trainer.train(tmp_path / "run", *PRIOR, "--memory_limit_gb", "0.001")
     assert len(list((tmp_path / "run" / "class_pictures").iterdir())) == 2
@@ -223,7 +223,7 @@ def test_a_number_out_of_range_is_refused(name, value, least):
         DataOptions(**{name: value})
 
 
-def test_a_run_names_what_it_does_not_use_and_what_is_cut(pipe, images_dir, tmp_path, caplog):
+def test_a_run_names_unused_files_and_truncated_prompts(pipe, images_dir, tmp_path, caplog):
     folder = tmp_path / "10_sks toy"
     shutil.copytree(images_dir, folder)
     shutil.copy(folder / "0.png", folder / "0-masklabel.png")
@@ -244,7 +244,7 @@ def test_a_run_names_what_it_does_not_use_and_what_is_cut(pipe, images_dir, tmp_
         assert words in caplog.text
 
 
-def test_class_images_that_are_given_are_accounted_for(tmp_path, images_dir):
+def test_given_class_images_are_in_the_report(tmp_path, images_dir):
     shutil.copytree(images_dir, tmp_path / "reg" / "1_toy")
     (tmp_path / "reg" / "1_toy" / "0.txt").write_text("a toy")
     options = DataOptions(str(images_dir), "sks toy", with_prior_preservation=True, class_prompt="a toy", num_class_images=2)

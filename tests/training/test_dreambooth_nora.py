@@ -31,7 +31,7 @@ EXPORTED = ("adapter", "adapters", "suggested", "diffusers", "kohya")
 
 
 @pytest.mark.parametrize("method", ["nora", "lora"])
-def test_a_run_directory_holds_everything_and_says_how_it_went(everything, lora_run, method):
+def test_a_run_directory_has_all_files_and_the_final_status(everything, lora_run, method):
     run = {"nora": everything.run, "lora": lora_run}[method]
     files = {str(file.relative_to(run.path)) for file in run.path.rglob("*") if file.is_file()}
     expected = {"options.json", "command", "status.json", "metrics.jsonl", "README.md", "before_after.png"}
@@ -48,13 +48,13 @@ def test_a_run_directory_holds_everything_and_says_how_it_went(everything, lora_
     assert "before_after.png" in (run.path / "README.md").read_text()
 
 
-def test_samples_are_scored_at_every_step_that_draws_them(lora_run):
+def test_samples_are_scored_at_every_step_that_generates_them(lora_run):
     scored = [line for line in lora_run.metrics() if "subject_score" in line.values]
     assert [line.step for line in scored] == [0, 2, 4]
     assert all({"prompt_score", "copy_score", "nearest_score", "nearest_limit"} <= line.values.keys() for line in scored)
 
 
-def test_every_sample_is_kept_with_its_settings_beside_what_the_base_model_drew_and_the_subject(everything):
+def test_every_sample_is_saved_with_its_settings_and_so_are_samples_of_the_base_model_and_training_images(everything):
     run = everything.run
     assert sorted(path.name for path in run.samples.iterdir() if path.is_dir()) == [
         *(f"step-000000{step}" for step in range(5)),
@@ -75,7 +75,7 @@ def test_phases_are_named_in_their_order(everything):
     ]
 
 
-def test_the_options_that_a_run_records_make_the_same_run_again_whatever_is_asked_of_it_meanwhile(everything, again):
+def test_the_recorded_options_repeat_a_run_exactly_even_with_requests_during_training(everything, again):
     first, second = everything.run, again.run
     files = [
         {path.relative_to(run.path): path.read_bytes() for kind in EXPORTED for path in (run.path / kind).rglob("*.safetensors")}
@@ -93,7 +93,7 @@ def test_the_options_that_a_run_records_make_the_same_run_again_whatever_is_aske
     ]
 
 
-def test_samples_drawn_after_training_are_those_that_the_step_would_have_drawn(everything, again):
+def test_samples_of_a_saved_adapter_equal_those_generated_at_its_step(everything, again):
     """The first run draws those of steps 1 and 3 at its end, with the adapters kept; the second was asked for step 3's."""
     assert list(again.drawn) == [0, 2, 3, 4, 1]
     shown = [np.asarray(image).astype(int) for image in again.drawn[3]]
@@ -104,7 +104,7 @@ def test_samples_drawn_after_training_are_those_that_the_step_would_have_drawn(e
         assert np.abs(other - live).max() > 1
 
 
-def test_images_after_training_are_those_of_the_stock_pipeline(everything):
+def test_images_after_training_equal_those_of_the_stock_pipeline(everything):
     stock = tiny_pipeline()
     stock.load_lora_weights(everything.run.path / "diffusers")
     settings = {"num_inference_steps": 2, "guidance_scale": 4.0, "height": 16, "width": 16}
@@ -132,7 +132,7 @@ def test_every_way_of_computing_a_step_gives_the_same_adapter(trainer, tmp_path)
         ("good", ["--pretrained_model_name_or_path", "./nowhere"], r"no model './nowhere'"),
     ],
 )
-def test_bad_input_is_named_before_training_and_where_there_is_a_run_in_its_status(trainer, tmp_path, prepare, more, message):
+def test_bad_input_is_named_before_training_and_in_the_status_if_there_is_a_run(trainer, tmp_path, prepare, more, message):
     folder = tmp_path / "pictures"
     folder.mkdir()
     if prepare == "good":

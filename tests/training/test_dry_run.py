@@ -25,7 +25,7 @@ def rehearsed(folder, what, limit=None, peak=None, **changes):
         return measure_steps(stepper, limit, peak)
 
 
-def test_a_dry_run_leaves_the_training_after_it_as_if_it_had_not_been(tmp_path):
+def test_a_dry_run_does_not_change_the_training_after_it(tmp_path):
     expected = trained(tmp_path / "without", trainable())
     what = trainable()
     rehearsed(tmp_path / "with", what)
@@ -35,7 +35,7 @@ def test_a_dry_run_leaves_the_training_after_it_as_if_it_had_not_been(tmp_path):
     assert all(torch.equal(*pair) for pair in zip(*averages, strict=True))
 
 
-def test_a_dry_run_does_real_steps(tmp_path, monkeypatch):
+def test_a_dry_run_trains_real_steps(tmp_path, monkeypatch):
     what, seen = trainable(), []
     step = what.optimizer.step
     monkeypatch.setattr(what.optimizer, "step", lambda *rest: seen.append(step(*rest)))
@@ -43,7 +43,7 @@ def test_a_dry_run_does_real_steps(tmp_path, monkeypatch):
     assert len(seen) == 3
 
 
-def test_a_dry_run_reports_what_the_run_will_take(tmp_path):
+def test_a_dry_run_reports_the_cost_of_the_run(tmp_path):
     report = rehearsed(tmp_path, trainable(), checkpoints_total_limit=3)
     assert report.num_trainable_parameters == 8
     assert report.seconds == pytest.approx(STEPS * report.seconds_per_step)
@@ -54,7 +54,7 @@ def test_a_dry_run_reports_what_the_run_will_take(tmp_path):
     assert "8 trainable parameters" in report.summary()
 
 
-def test_peak_memory_is_that_of_what_came_and_went():
+def test_peak_memory_includes_memory_that_was_freed_again():
     before = PeakMemory(torch.device("cpu")).read()
     peak = PeakMemory(torch.device("cpu"))
     torch.ones(1 << 25)
@@ -63,7 +63,7 @@ def test_peak_memory_is_that_of_what_came_and_went():
     assert PeakMemory(torch.device("cpu")).read() < highest - (2 << 25)
 
 
-def test_memory_that_came_before_the_steps_counts_too_where_it_was_measured(tmp_path):
+def test_memory_used_before_the_steps_counts_if_its_measurement_is_given(tmp_path):
     alone = rehearsed(tmp_path / "alone", trainable())
     peak = PeakMemory(torch.device("cpu"))
     torch.ones(1 << 25)
@@ -71,7 +71,7 @@ def test_memory_that_came_before_the_steps_counts_too_where_it_was_measured(tmp_
     assert both.peak_memory - alone.peak_memory > 2 << 25
 
 
-def test_more_memory_than_allowed_does_not_fit(tmp_path):
+def test_a_run_that_needs_more_memory_than_the_limit_does_not_fit(tmp_path):
     with pytest.raises(DoesNotFitError, match=r"needs \d+\.\d+ GB of memory, but memory_limit_gb is 0\.001"):
         rehearsed(tmp_path, trainable(), limit=0.001)
 

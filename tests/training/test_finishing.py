@@ -23,7 +23,7 @@ def folded(trainer, tmp_path_factory):
     return trainer.train(tmp_path_factory.mktemp("folded") / "run", *LEAVE_ONE_OUT)
 
 
-def test_leave_one_out_measures_each_image_and_does_not_change_what_is_learned(trainer, folded, tmp_path):
+def test_leave_one_out_measures_each_image_and_does_not_change_the_adapter(trainer, folded, tmp_path):
     plain = trainer.train(tmp_path / "plain")
     assert are_equal(parameters(plain), parameters(folded))
     folds = sorted(path.name for path in (folded.path / "folds").iterdir())
@@ -34,7 +34,7 @@ def test_leave_one_out_measures_each_image_and_does_not_change_what_is_learned(t
     assert [point.step for point in heldout_curve(folded)] == [0, 1, 2]
 
 
-def test_an_interrupted_leave_one_out_goes_on_where_it_was(trainer, folded, tmp_path):
+def test_an_interrupted_leave_one_out_resumes(trainer, folded, tmp_path):
     for fold in "01":
         shutil.copytree(folded.path / "folds" / fold, tmp_path / "run" / "folds" / fold)
     before = (tmp_path / "run" / "folds" / "0" / "metrics.jsonl").read_bytes()
@@ -44,7 +44,7 @@ def test_an_interrupted_leave_one_out_goes_on_where_it_was(trainer, folded, tmp_
     assert heldout_curve(resumed) == heldout_curve(folded)
 
 
-def test_training_far_too_long_suggests_an_earlier_adapter_exports_it_and_warns(trainer, tmp_path, monkeypatch):
+def test_training_for_far_too_long_recommends_and_exports_an_earlier_adapter_and_warns(trainer, tmp_path, monkeypatch):
     losses = iter([1.0, 0.5, 0.6, 0.8, 0.9])
     seen = iter([1.0, 0.5, 0.4, 0.3, 0.2])
     monkeypatch.setattr(
@@ -82,7 +82,7 @@ def overfitting(monkeypatch):
     monkeypatch.setattr("training.subject.validation.measured_losses", lambda *_: next(turning))
 
 
-def test_a_step_without_samples_draws_them_after_training_and_the_most_alike_is_suggested(
+def test_missing_samples_are_generated_after_training_and_the_most_similar_step_is_recommended(
     trainer, tmp_path, overfitting, monkeypatch
 ):
     # The base model, the steps that are shown while training, the one that is drawn after it.
@@ -101,7 +101,7 @@ def test_a_step_without_samples_draws_them_after_training_and_the_most_alike_is_
     assert active == list(pipeline.unet.peft_config) == ["default"]
 
 
-def test_the_suggested_steps_images_are_drawn_once(trainer, tmp_path, overfitting, monkeypatch):
+def test_the_images_of_the_recommended_step_are_generated_once(trainer, tmp_path, overfitting, monkeypatch):
     monkeypatch.setattr(dreambooth_nora, "create_image_scorer", lambda *_: Listed([0.1, 0.5, 0.9, 0.8]))
     drawn, draw = [], samples.generate
     monkeypatch.setattr(samples, "generate", lambda *given: drawn.append(given) or draw(*given))

@@ -16,7 +16,7 @@ from training.subject.measured import adapter_at, heldout_curve, metric_name, sa
 SCORES = {"subject": 0.5, "prompt": 0.1, "copy": 0.5, "nearest": 0.6, "nearest_limit": 0.9}
 
 
-def test_the_curve_is_the_runs_own_or_else_the_mean_of_its_folds(tmp_path):
+def test_the_curve_is_that_of_the_run_or_the_mean_of_its_folds(tmp_path):
     run = RunDirectory.create(tmp_path / "run", {})
     assert heldout_curve(run) == []
     for fold, offset in enumerate((0.0, 0.2)):
@@ -33,7 +33,7 @@ def test_the_curve_is_the_runs_own_or_else_the_mean_of_its_folds(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["nora", "lora"])
-def test_a_kept_adapter_is_small_and_loads_as_the_one_that_was_trained(tmp_path, method):
+def test_a_saved_adapter_is_small_and_loads_as_it_was_trained(tmp_path, method):
     pipe, other, options = tiny_pipeline(), tiny_pipeline(), AdapterOptions(method=method, rank=4, inner_r=2)
     if method == "nora":
         add_nora(pipe, components=("unet",), outer_init="svd", r=4, inner_r=2)
@@ -53,7 +53,7 @@ def test_a_kept_adapter_is_small_and_loads_as_the_one_that_was_trained(tmp_path,
         torch.testing.assert_close(kept[name], change, rtol=1e-4, atol=1e-5)
 
 
-def test_the_suggestion_on_disk_names_the_folder_of_the_kept_adapter(tmp_path):
+def test_suggestion_json_names_the_folder_of_the_saved_adapter(tmp_path):
     run = RunDirectory.create(tmp_path / "run", {})
     found = suggest([Point(0, 1.0, 1.0), Point(10, 0.5, 0.5), Point(20, 0.7, 0.4)], last=20)
     write_suggestion(run, found)
@@ -69,7 +69,7 @@ def log(run, step, **values):
     run.log(step, **{metric_name(name): value for name, value in {**SCORES, **values}.items()})
 
 
-def test_the_suggestion_goes_by_the_scores_that_the_run_logged(tmp_path):
+def test_the_recommended_step_follows_from_the_logged_scores(tmp_path):
     run = RunDirectory.create(tmp_path / "run", {})
     for step, subject in ((0, 0.2), (5, 0.3), (10, 0.6), (15, 0.8), (20, 0.81)):
         log(run, step, subject=subject)
@@ -83,7 +83,7 @@ def test_the_suggestion_goes_by_the_scores_that_the_run_logged(tmp_path):
     assert json.loads((run.path / "suggestion.json").read_text())["scores"]["10"] == {**SCORES, "subject": 0.6}
 
 
-def test_scores_of_another_judge_are_left_out(tmp_path):
+def test_scores_of_another_image_scorer_are_left_out(tmp_path):
     run = RunDirectory.create(tmp_path / "run", {})
     log(run, 0)
     log(run, 5)

@@ -69,7 +69,7 @@ def alone(trainer):
 
 
 @pytest.mark.slow(40)
-def test_two_processes_learn_what_one_does_at_the_same_global_batch(subject_flags, alone, random_clip, tmp_path):
+def test_two_processes_train_the_same_adapter_as_one_with_the_same_global_batch(subject_flags, alone, random_clip, tmp_path):
     folders = write_files(tmp_path / "classes", class_files({"cats": 6, "dogs": 6}))
     flags = "--shots 2 --seeds 0 --method zeroshot nora --rank 4 --inner_r 2 --min_train_steps 4 --iterations_per_shot 1"
     given = [*flags.split(), "--report_to", "none", "--model", str(random_clip), "--data_dir", str(folders)]
@@ -109,7 +109,7 @@ def in_two_processes(run, flags):
 
 
 @pytest.mark.slow(50)
-def test_two_processes_with_fsdp_learn_and_write_what_one_does_and_what_they_begin_goes_on_without(
+def test_two_processes_with_fsdp_train_the_same_adapter_as_one_and_their_run_resumes_without_fsdp(
     subject_flags, alone, pipe, tmp_path
 ):
     """With FSDP: a run, the same one in two parts, and one of a method of PEFT of rank 1."""
@@ -157,7 +157,7 @@ def assert_same_run(split, one):
 
 
 @pytest.mark.parametrize("config", sorted(path.name for path in CONFIGS.glob("*.yaml")))
-def test_an_example_configuration_is_one_and_names_the_command_that_uses_it(config):
+def test_example_configurations_are_valid_and_name_the_command_that_uses_them(config):
     first = (CONFIGS / config).read_text().splitlines()[0]
     assert first == f"# accelerate launch --config_file training/configs/{config} training/dreambooth_nora.py"
     processes = {"default.yaml": 1, "one_gpu.yaml": 1}.get(config, 2)

@@ -47,7 +47,7 @@ def test_metrics_of_a_resumed_run_have_every_step_once(tmp_path):
     assert [line.step for line in RunDirectory(tmp_path).metrics()] == [1, 2, 3, 4, 5]
 
 
-def test_accumulating_two_batches_is_one_step_on_both(tmp_path):
+def test_gradient_accumulation_over_two_batches_equals_one_step_on_both(tmp_path):
     def both(index):
         parts = batch_at(2 * index), batch_at(2 * index + 1)
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -76,7 +76,7 @@ def test_periodic_actions_come_at_their_steps_and_at_the_end(tmp_path):
     assert seen == [2, 4, 5]
 
 
-def test_what_a_periodic_action_draws_does_not_change_the_training(tmp_path):
+def test_random_numbers_of_a_periodic_action_do_not_change_the_training(tmp_path):
     def draw(step):
         torch.randn(step)
 
@@ -99,7 +99,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint_kept(tmp_path)
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-0000002"]
 
 
-def test_a_gradient_that_is_not_finite_stops_before_it_spoils_what_is_saved(tmp_path):
+def test_a_gradient_that_is_not_finite_stops_before_anything_is_saved(tmp_path):
     what = trainable(dropout=0.0)
     what.module.linear.bias.register_hook(lambda gradient: gradient * float("inf"))
     before = [parameter.clone() for parameter in what.module.parameters()]
@@ -110,7 +110,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_spoils_what_is_saved(tmp_
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_lets_the_step_end_and_what_is_resumed_is_the_run_that_was_not_stopped(tmp_path, number, code):
+def test_a_signal_stops_after_the_step_and_the_resumed_run_equals_an_uninterrupted_one(tmp_path, number, code):
     def signalled(index):
         if index == 2:
             os.kill(os.getpid(), number)
@@ -163,12 +163,12 @@ def test_batches_come_in_their_order_from_any_number_of_workers(workers):
         assert torch.equal(batch["inputs"], batch_at(index)["inputs"][2:])
 
 
-def test_workers_change_nothing_of_what_is_learned(tmp_path):
+def test_the_number_of_workers_does_not_change_the_training(tmp_path):
     expected = trained(tmp_path / "none", trainable())
     assert torch.equal(trained(tmp_path / "two", trainable(), dataloader_num_workers=2), expected)
 
 
-def test_more_steps_go_on_along_the_new_schedule(tmp_path):
+def test_more_steps_continue_on_the_new_schedule(tmp_path):
     def lasting(steps):
         what = trainable()
         what.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(what.optimizer, lambda step: 1 - step / steps)
@@ -219,7 +219,7 @@ def in_two_processes(folder):
     train(accelerator, run, trainable(batches, dropout=0.0), LoopOptions(STEPS, checkpointing_steps=STEPS))
 
 
-def test_two_processes_train_as_one_does_on_the_same_global_batch_and_do_what_the_main_one_is_asked_for(tmp_path):
+def test_two_processes_train_as_one_on_the_same_global_batch_and_share_requests(tmp_path):
     expected = trained(tmp_path / "one", trainable(dropout=0.0), checkpointing_steps=STEPS)
     debug_launcher(in_two_processes, (tmp_path / "two",), num_processes=2)
     assert checkpoints(tmp_path / "two") == [5, STEPS]
@@ -260,7 +260,7 @@ def test_status_says_how_a_run_ended(tmp_path):
     assert run.status().error == "OSError: broken"
 
 
-def test_a_run_that_is_not_the_main_processs_writes_nothing(tmp_path):
+def test_processes_other_than_the_main_one_write_nothing(tmp_path):
     run = RunDirectory.create(tmp_path / "run", {}, writes=False)
     run.update_status(phase="x")
     run.log(1, loss=0.0)
@@ -268,7 +268,7 @@ def test_a_run_that_is_not_the_main_processs_writes_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_line_of_metrics_cut_short_is_left_out(tmp_path):
+def test_an_incomplete_last_line_of_metrics_is_ignored(tmp_path):
     run = RunDirectory.create(tmp_path, {})
     run.log(1, loss=0.5)
     with (tmp_path / "metrics.jsonl").open("a") as lines:

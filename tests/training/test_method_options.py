@@ -30,7 +30,7 @@ def test_every_option_of_a_method_is_a_flag_with_a_help_that_names_the_method(me
         assert option.metadata["help"] in field.metadata["help"]
 
 
-def test_in_a_comparison_each_kind_of_method_has_its_own_rank():
+def test_each_method_of_a_comparison_has_its_own_default_rank():
     options = parse_fewshot_options(
         ["--method", "nora", "lora", "vera", "--rank", "9", "--inner_r", "3", "--lora_rank", "5", "--vera_rank", "7"]
     ).method

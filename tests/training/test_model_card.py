@@ -72,7 +72,7 @@ def test_words_stay_readable_where_nothing_needs_escaping():
     assert as_text("*a* <b>") == r"\*a\* &lt;b&gt;"
 
 
-def test_the_card_says_what_the_run_found_out(tmp_path):
+def test_the_card_has_the_results_of_the_run(tmp_path):
     run = run_with(tmp_path)
     said = {"step": 2, "last": 4, "why": "Because.", "warnings": ["Overfitting: yes."], "curve": [{"step": 0, "heldout": 0.5}]}
     said["scores"] = {}
@@ -92,7 +92,7 @@ def test_the_card_says_what_the_run_found_out(tmp_path):
 
 
 @pytest.mark.parametrize("method", method_names())
-def test_the_card_of_a_dora_alone_says_which_programs_leave_its_row_lengths_out(tmp_path, method):
+def test_only_the_card_of_a_dora_names_the_programs_that_ignore_its_row_norms(tmp_path, method):
     run = run_with(tmp_path)
     said = {
         **CERTIFICATE,
@@ -116,7 +116,7 @@ def scored(tmp_path, curve):
     return run
 
 
-def test_the_card_shows_the_scores_of_every_step_beside_its_loss_and_who_gave_them(tmp_path):
+def test_the_card_has_the_scores_and_loss_of_every_step_and_the_image_scorer(tmp_path):
     run = scored(tmp_path, [{"step": 0, "heldout": 0.5}, {"step": 2, "heldout": 0.375}])
     card = model_card(run, options_for("dog", tmp_path, "--image_scorer", "base"), images=3)
     table = [line for line in card.splitlines() if line.startswith("| ") and "0.125" in line]
@@ -129,7 +129,7 @@ def test_the_card_shows_the_scores_of_every_step_beside_its_loss_and_who_gave_th
     assert "(a copy from 0.900 on)" in card
 
 
-def test_a_suggestion_by_samples_alone_is_in_the_card_too(tmp_path):
+def test_a_recommendation_by_samples_alone_is_in_the_card(tmp_path):
     card = model_card(scored(tmp_path, []), options_for("dog", tmp_path), images=3)
     assert "**Recommended: step 2 of 4.** Because." in card
     assert "> **Warning.** Alas." in card
@@ -146,7 +146,7 @@ def test_a_suggestion_by_samples_alone_is_in_the_card_too(tmp_path):
         ("open_clip:ViT-B-16/{folder}/weights.safetensors", False, r"open\_clip:ViT\-B\-16/weights.safetensors"),
     ],
 )
-def test_a_judge_is_named_without_where_it_lies(tmp_path, given, private, said):
+def test_an_image_scorer_is_named_without_its_path(tmp_path, given, private, said):
     (tmp_path / "secret").mkdir()
     (tmp_path / "weights.safetensors").touch()
     assert scorer_name(given.format(folder=tmp_path), private) == said
@@ -176,11 +176,11 @@ def test_the_code_loads_the_base_model_as_it_is_kept(tmp_path, model, call):
     assert f"StableDiffusionXLPipeline.{call}" in card
 
 
-def test_numbers_are_written_for_people(tmp_path):
+def test_numbers_in_the_card_have_thousands_separators(tmp_path):
     assert "learning rate 0.003," in model_card(run_with(tmp_path), options_for("dog", tmp_path), 3)
 
 
-def test_a_private_card_has_no_words_of_the_prompt_nor_a_local_models_name(tmp_path):
+def test_a_private_card_has_neither_prompts_nor_the_name_of_a_local_model(tmp_path):
     local = tmp_path / "my-model"
     local.mkdir()
     given = options_for("a photo of zwx dog", tmp_path, "--pretrained_model_name_or_path", str(local))

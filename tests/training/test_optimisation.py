@@ -21,7 +21,7 @@ def state(run):
     return torch.load(list_checkpoints(run.checkpoints)[-1] / "state.pt", weights_only=True)
 
 
-def test_the_optimiser_is_told_what_the_flags_say(trainer, tmp_path):
+def test_the_optimiser_has_the_settings_of_the_flags(trainer, tmp_path):
     flags = "--learning_rate 0.02 --adam_beta1 0.5 --adam_beta2 0.625 --adam_weight_decay 0.25 --adam_epsilon 1e-3"
     (group,) = trainer.prepare(tmp_path / "run", *flags.split()).trainable.optimizer.param_groups
     told = {name: group[name] for name in ("initial_lr", "betas", "weight_decay", "eps")}
@@ -40,12 +40,12 @@ def test_the_optimiser_is_told_what_the_flags_say(trainer, tmp_path):
     ],
     ids=["linear", "polynomial", "cosine_with_restarts"],
 )
-def test_the_schedule_is_the_one_that_the_flags_describe(trainer, tmp_path, flags, shares):
+def test_the_schedule_has_the_settings_of_the_flags(trainer, tmp_path, flags, shares):
     prepared = trainer.prepare(tmp_path / "run", "--learning_rate", str(RATE), *flags.split())
     assert prepared.rates(4) == pytest.approx([RATE * share for share in shares], abs=1e-6)
 
 
-def test_the_loop_is_told_what_the_flags_say(trainer, tmp_path):
+def test_the_loop_has_the_settings_of_the_flags(trainer, tmp_path):
     expected = {"max_train_steps": 7, "seed": 3, "gradient_accumulation_steps": 2, "max_grad_norm": 0.25}
     expected |= {"checkpointing_steps": 5, "checkpoints_total_limit": 3}
     prepared = trainer.prepare(
@@ -64,7 +64,7 @@ def test_min_snr_weakens_the_loss_of_noise_levels_with_much_signal(trainer, plai
     assert all(ours < theirs for ours, theirs in zip(*losses, strict=True))
 
 
-def test_a_noise_offset_adds_one_number_to_each_channel_of_the_noise(trainer, plain, tmp_path):
+def test_a_noise_offset_adds_one_value_to_each_channel_of_the_noise(trainer, plain, tmp_path):
     offset = trainer.prepare(tmp_path / "run", "--noise_offset", "0.5")
     for ours, theirs in zip(offset.batches(), plain.batches(), strict=True):
         added = ours["noise"] - theirs["noise"]
@@ -73,12 +73,12 @@ def test_a_noise_offset_adds_one_number_to_each_channel_of_the_noise(trainer, pl
         assert torch.equal(ours["latents"], theirs["latents"])
 
 
-def test_another_seed_makes_other_batches(trainer, plain, tmp_path):
+def test_another_seed_gives_other_batches(trainer, plain, tmp_path):
     other = trainer.prepare(tmp_path / "run", "--seed", "1")
     assert not torch.equal(other.trainable.batch_at(0)["noise"], plain.trainable.batch_at(0)["noise"])
 
 
-def test_the_adapter_has_the_shape_and_start_that_the_flags_say(trainer, tmp_path):
+def test_the_adapter_has_the_shape_and_initialisation_of_the_flags(trainer, tmp_path):
     flags = "--rank 5 --inner_r 3 --alpha 4 --dropout 0.5 --inner_init gaussian --preserve_output --target_modules to_q ff.net.2"
     prepared = trainer.prepare(tmp_path / "run", *flags.split())
     config = prepared.trainable.module.unet.peft_config["default"]
@@ -90,14 +90,14 @@ def test_the_adapter_has_the_shape_and_start_that_the_flags_say(trainer, tmp_pat
 
 
 @pytest.mark.parametrize("method", ["nora", "lora", "dora"])
-def test_the_same_flags_start_the_same_adapter_and_another_seed_another(trainer, tmp_path, method):
+def test_the_same_flags_initialise_the_same_adapter_and_another_seed_another_one(trainer, tmp_path, method):
     flags = ("--method", method, "--inner_init", "gaussian", "--train_text_encoder")
     first, same, other = (trainer.prepare(tmp_path / name, *flags, "--seed", name[-1]).trained() for name in ("a1", "b1", "c2"))
     assert are_equal(first, same)
     assert not are_equal(first, other)
 
 
-def test_adams_first_step_is_as_long_as_each_factors_rate(trainer, tmp_path):
+def test_the_first_step_of_adam_has_the_size_of_each_factors_learning_rate(trainer, tmp_path):
     flags = f"--max_train_steps 1 --lr_scheduler constant --train_text_encoder --learning_rate {RATE}"
     flags += " --adam_epsilon 1e-20 --text_encoder_lr 1e-4 2e-4 --lora_plus_ratio 4"
     moved = parameters(trainer.train(tmp_path / "run", *flags.split()))
@@ -121,7 +121,7 @@ def test_text_encoders_are_neither_moved_nor_decayed_after_their_last_step(train
     assert all(moved)
 
 
-def test_a_moving_average_is_what_is_exported(everything):
+def test_the_moving_average_is_exported(everything):
     run = everything.run
     averages = {tuple(values.flatten().tolist()) for values in state(run)["ema"]["shadow_params"]}
     exported = [load_file(path) for path in (run.path / "adapter" / "full").rglob("adapter_model.safetensors")]
@@ -132,7 +132,7 @@ def test_a_moving_average_is_what_is_exported(everything):
     assert not averages & {tuple(values.flatten().tolist()) for name, values in parameters(run).items() if "inner_B" in name}
 
 
-def test_training_goes_on_without_its_moving_average(trainer, tmp_path):
+def test_training_continues_without_the_moving_average(trainer, tmp_path):
     plain, averaged = (
         parameters(trainer.train(tmp_path / name, "--max_train_steps", "2", "--validation_steps", "1", *more))
         for name, more in {"plain": [], "averaged": ["--use_ema", "--ema_decay", "0.5"]}.items()
@@ -146,7 +146,7 @@ def assert_same_end(first, second):
     torch.testing.assert_close(state(first), state(second), rtol=0, atol=0)
 
 
-def test_a_run_with_everything_interrupted_and_resumed_is_the_run_that_was_not(trainer, everything, tmp_path):
+def test_a_run_with_all_features_that_is_interrupted_and_resumed_equals_an_uninterrupted_one(trainer, everything, tmp_path):
     resumed = trainer.resume(everything.run, tmp_path / "resumed", *EVERYTHING)
     assert_same_end(resumed, everything.run)
 
@@ -167,7 +167,7 @@ def test_a_run_with_every_kind_of_loss_and_optimiser_learns_and_resumes_exactly(
 
 
 @pytest.mark.parametrize(("precision", "method"), [("fp16", "nora"), ("bf16", "dora"), ("bf16", "lora")])
-def test_half_precision_trains_numbers_of_single_precision_that_stay_finite(trainer, tmp_path, precision, method):
+def test_half_precision_trains_float32_parameters_that_stay_finite(trainer, tmp_path, precision, method):
     flags = f"--max_train_steps 2 --lr_warmup_steps 0 --method {method} --mixed_precision {precision}"
     run = trainer.run(tmp_path / "run", *flags.split())
     assert run.status().state == "done"

@@ -16,7 +16,7 @@ from training.options.output import OutputOptions
 from training.options.validation import BUILT_IN_CANDIDATES, CANDIDATES, ValidationOptions
 
 
-def test_without_flags_the_built_in_model_learns_the_sample_subject():
+def test_without_flags_the_built_in_model_is_trained_on_the_bundled_subject():
     options = parse_options([])
     assert options.model.pretrained_model_name_or_path == BUILT_IN
     assert parse_options(["--pretrained_model_name_or_path", str(BUILT_IN_MODEL)]) == options
@@ -33,7 +33,7 @@ def test_the_defaults_do_not_depend_on_the_working_directory():
     assert SAMPLE_SUBJECT.is_absolute()
 
 
-def test_flags_reach_the_group_of_their_concern():
+def test_flags_are_parsed_into_their_groups():
     flags = (
         "--method lora --rank 8 --learning_rate 1e-4 --instance_prompt dog --validation_prompt a b --train_text_encoder --seed 3"
     )
@@ -43,7 +43,7 @@ def test_flags_reach_the_group_of_their_concern():
     assert options.output.validation_prompt == ["a", "b"]
 
 
-def test_a_model_that_is_not_built_in_is_told_the_truth_about_sizes():
+def test_other_models_than_the_built_in_one_are_conditioned_on_the_original_size():
     assert SubjectOptions(model=ModelOptions("owner/model")).data.size_conditioning == "image"
 
 
@@ -58,7 +58,7 @@ def validation(*flags):
     return options.image_scorer, options.num_candidate_images
 
 
-def test_the_built_in_clip_judges_the_built_in_model_where_it_is_there_and_the_base_model_any_other(tmp_path, monkeypatch):
+def test_the_default_image_scorer_is_the_built_in_clip_for_the_built_in_model_and_else_the_base_model(tmp_path, monkeypatch):
     other = ("--pretrained_model_name_or_path", "owner/model")
     monkeypatch.setattr(mini_clip, "BUILT_IN_CLIP", tmp_path)
     assert validation() == ("base", BUILT_IN_CANDIDATES)
@@ -78,7 +78,7 @@ def test_the_learning_rate_fits_method_and_model():
     assert all(built_in[method] > rate for method, rate in sdxl.items())
 
 
-def test_prodigy_has_a_rate_of_one_whatever_the_method_and_model():
+def test_prodigy_has_a_learning_rate_of_one_with_every_method_and_model():
     assert parse_options(["--optimizer", "Prodigy"]).optimisation.learning_rate == 1
     assert parse_options(["--optimizer", "prodigy", "--learning_rate", "0.5"]).optimisation.learning_rate == 0.5
 

@@ -17,7 +17,7 @@ def written(folder, values, name="options.json"):
     return ["--options_file", str(path)]
 
 
-def test_resolved_options_given_back_are_the_same_options(tmp_path):
+def test_resolved_options_parse_to_the_same_options(tmp_path):
     flags = "--method lora --rank 8 --learning_rate 1.25e-4 --instance_prompt=-dog --train_text_encoder --snr_gamma 5"
     flags += " --stop_text_encoder_training 3 --mixed_precision no --validation_prompt a b --output_dir elsewhere"
     for given in ([], flags.split(), ["--pretrained_model_name_or_path", MODEL, "--optimizer", "Prodigy"]):
@@ -25,7 +25,7 @@ def test_resolved_options_given_back_are_the_same_options(tmp_path):
         assert parse_options(written(tmp_path, options.to_dict())) == options
 
 
-def test_flags_win_over_the_file_wherever_they_stand(tmp_path):
+def test_flags_take_precedence_over_the_file_in_any_order(tmp_path):
     file = written(
         tmp_path, {"rank": 7, "adapter": {"inner_r": 3}, "train_text_encoder": True, "target_modules": ["to_q", "to_v"]}
     )
@@ -34,7 +34,7 @@ def test_flags_win_over_the_file_wherever_they_stand(tmp_path):
     assert options.adapter.target_modules == ["to_k"]
 
 
-def test_yaml_says_the_same_as_json_words_like_no_and_numbers_like_1e_4_included(tmp_path):
+def test_yaml_is_read_like_json_including_the_word_no_and_the_number_1e_4(tmp_path):
     text = """
     model:
       mixed_precision: no
@@ -84,7 +84,7 @@ def test_a_file_that_cannot_be_used_ends_with_one_line_and_exit_code_two(name, c
     assert message in capsys.readouterr().err.rpartition("error: ")[2]
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path, capsys):
+def test_a_missing_file_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         parse_options(["--options_file", str(tmp_path / "none.json")])
     assert "none.json' cannot be read" in capsys.readouterr().err
@@ -102,7 +102,9 @@ def test_a_file_of_a_newer_version_is_refused(tmp_path, capsys, name):
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "cp1252"])
 @pytest.mark.parametrize("name", ["options.json", "options.yaml", "OPTIONS.JSON"])
-def test_a_file_is_utf_8_with_or_without_a_mark_and_another_encoding_is_named(tmp_path, capsys, encoding, name):
+def test_a_file_in_utf_8_with_or_without_a_byte_order_mark_is_read_and_other_encodings_are_refused(
+    tmp_path, capsys, encoding, name
+):
     (tmp_path / name).write_text('{"instance_prompt": "a caf\u00e9"}', encoding=encoding)
     given = ["--options_file", str(tmp_path / name)]
     if encoding == "utf-8-sig":

@@ -33,7 +33,7 @@ def flags(model, images_dir, folder, *more):
     return [*FAST.split(), "--pretrained_model_name_or_path", str(model), *data, "--output_dir", str(folder), *more]
 
 
-def test_a_run_goes_by_the_keys_of_its_checkpoint_in_all_that_it_makes(
+def test_a_run_follows_the_prediction_type_of_its_checkpoint_in_all_its_files(
     tiny_model, images_dir, tmp_path, monkeypatch, certified_here
 ):
     model = tmp_path / "noob.safetensors"
@@ -121,7 +121,7 @@ def test_the_few_shot_trainers_folder_is_checked_before_a_model_is_loaded(tmp_pa
         fewshot_nora.main(options)
 
 
-def test_a_set_that_has_moved_is_named_with_its_option(tmp_path):
+def test_a_missing_dataset_is_named_with_its_option(tmp_path):
     options = parse_fewshot_options(["--data_dir", str(tmp_path / "gone"), "--output_dir", str(tmp_path / "run")])
     with pytest.raises(InputError, match=r"--data_dir must be an existing folder or file, got '.*gone'"):
         fewshot_nora.main(options)

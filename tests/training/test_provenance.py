@@ -24,13 +24,13 @@ from training.runs.provenance import (
 from training.runs.run import RunDirectory
 
 
-def test_a_files_hash_is_sha256_however_large(tmp_path):
+def test_the_hash_of_a_large_file_is_its_sha256(tmp_path):
     data = bytes(range(256)) * 9000
     (tmp_path / "file").write_bytes(data)
     assert file_digest(tmp_path / "file") == hashlib.sha256(data).hexdigest()
 
 
-def test_the_hash_of_files_depends_on_names_and_bytes_and_not_on_order_or_place(tmp_path):
+def test_the_hash_of_files_depends_on_names_and_bytes_but_not_on_order_or_folder(tmp_path):
     for name in "ab":
         (tmp_path / name).write_text(name)
     files = [tmp_path / "a", tmp_path / "b"]
@@ -53,7 +53,7 @@ def sources(tmp_path):
     return tmp_path
 
 
-def test_code_is_known_by_its_commit_and_by_its_sources(sources):
+def test_the_code_is_identified_by_its_commit_and_sources(sources):
     plain = code_identity(sources)
     assert plain["commit"] is None
     git = ["git", "-C", str(sources), "-c", "user.name=x", "-c", "user.email=x@x"]
@@ -68,7 +68,7 @@ def test_code_is_known_by_its_commit_and_by_its_sources(sources):
     assert changed["sources_sha256"] != plain["sources_sha256"]
 
 
-def test_the_base_model_is_known_by_each_of_its_weight_files(tiny_model, tmp_path):
+def test_the_base_model_is_identified_by_all_its_weight_files(tiny_model, tmp_path):
     found = model_identity(str(tiny_model), tiny_pipeline())
     assert set(found["files"]) == {path.relative_to(tiny_model).as_posix() for path in tiny_model.rglob("*.safetensors")}
     assert not found["public"]
@@ -78,7 +78,7 @@ def test_the_base_model_is_known_by_each_of_its_weight_files(tiny_model, tmp_pat
     assert list(single["files"].values()) == [found["files"][unet]]
 
 
-def test_a_hub_models_files_are_those_of_the_cache_it_was_loaded_from(tiny_model):
+def test_the_files_of_a_hub_model_are_those_in_the_cache(tiny_model):
     pipe = tiny_pipeline()
     pipe.unet.register_to_config(_name_or_path=str(tiny_model / "unet"))
     found = model_identity("owner/model", pipe)
@@ -87,20 +87,20 @@ def test_a_hub_models_files_are_those_of_the_cache_it_was_loaded_from(tiny_model
 
 
 @pytest.mark.parametrize("given", [["--hub_token", "hf_abc"], ["--hub_token=hf_abc"]])
-def test_the_hubs_token_is_not_written_down(given):
+def test_the_hub_token_is_not_recorded(given):
     shown = command_line(["train.py", *given, "--seed", "3"])
     assert "hf_abc" not in shown
     assert shown.startswith("train.py --hub_token")
     assert shown.endswith("--seed 3")
 
 
-def test_versions_name_what_numbers_depend_on():
+def test_versions_cover_the_libraries_that_results_depend_on():
     found = library_versions()
     assert torch.__version__.startswith(found["torch"])
     assert {"python", "diffusers", "peft", "transformers"} <= {name for name, value in found.items() if value}
 
 
-def test_the_record_holds_all_and_its_published_form_no_names(tiny_model, images_dir, tmp_path):
+def test_the_provenance_is_complete_and_its_private_form_has_no_names(tiny_model, images_dir, tmp_path):
     paths = sorted(images_dir.iterdir())
     run = RunDirectory.create(tmp_path / "run", {})
     options = parse_options(

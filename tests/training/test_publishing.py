@@ -57,16 +57,14 @@ def test_a_private_run_publishes_no_caption_path_or_name_in_any_byte(published, 
     assert run.status().published == f"{hub_server.endpoint}/me/adapter"
 
 
-def test_without_being_asked_nothing_is_gathered_or_uploaded(lora_run, hub_server):
+def test_without_its_flags_nothing_is_published(lora_run, hub_server):
     publishing.check_can_push(ValidationOptions())
     assert hub_server.requests == []
     assert not (lora_run.path / "published").exists()
     assert lora_run.status().published is None
 
 
-def test_a_network_that_fails_after_the_training_loses_nothing_and_all_can_be_uploaded_later(
-    published, hub_server, tmp_path, monkeypatch
-):
+def test_a_failed_upload_loses_nothing_and_can_be_repeated_later(published, hub_server, tmp_path, monkeypatch):
     def assemble_without_a_network(*arguments):
         hub_server.stop()
         return publishing.assemble(*arguments)
@@ -131,12 +129,12 @@ def test_a_hub_that_fails_during_an_upload_is_named(hub_server, tmp_path, status
         ({"hub_token": TOKEN, "hub_model_id": "me/toy/deep"}, r"hub_model_id must have the form OWNER/NAME, got 'me/toy/deep'"),
     ],
 )
-def test_an_upload_that_cannot_work_is_refused_before_the_training(hub_server, options, message):
+def test_an_upload_without_permission_is_refused_before_the_training(hub_server, options, message):
     with pytest.raises(InputError, match=message):
         publishing.check_can_push(ValidationOptions(push_to_hub=True, **options))
 
 
-def test_an_upload_without_a_network_is_refused_where_that_is_meant_and_else_tried_later(hub_server, monkeypatch, caplog):
+def test_in_offline_mode_an_upload_is_refused_and_without_a_network_it_is_tried_later(hub_server, monkeypatch, caplog):
     asked = ValidationOptions(push_to_hub=True, hub_token=TOKEN)
     hub_server.stop()
     publishing.check_can_push(asked)

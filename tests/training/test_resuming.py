@@ -30,7 +30,7 @@ def test_a_changed_option_is_refused_with_both_values(run):
         check_can_resume(run.path, changed(learning_rate=2e-3), 1)
 
 
-def test_every_difference_is_shown(run):
+def test_every_changed_option_is_named(run):
     with pytest.raises(InputError, match=r"instance_prompt: 'a photo of sks dog' before, 'x' now; seed: 0 before, 1 now"):
         check_can_resume(run.path, changed(instance_prompt="x", seed=1), 1)
 
@@ -43,7 +43,7 @@ def test_steps_prompts_intervals_and_workers_may_change(run, change):
     check_can_resume(run.path, changed(**change), 1)
 
 
-def test_options_of_a_later_version_are_no_difference(run):
+def test_options_that_only_one_version_has_are_no_difference(run):
     later = changed()
     later["data"]["new"] = True
     check_can_resume(run.path, later, 1)
@@ -55,7 +55,7 @@ def test_another_number_of_processes_is_refused(run):
         check_can_resume(run.path, OPTIONS, 1)
 
 
-def test_a_run_that_is_at_work_is_not_joined(run, monkeypatch):
+def test_a_run_whose_process_is_alive_is_not_resumed(run, monkeypatch):
     run.update_status(state="running")
     status = json.loads((run.path / "status.json").read_text())
     (run.path / "status.json").write_text(json.dumps(status))
@@ -64,7 +64,7 @@ def test_a_run_that_is_at_work_is_not_joined(run, monkeypatch):
         check_can_resume(run.path, OPTIONS, 1)
 
 
-def test_a_process_that_has_its_id_from_a_dead_one_is_not_the_run(run, monkeypatch):
+def test_another_process_with_the_id_of_the_runs_process_does_not_prevent_resuming(run, monkeypatch):
     run.update_status(state="running")
     status = json.loads((run.path / "status.json").read_text())
     (run.path / "status.json").write_text(json.dumps(status | {"pid_started": status["pid_started"] - 60}))
@@ -72,11 +72,11 @@ def test_a_process_that_has_its_id_from_a_dead_one_is_not_the_run(run, monkeypat
     check_can_resume(run.path, OPTIONS, 1)
 
 
-def test_where_there_is_no_run_yet_there_is_nothing_to_differ_from(tmp_path):
+def test_without_a_run_there_is_nothing_to_check(tmp_path):
     check_can_resume(tmp_path / "new", OPTIONS, 1)
 
 
-def test_a_run_of_the_built_in_model_goes_on_in_another_checkout(tmp_path):
+def test_a_run_of_the_built_in_model_resumes_in_another_checkout(tmp_path):
     def options(name):
         return {"model": {"pretrained_model_name_or_path": name}}
 

@@ -10,7 +10,7 @@ from training.runs.record import RunRecord
 from training.runs.run_requests import FOLDER, SAMPLE, SAVE, STOP, Requests, ask, forget, was_asked
 
 
-def test_what_is_asked_for_is_taken_once(tmp_path):
+def test_a_request_is_taken_once(tmp_path):
     record = RunRecord(tmp_path)
     requests = Requests.of(record, looks=True)
     assert requests.take() == frozenset()
@@ -25,7 +25,7 @@ def test_what_is_asked_for_is_taken_once(tmp_path):
     assert not was_asked(record, STOP)
 
 
-def test_what_was_left_over_is_forgotten_and_only_one_process_looks(tmp_path):
+def test_old_requests_are_deleted_and_only_one_process_looks_for_new_ones(tmp_path):
     record = RunRecord(tmp_path)
     ask(record, SAVE)
     assert Requests.of(record, looks=False).take() == frozenset()
@@ -41,14 +41,14 @@ def test_a_step_without_requests_looks_at_the_disk_once(tmp_path, monkeypatch):
     assert looks == [tmp_path / FOLDER]
 
 
-def test_a_checkpoint_that_is_asked_for_is_written_at_the_end_of_the_step(tmp_path):
+def test_a_requested_checkpoint_is_written_at_the_end_of_the_step(tmp_path):
     expected = trained(tmp_path / "a", trainable(), checkpointing_steps=STEPS)
     what = trainable(asking(RunRecord(tmp_path / "b"), SAVE, at=[3]))
     assert torch.equal(trained(tmp_path / "b", what, checkpointing_steps=STEPS), expected)
     assert (checkpoints(tmp_path / "a"), checkpoints(tmp_path / "b")) == ([STEPS], [3, STEPS])
 
 
-def test_samples_that_are_asked_for_are_drawn_at_the_end_of_the_step_and_change_nothing(tmp_path):
+def test_requested_samples_are_generated_at_the_end_of_the_step_and_change_nothing(tmp_path):
     drawn = []
 
     def draw(step):
@@ -63,7 +63,7 @@ def test_samples_that_are_asked_for_are_drawn_at_the_end_of_the_step_and_change_
     assert not (tmp_path / "b" / FOLDER / SAMPLE).exists()
 
 
-def test_the_average_is_what_is_drawn(tmp_path):
+def test_requested_samples_use_the_moving_average(tmp_path):
     what, seen = trainable(asking(RunRecord(tmp_path), SAMPLE, at=[2])), []
 
     def draw(step):

@@ -17,7 +17,7 @@ def accelerator(kind=DistributedType.FSDP, version=2):
     return SimpleNamespace(distributed_type=kind, is_fsdp2=version == 2)
 
 
-def test_fsdp_trains_with_adamw_in_its_second_version():
+def test_fsdp_needs_version_2_and_adamw():
     check_can_shard(accelerator(), "AdamW", eight_bit=False)
     with pytest.raises(InputError, match="fsdp_version must be 2"):
         check_can_shard(accelerator(version=1), "AdamW", eight_bit=False)
@@ -61,12 +61,12 @@ def in_two_processes(rank, group):
     os._exit(0)
 
 
-def test_parameters_and_an_optimisers_state_are_split_and_gathered_again(tmp_path):
+def test_parameters_and_optimiser_state_are_sharded_and_gathered(tmp_path):
     # Forked, they need not import anything again.
     torch.multiprocessing.start_processes(in_two_processes, (str(tmp_path / "group"),), nprocs=2, start_method="fork")
 
 
-def test_what_is_not_split_stays_as_it_is():
+def test_values_that_are_not_sharded_are_unchanged():
     module, value = torch.nn.Linear(2, 2), torch.randn(2, 2)
     assert split_like(value, module.weight) is value
     assert gathered(value) is value

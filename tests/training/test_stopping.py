@@ -45,7 +45,7 @@ def test_when_the_launcher_is_killed_the_run_saves_and_stops(tiny_model, images_
     assert newest_step(run.checkpoints) > 0
 
 
-def test_a_launcher_that_has_gone_counts_as_a_request_to_stop(monkeypatch):
+def test_the_end_of_the_launcher_counts_as_a_request_to_stop(monkeypatch):
     monkeypatch.setattr("training.engine.stopping.launcher", os.getppid)
     requests = StopRequests()
     assert requests.noted == 0

@@ -88,12 +88,12 @@ def test_wandb_gets_every_metric_and_image(run, monkeypatch):
     assert wandb.logged == [(1, {"loss": 0.5}), (1, {"samples": [(4, 6, 3)]}), "finished"]
 
 
-def test_a_tracker_that_is_not_installed_is_named_with_what_to_do(run, monkeypatch):
+def test_a_tracker_that_is_not_installed_is_named_with_the_remedy(run, monkeypatch):
     monkeypatch.setattr("training.runs.tracking.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"--report_to wandb needs the package 'wandb'.*pip install wandb"):
         start_tracker("wandb", run.path, 0)
 
 
-def test_none_and_processes_that_write_nothing_have_no_tracker(run):
+def test_none_and_processes_that_do_not_write_have_no_tracker(run):
     assert start_tracker("none", run.path, 0) == []
     assert start_tracker("tensorboard", run.path, 0, writes=False) == []

@@ -109,7 +109,7 @@ def test_before_and_between_the_steps_no_batch_is_larger_than_the_trainings(flag
         ([(1024, 1024)], 99, 16),
     ],
 )
-def test_of_small_images_more_are_measured_at_once(sizes, batch_size, expected):
+def test_small_images_are_measured_in_larger_batches(sizes, batch_size, expected):
     assert validation.measurement_batch(SimpleNamespace(sizes=sizes), batch_size) == expected
 
 

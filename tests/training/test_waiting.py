@@ -72,7 +72,7 @@ def waits(run):
     return RunRecord(run).status().state == "queued" and not (run / "began").exists()
 
 
-def test_a_run_that_nothing_is_before_begins_at_once_as_the_very_process_that_waited(queue):
+def test_the_first_run_in_the_queue_starts_at_once_in_the_same_process(queue):
     run, process = queue.start("a")
     begins(run)
     status = RunRecord(run).status()
@@ -83,7 +83,7 @@ def test_a_run_that_nothing_is_before_begins_at_once_as_the_very_process_that_wa
     assert process.wait(PATIENCE) == 0
 
 
-def test_runs_have_their_turns_in_the_order_in_which_they_came(queue):
+def test_runs_start_in_the_order_of_the_queue(queue):
     runs = [queue.start(name) for name in "abc"]
     begins(runs[0][0])
     assert waits(runs[1][0])
@@ -98,7 +98,7 @@ def test_runs_have_their_turns_in_the_order_in_which_they_came(queue):
         ended = run / "ended"
 
 
-def test_a_killed_waiter_is_passed_over_and_leaves_nothing(queue):
+def test_a_killed_waiting_process_is_skipped_and_its_ticket_is_deleted(queue):
     (first, _), (second, killed), (third, _) = (queue.start(name) for name in "abc")
     begins(first)
     killed.kill()
@@ -111,7 +111,7 @@ def test_a_killed_waiter_is_passed_over_and_leaves_nothing(queue):
     assert tickets(queue.runs / QUEUE / "cpu") == []
 
 
-def test_a_killed_launcher_makes_room_for_the_next(queue):
+def test_a_killed_launcher_lets_the_next_run_start(queue):
     (first, killed), (second, _) = (queue.start(name) for name in "ab")
     begins(first)
     assert waits(second)
@@ -121,7 +121,7 @@ def test_a_killed_launcher_makes_room_for_the_next(queue):
     begins(second, after=first / "killed")
 
 
-def test_the_next_waits_while_a_run_whose_launcher_was_killed_still_saves_and_for_runs_from_a_terminal(queue):
+def test_the_next_run_waits_for_runs_without_a_launcher_and_for_runs_from_a_terminal(queue):
     other = queue.runs / "from-a-terminal"
     other.mkdir(parents=True)
     work = "import sys, time, pathlib; from training.runs.record import RunRecord, update_status\n"
@@ -155,12 +155,12 @@ def test_devices_have_queues_of_their_own(queue):
 
 
 @pytest.mark.parametrize(("devices", "key"), [(None, "cpu"), ("", "cpu"), ("0,1", "0-1"), ("../GPU-7", "GPU-7")])
-def test_a_device_is_a_folder_s_name(devices, key):
+def test_the_name_of_a_queues_folder_comes_from_the_devices(devices, key):
     assert device_key({} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}) == key
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_while_it_waits_it_never_begins_and_says_so(queue, number):
+def test_a_run_that_is_stopped_while_it_waits_never_starts(queue, number):
     (first, _), (second, asked), (third, _) = (queue.start(name) for name in "abc")
     begins(first)
     asked.send_signal(number)
@@ -171,7 +171,7 @@ def test_asked_to_stop_while_it_waits_it_never_begins_and_says_so(queue, number)
     assert not (second / "began").exists()
 
 
-def test_a_command_that_is_not_there_is_a_failure_that_is_told_and_makes_room(queue):
+def test_a_missing_command_fails_and_lets_the_next_run_start(queue):
     run, process = queue.start("a", ["no-such-command"])
     assert process.wait(PATIENCE) == 1
     status = RunRecord(run).status()
@@ -180,7 +180,7 @@ def test_a_command_that_is_not_there_is_a_failure_that_is_told_and_makes_room(qu
     begins(queue.start("b")[0])
 
 
-def test_what_a_run_had_said_of_its_last_process_is_forgotten_and_how_far_it_was_is_not(queue):
+def test_a_resumed_run_clears_the_error_of_its_last_process_but_not_its_progress(queue):
     begins(queue.start("a")[0])
     run = queue.runs / "b"
     run.mkdir()
@@ -192,14 +192,14 @@ def test_what_a_run_had_said_of_its_last_process_is_forgotten_and_how_far_it_was
     ]  # fmt: skip
 
 
-def test_a_place_that_is_taken_says_whose_it_is(tmp_path):
+def test_a_ticket_names_its_run_and_process(tmp_path):
     ticket = Ticket.take(tmp_path / "queue", tmp_path / "run")
     assert ticket.is_live
     assert tickets(tmp_path / "queue") == [ticket]
     assert not (tmp_path / "queue" / LOCK).exists()
 
 
-def test_without_a_command_there_is_nothing_to_wait_for(tmp_path):
+def test_without_a_command_the_usage_is_an_error(tmp_path):
     words = [sys.executable, "-m", "training.runs.waiting", str(tmp_path)]
     finished = subprocess.run(words, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
     assert finished.returncode == 2

@@ -87,7 +87,7 @@ def certify(
             for name, file in files.items()
         }
         stock, dtype, device = _generate_with_stock(pipeline, model, images, prompts, seeds, settings)
-    certificate = _judge(native, stock, lint_kohya(files["kohya"]), list(prompts), settings, dtype, device)
+    certificate = _compare(native, stock, lint_kohya(files["kohya"]), list(prompts), settings, dtype, device)
     certificate = replace(certificate, converted=converted)
     certificate.write(folder)
     if not certificate.passed:
@@ -184,7 +184,7 @@ def _stock_images(request: dict[str, Any]) -> dict[str, torch.Tensor]:
         return load_file(target)
 
 
-def _judge(
+def _compare(
     native: torch.Tensor,
     stock: dict[str, torch.Tensor],
     findings: list[str],

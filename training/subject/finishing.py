@@ -46,7 +46,7 @@ class Trained:
     Args:
         components: the adapted modules.
         sampler: generates an image for each validation prompt.
-        judge: scores these images.
+        scorer: scores these images.
         subject_images: training images as the model sees them.
         before: the base model's images for the validation prompts.
         resolution: side of the images in pixels.
@@ -57,7 +57,7 @@ class Trained:
     pipeline: StableDiffusionXLPipeline
     components: dict[str, nn.Module]
     sampler: ValidationSampler
-    judge: ImageScorer
+    scorer: ImageScorer
     subject_images: Sequence[Image.Image]
     before: Sequence[Image.Image]
     resolution: int
@@ -130,7 +130,7 @@ def sample_candidates(run: RunDirectory, trained: Trained, options: SubjectOptio
         with using_adapter(trained.pipeline, adapter_at(run, step)):
             images_by_step[step] = trained.sampler.generate()
         trained.sampler.save(run, step, images_by_step[step])
-        log_scores(run, step, trained.judge, images_by_step[step], prompts)
+        log_scores(run, step, trained.scorer, images_by_step[step], prompts)
     return images_by_step
 
 

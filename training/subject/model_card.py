@@ -23,7 +23,7 @@ from training.runs.run_files import COPY_THRESHOLD, Certificate, Suggestion
 GRID = "before_after.png"
 EXPORTED = ("adapter", "diffusers", "kohya", "suggested")
 TAGS = ("stable-diffusion-xl", "stable-diffusion-xl-diffusers", "text-to-image", "diffusers", "lora", "dreambooth")
-SCORES = """Scores of the samples by {judge}: the mean similarity to the training images and to the prompts, the highest
+SCORES = """Scores of the samples by {scorer}: the mean similarity to the training images and to the prompts, the highest
 similarity to a single training image (a copy from {limit:.3f} on), and the highest correlation of a thumbnail with one (a copy
 from {threshold:.2f} on). They can be compared within this table only.
 
@@ -136,8 +136,8 @@ def scorer_name(name: str, private: bool = False) -> str:
     return as_text("/".join(part for part in (library, portable_name(weights)) if part))
 
 
-def _findings(run: RunDirectory, judge: str) -> list[str]:
-    """The results of the run: held-out losses, recommended step, warnings, scores by `judge`, certificate."""
+def _findings(run: RunDirectory, scorer: str) -> list[str]:
+    """The results of the run: held-out losses, recommended step, warnings, scores by `scorer`, certificate."""
     lines = []
     losses = [logged.values["heldout_loss"] for logged in run.metrics() if "heldout_loss" in logged.values]
     if losses:
@@ -146,20 +146,20 @@ def _findings(run: RunDirectory, judge: str) -> list[str]:
             f"Mean denoising loss on the centre crop of the held-out image: {before:.4f} before training, {after:.4f} after."
         )
     if suggestion := Suggestion.read(run.path):
-        lines += _recommendation(suggestion, judge)
+        lines += _recommendation(suggestion, scorer)
     if certificate := Certificate.read(run.path):
         lines.append(_certified(certificate))
     return lines
 
 
-def _recommendation(suggestion: Suggestion, judge: str) -> list[str]:
+def _recommendation(suggestion: Suggestion, scorer: str) -> list[str]:
     """The recommended step, warnings and scores."""
     lines = []
     if suggestion.curve or suggestion.scores:
         lines.append(f"**Recommended: step {suggestion.step} of {suggestion.last}.** {suggestion.why}")
         lines += [f"> **Warning.** {warning}" for warning in suggestion.warnings]
     if suggestion.scores:
-        lines.append(_scores_table(suggestion, judge))
+        lines.append(_scores_table(suggestion, scorer))
     return lines
 
 
@@ -180,7 +180,7 @@ def _compatibility(options: SubjectOptions) -> list[str]:
     return [] if note is None else [note]
 
 
-def _scores_table(suggestion: Suggestion, judge: str) -> str:
+def _scores_table(suggestion: Suggestion, scorer: str) -> str:
     """The scores of the samples and the held-out loss by step, as a Markdown table."""
     scores = suggestion.scores
     heldout = {point.step: f"{point.heldout:.4f}" for point in suggestion.curve}
@@ -191,7 +191,7 @@ def _scores_table(suggestion: Suggestion, judge: str) -> str:
         for step, each in sorted(scores.items())
     ]
     limit = next(iter(scores.values())).nearest_limit
-    return SCORES.format(judge=judge, limit=limit, threshold=COPY_THRESHOLD, rows="\n".join(rows))
+    return SCORES.format(scorer=scorer, limit=limit, threshold=COPY_THRESHOLD, rows="\n".join(rows))
 
 
 def _exported_files(run: RunDirectory) -> list[tuple[str, int]]:

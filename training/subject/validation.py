@@ -48,15 +48,15 @@ def measurement_batch(images: CachedLatents, batch_size: int) -> int:
     return min(MEASURED_BATCH, max(batch_size, SMALL_PIXELS // largest))
 
 
-def log_scores(run: RunDirectory, step: int, judge: ImageScorer, images: Sequence[Image.Image], prompts: Sequence[str]) -> None:
+def log_scores(run: RunDirectory, step: int, scorer: ImageScorer, images: Sequence[Image.Image], prompts: Sequence[str]) -> None:
     """Log the scores of the `images` of `prompts` at `step`: the mean similarities, and the highest measures of copying."""
-    scores = judge.scores(images, prompts)
+    scores = scorer.scores(images, prompts)
     of_step = StepScores(
         subject=fmean(each.subject for each in scores),
         prompt=fmean(each.prompt for each in scores),
         copy=max(each.copy for each in scores),
         nearest=max(each.nearest for each in scores),
-        nearest_limit=judge.nearest_limit,
+        nearest_limit=scorer.nearest_limit,
     )
     run.log(step, **{metric_name(name): value for name, value in asdict(of_step).items()})
 
@@ -71,7 +71,7 @@ class ValidationCallback:
         seen, heldout: the training images and the held-out images; None without held-out images.
         sampler: generates the sample images.
         components: the adapted modules.
-        judge: scores the sample images; None for no scores.
+        scorer: scores the sample images; None for no scores.
         batch_size: of the training.
     """
 
@@ -81,7 +81,7 @@ class ValidationCallback:
     heldout: CachedLatents | None
     sampler: ValidationSampler
     components: dict[str, nn.Module]
-    judge: ImageScorer | None = None
+    scorer: ImageScorer | None = None
     batch_size: int = MEASURED_BATCH
 
     def begin(self, before: Sequence[Image.Image], subject_images: Sequence[Image.Image]) -> None:
@@ -115,5 +115,5 @@ class ValidationCallback:
         self.sampler.save(self.run, step, self.sampler.generate())
 
     def _score(self, step: int, images: Sequence[Image.Image]) -> None:
-        if self.judge is not None:
-            log_scores(self.run, step, self.judge, images, self.sampler.prompts)
+        if self.scorer is not None:
+            log_scores(self.run, step, self.scorer, images, self.sampler.prompts)
