@@ -246,9 +246,9 @@ def measured(pipeline: StableDiffusionXLPipeline, flags: Sequence[str]) -> Phase
         (dreambooth_nora, "run_dry_run"): "dry run (three steps)",
         (dreambooth_nora, "train"): "training steps",
         (validation, "measured_losses"): f"held-out loss ({DRAWS} draws)",
-        (validation, "keep_adapter"): "kept adapter",
+        (validation, "keep_adapter"): "saved adapter",
         (adapters, "save_everywhere"): "export",
-        (finishing, "sample_candidates"): "compare kept adapters",
+        (finishing, "sample_candidates"): "compare saved adapters",
     }
     with ExitStack() as stack:
         for (owner, attribute), name in timed.items():

@@ -113,7 +113,7 @@ def calibrate(
 
 
 def fingerprint(weight: torch.Tensor) -> str:
-    """Hash of a weight's dtype, shape and bytes."""
+    """The hash of the dtype, shape and bytes of `weight`, of any shape."""
     digest = hashlib.blake2b(f"{weight.dtype} {tuple(weight.shape)}".encode(), digest_size=16)
     digest.update(tensor_bytes(weight))
     return digest.hexdigest()

@@ -86,7 +86,7 @@ def read_header(path: str | os.PathLike, dtypes: Mapping[str, torch.dtype] = DTY
         length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER_BYTES:
             raise AdapterFileError(
-                f"{path} announces a header of {length} bytes; at most {MAX_HEADER_BYTES} are read. "
+                f"{path} has a header of {length} bytes; at most {MAX_HEADER_BYTES} are read. "
                 f"It is not a safetensors file, or damaged. {AGAIN}"
             )
         if size < 8 + length:
@@ -147,6 +147,7 @@ def write_tensors(
     The same tensors and metadata give the same bytes.
 
     Args:
+        tensors: by name, of any shapes.
         digest: add a digest of tensors and metadata to the header, which `read_tensors` checks. Only for files that no other
             program edits, since changed metadata invalidate it.
     Raises:
@@ -168,13 +169,13 @@ def write_tensors(
 
 
 def tensor_hash(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256, in hexadecimal, of the bytes that follow the header of a safetensors file of these tensors."""
+    """SHA-256, in hexadecimal, of the bytes after the header of a safetensors file of `tensors`, of any shapes."""
     length, body = _serialise(tensors)
     return hashlib.sha256(memoryview(body)[length:]).hexdigest()
 
 
 def content_digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256, in hexadecimal, of the names, dtypes, shapes and bytes of `tensors`, and of `metadata` without a digest."""
+    """SHA-256, in hexadecimal, of `tensors` of any shapes, with their names and dtypes, and `metadata` without a digest."""
     entries = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
     described = [{key: value for key, value in metadata.items() if key != DIGEST}, entries]
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
@@ -184,7 +185,7 @@ def content_digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, s
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a copy of `tensor`: FSDP cannot resize the storage of a parameter that numpy refers to."""
+    """The bytes of a copy of `tensor`, of any shape: FSDP cannot resize the storage of a parameter that numpy refers to."""
     return tensor.detach().to("cpu", copy=True).contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 

@@ -172,10 +172,10 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         self._without_outer_factors -= loaded
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move the adapter to the base layer's device; only the outer factors take its dtype as well."""
+        """Move the adapter to the base layer's device; the outer factors also get its dtype."""
         base_device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         device = device or base_device
-        # A quantised base layer may know no floating point dtype before its first call.
+        # A quantised base layer may have no floating point dtype before its first call.
         outer_dtype = dtype if dtype is not None and dtype.is_floating_point else None
         buffers_only = ("nora_A", "nora_B", "nora_inner_A0", "nora_inner_B0", "nora_activation_scale")
         for name in (*buffers_only, *self.adapter_layer_names):

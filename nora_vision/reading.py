@@ -137,14 +137,14 @@ def _check_all_match(model: nn.Module, config: NoraConfig, path: Path) -> None:
 
 
 def _check_metadata(metadata: Mapping[str, str], path: Path) -> None:
-    """Refuse unknown metadata beside our own: one damaged letter would turn the digest's name into such a key."""
+    """Refuse unknown metadata in NoRA's files, since a damaged key of the digest would disable its check."""
     unknown = sorted(metadata.keys() - METADATA)
     if unknown and any(key.startswith("nora_") for key in metadata):
         raise AdapterFileError(f"{path} has metadata that this version does not know: {unknown}. Save the adapter again.")
 
 
 def _shared_scales(metadata: Mapping[str, str], path: Path) -> dict[str, str]:
-    """Which layer of a compact adapter uses the activation scale of which other."""
+    """The layer whose activation scale each other layer of a compact adapter uses."""
     try:
         shared = json.loads(metadata.get(SHARED_SCALES, "{}"))
     except (ValueError, RecursionError) as error:
@@ -157,7 +157,7 @@ def _shared_scales(metadata: Mapping[str, str], path: Path) -> dict[str, str]:
 def _expected_shapes(
     model: nn.Module, config: NoraConfig, compact: bool, shared: Mapping[str, str], path: Path
 ) -> dict[str, Shape]:
-    """Name and shape of every tensor that an adapter of this configuration has on this model."""
+    """The shapes, by name, of all tensors of an adapter with this configuration on this model."""
     shapes: dict[str, Shape] = {}
     inputs = {}
     for name, module in _base_modules(model):
@@ -197,7 +197,7 @@ def _shapes_trained_in_full(model: nn.Module, config: NoraConfig) -> dict[str, S
 
 
 def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of the model as it was before adapters wrapped any."""
+    """The modules of the model without the wrappers of adapters."""
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if not name or name.startswith(inside or "\0"):
@@ -210,11 +210,11 @@ def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _compare(actual: Mapping[str, Shape], expected: Mapping[str, Shape], path: Path) -> None:
     unexpected, missing = sorted(actual.keys() - expected.keys()), sorted(expected.keys() - actual.keys())
-    for names, what in ((unexpected, "holds {}, which the adapter cannot have here"), (missing, "lacks {}")):
+    for names, what in ((unexpected, "contains {}, which the adapter cannot have on it"), (missing, "lacks {}")):
         if names:
             listed = repr(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
             raise AdapterFileError(
-                f"{path} does not fit this model: it {what.format(listed)}. It is of another base model, or incomplete."
+                f"{path} does not fit this model: it {what.format(listed)}. It belongs to another base model, or is incomplete."
             )
     for name, shape in actual.items():
         if shape != expected[name]:

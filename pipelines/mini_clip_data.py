@@ -65,6 +65,7 @@ def augment(pixels: torch.Tensor, photos: np.ndarray, rng: np.random.Generator) 
 
 def _lit(pixels: torch.Tensor, photos: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
     def factors(spread: float) -> torch.Tensor:
+        """Random factors (count, 1, 1, 1) in +-`spread` for photographs, 0 for scenes."""
         return torch.from_numpy(np.where(photos, rng.uniform(-spread, spread, len(photos)), 0.0)).float()[:, None, None, None]
 
     grey = pixels.mean(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Training batches of labelled images: batch k is a function of the seed and k alone."""
+"""Training batches of labelled images: batch k is a function of the seed and k."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Saving and loading fitted classifiers, as safetensors and JSON.
 
-A classifier's folder holds classifier.json and either an adapter of the encoders, a predictor on their features, or neither.
+The folder of a classifier contains classifier.json, and an adapter of the encoders, a predictor on their features, or neither.
 """
 
 from __future__ import annotations

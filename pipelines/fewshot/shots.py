@@ -96,7 +96,7 @@ def _check_sizes(labelled: LabelledSet, shots: Shots, test_share: float) -> None
     if shots != "all" and shots < 1:
         raise InputError(f"shots must be 1 or more, or all, got {shots}.")
     if not labelled.parts and not 0 < test_share < 1:
-        raise InputError(f"test_share must lie between 0 and 1, got {test_share}.")
+        raise InputError(f"test_share must be between 0 and 1, got {test_share}.")
 
 
 def split_notes(labelled: LabelledSet) -> list[str]:

@@ -57,6 +57,6 @@ class TargetLayers:
         start, stop = (count - int(last), count) if first == "last" else (int(first), int(last) + 1)
         if not 0 <= start < stop <= count:
             raise InputError(
-                f"layers must lie in 0-{count - 1}, the {count} attention layers of the encoder, got {self.layers!r}."
+                f"layers must be in 0-{count - 1}, the {count} attention layers of the encoder, got {self.layers!r}."
             )
         return range(start, stop)

@@ -76,7 +76,7 @@ CORRUPTIONS = {
     "a pickle by name": (into_bin, r"has no adapter_model.safetensors, only \['adapter_model.bin'\].* a .bin is a pickle"),
     "truncated": (edit_bytes(lambda content: content[:-9]), "text_encoder_2/adapter_model.safetensors is truncated"),
     "oversized": (edit_bytes(lambda content: content + b"more"), "text_encoder_2/adapter_model.safetensors is oversized"),
-    "huge header": (edit_bytes(lambda content: b"\xff" * 8 + content[8:]), "announces a header of 18446744073709551615 bytes"),
+    "huge header": (edit_bytes(lambda content: b"\xff" * 8 + content[8:]), "has a header of 18446744073709551615 bytes"),
     "not finite": (
         edit_tensors(lambda tensors: tensors[f"{KEY}.nora_inner_A"].fill_(float("nan"))),
         f"adapter_model.safetensors: '{KEY}.nora_inner_A' has values that are not finite",
@@ -95,7 +95,7 @@ CORRUPTIONS = {
     ),
     "a layer the model lacks": (
         edit_tensors(lambda tensors: tensors.update({"text_model.encoder.layers.9.mlp.fc2.nora_inner_A": torch.ones(3, 6)})),
-        "holds 'text_model.encoder.layers.9.mlp.fc2.nora_inner_A', which the adapter cannot have here",
+        "contains 'text_model.encoder.layers.9.mlp.fc2.nora_inner_A', which the adapter cannot have on it",
     ),
     "a negative scale": (
         edit_tensors(lambda tensors: tensors[f"{KEY}.nora_activation_scale"].fill_(-1)),
@@ -109,7 +109,7 @@ CORRUPTIONS = {
     "a wrong type": (edit_config(alpha="much"), "adapter_config.json is not a valid configuration"),
     "an infinite value": (edit_config(alpha=float("inf")), "adapter_config.json is not valid JSON.*not finite"),
     "a rank above the layer's": (edit_config(r=25), r"r must be in \[1, 24\] for 'text_model.encoder.layers.0.self_attn.k_proj'"),
-    "compact that is not": (edit_config(compact=True), "holds .*nora_A'.*, which the adapter cannot have here"),
+    "compact that is not": (edit_config(compact=True), "contains .*nora_A'.*, which the adapter cannot have on it"),
     "more targets than layers": (edit_config(target_modules=["k_proj", "fc1", "fc2"]), "lacks 'text_model.*fc1.nora_A' and"),
     "the configuration of another save": (edit_config(alpha=7.0), "adapter_config.json is not the one that .* was saved with"),
     "no configuration": (

@@ -157,7 +157,7 @@ def test_bytes_that_belong_to_no_tensor_are_refused(tmp_path):
 
 @pytest.mark.parametrize("length", [MAX_HEADER_BYTES + 1, 2**63])
 def test_an_oversized_header_is_refused_unread(tmp_path, length):
-    with pytest.raises(AdapterFileError, match=f"announces a header of {length} bytes"):
+    with pytest.raises(AdapterFileError, match=f"has a header of {length} bytes"):
         read_header(raw_file(tmp_path / "x.safetensors", {}, header_length=length))
 
 

@@ -320,7 +320,7 @@ def test_the_split_of_a_dataset_is_used_and_its_gaps_are_reported(random_clip, t
         (["--class_names", "cats"], "written as folder=name, got 'cats'"),
         (["--inner_r", "40"], "inner_r"),
         (["--export", "pickle"], "export must be any of"),
-        (["--test_share", "1"], "test_share must lie between 0 and 1"),
+        (["--test_share", "1"], "test_share must be between 0 and 1"),
     ],
 )
 def test_a_wrong_option_ends_with_a_message(flags, words, capsys):

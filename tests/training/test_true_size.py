@@ -58,11 +58,11 @@ def test_a_whole_run_decomposes_each_layer_once_however_often_its_adapter_is_kep
     phases = benchmark.measured(pipeline, [*flags, "--train_batch_size", "1"])
     counts = {name: phase.decompositions for name, phase in phases.totals.items() if phase.decompositions}
     assert counts == {"start the layers (AwSVD)": len(nora_layers(pipeline.unet))}
-    assert phases.totals["kept adapter"].calls == 3
+    assert phases.totals["saved adapter"].calls == 3
     assert phases.totals["export"].calls >= 1
     table = phases.table().splitlines()
     assert len({line.count("|") for line in table}) == 1
-    for name in ("calibrate", "training steps", "held-out loss (4 draws)", "kept adapter", "export", "all"):
+    for name in ("calibrate", "training steps", "held-out loss (4 draws)", "saved adapter", "export", "all"):
         assert any(line.startswith(f"| {name} |") for line in table)
     assert all(phase.peak_memory > 1e8 for phase in phases.totals.values())
 

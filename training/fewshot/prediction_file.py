@@ -1,4 +1,4 @@
-"""The predictions of a trial for its test images, as test.json holds them."""
+"""The predictions of a trial for its test images, the content of test.json."""
 
 from __future__ import annotations
 

@@ -328,7 +328,7 @@ def fit_trial(
 ) -> tuple[FittedMethod, TrialResult] | None:
     """Fit a method, evaluate it and save it; processes other than the main one take part in the training and return None.
 
-    The result's seconds and peak memory are those of fitting alone: the features of the frozen encoders are computed before.
+    The result's seconds and peak memory are those of fitting only: the features of the frozen encoders are computed before.
     """
     is_baseline = trial.method in baselines.BASELINES
     if is_baseline and not accelerator.is_main_process:

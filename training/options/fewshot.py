@@ -115,7 +115,7 @@ class LabelledDataOptions:
         self._check_dataset()
         at_least(self, 0, "views", "dataloader_num_workers")
         if not 0 < self.test_share < 1:
-            raise InputError(f"test_share must lie between 0 and 1, got {self.test_share}.")
+            raise InputError(f"test_share must be between 0 and 1, got {self.test_share}.")
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             given = " ".join(map(str, self.crop_scale))
             raise InputError(f"crop_scale must be two shares with 0 < smallest <= largest <= 1, got {given}.")

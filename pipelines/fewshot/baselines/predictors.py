@@ -183,7 +183,7 @@ def save_predictor(predictor: Predictor, path: Path) -> None:
 def load_predictor(path: Path) -> Predictor:
     """The predictor that `save_predictor` wrote, on the CPU.
 
-    Raises: AdapterFileError if it is not a valid safetensors file; InputError if it holds no predictor.
+    Raises: AdapterFileError if it is not a valid safetensors file; InputError if it does not contain a predictor.
     """
     header = read_header(path)
     try:
