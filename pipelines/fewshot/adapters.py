@@ -1,6 +1,6 @@
 """Adapters on a CLIP model: attaching, initialising, scaling and loading.
 
-Methods come from `pipelines.methods`. An adapter lives on the image encoder, the text encoder, or both.
+Methods come from `pipelines.methods`. An adapter can be on the image encoder, the text encoder, or both.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _run_images(clip: Clip, pixels: Iterable[torch.Tensor]) -> None:
 def run_prompts(clip: Clip, tokens: torch.Tensor) -> None:
     """Encode `tokens` (n, t), grouped by length, so that no layer sees padding.
 
-    Text encoders that read their feature from another token than the end token get all tokens: for them padding matters.
+    If tokens after the end token have an effect (see `Clip.reads_up_to_the_end_token`), the padding is encoded too.
     """
     if not clip.reads_up_to_the_end_token:
         groups = [tokens]

@@ -28,7 +28,7 @@ class Augmentation:
     """Random augmentation of training images.
 
     Args:
-        crop_scale: least and largest share of the image's area in a random crop.
+        crop_scale: smallest and largest share of the image's area in a random crop.
         random_flip: mirror images with probability 1/2.
     """
 
@@ -94,7 +94,7 @@ class AugmentedView(Dataset):
 
 @dataclass(frozen=True)
 class SampledViews:
-    """Features of a frozen image encoder, computed once; each image is returned in a random one of its views.
+    """Features of a frozen image encoder, computed once for several views, of which a random one is used for each image.
 
     Args:
         views: (v, n, d), features of length 1 of v views of n images, such as `Examples.all_views` gives.
@@ -128,6 +128,6 @@ class LabelledBatches:
         return BucketOrder((tuple(range(len(self.labels))),), self.batch_size, self.seed)
 
     def __call__(self, index: int) -> dict[str, torch.Tensor]:
-        """The `index`-th batch, as keyword arguments of `ClassificationLoss`."""
+        """The `index`-th batch as keyword arguments of `ClassificationLoss`: images or features (n, ...), labels (n,)."""
         indices, generator = self._order.chosen(0, index), keyed_generator(self.seed, RandomStream.CROPS, index)
         return {"images": self.images.sample(indices, generator), "labels": self.labels[indices]}

@@ -368,7 +368,7 @@ def _of_prompts(clip: Clip, prompts: Prompts) -> Predictor:
 
 
 def _stored_predictor(path: Path, clip: Clip, metadata: ClassifierFile) -> Predictor:
-    """The predictor at `path`, whose numbers of classes and features are checked."""
+    """The predictor at `path`, after checking its numbers of classes and features."""
     if not path.is_file():
         raise InputError(f"The method {metadata.method!r} needs {str(path)!r}, which is missing. Restore it, or fit it again.")
     predictor = load_predictor(path)

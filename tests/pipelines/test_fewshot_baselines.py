@@ -86,7 +86,6 @@ def test_every_baseline_counts_what_it_trains_and_gives_finite_logits(fitted, na
     assert logits.shape == (len(task.validation), len(CLASSES))
     assert torch.isfinite(logits).all()
     assert predictor.num_trainable_parameters == TRAINED[name]
-    assert predictor.num_stored_parameters == sum(value.numel() for value in predictor.head.state_dict().values())
 
 
 @pytest.mark.parametrize("name", sorted(set(baselines.BASELINES) - {"zeroshot", "coop", "pixels"}))

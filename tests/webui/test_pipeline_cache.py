@@ -153,7 +153,7 @@ def test_a_merged_file_gives_the_same_images_in_stock_diffusers(cache, workspace
 
 
 def test_a_dora_cannot_be_merged(cache, workspace, tmp_path):
-    with pytest.raises(InputError, match=r"cannot be merged.*DoRA's, which cannot be added.*Leave the DoRA out"):
+    with pytest.raises(InputError, match=r"cannot be merged.*has a DoRA, which cannot be added.*Leave the DoRA out"):
         cache.merge(job(workspace, "first@4", "third-dora@4"), tmp_path / "mix.safetensors", "diffusers")
     assert cache.merge(job(workspace, "third-dora@4"), tmp_path / "dora.safetensors", "diffusers").is_file()
 

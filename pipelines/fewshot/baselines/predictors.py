@@ -162,11 +162,6 @@ class Predictor:
         """(n, width) to (n, classes) float32, on the device of the head."""
         return torch.cat([self.head(part.to(next(self.head.buffers()))) for part in inputs.split(BATCH)])
 
-    @property
-    def num_stored_parameters(self) -> int:
-        """Number of values in the file, trained or not."""
-        return sum(buffer.numel() for buffer in self.head.buffers())
-
 
 def save_predictor(predictor: Predictor, path: Path) -> None:
     """Write `predictor` as a safetensors file."""
