@@ -105,15 +105,24 @@ class MethodTraining:
         """Restore what `state_dict` returned."""
 
 
+def option(default: Any, text: str, label: str = "", **metadata: Any) -> Any:
+    """A field of a method's `Options`.
+
+    Args:
+        text: the help.
+        label: the label in a form; empty for one made from the field's name.
+        metadata: `choices`, and under a task's name the name of the flag on that task.
+    """
+    return field(default=default, metadata={"help": text, "label": label, **metadata})
+
+
 @dataclass
 class LowRankOptions:
     """Options that most methods share; None is replaced by the value in `TaskDefaults`."""
 
-    rank: int | None = field(default=None, metadata={"help": "rank", "few-shot": "lora_rank"})
-    alpha: float | None = field(
-        default=None, metadata={"help": "numerator of the scaling alpha / rank (default: the scaling is 1)"}
-    )
-    dropout: float = field(default=0.0, metadata={"help": "dropout probability within the adapter"})
+    rank: int | None = option(None, "rank", **{"few-shot": "lora_rank"})
+    alpha: float | None = option(None, "numerator of the scaling alpha / rank (default: the scaling is 1)")
+    dropout: float = option(0.0, "dropout probability within the adapter")
 
     def __post_init__(self) -> None:
         at_least(self, 1, "rank")
@@ -122,8 +131,7 @@ class LowRankOptions:
 class AdapterMethod:
     """An adapter method. A subclass sets the class attributes and overrides what differs.
 
-    Each field of the dataclass `Options` is a flag and a form field. Its metadata holds the `help` and, optionally, the `label`
-    in the form, the `choices`, and under a task's name the name of its flag on that task.
+    Each field of the dataclass `Options` is a flag and a form field; `option` makes one.
 
     Args:
         options: an instance of `Options` with every value set.

@@ -62,7 +62,7 @@ class MethodOption:
     def of(cls, users: Users) -> MethodOption:
         """The option as `users` declare it; the first label counts."""
         choices = dict.fromkeys(choice for _, option, _ in users for choice in option.metadata.get("choices", ()))
-        label = next((option.metadata["label"] for _, option, _ in users if "label" in option.metadata), "")
+        label = next(filter(None, (option.metadata.get("label") for _, option, _ in users)), "")
         return cls(tuple(method.name for method, *_ in users), tuple(choices), label)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from pipelines.adapter_method import (
     Probe,
     TaskDefaults,
     add_as_lora,
+    option,
     read_native,
     tuner_layers,
     write_native,
@@ -44,47 +45,24 @@ MOMENTS = ("exp_avg_ipt", "exp_avg_unc")
 class AdaLoraOptions:
     """Options of AdaLoRA."""
 
-    init_r: int | None = field(
-        default=None, metadata={"help": "initial rank of every layer", "label": "AdaLoRA init_r (initial rank)"}
+    init_r: int | None = option(None, "initial rank of every layer", "AdaLoRA init_r (initial rank)")
+    target_r: int | None = option(
+        None, "average rank of the layers after allocation, below init_r", "AdaLoRA target_r (final average rank)"
     )
-    target_r: int | None = field(
-        default=None,
-        metadata={
-            "help": "average rank of the layers after allocation, below init_r",
-            "label": "AdaLoRA target_r (final average rank)",
-        },
+    tinit_ratio: float = option(
+        0.1, "share of the steps before ranks are first reduced", "AdaLoRA tinit (share of steps at full rank)"
     )
-    tinit_ratio: float = field(
-        default=0.1,
-        metadata={
-            "help": "share of the steps before ranks are first reduced",
-            "label": "AdaLoRA tinit (share of steps at full rank)",
-        },
+    tfinal_ratio: float = option(
+        0.3, "share of the steps trained at the final ranks", "AdaLoRA tfinal (share of steps at final ranks)"
     )
-    tfinal_ratio: float = field(
-        default=0.3,
-        metadata={
-            "help": "share of the steps trained at the final ranks",
-            "label": "AdaLoRA tfinal (share of steps at final ranks)",
-        },
+    delta_t: int = option(1, "steps between rank updates", "AdaLoRA delta_t (steps between rank updates)")
+    beta1: float = option(0.85, "EMA decay of the sensitivity", "AdaLoRA beta1 (EMA of the sensitivity)")
+    beta2: float = option(0.85, "EMA decay of the uncertainty", "AdaLoRA beta2 (EMA of the uncertainty)")
+    orth_reg_weight: float = option(
+        0.1, "weight of the orthogonality regularisation", "AdaLoRA orthogonality regularisation weight"
     )
-    delta_t: int = field(
-        default=1, metadata={"help": "steps between rank updates", "label": "AdaLoRA delta_t (steps between rank updates)"}
-    )
-    beta1: float = field(
-        default=0.85, metadata={"help": "EMA decay of the sensitivity", "label": "AdaLoRA beta1 (EMA of the sensitivity)"}
-    )
-    beta2: float = field(
-        default=0.85, metadata={"help": "EMA decay of the uncertainty", "label": "AdaLoRA beta2 (EMA of the uncertainty)"}
-    )
-    orth_reg_weight: float = field(
-        default=0.1,
-        metadata={"help": "weight of the orthogonality regularisation", "label": "AdaLoRA orthogonality regularisation weight"},
-    )
-    alpha: float | None = field(
-        default=None, metadata={"help": "numerator of the scaling alpha / init_r (default: the scaling is 1)"}
-    )
-    dropout: float = field(default=0.0, metadata={"help": "dropout probability within the adapter"})
+    alpha: float | None = option(None, "numerator of the scaling alpha / init_r (default: the scaling is 1)")
+    dropout: float = option(0.0, "dropout probability within the adapter")
 
     def __post_init__(self) -> None:
         self._check_schedule()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from pipelines.adapter_method import AdapterMethod, LowRankOptions, Probe, TaskDefaults
+from pipelines.adapter_method import AdapterMethod, LowRankOptions, Probe, TaskDefaults, option
 from pipelines.option_checks import above_zero
 from pipelines.run_options import Task
 
@@ -20,12 +20,8 @@ if TYPE_CHECKING:
 class LoraOptions(LowRankOptions):
     """Options of LoRA."""
 
-    use_rslora: bool = field(
-        default=False, metadata={"help": "scale by alpha / sqrt(rank) instead of alpha / rank, with alpha = rank by default"}
-    )
-    lora_plus_ratio: float = field(
-        default=1.0, metadata={"help": "LoRA+ ratio of the learning rates of B and A", "label": "LoRA+ ratio"}
-    )
+    use_rslora: bool = option(False, "scale by alpha / sqrt(rank) instead of alpha / rank, with alpha = rank by default")
+    lora_plus_ratio: float = option(1.0, "LoRA+ ratio of the learning rates of B and A", "LoRA+ ratio")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,14 +13,14 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from pipelines.adapter_method import Losses, LowRankOptions, Probe, TaskDefaults, adapters_off, tuner_layers
+from pipelines.adapter_method import Losses, LowRankOptions, Probe, TaskDefaults, adapters_off, option, tuner_layers
 from pipelines.errors import InputError
 from pipelines.methods.lora import Lora
 from pipelines.option_checks import above_zero, at_least
@@ -42,17 +42,12 @@ LOSS_SCALE = 1024.0
 class LoraOneOptions(LowRankOptions):
     """Options of LoRA-One."""
 
-    alpha: float | None = field(default=None, metadata={"help": "numerator of the scaling alpha / sqrt(rank)"})
-    gradient_batches: int = field(
-        default=8,
-        metadata={"help": "batches for the mean gradient of the initialisation", "label": "LoRA-One gradient batches"},
-    )
-    gamma: float = field(
-        default=128.0,
-        metadata={
-            "help": "divisor of the initial weight change, whose largest singular value is scaling / gamma in every layer",
-            "label": "LoRA-One gamma (divisor of the initial change)",
-        },
+    alpha: float | None = option(None, "numerator of the scaling alpha / sqrt(rank)")
+    gradient_batches: int = option(8, "batches for the mean gradient of the initialisation", "LoRA-One gradient batches")
+    gamma: float = option(
+        128.0,
+        "divisor of the initial weight change, whose largest singular value is scaling / gamma in every layer",
+        "LoRA-One gamma (divisor of the initial change)",
     )
 
     def __post_init__(self) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
 from tqdm.auto import tqdm
 
-from pipelines.adapter_method import COMPACT, FULL, AdapterMethod, Probe, TaskDefaults
+from pipelines.adapter_method import COMPACT, FULL, AdapterMethod, Probe, TaskDefaults, option
 from pipelines.option_checks import above_zero, at_least
 from pipelines.run_options import Task
 
@@ -22,36 +22,26 @@ if TYPE_CHECKING:
 class NoraOptions:
     """Options of NoRA."""
 
-    rank: int | None = field(default=None, metadata={"help": "outer rank"})
-    inner_r: int = field(
-        default=8,
-        metadata={
-            "help": "inner rank, at most the outer rank, for 2 * rank * inner_r trained parameters a layer",
-            "label": "NoRA inner_r (inner rank)",
-        },
+    rank: int | None = option(None, "outer rank")
+    inner_r: int = option(
+        8,
+        "inner rank, at most the outer rank, for 2 * rank * inner_r trained parameters a layer",
+        "NoRA inner_r (inner rank)",
     )
-    alpha: float | None = field(
-        default=None, metadata={"help": "numerator of the scaling alpha / inner_r (default: the scaling is 1)"}
+    alpha: float | None = option(None, "numerator of the scaling alpha / inner_r (default: the scaling is 1)")
+    dropout: float = option(0.0, "dropout probability within the adapter")
+    inner_init: str = option(
+        "zero",
+        "initialisation of the inner factors, zero or gaussian",
+        "NoRA inner_init (initialisation of the inner factors)",
+        choices=("zero", "gaussian"),
     )
-    dropout: float = field(default=0.0, metadata={"help": "dropout probability within the adapter"})
-    inner_init: str = field(
-        default="zero",
-        metadata={
-            "help": "initialisation of the inner factors, zero or gaussian",
-            "choices": ("zero", "gaussian"),
-            "label": "NoRA inner_init (initialisation of the inner factors)",
-        },
+    preserve_output: bool = option(
+        False,
+        "subtract the initial weight change, so that training starts at the base model with inner_init gaussian too",
+        "NoRA preserve_output (start at the base model)",
     )
-    preserve_output: bool = field(
-        default=False,
-        metadata={
-            "help": "subtract the initial weight change, so that training starts at the base model with inner_init gaussian too",
-            "label": "NoRA preserve_output (start at the base model)",
-        },
-    )
-    lora_plus_ratio: float = field(
-        default=1.0, metadata={"help": "LoRA+ ratio of the learning rates of B and A", "label": "LoRA+ ratio"}
-    )
+    lora_plus_ratio: float = option(1.0, "LoRA+ ratio of the learning rates of B and A", "LoRA+ ratio")
 
     def __post_init__(self) -> None:
         at_least(self, 1, "rank")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from pipelines.adapter_method import (
     Probe,
     TaskDefaults,
     add_as_lora,
+    option,
     read_native,
     tuner_layers,
     write_native,
@@ -44,11 +45,9 @@ LAMBDA_B, LAMBDA_D = "vera_lambda_b", "vera_lambda_d"
 class VeraOptions:
     """Options of VeRA."""
 
-    rank: int | None = field(default=None, metadata={"help": "rank of the shared random matrices", "few-shot": "vera_rank"})
-    dropout: float = field(default=0.0, metadata={"help": "dropout probability within the adapter"})
-    d_initial: float = field(
-        default=0.1, metadata={"help": "initial value of the vector d", "label": "VeRA d_initial (initial value of the vector d)"}
-    )
+    rank: int | None = option(None, "rank of the shared random matrices", **{"few-shot": "vera_rank"})
+    dropout: float = option(0.0, "dropout probability within the adapter")
+    d_initial: float = option(0.1, "initial value of the vector d", "VeRA d_initial (initial value of the vector d)")
 
     def __post_init__(self) -> None:
         at_least(self, 1, "rank")
