@@ -4,7 +4,7 @@
 
 `SUBJECTS` contains a folder of images for each subject. All images but the last are training images. The loss of a centre crop of
 the last one is measured before and after training, with fixed noise and timesteps. Both methods use the trainer's recipe with
-lower learning rates: its defaults optimise likeness and also learn the backgrounds of four training images.
+fewer steps: its defaults optimise likeness and also learn the backgrounds of four training images.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class NoraConfig(PeftConfig):
         metadata={"help": "Name endings of the layers to adapt, a regular expression over full names, or 'all-linear'."},
     )
     exclude_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Name endings, or a regular expression, of layers to leave alone."}
+        default=None, metadata={"help": "Name endings, or a regular expression, of layers not to adapt."}
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained in full and saved with the adapter, such as a classifier head."}

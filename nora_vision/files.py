@@ -319,7 +319,7 @@ def _check_layout(header: Mapping[str, Any], path: Path, dtypes: Mapping[str, to
 
 
 def _checked_span(name: str, entry: Any, path: Path, dtypes: Mapping[str, torch.dtype]) -> tuple[int, int]:
-    """The first and last offset of a tensor's bytes, after checking its entry in the header."""
+    """The start and end of a tensor's bytes, after checking its entry in the header."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise AdapterFileError(f"{path}: the header entry of {name!r} must have dtype, shape and data_offsets.")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

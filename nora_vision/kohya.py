@@ -87,7 +87,7 @@ def kohya_header(
     Args:
         tensors: all tensors of the file, of any shape, for its hash.
         title: name of the LoRA in other programs.
-        rank: of the network, and its alpha; the shapes of a layer show another rank.
+        rank: rank and alpha of the network; layers of another rank are recognised by their shapes.
         network_args: further settings of the network.
         prediction_type: of the scheduler, "epsilon" or "v_prediction".
         zero_terminal_snr: whether the base model was trained with zero terminal signal-to-noise ratio.

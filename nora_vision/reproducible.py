@@ -31,7 +31,7 @@ def is_reproducible(layer: NoraLayer, adapter_name: str) -> bool:
 
 
 def adapter_of_same_source(layer: NoraLayer, adapter_name: str) -> str | None:
-    """Another adapter of the layer with recorded outer factors of the same source as `adapter_name`; None if there is none.
+    """An adapter of the layer with recorded outer factors of the same source as `adapter_name`; None if there is none.
 
     All adapters of a run share the source, for example.
     """

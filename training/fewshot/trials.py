@@ -6,7 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -347,9 +347,7 @@ def fit_trial(
     fitted.save(run.path / folder, classifier_file(images.experiment, trial, fitted, evaluation.temperature, options))
     evaluation.predictions.write(run.path / folder)
     return fitted, TrialResult(
-        shots=trial.shots,
-        seed=trial.seed,
-        method=trial.method,
+        **asdict(trial),
         folder=folder,
         split_sha256=images.split.sha256,
         setting=fitted.setting,
