@@ -148,7 +148,7 @@ def _unused_colors(opened: Image.Image) -> Iterator[ReadingNote]:
     ):
         yield _unused("Its colours are read as sRGB, though its gAMA or cHRM chunk says otherwise.")
     if _says_adobe_rgb(opened):
-        yield _unused("Its colours are read as sRGB, though its EXIF data say Adobe RGB: it carries no ICC profile.")
+        yield _unused("Its colours are read as sRGB, though its EXIF data say Adobe RGB: it has no ICC profile.")
 
 
 def _says_adobe_rgb(opened: Image.Image) -> bool:

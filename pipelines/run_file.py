@@ -1,6 +1,7 @@
-"""JSON files of a run directory, each a dataclass with a version; here those that `pipelines` read, too.
+"""The base class of a run directory's JSON files, and those files that `pipelines` reads.
 
-`training.runs.run_files` has the others. No model library is imported, so that readers such as the web app stay light.
+Each file is a dataclass with a version; `training.runs.run_files` has the others. No model library is imported, so that readers
+such as the web app stay light.
 """
 
 from __future__ import annotations

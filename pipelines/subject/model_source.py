@@ -119,6 +119,6 @@ def _check_version(source: ModelSource, files: Mapping[str, str]) -> None:
     here = {name: file_digest(file) for name in files if (file := BUILT_IN_MODEL / name).is_file()}
     if here != files:
         raise InputError(
-            f"The run {source.run!r} was trained on another version of the built-in model: the SHA-256 of its files differ. Give "
-            f"--{NAME} the folder assets/{BUILT_IN} of the checkout in which it was trained, or train again."
+            f"The run {source.run!r} was trained on another version of the built-in model, whose files have a different SHA-256. "
+            f"Give --{NAME} the folder assets/{BUILT_IN} of the checkout in which it was trained, or train again."
         )
