@@ -99,6 +99,7 @@ class _Scanner:
         self.notes: list[FolderNote] = []
 
     def scan(self) -> FolderScan:
+        """The subjects in the folder, and the account of everything in it."""
         listing = list_folder(self.root)
         project = self._kohya_project(listing)
         if project is not None:
