@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from pipelines.errors import InputError
@@ -50,8 +51,8 @@ class Result:
 
     def tested(self) -> Sequence[ImagePrediction]:
         """The predictions for all test images; empty for runs of earlier versions, which did not record them."""
-        predictions = read_cached(PredictionFile, self.folder)
-        return [] if predictions is None else predictions.images
+        path = self.folder / PredictionFile.NAME
+        return _predictions(self.folder, path.stat().st_mtime_ns) if path.is_file() else []
 
     def mistakes(self) -> list[ImagePrediction]:
         """The wrong predictions, highest confidence first."""
@@ -110,3 +111,8 @@ def named_source(record: RunRecord, name: str) -> DatasetSource | None:
     from webui.work import labelled
 
     return labelled.sources(given, data["dataset"]).get(name)
+
+
+@lru_cache(maxsize=16)
+def _predictions(folder: Path, changed: int) -> Sequence[ImagePrediction]:
+    return PredictionFile.read(folder).images

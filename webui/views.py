@@ -249,7 +249,7 @@ def read_cached(kind: type[File], folder: Path) -> File | None:
     return None if revision is None else _read(kind, folder, revision)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=512)
 def _read(kind: type[File], folder: Path, revision: Revision) -> File | None:
     return kind.read(folder)
 

@@ -180,6 +180,15 @@ def test_a_missing_command_fails_and_lets_the_next_run_start(queue):
     begins(queue.start("b")[0])
 
 
+def test_a_run_fails_with_a_message_if_the_status_of_another_run_is_of_a_newer_version(queue):
+    (queue.runs / "newer").mkdir(parents=True)
+    (queue.runs / "newer" / "status.json").write_text('{"version": 9, "state": "running"}')
+    run, process = queue.start("a")
+    assert process.wait(PATIENCE) == 1
+    assert queue.state(run) == "failed"
+    assert "status.json has version 9" in RunRecord(run).status().error
+
+
 def test_a_resumed_run_clears_the_error_of_its_last_process_but_not_its_progress(queue):
     begins(queue.start("a")[0])
     run = queue.runs / "b"

@@ -26,6 +26,7 @@ from typing import Any, ClassVar
 
 import psutil
 
+from pipelines.errors import InputError
 from pipelines.run_file import RunFile
 from training.runs.record import RunRecord, live_process, update_status
 from training.runs.run_files import RunStatus
@@ -189,7 +190,7 @@ def main(run: Path, root: Path, command: list[str]) -> None:
     except Cancelled as signalled:
         update_status(record, state="stopped", error=f"Stopped: stopped by {signalled} before its turn")
         raise SystemExit(128 + signal.Signals[str(signalled)]) from None
-    except OSError as error:
+    except (OSError, InputError) as error:
         update_status(record, state="failed", error=f"{type(error).__name__}: {error}")
         raise
 
