@@ -19,7 +19,6 @@ from pipelines.errors import InputError
 from pipelines.fewshot.layouts import LISTED, listed
 from pipelines.fewshot.prompts import clean_name
 from pipelines.fewshot.sources import DatasetSource
-from pipelines.fewshot.split_words import PARTS as PARTS
 from pipelines.fewshot.split_words import Part
 from pipelines.images import IMAGE_SUFFIXES, read_image
 

@@ -11,9 +11,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipelines.errors import InputError
-from pipelines.fewshot.data import PARTS, LabelledImage, LabelledSet, Part
+from pipelines.fewshot.data import LabelledImage, LabelledSet
 from pipelines.fewshot.sources import ImageFile
 from pipelines.fewshot.split_files import read_json
+from pipelines.fewshot.split_words import PARTS, Part
 from pipelines.images import has_image_name
 from pipelines.text_files import read_text
 

@@ -15,9 +15,10 @@ from typing import Any, Literal
 import torch
 
 from pipelines.errors import InputError
-from pipelines.fewshot.data import PARTS, LabelledImage, LabelledSet, Part
+from pipelines.fewshot.data import LabelledImage, LabelledSet
 from pipelines.fewshot.layouts import LISTED, counted, listed
 from pipelines.fewshot.split_files import read_json
+from pipelines.fewshot.split_words import PARTS, Part
 from pipelines.randomness import keyed_generator
 
 Shots = int | Literal["all"]

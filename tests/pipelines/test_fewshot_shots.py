@@ -7,9 +7,10 @@ from itertools import pairwise
 import pytest
 
 from pipelines.errors import InputError
-from pipelines.fewshot.data import PARTS, LabelledImage, LabelledSet, base_and_new, rename
+from pipelines.fewshot.data import LabelledImage, LabelledSet, base_and_new, rename
 from pipelines.fewshot.shots import load_split, sample_split, save_split, saved_split
 from pipelines.fewshot.sources import ImageBytes
+from pipelines.fewshot.split_words import PARTS
 
 
 def make_set(counts, parts=None):
