@@ -68,7 +68,6 @@ def model_card(run: RunDirectory, options: SubjectOptions, images: int, private:
         private: without prompts and names of local files.
     """
     status, optimisation = run.status(), options.optimisation
-    built_in = is_built_in(options.model.pretrained_model_name_or_path)
     model = portable_name(options.model.pretrained_model_name_or_path, private)
     prompt = "the subject" if private else options.data.subject_prompts()[0]
     subject_note = "" if private else ", the subject above them"
@@ -91,13 +90,21 @@ def model_card(run: RunDirectory, options: SubjectOptions, images: int, private:
             for finding in _findings(run, scorer_name(options.validation.image_scorer, private)) + _compatibility(options)
         ),
         files="\n".join(f"| {as_text(name)} | {size:,} |" for name, size in _exported_files(run)),
-        loader="from_single_file" if model.endswith(".safetensors") else "from_pretrained",
-        imports=BUILT_IN_IMPORTS if built_in else IMPORTS,
-        # The built-in weights are stored in half precision, and the adapter in single precision.
-        arguments=f"model_path({json.dumps(model)}), torch_dtype=torch.float32" if built_in else json.dumps(model),
-        scheduler=_scheduler_lines(options.model.prediction()),
+        **_loading_code(options, model),
         prompt_literal=json.dumps(f"{prompt} {NEW_SCENES[0]}", ensure_ascii=False),
     )
+
+
+def _loading_code(options: SubjectOptions, model: str) -> dict[str, str]:
+    """The parts of the card's code that load the base model, called `model` in the card."""
+    built_in = is_built_in(options.model.pretrained_model_name_or_path)
+    return {
+        "loader": "from_single_file" if model.endswith(".safetensors") else "from_pretrained",
+        "imports": BUILT_IN_IMPORTS if built_in else IMPORTS,
+        # The built-in weights are stored in half precision, and the adapter in single precision.
+        "arguments": f"model_path({json.dumps(model)}), torch_dtype=torch.float32" if built_in else json.dumps(model),
+        "scheduler": _scheduler_lines(options.model.prediction()),
+    }
 
 
 def _scheduler_lines(prediction: Prediction) -> str:
