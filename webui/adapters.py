@@ -53,11 +53,12 @@ class Steps:
 
 def steps_of(record: RunRecord) -> Steps:
     """All adapters of a run: those saved while training, and the final one."""
-    suggestion = RunView(record).read_file(Suggestion)
+    view = RunView(record)
+    suggestion = view.read_file(Suggestion)
     last = _last_step(record, suggestion)
     steps = sorted({*saved_steps(record), *([] if last is None else [last])})
     suggested = None if suggestion is None else suggestion.step
-    total = record.status().total
+    total = view.status.total
     notes = {step: " (last)" for step in steps if step == last} | {step: " (recommended)" for step in steps if step == suggested}
     choices = [(f"Step {step}{f' of {total}' if total else ''}{notes.get(step, '')}", step) for step in steps]
     return Steps(choices, suggested if suggested in steps else next(reversed(steps), None))

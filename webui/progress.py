@@ -219,13 +219,15 @@ def cost(record: RunRecord) -> str:
 
 
 def losses(view: RunView) -> str:
-    """Plots of the training loss with its running mean, the validation loss, and the learning rate."""
-    record = _plotted(view)
-    lines = [line for line in RunView(record).metrics if "loss" in line.values]
-    heldout = heldout_curve(record)
+    """Plots of the training loss with its running mean, the validation loss, and the learning rate; empty without metrics."""
+    plotted = RunView(_plotted(view))
+    if plotted.metrics_error is not None:
+        return ""
+    lines = [line for line in plotted.metrics if "loss" in line.values]
+    heldout = heldout_curve(plotted.record)
     if not lines and not heldout:
         return ""
-    extent = (0.0, float(record.status().total or lines[-1].step))
+    extent = (0.0, float(plotted.status.total or lines[-1].step))
     points: list[Point] = [(line.step, line.values["loss"]) for line in lines]
     smooth = running_mean(points, max(5, round(len(points) * SMOOTHED)))
     learning = [Series("each step", points, "cloud", 1), Series("running mean", smooth, "line", 1)]

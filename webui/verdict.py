@@ -53,7 +53,11 @@ def suggestion(view: RunView) -> str:
 def _error(view: RunView, kind: type[RunFile]) -> str:
     """Why a file of the run cannot be read; empty if it can be read or is missing."""
     error = view.file_error(kind)
-    return "" if error is None else f'<p class="warning">{html.escape(error)}</p>'
+    return "" if error is None else _warning(error)
+
+
+def _warning(error: str) -> str:
+    return f'<p class="warning">{html.escape(error)}</p>'
 
 
 def _not_yet(view: RunView) -> str:
@@ -117,8 +121,11 @@ def _image(sample: Sample, words: str) -> str:
 
 def curves(record: RunRecord) -> str:
     """Validation loss and scores by step, each with a sentence on how to read it."""
+    view = RunView(record)
+    if view.metrics_error is not None:
+        return _warning(view.metrics_error)
     points, scores = heldout_curve(record), sample_scores(record)
-    steps = [0, *(point.step for point in points), *scores, record.status().total or 0]
+    steps = [0, *(point.step for point in points), *scores, view.status.total or 0]
     across, suggested = (0.0, float(max(steps))), suggested_step(record)
     mark = None if suggested is None else (float(suggested), f"recommended: step {suggested}")
     plots = [_loss_curve(points, across, mark) if points else f'<p class="quiet">{NO_LOSS}</p>' if scores else ""]
@@ -163,6 +170,8 @@ def _explained(figure: str, explanation: str) -> str:
 
 def figures(record: RunRecord) -> str:
     """All measurements: a row for each step, a column for each of LOSSES and SCORES with a value."""
+    if RunView(record).metrics_error is not None:
+        return ""
     points, scores = {point.step: point for point in heldout_curve(record)}, sample_scores(record)
     steps, suggested = sorted({*points, *scores}), suggested_step(record)
     if not steps:

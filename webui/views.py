@@ -113,20 +113,22 @@ class RunView:
     @cached_property
     def file_errors(self) -> list[str]:
         """The errors of all files that the page shows; that of the status is in `reason`."""
-        errors = [error for kind in SHOWN_FILES if (error := self.file_error(kind)) is not None]
-        try:
-            self._metrics()
-        except InputError as error:
-            errors.append(str(error))
-        return errors
+        errors = (*(self.file_error(kind) for kind in SHOWN_FILES), self.metrics_error)
+        return [error for error in errors if error is not None]
 
     @cached_property
     def metrics(self) -> list[LoggedMetrics]:
         """The logged metrics; empty if metrics.jsonl is missing or cannot be read."""
+        return self._metrics() if self.metrics_error is None else []
+
+    @cached_property
+    def metrics_error(self) -> str | None:
+        """Why metrics.jsonl cannot be read and what to do; None if it can be read or is missing."""
         try:
-            return self._metrics()
-        except InputError:
-            return []
+            self._metrics()
+        except InputError as error:
+            return str(error)
+        return None
 
     def _metrics(self) -> list[LoggedMetrics]:
         revision = _revision(self.record.path / METRICS)

@@ -18,7 +18,7 @@ from training.runs.run_files import Launch, RunStatus
 from training.runs.waiting import QUEUE, Ticket
 from webui import verdict
 from webui.figures import figures, series
-from webui.progress import head
+from webui.progress import head, losses
 from webui.run_cards import cards, image_of
 from webui.run_log import LOG, ended_by, last_error
 from webui.screens.runs import parts
@@ -234,6 +234,8 @@ def test_the_page_says_that_files_were_written_by_a_newer_version(workspace):
         assert message in listed
         assert message in shown
     assert "metrics.jsonl has a line that cannot be read" in shown
+    assert "metrics.jsonl has a line that cannot be read" in verdict.curves(run)
+    assert losses(view(run)) == verdict.figures(run) == ""
     assert "suggestion.json has version 9" in verdict.suggestion(view(run))
     assert "certificate.json has version 9" in verdict.certificate(run)
 
