@@ -149,9 +149,7 @@ def _findings(run: RunDirectory, scorer: str) -> list[str]:
     losses = [logged.values["heldout_loss"] for logged in run.metrics() if "heldout_loss" in logged.values]
     if losses:
         before, after = losses[0], losses[-1]
-        lines.append(
-            f"Mean denoising loss on the centre crop of the held-out image: {before:.4f} before training, {after:.4f} after."
-        )
+        lines.append(f"Mean denoising loss in the middle of the held-out image: {before:.4f} before training, {after:.4f} after.")
     if suggestion := Suggestion.read(run.path):
         lines += _recommendation(suggestion, scorer)
     if certificate := Certificate.read(run.path):
