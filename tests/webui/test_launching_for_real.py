@@ -61,7 +61,8 @@ def test_a_killed_subject_run_is_resumed_and_handles_requests_until_it_is_done(w
     }
     run_id = launching.start(workspace, "subject", options)
     record = workspace.run(run_id)
-    trains_from(workspace, run_id, 3)
+    trains_from(workspace, run_id, 0)
+    wait_for(workspace, run_id, lambda view: newest_step(view.record.checkpoints) >= 2)
     record.process().kill()
     wait_for(workspace, run_id, lambda view: view.state == "interrupted")
     saved = newest_step(record.checkpoints)
