@@ -22,8 +22,15 @@ PATIENCE = 600_000
 # The fewest steps with which a run has every part.
 STEPS = 6
 ONE_CLICK, SCREENSHOTS = bool(os.environ.get("ONE_CLICK")), bool(os.environ.get("SCREENSHOTS"))
-# The height of the images in the README, in pixels.
-TALLEST = 1400
+# The heights of the images in README and docs, in pixels: each ends below a complete block.
+TALLEST = {"photos": 1400, "check": 1400, "train": 1400, "judge": 1560, "use": 1345, "runs": 1215, "classify": 1500}
+# Shows the command with another name for a folder; a copy, since the editor restores its own text.
+RENAME_FOLDER = """([folder, name]) => {
+    const editor = document.querySelector("#check-command .cm-editor"), copy = editor.cloneNode(true);
+    copy.innerHTML = copy.innerHTML.replaceAll(folder, name);
+    editor.replaceWith(copy);
+    window.showEditor = () => copy.replaceWith(editor);
+}"""
 SCREENS = ("photos", "check", "train", "judge", "use", "classify", "runs")
 
 
@@ -72,10 +79,14 @@ def newest(workspace, known=()):
 @pytest.mark.slow(90)
 def test_from_the_example_to_images_in_new_scenes(new_page, server, workspace, screenshot):
     page = opened(new_page, server)
-    screenshot(page, "photos", TALLEST)
+    screenshot(page, "photos", TALLEST["photos"])
     go_to(page, "check")
     expect(page.locator("#check-crops img").first).to_be_visible(timeout=PATIENCE)
-    screenshot(page, "check", TALLEST)
+    if SCREENSHOTS:
+        # The folder of the server's runs is temporary.
+        page.evaluate(RENAME_FOLDER, [str(server.runs), "runs"])
+        screenshot(page, "check", TALLEST["check"])
+        page.evaluate("showEditor()")
     if ONE_CLICK:
         go_to(page, "photos")
         page.click("#photos-train")
@@ -108,7 +119,7 @@ def test_from_the_example_to_images_in_new_scenes(new_page, server, workspace, s
     expect(page.locator("#train-loss svg").first).to_be_visible(timeout=PATIENCE)
     if ONE_CLICK:
         expect(page.locator("#train-samples")).to_contain_text("After step", timeout=PATIENCE)
-    screenshot(page, "train", TALLEST)
+    screenshot(page, "train", TALLEST["train"])
     page.locator("#train-next").click(timeout=PATIENCE)
     assert first.status().state == "done"
     assert (first.path / "before_after.png").exists()
@@ -118,7 +129,7 @@ def test_from_the_example_to_images_in_new_scenes(new_page, server, workspace, s
     expect(page.locator("#judge-slider img").first).to_be_visible(timeout=PATIENCE)
     expect(page.locator("#judge-suggestion")).to_contain_text(f"Step {first.status().suggested_step}", timeout=PATIENCE)
     page.locator("#judge-samples img").last.scroll_into_view_if_needed()
-    screenshot(page, "judge", TALLEST)
+    screenshot(page, "judge", TALLEST["judge"])
     page.click("#judge-use")
     generate(page, "a photo of sks toy on the beach", server, screenshot)
 
@@ -138,7 +149,7 @@ def generate(page, prompt, server, screenshot):
     page.click("#use-generate")
     expect(page.locator("#use-gallery img").first).to_be_visible(timeout=PATIENCE)
     expect(page.locator("#use-cancel")).to_be_hidden(timeout=PATIENCE)
-    screenshot(page, "use", TALLEST)
+    screenshot(page, "use", TALLEST["use"])
     drawn = [path for path in server.uploads.rglob("*.png") if ".drawn" in path.parts]
     assert [read_settings(path)["prompt"] for path in drawn] == [prompt]
     with Image.open(drawn[0]) as image:
@@ -157,7 +168,7 @@ def compared(page, records: list[RunRecord], screenshot):
     page.click("#runs-compare-show")
     expect(page.locator(".compare td img").first).to_be_visible(timeout=PATIENCE)
     page.wait_for_timeout(1500)
-    screenshot(page, "runs", TALLEST)
+    screenshot(page, "runs", TALLEST["runs"])
 
 
 def classified(page, screenshot):
@@ -168,7 +179,7 @@ def classified(page, screenshot):
     page.locator("#classify-see-result").click(timeout=PATIENCE)
     expect(page.locator("#classify-confusion button").first).to_be_visible(timeout=PATIENCE)
     page.wait_for_timeout(3000)
-    screenshot(page, "classify", TALLEST)
+    screenshot(page, "classify", TALLEST["classify"])
 
 
 def each_screen(new_page, server, screenshot):
