@@ -104,6 +104,10 @@ def _default(option: dataclasses.Field) -> Any:
     return option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
 
 
+def _default_of(method: type[AdapterMethod], option: dataclasses.Field, task: Task, built_in: bool) -> Any:
+    return method.defaults(task, built_in).options.get(option.name, _default(option))
+
+
 def _task_defaults(method: type[AdapterMethod], task: Task) -> dict[str, Any]:
     """The defaults of a method on `task`; those for full-width models replace those for the built-in one."""
     return {**method.defaults(task, True).options, **method.defaults(task, False).options}
@@ -120,19 +124,23 @@ def _help(task: Task, users: Users) -> str:
 
 
 def fill_in(options: Any, task: Task, built_in: bool, methods: Iterable[str]) -> None:
-    """Set the options of `methods` that were not given to their defaults on `task`."""
-    for name in methods:
-        method = method_named(name)
-        defaults = method.defaults(task, built_in).options
+    """Set each option of `methods` that was not given to its default on `task`, unless the methods differ in it."""
+    defaults: dict[str, set[Any]] = {}
+    for method in map(method_named, methods):
         for option in dataclasses.fields(method.Options):
-            flag = flag_of(option, task)
-            if getattr(options, flag) is None:
-                setattr(options, flag, defaults.get(option.name, _default(option)))
+            defaults.setdefault(flag_of(option, task), set()).add(_default_of(method, option, task, built_in))
+    for flag, values in defaults.items():
+        if getattr(options, flag) is None and len(values) == 1:
+            setattr(options, flag, values.pop())
 
 
-def options_of(options: Any, task: Task, method: str) -> dict[str, Any]:
-    """The values of the options of `method`, by their names in its `Options`."""
-    return {option.name: getattr(options, flag_of(option, task)) for option in dataclasses.fields(method_named(method).Options)}
+def options_of(options: Any, task: Task, built_in: bool, method: str) -> dict[str, Any]:
+    """The values of the options of `method`, by their names in its `Options`; those not given have the method's defaults."""
+    kind, values = method_named(method), {}
+    for option in dataclasses.fields(kind.Options):
+        value = getattr(options, flag_of(option, task))
+        values[option.name] = _default_of(kind, option, task, built_in) if value is None else value
+    return values
 
 
 def unused_options(options: Any, task: Task, methods: Iterable[str]) -> list[str]:
@@ -154,10 +162,7 @@ def _defaults_of(flag: str, option: MethodOption, task: Task) -> list[Any]:
     values = [None]
     for method in map(method_named, option.methods):
         (option_field,) = (each for each in dataclasses.fields(method.Options) if flag_of(each, task) == flag)
-        values += [
-            _default(option_field),
-            *(method.defaults(task, built_in).options.get(option_field.name) for built_in in (True, False)),
-        ]
+        values += [_default(option_field), *(_default_of(method, option_field, task, built_in) for built_in in (True, False))]
     return values
 
 
@@ -190,4 +195,4 @@ class AdapterOptions:
     def create(self) -> AdapterMethod:
         """The method with its options."""
         method = method_named(self.method)
-        return method(method.Options(**options_of(self, "subject", self.method)))
+        return method(method.Options(**options_of(self, "subject", False, self.method)))

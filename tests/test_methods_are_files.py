@@ -86,7 +86,7 @@ from webui.work.form_schema import panel_fields
 options = parse_options(["--method", "warm_lora", "--warmth", "0.75", "--rank", "3"])
 method = options.adapter.create()
 assert method.options.warmth == 0.75 and method.config(["q"]).r == 3
-assert parse_fewshot_options(["--method", "warm_lora"]).method.adapter("warm_lora").create().options.warmth == 0.5
+assert parse_fewshot_options(["--method", "warm_lora"]).adapter("warm_lora").create().options.warmth == 0.5
 assert title_of("warm_lora") == "Warm LoRA"
 assert [f.methods for f in panel_fields("subject", True)["adapter"] if f.name == "warmth"] == [("warm_lora",)]
 print("used")

@@ -373,11 +373,11 @@ def test_iterations_scale_with_shots():
 
 def test_nora_has_at_most_a_tenth_of_loras_parameters_by_default():
     options = FewShotOptions()
-    lora, nora = options.method.adapter("lora"), options.method.adapter("nora")
+    lora, nora = options.adapter("lora"), options.adapter("nora")
     # The built-in model: three image layers 160 wide, two text layers 128 wide; q, k and v of each, or v alone.
     assert options.target_layers.projections_of("lora") == ["q", "k", "v"]
     assert options.target_layers.projections_of("nora") == ["v"]
     assert 10 * 5 * 2 * nora.rank * nora.inner_r <= 2 * lora.rank * (9 * 160 + 6 * 128)
     # ViT-B/16: twelve image layers 768 wide, twelve text layers 512 wide.
-    large = FewShotOptions(ClipOptions("ViT-B-16", "openai")).method.adapter("nora")
+    large = FewShotOptions(ClipOptions("ViT-B-16", "openai")).adapter("nora")
     assert 10 * 24 * 2 * large.rank * large.inner_r <= 2 * lora.rank * (36 * 768 + 36 * 512)

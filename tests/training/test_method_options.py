@@ -33,8 +33,17 @@ def test_every_option_of_a_method_is_a_flag_with_a_help_that_names_the_method(me
 def test_each_method_of_a_comparison_has_its_own_default_rank():
     options = parse_fewshot_options(
         ["--method", "nora", "lora", "vera", "--rank", "9", "--inner_r", "3", "--lora_rank", "5", "--vera_rank", "7"]
-    ).method
+    )
     assert [options.adapter(name).rank for name in ("nora", "lora", "vera")] == [9, 5, 7]
+
+
+@pytest.mark.parametrize("model", [["--model", "mini"], ["--model", "ViT-B-16", "--pretrained", "openai"]], ids=" ".join)
+@pytest.mark.parametrize("method", method_names())
+def test_each_method_of_a_comparison_has_its_own_defaults_whatever_other_methods_exist(method, model):
+    options = parse_fewshot_options(["--method", *method_names(), *model])
+    kind = method_named(method)
+    defaults = kind.defaults("few-shot", options.model.is_built_in).options
+    assert options.adapter(method).create().options == kind.Options(**defaults)
 
 
 def test_an_option_that_no_chosen_method_has_is_named_with_those_that_have_it():
@@ -73,7 +82,7 @@ def like_lora():
 
 def test_lora_plus_is_an_option_of_both_recipes():
     options = parse_fewshot_options(["--method", "lora", "--lora_plus_ratio", "4"])
-    adapter = options.method.adapter("lora")
+    adapter = options.adapter("lora")
     groups = to_train(like_lora(), batch_at, {}, adapter, options.optimisation, 10, 0.5).optimizer.param_groups
     assert [group["initial_lr"] for group in groups] == [0.5, 2.0]
     assert parse_options(["--method", "lora", "--lora_plus_ratio", "4"]).adapter.create().learning_rate_factor("a.lora_B.x") == 4

@@ -203,7 +203,7 @@ def fit_adapter(
     accelerator: Accelerator, run: RunDirectory, images: SplitImages, trial: Trial, options: FewShotOptions
 ) -> FittedAdapter:
     """Train an adapter in the trial's directory, resuming from its newest checkpoint if there is one."""
-    experiment, optimisation, adapter = images.experiment, options.optimisation, options.method.adapter(trial.method)
+    experiment, optimisation, adapter = images.experiment, options.optimisation, options.adapter(trial.method)
     clip = replace(experiment.clip, model=copy.deepcopy(experiment.clip.model))
     components = adapters.attach(clip, adapter, options.target_layers)
     calibration = experiment.folder / "calibration" / f"{trial.shots}-shots-seed-{trial.seed}"

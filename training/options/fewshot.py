@@ -171,19 +171,9 @@ class FewShotMethodOptions:
                 f"method must be one or more of {', '.join(methods)}, each once, got {' '.join(self.method) or 'nothing'}."
             )
 
-    def fill_in(self, built_in: bool) -> None:
-        """Fill in the defaults. Raises: InputError if the adapters' options do not fit each other."""
-        fill_in(self, "few-shot", built_in, method_names())
-        for name in self.adapters():
-            self.adapter(name)
-
     def adapters(self) -> list[str]:
         """The chosen methods that adapt the encoders."""
         return [name for name in self.method if name not in BASELINES]
-
-    def adapter(self, method: str) -> AdapterOptions:
-        """The adapter options of `method`."""
-        return AdapterOptions(method, **options_of(self, "few-shot", method))
 
     def unused(self) -> list[str]:
         """A warning for each given option that has no effect."""
@@ -252,12 +242,19 @@ class FewShotOptions:
 
     def __post_init__(self) -> None:
         built_in = self.model.is_built_in
-        self.method.fill_in(built_in)
+        fill_in(self.method, "few-shot", built_in, method_names())
+        for name in self.method.adapters():
+            # Raises InputError if its options do not fit each other.
+            self.adapter(name)
         if self.optimisation.iterations_per_shot is None:
             self.optimisation.iterations_per_shot = 10 if built_in else 500
         if self.data.templates is None:
             sample = "digits" if self.data.data_dir is None else "photo"
             self.data.templates = [self.data.dataset or sample]
+
+    def adapter(self, method: str) -> AdapterOptions:
+        """The adapter options of `method`."""
+        return AdapterOptions(method, **options_of(self.method, "few-shot", self.model.is_built_in, method))
 
     def learning_rate(self, method: str) -> float:
         """The peak learning rate of an adapter method."""
