@@ -75,7 +75,7 @@ class RunFile:
         path = folder / (name or cls.NAME)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, RecursionError) as error:
             raise InputError(f"{str(path)!r} is not JSON ({error}). {RESTORE}") from error

@@ -35,8 +35,8 @@ def rewritten(path, change, **said):
     write_tensors(path, tensors, {**read_header(path).metadata, **said})
 
 
-@pytest.mark.slow(20)
-def test_a_process_without_this_project_certifies_both_files(tiny_model, tmp_path):
+def test_the_program_of_stock_diffusers_certifies_both_files(tiny_model, tmp_path, certified_here):
+    """tests/training/test_dreambooth_nora.py runs it in a process of its own."""
     pipe = exported(tmp_path)
     found = certify(pipe, tmp_path, StockModel(str(tiny_model)), PROMPTS, FAST)
     assert found.passed

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import launched_runs
 import pytest
 import torch
 import yaml
@@ -38,6 +39,13 @@ def launched(config, folder, *runs):
     own = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, env=own, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
+
+
+def in_two_processes(runs):
+    """Do `runs` in two processes that `debug_launcher` forks from this one."""
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    launched_runs.main(runs)
 
 
 def assert_close(actual, expected, atol=1e-4):
@@ -77,7 +85,7 @@ def test_two_processes_train_the_same_adapter_as_one_with_the_same_global_batch(
         name: [*given, "--train_batch_size", str(batch), "--output_dir", str(tmp_path / f"classes-{name}")]
         for name, batch in (("one", 4), ("two", 2))
     }
-    launched("multi_gpu.yaml", tmp_path, ["subject", *subject_flags(tmp_path / "two")], ["fewshot", *classes["two"]])
+    debug_launcher(in_two_processes, ([["subject", *subject_flags(tmp_path / "two")], ["fewshot", *classes["two"]]],))
     two, one = RunDirectory(tmp_path / "two"), alone(subject_flags(tmp_path / "one", batch=4))
     assert (two.status().processes, one.status().processes) == (2, 1)
     statistics = [load_file(run.path / "calibration" / "unet.safetensors") for run in (one, two)]
@@ -101,11 +109,6 @@ def test_two_processes_train_the_same_adapter_as_one_with_the_same_global_batch(
 MEASURED = ["--heldout_image", "2.png", "--use_ema", "--ema_decay", "0.5"]
 RESUME = ["--resume_from_checkpoint", "latest"]
 DORA = "--method dora --rank 1 --target_modules to_q conv1 proj_in --max_train_steps 2 --heldout_steps 1"
-
-
-def in_two_processes(run, flags):
-    torch.set_num_threads(1)
-    run(flags)
 
 
 @pytest.mark.slow(50)
@@ -133,7 +136,7 @@ def test_two_processes_with_fsdp_train_the_same_adapter_as_one_and_their_run_res
 
     interrupted(split, tmp_path / "without")
     shutil.copytree(split.path / "adapters", tmp_path / "without" / "adapters")
-    debug_launcher(in_two_processes, (alone, [*subject_flags(tmp_path / "without", *MEASURED), *RESUME]))
+    debug_launcher(in_two_processes, ([["subject", *subject_flags(tmp_path / "without", *MEASURED), *RESUME]],))
     resumed = RunDirectory(tmp_path / "without")
     assert len(resumed.metrics()) == len(split.metrics())
     assert_close(parameters(resumed), parameters(split), atol=1e-6)

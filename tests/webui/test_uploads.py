@@ -327,7 +327,8 @@ def test_tensors_that_are_no_adapter_or_not_finite_are_refused(tmp_path, workspa
     save_file({"conv.weight": torch.ones(2)}, tmp_path / "model.safetensors")
     save_file({"x.lora_A.weight": torch.full((2, 2), torch.nan)}, tmp_path / "nan.safetensors")
     (tmp_path / "table.csv").write_text("a,b")
-    for name, sentence in (("model.safetensors", "no adapter"), ("nan.safetensors", "not finite"), ("table.csv", "not named")):
+    sentences = {"model.safetensors": "no adapter", "nan.safetensors": "not finite", "table.csv": "must have the suffix"}
+    for name, sentence in sentences.items():
         with pytest.raises(InputError, match=sentence) as refused:
             uploads.check_adapter(tmp_path / name)
         assert str(tmp_path) not in str(refused.value)
