@@ -1,14 +1,10 @@
-"""Several runs of the trainers, one after the other, in one `accelerate launch` on the CPU: to import them takes longer.
+"""Several runs of the trainers, one after the other, in each of several processes on the CPU.
 
-    accelerate launch --config_file CONFIGURATION launched_runs.py '[["subject", "--rank", "4", ...], ...]'
-
-accelerate's and PyTorch's FSDP run on CPUs as they are, but accelerate's state knows it only where there are accelerators: it
-would take every configuration of several CPU processes for DDP. Two of its values are set here; all else is what runs on GPUs.
+accelerate's and PyTorch's FSDP run on CPUs as they are, but accelerate's state allows it only with an accelerator: it takes every
+configuration of several CPU processes for DDP. Two of its values are set here; all else is what runs on GPUs.
 """
 
-import json
 import os
-import sys
 from functools import partial
 
 from accelerate import Accelerator, PartialState
@@ -40,7 +36,3 @@ def main(runs: list[list[str]]) -> None:
     split = {kind.__name__ for kind in FSDPModule.__subclasses__()}
     expected = ("DenoisingLoss", *state.fsdp_plugin.transformer_cls_names_to_wrap) if splits else ()
     assert split == {f"FSDP{name}" for name in expected}, split
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))

@@ -1,10 +1,7 @@
-"""Several processes, started as the README and the example configurations say, as far as a CPU allows."""
+"""Several processes, with the variables of the example configurations, as far as a CPU allows."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import launched_runs
@@ -13,7 +10,9 @@ import torch
 import yaml
 from accelerate import debug_launcher
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
+from accelerate.utils.launch import prepare_multi_gpu_env
 from image_sets import class_files, write_files
 from safetensors.torch import load_file
 from subject_runs import FLAGS, PROMPT, are_equal, interrupted, parameters
@@ -30,15 +29,13 @@ CONFIGS = ROOT / "training" / "configs"
 MORE = "--target_modules to_v to_q --train_text_encoder --stop_text_encoder_training 2 --lr_scheduler constant"
 
 
-def launched(config, folder, *runs):
-    """Do `runs`, each a task and its flags, in one launch with the configuration called `config`, on the CPU."""
-    values = yaml.safe_load((CONFIGS / config).read_text()) | {"mixed_precision": "no", "main_process_port": 0}
+def environment(config, folder):
+    """The variables that `accelerate launch` sets for the configuration called `config`, here for processes on the CPU."""
+    values = yaml.safe_load((CONFIGS / config).read_text()) | {"mixed_precision": "no", "use_cpu": True}
     (folder / config).write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / config)]
-    command += [str(Path(__file__).with_name("launched_runs.py")), json.dumps(runs)]
-    own = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(command, env=own, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
+    given = launch_command_parser().parse_args(["--config_file", str(folder / config), "script.py"])
+    variables = prepare_multi_gpu_env(_validate_launch_command(given)[0])
+    return {name: value for name, value in variables.items() if name.startswith(("FSDP_", "ACCELERATE_"))}
 
 
 def in_two_processes(runs):
@@ -113,14 +110,18 @@ DORA = "--method dora --rank 1 --target_modules to_q conv1 proj_in --max_train_s
 
 @pytest.mark.slow(50)
 def test_two_processes_with_fsdp_train_the_same_adapter_as_one_and_their_run_resumes_without_fsdp(
-    subject_flags, alone, pipe, tmp_path
+    subject_flags, alone, pipe, tmp_path, monkeypatch
 ):
     """With FSDP: a run, the same one in two parts, and one of a method of PEFT of rank 1."""
     whole = subject_flags(tmp_path / "whole", *MEASURED)
     begin = subject_flags(tmp_path / "parts", *MEASURED, "--max_train_steps", "2")
     go_on = [*subject_flags(tmp_path / "parts", *MEASURED), *RESUME]
     dora = {name: subject_flags(tmp_path / f"dora-{name}", *DORA.split(), batch=size) for name, size in (("one", 4), ("two", 2))}
-    launched("fsdp.yaml", tmp_path, *(["subject", *flags] for flags in (whole, begin, go_on, dora["two"])))
+    runs = [["subject", *flags] for flags in (whole, begin, go_on, dora["two"])]
+    for name, value in environment("fsdp.yaml", tmp_path).items():
+        monkeypatch.setenv(name, value)
+    debug_launcher(in_two_processes, (runs,))
+    monkeypatch.undo()
 
     split, one = RunDirectory(tmp_path / "whole"), alone(subject_flags(tmp_path / "one", *MEASURED, batch=4))
     assert_same_run(split, one)
