@@ -8,7 +8,7 @@ from PIL import Image
 from webui.page import SCREENS
 
 # The error of a request that the browser aborts when the page is closed.
-CUT_OFF = ("BodyStreamBuffer was aborted", "Connection errored out")
+CUT_OFF = ("BodyStreamBuffer was aborted", "Connection errored out", "signal is aborted without reason")
 # Rows of background pixels: between two blocks of a page at least, and below the last one.
 GAP, MARGIN = 5, 24
 
