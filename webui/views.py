@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -104,11 +105,8 @@ class RunView:
 
     def file_error(self, kind: type[RunFile]) -> str | None:
         """Why a file of the run cannot be read and what to do; None if it can be read or is missing."""
-        try:
-            read_cached(kind, self.record.path)
-        except InputError as error:
-            return str(error)
-        return None
+        revision = _revision(self.record.path / kind.NAME)
+        return None if revision is None else _read_error(kind, self.record.path, revision)
 
     @cached_property
     def file_errors(self) -> list[str]:
@@ -124,11 +122,8 @@ class RunView:
     @cached_property
     def metrics_error(self) -> str | None:
         """Why metrics.jsonl cannot be read and what to do; None if it can be read or is missing."""
-        try:
-            self._metrics()
-        except InputError as error:
-            return str(error)
-        return None
+        revision = _revision(self.record.path / METRICS)
+        return None if revision is None else _metrics_error(self.record.path, revision)
 
     def _metrics(self) -> list[LoggedMetrics]:
         revision = _revision(self.record.path / METRICS)
@@ -259,6 +254,25 @@ def _read(kind: type[File], folder: Path, revision: Revision) -> File | None:
 @lru_cache(maxsize=256)
 def _read_metrics(folder: Path, revision: Revision) -> list[LoggedMetrics]:
     return read_metrics(folder)
+
+
+# The list of runs needs only these of most files. They are small, so those of many runs are remembered, unlike the files.
+@lru_cache(maxsize=16384)
+def _read_error(kind: type[RunFile], folder: Path, revision: Revision) -> str | None:
+    return _error_of(lambda: _read(kind, folder, revision))
+
+
+@lru_cache(maxsize=2048)
+def _metrics_error(folder: Path, revision: Revision) -> str | None:
+    return _error_of(lambda: _read_metrics(folder, revision))
+
+
+def _error_of(read: Callable[[], object]) -> str | None:
+    try:
+        read()
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def _revision(path: Path) -> Revision | None:
