@@ -86,7 +86,7 @@ def _lay_out_adding(parts: dict[str, Any], is_local: bool) -> None:
                 height=140,
                 elem_id="classify-class-files",
             )
-            parts["add"] = gr.Button("Add images", elem_id="classify-add")
+            parts["add"] = gr.Button("Add images", interactive=False, elem_id="classify-add")
         if is_local:
             with gr.Tab("Local folder"):
                 parts["path"] = gr.Textbox(
@@ -212,6 +212,8 @@ def _wire_adding(context: ClassifyContext, parts: dict[str, Any]) -> None:
 
     quiet = {"api_visibility": "private", "show_progress": "minimal"}
     redraw(parts["zip"].upload(take_zip, [parts["zip"], context.draft], [context.draft, parts["message"], parts["zip"]], **quiet))
+    # The field lists its files before they have arrived.
+    parts["files"].change(lambda files: gr.Button(interactive=bool(files)), [parts["files"]], [parts["add"]], **QUIET)
     given = [parts["new_name"], parts["files"], context.draft]
     redraw(parts["add"].click(add, given, [context.draft, parts["message"], parts["new_name"], parts["files"]], **quiet))
     if "point" in parts:
