@@ -117,17 +117,16 @@ class RunView:
     @cached_property
     def metrics(self) -> list[LoggedMetrics]:
         """The logged metrics; empty if metrics.jsonl is missing or cannot be read."""
-        return self._metrics() if self.metrics_error is None else []
+        revision = _revision(self.record.path / METRICS)
+        if revision is None or self.metrics_error is not None:
+            return []
+        return _read_metrics(self.record.path, revision)
 
     @cached_property
     def metrics_error(self) -> str | None:
         """Why metrics.jsonl cannot be read and what to do; None if it can be read or is missing."""
         revision = _revision(self.record.path / METRICS)
         return None if revision is None else _metrics_error(self.record.path, revision)
-
-    def _metrics(self) -> list[LoggedMetrics]:
-        revision = _revision(self.record.path / METRICS)
-        return [] if revision is None else _read_metrics(self.record.path, revision)
 
     @cached_property
     def task(self) -> Task:

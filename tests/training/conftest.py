@@ -36,7 +36,7 @@ def lora_run(trainer, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def everything(trainer, tmp_path_factory):
-    """A run of NoRA with `EVERYTHING`, and the `phases` that it told."""
+    """A run of NoRA with `EVERYTHING`, and the `phases` that it reported."""
     phases, update = [], RunDirectory.update_status
 
     def watched(run, **fields):

@@ -89,7 +89,7 @@ def test_lora_plus_is_an_option_of_both_recipes():
 
 
 class Recording(MethodTraining):
-    """Pulls every parameter towards zero, and keeps what it is told."""
+    """Pulls every parameter towards zero, and records its calls."""
 
     def __init__(self, module):
         super().__init__([module], 6)

@@ -26,7 +26,7 @@ def wait_for(what):
 
 
 class Queue:
-    """Runs in a folder, each a command that says when it begins and works until it is told to end."""
+    """Runs in a folder, each a command that says when it begins and works until it is asked to end."""
 
     def __init__(self, runs):
         self.runs, self.started = runs, []

@@ -105,7 +105,7 @@ class AppProcess:
         self.start()
 
     def start(self, patience: float = 240.0) -> None:
-        """Start it, and wait until it has told its address."""
+        """Start it, and wait until it has printed its address."""
         port = [] if self._port is None else ["--port", str(self._port)]
         command = [self._script, "--runs_dir", str(self.runs), "--uploads_dir", str(self.uploads), *port, *self._options]
         if self._forked:
