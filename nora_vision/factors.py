@@ -14,26 +14,40 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .layer import NoraLayer
+from .weight_change import best_low_rank, weight_change
 
 
 class Factors(NamedTuple):
-    """A weight change `up` (out, k) times `down` (k, in), and for DoRA the norms (out,) of the rows of the changed weight."""
+    """A weight change `up` (out, k) times `down` (k, in), and for DoRA the norms (out,) of the rows of the changed weight.
+
+    `relative_error` is the norm of what the product leaves out of the change, relative to the norm of the change.
+    """
 
     up: torch.Tensor
     down: torch.Tensor
     magnitude: torch.Tensor | None = None
+    relative_error: float = 0.0
 
 
 @singledispatch
 def low_rank_factors(layer: nn.Module, adapter_name: str) -> Factors | None:
     """The factors of the layer's weight change at scale 1, in float32; None if the layer does not have the adapter.
 
-    Raises: ValueError if the change is not a product of two low-rank factors.
+    For layers without a registered function these are the best factors of the merged weight minus the base weight.
+
+    Raises: ValueError if the adapter cannot be merged into the weight.
     """
-    if isinstance(layer, BaseTunerLayer) and any(adapter_name in getattr(layer, part) for part in layer.adapter_layer_names):
-        kind = type(layer).__name__
-        raise ValueError(f"has a weight change ({kind}) that is not a product of two low-rank factors. Leave this adapter out.")
-    return None
+    if not has_adapter(layer, adapter_name):
+        return None
+    up, down, error = best_low_rank(weight_change(layer, adapter_name))
+    return Factors(up, down, relative_error=error)
+
+
+def has_adapter(layer: nn.Module, adapter_name: str) -> bool:
+    """Whether `layer` is adapted by the adapter."""
+    return isinstance(layer, BaseTunerLayer) and any(
+        adapter_name in getattr(layer, part, ()) for part in layer.adapter_layer_names
+    )
 
 
 @low_rank_factors.register
@@ -64,4 +78,4 @@ def in_weight_shape(base_layer: nn.Module, factors: Factors) -> Factors:
     if not isinstance(base_layer, nn.Conv2d):
         return factors
     down = factors.down.reshape(len(factors.down), *base_layer.weight.shape[1:])
-    return Factors(factors.up[:, :, None, None], down, factors.magnitude)
+    return factors._replace(up=factors.up[:, :, None, None], down=down)

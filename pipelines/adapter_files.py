@@ -7,9 +7,10 @@ from pathlib import Path
 
 from torch import nn
 
-from nora_vision.files import read_json
-from pipelines.adapter_method import ADAPTER_NAME, COMPACT, CONFIG, FULL
+from nora_vision.files import read_header, read_json
+from pipelines.adapter_method import ADAPTER_NAME
 from pipelines.methods import method_named, method_of
+from pipelines.native_files import COMPACT, CONFIG, FULL, METHOD_KEY, WEIGHTS
 
 
 def save(components: Mapping[str, nn.Module], folder: Path, adapter_name: str = ADAPTER_NAME) -> None:
@@ -24,8 +25,13 @@ def load(components: Mapping[str, nn.Module], folder: Path, adapter_name: str = 
     Raises: InputError or AdapterFileError naming the file and what is wrong with it.
     """
     for name, model in components.items():
-        method = str(read_json(folder / name / CONFIG).get("peft_type")).lower()
-        method_named(method).load({name: model}, folder, adapter_name)
+        method_named(_method_in(folder / name)).load({name: model}, folder, adapter_name)
+
+
+def _method_in(folder: Path) -> str:
+    """The name of the method that wrote a component's files; files of other programs have only a PEFT type."""
+    noted = read_header(folder / WEIGHTS).metadata.get(METHOD_KEY)
+    return noted or str(read_json(folder / CONFIG).get("peft_type")).lower()
 
 
 def native_folder(path: Path, components: Iterable[str]) -> Path | None:

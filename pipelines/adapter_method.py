@@ -10,24 +10,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
 from pipelines.errors import InputError
+from pipelines.native_files import FULL, METHOD_KEY, WEIGHTS, read_native, write_native
 from pipelines.option_checks import at_least
 from pipelines.run_options import Task
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftConfig
+    from peft import PeftConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    from nora_vision.factors import Factors
 
 ADAPTER_NAME = "default"
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-FULL, COMPACT = "full", "compact"
 
 
 Losses = Callable[[int], Iterator[torch.Tensor]]
@@ -69,14 +67,6 @@ class TaskDefaults:
     learning_rate: float
     options: Mapping[str, Any] = field(default_factory=dict)
     target_layers: Sequence[str] | None = None
-
-
-class NativeFiles(NamedTuple):
-    """The content of one component's PEFT files: the configuration, the tensors, and the metadata in the tensors' header."""
-
-    config: PeftConfig
-    tensors: dict[str, torch.Tensor]
-    metadata: dict[str, str]
 
 
 class MethodTraining:
@@ -140,6 +130,8 @@ class AdapterMethod:
     name: ClassVar[str]
     title: ClassVar[str]
     reference: ClassVar[str]
+    # Trained parameters of one layer, a Python expression in m and n (rows and columns of the weight as a matrix) and options.
+    parameters: ClassVar[str]
     Options: ClassVar[type] = LowRankOptions
     # Whether an initialised, untrained adapter leaves the model's output unchanged.
     starts_at_base: ClassVar[bool] = True
@@ -163,8 +155,24 @@ class AdapterMethod:
         """The PEFT configuration for the options."""
         raise NotImplementedError
 
-    def attach(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        """Add the adapter to `model`.
+    def add(
+        self,
+        model: nn.Module,
+        target_modules: list[str],
+        generator: torch.Generator,
+        adapter_name: str = ADAPTER_NAME,
+        exclude_modules: str | None = None,
+    ) -> None:
+        """Configure the adapter, note the method in the configuration, and attach it to `model`.
+
+        Raises: ValueError if it does not fit the model.
+        """
+        config = self.config(target_modules, exclude_modules)
+        note_method(config, self.name)
+        self.attach(model, config, adapter_name, generator)
+
+    def attach(self, model: nn.Module, config: PeftConfig, adapter_name: str, generator: torch.Generator) -> None:
+        """Add the adapter to `model`; values that are sampled here and not in `start` come from `generator`.
 
         Raises: ValueError if the configuration does not fit the model.
         """
@@ -182,7 +190,7 @@ class AdapterMethod:
         """The method's state and hooks for a training run of `total_steps` steps."""
         return MethodTraining(models, total_steps)
 
-    # The class methods below apply to every adapter of the method's PEFT type, whatever its options were.
+    # The class methods below apply to every adapter of the method, whatever its options were.
 
     @classmethod
     def allows_any_scale(cls, config: PeftConfig) -> bool:
@@ -208,7 +216,7 @@ class AdapterMethod:
         for name, model in components.items():
             state = get_peft_model_state_dict(model, adapter_name=adapter_name)
             tensors = {f"{PEFT_PREFIX}{key}": value for key, value in state.items()}
-            write_native(folder / FULL / name, model.peft_config[adapter_name], tensors)
+            write_native(folder / FULL / name, model.peft_config[adapter_name], tensors, {METHOD_KEY: cls.name})
 
     @classmethod
     def load(cls, components: Mapping[str, nn.Module], folder: Path, adapter_name: str) -> None:
@@ -228,6 +236,7 @@ class AdapterMethod:
             config, tensors, _ = read_native(folder / name)
             # Earlier versions wrote no prefix; PEFT's own loader needs one.
             state = {key.removeprefix(PEFT_PREFIX): value for key, value in tensors.items()}
+            note_method(config, cls.name)
             add_adapter(model, config, adapter_name)
             # PEFT ignores targets that the model lacks, and tensors that match no target.
             unmatched = sorted(state.keys() ^ get_peft_model_state_dict(model, adapter_name=adapter_name).keys())
@@ -237,6 +246,11 @@ class AdapterMethod:
                     f"({len(unmatched)} such tensors in all). Load it onto the model that it was trained on."
                 )
             set_peft_model_state_dict(model, state, adapter_name)
+
+
+def note_method(config: PeftConfig, name: str) -> None:
+    """Note the name of the method in a configuration, which `method_of` reads; PEFT does not save the note."""
+    config.nora_vision_method = name
 
 
 def add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
@@ -250,99 +264,6 @@ def add_adapter(model: nn.Module, config: PeftConfig, adapter_name: str) -> None
         model.add_adapter(config, adapter_name)
     else:
         inject_adapter_in_model(config, model, adapter_name)
-
-
-def write_native(
-    folder: Path, config: PeftConfig, tensors: dict[str, torch.Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write PEFT's two files to `folder`, with `metadata` and digests of the tensors and the configuration in the header."""
-    from nora_vision.files import CONFIGURATION, configuration_digest, read_json, write_tensors
-
-    config.save_pretrained(str(folder))
-    digest = {CONFIGURATION: configuration_digest(read_json(folder / CONFIG))}
-    write_tensors(folder / WEIGHTS, tensors, {**(metadata or {}), **digest}, digest=True)
-
-
-def read_native(folder: Path) -> NativeFiles:
-    """Read what `write_native` wrote.
-
-    Raises: AdapterFileError if a file was changed after it was saved.
-    """
-    from peft import PeftConfig
-
-    from nora_vision.files import check_configuration, read_header, read_json, read_tensors
-
-    metadata = read_header(folder / WEIGHTS).metadata
-    check_configuration(metadata, read_json(folder / CONFIG), folder)
-    return NativeFiles(PeftConfig.from_pretrained(str(folder)), read_tensors(folder / WEIGHTS), metadata)
-
-
-def as_lora(factors: Mapping[str, Factors]) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
-    """The plain LoRA (or DoRA) with exactly these weight changes: its PEFT configuration and tensors.
-
-    Args:
-        factors: by layer name: up (out, k) and down (k, in), or (out, k, 1, 1) and (k, in, kh, kw) for a convolution.
-    """
-    from peft import LoraConfig
-
-    from nora_vision.saving import PEFT_PREFIX
-
-    ranks = {layer: len(each.down) for layer, each in factors.items()}
-    rank = max(ranks.values())
-    others = {f"^{layer}": of_layer for layer, of_layer in ranks.items() if of_layer != rank}
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        rank_pattern=others,
-        alpha_pattern=others,
-        target_modules=sorted(factors),
-        use_dora=any(each.magnitude is not None for each in factors.values()),
-        inference_mode=True,
-    )
-    tensors = {}
-    for layer, each in factors.items():
-        values = {"lora_A.weight": each.down, "lora_B.weight": each.up, "lora_magnitude_vector": each.magnitude}
-        tensors |= {f"{PEFT_PREFIX}{layer}.{key}": value for key, value in values.items() if value is not None}
-    return config, tensors
-
-
-def add_as_lora(model: nn.Module, factors: Mapping[str, Factors], adapter_name: str, source: Path) -> None:
-    """Add the plain LoRA with exactly these weight changes, which diffusers scales, fuses and deletes like any LoRA.
-
-    Args:
-        factors: by layer name: up (out, k) and down (k, in), or (k, in * kh * kw) for a convolution.
-        source: the file or folder of the adapter, for error messages.
-    Raises: InputError naming a layer that the model lacks or has in another size.
-    """
-    from peft import set_peft_model_state_dict
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    from nora_vision.calibration import base_name
-    from nora_vision.factors import in_weight_shape
-
-    modules = {base_name(name): module for name, module in model.named_modules() if not name.endswith(".base_layer")}
-    shaped = {}
-    for name, each in factors.items():
-        layer = modules.get(name)
-        layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-        size = _matrix_size(layer)
-        if size != (len(each.up), each.down.shape[1]):
-            raise InputError(
-                f"{source} does not fit this model: it changes the layer {name!r} of size {len(each.up)} x {each.down.shape[1]}, "
-                f"but the model has {'no such layer' if size is None else f'one of {size[0]} x {size[1]}'}. Load it onto the "
-                "model that it was trained on."
-            )
-        shaped[name] = in_weight_shape(layer, each)
-    config, tensors = as_lora(shaped)
-    add_adapter(model, config, adapter_name)
-    set_peft_model_state_dict(model, tensors, adapter_name)
-
-
-def _matrix_size(layer: nn.Module | None) -> tuple[int, int] | None:
-    """(out, in) of a layer's weight as a matrix, also of a quantised one; None if there is no such layer."""
-    if isinstance(layer, nn.Conv2d):
-        return layer.out_channels, layer.weight[0].numel()
-    return (layer.out_features, layer.in_features) if isinstance(layer, nn.Linear) else None
 
 
 def tuner_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:

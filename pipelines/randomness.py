@@ -23,6 +23,7 @@ class RandomStream(IntEnum):
     HELD_OUT = 9
     VIEWS = 10
     PREDICTION_TYPE = 11
+    ADAPTER = 12
 
 
 def keyed_generator(*key: int) -> torch.Generator:

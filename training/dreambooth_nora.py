@@ -149,7 +149,7 @@ class SubjectTraining:
         """Add the adapter, and initialise it from the base model and the subject."""
         self.run.update_status(phase="calibrating")
         accelerator, options, optimisation = self.accelerator, self.options, self.options.optimisation
-        self.components = adapters.attach(self.pipeline, options.adapter)
+        self.components = adapters.attach(self.pipeline, options.adapter, self.seed)
         self.loss = DenoisingLoss(self.pipeline, optimisation.snr_gamma, optimisation.do_edm_style_training)
         self.peak, share = PeakMemory(accelerator.device), (accelerator.process_index, accelerator.num_processes)
         subject = self.encoded.subject

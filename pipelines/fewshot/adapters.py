@@ -22,14 +22,16 @@ from pipelines.clip_attention import attention_layers, separate
 from pipelines.errors import InputError
 from pipelines.fewshot.target_layers import ENCODERS, IMAGE, TEXT, TargetLayers
 from pipelines.methods import method_of
-from pipelines.randomness import keyed_generator
+from pipelines.randomness import RandomStream, keyed_generator
 
 BATCH = 64
 
 
-def attach(clip: Clip, options: AdapterOptions, targets: TargetLayers) -> dict[str, nn.Module]:
+def attach(clip: Clip, options: AdapterOptions, targets: TargetLayers, seed: int = 0) -> dict[str, nn.Module]:
     """Split the attention of `clip` into single projections and add the adapter of `options` to the target layers.
 
+    Args:
+        seed: of the values that the method samples when it is added; `start` samples the others.
     Returns: the adapted encoders by name, "image" and "text".
     Raises: InputError naming the encoder and the layer or option that do not fit.
     """
@@ -41,9 +43,9 @@ def attach(clip: Clip, options: AdapterOptions, targets: TargetLayers) -> dict[s
     projections = targets.projections_of(options.method)
     names_of = {name: _layer_names(clip, name, targets, projections) for name in ENCODERS[targets.encoders]}
     components = {name: encoder(clip, name) for name in names_of}
-    for name, names in names_of.items():
+    for index, (name, names) in enumerate(names_of.items()):
         try:
-            method.attach(components[name], method.config(names), ADAPTER_NAME)
+            method.add(components[name], names, keyed_generator(seed, RandomStream.ADAPTER, index))
         except ValueError as error:
             raise InputError(f"The adapter does not fit the {name} encoder of {clip.name}: {error}") from error
     return components

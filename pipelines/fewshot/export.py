@@ -20,10 +20,12 @@ from torch.nn import functional as F
 
 from nora_vision.factors import Factors, low_rank_factors
 from nora_vision.files import replacing, write_tensors
-from pipelines.adapter_method import ADAPTER_NAME, WEIGHTS, as_lora, tuner_layers
+from pipelines.adapter_method import ADAPTER_NAME, tuner_layers
 from pipelines.clip import Clip, checkpoint_metadata
 from pipelines.clip_attention import repack, separate
 from pipelines.errors import InputError
+from pipelines.lora_conversion import as_lora
+from pipelines.native_files import WEIGHTS
 from pipelines.packages import installed
 
 # Largest difference between PyTorch and another runtime in single precision, on features of length 1.

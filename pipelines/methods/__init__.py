@@ -71,5 +71,5 @@ def title_of(name: str) -> str:
 
 
 def method_of(config: PeftConfig) -> type[AdapterMethod]:
-    """The method that reads, writes and scales adapters of `config.peft_type`, which in lower case is the method's name."""
-    return method_named(config.peft_type.value.lower())
+    """The method of an adapter: the one noted in its configuration, else the one named like its PEFT type in lower case."""
+    return method_named(getattr(config, "nora_vision_method", config.peft_type.value.lower()))

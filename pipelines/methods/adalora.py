@@ -11,23 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from pipelines.adapter_method import (
-    ADAPTER_NAME,
-    FULL,
-    AdapterMethod,
-    MethodTraining,
-    NativeFiles,
-    Probe,
-    TaskDefaults,
-    add_as_lora,
-    option,
-    read_native,
-    tuner_layers,
-    write_native,
-)
+from pipelines.adapter_method import ADAPTER_NAME, AdapterMethod, MethodTraining, Probe, TaskDefaults, option, tuner_layers
 from pipelines.errors import InputError
+from pipelines.lora_conversion import add_as_lora
+from pipelines.native_files import FULL, METHOD_KEY, NativeFiles, read_native, write_native
 from pipelines.option_checks import above_zero, at_least
 from pipelines.run_options import Task
+from pipelines.scalable_layers import expose_convolution
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -37,7 +27,6 @@ if TYPE_CHECKING:
 
 # PEFT adds this to the rank before dividing by it.
 EPSILON = 1e-5
-CONVOLUTION = ("groups", "kernel_size", "stride", "padding", "dilation")
 MOMENTS = ("exp_avg_ipt", "exp_avg_unc")
 
 
@@ -96,6 +85,7 @@ class AdaLora(AdapterMethod):
     name = "adalora"
     title = "AdaLoRA"
     reference = "Zhang et al. 2023, Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning"
+    parameters = "init_r * (m + n + 1)"
     Options = AdaLoraOptions
     # Allocation needs whole rows of parameters, which FSDP would split.
     can_be_sharded = False
@@ -126,21 +116,18 @@ class AdaLora(AdapterMethod):
             exclude_modules=exclude_modules,
         )
 
-    def attach(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+    def attach(self, model: nn.Module, config: PeftConfig, adapter_name: str, generator: torch.Generator) -> None:
         """Add the adapter, and correct `lora_alpha`: PEFT's layers divide by the rank in `forward`, not in `scaling`."""
         from peft.tuners.adalora import AdaLoraLayer
 
         from nora_vision.factors import low_rank_factors
 
         low_rank_factors.register(AdaLoraLayer, adalora_factors)
-        super().attach(model, config, adapter_name)
+        super().attach(model, config, adapter_name, generator)
         for layer in tuner_layers(model).values():
             # LoraLayer.set_scale multiplies by lora_alpha / r.
             layer.lora_alpha[adapter_name] = layer.scaling[adapter_name] * layer.r[adapter_name]
-            base = layer.get_base_layer()
-            if isinstance(base, nn.Conv2d):
-                # A LoRA that is loaded on top of this layer, to compare adapters, reads these attributes.
-                vars(layer).update({name: getattr(base, name) for name in CONVOLUTION})
+            expose_convolution(layer)
 
     def start(self, model: nn.Module, probe: Probe, adapter_name: str) -> None:
         """Sample A and B from the probe's generator; e stays zero."""
@@ -172,7 +159,7 @@ class AdaLora(AdapterMethod):
                 parts = {"lora_A": layer.lora_A[adapter_name][keep], "lora_B": layer.lora_B[adapter_name][:, keep]}
                 parts["lora_E"] = layer.lora_E[adapter_name][keep]
                 tensors |= {f"{PEFT_PREFIX}{base}.{part}": value.detach() for part, value in parts.items()}
-            write_native(folder / FULL / name, config, tensors)
+            write_native(folder / FULL / name, config, tensors, {METHOD_KEY: cls.name})
 
     @classmethod
     def load(cls, components: Mapping[str, nn.Module], folder: Path, adapter_name: str) -> None:

@@ -20,6 +20,7 @@ class Dora(Lora):
     name = "dora"
     title = "DoRA"
     reference = "Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation"
+    parameters = "rank * (m + n) + m"
     export_note = EXPORT_NOTE
 
     def config(self, target_modules: list[str], exclude_modules: str | None = None) -> PeftConfig:

@@ -34,6 +34,7 @@ class Lora(AdapterMethod):
     name = "lora"
     title = "LoRA"
     reference = "Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models"
+    parameters = "rank * (m + n)"
     Options = LoraOptions
 
     @classmethod

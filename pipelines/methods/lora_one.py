@@ -62,6 +62,7 @@ class LoraOne(Lora):
     name = "lora_one"
     title = "LoRA-One"
     reference = "Zhang et al. 2025, LoRA-One: One-Step Full Gradient Could Suffice for Fine-Tuning Large Language Models"
+    parameters = "rank * (m + n)"
     Options = LoraOneOptions
     starts_at_base = False
     # Quantised weights are integers, which have no gradient.

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 from tqdm.auto import tqdm
 
-from pipelines.adapter_method import COMPACT, FULL, AdapterMethod, Probe, TaskDefaults, option
+from pipelines.adapter_method import AdapterMethod, Probe, TaskDefaults, option
+from pipelines.native_files import COMPACT, FULL
 from pipelines.option_checks import above_zero, at_least
 from pipelines.run_options import Task
 
@@ -54,6 +55,7 @@ class Nora(AdapterMethod):
     name = "nora"
     title = "NoRA"
     reference = "NoRA: Nested Low-Rank Adaptation for Efficient Fine-Tuning Large Models, ICCV 2025"
+    parameters = "2 * rank * inner_r"
     Options = NoraOptions
 
     @classmethod

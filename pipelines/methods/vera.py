@@ -13,19 +13,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipelines.adapter_method import (
-    FULL,
-    AdapterMethod,
-    NativeFiles,
-    Probe,
-    TaskDefaults,
-    add_as_lora,
-    option,
-    read_native,
-    tuner_layers,
-    write_native,
-)
+from pipelines.adapter_method import AdapterMethod, Probe, TaskDefaults, option, tuner_layers
 from pipelines.errors import InputError
+from pipelines.lora_conversion import add_as_lora
+from pipelines.native_files import FULL, METHOD_KEY, NativeFiles, read_native, write_native
 from pipelines.option_checks import at_least
 from pipelines.run_options import Task
 
@@ -63,6 +54,7 @@ class Vera(AdapterMethod):
     name = "vera"
     title = "VeRA"
     reference = "Kopiczko et al. 2024, VeRA: Vector-based Random Matrix Adaptation"
+    parameters = "m + rank"
     Options = VeraOptions
     adapts_convolutions = False
 
@@ -91,7 +83,7 @@ class Vera(AdapterMethod):
         config.exclude_modules = exclude_modules
         return config
 
-    def attach(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+    def attach(self, model: nn.Module, config: PeftConfig, adapter_name: str, generator: torch.Generator) -> None:
         """Add the adapter with PEFT's tuner, which holds the shared A and B; `add_adapter` does not support that."""
         try:
             scalable_model()(model, config, adapter_name)
@@ -126,7 +118,7 @@ class Vera(AdapterMethod):
             shared = shared_projections(layers, adapter_name)
             state = get_peft_model_state_dict(model, adapter_name=adapter_name)
             tensors = {f"{PEFT_PREFIX}{base_name(key)}": value for key, value in state.items()}
-            metadata = {PROJECTIONS: digest_of(shared), SIZES: sizes_of(shared)}
+            metadata = {METHOD_KEY: cls.name, PROJECTIONS: digest_of(shared), SIZES: sizes_of(shared)}
             write_native(folder / FULL / name, config, tensors, metadata)
 
     @classmethod

@@ -17,9 +17,10 @@ from torch import nn
 from nora_vision import export_lora
 from pipelines import adapter_files
 from pipelines.adapter_files import native_folder
-from pipelines.adapter_method import ADAPTER_NAME, COMPACT, FULL, Losses, Probe, base_losses, no_losses
+from pipelines.adapter_method import ADAPTER_NAME, Losses, Probe, base_losses, no_losses
 from pipelines.adapter_options import AdapterOptions
 from pipelines.errors import InputError
+from pipelines.native_files import COMPACT, FULL
 from pipelines.randomness import RandomStream, keyed_generator
 from pipelines.subject.base_model import text_encoders_of
 from pipelines.subject.lora_files import load_lora_file, resolve, verify
@@ -33,20 +34,23 @@ NO_ADAPTER = (
 )
 
 
-def attach(pipeline: StableDiffusionXLPipeline, options: AdapterOptions) -> dict[str, nn.Module]:
+def attach(pipeline: StableDiffusionXLPipeline, options: AdapterOptions, seed: int = 0) -> dict[str, nn.Module]:
     """Add the adapter that `options` describe; returns the adapted components by name.
 
+    Args:
+        seed: of the values that the method samples when it is added; `start` samples the others.
     Raises: InputError naming the layer or target if it does not fit the model.
     """
     method = options.create()
-    configs = {"unet": method.config(options.target_modules or ATTENTION)}
+    targets = {"unet": (options.target_modules or ATTENTION, None)}
     if options.train_text_encoder:
         for name, encoder in zip(COMPONENTS[1:], text_encoders_of(pipeline), strict=True):
-            configs[name] = method.config(TEXT_TARGETS, _unused_layers(encoder))
-    components = {name: getattr(pipeline, name) for name in configs}
-    for name, config in configs.items():
+            targets[name] = (TEXT_TARGETS, _unused_layers(encoder))
+    components = {name: getattr(pipeline, name) for name in targets}
+    for index, (name, (included, excluded)) in enumerate(targets.items()):
+        generator = keyed_generator(seed, RandomStream.ADAPTER, index)
         try:
-            method.attach(components[name], config, ADAPTER_NAME)
+            method.add(components[name], included, generator, exclude_modules=excluded)
         except ValueError as error:
             raise InputError(f"The adapter does not fit {name}: {error}") from error
     return components

@@ -81,7 +81,7 @@ def test_every_step_allocates_the_same_ranks_as_pefts_tuner():
     ours = Projections()
     own = {"init_r": INIT_R, "target_r": TARGET_R, "tinit_ratio": 0.2, "tfinal_ratio": 0.3, "delta_t": 2, "orth_reg_weight": 0.5}
     method = AdapterOptions("adalora", **own).create()
-    method.attach(ours, method.config(["first", "second"]), ADAPTER_NAME)
+    method.add(ours, ["first", "second"], torch.Generator())
     ours.load_state_dict({name.removeprefix("base_model.model."): value for name, value in theirs.state_dict().items()})
     training = method.training([ours], STEPS)
     optimizers = [torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1) for model in (ours, theirs)]

@@ -13,6 +13,7 @@ from tiny_clip import END, NextAttention, images, prompts, tiny_clip
 from torch import nn
 
 from nora_vision import ActivationStatistics, AdapterFileError
+from nora_vision.files import write_tensors
 from nora_vision.layer import nora_layers
 from pipelines import adapter_files
 from pipelines.adapter_method import trained_parameters, tuner_layers
@@ -55,7 +56,7 @@ def noise_losses(clip, seed, count):
 
 def started(folder, options=None, targets=None, clip=None, tokens=TOKENS, seed=0):
     options, clip = options or small(), clip or clip_of()
-    components = adapters.attach(clip, options, targets or TargetLayers(projections=["q", "k", "v", "out"]))
+    components = adapters.attach(clip, options, targets or TargetLayers(projections=["q", "k", "v", "out"]), seed)
     losses = partial(noise_losses, clip, seed)
     adapters.start(clip, options, components, [images(3), images(2, seed=1)], tokens, folder, seed, losses)
     return clip, components
@@ -368,6 +369,7 @@ def test_a_damaged_file_is_refused_or_gives_the_same_features(method, layout, tm
 def test_an_adapter_file_of_an_unknown_method_is_refused(tmp_path):
     (tmp_path / "image").mkdir()
     (tmp_path / "image" / "adapter_config.json").write_text(json.dumps({"peft_type": "DREAMFUSION"}))
+    write_tensors(tmp_path / "image" / "adapter_model.safetensors", {"x": torch.zeros(1)})
     with pytest.raises(InputError, match="got 'dreamfusion'"):
         adapters.load(clip_of(), tmp_path)
 

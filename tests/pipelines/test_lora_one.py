@@ -62,7 +62,7 @@ def started(folder, model=None, losses=losses_of, seed=1, **options):
     """The small model with an adapter on every layer."""
     model = model or small_model()
     method = LoraOne(LoraOneOptions(**{"rank": RANK, "alpha": 16.0, **options}))
-    method.attach(model, method.config(["conv", "linear", "unread"]), ADAPTER_NAME)
+    method.add(model, ["conv", "linear", "unread"], torch.Generator())
     probe = Probe(None, partial(losses, model), torch.Generator().manual_seed(seed), folder / "small.safetensors")
     method.start(model, probe, ADAPTER_NAME)
     return model
@@ -383,4 +383,4 @@ def test_files_are_plain_lora_that_peft_loads(pipe, tmp_path):
     set_peft_model_state_dict(stock.unet, load_file(folder / "adapter_model.safetensors"))
     torch.testing.assert_close(image(stock), expected, atol=1 / 255, rtol=0)
     assert (expected - image(tiny_pipeline())).abs().max() > 1 / 255
-    assert method_of(components["unet"].peft_config[ADAPTER_NAME]).name == "lora"
+    assert method_of(components["unet"].peft_config[ADAPTER_NAME]).name == "lora_one"

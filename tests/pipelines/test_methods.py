@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_pipeline import image, tiny_pipeline
+from torch import nn
 
 from pipelines import adapter_files
 from pipelines.adapter_method import trained_parameters, tuner_layers
@@ -38,7 +39,7 @@ def attached(pipe, options, images_dir, cache, seed=0):
     """Attach and start the adapter; returns its components."""
     images = [TrainingImage(path, PROMPT) for path in sorted(images_dir.iterdir())]
     subject = LatentEncoder(pipe, TensorCache(cache / "encoded")).encode(images, CropConfig(((16, 16),)))
-    components = adapters.attach(pipe, options)
+    components = adapters.attach(pipe, options, seed)
     loss = DenoisingLoss(pipe)
     batches = SubjectBatches(subject, options.train_text_encoder, 2, loss.num_timesteps, seed)
     losses = partial(training_losses, loss, batches, Accelerator())
@@ -204,6 +205,17 @@ def test_the_losses_that_a_start_differentiates_are_the_base_models_whatever_was
     assert not any(layer.disable_adapters for model in components.values() for layer in tuner_layers(model).values())
 
 
+@methods
+def test_the_formula_of_a_method_gives_its_number_of_trained_parameters(method):
+    model = nn.ModuleDict({"wide": nn.Linear(24, 16), "tall": nn.Linear(8, 40)})
+    options = small(method)
+    adapter = options.create()
+    adapter.add(model, ["wide", "tall"], torch.Generator().manual_seed(0))
+    values = vars(adapter.options)
+    expected = sum(eval(adapter.parameters, {}, {**values, "m": m, "n": n}) for m, n in ((16, 24), (40, 8)))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
+
+
 def test_an_unknown_method_is_refused_with_a_list_of_methods():
     with pytest.raises(InputError, match=r"method must be one of .*lora.*nora.*, got 'dreamfusion'"):
         AdapterOptions(method="dreamfusion")
@@ -250,6 +262,7 @@ def test_a_path_without_an_adapter_is_refused_with_what_to_give(pipe, tmp_path):
 
 def test_an_adapter_of_an_unknown_method_is_refused(pipe, tmp_path):
     (tmp_path / "unet").mkdir()
-    (tmp_path / "unet" / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
-    with pytest.raises(InputError, match=r"method must be one of .*got 'ia3'"):
+    (tmp_path / "unet" / "adapter_config.json").write_text(json.dumps({"peft_type": "XLORA"}))
+    save_file({"x": torch.zeros(1)}, tmp_path / "unet" / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"method must be one of .*got 'xlora'"):
         adapters.load_adapter(pipe, tmp_path, "x")

@@ -205,7 +205,7 @@ def fit_adapter(
     """Train an adapter in the trial's directory, resuming from its newest checkpoint if there is one."""
     experiment, optimisation, adapter = images.experiment, options.optimisation, options.adapter(trial.method)
     clip = replace(experiment.clip, model=copy.deepcopy(experiment.clip.model))
-    components = adapters.attach(clip, adapter, options.target_layers)
+    components = adapters.attach(clip, adapter, options.target_layers, trial.seed)
     calibration = experiment.folder / "calibration" / f"{trial.shots}-shots-seed-{trial.seed}"
     pixels = calibration_batches(
         LabelledImageDataset(images.train, clip.preprocess), optimisation.train_batch_size, accelerator.is_main_process

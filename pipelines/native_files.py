@@ -1,0 +1,50 @@
+"""An adapter's native files: PEFT's configuration and tensors, with digests and the method's name in the tensors' header."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FULL, COMPACT = "full", "compact"
+# The key in the header for the name of the method; a PEFT type may be used by several methods.
+METHOD_KEY = "nora_vision_method"
+
+
+class NativeFiles(NamedTuple):
+    """The content of one component's PEFT files: the configuration, the tensors, and the metadata in the tensors' header."""
+
+    config: PeftConfig
+    tensors: dict[str, torch.Tensor]
+    metadata: dict[str, str]
+
+
+def write_native(
+    folder: Path, config: PeftConfig, tensors: dict[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write PEFT's two files to `folder`, with `metadata` and digests of the tensors and the configuration in the header."""
+    from nora_vision.files import CONFIGURATION, configuration_digest, read_json, write_tensors
+
+    config.save_pretrained(str(folder))
+    digest = {CONFIGURATION: configuration_digest(read_json(folder / CONFIG))}
+    write_tensors(folder / WEIGHTS, tensors, {**(metadata or {}), **digest}, digest=True)
+
+
+def read_native(folder: Path) -> NativeFiles:
+    """Read what `write_native` wrote.
+
+    Raises: AdapterFileError if a file was changed after it was saved.
+    """
+    from peft import PeftConfig
+
+    from nora_vision.files import check_configuration, read_header, read_json, read_tensors
+
+    metadata = read_header(folder / WEIGHTS).metadata
+    check_configuration(metadata, read_json(folder / CONFIG), folder)
+    return NativeFiles(PeftConfig.from_pretrained(str(folder)), read_tensors(folder / WEIGHTS), metadata)

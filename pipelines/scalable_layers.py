@@ -1,0 +1,78 @@
+"""A scale for the layers of every PEFT tuner, which diffusers sets; most of them have none of their own."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pipelines.adapter_method import tuner_layers
+
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+CONVOLUTION = ("groups", "kernel_size", "stride", "padding", "dilation")
+
+
+class ScalableLayer:
+    """A mixin in front of a PEFT layer's class:  h = W x + sum_i s_i (f_i(x) - W x),  with f_i the layer under adapter i alone.
+
+    With one adapter at scale 1 the layer is PEFT's own.
+    """
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Scale the adapter's change of the output by `scale`, 1 as trained."""
+        self.output_scales[adapter_name] = scale
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scales of the active adapters by `scale`."""
+        for name in self.active_adapters:
+            self.output_scales[name] = scale * self.output_scales.get(name, 1.0)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Undo `scale_layer`; without `scale`, set the scale to 1."""
+        for name in self.active_adapters:
+            self.output_scales[name] = 1.0 if scale is None else self.output_scales.get(name, 1.0) / scale
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base layer's output plus the scaled changes of the active adapters."""
+        active = self.active_adapters
+        scales = [self.output_scales.get(name, 1.0) for name in active]
+        if self.disable_adapters or self.merged or scales == [1.0]:
+            return super().forward(x, *args, **kwargs)
+        base = self.base_layer(x, *args, **kwargs)
+        result = base
+        try:
+            for name, scale in zip(active, scales, strict=True):
+                self._active_adapter = [name]
+                result = result + scale * (super().forward(x, *args, **kwargs) - base)
+        finally:
+            self._active_adapter = active
+        return result
+
+
+@cache
+def _scalable(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Scalable{kind.__name__}", (ScalableLayer, kind), {})
+
+
+def make_scalable(model: nn.Module) -> None:
+    """Give every layer of PEFT's tuners in `model`, except of LoRA, a scale."""
+    from peft.tuners.lora import LoraLayer
+
+    from nora_vision.layer import NoraLayer
+
+    for layer in tuner_layers(model).values():
+        if not isinstance(layer, LoraLayer | NoraLayer | ScalableLayer):
+            layer.output_scales = {}
+            layer.__class__ = _scalable(type(layer))
+            expose_convolution(layer)
+
+
+def expose_convolution(layer: BaseTunerLayer) -> None:
+    """Copy the base layer's attributes of a convolution, which a LoRA that is added on top of this layer reads."""
+    base = layer.get_base_layer()
+    if isinstance(base, nn.Conv2d):
+        vars(layer).update({name: getattr(base, name) for name in CONVOLUTION})
