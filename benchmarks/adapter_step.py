@@ -32,8 +32,8 @@ def adapter_configs(r: int, inner_r: int, target_modules: list[str]) -> dict[str
     }
 
 
-def saved_bytes(layer: nn.Module, x: torch.Tensor) -> int:
-    """Bytes that `layer` saves for backward at input `x` (tokens, width), without its parameters and buffers."""
+def saved_bytes(layer: nn.Module, x: torch.Tensor, **inputs: torch.Tensor) -> int:
+    """Bytes that `layer` saves for backward at input `x` (..., tokens, width), without its parameters and buffers."""
     parameter_storage = {tensor.untyped_storage().data_ptr() for tensor in (*layer.parameters(), *layer.buffers())}
     saved: dict[int, torch.UntypedStorage] = {}
 
@@ -45,7 +45,7 @@ def saved_bytes(layer: nn.Module, x: torch.Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        layer(x)
+        layer(x, **inputs)
     return sum(storage.nbytes() for storage in saved.values())
 
 

@@ -94,6 +94,7 @@ SHORT_PROGRAMS = {
     "benchmarks/awsvd_speed.py": "--rank 4",
     "benchmarks/clip_step.py": "--steps 1 --rank 4 --inner_r 1 --formats",
     "benchmarks/heldout_loss.py": f"--pretrained_model_name_or_path tiny --flags '{SHORT_SUBJECT} {SMALL_RANKS} {HELD_OUT}'",
+    "benchmarks/methods.py": "--width 64 --tokens 8 --steps 1 --methods lora",
     "benchmarks/mini_clip.py": "--photos_dir PRETRAINING --scenes 4 --draws 1 --shots 4",
     "benchmarks/trainer_speed.py": "--repeats 1",
     "benchmarks/true_size.py": SMALL_RANKS,
@@ -262,6 +263,8 @@ def run_script(workspace: Workspace, script: str, *words: str) -> None:
     """`python`, for a benchmark: on models and numbers that are small."""
     workspace.patch.setattr(sys, "argv", [script, *words, *shlex.split(SHORT_PROGRAMS[script])])
     AcceleratorState._reset_state(reset_partial_state=True)
+    # As when Python runs a script.
+    workspace.patch.syspath_prepend(str(Path(script).parent.resolve()))
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     if script in SMALLER:
         SMALLER[script](workspace, module)
@@ -309,8 +312,22 @@ def only_parsed(workspace: Workspace, benchmark: object) -> None:
     workspace.patch.setattr(benchmark, "main", functools.partial(lambda main: main(parse()[0]), benchmark.main))
 
 
+def tables_of_a_copy(workspace: Workspace, benchmark: object) -> None:
+    """The document is a link to the repository's: its tables are replaced in a copy."""
+
+    def write(document: Path, tables: dict[str, str]) -> None:
+        copied = workspace.path / document.name
+        shutil.copy(document, copied)
+        written(copied, tables)
+        assert tables["measured"] in copied.read_text(encoding="utf-8")
+
+    written = benchmark.write
+    workspace.patch.setattr(benchmark, "write", write)
+
+
 SMALLER = {
     "benchmarks/awsvd_speed.py": small_matrices,
+    "benchmarks/methods.py": tables_of_a_copy,
     "benchmarks/trainer_speed.py": only_parsed,
     "benchmarks/true_size.py": small_shapes,
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
+import re
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -66,8 +67,18 @@ def method_named(name: str) -> type[AdapterMethod]:
 def title_of(name: str) -> str:
     """The title of the method called `name`, as shown to users; `name` itself if there is no such method."""
     if name in _own_files():
-        return ast.get_docstring(ast.parse(_own_files()[name].read_text(encoding="utf-8"))).partition(":")[0]
+        return _first_sentence(name).partition(":")[0]
     return method_named(name).title if name in _installed() else name
+
+
+def equation_of(name: str) -> str:
+    """The equation of a method of this package: what its file's first sentence has between the title and the source."""
+    return re.sub(r"\s*\[[^\]]*\]$", "", _first_sentence(name).partition(": ")[2].rstrip("."))
+
+
+def _first_sentence(name: str) -> str:
+    text = ast.get_docstring(ast.parse(_own_files()[name].read_text(encoding="utf-8")))
+    return text.split("\n\n")[0].replace("\n", " ")
 
 
 def method_of(config: PeftConfig) -> type[AdapterMethod]:
