@@ -68,7 +68,7 @@ def recomputed_outer_factors(layer: NoraLayer, adapter_name: str, where: str) ->
     other = adapter_of_same_source(layer, adapter_name)
     if other is not None:
         return layer.nora_B[other].clone(), layer.nora_A[other].clone()
-    B, A = outer_factors(layer, where, layer.r[adapter_name], layer.nora_activation_scale[adapter_name])
+    B, A = outer_factors(layer, adapter_name, where)
     return B.to(layer.nora_B[adapter_name]), A.to(layer.nora_A[adapter_name])
 
 

@@ -71,6 +71,13 @@ class NoraConfig(PeftConfig):
             "initialize_nora_weights(model, calibrate(model, run_model))."
         },
     )
+    outer_slice: str = field(
+        default="1/1",
+        metadata={
+            "help": "Slice of the singular directions: 'i/n' decomposes the weight at rank n r and keeps the i-th r of its "
+            "directions, so that adapters of other slices, with the same n, r and activation scale, have orthogonal changes."
+        },
+    )
     init_weights: bool = field(
         default=True, metadata={"help": "False samples all factors at random: fast, but step 0 is not the base model."}
     )
@@ -104,6 +111,7 @@ class NoraConfig(PeftConfig):
         if not self.inner_std > 0:
             raise ValueError(f"inner_std must be above 0, got {self.inner_std}.")
         self._check_ranks()
+        parse_slice(self.outer_slice)
 
     def _check_ranks(self) -> None:
         ranks = {"r": self.r, "inner_r": self.inner_r}
@@ -130,6 +138,11 @@ class NoraConfig(PeftConfig):
         if inner_r > r:
             raise ValueError(f"inner_r must be in [1, r={r}] for {layer_name!r}, got {inner_r}. Lower inner_r or raise r.")
         return r, inner_r
+
+    @property
+    def slice_and_count(self) -> tuple[int, int]:
+        """`outer_slice` as the number of the slice, from 1, and the number of slices."""
+        return parse_slice(self.outer_slice)
 
     def check_modules(self, names: Collection[str], model_name: str) -> None:
         """Check that every entry of target_modules and modules_to_save matches one of the module names `names`.
@@ -165,3 +178,14 @@ class NoraConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values with sorted sets, so that equal configurations are saved as equal bytes."""
         return {key: sorted(value) if isinstance(value, set) else value for key, value in asdict(self).items()}
+
+
+def parse_slice(text: str) -> tuple[int, int]:
+    """The numbers i and n of the slice 'i/n'.
+
+    Raises: ValueError unless i is in [1, n].
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"outer_slice must be i/n with i in [1, n], such as 2/4 for the second of four, got {text!r}.")
+    return int(match[1]), int(match[2])

@@ -52,7 +52,7 @@ def awsvd(
 
 
 def reproducible_awsvd(
-    weight: torch.Tensor, activation_scale: torch.Tensor | None, rank: int
+    weight: torch.Tensor, activation_scale: torch.Tensor | None, rank: int, outer_slice: tuple[int, int] = (1, 1)
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`awsvd` in float64, which gives the same factors on every machine: compact files leave them out and recompute them.
 
@@ -62,12 +62,17 @@ def reproducible_awsvd(
     Args:
         weight: (out_features, in_features), of any dtype.
         activation_scale: (in_features,), strictly positive, or None for the plain SVD.
+        outer_slice: (i, n) decomposes at rank n * rank and returns the i-th of n slices. With S = diag(activation_scale), two
+            slices i != j have B_i^T B_j = 0 and A_i S^2 A_j^T = 0.
     Returns: B (out_features, rank), A (rank, in_features), float64.
     """
     # Apple's GPUs have no float64.
     weight = (weight.cpu() if weight.device.type == "mps" else weight).double()
     scale = weight.new_ones(weight.shape[1]) if activation_scale is None else activation_scale.to(weight)
-    return awsvd(weight, scale, rank)
+    number, count = outer_slice
+    B, A = awsvd(weight, scale, count * rank)
+    kept = slice((number - 1) * rank, number * rank)
+    return B[:, kept].contiguous(), A[kept].contiguous()
 
 
 def _randomized_svd(

@@ -51,7 +51,7 @@ def initialize_nora_weights(
     for done, (name, layer) in enumerate(layers.items(), start=1):
         stored_scale = layer.nora_activation_scale[adapter_name]
         stored_scale.copy_(torch.ones_like(stored_scale) if stats is None else relative_scale(stats[name]))
-        layer.set_outer_factors(adapter_name, *outer_factors(layer, name, layer.r[adapter_name], stored_scale))
+        layer.set_outer_factors(adapter_name, *outer_factors(layer, adapter_name, name))
         record_reproducible(layer, adapter_name)
         layer.reset_inner_factors(adapter_name, config, generator)
         if progress is not None:
@@ -67,19 +67,15 @@ def _check_can_start(layer: NoraLayer, name: str, stats: ActivationStatistics | 
     layer.finite_weight_matrix(name)
 
 
-def outer_factors(
-    layer: NoraLayer, layer_name: str, rank: int, activation_scale: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """B (out, rank) and A (rank, in) for `layer`, which depend only on its base weight and `activation_scale` (in,).
+def outer_factors(layer: NoraLayer, adapter_name: str, layer_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """B (out, r) and A (r, in) of the adapter, which depend only on the base weight and the adapter's activation scale (in,).
 
     The scale is divided by its mean, which does not change B A and keeps both factors in the range of half precision, and
     floored. For a constant scale, and for a layer that saw only zeros, this is the plain SVD.
     """
-    weight = layer.finite_weight_matrix(layer_name)
-    if not activation_scale.any():
-        return reproducible_awsvd(weight, None, rank)
-    activation_scale = activation_scale.float()
-    return reproducible_awsvd(weight, (activation_scale / activation_scale.mean()).clamp_min(SCALE_FLOOR), rank)
+    weight, scale = layer.finite_weight_matrix(layer_name), layer.nora_activation_scale[adapter_name].float()
+    relative = (scale / scale.mean()).clamp_min(SCALE_FLOOR) if scale.any() else None
+    return reproducible_awsvd(weight, relative, layer.r[adapter_name], layer.outer_slice[adapter_name])
 
 
 def relative_scale(activation_scale: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("nora_inner_A", "nora_inner_B")
     other_param_names = (
         "nora_A", "nora_B", "nora_inner_A0", "nora_inner_B0", "nora_activation_scale",
-        "nora_dropout", "r", "inner_r", "alpha", "scaling", "reproducible",
+        "nora_dropout", "r", "inner_r", "alpha", "scaling", "reproducible", "outer_slice",
     )  # fmt: skip
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: NoraConfig, layer_name: str) -> None:
@@ -42,6 +42,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         self.inner_r: dict[str, int] = {}
         self.alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
+        self.outer_slice: dict[str, tuple[int, int]] = {}
         self.nora_A = BufferDict(persistent=True)
         self.nora_B = BufferDict(persistent=True)
         self.nora_inner_A = nn.ParameterDict()
@@ -98,6 +99,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         r, inner_r = config.ranks_for(layer_name)
         self.r[adapter_name], self.inner_r[adapter_name] = r, inner_r
         self.alpha[adapter_name] = config.alpha
+        self.outer_slice[adapter_name] = config.slice_and_count
         self.scaling[adapter_name] = config.alpha / inner_r
         self.nora_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         # Trained in float32 for every dtype of the base layer: half precision loses small updates.
@@ -125,7 +127,8 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         # The weights of an adapter added for inference are about to be loaded.
         if config.outer_init == "svd" and not config.inference_mode:
             weight = self.finite_weight_matrix(layer_name)
-            self.set_outer_factors(adapter_name, *reproducible_awsvd(weight, None, self.r[adapter_name]))
+            factors = reproducible_awsvd(weight, None, self.r[adapter_name], self.outer_slice[adapter_name])
+            self.set_outer_factors(adapter_name, *factors)
 
     def _initialise_at_random(self, adapter_name: str) -> None:
         A, B = self.nora_A[adapter_name], self.nora_B[adapter_name]
@@ -343,8 +346,11 @@ def check_rank(shape: tuple[int, int], config: NoraConfig, layer_name: str) -> N
     Raises: ValueError naming the layer if a rank is out of range.
     """
     r, _ = config.ranks_for(layer_name)
-    if r > min(shape):
+    _, count = config.slice_and_count
+    largest = min(shape) // count
+    if r > largest:
+        slices = f" and outer_slice={config.outer_slice!r}, which needs {count} r directions" if count > 1 else ""
         raise ValueError(
-            f"r must be in [1, {min(shape)}] for {layer_name!r}, whose weight is {shape[0]} x {shape[1]}, got {r}. "
+            f"r must be in [1, {largest}] for {layer_name!r}, whose weight is {shape[0]} x {shape[1]}, got {r}{slices}. "
             "Lower r, set a rank for this layer in rank_pattern, or add it to exclude_modules."
         )

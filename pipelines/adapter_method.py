@@ -247,6 +247,11 @@ class AdapterMethod:
                 )
             set_peft_model_state_dict(model, state, adapter_name)
 
+    @classmethod
+    def conflicts(cls, model: nn.Module, adapter_name: str) -> list[str]:
+        """Sentences about other adapters of `model` that should not be used together with this one."""
+        return []
+
 
 def note_method(config: PeftConfig, name: str) -> None:
     """Note the name of the method in a configuration, which `method_of` reads; PEFT does not save the note."""

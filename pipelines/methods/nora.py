@@ -42,6 +42,12 @@ class NoraOptions:
         "subtract the initial weight change, so that training starts at the base model with inner_init gaussian too",
         "NoRA preserve_output (start at the base model)",
     )
+    outer_slice: str = option(
+        "1/1",
+        "i/n for the i-th of n slices of the weight's singular directions: adapters in other slices with the same n, rank and "
+        "activation statistics have orthogonal weight changes",
+        "NoRA outer_slice (i/n; adapters in other slices do not overlap)",
+    )
     lora_plus_ratio: float = option(1.0, "LoRA+ ratio of the learning rates of B and A", "LoRA+ ratio")
 
     def __post_init__(self) -> None:
@@ -82,6 +88,7 @@ class Nora(AdapterMethod):
             inner_init=options.inner_init,
             preserve_output=options.preserve_output,
             outer_init="awsvd",
+            outer_slice=options.outer_slice,
             target_modules=target_modules,
             exclude_modules=exclude_modules,
         )
@@ -124,6 +131,14 @@ class Nora(AdapterMethod):
 
         for name, model in components.items():
             load_adapter(model, folder / name, adapter_name)
+
+    @classmethod
+    def conflicts(cls, model: nn.Module, adapter_name: str) -> list[str]:
+        """A sentence for each adapter in a slice (`outer_slice`) that overlaps with this one's."""
+        from nora_vision.slices import overlapping_slices
+
+        pairs = ([other, adapter_name] for other in model.peft_config if other != adapter_name)
+        return [sentence for pair in pairs for sentence in overlapping_slices(model, pair)]
 
 
 METHOD = Nora

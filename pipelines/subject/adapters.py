@@ -20,6 +20,7 @@ from pipelines.adapter_files import native_folder
 from pipelines.adapter_method import ADAPTER_NAME, Losses, Probe, base_losses, no_losses
 from pipelines.adapter_options import AdapterOptions
 from pipelines.errors import InputError
+from pipelines.methods import method_of
 from pipelines.native_files import COMPACT, FULL
 from pipelines.randomness import RandomStream, keyed_generator
 from pipelines.subject.base_model import text_encoders_of
@@ -138,7 +139,7 @@ def save_small(components: dict[str, nn.Module], folder: Path) -> None:
 def load_adapter(pipeline: StableDiffusionXLPipeline, path: str | Path, adapter_name: str) -> list[str]:
     """Load an adapter: a run directory, a native folder, a folder saved by PEFT or diffusers, or a LoRA file of any program.
 
-    Returns: sentences about the parts of a file that were ignored.
+    Returns: sentences about the parts of a file that were ignored, and about adapters that this one should not be used with.
     Raises: InputError naming the path if there is no adapter or it does not fit the model; AdapterFileError if it is damaged or
         not safe to load.
     """
@@ -152,4 +153,5 @@ def load_adapter(pipeline: StableDiffusionXLPipeline, path: str | Path, adapter_
     components = {name: getattr(pipeline, name) for name in COMPONENTS if (native / name).is_dir()}
     adapter_files.load(components, native, adapter_name)
     verify(pipeline, adapter_name, path)
-    return []
+    method = method_of(next(iter(components.values())).peft_config[adapter_name])
+    return list(dict.fromkeys(sentence for model in components.values() for sentence in method.conflicts(model, adapter_name)))
