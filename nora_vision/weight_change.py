@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch import nn
 
 # Rank of the approximation of a change without low rank.
 EXPORT_RANK = 64
@@ -24,17 +26,28 @@ class LowRank(NamedTuple):
 
 @torch.no_grad()
 def weight_change(layer: BaseTunerLayer, adapter_name: str) -> torch.Tensor:
-    """W' - W, with W' the weight after merging the adapter at its trained scale: (out, in), or (out, in * kh * kw), float64.
+    """W' - W, with W' the adapted weight at the trained scale: (out, in), or (out, in * kh * kw), float64.
 
-    Raises: ValueError if the layer's weight cannot be merged, for example a quantised one.
+    A quantised W is dequantised. The output of a linear layer for the unit vectors is its weight; a convolution is merged.
     """
-    base = layer.get_base_layer()
-    if not base.weight.is_floating_point():
-        raise ValueError(f"has a weight of {base.weight.dtype}, into which {type(layer).__name__} cannot be merged.")
-    merged = copy.deepcopy(layer).to("cpu", torch.float64)
-    before = merged.get_base_layer().weight.detach().clone()
-    merged.merge(adapter_names=[adapter_name])
-    return (merged.get_base_layer().weight.detach() - before).flatten(1)
+    copied = copy.deepcopy(layer).cpu().eval()
+    base = copied.get_base_layer()
+    if isinstance(base, nn.Linear):
+        unit_vectors = torch.eye(base.in_features, dtype=torch.float64)
+        copied.base_layer = base = _in_float64(base)
+        copied.double().set_adapter([adapter_name])
+        return (copied(unit_vectors) - base(unit_vectors)).T
+    copied.double()
+    before = base.weight.detach().clone()
+    copied.merge(adapter_names=[adapter_name])
+    return (copied.get_base_layer().weight.detach() - before).flatten(1)
+
+
+def _in_float64(base: nn.Linear) -> nn.Linear:
+    """A linear layer with the weight of `base`, dequantised if it is quantised, and no bias."""
+    linear = nn.Linear(base.in_features, base.out_features, bias=False, dtype=torch.float64)
+    linear.weight = nn.Parameter(dequantize_module_weight(base).double(), requires_grad=False)
+    return linear
 
 
 def best_low_rank(change: torch.Tensor) -> LowRank:

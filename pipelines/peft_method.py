@@ -35,6 +35,8 @@ class PeftMethod(AdapterMethod):
     # Fields of the configuration with fixed values.
     settings: ClassVar[Mapping[str, Any]] = {}
     is_low_rank: ClassVar[bool] = False
+    # Most tuners compute with the weight itself; those that only add to the layer's output adapt quantised layers too.
+    adapts_quantized_layers = False
 
     def config(self, target_modules: list[str], exclude_modules: str | None = None) -> PeftConfig:
         """PEFT's configuration with the options' values; options that are None keep PEFT's defaults."""
