@@ -31,6 +31,8 @@ def weight_change(layer: BaseTunerLayer, adapter_name: str) -> torch.Tensor:
     A quantised W is dequantised. The output of a linear layer for the unit vectors is its weight; a convolution is merged.
     """
     copied = copy.deepcopy(layer).cpu().eval()
+    if hasattr(copied, "set_scale"):
+        copied.set_scale(adapter_name, 1.0)
     base = copied.get_base_layer()
     if isinstance(base, nn.Linear):
         unit_vectors = torch.eye(base.in_features, dtype=torch.float64)
