@@ -7,6 +7,7 @@ detects outer factors that differ because of other base weights or rounding; oth
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 
@@ -42,34 +43,44 @@ def weight_change_probe(layer: NoraLayer, adapter_name: str, B: torch.Tensor, A:
     return torch.cat([squared_norm.clamp_min(0).sqrt()[None], projections]).float()
 
 
-def check_probe(probe: torch.Tensor, expected: torch.Tensor, where: str) -> None:
-    """Compare two probes (1 + PROJECTIONS,) of a layer's weight change.
-
-    Raises: AdapterFileError naming `where` if the changes differ by more than about a thousandth of their norm.
-    """
+def probe_difference(probe: torch.Tensor, expected: torch.Tensor) -> float:
+    """How much two weight changes with these probes (1 + PROJECTIONS,) differ, about, relative to the norm of the second."""
     norm = expected[0].item()
     differences = probe.double().cpu() - expected.double().cpu()
     difference = max(differences[0].abs().item(), differences[1:].square().mean().sqrt().item())
-    if difference > TOLERANCE * norm:
-        relative = difference / norm if norm else math.inf
-        raise AdapterFileError(
-            f"{where}: the weight change recomputed from the base weights must be that of the adapter, but differs by "
-            f"{relative:.1e} of its norm (at most {TOLERANCE:.0e}). The base model has other weights, another precision or a "
-            "fused adapter, or the adapter is a combination of several or has a random start. Load the base model that the "
-            "adapter was saved with, or use the full adapter."
-        )
+    return difference / norm if norm else math.inf if difference else 0.0
 
 
-def recomputed_outer_factors(layer: NoraLayer, adapter_name: str, where: str) -> tuple[torch.Tensor, torch.Tensor]:
+def recomputed_outer_factors(
+    layer: NoraLayer, adapter_name: str, probe: torch.Tensor, where: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """B (out, r) and A (r, in) as in the adapter's initialisation, from the base weight and the activation scale.
 
-    They are copied from another adapter of the layer if it is known to have the same base weight and activation scale.
+    Args:
+        probe: (1 + PROJECTIONS,), which the weight change with these factors must have.
+    Raises: AdapterFileError naming `where` if it differs by more than about a thousandth of its norm.
     """
+    differences = []
+    for B, A in _candidates(layer, adapter_name, where):
+        differences.append(probe_difference(weight_change_probe(layer, adapter_name, B, A), probe))
+        if differences[-1] <= TOLERANCE:
+            return B, A
+    raise AdapterFileError(
+        f"{where}: the weight change recomputed from the base weights must be that of the adapter, but differs by "
+        f"{min(differences):.1e} of its norm (at most {TOLERANCE:.0e}). The base model has other weights, another precision or a "
+        "fused adapter, or the adapter is a combination of several or has a random start. Load the base model that the "
+        "adapter was saved with, or use the full adapter."
+    )
+
+
+def _candidates(layer: NoraLayer, adapter_name: str, where: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Outer factors for the same base weight and activation scale: another adapter's, new ones, and those of earlier versions."""
     other = adapter_of_same_source(layer, adapter_name)
     if other is not None:
-        return layer.nora_B[other].clone(), layer.nora_A[other].clone()
-    B, A = outer_factors(layer, adapter_name, where)
-    return B.to(layer.nora_B[adapter_name]), A.to(layer.nora_A[adapter_name])
+        yield layer.nora_B[other].clone(), layer.nora_A[other].clone()
+    for legacy in (False, True):
+        B, A = outer_factors(layer, adapter_name, where, legacy=legacy)
+        yield B.to(layer.nora_B[adapter_name]), A.to(layer.nora_A[adapter_name])
 
 
 def reproducible_probe(layer: NoraLayer, adapter_name: str, where: str) -> torch.Tensor:
@@ -83,8 +94,7 @@ def reproducible_probe(layer: NoraLayer, adapter_name: str, where: str) -> torch
     B, A = layer.nora_B[adapter_name], layer.nora_A[adapter_name]
     probe = weight_change_probe(layer, adapter_name, B, A)
     if not is_reproducible(layer, adapter_name):
-        again = recomputed_outer_factors(layer, adapter_name, where)
-        check_probe(weight_change_probe(layer, adapter_name, *again), probe, where)
+        again = recomputed_outer_factors(layer, adapter_name, probe, where)
         if torch.equal(again[0], B) and torch.equal(again[1], A):
             record_reproducible(layer, adapter_name)
     return probe

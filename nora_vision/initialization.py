@@ -67,15 +67,20 @@ def _check_can_start(layer: NoraLayer, name: str, stats: ActivationStatistics | 
     layer.finite_weight_matrix(name)
 
 
-def outer_factors(layer: NoraLayer, adapter_name: str, layer_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+def outer_factors(
+    layer: NoraLayer, adapter_name: str, layer_name: str, *, legacy: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """B (out, r) and A (r, in) of the adapter, which depend only on the base weight and the adapter's activation scale (in,).
 
     The scale is divided by its mean, which does not change B A and keeps both factors in the range of half precision, and
     floored. For a constant scale, and for a layer that saw only zeros, this is the plain SVD.
+
+    Args:
+        legacy: as in `reproducible_awsvd`.
     """
     weight, scale = layer.finite_weight_matrix(layer_name), layer.nora_activation_scale[adapter_name].float()
     relative = (scale / scale.mean()).clamp_min(SCALE_FLOOR) if scale.any() else None
-    return reproducible_awsvd(weight, relative, layer.r[adapter_name], layer.outer_slice[adapter_name])
+    return reproducible_awsvd(weight, relative, layer.r[adapter_name], layer.outer_slice[adapter_name], legacy=legacy)
 
 
 def relative_scale(activation_scale: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .config import NoraConfig
-from .decomposition import reproducible_awsvd
+from .decomposition import is_finite, reproducible_awsvd
 
 
 class NoraLayer(nn.Module, BaseTunerLayer):
@@ -165,7 +165,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         """
         weight = self._as_matrix(dequantize_module_weight(self.get_base_layer()).detach())
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        if not torch.isfinite(weight).all():
+        if not is_finite(weight):
             raise ValueError(f"The weight of {layer_name!r} must be finite, got NaN or infinite entries.")
         return weight
 

@@ -16,7 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .calibration import base_name
-from .compact import check_probe, recomputed_outer_factors, weight_change_probe
+from .compact import recomputed_outer_factors
 from .components import COMPONENTS, adapters_by_component
 from .files import AdapterFileError
 from .layer import NoraLayer, nora_layers
@@ -91,10 +91,8 @@ def apply_adapter(model: nn.Module, adapter: AdapterFile, adapter_name: str) -> 
 
 
 def _complete(layer: NoraLayer, adapter_name: str, probe: torch.Tensor, where: str) -> None:
-    """Set the outer factors of a layer of a compact adapter after checking them against the probe."""
-    B, A = recomputed_outer_factors(layer, adapter_name, where)
-    check_probe(weight_change_probe(layer, adapter_name, B, A), probe, where)
-    layer.set_outer_factors(adapter_name, B, A)
+    """Set the outer factors of a layer of a compact adapter, checked with the probe."""
+    layer.set_outer_factors(adapter_name, *recomputed_outer_factors(layer, adapter_name, probe, where))
     record_reproducible(layer, adapter_name)
 
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import get_peft_model, inject_adapter_in_model
 from small_models import MODELS, change_weights, config_for, mlp
 from torch import nn
 
@@ -12,7 +12,7 @@ from nora_vision import calibrate, decomposition, initialize_nora_weights
 from nora_vision.files import AdapterFileError
 from nora_vision.layer import nora_layers
 from nora_vision.loading import load_adapter
-from nora_vision.reproducible import is_reproducible
+from nora_vision.reproducible import is_reproducible, record_reproducible
 from nora_vision.saving import save_adapter
 
 REFUSED = "must be that of the adapter"
@@ -103,6 +103,42 @@ def test_an_adapter_of_another_source_is_decomposed(difference, decompositions, 
     assert len(decompositions) == len(nora_layers(model))
     for ours, theirs in zip(nora_layers(model).values(), nora_layers(other).values(), strict=True):
         torch.testing.assert_close(ours.get_delta_weight("other"), theirs.get_delta_weight("default"))
+
+
+def earlier_factors(weight, rank):
+    """The outer factors (out, rank) and (rank, in) of a weight (out, in) by the subspace iteration of earlier versions."""
+    generator = torch.Generator().manual_seed(0)
+    Q = torch.linalg.qr(weight @ torch.randn(weight.shape[1], rank + 16, generator=generator, dtype=torch.float64)).Q
+    for _ in range(2):
+        Q = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ Q).Q).Q
+    U, S, V = torch.linalg.svd(Q @ Q.T @ weight, full_matrices=False)
+    signs = V[:rank].gather(1, V[:rank].abs().argmax(dim=1, keepdim=True)).sign()
+    return U[:, :rank] * S[:rank] * signs.T, V[:rank] * signs
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside an adapter of this version"])
+def test_a_compact_file_of_an_earlier_version_loads_and_is_saved_again_unchanged(beside, tmp_path):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(80, 72))
+    model = get_peft_model(base, config_for(["0"], init_weights=True))
+    layer = first_layer(model)
+    change_weights(model)
+    saved_now = layer.get_delta_weight("default")
+    layer.set_outer_factors("default", *earlier_factors(layer.get_base_layer().weight.detach().double(), layer.r["default"]))
+    earlier = layer.get_delta_weight("default")
+    assert (earlier - saved_now).norm() > 0.01 * earlier.norm()
+    save_adapter(model, tmp_path / "earlier", compact=True)
+
+    other = nn.Sequential(nn.Linear(80, 72))
+    other.load_state_dict({"0.weight": layer.get_base_layer().weight, "0.bias": layer.get_base_layer().bias})
+    if beside:
+        inject_adapter_in_model(config_for(["0"], init_weights=True), other, "present")
+        record_reproducible(first_layer(other), "present")
+    load_adapter(other, tmp_path / "earlier", "earlier")
+    torch.testing.assert_close(first_layer(other).get_delta_weight("earlier"), earlier)
+    save_adapter(other, tmp_path / "again", "earlier", compact=True)
+    first, second = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("earlier", "again"))
+    assert first == second
 
 
 def added_in_place(layer):
