@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from .config import NoraConfig
+from .inner import gated
 from .layer import NoraLayer
 
 # PEFT's combination types for which NoRA computes the exact sum.
@@ -86,6 +87,9 @@ def combined_config(config: NoraConfig, sums: Mapping[str, Factors]) -> NoraConf
         alpha=float(inner_r),
         target_modules=sorted(sums),
         exclude_modules=None,
+        inner_form="serial",
+        inner_blocks=1,
+        sparse_entries=0,
         inner_init="zero",
         preserve_output=False,
         # Computes no outer factors: `set_factors` sets them.
@@ -107,7 +111,7 @@ def set_factors(layer: NoraLayer, adapter_name: str, factors: Factors) -> None:
 
 
 def check_weights(adapters: Sequence[str], weights: Sequence[float], present: Mapping[str, NoraConfig]) -> None:
-    """Check that every adapter is in `present`, has one finite weight, and has no modules_to_save.
+    """Check that every adapter is in `present`, has one finite weight, no gates, and no modules_to_save.
 
     Raises: ValueError naming the adapter.
     """
@@ -118,6 +122,8 @@ def check_weights(adapters: Sequence[str], weights: Sequence[float], present: Ma
             raise ValueError(f"Adapter {name!r} does not exist; there are {sorted(present)}.")
         if not math.isfinite(weight):
             raise ValueError(f"The weight of adapter {name!r} must be a finite number, got {weight!r}.")
+        if present[name].num_subspaces > 1:
+            raise ValueError(gated(name))
         if modules := present[name].modules_to_save:
             raise ValueError(
                 f"Adapter {name!r} has modules that are trained in full, {sorted(modules)}. "

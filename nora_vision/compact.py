@@ -33,10 +33,10 @@ def weight_change_probe(layer: NoraLayer, adapter_name: str, B: torch.Tensor, A:
         B, A: outer factors, (out, r) and (r, in).
     """
     B, A = B.double().cpu(), A.double().cpu()
-    core = layer.nora_inner_B[adapter_name].double() @ layer.nora_inner_A[adapter_name].double()
-    if adapter_name in layer.nora_inner_A0:
-        core = core - layer.nora_inner_B0[adapter_name].double() @ layer.nora_inner_A0[adapter_name].double()
-    core = core.cpu() * (layer.alpha[adapter_name] / layer.inner_r[adapter_name])
+    # For a mixture of subspaces, of the change with all gates at 1.
+    tensors = {name: tensor.double() for name, tensor in layer.inner_tensors(adapter_name).items()}
+    up, down = layer.inner_form[adapter_name].factors(tensors)
+    core = (up @ down).cpu() * (layer.alpha[adapter_name] / layer.inner_r[adapter_name])
     squared_norm = torch.trace((B.T @ B) @ core @ (A @ A.T) @ core.T)
     u, v = _signs(len(B), offset=1), _signs(A.shape[1], offset=2)
     projections = ((u @ B) @ core * (v @ A.T)).sum(dim=1)

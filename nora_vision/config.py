@@ -11,7 +11,10 @@ from typing import Any, Literal, get_args
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
-InnerInit = Literal["zero", "gaussian"]
+from .inner import InnerForm, InnerFormName, InnerInit, make_inner_form
+from .inner_checks import check_inner_form
+from .outer import OuterScaling
+
 OuterInit = Literal["svd", "awsvd"]
 
 
@@ -23,14 +26,18 @@ class NoraPeftType(str, Enum):  # noqa: UP042 - PEFT expects str() to give "Nora
 
 @dataclass
 class NoraConfig(PeftConfig):
-    """Configuration of NoRA:  h = W x + s B B' A' A x,  s = alpha / inner_r.
+    """Configuration of NoRA:  h = W x + s B M A x,  M = B' A',  s = alpha / inner_r.
 
     The outer factors A (r, in) and B (out, r) are a weighted SVD of W and stay frozen; the inner factors
-    A' (inner_r, r) and B' (r, inner_r) are trained: 2 r inner_r parameters per layer.
+    A' (inner_r, r) and B' (r, inner_r) are trained: 2 r inner_r parameters per layer. `inner_form` has other forms of M.
 
     By default (`inner_init="zero"` without `preserve_output`) training starts exactly at the base model, as in LoRA, the
     weight change has rank inner_r, and files need no second pair of inner factors. Gaussian A' and B' change the output
     at step 0 unless `preserve_output` subtracts their frozen start.
+
+    The form of the preprint (arXiv 2408.10280), with orthonormal outer factors and inner ones that start from the square roots of
+    the leading singular values, is outer_scaling="none" with inner_init="singular_values". Without `preserve_output`, the weight
+    change at step 0 is s times the best approximation of W of rank inner_r.
 
     Raises: ValueError if a field is out of range.
     """
@@ -53,10 +60,34 @@ class NoraConfig(PeftConfig):
     )
     inner_init: InnerInit = field(
         default="zero",
-        metadata={"help": "Start of the inner factors: 'zero' (Gaussian A', zero B') or 'gaussian' (both Gaussian)."},
+        metadata={
+            "help": "Start of the inner factors: 'zero' (Gaussian A', zero B'); 'gaussian', 'uniform' or 'orthogonal' (both "
+            "random); or 'singular_values' (the square roots of the leading singular values that B and A do not contain, on "
+            "the diagonals of both). `nora_vision.inner` has the starts of other forms."
+        },
     )
     inner_std: float = field(
-        default=0.02, metadata={"help": "Standard deviation of B' under inner_init='gaussian'; A' has 1 / sqrt(r)."}
+        default=0.02,
+        metadata={"help": "Standard deviation of B', or of M in other forms, under a random inner_init; A' has 1 / sqrt(r)."},
+    )
+    inner_form: InnerFormName = field(
+        default="serial",
+        metadata={
+            "help": "Form of the trained M: 'serial' (B' A'), 'parallel', 'a_side', 'b_side', 'full' (r x r), 'block_diagonal', "
+            "'symmetric', 'antisymmetric' or 'sparse_low_rank'; `nora_vision.inner` has the equations."
+        },
+    )
+    inner_blocks: int = field(default=1, metadata={"help": "Number of blocks of inner_form='block_diagonal'; it divides r."})
+    sparse_entries: int = field(
+        default=0, metadata={"help": "Number of trained entries of the sparse matrix of inner_form='sparse_low_rank'."}
+    )
+    sparse_seed: int = field(default=0, metadata={"help": "Determines the positions of these entries."})
+    num_subspaces: int = field(
+        default=1,
+        metadata={
+            "help": "Above 1, the r directions are so many slices, each with a gate that depends on the input (a mixture of "
+            "subspaces). Such an adapter cannot be merged or exported as LoRA."
+        },
     )
     preserve_output: bool = field(
         default=False,
@@ -76,6 +107,13 @@ class NoraConfig(PeftConfig):
         metadata={
             "help": "Slice of the singular directions: 'i/n' decomposes the weight at rank n r and keeps the i-th r of its "
             "directions, so that adapters of other slices, with the same n, r and activation scale, have orthogonal changes."
+        },
+    )
+    outer_scaling: OuterScaling = field(
+        default="B",
+        metadata={
+            "help": "Place of the singular values of W: on 'B', on 'A', 'split' (square roots on both), 'mean' (only their mean, "
+            "on B), or 'none' (orthonormal outer factors)."
         },
     )
     init_weights: bool = field(
@@ -101,7 +139,10 @@ class NoraConfig(PeftConfig):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
-        for choice, allowed in (("inner_init", InnerInit), ("outer_init", OuterInit)):
+        choices = {
+            "inner_init": InnerInit, "inner_form": InnerFormName, "outer_init": OuterInit, "outer_scaling": OuterScaling,
+        }  # fmt: skip
+        for choice, allowed in choices.items():
             if getattr(self, choice) not in get_args(allowed):
                 raise ValueError(f"{choice} must be one of {get_args(allowed)}, got {getattr(self, choice)!r}.")
         if not 0.0 <= self.dropout < 1.0:
@@ -112,9 +153,10 @@ class NoraConfig(PeftConfig):
             raise ValueError(f"inner_std must be above 0, got {self.inner_std}.")
         self._check_ranks()
         parse_slice(self.outer_slice)
+        check_inner_form(self.inner_form, self._inner_form(self.r, self.inner_r), self.inner_init)
 
     def _check_ranks(self) -> None:
-        ranks = {"r": self.r, "inner_r": self.inner_r}
+        ranks = {"r": self.r, "inner_r": self.inner_r, "inner_blocks": self.inner_blocks, "num_subspaces": self.num_subspaces}
         ranks |= {f"rank_pattern[{key!r}]": value for key, value in self.rank_pattern.items()}
         ranks |= {f"inner_rank_pattern[{key!r}]": value for key, value in self.inner_rank_pattern.items()}
         for name, rank in ranks.items():
@@ -143,6 +185,27 @@ class NoraConfig(PeftConfig):
     def slice_and_count(self) -> tuple[int, int]:
         """`outer_slice` as the number of the slice, from 1, and the number of slices."""
         return parse_slice(self.outer_slice)
+
+    def inner_form_for(self, layer_name: str) -> InnerForm:
+        """The form of M for the layer called `layer_name`.
+
+        Raises: ValueError naming the layer if a value does not fit its ranks.
+        """
+        form = self._inner_form(*self.ranks_for(layer_name))
+        check_inner_form(self.inner_form, form, self.inner_init, layer_name)
+        return form
+
+    def _inner_form(self, r: int, inner_r: int) -> InnerForm:
+        return make_inner_form(
+            self.inner_form,
+            r,
+            inner_r,
+            inner_std=self.inner_std,
+            inner_blocks=self.inner_blocks,
+            sparse_entries=self.sparse_entries,
+            sparse_seed=self.sparse_seed,
+            num_subspaces=self.num_subspaces,
+        )
 
     def check_modules(self, names: Collection[str], model_name: str) -> None:
         """Check that every entry of target_modules and modules_to_save matches one of the module names `names`.

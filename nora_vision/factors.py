@@ -52,8 +52,8 @@ def has_adapter(layer: nn.Module, adapter_name: str) -> bool:
 
 @low_rank_factors.register
 def _(layer: NoraLayer, adapter_name: str) -> Factors | None:
-    """s B B' A' A = (s B B') (A' A)."""
-    if adapter_name not in layer.nora_inner_A:
+    """s B M A = (s B up) (down A) for M = up down, serially B' A'."""
+    if adapter_name not in layer.r:
         return None
     return Factors(*layer._low_rank_factors(adapter_name, layer.alpha[adapter_name] / layer.inner_r[adapter_name]))
 

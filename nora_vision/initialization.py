@@ -11,6 +11,7 @@ from torch import nn
 from .calibration import ActivationStatistics, base_name, unwrapped
 from .decomposition import reproducible_awsvd
 from .layer import NoraLayer, nora_layers
+from .outer import scaled_outer_factors
 from .reproducible import record_reproducible
 
 # Without a floor, inputs with tiny activations in the calibration would get huge factors.
@@ -80,7 +81,8 @@ def outer_factors(
     """
     weight, scale = layer.finite_weight_matrix(layer_name), layer.nora_activation_scale[adapter_name].float()
     relative = (scale / scale.mean()).clamp_min(SCALE_FLOOR) if scale.any() else None
-    return reproducible_awsvd(weight, relative, layer.r[adapter_name], layer.outer_slice[adapter_name], legacy=legacy)
+    factors = reproducible_awsvd(weight, relative, layer.r[adapter_name], layer.outer_slice[adapter_name], legacy=legacy)
+    return scaled_outer_factors(*factors, layer.outer_scaling[adapter_name])
 
 
 def relative_scale(activation_scale: torch.Tensor) -> torch.Tensor:

@@ -15,24 +15,27 @@ from torch.nn import functional as F
 
 from .config import NoraConfig
 from .decomposition import is_finite, reproducible_awsvd
+from .inner import FROZEN_STARTS, TRAINED, InnerForm, gated
+from .outer import OuterScaling, outer_coefficients, scaled_outer_factors
 
 
 class NoraLayer(nn.Module, BaseTunerLayer):
     """Base class of NoRA layers. Subclasses define the base layer's weight as a matrix, and products with its input.
 
-        h = W x + s B B' A' A x                               [serial NoRA]
-        h = W x + s B (B' A' - B'_0 A'_0) A x                 [with preserve_output]
+        h = W x + s B M A x,  M = B' A'                       [serial NoRA; `nora_vision.inner` has the other forms of M]
+        h = W x + s B (M - M_0) A x                           [with preserve_output]
 
     State, by adapter name: `nora_A` (r, in) and `nora_B` (out, r) frozen, in the base layer's dtype; `nora_inner_A` A'
-    (inner_r, r) and `nora_inner_B` B' (r, inner_r) trained, in float32; with preserve_output their frozen start in
-    `nora_inner_A0`, `nora_inner_B0`. A and B were computed from the weight and `nora_activation_scale` (in,), which is all ones
-    for the plain SVD. `in` is the number of inputs of one output value: in_channels * kh * kw for a convolution.
+    (inner_r, r) and `nora_inner_B` B' (r, inner_r), or the tensors of another form, trained, in float32; with preserve_output
+    their frozen start in `nora_inner_A0`, `nora_inner_B0`. A and B were computed from the weight and `nora_activation_scale`
+    (in,), which is all ones for the plain SVD. `in` is the number of inputs of one output value: in_channels * kh * kw for a
+    convolution.
     """
 
-    adapter_layer_names = ("nora_inner_A", "nora_inner_B")
+    adapter_layer_names = TRAINED
     other_param_names = (
-        "nora_A", "nora_B", "nora_inner_A0", "nora_inner_B0", "nora_activation_scale",
-        "nora_dropout", "r", "inner_r", "alpha", "scaling", "reproducible", "outer_slice",
+        "nora_A", "nora_B", *FROZEN_STARTS.values(), "nora_activation_scale", "nora_dropout", "r", "inner_r", "alpha", "scaling",
+        "reproducible", "outer_slice", "inner_form", "outer_scaling",
     )  # fmt: skip
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: NoraConfig, layer_name: str) -> None:
@@ -43,12 +46,14 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         self.alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.outer_slice: dict[str, tuple[int, int]] = {}
+        self.inner_form: dict[str, InnerForm] = {}
+        self.outer_scaling: dict[str, OuterScaling] = {}
         self.nora_A = BufferDict(persistent=True)
         self.nora_B = BufferDict(persistent=True)
-        self.nora_inner_A = nn.ParameterDict()
-        self.nora_inner_B = nn.ParameterDict()
-        self.nora_inner_A0 = BufferDict(persistent=True)
-        self.nora_inner_B0 = BufferDict(persistent=True)
+        for name in TRAINED:
+            setattr(self, name, nn.ParameterDict())
+        for name in FROZEN_STARTS.values():
+            setattr(self, name, BufferDict(persistent=True))
         self.nora_activation_scale = BufferDict(persistent=True)
         self.nora_dropout = nn.ModuleDict()
         self.merged_adapters: list[str] = []
@@ -61,6 +66,8 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         self.update_layer(adapter_name, config, layer_name)
 
     # Defined by subclasses
+
+    feature_axis = -1
 
     @staticmethod
     def matrix_shape(base_layer: nn.Module) -> tuple[int, int]:
@@ -96,23 +103,25 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         Raises: ValueError if a rank does not fit the layer `layer_name`.
         """
         check_rank((self.out_features, self.in_features), config, layer_name)
-        r, inner_r = config.ranks_for(layer_name)
+        form = self.inner_form[adapter_name] = config.inner_form_for(layer_name)
+        r, inner_r = form.r, form.inner_r
         self.r[adapter_name], self.inner_r[adapter_name] = r, inner_r
         self.alpha[adapter_name] = config.alpha
         self.outer_slice[adapter_name] = config.slice_and_count
         self.scaling[adapter_name] = config.alpha / inner_r
+        self.outer_scaling[adapter_name] = config.outer_scaling
         self.nora_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         # Trained in float32 for every dtype of the base layer: half precision loses small updates.
-        self.nora_inner_A[adapter_name] = nn.Parameter(torch.zeros(inner_r, r))
-        self.nora_inner_B[adapter_name] = nn.Parameter(torch.zeros(r, inner_r))
-        # PEFT's low_cpu_mem_usage moves parameters to the meta device as they are registered, but not buffers.
-        device = self.nora_inner_A[adapter_name].device
+        for name, shape in form.shapes().items():
+            getattr(self, name)[adapter_name] = nn.Parameter(torch.zeros(shape))
+            # PEFT's low_cpu_mem_usage moves parameters to the meta device as they are registered, but not buffers.
+            device = getattr(self, name)[adapter_name].device
         self.nora_A[adapter_name] = torch.zeros(r, self.in_features, device=device)
         self.nora_B[adapter_name] = torch.zeros(self.out_features, r, device=device)
         self.nora_activation_scale[adapter_name] = torch.ones(self.in_features, device=device)
         if config.preserve_output:
-            self.nora_inner_A0[adapter_name] = torch.zeros(inner_r, r, device=device)
-            self.nora_inner_B0[adapter_name] = torch.zeros(r, inner_r, device=device)
+            for name, shape in form.start_shapes().items():
+                getattr(self, name)[adapter_name] = torch.zeros(shape, device=device)
         self._without_outer_factors.add(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         if device.type != "meta" and self.get_base_layer().weight.device.type != "meta":
@@ -123,33 +132,32 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         if not config.init_weights:
             self._initialise_at_random(adapter_name)
             return
-        self.reset_inner_factors(adapter_name, config)
         # The weights of an adapter added for inference are about to be loaded.
         if config.outer_init == "svd" and not config.inference_mode:
             weight = self.finite_weight_matrix(layer_name)
             factors = reproducible_awsvd(weight, None, self.r[adapter_name], self.outer_slice[adapter_name])
-            self.set_outer_factors(adapter_name, *factors)
+            self.set_outer_factors(adapter_name, *scaled_outer_factors(*factors, config.outer_scaling))
+        self.reset_inner_factors(adapter_name, config)
 
     def _initialise_at_random(self, adapter_name: str) -> None:
         A, B = self.nora_A[adapter_name], self.nora_B[adapter_name]
         self.set_outer_factors(adapter_name, torch.randn_like(B), torch.randn_like(A) / math.sqrt(self.in_features))
-        nn.init.normal_(self.nora_inner_A[adapter_name], std=self.r[adapter_name] ** -0.5)
-        nn.init.normal_(self.nora_inner_B[adapter_name], std=self.r[adapter_name] ** -0.5)
+        for name in self.inner_form[adapter_name].shapes():
+            nn.init.normal_(getattr(self, name)[adapter_name], std=self.r[adapter_name] ** -0.5)
 
     @torch.no_grad()
     def reset_inner_factors(self, adapter_name: str, config: NoraConfig, generator: torch.Generator | None = None) -> None:
         """Initialise the inner factors according to `config` and, with preserve_output, store their start."""
-        r, inner_r = self.r[adapter_name], self.inner_r[adapter_name]
-        inner_A, inner_B = self.nora_inner_A[adapter_name], self.nora_inner_B[adapter_name]
-        # Sampled on the CPU, so that every device starts from the same values.
-        inner_A.copy_(r**-0.5 * torch.randn(inner_r, r, generator=generator))
-        if config.inner_init == "gaussian":
-            inner_B.copy_(config.inner_std * torch.randn(r, inner_r, generator=generator))
-        else:
-            inner_B.zero_()
-        if adapter_name in self.nora_inner_A0:
-            self.nora_inner_A0[adapter_name].copy_(inner_A)
-            self.nora_inner_B0[adapter_name].copy_(inner_B)
+        coefficients = None
+        if config.inner_init == "singular_values":
+            weight = self._as_matrix(dequantize_module_weight(self.get_base_layer()).detach())
+            coefficients = outer_coefficients(weight, self.nora_B[adapter_name], self.nora_A[adapter_name]).cpu()
+        start = self.inner_form[adapter_name].start(config.inner_init, coefficients, generator)
+        tensors = self.inner_tensors(adapter_name)
+        for name, value in start.items():
+            tensors[name].copy_(value)
+            if FROZEN_STARTS.get(name) in tensors:
+                tensors[FROZEN_STARTS[name]].copy_(value)
 
     @torch.no_grad()
     def set_outer_factors(self, adapter_name: str, B: torch.Tensor, A: torch.Tensor) -> None:
@@ -180,7 +188,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         device = device or base_device
         # A quantised base layer may have no floating point dtype before its first call.
         outer_dtype = dtype if dtype is not None and dtype.is_floating_point else None
-        buffers_only = ("nora_A", "nora_B", "nora_inner_A0", "nora_inner_B0", "nora_activation_scale")
+        buffers_only = ("nora_A", "nora_B", *FROZEN_STARTS.values(), "nora_activation_scale")
         for name in (*buffers_only, *self.adapter_layer_names):
             factors = getattr(self, name)
             if adapter_name in factors and factors[adapter_name].device.type != "meta":
@@ -198,18 +206,19 @@ class NoraLayer(nn.Module, BaseTunerLayer):
 
     # The weight change and its scale
 
+    def inner_tensors(self, adapter_name: str) -> dict[str, torch.Tensor]:
+        """The trained tensors of the adapter and their frozen starts, by the names in `nora_vision.inner`."""
+        names = (*TRAINED, *FROZEN_STARTS.values())
+        return {name: getattr(self, name)[adapter_name] for name in names if adapter_name in getattr(self, name)}
+
     def _inner_factors(self, adapter_name: str, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """`up` (r, k) and `down` (k, r) with up @ down = s B' A', less the frozen start; k is inner_r, or 2 inner_r."""
+        """`up` (r, k) and `down` (k, r) with up @ down = s M, less the frozen start; serially k is inner_r, or 2 inner_r."""
         if adapter_name in self._without_outer_factors:
             raise ValueError(
                 f"The outer factors of NoRA adapter {adapter_name!r} are not set. "
                 "Call initialize_nora_weights(model, calibrate(model, run_model)) or load saved weights first."
             )
-        up, down = self.nora_inner_B[adapter_name], self.nora_inner_A[adapter_name]
-        if adapter_name in self.nora_inner_A0:
-            up_0, down_0 = self.nora_inner_B0[adapter_name], self.nora_inner_A0[adapter_name]
-            # B'A' - B'_0 A'_0 written as (B' - B'_0) A' + B'_0 (A' - A'_0): every term is an exact zero at step 0.
-            up, down = torch.cat([up - up_0, up_0], dim=1), torch.cat([down, down - down_0], dim=0)
+        up, down = self.inner_form[adapter_name].factors(self.inner_tensors(adapter_name))
         return scaling * up, down
 
     def low_rank_factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -218,13 +227,16 @@ class NoraLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def _low_rank_factors(self, adapter_name: str, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.supports_lora_conversion(adapter_name):
+            raise ValueError(gated(adapter_name))
         up, down = self._inner_factors(adapter_name, scaling)
         return self.nora_B[adapter_name].float() @ up.float(), down.float() @ self.nora_A[adapter_name].float()
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """The weight change s B B' A' A, or s B (B' A' - B'_0 A'_0) A with `preserve_output`, which merging adds.
+        """The weight change s B M A, or s B (M - M_0) A with `preserve_output`, which merging adds.
 
         Returns: in the shape of the base layer's weight, float32.
+        Raises: ValueError for a mixture of subspaces, whose change depends on the input.
         """
         up, down = self.low_rank_factors(adapter_name)
         return self._as_weight(up @ down)
@@ -248,17 +260,18 @@ class NoraLayer(nn.Module, BaseTunerLayer):
                 self.scaling[adapter_name] /= scale
 
     def _own_active_adapters(self) -> list[str]:
-        return [name for name in self.active_adapters if name in self.nora_inner_A]
+        return [name for name in self.active_adapters if name in self.r]
 
     # Merging
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the weight change of each adapter (default: the active ones) to the base layer's weight.
 
-        Raises: ValueError with `safe_merge` if the sum is not finite; the weight is not changed then.
+        Raises: ValueError for a mixture of subspaces, and with `safe_merge` if the sum is not finite; the weight is not changed
+            then.
         """
         for adapter_name in check_adapters_to_merge(self, adapter_names):
-            if adapter_name not in self.nora_inner_A:
+            if adapter_name not in self.r:
                 continue
             scaling = self.scaling[adapter_name]
             merged = self._weight_plus_change(adapter_name, scaling)
@@ -287,8 +300,8 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         return (self._as_weight(up @ down) + weight).to(weight.dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """True, since the weight change is a product of two low-rank factors."""
-        return True
+        """Whether the weight change is a product of two low-rank factors: not for a mixture of subspaces."""
+        return adapter_name not in self.nora_gate
 
     # Forward
 
@@ -318,10 +331,20 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         # Autocast casts the factors of every product itself.
         if not torch.is_autocast_enabled(x.device.type):
             x, B = self._cast_input_dtype(x, A.dtype), B.to(up.dtype)
-        hidden = self.nora_dropout[adapter_name](self._project_input(x, A))
+        hidden = self._gated(self._project_input(x, A), adapter_name)
+        hidden = self.nora_dropout[adapter_name](hidden)
         hidden = self._multiply(hidden.to(down.dtype), down)
         # B up (out, k) costs a product of weights, but saves a product of all tokens with B.
         return self._multiply(hidden.to(dtype), (B @ up).to(dtype))
+
+    def _gated(self, hidden: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """`hidden`, A x, times the gates of its slices; M is block-diagonal, so that this is a factor of M A x too."""
+        if adapter_name not in self.nora_gate:
+            return hidden
+        gate = self.nora_gate[adapter_name]
+        axis = self.feature_axis
+        weights = len(gate) * self._multiply(hidden.to(gate.dtype), gate).softmax(dim=axis)
+        return hidden * weights.repeat_interleave(gate.shape[1] // len(gate), dim=axis)
 
     def _forward_mixed_batch(self, x: torch.Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> torch.Tensor:
         if len(x) != len(adapter_names):
@@ -329,7 +352,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         if self.merged:
             raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.")
         result = self.base_layer(x, *args, **kwargs)
-        for adapter_name in sorted(set(adapter_names) & self.nora_inner_A.keys()):
+        for adapter_name in sorted(set(adapter_names) & self.r.keys()):
             rows = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter_name], device=x.device)
             result = result.index_add(0, rows, self._change_of_output(x[rows], adapter_name, result.dtype).to(result.dtype))
         return result
@@ -345,7 +368,7 @@ def check_rank(shape: tuple[int, int], config: NoraConfig, layer_name: str) -> N
 
     Raises: ValueError naming the layer if a rank is out of range.
     """
-    r, _ = config.ranks_for(layer_name)
+    r = config.inner_form_for(layer_name).r
     _, count = config.slice_and_count
     largest = min(shape) // count
     if r > largest:

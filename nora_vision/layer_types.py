@@ -43,6 +43,7 @@ class Conv2d(NoraLayer):
 
     # Read by PEFT's LoRA if it wraps this layer.
     groups = 1
+    feature_axis = 1
 
     @staticmethod
     def matrix_shape(base_layer: nn.Module) -> tuple[int, int]:

@@ -116,9 +116,9 @@ class NoraModel(BaseTuner):
         if autocast_adapter_dtype:
             return
         for layer in nora_layers(self.model).values():
-            for factors in (layer.nora_inner_A, layer.nora_inner_B, layer.nora_inner_A0, layer.nora_inner_B0):
-                if adapter_name in factors:
-                    factors[adapter_name] = factors[adapter_name].to(layer.nora_A[adapter_name].dtype)
+            if adapter_name in layer.r:
+                for name, tensor in layer.inner_tensors(adapter_name).items():
+                    getattr(layer, name)[adapter_name] = tensor.to(layer.nora_A[adapter_name].dtype)
 
     def add_weighted_adapter(
         self,

@@ -17,6 +17,7 @@ from torch import nn
 from .compact import PROJECTIONS
 from .config import NoraConfig, NoraPeftType
 from .files import CONFIGURATION, DIGEST, PLAIN_NAME, AdapterFileError, check_configuration, read_header, read_json, read_tensors
+from .inner import InnerForm
 from .layer import check_rank
 from .layer_types import layer_class_for
 from .saving import CONFIG_NAME, LAYOUT, PEFT_PREFIX, PROBE, SCALE, SHARED_SCALES, WEIGHTS_NAME
@@ -169,17 +170,20 @@ def _expected_shapes(
         except ValueError as error:
             raise AdapterFileError(f"{path} does not fit this model: {error}") from error
         inputs[name] = in_features
-        r, inner_r = config.ranks_for(name)
-        shapes |= {f"{name}.nora_inner_A": (inner_r, r), f"{name}.nora_inner_B": (r, inner_r)}
-        if config.preserve_output:
-            shapes |= {f"{name}.nora_inner_A0": (inner_r, r), f"{name}.nora_inner_B0": (r, inner_r)}
+        form = config.inner_form_for(name)
+        shapes |= _inner_shapes(name, form, config.preserve_output)
         if name not in shared:
             shapes[f"{name}.{SCALE}"] = (in_features,)
-        shapes |= {f"{name}.{PROBE}": (1 + PROJECTIONS,)} if compact else _outer_shapes(name, out_features, in_features, r)
+        shapes |= {f"{name}.{PROBE}": (1 + PROJECTIONS,)} if compact else _outer_shapes(name, out_features, in_features, form.r)
     for name, owner in shared.items():
         if inputs.get(name, -1) != inputs.get(owner) or f"{owner}.{SCALE}" not in shapes:
             raise AdapterFileError(f"{path} does not fit this model: {name!r} cannot use the activation scale of {owner!r}.")
     return shapes | _shapes_trained_in_full(model, config)
+
+
+def _inner_shapes(name: str, form: InnerForm, preserve_output: bool) -> dict[str, Shape]:
+    shapes = form.shapes() | (form.start_shapes() if preserve_output else {})
+    return {f"{name}.{tensor}": shape for tensor, shape in shapes.items()}
 
 
 def _outer_shapes(name: str, out_features: int, in_features: int, r: int) -> dict[str, Shape]:

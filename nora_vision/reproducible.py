@@ -45,10 +45,14 @@ def adapter_of_same_source(layer: NoraLayer, adapter_name: str) -> str | None:
 
 
 def source_digest(layer: NoraLayer, adapter_name: str) -> str:
-    """The hash of the source of outer factors: base weight (dequantised), activation scale, rank, slice and dtype."""
+    """The hash of the source of outer factors: base weight (dequantised), activation scale, rank, slice, scaling and dtype."""
     weight = dequantize_module_weight(layer.get_base_layer()).detach()
-    dtype = layer.nora_B[adapter_name].dtype
-    values = {"rank": layer.r[adapter_name], "outer_slice": layer.outer_slice[adapter_name], "dtype": str(dtype)}
+    values = {
+        "rank": layer.r[adapter_name],
+        "outer_slice": layer.outer_slice[adapter_name],
+        "outer_scaling": layer.outer_scaling[adapter_name],
+        "dtype": str(layer.nora_B[adapter_name].dtype),
+    }
     return _digest(weight, layer.nora_activation_scale[adapter_name], **values)
 
 
