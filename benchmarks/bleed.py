@@ -150,17 +150,13 @@ def rows(kind: str, runs: list[Path], options: BenchmarkOptions) -> Iterator[lis
         stack.callback(pipeline.unload_lora_weights)
         for index, meter in enumerate(meters):
             active = ([names[index]], [names[1 - index]], list(names))
-            own, other, both = [measured(pipeline, each, meter) for each in active]
-            moved = (own.predictions - base[index].predictions).norm()
-            losses = [f"{output.loss:.4f}" for output in (base[index], own, both)]
-            alone, added = (other.predictions - base[index].predictions).norm(), (both.predictions - own.predictions).norm()
-            images = (both.images - own.images).abs().mean() / (own.images - base[index].images).abs().mean()
-            yield [
-                kind,
-                Path(options.subjects[index]).name,
-                *losses,
-                *(f"{x:.2f}" for x in (alone / moved, added / moved, images)),
-            ]
+            of_subject, of_other, of_both = [measured(pipeline, each, meter) for each in active]
+            moved = (of_subject.predictions - base[index].predictions).norm()
+            alone, added = of_other.predictions - base[index].predictions, of_both.predictions - of_subject.predictions
+            images = (of_both.images - of_subject.images).abs().mean() / (of_subject.images - base[index].images).abs().mean()
+            losses = [f"{output.loss:.4f}" for output in (base[index], of_subject, of_both)]
+            ratios = [f"{ratio:.2f}" for ratio in (alone.norm() / moved, added.norm() / moved, images)]
+            yield [kind, Path(options.subjects[index]).name, *losses, *ratios]
 
 
 def measured(pipeline: StableDiffusionXLPipeline, adapters: list[str], meter: Meter) -> Output:
