@@ -83,7 +83,9 @@ def _description(name: str) -> list[str]:
     method = method_named(name)
     options = ", ".join(f"`--{field.name}`" for field in dataclasses.fields(method.Options))
     limits = "; ".join(text for attribute, text in LIMITS.items() if not getattr(method, attribute))
-    return [f"`{name}`", method.title, equation_of(name), f"`{method.parameters}`", options, limits, method.reference]
+    parameters = {f"`{method.parameters}`": method.parameters, f"`{method.shared_parameters}` shared": method.shared_parameters}
+    counted = ", ".join(text for text, formula in parameters.items() if formula != "0")
+    return [f"`{name}`", method.title, equation_of(name), counted, options, limits, method.reference]
 
 
 class AdaptedBlock:

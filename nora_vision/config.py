@@ -105,8 +105,9 @@ class NoraConfig(PeftConfig):
     outer_slice: str = field(
         default="1/1",
         metadata={
-            "help": "Slice of the singular directions: 'i/n' decomposes the weight at rank n r and keeps the i-th r of its "
-            "directions, so that adapters of other slices, with the same n, r and activation scale, have orthogonal changes."
+            "help": "Slice of the singular directions: 'i/n' decomposes the weight at rank n r and keeps every n-th of its "
+            "directions from the i-th on, so that adapters of other slices, with the same n, r and activation scale, have "
+            "orthogonal changes."
         },
     )
     outer_scaling: OuterScaling = field(

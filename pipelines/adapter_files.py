@@ -7,10 +7,10 @@ from pathlib import Path
 
 from torch import nn
 
-from nora_vision.files import read_header, read_json
+from nora_vision.files import read_json
 from pipelines.adapter_method import ADAPTER_NAME
 from pipelines.methods import method_named, method_of
-from pipelines.native_files import COMPACT, CONFIG, FULL, METHOD_KEY, WEIGHTS
+from pipelines.native_files import COMPACT, CONFIG, FULL, METHOD_KEY, read_metadata
 
 
 def save(components: Mapping[str, nn.Module], folder: Path, adapter_name: str = ADAPTER_NAME) -> None:
@@ -30,7 +30,7 @@ def load(components: Mapping[str, nn.Module], folder: Path, adapter_name: str = 
 
 def _method_in(folder: Path) -> str:
     """The name of the method that wrote a component's files; files of other programs have only a PEFT type."""
-    noted = read_header(folder / WEIGHTS).metadata.get(METHOD_KEY)
+    noted = read_metadata(folder).get(METHOD_KEY)
     return noted or str(read_json(folder / CONFIG).get("peft_type")).lower()
 
 

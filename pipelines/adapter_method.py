@@ -132,6 +132,8 @@ class AdapterMethod:
     reference: ClassVar[str]
     # Trained parameters of one layer, a Python expression in m and n (rows and columns of the weight as a matrix) and options.
     parameters: ClassVar[str]
+    # Trained parameters that all layers of a component share, an expression in options and `layers`, the number of layers.
+    shared_parameters: ClassVar[str] = "0"
     Options: ClassVar[type] = LowRankOptions
     # Whether an initialised, untrained adapter leaves the model's output unchanged.
     starts_at_base: ClassVar[bool] = True

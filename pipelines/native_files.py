@@ -43,8 +43,25 @@ def read_native(folder: Path) -> NativeFiles:
     """
     from peft import PeftConfig
 
-    from nora_vision.files import check_configuration, read_header, read_json, read_tensors
+    from nora_vision.files import check_configuration, read_json, read_tensors
 
-    metadata = read_header(folder / WEIGHTS).metadata
+    metadata = read_metadata(folder)
     check_configuration(metadata, read_json(folder / CONFIG), folder)
-    return NativeFiles(PeftConfig.from_pretrained(str(folder)), read_tensors(folder / WEIGHTS), metadata)
+    return NativeFiles(PeftConfig.from_pretrained(str(folder)), read_tensors(folder / WEIGHTS, dtypes=_dtypes()), metadata)
+
+
+def read_metadata(folder: Path) -> dict[str, str]:
+    """The metadata in the header of a component's tensors.
+
+    Raises: AdapterFileError if the header is malformed.
+    """
+    from nora_vision.files import read_header
+
+    return dict(read_header(folder / WEIGHTS, _dtypes()).metadata)
+
+
+def _dtypes() -> dict[str, torch.dtype]:
+    """The allowed dtypes; some methods save indices."""
+    from nora_vision.files import DTYPES
+
+    return {**DTYPES, "U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}

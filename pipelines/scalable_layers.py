@@ -52,6 +52,33 @@ class ScalableLayer:
             self._active_adapter = active
         return result
 
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge the adapters (default: the active ones) in turn:  W <- W + s (W' - W),  with W' as PEFT merges it.
+
+        Raises: ValueError with `safe_merge` if W' is not finite.
+        """
+        from peft.tuners.tuners_utils import check_adapters_to_merge
+
+        for name in check_adapters_to_merge(self, adapter_names):
+            scale, before = self.output_scales.get(name, 1.0), self.get_base_layer().weight.data
+            before = before if scale == 1.0 else before.clone()
+            super().merge(safe_merge=safe_merge, adapter_names=[name])
+            if scale != 1.0:
+                merged = self.get_base_layer().weight.data
+                self.get_base_layer().weight.data = torch.lerp(before, merged, scale)
+                self.merge_corrections[name] = self.get_base_layer().weight.data - merged
+
+    def unmerge(self) -> None:
+        """Undo `merge`, the last adapter first."""
+        if not self.merged:
+            super().unmerge()
+        for name in list(reversed(self.merged_adapters)):
+            if name in self.merge_corrections:
+                self.get_base_layer().weight.data -= self.merge_corrections.pop(name)
+            earlier, self.merged_adapters = self.merged_adapters[:-1], [name]
+            super().unmerge()
+            self.merged_adapters = earlier
+
 
 @cache
 def _scalable(kind: type[nn.Module]) -> type[nn.Module]:
@@ -66,7 +93,7 @@ def make_scalable(model: nn.Module) -> None:
 
     for layer in tuner_layers(model).values():
         if not isinstance(layer, LoraLayer | NoraLayer | ScalableLayer):
-            layer.output_scales = {}
+            layer.output_scales, layer.merge_corrections = {}, {}
             layer.__class__ = _scalable(type(layer))
             expose_convolution(layer)
 

@@ -12,7 +12,7 @@ from tiny_pipeline import image, tiny_pipeline
 from torch import nn
 
 from pipelines import adapter_files
-from pipelines.adapter_method import trained_parameters, tuner_layers
+from pipelines.adapter_method import ADAPTER_NAME, trained_parameters, tuner_layers
 from pipelines.adapter_options import AdapterOptions
 from pipelines.cache import TensorCache
 from pipelines.errors import InputError
@@ -211,8 +211,11 @@ def test_the_formula_of_a_method_gives_its_number_of_trained_parameters(method):
     options = small(method)
     adapter = options.create()
     adapter.add(model, ["wide", "tall"], torch.Generator().manual_seed(0))
-    values = vars(adapter.options)
+    # Options that are not given follow from the layers, as the configuration then says.
+    given = {name: value for name, value in vars(adapter.options).items() if value is not None}
+    values = {**vars(model.peft_config[ADAPTER_NAME]), **given}
     expected = sum(eval(adapter.parameters, {}, {**values, "m": m, "n": n}) for m, n in ((16, 24), (40, 8)))
+    expected += eval(adapter.shared_parameters, {}, {**values, "layers": 2, "max": max, "round": round})
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
 
 

@@ -10,9 +10,9 @@ from nora_vision import AdapterFileError
 from nora_vision.factors import low_rank_factors
 from pipelines import adapter_files
 from pipelines.adapter_method import ADAPTER_NAME, Probe, no_losses, trained_parameters
+from pipelines.adapter_method import tuner_layers as vera_layers
 from pipelines.adapter_options import AdapterOptions
 from pipelines.errors import InputError
-from pipelines.methods.vera import vera_layers
 from pipelines.subject import adapters
 from pipelines.subject.target_layers import CONVOLUTIONS, default_targets
 
@@ -42,20 +42,25 @@ def test_a_layer_adds_b_B_d_A_x_and_scales_it(pipe, tmp_path):
         for scale in (1.0, 0.25):
             layer.set_scale(ADAPTER_NAME, scale)
             torch.testing.assert_close(layer(x), base + scale * x @ change.T, atol=1e-4, rtol=1e-4)
-            torch.testing.assert_close(layer.get_delta_weight(ADAPTER_NAME), scale * change, atol=1e-5, rtol=1e-4)
+            before = layer.get_base_layer().weight.clone()
+            layer.merge()
+            torch.testing.assert_close(layer.get_base_layer().weight, before + scale * change, atol=1e-5, rtol=1e-4)
+            layer.unmerge()
+            torch.testing.assert_close(layer.get_base_layer().weight, before, atol=1e-5, rtol=1e-4)
         factors = low_rank_factors(layer, ADAPTER_NAME)
         torch.testing.assert_close(factors.up @ factors.down, change, atol=1e-5, rtol=1e-4)
 
 
 def test_scale_layer_is_undone_by_unscale_layer(pipe, tmp_path):
     layer = next(iter(vera_layers(adapted(pipe, tmp_path)["unet"]).values()))
-    trained = layer.get_delta_weight(ADAPTER_NAME).clone()
+    x = torch.randn(3, layer.in_features)
+    base, trained = layer.get_base_layer()(x), layer(x)
     layer.scale_layer(0.5)
-    torch.testing.assert_close(layer.get_delta_weight(ADAPTER_NAME), 0.5 * trained)
+    torch.testing.assert_close(layer(x), torch.lerp(base, trained, 0.5))
     layer.unscale_layer(0.5)
-    torch.testing.assert_close(layer.get_delta_weight(ADAPTER_NAME), trained)
+    torch.testing.assert_close(layer(x), trained)
     layer.set_scale("another", 0.1)
-    torch.testing.assert_close(layer.get_delta_weight(ADAPTER_NAME), trained)
+    torch.testing.assert_close(layer(x), trained)
 
 
 def test_a_layer_has_out_features_plus_rank_trained_parameters(pipe, tmp_path):
