@@ -227,8 +227,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def _low_rank_factors(self, adapter_name: str, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.supports_lora_conversion(adapter_name):
-            raise ValueError(gated(adapter_name))
+        self._check_is_weight_change(adapter_name)
         up, down = self._inner_factors(adapter_name, scaling)
         return self.nora_B[adapter_name].float() @ up.float(), down.float() @ self.nora_A[adapter_name].float()
 
@@ -270,9 +269,10 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         Raises: ValueError for a mixture of subspaces, and with `safe_merge` if the sum is not finite; the weight is not changed
             then.
         """
-        for adapter_name in check_adapters_to_merge(self, adapter_names):
-            if adapter_name not in self.r:
-                continue
+        to_merge = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
+        for adapter_name in to_merge:
+            self._check_is_weight_change(adapter_name)
+        for adapter_name in to_merge:
             scaling = self.scaling[adapter_name]
             merged = self._weight_plus_change(adapter_name, scaling)
             if safe_merge and not torch.isfinite(merged).all():
@@ -302,6 +302,10 @@ class NoraLayer(nn.Module, BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the weight change is a product of two low-rank factors: not for a mixture of subspaces."""
         return adapter_name not in self.nora_gate
+
+    def _check_is_weight_change(self, adapter_name: str) -> None:
+        if not self.supports_lora_conversion(adapter_name):
+            raise ValueError(gated(adapter_name))
 
     # Forward
 
