@@ -91,7 +91,7 @@ RESUMABLE = "--max_train_steps 2 --checkpointing_steps 1"
 SHORT_PRETRAINING = "--output_dir pretrained --scenes 8 --stages basis"
 SHORT_PROGRAMS = {
     "benchmarks/adapter_step.py": "--tokens 16 --steps 1",
-    "benchmarks/awsvd_speed.py": "--rank 4",
+    "benchmarks/awsvd_speed.py": "--rank 4 --repeats 1",
     "benchmarks/clip_step.py": "--steps 1 --rank 4 --inner_r 1 --formats",
     "benchmarks/heldout_loss.py": f"--pretrained_model_name_or_path tiny --flags '{SHORT_SUBJECT} {SMALL_RANKS} {HELD_OUT}'",
     "benchmarks/methods.py": "--width 64 --tokens 8 --steps 1 --methods lora",
@@ -296,7 +296,7 @@ def small_shapes(workspace: Workspace, benchmark: object) -> None:
 def small_matrices(workspace: Workspace, benchmark: object) -> None:
     """One small matrix in place of SDXL's."""
     compare = benchmark.compare_on_one_matrix
-    workspace.patch.setattr(benchmark, "compare_on_one_matrix", lambda size, rank, device: compare(32, rank, device))
+    workspace.patch.setattr(benchmark, "compare_on_one_matrix", lambda size, *more: compare(32, *more))
     workspace.patch.setattr(benchmark, "sdxl_attention_shapes", lambda: Counter({(16, 24): 1}))
 
 

@@ -163,6 +163,15 @@ def test_a_batch_gives_the_factors_of_each_of_its_matrices(method):
         torch.testing.assert_close(B[place] @ A[place], single_B @ single_A, rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("method", ["exact", *RANDOMIZED])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_single_entry_that_is_not_finite_is_refused_by_every_method(method, value):
+    weights = torch.stack([decaying_weight(200)] * 2)
+    weights[1, 77, 123] = value
+    with pytest.raises(ValueError, match="weight must be finite"):
+        awsvd(weights, torch.ones(2, 200), 8, method=method)
+
+
 @pytest.mark.parametrize("method", RANDOMIZED)
 def test_randomized_methods_use_only_their_generator(method):
     weight, scale = decaying_weight(200), torch.ones(200)
