@@ -70,7 +70,7 @@ class TaskDefaults:
 
 
 class MethodTraining:
-    """A method's state and hooks during one training run; each run creates its own.
+    """A method's state and hooks during one training run; each run creates its own. Steps count from 1.
 
     Args:
         models: the adapted models.
@@ -84,8 +84,14 @@ class MethodTraining:
         """A scalar that is added to the loss of every batch; None for none."""
         return None
 
+    def before_step(self, step: int, generator: torch.Generator) -> None:
+        """Called before the forward passes of a step; `generator` depends on the seed of the run and `step` only."""
+
+    def after_backward(self, step: int) -> None:
+        """Called after all backward passes of a step and the clipping of gradients, and before `optimizer.step`."""
+
     def after_step(self, step: int) -> None:
-        """Called after `optimizer.step` and before `zero_grad`, so that gradients are available; `step` counts from 1."""
+        """Called after `optimizer.step` and before `zero_grad`, so that gradients are available."""
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors for a checkpoint, from which training resumes bit for bit."""

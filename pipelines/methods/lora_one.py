@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from pipelines.adapter_method import Losses, LowRankOptions, Probe, TaskDefaults, adapters_off, option, tuner_layers
+from pipelines.adapter_method import (
+    ADAPTER_NAME,
+    Losses,
+    LowRankOptions,
+    MethodTraining,
+    Probe,
+    TaskDefaults,
+    adapters_off,
+    option,
+    tuner_layers,
+)
 from pipelines.errors import InputError
 from pipelines.methods.lora import Lora
 from pipelines.option_checks import above_zero, at_least
@@ -50,10 +60,19 @@ class LoraOneOptions(LowRankOptions):
         "LoRA-One gamma (divisor of the initial change)",
     )
 
+    precondition: bool = option(
+        False,
+        "precondition the gradients of A and B by each other's Gram matrices in each step",
+        "LoRA-One precondition (precondition gradients)",
+    )
+    damping: float = option(
+        1e-6, "added to the diagonals of the Gram matrices of precondition", "LoRA-One damping (of the preconditioner)"
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "gradient_batches")
-        above_zero(self, "gamma")
+        above_zero(self, "gamma", "damping")
 
 
 class LoraOne(Lora):
@@ -88,6 +107,17 @@ class LoraOne(Lora):
             target_modules=target_modules,
             exclude_modules=exclude_modules,
         )
+
+    def __init__(self, options: LoraOneOptions) -> None:
+        super().__init__(options)
+        # Gram matrices need whole factors, which FSDP would split.
+        self.can_be_sharded = not options.precondition
+
+    def training(self, models: Sequence[nn.Module], total_steps: int) -> MethodTraining:
+        """With `precondition`, the preconditioner."""
+        if not self.options.precondition:
+            return super().training(models, total_steps)
+        return Preconditioning(models, total_steps, self.options.damping)
 
     def start(self, model: nn.Module, probe: Probe, adapter_name: str) -> None:
         """Initialise A and B from the gradients of the probe's losses, or from its cache.
@@ -211,6 +241,35 @@ def adding_to(total: torch.Tensor) -> Callable[[torch.Tensor], None]:
         parameter.grad = None
 
     return add
+
+
+class Preconditioning(MethodTraining):
+    """Preconditions the gradients of every step, before AdamW  [LoRA-One, alg. 1; Zhang and Pilanci 2024].
+
+        g_A <- (B^T B + damping I)^-1 g_A,  g_B <- g_B (A A^T + damping I)^-1
+
+    Both use the factors of the same step, as PEFT's `create_riemannian_optimizer` does: one step of the optimiser updates both.
+    In the paper, the second uses A after its update.
+    """
+
+    def __init__(self, models: Sequence[nn.Module], total_steps: int, damping: float) -> None:
+        super().__init__(models, total_steps)
+        self.damping = damping
+
+    @torch.no_grad()
+    def after_backward(self, step: int) -> None:
+        """Replace the gradients of A (r, n) and B (m, r)."""
+        for layer in (layer for model in self.models for layer in tuner_layers(model).values()):
+            A, B = layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight
+            # A text encoder that is no longer trained has no gradients.
+            if A.grad is None or B.grad is None:
+                continue
+            rows, columns = A.flatten(1), B.flatten(1)
+            identity = self.damping * torch.eye(len(rows), device=rows.device, dtype=rows.dtype)
+            of_A = torch.linalg.solve(columns.T @ columns + identity, A.grad.flatten(1))
+            of_B = torch.linalg.solve(rows @ rows.T + identity, B.grad.flatten(1), left=False)
+            A.grad.copy_(of_A.view_as(A))
+            B.grad.copy_(of_B.view_as(B))
 
 
 def check_layers(layers: Mapping[str, LoraLayer]) -> None:

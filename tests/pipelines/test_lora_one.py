@@ -16,7 +16,7 @@ from toy_task import toy_clip
 
 from nora_vision import AdapterFileError
 from pipelines import adapter_files
-from pipelines.adapter_method import ADAPTER_NAME, Probe, no_losses, trained_parameters, tuner_layers
+from pipelines.adapter_method import ADAPTER_NAME, MethodTraining, Probe, no_losses, trained_parameters, tuner_layers
 from pipelines.adapter_options import AdapterOptions
 from pipelines.clip_attention import separate
 from pipelines.errors import InputError
@@ -384,3 +384,54 @@ def test_files_are_plain_lora_that_peft_loads(pipe, tmp_path):
     torch.testing.assert_close(image(stock), expected, atol=1 / 255, rtol=0)
     assert (expected - image(tiny_pipeline())).abs().max() > 1 / 255
     assert method_of(components["unet"].peft_config[ADAPTER_NAME]).name == "lora_one"
+
+
+def test_the_preconditioner_solves_with_the_gram_matrix_of_the_other_factor():
+    model = nn.ModuleDict({"linear": nn.Linear(6, 5), "conv": nn.Conv2d(3, 4, 3)})
+    method = AdapterOptions("lora_one", rank=2, precondition=True, damping=1e-3).create()
+    method.add(model, ["linear", "conv"], torch.Generator().manual_seed(0))
+    layers = tuner_layers(model).values()
+    expected = []
+    for layer in layers:
+        A, B = (part[ADAPTER_NAME].weight for part in (layer.lora_A, layer.lora_B))
+        for parameter in (A, B):
+            nn.init.normal_(parameter)
+            parameter.grad = torch.randn_like(parameter)
+        gram_B = B.flatten(1).T @ B.flatten(1) + 1e-3 * torch.eye(2)
+        gram_A = A.flatten(1) @ A.flatten(1).T + 1e-3 * torch.eye(2)
+        expected.append((gram_B.inverse() @ A.grad.flatten(1), B.grad.flatten(1) @ gram_A.inverse()))
+    method.training([model], 10).after_backward(1)
+    for layer, (of_A, of_B) in zip(layers, expected, strict=True):
+        torch.testing.assert_close(layer.lora_A[ADAPTER_NAME].weight.grad.flatten(1), of_A, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(layer.lora_B[ADAPTER_NAME].weight.grad.flatten(1), of_B, atol=1e-4, rtol=1e-4)
+
+
+def test_the_preconditioned_step_is_that_of_pefts_riemannian_optimizer():
+    from peft import LoraConfig, get_peft_model
+    from peft.optimizers import create_riemannian_optimizer
+
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(get_peft_model(nn.ModuleDict({"linear": nn.Linear(6, 5)}), LoraConfig(r=2, target_modules=["linear"])))
+        nn.init.normal_(models[-1].base_model.model["linear"].lora_B[ADAPTER_NAME].weight)
+    ours, theirs = (model.base_model.model for model in models)
+    training = AdapterOptions("lora_one", rank=2, precondition=True, damping=1e-2).create().training([ours], 3)
+    trained = [[p for p in model.parameters() if p.requires_grad] for model in models]
+    optimizers = [torch.optim.AdamW(trained[0], lr=0.1), create_riemannian_optimizer(models[1], torch.optim.AdamW, lr=0.1)]
+    x = torch.randn(4, 6)
+    for _ in range(3):
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            model["linear"](x).square().mean().backward()
+            if model is ours:
+                training.after_backward(1)
+            optimizer.step()
+    for first, second in zip(*trained, strict=True):
+        torch.testing.assert_close(first, second, atol=1e-4, rtol=1e-4)
+
+
+def test_a_preconditioned_training_is_not_sharded():
+    assert AdapterOptions("lora_one").create().can_be_sharded
+    assert not AdapterOptions("lora_one", precondition=True).create().can_be_sharded
+    assert type(AdapterOptions("lora_one").create().training([], 1)) is MethodTraining

@@ -93,12 +93,24 @@ class Recording(MethodTraining):
 
     def __init__(self, module):
         super().__init__([module], 6)
-        self.steps, self.gradients = [], []
+        self.steps, self.gradients, self.calls, self.samples = [], [], [], []
 
     def regularizer(self):
         return sum(parameter.square().sum() for parameter in self.models[0].parameters())
 
+    def before_step(self, step, generator):
+        self._called("before", step)
+        self.samples.append(torch.rand((), generator=generator).item())
+
+    def after_backward(self, step):
+        self._called("between", step)
+
+    def _called(self, when, step):
+        first = next(self.models[0].parameters())
+        self.calls.append((when, step, first.grad is None, first.flatten()[0].item()))
+
     def after_step(self, step):
+        self._called("after", step)
         self.steps.append(step)
         self.gradients.append(all(parameter.grad is not None for parameter in self.models[0].parameters()))
 
@@ -109,15 +121,27 @@ class Recording(MethodTraining):
         self.steps = list(state.get("steps", []))
 
 
-def test_the_loop_adds_the_regulariser_calls_the_method_after_each_step_and_keeps_its_state(tmp_path: Path):
+def test_the_loop_adds_the_regulariser_calls_the_method_around_each_step_and_keeps_its_state(tmp_path: Path):
     plain = trained(tmp_path / "plain", trainable())
     what = trainable()
     what.method = Recording(what.module)
     held = trained(tmp_path / "held", what, steps=4)
     assert what.method.steps == [1, 2, 3, 4]
     assert all(what.method.gradients)
+    assert [call[:3] for call in what.method.calls] == [
+        (when, step, when == "before") for step in (1, 2, 3, 4) for when in ("before", "between", "after")
+    ]
+    values = [call[3] for call in what.method.calls]
+    assert values[0::3] == values[1::3]
+    assert all(one != other for one, other in zip(values[1::3], values[2::3], strict=True))
     assert held.norm() < plain.norm()
     resumed = trainable()
     resumed.method = Recording(resumed.module)
     trained(tmp_path / "held", resumed, steps=6)
     assert resumed.method.steps == [1, 2, 3, 4, 5, 6]
+    # What is sampled depends on the run's seed and the step only.
+    uninterrupted = trainable()
+    uninterrupted.method = Recording(uninterrupted.module)
+    trained(tmp_path / "whole", uninterrupted, steps=6)
+    assert len(set(uninterrupted.method.samples)) == 6
+    assert uninterrupted.method.samples == what.method.samples + resumed.method.samples

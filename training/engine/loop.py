@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import signal
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -27,13 +26,13 @@ from pipelines.errors import InputError
 from pipelines.optimizers import averaged, trainable_parameters
 from training.engine.checkpoints import load_checkpoint, newest_intact_checkpoint, save_checkpoint
 from training.engine.prefetch import ProcessBatches
+from training.engine.progress import TrainingProgress
 from training.engine.sharding import gathered, prepare, split_like, split_state, summon_full_params
 from training.engine.stopping import NotFiniteError, StopRequests, TrainingInterrupted
 from training.runs.run import RunDirectory
 from training.runs.run_requests import ASKED, SAMPLE, SAVE, STOP, Requests
 
 STEP_STRIDE = 1_000_003
-STATUS_SECONDS = 1.0
 
 logger = get_logger(__name__)
 
@@ -237,7 +236,9 @@ class Stepper:
             finite.
         """
         accelerator, trainable = self.accelerator, self.trainable
-        torch.manual_seed(self.options.seed * STEP_STRIDE + step)
+        seed = self.options.seed * STEP_STRIDE + step
+        torch.manual_seed(seed)
+        trainable.method.before_step(step + 1, torch.Generator().manual_seed(seed))
         total = self._backward(batches)
         requested = frozenset() if requests is None else requests.take()
         if signals is not None and signals.noted > 0:
@@ -250,6 +251,7 @@ class Stepper:
         for name, value in (("loss", loss), ("gradient's norm", gradient)):
             if not math.isfinite(value):
                 raise NotFiniteError(self._not_finite(name, value, step))
+        trainable.method.after_backward(step + 1)
         self.optimizer.step()
         if not accelerator.optimizer_step_was_skipped:
             trainable.method.after_step(step + 1)
@@ -287,23 +289,6 @@ class Stepper:
             f"The {name} of step {step + 1} is {value} and must be finite; the step was not saved. Lower the learning rate and "
             f"start again, or resume from a checkpoint in {str(self.run.checkpoints)!r}."
         )
-
-
-class TrainingProgress:
-    """Writes the progress of training to status.json about once a second."""
-
-    def __init__(self, run: RunDirectory, first: int, total: int) -> None:
-        self.run, self.first, self.total = run, first, total
-        self.began, self.reported = time.monotonic(), -math.inf
-
-    def report(self, step: int) -> None:
-        """Report `step` completed steps."""
-        now = time.monotonic()
-        if now - self.reported < STATUS_SECONDS and step < self.total:
-            return
-        self.reported = now
-        left = (now - self.began) / (step - self.first) * (self.total - step)
-        self.run.update_status(phase="training", step=step, total=self.total, seconds_left=round(left, 1))
 
 
 def _finish_step(stepper: Stepper, step: int, periodic: Sequence[Periodic], requested: frozenset[str]) -> None:
