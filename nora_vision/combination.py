@@ -123,7 +123,7 @@ def check_weights(adapters: Sequence[str], weights: Sequence[float], present: Ma
         if not math.isfinite(weight):
             raise ValueError(f"The weight of adapter {name!r} must be a finite number, got {weight!r}.")
         if present[name].num_subspaces > 1:
-            raise ValueError(gated(name))
+            raise ValueError(gated(f"NoRA adapter {name!r} is"))
         if modules := present[name].modules_to_save:
             raise ValueError(
                 f"Adapter {name!r} has modules that are trained in full, {sorted(modules)}. "

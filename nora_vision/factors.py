@@ -13,7 +13,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .layer import NoraLayer
+from .inner import gated
+from .layer import NoraLayer, nora_layers
 from .weight_change import best_low_rank, weight_change
 
 
@@ -50,11 +51,18 @@ def has_adapter(layer: nn.Module, adapter_name: str) -> bool:
     )
 
 
+def is_weight_change(model: nn.Module, adapter_name: str) -> bool:
+    """Whether the adapter changes the weights of `model`, so that it can be merged and exported."""
+    return all(layer.supports_lora_conversion(adapter_name) for layer in nora_layers(model).values())
+
+
 @low_rank_factors.register
 def _(layer: NoraLayer, adapter_name: str) -> Factors | None:
     """s B M A = (s B up) (down A) for M = up down, serially B' A'."""
     if adapter_name not in layer.r:
         return None
+    if not layer.supports_lora_conversion(adapter_name):
+        raise ValueError(gated("is adapted by"))
     return Factors(*layer._low_rank_factors(adapter_name, layer.alpha[adapter_name] / layer.inner_r[adapter_name]))
 
 

@@ -293,11 +293,11 @@ def make_inner_form(name: InnerFormName, r: int, inner_r: int, **values: Any) ->
     return FORMS[name](r, inner_r, **values)
 
 
-def gated(adapter_name: str) -> str:
-    """The sentence for what a mixture of subspaces cannot do."""
+def gated(subject: str) -> str:
+    """The sentence, which begins with `subject`, for what cannot be done with a mixture of subspaces."""
     return (
-        f"NoRA adapter {adapter_name!r} is a mixture of subspaces, whose gates depend on the input, so that it is no change of "
-        "weights: it cannot be merged, added to others or exported as LoRA. Use it unmerged in its native files, or train with "
+        f"{subject} a mixture of subspaces, whose gates depend on the input, so that it is no change of weights: it cannot be "
+        "merged, added to other adapters or exported as LoRA. Use it unmerged, from its native files, or train with "
         "num_subspaces=1."
     )
 

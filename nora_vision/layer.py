@@ -305,7 +305,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
 
     def _check_is_weight_change(self, adapter_name: str) -> None:
         if not self.supports_lora_conversion(adapter_name):
-            raise ValueError(gated(adapter_name))
+            raise ValueError(gated(f"NoRA adapter {adapter_name!r} is"))
 
     # Forward
 

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from torch import nn
 
+from nora_vision.factors import is_weight_change
 from nora_vision.files import read_json
+from nora_vision.inner import gated
 from pipelines.adapter_method import ADAPTER_NAME
 from pipelines.methods import method_named, method_of
 from pipelines.native_files import COMPACT, CONFIG, FULL, METHOD_KEY, read_metadata
+
+logger = logging.getLogger(__name__)
 
 
 def save(components: Mapping[str, nn.Module], folder: Path, adapter_name: str = ADAPTER_NAME) -> None:
     """Write the adapter's native files at scale 1, in every layout of its method, to `folder/<layout>/<component>`."""
     config = next(iter(components.values())).peft_config[adapter_name]
     method_of(config).save(components, folder, adapter_name)
+
+
+def can_be_exported(components: Mapping[str, nn.Module], adapter_name: str = ADAPTER_NAME) -> bool:
+    """Whether the adapter is a change of weights, which files for other programs can hold; if not, the log says so."""
+    if all(is_weight_change(model, adapter_name) for model in components.values()):
+        return True
+    logger.warning(f"{gated('This adapter is')} There are no files for other programs.")
+    return False
 
 
 def load(components: Mapping[str, nn.Module], folder: Path, adapter_name: str = ADAPTER_NAME) -> None:

@@ -28,6 +28,8 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 
+from pipelines.adapter_files import can_be_exported
+from pipelines.adapter_method import ADAPTER_NAME
 from pipelines.clip import load_clip
 from pipelines.fewshot.data import LabelledImage
 from pipelines.fewshot.export import save_exported, save_lora, save_merged
@@ -115,7 +117,9 @@ def log_line(trial: Trial, result: TrialResult) -> str:
 
 
 def export(fitted: FittedAdapter, folder: Path, formats: list[str]) -> None:
-    """Write the adapted model, at the chosen scale, to files that do not need this project."""
+    """Write the adapted model, at the chosen scale, to files that do not need this project, if it is a change of weights."""
+    if not can_be_exported(fitted.components, ADAPTER_NAME):
+        return
     tokens = fitted.clip.tokenizer(fitted.split_images.experiment.prompts.texts())
     if "lora" in formats:
         save_lora(fitted.components, folder / "lora", fitted.scale)

@@ -19,6 +19,14 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 
+# As in `nora_vision`, which is not imported here.
+INNER_INITS = ("zero", "gaussian", "uniform", "orthogonal", "singular_values")
+INNER_FORMS = (
+    "serial", "parallel", "a_side", "b_side", "full", "block_diagonal", "symmetric", "antisymmetric", "sparse_low_rank",
+)  # fmt: skip
+OUTER_SCALINGS = ("B", "A", "split", "mean", "none")
+
+
 @dataclass
 class NoraOptions:
     """Options of NoRA."""
@@ -33,9 +41,40 @@ class NoraOptions:
     dropout: float = option(0.0, "dropout probability within the adapter")
     inner_init: str = option(
         "zero",
-        "initialisation of the inner factors, zero or gaussian",
+        "initialisation of the inner factors: zero, gaussian, uniform, orthogonal, or singular_values (those that the outer "
+        "factors do not contain)",
         "NoRA inner_init (initialisation of the inner factors)",
-        choices=("zero", "gaussian"),
+        choices=INNER_INITS,
+    )
+    inner_form: str = option(
+        "serial",
+        "form of the trained r x r matrix M between the outer factors: serial (B' A'), parallel (B' P + P^T A'), a_side, b_side, "
+        "full, block_diagonal, symmetric, antisymmetric or sparse_low_rank; see docs/nora-forms.md for equations and parameters",
+        "NoRA inner_form (form of the trained matrix)",
+        choices=INNER_FORMS,
+    )
+    inner_blocks: int = option(
+        1,
+        "number of blocks of inner_form block_diagonal, for rank^2 / inner_blocks parameters",
+        "NoRA inner_blocks (for block_diagonal)",
+    )
+    sparse_entries: int = option(
+        0,
+        "number of entries of the sparse matrix of inner_form sparse_low_rank, so many more parameters",
+        "NoRA sparse_entries (for sparse_low_rank)",
+    )
+    num_subspaces: int = option(
+        1,
+        "above 1, the outer directions are so many slices with a gate each that depends on the input, for num_subspaces * rank "
+        "more parameters; such a mixture of subspaces cannot be merged or exported as LoRA",
+        "NoRA num_subspaces (gated slices; above 1 not exported as LoRA)",
+    )
+    outer_scaling: str = option(
+        "B",
+        "place of the weight's singular values in the outer factors: B, A, split (square roots on both), mean (only their mean, "
+        "on B) or none; none with inner_init singular_values is the form of the preprint, arXiv 2408.10280",
+        "NoRA outer_scaling (place of the singular values)",
+        choices=OUTER_SCALINGS,
     )
     preserve_output: bool = option(
         False,
@@ -86,6 +125,11 @@ class Nora(AdapterMethod):
             alpha=options.inner_r if options.alpha is None else options.alpha,
             dropout=options.dropout,
             inner_init=options.inner_init,
+            inner_form=options.inner_form,
+            inner_blocks=options.inner_blocks,
+            sparse_entries=options.sparse_entries,
+            num_subspaces=options.num_subspaces,
+            outer_scaling=options.outer_scaling,
             preserve_output=options.preserve_output,
             outer_init="awsvd",
             outer_slice=options.outer_slice,

@@ -119,9 +119,12 @@ def save_everywhere(
 ) -> None:
     """Write the adapter to `folder` in its native layouts (`adapter/`), in diffusers' format and in kohya's.
 
-    A kohya file of another title is removed: it is an earlier export of a run directory that has been renamed since.
+    A kohya file of another title is removed: it is an earlier export of a run directory that has been renamed since. An adapter
+    that is no change of weights has only the native layouts.
     """
     adapter_files.save(components, folder / "adapter", adapter_name)
+    if not adapter_files.can_be_exported(components, adapter_name):
+        return
     export_lora(pipeline, folder / "diffusers", adapter_name, format="diffusers")
     kohya = export_lora(pipeline, folder / "kohya" / f"{title}.safetensors", adapter_name, format="kohya")
     for earlier in set(kohya.parent.glob("*.safetensors")) - {kohya}:

@@ -19,7 +19,8 @@ PARSERS = {"subject": parse_options, "classify": parse_fewshot_options}
 FITTING = {
     "instance_prompt": "a photo of -sks \"dog\"'s; $HOME\n*", "class_prompt": "-a dog", "validation_prompt": ["a b", "", "c=d"],
     "rank": 12, "resolution": 64, "aspect_ratio_buckets": "64,64", "size_conditioning": "image",
-    "method": "dora", "inner_init": "gaussian",
+    "method": "dora", "inner_init": "gaussian", "inner_form": "parallel", "inner_blocks": 2, "num_subspaces": 2,
+    "outer_scaling": "split", "outer_slice": "2/3",
     "target_modules": ["to_q", "to_v"], "lr_scheduler": "linear", "optimizer": "Prodigy", "text_encoder_lr": [1e-05, 2.5e-4],
     "quantize": "nf4", "mixed_precision": "bf16", "prior_generation_precision": "fp32", "report_to": "none",
     "hub_model_id": "a/b", "adam_beta1": 0.5, "adam_beta2": 0.1 + 0.2, "ema_decay": 0.5, "dropout": 0.125,
@@ -33,6 +34,8 @@ NEEDED = {
     "stop_text_encoder_training": {"adapter": {"train_text_encoder": True}},
     "hub_model_id": {"validation": {"push_to_hub": True}},
 }
+# The same for options of the same group.
+NEEDED_BESIDE = {"inner_blocks": {"inner_form": "block_diagonal"}, "sparse_entries": {"inner_form": "sparse_low_rank"}}
 FOLDERS = ("data_dir", "instance_data_dir", "class_data_dir", "cache_dir")
 
 
@@ -70,6 +73,7 @@ def guest(tmp_path):
 def test_every_option_has_the_same_value_on_the_command_line(task, group, field, local, tmp_path):
     values = {name: dict(fields) for name, fields in NEEDED.get(field.name, {}).items()}
     values.setdefault(group, {})[field.name] = another(task, field, tmp_path)
+    values[group] |= NEEDED_BESIDE.get(field.name, {})
     if field.name == "instance_data_dir":
         values[group]["instance_prompt"] = "a photo of sks dog"
     kept = cleaned(local, task, values)

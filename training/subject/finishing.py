@@ -28,7 +28,7 @@ from training.subject.certificate import StockModel, certify
 from training.subject.checkpoint_selection import steps_to_sample
 from training.subject.image_scoring import suggest_for, write_suggestion
 from training.subject.measured import adapter_at, heldout_curve, sample_scores, saved_steps
-from training.subject.model_card import GRID, write_model_card
+from training.subject.model_card import GRID, has_exports, write_model_card
 from training.subject.publishing import assemble, push_to_hub
 from training.subject.samples import ValidationSampler
 from training.subject.validation import log_scores
@@ -86,7 +86,7 @@ def finish(run: RunDirectory, trained: Trained, options: SubjectOptions) -> None
         logger.warning(warning)
     rows += suggested_rows(run, trained, options, suggestion, images_by_step.get(suggestion.step))
     labelled_grid(rows, options.output.validation_prompt).save(run.path / GRID)
-    if options.validation.certify:
+    if options.validation.certify and has_exports(run):
         run.update_status(phase="certifying")
         certify_run(run, trained, options)
     summarise(run, trained, options, suggestion)
@@ -104,7 +104,9 @@ def summarise(run: RunDirectory, trained: Trained, options: SubjectOptions, sugg
     run.update_status(num_trainable_parameters=count, suggested_step=suggestion.step, seconds=seconds)
     write_model_card(run, options, trained.images)
     logger.info(f"Trained {count:,} parameters in {seconds / 60:.1f} min. Images before and after: {run.path / GRID}.")
-    logger.info(f"The adapter is in {run.path / 'diffusers'} and {run.path / 'kohya'}. Details are in {run.path / CARD}.")
+    folders = ("diffusers", "kohya") if has_exports(run) else ("adapter",)
+    paths = " and ".join(str(run.path / name) for name in folders)
+    logger.info(f"The adapter is in {paths}. Details are in {run.path / CARD}.")
 
 
 def title_of(run: RunDirectory, options: SubjectOptions) -> str:

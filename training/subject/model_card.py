@@ -32,6 +32,9 @@ from {threshold:.2f} on). They can be compared within this table only.
 {rows}"""
 IMPORTS = "from diffusers import StableDiffusionXLPipeline"
 BUILT_IN_IMPORTS = f"import torch\n{IMPORTS}\n\nfrom pipelines.built_in import model_path"
+NATIVE_IMPORTS = "from pipelines.subject.adapters import load_adapter"
+NATIVE_LOAD = """load_adapter(pipe, "adapter/full", "subject")
+pipe.set_adapters("subject")"""
 BODY = """---
 {header}
 ---
@@ -50,7 +53,7 @@ A {method} adapter of `{model}`: {steps} steps of {batch} images on {images} ima
 {imports}
 
 pipe = StableDiffusionXLPipeline.{loader}({arguments})
-{scheduler}pipe.load_lora_weights("diffusers")
+{scheduler}{load}
 pipe({prompt_literal}).images[0]
 ```
 """
@@ -90,17 +93,27 @@ def model_card(run: RunDirectory, options: SubjectOptions, images: int, private:
             for finding in _findings(run, scorer_name(options.validation.image_scorer, private)) + _compatibility(options)
         ),
         files="\n".join(f"| {as_text(name)} | {size:,} |" for name, size in _exported_files(run)),
-        **_loading_code(options, model),
+        **_loading_code(options, model, has_exports(run)),
         prompt_literal=json.dumps(f"{prompt} {NEW_SCENES[0]}", ensure_ascii=False),
     )
 
 
-def _loading_code(options: SubjectOptions, model: str) -> dict[str, str]:
-    """The parts of the card's code that load the base model, called `model` in the card."""
+def has_exports(run: RunDirectory) -> bool:
+    """Whether the adapter was exported as LoRA, which it can be if it is a change of weights."""
+    return (run.path / "diffusers").is_dir()
+
+
+def _loading_code(options: SubjectOptions, model: str, exported: bool) -> dict[str, str]:
+    """The parts of the card's code that load the base model, called `model` in the card, and the adapter, if not `exported`
+    from its native files."""
     built_in = is_built_in(options.model.pretrained_model_name_or_path)
+    imports, load = BUILT_IN_IMPORTS if built_in else IMPORTS, 'pipe.load_lora_weights("diffusers")'
+    if not exported:
+        imports, load = f"{imports}\n\n{NATIVE_IMPORTS}", NATIVE_LOAD
     return {
+        "load": load,
         "loader": "from_single_file" if model.endswith(".safetensors") else "from_pretrained",
-        "imports": BUILT_IN_IMPORTS if built_in else IMPORTS,
+        "imports": imports,
         # The built-in weights are stored in half precision, and the adapter in single precision.
         "arguments": f"model_path({json.dumps(model)}), torch_dtype=torch.float32" if built_in else json.dumps(model),
         "scheduler": _scheduler_lines(options.model.prediction()),
