@@ -143,6 +143,8 @@ class AdapterMethod:
     Options: ClassVar[type] = LowRankOptions
     # Whether an initialised, untrained adapter leaves the model's output unchanged.
     starts_at_base: ClassVar[bool] = True
+    # Whether the seed changes the initial values of its tensors.
+    samples_start: ClassVar[bool] = True
     # Which layers it can adapt besides linear ones in full precision.
     adapts_convolutions: ClassVar[bool] = True
     adapts_quantized_layers: ClassVar[bool] = True
@@ -184,11 +186,15 @@ class AdapterMethod:
 
         Raises: ValueError if the configuration does not fit the model.
         """
-        add_adapter(model, config, adapter_name)
+        self.inject(model, config, adapter_name)
 
     def start(self, model: nn.Module, probe: Probe, adapter_name: str) -> None:
         """Initialise an adapter that was just added to `model`."""
         raise NotImplementedError
+
+    def formula_names(self, m: int, n: int) -> dict[str, int]:
+        """The names in `parameters` besides those of options, for a weight (m, n)."""
+        return {"m": m, "n": n}
 
     def learning_rate_factor(self, parameter_name: str) -> float:
         """The factor on the learning rate of the parameter with this name."""
@@ -224,7 +230,25 @@ class AdapterMethod:
         for name, model in components.items():
             state = get_peft_model_state_dict(model, adapter_name=adapter_name)
             tensors = {f"{PEFT_PREFIX}{key}": value for key, value in state.items()}
-            write_native(folder / FULL / name, model.peft_config[adapter_name], tensors, {METHOD_KEY: cls.name})
+            metadata = {METHOD_KEY: cls.name, **cls.file_metadata(model, adapter_name)}
+            write_native(folder / FULL / name, model.peft_config[adapter_name], tensors, metadata)
+
+    @classmethod
+    def file_metadata(cls, model: nn.Module, adapter_name: str) -> dict[str, str]:
+        """Metadata of the adapter's native file, from which `check_loaded` verifies what the file does not hold."""
+        return {}
+
+    @classmethod
+    def check_loaded(cls, model: nn.Module, adapter_name: str, metadata: Mapping[str, str], source: Path) -> None:
+        """Verify an adapter that was loaded from the native file `source`, with the metadata that `file_metadata` returned.
+
+        Raises: AdapterFileError if values that the file does not hold differ here from those that it was trained with.
+        """
+
+    @classmethod
+    def inject(cls, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        """Add the adapter's layers to `model`."""
+        add_adapter(model, config, adapter_name)
 
     @classmethod
     def load(cls, components: Mapping[str, nn.Module], folder: Path, adapter_name: str) -> None:
@@ -241,11 +265,11 @@ class AdapterMethod:
         from nora_vision.saving import PEFT_PREFIX
 
         for name, model in components.items():
-            config, tensors, _ = read_native(folder / name)
+            config, tensors, metadata = read_native(folder / name)
             # Earlier versions wrote no prefix; PEFT's own loader needs one.
             state = {key.removeprefix(PEFT_PREFIX): value for key, value in tensors.items()}
             note_method(config, cls.name)
-            add_adapter(model, config, adapter_name)
+            cls.inject(model, config, adapter_name)
             # PEFT ignores targets that the model lacks, and tensors that match no target.
             unmatched = sorted(state.keys() ^ get_peft_model_state_dict(model, adapter_name=adapter_name).keys())
             if unmatched:
@@ -254,6 +278,7 @@ class AdapterMethod:
                     f"({len(unmatched)} such tensors in all). Load it onto the model that it was trained on."
                 )
             set_peft_model_state_dict(model, state, adapter_name)
+            cls.check_loaded(model, adapter_name, metadata, folder / name / WEIGHTS)
 
     @classmethod
     def conflicts(cls, model: nn.Module, adapter_name: str) -> list[str]:

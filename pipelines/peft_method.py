@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from pipelines.adapter_method import AdapterMethod, Probe, add_adapter, tuner_layers
+from pipelines.adapter_method import AdapterMethod, Probe, tuner_layers
 from pipelines.lora_conversion import add_as_lora
 from pipelines.scalable_layers import make_scalable
 
@@ -39,10 +39,12 @@ class PeftMethod(AdapterMethod):
     adapts_quantized_layers = False
 
     def config(self, target_modules: list[str], exclude_modules: str | None = None) -> PeftConfig:
-        """PEFT's configuration with the options' values; options that are None keep PEFT's defaults."""
+        """PEFT's configuration with the options' values, and alpha = rank unless alpha is given."""
         import peft
 
         options = {field.name: getattr(self.options, field.name) for field in dataclasses.fields(self.options)}
+        if "alpha" in options and options["alpha"] is None:
+            options["alpha"] = options["rank"]
         given = {self.fields.get(name, name): value for name, value in options.items() if value is not None}
         config = getattr(peft, self.config_class)(**given, **self.settings, target_modules=target_modules)
         # Some configurations lack this field, but all tuners read it.
@@ -50,15 +52,37 @@ class PeftMethod(AdapterMethod):
         return config
 
     def attach(self, model: nn.Module, config: PeftConfig, adapter_name: str, generator: torch.Generator) -> None:
-        """Add the adapter; PEFT samples its initial values from the global generator, which is seeded by `generator`."""
+        """Add the adapter; PEFT samples its initial values from the global generator, which is seeded by `generator`.
+
+        Raises: ValueError naming the layer that the adapter does not fit.
+        """
+        from nora_vision.calibration import base_name
+
+        targeted = dict(targeted_layers(model, config))
+        if not targeted:
+            raise ValueError(f"The model has no layer {' or '.join(sorted(config.target_modules))}. Correct target_modules.")
+        for name, layer in targeted.items():
+            problem = self.misfit(layer)
+            if problem is not None:
+                raise ValueError(f"{self.title} cannot adapt {name!r}: {problem}")
         with seeded(generator):
             self.inject(model, config, adapter_name)
         make_scalable(model)
+        if "exclude_modules" not in {field.name for field in dataclasses.fields(config)}:
+            # A configuration without this field cannot save it, so the adapted layers are listed by name.
+            config.target_modules, config.exclude_modules = {base_name(name) for name in tuner_layers(model)}, None
 
-    @classmethod
-    def inject(cls, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        """Add the adapter's layers to `model`."""
-        add_adapter(model, config, adapter_name)
+    def misfit(self, layer: nn.Module) -> str | None:
+        """Why the method cannot adapt `layer`, with the remedy; None if it can."""
+        if isinstance(layer, nn.Linear):
+            return self.misfit_of_size(layer.out_features, layer.in_features)
+        if not self.adapts_convolutions:
+            return f"it adapts nn.Linear only, got {type(layer).__name__}. Narrow target_modules."
+        return None
+
+    def misfit_of_size(self, m: int, n: int) -> str | None:
+        """The same for a weight (m, n)."""
+        return None
 
     def start(self, model: nn.Module, probe: Probe, adapter_name: str) -> None:
         """Train in float32; the initial values are PEFT's."""
@@ -84,6 +108,15 @@ class PeftMethod(AdapterMethod):
                 add_as_lora(model, factors, adapter_name, folder / name)
             else:
                 make_scalable(model)
+
+
+def targeted_layers(model: nn.Module, config: PeftConfig) -> Iterator[tuple[str, nn.Module]]:
+    """The layers of `model` that `config` names, without the adapters around them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+
+    for name, layer in model.named_modules():
+        if not name.endswith(".base_layer") and check_target_module_exists(config, name):
+            yield name, layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
 
 @contextmanager

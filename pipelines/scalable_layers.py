@@ -53,31 +53,47 @@ class ScalableLayer:
         return result
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge the adapters (default: the active ones) in turn:  W <- W + s (W' - W),  with W' as PEFT merges it.
+        """Merge the scaled changes of the adapters, by default of the active ones:  W <- W + sum_i s_i (W_i - W).
 
-        Raises: ValueError with `safe_merge` if W' is not finite.
+        The weight before is kept until `unmerge`.
+
+        Raises: ValueError for a scale other than 1 or several adapters on a quantised weight; with `safe_merge`, for values
+            that are not finite.
         """
         from peft.tuners.tuners_utils import check_adapters_to_merge
 
-        for name in check_adapters_to_merge(self, adapter_names):
-            scale, before = self.output_scales.get(name, 1.0), self.get_base_layer().weight.data
-            before = before if scale == 1.0 else before.clone()
-            super().merge(safe_merge=safe_merge, adapter_names=[name])
-            if scale != 1.0:
-                merged = self.get_base_layer().weight.data
-                self.get_base_layer().weight.data = torch.lerp(before, merged, scale)
-                self.merge_corrections[name] = self.get_base_layer().weight.data - merged
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in names_of_adapters(self)]
+        scales = [self.output_scales.get(name, 1.0) for name in names]
+        base = self.get_base_layer()
+        if not base.weight.is_floating_point():
+            if [*self.merged_adapters, *scales] not in ([], [1.0]):
+                raise ValueError(f"Only one adapter at scale 1 can be merged into a quantised weight, got the scales {scales}.")
+            super().merge(safe_merge, names)
+            return
+        before = base.weight.data.clone()
+        if not self.merged:
+            self.unmerged_weight = before
+        total = before.clone()
+        for name, scale in zip(names, scales, strict=True):
+            base.weight.data = self.unmerged_weight.clone()
+            super().merge(safe_merge, [name])
+            total += scale * (base.weight.data - self.unmerged_weight)
+        base.weight.data = total
 
     def unmerge(self) -> None:
-        """Undo `merge`, the last adapter first."""
-        if not self.merged:
+        """Restore the weight before merging, bit for bit."""
+        base = self.get_base_layer()
+        if not self.merged or not base.weight.is_floating_point():
             super().unmerge()
-        for name in list(reversed(self.merged_adapters)):
-            if name in self.merge_corrections:
-                self.get_base_layer().weight.data -= self.merge_corrections.pop(name)
-            earlier, self.merged_adapters = self.merged_adapters[:-1], [name]
-            super().unmerge()
-            self.merged_adapters = earlier
+            return
+        base.weight.data = self.unmerged_weight.to(base.weight.data)
+        self.unmerged_weight = None
+        self.merged_adapters.clear()
+
+
+def names_of_adapters(layer: BaseTunerLayer) -> set[str]:
+    """The names of the adapters on `layer`."""
+    return {name for part in layer.adapter_layer_names for name in getattr(layer, part)}
 
 
 @cache
@@ -93,7 +109,7 @@ def make_scalable(model: nn.Module) -> None:
 
     for layer in tuner_layers(model).values():
         if not isinstance(layer, LoraLayer | NoraLayer | ScalableLayer):
-            layer.output_scales, layer.merge_corrections = {}, {}
+            layer.output_scales, layer.unmerged_weight = {}, None
             layer.__class__ = _scalable(type(layer))
             expose_convolution(layer)
 

@@ -11,6 +11,7 @@ from image_sets import stored_image
 from PIL import Image
 from safetensors.torch import save_file
 from tiny_clip import base_sha256
+from tiny_options import TINY
 
 from nora_vision import AdapterFileError
 from pipelines import mini_clip
@@ -71,7 +72,7 @@ def loss_on(clip, pixels, tokens, count):
 
 def fitted(random_clip, folder, method, names=("q", "v")):
     """A CLIP with an adapter whose parameters were all changed, and the adapted encoders."""
-    clip, options = load_clip(str(random_clip)), AdapterOptions(method=method, rank=4, inner_r=2)
+    clip, options = load_clip(str(random_clip)), AdapterOptions(method=method, rank=4, inner_r=2, **TINY)
     components = adapters.attach(clip, options, TargetLayers(projections=list(names), layers="last-1"))
     tokens = clip.tokenizer(["a photo of a cat."])
     pixels = to_pixels(PIXELS[:2].numpy())

@@ -13,6 +13,7 @@ from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_clip import CONFIG, END, images, prompts, tiny_clip, tiny_coca
+from tiny_options import TINY
 
 from pipelines import mini_clip
 from pipelines.adapter_method import trained_parameters, tuner_layers
@@ -44,7 +45,7 @@ def loss_on(clip, pixels, tokens, count):
 def adapted(folder, method="nora", clip=None, tokens=TOKENS, pixels=None, targets=EVERYWHERE, **changes):
     """A tiny model whose adapter's parameters are all changed, as training does."""
     clip = clip or Clip(tiny_clip(), None, None, "tiny")
-    options = AdapterOptions(method=method, rank=4, inner_r=2, **changes)
+    options = AdapterOptions(method=method, rank=4, inner_r=2, **TINY, **changes)
     components = adapters.attach(clip, options, targets)
     pixels = images(3) if pixels is None else pixels
     adapters.start(clip, options, components, [pixels], tokens, folder, 0, partial(loss_on, clip, pixels, tokens))
@@ -74,7 +75,7 @@ def test_the_merged_model_is_plain_open_clip_with_the_same_outputs_and_keys(meth
     assert list(plain.state_dict()) == list(base.state_dict())
     assert [type(module) for module in plain.modules()] == [type(module) for module in base.modules()]
     torch.testing.assert_close(features(plain), features(clip.model), atol=1e-6, rtol=0)
-    assert (features(plain) - features(base)).abs().max() > 1e-2
+    assert (features(plain) - features(base)).abs().max() > 5e-3
 
 
 def test_merging_leaves_the_adapted_model_and_every_other_weight_alone(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers.training_utils import EMAModel
 from peft.optimizers import create_loraplus_optimizer
+from tiny_options import TINY
 from torch import nn
 
 from pipelines.adapter_options import AdapterOptions
@@ -20,7 +21,7 @@ def rates_by_parameter(groups):
 
 
 def options_of(method, **changes):
-    return AdapterOptions(method=method, rank=4, inner_r=2, train_text_encoder=True, **changes)
+    return AdapterOptions(method=method, rank=4, inner_r=2, **TINY, train_text_encoder=True, **changes)
 
 
 def adapted(pipe, method, **changes):
@@ -42,7 +43,7 @@ def test_lora_plus_gives_the_learning_rates_of_peft(pipe):
 
 @pytest.mark.parametrize("method", AdapterOptions.method_options["lora_plus_ratio"].methods)
 def test_lora_plus_raises_the_rate_of_the_factors_that_start_at_zero(pipe, method):
-    components = adapters.attach(pipe, AdapterOptions(method=method, rank=4, inner_r=2))
+    components = adapters.attach(pipe, AdapterOptions(method=method, rank=4, inner_r=2, **TINY))
     rates = Rates(1.0, factor=faster(method, 2.0))
     names = [name for name, parameter in components["unet"].named_parameters() if parameter.requires_grad]
     at_zero = {name for name in names if not components["unet"].get_parameter(name).any()}

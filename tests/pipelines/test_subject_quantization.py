@@ -4,6 +4,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft.utils.integrations import dequantize_module_weight
+from tiny_options import TINY
 from tiny_pipeline import image, tiny_pipeline
 from torch import nn
 
@@ -43,7 +44,7 @@ def run(pipe):
 
 def adapted(pipe, method, cache):
     targets = [*LINEAR, *(CONVOLUTIONS if method_named(method).adapts_convolutions else [])]
-    options = AdapterOptions(method=method, rank=4, inner_r=2, target_modules=targets)
+    options = AdapterOptions(method=method, rank=4, inner_r=2, **TINY, target_modules=targets)
     components = adapters.attach(pipe, options)
     adapters.start(options, components, {"unet": lambda: run(pipe)}, cache, 0)
     return components

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tiny_options import TINY
 from tiny_pipeline import add_nora, tiny_pipeline, weight_changes
 
 from pipelines.adapter_options import AdapterOptions
@@ -34,7 +35,7 @@ def test_the_curve_is_that_of_the_run_or_the_mean_of_its_folds(tmp_path):
 
 @pytest.mark.parametrize("method", ["nora", "lora"])
 def test_a_saved_adapter_is_small_and_loads_as_it_was_trained(tmp_path, method):
-    pipe, other, options = tiny_pipeline(), tiny_pipeline(), AdapterOptions(method=method, rank=4, inner_r=2)
+    pipe, other, options = tiny_pipeline(), tiny_pipeline(), AdapterOptions(method=method, rank=4, inner_r=2, **TINY)
     if method == "nora":
         add_nora(pipe, components=("unet",), outer_init="svd", r=4, inner_r=2)
     else:

@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from tiny_clip import images, prompts, tiny_clip
+from tiny_options import TINY
 from tiny_pipeline import tiny_pipeline
 from torch import nn
 
@@ -89,7 +90,7 @@ def trained(task, method, folder, run, steps):
     # The precision of a run before, in the same process, would be that of this one.
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True)
-    options = AdapterOptions(method, rank=4, inner_r=2, train_text_encoder=True)
+    options = AdapterOptions(method, rank=4, inner_r=2, **TINY, train_text_encoder=True)
     loss, batch_at, components = task(options, folder / "calibration")
     chosen = options.create()
     optimizer = Adam().optimizer(parameter_groups(loss, Rates(0.02, factor=chosen.learning_rate_factor)))

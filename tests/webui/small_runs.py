@@ -5,6 +5,7 @@ import time
 
 import torch
 from class_folders import finished_classifier
+from tiny_options import TINY
 from tiny_pipeline import tiny_pipeline
 
 from pipelines.adapter_method import trained_parameters
@@ -23,7 +24,7 @@ def small_run(runs, model, run_id="example", method="lora", strength=0.5, steps=
     Args:
         pipe: the loaded pipeline of `model`; None for the tiny one.
     """
-    pipe, options = pipe or tiny_pipeline(), AdapterOptions(method=method, rank=4, inner_r=2)
+    pipe, options = pipe or tiny_pipeline(), AdapterOptions(method=method, rank=4, inner_r=2, **TINY)
     components = adapters.attach(pipe, options)
     adapters.start(options, components, dict.fromkeys(components, lambda: run_tiny(pipe)), runs / run_id / "calibration", 0)
     told = {"model": {"pretrained_model_name_or_path": str(model)}, "data": {"instance_prompt": "a star", "resolution": None}}

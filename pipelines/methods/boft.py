@@ -1,0 +1,99 @@
+"""BOFT: h = diag(s) W B_1 ... B_f x,  orthogonal butterfly factors B_i and trained row scales s, by PEFT  [Liu et al. 2024]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import nn
+
+from pipelines.adapter_method import TaskDefaults, option, tuner_layers
+from pipelines.block_size import BlockSizeOptions, block_misfit
+from pipelines.option_checks import at_least
+from pipelines.peft_method import PeftMethod
+from pipelines.run_options import Task
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+
+@dataclass
+class BoftOptions(BlockSizeOptions):
+    """Options of BOFT."""
+
+    boft_n_butterfly_factor: int = option(2, "number of butterfly factors; 1 is OFT with row scales", "Butterfly factors")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "boft_n_butterfly_factor")
+
+
+class Boft(PeftMethod):
+    """BOFT. Not on convolutions, for which PEFT keeps square matrices of all in_channels * kh * kw inputs in every layer."""
+
+    name = "boft"
+    title = "BOFT"
+    reference = "Liu et al. 2024, Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization"
+    parameters = "boft_n_butterfly_factor * n * block_size + m"
+    Options = BoftOptions
+    config_class = "BOFTConfig"
+    samples_start = False
+    fields: ClassVar = {"block_size": "boft_block_size"}
+    adapts_convolutions = False
+
+    @classmethod
+    def defaults(cls, task: Task, built_in: bool) -> TaskDefaults:
+        """PEFT's block size, of which 2^f times divides all widths of SDXL and CLIP for f = 2."""
+        return TaskDefaults(1e-4 if task == "subject" else 1e-3, {"block_size": 4})
+
+    def misfit_of_size(self, m: int, n: int) -> str | None:
+        """f factors need block_size * 2^(f - 1) to divide in_features."""
+        factors, block = self.options.boft_n_butterfly_factor, self.options.block_size
+        if factors > 1 and block % 2:
+            return f"block_size must be even with {factors} butterfly factors, got {block}."
+        whole = block * 2 ** (factors - 1)
+        if n % block == 0 and n % whole:
+            return (
+                f"block_size * 2^(boft_n_butterfly_factor - 1) must divide its in_features of {n}, got {whole}. Lower "
+                "block_size or boft_n_butterfly_factor."
+            )
+        return block_misfit(block, in_features=n)
+
+    @classmethod
+    def inject(cls, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        """Add the adapter, with block-diagonal matrices made by PyTorch.
+
+        PEFT compiles a CUDA extension for them; where that fails, it trains one butterfly factor whatever the options say.
+
+        Raises: ValueError for a layer that has a BOFT adapter with other permutations, which PEFT's layer would replace.
+        """
+        from peft.tuners.boft import layer
+
+        for name, other in tuner_layers(model).items():
+            sizes = {size for size in getattr(other, "boft_block_size", {}).values() if size != config.boft_block_size}
+            factors = {len(R) for R in getattr(other, "boft_R", {}).values()} - {config.boft_n_butterfly_factor}
+            if sizes or factors:
+                raise ValueError(
+                    f"{name!r} has a BOFT adapter with another block size or number of butterfly factors. Delete it first."
+                )
+        layer._FBD_CUDA = BlockDiagonal
+        super().inject(model, config, adapter_name)
+
+
+class BlockDiagonal:
+    """Block-diagonal matrices and their gradients, with the interface of PEFT's CUDA extension."""
+
+    @staticmethod
+    def forward(blocks: torch.Tensor) -> list[torch.Tensor]:
+        """(f, k, b, b) to (f, k b, k b)."""
+        return [torch.stack([torch.block_diag(*of_factor) for of_factor in blocks])]
+
+    @staticmethod
+    def backward(gradient: torch.Tensor, blocks: torch.Tensor) -> list[torch.Tensor]:
+        """The blocks (f, k, b, b) on the diagonal of `gradient` (f, k b, k b)."""
+        f, k, b, _ = blocks.shape
+        return [gradient.reshape(f, k, b, k, b).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).contiguous()]
+
+
+METHOD = Boft

@@ -1,0 +1,97 @@
+"""FourierFT: h = W x + s Re(F^-1(E)) x,  E with c trained entries at random places, by PEFT  [Gao et al. 2024]."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import nn
+
+from pipelines.adapter_method import TaskDefaults, option, tuner_layers
+from pipelines.errors import InputError
+from pipelines.option_checks import above_zero, at_least
+from pipelines.peft_method import LARGEST_SEED, PeftMethod
+from pipelines.run_options import Task
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+# Metadata key.
+SIZES = "fourierft_sizes_sha256"
+
+
+@dataclass
+class FourierftOptions:
+    """Options of FourierFT."""
+
+    n_frequency: int | None = option(None, "number of trained entries of a layer's spectrum", "Frequencies")
+    scaling: float = option(300.0, "factor s on the weight change", "Scaling")
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "n_frequency")
+        above_zero(self, "scaling")
+
+
+class Fourierft(PeftMethod):
+    """FourierFT. The places are sampled from a seed in the file; the spectrum starts at zero."""
+
+    name = "fourierft"
+    title = "FourierFT"
+    reference = "Gao et al. 2024, Parameter-Efficient Fine-Tuning with Discrete Fourier Transform"
+    parameters = "n_frequency"
+    Options = FourierftOptions
+    config_class = "FourierFTConfig"
+    # PEFT's default starts with a random spectrum.
+    settings: ClassVar = {"init_weights": True}
+    adapts_convolutions = False
+    samples_start = False
+
+    @classmethod
+    def defaults(cls, task: Task, built_in: bool) -> TaskDefaults:
+        """The paper's number and scaling for ViT; the built-in models are narrower."""
+        return TaskDefaults(1e-2, {"n_frequency": 500 if built_in else 3000})
+
+    def misfit_of_size(self, m: int, n: int) -> str | None:
+        """The spectrum has m n entries."""
+        count = self.options.n_frequency
+        return None if count <= m * n else f"n_frequency must be at most {m * n}, its number of weights, got {count}."
+
+    def attach(self, model: nn.Module, config: PeftConfig, adapter_name: str, generator: torch.Generator) -> None:
+        """Add the adapter, with places that depend on `generator`."""
+        config.random_loc_seed = int(torch.randint(LARGEST_SEED, (), generator=generator))
+        super().attach(model, config, adapter_name, generator)
+
+    @classmethod
+    def file_metadata(cls, model: nn.Module, adapter_name: str) -> dict[str, str]:
+        """The digest of the sizes of the layers, which the number of frequencies does not show."""
+        return {SIZES: _sizes_digest(model, adapter_name)}
+
+    @classmethod
+    def check_loaded(cls, model: nn.Module, adapter_name: str, metadata: Mapping[str, str], source: Path) -> None:
+        """Compare the sizes of the layers.
+
+        Raises: InputError if they differ.
+        """
+        if metadata.get(SIZES) != _sizes_digest(model, adapter_name):
+            raise InputError(
+                f"{source} does not fit this model: its layers have other sizes. Load it onto the model that it was trained on."
+            )
+
+
+def _sizes_digest(model: nn.Module, adapter_name: str) -> str:
+    from nora_vision.calibration import base_name
+    from pipelines.cache import digest_of
+
+    layers = {base_name(name): layer for name, layer in tuner_layers(model).items()}
+    sizes = {
+        name: torch.tensor([layer.out_features, layer.in_features])
+        for name, layer in layers.items()
+        if adapter_name in getattr(layer, "fourierft_spectrum", ())
+    }
+    return digest_of(sizes)
+
+
+METHOD = Fourierft
