@@ -38,6 +38,9 @@ class ScalableLayer:
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base layer's output plus the scaled changes of the active adapters."""
+        if x.ndim > 3 and isinstance(self.get_base_layer(), nn.Linear):
+            # Some layers of PEFT take every input with four dimensions for an image.
+            return self(x.flatten(0, -3), *args, **kwargs).unflatten(0, x.shape[:-2])
         active = self.active_adapters
         scales = [self.output_scales.get(name, 1.0) for name in active]
         if self.disable_adapters or self.merged or scales == [1.0]:
