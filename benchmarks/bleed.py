@@ -6,8 +6,10 @@ Two subjects are trained apart, each into an adapter of its own, in three ways: 
 ordinary NoRA at the same rank, and LoRA. Measured are, on a held-out image of each subject with fixed noise:
 
 - base, own, both: the denoising loss of the base model, with the subject's adapter, and with both adapters;
+- gain left: (base - both) / (base - own);
 - other alone, other added: how far the other adapter moves the prediction of the base model, and of the subject's own adapter,
   relative to how far the own adapter moves that of the base model;
+- cosine: between the movements of the base model's prediction by the two adapters, each alone;
 - images: the same as other added, of generated images.
 """
 
@@ -44,7 +46,7 @@ from training.runs.run import RunDirectory
 
 SLICES = "NoRA, slices"
 NOISE_LEVELS, SEEDS = 32, (0, 1, 2, 3)
-HEADER = ("adapters", "subject", "base", "own", "both", "other alone", "other added", "images")
+HEADER = ("adapters", "subject", "base", "own", "both", "gain left", "other alone", "other added", "cosine", "images")
 
 
 @dataclass
@@ -151,12 +153,14 @@ def rows(kind: str, runs: list[Path], options: BenchmarkOptions) -> Iterator[lis
         for index, meter in enumerate(meters):
             active = ([names[index]], [names[1 - index]], list(names))
             of_subject, of_other, of_both = [measured(pipeline, each, meter) for each in active]
-            moved = (of_subject.predictions - base[index].predictions).norm()
-            alone, added = of_other.predictions - base[index].predictions, of_both.predictions - of_subject.predictions
+            moved, alone = (output.predictions - base[index].predictions for output in (of_subject, of_other))
+            added = of_both.predictions - of_subject.predictions
+            cosine = torch.cosine_similarity(moved.flatten(), alone.flatten(), dim=0)
             images = (of_both.images - of_subject.images).abs().mean() / (of_subject.images - base[index].images).abs().mean()
             losses = [f"{output.loss:.4f}" for output in (base[index], of_subject, of_both)]
-            ratios = [f"{ratio:.2f}" for ratio in (alone.norm() / moved, added.norm() / moved, images)]
-            yield [kind, Path(options.subjects[index]).name, *losses, *ratios]
+            left = (base[index].loss - of_both.loss) / (base[index].loss - of_subject.loss)
+            ratios = [f"{ratio:.2f}" for ratio in (alone.norm() / moved.norm(), added.norm() / moved.norm(), cosine, images)]
+            yield [kind, Path(options.subjects[index]).name, *losses, f"{left:.0%}", *ratios]
 
 
 def measured(pipeline: StableDiffusionXLPipeline, adapters: list[str], meter: Meter) -> Output:

@@ -42,6 +42,7 @@ LIMITS = {
     "adapts_convolutions": "linear layers only",
     "adapts_quantized_layers": "not on a quantised base model",
     "can_be_sharded": "not under FSDP",
+    "exports_exactly": "exports are an approximation",
 }
 
 

@@ -148,6 +148,8 @@ class AdapterMethod:
     # Which layers it can adapt besides linear ones in full precision.
     adapts_convolutions: ClassVar[bool] = True
     adapts_quantized_layers: ClassVar[bool] = True
+    # Whether the exported files of LoRA change the model as the adapter does; otherwise `export_note` says what differs.
+    exports_exactly: ClassVar[bool] = True
     # Markdown on how other programs read the exported files, if their results differ.
     export_note: ClassVar[str | None] = None
     # Whether FSDP may shard its parameters.

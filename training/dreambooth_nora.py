@@ -117,7 +117,8 @@ def checked(options: SubjectOptions, accelerator: Accelerator) -> DatasetSplit:
     check_can_push(options.validation)
     images = checked_images(options.data, optimisation.seed)
     prompts = options.prompts(image.prompt for image in (*images.train, *images.heldout))
-    for sentence in (*training_warnings(prompts), *options.unused()):
+    inexact = [] if method.exports_exactly else [method.export_note]
+    for sentence in (*training_warnings(prompts), *options.unused(), *inexact):
         logger.warning(sentence)
     return images
 

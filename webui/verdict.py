@@ -205,6 +205,12 @@ def certificate(record: RunRecord) -> str:
     if not result.passed:
         problems = html.escape("; ".join(result.problems))
         return f'<p class="warning">The exported files differ from the trained adapter: {problems}.</p>'
+    if not result.exact:
+        return (
+            '<p><span class="chip good">loads</span> Plain diffusers loads the exported files, which approximate the adapter: '
+            f"their images differ by {max(result.mean_difference.values()):.2g} of 255 on average; the adapter's mean effect is "
+            f"{result.mean_effect:.2g}.</p>"
+        )
     largest = max(result.largest_difference.values(), default=0.0)
     converted = f" The {html.escape(' and '.join(result.converted))} file was converted for this." if result.converted else ""
     return (

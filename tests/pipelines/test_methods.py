@@ -118,6 +118,8 @@ def test_every_file_of_a_trained_adapter_gives_the_same_images(trained, file):
     method, folder, expected = trained
     if method_named(method).export_note and file.startswith("kohya"):
         pytest.skip("stock diffusers leaves dora_scale out")
+    if not method_named(method).exports_exactly and file.startswith("diffusers"):
+        pytest.skip("the exported file is an approximation")
     fresh = tiny_pipeline()
     adapters.load_adapter(fresh, folder / file, "loaded")
     fresh.set_adapters("loaded")
@@ -149,11 +151,14 @@ def test_a_saved_adapter_is_loaded_beside_the_one_in_training_and_removed_again(
     torch.testing.assert_close(image(pipe), trained, atol=1e-4, rtol=0)
     fresh = tiny_pipeline()
     adapters.load_adapter(fresh, tmp_path / "suggested" / "diffusers" / "pytorch_lora_weights.safetensors", "loaded")
-    torch.testing.assert_close(image(fresh), kept, atol=1 / 255, rtol=0)
+    if method_named(method).exports_exactly:
+        torch.testing.assert_close(image(fresh), kept, atol=1 / 255, rtol=0)
 
 
 def test_pefts_loader_reads_the_full_files_and_gives_the_same_image(trained):
-    _, folder, expected = trained
+    method, folder, expected = trained
+    if not method_named(method).exports_exactly:
+        pytest.skip("PEFT's layers do not compute the same")
     fresh = tiny_pipeline()
     for component in sorted((folder / "adapter" / "full").iterdir()):
         PeftModel.from_pretrained(getattr(fresh, component.name), str(component))

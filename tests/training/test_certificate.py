@@ -138,6 +138,15 @@ def test_a_certificate_fails_on_every_finding_in_the_kohya_file():
     assert certificate._compare(base + 1, stock, ["odd"], ["x"], {}, "float32", "cpu").problems == ["the kohya file: odd"]
 
 
+def test_an_approximation_is_measured_and_fails_only_on_what_other_programs_misread():
+    base = torch.zeros(1, 4, 4, 3)
+    stock = {"base": base, "diffusers": base + 0.5, "kohya": base + 0.5}
+    found = certificate._compare(base + 1, stock, [], ["x"], {}, "float32", "cpu", exact=False)
+    assert found.passed
+    assert found.mean_difference["kohya"] == pytest.approx(127.5)
+    assert not certificate._compare(base + 1, stock, ["odd"], ["x"], {}, "float32", "cpu", exact=False).passed
+
+
 def without(part):
     return lambda tensors: {name: tensor for name, tensor in tensors.items() if not name.endswith(part)}
 

@@ -106,6 +106,22 @@ def test_only_the_card_of_a_dora_names_the_programs_that_ignore_its_row_norms(tm
         assert (words in card) == (method == "dora")
 
 
+def test_the_card_of_an_approximation_has_its_mean_difference_and_the_methods_note(tmp_path):
+    run = run_with(tmp_path)
+    said = {
+        **CERTIFICATE,
+        "exact": False,
+        "mean_difference": {"kohya": 3.21},
+        "largest_difference": {"kohya": 90.0},
+        "mean_effect": 9.87,
+    }
+    (run.path / "certificate.json").write_text(json.dumps(said))
+    card = model_card(run, options_for("dog", tmp_path, "--method", "t_lora"), images=3)
+    assert "images differ by 3.2 of 255 levels from those of the native file, and by 9.9 from those of the base model" in card
+    assert "Certified" not in card
+    assert "the average over all noise levels" in card
+
+
 def scored(tmp_path, curve):
     """A run whose samples were scored, and which suggests step 2."""
     run = run_with(tmp_path)

@@ -180,6 +180,12 @@ def test_the_model_card_is_shown_without_its_header_and_the_certificate_as_a_sen
         json.dumps({**CERTIFICATE, "passed": False, "largest_difference": {}, "effect": 0.0, "problems": ["<b> differs"]})
     )
     assert "differ from the trained adapter: &lt;b&gt; differs." in look(finished)["papers"].key
+    (finished.path / "certificate.json").write_text(
+        json.dumps(
+            {**CERTIFICATE, "passed": True, "exact": False, "mean_difference": {"kohya": 2.5}, "mean_effect": 9.0, "problems": []}
+        )
+    )
+    assert "images differ by 2.5 of 255 on average; the adapter's mean effect is 9." in look(finished)["papers"].key
 
 
 def test_a_refresh_sends_only_what_has_changed(finished, tmp_path):

@@ -191,6 +191,7 @@ class Certificate(RunFile):
         problems: a sentence for each failure.
         prompts, sampling, dtype, device: how the images were generated.
         converted: files that diffusers reads only in part, and that were converted to its format before it read them.
+        exact: whether the files are meant to be the adapter exactly; else an approximation, whose differences are no failure.
     """
 
     NAME: ClassVar[str] = "certificate.json"
@@ -207,6 +208,7 @@ class Certificate(RunFile):
     dtype: str
     device: str
     converted: list[str] = field(default_factory=list)
+    exact: bool = True
 
 
 @dataclass(frozen=True)

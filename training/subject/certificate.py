@@ -67,9 +67,11 @@ def certify(
     prompts: Sequence[str],
     sampling: Sampling,
     seed: int = 0,
+    exact: bool = True,
 ) -> Certificate:
     """Compare `pipeline`, with the trained adapter, with a stock pipeline that loads the diffusers and kohya files in `folder`.
 
+    Without `exact`, the exported files are an approximation of the adapter: differences are measured, but are no failure.
     The result is written to certificate.json in `folder` in any case. diffusers ignores `dora_scale` in the kohya file of a DoRA,
     so such a file is first loaded by this project and converted to diffusers' format.
 
@@ -87,8 +89,8 @@ def certify(
             for name, file in files.items()
         }
         stock, dtype, device = _generate_with_stock(pipeline, model, images, prompts, seeds, settings)
-    certificate = _compare(native, stock, lint_kohya(files["kohya"]), list(prompts), settings, dtype, device)
-    certificate = replace(certificate, converted=converted)
+    certificate = _compare(native, stock, lint_kohya(files["kohya"]), list(prompts), settings, dtype, device, exact)
+    certificate = replace(certificate, converted=converted, exact=exact)
     certificate.write(folder)
     if not certificate.passed:
         raise CertificateError(
@@ -192,6 +194,7 @@ def _compare(
     settings: dict[str, Any],
     dtype: str,
     device: str,
+    exact: bool = True,
 ) -> Certificate:
     """Compare the images of the trained pipeline, (prompts, height, width, 3), with those of the stock one."""
     changes = LEVELS * (stock["diffusers"] - stock["base"]).abs()
@@ -200,7 +203,7 @@ def _compare(
     problems = [f"the kohya file: {finding}" for finding in findings]
     if effect == 0:
         problems.append("the adapter changes no image")
-    for name, difference in differences.items():
+    for name, difference in differences.items() if exact else ():
         problems += _difference_problems(name, difference, mean_effect, dtype)
     return Certificate(
         passed=not problems,

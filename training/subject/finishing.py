@@ -186,4 +186,4 @@ def certify_run(run: RunDirectory, trained: Trained, options: SubjectOptions) ->
         adapters.load_adapter(pipeline, run.path, ADAPTER_NAME)
     sampling = Sampling(num_inference_steps=CERTIFIED_STEPS, resolution=trained.resolution)
     prompts = options.output.validation_prompt[:CERTIFIED_PROMPTS]
-    certify(pipeline, run.path, model, prompts, sampling, options.optimisation.seed)
+    certify(pipeline, run.path, model, prompts, sampling, options.optimisation.seed, options.adapter.create().exports_exactly)
