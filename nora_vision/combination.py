@@ -95,6 +95,7 @@ def combined_config(config: NoraConfig, sums: Mapping[str, Factors]) -> NoraConf
         # Computes no outer factors: `set_factors` sets them.
         outer_init="awsvd",
         outer_slice="1/1",
+        calibration="data",
         init_weights=True,
         rank_pattern={f"^{name}": rank for name, (rank, _) in ranks.items() if rank != r},
         inner_rank_pattern={f"^{name}": rank for name, (_, rank) in ranks.items() if rank != inner_r},

@@ -1,7 +1,8 @@
 """Compact adapters: files without the outer factors, which are recomputed from the base weights on loading.
 
-The file contains the activation scale, which the weights do not determine, and a probe of every layer's weight change. The probe
-detects outer factors that differ because of other base weights or rounding; otherwise the adapter would be wrong silently.
+The file contains the activation scale, which the weights do not determine, or what is needed to compute it again, and a probe of
+every layer's weight change. The probe detects outer factors that differ because of other base weights or rounding; otherwise the
+adapter would be wrong silently.
 """
 
 from __future__ import annotations
@@ -16,17 +17,26 @@ from .initialization import outer_factors
 from .layer import NoraLayer
 from .reproducible import adapter_of_same_source, is_reproducible, record_reproducible
 
-PROJECTIONS = 8
+PROJECTIONS = 4
+# In files of earlier versions, which are not packed.
+EARLIER_PROJECTIONS = 8
 # Relative to the Frobenius norm of the weight change. Rounding errors are far below, other base weights far above.
 TOLERANCE = 1e-3
 
 
 @torch.no_grad()
-def weight_change_probe(layer: NoraLayer, adapter_name: str, B: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-    """The norm of the layer's weight change D, and u^T D v for fixed sign vectors u, v: (1 + PROJECTIONS,) float32.
+def weight_change_probe(
+    layer: NoraLayer, adapter_name: str, B: torch.Tensor, A: torch.Tensor, projections: int = PROJECTIONS
+) -> torch.Tensor:
+    """The norm of the layer's weight change D, and u^T D v for fixed sign vectors u, v: (1 + projections,) float32.
 
     For independent random signs (u^T E v)^2 has the mean ||E||_F^2: the projections of two changes differ in root mean
-    square by about the Frobenius norm of their difference.
+    square by about the Frobenius norm of their difference E.
+
+    Another change, with ||E||_F of about ||D||_F, passes the check only if all four projections of E are below 2e-3 of their
+    root mean square. u^T E v is about normal if E has a high rank, for which one is that small with probability 1.6e-3, and a
+    product of two normal numbers if E has rank one: 9e-3. So a layer with other weights passes with a probability of 7e-12 to
+    8e-9, and then only if its norm agrees.
 
     Args:
         layer: gives the inner factors.
@@ -38,13 +48,13 @@ def weight_change_probe(layer: NoraLayer, adapter_name: str, B: torch.Tensor, A:
     up, down = layer.inner_form[adapter_name].factors(tensors)
     core = (up @ down).cpu() * (layer.alpha[adapter_name] / layer.inner_r[adapter_name])
     squared_norm = torch.trace((B.T @ B) @ core @ (A @ A.T) @ core.T)
-    u, v = _signs(len(B), offset=1), _signs(A.shape[1], offset=2)
+    u, v = _signs(projections, len(B), offset=1), _signs(projections, A.shape[1], offset=2)
     projections = ((u @ B) @ core * (v @ A.T)).sum(dim=1)
     return torch.cat([squared_norm.clamp_min(0).sqrt()[None], projections]).float()
 
 
 def probe_difference(probe: torch.Tensor, expected: torch.Tensor) -> float:
-    """How much two weight changes with these probes (1 + PROJECTIONS,) differ, about, relative to the norm of the second."""
+    """How much two weight changes with these probes (1 + projections,) differ, about, relative to the norm of the second."""
     norm = expected[0].item()
     differences = probe.double().cpu() - expected.double().cpu()
     difference = max(differences[0].abs().item(), differences[1:].square().mean().sqrt().item())
@@ -57,12 +67,12 @@ def recomputed_outer_factors(
     """B (out, r) and A (r, in) as in the adapter's initialisation, from the base weight and the activation scale.
 
     Args:
-        probe: (1 + PROJECTIONS,), which the weight change with these factors must have.
+        probe: (1 + projections,), which the weight change with these factors must have.
     Raises: AdapterFileError naming `where` if it differs by more than about a thousandth of its norm.
     """
     differences = []
     for B, A in _candidates(layer, adapter_name, where):
-        differences.append(probe_difference(weight_change_probe(layer, adapter_name, B, A), probe))
+        differences.append(probe_difference(weight_change_probe(layer, adapter_name, B, A, len(probe) - 1), probe))
         if differences[-1] <= TOLERANCE:
             return B, A
     raise AdapterFileError(
@@ -100,15 +110,9 @@ def reproducible_probe(layer: NoraLayer, adapter_name: str, where: str) -> torch
     return probe
 
 
-def narrowed(scale: torch.Tensor) -> torch.Tensor:
-    """`scale` (in,) in bfloat16 if that is exact, otherwise unchanged."""
-    narrow = scale.bfloat16()
-    return narrow if torch.equal(narrow.to(scale.dtype), scale) else scale
-
-
-def _signs(size: int, offset: int) -> torch.Tensor:
-    """(PROJECTIONS, size) of +1 and -1 from an integer hash: the same on every machine and in every version."""
-    state = torch.arange(PROJECTIONS * size, dtype=torch.int64).reshape(PROJECTIONS, size) + offset * 2**33
+def _signs(count: int, size: int, offset: int) -> torch.Tensor:
+    """(count, size) of +1 and -1 from an integer hash: the same on every machine and in every version."""
+    state = torch.arange(count * size, dtype=torch.int64).reshape(count, size) + offset * 2**33
     for shift, factor in ((33, 0x7FB5D329728EA185), (29, 0x1B873593CC9E2D51)):
         state = (state ^ (state >> shift) ^ (state << 7)) * factor
     return 1.0 - 2.0 * ((state >> 40) & 1).double()

@@ -16,6 +16,7 @@ from .inner_checks import check_inner_form
 from .outer import OuterScaling
 
 OuterInit = Literal["svd", "awsvd"]
+Calibration = Literal["data", "base"]
 
 
 class NoraPeftType(str, Enum):  # noqa: UP042 - PEFT expects str() to give "NoraPeftType.NORA", as of its own type
@@ -102,6 +103,13 @@ class NoraConfig(PeftConfig):
             "initialize_nora_weights(model, calibrate(model, run_model))."
         },
     )
+    calibration: Calibration = field(
+        default="data",
+        metadata={
+            "help": "Inputs of the activation scale of 'awsvd', set with it: the 'data' of the training, or the fixed inputs of "
+            "a 'base' calibration, which computes the same scale again on loading."
+        },
+    )
     outer_slice: str = field(
         default="1/1",
         metadata={
@@ -142,6 +150,7 @@ class NoraConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)
         choices = {
             "inner_init": InnerInit, "inner_form": InnerFormName, "outer_init": OuterInit, "outer_scaling": OuterScaling,
+            "calibration": Calibration,
         }  # fmt: skip
         for choice, allowed in choices.items():
             if getattr(self, choice) not in get_args(allowed):

@@ -20,9 +20,9 @@ from .compact import recomputed_outer_factors
 from .components import COMPONENTS, adapters_by_component
 from .files import AdapterFileError
 from .layer import NoraLayer, nora_layers
+from .packing import PROBE
 from .reading import AdapterFile, component_folders, read_adapter
 from .reproducible import record_reproducible
-from .saving import PROBE
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline

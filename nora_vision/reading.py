@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,46 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .compact import PROJECTIONS
+from .calibration import ActivationStatistics
+from .compact import EARLIER_PROJECTIONS
 from .config import NoraConfig, NoraPeftType
-from .files import CONFIGURATION, DIGEST, PLAIN_NAME, AdapterFileError, check_configuration, read_header, read_json, read_tensors
+from .files import (
+    CONFIGURATION,
+    DIGEST,
+    DTYPES,
+    PLAIN_NAME,
+    AdapterFileError,
+    SafetensorsHeader,
+    check_configuration,
+    read_header,
+    read_json,
+    read_tensors,
+)
 from .inner import InnerForm
 from .layer import check_rank
 from .layer_types import layer_class_for
-from .saving import CONFIG_NAME, LAYOUT, PEFT_PREFIX, PROBE, SCALE, SHARED_SCALES, WEIGHTS_NAME
+from .packing import (
+    PACKED_DTYPES,
+    PROBE,
+    SCALE,
+    SCALES,
+    SCALES_DIGEST,
+    needs_statistics,
+    packed_shapes,
+    unpack,
+)
+from .saving import CONFIG_NAME, LAYOUT, PACKED, PEFT_PREFIX, WEIGHTS_NAME
 
-METADATA = frozenset({"format", LAYOUT, SHARED_SCALES, CONFIGURATION, DIGEST})
+# In the metadata of compact files of earlier versions: the layer whose scale each layer uses.
+SHARED_SCALES = "nora_shared_scales"
+METADATA = frozenset({"format", LAYOUT, SHARED_SCALES, SCALES, SCALES_DIGEST, CONFIGURATION, DIGEST})
+# Values of the field `compact`, besides PACKED.
+FULL, EARLIER = False, True
 NAME_FIELDS = ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "inner_rank_pattern")
 
 Shape = tuple[int, ...]
+# Computes the activation statistics of the base calibration at the layers of these names.
+BaseCalibration = Callable[[list[str]], ActivationStatistics]
 
 
 @dataclass(frozen=True)
@@ -38,7 +66,7 @@ class AdapterFile:
     compact: bool
 
 
-def read_adapter(model: nn.Module, folder: Path) -> AdapterFile:
+def read_adapter(model: nn.Module, folder: Path, base_calibration: BaseCalibration | None = None) -> AdapterFile:
     """Read the adapter in `folder` and check it against `model`, which is not changed.
 
     Raises: AdapterFileError as `load_nora` does.
@@ -46,20 +74,46 @@ def read_adapter(model: nn.Module, folder: Path) -> AdapterFile:
     _check_files(folder)
     weights = folder / WEIGHTS_NAME
     fields = read_json(folder / CONFIG_NAME)
-    config, compact = _read_config(fields, folder / CONFIG_NAME)
-    header = read_header(weights)
+    config, layout = _read_config(fields, folder / CONFIG_NAME)
+    dtypes = PACKED_DTYPES if layout == PACKED else DTYPES
+    header = read_header(weights, dtypes)
     _check_metadata(header.metadata, weights)
-    shared = _shared_scales(header.metadata, weights) if compact else {}
-    shapes = {name.removeprefix(PEFT_PREFIX): entry.shape for name, entry in header.tensors.items()}
-    _compare(shapes, _expected_shapes(model, config, compact, shared, weights), weights)
+    shared = _shared_scales(header.metadata, weights) if layout == EARLIER else {}
+    of_layers = _expected_shapes(model, config, layout, shared, weights)
+    in_full = _shapes_trained_in_full(model, config)
+    expected = (packed_shapes(of_layers, header.tensors) if layout == PACKED else of_layers) | in_full
+    _compare({_plain(name): entry.shape for name, entry in header.tensors.items()}, expected, weights)
     check_configuration(header.metadata, fields, folder)
     _check_all_match(model, config, folder / CONFIG_NAME)
-    tensors = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in read_tensors(weights).items()}
+    tensors = {_plain(name): tensor for name, tensor in read_tensors(weights, dtypes=dtypes).items()}
+    if layout == PACKED:
+        statistics = _statistics(header, of_layers, base_calibration, weights)
+        unpacked = unpack(tensors, header.metadata, of_layers, statistics, str(weights))
+        tensors = unpacked | {name: tensors[name] for name in in_full}
     for name, tensor in tensors.items():
         if name.endswith(f".{SCALE}") and not (tensor >= 0).all():
             raise AdapterFileError(f"{weights}: {name!r} must not be negative.")
     tensors |= {f"{name}.{SCALE}": tensors[f"{owner}.{SCALE}"] for name, owner in shared.items()}
-    return AdapterFile(config, tensors, folder, compact)
+    return AdapterFile(config, tensors, folder, compact=layout != FULL)
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix(PEFT_PREFIX)
+
+
+def _statistics(
+    header: SafetensorsHeader, shapes: Mapping[str, Shape], base_calibration: BaseCalibration | None, path: Path
+) -> ActivationStatistics | None:
+    """The statistics of the base calibration at the layers with `shapes`; None if the file stores its scales."""
+    if not needs_statistics(header.metadata):
+        return None
+    if base_calibration is None:
+        raise AdapterFileError(
+            f"{path} needs the base calibration, from which its activation scales are computed again, but none was given. Pass "
+            "base_calibration, such as nora_vision.sdxl_calibration(pipe)['unet'], load it with load_nora(pipe, ...) or with "
+            "pipelines, or use the full adapter or its LoRA export."
+        )
+    return base_calibration(sorted(name.removesuffix(f".{SCALE}") for name in shapes if name.endswith(f".{SCALE}")))
 
 
 def _check_files(folder: Path) -> None:
@@ -93,16 +147,16 @@ def _weights_in(folder: Path) -> bool:
     return any(folder.glob("adapter_model.*"))
 
 
-def _read_config(fields: Mapping[str, Any], path: Path) -> tuple[NoraConfig, bool]:
-    """The configuration, in inference mode, and whether the adapter is compact."""
-    compact = fields.get("compact", False)
+def _read_config(fields: Mapping[str, Any], path: Path) -> tuple[NoraConfig, bool | str]:
+    """The configuration, in inference mode, and the field `compact`: `FULL`, `EARLIER` or `PACKED`."""
+    compact = fields.get("compact", FULL)
     fields = {name: value for name, value in fields.items() if name != "compact"}
     if fields.get("peft_type") != NoraPeftType.NORA:
         raise AdapterFileError(
             f"{path} configures an adapter of type {fields.get('peft_type')!r}, not {NoraPeftType.NORA.value!r}."
         )
     unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(NoraConfig)})
-    if unknown or not isinstance(compact, bool):
+    if unknown or not (isinstance(compact, bool) or compact == PACKED):
         raise AdapterFileError(f"{path} has fields that this version does not know: {unknown or {'compact': compact}}.")
     for field in NAME_FIELDS:
         _check_names(fields.get(field), field, path)
@@ -156,9 +210,9 @@ def _shared_scales(metadata: Mapping[str, str], path: Path) -> dict[str, str]:
 
 
 def _expected_shapes(
-    model: nn.Module, config: NoraConfig, compact: bool, shared: Mapping[str, str], path: Path
+    model: nn.Module, config: NoraConfig, layout: bool | str, shared: Mapping[str, str], path: Path
 ) -> dict[str, Shape]:
-    """The shapes, by name, of all tensors of an adapter with this configuration on this model."""
+    """The shapes, by name, of the tensors of all adapted layers, before packing, with this configuration on this model."""
     shapes: dict[str, Shape] = {}
     inputs = {}
     for name, module in _base_modules(model):
@@ -174,11 +228,12 @@ def _expected_shapes(
         shapes |= _inner_shapes(name, form, config.preserve_output)
         if name not in shared:
             shapes[f"{name}.{SCALE}"] = (in_features,)
-        shapes |= {f"{name}.{PROBE}": (1 + PROJECTIONS,)} if compact else _outer_shapes(name, out_features, in_features, form.r)
+        probe = {f"{name}.{PROBE}": (1 + EARLIER_PROJECTIONS,)}
+        shapes |= probe if layout else _outer_shapes(name, out_features, in_features, form.r)
     for name, owner in shared.items():
         if inputs.get(name, -1) != inputs.get(owner) or f"{owner}.{SCALE}" not in shapes:
             raise AdapterFileError(f"{path} does not fit this model: {name!r} cannot use the activation scale of {owner!r}.")
-    return shapes | _shapes_trained_in_full(model, config)
+    return shapes
 
 
 def _inner_shapes(name: str, form: InnerForm, preserve_output: bool) -> dict[str, Shape]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +12,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .calibration import base_name, unwrapped
-from .compact import narrowed, reproducible_probe
+from .compact import reproducible_probe
 from .components import COMPONENTS, adapted_components
 from .config import NoraConfig
 from .files import CONFIGURATION, check_finite, configuration_digest, write_json, write_tensors
 from .layer import NoraLayer, nora_layers
+from .packing import PROBE, pack
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
@@ -28,10 +27,10 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 # The prefix of names inside PeftModel; load_nora accepts names with and without it.
 PEFT_PREFIX = "base_model.model."
 OUTER_FACTORS = (".nora_A", ".nora_B")
-SCALE = "nora_activation_scale"
-PROBE = "nora_probe"
-# Keys of the header's metadata.
-LAYOUT, SHARED_SCALES = "nora_layout", "nora_shared_scales"
+# Key of the header's metadata.
+LAYOUT = "nora_layout"
+# The field `compact` of a compact adapter's configuration; it is true in files of earlier versions, which were not packed.
+PACKED = "packed"
 
 Part = tuple[dict[str, torch.Tensor], dict[str, str], dict[str, Any]]
 
@@ -43,7 +42,8 @@ def save_nora(
 
     Full adapters contain all factors in PEFT's format: `PeftModel.from_pretrained(unet, path / "unet")` reads them, without
     checking the digests of tensors and configuration as `load_nora` does.
-    Compact adapters contain the inner factors, the activation scales and a probe, and need the same base weights on loading.
+    Compact adapters contain the inner factors, the activation scales and a probe, and need the same base weights on loading. With
+    the base calibration, they contain only one bit for each entry of a scale, and need the calibration on loading, too.
 
     Raises:
         ValueError: no component has the adapter, it is not a NoRA adapter, or its outer factors are not set.
@@ -97,17 +97,18 @@ def _collect(model: nn.Module, where: str, adapter_name: str, compact: bool) -> 
         layer._inner_factors(adapter_name, scaling=1.0)
     tensors = adapter_tensors(model, adapter_name)
     check_finite(tensors, f"Adapter {adapter_name!r} of {where} is not saved")
-    metadata = {LAYOUT: "compact" if compact else "full"}
+    metadata = {LAYOUT: PACKED if compact else "full"}
     fields = _portable_fields(config, layers, adapter_name)
+    packed: dict[str, torch.Tensor] = {}
     if compact:
-        fields["compact"] = True
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(OUTER_FACTORS)}
-        tensors |= {
-            f"{name}.{PROBE}": reproducible_probe(layer, adapter_name, f"{where}.{name}") for name, layer in layers.items()
-        }
-        metadata[SHARED_SCALES] = json.dumps(_share_scales(tensors))
+        fields["compact"] = PACKED
+        of_layers = {name: tensors.pop(name) for name in list(tensors) if name.rpartition(".")[0] in layers}
+        recomputed = {name: tensor for name, tensor in of_layers.items() if not name.endswith(OUTER_FACTORS)}
+        probes = {f"{name}.{PROBE}": reproducible_probe(layer, adapter_name, f"{where}.{name}") for name, layer in layers.items()}
+        packed, scales = pack(recomputed | probes, base_calibration=config.calibration == "base")
+        metadata |= scales
     metadata[CONFIGURATION] = configuration_digest(fields)
-    return {PEFT_PREFIX + name: tensor for name, tensor in tensors.items()}, metadata, fields
+    return packed | {PEFT_PREFIX + name: tensor for name, tensor in tensors.items()}, metadata, fields
 
 
 def _write(folder: Path, part: Part) -> None:
@@ -125,21 +126,3 @@ def _portable_fields(config: NoraConfig, layers: dict[str, NoraLayer], adapter_n
         ranks_by_layer = {name: getattr(layer, ranks)[adapter_name] for name, layer in layers.items()}
         fields[pattern] = {f"^{name}": rank for name, rank in ranks_by_layer.items() if rank != default}
     return fields
-
-
-def _share_scales(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-    """Remove duplicate activation scales from `tensors`; returns the layer whose scale each other layer uses.
-
-    The query, key and value layers of an attention have the same input and so the same scale, and so do all layers on the text.
-    """
-    owners: dict[str, str] = {}
-    shared = {}
-    for key in [key for key in tensors if key.endswith(f".{SCALE}")]:
-        scale = narrowed(tensors[key].cpu())
-        digest = hashlib.sha256(f"{scale.dtype}{tuple(scale.shape)}".encode() + scale.float().numpy().tobytes()).hexdigest()
-        owner = owners.setdefault(digest, key.removesuffix(f".{SCALE}"))
-        tensors[key] = scale
-        if owner != key.removesuffix(f".{SCALE}"):
-            shared[key.removesuffix(f".{SCALE}")] = owner
-            del tensors[key]
-    return shared

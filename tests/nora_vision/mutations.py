@@ -136,7 +136,7 @@ def other_offsets(random: Random, header: dict, names: list[str]) -> None:
 def other_metadata(random: Random, header: dict, names: list[str]) -> None:
     metadata = header["__metadata__"]
     key = random.choice(list(metadata))
-    metadata[random.choice((key, f"{key}x"))] = random.choice(("", "{}", "full", "compact", "ü", 5, metadata.pop(key)))
+    metadata[random.choice((key, f"{key}x"))] = random.choice(("", "{}", "full", "packed", "steps", "ü", 5, metadata.pop(key)))
 
 
 def other_spelling(random: Random, content: bytes) -> bytes:

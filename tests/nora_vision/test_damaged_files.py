@@ -16,6 +16,7 @@ from small_models import MODELS, change_weights, config_for
 from nora_vision import ActivationStatistics, AdapterFileError, calibrate, save_adapter
 from nora_vision.files import DIGEST, read_header
 from nora_vision.loading import apply_adapter
+from nora_vision.packing import PACKED_DTYPES
 from nora_vision.reading import read_adapter
 from nora_vision.saving import adapter_tensors
 
@@ -149,8 +150,8 @@ def test_exchanged_tensors_of_the_same_shape_are_refused(tmp_path):
 
 def test_a_change_below_the_tolerance_of_a_probe_is_refused(tmp_path):
     model = saved("linear", True, tmp_path)
-    metadata, tensors = read_header(tmp_path / WEIGHTS).metadata, load_file(tmp_path / WEIGHTS)
-    tensors["base_model.model.first.nora_inner_B"][0, 0] *= 1 + 1e-6
+    metadata, tensors = read_header(tmp_path / WEIGHTS, PACKED_DTYPES).metadata, load_file(tmp_path / WEIGHTS)
+    tensors["nora_inner_B"][0] *= 1 + 1e-6
     save_file(tensors, tmp_path / WEIGHTS, metadata)
     with pytest.raises(AdapterFileError, match="does not match the digest"):
         read_adapter(model, tmp_path)

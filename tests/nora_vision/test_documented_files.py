@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import zlib
 
 import numpy as np
 import pytest
+from earlier_layout import save_as_earlier
 from peft import get_peft_model
 from small_models import MODELS, config_for
 from torch import nn
@@ -13,7 +15,8 @@ from nora_vision import calibrate, initialize_nora_weights, save_adapter
 from nora_vision.layer import nora_layers
 
 PREFIX = "base_model.model."
-DTYPES = {"F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16"}
+DTYPES = {"F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16", "I8": "torch.int8", "U8": "torch.uint8"}
+NUMPY = {"F32": "<f4", "F16": "<f2", "I8": "i1", "U8": "u1"}
 
 
 class DocumentedFile:
@@ -39,23 +42,27 @@ class DocumentedFile:
     def configuration_digest(self):
         return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
 
-    def tensor(self, layer, kind):
-        name = f"{PREFIX}{layer}.{kind}"
+    def entry(self, name):
         if self.entries[name]["dtype"] == "BF16":
-            values = (np.frombuffer(self.bytes[name], "<u2").astype(np.uint32) << 16).view(np.float32)
-        else:
-            values = np.frombuffer(self.bytes[name], {"F32": "<f4", "F16": "<f2"}[self.entries[name]["dtype"]])
+            return bfloat16(self.bytes[name])
+        values = np.frombuffer(self.bytes[name], NUMPY[self.entries[name]["dtype"]])
         return values.reshape(self.entries[name]["shape"]).astype(np.float64)
+
+    def tensor(self, layer, kind):
+        return self.entry(f"{PREFIX}{layer}.{kind}")
 
     def core(self, layer):
         inner = self.tensor(layer, "nora_inner_B") @ self.tensor(layer, "nora_inner_A")
         start = self.tensor(layer, "nora_inner_B0") @ self.tensor(layer, "nora_inner_A0")
         return self.config["alpha"] / self.config["inner_r"] * (inner - start)
 
+    def scale(self, layer):
+        owner = json.loads(self.metadata["nora_shared_scales"]).get(layer, layer)
+        return self.tensor(owner, "nora_activation_scale")
+
     def outer_factors(self, layer, weight):
         """By the full SVD, for small layers."""
-        owner = json.loads(self.metadata["nora_shared_scales"]).get(layer, layer)
-        stored = self.tensor(owner, "nora_activation_scale").astype(np.float32)
+        stored = self.scale(layer).astype(np.float32)
         scale = np.maximum(stored / stored.mean(), np.float32(0.001)).astype(np.float64)
         U, S, V = np.linalg.svd(weight * scale, full_matrices=False)
         rank = self.config["r"]
@@ -64,8 +71,50 @@ class DocumentedFile:
         return U * S * signs, V * signs[:, None] / scale
 
 
-def signs(size, offset):
-    state = np.arange(8 * size, dtype=np.int64).reshape(8, size) + offset * 2**33
+class DocumentedPackedFile(DocumentedFile):
+    """A compact file, whose tensors are packed.
+
+    Args:
+        layers: (out, in) of each adapted layer by name.
+        statistics: S (in,) of each layer, if the scales are not stored.
+    """
+
+    def __init__(self, folder, layers, statistics=None):
+        super().__init__(folder)
+        self.layers, self.statistics = {name: layers[name] for name in sorted(layers)}, statistics
+
+    def tensor(self, layer, kind):
+        index = list(self.layers).index(layer)
+        if kind == "nora_probe":
+            return self.entry(kind)[index]
+        r, inner_r = self.config["r"], self.config["inner_r"]
+        values = self.entry(kind)[index * r * inner_r : (index + 1) * r * inner_r]
+        if self.entries[kind]["dtype"] == "I8":
+            values = values * self.entry(f"{kind}.step")[index]
+        return values.reshape((inner_r, r) if kind.startswith("nora_inner_A") else (r, inner_r))
+
+    def scale(self, layer):
+        data, coding = zlib.decompress(self.bytes["nora_activation_scale"]), self.metadata["nora_scales"]
+        sizes = [n for _, n in self.layers.values()]
+        start = sum(sizes[: list(self.layers).index(layer)])
+        part = slice(start, start + self.layers[layer][1])
+        if coding == "parity":
+            parity = np.unpackbits(np.frombuffer(data, np.uint8))[part].astype(np.float64)
+            S = self.statistics[layer].astype(np.float64)
+            x = 2 * np.log2(np.maximum(S / S.max(), 2.0**-10))
+            return 2.0 ** ((2 * np.round((x - parity) / 2) + parity) / 2)
+        if coding == "steps":
+            steps = np.frombuffer(data, np.int8)[part].astype(np.float64)
+            return np.where(steps == -128, 0, 2.0 ** (steps / 2))
+        return bfloat16(data)[part] if coding == "BF16" else np.frombuffer(data, "<f4")[part].astype(np.float64)
+
+
+def bfloat16(data):
+    return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def signs(count, size, offset):
+    state = np.arange(count * size, dtype=np.int64).reshape(count, size) + offset * 2**33
     with np.errstate(over="ignore"):
         for shift, factor in ((33, 0x7FB5D329728EA185), (29, 0x1B873593CC9E2D51)):
             state = (state ^ (state >> shift) ^ (state << 7)) * np.int64(factor)
@@ -74,6 +123,7 @@ def signs(size, offset):
 
 @pytest.fixture(params=["linear", "conv2d"])
 def saved(request, tmp_path):
+    """The layers of a trained adapter by name, and its full file, its compact file and that of earlier versions."""
     model, inputs, targets = MODELS[request.param]()
     config = config_for(targets, r=4, inner_r=2, outer_init="awsvd", preserve_output=True, inner_init="gaussian")
     model = get_peft_model(model, config)
@@ -84,7 +134,9 @@ def saved(request, tmp_path):
     save_adapter(model, tmp_path / "full")
     save_adapter(model, tmp_path / "compact", compact=True)
     layers = {name.removeprefix(PREFIX): layer for name, layer in nora_layers(model).items()}
-    return layers, DocumentedFile(tmp_path / "full"), DocumentedFile(tmp_path / "compact")
+    sizes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    compact = DocumentedPackedFile(tmp_path / "compact", sizes)
+    return layers, DocumentedFile(tmp_path / "full"), compact, DocumentedFile(save_as_earlier(model, tmp_path / "earlier"))
 
 
 def test_the_digests_are_those_that_the_page_describes(saved):
@@ -94,20 +146,23 @@ def test_the_digests_are_those_that_the_page_describes(saved):
 
 
 def test_a_full_file_gives_the_weight_change(saved):
-    layers, full, _ = saved
+    layers, full, *_ = saved
     for name, layer in layers.items():
         change = full.tensor(name, "nora_B") @ full.core(name) @ full.tensor(name, "nora_A")
         expected = layer.get_delta_weight("default").flatten(1).detach().numpy()
         np.testing.assert_allclose(change, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-def test_a_compact_file_and_the_base_weight_give_the_weight_change_and_its_probe(saved):
-    layers, _, compact = saved
+@pytest.mark.parametrize("layout", ["compact", "earlier"])
+def test_a_compact_file_and_the_base_weight_give_the_weight_change_and_its_probe(saved, layout):
+    layers, _, *files = saved
+    compact = files[layout == "earlier"]
     for name, layer in layers.items():
         B, A = compact.outer_factors(name, layer.get_base_layer().weight.flatten(1).detach().double().numpy())
         change = B @ compact.core(name) @ A
         expected = layer.get_delta_weight("default").flatten(1).detach().numpy()
         np.testing.assert_allclose(change, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-        u, v = signs(change.shape[0], 1), signs(change.shape[1], 2)
+        count = {"compact": 4, "earlier": 8}[layout]
+        u, v = signs(count, change.shape[0], 1), signs(count, change.shape[1], 2)
         probe = [np.linalg.norm(change), *np.einsum("im,mn,in->i", u, change, v)]
         np.testing.assert_allclose(probe, compact.tensor(name, "nora_probe"), rtol=0, atol=1e-5 * probe[0])
