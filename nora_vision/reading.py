@@ -23,7 +23,6 @@ from .files import (
     DTYPES,
     PLAIN_NAME,
     AdapterFileError,
-    SafetensorsHeader,
     check_configuration,
     read_header,
     read_json,
@@ -49,6 +48,7 @@ SHARED_SCALES = "nora_shared_scales"
 METADATA = frozenset({"format", LAYOUT, SHARED_SCALES, SCALES, SCALES_DIGEST, CONFIGURATION, DIGEST})
 # Values of the field `compact`, besides PACKED.
 FULL, EARLIER = False, True
+ALLOWED_DTYPES = {FULL: DTYPES, EARLIER: DTYPES, PACKED: PACKED_DTYPES}
 NAME_FIELDS = ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "inner_rank_pattern")
 
 Shape = tuple[int, ...]
@@ -75,26 +75,29 @@ def read_adapter(model: nn.Module, folder: Path, base_calibration: BaseCalibrati
     weights = folder / WEIGHTS_NAME
     fields = read_json(folder / CONFIG_NAME)
     config, layout = _read_config(fields, folder / CONFIG_NAME)
-    dtypes = PACKED_DTYPES if layout == PACKED else DTYPES
-    header = read_header(weights, dtypes)
+    header = read_header(weights, ALLOWED_DTYPES[layout])
     _check_metadata(header.metadata, weights)
     shared = _shared_scales(header.metadata, weights) if layout == EARLIER else {}
     of_layers = _expected_shapes(model, config, layout, shared, weights)
     in_full = _shapes_trained_in_full(model, config)
-    expected = (packed_shapes(of_layers, header.tensors) if layout == PACKED else of_layers) | in_full
-    _compare({_plain(name): entry.shape for name, entry in header.tensors.items()}, expected, weights)
+    expected = packed_shapes(of_layers, header.tensors) if layout == PACKED else of_layers
+    _compare({_plain(name): entry.shape for name, entry in header.tensors.items()}, expected | in_full, weights)
     check_configuration(header.metadata, fields, folder)
     _check_all_match(model, config, folder / CONFIG_NAME)
-    tensors = {_plain(name): tensor for name, tensor in read_tensors(weights, dtypes=dtypes).items()}
+    tensors = {_plain(name): tensor for name, tensor in read_tensors(weights, dtypes=ALLOWED_DTYPES[layout]).items()}
     if layout == PACKED:
-        statistics = _statistics(header, of_layers, base_calibration, weights)
+        statistics = _statistics(header.metadata, of_layers, base_calibration, weights)
         unpacked = unpack(tensors, header.metadata, of_layers, statistics, str(weights))
         tensors = unpacked | {name: tensors[name] for name in in_full}
+    tensors |= {f"{name}.{SCALE}": tensors[f"{owner}.{SCALE}"] for name, owner in shared.items()}
+    _check_scales(tensors, weights)
+    return AdapterFile(config, tensors, folder, compact=layout != FULL)
+
+
+def _check_scales(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     for name, tensor in tensors.items():
         if name.endswith(f".{SCALE}") and not (tensor >= 0).all():
-            raise AdapterFileError(f"{weights}: {name!r} must not be negative.")
-    tensors |= {f"{name}.{SCALE}": tensors[f"{owner}.{SCALE}"] for name, owner in shared.items()}
-    return AdapterFile(config, tensors, folder, compact=layout != FULL)
+            raise AdapterFileError(f"{path}: {name!r} must not be negative.")
 
 
 def _plain(name: str) -> str:
@@ -102,10 +105,10 @@ def _plain(name: str) -> str:
 
 
 def _statistics(
-    header: SafetensorsHeader, shapes: Mapping[str, Shape], base_calibration: BaseCalibration | None, path: Path
+    metadata: Mapping[str, str], shapes: Mapping[str, Shape], base_calibration: BaseCalibration | None, path: Path
 ) -> ActivationStatistics | None:
     """The statistics of the base calibration at the layers with `shapes`; None if the file stores its scales."""
-    if not needs_statistics(header.metadata):
+    if not needs_statistics(metadata):
         return None
     if base_calibration is None:
         raise AdapterFileError(
@@ -149,21 +152,21 @@ def _weights_in(folder: Path) -> bool:
 
 def _read_config(fields: Mapping[str, Any], path: Path) -> tuple[NoraConfig, bool | str]:
     """The configuration, in inference mode, and the field `compact`: `FULL`, `EARLIER` or `PACKED`."""
-    compact = fields.get("compact", FULL)
+    layout = fields.get("compact", FULL)
     fields = {name: value for name, value in fields.items() if name != "compact"}
     if fields.get("peft_type") != NoraPeftType.NORA:
         raise AdapterFileError(
             f"{path} configures an adapter of type {fields.get('peft_type')!r}, not {NoraPeftType.NORA.value!r}."
         )
     unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(NoraConfig)})
-    if unknown or not (isinstance(compact, bool) or compact == PACKED):
-        raise AdapterFileError(f"{path} has fields that this version does not know: {unknown or {'compact': compact}}.")
+    if unknown or layout not in (FULL, EARLIER, PACKED):
+        raise AdapterFileError(f"{path} has fields that this version does not know: {unknown or {'compact': layout}}.")
     for field in NAME_FIELDS:
         _check_names(fields.get(field), field, path)
     if not fields.get("target_modules"):
         raise AdapterFileError(f"{path} must list target_modules, got {fields.get('target_modules')!r}.")
     try:
-        return NoraConfig(**{**fields, "inference_mode": True}), compact
+        return NoraConfig(**{**fields, "inference_mode": True}), layout
     except (TypeError, ValueError, AttributeError) as error:
         raise AdapterFileError(f"{path} is not a valid configuration: {error}") from error
 

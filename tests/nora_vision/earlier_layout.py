@@ -1,4 +1,4 @@
-"""The compact layout of earlier versions: a tensor for each layer and kind, shared activation scales, probes of eight projections."""
+"""The compact layout of earlier versions: a tensor for each layer and kind, shared scales, probes of eight projections."""
 
 import json
 
