@@ -57,6 +57,7 @@ class PeftMethod(AdapterMethod):
         Raises: ValueError naming the layer that the adapter does not fit.
         """
         from nora_vision.calibration import base_name
+        from nora_vision.factors import has_adapter
 
         targeted = dict(targeted_layers(model, config))
         if not targeted:
@@ -70,7 +71,8 @@ class PeftMethod(AdapterMethod):
         make_scalable(model)
         if "exclude_modules" not in {field.name for field in dataclasses.fields(config)}:
             # A configuration without this field cannot save it, so the adapted layers are listed by name.
-            config.target_modules, config.exclude_modules = {base_name(name) for name in tuner_layers(model)}, None
+            layers = (name for name, layer in tuner_layers(model).items() if has_adapter(layer, adapter_name))
+            config.target_modules, config.exclude_modules = set(map(base_name, layers)), None
 
     def misfit(self, layer: nn.Module) -> str | None:
         """Why the method cannot adapt `layer`, with the remedy; None if it can."""

@@ -73,19 +73,12 @@ class SharedStateMethod(PeftMethod):
         if self.seed_field is not None:
             setattr(config, self.seed_field, int(torch.randint(LARGEST_SEED, (), generator=generator)))
         super().attach(model, config, adapter_name, generator)
-        layers = self.layers_of(model)
-        self.complete(list(layers.values()), config, adapter_name)
-        # Not every configuration can save `exclude_modules`, so the targets are listed by name.
-        config.target_modules, config.exclude_modules = set(layers), None
+        self.complete(list(self.layers_of(model).values()), config, adapter_name)
 
     @classmethod
     def inject(cls, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         """Add the adapter with PEFT's tuner, which `add_adapter` does not support."""
-        try:
-            cls._tuner()(model, config, adapter_name)
-        except (ValueError, TypeError) as error:
-            targets = sorted(config.target_modules)
-            raise ValueError(f"{error} {cls.title} adapts Linear layers only, got {targets}.") from error
+        cls._tuner()(model, config, adapter_name)
         model._hf_peft_config_loaded = True
 
     @classmethod

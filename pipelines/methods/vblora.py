@@ -12,6 +12,7 @@ from torch import nn
 from pipelines.adapter_method import TaskDefaults, option
 from pipelines.errors import InputError
 from pipelines.option_checks import above_zero, at_least
+from pipelines.peft_method import targeted_layers
 from pipelines.run_options import Task
 from pipelines.shared_state import SharedStateMethod
 
@@ -82,6 +83,13 @@ class VbLora(SharedStateMethod):
             config.vector_length = longest_vector(model, config)
         super().attach(model, config, adapter_name, generator)
 
+    def misfit_of_size(self, m: int, n: int) -> str | None:
+        """The length of the vectors must divide both sizes."""
+        length = self.options.vector_length
+        if length is None or (m % length, n % length) == (0, 0):
+            return None
+        return f"vector_length must divide its sizes, {m} and {n}, got {length}. Change it, or leave it out."
+
     def learning_rate_factor(self, parameter_name: str) -> float:
         """The paper's ratio of the learning rates of the logits and the bank, 10."""
         return 10.0 if ".vblora_logits_" in parameter_name else 1.0
@@ -97,15 +105,9 @@ class VbLora(SharedStateMethod):
 
 def longest_vector(model: nn.Module, config: PeftConfig) -> int:
     """The largest divisor, up to `LONGEST_VECTOR`, of the sizes of all linear layers of `model` that `config` targets."""
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    layers = [
-        layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and check_target_module_exists(config, name)
-    ]
+    layers = [layer for _, layer in targeted_layers(model, config) if isinstance(layer, nn.Linear)]
     common = math.gcd(*(size for layer in layers for size in (layer.in_features, layer.out_features)))
-    # Without a layer, PEFT refuses the target.
+    # Without a layer, the target is refused.
     return max((length for length in range(1, LONGEST_VECTOR + 1) if common % length == 0), default=1)
 
 

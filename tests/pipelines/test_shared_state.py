@@ -188,7 +188,7 @@ def test_the_vectors_of_a_bank_are_as_long_as_the_sizes_of_the_layers_allow():
     model = nn.ModuleDict({"big": nn.Linear(1280, 640)})
     AdapterOptions("vblora", rank=2).create().add(model, ["big"], torch.Generator())
     assert model.peft_config[ADAPTER_NAME].vector_length == 160
-    with pytest.raises(ValueError, match=r"`in_features` 24 must be divisible by `vector_length` 16"):
+    with pytest.raises(ValueError, match=r"cannot adapt 'wide': vector_length must divide its sizes, 16 and 24, got 16"):
         AdapterOptions("vblora", rank=2, vector_length=16).create().add(Layers(), ["wide"], torch.Generator())
 
 

@@ -107,7 +107,7 @@ def test_files_of_a_model_with_larger_layers_are_refused(pipe, tmp_path):
 def test_convolutions_are_not_default_targets_and_are_refused():
     assert not set(CONVOLUTIONS) & set(default_targets("vera", built_in=True))
     for targets in (["conv1"], ["conv1", "to_q"]):
-        with pytest.raises(InputError, match=r"does not fit unet: .*VeRA adapts Linear layers only, got \['conv1'"):
+        with pytest.raises(InputError, match=r"does not fit unet: VeRA cannot adapt '.*conv1': it adapts nn.Linear only"):
             adapters.attach(tiny_pipeline(), AdapterOptions("vera", target_modules=targets))
 
 
