@@ -23,10 +23,18 @@ def layouts_of(record: RunRecord) -> dict[Layout, int | None]:
     sizes: dict[Layout, int | None] = {}
     for layout in LAYOUTS:
         size = _size(record, layout)
-        # A method without a compact layout saves every step in the full one.
-        if layout != "compact" or size is not None or not _saves(record, "full"):
+        if size is not None or not _is_missing(record, layout):
             sizes[layout] = size
     return sizes
+
+
+def _is_missing(record: RunRecord, layout: Layout) -> bool:
+    """Whether a layout without files cannot be made."""
+    if layout == "compact":
+        # A method without a compact layout saves every step in the full one.
+        return _saves(record, "full")
+    # An adapter that is no change of weights is not exported.
+    return layout != "full" and (record.path / "adapter").is_dir()
 
 
 def _saves(record: RunRecord, layout: Layout) -> bool:

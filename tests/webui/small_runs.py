@@ -18,13 +18,14 @@ from training.subject.image_scoring import keep_adapter
 from webui.work.classify import built_in
 
 
-def small_run(runs, model, run_id="example", method="lora", strength=0.5, steps=(2, 4), suggested=2, pipe=None):
+def small_run(runs, model, run_id="example", method="lora", strength=0.5, steps=(2, 4), suggested=2, pipe=None, **more):
     """The directory of a run whose random adapter, with a fixed seed, grows by `strength` with each saved step.
 
     Args:
         pipe: the loaded pipeline of `model`; None for the tiny one.
+        more: options of the adapter.
     """
-    pipe, options = pipe or tiny_pipeline(), AdapterOptions(method=method, rank=4, inner_r=2, **TINY)
+    pipe, options = pipe or tiny_pipeline(), AdapterOptions(method=method, rank=4, inner_r=2, **TINY, **more)
     components = adapters.attach(pipe, options)
     adapters.start(options, components, dict.fromkeys(components, lambda: run_tiny(pipe)), runs / run_id / "calibration", 0)
     told = {"model": {"pretrained_model_name_or_path": str(model)}, "data": {"instance_prompt": "a star", "resolution": None}}

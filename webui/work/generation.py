@@ -99,7 +99,7 @@ def file_of(workspace: Workspace, run_id: str, step: int, layout: Layout) -> Ite
             PIPELINE_CACHE.export(adapter, save)
             path = _in(Path(folder), layout)
         if path is None:
-            raise InputError("This adapter has no compact form. Download the full form, which is small too.")
+            raise InputError(f"This adapter has no file {LAYOUTS[layout][0]!r}. Download {LAYOUTS['full'][0]!r}, which all have.")
         yield _packed(path, Path(folder) / f"{run_id}-step-{step}-{layout}")
 
 

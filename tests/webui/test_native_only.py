@@ -1,0 +1,39 @@
+"""The page with an adapter that is no change of weights: it has no files for other programs."""
+
+import pytest
+from small_runs import small_run
+
+from pipelines.errors import InputError
+from webui.adapters import find_adapter
+from webui.files import layouts_of
+from webui.work import generation
+from webui.work.pipeline_cache import GenerationJob, PipelineCache, WeightedAdapter
+from webui.workspace import Workspace
+
+
+@pytest.fixture(scope="module")
+def workspace(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("workspace")
+    small_run(folder / "runs", tiny_model, "mixture", "nora", num_subspaces=2)
+    return Workspace(folder / "runs", folder / "sets", is_local=True)
+
+
+def test_only_the_native_layouts_are_offered(workspace):
+    assert layouts_of(workspace.run("mixture")).keys() == {"compact", "full"}
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_file_for_another_program_is_refused_with_the_one_to_take(workspace, step):
+    with (
+        pytest.raises(InputError, match=r"no file 'For diffusers'\. Download 'Full'"),
+        generation.file_of(workspace, "mixture", step, "diffusers"),
+    ):
+        pass
+    with generation.file_of(workspace, "mixture", step, "full") as file:
+        assert file.stat().st_size > 0
+
+
+def test_it_cannot_be_merged_with_others(workspace, tmp_path):
+    job = GenerationJob("a star", (WeightedAdapter(find_adapter(workspace, "mixture@4"), 1.0),))
+    with pytest.raises(InputError, match=r"cannot be merged into one file: .*is adapted by a mixture of subspaces"):
+        PipelineCache().merge(job, tmp_path / "mix.safetensors", "kohya")
