@@ -9,12 +9,14 @@ from .initialization import initialize_nora_weights
 from .layer import NoraLayer
 from .loading import load_adapter, load_nora
 from .model import NoraModel
+from .quantization import CheckpointWeights
 from .registration import register
 from .saving import save_adapter, save_nora
 
 __all__ = [
     "ActivationStatistics",
     "AdapterFileError",
+    "CheckpointWeights",
     "NoraConfig",
     "NoraLayer",
     "NoraModel",

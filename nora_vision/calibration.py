@@ -17,6 +17,7 @@ from .config import NoraConfig
 from .files import AdapterFileError, read_header, read_tensors, tensor_bytes, write_tensors
 from .layer import NoraLayer
 from .layer_types import find_layer_class, layer_class_for
+from .quantization import keep_differentiable
 
 # Key of the header's metadata for the fingerprints of the layers' weights.
 STATISTICS = "nora_activation_statistics"
@@ -95,6 +96,7 @@ def calibrate(
     Raises: ValueError if nothing was calibrated, an input was not finite, or an adapter is merged.
     """
     layers = _layers_to_calibrate(model, target_modules)
+    keep_differentiable(model)
     totals = {name: _Total(_base(module), name) for name, module in layers.items()}
     with ExitStack() as stack:
         stack.enter_context(_adapters_off(layers))

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from .calibration import ActivationStatistics, base_name, unwrapped
+from .compensation import nearest_inner_factors
+from .config import NoraConfig
 from .decomposition import reproducible_awsvd
 from .layer import NoraLayer, nora_layers
 from .outer import scaled_outer_factors
-from .reproducible import record_reproducible
+from .quantization import UnquantizedWeights, dequantized_weight, is_quantized
+from .reproducible import record_reproducible, weight_digest
 
 # Without a floor, inputs with tiny activations in the calibration would get huge factors.
 SCALE_FLOOR = 1e-3
@@ -25,6 +29,8 @@ def initialize_nora_weights(
     *,
     generator: torch.Generator | None = None,
     progress: Callable[[int, int], None] | None = None,
+    unquantized: UnquantizedWeights | None = None,
+    loftq_start: bool = False,
 ) -> None:
     """Initialise the adapter: outer factors by AwSVD of each base weight, inner factors according to its configuration.
 
@@ -35,36 +41,100 @@ def initialize_nora_weights(
         stats: the result of `calibrate` for this model.
         generator: of the inner factors, on the CPU; the outer factors depend only on weights and statistics.
         progress: called after each layer with the number of finished layers and their total.
-    Raises: ValueError if there is no such adapter, it is merged, or the statistics are of another model.
+        unquantized: for a quantised model, reads a layer's weight before quantisation, such as `CheckpointWeights(folder)`. The
+            outer factors are then those of the unquantised weights, of which at most one is in memory.
+        loftq_start: start each inner pair where the change is nearest to what quantisation removed, W - Q(W), in the norm of
+            the activations  [LoftQ, Li et al. 2023, within NoRA's outer factors]. Needs `unquantized`.
+    Raises: ValueError if there is no such adapter, it is merged, the statistics are of another model, or `unquantized` or
+        `loftq_start` cannot be used.
     """
-    layers = {base_name(name): layer for name, layer in nora_layers(unwrapped(model)).items() if adapter_name in layer.r}
-    if not layers:
-        raise ValueError(f"The model has no NoRA adapter {adapter_name!r}. Add it first, for example with get_peft_model.")
-    for name, layer in layers.items():
-        _check_can_start(layer, name, stats)
+    layers = _checked_layers(model, adapter_name, stats, unquantized)
+    config = model.peft_config[adapter_name]
+    if loftq_start:
+        _check_loftq_start(unquantized, config)
     if stats is None:
         warnings.warn(
             f"No activation statistics: NoRA adapter {adapter_name!r} starts from the plain SVD of the weights. "
             "For AwSVD pass calibrate(model, run_model).",
             stacklevel=2,
         )
-    config = model.peft_config[adapter_name]
     for done, (name, layer) in enumerate(layers.items(), start=1):
         stored_scale = layer.nora_activation_scale[adapter_name]
         stored_scale.copy_(torch.ones_like(stored_scale) if stats is None else relative_scale(stats[name]))
-        layer.set_outer_factors(adapter_name, *outer_factors(layer, adapter_name, name))
-        record_reproducible(layer, adapter_name)
-        layer.reset_inner_factors(adapter_name, config, generator)
+        with _unquantized_weight(layer, name, unquantized):
+            layer.set_outer_factors(adapter_name, *outer_factors(layer, adapter_name, name))
+            record_reproducible(layer, adapter_name)
+            layer.reset_inner_factors(adapter_name, config, generator)
+            if loftq_start:
+                _start_at_residual(layer, adapter_name)
         if progress is not None:
             progress(done, len(layers))
     config.outer_init = "svd" if stats is None else "awsvd"
 
 
-def _check_can_start(layer: NoraLayer, name: str, stats: ActivationStatistics | None) -> None:
+def _checked_layers(
+    model: nn.Module, adapter_name: str, stats: ActivationStatistics | None, unquantized: UnquantizedWeights | None
+) -> dict[str, NoraLayer]:
+    """The adapter's layers by name, after checking that each can be initialised.
+
+    Raises: ValueError if there is none, or one cannot.
+    """
+    layers = {base_name(name): layer for name, layer in nora_layers(unwrapped(model)).items() if adapter_name in layer.r}
+    if not layers:
+        raise ValueError(f"The model has no NoRA adapter {adapter_name!r}. Add it first, for example with get_peft_model.")
+    for name, layer in layers.items():
+        _check_can_start(layer, name, stats, unquantized)
+    return layers
+
+
+@contextmanager
+def _unquantized_weight(layer: NoraLayer, name: str, unquantized: UnquantizedWeights | None) -> Iterator[None]:
+    """A context in which the layer has its unquantised weight, which is released afterwards.
+
+    Raises: ValueError if it has another shape than the base layer's.
+    """
+    layer.unquantized_digest = None
+    if unquantized is None:
+        yield
+        return
+    weight, shape = unquantized(name), dequantized_weight(layer.get_base_layer()).shape
+    if weight.shape != shape:
+        raise ValueError(
+            f"The unquantised weight of {name!r} must have the shape {tuple(shape)} of the quantised one, got "
+            f"{tuple(weight.shape)}. Read it from the checkpoint that the model was loaded from."
+        )
+    layer.unquantized_digest = weight_digest(weight)
+    layer.unquantized = weight.to(layer.get_base_layer().weight.device)
+    del weight
+    try:
+        yield
+    finally:
+        layer.unquantized = None
+
+
+def _check_loftq_start(unquantized: UnquantizedWeights | None, config: NoraConfig) -> None:
+    """Raises: ValueError naming what the start from the residual of quantisation cannot be combined with."""
+    if unquantized is None:
+        raise ValueError("loftq_start needs the unquantised weights. Give `unquantized`, such as CheckpointWeights(folder).")
+    if config.preserve_output:
+        raise ValueError(
+            "loftq_start cannot be used with preserve_output, which subtracts the start of the change. Leave one of them out."
+        )
+    if config.inner_form != "serial" or config.num_subspaces != 1:
+        raise ValueError(
+            f"loftq_start needs inner_form='serial' and num_subspaces=1, got {config.inner_form!r} and {config.num_subspaces}."
+        )
+
+
+def _check_can_start(
+    layer: NoraLayer, name: str, stats: ActivationStatistics | None, unquantized: UnquantizedWeights | None
+) -> None:
     if layer.merged:
         raise ValueError(f"Cannot initialize {name!r} while {layer.merged_adapters} are merged into it. Unmerge them first.")
     if stats is not None:
         stats.check_layer(name, layer.get_base_layer())
+    if unquantized is not None and not is_quantized(layer.get_base_layer()):
+        raise ValueError(f"`unquantized` is for quantised models, but {name!r} is not quantised. Leave it out.")
     layer.finite_weight_matrix(name)
 
 
@@ -79,10 +149,28 @@ def outer_factors(
     Args:
         legacy: as in `reproducible_awsvd`.
     """
-    weight, scale = layer.finite_weight_matrix(layer_name), layer.nora_activation_scale[adapter_name].float()
-    relative = (scale / scale.mean()).clamp_min(SCALE_FLOOR) if scale.any() else None
+    weight, relative = layer.finite_weight_matrix(layer_name), _column_weights(layer, adapter_name)
     factors = reproducible_awsvd(weight, relative, layer.r[adapter_name], layer.outer_slice[adapter_name], legacy=legacy)
     return scaled_outer_factors(*factors, layer.outer_scaling[adapter_name])
+
+
+def _column_weights(layer: NoraLayer, adapter_name: str) -> torch.Tensor | None:
+    """The diagonal (in,) of AwSVD's norm; None for the plain norm of a layer that saw only zeros."""
+    scale = layer.nora_activation_scale[adapter_name].float()
+    return (scale / scale.mean()).clamp_min(SCALE_FLOOR) if scale.any() else None
+
+
+@torch.no_grad()
+def _start_at_residual(layer: NoraLayer, adapter_name: str) -> None:
+    """Set the adapter's inner factors so that its change is nearest to W - Q(W)."""
+    residual = layer.base_weight().float() - dequantized_weight(layer.get_base_layer()).float()
+    factors = layer.nora_B[adapter_name], layer.nora_A[adapter_name]
+    up, down = nearest_inner_factors(
+        layer._as_matrix(residual), *factors, _column_weights(layer, adapter_name), layer.inner_r[adapter_name]
+    )
+    factor = layer.scaling[adapter_name] ** -0.5
+    layer.nora_inner_B[adapter_name].copy_(factor * up)
+    layer.nora_inner_A[adapter_name].copy_(factor * down)
 
 
 def relative_scale(activation_scale: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,6 +16,7 @@ from .config import NoraConfig
 from .decomposition import is_finite, reproducible_awsvd
 from .inner import FROZEN_STARTS, TRAINED, InnerForm, gated
 from .outer import OuterScaling, outer_coefficients, scaled_outer_factors
+from .quantization import dequantized_weight, is_quantized
 
 
 class NoraLayer(nn.Module, BaseTunerLayer):
@@ -61,6 +61,9 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         self._without_outer_factors: set[str] = set()
         # Digests of the source of the outer factors, and of the factors; see `nora_vision.reproducible`.
         self.reproducible: dict[str, tuple[str, str]] = {}
+        # The weight before quantisation while adapters are initialised from it, and then its hash.
+        self.unquantized: torch.Tensor | None = None
+        self.unquantized_digest: str | None = None
         self.out_features, self.in_features = self.matrix_shape(self.get_base_layer())
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, layer_name)
@@ -150,7 +153,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         """Initialise the inner factors according to `config` and, with preserve_output, store their start."""
         coefficients = None
         if config.inner_init == "singular_values":
-            weight = self._as_matrix(dequantize_module_weight(self.get_base_layer()).detach())
+            weight = self._as_matrix(self.base_weight())
             coefficients = outer_coefficients(weight, self.nora_B[adapter_name], self.nora_A[adapter_name]).cpu()
         start = self.inner_form[adapter_name].start(config.inner_init, coefficients, generator)
         tensors = self.inner_tensors(adapter_name)
@@ -166,12 +169,16 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         self.nora_A[adapter_name].copy_(A)
         self._without_outer_factors.discard(adapter_name)
 
+    def base_weight(self) -> torch.Tensor:
+        """The base layer's weight in its shape before quantisation: `unquantized` if it is set, else dequantised."""
+        return dequantized_weight(self.get_base_layer()) if self.unquantized is None else self.unquantized
+
     def finite_weight_matrix(self, layer_name: str) -> torch.Tensor:
-        """The base layer's weight as a matrix (out, in), dequantised and at least float32.
+        """`base_weight` as a matrix (out, in), at least float32.
 
         Raises: ValueError naming the layer if it is not finite.
         """
-        weight = self._as_matrix(dequantize_module_weight(self.get_base_layer()).detach())
+        weight = self._as_matrix(self.base_weight())
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if not is_finite(weight):
             raise ValueError(f"The weight of {layer_name!r} must be finite, got NaN or infinite entries.")
@@ -291,9 +298,11 @@ class NoraLayer(nn.Module, BaseTunerLayer):
 
     def _weight_plus_change(self, adapter_name: str, scaling: float) -> torch.Tensor:
         weight = self.get_base_layer().weight.data
-        if not weight.is_floating_point():
+        if is_quantized(self.get_base_layer()):
             raise ValueError(
-                f"Merging needs floating point weights, got {weight.dtype}. Load the base model without quantisation."
+                f"Merging needs floating point weights, got {weight.dtype}, which would round most of the change away. Merge "
+                "into the dequantised model, which keeps the trained outputs, or into the base model loaded without quantisation, "
+                "which differs from it by the error of quantisation."
             )
         up, down = self._low_rank_factors(adapter_name, scaling)
         # Summed in float32 or better: half precision would round the change away.

@@ -19,6 +19,7 @@ from .combination import EXACT_TYPES, check_weights, combined_config, set_factor
 from .config import NoraConfig
 from .layer import NoraLayer, nora_layers
 from .layer_types import check_layer, layer_class_for
+from .quantization import keep_differentiable
 
 # Arguments of PEFT's add_weighted_adapter that do not change an exact sum; the last is for types that NoRA refuses.
 SVD_ROUTINES = frozenset({"svd_full_matrices", "svd_driver", "majority_sign_method"})
@@ -71,6 +72,8 @@ class NoraModel(BaseTuner):
 
     def _prepare_model(self, peft_config: NoraConfig, model: nn.Module) -> None:
         """Check every target before the first layer is replaced."""
+        if not peft_config.inference_mode:
+            keep_differentiable(model)
         if peft_config.target_modules == DUMMY_TARGET_MODULES:
             return
         _maybe_include_all_linear_layers(peft_config, model)

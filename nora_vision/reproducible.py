@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from peft.utils.integrations import dequantize_module_weight
 
 from .files import tensor_bytes
 from .layer import NoraLayer
+from .quantization import dequantized_weight
 
 
 def record_reproducible(layer: NoraLayer, adapter_name: str) -> None:
@@ -45,15 +45,20 @@ def adapter_of_same_source(layer: NoraLayer, adapter_name: str) -> str | None:
 
 
 def source_digest(layer: NoraLayer, adapter_name: str) -> str:
-    """The hash of the source of outer factors: base weight (dequantised), activation scale, rank, slice, scaling and dtype."""
-    weight = dequantize_module_weight(layer.get_base_layer()).detach()
+    """The hash of the source of outer factors: base weight (or unquantised weight), scale, rank, slice, scaling and dtype."""
     values = {
+        "weight": layer.unquantized_digest or weight_digest(dequantized_weight(layer.get_base_layer())),
         "rank": layer.r[adapter_name],
         "outer_slice": layer.outer_slice[adapter_name],
         "outer_scaling": layer.outer_scaling[adapter_name],
         "dtype": str(layer.nora_B[adapter_name].dtype),
     }
-    return _digest(weight, layer.nora_activation_scale[adapter_name], **values)
+    return _digest(layer.nora_activation_scale[adapter_name], **values)
+
+
+def weight_digest(weight: torch.Tensor) -> str:
+    """The hash of a weight, of any shape."""
+    return _digest(weight)
 
 
 def factors_digest(layer: NoraLayer, adapter_name: str) -> str:
