@@ -30,10 +30,13 @@ def _form_errors(name: InnerFormName, form: InnerForm, inner_init: InnerInit, wh
             in_blocks and (blocks < 2 or r % blocks != 0),
             f"inner_blocks must be at least 2 and divide r={r}{where}, got {blocks}. For one block use inner_form='full'.",
         ),
-        (is_sparse and not 1 <= entries <= r * r, f"sparse_entries must be in [1, r^2={r * r}]{where}, got {entries}."),
+        (
+            is_sparse and (type(entries) is not int or not 1 <= entries <= r * r),
+            f"sparse_entries must be an integer in [1, r^2={r * r}]{where}, got {entries!r}.",
+        ),
         (not in_blocks and blocks != 1, f"inner_blocks needs inner_form='block_diagonal', got {blocks} with {name!r}."),
         (not is_sparse and entries != 0, f"sparse_entries needs inner_form='sparse_low_rank', got {entries} with {name!r}."),
-        (not 0 <= seed < 2**31, f"sparse_seed must be in [0, 2^31), got {seed}."),
+        (type(seed) is not int or not 0 <= seed < 2**31, f"sparse_seed must be an integer in [0, 2^31), got {seed!r}."),
     ]
 
 

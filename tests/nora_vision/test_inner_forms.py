@@ -281,8 +281,10 @@ SAVED = [(form, {}) for form in FORMS] + [
 def test_full_and_compact_files_and_those_of_peft_give_the_same_output(form, fields, tmp_path):
     model, inputs, expected = started("linear", form, **fields)
     model.save_pretrained(tmp_path / "peft")
-    fresh, _, _ = MODELS["linear"]()
-    assert torch.equal(output(PeftModel.from_pretrained(fresh, tmp_path / "peft").eval(), inputs), expected)
+    for on_meta in (False, True):
+        fresh, _, _ = MODELS["linear"]()
+        loaded = PeftModel.from_pretrained(fresh, tmp_path / "peft", low_cpu_mem_usage=on_meta).eval()
+        assert torch.equal(output(loaded, inputs), expected)
     for compact in (False, True):
         folder = save_adapter(model, tmp_path / f"compact_{compact}", compact=compact)
         fresh, _, _ = MODELS["linear"]()
@@ -345,10 +347,10 @@ def test_adapters_of_several_forms_share_a_model_and_add_up_to_one():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@forms
-def test_half_precision_models_train_float32_tensors(form, dtype):
+@pytest.mark.parametrize(("form", "fields"), [*((form, {}) for form in FORMS), ("serial", {"num_subspaces": 4})], ids=str)
+def test_half_precision_models_train_float32_tensors(form, fields, dtype):
     model, inputs, targets = MODELS["linear"]()
-    model = get_peft_model(model.to(dtype), config_for(targets, **fields_of(form)))
+    model = get_peft_model(model.to(dtype), config_for(targets, **fields_of(form, **fields)))
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     result = output(model, (inputs[0].to(dtype),))
     assert result.dtype == dtype
@@ -432,10 +434,12 @@ def test_what_a_mixture_cannot_do_is_refused_with_what_to_do_instead():
         ({"inner_form": "block_diagonal", "inner_blocks": 3}, "inner_blocks must be at least 2 and divide r=8, got 3"),
         ({"inner_blocks": 2}, "inner_blocks needs inner_form='block_diagonal', got 2 with 'serial'"),
         ({"inner_blocks": 0}, "inner_blocks must be an integer of at least 1, got 0"),
-        ({"inner_form": "sparse_low_rank"}, r"sparse_entries must be in \[1, r\^2=64\], got 0"),
-        ({"inner_form": "sparse_low_rank", "sparse_entries": 65}, r"sparse_entries must be in \[1, r\^2=64\], got 65"),
+        ({"inner_form": "sparse_low_rank"}, r"sparse_entries must be an integer in \[1, r\^2=64\], got 0"),
+        ({"inner_form": "sparse_low_rank", "sparse_entries": 2.5}, r"sparse_entries must be an integer in .*, got 2.5"),
+        ({"inner_form": "sparse_low_rank", "sparse_entries": 65}, r"sparse_entries must be an integer in .*, got 65"),
         ({"sparse_entries": 4}, "sparse_entries needs inner_form='sparse_low_rank', got 4"),
-        ({"sparse_seed": -1}, r"sparse_seed must be in \[0, 2\^31\), got -1"),
+        ({"sparse_seed": -1}, r"sparse_seed must be an integer in \[0, 2\^31\), got -1"),
+        ({"sparse_seed": "1"}, r"sparse_seed must be an integer in .*, got '1'"),
         ({"inner_form": "antisymmetric", "inner_init": "singular_values"}, "must not be 'singular_values' for .*antisymmetric"),
         ({"inner_form": "antisymmetric", "r": 1, "inner_r": 1}, "r must be at least 2 for inner_form='antisymmetric', got 1"),
         ({"num_subspaces": 3}, "num_subspaces must divide r=8, got 3"),
