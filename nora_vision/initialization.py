@@ -34,30 +34,22 @@ def initialize_nora_weights(
 ) -> None:
     """Initialise the adapter: outer factors by AwSVD of each base weight, inner factors according to its configuration.
 
-    Without statistics the outer factors are those of the plain SVD, with a warning. All layers are checked before any is changed.
+    Without statistics they are those of the plain SVD, with a warning. All layers are checked before any is changed.
 
     Args:
         model: with the adapter, added in any way.
         stats: the result of `calibrate` for this model.
         generator: of the inner factors, on the CPU; the outer factors depend only on weights and statistics.
         progress: called after each layer with the number of finished layers and their total.
-        unquantized: for a quantised model, reads a layer's weight before quantisation, such as `CheckpointWeights(folder)`. The
-            outer factors are then those of the unquantised weights, of which at most one is in memory.
+        unquantized: for a quantised model, reads the unquantised weights, such as `CheckpointWeights(folder)`, one at a time. The
+            outer factors are then theirs.
         loftq_start: start each inner pair where the change is nearest to what quantisation removed, W - Q(W), in the norm of
             the activations  [LoftQ, Li et al. 2023, within NoRA's outer factors]. Needs `unquantized`.
     Raises: ValueError if there is no such adapter, it is merged, the statistics are of another model, or `unquantized` or
         `loftq_start` cannot be used.
     """
+    config = _checked_config(model, adapter_name, unquantized, loftq_start)
     layers = _checked_layers(model, adapter_name, stats, unquantized)
-    config = model.peft_config[adapter_name]
-    if loftq_start:
-        _check_loftq_start(unquantized, config)
-    if stats is None:
-        warnings.warn(
-            f"No activation statistics: NoRA adapter {adapter_name!r} starts from the plain SVD of the weights. "
-            "For AwSVD pass calibrate(model, run_model).",
-            stacklevel=2,
-        )
     for done, (name, layer) in enumerate(layers.items(), start=1):
         stored_scale = layer.nora_activation_scale[adapter_name]
         stored_scale.copy_(torch.ones_like(stored_scale) if stats is None else relative_scale(stats[name]))
@@ -77,13 +69,17 @@ def _checked_layers(
 ) -> dict[str, NoraLayer]:
     """The adapter's layers by name, after checking that each can be initialised.
 
-    Raises: ValueError if there is none, or one cannot.
+    Raises: ValueError if one cannot.
     """
     layers = {base_name(name): layer for name, layer in nora_layers(unwrapped(model)).items() if adapter_name in layer.r}
-    if not layers:
-        raise ValueError(f"The model has no NoRA adapter {adapter_name!r}. Add it first, for example with get_peft_model.")
     for name, layer in layers.items():
         _check_can_start(layer, name, stats, unquantized)
+    if stats is None:
+        warnings.warn(
+            f"No activation statistics: NoRA adapter {adapter_name!r} starts from the plain SVD of the weights. "
+            "For AwSVD pass calibrate(model, run_model).",
+            stacklevel=3,
+        )
     return layers
 
 
@@ -112,8 +108,16 @@ def _unquantized_weight(layer: NoraLayer, name: str, unquantized: UnquantizedWei
         layer.unquantized = None
 
 
-def _check_loftq_start(unquantized: UnquantizedWeights | None, config: NoraConfig) -> None:
-    """Raises: ValueError naming what the start from the residual of quantisation cannot be combined with."""
+def _checked_config(model: nn.Module, adapter_name: str, unquantized: UnquantizedWeights | None, loftq_start: bool) -> NoraConfig:
+    """The adapter's configuration.
+
+    Raises: ValueError if there is none, or the start from the residual of quantisation cannot be used with it.
+    """
+    if not any(adapter_name in layer.r for layer in nora_layers(unwrapped(model)).values()):
+        raise ValueError(f"The model has no NoRA adapter {adapter_name!r}. Add it first, for example with get_peft_model.")
+    config = model.peft_config[adapter_name]
+    if not loftq_start:
+        return config
     if unquantized is None:
         raise ValueError("loftq_start needs the unquantised weights. Give `unquantized`, such as CheckpointWeights(folder).")
     if config.preserve_output:
@@ -124,6 +128,7 @@ def _check_loftq_start(unquantized: UnquantizedWeights | None, config: NoraConfi
         raise ValueError(
             f"loftq_start needs inner_form='serial' and num_subspaces=1, got {config.inner_form!r} and {config.num_subspaces}."
         )
+    return config
 
 
 def _check_can_start(

@@ -301,8 +301,8 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         if is_quantized(self.get_base_layer()):
             raise ValueError(
                 f"Merging needs floating point weights, got {weight.dtype}, which would round most of the change away. Merge "
-                "into the dequantised model, which keeps the trained outputs, or into the base model loaded without quantisation, "
-                "which differs from it by the error of quantisation."
+                "into the dequantised model, which keeps the trained outputs, or into the base model loaded without "
+                "quantisation, which differs from it by the error of quantisation."
             )
         up, down = self._low_rank_factors(adapter_name, scaling)
         # Summed in float32 or better: half precision would round the change away.
