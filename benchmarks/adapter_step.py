@@ -3,7 +3,8 @@
     python benchmarks/adapter_step.py
 
 Bytes are those of one adapted nn.Linear after a LayerNorm. A step is forward and backward of one adapted transformer block of
-SDXL; both adapters take turns in one process, so that other load affects both alike.
+SDXL; both adapters, and the block without an adapter, take turns in one process, so that other load affects all alike. No adapter
+can be faster than the block without one.
 """
 
 # ruff: noqa: T201 - a benchmark prints its results
@@ -60,11 +61,16 @@ def compare_saved_bytes(tokens: int, r: int, inner_r: int, device: str) -> dict[
     return results
 
 
-def training_step(config: PeftConfig, tokens: int, device: str, dtype: torch.dtype) -> Callable[[], float]:
-    """A function that runs one forward and backward of an adapted SDXL transformer block and returns its seconds."""
+def training_step(config: PeftConfig | None, tokens: int, device: str, dtype: torch.dtype) -> Callable[[], float]:
+    """A function that runs one forward and backward of an SDXL transformer block and returns its seconds.
+
+    Args:
+        config: of its adapter; None for none.
+    """
     torch.manual_seed(0)
     block = BasicTransformerBlock(WIDTH, 20, 64, cross_attention_dim=2048).to(device, dtype).requires_grad_(False)
-    inject_adapter_in_model(config, block)
+    if config is not None:
+        inject_adapter_in_model(config, block)
     # The block's input needs gradients, as inside a UNet with adapters in earlier blocks.
     x = torch.randn(1, tokens, WIDTH, device=device, dtype=dtype, requires_grad=True)
     context = torch.randn(1, 77, 2048, device=device, dtype=dtype)
@@ -99,19 +105,20 @@ def main() -> None:
     print(f"Saved for backward by one adapted Linear ({WIDTH} wide, 4096 tokens, r {options.r}, inner_r {options.inner_r}):")
     print(f"  LoRA {lora / 2**20:.2f} MiB, NoRA {nora / 2**20:.2f} MiB: {lora / nora:.1f} times less")
 
-    configs = adapter_configs(options.r, options.inner_r, PROJECTIONS)
+    configs = {**adapter_configs(options.r, options.inner_r, PROJECTIONS), "none": None}
     steps = {n: training_step(c, options.tokens, options.device, getattr(torch, options.dtype)) for n, c in configs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(options.steps + 2):
-        # In alternating order, so that neither always benefits from the other's warm caches.
+        # In alternating order, so that none always benefits from another's warm caches.
         for name in sorted(steps, reverse=bool(repeat % 2)):
             elapsed = steps[name]()
             if repeat >= 2:
                 seconds[name].append(elapsed)
-    lora, nora = (statistics.median(seconds[name]) for name in ("LoRA", "NoRA"))
+    lora, nora, without = (statistics.median(seconds[name]) for name in ("LoRA", "NoRA", "none"))
     setting = f"{options.tokens} tokens, {options.device}, {options.dtype}, medians of {options.steps}"
     print(f"Training step of one SDXL transformer block ({setting}):")
     print(f"  LoRA {lora * 1e3:.1f} ms, NoRA {nora * 1e3:.1f} ms: ratio {nora / lora:.3f}")
+    print(f"  without adapter {without * 1e3:.1f} ms: ratio {without / lora:.3f}, the least possible")
 
 
 if __name__ == "__main__":

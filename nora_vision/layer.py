@@ -16,6 +16,7 @@ from .config import NoraConfig
 from .decomposition import is_finite, reproducible_awsvd
 from .inner import FROZEN_STARTS, TRAINED, InnerForm, gated
 from .outer import OuterScaling, outer_coefficients, scaled_outer_factors
+from .products import NestedProduct
 from .quantization import dequantized_weight, is_quantized
 
 
@@ -93,6 +94,12 @@ class NoraLayer(nn.Module, BaseTunerLayer):
     def _project_input(self, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
         """A x for an input `x` of the base layer and `A` (r, in)."""
         return F.linear(x, A)
+
+    def _nested_product(self, x: torch.Tensor, A: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        """`down` A x for an input `x` of the base layer, A (r, in) and `down` (k, r)."""
+        if not x.requires_grad:
+            return self._multiply(self._project_input(x, A).to(down.dtype), down)
+        return NestedProduct.apply(x, A, down)[0]
 
     def _multiply(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         """`matrix` (p, q) times the q features of `x`."""
@@ -344,9 +351,12 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         # Autocast casts the factors of every product itself.
         if not torch.is_autocast_enabled(x.device.type):
             x, B = self._cast_input_dtype(x, A.dtype), B.to(up.dtype)
-        hidden = self._gated(self._project_input(x, A), adapter_name)
-        hidden = self.nora_dropout[adapter_name](hidden)
-        hidden = self._multiply(hidden.to(down.dtype), down)
+        dropout = self.nora_dropout[adapter_name]
+        if adapter_name in self.nora_gate or isinstance(dropout, nn.Dropout):
+            hidden = dropout(self._gated(self._project_input(x, A), adapter_name))
+            hidden = self._multiply(hidden.to(down.dtype), down)
+        else:
+            hidden = self._nested_product(x, A, down)
         # B up (out, k) costs a product of weights, but saves a product of all tokens with B.
         return self._multiply(hidden.to(dtype), (B @ up).to(dtype))
 

@@ -72,6 +72,9 @@ class Conv2d(NoraLayer):
         # Uses the stride, dilation and padding mode of the base layer.
         return self.get_base_layer()._conv_forward(x, self._as_weight(A), None)
 
+    def _nested_product(self, x: torch.Tensor, A: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        return self._multiply(self._project_input(x, A).to(down.dtype), down)
+
     def _multiply(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         return F.conv2d(x, matrix[:, :, None, None])
 
