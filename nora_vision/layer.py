@@ -16,7 +16,7 @@ from .config import NoraConfig
 from .decomposition import is_finite, reproducible_awsvd
 from .inner import FROZEN_STARTS, TRAINED, InnerForm, gated
 from .outer import OuterScaling, outer_coefficients, scaled_outer_factors
-from .products import NestedProduct
+from .products import nested_product
 from .quantization import dequantized_weight, is_quantized
 
 
@@ -97,9 +97,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
 
     def _nested_product(self, x: torch.Tensor, A: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
         """`down` A x for an input `x` of the base layer, A (r, in) and `down` (k, r)."""
-        if not x.requires_grad:
-            return self._multiply(self._project_input(x, A).to(down.dtype), down)
-        return NestedProduct.apply(x, A, down)[0]
+        return nested_product(x, A, down)
 
     def _multiply(self, x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         """`matrix` (p, q) times the q features of `x`."""

@@ -8,6 +8,11 @@ import torch
 from torch.nn import functional as F
 
 
+def nested_product(x: torch.Tensor, A: torch.Tensor, D: torch.Tensor) -> torch.Tensor:
+    """D A x (..., k), as `NestedProduct` where x (..., n) needs a gradient."""
+    return NestedProduct.apply(x, A, D)[0] if x.requires_grad else F.linear(F.linear(x, A).to(D.dtype), D)
+
+
 class NestedProduct(torch.autograd.Function):
     """D A x for an input x (..., n), a frozen A (r, n) and a trained D (k, r): returns D A x (..., k) and A x (..., r).
 

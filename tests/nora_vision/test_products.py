@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nora_vision.products import NestedProduct
+from nora_vision.products import NestedProduct, nested_product
 
 
 @pytest.fixture(params=[torch.float64, torch.bfloat16, "autocast"], ids=str)
@@ -35,6 +35,8 @@ def test_its_value_and_gradients_are_those_of_the_two_products(case):
     for value, exact in zip((product, of_x, of_D), (expected, *expected_gradients), strict=True):
         assert (value.double() - exact).norm() <= tolerance * exact.norm()
     assert not projected.requires_grad
+    with context:
+        assert torch.equal(nested_product(x.detach(), A, D), product)
 
 
 def test_it_saves_the_projected_input_and_no_other_tensor_of_all_tokens():
