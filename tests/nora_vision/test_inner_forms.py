@@ -316,9 +316,10 @@ def test_a_lora_with_the_low_rank_factors_gives_the_same_output(form):
     torch.testing.assert_close(output(lora, inputs), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["conv2d", "conv1d"])
 @forms
-def test_merging_keeps_the_output_and_unmerging_restores_the_weights(form):
-    model, inputs, expected = started("conv2d", form, preserve_output=True)
+def test_merging_keeps_the_output_and_unmerging_restores_the_weights(form, kind):
+    model, inputs, expected = started(kind, form, preserve_output=True)
     with model.disable_adapter():
         base = output(model, inputs)
     model.merge_adapter(safe_merge=True)
