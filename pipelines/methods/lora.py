@@ -22,6 +22,7 @@ class LoraOptions(LowRankOptions):
 
     use_rslora: bool = option(False, "scale by alpha / sqrt(rank) instead of alpha / rank, with alpha = rank by default")
     lora_plus_ratio: float = option(1.0, "LoRA+ ratio of the learning rates of B and A", "LoRA+ ratio")
+    lora_fa: bool = option(False, "LoRA-FA: only B is trained, and A keeps its random start", "LoRA-FA (only B is trained)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -29,7 +30,11 @@ class LoraOptions(LowRankOptions):
 
 
 class Lora(AdapterMethod):
-    """LoRA with a Gaussian A and a zero B, optionally with the learning rates of LoRA+  [Hayou et al. 2024]."""
+    """LoRA with a Gaussian A and a zero B.
+
+    Options: the learning rates of LoRA+  [Hayou et al. 2024], the scaling of rsLoRA  [Kalajdzievski 2023], and LoRA-FA, which
+    trains only B: m r parameters a layer, and A x is kept for the backward pass instead of x  [Zhang et al. 2023].
+    """
 
     name = "lora"
     title = "LoRA"
@@ -68,6 +73,7 @@ class Lora(AdapterMethod):
                 rank = parameter.shape[0]
                 with torch.no_grad():
                     parameter.copy_(torch.randn(parameter.shape, generator=probe.generator) / rank)
+                parameter.requires_grad_(not self.options.lora_fa)
 
     def learning_rate_factor(self, parameter_name: str) -> float:
         """`lora_plus_ratio` for B, 1 for A."""

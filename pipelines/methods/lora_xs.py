@@ -1,0 +1,60 @@
+"""LoRA-XS: h = W x + s B R A x,  B = U_r diag(sigma_r) and A = V_r^T from the SVD of W are frozen, R (r x r) is trained
+[Bałazy et al. 2024]."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from pipelines.adapter_method import LowRankOptions, Probe, TaskDefaults
+from pipelines.methods.nora import Nora
+from pipelines.run_options import Task
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+
+class LoraXs(Nora):
+    """LoRA-XS: NoRA with one full r x r matrix, and the plain singular value decomposition. R starts at zero.
+
+    The paper starts R at 1e-5 times a Gaussian, which is not distinguishable from zero.
+    """
+
+    name = "lora_xs"
+    title = "LoRA-XS"
+    reference = "Bałazy et al. 2024, LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters"
+    samples_start = False
+    parameters = "rank * rank"
+    Options = LowRankOptions
+
+    @classmethod
+    def defaults(cls, task: Task, built_in: bool) -> TaskDefaults:
+        """About NoRA's parameters on the same layers, and its learning rates."""
+        return TaskDefaults(3e-4, {"rank": 22}) if task == "subject" else TaskDefaults(1e-3, {"rank": 16})
+
+    def config(self, target_modules: list[str], exclude_modules: str | None = None) -> PeftConfig:
+        """NoRA's configuration with a full core; the outer factors are computed on injection."""
+        from nora_vision import NoraConfig
+
+        options = self.options
+        return NoraConfig(
+            r=options.rank,
+            inner_r=options.rank,
+            alpha=options.rank if options.alpha is None else options.alpha,
+            dropout=options.dropout,
+            inner_form="full",
+            outer_init="svd",
+            target_modules=target_modules,
+            exclude_modules=exclude_modules,
+        )
+
+    def start(self, model: nn.Module, probe: Probe, adapter_name: str) -> None:
+        """Nothing is left to do: the outer factors depend only on the weights, and R is zero."""
+
+    def learning_rate_factor(self, parameter_name: str) -> float:
+        """1 for R."""
+        return 1.0
+
+
+METHOD = LoraXs
