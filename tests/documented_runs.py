@@ -31,11 +31,16 @@ from diffusers import StableDiffusionXLPipeline
 from documented import ROOT, Command
 from hub_server import HubServer, model_files
 from image_sets import class_files, stored_image, write_files
+from peft import get_peft_model
 from processes import kill_all_naming
 from safetensors.torch import save_file
 from stand_in_app import standing_for_training
 from tiny_clip import CONFIG
+from tiny_llama import save_tiny_llama
+from transformers import AutoModelForCausalLM
 
+import nora_vision
+from nora_vision import NoraConfig
 from pipelines.mini_clip import WEIGHTS_FILE
 from training import dreambooth_nora, fewshot_nora
 from training.options import parse_options
@@ -45,6 +50,8 @@ from training.runs.run import RunDirectory
 from webui import launching, server
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+LLAMA = "meta-llama/Meta-Llama-3-8B"
+COMMONSENSE = ("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa")
 OPENAI_CLIP = "timm/vit_base_patch16_clip_224.openai"
 # Which documented commands no test here runs, and why. A command of CI stands in .ci/run.
 RUN_BY_CI = "CI runs it"
@@ -68,6 +75,7 @@ NOT_RUN = {
     "docker run --gpus all --init --publish 127.0.0.1:7860:7860 --volume nora-vision:/data nora-vision:cuda": NEEDS_ENGINE,
     "docker run --rm --user 1000 --volume .:/data nora-vision train --instance_data_dir PHOTOS "
     "--instance_prompt 'a photo of sks dog'": NEEDS_ENGINE,
+    "git clone https://github.com/AGI-Edgerunners/LLM-Adapters": "it downloads data; the tests write files in its form",
     "python -m training.runs.waiting": "the web app starts it with arguments; tests/training/test_waiting.py runs it",
 }
 RUNS = ("RUN", "CLASSIFIER")
@@ -187,6 +195,21 @@ class Workspace:
         weights = self.path / WEIGHTS_FILE
         save_file(open_clip.CLIP(**configuration, quick_gelu=True).state_dict(), weights)
         hub.add(OPENAI_CLIP, {WEIGHTS_FILE: weights})
+
+    def add_language_model(self, hub: HubServer) -> None:
+        """Have the hub serve a tiny Llama as LLaMA-3 8B, and have data in LLM-Adapters' form and a trained adapter."""
+        folder = save_tiny_llama(self.path / "llama")
+        hub.add(LLAMA, model_files(folder))
+        example = {"instruction": "is the water wet true or false", "output": "the correct answer is true", "answer": "true"}
+        for file in ("ft-training_set/commonsense_170k.json", *(f"dataset/{name}/test.json" for name in COMMONSENSE)):
+            path = self.path / "LLM-Adapters" / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps([example] * 8))
+        config = NoraConfig(r=4, inner_r=2, target_modules=["q_proj"], init_weights=False, task_type="CAUSAL_LM")
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
+        model.save_pretrained(self.path / "commonsense" / "adapter")
+        # The layers of the tiny model are smaller than LLaMA's ranks.
+        self.patch.setattr(nora_vision, "NoraConfig", lambda **fields: NoraConfig(**fields | {"r": 16, "inner_r": 4}))
 
     def run(self, command: Command) -> None:
         """Run a command; what it cannot do is an error, as is one that no rule knows."""

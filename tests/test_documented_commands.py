@@ -7,7 +7,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from documented import INLINE, ROOT, code_blocks, inline_commands, line_of, pages, without_fences
-from documented_runs import NOT_RUN, RUN_BY_CI, RUNS, UnknownCommandError, Workspace, make_runs, run_python
+from documented_runs import LLAMA, NOT_RUN, RUN_BY_CI, RUNS, UnknownCommandError, Workspace, make_runs, run_python
 
 from pipelines.built_in import BUILT_IN_MODEL
 
@@ -40,6 +40,8 @@ def checkout(block, request, hub_server, tiny_model, images_dir, tmp_path, monke
     if any(name in block.text for name in RUNS):
         checkout.add_runs(request.getfixturevalue("documented_runs"))
     # Python blocks load RUN into it, which is of the built-in model.
+    if LLAMA in block.text:
+        checkout.add_language_model(hub_server)
     checkout.serve_models(hub_server, BUILT_IN_MODEL if block.language == "python" else tiny_model)
     return checkout
 

@@ -1,6 +1,8 @@
 """NoRA and Q-NoRA on a causal language model, through PEFT and transformers' Trainer alone."""
 
+import re
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from bitsandbytes.functional import has_avx512bf16
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from tiny_llama import save_tiny_llama
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from nora_vision import (
     AdapterFileError,
@@ -291,3 +293,29 @@ def test_unquantised_weights_are_read_from_one_file_or_from_shards(base, tmp_pat
     (tmp_path / "model.safetensors.index.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"it has \d+ files and 0 indices"):
         CheckpointWeights(tmp_path)
+
+
+# Hidden size, width of the MLP, and heads of keys and values, of 128 features each; both have 32 blocks and as many heads.
+LLAMAS = {"LLaMA-3 8B": (4096, 14336, 8), "LLaMA-7B": (4096, 11008, 32)}
+PAGE = Path(__file__).parents[2] / "docs" / "guides" / "language-models.md"
+ROW = re.compile(r"^\| ([\w, ]+_proj) \| (\d+) \| (\d+) \| (\d+) \| ([\d,]+) \|$", re.MULTILINE)
+
+
+@pytest.mark.parametrize("sizes", LLAMAS.values(), ids=LLAMAS)
+@pytest.mark.parametrize("row", ROW.findall(PAGE.read_text(encoding="utf-8")), ids=" ".join)
+def test_the_ranks_on_the_page_give_the_papers_number_of_parameters(row, sizes):
+    targets, layers, r, inner_r, parameters = row[0].split(", "), *(int(text.replace(",", "")) for text in row[1:])
+    hidden, intermediate, heads = sizes
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=32, num_key_value_heads=heads, vocab_size=128
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    adapter = NoraConfig(r=r, inner_r=inner_r, target_modules=targets, outer_init="awsvd")
+    trained, _ = get_peft_model(model, adapter, low_cpu_mem_usage=True).get_nb_trainable_parameters()
+    assert trained == parameters == layers * 2 * r * inner_r
+    assert f"{trained / 1e6:.1f}" == "10.2"
+
+
+def test_the_page_has_ranks():
+    assert len(ROW.findall(PAGE.read_text(encoding="utf-8"))) == 5
