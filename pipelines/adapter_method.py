@@ -190,6 +190,13 @@ class AdapterMethod:
         """
         self.inject(model, config, adapter_name)
 
+    def prepare_dry_run(self, model: nn.Module, adapter_name: str) -> bool:
+        """Prepare an adapter that was just added to `model` for training steps that only measure memory and time, before `start`.
+
+        Returns: whether the steps can come before `start`. It must then need no more memory than they do, and replace all values.
+        """
+        return False
+
     def start(self, model: nn.Module, probe: Probe, adapter_name: str) -> None:
         """Initialise an adapter that was just added to `model`."""
         raise NotImplementedError

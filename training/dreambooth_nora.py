@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from diffusers import StableDiffusionXLPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -87,6 +87,7 @@ def main(options: SubjectOptions) -> RunDirectory:
         training.dry_run()
         if options.output.dry_run:
             return run
+        training.start()
         training.add_class_images()
         record_provenance(run, options, training.pipeline, images)
         training.cross_validate()
@@ -147,22 +148,37 @@ class SubjectTraining:
         )
 
     def attach(self) -> None:
-        """Add the adapter, and initialise it from the base model and the subject."""
-        self.run.update_status(phase="calibrating")
-        accelerator, options, optimisation = self.accelerator, self.options, self.options.optimisation
-        self.components = adapters.attach(self.pipeline, options.adapter, self.seed)
+        """Add the adapter."""
+        optimisation = self.options.optimisation
+        self.components = adapters.attach(self.pipeline, self.options.adapter, self.seed)
         self.loss = DenoisingLoss(self.pipeline, optimisation.snr_gamma, optimisation.do_edm_style_training)
-        self.peak, share = PeakMemory(accelerator.device), (accelerator.process_index, accelerator.num_processes)
-        subject = self.encoded.subject
-        runs = runs_on_subject(self.loss, subject, self.seed, *share, self.batch_size)
-        losses = partial(training_losses, self.loss, self._batches(subject, None), accelerator)
-        adapters.start(options.adapter, self.components, runs, self.run.path / "calibration", self.seed, losses)
+        self.peak, self.started = PeakMemory(self.accelerator.device), False
 
     def dry_run(self) -> None:
-        """Measure some steps and restore everything. Raises: DoesNotFitError if the training does not fit."""
+        """Measure some steps and restore everything; before the adapter is initialised, where the method allows that.
+
+        Raises: DoesNotFitError if the training does not fit.
+        """
+        # The first step under FSDP shards the weights, from which the adapter is initialised.
+        sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        if sharded or not adapters.prepare_dry_run(self.options.adapter, self.components):
+            self.start()
         trainable = self._trainable(self.encoded.subject, self.class_images)
         limit = self.options.output.memory_limit_gb
         run_dry_run(self.accelerator, self.run, trainable, loop_options(self.options), limit, self.peak)
+
+    def start(self) -> None:
+        """Initialise the adapter from the base model and the subject, unless this is done."""
+        if self.started:
+            return
+        self.started = True
+        self.run.update_status(phase="calibrating")
+        accelerator, subject, adapter = self.accelerator, self.encoded.subject, self.options.adapter
+        share = (accelerator.process_index, accelerator.num_processes)
+        # A dry run leaves training mode on.
+        runs = runs_on_subject(self.loss.eval(), subject, self.seed, *share, self.batch_size)
+        losses = partial(training_losses, self.loss, self._batches(subject, None), accelerator)
+        adapters.start(adapter, self.components, runs, self.run.path / "calibration", self.seed, losses)
 
     def add_class_images(self) -> None:
         """Generate the missing class images, for prior preservation, and encode all of them."""

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from pipelines.adapter_method import AdapterMethod, Probe, TaskDefaults, option
+from pipelines.adapter_method import AdapterMethod, Probe, TaskDefaults, option, tuner_layers
 from pipelines.native_files import COMPACT, FULL
 from pipelines.option_checks import above_zero, at_least
 from pipelines.run_options import Task
@@ -136,6 +137,13 @@ class Nora(AdapterMethod):
             target_modules=target_modules,
             exclude_modules=exclude_modules,
         )
+
+    def prepare_dry_run(self, model: nn.Module, adapter_name: str) -> bool:
+        """True: the calibration is a forward pass in batches no larger than a step's. Outer factors are zero until then."""
+        for layer in tuner_layers(model).values():
+            B, A = layer.nora_B[adapter_name], layer.nora_A[adapter_name]
+            layer.set_outer_factors(adapter_name, torch.zeros_like(B), torch.zeros_like(A))
+        return True
 
     def start(self, model: nn.Module, probe: Probe, adapter_name: str) -> None:
         """Compute the outer factors from the base model's activations, which are cached, and sample the inner factors."""

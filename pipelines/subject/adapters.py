@@ -67,6 +67,12 @@ def _unused_layers(encoder: nn.Module) -> str | None:
     return rf".*layers\.{encoder.config.num_hidden_layers - 1}\..*"
 
 
+def prepare_dry_run(options: AdapterOptions, components: dict[str, nn.Module]) -> bool:
+    """Prepare the adapter that was just attached for a dry run before `start`; returns whether its method allows that."""
+    method = options.create()
+    return all(method.prepare_dry_run(model, ADAPTER_NAME) for model in components.values())
+
+
 def start(
     options: AdapterOptions,
     components: dict[str, nn.Module],

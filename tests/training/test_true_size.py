@@ -12,12 +12,15 @@ from accelerate.state import AcceleratorState
 from tiny_pipeline import tiny_pipeline
 from torch.utils.data import Dataset
 
+import nora_vision
 from nora_vision.layer import nora_layers
 from pipelines.errors import InputError
+from pipelines.methods.nora import METHOD
 from pipelines.subject.generate import Sampling, generate
 from pipelines.subject.loss import DenoisingLoss
 from training import dreambooth_nora
 from training.engine import memory_fallback
+from training.engine.dry_run import DoesNotFitError
 from training.engine.memory_fallback import with_memory_fallback
 from training.fewshot.trials import calibration_batches
 from training.options import parse_options
@@ -111,6 +114,42 @@ def test_before_and_between_the_steps_no_batch_is_larger_than_the_trainings(flag
 )
 def test_small_images_are_measured_in_larger_batches(sizes, batch_size, expected):
     assert validation.measurement_batch(SimpleNamespace(sizes=sizes), batch_size) == expected
+
+
+def test_nothing_is_calibrated_or_decomposed_before_the_memory_is_known_to_suffice(flags, monkeypatch):
+    for long_work in ("calibrate", "initialize_nora_weights"):
+        monkeypatch.setattr(nora_vision, long_work, lambda *_, name=long_work, **__: pytest.fail(f"{name} was called"))
+    with pytest.raises(DoesNotFitError, match=r"needs .* GB of memory, but memory_limit_gb is 0\.001"):
+        dreambooth_nora.main(parse_options([*flags, "--memory_limit_gb", "0.001"]))
+
+
+class Started(Exception):
+    """The adapter is initialised, and its tensors are the argument."""
+
+
+def test_an_adapter_initialised_after_the_dry_run_is_the_one_initialised_before_it(flags, monkeypatch):
+    def stop(training):
+        states = {name: model.state_dict() for name, model in training.components.items()}
+        raise Started({(name, key): tensor for name in states for key, tensor in states[name].items() if "nora_" in key})
+
+    monkeypatch.setattr(dreambooth_nora.SubjectTraining, "add_class_images", stop)
+    monkeypatch.setattr(dreambooth_nora.ValidationSampler, "generate", lambda *_: [])
+    calls, tensors = [], []
+    for name in ("run_dry_run", "runs_on_subject"):
+        work = getattr(dreambooth_nora, name)
+        monkeypatch.setattr(dreambooth_nora, name, lambda *given, name=name, work=work: (calls.append(name), work(*given))[1])
+    for number in (1, 2):
+        if number == 2:
+            monkeypatch.setattr(METHOD, "prepare_dry_run", lambda *_: False)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with pytest.raises(Started) as started:
+            dreambooth_nora.main(parse_options([*flags, "--output_dir", f"{flags[flags.index('--output_dir') + 1]}{number}"]))
+        tensors.append(started.value.args[0])
+    assert calls == ["run_dry_run", "runs_on_subject", "runs_on_subject", "run_dry_run"]
+    after, before = tensors
+    assert after.keys() == before.keys()
+    assert any(key.endswith("nora_B.default") and tensor.any() for (_, key), tensor in after.items())
+    assert all(torch.equal(tensor, before[key]) for key, tensor in after.items())
 
 
 def test_calibration_that_runs_out_of_memory_leads_to_settings_that_fit(flags, monkeypatch):
