@@ -217,6 +217,21 @@ class NoraConfig(PeftConfig):
             num_subspaces=self.num_subspaces,
         )
 
+    def check_rank(self, shape: tuple[int, int], layer_name: str) -> None:
+        """Check that the ranks of the layer `layer_name` fit its weight of shape (out, in).
+
+        Raises: ValueError naming the layer if a rank is out of range.
+        """
+        r = self.inner_form_for(layer_name).r
+        _, count = self.slice_and_count
+        largest = min(shape) // count
+        if r > largest:
+            slices = f" and outer_slice={self.outer_slice!r}, which needs {count} r directions" if count > 1 else ""
+            raise ValueError(
+                f"r must be in [1, {largest}] for {layer_name!r}, whose weight is {shape[0]} x {shape[1]}, got {r}{slices}. "
+                "Lower r, set a rank for this layer in rank_pattern, or add it to exclude_modules."
+            )
+
     def check_modules(self, names: Collection[str], model_name: str) -> None:
         """Check that every entry of target_modules and modules_to_save matches one of the module names `names`.
 

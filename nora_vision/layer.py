@@ -110,7 +110,7 @@ class NoraLayer(nn.Module, BaseTunerLayer):
 
         Raises: ValueError if a rank does not fit the layer `layer_name`.
         """
-        check_rank((self.out_features, self.in_features), config, layer_name)
+        config.check_rank((self.out_features, self.in_features), layer_name)
         form = self.inner_form[adapter_name] = config.inner_form_for(layer_name)
         r, inner_r = form.r, form.inner_r
         self.r[adapter_name], self.inner_r[adapter_name] = r, inner_r
@@ -382,19 +382,3 @@ class NoraLayer(nn.Module, BaseTunerLayer):
 def nora_layers(model: nn.Module) -> dict[str, NoraLayer]:
     """All NoRA layers of `model` by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, NoraLayer)}
-
-
-def check_rank(shape: tuple[int, int], config: NoraConfig, layer_name: str) -> None:
-    """Check that the ranks in `config` for the layer `layer_name` fit its weight of shape (out, in).
-
-    Raises: ValueError naming the layer if a rank is out of range.
-    """
-    r = config.inner_form_for(layer_name).r
-    _, count = config.slice_and_count
-    largest = min(shape) // count
-    if r > largest:
-        slices = f" and outer_slice={config.outer_slice!r}, which needs {count} r directions" if count > 1 else ""
-        raise ValueError(
-            f"r must be in [1, {largest}] for {layer_name!r}, whose weight is {shape[0]} x {shape[1]}, got {r}{slices}. "
-            "Lower r, set a rank for this layer in rank_pattern, or add it to exclude_modules."
-        )

@@ -11,7 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D as TransformersConv1D
 
 from .config import NoraConfig
-from .layer import NoraLayer, check_rank
+from .layer import NoraLayer
 
 
 class Linear(NoraLayer):
@@ -119,4 +119,4 @@ def check_layer(base_layer: nn.Module, config: NoraConfig, layer_name: str) -> N
 
     Raises: ValueError naming the layer if its kind is not supported or if a rank is out of range.
     """
-    check_rank(layer_class_for(base_layer, layer_name).matrix_shape(base_layer), config, layer_name)
+    config.check_rank(layer_class_for(base_layer, layer_name).matrix_shape(base_layer), layer_name)

@@ -29,7 +29,6 @@ from .files import (
     read_tensors,
 )
 from .inner import InnerForm
-from .layer import check_rank
 from .layer_types import layer_class_for
 from .packing import (
     PACKED_DTYPES,
@@ -223,7 +222,7 @@ def _expected_shapes(
             continue
         try:
             out_features, in_features = layer_class_for(module, name).matrix_shape(module)
-            check_rank((out_features, in_features), config, name)
+            config.check_rank((out_features, in_features), name)
         except ValueError as error:
             raise AdapterFileError(f"{path} does not fit this model: {error}") from error
         inputs[name] = in_features
