@@ -349,9 +349,8 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         # Autocast casts the factors of every product itself.
         if not torch.is_autocast_enabled(x.device.type):
             x, B = self._cast_input_dtype(x, A.dtype), B.to(up.dtype)
-        dropout = self.nora_dropout[adapter_name]
-        if adapter_name in self.nora_gate or isinstance(dropout, nn.Dropout):
-            hidden = dropout(self._gated(self._project_input(x, A), adapter_name))
+        if adapter_name in self.nora_gate or isinstance(self.nora_dropout[adapter_name], nn.Dropout):
+            hidden = self.nora_dropout[adapter_name](self._gated(self._project_input(x, A), adapter_name))
             hidden = self._multiply(hidden.to(down.dtype), down)
         else:
             hidden = self._nested_product(x, A, down)

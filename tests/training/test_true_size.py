@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 import nora_vision
 from nora_vision.layer import nora_layers
 from pipelines.errors import InputError
-from pipelines.methods.nora import METHOD
+from pipelines.methods import DEFAULT, method_named
 from pipelines.subject.generate import Sampling, generate
 from pipelines.subject.loss import DenoisingLoss
 from training import dreambooth_nora
@@ -140,7 +140,7 @@ def test_an_adapter_initialised_after_the_dry_run_is_the_one_initialised_before_
         monkeypatch.setattr(dreambooth_nora, name, lambda *given, name=name, work=work: (calls.append(name), work(*given))[1])
     for number in (1, 2):
         if number == 2:
-            monkeypatch.setattr(METHOD, "prepare_dry_run", lambda *_: False)
+            monkeypatch.setattr(method_named(DEFAULT), "prepare_dry_run", lambda *_: False)
         AcceleratorState._reset_state(reset_partial_state=True)
         with pytest.raises(Started) as started:
             dreambooth_nora.main(parse_options([*flags, "--output_dir", f"{flags[flags.index('--output_dir') + 1]}{number}"]))
