@@ -1,5 +1,6 @@
 """NoRA adapters for PEFT and diffusers; importing this package makes PEFT know `NoraConfig`."""
 
+from .base_calibration import sdxl_calibration
 from .calibration import ActivationStatistics, calibrate
 from .config import NoraConfig, NoraPeftType
 from .decomposition import awsvd
@@ -29,6 +30,7 @@ __all__ = [
     "load_nora",
     "save_adapter",
     "save_nora",
+    "sdxl_calibration",
 ]
 
 register()

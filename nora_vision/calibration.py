@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .config import NoraConfig
@@ -81,6 +82,10 @@ class ActivationStatistics(Mapping[str, torch.Tensor]):
         return cls({name: scale.float() for name, scale in scales.items()}, fingerprints)
 
 
+# Computes the statistics of a base calibration at the layers of these names.
+BaseCalibration = Callable[[list[str]], ActivationStatistics]
+
+
 def calibrate(
     model: nn.Module, run_model: Callable[[], Any], target_modules: list[str] | str | None = None
 ) -> ActivationStatistics:
@@ -97,6 +102,26 @@ def calibrate(
     """
     layers = _layers_to_calibrate(model, target_modules)
     keep_differentiable(model)
+    return _collected(layers, run_model, over_ranks=True)
+
+
+def calibrate_layers(model: nn.Module, names: Collection[str], run_model: Callable[[], Any]) -> ActivationStatistics:
+    """As `calibrate`, at the layers of these names, and of this process alone.
+
+    Raises: ValueError also if `model` lacks one of the layers, or `run_model` does not call it.
+    """
+    layers = {base_name(name): module for name, module in unwrapped(model).named_modules() if not name.endswith(".base_layer")}
+    missing = sorted(set(names) - layers.keys())
+    if missing:
+        raise ValueError(f"The layers to calibrate must be layers of {type(model).__name__}, which has no {missing[0]!r}.")
+    statistics = _collected({name: layers[name] for name in sorted(names)}, run_model, over_ranks=False)
+    if unused := sorted(set(names) - statistics.keys()):
+        raise ValueError(f"The calibration did not call {unused[0]!r}. Adapt only layers that the model uses.")
+    return statistics
+
+
+def _collected(layers: dict[str, nn.Module], run_model: Callable[[], Any], over_ranks: bool) -> ActivationStatistics:
+    """The statistics of `layers` by name, whose sums are over all ranks or of this one."""
     totals = {name: _Total(_base(module), name) for name, module in layers.items()}
     with ExitStack() as stack:
         stack.enter_context(_adapters_off(layers))
@@ -104,14 +129,15 @@ def calibrate(
             stack.callback(module.register_forward_pre_hook(totals[name].add, with_kwargs=True).remove)
         stack.enter_context(torch.no_grad())
         run_model()
-    _sum_over_ranks(list(totals.values()))
+    if over_ranks:
+        _sum_over_ranks(list(totals.values()))
     scales = {name: total.squares.sqrt().float().cpu() for name, total in totals.items() if total.calls > 0}
     if not scales:
         raise ValueError(f"run_model called none of the {len(layers)} layers to calibrate. It must run `model`.")
     for name, scale in scales.items():
         if not torch.isfinite(scale).all():
             raise ValueError(f"The inputs of {name!r} must be finite, got NaN or infinite values during calibration.")
-    return ActivationStatistics(scales, {name: fingerprint(layers[name].weight) for name in scales})
+    return ActivationStatistics(scales, {name: fingerprint(_base(layers[name]).weight) for name in scales})
 
 
 def fingerprint(weight: torch.Tensor) -> str:
@@ -124,6 +150,18 @@ def fingerprint(weight: torch.Tensor) -> str:
 def base_name(name: str) -> str:
     """The name of a module before adapters wrapped it."""
     return name.replace(".base_layer", "")
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of the model by name, without itself and without the wrappers of adapters."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name or name.startswith(inside or "\0"):
+            continue
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            inside += (f"{name}.",)
+            module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
+        yield name, module
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

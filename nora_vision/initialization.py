@@ -11,12 +11,13 @@ from torch import nn
 
 from .calibration import ActivationStatistics, base_name, unwrapped
 from .compensation import nearest_inner_factors
-from .config import NoraConfig
+from .config import Calibration, NoraConfig
 from .decomposition import reproducible_awsvd
 from .layer import NoraLayer, nora_layers
 from .outer import scaled_outer_factors
 from .quantization import UnquantizedWeights, dequantized_weight, is_quantized
 from .reproducible import record_reproducible, weight_digest
+from .scales import coarse_scale
 
 # Without a floor, inputs with tiny activations in the calibration would get huge factors.
 SCALE_FLOOR = 1e-3
@@ -31,6 +32,7 @@ def initialize_nora_weights(
     progress: Callable[[int, int], None] | None = None,
     unquantized: UnquantizedWeights | None = None,
     loftq_start: bool = False,
+    calibration: Calibration = "data",
 ) -> None:
     """Initialise the adapter: outer factors by AwSVD of each base weight, inner factors according to its configuration.
 
@@ -45,14 +47,15 @@ def initialize_nora_weights(
             outer factors are then theirs.
         loftq_start: start each inner pair where the change is nearest to what quantisation removed, W - Q(W), in the norm of
             the activations  [LoftQ, Li et al. 2023, within NoRA's outer factors]. Needs `unquantized`.
+        calibration: "base" if `stats` are those of a base calibration. The scale is then rounded to half octaves, and compact
+            files store only what is needed to compute it again.
     Raises: ValueError if there is no such adapter, it is merged, the statistics are of another model, or `unquantized` or
         `loftq_start` cannot be used.
     """
     config = _checked_config(model, adapter_name, unquantized, loftq_start)
     layers = _checked_layers(model, adapter_name, stats, unquantized)
     for done, (name, layer) in enumerate(layers.items(), start=1):
-        stored_scale = layer.nora_activation_scale[adapter_name]
-        stored_scale.copy_(torch.ones_like(stored_scale) if stats is None else relative_scale(stats[name]))
+        _set_scale(layer, adapter_name, None if stats is None else stats[name], calibration)
         with _unquantized_weight(layer, name, unquantized):
             layer.set_outer_factors(adapter_name, *outer_factors(layer, adapter_name, name))
             record_reproducible(layer, adapter_name)
@@ -61,7 +64,14 @@ def initialize_nora_weights(
                 _start_at_residual(layer, adapter_name)
         if progress is not None:
             progress(done, len(layers))
-    config.outer_init = "svd" if stats is None else "awsvd"
+    config.outer_init, config.calibration = ("svd", "data") if stats is None else ("awsvd", calibration)
+
+
+def _set_scale(layer: NoraLayer, adapter_name: str, statistics: torch.Tensor | None, calibration: Calibration) -> None:
+    """Set the activation scale of the adapter from `statistics` (in,); to ones for None."""
+    scale = layer.nora_activation_scale[adapter_name]
+    rounded = coarse_scale if calibration == "base" else relative_scale
+    scale.copy_(torch.ones_like(scale) if statistics is None else rounded(statistics))
 
 
 def _checked_layers(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .calibration import base_name
+from .base_calibration import sdxl_calibration
+from .calibration import BaseCalibration, base_name
 from .compact import recomputed_outer_factors
 from .components import COMPONENTS, adapters_by_component
 from .files import AdapterFileError
@@ -28,7 +29,12 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
 
 
-def load_nora(pipe: StableDiffusionXLPipeline, path: str | os.PathLike, adapter_name: str | None = None) -> str:
+def load_nora(
+    pipe: StableDiffusionXLPipeline,
+    path: str | os.PathLike,
+    adapter_name: str | None = None,
+    base_calibration: Mapping[str, BaseCalibration] | None = None,
+) -> str:
     """Load a full or compact NoRA adapter into the pipeline, make it the active one, and return its name.
 
     `set_adapters`, `fuse_lora`, `unfuse_lora`, `disable_lora`, `enable_lora` and `delete_adapters` then work as for LoRA.
@@ -36,6 +42,8 @@ def load_nora(pipe: StableDiffusionXLPipeline, path: str | os.PathLike, adapter_
     Args:
         path: the folder that `save_nora` wrote.
         adapter_name: name of the adapter; by default the first free of "default_0", "default_1", ...
+        base_calibration: for each component, the calibration that compact files need if their scales are not stored; by default
+            `sdxl_calibration(pipe)`.
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: the name is in use or not valid, or the weights are offloaded layer by layer.
@@ -51,7 +59,8 @@ def load_nora(pipe: StableDiffusionXLPipeline, path: str | os.PathLike, adapter_
     for name in folders:
         if any(parameter.is_meta for parameter in getattr(pipe, name).parameters()):
             raise ValueError(f"The weights of {name} are offloaded. Load adapters before enable_sequential_cpu_offload().")
-    adapters = {name: read_adapter(getattr(pipe, name), folder) for name, folder in folders.items()}
+    given = sdxl_calibration(pipe) if base_calibration is None else base_calibration
+    adapters = {name: read_adapter(getattr(pipe, name), folder, given.get(name)) for name, folder in folders.items()}
     with ExitStack() as on_failure:
         for name, adapter in adapters.items():
             on_failure.callback(apply_adapter(getattr(pipe, name), adapter, adapter_name))
@@ -59,11 +68,20 @@ def load_nora(pipe: StableDiffusionXLPipeline, path: str | os.PathLike, adapter_
     return adapter_name
 
 
-def load_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str = "default") -> None:
-    """Load the NoRA adapter of one model from `folder`; see `load_nora`."""
+def load_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike,
+    adapter_name: str = "default",
+    base_calibration: BaseCalibration | None = None,
+) -> None:
+    """Load the NoRA adapter of one model from `folder`; see `load_nora`.
+
+    Args:
+        base_calibration: needed only by compact files whose scales are not stored.
+    """
     if adapter_name in (getattr(model, "peft_config", None) or {}):
         raise ValueError(f"The model already has an adapter {adapter_name!r}. Delete it first or choose another name.")
-    apply_adapter(model, read_adapter(model, Path(folder)), adapter_name)
+    apply_adapter(model, read_adapter(model, Path(folder), base_calibration), adapter_name)
 
 
 def apply_adapter(model: nn.Module, adapter: AdapterFile, adapter_name: str) -> Callable[[], None]:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from .calibration import ActivationStatistics
+from .calibration import ActivationStatistics, BaseCalibration, base_modules
 from .compact import EARLIER_PROJECTIONS
 from .config import NoraConfig, NoraPeftType
 from .files import (
@@ -51,8 +50,6 @@ ALLOWED_DTYPES = {FULL: DTYPES, EARLIER: DTYPES, PACKED: PACKED_DTYPES}
 NAME_FIELDS = ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "inner_rank_pattern")
 
 Shape = tuple[int, ...]
-# Computes the activation statistics of the base calibration at the layers of these names.
-BaseCalibration = Callable[[list[str]], ActivationStatistics]
 
 
 @dataclass(frozen=True)
@@ -182,7 +179,7 @@ def _check_names(value: Any, field: str, path: Path) -> None:
 
 def _check_all_match(model: nn.Module, config: NoraConfig, path: Path) -> None:
     """Refuse names and patterns that match no layer of `model`, as an injection would."""
-    names = [name for name, _ in _base_modules(model)]
+    names = [name for name, _ in base_modules(model)]
     layers = [name for name in names if check_target_module_exists(config, name)]
     try:
         config.check_modules(names, type(model).__name__)
@@ -217,7 +214,7 @@ def _expected_shapes(
     """The shapes, by name, of the tensors of all adapted layers, before packing, with this configuration on this model."""
     shapes: dict[str, Shape] = {}
     inputs = {}
-    for name, module in _base_modules(model):
+    for name, module in base_modules(model):
         if not check_target_module_exists(config, name):
             continue
         try:
@@ -251,22 +248,10 @@ def _shapes_trained_in_full(model: nn.Module, config: NoraConfig) -> dict[str, S
     wanted = tuple(config.modules_to_save or ())
     return {
         f"{name}.{key}": tuple(tensor.shape)
-        for name, module in _base_modules(model)
+        for name, module in base_modules(model)
         if name.endswith(wanted) and wanted
         for key, tensor in module.state_dict().items()
     }
-
-
-def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of the model without the wrappers of adapters."""
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if not name or name.startswith(inside or "\0"):
-            continue
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            inside += (f"{name}.",)
-            module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
-        yield name, module
 
 
 def _compare(actual: Mapping[str, Shape], expected: Mapping[str, Shape], path: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import nn
 
+from nora_vision.calibration import BaseCalibration
 from nora_vision.factors import is_weight_change
 from nora_vision.files import read_json
 from nora_vision.inner import gated
@@ -32,13 +34,21 @@ def can_be_exported(components: Mapping[str, nn.Module], adapter_name: str = ADA
     return False
 
 
-def load(components: Mapping[str, nn.Module], folder: Path, adapter_name: str = ADAPTER_NAME) -> None:
+def load(
+    components: Mapping[str, nn.Module],
+    folder: Path,
+    adapter_name: str = ADAPTER_NAME,
+    base_calibration: Mapping[str, BaseCalibration] = MappingProxyType({}),
+) -> None:
     """Load the adapter that `save` wrote to the layout `folder` onto each of `components`.
 
+    Args:
+        base_calibration: for each component, the statistics on fixed inputs that some files need.
     Raises: InputError or AdapterFileError naming the file and what is wrong with it.
     """
     for name, model in components.items():
-        method_named(_method_in(folder / name)).load({name: model}, folder, adapter_name)
+        method = method_named(_method_in(folder / name))
+        method.load_calibrated({name: model}, folder, adapter_name, base_calibration)
 
 
 def _method_in(folder: Path) -> str:

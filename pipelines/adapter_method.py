@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    from nora_vision.calibration import BaseCalibration
+
 
 ADAPTER_NAME = "default"
 
@@ -46,12 +48,15 @@ class Probe:
             `count` batches. All adapters are disabled meanwhile.
         generator: the source of all randomness.
         cache: a .safetensors file for results that a later initialisation from the same data can reuse.
+        base_calibration: computes activation statistics of layers, by their names, on fixed inputs instead of the data; None if
+            there are none for the model.
     """
 
     forward: Callable[[], None]
     losses: Losses
     generator: torch.Generator
     cache: Path
+    base_calibration: BaseCalibration | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,9 @@ class MethodTraining:
 
     def after_step(self, step: int) -> None:
         """Called after `optimizer.step` and before `zero_grad`, so that gradients are available."""
+
+    def round_trained(self) -> None:
+        """Round the trained parameters to the values that the adapter's files will hold; called before they are measured."""
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors for a checkpoint, from which training resumes bit for bit."""
@@ -288,6 +296,17 @@ class AdapterMethod:
                 )
             set_peft_model_state_dict(model, state, adapter_name)
             cls.check_loaded(model, adapter_name, metadata, folder / name / WEIGHTS)
+
+    @classmethod
+    def load_calibrated(
+        cls,
+        components: Mapping[str, nn.Module],
+        folder: Path,
+        adapter_name: str,
+        base_calibration: Mapping[str, BaseCalibration],
+    ) -> None:
+        """As `load`, for methods whose files may need the base calibration of a component."""
+        cls.load(components, folder, adapter_name)
 
     @classmethod
     def conflicts(cls, model: nn.Module, adapter_name: str) -> list[str]:

@@ -64,4 +64,4 @@ def _dtypes() -> dict[str, torch.dtype]:
     """The allowed dtypes; some methods save indices."""
     from nora_vision.files import DTYPES
 
-    return {**DTYPES, "U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
+    return {**DTYPES, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pipelines.errors import InputError
 
 
@@ -19,3 +21,11 @@ def above_zero(options: object, *names: str) -> None:
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise InputError(f"{name} must be above 0, got {value}.")
+
+
+def one_of(options: object, allowed: Sequence[str], *names: str) -> None:
+    """Raise InputError if one of the fields `names` of `options` is not in `allowed`."""
+    for name in names:
+        value = getattr(options, name)
+        if value not in allowed:
+            raise InputError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")

@@ -37,6 +37,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
 
+from nora_vision import sdxl_calibration
 from pipelines.optimizers import Adam, Rates, parameter_groups, trainable_parameters
 from pipelines.prompt_syntax import training_warnings
 from pipelines.subject import adapters
@@ -94,6 +95,7 @@ def main(options: SubjectOptions) -> RunDirectory:
         validation = training.start_validation(before)
         training.train(validation)
         with summon_full_params(training.loss):
+            training.method.round_trained()
             if accelerator.is_main_process:
                 finish(run, training.result(validation, before, began), options)
         accelerator.wait_for_everyone()
@@ -178,7 +180,8 @@ class SubjectTraining:
         # A dry run leaves training mode on.
         runs = runs_on_subject(self.loss.eval(), subject, self.seed, *share, self.batch_size)
         losses = partial(training_losses, self.loss, self._batches(subject, None), accelerator)
-        adapters.start(adapter, self.components, runs, self.run.path / "calibration", self.seed, losses)
+        cache, fixed = self.run.path / "calibration", sdxl_calibration(self.pipeline)
+        adapters.start(adapter, self.components, runs, cache, self.seed, losses, fixed)
 
     def add_class_images(self) -> None:
         """Generate the missing class images, for prior preservation, and encode all of them."""
@@ -219,6 +222,7 @@ class SubjectTraining:
         train(self.accelerator, self.run, trainable, loop_options(self.options), [Periodic(every, validation.measure), samples])
         if trainable.ema is not None:
             trainable.ema.copy_to(trainable_parameters(trainable.optimizer))
+        self.method = trainable.method
 
     def result(self, validation: ValidationCallback, before: Sequence[Image.Image], began: float) -> Trained:
         """The trained pipeline, for export and certification."""

@@ -20,6 +20,7 @@ from pipelines.adapter_options import AdapterOptions
 from pipelines.clip import Clip, evaluating
 from pipelines.clip_attention import attention_layers, separate
 from pipelines.errors import InputError
+from pipelines.fewshot.calibration import clip_calibration
 from pipelines.fewshot.target_layers import ENCODERS, IMAGE, TEXT, TargetLayers
 from pipelines.methods import method_of
 from pipelines.randomness import RandomStream, keyed_generator
@@ -88,9 +89,11 @@ def start(
     """
     runs = {IMAGE: partial(_run_images, clip, pixels), TEXT: partial(run_prompts, clip, tokens)}
     method, losses = options.create(), base_losses(losses, components.values())
+    fixed = clip_calibration(clip, components)
     for index, (name, model) in enumerate(components.items()):
         forward = partial(_in_evaluation, clip.model, runs[name])
-        probe = Probe(forward, losses, keyed_generator(seed, 2, index), cache / f"{name}.safetensors")
+        generator = keyed_generator(seed, 2, index)
+        probe = Probe(forward, losses, generator, cache / f"{name}.safetensors", fixed[name])
         method.start(model, probe, ADAPTER_NAME)
 
 
@@ -162,7 +165,7 @@ def load(clip: Clip, path: str | Path) -> dict[str, nn.Module]:
     components = {name: encoder(clip, name) for name in (IMAGE, TEXT) if (folder / name).is_dir()}
     for name, model in components.items():
         try:
-            adapter_files.load({name: model}, folder)
+            adapter_files.load({name: model}, folder, base_calibration=clip_calibration(clip, components))
         except FileNotFoundError as error:
             raise InputError(f"{folder / name} is incomplete: {error}. Copy it again, or repeat the training.") from error
         except (RuntimeError, KeyError) as error:

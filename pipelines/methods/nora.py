@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,13 +11,16 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from pipelines.adapter_method import AdapterMethod, Probe, TaskDefaults, option, tuner_layers
+from pipelines.adapter_method import ADAPTER_NAME, AdapterMethod, MethodTraining, Probe, TaskDefaults, option, tuner_layers
+from pipelines.errors import InputError
 from pipelines.native_files import COMPACT, FULL
-from pipelines.option_checks import above_zero, at_least
+from pipelines.option_checks import above_zero, at_least, one_of
 from pipelines.run_options import Task
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+
+    from nora_vision.calibration import ActivationStatistics, BaseCalibration
 
 
 # As in `nora_vision`, which is not imported here.
@@ -26,6 +29,7 @@ INNER_FORMS = (
     "serial", "parallel", "a_side", "b_side", "full", "block_diagonal", "symmetric", "antisymmetric", "sparse_low_rank",
 )  # fmt: skip
 OUTER_SCALINGS = ("B", "A", "split", "mean", "none")
+CALIBRATIONS, INNER_DTYPES = ("data", "base"), ("float32", "float16", "int8")
 
 
 @dataclass
@@ -88,11 +92,51 @@ class NoraOptions:
         "activation statistics have orthogonal weight changes",
         "NoRA outer_slice (i/n; adapters in other slices do not overlap)",
     )
+    calibration: str = option(
+        "data",
+        "inputs of the activation scale: the training data, or base for fixed ones, without any of yours; the compact file is "
+        "then smaller, and the scale is computed again on loading",
+        "NoRA calibration (inputs of the activation scale)",
+        choices=CALIBRATIONS,
+    )
+    inner_dtype: str = option(
+        "float32",
+        "dtype of the trained factors in the compact file: float32, float16 or int8 with one step for each factor; they are "
+        "rounded before they are measured and exported",
+        "NoRA inner_dtype (of the trained factors in the compact file)",
+        choices=INNER_DTYPES,
+    )
     lora_plus_ratio: float = option(1.0, "LoRA+ ratio of the learning rates of B and A", "LoRA+ ratio")
 
     def __post_init__(self) -> None:
         at_least(self, 1, "rank")
         above_zero(self, "lora_plus_ratio")
+        one_of(self, CALIBRATIONS, "calibration")
+        one_of(self, INNER_DTYPES, "inner_dtype")
+        if self.preserve_output and self.inner_dtype != "float32":
+            raise InputError(
+                "inner_dtype must be float32 with preserve_output, whose weight change is the small difference of two products, "
+                f"got {self.inner_dtype!r}. Leave out preserve_output."
+            )
+
+
+class NoraTraining(MethodTraining):
+    """A training of NoRA.
+
+    Args:
+        inner_dtype: of the trained factors in the compact file.
+    """
+
+    def __init__(self, models: Sequence[nn.Module], total_steps: int, inner_dtype: str) -> None:
+        super().__init__(models, total_steps)
+        self.inner_dtype = inner_dtype
+
+    def round_trained(self) -> None:
+        """Round the trained factors to `inner_dtype`."""
+        from nora_vision.rounding import round_inner_factors
+
+        for model in self.models:
+            round_inner_factors(model, self.inner_dtype, ADAPTER_NAME)
 
 
 class Nora(AdapterMethod):
@@ -147,13 +191,9 @@ class Nora(AdapterMethod):
 
     def start(self, model: nn.Module, probe: Probe, adapter_name: str) -> None:
         """Compute the outer factors from the base model's activations, which are cached, and sample the inner factors."""
-        from nora_vision import ActivationStatistics, calibrate, initialize_nora_weights
+        from nora_vision import initialize_nora_weights
 
-        if probe.cache.exists():
-            statistics = ActivationStatistics.load(probe.cache)
-        else:
-            statistics = calibrate(model, probe.forward)
-            statistics.save(probe.cache)
+        statistics, calibration = self._statistics(model, probe, adapter_name), self.options.calibration
         with tqdm(desc="initialising NoRA layers", leave=False) as bar:
 
             def progress(done: int, total: int) -> None:
@@ -161,7 +201,32 @@ class Nora(AdapterMethod):
                 bar.total = total
                 bar.update(done - bar.n)
 
-            initialize_nora_weights(model, statistics, adapter_name, generator=probe.generator, progress=progress)
+            options = {"generator": probe.generator, "progress": progress, "calibration": calibration}
+            initialize_nora_weights(model, statistics, adapter_name, **options)
+
+    def _statistics(self, model: nn.Module, probe: Probe, adapter_name: str) -> ActivationStatistics:
+        """The activation statistics of the adapted layers, which a resumed run reads from its cache."""
+        from nora_vision import ActivationStatistics, calibrate
+        from nora_vision.calibration import base_name
+        from nora_vision.layer import nora_layers
+
+        base = self.options.calibration == "base"
+        cache = probe.cache.with_stem(f"{probe.cache.stem}-base") if base else probe.cache
+        if cache.exists():
+            return ActivationStatistics.load(cache)
+        if not base:
+            statistics = calibrate(model, probe.forward)
+        elif probe.base_calibration is None:
+            raise InputError("There is no base calibration for this model. Use --calibration data.")
+        else:
+            layers = [base_name(name) for name, layer in nora_layers(model).items() if adapter_name in layer.r]
+            statistics = probe.base_calibration(layers)
+        statistics.save(cache)
+        return statistics
+
+    def training(self, models: Sequence[nn.Module], total_steps: int) -> MethodTraining:
+        """A training whose factors are measured and saved as `inner_dtype` holds them."""
+        return NoraTraining(models, total_steps, self.options.inner_dtype)
 
     def learning_rate_factor(self, parameter_name: str) -> float:
         """`lora_plus_ratio` for B', 1 for A'."""
@@ -183,6 +248,20 @@ class Nora(AdapterMethod):
 
         for name, model in components.items():
             load_adapter(model, folder / name, adapter_name)
+
+    @classmethod
+    def load_calibrated(
+        cls,
+        components: Mapping[str, nn.Module],
+        folder: Path,
+        adapter_name: str,
+        base_calibration: Mapping[str, BaseCalibration],
+    ) -> None:
+        """As `load`; compact files of `--calibration base` need the base calibration."""
+        from nora_vision.loading import load_adapter
+
+        for name, model in components.items():
+            load_adapter(model, folder / name, adapter_name, base_calibration.get(name))
 
     @classmethod
     def conflicts(cls, model: nn.Module, adapter_name: str) -> list[str]:

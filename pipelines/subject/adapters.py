@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 from diffusers import StableDiffusionXLPipeline
 from torch import nn
 
-from nora_vision import export_lora
+from nora_vision import export_lora, sdxl_calibration
+from nora_vision.calibration import BaseCalibration
 from pipelines import adapter_files
 from pipelines.adapter_files import native_folder
 from pipelines.adapter_method import ADAPTER_NAME, Losses, Probe, base_losses, no_losses
@@ -80,6 +82,7 @@ def start(
     cache: Path,
     seed: int,
     losses: Losses = no_losses,
+    base_calibration: Mapping[str, BaseCalibration] = MappingProxyType({}),
 ) -> None:
     """Initialise the adapter that was just attached to each component.
 
@@ -88,11 +91,13 @@ def start(
         cache: the folder for activation statistics.
         seed: of the initialisation.
         losses: `losses(count)` yields the training losses of `count` batches, for methods that are initialised from gradients.
+        base_calibration: for each component, the statistics of the base model on fixed inputs.
     """
     method, losses = options.create(), base_losses(losses, components.values())
     for index, (name, model) in enumerate(components.items()):
         generator = keyed_generator(seed, RandomStream.ADAPTER_START, index)
-        method.start(model, Probe(run_model[name], losses, generator, cache / f"{name}.safetensors"), ADAPTER_NAME)
+        files = cache / f"{name}.safetensors", base_calibration.get(name)
+        method.start(model, Probe(run_model[name], losses, generator, *files), ADAPTER_NAME)
 
 
 @contextmanager
@@ -160,7 +165,7 @@ def load_adapter(pipeline: StableDiffusionXLPipeline, path: str | Path, adapter_
             raise InputError(NO_ADAPTER.format(path=str(path)))
         return load_lora_file(pipeline, resolved[0], adapter_name, resolved[1])
     components = {name: getattr(pipeline, name) for name in COMPONENTS if (native / name).is_dir()}
-    adapter_files.load(components, native, adapter_name)
+    adapter_files.load(components, native, adapter_name, sdxl_calibration(pipeline))
     verify(pipeline, adapter_name, path)
     method = method_of(next(iter(components.values())).peft_config[adapter_name])
     return list(dict.fromkeys(sentence for model in components.values() for sentence in method.conflicts(model, adapter_name)))

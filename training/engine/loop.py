@@ -319,12 +319,26 @@ def _actions(periodic: Sequence[Periodic], step: int, is_last: bool, samples: bo
 def _act(stepper: Stepper, step: int, actions: Sequence[Callable[[int], float | None]]) -> float | None:
     """Run `actions` with the moving average on the main process; returns the lowest score, None if there is none."""
     trainable, scores = stepper.trainable, []
-    with averaged(trainable.ema, trainable.optimizer), summon_full_params(trainable.module):
+    with averaged(trainable.ema, trainable.optimizer), summon_full_params(trainable.module), _as_saved(trainable):
         if stepper.accelerator.is_main_process:
             scores = [score for action in actions if (score := action(step)) is not None]
     # Actions may leave modules in evaluation mode.
     stepper.module.train()
     return min(scores, default=None)
+
+
+@contextmanager
+def _as_saved(trainable: Trainable) -> Iterator[None]:
+    """Within the context, the trained parameters have the values that the adapter's files hold."""
+    parameters = trainable_parameters(trainable.optimizer)
+    before = [parameter.detach().clone() for parameter in parameters]
+    trainable.method.round_trained()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
 
 
 def _save(stepper: Stepper, step: int, score: float | None) -> None:

@@ -220,6 +220,7 @@ def fit_adapter(
     directory = RunDirectory.create(run.path / trial.folder_in(run.path), options.to_dict(), run.writes)
     with directory.recording():
         train(accelerator, directory, trainable, loop_options(options, steps, trial.seed))
+    trainable.method.round_trained()
     trainable.module.eval()
     return FittedAdapter(images, clip, components, {"learning_rate": rate, "steps": steps})
 
