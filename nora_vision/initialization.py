@@ -47,8 +47,7 @@ def initialize_nora_weights(
             outer factors are then theirs.
         loftq_start: start each inner pair where the change is nearest to what quantisation removed, W - Q(W), in the norm of
             the activations  [LoftQ, Li et al. 2023, within NoRA's outer factors]. Needs `unquantized`.
-        calibration: "base" if `stats` are those of a base calibration. The scale is then rounded to half octaves, and compact
-            files store only what is needed to compute it again.
+        calibration: "base" for statistics that can be computed again: the scale is rounded, and compact files leave it out.
     Raises: ValueError if there is no such adapter, it is merged, the statistics are of another model, or `unquantized` or
         `loftq_start` cannot be used.
     """
@@ -59,12 +58,18 @@ def initialize_nora_weights(
         with _unquantized_weight(layer, name, unquantized):
             layer.set_outer_factors(adapter_name, *outer_factors(layer, adapter_name, name))
             record_reproducible(layer, adapter_name)
-            layer.reset_inner_factors(adapter_name, config, generator)
-            if loftq_start:
-                _start_at_residual(layer, adapter_name)
+            _start_inner_factors(layer, adapter_name, config, generator, loftq_start)
         if progress is not None:
             progress(done, len(layers))
     config.outer_init, config.calibration = ("svd", "data") if stats is None else ("awsvd", calibration)
+
+
+def _start_inner_factors(
+    layer: NoraLayer, adapter_name: str, config: NoraConfig, generator: torch.Generator | None, loftq_start: bool
+) -> None:
+    layer.reset_inner_factors(adapter_name, config, generator)
+    if loftq_start:
+        _start_at_residual(layer, adapter_name)
 
 
 def _set_scale(layer: NoraLayer, adapter_name: str, statistics: torch.Tensor | None, calibration: Calibration) -> None:
