@@ -17,10 +17,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipelines.adapter_method import Probe, tuner_layers
+from pipelines.adapter_method import AdapterMethod, Probe, tuner_layers
 from pipelines.errors import InputError
 from pipelines.lora_conversion import as_lora
-from pipelines.methods.lora import Lora
 from pipelines.native_files import FULL, METHOD_KEY, write_native
 from pipelines.peft_method import seeded
 
@@ -30,8 +29,8 @@ if TYPE_CHECKING:
     from nora_vision.factors import Factors
 
 
-class SubtractedStart(Lora):
-    """LoRA with given A_0 and B_0. A subclass overrides `initial_factors`, or `initialise` for PEFT's own functions."""
+class SubtractedStart(AdapterMethod):
+    """A mixin before LoRA for given A_0 and B_0, by `initial_factors`, or by `initialise` with PEFT's own functions."""
 
     adapts_convolutions = False
     adapts_quantized_layers = False

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.adapter_method import Probe, option
 from pipelines.cached_factors import factors_from
-from pipelines.methods.lora import LoraOptions
+from pipelines.methods.lora import Lora, LoraOptions
 from pipelines.subtracted_start import SubtractedStart
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class CordaOptions(LoraOptions):
     )
 
 
-class Corda(SubtractedStart):
+class Corda(SubtractedStart, Lora):
     """LoRA along the components of W that matter for the activations X of the training data."""
 
     name = "corda"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipelines.methods.lora import Lora
+from pipelines.methods.lora import Lora, LoraOptions
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -21,6 +21,7 @@ class Dora(Lora):
     title = "DoRA"
     reference = "Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation"
     parameters = "rank * (m + n) + m"
+    Options = LoraOptions
     export_note = EXPORT_NOTE
 
     def config(self, target_modules: list[str], exclude_modules: str | None = None) -> PeftConfig:

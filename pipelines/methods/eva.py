@@ -92,7 +92,6 @@ class Eva(Lora):
         for part in (layer.lora_A, layer.lora_B):
             part[adapter_name].float()
         config.rank_pattern[f"^{name}"], config.alpha_pattern[f"^{name}"] = rank, alpha
-        layer.lora_A[adapter_name].weight.requires_grad_(not self.options.lora_fa)
 
 
 def allocated_ranks(explained: Mapping[str, torch.Tensor], budget: int) -> dict[str, int]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.adapter_method import Probe, adapters_off, option
 from pipelines.cached_factors import factors_from
-from pipelines.methods.lora import LoraOptions
+from pipelines.methods.lora import Lora, LoraOptions
 from pipelines.methods.lora_one import mean_gradients
 from pipelines.option_checks import above_zero, at_least
 from pipelines.subtracted_start import SubtractedStart
@@ -39,7 +39,7 @@ class LoraGaOptions(LoraOptions):
         above_zero(self, "stable_gamma")
 
 
-class LoraGa(SubtractedStart):
+class LoraGa(SubtractedStart, Lora):
     """LoRA whose first step follows the gradient of full fine-tuning.
 
     PEFT trains plain LoRA silently if its pass over the data is left out; here that pass is part of the initialisation.

@@ -6,19 +6,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pipelines.methods.lora import Lora, LoraOptions
 from pipelines.subtracted_start import SubtractedStart
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
 
-class Milora(SubtractedStart):
+class Milora(SubtractedStart, Lora):
     """LoRA that trains the minor singular directions of each weight, so that the principal ones stay as they are."""
 
     name = "milora"
     title = "MiLoRA"
     reference = "Wang et al. 2024, MiLoRA: Harnessing Minor Singular Components for Parameter-Efficient LLM Finetuning"
     parameters = "rank * (m + n)"
+    Options = LoraOptions
 
     def initialise(self, layer: LoraLayer, adapter_name: str) -> None:
         """B_0 = U_r diag(sqrt(sigma_r / s)),  A_0 = diag(sqrt(sigma_r / s)) V_r^T,  of the r smallest singular values."""

@@ -5,19 +5,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pipelines.methods.lora import Lora, LoraOptions
 from pipelines.subtracted_start import SubtractedStart
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
 
-class Olora(SubtractedStart):
+class Olora(SubtractedStart, Lora):
     """LoRA that starts from an orthonormal basis of the weight's columns."""
 
     name = "olora"
     title = "OLoRA"
     reference = "Büyükakyüz 2024, OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models"
     parameters = "rank * (m + n)"
+    Options = LoraOptions
 
     def initialise(self, layer: LoraLayer, adapter_name: str) -> None:
         """PEFT's OLoRA."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipelines.adapter_method import option
-from pipelines.methods.lora import LoraOptions
+from pipelines.methods.lora import Lora, LoraOptions
 from pipelines.option_checks import at_least
 from pipelines.subtracted_start import SubtractedStart
 
@@ -27,7 +27,7 @@ class PissaOptions(LoraOptions):
         at_least(self, 0, "pissa_niter")
 
 
-class Pissa(SubtractedStart):
+class Pissa(SubtractedStart, Lora):
     """LoRA that trains the principal singular directions of each weight from their own values."""
 
     name = "pissa"
