@@ -61,18 +61,18 @@ class NoraOptions:
     inner_blocks: int = option(
         1,
         "number of blocks of inner_form block_diagonal, for rank^2 / inner_blocks parameters",
-        "NoRA inner_blocks (for block_diagonal)",
+        "NoRA inner_blocks (number of blocks on the diagonal)",
     )
     sparse_entries: int = option(
         0,
         "number of entries of the sparse matrix of inner_form sparse_low_rank, so many more parameters",
-        "NoRA sparse_entries (for sparse_low_rank)",
+        "NoRA sparse_entries (entries of the sparse matrix)",
     )
     num_subspaces: int = option(
         1,
         "above 1, the outer directions are so many slices with a gate each that depends on the input, for num_subspaces * rank "
         "more parameters; such a mixture of subspaces cannot be merged or exported as LoRA",
-        "NoRA num_subspaces (gated slices; above 1 not exported as LoRA)",
+        "NoRA num_subspaces (gated subspaces; above 1 there is no export as LoRA)",
     )
     outer_scaling: str = option(
         "B",
