@@ -9,12 +9,9 @@ the files are those of plain LoRA.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,7 +28,7 @@ from pipelines.adapter_method import (
     option,
     tuner_layers,
 )
-from pipelines.errors import InputError
+from pipelines.gradients import cached_factors, check_differentiable, mean_gradients, origin_of
 from pipelines.methods.lora import Lora
 from pipelines.option_checks import above_zero, at_least
 from pipelines.run_options import Task
@@ -41,11 +38,6 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
     from nora_vision.factors import Factors
-
-# Metadata key of the cached factors: a hash of what they were computed from.
-ORIGIN = "lora_one_origin"
-# Prevents underflow of float16 gradients; a power of two, so that scaling is exact.
-LOSS_SCALE = 1024.0
 
 
 @dataclass
@@ -131,22 +123,17 @@ class LoraOne(Lora):
         from accelerate.logging import get_logger
         from peft.tuners.lora import LoraLayer
 
-        from nora_vision.files import write_tensors
-
+        options = self.options
         layers = {name: layer for name, layer in tuner_layers(model).items() if isinstance(layer, LoraLayer)}
-        check_layers(layers)
+        base_layers = {name: layer.get_base_layer() for name, layer in layers.items()}
+        check_differentiable(base_layers, self.title)
         super().start(model, probe, adapter_name)
-        weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
+        weights = {name: base.weight for name, base in base_layers.items()}
         # A separate file, as other methods cache other tensors for the same data.
         cache = probe.cache.with_name(f"{probe.cache.stem}-{self.name}.safetensors")
-        origin = self._origin(weights)
-        factors = cached_factors(cache, origin)
-        if factors is None:
-            with adapters_off([model]):
-                gradients = mean_gradients(weights, probe.losses, self.options.gradient_batches)
-            factors = self._factors(gradients)
-            tensors = {f"{name}.{part}": getattr(pair, part) for name, pair in factors.items() for part in ("up", "down")}
-            write_tensors(cache, tensors, {ORIGIN: origin}, digest=True)
+        with adapters_off([model]):
+            origin = origin_of(weights, [options.rank, options.gamma, options.gradient_batches])
+            factors = cached_factors(cache, origin, partial(self._factors, weights, probe.losses))
         for name, layer in layers.items():
             if name in factors:
                 copy_factors(factors[name], layer, adapter_name)
@@ -161,22 +148,11 @@ class LoraOne(Lora):
         """1 for both, as A and B are initialised at the same size."""
         return 1.0
 
-    def _origin(self, weights: Mapping[str, torch.Tensor]) -> str:
-        """A hash of the layers' weights and the options, which determine the factors together with the data."""
-        from nora_vision.calibration import fingerprint
-
-        options = self.options
-        values = [options.rank, options.gamma, options.gradient_batches, {n: fingerprint(w) for n, w in weights.items()}]
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-    def _factors(self, gradients: dict[str, torch.Tensor]) -> dict[str, Factors]:
-        """B_0 and A_0 of every layer whose gradient is not zero; `gradients` is emptied to free memory."""
-        factors = {}
-        for name in list(gradients):
-            gradient = gradients.pop(name)
+    def _factors(self, weights: Mapping[str, nn.Parameter], losses: Losses) -> Iterator[tuple[str, Factors]]:
+        """B_0 and A_0 of every layer whose gradient is not zero."""
+        for name, gradient in mean_gradients(weights, losses, self.options.gradient_batches):
             if gradient.any():
-                factors[name] = starting_factors(gradient, self.options.rank, self.options.gamma)
-        return factors
+                yield name, starting_factors(gradient, self.options.rank, self.options.gamma)
 
 
 def starting_factors(gradient: torch.Tensor, rank: int, gamma: float) -> Factors:
@@ -197,50 +173,6 @@ def starting_factors(gradient: torch.Tensor, rank: int, gamma: float) -> Factors
     weighted, rows, sigma = weighted[:, above_rounding], rows[above_rounding], sigma[above_rounding]
     size = (sigma[0] * gamma).sqrt()
     return Factors((weighted / sigma.sqrt() / size).cpu(), (rows * sigma.sqrt()[:, None] / size).cpu())
-
-
-def mean_gradients(weights: Mapping[str, nn.Parameter], losses: Losses, count: int) -> dict[str, torch.Tensor]:
-    """The mean gradient of `count` losses with respect to each of `weights`, over all processes.
-
-    Apart from the sums, only one weight's gradient is in memory at a time. Afterwards, even after an error, the weights have no
-    gradient and their former `requires_grad`.
-
-    Args:
-        weights: by layer name, (out, in) or (out, in, kh, kw).
-        losses: yields scalars.
-    Returns: by layer name, (out, in) or (out, in * kh * kw) float32.
-    Raises: ValueError naming a weight whose gradient is not finite.
-    """
-    from accelerate.utils import reduce
-
-    sums = {name: torch.zeros(weight.shape, device=weight.device) for name, weight in weights.items()}
-    number = 0
-    with ExitStack() as stack:
-        for name, weight in weights.items():
-            stack.callback(setattr, weight, "grad", None)
-            stack.callback(weight.requires_grad_, weight.requires_grad)
-            weight.requires_grad_(True)
-            stack.callback(weight.register_post_accumulate_grad_hook(adding_to(sums[name])).remove)
-        for loss in stack.enter_context(closing(losses(count))):
-            (LOSS_SCALE * loss).backward()
-            number += 1
-    for name in sums:
-        sums[name] = reduce(sums[name], "mean").div_(LOSS_SCALE * number).flatten(1)
-        if not torch.isfinite(sums[name]).all():
-            raise ValueError(
-                f"The gradient of {name!r} at the pretrained weights is not finite. Train in bf16, or in full precision."
-            )
-    return sums
-
-
-def adding_to(total: torch.Tensor) -> Callable[[torch.Tensor], None]:
-    """A hook that adds a parameter's gradient to `total`, of the parameter's shape, and frees it."""
-
-    def add(parameter: torch.Tensor) -> None:
-        total.add_(parameter.grad)
-        parameter.grad = None
-
-    return add
 
 
 class Preconditioning(MethodTraining):
@@ -270,39 +202,6 @@ class Preconditioning(MethodTraining):
             of_B = torch.linalg.solve(rows @ rows.T + identity, B.grad.flatten(1), left=False)
             A.grad.copy_(of_A.view_as(A))
             B.grad.copy_(of_B.view_as(B))
-
-
-def check_layers(layers: Mapping[str, LoraLayer]) -> None:
-    """Check that every layer can be initialised from the gradient of its weight.
-
-    Raises: InputError naming the first layer whose weight is quantised, or whose convolution has groups.
-    """
-    for name, layer in layers.items():
-        base = layer.get_base_layer()
-        if not base.weight.is_floating_point():
-            raise InputError(
-                f"LoRA-One is initialised from the gradient of every weight, but {name!r} is quantised to {base.weight.dtype} "
-                "and has none. Load the model without quantisation, or use a method that needs no gradients."
-            )
-        if getattr(base, "groups", 1) != 1:
-            raise InputError(
-                f"LoRA-One cannot adapt {name!r}, a convolution with {base.groups} groups. Remove it from the target modules."
-            )
-
-
-def cached_factors(file: Path, origin: str) -> dict[str, Factors] | None:
-    """The factors in `file`; None if it does not exist, or its factors come from other weights or options than `origin`.
-
-    Raises: AdapterFileError if the file is damaged.
-    """
-    from nora_vision.factors import Factors
-    from nora_vision.files import read_header, read_tensors
-
-    if not file.exists() or read_header(file).metadata.get(ORIGIN) != origin:
-        return None
-    tensors = read_tensors(file)
-    names = [name.removesuffix(".up") for name in tensors if name.endswith(".up")]
-    return {name: Factors(tensors[f"{name}.up"], tensors[f"{name}.down"]) for name in names}
 
 
 @torch.no_grad()

@@ -23,8 +23,9 @@ from pipelines.errors import InputError
 from pipelines.fewshot import adapters as few_shot
 from pipelines.fewshot.loss import ClassificationLoss
 from pipelines.fewshot.prompts import Prompts
+from pipelines.gradients import mean_gradients
 from pipelines.methods import method_of
-from pipelines.methods.lora_one import LoraOne, LoraOneOptions, mean_gradients, starting_factors
+from pipelines.methods.lora_one import LoraOne, LoraOneOptions, starting_factors
 from pipelines.subject import adapters
 from pipelines.subject.loss import DenoisingLoss
 from training.engine.loop import training_losses
@@ -278,7 +279,7 @@ def test_loss_scaling_keeps_gradients_too_small_for_float16():
         for _ in range(count):
             yield (weight.float() * 1e-8).sum()
 
-    found = mean_gradients({"linear": weight}, tiny, 2)["linear"]
+    found = dict(mean_gradients({"linear": weight}, tiny, 2))["linear"]
     torch.testing.assert_close(found, torch.full((3, 4), 1e-8), atol=0, rtol=0.01)
 
 
@@ -301,7 +302,7 @@ def test_several_processes_start_from_the_mean_of_their_gradients(monkeypatch):
     monkeypatch.setattr("accelerate.utils.reduce", noted)
     weights = {name: model.get_submodule(name).weight for name in names}
     for process in (0, 1):
-        found = mean_gradients(weights, partial(half_of_batch, model, process), BATCHES)
+        found = dict(mean_gradients(weights, partial(half_of_batch, model, process), BATCHES))
     expected = gradients_of(model, ((model(batch(index)) - 1).square().mean() for index in range(BATCHES)), names)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient)

@@ -1,0 +1,139 @@
+"""Gradients of the training loss at the base model, a group of weights at a time, and a cache of factors computed from them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from pipelines.adapter_method import Losses
+from pipelines.errors import InputError
+
+if TYPE_CHECKING:
+    from nora_vision.factors import Factors
+
+# Metadata key of cached factors: a hash of what they were computed from.
+ORIGIN = "gradient_factors_origin"
+# Prevents underflow of float16 gradients; a power of two, so that scaling is exact.
+LOSS_SCALE = 1024.0
+# Bytes of float32 sums in memory at a time: all layers of the built-in models, about 160 attention layers of SDXL.
+GROUP_BYTES = 2**30
+
+
+def mean_gradients(
+    weights: Mapping[str, nn.Parameter], losses: Losses, count: int, group_bytes: int = GROUP_BYTES
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The mean gradient of `count` losses with respect to each of `weights`, over all processes, in their order.
+
+    The losses are computed once for each group of weights: the sums of one group, and one gradient beside them, are in memory.
+    After each group, even after an error, the weights have no gradient and their former `requires_grad`.
+
+    Args:
+        weights: by layer name, (out, in) or (out, in, kh, kw).
+        losses: yields the same scalars on each call.
+        count: of batches; 0 for those of one epoch.
+        group_bytes: bytes of the sums of one group, which has at least one weight.
+    Returns: name and gradient, (out, in) or (out, in * kh * kw) float32.
+    Raises: ValueError naming a weight whose gradient is not finite.
+    """
+    for group in _groups(weights, group_bytes):
+        sums = _mean_gradients(group, losses, count)
+        for name in group:
+            gradient = sums.pop(name).flatten(1)
+            if not torch.isfinite(gradient).all():
+                raise ValueError(
+                    f"The gradient of {name!r} at the pretrained weights is not finite. Train in bf16, or in full precision."
+                )
+            yield name, gradient
+
+
+def _groups(weights: Mapping[str, nn.Parameter], group_bytes: int) -> Iterator[dict[str, nn.Parameter]]:
+    """Consecutive parts of `weights` whose float32 gradients have at most `group_bytes`, or of one weight."""
+    group: dict[str, nn.Parameter] = {}
+    for name, weight in weights.items():
+        if group and 4 * sum(each.numel() for each in (*group.values(), weight)) > group_bytes:
+            yield group
+            group = {}
+        group[name] = weight
+    if group:
+        yield group
+
+
+def _mean_gradients(weights: Mapping[str, nn.Parameter], losses: Losses, count: int) -> dict[str, torch.Tensor]:
+    """The mean gradient with respect to each of `weights`, in its shape, float32."""
+    from accelerate.utils import reduce
+
+    sums = {name: torch.zeros(weight.shape, device=weight.device) for name, weight in weights.items()}
+    number = 0
+    with ExitStack() as stack:
+        for name, weight in weights.items():
+            stack.callback(setattr, weight, "grad", None)
+            stack.callback(weight.requires_grad_, weight.requires_grad)
+            weight.requires_grad_(True)
+            stack.callback(weight.register_post_accumulate_grad_hook(_adding_to(sums[name])).remove)
+        for loss in stack.enter_context(closing(losses(count))):
+            (LOSS_SCALE * loss).backward()
+            number += 1
+    return {name: reduce(total, "mean").div_(LOSS_SCALE * number) for name, total in sums.items()}
+
+
+def _adding_to(total: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    """A hook that adds a parameter's gradient to `total`, of the parameter's shape, and frees it."""
+
+    def add(parameter: torch.Tensor) -> None:
+        total.add_(parameter.grad)
+        parameter.grad = None
+
+    return add
+
+
+def check_differentiable(base_layers: Mapping[str, nn.Module], title: str) -> None:
+    """Check that every layer's weight has a gradient, which the method called `title` needs.
+
+    Raises: InputError naming the first layer whose weight is quantised, or whose convolution has groups.
+    """
+    for name, base in base_layers.items():
+        if not base.weight.is_floating_point():
+            raise InputError(
+                f"{title} is initialised from the gradient of every weight, but {name!r} is quantised to {base.weight.dtype} "
+                "and has none. Load the model without quantisation, or use a method that needs no gradients."
+            )
+        if getattr(base, "groups", 1) != 1:
+            raise InputError(
+                f"{title} cannot adapt {name!r}, a convolution with {base.groups} groups. Remove it from the target modules."
+            )
+
+
+def origin_of(weights: Mapping[str, torch.Tensor], values: Sequence[object]) -> str:
+    """A hash of the layers' weights and of other values, which determine factors together with the data."""
+    from nora_vision.calibration import fingerprint
+
+    stated = [*values, {name: fingerprint(weight) for name, weight in weights.items()}]
+    return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
+
+
+def cached_factors(file: Path, origin: str, compute: Callable[[], Iterable[tuple[str, Factors]]]) -> dict[str, Factors]:
+    """The factors in `file`, or those that `compute` yields, which are written to it.
+
+    Args:
+        origin: a hash of the weights and options. Factors of another origin are computed again.
+        compute: yields the layer's name, and its factors up (out, k) and down (k, in).
+    Raises: AdapterFileError if the file is damaged.
+    """
+    from nora_vision.factors import Factors
+    from nora_vision.files import read_header, read_tensors, write_tensors
+
+    if not file.exists() or read_header(file).metadata.get(ORIGIN) != origin:
+        factors = dict(compute())
+        tensors = {f"{name}.{part}": getattr(pair, part) for name, pair in factors.items() for part in ("up", "down")}
+        write_tensors(file, tensors, {ORIGIN: origin}, digest=True)
+        return factors
+    tensors = read_tensors(file)
+    names = [name.removesuffix(".up") for name in tensors if name.endswith(".up")]
+    return {name: Factors(tensors[f"{name}.up"], tensors[f"{name}.down"]) for name in names}
