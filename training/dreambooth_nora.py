@@ -38,6 +38,7 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 
 from nora_vision import sdxl_calibration
+from pipelines.export_error import expected_left_out, left_out_sentence
 from pipelines.optimizers import Adam, Rates, parameter_groups, trainable_parameters
 from pipelines.prompt_syntax import training_warnings
 from pipelines.subject import adapters
@@ -182,6 +183,9 @@ class SubjectTraining:
         losses = partial(training_losses, self.loss, self._batches(subject, None), accelerator)
         cache, fixed = self.run.path / "calibration", sdxl_calibration(self.pipeline)
         adapters.start(adapter, self.components, runs, cache, self.seed, losses, fixed)
+        if left_out := expected_left_out(self.components):
+            logger.warning(left_out_sentence(self.components, left_out))
+            self.run.update_status(expected_left_out=left_out)
 
     def add_class_images(self) -> None:
         """Generate the missing class images, for prior preservation, and encode all of them."""

@@ -205,7 +205,8 @@ def duration(seconds: float) -> str:
 
 def cost(record: RunRecord) -> str:
     """The measurements of the dry run; empty before it."""
-    report = RunView(record).read_file(DryRunReport)
+    view = RunView(record)
+    report, left_out = view.read_file(DryRunReport), view.status.expected_left_out
     if report is None:
         return ""
     facts = {
@@ -214,6 +215,8 @@ def cost(record: RunRecord) -> str:
         "disk": f"up to {report.disk / 1e6:,.0f} MB while training",
         "parameters": f"{report.num_trainable_parameters:,} trainable",
     }
+    if left_out:
+        facts["export as LoRA"] = f"approximate: about {left_out:.0%} of the weight change is expected to be left out"
     rows = "".join(f"<dt>{name}</dt><dd>{words}</dd>" for name, words in facts.items())
     return f'<h3>Cost</h3><dl class="facts">{rows}</dl>'
 

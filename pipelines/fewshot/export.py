@@ -6,6 +6,7 @@ Everything is exported at the adapter's current scale.
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -18,6 +19,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
+from nora_vision.approximation import LeftOut
 from nora_vision.factors import Factors, low_rank_factors
 from nora_vision.files import replacing, write_tensors
 from pipelines.adapter_method import ADAPTER_NAME, tuner_layers
@@ -28,6 +30,7 @@ from pipelines.lora_conversion import as_lora
 from pipelines.native_files import WEIGHTS
 from pipelines.packages import installed
 
+logger = logging.getLogger(__name__)
 # Largest difference between PyTorch and another runtime in single precision, on features of length 1.
 TOLERANCE = 1e-4
 
@@ -69,7 +72,9 @@ def save_merged(clip: Clip, path: str | os.PathLike) -> None:
 
 
 def save_lora(components: dict[str, nn.Module], folder: Path, scale: float = 1.0) -> None:
-    """Write the adapter as plain LoRA in PEFT's layout, one folder per encoder, without approximation.
+    """Write the adapter as plain LoRA in PEFT's layout, one folder per encoder.
+
+    A change without low rank is approximated; the log and the file's metadata say how much is left out.
 
     `PeftModel.from_pretrained` loads a folder onto the encoder after `separate` has split its attention.
 
@@ -81,7 +86,10 @@ def save_lora(components: dict[str, nn.Module], folder: Path, scale: float = 1.0
         factors = {layer: _factors(module, layer, scale) for layer, module in tuner_layers(model).items()}
         config, tensors = as_lora(factors)
         config.save_pretrained(str(folder / name))
-        write_tensors(folder / name / WEIGHTS, tensors)
+        left_out = LeftOut.of(factors)
+        write_tensors(folder / name / WEIGHTS, tensors, {} if left_out is None else left_out.metadata())
+        if left_out is not None:
+            logger.warning(f"{folder / name / WEIGHTS} is not exact: {left_out}. The merged model and the adapter are exact.")
 
 
 def _factors(layer: BaseTunerLayer, name: str, scale: float) -> Factors:

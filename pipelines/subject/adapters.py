@@ -15,8 +15,10 @@ from types import MappingProxyType
 from diffusers import StableDiffusionXLPipeline
 from torch import nn
 
-from nora_vision import export_lora, sdxl_calibration
+from nora_vision import sdxl_calibration
+from nora_vision.approximation import LeftOut
 from nora_vision.calibration import BaseCalibration
+from nora_vision.export import export_both
 from pipelines import adapter_files
 from pipelines.adapter_files import native_folder
 from pipelines.adapter_method import ADAPTER_NAME, Losses, Probe, base_losses, no_losses
@@ -136,8 +138,11 @@ def save_everywhere(
     adapter_files.save(components, folder / "adapter", adapter_name)
     if not adapter_files.can_be_exported(components, adapter_name):
         return
-    export_lora(pipeline, folder / "diffusers", adapter_name, format="diffusers")
-    kohya = export_lora(pipeline, folder / "kohya" / f"{title}.safetensors", adapter_name, format="kohya")
+    written = export_both(pipeline, folder / "diffusers", folder / "kohya" / f"{title}.safetensors", adapter_name)
+    for path in written.values():
+        if (left_out := LeftOut.read(path)) is not None:
+            logger.warning(f"{path} is not exact: {left_out}. The files in {folder / 'adapter'} are exact.")
+    kohya = written["kohya"]
     for earlier in set(kohya.parent.glob("*.safetensors")) - {kohya}:
         logger.info(f"Removing {earlier}, which {kohya.name} replaces.")
         earlier.unlink()

@@ -79,7 +79,7 @@ OTHERS = {
     ),
     "OFT": ({"lora_unet_mid_block_attentions_0_proj_in.oft_blocks": (2, 4, 4)}, r"is an OFT or BOFT adapter .*LoHa, LoKr"),
     "GLoRA": ({"lora_unet_mid_block_attentions_0_proj_in.a1.weight": (2, 4)}, r"is a GLoRA adapter"),
-    "IA3": ({"lora_unet_mid_block_attentions_0_proj_in.on_input": (1,)}, r"is an \(IA\)\^3 adapter"),
+    "IA3": ({"lora_unet_mid_block_attentions_0_proj_in.on_input": (1,)}, r"on_input' weight is missing"),
     "ControlNet": ({"control_model.input_blocks.0.0.weight": (4, 4)}, r"is a ControlNet"),
     "IP-adapter": ({"image_proj.proj.weight": (4, 4), "ip_adapter.1.to_k_ip.weight": (4, 4)}, r"is an IP-adapter"),
     "checkpoint": (

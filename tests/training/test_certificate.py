@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tiny_options import TINY
 from tiny_pipeline import add_nora, tiny_pipeline, weight_changes
 
 from nora_vision import export_lora
@@ -12,6 +13,7 @@ from pipelines.adapter_method import trained_parameters
 from pipelines.adapter_options import AdapterOptions
 from pipelines.subject import adapters
 from pipelines.subject.generate import Sampling
+from pipelines.subject.lora_files import load_lora_file
 from training.subject import certificate
 from training.subject.certificate import CertificateError, StockModel, certify
 from training.subject.kohya_lint import lint_kohya
@@ -71,6 +73,36 @@ def test_both_files_of_a_dora_are_certified(tiny_model, tmp_path, certified_here
     rewritten(path, lambda name, tensor: tensor * (1.5 if name.endswith("dora_scale") else 1))
     with pytest.raises(CertificateError, match=r"images from the kohya file differ by up to"):
         certify(pipe, tmp_path, StockModel(str(tiny_model)), PROMPTS[:1], FAST)
+
+
+@pytest.mark.parametrize(
+    ("method", "approximate", "converted"), [("oft", ["diffusers", "kohya"], []), ("ia3", ["diffusers"], ["kohya"])]
+)
+def test_files_that_approximate_an_adapter_are_compared_with_themselves(
+    method, approximate, converted, tiny_model, tmp_path, certified_here, monkeypatch
+):
+    monkeypatch.setattr("nora_vision.weight_change.EXPORT_RANK", 2)
+    pipe = tiny_pipeline()
+    components = adapters.attach(pipe, AdapterOptions(method=method, **TINY))
+    with torch.no_grad():
+        for parameter in trained_parameters(components):
+            parameter.add_(0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    adapters.save_everywhere(pipe, components, tmp_path, "toy")
+    found = certify(pipe, tmp_path, StockModel(str(tiny_model)), PROMPTS[:1], FAST)
+    assert (found.passed, found.exact, found.approximate, found.converted) == (True, False, approximate, converted)
+    assert all((found.largest_difference[name] > 2) == (name in approximate) for name in ("diffusers", "kohya"))
+    assert pipe.get_active_adapters() == ["default"]
+    monkeypatch.setattr(certificate, "load_lora_file", load_at_half_scale)
+    with pytest.raises(CertificateError, match="images from the diffusers file differ by up to"):
+        certify(pipe, tmp_path, StockModel(str(tiny_model)), PROMPTS[:1], FAST)
+
+
+def load_at_half_scale(pipeline, file, name):
+    """A loader that misreads a file."""
+    load_lora_file(pipeline, file, name)
+    for parameter_name, parameter in pipeline.unet.named_parameters():
+        if f"lora_B.{name}." in parameter_name:
+            parameter.data *= 0.5
 
 
 def test_a_file_that_holds_another_adapter_is_refused_and_recorded(tiny_model, tmp_path, certified_here):
@@ -138,13 +170,16 @@ def test_a_certificate_fails_on_every_finding_in_the_kohya_file():
     assert certificate._compare(base + 1, stock, ["odd"], ["x"], {}, "float32", "cpu").problems == ["the kohya file: odd"]
 
 
-def test_an_approximation_is_measured_and_fails_only_on_what_other_programs_misread():
+def test_an_approximation_is_measured_and_fails_if_other_programs_misread_it():
     base = torch.zeros(1, 4, 4, 3)
-    stock = {"base": base, "diffusers": base + 0.5, "kohya": base + 0.5}
-    found = certificate._compare(base + 1, stock, [], ["x"], {}, "float32", "cpu", exact=False)
+    stock = {"base": base, "diffusers": base + 1, "kohya": base + 0.5}
+    settings = (["x"], {}, "float32", "cpu")
+    found = certificate._compare(base + 1, stock, [], *settings, {"kohya": base + 0.5})
     assert found.passed
     assert found.mean_difference["kohya"] == pytest.approx(127.5)
-    assert not certificate._compare(base + 1, stock, ["odd"], ["x"], {}, "float32", "cpu", exact=False).passed
+    assert not certificate._compare(base + 1, stock, ["odd"], *settings, {"kohya": base + 0.5}).passed
+    assert not certificate._compare(base + 1, stock, [], *settings, {"kohya": base + 0.6}).passed
+    assert not certificate._compare(base + 1, stock, [], *settings).passed
 
 
 def without(part):

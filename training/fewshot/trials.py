@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from diffusers.optimization import get_scheduler
 from torch import nn
 from tqdm.auto import tqdm
@@ -20,6 +21,7 @@ from tqdm.auto import tqdm
 from pipelines.adapter_method import trained_parameters
 from pipelines.adapter_options import AdapterOptions
 from pipelines.clip import Clip
+from pipelines.export_error import expected_left_out, left_out_sentence
 from pipelines.fewshot import adapters, baselines
 from pipelines.fewshot.baselines.predictors import Predictor
 from pipelines.fewshot.baselines.vocabulary import with_classes
@@ -47,6 +49,7 @@ from training.runs.fewshot_files import (
 )
 from training.runs.run import RunDirectory
 
+logger = get_logger(__name__)
 # Candidate scales of the adapter, from as trained to the base model.
 SCALES = (1.0, 0.75, 0.5, 0.25, 0.0)
 WARMUP_SHARE = 0.05
@@ -215,6 +218,8 @@ def fit_adapter(
     losses = partial(training_losses, loss, batches, accelerator)
     # On all processes: the activation statistics are summed over them.
     adapters.start(clip, adapter, components, pixels, tokens, calibration, trial.seed, losses)
+    if "lora" in options.output.export and (share := expected_left_out(components)):
+        logger.warning(f"{trial}: {left_out_sentence(components, share)}")
     steps, rate = optimisation.steps(images.shots), options.learning_rate(trial.method)
     trainable = to_train(loss, batches, components, adapter, optimisation, steps, rate)
     directory = RunDirectory.create(run.path / trial.folder_in(run.path), options.to_dict(), run.writes)

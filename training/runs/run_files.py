@@ -53,6 +53,8 @@ class RunStatus(RunFile):
         processes: how many processes train.
         error: why it failed or stopped.
         resolution: side of the images in pixels.
+        expected_left_out: how much of the weight change an exported LoRA is expected to leave out, as a share of its norm; None
+            for an exact export.
         num_trainable_parameters, suggested_step, seconds, published: of a finished run.
         trial, method, shots, seed: the trial that a few-shot run is working on: its folder, adapter method, images per class
             and seed.
@@ -75,6 +77,7 @@ class RunStatus(RunFile):
     processes: int | None = None
     error: str | None = None
     resolution: int | None = None
+    expected_left_out: float | None = None
     num_trainable_parameters: int | None = None
     suggested_step: int | None = None
     seconds: float | None = None
@@ -191,7 +194,8 @@ class Certificate(RunFile):
         problems: a sentence for each failure.
         prompts, sampling, dtype, device: how the images were generated.
         converted: files that diffusers reads only in part, and that were converted to its format before it read them.
-        exact: whether the files are meant to be the adapter exactly; else an approximation, whose differences are no failure.
+        exact: whether all files are meant to be the adapter exactly.
+        approximate: the files that hold an approximation.
     """
 
     NAME: ClassVar[str] = "certificate.json"
@@ -209,6 +213,7 @@ class Certificate(RunFile):
     device: str
     converted: list[str] = field(default_factory=list)
     exact: bool = True
+    approximate: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

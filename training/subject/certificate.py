@@ -6,7 +6,8 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
 from nora_vision import export_lora
+from nora_vision.approximation import LeftOut
 from nora_vision.files import read_header
+from nora_vision.lycoris import PARTS
 from pipelines.hub import offline_environment
 from pipelines.subject.generate import Sampling
 from pipelines.subject.lora_files import load_lora_file
@@ -30,8 +33,8 @@ LARGEST_DIFFERENCE = 1.0
 # In half precision, where both sides round differently: the mean difference as a share of the adapter's mean effect.
 LARGEST_SHARE = 0.25
 
-# The name under which a kohya file is loaded.
-CONVERTED = "kohya_file"
+# The name under which an exported file is loaded.
+LOADED = "exported_file"
 
 
 class CertificateError(RuntimeError):
@@ -71,9 +74,11 @@ def certify(
 ) -> Certificate:
     """Compare `pipeline`, with the trained adapter, with a stock pipeline that loads the diffusers and kohya files in `folder`.
 
-    Without `exact`, the exported files are an approximation of the adapter: differences are measured, but are no failure.
+    Without `exact`, all exported files are approximations.
     The result is written to certificate.json in `folder` in any case. diffusers ignores `dora_scale` in the kohya file of a DoRA,
-    so such a file is first loaded by this project and converted to diffusers' format.
+    and does not know the forms of LyCORIS, so such a file is first loaded by this project and converted to diffusers' format. A
+    file that holds an approximation is compared with itself, as this project loads it, and the certificate says how much its
+    images differ from the adapter's.
 
     Raises: CertificateError naming what failed: images that differ, an adapter without effect, a file that stock diffusers
         cannot load, or a kohya file that A1111 or ComfyUI would misread.
@@ -83,14 +88,16 @@ def certify(
     settings = _call_arguments(sampling)
     seeds = list(range(seed, seed + len(prompts)))
     native = _generate(pipeline, prompts, seeds, settings)
+    approximate = [name for name, file in files.items() if not exact or LeftOut.read(file) is not None]
+    references = {name: _generate_with_file(pipeline, files[name], prompts, seeds, settings) for name in approximate}
     with tempfile.TemporaryDirectory() as temporary:
         images = {
             name: str(_in_diffusers_form(pipeline, file, Path(temporary) / name) if name in converted else file)
             for name, file in files.items()
         }
         stock, dtype, device = _generate_with_stock(pipeline, model, images, prompts, seeds, settings)
-    certificate = _compare(native, stock, lint_kohya(files["kohya"]), list(prompts), settings, dtype, device, exact)
-    certificate = replace(certificate, converted=converted, exact=exact)
+    certificate = _compare(native, stock, lint_kohya(files["kohya"]), list(prompts), settings, dtype, device, references)
+    certificate = replace(certificate, converted=converted, exact=not approximate, approximate=approximate)
     certificate.write(folder)
     if not certificate.passed:
         raise CertificateError(
@@ -120,13 +127,29 @@ def _generate_with_stock(
 
 def _in_diffusers_form(pipeline: StableDiffusionXLPipeline, file: Path, folder: Path) -> Path:
     """Convert a kohya file to diffusers' format; the pipeline keeps its active adapters."""
+    with _using_file(pipeline, file):
+        return export_lora(pipeline, folder, LOADED, format="diffusers")
+
+
+def _generate_with_file(
+    pipeline: StableDiffusionXLPipeline, file: Path, prompts: Sequence[str], seeds: Sequence[int], settings: dict[str, Any]
+) -> torch.Tensor:
+    """The images, as of `_generate`, with the adapter in `file` in place of the active ones."""
+    with _using_file(pipeline, file):
+        return _generate(pipeline, prompts, seeds, settings)
+
+
+@contextmanager
+def _using_file(pipeline: StableDiffusionXLPipeline, file: Path) -> Iterator[None]:
+    """A context in which the only active adapter of the pipeline is the one in `file`, called `LOADED`."""
     active = pipeline.get_active_adapters()
-    load_lora_file(pipeline, file, CONVERTED)
+    load_lora_file(pipeline, file, LOADED)
     try:
-        return export_lora(pipeline, folder, CONVERTED, format="diffusers")
+        pipeline.set_adapters([LOADED])
+        yield
     finally:
         pipeline.set_adapters(active)
-        pipeline.delete_adapters([CONVERTED])
+        pipeline.delete_adapters([LOADED])
 
 
 def exported_file(folder: Path) -> Path:
@@ -143,8 +166,9 @@ def exported_file(folder: Path) -> Path:
 
 
 def _is_read_by_diffusers(file: Path) -> bool:
-    """Whether stock diffusers reads all of `file`: it ignores `dora_scale` in kohya's format."""
-    return not any(name.endswith(".dora_scale") for name in read_header(file).tensors)
+    """Whether stock diffusers reads all of `file`: it ignores `dora_scale` in kohya's format, and knows no form of LyCORIS."""
+    parts = {name.partition(".")[2] for name in read_header(file).tensors}
+    return not parts & {"dora_scale", *(part for of_form in PARTS.values() for part in of_form)}
 
 
 def _call_arguments(sampling: Sampling) -> dict[str, Any]:
@@ -194,16 +218,21 @@ def _compare(
     settings: dict[str, Any],
     dtype: str,
     device: str,
-    exact: bool = True,
+    references: Mapping[str, torch.Tensor] | None = None,
 ) -> Certificate:
-    """Compare the images of the trained pipeline, (prompts, height, width, 3), with those of the stock one."""
+    """Compare the images of the trained pipeline, (prompts, height, width, 3), with those of the stock one.
+
+    Args:
+        references: for files that hold an approximation, the images that they must give instead.
+    """
     changes = LEVELS * (stock["diffusers"] - stock["base"]).abs()
     effect, mean_effect = changes.max().item(), changes.mean().item()
     differences = {name: LEVELS * (images - native).abs() for name, images in stock.items() if name != "base"}
     problems = [f"the kohya file: {finding}" for finding in findings]
     if effect == 0:
         problems.append("the adapter changes no image")
-    for name, difference in differences.items() if exact else ():
+    deviations = {name: LEVELS * (stock[name] - images).abs() for name, images in (references or {}).items()}
+    for name, difference in (differences | deviations).items():
         problems += _difference_problems(name, difference, mean_effect, dtype)
     return Certificate(
         passed=not problems,

@@ -13,6 +13,13 @@ from nora_vision.files import AdapterFileError, read_header, read_tensors, tenso
 from nora_vision.kohya import PREFIXES
 
 PARTS = ("lora_up.weight", "lora_down.weight", "alpha")
+# The parts of a layer in a form of LyCORIS that A1111 or ComfyUI reads; one of the sets must be complete.
+LYCORIS_PARTS = (
+    {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha"},
+    {"lokr_w1", "lokr_w2", "alpha"},
+    {"lokr_w1", "lokr_w2_a", "lokr_w2_b", "alpha"},
+    {"weight", "on_input"},
+)
 OPTIONAL_PARTS = ("dora_scale",)
 UNET_LAYER = re.compile(
     r"((input|output)_blocks_\d+_\d+|middle_block_\d+)_\w+|input_blocks_0_0|time_embed_[02]|label_emb_0_[02]|out_2"
@@ -45,9 +52,10 @@ def _of_header(
     ranks = Counter(len(parts["lora_down.weight"]) for parts in layers.values() if "lora_down.weight" in parts)
     rank = str(ranks.most_common(1)[0][0]) if ranks else "none"
     digest = tensor_hash(tensors)
+    lycoris = any(set(parts) in LYCORIS_PARTS for parts in layers.values())
     expected = {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": rank,
+        "ss_network_module": "lycoris.kohya" if lycoris else "networks.lora",
+        **({} if lycoris else {"ss_network_dim": rank}),
         "ss_v2": "False",
         "sshs_model_hash": digest,
         "modelspec.sai_model_spec": "1.0.0",
@@ -74,6 +82,8 @@ def _of_layer(name: str, parts: Mapping[str, torch.Tensor]) -> list[str]:
     findings = (
         [] if pattern.fullmatch(name.removeprefix(prefix)) else [f"{name!r} is not the name of a layer in A1111 and ComfyUI"]
     )
+    if set(parts) in LYCORIS_PARTS:
+        return findings
     findings += [f"{name!r} has no {part}" for part in PARTS if part not in parts]
     findings += [f"{name!r} has an unknown {part}" for part in parts if part not in (*PARTS, *OPTIONAL_PARTS)]
     if len(findings) or parts["lora_up.weight"].shape[1] == parts["lora_down.weight"].shape[0]:

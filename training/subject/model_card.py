@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from nora_vision.approximation import LeftOut
 from pipelines.built_in import is_built_in
 from pipelines.clip import BUILT_IN
 from pipelines.methods import method_named
@@ -165,9 +166,19 @@ def _findings(run: RunDirectory, scorer: str) -> list[str]:
         lines.append(f"Mean denoising loss in the middle of the held-out image: {before:.4f} before training, {after:.4f} after.")
     if suggestion := Suggestion.read(run.path):
         lines += _recommendation(suggestion, scorer)
+    lines += _left_out(run)
     if certificate := Certificate.read(run.path):
         lines.append(_certified(certificate))
     return lines
+
+
+def _left_out(run: RunDirectory) -> list[str]:
+    """A sentence for each exported file that does not hold the whole weight change."""
+    return [
+        f"> **{name} is not exact:** {left_out}. `adapter/` holds the whole adapter."
+        for name, _ in _exported_files(run)
+        if not name.startswith("adapter/") and (left_out := LeftOut.read(run.path / name)) is not None
+    ]
 
 
 def _recommendation(suggestion: Suggestion, scorer: str) -> list[str]:
@@ -186,15 +197,22 @@ def _certified(certificate: Certificate) -> str:
     converted = " The kohya file was converted to diffusers' format first." if certificate.converted else ""
     largest = max(certificate.largest_difference.values())
     if not certificate.exact:
-        return (
-            "Stock diffusers, without this project, loads the diffusers and the kohya file. They approximate the adapter: on "
-            f"average, their images differ by {max(certificate.mean_difference.values()):.1f} of 255 levels from those of the "
-            f"native file, and by {certificate.mean_effect:.1f} from those of the base model."
-        )
+        return _certified_approximation(certificate) + converted
     return (
         "Certified: stock diffusers, without this project, generates the same images from the diffusers and the kohya file, with "
         f"differences of at most {largest:.2f} of 255 levels. The adapter changes images by up to {certificate.effect:.0f}."
         f"{converted}"
+    )
+
+
+def _certified_approximation(certificate: Certificate) -> str:
+    """The same if some files hold an approximation."""
+    names = certificate.approximate or list(certificate.mean_difference)
+    differences = " and ".join(f"by {certificate.mean_difference[name]:.1f} of 255 levels ({name})" for name in names)
+    return (
+        "Stock diffusers, without this project, reads the diffusers and the kohya file as this project does. Approximations: "
+        f"{' and '.join(names)}. On average, their images differ {differences} from those of the native file, and by "
+        f"{certificate.mean_effect:.1f} from those of the base model."
     )
 
 

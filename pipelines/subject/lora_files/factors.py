@@ -5,6 +5,7 @@ With W as a matrix (out, in * kernel):
     Tucker  s up mid down            a LoRA whose down is mid * down
     LoHa    s (a1 b1) * (a2 b2)      elementwise; a LoRA of rank r^2: row-wise products of a1, a2 and column-wise ones of b1, b2
     LoKr    s kron(w1, w2)           a LoRA of rank r1 r2, since kron(u1 d1, u2 d2) = kron(u1, u2) kron(d1, d2)
+    IA3     W diag(w)                or diag(w) W: the columns or rows of W scaled by 1 + w
     diff    the change itself        a LoRA of full rank: one factor is the identity
     DoRA    m (W + change) / ||W + change||; by rows as in PEFT; by columns, which PEFT lacks, as the resulting weight change.
 A product whose rank would not be below the full rank is multiplied out.
@@ -30,6 +31,7 @@ KINDS = {
     "mid": "Tucker",
     "down": "LoRA",
     "up": "LoRA",
+    "on_input": "IA3",
     "diff": "diff",
 }
 NEEDED = {
@@ -37,6 +39,7 @@ NEEDED = {
     "Tucker": {"down", "up", "mid"},
     "LoHa": {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
     "LoKr": set(),
+    "IA3": {"weight", "on_input"},
     "diff": {"diff"},
 }
 ALLOWED = {
@@ -44,9 +47,11 @@ ALLOWED = {
     "Tucker": {"dora_scale"},
     "LoHa": {"hada_t1", "hada_t2", "dora_scale"},
     "LoKr": {"lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "dora_scale"},
+    "IA3": set(),
     "diff": {"dora_scale"},
 }
-VECTORS = ("alpha", "diff_b", "up_bias", "magnitude", "dora_scale")
+VECTORS = ("alpha", "diff_b", "up_bias", "magnitude", "dora_scale", "weight", "on_input")
+NUMBERS = ("alpha", "on_input")
 CORES = ("mid", "hada_t1", "hada_t2", "lokr_t2")
 
 
@@ -122,10 +127,10 @@ def _check_parts(kind: str, parts: Parts) -> None:
     if unused:
         raise MisfitError(f"{', '.join(sorted(unused))} is not used beside a {kind}'s tensors")
     for part, tensor in parts.items():
-        if not tensor.is_floating_point() and part != "alpha":
+        if not tensor.is_floating_point() and part not in NUMBERS:
             raise MisfitError(f"{part} must be floating-point, got {tensor.dtype}")
-        if part == "alpha" and tensor.numel() != 1:
-            raise MisfitError(f"alpha must be one number, got shape {tuple(tensor.shape)}")
+        if part in NUMBERS and tensor.numel() != 1:
+            raise MisfitError(f"{part} must be one number, got shape {tuple(tensor.shape)}")
         if tensor.ndim not in _dimensions(part) or not tensor.numel():
             raise MisfitError(f"{part} has shape {tuple(tensor.shape)}")
 
@@ -246,11 +251,22 @@ def _with_core(parts: Parts, prefix: str, core: str | None) -> tuple[torch.Tenso
     return left, right
 
 
+def _ia3(parts: Parts, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor, None]:
+    if not layer.weight.is_floating_point():
+        raise MisfitError("it scales the weight itself, which needs a base model that is not quantised")
+    weight, scales, on_input = layer.weight.detach().float().cpu(), parts["weight"].flatten(), bool(parts["on_input"])
+    side = weight.shape[1 if on_input else 0]
+    if len(scales) != side:
+        raise MisfitError(f"it has {len(scales)} scales, but the weight has {side} {'inputs' if on_input else 'outputs'}")
+    shape = (1, side) if on_input else (side, 1)
+    return *_full_rank((weight * scales.reshape(*shape, *(1,) * (weight.ndim - 2))).flatten(1)), None
+
+
 def _diff(parts: Parts, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor, None]:
     return *_full_rank(parts["diff"].flatten(1)), None
 
 
-MAKERS = {"LoRA": _lora, "Tucker": _tucker, "LoHa": _loha, "LoKr": _lokr, "diff": _diff}
+MAKERS = {"LoRA": _lora, "Tucker": _tucker, "LoHa": _loha, "LoKr": _lokr, "IA3": _ia3, "diff": _diff}
 
 
 def _full_rank(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from nora_vision.files import SafetensorsHeader
 from pipelines.subject.lora_files.names import PEFT_PREFIX, split_name
 
-READ = "LoRA, DoRA, LoCon, LoHa, LoKr, weight differences and norms of SDXL can be loaded"
+READ = "LoRA, DoRA, LoCon, LoHa, LoKr, (IA)^3, weight differences and norms of SDXL can be loaded"
 ADAPTER_REMEDY = f"{READ}. Choose such a file, or convert this one with the program that wrote it."
 # Files that are not a LoRA: a pattern of their tensor names, their name, and the remedy. The first match counts.
 OTHER_KINDS = (
@@ -19,7 +19,7 @@ OTHER_KINDS = (
     (r"^adapter\.(body|conv_in)\.", "a T2I-Adapter", None),
     (r"\.b?oft_", "an OFT or BOFT adapter", ADAPTER_REMEDY),
     (r"\.(a1|a2|b1|b2|bm1|bm2)\.weight$", "a GLoRA adapter", ADAPTER_REMEDY),
-    (r"\.on_input$|\.ia3_l\b", "an (IA)^3 adapter", ADAPTER_REMEDY),
+    (r"\.ia3_l\b", "an (IA)^3 adapter of PEFT", ADAPTER_REMEDY),
     (r"vera_lambda", "a VeRA adapter", ADAPTER_REMEDY),
     (r"lora_embedding_[AB]|token_adapter", "a LoRA of token embeddings", ADAPTER_REMEDY),
     (

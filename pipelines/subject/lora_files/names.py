@@ -50,6 +50,8 @@ PART_PATTERNS = {
         *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
     )
 }
+# In a file of IA3, the scales of a layer are called like the weight of a checkpoint; only the layer's name differs.
+IA3_PART = re.compile(r"(lora_(?:unet|te1|te2|te)_[a-zA-Z0-9_]+)\.(weight|on_input)")
 PART = re.compile("(?:" + "|".join(f"(?P<{name}>{pattern})" for name, pattern in PART_PATTERNS.items()) + ")$")
 LAYER_TYPES = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
 
@@ -67,6 +69,8 @@ class Layer(NamedTuple):
 def split_name(name: str) -> tuple[str, str] | None:
     """Split a tensor's name into the layer's name and the part; None if it ends in no known part."""
     name = name.removeprefix(PEFT_PREFIX)
+    if scaled := IA3_PART.fullmatch(name):
+        return scaled[1], scaled[2]
     match = PART.search(name)
     return None if match is None else (name[: match.start()], str(match.lastgroup))
 

@@ -1,0 +1,54 @@
+"""How much of an adapter's weight change an exported LoRA is expected to leave out, before the adapter is trained."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from nora_vision.factors import has_adapter, is_weight_change, low_rank_factors
+from nora_vision.lycoris import lycoris_form
+from nora_vision.weight_change import EXPORT_RANK
+from pipelines.adapter_method import ADAPTER_NAME, tuner_layers
+
+# Standard deviation of the random values that stand for training. The share that is left out hardly depends on it.
+STEP = 0.01
+
+
+@torch.no_grad()
+def expected_left_out(components: Mapping[str, nn.Module]) -> float:
+    """The norm of what the export of the largest adapted layer leaves out, relative to the norm of its weight change.
+
+    Trained values are replaced by the initial ones plus Gaussian noise. 0 for an exact export, and for an adapter that is no
+    change of weights and is not exported.
+    """
+    if not all(is_weight_change(model, ADAPTER_NAME) for model in components.values()):
+        return 0.0
+    layers = [layer for model in components.values() for layer in tuner_layers(model).values()]
+    layers = [layer for layer in layers if has_adapter(layer, ADAPTER_NAME)]
+    layer = copy.deepcopy(max(layers, key=lambda layer: math.prod(_matrix_shape(layer.get_base_layer()))))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in layer.parameters():
+        if parameter.requires_grad:
+            parameter += STEP * torch.randn(parameter.shape, generator=generator).to(parameter)
+    return low_rank_factors(layer, ADAPTER_NAME).relative_error
+
+
+def left_out_sentence(components: Mapping[str, nn.Module], share: float) -> str:
+    """What users should know about exports that are expected to leave out `share` of the weight change."""
+    layers = [layer for model in components.values() for layer in tuner_layers(model).values()]
+    own_form = any(lycoris_form(layer, ADAPTER_NAME) is not None for layer in layers)
+    return (
+        f"Files of plain LoRA cannot hold this adapter: they will hold the best approximation of rank {EXPORT_RANK}, which is "
+        f"expected to leave out about {share:.0%} of the weight change (Frobenius norm; random values, largest layer). "
+        + ("The kohya file will be exact, in the form of LyCORIS. " if own_form else "")
+        + "The native files are always exact."
+    )
+
+
+def _matrix_shape(base: nn.Module) -> tuple[int, int]:
+    """Rows and columns of the weight as a matrix, also of a quantised one."""
+    return (base.out_features, base.in_features) if isinstance(base, nn.Linear) else (len(base.weight), base.weight[0].numel())
