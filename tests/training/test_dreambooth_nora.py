@@ -1,6 +1,7 @@
 """The subject trainer, whole, on a tiny random model; and its default command on the built-in one."""
 
 import json
+import logging
 import os
 import re
 import runpy
@@ -223,6 +224,21 @@ def test_the_readmes_first_command_learns_the_sample_subject_certifies_it_and_re
 def test_real_photos_of_any_shape_are_trained_on(trainer, tmp_path):
     prepared = trainer.prepare(tmp_path / "run", images=PHOTOS)
     assert all(torch.isfinite(batch["latents"]).all() for batch in prepared.batches())
+
+
+def test_what_an_approximate_export_leaves_out_is_said_before_training_and_in_the_card(trainer, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("nora_vision.weight_change.EXPORT_RANK", 2)
+    with caplog.at_level(logging.WARNING):
+        run = trainer.run(tmp_path / "run", "--method", "oft", "--block_size", "4", "--max_train_steps", "2")
+    share = run.status().expected_left_out
+    assert 0 < share < 1
+    sentences = caplog.text
+    assert f"expected to leave out about {share:.0%} of the weight change" in sentences
+    assert sentences.index("is expected to leave out") < sentences.index("pytorch_lora_weights.safetensors is not exact")
+    card = (run.path / "README.md").read_text()
+    assert re.search(
+        r"> \*\*kohya/run.safetensors is not exact:\*\* it holds the best approximation .* leaves out \d+\.\d% ", card
+    )
 
 
 def test_a_dry_run_stops_after_its_report(trainer, tmp_path):

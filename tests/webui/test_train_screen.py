@@ -175,6 +175,10 @@ def test_costs_and_curves_have_the_values_of_the_files(workspace):
     (run.path / "dry_run.json").write_text(json.dumps(report))
     found = parts(view(run))
     assert all(words in found["cost"].key for words in ("about 2 minutes", "0.25 s a step", "2.5 GB", "3 MB", "54,272 trainable"))
+    assert "left out" not in found["cost"].key
+    status = json.loads((run.path / "status.json").read_text())
+    (run.path / "status.json").write_text(json.dumps({**status, "expected_left_out": 0.789}))
+    assert "about 79% of the weight change is expected to be left out" in parts(view(run))["cost"].key
     (table,) = [part for part in found["loss"].key.split("<table")[1:] if "<th>validation loss" in part]
     assert "<td>40</td><td>1</td>" in table, "the least of the curve"
 

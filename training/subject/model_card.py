@@ -175,7 +175,7 @@ def _findings(run: RunDirectory, scorer: str) -> list[str]:
 def _left_out(run: RunDirectory) -> list[str]:
     """A sentence for each exported file that does not hold the whole weight change."""
     return [
-        f"> **{name} is not exact:** {left_out}. `adapter/` holds the whole adapter."
+        f"> **{as_text(name)} is not exact:** {left_out}. `adapter/` holds the whole adapter."
         for name, _ in _exported_files(run)
         if not name.startswith("adapter/") and (left_out := LeftOut.read(run.path / name)) is not None
     ]
