@@ -127,12 +127,13 @@ def _write_kohya(
         tensors,
         title=path.stem,
         rank=rank,
-        network_module="lycoris.kohya" if algorithms else "networks.lora",
         network_args={**arguments, **({"algo": min(algorithms)} if algorithms else {})},
         prediction_type=pipe.scheduler.config.prediction_type,
         zero_terminal_snr=bool(pipe.scheduler.config.get("rescale_betas_zero_snr")),
         resolution=pipe.unet.config.sample_size * pipe.vae_scale_factor,
     )
+    if algorithms:
+        header["ss_network_module"] = "lycoris.kohya"
     write_tensors(path, tensors, {**header, **_left_out(changes, forms)})
 
 

@@ -77,7 +77,6 @@ def kohya_header(
     *,
     title: str,
     rank: int,
-    network_module: str = "networks.lora",
     network_args: Mapping[str, Any],
     prediction_type: str,
     zero_terminal_snr: bool,
@@ -89,7 +88,6 @@ def kohya_header(
         tensors: all tensors of the file, of any shape, for its hash.
         title: name of the LoRA in other programs.
         rank: rank and alpha of the network; layers of another rank are recognised by their shapes.
-        network_module: the module of sd-scripts or LyCORIS that reads such a file.
         network_args: further settings of the network.
         prediction_type: of the scheduler, "epsilon" or "v_prediction".
         zero_terminal_snr: whether the base model was trained with zero terminal signal-to-noise ratio.
@@ -98,7 +96,7 @@ def kohya_header(
     digest = tensor_hash(tensors)
     return {
         "ss_base_model_version": "sdxl_base_v1-0",
-        "ss_network_module": network_module,
+        "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(float(rank)),
         "ss_network_args": json.dumps(network_args, sort_keys=True),

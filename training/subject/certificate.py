@@ -85,16 +85,13 @@ def certify(
     """
     files = {format: exported_file(folder / format) for format in ("diffusers", "kohya")}
     converted = [name for name, file in files.items() if not _is_read_by_diffusers(file)]
-    settings = _call_arguments(sampling)
-    seeds = list(range(seed, seed + len(prompts)))
+    settings, seeds = _call_arguments(sampling), list(range(seed, seed + len(prompts)))
     native = _generate(pipeline, prompts, seeds, settings)
     approximate = [name for name, file in files.items() if not exact or LeftOut.read(file) is not None]
     references = {name: _generate_with_file(pipeline, files[name], prompts, seeds, settings) for name in approximate}
     with tempfile.TemporaryDirectory() as temporary:
-        images = {
-            name: str(_in_diffusers_form(pipeline, file, Path(temporary) / name) if name in converted else file)
-            for name, file in files.items()
-        }
+        images = {name: str(file) for name, file in files.items()}
+        images |= {name: str(_in_diffusers_form(pipeline, files[name], Path(temporary) / name)) for name in converted}
         stock, dtype, device = _generate_with_stock(pipeline, model, images, prompts, seeds, settings)
     certificate = _compare(native, stock, lint_kohya(files["kohya"]), list(prompts), settings, dtype, device, references)
     certificate = replace(certificate, converted=converted, exact=not approximate, approximate=approximate)

@@ -82,9 +82,12 @@ def _of_layer(name: str, parts: Mapping[str, torch.Tensor]) -> list[str]:
     findings = (
         [] if pattern.fullmatch(name.removeprefix(prefix)) else [f"{name!r} is not the name of a layer in A1111 and ComfyUI"]
     )
-    if set(parts) in LYCORIS_PARTS:
-        return findings
-    findings += [f"{name!r} has no {part}" for part in PARTS if part not in parts]
+    return findings if set(parts) in LYCORIS_PARTS else findings + _of_lora(name, parts)
+
+
+def _of_lora(name: str, parts: Mapping[str, torch.Tensor]) -> list[str]:
+    """Findings in the tensors of a layer of plain LoRA or DoRA."""
+    findings = [f"{name!r} has no {part}" for part in PARTS if part not in parts]
     findings += [f"{name!r} has an unknown {part}" for part in parts if part not in (*PARTS, *OPTIONAL_PARTS)]
     if len(findings) or parts["lora_up.weight"].shape[1] == parts["lora_down.weight"].shape[0]:
         return findings
