@@ -156,16 +156,17 @@ def _block_krylov(
     *batch, m, n = weight.shape
     basis, product = (weight.new_empty(*batch, blocks * width, size) for size in (n, m))
     block = (2 * torch.randint(2, (width, m), generator=generator) - 1).to(weight)
-    reliable = torch.ones(batch, dtype=torch.bool, device=weight.device)
+    conditions = []
     for start in range(0, blocks * width, width):
         if start:
-            block, conditioned = _orthonormal_rows(block, block[..., :0, :])
-            reliable &= conditioned
-        block, conditioned = _orthonormal_rows(block @ weight * scale, basis[..., :start, :])
-        reliable &= conditioned
+            block, condition = _orthonormal_rows(block, block[..., :0, :])
+            conditions.append(condition)
+        block, condition = _orthonormal_rows(block @ weight * scale, basis[..., :start, :])
+        conditions.append(condition)
         basis[..., start : start + width, :] = block
         block = (block * scale) @ weight.mT
         product[..., start : start + width, :] = block
+    reliable = (torch.stack(conditions) > _tolerance(weight)).all(dim=0)
     E, accurate = _leading_eigenvectors(product, rank)
     return (E @ product).mT, E @ basis, reliable & accurate
 
@@ -187,14 +188,15 @@ def _leading_eigenvectors(product: torch.Tensor, rank: int) -> tuple[torch.Tenso
 
 
 def _orthonormal_rows(block: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Orthonormal rows (..., k, n) that span those of `block` less their part in `basis` (..., j, n), and where reliable (...).
+    """Orthonormal rows (..., k, n) that span those of `block` less their part in `basis` (..., j, n), and their condition (...).
 
-    By Cholesky QR in mixed precision [Yamazaki, Tomov, Dongarra 2015], which needs a well-conditioned Gram matrix. Where the
+    By Cholesky QR in mixed precision [Yamazaki, Tomov, Dongarra 2015], which needs a well-conditioned Gram matrix. The condition
+    is the smallest diagonal entry of its Cholesky factor relative to the rows of `block`, and NaN or 0 if it has none. Where the
     basis takes most of a row, a second pass removes what rounding left of it.
     """
     size = torch.linalg.vector_norm(block, dim=(-2, -1), dtype=torch.float64) / block.shape[-2] ** 0.5
     identity = torch.eye(block.shape[-2], dtype=torch.float64, device=block.device)
-    reliable = size > 0
+    condition = torch.ones_like(size)
     alone = basis.shape[-2] == 0
     for last in (alone, True):
         if not alone:
@@ -202,13 +204,12 @@ def _orthonormal_rows(block: torch.Tensor, basis: torch.Tensor) -> tuple[torch.T
         rows = block.double()
         factor, info = torch.linalg.cholesky_ex(rows @ rows.mT)
         smallest = factor.diagonal(dim1=-2, dim2=-1).amin(dim=-1)
-        reliable = reliable & (info == 0) & (smallest > _tolerance(block) * size)
-        inverse = torch.linalg.solve_triangular(torch.where(reliable[..., None, None], factor, identity), identity, upper=False)
-        block = inverse.to(block.dtype) @ block
-        if last or (smallest > 0.01 * size).all():
+        condition = torch.minimum(condition, torch.where(info == 0, smallest / size, 0.0))
+        block = torch.linalg.solve_triangular(factor, identity, upper=False).to(block.dtype) @ block
+        if last or (condition > 0.01).all():
             break
         size = torch.ones_like(size)
-    return block, reliable
+    return block, condition
 
 
 def _tolerance(matrix: torch.Tensor) -> float:
