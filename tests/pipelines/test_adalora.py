@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from peft import AdaLoraConfig, PeftModel, get_peft_model
+from peft.tuners.adalora import AdaLoraModel
 from tiny_pipeline import image, tiny_pipeline
 from torch import nn
 
@@ -193,3 +194,31 @@ def test_a_layer_whose_triplets_are_all_pruned_is_saved_and_loaded(pipe, tmp_pat
 def test_wrong_options_are_refused(changes, message):
     with pytest.raises(InputError, match=message):
         AdapterOptions("adalora", init_r=INIT_R, **changes)
+
+
+def predicted(unet):
+    conditions = {"text_embeds": torch.ones(1, 24), "time_ids": torch.ones(1, 6)}
+    return unet(torch.ones(1, 4, 8, 8), torch.tensor([5]), torch.ones(1, 3, 40), added_cond_kwargs=conditions).sample
+
+
+def test_ranks_are_allocated_although_add_adapter_drops_pefts_tuner_with_its_allocator(pipe, tmp_path):
+    """The trap: after `add_adapter`, nothing is left whose `update_and_allocate` could be called, and all ranks would stay."""
+    components, options = adapted(pipe, tmp_path)
+    assert not any(isinstance(module, AdaLoraModel) for module in pipe.unet.modules())
+    assert not hasattr(pipe.unet, "update_and_allocate")
+    layers = tuner_layers(pipe.unet).values()
+    training = options.create().training(list(components.values()), STEPS)
+    optimizer = torch.optim.AdamW(trained_parameters(components), lr=0.01)
+    left = []
+    for step in range(1, STEPS + 1):
+        ((predicted(pipe.unet) - 1).square().mean() + training.regularizer()).backward()
+        optimizer.step()
+        training.after_step(step)
+        optimizer.zero_grad()
+        left.append(sum(int(layer.lora_E[ADAPTER_NAME].count_nonzero()) for layer in layers))
+    assert left[0] == INIT_R * len(layers)
+    assert left[-1] == TARGET_R * len(layers)
+    assert left == sorted(left, reverse=True)
+    assert len(set(left)) > 3
+    # Over all layers, not each to the target.
+    assert len({int(layer.lora_E[ADAPTER_NAME].count_nonzero()) for layer in layers}) > 1
