@@ -100,6 +100,7 @@ SHORT_PRETRAINING = "--output_dir pretrained --scenes 8 --stages basis"
 SHORT_PROGRAMS = {
     "benchmarks/adapter_step.py": "--tokens 16 --steps 1",
     "benchmarks/awsvd_speed.py": "--rank 4 --repeats 1",
+    "benchmarks/bleed.py": f"--pretrained_model_name_or_path tiny --flags '{SHORT_SUBJECT}' --nora_flags '{SMALL_RANKS}'",
     "benchmarks/clip_step.py": "--steps 1 --rank 4 --inner_r 1 --formats",
     "benchmarks/heldout_loss.py": f"--pretrained_model_name_or_path tiny --flags '{SHORT_SUBJECT} {SMALL_RANKS} {HELD_OUT}'",
     "benchmarks/methods.py": "--width 64 --tokens 8 --steps 1 --methods lora",
@@ -348,8 +349,19 @@ def tables_of_a_copy(workspace: Workspace, benchmark: object) -> None:
     workspace.patch.setattr(benchmark, "write", write)
 
 
+def only_slices(workspace: Workspace, benchmark: object) -> None:
+    """The two slices, at one noise level, without LoRA and ordinary NoRA."""
+    options, kinds = benchmark.BenchmarkOptions, benchmark.BenchmarkOptions.kinds
+    workspace.patch.setattr(options, "kinds", lambda given: {benchmark.SLICES: kinds(given)[benchmark.SLICES]})
+    workspace.patch.setattr(benchmark, "NOISE_LEVELS", 1)
+    workspace.patch.setattr(benchmark, "SEEDS", (0,))
+    parse = benchmark.HfArgumentParser(options).parse_args_into_dataclasses
+    workspace.patch.setattr(benchmark, "main", functools.partial(lambda main: main(parse()[0]), benchmark.main))
+
+
 SMALLER = {
     "benchmarks/awsvd_speed.py": small_matrices,
+    "benchmarks/bleed.py": only_slices,
     "benchmarks/methods.py": tables_of_a_copy,
     "benchmarks/trainer_speed.py": only_parsed,
     "benchmarks/true_size.py": small_shapes,
