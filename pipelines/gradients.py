@@ -1,4 +1,4 @@
-"""Gradients of the training loss at the base model, a group of weights at a time, and a cache of factors computed from them."""
+"""Gradients of the training loss at the base model, a group of weights at a time, and a cache of factors."""
 
 from __future__ import annotations
 

@@ -1,55 +1,124 @@
-"""The second moments of the inputs of adapted layers, for initialisations from activations."""
+"""The mean and the second moments of the inputs of adapted layers, for initialisations from activations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from pipelines.adapter_method import adapters_off
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
+# Bytes of sums in memory at a time: all layers of the built-in models, about 80 attention layers of SDXL.
+GROUP_BYTES = 2**30
 
-def second_moments(layers: Mapping[str, LoraLayer], forward: Callable[[], None]) -> dict[str, torch.Tensor]:
-    """X^T X / count of each linear layer while `forward` runs the base model, (in, in) float32, over all processes.
 
-    X stacks every token of every call, and count is their number.
+class Moments(NamedTuple):
+    """Over all N inputs x of a layer: the mean (in,) of x, and the mean (in, in) of x x^T, float64."""
 
+    mean: torch.Tensor
+    second: torch.Tensor
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """(in, in): the mean of x x^T after subtracting the mean of x."""
+        return self.second - torch.outer(self.mean, self.mean)
+
+
+def second_moments(
+    layers: Mapping[str, LoraLayer], forward: Callable[[], None] | None, group_bytes: int = GROUP_BYTES
+) -> Iterator[tuple[str, Moments]]:
+    """The moments of each layer's inputs while `forward` runs the base model, over all processes and in the order of `layers`.
+
+    The inputs are all tokens of every call, or all patches of a convolution. `forward` is called once for each group of layers:
+    the sums of one group are in memory.
+
+    Args:
+        group_bytes: bytes of the sums of one group, which has at least one layer.
     Raises: ValueError if `forward` is missing, or naming a layer that it does not reach or whose inputs are not finite.
     """
     if forward is None:
         raise ValueError("This method is initialised from activations of the base model, but no function to run it was given.")
-    sums = {name: torch.zeros(layer.in_features + 1, layer.in_features) for name, layer in layers.items()}
-    with ExitStack() as stack:
-        stack.enter_context(adapters_off(layers.values()))
-        for name, layer in layers.items():
-            stack.callback(layer.register_forward_pre_hook(_adding_to(sums, name)).remove)
-        stack.enter_context(torch.no_grad())
-        forward()
-    return {name: _mean(name, total) for name, total in sums.items()}
+    for group in _groups(layers, group_bytes):
+        sums = {name: _Sums(layer) for name, layer in group.items()}
+        with ExitStack() as stack:
+            stack.enter_context(adapters_off(layers.values()))
+            for name, layer in group.items():
+                stack.callback(layer.register_forward_pre_hook(sums[name].add).remove)
+            stack.enter_context(torch.no_grad())
+            forward()
+        for name in group:
+            yield name, sums.pop(name).moments(name)
 
 
-def _adding_to(sums: dict[str, torch.Tensor], name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def add(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        x = inputs[0].detach().flatten(0, -2).float()
-        total = sums[name] = sums[name].to(x.device)
-        total[:-1] += x.T @ x
-        total[-1, 0] += len(x)
+def _groups(layers: Mapping[str, LoraLayer], group_bytes: int) -> Iterator[dict[str, LoraLayer]]:
+    """Consecutive parts of `layers` whose sums have at most `group_bytes`, or of one layer."""
+    group: dict[str, LoraLayer] = {}
+    size = 0
+    for name, layer in layers.items():
+        needed = 8 * _inputs(layer) ** 2
+        if group and size + needed > group_bytes:
+            yield group
+            group, size = {}, 0
+        group[name] = layer
+        size += needed
+    if group:
+        yield group
 
-    return add
+
+def _inputs(layer: LoraLayer) -> int:
+    return layer.in_features * math.prod(getattr(layer.get_base_layer(), "kernel_size", ()))
 
 
-def _mean(name: str, total: torch.Tensor) -> torch.Tensor:
-    from accelerate.utils import reduce
+class _Sums:
+    """Running sums over the inputs of one layer."""
 
-    total = reduce(total, "sum")
-    if total[-1, 0] == 0:
-        raise ValueError(f"No input reached {name!r}: the function that runs the base model must call all adapted layers.")
-    if not torch.isfinite(total).all():
-        raise ValueError(f"The inputs of {name!r} must be finite, got NaN or infinite values.")
-    return total[:-1] / total[-1, 0]
+    def __init__(self, layer: LoraLayer) -> None:
+        self.base = layer.get_base_layer()
+        device = self.base.weight.device
+        # MPS has no float64.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        size = _inputs(layer)
+        # Below x x^T: x, and the number of inputs.
+        self.sums = torch.zeros(size + 2, size, dtype=dtype, device=device)
+
+    def add(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Add the input of one call; a forward pre-hook."""
+        for rows in input_rows(self.base, inputs[0].detach().float()):
+            self.sums[:-2] += rows.T @ rows
+            self.sums[-2] += rows.sum(dim=0)
+            self.sums[-1] += len(rows)
+
+    def moments(self, name: str) -> Moments:
+        """The moments over all processes; see `second_moments`."""
+        from accelerate.utils import reduce
+
+        total = reduce(self.sums, "sum")
+        if total[-1, 0] == 0:
+            raise ValueError(f"No input reached {name!r}: the function that runs the base model must call all adapted layers.")
+        if not torch.isfinite(total).all():
+            raise ValueError(f"The inputs of {name!r} must be finite, got NaN or infinite values.")
+        count = total[-1, 0]
+        return Moments(total[-2] / count, total[:-2] / count)
+
+
+def input_rows(base: nn.Module, x: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The inputs of one call as rows (tokens, in); a convolution has one batch of (positions, in * kh * kw) for each image.
+
+    Args:
+        x: (..., in), or (batch, in, h, w) for a convolution.
+    """
+    if not isinstance(base, nn.Conv2d):
+        yield x.flatten(0, -2)
+        return
+    mode = "constant" if base.padding_mode == "zeros" else base.padding_mode
+    padded = F.pad(x, base._reversed_padding_repeated_twice, mode)
+    for image in padded:
+        yield F.unfold(image[None], base.kernel_size, base.dilation, stride=base.stride)[0].T

@@ -9,68 +9,90 @@ the change is that of a plain LoRA of rank 2r, which is what files contain.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
-from pipelines.adapter_method import AdapterMethod, Probe, tuner_layers
+from pipelines.adapter_method import AdapterMethod, MethodTraining, Probe, tuner_layers
 from pipelines.errors import InputError
+from pipelines.gradients import cached_factors, origin_of
 from pipelines.lora_conversion import as_lora
 from pipelines.native_files import FULL, METHOD_KEY, write_native
 from pipelines.peft_method import seeded
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from peft.tuners.lora import LoraLayer
 
     from nora_vision.factors import Factors
 
 
 class SubtractedStart(AdapterMethod):
-    """A mixin before LoRA for given A_0 and B_0, by `initial_factors`, or by `initialise` with PEFT's own functions."""
+    """A mixin before LoRA. A subclass overrides `initialise` and, if the start depends on data, `statistics`."""
 
-    adapts_convolutions = False
-    adapts_quantized_layers = False
-    can_be_sharded = False
     samples_start = False
 
-    def start(self, model: nn.Module, probe: Probe, adapter_name: str) -> None:
-        """Compute A_0 and B_0 of every layer, and train A and B from there.
+    def initialise(self, layer: LoraLayer, adapter_name: str, statistic: torch.Tensor | None) -> None:
+        """Set A_0 and B_0 of a layer of PEFT on a copy of the weight, as PEFT's own functions do; they may change that copy.
 
-        Raises: InputError if a rank exceeds the size of a layer.
+        Args:
+            layer: a linear layer whose weight is a float32 matrix (out, in), of which `unfolded` made it for a convolution.
+            statistic: what `statistics` yielded for it.
+        """
+        raise NotImplementedError
+
+    def statistics(self, layers: Mapping[str, LoraLayer], probe: Probe) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """The name of each layer, and what its start depends on besides its weight."""
+        yield from dict.fromkeys(layers).items()
+
+    def usable_rank(self, rank: int, rows: int, columns: int) -> int:
+        """The rows of A_0 that a weight (rows, columns) determines, at most `rank`."""
+        return rank
+
+    def start(self, model: nn.Module, probe: Probe, adapter_name: str) -> None:
+        """Train A and B from A_0 and B_0, which are cached. Rows that a weight does not determine are initialised as in LoRA.
+
+        Raises: InputError naming a layer if the rank exceeds its size, or it is a convolution with groups.
         """
         super().start(model, probe, adapter_name)
         layers = tuner_layers(model)
         for name, layer in layers.items():
-            largest = min(layer.in_features, layer.out_features)
-            if layer.r[adapter_name] > largest:
-                raise InputError(f"rank must be in [1, {largest}] for {name!r}, got {layer.r[adapter_name]}. Lower rank.")
-        for name, factors in self.initial_factors(layers, probe, adapter_name).items():
-            subtract_start(layers[name], factors, adapter_name)
+            check_layer(layer, name, adapter_name)
+        weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
+        cache = probe.cache.with_name(f"{probe.cache.stem}-{self.name}.safetensors")
+        origin = origin_of(weights, [dataclasses.asdict(self.options)])
+        factors = cached_factors(cache, origin, lambda: self._initial_factors(layers, probe, adapter_name))
+        for name, layer in layers.items():
+            subtract_start(layer, factors[name], adapter_name)
 
-    def initial_factors(self, layers: Mapping[str, LoraLayer], probe: Probe, adapter_name: str) -> dict[str, Factors]:
-        """B_0 (out, r) and A_0 (r, in) of every layer."""
+    def _initial_factors(self, layers: Mapping[str, LoraLayer], probe: Probe, adapter_name: str) -> Iterator[tuple[str, Factors]]:
+        """B_0 (out, k) and A_0 (k, in) of every layer; a copy of one weight is in memory at a time."""
         from nora_vision.factors import Factors
 
-        factors = {}
-        with seeded(probe.generator):
-            for name, layer in layers.items():
-                base = layer.get_base_layer()
-                weight = base.weight.data
-                # PEFT subtracts the start from this copy, for OLoRA in place.
-                base.weight.data = weight.clone()
-                self.initialise(layer, adapter_name)
-                base.weight.data = weight
-                A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-                factors[name] = Factors(B.detach().float(), A.detach().float())
-        return factors
+        for name, statistic in self.statistics(layers, probe):
+            layer = layers[name]
+            rank = self.usable_rank(layer.r[adapter_name], *matrix_shape(layer))
+            copied = unfolded(layer, rank, layer.scaling[adapter_name], adapter_name)
+            with seeded(probe.generator):
+                self.initialise(copied, adapter_name, statistic)
+            yield name, Factors(*(part[adapter_name].weight.detach().float().cpu() for part in (copied.lora_B, copied.lora_A)))
 
-    def initialise(self, layer: LoraLayer, adapter_name: str) -> None:
-        """Set A and B of one layer, as PEFT does."""
-        raise NotImplementedError
+    def training(self, models: Sequence[nn.Module], total_steps: int) -> MethodTraining:
+        """No hooks.
+
+        Raises: ValueError if `start` was not called, so that plain LoRA would be trained.
+        """
+        for name, layer in (pair for model in models for pair in tuner_layers(model).items()):
+            if not all(map(parametrize.is_parametrized, layer.lora_A.values())):
+                raise ValueError(f"{self.title} has not been started at {name!r}. Call start before training.")
+        return super().training(models, total_steps)
 
     @classmethod
     def save(cls, components: Mapping[str, nn.Module], folder: Path, adapter_name: str) -> None:
@@ -88,44 +110,67 @@ class SubtractedStart(AdapterMethod):
             write_native(folder / FULL / name, config, tensors, {METHOD_KEY: cls.name})
 
 
-class _WithStart(nn.Module):
-    """A trained matrix, and its frozen start as a buffer; a layer of LoRA in the place of lora_A or lora_B."""
+def matrix_shape(layer: LoraLayer) -> tuple[int, int]:
+    """(out, in) of the layer's weight as a matrix, (out, in * kh * kw) of a convolution."""
+    return layer.out_features, layer.in_features * math.prod(getattr(layer.get_base_layer(), "kernel_size", ()))
+
+
+def check_layer(layer: LoraLayer, name: str, adapter_name: str) -> None:
+    """Check that the weight of the layer called `name` is a matrix with as many singular values as the adapter's rank.
+
+    Raises: InputError naming the layer.
+    """
+    groups, largest = getattr(layer.get_base_layer(), "groups", 1), min(matrix_shape(layer))
+    if groups != 1:
+        raise InputError(f"{name!r} must be a convolution without groups, got {groups}. Remove it from the target modules.")
+    if layer.r[adapter_name] > largest:
+        raise InputError(f"rank must be in [1, {largest}] for {name!r}, got {layer.r[adapter_name]}. Lower rank.")
+
+
+def unfolded(layer: LoraLayer, rank: int, scaling: float, adapter_name: str) -> LoraLayer:
+    """PEFT's LoRA, not initialised, on a float32 copy of the weight of `layer` as a matrix, dequantised."""
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear
+    from peft.utils.integrations import dequantize_module_weight
+
+    rows, columns = matrix_shape(layer)
+    weight = dequantize_module_weight(layer.get_base_layer()).detach().flatten(1)
+    copied = nn.Linear(columns, rows, bias=False, device="meta")
+    copied.weight = nn.Parameter(weight.to(torch.float32, copy=True), requires_grad=False)
+    config = LoraConfig(r=rank, lora_alpha=scaling * rank, init_lora_weights=False)
+    return Linear(copied, adapter_name, config, r=rank, lora_alpha=scaling * rank)
+
+
+class RowsLessStart(nn.Module):
+    """A (r, ...) becomes [A; A - A_0] (2r, ...)."""
 
     def __init__(self, start: torch.Tensor) -> None:
         super().__init__()
-        self.trained = nn.Parameter(start.clone())
-        self.register_buffer("start", start.clone())
+        self.register_buffer("start", start.detach().clone())
 
-    @property
-    def weight(self) -> torch.Tensor:
-        """The matrix that the layer multiplies by."""
-        raise NotImplementedError
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., in) to (..., out)"""
-        return F.linear(x, self.weight)
+    def forward(self, trained: torch.Tensor) -> torch.Tensor:
+        """(2r, ...)"""
+        return torch.cat([trained, trained - self.start])
 
 
-class _Down(_WithStart):
-    """[A; A - A_0], (2r, in)."""
+class ColumnsLessStart(RowsLessStart):
+    """B (out, r, ...) becomes [B - B_0, B_0] (out, 2r, ...).
 
-    @property
-    def weight(self) -> torch.Tensor:
-        """(2r, in)"""
-        return torch.cat([self.trained, self.trained - self.start])
+    Its product with [A; A - A_0] is B A - B_0 A_0. It is exactly zero at step 0, and small at all steps: in half precision, where
+    files may be loaded, [B, -B_0] and [A; A_0] would leave the rounding error of two large products.
+    """
 
-
-class _Up(_WithStart):
-    """[B - B_0, B_0], (out, 2r), so that the product with [A; A - A_0] is B A - B_0 A_0, and exactly zero at step 0."""
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """(out, 2r)"""
-        return torch.cat([self.trained - self.start, self.start], dim=1)
+    def forward(self, trained: torch.Tensor) -> torch.Tensor:
+        """(out, 2r, ...)"""
+        return torch.cat([trained - self.start, self.start], dim=1)
 
 
+@torch.no_grad()
 def subtract_start(layer: LoraLayer, factors: Factors, adapter_name: str) -> None:
-    """Train A and B of `layer` from `factors`, up (out, r) and down (r, in), less their product."""
-    device = layer.lora_A[adapter_name].weight.device
-    layer.lora_A[adapter_name] = _Down(factors.down.to(device))
-    layer.lora_B[adapter_name] = _Up(factors.up.to(device))
+    """Train A and B of `layer` from `factors`, up (out, k) and down (k, in), less their product; k is at most r."""
+    A, B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    count = len(factors.down)
+    A.weight.flatten(1)[:count] = factors.down.to(A.weight)
+    B.weight.flatten(1)[:, :count] = factors.up.to(B.weight)
+    for module, with_start in ((A, RowsLessStart), (B, ColumnsLessStart)):
+        parametrize.register_parametrization(module, "weight", with_start(module.weight), unsafe=True)

@@ -3,20 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipelines.adapter_method import Probe, option
-from pipelines.cached_factors import factors_from
 from pipelines.methods.lora import Lora, LoraOptions
 from pipelines.subtracted_start import SubtractedStart
 
 if TYPE_CHECKING:
     import torch
     from peft.tuners.lora import LoraLayer
-
-    from nora_vision.factors import Factors
 
 PRINCIPAL, PRESERVED = "ipm", "kpm"
 
@@ -42,39 +39,33 @@ class Corda(SubtractedStart, Lora):
     parameters = "rank * (m + n)"
     Options = CordaOptions
 
-    def initial_factors(self, layers: Mapping[str, LoraLayer], probe: Probe, adapter_name: str) -> dict[str, Factors]:
-        """B_0 (out, r) and A_0 (r, in) from the covariances of the inputs, which are cached.
+    def statistics(self, layers: Mapping[str, LoraLayer], probe: Probe) -> Iterator[tuple[str, torch.Tensor]]:
+        """X^T X of the inputs of each layer, (in, in), divided by the mean of its diagonal.
 
-        Raises: ValueError if the probe cannot run the model.
+        So A_0 and B_0 do not depend on the scale of the activations. PEFT divides each batch by its largest entry instead.
+        Raises: ValueError if the probe cannot run the model, or all inputs of a layer are zero.
         """
         from pipelines.second_moments import second_moments
 
-        def compute() -> dict[str, Factors]:
-            moments = second_moments(layers, probe.forward)
-            for name, layer in layers.items():
-                set_eigens(layer, moments.pop(name), self.options)
-            return super(Corda, self).initial_factors(layers, probe, adapter_name)
+        for name, moments in second_moments(layers, probe.forward):
+            size = moments.second.diagonal().mean()
+            if size == 0:
+                raise ValueError(
+                    f"All inputs of {name!r} are zero, so CorDA cannot weight them. Remove it from the target modules."
+                )
+            yield name, moments.second / size
 
-        weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
-        return factors_from(probe.cache, self.name, self.options, weights, compute)
+    def initialise(self, layer: LoraLayer, adapter_name: str, statistic: torch.Tensor) -> None:
+        """PEFT's `corda_init`, after the part of `preprocess_corda` that follows the covariance."""
+        from peft.tuners.lora.corda import CordaEigens, collect_eigens_for_layer
 
-    def initialise(self, layer: LoraLayer, adapter_name: str) -> None:
-        """PEFT's CorDA."""
+        base, rank = layer.get_base_layer(), layer.r[adapter_name]
+        base.covariance_matrix = statistic
+        whole = collect_eigens_for_layer(base, None)
+        part = slice(rank) if self.options.corda_method == PRINCIPAL else slice(-rank, None)
+        U, V = (vectors[:, part].to(statistic.device) for vectors in (whole.U_WC, whole.V_WC))
+        base.eigens = CordaEigens(whole.S_WC[part].clone(), U, V)
         layer.corda_init(adapter_name, "corda")
-
-
-def set_eigens(layer: LoraLayer, covariance: torch.Tensor, options: CordaOptions) -> None:
-    """Set what PEFT's `corda_init` reads, from the covariance (in, in) of the inputs, as PEFT's `preprocess_corda` does."""
-    from peft.tuners.lora.corda import collect_eigens_for_layer
-
-    base = layer.get_base_layer()
-    base.covariance_matrix = covariance
-    base.eigens = collect_eigens_for_layer(base, None)
-    del base.covariance_matrix
-    part = slice(options.rank) if options.corda_method == PRINCIPAL else slice(-options.rank, None)
-    base.eigens.S_WC = base.eigens.S_WC[part].clone()
-    for name in ("U_WC", "V_WC"):
-        setattr(base.eigens, name, getattr(base.eigens, name)[:, part].to(covariance.device).clone())
 
 
 METHOD = Corda

@@ -1,9 +1,15 @@
-"""EVA: h = W x + s B A x,  A starts as the leading right singular vectors of X, with ranks by the variance that they explain
-[Paischer et al. 2024]."""
+"""EVA: h = W x + s B A x,  A starts from the directions in which x varies most, with ranks by the variance that they explain
+[Paischer et al. 2024].
+
+    covariance of x = V diag(lambda) V^T;  A_0 = V_r^T;  B_0 = 0;  directions get ranks in the order of lambda_i / sum lambda
+
+The covariance is exact and does not depend on the order of the data, where the paper and PEFT approximate it by an incremental
+decomposition of batches until that no longer changes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,14 +17,18 @@ import torch
 from torch import nn
 
 from pipelines.adapter_method import Probe, option, tuner_layers
-from pipelines.cached_factors import factors_from
 from pipelines.errors import InputError
+from pipelines.gradients import cached_factors, origin_of
 from pipelines.methods.lora import Lora, LoraOptions
+from pipelines.subtracted_start import matrix_shape
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
     from nora_vision.factors import Factors
+
+# A layer that saw a constant input has no variance.
+SMALLEST = 1e-30
 
 
 @dataclass
@@ -38,9 +48,10 @@ class EvaOptions(LoraOptions):
 
 
 class Eva(Lora):
-    """LoRA whose A spans the directions in which the activations X vary most; layers that need more directions get higher ranks.
+    """LoRA whose A spans the directions in which the activations vary most; layers that need more directions get higher ranks.
 
-    PEFT trains plain LoRA silently if its pass over the data is left out; here that pass is part of the initialisation.
+    PEFT trains plain LoRA silently if its pass over the data is left out; here that pass is part of the initialisation. PEFT also
+    removes the adapter of layers without a rank; here each layer has at least one.
     """
 
     name = "eva"
@@ -49,7 +60,6 @@ class Eva(Lora):
     samples_start = False
     parameters = "rank * (m + n)"
     Options = EvaOptions
-    adapts_convolutions = False
 
     def start(self, model: nn.Module, probe: Probe, adapter_name: str) -> None:
         """Set A and the ranks from the activations of the base model, whose directions are cached; B is zero.
@@ -59,7 +69,9 @@ class Eva(Lora):
         super().start(model, probe, adapter_name)
         layers = tuner_layers(model)
         weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
-        directions = factors_from(probe.cache, self.name, self.options, weights, lambda: self._directions(layers, probe))
+        cache = probe.cache.with_name(f"{probe.cache.stem}-{self.name}.safetensors")
+        origin = origin_of(weights, [self.options.rank, self.options.rho])
+        directions = cached_factors(cache, origin, lambda: self._directions(layers, probe))
         ratios = {name: each.up[0] for name, each in directions.items()}
         ranks = allocated_ranks(ratios, self.options.rank * len(layers))
         config = model.peft_config[adapter_name]
@@ -68,26 +80,26 @@ class Eva(Lora):
                 self._set_rank(layer, name, ranks[name], config, adapter_name)
             A = layer.lora_A[adapter_name].weight
             with torch.no_grad():
-                A.copy_(directions[name].down[: ranks[name]])
+                A.copy_(directions[name].down[: ranks[name]].view_as(A))
 
-    def _directions(self, layers: Mapping[str, LoraLayer], probe: Probe) -> dict[str, Factors]:
+    def _directions(self, layers: Mapping[str, LoraLayer], probe: Probe) -> Iterator[tuple[str, Factors]]:
         """For each layer, its k candidates for rows of A as `down` (k, in), and the variance that they explain as `up` (1, k)."""
         from nora_vision.factors import Factors
         from pipelines.second_moments import second_moments
 
-        directions = {}
-        for name, moment in second_moments(layers, probe.forward).items():
-            values, vectors = torch.linalg.eigh(moment.double())
-            count = min(round(self.options.rho * self.options.rank), layers[name].in_features, layers[name].out_features)
+        for name, moments in second_moments(layers, probe.forward):
+            # Rounding may leave a variance just below zero.
+            values, vectors = torch.linalg.eigh(moments.covariance)
+            values = values.clamp_min(0)
+            count = min(round(self.options.rho * self.options.rank), *matrix_shape(layers[name]))
             rows = vectors.T.flip(0)[:count]
             signs = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True)).sign()
-            explained = (values.flip(0)[:count] / values.sum()).float()
-            directions[name] = Factors(explained[None], (rows * signs).float())
-        return directions
+            explained = (values.flip(0)[:count] / values.sum().clamp_min(SMALLEST)).float()
+            yield name, Factors(explained[None].cpu(), (rows * signs).float().cpu())
 
     def _set_rank(self, layer: LoraLayer, name: str, rank: int, config: object, adapter_name: str) -> None:
         """Give a layer another rank at the same scaling."""
-        alpha = config.lora_alpha * rank / config.r
+        alpha = layer.scaling[adapter_name] * (rank**0.5 if config.use_rslora else rank)
         layer.update_layer(adapter_name, rank, alpha, config=config)
         for part in (layer.lora_A, layer.lora_B):
             part[adapter_name].float()

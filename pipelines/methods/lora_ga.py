@@ -3,21 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipelines.adapter_method import Probe, adapters_off, option
-from pipelines.cached_factors import factors_from
+from pipelines.gradients import check_differentiable, mean_gradients
 from pipelines.methods.lora import Lora, LoraOptions
-from pipelines.methods.lora_one import mean_gradients
 from pipelines.option_checks import above_zero, at_least
 from pipelines.subtracted_start import SubtractedStart
 
 if TYPE_CHECKING:
+    import torch
     from peft.tuners.lora import LoraLayer
-
-    from nora_vision.factors import Factors
 
 DIRECTIONS, SCALES = ("ArB2r", "A2rBr", "ArBr", "random"), ("stable", "weight_svd", "gd_scale", "unit")
 
@@ -50,28 +48,30 @@ class LoraGa(SubtractedStart, Lora):
     reference = "Wang et al. 2024, LoRA-GA: Low-Rank Adaptation with Gradient Approximation"
     parameters = "rank * (m + n)"
     Options = LoraGaOptions
+    # Quantised weights are integers, which have no gradient.
+    adapts_quantized_layers = False
 
-    def initial_factors(self, layers: Mapping[str, LoraLayer], probe: Probe, adapter_name: str) -> dict[str, Factors]:
-        """B_0 (out, r) and A_0 (r, in) from the gradients of the base model, which are cached.
+    def usable_rank(self, rank: int, rows: int, columns: int) -> int:
+        """Half of the gradient's singular vectors are for A_0 and half for B_0."""
+        return min(rank, min(rows, columns) // 2)
 
-        Raises: ValueError if the probe has no losses, or a gradient is not finite.
+    def statistics(self, layers: Mapping[str, LoraLayer], probe: Probe) -> Iterator[tuple[str, torch.Tensor]]:
+        """The mean gradient at the base model with respect to each weight, (out, in) or (out, in * kh * kw).
+
+        Raises: InputError for a weight without a gradient; ValueError if the probe has no losses, or a gradient is not finite.
         """
+        base_layers = {name: layer.get_base_layer() for name, layer in layers.items()}
+        check_differentiable(base_layers, self.title)
+        weights = {name: base.weight for name, base in base_layers.items()}
+        with adapters_off(layers.values()):
+            yield from mean_gradients(weights, probe.losses, self.options.gradient_batches)
 
-        def compute() -> dict[str, Factors]:
-            with adapters_off(layers.values()):
-                gradients = mean_gradients(weights, probe.losses, self.options.gradient_batches)
-            for name, layer in layers.items():
-                layer.get_base_layer()._peft_loraga_grad = gradients.pop(name)
-            return super(LoraGa, self).initial_factors(layers, probe, adapter_name)
-
-        weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
-        return factors_from(probe.cache, self.name, self.options, weights, compute)
-
-    def initialise(self, layer: LoraLayer, adapter_name: str) -> None:
-        """PEFT's LoRA-GA, which reads the gradient from the base layer."""
+    def initialise(self, layer: LoraLayer, adapter_name: str, statistic: torch.Tensor) -> None:
+        """PEFT's `lora_ga_init`, which reads the gradient from the base layer."""
         from peft.tuners.lora.config import LoraGAConfig
 
         options = self.options
+        layer.get_base_layer()._peft_loraga_grad = statistic
         config = LoraGAConfig(direction=options.lora_ga_direction, scale=options.lora_ga_scale, stable_gamma=options.stable_gamma)
         layer.lora_ga_init(adapter_name, config)
 

@@ -22,9 +22,9 @@ class Milora(SubtractedStart, Lora):
     parameters = "rank * (m + n)"
     Options = LoraOptions
 
-    def initialise(self, layer: LoraLayer, adapter_name: str) -> None:
+    def initialise(self, layer: LoraLayer, adapter_name: str, statistic: None) -> None:
         """B_0 = U_r diag(sqrt(sigma_r / s)),  A_0 = diag(sqrt(sigma_r / s)) V_r^T,  of the r smallest singular values."""
-        U, S, Vh = torch.linalg.svd(layer.get_base_layer().weight.data.float(), full_matrices=False)
+        U, S, Vh = torch.linalg.svd(layer.get_base_layer().weight, full_matrices=False)
         rank = layer.r[adapter_name]
         root = (S[-rank:] / layer.scaling[adapter_name]).sqrt()
         layer.lora_A[adapter_name].weight.data = root[:, None] * Vh[-rank:]

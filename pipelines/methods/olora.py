@@ -21,7 +21,7 @@ class Olora(SubtractedStart, Lora):
     parameters = "rank * (m + n)"
     Options = LoraOptions
 
-    def initialise(self, layer: LoraLayer, adapter_name: str) -> None:
+    def initialise(self, layer: LoraLayer, adapter_name: str, statistic: None) -> None:
         """PEFT's OLoRA."""
         layer.olora_init(adapter_name)
 

@@ -36,7 +36,7 @@ class Pissa(SubtractedStart, Lora):
     parameters = "rank * (m + n)"
     Options = PissaOptions
 
-    def initialise(self, layer: LoraLayer, adapter_name: str) -> None:
+    def initialise(self, layer: LoraLayer, adapter_name: str, statistic: None) -> None:
         """PEFT's PiSSA."""
         iterations = self.options.pissa_niter
         layer.pissa_init(adapter_name, f"pissa_niter_{iterations}" if iterations else "pissa")
