@@ -1,4 +1,4 @@
-"""Activation statistics: the magnitude of each input of each layer over calibration inputs."""
+"""Activation statistics: the magnitude of each input of each layer over calibration inputs, and moments that weightings need."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from statistics import median
 from typing import Any
 
 import torch
@@ -18,22 +19,37 @@ from .config import NoraConfig
 from .files import AdapterFileError, read_header, read_tensors, tensor_bytes, write_tensors
 from .layer import NoraLayer
 from .layer_types import find_layer_class, layer_class_for
+from .moments import KINDS, add_moments, empty_moments
 from .quantization import keep_differentiable
+from .weighting import LOW_RANK, MOMENTS, ROBUST, InputRoot, covariance_root, diagonal_low_rank_root, robust_scale
 
-# Key of the header's metadata for the fingerprints of the layers' weights.
-STATISTICS = "nora_activation_statistics"
+# Keys of the header's metadata: the fingerprints of the layers' weights, and the kind of moments in tensors `<layer>:<kind>`.
+STATISTICS, MOMENTS_KIND = "nora_activation_statistics", "nora_activation_moments"
 
 
 class ActivationStatistics(Mapping[str, torch.Tensor]):
     """S = sqrt(diag(X^T X)) of every calibrated layer, by layer name: (in,) float32, with `in` as in `NoraLayer`.
 
     Statistics do not depend on the rank of an adapter. They store a fingerprint of each layer's weight and are refused for other
-    weights.
+    weights. For weightings other than `none` and `diagonal` they also hold moments of one kind; see `nora_vision.moments`.
+
+    Args:
+        scales: S by layer name.
+        fingerprints: of the weights, by layer name.
+        kind: of the moments; empty for none.
+        moments: by layer name.
     """
 
-    def __init__(self, scales: Mapping[str, torch.Tensor], fingerprints: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        scales: Mapping[str, torch.Tensor],
+        fingerprints: Mapping[str, str],
+        kind: str = "",
+        moments: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         self._scales = dict(scales)
         self.fingerprints = dict(fingerprints)
+        self.kind, self.moments = kind, dict(moments or {})
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._scales[name]
@@ -57,9 +73,64 @@ class ActivationStatistics(Mapping[str, torch.Tensor]):
                 "Call calibrate on this model."
             )
 
+    def supports(self, weighting: str) -> bool:
+        """Whether `calibrate` collected what `weighting` needs."""
+        return MOMENTS.get(weighting, self.kind) == self.kind
+
+    def scale(self, name: str, weighting: str = "diagonal") -> torch.Tensor:
+        """The scale of each input of the layer `name`, (in,) float32: robust for robust weightings, S for the others but `none`.
+
+        Raises: ValueError if the statistics lack what `weighting` needs.
+        """
+        self._check_supports(weighting)
+        if weighting == "none":
+            return torch.ones_like(self[name])
+        if weighting in ROBUST:
+            return robust_scale(self.moments[name], weighting)
+        return self[name]
+
+    def root(self, name: str, weighting: str = "diagonal", low_rank: int = LOW_RANK) -> InputRoot:
+        """F of the layer `name` under `weighting`, on the CPU.
+
+        Args:
+            low_rank: rank of the part of low rank of `diagonal_low_rank`.
+        Raises: ValueError if the statistics lack what `weighting` needs.
+        """
+        self._check_supports(weighting)
+        if weighting == "covariance":
+            return covariance_root(self.moments[name])
+        if weighting == "diagonal_low_rank":
+            return diagonal_low_rank_root(self.moments[name], self[name].double().square(), low_rank)
+        return InputRoot.diagonal(self.scale(name, weighting))
+
+    def condition_number(self, name: str, weighting: str = "diagonal", low_rank: int = LOW_RANK) -> float:
+        """The largest singular value of F divided by the smallest, which is floored; see `root`."""
+        return self.root(name, weighting, low_rank).condition_number
+
+    def summary(self, weighting: str = "diagonal") -> str:
+        """A sentence about the condition numbers of F over all layers."""
+        numbers = {name: self.condition_number(name, weighting) for name in self}
+        worst = max(numbers, key=numbers.__getitem__)
+        return (
+            f"Condition number of the weighting {weighting} over {len(numbers)} layers: median {median(numbers.values()):.3g}, "
+            f"largest {numbers[worst]:.3g} ({worst})."
+        )
+
+    def _check_supports(self, weighting: str) -> None:
+        if not self.supports(weighting):
+            raise ValueError(
+                f"The weighting {weighting!r} needs activation statistics with the {MOMENTS[weighting]} of the inputs, but these "
+                f"have {f'the {self.kind}' if self.kind else 'only their squares'}. Call calibrate with weighting={weighting!r}."
+            )
+
     def save(self, path: str | os.PathLike) -> None:
         """Write the statistics and fingerprints to a .safetensors file."""
-        write_tensors(path, self._scales, {STATISTICS: json.dumps(self.fingerprints, sort_keys=True)}, digest=True)
+        metadata = {STATISTICS: json.dumps(self.fingerprints, sort_keys=True)}
+        tensors = dict(self._scales)
+        if self.kind:
+            metadata[MOMENTS_KIND] = self.kind
+            tensors |= {f"{name}:{self.kind}": moments for name, moments in self.moments.items()}
+        write_tensors(path, tensors, metadata, digest=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> ActivationStatistics:
@@ -67,19 +138,35 @@ class ActivationStatistics(Mapping[str, torch.Tensor]):
 
         Raises: AdapterFileError naming the file if it is damaged or contains something else.
         """
-        stored = read_header(path).metadata.get(STATISTICS, "")
-        scales = read_tensors(path)
+        metadata, scales = read_header(path).metadata, read_tensors(path)
+        kind = metadata.get(MOMENTS_KIND, "")
+        moments = {name: scales.pop(f"{name}:{kind}") for name in list(scales) if f"{name}:{kind}" in scales}
         refusal = AdapterFileError(f"{path} does not contain activation statistics. Write them with ActivationStatistics.save.")
         try:
-            fingerprints = json.loads(stored)
+            fingerprints = json.loads(metadata.get(STATISTICS, ""))
         except (ValueError, RecursionError) as error:
             raise refusal from error
-        if not isinstance(fingerprints, dict) or fingerprints.keys() != scales.keys():
+        if not isinstance(fingerprints, dict) or fingerprints.keys() != scales.keys() or kind not in ("", *KINDS):
             raise refusal
-        for name, scale in scales.items():
-            if scale.ndim != 1 or (scale < 0).any():
-                raise AdapterFileError(f"{path}: the statistics of {name!r} must be one vector without negative entries.")
-        return cls({name: scale.float() for name, scale in scales.items()}, fingerprints)
+        _check_tensors(path, scales, kind, moments)
+        return cls({name: scale.float() for name, scale in scales.items()}, fingerprints, kind, moments)
+
+
+def _check_tensors(
+    path: str | os.PathLike, scales: Mapping[str, torch.Tensor], kind: str, moments: Mapping[str, torch.Tensor]
+) -> None:
+    """Check that every layer has a vector of scales and, if `kind` is not empty, moments of the right shape.
+
+    Raises: AdapterFileError naming the file and the layer.
+    """
+    for name, scale in scales.items():
+        if scale.ndim != 1 or (scale < 0).any():
+            raise AdapterFileError(f"{path}: the statistics of {name!r} must be one vector without negative entries.")
+        if not kind:
+            continue
+        shape = empty_moments(kind, len(scale), torch.device("meta")).shape
+        if name not in moments or moments[name].shape != shape:
+            raise AdapterFileError(f"{path}: the {kind} of {name!r} must be a matrix {tuple(shape)}.")
 
 
 # Computes the statistics of a base calibration at the layers of these names.
@@ -87,7 +174,11 @@ BaseCalibration = Callable[[list[str]], ActivationStatistics]
 
 
 def calibrate(
-    model: nn.Module, run_model: Callable[[], Any], target_modules: list[str] | str | None = None
+    model: nn.Module,
+    run_model: Callable[[], Any],
+    target_modules: list[str] | str | None = None,
+    *,
+    weighting: str = "diagonal",
 ) -> ActivationStatistics:
     """Collect S = sqrt(diag(X^T X)) at the input of each layer while `run_model()` calls `model`.
 
@@ -98,11 +189,13 @@ def calibrate(
         model: with or without adapters. Its NoRA layers are calibrated or, if it has none, all supported layers.
         run_model: called once without arguments, under no_grad, to run `model` on the calibration inputs.
         target_modules: restricts the layers of a model without adapters, as in `NoraConfig`.
+        weighting: of the outer factors. Robust ones add a histogram of |x| for each input (1,032 bytes), `diagonal_low_rank` a
+            sketch of X^T X (512 bytes for each input), and `covariance` X^T X (8 bytes for each pair of inputs of a layer).
     Raises: ValueError if nothing was calibrated, an input was not finite, or an adapter is merged.
     """
     layers = _layers_to_calibrate(model, target_modules)
     keep_differentiable(model)
-    return _collected(layers, run_model, over_ranks=True)
+    return _collected(layers, run_model, over_ranks=True, kind=MOMENTS.get(weighting, ""))
 
 
 def calibrate_layers(model: nn.Module, names: Collection[str], run_model: Callable[[], Any]) -> ActivationStatistics:
@@ -120,9 +213,11 @@ def calibrate_layers(model: nn.Module, names: Collection[str], run_model: Callab
     return statistics
 
 
-def _collected(layers: dict[str, nn.Module], run_model: Callable[[], Any], over_ranks: bool) -> ActivationStatistics:
-    """The statistics of `layers` by name, whose sums are over all ranks or of this one."""
-    totals = {name: _Total(_base(module), name) for name, module in layers.items()}
+def _collected(
+    layers: dict[str, nn.Module], run_model: Callable[[], Any], over_ranks: bool, kind: str = ""
+) -> ActivationStatistics:
+    """The statistics of `layers` by name, whose sums are over all ranks or of this one, with moments of the kind `kind`."""
+    totals = {name: _Total(_base(module), name, kind) for name, module in layers.items()}
     with ExitStack() as stack:
         stack.enter_context(_adapters_off(layers))
         for name, module in layers.items():
@@ -137,7 +232,8 @@ def _collected(layers: dict[str, nn.Module], run_model: Callable[[], Any], over_
     for name, scale in scales.items():
         if not torch.isfinite(scale).all():
             raise ValueError(f"The inputs of {name!r} must be finite, got NaN or infinite values during calibration.")
-    return ActivationStatistics(scales, {name: fingerprint(_base(layers[name]).weight) for name in scales})
+    moments = {name: totals[name].moments.cpu() for name in scales if kind}
+    return ActivationStatistics(scales, {name: fingerprint(_base(layers[name]).weight) for name in scales}, kind, moments)
 
 
 def fingerprint(weight: torch.Tensor) -> str:
@@ -190,9 +286,9 @@ def _base(module: nn.Module) -> nn.Module:
 
 
 class _Total:
-    """Running sum of squares at the input of one layer."""
+    """Running sums of squares and of moments of the kind `kind` at the input of one layer."""
 
-    def __init__(self, base_layer: nn.Module, layer_name: str) -> None:
+    def __init__(self, base_layer: nn.Module, layer_name: str, kind: str = "") -> None:
         self.layer_class, self.base_layer = layer_class_for(base_layer, layer_name), base_layer
         device = base_layer.weight.device
         # MPS has no float64.
@@ -200,6 +296,8 @@ class _Total:
         in_features = self.layer_class.matrix_shape(base_layer)[1]
         # The last entry counts calls, to distinguish a layer that never ran from one with inputs of zero.
         self.sums = torch.zeros(in_features + 1, dtype=self.dtype, device=device)
+        self.kind = kind
+        self.moments = empty_moments(kind, in_features, device) if kind else self.sums.new_zeros(0)
 
     @property
     def squares(self) -> torch.Tensor:
@@ -214,8 +312,12 @@ class _Total:
     def add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Add the input of one call; a forward pre-hook."""
         x = next(iter((*args, *kwargs.values())))
-        self.squares.add_(self.layer_class.input_squares(self.base_layer, x.to(self.dtype)))
+        x = x.to(self.dtype)
+        self.squares.add_(self.layer_class.input_squares(self.base_layer, x))
         self.calls.add_(1)
+        if self.kind:
+            for rows in self.layer_class.input_rows(self.base_layer, x):
+                add_moments(self.kind, self.moments, rows)
 
 
 def _sum_over_ranks(totals: list[_Total]) -> None:
@@ -223,6 +325,8 @@ def _sum_over_ranks(totals: list[_Total]) -> None:
         return
     for total in totals:
         torch.distributed.all_reduce(total.sums)
+        if total.kind:
+            torch.distributed.all_reduce(total.moments)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
+from .config import NoraConfig
 from .files import AdapterFileError
 from .initialization import outer_factors
 from .layer import NoraLayer
@@ -91,6 +92,15 @@ def _candidates(layer: NoraLayer, adapter_name: str, where: str) -> Iterator[tup
     for legacy in (False, True):
         B, A = outer_factors(layer, adapter_name, where, legacy=legacy)
         yield B.to(layer.nora_B[adapter_name]), A.to(layer.nora_A[adapter_name])
+
+
+def not_recomputable(config: NoraConfig, adapter: str) -> str:
+    """Why `adapter`, whose configuration is not `is_recomputable`, has no compact layout."""
+    source = f"the weighting {config.weighting!r}" if config.basis == "weight" else f"the basis {config.basis!r}"
+    return (
+        f"{adapter} is not saved as a compact file: with {source}, its outer factors cannot be recomputed from the base weights. "
+        "The full file contains them."
+    )
 
 
 def reproducible_probe(layer: NoraLayer, adapter_name: str, where: str) -> torch.Tensor:

@@ -14,7 +14,9 @@ from peft.utils.other import get_pattern_key
 from .inner import InnerForm, InnerFormName, InnerInit, make_inner_form
 from .inner_checks import check_inner_form
 from .outer import OuterScaling
+from .weighting import NOT_DIAGONAL, Weighting
 
+Basis = Literal["weight", "gradient", "mixed"]
 OuterInit = Literal["svd", "awsvd"]
 Calibration = Literal["data", "base"]
 
@@ -125,6 +127,21 @@ class NoraConfig(PeftConfig):
             "on B), or 'none' (orthonormal outer factors)."
         },
     )
+    weighting: Weighting = field(
+        default="diagonal",
+        metadata={
+            "help": "Weighting of the singular value decomposition by the inputs, with outer_init='awsvd': none, diagonal "
+            "(root mean square of each input), quantile, trimmed or huber (diagonals that few large values do not change), "
+            "diagonal_low_rank, or covariance (the full second-moment matrix)."
+        },
+    )
+    basis: Basis = field(
+        default="weight",
+        metadata={
+            "help": "Origin of the outer factors' directions: the 'weight', the 'gradient' of the training loss with respect to "
+            "it, or some of each, 'mixed'."
+        },
+    )
     init_weights: bool = field(
         default=True, metadata={"help": "False samples all factors at random: fast, but step 0 is not the base model."}
     )
@@ -150,7 +167,7 @@ class NoraConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)
         choices = {
             "inner_init": InnerInit, "inner_form": InnerFormName, "outer_init": OuterInit, "outer_scaling": OuterScaling,
-            "calibration": Calibration,
+            "calibration": Calibration, "weighting": Weighting, "basis": Basis,
         }  # fmt: skip
         for choice, allowed in choices.items():
             if getattr(self, choice) not in get_args(allowed):
@@ -162,7 +179,8 @@ class NoraConfig(PeftConfig):
         if not self.inner_std > 0:
             raise ValueError(f"inner_std must be above 0, got {self.inner_std}.")
         self._check_ranks()
-        parse_slice(self.outer_slice)
+        if parse_slice(self.outer_slice)[1] > 1 and self.basis != "weight":
+            raise ValueError(f"outer_slice must be 1/1 for the basis {self.basis!r}, got {self.outer_slice}. Set basis='weight'.")
         check_inner_form(self.inner_form, self._inner_form(self.r, self.inner_r), self.inner_init)
 
     def _check_ranks(self) -> None:
@@ -231,6 +249,13 @@ class NoraConfig(PeftConfig):
                 f"r must be in [1, {largest}] for {layer_name!r}, whose weight is {shape[0]} x {shape[1]}, got {r}{slices}. "
                 "Lower r, set a rank for this layer in rank_pattern, or add it to exclude_modules."
             )
+
+    @property
+    def is_recomputable(self) -> bool:
+        """Whether the base weight and one scale for each input determine the outer factors, as a compact file needs."""
+        # The base calibration computes the diagonal scale.
+        scale_is_known = self.calibration == "data" or self.weighting == "diagonal"
+        return self.basis == "weight" and self.weighting not in NOT_DIAGONAL and scale_is_known
 
     def check_modules(self, names: Collection[str], model_name: str) -> None:
         """Check that every entry of target_modules and modules_to_save matches one of the module names `names`.

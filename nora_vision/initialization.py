@@ -1,9 +1,9 @@
-"""Data-driven initialisation: outer factors by AwSVD from activation statistics."""
+"""Data-driven initialisation: outer factors by AwSVD from activation statistics, or from gradients."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -13,14 +13,13 @@ from .calibration import ActivationStatistics, base_name, unwrapped
 from .compensation import nearest_inner_factors
 from .config import Calibration, NoraConfig
 from .decomposition import reproducible_awsvd
+from .factors import Factors
 from .layer import NoraLayer, nora_layers
 from .outer import scaled_outer_factors
 from .quantization import UnquantizedWeights, dequantized_weight, is_quantized
 from .reproducible import record_reproducible, weight_digest
 from .scales import coarse_scale
-
-# Without a floor, inputs with tiny activations in the calibration would get huge factors.
-SCALE_FLOOR = 1e-3
+from .weighting import NOT_DIAGONAL, SCALE_FLOOR, InputRoot, in_float64
 
 
 def initialize_nora_weights(
@@ -28,6 +27,7 @@ def initialize_nora_weights(
     stats: ActivationStatistics | None = None,
     adapter_name: str = "default",
     *,
+    factors: Mapping[str, Factors] | None = None,
     generator: torch.Generator | None = None,
     progress: Callable[[int, int], None] | None = None,
     unquantized: UnquantizedWeights | None = None,
@@ -36,11 +36,13 @@ def initialize_nora_weights(
 ) -> None:
     """Initialise the adapter: outer factors by AwSVD of each base weight, inner factors according to its configuration.
 
-    Without statistics they are those of the plain SVD, with a warning. All layers are checked before any is changed.
+    Without statistics the outer factors are those of the plain SVD, with a warning unless the configured weighting is "none". All
+    layers are checked before any is changed.
 
     Args:
         model: with the adapter, added in any way.
-        stats: the result of `calibrate` for this model.
+        stats: the result of `calibrate` for this model and the configuration's weighting.
+        factors: for a basis other than "weight": B (out, r) and A (r, in) by layer name, from `gradient_factors`.
         generator: of the inner factors, on the CPU; the outer factors depend only on weights and statistics.
         progress: called after each layer with the number of finished layers and their total.
         unquantized: for a quantised model, reads the unquantised weights, such as `CheckpointWeights(folder)`, one at a time. The
@@ -48,16 +50,16 @@ def initialize_nora_weights(
         loftq_start: start each inner pair where the change is nearest to what quantisation removed, W - Q(W), in the norm of
             the activations  [LoftQ, Li et al. 2023, within NoRA's outer factors]. Needs `unquantized`.
         calibration: "base" for statistics that can be computed again: the scale is rounded, and compact files leave it out.
-    Raises: ValueError if there is no such adapter, it is merged, the statistics are of another model, or `unquantized` or
-        `loftq_start` cannot be used.
+    Raises: ValueError if there is no such adapter, it is merged, the statistics are of another model or lack what the weighting
+        needs, factors are missing, or `unquantized` or `loftq_start` cannot be used.
     """
     config = _checked_config(model, adapter_name, unquantized, loftq_start)
-    layers = _checked_layers(model, adapter_name, stats, unquantized)
+    stats = None if config.weighting == "none" else stats
+    layers = _checked_layers(model, adapter_name, stats, unquantized, factors)
     for done, (name, layer) in enumerate(layers.items(), start=1):
-        _set_scale(layer, adapter_name, None if stats is None else stats[name], calibration)
+        _set_scale(layer, adapter_name, None if stats is None else stats.scale(name, config.weighting), calibration)
         with _unquantized_weight(layer, name, unquantized):
-            layer.set_outer_factors(adapter_name, *outer_factors(layer, adapter_name, name))
-            record_reproducible(layer, adapter_name)
+            _set_outer_factors(layer, name, adapter_name, config, stats, factors)
             _start_inner_factors(layer, adapter_name, config, generator, loftq_start)
         if progress is not None:
             progress(done, len(layers))
@@ -79,17 +81,45 @@ def _set_scale(layer: NoraLayer, adapter_name: str, statistics: torch.Tensor | N
     scale.copy_(torch.ones_like(scale) if statistics is None else rounded(statistics))
 
 
+def _set_outer_factors(
+    layer: NoraLayer,
+    name: str,
+    adapter_name: str,
+    config: NoraConfig,
+    stats: ActivationStatistics | None,
+    factors: Mapping[str, Factors] | None,
+) -> None:
+    """Set the layer's outer factors to those in `factors`, or to those from its weight and activation scale."""
+    if factors is not None:
+        scaled = scaled_outer_factors(factors[name].up.double(), factors[name].down.double(), config.outer_scaling)
+        layer.set_outer_factors(adapter_name, *scaled)
+    elif stats is not None and config.weighting in NOT_DIAGONAL:
+        root = stats.root(name, config.weighting)
+        layer.set_outer_factors(adapter_name, *weighted_factors(layer, adapter_name, name, root))
+    else:
+        layer.set_outer_factors(adapter_name, *outer_factors(layer, adapter_name, name))
+        record_reproducible(layer, adapter_name)
+
+
 def _checked_layers(
-    model: nn.Module, adapter_name: str, stats: ActivationStatistics | None, unquantized: UnquantizedWeights | None
+    model: nn.Module,
+    adapter_name: str,
+    stats: ActivationStatistics | None,
+    unquantized: UnquantizedWeights | None,
+    factors: Mapping[str, Factors] | None,
 ) -> dict[str, NoraLayer]:
     """The adapter's layers by name, after checking that each can be initialised.
 
-    Raises: ValueError if one cannot.
+    Warns if the outer factors will be those of the plain SVD although a weighting is configured.
+
+    Raises: ValueError if a layer cannot be initialised.
     """
     layers = {base_name(name): layer for name, layer in nora_layers(unwrapped(model)).items() if adapter_name in layer.r}
+    config = model.peft_config[adapter_name]
+    _check_factors(config, layers, factors)
     for name, layer in layers.items():
         _check_can_start(layer, name, stats, unquantized)
-    if stats is None:
+    if stats is None and factors is None and config.weighting != "none":
         warnings.warn(
             f"No activation statistics: NoRA adapter {adapter_name!r} starts from the plain SVD of the weights. "
             "For AwSVD pass calibrate(model, run_model).",
@@ -156,6 +186,25 @@ def _check_can_start(
     if unquantized is not None and not is_quantized(layer.get_base_layer()):
         raise ValueError(f"`unquantized` is for quantised models, but {name!r} is not quantised. Leave it out.")
     layer.finite_weight_matrix(name)
+
+
+def _check_factors(config: NoraConfig, names: Collection[str], factors: Mapping[str, object] | None) -> None:
+    if (factors is not None) != (config.basis != "weight"):
+        raise ValueError(
+            f"The basis {config.basis!r} needs {'no ' if config.basis == 'weight' else ''}factors. Give factors for the bases "
+            "'gradient' and 'mixed', computed by gradient_factors, and none for 'weight'."
+        )
+    missing = sorted(set(names) - factors.keys()) if factors is not None else []
+    if missing:
+        raise ValueError(f"factors must name every adapted layer, but {missing[0]!r} is missing ({len(missing)} in all).")
+
+
+def weighted_factors(layer: NoraLayer, adapter_name: str, layer_name: str, root: InputRoot) -> tuple[torch.Tensor, torch.Tensor]:
+    """B = U_r S_r (out, r) and A = V_r^T F^-1 (r, in) of the adapter, float64, with W F = U S V^T."""
+    weight = in_float64(layer.finite_weight_matrix(layer_name))
+    root = root.to(weight.device)
+    B, A = reproducible_awsvd(root.weigh(weight), None, layer.r[adapter_name], layer.outer_slice[adapter_name])
+    return scaled_outer_factors(B, root.unweigh(A), layer.outer_scaling[adapter_name])
 
 
 def outer_factors(

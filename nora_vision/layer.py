@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -82,6 +83,11 @@ class NoraLayer(nn.Module, BaseTunerLayer):
     def input_squares(base_layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """(in,): squares of the inputs of the base layer's output values, summed over all tokens of `x` (..., in)."""
         return x.flatten(0, -2).square().sum(dim=0)
+
+    @staticmethod
+    def input_rows(base_layer: nn.Module, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The inputs of the base layer's output values for `x` (..., in), as matrices (tokens, in)."""
+        yield x.flatten(0, -2)
 
     def _as_matrix(self, weight: torch.Tensor) -> torch.Tensor:
         """The base layer's weight as a matrix (out, in)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -67,6 +68,15 @@ class Conv2d(NoraLayer):
         rows, columns = (_kernel_slices(*sizes) for sizes in zip(*geometry, strict=True))
         sums = [squares[0, :, row, column].sum(dim=(1, 2)) for row in rows for column in columns]
         return torch.stack(sums, dim=1).flatten()
+
+    @staticmethod
+    def input_rows(base_layer: nn.Module, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The patches (positions, in_channels * kh * kw) of each of the images `x` (batch, in_channels, h, w)."""
+        mode = "constant" if base_layer.padding_mode == "zeros" else base_layer.padding_mode
+        # One image at a time: the patches need kh * kw times the memory of the input.
+        for image in x:
+            padded = F.pad(image[None], base_layer._reversed_padding_repeated_twice, mode)
+            yield F.unfold(padded, base_layer.kernel_size, base_layer.dilation, stride=base_layer.stride)[0].T
 
     def _project_input(self, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
         # Uses the stride, dilation and padding mode of the base layer.

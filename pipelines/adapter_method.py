@@ -45,7 +45,7 @@ class Probe:
     Args:
         forward: runs the adapted model on the data, to record activations.
         losses: `losses(count)` yields the base model's training losses, scalars to differentiate, on this process's share of
-            `count` batches. All adapters are disabled meanwhile.
+            `count` batches, or with 0 of those of one epoch; the same on each call. All adapters are disabled meanwhile.
         generator: the source of all randomness.
         cache: a .safetensors file for results that a later initialisation from the same data can reuse.
         base_calibration: computes activation statistics of layers, by their names, on fixed inputs instead of the data; None if

@@ -23,6 +23,14 @@ def above_zero(options: object, *names: str) -> None:
             raise InputError(f"{name} must be above 0, got {value}.")
 
 
+def within(options: object, least: float, most: float, *names: str) -> None:
+    """Raise InputError if one of the fields `names` of `options` is not in [`least`, `most`]."""
+    for name in names:
+        value = getattr(options, name)
+        if not least <= value <= most:
+            raise InputError(f"{name} must be in [{least}, {most}], got {value}.")
+
+
 def one_of(options: object, allowed: Sequence[str], *names: str) -> None:
     """Raise InputError if one of the fields `names` of `options` is not in `allowed`."""
     for name in names:

@@ -180,7 +180,8 @@ class SubjectTraining:
         share = (accelerator.process_index, accelerator.num_processes)
         # A dry run leaves training mode on.
         runs = runs_on_subject(self.loss.eval(), subject, self.seed, *share, self.batch_size)
-        losses = partial(training_losses, self.loss, self._batches(subject, None), accelerator)
+        batches = self._batches(subject, None)
+        losses = partial(training_losses, self.loss, batches, accelerator, per_epoch=batches.batches.per_epoch)
         cache, fixed = self.run.path / "calibration", sdxl_calibration(self.pipeline)
         adapters.start(adapter, self.components, runs, cache, self.seed, losses, fixed)
         if left_out := expected_left_out(self.components):

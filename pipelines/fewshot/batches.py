@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -122,6 +123,11 @@ class LabelledBatches:
     labels: torch.Tensor
     batch_size: int
     seed: int
+
+    @property
+    def per_epoch(self) -> int:
+        """The number of batches in which every image occurs at least once."""
+        return math.ceil(len(self.labels) / self.batch_size)
 
     @cached_property
     def _order(self) -> BucketOrder:

@@ -45,7 +45,7 @@ class LoraOneOptions(LowRankOptions):
     """Options of LoRA-One."""
 
     alpha: float | None = option(None, "numerator of the scaling alpha / sqrt(rank)")
-    gradient_batches: int = option(8, "batches for the mean gradient of the initialisation", "LoRA-One gradient batches")
+    gradient_batches: int = option(8, "batches for the mean gradient of the initialisation", "Gradient batches")
     gamma: float = option(
         128.0,
         "divisor of the initial weight change, whose largest singular value is scaling / gamma in every layer",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,14 +14,18 @@ from tqdm.auto import tqdm
 
 from pipelines.adapter_method import ADAPTER_NAME, AdapterMethod, MethodTraining, Probe, TaskDefaults, option, tuner_layers
 from pipelines.errors import InputError
+from pipelines.gradients import cached_factors, check_differentiable, mean_gradients, origin_of
 from pipelines.native_files import COMPACT, FULL
-from pipelines.option_checks import above_zero, at_least, one_of
+from pipelines.option_checks import above_zero, at_least, one_of, within
 from pipelines.run_options import Task
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
     from nora_vision.calibration import ActivationStatistics, BaseCalibration
+    from nora_vision.factors import Factors
+
+logger = logging.getLogger(__name__)
 
 
 # As in `nora_vision`, which is not imported here.
@@ -30,6 +35,9 @@ INNER_FORMS = (
 )  # fmt: skip
 OUTER_SCALINGS = ("B", "A", "split", "mean", "none")
 CALIBRATIONS, INNER_DTYPES = ("data", "base"), ("float32", "float16", "int8")
+WEIGHTINGS = ("none", "diagonal", "quantile", "trimmed", "huber", "diagonal_low_rank", "covariance")
+BASES = ("weight", "gradient", "mixed")
+GRADIENT_SCALES = ("mean", "gradient")
 
 
 @dataclass
@@ -106,11 +114,39 @@ class NoraOptions:
         "NoRA inner_dtype (of the trained factors in the compact file)",
         choices=INNER_DTYPES,
     )
+    weighting: str = option(
+        "diagonal",
+        "weighting of the outer factors by each layer's inputs: none, diagonal (root mean square), quantile, trimmed or huber "
+        "(diagonals that few large values do not change), diagonal_low_rank, or covariance (8 n^2 bytes per layer of n inputs)",
+        "NoRA weighting (of the outer factors)",
+        choices=WEIGHTINGS,
+    )
+    basis: str = option(
+        "weight",
+        "what the outer factors are taken from: weight, gradient (of the training loss at the base model), or mixed",
+        "NoRA basis (of the outer factors)",
+        choices=BASES,
+    )
+    gradient_batches: int = option(
+        0, "batches for the mean gradient of the bases gradient and mixed; 0 for those of one epoch", "Gradient batches"
+    )
+    gradient_share: float = option(0.5, "share of the directions that basis mixed takes from the gradient", "NoRA gradient share")
+    gradient_scale: str = option(
+        "mean",
+        "size of the gradient's directions: mean (of the weight's leading singular values) or gradient (its singular values)",
+        "NoRA gradient scale",
+        choices=GRADIENT_SCALES,
+    )
     lora_plus_ratio: float = option(1.0, "LoRA+ ratio of the learning rates of B and A", "LoRA+ ratio")
 
     def __post_init__(self) -> None:
         at_least(self, 1, "rank")
+        at_least(self, 0, "gradient_batches")
         above_zero(self, "lora_plus_ratio")
+        one_of(self, GRADIENT_SCALES, "gradient_scale")
+        within(self, 0, 1, "gradient_share")
+        if self.calibration == "base" and self.weighting != "diagonal":
+            raise InputError(f"calibration base needs weighting diagonal, got {self.weighting}. Use calibration data.")
         one_of(self, CALIBRATIONS, "calibration")
         one_of(self, INNER_DTYPES, "inner_dtype")
         if self.preserve_output and self.inner_dtype != "float32":
@@ -155,7 +191,7 @@ class Nora(AdapterMethod):
         NoRA's parameters do not grow with a layer's width, so few of them are best spent on the most important layers.
         """
         if task == "subject":
-            return TaskDefaults(3e-4, {"rank": 32})
+            return TaskDefaults(3e-4, {"rank": 32, "gradient_batches": 32})
         return TaskDefaults(1e-3, {"rank": 22, "inner_r": 4} if built_in else {"rank": 48, "inner_r": 8}, ["v"])
 
     def config(self, target_modules: list[str], exclude_modules: str | None = None) -> PeftConfig:
@@ -178,22 +214,35 @@ class Nora(AdapterMethod):
             preserve_output=options.preserve_output,
             outer_init="awsvd",
             outer_slice=options.outer_slice,
+            weighting=options.weighting,
+            basis=options.basis,
             target_modules=target_modules,
             exclude_modules=exclude_modules,
         )
 
     def prepare_dry_run(self, model: nn.Module, adapter_name: str) -> bool:
-        """True: the calibration is a forward pass in batches no larger than a step's. Outer factors are zero until then."""
+        """True: the calibration is a forward pass in batches no larger than a step's. Outer factors are zero until then.
+
+        False for a basis from gradients of the weights, which need more memory than those of the inner factors.
+        """
+        if self.options.basis != "weight":
+            return False
         for layer in tuner_layers(model).values():
             B, A = layer.nora_B[adapter_name], layer.nora_A[adapter_name]
             layer.set_outer_factors(adapter_name, torch.zeros_like(B), torch.zeros_like(A))
         return True
 
     def start(self, model: nn.Module, probe: Probe, adapter_name: str) -> None:
-        """Compute the outer factors from the base model's activations, which are cached, and sample the inner factors."""
+        """Compute the outer factors from the base model's activations, and gradients if needed, and sample the inner factors.
+
+        What was computed is cached.
+
+        Raises: InputError if the basis needs the gradient of a quantised weight; no loss is computed then.
+        """
         from nora_vision import initialize_nora_weights
 
-        statistics, calibration = self._statistics(model, probe, adapter_name), self.options.calibration
+        statistics = self._statistics(model, probe, adapter_name)
+        factors = None if self.options.basis == "weight" else self._gradient_factors(model, statistics, probe, adapter_name)
         with tqdm(desc="initialising NoRA layers", leave=False) as bar:
 
             def progress(done: int, total: int) -> None:
@@ -201,32 +250,70 @@ class Nora(AdapterMethod):
                 bar.total = total
                 bar.update(done - bar.n)
 
-            options = {"generator": probe.generator, "progress": progress, "calibration": calibration}
-            initialize_nora_weights(model, statistics, adapter_name, **options)
+            initialize_nora_weights(
+                model,
+                statistics,
+                adapter_name,
+                factors=factors,
+                generator=probe.generator,
+                progress=progress,
+                calibration=self.options.calibration,
+            )
 
-    def _statistics(self, model: nn.Module, probe: Probe, adapter_name: str) -> ActivationStatistics:
-        """The activation statistics of the adapted layers, which a resumed run reads from its cache."""
+    def _statistics(self, model: nn.Module, probe: Probe, adapter_name: str) -> ActivationStatistics | None:
+        """The statistics that the weighting needs, which a resumed run reads from its cache; None without weighting."""
         from nora_vision import ActivationStatistics, calibrate
         from nora_vision.calibration import base_name
         from nora_vision.layer import nora_layers
 
-        base = self.options.calibration == "base"
+        base, weighting = self.options.calibration == "base", self.options.weighting
+        if weighting == "none":
+            return None
         cache = probe.cache.with_stem(f"{probe.cache.stem}-base") if base else probe.cache
-        if cache.exists():
-            return ActivationStatistics.load(cache)
+        if cache.exists() and (statistics := ActivationStatistics.load(cache)).supports(weighting):
+            return statistics
         if not base:
-            statistics = calibrate(model, probe.forward)
+            statistics = calibrate(model, probe.forward, weighting=weighting)
         elif probe.base_calibration is None:
             raise InputError("There is no base calibration for this model. Use --calibration data.")
         else:
             layers = [base_name(name) for name, layer in nora_layers(model).items() if adapter_name in layer.r]
             statistics = probe.base_calibration(layers)
         statistics.save(cache)
+        logger.info(statistics.summary(weighting))
         return statistics
 
     def training(self, models: Sequence[nn.Module], total_steps: int) -> MethodTraining:
         """A training whose factors are measured and saved as `inner_dtype` holds them."""
         return NoraTraining(models, total_steps, self.options.inner_dtype)
+
+    def _gradient_factors(
+        self, model: nn.Module, statistics: ActivationStatistics | None, probe: Probe, adapter_name: str
+    ) -> dict[str, Factors]:
+        """B and A of every layer from the gradients of the probe's losses, or from the cache."""
+        from nora_vision.calibration import base_name
+        from nora_vision.factors import Factors
+        from nora_vision.gradient_basis import gradient_factors
+        from nora_vision.weighting import InputRoot
+
+        options = self.options
+        layers = {base_name(name): layer for name, layer in tuner_layers(model).items() if adapter_name in layer.r}
+        check_differentiable({name: layer.get_base_layer() for name, layer in layers.items()}, f"{self.title}'s basis")
+        weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
+        ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
+        share = 1.0 if options.basis == "gradient" else options.gradient_share
+
+        def compute() -> Iterator[tuple[str, Factors]]:
+            for name, gradient in mean_gradients(weights, probe.losses, options.gradient_batches):
+                layer = layers[name]
+                ones = InputRoot.diagonal(torch.ones(layer.in_features))
+                root = ones if statistics is None else statistics.root(name, options.weighting)
+                weight, matrix = layer.finite_weight_matrix(name), layer._as_matrix(gradient)
+                pair = gradient_factors(weight, matrix, root, ranks[name], share=share, scale=options.gradient_scale)
+                yield name, Factors(*(part.float().cpu() for part in pair))
+
+        origin = origin_of(weights, [ranks, options.weighting, share, options.gradient_scale, options.gradient_batches])
+        return cached_factors(probe.cache.with_name(f"{probe.cache.stem}-{self.name}-gradient.safetensors"), origin, compute)
 
     def learning_rate_factor(self, parameter_name: str) -> float:
         """`lora_plus_ratio` for B', 1 for A'."""
@@ -234,12 +321,20 @@ class Nora(AdapterMethod):
 
     @classmethod
     def save(cls, components: Mapping[str, nn.Module], folder: Path, adapter_name: str) -> None:
-        """Write the layouts `full`, which is self-contained, and `compact`, which needs exactly the same base weights."""
+        """Write the layouts `full`, which is self-contained, and `compact`, which needs exactly the same base weights.
+
+        An adapter whose outer factors the base weights do not determine, such as one from gradients, has only the layout `full`.
+        """
+        from nora_vision.compact import not_recomputable
         from nora_vision.saving import save_adapter
 
-        for layout in (FULL, COMPACT):
-            for name, model in components.items():
-                save_adapter(model, folder / layout / name, adapter_name, compact=layout == COMPACT)
+        for name, model in components.items():
+            save_adapter(model, folder / FULL / name, adapter_name)
+            config = model.peft_config[adapter_name]
+            if config.is_recomputable:
+                save_adapter(model, folder / COMPACT / name, adapter_name, compact=True)
+            else:
+                logger.info(not_recomputable(config, f"The adapter of {name}"))
 
     @classmethod
     def load(cls, components: Mapping[str, nn.Module], folder: Path, adapter_name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,6 +39,11 @@ class SubjectBatches:
     seed: int
     class_images: CachedLatents | None = None
     prior_loss_weight: float = 1.0
+
+    @property
+    def per_epoch(self) -> int:
+        """The number of batches that are as many images as there are."""
+        return math.ceil(len(self.images) / self.batch_size)
 
     @cached_property
     def _order(self) -> BucketOrder:

@@ -127,10 +127,20 @@ class LoopOptions:
 
 
 def training_losses(
-    module: nn.Module, batch_at: Callable[[int], dict[str, Any]], accelerator: Accelerator, count: int
+    module: nn.Module,
+    batch_at: Callable[[int], dict[str, Any]],
+    accelerator: Accelerator,
+    count: int,
+    per_epoch: int | None = None,
 ) -> Iterator[torch.Tensor]:
-    """The losses of this process's part of the first `count` batches, for differentiation; `module` is in evaluation mode."""
-    batches = ProcessBatches(batch_at, accelerator.process_index, accelerator.num_processes).over(range(count), 0)
+    """The losses of this process's part of the first `count` batches, for differentiation; `module` is in evaluation mode.
+
+    With `count` 0, those of an epoch of `per_epoch` batches. Raises: ValueError if there are none.
+    """
+    indices = range(count or per_epoch or 0)
+    if not indices:
+        raise ValueError("The number of batches must be at least 1, or 0 where the length of an epoch is known.")
+    batches = ProcessBatches(batch_at, accelerator.process_index, accelerator.num_processes).over(indices, 0)
     was_training = module.training
     module.eval()
     try:

@@ -215,7 +215,7 @@ def fit_adapter(
     )
     tokens = clip.tokenizer(experiment.prompts.texts())
     loss, batches = loss_and_batches(images, clip, components, optimisation.train_batch_size, accelerator.num_processes)
-    losses = partial(training_losses, loss, batches, accelerator)
+    losses = partial(training_losses, loss, batches, accelerator, per_epoch=batches.per_epoch)
     # On all processes: the activation statistics are summed over them.
     adapters.start(clip, adapter, components, pixels, tokens, calibration, trial.seed, losses)
     if "lora" in options.output.export and (share := expected_left_out(components)):
