@@ -16,6 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .config import NoraConfig
+from .files import DTYPES as FILE_DTYPES
 from .files import AdapterFileError, read_header, read_tensors, tensor_bytes, write_tensors
 from .layer import NoraLayer
 from .layer_types import find_layer_class, layer_class_for
@@ -25,6 +26,7 @@ from .weighting import LOW_RANK, MOMENTS, ROBUST, InputRoot, covariance_root, di
 
 # Keys of the header's metadata: the fingerprints of the layers' weights, and the kind of moments in tensors `<layer>:<kind>`.
 STATISTICS, MOMENTS_KIND = "nora_activation_statistics", "nora_activation_moments"
+DTYPES = FILE_DTYPES | {"F64": torch.float64, "I32": torch.int32}
 
 
 class ActivationStatistics(Mapping[str, torch.Tensor]):
@@ -138,7 +140,7 @@ class ActivationStatistics(Mapping[str, torch.Tensor]):
 
         Raises: AdapterFileError naming the file if it is damaged or contains something else.
         """
-        metadata, scales = read_header(path).metadata, read_tensors(path)
+        metadata, scales = read_header(path, DTYPES).metadata, read_tensors(path, dtypes=DTYPES)
         kind = metadata.get(MOMENTS_KIND, "")
         moments = {name: scales.pop(f"{name}:{kind}") for name in list(scales) if f"{name}:{kind}" in scales}
         refusal = AdapterFileError(f"{path} does not contain activation statistics. Write them with ActivationStatistics.save.")

@@ -103,6 +103,12 @@ def not_recomputable(config: NoraConfig, adapter: str) -> str:
     )
 
 
+def check_recomputable(config: NoraConfig, adapter: str) -> None:
+    """Raise AdapterFileError naming `adapter` if its configuration does not determine the outer factors from the weights."""
+    if not config.is_recomputable:
+        raise AdapterFileError(not_recomputable(config, adapter))
+
+
 def reproducible_probe(layer: NoraLayer, adapter_name: str, where: str) -> torch.Tensor:
     """The layer's probe (1 + PROJECTIONS,), after checking that its outer factors can be recomputed from its base weight.
 

@@ -12,10 +12,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .calibration import base_name, unwrapped
-from .compact import not_recomputable, reproducible_probe
+from .compact import check_recomputable, reproducible_probe
 from .components import COMPONENTS, adapted_components
 from .config import NoraConfig
-from .files import CONFIGURATION, AdapterFileError, check_finite, configuration_digest, write_json, write_tensors
+from .files import CONFIGURATION, check_finite, configuration_digest, write_json, write_tensors
 from .layer import NoraLayer, nora_layers
 from .packing import PROBE, pack
 
@@ -101,8 +101,7 @@ def _collect(model: nn.Module, where: str, adapter_name: str, compact: bool) -> 
     fields = _portable_fields(config, layers, adapter_name)
     packed: dict[str, torch.Tensor] = {}
     if compact:
-        if not config.is_recomputable:
-            raise AdapterFileError(not_recomputable(config, f"Adapter {adapter_name!r} of {where}"))
+        check_recomputable(config, f"Adapter {adapter_name!r} of {where}")
         fields["compact"] = PACKED
         of_layers = {name: tensors.pop(name) for name in list(tensors) if name.rpartition(".")[0] in layers}
         recomputed = {name: tensor for name, tensor in of_layers.items() if not name.endswith(OUTER_FACTORS)}

@@ -12,7 +12,16 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from pipelines.adapter_method import ADAPTER_NAME, AdapterMethod, MethodTraining, Probe, TaskDefaults, option, tuner_layers
+from pipelines.adapter_method import (
+    ADAPTER_NAME,
+    AdapterMethod,
+    MethodTraining,
+    Probe,
+    TaskDefaults,
+    adapters_off,
+    option,
+    tuner_layers,
+)
 from pipelines.errors import InputError
 from pipelines.gradients import cached_factors, check_differentiable, mean_gradients, origin_of
 from pipelines.native_files import COMPACT, FULL
@@ -313,7 +322,8 @@ class Nora(AdapterMethod):
                 yield name, Factors(*(part.float().cpu() for part in pair))
 
         origin = origin_of(weights, [ranks, options.weighting, share, options.gradient_scale, options.gradient_batches])
-        return cached_factors(probe.cache.with_name(f"{probe.cache.stem}-{self.name}-gradient.safetensors"), origin, compute)
+        with adapters_off([model]):
+            return cached_factors(probe.cache.with_name(f"{probe.cache.stem}-{self.name}-gradient.safetensors"), origin, compute)
 
     def learning_rate_factor(self, parameter_name: str) -> float:
         """`lora_plus_ratio` for B', 1 for A'."""

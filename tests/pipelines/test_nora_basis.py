@@ -1,0 +1,218 @@
+"""NoRA's basis from the gradient of the training loss and its weightings, in both tasks; autograd is the oracle."""
+
+import logging
+from functools import partial
+
+import pytest
+import torch
+from accelerate import Accelerator
+from bitsandbytes.nn import Linear4bit
+from test_lora_one import PROMPTS, batch, class_batch, class_loss, gradients_of, losses_of, small_model, subject_batch, toy_clip
+from tiny_clip import images
+from tiny_pipeline import tiny_pipeline
+from torch import nn
+
+from nora_vision import ActivationStatistics
+from pipelines import adapter_files
+from pipelines.adapter_method import ADAPTER_NAME, Probe, tuner_layers
+from pipelines.adapter_options import AdapterOptions
+from pipelines.clip_attention import separate
+from pipelines.errors import InputError
+from pipelines.fewshot import adapters as few_shot
+from pipelines.gradients import mean_gradients
+from pipelines.methods import method_named
+from pipelines.subject import adapters
+from pipelines.subject.loss import DenoisingLoss
+from training.engine.loop import training_losses
+
+NORA, RANK = method_named("nora"), 4
+
+
+def options(**changes):
+    return NORA.Options(**{"rank": RANK, "inner_r": 2, "gradient_batches": 3, **changes})
+
+
+def started(folder, model=None, losses=losses_of, **changes):
+    """The small model with NoRA on its layers, started from its losses."""
+    generator = torch.Generator().manual_seed(1)
+    model, method = model or small_model(), NORA(options(**{"basis": "gradient", **changes}))
+    method.attach(model, method.config(["conv", "linear", "unread"]), ADAPTER_NAME, generator)
+
+    def forward():
+        model(batch(0))
+        model.unread(torch.ones(1, 5))
+
+    probe = Probe(forward, partial(losses, model), generator, folder / "small.safetensors")
+    method.start(model, probe, ADAPTER_NAME)
+    return model
+
+
+def check_basis(layer, gradient, scale, rank=RANK):
+    """Check that A spans the leading right singular vectors of G S, and B the left ones."""
+    relative = (scale / scale.max()).clamp_min(1e-3 * scale.mean() / scale.max()).double()
+    U, _, Vh = torch.linalg.svd(-gradient.double() * relative)
+    A, B = layer.nora_A[ADAPTER_NAME].double() * relative, layer.nora_B[ADAPTER_NAME].double()
+    torch.testing.assert_close(A.T @ A, Vh[:rank].T @ Vh[:rank], atol=1e-4, rtol=1e-3)
+    level = torch.linalg.svdvals(layer.finite_weight_matrix("").double())[:rank].mean()
+    torch.testing.assert_close(B @ B.T / level**2, U[:, :rank] @ U[:, :rank].T, atol=1e-4, rtol=1e-3)
+
+
+def test_the_basis_is_that_of_the_mean_gradient_weighted_by_the_activations(tmp_path):
+    model, plain = started(tmp_path), small_model()
+    statistics = ActivationStatistics.load(tmp_path / "small.safetensors")
+    gradients = gradients_of(plain, losses_of(plain, 3), ["conv", "linear"])
+    for name, gradient in gradients.items():
+        check_basis(model.get_submodule(name), gradient, statistics[name])
+
+
+def test_without_weighting_it_is_that_of_the_gradient_alone_and_nothing_is_calibrated(tmp_path):
+    model, plain = started(tmp_path, weighting="none"), small_model()
+    for name, gradient in gradients_of(plain, losses_of(plain, 3), ["conv", "linear"]).items():
+        check_basis(model.get_submodule(name), gradient, torch.ones(gradient.shape[1]))
+    assert not (tmp_path / "small.safetensors").exists()
+
+
+def test_a_layer_without_a_gradient_gets_the_basis_of_its_weight(tmp_path):
+    one, other = started(tmp_path / "one"), started(tmp_path / "two", basis="weight")
+    products = [model.unread.nora_B[ADAPTER_NAME] @ model.unread.nora_A[ADAPTER_NAME] for model in (one, other)]
+    torch.testing.assert_close(*products, atol=1e-3, rtol=1e-2)
+
+
+def not_again(*_):
+    raise AssertionError("differentiated again")
+
+
+def test_the_factors_are_cached_and_give_the_same_bytes_without_another_pass(tmp_path):
+    first, again = started(tmp_path), started(tmp_path, losses=not_again)
+    assert {file.name for file in tmp_path.iterdir()} == {"small.safetensors", "small-nora-gradient.safetensors"}
+    for ours, theirs in zip(again.state_dict().values(), first.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    for changes in (
+        {"rank": 3},
+        {"basis": "mixed"},
+        {"gradient_scale": "gradient"},
+        {"weighting": "none"},
+        {"gradient_batches": 2},
+    ):
+        with pytest.raises(AssertionError, match="differentiated again"):
+            started(tmp_path, losses=not_again, **changes)
+
+
+def test_statistics_that_lack_what_a_weighting_needs_are_collected_again(tmp_path, caplog):
+    started(tmp_path, basis="weight")
+    assert not ActivationStatistics.load(tmp_path / "small.safetensors").supports("covariance")
+    with caplog.at_level(logging.INFO):
+        started(tmp_path, basis="weight", weighting="covariance")
+    statistics = ActivationStatistics.load(tmp_path / "small.safetensors")
+    assert statistics.supports("covariance")
+    largest = max(statistics.condition_number(name, "covariance") for name in statistics)
+    assert "Condition number of the weighting covariance over 3 layers: median" in caplog.text
+    assert f"largest {largest:.3g}" in caplog.text
+
+
+def test_gradients_of_groups_of_layers_equal_those_of_all_at_once(tmp_path):
+    model, calls = small_model(), []
+    weights = {name: model.get_submodule(name).weight for name in ("conv", "linear", "unread")}
+
+    def losses(count):
+        calls.append([name for name, weight in weights.items() if weight.requires_grad])
+        yield from losses_of(model, count)
+
+    together = dict(mean_gradients(weights, losses, 3))
+    singly = dict(mean_gradients(weights, losses, 3, group_bytes=1))
+    pairs = dict(mean_gradients(weights, losses, 3, group_bytes=4 * 2 * 35))
+    assert calls == [["conv", "linear", "unread"], ["conv"], ["linear"], ["unread"], ["conv"], ["linear", "unread"]]
+    for gradients in (singly, pairs):
+        assert list(gradients) == list(together)
+        assert all(torch.equal(gradients[name], together[name]) for name in together)
+    assert not any(weight.requires_grad for weight in weights.values())
+
+
+def test_no_batches_are_those_of_an_epoch():
+    model = nn.Linear(1, 1)
+
+    def batch_at(index):
+        return {"input": torch.full((2, 1), float(index))}
+
+    losses = partial(training_losses, model, batch_at, Accelerator(cpu=True), per_epoch=3)
+    assert len(list(losses(0))) == 3
+    assert len(list(losses(2))) == 2
+    with pytest.raises(ValueError, match="must be at least 1"):
+        next(training_losses(model, batch_at, Accelerator(cpu=True), 0))
+
+
+def test_a_quantised_weight_is_refused_before_any_pass(tmp_path):
+    model = small_model()
+    model.linear = Linear4bit(5, 7)
+    model.linear.weight.data = torch.zeros(18, 1, dtype=torch.uint8)
+    model.linear.weight.quant_state = None
+    method = NORA(options(basis="gradient", weighting="none"))
+    method.attach(model, method.config(["linear"]), ADAPTER_NAME, torch.Generator())
+    probe = Probe(not_again, not_again, torch.Generator(), tmp_path / "small.safetensors")
+    with pytest.raises(InputError, match=r"NoRA's basis is initialised from the gradient.*'linear' is quantised to torch.uint8"):
+        method.start(model, probe, ADAPTER_NAME)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gradient_batches": -1}, r"gradient_batches must be at least 0, got -1"),
+        ({"gradient_share": 1.5}, r"gradient_share must be in \[0, 1\], got 1.5"),
+        ({"gradient_scale": "half"}, r"gradient_scale must be one of mean, gradient, got 'half'"),
+        ({"basis": "both"}, r"basis must be one of"),
+        ({"weighting": "robust"}, r"weighting must be one of"),
+    ],
+)
+def test_wrong_options_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        AdapterOptions("nora", **changes)
+
+
+# Both tasks
+
+
+def test_all_components_of_sdxl_get_the_basis_of_the_denoising_loss_and_only_full_files(pipe, tmp_path, caplog):
+    chosen = AdapterOptions(
+        "nora", rank=RANK, inner_r=2, gradient_batches=2, basis="gradient", weighting="none", train_text_encoder=True
+    )
+    components = adapters.attach(pipe, chosen)
+    losses = partial(training_losses, DenoisingLoss(pipe), subject_batch, Accelerator(cpu=True))
+    adapters.start(chosen, components, dict.fromkeys(components), tmp_path, 0, losses)
+    plain = tiny_pipeline()
+    loss = DenoisingLoss(plain)
+    for name, model in components.items():
+        layers, checked = tuner_layers(model), []
+        gradients = gradients_of(getattr(plain, name), (loss(**subject_batch(index)) for index in range(2)), list(layers))
+        for layer, gradient in gradients.items():
+            if torch.linalg.matrix_rank(gradient) >= RANK:
+                check_basis(layers[layer], gradient, torch.ones(gradient.shape[1]))
+                checked.append(layer)
+        assert checked
+    with caplog.at_level(logging.INFO):
+        adapter_files.save(components, tmp_path / "saved")
+    assert [path.name for path in (tmp_path / "saved").iterdir()] == ["full"]
+    assert caplog.text.count("is not saved as a compact file: with the basis 'gradient'") == 3
+    fresh = tiny_pipeline()
+    adapters.load_adapter(fresh, tmp_path / "saved" / "full", ADAPTER_NAME)
+    for name, model in components.items():
+        for ours, theirs in zip(tuner_layers(getattr(fresh, name)).values(), tuner_layers(model).values(), strict=True):
+            assert torch.equal(ours.nora_A[ADAPTER_NAME], theirs.nora_A[ADAPTER_NAME])
+            assert torch.equal(ours.nora_B[ADAPTER_NAME], theirs.nora_B[ADAPTER_NAME])
+
+
+def test_an_encoder_of_clip_gets_the_basis_of_the_classification_loss(tmp_path):
+    chosen, clip = AdapterOptions("nora", rank=RANK, inner_r=2, basis="gradient", gradient_batches=0), toy_clip()
+    components = few_shot.attach(clip, chosen, few_shot.TargetLayers(encoders="image"))
+    batch_at = partial(class_batch, clip, "image")
+    losses = partial(training_losses, class_loss(clip, "image"), batch_at, Accelerator(cpu=True), per_epoch=2)
+    few_shot.start(clip, chosen, components, [images(3)], clip.tokenizer(PROMPTS.texts()), tmp_path, 0, losses)
+    plain = toy_clip()
+    separate(plain.model)
+    loss, encoder = class_loss(plain, "image"), few_shot.encoder(plain, "image")
+    layers = tuner_layers(components["image"])
+    gradients = gradients_of(encoder, (loss(**class_batch(plain, "image", index)) for index in range(2)), list(layers))
+    statistics = ActivationStatistics.load(tmp_path / "image.safetensors")
+    checked = [name for name, gradient in gradients.items() if torch.linalg.matrix_rank(gradient) >= RANK]
+    assert checked
+    for name in checked:
+        check_basis(layers[name], gradients[name], statistics[name])
