@@ -36,8 +36,7 @@ def initialize_nora_weights(
 ) -> None:
     """Initialise the adapter: outer factors by AwSVD of each base weight, inner factors according to its configuration.
 
-    Without statistics the outer factors are those of the plain SVD, with a warning unless the configured weighting is "none". All
-    layers are checked before any is changed.
+    Without statistics this is the plain SVD, with a warning unless the configured weighting is "none".
 
     Args:
         model: with the adapter, added in any way.
@@ -50,8 +49,7 @@ def initialize_nora_weights(
         loftq_start: start each inner pair where the change is nearest to what quantisation removed, W - Q(W), in the norm of
             the activations  [LoftQ, Li et al. 2023, within NoRA's outer factors]. Needs `unquantized`.
         calibration: "base" for statistics that can be computed again: the scale is rounded, and compact files leave it out.
-    Raises: ValueError if there is no such adapter, it is merged, the statistics are of another model or lack what the weighting
-        needs, factors are missing, or `unquantized` or `loftq_start` cannot be used.
+    Raises: ValueError if an argument does not fit the adapter, its configuration or the model; nothing is changed then.
     """
     config = _checked_config(model, adapter_name, unquantized, loftq_start)
     stats = None if config.weighting == "none" else stats
