@@ -232,9 +232,10 @@ class Nora(AdapterMethod):
     def prepare_dry_run(self, model: nn.Module, adapter_name: str) -> bool:
         """True: the calibration is a forward pass in batches no larger than a step's. Outer factors are zero until then.
 
-        False for a basis from gradients of the weights, which need more memory than those of the inner factors.
+        False for a basis from gradients of the weights, and for weightings that sum more than one vector for each layer: both
+        need memory that a step does not.
         """
-        if self.options.basis != "weight":
+        if self.options.basis != "weight" or self.options.weighting not in ("none", "diagonal"):
             return False
         for layer in tuner_layers(model).values():
             B, A = layer.nora_B[adapter_name], layer.nora_A[adapter_name]

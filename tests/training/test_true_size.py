@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 import nora_vision
 from nora_vision.layer import nora_layers
+from pipelines.adapter_options import AdapterOptions
 from pipelines.errors import InputError
 from pipelines.methods import DEFAULT, method_named
 from pipelines.subject.generate import Sampling, generate
@@ -121,6 +122,21 @@ def test_nothing_is_calibrated_or_decomposed_before_the_memory_is_known_to_suffi
         monkeypatch.setattr(nora_vision, long_work, lambda *_, name=long_work, **__: pytest.fail(f"{name} was called"))
     with pytest.raises(DoesNotFitError, match=r"needs .* GB of memory, but memory_limit_gb is 0\.001"):
         dreambooth_nora.main(parse_options([*flags, "--memory_limit_gb", "0.001"]))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "first"),
+    [
+        ("weighting", "diagonal", True),
+        ("weighting", "none", True),
+        ("weighting", "covariance", False),
+        ("basis", "gradient", False),
+    ],
+)
+def test_the_dry_run_comes_first_only_if_the_initialisation_needs_no_more_memory_than_a_step(option, value, first):
+    method, unet = AdapterOptions(rank=4, inner_r=2, **{option: value}).create(), tiny_pipeline().unet
+    method.add(unet, ["to_q"], torch.Generator())
+    assert method.prepare_dry_run(unet, "default") == first
 
 
 class Started(Exception):
