@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from test_documented_files import DocumentedPackedFile
 from tiny_pipeline import COMPONENTS, TARGETS, add_nora, image, randomise_inner_factors, tiny_pipeline
@@ -21,14 +22,29 @@ from nora_vision import (
 )
 from nora_vision.base_calibration import PROMPTS, base_statistics, natural_noise, weights_digest
 from nora_vision.calibration import ActivationStatistics
-from nora_vision.files import read_header
+from nora_vision.compact import PROJECTIONS
+from nora_vision.files import CONFIGURATION, read_header, write_json, write_tensors
 from nora_vision.layer import nora_layers
-from nora_vision.packing import PACKED_DTYPES, SCALES
-from nora_vision.rounding import round_inner_factors
+from nora_vision.packing import PACKED_DTYPES, SCALES, pack
+from nora_vision.rounding import _rounded, round_inner_factors
 from nora_vision.saving import adapter_tensors
 from nora_vision.scales import OCTAVES, coarse_scale, recovered_steps, scale_of, steps_of
 
 WEIGHTS = "adapter_model.safetensors"
+SDXL = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 RANKS = {"r": 6, "inner_r": 3}
 LAYERS = TARGETS | {"unet": ["to_q", "to_k", "to_out.0"]}
 
@@ -170,6 +186,31 @@ def test_the_size_of_a_file_is_that_of_its_factors_parities_and_probes(tmp_path,
     assert sum(tensor.nbytes for tensor in tensors.values()) == width * factors + steps * len(layers) + 4 * 5 * len(layers)
     entries = sum(layer.in_features for layer in layers.values())
     assert len(zlib.decompress(scales.numpy().tobytes())) == -(-entries // 8)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_all_attention_layers_of_sdxl_fit_into_200_000_bytes(tmp_path, dtype):
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SDXL)
+    shapes = {
+        n: m.weight.shape for n, m in unet.named_modules() if isinstance(m, torch.nn.Linear) and n.endswith(tuple(ATTENTION))
+    }
+    assert len(shapes) == 560
+    generator, tensors, inputs = torch.Generator().manual_seed(0), {}, {}
+    for name, (_, width) in shapes.items():
+        # Query, key and value have the same input, and so have all layers on the text.
+        source = "text" if name.endswith(("attn2.to_k", "attn2.to_v")) else name.replace("to_k", "to_q").replace("to_v", "to_q")
+        inputs.setdefault(source, coarse_scale(torch.randn(width, generator=generator).exp()))
+        inner = {"nora_inner_A": torch.randn(4, 16, generator=generator), "nora_inner_B": torch.randn(16, 4, generator=generator)}
+        rounded = {kind: _rounded(factors, dtype, name) for kind, factors in inner.items()}
+        probe = torch.randn(1 + PROJECTIONS, generator=generator)
+        parts = {**rounded, "nora_activation_scale": inputs[source], "nora_probe": probe}
+        tensors |= {f"{name}.{kind}": part for kind, part in parts.items()}
+    packed, metadata = pack(tensors, base_calibration=True)
+    digests = {"nora_layout": "packed", CONFIGURATION: "0" * 64}
+    write_tensors(tmp_path / WEIGHTS, packed, metadata | digests, digest=True)
+    write_json(tmp_path / "adapter_config.json", NoraConfig(r=16, inner_r=4, target_modules=ATTENTION).to_dict())
+    assert sum(file.stat().st_size for file in tmp_path.iterdir() if file.is_file()) <= 200_000
 
 
 def test_preserved_starts_and_modules_trained_in_full_come_back_too(tmp_path):
