@@ -38,6 +38,7 @@ class Boft(PeftMethod):
     parameters = "boft_n_butterfly_factor * n * block_size + m"
     Options = BoftOptions
     config_class = "BOFTConfig"
+    adapts_quantized_layers = True
     samples_start = False
     fields: ClassVar = {"block_size": "boft_block_size"}
     adapts_convolutions = False

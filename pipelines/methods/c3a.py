@@ -25,6 +25,7 @@ class C3a(PeftMethod):
     parameters = "m * n // block_size"
     Options = C3aOptions
     config_class = "C3AConfig"
+    adapts_quantized_layers = True
     samples_start = False
     # PEFT's default starts with random blocks.
     settings: ClassVar = {"init_weights": True}

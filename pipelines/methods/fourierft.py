@@ -44,6 +44,7 @@ class Fourierft(PeftMethod):
     parameters = "n_frequency"
     Options = FourierftOptions
     config_class = "FourierFTConfig"
+    adapts_quantized_layers = True
     # PEFT's default starts with a random spectrum.
     settings: ClassVar = {"init_weights": True}
     adapts_convolutions = False

@@ -34,6 +34,7 @@ class Gralora(PeftMethod):
     parameters = "rank * (m + n)"
     Options = GraloraOptions
     config_class = "GraloraConfig"
+    adapts_quantized_layers = True
     fields: ClassVar = {"rank": "r", "dropout": "gralora_dropout"}
     adapts_convolutions = False
 

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
-from pipelines.adapter_method import TaskDefaults, option
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pipelines.adapter_method import TaskDefaults, option, tuner_layers
 from pipelines.errors import InputError
 from pipelines.peft_method import PeftMethod
 from pipelines.run_options import Task
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
 @dataclass
@@ -33,11 +42,53 @@ class Hra(PeftMethod):
     Options = HraOptions
     config_class = "HRAConfig"
     is_low_rank = True
+    adapts_quantized_layers = True
 
     @classmethod
     def defaults(cls, task: Task, built_in: bool) -> TaskDefaults:
         """PEFT's rank."""
         return TaskDefaults(1e-3, {"rank": 8})
+
+    @classmethod
+    def inject(cls, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        """Add the adapter, whose linear layers do not multiply the reflections out as PEFT's do."""
+        from peft.tuners.hra import HRALinear
+
+        super().inject(model, config, adapter_name)
+        for layer in tuner_layers(model).values():
+            if type(layer) is HRALinear:
+                layer.__class__ = _reflecting_linear()
+
+
+class Reflecting:
+    """A mixin in front of PEFT's layer:  h = W x - (W U) S^-1 U^T x,  U of unit columns u_i, S = I / 2 + triu(U^T U, 1).
+
+    It is the compact form of the product of reflections  [Bischof and Van Loan 1987; Joffrain et al. 2006], which needs no (n, n)
+    matrix and reads W only through the base layer.
+    """
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """x: (..., in_features), h: (..., out_features)."""
+        active = [name for name in self.active_adapters if name in self.hra_u]
+        if self.disable_adapters or self.merged or len(active) != 1 or self.hra_apply_GS[active[0]]:
+            return super().forward(x, *args, **kwargs)
+        U = F.normalize(self.hra_u[active[0]], dim=0)
+        result = self.base_layer(x, *args, **kwargs)
+        up = self.base_layer(U.T.to(x.dtype)).to(U.dtype)
+        if self.base_layer.bias is not None:
+            up = up - self.base_layer.bias
+        identity = torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
+        S = torch.triu(U.T @ U, 1).to(U.dtype) + identity / 2
+        T = torch.linalg.solve_triangular(S, identity, upper=True)
+        return result - ((x.to(U.dtype) @ U) @ T.T @ up).to(result.dtype)
+
+
+@cache
+def _reflecting_linear() -> type[nn.Module]:
+    """PEFT's linear layer in the compact form; its base takes seconds to import."""
+    from peft.tuners.hra import HRALinear
+
+    return type("ReflectingLinear", (Reflecting, HRALinear), {})
 
 
 METHOD = Hra

@@ -30,6 +30,7 @@ class Ia3(PeftMethod):
     parameters = "n"
     Options = Ia3Options
     config_class = "IA3Config"
+    adapts_quantized_layers = True
     samples_start = False
     export_note = EXPORT_NOTE
 

@@ -29,6 +29,7 @@ class Miss(PeftMethod):
     parameters = "rank * m"
     Options = MissOptions
     config_class = "MissConfig"
+    adapts_quantized_layers = True
     samples_start = False
     adapts_convolutions = False
     is_low_rank = True

@@ -33,6 +33,7 @@ class Oft(PeftMethod):
     parameters = "(1 if block_share else n // block_size) * block_size * (block_size - 1) // 2"
     Options = OftOptions
     config_class = "OFTConfig"
+    adapts_quantized_layers = True
     samples_start = False
     fields: ClassVar = {"block_size": "oft_block_size"}
     adapts_convolutions = False

@@ -49,6 +49,7 @@ class Randlora(PeftMethod):
     parameters = "-(-min(m, n) // rank) * (rank + min(m, n))"
     Options = RandloraOptions
     config_class = "RandLoraConfig"
+    adapts_quantized_layers = True
     fields: ClassVar = {"rank": "r", "alpha": "randlora_alpha", "dropout": "randlora_dropout"}
     settings: ClassVar = {"save_projection": False}
     adapts_convolutions = False
