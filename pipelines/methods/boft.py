@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -80,6 +81,13 @@ class Boft(PeftMethod):
                 )
         layer._FBD_CUDA = BlockDiagonal
         super().inject(model, config, adapter_name)
+        shared: dict[torch.Size, torch.Tensor] = {}
+        for adapted in tuner_layers(model).values():
+            if isinstance(adapted, layer.Linear):
+                # One matrix of permutations for all layers of a size.
+                adapted.boft_P = shared.setdefault(adapted.boft_P.shape, adapted.boft_P)
+            if type(adapted) is layer.Linear:
+                adapted.__class__ = _rotating_linear()
 
 
 class BlockDiagonal:
@@ -95,6 +103,48 @@ class BlockDiagonal:
         """The blocks (f, k, b, b) on the diagonal of `gradient` (f, k b, k b)."""
         f, k, b, _ = blocks.shape
         return [gradient.reshape(f, k, b, k, b).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).contiguous()]
+
+
+class Rotating:
+    """A mixin in front of PEFT's layer, which rotates the inputs and not the weight, so that it needs no (n, n) matrix.
+
+    h = b + diag(s) (W x + W (B x - x)),  B = B_1 ... B_f,  B_i = P_i D_i^T P_i^T,  D_i block-diagonal, P_i a permutation
+    """
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """x: (..., in_features), h: (..., out_features)."""
+        active = [name for name in self.active_adapters if name in self.boft_R]
+        if self.disable_adapters or self.merged or len(active) != 1:
+            return super().forward(x, *args, **kwargs)
+        R, s = self.boft_R[active[0]], self.boft_s[active[0]].flatten()
+        rotated = x.to(R.dtype)
+        blocks = self.cayley_batch(R.flatten(0, 1)).unflatten(0, R.shape[:2])
+        orders = _orders(self.in_features, R.shape[2], len(R))
+        for order, D in reversed(list(zip(orders, blocks, strict=True))):
+            order = order.to(x.device)
+            in_blocks = rotated[..., order.argsort()].unflatten(-1, R.shape[1:3])
+            rotated = torch.einsum("...kr,krc->...kc", in_blocks, D).flatten(-2)[..., order]
+        result = self.base_layer(x, *args, **kwargs)
+        change = self.base_layer((rotated - x).to(x.dtype))
+        bias = 0 if self.base_layer.bias is None else self.base_layer.bias
+        return result + ((s - 1) * (result - bias) + s * (change - bias)).to(result.dtype)
+
+
+@cache
+def _orders(size: int, block: int, factors: int) -> list[torch.Tensor]:
+    """For each butterfly factor, the places (size,) that its permutation P_i reads."""
+    from peft.tuners.boft.layer import BOFTLayer
+
+    count = size // block
+    return [BOFTLayer.block_butterfly_perm(None, size, count // 2**level, block // 2, factors - 1) for level in range(factors)]
+
+
+@cache
+def _rotating_linear() -> type[nn.Module]:
+    """PEFT's linear layer that rotates its inputs; its base takes seconds to import."""
+    from peft.tuners.boft.layer import Linear
+
+    return type("RotatingLinear", (Rotating, Linear), {})
 
 
 METHOD = Boft
