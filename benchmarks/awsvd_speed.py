@@ -2,7 +2,8 @@
 
     python benchmarks/awsvd_speed.py
 
-1. A weight of SDXL's size with a flat, a slowly and a steeply decaying spectrum: time and error. Both programs take turns.
+1. A weight of SDXL's size with a flat, a slowly and a steeply decaying spectrum: time and error, where both programs take turns,
+   and the effect of the order of summation, which decides the precision in which factors are reproducible.
 2. The attention projections of the built-in model, with its trained weights: error.
 3. Random weights for every attention projection of the true-size SDXL UNet (560 nn.Linear layers, one at a time, so that they fit
    into the memory of a laptop). AwSVD is timed in float64, as in the initialisation, where it makes compact files reproducible,
@@ -99,6 +100,25 @@ def compare_on_one_matrix(size: int, rank: int, repeats: int, device: str) -> No
         print(f"times faster; weighted error {100 * excess(weight, scale, rank):.2f}% above the optimal one")
 
 
+def summation_error(weight: torch.Tensor, rank: int) -> float:
+    """How much B C A changes, relative to its norm, with the order of the sums over the inputs; C is random, of rank 8."""
+    order = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(2)).to(weight.device)
+    scale = torch.ones_like(weight[0])
+    (B, A), (other_B, other_A) = (awsvd(matrix, scale, rank) for matrix in (weight, weight[:, order]))
+    inner = torch.Generator().manual_seed(3)
+    up, down = (torch.randn(*shape, generator=inner).to(weight) for shape in ((rank, 8), (8, rank)))
+    change = B @ up @ down @ A
+    return ((other_B @ up @ down @ other_A - change[:, order]).norm() / change.norm()).item()
+
+
+def compare_precisions(size: int, rank: int, device: str) -> None:
+    """Print how much the order of summation, which differs between machines, changes a weight change in both precisions."""
+    print("The same weights with another order of summation:")
+    for name, weight in weights(size).items():
+        single, double = (summation_error(weight.to(device, dtype), rank) for dtype in (torch.float32, torch.float64))
+        print(f"  {name}: B C A changes by {single:.0e} of its norm in float32, {double:.0e} in float64")
+
+
 def compare_on_trained_weights(rank: int, device: str) -> None:
     """Print the largest and the median error, relative to the optimal one, on the attention projections of the built-in model."""
     unet = UNet2DConditionModel.from_pretrained(BUILT_IN_MODEL / "unet", torch_dtype=torch.float32)
@@ -149,7 +169,7 @@ def compare_on_sdxl(rank: int, device: str) -> None:
 
 
 def main() -> None:
-    """Print all three comparisons."""
+    """Print all comparisons."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rank", type=int, default=64)
@@ -157,6 +177,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     compare_on_one_matrix(1280, options.rank, options.repeats, options.device)
+    compare_precisions(1280, options.rank, options.device)
     compare_on_trained_weights(min(options.rank, 8), options.device)
     compare_on_sdxl(options.rank, options.device)
 

@@ -319,8 +319,9 @@ def small_shapes(workspace: Workspace, benchmark: object) -> None:
 
 def small_matrices(workspace: Workspace, benchmark: object) -> None:
     """One small matrix in place of SDXL's."""
-    compare = benchmark.compare_on_one_matrix
-    workspace.patch.setattr(benchmark, "compare_on_one_matrix", lambda size, *more: compare(32, *more))
+    for name in ("compare_on_one_matrix", "compare_precisions"):
+        compare = getattr(benchmark, name)
+        workspace.patch.setattr(benchmark, name, lambda size, *more, compare=compare: compare(32, *more))
     workspace.patch.setattr(benchmark, "sdxl_attention_shapes", lambda: Counter({(16, 24): 1}))
 
 
