@@ -79,8 +79,8 @@ class SubtractedStart(AdapterMethod):
         for name, statistic in self.statistics(layers, probe):
             layer = layers[name]
             rank = self.usable_rank(layer.r[adapter_name], *matrix_shape(layer))
-            copied = unfolded(layer, rank, layer.scaling[adapter_name], adapter_name)
             with seeded(probe.generator):
+                copied = unfolded(layer, rank, layer.scaling[adapter_name], adapter_name)
                 self.initialise(copied, adapter_name, statistic)
             yield name, Factors(*(part[adapter_name].weight.detach().float().cpu() for part in (copied.lora_B, copied.lora_A)))
 

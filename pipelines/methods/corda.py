@@ -61,10 +61,10 @@ class Corda(SubtractedStart, Lora):
 
         base, rank = layer.get_base_layer(), layer.r[adapter_name]
         base.covariance_matrix = statistic
-        whole = collect_eigens_for_layer(base, None)
+        eigens = collect_eigens_for_layer(base, None)
         part = slice(rank) if self.options.corda_method == PRINCIPAL else slice(-rank, None)
-        U, V = (vectors[:, part].to(statistic.device) for vectors in (whole.U_WC, whole.V_WC))
-        base.eigens = CordaEigens(whole.S_WC[part].clone(), U, V)
+        U, V = (vectors[:, part].to(statistic.device) for vectors in (eigens.U_WC, eigens.V_WC))
+        base.eigens = CordaEigens(eigens.S_WC[part].clone(), U, V)
         layer.corda_init(adapter_name, "corda")
 
 

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from pipelines.adapter_method import LowRankOptions, Probe, TaskDefaults
+from pipelines.adapter_method import LowRankOptions, MethodTraining, Probe, TaskDefaults
 from pipelines.methods.nora import Nora
 from pipelines.run_options import Task
 
@@ -51,6 +52,14 @@ class LoraXs(Nora):
 
     def start(self, model: nn.Module, probe: Probe, adapter_name: str) -> None:
         """Nothing is left to do: the outer factors depend only on the weights, and R is zero."""
+
+    def prepare_dry_run(self, model: nn.Module, adapter_name: str) -> bool:
+        """False: nothing is left for `start`."""
+        return False
+
+    def training(self, models: Sequence[nn.Module], total_steps: int) -> MethodTraining:
+        """No hooks."""
+        return MethodTraining(models, total_steps)
 
     def learning_rate_factor(self, parameter_name: str) -> float:
         """1 for R."""

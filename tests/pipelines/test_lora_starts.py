@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.incremental_pca import IncrementalPCA
 from safetensors.torch import load_file
 from torch import nn
 
@@ -16,6 +19,8 @@ from pipelines.adapter_method import ADAPTER_NAME, Probe, adapters_off, no_losse
 from pipelines.errors import InputError
 from pipelines.methods import method_named
 from pipelines.methods.eva import allocated_ranks
+from pipelines.methods.lora import PlainLoraOptions
+from pipelines.second_moments import second_moments
 
 RANK, ALPHA, OUT, IN = 2, 3.0, 6, 5
 SCALE = ALPHA / RANK
@@ -233,12 +238,200 @@ def test_a_rank_above_the_size_of_a_layer_is_refused_with_its_name(name, tmp_pat
         started(name, tmp_path, rank=6)
 
 
-def test_lora_fa_trains_only_b(tmp_path):
+def test_lora_fa_trains_only_b_whenever_adapters_are_switched(tmp_path):
     model = started("lora", tmp_path, lora_fa=True)
+    disturb(model)
+    adapter_files.save({"model": model}, tmp_path)
+    for layer in tuner_layers(model).values():
+        layer.enable_adapters(False)
+        layer.enable_adapters(True)
+        layer.set_adapter([ADAPTER_NAME])
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert names
     assert all(".lora_B." in name for name in names)
-    assert sum(p.numel() for p in trained_parameters({"model": model})) == 2 * RANK * OUT
+    method = method_named("lora")(PlainLoraOptions(rank=RANK, lora_fa=True))
+    formula = sum(eval(method.parameters, {}, {"rank": RANK, "m": m}) for m in (OUT, OUT))
+    assert sum(p.numel() for p in trained_parameters({"model": model})) == formula
+    loaded = PeftModel.from_pretrained(small_model(), str(tmp_path / "full" / "model"))
+    torch.testing.assert_close(output(loaded.base_model.model), output(model))
+
+
+def test_the_gradients_of_lora_fa_give_the_step_of_b_closest_to_one_of_the_weight(tmp_path):
+    model = started("lora", tmp_path, lora_fa=True)
+    kind = method_named("lora")
+    training = kind(kind.Options(rank=RANK, alpha=ALPHA, lora_fa=True)).training([model], 10)
+    output(model).square().mean().backward()
+    base = small_model()
+    output(base).square().mean().backward()
+    training.after_backward(1)
+    for key in ("first", "second"):
+        A, B = model[key].lora_A[ADAPTER_NAME].weight, model[key].lora_B[ADAPTER_NAME].weight
+        # B is zero, so the gradient of the weight is that of the base model: min_g || s g A - dL/dW ||_F.
+        closest = torch.linalg.lstsq(SCALE * A.T, base[key].weight.grad.T).solution.T
+        torch.testing.assert_close(B.grad, closest, atol=1e-5, rtol=1e-3)
+
+
+class Convolution(nn.Module):
+    """One convolution with stride and padding."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+
+    def forward(self, images):
+        return self.conv(images)
+
+
+@pytest.mark.parametrize("name", [*SUBTRACTED, "eva"])
+def test_a_convolution_is_its_matrix(name, tmp_path):
+    """(out, in * kh * kw), whose inputs are patches of the images."""
+    images, model, kind = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1)), Convolution(), method_named(name)
+    method = kind(kind.Options(rank=RANK, alpha=ALPHA))
+    method.add(model, ["conv"], torch.Generator())
+    losses = partial(lambda count: ((model(images) - index).square().mean() for index in range(count)))
+    probe = Probe(lambda: model(images), losses, torch.Generator(), tmp_path / "conv.safetensors")
+    method.start(model, probe, ADAPTER_NAME)
+    assert torch.equal(model(images), Convolution()(images))
+    matrix = nn.ModuleDict({"linear": nn.Linear(27, 8)})
+    base = model.conv.get_base_layer()
+    matrix["linear"].load_state_dict({"weight": base.weight.flatten(1), "bias": base.bias})
+    patches = nn.functional.unfold(images, 3, padding=1, stride=2).transpose(1, 2)
+    # The gradient's mean over outputs is that of the same outputs in another order.
+    losses = partial(lambda count: ((matrix["linear"](patches) - index).square().mean() for index in range(count)))
+    other = kind(kind.Options(rank=RANK, alpha=ALPHA))
+    other.add(matrix, ["linear"], torch.Generator())
+    run = Probe(lambda: matrix["linear"](patches), losses, torch.Generator(), tmp_path / "matrix.safetensors")
+    other.start(matrix, run, ADAPTER_NAME)
+    ours, theirs = model.conv.lora_A[ADAPTER_NAME].weight, matrix["linear"].lora_A[ADAPTER_NAME].weight
+    size = min(len(ours), RANK)
+    signs = torch.sign((ours.flatten(1) * theirs).sum(dim=1))[:size, None]
+    torch.testing.assert_close(ours.flatten(1)[:size], signs * theirs[:size], atol=2e-3, rtol=0)
+    disturb(model)
+    adapter_files.save({"model": model}, tmp_path)
+    loaded = PeftModel.from_pretrained(Convolution(), str(tmp_path / "full" / "model"))
+    torch.testing.assert_close(loaded(images), model(images), atol=1e-5, rtol=1e-4)
+    expected = base(images) + nn.functional.conv2d(images, model.conv.get_delta_weight(ADAPTER_NAME), None, 2, 1)
+    torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["pissa", "olora", "milora", "corda"])
+def test_a_quantised_weight_stays_as_it_is_and_is_started_from_its_dequantised_values(name, tmp_path):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"linear": Linear4bit(16, 8, quant_type="nf4", compute_dtype=torch.float32)}).to("cpu")
+    x = torch.randn(5, 16)
+    before, quantised = model["linear"](x), model["linear"].weight.data.clone()
+    dense = dequantize_4bit(model["linear"].weight.data, model["linear"].weight.quant_state)
+    kind = method_named(name)
+    method = kind(kind.Options(rank=RANK, alpha=ALPHA))
+    method.add(model, ["linear"], torch.Generator())
+    probe = Probe(lambda: model["linear"](x), no_losses, torch.Generator(), tmp_path / "x.safetensors")
+    method.start(model, probe, ADAPTER_NAME)
+    layer = model["linear"]
+    assert torch.equal(layer(x), before)
+    assert torch.equal(layer.get_base_layer().weight.data, quantised)
+    U, S, Vh = torch.linalg.svd(dense.float(), full_matrices=False)
+    expected = {"pissa": (U[:, :RANK] * S[:RANK]) @ Vh[:RANK], "milora": (U[:, -RANK:] * S[-RANK:]) @ Vh[-RANK:]}
+    if name in expected:
+        torch.testing.assert_close(start_of(layer), expected[name])
+
+
+def test_files_in_half_precision_hold_the_change_and_not_the_difference_of_two_large_products(tmp_path):
+    """With B A and B_0 A_0 side by side, the rounding of bfloat16 would exceed a small change."""
+    model = started("pissa", tmp_path)
+    for parameter in trained_parameters({"model": model}):
+        parameter.data += 1e-3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+    layer = model["first"]
+    change = layer.get_delta_weight(ADAPTER_NAME)
+
+    def error(up, down):
+        return float((SCALE * up.bfloat16().float() @ down.bfloat16().float() - change).norm() / change.norm())
+
+    side_by_side = [torch.cat([trained_of(part), sign * first_of(part)], dim=dim) for part, sign, dim in (
+        (layer.lora_B, -1, 1), (layer.lora_A, 1, 0))]  # fmt: skip
+    torch.testing.assert_close(SCALE * side_by_side[0] @ side_by_side[1], change, atol=1e-5, rtol=0)
+    assert error(layer.lora_B[ADAPTER_NAME].weight, layer.lora_A[ADAPTER_NAME].weight) < 0.01
+    assert error(*side_by_side) > 0.1
+
+
+@methods
+def test_training_without_a_start_is_an_error_and_not_plain_lora(name):
+    model, kind = small_model(), method_named(name)
+    method = kind(kind.Options(rank=RANK))
+    method.add(model, ["first", "second"], torch.Generator())
+    with pytest.raises(ValueError, match=r"has not been started at 'first'. Call start"):
+        method.training([model], 10)
+
+
+def test_rows_that_a_gradient_does_not_determine_start_as_in_lora(tmp_path):
+    """LoRA-GA needs 2r singular vectors; of a 6 x 5 weight it can start two rows of four."""
+    layer = started("lora_ga", tmp_path, rank=4)["first"]
+    A, B = first_of(layer.lora_A), first_of(layer.lora_B)
+    assert not B[:, 2:].any()
+    assert A[2:].any(dim=1).all()
+    torch.testing.assert_close(A[:2] @ A[:2].T, torch.eye(2), atol=1e-5, rtol=0)
+
+
+def test_a_convolution_with_groups_is_refused_with_its_name(tmp_path):
+    model = nn.ModuleDict({"grouped": nn.Conv2d(4, 4, 3, groups=2)})
+    kind = method_named("pissa")
+    method = kind(kind.Options(rank=RANK))
+    method.add(model, ["grouped"], torch.Generator())
+    with pytest.raises(InputError, match=r"'grouped' must be a convolution without groups, got 2"):
+        method.start(model, Probe(None, no_losses, torch.Generator(), tmp_path / "x.safetensors"), ADAPTER_NAME)
+
+
+@pytest.mark.parametrize("group_bytes", [1, 2**30])
+def test_moments_are_those_of_all_inputs_whatever_the_groups(group_bytes, tmp_path):
+    model = started("lora", tmp_path)
+    calls = []
+
+    def forward():
+        calls.append(output(model))
+
+    found = dict(second_moments(tuner_layers(model), forward, group_bytes))
+    assert len(calls) == (2 if group_bytes == 1 else 1)
+    hidden = torch.tanh(model["first"].get_base_layer()(inputs()))
+    for name, x in (("first", inputs()), ("second", hidden)):
+        torch.testing.assert_close(found[name].covariance, torch.cov(x.T.double(), correction=0), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(found[name].mean, x.mean(dim=0).double(), atol=1e-6, rtol=1e-5)
+
+
+def test_eva_finds_the_directions_of_pefts_incremental_decomposition(tmp_path):
+    layer = started("eva", tmp_path, rho=1.0)["first"]
+    pca = IncrementalPCA(n_components=IN)
+    pca.fit(inputs())
+    A = layer.lora_A[ADAPTER_NAME].weight.detach()
+    torch.testing.assert_close((A @ pca.components_[: len(A)].T).abs(), torch.eye(len(A)), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_eva_keeps_the_scaling_at_every_rank(use_rslora, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.methods.eva.allocated_ranks", lambda explained, budget: {"first": 1, "second": 3})
+    model = started("eva", tmp_path, use_rslora=use_rslora)
+    disturb(model)
+    adapter_files.save({"model": model}, tmp_path)
+    loaded = PeftModel.from_pretrained(small_model(), str(tmp_path / "full" / "model")).base_model.model
+    for adapted, name in ((model, ADAPTER_NAME), (loaded, "default")):
+        assert [adapted[key].r[name] for key in ("first", "second")] == [1, 3]
+        for key in ("first", "second"):
+            assert adapted[key].scaling[name] == pytest.approx(ALPHA / (RANK**0.5 if use_rslora else RANK))
+    torch.testing.assert_close(output(loaded), output(model))
+
+
+def test_pissa_with_power_iterations_comes_close_to_the_exact_decomposition(tmp_path):
+    exact, fast = (started("pissa", tmp_path / str(n), pissa_niter=n)["first"] for n in (0, 200))
+    torch.testing.assert_close(start_of(fast), start_of(exact), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "option"), [("lora_ga", {"lora_ga_direction": "random"}), ("pissa", {"pissa_niter": 1})])
+def test_a_randomised_start_follows_the_probes_generator_and_not_the_global_one(name, option, tmp_path):
+    starts = []
+    for seed in range(2):
+        model = small_model()
+        torch.manual_seed(seed)
+        starts.append(started(name, tmp_path / str(seed), model, **option))
+    assert torch.equal(first_of(starts[0]["first"].lora_A), first_of(starts[1]["first"].lora_A))
 
 
 def test_lora_xs_trains_one_square_matrix_between_the_singular_vectors(tmp_path):
