@@ -16,7 +16,6 @@ ordinary NoRA at the same rank, and LoRA. Measured are, on a held-out image of e
 from __future__ import annotations
 
 import shlex
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -72,7 +71,8 @@ class BenchmarkOptions:
 
     def kinds(self) -> dict[str, tuple[str, str]]:
         """The flags for the two subjects, by the kind of adapters."""
-        slices = tuple(f"{self.nora_flags} --outer_slice {number}/2" for number in (1, 2))
+        # The slices of one basis come from the same statistics.
+        slices = tuple(f"{self.nora_flags} --calibration base --outer_slice {number}/2" for number in (1, 2))
         return {SLICES: slices, "NoRA": (self.nora_flags,) * 2, "LoRA": (self.lora_flags,) * 2}
 
 
@@ -86,9 +86,6 @@ def trained(kind: str, options: BenchmarkOptions) -> list[Path]:
     runs: list[RunDirectory] = []
     for index, flags in enumerate(options.kinds()[kind]):
         run = RunDirectory(Path(options.output_dir) / f"{kind.lower().replace(', ', '-')}-{index + 1}")
-        if kind == SLICES and runs:
-            # The slices of one basis come from the same statistics.
-            shutil.copytree(runs[0].path / "calibration", run.path / "calibration", dirs_exist_ok=True)
         if run.status().state != "done":
             given = ["--instance_data_dir", options.subjects[index], "--instance_prompt", options.prompts[index]]
             given += ["--heldout_image", held_out(options.subjects[index]).name, "--output_dir", str(run.path)]

@@ -54,8 +54,8 @@ class TinyLora(SharedStateMethod):
 
     @classmethod
     def defaults(cls, task: Task, built_in: bool) -> TaskDefaults:
-        """The paper's rank; few parameters need a high learning rate."""
-        return TaskDefaults(1e-2, {"rank": 2})
+        """The paper's rank; few parameters need a higher learning rate than matrices."""
+        return TaskDefaults(1e-3, {"rank": 2})
 
     @classmethod
     def complete(cls, layers: Sequence[TinyLoraLayer], config: PeftConfig, adapter_name: str) -> None:

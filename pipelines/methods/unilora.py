@@ -62,7 +62,7 @@ class UniLora(SharedStateMethod):
     def defaults(cls, task: Task, built_in: bool) -> TaskDefaults:
         """PEFT's rank, and a vector shorter than NoRA's inner factors."""
         length = {("subject", True): 4096, ("subject", False): 65536}.get((task, built_in), 1024)
-        return TaskDefaults(5e-3, {"rank": 4, "theta_d_length": length})
+        return TaskDefaults(1e-3, {"rank": 4, "theta_d_length": length})
 
     @classmethod
     def complete(cls, layers: Sequence[UniLoraLayer], config: PeftConfig, adapter_name: str) -> None:
