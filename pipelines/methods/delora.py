@@ -37,7 +37,7 @@ class Delora(PeftMethod):
     @classmethod
     def defaults(cls, task: Task, built_in: bool) -> TaskDefaults:
         """LoRA's ranks."""
-        return TaskDefaults(1e-3, {"rank": 4}) if task == "subject" else TaskDefaults(1e-3, {"rank": 2})
+        return TaskDefaults(5e-4, {"rank": 4}) if task == "subject" else TaskDefaults(5e-4, {"rank": 2})
 
 
 METHOD = Delora

@@ -40,8 +40,8 @@ class Gralora(PeftMethod):
 
     @classmethod
     def defaults(cls, task: Task, built_in: bool) -> TaskDefaults:
-        """LoRA's ranks and rates."""
-        return TaskDefaults(1e-4, {"rank": 4}) if task == "subject" else TaskDefaults(2e-4, {"rank": 2})
+        """LoRA's ranks, and twice its rates."""
+        return TaskDefaults(2e-4, {"rank": 4}) if task == "subject" else TaskDefaults(4e-4, {"rank": 2})
 
     def misfit_of_size(self, m: int, n: int) -> str | None:
         """Blocks tile the whole weight."""

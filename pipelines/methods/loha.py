@@ -28,8 +28,8 @@ class Loha(PeftMethod):
 
     @classmethod
     def defaults(cls, task: Task, built_in: bool) -> TaskDefaults:
-        """Half of LoRA's rank, for as many parameters."""
-        return TaskDefaults(1e-4, {"rank": 2}) if task == "subject" else TaskDefaults(2e-4, {"rank": 1})
+        """Half of LoRA's rank, for as many parameters; products of small values need a higher rate."""
+        return TaskDefaults(5e-4, {"rank": 2}) if task == "subject" else TaskDefaults(1e-3, {"rank": 1})
 
 
 METHOD = Loha

@@ -40,7 +40,7 @@ class Lokr(PeftMethod):
     @classmethod
     def defaults(cls, task: Task, built_in: bool) -> TaskDefaults:
         """A rank that needs about half of LoRA's parameters; C starts at zero, so the rate is higher than LoRA's."""
-        return TaskDefaults(1e-3, {"rank": 16}) if task == "subject" else TaskDefaults(2e-3, {"rank": 4})
+        return TaskDefaults(5e-4, {"rank": 16}) if task == "subject" else TaskDefaults(5e-4, {"rank": 4})
 
     def formula_names(self, m: int, n: int) -> dict[str, int]:
         """m, n and the sizes m1, n1 of C and m2, n2 of B A."""

@@ -59,7 +59,7 @@ class Randlora(PeftMethod):
     @classmethod
     def defaults(cls, task: Task, built_in: bool) -> TaskDefaults:
         """PEFT's rank, with a rate that suits the large scaling."""
-        return TaskDefaults(1e-4, {"rank": 16 if built_in else 32})
+        return TaskDefaults(5e-5, {"rank": 16 if built_in else 32})
 
     def config(self, target_modules: list[str], exclude_modules: str | None = None) -> PeftConfig:
         """PEFT's configuration, with alpha = 20 rank by default."""
