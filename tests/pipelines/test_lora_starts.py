@@ -1,6 +1,7 @@
 """LoRAs that are started otherwise, against their equations and PEFT; the base weight stays as it is."""
 
 import copy
+import os
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.incremental_pca import IncrementalPCA
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from nora_vision.factors import low_rank_factors
 from pipelines import adapter_files
@@ -454,3 +456,42 @@ def test_copies_of_a_started_layer_share_nothing(tmp_path):
     with torch.no_grad():
         copied.lora_A[ADAPTER_NAME].parametrizations.weight.original.zero_()
     assert trained_of(layer.lora_A).any()
+
+
+class Output(nn.Module):
+    """The small model as a module that is called."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self):
+        return output(self.model)
+
+
+def in_two_processes(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'group'}", rank=rank, world_size=2)
+    model = started("lora", folder)
+    layer = model["first"]
+    # Each process has a part of the inputs.
+    part = inputs()[:3] if rank == 0 else inputs()[3:]
+    moments = dict(second_moments({"first": layer}, lambda: layer(part)))["first"]
+    torch.testing.assert_close(moments.second, (inputs().T @ inputs() / len(inputs())).double(), atol=1e-5, rtol=1e-5)
+    whole, split = (Output(started("pissa", folder / f"{rank}{name}")) for name in ("whole", "split"))
+    fully_shard(split)
+    for module in (whole, split):
+        optimizer = torch.optim.AdamW([parameter for parameter in module.parameters() if parameter.requires_grad], lr=0.1)
+        for _ in range(2):
+            module().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    pairs = zip(trained_parameters({"": whole}), trained_parameters({"": split}), strict=True)
+    assert all(torch.equal(ours, theirs.full_tensor()) for ours, theirs in pairs)
+    torch.distributed.barrier()
+    # The usual end of an interpreter is now and then aborted by threads of gloo that nobody has waited for.
+    os._exit(0)
+
+
+def test_moments_are_summed_over_processes_and_a_sharded_adapter_trains_as_a_whole_one(tmp_path):
+    torch.multiprocessing.start_processes(in_two_processes, (tmp_path,), nprocs=2, start_method="fork")
