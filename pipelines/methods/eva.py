@@ -9,20 +9,21 @@ decomposition of batches until that no longer changes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from pipelines.adapter_method import Probe, option, tuner_layers
+from pipelines.adapter_method import ADAPTER_NAME, MethodTraining, Probe, option, tuner_layers
 from pipelines.errors import InputError
 from pipelines.gradients import cached_factors, origin_of
 from pipelines.methods.lora import Lora, LoraOptions
 from pipelines.subtracted_start import matrix_shape
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
     from peft.tuners.lora import LoraLayer
 
     from nora_vision.factors import Factors
@@ -81,6 +82,16 @@ class Eva(Lora):
             A = layer.lora_A[adapter_name].weight
             with torch.no_grad():
                 A.copy_(directions[name].down[: ranks[name]].view_as(A))
+        config.eva_started = True
+
+    def training(self, models: Sequence[nn.Module], total_steps: int) -> MethodTraining:
+        """No hooks.
+
+        Raises: ValueError if `start` was not called, so that plain LoRA would be trained.
+        """
+        if not all(getattr(model.peft_config[ADAPTER_NAME], "eva_started", False) for model in models):
+            raise ValueError(f"{self.title} has not been started from the activations. Call start before training.")
+        return super().training(models, total_steps)
 
     def _directions(self, layers: Mapping[str, LoraLayer], probe: Probe) -> Iterator[tuple[str, Factors]]:
         """For each layer, its k candidates for rows of A as `down` (k, in), and the variance that they explain as `up` (1, k)."""
@@ -97,7 +108,7 @@ class Eva(Lora):
             explained = (values.flip(0)[:count] / values.sum().clamp_min(SMALLEST)).float()
             yield name, Factors(explained[None].cpu(), (rows * signs).float().cpu())
 
-    def _set_rank(self, layer: LoraLayer, name: str, rank: int, config: object, adapter_name: str) -> None:
+    def _set_rank(self, layer: LoraLayer, name: str, rank: int, config: LoraConfig, adapter_name: str) -> None:
         """Give a layer another rank at the same scaling."""
         alpha = layer.scaling[adapter_name] * (rank**0.5 if config.use_rslora else rank)
         layer.update_layer(adapter_name, rank, alpha, config=config)
