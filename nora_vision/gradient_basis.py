@@ -11,11 +11,14 @@ S / max S. For k < r the other directions from the weight, orthogonal to these i
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal, get_args
 
 import torch
 
 from .decomposition import reproducible_awsvd
+from .factors import Factors
+from .layer import NoraLayer
 from .weighting import InputRoot, in_float64
 
 GradientScale = Literal["mean", "gradient"]
@@ -58,6 +61,28 @@ def gradient_factors(
         others = reproducible_awsvd(rest - (rest @ A.T) @ A, None, rank - count)
         B, A = torch.cat([B, others[0]], dim=1), torch.cat([A, others[1]])
     return B, root.unweigh(A)
+
+
+def adapter_factors(
+    layers: Mapping[str, NoraLayer],
+    adapter_name: str,
+    gradients: Iterable[tuple[str, torch.Tensor]],
+    roots: Callable[[str], InputRoot],
+    **options: Any,
+) -> Iterator[tuple[str, Factors]]:
+    """B and A of the adapter in each layer, float32 on the CPU, as the layers' gradients arrive.
+
+    Args:
+        layers: by name.
+        gradients: name and gradient G of the weight, (out, in).
+        roots: F of the layer with this name.
+        options: of `gradient_factors`.
+    """
+    for name, gradient in gradients:
+        layer = layers[name]
+        weight, gradient = layer.finite_weight_matrix(name), layer._as_matrix(gradient)
+        pair = gradient_factors(weight, gradient, roots(name), layer.r[adapter_name], **options)
+        yield name, Factors(*(part.float().cpu() for part in pair))
 
 
 def _leading_directions(matrix: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

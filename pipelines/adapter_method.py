@@ -205,6 +205,9 @@ class AdapterMethod:
         """
         return False
 
+    def prepare_start(self, components: Mapping[str, nn.Module], probes: Mapping[str, Probe], adapter_name: str) -> None:
+        """Called once before `start`, with all components and a probe of each, by name."""
+
     def start(self, model: nn.Module, probe: Probe, adapter_name: str) -> None:
         """Initialise an adapter that was just added to `model`."""
         raise NotImplementedError

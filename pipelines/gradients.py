@@ -18,6 +18,8 @@ from pipelines.errors import InputError
 if TYPE_CHECKING:
     from nora_vision.factors import Factors
 
+# Outer and inner rank, by component and layer.
+Ranks = Mapping[str, Mapping[str, tuple[int, int]]]
 # Metadata key of cached factors: a hash of what they were computed from.
 ORIGIN = "gradient_factors_origin"
 # Prevents underflow of float16 gradients; a power of two, so that scaling is exact.
@@ -116,6 +118,25 @@ def origin_of(weights: Mapping[str, torch.Tensor], values: Sequence[object]) -> 
 
     stated = [*values, {name: fingerprint(weight) for name, weight in weights.items()}]
     return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
+
+
+def cached_ranks(file: Path, origin: str, compute: Callable[[], Ranks]) -> Ranks:
+    """The ranks in `file`, or those that `compute` returns, which are written to it.
+
+    Args:
+        origin: a hash of the weights and options. Ranks of another origin are computed again.
+    Raises: InputError if `compute` raises ValueError.
+    """
+    from nora_vision.files import read_json, write_json
+
+    if not file.exists() or read_json(file).get("origin") != origin:
+        try:
+            ranks = compute()
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"origin": origin, "ranks": ranks})
+    return read_json(file)["ranks"]
 
 
 def cached_factors(file: Path, origin: str, compute: Callable[[], Iterable[tuple[str, Factors]]]) -> dict[str, Factors]:

@@ -90,11 +90,14 @@ def start(
     runs = {IMAGE: partial(_run_images, clip, pixels), TEXT: partial(run_prompts, clip, tokens)}
     method, losses = options.create(), base_losses(losses, components.values())
     fixed = clip_calibration(clip, components)
-    for index, (name, model) in enumerate(components.items()):
+    probes = {}
+    for index, name in enumerate(components):
         forward = partial(_in_evaluation, clip.model, runs[name])
         generator = keyed_generator(seed, 2, index)
-        probe = Probe(forward, losses, generator, cache / f"{name}.safetensors", fixed[name])
-        method.start(model, probe, ADAPTER_NAME)
+        probes[name] = Probe(forward, losses, generator, cache / f"{name}.safetensors", fixed[name])
+    method.prepare_start(components, probes, ADAPTER_NAME)
+    for name, model in components.items():
+        method.start(model, probes[name], ADAPTER_NAME)
 
 
 def _in_evaluation(model: nn.Module, run: Callable[[], None]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ from pipelines.adapter_method import (
     tuner_layers,
 )
 from pipelines.errors import InputError
-from pipelines.gradients import cached_factors, check_differentiable, mean_gradients, origin_of
+from pipelines.gradients import cached_factors, cached_ranks, check_differentiable, mean_gradients, origin_of
 from pipelines.native_files import COMPACT, FULL
 from pipelines.option_checks import above_zero, at_least, one_of, within
 from pipelines.run_options import Task
@@ -47,6 +47,11 @@ CALIBRATIONS, INNER_DTYPES = ("data", "base"), ("float32", "float16", "int8")
 WEIGHTINGS = ("none", "diagonal", "quantile", "trimmed", "huber", "diagonal_low_rank", "covariance")
 BASES = ("weight", "gradient", "mixed")
 GRADIENT_SCALES = ("mean", "gradient")
+# Options that are fields of `NoraConfig` too.
+CONFIG_FIELDS = (
+    "dropout", "inner_init", "inner_form", "inner_blocks", "sparse_entries", "num_subspaces", "outer_scaling", "preserve_output",
+    "outer_slice", "weighting", "basis",
+)  # fmt: skip
 
 
 @dataclass
@@ -146,11 +151,20 @@ class NoraOptions:
         "NoRA gradient scale",
         choices=GRADIENT_SCALES,
     )
+    parameter_budget: int | None = option(
+        None,
+        "number of trained parameters of all layers together; each layer then has an outer rank from the energy of its weight, "
+        "instead of --rank, and an inner rank from its gradient",
+        "NoRA parameter_budget (chooses the ranks of each layer)",
+    )
     lora_plus_ratio: float = option(1.0, "LoRA+ ratio of the learning rates of B and A", "LoRA+ ratio")
 
     def __post_init__(self) -> None:
         at_least(self, 1, "rank")
         at_least(self, 0, "gradient_batches")
+        at_least(self, 1, "parameter_budget")
+        if self.parameter_budget is not None and (self.inner_form != "serial" or self.num_subspaces > 1):
+            raise InputError("parameter_budget needs inner_form serial and num_subspaces 1. Leave parameter_budget out.")
         above_zero(self, "lora_plus_ratio")
         one_of(self, GRADIENT_SCALES, "gradient_scale")
         within(self, 0, 1, "gradient_share")
@@ -213,18 +227,8 @@ class Nora(AdapterMethod):
             r=options.rank,
             inner_r=options.inner_r,
             alpha=options.inner_r if options.alpha is None else options.alpha,
-            dropout=options.dropout,
-            inner_init=options.inner_init,
-            inner_form=options.inner_form,
-            inner_blocks=options.inner_blocks,
-            sparse_entries=options.sparse_entries,
-            num_subspaces=options.num_subspaces,
-            outer_scaling=options.outer_scaling,
-            preserve_output=options.preserve_output,
             outer_init="awsvd",
-            outer_slice=options.outer_slice,
-            weighting=options.weighting,
-            basis=options.basis,
+            **{name: getattr(options, name) for name in CONFIG_FIELDS},
             target_modules=target_modules,
             exclude_modules=exclude_modules,
         )
@@ -232,10 +236,10 @@ class Nora(AdapterMethod):
     def prepare_dry_run(self, model: nn.Module, adapter_name: str) -> bool:
         """True: the calibration is a forward pass in batches no larger than a step's. Outer factors are zero until then.
 
-        False for a basis from gradients of the weights, and for weightings that sum more than one vector for each layer: both
-        need memory that a step does not.
+        False for gradients of the weights, and for weightings that sum more than a vector for each layer, which need more memory.
         """
-        if self.options.basis != "weight" or self.options.weighting not in ("none", "diagonal"):
+        forward_only = self.options.basis == "weight" and self.options.weighting in ("none", "diagonal")
+        if not forward_only or self.options.parameter_budget is not None:
             return False
         for layer in tuner_layers(model).values():
             B, A = layer.nora_B[adapter_name], layer.nora_A[adapter_name]
@@ -244,8 +248,6 @@ class Nora(AdapterMethod):
 
     def start(self, model: nn.Module, probe: Probe, adapter_name: str) -> None:
         """Compute the outer factors from the base model's activations, and gradients if needed, and sample the inner factors.
-
-        What was computed is cached.
 
         Raises: InputError if the basis needs the gradient of a quantised weight; no loss is computed then.
         """
@@ -260,21 +262,13 @@ class Nora(AdapterMethod):
                 bar.total = total
                 bar.update(done - bar.n)
 
-            initialize_nora_weights(
-                model,
-                statistics,
-                adapter_name,
-                factors=factors,
-                generator=probe.generator,
-                progress=progress,
-                calibration=self.options.calibration,
-            )
+            rest = {"factors": factors, "generator": probe.generator, "calibration": self.options.calibration}
+            initialize_nora_weights(model, statistics, adapter_name, progress=progress, **rest)
 
     def _statistics(self, model: nn.Module, probe: Probe, adapter_name: str) -> ActivationStatistics | None:
         """The statistics that the weighting needs, which a resumed run reads from its cache; None without weighting."""
         from nora_vision import ActivationStatistics, calibrate
-        from nora_vision.calibration import base_name
-        from nora_vision.layer import nora_layers
+        from nora_vision.rank_allocation import adapter_layers
 
         base, weighting = self.options.calibration == "base", self.options.weighting
         if weighting == "none":
@@ -287,8 +281,7 @@ class Nora(AdapterMethod):
         elif probe.base_calibration is None:
             raise InputError("There is no base calibration for this model. Use --calibration data.")
         else:
-            layers = [base_name(name) for name, layer in nora_layers(model).items() if adapter_name in layer.r]
-            statistics = probe.base_calibration(layers)
+            statistics = probe.base_calibration(list(adapter_layers(model, adapter_name)))
         statistics.save(cache)
         logger.info(statistics.summary(weighting))
         return statistics
@@ -301,30 +294,56 @@ class Nora(AdapterMethod):
         self, model: nn.Module, statistics: ActivationStatistics | None, probe: Probe, adapter_name: str
     ) -> dict[str, Factors]:
         """B and A of every layer from the gradients of the probe's losses, or from the cache."""
-        from nora_vision.calibration import base_name
-        from nora_vision.factors import Factors
-        from nora_vision.gradient_basis import gradient_factors
+        from nora_vision.gradient_basis import adapter_factors
+        from nora_vision.rank_allocation import adapter_layers
         from nora_vision.weighting import InputRoot
 
-        options = self.options
-        layers = {base_name(name): layer for name, layer in tuner_layers(model).items() if adapter_name in layer.r}
+        options, layers = self.options, adapter_layers(model, adapter_name)
         check_differentiable({name: layer.get_base_layer() for name, layer in layers.items()}, f"{self.title}'s basis")
         weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
-        ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
         share = 1.0 if options.basis == "gradient" else options.gradient_share
 
-        def compute() -> Iterator[tuple[str, Factors]]:
-            for name, gradient in mean_gradients(weights, probe.losses, options.gradient_batches):
-                layer = layers[name]
-                ones = InputRoot.diagonal(torch.ones(layer.in_features))
-                root = ones if statistics is None else statistics.root(name, options.weighting)
-                weight, matrix = layer.finite_weight_matrix(name), layer._as_matrix(gradient)
-                pair = gradient_factors(weight, matrix, root, ranks[name], share=share, scale=options.gradient_scale)
-                yield name, Factors(*(part.float().cpu() for part in pair))
+        def root(name: str) -> InputRoot:
+            ones = torch.ones(layers[name].in_features)
+            return InputRoot.diagonal(ones) if statistics is None else statistics.root(name, options.weighting)
 
+        def compute() -> Iterator[tuple[str, Factors]]:
+            gradients = mean_gradients(weights, probe.losses, options.gradient_batches)
+            return adapter_factors(layers, adapter_name, gradients, root, share=share, scale=options.gradient_scale)
+
+        ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
         origin = origin_of(weights, [ranks, options.weighting, share, options.gradient_scale, options.gradient_batches])
         with adapters_off([model]):
             return cached_factors(probe.cache.with_name(f"{probe.cache.stem}-{self.name}-gradient.safetensors"), origin, compute)
+
+    def prepare_start(self, components: Mapping[str, nn.Module], probes: Mapping[str, Probe], adapter_name: str) -> None:
+        """With `parameter_budget`, set the ranks of all layers of all components, which a resumed run reads from its cache.
+
+        Raises: InputError if the budget is below that of rank 1 in every layer.
+        """
+        from nora_vision.quantization import is_quantized
+        from nora_vision.rank_allocation import adapter_layers, allocated_ranks, set_ranks
+
+        options, budget = self.options, self.options.parameter_budget
+        if budget is None:
+            return
+        layers = {name: adapter_layers(model, adapter_name) for name, model in components.items()}
+        weights = {n: {key: layer.get_base_layer().weight for key, layer in each.items()} for n, each in layers.items()}
+
+        def gradients(name: str) -> Iterator[tuple[str, torch.Tensor]]:
+            floating = {key: w for key, w in weights[name].items() if not is_quantized(layers[name][key].get_base_layer())}
+            self.start(components[name], replace(probes[name], generator=torch.Generator()), adapter_name)
+            with adapters_off([components[name]]):
+                yield from mean_gradients(floating, probes[name].losses, options.gradient_batches)
+
+        def compute() -> dict[str, dict[str, tuple[int, int]]]:
+            statistics = {name: self._statistics(model, probes[name], adapter_name) for name, model in components.items()}
+            return allocated_ranks(components, adapter_name, statistics, gradients, budget)
+
+        origin = origin_of({f"{n}:{key}": w for n in weights for key, w in weights[n].items()}, [asdict(options)])
+        file = next(iter(probes.values())).cache.with_name("ranks.json")
+        for name, ranks in cached_ranks(file, origin, compute).items():
+            set_ranks(components[name], adapter_name, ranks)
 
     def learning_rate_factor(self, parameter_name: str) -> float:
         """`lora_plus_ratio` for B', 1 for A'."""
@@ -350,10 +369,7 @@ class Nora(AdapterMethod):
     @classmethod
     def load(cls, components: Mapping[str, nn.Module], folder: Path, adapter_name: str) -> None:
         """Load the adapter in `folder/<component>`, full or compact, onto each of `components`."""
-        from nora_vision.loading import load_adapter
-
-        for name, model in components.items():
-            load_adapter(model, folder / name, adapter_name)
+        cls.load_calibrated(components, folder, adapter_name, {})
 
     @classmethod
     def load_calibrated(

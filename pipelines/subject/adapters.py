@@ -96,10 +96,14 @@ def start(
         base_calibration: for each component, the statistics of the base model on fixed inputs.
     """
     method, losses = options.create(), base_losses(losses, components.values())
-    for index, (name, model) in enumerate(components.items()):
+    probes = {}
+    for index, name in enumerate(components):
         generator = keyed_generator(seed, RandomStream.ADAPTER_START, index)
         files = cache / f"{name}.safetensors", base_calibration.get(name)
-        method.start(model, Probe(run_model[name], losses, generator, *files), ADAPTER_NAME)
+        probes[name] = Probe(run_model[name], losses, generator, *files)
+    method.prepare_start(components, probes, ADAPTER_NAME)
+    for name, model in components.items():
+        method.start(model, probes[name], ADAPTER_NAME)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import nn
 
 from nora_vision import ActivationStatistics
 from pipelines import adapter_files
-from pipelines.adapter_method import ADAPTER_NAME, Probe, tuner_layers
+from pipelines.adapter_method import ADAPTER_NAME, Probe, trained_parameters, tuner_layers
 from pipelines.adapter_options import AdapterOptions
 from pipelines.clip_attention import separate
 from pipelines.errors import InputError
@@ -216,3 +216,87 @@ def test_an_encoder_of_clip_gets_the_basis_of_the_classification_loss(tmp_path):
     assert checked
     for name in checked:
         check_basis(layers[name], gradients[name], statistics[name])
+
+
+# Ranks under one budget
+
+
+def counted(components):
+    return sum(parameter.numel() for parameter in trained_parameters(components))
+
+
+def budgeted(pipe, folder, budget, losses=None, **changes):
+    """SDXL's three components with ranks under one budget."""
+    chosen = AdapterOptions(
+        "nora",
+        rank=RANK,
+        inner_r=2,
+        gradient_batches=1,
+        weighting="none",
+        train_text_encoder=True,
+        parameter_budget=budget,
+        **changes,
+    )
+    components = adapters.attach(pipe, chosen)
+    losses = losses or partial(training_losses, DenoisingLoss(pipe), subject_batch, Accelerator(cpu=True))
+    adapters.start(chosen, components, dict.fromkeys(components), folder, 0, losses)
+    return components
+
+
+def test_one_budget_covers_all_layers_of_all_components_and_a_resumed_run_gets_the_same_ranks(pipe, tmp_path):
+    components = budgeted(pipe, tmp_path, 2500)
+    layers = {(name, key): layer for name, model in components.items() for key, layer in tuner_layers(model).items()}
+    sizes = {name: (layer.r[ADAPTER_NAME], layer.inner_r[ADAPTER_NAME]) for name, layer in layers.items()}
+    steps = [2 * min(r, inner_r) for r, inner_r in sizes.values()]
+    assert 2500 - min(steps) < counted(components) <= 2500
+    assert len(set(sizes.values())) > 1
+    again = budgeted(tiny_pipeline(), tmp_path, 2500, losses=not_again)
+    for name, model in components.items():
+        assert again[name].peft_config[ADAPTER_NAME].rank_pattern == model.peft_config[ADAPTER_NAME].rank_pattern
+        for ours, theirs in zip(tuner_layers(again[name]).values(), tuner_layers(model).values(), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
+    adapter_files.save(components, tmp_path / "saved")
+    fresh = tiny_pipeline()
+    for layout in ("full", "compact"):
+        adapters.load_adapter(fresh, tmp_path / "saved" / layout, layout)
+        for name in components:
+            loaded = tuner_layers(getattr(fresh, name))
+            assert all((loaded[key].r[layout], loaded[key].inner_r[layout]) == sizes[name, key] for key in loaded)
+
+
+def test_a_budget_below_rank_one_is_refused_with_the_least_budget(pipe, tmp_path):
+    with pytest.raises(InputError, match=r"parameter_budget must be at least \d+, for rank 1 in each of \d+ layers, got 10"):
+        budgeted(pipe, tmp_path, 10)
+    with pytest.raises(InputError, match=r"parameter_budget needs inner_form serial"):
+        AdapterOptions("nora", parameter_budget=1000, inner_form="full")
+
+
+def test_an_encoder_of_clip_is_given_ranks_under_a_budget(tmp_path):
+    chosen = AdapterOptions("nora", rank=RANK, inner_r=2, gradient_batches=1, parameter_budget=300)
+    clip = toy_clip()
+    components = few_shot.attach(clip, chosen, few_shot.TargetLayers(encoders="image"))
+    batch_at = partial(class_batch, clip, "image")
+    losses = partial(training_losses, class_loss(clip, "image"), batch_at, Accelerator(cpu=True))
+    few_shot.start(clip, chosen, components, [images(3)], clip.tokenizer(PROMPTS.texts()), tmp_path, 0, losses)
+    layers = tuner_layers(components["image"]).values()
+    smallest = min(2 * layer.inner_r[ADAPTER_NAME] for layer in layers)
+    assert 300 - smallest < counted(components) <= 300
+
+
+def test_without_gradients_of_quantised_weights_all_inner_ranks_are_equal_and_the_log_says_so(tmp_path, caplog):
+    model = small_model()
+    model.linear = Linear4bit(5, 7).to("cpu")
+    method = NORA(options(weighting="none", parameter_budget=60))
+    method.attach(model, method.config(["linear", "unread"]), ADAPTER_NAME, torch.Generator())
+
+    def losses(count):
+        for _ in range(count):
+            yield model.unread(torch.ones(1, 5)).square().sum()
+
+    probe = Probe(not_again, losses, torch.Generator(), tmp_path / "small.safetensors")
+    with caplog.at_level(logging.INFO):
+        method.prepare_start({"": model}, {"": probe}, ADAPTER_NAME)
+    assert "1 of 2 layers have no gradient, as their weights are quantised" in caplog.text
+    inner = [layer.inner_r[ADAPTER_NAME] for layer in tuner_layers(model).values()]
+    assert max(inner) - min(inner) <= 1
+    assert 50 < counted({"": model}) <= 60

@@ -17,7 +17,7 @@ from pipelines.clip import Clip
 from pipelines.fewshot.adapters import TargetLayers
 from pipelines.fewshot.adapters import attach as attach_to_clip
 from pipelines.fewshot.adapters import start as start_on_clip
-from pipelines.methods import method_names
+from pipelines.methods import DEFAULT, method_names
 from pipelines.optimizers import Adam, Rates, parameter_groups
 from pipelines.subject.adapters import attach, start
 from pipelines.subject.base_model import PromptEmbeddings
@@ -85,12 +85,12 @@ def few_shot(options, cache):
     return loss, class_batch, components
 
 
-def trained(task, method, folder, run, steps):
+def trained(task, method, folder, run, steps, **changes):
     """The bytes of the adapter after `steps` of the training of `STEPS` in the run `run`, and its native files."""
     # The precision of a run before, in the same process, would be that of this one.
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True)
-    options = AdapterOptions(method, rank=4, inner_r=2, **TINY, train_text_encoder=True)
+    options = AdapterOptions(method, **{"rank": 4, "inner_r": 2, **TINY, "train_text_encoder": True, **changes})
     loss, batch_at, components = task(options, folder / "calibration")
     chosen = options.create()
     optimizer = Adam().optimizer(parameter_groups(loss, Rates(0.02, factor=chosen.learning_rate_factor)))
@@ -109,3 +109,14 @@ def test_a_training_stopped_in_the_middle_ends_in_the_same_files(method, task, t
     half = trained(task, method, tmp_path, tmp_path / "stopped", STEPS // 2)
     assert half != whole
     assert trained(task, method, tmp_path, tmp_path / "stopped", STEPS) == whole
+
+
+GRADIENT_BASIS = {"basis": "mixed", "weighting": "covariance", "gradient_batches": 1, "parameter_budget": 1500}
+
+
+@pytest.mark.parametrize("task", [subject, few_shot])
+def test_a_resumed_training_has_the_same_basis_from_gradients_and_the_same_ranks_under_a_budget(task, tmp_path):
+    whole = trained(task, DEFAULT, tmp_path, tmp_path / "whole", STEPS, **GRADIENT_BASIS)
+    trained(task, DEFAULT, tmp_path, tmp_path / "stopped", STEPS // 2, **GRADIENT_BASIS)
+    assert trained(task, DEFAULT, tmp_path, tmp_path / "stopped", STEPS, **GRADIENT_BASIS) == whole
+    assert {file.parts[1] for file in whole} == {"full"}
