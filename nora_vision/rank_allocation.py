@@ -21,6 +21,7 @@ from .layer import NoraLayer, nora_layers
 from .weighting import in_float64
 
 Layer = TypeVar("Layer", bound=Hashable)
+Value = TypeVar("Value")
 Ranks = dict[Layer, tuple[int, int]]
 
 logger = logging.getLogger(__name__)
@@ -160,7 +161,7 @@ def allocated_ranks(
     outer = outer_ranks(energies, inner_r, budget)
     of_cores: dict[tuple[str, str], torch.Tensor] = {}
     for name, model in models.items():
-        set_ranks(model, adapter_name, {layer: (r, min(r, inner_r)) for (other, layer), r in outer.items() if other == name})
+        set_ranks(model, adapter_name, {layer: (r, min(r, inner_r)) for layer, r in _of_model(outer, name).items()})
         of_cores |= {(name, layer): values for layer, values in core_energies(model, adapter_name, gradients(name))}
     missing = len(energies) - len(of_cores)
     if missing:
@@ -170,7 +171,12 @@ def allocated_ranks(
         )
     ranks = inner_ranks(outer, None if missing else of_cores, energies, budget)
     logger.info(summary(ranks, budget))
-    return {name: {layer: each for (other, layer), each in ranks.items() if other == name} for name in models}
+    return {name: _of_model(ranks, name) for name in models}
+
+
+def _of_model(values: Mapping[tuple[str, str], Value], name: str) -> dict[str, Value]:
+    """The values of the layers of the model `name`, by layer."""
+    return {layer: value for (model, layer), value in values.items() if model == name}
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, NoraLayer]:

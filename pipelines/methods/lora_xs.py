@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -52,6 +52,9 @@ class LoraXs(Nora):
 
     def start(self, model: nn.Module, probe: Probe, adapter_name: str) -> None:
         """Nothing is left to do: the outer factors depend only on the weights, and R is zero."""
+
+    def prepare_start(self, components: Mapping[str, nn.Module], probes: Mapping[str, Probe], adapter_name: str) -> None:
+        """Nothing: all layers have the same rank."""
 
     def prepare_dry_run(self, model: nn.Module, adapter_name: str) -> bool:
         """False: nothing is left for `start`."""
