@@ -76,14 +76,14 @@ def attention_layers(shapes: dict[str, tuple[int, int]], dtype: torch.dtype) -> 
 
 def statistics(model: nn.Module) -> ActivationStatistics:
     """Random statistics, the same for layers with the same input."""
-    scales, fingerprints = {}, {}
+    scales, fingerprints, by_source, generator = {}, {}, {}, torch.Generator().manual_seed(2)
     for name, layer in nora_layers(model).items():
         source = (
             "text" if ".attn2.to_k" in name or ".attn2.to_v" in name else name.replace("to_k", "to_q").replace("to_v", "to_q")
         )
-        # Not Python's hash, which differs in every process.
-        seed = int.from_bytes(source.encode()[-40:], "little") % 2**31
-        scales[name] = torch.randn(layer.in_features, generator=torch.Generator().manual_seed(seed)).exp2()
+        if source not in by_source:
+            by_source[source] = torch.randn(layer.in_features, generator=generator).exp2()
+        scales[name] = by_source[source]
         fingerprints[name] = fingerprint(layer.get_base_layer().weight)
     return ActivationStatistics(scales, fingerprints)
 

@@ -12,6 +12,7 @@ from .loading import load_adapter, load_nora
 from .model import NoraModel
 from .quantization import CheckpointWeights
 from .registration import register
+from .rounding import round_inner_factors
 from .saving import save_adapter, save_nora
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "initialize_nora_weights",
     "load_adapter",
     "load_nora",
+    "round_inner_factors",
     "save_adapter",
     "save_nora",
     "sdxl_calibration",
