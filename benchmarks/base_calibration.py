@@ -84,6 +84,8 @@ def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--threads", type=int, nargs="*", default=[1, 2, 4])
+    parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float16"])
     options = parser.parse_args()
     pipe = load_base_model(str(BUILT_IN_MODEL))
     with tempfile.TemporaryDirectory() as cache:
@@ -95,12 +97,12 @@ def main() -> None:
         print(f"  {name}: {exact:.4f}, rounded to half octaves {rounded:.4f}")
     print("Differences of the base calibration in steps (99th percentile, largest), allowed 0.5:")
     threads = torch.get_num_threads()
-    for count in {1, 2, 4} - {threads}:
+    for count in options.threads:
         torch.set_num_threads(count)
         print(f"  {count} threads instead of {threads}: %.4f, %.4f" % largest_difference(base, base_statistics(pipe)))
     torch.set_num_threads(threads)
-    for dtype in (torch.bfloat16, torch.float16):
-        other = base_statistics(load_base_model(str(BUILT_IN_MODEL), dtype))
+    for dtype in options.dtypes:
+        other = base_statistics(load_base_model(str(BUILT_IN_MODEL), getattr(torch, dtype)))
         print(f"  {dtype} instead of float32: %.4f, %.4f" % largest_difference(base, other))
 
 

@@ -100,11 +100,13 @@ SHORT_PRETRAINING = "--output_dir pretrained --scenes 8 --stages basis"
 SHORT_PROGRAMS = {
     "benchmarks/adapter_step.py": "--tokens 16 --steps 1",
     "benchmarks/awsvd_speed.py": "--rank 4 --repeats 1",
+    "benchmarks/base_calibration.py": "--rank 4 --threads --dtypes",
     "benchmarks/bleed.py": f"--pretrained_model_name_or_path tiny --flags '{SHORT_SUBJECT}' --nora_flags '{SMALL_RANKS}'",
     "benchmarks/clip_step.py": "--steps 1 --rank 4 --inner_r 1 --formats",
     "benchmarks/heldout_loss.py": f"--pretrained_model_name_or_path tiny --flags '{SHORT_SUBJECT} {SMALL_RANKS} {HELD_OUT}'",
     "benchmarks/methods.py": "--width 64 --tokens 8 --steps 1 --methods lora",
     "benchmarks/mini_clip.py": "--photos_dir PRETRAINING --scenes 4 --draws 1 --shots 4",
+    "benchmarks/small_adapter.py": "--layers 4",
     "benchmarks/trainer_speed.py": "--repeats 1",
     "benchmarks/true_size.py": SMALL_RANKS,
 }
