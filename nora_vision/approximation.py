@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .factors import Factors
-from .files import read_header
+from .files import FOREIGN_DTYPES, read_header
 from .weight_change import EXPORT_RANK
 
 # The key in a file's metadata.
@@ -41,7 +41,7 @@ class LeftOut:
     @classmethod
     def read(cls, path: Path) -> LeftOut | None:
         """What the file at `path` leaves out, by its metadata; None if it is exact or of another program."""
-        text = read_header(path).metadata.get(LEFT_OUT)
+        text = read_header(path, FOREIGN_DTYPES).metadata.get(LEFT_OUT)
         return None if text is None else cls(**json.loads(text))
 
     def metadata(self) -> dict[str, str]:
