@@ -83,10 +83,11 @@ def described() -> str:
 def _description(name: str) -> list[str]:
     method = method_named(name)
     options = ", ".join(f"`--{field.name}`" for field in dataclasses.fields(method.Options))
-    limits = "; ".join(text for attribute, text in LIMITS.items() if not getattr(method, attribute))
+    limits = [text for attribute, text in LIMITS.items() if not getattr(method, attribute)]
+    limits += ["needs a quantised base model"] if AdapterOptions(method=name).create().needs_quantization else []
     parameters = {f"`{method.parameters}`": method.parameters, f"`{method.shared_parameters}` shared": method.shared_parameters}
     counted = ", ".join(text for text, formula in parameters.items() if formula != "0")
-    return [f"`{name}`", method.title, equation_of(name), counted, options, limits, method.reference]
+    return [f"`{name}`", method.title, equation_of(name), counted, options, "; ".join(limits), method.reference]
 
 
 class AdaptedBlock:
@@ -206,7 +207,9 @@ def write(document: Path, tables: dict[str, str]) -> None:
 def main() -> None:
     """Print both tables, or write them to a document."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--methods", nargs="*", default=method_names(), help="methods to measure")
+    # The block is not quantised.
+    measurable = [name for name in method_names() if not AdapterOptions(method=name).create().needs_quantization]
+    parser.add_argument("--methods", nargs="*", default=measurable, help="methods to measure")
     parser.add_argument("--width", type=int, default=WIDTH)
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of the block's input; 1024 are 32 x 32 latents")
     parser.add_argument("--steps", type=int, default=10)

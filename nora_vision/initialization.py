@@ -53,7 +53,7 @@ def initialize_nora_weights(
     """
     config = _checked_config(model, adapter_name, unquantized, loftq_start)
     stats = None if config.weighting == "none" else stats
-    layers = _checked_layers(model, adapter_name, stats, unquantized, factors)
+    layers = _checked_layers(model, adapter_name, stats, factors)
     for done, (name, layer) in enumerate(layers.items(), start=1):
         _set_scale(layer, adapter_name, None if stats is None else stats.scale(name, config.weighting), calibration)
         with _unquantized_weight(layer, name, unquantized):
@@ -68,7 +68,7 @@ def _start_inner_factors(
     layer: NoraLayer, adapter_name: str, config: NoraConfig, generator: torch.Generator | None, loftq_start: bool
 ) -> None:
     layer.reset_inner_factors(adapter_name, config, generator)
-    if loftq_start:
+    if loftq_start and layer.unquantized is not None:
         _start_at_residual(layer, adapter_name)
 
 
@@ -103,7 +103,6 @@ def _checked_layers(
     model: nn.Module,
     adapter_name: str,
     stats: ActivationStatistics | None,
-    unquantized: UnquantizedWeights | None,
     factors: Mapping[str, Factors] | None,
 ) -> dict[str, NoraLayer]:
     """The adapter's layers by name, after checking that each can be initialised.
@@ -116,7 +115,7 @@ def _checked_layers(
     config = model.peft_config[adapter_name]
     _check_factors(config, layers, factors)
     for name, layer in layers.items():
-        _check_can_start(layer, name, stats, unquantized)
+        _check_can_start(layer, name, stats)
     if stats is None and factors is None and config.weighting != "none":
         warnings.warn(
             f"No activation statistics: NoRA adapter {adapter_name!r} starts from the plain SVD of the weights. "
@@ -133,7 +132,7 @@ def _unquantized_weight(layer: NoraLayer, name: str, unquantized: UnquantizedWei
     Raises: ValueError if it has another shape than the base layer's.
     """
     layer.unquantized_digest = None
-    if unquantized is None:
+    if unquantized is None or not is_quantized(layer.get_base_layer()):
         yield
         return
     weight, shape = unquantized(name), dequantized_weight(layer.get_base_layer()).shape
@@ -156,11 +155,18 @@ def _checked_config(model: nn.Module, adapter_name: str, unquantized: Unquantize
 
     Raises: ValueError if there is none, or the start from the residual of quantisation cannot be used with it.
     """
-    if not any(adapter_name in layer.r for layer in nora_layers(unwrapped(model)).values()):
+    layers = [layer for layer in nora_layers(unwrapped(model)).values() if adapter_name in layer.r]
+    if not layers:
         raise ValueError(f"The model has no NoRA adapter {adapter_name!r}. Add it first, for example with get_peft_model.")
+    if unquantized is not None and not any(is_quantized(layer.get_base_layer()) for layer in layers):
+        raise ValueError(f"`unquantized` is for quantised models, but no layer of {adapter_name!r} is quantised. Leave it out.")
     config = model.peft_config[adapter_name]
-    if not loftq_start:
-        return config
+    if loftq_start:
+        _check_loftq_start(config, unquantized)
+    return config
+
+
+def _check_loftq_start(config: NoraConfig, unquantized: UnquantizedWeights | None) -> None:
     if unquantized is None:
         raise ValueError("loftq_start needs the unquantised weights. Give `unquantized`, such as CheckpointWeights(folder).")
     if config.preserve_output:
@@ -171,18 +177,13 @@ def _checked_config(model: nn.Module, adapter_name: str, unquantized: Unquantize
         raise ValueError(
             f"loftq_start needs inner_form='serial' and num_subspaces=1, got {config.inner_form!r} and {config.num_subspaces}."
         )
-    return config
 
 
-def _check_can_start(
-    layer: NoraLayer, name: str, stats: ActivationStatistics | None, unquantized: UnquantizedWeights | None
-) -> None:
+def _check_can_start(layer: NoraLayer, name: str, stats: ActivationStatistics | None) -> None:
     if layer.merged:
         raise ValueError(f"Cannot initialize {name!r} while {layer.merged_adapters} are merged into it. Unmerge them first.")
     if stats is not None:
         stats.check_layer(name, layer.get_base_layer())
-    if unquantized is not None and not is_quantized(layer.get_base_layer()):
-        raise ValueError(f"`unquantized` is for quantised models, but {name!r} is not quantised. Leave it out.")
     layer.finite_weight_matrix(name)
 
 

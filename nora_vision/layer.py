@@ -311,9 +311,8 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         weight = self.get_base_layer().weight.data
         if is_quantized(self.get_base_layer()):
             raise ValueError(
-                f"Merging needs floating point weights, got {weight.dtype}, which would round most of the change away. Merge "
-                "into the dequantised model, which keeps the trained outputs, or into the base model loaded without "
-                "quantisation, which differs from it by the error of quantisation."
+                f"Merging needs floating point weights, got {weight.dtype}, which rounds most of the change away. Merge into "
+                "the dequantised model, which keeps the outputs, or into the base model loaded without quantisation."
             )
         up, down = self._low_rank_factors(adapter_name, scaling)
         # Summed in float32 or better: half precision would round the change away.

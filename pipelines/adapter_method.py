@@ -50,6 +50,8 @@ class Probe:
         cache: a .safetensors file for results that a later initialisation from the same data can reuse.
         base_calibration: computes activation statistics of layers, by their names, on fixed inputs instead of the data; None if
             there are none for the model.
+        unquantized: the folder of the weights before quantisation, which `nora_vision.CheckpointWeights` reads; None for a model
+            in full precision and for methods without `uses_unquantized_weights`.
     """
 
     forward: Callable[[], None]
@@ -57,6 +59,7 @@ class Probe:
     generator: torch.Generator
     cache: Path
     base_calibration: BaseCalibration | None = None
+    unquantized: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,8 @@ class AdapterMethod:
     # Which layers it can adapt besides linear ones in full precision.
     adapts_convolutions: ClassVar[bool] = True
     adapts_quantized_layers: ClassVar[bool] = True
+    # Whether `start` reads the weights before quantisation, so that they are kept on disk until then.
+    uses_unquantized_weights: ClassVar[bool] = False
     # Whether the exported files of LoRA change the model as the adapter does; otherwise `export_note` says what differs.
     exports_exactly: ClassVar[bool] = True
     # Markdown on how other programs read the exported files, if their results differ.
@@ -211,6 +216,11 @@ class AdapterMethod:
     def start(self, model: nn.Module, probe: Probe, adapter_name: str) -> None:
         """Initialise an adapter that was just added to `model`."""
         raise NotImplementedError
+
+    @property
+    def needs_quantization(self) -> bool:
+        """Whether the base model must be quantised."""
+        return False
 
     def formula_names(self, m: int, n: int) -> dict[str, int]:
         """The names in `parameters` besides those of options, for a weight (m, n)."""

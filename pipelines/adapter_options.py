@@ -196,3 +196,17 @@ class AdapterOptions:
         """The method with its options."""
         method = method_named(self.method)
         return method(method.Options(**options_of(self, "subject", False, self.method)))
+
+    def check_quantization(self, quantize: str | None) -> None:
+        """Check that the method can adapt a base model that is quantised so, or is not if `quantize` is None.
+
+        Raises: InputError naming the method.
+        """
+        method = self.create()
+        if quantize is not None and not method.adapts_quantized_layers:
+            raise InputError(f"{method.title} does not support quantized layers. Leave out --quantize, or use another method.")
+        if quantize is None and method.needs_quantization:
+            raise InputError(
+                f"{method.title} would start from what quantisation removes from the weights, but the base model is not "
+                "quantised. Add --quantize nf4, or use another method or start."
+            )

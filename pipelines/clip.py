@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +56,16 @@ class Clip:
         preprocess: maps a PIL image to pixels (3, h, w), without augmentation.
         tokenizer: maps n texts to token ids (n, t) int64.
         name: of the model and its weights, for messages.
+        base_sha256: SHA-256 of the weights before quantisation; None for a model in full precision.
+        quantization_errors: ||Q(W) - W|| / ||W|| of quantised encoders, by name.
     """
 
     model: nn.Module
     preprocess: Callable[[Image.Image], torch.Tensor]
     tokenizer: Callable[[Sequence[str]], torch.Tensor]
     name: str
+    base_sha256: str | None = None
+    quantization_errors: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:

@@ -59,6 +59,8 @@ class Adam:
     Args:
         kind: "adamw" or "prodigy"  [Mishchenko and Defazio 2023].
         eight_bit: store AdamW's moments in 8 bits, for parameters of 4,096 entries or more.
+        paged: keep AdamW's moments in memory that moves to the CPU when a GPU has too little  [QLoRA, Dettmers et al. 2023]; no
+            effect on CPUs.
         betas: decay rates of the first and the second moment of the gradient.
         epsilon: added to the denominator.
         weight_decay: decoupled.
@@ -66,6 +68,7 @@ class Adam:
 
     kind: str = "adamw"
     eight_bit: bool = False
+    paged: bool = False
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
     weight_decay: float = 1e-4
@@ -79,10 +82,13 @@ class Adam:
         if self.kind == "prodigy":
             prodigy = installed("prodigyopt", "--optimizer prodigy").Prodigy
             return prodigy(groups, decouple=True, use_bias_correction=True, safeguard_warmup=True, **shared)
+        on_cpu = all(parameter.device.type == "cpu" for group in groups for parameter in group["params"])
+        if self.paged and not on_cpu:
+            optim = installed("bitsandbytes", "--quantize nf4").optim
+            return (optim.PagedAdamW8bit if self.eight_bit else optim.PagedAdamW)(groups, **shared)
         if self.eight_bit:
             return installed("bitsandbytes", "--use_8bit_adam").optim.AdamW8bit(groups, **shared)
         # On the CPU, torch's default loops over the parameters in Python; on a GPU, the default is fast.
-        on_cpu = all(parameter.device.type == "cpu" for group in groups for parameter in group["params"])
         return torch.optim.AdamW(groups, fused=on_cpu or None, **shared)
 
 

@@ -23,6 +23,7 @@ if __name__ == "__main__":
         given_options = parse_options(description=__doc__)
 
 # isort: split
+import shutil
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -41,8 +42,9 @@ from nora_vision import sdxl_calibration
 from pipelines.export_error import expected_left_out, left_out_sentence
 from pipelines.optimizers import Adam, Rates, parameter_groups, trainable_parameters
 from pipelines.prompt_syntax import training_warnings
+from pipelines.quantization import CALIBRATION, UNQUANTIZED, compute_dtype, summary
 from pipelines.subject import adapters
-from pipelines.subject.base_model import load_base_model, model_resolution
+from pipelines.subject.base_model import load_base_model, model_resolution, quantization_errors
 from pipelines.subject.batches import SubjectBatches
 from pipelines.subject.calibration import runs_on_subject
 from pipelines.subject.data import Example, load_examples
@@ -88,6 +90,7 @@ def main(options: SubjectOptions) -> RunDirectory:
         training.attach()
         training.dry_run()
         if options.output.dry_run:
+            training.discard_unquantized()
             return run
         training.start()
         training.add_class_images()
@@ -135,7 +138,11 @@ class SubjectTraining:
         run.update_status(phase="loading")
         model, self.seed = options.model, options.optimisation.seed
         load = partial(load_base_model, model.pretrained_model_name_or_path, device=accelerator.device, **model.source)
-        self.pipeline = load(WEIGHT_DTYPES[accelerator.mixed_precision])
+        dtype, self.unquantized = WEIGHT_DTYPES[accelerator.mixed_precision], unquantized_folder(run, options, accelerator)
+        self.pipeline = load(dtype, unquantized=self.unquantized)
+        if errors := quantization_errors(self.pipeline):
+            logger.info(summary(model.quantize, compute_dtype(dtype, accelerator.device), errors))
+            run.update_status(quantization_errors=errors)
         self.resolution = options.data.resolution or model_resolution(self.pipeline)
         run.update_status(resolution=self.resolution)
         sampling = Sampling(resolution=self.resolution)
@@ -182,11 +189,18 @@ class SubjectTraining:
         runs = runs_on_subject(self.loss.eval(), subject, self.seed, *share, self.batch_size)
         batches = self._batches(subject, None)
         losses = partial(training_losses, self.loss, batches, accelerator, per_epoch=batches.batches.per_epoch)
-        cache, fixed = self.run.path / "calibration", sdxl_calibration(self.pipeline)
-        adapters.start(adapter, self.components, runs, cache, self.seed, losses, fixed)
+        cache, fixed = self.run.path / CALIBRATION, sdxl_calibration(self.pipeline)
+        adapters.start(adapter, self.components, runs, cache, self.seed, losses, fixed, self.unquantized)
         if left_out := expected_left_out(self.components):
             logger.warning(left_out_sentence(self.components, left_out))
             self.run.update_status(expected_left_out=left_out)
+        self.discard_unquantized()
+
+    def discard_unquantized(self) -> None:
+        """Delete the weights before quantisation, which only the initialisation of the adapter reads."""
+        if self.unquantized is not None:
+            shutil.rmtree(self.unquantized)
+            self.unquantized = None
 
     def add_class_images(self) -> None:
         """Generate the missing class images, for prior preservation, and encode all of them."""
@@ -253,7 +267,7 @@ class SubjectTraining:
         if self.options.model.gradient_checkpointing:
             self.loss.unet.enable_gradient_checkpointing()
         rates = Rates(optimisation.learning_rate, tuple(optimisation.text_encoder_lr or ()), method.learning_rate_factor)
-        optimizer = adam_of(optimisation).optimizer(parameter_groups(self.loss, rates))
+        optimizer = adam_of(optimisation, self.options.model.quantize).optimizer(parameter_groups(self.loss, rates))
         schedule = get_scheduler(
             optimisation.lr_scheduler,
             optimizer,
@@ -267,11 +281,19 @@ class SubjectTraining:
         return Trainable(self.loss, self._batches(subject, class_images), optimizer, schedule, ema, hooks)
 
 
-def adam_of(optimisation: OptimisationOptions) -> Adam:
-    """The settings of the optimiser."""
+def unquantized_folder(run: RunDirectory, options: SubjectOptions, accelerator: Accelerator) -> Path | None:
+    """This process's folder for the weights before quantisation until the method has read them; None if it does not."""
+    if options.model.quantize is None or not options.adapter.create().uses_unquantized_weights:
+        return None
+    return run.path / CALIBRATION / f"{UNQUANTIZED}-{accelerator.process_index}"
+
+
+def adam_of(optimisation: OptimisationOptions, quantize: str | None = None) -> Adam:
+    """The settings of the optimiser, which is paged for a quantised base model."""
     return Adam(
         optimisation.optimizer.lower(),
         optimisation.use_8bit_adam,
+        quantize is not None,
         (optimisation.adam_beta1, optimisation.adam_beta2),
         optimisation.adam_epsilon,
         optimisation.adam_weight_decay,

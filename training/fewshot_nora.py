@@ -22,6 +22,9 @@ if __name__ == "__main__":
         given_options = parse_fewshot_options(description=__doc__)
 
 # isort: split
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,9 +33,11 @@ from accelerate.logging import get_logger
 
 from pipelines.adapter_files import can_be_exported
 from pipelines.adapter_method import ADAPTER_NAME
-from pipelines.clip import load_clip
+from pipelines.clip import Clip, load_clip
 from pipelines.fewshot.data import LabelledImage
 from pipelines.fewshot.export import save_exported, save_lora, save_merged
+from pipelines.fewshot.quantization import quantized
+from pipelines.quantization import CALIBRATION, UNQUANTIZED, compute_dtype, summary
 from training.engine.opening import check_outputs, open_run
 from training.engine.sharding import check_can_shard
 from training.fewshot.card import write_card
@@ -66,8 +71,9 @@ def main(options: FewShotOptions) -> RunDirectory:
     clip = load_clip(options.model.model, options.model.pretrained, accelerator.device)
     run = open_run(options, options.title(), accelerator)
     with run.recording():
-        experiment = Experiment.create(clip, dataset, options.data, run.path)
-        results = fit_all(accelerator, run, experiment, options)
+        with quantized_model(clip, accelerator, run, options) as clip:
+            experiment = Experiment.create(clip, dataset, options.data, run.path)
+            results = fit_all(accelerator, run, experiment, options)
         record_provenance(run, experiment, options)
         if run.writes:
             run.update_status(phase="writing the report", **NO_TRIAL, step=len(results), seconds_left=None)
@@ -78,6 +84,26 @@ def main(options: FewShotOptions) -> RunDirectory:
             logger.info(f"Report: {run.path / 'README.md'}. Classifier: {run.path / report.classifier}.")
         accelerator.wait_for_everyone()
     return run
+
+
+@contextmanager
+def quantized_model(clip: Clip, accelerator: Accelerator, run: RunDirectory, options: FewShotOptions) -> Iterator[Clip]:
+    """`clip`, quantised if the options say so; the weights before quantisation are on disk within the context."""
+    kind, folder = options.model.quantize, run.path / CALIBRATION / UNQUANTIZED
+    if kind is None:
+        yield clip
+        return
+    uses_weights = any(options.adapter(name).create().uses_unquantized_weights for name in options.method.adapters())
+    # The other processes only quantise: all of them read what the main process writes.
+    writes = uses_weights and accelerator.is_main_process
+    clip = quantized(clip, kind, folder if writes else None)
+    logger.info(summary(kind, compute_dtype(clip.dtype, clip.device), clip.quantization_errors))
+    accelerator.wait_for_everyone()
+    try:
+        yield clip
+    finally:
+        if writes:
+            shutil.rmtree(folder)
 
 
 def fit_all(accelerator: Accelerator, run: RunDirectory, experiment: Experiment, options: FewShotOptions) -> list[TrialResult]:

@@ -75,6 +75,7 @@ def start(
     cache: Path,
     seed: int,
     losses: Losses = no_losses,
+    unquantized: Path | None = None,
 ) -> None:
     """Initialise the adapter that was just attached to `components`.
 
@@ -86,6 +87,7 @@ def start(
         cache: the folder for activation statistics.
         seed: of the random initialisation.
         losses: `losses(count)` yields the training losses of `count` batches, for methods that are initialised from gradients.
+        unquantized: the folder of `quantized`, for a quantised model.
     """
     runs = {IMAGE: partial(_run_images, clip, pixels), TEXT: partial(run_prompts, clip, tokens)}
     method, losses = options.create(), base_losses(losses, components.values())
@@ -94,7 +96,8 @@ def start(
     for index, name in enumerate(components):
         forward = partial(_in_evaluation, clip.model, runs[name])
         generator = keyed_generator(seed, 2, index)
-        probes[name] = Probe(forward, losses, generator, cache / f"{name}.safetensors", fixed[name])
+        weights = None if unquantized is None or not method.uses_unquantized_weights else unquantized / name
+        probes[name] = Probe(forward, losses, generator, cache / f"{name}.safetensors", fixed[name], weights)
     method.prepare_start(components, probes, ADAPTER_NAME)
     for name, model in components.items():
         method.start(model, probes[name], ADAPTER_NAME)

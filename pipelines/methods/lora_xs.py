@@ -26,6 +26,8 @@ class LoraXs(Nora):
     title = "LoRA-XS"
     reference = "Bałazy et al. 2024, LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters"
     samples_start = False
+    # The factors are computed on injection, from the dequantised weights.
+    uses_unquantized_weights = needs_quantization = False
     parameters = "rank * rank"
     Options = LowRankOptions
 

@@ -157,6 +157,12 @@ class NoraOptions:
         "instead of --rank, and an inner rank from its gradient",
         "NoRA parameter_budget (chooses the ranks of each layer)",
     )
+    loftq_start: bool = option(
+        False,
+        "with --quantize, start the inner factors from the part of the quantisation error that the outer factors contain, as "
+        "LoftQ does with LoRA's",
+        "NoRA loftq_start (compensate for quantisation)",
+    )
     lora_plus_ratio: float = option(1.0, "LoRA+ ratio of the learning rates of B and A", "LoRA+ ratio")
 
     def __post_init__(self) -> None:
@@ -176,6 +182,11 @@ class NoraOptions:
             raise InputError(
                 "inner_dtype must be float32 with preserve_output, whose weight change is the small difference of two products, "
                 f"got {self.inner_dtype!r}. Leave out preserve_output."
+            )
+        if self.loftq_start and (self.preserve_output or self.inner_form != "serial" or self.num_subspaces != 1):
+            raise InputError(
+                "loftq_start needs inner_form serial and num_subspaces 1, and cannot be used with preserve_output, which "
+                "subtracts the start of the change. Leave it out, or the others."
             )
 
 
@@ -206,6 +217,12 @@ class Nora(AdapterMethod):
     reference = "NoRA: Nested Low-Rank Adaptation for Efficient Fine-Tuning Large Models, ICCV 2025"
     parameters = "2 * rank * inner_r"
     Options = NoraOptions
+    uses_unquantized_weights = True
+
+    @property
+    def needs_quantization(self) -> bool:
+        """Whether the start is the residual of quantisation."""
+        return self.options.loftq_start
 
     @classmethod
     def defaults(cls, task: Task, built_in: bool) -> TaskDefaults:
@@ -249,9 +266,11 @@ class Nora(AdapterMethod):
     def start(self, model: nn.Module, probe: Probe, adapter_name: str) -> None:
         """Compute the outer factors from the base model's activations, and gradients if needed, and sample the inner factors.
 
+        What was computed is cached. On a quantised model the outer factors are those of the unquantised weights.
+
         Raises: InputError if the basis needs the gradient of a quantised weight; no loss is computed then.
         """
-        from nora_vision import initialize_nora_weights
+        from nora_vision import CheckpointWeights, initialize_nora_weights
 
         statistics = self._statistics(model, probe, adapter_name)
         factors = None if self.options.basis == "weight" else self._gradient_factors(model, statistics, probe, adapter_name)
@@ -262,8 +281,10 @@ class Nora(AdapterMethod):
                 bar.total = total
                 bar.update(done - bar.n)
 
-            rest = {"factors": factors, "generator": probe.generator, "calibration": self.options.calibration}
-            initialize_nora_weights(model, statistics, adapter_name, progress=progress, **rest)
+            options = {"factors": factors, "generator": probe.generator, "calibration": self.options.calibration}
+            if probe.unquantized is not None:
+                options |= {"unquantized": CheckpointWeights(probe.unquantized), "loftq_start": self.options.loftq_start}
+            initialize_nora_weights(model, statistics, adapter_name, progress=progress, **options)
 
     def _statistics(self, model: nn.Module, probe: Probe, adapter_name: str) -> ActivationStatistics | None:
         """The statistics that the weighting needs, which a resumed run reads from its cache; None without weighting."""

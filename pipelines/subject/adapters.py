@@ -85,6 +85,7 @@ def start(
     seed: int,
     losses: Losses = no_losses,
     base_calibration: Mapping[str, BaseCalibration] = MappingProxyType({}),
+    unquantized: Path | None = None,
 ) -> None:
     """Initialise the adapter that was just attached to each component.
 
@@ -94,12 +95,14 @@ def start(
         seed: of the initialisation.
         losses: `losses(count)` yields the training losses of `count` batches, for methods that are initialised from gradients.
         base_calibration: for each component, the statistics of the base model on fixed inputs.
+        unquantized: the folder of `load_base_model`, for a quantised pipeline.
     """
     method, losses = options.create(), base_losses(losses, components.values())
     probes = {}
     for index, name in enumerate(components):
         generator = keyed_generator(seed, RandomStream.ADAPTER_START, index)
-        files = cache / f"{name}.safetensors", base_calibration.get(name)
+        weights = None if unquantized is None else unquantized / name
+        files = cache / f"{name}.safetensors", base_calibration.get(name), weights
         probes[name] = Probe(run_model[name], losses, generator, *files)
     method.prepare_start(components, probes, ADAPTER_NAME)
     for name, model in components.items():

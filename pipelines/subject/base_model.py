@@ -14,12 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from pipelines.built_in import model_path
 from pipelines.errors import InputError
+from pipelines.quantization import compute_dtype, quantize_linear_layers
 from pipelines.subject.model_files import autoencoder_folder, configuration_folder, pipeline_folder
 from pipelines.subject.prediction import prediction_of
-from pipelines.subject.quantization import quantize_linear_layers
 
 # Tensor name prefixes of the UNet, both text encoders and the autoencoder in a single file, as in Stability's code.
 SDXL_PREFIXES = ("model.diffusion_model.", "conditioner.embedders.0.", "conditioner.embedders.1.", "first_stage_model.")
+QUANTIZED_COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def load_base_model(
     quantize: str | None = None,
     prediction_type: str | None = None,
     rescale_betas_zero_snr: bool | None = None,
+    unquantized: Path | None = None,
 ) -> StableDiffusionXLPipeline:
     """Load an SDXL pipeline, frozen and in evaluation mode, from a hub name, a folder or one file; safetensors only.
 
@@ -62,8 +64,9 @@ def load_base_model(
         revision: branch, tag or commit of a hub name.
         vae: hub name or folder of another autoencoder.
         single_file_config: for a single file, hub name or folder of a model with the same configuration; None for SDXL's.
-        quantize: "nf4" to quantise the UNet's linear layers to 4 bits  [QLoRA, Dettmers et al. 2023].
+        quantize: "nf4" to quantise the linear layers of the UNet and both text encoders to 4 bits  [QLoRA, Dettmers et al. 2023].
         prediction_type, rescale_betas_zero_snr: as in `Prediction`; None for the model's own settings.
+        unquantized: a folder for the weights before quantisation, with a folder for each component.
     Raises: InputError naming the model if it cannot be loaded or is not SDXL, or an argument that does not fit it.
     """
     name_or_path = model_path(name_or_path)
@@ -77,12 +80,31 @@ def load_base_model(
         raise InputError(f"The model {name_or_path!r} could not be loaded: {error}") from error
     pipeline.scheduler = prediction_of(name_or_path, prediction_type, rescale_betas_zero_snr).apply(pipeline.scheduler)
     if quantize is not None:
-        quantize_linear_layers(pipeline.unet, quantize, dtype)
-    pipeline.to(device)
+        quantize_components(pipeline, quantize, compute_dtype(dtype, device), unquantized)
+    return _frozen(pipeline.to(device))
+
+
+def _frozen(pipeline: StableDiffusionXLPipeline) -> StableDiffusionXLPipeline:
     for component in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         component.requires_grad_(False).eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def quantize_components(
+    pipeline: StableDiffusionXLPipeline, kind: str, compute_dtype: torch.dtype, unquantized: Path | None = None
+) -> None:
+    """Quantise the UNet and both text encoders, as `quantize_linear_layers` does; `quantization_errors` returns the errors."""
+    errors = {}
+    for name in QUANTIZED_COMPONENTS:
+        folder = None if unquantized is None else unquantized / name
+        errors[name] = quantize_linear_layers(getattr(pipeline, name), kind, compute_dtype, folder)
+    pipeline.quantization_errors = errors
+
+
+def quantization_errors(pipeline: StableDiffusionXLPipeline) -> dict[str, float]:
+    """The relative error of quantisation by component; empty for a model in full precision."""
+    return getattr(pipeline, "quantization_errors", {})
 
 
 def _from_folder(

@@ -10,7 +10,7 @@ import torch
 from mutations import mutate
 from peft import LoraConfig, get_peft_model
 from tiny_clip import END, NextAttention, images, prompts, tiny_clip
-from tiny_options import TINY
+from tiny_options import TINY, full_precision_methods
 from torch import nn
 
 from nora_vision import ActivationStatistics, AdapterFileError
@@ -24,10 +24,10 @@ from pipelines.clip_attention import separate
 from pipelines.errors import InputError
 from pipelines.fewshot import adapters
 from pipelines.fewshot.adapters import TargetLayers
-from pipelines.methods import method_named, method_names
+from pipelines.methods import method_named
 
 TOKENS = prompts(3, 5, 5, 9)
-methods = pytest.mark.parametrize("method", method_names())
+methods = pytest.mark.parametrize("method", full_precision_methods())
 
 
 def adapter_layers(components):

@@ -11,7 +11,7 @@ from image_sets import stored_image
 from PIL import Image
 from safetensors.torch import save_file
 from tiny_clip import base_sha256
-from tiny_options import TINY
+from tiny_options import TINY, full_precision_methods
 
 from nora_vision import AdapterFileError
 from pipelines import mini_clip
@@ -25,7 +25,6 @@ from pipelines.fewshot.adapters import TargetLayers
 from pipelines.fewshot.baselines.predictors import KeyValueCache, LinearHead, Predictor, Prompted
 from pipelines.fewshot.classifier import ClassifierFile, FewShotClassifier, save_classifier
 from pipelines.fewshot.features import raw_pixels
-from pipelines.methods import method_names
 
 CLASSES, MORE = ("red_star", "cat", "grey dog"), ("teapot", "boat")
 SIDE, WIDTH = 64, mini_clip.EMBED_DIM
@@ -35,7 +34,7 @@ PIXELS[1], PIXELS[2, :32], PIXELS[3, :, :, 0] = 0, 255, 0
 IMAGES = [Image.fromarray(own.numpy()) for own in PIXELS]
 
 # DoRA has only scale 0 and 1.
-SCALES = [(method, scale) for method in method_names() for scale in (0.0, 0.5, 1.0) if (method, scale) != ("dora", 0.5)]
+SCALES = [(method, scale) for method in full_precision_methods() for scale in (0.0, 0.5, 1.0) if (method, scale) != ("dora", 0.5)]
 
 
 def told(random_clip, method="zeroshot", **changes):

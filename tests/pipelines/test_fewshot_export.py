@@ -13,7 +13,7 @@ from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_clip import CONFIG, END, images, prompts, tiny_clip, tiny_coca
-from tiny_options import TINY
+from tiny_options import TINY, full_precision_methods
 
 from pipelines import mini_clip
 from pipelines.adapter_method import trained_parameters, tuner_layers
@@ -23,12 +23,11 @@ from pipelines.clip_attention import separate
 from pipelines.errors import InputError
 from pipelines.fewshot import adapters, export
 from pipelines.fewshot.adapters import TargetLayers
-from pipelines.methods import method_names
 from pipelines.mini_sdxl import PROMPT_WORDS, reduced_tokenizer
 
 TOKENS = prompts(3, 5, 9)
 EVERYWHERE = TargetLayers(projections=["q", "k", "v", "out"])
-methods = pytest.mark.parametrize("method", method_names())
+methods = pytest.mark.parametrize("method", full_precision_methods())
 
 
 def adapter_layers(components):

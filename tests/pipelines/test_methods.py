@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny_options import TINY
+from tiny_options import TINY, full_precision_methods
 from tiny_pipeline import image, tiny_pipeline
 from torch import nn
 
@@ -29,7 +29,7 @@ from training.engine.loop import training_losses
 from training.subject.finishing import SUGGESTED, using_adapter
 
 PROMPT = "a red star"
-methods = pytest.mark.parametrize("method", method_names())
+methods = pytest.mark.parametrize("method", full_precision_methods())
 
 
 def small(method, **changes):
@@ -100,7 +100,7 @@ def test_the_same_seed_starts_from_the_same_numbers(method, images_dir, tmp_path
     assert not (method_named(method).samples_start and torch.equal(starts[0], starts[2]))
 
 
-@pytest.fixture(scope="module", params=method_names())
+@pytest.fixture(scope="module", params=full_precision_methods())
 def trained(request, images_dir, tmp_path_factory):
     """A method, the folder of its adapter in every form, and the image that the adapter makes."""
     folder, pipe = tmp_path_factory.mktemp("trained"), tiny_pipeline()

@@ -381,3 +381,34 @@ def test_nora_has_at_most_a_tenth_of_loras_parameters_by_default():
     # ViT-B/16: twelve image layers 768 wide, twelve text layers 512 wide.
     large = FewShotOptions(ClipOptions("ViT-B-16", "openai")).adapter("nora")
     assert 10 * 24 * 2 * large.rank * large.inner_r <= 2 * lora.rank * (36 * 768 + 36 * 512)
+
+
+def test_a_run_on_a_model_in_4_bits_reports_what_that_lost_and_loads_onto_full_precision(random_clip, class_folders, tmp_path):
+    flags = ("--shots", "2", "--seeds", "0", "--method", "linear_probe", "loftq", "nora", "--rank", "4", "--inner_r", "2")
+    run = tmp_path / "run"
+    main(options_for(random_clip, class_folders, run, *flags, "--quantize", "nf4"))
+    errors = report_in(run)["quantization_errors"]
+    assert list(errors) == ["image", "text"]
+    card = (run / "README.md").read_text()
+    for name, error in errors.items():
+        assert 0.05 < error < 0.15
+        assert f"{name} {error:.1%}" in card
+    assert "the result differs from training by W - Q(W)" in card
+    assert not (run / "calibration" / "unquantized").exists()
+    images = [class_folders / name for name, *_ in json.loads((run / "splits" / "2-shots-seed-0.json").read_text())["test"]]
+    # Its base model is recognised by the weights before quantisation.
+    assert FewShotClassifier.from_run(run).predict(images).probabilities.shape == (len(images), 4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--method lora_one --quantize nf4", "LoRA-One does not support quantized layers"),
+        ("--method loftq", "LoftQ would start from what quantisation removes"),
+        ("--method nora --quantize nf4 --export lora merged", "export merged merges the adapter into weights in full precision"),
+    ],
+)
+def test_what_does_not_fit_quantisation_is_refused_before_any_work(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_fewshot_options(flags.split())
+    assert message in capsys.readouterr().err

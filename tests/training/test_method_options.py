@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from regression import batch_at, trainable, trained
+from tiny_options import full_precision_methods
 from tiny_pipeline import tiny_pipeline
 from torch import nn
 
@@ -38,9 +39,9 @@ def test_each_method_of_a_comparison_has_its_own_default_rank():
 
 
 @pytest.mark.parametrize("model", [["--model", "mini"], ["--model", "ViT-B-16", "--pretrained", "openai"]], ids=" ".join)
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("method", full_precision_methods())
 def test_each_method_of_a_comparison_has_its_own_defaults_whatever_other_methods_exist(method, model):
-    options = parse_fewshot_options(["--method", *method_names(), *model])
+    options = parse_fewshot_options(["--method", *full_precision_methods(), *model])
     kind = method_named(method)
     defaults = kind.defaults("few-shot", options.model.is_built_in).options
     assert options.adapter(method).create().options == kind.Options(**defaults)

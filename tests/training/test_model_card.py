@@ -8,9 +8,9 @@ import struct
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from tiny_options import full_precision_methods
 
 from pipelines.built_in import BUILT_IN_MODEL
-from pipelines.methods import method_names
 from training.options import parse_options
 from training.runs.card_text import as_text
 from training.runs.run import RunDirectory
@@ -93,7 +93,7 @@ def test_the_card_has_the_results_of_the_run(tmp_path):
         assert expected in card
 
 
-@pytest.mark.parametrize("method", method_names())
+@pytest.mark.parametrize("method", full_precision_methods())
 def test_only_the_card_of_a_dora_names_the_programs_that_ignore_its_row_norms(tmp_path, method):
     run = run_with(tmp_path)
     said = {

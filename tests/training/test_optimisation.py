@@ -180,9 +180,15 @@ def test_half_precision_trains_float32_parameters_that_stay_finite(trainer, tmp_
 
 
 def test_an_adapter_is_trained_on_a_base_model_in_4_bits_and_loads_on_the_plain_one(trainer, tiny_model, tmp_path):
-    flags = "--max_train_steps 2 --lr_warmup_steps 0 --learning_rate 0.1 --quantize nf4"
+    flags = "--max_train_steps 2 --lr_warmup_steps 0 --learning_rate 0.1 --quantize nf4 --loftq_start"
     run = trainer.run(tmp_path / "run", *flags.split())
     assert run.status().state == "done"
+    errors = run.status().quantization_errors
+    assert list(errors) == ["unet", "text_encoder", "text_encoder_2"]
+    card = (run.path / "README.md").read_text()
+    assert all(f"{name} {error:.1%}" in card for name, error in errors.items())
+    assert "the result differs from training by W - Q(W)" in card
+    assert not list((run.path / "calibration").glob("unquantized*"))
     pipe = load_base_model(str(tiny_model))
     before = image(pipe)
     pipe.load_lora_weights(run.path / "diffusers")

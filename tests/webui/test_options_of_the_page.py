@@ -33,6 +33,7 @@ NEEDED = {
     "text_encoder_lr": {"adapter": {"train_text_encoder": True}},
     "stop_text_encoder_training": {"adapter": {"train_text_encoder": True}},
     "hub_model_id": {"validation": {"push_to_hub": True}},
+    "loftq_start": {"model": {"quantize": "nf4"}},
 }
 # The same for options of the same group.
 NEEDED_BESIDE = {"inner_blocks": {"inner_form": "block_diagonal"}, "sparse_entries": {"inner_form": "sparse_low_rank"}}

@@ -12,6 +12,7 @@ from pipelines.clip import BUILT_IN
 from pipelines.fewshot.plots import save_figure
 from pipelines.fewshot.target_layers import TargetLayers
 from pipelines.methods import method_names
+from pipelines.quantization import EXPORT_NOTE, losses_of
 from pipelines.text_files import write_text_atomically
 from training.fewshot.figures import ZERO_SHOT, card_figures, shots_text
 from training.runs.card_text import CARD, as_text, portable_name
@@ -304,4 +305,6 @@ def _limits(report: FewShotReport) -> str:
         one_of_class=1 / fewest,
         untested=UNTESTED.format(classes=_listed(untested)) if untested else "",
     )
+    if report.quantization_errors:
+        limits += f"\n- {losses_of(report.quantization_errors)} {EXPORT_NOTE}"
     return f"{limits}\n{BUILT_IN_LIMITS}" if report.model == BUILT_IN else limits

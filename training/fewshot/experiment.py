@@ -35,6 +35,7 @@ from pipelines.fewshot.prompts import Prompts, make_prompts
 from pipelines.fewshot.samples import sample_set
 from pipelines.fewshot.sets import load_set
 from pipelines.fewshot.shots import FewShotSplit, Shots, sample_split, saved_split, split_notes
+from pipelines.quantization import CALIBRATION, UNQUANTIZED
 from training.options.fewshot import LabelledDataOptions
 
 logger = get_logger(__name__)
@@ -125,8 +126,13 @@ class Experiment:
 
     @cached_property
     def base_sha256(self) -> str:
-        """SHA-256 of the base model's weights."""
-        return module_digest(self.clip.model)
+        """SHA-256 of the base model's weights, before they were quantised."""
+        return self.clip.base_sha256 or module_digest(self.clip.model)
+
+    @property
+    def unquantized(self) -> Path | None:
+        """The folder of the base model's weights before quantisation; None for a model in full precision."""
+        return self.folder / CALIBRATION / UNQUANTIZED if self.clip.quantization_errors else None
 
     @cached_property
     def class_features(self) -> torch.Tensor:

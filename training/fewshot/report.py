@@ -90,6 +90,7 @@ def report_of(
             for method in options.method.method
         ],
         classifier=classifier,
+        quantization_errors=dict(experiment.clip.quantization_errors),
     )
 
 

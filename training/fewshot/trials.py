@@ -217,11 +217,12 @@ def fit_adapter(
     loss, batches = loss_and_batches(images, clip, components, optimisation.train_batch_size, accelerator.num_processes)
     losses = partial(training_losses, loss, batches, accelerator, per_epoch=batches.per_epoch)
     # On all processes: the activation statistics are summed over them.
-    adapters.start(clip, adapter, components, pixels, tokens, calibration, trial.seed, losses)
+    adapters.start(clip, adapter, components, pixels, tokens, calibration, trial.seed, losses, experiment.unquantized)
     if "lora" in options.output.export and (share := expected_left_out(components)):
         logger.warning(f"{trial}: {left_out_sentence(components, share)}")
     steps, rate = optimisation.steps(images.shots), options.learning_rate(trial.method)
-    trainable = to_train(loss, batches, components, adapter, optimisation, steps, rate)
+    paged = options.model.quantize is not None
+    trainable = to_train(loss, batches, components, adapter, optimisation, steps, rate, paged)
     directory = RunDirectory.create(run.path / trial.folder_in(run.path), options.to_dict(), run.writes)
     with directory.recording():
         train(accelerator, directory, trainable, loop_options(options, steps, trial.seed))
@@ -265,10 +266,11 @@ def to_train(
     optimisation: FewShotOptimisationOptions,
     steps: int,
     learning_rate: float,
+    paged: bool = False,
 ) -> Trainable:
     """The loss with AdamW over the adapter's parameters, a cosine schedule to zero, and the method's hooks in the training."""
     method = adapter.create()
-    optimizer = Adam(weight_decay=optimisation.adam_weight_decay).optimizer(
+    optimizer = Adam(paged=paged, weight_decay=optimisation.adam_weight_decay).optimizer(
         parameter_groups(loss, Rates(learning_rate, factor=method.learning_rate_factor))
     )
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=round(WARMUP_SHARE * steps), num_training_steps=steps)

@@ -48,7 +48,7 @@ class SubjectOptions:
         self.validation.fill_in(built_in)
         self._check_text_encoders()
         self._check_rates()
-        self._check_quantization()
+        self.adapter.check_quantization(self.model.quantize)
         if self.optimisation.learning_rate is None:
             self.optimisation.learning_rate = self._default_learning_rate(built_in)
         if self.output.validation_prompt is None:
@@ -65,11 +65,6 @@ class SubjectOptions:
             raise InputError(
                 "Prodigy adapts one learning rate for all parameters, so lora_plus_ratio needs --optimizer AdamW. Leave it out."
             )
-
-    def _check_quantization(self) -> None:
-        method = method_named(self.adapter.method)
-        if self.model.quantize is not None and not method.adapts_quantized_layers:
-            raise InputError(f"{method.title} does not support quantized layers. Leave out --quantize, or use another method.")
 
     def unused(self) -> list[str]:
         """A sentence for each given option that has no effect."""

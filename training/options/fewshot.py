@@ -23,7 +23,8 @@ from training.options.output import RunOptions
 
 DEFAULT_METHODS = ("zeroshot", "pixels", "linear_probe", REFERENCE, DEFAULT)
 ALL = "all"
-EXPORTS = ("lora", "merged", "torch", "onnx")
+NEED_FULL_PRECISION = ("merged", "torch", "onnx")
+EXPORTS = ("lora", *NEED_FULL_PRECISION)
 DEFAULT_SEEDS = 5
 
 
@@ -43,6 +44,13 @@ class ClipOptions:
         metadata={
             "help": "Weights of the model: one of open_clip's tags, such as openai, a .safetensors checkpoint, or random. The "
             "built-in model and folders have weights of their own."
+        },
+    )
+    quantize: Literal["nf4"] | None = field(
+        default=None,
+        metadata={
+            "help": "nf4 keeps the linear layers of both encoders in 4 bits per parameter, as QLoRA does: with double "
+            "quantisation, on GPUs products in bfloat16 and a paged AdamW (pip install bitsandbytes)."
         },
     )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
@@ -245,7 +253,12 @@ class FewShotOptions:
         fill_in(self.method, "few-shot", built_in, method_names())
         for name in self.method.adapters():
             # Raises InputError if its options do not fit each other.
-            self.adapter(name)
+            self.adapter(name).check_quantization(self.model.quantize)
+        if self.model.quantize is not None and (wrong := [name for name in self.output.export if name in NEED_FULL_PRECISION]):
+            raise InputError(
+                f"export {wrong[0]} merges the adapter into weights in full precision, so it cannot be used with --quantize. Use "
+                "--export lora, or leave out --quantize."
+            )
         if self.optimisation.iterations_per_shot is None:
             self.optimisation.iterations_per_shot = 10 if built_in else 500
         if self.data.templates is None:

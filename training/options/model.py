@@ -35,7 +35,8 @@ class ModelOptions:
     quantize: Literal["nf4"] | None = field(
         default=None,
         metadata={
-            "help": "nf4 keeps the UNet's linear layers in 4 bits per parameter, as QLoRA does (pip install bitsandbytes)."
+            "help": "nf4 keeps the linear layers of the UNet and both text encoders in 4 bits per parameter, as QLoRA does: with "
+            "double quantisation, on GPUs products in bfloat16 and a paged AdamW (pip install bitsandbytes)."
         },
     )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = field(

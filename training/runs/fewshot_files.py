@@ -211,6 +211,7 @@ class FewShotReport(RunFile):
         trials: in the order in which they were fitted.
         summary: one entry for each number of shots and method.
         classifier: folder of the trial that represents the run, relative to the run's directory.
+        quantization_errors: ||Q(W) - W|| / ||W|| of the base model's quantised encoders, by name.
     """
 
     NAME: ClassVar[str] = "report.json"
@@ -227,6 +228,7 @@ class FewShotReport(RunFile):
     trials: Sequence[TrialResult]
     summary: Sequence[MethodSummary]
     classifier: str
+    quantization_errors: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def representative(self) -> TrialResult:

@@ -55,6 +55,7 @@ class RunStatus(RunFile):
         resolution: side of the images in pixels.
         expected_left_out: how much of the weight change an exported LoRA is expected to leave out, as a share of its norm; None
             for an exact export.
+        quantization_errors: ||Q(W) - W|| / ||W|| of the base model's quantised components, by name.
         num_trainable_parameters, suggested_step, seconds, published: of a finished run.
         trial, method, shots, seed: the trial that a few-shot run is working on: its folder, adapter method, images per class
             and seed.
@@ -78,6 +79,7 @@ class RunStatus(RunFile):
     error: str | None = None
     resolution: int | None = None
     expected_left_out: float | None = None
+    quantization_errors: dict[str, float] | None = None
     num_trainable_parameters: int | None = None
     suggested_step: int | None = None
     seconds: float | None = None

@@ -12,6 +12,7 @@ from nora_vision.approximation import LeftOut
 from pipelines.built_in import is_built_in
 from pipelines.clip import BUILT_IN
 from pipelines.methods import method_named
+from pipelines.quantization import EXPORT_NOTE, losses_of
 from pipelines.subject.embedders import OPEN_CLIP
 from pipelines.subject.prediction import Prediction
 from pipelines.subject.scores import BASE
@@ -72,6 +73,8 @@ def model_card(run: RunDirectory, options: SubjectOptions, images: int, private:
         private: without prompts and names of local files.
     """
     status, optimisation = run.status(), options.optimisation
+    findings = _findings(run, scorer_name(options.validation.image_scorer, private))
+    findings += _precision(status.quantization_errors) + _compatibility(options)
     model = portable_name(options.model.pretrained_model_name_or_path, private)
     prompt = "the subject" if private else options.data.subject_prompts()[0]
     subject_note = "" if private else ", the subject above them"
@@ -89,10 +92,7 @@ def model_card(run: RunDirectory, options: SubjectOptions, images: int, private:
         options="" if private else " The resolved options are in options.json.",
         alt=f"images from the base model and from the adapted model, for the same prompts and seeds{subject_note}",
         grid=GRID,
-        findings="".join(
-            f"\n{finding}\n"
-            for finding in _findings(run, scorer_name(options.validation.image_scorer, private)) + _compatibility(options)
-        ),
+        findings="".join(f"\n{finding}\n" for finding in findings),
         files="\n".join(f"| {as_text(name)} | {size:,} |" for name, size in _exported_files(run)),
         **_loading_code(options, model, has_exports(run)),
         prompt_literal=json.dumps(f"{prompt} {NEW_SCENES[0]}", ensure_ascii=False),
@@ -214,6 +214,11 @@ def _certified_approximation(certificate: Certificate) -> str:
         f"{' and '.join(names)}. On average, their images differ {differences} from those of the native file, and by "
         f"{certificate.mean_effect:.1f} from those of the base model."
     )
+
+
+def _precision(errors: dict[str, float] | None) -> list[str]:
+    """What training on a quantised model means for the exports."""
+    return [] if not errors else [f"{losses_of(errors)} {EXPORT_NOTE}"]
 
 
 def _compatibility(options: SubjectOptions) -> list[str]:
