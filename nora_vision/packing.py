@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Mapping, Sequence
 from math import prod
 
-import numpy as np
 import torch
 
 from .calibration import ActivationStatistics
@@ -30,6 +29,7 @@ SCALE_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
 COMPRESSION = 9
 
 Shape = tuple[int, ...]
+BIT_POSITIONS = torch.arange(7, -1, -1, dtype=torch.uint8)
 
 
 def pack(tensors: Mapping[str, torch.Tensor], base_calibration: bool) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -120,8 +120,8 @@ def _pack_factors(kind: str, parts: Sequence[torch.Tensor]) -> dict[str, torch.T
     quantised = [int8_factors(part) for part in parts]
     values = torch.cat([part.flatten().float() for part in parts])
     if all(torch.equal(factors_of_int8(*both), part.float()) for both, part in zip(quantised, parts, strict=True)):
-        whole, steps = zip(*quantised, strict=True)
-        return {kind: torch.cat([part.flatten() for part in whole]), kind + STEP: torch.stack(steps)}
+        integers, steps = zip(*quantised, strict=True)
+        return {kind: torch.cat([part.flatten() for part in integers]), kind + STEP: torch.stack(steps)}
     half = values.half()
     return {kind: half if torch.equal(half.float(), values) else values}
 
@@ -132,12 +132,23 @@ def _pack_scales(parts: Sequence[torch.Tensor], base_calibration: bool) -> tuple
     if all(steps is not None for steps in coarse):
         steps = torch.cat(coarse)
         if base_calibration:
-            bits = np.packbits((steps & 1).to(torch.uint8).numpy())
-            return _compressed(bits.tobytes()), {SCALES: PARITY, SCALES_DIGEST: _digest(steps)}
+            return _compressed(_packed_bits(steps & 1)), {SCALES: PARITY, SCALES_DIGEST: _digest(steps)}
         return _compressed(tensor_bytes(steps)), {SCALES: STEPS}
     values = torch.cat(parts).float()
     stored = next(name for name, dtype in SCALE_DTYPES.items() if torch.equal(values.to(dtype).float(), values))
     return _compressed(tensor_bytes(values.to(SCALE_DTYPES[stored]))), {SCALES: stored}
+
+
+def _packed_bits(bits: torch.Tensor) -> bytes:
+    """Zeros and ones (n,) as bytes, the first bit of each byte being its highest."""
+    padded = torch.cat([bits.to(torch.uint8), bits.new_zeros(-len(bits) % 8, dtype=torch.uint8)])
+    return bytes(tensor_bytes((padded.view(-1, 8) << BIT_POSITIONS).sum(dim=1, dtype=torch.uint8)))
+
+
+def _unpacked_bits(data: bytes, count: int) -> torch.Tensor:
+    """The first `count` bits of what `_packed_bits` returned, (count,) uint8."""
+    packed = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return ((packed[:, None] >> BIT_POSITIONS) & 1).flatten()[:count]
 
 
 def _unpack_scales(
@@ -153,7 +164,7 @@ def _unpack_scales(
         raise AdapterFileError(f"{where}: {SCALES} must be one of {', '.join(widths)}, got {kind!r}.")
     data = _decompressed(stream, (count * widths[kind] + 7) // 8, where)
     if kind == PARITY:
-        bits = torch.from_numpy(np.unpackbits(np.frombuffer(data, np.uint8), count=count))
+        bits = _unpacked_bits(data, count)
         steps = _recovered(bits.split(list(sizes.values())), sizes, statistics, where)
         if _digest(steps) != metadata.get(SCALES_DIGEST):
             raise AdapterFileError(

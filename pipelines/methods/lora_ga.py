@@ -29,7 +29,7 @@ class LoraGaOptions(LoraOptions):
         "ArB2r", "which singular vectors of the gradient A and B start from", "LoRA-GA direction", choices=DIRECTIONS
     )
     lora_ga_scale: str = option("stable", "scaling of the start", "LoRA-GA scale", choices=SCALES)
-    stable_gamma: float = option(16.0, "gamma of the stable scaling", "LoRA-GA stable_gamma")
+    stable_gamma: float = option(16.0, "gamma of the stable scaling", "LoRA-GA gamma of the stable scaling")
 
     def __post_init__(self) -> None:
         super().__post_init__()
