@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = ("nora_vision", "pipelines", "training", "webui", "app")
-LIBRARY_MAY_IMPORT = {"torch", "peft", "safetensors"}
+# huggingface_hub, which PEFT requires, has the folder of cached files.
+LIBRARY_MAY_IMPORT = {"torch", "peft", "safetensors", "huggingface_hub"}
 PACKAGES = ("nora_vision", "pipelines", "training", "webui", "benchmarks")
 
 

@@ -26,7 +26,9 @@ class TinyLoraOptions:
     rank: int | None = option(None, "number of singular directions of each weight", **{"few-shot": "lora_rank"})
     u: int = option(64, "length of the trained vector v", "TinyLoRA u (length of v)")
     weight_tying: float = option(
-        0.0, "share of tying between layers: 0 for a vector each, 1 for one vector for all", "TinyLoRA weight_tying"
+        0.0,
+        "share of tying between layers: 0 for a vector each, 1 for one vector for all",
+        "TinyLoRA weight_tying (share of tying between layers)",
     )
     dropout: float = option(0.0, "dropout probability within the adapter")
 

@@ -36,7 +36,7 @@ class VbLoraOptions:
         None,
         "length of the bank's vectors, a divisor of the sizes of all adapted layers (by default, the largest one up to "
         f"{LONGEST_VECTOR})",
-        "VB-LoRA vector_length",
+        "VB-LoRA vector_length (of the vectors of the bank)",
     )
     topk: int = option(2, "vectors mixed in each sub-vector", "VB-LoRA topk (vectors in a mixture)")
     init_vector_bank_bound: float = option(
