@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from tiny_clip import images, prompts, tiny_clip
-from tiny_options import TINY, full_precision_methods
+from tiny_options import TINY
 from tiny_pipeline import tiny_pipeline
 from torch import nn
 
@@ -17,10 +17,11 @@ from pipelines.clip import Clip
 from pipelines.fewshot.adapters import TargetLayers
 from pipelines.fewshot.adapters import attach as attach_to_clip
 from pipelines.fewshot.adapters import start as start_on_clip
-from pipelines.methods import DEFAULT
+from pipelines.fewshot.quantization import quantized
+from pipelines.methods import DEFAULT, method_names
 from pipelines.optimizers import Adam, Rates, parameter_groups
 from pipelines.subject.adapters import attach, start
-from pipelines.subject.base_model import PromptEmbeddings
+from pipelines.subject.base_model import PromptEmbeddings, quantize_components
 from pipelines.subject.loss import DenoisingLoss
 from training.engine.loop import LoopOptions, Trainable, train, training_losses
 from training.runs.run import RunDirectory
@@ -59,7 +60,10 @@ def class_batch(index):
 
 def subject(options, cache):
     """The loss of a tiny SDXL with a started adapter, its batches, and the adapted components."""
-    pipe = tiny_pipeline()
+    pipe, unquantized = tiny_pipeline(), None
+    if options.create().needs_quantization:
+        unquantized = cache / "unquantized"
+        quantize_components(pipe, "nf4", torch.float32, unquantized)
     components = attach(pipe, options)
     loss = DenoisingLoss(pipe)
     losses = partial(training_losses, loss, subject_batch, Accelerator(cpu=True))
@@ -71,17 +75,20 @@ def subject(options, cache):
         "text_encoder": lambda: pipe.text_encoder(tokens[:, 0]),
         "text_encoder_2": lambda: pipe.text_encoder_2(tokens[:, 1]),
     }
-    start(options, components, runs, cache, 0, losses)
+    start(options, components, runs, cache, 0, losses, unquantized=unquantized)
     return loss, subject_batch, components
 
 
 def few_shot(options, cache):
     """The same of a tiny CLIP."""
-    clip = Clip(tiny_clip(), None, None, "tiny")
+    clip, unquantized = Clip(tiny_clip(), None, None, "tiny"), None
+    if options.create().needs_quantization:
+        unquantized = cache / "unquantized"
+        clip = quantized(clip, "nf4", unquantized)
     components = attach_to_clip(clip, options, TargetLayers())
     loss = Classification(clip)
     losses = partial(training_losses, loss, class_batch, Accelerator(cpu=True))
-    start_on_clip(clip, options, components, [images(3)], TOKENS, cache, 0, losses)
+    start_on_clip(clip, options, components, [images(3)], TOKENS, cache, 0, losses, unquantized)
     return loss, class_batch, components
 
 
@@ -103,7 +110,7 @@ def trained(task, method, folder, run, steps, **changes):
 
 
 @pytest.mark.parametrize("task", [subject, few_shot])
-@pytest.mark.parametrize("method", full_precision_methods())
+@pytest.mark.parametrize("method", method_names())
 def test_a_training_stopped_in_the_middle_ends_in_the_same_files(method, task, tmp_path):
     whole = trained(task, method, tmp_path, tmp_path / "whole", STEPS)
     half = trained(task, method, tmp_path, tmp_path / "stopped", STEPS // 2)
@@ -120,3 +127,10 @@ def test_a_resumed_training_has_the_same_basis_from_gradients_and_the_same_ranks
     trained(task, DEFAULT, tmp_path, tmp_path / "stopped", STEPS // 2, **GRADIENT_BASIS)
     assert trained(task, DEFAULT, tmp_path, tmp_path / "stopped", STEPS, **GRADIENT_BASIS) == whole
     assert {file.parts[1] for file in whole} == {"full"}
+
+
+@pytest.mark.parametrize("task", [subject, few_shot])
+def test_a_training_of_nora_on_a_model_in_4_bits_resumes_too(task, tmp_path):
+    whole = trained(task, "nora", tmp_path, tmp_path / "whole", STEPS, loftq_start=True)
+    assert trained(task, "nora", tmp_path, tmp_path / "stopped", STEPS // 2, loftq_start=True) != whole
+    assert trained(task, "nora", tmp_path, tmp_path / "stopped", STEPS, loftq_start=True) == whole
