@@ -164,7 +164,7 @@ def _unpack_scales(
         raise AdapterFileError(f"{where}: {SCALES} must be one of {', '.join(widths)}, got {kind!r}.")
     data = _decompressed(stream, (count * widths[kind] + 7) // 8, where)
     if kind == PARITY:
-        bits = _unpacked_bits(data, count)
+        bits = _unpacked_bits(bytes(data), count)
         steps = _recovered(bits.split(list(sizes.values())), sizes, statistics, where)
         if _digest(steps) != metadata.get(SCALES_DIGEST):
             raise AdapterFileError(
