@@ -11,11 +11,12 @@ S / max S. For k < r the other directions from the weight, orthogonal to these i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import torch
 
+from .calibration import ActivationStatistics
 from .decomposition import reproducible_awsvd
 from .factors import Factors
 from .layer import NoraLayer
@@ -67,7 +68,8 @@ def adapter_factors(
     layers: Mapping[str, NoraLayer],
     adapter_name: str,
     gradients: Iterable[tuple[str, torch.Tensor]],
-    roots: Callable[[str], InputRoot],
+    stats: ActivationStatistics | None,
+    weighting: str,
     **options: Any,
 ) -> Iterator[tuple[str, Factors]]:
     """B and A of the adapter in each layer, float32 on the CPU, as the layers' gradients arrive.
@@ -75,13 +77,15 @@ def adapter_factors(
     Args:
         layers: by name.
         gradients: name and gradient G of the weight, (out, in).
-        roots: F of the layer with this name.
+        stats, weighting: give F; without statistics it is I.
         options: of `gradient_factors`.
     """
     for name, gradient in gradients:
         layer = layers[name]
         weight, gradient = layer.finite_weight_matrix(name), layer._as_matrix(gradient)
-        pair = gradient_factors(weight, gradient, roots(name), layer.r[adapter_name], **options)
+        ones = torch.ones(layer.in_features)
+        root = InputRoot.diagonal(ones) if stats is None else stats.root(name, weighting)
+        pair = gradient_factors(weight, gradient, root, layer.r[adapter_name], **options)
         yield name, Factors(*(part.float().cpu() for part in pair))
 
 

@@ -26,6 +26,7 @@ from pipelines.errors import InputError
 from pipelines.gradients import cached_factors, cached_ranks, check_differentiable, mean_gradients, origin_of
 from pipelines.native_files import COMPACT, FULL
 from pipelines.option_checks import above_zero, at_least, one_of, within
+from pipelines.progress import shown_by
 from pipelines.run_options import Task
 
 if TYPE_CHECKING:
@@ -45,7 +46,6 @@ INNER_FORMS = (
 OUTER_SCALINGS = ("B", "A", "split", "mean", "none")
 CALIBRATIONS, INNER_DTYPES = ("data", "base"), ("float32", "float16", "int8")
 WEIGHTINGS = ("none", "diagonal", "quantile", "trimmed", "huber", "diagonal_low_rank", "covariance")
-BASES = ("weight", "gradient", "mixed")
 GRADIENT_SCALES = ("mean", "gradient")
 # Options that are fields of `NoraConfig` too.
 CONFIG_FIELDS = (
@@ -139,7 +139,7 @@ class NoraOptions:
         "weight",
         "what the outer factors are taken from: weight, gradient (of the training loss at the base model), or mixed",
         "NoRA basis (of the outer factors)",
-        choices=BASES,
+        choices=("weight", "gradient", "mixed"),
     )
     gradient_batches: int = option(
         0, "batches for the mean gradient of the bases gradient and mixed; 0 for those of one epoch", "Gradient batches"
@@ -151,17 +151,17 @@ class NoraOptions:
         "NoRA gradient scale",
         choices=GRADIENT_SCALES,
     )
-    parameter_budget: int | None = option(
-        None,
-        "number of trained parameters of all layers together; each layer then has an outer rank from the energy of its weight, "
-        "instead of --rank, and an inner rank from its gradient",
-        "NoRA parameter_budget (chooses the ranks of each layer)",
-    )
     loftq_start: bool = option(
         False,
         "with --quantize, start the inner factors from the part of the quantisation error that the outer factors contain, as "
         "LoftQ does with LoRA's",
         "NoRA loftq_start (compensate for quantisation)",
+    )
+    parameter_budget: int | None = option(
+        None,
+        "number of trained parameters of all layers together; each layer then has an outer rank from the energy of its weight, "
+        "instead of --rank, and an inner rank from its gradient",
+        "NoRA parameter_budget (chooses the ranks of each layer)",
     )
     lora_plus_ratio: float = option(1.0, "LoRA+ ratio of the learning rates of B and A", "LoRA+ ratio")
 
@@ -169,13 +169,11 @@ class NoraOptions:
         at_least(self, 1, "rank")
         at_least(self, 0, "gradient_batches")
         at_least(self, 1, "parameter_budget")
-        if self.parameter_budget is not None and (self.inner_form != "serial" or self.num_subspaces > 1):
-            raise InputError("parameter_budget needs inner_form serial and num_subspaces 1. Leave parameter_budget out.")
         above_zero(self, "lora_plus_ratio")
         one_of(self, GRADIENT_SCALES, "gradient_scale")
         within(self, 0, 1, "gradient_share")
-        if self.calibration == "base" and self.weighting != "diagonal":
-            raise InputError(f"calibration base needs weighting diagonal, got {self.weighting}. Use calibration data.")
+        # The base calibration has the diagonal scale alone.
+        one_of(self, ("diagonal",) if self.calibration == "base" else WEIGHTINGS, "weighting")
         one_of(self, CALIBRATIONS, "calibration")
         one_of(self, INNER_DTYPES, "inner_dtype")
         if self.preserve_output and self.inner_dtype != "float32":
@@ -183,7 +181,10 @@ class NoraOptions:
                 "inner_dtype must be float32 with preserve_output, whose weight change is the small difference of two products, "
                 f"got {self.inner_dtype!r}. Leave out preserve_output."
             )
-        if self.loftq_start and (self.preserve_output or self.inner_form != "serial" or self.num_subspaces != 1):
+        is_plain = self.inner_form == "serial" and self.num_subspaces == 1
+        if self.parameter_budget is not None and not is_plain:
+            raise InputError("parameter_budget needs inner_form serial and num_subspaces 1. Leave parameter_budget out.")
+        if self.loftq_start and (self.preserve_output or not is_plain):
             raise InputError(
                 "loftq_start needs inner_form serial and num_subspaces 1, and cannot be used with preserve_output, which "
                 "subtracts the start of the change. Leave it out, or the others."
@@ -191,11 +192,7 @@ class NoraOptions:
 
 
 class NoraTraining(MethodTraining):
-    """A training of NoRA.
-
-    Args:
-        inner_dtype: of the trained factors in the compact file.
-    """
+    """A training of NoRA whose trained factors are in `inner_dtype` in the compact file."""
 
     def __init__(self, models: Sequence[nn.Module], total_steps: int, inner_dtype: str) -> None:
         super().__init__(models, total_steps)
@@ -275,16 +272,10 @@ class Nora(AdapterMethod):
         statistics = self._statistics(model, probe, adapter_name)
         factors = None if self.options.basis == "weight" else self._gradient_factors(model, statistics, probe, adapter_name)
         with tqdm(desc="initialising NoRA layers", leave=False) as bar:
-
-            def progress(done: int, total: int) -> None:
-                """Show how many layers are initialised."""
-                bar.total = total
-                bar.update(done - bar.n)
-
-            options = {"factors": factors, "generator": probe.generator, "calibration": self.options.calibration}
+            options = {"generator": probe.generator, "progress": shown_by(bar), "calibration": self.options.calibration}
             if probe.unquantized is not None:
                 options |= {"unquantized": CheckpointWeights(probe.unquantized), "loftq_start": self.options.loftq_start}
-            initialize_nora_weights(model, statistics, adapter_name, progress=progress, **options)
+            initialize_nora_weights(model, statistics, adapter_name, factors=factors, **options)
 
     def _statistics(self, model: nn.Module, probe: Probe, adapter_name: str) -> ActivationStatistics | None:
         """The statistics that the weighting needs, which a resumed run reads from its cache; None without weighting."""
@@ -317,20 +308,16 @@ class Nora(AdapterMethod):
         """B and A of every layer from the gradients of the probe's losses, or from the cache."""
         from nora_vision.gradient_basis import adapter_factors
         from nora_vision.rank_allocation import adapter_layers
-        from nora_vision.weighting import InputRoot
 
         options, layers = self.options, adapter_layers(model, adapter_name)
         check_differentiable({name: layer.get_base_layer() for name, layer in layers.items()}, f"{self.title}'s basis")
         weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
         share = 1.0 if options.basis == "gradient" else options.gradient_share
 
-        def root(name: str) -> InputRoot:
-            ones = torch.ones(layers[name].in_features)
-            return InputRoot.diagonal(ones) if statistics is None else statistics.root(name, options.weighting)
-
         def compute() -> Iterator[tuple[str, Factors]]:
             gradients = mean_gradients(weights, probe.losses, options.gradient_batches)
-            return adapter_factors(layers, adapter_name, gradients, root, share=share, scale=options.gradient_scale)
+            how = {"share": share, "scale": options.gradient_scale}
+            return adapter_factors(layers, adapter_name, gradients, statistics, options.weighting, **how)
 
         ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
         origin = origin_of(weights, [ranks, options.weighting, share, options.gradient_scale, options.gradient_batches])
@@ -338,10 +325,7 @@ class Nora(AdapterMethod):
             return cached_factors(probe.cache.with_name(f"{probe.cache.stem}-{self.name}-gradient.safetensors"), origin, compute)
 
     def prepare_start(self, components: Mapping[str, nn.Module], probes: Mapping[str, Probe], adapter_name: str) -> None:
-        """With `parameter_budget`, set the ranks of all layers of all components, which a resumed run reads from its cache.
-
-        Raises: InputError if the budget is below that of rank 1 in every layer.
-        """
+        """With `parameter_budget`, set the ranks of all layers. Raises: InputError if it is below rank 1 in every layer."""
         from nora_vision.quantization import is_quantized
         from nora_vision.rank_allocation import adapter_layers, allocated_ranks, set_ranks
 
@@ -372,10 +356,7 @@ class Nora(AdapterMethod):
 
     @classmethod
     def save(cls, components: Mapping[str, nn.Module], folder: Path, adapter_name: str) -> None:
-        """Write the layouts `full`, which is self-contained, and `compact`, which needs exactly the same base weights.
-
-        An adapter whose outer factors the base weights do not determine, such as one from gradients, has only the layout `full`.
-        """
+        """Write the layouts `full` and, if the base weights determine the outer factors, `compact`, which needs the same."""
         from nora_vision.compact import not_recomputable
         from nora_vision.saving import save_adapter
 

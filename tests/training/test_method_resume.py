@@ -92,12 +92,12 @@ def few_shot(options, cache):
     return loss, class_batch, components
 
 
-def trained(task, method, folder, run, steps, **changes):
+def trained(task, method, folder, run, steps, **more):
     """The bytes of the adapter after `steps` of the training of `STEPS` in the run `run`, and its native files."""
     # The precision of a run before, in the same process, would be that of this one.
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True)
-    options = AdapterOptions(method, **{"rank": 4, "inner_r": 2, **TINY, "train_text_encoder": True, **changes})
+    options = AdapterOptions(method, rank=4, inner_r=2, **TINY, train_text_encoder=True, **more)
     loss, batch_at, components = task(options, folder / "calibration")
     chosen = options.create()
     optimizer = Adam().optimizer(parameter_groups(loss, Rates(0.02, factor=chosen.learning_rate_factor)))
@@ -118,6 +118,13 @@ def test_a_training_stopped_in_the_middle_ends_in_the_same_files(method, task, t
     assert trained(task, method, tmp_path, tmp_path / "stopped", STEPS) == whole
 
 
+@pytest.mark.parametrize("task", [subject, few_shot])
+def test_a_training_of_nora_on_a_model_in_4_bits_resumes_too(task, tmp_path):
+    whole = trained(task, "nora", tmp_path, tmp_path / "whole", STEPS, loftq_start=True)
+    assert trained(task, "nora", tmp_path, tmp_path / "stopped", STEPS // 2, loftq_start=True) != whole
+    assert trained(task, "nora", tmp_path, tmp_path / "stopped", STEPS, loftq_start=True) == whole
+
+
 GRADIENT_BASIS = {"basis": "mixed", "weighting": "covariance", "gradient_batches": 1, "parameter_budget": 1500}
 
 
@@ -127,10 +134,3 @@ def test_a_resumed_training_has_the_same_basis_from_gradients_and_the_same_ranks
     trained(task, DEFAULT, tmp_path, tmp_path / "stopped", STEPS // 2, **GRADIENT_BASIS)
     assert trained(task, DEFAULT, tmp_path, tmp_path / "stopped", STEPS, **GRADIENT_BASIS) == whole
     assert {file.parts[1] for file in whole} == {"full"}
-
-
-@pytest.mark.parametrize("task", [subject, few_shot])
-def test_a_training_of_nora_on_a_model_in_4_bits_resumes_too(task, tmp_path):
-    whole = trained(task, "nora", tmp_path, tmp_path / "whole", STEPS, loftq_start=True)
-    assert trained(task, "nora", tmp_path, tmp_path / "stopped", STEPS // 2, loftq_start=True) != whole
-    assert trained(task, "nora", tmp_path, tmp_path / "stopped", STEPS, loftq_start=True) == whole
