@@ -57,10 +57,10 @@ def base_statistics(pipe: StableDiffusionXLPipeline) -> Scales:
         return sdxl_calibration(pipe)["unet"](layers)
 
 
-def mean_error(unet: nn.Module, own: Scales, scales: Scales | None, rank: int, rounded: Callable | None = None) -> float:
-    """The mean relative error of outer factors from `scales`, weighted with the statistics `own`."""
+def mean_error(unet: nn.Module, subject: Scales, scales: Scales | None, rank: int, rounded: Callable | None = None) -> float:
+    """The mean relative error of outer factors from `scales`, weighted with the statistics `subject`."""
     errors = []
-    for name, statistics in own.items():
+    for name, statistics in subject.items():
         weight = unet.get_submodule(name).weight.detach()
         scale = torch.ones_like(statistics) if scales is None else scales[name]
         scale = scale if rounded is None else rounded(scale)
@@ -89,11 +89,11 @@ def main() -> None:
     options = parser.parse_args()
     pipe = load_base_model(str(BUILT_IN_MODEL))
     with tempfile.TemporaryDirectory() as cache:
-        own, base = subject_statistics(pipe, Path(cache)), base_statistics(pipe)
-    print(f"Weighted error of the outer factors, rank {options.rank}, mean over {len(own)} attention layers:")
-    print(f"  no statistics {mean_error(pipe.unet, own, None, options.rank):.4f}")
-    for name, scales in {"base calibration": base, "the subject's own": own}.items():
-        exact, rounded = (mean_error(pipe.unet, own, scales, options.rank, how) for how in (None, coarse_scale))
+        subject, base = subject_statistics(pipe, Path(cache)), base_statistics(pipe)
+    print(f"Weighted error of the outer factors, rank {options.rank}, mean over {len(subject)} attention layers:")
+    print(f"  no statistics {mean_error(pipe.unet, subject, None, options.rank):.4f}")
+    for name, scales in {"base calibration": base, "the subject's own": subject}.items():
+        exact, rounded = (mean_error(pipe.unet, subject, scales, options.rank, rounding) for rounding in (None, coarse_scale))
         print(f"  {name}: {exact:.4f}, rounded to half octaves {rounded:.4f}")
     print("Differences of the base calibration in steps (99th percentile, largest), allowed 0.5:")
     threads = torch.get_num_threads()

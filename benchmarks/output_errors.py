@@ -88,18 +88,18 @@ def errors(model: Model, ranks: list[int]) -> dict[tuple[str, int], dict[str, tu
         kind: calibrate(model.module, model.calibration, model.targets, weighting=weighting) for kind, weighting in kinds.items()
     }
     others = calibrate(model.module, model.others, model.targets, weighting="covariance")
-    found = {}
+    results = {}
     for name in others:
         layer = model.module.get_submodule(name)
         for rank in (rank for rank in ranks if rank <= min(layer.weight.shape)):
-            found[name, rank] = {
+            results[name, rank] = {
                 weighting: tuple(
                     output_error(layer.weight, factors(layer.weight, name, statistics, weighting, rank), moments[name])
                     for moments in (statistics["covariance"].moments, others.moments)
                 )
                 for weighting in WEIGHTINGS
             }
-    return found
+    return results
 
 
 def factors(
@@ -121,14 +121,14 @@ def output_error(weight: torch.Tensor, pair: tuple[torch.Tensor, torch.Tensor], 
 
 def rows(model: Model, options: BenchmarkOptions) -> list[str]:
     """The rows of the table for one model."""
-    found = errors(model, options.ranks)
+    results = errors(model, options.ranks)
     lines = [
         row(f"{model.name} `{name}`", rank, by_weighting)
-        for (name, rank), by_weighting in found.items()
+        for (name, rank), by_weighting in results.items()
         if re.search(options.layers, name)
     ]
     for rank in options.ranks:
-        layers = [by_weighting for (_, each), by_weighting in found.items() if each == rank]
+        layers = [by_weighting for (_, each), by_weighting in results.items() if each == rank]
         means = {w: tuple(fmean(layer[w][part] for layer in layers) for part in (0, 1)) for w in WEIGHTINGS}
         lines.append(row(f"{model.name}, mean of {len(layers)}", rank, means))
     return lines

@@ -35,8 +35,8 @@ class LeftOut:
         worst = max(changes, key=lambda name: changes[name].relative_error)
         if changes[worst].relative_error == 0:
             return None
-        left_out, kept = (sum(part(change) ** 2 for change in changes.values()) for part in (left_out_norm, norm))
-        return cls((left_out / (left_out + kept)) ** 0.5, changes[worst].relative_error, worst)
+        left_out, included = (sum(part(change) ** 2 for change in changes.values()) for part in (left_out_norm, norm))
+        return cls((left_out / (left_out + included)) ** 0.5, changes[worst].relative_error, worst)
 
     @classmethod
     def read(cls, path: Path) -> LeftOut | None:

@@ -113,7 +113,9 @@ def _conditioning(pipe: StableDiffusionXLPipeline, prompt: str) -> tuple[torch.T
 
 def _run_unet(pipe: StableDiffusionXLPipeline) -> None:
     unet, generator = pipe.unet, torch.Generator().manual_seed(0)
-    kept = torch.cumprod(1 - torch.linspace(FIRST_BETA**0.5, LAST_BETA**0.5, TIMESTEPS, dtype=torch.float64) ** 2, dim=0)
+    alphas_cumprod = torch.cumprod(
+        1 - torch.linspace(FIRST_BETA**0.5, LAST_BETA**0.5, TIMESTEPS, dtype=torch.float64) ** 2, dim=0
+    )
     side = min(unet.config.sample_size, LARGEST_SIDE)
     pixels = side * pipe.vae_scale_factor
     placed = {"device": unet.device, "dtype": unet.dtype}
@@ -121,7 +123,7 @@ def _run_unet(pipe: StableDiffusionXLPipeline) -> None:
         timestep = round((index + 0.5) * TIMESTEPS / len(PROMPTS))
         clean = natural_noise((1, unet.config.in_channels, side, side), generator)
         noise = torch.randn(clean.shape, generator=generator)
-        latents = kept[timestep].sqrt() * clean + (1 - kept[timestep]).sqrt() * noise
+        latents = alphas_cumprod[timestep].sqrt() * clean + (1 - alphas_cumprod[timestep]).sqrt() * noise
         hidden, pooled = _conditioning(pipe, prompt)
         sizes = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]])
         conditions = {"text_embeds": pooled.to(**placed), "time_ids": sizes.to(**placed)}

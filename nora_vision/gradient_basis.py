@@ -96,5 +96,5 @@ def _leading_directions(matrix: torch.Tensor, count: int) -> tuple[torch.Tensor,
     B, A = reproducible_awsvd(matrix, None, count)
     sigma = B.norm(dim=0)
     # Gradients are float32.
-    kept = sigma > max(matrix.shape) * torch.finfo(torch.float32).eps * sigma[0]
-    return B[:, kept], A[kept]
+    significant = sigma > max(matrix.shape) * torch.finfo(torch.float32).eps * sigma[0]
+    return B[:, significant], A[significant]

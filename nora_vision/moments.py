@@ -64,8 +64,8 @@ def low_rank_part(sketch: torch.Tensor, rank: int) -> torch.Tensor:
     core = omega.T @ shifted
     values, vectors = torch.linalg.eigh((core + core.T) / 2)
     # Directions that rounding dominates are left out.
-    kept = values > values[-1] * torch.finfo(sketch.dtype).eps * len(sketch)
-    U, sigma, _ = torch.linalg.svd(shifted @ (vectors[:, kept] / values[kept].sqrt()), full_matrices=False)
+    significant = values > values[-1] * torch.finfo(sketch.dtype).eps * len(sketch)
+    U, sigma, _ = torch.linalg.svd(shifted @ (vectors[:, significant] / values[significant].sqrt()), full_matrices=False)
     return U[:, :rank] * (sigma[:rank].square() - shift).clamp_min(0).sqrt()
 
 

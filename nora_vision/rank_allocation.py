@@ -155,8 +155,8 @@ def allocated_ranks(
         budget: trained parameters of all layers.
     Raises: ValueError if the budget is below that of rank 1 in every layer.
     """
-    found = {name: weighted_energies(model, adapter_name, statistics[name]) for name, model in models.items()}
-    energies = {(name, layer): values for name, each in found.items() for layer, values in each}
+    by_model = {name: weighted_energies(model, adapter_name, statistics[name]) for name, model in models.items()}
+    energies = {(name, layer): values for name, each in by_model.items() for layer, values in each}
     inner_r = next(iter(models.values())).peft_config[adapter_name].inner_r
     outer = outer_ranks(energies, inner_r, budget)
     of_cores: dict[tuple[str, str], torch.Tensor] = {}

@@ -38,13 +38,13 @@ def int8_factors(factors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     largest = factors.abs().max() if factors.numel() else torch.zeros(())
     step = (largest.float() / INT8_LIMIT).bfloat16()
-    whole = (factors / step.float()).round() if step > 0 else torch.zeros_like(factors)
-    return whole.clamp(-INT8_LIMIT, INT8_LIMIT).to(torch.int8), step
+    quantised = (factors / step.float()).round() if step > 0 else torch.zeros_like(factors)
+    return quantised.clamp(-INT8_LIMIT, INT8_LIMIT).to(torch.int8), step
 
 
-def factors_of_int8(whole: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-    """q step, float32: `whole` of any shape, `step` ()."""
-    return whole.float() * step.float()
+def factors_of_int8(quantised: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    """q step, float32: `quantised` of any shape, `step` ()."""
+    return quantised.float() * step.float()
 
 
 def _rounded(factors: torch.Tensor, dtype: InnerDtype, where: str) -> torch.Tensor:

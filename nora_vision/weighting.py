@@ -149,8 +149,8 @@ def robust_scale(counts: torch.Tensor, weighting: str) -> torch.Tensor:
         return magnitudes[(cumulative < QUANTILE * totals).sum(dim=1).clamp_max(len(magnitudes) - 1)].float()
     if weighting == "trimmed":
         before = cumulative - counts
-        kept = torch.minimum(counts, ((1 - TRIMMED_SHARE) * totals - before).clamp_min(0))
-        return (kept @ magnitudes.square() / kept.sum(dim=1).clamp_min(1)).sqrt().float()
+        remaining = torch.minimum(counts, ((1 - TRIMMED_SHARE) * totals - before).clamp_min(0))
+        return (remaining @ magnitudes.square() / remaining.sum(dim=1).clamp_min(1)).sqrt().float()
     return _huber_scale(counts / totals.clamp_min(1), magnitudes).float()
 
 

@@ -54,10 +54,10 @@ class Boft(PeftMethod):
         factors, block = self.options.boft_n_butterfly_factor, self.options.block_size
         if factors > 1 and block % 2:
             return f"block_size must be even with {factors} butterfly factors, got {block}."
-        whole = block * 2 ** (factors - 1)
-        if n % block == 0 and n % whole:
+        span = block * 2 ** (factors - 1)
+        if n % block == 0 and n % span:
             return (
-                f"block_size * 2^(boft_n_butterfly_factor - 1) must divide its in_features of {n}, got {whole}. Lower "
+                f"block_size * 2^(boft_n_butterfly_factor - 1) must divide its in_features of {n}, got {span}. Lower "
                 "block_size or boft_n_butterfly_factor."
             )
         return block_misfit(block, in_features=n)

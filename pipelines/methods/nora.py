@@ -316,8 +316,8 @@ class Nora(AdapterMethod):
 
         def compute() -> Iterator[tuple[str, Factors]]:
             gradients = mean_gradients(weights, probe.losses, options.gradient_batches)
-            how = {"share": share, "scale": options.gradient_scale}
-            return adapter_factors(layers, adapter_name, gradients, statistics, options.weighting, **how)
+            form = {"share": share, "scale": options.gradient_scale}
+            return adapter_factors(layers, adapter_name, gradients, statistics, options.weighting, **form)
 
         ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
         origin = origin_of(weights, [ranks, options.weighting, share, options.gradient_scale, options.gradient_batches])

@@ -81,8 +81,8 @@ class Psoft(PeftMethod):
         for name, (A, B) in _bases(model, adapter_name).items():
             if name not in marks:
                 raise AdapterFileError(f"{source} does not say which basis the layer {name!r} was trained in. Export it again.")
-            places, values = (torch.tensor(part, device=A.device) for part in marks[name])
-            here = A.gather(1, places[:, None])[:, 0]
+            positions, values = (torch.tensor(part, device=A.device) for part in marks[name])
+            here = A.gather(1, positions[:, None])[:, 0]
             if (here.abs() - values.abs()).abs().max() > TOLERANCE:
                 raise AdapterFileError(
                     f"{source} does not fit this model: the singular vectors of {name!r} are not those of its training. "
@@ -105,8 +105,8 @@ def _bases(model: nn.Module, adapter_name: str) -> dict[str, tuple[torch.Tensor,
 
 def _marks(A: torch.Tensor) -> tuple[list[int], list[float]]:
     """For each row of A (r, n), the place of its largest entry and that entry."""
-    places = A.abs().argmax(dim=1)
-    return places.tolist(), [round(value, 5) for value in A.gather(1, places[:, None])[:, 0].tolist()]
+    positions = A.abs().argmax(dim=1)
+    return positions.tolist(), [round(value, 5) for value in A.gather(1, positions[:, None])[:, 0].tolist()]
 
 
 METHOD = Psoft

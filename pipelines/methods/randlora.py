@@ -122,8 +122,8 @@ def _one_key(configs: Mapping[str, PeftConfig], key: int) -> Iterator[None]:
     try:
         yield
     finally:
-        for name, own in keys.items():
-            configs[name].projection_prng_key = own
+        for name, key in keys.items():
+            configs[name].projection_prng_key = key
 
 
 def _digest(model: nn.Module, adapter_name: str) -> str:
