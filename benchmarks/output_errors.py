@@ -140,8 +140,9 @@ def row(name: str, rank: int, by_weighting: dict[str, tuple[float, float]]) -> s
     return f"| {name} | {rank} | {' | '.join(cells)} |"
 
 
-def main(options: BenchmarkOptions) -> None:
+def main() -> None:
     """Print the table as Markdown."""
+    (options,) = HfArgumentParser(BenchmarkOptions, description=__doc__).parse_args_into_dataclasses()
     sys.stdout.write(f"| layer | rank | {' | '.join(WEIGHTINGS)} |\n|{'---|' * (2 + len(WEIGHTINGS))}\n")
     with tempfile.TemporaryDirectory() as folder:
         for model in (clip_encoder(), unet(TensorCache(Path(folder)))):
@@ -149,4 +150,4 @@ def main(options: BenchmarkOptions) -> None:
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(BenchmarkOptions, description=__doc__).parse_args_into_dataclasses()[0])
+    main()

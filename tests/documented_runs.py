@@ -106,6 +106,7 @@ SHORT_PROGRAMS = {
     "benchmarks/heldout_loss.py": f"--pretrained_model_name_or_path tiny --flags '{SHORT_SUBJECT} {SMALL_RANKS} {HELD_OUT}'",
     "benchmarks/methods.py": "--width 64 --tokens 8 --steps 1 --methods lora",
     "benchmarks/mini_clip.py": "--photos_dir PRETRAINING --scenes 4 --draws 1 --shots 4",
+    "benchmarks/output_errors.py": "--ranks 4",
     "benchmarks/small_adapter.py": "--layers 4",
     "benchmarks/trainer_speed.py": "--repeats 1",
     "benchmarks/true_size.py": SMALL_RANKS,
@@ -339,6 +340,12 @@ def only_parsed(workspace: Workspace, benchmark: object) -> None:
     workspace.patch.setattr(benchmark, "main", functools.partial(lambda main: main(parse()[0]), benchmark.main))
 
 
+def tiny_unet(workspace: Workspace, benchmark: object) -> None:
+    """The UNet of the tiny model, and a few digits."""
+    workspace.patch.setattr(benchmark, "BUILT_IN_MODEL", workspace.path / "tiny")
+    workspace.patch.setattr(benchmark, "IMAGES", 8)
+
+
 def tables_of_a_copy(workspace: Workspace, benchmark: object) -> None:
     """The document is a link to the repository's: its tables are replaced in a copy."""
 
@@ -366,6 +373,7 @@ SMALLER = {
     "benchmarks/awsvd_speed.py": small_matrices,
     "benchmarks/bleed.py": only_slices,
     "benchmarks/methods.py": tables_of_a_copy,
+    "benchmarks/output_errors.py": tiny_unet,
     "benchmarks/trainer_speed.py": only_parsed,
     "benchmarks/true_size.py": small_shapes,
 }
