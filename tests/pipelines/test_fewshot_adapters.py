@@ -3,6 +3,7 @@
 import json
 import shutil
 from functools import partial
+from itertools import product
 from random import Random
 
 import pytest
@@ -24,7 +25,7 @@ from pipelines.clip_attention import separate
 from pipelines.errors import InputError
 from pipelines.fewshot import adapters
 from pipelines.fewshot.adapters import TargetLayers
-from pipelines.methods import method_named
+from pipelines.methods import DEFAULT, method_named
 
 TOKENS = prompts(3, 5, 5, 9)
 methods = pytest.mark.parametrize("method", full_precision_methods())
@@ -317,12 +318,14 @@ def test_invalid_scales_are_refused(tmp_path):
 # Files
 
 
-@methods
-@pytest.mark.parametrize("place", [".", "full", "compact"])
-@pytest.mark.parametrize("encoders", ["image", "text", "both"])
+PLACES, ENCODERS = [".", "full", "compact"], ["image", "text", "both"]
+# Every method in one case, the default one in all; only that has the compact layout.
+SAVED = [(DEFAULT, *case) for case in product(PLACES, ENCODERS)]
+SAVED += [(name, "full", "both") for name in full_precision_methods() if name != DEFAULT]
+
+
+@pytest.mark.parametrize(("method", "place", "encoders"), SAVED)
 def test_a_saved_adapter_gives_the_same_features(method, place, encoders, tmp_path):
-    if place == "compact" and method != "nora":
-        pytest.skip("a layout of NoRA")
     clip, components = started(tmp_path, small(method), TargetLayers(encoders=encoders))
     disturb(components)
     adapter_files.save(components, tmp_path / "adapter")
