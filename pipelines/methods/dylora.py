@@ -20,7 +20,7 @@ from torch import nn
 
 from pipelines.adapter_method import ADAPTER_NAME, LowRankOptions, MethodTraining, TaskDefaults, tuner_layers
 from pipelines.errors import InputError
-from pipelines.methods.lora import Lora
+from pipelines.methods.lora import Lora, lora_config
 from pipelines.native_files import CONFIG, FULL, METHOD_KEY, read_native, write_native
 from pipelines.run_options import Task
 
@@ -53,17 +53,7 @@ class DyLora(Lora):
 
     def config(self, target_modules: list[str], exclude_modules: str | None = None) -> PeftConfig:
         """PEFT's configuration of plain LoRA; the scaling at full rank is 1 unless alpha is given."""
-        from peft import LoraConfig
-
-        options = self.options
-        return LoraConfig(
-            r=options.rank,
-            lora_alpha=options.rank if options.alpha is None else options.alpha,
-            lora_dropout=options.dropout,
-            init_lora_weights="gaussian",
-            target_modules=target_modules,
-            exclude_modules=exclude_modules,
-        )
+        return lora_config(self.options, target_modules, exclude_modules)
 
     def learning_rate_factor(self, parameter_name: str) -> float:
         """1 for both."""

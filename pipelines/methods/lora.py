@@ -79,19 +79,7 @@ class Lora(AdapterMethod):
 
     def config(self, target_modules: list[str], exclude_modules: str | None = None) -> PeftConfig:
         """PEFT's configuration; the scaling is 1 unless alpha is given."""
-        # Imported here, as `--help` needs only the options above.
-        from peft import LoraConfig
-
-        options = self.options
-        return LoraConfig(
-            r=options.rank,
-            lora_alpha=options.rank if options.alpha is None else options.alpha,
-            lora_dropout=options.dropout,
-            use_rslora=options.use_rslora,
-            init_lora_weights="gaussian",
-            target_modules=target_modules,
-            exclude_modules=exclude_modules,
-        )
+        return lora_config(self.options, target_modules, exclude_modules, self.options.use_rslora)
 
     def attach(self, model: nn.Module, config: PeftConfig, adapter_name: str, generator: torch.Generator) -> None:
         """Add the adapter; with LoRA-FA, A is frozen."""
@@ -122,6 +110,24 @@ class Lora(AdapterMethod):
     def allows_any_scale(cls, config: PeftConfig) -> bool:
         """True for LoRA. False for DoRA, whose row norms PEFT cannot scale."""
         return not config.use_dora
+
+
+def lora_config(
+    options: LowRankOptions, target_modules: list[str], exclude_modules: str | None, use_rslora: bool = False
+) -> PeftConfig:
+    """PEFT's configuration of plain LoRA; the scaling is 1 unless alpha is given."""
+    # Imported here, as `--help` needs only the options above.
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=options.rank,
+        lora_alpha=options.rank if options.alpha is None else options.alpha,
+        lora_dropout=options.dropout,
+        use_rslora=use_rslora,
+        init_lora_weights="gaussian",
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+    )
 
 
 def freeze_A(layer: LoraLayer, adapter_name: str) -> None:

@@ -20,7 +20,7 @@ from torch import nn
 
 from pipelines.adapter_method import LowRankOptions, Probe, TaskDefaults, option, tuner_layers
 from pipelines.errors import InputError
-from pipelines.methods.lora import Lora
+from pipelines.methods.lora import Lora, lora_config
 from pipelines.native_files import FULL, METHOD_KEY, NativeFiles, read_native, write_native
 from pipelines.option_checks import at_least
 from pipelines.run_options import Task
@@ -77,17 +77,7 @@ class TLora(Lora):
 
     def config(self, target_modules: list[str], exclude_modules: str | None = None) -> PeftConfig:
         """PEFT's configuration of plain LoRA; the scaling is 1 unless alpha is given."""
-        from peft import LoraConfig
-
-        options = self.options
-        return LoraConfig(
-            r=options.rank,
-            lora_alpha=options.rank if options.alpha is None else options.alpha,
-            lora_dropout=options.dropout,
-            init_lora_weights="gaussian",
-            target_modules=target_modules,
-            exclude_modules=exclude_modules,
-        )
+        return lora_config(self.options, target_modules, exclude_modules)
 
     def start(self, model: nn.Module, probe: Probe, adapter_name: str) -> None:
         """Sample A with orthonormal rows from the probe's generator, and let the UNet's noise level choose the rank."""
