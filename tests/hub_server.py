@@ -23,6 +23,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 from huggingface_hub import constants, hf_api
+from transformers.utils import hub as transformers_hub
 
 LARGE = (".safetensors", ".bin")
 TOKEN, READ_ONLY_TOKEN = "hf_writes", "hf_reads"
@@ -153,7 +154,8 @@ def point_clients_at(hub: HubServer, cache: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(hf_api.api, "endpoint", hub.endpoint)
+    for api in (hf_api.api, transformers_hub.hf_api()):
+        monkeypatch.setattr(api, "endpoint", hub.endpoint)
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
 
