@@ -80,7 +80,7 @@ def test_stock_loaders_get_every_weight_change_exactly(tmp_path, format, case):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_linear_layer_and_convolution_of_the_unet_can_be_exported(tmp_path, format):
-    pipe, stock = tiny_pipeline(), tiny_pipeline()
+    pipe, stock = tiny_pipeline(levels=3), tiny_pipeline(levels=3)
     layers = [name for name, layer in pipe.unet.named_modules() if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))]
     add_nora(pipe, components=("unet",), target_modules=layers, r=3, inner_r=1)
     stock.load_lora_weights(export_lora(pipe, tmp_path, format=format))

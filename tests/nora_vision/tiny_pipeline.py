@@ -42,17 +42,21 @@ def _text_config(hidden_size: int, tokenizer: CLIPTokenizer) -> CLIPTextConfig:
     )
 
 
-def tiny_unet(cross_attention_dim: int = 40, pooled_dim: int = 24) -> UNet2DConditionModel:
-    """A small UNet with SDXL's layout: a plain block, then blocks with transformers, text_time conditioning."""
+def tiny_unet(cross_attention_dim: int = 40, pooled_dim: int = 24, levels: int = 2) -> UNet2DConditionModel:
+    """A small UNet with SDXL's layout: a plain block, then blocks with transformers, text_time conditioning.
+
+    SDXL has 3 `levels`, which take almost three times as long as 2.
+    """
+    down = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")[:levels]
     return UNet2DConditionModel(
         sample_size=8,
-        block_out_channels=(8, 16, 24),
+        block_out_channels=(8, 16, 24)[:levels],
         layers_per_block=1,
         norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 1, 2),
-        attention_head_dim=(1, 2, 3),
+        down_block_types=down,
+        up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
+        transformer_layers_per_block=(1, 1, 2)[:levels],
+        attention_head_dim=(1, 2, 3)[:levels],
         cross_attention_dim=cross_attention_dim,
         use_linear_projection=True,
         addition_embed_type="text_time",
@@ -61,8 +65,8 @@ def tiny_unet(cross_attention_dim: int = 40, pooled_dim: int = 24) -> UNet2DCond
     )
 
 
-def tiny_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
-    """The whole pipeline; the same seed gives the same weights. Images are 16 x 16."""
+def tiny_pipeline(seed: int = 0, levels: int = 2) -> StableDiffusionXLPipeline:
+    """The whole pipeline with the UNet of so many `levels`; the same seed gives the same weights. Images are 16 x 16."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         tokenizer = byte_tokenizer()
@@ -73,7 +77,7 @@ def tiny_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
             text_encoder_2=CLIPTextModelWithProjection(_text_config(24, tokenizer)),
             tokenizer=tokenizer,
             tokenizer_2=tokenizer,
-            unet=tiny_unet(),
+            unet=tiny_unet(levels=levels),
             scheduler=EulerDiscreteScheduler(),
             add_watermarker=False,
         )  # fmt: skip

@@ -5,6 +5,8 @@ from torch.func import functional_call
 
 from nora_vision.kohya import kohya_name
 
+# Of the tiny model's middle block.
+WIDTH = 16
 LINEAR = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 OUTPUT = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0"
 CONVOLUTION = "unet.mid_block.resnets.0.conv1"
@@ -155,5 +157,5 @@ def output_of(unet):
     return unet(noisy, torch.tensor([5]), encoder_hidden_states=text, added_cond_kwargs=more).sample
 
 
-def good(layer=LINEAR, width=24):
+def good(layer=LINEAR, width=WIDTH):
     return {f"{kohya(layer)}.lora_up.weight": torch.ones(width, 2), f"{kohya(layer)}.lora_down.weight": torch.ones(2, width)}

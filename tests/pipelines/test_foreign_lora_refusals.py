@@ -7,6 +7,7 @@ import torch
 from foreign_lora import (
     LINEAR,
     NORM,
+    WIDTH,
     assert_is,
     good,
     kohya,
@@ -120,9 +121,9 @@ DAMAGED = {
     "an unknown tensor": (lambda t: {**t, "unet.mid_block.other": torch.ones(2)}, r"no layer uses 'unet.mid_block.other'"),
     "an unknown layer": (lambda t: {**t, "unet.mid_block.x.lora_A.weight": torch.ones(2, 2)}, r"no layer uses 'unet.mid_block.x"),
     "half a layer": (lambda t: dict([*t.items()][:1]), r"(up|down) is missing"),
-    "two names of one layer": (lambda t: {**t, f"{LINEAR}.lora_A.weight": torch.ones(2, 24)}, r"no layer uses"),
-    "ranks that differ": (lambda t: {**t, f"{kohya(LINEAR)}.lora_up.weight": torch.ones(24, 3)}, r"different ranks, 3 and 2"),
-    "another width": (lambda t: good(width=25), r"changes a weight of size 25 x 25, but the model's is 24 x 24"),
+    "two names of one layer": (lambda t: {**t, f"{LINEAR}.lora_A.weight": torch.ones(2, WIDTH)}, r"no layer uses"),
+    "ranks that differ": (lambda t: {**t, f"{kohya(LINEAR)}.lora_up.weight": torch.ones(WIDTH, 3)}, r"different ranks, 3 and 2"),
+    "another width": (lambda t: good(width=25), rf"changes a weight of size 25 x 25, but the model's is {WIDTH} x {WIDTH}"),
     "two alphas": (lambda t: {**t, f"{kohya(LINEAR)}.alpha": torch.ones(2)}, r"alpha must be one number"),
     "whole numbers": (lambda t: {name: tensor.long() for name, tensor in t.items()}, r"must be floating-point"),
     "no dimension": (lambda t: {name: torch.tensor(1.0) for name in t}, r"has shape \(\)"),
@@ -130,12 +131,12 @@ DAMAGED = {
         lambda t: {**t, f"{kohya(LINEAR)}.dora_scale": torch.ones(7, 1)},
         r"dora_scale has shape \(7, 1\)",
     ),
-    "a LoHa's half": (lambda t: {f"{kohya(LINEAR)}.hada_w1_a": torch.ones(24, 2)}, r"hada_w1_b.* missing"),
+    "a LoHa's half": (lambda t: {f"{kohya(LINEAR)}.hada_w1_a": torch.ones(WIDTH, 2)}, r"hada_w1_b.* missing"),
     "a huge product": (
         lambda t: {f"{kohya(LINEAR)}.lokr_w1": torch.ones(300, 300), f"{kohya(LINEAR)}.lokr_w2": torch.ones(300, 300)},
         r"changes a weight of size 90000 x 90000",
     ),
-    "a bias of a layer that has none": (lambda t: {f"{kohya(LINEAR)}.diff_b": torch.ones(24)}, r"the layer has none"),
+    "a bias of a layer that has none": (lambda t: {f"{kohya(LINEAR)}.diff_b": torch.ones(WIDTH)}, r"the layer has none"),
     "a norm of another width": (lambda t: {f"{kohya(NORM)}.w_norm": torch.ones(3)}, r"diff has 3 entries"),
 }
 

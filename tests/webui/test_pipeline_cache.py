@@ -159,7 +159,7 @@ def test_a_dora_cannot_be_merged(cache, workspace, tmp_path):
 
 
 def test_a_file_with_norms_can_be_used_and_combined_but_not_merged(cache, workspace, tmp_path):
-    layer, width = "mid_block.attentions.0", 24
+    layer, width = "mid_block.attentions.0", 16
     tensors = {f"lora_unet_{layer.replace('.', '_')}_transformer_blocks_0_norm1.w_norm": torch.full((width,), 2.0)}
     tensors |= {
         f"unet.{layer}.proj_in.lora_A.weight": torch.ones(2, width),
