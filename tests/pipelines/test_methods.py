@@ -1,11 +1,14 @@
 """Every adapter method through the common interface: start, train, save, load."""
 
 import json
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers import StableDiffusionXLPipeline
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_options import TINY, full_precision_methods
@@ -17,7 +20,7 @@ from pipelines.adapter_method import ADAPTER_NAME, trained_parameters, tuner_lay
 from pipelines.adapter_options import AdapterOptions
 from pipelines.cache import TensorCache
 from pipelines.errors import InputError
-from pipelines.methods import method_named, method_names
+from pipelines.methods import DEFAULT, method_named, method_names
 from pipelines.subject import adapters
 from pipelines.subject.batches import SubjectBatches
 from pipelines.subject.calibration import runs_on_subject
@@ -67,61 +70,110 @@ def test_nora_lora_and_dora_are_available():
     assert {"nora", "lora", "dora"} <= set(method_names())
 
 
-@methods
-def test_a_fresh_adapter_leaves_the_images_as_they_were_unless_its_method_says_otherwise(pipe, method, images_dir, tmp_path):
-    before = image(pipe)
-    attached(pipe, small(method, train_text_encoder=True), images_dir, tmp_path)
-    assert torch.allclose(image(pipe), before, atol=1e-5) == method_named(method).starts_at_base
+def everywhere(method):
+    """Options that adapt the default layers of all components."""
+    return small(method, train_text_encoder=True, target_modules=default_targets(method, built_in=True))
 
 
-@methods
-def test_only_the_adapter_is_trained_and_every_number_of_it_gets_a_gradient(pipe, method, images_dir, tmp_path):
-    components = attached(pipe, small(method, train_text_encoder=True), images_dir, tmp_path)
+@dataclass
+class Life:
+    """An adapter of one method from its start to its files.
+
+    Args:
+        pipe: the model that it is attached to.
+        folder: of its files in every form, after its parameters were disturbed.
+        fresh: the image that it makes when it was just started.
+        start: its parameters and buffers then, in the UNet.
+        trained, with_gradient: the names of the parameters that are to be trained, and of those that got a gradient.
+        image: the image that the saved adapter makes.
+    """
+
+    method: str
+    pipe: StableDiffusionXLPipeline
+    components: dict[str, nn.Module]
+    folder: Path
+    fresh: torch.Tensor
+    start: torch.Tensor
+    trained: set[str]
+    with_gradient: set[str]
+    image: torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def base_image():
+    """The image that the model makes without an adapter."""
+    return image(tiny_pipeline())
+
+
+@pytest.fixture(scope="module", params=full_precision_methods())
+def life(request, base_image, images_dir, tmp_path_factory):
+    """The life of an adapter of each method."""
+    folder, pipe = tmp_path_factory.mktemp("life"), tiny_pipeline()
+    components = attached(pipe, everywhere(request.param), images_dir, folder / "cache")
+    fresh, start = image(pipe), flat_state(components["unet"])
     disturb(components)
+    trained, with_gradient = gradients(pipe)
+    adapters.save_everywhere(pipe, components, folder, "subject")
+    disturbed = image(pipe)
+    assert (disturbed - base_image).abs().max() > 1 / 255
+    return Life(request.param, pipe, components, folder, fresh, start, trained, with_gradient, disturbed)
+
+
+def flat_state(model):
+    """Every number of the adapter's parameters and buffers."""
+    return torch.cat([tensor.flatten().float() for tensor in adapter_state(model).values()])
+
+
+def gradients(pipe):
+    """The names of the loss's trained parameters, and of those that get a gradient from a batch."""
     loss = DenoisingLoss(pipe)
     tokens = pipe.tokenizer([PROMPT] * 2, padding="max_length", return_tensors="pt").input_ids
     batch = {"latents": torch.randn(2, 4, 8, 8), "noise": torch.randn(2, 4, 8, 8), "timesteps": torch.tensor([100, 900])}
     loss(**batch, time_ids=torch.ones(2, 6), tokens=tokens[:, None].expand(2, 2, -1)).backward()
     with_gradient = {name for name, parameter in loss.named_parameters() if parameter.grad is not None}
-    trained = {name for name, parameter in loss.named_parameters() if parameter.requires_grad}
-    assert with_gradient == trained
-    assert trained
-    assert not any("base_layer" in name for name in trained)
-    assert {name.partition(".")[0] for name in trained} == {"unet", "text_encoders"}
+    return {name for name, parameter in loss.named_parameters() if parameter.requires_grad}, with_gradient
 
 
-@methods
-def test_the_same_seed_starts_from_the_same_numbers(method, images_dir, tmp_path):
-    starts = []
-    for place, seed in enumerate((0, 0, 1)):
-        components = attached(tiny_pipeline(), small(method), images_dir, tmp_path / str(place), seed)
-        starts.append(torch.cat([tensor.flatten().float() for tensor in adapter_state(components["unet"]).values()]))
-    assert torch.equal(starts[0], starts[1])
-    assert not (method_named(method).samples_start and torch.equal(starts[0], starts[2]))
+def test_a_fresh_adapter_leaves_the_images_as_they_were_unless_its_method_says_otherwise(life, base_image):
+    assert torch.allclose(life.fresh, base_image, atol=1e-5) == method_named(life.method).starts_at_base
 
 
-@pytest.fixture(scope="module", params=full_precision_methods())
-def trained(request, images_dir, tmp_path_factory):
-    """A method, the folder of its adapter in every form, and the image that the adapter makes."""
-    folder, pipe = tmp_path_factory.mktemp("trained"), tiny_pipeline()
-    options = small(request.param, train_text_encoder=True, target_modules=default_targets(request.param, built_in=True))
-    components = attached(pipe, options, images_dir, folder / "cache")
-    disturb(components)
-    adapters.save_everywhere(pipe, components, folder, "subject")
-    expected = image(pipe)
-    assert (expected - image(tiny_pipeline())).abs().max() > 1 / 255
-    return request.param, folder, expected
+def test_only_the_adapter_is_trained_and_every_number_of_it_gets_a_gradient(life):
+    assert life.with_gradient == life.trained
+    assert not any("base_layer" in name for name in life.trained)
+    assert {name.partition(".")[0] for name in life.trained} == {"unet", "text_encoders"}
 
 
-@pytest.mark.parametrize("file", [".", "adapter/full", "diffusers/pytorch_lora_weights.safetensors", "kohya/subject.safetensors"])
-def test_every_file_of_a_trained_adapter_gives_the_same_images(trained, file):
-    method, folder, expected = trained
-    if not method_named(method).exports_exactly and file.startswith(("diffusers", "kohya")):
+def test_the_same_seed_starts_from_the_same_numbers(life, images_dir, tmp_path):
+    options = everywhere(life.method)
+    assert torch.equal(flat_state(attached(tiny_pipeline(), options, images_dir, tmp_path / "0")["unet"]), life.start)
+    if method_named(life.method).samples_start:
+        other = attached(tiny_pipeline(), options, images_dir, tmp_path / "1", seed=1)
+        assert not torch.equal(flat_state(other["unet"]), life.start)
+
+
+FILES = ["adapter/full", "diffusers/pytorch_lora_weights.safetensors", "kohya/subject.safetensors"]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_file_of_a_trained_adapter_gives_the_same_images(life, file):
+    if not method_named(life.method).exports_exactly and file.startswith(("diffusers", "kohya")):
         pytest.skip("the exported file is an approximation")
     fresh = tiny_pipeline()
-    adapters.load_adapter(fresh, folder / file, "loaded")
+    adapters.load_adapter(fresh, life.folder / file, "loaded")
     fresh.set_adapters("loaded")
-    torch.testing.assert_close(image(fresh), expected, atol=1 / 255, rtol=0)
+    torch.testing.assert_close(image(fresh), life.image, atol=1 / 255, rtol=0)
+
+
+def test_a_runs_folder_stands_for_its_full_files(images_dir, tmp_path):
+    pipe = tiny_pipeline()
+    components = attached(pipe, small(DEFAULT), images_dir, tmp_path / "cache")
+    disturb(components)
+    adapters.save_everywhere(pipe, components, tmp_path / "run", "subject")
+    fresh = tiny_pipeline()
+    adapters.load_adapter(fresh, tmp_path / "run", "loaded")
+    fresh.set_adapters("loaded")
+    torch.testing.assert_close(image(fresh), image(pipe), atol=1 / 255, rtol=0)
 
 
 def test_the_kohya_file_of_a_renamed_run_is_replaced(images_dir, tmp_path):
@@ -132,12 +184,8 @@ def test_the_kohya_file_of_a_renamed_run_is_replaced(images_dir, tmp_path):
     assert [path.name for path in (tmp_path / "run" / "kohya").iterdir()] == ["after.safetensors"]
 
 
-@methods
-def test_a_saved_adapter_is_loaded_beside_the_one_in_training_and_removed_again(method, images_dir, tmp_path):
-    pipe = tiny_pipeline()
-    options = small(method, train_text_encoder=True, target_modules=default_targets(method, built_in=True))
-    components = attached(pipe, options, images_dir, tmp_path / "cache")
-    disturb(components)
+def test_a_saved_adapter_is_loaded_beside_the_one_in_training_and_removed_again(life, tmp_path):
+    pipe, components = life.pipe, life.components
     adapters.save_small(components, tmp_path / "kept")
     kept = image(pipe)
     disturb(components)
@@ -147,20 +195,19 @@ def test_a_saved_adapter_is_loaded_beside_the_one_in_training_and_removed_again(
         torch.testing.assert_close(image(pipe), kept, atol=1 / 255, rtol=0)
         adapters.save_everywhere(pipe, components, tmp_path / "suggested", "subject", SUGGESTED)
     torch.testing.assert_close(image(pipe), trained, atol=1e-4, rtol=0)
-    fresh = tiny_pipeline()
-    adapters.load_adapter(fresh, tmp_path / "suggested" / "diffusers" / "pytorch_lora_weights.safetensors", "loaded")
-    if method_named(method).exports_exactly:
+    if method_named(life.method).exports_exactly:
+        fresh = tiny_pipeline()
+        adapters.load_adapter(fresh, tmp_path / "suggested" / "diffusers" / "pytorch_lora_weights.safetensors", "loaded")
         torch.testing.assert_close(image(fresh), kept, atol=1 / 255, rtol=0)
 
 
-def test_pefts_loader_reads_the_full_files_and_gives_the_same_image(trained):
-    method, folder, expected = trained
-    if not method_named(method).exports_exactly:
+def test_pefts_loader_reads_the_full_files_and_gives_the_same_image(life):
+    if not method_named(life.method).exports_exactly:
         pytest.skip("PEFT's layers do not compute the same")
     fresh = tiny_pipeline()
-    for component in sorted((folder / "adapter" / "full").iterdir()):
+    for component in sorted((life.folder / "adapter" / "full").iterdir()):
         PeftModel.from_pretrained(getattr(fresh, component.name), str(component))
-    torch.testing.assert_close(image(fresh), expected, atol=1 / 255, rtol=0)
+    torch.testing.assert_close(image(fresh), life.image, atol=1 / 255, rtol=0)
 
 
 def test_files_of_earlier_versions_without_pefts_prefix_still_load(images_dir, tmp_path):
