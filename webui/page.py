@@ -6,6 +6,7 @@ from types import ModuleType
 
 import gradio as gr
 
+from webui import event_streams
 from webui.api import build_api
 from webui.app_context import EMPTY_DRAFT, POLL_SECONDS, AppContext, followed
 from webui.class_runs import EMPTY_DRAFT as EMPTY_CLASS_DRAFT
@@ -28,6 +29,7 @@ SCREENS: dict[str, tuple[str, ModuleType]] = {
 def build_page(settings: Settings) -> gr.Blocks:
     """The app as one page."""
     with gr.Blocks(title="NoRA Vision", analytics_enabled=False, fill_width=False, delete_cache=(3600, 86400)) as page:
+        event_streams.build()
         gr.HTML(HEADER)
         context = _context(page, settings)
         # Before the screens, because a handler of the same name would take the endpoint's name, and outside of the tabs, which
