@@ -7,6 +7,8 @@ from typing import Literal, get_args
 import torch
 
 Method = Literal["auto", "exact", "krylov", "subspace"]
+# The algorithm of `reproducible_awsvd`, and that of earlier versions (`legacy`).
+CURRENT, EARLIER = "block Krylov", "subspace iteration"
 POWER_ITERATIONS = 2
 MIN_BLOCK = 8
 

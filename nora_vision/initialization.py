@@ -12,7 +12,7 @@ from torch import nn
 from .calibration import ActivationStatistics, base_name, unwrapped
 from .compensation import nearest_inner_factors
 from .config import Calibration, NoraConfig
-from .decomposition import reproducible_awsvd
+from .decomposition import CURRENT, EARLIER, reproducible_awsvd
 from .factors import Factors
 from .layer import NoraLayer, nora_layers
 from .outer import scaled_outer_factors
@@ -44,8 +44,7 @@ def initialize_nora_weights(
         factors: for a basis other than "weight": B (out, r) and A (r, in) by layer name, from `gradient_factors`.
         generator: of the inner factors, on the CPU; the outer factors depend only on weights and statistics.
         progress: called after each layer with the number of finished layers and their total.
-        unquantized: for a quantised model, reads the unquantised weights, such as `CheckpointWeights(folder)`, one at a time. The
-            outer factors are then theirs.
+        unquantized: reads the weights before quantisation, such as `CheckpointWeights(folder)`; the outer factors are theirs.
         loftq_start: start each inner pair where the change is nearest to what quantisation removed, W - Q(W), in the norm of
             the activations  [LoftQ, Li et al. 2023, within NoRA's outer factors]. Needs `unquantized`.
         calibration: "base" for statistics that can be computed again: the scale is rounded, and compact files leave it out.
@@ -62,6 +61,38 @@ def initialize_nora_weights(
         if progress is not None:
             progress(done, len(layers))
     config.outer_init, config.calibration = ("svd", "data") if stats is None else ("awsvd", calibration)
+    config.nora_vision_decomposition = CURRENT
+
+
+def decomposition_of(model: nn.Module, adapter_name: str) -> str:
+    """The algorithm that gave the adapter's outer factors: `CURRENT`, or `EARLIER` after `use_decomposition`."""
+    return getattr(model.peft_config[adapter_name], "nora_vision_decomposition", CURRENT)
+
+
+@torch.no_grad()
+def use_decomposition(model: nn.Module, adapter_name: str, decomposition: str) -> None:
+    """Compute the outer factors again if they are not those of `decomposition`; the inner ones stay.
+
+    Earlier versions also took the outer factors of a quantised layer from its quantised weight.
+
+    Args:
+        decomposition: as `decomposition_of` returned it when the inner factors were trained.
+    Raises: ValueError if this version has no such algorithm, or the adapter's outer factors are not those of its weights.
+    """
+    config, before = model.peft_config[adapter_name], decomposition_of(model, adapter_name)
+    if decomposition == before:
+        return
+    if decomposition not in (CURRENT, EARLIER) or before != CURRENT:
+        raise ValueError(f"they were computed by {decomposition!r}, but here by {before!r}.")
+    if not config.is_recomputable:
+        raise ValueError(f"no earlier version had the weighting {config.weighting!r} and the basis {config.basis!r}.")
+    for name, layer in nora_layers(unwrapped(model)).items():
+        if adapter_name in layer.r:
+            layer.unquantized_digest = None
+            layer.set_outer_factors(adapter_name, *outer_factors(layer, adapter_name, base_name(name), legacy=True))
+            record_reproducible(layer, adapter_name)
+    # Not a field, because files need none: readers try both algorithms.
+    config.nora_vision_decomposition = decomposition
 
 
 def _start_inner_factors(

@@ -15,6 +15,7 @@ import torch
 from peft.utils.integrations import dequantize_module_weight
 from safetensors import safe_open
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 INDEX_SUFFIX = ".safetensors.index.json"
 
@@ -50,8 +51,12 @@ def is_quantized(layer: nn.Module) -> bool:
 
 
 def dequantized_weight(layer: nn.Module) -> torch.Tensor:
-    """Q(W) of a quantised layer, or the weight of another one, in the shape of the layer's weight before quantisation."""
-    return dequantize_module_weight(layer).detach()
+    """Q(W) of a quantised layer, or the weight of another one, in the shape of the layer's weight before quantisation.
+
+    If FSDP has sharded the weight, it is gathered, so that all processes must call this together.
+    """
+    weight = dequantize_module_weight(layer).detach()
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 class CheckpointWeights:

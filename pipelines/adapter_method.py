@@ -222,6 +222,11 @@ class AdapterMethod:
         """Whether the base model must be quantised."""
         return False
 
+    @property
+    def without_effect(self) -> frozenset[str]:
+        """The options that have no effect with the values of the others, by name: a resumed run may have other values."""
+        return frozenset()
+
     def formula_names(self, m: int, n: int) -> dict[str, int]:
         """The names in `parameters` besides those of options, for a weight (m, n)."""
         return {"m": m, "n": n}

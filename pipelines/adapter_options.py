@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, TypeVar, get_type_hints
 
 from pipelines.adapter_method import AdapterMethod
@@ -141,6 +142,29 @@ def options_of(options: Any, task: Task, built_in: bool, method: str) -> dict[st
         value = getattr(options, flag_of(option, task))
         values[option.name] = _default_of(kind, option, task, built_in) if value is None else value
     return values
+
+
+def method_flags(task: Task) -> frozenset[str]:
+    """The flags of all methods' options on `task`."""
+    return frozenset(_users_by_flag(task))
+
+
+def changed_options_of(
+    method: str, before: Mapping[str, Any], now: Mapping[str, Any], task: Task, built_in: bool
+) -> Iterator[tuple[str, Any, Any]]:
+    """The flag, the value before and the value now of each option of `method` that has changed and has an effect.
+
+    Values that were not given are the method's defaults, so that it does not matter with which other methods a flag is shared.
+
+    Args:
+        before, now: values by flag. An option that only one side has is not compared.
+    """
+    kind = method_named(method)
+    earlier, later = (options_of(SimpleNamespace(**{**now, **side}), task, built_in, method) for side in (before, now))
+    ignored = kind(kind.Options(**later)).without_effect
+    for option in dataclasses.fields(kind.Options):
+        if option.name not in ignored and earlier[option.name] != later[option.name]:
+            yield flag_of(option, task), earlier[option.name], later[option.name]
 
 
 def unused_options(options: Any, task: Task, methods: Iterable[str]) -> list[str]:

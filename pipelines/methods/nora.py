@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,22 +18,20 @@ from pipelines.adapter_method import (
     MethodTraining,
     Probe,
     TaskDefaults,
-    adapters_off,
     option,
     tuner_layers,
 )
 from pipelines.errors import InputError
-from pipelines.gradients import cached_factors, cached_ranks, check_differentiable, mean_gradients, origin_of
 from pipelines.native_files import COMPACT, FULL
 from pipelines.option_checks import above_zero, at_least, one_of, within
+from pipelines.outer_factors import GradientBasis, cached_statistics, set_ranks_under_budget
 from pipelines.progress import shown_by
 from pipelines.run_options import Task
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-    from nora_vision.calibration import ActivationStatistics, BaseCalibration
-    from nora_vision.factors import Factors
+    from nora_vision.calibration import BaseCalibration
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +45,8 @@ OUTER_SCALINGS = ("B", "A", "split", "mean", "none")
 CALIBRATIONS, INNER_DTYPES = ("data", "base"), ("float32", "float16", "int8")
 WEIGHTINGS = ("none", "diagonal", "quantile", "trimmed", "huber", "diagonal_low_rank", "covariance")
 GRADIENT_SCALES = ("mean", "gradient")
+# In the state of a checkpoint.
+DECOMPOSITION = "decomposition"
 # Options that are fields of `NoraConfig` too.
 CONFIG_FIELDS = (
     "dropout", "inner_init", "inner_form", "inner_blocks", "sparse_entries", "num_subspaces", "outer_scaling", "preserve_output",
@@ -192,7 +192,11 @@ class NoraOptions:
 
 
 class NoraTraining(MethodTraining):
-    """A training of NoRA whose trained factors are in `inner_dtype` in the compact file."""
+    """A training of NoRA whose trained factors are in `inner_dtype` in the compact file.
+
+    A checkpoint holds the trained factors alone, and the outer ones are computed again from the weights. So it also names the
+    algorithm that gave them: with those of another one, the same trained factors are another change.
+    """
 
     def __init__(self, models: Sequence[nn.Module], total_steps: int, inner_dtype: str) -> None:
         super().__init__(models, total_steps)
@@ -204,6 +208,29 @@ class NoraTraining(MethodTraining):
 
         for model in self.models:
             round_inner_factors(model, self.inner_dtype, ADAPTER_NAME)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The algorithm of the outer factors of each model."""
+        from nora_vision.initialization import decomposition_of
+
+        return {DECOMPOSITION: [decomposition_of(model, ADAPTER_NAME) for model in self.models]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Compute the outer factors again by the algorithm in `state`; without one, by that of earlier versions.
+
+        Raises: InputError if this version cannot do that.
+        """
+        from nora_vision.decomposition import EARLIER
+        from nora_vision.initialization import use_decomposition
+
+        for model, decomposition in zip(self.models, state.get(DECOMPOSITION, [EARLIER] * len(self.models)), strict=True):
+            try:
+                use_decomposition(model, ADAPTER_NAME, decomposition)
+            except ValueError as error:
+                raise InputError(
+                    f"The checkpoint does not fit the outer factors: {error} Resume the run with the version of nora_vision that "
+                    "began it, or start again in another --output_dir."
+                ) from error
 
 
 class Nora(AdapterMethod):
@@ -220,6 +247,13 @@ class Nora(AdapterMethod):
     def needs_quantization(self) -> bool:
         """Whether the start is the residual of quantisation."""
         return self.options.loftq_start
+
+    @property
+    def without_effect(self) -> frozenset[str]:
+        """The options of gradients, if none are computed."""
+        options = self.options
+        names = {"gradient_batches"} if options.basis == "weight" and options.parameter_budget is None else set()
+        return frozenset(names | ({"gradient_share", "gradient_scale"} if options.basis == "weight" else set()))
 
     @classmethod
     def defaults(cls, task: Task, built_in: bool) -> TaskDefaults:
@@ -269,86 +303,38 @@ class Nora(AdapterMethod):
         """
         from nora_vision import CheckpointWeights, initialize_nora_weights
 
-        statistics = self._statistics(model, probe, adapter_name)
-        factors = None if self.options.basis == "weight" else self._gradient_factors(model, statistics, probe, adapter_name)
+        options = self.options
+        statistics = cached_statistics(model, probe, adapter_name, options.weighting, options.calibration)
+        factors = None
+        if options.basis != "weight":
+            basis = GradientBasis(
+                self.title,
+                options.weighting,
+                1.0 if options.basis == "gradient" else options.gradient_share,
+                options.gradient_scale,
+                options.gradient_batches,
+            )
+            cache = probe.cache.with_name(f"{probe.cache.stem}-{self.name}-gradient.safetensors")
+            factors = basis.cached(model, statistics, probe.losses, adapter_name, cache)
         with tqdm(desc="initialising NoRA layers", leave=False) as bar:
-            options = {"generator": probe.generator, "progress": shown_by(bar), "calibration": self.options.calibration}
+            more = {"generator": probe.generator, "progress": shown_by(bar), "calibration": options.calibration}
             if probe.unquantized is not None:
-                options |= {"unquantized": CheckpointWeights(probe.unquantized), "loftq_start": self.options.loftq_start}
-            initialize_nora_weights(model, statistics, adapter_name, factors=factors, **options)
-
-    def _statistics(self, model: nn.Module, probe: Probe, adapter_name: str) -> ActivationStatistics | None:
-        """The statistics that the weighting needs, which a resumed run reads from its cache; None without weighting."""
-        from nora_vision import ActivationStatistics, calibrate
-        from nora_vision.rank_allocation import adapter_layers
-
-        base, weighting = self.options.calibration == "base", self.options.weighting
-        if weighting == "none":
-            return None
-        cache = probe.cache.with_stem(f"{probe.cache.stem}-base") if base else probe.cache
-        if cache.exists() and (statistics := ActivationStatistics.load(cache)).supports(weighting):
-            return statistics
-        if not base:
-            statistics = calibrate(model, probe.forward, weighting=weighting)
-        elif probe.base_calibration is None:
-            raise InputError("There is no base calibration for this model. Use --calibration data.")
-        else:
-            statistics = probe.base_calibration(list(adapter_layers(model, adapter_name)))
-        statistics.save(cache)
-        logger.info(statistics.summary(weighting))
-        return statistics
+                more |= {"unquantized": CheckpointWeights(probe.unquantized), "loftq_start": options.loftq_start}
+            initialize_nora_weights(model, statistics, adapter_name, factors=factors, **more)
 
     def training(self, models: Sequence[nn.Module], total_steps: int) -> MethodTraining:
         """A training whose factors are measured and saved as `inner_dtype` holds them."""
         return NoraTraining(models, total_steps, self.options.inner_dtype)
 
-    def _gradient_factors(
-        self, model: nn.Module, statistics: ActivationStatistics | None, probe: Probe, adapter_name: str
-    ) -> dict[str, Factors]:
-        """B and A of every layer from the gradients of the probe's losses, or from the cache."""
-        from nora_vision.gradient_basis import adapter_factors
-        from nora_vision.rank_allocation import adapter_layers
-
-        options, layers = self.options, adapter_layers(model, adapter_name)
-        check_differentiable({name: layer.get_base_layer() for name, layer in layers.items()}, f"{self.title}'s basis")
-        weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
-        share = 1.0 if options.basis == "gradient" else options.gradient_share
-
-        def compute() -> Iterator[tuple[str, Factors]]:
-            gradients = mean_gradients(weights, probe.losses, options.gradient_batches)
-            form = {"share": share, "scale": options.gradient_scale}
-            return adapter_factors(layers, adapter_name, gradients, statistics, options.weighting, **form)
-
-        ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
-        origin = origin_of(weights, [ranks, options.weighting, share, options.gradient_scale, options.gradient_batches])
-        with adapters_off([model]):
-            return cached_factors(probe.cache.with_name(f"{probe.cache.stem}-{self.name}-gradient.safetensors"), origin, compute)
-
     def prepare_start(self, components: Mapping[str, nn.Module], probes: Mapping[str, Probe], adapter_name: str) -> None:
         """With `parameter_budget`, set the ranks of all layers. Raises: InputError if it is below rank 1 in every layer."""
-        from nora_vision.quantization import is_quantized
-        from nora_vision.rank_allocation import adapter_layers, allocated_ranks, set_ranks
-
-        options, budget = self.options, self.options.parameter_budget
-        if budget is None:
+        if self.options.parameter_budget is None:
             return
-        layers = {name: adapter_layers(model, adapter_name) for name, model in components.items()}
-        weights = {n: {key: layer.get_base_layer().weight for key, layer in each.items()} for n, each in layers.items()}
 
-        def gradients(name: str) -> Iterator[tuple[str, torch.Tensor]]:
-            floating = {key: w for key, w in weights[name].items() if not is_quantized(layers[name][key].get_base_layer())}
+        def start(name: str) -> None:
             self.start(components[name], replace(probes[name], generator=torch.Generator()), adapter_name)
-            with adapters_off([components[name]]):
-                yield from mean_gradients(floating, probes[name].losses, options.gradient_batches)
 
-        def compute() -> dict[str, dict[str, tuple[int, int]]]:
-            statistics = {name: self._statistics(model, probes[name], adapter_name) for name, model in components.items()}
-            return allocated_ranks(components, adapter_name, statistics, gradients, budget)
-
-        origin = origin_of({f"{n}:{key}": w for n in weights for key, w in weights[n].items()}, [asdict(options)])
-        file = next(iter(probes.values())).cache.with_name("ranks.json")
-        for name, ranks in cached_ranks(file, origin, compute).items():
-            set_ranks(components[name], adapter_name, ranks)
+        set_ranks_under_budget(components, probes, adapter_name, self.options, start)
 
     def learning_rate_factor(self, parameter_name: str) -> float:
         """`lora_plus_ratio` for B', 1 for A'."""

@@ -8,7 +8,7 @@ from peft import get_peft_model, inject_adapter_in_model
 from small_models import MODELS, change_weights, config_for, mlp
 from torch import nn
 
-from nora_vision import calibrate, decomposition, initialize_nora_weights
+from nora_vision import calibrate, decomposition, initialization, initialize_nora_weights
 from nora_vision.files import AdapterFileError
 from nora_vision.layer import nora_layers
 from nora_vision.loading import load_adapter
@@ -262,3 +262,25 @@ def test_a_compared_weight_can_be_resized_as_fsdp_does():
     weight.data = weight.data.clone()
     assert is_reproducible(layer, "default")
     weight.untyped_storage().resize_(0)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_outer_factors_of_earlier_versions_can_be_restored_and_are_reproducible(sharded, tmp_path):
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(80, 72)), config_for(["0"], init_weights=True))
+    layer, base = first_layer(model), first_layer(model).get_base_layer()
+    expected = earlier_factors(base.weight.detach().double(), layer.r["default"])
+    assert (layer.nora_B["default"] - expected[0]).norm() > 0.01 * expected[0].norm()
+    if sharded:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        base.weight = nn.Parameter(torch.distributed.tensor.distribute_tensor(base.weight.detach(), mesh))
+    try:
+        initialization.use_decomposition(model, "default", decomposition.EARLIER)
+        assert is_reproducible(layer, "default")
+    finally:
+        if sharded:
+            torch.distributed.destroy_process_group()
+    for actual, factor in zip((layer.nora_B["default"], layer.nora_A["default"]), expected, strict=True):
+        torch.testing.assert_close(actual.double(), factor, atol=1e-5, rtol=1e-5)
+    assert initialization.decomposition_of(model, "default") == decomposition.EARLIER

@@ -12,14 +12,17 @@ from tiny_options import TINY
 from tiny_pipeline import tiny_pipeline
 from torch import nn
 
+from nora_vision import decomposition, initialization
 from pipelines import adapter_files
 from pipelines.adapter_options import AdapterOptions
 from pipelines.clip import Clip
+from pipelines.errors import InputError
 from pipelines.fewshot.adapters import TargetLayers
 from pipelines.fewshot.adapters import attach as attach_to_clip
 from pipelines.fewshot.adapters import start as start_on_clip
 from pipelines.fewshot.quantization import quantized
 from pipelines.methods import DEFAULT, method_names
+from pipelines.methods.nora import NoraTraining
 from pipelines.optimizers import Adam, Rates, parameter_groups
 from pipelines.subject.adapters import attach, start
 from pipelines.subject.base_model import PromptEmbeddings, quantize_components
@@ -148,3 +151,39 @@ GRADIENT_BASIS = {"basis": "mixed", "weighting": "covariance", "gradient_batches
 def test_a_resumed_training_has_the_same_basis_from_gradients_and_the_same_ranks_under_a_budget(task, tmp_path):
     files = assert_resumes_exactly(task, DEFAULT, tmp_path, **GRADIENT_BASIS)
     assert {file.parts[1] for file in files} == {"full"}
+
+
+def earlier_awsvd(*args, legacy=False):
+    return decomposition.reproducible_awsvd(*args, legacy=True)
+
+
+@tasks
+def test_a_run_of_an_earlier_version_goes_on_with_the_outer_factors_of_its_algorithm(task, tmp_path, monkeypatch):
+    # Small enough a block for the layers of the tiny models, which are decomposed in full otherwise.
+    monkeypatch.setattr(decomposition, "MIN_BLOCK", 1)
+    gaussian = {"inner_init": "gaussian", "preserve_output": True}
+    with monkeypatch.context() as earlier:
+        earlier.setattr(initialization, "reproducible_awsvd", earlier_awsvd)
+        earlier.setattr(NoraTraining, "state_dict", lambda self: {})
+        whole, _ = trained(task, DEFAULT, tmp_path / "whole", **gaussian)
+    middle, _ = list_checkpoints(tmp_path / "whole" / "checkpoints")
+    for name in ("resumed", "mixed"):
+        shutil.copytree(middle, tmp_path / name / "checkpoints" / middle.name)
+    assert trained(task, DEFAULT, tmp_path / "resumed", **gaussian) == (whole, list(range(STEPS // 2, STEPS)))
+    # The next resumption reads the algorithm.
+    state = torch.load(list_checkpoints(tmp_path / "resumed" / "checkpoints")[-1] / "state.pt", weights_only=True)
+    assert set(state["method"]["decomposition"]) == {decomposition.EARLIER}
+    monkeypatch.setattr(NoraTraining, "load_state_dict", lambda self, state: None)
+    assert trained(task, DEFAULT, tmp_path / "mixed", **gaussian)[0] != whole
+
+
+def test_a_checkpoint_whose_outer_factors_cannot_be_computed_is_refused_with_the_remedy(tmp_path):
+    _, _, components = few_shot(AdapterOptions(DEFAULT, rank=4, inner_r=2, **GRADIENT_BASIS), tmp_path)
+    training = NoraTraining(list(components.values()), STEPS, "float32")
+    assert training.state_dict() == {"decomposition": ["block Krylov"] * len(components)}
+    training.load_state_dict(training.state_dict())
+    remedy = r".*Resume the run with the version of nora_vision that began it, or start again in another --output_dir\."
+    with pytest.raises(InputError, match=r"no earlier version had the weighting 'covariance' and the basis 'mixed'" + remedy):
+        training.load_state_dict({})
+    with pytest.raises(InputError, match="computed by 'a later one', but here by 'block Krylov'" + remedy):
+        training.load_state_dict({"decomposition": ["a later one"] * len(components)})

@@ -1,12 +1,16 @@
 """Going on with a run: what may change, what may not, and the first moments of a run."""
 
+import copy
 import json
 import os
 
 import pytest
 
+from pipelines.adapter_options import AdapterOptions
 from pipelines.errors import InputError
-from training.engine.resuming import check_can_resume
+from training.engine.resuming import changed_options, check_can_resume
+from training.options import SubjectOptions
+from training.options.fewshot import FewShotMethodOptions, FewShotOptions
 from training.runs.run import RunDirectory
 
 OPTIONS = {
@@ -47,6 +51,37 @@ def test_options_that_only_one_version_has_are_no_difference(run):
     later = changed()
     later["data"]["new"] = True
     check_can_resume(run.path, later, 1)
+
+
+def earlier_and_later(task, **method):
+    """The group of the methods' options as a version without NoRA's basis recorded it, and all options of this version."""
+    if task == "subject":
+        later = SubjectOptions(adapter=AdapterOptions(**method)).to_dict()
+        return later["adapter"], later
+    method["method"] = ["zeroshot", method["method"]]
+    later = FewShotOptions(method=FewShotMethodOptions(**method)).to_dict()
+    return later["method"], later
+
+
+@pytest.mark.parametrize("task", ["subject", "few-shot"])
+@pytest.mark.parametrize("method", ["lora", "nora"])
+def test_a_default_that_changed_with_the_methods_that_share_its_flag_is_no_difference(task, method):
+    group, later = earlier_and_later(task, method=method)
+    before = copy.deepcopy(later)
+    (name,) = (name for name, value in later.items() if value is group)
+    del before[name]["basis"]
+    before[name] |= {"gradient_batches": 8} | ({} if task == "subject" else {"lora_rank": 2})
+    assert before[name]["gradient_batches"] != group["gradient_batches"]
+    assert list(changed_options(before, later)) == []
+
+
+@pytest.mark.parametrize("task", ["subject", "few-shot"])
+def test_a_changed_option_of_the_method_is_refused_where_it_has_an_effect(task):
+    group, later = earlier_and_later(task, method="nora", basis="gradient")
+    before = copy.deepcopy(later)
+    (name,) = (name for name, value in later.items() if value is group)
+    before[name] |= {"gradient_batches": 8, "inner_init": "gaussian", "gamma": 7.0}
+    assert [text.split(":")[0] for text in changed_options(before, later)] == ["gradient_batches", "inner_init"]
 
 
 def test_another_number_of_processes_is_refused(run):

@@ -7,14 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipelines.built_in import recorded_name
+from pipelines.adapter_options import changed_options_of, method_flags
+from pipelines.built_in import BUILT_IN_CLIP_NAME, recorded_name
 from pipelines.errors import InputError
-from pipelines.run_options import run_options, task_of
+from pipelines.methods import method_names
+from pipelines.run_options import Task, run_options, task_of
 from training.runs.record import RunRecord
 
 # Options of outputs, the length of the training and the batch preparation, which may change.
 MAY_CHANGE_GROUPS = frozenset({"output", "validation"})
 MAY_CHANGE = frozenset({"max_train_steps", "dataloader_num_workers", "sample_batch_size"})
+# The group that holds the options of adapter methods.
+METHOD_GROUPS: dict[Task, str] = {"subject": "adapter", "few-shot": "method"}
 
 
 def check_can_resume(path: Path, options: dict[str, Any], processes: int) -> None:
@@ -49,11 +53,31 @@ def check_can_resume(path: Path, options: dict[str, Any], processes: int) -> Non
 
 
 def changed_options(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    """A text for each changed option that must not change; options that only one side has are ignored."""
+    """A text for each changed option that must not change; options that only one side has are ignored.
+
+    Of the options of adapter methods, only those of the run's methods count.
+    """
+    task = task_of(now)
     for group in sorted(before.keys() & now.keys() - MAY_CHANGE_GROUPS):
-        for name in sorted(before[group].keys() & now[group].keys() - MAY_CHANGE):
-            if not _same(name, before[group][name], now[group][name]):
-                yield f"{name}: {before[group][name]!r} before, {now[group][name]!r} now"
+        compared = before[group].keys() & now[group].keys() - MAY_CHANGE
+        changed = {name: (before[group][name], now[group][name]) for name in compared}
+        if task is not None and group == METHOD_GROUPS[task]:
+            changed = {name: both for name, both in changed.items() if name not in method_flags(task)}
+            changed |= _changed_method_options(before[group], now, task)
+        for name, both in sorted(changed.items()):
+            if not _same(name, *both):
+                yield f"{name}: {both[0]!r} before, {both[1]!r} now"
+
+
+def _changed_method_options(before: dict[str, Any], now: dict[str, Any], task: Task) -> dict[str, tuple[Any, Any]]:
+    """The changed options of the run's adapter methods, by flag."""
+    group = now[METHOD_GROUPS[task]]
+    built_in = task == "few-shot" and now["model"]["model"] == BUILT_IN_CLIP_NAME
+    names = [group["method"]] if isinstance(group["method"], str) else group["method"]
+    # The others are baselines, without options.
+    adapters = [name for name in names if name in method_names()]
+    changes = (change for name in adapters for change in changed_options_of(name, before, group, task, built_in))
+    return {flag: (earlier, later) for flag, earlier, later in changes}
 
 
 def _same(name: str, before: Any, now: Any) -> bool:
