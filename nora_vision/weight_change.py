@@ -30,9 +30,15 @@ class LowRank(NamedTuple):
 def weight_change(layer: BaseTunerLayer, adapter_name: str) -> torch.Tensor:
     """W' - W, with W' the adapted weight at the trained scale: (out, in), or (out, in * kh * kw), float64.
 
+    It does not depend on the layer's current state: whether adapters are merged, disabled or active, and at which scale.
+
     A quantised W is dequantised. The output of a linear layer for the unit vectors is its weight; a convolution is merged.
     """
     copied = copy.deepcopy(layer).cpu().eval()
+    # While adapters are merged or disabled, the output is that of the base layer alone.
+    if copied.merged:
+        copied.unmerge()
+    copied.enable_adapters(True)
     if hasattr(copied, "set_scale"):
         copied.set_scale(adapter_name, 1.0)
     base = copied.get_base_layer()

@@ -240,6 +240,11 @@ def test_the_weight_change_and_its_factors_are_those_of_the_output(method):
         assert len(factors.down) <= RANK
     S = torch.linalg.svdvals(change)
     assert factors.relative_error == 0 or len(factors.down) < len(S)
+    layer.enable_adapters(False)
+    torch.testing.assert_close(weight_change(layer, ONE), change, **CLOSE)
+    layer.enable_adapters(True)
+    layer.merge()
+    torch.testing.assert_close(weight_change(layer, ONE), change, **CLOSE)
 
 
 @torch.no_grad()
