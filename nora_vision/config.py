@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any, Literal, get_args
 
+import torch
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
+from .files import PLAIN_NAME
 from .inner import InnerForm, InnerFormName, InnerInit, make_inner_form
 from .inner_checks import check_inner_form
 from .outer import OuterScaling
@@ -148,14 +150,13 @@ class NoraConfig(PeftConfig):
     rank_pattern: dict[str, int] = field(
         default_factory=dict,
         metadata={
-            "help": "Outer ranks other than r, by layer name ending or regular expression; each must match an adapted layer."
+            "help": "Outer ranks other than r, by layer name ending or regular expression, or by '^' and the full name, which "
+            "wins; each must match an adapted layer."
         },
     )
     inner_rank_pattern: dict[str, int] = field(
         default_factory=dict,
-        metadata={
-            "help": "Inner ranks other than inner_r, by layer name ending or regular expression; each must match an adapted one."
-        },
+        metadata={"help": "Inner ranks other than inner_r, in the same way."},
     )
 
     def __post_init__(self) -> None:
@@ -174,8 +175,9 @@ class NoraConfig(PeftConfig):
                 raise ValueError(f"{choice} must be one of {get_args(allowed)}, got {getattr(self, choice)!r}.")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}.")
-        if not self.alpha > 0:
-            raise ValueError(f"alpha must be above 0, got {self.alpha}.")
+        # Above this, alpha / inner_r would be infinite in float32.
+        if not 0 < self.alpha <= torch.finfo(torch.float32).max:
+            raise ValueError(f"alpha must be above 0 and finite in float32, got {self.alpha}.")
         if not self.inner_std > 0:
             raise ValueError(f"inner_std must be above 0, got {self.inner_std}.")
         self._check_ranks()
@@ -203,8 +205,8 @@ class NoraConfig(PeftConfig):
 
         Raises: ValueError if the inner rank exceeds the outer rank.
         """
-        r = self.rank_pattern.get(get_pattern_key(self.rank_pattern, layer_name), self.r)
-        inner_r = self.inner_rank_pattern.get(get_pattern_key(self.inner_rank_pattern, layer_name), self.inner_r)
+        r = _rank_for(layer_name, self.rank_pattern, self.r)
+        inner_r = _rank_for(layer_name, self.inner_rank_pattern, self.inner_r)
         if inner_r > r:
             raise ValueError(f"inner_r must be in [1, r={r}] for {layer_name!r}, got {inner_r}. Lower inner_r or raise r.")
         return r, inner_r
@@ -279,7 +281,9 @@ class NoraConfig(PeftConfig):
         Raises: ValueError naming the keys that do not.
         """
         for name, patterns in (("rank_pattern", self.rank_pattern), ("inner_rank_pattern", self.inner_rank_pattern)):
-            unknown = [key for key in patterns if not any(get_pattern_key([key], layer) == key for layer in layer_names)]
+            full_names = {f"^{name}" for name in layer_names}
+            searched = [key for key in patterns if key not in full_names]
+            unknown = [key for key in searched if not any(get_pattern_key([key], layer) == key for layer in layer_names)]
             if unknown:
                 some = ", ".join(map(repr, list(layer_names)[:3]))
                 raise ValueError(
@@ -291,6 +295,15 @@ class NoraConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values with sorted sets, so that equal configurations are saved as equal bytes."""
         return {key: sorted(value) if isinstance(value, set) else value for key, value in asdict(self).items()}
+
+
+def _rank_for(layer_name: str, patterns: Mapping[str, int], default: int) -> int:
+    """The rank of a layer, from the key with its full name, the first other key that matches, or `default`."""
+    if f"^{layer_name}" in patterns:
+        return patterns[f"^{layer_name}"]
+    # With full names for all 560 layers of SDXL, PEFT's search would take minutes: it compiles every key for every layer.
+    searched = [key for key in patterns if not (key.startswith("^") and PLAIN_NAME.fullmatch(key))]
+    return patterns.get(get_pattern_key(searched, layer_name), default)
 
 
 def parse_slice(text: str) -> tuple[int, int]:

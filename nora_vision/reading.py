@@ -23,6 +23,7 @@ from .files import (
     PLAIN_NAME,
     AdapterFileError,
     check_configuration,
+    check_finite,
     read_header,
     read_json,
     read_tensors,
@@ -84,6 +85,8 @@ def read_adapter(model: nn.Module, folder: Path, base_calibration: BaseCalibrati
     if layout == PACKED:
         statistics = _statistics(header.metadata, of_layers, base_calibration, weights)
         unpacked = unpack(tensors, header.metadata, of_layers, statistics, str(weights))
+        # The compressed scales, and products of factors in 8 bits and their steps, may still be infinite.
+        check_finite(unpacked, str(weights))
         tensors = unpacked | {name: tensors[name] for name in in_full}
     tensors |= {f"{name}.{SCALE}": tensors[f"{owner}.{SCALE}"] for name, owner in shared.items()}
     _check_scales(tensors, weights)

@@ -302,6 +302,24 @@ def test_a_damaged_stream_of_scales_is_refused_and_never_expanded_beyond_its_siz
         load_nora(tiny_pipeline(), tmp_path)
 
 
+@pytest.mark.parametrize("what", ["scales", "factors"])
+def test_values_that_are_infinite_only_after_unpacking_are_refused_by_the_files_name(what, tmp_path):
+    save_nora(calibrated("int8", ("text_encoder",)), tmp_path, compact=True)
+    path = tmp_path / "text_encoder" / WEIGHTS
+    metadata, tensors = read_header(path, PACKED_DTYPES).metadata, load_file(path)
+    del metadata["nora_digest"]
+    if what == "scales":
+        inputs = 8 * len(zlib.decompress(tensors["nora_activation_scale"].numpy().tobytes()))
+        metadata[SCALES] = "BF16"
+        unit = torch.full((inputs,), torch.inf).bfloat16().view(torch.uint8).numpy().tobytes()
+        tensors["nora_activation_scale"] = torch.frombuffer(bytearray(zlib.compress(unit)), dtype=torch.uint8)
+    else:
+        tensors["nora_inner_A.step"].fill_(3e38)
+    save_file(tensors, path, metadata)
+    with pytest.raises(AdapterFileError, match=rf"{WEIGHTS}: .* has values that are not finite"):
+        load_nora(tiny_pipeline(), tmp_path)
+
+
 # The calibration
 
 

@@ -46,6 +46,19 @@ def test_patterns_set_the_ranks_of_layers():
     assert config.ranks_for("mid.to_q") == (16, 4)
 
 
+def test_a_full_name_wins_over_other_patterns_and_needs_no_search(monkeypatch):
+    searched = []
+    monkeypatch.setattr("nora_vision.config.get_pattern_key", lambda keys, name: searched.append(list(keys)) or name)
+    names = [f"blocks.{i}.to_q" for i in range(4)]
+    ranks = {f"^{name}": i + 1 for i, name in enumerate(names[:3])}
+    config = NoraConfig(r=32, inner_r=1, rank_pattern={"to_q": 16} | ranks, inner_rank_pattern=dict.fromkeys(ranks, 1))
+    assert [config.ranks_for(name) for name in names] == [(1, 1), (2, 1), (3, 1), (32, 1)]
+    assert searched == [["to_q"], []]
+    del config.rank_pattern["to_q"]
+    config.check_patterns(names, "Model")
+    assert len(searched) == 2
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -56,7 +69,9 @@ def test_patterns_set_the_ranks_of_layers():
         ({"rank_pattern": {"to_q": -1}}, r"rank_pattern\['to_q'\] must be an integer of at least 1, got -1"),
         ({"inner_rank_pattern": {"to_q": "8"}}, r"inner_rank_pattern\['to_q'\] must be an integer of at least 1, got '8'"),
         ({"rank_pattern": {"to_q(": 8}}, r"'to_q\(' must be a layer name ending or a regular expression"),
-        ({"alpha": 0.0}, "alpha must be above 0, got 0.0"),
+        ({"alpha": 0.0}, "alpha must be above 0 and finite in float32, got 0.0"),
+        ({"alpha": 1e39}, r"alpha must be above 0 and finite in float32, got 1e\+39"),
+        ({"alpha": 10**400}, "alpha must be above 0 and finite in float32, got 1000"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"inner_std": -1.0}, "inner_std must be above 0, got -1.0"),
         ({"inner_init": "ones"}, r"inner_init must be one of \('zero', 'gaussian', .*\), got 'ones'"),
