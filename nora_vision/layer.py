@@ -17,7 +17,7 @@ from .config import NoraConfig
 from .decomposition import is_finite, reproducible_awsvd
 from .inner import FROZEN_STARTS, TRAINED, InnerForm, gated
 from .outer import OuterScaling, outer_coefficients, scaled_outer_factors
-from .products import nested_product
+from .products import frozen_product, is_cheaper_first, nested_product
 from .quantization import dequantized_weight, is_quantized
 
 
@@ -175,9 +175,17 @@ class NoraLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def set_outer_factors(self, adapter_name: str, B: torch.Tensor, A: torch.Tensor) -> None:
-        """Set the frozen factors `B` (out, r) and `A` (r, in), as `awsvd` returns them."""
-        self.nora_B[adapter_name].copy_(B)
-        self.nora_A[adapter_name].copy_(A)
+        """Set the frozen factors `B` (out, r) and `A` (r, in), as `awsvd` returns them.
+
+        Raises: ValueError if an entry is not finite in the base layer's dtype: float16 ends at 65,504.
+        """
+        for factors, values in ((self.nora_B[adapter_name], B), (self.nora_A[adapter_name], A)):
+            factors.copy_(values)
+            if not is_finite(factors):
+                raise ValueError(
+                    f"The outer factors of NoRA adapter {adapter_name!r} must be at most {torch.finfo(factors.dtype).max:.3g} "
+                    f"for {factors.dtype} weights, got {values.abs().max().item():.3g}. Use bfloat16 or float32 weights."
+                )
         self._without_outer_factors.discard(adapter_name)
 
     def base_weight(self) -> torch.Tensor:
@@ -226,8 +234,8 @@ class NoraLayer(nn.Module, BaseTunerLayer):
 
     def inner_tensors(self, adapter_name: str) -> dict[str, torch.Tensor]:
         """The trained tensors of the adapter and their frozen starts, by the names in `nora_vision.inner`."""
-        names = (*TRAINED, *FROZEN_STARTS.values())
-        return {name: getattr(self, name)[adapter_name] for name in names if adapter_name in getattr(self, name)}
+        tensors = {name: getattr(self, name) for name in (*TRAINED, *FROZEN_STARTS.values())}
+        return {name: by_adapter[adapter_name] for name, by_adapter in tensors.items() if adapter_name in by_adapter}
 
     def _inner_factors(self, adapter_name: str, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
         """`up` (r, k) and `down` (k, r) with up @ down = s M, less the frozen start; serially k is inner_r, or 2 inner_r."""
@@ -353,14 +361,16 @@ class NoraLayer(nn.Module, BaseTunerLayer):
         # A is frozen, so autograd saves A x (r features) instead of x; for the same reason dropout comes after A.
         # Autocast casts the factors of every product itself.
         if not torch.is_autocast_enabled(x.device.type):
-            x, B = self._cast_input_dtype(x, A.dtype), B.to(up.dtype)
+            x = self._cast_input_dtype(x, A.dtype)
         if adapter_name in self.nora_gate or isinstance(self.nora_dropout[adapter_name], nn.Dropout):
             hidden = self.nora_dropout[adapter_name](self._gated(self._project_input(x, A), adapter_name))
             hidden = self._multiply(hidden.to(down.dtype), down)
         else:
             hidden = self._nested_product(x, A, down)
-        # B up (out, k) costs a product of weights, but saves a product of all tokens with B.
-        return self._multiply(hidden.to(dtype), (B @ up).to(dtype))
+        # B up (out, k) costs a product of weights, but saves one of all tokens with B. For few tokens, B is cheaper.
+        if is_cheaper_first(B, up, tokens=hidden.numel() // len(down)):
+            return self._multiply(hidden.to(dtype), frozen_product(B, up).to(dtype))
+        return self._multiply(self._multiply(hidden.to(up.dtype), up).to(B.dtype), B).to(dtype)
 
     def _gated(self, hidden: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """`hidden`, A x, times the gates of its slices; M is block-diagonal, so that this is a factor of M A x too."""

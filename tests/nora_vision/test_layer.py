@@ -4,6 +4,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from small_models import MODELS, change_weights, config_for, output
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from nora_vision import NoraConfig, NoraLayer
@@ -166,6 +167,26 @@ def test_a_layer_saves_at_most_an_eighth_of_what_lora_saves_for_backward(dropout
     )
     x = torch.randn(1024, 1280)
     assert 8 * saved_bytes(nora_layer, x.clone()) <= saved_bytes(lora_layer, x.clone())
+
+
+def test_a_layer_in_half_precision_saves_no_cast_copy_of_its_outer_factors():
+    layer = adapted(nn.Linear(128, 128).bfloat16(), r=64, inner_r=4)
+    # The copy of B in float32 would have 4 * 128 * 64 bytes.
+    assert saved_bytes(layer.train(), torch.randn(64, 128).bfloat16()) < 4 * 128 * 64
+
+
+def test_one_token_costs_only_products_with_vectors():
+    layer = adapted(nn.Linear(48, 40), r=16, inner_r=8)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        layer(torch.randn(1, 48))
+    assert counter.get_total_flops() == 2 * (48 * 40 + 48 * 16 + 16 * 8 + 8 * 16 + 16 * 40)
+
+
+def test_outer_factors_beyond_the_range_of_the_weights_dtype_are_refused():
+    layer = adapted(nn.Linear(20, 30).half())
+    B, A = torch.ones(30, 8), torch.full((8, 20), 7e4)
+    with pytest.raises(ValueError, match=r"must be at most 6.55e\+04 for torch.float16 weights, got 7e\+04. Use bfloat16"):
+        layer.set_outer_factors("default", B, A)
 
 
 def test_dropout_changes_training_but_not_evaluation():

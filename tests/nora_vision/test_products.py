@@ -1,12 +1,13 @@
-"""The nested product of the forward pass: its gradients are those of the two plain products, and x is not saved."""
+"""The products of the forward pass: their gradients are those of plain products, and they save less for backward."""
 
 import contextlib
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from nora_vision.products import NestedProduct, nested_product
+from nora_vision.products import FrozenProduct, NestedProduct, frozen_product, is_cheaper_first, nested_product
 
 
 @pytest.fixture(params=[torch.float64, torch.bfloat16, "autocast"], ids=str)
@@ -39,11 +40,50 @@ def test_its_value_and_gradients_are_those_of_the_two_products(case):
         assert torch.equal(nested_product(x.detach(), A, D), product)
 
 
-def test_it_saves_the_projected_input_and_no_other_tensor_of_all_tokens():
-    x, A, D = torch.randn(50, 20, requires_grad=True), torch.randn(6, 20), torch.randn(3, 6, requires_grad=True)
+def saved_by(product):
+    """The shapes and dtypes of the tensors that `product()` saves for backward."""
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: saved.append(tuple(tensor.shape)) or tensor, lambda tensor: tensor
+        lambda tensor: saved.append((tuple(tensor.shape), tensor.dtype)) or tensor, lambda tensor: tensor
     ):
-        NestedProduct.apply(x, A, D)
-    assert sorted(saved) == [(3, 6), (6, 20), (50, 6)]
+        product()
+    return saved
+
+
+def test_it_saves_the_projected_input_and_no_other_tensor_of_all_tokens():
+    x, A, D = torch.randn(50, 20, requires_grad=True), torch.randn(6, 20), torch.randn(3, 6, requires_grad=True)
+    saved = saved_by(lambda: NestedProduct.apply(x, A, D))
+    assert sorted(shape for shape, _ in saved) == [(3, 6), (6, 20), (50, 6)]
+
+
+def test_a_second_derivative_which_would_need_x_is_refused():
+    x, A, D = torch.randn(5, 20, requires_grad=True), torch.randn(6, 20), torch.randn(3, 6, requires_grad=True)
+    (of_D,) = torch.autograd.grad(nested_product(x, A, D).square().sum(), D, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        of_D.square().sum().backward()
+
+
+def test_a_frozen_factor_of_another_dtype_is_saved_as_it_is_and_the_gradient_is_that_of_the_plain_product():
+    generator = torch.Generator().manual_seed(0)
+    B = torch.randn(12, 6, generator=generator).bfloat16()
+    C = torch.randn(6, 3, generator=generator).requires_grad_()
+    assert saved_by(lambda: frozen_product(B, C)) == [((12, 6), torch.bfloat16)]
+    product, plain = frozen_product(B, C), B.float() @ C
+    assert torch.equal(product, plain)
+    gradient = torch.randn(12, 3, generator=generator)
+    assert torch.equal(*(torch.autograd.grad(value, C, gradient)[0] for value in (product, plain)))
+    assert torch.autograd.gradgradcheck(
+        lambda C: FrozenProduct.apply(B, C).square(), C.detach().double().requires_grad_(), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("sizes", [(14336, 500, 64), (1280, 64, 16), (30, 8, 8)])
+def test_the_order_of_two_products_is_the_one_with_fewer_multiplications(sizes):
+    m, r, k = sizes
+    for tokens in (1, 10, 20, 30, 70, 80, 1000):
+        B, C, h = (torch.empty(size, device="meta") for size in ((m, r), (r, k), (k, tokens)))
+        with FlopCounterMode(display=False) as first:
+            (B @ C) @ h
+        with FlopCounterMode(display=False) as second:
+            B @ (C @ h)
+        assert is_cheaper_first(B, C, tokens) == (first.get_total_flops() <= second.get_total_flops())
