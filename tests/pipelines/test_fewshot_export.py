@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from functools import partial
+from itertools import cycle
 
 import open_clip
 import pytest
@@ -23,6 +24,7 @@ from pipelines.clip_attention import separate
 from pipelines.errors import InputError
 from pipelines.fewshot import adapters, export
 from pipelines.fewshot.adapters import TargetLayers
+from pipelines.methods import DEFAULT
 from pipelines.mini_sdxl import PROMPT_WORDS, reduced_tokenizer
 
 TOKENS = prompts(3, 5, 9)
@@ -66,8 +68,13 @@ def features(model):
 HOSTS = {"CLIP": tiny_clip, "CustomTextCLIP": lambda: tiny_clip(custom_text=True), "CoCa": tiny_coca}
 
 
-@methods
-@pytest.mark.parametrize("host", HOSTS)
+# The default method on every kind of model, and every other method on one of them.
+MERGED = [(DEFAULT, host) for host in HOSTS] + [
+    pair for pair in zip(full_precision_methods(), cycle(HOSTS)) if pair[0] != DEFAULT
+]
+
+
+@pytest.mark.parametrize(("method", "host"), MERGED)
 def test_the_merged_model_is_plain_open_clip_with_the_same_outputs_and_keys(method, host, tmp_path):
     clip, _ = adapted(tmp_path, method, Clip(HOSTS[host](), None, None, "tiny"))
     base, plain = HOSTS[host](), export.merged(clip).model
@@ -163,18 +170,24 @@ def test_the_built_in_models_packed_linears_are_merged_repacked_and_exported(tmp
 
 
 @methods
-@pytest.mark.parametrize("changes", [{}, {"inner_init": "gaussian", "preserve_output": True}])
+def test_plain_lora_is_loaded_by_peft_and_computes_the_same(method, tmp_path):
+    clip, components = adapted(tmp_path, method)
+    assert_plain_lora_is_the_same(clip, components, 0.5 if adapters.allows_any_scale(components) else 1.0, tmp_path / "lora")
+
+
 @pytest.mark.parametrize("strength", [1.0, 0.5])
-def test_plain_lora_is_loaded_by_peft_and_computes_the_same(method, changes, strength, tmp_path):
-    if method == "dora" and strength < 1:
-        pytest.skip("DoRA has no strength between 0 and 1")
-    clip, components = adapted(tmp_path, method, **changes)
+def test_plain_lora_leaves_out_the_start_that_nora_subtracts(strength, tmp_path):
+    clip, components = adapted(tmp_path, inner_init="gaussian", preserve_output=True)
+    assert_plain_lora_is_the_same(clip, components, strength, tmp_path / "lora")
+
+
+def assert_plain_lora_is_the_same(clip, components, strength, folder):
     adapters.set_scale(components, strength)
-    export.save_lora(components, tmp_path / "lora", strength)
+    export.save_lora(components, folder, strength)
     model = tiny_clip()
     separate(model)
-    PeftModel.from_pretrained(model.visual, str(tmp_path / "lora" / "image"))
-    PeftModel.from_pretrained(model.transformer, str(tmp_path / "lora" / "text"))
+    PeftModel.from_pretrained(model.visual, str(folder / "image"))
+    PeftModel.from_pretrained(model.transformer, str(folder / "text"))
     torch.testing.assert_close(features(model), features(clip.model), atol=1e-6, rtol=0)
 
 

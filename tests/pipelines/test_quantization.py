@@ -1,6 +1,9 @@
 """A base model in 4 bits and adapters on it; the dequantised weights are the oracle."""
 
+import functools
 import weakref
+from dataclasses import dataclass
+from pathlib import Path
 
 import bitsandbytes
 import pytest
@@ -42,14 +45,24 @@ def quantized(unquantized=None):
     return pipe
 
 
+@functools.cache
+def dequantised_weights():
+    """The weight of every layer that is in 4 bits, by component and name."""
+    source = quantized()
+    return {
+        (component, name): dequantize_module_weight(layer).detach()
+        for component in QUANTIZED_COMPONENTS
+        for name, layer in getattr(source, component).named_modules()
+        if isinstance(layer, Linear4bit)
+    }
+
+
+@torch.no_grad()
 def rounded():
     """The full-precision pipeline with the dequantised weights."""
-    pipe, source = tiny_pipeline(), quantized()
-    with torch.no_grad():
-        for component in QUANTIZED_COMPONENTS:
-            for name, layer in getattr(source, component).named_modules():
-                if isinstance(layer, Linear4bit):
-                    getattr(pipe, component).get_submodule(name).weight.copy_(dequantize_module_weight(layer))
+    pipe = tiny_pipeline()
+    for (component, name), weight in dequantised_weights().items():
+        getattr(pipe, component).get_submodule(name).weight.copy_(weight)
     return pipe
 
 
@@ -117,47 +130,62 @@ def test_the_outer_factors_are_those_of_the_dequantised_weights(tmp_path):
         torch.testing.assert_close(product, products["rounded"][key], rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_new_adapter_starts_at_the_base_model_if_its_method_does_and_gets_gradients(method, tmp_path):
-    pipe = quantized(tmp_path / "unquantized")
-    before = image(pipe)
-    components = adapted(pipe, method, tmp_path, tmp_path / "unquantized")
-    assert torch.allclose(image(pipe), before, atol=1e-5) == method_named(method).starts_at_base
-    disturb(components)
-    conditions = {"text_embeds": torch.ones(1, 24), "time_ids": torch.ones(1, 6)}
-    answer = pipe.unet(torch.ones(1, 4, 8, 8), torch.tensor([5]), torch.ones(1, 3, 40), added_cond_kwargs=conditions).sample
-    answer.square().mean().backward()
-    trained = trained_parameters(components)
-    assert trained
-    assert all(parameter.dtype == torch.float32 and parameter.grad.any() for parameter in trained)
+@dataclass
+class Trained:
+    """An adapter of one method on a model in 4 bits.
+
+    Args:
+        base: the image that the model makes without the adapter.
+        fresh: the image that it makes with the adapter when that was just started.
+        parameters: those to be trained, with gradients.
+        folder: of the adapter's files in every form, after its parameters were disturbed.
+        image: the image that the saved adapter makes.
+    """
+
+    method: str
+    base: torch.Tensor
+    fresh: torch.Tensor
+    parameters: list[nn.Parameter]
+    folder: Path
+    image: torch.Tensor
 
 
 @pytest.fixture(scope="module", params=METHODS)
 def trained(request, tmp_path_factory):
-    """A method, the folder of its adapter in every form, and the image that the adapter makes on a model in 4 bits."""
     folder = tmp_path_factory.mktemp("trained")
     pipe = quantized(folder / "unquantized")
+    base = image(pipe)
     components = adapted(pipe, request.param, folder / "cache", folder / "unquantized")
+    fresh = image(pipe)
     disturb(components)
+    conditions = {"text_embeds": torch.ones(1, 24), "time_ids": torch.ones(1, 6)}
+    answer = pipe.unet(torch.ones(1, 4, 8, 8), torch.tensor([5]), torch.ones(1, 3, 40), added_cond_kwargs=conditions).sample
+    answer.square().mean().backward()
     adapters.save_everywhere(pipe, components, folder, "subject")
-    return request.param, folder, image(pipe)
+    return Trained(request.param, base, fresh, trained_parameters(components), folder, image(pipe))
 
 
-@pytest.mark.parametrize("file", ["adapter/full", "diffusers/pytorch_lora_weights.safetensors", "kohya/subject.safetensors"])
+def test_a_new_adapter_starts_at_the_base_model_if_its_method_does_and_gets_gradients(trained):
+    assert torch.allclose(trained.fresh, trained.base, atol=1e-5) == method_named(trained.method).starts_at_base
+    assert trained.parameters
+    assert all(parameter.dtype == torch.float32 and parameter.grad.any() for parameter in trained.parameters)
+
+
+# The file for diffusers holds the same factors as that of kohya.
+@pytest.mark.parametrize("file", ["adapter/full", "kohya/subject.safetensors"])
 def test_an_adapter_trained_in_4_bits_loads_onto_the_full_precision_model(trained, file):
-    method, folder, expected = trained
-    if not method_named(method).exports_exactly and not file.startswith("adapter"):
+    is_exact = method_named(trained.method).exports_exactly
+    if not is_exact and not file.startswith("adapter"):
         pytest.skip("the exported file is an approximation")
     plain = rounded()
-    untouched = image(plain)
-    adapters.load_adapter(plain, folder / file, "loaded")
+    adapters.load_adapter(plain, trained.folder / file, "loaded")
     plain.set_adapters("loaded")
-    torch.testing.assert_close(image(plain), expected, atol=1 / 255, rtol=0)
-    assert (untouched - expected).abs().max() > 1 / 255
+    torch.testing.assert_close(image(plain), trained.image, atol=1 / 255, rtol=0)
+    assert (trained.base - trained.image).abs().max() > 1 / 255
     plain.fuse_lora()
     plain.unload_lora_weights()
-    if method_named(method).exports_exactly:
-        torch.testing.assert_close(image(plain), expected, atol=1 / 255, rtol=0)
+    if is_exact:
+        torch.testing.assert_close(image(plain), trained.image, atol=1 / 255, rtol=0)
 
 
 def test_a_model_loads_in_4_bits(tiny_model):
