@@ -50,8 +50,8 @@ class LeftOut:
 
     def __str__(self) -> str:
         return (
-            f"it holds the best approximation of rank {EXPORT_RANK} and leaves out {self.overall:.1%} of the weight change "
-            f"(Frobenius norm; worst layer: {self.layer}, {self.worst:.1%})"
+            f"it holds the best approximation of rank {EXPORT_RANK} or less and leaves out {self.overall:.1%} of the weight "
+            f"change (Frobenius norm; worst layer: {self.layer}, {self.worst:.1%})"
         )
 
 

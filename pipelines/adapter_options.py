@@ -177,16 +177,30 @@ def unused_options(options: Any, task: Task, methods: Iterable[str]) -> list[str
             users, trained = (", ".join(map(title_of, sorted(names))) for names in (option.methods, chosen))
             sentences.append(
                 f"--{name} {value} is not used: it is an option of {users}, and this run trains {trained or 'no adapter'}."
+                f"{renamed_flag(name, chosen, task)}"
             )
     return sentences
 
 
+def renamed_flag(name: str, methods: Iterable[str], task: Task) -> str:
+    """A sentence for each of `methods` whose option `name` has another flag on `task`, each after a space."""
+    return "".join(
+        f" The {name} of {title_of(method)} is --{flag_of(option, task)}."
+        for method in sorted(methods)
+        for option in dataclasses.fields(method_named(method).Options)
+        if option.name == name != flag_of(option, task)
+    )
+
+
 def _defaults_of(flag: str, option: MethodOption, task: Task) -> list[Any]:
-    """The values of a flag that was not given: None, or the default of one of its methods."""
+    """The values of a flag that was not given: None, or the default that all methods with it share, as `fill_in` sets it."""
     values = [None]
-    for method in map(method_named, option.methods):
-        (option_field,) = (each for each in dataclasses.fields(method.Options) if flag_of(each, task) == flag)
-        values += [_default(option_field), *(_default_of(method, option_field, task, built_in) for built_in in (True, False))]
+    for built_in in (True, False):
+        shared = set()
+        for method in map(method_named, option.methods):
+            (option_field,) = (each for each in dataclasses.fields(method.Options) if flag_of(each, task) == flag)
+            shared.add(_default_of(method, option_field, task, built_in))
+        values += shared if len(shared) == 1 else ()
     return values
 
 

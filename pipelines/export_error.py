@@ -42,8 +42,8 @@ def left_out_sentence(components: Mapping[str, nn.Module], share: float) -> str:
     layers = [layer for model in components.values() for layer in tuner_layers(model).values()]
     own_form = any(lycoris_form(layer, ADAPTER_NAME) is not None for layer in layers)
     return (
-        f"Files of plain LoRA cannot hold this adapter: they will hold the best approximation of rank {EXPORT_RANK}, which is "
-        f"expected to leave out about {share:.0%} of the weight change (Frobenius norm; random values, largest layer). "
+        f"Files of plain LoRA cannot hold this adapter: they will hold the best approximation of rank {EXPORT_RANK} or less, "
+        f"which is expected to leave out about {share:.0%} of the weight change (Frobenius norm; random values, largest layer). "
         + ("The kohya file will be exact, in the form of LyCORIS. " if own_form else "")
         + "The native files are always exact."
     )

@@ -114,6 +114,6 @@ def losses_of(errors: Mapping[str, float]) -> str:
 
 
 EXPORT_NOTE = (
-    "The adapter was trained on the quantised weights Q(W). Its exports are relative to them: on the base model in full "
-    "precision the result differs from training by W - Q(W)."
+    "The adapter and its exports belong to the quantised weights Q(W): on the base model in full precision the result differs "
+    "from training by W - Q(W)."
 )

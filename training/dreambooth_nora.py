@@ -86,13 +86,15 @@ def main(options: SubjectOptions) -> RunDirectory:
     run = open_run(options, f"{subject}-{options.adapter.method}", accelerator)
     with run.recording():
         training = SubjectTraining(accelerator, run, options, images)
-        before = [] if options.output.dry_run else training.sampler.generate()
-        training.attach()
-        training.dry_run()
-        if options.output.dry_run:
+        try:
+            before = [] if options.output.dry_run else training.sampler.generate()
+            training.attach()
+            training.dry_run()
+            if options.output.dry_run:
+                return run
+            training.start()
+        finally:
             training.discard_unquantized()
-            return run
-        training.start()
         training.add_class_images()
         record_provenance(run, options, training.pipeline, images)
         training.cross_validate()

@@ -22,6 +22,7 @@ from transformers import HfArgumentParser
 from pipelines.errors import InputError
 from pipelines.fewshot.loading import walk
 from pipelines.file_names import display_path
+from pipelines.help_format import HelpFormatter
 from pipelines.images import has_image_name, read_image
 from pipelines.output_paths import check_output_file
 from pipelines.run_options import check_task
@@ -145,7 +146,7 @@ def run(run_path: str, given: Sequence[str], options: ClassifyOptions) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code."""
-    parser = HfArgumentParser(ClassifyOptions, description=__doc__, allow_abbrev=False)
+    parser = HfArgumentParser(ClassifyOptions, description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
     parser.add_argument("run", help="Directory of a run, or folder of one trial in it.")
     parser.add_argument("images", nargs="+", help="Images, or folders of images.")
     try:

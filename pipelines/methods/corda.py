@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.adapter_method import Probe, option
 from pipelines.methods.lora import Lora, LoraOptions
+from pipelines.option_checks import one_of
 from pipelines.subtracted_start import SubtractedStart
 
 if TYPE_CHECKING:
@@ -28,6 +29,10 @@ class CordaOptions(LoraOptions):
         "CorDA method (ipm: leading components, kpm: last components)",
         choices=(PRINCIPAL, PRESERVED),
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(self, (PRINCIPAL, PRESERVED), "corda_method")
 
 
 class Corda(SubtractedStart, Lora):

@@ -46,7 +46,7 @@ class LoraOptions(LowRankOptions):
 class PlainLoraOptions(LoraOptions):
     """Options of LoRA alone."""
 
-    lora_fa: bool = option(False, "LoRA-FA: only B is trained, and A keeps its random start", "LoRA-FA (only B is trained)")
+    lora_fa: bool = option(False, "LoRA-FA: only B is trained, and A keeps its start", "LoRA-FA (only B is trained)")
 
 
 class Lora(AdapterMethod):

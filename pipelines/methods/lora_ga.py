@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pipelines.adapter_method import Probe, adapters_off, option
 from pipelines.gradients import check_differentiable, mean_gradients
 from pipelines.methods.lora import Lora, LoraOptions
-from pipelines.option_checks import above_zero, at_least
+from pipelines.option_checks import above_zero, at_least, one_of
 from pipelines.subtracted_start import SubtractedStart
 
 if TYPE_CHECKING:
@@ -26,15 +26,22 @@ class LoraGaOptions(LoraOptions):
 
     gradient_batches: int = option(8, "batches for the mean gradient of the initialisation", "LoRA-GA gradient batches")
     lora_ga_direction: str = option(
-        "ArB2r", "which singular vectors of the gradient A and B start from", "LoRA-GA direction", choices=DIRECTIONS
+        "ArB2r",
+        "which singular vectors of the gradient A and B start from: ArB2r, A2rBr, ArBr or random",
+        "LoRA-GA direction",
+        choices=DIRECTIONS,
     )
-    lora_ga_scale: str = option("stable", "scaling of the start", "LoRA-GA scale", choices=SCALES)
+    lora_ga_scale: str = option(
+        "stable", "scaling of the start: stable, weight_svd, gd_scale or unit", "LoRA-GA scale", choices=SCALES
+    )
     stable_gamma: float = option(16.0, "gamma of the stable scaling", "LoRA-GA gamma of the stable scaling")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "gradient_batches")
         above_zero(self, "stable_gamma")
+        one_of(self, DIRECTIONS, "lora_ga_direction")
+        one_of(self, SCALES, "lora_ga_scale")
 
 
 class LoraGa(SubtractedStart, Lora):

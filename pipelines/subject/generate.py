@@ -20,6 +20,7 @@ from transformers import HfArgumentParser
 
 from pipelines.deprecated_flags import current_arguments
 from pipelines.errors import InputError
+from pipelines.help_format import HelpFormatter
 from pipelines.images import as_grid, save_image
 from pipelines.output_paths import OUTPUT_SUFFIXES, check_output_file, check_output_folder
 from pipelines.prompt_syntax import command_line_warnings
@@ -303,7 +304,7 @@ def main(options: GenerationOptions) -> list[Path]:
 
 
 if __name__ == "__main__":
-    parser = HfArgumentParser(GenerationOptions, description=__doc__, allow_abbrev=False)
+    parser = HfArgumentParser(GenerationOptions, description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
     try:
         options = parser.parse_args_into_dataclasses(current_arguments(sys.argv[1:], parser), look_for_args_file=False)[0]
     except InputError as error:

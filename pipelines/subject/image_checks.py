@@ -23,6 +23,7 @@ from transformers import HfArgumentParser
 
 from pipelines.errors import InputError
 from pipelines.file_names import display_path
+from pipelines.help_format import HelpFormatter
 from pipelines.image_formats import UnsupportedFormatError
 from pipelines.images import read_image_with_notes
 from pipelines.output_paths import check_output_file
@@ -326,7 +327,7 @@ def command() -> None:
     arguments = sys.argv[1:]
     if arguments and not arguments[0].startswith("-"):
         arguments.insert(0, "--folder")
-    parser = HfArgumentParser(ImageCheckOptions, description=__doc__, allow_abbrev=False)
+    parser = HfArgumentParser(ImageCheckOptions, description=__doc__, allow_abbrev=False, formatter_class=HelpFormatter)
     try:
         main(parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[0])
     except InputError as error:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,54 @@ def test_an_option_that_no_chosen_method_has_is_named_with_those_that_have_it():
     assert parse_options(["--method", "nora", "--inner_init", "gaussian"]).unused() == []
     (sentence,) = parse_fewshot_options(["--method", "zeroshot", "lora", "--vera_rank", "7"]).method.unused()
     assert sentence.startswith("--vera_rank 7 is not used: it is an option of VeRA")
+
+
+def test_an_unused_option_is_named_even_if_another_method_has_its_value_as_the_default():
+    for method, rank in (("oft", "4"), ("adalora", "8")):
+        (sentence,) = parse_options(["--method", method, "--rank", rank]).unused()
+        assert sentence.startswith(f"--rank {rank} is not used: it is an option of")
+
+
+@pytest.mark.parametrize("method", full_precision_methods())
+def test_no_option_is_called_unused_if_none_was_given(method):
+    assert parse_options(["--method", method]).unused() == []
+    assert parse_fewshot_options(["--method", method]).method.unused() == []
+
+
+def test_the_flag_of_a_rank_is_named_where_it_is_not_called_rank(capsys):
+    (sentence,) = parse_fewshot_options(["--method", "dora", "--rank", "4"]).method.unused()
+    assert sentence.endswith("and this run trains DoRA. The rank of DoRA is --lora_rank.")
+    with pytest.raises(SystemExit):
+        parse_fewshot_options(["--method", "hra", "--lora_rank", "3"])
+    assert re.search(r"HRA: rank must be an even number .* got 3.* The rank of HRA is --lora_rank\.", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["lora_ga", "--lora_ga_direction", "up"], "lora_ga_direction must be one of ArB2r, A2rBr, ArBr, random, got 'up'"),
+        (["lora_ga", "--lora_ga_scale", "big"], "lora_ga_scale must be one of stable, weight_svd, gd_scale, unit, got 'big'"),
+        (["corda", "--corda_method", "both"], "corda_method must be one of ipm, kpm, got 'both'"),
+        (["lora", "--dropout", "1.5"], "dropout must be in [0, 1), got 1.5"),
+        (["lora", "--alpha", "0"], "alpha must be above 0, got 0.0"),
+    ],
+)
+def test_an_option_out_of_its_range_is_refused_before_a_model_is_loaded(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_options(["--method", *flags])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("parse", [parse_options, parse_fewshot_options])
+def test_the_help_says_each_default_once_and_keeps_the_lines_of_the_description(parse, capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"], "First line.\n\n    a command\n")
+    text = capsys.readouterr().out
+    assert text.startswith("usage: ")
+    assert "[options]\n\nFirst line.\n\n    a command\n" in text
+    assert "(default: None)" not in text
+    assert "--max-grad-norm" not in text
+    assert re.search(r"--max_grad_norm MAX_GRAD_NORM\n[^-]*\(default:\s+1\.0\)", text)
 
 
 def test_the_recipe_says_which_options_are_not_used(tmp_path, caplog):

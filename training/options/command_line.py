@@ -13,6 +13,7 @@ from typing import TypeVar
 from transformers import HfArgumentParser
 
 from pipelines.deprecated_flags import current_arguments
+from pipelines.help_format import USAGE, HelpFormatter
 from training.options.file import as_flags
 
 Options = TypeVar("Options")
@@ -26,7 +27,8 @@ def groups_of(kind: type) -> dict[str, type]:
 def parse_groups(kind: type[Options], arguments: Sequence[str] | None = None, description: str | None = None) -> Options:
     """Parse the command line; an invalid option ends the program with a message and exit code 2."""
     groups = groups_of(kind)
-    parser = HfArgumentParser(tuple(groups.values()), description=description, allow_abbrev=False)
+    text = {"description": description, "usage": USAGE, "formatter_class": HelpFormatter}
+    parser = HfArgumentParser(tuple(groups.values()), allow_abbrev=False, **text)
     parser.add_argument(
         "--options_file",
         help="A .json or .yaml file of options, such as the options.json of a run to be repeated. Flags on the command line take "

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines.adapter_options import AdapterOptions, fill_in, options_of, unused_options, with_method_options
+from pipelines.adapter_options import AdapterOptions, fill_in, options_of, renamed_flag, unused_options, with_method_options
 from pipelines.built_in import BUILT_IN_CLIP_NAME
 from pipelines.errors import InputError
 from pipelines.fewshot.baselines import BASELINES
@@ -16,7 +16,7 @@ from pipelines.fewshot.prompts import PHOTO, TEMPLATE_NAMES
 from pipelines.fewshot.sets import SETS
 from pipelines.fewshot.shots import Shots
 from pipelines.fewshot.target_layers import TargetLayers
-from pipelines.methods import DEFAULT, REFERENCE, method_named, method_names
+from pipelines.methods import DEFAULT, REFERENCE, method_named, method_names, title_of
 from pipelines.option_checks import above_zero, at_least
 from training.options.command_line import parse_groups
 from training.options.output import RunOptions
@@ -266,8 +266,12 @@ class FewShotOptions:
             self.data.templates = [self.data.dataset or sample]
 
     def adapter(self, method: str) -> AdapterOptions:
-        """The adapter options of `method`."""
-        return AdapterOptions(method, **options_of(self.method, "few-shot", self.model.is_built_in, method))
+        """The adapter options of `method`. Raises: InputError naming the method and the flag."""
+        try:
+            return AdapterOptions(method, **options_of(self.method, "few-shot", self.model.is_built_in, method))
+        except InputError as error:
+            flags = renamed_flag("rank", [method], "few-shot") if "rank" in str(error) else ""
+            raise InputError(f"{title_of(method)}: {error}{flags}") from error
 
     def learning_rate(self, method: str) -> float:
         """The peak learning rate of an adapter method."""

@@ -12,8 +12,10 @@ from pipelines.option_checks import above_zero, at_least
 
 def default_rates() -> str:
     """The default learning rates of all methods on SDXL, as text."""
-    rates = {title_of(name): method_named(name).defaults("subject", False).learning_rate for name in method_names()}
-    return ", ".join(f"{rate:g} for {title}" for title, rate in rates.items())
+    titles: dict[float, list[str]] = {}
+    for name in method_names():
+        titles.setdefault(method_named(name).defaults("subject", False).learning_rate, []).append(title_of(name))
+    return "; ".join(f"{rate:g} for {', '.join(titles[rate])}" for rate in sorted(titles))
 
 
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")

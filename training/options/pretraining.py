@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from transformers import HfArgumentParser
 
 from pipelines.deprecated_flags import current_arguments
+from pipelines.help_format import HelpFormatter
 
 STAGE_NAMES = ("basis", "vae", "unet", "export", "clip", "export_clip")
 
@@ -59,6 +60,6 @@ class PretrainOptions:
 
 def parse_pretrain_options(arguments: Sequence[str] | None = None) -> PretrainOptions:
     """Parse the command line; an invalid flag ends the program with a message and exit code 2."""
-    parser = HfArgumentParser(PretrainOptions)
+    parser = HfArgumentParser(PretrainOptions, formatter_class=HelpFormatter)
     given = current_arguments(sys.argv[1:] if arguments is None else arguments, parser)
     return parser.parse_args_into_dataclasses(given)[0]

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCardData
 from nora_vision.approximation import LeftOut
 from pipelines.built_in import is_built_in
 from pipelines.clip import BUILT_IN
-from pipelines.methods import method_named
+from pipelines.methods import method_named, title_of
 from pipelines.quantization import EXPORT_NOTE, losses_of
 from pipelines.subject.embedders import OPEN_CLIP
 from pipelines.subject.prediction import Prediction
@@ -42,7 +42,7 @@ BODY = """---
 ---
 # {title}
 
-A {method} adapter of `{model}`: {steps} steps of {batch} images on {images} images of the subject, learning rate {rate},
+{method} adapter of `{model}`: {steps} steps of {batch} images on {images} images of the subject, learning rate {rate},
 {trained:,} trainable parameters, {seconds:.0f} seconds.{options}
 
 ![{alt}]({grid})
@@ -81,7 +81,7 @@ def model_card(run: RunDirectory, options: SubjectOptions, images: int, private:
     return BODY.format(
         header=card_header(options, private).to_yaml().strip(),
         title="An adapter for one subject" if private else as_text(prompt),
-        method=options.adapter.method,
+        method=title_of(options.adapter.method),
         model=as_text(model) if "`" in model else model,
         steps=optimisation.max_train_steps,
         batch=optimisation.train_batch_size * optimisation.gradient_accumulation_steps,
