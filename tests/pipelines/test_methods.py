@@ -32,7 +32,7 @@ from training.engine.loop import training_losses
 from training.subject.finishing import SUGGESTED, using_adapter
 
 PROMPT = "a red star"
-methods = pytest.mark.parametrize("method", full_precision_methods())
+all_methods = pytest.mark.parametrize("method", method_names())
 
 
 def small(method, **changes):
@@ -256,7 +256,7 @@ def test_the_losses_that_a_start_differentiates_are_the_base_models_whatever_was
     assert not any(layer.disable_adapters for model in components.values() for layer in tuner_layers(model).values())
 
 
-@methods
+@all_methods
 def test_the_formula_of_a_method_gives_its_number_of_trained_parameters(method):
     model = nn.ModuleDict({"wide": nn.Linear(24, 16), "tall": nn.Linear(8, 40)})
     options = small(method)
@@ -276,7 +276,7 @@ def test_an_unknown_method_is_refused_with_a_list_of_methods():
         AdapterOptions(method="dreamfusion")
 
 
-@methods
+@all_methods
 def test_options_default_to_those_of_the_method(method):
     decided = method_named(method).defaults("subject", False).options
     assert decided.items() <= vars(AdapterOptions(method=method)).items()
@@ -304,7 +304,7 @@ def test_a_rank_above_a_layers_size_is_refused_with_the_layers_name(pipe):
     assert not hasattr(pipe.unet, "peft_config") or not pipe.unet.peft_config
 
 
-@methods
+@all_methods
 def test_a_target_that_does_not_exist_is_refused(pipe, method):
     with pytest.raises(InputError, match=r"does not fit unet: .*to_z"):
         adapters.attach(pipe, small(method, target_modules=["to_z"]))

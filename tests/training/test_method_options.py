@@ -113,13 +113,16 @@ def test_the_recipe_says_which_options_are_not_used(tmp_path, caplog):
     assert "--preserve_output True is not used" in caplog.text
 
 
-def test_rslora_scales_by_the_root_of_the_rank_in_the_layer_and_in_its_exports():
+@pytest.mark.parametrize(("use_rslora", "scale"), [(False, 3.0 / 4), (True, 3.0 / 4**0.5)])
+def test_lora_adds_alpha_over_the_rank_or_its_root_times_b_a_in_a_layer_and_exports(use_rslora, scale):
     pipe = tiny_pipeline()
-    adapters.attach(pipe, AdapterOptions("lora", rank=4, alpha=3.0, use_rslora=True))
+    adapters.attach(pipe, AdapterOptions("lora", rank=4, alpha=3.0, use_rslora=use_rslora))
     for layer in tuner_layers(pipe.unet).values():
         nn.init.normal_(layer.lora_B[ADAPTER_NAME].weight)
-        expected = 3.0 / 4**0.5 * layer.lora_B[ADAPTER_NAME].weight @ layer.lora_A[ADAPTER_NAME].weight
+        expected = scale * layer.lora_B[ADAPTER_NAME].weight @ layer.lora_A[ADAPTER_NAME].weight
         torch.testing.assert_close(layer.get_delta_weight(ADAPTER_NAME), expected)
+        x = torch.randn(3, layer.in_features)
+        torch.testing.assert_close(layer(x), layer.get_base_layer()(x) + x @ expected.T, atol=1e-5, rtol=1e-4)
         factors = low_rank_factors(layer, ADAPTER_NAME)
         torch.testing.assert_close(factors.up @ factors.down, expected)
 
