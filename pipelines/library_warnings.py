@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 
 # By logger. Only messages that match the pattern are dropped.
 POINTLESS = {
@@ -17,6 +18,8 @@ POINTLESS = {
         r"(?s)\A(?!.*\b(?:UNEXPECTED|MISMATCH|CONVERSION)\b).*newly initialized because missing from the checkpoint"
     ),
 }
+# Raised by PEFT for every second adapter of a model, which is how adapters are combined.
+POINTLESS_WARNINGS = (r"Already found a `peft_config` attribute",)
 
 
 class _LeaveOut(logging.Filter):
@@ -32,7 +35,9 @@ class _LeaveOut(logging.Filter):
 
 
 def leave_out_pointless_warnings() -> None:
-    """Drop the messages that match `POINTLESS` from now on; a second call has no effect."""
+    """Drop the messages that match `POINTLESS` or `POINTLESS_WARNINGS` from now on; a second call has no effect."""
+    for message in POINTLESS_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
     for name, pattern in POINTLESS.items():
         logger = logging.getLogger(name)
         if not any(isinstance(one, _LeaveOut) for one in logger.filters):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -25,13 +26,22 @@ class NativeFiles(NamedTuple):
     metadata: dict[str, str]
 
 
+def save_config(config: PeftConfig, folder: Path) -> None:
+    """Write `config` as PEFT does, but with sorted sets: PEFT's order of their entries differs between processes."""
+    config = copy.copy(config)
+    for name, value in vars(config).items():
+        if isinstance(value, set):
+            setattr(config, name, sorted(value))
+    config.save_pretrained(str(folder))
+
+
 def write_native(
     folder: Path, config: PeftConfig, tensors: dict[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write PEFT's two files to `folder`, with `metadata` and digests of the tensors and the configuration in the header."""
     from nora_vision.files import CONFIGURATION, configuration_digest, read_json, write_tensors
 
-    config.save_pretrained(str(folder))
+    save_config(config, folder)
     digest = {CONFIGURATION: configuration_digest(read_json(folder / CONFIG))}
     write_tensors(folder / WEIGHTS, tensors, {**(metadata or {}), **digest}, digest=True)
 

@@ -27,7 +27,7 @@ from pipelines.clip import Clip, checkpoint_metadata
 from pipelines.clip_attention import repack, separate
 from pipelines.errors import InputError
 from pipelines.lora_conversion import as_lora
-from pipelines.native_files import WEIGHTS
+from pipelines.native_files import WEIGHTS, save_config
 from pipelines.packages import installed
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def save_lora(components: dict[str, nn.Module], folder: Path, scale: float = 1.0
     for name, model in components.items():
         factors = {layer: _factors(module, layer, scale) for layer, module in tuner_layers(model).items()}
         config, tensors = as_lora(factors)
-        config.save_pretrained(str(folder / name))
+        save_config(config, folder / name)
         left_out = LeftOut.of(factors)
         write_tensors(folder / name / WEIGHTS, tensors, {} if left_out is None else left_out.metadata())
         if left_out is not None:

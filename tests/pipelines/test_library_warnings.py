@@ -2,6 +2,7 @@
 
 import ast
 import logging
+import warnings
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,15 @@ def terminal():
     yield lines
     for logger in loggers:
         logger.removeHandler(handler)
+
+
+def test_the_warning_about_several_adapters_in_a_model_is_dropped_and_other_warnings_of_peft_are_shown():
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        leave_out_pointless_warnings()
+        warnings.warn("Already found a `peft_config` attribute in the model.", stacklevel=1)
+        warnings.warn("The adapter has no effect.", stacklevel=1)
+    assert [str(warning.message) for warning in shown] == ["The adapter has no effect."]
 
 
 def test_the_warning_about_an_empty_list_of_float32_modules_is_dropped(terminal, monkeypatch):
