@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nora_vision import awsvd
+from nora_vision import awsvd, decomposition
 from nora_vision.decomposition import _block_krylov, reproducible_awsvd
 
 RANDOMIZED = ["krylov", "subspace"]
@@ -28,6 +28,7 @@ WELL_CONDITIONED = {
     "steep": INDEX**-2,
     "exponential": torch.exp(-INDEX / 16),
     "one large": torch.where(INDEX == 1, 1000.0, INDEX**-0.5),
+    "large head": torch.where(INDEX <= 12, 30 / INDEX, 1 - INDEX / 640),
 }
 DEGENERATE = {
     "all equal": torch.ones(320, dtype=torch.float64),
@@ -117,6 +118,17 @@ def test_randomized_methods_are_within_one_percent_of_optimal(spectrum, method, 
     rounding = 100 * torch.finfo(dtype).eps * values.norm()
     assert (weight - B @ A).double().norm() <= 1.01 * values[16:].norm() + rounding
     torch.testing.assert_close(B.T @ B, torch.diag(B.T @ B).diag(), rtol=0, atol=1e-4 * values[0].square().item() + 1e-30)
+
+
+@pytest.mark.parametrize("spectrum", WELL_CONDITIONED)
+def test_the_krylov_space_has_one_block_less_where_singular_values_decay_fast(spectrum, monkeypatch):
+    sizes = []
+    once = decomposition._leading_eigenvectors
+    monkeypatch.setattr(
+        decomposition, "_leading_eigenvectors", lambda product, rank: (sizes.append(len(product)), once(product, rank))[1]
+    )
+    awsvd(random_weight(WELL_CONDITIONED[spectrum]), torch.ones(320), 16, method="krylov")
+    assert sizes == [4 * 8 if spectrum in ("steep", "large head") else 5 * 8]
 
 
 @pytest.mark.parametrize(("size", "rank"), [(1280, 64), (640, 64)])
