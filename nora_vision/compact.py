@@ -79,8 +79,8 @@ def recomputed_outer_factors(
     raise AdapterFileError(
         f"{where}: the weight change recomputed from the base weights must be that of the adapter, but differs by "
         f"{min(differences):.1e} of its norm (at most {TOLERANCE:.0e}). The base model has other weights, another precision or a "
-        "fused adapter, or the adapter is a combination of several or has a random start. Load the base model that the "
-        "adapter was saved with, or use the full adapter."
+        "fused adapter, the adapter is a combination of several or has a random start, or this version of PyTorch draws other "
+        "random numbers. Load the base model that the adapter was saved with, or use the full adapter."
     )
 
 

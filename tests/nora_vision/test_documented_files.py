@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import re
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from nora_vision import calibrate, initialize_nora_weights, save_adapter
 from nora_vision.layer import nora_layers
 
 PREFIX = "base_model.model."
+PAGE = Path(__file__).parents[2] / "docs" / "file-formats.md"
 DTYPES = {"F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16", "I8": "torch.int8", "U8": "torch.uint8"}
 NUMPY = {"F32": "<f4", "F16": "<f2", "I8": "i1", "U8": "u1"}
 
@@ -137,6 +140,12 @@ def saved(request, tmp_path):
     sizes = {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
     compact = DocumentedPackedFile(tmp_path / "compact", sizes)
     return layers, DocumentedFile(tmp_path / "full"), compact, DocumentedFile(save_as_earlier(model, tmp_path / "earlier"))
+
+
+def test_the_page_describes_every_field_of_the_configuration(saved):
+    section = PAGE.read_text(encoding="utf-8").partition("### Configuration")[2].partition("### Tensors")[0]
+    described = {name for row in re.findall(r"^\| (`[^|]*`) \|", section, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    assert described == saved[2].config.keys()
 
 
 def test_the_digests_are_those_that_the_page_describes(saved):
