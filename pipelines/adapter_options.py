@@ -34,7 +34,7 @@ def with_method_options(task: Task) -> Callable[[Group], Group]:
             "__doc__": group.__doc__,
             "__module__": group.__module__,
             "__qualname__": group.__qualname__,
-            "method_options": {name: MethodOption.of(of_name) for name, of_name in users.items()},
+            "method_options": {name: MethodOption.of(task, of_name) for name, of_name in users.items()},
         }
         fields = [_flag(task, name, of_name) for name, of_name in users.items()]
         return dataclasses.make_dataclass(group.__name__, fields, bases=(group,), namespace=namespace)
@@ -53,18 +53,21 @@ class MethodOption:
         methods: the names of the methods that have it.
         choices: the allowed values; empty for any value.
         label: its label in a form; empty for one made from its name.
+        help_texts: its help, with the names of the methods that each text is about.
     """
 
     methods: tuple[str, ...]
     choices: tuple[str, ...]
     label: str = ""
+    help_texts: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     @classmethod
-    def of(cls, users: Users) -> MethodOption:
+    def of(cls, task: Task, users: Users) -> MethodOption:
         """The option as `users` declare it; the first label counts."""
         choices = dict.fromkeys(choice for _, option, _ in users for choice in option.metadata.get("choices", ()))
         label = next(filter(None, (option.metadata.get("label") for _, option, _ in users)), "")
-        return cls(tuple(method.name for method, *_ in users), tuple(choices), label)
+        texts = tuple((text, tuple(names)) for text, names in _help_texts(task, users).items())
+        return cls(tuple(method.name for method, *_ in users), tuple(choices), label, texts)
 
 
 def _typed_fields(kind: type) -> list[tuple[dataclasses.Field, Any]]:
@@ -114,14 +117,20 @@ def _task_defaults(method: type[AdapterMethod], task: Task) -> dict[str, Any]:
     return {**method.defaults(task, True).options, **method.defaults(task, False).options}
 
 
-def _help(task: Task, users: Users) -> str:
-    """The help texts of `users`, each with its default and the titles of the methods that have it."""
-    titles: dict[str, list[str]] = {}
+def _help_texts(task: Task, users: Users) -> dict[str, list[str]]:
+    """The help texts of `users`, each with its default, and the names of the methods that have it."""
+    texts: dict[str, list[str]] = {}
     for method, option, _ in users:
         value = _task_defaults(method, task).get(option.name)
         default = "" if value is None else f" (default: {value})"
-        titles.setdefault(f"{option.metadata['help']}{default}", []).append(title_of(method.name))
-    return "; ".join(f"{', '.join(names)}: {text}" for text, names in titles.items()) + "."
+        texts.setdefault(f"{option.metadata['help']}{default}", []).append(method.name)
+    return texts
+
+
+def _help(task: Task, users: Users) -> str:
+    """The help texts of `users`, each with the titles of the methods that have it."""
+    texts = _help_texts(task, users)
+    return "; ".join(f"{', '.join(map(title_of, names))}: {text}" for text, names in texts.items()) + "."
 
 
 def fill_in(options: Any, task: Task, built_in: bool, methods: Iterable[str]) -> None:

@@ -141,6 +141,12 @@ def _put(chosen: Options, preset: Options, field: Any, value: Any) -> None:
         chosen.setdefault(field.group, {})[field.name] = value
 
 
+def _text(field: Any, value: Any) -> str:
+    """A value of a field as one line of text."""
+    shown = field.show(value)
+    return ", ".join(shown) if isinstance(shown, list) else str(shown).replace("\n", ", ")
+
+
 def _signature(draft: dict[str, Any]) -> str:
     return json.dumps([draft.get("preset"), draft.get("options") or {}], sort_keys=True)
 
@@ -196,22 +202,25 @@ class _EffectiveValues:
         decided = self.resolved.get(field.group, {}).get(field.name)
         if decided is None or self.value(field) is not None:
             return "not set"
-        text = f"{decided:.4g}" if isinstance(decided, float) else field.show(decided).replace("\n", ", ")
+        text = f"{decided:.4g}" if isinstance(decided, float) else _text(field, decided)
         return f"{text} by default"
 
     def info(self, field: Any) -> str:
-        """The help of a field and the source of its value; plain text."""
-        why = self.preset.reason(field.group, field.name)
+        """The help of a field and the source of its value, as Markdown, in which an equation keeps its asterisks."""
+        return self._words(field).replace("*", r"\*")
+
+    def _words(self, field: Any) -> str:
+        why, words = self.preset.reason(field.group, field.name), field.help_for(self.chosen_methods, self.value(field))
         if field.name in self.chosen.get(field.group, {}):
             base = self.preset.options().get(field.group, {}).get(field.name, field.default)
-            base_text = "not set" if base in (None, []) else field.show(base)
-            return f"{field.help} Changed ({self.preset.name if why else 'default'}: {base_text})."
-        return f"{field.help} Preset {self.preset.name}: {why}" if why else f"{field.help} Default."
+            base_text = "not set" if base in (None, []) else _text(field, base)
+            return f"{words} Changed ({self.preset.name if why else 'default'}: {base_text})."
+        return f"{words} Preset {self.preset.name}: {why}" if why else f"{words} Default."
 
     def properties(self, field: Any) -> dict[str, Any]:
         """The properties of a widget that depend on the effective values."""
         values: dict[str, Any] = {"value": field.show(self.value(field)), "info": self.info(field)}
-        if field.kind not in ("bool", "choice"):
+        if field.kind not in ("bool", "choice", "choices"):
             values["placeholder"] = self.placeholder(field)
         return values
 
@@ -241,10 +250,12 @@ def _widget(source: FieldSource, field: Any, effective: _EffectiveValues) -> gr.
     if field.kind == "bool":
         return gr.Checkbox(**arguments, **values)
     if field.kind == "choice":
-        choices = [str(choice) for choice in field.choices]
+        choices = field.titled_choices()
         return gr.Dropdown(
             [("not set", ""), *choices] if field.optional else choices, **arguments, **values | {"value": values["value"] or ""}
         )
+    if field.kind == "choices":
+        return gr.Dropdown(field.titled_choices(), multiselect=True, **arguments, **values)
     if field.kind == "list":
         return gr.Textbox(lines=2, max_lines=8, **arguments, **values | {"info": f"One per line. {values['info']}"})
     return gr.Textbox(max_lines=1, **arguments, **values)
@@ -268,8 +279,17 @@ def _listen(source: FieldSource, field: Any, widget: gr.components.Component, pr
         return draft, type(widget)(**effective.properties(field)), displayed, back_to
 
     store = STORE_TYPED % json.dumps([field.group, field.name])
-    events = [widget.input] if field.kind in ("bool", "choice") else [widget.blur, widget.submit]
-    typed = gr.on(events, None, [source.draft, widget], [source.draft], js=store, api_visibility="private")
+    if field.kind == "choices":
+        # Stored at once, but the widgets are recreated only when the field is left, so that several choices can be made.
+        widget.input(None, [source.draft, widget], [source.draft], js=store, api_visibility="private")
+    typed = gr.on(_events(field, widget), None, [source.draft, widget], [source.draft], js=store, api_visibility="private")
     typed.then(
         store_input, [source.draft], [source.draft, widget, properties, back], api_visibility="private", show_progress="hidden"
     )
+
+
+def _events(field: Any, widget: gr.components.Component) -> list[Any]:
+    """The events at which the value of a widget is complete."""
+    if field.kind in ("bool", "choice"):
+        return [widget.input]
+    return [widget.blur] if field.kind == "choices" else [widget.blur, widget.submit]

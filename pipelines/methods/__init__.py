@@ -72,7 +72,12 @@ def title_of(name: str) -> str:
 
 
 def equation_of(name: str) -> str:
-    """The equation of a method of this package: what its file's first sentence has between the title and the source."""
+    """The equation of a method: what its file's first sentence has between the title and the source.
+
+    For a method of another package, whose file may have none, its reference.
+    """
+    if name not in _own_files():
+        return method_named(name).reference
     return re.sub(r"\s*\[[^\]]*\]$", "", _first_sentence(name).partition(": ")[2].rstrip("."))
 
 

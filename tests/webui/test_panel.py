@@ -4,15 +4,17 @@ import gradio as gr
 import pytest
 
 from pipelines.errors import InputError
+from pipelines.methods import DEFAULT, REFERENCE, equation_of, method_names, title_of
 from training.options import SubjectOptions
 from training.options.command_line import groups_of
-from training.options.fewshot import FewShotOptions
-from webui import panel, presets
+from training.options.fewshot import BASELINES, FewShotOptions
+from webui import class_presets, panel, presets
 from webui.draft import SET_BY_THE_PAGE
 from webui.work.form_schema import panel_fields
 from webui.work.options import MACHINE_FIELDS, NEVER, default_of, fields_of
 from webui.workspace import Workspace
 
+PRESET = presets.Preset("Plain", "no time", "Nothing of its own.", ())
 KINDS = {"subject": SubjectOptions, "classify": FewShotOptions}
 
 
@@ -123,9 +125,42 @@ def test_the_info_of_a_field_names_the_source_of_its_value(source, workspace):
 def test_every_option_has_a_widget_of_its_kind(source, workspace, task):
     about = panel.FieldSource(None, task, presets.SUBJECT, None, None, lambda workspace, draft, options: {})
     effective = panel._EffectiveValues.of(about, workspace, {"preset": "Balanced", "options": {}})
-    kinds = {"bool": gr.Checkbox, "choice": gr.Dropdown}
+    kinds = {"choices": gr.Dropdown, "bool": gr.Checkbox, "choice": gr.Dropdown}
     with gr.Blocks():
         for fields in panel_fields(task, True).values():
             for field in fields:
                 widget = panel._widget(about, field, effective)
                 assert type(widget) is kinds.get(field.kind, gr.Textbox)
+
+
+def test_the_methods_are_chosen_by_their_names_the_default_first(workspace):
+    (one,) = [field for field in panel_fields("subject", True)["adapter"] if field.name == "method"]
+    (several,) = [field for field in panel_fields("classify", True)["method"] if field.name == "method"]
+    names = [value for _, value in one.titled_choices()]
+    assert names[:2] == [DEFAULT, REFERENCE]
+    assert sorted(names) == method_names()
+    assert several.kind == "choices"
+    assert [value for _, value in several.titled_choices()] == [*BASELINES, *names]
+    assert several.read(["zeroshot", "lora"]) == several.read("zeroshot\nlora") == ["zeroshot", "lora"]
+    assert several.read([]) is None
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_the_panel_explains_the_chosen_method_and_each_option_for_the_chosen_methods_only(source, method):
+    effective = panel._EffectiveValues(source, PRESET, {"adapter": {"method": method}}, {})
+    fields = {field.name: field for field in panel_fields("subject", True)["adapter"] if effective.applies(field)}
+    assert equation_of(method).replace("*", r"\*") in effective.info(fields["method"])
+    # Only the first words of a text are titles of methods.
+    told = [effective.info(field).partition(":")[0] for field in fields.values() if field.methods]
+    assert set(told) <= {title_of(method)}
+
+
+def test_the_widgets_of_several_methods_are_built_with_their_events(workspace):
+    about = panel.FieldSource(None, "classify", class_presets.CLASSIFY, gr.State({}), None, lambda w, d, o: o)
+    with gr.Blocks() as page:
+        panel._create(about, {"preset": "Fast", "options": {}}, gr.State(), gr.Button(), workspace)
+    (widget,) = [block for block in page.blocks.values() if getattr(block, "elem_id", "") == "classify-method-method"]
+    assert widget.multiselect
+    assert widget.value == ["zeroshot", "pixels", "linear_probe", DEFAULT]
+    events = {event for function in page.fns.values() for block, event in function.targets if block == widget._id}
+    assert events == {"input", "blur"}

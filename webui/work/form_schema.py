@@ -10,22 +10,27 @@ from typing import Any, Literal
 
 from pipelines.adapter_options import MethodOption
 from pipelines.errors import InputError
-from pipelines.methods import method_names, title_of
+from pipelines.methods import DEFAULT, REFERENCE, equation_of, method_names, title_of
 from pipelines.optimizers import OPTIMIZERS
 from training.options.command_line import groups_of
+from training.options.fewshot import BASELINES
 from training.options.optimisation import SCHEDULES
+from webui.class_html import BASELINES as BASELINE_TITLES
 from webui.draft import SET_BY_THE_PAGE
 from webui.work.options import MACHINE_FIELDS, NEVER, Task, default_of, fields_of, kind_of
 
-Kind = Literal["bool", "choice", "int", "float", "text", "list"]
+Kind = Literal["bool", "choice", "choices", "int", "float", "text", "list"]
+# The default, the method that it is compared with, and the others by their names for people.
+ORDERED_METHODS = (DEFAULT, REFERENCE, *sorted({*method_names()} - {DEFAULT, REFERENCE}, key=lambda name: title_of(name).lower()))
+METHOD = "method"
 # Text options with a fixed set of values.
 CHOICES: dict[Task, dict[str, tuple[str, ...]]] = {
     "subject": {
-        "method": tuple(method_names()),
+        METHOD: ORDERED_METHODS,
         "lr_scheduler": SCHEDULES,
         "optimizer": tuple({"adamw": "AdamW", "prodigy": "Prodigy"}.get(name, name) for name in OPTIMIZERS),
     },
-    "classify": {},
+    "classify": {METHOD: (*BASELINES, *ORDERED_METHODS)},
 }
 
 LABEL_WORDS = {
@@ -59,14 +64,15 @@ class Field:
 
     Args:
         group, name: the dataclass and its field.
-        kind: the kind of widget; a list has one item per line.
+        kind: the kind of widget; a list has one item per line, and choices are several of a fixed set.
         item: the type of the value, or of the items of a list.
-        choices: the values of a choice.
+        choices: the values of a choice or of choices.
         optional: whether it may be empty.
         default: its default value.
         help: the help of its flag.
         methods: the adapter methods that have it; empty for an option of every run.
         method_label: the label that these methods give it; empty for one made from its name.
+        help_texts: the help of an option of methods: texts, with the methods that each is about.
     """
 
     group: str
@@ -79,6 +85,24 @@ class Field:
     help: str
     methods: tuple[str, ...] = ()
     method_label: str = ""
+    help_texts: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    def help_for(self, methods: frozenset[str], value: Any) -> str:
+        """The help, as far as it concerns a run that trains `methods`.
+
+        Args:
+            value: of the field.
+        """
+        if self.name == METHOD and self.choices:
+            summary = f" {method_summary(value)}." if self.kind == "choice" and value in self.choices else ""
+            return f"{self.help.partition(':')[0]}.{summary}"
+        chosen = [(text, [name for name in names if name in methods]) for text, names in self.help_texts]
+        relevant = [f"{', '.join(map(title_of, names))}: {text}" for text, names in chosen if names]
+        return "; ".join(relevant) + "." if relevant else self.help
+
+    def titled_choices(self) -> list[tuple[str, str]]:
+        """The choices with their names for people."""
+        return [(method_label(choice) if self.name == METHOD else str(choice), str(choice)) for choice in self.choices]
 
     @property
     def label(self) -> str:
@@ -93,14 +117,16 @@ class Field:
         """
         if self.kind == "bool":
             return bool(value)
+        if self.kind == "choices" and isinstance(value, list):
+            return [str(one) for one in value] or None
         text = "" if value is None else str(value).strip()
         if not text:
-            if self.optional or self.kind == "list":
+            if self.optional or self.kind in ("list", "choices"):
                 return None
             raise InputError(f"{self.name} must not be empty. The previous value is kept.")
         if self.kind == "choice":
             return next((choice for choice in self.choices if str(choice) == text), text)
-        if self.kind == "list":
+        if self.kind in ("list", "choices"):
             return [self._number_or_text(line.strip()) for line in text.replace(",", "\n").splitlines() if line.strip()]
         return self._number_or_text(text)
 
@@ -108,6 +134,8 @@ class Field:
         """The widget's value for the option's `value`."""
         if self.kind == "bool":
             return bool(value)
+        if self.kind == "choices":
+            return list(value or ())
         if value is None:
             return None if self.kind == "choice" else ""
         if self.kind == "choice":
@@ -144,10 +172,12 @@ def panel_fields(task: Task, is_local: bool) -> dict[str, list[Field]]:
 def _field(task: Task, group: str, field: dataclasses.Field, of_methods: MethodOption | None) -> Field:
     kind, optional = _without_none(field.type)
     offered = CHOICES[task].get(field.name, ()) if of_methods is None else of_methods.choices
-    widget, item, choices = _widget(kind, optional, offered if kind is str else ())
-    methods, label = ((), "") if of_methods is None else (of_methods.methods, of_methods.label)
+    widget, item, choices = _widget(kind, optional, offered if kind in (str, list[str]) else ())
+    own = MethodOption((), ()) if of_methods is None else of_methods
     words = str(field.metadata.get("help", ""))
-    return Field(group, field.name, widget, item, choices, optional, default_of(field), words, methods, label)
+    return Field(
+        group, field.name, widget, item, choices, optional, default_of(field), words, own.methods, own.label, own.help_texts
+    )
 
 
 def _without_none(kind: Any) -> tuple[Any, bool]:
@@ -166,9 +196,19 @@ def _widget(kind: Any, optional: bool, choices: tuple[Any, ...]) -> tuple[str, t
         # Three values: true, false and not set.
         return "choice", bool, (True, False)
     if typing.get_origin(kind) is list:
-        return "list", arguments[0], choices
+        return "choices" if choices else "list", arguments[0], choices
     return "choice" if choices else {bool: "bool", int: "int", float: "float", str: "text"}[kind], kind, choices
 
 
 def _written(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+
+
+def method_label(name: str) -> str:
+    """The name of an adapter method or of a baseline for people."""
+    return title_of(name) if name in method_names() else BASELINE_TITLES[name].partition(":")[0]
+
+
+def method_summary(name: str) -> str:
+    """The title of an adapter method, and its equation in words of its file."""
+    return f"{title_of(name)}: {equation_of(name)}"
