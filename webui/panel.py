@@ -206,8 +206,8 @@ class _EffectiveValues:
         return f"{text} by default"
 
     def info(self, field: Any) -> str:
-        """The help of a field and the source of its value, as Markdown, in which an equation keeps its asterisks."""
-        return self._words(field).replace("*", r"\*")
+        """The help of a field and the source of its value, with another asterisk where Gradio would begin italics."""
+        return self._words(field).replace("*", "\N{ASTERISK OPERATOR}")
 
     def _words(self, field: Any) -> str:
         why, words = self.preset.reason(field.group, field.name), field.help_for(self.chosen_methods, self.value(field))

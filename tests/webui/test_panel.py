@@ -149,7 +149,7 @@ def test_the_methods_are_chosen_by_their_names_the_default_first(workspace):
 def test_the_panel_explains_the_chosen_method_and_each_option_for_the_chosen_methods_only(source, method):
     effective = panel._EffectiveValues(source, PRESET, {"adapter": {"method": method}}, {})
     fields = {field.name: field for field in panel_fields("subject", True)["adapter"] if effective.applies(field)}
-    assert equation_of(method).replace("*", r"\*") in effective.info(fields["method"])
+    assert equation_of(method).replace("*", "\N{ASTERISK OPERATOR}") in effective.info(fields["method"])
     # Only the first words of a text are titles of methods.
     told = [effective.info(field).partition(":")[0] for field in fields.values() if field.methods]
     assert set(told) <= {title_of(method)}
