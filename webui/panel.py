@@ -143,8 +143,8 @@ def _put(chosen: Options, preset: Options, field: Any, value: Any) -> None:
 
 def _text(field: Any, value: Any) -> str:
     """A value of a field as one line of text."""
-    shown = field.show(value)
-    return ", ".join(shown) if isinstance(shown, list) else str(shown).replace("\n", ", ")
+    widget_value = field.show(value)
+    return ", ".join(widget_value) if isinstance(widget_value, list) else str(widget_value).replace("\n", ", ")
 
 
 def _signature(draft: dict[str, Any]) -> str:

@@ -173,10 +173,20 @@ def _field(task: Task, group: str, field: dataclasses.Field, of_methods: MethodO
     kind, optional = _without_none(field.type)
     offered = CHOICES[task].get(field.name, ()) if of_methods is None else of_methods.choices
     widget, item, choices = _widget(kind, optional, offered if kind in (str, list[str]) else ())
-    own = MethodOption((), ()) if of_methods is None else of_methods
+    option = MethodOption((), ()) if of_methods is None else of_methods
     words = str(field.metadata.get("help", ""))
     return Field(
-        group, field.name, widget, item, choices, optional, default_of(field), words, own.methods, own.label, own.help_texts
+        group,
+        field.name,
+        widget,
+        item,
+        choices,
+        optional,
+        default_of(field),
+        words,
+        option.methods,
+        option.label,
+        option.help_texts,
     )
 
 
