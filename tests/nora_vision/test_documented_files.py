@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from earlier_layout import save_as_earlier
 from peft import get_peft_model
 from small_models import MODELS, config_for
 from torch import nn
 
 from nora_vision import calibrate, initialize_nora_weights, save_adapter
+from nora_vision.decomposition import reproducible_awsvd
 from nora_vision.layer import nora_layers
 
 PREFIX = "base_model.model."
@@ -152,6 +154,26 @@ def test_the_digests_are_those_that_the_page_describes(saved):
     for file in saved[1:]:
         assert file.content_digest() == file.metadata["nora_digest"]
         assert file.configuration_digest() == file.metadata["nora_configuration"]
+
+
+@pytest.mark.parametrize(("decay", "blocks"), [(0.0, 6), (0.5, 6), (2.0, 5)])
+def test_the_outer_factors_of_a_large_layer_are_those_that_the_page_describes(decay, blocks):
+    rank, rows, columns = 8, 80, 96
+    generator = torch.Generator().manual_seed(1)
+    M = torch.randn(rows, columns, dtype=torch.float64, generator=generator) * torch.arange(1.0, columns + 1) ** -decay
+    block = 2.0 * torch.randint(2, (8, rows), generator=torch.Generator().manual_seed(0)).numpy() - 1
+    A, V, squares = M.numpy(), np.zeros((0, columns)), []
+    while len(V) < 6 * 8 and not (len(V) == 5 * 8 and squares[-1] < 0.35 * squares[-2]):
+        block = block @ A if not squares else block @ A.T @ A
+        block = block - (block @ V.T) @ V
+        block = np.linalg.qr((block - (block @ V.T) @ V).T).Q.T
+        V = np.concatenate([V, block])
+        squares.append(np.square(block @ A.T).sum())
+    assert len(squares) == blocks
+    E = np.linalg.eigh(V @ A.T @ A @ V.T)[1][:, -rank:]
+    product = A @ V.T @ E @ E.T @ V
+    ours = torch.matmul(*reproducible_awsvd(M, None, rank)).numpy()
+    assert np.linalg.norm(ours - product) < 1e-8 * np.linalg.norm(product)
 
 
 def test_a_full_file_gives_the_weight_change(saved):
