@@ -37,14 +37,22 @@ def expected_left_out(components: Mapping[str, nn.Module]) -> float:
     return low_rank_factors(layer, ADAPTER_NAME).relative_error
 
 
-def left_out_sentence(components: Mapping[str, nn.Module], share: float) -> str:
-    """What users should know about exports that are expected to leave out `share` of the weight change."""
+def has_lycoris_form(components: Mapping[str, nn.Module]) -> bool:
+    """Whether a kohya file holds the adapter exactly, in a form of LyCORIS."""
     layers = [layer for model in components.values() for layer in tuner_layers(model).values()]
-    own_form = any(lycoris_form(layer, ADAPTER_NAME) is not None for layer in layers)
+    return any(lycoris_form(layer, ADAPTER_NAME) is not None for layer in layers)
+
+
+def left_out_sentence(share: float, lycoris: bool = False) -> str:
+    """What users should know about exports that are expected to leave out `share` of the weight change.
+
+    Args:
+        lycoris: whether there is a kohya file that is exact.
+    """
     return (
         f"Files of plain LoRA cannot hold this adapter: they will hold the best approximation of rank {EXPORT_RANK} or less, "
         f"which is expected to leave out about {share:.0%} of the weight change (Frobenius norm; random values, largest layer). "
-        + ("The kohya file will be exact, in the form of LyCORIS. " if own_form else "")
+        + ("The kohya file will be exact, in the form of LyCORIS. " if lycoris else "")
         + "The native files are always exact."
     )
 

@@ -13,6 +13,7 @@ from pipelines.adapter_method import tuner_layers
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 CONVOLUTION = ("groups", "kernel_size", "stride", "padding", "dilation")
 
 
@@ -38,6 +39,10 @@ class ScalableLayer:
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base layer's output plus the scaled changes of the active adapters."""
+        if x.dtype in HALF_PRECISION and not torch.is_autocast_enabled(x.device.type):
+            # Outside of autocast, some layers of PEFT multiply trained float32 values by half-precision buffers, or the reverse.
+            with torch.autocast(x.device.type, x.dtype):
+                return self.forward(x, *args, **kwargs)
         if x.ndim > 3 and isinstance(self.get_base_layer(), nn.Linear):
             # Some layers of PEFT take every input with four dimensions for an image.
             return self(x.flatten(0, -3), *args, **kwargs).unflatten(0, x.shape[:-2])

@@ -39,7 +39,7 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 
 from nora_vision import sdxl_calibration
-from pipelines.export_error import expected_left_out, left_out_sentence
+from pipelines.export_error import expected_left_out, has_lycoris_form, left_out_sentence
 from pipelines.optimizers import Adam, Rates, parameter_groups, trainable_parameters
 from pipelines.prompt_syntax import training_warnings
 from pipelines.quantization import CALIBRATION, UNQUANTIZED, compute_dtype, summary
@@ -194,7 +194,7 @@ class SubjectTraining:
         cache, fixed = self.run.path / CALIBRATION, sdxl_calibration(self.pipeline)
         adapters.start(adapter, self.components, runs, cache, self.seed, losses, fixed, self.unquantized)
         if left_out := expected_left_out(self.components):
-            logger.warning(left_out_sentence(self.components, left_out))
+            logger.warning(left_out_sentence(left_out, has_lycoris_form(self.components)))
             self.run.update_status(expected_left_out=left_out)
         self.discard_unquantized()
 

@@ -42,8 +42,8 @@ from training.engine.opening import check_outputs, open_run
 from training.engine.sharding import check_can_shard
 from training.fewshot.card import write_card
 from training.fewshot.experiment import Experiment, SplitImages, check_can_split, labelled_set, split_keys
-from training.fewshot.report import report_of, representative_trial, seconds_left, table, trials_of
-from training.fewshot.trials import FittedAdapter, Trial, fit_trial
+from training.fewshot.report import report_of, seconds_left, table, trials_of
+from training.fewshot.trials import FittedAdapter, Trial, fit_trial, representative_trial
 from training.runs.fewshot_files import TrialResult
 from training.runs.provenance import write_provenance
 from training.runs.run import RunDirectory

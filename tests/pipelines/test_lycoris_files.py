@@ -18,7 +18,7 @@ from nora_vision.lycoris import lycoris_form
 from nora_vision.weight_change import weight_change
 from pipelines.adapter_method import ADAPTER_NAME, trained_parameters, tuner_layers
 from pipelines.adapter_options import AdapterOptions
-from pipelines.export_error import expected_left_out, left_out_sentence
+from pipelines.export_error import expected_left_out, has_lycoris_form, left_out_sentence
 from pipelines.methods import method_named, method_names
 from pipelines.peft_method import PeftMethod
 from pipelines.subject import adapters
@@ -134,7 +134,7 @@ def test_the_expected_error_is_that_of_the_best_approximation_of_a_trained_layer
     exact = int((1e-9 * S[0] < S).sum()) <= len(S) // 2
     trained = 0.0 if exact else float(S[64:].norm() / S.norm())
     assert share == pytest.approx(trained, rel=0.35)
-    words = left_out_sentence({"model": model}, share)
+    words = left_out_sentence(share, has_lycoris_form({"model": model}))
     assert ("The kohya file will be exact" in words) == (method in FORMS)
     assert f"leave out about {share:.0%} of the weight change" in words
 

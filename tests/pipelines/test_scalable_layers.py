@@ -1,11 +1,18 @@
 """Merging adapters of PEFT's tuners at a scale, and taking them out again."""
 
+import copy
+
 import pytest
 import torch
 from peft import HRAConfig, LoHaConfig, inject_adapter_in_model
+from tiny_options import TINY
 from torch import nn
 
-from pipelines.scalable_layers import make_scalable
+from pipelines.adapter_method import trained_parameters, tuner_layers
+from pipelines.adapter_options import AdapterOptions
+from pipelines.methods import method_named, method_names
+from pipelines.peft_method import PeftMethod
+from pipelines.scalable_layers import ScalableLayer, make_scalable
 
 
 @pytest.mark.parametrize("config", [LoHaConfig, HRAConfig])
@@ -51,3 +58,20 @@ def test_merging_what_is_merged_and_unmerging_what_is_not_change_nothing():
     assert not torch.equal(once, weight)
     model[0].merge()
     assert torch.equal(model[0].get_base_layer().weight, once)
+
+
+@pytest.mark.parametrize("method", [m for m in method_names() if issubclass(method_named(m), PeftMethod)])
+@torch.no_grad()
+def test_a_model_in_bfloat16_runs_with_trained_values_in_float32_outside_of_autocast(method):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24))
+    AdapterOptions(method, rank=4, **TINY).create().add(model, ["0"], torch.Generator().manual_seed(0))
+    assert all(isinstance(layer, ScalableLayer) for layer in tuner_layers(model).values())
+    for parameter in trained_parameters({"": model}):
+        parameter.add_(0.1 * torch.randn(parameter.shape))
+    half, x = copy.deepcopy(model).to(torch.bfloat16), torch.randn(5, 16).to(torch.bfloat16)
+    for parameter, value in zip(trained_parameters({"": half}), trained_parameters({"": model}), strict=True):
+        parameter.data = value.clone()
+    expected, output = model(x.float()), half(x)
+    assert output.dtype == torch.bfloat16
+    assert (output - expected).norm() < 0.03 * expected.norm()

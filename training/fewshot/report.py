@@ -9,10 +9,9 @@ from statistics import fmean
 from pipelines.fewshot.metric_values import Interval
 from pipelines.fewshot.metrics import interval_over_seeds
 from pipelines.fewshot.shots import Shots
-from pipelines.methods import DEFAULT
 from training.fewshot.experiment import Experiment, split_keys
-from training.fewshot.trials import Trial
-from training.options.fewshot import ALL, FewShotOptions
+from training.fewshot.trials import Trial, representative_trial
+from training.options.fewshot import FewShotOptions
 from training.runs.fewshot_files import DatasetSummary, FewShotReport, MethodSummary, TrialResult
 
 # The fields of a summary that are means over seeds, as attributes of a result.
@@ -29,16 +28,6 @@ MEANS = {
 def trials_of(options: FewShotOptions) -> list[Trial]:
     """All trials of a run, split by split."""
     return [Trial(*key, method) for key in split_keys(options.data) for method in options.method.method]
-
-
-def representative_trial(options: FewShotOptions) -> Trial:
-    """The trial that represents the run: most shots, first seed, and the default method, else the first adapter, else the last
-    method.
-    """
-    adapters, methods = options.method.adapters(), options.method.method
-    method = DEFAULT if DEFAULT in adapters else (adapters or methods[-1:])[0]
-    shots = max(options.data.all_shots(), key=lambda number: float("inf") if number == ALL else number)
-    return Trial(shots, options.data.seeds[0], method)
 
 
 def seconds_left(results: Sequence[TrialResult], trials: Sequence[Trial]) -> float | None:

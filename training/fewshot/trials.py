@@ -34,12 +34,13 @@ from pipelines.fewshot.metric_values import ClassificationMetrics
 from pipelines.fewshot.metrics import fit_temperature, harmonic_mean, score, top1, wilson_interval
 from pipelines.fewshot.prompts import Prompts
 from pipelines.fewshot.shots import Shots
+from pipelines.methods import DEFAULT
 from pipelines.optimizers import Adam, Rates, parameter_groups
 from training.engine.dry_run import PeakMemory
 from training.engine.loop import LoopOptions, Trainable, train, training_losses
 from training.fewshot.experiment import Experiment, SplitImages
 from training.fewshot.prediction_file import prediction_file
-from training.options.fewshot import FewShotOptimisationOptions, FewShotOptions
+from training.options.fewshot import ALL, FewShotOptimisationOptions, FewShotOptions
 from training.runs.fewshot_files import (
     NewClassesResult,
     PredictionFile,
@@ -71,6 +72,14 @@ class Trial:
 
     def __str__(self) -> str:
         return f"{self.method}, {self.shots} shots, seed {self.seed}"
+
+
+def representative_trial(options: FewShotOptions) -> Trial:
+    """The trial that represents the run: most shots, first seed, the default method, else the first adapter, else the last."""
+    adapters, methods = options.method.adapters(), options.method.method
+    method = DEFAULT if DEFAULT in adapters else (adapters or methods[-1:])[0]
+    shots = max(options.data.all_shots(), key=lambda number: float("inf") if number == ALL else number)
+    return Trial(shots, options.data.seeds[0], method)
 
 
 class FittedMethod(Protocol):
@@ -218,8 +227,9 @@ def fit_adapter(
     losses = partial(training_losses, loss, batches, accelerator, per_epoch=batches.per_epoch)
     # On all processes: the activation statistics are summed over them.
     adapters.start(clip, adapter, components, pixels, tokens, calibration, trial.seed, losses, experiment.unquantized)
-    if "lora" in options.output.export and (share := expected_left_out(components)):
-        logger.warning(f"{trial}: {left_out_sentence(components, share)}")
+    is_exported = "lora" in options.output.export and trial == representative_trial(options)
+    if is_exported and (share := expected_left_out(components)):
+        logger.warning(f"{trial}: {left_out_sentence(share)}")
     steps, rate = optimisation.steps(images.shots), options.learning_rate(trial.method)
     paged = options.model.quantize is not None
     trainable = to_train(loss, batches, components, adapter, optimisation, steps, rate, paged)
