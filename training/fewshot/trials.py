@@ -76,8 +76,8 @@ class Trial:
 
 def representative_trial(options: FewShotOptions) -> Trial:
     """The trial that represents the run: most shots, first seed, the default method, else the first adapter, else the last."""
-    adapters, methods = options.method.adapters(), options.method.method
-    method = DEFAULT if DEFAULT in adapters else (adapters or methods[-1:])[0]
+    adapters = options.method.adapters() or options.method.method[-1:]
+    method = DEFAULT if DEFAULT in adapters else adapters[0]
     shots = max(options.data.all_shots(), key=lambda number: float("inf") if number == ALL else number)
     return Trial(shots, options.data.seeds[0], method)
 
@@ -227,8 +227,7 @@ def fit_adapter(
     losses = partial(training_losses, loss, batches, accelerator, per_epoch=batches.per_epoch)
     # On all processes: the activation statistics are summed over them.
     adapters.start(clip, adapter, components, pixels, tokens, calibration, trial.seed, losses, experiment.unquantized)
-    is_exported = "lora" in options.output.export and trial == representative_trial(options)
-    if is_exported and (share := expected_left_out(components)):
+    if trial == representative_trial(options) and "lora" in options.output.export and (share := expected_left_out(components)):
         logger.warning(f"{trial}: {left_out_sentence(share)}")
     steps, rate = optimisation.steps(images.shots), options.learning_rate(trial.method)
     paged = options.model.quantize is not None
