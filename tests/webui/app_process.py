@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import re
@@ -22,6 +23,8 @@ REPOSITORY = Path(__file__).parents[2]
 ADDRESS = re.compile(r"NoRA Vision is at (http://\S+)")
 # Of the ports from the first on, as many for each of the test processes, none of which takes another's while its server is down.
 FIRST_PORT, PORTS = 8100, 200
+# The signal at which a forked server writes the stacks of all its threads into its log, and how much of the log is of interest.
+STACKS, LOG_TAIL = signal.SIGUSR1, 20_000
 # Imported once per test process, by the process that servers are forked from.
 PRELOADED = ["webui.page", "webui.guard", "webui.theme", "webui.work.options", "webui.work.pipeline_cache"]
 
@@ -66,6 +69,8 @@ def run_script(command: Sequence[str], environment: Mapping[str, str], log: Path
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
             stream.reconfigure(line_buffering=True)
+    # A test that fails asks for what the server is doing.
+    faulthandler.register(STACKS, all_threads=True)
     os.environ.clear()
     os.environ |= environment
     os.chdir(REPOSITORY)
@@ -128,6 +133,13 @@ class AppProcess:
         """End it as a power cut would; its runs go on."""
         self.process.kill()
         self.process.wait()
+
+    def describe(self) -> str:
+        """The end of its log; of a forked server that runs, with the stacks of its threads."""
+        if self._forked and self.process.poll() is None:
+            self.process.send_signal(STACKS)
+            time.sleep(1.0)
+        return self.log.read_text()[-LOG_TAIL:]
 
     def interrupt(self) -> int:
         """End it as Ctrl-C does; returns its exit code."""

@@ -25,6 +25,16 @@ CHROMIUM_FLAGS = [
 SIZES = {"phone": (390, 844), "desk": (1280, 900)}
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[pytest.TestReport]:
+    """Add to the report of a failed test what its servers are doing."""
+    report = yield
+    if report.when == "call" and report.failed:
+        servers = [value for value in getattr(item, "funcargs", {}).values() if isinstance(value, AppProcess)]
+        report.sections += [(f"the server at {server.url}", server.describe()) for server in servers]
+    return report
+
+
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[object]:
     """Debian's Chromium; the test is skipped where there is none, and fails if REQUIRE_CHROMIUM is set."""
