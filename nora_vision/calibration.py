@@ -51,7 +51,8 @@ class ActivationStatistics(Mapping[str, torch.Tensor]):
     ) -> None:
         self._scales = dict(scales)
         self.fingerprints = dict(fingerprints)
-        self.kind, self.moments = kind, dict(moments or {})
+        self.kind: str = kind
+        self.moments: Mapping[str, torch.Tensor] = {} if moments is None else moments
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._scales[name]
@@ -181,6 +182,7 @@ def calibrate(
     target_modules: list[str] | str | None = None,
     *,
     weighting: str = "diagonal",
+    layers: Collection[str] | None = None,
 ) -> ActivationStatistics:
     """Collect S = sqrt(diag(X^T X)) at the input of each layer while `run_model()` calls `model`.
 
@@ -193,11 +195,14 @@ def calibrate(
         target_modules: restricts the layers of a model without adapters, as in `NoraConfig`.
         weighting: of the outer factors. Robust ones add a histogram of |x| for each input (1,032 bytes), `diagonal_low_rank` a
             sketch of X^T X (512 bytes for each input), and `covariance` X^T X (8 bytes for each pair of inputs of a layer).
+        layers: the names of those to calibrate; by default all.
     Raises: ValueError if nothing was calibrated, an input was not finite, or an adapter is merged.
     """
-    layers = _layers_to_calibrate(model, target_modules)
+    found = _layers_to_calibrate(model, target_modules)
     keep_differentiable(model)
-    return _collected(layers, run_model, over_ranks=True, kind=MOMENTS.get(weighting, ""))
+    chosen = found if layers is None else {name: found[name] for name in layers}
+    with _adapters_off(found):
+        return _collected(chosen, run_model, over_ranks=True, kind=MOMENTS.get(weighting, ""))
 
 
 def calibrate_layers(model: nn.Module, names: Collection[str], run_model: Callable[[], Any]) -> ActivationStatistics:

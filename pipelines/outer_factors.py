@@ -31,7 +31,8 @@ def cached_statistics(
         calibration: "data" for the probe's inputs, "base" for fixed ones.
     Raises: InputError if there are no fixed inputs for the model.
     """
-    from nora_vision import ActivationStatistics, calibrate
+    from nora_vision import ActivationStatistics
+    from nora_vision.moment_groups import StoredMoments, calibrate_in_groups
     from nora_vision.rank_allocation import adapter_layers
 
     if weighting == "none":
@@ -41,12 +42,14 @@ def cached_statistics(
     if cache.exists() and (statistics := ActivationStatistics.load(cache)).supports(weighting):
         return statistics
     if not base:
-        statistics = calibrate(model, probe.forward, weighting=weighting)
+        statistics = calibrate_in_groups(model, probe.forward, cache, weighting=weighting)
     elif probe.base_calibration is None:
         raise InputError("There is no base calibration for this model. Use --calibration data.")
     else:
         statistics = probe.base_calibration(list(adapter_layers(model, adapter_name)))
-    statistics.save(cache)
+    # Those of several groups have files of their own.
+    if not isinstance(statistics.moments, StoredMoments):
+        statistics.save(cache)
     logger.info(statistics.summary(weighting))
     return statistics
 

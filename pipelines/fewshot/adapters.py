@@ -82,7 +82,7 @@ def start(
     The method runs the base model, in evaluation mode, on these images and prompts.
 
     Args:
-        pixels: batches (n, 3, h, w) of the training images without augmentation.
+        pixels: batches (n, 3, h, w) of the training images without augmentation; iterated over once for each calibration pass.
         tokens: (n, t), every prompt of every class.
         cache: the folder for activation statistics.
         seed: of the random initialisation.

@@ -12,7 +12,7 @@ from tiny_options import TINY
 from tiny_pipeline import tiny_pipeline
 from torch import nn
 
-from nora_vision import decomposition, initialization
+from nora_vision import decomposition, initialization, moment_groups
 from pipelines import adapter_files
 from pipelines.adapter_options import AdapterOptions
 from pipelines.clip import Clip
@@ -151,6 +151,15 @@ GRADIENT_BASIS = {"basis": "mixed", "weighting": "covariance", "gradient_batches
 def test_a_resumed_training_has_the_same_basis_from_gradients_and_the_same_ranks_under_a_budget(task, tmp_path):
     files = assert_resumes_exactly(task, DEFAULT, tmp_path, **GRADIENT_BASIS)
     assert {file.parts[1] for file in files} == {"full"}
+
+
+@tasks
+def test_a_covariance_in_groups_of_layers_gives_the_files_of_one_pass_and_is_read_on_resumption(task, tmp_path, monkeypatch):
+    one_pass, _ = trained(task, DEFAULT, tmp_path / "one" / "pass", weighting="covariance")
+    monkeypatch.setattr(moment_groups, "GROUP_BYTES", 1)
+    assert assert_resumes_exactly(task, DEFAULT, tmp_path, weighting="covariance") == one_pass
+    names = {file.stem.rpartition("-")[0] for file in (tmp_path / "calibration").glob("*.safetensors")}
+    assert names == {file.stem for file in (tmp_path / "one" / "calibration").iterdir()}
 
 
 def earlier_awsvd(*args, legacy=False):

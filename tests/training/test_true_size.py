@@ -23,7 +23,7 @@ from training import dreambooth_nora
 from training.engine import memory_fallback
 from training.engine.dry_run import DoesNotFitError
 from training.engine.memory_fallback import with_memory_fallback
-from training.fewshot.trials import calibration_batches
+from training.fewshot.trials import CalibrationBatches
 from training.options import parse_options
 from training.runs.run_files import FallbackStep
 from training.subject import samples, validation
@@ -193,6 +193,8 @@ class Images(Dataset):
 
 @pytest.mark.parametrize(("batch_size", "sizes"), [(1, [1] * 7), (3, [3, 3, 1]), (64, [7])])
 def test_a_classifier_is_calibrated_in_batches_no_larger_than_the_trainings(batch_size, sizes):
-    batches = list(calibration_batches(Images(), batch_size, has_bar=False))
+    calibration = CalibrationBatches(Images(), batch_size, has_bar=False)
+    batches = list(calibration)
+    assert len(list(calibration)) == len(batches)
     assert [len(batch) for batch in batches] == sizes
     assert torch.cat(batches)[:, 0, 0, 0].tolist() == list(range(7))

@@ -204,11 +204,18 @@ def scale_reason(accuracies: Mapping[float, float], chosen: float, count: int) -
     )
 
 
-def calibration_batches(inputs: LabelledImageDataset, train_batch_size: int, has_bar: bool) -> Iterator[torch.Tensor]:
-    """All images in batches (n, 3, h, w), no larger than those of the training, so that they need less memory than a step."""
-    loader = torch.utils.data.DataLoader(inputs, min(CALIBRATION_BATCH, train_batch_size))
-    for pixels, _ in tqdm(loader, desc="calibrating", leave=False, delay=5, disable=not has_bar):
-        yield pixels
+class CalibrationBatches:
+    """All images in batches (n, 3, h, w), no larger than those of the training, so that they need less memory than a step.
+
+    They can be iterated over again, as calibrations in groups of layers do.
+    """
+
+    def __init__(self, inputs: LabelledImageDataset, train_batch_size: int, has_bar: bool) -> None:
+        self.loader, self.has_bar = torch.utils.data.DataLoader(inputs, min(CALIBRATION_BATCH, train_batch_size)), has_bar
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for pixels, _ in tqdm(self.loader, desc="calibrating", leave=False, delay=5, disable=not self.has_bar):
+            yield pixels
 
 
 def fit_adapter(
@@ -219,7 +226,7 @@ def fit_adapter(
     clip = replace(experiment.clip, model=copy.deepcopy(experiment.clip.model))
     components = adapters.attach(clip, adapter, options.target_layers, trial.seed)
     calibration = experiment.folder / "calibration" / f"{trial.shots}-shots-seed-{trial.seed}"
-    pixels = calibration_batches(
+    pixels = CalibrationBatches(
         LabelledImageDataset(images.train, clip.preprocess), optimisation.train_batch_size, accelerator.is_main_process
     )
     tokens = clip.tokenizer(experiment.prompts.texts())
