@@ -26,8 +26,7 @@ class LoraXs(Nora):
     title = "LoRA-XS"
     reference = "Bałazy et al. 2024, LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters"
     samples_start = False
-    # The factors are computed on injection, from the dequantised weights.
-    uses_unquantized_weights = needs_quantization = False
+    needs_quantization = False
     parameters = "rank * rank"
     Options = LowRankOptions
 
@@ -48,18 +47,23 @@ class LoraXs(Nora):
             dropout=options.dropout,
             inner_form="full",
             outer_init="svd",
+            weighting="none",
             target_modules=target_modules,
             exclude_modules=exclude_modules,
         )
 
     def start(self, model: nn.Module, probe: Probe, adapter_name: str) -> None:
-        """Nothing is left to do: the outer factors depend only on the weights, and R is zero."""
+        """On a quantised model, take the outer factors from the unquantised weights; else they are those of injection."""
+        from nora_vision import CheckpointWeights, initialize_nora_weights
+
+        if probe.unquantized is not None:
+            initialize_nora_weights(model, None, adapter_name, unquantized=CheckpointWeights(probe.unquantized))
 
     def prepare_start(self, components: Mapping[str, nn.Module], probes: Mapping[str, Probe], adapter_name: str) -> None:
         """Nothing: all layers have the same rank."""
 
     def prepare_dry_run(self, model: nn.Module, adapter_name: str) -> bool:
-        """False: nothing is left for `start`."""
+        """False: `start` changes only the adapters of quantised models."""
         return False
 
     def training(self, models: Sequence[nn.Module], total_steps: int) -> MethodTraining:

@@ -293,6 +293,18 @@ def test_both_text_encoders_are_adapted_in_4_bits(tmp_path):
             assert ((residual - layer.get_delta_weight("default")) * scale).norm() < (residual * scale).norm()
 
 
+def test_lora_xs_has_the_singular_triples_of_the_unquantised_weights(tmp_path):
+    pipe = quantized(tmp_path / "unquantized")
+    components = adapted(pipe, "lora_xs", tmp_path, tmp_path / "unquantized")
+    plain = tiny_pipeline().unet
+    layers = {base_name(key): layer for key, layer in components["unet"].named_modules() if isinstance(layer, NoraLayer)}
+    assert any(isinstance(layer.get_base_layer(), Linear4bit) for layer in layers.values())
+    for name, layer in layers.items():
+        U, S, Vh = torch.linalg.svd(plain.get_submodule(name).weight.detach().flatten(1), full_matrices=False)
+        best = U[:, :4] * S[:4] @ Vh[:4]
+        torch.testing.assert_close(layer.nora_B["default"] @ layer.nora_A["default"], best, atol=1e-5, rtol=1e-4)
+
+
 def test_loftq_starts_at_the_best_approximation_of_the_residual(tmp_path):
     pipe = quantized(tmp_path / "unquantized")
     components = adapted(pipe, "loftq", tmp_path, tmp_path / "unquantized")
