@@ -198,10 +198,10 @@ def calibrate(
         layers: the names of those to calibrate; by default all.
     Raises: ValueError if nothing was calibrated, an input was not finite, or an adapter is merged.
     """
-    found = _layers_to_calibrate(model, target_modules)
+    candidates = _layers_to_calibrate(model, target_modules)
     keep_differentiable(model)
-    chosen = found if layers is None else {name: found[name] for name in layers}
-    with _adapters_off(found):
+    chosen = candidates if layers is None else {name: candidates[name] for name in layers}
+    with _adapters_off(candidates):
         return _collected(chosen, run_model, over_ranks=True, kind=MOMENTS.get(weighting, ""))
 
 
