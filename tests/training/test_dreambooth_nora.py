@@ -184,7 +184,7 @@ def test_bad_input_ends_the_program_with_its_message_and_no_traceback(tmp_path, 
 
 
 # Enough for the held-out loss to fall; samples at the start and the end only, and one image of each to choose among.
-FEWER_STEPS = ["--max_train_steps", "60", "--validation_steps", "60", "--num_candidate_images", "1"]
+FEWER_STEPS = ["--max_train_steps", "20", "--validation_steps", "20", "--num_candidate_images", "1"]
 
 
 def readme_command():
@@ -194,7 +194,7 @@ def readme_command():
     return shlex.split(block.partition("&&")[2])
 
 
-@pytest.mark.slow(45)
+@pytest.mark.slow(35)
 def test_the_readmes_first_command_learns_the_sample_subject_certifies_it_and_records_itself(tmp_path):
     command = [*readme_command(), *FEWER_STEPS]
     (tmp_path / "training").symlink_to(ROOT / "training")
