@@ -40,7 +40,7 @@ def build() -> Files:
         with gr.Row(elem_classes=["use-file"]) as rows[layout]:
             buttons[layout] = gr.Button(name, size="sm", scale=0, min_width=220, elem_id=f"use-download-{layout}")
             sizes[layout] = gr.HTML(elem_id=f"use-size-{layout}")
-    gr.Markdown("### Merge\nAll adapters selected above, each at its weight, merged exactly into one LoRA file.")
+    gr.Markdown("### Merge\nAll adapters selected above, each at its weight, merged into one LoRA file.")
     with gr.Row():
         layout = gr.Radio(
             [("For ComfyUI and A1111", "kohya"), ("For diffusers", "diffusers")],
@@ -63,11 +63,14 @@ def updates(files: Files, view: RunView) -> list[Any]:
     """Which layouts the run's adapters have, and the size and use of each."""
     layouts = layouts_of(view.record)
     rows = [gr.Row(visible=layout in layouts) for layout in files.rows]
-    return [*rows, *(gr.HTML(_of_layout(layout, layouts.get(layout))) for layout in files.sizes)]
+    return [*rows, *(gr.HTML(_of_layout(layout, layouts.get(layout), view)) for layout in files.sizes)]
 
 
-def _of_layout(layout: Layout, size: int | None) -> str:
-    return f"<p><b>{size_text(size)}</b> <span class='quiet'>{LAYOUTS[layout][1]}</span></p>"
+def _of_layout(layout: Layout, size: int | None, view: RunView) -> str:
+    """The size and the use of a layout, and how much of the weight change a LoRA file of the run was expected to leave out."""
+    share = view.status.expected_left_out if layout in ("diffusers", "kohya") else None
+    approximate = f" It is an approximation: about {share:.0%} of the weight change was expected to be left out." if share else ""
+    return f"<p><b>{size_text(size)}</b> <span class='quiet'>{LAYOUTS[layout][1]}{approximate}</span></p>"
 
 
 def wire(context: AppContext, files: Files, inputs: list[Any]) -> None:
