@@ -120,11 +120,17 @@ def check_layer(layer: LoraLayer, name: str, adapter_name: str) -> None:
 
     Raises: InputError naming the layer.
     """
-    groups, largest = getattr(layer.get_base_layer(), "groups", 1), min(matrix_shape(layer))
-    if groups != 1:
-        raise InputError(f"{name!r} must be a convolution without groups, got {groups}. Remove it from the target modules.")
+    check_groups(layer, name)
+    largest = min(matrix_shape(layer))
     if layer.r[adapter_name] > largest:
         raise InputError(f"rank must be in [1, {largest}] for {name!r}, got {layer.r[adapter_name]}. Lower rank.")
+
+
+def check_groups(layer: LoraLayer, name: str) -> None:
+    """Raises: InputError naming the layer if it is a convolution with groups, whose weight is no matrix."""
+    groups = getattr(layer.get_base_layer(), "groups", 1)
+    if groups != 1:
+        raise InputError(f"{name!r} must be a convolution without groups, got {groups}. Remove it from the target modules.")
 
 
 def unfolded(layer: LoraLayer, rank: int, scaling: float, adapter_name: str) -> LoraLayer:

@@ -10,6 +10,7 @@ from pipelines.adapter_method import ADAPTER_NAME, Probe, no_losses, trained_par
 from pipelines.adapter_options import AdapterOptions
 from pipelines.errors import InputError
 from pipelines.methods.t_lora import MIN_RANK, RankSchedule
+from pipelines.methods.t_lora import RANK as RANK_KEY
 from pipelines.native_files import METHOD_KEY, read_native, write_native
 from pipelines.subject import adapters
 
@@ -43,19 +44,35 @@ def predict(unet, timesteps):
     return unet(latents, torch.tensor(timesteps), prompts, added_cond_kwargs=conditions).sample
 
 
+def terms(layer):
+    """(sign, B, S A) of B S A and B_0 S_0 A_0; without Ortho-LoRA of B A alone."""
+    A, B = layer.lora_A[ADAPTER_NAME], layer.lora_B[ADAPTER_NAME]
+    if not hasattr(A, "parametrizations"):
+        return [(1, B.weight.detach(), A.weight.detach())]
+    rows, columns = A.parametrizations.weight, B.parametrizations.weight
+    scaled = torch.einsum("r,r...->r...", rows[0].scales, rows.original).detach()
+    return [(1, columns.original.detach(), scaled), (-1, columns[0].start, rows[0].start)]
+
+
+both_starts = pytest.mark.parametrize("ortho_lora", [True, False])
+
+
+@both_starts
 @torch.no_grad()
-def test_the_prediction_at_each_noise_level_is_that_of_lora_cut_to_the_rank_of_that_level(pipe, tmp_path):
-    disturb(adapted(pipe, tmp_path, alpha=3.0))
+def test_the_prediction_at_each_noise_level_is_that_of_lora_cut_to_the_rank_of_that_level(pipe, tmp_path, ortho_lora):
+    disturb(adapted(pipe, tmp_path, alpha=3.0, ortho_lora=ortho_lora))
     timesteps = [0, 1, 400, 999]
     assert ranks(timesteps) == [6, 5, 4, 2]
     together = predict(pipe.unet, timesteps)
     for index, (timestep, rank) in enumerate(zip(timesteps, ranks(timesteps), strict=True)):
         plain = tiny_pipeline()
-        adapters.attach(plain, AdapterOptions("lora", rank=RANK, alpha=3.0, target_modules=TARGETS))
+        both = 2 * RANK if ortho_lora else RANK
+        adapters.attach(plain, AdapterOptions("lora", rank=both, alpha=3.0 / RANK * both, target_modules=TARGETS))
         for ours, theirs in zip(tuner_layers(pipe.unet).values(), tuner_layers(plain.unet).values(), strict=True):
-            theirs.lora_A[ADAPTER_NAME].weight.copy_(ours.lora_A[ADAPTER_NAME].weight)
-            theirs.lora_B[ADAPTER_NAME].weight.copy_(ours.lora_B[ADAPTER_NAME].weight)
-            theirs.lora_B[ADAPTER_NAME].weight[:, rank:] = 0
+            theirs.lora_A[ADAPTER_NAME].weight.copy_(torch.cat([A for _, _, A in terms(ours)]))
+            B = theirs.lora_B[ADAPTER_NAME].weight
+            B.copy_(torch.cat([sign * B for sign, B, _ in terms(ours)], dim=1))
+            B[:, rank:RANK], B[:, RANK + rank :] = 0, 0
         torch.testing.assert_close(together[index], predict(plain.unet, timesteps)[index], atol=1e-5, rtol=1e-4)
         # One number for the whole batch, as pipelines give it.
         alone = pipe.unet(
@@ -71,20 +88,79 @@ def test_rows_beyond_the_rank_of_a_level_get_no_gradient(pipe, tmp_path):
     disturb(adapted(pipe, tmp_path))
     predict(pipe.unet, [999, 999]).square().mean().backward()
     for layer in tuner_layers(pipe.unet).values():
-        gradient = layer.lora_A[ADAPTER_NAME].weight.grad.flatten(1)
-        assert gradient[:MIN].any(dim=1).all()
-        assert not gradient[MIN:].any()
+        rows = layer.lora_A[ADAPTER_NAME].parametrizations.weight
+        for gradient in (rows.original.grad.flatten(1), rows[0].scales.grad[:, None]):
+            assert gradient[:MIN].any(dim=1).all()
+            assert not gradient[MIN:].any()
 
 
-def test_the_rows_of_a_start_orthonormal_and_the_change_starts_at_zero(pipe, tmp_path):
-    for layer in tuner_layers(adapted(pipe, tmp_path)["unet"]).values():
+def test_without_ortho_lora_the_rows_of_a_start_orthonormal_and_b_at_zero(pipe, tmp_path):
+    for layer in tuner_layers(adapted(pipe, tmp_path, ortho_lora=False)["unet"]).values():
         A = layer.lora_A[ADAPTER_NAME].weight.flatten(1)
         torch.testing.assert_close(A @ A.T, torch.eye(RANK), atol=1e-5, rtol=0)
         assert not layer.lora_B[ADAPTER_NAME].weight.any()
 
 
-def test_a_loaded_adapter_follows_the_noise_level_too_and_a_second_one_has_its_own_ranks(pipe, tmp_path):
-    components = adapted(pipe, tmp_path)
+@torch.no_grad()
+def test_ortho_lora_starts_with_the_last_singular_triples_of_a_random_matrix_and_subtracts_them(pipe, tmp_path):
+    before = {name: weight.clone() for name, weight in pipe.unet.state_dict().items()}
+    base = predict(pipe.unet, [999, 400, 0])
+    layers = tuner_layers(adapted(pipe, tmp_path)["unet"])
+    assert torch.equal(predict(pipe.unet, [999, 400, 0]), base)
+    for name, layer in layers.items():
+        assert torch.equal(layer.get_base_layer().weight, before[f"{name}.weight"])
+        assert not layer.get_delta_weight(ADAPTER_NAME).any()
+        rows, columns = (part[ADAPTER_NAME].parametrizations.weight for part in (layer.lora_A, layer.lora_B))
+        A, B, scales = rows.original.flatten(1), columns.original.flatten(1), rows[0].scales
+        for product in (A @ A.T, B.T @ B):
+            torch.testing.assert_close(product, torch.eye(RANK), atol=1e-5, rtol=0)
+        assert torch.equal(columns[0].start, columns.original)
+        torch.testing.assert_close(rows[0].start.flatten(1), scales.diag() @ A)
+        assert (scales.diff() <= 0).all()
+    # The smallest singular values of matrices with entries N(0, 1 / r^2): their mean over shapes and 20 samples of each.
+    expected = [
+        torch.linalg.svdvals(torch.randn(20, len(B), A.shape[1], generator=torch.Generator().manual_seed(0)) / RANK)[:, -RANK:]
+        for A, B in ((rows.flatten(1), columns) for _, columns, rows in (terms(layer)[0] for layer in layers.values()))
+    ]
+    scales = torch.stack([layer.lora_A[ADAPTER_NAME].parametrizations.weight[0].scales for layer in layers.values()])
+    assert scales.mean() == pytest.approx(float(torch.stack(expected).mean()), rel=0.1)
+
+
+def test_rows_that_a_small_weight_cannot_have_start_as_in_lora(tmp_path):
+    model = torch.nn.ModuleDict({"layer": torch.nn.Linear(32, 4)})
+    method = AdapterOptions("t_lora", rank=RANK).create()
+    method.add(model, ["layer"], torch.Generator().manual_seed(0))
+    method.start(model, Probe(lambda: None, no_losses, torch.Generator().manual_seed(1), tmp_path), ADAPTER_NAME)
+    x, layer = torch.randn(3, 32), model["layer"]
+    assert torch.equal(layer(x), layer.get_base_layer()(x))
+    (_, B, A), _ = terms(layer)
+    torch.testing.assert_close(B[:, :4] @ B[:, :4].T, torch.eye(4), atol=1e-5, rtol=0)
+    assert not B[:, 4:].any()
+    assert A[4:].any(dim=1).all()
+
+
+@torch.no_grad()
+def test_a_scale_multiplies_the_change_and_merging_is_undone(pipe, tmp_path):
+    disturb(adapted(pipe, tmp_path))
+    layer = next(iter(tuner_layers(pipe.unet).values()))
+    change, weight = layer.get_delta_weight(ADAPTER_NAME), layer.get_base_layer().weight.clone()
+    for scale in (0.0, -1.5):
+        layer.set_scale(ADAPTER_NAME, scale)
+        layer.merge()
+        torch.testing.assert_close(layer.get_base_layer().weight, weight + scale * change)
+        layer.unmerge()
+        torch.testing.assert_close(layer.get_base_layer().weight, weight)
+
+
+def test_a_convolution_with_groups_is_refused_by_ortho_lora():
+    model = torch.nn.ModuleDict({"layer": torch.nn.Conv2d(8, 8, 3, groups=2)})
+    with pytest.raises(InputError, match="'layer' must be a convolution without groups, got 2"):
+        AdapterOptions("t_lora", rank=2).create().add(model, ["layer"], torch.Generator())
+
+
+@both_starts
+def test_a_loaded_adapter_follows_the_noise_level_too_and_a_second_one_has_its_own_ranks(pipe, tmp_path, ortho_lora):
+    components = adapted(pipe, tmp_path, ortho_lora=ortho_lora)
     disturb(components)
     adapter_files.save(components, tmp_path)
     assert read_native(tmp_path / "full" / "unet").metadata[MIN_RANK] == str(MIN)
@@ -99,9 +175,9 @@ def test_a_loaded_adapter_follows_the_noise_level_too_and_a_second_one_has_its_o
     torch.testing.assert_close(predict(fresh.unet, [0]), predict(pipe.unet, [0]))
 
 
-def rewrite(folder, min_rank):
+def rewrite(folder, min_rank, rank=RANK):
     config, tensors, _ = read_native(folder)
-    write_native(folder, config, tensors, {METHOD_KEY: "t_lora", MIN_RANK: min_rank})
+    write_native(folder, config, tensors, {METHOD_KEY: "t_lora", MIN_RANK: min_rank, RANK_KEY: str(rank)})
 
 
 @pytest.mark.parametrize("min_rank", ["0", "7", "-1", "half"])
@@ -112,13 +188,33 @@ def test_a_file_with_a_wrong_minimum_is_refused(pipe, tmp_path, min_rank):
         adapters.load_adapter(tiny_pipeline(), tmp_path / "full", "loaded")
 
 
-def test_the_exported_change_is_the_average_over_all_levels_with_its_error(pipe, tmp_path):
-    disturb(adapted(pipe, tmp_path, alpha=3.0))
+@pytest.mark.parametrize("rank", ["5", "0", "24", "six"])
+def test_a_file_with_a_rank_that_its_tensors_do_not_have_is_refused(pipe, tmp_path, rank):
+    adapter_files.save(adapted(pipe, tmp_path), tmp_path)
+    rewrite(tmp_path / "full" / "unet", "2", rank)
+    with pytest.raises(InputError, match=rf"full/unet: {RANK_KEY} must be one of 12, 6, got '{rank}'"):
+        adapters.load_adapter(tiny_pipeline(), tmp_path / "full", "loaded")
+
+
+def test_a_file_without_its_rank_is_one_of_plain_rows(pipe, tmp_path):
+    components = adapted(pipe, tmp_path, ortho_lora=False)
+    disturb(components)
+    adapter_files.save(components, tmp_path)
+    config, tensors, _ = read_native(tmp_path / "full" / "unet")
+    write_native(tmp_path / "full" / "unet", config, tensors, {METHOD_KEY: "t_lora", MIN_RANK: str(MIN)})
+    fresh = tiny_pipeline()
+    adapters.load_adapter(fresh, tmp_path / "full", "loaded")
+    torch.testing.assert_close(predict(fresh.unet, [20, 980]), predict(pipe.unet, [20, 980]))
+
+
+@both_starts
+def test_the_exported_change_is_the_average_over_all_levels_with_its_error(pipe, tmp_path, ortho_lora):
+    disturb(adapted(pipe, tmp_path, alpha=3.0, ortho_lora=ortho_lora))
     for layer in tuner_layers(pipe.unet).values():
-        A, B = (part[ADAPTER_NAME].weight.detach().flatten(1).double() for part in (layer.lora_A, layer.lora_B))
+        products = [(sign * B.flatten(1).double(), A.flatten(1).double()) for sign, B, A in terms(layer)]
         # There are only a few different ranks, so that the average over 1000 levels is one over them.
         counts = {rank: sum(other == rank for other in ranks(range(1000))) for rank in range(MIN, RANK + 1)}
-        changes = {rank: 3.0 / RANK * B[:, :rank] @ A[:rank] for rank in counts}
+        changes = {rank: 3.0 / RANK * sum(B[:, :rank] @ A[:rank] for B, A in products) for rank in counts}
         average = sum(count * changes[rank] for rank, count in counts.items()) / 1000
         error = sum(count * (changes[rank] - average).square().sum() for rank, count in counts.items())
         norm = sum(count * changes[rank].square().sum() for rank, count in counts.items())
