@@ -29,7 +29,7 @@ from pipelines.adapter_method import (
     tuner_layers,
 )
 from pipelines.gradients import cached_factors, check_differentiable, mean_gradients, origin_of
-from pipelines.methods.lora import Lora
+from pipelines.methods.lora import Lora, lora_config
 from pipelines.option_checks import above_zero, at_least
 from pipelines.run_options import Task
 
@@ -87,18 +87,7 @@ class LoraOne(Lora):
 
     def config(self, target_modules: list[str], exclude_modules: str | None = None) -> PeftConfig:
         """PEFT's configuration of plain LoRA with the scaling alpha / sqrt(r)."""
-        from peft import LoraConfig
-
-        options = self.options
-        return LoraConfig(
-            r=options.rank,
-            lora_alpha=options.alpha,
-            lora_dropout=options.dropout,
-            use_rslora=True,
-            init_lora_weights="gaussian",
-            target_modules=target_modules,
-            exclude_modules=exclude_modules,
-        )
+        return lora_config(self.options, target_modules, exclude_modules, use_rslora=True)
 
     def __init__(self, options: LoraOneOptions) -> None:
         super().__init__(options)
