@@ -19,7 +19,7 @@ from pipelines.subject import adapters
 from pipelines.subject.base_model import load_base_model
 from training.fewshot_nora import main as fewshot
 from training.options.fewshot import parse_fewshot_options
-from training.subject import finishing, validation
+from training.subject import certificate, finishing, validation
 from training.subject.measured import adapter_at
 
 SMALL = ("--calibration", "base", "--inner_dtype", "int8")
@@ -44,7 +44,9 @@ def are_rounded(model):
     )
 
 
-def test_a_run_measures_exports_and_saves_the_rounded_adapter_and_trains_the_exact_one(trainer, tmp_path, cache, monkeypatch):
+def test_a_run_measures_exports_certifies_and_saves_the_rounded_adapter_and_trains_the_exact_one(
+    trainer, tmp_path, cache, monkeypatch, certified_here
+):
     seen, measure, export = [], validation.measured_losses, finishing.adapters.save_everywhere
     monkeypatch.setattr(
         validation, "measured_losses", lambda loss, *more: (seen.append(are_rounded(loss.unet)), measure(loss, *more))[1]
@@ -52,7 +54,11 @@ def test_a_run_measures_exports_and_saves_the_rounded_adapter_and_trains_the_exa
     monkeypatch.setattr(
         finishing.adapters, "save_everywhere", lambda pipe, *more: (seen.append(are_rounded(pipe.unet)), export(pipe, *more))[1]
     )
-    run = trainer.run(tmp_path / "run", *HELD_OUT, *SMALL)
+    certified, generate = [], certificate._generate
+    monkeypatch.setattr(
+        certificate, "_generate", lambda pipe, *how: certified.append((generate(pipe, *how), how)) or certified[-1][0]
+    )
+    run = trainer.run(tmp_path / "run", *HELD_OUT, *SMALL, "--certify")
     # The base model has a zero B', which is rounded, too, but a Gaussian A'.
     assert seen[0] is False
     assert len(seen) >= 4
@@ -71,6 +77,9 @@ def test_a_run_measures_exports_and_saves_the_rounded_adapter_and_trains_the_exa
         assert are_equal(full, compact)
     exported = load_file(export_lora(pipes["compact"], tmp_path / "again"))
     assert are_equal(exported, load_file(run.path / "diffusers" / "pytorch_lora_weights.safetensors"))
+    (images, how), *_ = certified
+    assert certificate.Certificate.read(run.path).passed
+    assert torch.equal(generate(pipes["compact"], *how), images)
     kept = load_base_model(str(trainer.model))
     adapters.load_adapter(kept, adapter_at(run, 4), "default")
     assert are_equal(adapter_tensors(kept.unet, "default"), adapter_tensors(pipes["full"].unet, "default"))
