@@ -3,7 +3,7 @@
 Gradio's server closes a page's event stream when no event is pending. A page that sends another event before it has read this
 believes that the stream is open, and waits for the response until a later event opens a new stream. In this case, the hidden
 button of `webui/event_streams.py` is clicked, whose event opens a new stream. */
-(() => {
+() => {
   const DELAY = 100;
   const COMPLETED = /^data: \{"msg":"process_completed","event_id":"([^"]+)"/;
   const original = window.fetch;
@@ -55,4 +55,4 @@ button of `webui/event_streams.py` is clicked, whose event opens a new stream. *
       throw error;
     }
   };
-})();
+}

@@ -8,9 +8,8 @@ import gradio as gr
 
 from webui.app_context import QUIET
 
-SCRIPT = Path(__file__).with_suffix(".js")
-# For `launch`: in the page's head, so that it is there before the first event.
-HEAD = f"<script>{SCRIPT.read_text()}</script>"
+# For `launch`, which runs it when the page has loaded. A script in the head would have no nonce.
+SCRIPT = Path(__file__).with_suffix(".js").read_text()
 
 
 def build() -> None:

@@ -144,7 +144,7 @@ def launched(settings: Settings, share: bool = False, in_browser: bool = False) 
     _prepare_environment(settings.sets_dir / CACHE)
     from starlette.middleware import Middleware
 
-    from webui.event_streams import HEAD
+    from webui.event_streams import SCRIPT
     from webui.guard import Guard
     from webui.page import build_page
     from webui.theme import STYLE, theme
@@ -165,7 +165,7 @@ def launched(settings: Settings, share: bool = False, in_browser: bool = False) 
             app_kwargs={"middleware": [guard]},
             theme=theme(),
             css_paths=[STYLE],
-            head=HEAD,
+            js=SCRIPT,
             **LAUNCH_OPTIONS,
         )
     except OSError as error:
