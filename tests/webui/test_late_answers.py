@@ -61,3 +61,10 @@ def test_the_zero_shot_accuracy_of_the_previous_dataset_is_removed(page, workspa
     summary, cards = listener(page, "class_images", "measure")({"set": folder.name}, None)
     assert "1 class, 6 images" in summary
     assert only in cards
+
+
+def test_the_progress_of_a_classifier_is_asked_for_again_after_an_answer_that_was_lost(page):
+    """With "once" or "always_last" the browser would wait for the lost answer."""
+    (head,) = [block for block in page.blocks.values() if block.elem_id == "classify-head"]
+    (refresh,) = [function for function in page.fns.values() if head in function.outputs]
+    assert refresh.trigger_mode == "multiple"

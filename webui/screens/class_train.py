@@ -110,7 +110,8 @@ def _wire_runs(context: ClassifyContext, parts: dict[str, Any]) -> None:
     _wire_buttons(context, parts)
     parts["result"].click(lambda: gr.Tabs(selected="result"), None, [context.steps], **QUIET)
     triggers = [context.refresh_trigger.change, app.refresh_triggers["classify"].change]
-    gr.on(triggers, refresh, [context.run, seen], [*outputs, seen], trigger_mode="always_last", **QUIET)
+    # Not "always_last": after one answer that got lost, the browser would never ask again, and the run would seem to stand still.
+    gr.on(triggers, refresh, [context.run, seen], [*outputs, seen], trigger_mode="multiple", **QUIET)
 
 
 def _wire_buttons(context: ClassifyContext, parts: dict[str, Any]) -> None:
