@@ -29,7 +29,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import nora_vision
-from nora_vision import decomposition
+from nora_vision import decomposition, moment_groups
 from pipelines.built_in import BUILT_IN_MODEL
 from pipelines.subject import adapters
 from pipelines.subject.generate import Sampling
@@ -241,7 +241,7 @@ def measured(pipeline: StableDiffusionXLPipeline, flags: Sequence[str]) -> Phase
     timed = {
         (dreambooth_nora.Preparation, "encode"): "encode images and prompts",
         (ValidationSampler, "generate"): "samples (one denoising step)",
-        (nora_vision, "calibrate"): "calibrate",
+        (moment_groups, "calibrate"): "calibrate",
         (nora_vision, "initialize_nora_weights"): "start the layers (AwSVD)",
         (dreambooth_nora, "run_dry_run"): "dry run (three steps)",
         (dreambooth_nora, "train"): "training steps",

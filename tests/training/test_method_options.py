@@ -17,7 +17,7 @@ from pipelines.adapter_method import ADAPTER_NAME, MethodTraining, tuner_layers
 from pipelines.adapter_options import AdapterOptions, flag_of
 from pipelines.methods import method_named, method_names
 from pipelines.subject import adapters
-from training.fewshot.trials import to_train
+from training.fewshot.adapter_training import to_train
 from training.options import parse_options
 from training.options.fewshot import FewShotMethodOptions, parse_fewshot_options
 

@@ -23,7 +23,7 @@ from training import dreambooth_nora
 from training.engine import memory_fallback
 from training.engine.dry_run import DoesNotFitError
 from training.engine.memory_fallback import with_memory_fallback
-from training.fewshot.trials import CalibrationBatches
+from training.fewshot.adapter_training import CalibrationBatches
 from training.options import parse_options
 from training.runs.run_files import FallbackStep
 from training.subject import samples, validation
@@ -118,8 +118,8 @@ def test_small_images_are_measured_in_larger_batches(sizes, batch_size, expected
 
 
 def test_nothing_is_calibrated_or_decomposed_before_the_memory_is_known_to_suffice(flags, monkeypatch):
-    for long_work in ("calibrate", "initialize_nora_weights"):
-        monkeypatch.setattr(nora_vision, long_work, lambda *_, name=long_work, **__: pytest.fail(f"{name} was called"))
+    for module, long_work in ((moment_groups, "calibrate"), (nora_vision, "initialize_nora_weights")):
+        monkeypatch.setattr(module, long_work, lambda *_, name=long_work, **__: pytest.fail(f"{name} was called"))
     with pytest.raises(DoesNotFitError, match=r"needs .* GB of memory, but memory_limit_gb is 0\.001"):
         dreambooth_nora.main(parse_options([*flags, "--memory_limit_gb", "0.001"]))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,33 +14,28 @@ from typing import Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from diffusers.optimization import get_scheduler
 from torch import nn
-from tqdm.auto import tqdm
 
 from pipelines.adapter_method import trained_parameters
-from pipelines.adapter_options import AdapterOptions
 from pipelines.clip import Clip
 from pipelines.export_error import expected_left_out, left_out_sentence
 from pipelines.fewshot import adapters, baselines
 from pipelines.fewshot.baselines.predictors import Predictor
 from pipelines.fewshot.baselines.vocabulary import with_classes
-from pipelines.fewshot.batches import LabelledBatches, SampledViews
 from pipelines.fewshot.classifier import ClassifierFile, save_classifier
 from pipelines.fewshot.data import LabelledImage, LabelledImageDataset
 from pipelines.fewshot.features import prompt_features
-from pipelines.fewshot.loss import ClassificationLoss
 from pipelines.fewshot.metric_values import ClassificationMetrics
 from pipelines.fewshot.metrics import fit_temperature, harmonic_mean, score, top1, wilson_interval
 from pipelines.fewshot.prompts import Prompts
 from pipelines.fewshot.shots import Shots
 from pipelines.methods import DEFAULT
-from pipelines.optimizers import Adam, Rates, parameter_groups
 from training.engine.dry_run import PeakMemory
-from training.engine.loop import LoopOptions, Trainable, train, training_losses
+from training.engine.loop import train, training_losses
+from training.fewshot.adapter_training import CalibrationBatches, loop_options, loss_and_batches, to_train
 from training.fewshot.experiment import Experiment, SplitImages
 from training.fewshot.prediction_file import prediction_file
-from training.options.fewshot import ALL, FewShotOptimisationOptions, FewShotOptions
+from training.options.fewshot import ALL, FewShotOptions
 from training.runs.fewshot_files import (
     NewClassesResult,
     PredictionFile,
@@ -53,9 +48,6 @@ from training.runs.run import RunDirectory
 logger = get_logger(__name__)
 # Candidate scales of the adapter, from as trained to the base model.
 SCALES = (1.0, 0.75, 0.5, 0.25, 0.0)
-WARMUP_SHARE = 0.05
-# Batch size of the calibration; a smaller training batch size lowers it.
-CALIBRATION_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -204,20 +196,6 @@ def scale_reason(accuracies: Mapping[float, float], chosen: float, count: int) -
     )
 
 
-class CalibrationBatches:
-    """All images in batches (n, 3, h, w), no larger than those of the training, so that they need less memory than a step.
-
-    They can be iterated over again, as calibrations in groups of layers do.
-    """
-
-    def __init__(self, inputs: LabelledImageDataset, train_batch_size: int, has_bar: bool) -> None:
-        self.loader, self.has_bar = torch.utils.data.DataLoader(inputs, min(CALIBRATION_BATCH, train_batch_size)), has_bar
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        for pixels, _ in tqdm(self.loader, desc="calibrating", leave=False, delay=5, disable=not self.has_bar):
-            yield pixels
-
-
 def fit_adapter(
     accelerator: Accelerator, run: RunDirectory, images: SplitImages, trial: Trial, options: FewShotOptions
 ) -> FittedAdapter:
@@ -245,52 +223,6 @@ def fit_adapter(
     trainable.method.round_trained()
     trainable.module.eval()
     return FittedAdapter(images, clip, components, {"learning_rate": rate, "steps": steps})
-
-
-def loop_options(options: FewShotOptions, steps: int, seed: int) -> LoopOptions:
-    """The options of the training loop."""
-    return LoopOptions(
-        steps,
-        seed=seed,
-        gradient_accumulation_steps=options.optimisation.gradient_accumulation_steps,
-        max_grad_norm=options.optimisation.max_grad_norm,
-        checkpointing_steps=options.output.checkpointing_steps,
-        checkpoints_total_limit=options.output.checkpoints_total_limit,
-        dataloader_num_workers=options.data.dataloader_num_workers,
-    )
-
-
-def loss_and_batches(
-    images: SplitImages, clip: Clip, components: dict[str, nn.Module], train_batch_size: int, processes: int
-) -> tuple[ClassificationLoss, LabelledBatches]:
-    """The loss and its batches; the features of an encoder that is not adapted are computed once."""
-    experiment = images.experiment
-    reads_features = adapters.IMAGE not in components
-    class_features = None if adapters.TEXT in components else experiment.class_features
-    loss = ClassificationLoss(clip, experiment.prompts, class_features, reads_features)
-    labels = torch.tensor([image.label for image in images.train])
-    size = processes * min(train_batch_size, math.ceil(len(labels) / processes))
-    inputs = SampledViews(images.training_examples.all_views()) if reads_features else images.augmented()
-    return loss, LabelledBatches(inputs, labels, size, images.split.seed)
-
-
-def to_train(
-    loss: ClassificationLoss,
-    batches: LabelledBatches,
-    components: dict[str, nn.Module],
-    adapter: AdapterOptions,
-    optimisation: FewShotOptimisationOptions,
-    steps: int,
-    learning_rate: float,
-    paged: bool = False,
-) -> Trainable:
-    """The loss with AdamW over the adapter's parameters, a cosine schedule to zero, and the method's hooks in the training."""
-    method = adapter.create()
-    optimizer = Adam(paged=paged, weight_decay=optimisation.adam_weight_decay).optimizer(
-        parameter_groups(loss, Rates(learning_rate, factor=method.learning_rate_factor))
-    )
-    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=round(WARMUP_SHARE * steps), num_training_steps=steps)
-    return Trainable(loss, batches, optimizer, schedule, method=method.training(list(components.values()), steps))
 
 
 @dataclass(frozen=True)
