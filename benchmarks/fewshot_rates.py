@@ -1,7 +1,7 @@
 """Compare learning rates of adapter methods on the built-in CLIP.
 
-    python benchmarks/fewshot_rates.py --method tinylora unilora --rates 0.05 0.15 0.5
-    python benchmarks/fewshot_rates.py --method tinylora unilora --rates 0.05 0.15 0.5 --data_dir CLASSES
+    python benchmarks/fewshot_rates.py --method tinylora vblora --rates 0.003 0.01 0.05
+    python benchmarks/fewshot_rates.py --method tinylora vblora --rates 0.003 0.01 0.05 --data_dir CLASSES
 
 The few-shot recipe trains each method, with its default values of the other options. The table has the accuracy on at most 400
 images that the split uses neither for training nor for testing. The recipe itself validates on four images per class, which do
@@ -10,6 +10,7 @@ not suffice to tell rates apart. Test images are not used.
 
 from __future__ import annotations
 
+import shlex
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -41,17 +42,20 @@ class BenchmarkOptions:
     data_dir: str | None = field(default=None, metadata={"help": "Labelled images. Default: scikit-learn's digits."})
     shots: int = field(default=16, metadata={"help": "Training images per class."})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds of the splits."})
+    flags: str = field(default="", metadata={"help": "Further flags of the few-shot recipe, in one string."})
 
 
 def recipe_options(options: BenchmarkOptions, rate: float, folder: str) -> FewShotOptions:
     """The options of the few-shot recipe at one learning rate."""
     flags = ["--shots", str(options.shots), "--seeds", *map(str, options.seeds), "--method", *options.method]
     data = [] if options.data_dir is None else ["--data_dir", options.data_dir]
-    return parse_fewshot_options([*flags, *data, "--learning_rate", str(rate), "--output_dir", folder, "--export", "lora"])
+    return parse_fewshot_options(
+        [*flags, *data, "--learning_rate", str(rate), "--output_dir", folder, *shlex.split(options.flags)]
+    )
 
 
 def unused_images(images: SplitImages) -> list[LabelledImage]:
-    """At most `SCORED` images of no part of the split, and the validation images, evenly over all of them."""
+    """At most `SCORED` images that are neither training nor test images of the split, at equal distances in the dataset."""
     used = {image.name for image in (*images.train, *images.test)}
     free = [image for image in images.experiment.dataset.images if image.name not in used]
     return free[:: -(-len(free) // SCORED)]

@@ -103,6 +103,7 @@ SHORT_PROGRAMS = {
     "benchmarks/base_calibration.py": "--rank 4 --threads --dtypes",
     "benchmarks/bleed.py": f"--pretrained_model_name_or_path tiny --flags '{SHORT_SUBJECT}' --nora_flags '{SMALL_RANKS}'",
     "benchmarks/clip_step.py": "--steps 1 --rank 4 --inner_r 1 --formats",
+    "benchmarks/fewshot_rates.py": f"--method lora --rates 0.05 --shots 2 --flags '{SHORT_FEWSHOT}'",
     "benchmarks/heldout_loss.py": f"--pretrained_model_name_or_path tiny --flags '{SHORT_SUBJECT} {SMALL_RANKS} {HELD_OUT}'",
     "benchmarks/methods.py": "--width 64 --tokens 8 --steps 1 --methods lora",
     "benchmarks/mini_clip.py": "--photos_dir PRETRAINING --scenes 4 --draws 1 --shots 4",

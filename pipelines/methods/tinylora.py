@@ -56,8 +56,8 @@ class TinyLora(SharedStateMethod):
 
     @classmethod
     def defaults(cls, task: Task, built_in: bool) -> TaskDefaults:
-        """The paper's rank; few parameters need a higher learning rate than matrices."""
-        return TaskDefaults(1e-3, {"rank": 2})
+        """The paper's rank; for classification, LoRA's learning rate."""
+        return TaskDefaults(1e-3 if task == "subject" else 2e-4, {"rank": 2})
 
     @classmethod
     def complete(cls, layers: Sequence[TinyLoraLayer], config: PeftConfig, adapter_name: str) -> None:

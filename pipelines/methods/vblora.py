@@ -74,8 +74,8 @@ class VbLora(SharedStateMethod):
 
     @classmethod
     def defaults(cls, task: Task, built_in: bool) -> TaskDefaults:
-        """The paper's rank and its learning rate of the bank."""
-        return TaskDefaults(1e-3, {"rank": 4})
+        """The paper's rank; the bank's learning rate is the paper's, and for classification LoRA's."""
+        return TaskDefaults(1e-3 if task == "subject" else 2e-4, {"rank": 4})
 
     def attach(self, model: nn.Module, config: PeftConfig, adapter_name: str, generator: torch.Generator) -> None:
         """Add the adapter, with vectors as long as the layers allow unless their length is given."""
