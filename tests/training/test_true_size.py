@@ -13,6 +13,7 @@ from tiny_pipeline import tiny_pipeline
 from torch.utils.data import Dataset
 
 import nora_vision
+from nora_vision import moment_groups
 from nora_vision.layer import nora_layers
 from pipelines.adapter_options import AdapterOptions
 from pipelines.errors import InputError

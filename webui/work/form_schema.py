@@ -119,18 +119,15 @@ class Field:
             return bool(value)
         if self.kind == "choices" and isinstance(value, list):
             return [str(one) for one in value] or None
-        text = "" if value is None else str(value).strip()
-        is_list = self.kind in ("list", "choices")
-        if not text and (self.optional or is_list):
+        if text := "" if value is None else str(value).strip():
+            return self._read_text(text)
+        if self.optional or self.kind in ("list", "choices"):
             return None
-        if not text:
-            raise InputError(f"{self.name} must not be empty. The previous value is kept.")
-        return self._read_lines(text) if is_list else self._read_text(text)
-
-    def _read_lines(self, text: str) -> list[Any]:
-        return [self._number_or_text(line.strip()) for line in text.replace(",", "\n").splitlines() if line.strip()]
+        raise InputError(f"{self.name} must not be empty. The previous value is kept.")
 
     def _read_text(self, text: str) -> Any:
+        if self.kind in ("list", "choices"):
+            return [self._number_or_text(line.strip()) for line in text.replace(",", "\n").splitlines() if line.strip()]
         if self.kind == "choice":
             return next((choice for choice in self.choices if str(choice) == text), text)
         return self._number_or_text(text)
